@@ -5,7 +5,7 @@ training (law L7).
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_dist.batching.pack import PackedBatch, Sequences, pack
-from dpo_dist.batching.plan import Arrangement, consecutive_batches
+from dpo_dist.batching.plan import consecutive_batches
 from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.losses import LossConfig, LossKind
@@ -101,8 +101,8 @@ def read_pairs(
         found = record if isinstance(record, BadRecord) else encode_record(record, limits, tokenizer)
         if isinstance(found, BadRecord):
             bad.append(found)
-            continue
-        pairs += found.examples()
+        else:
+            pairs += found.examples()
     return pairs, bad
 
 
@@ -117,11 +117,12 @@ def token_logps(
     mode, is left as it was.
     """
     longest = max((len(pair.prompt_ids) + max(map(len, pair.responses)) for pair in pairs), default=0)
+    layout = [(len(p.prompt_ids), *(len(ids) - 1 for ids in p.responses)) for p in pairs]
     logps: list[Tensor] = []
     with packed_for_a_while(model, longest) as packed:
         device = next(packed.parameters()).device
-        for part in _micro_batches(pairs, micro_batch_tokens, packed.arrangement):
-            batch = _batch(part).to(device)
+        for part in consecutive_batches(layout, micro_batch_tokens, packed.arrangement):
+            batch = _batch(pairs[part.start : part.stop]).to(device)
             logps += torch.split(packed(batch), batch.response_tokens.tolist())
     return logps
 
@@ -178,15 +179,6 @@ def _read(file: Path, read: Callable[[Path], T]) -> T:
             got=f"{type(error).__name__}: {error}",
             remedy="check that the folder is a run directory; a run writes its summary at its end",
         ) from error
-
-
-def _micro_batches(
-    pairs: Sequence[EncodedExample], budget: int, arrangement: Arrangement
-) -> Iterator[Sequence[EncodedExample]]:
-    """Yield consecutive pairs of which at most `budget` tokens are computed together, or one longer pair."""
-    layout = [(len(p.prompt_ids), *(len(ids) - 1 for ids in p.responses)) for p in pairs]
-    for part in consecutive_batches(layout, budget, arrangement):
-        yield pairs[part.start : part.stop]
 
 
 def _batch(pairs: Sequence[EncodedExample], masked: bool = False) -> PackedBatch:

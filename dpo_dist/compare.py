@@ -30,15 +30,14 @@ def main(config: RunConfig) -> int:
     return ExitCode.completed
 
 
-def check(config: RunConfig) -> int:
-    """Check everything that needs no weights and no GPU; return the exit code."""
+def check(config: RunConfig) -> None:
+    """Check everything that needs no weights and no GPU."""
     models = check_comparison(config)
     with warnings_off():
         from dpo_dist.insight.compare.models import rehearse_comparison  # noqa: PLC0415  (slow)
 
         print_text("check", rehearse_comparison(config, models), config.console)
-    return ExitCode.completed
 
 
 if __name__ == "__main__":
-    run_verb(main, check, verb="compare", about=__doc__)
+    run_verb(main, check, verb="compare")

@@ -14,20 +14,13 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import NO_MODEL, ConsoleStyle, RunConfig
 from dpo_dist.data.formats import check_source
 from dpo_dist.data.template import check_template_file
-from dpo_dist.foundation.errors import ConfigError, ExitCode
+from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.insight.doctor.findings import with_thresholds
 from dpo_dist.model.folder import check_tokenizer_files, local_model_folder
 
 
 def main(config: RunConfig) -> int:
     """Examine the data of `config`, write and print the report; return the exit code."""
-    if (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
-        raise ConfigError(
-            "the doctor is one process",
-            where="WORLD_SIZE",
-            got=f"{processes} processes",
-            remedy="start it with python -m dpo_dist.doctor, or with one process of a launcher",
-        )
     check_needs(config, "doctor")
     with_thresholds(config.doctor.thresholds)
     for source in [*config.data.train, *config.data.eval]:
@@ -47,25 +40,21 @@ def main(config: RunConfig) -> int:
     # Slow to import: errors above appear at once.
     from dpo_dist.insight.console import console_on  # noqa: PLC0415
     from dpo_dist.insight.doctor.examine import diagnose  # noqa: PLC0415
-    from dpo_dist.insight.pages.doctor import (  # noqa: PLC0415
-        print_diagnosis,
-        write_doctor_page,
-        write_doctor_report,
-    )
+    from dpo_dist.insight.pages import doctor as pages  # noqa: PLC0415
 
     folder = RunFolder.of(config)
     folder.check_writable()
     console = console_on(sys.stderr, config.console)
     diagnosis = diagnose(config, console.counter, benchmark)
     exit_code = ExitCode.findings if diagnosis.fails(config.doctor.fail_on) else ExitCode.completed
-    write_doctor_report(folder, diagnosis, exit_code)
-    write_doctor_page(folder, diagnosis, config)
+    pages.write_doctor_report(folder, diagnosis, exit_code)
+    pages.write_doctor_page(folder, diagnosis, config)
     if config.console.style is ConsoleStyle.json:
         console.result("diagnosis", json.loads(folder.doctor_report.read_text(encoding="utf-8")), ())
     else:
-        print_diagnosis(diagnosis, folder)
+        pages.print_diagnosis(diagnosis, folder)
     return exit_code
 
 
 if __name__ == "__main__":
-    run_verb(main, verb="doctor", about=__doc__)
+    run_verb(main, verb="doctor")

@@ -20,10 +20,10 @@ def main(config: RunConfig) -> int:
         return evaluate_models(config, models, console)
 
 
-def check(config: RunConfig) -> int:
-    """Check everything that `main` needs before it uses a GPU; return the exit code."""
-    return check_only(*find_evaluated(config))
+def check(config: RunConfig) -> None:
+    """Check everything that `main` needs before it uses a GPU."""
+    check_only(*find_evaluated(config))
 
 
 if __name__ == "__main__":
-    run_verb(main, check, verb="evaluate", about=__doc__)
+    run_verb(main, check, verb="evaluate")

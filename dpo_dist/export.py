@@ -16,8 +16,6 @@ from dpo_dist.training.targets import find_exported
 
 def main(config: RunConfig) -> int:
     """Write the folder and print its path; return the exit code."""
-    if os.environ.get("RANK", "0") != "0":  # started by a launcher: one process is enough
-        return ExitCode.completed
     sources, output = find_exported(config)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -38,4 +36,4 @@ def main(config: RunConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_verb(main, verb="export", about=__doc__)
+    run_verb(main, verb="export")

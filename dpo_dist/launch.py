@@ -11,18 +11,10 @@ import sys
 from dpo_dist.foundation.process import end_at_signals
 
 if __name__ == "__main__":
-    end_at_signals()  # the imports take seconds
+    end_at_signals()  # the import takes seconds
+    from dpo_dist.distributed.launcher import launch
 
-
-def main(arguments: list[str]) -> int:
-    """Run a verb on the processes that `arguments` ask for; return its exit code."""
-    from dpo_dist.distributed.launcher import launch  # noqa: PLC0415  (slow)
-
-    return launch(arguments)
-
-
-if __name__ == "__main__":
-    exit_code = main(sys.argv[1:])
+    exit_code = launch(sys.argv[1:])
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # the terminal may be closed
             stream.flush()

@@ -15,9 +15,6 @@ from dpo_dist.generation.pairs.rounds import run_rounds
 from dpo_dist.generation.pairs.start import check_pairs
 from dpo_dist.insight.console import console_on, open_console, print_text, warnings_off
 
-_ALONE = (PairsMethod.scores, PairsMethod.people)
-"""Methods without a model, done on rank 0."""
-
 
 def main(config: RunConfig) -> int:
     """Write the preference records of `config.pairs`; return the exit code."""
@@ -25,7 +22,8 @@ def main(config: RunConfig) -> int:
     try:
         if config.pairs.rounds:
             return run_rounds(config, console_on(sys.stderr, config.console).say)
-        if config.pairs.method not in _ALONE or os.environ.get("RANK", "0") == "0":
+        is_alone = config.pairs.method in (PairsMethod.scores, PairsMethod.people)  # without a model
+        if not is_alone or os.environ.get("RANK", "0") == "0":
             with open_console(RunFolder.of(config), config.console) as console:
                 from dpo_dist.generation.pairs.run import make_pairs  # noqa: PLC0415  (slow, prints)
 
@@ -39,15 +37,14 @@ def main(config: RunConfig) -> int:
     return ExitCode.completed
 
 
-def check(config: RunConfig) -> int:
-    """Check everything that needs no weights and no GPU; return the exit code."""
+def check(config: RunConfig) -> None:
+    """Check everything that needs no weights and no GPU."""
     check_pairs(config)
     with warnings_off():
         from dpo_dist.generation.pairs.run import rehearse_pairs  # noqa: PLC0415  (slow)
 
         print_text("check", rehearse_pairs(config).rstrip() + "\n", config.console)
-    return ExitCode.completed
 
 
 if __name__ == "__main__":
-    run_verb(main, check, verb="pairs", about=__doc__)
+    run_verb(main, check, verb="pairs")

@@ -25,11 +25,11 @@ def main(config: RunConfig) -> int:
         return precompute(config, console, stop)
 
 
-def check(config: RunConfig) -> int:
-    """Check everything that `main` needs before it uses a GPU; return the exit code."""
+def check(config: RunConfig) -> None:
+    """Check everything that `main` needs before it uses a GPU."""
     check_needs(config, "precompute")
-    return train.check(config, trains=False)
+    train.check(config, trains=False)
 
 
 if __name__ == "__main__":
-    run_verb(main, check, verb="precompute", about=__doc__)
+    run_verb(main, check, verb="precompute")

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo_dist.config.run_folder import RunFolder, existing_run
+from dpo_dist.config.run_folder import existing_run
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
 from dpo_dist.foundation.streams import open_closed_streams, print_line
 from dpo_dist.insight.metrics.log import read_latest_rows
@@ -15,16 +15,27 @@ from dpo_dist.insight.pages.difference import write_difference
 from dpo_dist.insight.pages.run import write_page
 
 
+def _run(text: str) -> Path:
+    return Path(text.removeprefix("run.dir=")).expanduser()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv); return the exit code."""
     open_closed_streams()
-    given = _parser().parse_args(arguments)
+    parser = argparse.ArgumentParser(prog="python -m dpo_dist.report", description=__doc__)
+    parser.add_argument("run", type=_run, metavar="RUN", help="run directory, also of a run that is training")
+    parser.add_argument("other", type=_run, metavar="OTHER", nargs="?", help="run to compare it with")
+    output = "page to write; default: report.html in RUN, or difference-RUN-OTHER.html in this folder"
+    parser.add_argument("--output", type=Path, metavar="FILE", help=output)
+    given = parser.parse_args(arguments)
     try:
         run = existing_run(given.run)
         if given.other is None:
             path = write_page(run, given.output)
-            if given.output is None and not run.summary.exists():
-                _draw(run)
+            if given.output is None and not run.summary.exists():  # it was killed, or is training
+                with contextlib.suppress(FileNotFoundError):  # without a metrics row
+                    draw_curves(read_latest_rows(run), run.curves, run.path.name)
+                    print_line(f"curves: {run.curves}")
         else:
             path = write_difference((run, existing_run(given.other)), given.output)
     except DpoDistError as error:
@@ -41,27 +52,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return ExitCode.completed
     print_line(fault.block(), sys.stderr)
     return fault.exit_code
-
-
-def _draw(run: RunFolder) -> None:
-    """Draw the training curves of a run that was killed, or is training; nothing without a metrics row."""
-    with contextlib.suppress(FileNotFoundError):
-        rows = read_latest_rows(run)
-        draw_curves(rows, run.curves, run.path.name)
-        print_line(f"curves: {run.curves}")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m dpo_dist.report", description=__doc__)
-    parser.add_argument("run", type=_run, metavar="RUN", help="run directory, also of a run that is training")
-    parser.add_argument("other", type=_run, metavar="OTHER", nargs="?", help="run to compare it with")
-    output = "page to write; default: report.html in RUN, or difference-RUN-OTHER.html in this folder"
-    parser.add_argument("--output", type=Path, metavar="FILE", help=output)
-    return parser
-
-
-def _run(text: str) -> Path:
-    return Path(text.removeprefix("run.dir=")).expanduser()
 
 
 if __name__ == "__main__":

@@ -27,12 +27,11 @@ def main(config: RunConfig) -> int:
         return train(config, console, stop)
 
 
-def check(config: RunConfig, *, trains: bool = True) -> int:
+def check(config: RunConfig, *, trains: bool = True) -> None:
     """Check everything that a run which trains, or only scores its pairs, needs before it uses a GPU."""
-    check_needs(config, "train")
     check_newest_checkpoint(config)
-    return check_only(config, trains=trains)
+    check_only(config, trains=trains)
 
 
 if __name__ == "__main__":
-    run_verb(main, check, verb="train", about=__doc__)
+    run_verb(main, check, verb="train")

@@ -89,13 +89,7 @@ def _parser(**texts: Any) -> _Parser:
 
 def _folder(text: str) -> Path:
     if not Path(text).is_dir():
-        raise ConfigError(
-            "--config-dir is no folder",
-            where=COMMAND_LINE,
-            got=text,
-            expected="a folder of groups: experiment/NAME.yaml, loss/NAME.yaml",
-            remedy="check the path; it is relative to the working directory",
-        )
+        raise argparse.ArgumentTypeError(f"{text} is no folder; a path is relative to the working directory")
     return Path(text)
 
 
@@ -120,17 +114,14 @@ def divide(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _unknown_option(name: str, value: str) -> ConfigError:
     key = name.lstrip("-").replace("-", "_")
+    is_foreign = meant(key, "keys") or meant(key, "answers")
+    found = "" if is_foreign or len(key) == 1 else suggestion(name, _parser()._option_string_actions)
     if key in run_keys():
         remedy = f"write {assignment(key, value or 'true')}"
+    elif is_foreign or (not found and likely(key, run_keys())):
+        remedy = unknown_key(key, value or "true").remedy
     else:
-        is_foreign = meant(key, "keys") or meant(key, "answers")
-        found = "" if is_foreign or len(key) == 1 else suggestion(name, _parser()._option_string_actions)
-        if is_foreign or (not found and likely(key, run_keys())):
-            remedy = unknown_key(key, value or "true").remedy
-        else:
-            remedy = (
-                f"{found}keys have no dashes, such as loss.beta=0.2; options of the launcher come before -m"
-            )
+        remedy = f"{found}keys have no dashes, such as loss.beta=0.2; options of the launcher come before -m"
     where = f"{COMMAND_LINE}: {f'{name} {value}'.strip()}"
     return ConfigError(f"there is no option {name}", where=where, remedy=remedy)
 
@@ -191,42 +182,42 @@ def usage(command: str, about: str, own: Collection[str], folders: Sequence[Path
     ).format_help()
 
 
-def explain(key: str, folders: Sequence[Path], own: Collection[str] = ()) -> str:
+def explain(key: str, folders: Sequence[Path]) -> str:
     """Return the text of `--help KEY`: `loss.beta`, `loss`, `data.train.weight`, a group of presets."""
     name = entry_of(key.removeprefix("+")).replace("[]", "")
     keys = {full.replace("[]", ""): row for full, row in all_keys().items()}
     below = {full: row for full, row in keys.items() if full != name and is_within(full, name)}
     presets = preset_names(name, folders) if re.fullmatch(r"\w+", name) else []
-    if name not in keys and not below and not presets:
+    if name in keys:
+        lines = _facts(keys[name])
+    elif below or presets:
+        lines = [f"{name}: {section_meanings().get(name, 'a group of presets')}"]
+    else:
         mapping, _, option = name.rpartition(".")
-        is_list = all_keys().get(f"{mapping}[].path") or all_keys().get(f"{mapping}[].kind")
-        raise unknown_key(f"{mapping}[].{option}" if is_list else name, own=own)
-    heading = [f"{name}: {section_meanings().get(name, 'a group of presets')}"]
-    lines = _facts(keys[name]) if name in keys else heading
+        is_list = any(full.startswith(f"{mapping}[].") for full in all_keys())
+        raise unknown_key(f"{mapping}[].{option}" if is_list else name)
     if below:
         options = {
             row.name: f"{row.meaning} ({row.default_words or 'must be set'})" for row in below.values()
         }
         lines += ["", f"keys of {name} (default):", *_columns(options)]
     if presets:
-        plus = "+" if name == "experiment" else ""
-        lines += ["", f"presets: {plus}{name}=" + "|".join(presets)]
+        lines += ["", f"presets: {'+' if name == 'experiment' else ''}{name}={'|'.join(presets)}"]
     return "\n".join(lines) + "\n"
 
 
 def _facts(row: Key) -> list[str]:
+    part = "part of the run's digest: another value is another run"
+    free = "not part of the run's digest: a run can be resumed with another value"
     facts = {
         "meaning": row.meaning,
         "type": row.type_words,
         "default": row.default_words or "none, it must be set",
         "verbs": ", ".join(row.verbs),
-        "digest": "part of the run's digest: another value is another run"
-        if row.defines_result
-        else "not part of the run's digest: a run can be resumed with another value",
+        "digest": part if row.defines_result else free,
     }
     section, _, option = row.name.rpartition(".")
-    kinds = kinds_using(option) if section == "loss" else []
-    if kinds:
+    if section == "loss" and (kinds := kinds_using(option)):
         facts["kinds"] = "all" if len(kinds) == len(KINDS) else ", ".join(kinds)
     lines = [row.name, *(f"  {label + ':':<10}{text}" for label, text in facts.items())]
     if row.type is LossKind:
@@ -246,29 +237,30 @@ _OF_ONE_PROCESS = ("doctor", "export")
 
 
 def run_verb(
-    main: Callable[[RunConfig], int],
-    check: Callable[[RunConfig], int] | None = None,
-    *,
-    verb: str = TRAIN,
-    about: str | None = None,
+    main: Callable[[RunConfig], int], check: Callable[[RunConfig], None] | None = None, *, verb: str = TRAIN
 ) -> NoReturn:
     """Run `main` with the configuration of the command line, and exit with its exit code.
 
     A `DpoDistError` is printed as one block, by one rank only; an interrupt by the user in one line. Other
-    exceptions keep their traceback. `check` is called for `--check`, on the first rank only; `about` is the
-    docstring of the verb's module, for `--help`.
+    exceptions keep their traceback. `check` is called for `--check`, on the first rank only. The docstring of
+    the module of `main` is a part of `--help`.
     """
     open_closed_streams()
     styles = [word.lstrip("+") for word in sys.argv[1:] if word.lstrip("+").startswith("console.style=")]
     errors = _Errors(is_json=styles[-1:] == [f"console.style={ConsoleStyle.json}"])
     try:
-        exit_code = _run(main, check, verb, errors, about or "")
+        exit_code = _run(main, check, verb, errors)
     except DpoDistError as error:
         exit_code = errors.print_of_this_rank(error)
     except KeyboardInterrupt:
         exit_code = errors.print_end(ExitCode.interrupted, "interrupted")
     except SystemExit as ended:
-        exit_code = errors.print_end(*_end_of(ended))
+        code, words = ended.code, ""
+        if not isinstance(code, int):
+            code, words = (ExitCode.completed, "") if code is None else (ExitCode.failed, str(code))
+        elif code - _BY_SIGNAL in {*signal.Signals}:
+            words = f"ended by {signal.Signals(code - _BY_SIGNAL).name}"
+        exit_code = errors.print_end(code, words)
     except Exception as bug:  # any exception: the process must not hang at exit
         if (error_of_disk := disk_error(bug)) is not None:
             exit_code = errors.print_of_this_rank(error_of_disk)
@@ -282,15 +274,6 @@ def run_verb(
     note_exit_code(exit_code)
     # At interpreter exit, threads of communication libraries could still abort the process.
     os._exit(exit_code)
-
-
-def _end_of(ended: SystemExit) -> tuple[int, str]:
-    """Return the exit code of a `SystemExit`, and the line to print: a text that it has, or its signal."""
-    if not isinstance(ended.code, int):
-        return (ExitCode.completed, "") if ended.code is None else (ExitCode.failed, str(ended.code))
-    number = ended.code - _BY_SIGNAL
-    is_signal = number in {*signal.Signals}
-    return ended.code, f"ended by {signal.Signals(number).name}" if is_signal else ""
 
 
 @dataclass
@@ -334,20 +317,14 @@ class _Errors:
 
 
 def _run(
-    main: Callable[[RunConfig], int],
-    check: Callable[[RunConfig], int] | None,
-    verb: str,
-    errors: _Errors,
-    about: str,
+    main: Callable[[RunConfig], int], check: Callable[[RunConfig], None] | None, verb: str, errors: _Errors
 ) -> int:
     options = divide(sys.argv[1:])
-    if (text := _answer(options, verb, about)) is None:
+    text = _answer(options, verb, sys.modules[main.__module__].__doc__ or "")
+    if text is None:
+        former = former_values(options) if verb in OF_FORMER_RUN else None
         config = load_run_config(
-            options.words,
-            options.config_dir,
-            verb=verb,
-            former=former_values(options) if verb in OF_FORMER_RUN else None,
-            mistakes=options.mistakes,
+            options.words, options.config_dir, verb=verb, former=former, mistakes=options.mistakes
         )
         text = to_yaml(config) if options.cfg else None
     if text is not None:
@@ -361,11 +338,15 @@ def _run(
     if this_rank() == 0:
         doors = without_secrets(open_doors(config))
         sys.stderr.write("".join(f"{printable_lines(line)}\n" for line in doors))
+    if verb in _OF_ONE_PROCESS and this_rank() > 0:
+        return ExitCode.completed
     if not options.check:
         return main(config)
     if check is None:
         raise ConfigError("this verb has no --check", where=COMMAND_LINE, remedy="remove --check")
-    return check(config) if this_rank() == 0 else ExitCode.completed
+    if this_rank() == 0:
+        check(config)
+    return ExitCode.completed
 
 
 def _repeated(config: RunConfig) -> dict[str, tuple[str, str]]:
@@ -396,6 +377,6 @@ def _answer(options: argparse.Namespace, verb: str, about: str) -> str | None:
         return None
     folders, own = group_folders(options.config_dir), keys_of(verb, trains=verb == "pairs")
     if options.help:
-        return explain(options.help, folders, own)
+        return explain(options.help, folders)
     command = f"{'python' if verb in _OF_ONE_PROCESS else 'accelerate launch'} -m dpo_dist.{verb}"
     return usage(command, about, own, folders)

@@ -29,7 +29,9 @@ VERBS_WITH_DATA = "train precompute evaluate compare doctor pairs"
 """The programs that read preference records, for `verbs`."""
 EVERY_VERB = f"{VERBS_WITH_DATA} export"
 """The programs with a configuration, for `verbs`."""
-_CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True)
+_CONFIG = ConfigDict(
+    extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True, use_attribute_docstrings=True
+)
 
 
 class Facts(NamedTuple):
@@ -44,15 +46,15 @@ class Facts(NamedTuple):
     null_means: Any = None
 
 
-def key(default: Any, meaning: str, **facts_and_limits: Any) -> Any:
-    """Return a field: default, meaning in one line, `Facts`, and pydantic's limits such as `gt=0`."""
+def key(default: Any, **facts_and_limits: Any) -> Any:
+    """Return a field: `Facts`, and limits of pydantic such as `gt=0`; the text below it tells its meaning."""
     limits = {name: value for name, value in facts_and_limits.items() if name not in Facts._fields}
     facts = {name: value for name, value in facts_and_limits.items() if name in Facts._fields}
     if isinstance(default, list):
         limits["default_factory"] = lambda: copy(default)
     else:
         limits["default"] = default
-    return Field(description=meaning, json_schema_extra=Facts(**facts)._asdict(), **limits)
+    return Field(json_schema_extra=Facts(**facts)._asdict(), **limits)
 
 
 def section(kind: type, *, free: bool = False, verbs: str = "") -> Any:

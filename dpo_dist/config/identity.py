@@ -6,32 +6,21 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic.fields import FieldInfo
-
 from dpo_dist.config.fields import default_of, facts_of, fields_of
 from dpo_dist.config.losses import LossKind
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.user_code import find_function
 
 # In the settings of every run; other keys only if they differ from their default.
-_ALWAYS = frozenset(
-    {
-        "model.path",
-        "data.train",
-        "loss.kind",
-        "loss.beta",
-        "reference.mode",
-        "optim.lr",
-        "trainer.epochs",
-        "trainer.global_batch_pairs",
-        "trainer.seed",
-    }
+_ALWAYS = (
+    *("model.path", "data.train", "loss.kind", "loss.beta", "reference.mode", "optim.lr"),
+    *("trainer.epochs", "trainer.global_batch_pairs", "trainer.seed"),
 )
 
 
 def run_digest(config: RunConfig) -> str:
     """Return 8 hex digits of SHA-256 over the keys that define the run's result; paths count as written."""
-    defining = _defining(config)
+    defining = plain(config, with_defaults=True)
     if LossKind.custom in config.loss.kinds:
         defining["loss"]["function_source"] = find_function(config.loss.function).digest
     canonical = json.dumps(defining, sort_keys=True, separators=(",", ":"))
@@ -92,31 +81,18 @@ def _values(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def plain(value: Any) -> Any:
-    """Return `value` without dataclasses and enums; of a dataclass, only keys that define the result and are
-    not at their default.
+def plain(value: Any, *, with_defaults: bool = False) -> Any:
+    """Return `value` without dataclasses and enums; of a dataclass the keys that define the result.
+
+    Those at their default only `with_defaults`; a null that means another value is then that value.
     """
-    if is_dataclass(value):
-        return {
-            option: plain(getattr(value, option))
-            for option, field in fields_of(value).items()
-            if not facts_of(field).free and not _is_default(value, option, field)
-        }
     if isinstance(value, list):
-        return [plain(item) for item in value]
-    return str(value) if isinstance(value, str) else value
-
-
-def _is_default(value: Any, option: str, field: FieldInfo) -> bool:
-    return getattr(value, option) in (default_of(field), facts_of(field).null_means)
-
-
-def _defining(value: Any) -> Any:
-    if is_dataclass(value):
-        return {
-            option: _defining(facts.null_means if own is None else own)
-            for option, field in fields_of(value).items()
-            for own, facts in [(getattr(value, option), facts_of(field))]
-            if not facts.free
-        }
-    return [_defining(item) for item in value] if isinstance(value, list) else value
+        return [plain(item, with_defaults=with_defaults) for item in value]
+    if not is_dataclass(value):
+        return str(value) if isinstance(value, str) else value
+    found = {}
+    for option, field in fields_of(value).items():
+        own, facts = getattr(value, option), facts_of(field)
+        if not facts.free and (with_defaults or own not in (default_of(field), facts.null_means)):
+            found[option] = plain(facts.null_means if own is None else own, with_defaults=with_defaults)
+    return found

@@ -9,7 +9,6 @@ from enum import Enum
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from dpo_dist.config.fields import EVERY_VERB, default_of, facts_of, fields_of
@@ -17,7 +16,7 @@ from dpo_dist.config.identity import plain
 from dpo_dist.config.schema import NO_MODEL, RunConfig
 
 COMMAND_LINE = "command line"
-_SIGNS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+_SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
 
 
 @dataclass(frozen=True)
@@ -68,12 +67,14 @@ def _rows_of(kind: Any, prefix: str, defines: bool, verbs: str) -> Iterator[Key]
     for option, field in fields_of(kind).items():
         hint, facts, default = hints[option], facts_of(field), default_of(field)
         defining, used_by = defines and not facts.free, facts.verbs or verbs
+        limits = [(sign, getattr(limit, name, None)) for limit in field.metadata for name, sign in _SIGNS]
+        bounds = [f"{sign} {bound:g}" for sign, bound in limits if bound is not None]
         row = Key(
             prefix + option,
             hint,
             NO_MODEL if default is PydanticUndefined else default,
-            field.description or "",
-            " and ".join(_bounds(field)),
+            " ".join((field.description or "").split()),
+            " and ".join(bounds),
             defining,
             tuple(used_by.split()),
             facts.accepts,
@@ -82,14 +83,6 @@ def _rows_of(kind: Any, prefix: str, defines: bool, verbs: str) -> Iterator[Key]
         if (inner := nested(hint)) is not None:
             below = f"{row.name}[]." if get_origin(hint) is list else f"{row.name}."
             yield from _rows_of(inner, below, defining, used_by)
-
-
-def _bounds(field: FieldInfo) -> Iterator[str]:
-    for limit in field.metadata:
-        for name, sign in _SIGNS.items():
-            bound = getattr(limit, name, None)
-            if bound is not None and abs(bound) < 2**62:  # those of whole numbers of 64 bits
-                yield f"{sign} {bound:g}"
 
 
 @cache

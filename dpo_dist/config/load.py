@@ -31,15 +31,15 @@ from dpo_dist.config.mistakes import (
     SCHEMA,
     assignment,
     composition_error,
+    meant,
     preset_names,
     raise_all,
     unknown_key,
     unknown_preset,
     unreadable,
-    values_of,
     wrong_values,
 )
-from dpo_dist.config.rules import NEEDS, RULES, TRAIN, Rule, check, keys_of, resolve_reference
+from dpo_dist.config.rules import NEEDS, RULES, Rule, check, keys_of, resolve_reference
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.user_code import find_function, written_values
 from dpo_dist.foundation.errors import ConfigError
@@ -58,14 +58,8 @@ _OF_COMMAND = " of the command"
 def config_dir() -> Path:
     """Return the folder of config.yaml and the groups, of an installed package or a source checkout."""
     package = Path(__file__).resolve().parents[1]
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise ConfigError(
-        "the configuration files of dpo_dist are missing",
-        where=str(package / "conf"),
-        remedy="install the package again",
-    )
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
 
 
 def group_folders(own_folder: Path | None = None) -> list[Path]:
@@ -83,12 +77,9 @@ def load_run_config(
 ) -> RunConfig:
     """Compose, type and check one run; what a verb needs of it, such as `data.train`, only with `verb`.
 
-    Args:
-        words: as on the command line of a verb: `["my.yaml", "+experiment=qwen7b", "loss.beta=0.2"]`.
-        own_folder: further groups of presets and experiments, as of `--config-dir`.
-        verb: it reads all keys of the command, and has the keys that it needs.
-        former: values of a run's config.yaml, which the command changes.
-        mistakes: that were found in the command before.
+    `words` are those of a command: `["my.yaml", "+experiment=qwen7b", "loss.beta=0.2"]`; `own_folder` has
+    further groups, as `--config-dir`. A `verb` reads all keys of the command, and has the keys that it needs.
+    `former` are values of a run's config.yaml, which the command changes; `mistakes` were found before.
 
     Raises:
         ConfigError: a key, value or preset does not exist, or values contradict each other; all mistakes.
@@ -96,13 +87,12 @@ def load_run_config(
     find_function.cache_clear()
     command = _Command(words, own_folder, verb, former, mistakes)
     values = command.composed()
-    config = None
     try:
         config = SCHEMA.validate_python(values)
     except ValidationError as error:
-        command.mistakes += wrong_values(error, command.origin)
+        raise_all([*command.mistakes, *wrong_values(error, command.origin)])
+        raise
     raise_all(command.mistakes)
-    assert config is not None
     return checked(config, given_keys(command.overrides), NEEDS.get(verb, ()))
 
 
@@ -128,10 +118,16 @@ def parse_overrides(words: Iterable[str]) -> tuple[list[Override], list[str]]:
     parsed, unread = [], []
     for word in words:
         key, equals, value = word.partition("=")
-        override = _parsed(word)
-        is_text = override is not None and type(override.value()) in (int, float) and _takes_text(key)
-        if equals and (override is None or is_text):  # `run.name=1e3` is that text
-            override = _parsed(f"{key}={_quoted(value)}")
+        hint, override = run_keys().get(key.lstrip("+")), _parsed(word)
+        kinds = {hint, *get_args(hint)}
+        takes_text = str in kinds and kinds.isdisjoint({int, float})  # `run.name=1e3` is that text
+        if equals and (override is None or (takes_text and type(override.value()) in (int, float))):
+            # Hydra's grammar has no `~/m`, `é` or `NAME=PATH` without quotes.
+            if re.fullmatch(r"\[[^\[\]{}\"']*\]", value):
+                value = "[" + ",".join(f'"{entry.strip()}"' for entry in value[1:-1].split(",")) + "]"
+            elif not set(value) & set("[]{}\"',\\") and value == value.strip():
+                value = f'"{value}"'
+            override = _parsed(f"{key}={value}")
         if override is None or not override.key_or_group:
             unread.append(word)
         else:
@@ -139,24 +135,11 @@ def parse_overrides(words: Iterable[str]) -> tuple[list[Override], list[str]]:
     return parsed, unread
 
 
-def _takes_text(key: str) -> bool:
-    hint = run_keys().get(key.lstrip("+"))
-    kinds = {hint, *get_args(hint)}
-    return str in kinds and kinds.isdisjoint({int, float})
-
-
 def _parsed(line: str) -> Override | None:
     try:
         return OverridesParser.create().parse_override(line)
     except HydraException:
         return None
-
-
-def _quoted(value: str) -> str:
-    """Return a text, or a flat list of texts, in quotes: Hydra's grammar has no `~/m`, `é` or `NAME=PATH`."""
-    if re.fullmatch(r"\[[^\[\]{}\"']*\]", value):
-        return "[" + ",".join(f'"{entry.strip()}"' for entry in value[1:-1].split(",")) + "]"
-    return value if set(value) & set("[]{}\"',\\") or value != value.strip() else f'"{value}"'
 
 
 @dataclass
@@ -184,22 +167,22 @@ class _Command:
         self.mistakes = [*mistakes, *([unreadable(unread)] if unread else [])]
         self.folders, self.verb = group_folders(own_folder), verb
         trains = not given_keys(parsed).isdisjoint({"pairs.rounds", _EXPERIMENT})  # `composed` knows for sure
-        self._own = keys_of(verb or TRAIN, trains=trains)
+        self._own = keys_of(verb, trains=trains) if verb else []
         self.overrides = []
         for override in parsed:
             if (mistake := self._mistake(override)) is None:
                 self.overrides.append(override)
             else:
                 self.mistakes.append(mistake)
-        choices = [override for override in self.overrides if self._is_choice(override)]
-        self.added = [
-            (group, name)
-            for override in choices
-            if (group := override.key_or_group) not in run_keys()
-            for name in _names(override)
-        ]
+        self.added: dict[str, list[str]] = {}
         """Choices of experiments and other groups that are no section."""
-        typed = {o.key_or_group: str(o.value()) for o in choices if o.key_or_group in run_keys()}
+        typed = {}
+        for override in filter(self._is_choice, self.overrides):
+            group = override.key_or_group
+            if group in run_keys():
+                typed[group] = str(override.value())
+            else:
+                self.added.setdefault(group, []).extend(_names(override))
         self.layers = [layer for file in files if (layer := self._layer(file)) is not None]
         if former is not None:
             self.layers.append(_Layer("config.yaml", former, {}))
@@ -236,9 +219,7 @@ class _Command:
 
     def _choices(self) -> list[str]:
         """Return the choices of groups, as overrides for Hydra."""
-        added: dict[str, list[str]] = {}
-        for group, name in self.added:
-            added.setdefault(group, []).append(self._stored(group, name))
+        added = {group: [self._stored(group, name) for name in names] for group, names in self.added.items()}
         return [*_words("", self.chosen), *_words("+", added)]
 
     def _stored(self, group: str, name: str) -> str:
@@ -312,8 +293,7 @@ class _Command:
         if is_choice and not override.is_sweep_override():
             return self._wrong_choice(override)
         if not is_choice and key.partition("[")[0] not in run_keys():
-            where = f"{COMMAND_LINE}: {line}"
-            return unknown_key(key, text, where=where, own=self._own, is_strict=bool(self.verb))
+            return unknown_key(key, text, where=f"{COMMAND_LINE}: {line}", own=self._own)
         if isinstance(override.value(), dict) and get_origin(run_keys().get(key)) is list:
             message, remedy = f"{key} has the wrong type", f"write {assignment(key, text)}"
         elif override.is_delete():
@@ -324,30 +304,41 @@ class _Command:
         return ConfigError(message, where=COMMAND_LINE, got=line, remedy=remedy) if message else None
 
     def _wrong_choice(self, override: Override) -> ConfigError | None:
-        group, value, line = override.key_or_group, override.value(), str(override.input_line)
+        group, value = override.key_or_group, override.value()
         known = preset_names(group, self.folders)
-        if group in run_keys() and not isinstance(value, str):
-            remedy = f"choose one of {', '.join(known)}, or remove {group}"
-            if isinstance(value, list) and group == "loss":
-                terms = ", ".join(f"{{kind: {(*values_of(name), name)[0]}, weight: 1}}" for name in value)
-                remedy = f"weigh them: 'loss.terms=[{terms}]'"
-            elif isinstance(value, list) and group == "data":
-                remedy = f"name the sources: 'data.train=[{', '.join(map(str, value))}]'"
-            return ConfigError(f"{group} is chosen by name", where=COMMAND_LINE, got=line, remedy=remedy)
-        unknown = [name for name in _names(override) if name not in known]
-        return unknown_preset(group, unknown[0], self.folders, self.verb) if unknown else None
+        if group not in run_keys() or isinstance(value, str):
+            unknown = [name for name in _names(override) if name not in known]
+            return unknown_preset(group, unknown[0], self.folders, self.verb) if unknown else None
+        remedy = f"choose one of {', '.join(known)}, or remove {group}"
+        if isinstance(value, list) and group == "loss":
+            kinds = [(*meant(name, "values"), name)[0] for name in value]
+            terms = ", ".join(f"{{kind: {kind}, weight: 1}}" for kind in kinds)
+            remedy = f"weigh them: 'loss.terms=[{terms}]'"
+        elif isinstance(value, list) and group == "data":
+            remedy = f"name the sources: 'data.train=[{', '.join(map(str, value))}]'"
+        line = str(override.input_line)
+        return ConfigError(f"{group} is chosen by name", where=COMMAND_LINE, got=line, remedy=remedy)
 
     def _layer(self, file: str) -> _Layer | None:
         """Return the layer of a file of the command; its list of `defaults` names presets."""
         try:
             entries, presets, values = self._keys(Path(file))
-            presets |= _defaults(entries, file)
+            listed = [entry for entry in entries if entry != "_self_"]
+            if not all(isinstance(entry, dict) for entry in listed):
+                raise ConfigError(
+                    "the list of defaults names presets only",
+                    where=file,
+                    got=str(entries),
+                    remedy="name a preset by its group, 'loss: ipo', and other files on the command line",
+                )
         except ConfigError as error:
             self.mistakes.append(error)
             return None
         except _COMPOSITION_ERRORS as error:
             self.mistakes.append(composition_error(error, self.folders))
             return None
+        named = [pair for entry in listed for pair in entry.items()]
+        presets |= {group.split()[-1].lstrip("/"): str(name) for group, name in named}
         for group, preset in list(presets.items()):
             if preset not in preset_names(group, self.folders):
                 self.mistakes.append(unknown_preset(group, presets.pop(group), self.folders, self.verb))
@@ -355,14 +346,23 @@ class _Command:
 
     def _keys(self, file: Path) -> tuple[list[Any], dict[str, str], dict[str, Any]]:
         """Return the list of `defaults` of a file, the sections that are names of presets, and the keys."""
-        content = _read(file)
+        try:
+            content = OmegaConf.to_container(OmegaConf.load(file))
+        except OSError as error:
+            remedy = "check the path; it is relative to the working directory"
+            raise ConfigError(
+                "this file of keys cannot be read", where=str(file), got=str(error.strerror), remedy=remedy
+            ) from error
+        if not isinstance(content, dict):
+            remedy = "write keys: 'loss: {beta: 0.2}'"
+            raise ConfigError("this file has no keys", where=str(file), remedy=remedy)
         entries, presets = content.pop("defaults", []), {}
-        for group, value in list(content.items()):
-            if isinstance(value, str) and group in run_keys() and preset_names(group, self.folders):
-                presets[group] = content.pop(group)
         values = OmegaConf.create()
         for key, value in content.items():
-            OmegaConf.update(values, key, value, force_add=True)  # `loss.beta: 0.2` too
+            if isinstance(value, str) and key in run_keys() and preset_names(str(key), self.folders):
+                presets[str(key)] = value
+            else:
+                OmegaConf.update(values, str(key), value, force_add=True)  # `loss.beta: 0.2` too
         whole = cast(dict[str, Any], OmegaConf.to_container(values))
         return entries if isinstance(entries, list) else [entries], presets, whole
 
@@ -400,40 +400,12 @@ def _names(override: Override) -> list[str]:
     return [str(name) for name in value] if isinstance(value, list) else [str(value)]
 
 
-def _read(file: Path) -> dict[str, Any]:
-    """Return the content of a YAML file of keys."""
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(file))
-    except OSError as error:
-        remedy = "check the path; it is relative to the working directory"
-        raise ConfigError(
-            "this file of keys cannot be read", where=str(file), got=str(error.strerror), remedy=remedy
-        ) from error
-    if not isinstance(content, dict):
-        raise ConfigError("this file has no keys", where=str(file), remedy="write keys: 'loss: {beta: 0.2}'")
-    return {str(key): value for key, value in content.items()}
-
-
-def _defaults(entries: Iterable[Any], file: str) -> dict[str, str]:
-    """Return the presets of a list of defaults as Hydra writes it: `[override /loss: ipo]`."""
-    listed = [entry for entry in entries if entry != "_self_"]
-    if not all(isinstance(entry, dict) for entry in listed):
-        raise ConfigError(
-            "the list of defaults names presets only",
-            where=file,
-            got=str(entries),
-            remedy="name a preset by its group, 'loss: ipo', and other files on the command line",
-        )
-    return {group.split()[-1].lstrip("/"): str(name) for entry in listed for group, name in entry.items()}
-
-
 def _not_read(overrides: Iterable[Override], verb: str, *, trains: bool) -> list[ConfigError]:
     """Return an error for each override whose key a verb does not read; files may serve several verbs."""
     own, mistakes = keys_of(verb, trains=trains), []
     for override in overrides:
         group, value = override.key_or_group, override.value()
-        given = [f"{group}.{name}" for name in value] if isinstance(value, dict) else [group]
-        for name in given:
+        for name in [f"{group}.{name}" for name in value] if isinstance(value, dict) else [group]:
             key = "reference.mode" if name == "reference" else name.partition("[")[0]
             if key in own or key not in run_keys():
                 continue

@@ -20,14 +20,12 @@ class RouterConfig:
     """Losses of the routers of a mixture of experts, which training adds to the loss of each global batch."""
 
     aux_coefficient: Literal["model"] | Positive | Annotated[float, Field(strict=True, gt=0)] | None = key(
-        None,
-        "Weight of the load-balancing loss, or `model`: `router_aux_loss_coef` of its config.json; "
-        "null: without it.",
-        accepts="model, a number above 0, or null",
+        None, accepts="model, a number above 0, or null"
     )
-    z_coefficient: float | None = key(
-        None, "Weight of the router z-loss (arXiv 2202.08906); null: without it.", gt=0
-    )
+    """Weight of the load-balancing loss, or `model`: `router_aux_loss_coef` of its config.json; null: without
+    it."""
+    z_coefficient: float | None = key(None, gt=0)
+    """Weight of the router z-loss (arXiv 2202.08906); null: without it."""
 
     @property
     def is_set(self) -> bool:
@@ -200,8 +198,10 @@ def kinds_using(option: str) -> list[LossKind]:
 class LossTermConfig:
     """One summand of `loss.terms`."""
 
-    kind: LossKind = key(..., "Kind of the summand.")
-    weight: float = key(1.0, "Its weight in the sum.")
+    kind: LossKind = key(...)
+    """Kind of the summand."""
+    weight: float = key(1.0)
+    """Its weight in the sum."""
 
 
 Term = Annotated[LossTermConfig, BeforeValidator(as_entry("kind"))]
@@ -211,63 +211,62 @@ Term = Annotated[LossTermConfig, BeforeValidator(as_entry("kind"))]
 class SyncReferenceConfig:
     """TR-DPO: a live reference model that follows the policy (arXiv 2404.09656)."""
 
-    every: int | None = key(None, "Steps between updates of the live reference; null: no updates.", ge=1)
-    mixup: float = key(0.6, "Share of the policy's weights in the updated reference.", gt=0, le=1)
+    every: int | None = key(None, ge=1)
+    """Steps between updates of the live reference; null: no updates."""
+    mixup: float = key(0.6, gt=0, le=1)
+    """Share of the policy's weights in the updated reference."""
 
 
 @schema
 class LossConfig:
     """The loss, its options and its sums."""
 
-    kind: LossKind = key(
-        LossKind.sigmoid, "Kind of loss; formulas: docs/losses.md.", verbs="train precompute evaluate doctor"
-    )
-    beta: float = key(0.1, "Strength of the pull toward the reference model.", gt=0)
+    kind: LossKind = key(LossKind.sigmoid, verbs="train precompute evaluate doctor")
+    """Kind of loss; formulas: docs/losses.md."""
+    beta: float = key(0.1, gt=0)
+    """Strength of the pull toward the reference model."""
     label_smoothing: float | None = key(
-        None,
-        "Assumed share of pairs with swapped labels; null: 0, for `exo_pair` 1e-3.",
-        ge=0,
-        lt=0.5,  # from a half on the loss would prefer the rejected response
-    )
-    divergence: Divergence = key(Divergence.reverse_kl, "f-divergence that turns log-ratios into scores.")
-    alpha_coefficient: float = key(0.5, "Order of `divergence=alpha`.", ge=-10, le=10)
-    length_average: bool = key(True, "`ipo`: divide log-ratios by the response's tokens.")
-    bco_delta: BcoDelta = key(BcoDelta.zero, "`bco_pair`: reward shift.")
+        None, ge=0, lt=0.5
+    )  # from a half on the rejected response would be preferred
+    """Assumed share of pairs with swapped labels; null: 0, for `exo_pair` 1e-3."""
+    divergence: Divergence = key(Divergence.reverse_kl)
+    """f-divergence that turns log-ratios into scores."""
+    alpha_coefficient: float = key(0.5, ge=-10, le=10)
+    """Order of `divergence=alpha`."""
+    length_average: bool = key(True)
+    """`ipo`: divide log-ratios by the response's tokens."""
+    bco_delta: BcoDelta = key(BcoDelta.zero)
+    """`bco_pair`: reward shift."""
     discopop_tau: float = key(
-        0.05,
-        "`discopop`: temperature of the blend of its two losses.",
-        gt=0,
-        le=1,  # above 1 the loss of a pair that is ranked wrongly grows like exp(-b h)
-    )
-    dpop_lambda: float = key(
-        50.0, "`dpop`: weight of the penalty on a chosen response below the reference.", ge=0
-    )
-    offset_alpha: float = key(1.0, "`odpo`: weight of the score gap's logarithm.", ge=0)
-    simpo_gamma: float = key(0.5, "`simpo`: target margin.", ge=0)
-    orpo_lambda: float = key(0.1, "`orpo`: weight of the odds-ratio term.", ge=0)
-    cpo_nll_weight: float = key(1.0, "`cpo`: weight of the chosen response's mean negative log-prob.", ge=0)
-    beta_alpha: float = key(0.6, "`beta_dpo`: how much beta follows the batch's margin.", ge=0)
-    beta_momentum: float = key(0.9, "`beta_dpo`: momentum of the moving average of margins.", ge=0, lt=1)
-    ld_alpha: float | None = key(
-        None,
-        "Weight of tokens past the length of the pair's shortest response (arXiv 2409.06411); null: 1.",
-        ge=0,
-        le=1,
-    )
-    weighting: Weighting = key(
-        Weighting.none, "Weight of each pair's loss; `wpo` (arXiv 2406.11827): by its probability."
-    )
-    reference_free: bool = key(
-        False, "Take the reference's log-probs as 0.", verbs="train precompute evaluate"
-    )
-    terms: list[Term] = key(
-        [],
-        "Weighted sum of kinds, in place of `kind`: `[{kind: sigmoid, weight: 1}, ...]`.",
-        verbs="train precompute evaluate doctor",
-    )
+        0.05, gt=0, le=1
+    )  # above 1 the loss of a pair that is ranked wrongly grows like exp(-b h)
+    """`discopop`: temperature of the blend of its two losses."""
+    dpop_lambda: float = key(50.0, ge=0)
+    """`dpop`: weight of the penalty on a chosen response below the reference."""
+    offset_alpha: float = key(1.0, ge=0)
+    """`odpo`: weight of the score gap's logarithm."""
+    simpo_gamma: float = key(0.5, ge=0)
+    """`simpo`: target margin."""
+    orpo_lambda: float = key(0.1, ge=0)
+    """`orpo`: weight of the odds-ratio term."""
+    cpo_nll_weight: float = key(1.0, ge=0)
+    """`cpo`: weight of the chosen response's mean negative log-prob."""
+    beta_alpha: float = key(0.6, ge=0)
+    """`beta_dpo`: how much beta follows the batch's margin."""
+    beta_momentum: float = key(0.9, ge=0, lt=1)
+    """`beta_dpo`: momentum of the moving average of margins."""
+    ld_alpha: float | None = key(None, ge=0, le=1)
+    """Weight of tokens past the length of the pair's shortest response (arXiv 2409.06411); null: 1."""
+    weighting: Weighting = key(Weighting.none)
+    """Weight of each pair's loss; `wpo` (arXiv 2406.11827): by its probability."""
+    reference_free: bool = key(False, verbs="train precompute evaluate")
+    """Take the reference's log-probs as 0."""
+    terms: list[Term] = key([], verbs="train precompute evaluate doctor")
+    """Weighted sum of kinds, in place of `kind`: `[{kind: sigmoid, weight: 1}, ...]`."""
     sync_reference: SyncReferenceConfig = section(SyncReferenceConfig)
     router: RouterConfig = section(RouterConfig, verbs="train")
-    function: str | None = key(None, "`custom`: the loss function, as `module:function`.")
+    function: str | None = key(None)
+    """`custom`: the loss function, as `module:function`."""
 
     @property
     def kinds(self) -> tuple[LossKind, ...]:

@@ -62,8 +62,3 @@ METRICS: Mapping[str, Metric] = {
 
 MAIN = ("loss", "rewards/accuracies", "rewards/margins")
 """The metrics that say first how a run goes: of tables, the terminal and the card."""
-
-
-def metric_of(key: str) -> Metric:
-    """Return the metric of a key of a metrics row."""
-    return METRICS[key.removeprefix(PREFIX)]

@@ -13,7 +13,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
@@ -62,26 +62,16 @@ def meant(name: str, table: str) -> tuple[str, ...]:
     return _table(table).get(plain) or _table(table).get(plain.rpartition(".")[2], ())
 
 
-def values_of(word: str) -> tuple[str, ...]:
-    """Return the values for which a word of other trainers stands."""
-    return _table("values").get(word.lower(), ())
-
-
 # A guess of lower similarity misleads more people than it helps.
 _SIMILAR, _NEARLY_EQUAL = 0.75, 0.9
 # A wrong guess at one of these would end the run early, or late, without a message.
 _NOT_GUESSED = frozenset({"trainer.max_steps", "trainer.stop_after_steps", "trainer.max_seconds"})
 
 
-def nearest(word: str, known: Iterable[str]) -> list[str]:
-    """Return `known`, the most similar to `word` first; for dotted keys the last part counts again."""
-    return sorted(known, key=lambda candidate: sum(_similarities(word, candidate)), reverse=True)
-
-
 def likely(word: str, known: Iterable[str]) -> list[str]:
     """Return those of `known` that the user probably meant by `word`, the most similar first."""
     candidates = list(known)
-    if same := [name for name in (word.lower(), *values_of(word)) if name in candidates]:
+    if same := [name for name in (word.lower(), *meant(word, "values")) if name in candidates]:
         return same[:1]
     section, _, last_part = word.rpartition(".")
     # Keys of the same section with the word as a part of their name: loss.alpha, loss.ld_alpha.
@@ -94,9 +84,14 @@ def likely(word: str, known: Iterable[str]) -> list[str]:
     ]
     if with_part:
         return with_part
-    for candidate in nearest(word, candidates)[:3]:
-        whole, last = _similarities(word, candidate)
-        similarity = last if "." in word or "." not in candidate else max(whole, last)
+
+    def similarities(candidate: str) -> tuple[float, float]:
+        last = difflib.SequenceMatcher(None, last_part, candidate.rpartition(".")[2]).ratio()
+        return difflib.SequenceMatcher(None, word, candidate).ratio(), last
+
+    for candidate in sorted(candidates, key=lambda candidate: sum(similarities(candidate)), reverse=True)[:3]:
+        whole, last = similarities(candidate)
+        similarity = last if section else max(whole, last)
         elsewhere = section in candidates and candidate.rpartition(".")[0] != section
         if similarity > (_NEARLY_EQUAL if elsewhere or candidate in _NOT_GUESSED else _SIMILAR):
             return [candidate]
@@ -107,13 +102,6 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     """Return a question after the likely names of `known`, with a space after it; empty if there are none."""
     found = likely(word, known)
     return f"did you mean {' or '.join(found)}? " if found else ""
-
-
-def _similarities(word: str, candidate: str) -> tuple[float, float]:
-    """Return the similarity of the whole keys and that of their last parts, each from 0 to 1."""
-    whole = difflib.SequenceMatcher(None, word, candidate).ratio()
-    last = difflib.SequenceMatcher(None, word.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
-    return whole, last
 
 
 def unreadable(words: Sequence[str]) -> ConfigError:
@@ -135,22 +123,20 @@ def raise_all(mistakes: Sequence[ConfigError]) -> None:
     """Raise one error for all mistakes, of several with a line each; without any do nothing."""
     if len(mistakes) == 1:
         raise mistakes[0]
-    if mistakes:
-        lines = list(dict.fromkeys(map(_line, mistakes)))
+    lines = []
+    for one in mistakes:
+        where = one.where.removeprefix(COMMAND_LINE).removeprefix(": ")
+        got = f" ({one.got})" if where and one.got and "=" not in where else ""
+        is_said = one.expected in one.remedy or one.remedy.startswith(("did you mean", "write"))
+        expected = "" if is_said else f", expected {one.expected}"
+        lines.append(f"{where or one.got}{got}: {one.message}{expected}; {one.remedy}")
+    if lines := list(dict.fromkeys(lines)):
         raise ConfigError(f"this command has {len(lines)} mistakes", remedy=f"\n{' ' * 12}".join(lines))
-
-
-def _line(mistake: ConfigError) -> str:
-    where = mistake.where.removeprefix(COMMAND_LINE).removeprefix(": ")
-    got = "" if not mistake.got or "=" in where else f" ({mistake.got})"
-    is_said = mistake.expected in mistake.remedy or mistake.remedy.startswith(("did you mean", "write"))
-    expected = "" if is_said else f", expected {mistake.expected}"
-    return f"{where or mistake.got}{got if where else ''}: {mistake.message}{expected}; {mistake.remedy}"
 
 
 def assignment(key: str, value: str) -> str:
     """Return `key=value`, quoted for a shell, with `...` in place of a value that the key does not accept."""
-    for text in (value, *values_of(value), f"[{value}]"):
+    for text in (value, *meant(value, "values"), f"[{value}]"):
         if text and _is_accepted(key, text):
             return shlex.quote(f"{key}={text}")
     return f"{key}=..."
@@ -171,78 +157,59 @@ def _is_accepted(key: str, text: str) -> bool:
     return True
 
 
-def unknown_key(
-    key: str, value: str = "", *, where: str = "", own: Collection[str] = (), is_strict: bool = False
-) -> ConfigError:
+def unknown_key(key: str, value: str = "", *, where: str = "", own: Collection[str] = ()) -> ConfigError:
     """Return the error for a key that does not exist, with what to write in its place.
 
-    Args:
-        key: the whole key.
-        value: as it was written; empty if unknown.
-        where: the file or override with the key.
-        own: keys that are suggested before all others.
-        is_strict: whether all other keys are refused, so that none of them is suggested.
+    `value` is as it was written, empty if unknown; `where` the file or override with the key; `own` the keys
+    that are not refused, if others are.
     """
     mapping, _, name = key.rpartition(".")
-    if f"{mapping}[].{name}" in all_keys() and (not is_strict or mapping in own):
-        return _key_of_an_entry(mapping, name, value, where or key)
-    above = all_keys().get(entry_of(mapping).removesuffix("[]"))
-    kind = nested(above.type) if above else None
-    known = [f"{mapping}.{option}" for option in fields_of(kind)] if kind else list(run_keys())
-    expected = ""
-    if mapping.endswith("]") and "path" in (fields_of(kind) if kind else ()):  # an entry of a list of sources
-        same = [f"{mapping}.{found}" for found in meant(name, "sources")[:1]]
-        answer = None
+    of_entries = [row.rpartition(".")[2] for row in all_keys() if row.rpartition(".")[0] == f"{mapping}[]"]
+    if name in of_entries and (not own or mapping in own):
+        before = "" if name == of_entries[0] else f"{of_entries[0]}: {of_entries[0].upper()}, "
+        expected = mapping
+        remedy = f"write '{mapping}=[{{{before}{name}: {value or '...'}}}]'; it is a key of an entry"
     else:
-        same, answer = _same_keys(key, own), next(iter(meant(key, "answers")), None)
-        if answer and all(assignment(one, value).endswith("=...") for one in same):
-            same = []  # `template: llama3` of LLaMA-Factory is no value of data.template
-        if key.startswith("hydra."):
-            answer = "remove it: run.dir sets the run directory, and a sweep is one job for each value"
-    found = same or ([] if answer else likely(key, own) or likely(key, known))
-    if is_strict and found and set(own).isdisjoint(found) and found[0] != "loss":
-        remedy = f"remove it: {read_by(found[0])}"
-    elif same and "[" in same[0]:
-        remedy = f"did you mean {same[0].rpartition('.')[2]}?"
-    elif same:
-        written = [assignment(one, value) for one in same]
-        remedy = f"write {next((line for line in written if not line.endswith('=...')), written[0])}"
-        expected = f"{same[0]}, {all_keys()[same[0]].type_words}" if same[0] in all_keys() else same[0]
-    elif answer:
-        remedy = answer.replace("{value}", value or "...")
-    elif found:
-        expected = " or ".join(found)
-        remedy = f"did you mean {expected}?"
-    else:
-        remedy = _keys_beside(key, known if kind else own if is_strict else known)
+        expected, remedy = _meant_key(key, value, own)
     return ConfigError(f"there is no key {key!r}", where=where or key, expected=expected, remedy=remedy)
 
 
-def _same_keys(key: str, own: Collection[str]) -> list[str]:
-    """Return the keys that are meant: those of another trainer, or the only one of this name in a section."""
-    if key.startswith("hydra."):
-        return []
-    foreign = meant(key, "keys")
-    named = [option for option in own or run_keys() if option.rpartition(".")[2] == key]
-    if foreign:  # `output` of export is no other name of run.dir
-        named = [option for option in named if option.partition(".")[2] == key]
-    return list(dict.fromkeys([*(named if len(named) == 1 else []), *foreign]))
-
-
-def _key_of_an_entry(mapping: str, name: str, value: str, where: str) -> ConfigError:
-    """Return the error for a key of an entry of a list, written as if it were one of the list."""
-    first = next(option for option in all_keys() if option.startswith(f"{mapping}[].")).rpartition(".")[2]
-    before = "" if name == first else f"{first}: {first.upper()}, "
-    remedy = f"write '{mapping}=[{{{before}{name}: {value or '...'}}}]'; it is a key of an entry"
-    return ConfigError(f"there is no key '{mapping}.{name}'", where=where, expected=mapping, remedy=remedy)
-
-
-def _keys_beside(key: str, known: Iterable[str]) -> str:
-    section = key.rpartition(".")[0]
-    if names := [name.rpartition(".")[2] for name in known if name.rpartition(".")[0] == section and section]:
-        return f"the keys of {section} are {', '.join(names)}"
-    sections = [name for name in known if "." not in name]
-    return f"a key has a section, such as loss.beta; the sections are {', '.join(sections)}"
+def _meant_key(key: str, value: str, own: Collection[str]) -> tuple[str, str]:
+    """Return the key that was meant by one that does not exist, and what to write in its place."""
+    mapping, _, name = key.rpartition(".")
+    above = all_keys().get(entry_of(mapping).removesuffix("[]"))
+    inner = nested(above.type) if above else None
+    known = [f"{mapping}.{option}" for option in fields_of(inner)] if inner else list(run_keys())
+    if mapping.endswith("]") and f"{mapping}.path" in known:  # an entry of a list of sources
+        if same := meant(name, "sources"):
+            return f"{mapping}.{same[0]}", f"did you mean {same[0]}?"
+        answers: tuple[str, ...] = ()
+    else:
+        # Keys of another trainer, or the only one of this name in a section.
+        foreign, answers = meant(key, "keys"), meant(key, "answers")
+        named = [option for option in own or run_keys() if option.rpartition(".")[2] == key]
+        if foreign:  # `output` of export is no other name of run.dir
+            named = [option for option in named if option.partition(".")[2] == key]
+        same = tuple(dict.fromkeys([*(named if len(named) == 1 else []), *foreign]))
+    written = [line for one in same if not (line := assignment(one, value)).endswith("=...")]
+    if answers and not written:
+        same = ()  # `template: llama3` of LLaMA-Factory is no value of data.template
+    found = same or (() if answers else likely(key, own) or likely(key, known))
+    if found and own and set(own).isdisjoint(found) and found[0] != "loss":
+        return "", f"remove it: {read_by(found[0])}"
+    if same:
+        row = all_keys().get(same[0])
+        expected = f"{same[0]}, {row.type_words}" if row else same[0]
+        return expected, f"write {(*written, f'{same[0]}=...')[0]}"
+    if answers:
+        return "", answers[0].replace("{value}", value or "...")
+    if found:
+        return " or ".join(found), f"did you mean {' or '.join(found)}?"
+    beside = [one.rpartition(".")[2] for one in known if mapping and one.rpartition(".")[0] == mapping]
+    if beside:
+        return "", f"the keys of {mapping} are {', '.join(beside)}"
+    sections = [one for one in own or known if "." not in one]
+    return "", f"a key has a section, such as loss.beta; the sections are {', '.join(sections)}"
 
 
 def preset_names(group: str, folders: Iterable[Path]) -> list[str]:
@@ -268,7 +235,7 @@ def unknown_preset(group: str, choice: str, folders: Sequence[Path], verb: str =
         f"there is no {group} named {choice!r}",
         where=group,
         got=choice,
-        expected="one of " + ", ".join(nearest(choice, known)),
+        expected=f"one of {', '.join(known)}",
         remedy=remedy,
     )
 
@@ -278,21 +245,15 @@ def composition_error(error: Exception, folders: Sequence[Path]) -> ConfigError:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return unknown_preset(group, choice, folders)
+    where, got = "command line, or a file that it names", str(error)
     if isinstance(error, yaml.MarkedYAMLError):
-        message = f"a configuration file is not valid YAML: {error.problem}"
-        return ConfigError(message, where=str(error.problem_mark).strip(), remedy="correct the file")
-    if isinstance(error, InterpolationResolutionError):
-        return ConfigError(
-            "an interpolation cannot be resolved",
-            where=error.full_key or COMMAND_LINE,
-            got=(error.msg or str(error)).splitlines()[0],
-            expected="${SECTION.KEY} of a key with a value, such as ${run.root}",
-            remedy="correct the name, or write the value itself",
-        )
+        where, got = str(error.problem_mark).strip(), str(error.problem)
+    elif isinstance(error, OmegaConfBaseException):
+        where, got = error.full_key or where, error.msg or got
     return ConfigError(
         "the configuration cannot be composed",
-        where="command line, or a file that it names",
-        got=" ".join(str(error.msg if isinstance(error, OmegaConfBaseException) else error).split()),
+        where=where,
+        got=" ".join(got.split()),
         remedy="correct the key or the file",
     )
 
@@ -316,33 +277,22 @@ def wrong_values(error: ValidationError, origin: Callable[[str], str]) -> list[C
     `origin` returns the override or file that gives a key.
     """
     found: dict[str, ConfigError] = {}
-    missing: dict[str, ConfigError] = {}
-    for one in error.errors():
+    # A name that is not known comes before one that is missing, which may be meant by it.
+    for one in sorted(error.errors(), key=lambda one: one["type"] == "missing"):
         is_unknown = one["type"] == "unexpected_keyword_argument"
-        key = _key_at(one["loc"], is_unknown=is_unknown)
-        where, value = origin(key), one["input"]
+        key, value = _key_at(one["loc"], is_unknown=is_unknown), one["input"]
+        above, _, name = key.rpartition(".")
         if is_unknown:
             text = "" if isinstance(value, dict) else as_written(value)
-            found[key] = unknown_key(key, text, where=where)
-        elif one["type"] == "missing":
-            remedy = f"write {key.rpartition('.')[2]}: ..."
-            missing[key] = ConfigError(f"{key} is not set", where=key, remedy=remedy)
-        else:
-            found.setdefault(key, _wrong_value(key, one, where))
-    unknown = {key.rpartition(".")[0] for key in found}  # the missing key may be there under another name
-    return [
-        *found.values(),
-        *(error for key, error in missing.items() if key.rpartition(".")[0] not in unknown),
-    ]
+            found[key] = unknown_key(key, text, where=origin(key))
+        elif one["type"] != "missing":
+            found.setdefault(key, _wrong_value(key, one, origin(key)))
+        elif all(other.rpartition(".")[0] != above for other in found):
+            found[key] = ConfigError(f"{key} is not set", where=key, remedy=f"write {name}: ...")
+    return list(found.values())
 
 
-_BOUNDS = {
-    "greater_than": "> {gt:g}",
-    "greater_than_equal": ">= {ge:g}",
-    "less_than": "< {lt:g}",
-    "less_than_equal": "<= {le:g}",
-    "finite_number": "a finite number",
-}
+_BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
 _TEXTS = {"empty": "write a value, or remove the key", "home": "write the whole path"}
 
 
@@ -355,7 +305,7 @@ def _wrong_value(key: str, error: ErrorDetails, where: str) -> ConfigError:
     got, names = as_written(value), choices(hint)
     expected = (row.accepts if row else "") or describe_type(hint)
     if kind in _BOUNDS:
-        expected = ((row.bounds if row else "") or _BOUNDS[kind].format(**error.get("ctx", {}))) + null
+        expected = ((row.bounds if row else "") or error["msg"].removeprefix("Input should be ")) + null
         message, remedy = "is out of range", f"choose {key} in that range" + (null and ", or null")
     elif kind in _TEXTS:
         message, expected, remedy = error["msg"], "", _TEXTS[kind]
@@ -367,7 +317,7 @@ def _wrong_value(key: str, error: ErrorDetails, where: str) -> ConfigError:
         elif found := likely(got, names) or ([last] if last != got and _is_accepted(key, last) else []):
             remedy = f"did you mean {key}={found[0]}?"
         if len(names) > 2:
-            expected = "one of " + ", ".join(nearest(got, names)) + null
+            expected = f"one of {', '.join(names)}{null}"
     else:
         message, remedy = "has the wrong type", _typed(key, hint, value, expected)
     return ConfigError(f"{key} {message}", where=where, got=got, expected=expected, remedy=remedy)
@@ -376,20 +326,14 @@ def _wrong_value(key: str, error: ErrorDetails, where: str) -> ConfigError:
 def _typed(key: str, hint: Any, value: Any, expected: str) -> str:
     """Return how to write a value of the right type."""
     got, inner = as_written(value), nested(hint)
-    first = next(iter(fields_of(inner))) if inner is not None else ""
     if get_origin(hint) is list:
         return f"write {assignment(key, got)}"
     if key == "model.adapter":
-        return (
-            f"write model.adapter.path={got}" if "/" in got else "write 'model.adapter={r: 64, alpha: 128}'"
-        )
-    if first:
-        is_entry = key.endswith("]")
-        return (
-            f"write a {first}, or a mapping with it"
-            if is_entry
-            else f"write {key}.{first}=...; or another of its keys"
-        )
+        own = f"{key}.path={got}" if "/" in got else "'model.adapter={r: 64, alpha: 128}'"
+        return f"write {own}"
+    if inner is not None:
+        first = next(iter(fields_of(inner)))
+        return f"write a mapping with {first}" if key.endswith("]") else f"write {key}.{first}=..."
     if isinstance(value, float) and value.is_integer():
         return f"write {key}={int(value)}"
     return f"set {key} to {expected}"

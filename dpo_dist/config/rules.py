@@ -101,14 +101,9 @@ def at(config: RunConfig, key: str, absent: Any = None) -> Any:
 
 
 LOADED = (ReferenceMode.cached, ReferenceMode.live)
-_STORED = (ReferenceMode.cached,)
 MODES_USING = {
-    "path": LOADED,
-    "quantization": LOADED,
-    "numerics": _STORED,
-    "offload": LOADED,
-    "nvme_path": LOADED,
-    "rows_per_shard": _STORED,
+    **dict.fromkeys(("path", "quantization", "offload", "nvme_path"), LOADED),
+    **dict.fromkeys(("numerics", "rows_per_shard"), (ReferenceMode.cached,)),
 }
 """Options of `reference` and the modes in which they have an effect.
 
@@ -119,7 +114,72 @@ runs of every mode.
 # They define the reference model; the other options only say how it is loaded and scored.
 _DEFINING = ("path", "quantization", "numerics")
 
-_MODEL = (
+_UNKNOWN = "torch.compile is not known to be exact with"
+
+OTHER_ROLE_NAMES = frozenset(
+    {"human", "Human", "User", "gpt", "chatgpt", "bot", "Assistant"}
+    | {"observation", "tool_response", "function", "function_call", "tool_call"}
+)
+"""Roles of datasets that are read as user, assistant or tool."""
+
+
+def _given_once(key: str) -> Rule:
+    def is_repeated(config: RunConfig) -> bool:
+        bare = [replace(source, weight=1.0) for source in at(config, key)]
+        return any(source in bare[:index] for index, source in enumerate(bare))
+
+    return Rule(
+        key,
+        f"a source of {key} is given twice",
+        "remove one of them; weight: 2 draws each pair of a source of data.train twice per epoch",
+        is_repeated,
+    )
+
+
+def _unweighted(key: str) -> Rule:
+    return Rule(
+        key,
+        "a weight has no effect on evaluation data: every pair counts once",
+        "remove the weight, or set limit",
+        lambda c: any(source.weight != 1 for source in at(c, key)),
+    )
+
+
+def _unused_by_loss(option: str) -> Rule:
+    users = ", ".join(sorted(kinds_using(option)))
+    return unused(
+        f"loss.{option}", LOSS, f"choose a loss that uses it: {users}", lambda c: c.loss.uses(option)
+    )
+
+
+def _unused_by_a_term(option: str) -> Rule:
+    """Refuse an option of the whole loss that a term lacks; `sft` beside a preference loss is exempt."""
+    return Rule(
+        f"loss.{option} {LOSS}",
+        f"a term of the loss does not use loss.{option}",
+        f"remove loss.{option}, or the terms that do not use it",
+        lambda c: (
+            getattr(c.loss, option) != getattr(LossConfig, option)
+            and c.loss.uses(option)
+            and any(option not in facts.options for facts in c.loss.facts if facts.fewest_responses > 1)
+        ),
+    )
+
+
+def direction_of(trainer: TrainerConfig) -> Direction | None:
+    """Return which values of `trainer.keep_best` are the best; None if it is not known."""
+    metric = (trainer.keep_best or "").removeprefix(PREFIX)
+    # Also of one source, bucket of lengths or percentile.
+    known = (
+        row.best
+        for name, row in METRICS.items()
+        if row.best and (metric == name or metric.startswith((f"{name}/", f"{name}_by_length/")))
+    )
+    return next(known, None)
+
+
+RULES = (
+    # The model.
     Rule(
         "model.attention=flash_attention_2|varlen model.dtype=fp32",
         "{model.attention} computes in 16 bits only",
@@ -135,24 +195,26 @@ _MODEL = (
         "model.gradient_checkpointing!=none",
         "set model.gradient_checkpointing=full: the inputs of checkpointed layers are moved",
     ),
-)
-_UNKNOWN = "torch.compile is not known to be exact with"
-_COMPILE = tuple(
-    Rule(
-        f"model.compile=true {when}",
-        why,
-        f"set model.compile=false, or remove {when.partition('=')[0].rstrip('!')}",
-    )
-    for when, why in (
-        ("model.liger=true", "torch.compile and Liger fuse the same operations"),
-        ("model.quantization!=null", f"{_UNKNOWN} quantized weights"),
-        ("reference.quantization!=null", f"{_UNKNOWN} quantized weights"),
-        ("reference.offload=nvme", "a compiled layer needs all its weights at once, and NVMe gives a part"),
-        ("loss.router.aux_coefficient!=null", f"{_UNKNOWN} losses of routers"),
-        ("loss.router.z_coefficient!=null", f"{_UNKNOWN} losses of routers"),
-    )
-)
-_ADAPTER = (
+    # torch.compile.
+    *(
+        Rule(
+            f"model.compile=true {when}",
+            why,
+            f"set model.compile=false, or remove {when.partition('=')[0].rstrip('!')}",
+        )
+        for when, why in (
+            ("model.liger=true", "torch.compile and Liger fuse the same operations"),
+            ("model.quantization!=null", f"{_UNKNOWN} quantized weights"),
+            ("reference.quantization!=null", f"{_UNKNOWN} quantized weights"),
+            (
+                "reference.offload=nvme",
+                "a compiled layer needs all its weights at once, and NVMe gives a part",
+            ),
+            ("loss.router.aux_coefficient!=null", f"{_UNKNOWN} losses of routers"),
+            ("loss.router.z_coefficient!=null", f"{_UNKNOWN} losses of routers"),
+        )
+    ),
+    # Adapters and quantized weights.
     Rule(
         "model.adapter.dropout!=0|null",
         "policy and reference must compute the same function, so an adapter has no dropout",
@@ -186,38 +248,7 @@ _ADAPTER = (
         "DoRA needs the norms of the base's weights, which peft cannot compute from 8-bit ones",
         "set model.quantization=nf4, or another model.adapter.variant",
     ),
-)
-
-OTHER_ROLE_NAMES = frozenset(
-    {"human", "Human", "User", "gpt", "chatgpt", "bot", "Assistant"}
-    | {"observation", "tool_response", "function", "function_call", "tool_call"}
-)
-"""Roles of datasets that are read as user, assistant or tool."""
-
-
-def _given_once(key: str) -> Rule:
-    def is_repeated(config: RunConfig) -> bool:
-        bare = [replace(source, weight=1.0) for source in at(config, key)]
-        return any(source in bare[:index] for index, source in enumerate(bare))
-
-    return Rule(
-        key,
-        f"a source of {key} is given twice",
-        "remove one of them; weight: 2 draws each pair of a source of data.train twice per epoch",
-        is_repeated,
-    )
-
-
-def _unweighted(key: str) -> Rule:
-    return Rule(
-        key,
-        "a weight has no effect on evaluation data: every pair counts once",
-        "remove the weight, or set limit",
-        lambda c: any(source.weight != 1 for source in at(c, key)),
-    )
-
-
-_DATA = (
+    # Data.
     *map(_given_once, ("data.train", "data.eval", "evaluation.data")),
     *map(_unweighted, ("data.eval", "evaluation.data")),
     Rule(
@@ -246,31 +277,7 @@ _DATA = (
         "write data.trained_roles=[assistant], or several of assistant, user, tool and system",
         lambda c: not OTHER_ROLE_NAMES.isdisjoint(c.data.trained_roles),
     ),
-)
-
-
-def _unused_by_loss(option: str) -> Rule:
-    users = ", ".join(sorted(kinds_using(option)))
-    return unused(
-        f"loss.{option}", LOSS, f"choose a loss that uses it: {users}", lambda c: c.loss.uses(option)
-    )
-
-
-def _unused_by_a_term(option: str) -> Rule:
-    """Refuse an option of the whole loss that a term lacks; `sft` beside a preference loss is exempt."""
-    return Rule(
-        f"loss.{option} {LOSS}",
-        f"a term of the loss does not use loss.{option}",
-        f"remove loss.{option}, or the terms that do not use it",
-        lambda c: (
-            getattr(c.loss, option) != getattr(LossConfig, option)
-            and c.loss.uses(option)
-            and any(option not in facts.options for facts in c.loss.facts if facts.fewest_responses > 1)
-        ),
-    )
-
-
-_LOSS = (
+    # The loss.
     Rule(
         LOSS,
         "a kind of loss appears twice",
@@ -304,8 +311,7 @@ _LOSS = (
         "remove loss.label_smoothing, or choose a value > 0 and < 0.5",
         lambda c: any(facts.smoothing_above_0 for facts in c.loss.facts),
     ),
-)
-_OPTIM = (
+    # The optimizer.
     Rule(
         "optim.kind=adamw_8bit parallelism.offload_optimizer!=none",
         "an offloaded optimizer is DeepSpeed's CPU Adam, whose states are float32",
@@ -334,22 +340,7 @@ _OPTIM = (
         "the moving average of the weights is in the checkpoints, and none is kept",
         "set trainer.keep_last=1, or remove trainer.ema_decay",
     ),
-)
-
-
-def direction_of(trainer: TrainerConfig) -> Direction | None:
-    """Return which values of `trainer.keep_best` are the best; None if it is not known."""
-    metric = (trainer.keep_best or "").removeprefix(PREFIX)
-    # Also of one source, bucket of lengths or percentile.
-    known = (
-        row.best
-        for name, row in METRICS.items()
-        if row.best and (metric == name or metric.startswith((f"{name}/", f"{name}_by_length/")))
-    )
-    return next(known, None)
-
-
-_TRAINING = (
+    # Training and evaluations.
     *(
         Rule(
             f"{key}!={off} data.eval=[] data.eval_share=0",
@@ -391,27 +382,7 @@ _TRAINING = (
         "choose eval_loss, eval_rewards/accuracies or eval_rewards/margins",
         lambda c: (c.trainer.keep_best or "").startswith(PREFIX) and direction_of(c.trainer) is None,
     ),
-)
-_EXPORT = (
-    unused("export.merge", "model.adapter!=null", "train an adapter"),
-    unused("export.weights", "trainer.ema_decay!=null", "set trainer.ema_decay"),
-    unused("export.checkpoint", "export.average=[]", "remove export.average, which names what is exported"),
-    *(
-        Rule(
-            f"export.average!=[] {when}",
-            "export.average takes whole models, so this key has no effect on it",
-            "export each checkpoint with this key first, and name the folders",
-        )
-        for when in ("export.merge=true", "export.weights=ema")
-    ),
-    Rule(
-        "export.average!=[]",
-        "an average has two members or more, each once",
-        "set export.checkpoint for one; for more of one member {{path: FOLDER, weight: 2}}",
-        lambda c: len({member.path for member in c.export.average}) < max(2, len(c.export.average)),
-    ),
-)
-_REFERENCE = (
+    # The reference.
     Rule(
         "reference.mode=none loss",
         "this loss needs a reference model",
@@ -480,9 +451,25 @@ _REFERENCE = (
             ),
         )
     ),
+    # Exported models.
+    unused("export.merge", "model.adapter!=null", "train an adapter"),
+    unused("export.weights", "trainer.ema_decay!=null", "set trainer.ema_decay"),
+    unused("export.checkpoint", "export.average=[]", "remove export.average, which names what is exported"),
+    *(
+        Rule(
+            f"export.average!=[] {when}",
+            "export.average takes whole models, so this key has no effect on it",
+            "export each checkpoint with this key first, and name the folders",
+        )
+        for when in ("export.merge=true", "export.weights=ema")
+    ),
+    Rule(
+        "export.average!=[]",
+        "an average has two members or more, each once",
+        "set export.checkpoint for one; for more of one member {{path: FOLDER, weight: 2}}",
+        lambda c: len({member.path for member in c.export.average}) < max(2, len(c.export.average)),
+    ),
 )
-
-RULES = (*_MODEL, *_COMPILE, *_ADAPTER, *_DATA, *_LOSS, *_OPTIM, *_TRAINING, *_REFERENCE, *_EXPORT)
 """In the order in which they are checked."""
 
 _NEEDS_MODEL = Rule(

@@ -32,20 +32,17 @@ Resume = StrEnum("Resume", ["auto", "never", "must"])
 class FolderConfig:
     """The run directory, and whether to resume the run in it."""
 
-    dir: Filled | None = key(None, "Run directory; null: `<run.root>/<run.name>-<digest>`.")
+    dir: Filled | None = key(None)
+    """Run directory; null: `<run.root>/<run.name>-<digest>`."""
     name: str = key(
-        "run",
-        "Name of the run, for its directory and for reports.",
-        accepts="the name of one folder; run.root is the folder above it",
-        pattern=r"^[^/]*[^/.][^/]*$",
+        "run", accepts="the name of one folder; run.root is the folder above it", pattern=r"^[^/]*[^/.][^/]*$"
     )
-    root: Filled = key("output", "Folder of run directories, encoded data and the reference store.")
-    resume: Resume = key(
-        Resume.auto,
-        "`auto`: resume if there is a checkpoint; `must`: error without one; "
-        "`never`: error if the directory has results.",
-        verbs="train",
-    )
+    """Name of the run, for its directory and for reports."""
+    root: Filled = key("output")
+    """Folder of run directories, encoded data and the reference store."""
+    resume: Resume = key(Resume.auto, verbs="train")
+    """`auto`: resume if there is a checkpoint; `must`: error without one; `never`: error if the directory has
+    results."""
 
 
 ConsoleStyle = StrEnum("ConsoleStyle", ["auto", "plain", "json"])
@@ -55,11 +52,9 @@ ConsoleStyle = StrEnum("ConsoleStyle", ["auto", "plain", "json"])
 class ConsoleConfig:
     """Messages and progress on the screen."""
 
-    style: ConsoleStyle = key(
-        ConsoleStyle.auto,
-        "`auto`: a live line on a terminal, else `plain`; `plain`: lines with date and time; `json`: JSON "
-        "objects, one a line, on standard output.",
-    )
+    style: ConsoleStyle = key(ConsoleStyle.auto)
+    """`auto`: a live line on a terminal, else `plain`; `plain`: lines with date and time; `json`: JSON
+    objects, one a line, on standard output."""
 
 
 WandbMode = StrEnum("WandbMode", ["auto", "online", "offline", "off"])
@@ -72,26 +67,26 @@ DEFAULT_PROJECT = "dpo_dist"
 class TrackingConfig:
     """Weights & Biases; the report of the run."""
 
-    wandb: WandbMode = key(WandbMode.auto, "`auto`: online if there is an API key, else offline.")
-    project: str | None = key(None, "Project of the run; null: WANDB_PROJECT, else `dpo_dist`.")
-    samples: int = key(
-        8,
-        "Rows of W&B's table of samples at each evaluation; 0: no texts of data or responses are sent.",
-        ge=0,
-        le=1000,
-    )
-    also: list[OtherTracker] = key([], "Further programs that get the metrics: `tensorboard`.")
+    wandb: WandbMode = key(WandbMode.auto)
+    """`auto`: online if there is an API key, else offline."""
+    project: str | None = key(None)
+    """Project of the run; null: WANDB_PROJECT, else `dpo_dist`."""
+    samples: int = key(8, ge=0, le=1000)
+    """Rows of W&B's table of samples at each evaluation; 0: no texts of data or responses are sent."""
+    also: list[OtherTracker] = key([])
+    """Further programs that get the metrics: `tensorboard`."""
 
 
 @schema
 class SamplesConfig:
     """Responses of the policy to held-out prompts at evaluations."""
 
-    prompts: int = key(
-        0, "Prompts of the evaluation data that the policy responds to at evaluations; 0: none.", ge=0
-    )
-    max_new_tokens: int = key(256, "Most tokens of a response.", ge=1)
-    temperature: float = key(0.7, "Temperature of sampling; 0: the likeliest token each time.", ge=0)
+    prompts: int = key(0, ge=0)
+    """Prompts of the evaluation data that the policy responds to at evaluations; 0: none."""
+    max_new_tokens: int = key(256, ge=1)
+    """Most tokens of a response."""
+    temperature: float = key(0.7, ge=0)
+    """Temperature of sampling; 0: the likeliest token each time."""
 
 
 @schema
@@ -99,14 +94,12 @@ class EvaluationConfig:
     """The models that `python -m dpo_dist.evaluate` scores, and the pairs."""
 
     model: Filled | Annotated[list[Filled], Field(min_length=1)] | None = key(
-        None,
-        "Folder or hub name of a model or of an adapter on `model.path`, folder of a checkpoint of this "
-        "configuration (`<run.dir>/checkpoints/step-000100`), or a list of them; null: `<run.dir>/model`.",
-        accepts="a path, or a list of paths",
+        None, accepts="a path, or a list of paths"
     )
-    data: list[Source] = key(
-        [], "Pairs in place of `data.eval`, in the same form; the run directory stays that of the run."
-    )
+    """Folder or hub name of a model or of an adapter on `model.path`, folder of a checkpoint of this
+    configuration (`<run.dir>/checkpoints/step-000100`), or a list of them; null: `<run.dir>/model`."""
+    data: list[Source] = key([])
+    """Pairs in place of `data.eval`, in the same form; the run directory stays that of the run."""
 
     @property
     def models(self) -> list[str | None]:
@@ -124,45 +117,31 @@ OptimizerKind = StrEnum("OptimizerKind", ["adamw", "adamw_8bit"])
 class OptimConfig:
     """AdamW and its learning-rate schedule, a pure function of the step."""
 
-    kind: OptimizerKind = key(
-        OptimizerKind.adamw,
-        "`adamw`, or `adamw_8bit`: its states take 2 bytes for each weight in place of 8 (bitsandbytes, the "
-        "`quantization` extra). Master weights are float32 with both.",
-    )
-    lr: float = key(1e-6, "Peak learning rate; 5e-7 to 5e-6 is usual if all weights are trained.", gt=0)
-    schedule: LearningRateSchedule = key(
-        LearningRateSchedule.cosine,
-        "Learning rate after warm-up, which every schedule has; `constant_with_warmup` is `constant` that "
-        "refuses a run without warm-up. `inverse_sqrt` falls as sqrt(w / step) after w steps of warm-up, "
-        "without them as sqrt(10,000 / (10,000 + step)), as in transformers.",
-    )
-    warmup_ratio: float = key(
-        0.1,
-        "Share of all steps in which the learning rate rises; the first of w such steps has lr / w.",
-        ge=0,
-        le=1,
-    )
-    warmup_steps: int | None = key(
-        None,
-        "Number of steps in which the learning rate rises, in place of `warmup_ratio`; null: by the ratio.",
-        ge=0,
-    )
-    min_lr_ratio: float = key(
-        0.0,
-        "Share of `lr` to which `linear` and `cosine` fall; 0: to 0, in the step after the last.",
-        ge=0,
-        lt=1,
-    )
-    weight_decay: float = key(0.0, "Decoupled weight decay.", ge=0)
+    kind: OptimizerKind = key(OptimizerKind.adamw)
+    """`adamw`, or `adamw_8bit`: its states take 2 bytes for each weight in place of 8 (bitsandbytes, the
+    `quantization` extra). Master weights are float32 with both."""
+    lr: float = key(1e-6, gt=0)
+    """Peak learning rate; 5e-7 to 5e-6 is usual if all weights are trained."""
+    schedule: LearningRateSchedule = key(LearningRateSchedule.cosine)
+    """Learning rate after warm-up, which every schedule has; `constant_with_warmup` is `constant` that
+    refuses a run without warm-up. `inverse_sqrt` falls as sqrt(w / step) after w steps of warm-up, without
+    them as sqrt(10,000 / (10,000 + step)), as in transformers."""
+    warmup_ratio: float = key(0.1, ge=0, le=1)
+    """Share of all steps in which the learning rate rises; the first of w such steps has lr / w."""
+    warmup_steps: int | None = key(None, ge=0)
+    """Number of steps in which the learning rate rises, in place of `warmup_ratio`; null: by the ratio."""
+    min_lr_ratio: float = key(0.0, ge=0, lt=1)
+    """Share of `lr` to which `linear` and `cosine` fall; 0: to 0, in the step after the last."""
+    weight_decay: float = key(0.0, ge=0)
+    """Decoupled weight decay."""
     betas: list[Annotated[float, Field(strict=True, ge=0, lt=1)]] = key(
-        [0.9, 0.999],
-        "Decay rates of both moments.",
-        accepts="two numbers, >= 0 and < 1: [0.9,0.999]",
-        min_length=2,
-        max_length=2,
+        [0.9, 0.999], accepts="two numbers, >= 0 and < 1: [0.9,0.999]", min_length=2, max_length=2
     )
-    eps: float = key(1e-8, "Added to the root of the second moment.", gt=0)
-    max_grad_norm: float = key(1.0, "Gradients are clipped to this norm.", gt=0)
+    """Decay rates of both moments."""
+    eps: float = key(1e-8, gt=0)
+    """Added to the root of the second moment."""
+    max_grad_norm: float = key(1.0, gt=0)
+    """Gradients are clipped to this norm."""
 
 
 AdapterVariant = StrEnum("AdapterVariant", ["lora", "rslora", "dora"])
@@ -176,37 +155,28 @@ class AdapterConfig:
     Keys whose null has a meaning are null only in an adapter that is continued.
     """
 
-    r: int | None = key(None, f"Rank; null: 16{_OR_OWN}", null_means=16, ge=1)
-    alpha: float | None = key(
-        None,
-        f"Scale of the update: alpha / r, for `rslora` alpha / sqrt(r); null: 32{_OR_OWN}",
-        null_means=32.0,
-        gt=0,
-    )
-    dropout: float = key(0.0, "0 only: policy and reference must compute the same function.", accepts="0")
+    r: int | None = key(None, null_means=16, ge=1)
+    """Rank; null: 16, or that of the adapter that is continued."""
+    alpha: float | None = key(None, null_means=32.0, gt=0)
+    """Scale of the update: alpha / r, for `rslora` alpha / sqrt(r); null: 32, or that of the adapter that is
+    continued."""
+    dropout: float = key(0.0, accepts="0")
+    """0 only: policy and reference must compute the same function."""
     target_modules: Literal["all-linear"] | Annotated[list[Filled], Field(min_length=1)] | None = key(
-        None,
-        f"`all-linear` (all but the output layer), or a list of names; null: `all-linear`{_OR_OWN}",
-        accepts="all-linear, a list in brackets: [q_proj,v_proj], or null",
-        null_means="all-linear",
+        None, accepts="all-linear, a list in brackets: [q_proj,v_proj], or null", null_means="all-linear"
     )
-    variant: AdapterVariant | None = key(
-        None,
-        f"`lora`, `rslora` (arXiv 2312.03732) or `dora` (arXiv 2402.09353); null: `lora`{_OR_OWN}",
-        null_means=AdapterVariant.lora,
-    )
-    path: Filled | None = key(
-        None,
-        "Folder or hub name of a LoRA adapter on `model.path`, such as one of supervised fine-tuning: the "
-        "policy starts as the two, which are the reference too, and continues to train it.",
-    )
-    modules_to_save: list[Filled] | None = key(
-        None,
-        "Modules trained in full beside the matrices, by the last parts of their names: "
-        "`[embed_tokens,lm_head]`, norms. Of two that share their weight both or none. Null: "
-        f"none{_OR_OWN}",
-        null_means=[],
-    )
+    """`all-linear` (all but the output layer), or a list of names; null: `all-linear`, or that of the adapter
+    that is continued."""
+    variant: AdapterVariant | None = key(None, null_means=AdapterVariant.lora)
+    """`lora`, `rslora` (arXiv 2312.03732) or `dora` (arXiv 2402.09353); null: `lora`, or that of the adapter
+    that is continued."""
+    path: Filled | None = key(None)
+    """Folder or hub name of a LoRA adapter on `model.path`, such as one of supervised fine-tuning: the policy
+    starts as the two, which are the reference too, and continues to train it."""
+    modules_to_save: list[Filled] | None = key(None, null_means=[])
+    """Modules trained in full beside the matrices, by the last parts of their names:
+    `[embed_tokens,lm_head]`, norms. Of two that share their weight both or none. Null: none, or that of the
+    adapter that is continued."""
 
     def __post_init__(self) -> None:
         if self.path is not None:
@@ -236,189 +206,122 @@ NO_MODEL = "-"
 class ModelConfig:
     """The policy."""
 
-    path: Filled = key(NO_MODEL, "Folder or hub name of the model to train.")
-    revision: str | None = key(None, "Branch, tag or commit of a hub model.")
-    dtype: Dtype = key(
-        Dtype.bf16, "`bf16`, `fp16` for GPUs without bf16 (both with float32 master weights), or `fp32`."
-    )
+    path: Filled = key(NO_MODEL)
+    """Folder or hub name of the model to train."""
+    revision: str | None = key(None)
+    """Branch, tag or commit of a hub model."""
+    dtype: Dtype = key(Dtype.bf16)
+    """`bf16`, `fp16` for GPUs without bf16 (both with float32 master weights), or `fp32`."""
     attention: AttentionBackend = key(
-        AttentionBackend.auto,
-        "Attention kernel; `auto`: the fastest.",
-        free=True,
-        verbs="train precompute evaluate compare",
+        AttentionBackend.auto, free=True, verbs="train precompute evaluate compare"
     )
+    """Attention kernel; `auto`: the fastest."""
     gradient_checkpointing: Literal["none", "full"] | Every = key(
-        "none",
-        "Layers that compute their activations again in backward: `none`, `full`, or n: every n-th.",
-        free=True,
-        verbs="train",
-        accepts="none, full, or a whole number, >= 2",
+        "none", free=True, verbs="train", accepts="none, full, or a whole number, >= 2"
     )
-    activation_offload: bool = key(
-        False,
-        "Inputs of checkpointed layers wait for backward in host memory (CUDA).",
-        free=True,
-        verbs="train",
-    )
-    compile: bool = key(
-        False, "torch.compile in decoder layers.", free=True, verbs="train precompute evaluate"
-    )
-    liger: bool = key(
-        False,
-        "Liger's kernels in decoder layers (CUDA, the `liger` extra).",
-        free=True,
-        verbs="train precompute evaluate",
-    )
-    adapter: AdapterConfig | None = key(
-        None,
-        "Train an adapter in place of all weights: `{r: 64, alpha: 128}`.",
-        verbs=VERBS_WITH_DATA,  # compare and pairs with quantized weights too
-    )
-    quantization: Quantization | None = key(
-        None,
-        "Weights of the adapter's base in 8 or 4 bits (bitsandbytes, the `quantization` extra).",
-        verbs="train precompute evaluate compare pairs",
-    )
-    trust_remote_code: bool = key(False, "Run Python code from the model's repository.")
+    """Layers that compute their activations again in backward: `none`, `full`, or n: every n-th."""
+    activation_offload: bool = key(False, free=True, verbs="train")
+    """Inputs of checkpointed layers wait for backward in host memory (CUDA)."""
+    compile: bool = key(False, free=True, verbs="train precompute evaluate")
+    """torch.compile in decoder layers."""
+    liger: bool = key(False, free=True, verbs="train precompute evaluate")
+    """Liger's kernels in decoder layers (CUDA, the `liger` extra)."""
+    adapter: AdapterConfig | None = key(None, verbs=VERBS_WITH_DATA)
+    """Train an adapter in place of all weights: `{r: 64, alpha: 128}`."""
+    quantization: Quantization | None = key(None, verbs="train precompute evaluate compare pairs")
+    """Weights of the adapter's base in 8 or 4 bits (bitsandbytes, the `quantization` extra)."""
+    trust_remote_code: bool = key(False)
+    """Run Python code from the model's repository."""
 
 
 @schema
 class ReferenceConfig:
     """The source of the reference model's log-probs."""
 
-    mode: ReferenceMode = key(
-        ReferenceMode.auto,
-        "`cached` (stored), `live` (computed beside the policy), `adapter` (the policy with its adapter "
-        "off), `none`; `auto`: `none`, `adapter` or `cached`, by loss and model.",
-    )
-    path: Filled | None = key(
-        None,
-        "Folder or hub name of the reference model; null: `model.path`.",
-        verbs="train precompute evaluate doctor",
-    )
-    quantization: Quantization | None = key(
-        None,
-        "Weights in 8 or 4 bits (bitsandbytes), whole on every device; null: as stored.",
-        verbs="train precompute evaluate doctor",
-    )
-    offload: Offload = key(
-        Offload.none, "Memory of its weights: `none` (the device), `cpu` or `nvme`.", free=True
-    )
-    numerics: Numerics = key(
-        Numerics.strict, "`tolerant` reuses log-probs of other kernels or versions and measures their drift."
-    )
-    rows_per_shard: int = key(
-        4096, "Entries that are stored at a time, in one file: what a kill can lose.", ge=1, free=True
-    )
-    nvme_path: Filled | None = key(None, "Folder on a local disk for `offload=nvme`.", free=True)
-    store: Filled = key(
-        "${run.root}/reference",
-        "Folder of stored log-probs, shared by runs.",
-        free=True,
-        verbs=VERBS_WITH_DATA,
-    )
+    mode: ReferenceMode = key(ReferenceMode.auto)
+    """`cached` (stored), `live` (computed beside the policy), `adapter` (the policy with its adapter off),
+    `none`; `auto`: `none`, `adapter` or `cached`, by loss and model."""
+    path: Filled | None = key(None, verbs="train precompute evaluate doctor")
+    """Folder or hub name of the reference model; null: `model.path`."""
+    quantization: Quantization | None = key(None, verbs="train precompute evaluate doctor")
+    """Weights in 8 or 4 bits (bitsandbytes), whole on every device; null: as stored."""
+    offload: Offload = key(Offload.none, free=True)
+    """Memory of its weights: `none` (the device), `cpu` or `nvme`."""
+    numerics: Numerics = key(Numerics.strict)
+    """`tolerant` reuses log-probs of other kernels or versions and measures their drift."""
+    rows_per_shard: int = key(4096, ge=1, free=True)
+    """Entries that are stored at a time, in one file: what a kill can lose."""
+    nvme_path: Filled | None = key(None, free=True)
+    """Folder on a local disk for `offload=nvme`."""
+    store: Filled = key("${run.root}/reference", free=True, verbs=VERBS_WITH_DATA)
+    """Folder of stored log-probs, shared by runs."""
 
 
 @schema
 class ParallelismConfig:
     """Distribution of weights, gradients and optimizer states over processes."""
 
-    kind: ParallelismKind = key(
-        ParallelismKind.zero3,
-        "ZeRO stage 3 or 2, or `ddp`: weights whole on every process, ZeRO stage 1.",
-        verbs="train precompute evaluate compare pairs",
-    )
-    offload_parameters: PolicyOffload = key(Offload.none, "Memory of the policy's weights.")
-    offload_optimizer: PolicyOffload = key(Offload.none, "Memory of optimizer states.", verbs="train")
-    sequence_parallel: int = key(
-        1,
-        "Processes that share the tokens of each micro-batch, for long sequences (DeepSpeed Ulysses).",
-        ge=1,
-    )
-    timeout_seconds: int = key(
-        600,
-        "Most seconds to wait for another process.",
-        ge=1,
-        le=10**7,
-        verbs="train precompute evaluate compare pairs",
-    )
+    kind: ParallelismKind = key(ParallelismKind.zero3, verbs="train precompute evaluate compare pairs")
+    """ZeRO stage 3 or 2, or `ddp`: weights whole on every process, ZeRO stage 1."""
+    offload_parameters: PolicyOffload = key(Offload.none)
+    """Memory of the policy's weights."""
+    offload_optimizer: PolicyOffload = key(Offload.none, verbs="train")
+    """Memory of optimizer states."""
+    sequence_parallel: int = key(1, ge=1)
+    """Processes that share the tokens of each micro-batch, for long sequences (DeepSpeed Ulysses)."""
+    timeout_seconds: int = key(600, ge=1, le=10**7, verbs="train precompute evaluate compare pairs")
+    """Most seconds to wait for another process."""
 
 
 @schema
 class TrainerConfig:
     """The training loop. Gradient accumulation is derived, never configured."""
 
-    global_batch_pairs: int = key(
-        64, "Pairs of an optimizer step, over all processes.", verbs="train precompute", ge=1
-    )
-    micro_batch_tokens: int = key(
-        8192,
-        "Most tokens of a micro-batch; gradient accumulation follows from it.",
-        ge=1,
-        free=True,
-        verbs="train precompute evaluate",
-    )
-    epochs: float = key(1.0, "Passes over the training data.", verbs="train precompute", gt=0)
-    max_steps: int | None = key(
-        None, "Length of the run in steps; null: by `epochs`.", verbs="train precompute", ge=1
-    )
-    eval_every: int = key(0, "Steps between evaluations; 0: at the end only.", ge=0, free=True)
-    save_every: int = key(100, "Steps between checkpoints; 0: at the end only.", ge=0, free=True)
-    keep_last: int = key(
-        2, "Checkpoints to keep; 0: one while the run trains, none once it is complete.", ge=0, free=True
-    )
-    keep_best: Filled | None = key(
-        None,
-        "Evaluation metric, such as `eval_rewards/accuracies`: a checkpoint is also saved at each new best "
-        "value, and the best are kept beside `keep_last`; null: none.",
-        free=True,
-    )
-    log_every: int = key(
-        1, "Steps per metrics row, which is a mean over their pairs; 0: one row at the end.", ge=0, free=True
-    )
-    seed: int = key(
-        0,
-        "Seed of data order and of an adapter's start; of the samples and random choices of `pairs`.",
-        ge=0,
-        verbs="train precompute evaluate pairs",
-    )
-    deterministic: bool = key(
-        False,
-        "Deterministic kernels only, and an error where there is none; slower on GPUs.",
-        free=True,
-        verbs="train precompute evaluate",
-    )
-    ema_decay: float | None = key(
-        None,
-        "Share that the moving average of the trained weights keeps of itself in a step; `export` writes "
-        "it from a checkpoint with `export.weights=ema`; null: none.",
-        gt=0,
-        lt=1,
-    )
-    stop_after_steps: int | None = key(
-        None, "Steps of this start after which the run saves and exits with code 75.", ge=1, free=True
-    )
-    max_seconds: float | None = key(
-        None, "Seconds after which the run saves and exits with code 75.", gt=0, le=1e9, free=True
-    )
+    global_batch_pairs: int = key(64, verbs="train precompute", ge=1)
+    """Pairs of an optimizer step, over all processes."""
+    micro_batch_tokens: int = key(8192, ge=1, free=True, verbs="train precompute evaluate")
+    """Most tokens of a micro-batch; gradient accumulation follows from it."""
+    epochs: float = key(1.0, verbs="train precompute", gt=0)
+    """Passes over the training data."""
+    max_steps: int | None = key(None, verbs="train precompute", ge=1)
+    """Length of the run in steps; null: by `epochs`."""
+    eval_every: int = key(0, ge=0, free=True)
+    """Steps between evaluations; 0: at the end only."""
+    save_every: int = key(100, ge=0, free=True)
+    """Steps between checkpoints; 0: at the end only."""
+    keep_last: int = key(2, ge=0, free=True)
+    """Checkpoints to keep; 0: one while the run trains, none once it is complete."""
+    keep_best: Filled | None = key(None, free=True)
+    """Evaluation metric, such as `eval_rewards/accuracies`: a checkpoint is also saved at each new best
+    value, and the best are kept beside `keep_last`; null: none."""
+    log_every: int = key(1, ge=0, free=True)
+    """Steps per metrics row, which is a mean over their pairs; 0: one row at the end."""
+    seed: int = key(0, ge=0, verbs="train precompute evaluate pairs")
+    """Seed of data order and of an adapter's start; of the samples and random choices of `pairs`."""
+    deterministic: bool = key(False, free=True, verbs="train precompute evaluate")
+    """Deterministic kernels only, and an error where there is none; slower on GPUs."""
+    ema_decay: float | None = key(None, gt=0, lt=1)
+    """Share that the moving average of the trained weights keeps of itself in a step; `export` writes it from
+    a checkpoint with `export.weights=ema`; null: none."""
+    stop_after_steps: int | None = key(None, ge=1, free=True)
+    """Steps of this start after which the run saves and exits with code 75."""
+    max_seconds: float | None = key(None, gt=0, le=1e9, free=True)
+    """Seconds after which the run saves and exits with code 75."""
 
 
 @schema
 class CompareConfig:
     """Models that `python -m dpo_dist.compare` asks the same prompts of `data.eval`; judge: see `pairs`."""
 
-    models: list[str] = key(
-        [],
-        "Models to compare, each PATH or NAME=PATH: a run directory (its trained model), a checkpoint, a "
-        "folder of a model or an adapter, or a hub name. The first is the base of KL and win rates.",
-    )
-    prompts: int = key(
-        128, "Different prompts, chosen by a hash of `seed` and prompt; all, if there are fewer.", ge=1
-    )
-    max_new_tokens: int = key(256, "Most tokens of a response.", ge=1)
-    temperature: float = key(
-        1.0, "Temperature of sampling; 0: the likeliest token each time. Only at 1 the KL has no bias.", ge=0
-    )
+    models: list[str] = key([])
+    """Models to compare, each PATH or NAME=PATH: a run directory (its trained model), a checkpoint, a folder
+    of a model or an adapter, or a hub name. The first is the base of KL and win rates."""
+    prompts: int = key(128, ge=1)
+    """Different prompts, chosen by a hash of `seed` and prompt; all, if there are fewer."""
+    max_new_tokens: int = key(256, ge=1)
+    """Most tokens of a response."""
+    temperature: float = key(1.0, ge=0)
+    """Temperature of sampling; 0: the likeliest token each time. Only at 1 the KL has no bias."""
 
 
 FailOn = StrEnum("FailOn", ["warning", "error", "never"])
@@ -429,23 +332,25 @@ class DoctorConfig:
     """The examination of the data by `python -m dpo_dist.doctor`."""
 
     thresholds: dict[str, Annotated[float, Field(strict=True, ge=0)]] | None = key(
-        None,
-        "Other thresholds of rules, by name: `{duplicates: 0.05}`; docs/doctor.md lists the rules.",
-        accepts="null or a mapping of rules to numbers of 0 or more: {duplicates: 0.05}",
+        None, accepts="null or a mapping of rules to numbers of 0 or more: {duplicates: 0.05}"
     )
-    fail_on: FailOn = key(FailOn.warning, "Lowest level of a finding that makes the exit code 1.")
-    benchmarks: list[str] = key(
-        [], "Files of benchmark prompts, .jsonl or .txt, that training data should not contain."
-    )
-    texts: bool = key(True, "Whether the page has texts of records; they are hidden until clicked.")
+    """Other thresholds of rules, by name: `{duplicates: 0.05}`; docs/doctor.md lists the rules."""
+    fail_on: FailOn = key(FailOn.warning)
+    """Lowest level of a finding that makes the exit code 1."""
+    benchmarks: list[str] = key([])
+    """Files of benchmark prompts, .jsonl or .txt, that training data should not contain."""
+    texts: bool = key(True)
+    """Whether the page has texts of records; they are hidden until clicked."""
 
 
 @schema
 class MemberConfig:
     """One entry of `export.average`; a bare string is its `path`."""
 
-    path: Filled = key(..., "Folder of a whole model, such as `export` writes.")
-    weight: float = key(1.0, "Its weight in the mean, divided by their sum.", gt=0)
+    path: Filled = key(...)
+    """Folder of a whole model, such as `export` writes."""
+    weight: float = key(1.0, gt=0)
+    """Its weight in the mean, divided by their sum."""
 
 
 Member = Annotated[MemberConfig, BeforeValidator(as_entry("path"))]
@@ -458,36 +363,25 @@ class ExportConfig:
 
     checkpoint: str = key(
         "latest",
-        "`latest`, `best` (by `trainer.keep_best`), or the name of one: `step-000100`.",
         accepts="latest, best, or the name of a folder in checkpoints/, such as step-000100",
         pattern=r"^(latest|best|step-\d{1,18})$",
     )
-    weights: ExportedWeights = key(
-        ExportedWeights.last,
-        "`last`: the weights of the checkpoint's step; `ema`: their moving average (`trainer.ema_decay`).",
-    )
-    average: list[Member] = key(
-        [],
-        "In place of a checkpoint, the mean of whole models: their folders, such as `export` writes.",
-    )
-    merge: bool = key(False, "Write an adapter and its base as one model.")
-    dtype: str | None = key(
-        None,
-        "Precision of the written weights; null: `model.dtype`, for the weights of a merged base that of "
-        "its files.",
-        accepts="bf16, fp16 or fp32",
-        pattern=r"^(bf16|fp16|fp32)$",
-    )
-    check: bool = key(
-        True,
-        "Load the folder by transformers before it gets its name, and compare its weights with the trained "
-        "ones.",
-    )
-    output: Filled | None = key(
-        None,
-        "Folder to write, which must not exist; null: `<run.dir>/exported/<checkpoint>`, with `-ema` and "
-        "`-merged` after it; of `export.average` `<run.dir>/exported/average`.",
-    )
+    """`latest`, `best` (by `trainer.keep_best`), or the name of one: `step-000100`."""
+    weights: ExportedWeights = key(ExportedWeights.last)
+    """`last`: the weights of the checkpoint's step; `ema`: their moving average (`trainer.ema_decay`)."""
+    average: list[Member] = key([])
+    """In place of a checkpoint, the mean of whole models: their folders, such as `export` writes."""
+    merge: bool = key(False)
+    """Write an adapter and its base as one model."""
+    dtype: str | None = key(None, accepts="bf16, fp16 or fp32", pattern=r"^(bf16|fp16|fp32)$")
+    """Precision of the written weights; null: `model.dtype`, for the weights of a merged base that of its
+    files."""
+    check: bool = key(True)
+    """Load the folder by transformers before it gets its name, and compare its weights with the trained ones.
+    """
+    output: Filled | None = key(None)
+    """Folder to write, which must not exist; null: `<run.dir>/exported/<checkpoint>`, with `-ema` and
+    `-merged` after it; of `export.average` `<run.dir>/exported/average`."""
 
 
 PairsMethod = StrEnum("PairsMethod", ["scores", "samples", "delta", "people"])
@@ -506,80 +400,67 @@ class EndpointConfig:
 
     url: str | None = key(
         None,
-        "Address up to the version: `http://localhost:8000/v1`; null: no such judge.",
         accepts="http://HOST:PORT/v1 or https://HOST/v1, without a user, key or query",
         pattern=r"^https?://[^\s/@?]+(/[^\s?]*)?$",
     )
-    model: Filled | None = key(None, "Name of the model, as the endpoint lists it.")
-    verdicts: Verdicts = key(
-        Verdicts.compare,
-        "`compare`: each two responses, in both positions; `grade`: each response by itself, 1 to 10.",
-    )
+    """Address up to the version: `http://localhost:8000/v1`; null: no such judge."""
+    model: Filled | None = key(None)
+    """Name of the model, as the endpoint lists it."""
+    verdicts: Verdicts = key(Verdicts.compare)
+    """`compare`: each two responses, in both positions; `grade`: each response by itself, 1 to 10."""
     criterion: Filled = key(
-        "the better response is more helpful, honest and harmless, and follows the instructions",
-        "The judge's criterion, in one clause.",
+        "the better response is more helpful, honest and harmless, and follows the instructions"
     )
-    parallel_requests: int = key(8, "Requests at a time, of each process.", ge=1)
+    """The judge's criterion, in one clause."""
+    parallel_requests: int = key(8, ge=1)
+    """Requests at a time, of each process."""
 
 
 @schema
 class PairsConfig:
     """Preference records made of the prompts of `data.train`, or of the scores in it."""
 
-    method: PairsMethod = key(
-        PairsMethod.scores,
-        "`scores`: from scores in the data; `samples`: responses of models, scored by a judge; `delta`: "
-        "responses of a stronger model, preferred to those of a weaker one; `people`: labelled by people.",
-    )
-    limit: int | None = key(
-        None,
-        "Number of different prompts to use; `scores`: of usable records, `people`: of comparisons. null: "
-        "all, or 1000 for `people`.",
-        ge=1,
-    )
-    select: PairSelection = key(
-        PairSelection.best_worst,
-        "Pairs of a prompt, by scores: best and worst, best and a random one, or all.",
-    )
-    margin: float = key(
-        0.0, "Scores of a pair differ by more than this; equal scores are never a pair.", ge=0
-    )
-    models: list[str] = key(
-        [],
-        "Models that respond, as folders (also of adapters) or hub names; `delta`: the stronger one, then "
-        "the weaker one. Empty: `model.path`.",
-    )
-    samples: int = key(4, "Responses of each model to a prompt; `delta` takes one.", ge=1)
-    max_new_tokens: int = key(512, "Most tokens of a response.", ge=1)
-    temperature: float = key(1.0, "Temperature of sampling; 0: the likeliest token each time.", ge=0)
-    top_p: float = key(1.0, "Sample from the likeliest tokens with this sum of probabilities.", gt=0, le=1)
-    top_k: int = key(0, "Sample from this number of likeliest tokens; 0: from all.", ge=0)
-    unfinished: DropOrKeep = key(
-        DropOrKeep.drop, "Responses that did not end within `max_new_tokens`: `drop` or `keep` (counted)."
-    )
-    reward_model: Filled | None = key(
-        None, "Judge: folder or hub name of a sequence classification model with one output.", verbs=JUDGING
-    )
-    function: Filled | None = key(None, "Judge: your own function, as `module:function`.", verbs=JUDGING)
+    method: PairsMethod = key(PairsMethod.scores)
+    """`scores`: from scores in the data; `samples`: responses of models, scored by a judge; `delta`:
+    responses of a stronger model, preferred to those of a weaker one; `people`: labelled by people."""
+    limit: int | None = key(None, ge=1)
+    """Number of different prompts to use; `scores`: of usable records, `people`: of comparisons. null: all,
+    or 1000 for `people`."""
+    select: PairSelection = key(PairSelection.best_worst)
+    """Pairs of a prompt, by scores: best and worst, best and a random one, or all."""
+    margin: float = key(0.0, ge=0)
+    """Scores of a pair differ by more than this; equal scores are never a pair."""
+    models: list[str] = key([])
+    """Models that respond, as folders (also of adapters) or hub names; `delta`: the stronger one, then the
+    weaker one. Empty: `model.path`."""
+    samples: int = key(4, ge=1)
+    """Responses of each model to a prompt; `delta` takes one."""
+    max_new_tokens: int = key(512, ge=1)
+    """Most tokens of a response."""
+    temperature: float = key(1.0, ge=0)
+    """Temperature of sampling; 0: the likeliest token each time."""
+    top_p: float = key(1.0, gt=0, le=1)
+    """Sample from the likeliest tokens with this sum of probabilities."""
+    top_k: int = key(0, ge=0)
+    """Sample from this number of likeliest tokens; 0: from all."""
+    unfinished: DropOrKeep = key(DropOrKeep.drop)
+    """Responses that did not end within `max_new_tokens`: `drop` or `keep` (counted)."""
+    reward_model: Filled | None = key(None, verbs=JUDGING)
+    """Judge: folder or hub name of a sequence classification model with one output."""
+    function: Filled | None = key(None, verbs=JUDGING)
+    """Judge: your own function, as `module:function`."""
     endpoint: EndpointConfig = section(EndpointConfig, verbs=JUDGING)
-    prompt_parts: int = key(
-        1,
-        "Parts into which the prompts are divided, by their contents; round after round takes the next.",
-        ge=1,
-    )
-    prompt_part: int = key(0, "The part to use, of `prompt_parts`; with rounds, of the first round.", ge=0)
-    rounds: int = key(
-        0, "Rounds of sampling, scoring, pairing and training, by one command; 0: make pairs only.", ge=0
-    )
-    reference: RoundReference = key(
-        RoundReference.previous,
-        "Reference model of a round's training: the `first` one, or the policy of the `previous` round.",
-    )
-    launcher: Filled | None = key(
-        None,
-        "Command before `-m dpo_dist.train` in rounds, such as `accelerate launch`; null: this with several "
-        "GPUs, else one process.",
-    )
+    prompt_parts: int = key(1, ge=1)
+    """Parts into which the prompts are divided, by their contents; round after round takes the next."""
+    prompt_part: int = key(0, ge=0)
+    """The part to use, of `prompt_parts`; with rounds, of the first round."""
+    rounds: int = key(0, ge=0)
+    """Rounds of sampling, scoring, pairing and training, by one command; 0: make pairs only."""
+    reference: RoundReference = key(RoundReference.previous)
+    """Reference model of a round's training: the `first` one, or the policy of the `previous` round."""
+    launcher: Filled | None = key(None)
+    """Command before `-m dpo_dist.train` in rounds, such as `accelerate launch`; null: this with several
+    GPUs, else one process."""
 
 
 @schema

@@ -49,25 +49,6 @@ def find_function(written: str | None, key: str = LOSS_FUNCTION) -> UserFunction
             expected="module:function",
             remedy=f"write the module with dots and without .py: {key}=my_module:my_function",
         )
-    file = _source_file(module, key)
-    try:
-        text = importlib.util.decode_source(file.read_bytes())
-    except (OSError, SyntaxError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"the source of {key} cannot be read",
-            where=key,
-            got=f"{file}: {error}",
-            remedy="make the file readable, as Python source in UTF-8",
-        ) from error
-    return UserFunction(module, name, file, text_digest(text), text, key)
-
-
-def user_function(written: str | None, key: str = LOSS_FUNCTION) -> Callable[..., Any]:
-    """Return the function that is written as `module:function`; its module is executed once for each text."""
-    return _executed(find_function(written, key))
-
-
-def _source_file(module: str, key: str) -> Path:
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     importlib.invalidate_caches()
@@ -84,7 +65,22 @@ def _source_file(module: str, key: str) -> Path:
             remedy=f"start in the folder of {module.partition('.')[0]}, or add that folder to PYTHONPATH, on "
             "every node; write the module without .py",
         )
-    return Path(spec.origin)
+    file = Path(spec.origin)
+    try:
+        text = importlib.util.decode_source(file.read_bytes())
+    except (OSError, SyntaxError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"the source of {key} cannot be read",
+            where=key,
+            got=f"{file}: {error}",
+            remedy="make the file readable, as Python source in UTF-8",
+        ) from error
+    return UserFunction(module, name, file, text_digest(text), text, key)
+
+
+def user_function(written: str | None, key: str = LOSS_FUNCTION) -> Callable[..., Any]:
+    """Return the function that is written as `module:function`; its module is executed once for each text."""
+    return _executed(find_function(written, key))
 
 
 @cache
@@ -116,9 +112,7 @@ _DOORS = {
     "model.trust_remote_code": "Python code of model folders is run",
     "loss.function": "Python code of the loss is run",
     "pairs.function": "Python code of the judge is run",
-    "data.train": "Python code of a reader of data is run",
-    "data.eval": "Python code of a reader of data is run",
-    "evaluation.data": "Python code of a reader of data is run",
+    **dict.fromkeys(("data.train", "data.eval", "evaluation.data"), "Python code of a reader of data is run"),
 }
 _CODE_OF_HYDRA = ("defaults", "hydra")
 
@@ -131,9 +125,8 @@ def _opened(values: Mapping[str, Any]) -> dict[str, str]:
         inner = values.get(section)
         value = inner.get(name) if isinstance(inner, dict) else None
         if isinstance(value, list):
-            value = next(
-                (entry["reader"] for entry in value if isinstance(entry, dict) and entry.get("reader")), ""
-            )
+            readers = [entry.get("reader") for entry in value if isinstance(entry, dict)]
+            value = next(filter(None, readers), "")
         if value:
             found[key] = "true" if value is True else str(value)
     return found

@@ -9,8 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.batching.plan import Arrangement
-from dpo_dist.config.schema import AttentionBackend, ExportedWeights, RunConfig
+from dpo_dist.config.schema import ExportedWeights, RunConfig
 from dpo_dist.data.template import with_chosen_template
 from dpo_dist.distributed.checkpoint import damaged_checkpoint, find_faults, read_weights
 from dpo_dist.distributed.slices import EMA, WEIGHT
@@ -24,14 +23,11 @@ from dpo_dist.model.folder import (
     start_folder,
     tokenizer_folder,
 )
-from dpo_dist.model.load import TORCH_DTYPES, load_config, load_tokenizer
-from dpo_dist.model.lora import add_adapter
-from dpo_dist.model.packed import PackedCausalLM
+from dpo_dist.model.load import TORCH_DTYPES, load_config, load_tokenizer, without_weights
 from dpo_dist.model.save import (
     copy_tokenizer,
     write_adapter,
     write_merged,
-    write_tokenizer,
     write_weights,
     writing_errors,
 )
@@ -66,7 +62,7 @@ def export_checkpoint(
     """
     base = description_folder(config.model.path, config.model.revision, needs_weights=False)
     start = start_folder(config.model)
-    causal_lm = _without_weights(base, start, config)
+    causal_lm = without_weights(load_config(base, config.model), config.model, start)
     if not is_new and (faults := find_faults(checkpoint, 0, 1)):
         raise damaged_checkpoint(checkpoint, faults)
     trained = {name: weight for name, weight in causal_lm.named_parameters() if weight.requires_grad}
@@ -137,7 +133,7 @@ def _write_tokenizer(folder: Path, base: Path, start: Path | None, config: RunCo
     if template is None:
         copy_tokenizer(source, folder)
     else:
-        write_tokenizer(folder, with_chosen_template(load_tokenizer(source, config.model), template))
+        with_chosen_template(load_tokenizer(source, config.model), template).save_pretrained(folder)
 
 
 def _untrained(causal_lm: Any, config: RunConfig) -> dict[str, Tensor]:
@@ -152,18 +148,3 @@ def _untrained(causal_lm: Any, config: RunConfig) -> dict[str, Tensor]:
         base, dtype="auto", trust_remote_code=code, use_safetensors=True
     ).state_dict()
     return {name: loaded[name] for name in wanted}
-
-
-def _without_weights(base: Path, start: Path | None, config: RunConfig) -> Any:
-    """Return the transformers model of the run, with its adapter if it has one, on the meta device."""
-    with torch.device("meta"):
-        causal_lm = AutoModelForCausalLM.from_config(
-            load_config(base, config.model),
-            dtype=TORCH_DTYPES[config.model.dtype],
-            trust_remote_code=config.model.trust_remote_code,
-        )
-        causal_lm.tie_weights()  # as loading does: own code may have replaced what was tied
-        packed = PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=Arrangement.padded)
-        if config.model.adapter is not None:
-            add_adapter(packed, config.model, config.trainer.seed, start)
-    return packed.causal_lm

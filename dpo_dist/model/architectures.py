@@ -4,7 +4,7 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from dpo_dist.batching.plan import Arrangement
@@ -27,15 +27,8 @@ minimax mpt nemotron_h olmo_hybrid qwen3_5_text qwen3_next recurrent_gemma rwkv 
 """
 IN_ROWS = frozenset(_IN_ROWS.split())
 
-# The option for the size of a table of positions, beyond which a forward fails.
-_POSITION_TABLES = {
-    "codegen": "max_position_embeddings",
-    "ctrl": "max_position_embeddings",
-    "gpt2": "max_position_embeddings",
-    "gptj": "max_position_embeddings",
-    "mpt": "max_seq_len",
-    "opt": "max_position_embeddings",
-}
+# Rows that tables of learned positions have beside the positions, as in OPT.
+_SPARE_POSITIONS = 8
 
 # Parts of the names of options that make training random (dropout, layerdrop, router_jitter_noise), or that
 # divide weights in place for evaluation, which exports would write (rescale_every of RWKV).
@@ -51,7 +44,7 @@ def recorded_arrangement(model_type: str) -> Arrangement:
     return Arrangement.padded if model_type in IN_ROWS else Arrangement.packed
 
 
-def check_supported(model_config: Any, max_length: int) -> None:
+def check_supported(model_config: Any) -> None:
     """Check what config.json says about log-probs of sequences; the check at start tries the model."""
     text = model_config.get_text_config()
     # Gemma 4 has a value by which only tokens of images see later ones.
@@ -59,9 +52,6 @@ def check_supported(model_config: Any, max_length: int) -> None:
         raise not_causal(f"{text.model_type} with use_bidirectional_attention")
     if not getattr(text, "is_causal", True):
         raise not_causal(f"{text.model_type} with is_causal=false")
-    table = _POSITION_TABLES.get(text.model_type)
-    if table is not None and max_length - 1 > (positions := getattr(text, table)):
-        raise few_positions(positions, max_length)
 
 
 def not_causal(got: str) -> ConfigError:
@@ -74,15 +64,21 @@ def not_causal(got: str) -> ConfigError:
     )
 
 
-def few_positions(positions: int, max_length: int, key: str = "model.path") -> ConfigError:
-    """Return the error for a model whose positions are fewer than the inputs of a sequence."""
-    return ConfigError(
-        "the model has fewer positions than a sequence of data.max_length needs",
-        where=f"data.max_length, {key}",
-        got=f"{max_length} with {positions} positions",
-        expected=f"{positions + 1} or less; the last token of a sequence is not an input",
-        remedy=f"set data.max_length to {positions + 1} or less",
-    )
+def check_positions(causal_lm: Any, max_length: int, key: str = "model.path") -> None:
+    """Check that a model with learned positions has one for each input token."""
+    positions = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(positions, int) or max_length - 1 <= positions:
+        return
+    tokens = set(causal_lm.get_input_embeddings().modules())  # original and copy, if an adapter has one
+    tables = [m for m in causal_lm.modules() if isinstance(m, nn.Embedding) and m not in tokens]
+    if any(positions <= table.num_embeddings <= positions + _SPARE_POSITIONS for table in tables):
+        raise ConfigError(
+            "the model has fewer positions than a sequence of data.max_length needs",
+            where=f"data.max_length, {key}",
+            got=f"{max_length} with {positions} positions",
+            expected=f"{positions + 1} or less; the last token of a sequence is not an input",
+            remedy=f"set data.max_length to {positions + 1} or less",
+        )
 
 
 def training_notes(model_config: Any, max_length: int) -> list[str]:

@@ -3,8 +3,9 @@
 import functools
 import importlib.metadata
 import inspect
+import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -50,7 +51,7 @@ def _with_temperature(module: Any, query: Tensor, positions: Tensor) -> Tensor:
 
 
 # The kernels are compiled for heads of these sizes.
-LARGEST_HEAD = 256
+_LARGEST_HEAD = 256
 _HEAD_MULTIPLE = 8
 
 
@@ -94,12 +95,12 @@ class VarlenAttention:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """See `attention.PackedAttention`."""
         cu_query, cu_key, max_query, max_key = self._lengths
-        is_windowed = scores.rule is not None and not scores.rule.is_causal(max_key)
-        lacking = _lacking(self.backend, query, value, scores, is_windowed)
+        rule = None if scores.rule is None or scores.rule.is_causal(max_key) else scores.rule
+        lacking = self._lacking(query, value, scores, rule)
         if lacking is not None:
             _log_sdpa(self.backend, lacking)
             return self._by_segment(query, key, value, scores)
-        window = scores.window if is_windowed else None
+        window = None if rule is None else scores.window
         key, value = key.index_select(0, self._key_indices), value.index_select(0, self._key_indices)
         dim, scale = value.shape[-1], query.shape[-1] ** -0.5 if scores.scale is None else scores.scale
         query, key, value = with_one_dim(query, key, value, _HEAD_MULTIPLE)
@@ -122,50 +123,39 @@ class VarlenAttention:
                 attn_implementation=self.backend.value,
             )[0]
         else:
-            attended = _varlen(query, key, value, self._lengths, scale, window)
+            attended = self._varlen(query, key, value, scale, window)
         return attended[..., :dim]
 
+    def _lacking(self, query: Tensor, value: Tensor, scores: Scores, rule: MaskRule | None) -> str | None:
+        """Return what a layer needs and the kernel does not compute; None if it computes all."""
+        if scores.sinks is not None:
+            return "attention sinks"
+        if scores.softcap is not None and self.backend is AttentionBackend.varlen:
+            return "capped scores"
+        if rule is not None and (scores.window is None or rule.reach != scores.window):
+            return "masks other than sliding windows"
+        if (dim := max(query.shape[-1], value.shape[-1])) > _LARGEST_HEAD:
+            return f"heads of {dim} dimensions"
+        return None
 
-def _lacking(
-    backend: AttentionBackend, query: Tensor, value: Tensor, scores: Scores, is_windowed: bool
-) -> str | None:
-    """Return what a layer needs and the kernel does not compute; None if it computes all."""
-    if scores.sinks is not None:
-        return "attention sinks"
-    if scores.softcap is not None and backend is AttentionBackend.varlen:
-        return "capped scores"
-    if is_windowed and (scores.rule is None or scores.window is None or scores.rule.reach != scores.window):
-        return "masks other than sliding windows"
-    if (dim := max(query.shape[-1], value.shape[-1])) > LARGEST_HEAD:
-        return f"heads of {dim} dimensions"
-    return None
+    def _varlen(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        """Return causal `torch.nn.attention.varlen`, which knows groups of heads since torch 2.12."""
+        from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415  (needs a CUDA build)
+
+        options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        elif groups > 1:
+            key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+        attended = varlen_attn(query, key, value, *self._lengths, **options)
+        assert isinstance(attended, Tensor)
+        return attended
 
 
 @functools.cache
 def _log_sdpa(backend: AttentionBackend, lacking: str) -> None:
     log.info("attention: %s has no %s, so layers with them run on sdpa", backend, lacking)
-
-
-def _varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: tuple[Tensor, Tensor, int, int],
-    scale: float,
-    window: int | None,
-) -> Tensor:
-    """Return causal `torch.nn.attention.varlen`, which knows groups of heads since torch 2.12."""
-    from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415  (needs a CUDA build)
-
-    options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
-        options["enable_gqa"] = True
-    elif groups > 1:
-        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-    attended = varlen_attn(query, key, value, *lengths, **options)
-    assert isinstance(attended, Tensor)
-    return attended
 
 
 PACKED = "dpo_dist_packed"
@@ -267,23 +257,21 @@ class Heads:
 
 
 def heads_of_layers(text: Any) -> list[Heads]:
-    """Return the attention shape of each layer of a text model, one for all if they are equal."""
-    layers = layer_configs(text)
-    return [heads_of(layer) for layer in layers if getattr(layer, "num_attention_heads", None)]
-
-
-def heads_of(model_config: Any) -> Heads:
-    """Return the attention shape of the transformers configuration of a layer.
+    """Return the attention shape of each layer of a text model, one for all if they are equal.
 
     Keys and values of low rank (DeepSeek-V2, arXiv 2405.04434) are projected up to a head for each query
     head, whose `head_dim` in the configuration is only the part with positions.
     """
-    heads: int = model_config.num_attention_heads
-    if getattr(model_config, "kv_lora_rank", None):
-        dim = model_config.qk_nope_head_dim + model_config.qk_rope_head_dim
-        return Heads(heads, heads, dim, model_config.v_head_dim)
-    dim = getattr(model_config, "head_dim", None) or model_config.hidden_size // heads
-    return Heads(heads, getattr(model_config, "num_key_value_heads", None) or heads, dim, dim)
+    found = []
+    for layer in layer_configs(text):
+        heads: Any = getattr(layer, "num_attention_heads", None)
+        if getattr(layer, "kv_lora_rank", None):
+            dim = layer.qk_nope_head_dim + layer.qk_rope_head_dim
+            found.append(Heads(heads, heads, dim, layer.v_head_dim))
+        elif heads:
+            dim = getattr(layer, "head_dim", None) or layer.hidden_size // heads
+            found.append(Heads(heads, getattr(layer, "num_key_value_heads", None) or heads, dim, dim))
+    return found
 
 
 def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device) -> AttentionBackend:
@@ -326,76 +314,49 @@ def _has_flash_attn() -> bool:
     return True
 
 
-def scores_of(model_config: Any) -> list[Scores]:
-    """Return the kinds of scores of the layers of a configuration, with a window that is short."""
-    text = model_config.get_text_config()
-    softcap = getattr(text, "attn_logit_softcapping", None)
-    kinds = [Scores(softcap=softcap)]
-    if any(isinstance(window, int) for window in layer_values(text, "sliding_window")):
-        kinds.append(Scores(window=_TRIAL_WINDOW, softcap=softcap))
-    return kinds
-
-
-def check_kernels(backend: AttentionBackend, device: torch.device, text: Any, dtype: torch.dtype) -> None:
-    """Check this backend with the heads and scores of each layer of a text model, if it is used."""
-    if backend is AttentionBackend.sdpa or recorded_arrangement(text.model_type) is not Arrangement.packed:
-        return
-    for heads in dict.fromkeys(heads_of_layers(text)):
-        check_kernel(backend, device, heads, dtype, scores_of(text))
-
-
-def check_kernel(
-    backend: AttentionBackend,
-    device: torch.device,
-    heads: Heads,
-    dtype: torch.dtype,
-    kinds: Sequence[Scores] = (Scores(),),
-) -> None:
-    """Check this backend against SDPA in float32 on a small layout, forward and backward.
+def check_kernel(backend: AttentionBackend, device: torch.device, text: Any, dtype: torch.dtype) -> None:
+    """Check this backend, if it is used, with the heads, windows and caps of the layers of a text model.
 
     The check at start compares no gradients: one that a kernel computes wrongly would stay unseen.
     """
-    generator, tokens = torch.Generator().manual_seed(0), sum(map(sum, _TRIAL))
-    shapes = [(heads.query, heads.dim), (heads.key, heads.dim), (heads.key, heads.value_dim)]
-    rounded = [
-        torch.randn(tokens, *shape, generator=generator).to(device, dtype)
-        for shape in (*shapes, (heads.query, heads.value_dim))
-    ]
-    for kind in kinds:
-        scores, fault = kind, ""
-        if kind.window is not None:
-            function = sliding_window_causal_mask_function(kind.window)
-            scores = replace(kind, rule=mask_rule(function, kind.window, device=device))
-        wanted = _attend(AttentionBackend.sdpa, device, [tensor.float() for tensor in rounded], scores)
-        try:
-            got = _attend(backend, device, rounded, scores)
-        except Exception as error:  # a kernel can raise anything
-            fault = first_line(error)
-        else:
-            names = ("output", "gradient of the query", "gradient of the key", "gradient of the value")
-            for name, ours, theirs in zip(names, got, wanted, strict=True):
-                difference = float((ours - theirs).abs().max() / theirs.abs().max())
-                if not difference < _TOLERANCE:
-                    fault = fault or f"its {name} differs from sdpa's by {difference:.2g}"
-        if fault:
-            window = "" if kind.window is None else ", a sliding window"
-            softcap = "" if kind.softcap is None else ", capped scores"
+    if backend is AttentionBackend.sdpa or recorded_arrangement(text.model_type) is not Arrangement.packed:
+        return
+    kinds = [Scores(softcap=getattr(text, "attn_logit_softcapping", None))]
+    if any(isinstance(window, int) for window in layer_values(text, "sliding_window")):
+        function = sliding_window_causal_mask_function(_TRIAL_WINDOW)
+        rule = mask_rule(function, _TRIAL_WINDOW, device=device)
+        kinds.append(replace(kinds[0], window=_TRIAL_WINDOW, rule=rule))
+    for heads, scores in itertools.product(dict.fromkeys(heads_of_layers(text)), kinds):
+        if fault := _kernel_fault(backend, device, heads, dtype, scores):
             raise ConfigError(
                 "this attention kernel fails or gives wrong results on this device",
                 where="model.attention",
-                got=f"{backend} with {heads.query} query and {heads.key} key heads of {heads.dim} in "
-                f"{str(dtype).removeprefix('torch.')}{window}{softcap}: {fault}",
+                got=f"{backend}, {dtype}, {heads}, window {scores.window}, cap {scores.softcap}: {fault}",
                 remedy="set model.attention=sdpa, or another of its values",
             )
 
 
-def _attend(
-    backend: AttentionBackend, device: torch.device, tensors: list[Tensor], scores: Scores
-) -> tuple[Tensor, ...]:
-    """Return the output for query, key, value and a gradient of it, and their gradients, in float32."""
-    *heads, output_gradient = tensors
-    with torch.enable_grad():
-        query, key, value = (tensor.requires_grad_() for tensor in heads)
-        output = packed_attention(_TRIAL, backend, device)(query, key, value, scores)
-        gradients = torch.autograd.grad(output, (query, key, value), output_gradient)
-    return tuple(tensor.detach().float() for tensor in (output, *gradients))
+def _kernel_fault(
+    backend: AttentionBackend, device: torch.device, heads: Heads, dtype: torch.dtype, scores: Scores
+) -> str:
+    """Return how outputs and gradients of a small layout differ from SDPA's in float32; empty: rounding."""
+    generator, tokens = torch.Generator().manual_seed(0), sum(map(sum, _TRIAL))
+    of_keys = [(heads.key, heads.dim), (heads.key, heads.value_dim)]
+    shapes = [(heads.query, heads.dim), *of_keys, (heads.query, heads.value_dim)]
+    rounded = [torch.randn(tokens, *shape, generator=generator).to(device, dtype) for shape in shapes]
+    found = []
+    try:
+        for kernel, precision in ((AttentionBackend.sdpa, torch.float32), (backend, dtype)):
+            query, key, value, slopes = (tensor.to(precision, copy=True) for tensor in rounded)
+            leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+            with torch.enable_grad():
+                output = packed_attention(_TRIAL, kernel, device)(query, key, value, scores)
+                found.append((output, *torch.autograd.grad(output, leaves, slopes)))
+    except Exception as error:  # a kernel can raise anything
+        return first_line(error)
+    names = ("output", "gradient of the query", "gradient of the key", "gradient of the value")
+    for name, wanted, got in zip(names, *found, strict=True):
+        difference = float((got - wanted).abs().max() / wanted.abs().max())
+        if not difference < _TOLERANCE:
+            return f"its {name} differs from sdpa's by {difference:.2g}"
+    return ""

@@ -17,7 +17,7 @@ from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import ConfigError, DeviceMemoryError, first_line
 from dpo_dist.foundation.text import first_few
-from dpo_dist.model.architectures import check_supported, few_positions, recorded_arrangement
+from dpo_dist.model.architectures import check_positions, check_supported, recorded_arrangement
 from dpo_dist.model.attention import choose_backend
 from dpo_dist.model.layers import layer_values, partly_used_blocks
 from dpo_dist.model.packed import PackedCausalLM, forget_lengths
@@ -52,8 +52,6 @@ _FUTURE = 0.02
 # The same with int8 weights: a column of inputs with an outlier in any token is not rounded in all of them
 # (arXiv 2208.07339), so other tokens change rounding.
 _INT8_OTHERS = 0.1
-# Rows that tables of learned positions have beside the positions, as in OPT.
-_SPARE_POSITIONS = 8
 
 
 class StartCheck:
@@ -87,7 +85,7 @@ class StartCheck:
 
     def settle(self) -> None:
         """Arrange the model in the cheapest way that computes the log-probs of its own forward."""
-        _check_positions(self._model.causal_lm, self._max_length, self._key)
+        check_positions(self._model.causal_lm, self._max_length, self._key)
         self._refuse(
             self._score_plainly,
             "the model's own forward cannot score a sequence of tokens",
@@ -347,17 +345,6 @@ def _ladder(model: PackedCausalLM, max_length: int) -> Iterator[tuple[Arrangemen
                 yield arrangement, own_logits
 
 
-def _check_positions(causal_lm: Any, max_length: int, key: str) -> None:
-    """Check that a model with learned positions has one for each input token."""
-    positions = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(positions, int) or max_length - 1 <= positions:
-        return
-    tokens = set(causal_lm.get_input_embeddings().modules())  # original and copy, if an adapter has one
-    tables = [m for m in causal_lm.modules() if isinstance(m, nn.Embedding) and m not in tokens]
-    if any(positions <= table.num_embeddings <= positions + _SPARE_POSITIONS for table in tables):
-        raise few_positions(positions, max_length, key)
-
-
 @contextlib.contextmanager
 def packed_for_a_while(model: PackedCausalLM | PreTrainedModel, longest: int) -> Iterator[PackedCausalLM]:
     """Yield `model` as a packed model of up to `longest` tokens; it gets its own attention and head back."""
@@ -371,7 +358,7 @@ def packed_for_a_while(model: PackedCausalLM | PreTrainedModel, longest: int) ->
             got=type(model).__name__,
             remedy="pass the result of load_model, or a PreTrainedModel: of a PeftModel, get_base_model()",
         )
-    check_supported(model.config, longest)
+    check_supported(model.config)
     if model.training:
         raise ConfigError(
             "the model is in training mode, in which dropout makes log-probs random",

@@ -6,15 +6,11 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from torch import Tensor, nn
 
 from dpo_dist.batching.plan import ComputeCosts
-from dpo_dist.config.schema import AdapterConfig
-from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.model.attention import heads_of_layers
 from dpo_dist.model.layers import layer_values, other_weights
-from dpo_dist.model.lora import find_modules, target_layers
 
 # Forward, gradient of the input, gradient of the weight: each a multiplication and an addition.
 _FORWARD_AND_BACKWARD = 6
@@ -25,6 +21,7 @@ _FORWARD_AND_INPUT_GRADIENT = 4
 # the times of 10 micro-batches of very different shapes are predicted within 5 %.
 _ATTENTION_SLOWNESS = 1.4
 _HEAD_SLOWNESS = 0.9
+_NOT_OF_A_STEP = (".lora_", ".original_module.", ".modules_to_save.")
 _EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
 
 
@@ -45,66 +42,39 @@ class StepFlops:
         return self.per_token * tokens + self.per_target * targets + self.per_attended * attended
 
 
-def without_weights(config: PretrainedConfig, *, trust_remote_code: bool = False) -> Any:
-    """Return the causal language model of a configuration on the meta device."""
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # an architecture's constructor can raise anything
-        raise ConfigError(
-            "transformers cannot make a causal language model of this config.json",
-            where="model.path",
-            got=f"{config.model_type}: {first_line(error)}",
-            remedy="check config.json against that of the original model, or choose another model",
-        ) from error
-
-
-def step_flops(causal_lm: Any, adapter: AdapterConfig | None = None) -> StepFlops:
+def step_flops(causal_lm: Any) -> StepFlops:
     """Return the FLOPs of a training step of a model, of which no tensor is used.
 
-    With an adapter, its matrices and the gradients of modules that it trains in full are counted, and no
-    gradients of frozen weights. Every weight with two dimensions or more is multiplied with each token but
-    embeddings, which are looked up, and experts (three dimensions, the first of them the experts), of which a
-    token visits its configuration's number. Norms, rotations and softmax are not counted.
+    A weight with two dimensions or more is multiplied with each token but embeddings, which are looked up,
+    and experts (three dimensions, the first of them the experts), of which a token visits its configuration's
+    number. Frozen weights have no gradient; modules that an adapter trains in full replace the original ones.
+    Norms, rotations and softmax are not counted.
     """
     text, output = causal_lm.config.get_text_config(), causal_lm.get_output_embeddings().weight
     outside = {id(module.weight) for module in causal_lm.modules() if isinstance(module, nn.Embedding)}
     outside |= {id(output), *map(id, other_weights(causal_lm))}
-    visited_experts = _visited_experts(text)
     convolutions = {id(module.weight) for module in causal_lm.modules() if isinstance(module, nn.Conv1d)}
-    visited = 0.0
-    for name, parameter in causal_lm.named_parameters():
-        is_matrix = parameter.dim() > 1 and not name.endswith("bias")  # of experts, stacked
-        if id(parameter) not in outside and is_matrix:
-            is_of_experts = parameter.dim() > 2 and visited_experts and id(parameter) not in convolutions
-            share = min(1.0, visited_experts / len(parameter)) if is_of_experts else 1.0
-            visited += share * parameter.numel()
-    per_weight, added, saved = _FORWARD_AND_BACKWARD, 0, []
-    if adapter is not None:
-        assert adapter.r is not None  # `trained_adapter` has read that of a continued one
-        layers = [causal_lm.get_submodule(name) for name in target_layers(causal_lm, adapter)]
-        modules = [causal_lm.get_submodule(n) for n in find_modules(causal_lm, adapter.modules_to_save or [])]
-        per_weight = _FORWARD_AND_INPUT_GRADIENT
-        added = adapter.r * sum(sum(layer.weight.shape) for layer in layers)
-        saved = [weight for module in modules for weight in module.parameters() if weight.dim() > 1]
-    visited_saved = sum(weight.numel() for weight in saved if id(weight) not in outside)
-    trains_output = adapter is None or any(weight is output for weight in saved)
+    of_layers = [value for name in _EXPERTS_OF_A_TOKEN for value in layer_values(text, name)]
+    counts = [count for value in of_layers for count in (value if isinstance(value, list) else [value])]
+    visited_experts = max(filter(None, counts), default=0)  # the most of any layer
+    per_token = 0.0
+    for name, weight in causal_lm.named_parameters():
+        # Of an adapter that is continued there is a frozen copy.
+        is_unused = not weight.requires_grad and any(part in name for part in _NOT_OF_A_STEP)
+        if (
+            id(weight) in outside or is_unused or weight.dim() < 2 or name.endswith("bias")
+        ):  # of stacked experts
+            continue
+        is_of_experts = weight.dim() > 2 and visited_experts and id(weight) not in convolutions
+        share = min(1.0, visited_experts / len(weight)) if is_of_experts else 1.0
+        per_token += _per_weight(weight) * share * weight.numel()
     widths = [heads.query * (heads.dim + heads.value_dim) for heads in heads_of_layers(text)]
     attention = text.num_hidden_layers * fmean(widths) if widths else 0.0
-    return StepFlops(
-        per_token=per_weight * visited
-        + _FORWARD_AND_BACKWARD * added
-        + (_FORWARD_AND_BACKWARD - per_weight) * visited_saved,
-        per_target=(_FORWARD_AND_BACKWARD if trains_output else per_weight) * output.numel(),
-        per_attended=_FORWARD_AND_BACKWARD * attention,
-    )
+    return StepFlops(per_token, _per_weight(output) * output.numel(), _FORWARD_AND_BACKWARD * attention)
 
 
-def _visited_experts(text: PretrainedConfig) -> int:
-    """Return the experts of a layer that a token visits, the most of any layer; 0 without experts."""
-    values = [value for name in _EXPERTS_OF_A_TOKEN for value in layer_values(text, name)]
-    of_layers = [value if isinstance(value, list) else [value] for value in values]  # Hunyuan has a list
-    return max((value for layers in of_layers for value in layers if value), default=0)
+def _per_weight(weight: Tensor) -> int:
+    return _FORWARD_AND_BACKWARD if weight.requires_grad else _FORWARD_AND_INPUT_GRADIENT
 
 
 def compute_costs(flops: StepFlops) -> ComputeCosts:

@@ -8,7 +8,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from dpo_dist.config.schema import AdapterConfig, AdapterVariant, ModelConfig, Quantization
+from dpo_dist.config.schema import AdapterConfig, ModelConfig, Quantization
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.foundation.files import is_absent_offline
 
@@ -287,31 +287,18 @@ def start_folder(config: ModelConfig) -> Path | None:
     return folder
 
 
-def trained_adapter(config: ModelConfig, start: Path | None) -> AdapterConfig | None:
-    """Return the adapter that is trained: that of the configuration, or that of `start`."""
-    adapter: AdapterConfig | None = config.adapter
-    if adapter is None or start is None:
-        return adapter
-    found: Any = read_model_json(start / ADAPTER_CONFIG)
-    variant = AdapterVariant.rslora if found.get("use_rslora") else AdapterVariant.lora
-    layers, saved = modules_on_disk(start)
-    return AdapterConfig(
-        path=adapter.path,
-        r=found.get("r", 8),
-        alpha=float(found.get("lora_alpha", 8)),
-        target_modules=layers,
-        variant=AdapterVariant.dora if found.get("use_dora") else variant,
-        modules_to_save=saved,
-    )
-
-
 def modules_on_disk(folder: Path) -> tuple[list[str], list[str]]:
     """Return the names of the layers for which an adapter folder has matrices, and of its modules in full."""
     try:
         with safe_open(folder / ADAPTER_WEIGHTS, "np") as weights:
             names = [name.removeprefix(PEFT_PREFIX) for name in weights.keys() if not is_repeated(name)]  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise _unreadable(folder / ADAPTER_WEIGHTS, error) from error
+        raise ConfigError(
+            "the weights of the adapter cannot be read",
+            where=_ADAPTER_KEY,
+            got=f"{folder / ADAPTER_WEIGHTS}: {first_line(error)}",
+            remedy="save or download the adapter again",
+        ) from error
     found: Any = read_model_json(folder / ADAPTER_CONFIG)
     layers = {name.rpartition(".lora_")[0] for name in names if name.endswith(LORA_WEIGHTS)}
     saved = {name.rpartition(".")[0] for name in names if not name.endswith(LORA_WEIGHTS)}
@@ -349,16 +336,6 @@ def _checked_config(folder: Path) -> dict[str, Any]:
     if other:
         raise _unsupported(folder, ", ".join(other))
     return found
-
-
-def _unreadable(file: Path, error: Exception) -> ConfigError:
-    """Return the error of an adapter whose weights `file` is missing, incomplete or no safetensors file."""
-    return ConfigError(
-        "the weights of the adapter cannot be read",
-        where=_ADAPTER_KEY,
-        got=f"{file}: {first_line(error)}",
-        remedy="save or download the adapter again",
-    )
 
 
 def _unsupported(folder: Path, got: str) -> ConfigError:

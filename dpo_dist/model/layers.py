@@ -1,4 +1,4 @@
-"""Layers of a model: options by layer, the text part, checkpointing, torch.compile, Liger."""
+"""Layers of a model: options by layer, the text part, checkpointing, Liger, blocks of experts."""
 
 import os
 import shutil
@@ -129,16 +129,6 @@ def _checkpointed(checkpoint: Callable[..., Any], *arguments: Any) -> Any:
     # The checkpoint saves its tensor arguments under these hooks, and what its layer saves under its own.
     with save_on_cpu(pin_memory=True):
         return checkpoint(*arguments)
-
-
-def compile_layers(causal_lm: nn.Module) -> None:
-    """Compile the parts of each decoder layer with torch.compile, for any number of tokens.
-
-    The layer itself is not compiled: checkpointing is part of its forward, and prevents compilation.
-    """
-    for layer in decoder_layers(causal_lm):
-        for part in layer.children():
-            part.compile(dynamic=True)
 
 
 def use_liger(causal_lm: nn.Module) -> None:

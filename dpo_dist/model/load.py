@@ -20,7 +20,7 @@ from transformers import (
 from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 
 from dpo_dist.batching.plan import Arrangement
-from dpo_dist.config.schema import AdapterConfig, Dtype, ModelConfig, Quantization
+from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig, Quantization
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.model.architectures import (
     SAMPLING_ROUTERS,
@@ -28,7 +28,7 @@ from dpo_dist.model.architectures import (
     recorded_arrangement,
     switch_off_noise,
 )
-from dpo_dist.model.attention import check_kernels, choose_backend, heads_of_layers
+from dpo_dist.model.attention import check_kernel, choose_backend, heads_of_layers
 from dpo_dist.model.folder import CONFIG_FILE, check_tokenizer_files, read_model_json
 from dpo_dist.model.layers import (
     check_device,
@@ -36,7 +36,7 @@ from dpo_dist.model.layers import (
     offload_inputs,
     use_liger,
 )
-from dpo_dist.model.lora import check_adaptable, find_modules, target_layers
+from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.numerics import check_precision
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.model.ulysses import TokenExchange, cannot_be_shared, check_heads
@@ -136,15 +136,13 @@ def load_packed(
     """
     backend = choose_backend(config.attention, config.dtype, device)
     model_config = load_config(folder, config, key)
-    check_supported(model_config, max_length)
+    check_supported(model_config)
     text = model_config.get_text_config()
     if sequence is not None:
         check_shared_tokens(model_config, sequence.ranks)
-    check_kernels(backend, device, text, TORCH_DTYPES[config.dtype])
+    check_kernel(backend, device, text, TORCH_DTYPES[config.dtype])
     check_device(config, model_config.model_type, device)
     causal_lm = load_weights(folder, model_config, config, device, key=key)
-    if config.quantization is not None:
-        keep_trainable(causal_lm)
     if config.liger:
         use_liger(causal_lm)
     checkpoint_layers(causal_lm, config.gradient_checkpointing)
@@ -164,17 +162,30 @@ def check_shared_tokens(model_config: Any, ranks: int) -> None:
         raise cannot_be_shared(text.model_type, ranks)
 
 
-def check_modules(causal_lm: Any, config: ModelConfig, adapter: AdapterConfig | None) -> None:
-    """Check that a model without an adapter, of which no tensor is used, has the modules that options name.
+def without_weights(model_config: Any, config: ModelConfig, start: Path | None = None) -> Any:
+    """Return the policy's transformers model on the meta device, with the adapter that it trains.
 
-    Its layers may be set to be checkpointed.
+    So the options that name its layers and modules are checked before weights are read.
     """
+    try:
+        with torch.device("meta"):
+            causal_lm = AutoModelForCausalLM.from_config(
+                model_config, dtype=TORCH_DTYPES[config.dtype], trust_remote_code=config.trust_remote_code
+            )
+            causal_lm.tie_weights()  # as loading does: own code may have replaced what was tied
+    except Exception as error:  # an architecture's constructor can raise anything
+        raise ConfigError(
+            "transformers cannot make a causal language model of this config.json",
+            where="model.path",
+            got=f"{model_config.model_type}: {first_line(error)}",
+            remedy="check config.json against that of the original model, or choose another model",
+        ) from error
     checkpoint_layers(causal_lm, config.gradient_checkpointing)
-    if adapter is not None:
-        targets = target_layers(causal_lm, adapter)
-        if adapter.path is None:
-            check_adaptable(causal_lm, targets)
-        find_modules(causal_lm, adapter.modules_to_save or [])
+    if config.adapter is not None:
+        with torch.device("meta"):
+            packed = PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=Arrangement.padded)
+            add_adapter(packed, config, 0, start)
+    return causal_lm
 
 
 def load_weights(
@@ -217,6 +228,10 @@ def load_weights(
     check_all_weights_read(causal_lm, sorted(unread), folder, key)
     if not is_sharded and config.quantization is None:
         _freeze_as_defined(causal_lm)
+    for module in causal_lm.modules():
+        # Else bitsandbytes repacks 4-bit weights for CPUs when it scores: they pass no gradients.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     _keep_evaluating(causal_lm)
     if causal_lm.config.model_type != model_config.model_type:
         log.warning("%s: only its text model is loaded (%s)", folder, type(causal_lm).__name__)
@@ -224,32 +239,19 @@ def load_weights(
 
 
 def placement(config: ModelConfig, device: torch.device) -> dict[str, Any]:
-    """Return arguments of `from_pretrained` that load unsharded weights directly to a GPU."""
+    """Return arguments of `from_pretrained`: unsharded weights go directly to a GPU, or are quantized."""
     if config.quantization is not None:
-        return quantized_loading(config.quantization, TORCH_DTYPES[config.dtype], device)
+        nf4 = config.quantization is Quantization.nf4
+        quantized = BitsAndBytesConfig(
+            load_in_8bit=not nf4,
+            load_in_4bit=nf4,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=TORCH_DTYPES[config.dtype],
+        )
+        return {"quantization_config": quantized, "device_map": {"": device}}
     on_host = device.type == "cpu" or is_deepspeed_zero3_enabled()  # ZeRO-3 moves its shards itself
     return {} if on_host else {"device_map": {"": device}}
-
-
-def quantized_loading(quantization: Quantization, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """Return arguments of `from_pretrained` that quantize linear layers, except the output layer."""
-    nf4 = quantization is Quantization.nf4
-    config = BitsAndBytesConfig(
-        load_in_8bit=not nf4,
-        load_in_4bit=nf4,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    return {"quantization_config": config, "device_map": {"": device}}
-
-
-def keep_trainable(causal_lm: nn.Module) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights for CPUs when it scores: they pass no gradients."""
-    module: Any
-    for module in causal_lm.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
 
 
 def _keep_evaluating(causal_lm: Any) -> None:

@@ -14,32 +14,16 @@ import transformers
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
 
-NUMERICS_FIELDS = {
-    "dtype": False,
-    "matmul_precision": False,
-    "bf16_reduction": False,
-    "fp16_reduction": False,
-    "quantization": False,
-    "attention": True,
-    "flash_attn": True,
-    "compile": True,
-    "liger": True,
-    "deterministic": True,
-    "device": True,
-    "gpu": True,
-    "cuda": True,
-    "cpu": True,
-    "torch": True,
-    "transformers": True,
-}
-"""Fields of a profile, and whether a difference in each is tolerable: it changes the order in which the same
-numbers are rounded. A difference in any other field changes how precise a log-prob is."""
+_KERNELS = "attention flash_attn compile liger deterministic device gpu cuda cpu torch transformers"
+TOLERABLE_FIELDS = frozenset(_KERNELS.split())
+"""Fields of which a difference changes the order in which the same numbers are rounded.
 
-TOLERABLE_FIELDS = frozenset(name for name, is_tolerable in NUMERICS_FIELDS.items() if is_tolerable)
+A difference in any other field changes how precise a log-prob is.
+"""
 
 
 def numerics_of(config: ModelConfig, backend: AttentionBackend, device: torch.device) -> dict[str, str]:
-    """Return the numerics profile of a model scored on `device`: fields of `NUMERICS_FIELDS` to values."""
+    """Return the numerics profile of a model scored on `device`: its fields and their values."""
     profile = {
         "dtype": config.dtype.value,
         "attention": backend.value,

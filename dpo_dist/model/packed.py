@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from dpo_dist.batching.pack import PackedBatch, Rows, rows_of
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.model.attention import PACKED, packed_attention
-from dpo_dist.model.layers import compile_layers
+from dpo_dist.model.layers import decoder_layers
 from dpo_dist.model.ulysses import ExchangedAttention, TokenExchange, TokenShare
 from dpo_dist.objective.router import routing_sums
 from dpo_dist.objective.token_logps import (
@@ -35,20 +36,14 @@ _MULTIPLYING = {"hyperclovax"}
 
 def logit_change(model_config: Any) -> LogitChange:
     """Return the change that a text model makes to its logits before softmax."""
-    divides = model_config.model_type not in _MULTIPLYING
-    scale = 1.0
-    for name in _FACTORS:
-        scale *= _option(model_config, name) or 1.0
-    for name in _DIVISORS:
-        value = _option(model_config, name) or 1.0
-        scale = scale / value if divides else scale * value
-    caps = [cap for name in _CAPS if (cap := _option(model_config, name))]
-    return LogitChange(scale, min(caps, default=None))
 
+    def numbers(names: Sequence[str]) -> list[float]:
+        values = [getattr(model_config, name, None) for name in names]
+        return [float(value) for value in values if isinstance(value, int | float) and value]
 
-def _option(model_config: Any, name: str) -> float | None:
-    value = getattr(model_config, name, None)
-    return float(value) if isinstance(value, int | float) else None
+    factor, divisor = math.prod(numbers(_FACTORS)), math.prod(numbers(_DIVISORS))
+    scale = factor * divisor if model_config.model_type in _MULTIPLYING else factor / divisor
+    return LogitChange(scale, min(numbers(_CAPS), default=None))
 
 
 class LogpHead(nn.Linear):
@@ -118,8 +113,9 @@ class PackedCausalLM(nn.Module):
         attention = causal_lm.config._attn_implementation
         plain = "sdpa" if causal_lm._supports_sdpa else "eager"
         self._own_attention = plain if attention == PACKED else attention
-        if compiled:
-            compile_layers(causal_lm)
+        if compiled:  # not a layer itself: checkpointing is part of its forward, and prevents compilation
+            for part in (part for layer in decoder_layers(causal_lm) for part in layer.children()):
+                part.compile(dynamic=True)
 
     @property
     def body(self) -> Any:
@@ -166,11 +162,15 @@ class PackedCausalLM(nn.Module):
 
     def arrange(self, arrangement: Arrangement, *, own_logits: bool) -> None:
         """Compute log-probs in another way from now on, packed if it `can_pack`."""
-        if arrangement is not self.arrangement:
-            self._attend_by(PACKED if arrangement is Arrangement.packed else self._own_attention)
         self.arrangement, self.own_logits = arrangement, own_logits
+        is_packed = arrangement is Arrangement.packed
+        self._compute_by(PACKED if is_packed else self._own_attention, own_logits)
+
+    def _compute_by(self, attention: str, is_precise: bool) -> None:
+        if self.causal_lm._can_set_attn_implementation():
+            self.causal_lm.set_attn_implementation(attention)
         for head in self._heads():
-            head.is_precise = own_logits
+            head.is_precise = is_precise
 
     def forward(
         self, batch: PackedBatch, statistics: Sequence[Statistic] = (), *, with_routing: bool = False
@@ -181,7 +181,8 @@ class PackedCausalLM(nn.Module):
         """
         if self.arrangement is Arrangement.packed:
             return self._packed(batch, statistics, with_routing)
-        rows = rows_of(batch, self._pad_id)
+        pad_id = getattr(self.causal_lm.config.get_text_config(), "pad_token_id", None)
+        rows = rows_of(batch, pad_id if isinstance(pad_id, int) and pad_id >= 0 else 0)
         is_example = float(len(batch.keys) > 0)
         if self.arrangement is Arrangement.padded:
             found = self._call(with_routing, input_ids=rows.input_ids).at(rows.predictors)
@@ -268,33 +269,19 @@ class PackedCausalLM(nn.Module):
         """Return `routing_sums` of tokens that count `weights` times, float [tokens]."""
         return routing_sums(outputs.router_logits, weights, self.causal_lm.num_experts_per_tok)
 
-    @property
-    def _pad_id(self) -> int:
-        pad_id = getattr(self.causal_lm.config.get_text_config(), "pad_token_id", None)
-        return pad_id if isinstance(pad_id, int) and pad_id >= 0 else 0
-
-    def _attend_by(self, implementation: str) -> None:
-        if self.causal_lm._can_set_attn_implementation():
-            self.causal_lm.set_attn_implementation(implementation)
-
     @contextlib.contextmanager
     def unpacked(self) -> Iterator[Any]:
         """Yield the transformers model as it computes logits of padded batches, with a cache, uncompiled."""
         defaults = self.causal_lm.generation_config
         forget_lengths(self.causal_lm)
-        self._attend_by(self._own_attention)
-        for head in self._heads():
-            head.is_precise = False
+        self._compute_by(self._own_attention, is_precise=False)
         self.is_generating = True
         try:
             with torch.compiler.set_stance("force_eager"):
                 yield self.causal_lm
         finally:
             self.is_generating = False
-            if self.arrangement is Arrangement.packed:
-                self._attend_by(PACKED)
-            for head in self._heads():
-                head.is_precise = self.own_logits
+            self.arrange(self.arrangement, own_logits=self.own_logits)
             self.causal_lm.generation_config = defaults
 
 

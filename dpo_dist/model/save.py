@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
@@ -103,16 +103,6 @@ def write_description(file: Path, content: dict[str, Any], dtype: torch.dtype) -
             part.pop("torch_dtype", None)
             part["dtype"] = name
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def write_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the files of a tokenizer with its chat template."""
-    try:
-        tokenizer.save_pretrained(folder)
-    except Exception as error:  # the library of tokenizers has no other class
-        if "(os error " not in str(error):
-            raise
-        raise OSError(str(error)) from error
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

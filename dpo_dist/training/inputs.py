@@ -21,7 +21,7 @@ from dpo_dist.batching.sampler import BatchSampler, Indices, make_sampler
 from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.losses import RouterConfig
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import AdapterConfig, Offload, ParallelismKind, ReferenceMode, Resume, RunConfig
+from dpo_dist.config.schema import Offload, ParallelismKind, ReferenceMode, Resume, RunConfig
 from dpo_dist.data.build import prepare_dataset, tokenizer_digest
 from dpo_dist.data.counts import check_counts, describe_counts, describe_short_run, in_one_line, read_in_words
 from dpo_dist.data.dataset import (
@@ -45,8 +45,14 @@ from dpo_dist.distributed.world import WhileWaiting
 from dpo_dist.distributed.zero import whole_loading
 from dpo_dist.foundation.text import counted
 from dpo_dist.insight.console import Count
-from dpo_dist.model.architectures import check_supported, router_loss, router_notes, training_notes
-from dpo_dist.model.flops import StepFlops, compute_costs, step_flops, without_weights
+from dpo_dist.model.architectures import (
+    check_positions,
+    check_supported,
+    router_loss,
+    router_notes,
+    training_notes,
+)
+from dpo_dist.model.flops import StepFlops, compute_costs, step_flops
 from dpo_dist.model.folder import (
     base_notes,
     description_folder,
@@ -54,10 +60,9 @@ from dpo_dist.model.folder import (
     model_folder,
     start_folder,
     tokenizer_folder,
-    trained_adapter,
 )
 from dpo_dist.model.layers import check_device
-from dpo_dist.model.load import check_modules, check_shared_tokens, load_config, load_tokenizer
+from dpo_dist.model.load import check_shared_tokens, load_config, load_tokenizer, without_weights
 from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.router import RouterLoss
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
@@ -79,7 +84,6 @@ class EvaluationInputs:
 
     Attributes:
         reference_files: None if the loss uses no reference.
-        adapter: that is trained, as it is: `model.adapter`, or that of the folder which it continues.
         weights: number of weights of the policy.
         router: losses of the policy's routers, which training adds; None: none.
         arrangement: of the responses in a forward of the policy, known when its weights are loaded.
@@ -89,7 +93,6 @@ class EvaluationInputs:
     policy_files: ModelFiles
     reference_files: ModelFiles | None
     tokenizer: PreTrainedTokenizerBase
-    adapter: AdapterConfig | None
     flops: StepFlops
     weights: int
     router: RouterLoss | None
@@ -178,8 +181,8 @@ def _load(
     own_tokenizer = tokenizer_folder(folder, start)
     tokenizer, digest = load_tokenizer(own_tokenizer, config.model), tokenizer_digest(own_tokenizer)
     with whole_loading(world):  # a sharded model has no shapes to count
-        model_config, causal_lm, adapter = checked_model(config, folder, start)
-    flops, weights = step_flops(causal_lm, adapter), sum(map(torch.numel, causal_lm.parameters()))
+        model_config, causal_lm = checked_model(config, folder, start)
+    flops, weights = step_flops(causal_lm), sum(map(torch.numel, causal_lm.parameters()))
     if trains:
         world.together(lambda: check_device(config.model, model_config.model_type, world.device))
     router = router_loss(routers, model_config)
@@ -207,20 +210,19 @@ def _load(
     sources, eval_set = config.data.eval_sources, None
     if sources:
         eval_set = encode("eval", sources, eval_part(config.data))
-    return EvaluationInputs(*files, tokenizer, adapter, flops, weights, router, eval_set), encode
+    return EvaluationInputs(*files, tokenizer, flops, weights, router, eval_set), encode
 
 
 def checked_model(
     config: RunConfig, folder: Path, start: Path | None
-) -> tuple[PreTrainedConfig, PreTrainedModel, AdapterConfig | None]:
-    """Return the policy's configuration, the model without its weights, and its adapter, all checked."""
+) -> tuple[PreTrainedConfig, PreTrainedModel]:
+    """Return the policy's configuration, and the model with its adapter on the meta device, both checked."""
     model_config = load_config(folder, config.model)
-    check_supported(model_config, config.data.max_length)
+    check_supported(model_config)
     check_shared_tokens(model_config, config.parallelism.sequence_parallel)
-    causal_lm = without_weights(model_config, trust_remote_code=config.model.trust_remote_code)
-    adapter = trained_adapter(config.model, start)
-    check_modules(causal_lm, config.model, adapter)
-    return model_config, causal_lm, adapter
+    causal_lm = without_weights(model_config, config.model, start)
+    check_positions(causal_lm, config.data.max_length)
+    return model_config, causal_lm
 
 
 def _with_count(
@@ -339,7 +341,7 @@ def _described_model(config: RunConfig) -> tuple[str, PreTrainedTokenizerBase]:
     folder = description_folder(config.model.path, config.model.revision, "model.path")
     start = start_folder(config.model)
     tokenizer = load_tokenizer(tokenizer_folder(folder, start), config.model)
-    model_config, _, _ = checked_model(config, folder, start)
+    model_config, _ = checked_model(config, folder, start)
     router_loss(config.loss.router, model_config)
     check_template_keys(config.data, tokenizer)
     return f"{folder}, {model_config.model_type}, {len(tokenizer):,} tokens", tokenizer

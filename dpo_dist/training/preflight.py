@@ -15,7 +15,7 @@ from dpo_dist.config.schema import OptimizerKind, ParallelismKind, ReferenceMode
 from dpo_dist.config.user_code import find_function
 from dpo_dist.data.formats import check_source
 from dpo_dist.data.template import check_template_file
-from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, ExitCode, ReferenceModelError
+from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, ReferenceModelError
 from dpo_dist.foundation.process import check_groups
 from dpo_dist.insight.console import Console, open_console, print_text, warnings_off
 from dpo_dist.model.folder import (
@@ -42,7 +42,7 @@ def started(config: RunConfig, *, trains: bool = False) -> Iterator[Console]:
             yield console
 
 
-def check_only(config: RunConfig, models: Sequence[Evaluated] = (), *, trains: bool = False) -> int:
+def check_only(config: RunConfig, models: Sequence[Evaluated] = (), *, trains: bool = False) -> None:
     """Check what a run, or an evaluation of `models`, needs before it uses a GPU; write nothing."""
     with without_traces(config, of_success=True):
         check_start(config, trains=trains)
@@ -50,7 +50,6 @@ def check_only(config: RunConfig, models: Sequence[Evaluated] = (), *, trains: b
             from dpo_dist.training.inputs import rehearse  # noqa: PLC0415  (slow)
 
             print_text("check", rehearse(config, models, trains=trains), config.console)
-    return ExitCode.completed
 
 
 def check_start(config: RunConfig, *, trains: bool = False) -> None:

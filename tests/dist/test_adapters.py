@@ -25,7 +25,7 @@ from dpo_dist.config.schema import (
 )
 from dpo_dist.data.dataset import shard_batch
 from dpo_dist.distributed.world import World
-from dpo_dist.model.load import keep_trainable, quantized_loading
+from dpo_dist.model.load import load_config, load_weights
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import preference_loss
 from dpo_dist.reference.engine import ReferenceProvider
@@ -213,9 +213,8 @@ def test_two_ranks_train_the_same_as_one_on_the_base_that_plain_transformers_qua
     base = torch.tensor(one["before"]["base"])
     assert (scored_plainly(plain_base(assets.policy), assets) - base).abs().max() > 1e-3
 
-    loading = quantized_loading(quantization, torch.float32, torch.device("cpu"))
-    quantized = AutoModelForCausalLM.from_pretrained(assets.policy, dtype=torch.float32, **loading)
-    keep_trainable(quantized)
+    config = ModelConfig(str(assets.policy), dtype=Dtype.fp32, quantization=quantization)
+    quantized = load_weights(assets.policy, load_config(assets.policy, config), config, torch.device("cpu"))
     torch.testing.assert_close(scored_plainly(quantized, assets), base, atol=1e-3, rtol=1e-3)
     reloaded = PeftModel.from_pretrained(quantized, tmp_path / "two" / "model")
     seen = torch.tensor(two[0]["after"]["policy"])

@@ -5,11 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma3TextConfig, MistralConfig, PreTrainedConfig
+from transformers import (
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+)
 from transformers.masking_utils import sliding_window_causal_mask_function
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
-from dpo_dist.model.attention import Heads, check_kernel, heads_of, packed_attention, scores_of
+from dpo_dist.model.attention import check_kernel, packed_attention
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.sdpa import Layout, Scores, mask_rule
 from tests.support.packing import pack_unkeyed, random_pairs
@@ -31,22 +38,18 @@ KERNELS = [
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
-    "heads", [Heads(32, 8, 128, 128), Heads(28, 4, 128, 128), Heads(8, 8, 64, 64)], ids=str
-)
-def test_kernels_pass_the_check_of_a_runs_start(kernel: AttentionBackend, heads: Heads) -> None:
-    check_kernel(kernel, CUDA, heads, torch.bfloat16)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize(
     "config",
-    [MistralConfig(sliding_window=4096), Gemma2Config(), Gemma3TextConfig()],
+    [
+        LlamaConfig(num_key_value_heads=8),
+        Qwen2Config(hidden_size=3584, num_attention_heads=28, num_key_value_heads=4),
+        MistralConfig(sliding_window=4096),
+        Gemma2Config(),
+        Gemma3TextConfig(),
+    ],
     ids=lambda config: config.model_type,
 )
-def test_kernels_pass_the_check_with_windows_and_capped_scores(
-    kernel: AttentionBackend, config: PreTrainedConfig
-) -> None:
-    check_kernel(kernel, CUDA, heads_of(config), torch.bfloat16, scores_of(config))
+def test_kernels_pass_the_check_of_a_runs_start(kernel: AttentionBackend, config: PreTrainedConfig) -> None:
+    check_kernel(kernel, CUDA, config, torch.bfloat16)
 
 
 def test_sdpa_of_windows_chunks_sinks_and_caps_equals_that_on_a_cpu() -> None:

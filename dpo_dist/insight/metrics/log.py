@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import psutil
 import torch
 
-from dpo_dist.config.metrics import MAIN, PREFIX, metric_of
+from dpo_dist.config.metrics import MAIN, METRICS, PREFIX
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Direction
 from dpo_dist.foundation import files
@@ -175,7 +175,7 @@ def best_rows(rows: Sequence[Mapping[str, float]]) -> Iterator[tuple[str, Mappin
     for key in BEST:
         found = [row for row in rows if row["step"] > 0 and math.isfinite(row.get(key, math.nan))]
         if found:
-            sign = 1 if metric_of(key).best is Direction.lowest else -1
+            sign = 1 if METRICS[key.removeprefix(PREFIX)].best is Direction.lowest else -1
             yield key, min(found, key=lambda row: sign * row[key])
 
 

@@ -30,8 +30,8 @@ CASES = [
          "eval_rewards/margins",
          "set trainer.keep_best", joins=True),
     Case("spaces", "loss.beta = 0.2", "not KEY=VALUE", LINE, to_do="no space"),
-    Case("interpolation", "'data.cache=${run.rot}/x'", "interpolation", "data.cache", "run.rot",
-         to_do="correct the name"),
+    Case("interpolation", "'data.cache=${run.rot}/x'", "cannot be composed", "data.cache", "run.rot",
+         to_do="correct the key"),
     Case("no training data", "data.train=[]", "no training data", "data.train",
          to_do="set data.train=[pairs.jsonl]"),
     Case("option of another loss", "loss.simpo_gamma=1", "no effect", "loss.simpo_gamma",
@@ -39,7 +39,7 @@ CASES = [
     Case("quantized full training", "model.quantization=nf4 parallelism=ddp loss=sft", "quantized",
          "model.quantization", to_do="adapter"),
     Case("unknown option", "--dry-run", "no option --dry-run", LINE, "", "", "--check"),
-    Case("missing configuration folder", "--config-dir nowhere", "no folder", LINE, "nowhere", to_do="path"),
+    Case("missing configuration folder", "--config-dir nowhere", "is no folder", LINE, to_do="--help"),
     Case("help on an unknown key", "--help loss.betta", "no key 'loss.betta'", to_do="loss.beta?"),
 ]
 # fmt: on

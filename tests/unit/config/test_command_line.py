@@ -98,17 +98,6 @@ def test_a_verb_has_the_same_run_directory_in_every_process(
     assert (program.returncode, program.stdout, program.stderr) == verb(*RUN) == expected
 
 
-def test_an_error_of_the_user_is_one_block(verb: Verb) -> None:
-    ended = verb(*RUN, "loss.betta=0.2")
-    assert ended.code == 2
-    assert ended.err.splitlines() == [
-        "configuration error: there is no key 'loss.betta'",
-        "  where:    command line: loss.betta=0.2",
-        "  expected: loss.beta",
-        "  to do:    did you mean loss.beta?",
-    ]
-
-
 def catches_sigterm(pid: int) -> bool:
     status = Path(f"/proc/{pid}/status").read_text()
     caught = next(line for line in status.splitlines() if line.startswith("SigCgt:")).split()[1]
@@ -144,13 +133,6 @@ def test_an_interrupt_is_one_line_and_a_bug_keeps_its_traceback(verb: Verb) -> N
     assert "RuntimeError: a bug of the program" in ended.err
 
 
-@pytest.mark.parametrize("arguments", [["--multirun", "trainer.seed=1,2"], ["hydra.mode=MULTIRUN"]])
-def test_multirun_is_refused(arguments: list[str], verb: Verb) -> None:
-    ended = verb(*arguments, *RUN)
-    assert ended.code == 2
-    assert "for each value" in ended.err
-
-
 def test_cfg_prints_the_configuration_of_the_run(verb: Verb) -> None:
     shown = verb("--cfg", "job", *RUN, "loss.beta=0.2")
     assert shown.code == 0
@@ -170,20 +152,6 @@ def test_help_and_version(verb: Verb) -> None:
         assert text in ended.out
     assert "default:  0.1\n" in verb("--help", "loss.beta").out
     assert "did you mean loss.beta?" in verb("-h", "loss.betta").err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error"),
-    [
-        (["--check", "--cfg", "job", *RUN], "argument -c/--cfg: not allowed with argument --check"),
-        (["--help", "loss.beta", "--version"], "argument --version: not allowed with argument -h/--help"),
-    ],
-)
-def test_options_of_which_one_would_be_ignored(arguments: list[str], error: str, verb: Verb) -> None:
-    ended = verb(*arguments)
-    assert (ended.code, ended.out) == (2, "")
-    assert error in ended.err
-    assert "to do:" in ended.err
 
 
 def test_a_closed_pipe_gives_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,5 +81,5 @@ def test_the_help_of_a_verb_begins_with_the_verb() -> None:
 )
 def test_an_unknown_key_gets_the_suggestions_of_an_override(key: str, remedy: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        explain(key, group_folders(), keys_of("train"))
+        explain(key, group_folders())
     assert remedy in raised.value.remedy

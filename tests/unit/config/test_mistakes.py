@@ -62,7 +62,7 @@ MISTYPED = [
     ("export.dtype=fp8", "bf16, fp16 or fp32"),
     ("export.checkpoint=3", "such as step-000100"),
     ("export.average=step-000100", "write 'export.average=[step-000100]'"),
-    ("--config-dir nowhere", "--config-dir is no folder"),
+    ("--config-dir nowhere", "nowhere is no folder"),
     ("--confg-dir x", "did you mean --config-dir?"),
     ("--cfg job --resolve", "prints resolved values"),
     # Values of other trainers are kept.
@@ -106,6 +106,11 @@ MISTYPED = [
     ("--check=1", "ignored explicit argument"),
     ("--cfg jobb", "invalid choice: 'jobb'"),
     ("--config-dir", "expected one argument"),
+    ("--multirun", "for each value"),
+    ("hydra.mode=MULTIRUN", "for each value"),
+    ("--check --cfg job", "argument -c/--cfg: not allowed with argument --check"),
+    ("--help loss.beta --version", "argument --version: not allowed with argument -h/--help"),
+    ("/tmp", "its key: run.dir=/tmp, "),
 ]
 # Of a new user's trial: options of TRL, LLaMA-Factory, axolotl and open-instruct.
 TRIED = """
@@ -222,10 +227,6 @@ def test_options_may_be_anywhere_and_the_last_of_a_key_counts() -> None:
     assert (str(arguments.config_dir), arguments.cfg) == (".", "job")
     config = configured("", run=[*RUN, *arguments.words, "tracking=off", "tracking=wandb", "trainer.seed=4"])
     assert (config.loss.kind, config.tracking.wandb, config.trainer.seed) == ("hinge", "auto", 4)
-
-
-def test_a_path_without_its_key_gets_the_keys_of_paths() -> None:
-    assert "write its key: run.dir=/tmp, " in error_of("/tmp").block()
 
 
 @pytest.mark.parametrize(

@@ -51,9 +51,7 @@ def _launch(folder: Path, work: str) -> None:
     os.dup2(screen, 1)
     os.dup2(screen, 2)
     PContext.close.__defaults__ = (None, 1)  # seconds in place of 30
-    from dpo_dist.launch import main
-
-    os._exit(main(["--config_file", str(TWO_PROCESSES), "worker.py", work]))
+    os._exit(launcher.launch(["--config_file", str(TWO_PROCESSES), "worker.py", work]))
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import importlib.metadata
 import logging
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import Gemma2Config, MistralConfig, Qwen3Config
+from transformers import DeepseekV3Config, Gemma2Config, LlamaConfig, MistralConfig
 from transformers.masking_utils import (
     causal_mask_function,
     chunked_causal_mask_function,
@@ -22,13 +22,7 @@ from transformers.masking_utils import (
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model import attention as varlen_attention
-from dpo_dist.model.attention import (
-    Heads,
-    check_kernel,
-    choose_backend,
-    packed_attention,
-    scores_of,
-)
+from dpo_dist.model.attention import check_kernel, choose_backend, packed_attention
 from dpo_dist.model.sdpa import Layout, MaskRule, Scores, mask_rule
 from tests.support.kernels import (
     flash_attn_varlen_func,
@@ -39,7 +33,14 @@ from tests.support.kernels import (
 )
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-GROUPED = Heads(6, 2, 40, 40)
+GROUPED = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 40, "hidden_size": 240}
+LOW_RANK = {"num_attention_heads": 4, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+TEXTS = {
+    "grouped": LlamaConfig(**GROUPED),
+    "low rank": DeepseekV3Config(**LOW_RANK),
+    "windowed": MistralConfig(**GROUPED, sliding_window=4096),
+    "capped": Gemma2Config(**GROUPED, attn_logit_softcapping=0.5),
+}
 KERNELS = [AttentionBackend.varlen, AttentionBackend.flash_attention_2]
 
 
@@ -74,13 +75,13 @@ def test_a_device_without_the_kernels_uses_sdpa(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("heads", [GROUPED, Heads(3, 3, 64, 64), Heads(4, 4, 24, 16)])
+@pytest.mark.parametrize("varlen", [varlen_of_torch_2_13, varlen_of_torch_2_11])
+@pytest.mark.parametrize("text", TEXTS)
 def test_a_correct_kernel_passes(
-    backend: AttentionBackend, dtype: torch.dtype, heads: Heads, monkeypatch: pytest.MonkeyPatch
+    backend: AttentionBackend, dtype: torch.dtype, text: str, varlen: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for varlen in (varlen_of_torch_2_13, varlen_of_torch_2_11):
-        put_kernels(monkeypatch, varlen)
-        check_kernel(backend, CPU, heads, dtype)
+    put_kernels(monkeypatch, varlen)
+    check_kernel(backend, CPU, TEXTS[text], dtype)
 
 
 def shifted(*args: Any, **options: Any) -> Tensor:
@@ -109,20 +110,35 @@ def fails_for_large_heads(query: Tensor, *args: Any, **options: Any) -> Tensor:
     return varlen_of_torch_2_13(query, *args, **options)
 
 
+def ignores_the_window(*args: Any, window_size: tuple[int, int], **options: Any) -> Tensor:
+    return varlen_of_torch_2_13(*args, window_size=(-1, 0), **options)
+
+
+def ignores_the_cap(*args: Any, softcap: float, **options: Any) -> Tensor:
+    return flash_attn_varlen_func(*args, softcap=0.0, **options)
+
+
 @pytest.mark.parametrize(
-    ("kernel", "message"),
+    ("kernel", "text", "message"),
     [
-        (shifted, "output differs"),
-        (wrong_backward, "gradient of the key differs"),
-        (fails_for_large_heads, "heads of 40 in bfloat16: RuntimeError: head_dim"),
+        (shifted, "grouped", "its output differs"),
+        (wrong_backward, "grouped", "its gradient of the key differs"),
+        (
+            fails_for_large_heads,
+            "grouped",
+            "value_dim=40), window None, cap None: RuntimeError: head_dim",
+        ),
+        (ignores_the_window, "windowed", "window 6, cap None: its output differs"),
+        (ignores_the_cap, "capped", "window None, cap 0.5: its output differs"),
     ],
 )
 def test_a_kernel_that_is_wrong_or_fails_is_refused_before_training(
-    kernel: Any, message: str, monkeypatch: pytest.MonkeyPatch
+    kernel: Any, text: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put_kernels(monkeypatch, wraps(varlen_of_torch_2_13)(kernel))
+    backend = KERNELS[text == "capped"]
+    put_kernels(monkeypatch, wraps(varlen_of_torch_2_13)(kernel), wraps(flash_attn_varlen_func)(kernel))
     with torch.no_grad(), pytest.raises(ConfigError) as raised:
-        check_kernel(AttentionBackend.varlen, CPU, GROUPED, torch.bfloat16)
+        check_kernel(backend, CPU, TEXTS[text], torch.bfloat16)
     assert message in raised.value.got
     assert "model.attention=sdpa" in raised.value.remedy
 
@@ -145,34 +161,6 @@ def test_flash_attn_2_is_told_from_its_successor_with_the_same_module(
     assert choose_backend(AttentionBackend.auto, Dtype.bf16, CUDA) is AttentionBackend.varlen
     with pytest.raises(ConfigError, match="flash-attn 2 is not installed"):
         choose_backend(wanted, Dtype.bf16, CUDA)
-
-
-def ignores_the_window(*args: Any, window_size: tuple[int, int], **options: Any) -> Tensor:
-    return varlen_of_torch_2_13(*args, window_size=(-1, 0), **options)
-
-
-def ignores_the_cap(*args: Any, softcap: float, **options: Any) -> Tensor:
-    return flash_attn_varlen_func(*args, softcap=0.0, **options)
-
-
-def test_a_kernel_is_checked_with_the_windows_and_caps_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, windowed = scores_of(Qwen3Config()), scores_of(MistralConfig(sliding_window=4096))
-    capped = scores_of(Gemma2Config(attn_logit_softcapping=0.5))
-    assert [(kind.window is None, kind.softcap) for kind in capped] == [(True, 0.5), (False, 0.5)]
-    check = partial(check_kernel, device=CPU, heads=GROUPED)
-    put_kernels(monkeypatch)
-    check(AttentionBackend.varlen, dtype=torch.bfloat16, kinds=windowed)
-    check(AttentionBackend.flash_attention_2, dtype=torch.float32, kinds=capped)
-    wrong = wraps(varlen_of_torch_2_13)(ignores_the_window), wraps(flash_attn_varlen_func)(ignores_the_cap)
-    put_kernels(monkeypatch, *wrong)
-    check(AttentionBackend.varlen, dtype=torch.bfloat16, kinds=plain)
-    for backend, kinds, named in (
-        (AttentionBackend.varlen, windowed, "a sliding window: its output differs"),
-        (AttentionBackend.flash_attention_2, capped, "capped scores"),
-    ):
-        with pytest.raises(ConfigError) as raised:
-            check(backend, dtype=torch.float32, kinds=kinds)
-        assert named in raised.value.got
 
 
 HEADS, KEY_HEADS, DIM = 4, 2, 8

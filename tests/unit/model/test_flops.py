@@ -8,10 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Gemma4TextConfig, LlamaConfig, MambaConfig
 
 from dpo_dist.config.schema import AdapterConfig, ModelConfig
-from dpo_dist.model.attention import Heads, heads_of_layers, scores_of
+from dpo_dist.model.attention import Heads, heads_of_layers
 from dpo_dist.model.exactness import trial_sequences
-from dpo_dist.model.flops import StepFlops, matmul_peak, step_flops, without_weights
+from dpo_dist.model.flops import StepFlops, matmul_peak, step_flops
 from dpo_dist.model.layers import layer_values
+from dpo_dist.model.load import without_weights
 from dpo_dist.model.lora import add_adapter
 from tests.support.families import COMMON, tiny_family
 from tests.support.packing import pack_unkeyed, random_pairs
@@ -28,7 +29,7 @@ GEMMA_4 = {
 
 
 def flops_of(model_type: str, **own: Any) -> StepFlops:
-    return step_flops(without_weights(tiny_config(model_type, **own)))
+    return step_flops(without_weights(tiny_config(model_type, **own), ModelConfig()))
 
 
 def products(counter: FlopCounterMode) -> int:
@@ -56,7 +57,7 @@ def test_flops_of_an_adapter_equal_pytorchs_count(targets: Any) -> None:
     model.causal_lm.enable_input_require_grads()
     with FlopCounterMode(display=False) as counter:
         model(BATCH).sum().backward()
-    step = step_flops(without_weights(config), adapter)
+    step = step_flops(without_weights(config, ModelConfig(adapter=adapter)))
     assert step.of(len(BATCH.input_ids), len(BATCH.targets), attended=0) == products(counter)
 
 
@@ -98,14 +99,12 @@ def test_options_of_each_layer_are_read() -> None:
     """Gemma 4 has larger heads without a window; transformers accepts options by layer for all."""
     gemma = Gemma4TextConfig(**SIZES | GEMMA_4)
     assert heads_of_layers(gemma) == [Heads(4, 2, 8, 8), Heads(4, 2, 16, 16)]
-    assert [scores.window is None for scores in scores_of(gemma)] == [True, False]
-    assert step_flops(without_weights(gemma)).per_attended == 3 * 2 * 4 * (8 + 8 + 16 + 16)
+    assert step_flops(without_weights(gemma, ModelConfig())).per_attended == 3 * 2 * 4 * (8 + 8 + 16 + 16)
     windows = {0: {"sliding_window": 60}, 1: {"num_key_value_heads": 1}}
     config = LlamaConfig(**SIZES, sliding_window=None, per_layer_config=windows)
     assert layer_values(config, "sliding_window") == [60, None]
     assert layer_values(config, "hidden_size") == [32]
     assert heads_of_layers(config) == [Heads(4, 2, 8, 8), Heads(4, 1, 8, 8)]
-    assert [scores.window is None for scores in scores_of(config)] == [True, False]
     assert heads_of_layers(MambaConfig()) == []
     causal_lm = tiny_family("gemma4_text", 97)
     causal_lm.config.sliding_window = 160

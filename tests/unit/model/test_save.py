@@ -8,10 +8,8 @@ import pytest
 import torch
 
 from dpo_dist.config.schema import Dtype, ModelConfig
-from dpo_dist.foundation.errors import CheckpointError
 from dpo_dist.model.load import load_packed
-from dpo_dist.model.save import write_description, write_tokenizer, write_weights, writing_errors
-from tests.support import tiny
+from dpo_dist.model.save import write_description, write_weights
 from tests.support.families import tiny_family
 from tests.support.tiny_model import write_model
 
@@ -75,10 +73,3 @@ def test_a_part_that_names_a_precision_gets_that_of_the_weights(tmp_path: Path) 
     write_description(tmp_path / "config.json", {"transformers_weights": "a"} | parts, torch.float16)
     found = json.loads((tmp_path / "config.json").read_text())
     assert found == parts | {"text_config": {"dtype": "float16"}, "dtype": "float16"}
-
-
-def test_a_tokenizer_that_finds_no_room_is_an_error_of_the_user(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").symlink_to("/dev/full")
-    with pytest.raises(CheckpointError, match="cannot be written") as raised, writing_errors(tmp_path):
-        write_tokenizer(tmp_path, tiny.qwen())
-    assert "No space left on device" in raised.value.got

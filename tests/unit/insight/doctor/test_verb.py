@@ -8,7 +8,7 @@ import pytest
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.doctor import main
-from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
+from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.insight.doctor import examine
 from tests.support import tiny
 from tests.support.doctor_data import clean_pairs, write
@@ -47,15 +47,3 @@ def test_data_are_encoded_by_the_tokenizer_of_the_adapter_that_the_policy_starts
     assert found.model == sft
     with pytest.raises(ConfigError, match="no chat template"):
         examine.diagnose(load_run_config(keys), silent)
-
-
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_processes_of_a_launcher_end_alike(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_run_config(["model.path=m", "data.train=[absent.jsonl]"])
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="the doctor is one process"):
-        main(config)
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    with pytest.raises(DpoDistError, match="absent"):
-        main(config)
