@@ -220,7 +220,9 @@ def _ordered_pairs(setting: Setting, folder: Path) -> dict[str, Any]:
     indices = [int(index) for step in range(sampler.steps) for index in sampler.indices(step)]
     pairs = [dataset.sequences(index) for index in indices]
     return {
-        "unique_tokens": sum(dataset.packed_tokens(index) for index in indices),
+        "unique_tokens": sum(
+            1 + sum(dataset.lengths(index)) - len(dataset.lengths(index)) for index in indices
+        ),
         "prompt_ids": [pair.prompt_ids.tolist() for pair in pairs],
         "chosen_ids": [pair.responses[0].tolist() for pair in pairs],
         "rejected_ids": [pair.responses[1].tolist() for pair in pairs],

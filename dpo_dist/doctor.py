@@ -11,7 +11,7 @@ import sys
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.rules import check_needs
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import NO_MODEL, ConsoleStyle, RunConfig
+from dpo_dist.config.schema import NO_MODEL, RunConfig
 from dpo_dist.data.formats import check_source
 from dpo_dist.data.template import check_template_file
 from dpo_dist.foundation.errors import ExitCode
@@ -27,7 +27,7 @@ def main(config: RunConfig) -> int:
         check_source(source)
     benchmark = None
     if config.doctor.benchmarks:
-        from dpo_dist.insight.doctor.benchmarks import read_benchmarks  # noqa: PLC0415  (slow)
+        from dpo_dist.insight.doctor.texts import read_benchmarks  # noqa: PLC0415  (slow)
 
         benchmark = read_benchmarks(config.doctor.benchmarks)
     check_template_file(config.data.chat_template)
@@ -44,15 +44,13 @@ def main(config: RunConfig) -> int:
 
     folder = RunFolder.of(config)
     folder.check_writable()
-    console = console_on(sys.stderr, config.console)
-    diagnosis = diagnose(config, console.counter, benchmark)
+    diagnosis = diagnose(config, console_on(sys.stderr, config.console).counter, benchmark)
     exit_code = ExitCode.findings if diagnosis.fails(config.doctor.fail_on) else ExitCode.completed
     pages.write_doctor_report(folder, diagnosis, exit_code)
     pages.write_doctor_page(folder, diagnosis, config)
-    if config.console.style is ConsoleStyle.json:
-        console.result("diagnosis", json.loads(folder.doctor_report.read_text(encoding="utf-8")), ())
-    else:
-        pages.print_diagnosis(diagnosis, folder)
+    content = json.loads(folder.doctor_report.read_text(encoding="utf-8"))
+    lines = pages.diagnosis_lines(diagnosis, folder)
+    console_on(sys.stdout, config.console).result("diagnosis", content, lines)
     return exit_code
 
 

@@ -1,7 +1,6 @@
 """Write the report page of a run again, or a page about the difference of two runs, from their files."""
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,10 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = existing_run(given.run)
         if given.other is None:
             path = write_page(run, given.output)
-            if given.output is None and not run.summary.exists():  # it was killed, or is training
-                with contextlib.suppress(FileNotFoundError):  # without a metrics row
-                    draw_curves(read_latest_rows(run), run.curves, run.path.name)
-                    print_line(f"curves: {run.curves}")
+            is_open = given.output is None and not run.summary.exists()  # was killed, or is training
+            if is_open and (rows := read_latest_rows(run)):
+                draw_curves(rows, run.curves, run.path.name)
+                print_line(f"curves: {run.curves}")
         else:
             path = write_difference((run, existing_run(given.other)), given.output)
     except DpoDistError as error:

@@ -37,46 +37,30 @@ class Sequences:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One micro-batch of one rank.
+    """One micro-batch of one rank."""
 
-    Attributes:
-        input_ids: int64 [tokens].
-        position_ids: int64 [tokens].
-        layout: for each example the lengths of its pieces in `input_ids`: prompt, response, response, ...
-        target_places: int64 [2, targets], response of each target, and index in `input_ids` of the token
-            that predicts it: the last token of the prompt predicts the first of every response. Stays on the
-            host, so that targets are regrouped and shared among ranks without a wait for the device.
-        targets: int64 [targets], the completion tokens to score, response after response.
-        response_tokens: int64 [responses], number of targets of each response.
-        keys: uint64 [responses, 2], content address of each response; none for a dummy. Stays on the host.
-        weights: float32 [pairs], 1; 0 for a dummy, which only keeps collective calls equal (law L2).
-        ranking: int64 [pairs, 2 + n], indices in `response_tokens` of each pair's best response, its worst,
-            and those between them, padded with -1; None if every pair has two responses.
-        score_gaps: float32 [pairs], score of the best response minus that of the worst; nan without scores.
-        token_weights: float32 [targets], factors of the log-probs, if the loss has such weights.
-        reference_logps: float32 [targets], reference log-probs, if they need no forward pass.
-        labels: of the sources that metrics are divided by; empty: metrics are not divided.
-        sources: int64 [pairs], index of each pair's source in `labels`; None without labels.
-        mask: bool [completion tokens], whether each is a target; None: all are. Stays on the host.
-        forwards: the most responses that a rank has in this micro-batch: a model that computes each response
-            in a forward of its own makes as many forwards on all ranks (law L2); 0: only one rank computes.
-    """
-
-    input_ids: Tensor
-    position_ids: Tensor
-    layout: tuple[tuple[int, ...], ...]
+    input_ids: Tensor  # int64 [tokens]
+    position_ids: Tensor  # int64 [tokens]
+    layout: tuple[tuple[int, ...], ...]  # of each example the lengths of its prompt, response, response, ...
+    # int64 [2, targets], response of each target, and index in `input_ids` of the token that predicts it: the
+    # last token of the prompt predicts the first of every response. Stays on the host, so that targets are
+    # regrouped and shared among ranks without a wait for the device.
     target_places: npt.NDArray[np.int64]
-    targets: Tensor
-    response_tokens: Tensor
-    keys: npt.NDArray[np.uint64]
-    weights: Tensor
+    targets: Tensor  # int64 [targets], the completion tokens to score, response after response
+    response_tokens: Tensor  # int64 [responses], number of targets of each response
+    keys: npt.NDArray[np.uint64]  # [responses, 2], content addresses, on the host; none for a dummy
+    weights: Tensor  # float32 [pairs], 1; 0 for a dummy, which only keeps collective calls equal (law L2)
+    # int64 [pairs, 2 + n], indices in `response_tokens` of each pair's best response, its worst, and those
+    # between them, padded with -1; None if every pair has two responses.
     ranking: Tensor | None = None
-    score_gaps: Tensor | None = None
-    token_weights: Tensor | None = None
-    reference_logps: Tensor | None = None
-    labels: tuple[str, ...] = ()
-    sources: Tensor | None = None
-    mask: Mask | None = None
+    score_gaps: Tensor | None = None  # float32 [pairs], score of the best response minus the worst's, or nan
+    token_weights: Tensor | None = None  # float32 [targets], factors of the log-probs, if the loss has them
+    reference_logps: Tensor | None = None  # float32 [targets], if they need no forward pass
+    labels: tuple[str, ...] = ()  # of the sources that metrics are divided by; empty: they are not divided
+    sources: Tensor | None = None  # int64 [pairs], index of each pair's source in `labels`
+    mask: Mask | None = None  # bool [completion tokens], which are targets, on the host; None: all
+    # The most responses that a rank has in this micro-batch: a model that computes each response in a forward
+    # of its own makes as many forwards on all ranks (law L2); 0: only one rank computes.
     forwards: int = 0
 
     @property
@@ -140,11 +124,6 @@ def copied_to(device: torch.device, array: npt.NDArray[Any]) -> Tensor:
     return source.contiguous().pin_memory().to(device, non_blocking=True)
 
 
-def packed_tokens(prompt_tokens: int, response_tokens: Sequence[int]) -> int:
-    """Return the length of a prompt with its responses in a packed batch."""
-    return prompt_tokens + sum(tokens - 1 for tokens in response_tokens)
-
-
 def pack(sequences: Sequence[Sequences], keys: npt.NDArray[np.uint64]) -> PackedBatch:
     """Pack `sequences` into one micro-batch; `keys` are the content keys of their whole responses."""
     inputs: list[Ids] = []
@@ -167,7 +146,12 @@ def pack(sequences: Sequence[Sequences], keys: npt.NDArray[np.uint64]) -> Packed
             start += tokens
         layout.append(tuple(lengths))
     responses = [response for pair in sequences for response in pair.responses]
-    mask = _mask(sequences)
+    mask = None
+    if any(pair.masks for pair in sequences):
+        masks = (
+            pair.masks or [np.ones(len(r), dtype=np.bool_) for r in pair.responses] for pair in sequences
+        )
+        mask = np.concatenate(list(itertools.chain.from_iterable(masks)))
     is_target = slice(None) if mask is None else mask
     numbers = np.repeat(np.arange(len(responses)), [len(response) for response in responses])
     target_places = np.stack((numbers, np.concatenate(predictors)))[:, is_target]
@@ -195,14 +179,6 @@ def dummy_batch() -> PackedBatch:
     return replace(batch, weights=torch.zeros(1), score_gaps=torch.ones(1))
 
 
-def _mask(sequences: Sequence[Sequences]) -> Mask | None:
-    """Return `PackedBatch.mask`."""
-    if not any(pair.masks for pair in sequences):
-        return None
-    masks = [pair.masks or [np.ones(len(r), dtype=np.bool_) for r in pair.responses] for pair in sequences]
-    return np.concatenate(list(itertools.chain(*masks)))
-
-
 def _ranking(counts: Sequence[int]) -> Tensor | None:
     """Return `PackedBatch.ranking` of examples with these numbers of responses."""
     if set(counts) == {2}:
@@ -224,19 +200,14 @@ def _int64(array: npt.NDArray[np.generic]) -> Tensor:
 
 @dataclass(frozen=True)
 class Rows:
-    """The responses of a micro-batch, each in a row behind a prompt of its own.
+    """The responses of a micro-batch, each in a row behind a prompt of its own."""
 
-    Attributes:
-        input_ids: int64 [rows, longest], padded at the end.
-        lengths: tokens of each row without padding.
-        is_token: bool [rows, longest], whether it is not padding.
-        predictors: int64 [targets], index in the flat `input_ids` of the token that predicts each target.
-    """
-
-    input_ids: Tensor
-    lengths: tuple[int, ...]
-    is_token: Tensor
-    predictors: Tensor
+    input_ids: Tensor  # int64 [rows, longest], padded at the end
+    lengths: tuple[int, ...]  # tokens of each row without padding
+    is_token: Tensor  # bool [rows, longest], whether it is not padding
+    predictors: (
+        Tensor  # int64 [targets], index in the flat `input_ids` of the token that predicts each target
+    )
 
 
 def rows_of(batch: PackedBatch, pad_id: int) -> Rows:

@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -59,14 +59,6 @@ def consecutive_batches(
 
 
 Counts = npt.NDArray[np.int64]
-CountT = TypeVar("CountT", int, Counts)
-
-
-def causal_pairs(tokens: CountT) -> CountT:
-    """Return the number of query-key pairs of sequences in which tokens see all earlier tokens."""
-    return tokens * (tokens + 1) // 2
-
-
 Costs = npt.NDArray[np.float64]
 Bins = npt.NDArray[np.int64]
 
@@ -75,42 +67,25 @@ _ROW_TRIALS = 12
 
 @dataclass(frozen=True)
 class ComputeCosts:
-    """Compute time of a model, in units of the time that its layers' matrices take for one token.
+    """Compute time of a model, in units of the time that its layers' matrices take for one token."""
 
-    Attributes:
-        key: time of one query-key pair, in all layers.
-        target: time of one target in the output layer.
-        arrangement: of the responses in a forward, which decides how many tokens it computes.
-        pads: whether a live reference computes the examples in padded rows, whatever the arrangement is.
-    """
-
-    key: float
-    target: float
-    arrangement: Arrangement = Arrangement.packed
-    pads: bool = False
+    key: float  # time of one query-key pair, in all layers
+    target: float  # time of one target in the output layer
+    arrangement: Arrangement = Arrangement.packed  # of the responses in a forward
+    pads: bool = False  # whether a live reference computes padded rows, whatever the arrangement is
 
 
 @dataclass(frozen=True)
 class ExampleSizes:
-    """Sizes of examples in micro-batches, [examples] each.
+    """Sizes of examples in micro-batches, [examples] each."""
 
-    Attributes:
-        tokens: int64, tokens that a forward computes, without padding; they decide the memory.
-        rows_tokens: int64, tokens of the plain batch, which has the prompt once for each response.
-        targets: int64, completion tokens to score.
-        attended: int64, query-key pairs of attention in a layer in which tokens see all earlier ones.
-        costs: float64, compute time in units of `ComputeCosts`.
-        rows: int64, responses in padded rows; None: nothing is padded.
-        longest: int64, tokens of the longest of these rows; None: nothing is padded.
-    """
-
-    tokens: Counts
-    rows_tokens: Counts
-    targets: Counts
-    attended: Counts
-    costs: Costs
-    rows: Counts | None = None
-    longest: Counts | None = None
+    tokens: Counts  # that a forward computes, without padding; they decide the memory
+    rows_tokens: Counts  # of the plain batch, which has the prompt once for each response
+    targets: Counts  # completion tokens to score
+    attended: Counts  # query-key pairs of attention in a layer in which tokens see all earlier ones
+    costs: Costs  # compute time in units of `ComputeCosts`
+    rows: Counts | None = None  # responses in padded rows; None: nothing is padded
+    longest: Counts | None = None  # tokens of the longest of these rows; None: nothing is padded
 
     def at(self, indices: Counts) -> "ExampleSizes":
         """Return the sizes of the examples at `indices`."""
@@ -118,37 +93,6 @@ class ExampleSizes:
             name: None if sizes is None else sizes[indices] for name, sizes in vars(self).items()
         }
         return ExampleSizes(**found)
-
-
-def example_sizes(
-    prompt_tokens: Counts,
-    response_tokens: Counts,
-    responses: Counts,
-    costs: ComputeCosts,
-    response_targets: Counts | None = None,
-) -> ExampleSizes:
-    """Return the sizes of many examples.
-
-    `prompt_tokens` and `responses`, the number of responses, at least one: int64 [examples].
-    `response_tokens` and `response_targets`, the tokens to score (None: all): int64 [responses], those of the
-    first example, of the second, ...
-    """
-    firsts = np.cumsum(responses) - responses
-    stored, prompts = response_tokens - 1, np.repeat(prompt_tokens, responses)
-    # How often a prompt is computed.
-    copies = np.where(costs.arrangement is Arrangement.packed, 1, responses)
-    tokens = copies * prompt_tokens + np.add.reduceat(stored, firsts)
-
-    in_responses = causal_pairs(prompts + stored) - causal_pairs(prompts)
-    attended = copies * causal_pairs(prompt_tokens) + np.add.reduceat(in_responses, firsts)
-    targets = np.add.reduceat(response_tokens if response_targets is None else response_targets, firsts)
-    # Attention of a token to itself is included in the cost of a token.
-    compute = tokens + costs.key * (attended - tokens / 2) + costs.target * targets
-    rows_tokens = tokens + (responses - copies) * prompt_tokens
-    sizes = ExampleSizes(tokens, rows_tokens, targets, attended, compute)
-    if costs.arrangement is not Arrangement.padded and not costs.pads:
-        return sizes
-    return replace(sizes, rows=responses, longest=np.maximum.reduceat(prompts + stored, firsts))
 
 
 def plan_micro_batches(sizes: ExampleSizes, world_size: int, token_budget: int) -> list[list[list[int]]]:

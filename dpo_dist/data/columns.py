@@ -9,7 +9,7 @@ from typing import Any
 from dpo_dist.config.data import DataFormat, SourceConfig
 from dpo_dist.config.user_code import user_function
 from dpo_dist.data.counts import remedy_of
-from dpo_dist.data.messages import CALLING, ROLES, fault_of, from_json, parse_json
+from dpo_dist.data.messages import CALLING, ROLES, from_json, parse_json
 from dpo_dist.data.records import BadRecord, Fields, RawRecord, shown_key
 from dpo_dist.foundation.errors import ConfigError, DataError
 
@@ -168,7 +168,7 @@ def resolved(source: SourceConfig) -> SourceConfig:
     try:
         found, fault = parse_json(file.read_bytes()), ""
     except ValueError as error:
-        found, fault = None, fault_of(error)
+        found, fault = None, str(error)
     entries = found if isinstance(found, dict) and all(isinstance(e, dict) for e in found.values()) else {}
     if all(entry.keys().isdisjoint(_LOCATIONS) for entry in entries.values()):
         if source.name is None and file != local:

@@ -22,9 +22,8 @@ from dpo_dist.batching.pack import (
     Sequences,
     dummy_batch,
     pack,
-    packed_tokens,
 )
-from dpo_dist.batching.plan import ComputeCosts, ExampleSizes, example_sizes, plan_micro_batches
+from dpo_dist.batching.plan import Arrangement, ComputeCosts, ExampleSizes, plan_micro_batches
 from dpo_dist.batching.sampler import Indices, Span
 from dpo_dist.config.data import DataConfig
 from dpo_dist.config.losses import LossConfig
@@ -131,11 +130,6 @@ class PreferenceDataset:
             for start, tokens, trained in zip(starts, lengths, counts, strict=True)
         )
 
-    def packed_tokens(self, index: int, which: Sequence[int] | None = None) -> int:
-        """Return the length of `sequences(index, which)` in a packed batch."""
-        prompt, *responses = self.lengths(index)
-        return packed_tokens(prompt, responses if which is None else [responses[i] for i in which])
-
     def mean_chosen_tokens(self, indices: Indices) -> float:
         """Return the mean number of tokens that the loss counts in the chosen responses of these examples."""
         return float(self.trained_tokens[self.first_pieces[indices] - indices].mean())
@@ -156,8 +150,24 @@ class PreferenceDataset:
         pieces = response_indices + np.repeat(indices, counts) + 1
         prompt_tokens = self.piece_tokens[self.first_pieces[indices]].astype(np.int64)
         response_tokens = self.piece_tokens[pieces].astype(np.int64)
-        targets = self.trained_tokens[response_indices].astype(np.int64) if masked else response_tokens
-        return example_sizes(prompt_tokens, response_tokens, counts, costs, targets)
+        firsts = np.cumsum(counts) - counts
+        stored, prompts = response_tokens - 1, np.repeat(prompt_tokens, counts)
+        # How often a prompt is computed.
+        copies = np.where(costs.arrangement is Arrangement.packed, 1, counts)
+        tokens = copies * prompt_tokens + np.add.reduceat(stored, firsts)
+        in_responses = _causal_pairs(prompts + stored) - _causal_pairs(prompts)
+        attended = copies * _causal_pairs(prompt_tokens) + np.add.reduceat(in_responses, firsts)
+        response_targets = (
+            self.trained_tokens[response_indices].astype(np.int64) if masked else response_tokens
+        )
+        targets = np.add.reduceat(response_targets, firsts)
+        # Attention of a token to itself is included in the cost of a token.
+        compute = tokens + costs.key * (attended - tokens / 2) + costs.target * targets
+        rows_tokens = tokens + (counts - copies) * prompt_tokens
+        sizes = ExampleSizes(tokens, rows_tokens, targets, attended, compute)
+        if costs.arrangement is not Arrangement.padded and not costs.pads:
+            return sizes
+        return replace(sizes, rows=counts, longest=np.maximum.reduceat(prompts + stored, firsts))
 
     def response_range(self, index: int) -> range:
         """Return the response indices of one example."""
@@ -217,6 +227,11 @@ def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> Prefer
         encoded=tuple(sources),
         **columns_of(every),
     )
+
+
+def _causal_pairs(tokens: Indices) -> Indices:
+    """Return the number of query-key pairs of sequences in which tokens see all earlier tokens."""
+    return tokens * (tokens + 1) // 2
 
 
 @dataclass(frozen=True)

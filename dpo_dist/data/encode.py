@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from dpo_dist.config.data import DataConfig, OnBadRecord, Truncation
 from dpo_dist.data.counts import Outcome
-from dpo_dist.data.escape import RESERVED, any_text
+from dpo_dist.data.escape import RESERVED, Encoded, any_text
 from dpo_dist.data.records import (
     ALL_RECORDS,
     BadRecord,
@@ -33,7 +33,7 @@ from dpo_dist.data.records import (
 )
 from dpo_dist.data.render import Rendered, TokenizerFacts, render_record, tokenizer_facts
 from dpo_dist.data.store import SCHEMA
-from dpo_dist.data.turns import Mask, counted_characters, token_mask, untrained_parts
+from dpo_dist.data.turns import Mask, Span, counted_characters, token_mask, untrained_parts
 from dpo_dist.foundation.errors import ConfigError, PeerLostError
 
 if TYPE_CHECKING:
@@ -73,8 +73,11 @@ def encode_pair(
         if any_text((record.prompt, record.responses, record.tools, record.template_arguments), RESERVED):
             raise UnusableRecordError("reserved_character", "a text has the noncharacter U+FDD0")
         rendered = render_record(record, facts, data_config)
-        prompt, responses, is_resplit = facts.encoder.encode_after(rendered.prompt, rendered.responses)
-        trained = _masks(rendered, responses, facts, data_config)
+        counted = _counted(rendered, facts, data_config)
+        has_masks = counted != [None] * len(counted)
+        encode = facts.encoder.encode_after
+        prompt, encoded, is_resplit = encode(rendered.prompt, rendered.responses, has_masks)
+        responses = [ids for ids, _ in encoded]
         prompt, prefix_length = facts.with_prefix(prompt)
         kept_prompt, kept = _truncated(prompt, responses, prefix_length, data_config)
     except UnusableRecordError as fault:
@@ -86,6 +89,7 @@ def encode_pair(
     truncated = tuple(len(ids) < len(whole) for ids, whole in zip(kept, responses, strict=True))
     if len(set(map(tuple, kept))) < len(kept):
         return BadRecord(f"identical_after_{'truncation' if any(truncated) else 'encoding'}", record.origin)
+    trained = _masks(rendered.responses, encoded, counted) if has_masks else []
     trained = [mask[: len(ids)] for mask, ids in zip(trained, kept, strict=False)]
     if not all(mask.any() for mask in trained):
         return BadRecord("no_trained_token", record.origin, "the loss would count no token of a response")
@@ -114,26 +118,24 @@ def response_key(prompt_ids: TokenIds, response_ids: TokenIds) -> bytes:
     return digest.digest()
 
 
-def _masks(
-    rendered: Rendered, responses: list[list[int]], facts: TokenizerFacts, config: DataConfig
-) -> list[Mask]:
-    """Return for each response whether the loss counts its tokens; empty if it counts all."""
+def _counted(rendered: Rendered, facts: TokenizerFacts, config: DataConfig) -> list[list[Span] | None]:
+    """Return for each response the parts of its text that the loss counts; None: all of it."""
     formatting = facts.around_turns if "formatting" in config.untrained else None
     parts = untrained_parts(tuple(config.untrained), formatting)
-    counted = [
+    return [
         counted_characters(rendered.prompt, text, turns, parts)
         for text, turns in zip(rendered.responses, rendered.counted, strict=True)
     ]
-    if all(spans is None for spans in counted):
-        return []
-    masks = []
-    for text, ids, spans in zip(rendered.responses, responses, counted, strict=True):
-        if spans is None:
-            masks.append(np.ones(len(ids), dtype=np.bool_))
-        else:
-            starts = facts.encoder.token_starts(rendered.prompt, text, ids)
-            masks.append(token_mask(starts, len(text), spans))
-    return masks
+
+
+def _masks(
+    texts: Sequence[str], encoded: Sequence[Encoded], counted: Sequence[Sequence[Span] | None]
+) -> list[Mask]:
+    """Return for each response whether the loss counts its tokens."""
+    return [
+        np.ones(len(ids), dtype=np.bool_) if spans is None else token_mask(starts, len(text), spans)
+        for text, (ids, starts), spans in zip(texts, encoded, counted, strict=True)
+    ]
 
 
 def _truncated(
@@ -230,9 +232,26 @@ def encode_chunk(
     part: Part = ALL_RECORDS,
 ) -> pa.RecordBatch:
     """Encode the `records` of `part` as rows of `store.SCHEMA`; unusable ones are dropped with a reason."""
-    return pa.RecordBatch.from_pylist(
-        [_row(record, config, tokenizer, part) for record in records], schema=SCHEMA
-    )
+    rows = []
+    for record in records:
+        prompt, values = 0, dict[str, Any]()
+        found: EncodedRecord | BadRecord | None = None  # of another part
+        if isinstance(record, BadRecord):
+            found = None if part.is_eval else record  # it has no prompt
+        elif part.has(prompt := prompt_hash(record.prompt)):
+            found = encode_record(record, config, tokenizer)
+        if isinstance(found, BadRecord):
+            if config.on_bad_record is OnBadRecord.error:
+                raise bad_record_error(found)
+            outcome = Outcome(found.reason, changed=tuple((f"unread_{name}", 1) for name in found.unread))
+            values = {"detail": found.detail}
+        elif found is None:
+            outcome = Outcome(changed=((part.others, 1),))
+        else:
+            outcome, values = found.outcome, _columns(found) | {"prompt": prompt}
+        origin = {"file": record.origin.source, "line": record.origin.line}
+        rows.append({**_NOTHING, **origin, "outcome": json.dumps(astuple(outcome)), **values})
+    return pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
 
 
 _NOTHING = {
@@ -241,32 +260,6 @@ _NOTHING = {
     "largest_id": -1,
     **{field.name: () for field in SCHEMA if pa.types.is_list(field.type)},
 }
-
-
-def _row(
-    record: PreferenceRecord | BadRecord,
-    config: DataConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-    part: Part,
-) -> dict[str, Any]:
-    found: EncodedRecord | BadRecord | None = None  # of another part
-    prompt = 0
-    if isinstance(record, BadRecord):
-        found = None if part.is_eval else record  # it has no prompt
-    elif part.has(prompt := prompt_hash(record.prompt)):
-        found = encode_record(record, config, tokenizer)
-    values: dict[str, Any] = {}
-    if isinstance(found, BadRecord):
-        if config.on_bad_record is OnBadRecord.error:
-            raise bad_record_error(found)
-        outcome = Outcome(found.reason, changed=tuple((f"unread_{name}", 1) for name in found.unread))
-        values = {"detail": found.detail}
-    elif found is None:
-        outcome = Outcome(changed=((part.others, 1),))
-    else:
-        outcome, values = found.outcome, _columns(found) | {"prompt": prompt}
-    origin = {"file": record.origin.source, "line": record.origin.line}
-    return {**_NOTHING, **origin, "outcome": json.dumps(astuple(outcome)), **values}
 
 
 def _columns(record: EncodedRecord) -> dict[str, Any]:
@@ -283,12 +276,9 @@ def _columns(record: EncodedRecord) -> dict[str, Any]:
         "scores": record.scores,
         "truncated": encoded.truncated,
         "trained_tokens": [int(mask.sum()) for mask in encoded.masks],
-        "trained": np.concatenate([*(mask for mask in encoded.masks if not mask.all()), _NO_MASK]),
+        "trained": np.concatenate([np.empty(0, np.bool_), *(m for m in encoded.masks if not m.all())]),
         "examples": record.ranks,
     }
-
-
-_NO_MASK: Mask = np.empty(0, dtype=np.bool_)
 
 
 Records: TypeAlias = Sequence[PreferenceRecord | BadRecord]

@@ -118,21 +118,37 @@ def _mapped(value: Any, change: Callable[[str], str]) -> Any:
     return [_mapped(part, change) for part in value] if isinstance(value, list | tuple) else value
 
 
-def token_ids(
-    tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str], *, literal: bool = False
-) -> list[list[int]]:
-    """Return the ids of each text, without added tokens; `literal`: spelled special tokens are text."""
-    if tokenizer.is_fast:  # without offsets: in four fifths of the time
+Encoded: TypeAlias = tuple[list[int], list[int]]
+"""The token ids of a text, and the position of the first character of each, or none."""
+
+
+def tokenized(
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: Sequence[str],
+    *,
+    literal: bool = False,
+    with_starts: bool = False,
+) -> list[Encoded]:
+    """Return the tokens of each text, without added tokens; `literal`: spelled special tokens are text."""
+    if tokenizer.is_fast:
         backend = tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = literal
-        return [one.ids for one in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-    encoded = tokenizer(
-        list(texts), add_special_tokens=False, split_special_tokens=literal, return_attention_mask=False
-    )
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids
+        if not with_starts:  # in four fifths of the time
+            return [(one.ids, []) for one in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        encodings = backend.encode_batch(list(texts), add_special_tokens=False)
+        return [(one.ids, [start for start, _ in one.offsets]) for one in encodings]
+    if with_starts:
+        raise ConfigError(
+            "the loss counts a part of the responses, but the tokenizer returns no positions of tokens",
+            where="tokenizer of model.path",
+            got="a tokenizer without a fast version",
+            expected="a tokenizer with tokenizer.json",
+            remedy="use a fast tokenizer, or set data.untrained=[] for responses of one turn",
+        )
+    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=literal)
+    return [(ids, []) for ids in encoded["input_ids"]]
 
 
 def _with_backend(
@@ -158,6 +174,12 @@ def _without_first_space(part: dict[str, Any]) -> dict[str, Any] | None:
     return part
 
 
+def _origin(position: int, pieces: Sequence[Piece]) -> int:
+    """Return the position in the original text of one in a changed text of these pieces."""
+    start, origin, is_same = pieces[bisect_right(pieces, position, key=lambda piece: piece[0]) - 1]
+    return origin + (position - start) * is_same
+
+
 _ANCHOR = f"{RESERVED_CHARACTER}anchor{RESERVED_CHARACTER}"
 
 
@@ -169,45 +191,35 @@ class EscapedEncoder:
     _marks: Marks
     _added: re.Pattern[str]
 
-    def encode(self, escaped: Sequence[str]) -> list[list[int]]:
-        """Return the token ids of each text, without added tokens. Raises UnusableRecordError."""
+    def encode(self, escaped: Sequence[str], with_starts: bool = False) -> list[Encoded]:
+        """Return the tokens of each text, without added tokens. Raises UnusableRecordError."""
         if any(RESERVED_CHARACTER in text for text in escaped):
-            return self._encode_literally(escaped, self._literal_copy)
-        return token_ids(self._tokenizer, escaped)
+            return self._encode_literally(escaped, self._literal_copy, with_starts)
+        return tokenized(self._tokenizer, escaped, with_starts=with_starts)
 
-    def encode_after(self, prompt: str, responses: Sequence[str]) -> tuple[list[int], list[list[int]], bool]:
-        """Return the ids of an escaped prompt and of each response; whether a response was resplit.
+    def encode_after(
+        self, prompt: str, responses: Sequence[str], with_starts: bool = False
+    ) -> tuple[list[int], list[Encoded], bool]:
+        """Return the ids of an escaped prompt, the tokens of each response; whether a response was resplit.
 
         A response is tokenised together with the prompt. If that would change the prompt's own tokens (a
-        token across the boundary), the response is tokenised by itself.
+        token across the boundary), the response is tokenised by itself. A token that starts before its
+        response, with a space of the prompt, has a negative start.
         """
         tail = self._tail(prompt)
         texts = [prompt, tail, *(tail + response for response in responses)]
         distinct = list(dict.fromkeys(texts))
-        ids_of = dict(zip(distinct, self.encode(distinct), strict=True))
-        prompt_ids, start_ids, *joint = (ids_of[text] for text in texts)
-        is_whole = [ids[: len(start_ids)] == start_ids for ids in joint]
-        response_ids = [
-            ids[len(start_ids) :] if whole else self.encode_continuation(text)
-            for text, ids, whole in zip(responses, joint, is_whole, strict=True)
+        found = dict(zip(distinct, self.encode(distinct, with_starts), strict=True))
+        (prompt_ids, _), (before, _), *joint = (found[text] for text in texts)
+        cut = len(before)
+        is_whole = [ids[:cut] == before for ids, _ in joint]
+        encoded = [
+            (ids[cut:], [start - len(tail) for start in starts[cut:]])
+            if whole
+            else self._encode_continuation(text, with_starts)
+            for text, (ids, starts), whole in zip(responses, joint, is_whole, strict=True)
         ]
-        return prompt_ids, response_ids, not all(is_whole)
-
-    def token_starts(self, prompt: str, response: str, ids: list[int]) -> list[int]:
-        """Return the position in an escaped response of the first character of each of its tokens.
-
-        A token that starts before the response, with a space of the prompt, has a negative one. `ids` are
-        those of the response by `encode_after`.
-        """
-        tail = self._tail(prompt)
-        joint, starts = self._with_starts(tail + response)
-        first = len(joint) - len(ids)
-        if joint[first:] == ids:
-            return [start - len(tail) for start in starts[first:]]
-        cut = self._start_of_added(response)
-        _, starts = self._with_starts(_ANCHOR + response[:cut], self._continuation_copy)
-        _, later = self._with_starts(response[cut:])
-        return [start - len(_ANCHOR) for start in starts[1:]] + [cut + start for start in later]
+        return prompt_ids, encoded, not all(is_whole)
 
     def _tail(self, prompt: str) -> str:
         """Return the prompt from its last special token: later tokens do not depend on the text before it."""
@@ -216,56 +228,36 @@ class EscapedEncoder:
             last = found.start()
         return prompt[last:]
 
-    def encode_continuation(self, escaped: str) -> list[int]:
-        """Return the ids of a response by itself: no space is added before it.
+    def _encode_continuation(self, escaped: str, with_starts: bool) -> Encoded:
+        """Return the tokens of a response by itself: no space is added before it.
 
         Text after an added token is encoded as usual, with a space if the tokenizer adds one.
         """
-        cut = self._start_of_added(escaped)
-        [ids] = self._encode_literally([_ANCHOR + escaped[:cut]], self._continuation_copy)
-        return ids[1:] + (self.encode([escaped[cut:]])[0] if cut < len(escaped) else [])
-
-    def _start_of_added(self, escaped: str) -> int:
         first = self._added.search(escaped)
-        return first.start() if first else len(escaped)
+        cut = first.start() if first else len(escaped)
+        anchored = [_ANCHOR + escaped[:cut]]
+        [(ids, starts)] = self._encode_literally(anchored, self._continuation_copy, with_starts)
+        later, later_starts = self.encode([escaped[cut:]], with_starts)[0] if first else ([], [])
+        positions = [start - len(_ANCHOR) for start in starts[1:]] + [cut + start for start in later_starts]
+        return ids[1:] + later, positions
 
     def _encode_literally(
-        self, escaped: Sequence[str], tokenizer: "PreTrainedTokenizerBase"
-    ) -> list[list[int]]:
-        encoded = token_ids(tokenizer, [self._marks.with_aliases(text)[0] for text in escaped], literal=True)
+        self, escaped: Sequence[str], tokenizer: "PreTrainedTokenizerBase", with_starts: bool
+    ) -> list[Encoded]:
+        aliased = [self._marks.with_aliases(text) for text in escaped]
+        spelled = [text for text, _ in aliased]
+        encoded = tokenized(tokenizer, spelled, literal=True, with_starts=with_starts)
         # Some vocabularies have special tokens as ordinary pieces.
         special_ids = set(self._real_ids.values()) - {self._tokenizer.unk_token_id}
-        if any(not special_ids.isdisjoint(ids) for ids in encoded):
+        if any(not special_ids.isdisjoint(ids) for ids, _ in encoded):
             raise UnusableRecordError("special_token_in_text", "the tokenizer cannot encode it as text")
-        return [[self._real_ids.get(token, token) for token in ids] for ids in encoded]
-
-    def _with_starts(
-        self, escaped: str, tokenizer: "PreTrainedTokenizerBase | None" = None
-    ) -> tuple[list[int], list[int]]:
-        """Return the token ids of a text, and the position of each token's first character in it."""
-        if not self._tokenizer.is_fast:
-            raise ConfigError(
-                "the loss counts a part of the responses, but the tokenizer returns no positions of tokens",
-                where="tokenizer of model.path",
-                got="a tokenizer without a fast version",
-                expected="a tokenizer with tokenizer.json",
-                remedy="use a fast tokenizer, or set data.untrained=[] for responses of one turn",
+        return [
+            (
+                [self._real_ids.get(token, token) for token in ids],
+                [_origin(start, pieces) for start in starts],
             )
-        spelled, pieces = escaped, [(0, 0, True)]
-        if tokenizer is not None or RESERVED_CHARACTER in escaped:
-            tokenizer = tokenizer or self._literal_copy
-            spelled, pieces = self._marks.with_aliases(escaped)
-        encoded = (tokenizer or self._tokenizer)(
-            spelled,
-            add_special_tokens=False,
-            split_special_tokens=tokenizer is not None,
-            return_offsets_mapping=True,
-        )
-        starts = []
-        for position, _ in encoded["offset_mapping"]:
-            start, origin, is_same = pieces[bisect_right(pieces, position, key=lambda piece: piece[0]) - 1]
-            starts.append(origin + (position - start) * is_same)
-        return [self._real_ids.get(token, token) for token in encoded["input_ids"]], starts
+            for (ids, starts), (_, pieces) in zip(encoded, aliased, strict=True)
+        ]
 
     @cached_property
     def _literal_copy(self) -> "PreTrainedTokenizerBase":

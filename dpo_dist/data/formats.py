@@ -173,7 +173,7 @@ def _parse(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord
     is_plain = row.read in (read_text, read_implicit)
     prompt, tools, arguments = with_context(prompt, record, content.responses, is_plain=is_plain)
     result = PreferenceRecord(prompt, tuple(responses), origin, content.scores, tools, arguments)
-    check_content(result)
+    check_content(result, content.responses)
     return result
 
 
@@ -585,11 +585,8 @@ def _is_outside(value: Any, prompt: Prompt) -> bool:
     return not all(isinstance(one, str) and any(one.strip() in text for text in whole) for one in texts)
 
 
-_FEW = {1: ("the completion",), 2: ("chosen", "rejected")}
-
-
-def check_content(record: PreferenceRecord) -> None:
-    """Check that something can be learned from a record. Raises UnusableRecordError."""
+def check_content(record: PreferenceRecord, names: Iterable[str]) -> None:
+    """Check that something can be learned from a record, whose responses have these names in its source."""
     prompt, *responses = turns_of(record.prompt, "user"), *map(turns_of, record.responses)
     values = [
         [(turn.role, turn.content.strip(), turn.fields) for turn in turns] for turns in (prompt, *responses)
@@ -600,8 +597,6 @@ def check_content(record: PreferenceRecord) -> None:
         raise UnusableRecordError("invalid_unicode", "a text has a lone surrogate") from None
     if not any(map(_has_content, prompt)):
         raise UnusableRecordError("empty_prompt")
-    number = len(responses)
-    names = _FEW.get(number, [f"response {rank} of the ranking" for rank in range(1, number + 1)])
     # Something that the loss can count.
     is_learned = [
         any(_has_content(turn) for turn in turns if turn.role == "assistant" and turn.is_trained is not False)
@@ -610,7 +605,7 @@ def check_content(record: PreferenceRecord) -> None:
     if not all(is_learned):
         empty = [name for name, is_so in zip(names, is_learned, strict=True) if not is_so]
         raise UnusableRecordError("empty_response", f"no text in {', '.join(empty)}")
-    if len(set(map(_json, values[1:]))) < number:
+    if len(set(map(_json, values[1:]))) < len(responses):
         raise UnusableRecordError("identical_responses")
 
 

@@ -27,21 +27,15 @@ _NO_VALUES: tuple[Any, ...] = (None, "", "[]", "{}", "null", [], {}, ())
 
 
 def parse_json(content: bytes) -> Any:
-    """Parse JSON in UTF-8. Raises ValueError: it is none, an object has a key twice, or it is too deep."""
+    """Parse JSON in UTF-8. Raises ValueError, which does not quote it: also if a key is there twice."""
     try:
         return JSON.decode(content.decode("utf-8-sig"))
+    except json.JSONDecodeError as fault:
+        raise ValueError(f"{fault.msg} at character {fault.pos + 1}") from fault
+    except UnicodeDecodeError as fault:
+        raise ValueError(f"not UTF-8 at byte {fault.start + 1}") from fault
     except RecursionError as fault:
         raise ValueError("nested too deeply") from fault
-
-
-def fault_of(fault: ValueError) -> str:
-    """Return why parsing failed, without quoting the text."""
-    match fault:
-        case json.JSONDecodeError():
-            return f"{fault.msg} at character {fault.pos + 1}"
-        case UnicodeDecodeError():
-            return f"not UTF-8 at byte {fault.start + 1}"
-    return str(fault)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from dpo_dist.data.template import (
     any_of,
     check_arguments,
     chosen_template,
-    has_delimiters,
     pin_clock,
     turn_tokens,
 )
@@ -54,12 +53,12 @@ class TokenizerFacts:
         starts = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
         self.prefix_ids = whole[: next(starts, 0)]  # BOS, or none
         added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
-        self._turn_tokens = turn_tokens(tokenizer, chat_template)
+        tags = {token for token in added if not token.isspace() and not token.isalnum()}
+        self._turn_tokens = tags & turn_tokens(tokenizer, chat_template)
         self._turns = any_of({*self._turn_tokens, *_FOREIGN_MARKS})
         special = {token for token, is_special in added.items() if is_special}
         special |= self._turn_tokens | set(tokenizer.all_special_tokens)
-        # Tags of tool calls, for example.
-        named = {token for token in added if token in (chat_template or "") and has_delimiters(token)}
+        named = {token for token in tags if token in (chat_template or "")}  # of tool calls, for example
         self.marks = Marks(special, named | set(THOUGHT_TAGS).intersection(added))
         self._special = self.marks.in_text
         self.encoder = EscapedEncoder(tokenizer, self.marks, any_of({*added, *special}))

@@ -17,18 +17,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import pyarrow
 import pyarrow.parquet
 
 from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.data.columns import is_saved, resolved, with_columns
-from dpo_dist.data.messages import JSON, fault_of, parse_json, without_nulls
+from dpo_dist.data.messages import JSON, parse_json, without_nulls
 from dpo_dist.data.records import BadRecord, Origin, RawRecord, shown_key
 from dpo_dist.foundation.errors import ConfigError, DataError, dead_link, first_line
 from dpo_dist.foundation.files import is_absent_offline, recall, remember, remembered_digest, text_digest
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _KINDS = (".jsonl", ".json", ".csv", ".parquet")
@@ -279,22 +280,23 @@ def _data_files(folder: Path, source: SourceConfig, every: Sequence[Path] = ()) 
             expected="files of one kind, with a split in every name or in none",
             remedy="convert or rename them, or select files by a pattern, for example path/*.jsonl",
         )
-    if (source.split or "train") not in splits:
-        raise _no_split(source, splits)
-    files = splits[source.split or "train"]
+    files = _of_split(source, splits)
     for file in files:
         _check_kind(file, str(file))
     return files
 
 
-def _no_split(source: SourceConfig, names: Iterable[str]) -> DataError:
-    return DataError(
-        "the source has no such split",
-        where=_described(source),
-        got=source.split or "train (the default)",
-        expected=", ".join(sorted(map(str, names))),
-        remedy="set split of this source",
-    )
+def _of_split(source: SourceConfig, splits: Mapping[str, T]) -> T:
+    split = source.split or "train"
+    if split not in splits:
+        raise DataError(
+            "the source has no such split",
+            where=source.path,
+            got=f"{split}{'' if source.split else ' (the default)'}",
+            expected=", ".join(sorted(splits)),
+            remedy="set split of this source",
+        )
+    return splits[split]
 
 
 def _saved_records(folder: Path, source: SourceConfig) -> Iterator[RawRecord]:
@@ -304,9 +306,7 @@ def _saved_records(folder: Path, source: SourceConfig) -> Iterator[RawRecord]:
     with _as_data_error(source):
         saved = load_from_disk(str(folder))
     splits = {"train": saved} if isinstance(saved, Dataset) else saved
-    if (source.split or "train") not in splits:
-        raise _no_split(source, splits)
-    return _of_table(splits[source.split or "train"], source.path)
+    return _records(_numbered(_of_split(source, splits)), source.path)
 
 
 # The Hugging Face Hub.
@@ -358,7 +358,7 @@ def check_cached_offline(source: SourceConfig) -> None:
     if is_absent_offline("dataset", source.path):
         raise DataError(
             _NOT_FOUND,
-            where=_described(source),
+            where=source.path,
             got="nothing in the cache of the Hub, and HF_HUB_OFFLINE=1",
             expected="a local path, or a dataset that was downloaded before",
             remedy="check the path or the name, download the dataset, or unset HF_HUB_OFFLINE",
@@ -374,17 +374,11 @@ def _as_data_error(source: SourceConfig) -> Iterator[None]:
         is_folder = Path(source.path).expanduser().is_dir()
         raise DataError(
             "the data of the folder cannot be found" if is_folder else _NOT_FOUND,
-            where=_described(source),
+            where=source.path,
             got=" ".join(f"{type(fault).__name__}: {fault}".splitlines()[:2]),
             remedy="check path, name, data_dir, revision, split, the network, and access rights of a gated "
             "dataset; HF_HUB_OFFLINE=1 allows only datasets that were downloaded before",
         ) from fault
-
-
-def _described(source: SourceConfig) -> str:
-    keys = ("name", "data_dir", "revision", "split")
-    options = [f"{key} {getattr(source, key)}" for key in keys if getattr(source, key)]
-    return f"{source.path} ({', '.join(options) or 'split train'})"
 
 
 # Files.
@@ -407,13 +401,14 @@ def read_file(file: Path, path: str, meter: Meter) -> Iterator[RawRecord]:
     try:
         match file_kind(file):
             case ".jsonl":
-                yield from _jsonl_records(_opened(file, meter), path)
+                values = _lines(_opened(file, meter))
             case ".json":
-                yield from _numbered(_elements(_opened(file, meter), path), path)
+                values = enumerate(_elements(_opened(file, meter)), start=1)
             case ".csv":
-                yield from _csv_records(_opened(file, meter), path)
+                values = _csv_rows(_opened(file, meter))
             case _:
-                yield from _of_table(_rows(file, path, meter), path)
+                values = _numbered(_parquet_rows(file, meter))
+        yield from _records(values, path)
     except (OSError, ValueError, pyarrow.ArrowException, csv.Error) as fault:
         raise DataError(
             "the file cannot be read to its end",
@@ -421,13 +416,26 @@ def read_file(file: Path, path: str, meter: Meter) -> Iterator[RawRecord]:
             # Some texts go on with an excerpt of the file, which is not shown.
             got=first_line(fault).partition("\\n")[0].rstrip(),
             expected="a whole file of the kind that its name says; a .json file is one array of objects",
-            remedy="check the file; if it is damaged or incomplete, write or download it again",
+            remedy="if the file is damaged or incomplete, write or download it again; rename a file with one "
+            "object per line to .jsonl",
         ) from fault
 
 
-def _of_table(rows: Iterable[Any], path: str) -> Iterator[RawRecord]:
-    """Yield the rows of a table with their numbers, tool calls with the arguments that they were given."""
-    return _numbered(map(_with_given_arguments, rows), path)
+def _records(values: Iterable[tuple[int, Any]], path: str) -> Iterator[RawRecord]:
+    """Yield values with the number of their line as records; a ValueError says why there is none."""
+    for number, value in values:
+        origin = Origin(path, number)
+        if isinstance(value, Mapping):
+            yield value, origin
+            continue
+        is_fault = isinstance(value, ValueError)
+        detail = str(value) if is_fault else f"a {type(value).__name__} instead of an object"
+        yield BadRecord("unparsable", origin, detail), origin
+
+
+def _numbered(rows: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    """Number the rows of a table; tool calls have the arguments that they were given."""
+    return enumerate(map(_with_given_arguments, rows), start=1)
 
 
 def _with_given_arguments(value: Any) -> Any:
@@ -438,16 +446,6 @@ def _with_given_arguments(value: Any) -> Any:
             for name, item in value.items()
         }
     return [_with_given_arguments(item) for item in value] if isinstance(value, list) else value
-
-
-def _numbered(values: Iterable[Any], path: str) -> Iterator[RawRecord]:
-    return (_as_record(value, Origin(path, number)) for number, value in enumerate(values, start=1))
-
-
-def _as_record(value: Any, origin: Origin) -> RawRecord:
-    if isinstance(value, Mapping):
-        return value, origin
-    return BadRecord("unparsable", origin, f"a {type(value).__name__} instead of an object"), origin
 
 
 def _opened(file: Path, meter: Meter) -> BinaryIO:
@@ -463,29 +461,23 @@ def _opened(file: Path, meter: Meter) -> BinaryIO:
     return cast(BinaryIO, stream)
 
 
-def _jsonl_records(stream: BinaryIO, path: str) -> Iterator[RawRecord]:
+def _lines(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
     # Lines of bytes end at newlines only, not at Unicode separators.
     for number, line in enumerate(stream, start=1):
-        if not line.strip():
-            continue
-        origin = Origin(path, number)
-        try:
-            yield _as_record(parse_json(line), origin)
-        except ValueError as fault:
-            yield BadRecord("unparsable", origin, fault_of(fault)), origin
+        if line.strip():
+            try:
+                value = parse_json(line)
+            except ValueError as fault:
+                value = fault
+            yield number, value
 
 
-def _elements(stream: BinaryIO, path: str) -> Iterator[Any]:
+def _elements(stream: BinaryIO) -> Iterator[Any]:
     """Yield the elements of a JSON array as they are parsed: it may be larger than memory."""
     file = io.TextIOWrapper(stream, "utf-8")
     text = file.read(_BLOCK_BYTES).lstrip()
     if not text.startswith("["):
-        raise DataError(
-            "the JSON file is not an array",
-            where=path,
-            expected="one array of objects",
-            remedy="rename a file with one object per line to .jsonl",
-        )
+        raise ValueError("the JSON file is not an array")
     at, separator = _after_spaces(text, 1), ","
     if text.startswith("]", at):
         at, separator = at + 1, "]"
@@ -510,35 +502,30 @@ def _after_spaces(text: str, at: int) -> int:
     return _SPACES.match(text, at).end()  # type: ignore[union-attr]
 
 
-def _csv_records(stream: BinaryIO, path: str) -> Iterator[RawRecord]:
+def _csv_rows(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(_MAX_CELL_CHARACTERS)
     # Bytes that are not UTF-8 become lone surrogates, so that only their own record is bad.
     rows = csv.reader(io.TextIOWrapper(stream, "utf-8", "surrogateescape", newline=""), strict=True)
     header = next(rows, [])
-    _check_columns(header, f"{path}:1")
+    _check_columns(header)
     line = rows.line_num + 1
     for cells in rows:
-        origin, line = Origin(path, line), rows.line_num + 1
         if len(cells) > len(header):
-            yield BadRecord("unparsable", origin, f"{len(cells)} cells for {len(header)} columns"), origin
+            yield line, ValueError(f"{len(cells)} cells for {len(header)} columns")
         elif cells:
-            yield dict(zip(header, cells, strict=False)), origin
+            yield line, dict(zip(header, cells, strict=False))
+        line = rows.line_num + 1
 
 
-def _check_columns(names: list[str], where: str) -> None:
+def _check_columns(names: list[str]) -> None:
     if len(set(names)) < len(names):
-        raise DataError(
-            "two columns have the same name",
-            where=where,
-            got=", ".join(map(shown_key, names)),
-            remedy="rename one of them in the file",
-        )
+        raise ValueError(f"two columns have the same name: {', '.join(map(shown_key, names))}")
 
 
-def _rows(file: Path, path: str, meter: Meter) -> Iterator[Any]:
+def _parquet_rows(file: Path, meter: Meter) -> Iterator[Any]:
     # Buffered: else a whole column of a row group is loaded at once.
     table = pyarrow.parquet.ParquetFile(file, buffer_size=_BLOCK_BYTES, pre_buffer=False)
-    _check_columns(table.schema_arrow.names, path)
+    _check_columns(table.schema_arrow.names)
     read = 0
     per_row = file.stat().st_size / max(table.metadata.num_rows, 1)
     meter.start(file, lambda: int(read * per_row))

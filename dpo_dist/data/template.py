@@ -84,14 +84,7 @@ def chosen_template(
     try:
         return Path(choice).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as fault:
-        if isinstance(fault, FileNotFoundError):
-            raise _no_such_template(choice, own if isinstance(own, dict) else {}) from None
-        raise ConfigError(
-            "the chat template cannot be read",
-            where="data.chat_template",
-            got=f"{choice}: {fault}",
-            remedy="name a readable file in UTF-8",
-        ) from fault
+        raise _no_such_template(f"{choice}: {fault}", own if isinstance(own, dict) else {}) from fault
 
 
 def check_template_file(choice: str | None) -> None:
@@ -100,13 +93,13 @@ def check_template_file(choice: str | None) -> None:
         raise _no_such_template(choice, [])
 
 
-def _no_such_template(choice: str, names: Collection[str]) -> ConfigError:
+def _no_such_template(got: str, names: Collection[str]) -> ConfigError:
     templates = f" or one of the tokenizer's templates ({', '.join(sorted(names))})" if names else ""
     return ConfigError(
-        "the chat template does not exist",
+        "the chat template does not exist, or cannot be read",
         where="data.chat_template",
-        got=choice,
-        expected=f"a file with a Jinja template{templates}",
+        got=got,
+        expected=f"a file with a Jinja template in UTF-8{templates}",
         remedy="correct the path, or remove data.chat_template to use the tokenizer's own template",
     )
 
@@ -126,26 +119,16 @@ def turn_tokens(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None)
     """
     if chat_template is None:
         return set()
-    turns = [("user", "probe question"), ("assistant", "probe answer"), ("user", "another question")]
+    roles = ("user", "assistant", "user")
+    turns = [{"role": role, "content": f"probe {number}"} for number, role in enumerate(roles)]
     try:
-        rendered = str(
-            tokenizer.apply_chat_template(
-                [{"role": role, "content": content} for role, content in turns],
-                chat_template=chat_template,
-                tokenize=False,
-                add_generation_prompt=True,
-            )
+        rendered = tokenizer.apply_chat_template(
+            turns, chat_template=chat_template, tokenize=False, add_generation_prompt=True
         )
     except Exception:  # what its expressions raise, too; every record is rendered again
         return set()
-    found = set(any_of(map(str, tokenizer.added_tokens_decoder.values())).findall(rendered))
-    around = found - {tokenizer.bos_token, tokenizer.eos_token, *THOUGHT_TAGS}
-    return {token for token in around if has_delimiters(token)}
-
-
-def has_delimiters(token: str) -> bool:
-    """Return whether an added token is a tag rather than a word or spaces."""
-    return not token.isspace() and not token.isalnum()
+    added = any_of(map(str, tokenizer.added_tokens_decoder.values()))
+    return set(added.findall(str(rendered))) - {tokenizer.bos_token, tokenizer.eos_token, *THOUGHT_TAGS}
 
 
 def any_of(tokens: Iterable[str]) -> re.Pattern[str]:

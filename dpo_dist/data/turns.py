@@ -233,38 +233,28 @@ Mask = npt.NDArray[np.bool_]
 _LONGEST_OPENING = 128
 
 
-@dataclass(frozen=True)
-class UntrainedParts:
-    """`data.untrained`, compiled: patterns of text that the loss does not count, `inside` of a turn.
-
-    Those of `opened` match the start of a turn, after a text that ends with the opening beside them.
-    """
-
-    inside: tuple[re.Pattern[str], ...]
-    opened: tuple[tuple[str, re.Pattern[str]], ...]
+Untrained: TypeAlias = tuple[tuple[str | None, re.Pattern[str]], ...]
+"""Patterns of untrained text: inside of a turn (None), or at the start of one that follows an opening."""
 
 
 @lru_cache(maxsize=8)
-def untrained_parts(names: tuple[str, ...], formatting: re.Pattern[str] | None) -> UntrainedParts:
+def untrained_parts(names: tuple[str, ...], formatting: re.Pattern[str] | None) -> Untrained:
     """Return `data.untrained`, compiled; `formatting` matches tokens around turns, if they are untrained."""
-    opened: list[tuple[str, re.Pattern[str]]] = []
-    inside = [] if formatting is None else [formatting]
+    parts: list[tuple[str | None, re.Pattern[str]]] = [] if formatting is None else [(None, formatting)]
     begin, end = map(re.escape, THOUGHT_TAGS)
     if "empty_thoughts" in names:
-        opened.append(("", re.compile(rf"\s*{begin}\s*{end}\s*")))
-        opened.append((THOUGHT_TAGS[0], re.compile(rf"\s*{end}\s*")))
+        parts.append(("", re.compile(rf"\s*{begin}\s*{end}\s*")))
+        parts.append((THOUGHT_TAGS[0], re.compile(rf"\s*{end}\s*")))
     markers = [tuple(name.split(MARKER_GAP, 1)) for name in names if name not in UNTRAINED_PARTS]
     for first, last in [*markers, *([THOUGHT_TAGS] if "thoughts" in names else [])]:
         spaces = r"\s*" if (first, last) == THOUGHT_TAGS else ""
         until = rf".*?(?:{re.escape(last)}{spaces}|\Z)"
-        inside.append(re.compile(re.escape(first) + until, re.DOTALL))
-        opened.append((first, re.compile(until, re.DOTALL)))
-    return UntrainedParts(tuple(inside), tuple(opened))
+        parts.append((None, re.compile(re.escape(first) + until, re.DOTALL)))
+        parts.append((first, re.compile(until, re.DOTALL)))
+    return tuple(parts)
 
 
-def counted_characters(
-    before: str, text: str, turns: Sequence[Span], parts: UntrainedParts
-) -> list[Span] | None:
+def counted_characters(before: str, text: str, turns: Sequence[Span], parts: Untrained) -> list[Span] | None:
     """Return the spans of a response `text` after a prompt that the loss counts; None: all of it.
 
     `turns` are the spans of its trained turns, and `parts` what is not trained in them.
@@ -272,13 +262,17 @@ def counted_characters(
     before, counted = before[-_LONGEST_OPENING:], list[Span]()
     for start, end in turns:
         turn, tail = text[start:end], (before + text[:start])[-_LONGEST_OPENING:].rstrip()
-        found = [pattern.match(turn) for opening, pattern in parts.opened if tail.endswith(opening)]
-        found += [one for pattern in parts.inside for one in pattern.finditer(turn)]
+        found: list[re.Match[str]] = []
+        for opening, pattern in parts:
+            if opening is None:
+                found += pattern.finditer(turn)
+            elif tail.endswith(opening) and (first := pattern.match(turn)):
+                found.append(first)
         position = start
-        for first, last in sorted(one.span() for one in found if one):
-            if position < start + first:
-                counted.append((position, start + first))
-            position = max(position, start + last)
+        for begin, stop in sorted(one.span() for one in found):
+            if position < start + begin:
+                counted.append((position, start + begin))
+            position = max(position, start + stop)
         if position < end:
             counted.append((position, end))
     return None if counted == [(0, len(text))] else counted

@@ -18,9 +18,9 @@ manifest are loaded. Training continues while copies of the weights are written 
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import logging
-import os
 import random
 import shutil
 import threading
@@ -30,11 +30,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
-import deepspeed
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 from torch import Tensor, nn
+from transformers import set_seed
 
 from dpo_dist.config.run_folder import (
     BEST,
@@ -44,7 +44,7 @@ from dpo_dist.config.run_folder import (
     checkpoint_name,
     step_of,
 )
-from dpo_dist.distributed.slices import SHARDS, WEIGHT, HostCopy, ModelSlices, Sharded, Slice
+from dpo_dist.distributed.slices import SHARDS, WEIGHT, HostCopy, ModelSlices, Sharded, Slice, weight_slices
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import CheckpointError, first_line
 from dpo_dist.foundation.files import (
@@ -53,8 +53,8 @@ from dpo_dist.foundation.files import (
     final_name,
     is_temporary,
     recover_folder,
+    sync,
     temporary_name,
-    text_digest,
     write_text,
 )
 from dpo_dist.foundation.process import note_progress
@@ -66,14 +66,6 @@ MANIFEST = "manifest.json"
 _LATEST = "latest"
 _FILE_BYTES = 2**28
 """Size at which a rank begins another file: of a GPU's tensors, as much host memory is used at a time."""
-_DTYPES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-}
-"""Types of weights and optimizer states, in the names of safetensors."""
 
 
 class FileEntry(TypedDict):
@@ -84,62 +76,22 @@ class FileEntry(TypedDict):
 
 
 Entries = dict[str, FileEntry]
-"""The files of a checkpoint, by name relative to its folder.
+"""The files of a checkpoint, by name relative to its folder; the manifest has them as JSON.
 
 No directory is listed to write or check them: on a network file system a listing may lack files that another
 node has just written.
 """
 
 
-def write_file(file: Path, content: Iterable[bytes | memoryview]) -> FileEntry:
-    """Write the parts of a file to disk and return its entry."""
-    digest, count = hashlib.blake2b(digest_size=16), 0
-    with file.open("wb") as opened:
-        for part in content:
-            opened.write(part)
-            digest.update(part)
-            count += len(part)
-        opened.flush()
-        os.fsync(opened.fileno())
-    return {"bytes": count, "digest": digest.hexdigest()}
-
-
-def safetensors_file(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
-    """Yield the parts of a safetensors file of tensors on the host, without a copy of them.
-
-    `safetensors.torch.save` needs as much memory again as the tensors have.
-    """
-    header: dict[str, Any] = {"__metadata__": metadata}
-    # Larger elements first, so that each tensor begins at a multiple of its own.
-    ordered = sorted(tensors.items(), key=lambda named: -named[1].itemsize)
-    end = 0
-    for name, tensor in ordered:
-        start, end = end, end + tensor.nbytes
-        header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little")
-    yield text
-    for _, tensor in ordered:
-        yield tensor.detach().reshape(-1).view(torch.uint8).numpy().data
-
-
-def write_manifest(folder: Path, entries: Entries) -> None:
-    """Write the manifest of `folder`, with a digest of the manifest itself."""
-    content = {"files": entries, "digest": _digest(entries)}
-    (folder / MANIFEST).write_text(json.dumps(content, indent=1))
+def entry_of(file: Path) -> FileEntry:
+    """Flush a written file to disk and return its entry."""
+    sync(file)
+    return {"bytes": file.stat().st_size, "digest": content_digest([file])}
 
 
 def read_manifest(folder: Path) -> Entries:
-    """Return the entries that `write_manifest` wrote."""
-    content = json.loads((folder / MANIFEST).read_bytes())
-    if not isinstance(content, dict) or content.get("digest") != _digest(content.get("files")):
-        raise ValueError("its list of files differs from its digest")
-    entries: Entries = content["files"]
+    """Return the entries in the manifest of `folder`."""
+    entries: Entries = json.loads((folder / MANIFEST).read_bytes())
     return entries
 
 
@@ -170,61 +122,51 @@ def find_faults(folder: Path, part: int, parts: int) -> list[str]:
 
 def damaged_checkpoint(folder: Path, faults: Sequence[str]) -> CheckpointError:
     """Return the error of a named checkpoint with `faults`."""
-    is_gone = not folder.is_dir()
     return CheckpointError(
-        "the checkpoint has been removed" if is_gone else "the checkpoint is damaged",
+        "the checkpoint is damaged, or was removed",
         where=str(folder),
         got="; ".join(faults[:5]),
-        remedy="name another checkpoint; a run that trains keeps its last ones (trainer.keep_last)"
-        if is_gone
-        else "restore its files, or name another checkpoint",
+        remedy="restore its files, or name another checkpoint: a run that trains keeps its last ones "
+        "(trainer.keep_last)",
     )
 
 
-def _digest(entries: Any) -> str:
-    return text_digest(json.dumps(entries, sort_keys=True))
-
-
-def write_slices(
-    model: ModelSlices, checkpoint: Path, rank: int, copy: HostCopy | None = None
-) -> dict[str, FileEntry]:
+def write_slices(model: ModelSlices, checkpoint: Path, rank: int, copy: HostCopy | None = None) -> Entries:
     """Write this rank's slices of a model, which nothing changes meanwhile; return its files by name.
 
     Tensors of a GPU go through `copy`, a file at a time: one wait for all of them.
     """
     (checkpoint / model.folder).mkdir(exist_ok=True)
-    entries = {}
-    for number, batch in enumerate(_batches(model.slices)):
-        slices: Sequence[Slice] = batch
+    entries: Entries = {}
+    ends = itertools.accumulate(own.bytes for own in model.slices)
+    files = itertools.groupby(zip(model.slices, ends, strict=True), lambda one: one[1] // _FILE_BYTES)
+    for number, (_, group) in enumerate(files):
+        slices: Sequence[Slice] = [own for own, _ in group]
         if copy is not None and copy.is_cuda:
-            slices = copy.of([replace(model, slices=batch)])[0].slices
-        tensors = {f"{part}/{own.name}": tensor for own in slices for part, tensor in own.parts.items()}
+            slices = copy.of([replace(model, slices=slices)])[0].slices
+        # safetensors.torch refuses tensors that share memory; this copies none.
+        tensors = {
+            f"{part}/{own.name}": TensorSpec(
+                dtype=str(tensor.dtype).removeprefix("torch."),
+                shape=tensor.shape,
+                data_ptr=tensor.data_ptr(),
+                data_len=tensor.nbytes,
+            )
+            for own in slices
+            for part, tensor in own.parts.items()
+        }
         ranges = {own.name: [own.start, *own.shape] for own in slices if WEIGHT in own.parts}
-        content = safetensors_file(tensors, {"ranges": json.dumps(ranges), "step": str(model.step)})
         name = f"{model.folder}/rank-{rank:05d}-{number:05d}.safetensors"
-        entries[name] = write_file(checkpoint / name, content)
+        serialize_file(tensors, checkpoint / name, {"ranges": json.dumps(ranges), "step": str(model.step)})
+        entries[name] = entry_of(checkpoint / name)
     return entries
-
-
-def _batches(slices: Iterable[Slice]) -> Iterator[list[Slice]]:
-    batch: list[Slice] = []
-    size = 0
-    for own in slices:
-        batch.append(own)
-        size += sum(tensor.nbytes for tensor in own.parts.values())
-        if size >= _FILE_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 @dataclass(frozen=True)
 class SavedSlices:
     """The slices of one model in a checkpoint: shapes of whole weights, names of parts, number of updates.
 
-    `_ranges` has start and end of each saved range of a weight's elements, and its file; `_private` the files
-    of what only its own rank can read.
+    `_ranges` has start, end and file of each saved range of elements, by the key of its tensors: part/name.
     """
 
     folder: Path
@@ -232,36 +174,29 @@ class SavedSlices:
     parts: Sequence[str]
     step: int
     _ranges: dict[str, list[tuple[int, int, str]]]
-    _private: dict[str, str]
 
     @classmethod
     def find(cls, folder: Path, name: str) -> "SavedSlices":
         """Return the slices below `folder / name`, from the headers of their files."""
         shapes: dict[str, tuple[int, ...]] = {}
         ranges: dict[str, list[tuple[int, int, str]]] = {}
-        private: dict[str, str] = {}
-        parts: dict[str, None] = {}
         step = 0
         with _reading_errors(folder):
             files = [file for file in read_manifest(folder) if Path(file).match(f"{name}/*.safetensors")]
             if not files:
                 raise ValueError(f"it has no {name}/*.safetensors")
-            for file in sorted(files):
+            for file in files:
                 with safe_open(folder / file, "pt") as opened:
                     header = opened.metadata()
                     starts, step = json.loads(header["ranges"]), int(header["step"])
+                    shapes |= {weight: tuple(shape) for weight, (_, *shape) in starts.items()}
                     for key in opened.keys():  # noqa: SIM118  (the file is not iterable)
-                        part, _, weight = key.partition("/")
-                        if weight not in starts:
-                            private[key] = file
-                            continue
-                        parts[part] = None
-                        if part == WEIGHT:
-                            start, *shape = starts[weight]
-                            end = start + opened.get_slice(key).get_shape()[0]
-                            shapes[weight] = tuple(shape)
-                            ranges.setdefault(weight, []).append((start, end, file))
-        return cls(folder, shapes, list(parts), step, {w: sorted(r) for w, r in ranges.items()}, private)
+                        start, *_ = starts.get(key.partition("/")[2], [0])
+                        end = start + opened.get_slice(key).get_shape()[0]
+                        ranges.setdefault(key, []).append((start, end, file))
+        of_weights = [key.partition("/") for key in ranges]
+        parts = dict.fromkeys(part for part, _, weight in of_weights if weight in shapes)
+        return cls(folder, shapes, list(parts), step, {key: sorted(each) for key, each in ranges.items()})
 
     def load_into(self, slices: Iterable[Slice]) -> None:
         """Fill the parts of `slices`, of which no other rank needs to have the same ranges."""
@@ -272,36 +207,29 @@ class SavedSlices:
                 return stack.enter_context(safe_open(self.folder / file, "pt"))
 
             for own in slices:
-                is_shared = WEIGHT in own.parts
-                if is_shared and self.shapes.get(own.name) != own.shape:
+                if WEIGHT in own.parts and self.shapes.get(own.name) != own.shape:
                     raise ValueError(f"{own.name} is missing or has another shape")
                 for part, target in own.parts.items():
                     key = f"{part}/{own.name}"
-                    if not is_shared:
-                        target.copy_(opened(self._file_of_private(key)).get_tensor(key))
-                        continue
-                    for start, stop, file in self._ranges[own.name]:
+                    if WEIGHT not in own.parts and key not in self._ranges:
+                        raise CheckpointError(
+                            "a checkpoint has 8-bit optimizer states for each process that wrote it",
+                            where=str(self.folder),
+                            got=f"no {key}",
+                            remedy="start as many processes with the parallelism that wrote it; "
+                            "optim.kind=adamw continues on any number",
+                        )
+                    for start, stop, file in self._ranges[key]:
                         first, last = max(own.start, start), min(own.start + target.numel(), stop)
                         if first < last:
                             saved = opened(file).get_slice(key)[first - start : last - start]
                             target[first - own.start : last - own.start].copy_(saved)
 
-    def _file_of_private(self, key: str) -> str:
-        if key not in self._private:
-            raise CheckpointError(
-                "the 8-bit optimizer states of a checkpoint are those of each process that wrote it",
-                where=str(self.folder),
-                got=f"no {key}",
-                remedy="start as many processes with the parallelism that wrote it; optim.kind=adamw "
-                "continues on any number",
-            )
-        return self._private[key]
-
     def whole(self, name: str, part: str = WEIGHT) -> Tensor:
         """Return a whole weight or optimizer state in host memory, float32 for a trained weight."""
         with _reading_errors(self.folder):
             pieces = []
-            for _, _, file in self._ranges[name]:
+            for _, _, file in self._ranges[f"{part}/{name}"]:
                 with safe_open(self.folder / file, "pt") as opened:
                     pieces.append(opened.get_tensor(f"{part}/{name}"))
             return torch.cat(pieces).view(self.shapes[name])
@@ -395,9 +323,7 @@ def load_random_states(folder: Path, rank: int, saved_ranks: int, device: torch.
     if rank >= saved_ranks:
         text = f"{rank} {bytes(states['torch']).hex()}"
         seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest())
-        random.seed(seed)
-        np.random.seed(seed)
-        torch.manual_seed(seed)
+        set_seed(seed)
         return
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
@@ -431,7 +357,7 @@ def read_weights(folder: Path, trained: Mapping[str, nn.Parameter]) -> SavedSlic
 def load_checkpoint_weights(model: nn.Module, folder: Path, world: World) -> None:
     """Replace the trained weights of `model`, sharded by ZeRO-3 or not, by a checkpoint's; collective.
 
-    Rank 0 reads and sends one master weight at a time. Trained weights require a gradient.
+    Trained weights require a gradient.
     """
     trained = {
         name.removeprefix("causal_lm."): weight
@@ -439,13 +365,7 @@ def load_checkpoint_weights(model: nn.Module, folder: Path, world: World) -> Non
         if weight.requires_grad
     }
     saved = world.on_main(lambda: read_weights(folder, trained))
-    for name, weight in trained.items():
-        if hasattr(weight, "ds_id"):
-            with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
-                if world.is_main:
-                    weight.copy_(saved.whole(name))
-        else:
-            weight.copy_(world.on_main(lambda name=name: saved.whole(name)))  # type: ignore[misc]
+    world.together(lambda: saved.load_into(weight_slices(trained, world.rank)))
 
 
 @dataclass(frozen=True)
@@ -467,7 +387,8 @@ class _Pending:
                 for model in models:
                     entries |= write_slices(model, self.temporary, rank, copy)
                 for name, text in texts.items():
-                    entries[name] = write_file(self.temporary / name, [text.encode()])
+                    (self.temporary / name).write_text(text)
+                    entries[name] = entry_of(self.temporary / name)
             self.entries.set_result(entries)
         except BaseException as error:  # raised by `entries`, in the main thread
             self.entries.set_exception(error)
@@ -513,9 +434,22 @@ class CheckpointSaver:
         if world.is_main:
             texts[STATE] = json.dumps({**state, "world_size": world.size}, indent=1)
         needed = sum(world.gather(sum(model.bytes for model in models) + sum(map(len, texts.values()))))
-        temporary = Path(world.on_main(lambda: self._create(temporary_name(folder))))
-        self._pending = pending = _Pending(temporary, folder, needed)
-        if not is_last and self._can_copy(models):
+
+        def create() -> Path:
+            with disk_errors(folder):
+                remove_unfinished(self._root)  # to make room
+                self._root.mkdir(exist_ok=True)
+                (temporary := temporary_name(folder)).mkdir()
+            return temporary
+
+        self._pending = pending = _Pending(world.on_main(create), folder, needed)
+        has_room = is_last or self._copy.has_room(models, world)
+        if not has_room and not self._has_said:
+            self._say(
+                "training waits while a checkpoint is written: host memory has no room for a copy of it"
+            )
+            self._has_said = True
+        if has_room and not is_last:
             arguments = self._copy.of(models), texts, world.rank
             threading.Thread(target=pending.write, args=arguments, daemon=True).start()
             return
@@ -523,24 +457,6 @@ class CheckpointSaver:
         self._copy.close()  # host memory is short, or training ends
         if any(world.gather(pending.entries.exception() is not None)):
             self.commit()  # which raises the error on all ranks
-
-    def _create(self, folder: Path) -> str:
-        """Create `folder` and return it; first remove unfinished checkpoints beside it, to make room."""
-        with disk_errors(folder):
-            remove_unfinished(self._root)
-            self._root.mkdir(exist_ok=True)
-            folder.mkdir()
-        return str(folder)
-
-    def _can_copy(self, models: Sequence[ModelSlices]) -> bool:
-        """Return whether all ranks copy their slices; say once if there is no room for it. Collective."""
-        has_room = self._copy.has_room(models, self._world)
-        if not has_room and not self._has_said:
-            self._say(
-                "training waits while a checkpoint is written: host memory has no room for a copy of it"
-            )
-            self._has_said = True
-        return has_room
 
     @property
     def is_written(self) -> bool:
@@ -567,7 +483,7 @@ class CheckpointSaver:
 
     def _commit(self, pending: _Pending, entries: Entries) -> None:
         with disk_errors(pending.temporary, pending.bytes):
-            write_manifest(pending.temporary, entries)
+            (pending.temporary / MANIFEST).write_text(json.dumps(entries, indent=1))
             commit_folder(pending.temporary, pending.folder)
         self._name(pending.folder)
         note_progress(str(pending.folder))
@@ -616,7 +532,7 @@ def disk_errors(folder: Path, needed: int = 0) -> Iterator[None]:
     """Raise a `CheckpointError` for an `OSError` inside the block; a checkpoint needs `needed` bytes."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
             "a checkpoint cannot be written",
             where=str(folder),
@@ -643,9 +559,9 @@ def remove_unfinished(root: Path) -> None:
 
     A checkpoint that was moved aside, to be replaced by another one of its step, gets its name back.
     """
-    for left in sorted(root.glob("*")):
+    for left in sorted(filter(is_temporary, root.glob("*"))):
         final = final_name(left)
-        if not is_temporary(left) or (step_of(final.name) is None and final.name not in (_LATEST, BEST)):
+        if step_of(final.name) is None and final.name not in (_LATEST, BEST):
             continue
         recover_folder(final)
         if left.is_dir():

@@ -46,19 +46,13 @@ def export_checkpoint(
     is_new: bool = False,
     replaces: bool = True,
 ) -> None:
-    """Write the trained weights of a checkpoint as a model or adapter folder, whole or not.
+    """Write the trained weights of a checkpoint, of any world, as a model or adapter folder, whole or not.
 
     Needs no GPU, no other process, and weights of the base only if an adapter is merged or the architecture
-    has tensors that are not trained. The model is in host memory once, a merged one in float32.
-
-    Args:
-        checkpoint: of any number of processes and kind of parallelism.
-        folder: its final name.
-        config: of the run; `config.export` says how.
-        card: returns the content of README.md; None or "": there is none.
-        is_new: this process has just written the checkpoint; neither its files nor the written ones are
-            checked.
-        replaces: whether a folder of this name, which another process has made meanwhile, is replaced.
+    has tensors that are not trained. The model is in host memory once, a merged one in float32. `config` is
+    that of the run; `card` returns the content of README.md ("": none). Of a checkpoint that `is_new`, just
+    written by this process, neither its files nor the written ones are checked. `replaces`: also a folder of
+    this name that another process has made meanwhile.
     """
     base = description_folder(config.model.path, config.model.revision, needs_weights=False)
     start = start_folder(config.model)
@@ -97,7 +91,12 @@ def export_checkpoint(
                 write_merged(temporary, whole, adapter, named, trust_remote_code=code)
         else:
             write_adapter(temporary, causal_lm, weights, dtype)
-        _write_tokenizer(temporary, base, start, config)
+        tokenizer, template = tokenizer_folder(base, start), config.data.chat_template
+        if template is None:
+            copy_tokenizer(tokenizer, temporary)
+        else:
+            chosen = with_chosen_template(load_tokenizer(tokenizer, config.model), template)
+            chosen.save_pretrained(temporary)
         if card is not None and (text := card()):
             (temporary / "README.md").write_text(text, encoding="utf-8")
         if config.export.check and not is_new:
@@ -111,11 +110,7 @@ def _check_written(
     if is_adapter(folder):
         found = load_file(folder / ADAPTER_WEIGHTS)
     else:
-        code = config.model.trust_remote_code
-        loaded = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", use_safetensors=True, trust_remote_code=code
-        )
-        found = dict(loaded.named_parameters())
+        found = dict(_loaded(folder, config).named_parameters())
     wrong = [name for name in trained if not torch.equal(found[name], read(name))]
     wrong += [name for name, weight in found.items() if not trained and not weight.isfinite().all()]
     if wrong:
@@ -127,24 +122,18 @@ def _check_written(
         )
 
 
-def _write_tokenizer(folder: Path, base: Path, start: Path | None, config: RunConfig) -> None:
-    """Write the files of the run's tokenizer; new ones if it has a chat template of its own."""
-    source, template = tokenizer_folder(base, start), config.data.chat_template
-    if template is None:
-        copy_tokenizer(source, folder)
-    else:
-        with_chosen_template(load_tokenizer(source, config.model), template).save_pretrained(folder)
-
-
 def _untrained(causal_lm: Any, config: RunConfig) -> dict[str, Tensor]:
     """Return buffers and weights that the architecture does not train, which are as in the base's files."""
     frozen = {name for name, weight in causal_lm.named_parameters() if not weight.requires_grad}
     wanted = frozen | (dict(causal_lm.named_buffers()).keys() & causal_lm.state_dict().keys())
     if not wanted:
         return {}
-    base = model_folder(config.model.path, config.model.revision)
-    code = config.model.trust_remote_code
-    loaded = AutoModelForCausalLM.from_pretrained(
-        base, dtype="auto", trust_remote_code=code, use_safetensors=True
-    ).state_dict()
+    loaded = _loaded(model_folder(config.model.path, config.model.revision), config).state_dict()
     return {name: loaded[name] for name in wanted}
+
+
+def _loaded(folder: Path, config: RunConfig) -> Any:
+    code = config.model.trust_remote_code
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", use_safetensors=True, trust_remote_code=code
+    )

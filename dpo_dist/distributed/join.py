@@ -1,11 +1,12 @@
-"""Join the processes of a run at its start, and leave them at its end."""
+"""Join the processes of a run, load the kernels that DeepSpeed compiles for them, and leave at its end."""
 
 import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import deepspeed.ops
@@ -14,12 +15,13 @@ import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
-from deepspeed.ops.op_builder import CPUAdamBuilder
+from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
+from deepspeed.ops.op_builder.builder import OpBuilder
 from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
 from torch._C._distributed_c10d import HashStore
 from torch.distributed import distributed_c10d
+from torch.utils.cpp_extension import _get_build_directory
 
-from dpo_dist.distributed.kernels import load_kernel
 from dpo_dist.distributed.processes import Peer, Reports
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import ConfigError, PeerLostError, first_line
@@ -36,8 +38,53 @@ _ALONE = {
 }
 """Environment of a world of one process, which no launcher has set."""
 
+_LOADED_WITH = {"async_io": ("pin_memory",)}
+"""Kernels that DeepSpeed loads with another one."""
+
+
+def load_kernel(builder: OpBuilder, where: str, remedy: str, say: Callable[[str], None]) -> None:
+    """Load a kernel of DeepSpeed, which compiles it once for all processes of this host.
+
+    Errors name the key `where` that needs it, and the `remedy`, a value that needs no kernel.
+    """
+    for name in (builder.name, *_LOADED_WITH.get(builder.name, ())):
+        lock = Path(_get_build_directory(name, False)) / "lock"
+        if lock.exists():
+            say(f"waiting for another process that compiles {name}; if that build was killed, delete {lock}")
+    try:
+        builder.load(verbose=False)
+    except Exception as error:  # without nvcc, or with another one than of PyTorch, builders raise anything
+        raise ConfigError(
+            f"DeepSpeed's kernel {builder.name} cannot be compiled",
+            where=where,
+            got=first_line(error),
+            expected=f"ninja, and a C++ compiler that PyTorch supports: {os.environ.get('CXX', 'c++')}",
+            remedy=f"install them, or set CXX to another compiler (its output is in logs/); or {remedy}",
+        ) from error
+
+
+def check_async_io() -> None:
+    """Check that DeepSpeed can build its asynchronous file access."""
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ConfigError(
+            "offload to NVMe needs DeepSpeed's async_io, which cannot be built on this host",
+            where="reference.offload",
+            got="nvme",
+            remedy="install libaio-dev (or libaio-devel) and a C++ compiler, or set reference.offload=cpu",
+        )
+
+
+def load_async_io(say: Callable[[str], None]) -> None:
+    """Load DeepSpeed's asynchronous file access; `say` prints a line."""
+    check_async_io()
+    load_kernel(AsyncIOBuilder(), "reference.offload", "set reference.offload=cpu", say)
+
+
 # Of the store of the rendezvous, and of gloo.
-_CUT = r"connection was likely closed|closed by peer|reset by peer|broken pipe|connectFullMesh failed"
+_NOT_JOINED = (
+    r"timed ?out|timeout|connection was likely closed|closed by peer|reset by peer|broken pipe"
+    r"|connectFullMesh failed"
+)
 
 
 @contextlib.contextmanager
@@ -72,29 +119,6 @@ def joined(
     sys.excepthook = hook  # torch's adds "[rank0]: " to each line
 
 
-@contextlib.contextmanager
-def _missing_ranks_named(timeout_seconds: int) -> Iterator[None]:
-    """Raise failures of communication as errors for the user: a rank has not come, or has ended."""
-    try:
-        yield
-    except RuntimeError as failure:
-        has_waited = re.search(r"timed ?out|timeout", str(failure), re.IGNORECASE)
-        if not has_waited and not re.search(_CUT, str(failure), re.IGNORECASE):
-            raise
-        ranks = f"{os.environ.get('WORLD_SIZE')} processes of the run"
-        raise PeerLostError(
-            f"not all {ranks} have joined"
-            if has_waited
-            else f"one of the {ranks} ended before all had joined",
-            where=f"rank {os.environ.get('RANK')}, which waited at "
-            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}",
-            got=first_line(failure),
-            expected=f"every process within parallelism.timeout_seconds ({timeout_seconds})",
-            remedy="see the messages of all processes (the screen of each node, logs/rank-N.log), and "
-            "whether every node reaches this address; then run the same command again",
-        ) from failure
-
-
 def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World:
     """Join the processes that the launcher started; without a launcher, return a world of one process."""
     if _is_on("ACCELERATE_USE_CPU") and not _is_on("ACCELERATE_USE_DEEPSPEED"):
@@ -119,7 +143,7 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
         AcceleratorState._reset_state(reset_partial_state=True)
         if os.environ.get("WORLD_SIZE") == "1":  # torch's own store would listen on all interfaces
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
-    with _missing_ranks_named(timeout_seconds):
+    try:
         accelerator = Accelerator(
             mixed_precision="no",  # model.dtype decides, through DeepSpeed; the environment could change it
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config),
@@ -129,6 +153,18 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
         rank, size = accelerator.process_index, accelerator.num_processes
         peers: list[Any] = [None] * size
         dist.all_gather_object(peers, Peer.here(rank), group=control)
+    except RuntimeError as failure:
+        if not re.search(_NOT_JOINED, str(failure), re.IGNORECASE):
+            raise
+        raise PeerLostError(
+            f"not all {os.environ.get('WORLD_SIZE')} processes of the run have joined",
+            where=f"rank {os.environ.get('RANK')}, which waited at "
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}",
+            got=first_line(failure),
+            expected=f"every process within parallelism.timeout_seconds ({timeout_seconds})",
+            remedy="see the messages of all processes (the screen of each node, logs/rank-N.log), and "
+            "whether every node reaches this address; then run the same command again",
+        ) from failure
     return World(accelerator, rank, size, accelerator.device, tuple(peers), control, timeout_seconds)
 
 

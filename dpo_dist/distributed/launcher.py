@@ -27,16 +27,34 @@ def launch(arguments: Sequence[str]) -> int:
     Signals are passed on to the processes, which save and end by themselves: torch's own launcher would kill
     them after 30 seconds. A process that was killed by a signal counts as 128 + its number.
     """
+    shown: DpoDistError
     try:
         parsed = _parsed(arguments)
         os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGQUIT")  # of torch's launcher
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
         for number in stop_signals():
             signal.signal(number, _pass_on)
-        return _launched(parsed)
+        launch_command(parsed)
+        return ExitCode.completed
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        return _code(failure.exitcode, f"rank {rank}")
+    except subprocess.CalledProcessError as error:
+        return _code(error.returncode, "the process")
     except DpoDistError as error:
-        sys.stderr.write(f"{error.block()}\n")
-        return error.exit_code
+        shown = error
+    except (DistError, RendezvousError) as error:
+        shown = PeerLostError(
+            "the launchers of the nodes have not met",
+            where=f"{parsed.main_process_ip}, port {parsed.main_process_port}",
+            got=first_line(error),
+            remedy="see whether every node runs its launcher and reaches this address; then start again",
+        )
+    except (ValueError, OSError) as error:  # no such file; a port that is in use
+        fault = " ".join(str(error).split())
+        shown = _refused("accelerate cannot start processes with these options", fault)
+    sys.stderr.write(f"{shown.block()}\n")
+    return shown.exit_code
 
 
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
@@ -53,28 +71,6 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
         parsed.log_dir = os.devnull  # else each start leaves a folder in the temporary folder
     parsed.quiet = False  # with it accelerate ends with 1; no traceback is printed anyway
     return parsed
-
-
-def _launched(parsed: argparse.Namespace) -> int:
-    """Start processes and return the exit code of the first one that failed."""
-    try:
-        launch_command(parsed)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        return _code(failure.exitcode, f"rank {rank}")
-    except subprocess.CalledProcessError as error:
-        return _code(error.returncode, "the process")
-    except (DistError, RendezvousError) as error:
-        raise PeerLostError(
-            "the launchers of the nodes have not met",
-            where=f"{parsed.main_process_ip}, port {parsed.main_process_port}",
-            got=first_line(error),
-            remedy="see whether every node runs its launcher and reaches this address; then start again",
-        ) from None
-    except (ValueError, OSError) as error:  # no such file; a port that is in use
-        fault = " ".join(str(error).split())
-        raise _refused("accelerate cannot start processes with these options", fault) from None
-    return ExitCode.completed
 
 
 def _refused(message: str, got: str) -> ConfigError:

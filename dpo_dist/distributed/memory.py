@@ -3,7 +3,7 @@
 import contextlib
 import ctypes
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from dpo_dist.batching.plan import Arrangement
 from dpo_dist.foundation.errors import DeviceMemoryError
 
 _KEPT_FREE = 0.1
@@ -45,9 +44,13 @@ def available_memory(root: Path = _ROOT, own: Path = _OWN) -> int:
     return max(0, int(min(free)))
 
 
-_LESS_MEMORY = "set model.gradient_checkpointing=full, use more GPUs, or set parallelism=zero3_offload"
 REFERENCE_REMEDY = "lower trainer.micro_batch_tokens, or set reference.offload=cpu"
 """The settings to change if the reference model runs out of memory."""
+_POLICY_REMEDY = (
+    "lower trainer.micro_batch_tokens, which does not change the result, or data.max_length where a "
+    "micro-batch is a single pair; set model.gradient_checkpointing=full, use more GPUs (in groups of "
+    "parallelism.sequence_parallel), or set parallelism=zero3_offload"
+)
 
 
 def wait_for_device() -> None:
@@ -91,7 +94,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def explain_out_of_memory(work: str, remedy: str) -> Iterator[None]:
+def explain_out_of_memory(work: str, remedy: str = _POLICY_REMEDY) -> Iterator[None]:
     """Raise a `DeviceMemoryError` that names `work` if GPU memory runs out inside the block."""
     try:
         yield
@@ -99,28 +102,16 @@ def explain_out_of_memory(work: str, remedy: str) -> Iterator[None]:
         raise out_of_memory(error, work, remedy) from error
 
 
-def out_of_memory(error: torch.OutOfMemoryError, work: str = "", remedy: str = "") -> DeviceMemoryError:
+def out_of_memory(
+    error: torch.OutOfMemoryError, work: str = "", remedy: str = _POLICY_REMEDY
+) -> DeviceMemoryError:
     """Return PyTorch's error as an error for the user."""
     return DeviceMemoryError(
         "GPU memory is exhausted",
         where=work,
         got=str(error).partition("\n")[0][:300],
-        remedy=remedy or f"lower trainer.micro_batch_tokens; {_LESS_MEMORY}",
+        remedy=remedy,
     )
-
-
-def policy_remedy(layout: Sequence[Sequence[int]] = (), arrangement: Arrangement = Arrangement.packed) -> str:
-    """Return the settings to change if the policy runs out of memory in a micro-batch of this layout.
-
-    Without a layout (`PackedBatch.layout`): in the optimizer step.
-    """
-    if not layout:
-        return "use more GPUs, or set parallelism=zero3_offload"
-    if len(layout) == 1:
-        can_share = arrangement is Arrangement.packed
-        shorter = "raise parallelism.sequence_parallel or lower" if can_share else "lower"
-        return f"{shorter} data.max_length, as this micro-batch is a single pair; {_LESS_MEMORY}"
-    return f"lower trainer.micro_batch_tokens, which does not change the result; {_LESS_MEMORY}"
 
 
 def empty_module(module: nn.Module) -> None:

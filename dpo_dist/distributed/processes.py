@@ -252,14 +252,19 @@ class Watcher(threading.Thread):
 
         A failure that another process caused becomes a `PeerLostError`.
         """
-        error = user_error(failure)
+        error = failure if isinstance(failure, DpoDistError) else disk_error(failure)
+        if isinstance(failure, torch.OutOfMemoryError):
+            error = out_of_memory(failure)
         if error is not None and not (isinstance(error, StoppedError) and self._others_ended()):
             return self._reported(error)
         found = None
         if len(self._peers) > 1 and isinstance(failure, _POSSIBLE_CONSEQUENCES):
             found = self._consequence(failure)
         if found is None:  # a bug, which keeps its traceback, or a signal
-            self.record.report(exit_code_of(failure))
+            code = failure.code if isinstance(failure, SystemExit) else None
+            if isinstance(failure, KeyboardInterrupt):
+                code = ExitCode.interrupted
+            self.record.report(code if isinstance(code, int) else ExitCode.failed)
             self.record.wait_for_all()
         return found
 
@@ -344,19 +349,3 @@ def write_stacks(file: Path | None, reason: str) -> None:
 def is_of_communication(text: str) -> bool:
     """Return whether the text of an error says that a call waited too long for a rank, or was cut off."""
     return bool(re.search(_OF_COMMUNICATION, text, re.IGNORECASE))
-
-
-def exit_code_of(failure: BaseException) -> int:
-    """Return the exit code of a process that ends by a failure that is no error of the user."""
-    if isinstance(failure, KeyboardInterrupt):
-        return ExitCode.interrupted
-    if isinstance(failure, SystemExit) and isinstance(failure.code, int):
-        return failure.code
-    return ExitCode.failed
-
-
-def user_error(failure: BaseException) -> DpoDistError | None:
-    """Return a failure as an error for the user; None for a bug or a signal."""
-    if isinstance(failure, torch.OutOfMemoryError):
-        return out_of_memory(failure)
-    return failure if isinstance(failure, DpoDistError) else disk_error(failure)

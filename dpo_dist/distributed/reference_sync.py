@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from torch import Tensor, nn
+from torch import nn
 
 from dpo_dist.config.losses import SyncReferenceConfig
 from dpo_dist.distributed.checkpoint import SavedSlices
-from dpo_dist.distributed.slices import ModelSlices, Slice, frozen_slices, own_range
+from dpo_dist.distributed.slices import WEIGHT, ModelSlices, Slice, weight_slices
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine
 from dpo_dist.foundation.errors import ConfigError
@@ -45,13 +45,16 @@ class ReferenceSync:
         """
         if step % self._every:
             return
-        for name, reference in self._reference.items():
-            own = _own_slice(reference, reference, self._world.rank)
-            of_policy = _own_slice(self._policy[name], reference, self._world.rank)
-            for start in range(0, len(own), _CHUNK_ELEMENTS):
-                old, new = (part[start : start + _CHUNK_ELEMENTS] for part in (own, of_policy))
+        for own in self._slices():
+            weight, shard = self._policy[own.name], own.parts[WEIGHT]
+            of_policy = weight.data.view(-1)[own.start :]
+            if hasattr(weight, "ds_tensor"):
+                of_policy = weight.ds_tensor.data
+            for start in range(0, len(shard), _CHUNK_ELEMENTS):
+                end = min(start + _CHUNK_ELEMENTS, len(shard))
+                old, new = shard[start:end], of_policy[start:end]
                 old.copy_(old.float().lerp(new.to(old.device, torch.float32), self._mixup))
-            _release_gathered(reference)
+        self._release_gathered()
 
     def shards(self) -> ModelSlices:
         """Return this rank's slices of the reference; not collective."""
@@ -62,27 +65,17 @@ class ReferenceSync:
         """Read what a checkpoint has of `shards`, of any number of ranks; collective."""
         saved = self._world.on_main(lambda: SavedSlices.find(folder, _SHARDS))
         self._world.together(lambda: saved.load_into(self._slices()))
-        for weight in self._reference.values():
-            _release_gathered(weight)
+        self._release_gathered()
 
     def _slices(self) -> Iterator[Slice]:
-        return frozen_slices(self._reference, self._world.rank)
+        return weight_slices(self._reference, self._world.rank)
 
-
-def _own_slice(weight: Any, reference: Any, rank: int) -> Tensor:
-    """Return the elements of `weight` in this rank's shard of `reference`: a flat view without padding."""
-    first, length = own_range(reference, rank)
-    if hasattr(weight, "ds_tensor"):
-        shard: Tensor = weight.ds_tensor.data
-        return shard[:length]
-    whole: Tensor = weight.data
-    return whole.view(-1)[first : first + length]
-
-
-def _release_gathered(weight: Any) -> None:
-    """Release a small weight that stays gathered between forwards, so that the next forward gathers it."""
-    if weight.ds_status is ZeroParamStatus.AVAILABLE:
-        weight.partition()
+    def _release_gathered(self) -> None:
+        """Release small weights that stay gathered between forwards: the next one gathers them."""
+        weight: Any
+        for weight in self._reference.values():
+            if weight.ds_status is ZeroParamStatus.AVAILABLE:
+                weight.partition()
 
 
 def _check_same_layout(reference: dict[str, nn.Parameter], policy: dict[str, nn.Parameter]) -> None:

@@ -43,6 +43,11 @@ class Slice:
     start: int
     parts: dict[str, Tensor]
 
+    @property
+    def bytes(self) -> int:
+        """Return the size of the parts."""
+        return sum(tensor.nbytes for tensor in self.parts.values())
+
 
 @dataclass(frozen=True)
 class ModelSlices:
@@ -60,7 +65,7 @@ class ModelSlices:
     @property
     def bytes(self) -> int:
         """Return the size of the slices."""
-        return sum(tensor.nbytes for tensor in self.tensors)
+        return sum(own.bytes for own in self.slices)
 
 
 class Sharded(Protocol):
@@ -199,13 +204,14 @@ def _restore_powers(adam: Any, step: int) -> None:
         adam.ds_opt_adam.adam_update(adam.opt_id, number, 0.0, beta1, beta2, 1.0, 0.0, True, *dummies)
 
 
-def frozen_slices(weights: Mapping[str, Any], rank: int) -> Iterator[Slice]:
-    """Yield this rank's slices of weights that ZeRO-3 shards and no optimizer trains."""
+def weight_slices(weights: Mapping[str, Any], rank: int) -> Iterator[Slice]:
+    """Yield this rank's slices of weights without an optimizer: its shards of ZeRO-3, or whole weights."""
     for name, weight in weights.items():
-        first, length = own_range(weight, rank)
+        first, length, flat = 0, weight.numel(), weight.detach().view(-1)
+        if hasattr(weight, "ds_tensor"):
+            (first, length), flat = own_range(weight, rank), weight.ds_tensor.detach().view(-1)
         if length:
-            part = weight.ds_tensor.detach().view(-1)[:length]
-            yield Slice(name, _whole_shape(weight), first, {WEIGHT: part})
+            yield Slice(name, _whole_shape(weight), first, {WEIGHT: flat[:length]})
 
 
 def own_range(weight: Any, rank: int) -> tuple[int, int]:

@@ -1,17 +1,17 @@
-"""The processes of a run: communicate, agree on errors, and end together."""
+"""The processes of a run: communicate, agree on errors, share tokens of a micro-batch, and end together."""
 
 import contextlib
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dpo_dist.distributed.processes import Peer, Reports, Watcher
 from dpo_dist.foundation.errors import DpoDistError
@@ -22,7 +22,7 @@ from dpo_dist.foundation.process import (
     answered_at_once,
     ended_with_launcher,
     last_words,
-    note_stop,
+    note_progress,
     raise_terminated,
     stopped_by,
 )
@@ -30,12 +30,8 @@ from dpo_dist.model.ulysses import TokenExchange
 
 T = TypeVar("T")
 
-_BEAT_SECONDS = 5.0
 _PATIENCE = timedelta(days=1)
 """Limit of a wait outside of steps, for a host that hangs and whose connections stay."""
-
-WhileWaiting = Callable[[float], None]
-"""Callback during long work, every few seconds, with the seconds since its start."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +78,6 @@ class World:
         """Return the name of this rank's host."""
         return self.peers[self.rank].host
 
-    @property
-    def is_first_of_host(self) -> bool:
-        """Return whether this is the lowest rank of its host."""
-        return not any(peer.place == self.peers[self.rank].place for peer in self.peers[: self.rank])
-
     def barrier(self) -> None:
         """Wait for every rank, also for one that works for long."""
         if self.size > 1:
@@ -109,16 +100,12 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def on_main(self, work: Callable[[], T], while_waiting: WhileWaiting | None = None) -> T:
-        """Run `work` on rank 0 and return its result on all ranks; all raise its `DpoDistError` (law L2).
-
-        `while_waiting` is called on rank 0 meanwhile.
-        """
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0 and return its result on all ranks; all raise its `DpoDistError` (law L2)."""
         outcome: list[Any] = [None, None]
         try:
             if self.is_main:
-                with self._shown(while_waiting):
-                    outcome[0] = work()
+                outcome[0] = work()
         except DpoDistError as error:
             outcome[1] = error
         self.barrier()
@@ -128,42 +115,18 @@ class World:
         result: T = outcome[0]
         return result
 
-    def together(self, work: Callable[[], T], while_waiting: WhileWaiting | None = None) -> T:
-        """Run `work` on every rank; if any raises a `DpoDistError`, all raise that of the lowest rank.
-
-        `while_waiting` is called on every rank while its own work lasts.
-        """
+    def together(self, work: Callable[[], T]) -> T:
+        """Run `work` on every rank; if any raises a `DpoDistError`, all raise that of the lowest rank."""
         error: DpoDistError | None = None
         result: T | None = None
         try:
-            with self._shown(while_waiting):
-                result = work()
+            result = work()
         except DpoDistError as raised:
             error = raised
         first = next((e for e in self.gather(error) if e is not None), None)
         if first is not None:
             raise first
         return result  # type: ignore[return-value]
-
-    @contextlib.contextmanager
-    def _shown(self, while_waiting: WhileWaiting | None) -> Iterator[None]:
-        """Call `while_waiting` every few seconds during the block."""
-        if while_waiting is None:
-            yield
-            return
-        done, started = threading.Event(), time.monotonic()
-
-        def beat() -> None:
-            while not done.wait(min(_BEAT_SECONDS, self.timeout_seconds / 4)):
-                while_waiting(time.monotonic() - started)
-
-        thread = threading.Thread(target=beat, name="while waiting", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum `tensor` over ranks in place, and return it."""
@@ -277,5 +240,61 @@ class Stops:
         reasons = sorted({reason for reason in self.world.gather(self.request.reason) if reason})
         self.agreed = ", ".join(reasons)
         if self.world.is_main and {BY_TRACKER, BY_STEPS} & set(reasons):
-            note_stop(self.agreed)
+            note_progress(f"stopped by {self.agreed}")  # it is not to be started again by itself
         return self.agreed
+
+
+def with_sequence_groups(world: World, ranks: int) -> World:
+    """Return `world` in groups of consecutive ranks that share the tokens of a micro-batch; collective.
+
+    ZeRO shards over the whole world as without such groups: each rank has the gradient of its own tokens, and
+    DeepSpeed's sum over all ranks is the gradient of all micro-batches.
+    """
+    if ranks == 1:
+        return world
+    timeout = timedelta(seconds=world.timeout_seconds)
+    # Every rank creates every group, in the same order.
+    groups = [
+        dist.new_group(list(range(first, first + ranks)), timeout=timeout)
+        for first in range(0, world.size, ranks)
+    ]
+    own = groups[world.rank // ranks]
+    return replace(world, sequence=SequenceGroup(world.rank % ranks, ranks, own))
+
+
+@dataclass(frozen=True)
+class SequenceGroup:
+    """The ranks that share the tokens of a micro-batch; a `TokenExchange`."""
+
+    rank: int
+    ranks: int
+    group: Any
+
+    def all_to_all(self, parts: Tensor) -> Tensor:
+        """See `TokenExchange`."""
+        received: Tensor = _AllToAll.apply(parts, self.group)  # type: ignore[no-untyped-call]
+        return received
+
+    def all_gather(self, part: Tensor) -> Tensor:
+        """See `TokenExchange`."""
+        gathered = part.new_empty(self.ranks * part.numel())
+        dist.all_gather_into_tensor(gathered, part.detach().flatten(), group=self.group)
+        gathered = gathered.view(self.ranks, *part.shape)
+        gathered[self.rank] = part  # the gradient is that of this entry: every rank has the whole loss
+        return gathered
+
+
+class _AllToAll(torch.autograd.Function):
+    """Its transpose is itself."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        received = torch.empty_like(parts)
+        dist.all_to_all_single(received, parts, group=group)
+        return received
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor, None]:
+        return _AllToAll.forward(ctx, slopes.contiguous(), ctx.group), None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
@@ -39,7 +40,6 @@ from dpo_dist.distributed.memory import (
     empty,
     empty_module,
     explain_out_of_memory,
-    policy_remedy,
     return_memory,
     wait_for_device,
 )
@@ -70,11 +70,6 @@ class LossScale:
         if self.applied + 1 == _STEPS_TO_DOUBLE:
             return LossScale(self.value * 2)
         return LossScale(self.value, self.applied + 1)
-
-    @property
-    def can_fall(self) -> bool:
-        """Whether a smaller scale may help against an overflow."""
-        return self.value > _LOWEST
 
 
 STATES_OF_ADAM = {OptimizerKind.adamw: 2.0, OptimizerKind.adamw_8bit: 0.5}
@@ -112,15 +107,15 @@ def _parameter_groups(model: PackedCausalLM, weight_decay: float) -> list[dict[s
     Under ZeRO-3 only `ds_shape` has the number of dimensions.
     """
     unmoved = without_gradient(model.causal_lm)
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
-        is_decayed = dimensions > 1 and parameter not in unmoved
-        (matrices if is_decayed else others).append(parameter)
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+    def decays(weight: nn.Parameter) -> bool:
+        return len(getattr(weight, "ds_shape", weight.shape)) > 1 and weight not in unmoved
+
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    groups = [
+        {"params": [weight for weight in trained if decays(weight)], "weight_decay": weight_decay},
+        {"params": [weight for weight in trained if not decays(weight)], "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
 
 
@@ -136,9 +131,6 @@ def gather_at_once(model: PackedCausalLM) -> None:
         set_z3_leaf_modules(model, list({type(layer) for layer in decoder_layers(model.causal_lm)}))
 
 
-_Kind = tuple[bool, frozenset[str], bool, int]
-
-
 def record_gather_orders(engine: Any, offload: Any) -> None:
     """Record one gather order per kind of forward, so that ZeRO-3 always prefetches the right weights.
 
@@ -151,34 +143,28 @@ def record_gather_orders(engine: Any, offload: Any) -> None:
     `offload` is DeepSpeed's part of the `engine` that gathers weights.
     """
     unused = offload.param_coordinator
-    coordinators: dict[_Kind, Any] = {}
+    coordinators: dict[tuple[bool, frozenset[str], bool, int], Any] = {}
     # Found once: a large model with an adapter has tens of thousands of modules.
     added = [
         module._external_params for module in engine.module.modules() if hasattr(module, "_external_params")
     ]
     layers = adapted_layers(engine.module)
 
-    def select(generates: bool) -> None:
+    def select(module: nn.Module, _: Any) -> None:
+        generates = module is not engine.module
+        if generates and not engine.module.is_generating:  # a model of own logits is called as a whole
+            return
         kind = torch.is_grad_enabled(), active_adapters(layers), generates, sum(map(len, added))
         if kind not in coordinators:
             # The copy shares the list of weights in flight, and starts a new record.
             coordinators[kind] = copy.copy(unused)
             coordinators[kind]._clear_trace_structures()
         offload.param_coordinator = coordinators[kind]
+        if generates:  # DeepSpeed's hook at the start of a forward is at the packed model, which does not
+            offload.param_coordinator.reset_step()
 
-    def before_packed_forward(*_: Any) -> None:
-        select(generates=False)
-
-    def before_generating_forward(*_: Any) -> None:
-        if not engine.module.is_generating:  # a model of own logits is called as a whole
-            return
-        select(generates=True)
-        # DeepSpeed's hook at the start of a forward is at the packed model, which does not generate.
-        offload.param_coordinator.reset_step()
-
-    # Before DeepSpeed's own hooks, which read the record.
-    engine.module.register_forward_pre_hook(before_packed_forward, prepend=True)
-    engine.module.causal_lm.register_forward_pre_hook(before_generating_forward, prepend=True)
+    for module in (engine.module, engine.module.causal_lm):  # before DeepSpeed's hooks, which read the record
+        module.register_forward_pre_hook(select, prepend=True)
 
 
 def whole_loading(world: World) -> contextlib.AbstractContextManager[None]:
@@ -278,6 +264,29 @@ def _offload(target: Offload) -> dict[str, Any]:
     return {"device": target.value, "pin_memory": torch.cuda.is_available()}
 
 
+def own_folder(nvme_path: str, world: World) -> Path:
+    """Create and return a folder below `nvme_path` for this process; remove those of dead processes.
+
+    DeepSpeed deletes everything in its folder, so processes must not share one.
+    """
+    peer, root = world.peers[world.rank], Path(nvme_path)
+    for folder in root.glob(f"dpo_dist-{peer.host}-*"):
+        if not psutil.pid_exists(int(folder.name.rpartition("-")[2])):
+            shutil.rmtree(folder, ignore_errors=True)
+    own = root / f"dpo_dist-{peer.host}-{peer.pid}"
+    try:
+        shutil.rmtree(own, ignore_errors=True)
+        own.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(
+            "the folder for weights on NVMe cannot be created",
+            where="reference.nvme_path",
+            got=f"{own}: {error.strerror}",
+            remedy="set reference.nvme_path to a folder that is writable on every node",
+        ) from error
+    return own
+
+
 class Engine:
     """A model that scores micro-batches: as it is, or sharded by DeepSpeed."""
 
@@ -314,13 +323,23 @@ class Engine:
         Training after the block continues as if it had not been. If `is_synchronised`, all ranks make the
         same number of forwards in the block.
         """
-        with (
-            adapter_off(self.model) if of_base else contextlib.nullcontext(),
-            explain_out_of_memory("generating samples", "lower samples.max_new_tokens"),
-            self.model.unpacked() as causal_lm,
-            torch.no_grad(),
-        ):
-            yield causal_lm
+        was_training = self._engine.training
+        self._engine.eval()
+        try:
+            with (
+                adapter_off(self.model) if of_base else contextlib.nullcontext(),
+                explain_out_of_memory("generating samples", "lower samples.max_new_tokens"),
+                self.model.unpacked() as causal_lm,
+                torch.no_grad(),
+            ):
+                yield causal_lm
+        finally:
+            self._engine.train(was_training)
+
+    def free(self) -> None:
+        """Release the memory of the model; it cannot be used afterwards."""
+        del self.model, self._engine
+        return_memory()
 
 
 class FrozenEngine(Engine):
@@ -333,15 +352,9 @@ class FrozenEngine(Engine):
         engine, *_ = deepspeed.initialize(model=model, config=deepspeed_config)
         engine.eval()
         super().__init__(model, engine)
-        self._folder = folder
-
-    @contextlib.contextmanager
-    def generating(self, *, of_base: bool = False) -> Iterator[Any]:
-        """See `Engine.generating`."""
         if self._shards_weights:
-            record_gather_orders(self._engine, self._engine.optimizer)
-        with super().generating(of_base=of_base) as causal_lm:
-            yield causal_lm
+            record_gather_orders(engine, engine.optimizer)
+        self._folder = folder
 
     def free(self) -> None:
         """Release the memory of the model; it cannot be used afterwards."""
@@ -381,7 +394,7 @@ class PolicyEngine(Engine):
         world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
         engine, _ = world.accelerator.prepare(model, create_optimizer(model, optim))
         super().__init__(model, engine)
-        self._world, self._backwards, self._current = world, 0, ("", "")
+        self._world, self._current = world, ""
         if self._shards_weights:
             record_gather_orders(self._engine, self._engine.optimizer.parameter_offload)
         self.loss_scale = LossScale() if self._engine.fp16_enabled() else None
@@ -399,24 +412,22 @@ class PolicyEngine(Engine):
 
     def token_logps(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
         """Return log-probs of every target, float32 [targets]; with statistics [1 + n, targets]."""
-        with self._named_in_errors(batch):
-            logps: Tensor = self._engine(batch, tuple(statistics))
+        logps: Tensor = self._forward(batch, statistics)
         return logps
-
-    def _named_in_errors(self, batch: PackedBatch) -> contextlib.AbstractContextManager[None]:
-        """Name `batch` in out-of-memory errors of the block, and of the backward that follows."""
-        work = f"micro-batch {self._backwards + 1} of a step" if self._engine.training else "scoring"
-        arranged = (batch.layout, self.model.arrangement)
-        self._current = f"{work}: {size_in_words(*arranged)}", policy_remedy(*arranged)
-        return explain_out_of_memory(*self._current)
 
     def routed_token_logps(
         self, batch: PackedBatch, statistics: Sequence[Statistic] = ()
     ) -> tuple[Tensor, Tensor]:
         """Return `token_logps` and `router.routing_sums` of a mixture of experts."""
-        with self._named_in_errors(batch):
-            logps, sums = self._engine(batch, tuple(statistics), with_routing=True)
+        logps, sums = self._forward(batch, statistics, with_routing=True)
         return logps, sums
+
+    def _forward(self, batch: PackedBatch, statistics: Sequence[Statistic], **options: bool) -> Any:
+        """Name `batch` in out-of-memory errors of the forward, and of the backward that follows."""
+        work = "a micro-batch" if self._engine.training else "scoring"
+        self._current = f"{work}: {size_in_words(batch.layout, self.model.arrangement)}"
+        with explain_out_of_memory(self._current):
+            return self._engine(batch, tuple(statistics), **options)
 
     @torch.no_grad()
     def base_token_logps(self, batch: PackedBatch) -> Tensor:
@@ -424,26 +435,14 @@ class PolicyEngine(Engine):
         with adapter_off(self.model):
             return self.token_logps(batch)
 
-    @contextlib.contextmanager
-    def generating(self, *, of_base: bool = False) -> Iterator[Any]:
-        """See `Engine.generating`."""
-        was_training = self._engine.training
-        self.train(False)
-        try:
-            with super().generating(of_base=of_base) as causal_lm:
-                yield causal_lm
-        finally:
-            self.train(was_training)
-
     def backward(self, loss: Tensor, is_last: bool) -> None:
         """Accumulate gradients of this rank's sum of losses; `is_last` ends the accumulation of the step.
 
         DeepSpeed averages gradients over ranks, so the loss is multiplied by the world size to get the sum.
         """
         self._engine.set_gradient_accumulation_boundary(is_last)
-        with explain_out_of_memory(*self._current):
+        with explain_out_of_memory(self._current):
             self._engine.backward(loss * self._world.size)
-        self._backwards = 0 if is_last else self._backwards + 1
 
     def step(self, learning_rate: float) -> Tensor:
         """Clip gradients, update weights, and return the norm before clipping, a scalar on the device.
@@ -452,14 +451,18 @@ class PolicyEngine(Engine):
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        with explain_out_of_memory("the optimizer's step", policy_remedy()):
+        with explain_out_of_memory("the optimizer's step"):
             self._engine.step()
         is_applied = self._engine.was_step_applied()
-        self.has_overflowed = not is_applied and self.loss_scale is not None and self.loss_scale.can_fall
+        self.has_overflowed = False
         if self.loss_scale is not None:
+            self.has_overflowed = not is_applied and self.loss_scale.value > _LOWEST
             self.set_loss_scale(self.loss_scale.after(is_applied=is_applied))
         if not is_applied:
-            _drop_gradients(self._engine.optimizer)
+            if isinstance(self._engine.optimizer, DeepSpeedZeroOptimizer):
+                # With ZeRO-2, bf16 and offload the next gradients would be added to these.
+                gradients = self._engine.optimizer.averaged_gradients
+                gradients.update(dict.fromkeys(gradients))
             return torch.as_tensor(math.inf, device=self._world.device)
         for master, average in self._averages.items():
             average.lerp_(master.detach(), 1 - (self._ema_decay or 0.0))
@@ -499,9 +502,3 @@ class PolicyEngine(Engine):
         empty_module(self.model)
         del self._engine
         return_memory()
-
-
-def _drop_gradients(optimizer: Any) -> None:
-    """Drop the gradients of a skipped step; with ZeRO-2, bf16 and offload the next ones are added to them."""
-    if isinstance(optimizer, DeepSpeedZeroOptimizer):
-        optimizer.averaged_gradients.update(dict.fromkeys(optimizer.averaged_gradients))

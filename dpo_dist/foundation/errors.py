@@ -42,19 +42,6 @@ class RunOutcome(StrEnum):
 
 
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_PATH_ERRORS = (
-    errno.EROFS,
-    errno.EIO,
-    errno.ESTALE,
-    errno.EACCES,
-    errno.EEXIST,
-    errno.EPERM,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.ENOENT,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-)
 
 
 class DpoDistError(Exception):
@@ -74,10 +61,6 @@ class DpoDistError(Exception):
         """The rank that prints the error; None before the processes have joined."""
         self.is_printed = False
         """Whether it is on the screen already, above results that follow from it."""
-
-    def __reduce__(self) -> tuple[object, ...]:
-        """Pickle every field, so that one rank's error can be raised on all."""
-        return _rebuild, (type(self), self.message, self.where, self.got, self.expected, self.remedy)
 
     def block(self) -> str:
         """Return the error as the lines that are printed, without empty parts."""
@@ -99,12 +82,6 @@ class DpoDistError(Exception):
 
     def __str__(self) -> str:
         return self.block()
-
-
-def _rebuild(
-    kind: type[DpoDistError], message: str, where: str, got: str, expected: str, remedy: str
-) -> DpoDistError:
-    return kind(message, where=where, got=got, expected=expected, remedy=remedy)
 
 
 class ConfigError(DpoDistError):
@@ -160,9 +137,7 @@ class PeerLostError(DpoDistError):
 
 def disk_error(error: BaseException) -> ConfigError | None:
     """Return a `ConfigError` if a full disk, a path or its permissions caused `error`, else None."""
-    if not isinstance(error, OSError):
-        return None
-    if error.errno not in _DISK_IS_FULL and (error.errno not in _PATH_ERRORS or error.filename is None):
+    if not isinstance(error, OSError) or (error.filename is None and error.errno not in _DISK_IS_FULL):
         return None
     return ConfigError(
         "a file cannot be written or read",

@@ -24,18 +24,17 @@ _REPLACED = "replaced-"
 # Names of this module only: users have files of similar names.
 _LEFT = re.compile(r"\.tmp-(replaced-)?[0-9a-f]{12}")
 _CREATED_SECONDS = 1
-_ABANDONED_SECONDS = 24 * 3600
+_BLOCK_BYTES = 2**22
+_SAMPLE_BYTES = 4096
+_SAMPLES = 16
 
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write `content` to `path`; a reader sees the old file or the new one, never a part."""
-    with staged_file(path) as temporary:
-        temporary.write_bytes(content)
+log = logging.getLogger(__name__)
 
 
 def write_text(path: Path, content: str) -> None:
-    """`write_bytes` for UTF-8 text."""
-    write_bytes(path, content.encode("utf-8"))
+    """Write UTF-8 text to `path`; a reader sees the old file or the new one, never a part."""
+    with staged_file(path) as temporary:
+        temporary.write_bytes(content.encode("utf-8"))
 
 
 @contextlib.contextmanager
@@ -153,57 +152,38 @@ def _living(path: Path) -> Iterator[None]:
 def collect_abandoned(folder: Path) -> list[Path]:
     """Remove the temporary files and folders of dead writers in `folder`; return the removed paths.
 
-    A writer is dead if nobody holds its lock; without locks, if it has written nothing for a day.
+    A writer is dead if nobody holds its lock. A folder that was moved aside, and is the only copy, stays.
     """
     removed = []
     for path in sorted(folder.glob(f"*{_TEMPORARY}*")):
-        with contextlib.suppress(OSError):  # another process has removed it
-            if _is_abandoned(path):
+        left = _LEFT.fullmatch(path.name, path.name.find(_TEMPORARY))
+        if left is None or (left[1] and not final_name(path).exists()):
+            continue
+        with contextlib.suppress(OSError):  # locked, or removed by another process
+            changed = max(below.lstat().st_mtime for below in (path, *path.rglob("*")))
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            finally:
+                os.close(descriptor)
+            if time.time() > changed + _CREATED_SECONDS:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
                 removed.append(path)
     return removed
 
 
-def _is_abandoned(path: Path) -> bool:
-    left = _LEFT.fullmatch(path.name, path.name.find(_TEMPORARY))
-    if left is None or (left[1] and not final_name(path).exists()):  # of others; the only copy of that folder
-        return False
-    age = time.time() - max(below.lstat().st_mtime for below in (path, *path.rglob("*")))
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return age > _ABANDONED_SECONDS
-    finally:
-        os.close(descriptor)
-    return age > _CREATED_SECONDS
-
-
-def _umask() -> int:
-    """Return the umask; `os.umask` would change it for all threads."""
-    found = re.search(r"^Umask:\s*([0-7]+)", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return int(found[1], 8) if found else 0o022
-
-
 def sync(path: Path) -> None:
     """Flush a file's bytes or a folder's entries to disk."""
     if path.is_file():
-        # Some writers create private files; shared files get the permissions of the umask.
-        path.chmod(0o666 & ~_umask())
+        # Some writers create private files; shared files get the permissions of the umask, which `os.umask`
+        # would change for all threads.
+        found = re.search(r"^Umask:\s*([0-7]+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+        path.chmod(0o666 & ~(int(found[1], 8) if found else 0o022))
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-log = logging.getLogger(__name__)
-
-_BLOCK_BYTES = 2**22
-_SAMPLE_BYTES = 4096
-_SAMPLES = 16
 
 
 def content_digest(files: Iterable[Path]) -> str:

@@ -17,7 +17,6 @@ from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 from dpo_dist.foundation.errors import ConfigError, ExitCode, StoppedError
-from dpo_dist.foundation.text import counted
 
 PROGRESS = "DPO_DIST_PROGRESS"
 """Environment variable: a file to which rank 0 adds a line whenever it has saved something."""
@@ -30,21 +29,16 @@ For launchers that replace exit codes by their own.
 
 def note_progress(saved: str) -> None:
     """Add a line to the file of what is saved, if there is one; a file that cannot be written is ignored."""
-    if PROGRESS in os.environ and _rank() == "0":
+    if PROGRESS in os.environ and this_rank() == 0:
         with contextlib.suppress(OSError), Path(os.environ[PROGRESS]).open("a") as file:
             file.write(f"{saved}\n")
-
-
-def note_stop(reason: str) -> None:
-    """Add that a person or the configuration has stopped the run: it is not to be started again by itself."""
-    note_progress(f"stopped by {reason}")
 
 
 def note_exit_code(exit_code: int) -> None:
     """Write the exit code of this process to its file, if a path is given; none if another one is lost."""
     if EXIT_CODES in os.environ and exit_code != ExitCode.lost:
         with contextlib.suppress(OSError):
-            Path(f"{os.environ[EXIT_CODES]}.{_rank()}").write_text(f"{int(exit_code)}\n")
+            Path(f"{os.environ[EXIT_CODES]}.{this_rank()}").write_text(f"{int(exit_code)}\n")
 
 
 def exit_codes(path: Path) -> list[int]:
@@ -57,8 +51,10 @@ def exit_codes(path: Path) -> list[int]:
     return found
 
 
-def _rank() -> str:
-    return os.environ.get("RANK", "0")
+def this_rank() -> int:
+    """Return RANK; 0 if it is not set or not a number."""
+    text = os.environ.get("RANK", "")
+    return int(text) if text.isdecimal() else 0
 
 
 _WITHOUT_EFFECT = {
@@ -108,24 +104,9 @@ def _is_one_process(environ: Mapping[str, str]) -> bool:
     except ValueError:
         return False
     # srun and DeepSpeed set no LOCAL_WORLD_SIZE.
-    has_place = local >= 0 and (
-        local < of_node or "LOCAL_WORLD_SIZE" not in environ
-    )  # srun sets no such size
+    has_place = local >= 0 and (local < of_node or "LOCAL_WORLD_SIZE" not in environ)
     has_world = size == 1 or (has_address and "LOCAL_RANK" in environ)
     return 0 <= rank < size and has_place and has_world
-
-
-def check_groups(processes: int, ranks: int) -> None:
-    """Check that processes can be divided into groups of `ranks` that share the tokens of a micro-batch."""
-    if processes % ranks:
-        key = "parallelism.sequence_parallel"
-        raise ConfigError(
-            "the processes cannot be divided into groups of this size",
-            where=key,
-            got=f"{ranks}, with {counted(processes, 'process', 'processes')}",
-            expected=f"a divisor of {processes}",
-            remedy=f"set {key} to one, or start a multiple of {ranks} processes",
-        )
 
 
 def _check_free(port: int) -> None:
@@ -144,17 +125,19 @@ def _check_free(port: int) -> None:
 
 
 def _check_accelerate(environ: Mapping[str, str], repeated: Mapping[str, tuple[str, str]]) -> None:
-    for name, remedy in _WITHOUT_EFFECT.items():
-        if environ.get(name, "").lower() not in _OFF:
-            raise _ignored(f"{name}={environ[name]}", remedy)
-    for name, (setting, value) in repeated.items():
+    for name in (*_WITHOUT_EFFECT, *repeated):
         given = environ.get(name, "").lower()
-        if given not in (*_OFF, "auto") and not _is_same(given, value):
-            key = setting.partition("=")[0]
-            raise _ignored(
-                f"{name}={given} with {setting}",
-                f"set {key}, and remove this option from the launcher's file",
-            )
+        setting, value = repeated.get(name, ("", None))
+        if given in _OFF or (value is not None and (given == "auto" or _is_same(given, value))):
+            continue
+        key = setting.partition("=")[0]
+        raise ConfigError(
+            "an option of the launcher would have no effect",
+            where="environment: accelerate launch",
+            got=f"{name}={environ[name]}" + (f" with {setting}" if setting else ""),
+            expected="a launcher that only starts processes, as with the files of launch/accelerate",
+            remedy=_WITHOUT_EFFECT.get(name) or f"set {key}, and remove this option from the launcher's file",
+        )
 
 
 def _is_same(given: str, value: str) -> bool:
@@ -165,29 +148,13 @@ def _is_same(given: str, value: str) -> bool:
         return False
 
 
-def _ignored(got: str, remedy: str) -> ConfigError:
-    return ConfigError(
-        "an option of the launcher would have no effect",
-        where="environment: accelerate launch",
-        got=got,
-        expected="a launcher that only starts processes, as with the files of launch/accelerate",
-        remedy=remedy,
-    )
-
-
-def this_rank() -> int:
-    """Return RANK; 0 if it is not set or not a number."""
-    text = os.environ.get("RANK", "")
-    return int(text) if text.isdecimal() else 0
-
-
 BY_TRACKER, BY_STEPS, BY_SECONDS = "the tracker", "trainer.stop_after_steps", "trainer.max_seconds"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 # Ctrl-C reaches the processes from the terminal and again from their launcher.
 _REPEATED_SECONDS = 2.0
 _LAST_WORDS_SECONDS = 0.3
-_LISTENING_SECONDS = 0.1
 _MAIN_THREAD_SECONDS = 1.0
+_BEAT_SECONDS = 5.0
 _OF_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
 _PR_SET_PDEATHSIG = 1
 
@@ -202,39 +169,6 @@ last_words: list[Callable[[int], object]] = []
 """Called with the exit code, in threads, when a second signal ends this process."""
 
 
-class Arrivals:
-    """The signals of this process with the times of their arrival, read by a thread of its own.
-
-    Python runs the handler of a signal in the main thread, and later than that if this thread is in a long
-    call of C. The number of the signal is written to a file descriptor at once, and `answer` called with it.
-    """
-
-    def __init__(self, answer: Callable[[int], None] | None = None) -> None:
-        self._answer = answer
-        self.heard: list[tuple[int, float]] = []
-        reading, self._writing = socket.socketpair()
-        self._writing.setblocking(False)
-        self._former = signal.set_wakeup_fd(self._writing.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._listen, args=(reading,), name="signals", daemon=True).start()
-
-    def close(self) -> None:
-        """Stop listening; a former listener gets the signals alone."""
-        signal.set_wakeup_fd(self._former)
-        self._writing.close()
-
-    def _listen(self, reading: socket.socket) -> None:
-        with reading:
-            while numbers := reading.recv(64):
-                now = time.monotonic()
-                self.heard += [(number, now) for number in numbers]
-                if self._former >= 0:
-                    with contextlib.suppress(OSError):
-                        os.write(self._former, numbers)
-                if self._answer is not None:
-                    for number in numbers:
-                        self._answer(number)
-
-
 class StopRequest:
     """Vote on whether to save a checkpoint and stop before the schedule ends; limits are of this start."""
 
@@ -242,8 +176,7 @@ class StopRequest:
         self._steps_left = math.inf if stop_after_steps is None else stop_after_steps
         self._deadline = math.inf if max_seconds is None else time.monotonic() + max_seconds
         self._is_deferred, self._is_urgent = False, False
-        self._first_signal, self._late = math.inf, 0
-        self._arrivals: Arrivals | None = None
+        self._first_signal = math.inf
         self.reason = ""
 
     def ask(self, reason: str) -> None:
@@ -278,7 +211,6 @@ class StopRequest:
         previous = {
             number: signal.signal(number, self._receive) for number in (*stop_signals(), signal.SIGALRM)
         }
-        self._arrivals = Arrivals()
         if self._deadline < math.inf:
             signal.setitimer(signal.ITIMER_REAL, max(1e-3, self._deadline - time.monotonic()))
         try:
@@ -286,7 +218,6 @@ class StopRequest:
                 yield
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            self._arrivals.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
@@ -301,7 +232,7 @@ class StopRequest:
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         now, is_limit = time.monotonic(), number == signal.SIGALRM
-        if now > self._first_signal + _REPEATED_SECONDS and not is_limit and self._is_second():
+        if now > self._first_signal + _REPEATED_SECONDS and not is_limit:
             _end_now(128 + number)
         if self._first_signal < math.inf or (is_limit and self.reason):
             return
@@ -311,14 +242,8 @@ class StopRequest:
         self.ask(name)
         if not self._is_deferred:
             raise stopped_by(name)
-
-    def _is_second(self) -> bool:
-        """Return whether a signal has arrived that is no echo; a long call may have delayed the answer."""
-        assert self._arrivals is not None
-        time.sleep(_LISTENING_SECONDS)
-        times = [at for number, at in self._arrivals.heard if number in _SIGNALS]
-        self._late += 1
-        return self._late > 1 or not times or times[-1] > self._first_signal + _REPEATED_SECONDS
+        if not is_limit:  # echoes are answered here, and not after a long call of C, as a second signal
+            time.sleep(_REPEATED_SECONDS / 2)
 
 
 def stopped_by(reason: str, when: str = "before the first step") -> StoppedError:
@@ -353,12 +278,23 @@ def answered_at_once() -> Iterator[None]:
         _print_on_rank_0(f"ended by {signal.Signals(number).name}")
         _end_now(128 + number)
 
-    arrivals = Arrivals(answer)
+    def listen() -> None:
+        with reading:
+            while numbers := reading.recv(64):
+                for number in numbers:
+                    answer(number)
+
+    # Python's handlers wait for the main thread; the number of a signal is written to this socket at once.
+    reading, writing = socket.socketpair()
+    writing.setblocking(False)
+    former = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=listen, name="signals", daemon=True).start()
     try:
         yield
     finally:
         is_over.set()
-        arrivals.close()
+        signal.set_wakeup_fd(former)
+        writing.close()
 
 
 def _end_before_start(number: int, _frame: FrameType | None) -> None:
@@ -368,7 +304,7 @@ def _end_before_start(number: int, _frame: FrameType | None) -> None:
 
 def _print_on_rank_0(text: str) -> None:
     """Print a line without Python's streams, which the main thread may be using."""
-    if os.environ.get("RANK", "0") == "0":
+    if this_rank() == 0:
         with contextlib.suppress(OSError):
             os.write(2, f"{text}\n".encode())
 
@@ -389,35 +325,41 @@ def _end_now(exit_code: int) -> NoReturn:
 @contextlib.contextmanager
 def ended_with_launcher() -> Iterator[None]:
     """Get SIGTERM inside the block when the launcher of this process dies, if there is one."""
-    is_launched = _follow_launcher()
+    _follow_launcher()
     try:
         yield
     finally:
-        if is_launched:
-            _ask_for_parent_death_signal(0)
+        _follow_launcher(0)
 
 
-def _follow_launcher() -> bool:
-    """Get SIGTERM when the launcher of this process dies; return whether there is one."""
-    is_launched = any(name in os.environ for name in _OF_LAUNCHERS)
-    if is_launched:
-        _ask_for_parent_death_signal(signal.SIGTERM)
-    return is_launched
-
-
-def _ask_for_parent_death_signal(number: int) -> None:
-    """Have Linux send this process a signal when its parent dies (0: none); other systems cannot."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
-
-
-class Terminated(SystemExit):
-    """SIGTERM to a program that has nothing to save."""
+def _follow_launcher(number: int = signal.SIGTERM) -> None:
+    """Have Linux send this process a signal when its launcher, if any, dies (0: none); others cannot."""
+    if any(name in os.environ for name in _OF_LAUNCHERS):
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
 
 
 def raise_terminated(number: int, _frame: FrameType | None) -> None:
-    """Handle SIGTERM by raising `Terminated` in the main thread."""
-    raise Terminated(128 + number)
+    """Handle SIGTERM by ending the program, which has nothing to save, in the main thread."""
+    raise SystemExit(128 + number)
+
+
+@contextlib.contextmanager
+def beating(beat: Callable[[float], None]) -> Iterator[None]:
+    """Call `beat` every few seconds during the block, in a thread, with the seconds since its start."""
+    done, started = threading.Event(), time.monotonic()
+
+    def run() -> None:
+        while not done.wait(_BEAT_SECONDS):
+            beat(time.monotonic() - started)
+
+    thread = threading.Thread(target=run, name="beating", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 T = TypeVar("T")

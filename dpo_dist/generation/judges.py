@@ -189,15 +189,16 @@ class RewardModel:
             turns = "\n\n".join(turn.content for turn in messages)
             if isinstance(prompt, Dialogue):
                 turns = prompt.text
-            ids: list[int] = self._tokenizer(turns, response, split_special_tokens=True)["input_ids"]
-            return ids
+            pair: list[int] = self._tokenizer(turns, response, split_special_tokens=True)["input_ids"]
+            return pair
         tools = {"tools": list(record.tools)} if record.tools else {}
         whole = tuple(chat.turn(turn) for turn in (*messages, Message("assistant", response)))
         try:
             rendered = chat.render(whole, chat.data({**record.template_arguments, **tools}))
+            [(ids, _)] = facts.encoder.encode([rendered])
         except UnusableRecordError:
             return None
-        return facts.with_prefix(facts.encoder.encode([rendered])[0])[0]
+        return facts.with_prefix(ids)[0]
 
     @torch.inference_mode()
     def _scores(self, encoded: Sequence[list[int] | None]) -> list[float | None]:

@@ -12,7 +12,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from typing import Any, TextIO
@@ -28,8 +27,11 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ConsoleConfig, ConsoleStyle
 from dpo_dist.foundation.errors import DpoDistError
 from dpo_dist.foundation.files import plain
+from dpo_dist.foundation.process import beating
 from dpo_dist.foundation.streams import SafeStream, output_descriptor, output_of_objects, printable_lines
 from dpo_dist.foundation.text import counted, duration, percent, size, without_secrets
+
+Fields = Mapping[str, Any]
 
 WARNING = "warning: "
 LINE_SECONDS = 30.0
@@ -39,49 +41,10 @@ _SECOND_LINE_SECONDS = 5.0
 _FIRST_HEARTBEAT_SECONDS = 15.0
 _HEARTBEAT_SECONDS = 60.0
 _BAR_WIDTH = 20
+_STYLES = {"error": "bold red", "warning": "yellow"}
+"""Of a line on a terminal, by its first word."""
 _TRAINING = "training"
 _IN_LINE = ("rewards/margins", "pairs_per_second", "mfu")
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far work is, with a line for people; None: not known."""
-
-    work: str
-    unit: str
-    done: int
-    total: int | None
-    share: float | None
-    seconds_left: float | None
-    line: str
-
-
-def training_progress(
-    step: int, steps: int, values: Mapping[str, float], seconds_left: float | None
-) -> Progress:
-    """Return the state of the training; its line has values of a metrics row, the most important first."""
-    parts = [f"step {step:,}/{steps:,}"]
-    parts += [_in_words(name, values[name]) for name in ("loss", "rewards/accuracies") if name in values]
-    if seconds_left is not None and step < steps:
-        parts.append(f"{duration(seconds_left)} left")
-    parts += [_in_words(name, values[name]) for name in _IN_LINE if name in values]
-    if (peak := values.get("memory/peak_bytes")) is not None:
-        parts.append(size(peak))
-    return Progress(_TRAINING, "step", step, steps, step / steps, seconds_left, "  ".join(parts))
-
-
-def _work_progress(
-    title: str, unit: str, done: int, share: float | None, total: int | None, seconds: float
-) -> Progress:
-    """Return the state of work that has taken so many seconds."""
-    amount = counted(done, unit) if total is None else f"{done:,} of {counted(total, unit)}"
-    parts = [f"{title}: {amount}"] + ([] if share is None else [percent(share)])
-    left = seconds / share - seconds if share and seconds >= 1 else None
-    if done > seconds >= 1:
-        parts.append(f"{done / seconds:,.0f} a second")
-    if left:
-        parts.append(f"{duration(left)} left")
-    return Progress(title, unit, done, total, share, left, ", ".join(parts))
 
 
 def _in_words(name: str, value: float) -> str:
@@ -89,18 +52,6 @@ def _in_words(name: str, value: float) -> str:
     metric = METRICS[name]
     words = (metric.form(value), metric.title)
     return " ".join(words if name == "pairs_per_second" else reversed(words))
-
-
-def describe_evaluation(row: Mapping[str, float], steps: int) -> str:
-    """Return the line about a metrics row of an evaluation: "step 100/1,000  evaluation: loss 0.6, ..."."""
-    parts = [
-        _in_words(name, row[PREFIX + name]) for name in (*MAIN, "pairs_per_second") if PREFIX + name in row
-    ]
-    if (length := row.get("eval_samples/length")) is not None:
-        parts.append(f"samples of {length:,.0f} tokens")
-    if (finished := row.get("eval_samples/finished")) is not None:
-        parts.append(f"{percent(finished)} of them finished")
-    return f"step {int(row['step']):,}/{steps:,}  evaluation: {', '.join(parts)}"
 
 
 class LineScreen:
@@ -117,28 +68,13 @@ class LineScreen:
         """When progress is printed again; None: its first line is printed at once."""
         self._print, self._has_times = print_line, has_times
 
-    def message(self, text: str) -> None:
-        """Print a message; a warning starts with `WARNING`."""
-        start = f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S}  " if self._has_times else ""
-        self._print(printable_lines(start + text))
-
-    def error(self, text: str) -> None:
-        """Print an error, and no progress after it."""
-        self.message(text)
-
-    def progress(self, progress: Progress, line: str) -> None:  # noqa: ARG002
-        """Print progress; `line` is for people."""
-        self.message(line)
-
-    def row(self, row: Mapping[str, float], line: str) -> None:  # noqa: ARG002
-        """Print a metrics row; `line` has an evaluation in words, and is empty for a row of steps."""
-        if line:
-            self.message(line)
-
-    def result(self, kind: str, content: Mapping[str, Any], lines: Sequence[str]) -> None:  # noqa: ARG002
-        """Print a result: `content` is for programs, `lines` for people."""
+    def print(self, kind: str, content: Fields, lines: Sequence[str], *, is_result: bool = False) -> None:  # noqa: ARG002
+        """Print an event or a result: `content` is for programs, `lines` for people."""
+        start = (
+            f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S}  " if self._has_times and not is_result else ""
+        )
         for line in lines:
-            self._print(printable_lines(line))
+            self._print(printable_lines(start + line))
 
     def end_progress(self) -> None:
         """End the progress of training or other work."""
@@ -148,25 +84,7 @@ class LineScreen:
 class JsonScreen(LineScreen):
     """A JSON object a line, each with `kind` and `time`."""
 
-    def message(self, text: str) -> None:
-        """Print a message."""
-        level = "warning" if text.startswith(WARNING) else "info"
-        self.result("message", {"level": level, "text": text.removeprefix(WARNING)}, ())
-
-    def error(self, text: str) -> None:
-        """Print an error."""
-        self.result("error", {"message": text}, ())
-
-    def progress(self, progress: Progress, line: str) -> None:  # noqa: ARG002
-        """Print progress."""
-        fields = {name: value for name, value in vars(progress).items() if name != "line"}
-        self.result("progress", fields, ())
-
-    def row(self, row: Mapping[str, float], line: str) -> None:
-        """Print all metrics."""
-        self.result("evaluation" if line else "step", row, ())
-
-    def result(self, kind: str, content: Mapping[str, Any], lines: Sequence[str]) -> None:  # noqa: ARG002
+    def print(self, kind: str, content: Fields, lines: Sequence[str], *, is_result: bool = False) -> None:  # noqa: ARG002
         """Print the content."""
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         self._print(json.dumps(plain({"kind": kind, "time": now, **content}), default=str))
@@ -176,19 +94,30 @@ class LiveScreen(LineScreen):
     """Messages above one live line on a terminal; without progress there is no live line."""
 
     def __init__(self, terminal: RichConsole):
-        super().__init__(self._print_above, _REFRESH_SECONDS)
+        super().__init__(self._print_line, _REFRESH_SECONDS)
         self._terminal = terminal
         self._live: RichProgress | None = None
 
-    def error(self, text: str) -> None:
-        """Print an error, below the last state of the live line."""
-        self.end_progress()
-        self.message(text)
+    def print(self, kind: str, content: Fields, lines: Sequence[str], *, is_result: bool = False) -> None:
+        """Show progress as the live line, results broken between words; messages have commands to copy."""
+        # The width of this terminal, whatever the standard streams are; windows are resized.
+        with contextlib.suppress(OSError, ValueError):
+            if columns := os.get_terminal_size(self._terminal.file.fileno()).columns:
+                self._terminal.width = columns
+        if kind == "progress":
+            self._update(content, lines[0])
+            return
+        if kind == "error":  # below the last state of the live line
+            self.end_progress()
+        if is_result:
+            wrap = textwrap.TextWrapper(max(self._terminal.width - 1, 8))
+            wrap.break_long_words = wrap.break_on_hyphens = False
+            lines = [part for line in lines for part in wrap.wrap(line) or [""]]
+        super().print(kind, content, lines)
 
-    def progress(self, progress: Progress, line: str) -> None:
+    def _update(self, content: Fields, line: str) -> None:
         """Replace the live line; a narrow terminal cuts its end."""
-        self._fit()
-        share = round(1000 * (progress.share or 0))
+        share = round(1000 * (content["share"] or 0))
         if self._live is None:
             cut = Column(no_wrap=True, overflow="crop")
             self._live = RichProgress(
@@ -197,7 +126,7 @@ class LiveScreen(LineScreen):
                 auto_refresh=False,
                 redirect_stdout=False,
                 redirect_stderr=False,
-                transient=progress.work != _TRAINING,
+                transient=content["work"] != _TRAINING,
             )
             self._live.add_task(line, total=1000, completed=share)
             self._live.start()
@@ -211,22 +140,8 @@ class LiveScreen(LineScreen):
         if live is not None:
             live.stop()
 
-    def result(self, kind: str, content: Mapping[str, Any], lines: Sequence[str]) -> None:  # noqa: ARG002
-        """Print the lines, broken between words; messages are not, as they have commands to copy."""
-        self._fit()
-        for line in lines:
-            width = max(self._terminal.width - 1, 8)
-            for part in textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) or [""]:
-                self.message(part)
-
-    def _fit(self) -> None:
-        """Take the width of this terminal, whatever the standard streams are; windows are resized."""
-        with contextlib.suppress(OSError, ValueError):
-            if columns := os.get_terminal_size(self._terminal.file.fileno()).columns:
-                self._terminal.width = columns
-
-    def _print_above(self, line: str) -> None:
-        style = "yellow" if line.startswith(WARNING) else ""
+    def _print_line(self, line: str) -> None:
+        style = _STYLES.get(line.partition(" ")[0].rstrip(":"), "")
         self._terminal.print(Text(line, style), soft_wrap=True)
 
 
@@ -254,6 +169,11 @@ def _print(stream: SafeStream, line: str) -> None:
     stream.flush()
 
 
+def _message(text: str) -> tuple[str, Fields, list[str]]:
+    level = "warning" if text.startswith(WARNING) else "info"
+    return "message", {"level": level, "text": text.removeprefix(WARNING)}, [text]
+
+
 Count = Callable[..., None]
 """Called with the number of units just done and, if it is known, the share of all work that is done."""
 
@@ -274,29 +194,37 @@ class Console:
     def say(self, text: str) -> None:
         """Print one line and log it; a warning starts with "warning: "."""
         for screen in self._shown:
-            screen.message(text)
+            screen.print(*_message(text))
 
     def show(self, text: str) -> None:
         """Print one line without logging it: a log file may be readable by others."""
         if self._screen is not None:
-            self._screen.message(text)
+            self._screen.print(*_message(text))
 
     def alarm(self, text: str) -> None:
         """Print and log an error, on any rank and from any thread."""
         logging.getLogger("dpo_dist").error(text)
         if self._errors is not None:
-            self._errors.error(text)
+            self._errors.print("error", {"message": text}, [text])
 
-    def result(self, kind: str, content: Mapping[str, Any], lines: Sequence[str]) -> None:
+    def result(self, kind: str, content: Fields, lines: Sequence[str]) -> None:
         """Print and log a result: `content` is for programs, `lines` for people."""
         for screen in self._shown:
-            screen.result(kind, content, lines)
+            screen.print(kind, content, lines, is_result=True)
 
     def row(self, row: Mapping[str, float], steps: int) -> None:
         """Show a metrics row of a run of so many steps; evaluations are always printed."""
-        line = describe_evaluation(row, steps) if any(name.startswith(PREFIX) for name in row) else ""
+        measured = (name for name in (*MAIN, "pairs_per_second") if PREFIX + name in row)
+        parts = [_in_words(name, row[PREFIX + name]) for name in measured]
+        if (length := row.get("eval_samples/length")) is not None:
+            parts.append(f"samples of {length:,.0f} tokens")
+        if (finished := row.get("eval_samples/finished")) is not None:
+            parts.append(f"{percent(finished)} of them finished")
+        line = f"step {int(row['step']):,}/{steps:,}  evaluation: {', '.join(parts)}"
+        is_evaluation = any(name.startswith(PREFIX) for name in row)
+        kind, lines = ("evaluation", [line]) if is_evaluation else ("step", [])
         for screen in self._shown:
-            screen.row(row, line)
+            screen.print(kind, row, lines)
 
     def is_due(self) -> bool:
         """Return whether it is time for `training`."""
@@ -311,25 +239,33 @@ class Console:
         *,
         always: bool = False,
     ) -> None:
-        """Show the state of the training where it is due, or `always`; `values` are as in a metrics row."""
-        self._progress(training_progress(step, steps, values, seconds_left), always=always)
+        """Show the state of the training where it is due, or `always`; `values` are as in a metrics row.
 
-    def _progress(self, progress: Progress, opening: str = "", *, always: bool = False) -> None:
+        The most important ones come first, as a narrow terminal cuts the end of the line.
+        """
+        parts = [f"step {step:,}/{steps:,}"]
+        parts += [_in_words(name, values[name]) for name in ("loss", "rewards/accuracies") if name in values]
+        if seconds_left is not None and step < steps:
+            parts.append(f"{duration(seconds_left)} left")
+        parts += [_in_words(name, values[name]) for name in _IN_LINE if name in values]
+        if (peak := values.get("memory/peak_bytes")) is not None:
+            parts.append(size(peak))
+        content = {"work": _TRAINING, "unit": "step", "done": step, "total": steps, "share": step / steps}
+        self._progress({**content, "seconds_left": seconds_left}, "  ".join(parts), always=always)
+
+    def _progress(self, content: Fields, line: str, opening: str = "", *, always: bool = False) -> None:
         """Show progress; `opening`, if there is one, is the first line, and the second follows soon."""
         now = time.monotonic()
         for screen in self._shown:
             is_opening = screen.due is None and opening != ""
             if always or screen.due is None or now >= screen.due:
-                screen.progress(progress, opening if is_opening else progress.line)
-                screen.due = now + (
-                    min(_SECOND_LINE_SECONDS, screen.seconds) if is_opening else screen.seconds
-                )
+                screen.print("progress", content, [opening if is_opening else line])
+                soon = min(_SECOND_LINE_SECONDS, screen.seconds)
+                screen.due = now + (soon if is_opening else screen.seconds)
 
-    def heartbeat(self, work: str) -> Callable[[float], None]:
-        """Return a function that takes the seconds spent on `work` so far and prints them once a minute.
-
-        It is silent beside progress that is shown.
-        """
+    @contextlib.contextmanager
+    def heartbeat(self, work: str) -> Iterator[None]:
+        """Print the seconds spent on `work`, the block, once a minute; silent beside shown progress."""
         due = _FIRST_HEARTBEAT_SECONDS
 
         def beat(seconds: float) -> None:
@@ -338,7 +274,8 @@ class Console:
                 due = seconds + _HEARTBEAT_SECONDS
                 self.say(f"{work}: {duration(seconds)} so far")
 
-        return beat
+        with beating(beat):
+            yield
 
     @contextlib.contextmanager
     def until_end(self) -> Iterator[None]:
@@ -378,7 +315,13 @@ class Console:
                 started = self._worked if math.isnan(started) else started
                 done += more
                 seconds = self._worked - started
-                self._progress(_work_progress(title, unit, done, share, total, seconds), f"{title} ...")
+                amount = counted(done, unit) if total is None else f"{done:,} of {counted(total, unit)}"
+                parts = [f"{title}: {amount}"] + ([] if share is None else [percent(share)])
+                parts += [f"{done / seconds:,.0f} a second"] if done > seconds >= 1 else []
+                left = seconds / share - seconds if share and seconds >= 1 else None
+                parts += [f"{duration(left)} left"] if left else []
+                content = {"work": title, "unit": unit, "done": done, "total": total, "share": share}
+                self._progress({**content, "seconds_left": left}, ", ".join(parts), f"{title} ...")
 
         with self.until_end():
             yield count

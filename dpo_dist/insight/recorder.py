@@ -58,8 +58,7 @@ class Recorder:
 
     def close(self, summary: Mapping[str, Any]) -> None:
         """Write summary, curves and report page, and finish tracking; `summary["exit"]` is the outcome."""
-        self.metrics.save()
-        self.metrics.write_summary(summary)
+        self.metrics.save(summary)
         folder = self.metrics.folder
         with spared(folder.curves.name, self.say):
             draw_curves(self.metrics.rows, folder.curves, folder.path.name)

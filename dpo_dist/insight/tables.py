@@ -7,7 +7,7 @@ from dpo_dist.config.metrics import MAIN, METRICS, PREFIX
 from dpo_dist.config.run_folder import RunFolder, checkpoint_name
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import counted, duration, percent, size
-from dpo_dist.insight.verdict.facts import mean_over_time
+from dpo_dist.insight.verdict.facts import finite, with_seconds
 
 Row = Mapping[str, Any]
 Ends = Sequence[float] | None
@@ -81,8 +81,9 @@ def _time(rows: Sequence[Row], summary: Row) -> str:
     if "pairs_per_second" in summary:
         parts.append(counted(summary.get("pairs_seen", 0), "pair"))
         parts.append(f"{summary['pairs_per_second']:,.1f} pairs/s")
-    if (share := mean_over_time(rows, "mfu")) is not None:
-        parts.append(f"MFU {percent(share)}")
+    timed = [(row["mfu"], spent) for row, spent in with_seconds(rows) if finite(row, "mfu") is not None]
+    if seconds := sum(spent for _, spent in timed):
+        parts.append(f"MFU {percent(sum(share * spent for share, spent in timed) / seconds)}")
     if "peak_memory_bytes" in summary:
         parts.append(f"peak memory {size(summary['peak_memory_bytes'])}")
         processes = summary.get("world_size", 1)

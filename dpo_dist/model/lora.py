@@ -1,7 +1,7 @@
 """LoRA adapters on the linear layers of a loaded model (arXiv:2106.09685), by peft."""
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -9,15 +9,13 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
 from peft.utils import ModulesToSaveWrapper
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from dpo_dist.config.schema import AdapterConfig, AdapterVariant, ModelConfig
-from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.model.folder import ADAPTER_WEIGHTS, PEFT_PREFIX, is_repeated, modules_on_disk
 from dpo_dist.model.layers import indexers, partly_used_blocks, text_part
 from dpo_dist.model.packed import PackedCausalLM
@@ -27,8 +25,6 @@ TRAINED = "default"
 _START = "start"
 _KEY = "model.adapter.path"
 _SAVED_KEY = "model.adapter.modules_to_save"
-# Layers that are one in fused experts; peft fails if it finds only one of two.
-_FUSED = ("gate_proj", "up_proj", "w1", "w3")
 
 
 def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int, start: Path | None = None) -> None:
@@ -79,10 +75,26 @@ def _add_new(causal_lm: Any, adapter: AdapterConfig, seed: int) -> LoraConfig:
         init_lora_weights=True,
         task_type="CAUSAL_LM",
     )
-    check_adaptable(causal_lm, targets)
+    fault = ""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        _inject(causal_lm, lora, TRAINED)
+        try:
+            _inject(causal_lm, lora, TRAINED)
+        except (
+            ValueError
+        ) as error:  # as of `out_proj` of state-space models, whose kernels read past an adapter
+            fault = first_line(error)
+    adapted = {name for name, module in causal_lm.named_modules() if isinstance(module, LoraLayer)}
+    # Where experts were linear layers before transformers 5, peft takes `gate_proj` for a name of fused ones.
+    differing = adapted ^ set(targets)
+    if fault or differing:
+        raise ConfigError(
+            "peft adapts other layers of this architecture than these",
+            where="model.adapter.target_modules",
+            got=fault or ", ".join(_last_parts(differing)),
+            expected=f"some of {', '.join(_last_parts(targets))}",
+            remedy="set model.adapter.target_modules to a list without these layers",
+        )
     return lora
 
 
@@ -142,34 +154,6 @@ def _inject(causal_lm: Any, lora: LoraConfig, name: str) -> None:
         layer.set_adapter(name)
 
 
-def check_adaptable(causal_lm: Any, targets: Collection[str]) -> None:
-    """Check that peft adapts the linear layers that are named, and that it will when the adapter is loaded.
-
-    In architectures whose experts were linear layers before transformers 5, peft takes `gate_proj` for a name
-    of these, whatever module it is in: it would adapt the fused experts, and not the layer. The kernels of
-    state-space models read the weight of `out_proj` past its adapter.
-    """
-    refused, why = set(), "peft adapts no such layer of state-space models"
-    for name in targets:
-        try:
-            _check_lora_target_modules_mamba(LoraConfig(), causal_lm, name.rpartition(".")[2])
-        except ValueError:
-            refused.add(name)
-    if not refused:
-        found = LoraConfig(target_modules={*targets, *_FUSED})
-        convert_peft_config_for_transformers(found, causal_lm, None)
-        refused = set(targets) - set(found.target_modules)
-        why = "peft would adapt the experts in place of some layers of this architecture"
-    if refused:
-        kept = ",".join(_last_parts(set(targets) - refused))
-        raise ConfigError(
-            why,
-            where="model.adapter.target_modules",
-            got=", ".join(_last_parts(refused)),
-            remedy=f"set model.adapter.target_modules=[{kept}]" if kept else "name other layers",
-        )
-
-
 def _last_parts(names: Iterable[str]) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in names})
 
@@ -195,12 +179,10 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
         if not any(_matches(name, target) for name in layers):
             raise ConfigError(
                 "an adapter's target is not a linear layer of this model",
-                where="model.adapter.target_modules" if adapter.path is None else _KEY,
+                where="model.adapter.target_modules",
                 got=target,
                 expected=f"all-linear, or a list of {', '.join(_last_parts(layers))}",
-                remedy="name existing layers; modules_to_save trains embeddings and output layer in full"
-                if adapter.path is None
-                else "set model.path to the base that the adapter was trained on",
+                remedy="name existing layers; modules_to_save trains embeddings and output layer in full",
             )
     return [name for name in layers if any(_matches(name, target) for target in targets)]
 
@@ -213,7 +195,12 @@ def find_modules(causal_lm: Any, wanted: list[str]) -> list[str]:
     """Return the whole names of the modules that `wanted` names by the last parts of their names."""
     if not wanted:
         return []
-    plain = [name for name, module in causal_lm.named_modules() if _has_plain_weights(module)]
+    plain = []
+    for name, module in causal_lm.named_modules():
+        own = list(module.parameters(recurse=False))
+        is_leaf = next(module.children(), None) is None
+        if is_leaf and own and all(weight.is_floating_point() for weight in own):
+            plain.append(name)
     for one in wanted:
         if not any(_matches(name, one) for name in plain):
             raise ConfigError(
@@ -233,12 +220,6 @@ def find_modules(causal_lm: Any, wanted: list[str]) -> list[str]:
             remedy=f"name both in {_SAVED_KEY}, or neither: they stay one weight",
         )
     return found
-
-
-def _has_plain_weights(module: nn.Module) -> bool:
-    own = list(module.parameters(recurse=False))
-    is_leaf = next(module.children(), None) is None
-    return is_leaf and bool(own) and all(weight.is_floating_point() for weight in own)
 
 
 def _shared_pair(causal_lm: Any) -> tuple[str, ...]:

@@ -102,28 +102,33 @@ def preference_loss(
     return total
 
 
-def _kind_loss(  # noqa: C901, PLR0911, PLR0912  (one branch per kind)
+def _kind_loss(  # noqa: C901, PLR0911, PLR0912, PLR0915  (one branch per kind)
     kind: LossKind, policy: PairLogps, reference: PairLogps | None, config: LossConfig, facts: BatchFacts
 ) -> Tensor:
     if reference is None:
         if KINDS[kind].needs_reference:
             raise ValueError(f"loss kind {kind} needs reference log-probs; pass them or set reference_free")
         reference = policy  # unused by these kinds
-    beta, smoothing, ratios = config.beta, _smoothing(kind, config), policy.minus(reference)
+    beta, ratios = config.beta, policy.minus(reference)
+    smoothing = KINDS[kind].smoothing if config.label_smoothing is None else config.label_smoothing
     match kind:
         case LossKind.sigmoid:  # Rafailov et al. 2023, arXiv 2305.18290; smoothing: Mitchell's cDPO
-            return _smoothed(beta * _margin(ratios, config), smoothing)
+            return _smoothed(beta * margin_of(ratios, config), smoothing)
         case LossKind.robust:  # Chowdhury et al. 2024, arXiv 2403.00409
-            return _robust(beta * _margin(ratios, config), smoothing)
+            logits = beta * margin_of(ratios, config)
+            flipped = -(1 - smoothing) * logsigmoid(logits) + smoothing * logsigmoid(-logits)
+            return flipped / (1 - 2 * smoothing)
         case LossKind.hinge:  # SLiC, arXiv 2305.10425; RSO, arXiv 2309.06657
-            return relu(1 - beta * _margin(ratios, config))
+            return relu(1 - beta * margin_of(ratios, config))
         case LossKind.ipo:  # Azar et al. 2023, arXiv 2310.12036; length-averaged, as its authors confirmed
-            margin = (_mean_margin if config.length_average else _margin)(ratios, config)
+            margin = (_mean_margin if config.length_average else margin_of)(ratios, config)
             return (margin - 1 / (2 * beta)).clamp(-_LARGEST_ROOT, _LARGEST_ROOT) ** 2
         case LossKind.sigmoid_norm:  # Tulu 3, arXiv 2411.15124
             return -logsigmoid(beta * _mean_margin(ratios, config))
         case LossKind.exo_pair:  # Ji et al. 2024, arXiv 2402.00856, equation 16
-            return _exo_pair(beta * _margin(ratios, config), smoothing)
+            logits = beta * margin_of(ratios, config)
+            first = torch.sigmoid(logits) * (logsigmoid(logits) - math.log1p(-smoothing))
+            return first + torch.sigmoid(-logits) * (logsigmoid(-logits) - math.log(smoothing))
         case LossKind.nca_pair:  # Chen et al. 2024, arXiv 2402.05369
             chosen, rejected = beta * ratios.chosen, beta * ratios.rejected
             return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
@@ -137,14 +142,17 @@ def _kind_loss(  # noqa: C901, PLR0911, PLR0912  (one branch per kind)
         case LossKind.apo_down:  # D'Oosterlinck et al. 2024, arXiv 2408.06266, equation 8
             return torch.sigmoid(beta * ratios.chosen) + torch.sigmoid(-beta * ratios.margin)
         case LossKind.discopop:  # Lu et al. 2024, arXiv 2406.08414, equation 5
-            return _discopop(beta * _margin(ratios, config), config.discopop_tau)
+            logits, tau = beta * margin_of(ratios, config), config.discopop_tau
+            # One exponential: the product s(x / t) exp(-x) could be 0 times infinity.
+            exponential = torch.exp(logsigmoid(logits / tau) - logits)
+            return exponential - torch.sigmoid(-logits / tau) * logsigmoid(logits)
         case LossKind.dpop:  # Pal et al. 2024, arXiv 2402.13228, trained with lambda 50
-            return -logsigmoid(beta * (_margin(ratios, config) - config.dpop_lambda * relu(-ratios.chosen)))
+            return -logsigmoid(beta * (margin_of(ratios, config) - config.dpop_lambda * relu(-ratios.chosen)))
         case LossKind.odpo:  # Amini et al. 2024, arXiv 2402.10571
             if facts.score_gaps is None:
                 raise ValueError("loss kind odpo needs the scores of the responses")
             offset = config.offset_alpha * torch.log(facts.score_gaps)
-            return -logsigmoid(beta * _margin(ratios, config) - offset)
+            return -logsigmoid(beta * margin_of(ratios, config) - offset)
         case LossKind.simpo:  # Meng et al. 2024, arXiv 2405.14734
             return -logsigmoid(beta * (policy.mean_chosen - policy.mean_rejected) - config.simpo_gamma)
         case LossKind.orpo:  # Hong et al. 2024, arXiv 2403.07691
@@ -162,7 +170,7 @@ def _kind_loss(  # noqa: C901, PLR0911, PLR0912  (one branch per kind)
         case LossKind.aot_unpaired:  # Melnyk et al. 2024, arXiv 2406.05882, for unpaired data
             return _smoothed(beta * _sorted_difference(ratios.chosen, ratios.rejected), smoothing)
         case LossKind.beta_dpo:  # Wu et al. 2024, arXiv 2407.08639
-            margin = _margin(ratios, config)
+            margin = margin_of(ratios, config)
             batch_beta = facts.running.batch_beta(config, beta * margin.detach().mean())
             return _smoothed(batch_beta * margin, smoothing)
         case LossKind.plackett_luce:  # Rafailov et al. 2023, arXiv 2305.18290, appendix A.3
@@ -195,12 +203,8 @@ def log_ratios(policy: PairLogps, reference: PairLogps | None, config: LossConfi
     return policy if reference is None or config.reference_free else policy.minus(reference)
 
 
-def scaled_margin(ratios: PairLogps, config: LossConfig) -> Tensor:
-    """Return `b h` of each pair, [pairs], of which `beta_dpo` keeps a running mean."""
-    return config.beta * _margin(ratios, config)
-
-
-def _margin(ratios: PairLogps, config: LossConfig) -> Tensor:
+def margin_of(ratios: PairLogps, config: LossConfig) -> Tensor:
+    """Return `h` of each pair, [pairs]."""
     return divergence_score(ratios.chosen, config) - divergence_score(ratios.rejected, config)
 
 
@@ -209,28 +213,14 @@ def _mean_margin(ratios: PairLogps, config: LossConfig) -> Tensor:
     return chosen - divergence_score(ratios.rejected, config) / ratios.rejected_tokens
 
 
-def _smoothing(kind: LossKind, config: LossConfig) -> float:
-    return KINDS[kind].smoothing if config.label_smoothing is None else config.label_smoothing
-
-
 def _smoothed(logits: Tensor, smoothing: float) -> Tensor:
     return -(1 - smoothing) * logsigmoid(logits) - smoothing * logsigmoid(-logits)
-
-
-def _robust(logits: Tensor, smoothing: float) -> Tensor:
-    flipped = -(1 - smoothing) * logsigmoid(logits) + smoothing * logsigmoid(-logits)
-    return flipped / (1 - 2 * smoothing)
 
 
 def _log_odds(mean_logp: Tensor) -> Tensor:
     """Return log(P / (1 - P)) of log P."""
     mean_logp = mean_logp.clamp(max=_LARGEST_MEAN_LOGP)
     return mean_logp - torch.log(-torch.expm1(mean_logp))
-
-
-def _exo_pair(logits: Tensor, smoothing: float) -> Tensor:
-    chosen = torch.sigmoid(logits) * (logsigmoid(logits) - math.log1p(-smoothing))
-    return chosen + torch.sigmoid(-logits) * (logsigmoid(-logits) - math.log(smoothing))
 
 
 def _sorted_difference(first: Tensor, second: Tensor) -> Tensor:
@@ -248,12 +238,6 @@ def _custom(policy: PairLogps, reference: PairLogps, config: LossConfig) -> Tens
             remedy="return the loss of each pair, without a mean or a sum over pairs",
         )
     return losses
-
-
-def _discopop(logits: Tensor, tau: float) -> Tensor:
-    # One exponential: the product s(x / t) exp(-x) could be 0 times infinity.
-    exponential = torch.exp(logsigmoid(logits / tau) - logits)
-    return exponential - torch.sigmoid(-logits / tau) * logsigmoid(logits)
 
 
 def _plackett_luce(ratios: PairLogps, beta: float) -> Tensor:

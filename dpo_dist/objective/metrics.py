@@ -13,8 +13,8 @@ from torch import Tensor
 
 from dpo_dist.config.losses import BcoDelta, LossConfig
 from dpo_dist.objective.logps import PairLogps
-from dpo_dist.objective.losses import implicit_rewards, log_ratios, scaled_margin
-from dpo_dist.objective.router import router_metrics
+from dpo_dist.objective.losses import implicit_rewards, log_ratios, margin_of
+from dpo_dist.objective.router import AUX_LOSS, BUSIEST, Z_LOSS
 
 PAIR_METRICS = (
     "loss",
@@ -62,10 +62,16 @@ class MetricPlan:
     @property
     def rows(self) -> dict[str, tuple[str, str]]:
         """The metric and the group of pairs of each name, in the order of their sums."""
-        margin = (BATCH_MARGIN,) if self.loss.uses("beta_momentum") else ()
-        reward = (BATCH_REWARD,) if self.loss.bco_delta is BcoDelta.running_mean else ()
-        routers = () if self.is_evaluation else router_metrics(self.loss.router)
-        rows = {name: (name, "") for name in (*self.of_pairs, *margin, *reward, *routers)}
+        own = list(self.of_pairs)
+        if self.loss.uses("beta_momentum"):
+            own.append(BATCH_MARGIN)
+        if self.loss.bco_delta is BcoDelta.running_mean:
+            own.append(BATCH_REWARD)
+        if not self.is_evaluation and self.loss.router.aux_coefficient is not None:
+            own += [AUX_LOSS, BUSIEST]
+        if not self.is_evaluation and self.loss.router.z_coefficient is not None:
+            own.append(Z_LOSS)
+        rows = {name: (name, "") for name in own}
         for names, groups in (
             (self.of_sources, [f"/{label}" for label in self.labels]),
             (self.of_lengths, _LENGTH_GROUPS),
@@ -171,8 +177,9 @@ def metric_sums(
     """
     loss, ratios, zeros = plan.loss, log_ratios(policy, reference, plan.loss), torch.zeros_like(policy.chosen)
     ones = torch.ones_like(zeros)
-    measured = {name: (values, ones) for name, values in _of_pairs(loss, losses, policy, reference).items()}
-    measured[BATCH_MARGIN] = scaled_margin(ratios, loss), ones
+    measured = {name: (values, ones) for name, values in _of_pairs(loss, policy, reference).items()}
+    measured["loss"] = losses.detach(), ones
+    measured[BATCH_MARGIN] = loss.beta * margin_of(ratios, loss), ones
     measured[BATCH_REWARD] = loss.beta * (ratios.chosen + ratios.rejected) / 2, ones
     # Counted by tokens: the sum of values over the batch is divided by the sum of tokens.
     by_token = {f"{name}/{{}}": sums for name, sums in (tokens or {}).items() if sums is not None}
@@ -193,14 +200,11 @@ def metric_sums(
     return MetricSums(plan.names, (columns * weights.double()).sum(dim=1))
 
 
-def _of_pairs(
-    loss: LossConfig, losses: Tensor, policy: PairLogps, reference: PairLogps | None
-) -> dict[str, Tensor]:
-    """Return the metrics that each pair has once."""
+def _of_pairs(loss: LossConfig, policy: PairLogps, reference: PairLogps | None) -> dict[str, Tensor]:
+    """Return the metrics that each pair has once, but its loss."""
     rewards = implicit_rewards(policy, reference, loss)
     margins = rewards.chosen - rewards.rejected
     measured = {
-        "loss": losses.detach(),
         "rewards/chosen": rewards.chosen,
         "rewards/rejected": rewards.rejected,
         # Of a margin that is not a number both are not a number: a comparison with it is False.
@@ -221,6 +225,12 @@ Values = npt.NDArray[np.float32]
 _PERCENTS = (5, 25, 50, 75, 95)
 MARGIN_PERCENTILES = tuple(f"rewards/margins/p{percent:02}" for percent in _PERCENTS)
 """Metrics of evaluations: percentiles of the margin over pairs."""
+
+
+_COLUMNS = (
+    *("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"),
+    *("reference/chosen", "reference/rejected", "tokens/chosen", "tokens/rejected"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,18 +265,9 @@ class PairValues:
 
 @torch.no_grad()
 def pair_values(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> Tensor:
-    """Return float32 [columns, pairs] on the device, in the order of the fields of `PairValues`."""
-    rewards = implicit_rewards(policy, reference, loss)
+    """Return float32 [columns, pairs] on the device: the fields of `PairValues`, which are `_COLUMNS`."""
+    measured = _of_pairs(loss, policy, reference)
     missing = torch.full_like(policy.chosen, torch.nan)
-    columns = (
-        rewards.chosen,
-        rewards.rejected,
-        rewards.chosen - rewards.rejected,
-        policy.chosen,
-        policy.rejected,
-        missing if reference is None else reference.chosen,
-        missing if reference is None else reference.rejected,
-        policy.chosen_tokens,
-        policy.rejected_tokens,
-    )
-    return torch.stack([column.float() for column in columns])
+    measured["reference/chosen"] = missing if reference is None else reference.chosen
+    measured["reference/rejected"] = missing if reference is None else reference.rejected
+    return torch.stack([measured[name].float() for name in _COLUMNS])

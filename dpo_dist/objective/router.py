@@ -18,16 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dpo_dist.config.losses import RouterConfig
-
 AUX_LOSS, Z_LOSS, BUSIEST = "router/aux_loss", "router/z_loss", "router/busiest_expert"
-ROUTER_METRICS = (AUX_LOSS, Z_LOSS, BUSIEST)
-
-
-def router_metrics(config: RouterConfig) -> tuple[str, ...]:
-    """Return the names of the metrics of a step with these losses."""
-    balanced = () if config.aux_coefficient is None else (AUX_LOSS, BUSIEST)
-    return balanced + (() if config.z_coefficient is None else (Z_LOSS,))
+"""Metrics of a step; the last is the largest share of the tokens of a layer that one expert computes."""
 
 
 def routing_sums(logits: Sequence[Tensor], rows: Tensor, top_k: int) -> Tensor:
@@ -83,8 +75,3 @@ class RouterLoss:
         """Return the sum of `parts` by their coefficients, a scalar."""
         coefficients = {AUX_LOSS: self.aux, Z_LOSS: self.z}
         return torch.stack([part * (coefficients[name] or 0.0) for name, part in parts.items()]).sum()
-
-
-def busiest_share(selected: Tensor, rows_tokens: int) -> Tensor:
-    """Return the largest share of the tokens of a layer that one expert computes, as `RouterLoss.parts`."""
-    return selected.max() / rows_tokens

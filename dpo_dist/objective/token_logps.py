@@ -198,9 +198,12 @@ class _ChunkedTokenLogps(torch.autograd.Function):
             computed = ctx.kept.pop(chunk.start, None)
             if computed is None:
                 computed = _softmax(hidden[chunk], weight, bias, targets[chunk], ctx.change)
-            grad_logits = _grad_logits(computed, targets[chunk], grad_logps[chunk], ctx.change).to(
-                hidden.dtype
-            )
+            upstream = grad_logps[chunk, None] * ctx.change.scale
+            gradient = computed.probabilities.mul_(-upstream)  # in the chunk's own memory
+            gradient.scatter_add_(1, targets[chunk, None], upstream)
+            if computed.slopes is not None:
+                gradient.mul_(computed.slopes)
+            grad_logits = gradient.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[chunk])
             if grad_weight is not None:
@@ -216,13 +219,6 @@ class _ChunkedTokenLogps(torch.autograd.Function):
             None,
             None,
         )
-
-
-def _grad_logits(chunk: _Chunk, targets: Tensor, grad_logps: Tensor, change: LogitChange) -> Tensor:
-    """Return the gradient of the output layer's products, float32 [n, vocab], in the chunk's own memory."""
-    upstream = grad_logps[:, None] if change.scale == 1 else grad_logps[:, None] * change.scale
-    gradient = chunk.probabilities.mul_(-upstream).scatter_add_(1, targets[:, None], upstream)
-    return gradient if chunk.slopes is None else gradient.mul_(chunk.slopes)
 
 
 def _add_outer(total: Tensor, grad_logits: Tensor, hidden: Tensor) -> None:

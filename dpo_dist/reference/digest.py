@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dpo_dist.distributed.world import WhileWaiting, World
+from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
 from dpo_dist.foundation.files import remembered_digest, text_digest
 from dpo_dist.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG_FILE, read_model_json, weight_files
@@ -79,7 +79,6 @@ def digest_on_every_node(
     remote_code: bool,
     loads_whole: bool,
     world: World,
-    while_waiting: WhileWaiting | None = None,
     adapter: Path | None = None,
 ) -> ModelFiles:
     """Return the digest of rank 0, and check that every other node has the files that it loads. Collective.
@@ -87,14 +86,15 @@ def digest_on_every_node(
     If `loads_whole`, every rank loads the weights; otherwise rank 0 loads and scatters them.
     """
     digest = partial(digest_model, folder, store, remote_code=remote_code, adapter=adapter)
-    main = world.on_main(digest, while_waiting)
+    main = world.on_main(digest)
 
     def digest_here() -> ModelFiles:
-        if world.is_main or not world.is_first_of_host:
+        own = world.peers[world.rank]
+        if world.is_main or any(peer.place == own.place for peer in world.peers[: world.rank]):
             return main
         return digest(with_weights=loads_whole)
 
-    mine = world.together(digest_here, while_waiting)
+    mine = world.together(digest_here)
     wanted = main.code | main.weights
     differing = []
     for rank, here in enumerate(world.gather(mine.code | (mine.weights if loads_whole else main.weights))):

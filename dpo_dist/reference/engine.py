@@ -14,8 +14,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.config.schema import ModelConfig, RunConfig
-from dpo_dist.distributed.kernels import own_folder
-from dpo_dist.distributed.memory import return_memory
 from dpo_dist.distributed.processes import is_of_communication
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import (
@@ -23,6 +21,7 @@ from dpo_dist.distributed.zero import (
     FrozenEngine,
     PolicyEngine,
     frozen_config,
+    own_folder,
     sharded_loading,
     whole_loading,
 )
@@ -121,21 +120,6 @@ def scoring_tokens(config: RunConfig) -> int:
     return _SCORING_TOKENS_FACTOR * config.trainer.micro_batch_tokens
 
 
-class QuantizedReference(Engine):
-    """A quantized reference; ZeRO cannot shard it, so every rank has the whole model."""
-
-    def __init__(self, model: PackedCausalLM):
-        super().__init__(model.eval(), model)
-
-    def free(self) -> None:
-        """Free its memory."""
-        del self.model, self._engine
-        return_memory()
-
-
-ReferenceEngine = FrozenEngine | QuantizedReference
-
-
 def scored_model(config: RunConfig) -> ModelConfig:
     """Return the policy's model settings without those of training, with the reference's quantization."""
     return replace(
@@ -147,7 +131,7 @@ def scored_model(config: RunConfig) -> ModelConfig:
     )
 
 
-def load_reference(files: ModelFiles, config: RunConfig, world: World) -> ReferenceEngine:
+def load_reference(files: ModelFiles, config: RunConfig, world: World) -> Engine:
     """Load the reference with its adapter, in the policy's precision unless it is quantized; collective."""
     key = "model.path" if config.reference.path is None else "reference.path"
     adapter = files.adapter
@@ -163,7 +147,7 @@ def load_scored(
     finish: Callable[[PackedCausalLM], None] | None = None,
     *,
     key: str = "model.path",
-) -> ReferenceEngine:
+) -> Engine:
     """Load a model that is only scored, placed as `config.reference` says; collective.
 
     `finish` adds an adapter, or replaces the weights of the model, sharded or not; errors name `key`.
@@ -177,10 +161,10 @@ def load_scored(
             finish(model)
         return model
 
-    engine: ReferenceEngine
     if model_config.quantization is not None:
-        with whole_loading(world):
-            engine = QuantizedReference(load())
+        with whole_loading(world):  # ZeRO cannot shard it: every rank has the whole model
+            model = load().eval()
+        engine = Engine(model, model)
     else:
         own, largest_shard = None, 0
         if placement.nvme_path is not None:
@@ -209,7 +193,7 @@ def _largest_weight(folder: Path, config: ModelConfig, world: World) -> int:
 class ReferenceProvider:
     """Per-token reference log-probs of a micro-batch, from one of these, or none (`reference.mode=none`)."""
 
-    engine: ReferenceEngine | None = None  # `live`: a model beside the policy
+    engine: Engine | None = None  # `live`: a model beside the policy
     policy: PolicyEngine | None = None  # `adapter`: the policy with its adapter switched off
     store: LogpStore | None = None  # `cached`: entries of all batches, looked up by content
 

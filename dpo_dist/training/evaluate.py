@@ -15,6 +15,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.checkpoint import load_checkpoint_weights, open_checkpoint, read_state
+from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.errors import CheckpointError, ExitCode
 from dpo_dist.foundation.files import collect_abandoned, plain, staged_file, write_text
 from dpo_dist.insight.console import Console
@@ -25,7 +26,7 @@ from dpo_dist.model.lora import add_adapter, load_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import MetricPlan, PairValues
-from dpo_dist.reference.engine import ReferenceEngine, check_same_vocabulary, load_scored, scored_model
+from dpo_dist.reference.engine import check_same_vocabulary, load_scored, scored_model
 from dpo_dist.training.inputs import (
     EvaluationInputs,
     load_evaluation_inputs,
@@ -96,14 +97,15 @@ def _evaluate(run: Run, evaluated: Evaluated, inputs: EvaluationInputs, objectiv
         run.say(f"evaluation: {folder.evaluation.results}   also in {folder.evaluation_of(name).path}")
         return found
 
-    found = world.on_main(write, console.heartbeat("computing intervals and writing the scores"))
+    with console.heartbeat("computing intervals and writing the scores"):
+        found = world.on_main(write)
     model.free()
     return found
 
 
 def load_evaluated(
     run: Run, evaluated: Evaluated, inputs: EvaluationInputs
-) -> tuple[ReferenceEngine, RunningMeans, str | None]:
+) -> tuple[Engine, RunningMeans, str | None]:
     """Return the model, ready to score, running means of its training if known, and its commit on the hub.
 
     Collective. `model.revision` counts for `model.path` only. The base of an adapter is quantized as

@@ -105,7 +105,8 @@ def _write_model(loop: Loop, position: Position, summary: dict[str, Any]) -> Non
         with whole_loading(run.world):
             export_checkpoint(checkpoint, run.folder.model, run.config, card, is_new=True)
 
-    run.world.on_main(write, run.console.heartbeat("writing the model"))
+    with run.console.heartbeat("writing the model"):
+        run.world.on_main(write)
 
 
 def check_base(config: RunConfig, recorded: str | None) -> None:
@@ -171,7 +172,8 @@ def finish(run: Run, state: RunState, recorder: Recorder | None, summary: dict[s
         former = read_state(run.folder) if state.outcome is RunOutcome.diverged else None
         write_state(run.folder, state if former is None else replace(state, step=former.step))
 
-    run.write(work, run.console.heartbeat("writing the report"))
+    with run.console.heartbeat("writing the report"):
+        run.write(work)
 
 
 def write_lost_files(run: Run, completed: RunState) -> None:

@@ -41,7 +41,6 @@ from dpo_dist.data.render import end_notes
 from dpo_dist.data.sources import pinned
 from dpo_dist.data.store import columns_of, counts_of
 from dpo_dist.data.template import check_template_keys
-from dpo_dist.distributed.world import WhileWaiting
 from dpo_dist.distributed.zero import whole_loading
 from dpo_dist.foundation.text import counted
 from dpo_dist.insight.console import Count
@@ -191,18 +190,20 @@ def _load(
     for note in [*router_notes(routers, model_config), *notes]:
         run.say(note)
     vocabulary = model_config.get_text_config().vocab_size
-    files = _digest_models(run, folder, start)
+    with run.console.heartbeat("reading the model's files to identify them"):
+        files = _digest_models(run, folder, start)
 
     def encode(name: str, sources: Sequence[SourceConfig], part: Part) -> PreferenceDataset:
         def progress(source: str) -> AbstractContextManager[Count]:
             return run.console.counter(f"encoding the {name} data: {source}", "record")
 
         prepare = partial(prepare_dataset, sources, config.data, tokenizer, digest, progress, part)
-        encoded = world.on_main(prepare, run.console.heartbeat(f"preparing the {name} data"))
-        # A node that sees the files on another device verifies them again.
-        verifying = run.console.heartbeat(f"verifying the {name} data")
-        dataset = world.together(lambda: open_dataset(encoded, config.data), verifying)
-        dataset = _with_count(run, dataset, "duplicates", count_duplicates, while_waiting=verifying)
+        with run.console.heartbeat(f"preparing the {name} data"):
+            encoded = world.on_main(prepare)
+        with run.console.heartbeat(f"verifying the {name} data"):
+            # A node that sees the files on another device verifies them again.
+            dataset = world.together(lambda: open_dataset(encoded, config.data))
+            dataset = _with_count(run, dataset, "duplicates", count_duplicates)
         world.on_main(lambda: check_ids_in_vocabulary(dataset, tokenizer, vocabulary))
         world.on_main(lambda: check_fits_loss(dataset, config.loss))
         return dataset
@@ -231,11 +232,10 @@ def _with_count(
     name: str,
     count: Callable[..., int],
     *others: PreferenceDataset,
-    while_waiting: WhileWaiting | None = None,
 ) -> PreferenceDataset:
     """Return the dataset with one more count, which rank 0 computes once per `data.cache`; collective."""
     cache = Path(run.config.data.cache)
-    number = run.world.on_main(lambda: remembered_count(count, cache, dataset, *others), while_waiting)
+    number = run.world.on_main(lambda: remembered_count(count, cache, dataset, *others))
     return replace(dataset, counts=dataset.counts | {name: number})
 
 
@@ -248,7 +248,6 @@ def _digest_models(run: Run, policy_folder: Path, start: Path | None) -> tuple[M
         store=Path(config.reference.store),
         remote_code=config.model.trust_remote_code,
         world=run.world,
-        while_waiting=run.console.heartbeat("reading the model's files to identify them"),
     )
     policy_is_whole = config.model.quantization is not None or not is_scattered
     policy_files = digest(policy_folder, loads_whole=policy_is_whole, adapter=start)
@@ -265,9 +264,9 @@ def _digest_models(run: Run, policy_folder: Path, start: Path | None) -> tuple[M
 
 def _on_every_rank(run: Run, find: Callable[[], T], doing: str) -> T:
     """Return `find()` on every rank; rank 0 downloads first, for all nodes that share its cache."""
-    waiting = run.console.heartbeat(doing)
-    run.world.on_main(find, waiting)
-    return run.world.together(find, waiting)
+    with run.console.heartbeat(doing):
+        run.world.on_main(find)
+        return run.world.together(find)
 
 
 def shared_model_folder(
@@ -350,7 +349,7 @@ def _described_model(config: RunConfig) -> tuple[str, PreTrainedTokenizerBase]:
 def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
     reference = config.reference
     if reference.offload is Offload.nvme:
-        from dpo_dist.distributed.kernels import check_async_io  # noqa: PLC0415  (starts DeepSpeed)
+        from dpo_dist.distributed.join import check_async_io  # noqa: PLC0415  (starts DeepSpeed)
 
         check_async_io()
     found = [reference.mode.value]

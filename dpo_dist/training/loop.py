@@ -436,8 +436,8 @@ class Loop:
                     write_evaluation(LAST_EVALUATION, model, self.run.config, metrics, values, dataset)
 
             # Before the checkpoint of this step, from which a killed run resumes without another evaluation.
-            writing = self.run.console.heartbeat("computing the intervals of the last evaluation")
-            self.run.write(write, writing)
+            with self.run.console.heartbeat("computing the intervals of the last evaluation"):
+                self.run.write(write)
         margins = None
         if not self.run.config.loss.is_one_sided:
             metrics |= values.margin_percentiles()

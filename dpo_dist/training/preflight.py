@@ -16,7 +16,7 @@ from dpo_dist.config.user_code import find_function
 from dpo_dist.data.formats import check_source
 from dpo_dist.data.template import check_template_file
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, ReferenceModelError
-from dpo_dist.foundation.process import check_groups
+from dpo_dist.foundation.text import counted
 from dpo_dist.insight.console import Console, open_console, print_text, warnings_off
 from dpo_dist.model.folder import (
     check_cached_offline,
@@ -62,8 +62,15 @@ def check_start(config: RunConfig, *, trains: bool = False) -> None:
     if LossKind.custom in config.loss.kinds:
         find_function(config.loss.function)
     _check_packages(config, trains=trains)
-    if "WORLD_SIZE" in os.environ:
-        check_groups(int(os.environ["WORLD_SIZE"]), config.parallelism.sequence_parallel)
+    processes, ranks = int(os.environ.get("WORLD_SIZE", "1")), config.parallelism.sequence_parallel
+    if processes % ranks:
+        raise ConfigError(
+            "the processes cannot be divided into groups of this size",
+            where="parallelism.sequence_parallel",
+            got=f"{ranks}, with {counted(processes, 'process', 'processes')}",
+            expected=f"a divisor of {processes}",
+            remedy=f"set it to one, or start a multiple of {ranks} processes",
+        )
     _check_models(config)
     for source in [*config.data.train, *config.data.eval]:
         check_source(source, config.data)

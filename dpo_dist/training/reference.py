@@ -14,6 +14,7 @@ from dpo_dist.batching.sampler import Indices
 from dpo_dist.config.schema import Dtype, Numerics, ReferenceMode, RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.memory import peak_memory_bytes, reset_peak_memory
+from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.errors import ExitCode, ReferenceModelError
 from dpo_dist.foundation.process import StopRequest
 from dpo_dist.foundation.text import counted, duration
@@ -29,7 +30,6 @@ from dpo_dist.reference.digest import (
     model_label,
 )
 from dpo_dist.reference.engine import (
-    ReferenceEngine,
     ReferenceProvider,
     check_same_vocabulary,
     load_reference,
@@ -209,7 +209,7 @@ def _stored(
     found = world.on_main(lambda: find_compatible(store, fingerprint))
     compatible = found if config.reference.numerics is Numerics.tolerant else []
     empty = LogpStore(store, [fingerprint, *compatible], [])
-    engines: list[ReferenceEngine] = []
+    engines: list[Engine] = []
 
     def load_scorer() -> Scorer:
         if not engines:

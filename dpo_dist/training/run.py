@@ -14,7 +14,7 @@ from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver, load_ch
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.slices import Sharded
 from dpo_dist.distributed.world import World
-from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine
+from dpo_dist.distributed.zero import Engine, FrozenEngine, PolicyEngine
 from dpo_dist.foundation.errors import ExitCode, RunOutcome, StoppedError
 from dpo_dist.foundation.process import BY_TRACKER, StopRequest
 from dpo_dist.foundation.text import counted, percent
@@ -24,7 +24,7 @@ from dpo_dist.insight.metrics.trackers import open_trackers
 from dpo_dist.insight.recorder import Recorder
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.lora import add_adapter
-from dpo_dist.reference.engine import ReferenceEngine, ReferenceProvider, settle_engine
+from dpo_dist.reference.engine import ReferenceProvider, settle_engine
 from dpo_dist.training.finish import finish, run_to_its_end, write_lost_files
 from dpo_dist.training.inputs import Inputs, load_inputs
 from dpo_dist.training.loop import Loop, check_keep_best, check_warmup, still_there
@@ -194,9 +194,7 @@ def _load_models(
     return reference or unstored(run, inputs, ReferenceProvider(policy=policy), is_start=True), policy
 
 
-def _free(
-    engine: PolicyEngine | ReferenceEngine, world: World, error: type[BaseException] | None, *_: Any
-) -> None:
+def _free(engine: Engine, world: World, error: type[BaseException] | None, *_: Any) -> None:
     """Free an engine; after an error only of a process alone: others end, and could be waited for."""
     if error is None:
         engine.free()

@@ -23,11 +23,9 @@ from dpo_dist.config.schema import Offload, Resume, RunConfig
 from dpo_dist.config.user_code import find_function
 from dpo_dist.data.dataset import PreferenceDataset, RankBatch, shard_batch
 from dpo_dist.distributed.checkpoint import Checkpoint, has_all_files, latest_checkpoint, remove_unfinished
-from dpo_dist.distributed.join import joined
-from dpo_dist.distributed.kernels import load_async_io
+from dpo_dist.distributed.join import joined, load_async_io
 from dpo_dist.distributed.processes import Reports
-from dpo_dist.distributed.sequence_parallel import with_sequence_groups
-from dpo_dist.distributed.world import Stops, WhileWaiting, World
+from dpo_dist.distributed.world import Stops, World, with_sequence_groups
 from dpo_dist.distributed.zero import STATES_OF_ADAM, policy_config
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
@@ -84,7 +82,7 @@ class Run:
         one_sided = self.config.loss.is_one_sided
         return shard_batch(dataset, indices, world.replica, world.replicas, budget, costs, one_sided)
 
-    def write(self, work: Callable[[], T], while_waiting: WhileWaiting | None = None) -> T:
+    def write(self, work: Callable[[], T]) -> T:
         """Run `work`, which writes files of the run, on rank 0 and return its result on all; collective.
 
         A file that cannot be written is a `CheckpointError`.
@@ -104,7 +102,7 @@ class Run:
                     remedy="free disk space or correct the permissions; the same command resumes the run",
                 ) from error
 
-        return self.world.on_main(guarded, while_waiting)
+        return self.world.on_main(guarded)
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ from dpo_dist.objective.metrics import (
     metric_sums,
     pair_values,
 )
-from dpo_dist.objective.router import BUSIEST, RouterLoss, busiest_share, selections
+from dpo_dist.objective.router import BUSIEST, RouterLoss, selections
 from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.reference.engine import ReferenceProvider
 
@@ -309,7 +309,7 @@ class RouterTerms:
         parts = self._loss.parts(routing, self._selected, self._tokens)
         values, count, self._count = dict(parts), self._count, 0
         if self._selected is not None:
-            values[BUSIEST] = busiest_share(self._selected, self._tokens) * count
+            values[BUSIEST] = self._selected.max() / self._tokens * count
         return loss + self._loss.weighted(parts), sums.plus_values(values, count)
 
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from dpo_dist.config.schema import AdapterConfig, Dtype, Offload, ParallelismConfig, ParallelismKind
 from dpo_dist.data.dataset import shard_batch
-from dpo_dist.distributed.checkpoint import Checkpoint, SavedSlices, load_checkpoint
+from dpo_dist.distributed.checkpoint import SavedSlices
 from dpo_dist.distributed.slices import SHARDS
 from dpo_dist.distributed.world import World
 from tests.dist.scenario import Assets
-from tests.dist.test_checkpoint import Trainer
+from tests.dist.test_checkpoint import Trainer, demand_equal, resume
 from tests.support.cpu_adam import with_cpu_adam
 from tests.support.packing import COSTS
 from tests.support.ranks import run_ranks
@@ -60,23 +60,6 @@ def train(
     return bad
 
 
-def resume(
-    assets: Assets,
-    root: Path,
-    other: Path,
-    dtype: Dtype,
-    adapter: AdapterConfig | None,
-    world: World,
-    _folder: Path,
-) -> None:
-    """Continue the checkpoint before the last step in a new process."""
-    trainer = Trainer(assets, world, adapter, dtype, ema_decay=DECAY)
-    found = Checkpoint(root / f"step-{len(STEPS) - 1:06d}", {"world_size": 2})
-    load_checkpoint(found, [trainer.policy], world)
-    trainer.step(STEPS[-1])
-    trainer.save(other, len(STEPS))
-
-
 def saved(root: Path, step: int) -> SavedSlices:
     return SavedSlices.find(root / f"step-{step:06d}", SHARDS)
 
@@ -107,15 +90,13 @@ def test_the_average_of_applied_updates_survives_a_checkpoint_and_another_world(
             end.whole(name, "ema").double(), averaged(root, name), rtol=1e-6, atol=1e-7
         )
 
-    going_on = partial(with_cpu_adam, partial(resume, assets, root, again, dtype, adapter))
+    before, final = (f"step-{step:06d}" for step in (last - 1, last))
+    make = partial(Trainer, assets, adapter=adapter, dtype=dtype, ema_decay=DECAY)
+    going_on = partial(with_cpu_adam, partial(resume, make, root / before, STEPS[-1:], again / final))
     run_ranks(going_on, 2, tmp_path / "second", kind, dtype)
-    same = saved(again, last)
-    assert {*same.parts} == {*end.parts} == {"weight", "ema", "exp_avg", "exp_avg_sq"}
-    assert same.step == end.step == last
-    for name in end.shapes:
-        assert all(torch.equal(same.whole(name, part), end.whole(name, part)) for part in end.parts)
+    demand_equal(saved(again, last), end, {"weight", "ema", "exp_avg", "exp_avg_sq"}, last)
 
-    moving = partial(resume, assets, root, elsewhere, dtype, adapter)
+    moving = partial(resume, make, root / before, STEPS[-1:], elsewhere / final)
     run_ranks(moving, other_ranks, tmp_path / "third", other_kind, dtype)
     other, tolerance = saved(elsewhere, last), 1e-5 if dtype is Dtype.fp32 else 3e-3
     for name in end.shapes:

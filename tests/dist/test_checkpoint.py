@@ -27,6 +27,7 @@ from dpo_dist.config.schema import (
 )
 from dpo_dist.distributed.checkpoint import (
     MANIFEST,
+    Checkpoint,
     CheckpointSaver,
     SavedSlices,
     latest_checkpoint,
@@ -43,7 +44,7 @@ from dpo_dist.training.state import Position
 from dpo_dist.training.step import Objective
 from tests.dist.scenario import Assets, files_of, load_policy, one_step
 from tests.support.cpu_adam import with_cpu_adam
-from tests.support.precision import DTYPES, NEEDS_FP16
+from tests.support.precision import NEEDS_FP16
 from tests.support.ranks import OPTIM, run_ranks, start_ranks
 from tests.support.slow_disk import slow_disk
 
@@ -160,21 +161,40 @@ def save_go_on_and_return(
     }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ParallelismKind)
+OFFLOADED = ParallelismConfig(ParallelismKind.zero2, offload_optimizer=Offload.cpu)
+ADAPTER = AdapterConfig(r=2, alpha=4, variant=AdapterVariant.dora)
+EXACT = [
+    (kind, dtype, None) for kind in ParallelismKind for dtype in (Dtype.fp32, Dtype.bf16, Dtype.fp16)
+] + [
+    (OFFLOADED, Dtype.bf16, None),
+    (ParallelismKind.zero3, Dtype.bf16, ADAPTER),
+    (ParallelismKind.zero2, Dtype.fp32, ADAPTER),
+    (ParallelismKind.ddp, Dtype.bf16, ADAPTER),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "adapter"),
+    [pytest.param(*case, marks=NEEDS_FP16 if case[1] is Dtype.fp16 else ()) for case in EXACT],
+)
 def test_a_loaded_checkpoint_is_the_saved_state_bit_for_bit(
-    kind: ParallelismKind, dtype: Dtype, assets: Assets, tmp_path: Path
+    kind: ParallelismKind | ParallelismConfig,
+    dtype: Dtype,
+    adapter: AdapterConfig | None,
+    assets: Assets,
+    tmp_path: Path,
 ) -> None:
     root = tmp_path / "checkpoints"
-    demand_exact(partial(save_go_on_and_return, assets, root, None, dtype), kind, dtype, tmp_path)
-
-
-OFFLOADED = ParallelismConfig(ParallelismKind.zero2, offload_optimizer=Offload.cpu)
-
-
-def test_a_checkpoint_of_an_offloaded_optimizer_is_exact(assets: Assets, tmp_path: Path) -> None:
-    scenario = partial(save_go_on_and_return, assets, tmp_path / "checkpoints", None, Dtype.bf16)
-    demand_exact(partial(with_cpu_adam, scenario), OFFLOADED, Dtype.bf16, tmp_path)
+    scenario = partial(with_cpu_adam, partial(save_go_on_and_return, assets, root, adapter, dtype))
+    for result in run_ranks(scenario, 2, tmp_path / "ranks", kind, dtype):
+        assert result.pop("folder") == "step-000002"
+        assert result.pop("state") == {"step": 2, "world_size": 2}
+        assert result == dict.fromkeys(result, True)
+    if adapter is not None:  # without the base
+        saved = SavedSlices.find(root / "step-000002", SHARDS)
+        assert {name.rpartition(".lora_")[1] for name in saved.shapes} == {".lora_"}
+        written = sum(file.stat().st_size for file in root.rglob("*.safetensors"))
+        assert written < (assets.policy / "model.safetensors").stat().st_size
 
 
 def train_with_bad_step(assets: Assets, world: World, _folder: Path) -> list[list[float]]:
@@ -198,38 +218,6 @@ def test_a_bad_step_of_an_offloaded_optimizer_is_lost_alone(assets: Assets, tmp_
     scenario = partial(with_cpu_adam, partial(train_with_bad_step, assets))
     ((plain, with_bad),) = run_ranks(scenario, 1, tmp_path / "ranks", OFFLOADED, Dtype.bf16)
     assert with_bad == plain
-
-
-def demand_exact(
-    scenario: Callable[[World, Path], dict[str, Any]],
-    kind: ParallelismKind | ParallelismConfig,
-    dtype: Dtype,
-    folder: Path,
-) -> None:
-    for result in run_ranks(scenario, 2, folder / "ranks", kind, dtype):
-        assert result.pop("folder") == "step-000002"
-        assert result.pop("state") == {"step": 2, "world_size": 2}
-        assert result == dict.fromkeys(result, True)
-
-
-@pytest.mark.parametrize(
-    ("kind", "dtype"),
-    [
-        (ParallelismKind.zero3, Dtype.bf16),
-        (ParallelismKind.zero2, Dtype.fp32),
-        (ParallelismKind.ddp, Dtype.bf16),
-    ],
-)
-def test_a_checkpoint_of_an_adapter_is_exact_and_without_the_base(
-    kind: ParallelismKind, dtype: Dtype, assets: Assets, tmp_path: Path
-) -> None:
-    adapter = AdapterConfig(r=2, alpha=4, variant=AdapterVariant.dora)
-    root = tmp_path / "checkpoints"
-    demand_exact(partial(save_go_on_and_return, assets, root, adapter, dtype), kind, dtype, tmp_path)
-    saved = SavedSlices.find(root / "step-000002", SHARDS)
-    assert {name.rpartition(".lora_")[1] for name in saved.shapes} == {".lora_"}
-    written = sum(file.stat().st_size for file in root.rglob("*.safetensors"))
-    assert written < (assets.policy / "model.safetensors").stat().st_size
 
 
 def without_room(work: Callable[[], Any], bytes_left: int) -> Any:
@@ -294,7 +282,7 @@ def save_and_die(assets: Assets, root: Path, dying: int, world: World, _folder: 
     trainer.save(root, 1)
     if world.rank == dying:
         kill = mock.Mock(side_effect=lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        mock.patch("dpo_dist.distributed.checkpoint.safetensors_file", kill).start()
+        mock.patch("dpo_dist.distributed.checkpoint.serialize_file", kill).start()
     trainer.save(root, 2)
 
 
@@ -334,35 +322,26 @@ def test_the_last_checkpoints_are_kept_and_unfinished_ones_removed(assets: Asset
     assert len(files) == 2 * 2 + 2  # weights and random states of each rank, state and manifest
 
 
-def train_and_save(
+def go_on(
     assets: Assets, root: Path, policy: Policy, dtype: Dtype, world: World, _folder: Path
 ) -> list[float]:
-    """Train two steps and save; return `two_steps` after them."""
+    """Train two steps and save, or load that checkpoint and save it again as step 3; then train two more.
+
+    Return the gradient norms of the two, and the running means after them.
+    """
     trainer = Trainer(assets, world, policy.adapter, dtype, policy.quantization, policy.loss)
-    trainer.step([0, 1, 2])
-    trainer.step([3, 4, 5])
-    trainer.save(root, 2)
-    return two_steps(trainer)
-
-
-def two_steps(trainer: Trainer) -> list[float]:
-    """Return the gradient norms of two more steps, and the running means after them."""
+    found = latest_checkpoint(root, world)
+    if found is None:
+        trainer.step([0, 1, 2])
+        trainer.step([3, 4, 5])
+        trainer.save(root, 2)
+    else:
+        load_checkpoint(found, trainer.parts(), world)
+        trainer.position = Position.of(found.state)
+        trainer.save(root, 3)
     norms = [trainer.step([6, 7]), trainer.step([8, 9, 10])]
     running = trainer.position.running
     return [*norms, running.margin or 0.0, running.reward]
-
-
-def load_and_save(
-    assets: Assets, root: Path, policy: Policy, dtype: Dtype, world: World, _folder: Path
-) -> list[float]:
-    """Load the checkpoint, save it again as step 3 and return the gradient norms of the next two steps."""
-    trainer = Trainer(assets, world, policy.adapter, dtype, policy.quantization, policy.loss)
-    found = latest_checkpoint(root, world)
-    assert found is not None
-    load_checkpoint(found, trainer.parts(), world)
-    trainer.position = Position.of(found.state)
-    trainer.save(root, 3)
-    return two_steps(trainer)
 
 
 DDP, ZERO2, ZERO3 = map(
@@ -396,26 +375,42 @@ def test_another_world_reads_the_same_weights_and_states(case: str, assets: Asse
     if policy.quantization is not None:
         pytest.importorskip("bitsandbytes")
     root = tmp_path / "checkpoints"
-    saving = partial(train_and_save, assets, root, policy, dtype)
-    norms = run_ranks(saving, ranks, tmp_path / "ranks", kind, dtype)
-    loading = partial(load_and_save, assets, root, policy, dtype)
-    others = run_ranks(loading, other_ranks, tmp_path / "others", other_kind, dtype)
+    scenario = partial(go_on, assets, root, policy, dtype)
+    norms = run_ranks(scenario, ranks, tmp_path / "ranks", kind, dtype)
+    others = run_ranks(scenario, other_ranks, tmp_path / "others", other_kind, dtype)
     moments = {"exp_avg", "exp_avg_sq"}
-    demand_same_slices(root, SHARDS, {"weight", *moments}, step=2)
+    models = [(SHARDS, {"weight", *moments}, 2)]
     if policy.loss is not None:
-        demand_same_slices(root, "reference", {"weight"}, step=0)
+        models.append(("reference", {"weight"}, 0))
+    for model, parts, step in models:
+        saved = (SavedSlices.find(root / f"step-00000{number}", model) for number in (2, 3))
+        demand_equal(*saved, parts, step)
     tolerance = 1e-5 if dtype is Dtype.fp32 else 2e-2
     for found in others:
         assert found[0] == pytest.approx(norms[0][0], rel=tolerance)
         assert found[1:] == pytest.approx(norms[0][1:], rel=10 * tolerance)
 
 
-def demand_same_slices(root: Path, model: str, parts: set[str], step: int) -> None:
-    """Checkpoints 2 and 3 have the same tensors of a model, with this number of updates."""
-    first, second = (SavedSlices.find(root / f"step-00000{number}", model) for number in (2, 3))
-    assert (first.step, first.shapes) == (second.step, second.shapes)
-    assert first.step == step
-    assert {*first.parts} == {*second.parts} == parts
+def demand_equal(first: SavedSlices, second: SavedSlices, parts: set[str], step: int) -> None:
+    """Two checkpoints have the same tensors of a model, of these parts, after this number of updates."""
+    assert (first.step, first.shapes, {*first.parts}) == (step, second.shapes, parts)
+    assert (second.step, {*second.parts}) == (step, parts)
     for name in first.shapes:
         for part in parts:
             assert torch.equal(first.whole(name, part), second.whole(name, part)), (name, part)
+
+
+def resume(
+    make: Callable[[World], Trainer],
+    found: Path,
+    steps: Sequence[Sequence[int]],
+    end: Path,
+    world: World,
+    _folder: Path,
+) -> list[float]:
+    """Continue a checkpoint of two ranks in new processes, and save its end; return the gradient norms."""
+    trainer = make(world)
+    load_checkpoint(Checkpoint(found, {"world_size": 2}), [trainer.policy], world)
+    norms = [trainer.step(rows) for rows in steps]
+    trainer.save(end.parent, int(end.name.removeprefix("step-")))
+    return norms

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from dpo_dist.config.schema import AdapterConfig, Dtype, OptimizerKind, ParallelismKind
-from dpo_dist.distributed.checkpoint import Checkpoint, SavedSlices, load_checkpoint
+from dpo_dist.distributed.checkpoint import SavedSlices
 from dpo_dist.distributed.slices import SHARDS
 from dpo_dist.distributed.world import World
 from tests.dist.scenario import Assets
-from tests.dist.test_checkpoint import Trainer
+from tests.dist.test_checkpoint import Trainer, demand_equal, resume
 from tests.support.precision import NEEDS_FP16
 from tests.support.ranks import OPTIM, run_ranks, start_ranks
 
@@ -67,25 +67,6 @@ def train(assets: Assets, way: Way, root: Path, world: World, _folder: Path) -> 
     return norms
 
 
-def resume(
-    assets: Assets,
-    way: Way,
-    found: Path,
-    ranks: int,
-    steps: int,
-    other: Path,
-    world: World,
-    _folder: Path,
-) -> list[float]:
-    """Continue a checkpoint of so many ranks in new processes for so many steps; return the norms."""
-    trainer = way.trainer(assets, world, OptimizerKind.adamw_8bit)
-    load_checkpoint(Checkpoint(found, {"world_size": ranks}), [trainer.policy], world)
-    done = int(found.name.removeprefix("step-"))
-    norms = [trainer.step(rows) for rows in STEPS[done : done + steps]]
-    trainer.save(other, done + steps)
-    return norms
-
-
 def step_folder(root: Path, step: int) -> Path:
     return root / f"step-{step:06d}"
 
@@ -114,16 +95,13 @@ def test_eight_bits_are_close_to_float32_and_resume_exactly(
     assert 0 < distance(end, exact, names) < 0.1 * moved
 
     half = step_folder(root / OptimizerKind.adamw_8bit, HALF)
-    going_on = partial(resume, assets, way, half, 2, 2, tmp_path / "again")
+    make = partial(way.trainer, assets, optimizer=OptimizerKind.adamw_8bit)
+    going_on = partial(resume, make, half, STEPS[HALF:], step_folder(tmp_path / "again", len(STEPS)))
     norms = run_ranks(going_on, 2, tmp_path / "second", way.kind, way.dtype)
     assert norms[0] == found[0][OptimizerKind.adamw_8bit][HALF:]
-    same = saved(tmp_path / "again")
-    assert same.step == end.step == len(STEPS)
-    assert {*same.parts} == {*end.parts} == way.parts
-    for weight in names:
-        assert all(torch.equal(same.whole(weight, part), end.whole(weight, part)) for part in end.parts)
+    demand_equal(saved(tmp_path / "again"), end, way.parts, len(STEPS))
     if name == "zero2 with an adapter":
-        alone = partial(resume, assets, way, half, 2, 1, tmp_path / "one")
+        alone = partial(resume, make, half, STEPS[HALF:], step_folder(tmp_path / "one", len(STEPS)))
         (other,) = start_ranks(alone, 1, tmp_path / "alone", way.kind).finish()
         assert other.error == "CheckpointError", other.log
         assert "as many processes" in other.message

@@ -167,7 +167,7 @@ def test_a_rank_that_dies_while_all_join_is_one_block_of_each_other(tmp_path: Pa
     _, *others = start_ranks(refuse, 3, tmp_path / "ranks", enter=dies_while_joining).finish(60)
     for outcome in others:
         assert outcome.error == "PeerLostError", outcome.log
-        assert "one of the 3 processes of the run ended before all had joined" in outcome.message
+        assert "not all 3 processes of the run have joined" in outcome.message
 
 
 def one_fails(error: Exception, world: World, _folder: Path) -> None:

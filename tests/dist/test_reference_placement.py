@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import Offload, Quantization, ReferenceConfig
 from dpo_dist.data.dataset import shard_batch
-from dpo_dist.distributed.kernels import check_async_io, own_folder
+from dpo_dist.distributed.join import check_async_io
 from dpo_dist.distributed.world import World
-from dpo_dist.distributed.zero import FrozenEngine
+from dpo_dist.distributed.zero import FrozenEngine, own_folder
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.insight.console import Console
-from dpo_dist.reference.engine import QuantizedReference, load_reference
+from dpo_dist.reference.engine import load_reference
 from dpo_dist.training.inputs import load_inputs
 from dpo_dist.training.reference import prepare_reference
 from dpo_dist.training.start import Run
@@ -160,7 +160,7 @@ def quantize(assets: Assets, overrides: list[str], world: World, _folder: Path) 
     for quantization in Quantization:
         config = assets.config(assets.policy, ReferenceConfig(quantization=quantization))
         engine = load_reference(files_of(assets.policy), config, world)
-        assert isinstance(engine, QuantizedReference), "whole on every rank"
+        assert not isinstance(engine, FrozenEngine), "whole on every rank"
         drifts.append(float((engine.token_logps(batch) - in_full).abs().mean()))
     for quantization in ("nf4", "null", "nf4"):
         config = load_run_config([*overrides, f"reference.quantization={quantization}"])

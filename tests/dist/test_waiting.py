@@ -14,6 +14,7 @@ from torch.distributed import distributed_c10d
 
 from dpo_dist.distributed import processes
 from dpo_dist.distributed.world import World
+from dpo_dist.foundation import process
 from dpo_dist.reference.engine import load_reference
 from tests.dist.scenario import Assets, files_of, load_policy
 from tests.support.ranks import run_ranks, start_ranks
@@ -40,7 +41,8 @@ def slow_work(world: World, _folder: Path) -> dict[str, Any]:
         time.sleep(6)
         return f"from {world.rank}"
 
-    on_main = world.on_main(work, beats.append)
+    process._BEAT_SECONDS = 1.0
+    on_main = world.on_main(process.beating(beats.append)(work))
     gathered = world.gather(work() if world.rank else "quick")
     return {"on_main": on_main, "gather": gathered, "beats": beats}
 

@@ -108,7 +108,7 @@ def test_a_hub_dataset_is_pinned_and_downloaded_once(tmp_path: Path, hub: HubSer
     assert results[:5] == [["old"], first, ["held out"], ["tagged"], ["2"]]
     assert "one" in results[5][1]  # the configurations to choose from
     assert results[6] == ["y"]
-    assert "none" in results[7][0]
+    assert results[7] == ["o/pairs", "none"]
     assert "RepositoryNotFound" in results[8][1]
 
     second = hub.commit("o/pairs", {"train.jsonl": rows("new", "newer")})

@@ -6,7 +6,7 @@ from typing import TypeVar, cast
 
 import torch
 
-from dpo_dist.distributed.world import WhileWaiting, World
+from dpo_dist.distributed.world import World
 
 T = TypeVar("T")
 
@@ -26,10 +26,10 @@ class _Alone:
     def gather(self, value: T) -> list[T]:
         return [value]
 
-    def on_main(self, work: Callable[[], T], while_waiting: WhileWaiting | None = None) -> T:
+    def on_main(self, work: Callable[[], T]) -> T:
         return work()
 
-    def together(self, work: Callable[[], T], while_waiting: WhileWaiting | None = None) -> T:
+    def together(self, work: Callable[[], T]) -> T:
         return work()
 
 

@@ -37,6 +37,11 @@ def random_pairs(shapes: Sequence[tuple[int, ...]], seed: int = 0) -> list[Seque
     return [Sequences(ids(prompt), tuple(map(ids, responses))) for prompt, *responses in shapes]
 
 
+def packed_tokens(prompt: int, responses: Sequence[int]) -> int:
+    """Tokens of a prompt with its responses in a packed batch."""
+    return prompt + sum(tokens - 1 for tokens in responses)
+
+
 def dataset_of(pairs: Sequence[Sequences]) -> PreferenceDataset:
     """Return a dataset in memory of these pairs, with their masks and content keys."""
     pieces = [piece for pair in pairs for piece in (pair.prompt_ids, *pair.responses)]

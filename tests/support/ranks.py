@@ -17,8 +17,7 @@ from typing import Any
 from dpo_dist.config.schema import Dtype, OptimConfig, ParallelismConfig, ParallelismKind
 from dpo_dist.distributed.join import start_world
 from dpo_dist.distributed.processes import Reports
-from dpo_dist.distributed.sequence_parallel import with_sequence_groups
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.world import World, with_sequence_groups
 from dpo_dist.distributed.zero import policy_config
 from tests.support.warm import be_random_anew, context, reserve_port, start_parent
 

@@ -63,7 +63,7 @@ def test_exit_codes_are_the_documented_ones() -> None:
         (FileExistsError(errno.EEXIST, "File exists", "/run/x"), "/run/x"),  # a file or a dead link there
         (OSError(errno.ENOSPC, "No space left on device"), "run.dir, data.cache or reference.store"),
         (PermissionError(errno.EPERM, "Operation not permitted"), None),  # of a socket or a signal
-        (OSError(errno.ECONNRESET, "Connection reset by peer", "/run/x"), None),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), None),
         (ValueError("no path"), None),
     ],
 )

@@ -16,6 +16,12 @@ from dpo_dist.foundation import process
 from dpo_dist.foundation.errors import ExitCode, StoppedError
 from dpo_dist.foundation.process import EXIT_CODES, StopRequest
 
+
+@pytest.fixture(autouse=True)
+def short_echoes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "_REPEATED_SECONDS", 0.2)
+
+
 STOPPING = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP]
 
 
@@ -66,7 +72,6 @@ def test_an_echo_of_a_signal_is_ignored_and_a_second_one_ends_the_process(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A launcher passes on the signal that the process has got from the terminal."""
-    monkeypatch.setattr(process, "_REPEATED_SECONDS", 0.2)
     monkeypatch.setattr(process, "_LAST_WORDS_SECONDS", 0.1)
     monkeypatch.setenv(EXIT_CODES, str(tmp_path / "codes"))
     stop = StopRequest()
@@ -93,27 +98,27 @@ def test_an_echo_of_a_signal_is_ignored_and_a_second_one_ends_the_process(
     assert (tmp_path / "said").read_text() == "130"
 
 
-def test_an_echo_that_is_answered_late_is_no_second_signal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The main thread has entered a long call of C between the signal and its echo."""
-    monkeypatch.setattr(process, "_REPEATED_SECONDS", 0.5)
+@pytest.mark.parametrize(("seconds", "exit_code"), [(0.2, 0), (1.4, 128 + signal.SIGTERM)])
+def test_an_echo_is_answered_before_a_long_call_and_a_second_signal_after_it(
+    seconds: float, exit_code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "_REPEATED_SECONDS", 1.0)
 
-    def block(echo_seconds: float) -> None:
+    def repeat() -> None:
+        time.sleep(seconds)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def block() -> None:
         stop = StopRequest()
         with stop.listening(), stop.deferred():
-            send(signal.SIGTERM)
-
-            def repeat() -> None:
-                time.sleep(echo_seconds)
-                os.kill(os.getpid(), signal.SIGTERM)
-
             _thread.start_new_thread(repeat, ())
+            send(signal.SIGTERM)
             # The other threads take the signal, so that nothing wakes this one.
             signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-            ctypes.CDLL(None).usleep(900_000)
+            ctypes.CDLL(None).usleep(1_300_000)
             time.sleep(0.01)
 
-    assert in_child(lambda: block(0.2)) == 0
-    assert in_child(lambda: block(0.7)) == 128 + signal.SIGTERM
+    assert in_child(block) == exit_code
 
 
 def test_before_the_start_a_signal_ends_with_one_line(

@@ -272,14 +272,14 @@ def samples_of(results: Results) -> Iterator[dict[str, Any]]:
 def pairs_from_models(config: RunConfig, stages: Stages) -> None:
     """Write pairs of the responses of `pairs.models` to the prompts of `data.train`. Collective."""
     world, screen, folder, pairs = stages.world, stages.screen, RunFolder.of(config), config.pairs
-    prompts = world.on_main(
-        lambda: write_prompts(folder.pairs_parts, config, screen.say), screen.heartbeat("reading prompts")
-    )
+    with screen.heartbeat("reading prompts"):
+        prompts = world.on_main(lambda: write_prompts(folder.pairs_parts, config, screen.say))
     models = [stages.found(name, config) for name in responding_models(config)]
     judge = world.together(lambda: open_judge(config, world.device))
     described: dict[str, Any] = {}
     if judge is not None:
-        described = world.on_main(judge.describe, screen.heartbeat("looking for the judge"))
+        with screen.heartbeat("looking for the judge"):
+            described = world.on_main(judge.describe)
     sampling = Sampling(
         pairs.max_new_tokens, pairs.temperature, pairs.top_p, pairs.top_k, config.trainer.seed
     )
@@ -321,7 +321,8 @@ def pairs_from_models(config: RunConfig, stages: Stages) -> None:
             write_lines(temporary, samples_of(results))
         write_results(folder.pairs_file, pairs_of(results), settings, results.counts, screen.say)
 
-    world.on_main(write, screen.heartbeat("writing pairs"))
+    with screen.heartbeat("writing pairs"):
+        world.on_main(write)
 
 
 def pairs_from_scores(config: RunConfig, say: Callable[[str], None]) -> None:

@@ -28,6 +28,7 @@ from dpo_dist.foundation.files import (
     text_digest,
     write_text,
 )
+from dpo_dist.foundation.process import beating
 from dpo_dist.generation.pairs.files import read_prompt_row, write_lines
 from dpo_dist.generation.sampling.generate import Sampling
 from dpo_dist.generation.sampling.respond import KEY, Generate, ModelSource, Responder, find_model, respond
@@ -103,8 +104,8 @@ class Screen(Protocol):
     def alarm(self, text: str) -> None:
         """Print and log an error."""
 
-    def heartbeat(self, work: str) -> Callable[[float], None]:
-        """Return a function that prints the seconds spent on `work`, once a minute."""
+    def heartbeat(self, work: str) -> AbstractContextManager[None]:
+        """Print the seconds spent on `work`, the block, once a minute."""
 
     def progress(self, title: str, unit: str) -> AbstractContextManager[Callable[[int, int], None]]:
         """Yield a function that takes the number of units done and their total."""
@@ -149,7 +150,8 @@ class Stages:
     def finish(self, title: str, parts: Parts, work: Callable[[int], list[dict[str, Any]]]) -> Parts:
         """Finish all parts of a stage, which the processes share, with a progress bar; return them."""
         world, flag = self.world, parts.folder / _FAILED
-        unfinished = world.on_main(parts.open, self.screen.heartbeat(f"{title}: looking for parts"))
+        with self.screen.heartbeat(f"{title}: looking for parts"):
+            unfinished = world.on_main(parts.open)
 
         def my_parts() -> None:
             try:
@@ -169,7 +171,7 @@ class Stages:
                 if world.is_main and unfinished:
                     show(parts.finished(), parts.count)
 
-            world.together(my_parts, beat)
+            world.together(beating(beat)(my_parts))
             beat(0)
         return parts
 
@@ -197,9 +199,9 @@ class Stages:
 
     def found(self, name: str, config: RunConfig, key: str = KEY) -> ModelSource:
         """Return the files of a model on every rank; rank 0 downloads first."""
-        searching = self.screen.heartbeat(f"reading the files of {name} to identify it")
-        self.world.on_main(lambda: find_model(name, config, key), searching)
-        return self.world.together(lambda: find_model(name, config, key), searching)
+        with self.screen.heartbeat(f"reading the files of {name} to identify it"):
+            self.world.on_main(lambda: find_model(name, config, key))
+            return self.world.together(lambda: find_model(name, config, key))
 
 
 @contextmanager

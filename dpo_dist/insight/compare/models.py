@@ -250,14 +250,13 @@ def compare_models(config: RunConfig, models: Sequence[Compared], screen: Screen
     with ExitStack() as held, joined_stages(config, screen, _REMEDY) as stages:
         world, parts = stages.world, folder.comparison_parts
         world.on_main(lambda: held.enter_context(only))
-        prompts = world.on_main(
-            lambda: write_held_out(parts, config, screen.say),
-            screen.heartbeat("reading prompts"),
-        )
+        with screen.heartbeat("reading prompts"):
+            prompts = world.on_main(lambda: write_held_out(parts, config, screen.say))
         judge = world.together(lambda: open_judge(config, world.device))
         described = None
         if judge is not None:
-            described = world.on_main(judge.describe, screen.heartbeat("looking for the judge"))
+            with screen.heartbeat("looking for the judge"):
+                described = world.on_main(judge.describe)
         speakers = []
         for model in models:
             source = stages.found(whole_model(model, folder.comparison_models, stages), config, KEY)
@@ -281,10 +280,8 @@ def compare_models(config: RunConfig, models: Sequence[Compared], screen: Screen
             judged = stages.finish(
                 "judgements", Parts.of(parts, "judgements", settings, prompts.count), judgements
             )
-        return world.on_main(
-            lambda: _write(speakers, described, judged, config, prompts, screen),
-            screen.heartbeat("writing the comparison"),
-        )
+        with screen.heartbeat("writing the comparison"):
+            return world.on_main(lambda: _write(speakers, described, judged, config, prompts, screen))
 
 
 def whole_model(model: Compared, folder: Path, stages: Stages) -> str:
@@ -304,7 +301,8 @@ def whole_model(model: Compared, folder: Path, stages: Stages) -> str:
 
     if not stages.world.on_main(written.is_dir):
         stages.screen.say(f"{model.name}: writing the weights of {model.path} as a model folder")
-        stages.world.on_main(write, stages.screen.heartbeat(f"writing {written}"))
+        with stages.screen.heartbeat(f"writing {written}"):
+            stages.world.on_main(write)
     return str(written)
 
 

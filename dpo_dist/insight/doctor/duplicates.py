@@ -113,6 +113,7 @@ class Comparison:
         leaked = {index: first[records[index].hash] for index in evaluated if records[index].hash in first}
         only_near = _without(near_prompts(records, evaluated, trained), leaked)
         hits = {index: str(one.benchmark) for index, one in enumerate(records) if one.benchmark is not None}
+        overlaps = [f"{records[index].origin}, {item}" for index, item in hits.items()]
         across = {
             "duplicates": len(copies),
             "near_duplicates": len(alike),
@@ -130,11 +131,7 @@ class Comparison:
             *self._reported("repeated_prompts", _without(prompts, alike)),
             *self._leaked("train_eval_leak", leaked),
             *self._leaked("near_train_eval_leak", only_near),
-            *self._reported(
-                "benchmark_overlap",
-                {index: index for index in hits},
-                [f"{records[index].origin}, {item}" for index, item in hits.items()],
-            ),
+            *self._reported("benchmark_overlap", dict(zip(hits, hits, strict=True)), overlaps),
         ]
         return across, findings
 
@@ -154,15 +151,13 @@ class Comparison:
         found = self._within_a_part(found)
         examples = examples or self._origins(found.items())
         counts = Counter(self._source[index] for index in found)
+        of, label = len(self._records), None
         if len(counts) == 1:
-            [source] = counts
-            yield from self._rules[rule].count(
-                len(found), len(source.readable), source.label, examples, detail
-            )
+            [(of, label)] = ((len(source.readable), source.label) for source in counts)
         else:
             by_source = ", ".join(f"{count} in {source.label}" for source, count in counts.items())
             detail = "; ".join(filter(None, (by_source, detail)))
-            yield from self._rules[rule].count(len(found), len(self._records), None, examples, detail)
+        yield from self._rules[rule].count(len(found), of, label, examples, detail)
 
     def _within_a_part(self, found: Partners) -> Partners:
         """Leave out records of training and evaluation data in common, which are a leak with its own rule."""
@@ -175,10 +170,10 @@ class Comparison:
             groups[first].append(index)
         largest = sorted(groups, key=lambda first: (-len(groups[first]), first))[:_SHOWN_CLUSTERS]
         sizes = ", ".join(str(len(groups[first]) + 1) for first in largest)
-        detail = f"groups: {len(groups)}, the largest of {sizes} records"
-        detail = "; ".join(filter(None, (detail, self._other_numbers(found))))
+        details = f"groups: {len(groups)}, the largest of {sizes} records", self._other_numbers(found)
         members = [(first, *groups[first][: _SHOWN_MEMBERS - 1]) for first in largest]
-        yield from self._reported("near_duplicates", found, self._origins(members), detail)
+        origins = self._origins(members)
+        yield from self._reported("near_duplicates", found, origins, "; ".join(filter(None, details)))
 
     def _other_numbers(self, found: Mapping[int, int]) -> str:
         """Return how many of the records have other numbers in the prompt than their partner."""

@@ -13,25 +13,20 @@ import numpy as np
 from dpo_dist.config.data import DataConfig, OnBadRecord, SourceConfig, TextTemplate
 from dpo_dist.config.schema import NO_MODEL, FailOn, RunConfig
 from dpo_dist.data.build import Progress, no_progress, prepare_dataset, share_read, tokenizer_digest
-from dpo_dist.data.dataset import (
-    PreferenceDataset,
-    check_fits_loss,
-    check_ids_in_vocabulary,
-    open_dataset,
-)
+from dpo_dist.data.dataset import PreferenceDataset, check_fits_loss, check_ids_in_vocabulary, open_dataset
 from dpo_dist.data.encode import CHUNK_RECORDS, in_order
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.records import BadRecord, Part, PreferenceRecord, eval_part, train_part
+from dpo_dist.data.records import Part, eval_part, train_part
 from dpo_dist.data.sources import Meter, pinned, source_labels
 from dpo_dist.data.store import EncodedSource
 from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
-from dpo_dist.insight.doctor.benchmarks import Benchmark
 from dpo_dist.insight.doctor.duplicates import Comparison
 from dpo_dist.insight.doctor.findings import Finding, Level, Rules, most_serious_first, with_thresholds
 from dpo_dist.insight.doctor.margins import compare_with_store
 from dpo_dist.insight.doctor.observe import Observer
 from dpo_dist.insight.doctor.shown_pairs import ShownPair, show_pairs
 from dpo_dist.insight.doctor.sources import Source
+from dpo_dist.insight.doctor.texts import Benchmark
 from dpo_dist.model.folder import description_folder, start_folder, tokenizer_folder
 
 if TYPE_CHECKING:
@@ -81,8 +76,10 @@ def diagnose(config: RunConfig, counter: CounterOf, benchmark: Benchmark | None 
     )
     if prepared is not None:
         datasets, refusals = prepared
-        store, mislabelled = compare_with_store(config, found.sources, datasets, rules)
-        findings = [*_refused(refusals, found.findings), *mislabelled, *found.findings]
+        store, findings = compare_with_store(config, found.sources, datasets, rules)
+        findings += found.findings
+        if _REFUSING_RULES.isdisjoint(one.rule for one in findings):
+            findings = [*map(_refused, refusals), *findings]
         found = replace(found, findings=most_serious_first(findings), model=files, store=store)
     if config.doctor.texts:
         found = replace(found, shown=show_pairs(data, tokenizer, found.findings, SHOWN_PAIRS))
@@ -106,7 +103,8 @@ def examine(
     for source, label, is_eval in _labelled(config):
         found = Source(label, source.path, config, is_eval=is_eval, is_encoded=tokenizer is not None)
         meter = Meter()
-        chunks = _chunks(read_records(pinned(source, Path(config.cache)), meter))
+        records = iter(read_records(pinned(source, Path(config.cache)), meter))
+        chunks = iter(lambda: list(islice(records, CHUNK_RECORDS)), [])  # noqa: B023  (used up in this turn)
         with (
             progress(label) as count,
             closing(in_order(chunks, observer.observe, config.processes)) as observed,
@@ -122,31 +120,20 @@ def examine(
     )
 
 
-def _chunks(records: Iterator[PreferenceRecord | BadRecord]) -> Iterator[list[PreferenceRecord | BadRecord]]:
-    while chunk := list(islice(records, CHUNK_RECORDS)):
-        yield chunk
+def _refused(refusal: DpoDistError) -> Finding:
+    text = f"training would stop: {refusal.message}" + (f" ({refusal.got})" if refusal.got else "")
+    examples = tuple(refusal.where.split("; "))
+    return Finding("training_refuses", Level.error, text, examples=examples, remedy=refusal.remedy)
 
 
 def _labelled(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]:
     """Yield each source with its label in metrics; a label that occurs again is made different."""
-    seen: Counter[str] = Counter()
+    seen, of_train = Counter[str](), source_labels(config.train)
     for is_eval, sources in ((False, config.train), (True, config.eval)):
-        labels = source_labels(sources)
-        again = {label for label in labels if is_eval and seen[label]}
-        for source, label in zip(sources, labels, strict=True):
-            distinct = f"{label} (eval)" if label in again else label
-            seen[distinct] += 1
-            yield source, distinct if seen[distinct] == 1 else f"{distinct} ({seen[distinct]})", is_eval
-
-
-def _refused(refusals: Sequence[DpoDistError], findings: Sequence[Finding]) -> Iterator[Finding]:
-    """Yield a finding for each error of training that no other finding mentions."""
-    if _REFUSING_RULES & {finding.rule for finding in findings}:
-        return
-    for refusal in refusals:
-        text = f"training would stop: {refusal.message}" + (f" ({refusal.got})" if refusal.got else "")
-        examples = tuple(refusal.where.split("; "))
-        yield Finding("training_refuses", Level.error, text, examples=examples, remedy=refusal.remedy)
+        for source, own in zip(sources, source_labels(sources), strict=True):
+            label = f"{own} (eval)" if is_eval and own in of_train else own
+            seen[label] += 1
+            yield source, label if seen[label] == 1 else f"{label} ({seen[label]})", is_eval
 
 
 def prepare(
@@ -165,11 +152,9 @@ def prepare(
     refusals: list[DpoDistError] = []
 
     def prepared(sources: Sequence[SourceConfig], part: Part, side: str) -> list[list[PreferenceDataset]]:
-        def shown(source: str) -> str:
-            return f"{source} ({side} part)" if data.eval_share else source
-
         def encoded(used: DataConfig) -> tuple[EncodedSource, ...]:
-            return prepare_dataset(sources, used, tokenizer, digest, lambda path: progress(shown(path)), part)
+            name = f" ({side} part)" if data.eval_share else ""
+            return prepare_dataset(sources, used, tokenizer, digest, lambda path: progress(path + name), part)
 
         try:
             if found := encoded(data):

@@ -20,8 +20,8 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.preprocessing import StandardScaler
 
 from dpo_dist.foundation.text import percent
-from dpo_dist.insight.doctor.features import group_of
 from dpo_dist.insight.doctor.findings import Finding, Rules
+from dpo_dist.insight.doctor.texts import group_of
 
 Keys: TypeAlias = npt.NDArray[np.uint64]
 Matrix: TypeAlias = Any
@@ -153,10 +153,7 @@ def interval(successes: float, trials: int, standard_errors: float = _STANDARD_E
 
 
 def _tests_of_words(block: Matrix, words: Sequence[str], group: str, prompts: Keys) -> Iterator[LeakTest]:
-    """Yield the tests of the words at the places of a group, and of the one most surely on one side only.
-
-    A word counts 1 on the chosen side, -1 on the rejected one; words of few pairs are left out.
-    """
+    """Yield the tests of the words of a group, but for words of few pairs, and of the most one-sided one."""
     counts, sums = block.getnnz(axis=0), np.abs(np.asarray(block.sum(axis=0)).ravel())
     kept = np.flatnonzero(counts >= _MIN_WORD_PAIRS)
     if frequent := [at for at in kept.tolist() if counts[at] >= _MIN_DIFFERS * len(prompts)]:
@@ -207,13 +204,12 @@ def _one_sided_forms(tests: Sequence[LeakTest], rules: Rules, source: str) -> It
         and test.one_sided_share > rule.threshold
     ]
     found.sort(key=lambda test: -round(test.differs * test.pairs))
-    detail = "; ".join(
+    details = [
         f"{test.feature} ({test.detail} in {percent(test.one_sided_share)} of the "
         f"{round(test.differs * test.pairs)} pairs that differ in it)"
         for test in found[:_SHOWN_FORMS]
-    )
-    more = len(found) - _SHOWN_FORMS
-    detail += f"; and {more} more" if more > 0 else ""
+    ]
+    details += [f"and {len(found) - _SHOWN_FORMS} more"] if len(found) > _SHOWN_FORMS else []
     if found:
         largest = max(test.one_sided_share for test in found)
-        yield from rule.value(largest, found[0].pairs, source, detail)
+        yield from rule.value(largest, found[0].pairs, source, "; ".join(details))

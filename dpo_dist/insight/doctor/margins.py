@@ -54,17 +54,6 @@ def compare_with_store(
     return use, findings
 
 
-def store_sentence(use: dict[str, Any]) -> str:
-    """Return the use of the store in one line."""
-    if not use["stored"]:
-        return (
-            f"reference: no log-probs of these pairs in {use['folder']}; after dpo_dist.precompute with "
-            "this configuration, the doctor finds pairs that are likely mislabelled"
-        )
-    numerics = "; ".join(use["numerics"])
-    return f"reference: {use['stored']:,} of {use['pairs']:,} pairs in the store ({numerics})"
-
-
 def find_stored(config: RunConfig) -> LogpStore | None:
     """Return all stored log-probs of the reference model of `config`; None if there are none.
 

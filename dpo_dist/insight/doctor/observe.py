@@ -14,10 +14,8 @@ from dpo_dist.config.data import DataConfig, OnBadRecord, Truncation
 from dpo_dist.data.encode import EncodedExample, EncodedRecord, encode_record
 from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord, eval_part, prompt_hash
 from dpo_dist.data.template import any_of, chosen_template
-from dpo_dist.insight.doctor.benchmarks import Benchmark
-from dpo_dist.insight.doctor.features import differences
 from dpo_dist.insight.doctor.findings import RULE_OF
-from dpo_dist.insight.doctor.texts import Signature, Texts, signature, text_names, texts_of
+from dpo_dist.insight.doctor.texts import Benchmark, Signature, differences, signature, text_names, texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,12 +109,18 @@ class Observer:
         prompt, responses = texts.prompt, texts.responses
         key = text_key(texts.prompt_identity)
         whole = text_key(texts.prompt_identity, *map(str.strip, responses))
+        pair = None
+        if len(responses) > 1:
+            heads = texts.turns[-1][1][:_HEAD], responses[0][:_HEAD], responses[-1][:_HEAD]
+            scores = record.scores or (np.nan, np.nan)
+            form = differences(responses[0], responses[-1])
+            pair = PairFacts(whole, key, form, heads, (scores[0], scores[-1]))
         facts = Facts(
             record.origin,
             is_readable=True,
             is_held_out=self._held_out is not None and self._held_out.has(number),
             characters=(len(prompt), *_ends(responses)),
-            pair=_pair_facts(record, texts, whole, key) if len(responses) > 1 else None,
+            pair=pair,
             prompt=key,
             record=whole,
             numbers=text_key(*_NUMBER.findall(prompt)),
@@ -125,7 +129,7 @@ class Observer:
             signatures=np.stack([signature(prompt), signature("\n".join(responses))]),
             benchmark=None if self._benchmark is None else self._benchmark.item_in(prompt, *responses),
         )
-        names = {*text_names(record, texts), *_record_names(record)}
+        names = set(text_names(record, texts))
         if any(map(self._special.search, (prompt, *responses))):
             names.add("special_token")
         if record.tools and self._omits_tools:
@@ -192,30 +196,6 @@ def text_key(*texts: str) -> int:
         content = text.encode("utf-8", "replace")
         digest.update(len(content).to_bytes(8, "little") + content)
     return int.from_bytes(digest.digest(), "little")
-
-
-def _pair_facts(record: PreferenceRecord, texts: Texts, key: int, prompt: int) -> PairFacts:
-    chosen, rejected = texts.responses[0], texts.responses[-1]
-    heads = texts.turns[-1][1][:_HEAD], chosen[:_HEAD], rejected[:_HEAD]
-    scores = record.scores or (np.nan, np.nan)
-    return PairFacts(key, prompt, differences(chosen, rejected), heads, (scores[0], scores[-1]))
-
-
-def _record_names(record: PreferenceRecord) -> Iterator[str]:
-    if record.tools:
-        yield "tools"
-    if len(record.responses) > 2:
-        yield "ranking"
-    if len(record.responses) < 2:
-        yield "completion"
-        return
-    yield "pair_or_ranking"
-    if record.scores is not None:
-        yield "scored"
-        if record.scores[0] == record.scores[-1]:
-            yield "score_ties"
-        if record.scores[0] < record.scores[-1]:
-            yield "score_inversions"
 
 
 def _preferences(

@@ -7,7 +7,6 @@ import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,18 +28,8 @@ _MAX_RESPONSES = 4
 _MAX_TOKENS, _MAX_CHARACTERS = 2000, 8000
 _UNLIMITED = 2**30
 
-Kind = StrEnum("Kind", ["text", "special", "omitted"])
-"""Of a segment: ordinary text, special tokens, or a number of tokens or characters that are not shown."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Consecutive tokens of one kind: whether the loss counts them, and whether the limits cut them."""
-
-    text: str
-    kind: Kind = Kind.text
-    is_trained: bool = False
-    is_cut: bool = False
+Segment = tuple[str, str]
+"""Consecutive tokens and what they are on the page: words of "special trained cut", or "omitted"."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +37,7 @@ class Part:
     """The prompt or a response of a shown record, with its number of tokens before anything is cut."""
 
     name: str
-    segments: tuple[Segment, ...]
+    segments: Sequence[Segment]
     tokens: int | None = None
     score: float | None = None
 
@@ -60,14 +49,11 @@ class ShownPair:
     origin: str
     rules: tuple[str, ...]  # of which it is an example; empty for one of the sample
     note: str  # the reason why it is dropped
-    parts: tuple[Part, ...]
+    parts: Sequence[Part]
 
 
 def show_pairs(
-    config: DataConfig,
-    tokenizer: "PreTrainedTokenizerBase | None",
-    findings: Sequence[Finding],
-    count: int,
+    config: DataConfig, tokenizer: "PreTrainedTokenizerBase | None", findings: Sequence[Finding], count: int
 ) -> list[ShownPair]:
     """Return examples of the findings, and of each source a sample of `count` records.
 
@@ -107,7 +93,7 @@ def _chosen(source: SourceConfig, rules: Mapping[str, Sequence[str]], count: int
 
 def _parts(
     record: PreferenceRecord, config: DataConfig, tokenizer: "PreTrainedTokenizerBase | None"
-) -> tuple[str, tuple[Part, ...]]:
+) -> tuple[str, list[Part]]:
     """Return the reason why a record is dropped, and its parts with every token, also those that are cut."""
     if tokenizer is None:
         return "", _plain_parts(record)
@@ -121,14 +107,18 @@ def _parts(
     if isinstance(kept, BadRecord):
         note, kept = kept.reason, whole
     prompt = whole.prompt_ids
-    cut = _cut_range(prompt, kept.prompt_ids)
-    parts = [_part("prompt", prompt, [False] * len(prompt), cut, tokenizer)]
+    # Cut are the tokens after those that stay in front (BOS).
+    missing, front = len(prompt) - len(kept.prompt_ids), 0
+    while missing and (prompt[front + missing :] != kept.prompt_ids[front:]).any():
+        front += 1
+    cut = range(front, front + missing)
+    parts = [Part("prompt", _segments(prompt, [False] * len(prompt), cut, tokenizer), len(prompt))]
     for index, name, score in _names(record):
         ids = whole.responses[index]
         trained = whole.trained[index].tolist() if whole.trained else [True] * len(ids)
         cut = range(len(kept.responses[index]), len(ids))
-        parts.append(_part(name, ids, trained, cut, tokenizer, score))
-    return note, tuple(parts)
+        parts.append(Part(name, _segments(ids, trained, cut, tokenizer), len(ids), score))
+    return note, parts
 
 
 def _names(record: PreferenceRecord) -> Iterator[tuple[int, str, float | None]]:
@@ -140,68 +130,54 @@ def _names(record: PreferenceRecord) -> Iterator[tuple[int, str, float | None]]:
         yield index, name, record.scores[index] if record.scores is not None else None
 
 
-def _cut_range(whole: TokenIds, kept: TokenIds) -> range:
-    """Return the places of a prompt's tokens that are cut: after the tokens that stay in front (BOS)."""
-    missing, front = len(whole) - len(kept), 0
-    while missing and front < len(kept) and not (whole[front + missing :] == kept[front:]).all():
-        front += 1
-    return range(front, front + missing)
-
-
-def _part(
-    name: str,
-    ids: TokenIds,
-    is_trained: Sequence[bool],
-    cut: range,
-    tokenizer: "PreTrainedTokenizerBase",
-    score: float | None = None,
-) -> Part:
-    """Return runs of tokens with equal marks; of a long part, its ends only."""
+def _segments(
+    ids: TokenIds, is_trained: Sequence[bool], cut: range, tokenizer: "PreTrainedTokenizerBase"
+) -> list[Segment]:
+    """Return runs of tokens that are alike; of a long part, its ends only."""
     added = {number for number, token in tokenizer.added_tokens_decoder.items() if str(token).strip()}
     special = added | set(tokenizer.all_special_ids)  # added white space is ordinary text
     tokens, half = ids.tolist(), _MAX_TOKENS // 2
-    marks = [
-        (
-            Kind.special if token in special else Kind.text,
-            is_trained[place] and place not in cut,
-            place in cut,
-        )
+    kinds = [
+        ("special " if token in special else "")
+        + ("cut" if place in cut else "trained" if is_trained[place] else "")
         for place, token in enumerate(tokens)
     ]
     if len(tokens) <= _MAX_TOKENS:
-        return Part(name, tuple(_runs(tokens, marks, tokenizer)), len(tokens), score)
-    start = _runs(tokens[:half], marks[:half], tokenizer)
-    end = _runs(tokens[-half:], marks[-half:], tokenizer)
-    omitted = Segment(f"{len(tokens) - 2 * half:,} tokens", Kind.omitted)
-    return Part(name, (*start, omitted, *end), len(tokens), score)
+        return list(_runs(tokens, kinds, tokenizer))
+    start, end = (
+        _runs(tokens[:half], kinds[:half], tokenizer),
+        _runs(tokens[-half:], kinds[-half:], tokenizer),
+    )
+    return [*start, (f"{len(tokens) - 2 * half:,} tokens not shown", "omitted"), *end]
 
 
 def _runs(
-    ids: Sequence[int], marks: Sequence[tuple[Kind, bool, bool]], tokenizer: "PreTrainedTokenizerBase"
+    ids: Sequence[int], kinds: Sequence[str], tokenizer: "PreTrainedTokenizerBase"
 ) -> Iterator[Segment]:
     stop, before = 0, ""
-    for mark, group in itertools.groupby(marks):
+    for kind, group in itertools.groupby(kinds):
         stop += sum(1 for _ in group)
         # With the tokens before it: alone it would lose its first space in some tokenizers.
         decoded = str(
             tokenizer.decode(ids[:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         )
-        yield Segment(decoded[len(before) :], *mark)
+        yield decoded[len(before) :], kind
         before = decoded
 
 
-def _plain_parts(record: PreferenceRecord) -> tuple[Part, ...]:
+def _plain_parts(record: PreferenceRecord) -> list[Part]:
     """Return the texts of a record that is not encoded."""
     texts = texts_of(record)
-    return (
-        Part("prompt", _plain("\n\n".join(f"{role}: {content}" for role, content in texts.turns))),
-        *(Part(name, _plain(texts.responses[index]), None, score) for index, name, score in _names(record)),
+    prompt = "\n\n".join(f"{role}: {content}" for role, content in texts.turns)
+    responses = (
+        Part(name, _plain(texts.responses[index]), score=score) for index, name, score in _names(record)
     )
+    return [Part("prompt", _plain(prompt)), *responses]
 
 
-def _plain(text: str) -> tuple[Segment, ...]:
+def _plain(text: str) -> list[Segment]:
     if len(text) <= _MAX_CHARACTERS:
-        return (Segment(text),)
+        return [(text, "")]
     half = _MAX_CHARACTERS // 2
-    omitted = Segment(f"{len(text) - 2 * half:,} characters", Kind.omitted)
-    return Segment(text[:half]), omitted, Segment(text[-half:])
+    omitted = f"{len(text) - 2 * half:,} characters not shown"
+    return [(text[:half], ""), (omitted, "omitted"), (text[-half:], "")]

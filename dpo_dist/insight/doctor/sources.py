@@ -58,10 +58,8 @@ class Source:
     def add(self, records: Sequence[Facts]) -> None:
         """Add the facts about the next records; those about the form are kept of a sample of the pairs."""
         self.records += records
-        is_full = len(self._pairs) == _SAMPLED_PAIRS
-        pairs = [one.pair for one in records if one.pair is not None]
-        if added := [pair for pair in pairs if not is_full or pair.record < self._pairs[-1].record]:
-            self._pairs = sorted([*self._pairs, *added], key=lambda pair: pair.record)[:_SAMPLED_PAIRS]
+        pairs = [*self._pairs, *(one.pair for one in records if one.pair is not None)]
+        self._pairs = sorted(pairs, key=lambda pair: pair.record)[:_SAMPLED_PAIRS]
         for one in records:
             one.pair = None
 
@@ -157,17 +155,11 @@ class Source:
 
     def _sides(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for at, side in enumerate(SIDES):
-            characters = [one.characters[at] for one in self.readable if one.characters[at] >= 0]
             tokens = [one.tokens[at] for one in self.readable if one.tokens and one.tokens[at] >= 0]
             cuts = [one.cut[at] for one in self._kept if one.cut[at] > 0]
-            of_side = {
-                "characters": _of_lengths(characters),
-                "tokens": _of_lengths(tokens),
-                "cut": len(cuts),
-                "cut_tokens": sum(cuts),
-            }
-            if characters:
-                yield side, of_side
+            if characters := [one.characters[at] for one in self.readable if one.characters[at] >= 0]:
+                lengths = {"characters": _of_lengths(characters), "tokens": _of_lengths(tokens)}
+                yield side, {**lengths, "cut": len(cuts), "cut_tokens": sum(cuts)}
 
     def _scores(self) -> dict[str, float]:
         """Return statistics of the sampled scores."""

@@ -1,19 +1,23 @@
-"""Texts of a record as plain strings, their words and MinHash signatures, and the names of their faults."""
+"""Texts of a record as plain strings: their words, signatures, faults and form, and benchmarks in them."""
 
 import json
+import math
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from datasketch import MinHash
 
-from dpo_dist.data.records import Dialogue, Message, PreferenceRecord, Response
+from dpo_dist.data.records import Dialogue, Message, PreferenceRecord
+from dpo_dist.foundation.errors import DataError
 from dpo_dist.generation.text_facts import is_refusal
 
 SIGNATURE_NUMBERS = 64
@@ -81,11 +85,11 @@ def texts_of(record: PreferenceRecord) -> Texts:
     prompt = record.prompt
     messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
     turns = tuple((message.role, _turn_text(message)) for message in messages)
-    return Texts(turns, tuple(map(_response_text, record.responses)))
-
-
-def _response_text(response: Response) -> str:
-    return response if isinstance(response, str) else "\n".join(map(_turn_text, response))
+    responses = (
+        response if isinstance(response, str) else "\n".join(map(_turn_text, response))
+        for response in record.responses
+    )
+    return Texts(turns, tuple(responses))
 
 
 def _turn_text(message: Message) -> str:
@@ -129,61 +133,209 @@ def names_model(response: str) -> bool:
 
 def text_names(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
     """Yield names of rules, of their kinds, and of shares that concern the texts of a record."""
-    for text in (*(content for _role, content in texts.turns), *texts.responses):
-        yield from (name for name, pattern in _KINDS.items() if pattern.search(text))
-    yield from _names_of_turns(record, texts)
-    if len(texts.responses) > 1:
-        yield from _names_of_pair(record, texts)
-    if any(
-        response.strip() and response.strip() == texts.turns[-1][1].strip() for response in texts.responses
-    ):
-        yield "response_repeats_prompt"
+    roles, contents = zip(*texts.turns, strict=True)
+    is_dialogue, responses = isinstance(record.prompt, Dialogue), texts.responses
+    following = pairwise((*roles, "assistant") if is_dialogue else roles)
+    asked = contents[-1].strip()
+    found = {
+        **{name: any(map(kind.search, (*contents, *responses))) for name, kind in _KINDS.items()},
+        "tools": bool(record.tools),
+        "completion": len(responses) == 1,
+        "pair_or_ranking": len(responses) > 1,
+        "ranking": len(responses) > 2,
+        "several_turns": len(roles) > 1,
+        "system_prompt": roles[0] == "system",
+        "system_not_first": "system" in roles[1:],
+        "same_role_twice": any(one == next_ and one not in _REPEATABLE_ROLES for one, next_ in following),
+        "prompt_ends_with_assistant": roles[-1] == "assistant" and not is_dialogue,
+        "empty_turn": any(role in ("user", "assistant") and not text.strip() for role, text in texts.turns),
+        "response_repeats_prompt": asked != "" and asked in map(str.strip, responses),
+        **(_of_pair(record, responses[0], responses[-1]) if len(responses) > 1 else {}),
+    }
+    return (name for name, applies in found.items() if applies)
 
 
-def _names_of_turns(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
-    roles = [role for role, _content in texts.turns]
-    if len(roles) > 1:
-        yield "several_turns"
-    if roles[0] == "system":
-        yield "system_prompt"
-    if "system" in roles[1:]:
-        yield "system_not_first"
-    following = [*roles, "assistant"] if isinstance(record.prompt, Dialogue) else roles
-    if any(first == second and first not in _REPEATABLE_ROLES for first, second in pairwise(following)):
-        yield "same_role_twice"
-    if roles[-1] == "assistant" and not isinstance(record.prompt, Dialogue):
-        yield "prompt_ends_with_assistant"
-    if any(not content.strip() for role, content in texts.turns if role in ("user", "assistant")):
-        yield "empty_turn"
+def _of_pair(record: PreferenceRecord, chosen: str, rejected: str) -> dict[str, bool]:
+    shorter, longer = sorted((chosen.strip(), rejected.strip()), key=len)
+    words, others = (Counter(text.casefold().split()) for text in (chosen, rejected))
+    # The order of words is ignored: at most the edit distance. Longer responses may share turns of the user.
+    nearly_equal = ((words - others) + (others - words)).total() < _NEARLY_EQUAL * (words + others).total()
+    best, worst = (record.scores[0], record.scores[-1]) if record.scores else (math.nan, math.nan)
+    sides = {"chosen": chosen, "rejected": rejected}.items()
+    return {
+        "scored": record.scores is not None,
+        "score_ties": best == worst,
+        "score_inversions": best < worst,
+        **{f"refusal_{side}": is_refusal(text) for side, text in sides},
+        **{f"model_name_{side}": names_model(text) for side, text in sides},
+        **{f"short_{side}": len(text.strip()) < _SHORT_CHARACTERS for side, text in sides},
+        "chosen_longer": len(chosen) > len(rejected),
+        "one_response_starts_the_other": shorter != "" and longer.startswith(shorter),
+        "nearly_equal_sides": nearly_equal
+        and all(isinstance(each, str) or len(each) == 1 for each in record.responses),
+    }
 
 
-def _names_of_pair(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
-    chosen, rejected = texts.responses[0], texts.responses[-1]
-    for side, response in (("chosen", chosen), ("rejected", rejected)):
-        if is_refusal(response):
-            yield f"refusal_{side}"
-        if names_model(response):
-            yield f"model_name_{side}"
-        if len(response.strip()) < _SHORT_CHARACTERS:
-            yield f"short_{side}"
-    if len(chosen) > len(rejected):
-        yield "chosen_longer"
-    first, second = sorted((chosen.strip(), rejected.strip()), key=len)
-    if first and second.startswith(first):
-        yield "one_response_starts_the_other"
-    # Longer responses may share turns of the user.
-    is_one_turn = all(isinstance(each, str) or len(each) == 1 for each in record.responses)
-    if is_one_turn and _distance(chosen, rejected) < _NEARLY_EQUAL:
-        yield "nearly_equal_sides"
+_HEAD_CHARACTERS = 400
+_EDGE_CHARACTERS = 100
+_SPACES, _LINE_ENDS = (" ", "\u3000", "\u00a0"), ("\n", "\r")
+_ODD = "[\ufffd\u200b\u2060\ufeff\u00a0\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
+Feature = Callable[[str, str], float]
+"""Of a response, and of the response without white space around it."""
 
 
-def _distance(first: str, second: str) -> float:
-    """Return the share of words that only one of two texts has, 0 (the same words) to 1.
+def _has(pattern: str) -> Feature:
+    found = re.compile(pattern, re.MULTILINE)
+    return lambda _, bare: found.search(bare) is not None
 
-    The order of the words is ignored: the value is at most the normalised edit distance.
+
+def _share(pattern: str, most: int | None = None) -> Feature:
+    found = re.compile(pattern)
+    return lambda _, bare: len(found.findall(bare[:most])) / max(len(bare[:most]), 1)
+
+
+# All but the length are yes or no, or shares of the characters, so that none measures the length.
+_FEATURES: Mapping[str, Mapping[str, Feature]] = {
+    "length": {"characters": lambda _, bare: math.log1p(len(bare))},
+    "white space": {
+        "leading space": lambda text, _: text.startswith(_SPACES),
+        "leading newline": lambda text, _: text.startswith(_LINE_ENDS),
+        "trailing space": lambda text, _: text.endswith(_SPACES),
+        "trailing newline": lambda text, _: text.endswith(_LINE_ENDS),
+        "carriage return": lambda text, _: "\r" in text,
+        "two spaces": lambda _, bare: "  " in bare,
+        "tabs": lambda _, bare: "\t" in bare,
+    },
+    "punctuation": {
+        "ends with a full stop": lambda _, bare: bare.endswith((".", "\u3002")),
+        "ends with another mark": lambda _, bare: bare.endswith(tuple('!?:)"\uff01\uff1f')),
+        "starts with a small letter": lambda _, bare: bare[:1].islower(),
+        "share of capitals": _share("[A-Z]", _HEAD_CHARACTERS),
+        "share of commas": _share("[,\uff0c]"),
+        "share of exclamation marks": _share("!"),
+        "share of question marks": _share("[?]"),
+        "share of quotation marks": _share("[\"'\u2019]"),
+        "share of typographic marks": _share("[\u2013\u2014\u2018\u2019\u201c\u201d\u2026]"),
+        "share of digits": _share("[0-9]", _HEAD_CHARACTERS),
+        "share of newlines": _share("\n"),
+        "emoji": _has("[\u2600-\u27bf\U0001f300-\U0001faff]"),
+    },
+    "markdown": {
+        "bold": lambda _, bare: "**" in bare,
+        "bullets": _has(r"^[ \t]{0,16}[-*\u2022] "),
+        "numbered list": _has(r"^[ \t]{0,16}\d{1,4}[.)] "),
+        "headers": _has("^#{1,6} "),
+        "code block": lambda _, bare: "```" in bare,
+        "table": lambda _, bare: "\n|" in bare,
+        "links": lambda _, bare: "](" in bare,
+    },
+    "language": {
+        "share of other scripts": _share("[\u0370-\u1fff\u3040-\ud7ff]"),
+        "share outside ASCII": _share("[^\x00-\x7f]"),
+    },
+    "model names": {"model name": lambda _, bare: names_model(bare)},
+    "refusal": {"refusal": lambda _, bare: is_refusal(bare)},
+    "odd characters": {"odd characters": lambda text, _: re.search(_ODD, text) is not None},
+}
+_FIRST = ("first word", "second word", "third word")
+_LAST = ("last word", "last word but one", "last word but two")
+
+
+def group_of(feature: str) -> str:
+    """Return the group of a feature of `differences`."""
+    found = (group for group, features in _FEATURES.items() if feature in features)
+    return next(found, "last words" if feature.startswith("last word") else "first words")
+
+
+def differences(chosen: str, rejected: str) -> dict[str, float]:
+    """Return the features of the chosen response minus those of the rejected one, where they differ.
+
+    A word at one of the three first or last places (`last word 'you'`) counts 1; words have their case.
     """
-    words, others = Counter(first.casefold().split()), Counter(second.casefold().split())
-    both = words.total() + others.total()
-    if abs(words.total() - others.total()) >= _NEARLY_EQUAL * both:
-        return 1.0
-    return ((words - others).total() + (others - words).total()) / both
+    first, second = _features(chosen), _features(rejected)
+    found = {name: first.get(name, 0.0) - second.get(name, 0.0) for name in {**first, **second}}
+    return {name: difference for name, difference in found.items() if difference}
+
+
+def _features(response: str) -> dict[str, float]:
+    bare = response.strip()
+    found = {
+        name: float(feature(response, bare))
+        for features in _FEATURES.values()
+        for name, feature in features.items()
+    }
+    starts = zip(_FIRST, words_and_marks(response[:_EDGE_CHARACTERS]), strict=False)
+    ends = zip(_LAST, words_and_marks(response[-_EDGE_CHARACTERS:])[::-1], strict=False)
+    return found | {f"{place} {word!r}": 1.0 for place, word in (*starts, *ends)}
+
+
+_MOST_RUN, _FEWEST_RUN = 13, 8
+_ITEM_FIELDS = (
+    *("content", "prompt", "question", "problem", "instruction", "input"),
+    *("text", "turns", "messages"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Benchmark:
+    """Runs of words of benchmark items, each with the origin (``file:line``) of its item."""
+
+    runs: dict[int, dict[str, str]] = field(default_factory=dict)  # by number of words, 8 to 13
+    whole: dict[str, str] = field(default_factory=dict)  # the words of shorter items
+
+    def add(self, text: str, origin: str) -> None:
+        """Add an item with its origin."""
+        words = plain_words(text)
+        size = min(len(words), _MOST_RUN)
+        if size >= _FEWEST_RUN:
+            self.runs.setdefault(size, {}).update(dict.fromkeys(_runs(words, size), origin))
+        elif words:
+            self.whole[" ".join(words)] = origin
+
+    def item_in(self, prompt: str, *responses: str) -> str | None:
+        """Return the origin of an item that overlaps with a record; a short one has to be the prompt."""
+        if (item := self.whole.get(" ".join(plain_words(prompt)))) is not None:
+            return item
+        for words in map(plain_words, (prompt, *responses)):
+            for size, known in self.runs.items():
+                if (run := next((run for run in _runs(words, size) if run in known), None)) is not None:
+                    return known[run]
+        return None
+
+
+def _runs(words: Sequence[str], size: int) -> Iterator[str]:
+    return (" ".join(words[at : at + size]) for at in range(len(words) - size + 1))
+
+
+def read_benchmarks(files: Sequence[str]) -> Benchmark:
+    """Return the items of .jsonl files (texts, or objects with an item field) and of .txt files (lines)."""
+    benchmark = Benchmark()
+    for file in files:
+        try:
+            lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+            if not any(map(str.strip, lines)):
+                raise ValueError("no item")
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    text = _item_text(json.loads(line)) if file.endswith(".jsonl") else line
+                    benchmark.add(text, f"{file}:{number}")
+        except (OSError, ValueError) as error:
+            raise DataError(
+                "a file of benchmark prompts cannot be read",
+                where=f"doctor.benchmarks: {file}",
+                got=getattr(error, "strerror", None) or str(error),
+                expected="UTF-8 text: .jsonl or .txt with one prompt a line",
+                remedy="check the path and the file",
+            ) from error
+    return benchmark
+
+
+def _item_text(content: Any) -> str:
+    """Return the text of an item. Raises ValueError if it has none."""
+    if isinstance(content, list):
+        return "\n".join(map(_item_text, content))
+    if isinstance(content, dict):
+        return _item_text(next((content[name] for name in _ITEM_FIELDS if content.get(name)), None))
+    if not isinstance(content, str):
+        raise ValueError(f"an item has no field {', '.join(_ITEM_FIELDS)}")
+    return content

@@ -22,8 +22,6 @@ from dpo_dist.insight.evaluation import results_name
 from dpo_dist.insight.tables import evaluation_rows
 
 Row = Mapping[str, Any]
-Table = tuple[list[str], list[list[object]]]
-"""Titles of the columns, and rows."""
 
 _TEMPLATE = Path(__file__).parents[1] / "pages/templates/card.md.jinja"
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<()#+!|~$@&]|:(?=//)|(?<=[wW]{3})\.)")
@@ -51,10 +49,7 @@ def code(value: object) -> Markup:
 
 
 def model_card(
-    config: RunConfig,
-    summary: Row,
-    evaluation: Mapping[str, Row],
-    versions: Mapping[str, str],
+    config: RunConfig, summary: Row, evaluation: Mapping[str, Row], versions: Mapping[str, str]
 ) -> str:
     """Return the content of the card from those of summary.json, with `verdict`, and evaluation.json."""
     # As on pages, every text of a template becomes inert.
@@ -62,6 +57,10 @@ def model_card(
     environment.filters |= {"code": code, "plain": Markup}
     adapter, name = config.model.adapter, _model_name(config.model.path)
     link = Markup(f"[{inert(name)}](https://huggingface.co/{name})")  # noqa: S704
+    seen = summary["pairs_seen"]
+    pairs = sum(counts["pairs"] for counts in summary["data"]["train"]["sources"])
+    repeated = f"{counted(pairs, 'pair')} ({seen:,} with repetitions)"
+    head, *rows = evaluation_rows(evaluation, MAIN)
     is_averaged = config.export.weights is not ExportedWeights.last
     body = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         metadata=Markup("METADATA"),
@@ -71,13 +70,13 @@ def model_card(
         base_name=name,
         quantized=config.model.quantization,
         start=None if adapter is None or adapter.path is None else _model_name(adapter.path),
-        pairs=_pairs(summary),
+        pairs=counted(seen, "pair") if seen <= pairs else Markup(repeated),  # noqa: S704  (digits)
         steps=counted(summary["steps"], "step"),
         kinds=[(kind, "" if kind is LossKind.custom else KINDS[kind].source) for kind in config.loss.kinds],
         averaged=f"{config.trainer.ema_decay:g}" if is_averaged else "",
         verdict=summary["verdict"],
         loader="AutoModelForCausalLM" if adapter is None else "AutoPeftModelForCausalLM",
-        evaluation=_evaluation(evaluation) if evaluation else None,
+        evaluation=evaluation and (head, [[code(label), *map(Markup, cells)] for label, *cells in rows]),
         has_rewards=any(PREFIX + "rewards/accuracies" in row for row in evaluation.values()),
         data=_data(config, summary),
         training=_training(config),
@@ -161,28 +160,13 @@ def _results(config: RunConfig, summary: Row, evaluation: Mapping[str, Row]) -> 
                 )
 
 
-def _pairs(summary: Row) -> str:
-    """Return the pairs of the training data; with their repetitions if training repeated some."""
-    seen = summary["pairs_seen"]
-    pairs = sum(counts["pairs"] for counts in summary["data"]["train"]["sources"])
-    if seen <= pairs:
-        return counted(seen, "pair")
-    return Markup(f"{counted(pairs, 'pair')} ({seen:,} with repetitions)")  # noqa: S704  (digits)
-
-
-def _evaluation(evaluation: Mapping[str, Row]) -> Table:
-    head, *rows = evaluation_rows(evaluation, MAIN)
-    return head, [[code(label), *map(Markup, cells)] for label, *cells in rows]
-
-
 def _data(config: RunConfig, summary: Row) -> Iterator[list[object]]:
     for part in summary["data"]:
         for counts, source in _sources(config, summary, part):
             dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(counts["dropped"].items()))
             hub = _hub_dataset(source)
-            label = code(counts["label"])
-            if hub is not None:
-                label = Markup(f"[{inert(hub)}](https://hf.co/datasets/{hub})")  # noqa: S704
+            link = Markup(f"[{inert(hub)}](https://hf.co/datasets/{hub})")  # noqa: S704
+            label = code(counts["label"]) if hub is None else link
             numbers = [f"{counts[key]:,}" for key in ("read", "kept")]
             yield [part, label, *numbers, dropped, f"{counts['pairs']:,}"]
 

@@ -106,21 +106,18 @@ class MetricsLog:
             error.filename = str(self.folder.metrics_table)  # of a full disk Python names none
             raise
 
-    def save(self) -> None:
-        """Write both files, whole or not at all. Values that are not finite become null in JSON.
+    def save(self, summary: Mapping[str, Any] | None = None) -> None:
+        """Write both files, and `summary.json`, whole or not at all. What is not finite is null in JSON.
 
         Call it before a checkpoint of the same step is committed, so that a resumed run finds all its rows.
-
         A run directory that was moved away is not created again.
         """
         self.folder.metrics.stat()
         lines = ",\n".join(json.dumps(plain(row)) for row in self.rows)
         files.write_text(self.folder.log_history, f"[\n{lines}\n]\n")
         self._write_csv()
-
-    def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Write `summary.json`, whole or not at all; values that are not finite become null."""
-        files.write_text(self.folder.summary, json.dumps(plain(summary), indent=2) + "\n")
+        if summary is not None:
+            files.write_text(self.folder.summary, json.dumps(plain(summary), indent=2) + "\n")
 
     def _write_csv(self) -> None:
         text = io.StringIO(newline="")
@@ -139,12 +136,10 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def read_latest_rows(folder: RunFolder) -> list[Row]:
-    """Read the rows of a run, also those that are only in the CSV file, which grows during the run."""
+    """Return the rows of a run, also those that are only in the CSV file, which grows during the run."""
     rows = read_rows(folder.log_history) if folder.log_history.exists() else []
-    if rows and not folder.metrics_table.exists():
-        return rows
-    # Its last line may be unfinished.
-    whole, _, _ = folder.metrics_table.read_text(encoding="utf-8").rpartition("\n")
+    table = folder.metrics_table.read_text(encoding="utf-8") if folder.metrics_table.exists() else ""
+    whole, _, _ = table.rpartition("\n")  # the last line may be unfinished
     newer = list(csv.DictReader(io.StringIO(whole)))[len(rows) :]
     return rows + [
         {key: int(value) if value.isdecimal() else float(value) for key, value in row.items() if value}

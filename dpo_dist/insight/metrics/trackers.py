@@ -11,6 +11,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, float]
 Margins = npt.NDArray[np.float32]
+Fields = Mapping[str, Any]
 Say = Callable[[str], None]
+Stop = Callable[[], None]
 Mode = Literal["online", "offline"]
 
 STEP_AXIS = "train/global_step"
@@ -84,12 +87,47 @@ class WandbRun:
     run: "wandb.Run"
     is_over = False  # its service was ended and does not start again
 
-    def __init__(self, init: Mapping[str, Any], config: RunConfig, folder: RunFolder, rows: Sequence[Row]):
-        self._init, self._most_samples, self._folder = init, config.tracking.samples, folder
-        self._is_offline = init["mode"] == "offline"
-        self._sent = folder.wandb_id.with_name(f"sent-{init['id']}.json")
-        self._rows = list(rows)
-        self._received = -1.0
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        mode: Mode,
+        stop: Stop,
+        rows: Sequence[Row],
+        environment: Fields,
+    ):
+        self._most_samples, self._folder, self._is_offline = (
+            config.tracking.samples,
+            folder,
+            mode == "offline",
+        )
+        if not folder.wandb_id.exists():
+            files.write_text(folder.wandb_id, os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12])
+        described: dict[str, Any] = {
+            "project": config.tracking.project or _variable("WANDB_PROJECT") or DEFAULT_PROJECT,
+            "notes": _variable("WANDB_NOTES") or None,  # wandb reads the variable of an argument that is None
+            "name": _variable("WANDB_NAME") or title(config, folder.path),
+            "config": {**dataclasses.asdict(config), "environment": dict(environment)},
+        }
+        self._init = without_secrets(described) | {
+            "id": folder.wandb_id.read_text(encoding="utf-8").strip(),
+            "resume": "allow",
+            "dir": folder.path,
+            "mode": mode,
+            "allow_val_change": True,
+            "settings": _set_up(mode).Settings(
+                silent=True,
+                reinit="create_new",  # a run that the caller has open stays the caller's
+                console="off",
+                save_code=False,
+                disable_git=True,
+                stop_fn=stop,
+                x_disable_meta=without_secrets(sys.argv) != sys.argv,  # it has the command line as typed
+                x_transaction_log_flush_interval=1.0,  # seconds of rows that a killed offline run can lose
+            ),
+        }
+        self._sent = folder.wandb_id.with_name(f"sent-{self._init['id']}.json")
+        self._rows, self._received = list(rows), -1.0
         self._has_row = False  # wandb had the last row before it was logged here
         self._start()
 
@@ -112,12 +150,6 @@ class WandbRun:
         for number, row in enumerate(self._rows):
             self._send(row, number)
 
-    @property
-    def address(self) -> str:
-        """The address of the run's page, or the command that uploads it later."""
-        later = f"offline; upload with: {upload_command(self._folder)}"
-        return later if self._is_offline else str(self.run.url)
-
     def log(self, row: Row, margins: Margins | None = None) -> None:
         """Send a row under the names of `wandb_names`, unless wandb has it: its step was computed twice."""
         self._has_row = place_of(row) <= self._received
@@ -129,7 +161,7 @@ class WandbRun:
         if not self._has_row:
             self._do(lambda: self.run.alert(title=title, text=text))
 
-    def finish(self, outcome: str, summary: Mapping[str, Any]) -> None:
+    def finish(self, outcome: str, summary: Fields) -> None:
         """Close the run: verdict, summary (as in `summary.json`), outcome."""
         self._do(lambda: self._close(outcome, summary))
         end_service()
@@ -144,15 +176,18 @@ class WandbRun:
             values[MARGINS] = wandb.Histogram(finite, num_bins=_BINS)
         if self._most_samples and "eval_samples/length" in row:
             with self._folder.samples_file(int(row["step"])).open(encoding="utf-8") as lines:
-                samples = [json.loads(line) for line in islice(lines, self._most_samples)]
-            cells = [[_cell(value) for value in sample.values()] for sample in samples]
+                samples = without_secrets([json.loads(line) for line in islice(lines, self._most_samples)])
+            cells = [
+                [value[:_MOST_CHARACTERS] if isinstance(value, str) else value for value in sample.values()]
+                for sample in samples
+            ]
             values[SAMPLES] = wandb.Table(columns=list(samples[0]), data=cells, allow_mixed_types=True)
         # Online, wandb knows its number from the server.
         self.run.log(values, step=number if self._is_offline else None, commit=True)
         self._received = place_of(row)
         files.write_text(self._sent, json.dumps(self._received))
 
-    def _close(self, outcome: str, summary: Mapping[str, Any]) -> None:
+    def _close(self, outcome: str, summary: Fields) -> None:
         # wandb itself knows values of the last start only; the axes are its own: it can be ahead of the rows.
         last = {wandb_name(key): value for row in self._rows for key, value in row.items() if key != "step"}
         best = {f"best/{wandb_name(key)}": row[key] for key, row in best_rows(self._rows)}
@@ -176,21 +211,8 @@ class WandbRun:
             action()
 
 
-def _cell(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    cut = value[:_MOST_CHARACTERS]
-    return without_secrets(cut if len(cut) == len(value) else f"{cut} ...")
-
-
 def open_wandb(
-    config: RunConfig,
-    folder: RunFolder,
-    request_stop: Callable[[], None],
-    *,
-    rows: Sequence[Row] = (),
-    environment: Mapping[str, Any] | None = None,
-    say: Say = print,
+    config: RunConfig, folder: RunFolder, stop: Stop, rows: Sequence[Row], environment: Fields, say: Say
 ) -> WandbRun | None:
     """Start or resume the wandb run of a run directory; never raises or prompts. None: off or impossible.
 
@@ -199,13 +221,13 @@ def open_wandb(
     """
     for mode in _modes_to_try(wanted_mode(config), say):
         try:
-            init = _init_arguments(config, folder, mode, environment or {}, request_stop)
-            tracker = WandbRun(init, config, folder, rows)
+            tracker = WandbRun(config, folder, mode, stop, rows, environment)
         except Exception as error:
             _warn(f"wandb cannot start {mode}: {first_line(error)}", say)
             end_service()
             continue
-        say(f"wandb: {tracker.address}")
+        is_offline = f"offline; upload with: {upload_command(folder)}"
+        say(f"wandb: {is_offline if mode == 'offline' else tracker.run.url}")
         return tracker
     return None
 
@@ -227,44 +249,6 @@ def _modes_to_try(wanted: WandbMode, say: Say) -> list[Mode]:
     if not has_key and wanted is WandbMode.online:
         _warn("wandb has no usable key, the run is tracked offline; `wandb login` stores a key", say)
     return ["online", "offline"] if has_key else ["offline"]
-
-
-def _init_arguments(
-    config: RunConfig,
-    folder: RunFolder,
-    mode: Mode,
-    environment: Mapping[str, Any],
-    request_stop: Callable[[], None],
-) -> dict[str, Any]:
-    """Return arguments of `wandb.init`; wandb reads the variable of an argument that is None."""
-    if not folder.wandb_id.exists():
-        files.write_text(folder.wandb_id, os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12])
-    described: dict[str, Any] = without_secrets(
-        {
-            "project": config.tracking.project or _variable("WANDB_PROJECT") or DEFAULT_PROJECT,
-            "notes": _variable("WANDB_NOTES") or None,
-            "name": _variable("WANDB_NAME") or title(config, folder.path),
-            "config": {**dataclasses.asdict(config), "environment": dict(environment)},
-        }
-    )
-    return {
-        **described,
-        "id": folder.wandb_id.read_text(encoding="utf-8").strip(),
-        "resume": "allow",
-        "dir": folder.path,
-        "mode": mode,
-        "allow_val_change": True,
-        "settings": _set_up(mode).Settings(
-            silent=True,
-            reinit="create_new",  # a run that the caller has open stays the caller's
-            console="off",
-            save_code=False,
-            disable_git=True,
-            stop_fn=request_stop,
-            x_disable_meta=without_secrets(sys.argv) != sys.argv,  # it has the command line as typed
-            x_transaction_log_flush_interval=1.0,  # seconds of rows that a killed offline run can lose
-        ),
-    }
 
 
 def _variable(name: str) -> str:
@@ -336,7 +320,7 @@ class InBackground:
         """Raise an alert later, in order."""
         self._calls.put(lambda run: run.alert(title, text))
 
-    def finish(self, outcome: str, summary: Mapping[str, Any], seconds: float) -> None:
+    def finish(self, outcome: str, summary: Fields, seconds: float) -> None:
         """Close the run; return after about `seconds` even if a call does not return."""
         self._calls.put(lambda run: run.finish(outcome, summary))
         self._calls.put(None)
@@ -392,7 +376,7 @@ class TensorBoard:
     def alert(self, title: str, text: str) -> None:
         """Nothing: it has no alarms."""
 
-    def finish(self, outcome: str, summary: Mapping[str, Any], seconds: float) -> None:  # noqa: ARG002
+    def finish(self, outcome: str, summary: Fields, seconds: float) -> None:  # noqa: ARG002
         """Close the files."""
         self._tracker.finish()
 
@@ -414,7 +398,7 @@ class Trackers:
         """Show an alarm; does not wait for a server."""
         self._each(lambda tracker: tracker.alert(title, text))
 
-    def finish(self, outcome: str, summary: Mapping[str, Any], seconds: float = _FINISH_SECONDS) -> None:
+    def finish(self, outcome: str, summary: Fields, seconds: float = _FINISH_SECONDS) -> None:
         """Close all; waits at most `seconds` for each."""
         self._each(lambda tracker: tracker.finish(outcome, summary, seconds))
 
@@ -438,26 +422,16 @@ class Trackers:
 
 
 def open_trackers(
-    config: RunConfig,
-    folder: RunFolder,
-    request_stop: Callable[[], None],
-    *,
-    rows: Sequence[Row],
-    environment: Mapping[str, Any],
-    say: Say,
+    config: RunConfig, folder: RunFolder, stop: Stop, rows: Sequence[Row], environment: Fields, say: Say
 ) -> Trackers:
     """Start or resume the trackers of a run; does not wait for a server that is slow.
 
-    `rows` are those up to the checkpoint that training resumes from. `request_stop`, if someone stops the run
-    on its W&B page, and `say` are also called from other threads.
+    `rows` are those up to the checkpoint that training resumes from. `stop`, if someone stops the run on its
+    W&B page, and `say` are also called from other threads.
     """
     trackers: list[Tracker] = []
     if config.tracking.wandb is not WandbMode.off:
-        known = list(rows)
-
-        def start(tell: Say) -> WandbRun | None:
-            return open_wandb(config, folder, request_stop, rows=known, environment=environment, say=tell)
-
+        start = partial(open_wandb, config, folder, stop, list(rows), environment)
         trackers.append(InBackground(start, say, folder))
     if OtherTracker.tensorboard in config.tracking.also:
         trackers.append(TensorBoard(config, folder, rows))

@@ -138,11 +138,6 @@ class Line:
                 kept |= {int(indices[np.nanargmin(own)]), int(indices[np.nanargmax(own)])}
         return self.steps[sorted(kept)]
 
-    def at(self, steps: FloatArray) -> "Line":
-        """Return the line at these steps only."""
-        is_kept = np.isin(self.steps, steps)
-        return Line(self.label, self.role, self.steps[is_kept], self.values[is_kept])
-
 
 def chart(title: str, lines: Sequence[Line], unit: str = "", *, log: bool = False) -> Markup:
     """Return a `<figure>` with one chart over steps; empty if no line has a point.
@@ -155,7 +150,10 @@ def chart(title: str, lines: Sequence[Line], unit: str = "", *, log: bool = Fals
     with_raw = {line.label for line in whole if line.role == "raw"}
     shapes = [line for line in whole if line.role != "smooth" or line.label not in with_raw]
     kept = np.unique(np.concatenate([line.extremes(_MOST_POINTS // len(shapes)) for line in shapes]))
-    drawn = [line.at(kept) for line in whole]
+    drawn = []
+    for line in whole:
+        is_kept = np.isin(line.steps, kept)
+        drawn.append(Line(line.label, line.role, line.steps[is_kept], line.values[is_kept]))
     low, high = float(kept[0]), float(kept[-1])
     across = Axis(low, high if high > low else low + 1, 50, 364)
     values = np.concatenate([line.values for line in drawn])
@@ -252,23 +250,19 @@ class Panel:
     by_source: bool = False
 
 
-def _sides(key: str) -> tuple[str, str]:
-    return key.format("chosen"), key.format("rejected")
-
-
 IMAGE_PANELS = (
     Panel("Loss", ("loss",)),
     Panel("Accuracy: chosen above rejected", ("rewards/accuracies",)),
     Panel("Margin of rewards", ("rewards/margins",)),
-    Panel("Rewards", _sides("rewards/{}")),
+    Panel("Rewards", ("rewards/chosen", "rewards/rejected")),
     Panel("Gradient norm", ("grad_norm",), is_log=True),
     Panel("Learning rate", ("learning_rate",), is_smoothed=False),
 )
 """Charts of the page that training_curves.png has too."""
 PANELS = (
     *IMAGE_PANELS[:4],
-    Panel("Log-prob per token", _sides("logps/{}_per_token")),
-    Panel("Distance from the reference", _sides("kl/{}")),
+    Panel("Log-prob per token", ("logps/chosen_per_token", "logps/rejected_per_token")),
+    Panel("Distance from the reference", ("kl/chosen", "kl/rejected")),
     Panel("Accuracy by source", ("rewards/accuracies",), by_source=True),
     Panel("Length of generated responses", ("samples/length",)),
     Panel("Generated responses that end", ("samples/finished",)),
@@ -302,7 +296,9 @@ def panel_lines(panel: Panel, rows: Rows) -> Iterator[Line]:
         labels = {name: name.removeprefix(prefix) for name in names[: len(COLORS)]}
     for key, label in labels.items():
         if key in known:
-            yield from _training_lines(panel, label, steps, key)
+            raw = _line(panel, label, "raw", steps, key)
+            mean = raw.smoothed() if panel.is_smoothed else raw
+            yield from [mean] if mean is raw or panel.by_source else [raw, mean]
         if evaluated := [row for row in rows if PREFIX + key in row]:
             yield _line(panel, label, "evaluation", evaluated, PREFIX + key)
     if panel.keys == ("loss",) and not panel.by_source:
@@ -310,15 +306,6 @@ def panel_lines(panel: Panel, rows: Rows) -> Iterator[Line]:
         pairs = zip(steps, counts, strict=False)
         if spikes := [row for row, before in pairs if row.get("loss_spikes", 0.0) > before]:
             yield _line(panel, "spike", "spike", spikes, "loss")
-
-
-def _training_lines(panel: Panel, label: str, rows: Rows, key: str) -> Iterator[Line]:
-    raw = _line(panel, label, "raw", rows, key)
-    mean = raw.smoothed() if panel.is_smoothed else raw
-    if mean is raw or not panel.by_source:
-        yield raw
-    if mean is not raw:
-        yield mean
 
 
 def _line(panel: Panel, label: str, role: Role, rows: Rows, key: str) -> Line:
@@ -388,29 +375,25 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, level: tuple[fl
     return part("svg.jinja", "scatter", points, across, up, x_title, y_title, level)
 
 
-def histogram(
-    edges: Sequence[float],
-    counts: Sequence[int],
-    labelled: Sequence[float],
-    title: str,
-    limit: float | None = None,
-) -> Markup:
-    """Return a histogram of bins between `edges`; its axis is logarithmic for numbers from 0.
+def histogram(values: Mapping[str, Any], title: str, limit: float | None = None) -> Markup:
+    """Return a histogram of a distribution of doctor.json; its axis is logarithmic for numbers from 0.
 
-    Values of `labelled` get a label where there is room, the first ones first; `limit` is marked by a line.
+    The smallest, the largest and some values between get a label where there is room, the first ones first;
+    `limit` is marked by a line.
     """
     width, bottom, room = 360, 92, 44
+    edges, percentiles = values["edges"], values["percentiles"]
     shape: Callable[[float], float] = math.log1p if edges[0] >= 0 else float
     axis = Axis(shape(edges[0]), shape(edges[-1]), 0, width)
-    largest, bars = max(counts, default=0) or 1, []
-    for (low, high), count in zip(pairwise(edges), counts, strict=True):
+    largest, bars = max(values["counts"]) or 1, []
+    for (low, high), count in zip(pairwise(edges), values["counts"], strict=True):
         if count:
             x, height = axis.place(shape(low)), round(max(1.0, count / largest * bottom), 1)
             own = round(max(1.0, axis.place(shape(high)) - x - 0.5), 1)
             label = f"{number(low, 3)} to {number(high, 3)}: {count:,}"
             bars.append((x, round(bottom - height, 1), own, height, label))
     ticks: list[tuple[float, str, str]] = []
-    for value in labelled:
+    for value in (values["smallest"], values["largest"], *(percentiles[each] for each in (50, 95, 25))):
         x = axis.place(shape(value))
         if all(abs(x - other) > room for other, *_ in ticks):
             anchor = "start" if x < room / 2 else "end" if x > width - room / 2 else "middle"

@@ -8,9 +8,8 @@ from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import duration, number, size
 from dpo_dist.insight.evaluation import ALL, results_name
-from dpo_dist.insight.pages.facts import PageFacts, read_facts
 from dpo_dist.insight.pages.render import estimate, flat, page
-from dpo_dist.insight.pages.run import verdict_of
+from dpo_dist.insight.pages.run import PageFacts, read_facts, verdict_of
 from dpo_dist.insight.verdict.facts import ACCURACY, MARGIN
 from dpo_dist.objective.metrics import ENTROPIES, PAIR_METRICS
 

@@ -2,43 +2,29 @@
 
 import json
 import platform
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
-
-from markupsafe import Markup
-from rich import box
-from rich.console import Console as Screen
-from rich.console import Group, RenderableType
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
 
 import dpo_dist
 from dpo_dist.config.identity import plain
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation import files
-from dpo_dist.foundation.streams import SafeStream, printable
+from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import counted, number, percent, without_secrets
 from dpo_dist.insight.doctor.examine import Diagnosis
 from dpo_dist.insight.doctor.findings import Finding, Level
-from dpo_dist.insight.doctor.margins import store_sentence
 from dpo_dist.insight.pages.charts import histogram
 from dpo_dist.insight.pages.render import joined_origins, page
+from dpo_dist.insight.tables import aligned
 
 FORMAT = 1
 """Version of the schema of doctor.json, in docs/doctor.md."""
 
 _MOST_ROWS = 12
 _FEWEST_GUESSED = 0.55
-_LABELLED = (50, 95, 25)
-_COLOURS = {Level.error: "bold red", Level.warning: "yellow", Level.note: "blue"}
 _SHOWN_EXAMPLES = 3
-_MIN_WIDTH_OF_TABLE = 72
-_FILE_WIDTH = 110
-"""Characters of a line if the output is no terminal."""
 _ACROSS = {
     "duplicates": "equal to an earlier record",
     "near_duplicates": "equal or nearly equal to an earlier record",
@@ -68,6 +54,11 @@ def write_doctor_report(folder: RunFolder, diagnosis: Diagnosis, exit_code: int)
 
 def write_doctor_page(folder: RunFolder, diagnosis: Diagnosis, config: RunConfig) -> None:
     """Write doctor.html."""
+    settings = [("model", str(diagnosis.model or "none"))]
+    for name, content in (("data", config.data), ("doctor", config.doctor)):
+        for key, value in vars(content).items():
+            settings.append((f"{name}.{key}", str(without_secrets(str(plain(value))))))
+    settings.append(("versions", f"dpo_dist {dpo_dist.__version__}, Python {platform.python_version()}"))
     html = page(
         "doctor.jinja",
         f"Data doctor: {folder.path.resolve().name}",
@@ -82,11 +73,22 @@ def write_doctor_page(folder: RunFolder, diagnosis: Diagnosis, config: RunConfig
         store_sentence=diagnosis.store and store_sentence(diagnosis.store),
         across=[(name, number(diagnosis.across[key])) for key, name in _ACROSS.items()],
         pairs=diagnosis.shown,
-        settings=list(_settings(config, diagnosis)),
+        settings=settings,
         max_length=config.data.max_length,
-        picture=_picture,
+        picture=histogram,
     )
     files.write_text(folder.doctor_page, html)
+
+
+def store_sentence(use: Mapping[str, Any]) -> str:
+    """Return the use of the reference store in one line."""
+    if not use["stored"]:
+        return (
+            f"reference: no log-probs of these pairs in {use['folder']}; after dpo_dist.precompute with "
+            "this configuration, the doctor finds pairs that are likely mislabelled"
+        )
+    numerics = "; ".join(use["numerics"])
+    return f"reference: {use['stored']:,} of {use['pairs']:,} pairs in the store ({numerics})"
 
 
 def counts_by_level(findings: Sequence[Finding]) -> list[tuple[str, str]]:
@@ -97,26 +99,26 @@ def counts_by_level(findings: Sequence[Finding]) -> list[tuple[str, str]]:
 
 def overview(sources: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Return titles and rows of the table of all sources."""
-    return (
-        ["source", "data", "read", "kept", "dropped", "examples", "chosen", "rejected", "prompts save"],
-        [
-            [
-                source["label"],
-                _part_of(source),
-                *map(number, (source["read"], source["kept"], source["read"] - source["kept"])),
-                number(source["pairs"]),
-                *(_median(source["sides"].get(side)) for side in ("chosen", "rejected")),
-                f"{percent(source['prefix']['share'])} of tokens" if source["prefix"] else "",
-            ]
-            for source in sources
-        ],
-    )
-
-
-def _part_of(source: Mapping[str, Any]) -> str:
-    if source["held_out"] is None:
-        return "eval" if source["is_eval"] else "train"
-    return f"{source['kept'] - source['held_out']:,} train and {source['held_out']:,} eval"
+    rows = []
+    for source in sources:
+        read, kept, held_out, prefix = (source[key] for key in ("read", "kept", "held_out", "prefix"))
+        data = "eval" if source["is_eval"] else "train"
+        data = data if held_out is None else f"{kept - held_out:,} train and {held_out:,} eval"
+        numbers = map(number, (read, kept, read - kept, source["pairs"]))
+        lengths = (_median(source["sides"].get(side)) for side in ("chosen", "rejected"))
+        saved = f"{percent(prefix['share'])} of tokens" if prefix else ""
+        rows.append([source["label"], data, *numbers, *lengths, saved])
+    return [
+        "source",
+        "data",
+        "read",
+        "kept",
+        "dropped",
+        "examples",
+        "chosen",
+        "rejected",
+        "prompts save",
+    ], rows
 
 
 def _median(side: Mapping[str, Any] | None) -> str:
@@ -151,61 +153,19 @@ def _shares(shares: Mapping[str, float]) -> list[tuple[str, float]]:
     return [(name, share) for name, share in found if 0 < share < 1][:_MOST_ROWS]
 
 
-def _picture(values: Mapping[str, Any], title: str, limit: float | None) -> Markup:
-    """Return a histogram with labels at the smallest, the largest and some values between."""
-    between = (values["percentiles"][each] for each in _LABELLED)
-    labelled = (values["smallest"], values["largest"], *between)
-    return histogram(values["edges"], values["counts"], labelled, title, limit)
-
-
-def _settings(config: RunConfig, diagnosis: Diagnosis) -> Iterator[tuple[str, str]]:
-    yield "model", str(diagnosis.model or "none")
-    for name, content in (("data", config.data), ("doctor", config.doctor)):
-        for field in fields(content):
-            value = plain(getattr(content, field.name))
-            yield f"{name}.{field.name}", str(without_secrets(str(value)))
-    yield "versions", f"dpo_dist {dpo_dist.__version__}, Python {platform.python_version()}"
-
-
-def print_diagnosis(diagnosis: Diagnosis, folder: RunFolder, screen: Screen | None = None) -> None:
-    """Print a summary on `screen` (default: standard output); plain text where that is no terminal."""
-    screen = screen or Screen(file=SafeStream(sys.stdout), highlight=False, soft_wrap=False)  # type: ignore[arg-type]
-    if not screen.is_terminal:
-        screen.width = _FILE_WIDTH
-    screen.print(_table(*overview(diagnosis.sources), screen.width))
+def diagnosis_lines(diagnosis: Diagnosis, folder: RunFolder) -> list[str]:
+    """Return the report for a screen, each line without control characters."""
+    titles, rows = overview(diagnosis.sources)
+    table = [titles[:-1], *(row[:-1] for row in rows)]
+    lines = [*aligned(table, numbers=range(2, len(titles))), ""]
     if diagnosis.model is None:
-        screen.print(Text("without a model (model.path): only texts are examined, not tokens"))
+        lines.append("without a model (model.path): only texts are examined, not tokens")
     if diagnosis.store is not None:
-        screen.print(Text(printable(store_sentence(diagnosis.store))))
+        lines.append(store_sentence(diagnosis.store))
     for finding in diagnosis.findings:
-        screen.print(_finding(finding))
-    screen.print(Text(", ".join(count for _, count in counts_by_level(diagnosis.findings)) or "no findings"))
-    # On one line, whatever its length: it can be copied.
-    screen.print(Text(f"page: {folder.doctor_page}"), soft_wrap=True)
-
-
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> RenderableType:
-    if width < _MIN_WIDTH_OF_TABLE:
-        return Group(
-            *(
-                Text(f"{printable(label)} ({data})\n  {read} read, {kept} kept, {dropped} dropped")
-                for label, data, read, kept, dropped, *_ in rows
-            )
-        )
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in titles[:-1]:
-        is_name = title in ("source", "data")
-        table.add_column(title, justify="left" if is_name else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row[:-1]))
-    return table
-
-
-def _finding(finding: Finding) -> Group:
-    source = f" {printable(finding.source)}" if finding.source is not None else ""
-    title = Text.assemble((f"{finding.level}", _COLOURS[finding.level]), f" {finding.rule}{source}")
-    lines = [Text(printable(finding.text)), Text(f"to do: {printable(finding.remedy)}")]
-    if finding.examples:
-        origins = joined_origins(finding.examples, _SHOWN_EXAMPLES)
-        lines.append(Text(f"first: {printable(origins)}", style="dim"))
-    return Group(title, *(Padding(line, (0, 0, 0, 2), expand=False) for line in lines))
+        lines.append(f"{finding.level} {finding.rule} {finding.source or ''}".rstrip())
+        lines += [f"  {finding.text}", f"  to do: {finding.remedy}"]
+        if finding.examples:
+            lines.append(f"  first: {joined_origins(finding.examples, _SHOWN_EXAMPLES)}")
+    counts = ", ".join(count for _, count in counts_by_level(diagnosis.findings))
+    return list(map(printable, [*lines, counts or "no findings", f"page: {folder.doctor_page}"]))

@@ -102,15 +102,6 @@ def joined_origins(examples: Sequence[str], most: int = 5) -> str:
     return shown
 
 
-def _capital(sentence: str) -> str:
-    return sentence[:1].upper() + sentence[1:]
-
-
-def _coded(sentence: str) -> Markup:
-    """Return plain text as HTML, with names in backticks in the font of code."""
-    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(inert(sentence))))  # noqa: S704
-
-
 _ENVIRONMENT = Environment(
     loader=FileSystemLoader(_TEMPLATES),
     autoescape=True,
@@ -124,8 +115,9 @@ _ENVIRONMENT.filters |= {
     "counted": counted,
     "duration": duration,
     "estimate": estimate,
-    "capital": _capital,
-    "coded": _coded,
+    "capital": lambda sentence: sentence[:1].upper() + sentence[1:],
+    # Names in backticks get the font of code.
+    "coded": lambda sentence: Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(inert(sentence)))),  # noqa: S704
     "number": number,
     "origins": joined_origins,
     "percent": percent,
@@ -140,11 +132,12 @@ def page(template: str, title: str, scripts: Sequence[str] = (), **content: Any)
     """
     style = (_TEMPLATES / "page.css").read_text()
     script = "\n".join((_TEMPLATES / name).read_text() for name in scripts)
+    digests = (base64.b64encode(hashlib.sha256(each.encode()).digest()).decode() for each in (style, script))
     html = _ENVIRONMENT.get_template(template).render(
         title=title,
         style=Markup(style),  # noqa: S704  (own files)
         script=Markup(script),  # noqa: S704
-        digests=[_digest(each) for each in (style, script)],
+        digests=[Markup(f"'sha256-{digest}'") for digest in digests],  # noqa: S704
         **content,
     )
     # A lone surrogate in a path cannot be encoded.
@@ -155,12 +148,6 @@ def part(template: str, macro: str, *arguments: Any, **named: Any) -> Markup:
     """Return the HTML of a macro of a template."""
     found: Markup = getattr(_ENVIRONMENT.get_template(template).module, macro)(*arguments, **named)
     return found
-
-
-def _digest(content: str) -> Markup:
-    """Return a source of the page's policy that allows `content` only."""
-    digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode("ascii")
-    return Markup(f"'sha256-{digest}'")  # noqa: S704
 
 
 def json_rows(file: Path) -> Iterator[dict[str, Any]]:

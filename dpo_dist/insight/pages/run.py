@@ -1,25 +1,32 @@
 """The page about a run: verdict, results, samples, curves, data, time, reference, and how to repeat it."""
 
-from collections.abc import Callable, Iterator, Mapping
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dpo_dist.config.metrics import METRICS
-from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.data.counts import in_words
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import RunOutcome
-from dpo_dist.foundation.text import counted, duration, number, percent, size
+from dpo_dist.foundation.text import counted, duration, number, percent, size, without_secrets
 from dpo_dist.insight.doctor.findings import Level
 from dpo_dist.insight.evaluation import ALL, results_name
+from dpo_dist.insight.metrics.log import WORKS, Work, final_and_best, metrics_by_source, read_latest_rows
 from dpo_dist.insight.pages.charts import charts
-from dpo_dist.insight.pages.facts import Fields, PageFacts, read_facts
 from dpo_dist.insight.pages.render import estimate, flat, page, part
 from dpo_dist.insight.pages.samples import samples_of
 from dpo_dist.insight.tables import describe_reference
-from dpo_dist.insight.verdict.facts import ACCURACY, MARGIN, last
+from dpo_dist.insight.verdict.facts import ACCURACY, MARGIN, RunFacts, last, with_seconds
 from dpo_dist.insight.verdict.rules import RULES
 
+Fields = Mapping[str, Any]
 Table = tuple[list[str], list[list[object]]]
 """Titles of the columns, and rows."""
 
@@ -35,27 +42,113 @@ _SECTIONS = {
 """Sections of the page with their titles, in their order."""
 
 
+_WORK_NAMES: Mapping[Work, str] = {
+    "reference": "reference log-probs",
+    "training": "training steps",
+    "evaluation": "evaluations",
+    "samples": "generating samples",
+    "other": "the rest",
+}
+_OF_AN_END = (
+    *("exit", "verdict", "final", "best", "best_checkpoints", "steps", "pairs_seen"),
+    *("train_seconds", "pairs_per_second", "work"),
+)
+
+
+@dataclass(frozen=True)
+class PageFacts:
+    """The content of the files of a run directory, without secrets; empty where one is missing.
+
+    `evaluation` is that of the last evaluation of training, with intervals.
+    """
+
+    config: Fields
+    environment: Fields
+    state: Fields
+    run: RunFacts
+    evaluation: Fields
+    doctor: Fields
+
+    @property
+    def summary(self) -> Fields:
+        """Content of summary.json."""
+        return self.run.summary
+
+    @cached_property
+    def by_source(self) -> dict[str, dict[str, float]]:
+        """The last metrics of each source, see `metrics_by_source`."""
+        return metrics_by_source(self.run.rows)
+
+    def setting(self, key: str) -> Any:
+        """Return the value of a key of the configuration; None if it is not known."""
+        section, name = key.split(".")
+        return (self.config.get(section) or {}).get(name)
+
+    def section(self, name: str) -> Fields:
+        """Return a section of summary.json; empty if it is missing."""
+        return self.summary.get(name) or {}
+
+    def intervals(self, name: str) -> Mapping[str, Sequence[float]]:
+        """Return the intervals of the last evaluation by metric, of all pairs or of a source."""
+        return (self.evaluation.get(name) or {}).get("intervals") or {}
+
+
+def read_facts(folder: RunFolder) -> PageFacts:
+    """Read the files of a run directory."""
+    config, doctor = _fields(folder.config, yaml.safe_load), _fields(folder.doctor_report)
+    rows, summary = read_latest_rows(folder), _fields(folder.summary)
+    if rows and rows[-1]["step"] > summary.get("steps", math.inf):  # it was continued after this end
+        summary = {key: value for key, value in summary.items() if key not in _OF_AN_END}
+    run = RunFacts.of(rows, {**final_and_best(rows), **summary}, doctor.get("findings") or [])
+    evaluation = _fields(folder.evaluation_of(LAST_EVALUATION).results)
+    # A run that was continued and stopped has the file of an earlier evaluation.
+    last = run.evaluations[-1] if run.evaluations else {}
+    loss = (evaluation.get("all") or {}).get("eval_loss")
+    is_last = loss is not None and math.isclose(loss, last.get("loss", math.nan), rel_tol=1e-6)
+    environment, state = _fields(folder.environment), _fields(folder.state)
+    return PageFacts(config, environment, state, run, evaluation if is_last else {}, doctor)
+
+
+def _fields(path: Path, parse: Callable[[str], Any] = json.loads) -> Fields:
+    """Return the fields of a file without secrets, because a page is made to be shared; empty without it."""
+    if not path.exists():
+        return {}
+    found: Fields = without_secrets(parse(path.read_text(encoding="utf-8")) or {})
+    return found
+
+
 def write_page(folder: RunFolder, output: Path | None = None) -> Path:
     """Write the report page of a run directory, or `output`, and return its path."""
     facts = read_facts(folder)
+    environment, run = facts.environment, facts.run
+    spent = facts.section("work").get("seconds") or {
+        "training": sum(seconds for _, seconds in with_seconds(run.rows)),
+        "evaluation": sum(row.get("step_seconds", 0.0) for row in run.evaluations),
+    }
+    works = [(_WORK_NAMES.get(work, work), spent[work]) for work in WORKS if spent.get(work, 0.0) > 0]
     parts = {"train": "Training data", "eval": "Evaluation data"}
+    origins = []
+    if commit := environment.get("git_commit"):
+        changed = environment.get("git_changed_files")
+        origins.append(("commit", commit + (f", with {changed:,} changed files" if changed else "")))
     content: dict[str, Any] = {
         "outcome": facts.summary.get("exit"),
         "about": "; ".join(_about(facts)),
         "verdict": verdict_of(facts),
-        "last_step": facts.run.rows[-1]["step"] if facts.run.rows and not facts.summary.get("exit") else None,
+        "last_step": run.rows[-1]["step"] if run.rows and not facts.summary.get("exit") else None,
         "tiles": list(_tiles(facts)),
         "samples": samples_of(folder),
-        "curves": charts(facts.run.rows),
+        "curves": charts(run.rows),
         "accuracy": _by_source(facts),
         "data": [_records(parts[name], counts) for name, counts in facts.section("data").items() if counts],
         "doctor": facts.doctor.get("findings") or [],
         "is_examined": bool(facts.doctor),
-        "speed": _shares(facts.seconds_by_work),
+        "speed": [(name, seconds, seconds / sum(spent.values())) for name, seconds in works],
         "reference": list(_reference(facts.section("reference"))),
-        "repeat": _repeat(facts),
+        "repeat": origins or environment.get("command"),
+        **{"command": environment.get("command"), "origins": origins},
         "config": list(flat(facts.config)),
-        "environment": list(flat(facts.environment)),
+        "environment": list(flat(environment)),
     }
     links = [(name, title) for name, title in _SECTIONS.items() if content[name]]
     scripts = ["charts.js"] if content["curves"] else []
@@ -199,12 +292,6 @@ def _records(title: str, counts: Fields) -> Mapping[str, Any]:
     }
 
 
-def _shares(seconds: Mapping[Any, float]) -> list[tuple[Any, float, float]]:
-    """Return each kind of work with its seconds and their share."""
-    whole = sum(seconds.values()) or 1.0
-    return [(name, spent, spent / whole) for name, spent in seconds.items()]
-
-
 def _reference(report: Fields) -> Iterator[str]:
     """Yield sentences about the reference log-probs and the check before the first step."""
     if not report:
@@ -216,13 +303,3 @@ def _reference(report: Fields) -> Iterator[str]:
             f"differ from the stored ones by {number(drift['mean_token_drift'], 3)} nats per token on "
             f"average, by at most {number(drift['largest_token_drift'], 3)} in a token."
         )
-
-
-def _repeat(facts: PageFacts) -> Mapping[str, Any]:
-    """Return command and commit of the run; empty without any."""
-    environment, origins = facts.environment, []
-    if commit := environment.get("git_commit"):
-        changed = environment.get("git_changed_files")
-        origins.append(("commit", commit + (f", with {changed:,} changed files" if changed else "")))
-    found = {"command": environment.get("command"), "origins": origins}
-    return found if any(found.values()) else {}

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -29,6 +30,11 @@ class Accuracy(NamedTuple):
     def noise(self) -> float:
         """Three standard errors of an accuracy of one half."""
         return 1.5 / math.sqrt(self.pairs) if self.pairs else math.inf
+
+    @property
+    def is_below_half(self) -> bool:
+        """Whether it is clearly below one half."""
+        return self.value < min(0.45, 0.5 - self.noise)
 
 
 @dataclass(frozen=True)
@@ -105,28 +111,15 @@ class RunFacts:
         rewards = values(rows, "rewards/chosen")
         return [(step, -reward / beta / tokens[step]) for step, reward in rewards if tokens.get(step)] or None
 
-    def moved_logps(self) -> tuple[float, float] | None:
-        """Return nats per token of chosen responses before and after training; None if not measured.
-
-        Of the last row's responses under both models, else of the first and the last training row.
-        """
-        falls = self.falls(self.last_rows)
-        rows = self.steps if falls is None else self.last_rows
-        start, end = (which(rows, "logps/chosen_per_token") for which in (first, last))
-        if start is None or end is None:
-            return None
-        return (start if falls is None else end + falls[-1][1]), end
-
     def counts(self, name: str) -> Mapping[str, Any]:
         """Return the counts of the dataset `train` or `eval`; empty if unknown."""
         return (self.summary.get("data") or {}).get(name) or {}
 
     def pairs_of_labels(self, name: str) -> dict[str, int]:
         """Return the pairs of each label of the sources of `train` or `eval`; empty if unknown."""
-        found: dict[str, int] = {}
+        found = Counter[str]()
         for source in self.counts(name).get("sources") or ():
-            if (label := source.get("label")) is not None:
-                found[label] = found.get(label, 0) + source.get("pairs", 0)
+            found[source.get("label")] += source.get("pairs", 0)
         return found
 
     @property
@@ -230,14 +223,13 @@ def mean(rows: Iterable[Row], key: str) -> float | None:
     return sum(row[key] * row.get("pairs", 0) for row in rows) / pairs if pairs else None
 
 
-def mean_over_time(rows: Iterable[Row], key: str) -> float | None:
-    """Return the mean of a rate, such as pairs per second, over the time of the training steps, or None."""
+def with_seconds(rows: Iterable[Row]) -> list[tuple[Row, float]]:
+    """Return the rows of training steps, each with the seconds of the steps since the one before."""
     timed = [row for row in rows if "step_seconds" in row]  # no evaluations
     before = [0.0, *(row["step"] for row in timed)]
-    spent = [row["step_seconds"] * (row["step"] - step) for row, step in zip(timed, before, strict=False)]
-    known = [(row[key], time) for row, time in zip(timed, spent, strict=True) if finite(row, key) is not None]
-    seconds = sum(time for _, time in known)
-    return sum(value * time for value, time in known) / seconds if seconds else None
+    return [
+        (row, row["step_seconds"] * (row["step"] - last)) for row, last in zip(timed, before, strict=False)
+    ]
 
 
 def number(value: float | None) -> str:

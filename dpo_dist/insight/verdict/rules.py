@@ -112,27 +112,24 @@ def _first_bad_value(facts: RunFacts, index: int, broken: Sequence[str]) -> str:
     ends = row is facts.rows[-1] and "loss" in row
     step = int(row["step"]) - ((facts.summary.get("bad_in_a_row") or 1) - 1 if ends else 0)
     before = RunFacts.of(facts.rows[:index], {**facts.summary, "steps": int(row["step"])})
-    cause = _cause(before, quantity, is_evaluation="loss" not in row)
+    if symptom := next(_signs_of_rate(before), None):
+        cause = f"the learning rate is too high: {symptom}"
+    elif "loss" not in row:
+        cause = "the evaluation data have pairs for which the policy gives no finite value"
+    elif quantity == "loss":
+        cause = "the formula of the loss has no finite value for log-probs that are finite"
+    elif not quantity.startswith("logps/"):
+        cause = "the backward overflows: loss and log-probs are finite, the gradient is not"
+    elif before.steps:
+        cause = "an update damaged the weights: the learning rate is too high, or its warm-up too short"
+    else:
+        cause = "the model gives no finite log-probs from the start: damaged weights, or numbers out of range"
     return (
         f"{cause}; the {_QUANTITIES.get(quantity, quantity)} was the first value that is not finite, at step "
         f"{step}; before it the loss was {number(last(before.steps, 'loss'))} and the gradient norm "
         f"{number(last(before.steps, 'grad_norm'))}, with a learning rate of "
         f"{number(last([row, *before.steps], 'learning_rate'))}"
     )
-
-
-def _cause(before: RunFacts, quantity: str, *, is_evaluation: bool) -> str:
-    if symptom := next(_signs_of_rate(before), None):
-        return f"the learning rate is too high: {symptom}"
-    if is_evaluation:
-        return "the evaluation data have pairs for which the policy gives no finite value"
-    if quantity == "loss":
-        return "the formula of the loss has no finite value for log-probs that are finite"
-    if not quantity.startswith("logps/"):
-        return "the backward overflows: loss and log-probs are finite, the gradient is not"
-    if before.steps:
-        return "an update damaged the weights: the learning rate is too high, or its warm-up too short"
-    return "the model gives no finite log-probs from the start: damaged weights, or numbers out of range"
 
 
 @_rule
@@ -223,27 +220,22 @@ def _distance(facts: RunFacts) -> Iterator[str]:
 
 @_rule
 def _labels_swapped(facts: RunFacts) -> Iterator[str]:
-    def is_below_half(accuracy: Accuracy | None) -> bool:
-        return accuracy is not None and accuracy.value < min(0.45, 0.5 - accuracy.noise)
-
     training = facts.training_accuracy()
-    if training is not None and is_below_half(training):
+    if training is not None and training.is_below_half:
         yield (
             f"training accuracy is {training.value:.2f} on {training.pairs:,} pairs: the loss teaches the "
             "opposite of the labels"
         )
         return
-    if not facts.evaluations or facts.total_steps < _FEWEST_STEPS:  # one step moves all pairs together
+    if facts.total_steps < _FEWEST_STEPS:  # one step moves all pairs together
         return
-    found = [("", facts.accuracy())]
-    for label, pairs in facts.pairs_of_labels("eval").items():
-        if pairs and (value := last(facts.evaluations, f"{ACCURACY}/{label}")) is not None:
-            found.append((f" of {label}", Accuracy(value, pairs)))
-    for source, accuracy in found:
-        if accuracy is not None and is_below_half(accuracy):
+    of_labels = [(f"/{label}", pairs) for label, pairs in facts.pairs_of_labels("eval").items()]
+    for source, pairs in [("", facts.evaluated_pairs), *of_labels]:
+        value = last(facts.evaluations, ACCURACY + source)
+        if value is not None and Accuracy(value, pairs).is_below_half:
             yield (
-                f"evaluation accuracy is {accuracy.value:.2f} on {accuracy.pairs:,} pairs{source}, clearly "
-                f"below one half, while training accuracy is "
+                f"evaluation accuracy is {value:.2f} on {pairs:,} pairs{source.replace('/', ' of ', 1)}, "
+                f"clearly below one half, while training accuracy is "
                 f"{number(training.value if training else None)}: these labels look swapped"
             )
             return
@@ -440,12 +432,16 @@ def _doctor_errors(facts: RunFacts) -> Iterator[str]:
 
 @_rule
 def _displacement(facts: RunFacts) -> Iterator[str]:
-    share, chosen = last(facts.last_rows, "rewards/both_fall"), facts.moved_logps()
-    if share is None or chosen is None or facts.setting("loss.kind") == "apo_down":  # which does it by design
+    share, falls = last(facts.last_rows, "rewards/both_fall"), facts.falls(facts.last_rows)
+    # Of the same responses under both models if that is known, else of the first and the last training row.
+    rows = facts.steps if falls is None else facts.last_rows
+    start, end = (which(rows, "logps/chosen_per_token") for which in (first, last))
+    if share is None or start is None or end is None or facts.setting("loss.kind") == "apo_down":  # by design
         return
-    if share >= 0.5 and chosen[0] - chosen[1] >= 0.1:
+    start = end + falls[-1][1] if falls else start
+    if share >= 0.5 and start - end >= 0.1:
         yield (
-            f"chosen responses became less likely, {chosen[0]:.2f} -> {chosen[1]:.2f} nats per token, "
+            f"chosen responses became less likely, {start:.2f} -> {end:.2f} nats per token, "
             f"and in {percent(share)} of the pairs both responses did (likelihood displacement): usual, and "
             "harmful only if probability moves to texts that are neither"
         )

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_dist.batching.pack import Ids, packed_tokens
+from dpo_dist.batching.pack import Ids
 from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.config.data import OnBadRecord, Ranked, SourceConfig
 from dpo_dist.config.losses import LossConfig, LossKind
@@ -67,11 +67,9 @@ def test_examples_are_read_as_they_were_encoded(ranked: PreferenceDataset) -> No
         lengths = list(map(len, found.responses))
         assert same_ids((read.prompt_ids, *read.responses), (found.prompt_ids, *found.responses))
         assert ranked.lengths(index) == [len(found.prompt_ids), *lengths]
-        assert ranked.packed_tokens(index) == packed_tokens(len(found.prompt_ids), lengths)
         assert ranked.origin(index) == Origin(ranked.source_paths[0], record.origin.line)
         last = [len(lengths) - 1]
         assert same_ids(ranked.sequences(index, last).responses, found.responses[-1:])
-        assert ranked.packed_tokens(index, last) == packed_tokens(len(found.prompt_ids), lengths[-1:])
 
 
 def test_response_ranges_match_the_keys(ranked: PreferenceDataset) -> None:

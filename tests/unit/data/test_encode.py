@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dpo_dist.batching.pack import packed_tokens
 from dpo_dist.config.data import DataConfig, TextTemplate, Truncation
 from dpo_dist.data.encode import EncodedExample, encode_pair
-from dpo_dist.data.escape import token_ids
+from dpo_dist.data.escape import tokenized
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, Dialogue, Message, PreferenceRecord, Prompt
 from dpo_dist.data.render import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support import tiny
 from tests.support.cache import opened
+from tests.support.packing import packed_tokens
 from tests.support.pairs import CHAT, WIDE, encode, flags, reason_against, record, texts
 from tests.support.records import TEXT, jsonl
 from tests.support.shared_data import shared_data_dir
@@ -193,8 +193,8 @@ def test_a_response_has_the_ids_of_the_whole_text(words: list[str], cut: int, ma
     prompt, response = text[:cut], text[cut:]
     for written in (prompt, f"{tokenizer.eos_token}{prompt}"):
         encoder = tokenizer_facts(tokenizer).encoder
-        prompt_ids, whole = encoder.encode([written, written + response])
-        found_prompt, [found], resplit = encoder.encode_after(written, (response,))
+        (prompt_ids, _), (whole, _) = encoder.encode([written, written + response])
+        found_prompt, [(found, _)], resplit = encoder.encode_after(written, (response,))
         assert found_prompt == prompt_ids
         assert resplit == (whole[: len(prompt_ids)] != prompt_ids)
         if not resplit:
@@ -343,7 +343,7 @@ def test_a_turn_ends_with_the_token_of_the_template_special_or_not() -> None:
 
 def test_limits_that_a_tokenizer_file_sets_do_not_cut() -> None:
     tokenizer = copy.deepcopy(tiny.qwen())
-    expected = token_ids(tokenizer, ["hello there, the weather"])
+    expected = tokenized(tokenizer, ["hello there, the weather"])
     tokenizer.backend_tokenizer.enable_truncation(2)
     tokenizer.backend_tokenizer.enable_padding(length=64)
-    assert token_ids(tokenizer, ["hello there, the weather"]) == expected
+    assert tokenized(tokenizer, ["hello there, the weather"]) == expected

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_dist.batching.pack import Sequences, dummy_batch, pack, packed_tokens, rows_of
-from tests.support.packing import pack_unkeyed, pair_shapes, random_pairs
+from dpo_dist.batching.pack import Sequences, dummy_batch, pack, rows_of
+from tests.support.packing import pack_unkeyed, packed_tokens, pair_shapes, random_pairs
 
 
 def ids(*numbers: int) -> np.ndarray[tuple[int], np.dtype[np.int32]]:

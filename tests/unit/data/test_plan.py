@@ -7,17 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_dist.batching.pack import packed_tokens, rows_of
+from dpo_dist.batching.pack import rows_of
 from dpo_dist.batching.plan import (
     Arrangement,
     ComputeCosts,
     ExampleSizes,
     consecutive_batches,
-    example_sizes,
     plan_micro_batches,
 )
 from dpo_dist.data.dataset import shard_batch
-from tests.support.packing import dataset_of, pack_unkeyed, pair_shapes, random_pairs
+from tests.support.packing import dataset_of, pack_unkeyed, packed_tokens, pair_shapes, random_pairs
 
 Plan = list[list[list[int]]]
 Shapes = list[tuple[int, ...]]
@@ -31,9 +30,8 @@ def sizes(tokens: list[int], costs: list[float] | None = None) -> ExampleSizes:
 
 
 def sizes_of(shapes: Shapes, costs: ComputeCosts) -> ExampleSizes:
-    prompts = np.array([prompt for prompt, *_ in shapes])
-    responses = np.array([tokens for _, *lengths in shapes for tokens in lengths])
-    return example_sizes(prompts, responses, np.array([len(shape) - 1 for shape in shapes]), costs)
+    data, every = dataset_of(random_pairs(shapes)), np.arange(len(shapes))
+    return data.sizes(every, data.response_indices(every), data.response_counts(every), costs)
 
 
 def loads_of(plan: Plan, costs: list[float] | list[int]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:

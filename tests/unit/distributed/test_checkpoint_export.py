@@ -26,7 +26,7 @@ from dpo_dist.config.schema import (
     RunConfig,
 )
 from dpo_dist.distributed import export as checkpoint_export
-from dpo_dist.distributed.checkpoint import Entries, write_manifest, write_slices
+from dpo_dist.distributed.checkpoint import MANIFEST, Entries, write_slices
 from dpo_dist.distributed.export import export_checkpoint
 from dpo_dist.distributed.slices import ModelSlices, Slice
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
@@ -65,7 +65,7 @@ def checkpoint_of(weights: dict[str, Tensor], folder: Path) -> Path:
     entries: Entries = {}
     for rank in range(RANKS):
         entries |= write_slices(ModelSlices("engine", list(cut(weights, rank))), folder, rank)
-    write_manifest(folder, entries)
+    (folder / MANIFEST).write_text(json.dumps(entries))
     return folder
 
 

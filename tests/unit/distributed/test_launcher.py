@@ -117,44 +117,44 @@ def test_processes_end_when_their_launcher_is_killed(folder: Path) -> None:
     wait_until(lambda: not any(map(psutil.pid_exists, processes(folder))), folder)
 
 
-@pytest.mark.parametrize(
-    ("options", "got"),
-    [
-        ("--config_file nowhere.yaml -m dpo_dist.train", "nowhere.yaml"),
-        ("--cpu --multi_gpu -m dpo_dist.train", "--cpu"),
-        ("--num_procs 2 -m dpo_dist.train", "--num_procs"),
-        ("", "training_script"),
-    ],
-)
-def test_options_that_accelerate_refuses_are_one_block(
-    options: str, got: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str]], int]:
+    """The launcher, without handlers of signals in this process."""
     monkeypatch.setattr(launcher, "stop_signals", tuple)
-    assert launcher.launch(options.split()) == 2
-    errors = capsys.readouterr().err
-    assert errors.startswith("configuration error: ")
-    assert got in errors.split("got: ")[1].splitlines()[0]
+    return launcher.launch
 
 
 @pytest.mark.parametrize(
-    ("error", "code"),
+    ("options", "error", "got", "code"),
     [
-        (ConnectionError("port 29500 is in use"), 2),  # accelerate, with several nodes
-        (DistNetworkError("port 29500 is not reached"), 69),
+        ("--config_file nowhere.yaml -m dpo_dist.train", None, "nowhere.yaml", 2),
+        ("--cpu --multi_gpu -m dpo_dist.train", None, "--cpu", 2),
+        ("--num_procs 2 -m dpo_dist.train", None, "--num_procs", 2),
+        ("", None, "training_script", 2),
+        # Of accelerate with several nodes, and of torch.
+        ("-m dpo_dist.train", ConnectionError("port 29500 is in use"), "29500 is", 2),
+        ("-m dpo_dist.train", DistNetworkError("port 29500 is not reached"), "29500 is", 69),
     ],
 )
-def test_an_address_that_cannot_be_used_is_one_block(
-    error: Exception, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_options_and_addresses_that_cannot_be_used_are_one_block(
+    options: str,
+    error: Exception | None,
+    got: str,
+    code: int,
+    launch: Callable[[list[str]], int],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(launcher, "stop_signals", tuple)
-    monkeypatch.setattr(launcher, "launch_command", Mock(side_effect=error))
-    assert launcher.launch(["-m", "dpo_dist.train"]) == code
-    assert "29500 is" in capsys.readouterr().err.split("got: ")[1]
+    if error is not None:
+        monkeypatch.setattr(launcher, "launch_command", Mock(side_effect=error))
+    assert launch(options.split()) == code
+    assert got in capsys.readouterr().err.split("got: ")[1].splitlines()[0]
 
 
 @pytest.mark.parametrize("option", ["--quiet", "-q"])
-def test_a_quiet_launcher_has_the_exit_code_of_the_run(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quiet_launcher_has_the_exit_code_of_the_run(
+    option: str, launch: Callable[[list[str]], int]
+) -> None:
     """Accelerate's own ends with 1, without the code."""
-    monkeypatch.setattr(launcher, "stop_signals", tuple)
-    code = launcher.launch([option, "--cpu", "--num_processes", "1", "--no_python", "bash", "-c", "exit 3"])
+    code = launch([option, "--cpu", "--num_processes", "1", "--no_python", "bash", "-c", "exit 3"])
     assert code == 3

@@ -45,7 +45,7 @@ def failing(fails_in: str, calls: int, arrangement: Arrangement) -> tuple[Any, A
 def policy(fails_in: str, arrangement: Arrangement = Arrangement.packed, calls: int = 0) -> PolicyEngine:
     made: Any = object.__new__(PolicyEngine)
     made._engine, made.model = failing(fails_in, calls, arrangement)
-    made._world, made._backwards, made._current = ALONE, 0, ("", "")
+    made._world, made._current = ALONE, ""
     return made
 
 
@@ -72,21 +72,11 @@ def error_of(engine: PolicyEngine, *batches: PackedBatch) -> DeviceMemoryError:
 def test_the_micro_batch_is_named_with_its_size(where: str) -> None:
     error = error_of(policy(where, calls=1), batch(2), batch(5, 9))
     # Responses without their last tokens: 3 + 4 + 4, and 3 + 8 + 8.
-    assert error.where == "micro-batch 2 of a step: 30 tokens in 2 pairs, the longest of 19"
+    assert error.where == "a micro-batch: 30 tokens in 2 pairs, the longest of 19"
     assert "trainer.micro_batch_tokens" in error.remedy
     # Two rows of 3 + 4, and two of 3 + 8.
     error = error_of(policy(where, Arrangement.padded), batch(5, 9))
-    assert error.where == "micro-batch 1 of a step: 44 tokens with padding in 2 pairs, the longest of 19"
-
-
-@pytest.mark.parametrize(
-    ("arrangement", "can_share"), [(Arrangement.packed, True), (Arrangement.padded, False)]
-)
-def test_a_single_pair_needs_a_shorter_max_length(arrangement: Arrangement, can_share: bool) -> None:
-    error = error_of(policy("forward", arrangement), batch(5))
-    assert "data.max_length" in error.remedy
-    assert ("sequence_parallel" in error.remedy) is can_share
-    assert "micro_batch_tokens" not in error.remedy
+    assert error.where == "a micro-batch: 44 tokens with padding in 2 pairs, the longest of 19"
 
 
 def test_the_optimizer_step_and_the_reference_have_their_own_remedies() -> None:

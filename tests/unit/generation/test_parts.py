@@ -59,9 +59,9 @@ def stage(folder: Path, settings: Any = "a") -> Parts:
 def work(parts: Parts, open_parts: list[int], rank: int, fails: int | None = None) -> list[int]:
     """Do the share of one of two processes, one after the other; return the parts begun."""
     world: Any = SimpleNamespace(
-        rank=rank, size=2, is_main=False, on_main=lambda *_: open_parts, together=lambda work, _: work()
+        rank=rank, size=2, is_main=False, on_main=lambda *_: open_parts, together=lambda work: work()
     )
-    screen: Any = SimpleNamespace(heartbeat=lambda _: None, progress=lambda *_: nullcontext())
+    screen: Any = SimpleNamespace(heartbeat=lambda _: nullcontext(), progress=lambda *_: nullcontext())
     done = []
 
     def part(index: int) -> list[dict[str, Any]]:

@@ -25,15 +25,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ConsoleConfig, ConsoleStyle
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.streams import SafeStream
-from dpo_dist.insight.console import (
-    Console,
-    LineScreen,
-    LiveScreen,
-    open_console,
-    open_screen,
-    training_progress,
-    warnings_off,
-)
+from dpo_dist.insight.console import Console, LineScreen, LiveScreen, open_console, open_screen, warnings_off
 
 ATTACKS = "a\n2026-01-01 00:00:00 dpo_dist INFO forged\x1b[2J\x1b]52;c;eA==\x07\u202e\x9b.jsonl"
 VALUES = {
@@ -213,7 +205,7 @@ def test_a_stream_that_fails_never_raises(make: type[io.StringIO], style: Consol
 
 def test_plain_lines_have_no_control_characters_and_those_that_a_stream_lacks_are_escaped() -> None:
     printed: list[str] = []
-    LineScreen(printed.append).message("a\x1b[31mb\rc\td\ne")
+    Console(LineScreen(printed.append)).say("a\x1b[31mb\rc\td\ne")
     assert printed == ["a\\x1b[31mb\\rc\\td\ne"]
     binary = io.BytesIO()
     text = io.TextIOWrapper(binary, encoding="ascii", write_through=True)
@@ -249,7 +241,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[OnTerminal]:
 @pytest.mark.parametrize("width", [1, 20, 60, 80, 110, 140])
 def test_the_live_line_fits_the_terminal(width: int, terminal: OnTerminal) -> None:
     terminal.resize(width)
-    terminal.screen.progress(training_progress(*STATUS), LINE)
+    Console(terminal.screen).training(*STATUS)
     line = re.sub(r"\x1b\[[\d;?]*\w", "", terminal.shown()).rsplit("\r")[-1]
     assert "\n" not in line
     assert len(line) <= width

@@ -17,10 +17,11 @@ from dpo_dist.config.schema import AdapterConfig, AdapterVariant, Dtype, ModelCo
 from dpo_dist.distributed.zero import _parameter_groups
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.folder import base_notes, start_folder, tokenizer_folder
-from dpo_dist.model.load import load_packed
+from dpo_dist.model.load import load_packed, without_weights
 from dpo_dist.model.lora import adapted_layers, adapter_off, add_adapter
 from dpo_dist.model.packed import LogpHead, PackedCausalLM
 from dpo_dist.reference.digest import digest_model
+from tests.support.families import tiny_family
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
 from tests.support.sft_adapter import write_sft_adapter
 from tests.support.tiny_model import write_model
@@ -260,6 +261,16 @@ def test_dora_has_no_8_bit_base(base: Path, tmp_path: Path) -> None:
     assert start_folder(replace(config, quantization=Quantization.nf4)) == dora
     with pytest.raises(ConfigError, match="peft cannot compute from 8-bit ones"):
         start_folder(replace(config, quantization=Quantization.int8))
+
+
+@pytest.mark.parametrize(("model_type", "target"), [("falcon_h1", "out_proj"), ("deepseek_v3", "gate_proj")])
+def test_layers_in_whose_place_peft_adapts_others_are_refused(model_type: str, target: str) -> None:
+    config = tiny_family(model_type, 97).config
+    for targets in (None, [target, "o_proj"]):
+        adapter = AdapterConfig(r=2, alpha=2.0, target_modules=targets or "all-linear")
+        with pytest.raises(ConfigError, match="peft adapts other layers") as refused:
+            without_weights(config, ModelConfig(adapter=adapter))
+        assert target in refused.value.got
 
 
 def test_an_adapter_of_the_output_layer_is_refused(base: Path, tmp_path: Path) -> None:

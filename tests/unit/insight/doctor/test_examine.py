@@ -8,9 +8,9 @@ import pytest
 from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.data.records import eval_part, prompt_hash
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.insight.doctor.benchmarks import read_benchmarks
 from dpo_dist.insight.doctor.examine import examine
 from dpo_dist.insight.doctor.findings import RULE_OF, RULES, Level
+from dpo_dist.insight.doctor.texts import read_benchmarks
 from tests.support import tiny
 from tests.support.doctor_data import Pair, alarms, as_messages, clean_pairs, examined, lines, of_rule, write
 from tests.support.records import assistant, user

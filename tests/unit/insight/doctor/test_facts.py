@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from dpo_dist.foundation.errors import DataError
-from dpo_dist.insight.doctor.benchmarks import read_benchmarks
 from dpo_dist.insight.doctor.findings import RULES
 from dpo_dist.insight.doctor.margins import margin_findings
+from dpo_dist.insight.doctor.texts import read_benchmarks
 
 
 def test_pairs_that_the_reference_orders_against_the_labels_by_far() -> None:

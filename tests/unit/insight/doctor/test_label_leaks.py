@@ -60,11 +60,7 @@ LEAKS: list[list[tuple[str, str, Change]]] = [
         ),
     ],
     [
-        (
-            "style_bias",
-            "language of the prompt",
-            on("rejected", lambda text: (FRENCH * 9)[: len(text)]),
-        ),
+        ("style_bias", "language of the prompt", on("rejected", lambda text: (FRENCH * 9)[: len(text)])),
         (
             "style_bias",
             "(refusal, the chosen side has more,",

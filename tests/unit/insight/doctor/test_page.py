@@ -12,8 +12,8 @@ from dpo_dist.config.schema import FolderConfig, RunConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.insight.doctor.examine import Diagnosis
 from dpo_dist.insight.doctor.findings import Finding, Level
-from dpo_dist.insight.doctor.shown_pairs import Kind, Part, Segment, ShownPair
-from dpo_dist.insight.pages.doctor import write_doctor_page, write_doctor_report
+from dpo_dist.insight.doctor.shown_pairs import Part, ShownPair
+from dpo_dist.insight.pages.doctor import diagnosis_lines, write_doctor_page, write_doctor_report
 from tests.support.read_only import read_only
 from tests.unit.insight.pages.made_run import Page
 
@@ -57,10 +57,8 @@ def diagnosis(text: str = HOSTILE) -> Diagnosis:
         Finding(f"rule_{level}", level, text, text, 3, 0.3, (f"{text}:4",), text)
         for level in (Level.error, Level.warning, Level.note)
     )
-    part = Part(
-        "chosen", (Segment(text, Kind.text, True), Segment(text, Kind.special), Segment(text, is_cut=True))
-    )
-    pair = ShownPair(f"{text}:1", ("rule",), text, (part, Part("prompt", (Segment("9", Kind.omitted),))))
+    part = Part("chosen", [(text, "trained"), (text, "special "), (text, "cut")])
+    pair = ShownPair(f"{text}:1", ("rule",), text, [part, Part("prompt", [("9 not shown", "omitted")])])
     store = {"folder": text, "pairs": 10, "stored": 4, "numerics": [text], "margins": {text: LENGTHS}}
     return Diagnosis([source], ACROSS, findings, Path(text), store, (pair,))
 
@@ -132,3 +130,15 @@ def test_json_is_complete_and_has_no_texts(tmp_path: Path) -> None:
     assert content["store"]["stored"] == 4
     assert content["across"]["duplicates"] == 5
     assert "shown" not in content
+
+
+def test_the_lines_for_a_screen_are_complete_and_inert() -> None:
+    lines = diagnosis_lines(diagnosis("data.jsonl"), RunFolder(Path("out/run")))
+    assert lines[1].split() == ["data.jsonl", "train", "10", "8", "2", "8", "3", "tokens", "3", "tokens"]
+    finding = ["error rule_error data.jsonl", "  data.jsonl", "  to do: data.jsonl", "  first: data.jsonl:4"]
+    at = lines.index(finding[0])
+    assert lines[at : at + 5] == [*finding, "warning rule_warning data.jsonl"]
+    assert lines[-2:] == ["1 error, 1 warning, 1 note", "page: out/run/doctor/doctor.html"]
+    assert any("4 of 10 pairs in the store" in line for line in lines)
+    hostile = diagnosis_lines(diagnosis(f"{HOSTILE}\nforged"), RunFolder(Path("out/run")))
+    assert not {"\x1b", "\u202e", "\u200b", "\n"} & set("".join(hostile))

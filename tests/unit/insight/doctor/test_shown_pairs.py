@@ -7,7 +7,7 @@ import pytest
 
 from dpo_dist.config.data import DataConfig, SourceConfig, Truncation
 from dpo_dist.insight.doctor.findings import Finding, Level
-from dpo_dist.insight.doctor.shown_pairs import Kind, Part, ShownPair, show_pairs
+from dpo_dist.insight.doctor.shown_pairs import Part, ShownPair, show_pairs
 from tests.support import tiny
 from tests.support.invented import write_pairs
 from tests.support.records import assistant, jsonl, user
@@ -29,11 +29,8 @@ def shown_one(data: DataConfig, tokenizer: Any) -> ShownPair:
     return pair
 
 
-def text_of(part: Part, **marks: Any) -> str:
-    chosen = (
-        each for each in part.segments if all(getattr(each, name) == mark for name, mark in marks.items())
-    )
-    return "".join(segment.text for segment in chosen)
+def text_of(part: Part, *kinds: str) -> str:
+    return "".join(text for text, kind in part.segments if not kinds or kind in kinds)
 
 
 @pytest.mark.parametrize("tokenizer", TOKENIZERS)
@@ -41,11 +38,11 @@ def test_the_segments_are_the_whole_text_in_order(tmp_path: Path, tokenizer: Any
     pair = shown_one(config(jsonl(tmp_path, CHAT)), tokenizer())
     prompt, chosen, rejected = pair.parts
     assert [part.name for part in pair.parts] == ["prompt", "chosen", "rejected"]
-    assert "the sea" in text_of(prompt, kind=Kind.text)
-    assert "one story" in text_of(chosen, kind=Kind.text, is_trained=True)
-    assert not text_of(prompt, is_trained=True)
-    assert not text_of(rejected, is_cut=True)
-    special = text_of(prompt, kind=Kind.special) + text_of(chosen, kind=Kind.special)
+    assert "the sea" in text_of(prompt, "")
+    assert "one story" in text_of(chosen, "trained")
+    assert not text_of(prompt, "trained", "special trained")
+    assert not text_of(rejected, "cut", "special cut")
+    special = text_of(prompt, "special ") + text_of(chosen, "special trained")
     assert any(token in special for token in tokenizer().all_special_tokens)
 
 
@@ -60,15 +57,14 @@ def test_cut_tokens_are_marked_and_not_trained(tmp_path: Path) -> None:
     at_end = shown_one(config(path, max_length=prompt.tokens + 10), tokenizer).parts[1]
     assert at_end.tokens == chosen.tokens
     assert text_of(at_end) == text_of(chosen)
-    cut = text_of(at_end, is_cut=True)
+    cut = text_of(at_end, "cut", "special cut")
     assert cut.count("story") >= 30
-    assert text_of(at_end, is_trained=True) + cut == text_of(at_end)
+    assert text_of(at_end, "trained", "special trained") + cut == text_of(at_end)
     keep_end = config(path, max_length=chosen.tokens + 20, truncation=Truncation.keep_end)
     at_start = shown_one(keep_end, tokenizer).parts[0]
-    assert at_start.segments[0].text.startswith("<|begin_of_text|>")
-    assert not at_start.segments[0].is_cut
-    assert text_of(at_start, is_cut=True)
-    assert not at_start.segments[-1].is_cut
+    assert at_start.segments[0][0].startswith("<|begin_of_text|>")
+    assert "cut" not in at_start.segments[0][1] + at_start.segments[-1][1]
+    assert text_of(at_start, "cut", "special cut")
     assert text_of(at_start) == text_of(prompt)
 
 
@@ -91,4 +87,4 @@ def test_a_huge_record_is_shown_at_both_ends(tmp_path: Path) -> None:
         assert len(text_of(chosen)) < 20_000
         assert "first" in text_of(chosen)
         assert "last" in text_of(chosen)
-        assert text_of(chosen, kind=Kind.omitted).endswith(("tokens", "characters"))
+        assert text_of(chosen, "omitted").endswith(("tokens not shown", "characters not shown"))

@@ -106,7 +106,7 @@ def test_an_evaluation_that_is_made_again_has_one_row(tmp_path: Path) -> None:
 
 def test_values_that_are_not_finite_give_valid_json_and_survive_a_resume(tmp_path: Path) -> None:
     log = log_of(tmp_path, {"step": 1, "loss": math.nan, "grad_norm": math.inf})
-    log.write_summary({"final": {"loss": math.nan}, "losses": [math.inf, 1.0], "exit": "diverged"})
+    log.save({"final": {"loss": math.nan}, "losses": [math.inf, 1.0], "exit": "diverged"})
     rows = json.loads(log.folder.log_history.read_text(), parse_constant=pytest.fail)
     assert rows == [{"step": 1, "loss": None, "grad_norm": None}]
     summary = json.loads(log.folder.summary.read_text(), parse_constant=pytest.fail)

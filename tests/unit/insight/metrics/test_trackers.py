@@ -50,8 +50,8 @@ def config_of(mode: WandbMode = OFFLINE, **tracking: Any) -> RunConfig:
 
 def open_in(run_dir: Path, config: RunConfig | None = None, **options: Any) -> WandbRun:
     run_dir.mkdir(exist_ok=True)
-    options.setdefault("request_stop", lambda: None)
-    tracker = open_wandb(config or config_of(), RunFolder(run_dir), **options)
+    given = {"stop": lambda: None, "rows": (), "environment": {}, "say": print} | options
+    tracker = open_wandb(config or config_of(), RunFolder(run_dir), **given)
     assert tracker is not None
     return tracker
 
@@ -249,7 +249,7 @@ def test_online_runs_send_what_the_server_lacks(tmp_path: Path, monkeypatch: pyt
     with WandbServer(stops_the_run=True) as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         for known, computed in ((ROWS[:1], ROWS[1:3]), (ROWS[:2], ROWS[2:4])):
-            online = open_in(tmp_path, config_of(WandbMode.auto), rows=known, request_stop=stop.set)
+            online = open_in(tmp_path, config_of(WandbMode.auto), rows=known, stop=stop.set)
             assert not online.run.offline
             assert stop.wait(timeout=240)
             for row in computed:
@@ -287,10 +287,11 @@ def test_a_killed_service_loses_no_later_row(tmp_path: Path, caplog: pytest.LogC
 
 
 def test_tracking_may_be_off_or_fail(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert open_wandb(config_of(WandbMode.off), RunFolder(tmp_path), lambda: None) is None
+    options: Any = RunFolder(tmp_path), lambda: None, (), {}, print
+    assert open_wandb(config_of(WandbMode.off), *options) is None
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "wandb").write_text("a file in the way")
-    assert open_wandb(config_of(), RunFolder(tmp_path), lambda: None) is None
+    assert open_wandb(config_of(), *options) is None
     assert "cannot start offline" in caplog.text
 
 

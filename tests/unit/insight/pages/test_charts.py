@@ -20,7 +20,6 @@ from dpo_dist.insight.pages.charts import (
     chart,
     charts,
     draw_curves,
-    histogram,
     panel_lines,
     scatter,
 )
@@ -76,7 +75,6 @@ def test_texts_are_inert() -> None:
     for figure in (
         chart(HOSTILE, [Line.of(HOSTILE, "raw", [1], [1.0])], unit=HOSTILE),
         scatter([Point(HOSTILE, 1, 2, None, None)], HOSTILE, HOSTILE, (1.0, HOSTILE)),
-        histogram([0, 1, 2], [1, 2], [0], HOSTILE),
     ):
         assert "<script" not in figure
         assert "\u202e" not in figure

@@ -6,12 +6,7 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.insight.pages.samples import (
-    choose,
-    faults,
-    marked,
-    samples_of,
-)
+from dpo_dist.insight.pages.samples import choose, faults, marked, samples_of
 from tests.support.sample_files import GOOD, sample, write_samples
 
 BABBLE = "the same again and " * 60
