@@ -5,9 +5,8 @@ Token ids and masks are never loaded. The other columns are, about 140 bytes a p
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +30,6 @@ from dpo_dist.data.counts import check_counts, check_split
 from dpo_dist.data.encode import response_key
 from dpo_dist.data.records import Origin
 from dpo_dist.data.store import (
-    MEMO_FOLDER,
     Array,
     EncodedSource,
     columns_of,
@@ -39,7 +37,7 @@ from dpo_dist.data.store import (
     read_source,
 )
 from dpo_dist.foundation.errors import ConfigError, DataError
-from dpo_dist.foundation.files import recall, remember, text_digest
+from dpo_dist.foundation.files import text_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -326,16 +324,6 @@ def damaged_ids(dataset: PreferenceDataset, examples: Sequence[int]) -> DataErro
         expected="the ids that were encoded: these have other log-probs",
         remedy="delete the folder data.cache and start again: the data are encoded again",
     )
-
-
-def remembered_count(count: Callable[..., int], cache: Path, *datasets: PreferenceDataset) -> int:
-    """Return `count(*datasets)`, cached in `data.cache` by their content, as it reads all their keys."""
-    identity = " ".join([count.__name__, *(dataset.fingerprint for dataset in datasets)])
-    known = recall(cache / MEMO_FOLDER, identity)
-    if known is None:
-        known = str(count(*datasets))
-        remember(cache / MEMO_FOLDER, identity, known)
-    return int(known)
 
 
 def count_duplicates(dataset: PreferenceDataset) -> int:

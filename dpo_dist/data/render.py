@@ -161,16 +161,6 @@ def tokenizer_facts(
     return _facts(tokenizer, template and pin_clock(template, TEMPLATE_DATE))
 
 
-def end_notes(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """Return a note for the user on a tokenizer without an end token; texts are then an error."""
-    if tokenizer.eos_token:
-        return []
-    return [
-        "warning: the tokenizer has no end token (eos_token): responses end only as the chat template ends a "
-        "turn, and a model so trained does not stop elsewhere; set eos_token in tokenizer_config.json"
-    ]
-
-
 @dataclass(frozen=True)
 class Rendered:
     """Escaped texts to tokenise: a prompt, and each response after it, with its end of turn.

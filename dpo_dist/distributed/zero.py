@@ -4,7 +4,7 @@ import contextlib
 import copy
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,18 +86,6 @@ def create_optimizer(model: PackedCausalLM, optim: OptimConfig) -> torch.optim.O
     adamw: Any = bitsandbytes.AdamW8bit  # type: ignore[attr-defined]
     eight_bit: torch.optim.Optimizer = adamw(groups, lr=optim.lr, betas=betas, eps=optim.eps)
     return eight_bit
-
-
-def _check_lengths(optimizer: object, masters: Iterable[Tensor]) -> None:
-    """Check that the kernels of an 8-bit optimizer can number the elements of each master tensor."""
-    longest = max(map(torch.numel, masters), default=0)
-    if is_eight_bit(optimizer) and longest >= 2**31:
-        raise ConfigError(
-            "the kernels of adamw_8bit number the weights of a process by 31 bits",
-            where="optim.kind",
-            got=f"{longest:,} weights in one tensor of a process",
-            remedy="set parallelism=zero3, which cuts them into groups of 1e9, or optim.kind=adamw",
-        )
 
 
 def _parameter_groups(model: PackedCausalLM, weight_decay: float) -> list[dict[str, Any]]:
@@ -402,7 +390,14 @@ class PolicyEngine(Engine):
         self._averages: dict[Tensor, Tensor] = {}  # by the flat master tensors that the optimizer updates
         self._ema_decay = ema_decay
         masters = self._slices().masters()
-        _check_lengths(self._engine.optimizer.optimizer, masters)
+        longest = max(map(torch.numel, masters), default=0)
+        if is_eight_bit(self._engine.optimizer.optimizer) and longest >= 2**31:
+            raise ConfigError(
+                "the kernels of adamw_8bit number the weights of a process by 31 bits",
+                where="optim.kind",
+                got=f"{longest:,} weights in one tensor of a process",
+                remedy="set parallelism=zero3, which cuts them into groups of 1e9, or optim.kind=adamw",
+            )
         if ema_decay is not None:
             self._averages = {master: master.detach().clone() for master in masters}
 

@@ -108,16 +108,12 @@ def check_same_vocabulary(
         )
 
 
+# Tokens of a micro-batch that is only scored, for one token of the trainer's.
 # With hidden size h, training keeps about 63 h bytes of activations per token and layer (measured;
 # arXiv:2205.05198 counts 34 h), or 2 h plus one layer's 63 h with gradient checkpointing; scoring keeps one
 # layer's only. With 28 layers, four times the tokens need a seventh of training's activation memory. With
 # checkpointing they need twice as much, which fits because gradients and optimizer states do not exist yet.
-_SCORING_TOKENS_FACTOR = 4
-
-
-def scoring_tokens(config: RunConfig) -> int:
-    """Return the tokens of a micro-batch that is only scored; by default a multiple of the trainer's."""
-    return _SCORING_TOKENS_FACTOR * config.trainer.micro_batch_tokens
+SCORING_TOKENS_FACTOR = 4
 
 
 def scored_model(config: RunConfig) -> ModelConfig:

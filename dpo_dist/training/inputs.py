@@ -32,16 +32,15 @@ from dpo_dist.data.dataset import (
     count_shared,
     count_shared_prompts,
     open_dataset,
-    remembered_count,
 )
 from dpo_dist.data.encode import encode_chunk
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Part, eval_part, train_part
-from dpo_dist.data.render import end_notes
 from dpo_dist.data.sources import pinned
-from dpo_dist.data.store import columns_of, counts_of
+from dpo_dist.data.store import MEMO_FOLDER, columns_of, counts_of
 from dpo_dist.data.template import check_template_keys
 from dpo_dist.distributed.zero import whole_loading
+from dpo_dist.foundation.files import recall, remember
 from dpo_dist.foundation.text import counted
 from dpo_dist.insight.console import Count
 from dpo_dist.model.architectures import (
@@ -75,6 +74,11 @@ T = TypeVar("T")
 _FIRST_RECORDS = 1024
 _SHARED_WITH_TRAIN = {"also_in_train": count_shared, "prompts_also_in_train": count_shared_prompts}
 _Encode = Callable[[str, Sequence[SourceConfig], Part], PreferenceDataset]
+
+_NO_END = (
+    "warning: the tokenizer has no end token (eos_token): responses end only as the chat template ends a "
+    "turn, and a model so trained does not stop elsewhere; set eos_token in tokenizer_config.json"
+)
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,9 @@ def _load(
         world.together(lambda: check_device(config.model, model_config.model_type, world.device))
     router = router_loss(routers, model_config)
     notes = training_notes(model_config, config.data.max_length)
-    notes += [*end_notes(tokenizer), *base_notes(config.model, start)]
+    if not tokenizer.eos_token:
+        notes.append(_NO_END)
+    notes += base_notes(config.model, start)
     for note in [*router_notes(routers, model_config), *notes]:
         run.say(note)
     vocabulary = model_config.get_text_config().vocab_size
@@ -234,8 +240,16 @@ def _with_count(
     *others: PreferenceDataset,
 ) -> PreferenceDataset:
     """Return the dataset with one more count, which rank 0 computes once per `data.cache`; collective."""
-    cache = Path(run.config.data.cache)
-    number = run.world.on_main(lambda: remembered_count(count, cache, dataset, *others))
+    memo = Path(run.config.data.cache) / MEMO_FOLDER
+
+    def remembered() -> int:  # by the content of the datasets, as it reads all their keys
+        identity = " ".join([count.__name__, *(each.fingerprint for each in (dataset, *others))])
+        if (known := recall(memo, identity)) is None:
+            known = str(count(dataset, *others))
+            remember(memo, identity, known)
+        return int(known)
+
+    number = run.world.on_main(remembered)
     return replace(dataset, counts=dataset.counts | {name: number})
 
 

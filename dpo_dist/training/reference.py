@@ -30,11 +30,11 @@ from dpo_dist.reference.digest import (
     model_label,
 )
 from dpo_dist.reference.engine import (
+    SCORING_TOKENS_FACTOR,
     ReferenceProvider,
     check_same_vocabulary,
     load_reference,
     scored_model,
-    scoring_tokens,
 )
 from dpo_dist.reference.fill import OWN_NUMERICS, FillReport, Scorer, StoreFiller, count_reused
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, Values
@@ -218,7 +218,7 @@ def _stored(
         return engines[0].token_logps
 
     costs, entries_per_shard = inputs.costs, config.reference.rows_per_shard
-    tokens = scoring_tokens(config)
+    tokens = SCORING_TOKENS_FACTOR * config.trainer.micro_batch_tokens
     filler = StoreFiller(empty, load_scorer, world, tokens, costs, entries_per_shard, run.stops)
     filled = _fill(run, inputs, filler)
     report = {"mode": config.reference.mode.value, **filled.as_dict(), "entries": str(empty.folder)}

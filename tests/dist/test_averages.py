@@ -5,20 +5,17 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from dpo_dist.config.schema import AdapterConfig, Dtype, Offload, ParallelismConfig, ParallelismKind
-from dpo_dist.data.dataset import shard_batch
 from dpo_dist.distributed.checkpoint import SavedSlices
 from dpo_dist.distributed.slices import SHARDS
 from dpo_dist.distributed.world import World
 from tests.dist.scenario import Assets
 from tests.dist.test_checkpoint import Trainer, demand_equal, resume
 from tests.support.cpu_adam import with_cpu_adam
-from tests.support.packing import COSTS
 from tests.support.ranks import run_ranks
 
 DECAY = 0.7
@@ -103,22 +100,3 @@ def test_the_average_of_applied_updates_survives_a_checkpoint_and_another_world(
         torch.testing.assert_close(
             other.whole(name, "ema"), end.whole(name, "ema"), rtol=tolerance, atol=tolerance
         )
-
-
-def beside_none(assets: Assets, world: World, _folder: Path) -> list[bool]:
-    """Train and score with an average and without; return whether norms and log-probs are the same."""
-    found = []
-    for decay in (DECAY, None):
-        trainer = Trainer(assets, world, ema_decay=decay)
-        norms = [trainer.step(rows) for rows in STEPS]
-        trainer.policy.train(False)
-        (batch,) = shard_batch(trainer.dataset, np.arange(2), 0, 1, 1024, COSTS).batches()
-        with torch.no_grad():
-            logps = trainer.policy.token_logps(batch)
-        found.append((torch.tensor(norms), logps.clone()))
-        trainer.policy.free()
-    return [torch.equal(*both) for both in zip(*found, strict=True)]
-
-
-def test_training_and_scoring_do_not_use_the_average(assets: Assets, tmp_path: Path) -> None:
-    assert run_ranks(partial(beside_none, assets), 2, tmp_path / "ranks") == [[True, True]] * 2

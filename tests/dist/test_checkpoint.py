@@ -24,15 +24,14 @@ from dpo_dist.config.schema import (
     ParallelismConfig,
     ParallelismKind,
     Quantization,
+    ReferenceConfig,
 )
 from dpo_dist.distributed.checkpoint import (
-    MANIFEST,
     Checkpoint,
     CheckpointSaver,
     SavedSlices,
     latest_checkpoint,
     load_checkpoint,
-    read_manifest,
 )
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.slices import SHARDS, Sharded
@@ -48,6 +47,7 @@ from tests.support.precision import NEEDS_FP16
 from tests.support.ranks import OPTIM, run_ranks, start_ranks
 from tests.support.slow_disk import slow_disk
 
+SYNC = SyncReferenceConfig(1, 0.5)
 OBJECTIVE = Objective(LossConfig(kind=LossKind.simpo, beta=2.0), ReferenceProvider())
 
 
@@ -73,18 +73,19 @@ class Trainer:
         loss: LossConfig | None = None,
         ema_decay: float | None = None,
         optim: OptimConfig = OPTIM,
+        sync: SyncReferenceConfig = SYNC,
+        offload: Offload = Offload.none,
     ):
         model_config = assets.config(assets.policy).model
         config = replace(model_config, adapter=adapter, dtype=dtype, quantization=quantization)
         self.objective, self.sync = OBJECTIVE, None
         if loss is not None:
-            reference = load_reference(
-                files_of(assets.reference), assets.config(assets.policy, dtype=dtype), world
-            )
-            self.objective = Objective(loss, ReferenceProvider(engine=reference))
+            placed = assets.config(assets.policy, ReferenceConfig(offload=offload), dtype)
+            self.reference = load_reference(files_of(assets.reference), placed, world)
+            self.objective = Objective(loss, ReferenceProvider(engine=self.reference))
         self.policy = load_policy(config, world, optim, ema_decay=ema_decay)
         if loss is not None:
-            self.sync = ReferenceSync(reference, self.policy, SyncReferenceConfig(1, 0.5), world)
+            self.sync = ReferenceSync(self.reference, self.policy, sync, world)
         self.dataset, self.position = assets.dataset(), Position()
         self.world = world
 
@@ -296,30 +297,6 @@ def test_a_rank_killed_while_saving_is_named_and_the_last_checkpoint_stays(
     assert f"rank {dying} of 2 died" in outcomes[1 - dying].message
     assert (root / "latest").read_text() == "step-000001"
     assert [path.name for path in root.glob("step-??????")] == ["step-000001"]
-
-
-def save_often(assets: Assets, root: Path, world: World, _folder: Path) -> list[list[str]]:
-    if world.rank == 1:  # as where a network file system lists a folder as it was a while ago
-        mock.patch.object(Path, "rglob", lambda *_: iter(())).start()  # noqa: PT008  (new each time)
-    trainer, left = Trainer(assets, world), []
-    for step, keep_last in ((1, 2), (2, 2), (3, 2), (4, 1), (4, 1), (5, 3)):
-        trainer.save(root, step, keep_last)
-        world.barrier()
-        left.append(sorted(path.name.removeprefix("step-00000") for path in root.glob("step-*")))
-        world.barrier()
-    return left
-
-
-def test_the_last_checkpoints_are_kept_and_unfinished_ones_removed(assets: Assets, tmp_path: Path) -> None:
-    root = tmp_path / "checkpoints"
-    (root / "step-000001.tmp-0123456789ab" / "engine").mkdir(parents=True)
-    for left in run_ranks(partial(save_often, assets, root), 2, tmp_path / "ranks"):
-        assert left == [["1"], ["1", "2"], ["2", "3"], ["4"], ["4"], ["4", "5"]]
-    assert (root / "latest").read_text() == "step-000005"
-    newest = root / "step-000005"
-    files = {str(file.relative_to(newest)) for file in newest.rglob("*") if file.is_file()}
-    assert files == {*read_manifest(newest), MANIFEST}
-    assert len(files) == 2 * 2 + 2  # weights and random states of each rank, state and manifest
 
 
 def go_on(

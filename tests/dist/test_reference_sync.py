@@ -1,5 +1,6 @@
 """TR-DPO: mixing the policy's shards into the reference equals mixing whole weights in one process."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.losses import SyncReferenceConfig
-from dpo_dist.config.schema import Offload, ParallelismKind, ReferenceConfig
+from dpo_dist.config.schema import Offload, ParallelismKind
 from dpo_dist.data.dataset import shard_batch
-from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.losses import RunningMeans
-from dpo_dist.objective.metrics import MetricSums
-from dpo_dist.reference.engine import ReferenceProvider, load_reference
-from dpo_dist.training.step import Objective, evaluate
-from tests.dist.scenario import LOSS, Assets, files_of, load_policy, one_step
+from dpo_dist.training.step import evaluate
+from tests.dist.scenario import LOSS, Assets
+from tests.dist.test_checkpoint import Trainer
 from tests.dist.test_engine import write_whole
 from tests.support.packing import COSTS, plain_logps
 from tests.support.ranks import run_ranks
@@ -31,48 +30,34 @@ MIXUP, EVERY = 0.6, 2
 Models = tuple[Path, Path]
 
 
-class Trainer:
-    """A policy and a live reference that follows it."""
+def trainer_of(assets: Assets, models: Models, world: World, offload: Offload = Offload.none) -> Trainer:
+    own = replace(assets, policy=models[0], reference=models[1])
+    return Trainer(own, world, loss=LOSS, sync=SyncReferenceConfig(EVERY, MIXUP), offload=offload)
 
-    def __init__(self, assets: Assets, world: World, models: Models, offload: Offload = Offload.none):
-        model, reference = models
-        config = assets.config(model, ReferenceConfig(offload=offload))
-        self.reference = load_reference(files_of(reference), config, world)
-        self.policy = load_policy(model, world)
-        self.sync = ReferenceSync(self.reference, self.policy, SyncReferenceConfig(EVERY, MIXUP), world)
-        self.objective = Objective(LOSS, ReferenceProvider(engine=self.reference))
-        self.dataset, self.world, self.done = assets.dataset(), world, 0
 
-    def step(self, rows: tuple[int, ...]) -> float:
-        sums, norm = one_step(self.policy, self.objective, self.dataset, rows, 256, self.world)
-        self.done += 1
-        self.sync.after_step(self.done)
-        return self._metrics(sums)["loss"] + norm.item()
-
-    def margin(self) -> float:
-        """The mean reward margin of all pairs."""
-        plan = shard_batch(self.dataset, np.arange(11), self.world.rank, self.world.size, 256, COSTS)
-        self.policy.train(False)
-        return evaluate(self.policy, self.objective, plan, self.world, RunningMeans())[0]["rewards/margins"]
-
-    def _metrics(self, sums: MetricSums) -> dict[str, float]:
-        return MetricSums(sums.names, self.world.sum(sums.values)).means()
+def margin(trainer: Trainer) -> float:
+    """The mean reward margin of all pairs."""
+    plan = shard_batch(trainer.dataset, np.arange(11), trainer.world.rank, trainer.world.size, 256, COSTS)
+    trainer.policy.train(False)
+    return evaluate(trainer.policy, trainer.objective, plan, trainer.world, RunningMeans())[0][
+        "rewards/margins"
+    ]
 
 
 def follow(
     assets: Assets, models: Models, offload: Offload, world: World, folder: Path
 ) -> dict[str, list[float]]:
-    """Losses and margins; of the first sync the policy's weights, and the reference's log-probs."""
-    trainer = Trainer(assets, world, models, offload=offload)
+    """Gradient norms and margins; of the first sync the policy's weights, and the reference's log-probs."""
+    trainer = trainer_of(assets, models, world, offload)
     [batch] = shard_batch(trainer.dataset, np.arange(4), 0, 1, 8192, COSTS).batches()
-    margins, losses, scored = [trainer.margin()], [], []
+    margins, norms, scored = [margin(trainer)], [], []
     for done, rows in enumerate(ROWS, start=1):
-        losses.append(trainer.step(rows))
-        margins.append(trainer.margin())  # which gathers small weights on every rank
+        norms.append(trainer.step(rows))
+        margins.append(margin(trainer))  # which gathers small weights on every rank
         if done == EVERY:
             write_whole(trainer.policy, folder / "policy.safetensors")
             scored = trainer.reference.token_logps(batch).tolist()
-    return {"steps": losses, "margins": margins, "scored": scored}
+    return {"steps": norms, "margins": margins, "scored": scored}
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +111,7 @@ def test_any_number_of_ranks_follows_like_one_and_like_the_weighted_mean_of_whol
 
 def follow_another_shape(assets: Assets, model: Path, world: World, _folder: Path) -> str:
     with pytest.raises(ConfigError, match="weights of the same names and shapes") as caught:
-        Trainer(assets, world, (model, assets.reference))
+        trainer_of(assets, (model, assets.reference), world)
     return caught.value.got
 
 

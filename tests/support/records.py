@@ -10,6 +10,10 @@ from dpo_dist.data.formats import parse_record
 from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord
 
 TEXT = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+GOOD = [
+    {"prompt": f"question {n}", "chosen": f"right {n}", "rejected": f"wrong {n}" * n} for n in range(1, 8)
+]
+BAD = {"prompt": "q", "chosen": "same", "rejected": "same"}
 
 
 def user(content: str) -> dict[str, str]:

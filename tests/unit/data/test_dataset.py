@@ -30,12 +30,8 @@ from tests.support.cache import encoded_folders, opened
 from tests.support.masks import add_masks, masked, random_mask
 from tests.support.packing import COSTS, dataset_of, pack_unkeyed, pair_shapes, random_pairs
 from tests.support.pairs import encode
-from tests.support.records import TEXT, jsonl
+from tests.support.records import BAD, GOOD, TEXT, jsonl
 
-GOOD = [
-    {"prompt": f"question {n}", "chosen": f"right {n}", "rejected": f"wrong {n}" * n} for n in range(1, 8)
-]
-BAD = {"prompt": "q", "chosen": "same", "rejected": "same"}
 # Responses of each record: a record of three responses follows one of one.
 RANKED = [2, 1, 3, 2, 3, 1, 1, 2]
 

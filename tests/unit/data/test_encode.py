@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerFast
 from dpo_dist.config.data import DataConfig, TextTemplate, Truncation
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.escape import tokenized
-from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, Dialogue, Message, PreferenceRecord, Prompt
 from dpo_dist.data.render import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError, DataError
@@ -25,9 +24,7 @@ from tests.support.cache import opened
 from tests.support.packing import packed_tokens
 from tests.support.pairs import CHAT, WIDE, encode, flags, reason_against, record, texts
 from tests.support.records import TEXT, jsonl
-from tests.support.shared_data import shared_data_dir
 
-SHARED = shared_data_dir()
 LONG_CHAT = (Message("user", "hello"), Message("assistant", "hello there"), Message("user", "and then?"))
 DIALOGUE = Dialogue("\n\nHuman: hello\n\nAssistant: hello there\n\nHuman: and then? \n\nAssistant:")
 WRITTEN = "<|im_start|>user\nWhat is the capital?<|im_end|>\n<|im_start|>assistant\n"
@@ -228,22 +225,6 @@ def test_no_content_becomes_a_special_token(content: str, make: Any) -> None:
 def test_a_special_token_that_cannot_be_encoded_as_text_is_a_bad_record() -> None:
     assert reason_against(record("q", "the </s> end", "a"), tiny.unigram()) == "special_token_in_text"
     assert reason_against(record("q", "a\ufdd0", "b"), tiny.qwen()) == "reserved_character"
-
-
-@pytest.mark.skipif(SHARED is None, reason="needs the slices of real data")
-@pytest.mark.parametrize(
-    "name", ["ultrafeedback_plain_scored.jsonl", "derived/trl_conversational_from_hh.jsonl"]
-)
-def test_real_responses_decode_from_their_ids(name: str) -> None:
-    """Byte-level tokens lose nothing, so decoding must return each text, including `</s>`."""
-    assert SHARED is not None
-    for source in read_records(str(SHARED / name)):
-        if isinstance(source, BadRecord):
-            continue
-        found = encode(source, tiny.qwen())
-        for ids, text in zip(found.responses, source.responses, strict=True):
-            same = tiny.qwen().decode(ids) == f"{text}<|im_end|>"
-            assert same, source.origin
 
 
 def numbered(prompt: int, *responses: int) -> PreferenceRecord:

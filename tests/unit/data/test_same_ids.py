@@ -100,12 +100,3 @@ def test_the_kind_of_file_does_not_change_the_ids(tmp_path: Path, name: str) -> 
     format_ = DataFormat.ranked if "output" in fields else DataFormat.auto
     for file_name in ("cells.csv", "array.json", "table.parquet"):
         assert ids(str(tmp_path / file_name), tiny.qwen, format_) == expected, file_name
-
-
-def test_a_dialogue_has_the_ids_of_its_messages(tmp_path: Path) -> None:
-    history = f"\n\nHuman: {FIRST}\n\nAssistant: {REPLY}\n\nHuman: and?\n\nAssistant:"
-    dialogue = jsonl(tmp_path, {"chosen": f"{history} {GOOD}", "rejected": f"{history} {BAD}"})
-    as_dialogue = ids(dialogue, tiny.qwen)
-    before = [user(FIRST), assistant(REPLY), user("and?")]
-    messages = jsonl(tmp_path, {"prompt": before, **SIDES})
-    assert ids(messages, tiny.qwen) == as_dialogue

@@ -19,12 +19,7 @@ from dpo_dist.data.sources import Meter
 from dpo_dist.foundation import files as digests_module
 from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support.cache import encoded_folders, opened, prepare, prepare_all
-from tests.support.records import jsonl
-
-GOOD = [
-    {"prompt": f"question {n}", "chosen": f"right {n}", "rejected": f"wrong {n}" * n} for n in range(1, 8)
-]
-BAD = {"prompt": "q", "chosen": "same", "rejected": "same"}
+from tests.support.records import BAD, GOOD, jsonl
 
 
 def files(folder: Path, *parts: list[Any]) -> list[str]:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -52,15 +53,17 @@ def logps_of(ids: Tensor) -> Tensor:
 
 
 class Scorer:
-    """Scores with `logps_of`, and counts responses and progress."""
+    """Scores with `logps_of`, and counts responses."""
 
-    def __init__(self) -> None:
-        self.responses = 0
-        self.progress: list[tuple[int, int]] = []
+    responses = 0
 
     def __call__(self, batch: PackedBatch) -> Tensor:
         self.responses += len(batch.keys)
         return logps_of(batch.targets)
+
+
+def no_progress(_done: int, _total: int) -> None:
+    pass
 
 
 def filler_of(
@@ -71,23 +74,9 @@ def filler_of(
 
 
 def fill(
-    root: Path,
-    dataset: PreferenceDataset,
-    indices: list[int],
-    world: World,
-    entries_per_shard: int = 4,
-    scorer: Scorer | None = None,
-) -> tuple[FillReport, Scorer]:
-    scorer = scorer or Scorer()
-    filler = filler_of(root, world, entries_per_shard, scorer)
-    report = filler.fill(
-        dataset, np.array(indices), lambda done, total: scorer.progress.append((done, total))
-    )
-    return report, scorer
-
-
-def no_progress(_done: int, _total: int) -> None:
-    pass
+    root: Path, dataset: PreferenceDataset, indices: list[int], world: World, **options: Any
+) -> FillReport:
+    return filler_of(root, world, **options).fill(dataset, np.array(indices), no_progress)
 
 
 def assert_filled(root: Path, dataset: PreferenceDataset, indices: list[int]) -> None:
@@ -102,13 +91,14 @@ def assert_filled(root: Path, dataset: PreferenceDataset, indices: list[int]) ->
 def test_every_response_gets_its_own_values(
     tmp_path: Path, dataset: PreferenceDataset, world: World, entries_per_shard: int
 ) -> None:
-    indices = list(range(len(RESPONSES)))
-    report, scorer = fill(tmp_path, dataset, indices, world, entries_per_shard)
+    indices, scorer, progress = list(range(len(RESPONSES))), Scorer(), list[tuple[int, int]]()
+    filler = filler_of(tmp_path, world, entries_per_shard, scorer)
+    report = filler.fill(dataset, np.array(indices), lambda *done: progress.append(done))
     assert (report.hits, report.computed) == (0, sum(RESPONSES) - 1)
     assert scorer.responses == report.computed
-    assert (scorer.progress[0], scorer.progress[-1]) == ((0, 6), (6, 6))
-    assert scorer.progress == sorted(scorer.progress)
-    assert len({done for done, _ in scorer.progress}) > 3, "it advances within a round"
+    assert (progress[0], progress[-1]) == ((0, 6), (6, 6))
+    assert progress == sorted(progress)
+    assert len({done for done, _ in progress}) > 3, "it advances within a round"
     assert_filled(tmp_path, dataset, indices)
 
 
@@ -120,10 +110,11 @@ def test_only_missing_responses_are_computed(
     LogpStore.open(tmp_path, FINGERPRINT).write(
         keys, [logps_of(torch.from_numpy(ids)).numpy() for ids in responses]
     )
-    report, scorer = fill(tmp_path, dataset, [0, 2, 5], world)
+    scorer = Scorer()
+    report = fill(tmp_path, dataset, [0, 2, 5], world, scorer=scorer)
     assert (report.hits, report.computed, scorer.responses) == (2, 5, 5)
     assert_filled(tmp_path, dataset, [0, 2, 5])
-    assert fill(tmp_path, dataset, [0, 2, 5], world)[0] == FillReport(hits=7)
+    assert fill(tmp_path, dataset, [0, 2, 5], world) == FillReport(hits=7)
 
 
 def test_a_fill_that_waits_for_another_job_can_be_stopped(
@@ -141,7 +132,7 @@ def test_a_read_only_store_is_an_error_before_anything_is_computed(
 ) -> None:
     fill(tmp_path, dataset, [0], world)
     with read_only(tmp_path):
-        assert fill(tmp_path, dataset, [0], world)[0] == FillReport(hits=2)
+        assert fill(tmp_path, dataset, [0], world) == FillReport(hits=2)
         scorer = Scorer()
         with pytest.raises(ReferenceModelError, match="cannot be written"):
             fill(tmp_path, dataset, [0, 1], world, scorer=scorer)

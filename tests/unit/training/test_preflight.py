@@ -246,10 +246,10 @@ MISFITS = [
     (
         "deepseek_v3",
         "model.adapter={r: 2}",
-        "adapt the experts in place",
-        "set model.adapter.target_modules=[",
+        "peft adapts other layers of this architecture",
+        "to a list without these layers",
     ),
-    ("nemotron_h", "model.adapter={r: 2}", "adapts no such layer of state-space", "in_proj"),
+    ("nemotron_h", "model.adapter={r: 2}", "peft adapts other layers of this architecture", "in_proj"),
     ("gpt_oss", "model.adapter={modules_to_save: [lm_haed]}", "train in full", "name modules"),
 ]
 
