@@ -157,8 +157,7 @@ def _trajectory(
         yield {**metrics, "grad_norm": norm.item()}
     policy.train(False)
     evaluated, values = evaluate(policy, objective, plan(range(RECORDS)), world, running)
-    assert (values is not None) == world.is_main
-    yield evaluated | world.on_main(lambda: {} if values is None else of_each_pair(values))
+    yield evaluated | of_each_pair(values)
 
 
 def of_each_pair(values: PairValues) -> dict[str, float]:
