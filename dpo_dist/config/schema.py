@@ -313,7 +313,7 @@ class TrainerConfig:
 class CompareConfig:
     """Models that `python -m dpo_dist.compare` asks the same prompts of `data.eval`; judge: see `pairs`."""
 
-    models: list[str] = key([])
+    models: list[Filled] = key([])
     """Models to compare, each PATH or NAME=PATH: a run directory (its trained model), a checkpoint, a folder
     of a model or an adapter, or a hub name. The first is the base of KL and win rates."""
     prompts: int = key(128, ge=1)

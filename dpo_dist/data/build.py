@@ -73,40 +73,34 @@ def prepare_dataset(
     for source, fingerprint, label in zip(found, fingerprints, source_labels(sources), strict=True):
         file = find_encoded(cache, fingerprint, source.limit)
         if file is None:
-            with progress(source.path) as count:
-                file = _write(source, cache, fingerprint, encode, config.processes, count)
+            with (
+                progress(source.path) as count,
+                closing(_encoded(source, encode, config.processes, count)) as batches,
+            ):
+                file = write_source(cache, fingerprint, source.path, source.limit, batches)
         encoded.append(EncodedSource(source.path, file, source.limit, label))
     return tuple(encoded)
 
 
-def _write(
+def _encoded(
     source: SourceConfig,
-    cache: Path,
-    fingerprint: str,
     encode: Callable[[Records], pa.RecordBatch],
     processes: int | None,
     count: Callable[[int, float | None], None],
-) -> Path:
-    """Encode a source and return its file."""
-    meter = Meter()
-
-    def encoded() -> Generator[pa.RecordBatch, None, None]:
-        records, state = 0, _identities(source)
-        with closing(in_order(_chunks(source, meter), encode, processes)) as chunks:
-            for chunk in chunks:
-                yield chunk
-                records += len(chunk)
-                count(len(chunk), share_read(meter, source.limit, records))
-        # The fingerprint belongs to the records read only if nothing has changed meanwhile.
-        if _identities(source) != state:
-            raise DataError(
-                "the data changed while they were read",
-                where=source.path,
-                remedy="start again when no other program writes to the files",
-            )
-
-    with closing(encoded()) as batches:
-        return write_source(cache, fingerprint, source.path, source.limit, batches)
+) -> Generator[pa.RecordBatch, None, None]:
+    meter, records, state = Meter(), 0, _identities(source)
+    with closing(in_order(_chunks(source, meter), encode, processes)) as chunks:
+        for chunk in chunks:
+            yield chunk
+            records += len(chunk)
+            count(len(chunk), share_read(meter, source.limit, records))
+    # The fingerprint belongs to the records read only if nothing has changed meanwhile.
+    if _identities(source) != state:
+        raise DataError(
+            "the data changed while they were read",
+            where=source.path,
+            remedy="start again when no other program writes to the files",
+        )
 
 
 def tokenizer_digest(folder: Path) -> str:

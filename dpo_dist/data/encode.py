@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from dpo_dist.config.data import DataConfig, OnBadRecord, Truncation
 from dpo_dist.data.counts import Outcome
-from dpo_dist.data.escape import RESERVED, Encoded, any_text
+from dpo_dist.data.escape import RESERVED, any_text
 from dpo_dist.data.records import (
     ALL_RECORDS,
     BadRecord,
@@ -33,7 +33,7 @@ from dpo_dist.data.records import (
 )
 from dpo_dist.data.render import Rendered, TokenizerFacts, render_record, tokenizer_facts
 from dpo_dist.data.store import SCHEMA
-from dpo_dist.data.turns import Mask, Span, counted_characters, token_mask, untrained_parts
+from dpo_dist.data.turns import Mask, counted_characters, token_mask, untrained_parts
 from dpo_dist.foundation.errors import ConfigError, PeerLostError
 
 if TYPE_CHECKING:
@@ -73,11 +73,7 @@ def encode_pair(
         if any_text((record.prompt, record.responses, record.tools, record.template_arguments), RESERVED):
             raise UnusableRecordError("reserved_character", "a text has the noncharacter U+FDD0")
         rendered = render_record(record, facts, data_config)
-        counted = _counted(rendered, facts, data_config)
-        has_masks = counted != [None] * len(counted)
-        encode = facts.encoder.encode_after
-        prompt, encoded, is_resplit = encode(rendered.prompt, rendered.responses, has_masks)
-        responses = [ids for ids, _ in encoded]
+        prompt, responses, trained, is_resplit = _encoded(rendered, facts, data_config)
         prompt, prefix_length = facts.with_prefix(prompt)
         kept_prompt, kept = _truncated(prompt, responses, prefix_length, data_config)
     except UnusableRecordError as fault:
@@ -89,7 +85,6 @@ def encode_pair(
     truncated = tuple(len(ids) < len(whole) for ids, whole in zip(kept, responses, strict=True))
     if len(set(map(tuple, kept))) < len(kept):
         return BadRecord(f"identical_after_{'truncation' if any(truncated) else 'encoding'}", record.origin)
-    trained = _masks(rendered.responses, encoded, counted) if has_masks else []
     trained = [mask[: len(ids)] for mask, ids in zip(trained, kept, strict=False)]
     if not all(mask.any() for mask in trained):
         return BadRecord("no_trained_token", record.origin, "the loss would count no token of a response")
@@ -118,24 +113,25 @@ def response_key(prompt_ids: TokenIds, response_ids: TokenIds) -> bytes:
     return digest.digest()
 
 
-def _counted(rendered: Rendered, facts: TokenizerFacts, config: DataConfig) -> list[list[Span] | None]:
-    """Return for each response the parts of its text that the loss counts; None: all of it."""
+def _encoded(
+    rendered: Rendered, facts: TokenizerFacts, config: DataConfig
+) -> tuple[list[int], list[list[int]], list[Mask], bool]:
+    """Return the ids of the prompt and of each response; masks of the tokens that the loss counts, none if it
+    counts all; and whether a response was resplit.
+    """
     formatting = facts.around_turns if "formatting" in config.untrained else None
     parts = untrained_parts(tuple(config.untrained), formatting)
-    return [
+    counted = [
         counted_characters(rendered.prompt, text, turns, parts)
         for text, turns in zip(rendered.responses, rendered.counted, strict=True)
     ]
-
-
-def _masks(
-    texts: Sequence[str], encoded: Sequence[Encoded], counted: Sequence[Sequence[Span] | None]
-) -> list[Mask]:
-    """Return for each response whether the loss counts its tokens."""
-    return [
+    has_masks = counted != [None] * len(counted)
+    prompt, found, is_resplit = facts.encoder.encode_after(rendered.prompt, rendered.responses, has_masks)
+    masks = [
         np.ones(len(ids), dtype=np.bool_) if spans is None else token_mask(starts, len(text), spans)
-        for text, (ids, starts), spans in zip(texts, encoded, counted, strict=True)
+        for text, (ids, starts), spans in zip(rendered.responses, found, counted, strict=True)
     ]
+    return prompt, [ids for ids, _ in found], masks if has_masks else [], is_resplit
 
 
 def _truncated(

@@ -206,7 +206,8 @@ class EscapedEncoder:
         token across the boundary), the response is tokenised by itself. A token that starts before its
         response, with a space of the prompt, has a negative start.
         """
-        tail = self._tail(prompt)
+        # From its last special token: later tokens do not depend on the text before it.
+        tail = prompt[max((found.start() for found in self._marks.in_text.finditer(prompt)), default=0) :]
         texts = [prompt, tail, *(tail + response for response in responses)]
         distinct = list(dict.fromkeys(texts))
         found = dict(zip(distinct, self.encode(distinct, with_starts), strict=True))
@@ -220,13 +221,6 @@ class EscapedEncoder:
             for text, (ids, starts), whole in zip(responses, joint, is_whole, strict=True)
         ]
         return prompt_ids, encoded, not all(is_whole)
-
-    def _tail(self, prompt: str) -> str:
-        """Return the prompt from its last special token: later tokens do not depend on the text before it."""
-        last = 0
-        for found in self._marks.in_text.finditer(prompt):
-            last = found.start()
-        return prompt[last:]
 
     def _encode_continuation(self, escaped: str, with_starts: bool) -> Encoded:
         """Return the tokens of a response by itself: no space is added before it.

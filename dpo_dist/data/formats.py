@@ -62,32 +62,56 @@ _OF_RESPONSES = frozenset(
 _MAX_SHOWN_KEYS = 12
 
 
+def parse_record(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord | BadRecord:
+    """Return the preference in a record of format `name`; `auto`: of the first format that matches.
+
+    Details of a bad record never quote its texts, which may be offensive or personal.
+    """
+    try:
+        return _parse(_with_values(record, name), name, origin)
+    except UnusableRecordError as fault:
+        return fault.at(origin)
+    except RecursionError:
+        return BadRecord("unparsable", origin, "nested too deeply")
+
+
+def parse_prompt(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord | BadRecord:
+    """Return a record of format `name`, without responses if it has none that can be used."""
+    parsed = parse_record(record, name, origin)
+    if not isinstance(parsed, BadRecord) or parsed.reason not in _OF_RESPONSES:
+        return parsed
+    # With an invented response the prompt is read as that of any completion.
+    turns = record.get("messages")
+    if record.get("prompt") is None and isinstance(turns, list):
+        invented: dict[str, Any] = {"messages": [*turns, {"role": "assistant", "content": "response"}]}
+    else:
+        invented = {"completion": "response"}
+    completed = parse_record({**record, **invented}, DataFormat.completion, origin)
+    if isinstance(completed, BadRecord):
+        return parsed if completed.reason in _OF_RESPONSES else completed
+    return replace(completed, responses=(), scores=None)
+
+
 def read_records(
-    source: SourceConfig | str, meter: Meter | None = None
+    source: SourceConfig | str,
+    meter: Meter | None = None,
+    parse: Callable[[Fields, DataFormat, Origin], PreferenceRecord | BadRecord] = parse_record,
 ) -> Iterator[PreferenceRecord | BadRecord]:
     """Read the records of a source (a string: its path) in its order, in bounded memory.
 
     One item per record: a pair, a ranking, a completion, or the reason why it cannot be used. DataError and
     ConfigError are raised by this call if they are known then.
     """
-    return _read(SourceConfig(path=source) if isinstance(source, str) else source, meter, parse_record)
-
-
-def read_prompts(source: SourceConfig) -> Iterator[PreferenceRecord | BadRecord]:
-    """Read the records of a source for their prompts: without responses where they have none to be used."""
-    return _read(source, None, parse_prompt)
-
-
-def _read(
-    source: SourceConfig,
-    meter: Meter | None,
-    parse: Callable[[Fields, DataFormat, Origin], PreferenceRecord | BadRecord],
-) -> Iterator[PreferenceRecord | BadRecord]:
-    source = resolved(source)
+    source = resolved(SourceConfig(path=source) if isinstance(source, str) else source)
     return (
         record if isinstance(record, BadRecord) else parse(record, source.format, origin)
         for record, origin in raw_records(source, meter)
     )
+
+
+def read_prompts(source: SourceConfig) -> Iterator[PreferenceRecord | BadRecord]:
+    """Read the records of a source for their prompts: without responses where they have none to be used."""
+    return read_records(source, parse=parse_prompt)
 
 
 def check_source(source: SourceConfig, config: DataConfig | None = None) -> None:
@@ -121,36 +145,6 @@ def check_source(source: SourceConfig, config: DataConfig | None = None) -> None
     of_first = next(records, None) is not None
     outcomes = Counter(Outcome(dropped=one.reason) for one in bad)
     check_counts(DataCounts.of(outcomes, bad), source.path, config, of_first=of_first)
-
-
-def parse_record(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord | BadRecord:
-    """Return the preference in a record of format `name`; `auto`: of the first format that matches.
-
-    Details of a bad record never quote its texts, which may be offensive or personal.
-    """
-    try:
-        return _parse(_with_values(record, name), name, origin)
-    except UnusableRecordError as fault:
-        return fault.at(origin)
-    except RecursionError:
-        return BadRecord("unparsable", origin, "nested too deeply")
-
-
-def parse_prompt(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord | BadRecord:
-    """Return a record of format `name`, without responses if it has none that can be used."""
-    parsed = parse_record(record, name, origin)
-    if not isinstance(parsed, BadRecord) or parsed.reason not in _OF_RESPONSES:
-        return parsed
-    # With an invented response the prompt is read as that of any completion.
-    turns = record.get("messages")
-    if record.get("prompt") is None and isinstance(turns, list):
-        invented: dict[str, Any] = {"messages": [*turns, {"role": "assistant", "content": "response"}]}
-    else:
-        invented = {"completion": "response"}
-    completed = parse_record({**record, **invented}, DataFormat.completion, origin)
-    if isinstance(completed, BadRecord):
-        return parsed if completed.reason in _OF_RESPONSES else completed
-    return replace(completed, responses=(), scores=None)
 
 
 def _parse(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord:
@@ -212,9 +206,8 @@ def _check_no_other(record: Fields, content: Content) -> None:
         if name not in used and is_response(record, name) and record[name] not in values
     ]
     if others:
-        raise UnusableRecordError(
-            "ambiguous_format", f"other responses in {', '.join(others)}; choose by `format`, or {_IGNORE}"
-        )
+        advice = "choose by `format`, or ignore one: columns: {COLUMN: null}"
+        raise UnusableRecordError("ambiguous_format", f"other responses in {', '.join(others)}; {advice}")
 
 
 def _unknown_format(record: Fields) -> UnusableRecordError:
@@ -226,7 +219,6 @@ def _unknown_format(record: Fields) -> UnusableRecordError:
     return UnusableRecordError("unknown_format", f"fields: {', '.join(shown) or 'none'}")
 
 
-_IGNORE = "ignore one: columns: {COLUMN: null}"
 _UNPAIRED = "one response with a good/bad label is neither a pair nor a completion"
 
 

@@ -21,6 +21,7 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import random
 import shutil
 import threading
@@ -32,7 +33,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import set_seed
 
@@ -53,7 +54,6 @@ from dpo_dist.foundation.files import (
     final_name,
     is_temporary,
     recover_folder,
-    sync,
     temporary_name,
     write_text,
 )
@@ -66,6 +66,14 @@ MANIFEST = "manifest.json"
 _LATEST = "latest"
 _FILE_BYTES = 2**28
 """Size at which a rank begins another file: of a GPU's tensors, as much host memory is used at a time."""
+_DTYPES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+}
+"""Types of weights and optimizer states, in the names of safetensors."""
 
 
 class FileEntry(TypedDict):
@@ -83,10 +91,41 @@ node has just written.
 """
 
 
-def entry_of(file: Path) -> FileEntry:
-    """Flush a written file to disk and return its entry."""
-    sync(file)
-    return {"bytes": file.stat().st_size, "digest": content_digest([file])}
+def write_file(file: Path, content: Iterable[bytes | memoryview]) -> FileEntry:
+    """Write the parts of a file to disk, digested on the way; return its entry."""
+    digest, count = hashlib.blake2b(digest_size=16), 0
+    with file.open("wb") as opened:
+        for part in content:
+            opened.write(part)
+            digest.update(part)
+            count += len(part)
+        opened.flush()
+        os.fsync(opened.fileno())
+    return {"bytes": count, "digest": digest.hexdigest()}
+
+
+def safetensors_file(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
+    """Yield the parts of a safetensors file of tensors on the host, without a copy of them.
+
+    `safetensors.torch.save` needs as much memory again as the tensors have.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    # Larger elements first, so that each tensor begins at a multiple of its own.
+    ordered = sorted(tensors.items(), key=lambda named: -named[1].itemsize)
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for _, tensor in ordered:
+        yield tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def read_manifest(folder: Path) -> Entries:
@@ -144,21 +183,13 @@ def write_slices(model: ModelSlices, checkpoint: Path, rank: int, copy: HostCopy
         slices: Sequence[Slice] = [own for own, _ in group]
         if copy is not None and copy.is_cuda:
             slices = copy.of([replace(model, slices=slices)])[0].slices
-        # safetensors.torch refuses tensors that share memory; this copies none.
-        tensors = {
-            f"{part}/{own.name}": TensorSpec(
-                dtype=str(tensor.dtype).removeprefix("torch."),
-                shape=tensor.shape,
-                data_ptr=tensor.data_ptr(),
-                data_len=tensor.nbytes,
-            )
-            for own in slices
-            for part, tensor in own.parts.items()
-        }
+        tensors = {f"{part}/{own.name}": tensor for own in slices for part, tensor in own.parts.items()}
         ranges = {own.name: [own.start, *own.shape] for own in slices if WEIGHT in own.parts}
         name = f"{model.folder}/rank-{rank:05d}-{number:05d}.safetensors"
-        serialize_file(tensors, checkpoint / name, {"ranges": json.dumps(ranges), "step": str(model.step)})
-        entries[name] = entry_of(checkpoint / name)
+        entries[name] = write_file(
+            checkpoint / name,
+            safetensors_file(tensors, {"ranges": json.dumps(ranges), "step": str(model.step)}),
+        )
     return entries
 
 
@@ -387,8 +418,7 @@ class _Pending:
                 for model in models:
                     entries |= write_slices(model, self.temporary, rank, copy)
                 for name, text in texts.items():
-                    (self.temporary / name).write_text(text)
-                    entries[name] = entry_of(self.temporary / name)
+                    entries[name] = write_file(self.temporary / name, [text.encode()])
             self.entries.set_result(entries)
         except BaseException as error:  # raised by `entries`, in the main thread
             self.entries.set_exception(error)

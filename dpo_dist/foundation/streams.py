@@ -22,12 +22,6 @@ class SafeStream:
         self.is_open = True
         self.encoding = _encoding(stream)
 
-    @classmethod
-    def of_descriptor(cls, descriptor: int) -> "SafeStream":
-        """Return a stream on a copy of a file descriptor."""
-        # A line at a time: lines of several processes do not mix.
-        return cls(os.fdopen(os.dup(descriptor), "w", buffering=1))
-
     def write(self, text: str) -> int:
         """Write `text` without secrets if the stream takes it."""
         if self.is_open:

@@ -25,7 +25,7 @@ from transformers import AutoModelForSequenceClassification
 from dpo_dist.config.schema import EndpointConfig, ModelConfig, RunConfig, Verdicts
 from dpo_dist.config.user_code import find_function, user_function
 from dpo_dist.data.build import tokenizer_digest
-from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord, UnusableRecordError
+from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord, UnusableRecordError, turns_of
 from dpo_dist.data.render import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.foundation.files import text_digest
@@ -180,11 +180,11 @@ class RewardModel:
     def _encoded(self, record: PreferenceRecord, response: str) -> list[int] | None:
         """Return the conversation by the model's template; without one, prompt and response as two texts.
 
-        None: the template rejects the conversation.
+        None: the template rejects the conversation, or the tokenizer cannot encode it.
         """
         facts = tokenizer_facts(self._tokenizer, with_tools=bool(record.tools))
         prompt, chat = record.prompt, facts.chat
-        messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+        messages = turns_of(prompt, "user")
         if chat is None:
             turns = "\n\n".join(turn.content for turn in messages)
             if isinstance(prompt, Dialogue):

@@ -3,7 +3,7 @@
 import bisect
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -107,21 +107,21 @@ _MARKDOWN = re.compile(r"^#{1,6} \S|\*\*\S|^```|^\|.*\|\s*$|`[^`\n]+`|\[[^\[\]\n
 
 @dataclass(frozen=True)
 class TextFacts:
-    """Facts of one response."""
+    """Facts of one response, by the names of the metrics that are their means."""
 
-    tokens: int  # generated, without the one that ended it
-    is_finished: bool  # by itself
+    length: int  # in tokens, without the one that ended it
+    words: int  # with letters or digits
+    finished: bool  # by itself
+    refusals: bool
+    lists: bool
+    markdown: bool
     distinct_3: float | None
     """Share of different ones among its runs of three words (Li et al. 2016, arXiv 1510.03055)."""
     longest_repeat: float
     """Share of its words in its longest passage that occurs twice, overlapping; near 1 if it repeats one
     phrase to the end."""
-    is_empty: bool
-    is_refusal: bool
+    empty: bool
     language: str | None  # ISO 639-1; None if it is not clear
-    words: int  # with letters or digits
-    has_list: bool
-    has_markdown: bool
 
 
 def text_facts(text: str, tokens: int, is_finished: bool) -> TextFacts:
@@ -131,16 +131,16 @@ def text_facts(text: str, tokens: int, is_finished: bool) -> TextFacts:
     words = [part for word in whole for part in (word if len(word) > _LONGEST_WORD else (word,))]
     grams = list(zip(*(words[start:] for start in range(_GRAM)), strict=False))
     return TextFacts(
-        tokens=tokens,
-        is_finished=is_finished,
+        length=tokens,
+        words=sum(any(map(str.isalnum, word)) for word in whole),
+        finished=is_finished,
+        refusals=is_refusal(text),
+        lists=len(_LIST_ITEM.findall(text)) > 1,
+        markdown=_MARKDOWN.search(text) is not None,
         distinct_3=len(set(grams)) / len(grams) if grams else None,
         longest_repeat=longest_repeat(words) / len(words) if words else 0.0,
-        is_empty=not text.strip(),
-        is_refusal=is_refusal(text),
+        empty=not text.strip(),
         language=language_of(text),
-        words=sum(any(map(str.isalnum, word)) for word in whole),
-        has_list=len(_LIST_ITEM.findall(text)) > 1,
-        has_markdown=_MARKDOWN.search(text) is not None,
     )
 
 
@@ -159,20 +159,18 @@ def longest_repeat(words: Sequence[str]) -> int:
     return bisect.bisect_left(range(1, len(words)), True, key=is_unique)
 
 
+_OF_SAMPLES = ["length", "finished", "distinct_3", "longest_repeat", "language_changed", "refusals", "empty"]
+
+
 def sample_metrics(facts: Sequence[TextFacts], expected: Sequence[str | None]) -> dict[str, float]:
     """Return the means of facts by name; without a measurement a name is absent."""
     changed = [
         None if found.language is None or language is None else found.language != language
         for found, language in zip(facts, expected, strict=True)
     ]
-    columns: dict[str, Iterable[float | None]] = {
-        "length": (found.tokens for found in facts),
-        "finished": (found.is_finished for found in facts),
-        "distinct_3": (found.distinct_3 for found in facts),
-        "longest_repeat": (found.longest_repeat for found in facts),
-        "language_changed": changed,
-        "refusals": (found.is_refusal for found in facts),
-        "empty": (found.is_empty for found in facts),
-    }
-    known = {name: [value for value in column if value is not None] for name, column in columns.items()}
-    return {name: sum(values) / len(values) for name, values in known.items() if values}
+    metrics = {}
+    for name in _OF_SAMPLES:
+        column = changed if name == "language_changed" else [getattr(found, name) for found in facts]
+        if known := [value for value in column if value is not None]:
+            metrics[name] = sum(known) / len(known)
+    return metrics

@@ -370,7 +370,9 @@ def open_console(folder: RunFolder, settings: ConsoleConfig | None = None) -> It
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
     settings = settings or ConsoleConfig()
-    objects, messages = (SafeStream.of_descriptor(number) for number in (output_descriptor(), 2))
+    # A line at a time: lines of several processes do not mix.
+    own = (os.fdopen(os.dup(number), "w", buffering=1) for number in (output_descriptor(), 2))
+    objects, messages = map(SafeStream, own)
     with log_file.open("ab", buffering=0) as log:  # a buffer would raise again when it is closed
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

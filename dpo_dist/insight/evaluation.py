@@ -2,11 +2,12 @@
 
 import json
 import math
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import fields
 from itertools import chain, repeat
 from pathlib import Path
 from statistics import NormalDist
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -36,19 +37,17 @@ def bootstrap_intervals(
     measured: Mapping[Name, tuple[Column, Column]],
     prompts: npt.NDArray[np.uint64],
     seed: int = 0,
-    resamples: int = RESAMPLES,
-    shares: Collection[Name] = (),
-    differences: Collection[Name] = (),
+    lowest: Mapping[Name, float] = MappingProxyType({}),
 ) -> dict[Name, tuple[float, float]]:
     """Return the lower and upper end of the interval of every metric.
 
     `measured` has values and counts of each pair by metric, float64 [pairs]: the metric is the sum of values
-    divided by the sum of counts. `prompts`, [pairs], are equal for pairs of the same prompt. Values of
-    `shares` are outcomes from 0 to 1, those of `differences` differences of two such outcomes. A metric is
-    absent if fewer than `FEWEST_PROMPTS` have a count, or none in some resample, or if a value is not finite.
+    divided by the sum of counts. `prompts`, [pairs], are equal for pairs of the same prompt. `lowest`: of
+    outcomes up to 1 (0), and of differences of two such outcomes (-1). A metric is absent if fewer than
+    `FEWEST_PROMPTS` have a count, or none in some resample, or if a value is not finite.
     """
     measured = {name: each for name, each in measured.items() if np.isfinite(each[0]).all()}
-    if not measured or not len(prompts) or not resamples:
+    if not measured or not len(prompts):
         return {}
     _, clusters = np.unique(prompts, return_inverse=True)
     clusters = clusters % _MOST_PROMPTS
@@ -56,8 +55,8 @@ def bootstrap_intervals(
     columns = [column for pair in measured.values() for column in pair]
     table = np.stack([np.bincount(clusters, column, number) for column in columns], axis=1)
     generator = np.random.default_rng(seed)
-    totals = np.empty((resamples, len(columns)))
-    for resample in range(resamples):
+    totals = np.empty((RESAMPLES, len(columns)))
+    for resample in range(RESAMPLES):
         drawn = np.bincount(generator.integers(0, number, number), minlength=number)
         totals[resample] = drawn @ table
     values, counts = totals[:, ::2], totals[:, 1::2]
@@ -68,11 +67,11 @@ def bootstrap_intervals(
         if counted[index] >= FEWEST_PROMPTS and (counts[:, index] > 0).all():
             low, high = np.quantile(values[:, index] / counts[:, index], (outside, 1 - outside))
             found[name] = float(low), float(high)
-            if (name in shares or name in differences) and low == high and low in (-1, 0, 1):
+            if name in lowest and low == high and low in (-1, 0, 1):
                 # Wilson's interval of a share of 0 or 1; of a difference, on both sides within -1 and 1.
                 squared = NormalDist().inv_cdf((1 + LEVEL) / 2) ** 2
-                width, lowest = squared / (counted[index] + squared), -1.0 if name in differences else 0.0
-                found[name] = max(float(low - width), lowest), min(float(low + width), 1.0)
+                width = squared / (counted[index] + squared)
+                found[name] = max(float(low - width), lowest[name]), min(float(low + width), 1.0)
     return found
 
 
@@ -88,7 +87,6 @@ def results(
     prompts: npt.NDArray[np.uint64],
     plan: MetricPlan,
     seed: int,
-    resamples: int = RESAMPLES,
 ) -> dict[str, dict[str, Any]]:
     """Return the results of all pairs under `all`, and of each label under its `results_name`.
 
@@ -96,25 +94,25 @@ def results(
     of metrics that are means over pairs or tokens. `means` are exact, of all metrics of `plan`; `labels` say
     for each label of the sources whether a pair has it, [pairs]; `prompts` are hashes, [pairs].
     """
-    found = {ALL: _of_group(values, prompts, plan, seed, resamples)}
+    found = {ALL: _of_group(values, prompts, plan, seed)}
     divided = {f"{name}/{label}" for name in plan.of_sources for label in plan.labels}
     found[ALL] |= {f"eval_{name}": value for name, value in means.items() if name not in divided}
     for label, members in labels.items():
         own = PairValues(*(vars(values)[field.name][members] for field in fields(values)))
         suffix = f"/{label}" if plan.labels else ""
-        found[results_name(label)] = _of_group(own, prompts[members], plan, seed, resamples) | {
+        found[results_name(label)] = _of_group(own, prompts[members], plan, seed) | {
             f"eval_{metric}": means[metric + suffix] for metric in plan.of_sources if metric + suffix in means
         }
     return found
 
 
 def _of_group(
-    values: PairValues, prompts: npt.NDArray[np.uint64], plan: MetricPlan, seed: int, resamples: int
+    values: PairValues, prompts: npt.NDArray[np.uint64], plan: MetricPlan, seed: int
 ) -> dict[str, Any]:
     """Return the results of some pairs, as far as the values of single pairs decide them."""
     measured = _measured(values, plan)
-    shares = {name for name in measured if name.startswith(_SHARES)}
-    intervals = bootstrap_intervals(measured, prompts, seed, resamples, shares)
+    lowest = {name: 0.0 for name in measured if name.startswith(_SHARES)}
+    intervals = bootstrap_intervals(measured, prompts, seed, lowest)
     found: dict[str, Any] = {
         f"eval_{name}": float(column.sum() / counts.sum())
         for name, (column, counts) in measured.items()

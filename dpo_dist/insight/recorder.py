@@ -13,8 +13,6 @@ from dpo_dist.insight.pages.charts import draw_curves
 from dpo_dist.insight.pages.run import write_page
 from dpo_dist.insight.verdict.rules import RULES, sample_alarm
 
-_SAMPLED = "eval_samples/prompts"
-
 _log = logging.getLogger(__name__)
 
 
@@ -44,7 +42,7 @@ class Recorder:
     def record(self, row: Mapping[str, float], margins: Margins | None = None) -> None:
         """Write and send one metrics row; that of samples with whether they are a fault."""
         alarm, is_new = None, False
-        if _SAMPLED in row:
+        if "eval_samples/prompts" in row:
             with spared("the comparison of samples with those before", self.say):
                 alarm = sample_alarm([*self.metrics.rows, row])
                 is_new = sample_alarm(self.metrics.rows) is None

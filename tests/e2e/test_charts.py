@@ -26,14 +26,14 @@ def page_file(tmp_path_factory) -> Path:
     loss = [1 / step for step in STEPS]
     loss[50] = math.nan
     lines = [
-        Line.of("train", "raw", STEPS, loss),
-        Line.of("train", "smooth", STEPS, [0.123456789] * len(STEPS)),
-        Line.of("evaluation", "evaluation", [250, 500, 750, 1000], [0.5] * 4),
+        Line("train", "raw", STEPS, loss),
+        Line("train", "smooth", STEPS, [0.123456789] * len(STEPS)),
+        Line("evaluation", "evaluation", [250, 500, 750, 1000], [0.5] * 4),
     ]
     figures = [
         chart("Loss", lines),
-        chart(HOSTILE, [Line.of(HOSTILE, "raw", STEPS, [1e7 + step for step in STEPS])], HOSTILE),
-        chart("Norm", [Line.of("norm", "raw", STEPS, [10.0**-step for step in range(100)])], log=True),
+        chart(HOSTILE, [Line(HOSTILE, "raw", STEPS, [1e7 + step for step in STEPS])], HOSTILE),
+        chart("Norm", [Line("norm", "raw", STEPS, [10.0**-step for step in range(100)])], log=True),
     ]
     file = tmp_path_factory.mktemp("page") / "charts.html"
     names = "outcome about verdict last_step tiles links samples accuracy data speed reference"

@@ -9,7 +9,7 @@ import pytest
 from tests.e2e.conftest import Overrides
 from tests.support import tiny
 from tests.support.launch import Finished, constants, run_verb, train
-from tests.support.records import assistant, user
+from tests.support.records import assistant, jsonl, user
 from tests.support.tiny_model import write_model
 
 RULE = "def score(prompt, responses):\n    return [float(len(text)) for text in responses]\n"
@@ -22,15 +22,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compare")
     write_model(folder / "base")
     write_model(folder / "other", seed=1)
+    sides = {"rejected": [assistant("bad")]}
     records = [
-        {
-            "prompt": [user(f"question {n}")],
-            "chosen": [assistant(f"good {n}")],
-            "rejected": [assistant("bad")],
-        }
-        for n in range(18)
+        {"prompt": [user(f"question {n}")], "chosen": [assistant(f"good {n}")], **sides} for n in range(18)
     ]
-    (folder / "held.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    jsonl(folder, *records)
     for name, text in (("rule", RULE), ("broken", BROKEN + RULE.splitlines()[1] + "\n"), ("some", SOME)):
         (folder / f"{name}.py").write_text(text)
     return folder
@@ -40,7 +36,11 @@ PARTS = constants(**{"dpo_dist.insight.compare.models.PART_PROMPTS": 4})
 
 
 def compare(place: Path, run: str, *overrides: str, processes: int = 1) -> Finished:
-    base = ["compare.models=[base=./base, ./other,twin=base]", "data.eval=[held.jsonl]", "model.dtype=fp32"]
+    base = [
+        "compare.models=[base=./base, ./other,twin=base]",
+        "data.eval=[records.jsonl]",
+        "model.dtype=fp32",
+    ]
     limits = ["compare.max_new_tokens=8", "compare.prompts=14", f"run.dir={run}"]
     return run_verb("compare", [*base, *limits, *overrides], processes=processes, cwd=place, prepare=PARTS)
 
@@ -66,7 +66,7 @@ def test_two_processes_write_what_one_does_and_equal_models_respond_equally(plac
     assert len(found) == 14
     for row in found:
         number = int(row["prompt"].split()[1])
-        assert (row["chosen"], row["source"]) == (f"good {number}", "held")
+        assert (row["chosen"], row["source"]) == (f"good {number}", "records")
         responses = row["responses"]
         assert responses["twin"] == responses["base"] != responses["other"]
         assert responses["base"]["logp"] == responses["base"]["base_logp"] < 0

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_dist.foundation.errors import ConfigError
 from examples.demo.grammar import follows_rule
-from examples.demo.make import make_demo, make_records
+from examples.demo.make import make_demo
 from examples.demo.report import read_prompts, report, reward_accuracy, sample_answers
 
 
@@ -44,10 +44,6 @@ def test_a_folder_of_the_user_is_never_replaced(tmp_path):
     assert (tmp_path / "thesis.tex").exists()
 
 
-def test_another_seed_gives_other_pairs():
-    assert make_records(1)["pairs_train"] != make_records(0)["pairs_train"]
-
-
 @pytest.mark.parametrize("name", ["pairs_train", "pairs_eval"])
 def test_in_every_pair_the_chosen_answer_alone_follows_the_rule(demo, name):
     for record in records(demo, name):
@@ -66,14 +62,6 @@ def test_held_out_prompts_are_not_trained_on(demo):
         return {row["prompt"][0]["content"] for row in records(demo, name)}
 
     assert not prompts("pairs_eval") & (prompts("pairs_train") | prompts("warmup_train"))
-
-
-def test_length_does_not_reveal_the_rule(demo):
-    longer = [
-        len(row["chosen"][0]["content"]) > len(row["rejected"][0]["content"])
-        for row in records(demo, "pairs_train")
-    ]
-    assert 0.25 < sum(longer) / len(longer) < 0.75
 
 
 def test_base_loads_and_its_template_ends_turns_with_eos(demo):
@@ -102,14 +90,6 @@ def test_base_loads_and_its_template_ends_turns_with_eos(demo):
 def test_the_rule_is_the_askers_name_at_the_start(answer, follows):
     prompt = [{"role": "user", "content": "Mira here. What colour is a lemon?"}]
     assert follows_rule(prompt, answer) is follows
-
-
-def test_report_samples_the_same_answers_again(demo):
-    prompts = read_prompts(demo / "pairs_eval.jsonl")[:8]
-    answers = sample_answers(demo / "base", prompts)
-    assert len(answers) == 8
-    assert sample_answers(demo / "base", prompts) == answers
-    assert sample_answers(demo / "base", prompts, seed=1) != answers
 
 
 def test_report_has_shares_and_last_accuracy(demo, tmp_path):

@@ -5,13 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.api import SourceConfig, load_tokenizer, read_pairs
 from tests.e2e.conftest import Overrides
 from tests.support.launch import Finished, run_verb, summary
-from tests.support.shared_data import shared_data_dir
 
-SHARED = shared_data_dir()
-GOOD = ("dpo_en_demo", "dpo_zh_demo", "ultrafeedback", "orca_pairs", "oaast_rm_zh")
 IN_ORDER = "everything that needs no weights and no GPU is in order"
 
 # The keys that each verb gets; {model} and {folder} are of the test.
@@ -22,25 +18,12 @@ VERBS: dict[str, tuple[str, ...]] = {
     "train --check": (*_DATA, *_STORED, *_STEP),
     "train": (*_DATA, *_STORED, *_STEP),
     "precompute": (*_DATA, *_STORED, "trainer.max_steps=1"),
-    "evaluate --check": (*_DATA, *_STORED, "evaluation.model={model}"),
     "evaluate": (*_DATA, *_STORED, "evaluation.model={model}"),
     "doctor": (*_DATA, "doctor.fail_on=error"),
     "pairs --check": ("pairs.method=people",),
     "compare --check": ("compare.models=[{model},other={model}]",),
 }
 KEYS = {"evaluate": "data.eval", "compare": "data.eval"}
-
-
-def run(command: str, sources: str, assets: Path, folder: Path, *more: str) -> Finished:
-    """Run a verb on sources, with the keys of its row."""
-    verb, *options = command.split()
-    keys = [key.format(model=assets / "model", folder=folder) for key in VERBS[command]]
-    data = f"{KEYS.get(verb, 'data.train')}=[{sources}]"
-    return run_verb(verb, [*options, data, f"run.dir={folder}/run", *keys, *more])
-
-
-def entry(folder: Path | None, name: str) -> str:
-    return f"{{path: {folder}, name: {name}, limit: 12}}"
 
 
 @pytest.mark.parametrize("command", VERBS)
@@ -50,31 +33,20 @@ def test_every_verb_reads_an_entry_of_a_dataset_info(command: str, assets: Path,
     columns = {"prompt": "q", "chosen": "good", "rejected": "bad"}
     mine = {"file_name": "pairs.json", "ranking": True, "columns": columns}
     (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": mine}))
-    ended = run(command, entry(tmp_path, "mine"), assets, tmp_path)
+    verb, *options = command.split()
+    keys = [key.format(model=assets / "model", folder=tmp_path) for key in VERBS[command]]
+
+    def run(source: str) -> Finished:
+        data = f"{KEYS.get(verb, 'data.train')}=[{source}]"
+        return run_verb(verb, [*options, data, f"run.dir={tmp_path}/run", *keys])
+
+    ended = run(f"{{path: {tmp_path}, name: mine, limit: 12}}")
     assert ended.code in ((0, 1) if command == "doctor" else (0,)), ended.output
     if command == "train --check":
-        for source, advice in (
-            (entry(tmp_path, "mne"), "did you mean mine?"),
-            (str(tmp_path), "name: ENTRY"),
-        ):
-            ended = run(command, source, assets, tmp_path)
+        wrong = {f"{{path: {tmp_path}, name: mne}}": "did you mean mine?", str(tmp_path): "name: ENTRY"}
+        for source, advice in wrong.items():
+            ended = run(source)
             assert (ended.code, advice in ended.output) == (2, True), ended.output
-
-
-@pytest.mark.skipif(SHARED is None, reason="needs the slices of real data")
-def test_every_entry_of_a_real_dataset_info(assets: Path, tmp_path: Path) -> None:
-    assert SHARED is not None
-    names = json.loads((SHARED / "dataset_info.json").read_text()).keys()
-    assert names == {*GOOD, "kto_en_demo"}
-    for name in GOOD:
-        ended = run("train --check", entry(SHARED, name), assets, tmp_path, "data.ranked=best_worst")
-        assert (ended.code, IN_ORDER in ended.output) == (0, True), ended.output
-        assert read_pairs(SourceConfig(path=str(SHARED), name=name), load_tokenizer(f"{assets}/model"))[0]
-    sources = ", ".join(entry(SHARED, name) for name in GOOD)
-    for command in ("precompute", "train", "evaluate"):
-        ended = run(command, sources, assets, tmp_path, "data.ranked=best_worst")
-        assert ended.code == 0, ended.output
-    assert [one["label"] for one in summary(tmp_path / "run")["data"]["train"]["sources"]] == list(GOOD)
 
 
 def test_a_check_refuses_what_training_refuses(overrides: Overrides, tmp_path: Path) -> None:

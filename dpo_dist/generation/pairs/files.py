@@ -20,6 +20,7 @@ from dpo_dist.data.records import (
     PreferenceRecord,
     Prompt,
     Response,
+    turns_of,
 )
 from dpo_dist.data.sources import pinned
 from dpo_dist.foundation.errors import ConfigError, DataError
@@ -110,7 +111,7 @@ def as_fields(prompt: Prompt, responses: Sequence[Response]) -> list[Any]:
         return [None, *(f"{prompt.text}{response}" for response in responses)]
     if isinstance(prompt, str):
         return [prompt, *map(str, responses)]
-    return [_messages(prompt), *(_messages(_as_messages(response)) for response in responses)]
+    return [_messages(turns) for turns in (prompt, *map(turns_of, responses))]
 
 
 def context_fields(record: PreferenceRecord) -> dict[str, Any]:
@@ -121,10 +122,6 @@ def context_fields(record: PreferenceRecord) -> dict[str, Any]:
     if record.template_arguments:
         fields["chat_template_kwargs"] = dict(record.template_arguments)
     return fields
-
-
-def _as_messages(response: Response) -> Messages:
-    return (Message("assistant", response),) if isinstance(response, str) else response
 
 
 def _messages(messages: Messages) -> list[dict[str, Any]]:

@@ -222,38 +222,33 @@ def agreement(judgements: Iterable[Judgement]) -> dict[str, Any]:
     given: dict[str, dict[str, Judgement]] = defaultdict(dict)
     for one in judgements:
         given[one.annotator][one.item] = one
-    return {
-        "annotators": {name: _of_annotator(list(given[name].values())) for name in sorted(given)},
-        "between": [
-            {"annotators": [one, other], **_between(given[one], given[other])}
-            for one, other in itertools.combinations(sorted(given), 2)
-        ],
-    }
+    annotators, between = {}, []
+    for name in sorted(given):
+        judged = [one for one in given[name].values() if one.verdict != SKIP]
+        lefts = [one.verdict == _SIDES[one.left] for one in judged if one.verdict != TIE]
+        annotators[name] = {
+            "judged": len(judged),
+            "ties": len(judged) - len(lefts),
+            "skipped": len(given[name]) - len(judged),
+            "median_seconds": statistics.median(one.seconds for one in judged) if judged else None,
+            "left_share": statistics.fmean(lefts) if lefts else None,
+        }
+    for names in itertools.combinations(sorted(given), 2):
+        from sklearn.metrics import cohen_kappa_score  # noqa: PLC0415  (slow)
 
-
-def _of_annotator(given: Sequence[Judgement]) -> dict[str, Any]:
-    judged = [one for one in given if one.verdict != SKIP]
-    lefts = [one.verdict == _SIDES[one.left] for one in judged if one.verdict != TIE]
-    return {
-        "judged": len(judged),
-        "ties": len(judged) - len(lefts),
-        "skipped": len(given) - len(judged),
-        "median_seconds": statistics.median(one.seconds for one in judged) if judged else None,
-        "left_share": statistics.fmean(lefts) if lefts else None,
-    }
-
-
-def _between(one: Mapping[str, Judgement], other: Mapping[str, Judgement]) -> dict[str, Any]:
-    pairs = [(one[key].verdict, other[key].verdict) for key in one if key in other]
-    pairs = [pair for pair in pairs if SKIP not in pair]
-    if not pairs:
-        return {"items": 0, "agreed": None, "kappa": None}
-    from sklearn.metrics import cohen_kappa_score  # noqa: PLC0415  (slow)
-
-    agreed = statistics.fmean(first == second for first, second in pairs)
-    has_one_verdict = len({verdict for pair in pairs for verdict in pair}) == 1  # chance agreement is 1
-    kappa = None if has_one_verdict else float(cohen_kappa_score(*zip(*pairs, strict=True)))
-    return {"items": len(pairs), "agreed": agreed, "kappa": kappa}
+        first, second = (given[name] for name in names)
+        pairs = [(first[key].verdict, second[key].verdict) for key in first if key in second]
+        pairs = [pair for pair in pairs if SKIP not in pair]
+        has_one_verdict = len({verdict for pair in pairs for verdict in pair}) < 2  # chance agreement is 1
+        between.append(
+            {
+                "annotators": list(names),
+                "items": len(pairs),
+                "agreed": statistics.fmean(one == other for one, other in pairs) if pairs else None,
+                "kappa": None if has_one_verdict else float(cohen_kappa_score(*zip(*pairs, strict=True))),
+            }
+        )
+    return {"annotators": annotators, "between": between}
 
 
 def agreement_lines(found: Mapping[str, Any]) -> list[str]:
@@ -281,34 +276,11 @@ def label_pairs(config: RunConfig, say: Say, show: Say) -> None:
         "seed": seed,
     }
     check_output(folder.pairs_file, settings)
-    items = _draw(config, say)
-    remedy = "open the address that it printed, also for a second annotator; or set another run.dir"
-    with locked(folder.pairs_judgements, "serves this labelling session", remedy) as descriptor:
-        labelling = Labelling(items, descriptor, seed)
-        if foreign := labelling.read(folder.pairs_judgements):
-            say(f"{foreign:,} earlier judgements are of comparisons that are not drawn now: not used")
-        with LabelServer(labelling) as server:
-            _serve(server, show)
-    judgements, counts = list(labelling.given.values()), Counter[str]()
-    records = list(_pairs(items, judgements, counts))
-    say(f"{len(judgements):,} judgements")
-    if judgements:
-        found = agreement(judgements)
-        for line in agreement_lines(found):
-            say(line)
-        write_text(folder.pairs_agreement, json.dumps(found | {"items": counts}, indent=2) + "\n")
-    if records:
-        write_results(folder.pairs_file, records, settings, counts, say)
-    else:
-        say(f"no pair is decided yet: {in_one_line(counts)}")
-
-
-def _draw(config: RunConfig, say: Say) -> dict[str, PreferenceRecord]:
-    counts: Counter[str] = Counter()
+    drawn: Counter[str] = Counter()
     records = training_records(config, read_records, say)
-    items = draw_items(records, config.pairs.limit or _MOST_ITEMS, config.trainer.seed, counts)
-    read = counts.pop("read", 0)
-    rest = ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in (+counts).items())
+    items = draw_items(records, pairs.limit or _MOST_ITEMS, seed, drawn)
+    read = drawn.pop("read", 0)
+    rest = ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in (+drawn).items())
     say(f"{counted(len(items), 'comparison')} of {counted(read, 'record')}" + (f" ({rest})" if rest else ""))
     if not items:
         raise DataError(
@@ -318,7 +290,25 @@ def _draw(config: RunConfig, say: Say) -> dict[str, PreferenceRecord]:
             expected="records with two responses or more",
             remedy="name other data, or make responses first: pairs.method=samples",
         )
-    return items
+    remedy = "open the address that it printed, also for a second annotator; or set another run.dir"
+    with locked(folder.pairs_judgements, "serves this labelling session", remedy) as descriptor:
+        labelling = Labelling(items, descriptor, seed)
+        if foreign := labelling.read(folder.pairs_judgements):
+            say(f"{foreign:,} earlier judgements are of comparisons that are not drawn now: not used")
+        with LabelServer(labelling) as server:
+            _serve(server, show)
+    judgements, counts = list(labelling.given.values()), Counter[str]()
+    decided = list(_pairs(items, judgements, counts))
+    say(f"{len(judgements):,} judgements")
+    if judgements:
+        found = agreement(judgements)
+        for line in agreement_lines(found):
+            say(line)
+        write_text(folder.pairs_agreement, json.dumps(found | {"items": counts}, indent=2) + "\n")
+    if decided:
+        write_results(folder.pairs_file, decided, settings, counts, say)
+    else:
+        say(f"no pair is decided yet: {in_one_line(counts)}")
 
 
 def _serve(server: LabelServer, show: Say) -> None:

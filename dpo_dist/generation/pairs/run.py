@@ -4,7 +4,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from itertools import islice
@@ -146,7 +146,7 @@ def joined_answers(of_models: Sequence[Answers], pairs: PairsConfig) -> Answers:
                 reason = "identical"
             else:
                 seen.add(_text(answer))
-            answers.append(replace(answer, model=model, unused=reason))
+            answers.append(replace(answer, model=model, unused=reason, ids=[]))
     return Answers(answers, next((row.dropped for row in of_models if row.dropped is not None), None))
 
 
@@ -196,16 +196,6 @@ class Results:
             records = map(read_prompt_row, self.prompts.read(index))
             yield from zip(records, map(Answers.of, self.answers.read(index)), strict=True)
 
-    def origin(self, answer: Answer) -> dict[str, Any]:
-        """Return the provenance of a response."""
-        model = self.models[answer.model].described()
-        return {
-            "model": model,
-            "number": answer.number,
-            "tokens": answer.tokens,
-            "finished": answer.finished,
-        }
-
 
 def pairs_of(results: Results) -> Iterator[dict[str, Any]]:
     """Yield the preference records of all prompts, in order; count in `results.counts`."""
@@ -233,17 +223,16 @@ def pairs_of(results: Results) -> Iterator[dict[str, Any]]:
 def _pair(
     record: PreferenceRecord, row: Answers, chosen: Answer, rejected: Answer, results: Results
 ) -> dict[str, Any]:
-    pairs, scores = results.pairs, None
-    provenance = {
-        "source": str(record.origin),
-        "method": str(pairs.method),
-        "chosen": results.origin(chosen),
-        "rejected": results.origin(rejected),
-        **results.facts,
-    }
+    scores: tuple[float, float] | None = None
+    provenance: dict[str, Any] = {"source": str(record.origin), "method": str(results.pairs.method)}
+    for side, answer in (("chosen", chosen), ("rejected", rejected)):
+        model = results.models[answer.model].described()
+        facts = {"number": answer.number, "tokens": answer.tokens, "finished": answer.finished}
+        provenance[side] = {"model": model, **facts}
+    provenance |= results.facts
     if chosen.score is not None and rejected.score is not None:
         scores = (chosen.score, rejected.score)
-        provenance |= {"judge_counts": row.counts} | _selection(pairs)
+        provenance |= {"judge_counts": row.counts} | _selection(results.pairs)
     return pair_fields(record, (chosen.response, rejected.response), scores, provenance)
 
 
@@ -275,11 +264,7 @@ def pairs_from_models(config: RunConfig, stages: Stages) -> None:
     with screen.heartbeat("reading prompts"):
         prompts = world.on_main(lambda: write_prompts(folder.pairs_parts, config, screen.say))
     models = [stages.found(name, config) for name in responding_models(config)]
-    judge = world.together(lambda: open_judge(config, world.device))
-    described: dict[str, Any] = {}
-    if judge is not None:
-        with screen.heartbeat("looking for the judge"):
-            described = world.on_main(judge.describe)
+    judge, described = stages.judge(config)
     sampling = Sampling(
         pairs.max_new_tokens, pairs.temperature, pairs.top_p, pairs.top_k, config.trainer.seed
     )
@@ -328,45 +313,30 @@ def pairs_from_models(config: RunConfig, stages: Stages) -> None:
 def pairs_from_scores(config: RunConfig, say: Callable[[str], None]) -> None:
     """Write the pairs of all scored records of `data.train`, in their order."""
     counts: Counter[str] = Counter()
-    file, pairs = RunFolder.of(config).pairs_file, config.pairs
-    settings = {
-        "method": str(pairs.method),
-        "sources": plain(config.data.train),
-        **_selection(pairs),
-        "limit": pairs.limit,
-        "seed": config.trainer.seed,
-    }
+    file, pairs, seed = RunFolder.of(config).pairs_file, config.pairs, config.trainer.seed
+    method = {"method": str(pairs.method), **_selection(pairs), "seed": seed}
+    settings = method | {"sources": plain(config.data.train), "limit": pairs.limit}
+
+    def found() -> Iterator[dict[str, Any]]:
+        for record in training_records(config, read_records, say, lambda: counts["prompts"] == pairs.limit):
+            counts["prompts"] += 1
+            scores = record.scores
+            if scores is None:
+                counts["without_scores"] += 1
+                continue
+            key = text_digest(f"{prompt_key(record)} {record.responses}")
+            for better, worse in select_pairs(scores, pairs, seed, key, counts):
+                counts["order_changed"] += better > worse
+                ranks = {"ranks": [better + 1, worse + 1], "responses": len(record.responses)}
+                provenance = {"source": str(record.origin), **method, **ranks}
+                responses = record.responses[better], record.responses[worse]
+                yield pair_fields(record, responses, (scores[better], scores[worse]), provenance)
+
     check_output(file, settings)
-    write_results(file, _scored_pairs(config, counts, say), settings, counts, say)
+    write_results(file, found(), settings, counts, say)
 
 
-def _scored_pairs(
-    config: RunConfig, counts: Counter[str], say: Callable[[str], None]
-) -> Iterator[dict[str, Any]]:
-    pairs, seed = config.pairs, config.trainer.seed
-    for record in training_records(config, read_records, say, lambda: counts["prompts"] == pairs.limit):
-        counts["prompts"] += 1
-        scores = record.scores
-        if scores is None:
-            counts["without_scores"] += 1
-            continue
-        key = text_digest(f"{prompt_key(record)} {record.responses}")
-        for better, worse in select_pairs(scores, pairs, seed, key, counts):
-            counts["order_changed"] += better > worse
-            provenance = {
-                "source": str(record.origin),
-                "method": str(pairs.method),
-                **_selection(pairs),
-                "seed": seed,
-                "ranks": [better + 1, worse + 1],
-                "responses": len(record.responses),
-            }
-            responses = record.responses[better], record.responses[worse]
-            yield pair_fields(record, responses, (scores[better], scores[worse]), provenance)
-
-
-_FIRST_RECORDS = 64
-_READ_RECORDS = 1024
+_FIRST_RECORDS = 1024
 
 Fault = Callable[[PreferenceRecord], str | None]
 """Returns the reason why a record cannot be used, or None."""
@@ -429,11 +399,10 @@ def first_records(
     label: str, read: Read, source: SourceConfig, data: DataConfig, faults: Mapping[str, Fault]
 ) -> Lines:
     """Check the first records of a source; return the number that each model, or the verb, can use."""
-    found = list(islice(read(pinned(source, None)), _READ_RECORDS + 1))
-    is_more = len(found) > _READ_RECORDS
-    list(good_records(iter(found[:_READ_RECORDS]), source, data, lambda _: None, of_first=is_more))
-    first, lines = found[:_FIRST_RECORDS], []
-    rest = " (the others were not looked at)" if len(found) > len(first) else ""
+    found = list(islice(read(pinned(source, None)), _FIRST_RECORDS + 1))
+    first, lines, is_more = found[:_FIRST_RECORDS], [], len(found) > _FIRST_RECORDS
+    list(good_records(iter(first), source, data, lambda _: None, of_first=is_more))
+    rest = " (the others were not looked at)" if is_more else ""
     for whose, fault in faults.items():
         reasons = [record.reason if isinstance(record, BadRecord) else fault(record) for record in first]
         dropped = in_one_line(Counter(reason for reason in reasons if reason is not None))
@@ -459,8 +428,7 @@ def make_pairs(config: RunConfig, screen: Screen) -> None:
         case PairsMethod.people:
             label_pairs(config, screen.say, screen.show)
         case PairsMethod.samples | PairsMethod.delta:
-            with ExitStack() as held, joined_stages(config, screen, MEMORY_REMEDY) as stages:
-                stages.world.on_main(lambda: held.enter_context(_only_start(config)))
+            with joined_stages(config, screen, MEMORY_REMEDY, _only_start(config)) as stages:
                 pairs_from_models(config, stages)
 
 

@@ -16,11 +16,6 @@ def responding_models(config: RunConfig) -> list[str]:
     return list(config.pairs.models) or [config.model.path]
 
 
-def _two_models(config: RunConfig) -> bool:
-    models = responding_models(config)
-    return len(models) == len({Path(name).expanduser().resolve() for name in models}) == 2
-
-
 def _number_of_judges(config: RunConfig) -> int:
     pairs = config.pairs
     return sum(judge is not None for judge in (pairs.reward_model, pairs.function, pairs.endpoint.url))
@@ -86,7 +81,13 @@ _RULES = (
         "pairs.models pairs.method=delta",
         "delta pairs need two models",
         "set pairs.models=[STRONGER,WEAKER]",
-        lambda c: not _two_models(c),
+        lambda c: (
+            not (
+                len(c.pairs.models)
+                == len({Path(name).expanduser().resolve() for name in c.pairs.models})
+                == 2
+            )
+        ),
     ),
     Rule(
         f"pairs.samples {_SAMPLES}",

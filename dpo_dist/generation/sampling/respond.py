@@ -195,7 +195,7 @@ class Answer:
     finished: bool  # by itself
     same_ids: bool  # whether training encodes it as the generated tokens
     fields: dict[str, Any] = field(default_factory=dict)  # a thought apart from the content
-    ids: list[int] = field(default_factory=list)  # with the one that ended it, if they are kept
+    ids: list[int] = field(default_factory=list)  # with the one that ended it
     model: int = 0  # its index
     score: float | None = None
     unused: str | None = None  # the reason why it is part of no pair
@@ -212,7 +212,7 @@ class Answers:
 
     answers: list[Answer]
     dropped: str | None = None
-    prompt_ids: list[int] = field(default_factory=list)  # if they are kept
+    prompt_ids: list[int] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)  # of the judge
 
     @classmethod
@@ -227,13 +227,8 @@ def respond(
     generate_samples: Generate,
     sampling: Sampling,
     numbers: range,
-    *,
-    keeps_ids: bool = False,
 ) -> list[Answers]:
-    """Return the answers to each prompt, in their order; `keeps_ids`: with their token ids.
-
-    `numbers` are those of the samples of each prompt.
-    """
+    """Return the answers to each prompt, in their order; `numbers` are those of its samples."""
     keys = [prompt_key(record) for record in records]
     prompts = [usable_prompt(record, responder, sampling.max_new_tokens) for record in records]
     requests = [
@@ -259,9 +254,7 @@ def respond(
             continue
         asked = _Asked(record, prompt, responder)
         answers = [asked.answer(next(samples), number) for number in numbers]
-        if not keeps_ids:
-            answers = [replace(answer, ids=[]) for answer in answers]
-        rows.append(Answers(answers, prompt_ids=prompt.tolist() if keeps_ids else []))
+        rows.append(Answers(answers, prompt_ids=prompt.tolist()))
     return rows
 
 

@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,9 +26,9 @@ from dpo_dist.foundation.files import (
     staged_file,
     temporary_folder,
     text_digest,
-    write_text,
 )
 from dpo_dist.foundation.process import beating
+from dpo_dist.generation.judges import Judge, open_judge
 from dpo_dist.generation.pairs.files import read_prompt_row, write_lines
 from dpo_dist.generation.sampling.generate import Sampling
 from dpo_dist.generation.sampling.respond import KEY, Generate, ModelSource, Responder, find_model, respond
@@ -42,13 +42,12 @@ class Parts:
 
     folder: Path
     count: int
-    settings: Mapping[str, Any]
 
     @classmethod
     def of(cls, root: Path, stage: str, settings: Mapping[str, Any], count: int) -> "Parts":
         """Return the parts of a stage below `root`; other settings have another folder."""
         digest = text_digest(json.dumps(settings, sort_keys=True))[:16]
-        return cls(root / f"{stage}-{digest}", count, settings)
+        return cls(root / f"{stage}-{digest}", count)
 
     @classmethod
     def written(cls, root: Path, stage: str, rows: Iterable[Mapping[str, Any]], size: int) -> "Parts":
@@ -58,7 +57,7 @@ class Parts:
         left, count = iter(rows), 0
         with temporary_folder(root / stage) as temporary:
             while part := list(itertools.islice(left, size)):
-                write_lines(cls(temporary, 0, {}).file(count), part)
+                write_lines(cls(temporary, 0).file(count), part)
                 count += 1
             content = content_digest(sorted(temporary.iterdir()))
             parts = cls.of(root, stage, {"content": content, "size": size}, count)
@@ -75,7 +74,6 @@ class Parts:
         self.folder.mkdir(parents=True, exist_ok=True)
         collect_abandoned(self.folder)
         (self.folder / _FAILED).unlink(missing_ok=True)
-        write_text(self.folder / "settings.json", json.dumps(self.settings, indent=1, sort_keys=True))
         return [index for index in range(self.count) if not self.file(index).is_file()]
 
     def finished(self) -> int:
@@ -183,19 +181,23 @@ class Stages:
         sampling: Sampling,
         numbers: range,
         opened: Callable[[], tuple[Responder, Generate]],
-        *,
-        keeps_ids: bool = False,
     ) -> Parts:
         """Return a model's finished responses to prompts; `opened` is called by a process with work to do."""
 
         def part(index: int) -> list[dict[str, Any]]:
             records = list(map(read_prompt_row, prompts.read(index)))
-            return list(map(asdict, respond(records, *opened(), sampling, numbers, keeps_ids=keeps_ids)))
+            return list(map(asdict, respond(records, *opened(), sampling, numbers)))
 
         own = {"model": source.digest, "numbers": [numbers.start, len(numbers)]}
         settings = generation_settings(config, prompts, sampling) | own
         parts = Parts.of(prompts.folder.parent, "responses", settings, prompts.count)
         return self.finish(f"responses of {source.name}", parts, part)
+
+    def judge(self, config: RunConfig) -> tuple[Judge | None, dict[str, Any] | None]:
+        """Return the judge on every rank and what it is, if there is one."""
+        judge = self.world.together(lambda: open_judge(config, self.world.device))
+        with self.screen.heartbeat("looking for the judge"):
+            return judge, None if judge is None else self.world.on_main(judge.describe)
 
     def found(self, name: str, config: RunConfig, key: str = KEY) -> ModelSource:
         """Return the files of a model on every rank; rank 0 downloads first."""
@@ -205,8 +207,10 @@ class Stages:
 
 
 @contextmanager
-def joined_stages(config: RunConfig, screen: Screen, remedy: str) -> Iterator[Stages]:
-    """Join the processes, each of which loads whole models."""
+def joined_stages(
+    config: RunConfig, screen: Screen, remedy: str, only: AbstractContextManager[Any]
+) -> Iterator[Stages]:
+    """Join the processes, each of which loads whole models; rank 0 enters `only`, a lock."""
     whole = replace(
         config.parallelism,
         kind=ParallelismKind.ddp,
@@ -216,5 +220,6 @@ def joined_stages(config: RunConfig, screen: Screen, remedy: str) -> Iterator[St
     deepspeed_config = policy_config(whole, config.optim, config.model.dtype)
     stacks = RunFolder.of(config).rank_stacks(os.environ.get("RANK", "0"))
     reports = Reports(screen.alarm, screen.say, stacks)
-    with joined(deepspeed_config, config.parallelism.timeout_seconds, reports) as world:
+    with ExitStack() as held, joined(deepspeed_config, config.parallelism.timeout_seconds, reports) as world:
+        world.on_main(lambda: held.enter_context(only))
         yield Stages(world, screen, remedy)

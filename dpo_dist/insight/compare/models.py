@@ -5,7 +5,6 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -168,7 +167,6 @@ class Speaker:
             Sampling(self.config.compare.max_new_tokens, self.config.compare.temperature),
             range(1),
             lambda: (self.responder, samples),
-            keeps_ids=True,
         )
 
     def score(self, other: "Speaker") -> Parts:
@@ -199,18 +197,18 @@ class Speaker:
 
     def rows(self, index: int) -> Iterator[tuple[Answers, Row]]:
         """Yield the answers to each prompt of a part, and the response as in `answers.jsonl`."""
-        under = [None if parts is None else parts.read(index) for parts in (self.logps, self.base_logps)]
-        for at, row in enumerate(self.responses.read(index)):
+        own = self.logps.read(index)
+        of_base = [{"logp": None}] * len(own) if self.base_logps is None else self.base_logps.read(index)
+        for row, logp, base_logp in zip(self.responses.read(index), own, of_base, strict=True):
             answers = Answers.of(row)
-            logp, base_logp = (None if rows is None else rows[at]["logp"] for rows in under)
             response = {}
             for answer in answers.answers:
                 response = {
                     "text": answer.content,
                     "tokens": answer.tokens,
                     "finished": answer.finished,
-                    "logp": logp,
-                    "base_logp": base_logp,
+                    **logp,
+                    "base_logp": base_logp["logp"],
                     "logp_tokens": len(answer.ids),
                 }
             yield answers, response
@@ -247,16 +245,11 @@ def compare_models(config: RunConfig, models: Sequence[Compared], screen: Screen
     # Two starts would write the same parts.
     remedy = "wait until it ends, or set another run.dir"
     only = locked(folder.comparison / folder.lock.name, "compares models in this run directory", remedy)
-    with ExitStack() as held, joined_stages(config, screen, _REMEDY) as stages:
+    with joined_stages(config, screen, _REMEDY, only) as stages:
         world, parts = stages.world, folder.comparison_parts
-        world.on_main(lambda: held.enter_context(only))
         with screen.heartbeat("reading prompts"):
             prompts = world.on_main(lambda: write_held_out(parts, config, screen.say))
-        judge = world.together(lambda: open_judge(config, world.device))
-        described = None
-        if judge is not None:
-            with screen.heartbeat("looking for the judge"):
-                described = world.on_main(judge.describe)
+        judge, described = stages.judge(config)
         speakers = []
         for model in models:
             source = stages.found(whole_model(model, folder.comparison_models, stages), config, KEY)

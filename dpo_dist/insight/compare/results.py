@@ -11,7 +11,7 @@ from dpo_dist.config.schema import PairsConfig, Verdicts
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.generation.judges import Judge, Question
 from dpo_dist.generation.text_facts import text_facts
-from dpo_dist.insight.evaluation import RESAMPLES, Column, bootstrap_intervals
+from dpo_dist.insight.evaluation import Column, bootstrap_intervals
 
 Row = dict[str, Any]
 Key = tuple[str, ...]
@@ -23,10 +23,7 @@ _RATE = "rate"
 _SHARES = {_RATE, "finished", "refusals", "lists", "markdown", "empty"}
 _DIFFERENCES = ("score", "kl", "length", "finished", "refusals", "empty")
 """Metrics whose differences between models have intervals."""
-_STYLE = (
-    *("length", "words", "finished", "refusals", "lists", "markdown"),
-    *("distinct_3", "longest_repeat", "empty"),
-)
+_NO_STYLE = ("kl", "kl_per_token", "score")
 _OUTCOMES = {1.0: "wins", 0.5: "ties", 0.0: "losses", None: "not_judged"}
 
 
@@ -58,7 +55,13 @@ def judge_texts(
     about different texts that are not empty, each once. A score or credit is null without a usable verdict;
     the order of the credits is that of `itertools.combinations`, the counts are the judge's.
     """
-    asked = [_questions(record, own, in_pairs) for record, own in zip(records, texts, strict=True)]
+    asked = []
+    for record, own in zip(records, texts, strict=True):
+        groups = [tuple(dict.fromkeys(filter(str.strip, own)))]
+        if in_pairs:
+            pairs = dict.fromkeys(itertools.combinations(own, 2))
+            groups = [pair for pair in pairs if without_judge(*pair) is None]
+        asked.append([Question(record, group) for group in groups if group])
     judgements, rows = iter(judge.judge(list(itertools.chain(*asked)))), []
     for own, questions in zip(texts, asked, strict=True):
         scores, verdicts, counts = dict[str, float | None](), dict[Key, float | None](), Counter[str]()
@@ -69,23 +72,13 @@ def judge_texts(
                 verdicts[question.responses] = judgement.scores[0]
             else:
                 scores = dict(zip(question.responses, judgement.scores, strict=True))
-        credited = []
-        for pair in itertools.combinations(own, 2):
-            one, other = pair
-            decided = credit((one, scores.get(one)), (other, scores.get(other)))
-            credited.append(verdicts.get(pair, decided))
+        credited = [
+            verdicts.get((one, other), credit((one, scores.get(one)), (other, scores.get(other))))
+            for one, other in itertools.combinations(own, 2)
+        ]
         row = {"scores": [scores.get(text) for text in own], "credits": credited}
         rows.append({**row, "counts": dict(sorted((+counts).items()))})
     return rows
-
-
-def _questions(record: PreferenceRecord, texts: Sequence[str], in_pairs: bool) -> list[Question]:
-    """Return the questions about the texts of a prompt: one, or one about every two that need a judge."""
-    if in_pairs:
-        pairs = dict.fromkeys(itertools.combinations(texts, 2))
-        return [Question(record, pair) for pair in pairs if without_judge(*pair) is None]
-    different = tuple(dict.fromkeys(filter(str.strip, texts)))
-    return [Question(record, different)] if different else []
 
 
 def without_judge(first: str, second: str) -> float | None:
@@ -107,7 +100,7 @@ def credit(first: tuple[str, float | None], second: tuple[str, float | None]) ->
     return TIE if one == other else WIN if one > other else LOSS
 
 
-def comparison(rows: Iterable[Row], models: Sequence[str], resamples: int = RESAMPLES) -> dict[str, Any]:
+def comparison(rows: Iterable[Row], models: Sequence[str]) -> dict[str, Any]:
     """Return the sections of `comparison.json` that follow from the rows of `answers.jsonl`."""
     # A value and its count for each prompt: a mean is the sum of values divided by the sum of counts.
     values: dict[Key, list[tuple[float, float]]] = defaultdict(list)
@@ -127,11 +120,17 @@ def comparison(rows: Iterable[Row], models: Sequence[str], resamples: int = RESA
     columns = {key: np.array(found, dtype=np.float64).T for key, found in values.items()}
     lowest = _with_empty_scores(columns, models)
     pairs = list(itertools.combinations(models, 2))
-    means = _means(columns, pairs, prompts, resamples)
+    means = _means(columns, pairs, prompts)
     return {
         "prompts": prompts,
         "models": [_model(name, means) for name in models],
-        "wins": [_win(pair, counts, means) for pair, counts in outcomes.items() if (*pair, _RATE) in means],
+        "wins": [
+            {"first": pair[0], "second": pair[1]}
+            | {name: counts[name] for name in (*_OUTCOMES.values(), "identical")}
+            | dict(zip(("rate", "interval"), means[*pair, _RATE], strict=True))
+            for pair, counts in outcomes.items()
+            if (*pair, _RATE) in means
+        ],
         "differences": [
             {"first": pair[0], "second": pair[1]}
             | _estimates(pair, [metric for metric in _DIFFERENCES if (*pair, metric) in means], means)
@@ -151,19 +150,8 @@ def _measured(response: Row) -> dict[str, tuple[float, float]]:
     facts = text_facts(response["text"], response["tokens"], response["finished"])
     logp, base = response["logp"], response["base_logp"]
     ratio = None if logp is None or base is None else logp - base
-    single: dict[str, float | None] = {
-        "length": facts.tokens,
-        "words": facts.words,
-        "finished": facts.is_finished,
-        "refusals": facts.is_refusal,
-        "lists": facts.has_list,
-        "markdown": facts.has_markdown,
-        "distinct_3": facts.distinct_3,
-        "longest_repeat": facts.longest_repeat,
-        "empty": facts.is_empty,
-        "kl": ratio,
-        "score": response["score"],
-    }
+    single = {**vars(facts), "kl": ratio, "score": response["score"]}
+    del single["language"]
     found = {name: (0.0, 0.0) if value is None else (float(value), 1.0) for name, value in single.items()}
     return found | {"kl_per_token": (0.0, 0.0) if ratio is None else (ratio, float(response["logp_tokens"]))}
 
@@ -180,9 +168,7 @@ def _with_empty_scores(columns: dict[Key, Column], models: Sequence[str]) -> flo
     return lowest
 
 
-def _means(
-    columns: Mapping[Key, Column], pairs: Iterable[tuple[str, str]], prompts: int, resamples: int
-) -> Means:
+def _means(columns: Mapping[Key, Column], pairs: Iterable[tuple[str, str]], prompts: int) -> Means:
     """Return the mean of every metric that has a count, and of differences of models.
 
     The difference of two models, the second minus the first, is the mean over prompts where both have a
@@ -195,14 +181,8 @@ def _means(
             has_both = has_one * has_other
             differences[first, second, metric] = np.stack([(other - one) * has_both, has_both])
     measured = {key: (table[0], table[1]) for each in (columns, differences) for key, table in each.items()}
-    ends = bootstrap_intervals(
-        measured,
-        np.arange(prompts, dtype=np.uint64),
-        0,
-        resamples,
-        {key for key in columns if key[-1] in _SHARES},
-        {key for key in differences if key[-1] in _SHARES},
-    )
+    lowest = {key: -1.0 if key in differences else 0.0 for key in measured if key[-1] in _SHARES}
+    ends = bootstrap_intervals(measured, np.arange(prompts, dtype=np.uint64), lowest=lowest)
     return {
         key: (float(values.sum() / counts.sum()), list(ends[key]) if key in ends else None)
         for key, (values, counts) in measured.items()
@@ -211,19 +191,13 @@ def _means(
 
 
 def _model(name: str, means: Means) -> Row:
-    style = {metric: means[name, metric] for metric in _STYLE if (name, metric) in means}
+    style = {key[1]: found for key, found in means.items() if key[:-1] == (name,) and key[1] not in _NO_STYLE}
     return {
         "name": name,
-        **_estimates((name,), ("kl", "kl_per_token", "score"), means),
+        **_estimates((name,), _NO_STYLE, means),
         "style": {metric: value for metric, (value, _) in style.items()},
         "style_intervals": {metric: ends for metric, (_, ends) in style.items() if ends is not None},
     }
-
-
-def _win(pair: tuple[str, str], counts: Counter[str], means: Means) -> Row:
-    rate, interval = means[*pair, _RATE]
-    numbers = {name: counts[name] for name in (*_OUTCOMES.values(), "identical")}
-    return {"first": pair[0], "second": pair[1], **numbers, "rate": rate, "interval": interval}
 
 
 def _estimates(of: Key, metrics: Iterable[str], means: Means) -> Row:

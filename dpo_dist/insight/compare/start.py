@@ -1,7 +1,7 @@
 """Checks of `compare` before torch is imported and processes join: models, data, judge."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_dist.config.keys import as_written
@@ -19,12 +19,6 @@ KEY = "compare.models"
 _NAMED = re.compile(r"([\w.+ -]+)=(.+)", re.DOTALL)
 # Names of folders that say nothing without the folder above.
 _USUAL_NAMES = frozenset({RunFolder(Path()).model.name, RunFolder(Path()).checkpoints.name})
-
-_REVISION = Rule(
-    "model.revision!=null model.path compare.models",
-    "model.revision has no effect on a comparison without model.path",
-    "set model.revision=null; a revision of another model: download it and name its folder",
-)
 
 
 @dataclass(frozen=True)
@@ -52,7 +46,13 @@ def check_comparison(config: RunConfig) -> list[Compared]:
         check_source(source)
     check_template_file(config.data.chat_template)
     locations = [model.location for model in models]
-    check(config, [replace(_REVISION, also=lambda c: c.model.path not in locations)])
+    revision = Rule(
+        "model.revision!=null model.path compare.models",
+        "model.revision has no effect on a comparison without model.path",
+        "set model.revision=null; a revision of another model: download it and name its folder",
+        lambda c: c.model.path not in locations,
+    )
+    check(config, [revision])
     check_judge(config)
     return models
 
@@ -67,7 +67,11 @@ def compared_models(written: list[str]) -> list[Compared]:
             expected="the base and at least one other model",
             remedy="write 'compare.models=[base=./base,output/a,beta05=output/b]'",
         )
-    models = [_compared(entry.strip()) for entry in written]
+    models = []
+    for entry in map(str.strip, written):
+        named = None if Path(entry).expanduser().exists() else _NAMED.fullmatch(entry)
+        name, path = (named[1].strip(), named[2].strip()) if named else ("", entry)
+        models.append(Compared(name or _short_name(path), path, _located(path)))
     names = [model.name for model in models]
     twice = next((model for model in models if names.count(model.name) > 1), None)
     if twice is not None:
@@ -78,16 +82,6 @@ def compared_models(written: list[str]) -> list[Compared]:
             remedy="name them: 'compare.models=[first=PATH,second=PATH]'",
         )
     return models
-
-
-def _compared(entry: str) -> Compared:
-    named = None if Path(entry).expanduser().exists() else _NAMED.fullmatch(entry)
-    name, path = (named[1].strip(), named[2].strip()) if named else ("", entry)
-    if not path:
-        raise ConfigError(
-            "a model has no path", where=KEY, got=repr(entry), remedy="write the entry as PATH or NAME=PATH"
-        )
-    return Compared(name or _short_name(path), path, _located(path))
 
 
 def _located(path: str) -> str:

@@ -1,6 +1,6 @@
 """Equal, nearly equal and opposite records among all sources, from keys and MinHash signatures."""
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,7 +21,7 @@ Partners = dict[int, int]
 SIMILARITY = 0.7
 # 16 bands of 4 numbers: two texts of similarity 0.7 share a band with a probability of 0.99.
 _BANDS, _BAND_NUMBERS = 16, 4
-_SHOWN_CLUSTERS, _SHOWN_MEMBERS, _SHOWN = 5, 4, 20
+_SHOWN_CLUSTERS = 20
 
 
 def equal(keys: Iterable[int]) -> Partners:
@@ -113,11 +113,12 @@ class Comparison:
         leaked = {index: first[records[index].hash] for index in evaluated if records[index].hash in first}
         only_near = _without(near_prompts(records, evaluated, trained), leaked)
         hits = {index: str(one.benchmark) for index, one in enumerate(records) if one.benchmark is not None}
+        near_copies = self._within_a_part(_without(alike, copies, opposed))
         overlaps = [f"{records[index].origin}, {item}" for index, item in hits.items()]
         across = {
             "duplicates": len(copies),
             "near_duplicates": len(alike),
-            "clusters": [size + 1 for _, size in Counter(alike.values()).most_common(_SHOWN)],
+            "clusters": [size + 1 for _, size in Counter(alike.values()).most_common(_SHOWN_CLUSTERS)],
             "contradictions": len(opposed),
             "repeated_prompts": len(prompts),
             "leaked_prompts": len(leaked),
@@ -126,7 +127,7 @@ class Comparison:
         }
         findings = [
             *self._reported("duplicates", copies),
-            *self._near(_without(alike, copies, opposed)),
+            *self._reported("near_duplicates", near_copies, detail=self._other_numbers(near_copies)),
             *self._reported("contradictions", opposed),
             *self._reported("repeated_prompts", _without(prompts, alike)),
             *self._leaked("train_eval_leak", leaked),
@@ -162,18 +163,6 @@ class Comparison:
     def _within_a_part(self, found: Partners) -> Partners:
         """Leave out records of training and evaluation data in common, which are a leak with its own rule."""
         return {one: other for one, other in found.items() if self._is_eval[one] == self._is_eval[other]}
-
-    def _near(self, found: Partners) -> Iterator[Finding]:
-        """Yield the finding of nearly equal records with the largest groups of them."""
-        found, groups = self._within_a_part(found), defaultdict[int, list[int]](list)
-        for index, first in found.items():
-            groups[first].append(index)
-        largest = sorted(groups, key=lambda first: (-len(groups[first]), first))[:_SHOWN_CLUSTERS]
-        sizes = ", ".join(str(len(groups[first]) + 1) for first in largest)
-        details = f"groups: {len(groups)}, the largest of {sizes} records", self._other_numbers(found)
-        members = [(first, *groups[first][: _SHOWN_MEMBERS - 1]) for first in largest]
-        origins = self._origins(members)
-        yield from self._reported("near_duplicates", found, origins, "; ".join(filter(None, details)))
 
     def _other_numbers(self, found: Mapping[int, int]) -> str:
         """Return how many of the records have other numbers in the prompt than their partner."""

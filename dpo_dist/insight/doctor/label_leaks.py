@@ -21,7 +21,7 @@ from sklearn.preprocessing import StandardScaler
 
 from dpo_dist.foundation.text import percent
 from dpo_dist.insight.doctor.findings import Finding, Rules
-from dpo_dist.insight.doctor.texts import group_of
+from dpo_dist.insight.doctor.texts import GROUPS
 
 Keys: TypeAlias = npt.NDArray[np.uint64]
 Matrix: TypeAlias = Any
@@ -92,7 +92,8 @@ def leak_tests(
     table = vectorizer.fit_transform(differences).tocsc()
     columns: dict[str, list[int]] = defaultdict(list)
     for column, name in enumerate(vectorizer.feature_names_):
-        columns[group_of(name)].append(column)
+        words = "last words" if name.startswith("last word") else "first words"
+        columns[GROUPS.get(name, words)].append(column)
     tests: list[LeakTest] = []
     for group, members in columns.items():
         names = [vectorizer.feature_names_[column] for column in members]

@@ -106,9 +106,10 @@ class Observer:
 
     def _facts(self, record: PreferenceRecord) -> Facts:
         texts, number = texts_of(record), prompt_hash(record.prompt)
-        prompt, responses = texts.prompt, texts.responses
-        key = text_key(texts.prompt_identity)
-        whole = text_key(texts.prompt_identity, *map(str.strip, responses))
+        prompt, responses = "\n".join(turn for _role, turn in texts.turns), texts.responses
+        # Without differences of case and white space.
+        same = "\n".join(f"{role}: {' '.join(turn.casefold().split())}" for role, turn in texts.turns)
+        key, whole = text_key(same), text_key(same, *map(str.strip, responses))
         pair = None
         if len(responses) > 1:
             heads = texts.turns[-1][1][:_HEAD], responses[0][:_HEAD], responses[-1][:_HEAD]
@@ -166,7 +167,16 @@ class Observer:
             "response_tokens": sum(responses[index] for index in used),
             "trained_tokens": sum(int(encoded.masks[index].sum()) for index in used),
         }
-        return {*facts.changed, *_token_names(whole.encoded, tokenizer)}
+        start, special = whole.encoded.prompt_ids[:2], set(tokenizer.all_special_ids)
+        ends = [ids[-2:].tolist() for ids in whole.encoded.responses]
+        bos, names = tokenizer.bos_token_id, set(facts.changed)
+        if bos is not None and start.tolist() == [bos, bos]:
+            names.add("doubled_bos")
+        if any(len(end) == 2 and end[0] == end[1] and end[1] in special for end in ends):
+            names.add("doubled_end")
+        if min(map(len, whole.encoded.responses)) <= 2:  # the last token ends the turn
+            names.add("one_token_response")
+        return names
 
 
 def _lengths(encoded: EncodedExample) -> Lengths:
@@ -176,17 +186,6 @@ def _lengths(encoded: EncodedExample) -> Lengths:
 def _ends(responses: Sequence[Sized]) -> tuple[int, int]:
     """Return the lengths of the first and, of several responses, the last one."""
     return len(responses[0]), len(responses[-1]) if len(responses) > 1 else -1
-
-
-def _token_names(encoded: EncodedExample, tokenizer: "PreTrainedTokenizerBase") -> Iterator[str]:
-    prompt, responses = encoded.prompt_ids, encoded.responses
-    if tokenizer.bos_token_id is not None and (prompt[:2] == tokenizer.bos_token_id).sum() > 1:
-        yield "doubled_bos"
-    special = set(tokenizer.all_special_ids)
-    if any(len(ids) > 1 and ids[-1] == ids[-2] and int(ids[-1]) in special for ids in responses):
-        yield "doubled_end"
-    if any(len(ids) <= 2 for ids in responses):  # the last token ends the turn
-        yield "one_token_response"
 
 
 def text_key(*texts: str) -> int:

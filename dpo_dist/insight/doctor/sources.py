@@ -113,6 +113,13 @@ class Source:
         for one in self._kept:
             sums.update(one.sums)
             changed.update(one.changed)
+        sides: dict[str, dict[str, Any]] = {}
+        for at, side in enumerate(SIDES):
+            lengths = [one.tokens[at] for one in self.readable if one.tokens and one.tokens[at] >= 0]
+            cuts = [one.cut[at] for one in self._kept if one.cut[at] > 0]
+            if characters := [one.characters[at] for one in self.readable if one.characters[at] >= 0]:
+                sides[side] = {"characters": _of_lengths(characters), "tokens": _of_lengths(lengths)}
+                sides[side] |= {"cut": len(cuts), "cut_tokens": sum(cuts)}
         prefix: dict[str, float] | None = None
         if tokens := sums["tokens"]:
             unique = sums["unique_tokens"]
@@ -133,7 +140,7 @@ class Source:
                 for reason, records in self._dropped
             },
             "changed": dict(sorted(changed.items())),
-            "sides": dict(self._sides()),
+            "sides": sides,
             "prefix": prefix,
             "shares": {
                 **({"trained_tokens": sums["trained_tokens"] / sums["response_tokens"]} if tokens else {}),
@@ -152,14 +159,6 @@ class Source:
                 if pairs > most
             ],
         }
-
-    def _sides(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        for at, side in enumerate(SIDES):
-            tokens = [one.tokens[at] for one in self.readable if one.tokens and one.tokens[at] >= 0]
-            cuts = [one.cut[at] for one in self._kept if one.cut[at] > 0]
-            if characters := [one.characters[at] for one in self.readable if one.characters[at] >= 0]:
-                lengths = {"characters": _of_lengths(characters), "tokens": _of_lengths(tokens)}
-                yield side, {**lengths, "cut": len(cuts), "cut_tokens": sum(cuts)}
 
     def _scores(self) -> dict[str, float]:
         """Return statistics of the sampled scores."""

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from datasketch import MinHash
 
-from dpo_dist.data.records import Dialogue, Message, PreferenceRecord
+from dpo_dist.data.records import Dialogue, Message, PreferenceRecord, turns_of
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.generation.text_facts import is_refusal
 
@@ -69,21 +69,11 @@ class Texts:
     turns: tuple[tuple[str, str], ...]
     responses: tuple[str, ...]
 
-    @property
-    def prompt(self) -> str:
-        """The contents of the prompt's turns, joined by newlines."""
-        return "\n".join(content for _role, content in self.turns)
-
-    @property
-    def prompt_identity(self) -> str:
-        """Text equal for equal prompts: roles and contents without differences of case and white space."""
-        return "\n".join(f"{role}: {' '.join(content.casefold().split())}" for role, content in self.turns)
-
 
 def texts_of(record: PreferenceRecord) -> Texts:
     """Return the texts of a record."""
     prompt = record.prompt
-    messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+    messages = turns_of(prompt, "user")
     turns = tuple((message.role, _turn_text(message)) for message in messages)
     responses = (
         response if isinstance(response, str) else "\n".join(map(_turn_text, response))
@@ -102,11 +92,6 @@ def _turn_text(message: Message) -> str:
     return "\n".join(parts)
 
 
-def words_and_marks(text: str) -> list[str]:
-    """Return the words, numbers and punctuation marks of a text, in their case."""
-    return _WORD.findall(text)
-
-
 def plain_words(text: str) -> list[str]:
     """Return the words and numbers of a text without case."""
     return _WORD_ONLY.findall(text.casefold())
@@ -118,7 +103,7 @@ def signature(text: str) -> Signature:
     Case and punctuation are ignored; all numbers count as the same word. The share of equal numbers of two
     signatures estimates the Jaccard similarity of both sets of pairs, with a standard error of at most 0.06.
     """
-    words = ["0" if word.isdecimal() else word for word in plain_words(text)] or words_and_marks(text)
+    words = ["0" if word.isdecimal() else word for word in plain_words(text)] or _WORD.findall(text)
     pairs = {f"{one} {other}".encode("utf-8", "replace") for one, other in pairwise(words)}
     sketch = EMPTY_SKETCH.copy()
     sketch.update_batch(sorted(pairs or {word.encode("utf-8", "replace") for word in words}))
@@ -237,14 +222,10 @@ _FEATURES: Mapping[str, Mapping[str, Feature]] = {
     "refusal": {"refusal": lambda _, bare: is_refusal(bare)},
     "odd characters": {"odd characters": lambda text, _: re.search(_ODD, text) is not None},
 }
+GROUPS = {name: group for group, features in _FEATURES.items() for name in features}
+"""Of each feature but the first and the last words."""
 _FIRST = ("first word", "second word", "third word")
 _LAST = ("last word", "last word but one", "last word but two")
-
-
-def group_of(feature: str) -> str:
-    """Return the group of a feature of `differences`."""
-    found = (group for group, features in _FEATURES.items() if feature in features)
-    return next(found, "last words" if feature.startswith("last word") else "first words")
 
 
 def differences(chosen: str, rejected: str) -> dict[str, float]:
@@ -264,8 +245,8 @@ def _features(response: str) -> dict[str, float]:
         for features in _FEATURES.values()
         for name, feature in features.items()
     }
-    starts = zip(_FIRST, words_and_marks(response[:_EDGE_CHARACTERS]), strict=False)
-    ends = zip(_LAST, words_and_marks(response[-_EDGE_CHARACTERS:])[::-1], strict=False)
+    starts = zip(_FIRST, _WORD.findall(response[:_EDGE_CHARACTERS]), strict=False)
+    ends = zip(_LAST, _WORD.findall(response[-_EDGE_CHARACTERS:])[::-1], strict=False)
     return found | {f"{place} {word!r}": 1.0 for place, word in (*starts, *ends)}
 
 

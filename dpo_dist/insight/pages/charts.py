@@ -14,7 +14,7 @@ from markupsafe import Markup
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.ndimage import uniform_filter1d
 
 from dpo_dist.config.metrics import METRICS, PREFIX
@@ -87,27 +87,19 @@ class Axis:
 Role = Literal["raw", "smooth", "evaluation", "spike"]
 
 
-@dataclass(frozen=True)
 class Line:
     """One line of a chart, with increasing steps; lines with the same label share their colour.
 
-    A value that is nan is a gap, which is counted below the chart. A "raw" line is light beside a "smooth"
-    one; a "spike" is a mark without a line.
+    A value that is not finite, or not positive on a logarithmic axis, is a gap (nan), which is counted below
+    the chart. A "raw" line is light beside a "smooth" one; a "spike" is a mark without a line.
     """
 
-    label: str
-    role: Role
-    steps: FloatArray
-    values: FloatArray
-
-    @classmethod
-    def of(
-        cls, label: str, role: Role, steps: Sequence[float], values: Sequence[float], *, log: bool = False
-    ) -> "Line":
-        """Return a line; values that are not finite, and not positive on a logarithmic axis, are gaps."""
-        shown = np.array(values, dtype=np.float64)
-        shown[~np.isfinite(shown) | ((shown <= 0) & log)] = math.nan
-        return cls(label, role, np.array(steps, dtype=np.float64), shown)
+    def __init__(
+        self, label: str, role: Role, steps: ArrayLike, values: ArrayLike, *, log: bool = False
+    ) -> None:
+        self.label, self.role = label, role
+        self.steps, self.values = np.array(steps, dtype=np.float64), np.array(values, dtype=np.float64)
+        self.values[~np.isfinite(self.values) | ((self.values <= 0) & log)] = math.nan
 
     def smoothed(self) -> "Line":
         """Return two passes of a centred mean over 6 % of the values; gaps stay gaps, and are in no mean."""
@@ -178,10 +170,6 @@ def chart(title: str, lines: Sequence[Line], unit: str = "", *, log: bool = Fals
     return part("svg.jinja", "chart", figure)
 
 
-def _color(index: int) -> str:
-    return f"c{index % len(COLORS)}"
-
-
 def _paths(
     line: Line, drawn: Sequence[Line], labels: Sequence[str], across: Axis, up: Axis
 ) -> list[tuple[str, str]]:
@@ -193,7 +181,7 @@ def _paths(
         else:
             runs[-1].append(f"{across.place(at):g} {up.place(value):g}")
     dots = "".join(f"M{point}h0" for run in runs for point in run)
-    color = _color(labels.index(line.label))
+    color = f"c{labels.index(line.label) % len(COLORS)}"
     if line.role == "spike":
         return [(f"spike {color}", dots)]
     is_light = line.role == "raw" and any((each.label, each.role) == (line.label, "smooth") for each in drawn)
@@ -211,7 +199,7 @@ def _legend(drawn: Sequence[Line], labels: Sequence[str], end: float) -> list[Ma
         items.setdefault((line.label, line.role == "evaluation"), []).append(index)
     return [
         {
-            "color": _color(labels.index(label)),
+            "color": f"c{labels.index(label) % len(COLORS)}",
             "lines": indices,
             "mark": "ring" if is_evaluation else "stroke",
             "label": label,
@@ -310,7 +298,7 @@ def panel_lines(panel: Panel, rows: Rows) -> Iterator[Line]:
 
 def _line(panel: Panel, label: str, role: Role, rows: Rows, key: str) -> Line:
     values = [row.get(key, math.nan) for row in rows]
-    return Line.of(label, role, [row["step"] for row in rows], values, log=panel.is_log)
+    return Line(label, role, [row["step"] for row in rows], values, log=panel.is_log)
 
 
 _STYLES: Mapping[Role, Mapping[str, Any]] = {

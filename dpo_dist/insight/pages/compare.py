@@ -1,7 +1,7 @@
 """The page of a comparison of models: the result, tables with intervals, responses side by side."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from itertools import combinations
 from typing import Any
 
@@ -28,8 +28,8 @@ _MOST_FILTERED = 8
 _HALF = 0.5
 _STYLE = ("length", "finished", "refusals", "distinct_3", "longest_repeat", "empty")
 _DIFFERENCES = ("score", "kl", "length", "finished", "refusals", "empty")
-_TITLES = {"score": "score", "kl": "KL, nats per response"}
-_NO_SHARES = ("score", "kl", "length")
+_NO_SHARES = {"score": "score", "kl": "KL, nats per response", "length": METRICS["samples/length"].title}
+"""Titles of metrics; the others are shares."""
 _VERDICTS = {1.0: "loses to", 0.5: "ties with", 0.0: "wins over"}
 """By the credit of the base, what the other model does."""
 
@@ -45,16 +45,10 @@ def write_comparison_page(folder: RunFolder, results: Row) -> None:
         "compare.jinja",
         "Comparison of models",
         ["compare.js"],
-        models=len(results["models"]),
-        prompts=results["prompts"],
-        base=results["base"],
-        judge=results["judge"],
-        compares=results["judge_compares"],
-        counts=results["counts"],
-        temperature=results["sampling"]["temperature"],
+        results=results,
         headline=headline(results),
         overview=_overview(results, rates),
-        picture=_picture(results, rates),
+        picture=_picture(results),
         differences=_differences(results, rates),
         style_of_responses=_style(results),
         items=items,
@@ -69,24 +63,20 @@ def headline(results: Row) -> list[str]:
 
     A model of which no response ends is not called the best: the judge saw beginnings of its responses only.
     """
-    rates, base = _rates(results), results["base"]
-    means = {
-        model["name"]: quality[0]
-        for model in results["models"]
-        if (quality := _quality(model, results, rates))
-    }
+    measure, qualities = _qualities(results)
     models = {model["name"]: model for model in results["models"]}
-    ranked = [name for name in means if models[name]["style"]["finished"]]
-    if not means:
+    ranked = [name for name in qualities if models[name]["style"]["finished"]]
+    if not qualities:
         return ["Without a judge the models can be compared by KL and style only."]
     if not ranked:
         return ["No response ends within compare.max_new_tokens: no model is called the best."]
-    best = max(ranked, key=lambda name: (means[name], -(models[name]["kl"] or 0)))
-    sentences = [f"{best} has the highest {_measure(results)}, {number(means[best])}."]
-    if best == base and not _has_scores(results):
-        sentences = [f"No model wins over {base} on more than half of the prompts."]
-    if unended := ", ".join(name for name in means if name not in ranked):
+    best = max(ranked, key=lambda name: (qualities[name][0], -(models[name]["kl"] or 0)))
+    sentences = [f"{best} has the highest {measure}, {number(qualities[best][0])}."]
+    if best == results["base"] and measure != "score":
+        sentences = [f"No model wins over {best} on more than half of the prompts."]
+    if unended := ", ".join(name for name in qualities if name not in ranked):
         sentences.append(f"Not ranked, as no response ends: {unended}.")
+    rates = _rates(results)
     others = [name for name in ranked if name != best]
     as_good = ", ".join(
         name for name in others if _side(rates.get((name, best), (_HALF, None))[1], _HALF) >= 0
@@ -96,12 +86,8 @@ def headline(results: Row) -> list[str]:
     return sentences
 
 
-def _measure(results: Row) -> str:
-    return "score" if _has_scores(results) else f"win rate over {results['base']}"
-
-
 def _title(metric: str) -> str:
-    return _TITLES.get(metric) or METRICS[f"samples/{metric}"].title
+    return _NO_SHARES.get(metric) or METRICS[f"samples/{metric}"].title
 
 
 def _rates(results: Row) -> Rates:
@@ -118,17 +104,19 @@ def _side(ends: Interval, of: float) -> int:
     return 0 if not ends else (ends[0] > of) - (ends[1] < of)
 
 
-def _has_scores(results: Row) -> bool:
-    return any(model["score"] is not None for model in results["models"])
+def _qualities(results: Row) -> tuple[str, dict[str, tuple[float, Interval]]]:
+    """Return what the quality of a model is called, and the qualities with their intervals by model.
 
-
-def _quality(model: Row, results: Row, rates: Rates) -> tuple[float, Interval] | None:
-    """Return the score of a model, or without scores its win rate over the base; of the base one half."""
-    if _has_scores(results):
-        return None if model["score"] is None else (model["score"], model["score_interval"])
-    if model["name"] == results["base"]:
-        return (_HALF, None) if rates else None
-    return rates.get((model["name"], results["base"]))
+    It is the score, or without scores the win rate over the base; of the base one half.
+    """
+    models, base = results["models"], results["base"]
+    scores = {
+        one["name"]: (one["score"], one["score_interval"]) for one in models if one["score"] is not None
+    }
+    if scores:
+        return "score", scores
+    rates = {one: rate for (one, other), rate in _rates(results).items() if other == base}
+    return f"win rate over {base}", {base: (_HALF, None), **rates} if rates else {}
 
 
 def _overview(results: Row, rates: Rates) -> Table:
@@ -137,7 +125,7 @@ def _overview(results: Row, rates: Rates) -> Table:
     head = ["model", "KL, nats per response", "score", f"win rate over {base}"]
     rows: list[list[object]] = [
         [
-            _name(model["name"], model["path"]),
+            part("macros.jinja", "named", model["name"], model["path"]),
             estimate(model["kl"], model["kl_interval"]),
             estimate(model["score"], model["score_interval"]),
             "base" if model["name"] == base else _rate(rates.get((model["name"], base))),
@@ -147,10 +135,6 @@ def _overview(results: Row, rates: Rates) -> Table:
     # The base has a KL of 0 and no win rate.
     kept = [0, *(at for at in range(1, len(head)) if any(row[at] for row in rows[1:]))]
     return [head[at] for at in kept], [[row[at] for at in kept] for row in rows]
-
-
-def _name(name: str, small: str) -> Markup:
-    return part("macros.jinja", "named", name, small)
 
 
 def _style(results: Row) -> Table:
@@ -189,74 +173,53 @@ def _differences(results: Row, rates: Rates) -> Table:
             kind = ("worse", "open", "better")[1 + _side(rate[1], _HALF)]
             win = Markup('<span class="{}">{}</span>').format(kind, _rate(rate))
         cells = [win] if rates else []
-        cells += [_difference(metric, row.get(metric), row.get(f"{metric}_interval")) for metric in metrics]
-        rows.append([_name(second, f"minus {first}"), *cells])
+        for metric in metrics:
+            value, ends, scale = row.get(metric), row.get(f"{metric}_interval"), _scale(metric)
+            cell = Markup("") if value is None else Markup("{:+.3g}").format(scale * value)
+            if ends:
+                cell += Markup(" <small>[{:+.3g}, {:+.3g}]</small>").format(*(scale * end for end in ends))
+            cells.append(
+                Markup('<span class="{}">{}</span>').format("clear" if _side(ends, 0) else "open", cell)
+            )
+        rows.append([part("macros.jinja", "named", second, f"minus {first}"), *cells])
     titles = [*(["win rate"] if rates else []), *map(_title, metrics)]
     return ["models", *titles], rows if titles else []
 
 
-def _difference(metric: str, value: float | None, ends: Interval) -> Markup:
-    if value is None:
-        return Markup("")
-    scale, interval = _scale(metric), Markup("")
-    if ends:
-        interval = Markup(" <small>[{:+.3g}, {:+.3g}]</small>").format(*(scale * end for end in ends))
-    kind = "clear" if _side(ends, 0) else "open"
-    return Markup('<span class="{}">{:+.3g}{}</span>').format(kind, scale * value, interval)
-
-
-def _picture(results: Row, rates: Rates) -> Markup:
+def _picture(results: Row) -> Markup:
     """Return the picture of quality against KL; the base, whose KL is 0, is a line."""
-    base, *others = results["models"]
+    measure, qualities = _qualities(results)
     points = [
         Point(model["name"], model["kl"], quality[0], model["kl_interval"], quality[1])
-        for model in others
-        if (model["kl"] or 0) > 0 and (quality := _quality(model, results, rates))
+        for model in results["models"][1:]
+        if (model["kl"] or 0) > 0 and (quality := qualities.get(model["name"]))
     ]
-    level = _quality(base, results, rates)
-    line = (level[0], base["name"]) if level else None
-    return scatter(points, f"KL to {base['name']}, nats per response", _measure(results), line)
+    base = results["base"]
+    line = (qualities[base][0], base) if base in qualities else None
+    return scatter(points, f"KL to {base}, nats per response", measure, line)
 
 
 def _prompt(row: Row, results: Row) -> Shown:
     base, *others = (model["name"] for model in results["models"])
-    scores = {name: row["responses"][name]["score"] for name in (base, *others)}
-    differences = [
-        abs(score - scores[base]) for score in scores.values() if None not in (score, scores[base])
-    ]
-    labels = list(_labels(row, base, others))
-    return Shown(
-        row["prompt"],
-        list(_responses(row, base, others)),
-        base,
-        "; ".join(labels),
-        labels,
-        0.0 - max(differences, default=0.0),
-    )
-
-
-def _labels(row: Row, base: str, others: Sequence[str]) -> Iterator[str]:
-    """Yield the labels of the filters that show a prompt."""
-    yield f"source {row['source']}"
+    labels = [f"source {row['source']}"]
     if any(not response["finished"] for response in row["responses"].values()):
-        yield "a response does not end"
+        labels.append("a response does not end")
     if any(not response["text"].strip() for response in row["responses"].values()):
-        yield "a response is empty"
+        labels.append("a response is empty")
     for verdict in row.get("verdicts") or ():
         is_shown = verdict["first"] == base and verdict["second"] in others[:_MOST_FILTERED]
         if is_shown and verdict["credit"] in _VERDICTS:
-            yield f"{verdict['second']} {_VERDICTS[verdict['credit']]} {base}"
-
-
-def _responses(row: Row, base: str, others: Sequence[str]) -> Iterator[Response]:
+            labels.append(f"{verdict['second']} {_VERDICTS[verdict['credit']]} {base}")
+    shown, most, of_base = [], 0.0, row["responses"][base]["score"]
     for name in (base, *others):
         response = row["responses"][name]
         notes = [end_notes(response["tokens"], response["finished"])]
-        logp, of_base = response["logp"], response["base_logp"]
         if response["score"] is not None:
             notes.append(f"score {number(response['score'])}")
-        if name != base and logp is not None and of_base is not None:
-            notes.append(f"log-ratio {number(logp - of_base)} nats")
-        yield Response(name, response["text"], "; ".join(notes))
+            most = max(most, 0.0 if of_base is None else abs(response["score"] - of_base))
+        if name != base and None not in (response["logp"], response["base_logp"]):
+            notes.append(f"log-ratio {number(response['logp'] - response['base_logp'])} nats")
+        shown.append(Response(name, response["text"], "; ".join(notes)))
     if row["chosen"] is not None:
-        yield Response("chosen in the data", row["chosen"])
+        shown.append(Response("chosen in the data", row["chosen"]))
+    return Shown(row["prompt"], shown, base, "; ".join(labels), labels, 0.0 - most)

@@ -1,19 +1,18 @@
 """The page about two runs: the settings that differ, and their metrics side by side."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation import files
-from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import duration, number, size
 from dpo_dist.insight.evaluation import ALL, results_name
 from dpo_dist.insight.pages.render import estimate, flat, page
-from dpo_dist.insight.pages.run import PageFacts, read_facts, verdict_of
+from dpo_dist.insight.pages.run import PageFacts, verdict_of
 from dpo_dist.insight.verdict.facts import ACCURACY, MARGIN
 from dpo_dist.objective.metrics import ENTROPIES, PAIR_METRICS
 
-Two = tuple[PageFacts, PageFacts]
+Two = Sequence[PageFacts]
 
 _ABSENT = "not recorded"
 _OF_NO_RESULT = ("run.", "console.", "tracking.")
@@ -22,23 +21,9 @@ _OF_NO_POLICY = ("samples/reference_", "samples/prompts", "samples/alarms")
 
 def write_difference(folders: tuple[RunFolder, RunFolder], output: Path | None = None) -> Path:
     """Write the page about two runs to `output` or to the working folder, and return its path."""
-    if folders[0].path.resolve() == folders[1].path.resolve():
-        raise ConfigError(
-            "both are the same run directory",
-            where=str(folders[0].path.resolve()),
-            remedy="name two runs, or one for its own page",
-        )
-    two, names = (
-        (read_facts(folders[0]), read_facts(folders[1])),
-        [one.path.resolve().name for one in folders],
-    )
+    two, names = [PageFacts(one) for one in folders], [one.path.resolve().name for one in folders]
     runs = [
-        {
-            "label": label,
-            "name": name,
-            "outcome": facts.summary.get("exit") or "not ended",
-            "verdict": verdict_of(facts),
-        }
+        (label, name, facts.summary.get("exit") or "not ended", verdict_of(facts))
         for label, name, facts in zip("AB", names, two, strict=True)
     ]
     differing = list(_differing(*(dict(flat(facts.config)) for facts in two)))
@@ -99,7 +84,11 @@ def _metrics(two: Two) -> Iterator[tuple[object, ...]]:
         if all(key in row for row in rows):
             own = [each.get(key) for each in ends]
             cells = [estimate(row[key], interval) for row, interval in zip(rows, own, strict=True)]
-            yield key, *cells, f"{rows[1][key] - rows[0][key]:+.3g}", _overlap(*own)
+            overlap = ""
+            if own[0] and own[1]:
+                is_common = max(own[0][0], own[1][0]) <= min(own[0][1], own[1][1])
+                overlap = "overlap" if is_common else "do not overlap"
+            yield key, *cells, f"{rows[1][key] - rows[0][key]:+.3g}", overlap
 
 
 def _intervals(facts: PageFacts) -> Mapping[str, Sequence[float]]:
@@ -111,20 +100,13 @@ def _intervals(facts: PageFacts) -> Mapping[str, Sequence[float]]:
     return found
 
 
-def _overlap(first: Sequence[float] | None, second: Sequence[float] | None) -> str:
-    if not first or not second:
-        return ""
-    return "overlap" if max(first[0], second[0]) <= min(first[1], second[1]) else "do not overlap"
-
-
 def _amounts(two: Two) -> Iterator[tuple[object, ...]]:
     """Yield time, speed and memory of both runs, as far as both have them, with their ratio."""
-    forms: Mapping[str, Callable[[float], str]] = {
-        "train_seconds": duration,
-        "pairs_per_second": number,
-        "peak_memory_bytes": size,
-    }
-    for name, form in forms.items():
+    for name, form in (
+        ("train_seconds", duration),
+        ("pairs_per_second", number),
+        ("peak_memory_bytes", size),
+    ):
         first, second = (facts.summary.get(name) for facts in two)
         if first and second:
             yield name.replace("_", " "), form(first), form(second), f"\u00d7 {number(second / first, 3)}", ""

@@ -134,17 +134,10 @@ def _shown(source: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **source,
         "path": without_secrets(source["path"]),
-        "changed": _values(source["changed"]),
         "leaks": [test for test in source["leaks"] if test["accuracy"] >= _FEWEST_GUESSED][:_MOST_ROWS],
-        "scores": _values(source["scores"]),
-        "margins": _values(source["margins"]),
         "languages": _shares(source["languages"]),
         "shares": _shares(source["shares"]),
     }
-
-
-def _values(values: Mapping[str, float]) -> list[tuple[str, str]]:
-    return [(name.replace("_", " "), number(value)) for name, value in values.items()]
 
 
 def _shares(shares: Mapping[str, float]) -> list[tuple[str, float]]:

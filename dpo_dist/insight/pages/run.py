@@ -3,8 +3,6 @@
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,29 +53,27 @@ _OF_AN_END = (
 )
 
 
-@dataclass(frozen=True)
 class PageFacts:
     """The content of the files of a run directory, without secrets; empty where one is missing.
 
     `evaluation` is that of the last evaluation of training, with intervals.
     """
 
-    config: Fields
-    environment: Fields
-    state: Fields
-    run: RunFacts
-    evaluation: Fields
-    doctor: Fields
-
-    @property
-    def summary(self) -> Fields:
-        """Content of summary.json."""
-        return self.run.summary
-
-    @cached_property
-    def by_source(self) -> dict[str, dict[str, float]]:
-        """The last metrics of each source, see `metrics_by_source`."""
-        return metrics_by_source(self.run.rows)
+    def __init__(self, folder: RunFolder):
+        self.config, self.doctor = _fields(folder.config, yaml.safe_load), _fields(folder.doctor_report)
+        self.environment, self.state = _fields(folder.environment), _fields(folder.state)
+        rows, summary = read_latest_rows(folder), _fields(folder.summary)
+        if rows and rows[-1]["step"] > summary.get("steps", math.inf):  # it was continued after this end
+            summary = {key: value for key, value in summary.items() if key not in _OF_AN_END}
+        self.summary = {**final_and_best(rows), **summary}
+        self.run = RunFacts(rows, self.summary, self.doctor.get("findings") or [])
+        self.by_source = metrics_by_source(rows)
+        evaluation = _fields(folder.evaluation_of(LAST_EVALUATION).results)
+        # A run that was continued and stopped has the file of an earlier evaluation.
+        last = self.run.evaluations[-1] if self.run.evaluations else {}
+        loss = (evaluation.get("all") or {}).get("eval_loss")
+        is_last = loss is not None and math.isclose(loss, last.get("loss", math.nan), rel_tol=1e-6)
+        self.evaluation: Fields = evaluation if is_last else {}
 
     def setting(self, key: str) -> Any:
         """Return the value of a key of the configuration; None if it is not known."""
@@ -93,22 +89,6 @@ class PageFacts:
         return (self.evaluation.get(name) or {}).get("intervals") or {}
 
 
-def read_facts(folder: RunFolder) -> PageFacts:
-    """Read the files of a run directory."""
-    config, doctor = _fields(folder.config, yaml.safe_load), _fields(folder.doctor_report)
-    rows, summary = read_latest_rows(folder), _fields(folder.summary)
-    if rows and rows[-1]["step"] > summary.get("steps", math.inf):  # it was continued after this end
-        summary = {key: value for key, value in summary.items() if key not in _OF_AN_END}
-    run = RunFacts.of(rows, {**final_and_best(rows), **summary}, doctor.get("findings") or [])
-    evaluation = _fields(folder.evaluation_of(LAST_EVALUATION).results)
-    # A run that was continued and stopped has the file of an earlier evaluation.
-    last = run.evaluations[-1] if run.evaluations else {}
-    loss = (evaluation.get("all") or {}).get("eval_loss")
-    is_last = loss is not None and math.isclose(loss, last.get("loss", math.nan), rel_tol=1e-6)
-    environment, state = _fields(folder.environment), _fields(folder.state)
-    return PageFacts(config, environment, state, run, evaluation if is_last else {}, doctor)
-
-
 def _fields(path: Path, parse: Callable[[str], Any] = json.loads) -> Fields:
     """Return the fields of a file without secrets, because a page is made to be shared; empty without it."""
     if not path.exists():
@@ -119,7 +99,7 @@ def _fields(path: Path, parse: Callable[[str], Any] = json.loads) -> Fields:
 
 def write_page(folder: RunFolder, output: Path | None = None) -> Path:
     """Write the report page of a run directory, or `output`, and return its path."""
-    facts = read_facts(folder)
+    facts = PageFacts(folder)
     environment, run = facts.environment, facts.run
     spent = facts.section("work").get("seconds") or {
         "training": sum(seconds for _, seconds in with_seconds(run.rows)),

@@ -144,7 +144,7 @@ def faults(row: Row) -> list[str]:
     facts = text_facts(text[:_MEASURED_CHARACTERS], tokens or 0, is_finished=True)
     ratio = tokens / of_reference if tokens and of_reference else 1.0
     found = {
-        "is empty": facts.is_empty,
+        "is empty": facts.empty,
         "does not end": row["policy_finished"] is False,
         "repeats itself": facts.longest_repeat > REPEATED or (facts.distinct_3 or 1.0) < DISTINCT,
         f"is {ratio:.1f} times as long as the reference's": ratio >= LONGER,

@@ -4,7 +4,6 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from dpo_dist.config.losses import KINDS
 from dpo_dist.foundation import text
 
 Row = Mapping[str, float]
+Fields = Mapping[str, Any]
 ACCURACY, MARGIN = "rewards/accuracies", "rewards/margins"
 
 _SPIKE_ROWS, _FEWEST_ROWS, _EXCURSION = 100, 50, 5.0
@@ -37,53 +37,26 @@ class Accuracy(NamedTuple):
         return self.value < min(0.45, 0.5 - self.noise)
 
 
-@dataclass(frozen=True)
 class RunFacts:
     """Metrics rows (null as nan), content of summary.json, and findings of doctor.json; any may be empty.
 
-    `steps` are the rows of training steps, `evaluations` those after a step, with keys without `eval_`.
+    `steps` are the rows of training steps, `evaluations` those after a step, with keys without `eval_`;
+    `last_rows` are the evaluations, or the steps of a run without, `part` is their name.
     """
 
-    rows: Sequence[Row]
-    steps: Sequence[Row]
-    evaluations: Sequence[Row]
-    summary: Mapping[str, Any]
-    data_findings: Sequence[Mapping[str, Any]]
-
-    @classmethod
-    def of(
-        cls, rows: Sequence[Row], summary: Mapping[str, Any], findings: Sequence[Mapping[str, Any]] = ()
-    ) -> "RunFacts":
-        """Return the facts of rows as in log_history.json."""
-        evaluations = [row for row in evaluation_rows(rows) if row["step"] > 0]
-        return cls(rows, [row for row in rows if "loss" in row], evaluations, summary, findings)
-
-    @property
-    def last_rows(self) -> Sequence[Row]:
-        """Evaluations, or the training steps of a run without."""
-        return self.evaluations or self.steps
-
-    @property
-    def part(self) -> str:
-        """Name of `last_rows`."""
-        return "evaluation" if self.evaluations else "training"
-
-    @property
-    def total_steps(self) -> int:
-        """Steps done."""
-        return int(self.summary.get("steps") or (self.rows[-1]["step"] if self.rows else 0))
+    def __init__(self, rows: Sequence[Row], summary: Fields, findings: Sequence[Fields] = ()):
+        self.rows, self.summary, self.data_findings = rows, summary, findings
+        self.steps = [row for row in rows if "loss" in row]
+        self.evaluations = [row for row in evaluation_rows(rows) if row["step"] > 0]
+        self.last_rows = self.evaluations or self.steps
+        self.part = "evaluation" if self.evaluations else "training"
+        self.total_steps = int(summary.get("steps") or (rows[-1]["step"] if rows else 0))
+        evaluated = last(self.evaluations, "pairs") or self.counts("eval").get("pairs", 0)
+        self.evaluated_pairs = int(evaluated)  # of the last evaluation; 0 if unknown
 
     def setting(self, key: str) -> Any:
         """Return a setting of the run, or None if the summary does not name it."""
         return (self.summary.get("settings") or {}).get(key)
-
-    @property
-    def starts_as_reference(self) -> bool:
-        """Whether rewards and margins start at 0: there is a reference, which is the policy's start."""
-        kinds = [term.get("kind") for term in self.setting("loss.terms") or ()] or [self.setting("loss.kind")]
-        has_reference = any(kind not in KINDS or KINDS[kind].needs_reference for kind in kinds)
-        is_other = self.setting("loss.reference_free") or self.setting("reference.path")
-        return has_reference and not is_other
 
     def recent(self, metric: str) -> list[float]:
         """Return the values of a metric in the last quarter of the steps."""
@@ -92,7 +65,9 @@ class RunFacts:
     def margin_nats(self) -> float | None:
         """Return the last margin in nats; where it does not start at 0, its change over training steps."""
         beta, end = self.setting("loss.beta"), last(self.last_rows, MARGIN)
-        if not self.starts_as_reference:
+        kinds = [term.get("kind") for term in self.setting("loss.terms") or ()] or [self.setting("loss.kind")]
+        has_reference = any(kind not in KINDS or KINDS[kind].needs_reference for kind in kinds)
+        if not has_reference or self.setting("loss.reference_free") or self.setting("reference.path"):
             start, end = first(self.steps, MARGIN), last(self.steps, MARGIN)
             end = None if start is None or end is None else end - start
         return end / beta if beta and end is not None else None
@@ -111,7 +86,7 @@ class RunFacts:
         rewards = values(rows, "rewards/chosen")
         return [(step, -reward / beta / tokens[step]) for step, reward in rewards if tokens.get(step)] or None
 
-    def counts(self, name: str) -> Mapping[str, Any]:
+    def counts(self, name: str) -> Fields:
         """Return the counts of the dataset `train` or `eval`; empty if unknown."""
         return (self.summary.get("data") or {}).get(name) or {}
 
@@ -121,11 +96,6 @@ class RunFacts:
         for source in self.counts(name).get("sources") or ():
             found[source.get("label")] += source.get("pairs", 0)
         return found
-
-    @property
-    def evaluated_pairs(self) -> int:
-        """Pairs of the last evaluation; 0 if unknown."""
-        return int(last(self.evaluations, "pairs") or self.counts("eval").get("pairs", 0))
 
     def accuracy(self) -> Accuracy | None:
         """Return the accuracy of the last evaluation; without evaluations `training_accuracy`."""

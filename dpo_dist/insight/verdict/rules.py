@@ -111,7 +111,7 @@ def _first_bad_value(facts: RunFacts, index: int, broken: Sequence[str]) -> str:
     # The row that ends a run has the last of several skipped steps.
     ends = row is facts.rows[-1] and "loss" in row
     step = int(row["step"]) - ((facts.summary.get("bad_in_a_row") or 1) - 1 if ends else 0)
-    before = RunFacts.of(facts.rows[:index], {**facts.summary, "steps": int(row["step"])})
+    before = RunFacts(facts.rows[:index], {**facts.summary, "steps": int(row["step"])})
     if symptom := next(_signs_of_rate(before), None):
         cause = f"the learning rate is too high: {symptom}"
     elif "loss" not in row:
@@ -477,7 +477,7 @@ def verdict(
 
     `rows` are of log_history.json, with nan for null; `exit` need not be in the summary.
     """
-    facts = RunFacts.of(rows, summary, data_findings)
+    facts = RunFacts(rows, summary, data_findings)
     found = {name: finding for name in RULES if (finding := _finding(name, facts)) is not None}
     is_lost = next(_lost_weights(facts), None) is not None  # else some steps were skipped, no more
     causes = [name for name in found if name != "diverged" or is_lost]
@@ -492,7 +492,7 @@ def verdict(
 
 def sample_alarm(rows: Sequence[Row]) -> Finding | None:
     """Return the fault of the sampled responses by the metrics rows so far."""
-    return _finding("over_optimised", RunFacts.of(rows, {}))
+    return _finding("over_optimised", RunFacts(rows, {}))
 
 
 def _finding(name: str, facts: RunFacts) -> Finding | None:

@@ -4,7 +4,6 @@ import gzip
 import io
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,13 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from huggingface_hub import HfApi
-from huggingface_hub.errors import RevisionResolutionError
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_dist.config.data import DataConfig, OnBadRecord, SourceConfig
 from dpo_dist.data.formats import check_source, read_records
 from dpo_dist.data.records import PreferenceRecord
-from dpo_dist.data.sources import pinned, source_identity, source_labels
+from dpo_dist.data.sources import source_identity, source_labels
 from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support.records import TEXT, outcomes
 
@@ -258,34 +255,8 @@ def test_first_records_refuse_a_source_only_if_the_others_cannot_be_better(
         check_source(source, config)
 
 
-HUB = SourceConfig(path="org/pairs", revision="v1")
-
-
-class Resolved:
-    resolved = "0123456789012345678901234567890123456789"
-
-
-def answer(monkeypatch: pytest.MonkeyPatch, *outcomes: Any) -> None:
-    given: Iterator[Any] = iter(outcomes)
-
-    def resolve_revision(*_args: Any, **_options: Any) -> Any:
-        outcome = next(given)
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
-
-    monkeypatch.setattr(HfApi, "resolve_revision", resolve_revision)
-
-
 def downloaded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **_options: str(folder))
-
-
-def test_a_known_commit_is_used_without_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    answer(monkeypatch, Resolved(), *[RevisionResolutionError("no answer")] * 2)
-    assert pinned(HUB, tmp_path).revision == pinned(HUB, tmp_path).revision == Resolved.resolved
-    with pytest.raises(DataError, match="neither a local file nor a dataset"):
-        pinned(SourceConfig(path="org/other"), tmp_path)
 
 
 @pytest.mark.parametrize("escape", ["../outside.jsonl", "{}/outside.jsonl", "file://{}/outside.jsonl"])
@@ -344,9 +315,8 @@ def test_derived_labels_are_unique_and_safe(listed: list[SourceConfig]) -> None:
     assert all(re.fullmatch(r"[\w.+-]+", label) for label in labels)
     assert all(source.label in (None, label) for source, label in zip(listed, labels, strict=True))
     derived = [label for source, label in zip(listed, labels, strict=True) if source.label is None]
-    assert len({*derived, *(source.label for source in listed if source.label)}) == len(derived) + len(
-        {source.label for source in listed if source.label}
-    )
+    given = {source.label for source in listed if source.label}
+    assert len({*derived, *given}) == len(derived) + len(given)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])

@@ -21,12 +21,12 @@ from dpo_dist.distributed.checkpoint import (
     Entries,
     SavedSlices,
     drop_checkpoints,
-    entry_of,
     find_faults,
     latest_checkpoint,
     load_checkpoint,
     random_states,
     random_states_name,
+    write_file,
     write_slices,
 )
 from dpo_dist.distributed.slices import ModelSlices, Slice
@@ -307,8 +307,7 @@ def test_a_pickled_file_is_refused_and_never_run(tmp_path: Path) -> None:
     folder = written(tmp_path, 1, {name: [] for name in WHOLE})
     content = pickle.dumps(Malicious(folder / "it ran"))
     file = Path("engine/rank-00000-00000.safetensors")
-    (folder / file).write_bytes(content)
-    (folder / MANIFEST).write_text(json.dumps({str(file): entry_of(folder / file)}))
+    (folder / MANIFEST).write_text(json.dumps({str(file): write_file(folder / file, [content])}))
     with pytest.raises(CheckpointError, match="cannot be read"):
         SavedSlices.find(folder, "engine")
     assert not (folder / "it ran").exists()

@@ -8,18 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast, Qwen2Config
 
-from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.config.user_code import find_function
 from dpo_dist.data.records import Message, Origin, PreferenceRecord, Prompt
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.generation.judges import (
-    FunctionJudge,
-    Judgement,
-    Question,
-    RewardModel,
-    open_judge,
-)
+from dpo_dist.generation.judges import FunctionJudge, Judgement, Question, RewardModel
 from tests.support import tiny
 from tests.support.tiny_model import write_model
 
@@ -92,6 +85,17 @@ def test_a_special_token_stays_text_and_a_long_conversation_has_no_score(write: 
     assert judgement.counts["not_scored"] == 1
 
 
+def test_a_conversation_that_cannot_be_encoded_has_no_score(
+    write: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
+    tokenizer = tiny.with_template(tiny.unigram(), template)
+    folder = write(tokenizer, pad_token_id=0)
+    monkeypatch.setattr("dpo_dist.generation.judges.load_tokenizer", lambda *_: tokenizer)
+    (judgement,) = judged(folder, question(CHAT, "the </s> end", "the end"))
+    assert [score is None for score in judgement.scores] == [True, False]
+
+
 def test_a_model_that_is_no_reward_model_is_refused(write: Any, tmp_path: Path) -> None:
     """Before it is loaded, which is after the last response."""
     for folder in (write(num_labels=3), write_model(tmp_path / "policy")):
@@ -117,6 +121,5 @@ def test_a_bad_function_is_named(
         FunctionJudge("own_judge:score").judge([question("a private text", "a", "b")])
     assert "a.jsonl:1" in caught.value.where
     assert "private" not in caught.value.block()
-    config = load_run_config(["model.path=m", "data.train=[a]", "pairs.function=own_judge:scores"])
     with pytest.raises(ConfigError, match="cannot be imported"):
-        open_judge(config)
+        FunctionJudge("own_judge:scores")

@@ -27,10 +27,13 @@ def facts(text: str, tokens: int = 9) -> TextFacts:
     return text_facts(text, tokens, is_finished=True)
 
 
+NOTHING = (False, False, False)  # no refusal, list or Markdown
+
+
 def test_facts_of_usual_empty_and_repeating_responses() -> None:
-    assert facts(ENGLISH, 20) == TextFacts(20, True, 1.0, 1 / 19, False, False, "en", 17, False, False)
-    assert facts(" \n", 1) == TextFacts(1, True, None, 0.0, True, False, None, 0, False, False)
-    assert facts("I'm sorry, but I cannot help.").is_refusal
+    assert facts(ENGLISH, 20) == TextFacts(20, 17, True, *NOTHING, 1.0, 1 / 19, False, "en")
+    assert facts(" \n", 1) == TextFacts(1, 0, True, *NOTHING, None, 0.0, True, None)
+    assert facts("I'm sorry, but I cannot help.").refusals
     assert facts("\u5929\u6c14\u5929\u6c14\u5929\u6c14", 3).distinct_3 == 2 / 4
     loop = facts("go on and on " * 10)
     assert (loop.distinct_3, loop.longest_repeat) == (pytest.approx(4 / 38), 36 / 40)
@@ -68,7 +71,7 @@ def test_metrics_are_means_of_what_is_known() -> None:
     ],
 )
 def test_lists_and_markdown(text: str, has_list: bool, has_markdown: bool) -> None:
-    assert (facts(text).has_list, facts(text).has_markdown) == (has_list, has_markdown)
+    assert (facts(text).lists, facts(text).markdown) == (has_list, has_markdown)
 
 
 REFUSALS = """

@@ -217,7 +217,7 @@ class OnTerminal:
     def __init__(self, columns: int = 60):
         self.master, self.slave = pty.openpty()
         self.resize(columns)
-        self.stream = SafeStream.of_descriptor(self.slave)
+        self.stream = SafeStream(os.fdopen(os.dup(self.slave), "w", buffering=1))
         self.screen = open_screen(self.stream, self.stream, ConsoleConfig())
 
     def resize(self, columns: int) -> None:

@@ -27,7 +27,7 @@ def test_results_by_label_and_length_with_intervals() -> None:
     of_a = np.arange(PAIRS) < 25
     means = {"loss": 0.5, "loss/a": 0.4, "loss/b": 0.7, "rewards/margins": 7.0}
     prompts = np.arange(PAIRS, dtype=np.uint64) // 2
-    found = results(means, values, {"a": of_a, "b": ~of_a}, prompts, plan, 0, 200)
+    found = results(means, values, {"a": of_a, "b": ~of_a}, prompts, plan, 0)
     assert list(found) == ["all", "a", "b"]
     assert (found["all"]["eval_loss"], found["a"]["eval_loss"], found["b"]["eval_loss"]) == (0.5, 0.4, 0.7)
     assert found["all"]["eval_rewards/margins"] == 7.0, "the exact mean, where there is one"
@@ -90,7 +90,7 @@ def test_equal_outcomes_have_the_interval_of_wilson(outcome: float, ends: tuple[
     """Of ten prompts; pairs of one prompt add nothing. A mean that is no share keeps its resamples."""
     values, prompts = np.full(20, outcome), np.repeat(each(10), 2)
     measured = {"share": (values, np.ones(20)), "mean": (values, np.ones(20))}
-    found = bootstrap_intervals(measured, prompts, shares={"share"})
+    found = bootstrap_intervals(measured, prompts, lowest={"share": 0.0})
     assert found["share"] == pytest.approx(ends, abs=1e-4)
     assert found["mean"] == (outcome, outcome)
 
@@ -98,6 +98,6 @@ def test_equal_outcomes_have_the_interval_of_wilson(outcome: float, ends: tuple[
 @pytest.mark.parametrize(("value", "sides"), [(0, (-1, 1)), (1, (-1, 0)), (-1, (0, 1))])
 def test_a_difference_of_equal_outcomes_has_both_signs(value: float, sides: tuple[int, int]) -> None:
     measured = {"m": (np.full(48, float(value)), np.ones(48))}
-    found = bootstrap_intervals(measured, each(48), differences={"m"})["m"]
-    width = bootstrap_intervals({"m": (np.zeros(48), np.ones(48))}, each(48), shares={"m"})["m"][1]
+    found = bootstrap_intervals(measured, each(48), lowest={"m": -1.0})["m"]
+    width = bootstrap_intervals({"m": (np.zeros(48), np.ones(48))}, each(48), lowest={"m": 0.0})["m"][1]
     assert found == pytest.approx((value + sides[0] * width, value + sides[1] * width))

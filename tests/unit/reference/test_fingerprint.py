@@ -84,18 +84,6 @@ def test_other_classes_are_another_model(model: Path) -> None:
     digest_model(model)
 
 
-def test_a_damaged_memo_is_written_again(model: Path, tmp_path: Path) -> None:
-    before = digest_model(model, tmp_path).digest
-    entries = list((tmp_path / "file_digests").iterdir())
-    assert len(entries) == len(CONTENT)
-    for entry in entries:
-        whole = entry.read_bytes()
-        for damaged in (b"", whole[: len(whole) // 2]):
-            entry.write_bytes(damaged)
-            assert digest_model(model, tmp_path).digest == before
-            assert entry.read_bytes() == whole
-
-
 def test_a_file_that_changes_while_it_is_read_is_an_error(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

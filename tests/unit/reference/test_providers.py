@@ -156,19 +156,3 @@ def test_a_run_reads_its_own_references_log_probs(
             assert report.hits + report.computed == len(
                 np.unique(dataset_of([PAIRS[pair] for pair in step.pairs]).keys, axis=0)
             )
-
-
-def test_stored_log_probs_are_reused_bit_for_bit(folders: list[Path], world: World, tmp_path: Path) -> None:
-    """With another order, subset, budget and shard size, and after the weights were replaced and restored."""
-    folder, store = shutil.copytree(folders[0], tmp_path / "model"), tmp_path / "store"
-    first = Run(0, Dtype.fp32, list(range(len(PAIRS))), 40, 4)
-    _, logps = carry_out(first, folder, store, world)
-    replace_weights(folder, folders[1])
-    assert carry_out(first, folder, store, world)[0].hits == 0
-    replace_weights(folder, folders[0])
-    lengths = [sum(len(response) for response in pair.responses) for pair in PAIRS]
-    of_pair = torch.split(logps, lengths)
-    again = Run(0, Dtype.fp32, [7, 2, 5, 2], 12, 64)
-    report, part = carry_out(again, folder, store, world)
-    assert report.computed == 0
-    assert torch.equal(part, torch.cat([of_pair[pair] for pair in again.pairs]))

@@ -57,7 +57,7 @@ class Unfinished(Stages):
 def responses_folder(tmp_path: Path, *overrides: str) -> str:
     lines = ["data.eval=[held.jsonl]", f"run.root={tmp_path}", *overrides]
     config, nobody = load_run_config(lines, verb="compare"), cast(Any, None)
-    stages, prompts = Unfinished(nobody, nobody, ""), Parts(tmp_path / "prompts", 1, {})
+    stages, prompts = Unfinished(nobody, nobody, ""), Parts(tmp_path / "prompts", 1)
     speaker = Speaker("", find_model(f"{tmp_path}/model", config), config, stages, prompts)
     speaker.respond()
     return speaker.responses.folder.name

@@ -37,7 +37,7 @@ def results(
                 for (one, two), value in zip(pairs, own, strict=True)
             ]
         found.append(row)
-    return comparison(found, list(rows[0]), 200)
+    return comparison(found, list(rows[0]))
 
 
 def test_kl_per_response_and_per_token() -> None:
@@ -108,13 +108,13 @@ def test_an_empty_response_has_the_lowest_score() -> None:
 def test_a_rate_of_0_is_not_certain(prompts: int, end: float | None) -> None:
     """Five wins of five happen by chance, and the page would call the model better."""
     rows = [{"base": response("x", score=1.0), "a": response("y", score=2.0)}] * prompts
-    rows += [{"base": response("x"), "a": response("y")}] * 9  # without a verdict
+    rows += [{"base": response("x"), "a": response("y")}]  # without a verdict
     (win,) = results(rows)["wins"]
     interval = end and [0.0, pytest.approx(end, abs=1e-3)]
     assert (win["rate"], win["interval"]) == (0.0, interval)
 
 
-RECORDS = [PreferenceRecord(f"prompt {number}", (), Origin("file", number)) for number in range(3)]
+RECORDS = [PreferenceRecord(f"prompt {number}", (), Origin("file", number)) for number in range(4)]
 
 
 class ByLength:
@@ -131,33 +131,16 @@ class ByLength:
 
 def test_each_different_text_is_scored_once_and_an_empty_one_never() -> None:
     judge = ByLength()
-    rows = judge_texts(RECORDS, [["aa", "b", "aa"], [" ", "why?", "c"], []], judge, in_pairs=False)
-    assert judge.asked == [("aa", "b"), ("why?", "c")]
+    rows = judge_texts(
+        RECORDS, [["aa", "b", "aa"], [" ", "why?", "c"], [], ["aa", "bb", ""]], judge, in_pairs=False
+    )
+    assert judge.asked == [("aa", "b"), ("why?", "c"), ("aa", "bb")]
     assert rows == [
         {"scores": [2.0, 1.0, 2.0], "credits": [WIN, TIE, LOSS], "counts": {"requests": 1}},
         {"scores": [None, None, 1.0], "credits": [LOSS, LOSS, None], "counts": {"requests": 1}},
         {"scores": [], "credits": [], "counts": {}},
+        {"scores": [2.0, 2.0, None], "credits": [TIE, WIN, WIN], "counts": {"requests": 1}},
     ]
-
-
-@pytest.mark.parametrize(
-    ("texts", "scores", "expected"),
-    [
-        ("ab", (2.0, 1.0), WIN),
-        ("ab", (1.0, 1.0), TIE),
-        ("ab", (0.0, 1.0), LOSS),
-        ("ab", (None, 1.0), None),
-        ("aa", (None, None), TIE),
-        (("", "b"), (None, None), LOSS),
-        (("a", " \n"), (1.0, None), WIN),
-        (("", " "), (None, None), TIE),
-    ],
-)
-def test_credit(
-    texts: Sequence[str], scores: tuple[float | None, float | None], expected: float | None
-) -> None:
-    first, second = zip(texts, scores, strict=True)
-    assert credit(first, second) == expected
 
 
 def test_an_endpoint_compares_every_two_responses_in_both_positions() -> None:
@@ -171,7 +154,7 @@ def test_an_endpoint_compares_every_two_responses_in_both_positions() -> None:
     texts = [["good", "bad", "worse"], ["good", "good", ""], ["broken", "bad", "bad"]]
     with judge_server(answer) as server:
         judge = EndpointJudge(EndpointConfig(url=server.url, model="judge"))
-        rows = judge_texts(RECORDS, texts, judge, in_pairs=True)
+        rows = judge_texts(RECORDS[:3], texts, judge, in_pairs=True)
     assert len(server.bodies) == 2 * (3 + 0 + 1)
     assert [row["credits"] for row in rows] == [[WIN, WIN, TIE], [TIE, WIN, WIN], [None, None, TIE]]
     assert [row["counts"] for row in rows] == [

@@ -1,5 +1,6 @@
 """The doctor finds planted faults, counts them, and raises no alarm on clean data."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.data.records import eval_part, prompt_hash
-from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.insight.doctor.examine import examine
 from dpo_dist.insight.doctor.findings import RULE_OF, RULES, Level
 from dpo_dist.insight.doctor.texts import read_benchmarks
@@ -217,3 +218,26 @@ def test_evaluation_prompts_in_the_training_data_are_found(tmp_path: Path) -> No
     # Also one that is equal but for case.
     assert (similar.count, lines(similar)) == (2, [1, 2])
     assert [one.split(", ")[1] for one in similar.examples] == [f"{of_train}:12", f"{of_train}:{at + 1}"]
+
+
+def test_benchmark_files_of_several_kinds(tmp_path: Path) -> None:
+    question = "one two three four five six seven eight nine"
+    files = {
+        "a.jsonl": json.dumps({"turns": [question, "and then"]}),
+        "b.jsonl": json.dumps(question),
+        "c.txt": f"\n{question}\n",
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+        benchmark = read_benchmarks([str(tmp_path / name)])
+        line = 2 if name == "c.txt" else 1
+        found = benchmark.item_in("nothing", f"{question.upper()}! and then more")
+        assert found == f"{tmp_path / name}:{line}"
+        assert benchmark.item_in(question.replace("five", "six")) is None
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"answer": "42"}', "\xff"])
+def test_a_bad_benchmark_file_is_an_error(content: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content.encode("latin-1"))
+    with pytest.raises(DataError):
+        read_benchmarks([str(tmp_path / "a.jsonl")])

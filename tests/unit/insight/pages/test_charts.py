@@ -39,23 +39,23 @@ def paths(figure: str, role: str) -> list[str]:
 
 
 def test_a_value_that_is_not_finite_is_a_counted_gap_and_a_step_without_point_is_not() -> None:
-    gap = chart("x", [Line.of("a", "raw", [1, 2, 3, 4, 5], [1, math.nan, 3, math.inf, 5])])
+    gap = chart("x", [Line("a", "raw", [1, 2, 3, 4, 5], [1, math.nan, 3, math.inf, 5])])
     assert paths(gap, "raw")[0].count("M") == 3
     assert "Gaps: values that are missing or not finite: a 2." in gap
     assert data_of(gap)["lines"] == [[[1, 2, 3, 4, 5], [1, None, 3, None, 5]]]
-    over = chart("x", [Line.of("a", "raw", [1, 3, 5], [1, 3, 5])])
+    over = chart("x", [Line("a", "raw", [1, 3, 5], [1, 3, 5])])
     assert paths(over, "raw")[0].count("M") == 1
     assert "Gaps" not in over
-    positive = chart("x", [Line.of("a", "raw", [1, 2, 3], [1e-3, 0, 1e3], log=True)], log=True)
+    positive = chart("x", [Line("a", "raw", [1, 2, 3], [1e-3, 0, 1e3], log=True)], log=True)
     assert "not positive: a 1." in positive
-    assert chart("x", [Line.of("a", "raw", [], [])]) == chart("x", []) == ""
+    assert chart("x", [Line("a", "raw", [], [])]) == chart("x", []) == ""
 
 
 def test_a_long_line_keeps_its_extremes_and_its_last_value() -> None:
     values = np.random.default_rng(0).normal(size=100_000)
     values[777], values[99_000] = 50, -50
-    raw = Line.of("a", "raw", range(100_000), values.tolist())
-    figure = chart("x", [raw, raw.smoothed(), Line.of("b", "evaluation", [1510, 1512], [9.0, 0.5])])
+    raw = Line("a", "raw", range(100_000), values.tolist())
+    figure = chart("x", [raw, raw.smoothed(), Line("b", "evaluation", [1510, 1512], [9.0, 0.5])])
     assert len(figure) < 45_000
     assert {50, -50} <= set(data_of(figure)["lines"][0][1])
     assert "b <b>0.5 at step 1,512</b>" in figure
@@ -64,16 +64,16 @@ def test_a_long_line_keeps_its_extremes_and_its_last_value() -> None:
 def test_the_moving_mean_has_no_gap_in_it() -> None:
     values = [float(step % 2) for step in range(200)]
     values[100] = math.nan
-    means = Line.of("a", "raw", range(200), values).smoothed().values
+    means = Line("a", "raw", range(200), values).smoothed().values
     assert np.isnan(means).nonzero()[0].tolist() == [100]
     assert np.nanmax(np.abs(means[20:180] - 0.5)) < 0.05
-    few = Line.of("a", "raw", [1, 2], [1, 2])
+    few = Line("a", "raw", [1, 2], [1, 2])
     assert few.smoothed() is few
 
 
 def test_texts_are_inert() -> None:
     for figure in (
-        chart(HOSTILE, [Line.of(HOSTILE, "raw", [1], [1.0])], unit=HOSTILE),
+        chart(HOSTILE, [Line(HOSTILE, "raw", [1], [1.0])], unit=HOSTILE),
         scatter([Point(HOSTILE, 1, 2, None, None)], HOSTILE, HOSTILE, (1.0, HOSTILE)),
     ):
         assert "<script" not in figure
