@@ -63,7 +63,7 @@ def train(
         plan = shard_batch(dataset, ROWS, world.rank, world.size, 64, COSTS)
         norm = one_step(policy, objective, dataset, ROWS, 64, world)[1]
         _, values = evaluate(policy, objective, plan, world, RunningMeans())
-        scores.append(None if values is None else values.logp_chosen.tolist())
+        scores.append(values.logp_chosen.tolist())
         return norm.item()
 
     def speak(sampling: Sampling, of_base: bool = False) -> list[Any]:
