@@ -11,7 +11,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.insight.compare.start import check_comparison
-from dpo_dist.insight.console import open_console, print_text, warnings_off
+from dpo_dist.insight.console import comparison_table, open_console, print_text, warnings_off
 
 
 def main(config: RunConfig) -> int:
@@ -20,7 +20,6 @@ def main(config: RunConfig) -> int:
     with open_console(folder, config.console) as console:
         from dpo_dist.insight.compare.models import compare_models  # noqa: PLC0415  (slow, prints)
         from dpo_dist.insight.pages.compare import write_comparison_page  # noqa: PLC0415
-        from dpo_dist.insight.tables import comparison_table  # noqa: PLC0415
 
         results = compare_models(config, models, console)
         if results is not None:

@@ -19,12 +19,7 @@ from dpo_dist.data.sources import Meter, file_kind, local_files, pinned, source_
 from dpo_dist.data.store import MEMO_FOLDER, EncodedSource, find_encoded, write_source
 from dpo_dist.data.template import check_template_keys, chosen_template
 from dpo_dist.foundation.errors import DataError
-from dpo_dist.foundation.files import (
-    collect_abandoned,
-    content_digest,
-    file_identity,
-    text_digest,
-)
+from dpo_dist.foundation.files import collect_abandoned, content_digest, file_identity, text_digest
 
 # Increased when the token ids or the files of the same records change.
 _ENCODING_VERSION = 13

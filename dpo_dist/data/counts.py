@@ -216,10 +216,7 @@ def check_counts(counts: DataCounts, path: str, config: DataConfig, *, of_first:
 def no_records(path: str) -> DataError:
     """Return the error of a source without a record."""
     return DataError(
-        "the source has no records",
-        where=path,
-        got="an empty file, or only a header",
-        remedy=EMPTY_REMEDY,
+        "the source has no records", where=path, got="an empty file, or only a header", remedy=EMPTY_REMEDY
     )
 
 

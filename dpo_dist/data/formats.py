@@ -544,7 +544,10 @@ def _tools(value: Any) -> tuple[Fields, ...]:
     found = from_json(without_nulls(value))
     listed = [found] if isinstance(found, Mapping) else found
     tools = [from_json(tool) for tool in listed] if isinstance(listed, list) else []
-    if not tools or not all(isinstance(tool, Mapping) for tool in tools):
+    functions = [tool.get("function", tool) if isinstance(tool, Mapping) else None for tool in tools]
+    if not tools or not all(
+        isinstance(one, Mapping) and isinstance(one.get("name", ""), str) for one in functions
+    ):
         raise UnusableRecordError("invalid_tools", "tools is no list of JSON objects")
     return tuple(
         {"type": "function", "function": tool} if "name" in tool and "function" not in tool else tool

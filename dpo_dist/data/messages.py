@@ -157,10 +157,12 @@ def has_more(fields: Fields) -> bool:
 
 
 def check_no_media(messages: Sequence[Fields]) -> None:
-    """Check that no message has an image, audio or video. Raises UnusableRecordError."""
-    unread = tuple(key for key in MEDIA if any(has_value(message.get(key)) for message in messages))
-    if unread:
-        raise UnusableRecordError("unread_content", f"a message has {', '.join(unread)}", unread)
+    """Check that no message has an image, audio, video, or a thought that is no text."""
+    for message in messages:
+        given = [name for name in (*MEDIA, *_THOUGHTS) if has_value(message.get(name))]
+        unread = tuple(name for name in given if name in MEDIA or not isinstance(message[name], str))
+        if unread:
+            raise UnusableRecordError("unread_content", f"a message has {', '.join(unread)}", unread)
 
 
 def _read_message(fields: Fields) -> Message:

@@ -119,16 +119,15 @@ def check_device(config: ModelConfig, model_type: str, device: torch.device) -> 
 
 def offload_inputs(causal_lm: nn.Module) -> None:
     """Make checkpointed layers keep their input in host memory; after `checkpoint_layers`."""
+
+    def offloaded(checkpoint: Callable[..., Any], *arguments: Any) -> Any:
+        # The checkpoint saves its tensor arguments under these hooks, and what its layer saves under its own.
+        with save_on_cpu(pin_memory=True):
+            return checkpoint(*arguments)
+
     layers: list[Any] = decoder_layers(causal_lm)
-    for layer in layers:
-        checkpoint = layer._gradient_checkpointing_func  # of layers that keep their activations: not called
-        layer._gradient_checkpointing_func = partial(_checkpointed, checkpoint)
-
-
-def _checkpointed(checkpoint: Callable[..., Any], *arguments: Any) -> Any:
-    # The checkpoint saves its tensor arguments under these hooks, and what its layer saves under its own.
-    with save_on_cpu(pin_memory=True):
-        return checkpoint(*arguments)
+    for layer in layers:  # of those that keep their activations the function is not called
+        layer._gradient_checkpointing_func = partial(offloaded, layer._gradient_checkpointing_func)
 
 
 def use_liger(causal_lm: nn.Module) -> None:

@@ -302,13 +302,9 @@ def _prepare_copies(causal_lm: Any, start: Path | None) -> None:
             module.requires_grad_(name == TRAINED)
     shared = _shared_pair(causal_lm) if wrappers else ()
     pair = [wrappers[name].modules_to_save for name in shared if name in wrappers]
-    if all(TRAINED in copies for copies in pair) and (start is None or _are_equal(start, shared)):
+    # The start may have two different copies, which stay apart. Those in the model may be sharded.
+    saved = {} if start is None else load_file(start / ADAPTER_WEIGHTS)
+    started = [saved[name] for module in shared if (name := f"{PEFT_PREFIX}{module}.weight") in saved]
+    if all(TRAINED in copies for copies in pair) and all(torch.equal(started[0], one) for one in started):
         for copies in pair[1:]:
             copies[TRAINED].weight = pair[0][TRAINED].weight
-
-
-def _are_equal(folder: Path, modules: tuple[str, ...]) -> bool:
-    """Return whether an adapter folder has no two different weights of these modules."""
-    saved = load_file(folder / ADAPTER_WEIGHTS)
-    tables = [saved[name] for module in modules if (name := f"{PEFT_PREFIX}{module}.weight") in saved]
-    return all(torch.equal(tables[0], other) for other in tables[1:])

@@ -89,26 +89,21 @@ def sum_by_response(
             and those between them; -1 for none. None: every pair has two responses, best first.
         token_weights: float32 [targets], factors of the log-probs (`desensitised_weights`).
     """
-    tokens = _by_pair(response_tokens.double(), ranking)
-    whole = _by_pair(_response_sums(token_logps.double(), response_tokens), ranking)
-    sums = whole
-    if token_weights is not None:
-        weighted = token_logps.double() * token_weights.double()
-        sums = _by_pair(_response_sums(weighted, response_tokens), ranking)
+
+    def by_pair(values: Tensor) -> Tensor:
+        """Return [pairs, 2 + n] of [responses]; index -1 selects the appended zero."""
+        return values.view(-1, 2) if ranking is None else torch.cat((values, values.new_zeros(1)))[ranking]
+
+    def summed(values: Tensor) -> Tensor:
+        # unsafe: skips the check of the lengths, for which the host would wait for the device.
+        return by_pair(torch.segment_reduce(values, "sum", lengths=response_tokens, unsafe=True))
+
+    tokens, whole = by_pair(response_tokens.double()), summed(token_logps.double())
+    sums = whole if token_weights is None else summed(token_logps.double() * token_weights.double())
     pairs = PairLogps(sums[:, 0], sums[:, 1], tokens[:, 0], tokens[:, 1])
     if sums.shape[1] > 2:
         pairs = replace(pairs, between=sums[:, 2:], between_tokens=tokens[:, 2:])
     return pairs if token_weights is None else replace(pairs, whole_chosen=whole[:, 0])
-
-
-def _response_sums(values: Tensor, response_tokens: Tensor) -> Tensor:
-    # unsafe: skips the check of the lengths, for which the host would wait for the device.
-    return torch.segment_reduce(values, "sum", lengths=response_tokens, unsafe=True)
-
-
-def _by_pair(values: Tensor, ranking: Tensor | None) -> Tensor:
-    """Return [pairs, 2 + n] of [responses]; index -1 selects the appended zero."""
-    return values.view(-1, 2) if ranking is None else torch.cat((values, values.new_zeros(1)))[ranking]
 
 
 def desensitised_weights(pair_tokens: Sequence[Sequence[int]], ld_alpha: float) -> Tensor:

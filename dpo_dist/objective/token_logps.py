@@ -110,24 +110,18 @@ def _softmax(
     logits = _logits(hidden, weight)
     if bias is not None:
         logits += bias
-    slopes = _change(logits, change)
+    slopes = None
+    if change.softcap is not None:  # d (c tanh(x / c)) / dx = 1 - tanh(x / c)^2
+        logits.mul_(change.scale / change.softcap).tanh_()
+        slopes = 1 - logits.square()
+        logits *= change.softcap
+    elif change.scale != 1:
+        logits *= change.scale
     probabilities = torch.softmax(logits, dim=-1)
     largest, index = logits.max(dim=-1, keepdim=True)
     normalizers = largest - probabilities.gather(1, index).log()
     logps = (logits.gather(1, targets[:, None]) - normalizers).squeeze(1)
     return _Chunk(probabilities, logps, slopes)
-
-
-def _change(logits: Tensor, change: LogitChange) -> Tensor | None:
-    """Change logits in place, and return `_Chunk.slopes`: d (c tanh(x / c)) / dx = 1 - tanh(x / c)^2."""
-    if change.softcap is None:
-        if change.scale != 1:
-            logits *= change.scale
-        return None
-    logits.mul_(change.scale / change.softcap).tanh_()
-    slopes = 1 - logits.square()
-    logits *= change.softcap
-    return slopes
 
 
 def _statistic(probabilities: Tensor, statistic: Statistic) -> Tensor:

@@ -18,9 +18,8 @@ from dpo_dist.distributed.checkpoint import load_checkpoint_weights, open_checkp
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.errors import CheckpointError, ExitCode
 from dpo_dist.foundation.files import collect_abandoned, plain, staged_file, write_text
-from dpo_dist.insight.console import Console
+from dpo_dist.insight.console import Console, evaluation_table
 from dpo_dist.insight.evaluation import ALL, Mask, results, write_scores
-from dpo_dist.insight.tables import evaluation_table
 from dpo_dist.model.folder import base_notes, hub_commit, is_adapter
 from dpo_dist.model.lora import add_adapter, load_adapter
 from dpo_dist.model.packed import PackedCausalLM

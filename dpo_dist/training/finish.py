@@ -16,12 +16,11 @@ from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.zero import whole_loading
 from dpo_dist.foundation.errors import ConfigError, DivergedError, ExitCode, RunOutcome, first_line
 from dpo_dist.foundation.files import plain, staged_folder
-from dpo_dist.insight.console import Console
+from dpo_dist.insight.console import Console, closing_table
 from dpo_dist.insight.metrics.card import model_card
 from dpo_dist.insight.metrics.log import MetricsLog, final_and_best, package_versions, read_latest_rows
 from dpo_dist.insight.metrics.trackers import Trackers
 from dpo_dist.insight.recorder import Recorder, spared
-from dpo_dist.insight.tables import closing_table
 from dpo_dist.insight.verdict.rules import verdict
 from dpo_dist.model.folder import model_folder, start_folder
 from dpo_dist.model.save import write_mean, writing_errors

@@ -283,7 +283,7 @@ def save_and_die(assets: Assets, root: Path, dying: int, world: World, _folder: 
     trainer.save(root, 1)
     if world.rank == dying:
         kill = mock.Mock(side_effect=lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        mock.patch("dpo_dist.distributed.checkpoint.serialize_file", kill).start()
+        mock.patch("dpo_dist.distributed.checkpoint.safetensors_file", kill).start()
     trainer.save(root, 2)
 
 

@@ -37,6 +37,7 @@ from dpo_dist.training.step import Objective, StepClock, train_step
 from tests.dist.scenario import Assets
 from tests.dist.test_engine import LOSS, STEPS, RowsAtHand, plain_steps
 from tests.support import tiny
+from tests.support.families import COMMON, HEADS
 from tests.support.packing import COSTS, plain_logps
 from tests.support.ranks import OPTIM, run_ranks
 from tests.support.written import whole_weights
@@ -86,19 +87,8 @@ class ListedExperts(nn.Module):
 def listed_model() -> Any:
     """A model with lists of experts, the same on every rank, not sharded."""
     unset_hf_deepspeed_config()
-    config = AutoConfig.for_model(
-        "qwen3",
-        vocab_size=len(tiny.qwen()),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=2048,
-        initializer_range=0.1,
-        pad_token_id=None,
-    )
+    options = COMMON | HEADS | {"vocab_size": len(tiny.qwen()), "pad_token_id": None}
+    config = AutoConfig.for_model("qwen3", **options, initializer_range=0.1)
     torch.manual_seed(1)
     causal_lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for layer in causal_lm.model.layers:
@@ -108,12 +98,21 @@ def listed_model() -> Any:
     return causal_lm
 
 
-def listed_packed(sequence: TokenExchange | None = None, *, compiled: bool = False) -> PackedCausalLM:
-    """Compiled, the traced graphs run as they are: tracing is at stake, not the kernels of a backend."""
+def listed_packed(
+    sequence: TokenExchange | None = None, compiled: bool = False, targets: list[str] | None = None
+) -> PackedCausalLM:
+    """Compiled, the traced graphs run as they are: tracing is at stake, not the kernels of a backend.
+
+    With an adapter on `targets`.
+    """
     causal_lm = listed_model()
     causal_lm.config._attn_implementation = PACKED
     with mock.patch("torch.compile", partial(torch.compile, backend="eager")):
-        return PackedCausalLM(causal_lm, AttentionBackend.sdpa, compiled, sequence)
+        model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, compiled, sequence)
+    if targets is not None:
+        adapter = AdapterConfig(r=4, alpha=8.0, target_modules=targets)
+        add_adapter(model, ModelConfig("tiny", dtype=Dtype.fp32, adapter=adapter), 0)
+    return model
 
 
 def visits(causal_lm: Any) -> list[list[list[int]]]:
@@ -131,10 +130,7 @@ def listed_steps(
     folder: Path,
 ) -> dict[str, Any]:
     """Gradient norms of `STEPS`, the experts visited in them; the weights after them go to `folder`."""
-    dataset, model = assets.dataset(), listed_packed(world.sequence, compiled=compiled)
-    if targets is not None:
-        adapter = AdapterConfig(r=4, alpha=8.0, target_modules=targets)
-        add_adapter(model, ModelConfig("tiny", dtype=Dtype.fp32, adapter=adapter), 0)
+    dataset, model = assets.dataset(), listed_packed(world.sequence, compiled, targets)
     checkpoint_layers(model.causal_lm, checkpointing)
     if checkpointing == "full":
         offload_inputs(model.causal_lm)
@@ -155,10 +151,7 @@ def listed_steps(
 
 
 def plain_model(targets: list[str] | None) -> Any:
-    model = listed_packed()
-    if targets is not None:
-        adapter = AdapterConfig(r=4, alpha=8.0, target_modules=targets)
-        add_adapter(model, ModelConfig("tiny", dtype=Dtype.fp32, adapter=adapter), 0)
+    model = listed_packed(targets=targets)
     model.causal_lm.config._attn_implementation = "sdpa"
     for layer in model.causal_lm.model.layers:
         layer.mlp.touches_all = True

@@ -1,25 +1,19 @@
 """Options of decoder layers change no gradient, also with sharded weights."""
 
 import json
-import shutil
 from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.distributed.world import World
-from dpo_dist.model.load import load_packed
-from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.training.step import Objective
 from tests.dist.scenario import Assets, all_steps, load_policy
 from tests.dist.test_engine import write_whole
-from tests.support.packing import pack_unkeyed, random_pairs
 from tests.support.ranks import run_ranks
 from tests.support.tiny_model import write_model
 
@@ -61,32 +55,3 @@ def test_checkpointing_changes_no_step(assets: Assets, four_layers: Path, tmp_pa
         got = load_file(tmp_path / "ranks" / f"{choice}.safetensors")
         for name, tensor in expected.items():
             assert (got[name] - tensor).abs().max() <= 1e-6, name
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_compiled_layers_are_exact_and_compiled_once(four_layers: Path) -> None:
-    shapes = [[(7, 5, 9), (12, 3, 1)], [(3, 4, 5)], [(20, 3, 3), (5, 6, 7)], [(30, 2, 4)]]
-    batches = [pack_unkeyed(random_pairs(lengths)) for lengths in shapes]
-    cpu = torch.device("cpu")
-
-    def losses(model: PackedCausalLM) -> list[Tensor]:
-        found = []
-        for batch in batches:
-            model.zero_grad()
-            logps = model(batch)
-            logps.square().mean().backward()
-            found += [logps.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
-        return found
-
-    plain = load_packed(four_layers, ModelConfig(dtype=Dtype.fp32), 64, cpu).train()
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    config = ModelConfig(dtype=Dtype.fp32, compile=True, gradient_checkpointing="full")
-    compiled = load_packed(four_layers, config, 64, cpu).train()
-    for expected, got in zip(losses(plain), losses(compiled), strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert graphs > 0
-    batches += [pack_unkeyed(random_pairs([(n, n, 2 * n)])) for n in (6, 11)]
-    losses(compiled)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs

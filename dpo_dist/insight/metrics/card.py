@@ -18,8 +18,8 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ExportedWeights, RunConfig
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import counted, without_secrets
+from dpo_dist.insight.console import evaluation_rows
 from dpo_dist.insight.evaluation import results_name
-from dpo_dist.insight.tables import evaluation_rows
 
 Row = Mapping[str, Any]
 

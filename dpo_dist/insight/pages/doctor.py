@@ -13,11 +13,11 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation import files
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import counted, number, percent, without_secrets
+from dpo_dist.insight.console import aligned
 from dpo_dist.insight.doctor.examine import Diagnosis
 from dpo_dist.insight.doctor.findings import Finding, Level
 from dpo_dist.insight.pages.charts import histogram
 from dpo_dist.insight.pages.render import joined_origins, page
-from dpo_dist.insight.tables import aligned
 
 FORMAT = 1
 """Version of the schema of doctor.json, in docs/doctor.md."""

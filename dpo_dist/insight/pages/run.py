@@ -14,13 +14,13 @@ from dpo_dist.data.counts import in_words
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import counted, duration, number, percent, size, without_secrets
+from dpo_dist.insight.console import describe_reference
 from dpo_dist.insight.doctor.findings import Level
 from dpo_dist.insight.evaluation import ALL, results_name
 from dpo_dist.insight.metrics.log import WORKS, Work, final_and_best, metrics_by_source, read_latest_rows
 from dpo_dist.insight.pages.charts import charts
 from dpo_dist.insight.pages.render import estimate, flat, page, part
 from dpo_dist.insight.pages.samples import samples_of
-from dpo_dist.insight.tables import describe_reference
 from dpo_dist.insight.verdict.facts import ACCURACY, MARGIN, RunFacts, last, with_seconds
 from dpo_dist.insight.verdict.rules import RULES
 

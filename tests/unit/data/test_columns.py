@@ -57,10 +57,7 @@ def test_fields_are_read_from_the_columns_given(tmp_path: Path, record: Any, col
 
 @pytest.mark.parametrize(
     ("columns", "names"),
-    [
-        ({"promt": "task"}, ("promt", "chosen", "did you mean prompt")),
-        ({"*": "task"}, ("columns.*",)),
-    ],
+    [({"promt": "task"}, ("promt", "chosen", "did you mean prompt")), ({"*": "task"}, ("columns.*",))],
 )
 def test_unknown_names_are_errors(tmp_path: Path, columns: Any, names: tuple[str, ...]) -> None:
     source = SourceConfig(path=jsonl(tmp_path, NESTED), columns=columns)

@@ -12,12 +12,7 @@ from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.schema import TrainerConfig
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.counts import describe_counts, describe_short_run, in_words
-from dpo_dist.data.dataset import (
-    PreferenceDataset,
-    count_duplicates,
-    count_shared,
-    open_dataset,
-)
+from dpo_dist.data.dataset import PreferenceDataset, count_duplicates, count_shared, open_dataset
 from dpo_dist.foundation.errors import DataError
 from tests.support import tiny
 from tests.support.pages import ROOT
@@ -44,10 +39,7 @@ def test_every_source_has_its_counts(tmp_path: Path) -> None:
     counts = opened(tmp_path, first, second, max_bad_share=0.5).counts
     assert [
         (source["path"], source["read"], source["kept"], source["dropped"]) for source in counts["sources"]
-    ] == [
-        (first, 40, 40, {}),
-        (second, 4, 3, {"missing_field": 1}),
-    ]
+    ] == [(first, 40, 40, {}), (second, 4, 3, {"missing_field": 1})]
     lines = describe_counts("train", counts)
     assert "43 of 44 records kept" in lines[0]
     assert lines[1] == "  1 dropped (missing_field): a prompt or response is missing"
@@ -60,11 +52,7 @@ def test_every_source_has_its_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "data", "expected"),
     [
-        (
-            [{"task": "q", "chosen": "a", "rejected": "b"}],
-            {},
-            ["task (text)", "columns: {prompt: COLUMN"],
-        ),
+        ([{"task": "q", "chosen": "a", "rejected": "b"}], {}, ["task (text)", "columns: {prompt: COLUMN"]),
         (
             GOOD,
             {"max_length": 2},

@@ -189,17 +189,7 @@ def test_the_prompt_of_a_record_needs_no_response(fields: dict[str, Any], expect
         assert (getattr(found, "responses", ()), getattr(found, "scores", None)) == ((), None)
 
 
-# Records with values that no one expects.
-RECORDS: list[dict[str, Any]] = [
-    TEXT | {"score_chosen": 1.0, "score_rejected": 0.0, "system": "s", "history": [["a", "b"]]},
-    {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")], "tools": "[]"},
-    HH,
-    RANKED | {"scores": [3, 2, 1]},
-    COMPLETION,
-    {"messages": [user("q"), assistant("") | {"tool_calls": [{"function": CALL}]}, assistant("a")]},
-    PAIR | {"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"}},
-    {"instruction": "q", "input": "", "output": ["a", "b"], "history": []},
-]
+# Values that no one expects in a record.
 VALUES: list[Any] = [
     *(None, True, -1, 10**400, float("nan"), float("inf"), "", " ", [], {}, [None], [[None]], [[]]),
     *("\ud800", "\x00", "a\u2028b", "\ufdd0", "\ufeff", "</s><|im_end|><|im_start|>", "<think>", "</think>"),
@@ -217,7 +207,9 @@ def paths(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 
 
 def damaged(generator: random.Random) -> dict[str, Any]:
-    record: dict[str, Any] = copy.deepcopy(generator.choice(RECORDS))
+    record: dict[str, Any] = copy.deepcopy(
+        generator.choice([row["record"] for row in CORPUS if row["record"]])
+    )
     for _ in range(generator.randrange(1, 3)):
         *outside, last = generator.choice(list(paths(record)))
         part: Any = record

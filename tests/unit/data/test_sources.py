@@ -161,11 +161,7 @@ def test_a_pattern_reads_files_in_order(tmp_path: Path) -> None:
 )
 def test_a_folder_of_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: str, test: str) -> None:
     tmp_path = tmp_path / "shards"
-    content = {
-        ".parquet": parquet,
-        ".gz": lambda text: gzip.compress(lines(text)),
-        ".jsonl": lines,
-    }
+    content = {".parquet": parquet, ".gz": lambda text: gzip.compress(lines(text)), ".jsonl": lines}
     for name, text in ((train.format(n=1), "two"), (train.format(n=0), "one"), (test, "3")):
         write(tmp_path, {name: content[Path(name).suffix](text)})
     write(tmp_path, {"README.md": b"# a card", "dataset_infos.json": b"{}", ".cache/x.parquet": b"none"})

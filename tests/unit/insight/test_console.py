@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator
 from fcntl import ioctl
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -25,7 +26,15 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ConsoleConfig, ConsoleStyle
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.streams import SafeStream
-from dpo_dist.insight.console import Console, LineScreen, LiveScreen, open_console, open_screen, warnings_off
+from dpo_dist.insight.console import (
+    Console,
+    LineScreen,
+    LiveScreen,
+    closing_table,
+    open_console,
+    open_screen,
+    warnings_off,
+)
 
 ATTACKS = "a\n2026-01-01 00:00:00 dpo_dist INFO forged\x1b[2J\x1b]52;c;eA==\x07\u202e\x9b.jsonl"
 VALUES = {
@@ -260,3 +269,46 @@ def test_only_a_terminal_gets_a_live_line(term: str, monkeypatch: pytest.MonkeyP
     with (tmp_path / "slurm.out").open("w") as file:
         screen = open_screen(SafeStream(file), SafeStream(sys.stdout), ConsoleConfig())
     assert not isinstance(screen, LiveScreen)
+
+
+FOLDER = RunFolder(Path("out/run"))
+ROWS = [
+    {"step": 5, "loss": 0.6931, "rewards/accuracies": 0.5, "mfu": 0.4, "step_seconds": 2.0},
+    {"step": 5, "eval_loss": 0.6, "eval_rewards/accuracies": 0.75},
+    {"step": 60, "loss": 0.04123, "rewards/accuracies": 0.98, "mfu": 0.5, "step_seconds": 1.0},
+    {"step": 60, "eval_loss": 0.7, "eval_rewards/accuracies": 0.75},
+]
+SUMMARY: dict[str, Any] = {
+    "exit": "completed",
+    "best": {"eval_loss": {"value": 0.6, "step": 5}},
+    "steps": 60,
+    "pairs_seen": 3840,
+    "train_seconds": 303.0,
+    "pairs_per_second": 12.67,
+    "peak_memory_bytes": 3 * 2**30,
+    "world_size": 2,
+    "data": {"train": {"kept": 6403, "read": 6410}, "eval": {"kept": 1, "read": 1}},
+    "reference": {"mode": "cached", "computed": 6403, "hits": 0},
+}
+WORDS = (
+    *("training loss        0.6931  0.0412", "0.7000  0.6000 at step 5", "completed 60 steps"),
+    *("5 min 03 s of training, 3,840 pairs", "6,403 of 6,410 records kept", "out/run/report.html"),
+)
+
+
+def test_the_table_of_a_complete_run() -> None:
+    table = "\n".join(closing_table(FOLDER, ROWS, SUMMARY))
+    assert [words for words in WORDS if words not in table] == []
+
+
+@pytest.mark.parametrize(
+    ("outcome", "beginning"),
+    [
+        ("preempted", "stopped after 1 step; the same command resumes from there"),
+        ("diverged", "diverged after 1 step"),
+    ],
+)
+def test_a_run_that_ends_early_has_no_model(outcome: str, beginning: str) -> None:
+    files = ["report     out/run/report.html", "metrics    out/run/dpo_metrics"]
+    lines = closing_table(FOLDER, [], {"exit": outcome, "steps": 1})
+    assert lines == ["", f"run        {beginning}", *files]

@@ -18,6 +18,7 @@ from dpo_dist.config.schema import AttentionBackend, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import check_supported, switch_off_noise, training_notes
 from dpo_dist.model.attention import PACKED
+from dpo_dist.model.layers import checkpoint_layers
 from dpo_dist.model.load import load_config
 from dpo_dist.model.packed import LogpHead, PackedCausalLM, rope_limit
 from tests.support.families import COMMON, EXPERTS, LOW_RANK, ROUTED
@@ -178,18 +179,28 @@ def test_windows_of_any_length(model_type: str, window: int, lengths: list[tuple
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss"])
 def test_compiled_layers_with_windows_caps_and_sinks_are_exact(model_type: str) -> None:
-    """Of several layouts, as those compiled for any number of tokens must not keep the masks of the first."""
+    """Of several layouts, as those compiled for any number of tokens must not keep the masks of the first.
+
+    Recomputed in backward, too; and no further layout is compiled again.
+    """
     causal_lm = windowed(model_type, 4)
     batches = [random_pairs(lengths) for lengths in (SHAPES, [(9, 5, 2, 1, 7)], [(3, 12), (20, 1, 1)])]
     expected = [plain_logps(causal_lm, pairs) for pairs in batches]
     expected_gradients = [gradients(causal_lm, logps) for logps in expected]
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     causal_lm.config._attn_implementation = PACKED
-    model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, compiled=True)
+    checkpoint_layers(causal_lm, "full")
+    model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, compiled=True).train()
     for pairs, plain, plain_gradients in zip(batches, expected, expected_gradients, strict=True):
         logps = model(pack_unkeyed(pairs))
         assert (logps - plain).norm() <= 1e-6 * plain.norm()
         assert_same(gradients(causal_lm, logps), plain_gradients)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0
+    for tokens in (6, 11):
+        gradients(causal_lm, model(pack_unkeyed(random_pairs([(tokens, tokens, 2 * tokens)]))))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
 def test_the_model_changes_the_logits_of_its_own_forward() -> None:
