@@ -28,12 +28,11 @@ def main(config: RunConfig) -> int:
                 from dpo_dist.generation.pairs.run import make_pairs  # noqa: PLC0415  (slow, prints)
 
                 make_pairs(config, console)
-    except (KeyboardInterrupt, SystemExit) as stop:
+    except (KeyboardInterrupt, SystemExit):
         if os.environ.get("RANK", "0") == "0":
-            word = "interrupted" if isinstance(stop, KeyboardInterrupt) else "terminated"
-            words = f"{word}: the same command continues after the finished parts"
+            words = "the same command continues after the finished parts"
             console_on(sys.stderr, config.console).say(words)
-        return ExitCode.interrupted if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
+        raise
     return ExitCode.completed
 
 

@@ -3,6 +3,8 @@
 Takes the configuration of the training run; only missing log-probs are computed.
 """
 
+from functools import partial
+
 from dpo_dist.foundation.process import StopRequest, end_at_signals
 
 if __name__ == "__main__":
@@ -25,11 +27,5 @@ def main(config: RunConfig) -> int:
         return precompute(config, console, stop)
 
 
-def check(config: RunConfig) -> None:
-    """Check everything that `main` needs before it uses a GPU."""
-    check_needs(config, "precompute")
-    train.check(config, trains=False)
-
-
 if __name__ == "__main__":
-    run_verb(main, check, verb="precompute")
+    run_verb(main, partial(train.check, trains=False), verb="precompute")

@@ -105,11 +105,6 @@ def facts_of(field: FieldInfo) -> Facts:
     return Facts(**cast(dict[str, Any], field.json_schema_extra))
 
 
-def default_of(field: FieldInfo) -> Any:
-    """Return the default of a key."""
-    return field.get_default(call_default_factory=True)
-
-
 def _filled(text: str) -> str:
     if not text.strip():
         raise PydanticCustomError("empty", "is empty")

@@ -6,7 +6,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.fields import default_of, facts_of, fields_of
+from dpo_dist.config.fields import facts_of, fields_of
 from dpo_dist.config.losses import LossKind
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.user_code import find_function
@@ -93,6 +93,8 @@ def plain(value: Any, *, with_defaults: bool = False) -> Any:
     found = {}
     for option, field in fields_of(value).items():
         own, facts = getattr(value, option), facts_of(field)
-        if not facts.free and (with_defaults or own not in (default_of(field), facts.null_means)):
+        if not facts.free and (
+            with_defaults or own not in (field.get_default(call_default_factory=True), facts.null_means)
+        ):
             found[option] = plain(facts.null_means if own is None else own, with_defaults=with_defaults)
     return found

@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic_core import PydanticUndefined
 
-from dpo_dist.config.fields import EVERY_VERB, default_of, facts_of, fields_of
+from dpo_dist.config.fields import EVERY_VERB, facts_of, fields_of
 from dpo_dist.config.identity import plain
 from dpo_dist.config.schema import NO_MODEL, RunConfig
 
@@ -65,7 +65,7 @@ def _rows() -> dict[str, Key]:
 def _rows_of(kind: Any, prefix: str, defines: bool, verbs: str) -> Iterator[Key]:
     hints = get_type_hints(kind)
     for option, field in fields_of(kind).items():
-        hint, facts, default = hints[option], facts_of(field), default_of(field)
+        hint, facts, default = hints[option], facts_of(field), field.get_default(call_default_factory=True)
         defining, used_by = defines and not facts.free, facts.verbs or verbs
         limits = [(sign, getattr(limit, name, None)) for limit in field.metadata for name, sign in _SIGNS]
         bounds = [f"{sign} {bound:g}" for sign, bound in limits if bound is not None]

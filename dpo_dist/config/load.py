@@ -9,7 +9,8 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, cast, get_args, get_origin
 
@@ -253,10 +254,8 @@ class _Command:
             if is_within(key, given) or is_within(given, key):
                 return key if len(key) > len(given) else f"{COMMAND_LINE}: {override.input_line}"
         for layer in reversed([*self._composed_files, *self.layers]):
-            inner: Any = layer.values
-            for part in key.partition("[")[0].split("."):
-                inner = inner.get(part, _ABSENT) if isinstance(inner, Mapping) else _ABSENT
-            if inner is not _ABSENT:
+            with contextlib.suppress(KeyError, TypeError):
+                reduce(getitem, key.partition("[")[0].split("."), layer.values)
                 return f"{key} in {layer.name}"
         return key
 
@@ -385,9 +384,6 @@ def _hydra(folders: Sequence[Path]) -> Iterator[None]:
 def _words(sign: str, choices: Mapping[str, str | list[str]]) -> list[str]:
     """Return choices of groups as overrides; JSON quotes a name as Hydra does."""
     return [f"{sign}{group}={json.dumps(names, ensure_ascii=False)}" for group, names in choices.items()]
-
-
-_ABSENT = object()
 
 
 def is_within(key: str, above: str) -> bool:

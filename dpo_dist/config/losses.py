@@ -69,35 +69,31 @@ class KindFacts:
     smoothing_above_0: bool = False
 
 
-def _uses(*names: str) -> frozenset[str]:
-    return frozenset(names)
-
-
-_PAIR = _uses("beta", "ld_alpha", "weighting", "reference_free")
-_MARGIN = _PAIR | _uses("divergence")
+_PAIR = frozenset({"beta", "ld_alpha", "weighting", "reference_free"})
+_MARGIN = _PAIR | {"divergence"}
 
 KINDS: dict[LossKind, KindFacts] = {
     LossKind.sigmoid: KindFacts(
         "-(1-e) ls(b h) - e ls(-b h)",
         "DPO, arXiv 2305.18290; with label smoothing: conservative DPO (Mitchell)",
-        _MARGIN | _uses("label_smoothing"),
+        _MARGIN | {"label_smoothing"},
     ),
     LossKind.robust: KindFacts(
         "(-(1-e) ls(b h) + e ls(-b h)) / (1 - 2e)",
         "robust DPO, arXiv 2403.00409",
-        _MARGIN | _uses("label_smoothing"),
+        _MARGIN | {"label_smoothing"},
     ),
     LossKind.hinge: KindFacts("max(0, 1 - b h)", "SLiC, arXiv 2305.10425; RSO, arXiv 2309.06657", _MARGIN),
     LossKind.ipo: KindFacts(
         "(Sw/nw - Sl/nl - 1/(2b))^2; with `loss.length_average=false` (h - 1/(2b))^2",
         "IPO, arXiv 2310.12036",
-        _MARGIN | _uses("length_average"),
+        _MARGIN | {"length_average"},
     ),
     LossKind.sigmoid_norm: KindFacts("-ls(b (Sw/nw - Sl/nl))", "Tulu 3, arXiv 2411.15124", _MARGIN),
     LossKind.exo_pair: KindFacts(
         "s(b h) (ls(b h) - log(1-e)) + s(-b h) (ls(-b h) - log e), 0 < e < 0.5, null: 1e-3",
         "EXO, arXiv 2402.00856",
-        _MARGIN | _uses("label_smoothing"),
+        _MARGIN | {"label_smoothing"},
         smoothing=1e-3,
         smoothing_above_0=True,
     ),
@@ -105,7 +101,7 @@ KINDS: dict[LossKind, KindFacts] = {
     LossKind.bco_pair: KindFacts(
         "-ls(b Dw - d) - ls(-(b Dl - d)); d = 0, with `loss.bco_delta=running_mean` the mean reward so far",
         "BCO, arXiv 2404.04656",
-        _PAIR | _uses("bco_delta"),
+        _PAIR | {"bco_delta"},
     ),
     LossKind.sppo_hard: KindFacts("(Dw - 1/(2b))^2 + (Dl + 1/(2b))^2", "SPPO, arXiv 2405.00675", _PAIR),
     LossKind.apo_zero: KindFacts("1 - s(b Dw) + s(b Dl)", "APO, arXiv 2408.06266", _PAIR),
@@ -113,43 +109,43 @@ KINDS: dict[LossKind, KindFacts] = {
     LossKind.discopop: KindFacts(
         "-(1-m) ls(b h) + m exp(-b h), m = s(b h / t), t = `loss.discopop_tau`",
         "DiscoPOP, arXiv 2406.08414",
-        _MARGIN | _uses("discopop_tau"),
+        _MARGIN | {"discopop_tau"},
     ),
     LossKind.dpop: KindFacts(
         "-ls(b (h - l max(0, -Dw))), l = `loss.dpop_lambda`",
         "DPO-positive, arXiv 2402.13228",
-        _MARGIN | _uses("dpop_lambda"),
+        _MARGIN | {"dpop_lambda"},
     ),
     LossKind.odpo: KindFacts(
         "-ls(b h - a log(score_w - score_l)), a = `loss.offset_alpha`; needs scored pairs",
         "DPO with an offset, arXiv 2402.10571",
-        _MARGIN | _uses("offset_alpha"),
+        _MARGIN | {"offset_alpha"},
         needs_scores=True,
     ),
     LossKind.simpo: KindFacts(
         "-ls(b (pw/nw - pl/nl) - g), g = `loss.simpo_gamma`",
         "SimPO, arXiv 2405.14734",
-        _uses("beta", "ld_alpha", "weighting", "simpo_gamma"),
+        frozenset({"beta", "ld_alpha", "weighting", "simpo_gamma"}),
         needs_reference=False,
         length_averaged=True,
     ),
     LossKind.orpo: KindFacts(
         "-pw/nw - c ls(log odds(w) - log odds(l)), odds = P/(1-P), log P = p/n, c = `loss.orpo_lambda`",
         "ORPO, arXiv 2403.07691",
-        _uses("ld_alpha", "weighting", "orpo_lambda"),
+        frozenset({"ld_alpha", "weighting", "orpo_lambda"}),
         needs_reference=False,
         length_averaged=True,
     ),
     LossKind.cpo: KindFacts(
         "-ls(b (pw - pl)) - c pw/nw, c = `loss.cpo_nll_weight`",
         "CPO, arXiv 2401.08417",
-        _uses("beta", "ld_alpha", "weighting", "cpo_nll_weight"),
+        frozenset({"beta", "ld_alpha", "weighting", "cpo_nll_weight"}),
         needs_reference=False,
     ),
     LossKind.sft: KindFacts(
         "-pw / (mean nw of the global batch): a token mean over that batch",
         "supervised fine-tuning",
-        _uses(),
+        frozenset(),
         needs_reference=False,
         fewest_responses=1,
         accepts_rankings=True,
@@ -159,32 +155,32 @@ KINDS: dict[LossKind, KindFacts] = {
         "pw - pl and rw - rl each sorted over the global batch, D their difference: "
         "-(1-e) ls(b D) - e ls(-b D)",
         "AOT, arXiv 2406.05882",
-        _uses("beta", "ld_alpha", "reference_free", "label_smoothing"),
+        frozenset({"beta", "ld_alpha", "reference_free", "label_smoothing"}),
         is_coupled=True,
     ),
     LossKind.aot_unpaired: KindFacts(
         "the same with D = sorted Dw - sorted Dl",
         "AOT, arXiv 2406.05882",
-        _uses("beta", "ld_alpha", "reference_free", "label_smoothing"),
+        frozenset({"beta", "ld_alpha", "reference_free", "label_smoothing"}),
         is_coupled=True,
     ),
     LossKind.beta_dpo: KindFacts(
         "`sigmoid` with b' = b (1 + a (M - M0)), M the mean of b h over the global batch, "
         "M0 a moving average of M, a = `loss.beta_alpha`",
         "beta-DPO, arXiv 2407.08639",
-        _MARGIN | _uses("label_smoothing", "beta_alpha", "beta_momentum"),
+        _MARGIN | {"label_smoothing", "beta_alpha", "beta_momentum"},
         is_coupled=True,
     ),
     LossKind.plackett_luce: KindFacts(
         "ranked y1 > ... > yK: -sum over k of (b Dk - logsumexp over j >= k of b Dj)",
         "DPO paper, appendix A.3, arXiv 2305.18290",
-        _uses("beta", "ld_alpha", "reference_free"),
+        frozenset({"beta", "ld_alpha", "reference_free"}),
         accepts_rankings=True,
     ),
     LossKind.custom: KindFacts(
         "returned by your own `function`",
         "[your own](python.md#a-loss-of-your-own)",
-        _PAIR | _uses("function", "label_smoothing"),
+        _PAIR | {"function", "label_smoothing"},
     ),
 }
 
@@ -225,9 +221,8 @@ class LossConfig:
     """Kind of loss; formulas: docs/losses.md."""
     beta: float = key(0.1, gt=0)
     """Strength of the pull toward the reference model."""
-    label_smoothing: float | None = key(
-        None, ge=0, lt=0.5
-    )  # from a half on the rejected response would be preferred
+    # From a half on the rejected response would be preferred.
+    label_smoothing: float | None = key(None, ge=0, lt=0.5)
     """Assumed share of pairs with swapped labels; null: 0, for `exo_pair` 1e-3."""
     divergence: Divergence = key(Divergence.reverse_kl)
     """f-divergence that turns log-ratios into scores."""
@@ -237,9 +232,8 @@ class LossConfig:
     """`ipo`: divide log-ratios by the response's tokens."""
     bco_delta: BcoDelta = key(BcoDelta.zero)
     """`bco_pair`: reward shift."""
-    discopop_tau: float = key(
-        0.05, gt=0, le=1
-    )  # above 1 the loss of a pair that is ranked wrongly grows like exp(-b h)
+    # Above 1 the loss of a pair that is ranked wrongly grows like exp(-b h).
+    discopop_tau: float = key(0.05, gt=0, le=1)
     """`discopop`: temperature of the blend of its two losses."""
     dpop_lambda: float = key(50.0, ge=0)
     """`dpop`: weight of the penalty on a chosen response below the reference."""

@@ -27,25 +27,19 @@ def _digits(form: str) -> Callable[[float], str]:
     return lambda value: format(value, form)
 
 
-def _sides(
-    name: str, title: str, unit: str = "", best: tuple[Direction | None, Direction | None] = (None, None)
-) -> Mapping[str, Metric]:
-    """Return the metrics of chosen and of rejected responses."""
-    return {
-        name.format(side): Metric(title.format(side), _digits(".3f"), unit, way)
-        for side, way in zip(("chosen", "rejected"), best, strict=True)
-    }
-
-
 METRICS: Mapping[str, Metric] = {
     "loss": Metric("loss", _digits(".4f"), best=Direction.lowest),
     "rewards/accuracies": Metric("accuracy", _digits(".3f"), best=Direction.highest),
     "rewards/margins": Metric("margin", _digits(".3f"), best=Direction.highest),
-    **_sides("rewards/{}", "reward {}", best=(Direction.highest, None)),
+    "rewards/chosen": Metric("reward chosen", _digits(".3f"), best=Direction.highest),
+    "rewards/rejected": Metric("reward rejected", _digits(".3f")),
     "rewards/both_fall": Metric("both fall", _digits(".3f"), best=Direction.lowest),
-    **_sides("logps/{}", "log-prob {}", "nats"),
-    **_sides("logps/{}_per_token", "log-prob {} / token", "nats"),
-    **_sides("kl/{}", "distance {}", "nats/token", (Direction.lowest, Direction.lowest)),
+    "logps/chosen": Metric("log-prob chosen", _digits(".3f"), "nats"),
+    "logps/rejected": Metric("log-prob rejected", _digits(".3f"), "nats"),
+    "logps/chosen_per_token": Metric("log-prob chosen / token", _digits(".3f"), "nats"),
+    "logps/rejected_per_token": Metric("log-prob rejected / token", _digits(".3f"), "nats"),
+    "kl/chosen": Metric("distance chosen", _digits(".3f"), "nats/token", Direction.lowest),
+    "kl/rejected": Metric("distance rejected", _digits(".3f"), "nats/token", Direction.lowest),
     "grad_norm": Metric("norm before clipping"),
     "learning_rate": Metric("learning rate"),
     "pairs_per_second": Metric("pairs/s", _digits(",.1f")),

@@ -197,9 +197,6 @@ class RunFolder:
     """The policy after a round that trains an adapter, merged into its base; in the round's folder."""
 
 
-_MOST_SUGGESTED = 3
-
-
 def existing_run(path: Path) -> RunFolder:
     """Return the run directory at `path`, whose run may still be training; an error if it is none."""
     folder = RunFolder(path)
@@ -207,16 +204,14 @@ def existing_run(path: Path) -> RunFolder:
         return folder
     above = path if path.is_dir() else path.parent
     runs = {file.parent.name: file.parent for file in sorted(above.glob("*/config.yaml"))}
-    nearest = get_close_matches(path.name, runs, _MOST_SUGGESTED, cutoff=0)
+    nearest = [str(runs[name]) for name in get_close_matches(path.name, runs, 3, cutoff=0)]
     found = "a file" if path.is_file() else "a folder without a run's files"
     raise ConfigError(
         "this is no run directory",
         where=str(path),
         got=found if path.exists() else "no such folder",
         expected="a folder with config.yaml, which a run writes before its first step",
-        remedy=f"name one run, such as {' or '.join(str(runs[name]) for name in nearest)}"
-        if nearest
-        else "name the run.dir of a run",
+        remedy=f"name one run, such as {' or '.join(nearest)}" if nearest else "name the run.dir of a run",
     )
 
 

@@ -25,6 +25,7 @@ from dpo_dist.config.fields import (
 )
 from dpo_dist.config.losses import LossConfig
 
+Names = Annotated[list[Filled], Field(min_length=1)]
 Resume = StrEnum("Resume", ["auto", "never", "must"])
 
 
@@ -93,9 +94,7 @@ class SamplesConfig:
 class EvaluationConfig:
     """The models that `python -m dpo_dist.evaluate` scores, and the pairs."""
 
-    model: Filled | Annotated[list[Filled], Field(min_length=1)] | None = key(
-        None, accepts="a path, or a list of paths"
-    )
+    model: Filled | Names | None = key(None, accepts="a path, or a list of paths")
     """Folder or hub name of a model or of an adapter on `model.path`, folder of a checkpoint of this
     configuration (`<run.dir>/checkpoints/step-000100`), or a list of them; null: `<run.dir>/model`."""
     data: list[Source] = key([])
@@ -145,7 +144,6 @@ class OptimConfig:
 
 
 AdapterVariant = StrEnum("AdapterVariant", ["lora", "rslora", "dora"])
-_OR_OWN = ", or that of the adapter that is continued."
 
 
 @schema
@@ -162,7 +160,7 @@ class AdapterConfig:
     continued."""
     dropout: float = key(0.0, accepts="0")
     """0 only: policy and reference must compute the same function."""
-    target_modules: Literal["all-linear"] | Annotated[list[Filled], Field(min_length=1)] | None = key(
+    target_modules: Literal["all-linear"] | Names | None = key(
         None, accepts="all-linear, a list in brackets: [q_proj,v_proj], or null", null_means="all-linear"
     )
     """`all-linear` (all but the output layer), or a list of names; null: `all-linear`, or that of the adapter

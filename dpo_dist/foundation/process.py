@@ -243,7 +243,7 @@ class StopRequest:
         if not self._is_deferred:
             raise stopped_by(name)
         if not is_limit:  # echoes are answered here, and not after a long call of C, as a second signal
-            time.sleep(_REPEATED_SECONDS / 2)
+            time.sleep(_REPEATED_SECONDS)
 
 
 def stopped_by(reason: str, when: str = "before the first step") -> StoppedError:

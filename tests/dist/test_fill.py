@@ -115,3 +115,18 @@ def test_of_concurrent_fills_of_one_store_one_computes_and_the_other_waits(
         computed.append(outcome.result["computed"])
     assert sorted(computed) == [0, 2 * PAIRS]
     assert_whole(tmp_path / "store", assets, plain_entries, PAIRS)
+
+
+def fill_with_one_broken_rank(assets: Assets, store: Path, world: World, folder: Path) -> dict[str, Any]:
+    """Fill; the model of one rank is broken."""
+    broken = world.rank == 1
+    return fill(assets, store, PAIRS, world, folder, change=lambda logps: logps / (0 if broken else 1))
+
+
+def test_a_write_error_of_one_rank_is_raised_on_all(assets: Assets, tmp_path: Path) -> None:
+    scenario = partial(fill_with_one_broken_rank, assets, tmp_path / "store")
+    for outcome in start_ranks(scenario, 2, tmp_path / "ranks").finish():
+        assert outcome.error == "ReferenceModelError", outcome.log
+        assert "not finite" in outcome.message
+    left = LogpStore.open(tmp_path / "store", FINGERPRINT)
+    assert 0 < left.contains(assets.dataset().keys).sum() == len(left) < 2 * PAIRS

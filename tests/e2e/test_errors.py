@@ -11,17 +11,12 @@ from tests.e2e.conftest import Overrides
 from tests.support.launch import constants, run_verb, train
 
 
-@pytest.fixture
-def broken_line(assets: Path, tmp_path: Path) -> Path:
-    lines = (assets / "train.jsonl").read_text().splitlines()
-    file = tmp_path / "broken.jsonl"
-    file.write_text("\n".join([*lines[:3], lines[3][:40], *lines[4:]]) + "\n")
-    return file
-
-
 def test_a_broken_line_is_dropped_counted_and_shown(
-    overrides: Overrides, broken_line: Path, tmp_path: Path
+    overrides: Overrides, assets: Path, tmp_path: Path
 ) -> None:
+    lines = (assets / "train.jsonl").read_text().splitlines()
+    broken_line = tmp_path / "broken.jsonl"
+    broken_line.write_text("\n".join([*lines[:3], lines[3][:40], *lines[4:]]) + "\n")
     data = f"data.train=[{broken_line}]", f"data.eval=[{broken_line}]"
     ended = run_verb("train", overrides(*data, "trainer.max_steps=1", "trainer.global_batch_pairs=22"))
     assert ended.code == 0, ended.output

@@ -108,7 +108,7 @@ def test_ctrl_c_says_that_the_command_continues(place: Path) -> None:
         process.join(240)
         assert process.exitcode == 130
     said = (place / "stopped.txt").read_text()
-    assert "interrupted: the same command continues" in said
+    assert "the same command continues after the finished parts" in said
     assert "Traceback" not in said
 
 

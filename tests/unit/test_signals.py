@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -76,8 +77,8 @@ def test_an_echo_of_a_signal_is_ignored_and_a_second_one_ends_the_process(
     monkeypatch.setenv(EXIT_CODES, str(tmp_path / "codes"))
     stop = StopRequest()
     with stop.listening(), stop.deferred():
+        threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGTERM]).start()
         send(signal.SIGINT)
-        send(signal.SIGTERM)
         assert stop.reason == "SIGINT"
 
     def wait_for_the_second() -> None:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from dpo_dist.config.data import TEMPLATE_DATE, DataConfig
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Offload, ParallelismKind, RunConfig
-from dpo_dist.data.records import Message, PreferenceRecord
+from dpo_dist.data.records import PreferenceRecord, turns_of
 from dpo_dist.distributed.join import joined
 from dpo_dist.distributed.memory import explain_out_of_memory
 from dpo_dist.distributed.processes import Reports
@@ -111,9 +111,7 @@ class Screen(Protocol):
 
 def as_asked(record: PreferenceRecord, data: DataConfig) -> PreferenceRecord:
     """Return a prompt as models are asked: a text as a user's message if `data.text_as_messages` is set."""
-    if data.text_as_messages and isinstance(record.prompt, str):
-        return replace(record, prompt=(Message("user", record.prompt),))
-    return record
+    return replace(record, prompt=turns_of(record.prompt, "user")) if data.text_as_messages else record
 
 
 def generation_settings(config: RunConfig, prompts: Parts, sampling: Sampling) -> dict[str, Any]:

@@ -78,10 +78,8 @@ def test_keys_that_define_the_result_differ_with_both_values() -> None:
 
 def test_null_of_an_adapter_is_a_default_or_the_value_of_the_one_that_is_continued() -> None:
     written = "{r:16,alpha:32,target_modules:all-linear,variant:lora,modules_to_save:[]}"
-    assert (
-        configured("model.adapter={r:null}").model.adapter
-        == configured(f"model.adapter={written}").model.adapter
-    )
+    new, whole = configured("model.adapter={r:null}"), configured(f"model.adapter={written}")
+    assert new.model.adapter == whole.model.adapter
     continued, named = configured("model.adapter={path:sft}"), configured("model.adapter={path:sft,r:16}")
     assert (continued.model.adapter.r, named.model.adapter.r) == (None, 16)  # type: ignore[union-attr]
     assert run_digest(continued) == run_digest(named)

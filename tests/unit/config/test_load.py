@@ -6,12 +6,12 @@ from typing import Any
 
 import hydra
 import pytest
-from omegaconf import OmegaConf
+import yaml
 
 from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.identity import run_digest
 from dpo_dist.config.keys import all_keys
-from dpo_dist.config.load import config_dir, from_yaml, load_run_config, to_yaml
+from dpo_dist.config.load import config_dir, from_yaml, to_yaml
 from dpo_dist.config.losses import LossConfig, LossKind, LossTermConfig, SyncReferenceConfig
 from dpo_dist.config.schema import (
     NO_MODEL,
@@ -48,15 +48,21 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def write(**files: str) -> None:
+    """Write files of the own folder: `loss__mine` is conf/loss/mine.yaml."""
+    for name, text in files.items():
+        file = Path("conf", f"{name.replace('__', '/')}.yaml")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+
 def alone(typed: str, **options: str) -> Any:
     return configured(typed, run=[], **options)
 
 
 def test_values_are_typed_and_frozen() -> None:
-    config = configured(
-        "data.train=[a.jsonl,{path:b,limit:5,weight:2}] reference=live "
-        "loss.sync_reference={every:512,mixup:0.3}"
-    )
+    sources = "data.train=[a.jsonl,{path:b,limit:5,weight:2}]"
+    config = configured(f"{sources} reference=live loss.sync_reference={{every:512,mixup:0.3}}")
     assert config.data.train == [SourceConfig("a.jsonl"), SourceConfig("b", limit=5, weight=2.0)]
     assert config.loss.sync_reference == SyncReferenceConfig(512, 0.3)
     terms = configured("loss.terms=[{kind:sigmoid},{kind:sft,weight:0.1}]").loss.terms
@@ -72,26 +78,14 @@ def test_values_are_typed_and_frozen() -> None:
 @pytest.mark.parametrize(("group", "name"), GROUPS)
 def test_every_preset_composes_and_restates_no_default(group: str, name: str) -> None:
     needed = [word for word in RUN if not word.startswith(group)]
-    further = {
-        "none": ["loss=sft"],
-        "adapter": ["model.adapter.r=8"],
-        "custom": [f"loss.function={OWN}"],
-    }.get(name, [])
-    config = load_run_config([*needed, *further, f"{group}={name}"])
+    further = {"none": "loss=sft", "adapter": "model.adapter.r=8", "custom": f"loss.function={OWN}"}
+    config = configured(f"{further.get(name, '')} {group}={name}", run=needed)
     if group == "loss":
         assert config.loss.kinds == (("sigmoid", "sft") if name == "sigmoid_sft" else (name,))
-    named = {
-        "loss.kind",
-        "reference.mode",
-        "parallelism.kind",
-        "tracking.wandb",
-    }  # a preset is called after it
-    values = OmegaConf.to_container(OmegaConf.load(config_dir() / group / f"{name}.yaml"))
-    assert isinstance(values, dict)
-    restated = {
-        f"{group}.{key}" for key, value in values.items() if value == all_keys()[f"{group}.{key}"].default
-    }
-    assert restated <= named
+    called_after = ("loss.kind", "reference.mode", "parallelism.kind", "tracking.wandb")
+    values = yaml.safe_load((config_dir() / group / f"{name}.yaml").read_text()) or {}
+    restated = [key for key, value in values.items() if value == all_keys()[f"{group}.{key}"].default]
+    assert {f"{group}.{key}" for key in restated} <= {*called_after}
 
 
 def test_every_loss_has_a_preset() -> None:
@@ -136,9 +130,7 @@ def test_a_preset_of_the_command_line_applies_after_an_experiment() -> None:
     assert config.model.adapter is not None, "a key that the preset lacks has the experiment's value"
     assert alone("+experiment=qwen7b data=hh_rlhf").data.max_length == 1024, "not that of its preset"
     config = alone("+experiment=qwen7b trainer=default trainer.global_batch_pairs=32")
-    assert config.trainer == TrainerConfig(global_batch_pairs=32), (
-        "a preset without values restores the defaults"
-    )
+    assert config.trainer == TrainerConfig(global_batch_pairs=32), "one without values restores defaults"
     config = alone("+experiment=qwen7b_lora loss=simpo loss.simpo_gamma=0.7")
     assert (config.loss.kind, config.loss.beta, config.loss.simpo_gamma) == (LossKind.simpo, 2.0, 0.7)
 
@@ -150,14 +142,12 @@ def test_a_preset_and_a_mapping_of_its_group_both_count(typed: str) -> None:
 
 
 def test_an_own_preset_comes_before_one_of_the_same_name() -> None:
-    Path("conf/loss").mkdir(parents=True, exist_ok=True)
-    Path("conf/loss/ipo.yaml").write_text("{kind: ipo, beta: 0.9}")
+    write(loss__ipo="{kind: ipo, beta: 0.9}")
     assert configured("--config-dir conf loss=ipo").loss.beta == 0.9
 
 
 def test_options_of_an_experiments_loss_are_dropped_with_that_loss() -> None:
-    text = "loss: {kind: simpo, simpo_gamma: 0.3}\nreference: {mode: none}\n"
-    Path("conf/experiment/mine.yaml").write_text(text)
+    write(experiment__mine="loss: {kind: simpo, simpo_gamma: 0.3}\nreference: {mode: none}\n")
     config = configured("--config-dir conf +experiment=mine loss=ipo")
     assert (config.loss, config.reference.mode) == (LossConfig(LossKind.ipo), ReferenceMode.cached)
     assert configured("--config-dir conf +experiment=mine").loss.simpo_gamma == 0.3
@@ -195,7 +185,7 @@ def test_the_reference_follows_loss_and_model(typed: str, mode: str) -> None:
 def test_a_recorded_mode_gives_way_to_the_command_line(mode: str) -> None:
     before = {"none": "loss=simpo", "adapter": "model.adapter.r=8"}.get(mode, "")
     written = to_yaml(configured(before))
-    Path("conf/experiment/again.yaml").write_text(written.replace("  dir: ", "  # dir: "))
+    write(experiment__again=written.replace("  dir: ", "  # dir: "))
     assert f"mode: {mode}" in written
     again = "--config-dir conf +experiment=again"
     for loss, wanted in (("sft", "none"), ("ipo", "adapter" if mode == "adapter" else "cached")):
@@ -251,17 +241,9 @@ def test_a_preset_of_a_file_is_below_its_own_keys_and_replaces_earlier_ones(
         Path(f"{number}.yaml").write_text(text)
     loss = configured(" ".join(f"{number}.yaml" for number in range(len(files)))).loss
     assert (loss.kind, loss.beta) == (kind, beta)
-    Path("conf/experiment/mine.yaml").write_text(files[0])
+    write(experiment__mine=files[0])
     rest = " ".join(f"{number}.yaml" for number in range(1, len(files)))
     assert configured(f"--config-dir conf +experiment=mine {rest}").loss == loss
-
-
-def write(**files: str) -> None:
-    """Write files of the own folder: `loss__mine` is conf/loss/mine.yaml."""
-    for name, text in files.items():
-        file = Path("conf", f"{name.replace('__', '/')}.yaml")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
 
 
 def test_hydra_composes_lists_of_defaults_and_packages_of_an_own_folder() -> None:
@@ -280,11 +262,8 @@ def test_hydra_composes_lists_of_defaults_and_packages_of_an_own_folder() -> Non
     )
     assert (config.loss.kind, config.loss.beta, config.optim.lr) == ("ipo", 0.05, 3e-6)
     assert (config.trainer.seed, config.trainer.epochs, config.samples.prompts) == (2, 3, 64)
-    assert (config.parallelism.kind, config.reference.offload, config.tracking.wandb) == (
-        "zero2",
-        "cpu",
-        "off",
-    )
+    of_clusters = config.parallelism.kind, config.reference.offload, config.tracking.wandb
+    assert of_clusters == ("zero2", "cpu", "off")
     seed, loss = [configured(f"--config-dir conf +experiment=plain {more}") for more in ("", "loss=simpo")]
     assert (seed.trainer.seed, seed.trainer.epochs, seed.loss.beta) == (4, 3, 0.05)
     assert (loss.loss.kind, loss.loss.beta) == ("simpo", 2.0)

@@ -57,13 +57,6 @@ def test_a_module_in_a_package_imports_its_neighbours(folder: Path) -> None:
     assert user_function("own_package.losses:mine")() == 2
 
 
-@pytest.mark.parametrize("start", [b"\xef\xbb\xbf", b"# -*- coding: latin-1 -*-\n# \xe9\n"])
-def test_a_module_is_decoded_as_python_decodes_it(folder: Path, start: bytes) -> None:
-    (folder / "own_encoding.py").write_bytes(start + SOURCE.encode())
-    config = load_run_config([*RUN, "loss.function=own_encoding:mine", "loss.beta=3"])
-    assert user_function(config.loss.function)(None, None, config.loss) == 3
-
-
 @pytest.mark.parametrize(
     ("source", "name", "said"),
     [

@@ -4,6 +4,7 @@ import errno
 import json
 import pickle
 import shutil
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -313,14 +314,20 @@ def test_a_pickled_file_is_refused_and_never_run(tmp_path: Path) -> None:
     assert not (folder / "it ran").exists()
 
 
-def test_weights_of_every_type_are_written(tmp_path: Path) -> None:
-    types = {torch.uint8: 3, torch.bfloat16: 5, torch.float32: 9, torch.float16: 1, torch.int8: 7}
+def test_weights_are_written_without_a_copy_of_them_and_read_in_every_type(tmp_path: Path) -> None:
+    types = {torch.uint8: 3, torch.bfloat16: 5, torch.float32: 2**20, torch.float16: 1, torch.int8: 7}
     wanted = [
         Slice(str(dtype), (count,), 0, {"weight": torch.arange(count).to(dtype)})
         for dtype, count in types.items()
     ]
-    (name,) = write_slices(ModelSlices("engine", wanted), tmp_path, 0)
-    with safe_open(tmp_path / name, "pt") as opened:
+    tracemalloc.start()
+    entries = write_slices(ModelSlices("engine", wanted), tmp_path, 0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20  # of 4 MiB
+    (tmp_path / MANIFEST).write_text(json.dumps(entries))
+    assert find_faults(tmp_path, 0, 1) == []
+    with safe_open(tmp_path / next(iter(entries)), "pt") as opened:
         for own in wanted:
             assert torch.equal(opened.get_tensor(f"weight/{own.name}"), own.parts["weight"])
 
