@@ -7,15 +7,13 @@ stored.
 
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.insight.console import print_text, warnings_off
-from dpo_dist.training.preflight import check_start, started, with_evaluated_pairs, without_traces
+from dpo_dist.training.preflight import check_only, started
 from dpo_dist.training.targets import find_evaluated
 
 
 def main(config: RunConfig) -> int:
     """Write metrics with intervals, and the scores of every pair; return the exit code."""
-    config = with_evaluated_pairs(config)
-    models = find_evaluated(config)
+    config, models = find_evaluated(config)
     with started(config) as console:
         from dpo_dist.training.evaluate import evaluate_models  # noqa: PLC0415  (slow, prints into the log)
 
@@ -24,14 +22,7 @@ def main(config: RunConfig) -> int:
 
 def check(config: RunConfig) -> None:
     """Check everything that `main` needs before it uses a GPU."""
-    config = with_evaluated_pairs(config)
-    models = find_evaluated(config)
-    with without_traces(config, of_success=True):
-        check_start(config)
-        with warnings_off():
-            from dpo_dist.training.rehearsal import rehearse_evaluation  # noqa: PLC0415  (slow)
-
-            print_text("check", rehearse_evaluation(config, models), config.console)
+    check_only(*find_evaluated(config))
 
 
 if __name__ == "__main__":

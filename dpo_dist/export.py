@@ -24,7 +24,7 @@ def main(config: RunConfig) -> int:
 
     console = console_on(sys.stderr, config.console)
     with warnings_off():
-        from dpo_dist.training.export import export_average, export_model  # noqa: PLC0415
+        from dpo_dist.training.finish import export_average, export_model  # noqa: PLC0415
 
         if config.export.average:
             export_average(config, sources, output)

@@ -12,8 +12,7 @@ if __name__ == "__main__":
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.rules import check_needs
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.insight.console import print_text, warnings_off
-from dpo_dist.training.preflight import check_start, started, without_traces
+from dpo_dist.training.preflight import check_only, started
 from dpo_dist.training.resume import check_newest_checkpoint
 
 
@@ -31,12 +30,7 @@ def main(config: RunConfig) -> int:
 def check(config: RunConfig, *, trains: bool = True) -> None:
     """Check everything that a run which trains, or only scores its pairs, needs before it uses a GPU."""
     check_newest_checkpoint(config)
-    with without_traces(config, of_success=True):
-        check_start(config, trains=trains)
-        with warnings_off():
-            from dpo_dist.training.rehearsal import rehearse  # noqa: PLC0415  (slow)
-
-            print_text("check", rehearse(config, trains=trains), config.console)
+    check_only(config, trains=trains)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from dpo_dist.model.architectures import (
     recorded_arrangement,
     switch_off_noise,
 )
-from dpo_dist.model.attention import check_kernel, choose_backend, heads_of_layers
+from dpo_dist.model.attention import check_kernel, choose_backend
 from dpo_dist.model.folder import CONFIG_FILE, check_tokenizer_files, read_model_json
 from dpo_dist.model.layers import (
     check_device,
@@ -39,7 +39,7 @@ from dpo_dist.model.layers import (
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.numerics import check_precision
 from dpo_dist.model.packed import PackedCausalLM
-from dpo_dist.model.ulysses import TokenExchange, cannot_be_shared, check_heads
+from dpo_dist.model.ulysses import TokenExchange, check_shared_tokens
 
 log = logging.getLogger(__name__)
 
@@ -151,15 +151,6 @@ def load_packed(
     model = PackedCausalLM(causal_lm, backend, config.compile, sequence, Arrangement.padded)
     model.start_as(recorded_arrangement(text.model_type), max_length)
     return model
-
-
-def check_shared_tokens(model_config: Any, ranks: int) -> None:
-    """Check that `ranks` ranks can share the tokens of a micro-batch, as far as config.json says."""
-    text = model_config.get_text_config()
-    for heads in heads_of_layers(text):
-        check_heads(heads, ranks)
-    if ranks > 1 and recorded_arrangement(text.model_type) is not Arrangement.packed:
-        raise cannot_be_shared(text.model_type, ranks)
 
 
 def without_weights(model_config: Any, config: ModelConfig, start: Path | None = None) -> Any:

@@ -9,7 +9,7 @@ output layer.
 """
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from dpo_dist.batching.pack import copied_to
+from dpo_dist.batching.plan import Arrangement
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.attention import Heads, PackedAttention
+from dpo_dist.model.architectures import recorded_arrangement
+from dpo_dist.model.attention import PackedAttention, heads_of_layers
 from dpo_dist.model.sdpa import Scores
 
 KEY = "parallelism.sequence_parallel"
@@ -49,21 +51,25 @@ class TokenExchange(Protocol):
         ...
 
 
-def check_heads(heads: Heads, ranks: int) -> None:
-    """Check that the attention heads can be divided; key heads are repeated for ranks that share one."""
-    possible = [
-        n
-        for n in range(1, heads.query + 1)
-        if heads.query % n == 0 and (heads.key % n == 0 or n % heads.key == 0)
-    ]
-    if ranks not in possible:
-        raise ConfigError(
-            "the attention heads of this model cannot be divided among so many ranks",
-            where=KEY,
-            got=f"{ranks}, and the model has {heads.query} query heads and {heads.key} key heads",
-            expected=f"one of {', '.join(map(str, possible))}",
-            remedy=f"set {KEY} to one of them",
-        )
+def check_shared_tokens(model_config: Any, ranks: int) -> None:
+    """Check that `ranks` ranks can share the tokens of a micro-batch, as far as config.json says.
+
+    Key heads are repeated for ranks that share one.
+    """
+    text = model_config.get_text_config()
+    for heads in heads_of_layers(text):
+        divisors = [n for n in range(1, heads.query + 1) if heads.query % n == 0]
+        possible = [n for n in divisors if heads.key % n == 0 or n % heads.key == 0]
+        if ranks not in possible:
+            raise ConfigError(
+                "the attention heads of this model cannot be divided among so many ranks",
+                where=KEY,
+                got=f"{ranks}, and the model has {heads.query} query heads and {heads.key} key heads",
+                expected=f"one of {', '.join(map(str, possible))}",
+                remedy=f"set {KEY} to one of them",
+            )
+    if ranks > 1 and recorded_arrangement(text.model_type) is not Arrangement.packed:
+        raise cannot_be_shared(text.model_type, ranks)
 
 
 def cannot_be_shared(model_type: str, ranks: int, fault: str = "") -> ConfigError:

@@ -3,8 +3,8 @@
 docs/metrics.md explains each metric.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -256,14 +256,6 @@ class PairValues:
 
     def __len__(self) -> int:
         return len(self.margin)
-
-    @classmethod
-    def joined(cls, parts: Iterable[tuple[npt.NDArray[np.int64], Values]], pairs: int) -> "PairValues":
-        """Return the values of all `pairs`, given positions int64 [n] and `pair_values` of parts of them."""
-        whole = np.full((len(fields(cls)), pairs), np.nan, dtype=np.float32)
-        for positions, values in parts:
-            whole[:, positions] = values
-        return cls(*whole)
 
     def margin_percentiles(self) -> dict[str, float]:
         """Return `MARGIN_PERCENTILES`, interpolated between neighbours."""

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,10 +12,9 @@ import numpy as np
 
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import ReferenceMode, RunConfig
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.checkpoint import load_checkpoint_weights, open_checkpoint, read_state
-from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.errors import CheckpointError, ExitCode
 from dpo_dist.foundation.files import collect_abandoned, plain, staged_file, write_text
@@ -27,11 +26,15 @@ from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import MetricPlan, PairValues
 from dpo_dist.reference.engine import check_same_vocabulary, load_scored, scored_model
-from dpo_dist.training.inputs import EvaluationInputs, load_evaluation_inputs, shared_model_folder
-from dpo_dist.training.loss import Objective
+from dpo_dist.training.inputs import (
+    EvaluationInputs,
+    load_evaluation_inputs,
+    shared_model_folder,
+    with_stored_reference,
+)
 from dpo_dist.training.reference import prepare_reference
 from dpo_dist.training.start import Run, open_run
-from dpo_dist.training.step import evaluate
+from dpo_dist.training.step import Objective, evaluate
 from dpo_dist.training.targets import EVALUATED, Evaluated, Kind
 
 Results = dict[str, dict[str, Any]]
@@ -49,18 +52,6 @@ def evaluate_models(config: RunConfig, models: Sequence[Evaluated], console: Con
             of_all = {path: results[ALL] for path, results in found.items()}
             console.result("comparison", of_all, evaluation_table(of_all))
     return ExitCode.completed
-
-
-def with_stored_reference(config: RunConfig) -> RunConfig:
-    """Return `config` with the reference in the store, unless the loss uses none.
-
-    A reference beside the policy, or its base, is the same model.
-    """
-    former = config.reference
-    if former.mode in (ReferenceMode.none, ReferenceMode.cached):
-        return config
-    bits = config.model.quantization if former.mode is ReferenceMode.adapter else former.quantization
-    return replace(config, reference=replace(former, mode=ReferenceMode.cached, quantization=bits))
 
 
 def check_origin(evaluated: Evaluated, config: RunConfig, inputs: EvaluationInputs) -> None:
@@ -89,25 +80,24 @@ def check_origin(evaluated: Evaluated, config: RunConfig, inputs: EvaluationInpu
 
 
 def _evaluate(run: Run, evaluated: Evaluated, inputs: EvaluationInputs, objective: Objective) -> Results:
-    """Evaluate one model, write and print its results; return them on rank 0, else nothing. Collective."""
+    """Evaluate one model, write and print its results; return them. Collective."""
     config, world, console = run.config, run.world, run.console
     run.say(f"evaluating {evaluated.path} ({evaluated.kind})")
     model, running, commit = load_evaluated(run, evaluated, inputs)
     ((dataset, every),) = inputs.visited
     costs = replace(inputs.costs, arrangement=model.model.arrangement)
     means, values = evaluate(model, objective, run.shard(dataset, every, costs), world, running)
-    found: Results = {}
 
-    def write() -> None:
+    def write() -> Results:
         folder = run.folder
-        assert values is not None
         name = evaluated.name(config, inputs)
-        found.update(write_evaluation(name, evaluated.path, config, means, values, dataset, commit))
+        found = write_evaluation(name, evaluated.path, config, means, values, dataset, commit)
         console.result("results", {"model": evaluated.path, **found}, evaluation_table(found))
         run.say(f"evaluation: {folder.evaluation.results}   also in {folder.evaluation_of(name).path}")
+        return found
 
     with console.heartbeat("computing intervals and writing the scores"):
-        world.on_main(write)
+        found = world.on_main(write)
     model.free()
     return found
 
@@ -122,12 +112,18 @@ def load_evaluated(
     """
     config, world = run.config, run.world
     base, bits, running = inputs.policy_files.folder, config.model.quantization, RunningMeans()
-    folder, finish, commit = base, None, None
+    folder, commit = base, None
+    finish: Callable[[PackedCausalLM], None] | None = None
     if evaluated.kind is Kind.checkpoint:
         state = open_checkpoint(Path(evaluated.path), world).state
         running = RunningMeans(**state["running"])
-        start = inputs.policy_files.adapter
-        finish = partial(_load_trained, Path(evaluated.path), start, config, world)
+
+        def load_trained(model: PackedCausalLM) -> None:
+            if config.model.adapter is not None:
+                add_adapter(model, config.model, config.trainer.seed, inputs.policy_files.adapter)
+            load_checkpoint_weights(model, Path(evaluated.path), world)
+
+        finish = load_trained
     else:
         revision = config.model.revision if evaluated.path == config.model.path else None
         found = shared_model_folder(run, evaluated.path, revision, EVALUATED, accepts_adapter=True)
@@ -146,15 +142,6 @@ def load_evaluated(
     return model, running, commit
 
 
-def _load_trained(
-    folder: Path, start: Path | None, config: RunConfig, world: World, model: PackedCausalLM
-) -> None:
-    """Give a model the weights that training changed: its own, or those of an adapter; collective."""
-    if config.model.adapter is not None:
-        add_adapter(model, config.model, config.trainer.seed, start)
-    load_checkpoint_weights(model, folder, world)
-
-
 def write_evaluation(
     name: str,
     model: str,
@@ -170,10 +157,14 @@ def write_evaluation(
     `model`: its path; `revision`: its commit, if it is from the hub. `means`: exact, of all metrics.
     """
     folder, sources = RunFolder.of(config), dataset.counts["sources"]
+    members, start = dict[str, Mask](), 0
+    for label, pairs in zip(dataset.source_labels, dataset.source_pairs, strict=True):
+        members.setdefault(label, np.zeros(len(dataset), dtype=np.bool_))[start : start + pairs] = True
+        start += pairs
     found = results(
         means,
         values,
-        _members(dataset),
+        members,
         np.asarray(dataset.prompts[:], dtype=np.uint64),
         MetricPlan(config.loss, dataset.labels, is_evaluation=True),
         config.trainer.seed,
@@ -195,14 +186,4 @@ def write_evaluation(
     for file, target in zip(own.files, newest.files, strict=True):
         with staged_file(target) as temporary:
             shutil.copyfile(file, temporary)
-    return found
-
-
-def _members(dataset: PreferenceDataset) -> dict[str, Mask]:
-    """Return for each label whether a pair has it, [pairs]."""
-    found: dict[str, Mask] = {}
-    start = 0
-    for label, pairs in zip(dataset.source_labels, dataset.source_pairs, strict=True):
-        found.setdefault(label, np.zeros(len(dataset), dtype=np.bool_))[start : start + pairs] = True
-        start += pairs
     return found

@@ -1,4 +1,4 @@
-"""The end of a run: write model, summary, curves and report, and the state file that records the outcome."""
+"""The end of a run: model, summary, curves, report and the recorded outcome; and the verb `export`."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -7,21 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.identity import settings
-from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder, checkpoint_name
-from dpo_dist.config.schema import RunConfig
-from dpo_dist.distributed.checkpoint import drop_checkpoints
-from dpo_dist.distributed.export import export_checkpoint
+from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder, checkpoint_name, step_of
+from dpo_dist.config.schema import ExportedWeights, RunConfig
+from dpo_dist.distributed.checkpoint import damaged_checkpoint, drop_checkpoints
+from dpo_dist.distributed.checkpoint import read_state as read_checkpoint
+from dpo_dist.distributed.export import DTYPES, export_checkpoint
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.zero import whole_loading
-from dpo_dist.foundation.errors import ConfigError, DivergedError, ExitCode, RunOutcome
-from dpo_dist.foundation.files import plain
-from dpo_dist.insight.console import closing_table
+from dpo_dist.foundation.errors import ConfigError, DivergedError, ExitCode, RunOutcome, first_line
+from dpo_dist.foundation.files import plain, staged_folder
+from dpo_dist.insight.console import Console, closing_table
 from dpo_dist.insight.metrics.card import model_card
 from dpo_dist.insight.metrics.log import MetricsLog, final_and_best, package_versions, read_latest_rows
 from dpo_dist.insight.metrics.trackers import Trackers
 from dpo_dist.insight.recorder import Recorder, spared
 from dpo_dist.insight.verdict.rules import verdict
 from dpo_dist.model.folder import model_folder, start_folder
+from dpo_dist.model.save import write_mean, writing_errors
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.training.loop import Loop
 from dpo_dist.training.resume import RunState, read_state, write_state
@@ -135,8 +137,7 @@ def run_card(
     `rows`: of log_history.json, up to the step of the model. `summary`: with `exit`, without `verdict`.
     `is_evaluated`: whether the last evaluation of training is one of this model.
     """
-    folder, evaluation = RunFolder.of(config), {}
-    found = [""]
+    folder, evaluation, found = RunFolder.of(config), {}, [""]
     with spared("the model card", say):
         judged = verdict(rows, summary, data_findings(folder))
         results = folder.evaluation_of(LAST_EVALUATION).results
@@ -202,3 +203,44 @@ def _close_report(run: Run, recorder: Recorder, summary: dict[str, Any], outcome
     with spared("the closing table", run.say):
         lines = [*closing_table(run.folder, rows, ended), *lines]
     run.console.result("summary", {"run_dir": str(run.folder.path), **ended}, lines)
+
+
+def export_model(config: RunConfig, checkpoint: Path, output: Path, console: Console) -> None:
+    """Write `output` from a checkpoint, checked, whole or not at all."""
+    console.say(f"reading {checkpoint}")
+    try:
+        state = read_checkpoint(checkpoint)
+    except (OSError, ValueError) as error:
+        raise damaged_checkpoint(checkpoint, [first_line(error)]) from error
+    if config.model.adapter is not None and config.export.merge:  # the base is part of the result
+        check_base(config, state.get("model"))
+
+    def card() -> str:
+        folder, step = RunFolder.of(config), step_of(checkpoint.name)
+        is_end = step == state["steps"]
+        summary = {
+            "exit": (RunOutcome.completed if is_end else RunOutcome.preempted).value,
+            "steps": step,
+            "pairs_seen": state["pairs_seen"],
+            "reference": state["reference_report"],
+            "settings": settings(config),
+            "data": state["counts"],
+        }
+        rows = [row for row in read_latest_rows(folder) if row["step"] <= state["step"]]
+        versions = json.loads(folder.environment.read_bytes())["packages"]
+        is_evaluated = is_end and config.export.weights is ExportedWeights.last
+        merged = replace(config, model=replace(config.model, adapter=None)) if config.export.merge else config
+        return run_card(merged, rows, summary, console.say, versions, is_evaluated=is_evaluated)
+
+    export_checkpoint(checkpoint, output, config, card, replaces=False)
+
+
+def export_average(config: RunConfig, members: Sequence[Path], output: Path) -> None:
+    """Write the weighted mean of whole models, whole or not at all."""
+    given = [member.weight for member in config.export.average]
+    shares = [(weight / sum(given), member) for weight, member in zip(given, members, strict=True)]
+    dtype = None if config.export.dtype is None else DTYPES[config.export.dtype]
+    with writing_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with staged_folder(output, replaces=False) as temporary:
+            write_mean(temporary, shares, dtype)

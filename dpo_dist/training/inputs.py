@@ -1,5 +1,9 @@
-"""The inputs of a run before any weights are loaded: digests of models, tokenizer, encoded data, schedule."""
+"""The inputs of a run before any weights are loaded: digests of models, tokenizer, encoded data, schedule.
 
+`rehearse` loads them for `--check`: without other processes, and only the first records of the data.
+"""
+
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -8,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -15,9 +20,10 @@ from dpo_dist.batching.plan import Arrangement, ComputeCosts
 from dpo_dist.batching.sampler import BatchSampler, Indices, make_sampler
 from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.losses import RouterConfig
-from dpo_dist.config.schema import ParallelismKind, ReferenceMode, RunConfig
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import Offload, ParallelismKind, ReferenceMode, Resume, RunConfig
 from dpo_dist.data.build import prepare_dataset, tokenizer_digest
-from dpo_dist.data.counts import describe_counts, describe_short_run
+from dpo_dist.data.counts import check_counts, describe_counts, describe_short_run, in_one_line, read_in_words
 from dpo_dist.data.dataset import (
     PreferenceDataset,
     check_fits_loss,
@@ -27,10 +33,15 @@ from dpo_dist.data.dataset import (
     count_shared_prompts,
     open_dataset,
 )
+from dpo_dist.data.encode import encode_chunk
+from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Part, eval_part, train_part
-from dpo_dist.data.store import MEMO_FOLDER
+from dpo_dist.data.sources import pinned
+from dpo_dist.data.store import MEMO_FOLDER, columns_of, counts_of
+from dpo_dist.data.template import check_template_keys
 from dpo_dist.distributed.zero import whole_loading
 from dpo_dist.foundation.files import recall, remember
+from dpo_dist.foundation.text import counted
 from dpo_dist.insight.console import Count
 from dpo_dist.model.architectures import (
     check_positions,
@@ -40,16 +51,28 @@ from dpo_dist.model.architectures import (
     training_notes,
 )
 from dpo_dist.model.flops import StepFlops, compute_costs, step_flops
-from dpo_dist.model.folder import base_notes, model_folder, start_folder, tokenizer_folder
+from dpo_dist.model.folder import (
+    base_notes,
+    description_folder,
+    is_adapter,
+    model_folder,
+    start_folder,
+    tokenizer_folder,
+)
 from dpo_dist.model.layers import check_device
-from dpo_dist.model.load import check_shared_tokens, load_config, load_tokenizer, without_weights
+from dpo_dist.model.load import load_config, load_tokenizer, without_weights
+from dpo_dist.model.ulysses import check_shared_tokens
+from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.router import RouterLoss
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
-from dpo_dist.training.schedule import check_warmup
+from dpo_dist.reference.engine import check_same_vocabulary
+from dpo_dist.training.resume import check_fresh_start, find_finished
 from dpo_dist.training.start import Run
+from dpo_dist.training.targets import EVALUATED, Evaluated, Kind
 
 T = TypeVar("T")
 
+_FIRST_RECORDS = 1024
 _SHARED_WITH_TRAIN = {"also_in_train": count_shared, "prompts_also_in_train": count_shared_prompts}
 _Encode = Callable[[str, Sequence[SourceConfig], Part], PreferenceDataset]
 
@@ -60,8 +83,8 @@ _NO_END = (
 
 
 @dataclass(frozen=True)
-class ModelInputs:
-    """The models of one run before their weights are loaded, the same on every rank.
+class EvaluationInputs:
+    """The models of one run before their weights are loaded, and its pairs; the same on every rank.
 
     Attributes:
         reference_files: None if the loss uses no reference.
@@ -77,6 +100,7 @@ class ModelInputs:
     flops: StepFlops
     weights: int
     router: RouterLoss | None
+    eval_set: PreferenceDataset | None
     arrangement: Arrangement = field(default=Arrangement.packed, kw_only=True)
     reference_pads: bool = field(default=False, kw_only=True)
 
@@ -85,25 +109,19 @@ class ModelInputs:
         """Relative costs of tokens, attention and targets, by which micro-batches are balanced."""
         return replace(compute_costs(self.flops), arrangement=self.arrangement, pads=self.reference_pads)
 
-
-@dataclass(frozen=True)
-class EvaluationInputs(ModelInputs):
-    """The inputs of an evaluation."""
-
-    eval_set: PreferenceDataset
-
     @property
     def visited(self) -> list[tuple[PreferenceDataset, Indices]]:
-        """The dataset with all its indices."""
-        return [(self.eval_set, np.arange(len(self.eval_set), dtype=np.int64))]
+        """Each dataset with its indices that are scored; the training dataset is first."""
+        return (
+            [] if self.eval_set is None else [(self.eval_set, np.arange(len(self.eval_set), dtype=np.int64))]
+        )
 
 
 @dataclass(frozen=True)
-class Inputs(ModelInputs):
+class Inputs(EvaluationInputs):
     """The inputs of one run; the sampler has the indices of each training step."""
 
     train_set: PreferenceDataset
-    eval_set: PreferenceDataset | None
     sampler: BatchSampler
 
     @property
@@ -118,11 +136,8 @@ class Inputs(ModelInputs):
 
     @property
     def visited(self) -> list[tuple[PreferenceDataset, Indices]]:
-        """Each dataset with its indices that the run visits; the training dataset is first."""
-        visited = [(self.train_set, self.sampler.visited_indices())]
-        if self.eval_set is not None:
-            visited.append((self.eval_set, np.arange(len(self.eval_set), dtype=np.int64)))
-        return visited
+        """Each dataset with its indices that are scored; the training dataset is first."""
+        return [(self.train_set, self.sampler.visited_indices()), *super().visited]
 
 
 def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
@@ -131,18 +146,15 @@ def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
     With `trains`, options of the policy's training are checked before any large file is read.
     """
     config = run.config
-    models, encode = _load_models(run, config.loss.router, trains=trains)
-    eval_set, eval_prompts = None, None
-    if config.data.eval_sources:
-        eval_set = encode("eval", config.data.eval_sources, eval_part(config.data))
-        eval_prompts = eval_set.prompts[:]
-    train_set = encode("train", config.data.train, train_part(config.data, eval_prompts))
+    found, encode = _load(run, config.loss.router, trains=trains)
+    eval_set = found.eval_set
+    part = train_part(config.data, None if eval_set is None else eval_set.prompts[:])
+    train_set = encode("train", config.data.train, part)
     if eval_set is not None:
         for count_name, count in _SHARED_WITH_TRAIN.items():
             eval_set = _with_count(run, eval_set, count_name, count, train_set)
     sampler = make_sampler(train_set.spans([source.weight for source in config.data.train]), config.trainer)
-    check_warmup(config.optim, sampler.steps)
-    inputs = Inputs(**vars(models), train_set=train_set, eval_set=eval_set, sampler=sampler)
+    inputs = Inputs(**vars(found) | {"eval_set": eval_set}, train_set=train_set, sampler=sampler)
     for name, dataset in inputs.named.items():
         for line in describe_counts(name, dataset.counts):
             run.say(line)
@@ -153,23 +165,25 @@ def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
 
 def load_evaluation_inputs(run: Run) -> EvaluationInputs:
     """Return the inputs of an evaluation, with the evaluation data of a run; collective."""
-    data = run.config.data
-    models, encode = _load_models(run)
-    eval_set = encode("eval", data.eval_sources, eval_part(data))
-    for line in describe_counts("eval", eval_set.counts):
+    inputs, _ = _load(run)
+    assert inputs.eval_set is not None, "evaluations have data"
+    for line in describe_counts("eval", inputs.eval_set.counts):
         run.say(line)
-    return EvaluationInputs(**vars(models), eval_set=eval_set)
+    return inputs
 
 
-def _load_models(
+def _load(
     run: Run, routers: RouterConfig | None = None, *, trains: bool = False
-) -> tuple[ModelInputs, _Encode]:
-    """Return the models, and a function that encodes data for them; collective. `routers`: of a policy."""
+) -> tuple[EvaluationInputs, _Encode]:
+    """Return models and evaluation data, and a function that encodes data for them; collective.
+
+    `routers`: of a policy.
+    """
     config, world = run.config, run.world
     folder = shared_model_folder(run, config.model.path, config.model.revision, "model.path")
     start = _on_every_rank(run, partial(start_folder, config.model), "looking for the adapter")
     own_tokenizer = tokenizer_folder(folder, start)
-    tokenizer = load_tokenizer(own_tokenizer, config.model)
+    tokenizer, digest = load_tokenizer(own_tokenizer, config.model), tokenizer_digest(own_tokenizer)
     with whole_loading(world):  # a sharded model has no shapes to count
         model_config, causal_lm = checked_model(config, folder, start)
     flops, weights = step_flops(causal_lm), sum(map(torch.numel, causal_lm.parameters()))
@@ -187,12 +201,24 @@ def _load_models(
         files = _digest_models(run, folder, start)
 
     def encode(name: str, sources: Sequence[SourceConfig], part: Part) -> PreferenceDataset:
-        dataset = _encode(run, name, sources, part, tokenizer, tokenizer_digest(own_tokenizer))
+        def progress(source: str) -> AbstractContextManager[Count]:
+            return run.console.counter(f"encoding the {name} data: {source}", "record")
+
+        prepare = partial(prepare_dataset, sources, config.data, tokenizer, digest, progress, part)
+        with run.console.heartbeat(f"preparing the {name} data"):
+            encoded = world.on_main(prepare)
+        with run.console.heartbeat(f"verifying the {name} data"):
+            # A node that sees the files on another device verifies them again.
+            dataset = world.together(lambda: open_dataset(encoded, config.data))
+            dataset = _with_count(run, dataset, "duplicates", count_duplicates)
         world.on_main(lambda: check_ids_in_vocabulary(dataset, tokenizer, vocabulary))
         world.on_main(lambda: check_fits_loss(dataset, config.loss))
         return dataset
 
-    return ModelInputs(*files, tokenizer, flops, weights, router), encode
+    sources, eval_set = config.data.eval_sources, None
+    if sources:
+        eval_set = encode("eval", sources, eval_part(config.data))
+    return EvaluationInputs(*files, tokenizer, flops, weights, router, eval_set), encode
 
 
 def checked_model(
@@ -205,28 +231,6 @@ def checked_model(
     causal_lm = without_weights(model_config, config.model, start)
     check_positions(causal_lm, config.data.max_length)
     return model_config, causal_lm
-
-
-def _encode(
-    run: Run,
-    name: str,
-    sources: Sequence[SourceConfig],
-    part: Part,
-    tokenizer: PreTrainedTokenizerBase,
-    digest: str,
-) -> PreferenceDataset:
-    """Encode `sources` on rank 0 and return the dataset, opened on every rank; collective."""
-    data, console = run.config.data, run.console
-
-    def progress(source: str) -> AbstractContextManager[Count]:
-        return console.counter(f"encoding the {name} data: {source}", "record")
-
-    with console.heartbeat(f"preparing the {name} data"):
-        encoded = run.world.on_main(lambda: prepare_dataset(sources, data, tokenizer, digest, progress, part))
-    with console.heartbeat(f"verifying the {name} data"):
-        # A node that sees the files on another device verifies them again.
-        dataset = run.world.together(lambda: open_dataset(encoded, data))
-        return _with_count(run, dataset, "duplicates", count_duplicates)
 
 
 def _with_count(
@@ -286,3 +290,119 @@ def shared_model_folder(
     """Return `model_folder` on every rank; collective."""
     found = partial(model_folder, path, revision, key, accepts_adapter=accepts_adapter)
     return _on_every_rank(run, found, f"downloading {path}")
+
+
+def with_stored_reference(config: RunConfig) -> RunConfig:
+    """Return `config` with the reference in the store, unless the loss uses none.
+
+    A reference beside the policy, or its base, is the same model.
+    """
+    former = config.reference
+    if former.mode in (ReferenceMode.none, ReferenceMode.cached):
+        return config
+    bits = config.model.quantization if former.mode is ReferenceMode.adapter else former.quantization
+    return replace(config, reference=replace(former, mode=ReferenceMode.cached, quantization=bits))
+
+
+def rehearse(config: RunConfig, models: Sequence[Evaluated] = (), *, trains: bool = True) -> str:
+    """Load what a run loads before weights, and encode the first records of each source; return the findings.
+
+    Weights are neither read nor, for a model on the hub, downloaded. `models`: of an evaluation, not of a
+    run. `trains`: the run starts from what is in its directory.
+    """
+    run = RunFolder.of(config)
+    found = f" ({_expected_start(config, run)})" if trains and not models else ""
+    config = with_stored_reference(config) if models else config
+    described, tokenizer = _described_model(config)
+    lines = [("run.dir", f"{run}{found}"), ("model.path", described)]
+    for evaluated in models:
+        if evaluated.kind in (Kind.model, Kind.hub):
+            revision = config.model.revision if evaluated.path == config.model.path else None
+            own = description_folder(evaluated.path, revision, EVALUATED)
+            if not is_adapter(own):
+                check_same_vocabulary(own, tokenizer, config.model, EVALUATED)
+        lines.append(("evaluation", f"{evaluated.path} ({evaluated.kind})"))
+    if not models:
+        lines.append(("loss", check_custom_loss(config.loss) or ", ".join(config.loss.kinds)))
+    lines.append(("reference", _reference(config, tokenizer)))
+    needing = [f"model.{name}" for name in ("activation_offload", "liger") if getattr(config.model, name)]
+    if needing and not models and not torch.cuda.is_available():
+        why = f"no GPU here: a run on this machine would refuse {' and '.join(needing)}"
+        lines.append(("device", why))
+    for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        for index, source in enumerate(sources):
+            name = f"{key}[{index}]"
+            lines.append((name, _first_records(source, name, config, tokenizer)))
+    findings = "".join(f"  {label + ':':<15}{text}\n" for label, text in lines)
+    doctor = "  python -m dpo_dist.doctor with the same arguments without --check examines all records\n"
+    passed = "check passed: everything that needs no weights and no GPU is in order\n"
+    return passed + findings + ("" if models else doctor)
+
+
+def _expected_start(config: RunConfig, folder: RunFolder) -> str:
+    """Return in words what a start finds in the run directory; the checkpoints are not opened."""
+    if config.run.resume is not Resume.never:
+        if find_finished(config, folder):
+            return "complete: nothing is left to train"
+        if any(folder.checkpoints.glob("step-*")):
+            return "has checkpoints: the run resumes"
+    check_fresh_start(config, folder)
+    return "new"
+
+
+def _described_model(config: RunConfig) -> tuple[str, PreTrainedTokenizerBase]:
+    """Return the policy's model in words, and its tokenizer, after the checks that need no weights."""
+    folder = description_folder(config.model.path, config.model.revision, "model.path")
+    start = start_folder(config.model)
+    tokenizer = load_tokenizer(tokenizer_folder(folder, start), config.model)
+    model_config, _ = checked_model(config, folder, start)
+    router_loss(config.loss.router, model_config)
+    check_template_keys(config.data, tokenizer)
+    return f"{folder}, {model_config.model_type}, {len(tokenizer):,} tokens", tokenizer
+
+
+def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    reference = config.reference
+    if reference.offload is Offload.nvme:
+        from dpo_dist.distributed.join import check_async_io  # noqa: PLC0415  (starts DeepSpeed)
+
+        check_async_io()
+    found = [reference.mode.value]
+    if reference.path is not None:
+        folder = description_folder(reference.path, None, "reference.path")
+        check_same_vocabulary(folder, tokenizer, config.model)
+        found.append(f"model {folder}")
+    if reference.mode is ReferenceMode.cached:
+        spaces = len(list(Path(reference.store).glob("*/space.json")))
+        found.append(f"store {reference.store} ({counted(spaces, 'reference')})")
+    return ", ".join(found)
+
+
+def _first_records(
+    source: SourceConfig, key: str, config: RunConfig, tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """Read, encode and check the first records of a source; return their counts as one line."""
+    # No run directory is written, so the commit of a hub dataset is not recorded.
+    source = pinned(source, None)
+    records = list(itertools.islice(read_records(source), _FIRST_RECORDS + 1))
+    rows = pa.Table.from_batches([encode_chunk(records[:_FIRST_RECORDS], config.data, tokenizer)])
+    counts, has_more = counts_of(rows), len(records) > _FIRST_RECORDS
+    check_counts(counts, f"{key}: {source.path}", config.data, of_first=has_more)
+    dataset = PreferenceDataset(
+        fingerprint="",
+        counts=counts.as_dict(),
+        source_pairs=(counts.pairs,),
+        source_labels=("",),
+        **columns_of(rows),
+    )
+    check_fits_loss(dataset, config.loss)
+    name = f" ({source.name})" if source.name else ""
+    rest = " (the others were not looked at)" if has_more else ""
+    found = [
+        f"{source.path}{name}, {counts.kept} of the first {counts.read} records kept{rest}",
+        f"dropped: {dropped}" if (dropped := in_one_line(counts.dropped)) else "",
+        read_in_words(counts.read_as),
+        f"changed or particular: {changed}" if (changed := in_one_line(counts.changed)) else "",
+        f"{dataset.piece_tokens.sum() / len(dataset):.0f} tokens per example",
+    ]
+    return "; ".join(filter(None, found))

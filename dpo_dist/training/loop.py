@@ -1,12 +1,16 @@
-"""The training loop: steps, evaluations, metrics rows and checkpoints, in the same order on all ranks."""
+"""The training loop: steps, evaluations, metrics rows and checkpoints, in the same order on all ranks.
+
+Steps that teach nothing, because they are not finite or of a collapsed policy, are counted, and named or
+ended. DeepSpeed applies no update whose gradient norm is not finite, and the norm is the same on all ranks.
+"""
 
 import contextlib
 import difflib
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,39 +18,80 @@ import torch
 
 from dpo_dist.config.metrics import PREFIX
 from dpo_dist.config.rules import direction_of
-from dpo_dist.config.run_folder import LAST_EVALUATION, checkpoint_name
-from dpo_dist.config.schema import Direction, RunConfig, TrainerConfig
+from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder, checkpoint_name
+from dpo_dist.config.schema import Direction, LearningRateSchedule, OptimConfig, RunConfig, TrainerConfig
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.checkpoint import CheckpointSaver, has_all_files
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.world import GivenWay
 from dpo_dist.distributed.zero import PolicyEngine
-from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError, DivergedError
+from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.process import prefetch
+from dpo_dist.foundation.text import first_few
 from dpo_dist.insight.console import Console
 from dpo_dist.insight.metrics.log import Row
 from dpo_dist.insight.metrics.trackers import Margins
 from dpo_dist.insight.recorder import Recorder, spared
-from dpo_dist.insight.verdict.facts import usual_loss
-from dpo_dist.objective.metrics import MARGIN_PERCENTILES, MetricPlan, PairValues
+from dpo_dist.insight.verdict.facts import is_collapsed, usual_loss
+from dpo_dist.objective.metrics import MARGIN_PERCENTILES, MetricPlan
 from dpo_dist.training.evaluate import write_evaluation
-from dpo_dist.training.guards import (
-    count,
-    ending_error,
-    is_bad,
-    is_overflow,
-    pair_losses,
-    write_bad_step,
-)
 from dpo_dist.training.inputs import Inputs
-from dpo_dist.training.loss import Objective, ReadyStep
 from dpo_dist.training.resume import Identity
 from dpo_dist.training.samples import Samples
-from dpo_dist.training.schedule import learning_rate
 from dpo_dist.training.start import Run
 from dpo_dist.training.state import BestCheckpoint, LogWindow, Position, throughput
-from dpo_dist.training.step import StepClock, StepTotals, evaluate, reduce_step, train_step
+from dpo_dist.training.step import (
+    Objective,
+    ReadyStep,
+    StepClock,
+    StepTotals,
+    evaluate,
+    pair_losses,
+    reduce_step,
+    train_step,
+)
+
+_STEPS_WITHOUT_WARMUP = 10_000
+"""The time scale of `inverse_sqrt` without warm-up, as in transformers."""
+
+
+def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
+    """Return the learning rate of `step` (0-based) in a run of `steps`.
+
+    It rises linearly over the first `warmup_steps`, or over `warmup_ratio` of the steps, to `optim.lr` in the
+    last of them. Then it is constant, falls to `min_lr_ratio` of `optim.lr`, which it would reach in the step
+    after the last, or falls with the inverse root of the step (`inverse_sqrt`, arXiv:2106.04560), whatever
+    the number of steps is. The schedules of transformers start the warm-up one step later: their first step
+    has a rate of 0 and does not change the weights; after the warm-up they are equal.
+    """
+    warmup_steps = math.ceil(optim.warmup_ratio * steps) if optim.warmup_steps is None else optim.warmup_steps
+    if step < warmup_steps:
+        return optim.lr * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    match optim.schedule:
+        case LearningRateSchedule.constant | LearningRateSchedule.constant_with_warmup:
+            return optim.lr
+        case LearningRateSchedule.linear:
+            share = 1 - progress
+        case LearningRateSchedule.cosine:
+            share = 0.5 * (1 + math.cos(math.pi * progress))
+        case LearningRateSchedule.inverse_sqrt:
+            scale = warmup_steps or _STEPS_WITHOUT_WARMUP
+            return optim.lr * math.sqrt(scale / (step - warmup_steps + scale))
+    return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * share)
+
+
+def check_warmup(optim: OptimConfig, steps: int) -> None:
+    """Check that the warm-up ends within a run of `steps`."""
+    if optim.warmup_steps is not None and optim.warmup_steps > steps:
+        raise ConfigError(
+            "the warm-up is longer than the run, so that optim.lr is never reached",
+            where="optim.warmup_steps",
+            got=f"{optim.warmup_steps} of {steps} steps",
+            remedy="lower optim.warmup_steps, or raise trainer.epochs",
+        )
 
 
 class Progress:
@@ -126,6 +171,67 @@ def still_there(best: Sequence[BestCheckpoint], root: Path) -> list[BestCheckpoi
     After the newest checkpoint was damaged, that of an earlier step names best ones that are deleted since.
     """
     return [one for one in best if has_all_files(root / checkpoint_name(one.step))]
+
+
+MOST_BAD_STEPS = 3  # in a row
+_BAD_AT_THE_END = 1
+"""One bad pair may be in the last batch; more bad steps there are a policy that computes nothing finite."""
+
+
+def count(position: Position, totals: StepTotals, *, overflow: bool) -> None:
+    """Count a step, whose number is `position.step` already, in `position`."""
+    if overflow:
+        position.overflows += 1
+    elif totals.is_bad:
+        position.bad_steps += 1
+        position.bad_in_a_row += 1
+    else:
+        position.bad_in_a_row = 0
+        collapsed = is_collapsed({**totals.means, "grad_norm": totals.grad_norm})
+        position.collapsed_in_a_row = position.collapsed_in_a_row + 1 if collapsed else 0
+
+
+def _json_number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+def ending_error(
+    totals: StepTotals,
+    position: Position,
+    steps: int,
+    folder: RunFolder,
+    loss_scale: float | None,
+) -> DivergedError | None:
+    """Return the error that ends a run of `steps` after this one, if it must; the same on all ranks."""
+    step, is_last = position.step, position.step == steps
+    allowed = min(MOST_BAD_STEPS, _BAD_AT_THE_END) if is_last else MOST_BAD_STEPS
+    has_trained_nothing = is_last and position.bad_steps + position.overflows == steps
+    if has_trained_nothing and not position.bad_in_a_row:
+        return DivergedError(
+            "the run has trained nothing: gradients overflow in fp16, and no update was applied",
+            where="model.dtype",
+            got=f"{position.overflows} overflows and {position.bad_steps} bad steps in {step} steps; "
+            f"the loss scale of the next step is {loss_scale:g}",
+            remedy="train for more steps, as each overflow halves the scale, or set model.dtype=bf16 or fp32",
+        )
+    if position.bad_in_a_row > allowed or has_trained_nothing:
+        return DivergedError(
+            f"loss or gradient is not finite at step {step}; this update was not applied",
+            where=f"the pairs of this step: {folder.bad_step(step)}",
+            got=f"loss {totals.means['loss']}, gradient norm {totals.grad_norm}; bad steps in a row: "
+            f"{position.bad_in_a_row}, of this run: {position.bad_steps}",
+            expected=f"at most {allowed} in a row here ({_BAD_AT_THE_END} at the end)",
+            remedy="lower optim.lr or raise optim.warmup_ratio, and look at these pairs",
+        )
+    if position.collapsed_in_a_row > MOST_BAD_STEPS or (position.collapsed_in_a_row and is_last):
+        return DivergedError(
+            f"the policy has collapsed: the gradient is 0 at step {step}, and nothing is learnt",
+            where="optim.lr",
+            got=f"{totals.means['logps/chosen_per_token']:.4g} nats per token of chosen responses, loss "
+            f"{totals.means['loss']:.4g}; steps of this kind in a row: {position.collapsed_in_a_row}",
+            remedy="lower optim.lr or raise optim.warmup_ratio; from the first step on: check model.path",
+        )
+    return None
 
 
 _STEPS_AHEAD = 2
@@ -248,8 +354,8 @@ class Loop:
             clock.enter("checkpoint")
             self.checkpoints.commit()
             clock.enter("other")
-        overflow, bad = is_overflow(totals, self.policy), is_bad(totals)
-        running = {} if bad else position.add_running(self.run.config.loss, totals.means, pairs)
+        overflow = self.policy.has_overflowed and math.isfinite(totals.means["loss"])
+        running = {} if totals.is_bad else position.add_running(self.run.config.loss, totals.means, pairs)
         times = {f"time/{phase}": seconds for phase, seconds in clock.stop().items()}
         measures = LogWindow(
             steps=1,
@@ -266,7 +372,7 @@ class Loop:
         position.pairs_seen += pairs
         position.train_seconds += measures.seconds
         count(position, totals, overflow=overflow)
-        if overflow or bad:
+        if overflow or totals.is_bad:
             self._say_skipped(ready, totals, position, overflow=overflow)
         else:
             position.window.add(measures)
@@ -285,15 +391,30 @@ class Loop:
         self, ready: ReadyStep, totals: StepTotals, position: Position, *, overflow: bool
     ) -> None:
         """Say why a step was skipped; of a bad one, name the pairs. Collective: no weight has changed."""
-        step, scale, folder = position.step, self.policy.loss_scale, self.run.folder
+        step, scale, file = position.step, self.policy.loss_scale, self.run.folder.bad_step(position.step)
         if overflow and scale is not None:
             why = f"gradients overflow in fp16; the loss scale falls to {scale.value:g}"
             self.run.say(f"step {step} was skipped: {why}")
             return
         losses = pair_losses(self.policy, self.objective, ready, position.running, self.run.world)
-        pairs, dataset = self.inputs.sampler.indices(step - 1), self.inputs.train_set
-        write = partial(write_bad_step, folder, totals, step, dataset, pairs, losses)
-        self.run.say(self.run.write(write))
+        loss, norm = totals.means["loss"], totals.grad_norm
+
+        def write() -> str:
+            origins = map(self.inputs.train_set.origin, self.inputs.sampler.indices(step - 1).tolist())
+            pairs = [
+                {"source": origin.source, "line": origin.line, "loss": _json_number(loss_of_pair)}
+                for origin, loss_of_pair in zip(origins, losses, strict=True)
+            ]
+            content = {"step": step, "loss": _json_number(loss), "grad_norm": _json_number(norm)}
+            write_text(file, json.dumps({**content, "pairs": pairs}, indent=1) + "\n")
+            named = [f"{pair['source']}:{pair['line']}" for pair in pairs if isinstance(pair["loss"], str)]
+            return first_few(named) or "no pair alone is the cause"
+
+        causes = self.run.write(write)
+        self.run.say(
+            f"warning: step {step} was skipped: loss {loss:.4g}, gradient norm {norm:.4g}; {causes}; "
+            f"all pairs of the step: {file}"
+        )
 
     def _record_evaluation(self, dataset: PreferenceDataset, position: Position) -> None:
         """Record one metrics row over the evaluation dataset; collective."""
@@ -308,34 +429,25 @@ class Loop:
         speed = throughput(rank_batch.pairs, rank_batch.tokens, time.monotonic() - started)
         trainer, is_last = self.run.config.trainer, position.step == self.inputs.sampler.steps
         if is_last:
-            self._write_evaluation(dataset, values, metrics)
+
+            def write() -> None:
+                with spared("the last evaluation's folder", self.run.say):
+                    model = str(self.run.folder.model)
+                    write_evaluation(LAST_EVALUATION, model, self.run.config, metrics, values, dataset)
+
+            # Before the checkpoint of this step, from which a killed run resumes without another evaluation.
+            with self.run.console.heartbeat("computing the intervals of the last evaluation"):
+                self.run.write(write)
         margins = None
-        if values is not None and not self.run.config.loss.is_one_sided:
+        if not self.run.config.loss.is_one_sided:
             metrics |= values.margin_percentiles()
             margins = values.margin
         measured = metrics | ({"pairs": speed["pairs"]} if policy is None else speed)
         if self.samples is not None:
-            measured |= self.samples.at(position.step, self.policy, self.run.stops.give_way)
+            measured |= self.samples.at(position.step, self.policy)
         named = {f"eval_{name}": value for name, value in measured.items()}
         self._record({**self._row_start(position), **named}, margins)
         position.best = world.on_main(lambda: best_after(trainer, position.best, position.step, named))
-
-    def _write_evaluation(
-        self, dataset: PreferenceDataset, values: PairValues | None, means: dict[str, float]
-    ) -> None:
-        """Write the files of the last evaluation; collective.
-
-        Before the checkpoint of this step, from which a killed run resumes without another evaluation.
-        """
-
-        def write() -> None:
-            assert values is not None
-            model = str(self.run.folder.model)
-            with spared("the last evaluation's folder", self.run.say):
-                write_evaluation(LAST_EVALUATION, model, self.run.config, means, values, dataset)
-
-        with self.run.console.heartbeat("computing the intervals of the last evaluation"):
-            self.run.write(write)
 
     def _record_window(self, position: Position) -> None:
         """Record one metrics row of the steps since the last one, if one of them was applied."""

@@ -5,8 +5,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from dpo_dist.data.formats import check_source
 from dpo_dist.data.template import check_template_file
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, ReferenceModelError
 from dpo_dist.foundation.text import counted
-from dpo_dist.insight.console import Console, open_console
+from dpo_dist.insight.console import Console, open_console, print_text, warnings_off
 from dpo_dist.model.folder import (
     check_cached_offline,
     check_tokenizer_files,
@@ -28,6 +27,7 @@ from dpo_dist.model.folder import (
     tokenizer_folder,
     weight_files,
 )
+from dpo_dist.training.targets import Evaluated
 
 # The extra that installs a package, if it has another name.
 _EXTRAS = {"bitsandbytes": "quantization", "liger-kernel": "liger"}
@@ -40,6 +40,16 @@ def started(config: RunConfig, *, trains: bool = False) -> Iterator[Console]:
         check_start(config, trains=trains)
         with open_console(RunFolder.of(config), config.console) as console:
             yield console
+
+
+def check_only(config: RunConfig, models: Sequence[Evaluated] = (), *, trains: bool = False) -> None:
+    """Check what a run, or an evaluation of `models`, needs before it uses a GPU; write nothing."""
+    with without_traces(config, of_success=True):
+        check_start(config, trains=trains)
+        with warnings_off():
+            from dpo_dist.training.inputs import rehearse  # noqa: PLC0415  (slow)
+
+            print_text("check", rehearse(config, models, trains=trains), config.console)
 
 
 def check_start(config: RunConfig, *, trains: bool = False) -> None:
@@ -72,14 +82,6 @@ def check_start(config: RunConfig, *, trains: bool = False) -> None:
             _check_folder(folder, key)
 
 
-def with_evaluated_pairs(config: RunConfig) -> RunConfig:
-    """Return `config` with only the pairs that `evaluate` reads, as its `data.eval`."""
-    data = config.data
-    if config.evaluation.data:
-        data = replace(data, eval=config.evaluation.data, eval_share=0.0)
-    return replace(config, data=replace(data, train=[]) if data.eval else data)
-
-
 @contextlib.contextmanager
 def without_traces(config: RunConfig, *, of_success: bool = False) -> Iterator[None]:
     """Remove the folders that a start made, if it ends with a user's error before its first step; on rank 0.
@@ -88,7 +90,7 @@ def without_traces(config: RunConfig, *, of_success: bool = False) -> Iterator[N
     """
     folder, needed = RunFolder.of(config), _needed_folders(config).values()
     # os.path, as Path.exists raises for a name that is too long
-    made = {path for each in needed for path in (each, *each.parents) if not os.path.exists(path)}  # noqa: PTH110
+    made = [path for each in needed for path in (each, *each.parents) if not os.path.exists(path)]  # noqa: PTH110
     has_ended = of_success
     try:
         yield
@@ -99,7 +101,7 @@ def without_traces(config: RunConfig, *, of_success: bool = False) -> Iterator[N
         if has_ended and os.environ.get("RANK", "0") == "0":
             if folder.path in made and not os.path.exists(folder.checkpoints):  # noqa: PTH110
                 shutil.rmtree(folder.path, ignore_errors=True)
-            for path in sorted(made, key=lambda path: len(path.parts), reverse=True):
+            for path in made:
                 with contextlib.suppress(OSError):
                     path.rmdir()
 
@@ -152,35 +154,31 @@ def _check_folder(folder: Path, key: str) -> None:
 
 
 def _check_packages(config: RunConfig, *, trains: bool) -> None:
-    if config.model.quantization is not None:
-        _check_installed("bitsandbytes", "model.quantization", config.model.quantization)
-    if config.reference.quantization is not None:
-        _check_installed("bitsandbytes", "reference.quantization", config.reference.quantization)
-    if trains and config.optim.kind is OptimizerKind.adamw_8bit:
-        _check_installed("bitsandbytes", "optim.kind", config.optim.kind, OptimizerKind.adamw)
-    if config.model.liger:
-        _check_installed("liger-kernel", "model.liger", "true", "false")
-    for tracker in config.tracking.also:
-        _check_installed(tracker, "tracking.also", tracker, "[]")
+    model, is_8bit = config.model, trains and config.optim.kind is OptimizerKind.adamw_8bit
+    needed = [
+        # package, key, value that needs it, value that does not
+        ("bitsandbytes", "model.quantization", model.quantization, "null"),
+        ("bitsandbytes", "reference.quantization", config.reference.quantization, "null"),
+        ("bitsandbytes", "optim.kind", config.optim.kind if is_8bit else None, OptimizerKind.adamw),
+        ("liger-kernel", "model.liger", "true" if model.liger else None, "false"),
+        *((tracker, "tracking.also", tracker, "[]") for tracker in config.tracking.also),
+    ]
+    for package, key, value, instead in needed:
+        if value is not None and importlib.util.find_spec(package.replace("-", "_")) is None:
+            raise ConfigError(
+                f"{package} is not installed",
+                where=key,
+                got=value,
+                remedy=f"pip install 'dpo-dist[{_EXTRAS.get(package, package)}]', or set {key}={instead}",
+            )
     torch_version, is_sharded = version("torch"), config.parallelism.kind is ParallelismKind.zero3
     is_old = tuple(map(int, torch_version.split(".")[:2])) < (2, 12)
-    if trains and config.model.compile and is_sharded and is_old:
+    if trains and model.compile and is_sharded and is_old:
         raise ConfigError(
             "compiled layers lose gradients of sharded weights in torch before 2.12",
             where="model.compile",
             got=f"true with parallelism=zero3 and torch {torch_version}",
             remedy="update torch, or set parallelism=zero2 or model.compile=false",
-        )
-
-
-def _check_installed(package: str, key: str, value: str, instead: str = "null") -> None:
-    """Check that the package is installed that `key` with this value needs; else name another value."""
-    if importlib.util.find_spec(package.replace("-", "_")) is None:
-        raise ConfigError(
-            f"{package} is not installed",
-            where=key,
-            got=value,
-            remedy=f"pip install 'dpo-dist[{_EXTRAS.get(package, package)}]', or set {key}={instead}",
         )
 
 

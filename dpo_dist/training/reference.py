@@ -1,7 +1,7 @@
 """The reference of a run: find or fill its log-probs, and check a sample of them before the first step."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,7 @@ from dpo_dist.batching.sampler import Indices
 from dpo_dist.config.schema import Dtype, Numerics, ReferenceMode, RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.memory import peak_memory_bytes, reset_peak_memory
-from dpo_dist.distributed.reference_sync import ReferenceSync
-from dpo_dist.distributed.zero import Engine, FrozenEngine, PolicyEngine
+from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.errors import ExitCode, ReferenceModelError
 from dpo_dist.foundation.process import StopRequest
 from dpo_dist.foundation.text import counted, duration
@@ -37,11 +36,11 @@ from dpo_dist.reference.engine import (
     load_reference,
     scored_model,
 )
-from dpo_dist.reference.fill import OWN_NUMERICS, FillReport, Reused, Scorer, StoreFiller, count_reused
+from dpo_dist.reference.fill import OWN_NUMERICS, FillReport, Scorer, StoreFiller, count_reused
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, Values
-from dpo_dist.training.inputs import EvaluationInputs, Inputs, load_inputs
-from dpo_dist.training.loss import Objective, ScoredPairs
+from dpo_dist.training.inputs import EvaluationInputs, load_inputs
 from dpo_dist.training.start import Run, open_run, say_header
+from dpo_dist.training.step import Objective, ScoredPairs
 
 _CHECKED_PAIRS = 16
 # Mean absolute drift of a response per token, in nats.
@@ -83,11 +82,10 @@ def check_drift(
                 pairs = ScoredPairs(objective.pair_logps(logps, batch), reference, facts, batch.weights)
                 losses[index] += objective.measure(pairs)[0].double()
             if micro_batch and world.leads:
-                counts = dataset.response_counts(np.array(micro_batch, dtype=np.int64)).tolist()
                 names = [
                     f"{dataset.origin(index)} response {number}"
-                    for index, count in zip(micro_batch, counts, strict=True)
-                    for number in range(count)
+                    for index in micro_batch
+                    for number in range(len(dataset.response_range(index)))
                 ]
                 parts = torch.split((fresh - stored).cpu(), host_batch.response_tokens.tolist())
                 own += zip(names, (part.numpy() for part in parts), strict=True)
@@ -166,9 +164,7 @@ class Reference:
     report: dict[str, Any]
 
 
-def prepare_reference(
-    run: Run, inputs: Inputs | EvaluationInputs, *, step0_follows: bool = False
-) -> Reference:
+def prepare_reference(run: Run, inputs: EvaluationInputs, *, step0_follows: bool = False) -> Reference:
     """Return the reference in every mode but `adapter`; fill the store in mode `cached`. Collective.
 
     With `step0_follows`, a policy that starts as the reference re-scores the sample, and not the reference.
@@ -177,54 +173,26 @@ def prepare_reference(
     config, world = run.config, run.world
     mode, files = config.reference.mode, inputs.reference_files
     if mode is ReferenceMode.none:
-        return _unstored(ReferenceProvider(), False, mode, inputs)
+        return unstored(run, inputs, ReferenceProvider(), is_start=False)
     assert files is not None, "every other mode has a reference model"
     if config.reference.path:
         world.on_main(lambda: check_same_vocabulary(files.folder, inputs.tokenizer, config.model))
     same_precision = config.reference.quantization is config.model.quantization
     is_start = same_precision and files.digest == inputs.policy_files.digest
     if mode is ReferenceMode.live:
-        return _unstored(
-            ReferenceProvider(engine=load_reference(files, config, world)), is_start, mode, inputs
-        )
+        provider = ReferenceProvider(engine=load_reference(files, config, world))
+        return unstored(run, inputs, provider, is_start=is_start)
     return _stored(run, inputs, files, is_start, is_checked=is_start and step0_follows)
 
 
-def adapter_reference(policy: PolicyEngine, inputs: Inputs) -> Reference:
-    """Return the reference in mode `adapter`: the policy with its adapter switched off."""
-    return _unstored(ReferenceProvider(policy=policy), True, ReferenceMode.adapter, inputs)
-
-
-def _unstored(
-    provider: ReferenceProvider, is_start: bool, mode: ReferenceMode, inputs: Inputs | EvaluationInputs
-) -> Reference:
-    report = {"mode": mode.value, **FillReport().as_dict()}
+def unstored(run: Run, inputs: EvaluationInputs, provider: ReferenceProvider, *, is_start: bool) -> Reference:
+    """Return a reference that is computed with each micro-batch, or none."""
+    report = {"mode": run.config.reference.mode.value, **FillReport().as_dict()}
     return Reference(provider, is_start, inputs.visited[0], report)
 
 
-def open_reference_sync(run: Run, reference: ReferenceProvider, policy: PolicyEngine) -> ReferenceSync | None:
-    """Return the updater of a reference that follows the policy; None without `loss.sync_reference`."""
-    sync = run.config.loss.sync_reference
-    if sync.every is None:
-        return None
-    assert isinstance(reference.engine, FrozenEngine)
-    return ReferenceSync(reference.engine, policy, sync, run.world)
-
-
-def over_starts(former: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the report of a resumed run: what all starts computed, and what the first one found.
-
-    A later start finds what the first one computed, and makes no step-0 check. `former`: empty, if not known.
-    """
-    if not former:
-        return dict(report)
-    computed, seconds = (former[name] + report[name] for name in ("computed", "seconds"))
-    damaged = sorted({*former["damaged"], *report["damaged"]})
-    return {**report, **former, "computed": computed, "seconds": round(seconds, 3), "damaged": damaged}
-
-
 def _stored(
-    run: Run, inputs: Inputs | EvaluationInputs, files: ModelFiles, is_start: bool, *, is_checked: bool
+    run: Run, inputs: EvaluationInputs, files: ModelFiles, is_start: bool, *, is_checked: bool
 ) -> Reference:
     """Fill the store with all log-probs of the run; then free the reference engine. Collective.
 
@@ -233,7 +201,11 @@ def _stored(
     reference (`is_start`), else by an engine loaded for it.
     """
     config, world, store = run.config, run.world, Path(run.config.reference.store)
-    fingerprint = _fingerprint(run, files)
+    backend = choose_backend(config.model.attention, config.model.dtype, world.device)
+    own = numerics_of(scored_model(config), backend, world.device)
+    profile = agree_on_numerics(own, config.reference.numerics is Numerics.tolerant, world)
+    label = model_label(config.reference.path or config.model.path, files.folder)
+    fingerprint = ReferenceFingerprint(files.digest, profile, label)
     found = world.on_main(lambda: find_compatible(store, fingerprint))
     compatible = found if config.reference.numerics is Numerics.tolerant else []
     empty = LogpStore(store, [fingerprint, *compatible], [])
@@ -262,7 +234,12 @@ def _stored(
     if compatible:
         reused = world.on_main(lambda: count_reused(opened, inputs.visited))
         report["served"] = reused.entries
-        run.say(f"reference: {_describe_reused(reused)}")
+        described = [
+            counted(count, "log-prob")
+            + (" of this run's own numerics" if numerics == OWN_NUMERICS else f" computed with {numerics}")
+            for numerics, count in reused.entries.items()
+        ]
+        run.say(f"reference: {', '.join(described)}")
         if reused.audited is not None:
             audited = inputs.visited[reused.audited[0]][0], reused.audited[1]
             must_score = must_score or not is_start
@@ -279,17 +256,7 @@ def _stored(
     return Reference(provider, is_start, audited, report)
 
 
-def _fingerprint(run: Run, files: ModelFiles) -> ReferenceFingerprint:
-    """Return the fingerprint of the log-probs that this run computes; collective."""
-    config, world = run.config, run.world
-    backend = choose_backend(config.model.attention, config.model.dtype, world.device)
-    own = numerics_of(scored_model(config), backend, world.device)
-    profile = agree_on_numerics(own, config.reference.numerics is Numerics.tolerant, world)
-    label = model_label(config.reference.path or config.model.path, files.folder)
-    return ReferenceFingerprint(files.digest, profile, label)
-
-
-def _fill(run: Run, inputs: Inputs | EvaluationInputs, filler: StoreFiller) -> FillReport:
+def _fill(run: Run, inputs: EvaluationInputs, filler: StoreFiller) -> FillReport:
     """Compute and store the missing log-probs of all pairs of the run, and print a summary; collective."""
     filled = FillReport()
     several = len(inputs.visited) > 1
@@ -303,16 +270,6 @@ def _fill(run: Run, inputs: Inputs | EvaluationInputs, filler: StoreFiller) -> F
     for name in sorted(filled.damaged):
         run.say(f"warning: reference: damaged file ignored: {store}/{name}")
     return filled
-
-
-def _describe_reused(reused: Reused) -> str:
-    """Return the number of log-probs used of each numerics, in words."""
-    return ", ".join(
-        f"{counted(count, 'log-prob')} of this run's own numerics"
-        if numerics == OWN_NUMERICS
-        else f"{counted(count, 'log-prob')} computed with {numerics}"
-        for numerics, count in reused.entries.items()
-    )
 
 
 def precompute(config: RunConfig, console: Console, stop: StopRequest) -> int:

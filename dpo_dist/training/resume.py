@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import STATE, RunFolder, checkpoint_folders
-from dpo_dist.config.schema import Resume, RunConfig, TrainerConfig
+from dpo_dist.config.schema import Resume, RunConfig
 from dpo_dist.foundation.errors import CheckpointError, RunOutcome, first_line
 from dpo_dist.foundation.files import write_text
 
@@ -102,22 +102,20 @@ def length_of(config: RunConfig) -> str:
     return json.dumps({"epochs": config.trainer.epochs, "max_steps": config.trainer.max_steps})
 
 
-def former_length(recorded: Mapping[str, Any], config: RunConfig) -> TrainerConfig | None:
-    """Return the recorded run's trainer section, if `config` is that run with another length; else None.
+def has_other_length(recorded: Mapping[str, Any], config: RunConfig) -> bool:
+    """Return whether `config` is the recorded run with another length.
 
     `recorded`: the state of a checkpoint, or the identity in the state file.
     """
     former = replace(config.trainer, **json.loads(recorded.get("length") or length_of(config)))
     is_same = run_digest(replace(config, trainer=former)) == recorded.get("run_digest")
-    return former if is_same and former != config.trainer else None
+    return is_same and former != config.trainer
 
 
 def check_configuration(recorded: Mapping[str, Any], config: RunConfig, folder: RunFolder) -> None:
-    """Check that a run directory belongs to `config`, or to a shorter run that is otherwise the same."""
-    digest, former = run_digest(config), former_length(recorded, config)
-    if former is not None:
-        _check_longer(former, recorded.get("steps"), config.trainer)
-    elif recorded.get("run_digest") != digest:
+    """Check that a run directory belongs to `config`, or to a run of another length that is the same."""
+    digest = run_digest(config)
+    if recorded.get("run_digest") != digest and not has_other_length(recorded, config):
         changed = changed_keys(folder.config, config)
         function = config.loss.function
         source = "" if function is None else f", which depends on the source of {function}"
@@ -131,34 +129,18 @@ def check_configuration(recorded: Mapping[str, Any], config: RunConfig, folder: 
         )
 
 
-def _check_longer(former: TrainerConfig, steps: int | None, new: TrainerConfig) -> None:
-    """Check that a run becomes longer; epochs cannot be compared with `steps` before data are read."""
-    if former.max_steps is None and new.max_steps is None:
-        is_longer = new.epochs > former.epochs
-    else:
-        done = steps if former.max_steps is None else former.max_steps
-        is_longer = new.max_steps is not None and done is not None and new.max_steps > done
-    if not is_longer:
+def describe_change(state: Mapping[str, Any], config: RunConfig, steps: int) -> str:
+    """Return a line about a checkpoint whose run continues to more `steps`; "" if its length is the same."""
+    former = int(state.get("steps", steps))
+    if steps < former:
         raise CheckpointError(
             "a run can be continued to a greater length only",
-            where="trainer.epochs" if new.max_steps is None else "trainer.max_steps",
-            got=_length(new),
-            expected=f"more than {_length(former)}" + (f", {steps:,} steps" if steps is not None else ""),
-            remedy=f"set {_length(former)} to resume it as it was, a larger trainer.max_steps, or another "
-            "run.dir",
+            where="trainer.epochs" if config.trainer.max_steps is None else "trainer.max_steps",
+            got=f"{steps:,} steps",
+            expected=f"at least {former:,} steps",
+            remedy="set the length that the run had, a greater one, or another run.dir",
         )
-
-
-def _length(trainer: TrainerConfig) -> str:
-    if trainer.max_steps is None:
-        return f"trainer.epochs={trainer.epochs:g}"
-    return f"trainer.max_steps={trainer.max_steps}"
-
-
-def describe_change(state: Mapping[str, Any], config: RunConfig, steps: int) -> str:
-    """Return a line about a checkpoint whose run continues to `steps`; "" if its length is the same."""
-    former = state.get("steps", steps)
-    if former == steps:
+    if steps == former:
         return ""
     skipped = int(state["step"]) * config.trainer.global_batch_pairs - int(state["pairs_seen"])
     partial = f"; the next {skipped} pairs of the order are not trained" if skipped else ""
@@ -167,11 +149,17 @@ def describe_change(state: Mapping[str, Any], config: RunConfig, steps: int) -> 
 
 
 def find_finished(config: RunConfig, folder: RunFolder) -> RunState | None:
-    """Return the state of a run that is complete at the length of `config` and has its model, else None."""
+    """Return the state of a run that is complete at the length of `config` and has its model, else None.
+
+    It is an error if `config` is another one.
+    """
     state = read_state(folder)
-    if state is None or not state.is_finished or former_length(state.identity, config) is not None:
+    if state is None or not state.is_finished or has_other_length(state.identity, config):
         return None
-    return state if any(folder.model.glob("*.safetensors")) else None
+    if not any(folder.model.glob("*.safetensors")):
+        return None
+    check_configuration(state.identity, config, folder)
+    return state
 
 
 def check_newest_checkpoint(config: RunConfig) -> None:
@@ -189,30 +177,24 @@ def check_newest_checkpoint(config: RunConfig) -> None:
 
 def check_fresh_start(config: RunConfig, folder: RunFolder) -> None:
     """Refuse a start at step 0 where a checkpoint is required, or where it would replace a result."""
-    state, has_model, model = read_state(folder), folder.model.is_dir(), f"{folder.model.name}/"
-    is_finished = state is not None and state.is_finished
-    is_shorter = state is not None and former_length(state.identity, config) is not None
+    state, has_model = read_state(folder), folder.model.is_dir()
     used = [path.name for path in (folder.checkpoints, folder.metrics, folder.model) if path.exists()]
-    again = f"to train from the beginning, delete {folder.state.name}, or set another run.dir"
     if config.run.resume is Resume.never:
         if not used:
             return
         fault = f"the run directory has results of a run ({', '.join(used)}), and run.resume=never"
         remedy = "set run.resume=auto to resume, or another run.dir"
-    elif is_shorter and (is_finished or has_model):
-        fault = "this run has another length and no checkpoint from which it could continue to this one"
-        remedy = "set the length that it had, or another run.dir; trainer.keep_last keeps checkpoints"
-    elif is_finished:
-        fault = "this run is complete, but its model and its checkpoints were removed"
-        remedy = f"put {model} back; {again}"
-    elif has_model:
-        fault = "there is a model in the run directory, but no checkpoint to resume from"
-        remedy = f"move {model} away to train again, or set another run.dir"
+    elif has_model or (state is not None and (state.is_finished or state.step)):
+        found = "a model" if has_model or state is None else f"a run of {state.step:,} steps"
+        fault = f"the run directory has {found}, and its checkpoints are missing"
+        remedy = (
+            "put them back (of a complete run, its model), or mount their disk; to train from the beginning "
+            f"delete {folder.state.name} and {folder.model.name}/, or set another run.dir"
+        )
+        if has_model and state is not None and has_other_length(state.identity, config):
+            remedy = "set the length that the run had; trainer.keep_last keeps checkpoints to continue from"
     elif config.run.resume is Resume.must:
         fault, remedy = "there is no checkpoint to resume from", "set run.resume=auto to start a new run"
-    elif state is not None and state.step:
-        fault = f"this run has done {state.step:,} steps, and its checkpoints are missing"
-        remedy = f"put them back, or mount their disk; {again}"
     else:
         return
     raise CheckpointError(fault, where=str(folder.path), remedy=remedy)

@@ -1,6 +1,7 @@
 """Build the parts of a run and connect them: the only module that does."""
 
 import contextlib
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,35 +11,32 @@ from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.losses import Weighting
 from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver, load_checkpoint
+from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.slices import Sharded
 from dpo_dist.distributed.world import World
-from dpo_dist.distributed.zero import Engine, PolicyEngine
-from dpo_dist.foundation.errors import ExitCode, RunOutcome
+from dpo_dist.distributed.zero import Engine, FrozenEngine, PolicyEngine
+from dpo_dist.foundation.errors import ExitCode, RunOutcome, StoppedError
 from dpo_dist.foundation.process import BY_TRACKER, StopRequest
+from dpo_dist.foundation.text import counted, percent
 from dpo_dist.insight.console import Console
 from dpo_dist.insight.metrics.log import MetricsLog
 from dpo_dist.insight.metrics.trackers import open_trackers
 from dpo_dist.insight.recorder import Recorder
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.lora import add_adapter
-from dpo_dist.reference.engine import settle_engine
+from dpo_dist.reference.engine import ReferenceProvider, settle_engine
 from dpo_dist.training.finish import finish, run_to_its_end, write_lost_files
-from dpo_dist.training.inputs import Inputs, ModelInputs, load_inputs
-from dpo_dist.training.loop import Loop, check_keep_best, still_there
-from dpo_dist.training.loss import Objective
+from dpo_dist.training.inputs import Inputs, load_inputs
+from dpo_dist.training.loop import Loop, check_keep_best, check_warmup, still_there
 from dpo_dist.training.reference import (
     Reference,
-    adapter_reference,
     check_drift,
     describe_drift,
-    open_reference_sync,
-    over_starts,
     prepare_reference,
+    unstored,
 )
 from dpo_dist.training.resume import (
-    Identity,
     RunState,
-    check_configuration,
     check_identity,
     describe_change,
     identify,
@@ -47,7 +45,6 @@ from dpo_dist.training.resume import (
 from dpo_dist.training.samples import prepare_samples
 from dpo_dist.training.start import (
     Run,
-    Start,
     check_disk_room,
     describe_run,
     find_start,
@@ -55,11 +52,10 @@ from dpo_dist.training.start import (
     mark_started,
     open_run,
     peak_flops,
-    recorded_stop,
     say_header,
-    say_steps,
 )
 from dpo_dist.training.state import Position
+from dpo_dist.training.step import Objective
 
 
 def train(config: RunConfig, console: Console, stop: StopRequest) -> int:
@@ -70,51 +66,55 @@ def train(config: RunConfig, console: Console, stop: StopRequest) -> int:
     with open_run(config, console, stop, trains=True) as run, locked(run):
         run.stops.check()  # a library may have caught an error that a signal raised while it was imported
         say_header(run)
-        start = find_start(run)
-        if start.finished is not None:
-            return _complete(run, start.finished)
-        inputs, environment, state = _begin(run, start)
+        found = find_start(run)
+        if isinstance(found, RunState):
+            return _complete(run, found)
+        inputs, state = _begin(run, found)
         with stop.deferred(), contextlib.ExitStack() as engines:
-            with recorded_stop(run, state):
-                loop, position = _set_up(run, start, inputs, environment, state.identity, engines)
+            try:
+                loop, position = _set_up(run, found, inputs, state, engines)
+            except StoppedError:
+                stopped = replace(state, outcome=RunOutcome.preempted, stopped_by=run.stops.agreed)
+                if run.world.is_main:
+                    with contextlib.suppress(OSError):
+                        write_state(run.folder, stopped)
+                raise
             trackers = None if loop.recorder is None else loop.recorder.trackers
             with contextlib.nullcontext() if trackers is None else trackers.ended_by_errors():
                 return run_to_its_end(loop, position)
 
 
-def _begin(run: Run, start: Start) -> tuple[Inputs, dict[str, Any], RunState]:
-    """Read the inputs, and write the files of every start when no check refuses it any more; collective.
-
-    Returns inputs, content of environment.json, and the state of the run.
-    """
-    config, world = run.config, run.world
+def _begin(run: Run, checkpoint: Checkpoint | None) -> tuple[Inputs, RunState]:
+    """Read the inputs, and write the files of every start when no check refuses it any more; collective."""
+    config, world, decay = run.config, run.world, run.config.trainer.ema_decay
     environment = describe_run(run)
     if "loss_function" in environment:
         run.say(f"loss: {environment['loss_function']}")
     inputs = load_inputs(run, trains=True)
-    steps = inputs.sampler.steps
+    done, steps = 0, inputs.sampler.steps
+    check_warmup(config.optim, steps)
     if inputs.eval_set is not None:
         check_keep_best(config, inputs.eval_set.labels)
     identity = identify(config, inputs)
-    if start.checkpoint is not None:
-        former = start.checkpoint
-        world.on_main(partial(check_identity, former.state, identity, former.folder))
-        if change := describe_change(former.state, config, steps):
+    if checkpoint is not None:
+        done = int(checkpoint.state["step"])
+        world.on_main(partial(check_identity, checkpoint.state, identity, checkpoint.folder))
+        if change := world.on_main(partial(describe_change, checkpoint.state, config, steps)):
             run.say(change)
-    state = RunState(RunOutcome.started, start.step, identity)
-    world.on_main(lambda: check_disk_room(config, inputs.weights, start.step, steps))
+    state = RunState(RunOutcome.started, done, identity)
+    world.on_main(partial(check_disk_room, config, inputs.weights, done, steps))
     mark_started(run, environment, state)
-    say_steps(run, inputs.sampler, start.step)
-    return inputs, environment, state
+    left = f", {done:,} of them done" if done else ""
+    pairs = counted(inputs.sampler.global_batch_pairs, "pair")
+    run.say(f"training: {counted(steps, 'step')} of {pairs}{left}")
+    if decay is not None:
+        kept = percent(decay**steps)
+        run.say(f"moving average of the weights: at the end {kept} of it are the weights at the start")
+    return inputs, state
 
 
 def _set_up(
-    run: Run,
-    start: Start,
-    inputs: Inputs,
-    environment: dict[str, Any],
-    identity: Identity,
-    engines: contextlib.ExitStack,
+    run: Run, checkpoint: Checkpoint | None, inputs: Inputs, state: RunState, engines: contextlib.ExitStack
 ) -> tuple[Loop, Position]:
     """Load models, fill the store, load the checkpoint; return the loop and its position. Collective.
 
@@ -122,27 +122,31 @@ def _set_up(
     """
     config, world = run.config, run.world
     with run.clock.of("samples"):
-        samples = prepare_samples(run, inputs, start.step)
-    reference, policy = _load_models(run, start, inputs, engines)
+        samples = prepare_samples(run, inputs, state.step)
+    reference, policy = _load_models(run, inputs, engines, step0_follows=checkpoint is None)
     inputs = arranged(run, inputs, policy, reference)
     run.stops.check()
     objective = Objective(config.loss, reference.provider, inputs.router)
-    reference_sync = open_reference_sync(run, reference.provider, policy)
-    sharded: list[Sharded] = [policy] if reference_sync is None else [policy, reference_sync]
+    sharded: list[Sharded] = [policy]
+    reference_sync = None
+    if config.loss.sync_reference.every is not None:
+        assert isinstance(reference.provider.engine, FrozenEngine)
+        reference_sync = ReferenceSync(reference.provider.engine, policy, config.loss.sync_reference, world)
+        sharded.append(reference_sync)
     checkpoints = CheckpointSaver(
         run.folder.checkpoints,
         config.trainer.keep_last,
         sharded,
         world,
-        () if start.checkpoint is None else start.checkpoint.damaged,
+        () if checkpoint is None else checkpoint.damaged,
         say=run.say,
-        committed=lambda step: write_state(run.folder, RunState(RunOutcome.started, step, identity)),
+        committed=lambda step: write_state(run.folder, replace(state, step=step)),
     )
     engines.callback(checkpoints.close)  # before the weights that it writes are freed
-    if start.checkpoint is not None:
-        position = _resume(run, start.checkpoint, sharded, reference.report)
+    if checkpoint is not None:
+        position = _resume(run, checkpoint, sharded, reference.report)
         policy.set_loss_scale(position.loss_scale)
-        checkpoints.resume(start.checkpoint.folder, [one.step for one in position.best])
+        checkpoints.resume(checkpoint.folder, [one.step for one in position.best])
     else:
         position = Position(reference_report=reference.report)
         if reference.is_policys_start:
@@ -163,15 +167,15 @@ def _set_up(
         start_is_known=reference.is_policys_start and config.loss.weighting is not Weighting.wpo,
         peak=peak_flops(run),
         checkpoints=checkpoints,
-        identity=identity,
+        identity=state.identity,
         samples=samples,
-        recorder=_open_recorder(run, position, environment),
+        recorder=_open_recorder(run, position),
     )
     return loop, position
 
 
 def _load_models(
-    run: Run, start: Start, inputs: Inputs, engines: contextlib.ExitStack
+    run: Run, inputs: Inputs, engines: contextlib.ExitStack, *, step0_follows: bool
 ) -> tuple[Reference, PolicyEngine]:
     """Load the reference, then the policy: a model that filled the store is freed before. Collective.
 
@@ -181,13 +185,13 @@ def _load_models(
     run.stops.check()
     if run.config.reference.mode is not ReferenceMode.adapter:
         with run.clock.of("reference"):
-            reference = prepare_reference(run, inputs, step0_follows=start.checkpoint is None)
+            reference = prepare_reference(run, inputs, step0_follows=step0_follows)
         if reference.provider.engine is not None:
             engines.push(partial(_free, reference.provider.engine, run.world))
         run.stops.check()
     policy = load_policy(run, inputs)
     engines.push(partial(_free, policy, run.world))
-    return reference or adapter_reference(policy, inputs), policy
+    return reference or unstored(run, inputs, ReferenceProvider(policy=policy), is_start=True), policy
 
 
 def _free(engine: Engine, world: World, error: type[BaseException] | None, *_: Any) -> None:
@@ -199,7 +203,7 @@ def _free(engine: Engine, world: World, error: type[BaseException] | None, *_: A
             engine.free()
 
 
-def load_policy(run: Run, inputs: ModelInputs) -> PolicyEngine:
+def load_policy(run: Run, inputs: Inputs) -> PolicyEngine:
     """Return the policy at its start, with its adapter if it has one; collective."""
     config, world, files = run.config, run.world, inputs.policy_files
     longest = config.data.max_length
@@ -216,20 +220,16 @@ def arranged(run: Run, inputs: Inputs, policy: PolicyEngine, reference: Referenc
 
     A live reference computes the policy's micro-batches, which also fit the budget in its padded rows.
     """
-    arrangement, provider, pads = policy.model.arrangement, reference.provider, False
-    if provider.engine is not None:
-        pads = provider.engine.model.arrangement is Arrangement.padded
-    inputs = replace(inputs, arrangement=arrangement, reference_pads=pads)
-    if arrangement is Arrangement.packed:
-        if pads:
-            rows = "the reference computes padded rows, one response each; micro-batches fit them"
-            run.say(f"unpacked: {rows}")
-        return inputs
-    how = "one response per forward"
-    if arrangement is Arrangement.padded:
-        how = "one response per row, padded to the longest of the micro-batch"
-    run.say(f"unpacked: responses of this model cannot share a prompt in one forward: {how}")
-    return inputs
+    arrangement, engine = policy.model.arrangement, reference.provider.engine
+    pads = engine is not None and engine.model.arrangement is Arrangement.padded
+    if arrangement is not Arrangement.packed:
+        how = "one response per forward"
+        if arrangement is Arrangement.padded:
+            how = "one response per row, padded to the longest of the micro-batch"
+        run.say(f"unpacked: responses of this model cannot share a prompt in one forward: {how}")
+    elif pads:
+        run.say("unpacked: the reference computes padded rows, one response each; micro-batches fit them")
+    return replace(inputs, arrangement=arrangement, reference_pads=pads)
 
 
 def _resume(run: Run, checkpoint: Checkpoint, sharded: Sequence[Sharded], report: dict[str, Any]) -> Position:
@@ -240,7 +240,10 @@ def _resume(run: Run, checkpoint: Checkpoint, sharded: Sequence[Sharded], report
     load_checkpoint(checkpoint, sharded, run.world)
     position = Position.of(checkpoint.state)
     position.best = run.world.on_main(lambda: still_there(position.best, checkpoint.folder.parent))
-    position.reference_report = over_starts(position.reference_report, report)
+    former = position.reference_report  # a later start finds what the first one computed, and checks no drift
+    sums = {name: round(former[name] + report[name], 3) for name in ("computed", "seconds")}
+    damaged = sorted({*former["damaged"], *report["damaged"]})
+    position.reference_report = {**report, **former, **sums, "damaged": damaged}
     run.clock.resume(position.work)
     run.say(f"resuming from {checkpoint.folder}, after step {position.step:,}")
     for name in checkpoint.damaged:
@@ -248,13 +251,13 @@ def _resume(run: Run, checkpoint: Checkpoint, sharded: Sequence[Sharded], report
     return position
 
 
-def _open_recorder(run: Run, position: Position, environment: dict[str, Any]) -> Recorder | None:
+def _open_recorder(run: Run, position: Position) -> Recorder | None:
     """Return the recorder of a run that continues at `position`; None on all ranks but 0."""
     if not run.world.is_main:
         return None
-    owes = position.owes_evaluation
+    owes, ask = position.owes_evaluation, partial(run.stops.request.ask, BY_TRACKER)
     metrics = MetricsLog.open(run.folder, position.step or None, run.say, owes_evaluation=owes)
-    ask = partial(run.stops.request.ask, BY_TRACKER)
+    environment = json.loads(run.folder.environment.read_bytes())
     trackers = open_trackers(
         run.config, run.folder, ask, rows=metrics.rows, environment=environment, say=run.say
     )
@@ -264,12 +267,11 @@ def _open_recorder(run: Run, position: Position, environment: dict[str, Any]) ->
 def _complete(run: Run, finished: RunState) -> int:
     """Write the missing files of a run whose model is written, if its inputs are the same; collective."""
     world, folder = run.world, run.folder
-    world.on_main(partial(check_configuration, finished.identity, run.config, folder))
     identity = identify(run.config, load_inputs(run))
     world.on_main(partial(check_identity, finished.identity, identity, folder.state))
     if finished.outcome is RunOutcome.exported:
         assert finished.summary is not None
-        recorder = _open_recorder(run, Position(finished.step), describe_run(run))
+        recorder = _open_recorder(run, Position(finished.step))
         with run.stops.request.deferred():
             completed = replace(finished, outcome=RunOutcome.completed)
             finish(run, completed, recorder, finished.summary)

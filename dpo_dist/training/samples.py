@@ -64,21 +64,26 @@ class Samples:
     starts_as_reference: bool = False
     reference: list[Row] | None = None
 
-    def at(self, step: int, policy: Engine, give_way: Callable[[], None] = lambda: None) -> dict[str, float]:
+    def at(self, step: int, policy: Engine) -> dict[str, float]:
         """Write the policy's responses after `step`, and return their metrics `samples/...`.
 
-        `give_way` is called before each batch of prompts, and may raise. There is no file if the model's
-        logits are not finite, and no metrics, with a warning, after a bug in these.
+        Gives way before each batch of prompts. There is no file if the model's logits are not finite, and no
+        metrics, with a warning, after a bug in these.
         """
-        responses = self.reference if step == 0 and self.starts_as_reference else None
-        responses = responses or self._ask(policy, give_way=give_way)
-        if responses is None:
+        known = self.reference if step == 0 and self.starts_as_reference else None
+        asked = known or self._ask(policy, give_way=self.run.stops.give_way)
+        if asked is None:
             return {}
-        asked = responses
 
         def write() -> dict[str, float]:
             metrics: dict[str, float] = {}
-            write_text(self.run.folder.samples_file(step), lines(self._rows(step, asked)))
+            unknown = dict.fromkeys(("text", "tokens", "finished"))
+            others = self.reference or [unknown] * len(asked)
+            rows = [
+                {**prompt.fields, "step": step, **_named("policy", own), **_named("reference", other)}
+                for prompt, own, other in zip(self.prompts, asked, others, strict=True)
+            ]
+            write_text(self.run.folder.samples_file(step), lines(rows))
             with spared("the row of metrics of samples", self.run.say):
                 metrics |= {"samples/prompts": float(len(asked)), **self._metrics("samples/", asked)}
                 if self.reference is not None:
@@ -119,10 +124,11 @@ class Samples:
     ) -> list[Row] | None:
         """Return a response to each prompt; None, with a warning, if the model's logits are not finite."""
         requests = [prompt.request for prompt in self.prompts]
-        options: dict[str, Any] = {"of_base": of_base, "give_way": give_way}
         limits = self.stop_ids, _BATCH_TOKENS, self.run.world
         try:
-            found = generate_together(model, requests, self.sampling, *limits, **options)
+            found = generate_together(
+                model, requests, self.sampling, *limits, of_base=of_base, give_way=give_way
+            )
         except NotFiniteError:
             self.run.say("warning: no samples: the model's logits are not finite")
             return None
@@ -139,14 +145,6 @@ class Samples:
         facts = [text_facts(row["text"], row["tokens"], row["finished"]) for row in responses]
         found = sample_metrics(facts, [prompt.language for prompt in self.prompts])
         return {prefix + name: value for name, value in found.items()}
-
-    def _rows(self, step: int, responses: Sequence[Row]) -> list[Row]:
-        unknown = dict.fromkeys(("text", "tokens", "finished"))
-        reference = self.reference or [unknown] * len(responses)
-        return [
-            {**prompt.fields, "step": step, **_named("policy", own), **_named("reference", other)}
-            for prompt, own, other in zip(self.prompts, responses, reference, strict=True)
-        ]
 
 
 def _named(model: str, response: Row) -> Row:
@@ -174,9 +172,23 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> Samples | None:
     run.write(lambda: _remove_later(run.folder, step))
     if not config.samples.prompts or inputs.eval_set is None:
         return None
-    samples = _held_out(run, inputs, inputs.eval_set)
-    if not samples.prompts:
+    settings, model_folder = config.samples, inputs.policy_files.folder
+    tokenizer, seed = inputs.tokenizer, config.trainer.seed
+    stop_ids = find_stop_ids(tokenizer, config.data, model_folder)
+    text_config = load_config(model_folder, config.model).get_text_config()
+    longest = getattr(text_config, "max_position_embeddings", None)
+    if longest is not None:
+        longest -= settings.max_new_tokens
+    prompts = choose_prompts(inputs.eval_set, tokenizer, stop_ids, settings.prompts, seed, longest)
+    if len(prompts) < settings.prompts:
+        run.say(
+            f"samples: {len(prompts)} prompts, not {settings.prompts}: the evaluation data have no more that "
+            "are different and leave room for samples.max_new_tokens"
+        )
+    if not prompts:
         return None
+    sampling = Sampling(settings.max_new_tokens, settings.temperature, seed=seed)
+    samples = Samples(run, sampling, prompts, stop_ids, tokenizer)
     files = inputs.reference_files or inputs.policy_files
     same_precision = config.reference.quantization is config.model.quantization
     samples.starts_as_reference = is_start = (
@@ -192,24 +204,6 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> Samples | None:
         samples.ask_reference(engine)
         engine.free()
     return samples
-
-
-def _held_out(run: Run, inputs: Inputs, dataset: PreferenceDataset) -> Samples:
-    config, settings, model_folder = run.config, run.config.samples, inputs.policy_files.folder
-    stop_ids = find_stop_ids(inputs.tokenizer, config.data, model_folder)
-    text_config = load_config(model_folder, config.model).get_text_config()
-    longest = getattr(text_config, "max_position_embeddings", None)
-    if longest is not None:
-        longest -= settings.max_new_tokens
-    seed = config.trainer.seed
-    prompts = choose_prompts(dataset, inputs.tokenizer, stop_ids, settings.prompts, seed, longest)
-    if len(prompts) < settings.prompts:
-        run.say(
-            f"samples: {len(prompts)} prompts, not {settings.prompts}: the evaluation data have no more that "
-            "are different and leave room for samples.max_new_tokens"
-        )
-    sampling = Sampling(settings.max_new_tokens, settings.temperature, seed=seed)
-    return Samples(run, sampling, prompts, stop_ids, inputs.tokenizer)
 
 
 def choose_prompts(
@@ -229,36 +223,26 @@ def choose_prompts(
         (text_digest(f"{seed} {key}"), int(index)) for key, index in zip(keys, indices, strict=True)
     )
     found: list[SamplePrompt] = []
-    for prompt_id, index in by_hash:
+    for prompt_hash, index in by_hash:
         if len(found) == count:
             break
         tokens = dataset.lengths(index)[0]
-        if tokens > 0 and (longest is None or tokens <= longest):
-            found.append(_prompt(dataset, index, prompt_id[:16], tokenizer, stop_ids))
+        if tokens == 0 or (longest is not None and tokens > longest):
+            continue
+        sequences, prompt_id = dataset.sequences(index, (0,)), prompt_hash[:16]
+        chosen_ids, prompt_ids = sequences.responses[0].tolist(), np.asarray(sequences.prompt_ids)
+        while chosen_ids and chosen_ids[-1] in stop_ids:
+            chosen_ids.pop()
+        chosen = texts_after(chosen_ids, prompt_ids, tokenizer)[0]
+        source = int(np.searchsorted(np.cumsum(dataset.source_pairs), index, side="right"))
+        fields = {
+            "prompt": str(tokenizer.decode(prompt_ids.tolist(), skip_special_tokens=False)),
+            "prompt_id": prompt_id,
+            "source": dataset.source_labels[source],
+            "chosen": chosen,
+        }
+        found.append(SamplePrompt(Request(prompt_ids, prompt_id, 0), fields, language_of(chosen)))
     return tuple(found)
-
-
-def _prompt(
-    dataset: PreferenceDataset,
-    index: int,
-    prompt_id: str,
-    tokenizer: PreTrainedTokenizerBase,
-    stop_ids: frozenset[int],
-) -> SamplePrompt:
-    sequences = dataset.sequences(index, (0,))
-    chosen_ids = sequences.responses[0].tolist()
-    while chosen_ids and chosen_ids[-1] in stop_ids:
-        chosen_ids.pop()
-    prompt_ids = np.asarray(sequences.prompt_ids)
-    chosen = texts_after(chosen_ids, prompt_ids, tokenizer)[0]
-    source = int(np.searchsorted(np.cumsum(dataset.source_pairs), index, side="right"))
-    fields = {
-        "prompt": str(tokenizer.decode(prompt_ids.tolist(), skip_special_tokens=False)),
-        "prompt_id": prompt_id,
-        "source": dataset.source_labels[source],
-        "chosen": chosen,
-    }
-    return SamplePrompt(Request(prompt_ids, prompt_id, 0), fields, language_of(chosen))
 
 
 def _remove_later(folder: RunFolder, step: int) -> None:

@@ -7,8 +7,8 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 from dpo_dist.batching.plan import ComputeCosts
-from dpo_dist.batching.sampler import BatchSampler, Indices
-from dpo_dist.config.data import SourceConfig
+from dpo_dist.batching.sampler import Indices
 from dpo_dist.config.load import to_yaml
 from dpo_dist.config.run_folder import RunFolder, checkpoint_folders
 from dpo_dist.config.schema import Offload, Resume, RunConfig
@@ -29,10 +28,10 @@ from dpo_dist.distributed.processes import Reports
 from dpo_dist.distributed.world import Stops, World, with_sequence_groups
 from dpo_dist.distributed.zero import STATES_OF_ADAM, policy_config
 from dpo_dist.foundation import files
-from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome, StoppedError
+from dpo_dist.foundation.errors import CheckpointError, ConfigError
 from dpo_dist.foundation.files import collect_abandoned, is_temporary, recover_folder, write_text
 from dpo_dist.foundation.process import StopRequest
-from dpo_dist.foundation.text import counted, first_few, percent, size
+from dpo_dist.foundation.text import counted, first_few, size
 from dpo_dist.insight.console import Console
 from dpo_dist.insight.metrics.log import describe_environment
 from dpo_dist.insight.pages.run import write_page
@@ -148,33 +147,20 @@ def locked(run: Run) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class Start:
-    """The point from which a start continues: nothing, a checkpoint, or a written model with its state."""
-
-    checkpoint: Checkpoint | None = None
-    finished: RunState | None = None
-
-    @property
-    def step(self) -> int:
-        """The number of steps done."""
-        return 0 if self.checkpoint is None else int(self.checkpoint.state["step"])
-
-
-def find_start(run: Run) -> Start:
-    """Return the point to continue from, according to `run.resume`; collective."""
+def find_start(run: Run) -> Checkpoint | RunState | None:
+    """Return the checkpoint to continue from, or the state of a run whose model is written; collective."""
     config, folder, world = run.config, run.folder, run.world
     checkpoint = None
     if config.run.resume is not Resume.never:
         world.on_main(partial(recover_folder, folder.model))
         if finished := world.on_main(partial(find_finished, config, folder)):
-            return Start(finished=finished)
+            return finished
         checkpoint = latest_checkpoint(folder.checkpoints, world)
     if checkpoint is None:
         world.on_main(partial(check_fresh_start, config, folder))
     else:
         world.on_main(partial(check_configuration, checkpoint.state, config, folder))
-    return Start(checkpoint)
+    return checkpoint
 
 
 def describe_run(run: Run) -> dict[str, Any]:
@@ -245,19 +231,6 @@ def mark_started(run: Run, environment: dict[str, Any], state: RunState) -> None
     run.write(work)
 
 
-@contextlib.contextmanager
-def recorded_stop(run: Run, state: RunState) -> Iterator[None]:
-    """Write the state of a run that is stopped inside the block, before a step of this start."""
-    try:
-        yield
-    except StoppedError:
-        if run.world.is_main:
-            with contextlib.suppress(OSError):
-                stopped = replace(state, outcome=RunOutcome.preempted, stopped_by=run.stops.agreed)
-                write_state(run.folder, stopped)
-        raise
-
-
 def peak_flops(run: Run) -> float:
     """Return the peak FLOP/s of all devices, measured while all of them are busy; collective."""
     world = run.world
@@ -274,23 +247,12 @@ def say_header(run: Run) -> None:
     hosts = len({peer.host for peer in world.peers})
     processes = counted(world.size, "process", "processes")
     share = f"{config.data.eval_share:g} of them" if config.data.eval_share else "none"
+    train, evaluation = (
+        first_few([source.path for source in sources]) for sources in (config.data.train, config.data.eval)
+    )
     run.say(f"run directory: {run.folder}")
     run.say(f"model: {config.model.path}, {config.model.dtype}, {config.parallelism.kind}")
-    run.say(f"data: {_sources(config.data.train)}; evaluation: {_sources(config.data.eval) or share}")
+    run.say(f"data: {train}; evaluation: {evaluation or share}")
     run.say(f"world: {processes} on {counted(hosts, 'host')}, {world.device.type}")
     if world.sequence is not None:
         run.say(f"world: in groups of {world.sequence.ranks} that share the tokens of each micro-batch")
-
-
-def say_steps(run: Run, sampler: BatchSampler, first: int) -> None:
-    """Print the number of steps, of which `first` are done, and how much a moving average forgets in them."""
-    pairs, decay = counted(sampler.global_batch_pairs, "pair"), run.config.trainer.ema_decay
-    left = f", {first:,} of them done" if first else ""
-    run.say(f"training: {counted(sampler.steps, 'step')} of {pairs}{left}")
-    if decay is not None:
-        kept = percent(decay**sampler.steps)
-        run.say(f"moving average of the weights: at the end {kept} of it are the weights at the start")
-
-
-def _sources(sources: Sequence[SourceConfig]) -> str:
-    return first_few([source.path for source in sources])

@@ -10,10 +10,13 @@ after the last micro-batch
   -> metrics                 one all-reduce of sums and counts
 """
 
+import contextlib
 import itertools
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,16 +26,184 @@ from torch import Tensor, nan, where
 from dpo_dist.batching.pack import PackedBatch, copied_to
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.batching.sampler import Indices
+from dpo_dist.config.losses import LossConfig, Weighting
 from dpo_dist.data.dataset import RankBatch
 from dpo_dist.distributed.world import World
-from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.distributed.zero import Engine, PolicyEngine
+from dpo_dist.foundation.process import prefetch
 from dpo_dist.insight.metrics.log import PHASES, Phase
-from dpo_dist.objective.logps import PairLogps
-from dpo_dist.objective.losses import BatchFacts, RunningMeans
-from dpo_dist.objective.metrics import MetricSums, PairValues, metric_means, pair_values
+from dpo_dist.objective.logps import (
+    PairLogps,
+    desensitised_weights,
+    sum_by_response,
+    wpo_weights,
+)
+from dpo_dist.objective.losses import BatchFacts, RunningMeans, preference_loss
+from dpo_dist.objective.metrics import (
+    MetricPlan,
+    MetricSums,
+    PairValues,
+    divergence,
+    metric_means,
+    metric_sums,
+    pair_values,
+)
 from dpo_dist.objective.router import BUSIEST, RouterLoss, selections
+from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.reference.engine import ReferenceProvider
-from dpo_dist.training.loss import Objective, ReadyStep, ScoredModel, ScoredPairs
+
+_BATCHES_AHEAD = 4
+
+
+@dataclass(frozen=True)
+class ReadyStep:
+    """One rank's share of a global batch, with its micro-batches on the host."""
+
+    rank_batch: RankBatch
+    batches: Sequence[PackedBatch]
+
+
+@dataclass(frozen=True)
+class ScoredPairs:
+    """Policy and reference log-probs of a micro-batch, or of the global batch for coupled losses.
+
+    `weights`, [pairs]: 1 for a pair, 0 for a dummy. `sources`, int64 [pairs]: index of each pair's source in
+    `labels`. `kl` (`divergence`) and `entropy` (nats): of the policy's tokens, summed by response, if
+    measured. `routing`: `objective.router.routing_sums`, if the loss has losses of routers.
+    """
+
+    policy: PairLogps
+    reference: PairLogps | None
+    facts: BatchFacts
+    weights: Tensor
+    kl: PairLogps | None = None
+    entropy: PairLogps | None = None
+    labels: tuple[str, ...] = ()
+    sources: Tensor | None = None
+    routing: Tensor | None = None
+    is_evaluation: bool = False
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a run, its reference, and the losses that training adds for the routers of experts."""
+
+    loss: LossConfig
+    reference: ReferenceProvider
+    router: RouterLoss | None = None
+
+    def ready_batches(self, rank_batch: RankBatch, device: torch.device) -> Iterator[PackedBatch]:
+        """Yield this rank's micro-batches, with stored reference log-probs attached.
+
+        They stay on the host, in pinned memory if `device` is a GPU. Needs no model; thread-safe.
+        """
+        for batch in rank_batch.batches():
+            ready = self.reference.attach(batch)
+            if self.loss.ld_alpha is not None:
+                weights = desensitised_weights(batch.pair_tokens, self.loss.ld_alpha)
+                ready = replace(ready, token_weights=weights)
+            yield ready.pinned() if device.type == "cuda" else ready
+
+    def ready_step(self, rank_batch: RankBatch, device: torch.device) -> ReadyStep:
+        """Return all `ready_batches` of a training step."""
+        return ReadyStep(rank_batch, list(self.ready_batches(rank_batch, device)))
+
+    def prefetched(
+        self, rank_batch: RankBatch, device: torch.device
+    ) -> contextlib.AbstractContextManager[Iterator[PackedBatch]]:
+        """Return `ready_batches`, made ahead in a background thread."""
+        return prefetch(self.ready_batches(rank_batch, device), _BATCHES_AHEAD)
+
+    def scored(
+        self,
+        model: Engine | None,
+        batches: Iterable[PackedBatch],
+        facts: BatchFacts,
+        device: torch.device,
+        enter: Callable[[Phase], None] = lambda _phase: None,
+        *,
+        is_evaluation: bool = False,
+    ) -> Iterator[ScoredPairs]:
+        """Yield each micro-batch, scored by the reference and then by `model`; collective.
+
+        Without a model, by the reference only. `enter` is called with each phase of a step; an evaluation
+        also has entropies.
+        """
+        for host_batch in batches:
+            enter("data")
+            batch = host_batch.to(device)
+            enter("reference")
+            reference = self.reference.token_logps(batch)
+            enter("forward")
+            yield self.score(model, batch, reference, facts, is_evaluation=is_evaluation)
+
+    def score(
+        self,
+        policy: Engine | None,
+        batch: PackedBatch,
+        reference: Tensor | None,
+        facts: BatchFacts,
+        *,
+        is_evaluation: bool = False,
+    ) -> ScoredPairs:
+        """Return the policy's log-probs of a micro-batch beside the reference's; one forward, collective.
+
+        `reference`: float32 [targets], of `reference.token_logps`. Other arguments as `scored`.
+        """
+        wanted: list[Statistic] = []
+        if self.loss.weighting is Weighting.wpo:
+            wanted.append("collisions")
+        if is_evaluation and policy is not None:  # entropies need a forward
+            wanted.append("entropy")
+        routing = None
+        if policy is None:
+            assert reference is not None
+            values = reference
+        elif self.router is None or is_evaluation:
+            values = policy.token_logps(batch, wanted)
+        else:
+            assert isinstance(policy, PolicyEngine)
+            values, routing = policy.routed_token_logps(batch, wanted)
+        token_logps, *rows = values.view(1 + len(wanted), len(batch.targets))
+        statistics = dict(zip(wanted, rows, strict=True))
+        sums = partial(sum_by_response, response_tokens=batch.response_tokens, ranking=batch.ranking)
+        pair_weights = None
+        if "collisions" in statistics:
+            pair_weights = wpo_weights(token_logps, statistics["collisions"], sums)
+        return ScoredPairs(
+            policy=self.pair_logps(token_logps, batch),
+            reference=None if reference is None else self.pair_logps(reference, batch),
+            facts=replace(facts, score_gaps=batch.score_gaps, pair_weights=pair_weights),
+            weights=batch.weights,
+            kl=None if reference is None else sums(divergence(token_logps.detach(), reference)),
+            entropy=sums(statistics["entropy"]) if "entropy" in statistics else None,
+            labels=batch.labels,
+            sources=batch.sources,
+            routing=routing,
+            is_evaluation=is_evaluation,
+        )
+
+    def pair_logps(self, token_logps: Tensor, batch: PackedBatch) -> PairLogps:
+        """Sum the per-token log-probs of a micro-batch by response, as the loss weights tokens."""
+        return sum_by_response(token_logps, batch.response_tokens, batch.ranking, batch.token_weights)
+
+    def measure(self, pairs: ScoredPairs) -> tuple[Tensor, MetricSums]:
+        """Return the sum of the losses, with a graph if gradients are enabled, and the metric sums.
+
+        `pairs`: of a micro-batch; of the whole global batch for a coupled loss.
+        """
+        losses = preference_loss(pairs.policy, pairs.reference, self.loss, pairs.facts)
+        plan = MetricPlan(self.loss, pairs.labels, pairs.is_evaluation)
+        tokens = {"kl": pairs.kl, "entropy": pairs.entropy}
+        sums = metric_sums(plan, losses, pairs.policy, pairs.reference, pairs.weights, tokens, pairs.sources)
+        return (losses * pairs.weights).sum(), sums
+
+    def no_sums(
+        self, rank_batch: RankBatch, device: torch.device, *, is_evaluation: bool = False
+    ) -> MetricSums:
+        """Return metric sums of no pairs of a global batch."""
+        plan = MetricPlan(self.loss, rank_batch.dataset.labels, is_evaluation)
+        return MetricSums.zeros(plan.names, device)
 
 
 def train_step(
@@ -60,7 +231,11 @@ def train_step(
         policy.train(False)
         with torch.no_grad():
             known = list(objective.scored(policy, step.batches, facts, device, clock.enter))
-        slopes, of_all = _differentiated(objective, known, rank_batch, world)
+        pairs = gather_pairs(known, rank_batch, world)
+        leaves = [leaf.requires_grad_() for leaf in _differentiable(pairs.policy)]
+        loss, of_all = objective.measure(pairs)  # on every rank the whole loss
+        loss = _whole(loss, pairs.policy.chosen) / rank_batch.pairs
+        slopes += torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         sums = of_all if world.is_main else sums
         objective = replace(objective, reference=ReferenceProvider())  # it is in the slopes
     clock.enter("forward")
@@ -85,20 +260,6 @@ def train_step(
     grad_norm = policy.step(rate)
     clock.enter("other")
     return sums, grad_norm
-
-
-def _differentiated(
-    objective: Objective, scored: Sequence[ScoredPairs], rank_batch: RankBatch, world: World
-) -> tuple[list[Tensor], MetricSums]:
-    """Return the derivatives of a coupled loss by the log-probs of the global batch, and its metric sums.
-
-    Collective: every rank differentiates the whole loss. `scored`: as of `gather_pairs`.
-    """
-    pairs = gather_pairs(scored, rank_batch, world)
-    leaves = [leaf.requires_grad_() for leaf in _differentiable(pairs.policy)]
-    loss, sums = objective.measure(pairs)
-    loss = _whole(loss, pairs.policy.chosen) / rank_batch.pairs
-    return list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)), sums
 
 
 def _whole(loss: Tensor, logps: Tensor) -> Tensor:
@@ -128,8 +289,14 @@ class RouterTerms:
         self._selected: Tensor | None = None
         self._count = int(world.is_main)
         others = [pairs.routing for pairs in known[1:] if pairs.routing is not None]
-        if loss.aux is not None and not known:
-            others = _routing(policy, step.batches[1:], world)
+        for host_batch in step.batches[1:] if loss.aux is not None and not known else ():
+            policy.train(False)
+            batch = host_batch.to(world.device)
+            if policy.model.arrangement is Arrangement.packed:
+                # The output layer is used, as in every forward, and computes next to nothing.
+                batch = batch.with_one_target()
+            with torch.no_grad():
+                others.append(policy.routed_token_logps(batch)[1])
         self._unseen = sum(map(selections, others), start=torch.zeros((), device=world.device))
 
     def add(self, loss: Tensor, routing: Tensor, sums: MetricSums) -> tuple[Tensor, MetricSums]:
@@ -146,36 +313,29 @@ class RouterTerms:
         return loss + self._loss.weighted(parts), sums.plus_values(values, count)
 
 
-@torch.no_grad()
-def _routing(policy: PolicyEngine, batches: Sequence[PackedBatch], world: World) -> list[Tensor]:
-    """Return the `routing_sums` of micro-batches, one forward each; collective."""
-    policy.train(False)
-    found = []
-    for host_batch in batches:
-        batch = host_batch.to(world.device)
-        if policy.model.arrangement is Arrangement.packed:
-            # The output layer is used, as in every forward, and computes next to nothing.
-            batch = batch.with_one_target()
-        found.append(policy.routed_token_logps(batch)[1])
-    return found
-
-
 def gather_pairs(scored: Sequence[ScoredPairs], rank_batch: RankBatch, world: World) -> ScoredPairs:
     """Return all pairs of the global batch in its order, the same on every rank; collective.
 
     `scored`: this rank's micro-batches, without a graph, of a loss that uses no rankings.
     """
     scored = [replace(pairs, routing=None, sources=None) for pairs in scored]
-    columns = len(_tensors(scored[0]))
-    whole = torch.zeros(columns, rank_batch.pairs, dtype=torch.float64, device=world.device)
-    for pairs, positions in zip(scored, rank_batch.positions, strict=True):
-        if positions:
-            own = [column.double() for column in _tensors(pairs)]
-            whole[:, _on_device(positions, world.device)] = torch.stack(own)
-    rows = iter(world.sum_replicas(whole))
+    columns = [torch.stack([column.double() for column in _tensors(pairs)]) for pairs in scored]
+    rows = iter(in_order(columns, rank_batch, world))
     sources = None if rank_batch.sources is None else _on_device(rank_batch.sources, world.device)
     gathered: ScoredPairs = _with_tensors(scored[0], lambda _: next(rows))
     return replace(gathered, sources=sources, labels=rank_batch.dataset.labels)
+
+
+def in_order(columns: Sequence[Tensor], rank_batch: RankBatch, world: World) -> Tensor:
+    """Return values of all pairs in the order of the global batch, float64 [columns, pairs]; collective.
+
+    `columns`: of each micro-batch of this rank, [columns, pairs].
+    """
+    whole = torch.zeros(len(columns[0]), rank_batch.pairs, dtype=torch.float64, device=world.device)
+    for own, positions in zip(columns, rank_batch.positions, strict=True):
+        if positions:  # not a dummy
+            whole[:, _on_device(positions, world.device)] = own.double()
+    return world.sum_replicas(whole)
 
 
 def _with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -217,8 +377,7 @@ class StepClock:
         self._started = time.monotonic()
         self._on_cuda = device.type == "cuda"
         self._phases: list[Phase] = []
-        self._seconds: list[float] = []
-        self._events: list[torch.cuda.Event] = []
+        self._starts: list[Any] = []
 
     def enter(self, phase: Phase) -> None:
         """Start `phase`, which lasts until the next call; never waits for the device."""
@@ -226,9 +385,9 @@ class StepClock:
         if self._on_cuda:
             event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record()
-            self._events.append(event)
+            self._starts.append(event)
         else:
-            self._seconds.append(time.monotonic())
+            self._starts.append(time.monotonic())
 
     def stop(self) -> dict[Phase, float]:
         """Return the seconds of every phase; `other` is the rest, so that they add up to those of the step.
@@ -237,20 +396,14 @@ class StepClock:
         """
         total = time.monotonic() - self._started
         seconds = dict.fromkeys(PHASES, 0.0)
-        for phase, duration in zip(self._phases, self._durations(), strict=False):
-            seconds[phase] += duration
+        if self._on_cuda and self._starts:
+            # The device may not have reached the last event yet: its phase began after the host waited.
+            self._starts[-1].synchronize()
+        for phase, (begin, end) in zip(self._phases, itertools.pairwise(self._starts), strict=False):
+            seconds[phase] += begin.elapsed_time(end) / 1000 if self._on_cuda else end - begin
         seconds["other"] = 0.0
         seconds["other"] = total - sum(seconds.values())
         return seconds
-
-    def _durations(self) -> list[float]:
-        """Return the seconds from each `enter` to the next."""
-        if self._on_cuda:
-            if self._events:
-                # The device may not have reached the last event yet: its phase began after the host waited.
-                self._events[-1].synchronize()
-            return [begin.elapsed_time(end) / 1000 for begin, end in itertools.pairwise(self._events)]
-        return [end - begin for begin, end in itertools.pairwise(self._seconds)]
 
 
 @dataclass(frozen=True)
@@ -266,6 +419,11 @@ class StepTotals:
     votes: list[int]
     grad_norm: float
 
+    @property
+    def is_bad(self) -> bool:
+        """Whether the mean loss or the gradient norm is not finite."""
+        return not (math.isfinite(self.means["loss"]) and math.isfinite(self.grad_norm))
+
 
 def reduce_step(sums: MetricSums, votes: Sequence[bool], grad_norm: Tensor, world: World) -> StepTotals:
     """Sum metrics and votes over all ranks: one all-reduce, one device-to-host copy; collective."""
@@ -280,14 +438,14 @@ def reduce_step(sums: MetricSums, votes: Sequence[bool], grad_norm: Tensor, worl
 
 @torch.no_grad()
 def evaluate(
-    model: ScoredModel | None,
+    model: Engine | None,
     objective: Objective,
     rank_batch: RankBatch,
     world: World,
     running: RunningMeans,
     give_way: Callable[[], None] = lambda: None,
-) -> tuple[dict[str, float], PairValues | None]:
-    """Return the metrics of a dataset, which is one global batch, and on rank 0 the values of every pair.
+) -> tuple[dict[str, float], PairValues]:
+    """Return the metrics of a dataset, which is one global batch, and the values of every pair.
 
     Collective. `model` is not in training mode; without one, the reference's log-probs are the policy's.
     `give_way` is called before each micro-batch, of which all ranks have the same number, and may raise.
@@ -311,21 +469,21 @@ def evaluate(
         _, of_all = objective.measure(gather_pairs(scored, rank_batch, world))
         sums = of_all if world.is_main else sums
     means = MetricSums(sums.names, world.sum_replicas(sums.values)).means()
-    return means, _gather_values(values, rank_batch, world)
+    return means, PairValues(*in_order(values, rank_batch, world).float().cpu().numpy())
 
 
-def _gather_values(values: Sequence[Tensor], rank_batch: RankBatch, world: World) -> PairValues | None:
-    """Return the values of all pairs on rank 0, None on the others; `values`: of each micro-batch."""
-    own = [
-        (positions, of_batch)
-        for positions, of_batch in zip(rank_batch.positions, values, strict=True)
-        if positions and world.leads  # not a dummy, and once for each replica
-    ]
-    positions = np.array([position for of_batch, _ in own for position in of_batch], dtype=np.int64)
-    columns = np.empty((0, 0), dtype=np.float32)
-    if own:
-        columns = torch.cat([of_batch for _, of_batch in own], dim=1).cpu().numpy()
-    parts = world.gather((positions, columns))
-    if not world.is_main:
-        return None
-    return PairValues.joined((part for part in parts if len(part[0])), rank_batch.pairs)
+@torch.no_grad()
+def pair_losses(
+    policy: PolicyEngine, objective: Objective, ready: ReadyStep, running: RunningMeans, world: World
+) -> list[float]:
+    """Score the pairs of a step again; return their losses in the order of the global batch. Collective."""
+    rank_batch, loss = ready.rank_batch, objective.loss
+    facts = BatchFacts(rank_batch.mean_chosen_tokens, running=running)
+    policy.train(False)
+    scored = list(objective.scored(policy, ready.batches, facts, world.device))
+    if loss.is_coupled:
+        scored = [gather_pairs(scored, rank_batch, world)]
+    losses = [preference_loss(pairs.policy, pairs.reference, loss, pairs.facts) for pairs in scored]
+    if loss.is_coupled:
+        return losses[0].tolist()
+    return in_order([values[None] for values in losses], rank_batch, world)[0].tolist()

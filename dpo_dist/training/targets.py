@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,6 +50,7 @@ class Evaluated:
         place = str(folder.resolve()) if folder.is_dir() else self.path
         reference = inputs.reference_files.digest if inputs.reference_files is not None else None
         data, model = inputs.eval_set, config.model
+        assert data is not None, "evaluations have data"
         precision = [str(model.dtype), None if model.quantization is None else str(model.quantization)]
         own = [place, inputs.policy_files.digest, precision, reference, plain(config.loss)]
         facts = [*own, data.fingerprint, list(data.source_labels)]
@@ -57,10 +58,14 @@ class Evaluated:
         return f"{stem}-{text_digest(json.dumps(facts, sort_keys=True))[:8]}"
 
 
-def find_evaluated(config: RunConfig) -> list[Evaluated]:
-    """Return the models that `config` evaluates."""
+def find_evaluated(config: RunConfig) -> tuple[RunConfig, list[Evaluated]]:
+    """Return `config` with only the pairs that `evaluate` reads, as its `data.eval`, and the models."""
+    data = config.data
+    if config.evaluation.data:
+        data = replace(data, eval=config.evaluation.data, eval_share=0.0)
+    config = replace(config, data=replace(data, train=[]) if data.eval else data)
     check_has_evaluation_data(config.data, "evaluate models on")
-    return [_evaluated(model, RunFolder.of(config)) for model in config.evaluation.models]
+    return config, [_evaluated(model, RunFolder.of(config)) for model in config.evaluation.models]
 
 
 def _evaluated(named: str | None, run: RunFolder) -> Evaluated:
@@ -90,9 +95,20 @@ def find_exported(config: RunConfig) -> tuple[list[Path], Path]:
             expected=first_few([as_written(old) for old, _ in changed.values()], "other"),
             remedy="give run.dir and keys of export only: without model.path, others are those of the run",
         )
-    is_average = bool(config.export.average)
-    sources = _members(config) if is_average else [_checkpoint(run, config.export.checkpoint)]
-    name = "average" if is_average else sources[0].name
+    sources = [Path(member.path).expanduser() for member in config.export.average]
+    for folder in sources:
+        if not (folder / CONFIG_FILE).is_file():
+            raise ConfigError(
+                "a member of the average is no model folder",
+                where="export.average",
+                got=str(folder),
+                expected="folders of whole models, as `export` (with export.merge=true of an adapter) writes",
+                remedy="export each checkpoint first, and name the folders",
+            )
+    name = "average"
+    if not sources:
+        sources = [_checkpoint(run, config.export.checkpoint)]
+        name = sources[0].name
     if config.export.weights is ExportedWeights.ema:
         name += "-ema"
     if config.export.merge:
@@ -114,34 +130,16 @@ def _checkpoint(run: RunFolder, named: str) -> Path:
             got=str(run),
             remedy=f"use its model {run.model}" if run.model.is_dir() else "train it until its first one",
         )
-    best = best_checkpoints(run.checkpoints)
-    if named == "best" and not best:
-        kept = "a run with trainer.keep_best, after its first evaluation"
-        remedy = f"set {_CHECKPOINT}=latest, or name one of {run.checkpoints}"
-        raise ConfigError("this run has no best checkpoint", where=_CHECKPOINT, expected=kept, remedy=remedy)
-    name = {"best": best[0] if best else "", "latest": found[0].name}.get(named, named)
-    folder = next((one for one in found if step_of(one.name) == step_of(name)), None)
+    best = next(iter(best_checkpoints(run.checkpoints)), "best")
+    name = {"best": best, "latest": found[0].name}.get(named, named)
+    step = step_of(name)
+    folder = next((one for one in found if step_of(one.name) == step), None)
     if folder is None:
         raise ConfigError(
             "this run does not have this checkpoint",
             where=_CHECKPOINT,
             got=named,
             expected=", ".join(other.name for other in found),
-            remedy="name one of them",
+            remedy="name one of them; a run with trainer.keep_best has a best one",
         )
     return folder
-
-
-def _members(config: RunConfig) -> list[Path]:
-    """Return the model folders of an average."""
-    members = [Path(member.path).expanduser() for member in config.export.average]
-    for folder in members:
-        if not (folder / CONFIG_FILE).is_file():
-            raise ConfigError(
-                "a member of the average is no model folder",
-                where="export.average",
-                got=str(folder),
-                expected="folders of whole models, as `export` (with export.merge=true of an adapter) writes",
-                remedy="export each checkpoint first, and name the folders",
-            )
-    return members

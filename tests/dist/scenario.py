@@ -27,8 +27,7 @@ from dpo_dist.reference.digest import ModelFiles
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.reference.fill import Scorer, StoreFiller
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
-from dpo_dist.training.loss import Objective
-from dpo_dist.training.step import StepClock, train_step
+from dpo_dist.training.step import Objective, StepClock, train_step
 from tests.support.packing import COSTS, plain_logps
 from tests.support.ranks import OPTIM
 

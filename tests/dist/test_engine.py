@@ -18,7 +18,7 @@ from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import LossScale, PolicyEngine, frozen_config, sharded_loading
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
 from dpo_dist.reference.engine import load_reference
-from dpo_dist.training.loss import Objective
+from dpo_dist.training.step import Objective
 from tests.dist.scenario import (
     LOSS,
     STEPS,

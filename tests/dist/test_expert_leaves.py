@@ -33,8 +33,7 @@ from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.model.ulysses import TokenExchange
 from dpo_dist.objective.losses import RunningMeans
-from dpo_dist.training.loss import Objective
-from dpo_dist.training.step import StepClock, train_step
+from dpo_dist.training.step import Objective, StepClock, train_step
 from tests.dist.scenario import Assets
 from tests.dist.test_engine import LOSS, STEPS, RowsAtHand, plain_steps
 from tests.support import tiny

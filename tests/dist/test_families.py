@@ -31,7 +31,7 @@ from dpo_dist.model.lora import add_adapter
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import preference_loss
 from dpo_dist.reference.engine import ReferenceProvider, load_reference, settle_engine
-from dpo_dist.training.loss import Objective
+from dpo_dist.training.step import Objective
 from tests.dist.scenario import (
     LOSS,
     Assets,

@@ -16,8 +16,7 @@ from dpo_dist.distributed.world import World
 from dpo_dist.generation.sampling.generate import Request, Sampling, generate_together
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.reference.engine import ReferenceProvider
-from dpo_dist.training.loss import Objective
-from dpo_dist.training.step import evaluate
+from dpo_dist.training.step import Objective, evaluate
 from tests.dist.scenario import Assets, load_policy, one_step
 from tests.support.packing import COSTS
 from tests.support.ranks import run_ranks

@@ -17,8 +17,7 @@ from dpo_dist.distributed.world import World
 from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sample, Sampling, generate_together
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.reference.engine import ReferenceProvider
-from dpo_dist.training.loss import Objective
-from dpo_dist.training.step import evaluate
+from dpo_dist.training.step import Objective, evaluate
 from tests.dist.scenario import Assets, load_policy, one_step
 from tests.support.packing import COSTS
 from tests.support.ranks import run_ranks
@@ -64,7 +63,7 @@ def train(
         plan = shard_batch(dataset, ROWS, world.rank, world.size, 64, COSTS)
         norm = one_step(policy, objective, dataset, ROWS, 64, world)[1]
         _, values = evaluate(policy, objective, plan, world, RunningMeans())
-        scores.append(None if values is None else values.logp_chosen.tolist())
+        scores.append(values.logp_chosen.tolist())
         return norm.item()
 
     def speak(sampling: Sampling, of_base: bool = False) -> list[Any]:

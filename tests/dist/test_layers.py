@@ -11,7 +11,7 @@ from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.distributed.world import World
 from dpo_dist.reference.engine import ReferenceProvider
-from dpo_dist.training.loss import Objective
+from dpo_dist.training.step import Objective
 from tests.dist.scenario import Assets, all_steps, load_policy
 from tests.dist.test_engine import write_whole
 from tests.support.ranks import run_ranks

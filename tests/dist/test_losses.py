@@ -21,8 +21,7 @@ from dpo_dist.distributed.world import World
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import BATCH_MARGIN, MetricSums, PairValues
 from dpo_dist.reference.engine import ReferenceProvider, load_reference
-from dpo_dist.training.loss import Objective
-from dpo_dist.training.step import StepClock, evaluate, train_step
+from dpo_dist.training.step import Objective, StepClock, evaluate, train_step
 from tests.dist.scenario import Assets, files_of, load_policy
 from tests.support import tiny
 from tests.support.masks import add_masks
@@ -158,8 +157,7 @@ def _trajectory(
         yield {**metrics, "grad_norm": norm.item()}
     policy.train(False)
     evaluated, values = evaluate(policy, objective, plan(range(RECORDS)), world, running)
-    assert (values is not None) == world.is_main
-    yield evaluated | world.on_main(lambda: {} if values is None else of_each_pair(values))
+    yield evaluated | of_each_pair(values)
 
 
 def of_each_pair(values: PairValues) -> dict[str, float]:

@@ -14,8 +14,7 @@ from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.losses import BatchFacts
 from dpo_dist.reference.engine import ReferenceProvider
-from dpo_dist.training.loss import Objective
-from dpo_dist.training.step import StepClock
+from dpo_dist.training.step import Objective, StepClock
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model
 

@@ -44,7 +44,7 @@ Place = tuple[str, str, str]  # phase; kind; file and function
 PLANNED: dict[Place, int] = {
     ("other", "copy to host, pageable", "dpo_dist/training/step.py reduce_step"): COUNTED,
     # For an event before that copy, which the device has passed.
-    ("stop", "event", "dpo_dist/training/step.py _durations"): COUNTED,
+    ("stop", "event", "dpo_dist/training/step.py stop"): COUNTED,
 }
 ITEM, PAGEABLE = "aten::_local_scalar_dense", "copy to device, pageable"
 PARTITIONS = "deepspeed/runtime/zero/partition_parameters.py"

@@ -246,6 +246,8 @@ CASES = [
     Case("reference of another vocabulary", "reference.path=broken",
          "the model cannot be loaded", "reference.path", "",
          before=edited("config.json", vocab_size=700), joins=True, to_do="download or save the model again"),
+    Case("adapter that is missing", "'model.adapter={path: ./nowhere}'", "does not exist",
+         "model.adapter.path", "./nowhere", to_do="check the path"),
     Case("reference that is missing", "reference.path=./nowhere", "does not exist", "reference.path",
          "./nowhere", to_do="check the path"),
     Case("eight heads of a size that does not fit", BROKEN, "the model cannot be loaded", "model.path", "",

@@ -9,11 +9,11 @@ from typing import TypeVar
 import pytest
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
 
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.attention import Heads
 from dpo_dist.model.packed import PackedCausalLM
-from dpo_dist.model.ulysses import check_heads
+from dpo_dist.model.ulysses import check_shared_tokens
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.unit.model.test_architectures import WINDOWED, assert_same, gradients, packed, windowed
 
@@ -52,20 +52,22 @@ def on_ranks(ranks: int, work: Callable[[InThreads], T]) -> list[T]:
 @pytest.mark.parametrize(
     ("heads", "possible"),
     [
-        (Heads(28, 4, 128, 128), {1, 2, 4, 28}),
-        (Heads(32, 8, 128, 128), {1, 2, 4, 8, 16, 32}),
-        (Heads(6, 6, 8, 8), {1, 2, 3, 6}),
+        ((28, 4), {1, 2, 4, 28}),
+        ((32, 8), {1, 2, 4, 8, 16, 32}),
+        ((6, 6), {1, 2, 3, 6}),
     ],
 )
 def test_ranks_that_cannot_divide_the_heads_are_an_error_with_those_that_can(
-    heads: Heads, possible: set[int]
+    heads: tuple[int, int], possible: set[int]
 ) -> None:
+    sizes = {"hidden_size": heads[0] * 8, "num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
+    config = LlamaConfig(**sizes)
     for ranks in range(1, 40):
         if ranks in possible:
-            check_heads(heads, ranks)
+            check_shared_tokens(config, ranks)
             continue
         with pytest.raises(ConfigError, match="divided among so many ranks") as raised:
-            check_heads(heads, ranks)
+            check_shared_tokens(config, ranks)
         assert raised.value.expected == f"one of {', '.join(map(str, sorted(possible)))}"
 
 

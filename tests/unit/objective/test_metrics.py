@@ -203,7 +203,7 @@ def test_without_a_reference_its_log_probs_are_missing() -> None:
 def test_percentiles_of_margins() -> None:
     columns = len(fields(PairValues))
     margins = np.arange(101, dtype=np.float32)[::-1]
-    values = PairValues.joined([(np.arange(101), np.tile(margins, (columns, 1)))], 101)
+    values = PairValues(*np.tile(margins, (columns, 1)))
     assert values.margin_percentiles() == pytest.approx(
         dict(zip(MARGIN_PERCENTILES, (5, 25, 50, 75, 95), strict=True))
     )

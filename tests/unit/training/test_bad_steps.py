@@ -1,14 +1,12 @@
 """Steps without an update: which of them end a run, and what the error says."""
 
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.training.guards import count, ending_error, is_overflow
+from dpo_dist.training.loop import count, ending_error
 from dpo_dist.training.state import Position
 from dpo_dist.training.step import StepTotals
 
@@ -44,11 +42,3 @@ def test_an_overflow_neither_ends_nor_continues_a_row_of_bad_steps() -> None:
     assert (position.overflows, position.bad_steps, position.bad_in_a_row) == (1, 2, 2)
     count(position, INFINITE, overflow=False)
     assert (position.overflows, position.bad_steps, position.bad_in_a_row) == (1, 3, 3)
-
-
-def test_a_loss_that_is_not_finite_is_no_overflow() -> None:
-    policy: Any = SimpleNamespace(has_overflowed=True)
-    assert is_overflow(INFINITE, policy)
-    assert not is_overflow(replace(INFINITE, means={"loss": float("nan")}), policy)
-    policy.has_overflowed = False
-    assert not is_overflow(INFINITE, policy)

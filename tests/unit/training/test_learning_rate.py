@@ -17,7 +17,7 @@ from transformers.optimization import (
 
 from dpo_dist.config.schema import LearningRateSchedule, OptimConfig
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.training.schedule import check_warmup, learning_rate
+from dpo_dist.training.loop import check_warmup, learning_rate
 
 FLOOR = 0.2
 FLOORS = {LearningRateSchedule.linear: FLOOR, LearningRateSchedule.cosine: FLOOR}

@@ -24,8 +24,7 @@ from dpo_dist.objective.losses import BatchFacts, RunningMeans, preference_loss
 from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.reference.fill import FillReport, StoreFiller
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
-from dpo_dist.training.loss import Objective
-from dpo_dist.training.step import StepClock, evaluate, train_step
+from dpo_dist.training.step import Objective, StepClock, evaluate, train_step
 from tests.support.masks import masked
 from tests.support.one_process import OneProcess
 from tests.support.packing import COSTS, dataset_of, random_pairs

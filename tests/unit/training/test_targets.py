@@ -52,7 +52,7 @@ def test_what_is_missing_is_named(config: RunConfig, tmp_path: Path) -> None:
         find_exported(named(config, "step-000300"))
     assert missing.value.expected == "step-000200, step-000100"
     (tmp_path / "checkpoints" / "best").unlink()
-    with pytest.raises(ConfigError, match="no best checkpoint"):
+    with pytest.raises(ConfigError, match="does not have this checkpoint"):
         find_exported(named(config, "best"))
     (tmp_path / "checkpoints").rename(tmp_path / "moved")
     with pytest.raises(ConfigError, match="has no checkpoint"):
@@ -93,7 +93,7 @@ def test_kinds_are_found_by_the_files(tmp_path: Path) -> None:
     (tmp_path / "base" / "model.safetensors").write_text("")
     names = "base", "lora", "step-000003"
     several = f"evaluation.model=[{','.join(f'{tmp_path}/{name}' for name in names)},org/name]"
-    found = find_evaluated(configured(tmp_path, several))
+    _, found = find_evaluated(configured(tmp_path, several))
     assert [one.kind for one in found] == [Kind.model, Kind.adapter, Kind.checkpoint, Kind.hub]
     with pytest.raises(ConfigError, match="this run directory has no model"):
         find_evaluated(configured(tmp_path))
