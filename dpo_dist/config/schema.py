@@ -399,7 +399,7 @@ class EndpointConfig:
     url: str | None = key(
         None,
         accepts="http://HOST:PORT/v1 or https://HOST/v1, without a user, key or query",
-        pattern=r"^https?://[^\s/@?]+(/[^\s?]*)?$",
+        pattern=r"^(?i:https?)://[^\s/@?]+(/[^\s?]*)?$",
     )
     """Address up to the version: `http://localhost:8000/v1`; null: no such judge."""
     model: Filled | None = key(None)

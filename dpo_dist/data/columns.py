@@ -73,6 +73,7 @@ def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[Raw
     outer = {path.split(".")[0] for path in paths.values()} - {"metadata"}
     hidden = {*columns, *paths.values(), *outer}
     unseen, seen = dict(paths), dict[str, None]()
+    what = "no record has"
     for number, (record, origin) in enumerate(records, start=1):
         if isinstance(record, BadRecord):
             yield record, origin
@@ -83,7 +84,8 @@ def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[Raw
         if unseen:
             unseen = {field: path for field, path in unseen.items() if field not in found}
             seen |= dict.fromkeys(map(shown_key, record))
-        if number >= FIRST_RECORDS and not unseen.keys() <= set(_OPTIONAL):
+        if number >= FIRST_RECORDS and seen and not unseen.keys() <= set(_OPTIONAL):
+            what = f"none of the first {number} records has"
             break
         rest = {} if _OTHERS in columns else {name: record[name] for name in record if name not in hidden}
         whole = from_json(found.pop(_WHOLE, None if _WHOLE in paths else {}))
@@ -94,7 +96,7 @@ def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[Raw
     if unseen and seen:
         first, *others = sorted(set(unseen.values()))
         raise DataError(
-            "no record has a column of the source",
+            f"{what} a column of the source",
             where=f"columns of {source.path}",
             got=", ".join([first, *others]),
             expected=", ".join([*seen][:_MAX_SHOWN]) + (", ..." if len(seen) > _MAX_SHOWN else ""),

@@ -52,6 +52,8 @@ from dpo_dist.data.sources import Meter, check_cached_offline, local_files, raw_
 
 _CHECKED_RECORDS = 64
 _MANY_RECORDS = 16_384
+# Reasons that the other records of a source share, if the first ones have them.
+_SHARED_REASONS = frozenset({"unknown_format", "unpaired", "unparsable", "missing_field", "reader_failed"})
 # Faults of the responses of a record; its prompt may be usable.
 _OF_RESPONSES = frozenset(
     (
@@ -144,7 +146,8 @@ def check_source(source: SourceConfig, config: DataConfig | None = None) -> None
         bad.append(record)
     of_first = next(records, None) is not None
     outcomes = Counter(Outcome(dropped=one.reason) for one in bad)
-    check_counts(DataCounts.of(outcomes, bad), source.path, config, of_first=of_first)
+    if not of_first or all(one.reason in _SHARED_REASONS for one in bad):
+        check_counts(DataCounts.of(outcomes, bad), source.path, config, of_first=of_first)
 
 
 def _parse(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord:
@@ -544,11 +547,13 @@ def _tools(value: Any) -> tuple[Fields, ...]:
     found = from_json(without_nulls(value))
     listed = [found] if isinstance(found, Mapping) else found
     tools = [from_json(tool) for tool in listed] if isinstance(listed, list) else []
-    functions = [tool.get("function", tool) if isinstance(tool, Mapping) else None for tool in tools]
+    functions = [
+        from_json(tool.get("function", tool)) if isinstance(tool, Mapping) else None for tool in tools
+    ]
     if not tools or not all(
         isinstance(one, Mapping) and isinstance(one.get("name", ""), str) for one in functions
     ):
-        raise UnusableRecordError("invalid_tools", "tools is no list of JSON objects")
+        raise UnusableRecordError("invalid_tools", "tools, a function or its name is no JSON of that kind")
     return tuple(
         {"type": "function", "function": tool} if "name" in tool and "function" not in tool else tool
         for tool in tools

@@ -160,7 +160,8 @@ def check_no_media(messages: Sequence[Fields]) -> None:
     """Check that no message has an image, audio, video, or a thought that is no text."""
     for message in messages:
         given = [name for name in (*MEDIA, *_THOUGHTS) if has_value(message.get(name))]
-        unread = tuple(name for name in given if name in MEDIA or not isinstance(message[name], str))
+        # A flag, and an empty cell that became a number, is no thought.
+        unread = tuple(name for name in given if name in MEDIA or isinstance(message[name], list | Mapping))
         if unread:
             raise UnusableRecordError("unread_content", f"a message has {', '.join(unread)}", unread)
 
@@ -187,7 +188,7 @@ def _read_message(fields: Fields) -> Message:
     extra: dict[str, Any] = {}
     if thoughts := [thought for kind, thought in parts if kind in ("reasoning", "thinking")]:
         extra["reasoning_content"] = "".join(thoughts)
-    extra |= {kept: fields[name] for name, kept in _THOUGHTS.items() if has_value(fields.get(name))}
+    extra |= {kept: fields[name] for name, kept in _THOUGHTS.items() if isinstance(fields.get(name), str)}
     extra |= {name: fields[name] for name in ("tool_call_id", "name") if has_value(fields.get(name))}
     if calls:
         extra["tool_calls"] = calls

@@ -31,6 +31,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
+import deepspeed
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
@@ -45,7 +46,7 @@ from dpo_dist.config.run_folder import (
     checkpoint_name,
     step_of,
 )
-from dpo_dist.distributed.slices import SHARDS, WEIGHT, HostCopy, ModelSlices, Sharded, Slice, weight_slices
+from dpo_dist.distributed.slices import SHARDS, WEIGHT, HostCopy, ModelSlices, Sharded, Slice
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import CheckpointError, first_line
 from dpo_dist.foundation.files import (
@@ -131,6 +132,8 @@ def safetensors_file(tensors: Mapping[str, Tensor], metadata: dict[str, str]) ->
 def read_manifest(folder: Path) -> Entries:
     """Return the entries in the manifest of `folder`."""
     entries: Entries = json.loads((folder / MANIFEST).read_bytes())
+    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
+        raise ValueError("it is no list of a checkpoint's files")
     return entries
 
 
@@ -388,7 +391,8 @@ def read_weights(folder: Path, trained: Mapping[str, nn.Parameter]) -> SavedSlic
 def load_checkpoint_weights(model: nn.Module, folder: Path, world: World) -> None:
     """Replace the trained weights of `model`, sharded by ZeRO-3 or not, by a checkpoint's; collective.
 
-    Trained weights require a gradient.
+    Rank 0 reads and sends one master weight at a time: a shard may be on a disk. Trained weights require a
+    gradient.
     """
     trained = {
         name.removeprefix("causal_lm."): weight
@@ -396,7 +400,13 @@ def load_checkpoint_weights(model: nn.Module, folder: Path, world: World) -> Non
         if weight.requires_grad
     }
     saved = world.on_main(lambda: read_weights(folder, trained))
-    world.together(lambda: saved.load_into(weight_slices(trained, world.rank)))
+    for name, weight in trained.items():
+        if hasattr(weight, "ds_id"):
+            with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
+                if world.is_main:
+                    weight.copy_(saved.whole(name))
+        else:
+            weight.copy_(world.on_main(lambda name=name: saved.whole(name)))  # type: ignore[misc]
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,10 @@ _NOISES = ("drop", "jitter", "noise", "rescale_every")
 SAMPLING_ROUTERS = {"phimoe": ("router", "router_jitter_noise")}
 
 
+_FIXED_POSITIONS = frozenset({"codegen", "ctrl", "gptj", "mpt"})
+"""Architectures with a table of positions that is no embedding, beyond which a forward fails."""
+
+
 def recorded_arrangement(model_type: str) -> Arrangement:
     """Return the cheapest arrangement that may be exact for an architecture, `packed` if it is not known."""
     return Arrangement.padded if model_type in IN_ROWS else Arrangement.packed
@@ -65,13 +69,15 @@ def not_causal(got: str) -> ConfigError:
 
 
 def check_positions(causal_lm: Any, max_length: int, key: str = "model.path") -> None:
-    """Check that a model with learned positions has one for each input token."""
-    positions = getattr(causal_lm.config.get_text_config(), "max_position_embeddings", None)
+    """Check that a model with a table of positions has one for each input token."""
+    text = causal_lm.config.get_text_config()
+    positions = getattr(text, "max_seq_len" if text.model_type == "mpt" else "max_position_embeddings", None)
     if not isinstance(positions, int) or max_length - 1 <= positions:
         return
     tokens = set(causal_lm.get_input_embeddings().modules())  # original and copy, if an adapter has one
     tables = [m for m in causal_lm.modules() if isinstance(m, nn.Embedding) and m not in tokens]
-    if any(positions <= table.num_embeddings <= positions + _SPARE_POSITIONS for table in tables):
+    has_table = any(positions <= table.num_embeddings <= positions + _SPARE_POSITIONS for table in tables)
+    if has_table or text.model_type in _FIXED_POSITIONS:
         raise ConfigError(
             "the model has fewer positions than a sequence of data.max_length needs",
             where=f"data.max_length, {key}",

@@ -25,6 +25,7 @@ TRAINED = "default"
 _START = "start"
 _KEY = "model.adapter.path"
 _SAVED_KEY = "model.adapter.modules_to_save"
+_OF_EXPERTS = ("down_proj", "gate_proj", "up_proj")
 
 
 def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int, start: Path | None = None) -> None:
@@ -88,12 +89,14 @@ def _add_new(causal_lm: Any, adapter: AdapterConfig, seed: int) -> LoraConfig:
     # Where experts were linear layers before transformers 5, peft takes `gate_proj` for a name of fused ones.
     differing = adapted ^ set(targets)
     if fault or differing:
+        refused = {*_last_parts(differing), *_OF_EXPERTS, "out_proj"}
+        kept = [name for name in _last_parts(targets) if name not in refused]
         raise ConfigError(
             "peft adapts other layers of this architecture than these",
             where="model.adapter.target_modules",
             got=fault or ", ".join(_last_parts(differing)),
-            expected=f"some of {', '.join(_last_parts(targets))}",
-            remedy="set model.adapter.target_modules to a list without these layers",
+            expected="no layers of the names of fused experts, no out_proj of state-space models",
+            remedy=f"set model.adapter.target_modules=[{','.join(kept)}]" if kept else "name other layers",
         )
     return lora
 
@@ -107,6 +110,9 @@ def _add_from(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
             find_modules(causal_lm, modules_on_disk(folder)[1])
         _inject(causal_lm, lora, name)
         if next(causal_lm.parameters()).is_meta:  # only its shapes are used
+            adapted = {layer for layer, module in causal_lm.named_modules() if isinstance(module, LoraLayer)}
+            if unknown := sorted(set(modules_on_disk(folder)[0]) - adapted):
+                raise LookupError(f"no linear layers {', '.join(unknown[:3])} ({len(unknown)} in all)")
             return lora
         # Of modules in full, peft looks for the names in a model that it has not wrapped.
         weights = {

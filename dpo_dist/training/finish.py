@@ -182,7 +182,9 @@ def write_lost_files(run: Run, completed: RunState) -> None:
 
     def work() -> None:
         lost = [file.name for file in files if not file.exists()]
-        if lost and summary is not None and any(file.exists() for file in files[:2]):  # they have the rows
+        if lost and not any(file.exists() for file in files[:2]):  # they have the rows
+            run.say(f"warning: {', '.join(lost)} cannot be written again without {files[0].name}")
+        elif lost and summary is not None:
             run.say(f"written again: {', '.join(lost)}")
             recorder = Recorder(MetricsLog(folder, read_latest_rows(folder)), Trackers(), run.say)
             _close_report(run, recorder, summary, completed.outcome)

@@ -16,6 +16,7 @@ from dpo_dist.config.user_code import find_function
 from dpo_dist.data.formats import check_source
 from dpo_dist.data.template import check_template_file
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, ReferenceModelError
+from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.text import counted
 from dpo_dist.insight.console import Console, open_console, print_text, warnings_off
 from dpo_dist.model.folder import (
@@ -63,7 +64,7 @@ def check_start(config: RunConfig, *, trains: bool = False) -> None:
         find_function(config.loss.function)
     _check_packages(config, trains=trains)
     processes, ranks = int(os.environ.get("WORLD_SIZE", "1")), config.parallelism.sequence_parallel
-    if processes % ranks:
+    if processes % ranks and "WORLD_SIZE" in os.environ:  # `--check` may be alone
         raise ConfigError(
             "the processes cannot be divided into groups of this size",
             where="parallelism.sequence_parallel",
@@ -100,7 +101,8 @@ def without_traces(config: RunConfig, *, of_success: bool = False) -> Iterator[N
     finally:
         if has_ended and os.environ.get("RANK", "0") == "0":
             if folder.path in made and not os.path.exists(folder.checkpoints):  # noqa: PTH110
-                shutil.rmtree(folder.path, ignore_errors=True)
+                with contextlib.suppress(ConfigError), locked(folder.lock, "trains", "wait for it"):
+                    shutil.rmtree(folder.path, ignore_errors=True)  # not that of another process
             for path in made:
                 with contextlib.suppress(OSError):
                     path.rmdir()

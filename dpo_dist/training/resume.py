@@ -172,7 +172,8 @@ def check_newest_checkpoint(config: RunConfig) -> None:
         state = json.loads((newest / STATE).read_bytes())
     except (OSError, ValueError):
         return
-    check_configuration(state, config, folder)
+    if "run_digest" in state:
+        check_configuration(state, config, folder)
 
 
 def check_fresh_start(config: RunConfig, folder: RunFolder) -> None:

@@ -92,7 +92,6 @@ def _begin(run: Run, checkpoint: Checkpoint | None) -> tuple[Inputs, RunState]:
         run.say(f"loss: {environment['loss_function']}")
     inputs = load_inputs(run, trains=True)
     done, steps = 0, inputs.sampler.steps
-    check_warmup(config.optim, steps)
     if inputs.eval_set is not None:
         check_keep_best(config, inputs.eval_set.labels)
     identity = identify(config, inputs)
@@ -101,6 +100,7 @@ def _begin(run: Run, checkpoint: Checkpoint | None) -> tuple[Inputs, RunState]:
         world.on_main(partial(check_identity, checkpoint.state, identity, checkpoint.folder))
         if change := world.on_main(partial(describe_change, checkpoint.state, config, steps)):
             run.say(change)
+    check_warmup(config.optim, steps)
     state = RunState(RunOutcome.started, done, identity)
     world.on_main(partial(check_disk_room, config, inputs.weights, done, steps))
     mark_started(run, environment, state)

@@ -82,7 +82,9 @@ class MetricsLog:
         rows: list[Row] = []
         if resume_step is not None:
             try:
-                rows = [row for row in read_rows(folder.log_history) if row["step"] <= resume_step]
+                if not folder.metrics_table.exists():
+                    folder.log_history.stat()
+                rows = [row for row in read_latest_rows(folder) if row["step"] <= resume_step]
             except (OSError, ValueError) as error:
                 say(f"warning: metrics up to step {resume_step} are lost, their file cannot be read: {error}")
         if owes_evaluation:
@@ -137,7 +139,13 @@ def read_rows(path: Path) -> list[Row]:
 
 def read_latest_rows(folder: RunFolder) -> list[Row]:
     """Return the rows of a run, also those that are only in the CSV file, which grows during the run."""
-    rows = read_rows(folder.log_history) if folder.log_history.exists() else []
+    rows: list[Row] = []
+    if folder.log_history.exists():
+        try:
+            rows = read_rows(folder.log_history)
+        except ValueError:
+            if not folder.metrics_table.exists():  # it has all rows
+                raise
     table = folder.metrics_table.read_text(encoding="utf-8") if folder.metrics_table.exists() else ""
     whole, _, _ = table.rpartition("\n")  # the last line may be unfinished
     newer = list(csv.DictReader(io.StringIO(whole)))[len(rows) :]

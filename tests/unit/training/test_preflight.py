@@ -3,6 +3,8 @@
 import contextlib
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,33 @@ def fail_late(config: RunConfig, error: Exception) -> None:
 def test_a_users_error_removes_a_run_directory_without_steps(assets: Path, tmp_path: Path) -> None:
     fail_late(run_of(assets, tmp_path), DataError("too many bad records"))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_run_directory_of_a_job_that_started_meanwhile_is_kept(assets: Path, tmp_path: Path) -> None:
+    config = run_of(assets, tmp_path)
+    folder = RunFolder.of(config)
+    with pytest.raises(ConfigError), without_traces(config):  # noqa: PT012
+        check_start(config)
+        first = subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                f"""if True:
+                from pathlib import Path
+                from dpo_dist.foundation.files import locked
+                with locked(Path({str(folder.lock)!r}), "trains", "wait"):
+                    print("locked", flush=True)
+                    input()
+            """,
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        assert first.stdout is not None
+        first.stdout.readline()
+        raise ConfigError("another process trains", remedy="wait")
+    assert folder.lock.exists()
+    first.communicate(b"\n")
 
 
 def test_a_run_directory_is_kept_after_other_errors_and_after_earlier_starts(
@@ -247,7 +276,7 @@ MISFITS = [
         "deepseek_v3",
         "model.adapter={r: 2}",
         "peft adapts other layers of this architecture",
-        "to a list without these layers",
+        "set model.adapter.target_modules=[",
     ),
     ("nemotron_h", "model.adapter={r: 2}", "peft adapts other layers of this architecture", "in_proj"),
     ("gpt_oss", "model.adapter={modules_to_save: [lm_haed]}", "train in full", "name modules"),
