@@ -224,6 +224,7 @@ def test_the_identity_depends_on_content_not_on_path(tmp_path: Path) -> None:
 
 
 NO_SIDE, OTHER = (json.dumps(one).encode() + b"\n" for one in (TEXT | {"rejected": None}, {"x": "a"}))
+IMAGES = json.dumps(TEXT | {"images": ["a.png"]}).encode() + b"\n"
 ALL, FIRST = "no record can be used", "none of the first 16384 records"
 
 
@@ -235,6 +236,7 @@ ALL, FIRST = "no record can be used", "none of the first 16384 records"
         (NO_SIDE * 100, ALL, "drop"),
         (OTHER * 16_385 + lines("q"), FIRST, "drop"),
         (b"{\n" * 16_385 + lines("q"), FIRST, "drop"),
+        (IMAGES * 16_385 + lines("q"), None, "drop"),
         (lines(*map(str, range(60))) + OTHER, "unknown_format", "error"),
         (lines(*map(str, range(65))) + OTHER, None, "error"),
     ],

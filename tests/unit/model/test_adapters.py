@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_dist.config.schema import AdapterConfig, AdapterVariant, Dtype, ModelConfig, Quantization
 from dpo_dist.distributed.zero import _parameter_groups
@@ -248,6 +248,10 @@ def test_an_adapter_with_other_weights_or_none_is_refused(base: Path, sft: Path,
         start_folder(config_of(base, changed(whole, modules_to_save=None)))
     with pytest.raises(ConfigError, match="cannot be added to the model"):
         adapted(base, changed(shutil.copytree(sft, tmp_path / "odd"), eva_config=5))  # peft cannot read it
+    shallow = AutoConfig.from_pretrained(base, num_hidden_layers=1)
+    with pytest.raises(ConfigError, match="cannot be added to the model") as refused:
+        without_weights(shallow, config_of(base, sft), sft)
+    assert "no linear layers model.layers.1." in refused.value.got
     (sft / "adapter_model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ConfigError, match="cannot be read"):
         start_folder(config_of(base, sft))
