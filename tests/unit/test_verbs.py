@@ -1,0 +1,26 @@
+"""`python -m dpo_dist` (and the script `dpo-dist`) lists the verbs and starts one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import dpo_dist
+from dpo_dist.__main__ import VERBS
+
+
+def started(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dpo_dist", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_every_verb_is_listed_and_started() -> None:
+    files = Path(dpo_dist.__file__).parent.glob("*.py")
+    assert VERBS.keys() == {
+        file.stem for file in files if 'if __name__ == "__main__"' in file.read_text()
+    } - {"__main__"}
+    for arguments, code in (((), 2), (("--help",), 0), (("trian",), 2)):
+        listed = started(*arguments)
+        assert (listed.returncode, listed.stderr) == (code, "")
+        assert all(f"\n  {verb} " in listed.stdout for verb in VERBS)
+    assert "python -m dpo_dist.store" in started("store", "--help").stdout
+    assert started("report", "/nowhere").returncode == 2
