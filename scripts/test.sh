@@ -5,6 +5,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ./scripts/setup_env.sh dev
+workers=$(($(nproc) * 3 / 2)) # before the next line, by which nproc would answer 1
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-workers=$(($(nproc) * 3 / 2))
 exec .venv/bin/python -m pytest --numprocesses $((workers > 8 ? 8 : workers)) --dist worksteal "$@"
