@@ -101,7 +101,7 @@ def without_traces(config: RunConfig, *, of_success: bool = False) -> Iterator[N
     finally:
         if has_ended and os.environ.get("RANK", "0") == "0":
             if folder.path in made and not os.path.exists(folder.checkpoints):  # noqa: PTH110
-                with contextlib.suppress(ConfigError), locked(folder.lock, "trains", "wait for it"):
+                with contextlib.suppress(ConfigError, OSError), locked(folder.lock, "trains", "wait for it"):
                     shutil.rmtree(folder.path, ignore_errors=True)  # not that of another process
             for path in made:
                 with contextlib.suppress(OSError):

@@ -59,7 +59,7 @@ def call_verbs(variables: dict[str, str], data: Path, command: list[str]) -> Non
     mine = logging.NullHandler()
     logging.getLogger().handlers[:] = [mine]
     assert precompute.main(load_run_config(command)) == 0
-    assert verb.check(load_run_config(command)) == 0
+    verb.check(load_run_config(command))
     first = [*command, "parallelism=ddp", "loss.beta=0.3", f"run.dir={data.parent}/first"]
     assert verb.main(load_run_config(first)) == 0
     with pytest.raises(DataError):

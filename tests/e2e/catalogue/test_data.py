@@ -103,7 +103,7 @@ CASES = [
          before=records("odd.jsonl", {"frage": "a", "gut": "b", "schlecht": "c"}, times=5),
          to_do="name the columns of the source"),
     Case("column that no record has", of("train.jsonl", columns="{prompt: frage}"),
-         "no record has a column of the source", "train.jsonl",
+         "records has a column of the source", "train.jsonl",
          "frage", to_do="correct or remove these columns"),
     Case("lines instead of an array", "data.train=[a.json]", "cannot be read", "a.json", "not an array", "",
          ".jsonl", before=records("a.json", PAIR)),
