@@ -205,13 +205,12 @@ def _restore_powers(adam: Any, step: int) -> None:
 
 
 def weight_slices(weights: Mapping[str, Any], rank: int) -> Iterator[Slice]:
-    """Yield this rank's slices of weights without an optimizer: its shards of ZeRO-3, or whole weights."""
+    """Yield this rank's slices of weights that ZeRO-3 shards and no optimizer trains."""
     for name, weight in weights.items():
-        first, length, flat = 0, weight.numel(), weight.detach().view(-1)
-        if hasattr(weight, "ds_tensor"):
-            (first, length), flat = own_range(weight, rank), weight.ds_tensor.detach().view(-1)
+        first, length = own_range(weight, rank)
         if length:
-            yield Slice(name, _whole_shape(weight), first, {WEIGHT: flat[:length]})
+            part = weight.ds_tensor.detach().view(-1)[:length]
+            yield Slice(name, _whole_shape(weight), first, {WEIGHT: part})
 
 
 def own_range(weight: Any, rank: int) -> tuple[int, int]:

@@ -5,7 +5,6 @@ remembered in the store.
 """
 
 import json
-import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,13 +14,18 @@ from pathlib import Path
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
 from dpo_dist.foundation.files import remembered_digest, text_digest
-from dpo_dist.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG_FILE, read_model_json, weight_files
+from dpo_dist.model.folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CONFIG_FILE,
+    hub_commit,
+    read_model_json,
+    weight_files,
+)
 from dpo_dist.model.numerics import TOLERABLE_FIELDS
 from dpo_dist.reference.store import MEMO_FOLDER, ReferenceFingerprint, fingerprint_folders, read_fingerprint
 
 Profile = dict[str, str]
-
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
@@ -113,8 +117,8 @@ def digest_on_every_node(
 
 def model_label(path: str, folder: Path) -> str:
     """Return a model's name for people: its configured path, with the commit of a snapshot from the hub."""
-    is_snapshot = folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name)
-    return f"{path}@{folder.name}" if is_snapshot else path
+    commit = hub_commit(folder)
+    return path if commit is None else f"{path}@{commit}"
 
 
 def _classes(folder: Path, remote_code: bool) -> str:
