@@ -15,7 +15,7 @@ from dpo_dist.insight.pages.doctor import write_doctor_page
 from dpo_dist.insight.pages.render import page
 from dpo_dist.insight.pages.run import write_page
 from tests.support.browser import Watched, chromium
-from tests.support.comparison_files import answer, betas, row, write_comparison
+from tests.support.comparison_files import answer, model, results, row, write_comparison
 from tests.support.doctor_data import diagnosis
 from tests.support.sample_files import sample, write_samples
 
@@ -134,13 +134,14 @@ def test_samples_of_a_run(tmp_path: Path, browser: Any) -> None:
 
 @pytest.mark.parametrize(("width", "has_script"), [(400, True), (1200, False)])
 def test_a_comparison(tmp_path: Path, browser: Any, width: int, has_script: bool) -> None:
-    names = [each["name"] for each in betas()["models"]]
+    names = "base", "beta 0.3", "beta 0.1"
+    content = results([model("base", None, 0.41), model(names[1], 6.5, 0.6), model(names[2], 14.0, 0.62)], [])
     rows = [row(at, {name: answer(f"text {at}", at % 2) for name in names}) for at in range(6)]
     rows[1] = row(
         1, {name: answer(HOSTILE, finished=False) for name in names}, prompt=HOSTILE, source=HOSTILE
     )
-    file = write_comparison(tmp_path, betas(), rows)
-    write_comparison_page(RunFolder(tmp_path), betas())
+    file = write_comparison(tmp_path, content, rows)
+    write_comparison_page(RunFolder(tmp_path), content)
     watched = opened(browser, file, width, java_script_enabled=has_script)
     page = watched.page
     prompts = page.locator(".prompt:visible")
