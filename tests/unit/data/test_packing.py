@@ -93,10 +93,3 @@ def test_each_row_has_one_response(shapes: list[tuple[int, ...]], is_masked: boo
     assert (longest, len(rows.input_ids)) == (max(rows.lengths), row)
     assert rows.predictors.tolist() == predicted_at
     assert batch.targets.tolist() == expected
-
-
-def test_all_tensors_of_a_batch_move_to_a_device() -> None:
-    batch = pack_unkeyed(random_pairs([(3, 2, 4)])).to(torch.device("meta"))
-    tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
-    assert len(tensors) == 5
-    assert {tensor.device.type for tensor in tensors} == {"meta"}
