@@ -1,23 +1,30 @@
-"""Encoded datasets: examples, rankings, scores and masks by index; what a loss can use."""
+"""Encoded datasets: examples, rankings, scores and masks by index; what a loss can use; counts."""
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from dpo_dist.batching.pack import Ids
 from dpo_dist.batching.plan import ComputeCosts
+from dpo_dist.batching.sampler import Span, make_sampler
 from dpo_dist.config.data import OnBadRecord, Ranked, SourceConfig
 from dpo_dist.config.losses import LossConfig, LossKind
+from dpo_dist.config.schema import TrainerConfig
 from dpo_dist.data import build as build_dataset_module
+from dpo_dist.data.counts import describe_counts, describe_short_run, in_words
 from dpo_dist.data.dataset import (
     PreferenceDataset,
     check_fits_loss,
     check_ids_in_vocabulary,
     collate,
+    count_duplicates,
+    count_shared,
     shard_batch,
 )
 from dpo_dist.data.encode import response_key
@@ -27,6 +34,7 @@ from tests.support import tiny
 from tests.support.cache import encoded_folders, opened
 from tests.support.masks import add_masks, random_mask
 from tests.support.packing import COSTS, dataset_of, random_pairs
+from tests.support.pages import ROOT
 from tests.support.pairs import encode
 from tests.support.records import BAD, GOOD, TEXT, jsonl
 
@@ -277,3 +285,82 @@ def test_a_key_depends_on_the_end_of_the_prompt() -> None:
     keys = {response_key(*ids) for ids in ((one, two), (both, empty), (empty, both), (two, one))}
     assert sorted(map(len, keys)) == [16] * 4
     assert response_key(one, two) == response_key(one.astype(np.int64), two.astype(np.int64))
+
+
+# Counts of records by source and by field, errors with their remedies, duplicates.
+FORTY = [{"prompt": f"question {n}", "chosen": f"right {n}", "rejected": f"wrong {n}"} for n in range(40)]
+
+
+def file_of(folder: Path, name: str, *rows: object) -> str:
+    (folder / name).mkdir()
+    return jsonl(folder / name, *rows)
+
+
+def test_every_source_has_its_counts(tmp_path: Path) -> None:
+    bad = TEXT | {"chosen": None}
+    first, second = file_of(tmp_path, "one", *FORTY), file_of(tmp_path, "two", *FORTY[:3], bad)
+    counts = opened(tmp_path, first, second, max_bad_share=0.5).counts
+    assert [
+        (source["path"], source["read"], source["kept"], source["dropped"]) for source in counts["sources"]
+    ] == [(first, 40, 40, {}), (second, 4, 3, {"missing_field": 1})]
+    lines = describe_counts("train", counts)
+    assert "43 of 44 records kept" in lines[0]
+    assert lines[1] == "  1 dropped (missing_field): a prompt or response is missing"
+    assert f"of two-records ({second}): 3 of 4 records kept, 1 missing_field: text" in "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("rows", "data", "expected"),
+    [
+        ([{"task": "q", "chosen": "a", "rejected": "b"}], {}, ["task (text)", "columns: {prompt: COLUMN"]),
+        (FORTY, {"max_length": 2}, ["data.max_length is 2", "data.truncation=keep_end"]),
+        ([*FORTY[:3], TEXT | {"images": [1]}], {}, ["fields: images", "data.max_bad_share", "COLUMN: null"]),
+        ([{"prompt": "q", "completion": "a", "label": True}], {}, ["unpaired", "pair good and bad"]),
+    ],
+)
+def test_remedies(tmp_path: Path, rows: list[object], data: dict[str, Any], expected: list[str]) -> None:
+    with pytest.raises(DataError) as raised:
+        opened(tmp_path, jsonl(tmp_path, *rows), **data)
+    block = raised.value.block()
+    assert [text for text in expected if text not in block] == []
+
+
+def test_duplicates_are_counted(tmp_path: Path) -> None:
+    swapped = FORTY[0] | {"chosen": FORTY[0]["rejected"], "rejected": FORTY[0]["chosen"]}
+    ranking = {"prompt": "q", "responses": ["a", "b", "c"]}
+    other_order = {"prompt": "q", "responses": ["a", "c", "b"]}
+    once = opened(tmp_path, file_of(tmp_path, "once", *FORTY, swapped, ranking, other_order))
+    assert count_duplicates(once) == 0
+    twice = opened(
+        tmp_path,
+        file_of(tmp_path, "a", *FORTY, FORTY[3], ranking, ranking),
+        file_of(tmp_path, "b", *FORTY[:5]),
+    )
+    assert count_duplicates(twice) == 7
+    held_out = opened(tmp_path, file_of(tmp_path, "c", FORTY[0], TEXT, swapped, other_order))
+    assert (count_shared(held_out, once), count_shared(held_out, twice)) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "trainer", "expected"),
+    [
+        (12, {"global_batch_pairs": 1000, "max_steps": 1}, "up to 84 times in one step"),
+        (100, {"global_batch_pairs": 64, "max_steps": 1}, "the whole run is 1 step: 64 pairs"),
+        (12, {"global_batch_pairs": 10, "epochs": 2.0}, None),
+    ],
+)
+def test_a_very_short_run_is_announced(pairs: int, trainer: dict[str, Any], expected: str | None) -> None:
+    lines = describe_short_run(make_sampler([Span(0, pairs, 1.0)], TrainerConfig(**trainer)))
+    assert len(lines) == (expected is not None)
+    assert expected is None or expected in lines[0]
+
+
+def test_every_count_on_the_page_has_words() -> None:
+    page = (ROOT / "docs" / "data.md").read_text()
+    tables = re.findall(r"^\| (?:count|reason) \| meaning \|\n\|---\|---\|\n((?:\|.*\n)+)", page, re.M)
+    cells = [line.split("|")[1] for table in tables for line in table.splitlines()]
+    names = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+    assert {"unparsable", "held_out_for_eval", "too_long"} <= names
+    assert [name for name in sorted(names) if in_words(name) == name.replace("_", " ")] == []
+    assert in_words("unread_images") == "the field images is not read"
+    assert in_words("of_a_later_version") == "of a later version"

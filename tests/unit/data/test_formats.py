@@ -6,6 +6,7 @@ import json
 import pickle
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ import pytest
 from dpo_dist.config.data import DataConfig, DataFormat, SourceConfig, TextTemplate, Truncation
 from dpo_dist.data.columns import FIELDS
 from dpo_dist.data.encode import encode_chunk
-from dpo_dist.data.formats import parse_prompt, parse_record, read_records
+from dpo_dist.data.formats import check_source, parse_prompt, parse_record, read_records
 from dpo_dist.data.records import BadRecord, Dialogue, Message, Origin, PreferenceRecord
+from dpo_dist.foundation.errors import DataError
 from tests.support import tiny
 from tests.support.pages import ROOT
 from tests.support.records import TEXT, assistant, bad, good, jsonl, user
+from tests.support.shared_data import shared_data_dir
 
 HERE = Origin("here", 1)
 H = "\n\nHuman: q\n\nAssistant:"
@@ -311,3 +314,59 @@ def test_a_conversation_is_the_same_in_each_format_and_kind_of_file(tmp_path: Pa
         assert isinstance(record, PreferenceRecord), record
         assert seen(record.prompt) == [[turn["role"], turn["content"]] for turn in BEFORE], path.name
         assert record.responses == ("Paris 你好", "no"), path.name
+
+
+SHARED = shared_data_dir()
+HH_FAULTS = {"empty_response": 4, "history_differs": 5}
+SCORED_FAULTS = {"identical_responses": 5, "empty_response": 2}
+RANKED_FAULTS = {"identical_responses": 6}
+# Kept and dropped records of each file, and of each entry of dataset_info.json.
+FILES: list[tuple[str, dict[str, Any], int, dict[str, int]]] = [
+    ("hh_rlhf_sample.jsonl", {}, 1491, HH_FAULTS),
+    ("llama_factory_sharegpt_en.json", {}, 150, {}),
+    ("llama_factory_sharegpt_zh.json", {}, 300, {}),
+    ("llama_factory_v1_message_pairs.jsonl", {}, 10, {}),
+    *(
+        ("llama_factory_kto_en.json", how, 0, {"unpaired": 60})
+        for how in ({}, {"format": DataFormat.completion})
+    ),
+    ("ultrafeedback_plain_scored.jsonl", {}, 293, SCORED_FAULTS),
+    ("ranked_oasst_history_zh.json", {}, 244, RANKED_FAULTS),
+    ("system_history_question_zh.jsonl", {}, 150, {}),
+    ("sharegpt_string_answers_zh.jsonl", {}, 80, {}),
+    ("toolcall_pairs_zh.jsonl", {}, 11, {}),
+    ("orca_system_question.csv", {}, 60, {}),
+    ("templated_near_duplicates.jsonl", {}, 40, {}),
+    (
+        "bad_records.jsonl",
+        {"columns": {"record": "record"}},
+        23,
+        {"history_differs": 5, "empty_response": 7, "identical_responses": 11},
+    ),
+    ("derived/trl_conversational_from_hh.jsonl", {}, 200, {}),
+    ("derived/ultrafeedback_binarized_messages.jsonl", {}, 100, {}),
+    ("derived/llama_factory_alpaca_chosen_rejected.json", {}, 100, {}),
+    ("", {"name": "dpo_en_demo"}, 150, {}),
+    ("", {"name": "dpo_zh_demo"}, 300, {}),
+    ("dataset_info.json", {"name": "ultrafeedback"}, 100, {}),
+    ("", {"name": "orca_pairs"}, 60, {}),
+    ("", {"name": "oaast_rm_zh"}, 244, RANKED_FAULTS),
+]
+
+
+@pytest.mark.skipif(SHARED is None, reason="needs the slices of real data")
+@pytest.mark.parametrize(("name", "options", "kept", "dropped"), FILES, ids=str)
+def test_real_files_have_the_known_faults(
+    name: str, options: dict[str, Any], kept: int, dropped: dict[str, int]
+) -> None:
+    source = SourceConfig(f"{SHARED}/{name}", **options)
+    if kept:
+        check_source(source, DataConfig(max_bad_share=1.0))
+    else:
+        with pytest.raises(DataError, match="pair good and bad responses"):
+            check_source(source, DataConfig())
+    outcomes = Counter(
+        record.reason if isinstance(record, BadRecord) else "kept" for record in read_records(source)
+    )
+    assert outcomes.pop("kept", 0) == kept
+    assert outcomes == dropped
