@@ -87,8 +87,8 @@ def written(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
         screens.append(screen)
         return code
 
-    def refuse(_: object, __: int) -> tuple[int, dict[str, str], str]:
-        return 401, {}, f'{{"error": {{"message": "{SECRETS["OPENAI_API_KEY"]} is wrong"}}}}'
+    def refuse(_: object, __: int) -> tuple[int, str]:
+        return 401, f'{{"error": {{"message": "{SECRETS["OPENAI_API_KEY"]} is wrong"}}}}'
 
     noted = f"tracking.project='{TYPED} {SECRETS['MY_SECRET']}'"
     compared = [
