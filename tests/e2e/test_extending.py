@@ -13,6 +13,7 @@ import torch
 from transformers import ArceeConfig, AutoModelForCausalLM
 
 from tests.support import tiny
+from tests.support.families import COMMON, HEADS
 from tests.support.pages import ROOT, blocks_of
 
 EXAMPLES = {block.title: block.text for block in blocks_of("extending.md") if block.language == "diff"}
@@ -81,15 +82,7 @@ def test_the_examples_pass_their_tests_and_train_together(tmp_path: Path) -> Non
     tokenizer = tiny.qwen()
     torch.manual_seed(0)
     config = ArceeConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
+        **COMMON | HEADS | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     )
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")

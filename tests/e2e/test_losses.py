@@ -1,4 +1,4 @@
-"""Losses by the command line that need data of their own: rankings, scores, completions, and a clear no."""
+"""Losses by the command line: of rankings, scores and completions, of one's own, with a synced reference."""
 
 import json
 import math
@@ -65,7 +65,6 @@ def test_completions_alone_train_a_model_that_is_then_its_own_reference(
     [
         (RANKINGS, "sigmoid", "set loss.kind=plackett_luce"),
         (COMPLETIONS, "sigmoid", "set loss=sft"),
-        ([{**row, "score_rejected": 5} for row in SCORED], "odpo", "above the rejected"),
     ],
 )
 def test_data_that_do_not_fit_the_loss_are_named_before_anything_is_computed(
@@ -105,3 +104,15 @@ def test_a_loss_of_ones_own_trains_on_two_processes_as_the_built_in_one(
     other = run_verb("train", command, cwd=tmp_path)
     assert other.code == 2, other.output
     assert "which depends on the source of my_losses:hinge" in other.output
+
+
+def test_a_reference_that_follows_is_restored_on_resume(overrides: Overrides, tmp_path: Path) -> None:
+    options = ["reference.mode=live", "loss.sync_reference={every: 2, mixup: 0.5}"]
+    command = overrides(*options, "trainer.max_steps=5", "optim.lr=1e-3")
+    train([*command, f"run.dir={tmp_path}/whole"], processes=2)
+    stopped = run_verb("train", [*command, "trainer.stop_after_steps=3"], processes=2)
+    assert stopped.code == 75, stopped.output
+    [checkpoint] = (tmp_path / "run/checkpoints").glob("step-*")
+    assert '"reference/rank-00001-00000.safetensors"' in (checkpoint / "manifest.json").read_text()
+    train(command, processes=2)
+    assert history(tmp_path / "run") == history(tmp_path / "whole")

@@ -11,7 +11,6 @@ from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, open_shard
 from tests.e2e.conftest import Overrides
 from tests.support.launch import assert_same_history, history, run_verb, summary, train
 from tests.support.read_only import read_only
-from tests.support.tiny_model import write_model
 
 STEPS = ("trainer.max_steps=2", "reference.rows_per_shard=4")
 
@@ -72,15 +71,9 @@ def test_damage_is_reported_and_only_lost_entries_are_computed_again(
 
 def test_a_complete_store_on_a_read_only_disk_is_used(overrides: Overrides, tmp_path: Path) -> None:
     assert run_verb("precompute", overrides(*STEPS, f"run.dir={tmp_path}/scored")).code == 0
-    other = write_model(tmp_path / "other", seed=9)
     with read_only(tmp_path / "store"):
         train(overrides(*STEPS))
-        assert summary(tmp_path / "run")["reference"]["computed"] == 0
-        lacking = run_verb("train", overrides(*STEPS, f"model.path={other}", f"run.dir={tmp_path}/lacking"))
-    assert lacking.code == 2, lacking.output
-    assert lacking.output.count("to do:") == 1
-    assert "reference.store" in lacking.output
-    assert "Traceback" not in lacking.output
+    assert summary(tmp_path / "run")["reference"]["computed"] == 0
 
 
 def test_entries_of_other_numerics_are_used_only_by_a_tolerant_run_and_if_they_are_near(
