@@ -59,12 +59,13 @@ def test_the_table_counts_the_files_and_lines_of_each_example(title: str) -> Non
 
 # In one process, because its imports take longer than all it does.
 TOGETHER = """
-import json, runpy, sys
+import json, os, runpy, sys
 import pytest
 
+os._exit = sys.exit  # as a verb ends its process
 tests, *commands = json.loads(sys.argv[1])
 assert pytest.main(["-q", "-p", "no:cacheprovider", *tests]) == 0
-for command in commands:  # the last one ends the process
+for command in commands:
     sys.argv = ["dpo_dist.train", *command]
     try:
         runpy.run_module("dpo_dist.train", run_name="__main__", alter_sys=True)
