@@ -146,6 +146,16 @@ def test_only_the_first_node_checks(assets: Path, tmp_path: Path, monkeypatch: p
     check_start(run_of(assets, tmp_path, "data.train=[/only/there.jsonl]"))
 
 
+def test_processes_that_do_not_divide_into_groups_are_an_error(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_of(assets, tmp_path, "parallelism.sequence_parallel=3")
+    check_start(config)  # `--check` before the launch
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="cannot be divided into groups"):
+        check_start(config)
+
+
 # --check
 
 
