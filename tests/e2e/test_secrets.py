@@ -87,7 +87,7 @@ def written(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
         screens.append(screen)
         return code
 
-    def refuse(_: object, __: int) -> tuple[int, str]:
+    def refuse(_: object) -> tuple[int, str]:
         return 401, f'{{"error": {{"message": "{SECRETS["OPENAI_API_KEY"]} is wrong"}}}}'
 
     noted = f"tracking.project='{TYPED} {SECRETS['MY_SECRET']}'"

@@ -50,9 +50,7 @@ def test_info_lists_each_reference_with_its_counts(run: Run, shards: list[Path],
     assert first["bytes"] == sum(file.stat().st_size for file in shards[0].parent.iterdir())
     age = datetime.now(UTC) - datetime.fromisoformat(listed[1]["last_used"])
     assert 10 <= age.total_seconds() / DAY < 10.1
-    table = run("info")[1]
-    for text in ("org/first@0123", FIRST.reference, FIRST.name, "dtype fp32", "2 fingerprints, 5 entries"):
-        assert text in table
+    assert "2 fingerprints, 5 entries" in run("info")[1]
     LogpStore.open(tmp_path, SECOND)
     assert time.time() - stamp.stat().st_mtime < 60, "opening it is its last use"
 
@@ -128,10 +126,6 @@ def test_encoded_data_are_never_garbage(tmp_path: Path, shards: list[Path], run:
     (encoded / "manifest.json").write_text("{}")
     code, output = run("gc", "--unused-days", "0", "--yes")
     assert (code, encoded.is_dir(), shards[0].exists()) == (0, True, False), output
-    for verb in ("info", "verify", "gc"):
-        code, output = run(verb)
-        assert (code, encoded.is_dir()) == (2, True), output
-        assert "no reference store is found in this folder" in output
 
 
 def test_it_starts_without_torch() -> None:

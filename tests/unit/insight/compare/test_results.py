@@ -146,7 +146,7 @@ def test_each_different_text_is_scored_once_and_an_empty_one_never() -> None:
 def test_an_endpoint_compares_every_two_responses_in_both_positions() -> None:
     """The judge prefers "good" wherever it is, and the first position otherwise."""
 
-    def answer(asked: dict[str, str], _: int) -> str:
+    def answer(asked: dict[str, str]) -> str:
         if "broken" in asked.values():
             return "no verdict"
         return "[[B]]" if asked["response_B"] == "good" else "[[A]]"
