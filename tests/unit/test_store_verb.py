@@ -126,6 +126,10 @@ def test_encoded_data_are_never_garbage(tmp_path: Path, shards: list[Path], run:
     (encoded / "manifest.json").write_text("{}")
     code, output = run("gc", "--unused-days", "0", "--yes")
     assert (code, encoded.is_dir(), shards[0].exists()) == (0, True, False), output
+    for verb in ("info", "verify", "gc"):
+        code, output = run(verb)
+        assert (code, encoded.is_dir()) == (2, True), output
+        assert "no reference store is found in this folder" in output
 
 
 def test_it_starts_without_torch() -> None:
