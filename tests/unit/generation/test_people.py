@@ -106,18 +106,14 @@ def test_kappa_is_agreement_beyond_chance() -> None:
     assert agreement_lines(found)[-1] == "Ada and Ben: 50 compared, 70 % agreed, kappa 0.40"
 
 
-def test_items_do_not_depend_on_the_order_of_records_and_responses() -> None:
+def test_items_do_not_depend_on_the_order_of_records_and_responses_and_others_are_counted() -> None:
     records = [record(f"a{n}", f"b{n}", prompt=f"p{n}") for n in range(50)]
     turned = [record(f"b{n}", f"a{n}", prompt=f"p{n}") for n in reversed(range(50))]
     drawn = draw_items(records, 20, 0, Counter())
     assert len(drawn) == 20
     assert drawn == draw_items(turned, 20, 0, Counter())
     assert drawn.keys() != draw_items(records, 20, 1, Counter()).keys()
-
-
-def test_records_without_an_item_are_counted_by_reason() -> None:
     counts: Counter[str] = Counter()
-    records = [record("a", "b"), record("b", "a"), record("a"), record("a", "b", "c", "d", prompt="Who?")]
-    items = draw_items(records, 1, 0, counts)
-    assert [len(one.responses) for one in items.values()] == [2]
+    given = [record("a", "b"), record("b", "a"), record("a"), record("a", "b", "c", "d", prompt="Who?")]
+    assert [len(one.responses) for one in draw_items(given, 1, 0, counts).values()] == [2]
     assert counts == {"read": 4, "duplicate": 1, "one_response": 1, "not_drawn": 1}
