@@ -1,6 +1,5 @@
 """Words compose to one typed, frozen run: defaults, experiments, YAML files, presets, the command line."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ def alone(typed: str, **options: str) -> Any:
     return configured(typed, run=[], **options)
 
 
-def test_values_are_typed_and_frozen() -> None:
+def test_values_are_typed() -> None:
     sources = "data.train=[a.jsonl,{path:b,limit:5,weight:2}]"
     config = configured(f"{sources} reference=live loss.sync_reference={{every:512,mixup:0.3}}")
     assert config.data.train == [SourceConfig("a.jsonl"), SourceConfig("b", limit=5, weight=2.0)]
@@ -67,8 +66,6 @@ def test_values_are_typed_and_frozen() -> None:
     assert terms == [LossTermConfig(LossKind.sigmoid), LossTermConfig(LossKind.sft, 0.1)]
     adapter = configured("model.adapter.r=8 model.adapter.target_modules=[q_proj]").model.adapter
     assert adapter == AdapterConfig(8, target_modules=["q_proj"])
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        config.loss.beta = 1.0  # type: ignore[misc]
     config = configured("run.root=/scratch/me")
     assert (config.data.cache, config.reference.store) == ("/scratch/me/encoded", "/scratch/me/reference")
 
@@ -164,16 +161,19 @@ def test_the_reference_follows_loss_and_model(typed: str, mode: str) -> None:
     assert run_digest(alone(f"{typed} reference={mode}")) == run_digest(config)
 
 
-@pytest.mark.parametrize("mode", ["none", "adapter"])
-def test_a_recorded_mode_gives_way_to_the_command_line(mode: str) -> None:
-    before = {"none": "loss=simpo", "adapter": "model.adapter.r=8"}
-    written = to_yaml(configured(before[mode]))
+@pytest.mark.parametrize(
+    ("before", "typed", "mode"),
+    [
+        ("loss=simpo", "loss=ipo", "cached"),
+        ("model.adapter.r=8", "loss=sft", "none"),
+        ("model.adapter.r=8", "model.adapter=null", "cached"),
+    ],
+)
+def test_a_recorded_mode_gives_way_to_the_command_line(before: str, typed: str, mode: str) -> None:
+    written = to_yaml(configured(before))
+    assert f"mode: {mode}" not in written
     write(experiment__again=written.replace("  dir: ", "  # dir: "))
-    assert f"mode: {mode}" in written
-    again = "--config-dir conf +experiment=again"
-    for loss, wanted in (("sft", "none"), ("ipo", "adapter" if mode == "adapter" else "cached")):
-        assert alone(f"{again} loss={loss}").reference.mode == wanted
-    assert alone(f"{again} model.adapter=null").model.adapter is None
+    assert alone(f"--config-dir conf +experiment=again {typed}").reference.mode == mode
 
 
 def test_a_verb_can_work_without_a_model() -> None:
