@@ -185,10 +185,8 @@ def test_the_facts_of_some_keys() -> None:
     assert facts("trainer.max_steps")["type"] == "a whole number or null, >= 1"
     assert facts("loss.simpo_gamma")["kinds"] == "simpo"
     assert facts("model.path")["default"] == "none, it must be set"
-    assert facts("tracking.wandb")["type"] == "one of auto, online, offline, off"
     assert facts("data.train[0].weight") == facts("data.train.weight") == facts("data.train[].weight")
     assert facts("data.train.weight")["verbs"] == "train, precompute"
-    assert facts("pairs.endpoint.url")["verbs"] == "compare, pairs"
     assert "presets: parallelism=ddp|zero2|zero3|" in explain("parallelism", group_folders())
     assert "presets: +experiment=demo|" in explain("experiment", group_folders())
     kinds = explain("loss.kind", group_folders())

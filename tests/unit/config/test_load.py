@@ -123,11 +123,6 @@ def test_a_preset_and_a_mapping_of_its_group_both_count(typed: str) -> None:
     assert (loss.kind, loss.beta) == (LossKind.ipo, 0.3)
 
 
-def test_an_own_preset_comes_before_one_of_the_same_name() -> None:
-    write(loss__ipo="{kind: ipo, beta: 0.9}")
-    assert configured("--config-dir conf loss=ipo").loss.beta == 0.9
-
-
 def test_options_of_an_experiments_loss_are_dropped_with_that_loss() -> None:
     write(experiment__mine="loss: {kind: simpo, simpo_gamma: 0.3}\nreference: {mode: none}\n")
     config = configured("--config-dir conf +experiment=mine loss=ipo")
@@ -256,10 +251,13 @@ def test_hydra_composes_lists_of_defaults_and_packages_of_an_own_folder() -> Non
     assert (config.trainer.seed, config.trainer.max_steps) == (4, 4), "in the order of the command"
 
 
-def test_an_own_folder_may_have_its_own_root() -> None:
-    write(config="defaults: [{loss: ipo}, {model: null}, _self_]\ntrainer: {seed: 5}\n")
+def test_an_own_folder_may_have_its_own_root_and_presets_of_the_same_name() -> None:
+    write(
+        config="defaults: [{loss: ipo}, {model: null}, _self_]\ntrainer: {seed: 5}\n",
+        loss__ipo="{kind: ipo, beta: 0.9}",
+    )
     config = configured("--config-dir conf model=qwen2_5_7b", run=RUN[1:])
-    assert (config.loss.kind, config.trainer.seed) == ("ipo", 5)
+    assert (config.loss.kind, config.loss.beta, config.trainer.seed) == ("ipo", 0.9, 5)
 
 
 def test_a_wrong_key_is_named_with_the_file_that_hydra_composed() -> None:
