@@ -10,12 +10,7 @@ import pytest
 
 import dpo_dist
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.insight.metrics.log import (
-    COLUMNS,
-    MetricsLog,
-    describe_environment,
-    final_and_best,
-)
+from dpo_dist.insight.metrics.log import COLUMNS, MetricsLog, describe_environment, final_and_best
 
 
 def row_of(step: int) -> dict[str, float]:
