@@ -70,6 +70,7 @@ def test_keys_that_contradict_each_other(models: Path) -> None:
     check_comparison(config(models, two, "pairs.function=json:dumps"))
     for override, message in (
         ("pairs.endpoint.criterion=short", "has no effect with this pairs.endpoint.url"),
+        ("pairs.function=json:nothing", "nothing"),
         ("model.revision=main", "no effect on a comparison without model.path"),
     ):
         with pytest.raises(ConfigError, match=message):
