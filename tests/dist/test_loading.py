@@ -11,8 +11,8 @@ from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.load import load_packed
+from tests.support.families import tiny_config
 from tests.support.ranks import run_ranks
-from tests.unit.model.test_architectures import tiny_config
 
 FOREIGN = "v_head.weight"
 # One of each way to map names in files to names of weights: the same, with a prefix, experts merged.

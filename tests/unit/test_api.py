@@ -19,10 +19,10 @@ from dpo_dist.data.dataset import open_dataset
 from dpo_dist.data.encode import EncodedExample
 from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
 from tests.support import tiny
+from tests.support.families import tiny_causal_lm, tiny_config, with_rope
 from tests.support.packing import plain_logps
 from tests.support.records import TEXT, jsonl
 from tests.support.tiny_model import write_model
-from tests.unit.model.test_architectures import tiny_causal_lm, tiny_config, with_rope
 
 
 @pytest.mark.parametrize(
