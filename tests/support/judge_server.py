@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Answer = Callable[[dict[str, Any], int], "str | tuple[int, dict[str, str], str]"]
+Answer = Callable[[dict[str, Any], int], "str | tuple[int, str]"]
 
 
 @dataclass
 class JudgeServer:
-    """Requests that came in, in order: the bodies and the headers."""
+    """Requests that came in, in order."""
 
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -25,9 +25,8 @@ class JudgeServer:
 def judge_server(answer: Answer) -> Iterator[JudgeServer]:
     """Serve until the end of the block.
 
-    Args:
-        answer: gets the object in the user's message and the number of the request; returns the assistant's
-            text, or status, headers and body.
+    `answer` gets the object in the user's message and the number of the request; it returns the assistant's
+    text, or status and body.
     """
     log, lock = JudgeServer(), threading.Lock()
 
@@ -42,12 +41,10 @@ def judge_server(answer: Answer) -> Iterator[JudgeServer]:
             replied = answer(json.loads(body["messages"][-1]["content"]), number)
             if isinstance(replied, str):
                 content = {"choices": [{"message": {"role": "assistant", "content": replied}}]}
-                status, headers, text = 200, {}, json.dumps(content)
+                status, text = 200, json.dumps(content)
             else:
-                status, headers, text = replied
+                status, text = replied
             self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
             self.send_header("Content-Length", str(len(text.encode())))
             self.end_headers()
             with contextlib.suppress(OSError):
@@ -57,7 +54,8 @@ def judge_server(answer: Answer) -> Iterator[JudgeServer]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    # It looks so often whether it is to end.
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     log.url = f"http://127.0.0.1:{server.server_port}/v1"
     try:

@@ -21,6 +21,7 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "launch/README.md")),
 ]
 KEYS = run_keys()
+ROOMS = "|".join(path.name for path in PACKAGE.iterdir() if path.is_dir())
 SECTIONS = "|".join(name for name in KEYS if "." not in name)
 
 
@@ -56,12 +57,9 @@ def test_every_reason_for_a_bad_record_is_described() -> None:
     assert set(described) == reasons_in_code()
 
 
-def test_every_metric_is_described() -> None:
+def test_every_metric_and_every_kind_of_loss_is_described() -> None:
     routers = (AUX_LOSS, BUSIEST, Z_LOSS)
     assert sorted(first_column("metrics.md", "metric")) == sorted(PAIR_METRICS + ENTROPIES + routers)
-
-
-def test_every_kind_of_loss_is_described() -> None:
     assert sorted(first_column("losses.md", "kind")) == sorted(LossKind)
 
 
@@ -84,15 +82,8 @@ def test_every_exit_code_is_described() -> None:
     }
 
 
-def test_the_tests_of_promises_exist() -> None:
-    rows = (ROOT / "docs/reliability.md").read_text().split("## Promises")[1].split("\n## ")[0]
-    files = {*re.findall(r"`((?:unit|dist|e2e)/[\w./]+)`", rows)}
-    assert len(files) > 15
-    assert [file for file in files if not (ROOT / "tests" / file).exists()] == []
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_named_keys_and_linked_files_exist(page: Path) -> None:
+def test_named_keys_modules_tests_and_linked_files_exist(page: Path) -> None:
     text = page.read_text()
     prose = re.sub(r"```(python|diff).*?```", "", text, flags=re.DOTALL)
     named = re.findall(rf"\b(?:{SECTIONS})\.[a-z_]+(?=[`=\s,:;)])", prose)
@@ -101,6 +92,10 @@ def test_named_keys_and_linked_files_exist(page: Path) -> None:
         assert [key for key in named if key not in KEYS and not key.endswith(files)] == []
     tests = re.findall(r"`(tests/[^`]+)`", text)
     assert [test for test in tests if not (ROOT / test).exists()] == []
+    promises = re.findall(r"`((?:unit|dist|e2e)/[\w./]+\.py)`", text)
+    assert [test for test in promises if not (ROOT / "tests" / test).exists()] == []
+    modules = re.findall(rf"`((?:{ROOMS})/[\w/]+\.py)`", text)
+    assert [module for module in modules if not (PACKAGE / module).exists()] == []
     links = re.findall(r"\]\(([^):]+)\)", text)
     assert [link for link in links if not target_exists(page, link)] == []
 
@@ -114,10 +109,3 @@ def target_exists(page: Path, link: str) -> bool:
     headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE) if anchor else []
     slugs = {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
     return not anchor or anchor in slugs
-
-
-def test_modules_named_in_prose_exist() -> None:
-    rooms = "|".join(path.name for path in PACKAGE.iterdir() if path.is_dir())
-    for page in PAGES:
-        named = re.findall(rf"`((?:{rooms})/[\w/]+\.py)`", page.read_text())
-        assert [module for module in named if not (PACKAGE / module).exists()] == [], page.name

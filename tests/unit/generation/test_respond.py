@@ -19,13 +19,7 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord, Response
 from dpo_dist.generation.pairs.files import pair_fields, write_results
 from dpo_dist.generation.sampling.generate import Request, Sample, Sampling
-from dpo_dist.generation.sampling.respond import (
-    Answer,
-    Responder,
-    find_model,
-    open_generator,
-    respond,
-)
+from dpo_dist.generation.sampling.respond import Answer, Responder, find_model, open_generator, respond
 from tests.support import tiny
 from tests.support.chat_tokenizers import tokenizer_of
 from tests.support.pairs import WIDE
@@ -37,18 +31,14 @@ PLAIN = copy.deepcopy(tiny.qwen())
 PLAIN.chat_template = None
 
 
-def responder(tokenizer: PreTrainedTokenizerFast, longest: int | None = None) -> Any:
-    source: Any = SimpleNamespace(name="my_model")
-    return Responder(source, tokenizer, WIDE, frozenset(), longest)
-
-
 def answered(
-    record: PreferenceRecord, tokenizer: Any, *texts: str, finished: bool = True
+    record: PreferenceRecord, tokenizer: PreTrainedTokenizerFast, *texts: str, finished: bool = True
 ) -> tuple[list[Answer], list[list[int]]]:
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    source: Any = SimpleNamespace(name="my_model")
+    responder = Responder(source, tokenizer, WIDE, frozenset(), None)
     samples = [Sample(each, finished) for each in ids]
-    numbers = range(len(texts))
-    (row,) = respond([record], responder(tokenizer), lambda *_: samples, Sampling(50), numbers)
+    (row,) = respond([record], responder, lambda *_: samples, Sampling(50), range(len(texts)))
     return row.answers, ids
 
 
@@ -69,7 +59,6 @@ ANALYSIS = "<|channel|>analysis<|message|>add<|end|><|start|>assistant"
 @pytest.mark.parametrize(
     ("family", "chosen", "rejected"),
     [
-        (None, "yes", " no"),
         (None, " yes", "no"),
         (None, "\n yes", "no"),
         ("gptoss", f"{ANALYSIS}{FINAL}four", f"{FINAL}five"),

@@ -34,7 +34,7 @@ STOPS = [2, 7, 30]
 RARE = 99  # never drawn here
 LENGTHS = [3, 11, 1, 6, 6, 40, 90]
 SIZES: dict[str, Any] = {
-    **{"vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4},
+    **{"vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.15},
     **{"pad_token_id": 0, "bos_token_id": None, "sliding_window": 8},
 }
@@ -89,28 +89,23 @@ def greedy(model: Any, request: Request) -> Sample:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_responses_are_those_of_each_prompt_alone(name: str) -> None:
     model, sampling = opened(name), Sampling(12, temperature=0.8, top_p=0.9, top_k=20, seed=5)
-    found = generate(model, requests(), sampling, STOPS, 10**6)
-    assert found == [drawn(model, request, sampling) for request in requests()]
+    wanted = [drawn(model, request, sampling) for request in requests()]
+    for budget in (10**6, 350):
+        assert generate(model, requests(), sampling, STOPS, budget) == wanted
     likeliest = generate(model, requests(), Sampling(12, temperature=0), STOPS, 200)
     assert likeliest == [greedy(model, request) for request in requests()]
     for same in (Sampling(12, top_k=1, seed=1), Sampling(12, temperature=1e-40)):
         assert generate(model, requests(), same, STOPS, 10**6) == likeliest
 
 
-def test_samples_are_the_same_in_any_batch_and_order(model: Any) -> None:
+def test_samples_of_a_prompt_and_of_two_seeds_differ(model: Any) -> None:
     wanted = requests((0, 1, 2))
     sampling = Sampling(16, temperature=1.3, top_p=0.9, top_k=50, seed=3)
-    together = generate(model, wanted, sampling, STOPS, budget=10**6)
-    order = np.random.default_rng(1).permutation(len(wanted))
-    for budget in (1, 350):
-        again = generate(model, [wanted[at] for at in order], sampling, STOPS, budget)
-        assert [together[at] for at in order] == again
-    assert len({tuple(sample.ids) for sample in together}) > 0.8 * len(wanted)
-    assert generate(model, wanted, replace(sampling, seed=4), STOPS, 10**6) != together
-    longer = generate(model, wanted, replace(sampling, max_new_tokens=20), STOPS, 10**6)
-    assert [sample.ids[:16] for sample in longer] == [sample.ids for sample in together]
-    assert {sample.is_finished for sample in together} == {True, False}
-    for sample in together:
+    found = generate(model, wanted, sampling, STOPS, budget=10**6)
+    assert len({tuple(sample.ids) for sample in found}) > 0.8 * len(wanted)
+    assert generate(model, wanted, replace(sampling, seed=4), STOPS, 10**6) != found
+    assert {sample.is_finished for sample in found} == {True, False}
+    for sample in found:
         assert not set(STOPS) & set(sample.ids)
         assert sample.is_finished or len(sample.ids) == 16
 
@@ -131,8 +126,7 @@ def broken(model: Any, row: int, value: float) -> Iterator[None]:
         hook.remove()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("temperature", "value"), [(0.0, float("nan")), (1.0, float("inf"))])
 def test_logits_that_are_not_finite_name_their_response(model: Any, temperature: float, value: float) -> None:
     wanted = sorted(requests((0, 1)), key=lambda request: -len(request.prompt_ids))
     with broken(model, 2, value), pytest.raises(NotFiniteError) as caught:

@@ -57,7 +57,7 @@ def test_a_server_gets_a_page_that_wandb_workspaces_reads_back(
         monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
         group = ["--report", "my sweep"] if report else []
         assert wandb_dashboard.main(["entity/project", *group]) == 0
-        (view,) = server.views()
+        (view,) = server.views
     assert server.url in capsys.readouterr().out
     assert (view["entityName"], view["projectName"]) == ("entity", "project")
     model = reports.Spec if report else workspaces.WorkspaceViewspec
