@@ -132,7 +132,7 @@ class OptimConfig:
     min_lr_ratio: float = key(0.0, ge=0, lt=1)
     """Share of `lr` to which `linear` and `cosine` fall; 0: to 0, in the step after the last."""
     weight_decay: float = key(0.0, ge=0)
-    """Decoupled weight decay."""
+    """Decoupled weight decay, of all weights but biases and norms."""
     betas: list[Annotated[float, Field(strict=True, ge=0, lt=1)]] = key(
         [0.9, 0.999], accepts="two numbers, >= 0 and < 1: [0.9,0.999]", min_length=2, max_length=2
     )

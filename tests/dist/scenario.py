@@ -1,4 +1,4 @@
-"""Shared by tests on several ranks: models and data, steps, plain PyTorch's steps, and filling a store."""
+"""Shared by tests on several ranks: models and data, steps, and plain PyTorch's steps."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,15 +24,11 @@ from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import RunningMeans, preference_loss
 from dpo_dist.objective.metrics import MetricSums
 from dpo_dist.reference.digest import ModelFiles
-from dpo_dist.reference.engine import load_reference
-from dpo_dist.reference.fill import Scorer, StoreFiller
-from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
 from dpo_dist.training.step import Objective, StepClock, train_step
 from tests.support.packing import COSTS, plain_logps
 from tests.support.ranks import OPTIM
 
 PAIRS = 11
-FINGERPRINT = ReferenceFingerprint("tiny", {"dtype": "fp32"})
 LOSS = LossConfig(beta=0.5)
 # Rows of each global batch with the token budget that divides it: odd numbers, fewer pairs than ranks, one
 # micro-batch and many.
@@ -175,32 +171,3 @@ def plain_steps(model: Any, dataset: PreferenceDataset, reference: Sequence[np.n
         return preference_loss(*sums, LOSS).mean()
 
     return plain_training(model, [lambda rows=rows: loss(rows) for rows, _ in STEPS])  # type: ignore[misc]
-
-
-def fill(
-    assets: Assets,
-    store: Path,
-    pairs: int,
-    world: World,
-    _folder: Path,
-    change: Callable[[Tensor], Tensor] = lambda logps: logps,
-    entries_per_shard: int = 4,
-) -> dict[str, Any]:
-    """Fill `store` for the first `pairs`; return the report and the number of entries this rank scored."""
-    scored = {"entries": 0, "dummies": 0}
-
-    def load_scorer() -> Scorer:
-        engine = load_reference(files_of(assets.reference), assets.config(assets.policy), world)
-
-        def score(batch: PackedBatch) -> Tensor:
-            scored["entries"] += len(batch.keys)
-            scored["dummies"] += not len(batch.keys)
-            return change(engine.token_logps(batch))
-
-        return score
-
-    empty = LogpStore(store, [FINGERPRINT], [])
-    filler = StoreFiller(empty, load_scorer, world, 128, COSTS, entries_per_shard)
-    report = filler.fill(assets.dataset(), np.arange(pairs, dtype=np.int64), lambda _done, _total: None)
-    complete = filler.open_filled().contains(assets.dataset().keys[: 2 * pairs]).all()
-    return {"hits": report.hits, "computed": report.computed, "complete": bool(complete), **scored}

@@ -114,7 +114,6 @@ def scored_plainly(model: Any, assets: Assets) -> Tensor:
 
 
 WAYS = [
-    pytest.param(2, ParallelismKind.zero3, LORA, "full", False, id="2 ranks, zero3, lora, untied"),
     pytest.param(2, ParallelismKind.zero3, DORA, "full", True, id="2 ranks, zero3, dora, checkpointing"),
     pytest.param(3, ParallelismKind.zero3, RSLORA, "none", True, id="3 ranks, zero3, rslora"),
     pytest.param(2, ParallelismKind.zero3, WHOLE, "full", True, id="2 ranks, zero3, whole modules"),
@@ -176,10 +175,10 @@ def test_compiled_layers_train_every_adapter(assets: Assets, tmp_path: Path) -> 
 
 
 def small_steps(model: ModelConfig, assets: Assets, world: World, folder: Path) -> None:
-    policy = load_policy(model, world, OptimConfig(lr=2e-5, eps=1e-12), seed=SEED)
+    policy = load_policy(model, world, OptimConfig(lr=1e-4, eps=1e-12), seed=SEED)
     write_model(policy, folder / "before", world)
     objective = Objective(LOSS, ReferenceProvider(policy=policy))
-    all_steps(policy, objective, assets.dataset(), world, [((0, 1), 128)] * 40, lr=2e-5)
+    all_steps(policy, objective, assets.dataset(), world, [((0, 1), 128)] * 8, lr=1e-4)
     write_model(policy, folder / "after", world)
 
 
@@ -187,7 +186,7 @@ def small_steps(model: ModelConfig, assets: Assets, world: World, folder: Path) 
 def test_steps_below_the_resolution_of_bf16_add_up(
     kind: ParallelismKind, assets: Assets, tmp_path: Path
 ) -> None:
-    """A step of 2e-5 is lost in a bf16 number beyond 0.1, whose neighbours are 5e-4 away."""
+    """A step of 1e-4 is lost in a bf16 number beyond 0.1, whose neighbours are 5e-4 away."""
     model = ModelConfig(str(assets.policy), dtype=Dtype.bf16, adapter=LORA)
     run_ranks(partial(small_steps, model, assets), 2, tmp_path / "ranks", kind, Dtype.bf16)
     before, after = (

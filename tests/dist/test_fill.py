@@ -9,16 +9,49 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from torch import Tensor
 
+from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.distributed.world import World
 from dpo_dist.reference import store as store_module
-from dpo_dist.reference.store import LogpStore
-from tests.dist.scenario import FINGERPRINT, PAIRS, Assets, fill
+from dpo_dist.reference.engine import load_reference
+from dpo_dist.reference.fill import Scorer, StoreFiller
+from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
+from tests.dist.scenario import PAIRS, Assets, files_of
+from tests.support.packing import COSTS
 from tests.support.ranks import run_ranks, start_ranks
 
+FINGERPRINT = ReferenceFingerprint("tiny", {"dtype": "fp32"})
 Entries = list[np.ndarray]
+
+
+def fill(
+    assets: Assets,
+    store: Path,
+    pairs: int,
+    world: World,
+    _folder: Path,
+    change: Callable[[Tensor], Tensor] = lambda logps: logps,
+    entries_per_shard: int = 4,
+) -> dict[str, Any]:
+    """Fill `store` for the first `pairs`; return the report and the number of entries this rank scored."""
+    scored = {"entries": 0, "dummies": 0}
+
+    def load_scorer() -> Scorer:
+        engine = load_reference(files_of(assets.reference), assets.config(assets.policy), world)
+
+        def score(batch: PackedBatch) -> Tensor:
+            scored["entries"] += len(batch.keys)
+            scored["dummies"] += not len(batch.keys)
+            return change(engine.token_logps(batch))
+
+        return score
+
+    empty = LogpStore(store, [FINGERPRINT], [])
+    filler = StoreFiller(empty, load_scorer, world, 128, COSTS, entries_per_shard)
+    report = filler.fill(assets.dataset(), np.arange(pairs), lambda _done, _total: None)
+    complete = filler.open_filled().contains(assets.dataset().keys[: 2 * pairs]).all()
+    return {"hits": report.hits, "computed": report.computed, "complete": bool(complete), **scored}
 
 
 def assert_whole(store: Path, assets: Assets, plain_entries: Entries, pairs: int) -> None:
@@ -28,60 +61,53 @@ def assert_whole(store: Path, assets: Assets, plain_entries: Entries, pairs: int
         np.testing.assert_allclose(entry, plain, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize(("size", "pairs"), [(3, 7), (3, 1)])
+def fill_one_and_more(assets: Assets, store: Path, world: World, folder: Path) -> list[dict[str, Any]]:
+    return [fill(assets, store, pairs, world, folder) for pairs in (1, 7)]
+
+
 def test_ranks_share_the_work_and_every_entry_is_the_models(
-    size: int, pairs: int, assets: Assets, plain_entries: Entries, tmp_path: Path
+    assets: Assets, plain_entries: Entries, tmp_path: Path
 ) -> None:
-    ranks = run_ranks(partial(fill, assets, tmp_path / "store", pairs), size, tmp_path / "ranks")
-    assert_whole(tmp_path / "store", assets, plain_entries, pairs)
-    for of_rank in ranks:
-        assert (of_rank["hits"], of_rank["computed"], of_rank["complete"]) == (0, 2 * pairs, True)
-    assert sum(of_rank["entries"] for of_rank in ranks) == 2 * pairs
-    if pairs >= size:
-        assert all(of_rank["entries"] for of_rank in ranks)
-    else:
-        assert sum(of_rank["dummies"] > 0 for of_rank in ranks) == size - pairs
+    """First of fewer pairs than ranks, then of more."""
+    scenario = partial(fill_one_and_more, assets, tmp_path / "store")
+    ones, more = zip(*run_ranks(scenario, 3, tmp_path / "ranks"), strict=True)
+    assert_whole(tmp_path / "store", assets, plain_entries, 7)
+    for fills, hits, computed in ((ones, 0, 2), (more, 2, 12)):
+        for of_rank in fills:
+            assert (of_rank["hits"], of_rank["computed"], of_rank["complete"]) == (hits, computed, True)
+        assert sum(of_rank["entries"] for of_rank in fills) == computed
+    assert sum(of_rank["dummies"] > 0 for of_rank in ones) == 2
+    assert all(of_rank["entries"] for of_rank in more)
 
 
-def fill_and_die(
-    assets: Assets, store: Path, pairs: int, dying: int, world: World, folder: Path
-) -> dict[str, Any]:
-    """Fill; one rank is killed when half of its second shard is written."""
-    if world.rank == dying:
-        store_module.save_file = dying_at_call(2, store_module.save_file)
-    return fill(assets, store, pairs, world, folder)
-
-
-def dying_at_call(number: int, save_file: Callable[..., None]) -> Callable[..., None]:
-    calls = []
+def fill_and_die(assets: Assets, store: Path, world: World, folder: Path) -> dict[str, Any]:
+    """Fill; rank 1 is killed when half of its second shard is written."""
+    save_file, calls = store_module.save_file, []
 
     def save(tensors: dict[str, np.ndarray], file: Path) -> None:
         calls.append(file)
         save_file(tensors, file)
-        if len(calls) == number:
+        if len(calls) == 2:
             os.truncate(file, file.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    return save
+    if world.rank == 1:
+        store_module.save_file = save
+    return fill(assets, store, PAIRS, world, folder)
 
 
-@pytest.mark.parametrize("dying", [0, 1])
 def test_a_killed_fill_keeps_its_shards_and_the_next_computes_the_rest(
-    dying: int, assets: Assets, plain_entries: Entries, tmp_path: Path
+    assets: Assets, plain_entries: Entries, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
-    killed = partial(fill_and_die, assets, store, PAIRS, dying)
-    outcomes = start_ranks(killed, 2, tmp_path / "killed").finish()
-    assert outcomes[dying].exit_code == -signal.SIGKILL
-    assert f"rank {dying} of 2 died" in outcomes[1 - dying].message
+    outcomes = start_ranks(partial(fill_and_die, assets, store), 2, tmp_path / "killed").finish()
+    assert outcomes[1].exit_code == -signal.SIGKILL
+    assert "rank 1 of 2 died" in outcomes[0].message
 
     left = LogpStore.open(store, FINGERPRINT)
     assert list(left.folder.glob("*.tmp-*")), "the half-written shard should be there, under another name"
     stored = left.contains(assets.dataset().keys)
     assert 0 < stored.sum() == len(left) < 2 * PAIRS
-    for response in np.flatnonzero(stored):
-        [entry] = left.read(assets.dataset().keys[response : response + 1])
-        np.testing.assert_allclose(entry, plain_entries[response], atol=1e-5, rtol=0)
 
     first, second = run_ranks(partial(fill, assets, store, PAIRS), 2, tmp_path / "again")
     assert_whole(store, assets, plain_entries, PAIRS)

@@ -1,57 +1,66 @@
-"""Unread weights are refused under ZeRO-3 too, where rank 0 reads the files."""
+"""Weights under ZeRO-3, of which rank 0 reads the files: loaded as shards, and none that no layer reads."""
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.schema import Dtype, ModelConfig
+from dpo_dist.config.schema import Dtype, ModelConfig, Offload
 from dpo_dist.distributed.world import World
+from dpo_dist.distributed.zero import frozen_config, sharded_loading
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.load import load_packed
+from tests.dist.scenario import Assets
 from tests.support.ranks import run_ranks
 from tests.unit.model.test_architectures import tiny_config
 
 FOREIGN = "v_head.weight"
 # One of each way to map names in files to names of weights: the same, with a prefix, experts merged.
-KINDS = ("gpt2", "gpt_neox", "mixtral", "olmoe", "opt", "qwen2", "qwen2_moe", "qwen3_moe")
+KINDS = ("qwen2", "gpt2", "qwen3_moe")
 
 
-def write(folder: Path, model_type: str) -> Path:
+def write(folder: Path, model_type: str) -> None:
     """Write a tiny model with a tensor of no layer, and one with a module that the architecture lacks."""
-    AutoModelForCausalLM.from_config(tiny_config(model_type)).save_pretrained(folder / "whole")
-    weights = load_file(folder / "whole" / "model.safetensors") | {FOREIGN: torch.ones(4)}
-    save_file(weights, folder / "whole" / "model.safetensors", metadata={"format": "pt"})
+    whole, more = folder / f"{model_type} whole", folder / f"{model_type} more"
+    AutoModelForCausalLM.from_config(tiny_config(model_type)).save_pretrained(whole)
+    weights = load_file(whole / "model.safetensors") | {FOREIGN: torch.ones(4)}
+    save_file(weights, whole / "model.safetensors", metadata={"format": "pt"})
     projection = next(name for name in sorted(weights) if "att" in name and weights[name].dim() == 2)
     weights[f"{projection.rpartition('.')[0]}.unheard_of"] = torch.ones(4)
-    (folder / "more").mkdir()
-    (folder / "more" / "config.json").write_bytes((folder / "whole" / "config.json").read_bytes())
-    save_file(weights, folder / "more" / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    more.mkdir()
+    (more / "config.json").write_bytes((whole / "config.json").read_bytes())
+    save_file(weights, more / "model.safetensors", metadata={"format": "pt"})
 
 
-def refusals(folders: dict[str, Path], world: World, _folder: Path) -> dict[str, list[str]]:
-    return {
-        name: [refused(folder / kind, world) for kind in ("whole", "more")]
-        for name, folder in folders.items()
-    }
+def load_all(assets: Assets, models: Path, world: World, _folder: Path) -> dict[str, Any]:
+    """Whether the reference, and a policy after it, are shards; and the errors of other models."""
+    config = ModelConfig(dtype=Dtype.fp32)
+    with sharded_loading(world, frozen_config(Offload.none, Dtype.fp32)):
+        reference = load_packed(assets.reference, config, 1024, world.device)
+    policy = load_packed(assets.policy, config, 1024, world.device)
+    sharded = [all(hasattr(w, "ds_tensor") for w in model.parameters()) for model in (reference, policy)]
+    errors = dict.fromkeys(sorted(folder.name for folder in models.iterdir()), "")
+    for name in errors:
+        try:
+            load_packed(models / name, config, 16, world.device)
+        except ConfigError as error:
+            errors[name] = error.block()
+    return {"sharded": sharded, "errors": errors}
 
 
-def refused(folder: Path, world: World) -> str:
-    try:
-        load_packed(folder, ModelConfig(str(folder), dtype=Dtype.fp32), 16, world.device)
-    except ConfigError as error:
-        return error.block()
-    return ""
-
-
-def test_weights_that_no_layer_reads_are_refused_under_zero3(tmp_path: Path) -> None:
-    folders = {name: write(tmp_path / name, name) for name in KINDS}
-    for of_rank in run_ranks(partial(refusals, folders), 2, tmp_path / "ranks"):
-        for name, (whole, more) in of_rank.items():
-            assert whole == "", name
-            assert "does not read" in more, name
-            assert "unheard_of" in more
-            assert FOREIGN not in more
+def test_models_are_loaded_as_shards_and_weights_that_no_layer_reads_are_refused(
+    assets: Assets, tmp_path: Path
+) -> None:
+    for model_type in KINDS:
+        write(tmp_path / "models", model_type)
+    for of_rank in run_ranks(partial(load_all, assets, tmp_path / "models"), 2, tmp_path / "ranks"):
+        assert of_rank["sharded"] == [True, True]
+        for model_type in KINDS:
+            assert of_rank["errors"][f"{model_type} whole"] == ""
+            error = of_rank["errors"][f"{model_type} more"]
+            assert "does not read" in error
+            assert "unheard_of" in error
+            assert FOREIGN not in error

@@ -82,7 +82,6 @@ def one_rank(assets: Assets, odd: Models, tmp_path_factory: pytest.TempPathFacto
     ("size", "kind", "offload"),
     [
         pytest.param(3, ParallelismKind.zero3, Offload.none, id="3 ranks, zero3"),
-        pytest.param(3, ParallelismKind.zero2, Offload.none, id="3 ranks, zero2"),
         pytest.param(2, ParallelismKind.ddp, Offload.cpu, id="2 ranks, ddp, offloaded"),
     ],
 )

@@ -30,10 +30,3 @@ def test_a_run_with_shared_tokens_is_that_of_one_process_and_resumes_without_the
     weights = [load_file(tmp_path / run / "model" / "model.safetensors") for run in ("run", "alone")]
     for name, tensor in weights[1].items():
         assert (weights[0][name] - tensor).abs().max() <= 2e-4, name
-
-
-def test_processes_that_do_not_divide_into_groups_are_an_error(overrides: Overrides) -> None:
-    ended = run_verb("train", overrides("parallelism.sequence_parallel=3"), processes=2)
-    assert ended.code == 2, ended.output
-    assert "cannot be divided into groups" in ended.output
-    assert "Traceback" not in ended.output

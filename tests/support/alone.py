@@ -18,10 +18,14 @@ class _Alone:
     is_main: bool = True
     replicas: int = 1
     replica: int = 0
+    leads: bool = True
     host: str = "this host"
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def barrier(self) -> None: ...
+
+    def agree(self, flag: bool) -> bool:
+        return flag
 
     def gather(self, value: T) -> list[T]:
         return [value]

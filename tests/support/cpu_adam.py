@@ -1,8 +1,7 @@
 """DeepSpeed's CPU Adam: compiled, or in PyTorch where a process would compile it for a minute first."""
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
@@ -31,45 +30,26 @@ def is_built() -> bool:
 
 def with_cpu_adam(scenario: Callable[[World, Path], T], world: World, folder: Path) -> T:
     """Run a scenario of `run_ranks` with CPU Adam, compiled if it `is_built`."""
-    with _cpu_adam():
-        return scenario(world, folder)
+    if not is_built():
+        stand_in_for_cpu_adam()
+    return scenario(world, folder)
 
 
-@contextlib.contextmanager
-def _cpu_adam() -> Iterator[None]:
-    if is_built():
-        yield
-        return
-    with mock.patch.object(CPUAdamBuilder, "load", return_value=CPUAdamInPyTorch()):
-        yield
-
-
-class Powers:
-    """Powers of the betas as DeepSpeed's `csrc/includes/cpu_adam.h` updates them, in float32."""
-
-    def __init__(self) -> None:
-        self.step, self.powers, self.calls = 0, np.ones(2, np.float32), 0
-
-    def adam_update(self, _number: int, step: int, _rate: float, *betas: Any) -> None:
-        """Update them for the step `step`; other arguments as of the kernel."""
-        self.calls += 1
-        factors = np.array(betas[:2], np.float32)
-        if step == self.step + 1:
-            self.powers = self.powers * factors
-        elif step != self.step:
-            self.powers = (factors.astype(np.float64) ** step).astype(np.float32)
-        self.step = step
+def stand_in_for_cpu_adam() -> None:
+    """Until this process ends, CPU Adam is `CPUAdamInPyTorch`."""
+    mock.patch.object(CPUAdamBuilder, "load", return_value=CPUAdamInPyTorch()).start()
 
 
 class CPUAdamInPyTorch:
-    """The functions of the compiled kernel that DeepSpeed calls."""
+    """The functions of the compiled kernel that DeepSpeed calls; powers of betas are float32, as there."""
 
     def __init__(self) -> None:
-        self._powers: dict[int, Powers] = {}
+        self._powers: dict[int, tuple[int, Any]] = {}
+        """By optimizer: of which step, and the powers."""
 
     def create_adam(self, number: int, *_defaults: Any) -> None:
         """Create an optimizer; `adam_update` gets its settings again."""
-        self._powers[number] = Powers()
+        self._powers[number] = 0, np.ones(2, np.float32)
 
     def destroy_adam(self, number: int) -> None:
         """Delete an optimizer."""
@@ -91,8 +71,14 @@ class CPUAdamInPyTorch:
         square: Tensor,
     ) -> None:
         """Update a weight and its moments in place (AdamW, arXiv:1711.05101)."""
-        self._powers[number].adam_update(number, step, rate, beta1, beta2)
-        power1, power2 = map(float, self._powers[number].powers)
+        last, powers = self._powers[number]
+        betas = np.array([beta1, beta2], np.float32)
+        if step == last + 1:
+            powers = powers * betas
+        elif step != last:
+            powers = (betas.astype(np.float64) ** step).astype(np.float32)
+        self._powers[number] = step, powers
+        power1, power2 = map(float, powers)
         mean.mul_(beta1).add_(gradient, alpha=1 - beta1)
         square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         root = square.sqrt().div_(math.sqrt(1 - power2) or 1.0).add_(eps)

@@ -8,26 +8,23 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Answer = Callable[[dict[str, Any], int], "str | tuple[int, dict[str, str], str]"]
+Answer = Callable[[dict[str, Any]], "str | tuple[int, str]"]
 
 
 @dataclass
 class JudgeServer:
-    """Requests that came in, in order: the bodies and the headers."""
+    """Requests that came in, in order."""
 
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
-    paths: list[str] = field(default_factory=list)
 
 
 @contextlib.contextmanager
 def judge_server(answer: Answer) -> Iterator[JudgeServer]:
     """Serve until the end of the block.
 
-    Args:
-        answer: gets the object in the user's message and the number of the request; returns the assistant's
-            text, or status, headers and body.
+    `answer` gets the object in the user's message; it returns the assistant's text, or status and body.
     """
     log, lock = JudgeServer(), threading.Lock()
 
@@ -37,17 +34,13 @@ def judge_server(answer: Answer) -> Iterator[JudgeServer]:
             with lock:
                 log.bodies.append(body)
                 log.headers.append(dict(self.headers))
-                log.paths.append(self.path)
-                number = len(log.bodies)
-            replied = answer(json.loads(body["messages"][-1]["content"]), number)
+            replied = answer(json.loads(body["messages"][-1]["content"]))
             if isinstance(replied, str):
                 content = {"choices": [{"message": {"role": "assistant", "content": replied}}]}
-                status, headers, text = 200, {}, json.dumps(content)
+                status, text = 200, json.dumps(content)
             else:
-                status, headers, text = replied
+                status, text = replied
             self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
             self.send_header("Content-Length", str(len(text.encode())))
             self.end_headers()
             with contextlib.suppress(OSError):
@@ -57,7 +50,8 @@ def judge_server(answer: Answer) -> Iterator[JudgeServer]:
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    # It looks so often whether it is to end.
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
     thread.start()
     log.url = f"http://127.0.0.1:{server.server_port}/v1"
     try:

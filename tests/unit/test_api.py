@@ -1,17 +1,21 @@
-"""The API for scripts and notebooks; docs/python.md is tested in test_python_page.py."""
+"""The API for scripts and notebooks; docs/python.md runs as one notebook; the list of verbs."""
 
 import copy
-import importlib
+import os
+import pkgutil
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from dpo_dist import api, compare, doctor, pairs, precompute, train
+import dpo_dist
+from dpo_dist import api, compare, pairs, precompute, train
+from dpo_dist.__main__ import VERBS
 from dpo_dist.batching.pack import Sequences
 from dpo_dist.config.data import Ranked, Truncation
 from dpo_dist.data.build import prepare_dataset
@@ -19,24 +23,41 @@ from dpo_dist.data.dataset import open_dataset
 from dpo_dist.data.encode import EncodedExample
 from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
 from tests.support import tiny
+from tests.support.invented import write_pairs
 from tests.support.packing import plain_logps
+from tests.support.pages import Block, blocks_of, in_process
 from tests.support.records import TEXT, jsonl
 from tests.support.tiny_model import write_model
 from tests.unit.model.test_architectures import tiny_causal_lm, tiny_config, with_rope
 
 
+def notebook(folder: Path, blocks: list[Block]) -> None:
+    os.chdir(folder)
+    cells = {"__name__": "notebook"}
+    for block in blocks:
+        if block.file:
+            Path(block.file).write_text(block.text)
+        else:
+            exec(compile(block.text, "docs/python.md", "exec"), cells)
+
+
+def test_every_block_of_the_page_runs(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    write_pairs(tmp_path / "pairs.jsonl", 9, seed=1)
+    blocks = [block for block in blocks_of("python.md") if block.language == "python"]
+    assert len(blocks) == 8
+    in_process(notebook, tmp_path, blocks)
+
+
 @pytest.mark.parametrize(
-    ("module", "name"),
+    "name",
     [
-        ("dpo_dist.objective.losses", "preference_loss"),
-        ("dpo_dist.data.formats", "read_records"),
-        ("dpo_dist.data.encode", "encode_pair"),
-        ("dpo_dist.reference.store", "LogpStore"),
-        ("dpo_dist.config.load", "load_run_config"),
+        *("objective.losses:preference_loss", "data.formats:read_records", "data.encode:encode_pair"),
+        *("reference.store:LogpStore", "config.load:load_run_config"),
     ],
 )
-def test_public_names_keep_their_place(module: str, name: str) -> None:
-    assert callable(vars(importlib.import_module(module))[name])
+def test_public_names_keep_their_place(name: str) -> None:
+    assert callable(pkgutil.resolve_name(f"dpo_dist.{name}"))
 
 
 def test_a_command_of_another_verb_than_train_is_read() -> None:
@@ -51,9 +72,7 @@ def test_a_command_of_another_verb_than_train_is_read() -> None:
     ("verb", "given", "key"),
     [
         (train, "data.train=[a.jsonl]", "model.path"),
-        (train, "model.path=m", "data.train"),
         (precompute, "model.path=m", "data.train"),
-        (doctor, "model.path=m", "data.train"),
         (pairs, "model.path=m", "data.train"),
         (compare, "model.path=m", "compare.models"),
     ],
@@ -64,49 +83,51 @@ def test_a_verb_names_the_key_that_it_lacks(verb: ModuleType, given: str, key: s
     assert raised.value.where == key
 
 
-def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
+def started(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dpo_dist", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_every_verb_is_listed_and_started() -> None:
+    files = Path(dpo_dist.__file__).parent.glob("*.py")
+    programs = {file.stem for file in files if 'if __name__ == "__main__"' in file.read_text()}
+    assert VERBS.keys() == programs - {"__main__"}
+    for arguments, code in ((("--help",), 0), (("trian",), 2)):
+        listed = started(*arguments)
+        assert (listed.returncode, listed.stderr) == (code, "")
+        assert all(f"\n  {verb} " in listed.stdout for verb in VERBS)
+    failed = started("store", "info", "/nowhere")
+    assert (failed.returncode, "no reference store" in failed.stderr) == (2, True)
+
+
+def test_what_is_no_run_no_store_no_model_and_no_pair_is_named(tmp_path: Path) -> None:
     for read in (api.read_metrics, api.read_summary):
         with pytest.raises(ConfigError, match="cannot be read"):
             read(tmp_path)
-
-
-def test_a_folder_that_is_no_store_is_named(tmp_path: Path) -> None:
     with pytest.raises(ReferenceModelError) as raised:
         api.open_stores(tmp_path / "missing")
     assert raised.value.where == str(tmp_path / "missing")
     assert api.open_stores(tmp_path) == []
-
-
-def test_a_model_that_is_not_loaded_is_an_error() -> None:
     with pytest.raises(ConfigError, match="load_model"):
         api.token_logps("model", [])  # type: ignore[arg-type]
-
-
-def test_no_pairs_are_an_error_in_words(tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(write_model(tmp_path)).eval()
+    model = tiny_causal_lm(tiny_config("llama")).eval()
     assert api.token_logps(model, []) == []
     with pytest.raises(ValueError, match="at least one pair"):
         api.pair_logps(model, [])
 
 
-def test_a_model_in_training_mode_is_an_error_and_one_in_evaluation_mode_is_restored(tmp_path: Path) -> None:
-    plain = AutoModelForCausalLM.from_pretrained(write_model(tmp_path)).train()
-    attention, head = plain.config._attn_implementation, plain.get_output_embeddings()
-    pairs = [EncodedExample(np.array([5, 6], dtype=np.int32), (np.array([7], dtype=np.int32),) * 2)]
-    with pytest.raises(ConfigError, match="training mode"):
-        api.pair_logps(plain, pairs)
-    logps = api.pair_logps(plain.eval(), pairs)
-    assert logps.chosen.requires_grad
-    assert (plain.config._attn_implementation, plain.get_output_embeddings()) == (attention, head)
-
-
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
-def test_a_model_with_rotary_frequencies_by_length_is_left_as_it_was(rope_type: str) -> None:
-    plain = tiny_causal_lm(with_rope(tiny_config("llama"), rope_type, 12)).eval()
-    modules = dict(plain.named_modules())
-    pair = EncodedExample(
-        np.arange(5, 14, dtype=np.int32), tuple(np.full(n, 7, dtype=np.int32) for n in (3, 9))
-    )
+def test_a_model_in_training_mode_is_an_error_and_one_in_evaluation_mode_is_left_as_it_was(
+    rope_type: str,
+) -> None:
+    """Also one with rotary frequencies by length."""
+    plain = tiny_causal_lm(with_rope(tiny_config("llama"), rope_type, 12)).train()
+    modules, attention = dict(plain.named_modules()), plain.config._attn_implementation
+    responses = tuple(np.full(length, 7, dtype=np.int32) for length in (3, 9))
+    pair = EncodedExample(np.arange(5, 14, dtype=np.int32), responses)
+    with pytest.raises(ConfigError, match="training mode"):
+        api.pair_logps(plain, [pair])
+    assert api.pair_logps(plain.eval(), [pair]).chosen.requires_grad
     ids = torch.arange(3, 23)[None]
     with torch.no_grad():
         logits = copy.deepcopy(plain)(ids).logits
@@ -114,7 +135,7 @@ def test_a_model_with_rotary_frequencies_by_length_is_left_as_it_was(rope_type: 
         assert torch.equal(first, second)
         torch.testing.assert_close(first, plain_logps(plain, [Sequences(pair.prompt_ids, pair.responses)]))
         assert torch.equal(plain(ids).logits, logits)
-    assert dict(plain.named_modules()) == modules
+    assert (dict(plain.named_modules()), plain.config._attn_implementation) == (modules, attention)
 
 
 @pytest.mark.parametrize("truncation", Truncation)

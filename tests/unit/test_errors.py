@@ -1,4 +1,4 @@
-"""An error is one block with the same lines on every rank; exit codes are those of the documentation."""
+"""An error is one block with the same lines on every rank, which says what to do."""
 
 import ast
 import errno
@@ -8,17 +8,7 @@ from pathlib import Path
 import pytest
 
 import dpo_dist
-from dpo_dist.foundation import errors
-from dpo_dist.foundation.errors import (
-    ConfigError,
-    DataError,
-    DivergedError,
-    DpoDistError,
-    ExitCode,
-    PeerLostError,
-    StoppedError,
-    disk_error,
-)
+from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError, disk_error
 
 
 def test_block_has_a_line_for_each_part() -> None:
@@ -34,26 +24,11 @@ def test_block_has_a_line_for_each_part() -> None:
     assert DataError("no pair", where="a:3").block() == "data error: no pair\n  where:    a:3"
 
 
-def kinds() -> list[type[DpoDistError]]:
-    return [
-        kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, DpoDistError)
-    ]
-
-
 def test_a_pickled_error_keeps_every_part() -> None:
-    for kind in kinds():
+    for kind in DpoDistError.__subclasses__():
         error = kind("what", where="where", got="got", expected="expected", remedy="remedy")
         copy = pickle.loads(pickle.dumps(error))
         assert (type(copy), copy.block(), copy.exit_code) == (kind, error.block(), error.exit_code)
-
-
-def test_exit_codes_are_the_documented_ones() -> None:
-    assert {kind: kind.exit_code for kind in kinds()} == {
-        kind: {DivergedError: 3, PeerLostError: 69, StoppedError: 75}.get(kind, 2) for kind in kinds()
-    }
-    codes = {"completed": 0, "failed": 1, "invalid": 2, "diverged": 3, "lost": 69, "preempted": 75}
-    codes["interrupted"] = 130
-    assert {code.name: code.value for code in ExitCode} == codes
 
 
 @pytest.mark.parametrize(
@@ -63,7 +38,6 @@ def test_exit_codes_are_the_documented_ones() -> None:
         (FileExistsError(errno.EEXIST, "File exists", "/run/x"), "/run/x"),  # a file or a dead link there
         (OSError(errno.ENOSPC, "No space left on device"), "run.dir, data.cache or reference.store"),
         (PermissionError(errno.EPERM, "Operation not permitted"), None),  # of a socket or a signal
-        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), None),
         (ValueError("no path"), None),
     ],
 )

@@ -2,10 +2,10 @@
 
 import os
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 
@@ -85,78 +85,46 @@ def test_concurrent_writers_of_one_folder_all_succeed(tmp_path: Path) -> None:
     assert names(tmp_path) == ["folder"]
 
 
-def replace_and_die(path: Path) -> None:
-    """Replace the folder `path` in a process that dies after its first rename of it."""
-    child = os.fork()
-    if child == 0:
-        rename = Path.rename
-        taken = iter([False, True])  # the first rename finds the older folder
-
-        def last_rename(self: Path, target: Path) -> Path:
-            is_aside = next(taken)
-            renamed = rename(self, target)
-            if is_aside:
-                os._exit(1)
-            return renamed
-
-        with staged_folder(path) as temporary:
-            (temporary / "file").write_text("second")
-            mock.patch.object(Path, "rename", last_rename).start()
-        os._exit(0)
-    os.waitpid(child, 0)
-
-
 def test_a_folder_whose_replacement_was_killed_is_restored_by_the_next_write(tmp_path: Path) -> None:
     path = tmp_path / "fol[d]er"
-    write_folder(path, text="first")
-    replace_and_die(path)
-    assert not path.exists()
+    aside = path.with_name(f"{path.name}.tmp-replaced-0123456789ab")
+    write_folder(aside, text="first")
     with pytest.raises(InterruptedError), staged_folder(path) as temporary:
         fail_after_writing(temporary / "file")
     assert (path / "file").read_text() == "first"
-    replace_and_die(path)
+    path.rename(aside)
     path.mkdir()
     recover_folder(path)
     assert names(path) == [], "an existing folder is not replaced"
 
 
-@pytest.fixture
-def on_disk(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """Every fsync and rename in order, with the path or the new path."""
-    events: list[tuple[str, str]] = []
-    fsync, rename, replace = os.fsync, Path.rename, Path.replace
-
-    def watch_fsync(descriptor: int) -> None:
-        events.append(("fsync", str(Path(f"/proc/self/fd/{descriptor}").readlink())))
-        fsync(descriptor)
-
-    def watch(move: Any) -> Any:
-        def moved(path: Path, target: Path) -> Path:
-            events.append(("rename", str(target)))
-            return move(path, target)
-
-        return moved
-
-    monkeypatch.setattr(os, "fsync", watch_fsync)
-    monkeypatch.setattr(Path, "rename", watch(rename))
-    monkeypatch.setattr(Path, "replace", watch(replace))
-    return events
-
-
 def test_everything_is_synced_before_its_rename_and_the_folder_above_after_it(
-    tmp_path: Path, on_disk: list[tuple[str, str]]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    events: list[tuple[str, Path]] = []
+
+    def watch(place: Any, name: str, path_of: Callable[..., Path]) -> None:
+        original = getattr(place, name)
+
+        def watched(*arguments: Any) -> Any:
+            events.append((name, path_of(*arguments)))
+            return original(*arguments)
+
+        monkeypatch.setattr(place, name, watched)
+
+    watch(os, "fsync", lambda descriptor: Path(f"/proc/self/fd/{descriptor}").readlink())
+    watch(Path, "rename", lambda _, target: target)
+    watch(Path, "replace", lambda _, target: target)
     with staged_file(tmp_path / "file") as temporary:
         temporary.write_bytes(b"content")
-    renamed = [("rename", str(tmp_path / "file")), ("fsync", str(tmp_path))]
-    assert on_disk == [("fsync", str(temporary)), *renamed]
+    assert events == [("fsync", temporary), ("replace", tmp_path / "file"), ("fsync", tmp_path)]
     with staged_folder(tmp_path / "folder") as temporary:
         (temporary / "below").mkdir()
         (temporary / "below" / "file").write_bytes(b"content")
-    named = on_disk.index(("rename", str(tmp_path / "folder")))
+    named = events.index(("rename", tmp_path / "folder"))
     below = [temporary, temporary / "below", temporary / "below" / "file"]
-    assert {("fsync", str(path)) for path in below} <= set(on_disk[:named])
-    assert ("fsync", str(tmp_path)) in on_disk[named:]
+    assert {("fsync", path) for path in below} <= set(events[:named])
+    assert ("fsync", tmp_path) in events[named:]
 
 
 def test_private_files_get_the_permissions_of_the_umask(tmp_path: Path) -> None:
@@ -187,27 +155,19 @@ def test_only_files_of_dead_writers_are_removed(tmp_path: Path) -> None:
     assert collect_abandoned(tmp_path / "missing") == []
 
 
-@pytest.mark.parametrize("offset", [0, 1_000_000, 3_999_999])
-def test_a_changed_byte_is_detected_with_the_old_modification_time(tmp_path: Path, offset: int) -> None:
-    file, memo = tmp_path / "file", tmp_path / "memo"
-    file.write_bytes(bytes(4_000_000))
-    before, times = remembered_digest(file, memo), file.stat()
-    with file.open("r+b") as stream:
-        stream.seek(offset)
-        stream.write(b"\x01")
-    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert remembered_digest(file, memo) == content_digest([file]) != before
-
-
-def test_files_of_equal_metadata_differ_by_their_samples(
+def test_a_changed_file_is_detected_by_its_times_or_else_by_its_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such as two read-only images mounted at one path."""
     file, memo = tmp_path / "file", tmp_path / "memo"
-    file.write_bytes(b"a" * 100_000)
-    status, stat = file.stat(), Path.stat
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "stat", lambda path, **how: status if path == file else stat(path, **how))
-        before = remembered_digest(file, memo)
-        file.write_bytes(b"b" * 100_000)
-        assert remembered_digest(file, memo) == content_digest([file]) != before
+    file.write_bytes(bytes(4_000_000))
+    before, status = remembered_digest(file, memo), file.stat()
+    with file.open("r+b") as stream:
+        stream.seek(1_000_000)  # between two samples
+        stream.write(b"\x01")
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert remembered_digest(file, memo) == content_digest([file]) != before
+    # Such as two read-only images mounted at one path.
+    before, status, stat = content_digest([file]), file.stat(), Path.stat
+    monkeypatch.setattr(Path, "stat", lambda path, **how: status if path == file else stat(path, **how))
+    file.write_bytes(b"b" * 4_000_000)
+    assert remembered_digest(file, memo) == content_digest([file]) != before

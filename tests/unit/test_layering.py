@@ -34,31 +34,22 @@ ROOMS = {
 """By package: the modules that may import it."""
 
 
-def imported(tree: ast.AST) -> Iterator[str]:
-    """Yield the dotted names that a module imports anywhere, inside functions too."""
-    return _names(ast.walk(tree))
-
-
-def imported_at_once(tree: ast.AST) -> Iterator[str]:
-    """Yield the dotted names that a module imports when it is imported itself."""
-    return _names(_run_at_import(tree))
-
-
-def _run_at_import(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield the nodes outside functions and `if TYPE_CHECKING`."""
-    for child in ast.iter_child_nodes(node):
-        is_typing = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
-        if not is_typing and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            yield child
-            yield from _run_at_import(child)
-
-
-def _names(nodes: Iterator[ast.AST]) -> Iterator[str]:
+def imported(nodes: Iterator[ast.AST]) -> Iterator[str]:
+    """Yield the dotted names that nodes import."""
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def run_at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield the nodes outside functions and `if TYPE_CHECKING`."""
+    for child in ast.iter_child_nodes(node):
+        is_typing = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+        if not is_typing and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield child
+            yield from run_at_import(child)
 
 
 def layer_of(name: str) -> int:
@@ -69,7 +60,7 @@ def layer_of(name: str) -> int:
 
 def test_imports_go_down_and_engines_stay_in_their_rooms() -> None:
     for module, tree in MODULES.items():
-        for name in imported(tree):
+        for name in imported(ast.walk(tree)):
             if name.startswith("dpo_dist."):
                 assert layer_of(name) <= layer_of(module), f"{module} imports {name} from above"
             for package, rooms in ROOMS.items():
@@ -81,7 +72,9 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     graph = {}
     for module, tree in MODULES.items():
         # `from dpo_dist.data import dataset` imports the module `dataset`, if there is one of this name.
-        targets = {name if name in MODULES else name.rpartition(".")[0] for name in imported_at_once(tree)}
+        targets = {
+            name if name in MODULES else name.rpartition(".")[0] for name in imported(run_at_import(tree))
+        }
         graph[module] = (targets & MODULES.keys()) - {module}
     TopologicalSorter(graph).prepare()
 
@@ -92,7 +85,7 @@ def test_a_verb_checks_paths_before_torch_is_imported(verb: str) -> None:
     seen, to_read = set(), {f"dpo_dist.{verb}"}
     while to_read:
         seen.add(module := to_read.pop())
-        names = list(imported_at_once(MODULES[module]))
+        names = list(imported(run_at_import(MODULES[module])))
         assert not [name for name in names if name.split(".")[0] in ("torch", "transformers")], module
         to_read |= ({*names, *(name.rpartition(".")[0] for name in names)} & MODULES.keys()) - seen
     assert len(seen) > 20
@@ -104,6 +97,6 @@ def test_every_imported_package_is_declared() -> None:
     declared = {re.split(r"[^\w-]", entry)[0].lower() for group in groups for entry in group}
     known = packages_distributions()
     for module, tree in MODULES.items():
-        for name in {name.partition(".")[0] for name in imported(tree)} - sys.stdlib_module_names:
+        for name in {name.partition(".")[0] for name in imported(ast.walk(tree))} - sys.stdlib_module_names:
             found = {distribution.lower().replace("_", "-") for distribution in known.get(name, [])}
             assert name == "dpo_dist" or not found or found & declared, f"{module} imports {name}"

@@ -13,7 +13,7 @@ import pytest
 
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
 from dpo_dist.store import main
-from tests.unit.reference.test_store import ENTRIES, flip, flip_value, keys_of, readable, values, write
+from tests.unit.reference.test_store import ENTRIES, keys_of, readable, values, write
 
 FIRST = ReferenceFingerprint("aa" * 16, {"dtype": "fp32"}, "org/first@0123")
 SECOND = ReferenceFingerprint("ab" * 16, {"dtype": "bf16"}, "./second")
@@ -50,42 +50,15 @@ def test_info_lists_each_reference_with_its_counts(run: Run, shards: list[Path],
     assert first["bytes"] == sum(file.stat().st_size for file in shards[0].parent.iterdir())
     age = datetime.now(UTC) - datetime.fromisoformat(listed[1]["last_used"])
     assert 10 <= age.total_seconds() / DAY < 10.1
-    table = run("info")[1]
-    for text in ("org/first@0123", FIRST.reference, FIRST.name, "dtype fp32", "2 fingerprints, 5 entries"):
-        assert text in table
+    assert "2 fingerprints, 5 entries" in run("info")[1]
     LogpStore.open(tmp_path, SECOND)
     assert time.time() - stamp.stat().st_mtime < 60, "opening it is its last use"
 
 
-UNREADABLE = "no entry can be verified"
-DAMAGES: dict[str, tuple[Callable[[Path], None], list[int], str]] = {
-    "value": (lambda f: flip_value(f, 4), [1, 7], "1 of 3 entries are damaged"),
-    "index": (lambda f: flip(f, f.read_bytes().index(keys_of([7]).tobytes())), [], UNREADABLE),
-    "cut": (lambda f: f.write_bytes(f.read_bytes()[:-5]), [], UNREADABLE),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_named_and_the_valid_entries_are_read(
-    damage: str, run: Run, shards: list[Path], tmp_path: Path
-) -> None:
+def test_a_fingerprint_without_a_valid_description_is_named(run: Run, shards: list[Path]) -> None:
     assert run("verify") == (0, "2 shards, 5 valid entries, 0 damaged files\n")
-    harm, left, fault = DAMAGES[damage]
-    harm(shards[0])
-    assert readable(tmp_path, fingerprint=FIRST) == {name: ENTRIES[name] for name in ENTRIES if name in left}
-    code, printed = run("verify")
-    assert code == 2
-    assert f"damaged: {shards[0]}: " in printed
-    assert fault in printed
-    assert "1 damaged file" in printed
-
-
-@pytest.mark.parametrize("content", [None, b"{"])
-def test_a_fingerprint_without_a_valid_description_is_named(
-    content: bytes | None, run: Run, shards: list[Path]
-) -> None:
     described = shards[0].parent / "space.json"
-    described.unlink() if content is None else described.write_bytes(content)
+    described.unlink()
     code, printed = run("verify")
     assert code == 2
     assert f"damaged: {described}" in printed
@@ -95,12 +68,10 @@ def test_a_fingerprint_without_a_valid_description_is_named(
 @pytest.mark.parametrize(
     ("arguments", "left"),
     [
-        (["--drop", "aa"], [SECOND]),
         (["--drop", FIRST.name], [SECOND]),
         (["--drop", "aa", "ab"], []),
         (["--unused-days", "30"], [FIRST]),
         (["--unused-days", "60", "--drop", "aa"], [SECOND]),
-        ([], [FIRST, SECOND]),
     ],
 )
 def test_gc_drops_named_or_unused_references(
@@ -116,11 +87,11 @@ def test_gc_drops_named_or_unused_references(
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(each.name for each in left)
 
 
-@pytest.mark.parametrize("digits", ["a", "ff", ""])
-def test_gc_refuses_ambiguous_digests(digits: str, run: Run, shards: list[Path]) -> None:
+@pytest.mark.parametrize(("digits", "said"), [("a", "more than one reference"), ("ff", "no reference")])
+def test_gc_refuses_ambiguous_digests(digits: str, said: str, run: Run, shards: list[Path]) -> None:
     code, printed = run("gc", "--drop", digits, "--yes")
     assert code == 2
-    assert ("no reference" if digits == "ff" else "more than one reference") in printed
+    assert said in printed
     assert all(shard.exists() for shard in shards)
 
 
@@ -135,8 +106,7 @@ def test_gc_removes_old_temporary_files_and_keeps_recent_ones(
     for path in (old, folder):
         os.utime(path, (time.time() - 2 * DAY,) * 2)
     assert run("gc", "--yes")[0] == 0
-    assert [path.exists() for path in (old, young, folder)] == [False, True, False]
-    assert all(shard.exists() for shard in shards)
+    assert [path.exists() for path in (old, young, folder, *shards)] == [False, True, False, True, True]
 
 
 def test_a_running_job_continues_after_its_fingerprint_was_dropped(

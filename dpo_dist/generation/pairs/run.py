@@ -208,7 +208,9 @@ def pairs_of(results: Results) -> Iterator[dict[str, Any]]:
         if row.dropped is not None:
             counts[f"prompts_dropped_{row.dropped}"] += 1
             continue
-        counts.update(f"samples_{answer.unused}" for answer in row.answers if answer.unused is not None)
+        counts["samples_unfinished"] += sum(not answer.finished for answer in row.answers)  # kept ones too
+        reasons = (answer.unused for answer in row.answers if answer.unused not in (None, "unfinished"))
+        counts.update(f"samples_{reason}" for reason in reasons)
         answers = [answer for answer in row.answers if answer.unused is None]
         if pairs.method is PairsMethod.samples:
             scores, key = [answer.score or 0.0 for answer in answers], prompt_key(record)

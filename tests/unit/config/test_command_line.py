@@ -1,7 +1,8 @@
-"""Command line of a verb: options, exit codes, and one printed block for an error of the user."""
+"""Command line of a verb: options, exit codes, help, and one printed block for an error of the user."""
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,8 +15,12 @@ import pytest
 
 import dpo_dist
 from dpo_dist.config import command_line
-from dpo_dist.config.command_line import run_verb
-from dpo_dist.config.load import load_run_config
+from dpo_dist.config.command_line import explain, run_verb, usage
+from dpo_dist.config.fields import EVERY_VERB
+from dpo_dist.config.keys import all_keys, section_meanings
+from dpo_dist.config.load import group_folders, load_run_config
+from dpo_dist.config.losses import KINDS
+from dpo_dist.config.rules import keys_of
 from tests.support import tiny_verb
 
 ROOT = Path(__file__).parents[3]
@@ -91,11 +96,14 @@ def test_an_exit_of_the_work_keeps_its_code(
 def test_a_verb_has_the_same_run_directory_in_every_process(
     verb: Verb, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """With JSON objects on standard output, what a library prints is on standard error."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("PYTHONHASHSEED", "1")
-    program = subprocess.run([*TINY, *RUN], cwd=work, capture_output=True, text=True, check=False)
-    expected = (75, f"{load_run_config(RUN).run.dir}\n", "")
-    assert (program.returncode, program.stdout, program.stderr) == verb(*RUN) == expected
+    json_style = [*TINY, *RUN, "console.style=json"]
+    program = subprocess.run(json_style, cwd=work, capture_output=True, text=True, check=False)
+    run_dir = f"{load_run_config(RUN).run.dir}\n"
+    assert (program.returncode, program.stdout, program.stderr) == (75, "", run_dir)
+    assert verb(*RUN) == (75, run_dir, "")
 
 
 def catches_sigterm(pid: int) -> bool:
@@ -152,6 +160,54 @@ def test_help_and_version(verb: Verb) -> None:
         assert text in ended.out
     assert "default:  0.1\n" in verb("--help", "loss.beta").out
     assert "did you mean loss.beta?" in verb("-h", "loss.betta").err
+    assert "did you mean data.train[].weight?" in verb("-h", "data.train.wieght").err
+    of_compare = usage("", "", keys_of("compare"), group_folders())
+    listed = set(re.findall(r"^  (\w+):? ", of_compare, re.MULTILINE))
+    assert {"compare", "data", "parallelism", "experiment"} <= listed
+    assert not listed & {"optim", "trainer", "samples", "tracking", "doctor", "export", "loss"}
+
+
+def facts(key: str) -> dict[str, str]:
+    """The labelled lines of an explanation."""
+    lines = [line.strip().partition(":") for line in explain(key, group_folders()).splitlines()[1:]]
+    return {label: text.strip() for label, _, text in lines}
+
+
+def test_every_key_and_section_is_explained() -> None:
+    for key, row in all_keys().items():
+        explained = facts(key)
+        assert explained["meaning"] == row.meaning != ""
+        assert explained["type"]
+        assert explained["default"]
+        assert explained["verbs"] == ", ".join(row.verbs) != ""
+        assert explained["digest"].startswith("part of" if row.defines_result else "not part of")
+    for section, meaning in section_meanings().items():
+        text = explain(section, group_folders())
+        assert text.startswith(f"{section}: {meaning}")
+        for key in all_keys():
+            assert (f"\n  {key} " in text) == key.startswith(f"{section}.")
+
+
+def test_the_facts_of_some_keys() -> None:
+    assert facts("loss.beta")["type"] == "a number, > 0"
+    assert facts("trainer.max_steps")["type"] == "a whole number or null, >= 1"
+    assert facts("loss.simpo_gamma")["kinds"] == "simpo"
+    assert facts("model.path")["default"] == "none, it must be set"
+    assert facts("tracking.wandb")["type"] == "one of auto, online, offline, off"
+    assert facts("data.train[0].weight") == facts("data.train.weight") == facts("data.train[].weight")
+    assert facts("data.train.weight")["verbs"] == "train, precompute"
+    assert facts("pairs.endpoint.url")["verbs"] == "compare, pairs"
+    assert "presets: parallelism=ddp|zero2|zero3|" in explain("parallelism", group_folders())
+    assert "presets: +experiment=demo|" in explain("experiment", group_folders())
+    kinds = explain("loss.kind", group_folders())
+    assert all(f"\n  {kind} " in kinds and facts.source in kinds for kind, facts in KINDS.items())
+
+
+def test_the_verbs_are_the_programs_with_a_configuration() -> None:
+    modules = Path(dpo_dist.__file__).parent.glob("*.py")
+    programs = {module.stem for module in modules if "run_verb(main" in module.read_text()}
+    assert set(EVERY_VERB.split()) == programs
+    assert {verb for row in all_keys().values() for verb in row.verbs} == programs
 
 
 def test_a_closed_pipe_gives_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,14 +218,6 @@ def test_a_closed_pipe_gives_no_traceback(monkeypatch: pytest.MonkeyPatch) -> No
         assert process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == ""
-
-
-def test_an_output_of_json_has_objects_alone(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    command = [*TINY, *RUN, "console.style=json"]
-    ended = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
-    run_dir = f"{load_run_config(RUN).run.dir}\n"
-    assert (ended.stdout, ended.stderr) == ("", run_dir), "the verb prints, as a library does"
 
 
 def test_a_configuration_that_cannot_be_printed_is_an_error(

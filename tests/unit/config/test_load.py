@@ -6,11 +6,9 @@ from typing import Any
 
 import hydra
 import pytest
-import yaml
 
 from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.identity import run_digest
-from dpo_dist.config.keys import all_keys
 from dpo_dist.config.load import config_dir, from_yaml, to_yaml
 from dpo_dist.config.losses import LossConfig, LossKind, LossTermConfig, SyncReferenceConfig
 from dpo_dist.config.schema import (
@@ -76,16 +74,12 @@ def test_values_are_typed_and_frozen() -> None:
 
 
 @pytest.mark.parametrize(("group", "name"), GROUPS)
-def test_every_preset_composes_and_restates_no_default(group: str, name: str) -> None:
+def test_every_preset_composes(group: str, name: str) -> None:
     needed = [word for word in RUN if not word.startswith(group)]
     further = {"none": "loss=sft", "adapter": "model.adapter.r=8", "custom": f"loss.function={OWN}"}
     config = configured(f"{further.get(name, '')} {group}={name}", run=needed)
     if group == "loss":
         assert config.loss.kinds == (("sigmoid", "sft") if name == "sigmoid_sft" else (name,))
-    called_after = ("loss.kind", "reference.mode", "parallelism.kind", "tracking.wandb")
-    values = yaml.safe_load((config_dir() / group / f"{name}.yaml").read_text()) or {}
-    restated = [key for key, value in values.items() if value == all_keys()[f"{group}.{key}"].default]
-    assert {f"{group}.{key}" for key in restated} <= {*called_after}
 
 
 def test_every_loss_has_a_preset() -> None:
@@ -98,18 +92,9 @@ def test_every_experiment_composes(experiment: str) -> None:
     assert configured(f"+experiment={experiment}", run=run).run.name != "run"
 
 
-@pytest.mark.parametrize(
-    "typed",
-    [
-        "+experiment=qwen7b",
-        "+experiment=qwen7b_lora model.adapter.variant=dora",
-        "model.path=m tracking=off compare.models=[\\'on\\',\\'1\\']",
-        "model.path=m loss.terms=[{kind:ipo}] trainer.max_seconds=1.5 run.dir=/x/y",
-        "model.path=m model.adapter={path:sft}",
-    ],
-)
-def test_written_configuration_reads_back_equal(typed: str) -> None:
-    config = alone(typed)
+def test_texts_like_switches_and_numbers_are_read_back_from_a_written_configuration() -> None:
+    texts = "compare.models=[\\'on\\',\\'1\\'] run.dir=/x/1e3"
+    config = configured(f"{texts} model.adapter={{path:sft}} trainer.max_seconds=1.5")
     assert from_yaml(to_yaml(config)) == config
 
 
@@ -161,12 +146,10 @@ def test_options_of_an_experiments_loss_are_dropped_with_that_loss() -> None:
         ("model.path=m loss.reference_free=true", "none"),
         ("model.path=m loss.terms=[{kind:sft},{kind:simpo}]", "none"),
         ("model.path=m model.adapter.r=8", "adapter"),
-        ("model.path=m model.adapter.r=8 loss=orpo", "none"),
         ("model.path=m model.adapter.r=8 reference.path=other", "cached"),
         ("model.path=m model.adapter.r=8 reference=cached", "cached"),
         ("+experiment=qwen7b", "cached"),
         ("+experiment=qwen7b loss.kind=sft", "none"),
-        ("+experiment=qwen7b reference=none loss=cpo", "none"),
         ("+experiment=qwen7b model.adapter.r=8", "adapter"),
         ("+experiment=qwen7b_lora model.adapter=null", "cached"),
         ("+experiment=qwen7b_sft loss=ipo", "cached"),
@@ -181,10 +164,10 @@ def test_the_reference_follows_loss_and_model(typed: str, mode: str) -> None:
     assert run_digest(alone(f"{typed} reference={mode}")) == run_digest(config)
 
 
-@pytest.mark.parametrize("mode", ["cached", "none", "adapter"])
+@pytest.mark.parametrize("mode", ["none", "adapter"])
 def test_a_recorded_mode_gives_way_to_the_command_line(mode: str) -> None:
-    before = {"none": "loss=simpo", "adapter": "model.adapter.r=8"}.get(mode, "")
-    written = to_yaml(configured(before))
+    before = {"none": "loss=simpo", "adapter": "model.adapter.r=8"}
+    written = to_yaml(configured(before[mode]))
     write(experiment__again=written.replace("  dir: ", "  # dir: "))
     assert f"mode: {mode}" in written
     again = "--config-dir conf +experiment=again"
@@ -301,7 +284,6 @@ def test_a_wrong_key_is_named_with_the_file_that_hydra_composed() -> None:
     [
         ("hydra: {run: {dir: x}}\n", "no keys of Hydra's own"),
         ("defaults: [{override /loss: [ipo, simpo]}]\n", "one preset for a group"),
-        ("defaults: [{override /loss: null}]\n", "one preset for a group"),
         ("defaults: [mine]\n", "cannot be composed"),
     ],
 )
@@ -317,7 +299,7 @@ def test_a_program_with_hydra_keeps_its_own() -> None:
         assert hydra.compose("config") == {}
 
 
-@pytest.mark.parametrize("name", ["1e3", "007", "1_000", "é"])
+@pytest.mark.parametrize("name", ["1e3", "é"])
 def test_a_text_is_as_typed(name: str) -> None:
     assert configured(f"run.name={name}").run.name == name
 

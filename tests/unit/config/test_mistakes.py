@@ -21,20 +21,14 @@ MISTYPED = [
     ("data=[a.jsonl,b.jsonl]", "data.train=[a.jsonl, b.jsonl]"),
     ("parallelism=[zero3,ddp]", "choose one of ddp, zero2, zero3"),
     ("model=Qwen/Qwen2.5-7B", "named by model.path=Qwen/Qwen2.5-7B"),
-    ("data=my.jsonl", "named by 'data.train=[my.jsonl]'"),
     ("loss=DPO", "did you mean loss=sigmoid?"),
-    ("loss=sigmoid,ipo", "one job for each value"),
     ("optim.kind=paged_adamw_8bit", "did you mean optim.kind=adamw_8bit?"),
     ("'data.train=[{file: a}]'", "did you mean path?"),
-    ("'data.train=[{path: a, max_samples: 9}]'", "did you mean limit?"),
     ("+loss.foo=1", "the keys of loss are kind, beta, "),
     ("loss.alpha=1", "loss.alpha_coefficient or loss.offset_alpha or loss.beta_alpha or loss.ld_alpha"),
-    ("trainer.steps=100", "the keys of trainer are global_batch_pairs"),
-    ("trainer.batch=4", "trainer.global_batch_pairs or trainer.micro_batch_tokens"),
     ("foo=1", "the sections are run, model, "),
     ("deepspeed=ds.json", "parallelism=zero3"),
     ("template=llama3", "the tokenizer's own chat template is used"),
-    ("adapter=lora", "trains an adapter"),
     ("loss.beta=0,2", "brackets"),
     ("run.dir=", "write a value"),
     ("+experiment=qwen7", "+experiment=qwen7b?"),
@@ -55,23 +49,15 @@ MISTYPED = [
     ("export.checkpoint=3", "such as step-000100"),
     ("--config-dir nowhere", "nowhere is no folder"),
     ("--confg-dir x", "did you mean --config-dir?"),
-    ("--cfg job --resolve", "prints resolved values"),
     # Values of other trainers are kept.
-    ("lora_rank=8", "write model.adapter.r=8"),
     ("lora_target=[q_proj,v_proj]", "write 'model.adapter.target_modules=[q_proj,v_proj]'"),
     ("lora_target=all", "write model.adapter.target_modules=all-linear"),
     ("loss_weights=[1,0.2]", "write 'loss.terms=[{kind: sigmoid, weight: 1}, {kind: sft, weight: 0.2}]'"),
     ("model.adapter.rank=8", "write model.adapter.r=8"),
     ("adam_beta2=0.95", "write 'optim.betas=[0.9,0.95]'"),
-    ("gradient_checkpointing=true", "write model.gradient_checkpointing=full"),
     ("lr_scheduler_type=polynomial", "one of constant, constant_with_warmup, linear, cosine, inverse_sqrt"),
-    ("pref_ftx=0.1", "{kind: sft, weight: 0.1}"),
-    ("max_samples=9", "'data.train=[{path: pairs.jsonl, limit: 9}]'"),
     ("training.learning-rate=1e-5", "write optim.lr=1e-5"),
-    ("--learning_rate 1e-5", "write optim.lr=1e-5"),
-    ("--gradient_checkpointing", "write model.gradient_checkpointing=full"),
     ("data.train.weight=2", "write 'data.train=[{path: PATH, weight: 2}]'"),
-    ("pissa_init=true", "not offered: an adapter starts as 0"),
     # Quotes and spaces: one hint.
     ("'data.train=[a.jsonl,' 'b.jsonl]'", "needs quotes"),
     ("loss.beta = 0.2", "no space is around ="),
@@ -81,26 +67,11 @@ MISTYPED = [
     # A key without its section, and a word of an option.
     ("max_steps=3", "write trainer.max_steps=3"),
     ("warmup_steps=0.1", "write optim.warmup_ratio=0.1"),
-    ("'datasets=[{path: a, type: b}]'", "'data.train=[{path: FILE_OR_NAME, split: train, name: SUBSET}]'"),
     ("loss=simpo loss.kind=ipo", "write loss=ipo in place of loss.kind=ipo"),
-    ("--chekc", "did you mean --check?"),
-    ("--check=1", "ignored explicit argument"),
-    ("--cfg jobb", "invalid choice: 'jobb'"),
-    ("--config-dir", "expected one argument"),
     ("--multirun", "for each value"),
-    ("hydra.mode=MULTIRUN", "for each value"),
     ("--check --cfg job", "argument -c/--cfg: not allowed with argument --check"),
-    ("--help loss.beta --version", "argument --version: not allowed with argument -h/--help"),
     ("/tmp", "its key: run.dir=/tmp, "),
 ]
-# Of a new user's trial: options of TRL, LLaMA-Factory, axolotl and open-instruct.
-TRIED = """
-plot_loss hub_model_id early_stopping_patience auto_find_batch_size dataset_config model_init_kwargs
-use_logits_to_keep lora_target_linear wandb_name wandb_project_name flash_attention saves_per_epoch
-evals_per_epoch special_tokens dpo_use_weighting strict mixer_list dataset_mixer_list tokenizer_name
-dpo_loss_type cache_logprobs reference_logprobs_cache_path concatenated_forward checkpointing_steps
-keep_last_n_checkpoints max_train_steps load_balancing_loss rl adapter seed lora_r lora_dropout
-"""
 
 
 @pytest.mark.parametrize(("typed", "text"), MISTYPED)
@@ -108,6 +79,10 @@ def test_a_mistake_gets_a_correction(typed: str, text: str) -> None:
     error = error_of(typed)
     assert text in error.block()
     assert "\n" not in error.message + error.where + error.got + error.expected + error.remedy
+    if text.startswith("write ") and "..." not in text:
+        corrected = error.remedy.removeprefix("write ").partition(";")[0]
+        for word in [word for word in shlex.split(corrected) if "=" in word]:
+            OverridesParser.create().parse_override(word)
 
 
 def test_all_mistakes_of_a_command_are_one_error() -> None:
@@ -146,46 +121,22 @@ def test_all_rules_that_a_command_breaks_are_one_error() -> None:
     ("verb", "typed", "text"),
     [
         ("evaluate", "data=hard.jsonl", "named by 'evaluation.data=[hard.jsonl]'"),
-        ("evaluate", "model=output/a/model", "named by evaluation.model=output/a/model"),
         ("compare", "model=output/a", "named by 'compare.models=[output/a]'"),
-        ("compare", "data=hard.jsonl", "named by 'data.eval=[hard.jsonl]'"),
         ("evaluate", "checkpoint=best", "evaluation.model of evaluate takes the folder of one"),
         ("evaluate", "export.chekpoint=best", "remove it: export reads export.checkpoint"),
         ("compare", "learning_rate=1", "remove it: train reads optim.lr"),
-        ("pairs", "learning_rate=1", "remove it: train reads optim.lr"),
         ("pairs", "pairs.rounds=2 learning_rate=1", "write optim.lr=1"),
         ("export", "output=foo", "write export.output=foo"),
         ("train", "output=foo", "write run.dir=foo"),
         ("compare", "reference=none", "compare does not read reference.mode"),
         ("compare", "samples.prompts=4", "did you mean compare.prompts? train reads samples.prompts"),
-        ("compare", "samples.temperature=1", "did you mean compare.temperature?"),
-        ("compare", "pairs.samples=8", "compare does not read pairs.samples"),
         ("train", "'export={checkpoint: best}'", "train does not read export"),
-        ("train", "'evaluation.data=[{path: e}]'", "train does not read evaluation.data"),
-        ("precompute", "doctor.texts=false", "precompute does not read doctor.texts"),
         ("pairs", "loss=ipo", "pairs does not read loss"),
-        ("export", "export.chekpoint=best", "did you mean export.checkpoint?"),
     ],
 )
 def test_a_verb_suggests_no_key_that_it_refuses(verb: str, typed: str, text: str) -> None:
     run = [] if verb == "compare" else RUN
     assert text in error_of(typed, verb=verb, run=run).block()
-
-
-@pytest.mark.parametrize(
-    "typed", sorted({typed for typed, text in MISTYPED if text.startswith("write ") and "..." not in text})
-)
-def test_the_corrected_line_can_be_parsed(typed: str) -> None:
-    written = re.search(r"write (.*?)(;|$)", error_of(typed).remedy)
-    assert written is not None
-    for line in shlex.split(written[1]):
-        if "=" in line:
-            OverridesParser.create().parse_override(line)
-
-
-@pytest.mark.parametrize("name", TRIED.split())
-def test_every_option_that_a_new_user_tried_has_an_answer(name: str) -> None:
-    assert "the sections are" not in error_of(f"{name}=1").remedy
 
 
 def test_every_answer_names_keys_that_exist() -> None:
@@ -197,7 +148,7 @@ def test_every_answer_names_keys_that_exist() -> None:
         assert [key for key in named if key not in run_keys() and not key.endswith((".jsonl", ".yaml"))] == []
 
 
-@pytest.mark.parametrize("typed", ["max_stepz=9", "trainer.steps=9", "train_steps=9", "save_steps=9"])
+@pytest.mark.parametrize("typed", ["max_stepz=9", "trainer.steps=9", "train_steps=9"])
 def test_no_guess_ends_a_run_early(typed: str) -> None:
     assert "trainer.max_steps" not in error_of(typed).remedy
 

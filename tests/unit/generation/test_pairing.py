@@ -1,7 +1,9 @@
-"""Pairs by scores: their selection, records with provenance that the trainer reads, and counts."""
+"""Pairs by scores: their prompts, selection, records with provenance that the trainer reads, and counts."""
 
+import itertools
 import json
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +15,7 @@ from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import DropOrKeep, PairsConfig, PairSelection, PairsMethod
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Message, PreferenceRecord
-from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.generation.judges import Judgement
 from dpo_dist.generation.pairs.files import read_prompt_row
 from dpo_dist.generation.pairs.run import (
@@ -27,17 +29,15 @@ from dpo_dist.generation.pairs.run import (
     write_prompts,
 )
 from dpo_dist.generation.sampling.respond import Answer, Answers, ModelSource
-from dpo_dist.generation.sampling.stages import Parts
+from dpo_dist.generation.sampling.stages import Parts, Stages
 from tests.support.records import assistant, jsonl, user
 
-ALL, RANDOM = PairSelection.all_pairs, PairSelection.best_random
+ALL = PairSelection.all_pairs
 
 
-def select(
-    scores: list[float], key: str = "prompt", seed: int = 0, **rule: Any
-) -> tuple[list[tuple[int, int]], dict[str, int]]:
+def select(scores: list[float], key: int = 0, seed: int = 0, **rule: Any) -> tuple[Any, dict[str, int]]:
     counts: Counter[str] = Counter()
-    return select_pairs(scores, PairsConfig(**rule), seed, key, counts), dict(+counts)
+    return select_pairs(scores, PairsConfig(**rule), seed, str(key), counts), dict(+counts)
 
 
 @pytest.mark.parametrize(
@@ -58,13 +58,12 @@ def test_pairs_follow_scores_rule_and_margin(scores: Any, rule: Any, pairs: Any,
 
 
 def test_the_random_response_follows_from_seed_and_key_and_is_each_other_one_equally_often() -> None:
-    scores = [float(number) for number in range(20)]
-    drawn = [select(scores, str(key), key % 2, select=RANDOM)[0][0] for key in range(300)]
-    assert drawn == [select(scores, str(key), key % 2, select=RANDOM)[0][0] for key in range(300)]
-    assert set(drawn) == {(19, other) for other in range(19)}
-    assert drawn[:6] != [select(scores, str(key), 1 - key % 2, select=RANDOM)[0][0] for key in range(6)]
-    pairs = [select([3, 2, 1], str(key), select=RANDOM)[0][0] for key in range(600)]
-    assert 250 < pairs.count((0, 1)) < 350
+    def drawn(seed: int) -> list[tuple[int, int]]:
+        return [select([3, 2, 1], key, seed, select=PairSelection.best_random)[0][0] for key in range(600)]
+
+    assert drawn(0) == drawn(0) != drawn(1)
+    assert set(drawn(0)) == {(0, 1), (0, 2)}
+    assert 250 < drawn(0).count((0, 1)) < 350
 
 
 SCORED = {
@@ -93,7 +92,7 @@ def rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_provenance_names_the_line_and_the_rule(tmp_path: Path) -> None:
+def test_provenance_names_the_line_and_the_rule_and_other_settings_replace_no_file(tmp_path: Path) -> None:
     without = {"prompt": "p", "chosen": "a", "rejected": "b"}
     file, said = make(tmp_path, PAIR, SCORED, without, select="all_pairs", margin=3)
     found = rows(file)
@@ -104,6 +103,9 @@ def test_provenance_names_the_line_and_the_rule(tmp_path: Path) -> None:
     }
     assert "1 prompts_below_margin: prompts without a pair" in said
     assert "1 without_scores: records without scores" in said
+    with pytest.raises(ConfigError, match="margin: 3 before, 1 now"):
+        make(tmp_path, PAIR, SCORED, without, select="all_pairs", margin=1)
+    assert rows(file) == found
 
 
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
@@ -142,18 +144,6 @@ def test_no_field_of_a_record_is_lost(tmp_path: Path, records: list[Any]) -> Non
         assert replace(after, origin=before.origin) == before
 
 
-def test_a_file_of_other_settings_is_not_replaced_and_one_without_a_pair_not_written(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no pair can be made"):
-        make(tmp_path, SCORED, margin=100)
-    assert not list(tmp_path.glob("pairs/*"))
-    file, _ = make(tmp_path, SCORED)
-    first = file.read_bytes()
-    assert make(tmp_path, SCORED)[0].read_bytes() == first
-    with pytest.raises(ConfigError, match="margin: 0 before, 1 now"):
-        make(tmp_path, SCORED, margin=1)
-    assert file.read_bytes() == first
-
-
 def sample(content: str, number: int = 0, tokens: int = 1, **facts: Any) -> Answer:
     return Answer(number, content, tokens, **{"finished": True, "same_ids": True} | facts)
 
@@ -169,8 +159,6 @@ def test_samples_that_are_not_used_have_a_reason(unfinished: DropOrKeep) -> None
 
 MODELS = [ModelSource(name, Path(name), None, None, f"digest of {name}") for name in ("one", "other")]
 THOUGHT = {"reasoning_content": "I add."}
-
-
 SCORES: list[list[float | None]] = [[3.0, 1.0, 1.0, None], [2.0] * 4, [4.0, 4.0]]
 
 
@@ -197,7 +185,7 @@ def finished(folder: Path) -> Results:
     return Results(rule, prompts, MODELS, answers, {"sampling": "facts"})
 
 
-def test_pairs_of_scored_samples_have_their_origin_and_are_counted(tmp_path: Path) -> None:
+def test_scored_samples_have_their_origin_and_are_counted_and_read_again(tmp_path: Path) -> None:
     results = finished(tmp_path)
     pairs = list(pairs_of(results))
     a0 = [{"role": "assistant", "content": "a0", **THOUGHT}]
@@ -217,10 +205,7 @@ def test_pairs_of_scored_samples_have_their_origin_and_are_counted(tmp_path: Pat
         **{"prompts": 3, "samples": 10, "unreadable": 3, "samples_without_score": 1},
         **{"tied_pairs": 1 + 6, "prompts_all_tied": 1, "prompts_dropped_too_long": 1},
     }
-
-
-def test_all_responses_are_a_scored_list_that_is_read_again(tmp_path: Path) -> None:
-    found = list(samples_of(finished(tmp_path)))
+    found = list(samples_of(results))
     assert [(len(row["responses"]), len(row["unused"])) for row in found] == [(3, 1), (4, 0), (2, 0)]
     assert found[0]["unused"][0]["content"] == "b1"
     assert found[2]["provenance"]["dropped"] == "too_long"
@@ -228,3 +213,61 @@ def test_all_responses_are_a_scored_list_that_is_read_again(tmp_path: Path) -> N
     assert isinstance(record, PreferenceRecord)
     assert record.scores == (3.0, 1.0, 1.0)
     assert record.responses[0] == (Message("assistant", "a0", THOUGHT),)
+
+
+def test_parts_of_prompts_share_none_and_together_are_all(tmp_path: Path) -> None:
+    source = jsonl(tmp_path, *({"prompt": f"question {n % 50}", "completion": "c"} for n in range(60)))
+
+    def asked(*overrides: str) -> list[str]:
+        config = load_run_config(["model.path=m", f"data.train=[{source}]", *overrides])
+        parts = write_prompts(tmp_path, config, lambda _: None)
+        return [row["prompt"] for index in range(parts.count) for row in parts.read(index)]
+
+    whole = asked()
+    parts = [asked("pairs.prompt_parts=3", f"pairs.prompt_part={index}") for index in range(3)]
+    assert len(whole) == 50
+    assert sorted(itertools.chain(*parts)) == sorted(whole)
+    assert all(8 < len(part) < 25 for part in parts)
+    assert asked("pairs.prompt_parts=3", "pairs.prompt_part=1", "pairs.limit=5") == parts[1][:5]
+
+
+def stage(folder: Path, settings: Any = "a") -> Parts:
+    return Parts.of(folder, "responses", {"setting": settings}, 5)
+
+
+def work(parts: Parts, open_parts: list[int], rank: int, fails: int | None = None) -> list[int]:
+    """Do the share of one of two processes, one after the other; return the parts begun."""
+    world: Any = SimpleNamespace(
+        rank=rank, size=2, is_main=False, on_main=lambda *_: open_parts, together=lambda work: work()
+    )
+    screen: Any = SimpleNamespace(heartbeat=lambda _: nullcontext(), progress=lambda *_: nullcontext())
+    done = []
+
+    def part(index: int) -> list[dict[str, Any]]:
+        done.append(index)
+        if index == fails:
+            raise ConfigError("no memory")
+        return number(index)
+
+    with nullcontext() if fails is None else pytest.raises(ConfigError):
+        Stages(world, screen, "").finish("responses", parts, part)
+    return done
+
+
+def number(index: int) -> list[dict[str, Any]]:
+    return [{"number": index, "text": "é\u2028"}]
+
+
+def test_processes_share_the_open_parts_and_stop_at_the_error_of_another_one(tmp_path: Path) -> None:
+    parts = stage(tmp_path)
+    open_parts = parts.open()
+    assert open_parts == [0, 1, 2, 3, 4]
+    assert work(parts, open_parts, 1, fails=3) == [1, 3]
+    assert work(parts, open_parts, 0) == []
+    open_parts = parts.open()
+    assert open_parts == stage(tmp_path).open() == [0, 2, 3, 4], "1 is finished"
+    assert [work(parts, open_parts, rank) for rank in (0, 1)] == [[0, 3], [2, 4]]
+    assert parts.open() == []
+    assert parts.finished() == 5
+    assert [parts.read(index) for index in range(5)] == [number(index) for index in range(5)]
+    assert stage(tmp_path, "b").open() == [0, 1, 2, 3, 4], "other settings have other parts"

@@ -1,24 +1,19 @@
 """Rounds: their order, models, references and seeds; failures and restarts at every stage."""
 
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
-from dpo_dist.generation.pairs.rounds import merge_adapter, run_command, run_rounds
-from tests.support import tiny
-from tests.support.tiny_model import write_model
+from dpo_dist.foundation.files import write_text
+from dpo_dist.generation.pairs.rounds import run_command, run_rounds
 
 
 @pytest.fixture(autouse=True)
@@ -34,11 +29,6 @@ def config(*overrides: str) -> RunConfig:
             *("pairs.function=m:f", "pairs.rounds=2", *overrides),
         ]
     )
-
-
-def write(file: Path, content: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(content) + "\n")
 
 
 class Verbs:
@@ -59,24 +49,24 @@ class Verbs:
             return code
         if verb == "train":
             (run / "model").mkdir(parents=True, exist_ok=True)
-            facts = {"final": {"rewards/accuracies": 0.75}, "reference": {"computed": 2, "hits": 1}}
-            write(run / "dpo_metrics" / "summary.json", {"steps": 5, "train_seconds": 1.5, **facts})
+            facts = {"steps": 5, "final": {"rewards/accuracies": 0.75}}
+            write_text(run / "dpo_metrics" / "summary.json", json.dumps(facts))
             return 0
         # The mean score is 0.25, 0.5, 0.75, 1.0 in rounds 1 to 4.
         samples = [{"content": f"{number}-{n}", "score": float(n < number)} for n in range(4)]
-        write(run / "pairs" / "samples.jsonl", {"prompt": "p", "responses": samples, "unused": []})
+        write_text(run / "pairs" / "samples.jsonl", json.dumps({"responses": samples, "unused": []}))
         if number == 4:
             return ExitCode.invalid
-        write(run / "pairs" / "pairs.jsonl", {"prompt": "p", "chosen": "a", "rejected": "b"})
+        write_text(run / "pairs" / "pairs.jsonl", '{"prompt": "p", "chosen": "a", "rejected": "b"}')
         return 0
 
     def of(self, verb: str) -> list[dict[str, Any]]:
         return [one for one, name in zip(self.configs, self.order, strict=True) if name.startswith(verb)]
 
 
-def do(*overrides: str, verbs: Verbs | None = None) -> tuple[int, list[str]]:
+def do(verbs: Verbs, *overrides: str) -> tuple[int, list[str]]:
     said: list[str] = []
-    return run_rounds(config(*overrides), said.append, verbs or Verbs()), said
+    return run_rounds(config(*overrides), said.append, verbs), said
 
 
 WHOLE = ["pairs1", "train1", "pairs2", "train2", "pairs3"]
@@ -84,7 +74,7 @@ WHOLE = ["pairs1", "train1", "pairs2", "train2", "pairs3"]
 
 def test_each_policy_gives_the_next_samples_and_reference() -> None:
     verbs = Verbs()
-    code, said = do("trainer.seed=7", "pairs.prompt_parts=2", verbs=verbs)
+    code, said = do(verbs, "trainer.seed=7", "pairs.prompt_parts=2")
     assert (code, verbs.order) == (ExitCode.completed, WHOLE)
     sampling1, training1, sampling2, training2, last = verbs.configs
     assert [one["model"]["path"] for one in (sampling1, training1)] == ["base", "base"]
@@ -108,7 +98,6 @@ def test_each_policy_gives_the_next_samples_and_reference() -> None:
 @pytest.mark.parametrize(
     ("overrides", "paths"),
     [
-        ([], [None, None]),
         (["pairs.reference=first"], [None, "base"]),
         (["reference.path=other", "pairs.reference=first"], ["other", "other"]),
         (["reference.path=other"], ["other", None]),
@@ -117,42 +106,32 @@ def test_each_policy_gives_the_next_samples_and_reference() -> None:
 )
 def test_the_reference_is_the_first_one_or_the_previous_policy(overrides: Any, paths: Any) -> None:
     verbs = Verbs()
-    do(*overrides, verbs=verbs)
+    do(verbs, *overrides)
     assert [one["reference"]["path"] for one in verbs.of("train")] == paths
 
 
-def test_finished_rounds_are_not_repeated_and_more_can_follow() -> None:
-    do()
+def test_finished_rounds_are_not_repeated_and_further_ones_end_when_all_scores_are_equal() -> None:
+    do(Verbs())
     verbs = Verbs()
-    assert do(verbs=verbs)[0] == ExitCode.completed
+    assert do(verbs)[0] == ExitCode.completed
     assert verbs.order == []
-    do("pairs.rounds=3", verbs=verbs)
+    _, said = do(verbs, "pairs.rounds=6")
     assert verbs.order == ["train3", "pairs4"]
+    assert "round 4: no two responses" in said[-2]
+    assert said[-1] == "the last policy: run/rounds/3/train/model"
 
 
 @pytest.mark.parametrize(
     ("stage", "how", "raised"),
-    [
-        *((stage, -9, ExitCode.failed) for stage in WHOLE),
-        ("pairs1", 2, ExitCode.invalid),
-        ("train1", 3, ExitCode.diverged),
-    ],
+    [("pairs1", 2, ExitCode.invalid), ("train1", 3, ExitCode.diverged), ("train2", -9, ExitCode.failed)],
 )
 def test_a_stage_that_fails_is_continued(stage: str, how: int, raised: ExitCode) -> None:
     with pytest.raises(DpoDistError, match=f"round {stage[-1]} has failed") as caught:
-        do(verbs=Verbs(**{stage: how}))
+        do(Verbs(**{stage: how}))
     assert caught.value.exit_code == raised
     verbs = Verbs()
-    assert do(verbs=verbs)[0] == ExitCode.completed
+    assert do(verbs)[0] == ExitCode.completed
     assert verbs.order == WHOLE[WHOLE.index(stage) :]
-
-
-def test_rounds_end_when_all_scores_are_equal() -> None:
-    verbs = Verbs()
-    _, said = do("pairs.rounds=6", verbs=verbs)
-    assert verbs.order[-1] == "pairs4"
-    assert said[-1] == "the last policy: run/rounds/3/train/model"
-    assert "round 4: no two responses" in said[-2]
 
 
 ADAPTER = ("model.adapter={r: 2, alpha: 4}",)
@@ -171,8 +150,8 @@ def test_an_adapter_is_merged_before_the_next_round(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("dpo_dist.generation.pairs.rounds.merge_adapter", merge)
     verbs = Verbs()
     with pytest.raises(KeyboardInterrupt):
-        do(*ADAPTER, verbs=verbs)
-    code, said = do(*ADAPTER, verbs=verbs)
+        do(verbs, *ADAPTER)
+    code, said = do(verbs, *ADAPTER)
     assert (code, said[-1]) == (ExitCode.completed, "the last policy: run/rounds/2/policy")
     assert verbs.order == [*WHOLE[:2], *WHOLE[1:]]
     assert merged[1:] == [(f"run/rounds/{n}/train/model", f"run/rounds/{n}/policy") for n in (1, 2)]
@@ -180,39 +159,20 @@ def test_an_adapter_is_merged_before_the_next_round(monkeypatch: pytest.MonkeyPa
     assert policies == ["base", *["run/rounds/1/policy"] * 2, "run/rounds/2/policy"]
     assert {one["reference"]["mode"] for one in verbs.of("train")} == {"adapter"}
     quantized, verbs = ("model.quantization=nf4", "parallelism=ddp", "run.dir=run2"), Verbs()
-    do(*ADAPTER, "pairs.reference=first", *quantized, verbs=verbs)
+    do(verbs, *ADAPTER, "pairs.reference=first", *quantized)
     first, second = (one["reference"] for one in verbs.of("train"))
     assert first["mode"] == "adapter"
     assert [second[key] for key in ("mode", "path", "quantization")] == ["cached", "base", "nf4"]
 
 
-def test_a_merged_adapter_computes_the_same(tmp_path: Path) -> None:
-    base, adapter = write_model(tmp_path / "base"), tmp_path / "adapter"
-    lora = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), lora)
-    adapted.save_pretrained(adapter)
-    tiny.qwen().save_pretrained(adapter)  # as a training writes it
-    left = tmp_path / "policy.tmp-0123456789ab"
-    left.mkdir()
-    os.utime(left, (0, 0))
-    merge_adapter(adapter, tmp_path / "policy", config("model.dtype=fp32", "reference.store=store"))
-    assert not left.exists()
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
-    ids = torch.arange(3, 20)[None]
-    with torch.no_grad():
-        assert (merged(ids).logits - adapted(ids).logits).abs().max() < 1e-4
-    for file in adapter.glob("tokenizer*"):
-        assert (tmp_path / "policy" / file.name).read_bytes() == file.read_bytes()
-
-
 def test_other_settings_are_refused_once_a_stage_is_finished() -> None:
     with pytest.raises(DpoDistError, match="sampling of round 1"):
-        do("pairs.function=m:mistyped", verbs=Verbs(pairs1=2))
-    do()
+        do(Verbs(pairs1=2), "pairs.function=m:mistyped")
+    do(Verbs())
     changed = r"loss\.beta: 0\.1 before, 0\.2 now; pairs\.samples: 4 before"
     with pytest.raises(ConfigError, match=changed):
-        do("loss.beta=0.2", "pairs.samples=8")
-    assert do("trainer.save_every=7")[0] == ExitCode.completed
+        do(Verbs(), "loss.beta=0.2", "pairs.samples=8")
+    assert do(Verbs(), "trainer.save_every=7")[0] == ExitCode.completed
 
 
 @pytest.mark.parametrize("code", [ExitCode.preempted, ExitCode.diverged, ExitCode.invalid])
@@ -231,6 +191,6 @@ def test_a_launcher_that_cannot_be_started_is_an_error(launcher: str) -> None:
 
 
 def test_a_preempted_training_ends_the_command_with_its_code() -> None:
-    code, said = do(verbs=Verbs(train1=75))
+    code, said = do(Verbs(train1=75))
     assert code == ExitCode.preempted
     assert "the same command continues" in said[-1]

@@ -24,6 +24,7 @@ DELTA = ("pairs.method=delta", "pairs.models=[a/b,c/d]")
 @pytest.fixture(autouse=True)
 def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("base").mkdir()
 
 
 def config(*overrides: str) -> RunConfig:
@@ -41,27 +42,23 @@ def found(tmp_path: Path, records: list[Any], *overrides: str) -> str:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["pairs.method=scores", "run.resume=must"], "run.resume has no effect"),
+        (["run.resume=must"], "run.resume has no effect"),
         ([*DELTA, "model.revision=x"], "model.revision has no effect"),
-        ([*SAMPLED, "pairs.endpoint.criterion=x"], "pairs.endpoint.criterion has no effect"),
         ([*SAMPLED, "pairs.temperature=0"], "every sample of a model is the same"),
         ([*SAMPLED, "pairs.function=a:b"], "samples need one judge"),
         (["pairs.method=samples", "model.path=a/b", "pairs.endpoint.url=http://h/v1"], "model is not given"),
-        *((["pairs.method=delta", f"pairs.models={m}"], "two models") for m in ("[a]", "[a,./a]")),
-        *(([f"pairs.{key}"], "has no effect") for key in ("launcher=python", "reference=first")),
+        (["pairs.method=delta", "pairs.models=[a,./a]"], "two models"),
         (["pairs.rounds=1"], "rounds cannot be done"),
         (["pairs.rounds=1", *SAMPLED, "pairs.models=[other]"], "rounds cannot be done"),
         (["pairs.margin=1", "pairs.top_k=3", "pairs.launcher=python"], "(?s)2 mistakes.*top_k.*launcher"),
     ],
 )
 def test_an_option_without_effect_or_sense_is_refused(overrides: list[str], said: str) -> None:
-    Path("base").mkdir()
     with pytest.raises(ConfigError, match=said):
         check_pairs(config(*overrides))
 
 
 def test_rounds_are_done_by_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    Path("base").mkdir()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="one process"):
         check_pairs(config(*SAMPLED, "pairs.rounds=1"))
@@ -78,7 +75,7 @@ def test_models_prompts_and_the_endpoint_are_checked(tmp_path: Path) -> None:
     assert "model, 431 tokens, a response ends with <|im_end|>" in report
     assert "3 of the first 5 records can be used; not used: 1 prompt_fills_max_length (" in report
     assert "), 1 unknown_format (" in report
-    with judge_server(lambda *_: (400, {}, "{}")) as server:
+    with judge_server(lambda *_: (400, "{}")) as server:
         keys[1] = f"pairs.endpoint.url={server.url}"
         with pytest.raises(ConfigError, match="harmless request"):
             found(tmp_path, PROMPTS, *keys)
@@ -87,10 +84,9 @@ def test_models_prompts_and_the_endpoint_are_checked(tmp_path: Path) -> None:
         found(tmp_path, PROMPTS, "pairs.method=samples", "pairs.models=[]", "pairs.reward_model=model")
 
 
-@pytest.mark.parametrize("records", [10, 2000])
-def test_more_bad_records_than_pairs_accepts_are_an_error(records: int, tmp_path: Path) -> None:
-    looked_at = min(records, 1024)
-    with pytest.raises(DataError, match=f"{'the first ' if records > looked_at else ''}{looked_at} records"):
+@pytest.mark.parametrize(("records", "said"), [(10, "10 records"), (2000, "the first 1024 records")])
+def test_more_bad_records_than_pairs_accepts_are_an_error(records: int, said: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=said):
         found(tmp_path, ([SCORED] * 9 + [{"no": "prompt"}]) * (records // 10))
 
 

@@ -1,0 +1,215 @@
+"""What identifies a reference: digests of its files, its fingerprint, and those compatible with it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpo_dist.data.build import tokenizer_digest
+from dpo_dist.distributed.world import Peer, World
+from dpo_dist.foundation import files as digest_module
+from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
+from dpo_dist.reference.digest import (
+    Profile,
+    agree_on_numerics,
+    difference,
+    digest_model,
+    find_compatible,
+    model_label,
+)
+from dpo_dist.reference.store import ReferenceFingerprint
+from tests.unit.reference.test_store import write
+
+INDEX = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}).encode()
+CONTENT = {
+    "config.json": b"{}",
+    "model.safetensors.index.json": INDEX,
+    "model-1.safetensors": b"weights one",
+    "model-2.safetensors": b"weights two",
+    "modeling_own.py": b"code",
+}
+OTHERS = ("generation_config.json", "tokenizer.json", "README.md", "consolidated.safetensors")
+PROFILE = {
+    "dtype": "bf16",
+    "matmul_precision": "highest",
+    "attention": "varlen",
+    "torch": "2.13",
+    "gpu": "H200",
+}
+OWN = ReferenceFingerprint("weights", PROFILE)
+SDPA = ReferenceFingerprint("weights", {**PROFILE, "attention": "sdpa"})
+OLD_SDPA = ReferenceFingerprint("weights", {**PROFILE, "attention": "sdpa", "torch": "2.12"})
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name, content in CONTENT.items():
+        (folder / name).write_bytes(content)
+    for name in OTHERS:
+        (folder / name).write_bytes(b"{}")
+    return folder
+
+
+def test_a_digest_is_of_the_files_that_determine_the_function(model: Path, tmp_path: Path) -> None:
+    before = digest_model(model).digest
+    for name, content in CONTENT.items():
+        (model / name).write_bytes(content + b" ")
+        assert digest_model(model).digest != before, name
+        (model / name).write_bytes(content)
+    for name in OTHERS:
+        (model / name).write_bytes(b"changed")
+    assert digest_model(shutil.copytree(model, tmp_path / "copy")).digest == before
+    (model / "more.py").write_bytes(b"")
+    assert digest_model(model).digest != before
+
+
+def test_known_files_are_not_read_again(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = digest_model(model, tmp_path / "memo").digest
+    assert digest_model(model).digest == first
+    monkeypatch.setattr(digest_module, "content_digest", lambda files: pytest.fail(f"{files} read again"))
+    assert digest_model(model, tmp_path / "memo").digest == first
+
+
+def test_a_file_that_changes_while_it_is_read_is_an_error(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = digest_module.content_digest
+
+    def overtaken(files: list[Path]) -> str:
+        result = digest(files)
+        files[0].write_bytes(files[0].read_bytes() + b" ")
+        return result
+
+    monkeypatch.setattr(digest_module, "content_digest", overtaken)
+    with pytest.raises(ConfigError, match="changes while it is read"):
+        digest_model(model, tmp_path / "memo")
+    assert not (tmp_path / "memo").exists()
+
+
+def test_other_classes_are_another_model(model: Path) -> None:
+    """`model.trust_remote_code` selects the folder's own classes, and all of their code counts."""
+    plain = digest_model(model).digest
+    assert digest_model(model, remote_code=True).digest == plain
+    (model / "config.json").write_text('{"auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}')
+    trusted = digest_model(model, remote_code=True).digest
+    assert trusted != digest_model(model).digest
+    (model / "layers").mkdir()
+    (model / "layers" / "own.py").write_text("scale = 2")
+    assert digest_model(model, remote_code=True).digest != trusted
+    (model / "config.json").write_text('{"auto_map": {"AutoModelForCausalLM": "org/code--modeling.Own"}}')
+    with pytest.raises(ConfigError, match="in another repository"):
+        digest_model(model, remote_code=True)
+    digest_model(model)
+
+
+def test_a_hub_snapshot_is_labelled_with_its_commit(tmp_path: Path) -> None:
+    commit = "0123456789" * 4
+    assert model_label("org/model", tmp_path / "snapshots" / commit) == f"org/model@{commit}"
+    assert model_label("./model", tmp_path / "model") == "./model"
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json tokenizer_config.json chat_template.jinja additional_chat_templates/tool_use.jinja "
+    "vocab.json tokenization_own.py vocabulary.tiktoken tekken.json"
+)
+
+
+def test_a_tokenizers_digest_is_of_the_files_that_decide_token_ids(model: Path) -> None:
+    digests = [tokenizer_digest(model)]
+    (model / "model-1.safetensors").write_bytes(b"changed")
+    assert tokenizer_digest(model) == digests[0]
+    for name in TOKENIZER_FILES.split():
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_bytes(b"changed")
+        assert tokenizer_digest(model) not in digests, name
+        digests.append(tokenizer_digest(model))
+
+
+def test_fingerprints_differ_by_reference_versions_and_every_field_of_the_profile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    others = [replace(OWN, reference="other"), replace(OWN, profile={**PROFILE, "compile": "new"})]
+    others += [replace(OWN, profile={**PROFILE, name: "other"}) for name in PROFILE]
+    others += [replace(OWN, profile={name: PROFILE[name] for name in PROFILE if name != "gpu"})]
+    name = OWN.name
+    assert len({name, *(each.name for each in others)}) == 1 + len(others)
+    assert name == ReferenceFingerprint("weights", dict(reversed(PROFILE.items())), "a name").name
+    for version in ("LOGP_PATH_VERSION", "STORE_FORMAT"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"dpo_dist.reference.store.{version}", 77)
+            assert OWN.name != name
+
+
+COMPATIBLE = "attention torch transformers gpu cuda device compile liger flash_attn"
+
+
+def test_fields_that_only_change_rounding_order_are_compatible(tmp_path: Path) -> None:
+    for name in f"{COMPATIBLE} dtype matmul_precision bf16_reduction quantization anything_new".split():
+        write(tmp_path, {1: [-1.0]}, replace(OWN, profile={**PROFILE, name: "other"}))
+    found = {difference(OWN, other) for other in find_compatible(tmp_path, OWN)}
+    assert found == {f"{name} other" for name in COMPATIBLE.split()}
+
+
+def test_compatible_are_those_of_the_same_weights_and_scoring_code_the_most_similar_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert find_compatible(tmp_path / "none", OWN) == []
+    begun = tmp_path / "begun" / ("a" * 32)  # by a start that was killed, or goes on
+    begun.mkdir(parents=True)
+    assert find_compatible(begun.parent, OWN) == []
+    store = tmp_path / "store"
+    for fingerprint in (OWN, replace(SDPA, reference="others"), OLD_SDPA):
+        write(store, {1: [-1.0]}, fingerprint)
+    with monkeypatch.context() as patch:
+        patch.setattr("dpo_dist.reference.store.LOGP_PATH_VERSION", 0)
+        write(store, {1: [-1.0]}, SDPA)
+    (store / ("0" * 32)).mkdir()
+    assert find_compatible(store, OWN) == [OLD_SDPA]
+    write(store, {1: [-1.0]}, SDPA)
+    assert find_compatible(store, OWN) == [SDPA, OLD_SDPA]
+    assert difference(OWN, OLD_SDPA) == "attention sdpa, torch 2.12"
+
+
+@pytest.fixture
+def on_two_ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[[Profile], World]:
+    """Return a world of two ranks: this one, and one with the given numerics profile."""
+
+    def make(other: Profile) -> World:
+        monkeypatch.setattr(World, "gather", lambda _self, profile: [profile, other])
+        peers = (Peer(0, "host-a", 1), Peer(1, "host-b", 2))
+        return World(None, 0, 2, torch.device("cpu"), peers)
+
+    return make
+
+
+def test_tolerant_ranks_share_a_profile_with_the_values_of_both(
+    on_two_ranks: Callable[[Profile], World],
+) -> None:
+    world = on_two_ranks({**PROFILE, "gpu": "H100", "torch": "2.12"})
+    agreed = agree_on_numerics(PROFILE, True, world)
+    assert agreed == {**PROFILE, "gpu": "H100 or H200", "torch": "2.12 or 2.13"}
+    assert agree_on_numerics(PROFILE, False, on_two_ranks(dict(PROFILE))) == PROFILE
+
+
+@pytest.mark.parametrize(
+    ("is_tolerant", "other", "remedy"),
+    [
+        (False, {"gpu": "H100"}, "reference.numerics=tolerant"),
+        (False, {"dtype": "fp32"}, "one installation"),
+        (True, {"gpu": "H100", "dtype": "fp32"}, "one installation"),
+    ],
+)
+def test_ranks_with_other_numerics_are_an_error(
+    is_tolerant: bool, other: Profile, remedy: str, on_two_ranks: Callable[[Profile], World]
+) -> None:
+    with pytest.raises(ReferenceModelError, match="different numerics") as raised:
+        agree_on_numerics(PROFILE, is_tolerant, on_two_ranks({**PROFILE, **other}))
+    assert raised.value.remedy.endswith(remedy)
+    for name, value in other.items():
+        assert f"{name}: {PROFILE[name]} on rank 0 (host-a), {value} on rank 1 (host-b)" in raised.value.got

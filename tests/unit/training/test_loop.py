@@ -1,0 +1,176 @@
+"""The loop: the learning rate, steps without an update that end a run, and the best checkpoints."""
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from transformers import TrainingArguments
+from transformers.optimization import (
+    get_constant_schedule_with_warmup,
+    get_cosine_with_min_lr_schedule_with_warmup,
+    get_inverse_sqrt_schedule,
+    get_polynomial_decay_schedule_with_warmup,
+)
+
+from dpo_dist.config.load import load_run_config
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import LearningRateSchedule, OptimConfig, TrainerConfig
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.training.loop import (
+    best_after,
+    check_keep_best,
+    check_warmup,
+    count,
+    ending_error,
+    learning_rate,
+    still_there,
+)
+from dpo_dist.training.state import BestCheckpoint, Position
+from dpo_dist.training.step import StepTotals
+from tests.support.one_weight import Run
+
+
+def of_transformers(schedule: LearningRateSchedule, floor: float, warmup: int, steps: int) -> list[float]:
+    """Return the rates of the first `steps` + 1 steps by the schedule of transformers."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=8.0)
+    match schedule:
+        case LearningRateSchedule.constant | LearningRateSchedule.constant_with_warmup:
+            made = get_constant_schedule_with_warmup(optimizer, warmup)
+        case LearningRateSchedule.inverse_sqrt:
+            made = get_inverse_sqrt_schedule(optimizer, warmup)
+        case LearningRateSchedule.linear:
+            made = get_polynomial_decay_schedule_with_warmup(optimizer, warmup, steps, lr_end=8.0 * floor)
+        case LearningRateSchedule.cosine:
+            made = get_cosine_with_min_lr_schedule_with_warmup(optimizer, warmup, steps, min_lr_rate=floor)
+    found = []
+    for _ in range(steps + 1):
+        found += made.get_last_lr()
+        optimizer.step()
+        made.step()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("schedule", "floor"),
+    [
+        *((schedule, 0.0) for schedule in LearningRateSchedule),
+        (LearningRateSchedule.linear, 0.2),
+        (LearningRateSchedule.cosine, 0.2),
+    ],
+)
+@given(steps=st.integers(1, 60), ratio=st.none() | st.floats(0, 0.999), data=st.data())
+def test_schedules_are_those_of_transformers_whose_warmup_is_one_step_later(
+    schedule: LearningRateSchedule, floor: float, steps: int, ratio: float | None, data: st.DataObject
+) -> None:
+    optim = OptimConfig(lr=8.0, schedule=schedule, min_lr_ratio=floor)
+    if ratio is None:
+        warmup = data.draw(st.integers(0, steps - 1))
+        optim = replace(optim, warmup_steps=warmup)
+    else:
+        given_so = SimpleNamespace(warmup_steps=ratio, warmup_ratio=None)
+        warmup = TrainingArguments.get_warmup_steps(given_so, steps)
+        optim = replace(optim, warmup_ratio=ratio)
+    assume(warmup < steps)  # theirs divide by the steps after it
+    theirs = of_transformers(schedule, floor, warmup, steps)
+    for step in range(steps):
+        expected = theirs[step + 1] if step < warmup else theirs[step]
+        assert learning_rate(optim, step, steps) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_warmup_longer_than_the_run_is_an_error() -> None:
+    check_warmup(OptimConfig(warmup_steps=5), 5)
+    check_warmup(OptimConfig(warmup_ratio=1.0), 5)
+    with pytest.raises(ConfigError, match="longer than the run") as error:
+        check_warmup(OptimConfig(warmup_steps=6), 5)
+    assert error.value.got == "6 of 5 steps"
+
+
+MEANS = {"loss": 0.7, "logps/chosen_per_token": -9.0}
+INFINITE = StepTotals(sums={}, counts={}, means=MEANS, votes=[], grad_norm=float("inf"))
+
+
+@pytest.mark.parametrize(
+    ("steps", "facts", "said"),
+    [
+        (9, {"step": 3, "bad_steps": 4, "bad_in_a_row": 4}, "not finite at step 3"),
+        (9, {"step": 3, "bad_steps": 3, "bad_in_a_row": 3}, None),
+        (9, {"step": 9, "bad_steps": 2, "bad_in_a_row": 2}, "not finite at step 9"),
+        (9, {"step": 9, "bad_steps": 1, "bad_in_a_row": 1}, None),
+        (9, {"step": 5, "collapsed_in_a_row": 4}, "the policy has collapsed"),
+        (9, {"step": 5, "collapsed_in_a_row": 3}, None),
+        (9, {"step": 9, "collapsed_in_a_row": 1}, "the policy has collapsed"),
+        (3, {"step": 3, "overflows": 3}, "gradients overflow in fp16"),
+        (3, {"step": 3, "overflows": 2}, None),
+        (4, {"step": 3, "overflows": 2}, None),
+        (3, {"step": 3, "overflows": 2, "bad_steps": 1, "bad_in_a_row": 1}, "not finite at step 3"),
+    ],
+)
+def test_a_run_ends_that_learns_nothing(steps: int, facts: dict[str, Any], said: str | None) -> None:
+    error = ending_error(INFINITE, Position(**facts), steps, RunFolder(Path("run")), 2.0**13)
+    assert (error is None) == (said is None)
+    assert error is None or str(said) in error.message
+
+
+def test_an_overflow_neither_ends_nor_continues_a_row_of_bad_steps() -> None:
+    position = Position(step=3, bad_steps=2, bad_in_a_row=2, collapsed_in_a_row=1)
+    count(position, INFINITE, overflow=True)
+    assert (position.overflows, position.bad_steps, position.bad_in_a_row) == (1, 2, 2)
+    count(position, INFINITE, overflow=False)
+    assert (position.overflows, position.bad_steps, position.bad_in_a_row) == (1, 3, 3)
+
+
+ACCURACY = "eval_rewards/accuracies"
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "steps"),
+    [
+        (ACCURACY, [9.0, 0.5, 0.7, 0.7], [2]),
+        (f"{ACCURACY}/math", [0.0, 0.5, 0.4], [1]),
+        ("eval_loss", [0.0, 0.5, 0.7, 0.4], [3]),
+    ],
+)
+def test_the_best_values_are_kept(metric: str, values: list[float], steps: list[int]) -> None:
+    """Of evaluations at steps 0, 1, 2, ...; not of the model before training."""
+    best: list[BestCheckpoint] = []
+    for step, value in enumerate(values):
+        best = best_after(TrainerConfig(keep_best=metric), best, step, {metric: value})
+    assert [one.step for one in best] == steps
+
+
+def test_another_metric_starts_again_and_none_keeps_none() -> None:
+    best = [BestCheckpoint(ACCURACY, 5, 0.9)]
+    of_loss = best_after(TrainerConfig(keep_best="eval_loss"), best, 10, {"eval_loss": 0.5, ACCURACY: 0.1})
+    assert of_loss == [BestCheckpoint("eval_loss", 10, 0.5)]
+    assert best_after(TrainerConfig(), best, 10, {ACCURACY: 1.0}) == []
+    assert best_after(TrainerConfig(keep_best=ACCURACY), best, 10, {"eval_loss": 0.5}) == best
+
+
+@pytest.mark.parametrize(
+    ("metric", "loss", "near"),
+    [
+        (f"{ACCURACY}/maths", "sigmoid", f"{ACCURACY}/math"),
+        (ACCURACY, "sft", "eval_rewards/chosen"),
+    ],
+)
+def test_a_metric_that_no_evaluation_has_is_refused(metric: str, loss: str, near: str) -> None:
+    data = ["data.train=[a.jsonl]", "data.eval=[b.jsonl]", "trainer.eval_every=5"]
+    best = [f"trainer.keep_best={metric}", f"loss={loss}"]
+    config = load_run_config(["model.path=org/model", *data, *best])
+    with pytest.raises(ConfigError, match="do not have this metric") as error:
+        check_keep_best(config, ("math", "code"))
+    assert near in error.value.expected
+
+
+def test_best_checkpoints_that_were_deleted_do_not_count(tmp_path: Path) -> None:
+    """The newest checkpoint, for which the best one was deleted, is damaged: the one before names it."""
+    run = Run(tmp_path)
+    run.start()
+    run.save(3)
+    first, third = BestCheckpoint(ACCURACY, 1, 0.8), BestCheckpoint(ACCURACY, 3, 0.9)
+    assert still_there([third, first], tmp_path) == [third]
