@@ -16,7 +16,7 @@ from deepspeed.ops.op_builder.builder import OpBuilder
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, OptimConfig, ParallelismConfig
 from dpo_dist.distributed import join as joined_module
-from dpo_dist.distributed.join import joined
+from dpo_dist.distributed.join import joined, start_world
 from dpo_dist.distributed.processes import Peer
 from dpo_dist.distributed.world import GivenWay, Stops, World
 from dpo_dist.distributed.zero import policy_config
@@ -50,9 +50,18 @@ def test_a_run_outside_of_the_main_thread_changes_no_handler() -> None:
     assert signal.signal(signal.SIGTERM, handler) is signal.SIG_DFL
 
 
+def test_a_launch_without_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED", raising=False)
+    with pytest.raises(ConfigError, match="without DeepSpeed") as found:
+        start_world({}, 60)
+    assert "cpu_2.yaml" in str(found.value)
+
+
 @pytest.mark.parametrize(
     ("gpus", "variables", "error"),
     [
+        (0, {"CUDA_VISIBLE_DEVICES": "0"}, "GPUs are asked for, and PyTorch finds none"),
         (2, {"LOCAL_WORLD_SIZE": "3"}, "there are more processes than GPUs on this host"),
         (2, {"LOCAL_WORLD_SIZE": "2"}, ""),
         (0, {"CUDA_VISIBLE_DEVICES": "-1"}, ""),
