@@ -33,7 +33,7 @@ from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support import tiny
 from tests.support.cache import encoded_folders, opened
 from tests.support.masks import add_masks, random_mask
-from tests.support.packing import COSTS, dataset_of, random_pairs
+from tests.support.packing import dataset_of, random_pairs
 from tests.support.pages import ROOT
 from tests.support.pairs import encode
 from tests.support.records import BAD, GOOD, TEXT, jsonl
@@ -100,24 +100,6 @@ def test_more_bad_records_than_allowed_or_the_first_one_are_an_error(tmp_path: P
         opened(tmp_path, path, max_bad_share=0.124)
     assert f"{path}:1" in raised.value.where
     assert "identical_responses 1" in raised.value.got
-
-
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_ranks_compute_each_example_once_and_agree_on_the_sizes(tmp_path: Path, world_size: int) -> None:
-    data = opened(tmp_path, jsonl(tmp_path, *GOOD))
-    indices = np.array([5, 1, 3, 6, 0], dtype=np.int64)
-    plans = [shard_batch(data, indices, rank, world_size, 60, COSTS) for rank in range(world_size)]
-    computed = [index for plan in plans for micro_batch in plan.micro_batches for index in micro_batch]
-    assert sorted(computed) == sorted(indices.tolist())
-    sizes = {
-        (len(plan.micro_batches), plan.pairs, plan.tokens, plan.mean_chosen_tokens, plan.targets)
-        for plan in plans
-    }
-    [(_, pairs, tokens, mean_chosen, _)] = sizes
-    assert mean_chosen == pytest.approx(np.mean([data.lengths(index)[1] for index in indices]))
-    batches = [batch for plan in plans for batch in plan.batches()]
-    assert sum(batch.tokens for batch in batches) == tokens
-    assert sum(float(batch.weights.sum()) for batch in batches) == len(indices) == pairs
 
 
 def test_ids_that_decay_on_disk_are_not_trained_on(tmp_path: Path) -> None:
