@@ -270,9 +270,6 @@ def test_a_key_depends_on_the_end_of_the_prompt() -> None:
 
 
 # Counts of records by source and by field, errors with their remedies, duplicates.
-FORTY = [{"prompt": f"question {n}", "chosen": f"right {n}", "rejected": f"wrong {n}"} for n in range(40)]
-
-
 def file_of(folder: Path, name: str, *rows: object) -> str:
     (folder / name).mkdir()
     return jsonl(folder / name, *rows)
@@ -280,13 +277,12 @@ def file_of(folder: Path, name: str, *rows: object) -> str:
 
 def test_every_source_has_its_counts(tmp_path: Path) -> None:
     bad = TEXT | {"chosen": None}
-    first, second = file_of(tmp_path, "one", *FORTY), file_of(tmp_path, "two", *FORTY[:3], bad)
+    first, second = file_of(tmp_path, "one", *GOOD), file_of(tmp_path, "two", *GOOD[:3], bad)
     counts = opened(tmp_path, first, second, max_bad_share=0.5).counts
-    assert [
-        (source["path"], source["read"], source["kept"], source["dropped"]) for source in counts["sources"]
-    ] == [(first, 40, 40, {}), (second, 4, 3, {"missing_field": 1})]
+    found = [[source[name] for name in ("path", "read", "kept", "dropped")] for source in counts["sources"]]
+    assert found == [[first, 7, 7, {}], [second, 4, 3, {"missing_field": 1}]]
     lines = describe_counts("train", counts)
-    assert "43 of 44 records kept" in lines[0]
+    assert "10 of 11 records kept" in lines[0]
     assert lines[1] == "  1 dropped (missing_field): a prompt or response is missing"
     assert f"of two-records ({second}): 3 of 4 records kept, 1 missing_field: text" in "\n".join(lines)
 
@@ -295,8 +291,8 @@ def test_every_source_has_its_counts(tmp_path: Path) -> None:
     ("rows", "data", "expected"),
     [
         ([{"task": "q", "chosen": "a", "rejected": "b"}], {}, ["task (text)", "columns: {prompt: COLUMN"]),
-        (FORTY, {"max_length": 2}, ["data.max_length is 2", "data.truncation=keep_end"]),
-        ([*FORTY[:3], TEXT | {"images": [1]}], {}, ["fields: images", "data.max_bad_share", "COLUMN: null"]),
+        (GOOD, {"max_length": 2}, ["data.max_length is 2", "data.truncation=keep_end"]),
+        ([*GOOD[:3], TEXT | {"images": [1]}], {}, ["fields: images", "data.max_bad_share", "COLUMN: null"]),
         ([{"prompt": "q", "completion": "a", "label": True}], {}, ["unpaired", "pair good and bad"]),
     ],
 )
@@ -308,18 +304,18 @@ def test_remedies(tmp_path: Path, rows: list[object], data: dict[str, Any], expe
 
 
 def test_duplicates_are_counted(tmp_path: Path) -> None:
-    swapped = FORTY[0] | {"chosen": FORTY[0]["rejected"], "rejected": FORTY[0]["chosen"]}
+    swapped = GOOD[0] | {"chosen": GOOD[0]["rejected"], "rejected": GOOD[0]["chosen"]}
     ranking = {"prompt": "q", "responses": ["a", "b", "c"]}
     other_order = {"prompt": "q", "responses": ["a", "c", "b"]}
-    once = opened(tmp_path, file_of(tmp_path, "once", *FORTY, swapped, ranking, other_order))
+    once = opened(tmp_path, file_of(tmp_path, "once", *GOOD, swapped, ranking, other_order))
     assert count_duplicates(once) == 0
     twice = opened(
         tmp_path,
-        file_of(tmp_path, "a", *FORTY, FORTY[3], ranking, ranking),
-        file_of(tmp_path, "b", *FORTY[:5]),
+        file_of(tmp_path, "a", *GOOD, GOOD[3], ranking, ranking),
+        file_of(tmp_path, "b", *GOOD[:5]),
     )
     assert count_duplicates(twice) == 7
-    held_out = opened(tmp_path, file_of(tmp_path, "c", FORTY[0], TEXT, swapped, other_order))
+    held_out = opened(tmp_path, file_of(tmp_path, "c", GOOD[0], TEXT, swapped, other_order))
     assert (count_shared(held_out, once), count_shared(held_out, twice)) == (3, 1)
 
 

@@ -351,14 +351,13 @@ def test_a_response_without_counted_tokens_is_a_bad_record(turns: Messages) -> N
 
 
 @pytest.mark.parametrize(
-    ("family", "data"),
+    ("start", "family", "data"),
     [
-        ("qwen3", {"template_arguments": {"enable_thinking": False}}),
-        ("qwen3_6", {}),
-        ("deepseek_r1_distill", {}),
+        ("<table>", "qwen3", {"template_arguments": {"enable_thinking": False}}),
+        ("</p>", "qwen3_6", {}),
+        ("<", "deepseek_r1_distill", {}),
     ],
 )
-@pytest.mark.parametrize("start", ["<table>", "</p>", "<"])
 def test_a_turn_may_start_like_the_tag_of_a_prompt(start: str, family: str, data: dict[str, Any]) -> None:
     first = replace(ANSWER, content=f"{start} It rains.")
     assert counted((first, DOUBT, LAST), family, **data).startswith(f"{start} It rains.")

@@ -167,12 +167,10 @@ def test_the_configured_format_decides() -> None:
     ("fields", "expected"),
     [
         ({"prompt": "q"}, "q"),
-        ({"prompt": [user("q")]}, [Q]),
         ({"messages": DONE}, [Q]),
         ({"prompt": "q", "system": "be kind"}, [KIND, Q]),
         (TEXT, "q"),
         ({"prompt": "q", "responses": ["a", "b"], "scores": [1, 1]}, "q"),
-        (WHOLE, [Q]),
         (HH, [Q]),
         ({"text": "q"}, "unknown_format"),
         ({"prompt": "  "}, "empty_prompt"),
