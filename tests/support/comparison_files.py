@@ -85,27 +85,3 @@ def write_comparison(run: Path, content: dict[str, Any], rows: list[dict[str, An
     (folder / "comparison.json").write_text(json.dumps(content))
     (folder / "answers.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
     return folder / "comparison.html"
-
-
-def betas() -> dict[str, Any]:
-    """A comparison of four betas with the base: 0.1 is the best, 0.3 as good, 0.01 too far."""
-    models = [
-        model("base", None, 0.41),
-        model("beta 0.5", 3.0, 0.52),
-        model("beta 0.3", 6.5, 0.6, length=120),
-        model("beta 0.1", 14.0, 0.62, length=160),
-        model("beta 0.01", 60.0, 0.45, length=260, finished=0.84, refusals=0.1),
-    ]
-    wins = [
-        win("base", "beta 0.5", 0.38),
-        win("base", "beta 0.3", 0.31),
-        win("base", "beta 0.1", 0.29),
-        win("base", "beta 0.01", 0.49),
-        win("beta 0.5", "beta 0.3", 0.42),
-        win("beta 0.5", "beta 0.1", 0.4),
-        win("beta 0.5", "beta 0.01", 0.58),
-        win("beta 0.3", "beta 0.1", 0.48),
-        win("beta 0.3", "beta 0.01", 0.64),
-        win("beta 0.1", "beta 0.01", 0.66),
-    ]
-    return results(models, wins, counts={"position_disagreements": 31})
