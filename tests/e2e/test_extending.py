@@ -22,7 +22,6 @@ ROWS = {
     "loss": "a loss kind with an option",
     "format": "a data format",
     "metric per pair": "a metric per pair",
-    "metric per token": "a metric per token",
     "architecture": "a model architecture",
 }
 
