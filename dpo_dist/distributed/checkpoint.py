@@ -116,11 +116,8 @@ def safetensors_file(tensors: Mapping[str, Tensor], metadata: dict[str, str]) ->
     end = 0
     for name, tensor in ordered:
         start, end = end, end + tensor.nbytes
-        header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
+        shape = list(tensor.shape)
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little")
@@ -356,8 +353,7 @@ def load_random_states(folder: Path, rank: int, saved_ranks: int, device: torch.
     states = json.loads((folder / random_states_name(rank % saved_ranks)).read_bytes())
     if rank >= saved_ranks:
         text = f"{rank} {bytes(states['torch']).hex()}"
-        seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest())
-        set_seed(seed)
+        set_seed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest()))
         return
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))

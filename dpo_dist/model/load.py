@@ -29,7 +29,7 @@ from dpo_dist.model.architectures import (
     switch_off_noise,
 )
 from dpo_dist.model.attention import check_kernel, choose_backend
-from dpo_dist.model.folder import CONFIG_FILE, check_tokenizer_files, read_model_json
+from dpo_dist.model.folder import CONFIG_FILE, check_tokenizer_files, has_tokenizer, read_model_json
 from dpo_dist.model.layers import (
     check_device,
     checkpoint_layers,
@@ -116,6 +116,37 @@ def load_tokenizer(folder: Path, config: ModelConfig, key: str = "model.path") -
             remedy="put the tokenizer's files beside config.json, and correct these files",
         ) from error
     return tokenizer
+
+
+def check_same_vocabulary(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, key: str = "reference.path"
+) -> None:
+    """Check that the model of `key` has the policy's token ids, for the same tokens.
+
+    Without a tokenizer in its folder only the number of ids is compared.
+    """
+    vocabulary = tokenizer.get_vocab()
+    ids_needed = max(vocabulary.values()) + 1
+    ids = load_config(folder, config).get_text_config().vocab_size
+    if ids < ids_needed:
+        raise ConfigError(
+            f"the model of {key} has fewer token ids than the tokenizer of model.path",
+            where=key,
+            got=f"{folder} with {ids} token ids",
+            remedy=f"set {key} to a model with the tokenizer of model.path",
+        )
+    if not has_tokenizer(folder):
+        return
+    own_vocabulary = load_tokenizer(folder, config).get_vocab()
+    differing = [token for token, number in vocabulary.items() if own_vocabulary.get(token) != number]
+    if differing:
+        raise ConfigError(
+            f"the tokenizer of {key} has other ids for the same tokens",
+            where=key,
+            got=f"{folder}: {len(differing)} of {len(vocabulary)} tokens differ, "
+            f"for example {', '.join(map(repr, sorted(differing)[:3]))}",
+            remedy=f"set {key} to a model with the tokenizer of model.path",
+        )
 
 
 def load_packed(

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.config.schema import ModelConfig, RunConfig
@@ -27,8 +27,7 @@ from dpo_dist.distributed.zero import (
 )
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.exactness import StartCheck
-from dpo_dist.model.folder import has_tokenizer
-from dpo_dist.model.load import load_config, load_packed, load_tokenizer
+from dpo_dist.model.load import load_config, load_packed
 from dpo_dist.model.lora import load_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference.digest import ModelFiles
@@ -75,37 +74,6 @@ def settle_engine(
         if world.size > 1:
             check.check_use()
     engine.model.train(was_training)
-
-
-def check_same_vocabulary(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, key: str = "reference.path"
-) -> None:
-    """Check that the model of `key` has the policy's token ids, for the same tokens.
-
-    Without a tokenizer in its folder only the number of ids is compared.
-    """
-    vocabulary = tokenizer.get_vocab()
-    ids_needed = max(vocabulary.values()) + 1
-    ids = load_config(folder, config).get_text_config().vocab_size
-    if ids < ids_needed:
-        raise ConfigError(
-            f"the model of {key} has fewer token ids than the tokenizer of model.path",
-            where=key,
-            got=f"{folder} with {ids} token ids",
-            remedy=f"set {key} to a model with the tokenizer of model.path",
-        )
-    if not has_tokenizer(folder):
-        return
-    own_vocabulary = load_tokenizer(folder, config).get_vocab()
-    differing = [token for token, number in vocabulary.items() if own_vocabulary.get(token) != number]
-    if differing:
-        raise ConfigError(
-            f"the tokenizer of {key} has other ids for the same tokens",
-            where=key,
-            got=f"{folder}: {len(differing)} of {len(vocabulary)} tokens differ, "
-            f"for example {', '.join(map(repr, sorted(differing)[:3]))}",
-            remedy=f"set {key} to a model with the tokenizer of model.path",
-        )
 
 
 # Tokens of a micro-batch that is only scored, for one token of the trainer's.

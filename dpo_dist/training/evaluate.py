@@ -21,11 +21,12 @@ from dpo_dist.foundation.files import collect_abandoned, plain, staged_file, wri
 from dpo_dist.insight.console import Console, evaluation_table
 from dpo_dist.insight.evaluation import ALL, Mask, results, write_scores
 from dpo_dist.model.folder import base_notes, hub_commit, is_adapter
+from dpo_dist.model.load import check_same_vocabulary
 from dpo_dist.model.lora import add_adapter, load_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import MetricPlan, PairValues
-from dpo_dist.reference.engine import check_same_vocabulary, load_scored, scored_model
+from dpo_dist.reference.engine import load_scored, scored_model
 from dpo_dist.training.inputs import (
     EvaluationInputs,
     load_evaluation_inputs,

@@ -60,12 +60,11 @@ from dpo_dist.model.folder import (
     tokenizer_folder,
 )
 from dpo_dist.model.layers import check_device
-from dpo_dist.model.load import load_config, load_tokenizer, without_weights
+from dpo_dist.model.load import check_same_vocabulary, load_config, load_tokenizer, without_weights
 from dpo_dist.model.ulysses import check_shared_tokens
 from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.router import RouterLoss
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
-from dpo_dist.reference.engine import check_same_vocabulary
 from dpo_dist.training.resume import check_fresh_start, find_finished
 from dpo_dist.training.start import Run
 from dpo_dist.training.targets import EVALUATED, Evaluated, Kind

@@ -20,22 +20,11 @@ from dpo_dist.foundation.process import StopRequest
 from dpo_dist.foundation.text import counted, duration
 from dpo_dist.insight.console import Console
 from dpo_dist.model.attention import choose_backend
+from dpo_dist.model.load import check_same_vocabulary
 from dpo_dist.model.numerics import numerics_of
 from dpo_dist.objective.losses import BatchFacts
-from dpo_dist.reference.digest import (
-    ModelFiles,
-    agree_on_numerics,
-    difference,
-    find_compatible,
-    model_label,
-)
-from dpo_dist.reference.engine import (
-    SCORING_TOKENS_FACTOR,
-    ReferenceProvider,
-    check_same_vocabulary,
-    load_reference,
-    scored_model,
-)
+from dpo_dist.reference.digest import ModelFiles, agree_on_numerics, difference, find_compatible, model_label
+from dpo_dist.reference.engine import SCORING_TOKENS_FACTOR, ReferenceProvider, load_reference, scored_model
 from dpo_dist.reference.fill import OWN_NUMERICS, FillReport, Scorer, StoreFiller, count_reused
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, Values
 from dpo_dist.training.inputs import EvaluationInputs, load_inputs

@@ -1,7 +1,6 @@
 """Ranks whose tokens visit different experts neither hang nor differ from one process."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -32,15 +31,13 @@ from dpo_dist.model.layers import checkpoint_layers, offload_inputs, partly_used
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.model.ulysses import TokenExchange
-from dpo_dist.objective.losses import RunningMeans
-from dpo_dist.training.step import Objective, StepClock, train_step
-from tests.dist.scenario import Assets
-from tests.dist.test_engine import LOSS, STEPS, RowsAtHand, plain_steps
+from dpo_dist.training.step import Objective
+from tests.dist.scenario import LOSS, Assets, RowsAtHand, all_steps, plain_steps
+from tests.dist.test_engine import write_whole
 from tests.support import tiny
 from tests.support.families import COMMON, HEADS
 from tests.support.packing import COSTS, plain_logps
 from tests.support.ranks import OPTIM, run_ranks
-from tests.support.written import whole_weights
 
 EXPERTS, UNUSED = 8, 7
 SECONDS = 60
@@ -137,15 +134,8 @@ def listed_steps(
     blocks = [layer.mlp for layer in model.causal_lm.model.layers]
     assert partly_used_blocks(model.causal_lm) == blocks
     policy = PolicyEngine(model, OPTIM, world)
-    objective, norms = Objective(LOSS, RowsAtHand.of(dataset, reference)), []
-    for rows, budget in STEPS:
-        plan = shard_batch(dataset, np.array(rows), world.replica, world.replicas, budget, COSTS)
-        ready = objective.ready_step(plan, world.device)
-        clock = StepClock(world.device)
-        norms.append(train_step(policy, objective, ready, OPTIM.lr, world, clock, RunningMeans())[1].item())
-    weights = whole_weights(policy)
-    if weights is not None:
-        save_file({n: w.contiguous().clone() for n, w in weights.items()}, folder / "after.safetensors")
+    norms = all_steps(policy, Objective(LOSS, RowsAtHand.of(dataset, reference)), dataset, world)
+    write_whole(policy, folder / "after.safetensors")
     assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) is compiled
     return {"norms": norms, "visited": visits(policy.causal_lm)}
 
@@ -158,27 +148,22 @@ def plain_model(targets: list[str] | None) -> Any:
     return model.causal_lm
 
 
+ZERO3, ZERO2 = ParallelismConfig(), ParallelismConfig(ParallelismKind.zero2)
 OFFLOADED = ParallelismConfig(offload_parameters=Offload.cpu)
-ZERO2 = ParallelismConfig(ParallelismKind.zero2)
-SHARED, SHARED_ZERO2 = (
-    replace(parallelism, sequence_parallel=2) for parallelism in (ParallelismConfig(), ZERO2)
-)
+SHARED = ParallelismConfig(sequence_parallel=2)
+OF_EXPERTS = ["up_proj", "down_proj"]
 
 
 @pytest.mark.parametrize(
     ("size", "parallelism", "targets", "checkpointing"),
     [
-        pytest.param(2, ParallelismConfig(), None, "none", id="2 ranks"),
-        pytest.param(3, ParallelismConfig(), None, "full", id="3 ranks, checkpointing"),
-        pytest.param(2, OFFLOADED, None, "none", id="2 ranks, offloaded weights"),
-        pytest.param(2, ParallelismConfig(), ["up_proj", "down_proj"], "none", id="2 ranks, LoRA on experts"),
-        pytest.param(3, ParallelismConfig(), ["q_proj"], "full", id="3 ranks, LoRA beside frozen experts"),
-        pytest.param(3, ZERO2, None, "full", id="3 ranks, zero2, checkpointing"),
-        pytest.param(2, ZERO2, ["up_proj", "down_proj"], "none", id="2 ranks, zero2, LoRA on experts"),
-        pytest.param(2, ZERO2, None, "compiled", id="2 ranks, zero2, compiled"),
-        pytest.param(2, ParallelismConfig(ParallelismKind.ddp), None, "none", id="2 ranks, ddp"),
+        pytest.param(3, ZERO3, None, "full", id="3 ranks, checkpointing"),
+        pytest.param(2, OFFLOADED, OF_EXPERTS, "none", id="2 ranks, offloaded weights, LoRA on experts"),
+        pytest.param(3, ZERO3, ["q_proj"], "full", id="3 ranks, LoRA beside frozen experts"),
         pytest.param(2, SHARED, None, "full", id="2 ranks share tokens, checkpointing"),
-        pytest.param(2, SHARED_ZERO2, None, "none", id="2 ranks share tokens, zero2"),
+        pytest.param(2, ZERO2, OF_EXPERTS, "none", id="2 ranks, zero2, LoRA on experts"),
+        pytest.param(2, ZERO2, None, "compiled", id="2 ranks, zero2, compiled"),
+        pytest.param(2, ParallelismConfig(ParallelismKind.ddp), None, "full", id="2 ranks, ddp"),
     ],
 )
 def test_ranks_with_tokens_for_different_experts_train_like_one_process(

@@ -1,6 +1,8 @@
-"""A reference in memory, in host memory, on a disk or quantized: its log-probs, and nothing left behind."""
+"""A reference in memory, in host memory, on a disk or quantized: its files, log-probs, and what is left."""
 
 import gc
+import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,12 @@ from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import Offload, Quantization, ReferenceConfig
 from dpo_dist.data.dataset import shard_batch
 from dpo_dist.distributed.join import check_async_io
+from dpo_dist.distributed.processes import Peer
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import FrozenEngine, own_folder
-from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
 from dpo_dist.insight.console import Console
+from dpo_dist.reference.digest import digest_model, digest_on_every_node
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.training.inputs import load_inputs
 from dpo_dist.training.reference import prepare_reference
@@ -65,10 +69,8 @@ def come_and_go(assets: Assets, offload: Offload, model: Path, world: World, fol
     return found
 
 
-@pytest.mark.parametrize(
-    "offload", [Offload.none, Offload.cpu, pytest.param(Offload.nvme, marks=NEEDS_ASYNC_IO)]
-)
-def test_a_reference_scores_anywhere_and_leaves_nothing_behind(
+@pytest.mark.parametrize("offload", [Offload.cpu, pytest.param(Offload.nvme, marks=NEEDS_ASYNC_IO)])
+def test_an_offloaded_reference_scores_and_leaves_nothing_behind(
     offload: Offload, assets: Assets, tmp_path: Path
 ) -> None:
     model = write_model(tmp_path / "model", hidden_size=512, intermediate_size=2048, layers=1)
@@ -95,24 +97,18 @@ def test_without_async_io_nvme_is_refused() -> None:
     assert caught.value.where == "reference.offload"
 
 
-def make_folders(nvme: Path, world: World, _folder: Path) -> list[str]:
-    host = world.peers[0].host
-    world.on_main(lambda: [(nvme / f"dpo_dist-{host}-{pid}").mkdir(parents=True) for pid in (1, 2**22 + 1)])
-    own = own_folder(str(nvme), world)
-    world.barrier()
-    assert own.is_dir()
-    (nvme / "file").touch()
-    with pytest.raises(ConfigError):
-        own_folder(str(nvme / "file"), world)
-    return sorted(path.name.rpartition("-")[2] for path in nvme.glob("dpo_dist-*"))
-
-
 def test_each_process_has_its_folder_and_those_of_dead_ones_are_removed(tmp_path: Path) -> None:
-    results = run_ranks(partial(make_folders, tmp_path / "nvme"), 2, tmp_path / "ranks")
-    assert results[0] == results[1]
-    assert len(results[0]) == 3
-    assert "1" in results[0]
-    assert str(2**22 + 1) not in results[0]
+    peers = (Peer(0, "host", os.getpid()), Peer(1, "host", os.getppid()))
+    living, dead = (tmp_path / f"dpo_dist-host-{pid}" for pid in (1, 2**22 + 1))
+    living.mkdir()
+    dead.mkdir()
+    worlds = [World(None, rank, 2, torch.device("cpu"), peers) for rank in (0, 1)]
+    own = {own_folder(str(tmp_path), world) for world in worlds}
+    assert len(own) == 2
+    assert {*tmp_path.iterdir()} == {living, *own}
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot be created"):
+        own_folder(str(tmp_path / "file"), worlds[0])
 
 
 def run_of(folder: Path, assets: Assets, *more: str) -> list[str]:
@@ -176,3 +172,29 @@ def test_a_quantized_reference_is_close_and_has_entries_of_its_own(assets: Asset
     for result in run_ranks(scenario, 2, tmp_path / "ranks"):
         assert all(1e-4 < drift < 0.5 for drift in result["drifts"])
         assert result["computed"] == [[16, False], [16, True], [0, False]]
+
+
+def digest_copies(models: list[Path], store: Path, world: World, _folder: Path) -> list[Any]:
+    """What ranks on two nodes, each with its own copy of a model, say of weights and of configurations."""
+    peers = tuple(Peer(peer.rank, f"node-{peer.rank}", peer.pid) for peer in world.peers)
+    on_two_nodes = replace(world, peers=peers)
+
+    def digest(loads_whole: bool) -> str:
+        try:
+            return digest_on_every_node(models[world.rank], store, False, loads_whole, on_two_nodes).digest
+        except ReferenceModelError as error:
+            return error.got
+
+    found = [digest(loads_whole=False), digest(loads_whole=True)]
+    if world.rank == 1:
+        (models[1] / "config.json").write_text((models[1] / "config.json").read_text() + " ")
+    return [*found, digest(loads_whole=False)]
+
+
+def test_a_node_with_other_files_than_the_first_is_an_error(tmp_path: Path) -> None:
+    """Weights count only on nodes that load them; configuration and code always."""
+    models = [write_model(tmp_path / name, seed=seed) for seed, name in enumerate(("model", "other"))]
+    own = digest_model(models[0]).digest
+    scenario = partial(digest_copies, models, tmp_path / "store")
+    for found in run_ranks(scenario, 2, tmp_path / "ranks"):
+        assert found == [own, "node-1 (rank 1): model.safetensors", "node-1 (rank 1): config.json"]

@@ -15,7 +15,7 @@ from examples.demo.report import read_prompts, report, reward_accuracy, sample_a
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "made"
-    make_demo(folder, seed=0)
+    assert make_demo(folder, seed=0)
     return folder
 
 
@@ -27,14 +27,12 @@ def records(demo: Path, name: str) -> list[dict]:
     return [json.loads(line) for line in (demo / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_whole_assets_are_kept_and_damaged_ones_are_made_again(tmp_path):
-    folder = tmp_path / "demo"
-    assert make_demo(folder, seed=0)
-    whole = contents(folder)
-    assert not make_demo(folder, seed=0)
-    (folder / "pairs_eval.jsonl").write_text("", encoding="utf-8")
-    assert make_demo(folder, seed=0)
-    assert contents(folder) == whole
+def test_whole_assets_are_kept_and_damaged_ones_are_made_again(demo):
+    whole = contents(demo)
+    assert not make_demo(demo, seed=0)
+    (demo / "pairs_eval.jsonl").write_text("", encoding="utf-8")
+    assert make_demo(demo, seed=0)
+    assert contents(demo) == whole
 
 
 def test_a_folder_of_the_user_is_never_replaced(tmp_path):
@@ -44,14 +42,10 @@ def test_a_folder_of_the_user_is_never_replaced(tmp_path):
     assert (tmp_path / "thesis.tex").exists()
 
 
-@pytest.mark.parametrize("name", ["pairs_train", "pairs_eval"])
-def test_in_every_pair_the_chosen_answer_alone_follows_the_rule(demo, name):
-    for record in records(demo, name):
+def test_chosen_answers_alone_and_three_warm_up_answers_of_ten_follow_the_rule(demo):
+    for record in [*records(demo, "pairs_train"), *records(demo, "pairs_eval")]:
         assert follows_rule(record["prompt"], record["chosen"][0]["content"])
         assert not follows_rule(record["prompt"], record["rejected"][0]["content"])
-
-
-def test_warmup_follows_the_rule_in_three_answers_of_ten(demo):
     rows = records(demo, "warmup_train")
     share = sum(follows_rule(row["prompt"], row["chosen"][0]["content"]) for row in rows) / len(rows)
     assert share == pytest.approx(0.3, abs=0.02)
@@ -81,7 +75,6 @@ def test_base_loads_and_its_template_ends_turns_with_eos(demo):
     ("answer", "follows"),
     [
         ("Dear Mira, a lemon is yellow.", True),
-        ("A lemon is yellow.", False),
         ("A lemon is yellow, Mira.", False),
         ("Dear Tomas, a lemon is yellow.", False),
         ("Dear Miranda, a lemon is yellow.", False),
@@ -92,7 +85,7 @@ def test_the_rule_is_the_askers_name_at_the_start(answer, follows):
     assert follows_rule(prompt, answer) is follows
 
 
-def test_report_has_shares_and_last_accuracy(demo, tmp_path):
+def test_report_has_shares_and_last_accuracy_or_says_what_to_do_without_a_model(demo, tmp_path):
     rows = records(demo, "pairs_eval")[:4]
     good = [row["chosen"][0]["content"] for row in rows]
     bad = [row["rejected"][0]["content"] for row in rows]
@@ -102,8 +95,5 @@ def test_report_has_shares_and_last_accuracy(demo, tmp_path):
     text = report([row["prompt"] for row in rows], [*bad[:3], good[3]], good, reward_accuracy(tmp_path))
     assert "25 % -> 100 %" in text
     assert "accuracy: 75 %" in text
-
-
-def test_report_of_a_missing_model_says_what_to_do(demo, tmp_path):
     with pytest.raises(ConfigError, match="quickstart"):
         sample_answers(tmp_path / "none", read_prompts(demo / "pairs_eval.jsonl"))

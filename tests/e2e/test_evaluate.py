@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from dpo_dist.objective.metrics import MARGIN_PERCENTILES
-from tests.e2e.conftest import Overrides
+from tests.e2e.conftest import Overrides, last_evaluation
 from tests.support.invented import write_pairs
-from tests.support.launch import history, run_state, run_verb, train
+from tests.support.launch import run_state, run_verb, train
 
 ROWS = ("trainer.max_steps=3", "trainer.save_every=2", "optim.lr=1e-2")
 
@@ -23,10 +23,6 @@ def evaluated(run: Path) -> dict[str, Any]:
 
 def scores(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "evaluation" / "scores.jsonl").read_text().splitlines()]
-
-
-def last_evaluation(run: Path) -> dict[str, float]:
-    return [row for row in history(run) if "eval_loss" in row][-1]
 
 
 def evaluate(overrides: list[str], processes: int = 1) -> str:
@@ -60,31 +56,19 @@ def assert_same_evaluation(got: Any, expected: Any) -> None:
         assert got == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_run_killed_after_its_last_evaluation_has_its_files(
+def test_a_run_killed_before_the_checkpoint_of_its_last_step_evaluates_again(
     overrides: Overrides, assets: Path, tmp_path: Path
 ) -> None:
-    """Killed before the checkpoint of the last step, it evaluates again; after it, the files are there."""
     command = overrides(*ROWS, f"data.eval=[{assets}/eval.jsonl]", "trainer.eval_every=2")
     run = tmp_path / "run"
-    assert run_verb("train", [*command, "trainer.stop_after_steps=2"]).code == 75
-    assert not (run / "evaluation").exists(), "only of the last evaluation"
     train(command)
     expected, pairs = evaluated(run), scores(run)
-    shutil.rmtree(run / "model")
-    forget_the_end(run)
-    train(command)
-    assert (evaluated(run), scores(run)) == (expected, pairs)
-    shutil.rmtree(run / "model")
-    shutil.rmtree(run / "evaluation")
-    shutil.rmtree(run / "checkpoints" / "step-000003")
-    forget_the_end(run)
-    train(command)
-    assert (evaluated(run), scores(run)) == (expected, pairs)
-
-
-def forget_the_end(run: Path) -> None:
+    for lost in ("model", "evaluation", "checkpoints/step-000003"):
+        shutil.rmtree(run / lost)
     state = run_state(run)
     (run / "run_state.json").write_text(json.dumps({**state, "outcome": "started", "summary": None}))
+    train(command)
+    assert (evaluated(run), scores(run)) == (expected, pairs)
 
 
 def test_a_model_and_a_checkpoint_score_as_in_the_run(
@@ -96,7 +80,7 @@ def test_a_model_and_a_checkpoint_score_as_in_the_run(
     names = {"all": "all (source)", "more": "more"}
     command = overrides(*ROWS, f"data.eval=[{sources}]")
     run = tmp_path / "run"
-    train(command)
+    train(command, processes=2)
     assert_equals_the_run(run)
     of_training, scores_of_training = evaluated(run), scores(run)
     output = evaluate(command)
@@ -129,17 +113,12 @@ def test_a_model_and_a_checkpoint_score_as_in_the_run(
     margins = [pair["margin"] for pair in pairs]
     assert alone["all"]["eval_rewards/margins"] == pytest.approx(math.fsum(margins) / 11, abs=1e-6)
 
-    evaluate(command, processes=2)
-    assert_equals_the_run(run)
+    last = f"evaluation.model={run}/checkpoints/step-000003"
+    for processes in (1, 2):
+        assert "(checkpoint)" in evaluate([*command, last], processes)
+        assert_equals_the_run(run)
     for got, expected in zip(scores(run), pairs, strict=True):
         assert got == pytest.approx(expected, abs=1e-4)
-
-    last = f"evaluation.model={run}/checkpoints/step-000003"
-    output = evaluate([*command, last])
-    assert "(checkpoint)" in output
-    assert_equals_the_run(run)
-    evaluate([*command, last], processes=2)  # written by one process
-    assert_equals_the_run(run)
 
     models = f"evaluation.model=[{run}/model,{assets}/model,{run}/checkpoints/step-000002]"
     others = [f"run.dir={run}", f"evaluation.data=[{tmp_path}/more.jsonl]"]
@@ -149,43 +128,11 @@ def test_a_model_and_a_checkpoint_score_as_in_the_run(
     names = [path.name.rpartition("-")[0] or path.name for path in folders]
     assert names == ["model", "model", "model", "step-000002", "step-000003", "training"]
     assert_same_evaluation(json.loads((folders[-1] / "evaluation.json").read_text()), of_training)
-    base = next(path for path in folders if model_of(path) == f"{assets}/model")
+    described = {path: json.loads((path / "evaluated.json").read_text())["model"] for path in folders}
+    base = next(path for path, model in described.items() if model == f"{assets}/model")
     assert json.loads((base / "evaluation.json").read_text())["all"]["eval_rewards/margins"] == 0
 
     output = evaluate([*others, models, "--check"])
     assert "check passed" in output
     assert "step-000002 (checkpoint)" in output
     assert "more.jsonl, 6 of the first 6 records kept" in output
-    as_json = run_verb("evaluate", [*others, models, "--check", "console.style=json"])
-    assert json.loads(as_json.output.splitlines()[-1])["kind"] == "check"
-
-
-def model_of(folder: Path) -> str:
-    found: str = json.loads((folder / "evaluated.json").read_text())["model"]
-    return found
-
-
-def test_a_checkpoint_of_two_processes_is_scored_by_one(
-    overrides: Overrides, assets: Path, tmp_path: Path
-) -> None:
-    command = overrides(*ROWS, f"data.eval=[{assets}/eval.jsonl]", "parallelism=zero3")
-    train(command, processes=2)
-    last = f"evaluation.model={tmp_path}/run/checkpoints/step-000003"
-    output = evaluate([f"run.dir={tmp_path}/run", "parallelism=zero3", last])
-    assert "(checkpoint)" in output
-    assert_equals_the_run(tmp_path / "run")
-
-
-def test_an_adapter_scores_as_in_the_run(overrides: Overrides, assets: Path, tmp_path: Path) -> None:
-    adapter = ("model.adapter={r: 4, alpha: 8}", "reference.mode=adapter")
-    command = overrides(*ROWS, *adapter, f"data.eval=[{{path: {assets}/eval.jsonl, label: eval}}]")
-    train(command, processes=2)
-    output = evaluate(command, processes=2)
-    assert "(adapter)" in output
-    assert_equals_the_run(tmp_path / "run")
-    assert list(evaluated(tmp_path / "run")) == ["all", "eval"]
-    last = f"evaluation.model={tmp_path}/run/checkpoints/step-000003"
-    evaluate([*command, last])
-    assert_equals_the_run(tmp_path / "run")
-    ended = run_verb("evaluate", [*command, last, "model.adapter.alpha=16"])
-    assert "the checkpoint is of a run with another adapter" in ended.output

@@ -13,6 +13,7 @@ import torch
 from transformers import ArceeConfig, AutoModelForCausalLM
 
 from tests.support import tiny
+from tests.support.families import COMMON, HEADS
 from tests.support.pages import ROOT, blocks_of
 
 EXAMPLES = {block.title: block.text for block in blocks_of("extending.md") if block.language == "diff"}
@@ -21,7 +22,6 @@ ROWS = {
     "loss": "a loss kind with an option",
     "format": "a data format",
     "metric per pair": "a metric per pair",
-    "metric per token": "a metric per token",
     "architecture": "a model architecture",
 }
 
@@ -56,24 +56,55 @@ def test_the_table_counts_the_files_and_lines_of_each_example(title: str) -> Non
     assert lines_told == str(lines)
 
 
-@pytest.fixture(scope="module")
-def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project with all examples applied."""
-    copy = tmp_path_factory.mktemp("extended")
+# In one process, because its imports take longer than all it does.
+TOGETHER = """
+import json, os, runpy, sys
+import pytest
+
+os._exit = sys.exit  # as a verb ends its process
+tests, *commands = json.loads(sys.argv[1])
+assert pytest.main(["-q", "-p", "no:cacheprovider", *tests]) == 0
+for command in commands:
+    sys.argv = ["dpo_dist.train", *command]
+    try:
+        runpy.run_module("dpo_dist.train", run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        assert not ended.code, command
+"""
+
+
+def test_the_examples_pass_their_tests_and_train_together(tmp_path: Path) -> None:
     for name in ("dpo_dist", "conf", "docs", "tests"):
-        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", copy)
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
     for diff in EXAMPLES.values():
-        apply(diff, copy)
-    return copy
+        apply(diff, tmp_path)
+    tokenizer = tiny.qwen()
+    torch.manual_seed(0)
+    config = ArceeConfig(
+        **COMMON | HEADS | {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    )
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    records = [
+        {"question": f"{n}?", "answer_a": f"yes {n}", "answer_b": "no, never", "winner": "ab"[n % 2]}
+        for n in range(8)
+    ]
+    (tmp_path / "duels.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
-
-def run(copy: Path, *arguments: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(copy), "HF_HUB_OFFLINE": "1"}
+    names = (
+        "objective/test_losses",
+        "objective/test_metrics",
+        "data/test_formats",
+        "model/test_architectures",
+    )
+    tests = ["-k", "sigmoid_margin or by_hand or duel or arcee", *(f"tests/unit/{name}.py" for name in names)]
+    run = "model.path=model model.dtype=fp32 data.train=[duels.jsonl] loss=sigmoid_margin tracking=off "
+    run += "loss.target_margin=0.5 run.dir=run trainer.max_steps=1 trainer.global_batch_pairs=8"
     ended = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=copy,
-        env=environment,
+        [sys.executable, "-c", TOGETHER, json.dumps([tests, ["--help", "loss.target_margin"], run.split()])],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -81,47 +112,8 @@ def run(copy: Path, *arguments: str) -> str:
         check=False,
     )
     assert ended.returncode == 0, ended.stdout
-    return ended.stdout
-
-
-def test_the_tests_that_the_examples_add_pass(extended: Path) -> None:
-    files = (
-        *("objective/test_losses.py", "objective/test_metrics.py"),
-        *("data/test_formats.py", "model/test_architectures.py"),
-    )
-    chosen = "sigmoid_margin or by_hand or duel or arcee"
-    pytest_options = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen)
-    output = run(extended, *pytest_options, *(f"tests/unit/{file}" for file in files))
-    assert " passed" in output or "100%" in output
-
-
-def test_one_run_uses_all_of_them(extended: Path) -> None:
-    tokenizer = tiny.qwen()
-    torch.manual_seed(0)
-    config = ArceeConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(extended / "model")
-    tokenizer.save_pretrained(extended / "model")
-    records = [
-        {"question": f"{n}?", "answer_a": f"yes {n}", "answer_b": "no, never", "winner": "ab"[n % 2]}
-        for n in range(8)
-    ]
-    (extended / "duels.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    overrides = "model.path=model model.dtype=fp32 data.train=[duels.jsonl] loss=sigmoid_margin tracking=off"
-    smaller = "loss.target_margin=0.5 run.dir=run trainer.max_steps=1 trainer.global_batch_pairs=8"
-    run(extended, "-m", "dpo_dist.train", *overrides.split(), *smaller.split())
-    (row,) = json.loads((extended / "run/dpo_metrics/log_history.json").read_text())
+    assert "margin between the rewards" in ended.stdout
+    (row,) = json.loads((tmp_path / "run/dpo_metrics/log_history.json").read_text())
     assert row["loss"] == pytest.approx(0.974077, abs=1e-5), "softplus(0.5) at no margin"
     assert row["logps/margins"] == pytest.approx(row["logps/chosen"] - row["logps/rejected"])
     assert row["logps/chosen"] < row["logps/chosen_per_token"] < 0
-    explained = run(extended, "-m", "dpo_dist.train", "--help", "loss.target_margin")
-    assert "margin between the rewards" in explained

@@ -1,13 +1,17 @@
 """Hub datasets: read at the commit of the fingerprint; without network after the first start."""
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import pytest
 from huggingface_hub import HfApi
@@ -15,7 +19,6 @@ from huggingface_hub.errors import RevisionResolutionError
 
 from dpo_dist.config.data import SourceConfig
 from dpo_dist.data.sources import pinned
-from tests.support.hub_server import HubServer
 
 # Each step is a source to read or to encode; the hub's address is fixed when its library is imported.
 _STEPS = """
@@ -53,10 +56,92 @@ configs:
 """
 
 
+Files = dict[str, bytes]
+
+
+class Hub(ThreadingHTTPServer):
+    """The part of the Hugging Face Hub that reading needs, on this machine: commits, trees and files."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.commits: dict[str, dict[str, Files]] = {}
+        self.revisions: dict[str, dict[str, str]] = {}
+        self.asked: list[str] = []
+
+    def commit(self, repository: str, files: Files, revision: str = "main") -> str:
+        """Make `files` what `revision` names; the commit's name."""
+        commit = digest(repr((repository, sorted(files.items()))).encode())
+        self.commits.setdefault(repository, {})[commit] = files
+        self.revisions.setdefault(repository, {})[revision] = commit
+        return commit
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def do_GET(self) -> None:
+        self.wfile.write(self.answer())
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def answer(self) -> bytes:
+        path = unquote(urlsplit(self.path).path).strip("/")
+        self.server.asked.append(path)
+        body, headers = self.found(path)
+        self.send_response(404 if body is None else 200)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(body or b"")))
+        self.end_headers()
+        return body or b""
+
+    def found(self, path: str) -> tuple[bytes | None, dict[str, str]]:
+        api = path.startswith("api/")
+        words = path.removeprefix("api/").removeprefix("datasets/").removeprefix("models/").split("/")
+        repository, what, rest = "/".join(words[:2]), *(words[2:3] or [""]), words[3:]
+        commits = self.server.commits.get(repository)
+        revisions = self.server.revisions.get(repository, {})
+        commit = revisions.get(rest[0] if rest else "main", rest[0] if rest else "")
+        if commits is None:
+            return None, {"X-Error-Code": "RepoNotFound"}
+        if commit not in commits:
+            return None, {"X-Error-Code": "RevisionNotFound"}
+        files = commits[commit]
+        if api and what in ("", "revision"):
+            siblings = [{"rfilename": name} for name in files]
+            return as_json({"id": repository, "sha": commit, "siblings": siblings})
+        if api and what == "tree":
+            return as_json(
+                [
+                    {"type": "file", "path": name, "size": len(content), "oid": digest(content)}
+                    for name, content in files.items()
+                ]
+            )
+        content = files.get("/".join(rest[1:]))
+        if api or what != "resolve" or content is None:
+            return None, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}
+        return content, {"ETag": f'"{digest(content)}"', "X-Repo-Commit": commit}
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def as_json(value: Any) -> tuple[bytes, dict[str, str]]:
+    return json.dumps(value).encode(), {"Content-Type": "application/json"}
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha1(content, usedforsecurity=False).hexdigest()
+
+
 @pytest.fixture
-def hub() -> Iterator[HubServer]:
-    with HubServer() as server:
+def hub() -> Iterator[Hub]:
+    with Hub() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
+        server.shutdown()
 
 
 def rows(*prompts: str) -> bytes:
@@ -84,7 +169,7 @@ def run(folder: Path, url: str, steps: list[tuple[str, dict[str, str]]], **envir
     return results
 
 
-def test_a_hub_dataset_is_pinned_and_downloaded_once(tmp_path: Path, hub: HubServer) -> None:
+def test_a_hub_dataset_is_pinned_and_downloaded_once(tmp_path: Path, hub: Hub) -> None:
     first = hub.commit("o/pairs", {"train.jsonl": rows("old"), "test.jsonl": rows("held out")})
     hub.commit("o/pairs", {"train.jsonl": rows("tagged")}, "v1")
     hub.commit("o/sets", {"README.md": CARD, "one/train.jsonl": rows("1"), "two/train.jsonl": rows("2")})
@@ -140,7 +225,7 @@ def test_a_hub_dataset_is_pinned_and_downloaded_once(tmp_path: Path, hub: HubSer
     assert "could not be reached" in bare[1][1]
 
 
-def test_a_model_stays_at_its_commit_while_a_run_trains(tmp_path: Path, hub: HubServer) -> None:
+def test_a_model_stays_at_its_commit_while_a_run_trains(tmp_path: Path, hub: Hub) -> None:
     files = {"config.json": b"{}", "model.safetensors": (8).to_bytes(8, "little") + b"{}      "}
     first = hub.commit("o/model", files)
     find = "from dpo_dist.model.folder import *; print(model_folder('o/model', None).name, flush=True)"

@@ -1,6 +1,7 @@
-"""Losses by the command line that need data of their own: rankings, scores, completions, and a clear no."""
+"""Losses by the command line: of rankings, scores and completions, of one's own, with a synced reference."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ def written(file: Path, rows: list[dict[str, object]]) -> str:
 
 def test_rankings_of_different_lengths_train_on_two_processes(overrides: Overrides, tmp_path: Path) -> None:
     data = written(tmp_path / "rankings.jsonl", RANKINGS)
-    train(overrides(data, "loss=plackett_luce", "trainer.epochs=3", "optim.lr=1e-2"), processes=2)
+    train(overrides(data, "loss=plackett_luce", "trainer.epochs=2", "optim.lr=1e-2"), processes=2)
     rows = history(tmp_path / "run")
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert rows[0]["rewards/margins"] == 0
@@ -44,12 +45,19 @@ def test_scored_pairs_train_with_an_offset(overrides: Overrides, tmp_path: Path)
     assert history(tmp_path / "run")[0]["loss"] > 0.7
 
 
-def test_completions_alone_train_a_model_to_answer(overrides: Overrides, tmp_path: Path) -> None:
+def test_completions_alone_train_a_model_that_is_then_its_own_reference(
+    overrides: Overrides, tmp_path: Path
+) -> None:
     data = written(tmp_path / "completions.jsonl", COMPLETIONS)
-    train(overrides(data, "loss=sft", "trainer.epochs=3", "optim.lr=1e-2"), processes=2)
+    train(overrides(data, "loss=sft", "trainer.epochs=2", "optim.lr=1e-2"), processes=2)
     rows = history(tmp_path / "run")
     assert rows[-1]["logps/chosen"] > rows[0]["logps/chosen"]
     assert not [name for name in rows[0] if "rejected" in name or "margins" in name]
+
+    train(overrides(f"model.path={tmp_path}/run/model", f"run.dir={tmp_path}/dpo", "trainer.max_steps=1"))
+    [first] = history(tmp_path / "dpo")
+    assert abs(first["loss"] - math.log(2)) < 1e-5
+    assert abs(first["rewards/margins"]) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -83,27 +91,29 @@ def test_a_loss_of_ones_own_trains_on_two_processes_as_the_built_in_one(
     overrides: Overrides, tmp_path: Path
 ) -> None:
     (tmp_path / "my_losses.py").write_text(OWN_LOSS)
-    function = "loss.function=my_losses:hinge"
-    checked = run_verb("train", overrides("loss=custom", function, "--check"), cwd=tmp_path)
-    assert checked.code == 0, checked.output
-    assert "custom loss my_losses:hinge" in checked.output
-
-    own = run_verb(
-        "train",
-        overrides("loss=custom", function, f"run.dir={tmp_path}/own", "trainer.max_steps=3"),
-        processes=2,
-        cwd=tmp_path,
-    )
+    command = overrides("loss=custom", "loss.function=my_losses:hinge", "trainer.max_steps=2")
+    own = run_verb("train", command, processes=2, cwd=tmp_path)
     assert own.code == 0, own.output
     assert f"loss: custom loss my_losses:hinge from {tmp_path}/my_losses.py" in own.output
-    environment = json.loads((tmp_path / "own" / "environment.json").read_text())
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert environment["loss_function"].startswith("custom loss my_losses:hinge")
 
-    train(overrides("loss=hinge", f"run.dir={tmp_path}/builtin", "trainer.max_steps=3"), processes=2)
-    assert history(tmp_path / "own") == history(tmp_path / "builtin")
+    train(overrides("loss=hinge", f"run.dir={tmp_path}/builtin", "trainer.max_steps=2"), processes=2)
+    assert history(tmp_path / "run") == history(tmp_path / "builtin")
 
     (tmp_path / "my_losses.py").write_text(OWN_LOSS.replace("1 -", "2 -"))
-    same = overrides("loss=custom", function, f"run.dir={tmp_path}/own", "trainer.max_steps=3")
-    other = run_verb("train", same, cwd=tmp_path)
+    other = run_verb("train", command, cwd=tmp_path)
     assert other.code == 2, other.output
     assert "which depends on the source of my_losses:hinge" in other.output
+
+
+def test_a_reference_that_follows_is_restored_on_resume(overrides: Overrides, tmp_path: Path) -> None:
+    options = ["reference.mode=live", "loss.sync_reference={every: 2, mixup: 0.5}"]
+    command = overrides(*options, "trainer.max_steps=5", "optim.lr=1e-3")
+    train([*command, f"run.dir={tmp_path}/whole"], processes=2)
+    stopped = run_verb("train", [*command, "trainer.stop_after_steps=3"], processes=2)
+    assert stopped.code == 75, stopped.output
+    [checkpoint] = (tmp_path / "run/checkpoints").glob("step-*")
+    assert '"reference/rank-00001-00000.safetensors"' in (checkpoint / "manifest.json").read_text()
+    train(command, processes=2)
+    assert history(tmp_path / "run") == history(tmp_path / "whole")

@@ -1,6 +1,5 @@
 """Verbs called from Python, several times in one process."""
 
-import contextlib
 import gc
 import logging
 import os
@@ -10,27 +9,17 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.e2e.conftest import Overrides
-from tests.support import warm
 from tests.support.launch import environment, history, train
-
-
-def listening() -> set[str]:
-    """The addresses on which this process accepts connections, as the kernel writes them."""
-    sockets = set()
-    for descriptor in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(OSError):
-            sockets.add(str(descriptor.readlink()))
-    text = "".join(Path(f"/proc/self/net/{name}").read_text() for name in ("tcp", "tcp6"))
-    lines = [line.split() for line in text.splitlines() if ":" in line]
-    listen = "0A"
-    return {line[1] for line in lines if line[3] == listen and f"socket:[{line[9]}]" in sockets}
+from tests.support.pages import in_process
+from tests.support.warm import ENVIRONMENT
 
 
 def call_verbs(variables: dict[str, str], data: Path, command: list[str]) -> None:
-    """Precompute, train, fail and train again; exit with 0 if every call does what it should."""
+    """Precompute, train, fail and train again."""
     os.environ.clear()
     os.environ.update(variables)
     import torch
@@ -52,7 +41,8 @@ def call_verbs(variables: dict[str, str], data: Path, command: list[str]) -> Non
 
     def look() -> None:
         while True:
-            addresses.update(listening())
+            sockets = psutil.Process().net_connections("tcp")
+            addresses.update(one.laddr.ip for one in sockets if one.status == psutil.CONN_LISTEN)
             time.sleep(0.02)
 
     threading.Thread(target=look, daemon=True).start()
@@ -72,19 +62,13 @@ def call_verbs(variables: dict[str, str], data: Path, command: list[str]) -> Non
     assert logging.getLogger().handlers == [mine], "the caller's logging is restored"
     assert sys.excepthook is hook, "tracebacks of the caller get no prefix of a rank"
     assert addresses
-    assert not [address for address in addresses if set(address.partition(":")[0]) == {"0"}], addresses
+    assert not addresses & {"0.0.0.0", "::"}, "nobody else's machine can connect"
 
 
 def test_verbs_can_be_called_again_in_one_process(overrides: Overrides, assets: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.jsonl"
     broken.write_text((assets / "train.jsonl").read_text() + '{"prompt": ')
     command = overrides("trainer.max_steps=2")
-    warm.start_parent()
-    process = warm.context.Process(
-        target=call_verbs, args=({**environment(), **warm.ENVIRONMENT}, broken, command)
-    )
-    process.start()
-    process.join(300)
-    assert process.exitcode == 0
+    in_process(call_verbs, {**environment(), **ENVIRONMENT}, broken, command)
     train([*command, f"run.dir={tmp_path}/fresh"])
     assert history(tmp_path / "run") == history(tmp_path / "fresh"), "equal to a run in a process of its own"

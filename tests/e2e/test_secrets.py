@@ -1,14 +1,9 @@
 """Canaries: secrets of the environment and of the command line are in no file and no process argument."""
 
-import gzip
-import io
+import contextlib
 import threading
-import zipfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from tests.e2e.conftest import small_run
 from tests.support.judge_server import judge_server
@@ -28,74 +23,50 @@ SECRETS = {
 TYPED = "see https://me:canary-typed@host/x?api_key=canary-query and sk-canary-typed-0123456789abcdef"
 
 
-class Arguments:
-    """The arguments of every process that ran meanwhile, except this test's own."""
+@contextlib.contextmanager
+def arguments_of_processes() -> Iterator[set[bytes]]:
+    """The arguments of every process that runs meanwhile, except this test's own."""
+    seen, ended = set[bytes](), threading.Event()
 
-    def __init__(self) -> None:
-        self.seen: set[bytes] = set()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> "Arguments":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.5):
+    def watch() -> None:
+        while not ended.wait(0.5):
             for file in Path("/proc").glob("[0-9]*/cmdline"):
-                try:
-                    self.seen.add(file.read_bytes())
-                except OSError:
-                    continue
+                with contextlib.suppress(OSError):
+                    seen.add(file.read_bytes())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        ended.set()
+        thread.join()
 
 
-def contents(file: Path) -> Iterator[bytes]:
-    """The bytes of a file, also those that it has in compressed form."""
-    content = file.read_bytes()
-    yield content
-    if content.startswith(b"\x1f\x8b"):
-        yield gzip.decompress(content)
-    if zipfile.is_zipfile(io.BytesIO(content)):
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            yield from map(archive.read, archive.namelist())
-    for start in (at for at in range(len(content) - 2) if content[at : at + 2] in (b"x\x9c", b"x\xda")):
-        inflater = zlib.decompressobj()
-        try:
-            yield inflater.decompress(content[start:])
-        except zlib.error:
-            continue
-
-
-@pytest.fixture(scope="module")
-def written(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[bytes], str]:
-    """The folder of all that the verbs wrote, the arguments of processes, and the screens."""
-    folder = tmp_path_factory.mktemp("secrets")
-    run = [part for part in small_run(assets, folder) if not part.startswith("tracking.wandb")]
+def test_no_file_no_screen_and_no_argument_of_a_process_has_a_secret(assets: Path, tmp_path: Path) -> None:
+    """Of what the verbs write, also where they fail."""
+    run = [part for part in small_run(assets, tmp_path) if not part.startswith("tracking.wandb")]
     run.append("trainer.max_steps=2")
     evaluated = f"data.eval=[{assets}/eval.jsonl]"
-    variables = {**environment(), **SECRETS, "WANDB_MODE": "offline", "TMPDIR": str(folder)}
-    variables |= {"HOME": str(folder / "home"), "WANDB_DATA_DIR": str(folder / "wandb-data")}
+    variables = {**environment(), **SECRETS, "WANDB_MODE": "offline", "TMPDIR": str(tmp_path)}
+    variables |= {"HOME": str(tmp_path / "home"), "WANDB_DATA_DIR": str(tmp_path / "wandb-data")}
     screens = []
 
     def verb(name: str, *overrides: str) -> int:
         own = run if name not in ("compare", "pairs") else [part for part in run if part.startswith("model.")]
-        code, screen = run_warm(name, [*own, *overrides], variables, 1, folder, 300)
+        code, screen = run_warm(name, [*own, *overrides], variables, 1, tmp_path, 300)
         screens.append(screen)
         return code
 
-    def refuse(_: object, __: int) -> tuple[int, str]:
+    def refuse(_: object) -> tuple[int, str]:
         return 401, f'{{"error": {{"message": "{SECRETS["OPENAI_API_KEY"]} is wrong"}}}}'
 
     noted = f"tracking.project='{TYPED} {SECRETS['MY_SECRET']}'"
     compared = [
-        f"compare.models=[base={assets}/model,{folder}/exported]",
+        f"compare.models=[base={assets}/model,{tmp_path}/exported]",
         "compare.prompts=2",
         "compare.max_new_tokens=4",
-        f"run.dir={folder}/compared",
+        f"run.dir={tmp_path}/compared",
     ]
     judged = [
         f"data.train=[{assets}/train.jsonl]",
@@ -106,41 +77,32 @@ def written(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
         "pairs.unfinished=keep",
     ]
     longer = evaluated, "trainer.max_steps=3"
-    with Arguments() as arguments, judge_server(refuse) as server:
+    with arguments_of_processes() as arguments, judge_server(refuse) as server:
         codes = [
             verb("precompute", noted),
-            verb("doctor", noted, f"run.dir={folder}/doctor"),
+            verb("doctor", noted, f"run.dir={tmp_path}/doctor"),
             verb("train", evaluated, "tracking.wandb=offline", noted),
             verb("evaluate", evaluated),
-            verb("export", noted, evaluated, f"export.output={folder}/exported"),
+            verb("export", noted, evaluated, f"export.output={tmp_path}/exported"),
             verb("compare", evaluated, *compared),
             verb("train", noted, f"[{SECRETS['MY_SECRET']}"),
             verb("train", noted, f"loss.beta={SECRETS['MY_SECRET']}"),
             verb("train", noted, "--cfg", "job"),
-            verb("pairs", *judged, f"pairs.endpoint.url={server.url}", f"run.dir={folder}/pairs"),
-            verb("train", "optim.lr=1e30", f"run.dir={folder}/failed", "tracking.wandb=offline", *longer),
+            verb("pairs", *judged, f"pairs.endpoint.url={server.url}", f"run.dir={tmp_path}/pairs"),
+            verb("train", "optim.lr=1e30", f"run.dir={tmp_path}/failed", "tracking.wandb=offline", *longer),
         ]
     assert codes == [0, 0, 0, 0, 0, 0, 2, 2, 0, 2, 3], screens
     assert server.headers, screens[-2]
-    return folder, arguments.seen, "".join(screens)
 
-
-def test_no_file_has_a_secret(written: tuple[Path, set[bytes], str]) -> None:
-    folder, _, _ = written
-    files = [file for file in folder.rglob("*") if file.is_file() and not file.is_symlink()]
+    for name, secret in SECRETS.items():
+        assert secret not in "".join(screens), name
+        assert not [line for line in arguments if secret.encode() in line], name
+    files = [file for file in tmp_path.rglob("*") if file.is_file() and not file.is_symlink()]
     assert any("wandb" in str(file) and file.suffix == ".wandb" for file in files)
     found = [
-        f"{file.relative_to(folder)}: {name}"
+        f"{file.relative_to(tmp_path)}: {name}"
         for file in files
-        for content in contents(file)
         for name, secret in {**SECRETS, "typed": "canary-typed", "query": "canary-query"}.items()
-        if secret.encode() in content
+        if secret.encode() in file.read_bytes()
     ]
-    assert sorted(set(found)) == []
-
-
-def test_no_screen_and_no_argument_of_a_process_has_a_secret(written: tuple[Path, set[bytes], str]) -> None:
-    _, arguments, screens = written
-    for name, secret in SECRETS.items():
-        assert secret not in screens, name
-        assert not [line for line in arguments if secret.encode() in line], name
+    assert sorted(found) == []

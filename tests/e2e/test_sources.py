@@ -6,47 +6,34 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Overrides
-from tests.support.launch import Finished, run_verb, summary
+from tests.support.launch import run_verb, summary
 
 IN_ORDER = "everything that needs no weights and no GPU is in order"
 
 # The keys that each verb gets; {model} and {folder} are of the test.
-_STORED = ("model.dtype=fp32", "reference=cached", "reference.store={folder}/store")
 _DATA = ("model.path={model}", "data.cache={folder}/cache", "data.max_bad_share=0.9")
-_STEP = ("tracking.wandb=off", "trainer.max_steps=1", "trainer.global_batch_pairs=2", "data.max_length=512")
+_RUN = ("model.dtype=fp32", "reference.store={folder}/store", "tracking.wandb=off", "trainer.max_steps=1")
 VERBS: dict[str, tuple[str, ...]] = {
-    "train --check": (*_DATA, *_STORED, *_STEP),
-    "train": (*_DATA, *_STORED, *_STEP),
-    "precompute": (*_DATA, *_STORED, "trainer.max_steps=1"),
-    "evaluate": (*_DATA, *_STORED, "evaluation.model={model}"),
+    "train": (*_DATA, *_RUN, "trainer.global_batch_pairs=2", "data.max_length=512"),
     "doctor": (*_DATA, "doctor.fail_on=error"),
     "pairs --check": ("pairs.method=people",),
     "compare --check": ("compare.models=[{model},other={model}]",),
 }
-KEYS = {"evaluate": "data.eval", "compare": "data.eval"}
 
 
 @pytest.mark.parametrize("command", VERBS)
-def test_every_verb_reads_an_entry_of_a_dataset_info(command: str, assets: Path, tmp_path: Path) -> None:
+def test_a_verb_reads_an_entry_of_a_dataset_info(command: str, assets: Path, tmp_path: Path) -> None:
     rows = [{"q": f"question {n}", "good": f"yes {n}", "bad": f"no {n}"} for n in range(40)]
     (tmp_path / "pairs.json").write_text(json.dumps(rows))
     columns = {"prompt": "q", "chosen": "good", "rejected": "bad"}
     mine = {"file_name": "pairs.json", "ranking": True, "columns": columns}
     (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": mine}))
     verb, *options = command.split()
+    part = "eval" if verb == "compare" else "train"
+    source = f"data.{part}=[{{path: {tmp_path}, name: mine, limit: 12}}]"
     keys = [key.format(model=assets / "model", folder=tmp_path) for key in VERBS[command]]
-
-    def run(source: str) -> Finished:
-        data = f"{KEYS.get(verb, 'data.train')}=[{source}]"
-        return run_verb(verb, [*options, data, f"run.dir={tmp_path}/run", *keys])
-
-    ended = run(f"{{path: {tmp_path}, name: mine, limit: 12}}")
+    ended = run_verb(verb, [*options, source, f"run.dir={tmp_path}/run", *keys])
     assert ended.code in ((0, 1) if command == "doctor" else (0,)), ended.output
-    if command == "train --check":
-        wrong = {f"{{path: {tmp_path}, name: mne}}": "did you mean mine?", str(tmp_path): "name: ENTRY"}
-        for source, advice in wrong.items():
-            ended = run(source)
-            assert (ended.code, advice in ended.output) == (2, True), ended.output
 
 
 def test_a_check_refuses_what_training_refuses(overrides: Overrides, tmp_path: Path) -> None:
@@ -62,6 +49,7 @@ def test_a_check_refuses_what_training_refuses(overrides: Overrides, tmp_path: P
     accepted = run_verb("train", ["--check", *overrides(f"data.train=[{file}]", "data.max_bad_share=0.1")])
     assert (accepted.code, IN_ORDER in accepted.output) == (0, True), accepted.output
     assert "922 of the first 1024 records kept (the others were not looked at)" in accepted.output
+    assert "text, without the chat template" in accepted.output
 
 
 def test_a_run_says_how_each_source_was_read(overrides: Overrides, tmp_path: Path) -> None:
@@ -78,12 +66,10 @@ def test_a_run_says_how_each_source_was_read(overrides: Overrides, tmp_path: Pat
     mixed = tmp_path / "mixed.jsonl"
     mixed.write_text(files[0].read_text() + files[2].read_text())
     data = f"data.train=[{','.join(map(str, files))}]", f"data.eval=[{mixed}]"
-    checked = run_verb("train", ["--check", *overrides(*data)])
     trained = run_verb("train", overrides(*data, "trainer.max_steps=1"))
-    assert (trained.code, checked.code) == (0, 0), trained.output + checked.output
+    assert trained.code == 0, trained.output
     for file, words in zip(files, prompts, strict=True):
         assert f"{file}): 6 of 6 records kept: {words}" in trained.output, trained.output
-        assert words in checked.output, checked.output
     hh, _, turns = prompts
     assert f"{mixed}: 12 records: 6 {hh}; 6 {turns}" in trained.output, trained.output
     found = summary(tmp_path / "run")["data"]

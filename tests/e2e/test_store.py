@@ -7,29 +7,33 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, read_fingerprint
+from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, open_shard, read_fingerprint
 from tests.e2e.conftest import Overrides
 from tests.support.launch import assert_same_history, history, run_verb, summary, train
 from tests.support.read_only import read_only
-from tests.support.tiny_model import write_model
 
 STEPS = ("trainer.max_steps=2", "reference.rows_per_shard=4")
 
 
 def all_keys(shards: list[Path]) -> np.ndarray:
-    from dpo_dist.reference.store import open_shard
-
     opened = [shard for file in shards if (shard := open_shard(file)) is not None]
     return np.concatenate([shard.keys for shard in opened])
 
 
-def rewrite(root: Path, source: Path, to: ReferenceFingerprint, add: float = 0.0) -> None:
-    """Write the entries in the folder `source` under another fingerprint, changed by `add`."""
-    fingerprint = read_fingerprint(source)
+def fingerprint_of(folder: Path) -> ReferenceFingerprint:
+    fingerprint = read_fingerprint(folder)
     assert fingerprint is not None
-    store = LogpStore.open(root, fingerprint)
+    return fingerprint
+
+
+def move(source: Path, to: ReferenceFingerprint, add: float) -> Path:
+    """Move the entries in the folder `source` to another fingerprint, changed by `add`; return its folder."""
+    store = LogpStore.open(source.parent, fingerprint_of(source))
     keys = all_keys(sorted(source.glob("*.safetensors")))
-    LogpStore.open(root, to).write(keys, [values + np.float32(add) for values in store.read(keys)])
+    values = [values + np.float32(add) for values in store.read(keys)]
+    shutil.rmtree(source)
+    LogpStore.open(source.parent, to).write(keys, values)
+    return source.parent / to.name
 
 
 def folders(root: Path) -> list[Path]:
@@ -39,15 +43,16 @@ def folders(root: Path) -> list[Path]:
 def test_damage_is_reported_and_only_lost_entries_are_computed_again(
     overrides: Overrides, tmp_path: Path
 ) -> None:
-    """A flipped value; a cut, empty, missing and copied shard; a foreign folder; a damaged space.json."""
+    """A flipped value; a cut, an empty, a missing and a copied shard; a damaged space.json."""
     train(overrides(*STEPS))
-    other = write_model(tmp_path / "other", seed=9)
-    foreign_run = overrides(*STEPS, f"model.path={other}", f"run.dir={tmp_path}/other-run")
     [own] = folders(tmp_path / "store")
-    assert run_verb("precompute", foreign_run).code == 0
-    [other_folder] = [path for path in folders(tmp_path / "store") if path != own]
-    shards = sorted(own.glob("*.safetensors"))
-    flipped, cut, emptied, missing = shards[:4]
+    flipped, cut, emptied, missing = sorted(own.glob("*.safetensors"))[:4]
+    keys, foreign = all_keys([missing]), ReferenceFingerprint("ab" * 16, {}, "another model")
+    values = LogpStore.open(own.parent, fingerprint_of(own)).read(keys)
+    other = LogpStore.open(own.parent, foreign)
+    other.write(keys, values)
+    [copied] = other.folder.glob("*.safetensors")
+    shutil.copy(copied, own)
     content = bytearray(flipped.read_bytes())
     content[-1] ^= 1  # the last value of its last entry
     flipped.write_bytes(content)
@@ -55,8 +60,6 @@ def test_damage_is_reported_and_only_lost_entries_are_computed_again(
     cut.write_bytes(cut.read_bytes()[:-1])
     emptied.write_bytes(b"")
     missing.unlink()
-    copied = sorted(other_folder.glob("*.safetensors"))[0]
-    shutil.copy(copied, own)
     (own / "space.json").write_text("{")
 
     verified = run_verb("store", ["verify", str(tmp_path / "store")])
@@ -74,33 +77,24 @@ def test_damage_is_reported_and_only_lost_entries_are_computed_again(
 
 def test_a_complete_store_on_a_read_only_disk_is_used(overrides: Overrides, tmp_path: Path) -> None:
     assert run_verb("precompute", overrides(*STEPS, f"run.dir={tmp_path}/scored")).code == 0
-    other = write_model(tmp_path / "other", seed=9)
     with read_only(tmp_path / "store"):
         train(overrides(*STEPS))
-        assert summary(tmp_path / "run")["reference"]["computed"] == 0
-        lacking = run_verb("train", overrides(*STEPS, f"model.path={other}", f"run.dir={tmp_path}/lacking"))
-    assert lacking.code == 2, lacking.output
-    assert lacking.output.count("to do:") == 1
-    assert "reference.store" in lacking.output
-    assert "Traceback" not in lacking.output
+    assert summary(tmp_path / "run")["reference"]["computed"] == 0
 
 
-@pytest.fixture
-def older(overrides: Overrides, tmp_path: Path) -> Path:
-    """Return the folder of a store whose entries were computed by an older version of torch."""
-    assert run_verb("precompute", overrides(*STEPS, f"run.dir={tmp_path}/scored")).code == 0
-    [own] = folders(tmp_path / "store")
-    current = read_fingerprint(own)
-    assert current is not None
-    older = ReferenceFingerprint(current.reference, {**current.profile, "torch": "2.0"}, current.label)
-    rewrite(tmp_path / "store", own, older, add=1e-5)
-    shutil.rmtree(own)
-    return tmp_path / "store" / older.name
-
-
-def test_entries_of_other_numerics_are_used_only_by_a_tolerant_run(
-    overrides: Overrides, older: Path, tmp_path: Path
+def test_entries_of_other_numerics_are_used_only_by_a_tolerant_run_and_if_they_are_near(
+    overrides: Overrides, assets: Path, tmp_path: Path
 ) -> None:
+    root = tmp_path / "store"
+    assert run_verb("precompute", overrides(*STEPS, f"run.dir={tmp_path}/scored")).code == 0
+    [folder] = folders(root)
+    own = fingerprint_of(folder)
+    older, oldest = (
+        ReferenceFingerprint(own.reference, {**own.profile, "torch": version}, own.label)
+        for version in ("2.0", "1.9")
+    )
+    folder = move(folder, older, add=1e-5)
+
     tolerant = ("reference.numerics=tolerant", f"run.dir={tmp_path}/tolerant")
     train(overrides(*STEPS, *tolerant), processes=2)
     reference = summary(tmp_path / "tolerant")["reference"]
@@ -108,27 +102,21 @@ def test_entries_of_other_numerics_are_used_only_by_a_tolerant_run(
     assert reference["drift"]["mean_token_drift"] == pytest.approx(1e-5, rel=0.2)
     assert "loading a model to score" not in (tmp_path / "tolerant/logs/rank-0.log").read_text()
 
-    model = next(o for o in overrides() if o.startswith("model.path=")).removeprefix("model.path=")
-    strict = overrides(*STEPS, f"run.dir={tmp_path}/strict")
-    screen = run_verb("precompute", strict).output
+    screen = run_verb("precompute", overrides(*STEPS, f"run.dir={tmp_path}/strict")).output
     assert "the store has log-probs of this model of other numerics (torch 2.0)" in screen
     assert "reference.numerics=tolerant" in screen
     assert "reference: 24 log-probs computed, 0 reused" in screen
+    listed = json.loads(run_verb("store", ["info", "--json", str(root)]).output)
+    assert {info["space"] for info in listed} == {path.name for path in folders(root)}
+    assert {(info["label"], info["rows"]) for info in listed} == {(f"{assets}/model", 24)}
 
-    listed = json.loads(run_verb("store", ["info", "--json", str(older.parent)]).output)
-    assert {info["space"] for info in listed} == {path.name for path in folders(older.parent)}
-    assert {(info["label"], info["rows"]) for info in listed} == {(model, 24)}
-
-
-def test_entries_of_other_numerics_that_drift_too_far_end_the_run(
-    overrides: Overrides, older: Path, tmp_path: Path
-) -> None:
-    found = read_fingerprint(older)
-    assert found is not None
-    further = ReferenceFingerprint(found.reference, {**found.profile, "torch": "2.1"}, found.label)
-    rewrite(tmp_path / "store", older, further, add=1e-2)
-    shutil.rmtree(older)
-    ended = run_verb("train", overrides(*STEPS, "reference.numerics=tolerant"))
-    assert ended.code == 2, ended.output
-    assert "differ from a fresh computation" in ended.output
-    assert "reference.numerics=strict" in ended.output
+    shutil.rmtree(root / own.name)
+    folder = move(folder, oldest, add=1e-2)
+    far = run_verb("train", overrides(*STEPS, "reference.numerics=tolerant", f"run.dir={tmp_path}/far"))
+    move(folder, own, add=0.0)
+    wrong = run_verb("train", overrides(*STEPS))
+    for ended in (far, wrong):
+        assert ended.code == 2, ended.output
+        assert "differ from a fresh computation" in ended.output
+    assert "reference.numerics=strict" in far.output
+    assert "train.jsonl:" in wrong.output

@@ -6,22 +6,17 @@ import math
 import re
 import shutil
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.data import DataConfig
-from dpo_dist.data.encode import EncodedExample, encode_pair
-from dpo_dist.data.formats import read_records
 from dpo_dist.insight.metrics.log import PHASES
 from dpo_dist.insight.metrics.trackers import wandb_names
-from dpo_dist.reference.store import LogpStore, open_shard, read_fingerprint
 from scripts.wandb_dashboard import SECTIONS
-from tests.e2e.conftest import Overrides
-from tests.support import tiny
+from tests.e2e.conftest import Overrides, assert_last_log_probs, small_run
 from tests.support.launch import ROOT, history, run_verb, summary, train
 from tests.support.tiny_model import write_model
 from tests.support.wandb_file import history_rows, media_rows
@@ -34,28 +29,34 @@ def beginnings(text: str) -> set[str]:
     return {re.split(r"\d|/|output| are equal|(?<=verdict:)", line)[0].rstrip() for line in timeless}
 
 
-def test_a_run_writes_all_files_of_the_contract(overrides: Overrides, assets: Path, tmp_path: Path) -> None:
-    screen = train(
-        overrides(
-            f"data.eval=[{assets}/eval.jsonl]",
-            "tracking.wandb=offline",
-            "trainer.eval_every=2",
-        ),
-        processes=2,
-        cold=True,
-    ).output
-    run = tmp_path / "run"
+@dataclass(frozen=True)
+class Trained:
+    """A complete run of two processes by the real command line."""
+
+    data: Path
+    command: list[str]
+    run: Path
+    screen: str
+
+
+@pytest.fixture(scope="module")
+def trained(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = tmp_path_factory.mktemp("trained")
+    data = Path(shutil.copy(assets / "train.jsonl", folder))
+    command = [*small_run(assets, folder), f"data.train=[{data}]", f"data.eval=[{assets}/eval.jsonl]"]
+    command += ["tracking.wandb=offline", "trainer.eval_every=2", "optim.lr=1e-2"]
+    return Trained(data, command, folder / "run", train(command, processes=2, cold=True).output)
+
+
+def test_a_run_writes_all_files_of_the_contract(trained: Trained) -> None:
+    run, screen = trained.run, trained.screen
     for name in ("config.yaml", "environment.json", "report.html", "checkpoints/latest", "model/config.json"):
         assert (run / name).stat().st_size > 0, name
     assert (run / "dpo_metrics/training_curves.png").read_bytes().startswith(b"\x89PNG")
     assert list((run / "wandb").glob("offline-run-*/*.wandb"))
     assert {path.name for path in (run / "logs").iterdir()} == {"rank-0.log", "rank-1.log"}
     assert "FutureWarning" not in screen
-    optional = {
-        "",
-        "encoding the train data:",
-        "encoding the eval data:",
-    }  # other tests may have encoded them
+    optional = {"", "encoding the eval data:"}  # another test may have encoded them
     documented = beginnings((ROOT / "docs/console.md").read_text().partition("## JSON objects")[0])
     assert len(documented) > 15
     assert documented - optional <= beginnings(textwrap.indent(screen, "    "))
@@ -86,17 +87,33 @@ def test_a_run_writes_all_files_of_the_contract(overrides: Overrides, assets: Pa
         assert sum(times) == pytest.approx(float(line["step_seconds"]))
 
     ended = summary(run)
-    assert (ended["exit"], ended["steps"], ended["pairs_seen"], ended["world_size"]) == (
-        "completed",
-        4,
-        23,
-        2,
-    )
+    found = [ended[name] for name in ("exit", "steps", "pairs_seen", "world_size")]
+    assert found == ["completed", 4, 23, 2]
     assert ended["reference"]["computed"] == 2 * (23 + 5)
     assert ended["final"]["loss"] == steps[-1]["loss"]
     assert all(best["step"] > 0 for best in ended["best"].values())
-    assert (ended["settings"]["loss.kind"], ended["settings"]["optim.lr"]) == ("sigmoid", 1e-4)
+    assert (ended["settings"]["loss.kind"], ended["settings"]["optim.lr"]) == ("sigmoid", 1e-2)
     assert ended["peak_memory_bytes"] > 0
+
+
+def test_transformers_loads_the_model_with_its_trained_log_probs(trained: Trained, assets: Path) -> None:
+    described, own = (
+        json.loads((one / "config.json").read_text()) for one in (trained.run / "model", assets / "model")
+    )
+    assert described | {"dtype": own["dtype"]} == own
+    model = AutoModelForCausalLM.from_pretrained(trained.run / "model", dtype=torch.float32)
+    assert_last_log_probs(model, assets, trained.run)
+
+
+def test_a_finished_run_is_not_repeated_and_an_error_with_other_data(trained: Trained) -> None:
+    rows = trained.run / "dpo_metrics/log_history.json"
+    before = rows.stat().st_mtime_ns
+    assert "is complete" in train(trained.command).output
+    assert rows.stat().st_mtime_ns == before
+    trained.data.write_text("".join(trained.data.read_text().splitlines(keepends=True)[1:]))
+    other = run_verb("train", trained.command)
+    assert other.code == 2, other.output
+    assert "the training data of this run changed" in other.output
 
 
 @pytest.mark.parametrize(
@@ -123,46 +140,6 @@ def test_the_log_begins_with_the_values_before_the_first_step(
         assert start["eval_loss"] == pytest.approx(math.log(2))
 
 
-def test_transformers_loads_the_model_with_its_trained_log_probs(
-    overrides: Overrides, assets: Path, tmp_path: Path
-) -> None:
-    evaluated_on = f"data.eval=[{assets}/eval.jsonl]"
-    train(overrides(evaluated_on, "optim.lr=1e-2", "trainer.max_steps=2"), processes=2)
-    described, own = (
-        json.loads((one / "config.json").read_text()) for one in (tmp_path / "run/model", assets / "model")
-    )
-    assert described | {"dtype": own["dtype"]} == own
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model", dtype=torch.float32)
-    tokenizer = tiny.qwen()
-    sums = []
-    for record in read_records(f"{assets}/eval.jsonl"):
-        pair = encode_pair(record, tokenizer, DataConfig())  # type: ignore[arg-type]
-        assert isinstance(pair, EncodedExample)
-        ids = torch.tensor([*pair.prompt_ids.tolist(), *pair.responses[0].tolist()])
-        logps = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])
-        sums.append(logps[len(pair.prompt_ids) - 1 :].sum().item())
-    evaluated = history(tmp_path / "run")[-1]["eval_logps/chosen"]
-    assert abs(sum(sums) / len(sums) - evaluated) < 1e-4 * abs(evaluated)
-
-
-def test_a_finished_run_is_not_repeated_and_an_error_with_other_data(
-    overrides: Overrides, assets: Path, tmp_path: Path
-) -> None:
-    data, rows = tmp_path / "train.jsonl", tmp_path / "run/dpo_metrics/log_history.json"
-    lines = (assets / "train.jsonl").read_text().splitlines(keepends=True)
-    data.write_text("".join(lines))
-    command = overrides("trainer.max_steps=1", "trainer.keep_last=0", f"data.train=[{data}]")
-    train(command, cold=True)
-    assert not list((tmp_path / "run/checkpoints").iterdir())
-    before = rows.stat().st_mtime_ns
-    assert "is complete" in train(command).output
-    assert rows.stat().st_mtime_ns == before
-    data.write_text("".join(lines[1:]))
-    other = run_verb("train", command)
-    assert other.code == 2, other.output
-    assert "the training data of this run changed" in other.output
-
-
 def test_reference_log_probs_are_computed_once(overrides: Overrides, assets: Path, tmp_path: Path) -> None:
     """Another beta, loss, learning rate, order or world size computes nothing; other weights everything."""
     assert run_verb("precompute", overrides(f"run.dir={tmp_path}/scored")).code == 0
@@ -174,46 +151,9 @@ def test_reference_log_probs_are_computed_once(overrides: Overrides, assets: Pat
     assert "loading a model to score" not in screen + (tmp_path / "run/logs/rank-0.log").read_text()
 
     changed = write_model(tmp_path / "changed", seed=5)
-    train(overrides(f"model.path={changed}", f"run.dir={tmp_path}/changed-run", "trainer.max_steps=1"))
-    assert summary(tmp_path / "changed-run")["reference"]["computed"] == 12
-
-    train(overrides("model.dtype=bf16", f"run.dir={tmp_path}/bf16-run", "trainer.max_steps=1"))
-    assert summary(tmp_path / "bf16-run")["reference"]["computed"] == 12
-
-
-def test_a_model_trained_with_sft_is_its_own_reference(overrides: Overrides, tmp_path: Path) -> None:
-    train(overrides("loss.kind=sft", "reference.mode=none", "trainer.max_steps=2", "optim.lr=1e-3"))
-    warmed = [f"model.path={tmp_path}/run/model", f"run.dir={tmp_path}/dpo", "trainer.max_steps=2"]
-    train(overrides(*warmed))
-    first = history(tmp_path / "dpo")[0]
-    assert abs(first["loss"] - 0.693147) < 1e-5
-    assert abs(first["rewards/margins"]) < 1e-5
-
-
-def test_the_step_0_check_finds_log_probs_of_another_model(
-    overrides: Overrides, assets: Path, tmp_path: Path
-) -> None:
-    """Log-probs of another model under this model's fingerprint: only re-scoring can find them."""
-    train(overrides("trainer.max_steps=1"))
-    other = write_model(tmp_path / "other", seed=9)
-    train(overrides(f"model.path={other}", f"run.dir={tmp_path}/other-run", "trainer.max_steps=1"))
-    by_label = {
-        space.label: space for path in (tmp_path / "store").glob("*/") if (space := read_fingerprint(path))
-    }
-    own, others = by_label[f"{assets}/model"], by_label[str(other)]
-    shards = [
-        shard for file in (tmp_path / "store" / own.name).glob("*.safetensors") if (shard := open_shard(file))
-    ]
-    keys = np.concatenate([shard.keys for shard in shards])
-    rows = LogpStore.open(tmp_path / "store", own).read(keys)
-    shutil.rmtree(tmp_path / "store" / others.name)
-    LogpStore.open(tmp_path / "store", others).write(keys, rows)
-    ended = run_verb(
-        "train", overrides(f"model.path={other}", f"run.dir={tmp_path}/third-run", "trainer.max_steps=1")
-    )
-    assert ended.code == 2, ended.output
-    assert "differ from a fresh computation" in ended.output
-    assert "train.jsonl:" in ended.output
+    for name, other in (("weights", f"model.path={changed}"), ("precision", "model.dtype=bf16")):
+        train(overrides(other, f"run.dir={tmp_path}/{name}", "trainer.max_steps=1"))
+        assert summary(tmp_path / name)["reference"]["computed"] == 12
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_3(overrides: Overrides, tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
 """A CUDA device without a GPU, within a process: what torch asks of it, its waits and its memory.
 
 `start/sitecustomize.py` calls `install()` in each process whose environment asks for the device (see
-`runs.asked`). As torch is imported, device.cpp is loaded and functions of a CUDA build are put in `torch._C`;
-torch's own Python above them runs unchanged. NCCL is gloo, and the kernels below
+`runs.environment`). As torch is imported, device.cpp is loaded and functions of a CUDA build are put in
+`torch._C`; torch's own Python above them runs unchanged. NCCL is gloo, and the kernels below
 `torch.nn.attention.varlen` are products in float32.
 
 A test that runs in such a process, or prepares one, calls `waits`, `reset_waits`, `enter_phase`, `set_limit`

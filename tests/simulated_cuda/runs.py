@@ -1,6 +1,6 @@
-"""Build the simulated device, give it to processes, and run verbs on it.
+"""Build the simulated device, give it to processes, and run modules on it.
 
-The processes of a verb are forked from a warm parent of their own, which has the device, too.
+The processes are forked from a warm parent of their own, which has the device, too.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 from tests.support import launch, warm
@@ -66,8 +65,10 @@ def build() -> Path:
     return library
 
 
-def asked(*, devices: int = 1, memory_bytes: int = 80 * 2**30, report: Path | None = None) -> dict[str, str]:
-    """The variables by which a process asks for the device, whoever starts it.
+def environment(
+    devices: int = 1, memory_bytes: int = 80 * 2**30, report: Path | None = None
+) -> dict[str, str]:
+    """The whole environment of a process that asks for the device, whoever starts it.
 
     Args:
         devices: that the process sees.
@@ -75,19 +76,12 @@ def asked(*, devices: int = 1, memory_bytes: int = 80 * 2**30, report: Path | No
         report: folder to which each process that used a device writes what it counted.
     """
     paths = [str(SOURCE.with_name("start")), str(launch.ROOT), os.environ.get("PYTHONPATH", "")]
-    variables = {"": build(), "_DEVICES": devices, "_BYTES": memory_bytes, "_REPORT": report or ""}
-    named = {f"SIMULATED_CUDA{name}": str(value) for name, value in variables.items()}
-    return {**named, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-
-
-def environment(**wanted: Any) -> dict[str, str]:
-    """The whole environment of a process with the device; arguments as of `asked`."""
-    variables = {**launch.environment(), **asked(**wanted)}
-    return {
-        name: value
-        for name, value in variables.items()
-        if name not in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR")
-    }
+    wanted = {"": build(), "_DEVICES": devices, "_BYTES": memory_bytes, "_REPORT": report or ""}
+    variables = launch.environment() | {f"SIMULATED_CUDA{name}": str(wanted[name]) for name in wanted}
+    variables["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR"):
+        variables.pop(name, None)
+    return variables
 
 
 @contextlib.contextmanager
@@ -100,27 +94,6 @@ def _parent_with_device() -> Iterator[None]:
         yield
 
 
-def start_simulated(
-    module: str,
-    arguments: list[str],
-    screen: Path,
-    processes: int = 1,
-    prepare: Prepare | None = None,
-    **wanted: Any,
-) -> list[Any]:
-    """Start a module on processes with a device each, which write to the file `screen`.
-
-    Other arguments as of `asked`; `prepare` is called in each process before the module.
-    """
-    screen.touch()
-    variables = environment(devices=processes, **wanted)
-    begin = partial(_begin, prepare)
-    with _parent_with_device():
-        return warm.start_module(
-            warm.context, module, arguments, variables, processes, launch.ROOT, screen, begin
-        )
-
-
 def _begin(prepare: Prepare | None) -> None:
     mock.patch("dpo_dist.insight.recorder.draw_curves").start()  # a fifth of a short run, without the device
     mock.patch("dpo_dist.distributed.checkpoint._FILE_BYTES", 2**16).start()  # several files for each rank
@@ -128,14 +101,24 @@ def _begin(prepare: Prepare | None) -> None:
         prepare()
 
 
-def run_simulated(verb: str, overrides: list[str], *, seconds: float = 240, **started: Any) -> Finished:
-    """Run a verb to its end, as `launch.run_verb` does; other arguments as of `start_simulated`."""
-    return run_module(f"dpo_dist.{verb}", overrides, seconds=seconds, **started)
-
-
-def run_module(module: str, arguments: list[str], *, seconds: float = 240, **started: Any) -> Finished:
-    """Run a module to its end; other arguments as of `start_simulated`."""
+def run_module(
+    module: str,
+    arguments: list[str],
+    processes: int = 1,
+    prepare: Prepare | None = None,
+    report: Path | None = None,
+) -> Finished:
+    """Run a module to its end, on processes with a device each; `prepare` is called in each before it."""
+    variables, begin = environment(processes, report=report), partial(_begin, prepare)
     with tempfile.TemporaryDirectory() as temporary:
         screen = Path(temporary) / "screen"
-        code = warm.wait(start_simulated(module, arguments, screen, **started), seconds)
+        screen.touch()
+        with _parent_with_device():
+            started = warm.start_module(
+                warm.context, module, arguments, variables, processes, launch.ROOT, screen, begin
+            )
+        code = warm.wait(started, 240)
         return Finished(code, screen.read_text(encoding="utf-8"))
+
+
+run_train = partial(run_module, "dpo_dist.train")

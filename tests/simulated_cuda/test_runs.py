@@ -7,20 +7,18 @@ import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
-from deepspeed.ops.op_builder import CPUAdamBuilder
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from tests.e2e.test_evaluate import scores
 from tests.simulated_cuda import device
-from tests.simulated_cuda.runs import run_simulated
-from tests.support.cpu_adam import CPUAdamInPyTorch
+from tests.simulated_cuda.runs import run_module, run_train
+from tests.support.cpu_adam import stand_in_for_cpu_adam
 from tests.support.invented import write_pairs
 from tests.support.killed_runs import assert_same_run
-from tests.support.launch import Finished, history, row_name, run_state, train
+from tests.support.launch import Finished, history, row_name, train
 from tests.support.own_code import ship_code
 from tests.support.tiny_model import write_model
 
@@ -44,10 +42,7 @@ WAYS = {
         (1, "kind=zero2 offload_optimizer=cpu", f"reference.mode=live {ACTIVATIONS}"),
         (2, "kind=zero3 sequence_parallel=2", "reference.mode=live reference.offload=cpu"),
     ),
-    "lora": (
-        (2, "kind=zero2", "reference.mode=adapter model.gradient_checkpointing=full"),
-        (1, "kind=ddp", "reference.mode=live"),
-    ),
+    "lora": ((2, "kind=zero2", "reference.mode=adapter model.gradient_checkpointing=full"),),
     "rows": ((1, "kind=ddp", ""),),  # the policy's are padded, the reference computes them one by one
 }
 """By base: processes, keys of `parallelism`, other keys."""
@@ -117,11 +112,6 @@ def samples(run: Path) -> list[str]:
     return [file.read_text() for file in sorted((run / "samples").iterdir())]
 
 
-def stand_in_for_cpu_adam() -> None:
-    """DeepSpeed's CPU Adam is compiled with CUDA's compiler where there is CUDA."""
-    mock.patch.object(CPUAdamBuilder, "load", return_value=CPUAdamInPyTorch()).start()
-
-
 @pytest.mark.parametrize(("base", "processes", "parallelism", "others"), CASES)
 def test_every_way_of_computing_is_that_of_the_cpu(
     base: str, processes: int, parallelism: str, others: str, assets: Path, tmp_path: Path
@@ -129,7 +119,7 @@ def test_every_way_of_computing_is_that_of_the_cpu(
     wanted, run = on_cpu(assets, base), tmp_path / "run"
     keys = [*(f"parallelism.{key}" for key in parallelism.split()), *others.split()]
     overrides = command(assets, run, base, *keys)
-    assert_on_cuda(run_simulated("train", overrides, processes=processes, prepare=stand_in_for_cpu_adam))
+    assert_on_cuda(run_train(overrides, processes=processes, prepare=stand_in_for_cpu_adam))
     assert_as_on_cpu(run, wanted)
     assert samples(run) == samples(wanted)
 
@@ -142,7 +132,7 @@ def test_an_evaluation_is_that_of_the_cpu(assets: Path, tmp_path: Path) -> None:
     run = on_cpu(assets, "full")
     wanted = [numbers(pair) for pair in scores(run)]
     (run / "evaluation" / "scores.jsonl").unlink()
-    ended = run_simulated("evaluate", [f"run.dir={run}"], report=tmp_path)
+    ended = run_module("dpo_dist.evaluate", [f"run.dir={run}"], report=tmp_path)
     assert ended.code == 0, ended.output
     [report] = tmp_path.iterdir()
     assert json.loads(report.read_text())["peak_bytes"] > 0, "on CUDA"
@@ -153,7 +143,7 @@ def test_an_evaluation_is_that_of_the_cpu(assets: Path, tmp_path: Path) -> None:
 def test_bf16_drifts_as_on_the_cpu(assets: Path, tmp_path: Path) -> None:
     """With the variable-length attention of GPUs, which the CPU does not have."""
     run = tmp_path / "run"
-    ended = run_simulated("train", command(assets, run, "bf16"))
+    ended = run_train(command(assets, run, "bf16"))
     assert_on_cuda(ended)
     exact, rounded = (history(on_cpu(assets, base)) for base in ("full", "bf16"))
     # The few values of one quantity are taken together: a drift of one value may be small by chance.
@@ -170,15 +160,14 @@ def test_bf16_drifts_as_on_the_cpu(assets: Path, tmp_path: Path) -> None:
         assert 0 < on_cuda <= 3 * on_host, (keys, on_cuda, on_host)
 
 
-def signal_in_an_update(number: int, run: Path) -> None:
+def kill_in_an_update(run: Path) -> None:
     """As soon as there is a checkpoint to go on from."""
 
     def after_update(*_: object) -> None:
         if (run / "checkpoints" / "latest").exists():
-            hook.remove()
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    hook = register_optimizer_step_post_hook(after_update)
+    register_optimizer_step_post_hook(after_update)
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(assets: Path, tmp_path: Path) -> None:
@@ -186,22 +175,11 @@ def test_a_killed_run_goes_on_to_the_same_bits(assets: Path, tmp_path: Path) -> 
     overrides = {
         run: command(assets, run / "run", "saved", "parallelism.kind=ddp") for run in (whole, killed)
     }
-    assert_on_cuda(run_simulated("train", overrides[whole]))
-    assert_as_on_cpu(whole / "run", on_cpu(assets, "saved"))
-    kill = partial(signal_in_an_update, signal.SIGKILL, killed / "run")
-    assert_on_cuda(run_simulated("train", overrides[killed], prepare=kill), -signal.SIGKILL)
-    assert_on_cuda(run_simulated("train", overrides[killed]))
+    assert_on_cuda(run_train(overrides[whole]))
+    kill = partial(kill_in_an_update, killed / "run")
+    assert_on_cuda(run_train(overrides[killed], prepare=kill), -signal.SIGKILL)
+    assert_on_cuda(run_train(overrides[killed]))
     assert_same_run(killed, whole)
-
-
-def test_sigterm_saves_and_the_run_goes_on_with_other_parallelism(assets: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    overrides = command(assets, run, "saved")
-    terminate = partial(signal_in_an_update, signal.SIGTERM, run)
-    assert_on_cuda(run_simulated("train", overrides, prepare=terminate), 75)
-    assert 0 < run_state(run)["step"] < 4
-    assert_on_cuda(run_simulated("train", [*overrides, "parallelism.kind=ddp"]))
-    assert_as_on_cpu(run, on_cpu(assets, "saved"))
 
 
 def full_after_the_first_step() -> None:
@@ -210,9 +188,7 @@ def full_after_the_first_step() -> None:
 
 
 def test_memory_that_ends_in_the_second_step_is_an_error_with_a_remedy(assets: Path, tmp_path: Path) -> None:
-    ended = run_simulated(
-        "train", command(assets, tmp_path / "run", "saved"), prepare=full_after_the_first_step
-    )
+    ended = run_train(command(assets, tmp_path / "run", "saved"), prepare=full_after_the_first_step)
     assert_on_cuda(ended, 2)
     assert "GPU memory is exhausted" in ended.output
     assert ("step 1/4" in ended.output, "step 2/4" in ended.output) == (True, False), ended.output

@@ -43,7 +43,6 @@ _FAMILIES: dict[str, tuple[list[str], list[str], str | None, str]] = {
     "qwen3_5_nothink_training": (_CHATML, _TAGS, None, "<|im_end|>"),
     "qwen3_6": (_CHATML, _TAGS, None, "<|im_end|>"),
     "llama3_1": (_LLAMA, [], _LLAMA[0], "<|eot_id|>"),
-    "llama3_2": (_LLAMA, [], _LLAMA[0], "<|eot_id|>"),
     "gemma3": (["<bos>", "<eos>", "<start_of_turn>", "<end_of_turn>"], ["\n"], "<bos>", "<eos>"),
     "gptoss": (_HARMONY, [], _HARMONY[0], "<|return|>"),
     "deepseekv3": (_DEEPSEEK, _TAGS[:2], *_DEEPSEEK[:2]),

@@ -1,14 +1,15 @@
-"""Invented preference pairs without faults, into which tests plant faults; examination of such pairs."""
+"""Invented preference pairs without faults, into which tests plant faults; their examination; a diagnosis."""
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.insight.doctor.examine import Diagnosis, examine
 from dpo_dist.insight.doctor.findings import Finding, Level, with_thresholds
+from dpo_dist.insight.doctor.shown_pairs import Part, ShownPair
 from tests.support.records import assistant, user
 
 Pair = dict[str, Any]
@@ -47,7 +48,7 @@ def as_messages(pair: Pair) -> Pair:
     return {"prompt": [user(pair["prompt"])], **sides}
 
 
-def write(file: Path, records: Sequence[Mapping[str, Any]]) -> str:
+def write(file: Path, records: Iterable[Mapping[str, Any]]) -> str:
     """Write records as lines of JSON; return the path."""
     file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return str(file)
@@ -82,3 +83,45 @@ def alarms(report: Diagnosis) -> list[str]:
 def lines(finding: Finding) -> list[int]:
     """Return the first line number of each example."""
     return [int(example.split(", ")[0].rpartition(":")[2]) for example in finding.examples]
+
+
+LENGTHS = {
+    "count": 4,
+    "mean": 7.0,
+    "smallest": 0,
+    "largest": 30,
+    "percentiles": {25: 1.0, 50: 3.0, 95: 30.0},
+    "edges": [0.0, 10.0, 20.0, 30.0],
+    "counts": [3, 0, 1],
+}
+SIDE = {"characters": LENGTHS, "tokens": LENGTHS, "cut": 1, "cut_tokens": 20}
+EMPTY: dict[str, Any] = {
+    **{"label": "a", "path": "a", "is_eval": False, "read": 0, "kept": 0, "pairs": 0, "held_out": None},
+    **{"dropped": {}, "changed": {}, "sides": {}, "prefix": None, "shares": {}, "languages": {}},
+    **{"scores": {}, "margins": {}, "leaks": [], "notes": []},
+}
+ACROSS = dict.fromkeys(
+    ("near_duplicates", "contradictions", "repeated_prompts", "leaked_prompts", "near_leaked_prompts"), 0
+) | {"duplicates": 5, "clusters": [3, 2], "benchmark_hits": 0}
+
+
+def diagnosis(text: str) -> Diagnosis:
+    """A diagnosis with `text` wherever data, paths and labels of a user can occur."""
+    test = {"feature": "first_word", "accuracy": 0.9, "low": 0.8, "high": 0.95, "detail": text}
+    source = EMPTY | {
+        **{"label": text, "path": text, "read": 10, "kept": 8, "pairs": 8},
+        "dropped": {"empty_response": {"count": 2, "examples": [f"{text}:1", f"{text}:2"]}},
+        "changed": {"prompt_truncated": 3},
+        "sides": dict.fromkeys(("prompt", "chosen", "rejected"), SIDE),
+        "prefix": {"tokens": 100, "unique_tokens": 60, "share": 0.4, "expected_gain": 1.67},
+        **{"shares": {"refusal_chosen": 0.5}, "languages": {"en": 0.9, "fr": 0.1}},
+        **{"scores": {"ties": 3.0}, "margins": {"prefers_chosen": 0.75}, "leaks": [test], "notes": [text]},
+    }
+    findings = tuple(
+        Finding(f"rule_{level}", level, text, text, 3, 0.3, (f"{text}:4",), text)
+        for level in (Level.error, Level.warning, Level.note)
+    )
+    part = Part("chosen", [(text, "trained"), (text, "special "), (text, "cut")])
+    pair = ShownPair(f"{text}:1", ("rule",), text, [part, Part("prompt", [("9 not shown", "omitted")])])
+    store = {"folder": text, "pairs": 10, "stored": 4, "numerics": [text], "margins": {text: LENGTHS}}
+    return Diagnosis([source], ACROSS, findings, Path(text), store, (pair,))

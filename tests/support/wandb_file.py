@@ -56,12 +56,16 @@ def all_rows(run_dir: Path) -> list[dict[str, Any]]:
     return found
 
 
+def numbers_of(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without wandb's own keys, tables and histograms."""
+    return {
+        key: value for key, value in row.items() if not key.startswith("_") and not isinstance(value, dict)
+    }
+
+
 def history_rows(run_dir: Path) -> list[dict[str, Any]]:
     """The logged numbers of all starts of a run, oldest first, without wandb's own keys."""
-    return [
-        {key: value for key, value in row.items() if not key.startswith("_") and not isinstance(value, dict)}
-        for row in all_rows(run_dir)
-    ]
+    return [numbers_of(row) for row in all_rows(run_dir)]
 
 
 def media_rows(run_dir: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Self
 
+from tests.support.wandb_file import numbers_of
+
 _BUCKET = {
     "id": "1",
     "name": "run",
@@ -39,7 +41,7 @@ _VIEW = {"project": _PROJECT, "createdAt": _TIME, "updatedAt": _TIME, "user": No
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: "_Server"
+    server: "WandbServer"
 
     def do_GET(self) -> None:
         self._answer({})
@@ -91,43 +93,32 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
-class _Server(ThreadingHTTPServer):
+class WandbServer(ThreadingHTTPServer):
+    """A server on a free local port, for the time of a `with` block; it stops the run if that is asked.
+
+    Attributes:
+        history: the rows received.
+        views: the dashboards and reports received.
+    """
+
     daemon_threads = True
     block_on_close = False
-    stops_the_run: bool
-    history: list[dict[str, Any]]
-    views: list[dict[str, Any]]
-
-
-class WandbServer:
-    """A server on a free local port, for the time of a `with` block; it stops the run if that is asked."""
 
     def __init__(self, *, stops_the_run: bool = False) -> None:
-        self._server = _Server(("127.0.0.1", 0), _Handler)
-        self._server.stops_the_run = stops_the_run
-        self._server.history = []
-        self._server.views = []
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.stops_the_run = stops_the_run
+        self.history: list[dict[str, Any]] = []
+        self.views: list[dict[str, Any]] = []
+        self.url = f"http://127.0.0.1:{self.server_port}"
 
     def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self.shutdown()
+        self.server_close()
 
     def history_rows(self) -> list[dict[str, Any]]:
         """The rows received, without wandb's own keys, tables and histograms."""
-        return [
-            {
-                key: value
-                for key, value in row.items()
-                if not key.startswith("_") and not isinstance(value, dict)
-            }
-            for row in self._server.history
-        ]
-
-    def views(self) -> list[dict[str, Any]]:
-        """The dashboards and reports received."""
-        return self._server.views
+        return [numbers_of(row) for row in self.history]

@@ -5,13 +5,11 @@ command line, environment, working folder and exit code; `launch.run_verb(cold=T
 line.
 """
 
-import json
 import multiprocessing
 import os
 import random
 import runpy
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +21,8 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+from accelerate.commands import launch
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
@@ -33,8 +33,6 @@ ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     "TOKENIZERS_PARALLELISM": "false",
 }
-# Variables of a launcher about ranks and about itself; they are set again for every start.
-_OF_A_LAUNCH = ("TORCHELASTIC_", "MASTER_", "RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE")
 
 # A failing rank may have sent its error to the others, which then end too; a killed one has not.
 _GRACE_SECONDS = 10
@@ -72,18 +70,18 @@ def reserve_port() -> int:
 @cache
 def launcher_variables(config_file: Path) -> dict[str, str]:
     """Return the variables that `accelerate launch` with this file adds to every process."""
-    script = Path(__file__).with_name("print_environment.py")
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    told = subprocess.run(
-        [*launcher, "--config_file", str(config_file), str(script)],
-        env={**os.environ, **ENVIRONMENT},
-        stdout=subprocess.PIPE,
-        check=True,
-        text=True,
-    ).stdout
-    added, _ = json.JSONDecoder().raw_decode(told)  # of two processes, whose lines may run together
-    kept = {name: value for name, value in added.items() if not name.startswith(_OF_A_LAUNCH)}
-    return {k: v for k, v in kept.items() if k.startswith("ACCELERATE_") or os.environ.get(k) != v}
+    arguments = launch.launch_command_parser().parse_args(["--config_file", str(config_file), "script"])
+    with (
+        mock.patch.dict(os.environ, ENVIRONMENT),
+        mock.patch.object(launch, "deepspeed_launcher") as launcher,
+    ):
+        launch.launch_command(arguments)
+        _, whole = prepare_deepspeed_cmd_env(launcher.call_args.args[0])
+    return {
+        name: value
+        for name, value in whole.items()
+        if name.startswith("ACCELERATE_") or os.environ.get(name) != value
+    }
 
 
 def run_warm(
@@ -97,20 +95,12 @@ def run_warm(
 ) -> tuple[int, str]:
     """Run a verb on `size` processes; exit code and screen as `python -m` or `dpo_dist.launch` give them.
 
-    Args:
-        verb: module below dpo_dist.
-        overrides: its command line.
-        variables: the whole environment.
-        size: processes; more than one are a world, of which a launcher ends the others when one fails.
-        folder: the working folder.
-        seconds: after which the test fails.
-        prepare: called in each process before the verb.
+    `variables` are the whole environment; `seconds` those after which the test fails; `prepare` is called in
+    each process before the verb.
     """
     with tempfile.TemporaryDirectory() as temporary:
         screen = Path(temporary) / "screen"
-        screen.touch()
-        processes = start_verb(verb, overrides, variables, size, folder, screen, prepare)
-        code = wait(processes, seconds)
+        code = wait(start_verb(verb, overrides, variables, size, folder, screen, prepare), seconds)
         return code, screen.read_text(encoding="utf-8")
 
 
@@ -123,10 +113,7 @@ def start_verb(
     screen: Path,
     prepare: Callable[[], None] | None = None,
 ) -> list[Any]:
-    """Start a verb on `size` processes, by rank, which write to the file `screen`.
-
-    Other arguments as of `run_warm`.
-    """
+    """Start a verb on `size` processes, by rank, which write to the file `screen`; else as `run_warm`."""
     start_parent()
     return start_module(context, f"dpo_dist.{verb}", overrides, variables, size, folder, screen, prepare)
 
@@ -140,8 +127,12 @@ def start_module(
     folder: Path,
     screen: Path,
     prepare: Callable[[], None] | None = None,
+    errors: Path | None = None,
 ) -> list[Any]:
-    """Start a module as `start_verb` does; `starts` is the context of multiprocessing."""
+    """Start a module as `start_verb` does; `starts` is the context of multiprocessing.
+
+    With `errors`, standard error goes to that file.
+    """
     port = str(reserve_port())
     processes = []
     for rank in range(size):
@@ -150,7 +141,8 @@ def start_module(
         own = {**variables, **world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = own if size > 1 else variables
         process = starts.Process(
-            target=_be_module, args=(module, arguments, environment, folder, screen, None, prepare)
+            target=_be_module,
+            args=(module, arguments, environment, folder, screen, errors or screen, prepare),
         )
         process.start()
         processes.append(process)
@@ -165,20 +157,12 @@ def run_warm_apart(
     seconds: float,
     prepare: Callable[[], None] | None = None,
 ) -> tuple[int, str, str]:
-    """Run a module on one process; exit code, standard output and standard error.
-
-    Other arguments as of `run_warm`.
-    """
+    """Run a module on one process as `run_warm` does; exit code, standard output and standard error."""
     start_parent()
     with tempfile.TemporaryDirectory() as temporary:
         output, errors = Path(temporary) / "output", Path(temporary) / "errors"
-        output.touch()
-        errors.touch()
-        process = context.Process(
-            target=_be_module, args=(module, arguments, variables, folder, output, errors, prepare)
-        )
-        process.start()
-        code = wait([process], seconds)
+        started = start_module(context, module, arguments, variables, 1, folder, output, prepare, errors)
+        code = wait(started, seconds)
         return code, output.read_text(encoding="utf-8"), errors.read_text(encoding="utf-8")
 
 
@@ -223,11 +207,11 @@ def _be_module(
     variables: dict[str, str],
     folder: Path,
     screen: Path,
-    errors: Path | None = None,
-    prepare: Callable[[], None] | None = None,
+    errors: Path,
+    prepare: Callable[[], None] | None,
 ) -> None:
-    for descriptor, file in ((1, screen), (2, errors or screen)):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), descriptor)
+    for descriptor, file in ((1, screen), (2, errors)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), descriptor)
     sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
     os.environ.clear()

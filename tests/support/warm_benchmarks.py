@@ -45,7 +45,6 @@ def run_fork(command: list[str], env: dict[str, str], **_options: Any) -> Comple
     size, variables, module, arguments = _parsed(command[1:])
     with tempfile.TemporaryDirectory() as temporary:
         screen = Path(temporary) / "screen"
-        screen.touch()
         forks = multiprocessing.get_context("fork")
         processes = start_module(forks, module, arguments, {**env, **variables}, size, Path.cwd(), screen)
         code = wait(processes, _RUN_SECONDS)

@@ -1,25 +1,30 @@
-"""Encoded datasets: examples, rankings, scores and masks by index; what a loss can use."""
+"""Encoded datasets: examples, rankings, scores and masks by index; what a loss can use; counts."""
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dpo_dist.batching.pack import Ids
 from dpo_dist.batching.plan import ComputeCosts
+from dpo_dist.batching.sampler import Span, make_sampler
 from dpo_dist.config.data import OnBadRecord, Ranked, SourceConfig
 from dpo_dist.config.losses import LossConfig, LossKind
+from dpo_dist.config.schema import TrainerConfig
 from dpo_dist.data import build as build_dataset_module
+from dpo_dist.data.counts import describe_counts, describe_short_run, in_words
 from dpo_dist.data.dataset import (
     PreferenceDataset,
     check_fits_loss,
     check_ids_in_vocabulary,
     collate,
+    count_duplicates,
+    count_shared,
     shard_batch,
 )
 from dpo_dist.data.encode import response_key
@@ -27,8 +32,9 @@ from dpo_dist.data.records import Origin, PreferenceRecord, training_examples
 from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support import tiny
 from tests.support.cache import encoded_folders, opened
-from tests.support.masks import add_masks, masked, random_mask
-from tests.support.packing import COSTS, dataset_of, pack_unkeyed, pair_shapes, random_pairs
+from tests.support.masks import add_masks, random_mask
+from tests.support.packing import dataset_of, random_pairs
+from tests.support.pages import ROOT
 from tests.support.pairs import encode
 from tests.support.records import BAD, GOOD, TEXT, jsonl
 
@@ -96,22 +102,13 @@ def test_more_bad_records_than_allowed_or_the_first_one_are_an_error(tmp_path: P
     assert "identical_responses 1" in raised.value.got
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_ranks_compute_each_example_once_and_agree_on_the_sizes(tmp_path: Path, world_size: int) -> None:
+def test_ids_that_decay_on_disk_are_not_trained_on(tmp_path: Path) -> None:
     data = opened(tmp_path, jsonl(tmp_path, *GOOD))
-    indices = np.array([5, 1, 3, 6, 0], dtype=np.int64)
-    plans = [shard_batch(data, indices, rank, world_size, 60, COSTS) for rank in range(world_size)]
-    computed = [index for plan in plans for micro_batch in plan.micro_batches for index in micro_batch]
-    assert sorted(computed) == sorted(indices.tolist())
-    sizes = {
-        (len(plan.micro_batches), plan.pairs, plan.tokens, plan.mean_chosen_tokens, plan.targets)
-        for plan in plans
-    }
-    [(_, pairs, tokens, mean_chosen, _)] = sizes
-    assert mean_chosen == pytest.approx(np.mean([data.lengths(index)[1] for index in indices]))
-    batches = [batch for plan in plans for batch in plan.batches()]
-    assert sum(batch.tokens for batch in batches) == tokens
-    assert sum(float(batch.weights.sum()) for batch in batches) == len(indices) == pairs
+    ids = np.asarray(data.ids).copy()
+    ids[data.piece_starts[1]] ^= 1
+    with pytest.raises(DataError, match="do not match their content key") as raised:
+        collate(replace(data, ids=ids), [0, 1])
+    assert str(data.origin(0)) in raised.value.where
 
 
 def test_a_token_without_an_embedding_is_named_before_training(tmp_path: Path) -> None:
@@ -131,7 +128,6 @@ def test_a_token_without_an_embedding_is_named_before_training(tmp_path: Path) -
         (LossKind.sigmoid, [2, 1, 2], "1 response"),
         (LossKind.sigmoid, [2, 3, 2], "a ranking"),
         (LossKind.odpo, [2, 2, 2], "no scores"),
-        (LossKind.sft, [1, 2, 5], None),
         (LossKind.plackett_luce, [2, 5, 3], None),
     ],
 )
@@ -150,34 +146,14 @@ def test_examples_of_no_use_to_the_loss_are_listed(
     assert raised.value.got.startswith(got)
 
 
-def ranking(scores: Sequence[float]) -> PreferenceRecord:
-    responses = tuple(f"answer {index}" for index in range(len(scores)))
-    return PreferenceRecord("q", responses, Origin("here", 1), tuple(scores))
-
-
 def test_ties_are_no_preferences() -> None:
-    record = ranking([4, 4, 2, 1, 1, 1])
+    scores = (4, 4, 2, 1, 1, 1)
+    record = PreferenceRecord("q", tuple("abcdef"), Origin("here", 1), scores)
     assert training_examples(record, Ranked.whole) == ([(0, 2, 3)], 3)
     assert training_examples(record, Ranked.best_worst) == ([(0, 5)], 0)
     pairs, ties = training_examples(record, Ranked.all_pairs)
     assert pairs == [*itertools.product((0, 1), (2, 3, 4, 5)), (2, 3), (2, 4), (2, 5)]
     assert ties == 4
-
-
-@given(st.lists(st.integers(0, 4), min_size=3, max_size=8).filter(lambda scores: len(set(scores)) > 1))
-def test_a_better_response_has_the_higher_score(given_scores: list[int]) -> None:
-    scores = sorted(map(float, given_scores), reverse=True)
-    for ranked in Ranked:
-        examples, ties = training_examples(ranking(scores), ranked)
-        assert examples
-        for example in examples:
-            kept = [scores[index] for index in example]
-            assert len(kept) >= 2
-            assert all(better > worse for better, worse in itertools.pairwise(kept))
-        if ranked is Ranked.all_pairs:
-            assert len(examples) + ties == len(scores) * (len(scores) - 1) // 2
-        if ranked is Ranked.whole:
-            assert [len(examples[0]), len(examples[0]) + ties] == [len(set(scores)), len(scores)]
 
 
 SCORED = {"low": 1, "mid": 4, "tie": 1, "top": 7}
@@ -286,22 +262,83 @@ def test_counted_tokens_are_targets_and_the_whole_response_is_computed(
     assert collate(data, every.tolist(), only_chosen=True).response_tokens.tolist() == chosen
 
 
-@given(pair_shapes)
-def test_a_mask_selects_targets_and_their_predictors(shapes: list[tuple[int, ...]]) -> None:
-    pairs = list(map(masked, random_pairs(shapes)))
-    whole = pack_unkeyed([replace(pair, masks=()) for pair in pairs])
-    batch = pack_unkeyed(pairs)
-    mask = np.concatenate([mask for pair in pairs for mask in pair.masks])
-    assert batch.targets.tolist() == whole.targets[mask].tolist()
-    assert batch.predictors.tolist() == whole.predictors[mask].tolist()
-    assert (batch.input_ids.tolist(), batch.layout) == (whole.input_ids.tolist(), whole.layout)
-    assert batch.pair_tokens == [tuple(int(mask.sum()) for mask in pair.masks) for pair in pairs]
-    expected = [[mask.tolist() for mask in pair.masks] for pair in pairs]
-    assert [masks_of(dataset_of(pairs), index) for index in range(len(pairs))] == expected
-
-
 def test_a_key_depends_on_the_end_of_the_prompt() -> None:
     one, two, both, empty = (np.array(ids, dtype=np.int32) for ids in ([1], [2], [1, 2], []))
     keys = {response_key(*ids) for ids in ((one, two), (both, empty), (empty, both), (two, one))}
     assert sorted(map(len, keys)) == [16] * 4
     assert response_key(one, two) == response_key(one.astype(np.int64), two.astype(np.int64))
+
+
+# Counts of records by source and by field, errors with their remedies, duplicates.
+def file_of(folder: Path, name: str, *rows: object) -> str:
+    (folder / name).mkdir()
+    return jsonl(folder / name, *rows)
+
+
+def test_every_source_has_its_counts(tmp_path: Path) -> None:
+    bad = TEXT | {"chosen": None}
+    first, second = file_of(tmp_path, "one", *GOOD), file_of(tmp_path, "two", *GOOD[:3], bad)
+    counts = opened(tmp_path, first, second, max_bad_share=0.5).counts
+    found = [[source[name] for name in ("path", "read", "kept", "dropped")] for source in counts["sources"]]
+    assert found == [[first, 7, 7, {}], [second, 4, 3, {"missing_field": 1}]]
+    lines = describe_counts("train", counts)
+    assert "10 of 11 records kept" in lines[0]
+    assert lines[1] == "  1 dropped (missing_field): a prompt or response is missing"
+    assert f"of two-records ({second}): 3 of 4 records kept, 1 missing_field: text" in "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("rows", "data", "expected"),
+    [
+        ([{"task": "q", "chosen": "a", "rejected": "b"}], {}, ["task (text)", "columns: {prompt: COLUMN"]),
+        (GOOD, {"max_length": 2}, ["data.max_length is 2", "data.truncation=keep_end"]),
+        ([*GOOD[:3], TEXT | {"images": [1]}], {}, ["fields: images", "data.max_bad_share", "COLUMN: null"]),
+        ([{"prompt": "q", "completion": "a", "label": True}], {}, ["unpaired", "pair good and bad"]),
+    ],
+)
+def test_remedies(tmp_path: Path, rows: list[object], data: dict[str, Any], expected: list[str]) -> None:
+    with pytest.raises(DataError) as raised:
+        opened(tmp_path, jsonl(tmp_path, *rows), **data)
+    block = raised.value.block()
+    assert [text for text in expected if text not in block] == []
+
+
+def test_duplicates_are_counted(tmp_path: Path) -> None:
+    swapped = GOOD[0] | {"chosen": GOOD[0]["rejected"], "rejected": GOOD[0]["chosen"]}
+    ranking = {"prompt": "q", "responses": ["a", "b", "c"]}
+    other_order = {"prompt": "q", "responses": ["a", "c", "b"]}
+    once = opened(tmp_path, file_of(tmp_path, "once", *GOOD, swapped, ranking, other_order))
+    assert count_duplicates(once) == 0
+    twice = opened(
+        tmp_path,
+        file_of(tmp_path, "a", *GOOD, GOOD[3], ranking, ranking),
+        file_of(tmp_path, "b", *GOOD[:5]),
+    )
+    assert count_duplicates(twice) == 7
+    held_out = opened(tmp_path, file_of(tmp_path, "c", GOOD[0], TEXT, swapped, other_order))
+    assert (count_shared(held_out, once), count_shared(held_out, twice)) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "trainer", "expected"),
+    [
+        (12, {"global_batch_pairs": 1000, "max_steps": 1}, "up to 84 times in one step"),
+        (100, {"global_batch_pairs": 64, "max_steps": 1}, "the whole run is 1 step: 64 pairs"),
+        (12, {"global_batch_pairs": 10, "epochs": 2.0}, None),
+    ],
+)
+def test_a_very_short_run_is_announced(pairs: int, trainer: dict[str, Any], expected: str | None) -> None:
+    lines = describe_short_run(make_sampler([Span(0, pairs, 1.0)], TrainerConfig(**trainer)))
+    assert len(lines) == (expected is not None)
+    assert expected is None or expected in lines[0]
+
+
+def test_every_count_on_the_page_has_words() -> None:
+    page = (ROOT / "docs" / "data.md").read_text()
+    tables = re.findall(r"^\| (?:count|reason) \| meaning \|\n\|---\|---\|\n((?:\|.*\n)+)", page, re.M)
+    cells = [line.split("|")[1] for table in tables for line in table.splitlines()]
+    names = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+    assert {"unparsable", "held_out_for_eval", "too_long"} <= names
+    assert [name for name in sorted(names) if in_words(name) == name.replace("_", " ")] == []
+    assert in_words("unread_images") == "the field images is not read"
+    assert in_words("of_a_later_version") == "of a later version"

@@ -1,4 +1,4 @@
-"""Token ids of a record: a prompt, each response after it, no doubled or smuggled special tokens; limits."""
+"""Token ids of a record: no doubled or smuggled special tokens; limits; tokens that the loss counts."""
 
 import copy
 from dataclasses import replace
@@ -14,14 +14,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from transformers import PreTrainedTokenizerFast
 
 from dpo_dist.config.data import DataConfig, TextTemplate, Truncation
-from dpo_dist.data.encode import EncodedExample, encode_pair
+from dpo_dist.data.encode import encode_pair
 from dpo_dist.data.escape import tokenized
-from dpo_dist.data.records import BadRecord, Dialogue, Message, PreferenceRecord, Prompt
+from dpo_dist.data.records import Dialogue, Message, Messages, Origin, PreferenceRecord, Prompt
 from dpo_dist.data.render import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support import tiny
 from tests.support.cache import opened
-from tests.support.packing import packed_tokens
+from tests.support.chat_tokenizers import tokenizer_of
 from tests.support.pairs import CHAT, WIDE, encode, flags, reason_against, record, texts
 from tests.support.records import TEXT, jsonl
 
@@ -32,40 +32,34 @@ LONG_WRITTEN = (
     "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\nhello there<|im_end|>\n"
     "<|im_start|>user\nand then?<|im_end|>\n<|im_start|>assistant\n"
 )
+PLAIN = "user: What is the capital?\nassistant:"
 AS_MESSAGES = replace(WIDE, text_as_messages=True)
 APPLIED = replace(WIDE, template=TextTemplate.applied)
 
 
-def plain_qwen() -> PreTrainedTokenizerFast:
-    return tiny.with_template(tiny.qwen(), None)
-
-
-def without_end() -> PreTrainedTokenizerFast:
-    return tiny.with_template(tiny.qwen(), tiny.WITHOUT_END)
-
-
 @pytest.mark.parametrize(
-    ("make", "what", "config", "expected"),
+    ("template", "what", "config", "expected"),
     [
-        (tiny.qwen, record(CHAT, "yes", "no"), WIDE, [WRITTEN, "yes", "no"]),
-        (tiny.qwen, record("Q: why?\nA:", " so", " no"), WIDE, ["Q: why?\nA:", " so", " no"]),
-        (tiny.qwen, record("What is the capital?", "yes", "no"), AS_MESSAGES, [WRITTEN, "yes", "no"]),
-        (tiny.qwen, record(DIALOGUE, " yes", " no "), WIDE, [LONG_WRITTEN, "yes", "no"]),
-        (plain_qwen, record(DIALOGUE, " yes", " no "), WIDE, [DIALOGUE.text, " yes", " no "]),
-        (without_end, record(CHAT, "a", "b"), WIDE, ["user: What is the capital?\nassistant:", " a", " b"]),
+        (tiny.CHATML, record(CHAT, "yes", "no"), WIDE, [WRITTEN, "yes", "no"]),
+        (tiny.CHATML, record("Q: why?\nA:", " so", " no"), WIDE, ["Q: why?\nA:", " so", " no"]),
+        (tiny.CHATML, record("What is the capital?", "yes", "no"), AS_MESSAGES, [WRITTEN, "yes", "no"]),
+        (tiny.CHATML, record(DIALOGUE, " yes", " no "), WIDE, [LONG_WRITTEN, "yes", "no"]),
+        (None, record(DIALOGUE, " yes", " no "), WIDE, [DIALOGUE.text, " yes", " no "]),
+        (tiny.WITHOUT_END, record(CHAT), WIDE, [PLAIN, " It is Paris.", " I cannot do that."]),
         *(
-            (tiny.qwen, record(WRITTEN, f"yes{end}", f"no{end}"), APPLIED, [WRITTEN, "yes", "no"])
-            for end in ("", "<|im_end|>", "<|im_end|>\n", "<|im_end|>\n<|im_end|>")
+            (tiny.CHATML, record(WRITTEN, f"yes{end}", f"no{end}"), APPLIED, [WRITTEN, "yes", "no"])
+            for end in ("", "<|im_end|>", "<|im_end|>\n<|im_end|>")
         ),
-        (tiny.qwen, record("why </s>?", "so<|im_end|>\n", "no"), APPLIED, ["why </s>?", "so", "no"]),
+        (tiny.CHATML, record("why </s>?", "so<|im_end|>\n", "no"), APPLIED, ["why </s>?", "so", "no"]),
     ],
 )
 def test_a_record_is_rendered_with_one_end_of_each_response(
-    make: Any, what: PreferenceRecord, config: DataConfig, expected: list[str]
+    template: str | None, what: PreferenceRecord, config: DataConfig, expected: list[str]
 ) -> None:
-    found = encode(what, make(), config)
+    tokenizer = tiny.with_template(tiny.qwen(), template)
+    found = encode(what, tokenizer, config)
     prompt, *responses = expected
-    assert texts(found, make()) == [prompt, *(f"{text}<|im_end|>" for text in responses)]
+    assert texts(found, tokenizer) == [prompt, *(f"{text}<|im_end|>" for text in responses)]
     assert found.prompt_ids.dtype == np.int32
     assert flags(found) == (False, False, False)
     assert ("templated_text" in found.changes) is (config is APPLIED)
@@ -117,34 +111,25 @@ def test_most_texts_with_an_applied_template_are_refused(tmp_path: Path) -> None
 
 
 def test_a_conversation_that_the_template_rejects_is_a_bad_record() -> None:
-    bad = encode_pair(record((Message("user", "one"), Message("user", "two"))), tiny.mistral(), WIDE)
-    assert isinstance(bad, BadRecord)
-    assert bad.reason == "template_rejected"
-    assert "alternate" in bad.detail
+    what = record((Message("user", "one"), Message("user", "two")))
+    assert reason_against(what, tiny.mistral()) == "template_rejected"
 
 
+SYSTEM = Message("system", "be brief")
 NEEDS_SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
 
 
 @pytest.mark.parametrize(
-    ("make", "what", "error"),
+    ("tokenizer", "what", "error"),
     [
-        (
-            lambda: tiny.with_template(tiny.qwen(), NEEDS_SYSTEM + tiny.CHATML),
-            (Message("system", "be brief"), *CHAT),
-            "system first",
-        ),
-        (
-            lambda: PreTrainedTokenizerFast(tokenizer_object=tiny.base().backend_tokenizer),
-            "q",
-            "end-of-sequence",
-        ),
-        (plain_qwen, CHAT, "no chat template"),
+        (tiny.with_template(tiny.qwen(), NEEDS_SYSTEM + tiny.CHATML), (SYSTEM, *CHAT), "system first"),
+        (PreTrainedTokenizerFast(tokenizer_object=tiny.base().backend_tokenizer), "q", "end-of-sequence"),
+        (tiny.with_template(tiny.qwen(), None), CHAT, "no chat template"),
     ],
 )
-def test_a_tokenizer_that_cannot_be_used_is_an_error(make: Any, what: Prompt, error: str) -> None:
+def test_a_tokenizer_that_cannot_be_used_is_an_error(tokenizer: Any, what: Prompt, error: str) -> None:
     with pytest.raises(ConfigError, match=error):
-        encode_pair(record(what), make(), WIDE)
+        encode_pair(record(what), tokenizer, WIDE)
 
 
 def legacy() -> PreTrainedTokenizerFast:
@@ -243,15 +228,7 @@ def numbered(prompt: int, *responses: int) -> PreferenceRecord:
         ({"max_length": 18}, slice(None), slice(8), (False, True)),
         ({"max_length": 18, "truncation": Truncation.keep_end}, slice(-5, None), slice(None), (True, False)),
         ({"max_prompt_length": 4}, slice(-3, None), slice(None), (True, False)),
-        *(
-            (
-                {"max_length": 22, "max_prompt_length": 10, "truncation": truncation},
-                slice(None),
-                slice(None),
-                (False,) * 2,
-            )
-            for truncation in Truncation
-        ),
+        ({"max_length": 22, "max_prompt_length": 10}, slice(None), slice(None), (False, False)),
     ],
 )
 def test_limits_cut_responses_at_their_end_or_the_prompt_after_its_bos(
@@ -278,33 +255,15 @@ def test_a_limit_with_space_for_bos_only_is_refused() -> None:
     [
         (numbered(10, 6, 12), {"max_length": 21, "truncation": Truncation.drop}, "too_long"),
         (numbered(10, 6, 12), {"max_length": 10}, "prompt_fills_max_length"),
-        (
-            record("q", "the answer is one", "the answer is two"),
-            {"max_length": 4},
-            "identical_after_truncation",
-        ),
+        (record("q", "the a is one", "the a is two"), {"max_length": 4}, "identical_after_truncation"),
         (record(CHAT, "yes", "yes "), {}, "identical_after_encoding"),
         (record(""), {}, "empty_prompt"),
     ],
 )
-def test_a_record_without_an_example_is_bad(
-    what: PreferenceRecord, limits: dict[str, Any], reason: str
-) -> None:
+def test_a_record_without_an_example_is_bad(what: PreferenceRecord, limits: Any, reason: str) -> None:
     assert reason_against(what, tiny.llama3(), DataConfig(**limits)) == reason
     if reason.endswith(("long", "length")):
         encode(what, tiny.llama3(), DataConfig(**limits | {"max_length": limits["max_length"] + 1}))
-
-
-@pytest.mark.parametrize("truncation", Truncation)
-@given(st.integers(0, 80), st.integers(1, 80), st.integers(1, 80), st.integers(4, 60))
-def test_no_example_needs_twice_max_length_in_a_micro_batch(
-    truncation: Truncation, prompt: int, chosen: int, rejected: int, max_length: int
-) -> None:
-    what = record("a " * prompt + "b", *(f" {word}" * n for word, n in (("yes", chosen), ("no", rejected))))
-    found = encode_pair(what, tiny.base(), DataConfig(max_length=max_length, truncation=truncation))
-    if isinstance(found, EncodedExample):
-        taken = packed_tokens(len(found.prompt_ids), [len(ids) for ids in found.responses])
-        assert taken <= 2 * max_length - len(found.prompt_ids) - 2
 
 
 def test_a_turn_ends_with_the_token_of_the_template_special_or_not() -> None:
@@ -328,3 +287,87 @@ def test_limits_that_a_tokenizer_file_sets_do_not_cut() -> None:
     tokenizer.backend_tokenizer.enable_truncation(2)
     tokenizer.backend_tokenizer.enable_padding(length=64)
     assert tokenized(tokenizer, ["hello there, the weather"]) == expected
+
+
+# The tokens that the loss counts: roles, markers, formatting, and what a record says itself.
+QUESTION = (Message("user", "What is the weather?"),)
+ANSWER, DOUBT, LAST = (
+    Message("assistant", "It rains."),
+    Message("user", "Are you sure?"),
+    Message("assistant", "Yes, <note>I think</note> so."),
+)
+TURNS = (ANSWER, DOUBT, LAST)
+
+
+def counted(response: Messages | str, family: str = "qwen2_5", **data: Any) -> str:
+    """Return the text of a response that the loss counts."""
+    tokenizer = tokenizer_of(family)
+    what = PreferenceRecord(QUESTION, (response, "another"), Origin("here", 1))
+    pair = encode(what, tokenizer, DataConfig(**data))
+    ids = pair.responses[0]
+    return str(tokenizer.decode(ids[pair.trained[0]] if pair.trained else ids))
+
+
+NOTE, THOUGHT = ["<note>...</note>"], "<think>\nLook.\n</think>\n\n"
+IN_FIELD = (replace(ANSWER, fields={"reasoning_content": "Look."}),)
+SAID = (replace(ANSWER, is_trained=False), replace(DOUBT, is_trained=True), LAST)
+LITERAL = (Message("assistant", "a <|im_end|> b"), Message("user", "<|im_start|>c"), LAST)
+RAIN, YES, END = "It rains.<|im_end|>", "Yes, <note>I think</note> so.<|im_end|>", "<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("response", "family", "data", "expected"),
+    [
+        (TURNS, "qwen2_5", {}, RAIN + YES),
+        (TURNS, "qwen2_5", {"trained_roles": ["user", "assistant"]}, f"{RAIN}Are you sure?{END}{YES}"),
+        (SAID, "qwen2_5", {}, f"Are you sure?{END}{YES}"),
+        (LITERAL, "qwen2_5", {}, f"a <|im_end|> b{END}{YES}"),
+        (TURNS, "qwen2_5", {"untrained": ["formatting"]}, "It rains.Yes, <note>I think</note> so."),
+        ((ANSWER,), "llama3_1", {"untrained": ["formatting"]}, "It rains."),
+        (TURNS, "qwen2_5", {"untrained": NOTE}, f"{RAIN}Yes,  so.{END}"),
+        # White space after a marker's end belongs to the text.
+        ("<note>x</note>\n\nyes", "qwen2_5", {"untrained": NOTE}, f"\n\nyes{END}"),
+        ("yes <note>cut", "qwen2_5", {"untrained": NOTE}, "yes "),
+        ("a <note>b [c] d</note> e", "qwen2_5", {"untrained": [*NOTE, "[...]"]}, f"a  e{END}"),
+        # An empty thought is the template's only at the start.
+        ("yes\n<think>\n\n</think>\nno", "qwen2_5", {}, f"yes\n<think>\n\n</think>\nno{END}"),
+        ("It rains.", "qwen3", {}, RAIN),
+        ("It rains.", "qwen3", {"untrained": []}, f"<think>\n\n</think>\n\n{RAIN}"),
+        *((turns, "qwen3", {}, THOUGHT + RAIN) for turns in (IN_FIELD, f"{THOUGHT}It rains.")),
+        (f"{THOUGHT}It rains.", "qwen3", {"untrained": ["<think>...</think>"]}, RAIN),
+        *((turns, "qwen3", {"untrained": ["thoughts"]}, RAIN) for turns in (IN_FIELD, f"{THOUGHT}It rains.")),
+    ],
+)
+def test_counted_text(response: Messages | str, family: str, data: dict[str, Any], expected: str) -> None:
+    assert counted(response, family, **data) == expected
+
+
+@pytest.mark.parametrize(
+    "turns", [(replace(ANSWER, is_trained=False),), (replace(ANSWER, is_trained=False), DOUBT)]
+)
+def test_a_response_without_counted_tokens_is_a_bad_record(turns: Messages) -> None:
+    what = PreferenceRecord(QUESTION, (turns, "another"), Origin("here", 1))
+    assert reason_against(what, tokenizer_of("qwen2_5")) == "no_trained_token"
+
+
+@pytest.mark.parametrize(
+    ("start", "family", "data"),
+    [
+        ("<table>", "qwen3", {"template_arguments": {"enable_thinking": False}}),
+        ("</p>", "qwen3_6", {}),
+        ("<", "deepseek_r1_distill", {}),
+    ],
+)
+def test_a_turn_may_start_like_the_tag_of_a_prompt(start: str, family: str, data: dict[str, Any]) -> None:
+    first = replace(ANSWER, content=f"{start} It rains.")
+    assert counted((first, DOUBT, LAST), family, **data).startswith(f"{start} It rains.")
+
+
+def test_the_mask_is_cut_with_its_response() -> None:
+    what = PreferenceRecord(QUESTION, (TURNS, "No. " * 40), Origin("here", 1))
+    tokenizer = tokenizer_of("qwen2_5")
+    whole = encode(what, tokenizer)
+    length = len(whole.prompt_ids) + 6
+    cut = encode(what, tokenizer, DataConfig(max_length=length))
+    assert [len(mask) for mask in cut.trained] == [len(ids) for ids in cut.responses]
+    assert cut.trained[0].tolist() == whole.trained[0][:6].tolist()

@@ -1,20 +1,20 @@
 """Evaluation data split off by a hash of the prompt: stable, and sharing no prompt with training."""
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from dpo_dist.config.data import DataConfig, Ranked, SourceConfig
+from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import PreferenceDataset, count_shared_prompts, open_dataset
 from dpo_dist.data.records import Dialogue, Message, Part, Prompt, eval_part, prompt_hash, train_part
 from dpo_dist.foundation.errors import DataError
 from tests.support import tiny
-from tests.support.records import assistant, jsonl, user
+from tests.support.records import jsonl
 
 
 def pairs(numbers: Iterable[int], variant: int = 0) -> list[dict[str, Any]]:
@@ -27,22 +27,14 @@ def write(folder: Path, name: str, records: list[Any]) -> SourceConfig:
     return SourceConfig(jsonl(folder / name, *records))
 
 
-def part_of(
-    sources: Iterable[SourceConfig], part: Part, config: DataConfig, tokenizer: Any = None
-) -> PreferenceDataset:
-    encoded = prepare_dataset(list(sources), config, tokenizer or tiny.qwen(), "qwen", part=part)
-    return open_dataset(encoded, config)
+def part_of(sources: Sequence[SourceConfig], part: Part, config: DataConfig) -> PreferenceDataset:
+    return open_dataset(prepare_dataset(sources, config, tiny.qwen(), "qwen", part=part), config)
 
 
-def split(
-    folder: Path, *sources: SourceConfig, tokenizer: Any = None, **data: Any
-) -> tuple[PreferenceDataset, PreferenceDataset]:
+def split(folder: Path, *sources: SourceConfig, **data: Any) -> tuple[PreferenceDataset, PreferenceDataset]:
     """Return the training and the evaluation data."""
     config = DataConfig(cache=str(folder / "cache"), **{"eval_share": 0.3, "max_bad_share": 0.5, **data})
-    train, held_out = (
-        part_of(sources, part, config, tokenizer) for part in (train_part(config, None), eval_part(config))
-    )
-    return train, held_out
+    return part_of(sources, train_part(config, None), config), part_of(sources, eval_part(config), config)
 
 
 def hashes(*datasets: PreferenceDataset) -> list[set[int]]:
@@ -75,31 +67,11 @@ def test_a_prompt_keeps_its_side_when_data_grow_or_move(tmp_path: Path) -> None:
     assert held_out < hashes(*split(tmp_path, few, eval_share=0.5))[1]
 
 
-def test_the_side_does_not_depend_on_format_tokenizer_or_white_space(tmp_path: Path) -> None:
-    numbers = range(40)
-    sides = {"chosen": [assistant("a")], "rejected": [assistant("b")]}
-    turns = [{"prompt": [user(f" question  {number}\n")], **sides} for number in numbers]
-    empty = {"role": "system", "content": ""}
-    history = "\n\nHuman: question {}\n\nAssistant:"
-    forms = [
-        pairs(numbers),
-        turns,
-        [row | {"prompt": [empty, *row["prompt"]]} for row in turns],
-        [{side: history.format(n) + f" {side}" for side in ("chosen", "rejected")} for n in numbers],
-        [{"prompt": history.format(n), "chosen": " a", "rejected": " b"} for n in numbers],
-        [{"prompt": f"question {n}", "responses": ["a", "b", "c"]} for n in numbers],
-        [{"prompt": f"question {n}", "completion": "a"} for n in numbers],
-    ]
-    sources = [write(tmp_path, str(index), records) for index, records in enumerate(forms)]
-    found = [hashes(*split(tmp_path, source, ranked=Ranked.all_pairs)) for source in sources]
-    found.append(hashes(*split(tmp_path, sources[0], tokenizer=tiny.llama3())))
-    assert all(one == found[0] for one in found)
-
-
 @pytest.mark.parametrize(
     ("one", "other"),
     [
         ("a  b\n", (Message("user", "a b"),)),
+        ("a b", (Message("system", ""), Message("user", "a b"))),
         ("a b", Dialogue("\n\nHuman: a b\n\nAssistant:")),
         ("Human: a b\n\nAssistant:", (Message("user", "a b"),)),
         ("caf\u00e9 \ud55c", "cafe\u0301 \u1112\u1161\u11ab"),

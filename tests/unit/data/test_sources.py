@@ -3,7 +3,6 @@
 import gzip
 import io
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,6 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from dpo_dist.config.data import DataConfig, OnBadRecord, SourceConfig
 from dpo_dist.data.formats import check_source, read_records
@@ -84,6 +81,7 @@ DAMAGED = {
     ("name", "content", "expected"),
     [
         *(("a.jsonl", line + b"\n" + LINE, f"1 {reason}, 2") for line, reason in DAMAGED.items()),
+        ("a.jsonl", LINE.replace(b"good", "one\u2028two\x85".encode()) + b"\n" + LINE, "1, 2"),
         # Lines are those of an editor.
         ("a.jsonl", BOM + LINE + b"\n\n" + LINE + b"\r\n{\n" + LINE, "1, 3, 4 unparsable, 5"),
         ("a.jsonl", LINE.replace(b"good", b"word " * 200_000), "1"),
@@ -103,17 +101,16 @@ def test_bad_records_lose_no_neighbour(tmp_path: Path, name: str, content: bytes
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
-        *(("a.json", b"[" + LINE + end, "to its end") for end in (b",", b",]", b"", b"] {}", b", {]")),
+        *(("a.json", b"[" + LINE + end, "to its end") for end in (b",", b"", b"] {}")),
         ("a.json", b"[" + LINE.replace(b"good", b"secret\xff") + b"]", "to its end"),
-        *(("a.json", content, "not an array") for content in (LINE + b"\n" + LINE, b"", b"x" * 10)),
+        ("a.json", LINE + b"\n" + LINE, "not an array"),
         ("a.jsonl.gz", gzip.compress(lines(*map(str, range(5000))))[:-20], "to its end"),
         ("a.jsonl.zst", zstd(lines(*map(str, range(5000))))[:-20], "to its end"),
-        ("a.csv.zst", b"no zstd", "to its end"),
         ("a.parquet", parquet("q")[:-10], "to its end"),
         ("a.parquet", b"PAR1" + bytes(36) + parquet("q")[40:], "to its end"),
         ("a.csv", b'prompt,chosen,rejected\nq,"never closed,b\nq,a,b\n', "to its end"),
         ("a.csv", b"prompt,chosen,chosen\nq,a,b\n", "same name"),
-        *((name, b"", "this kind of file") for name in ("a.parquet.gz", "a.gz", "a.txt")),
+        *((name, b"", "this kind of file") for name in ("a.parquet.gz", "a.txt")),
     ],
 )
 def test_a_damaged_file_is_one_error(tmp_path: Path, name: str, content: bytes, match: str) -> None:
@@ -151,27 +148,20 @@ def test_a_pattern_reads_files_in_order(tmp_path: Path) -> None:
         assert prompts(tmp_path / pattern) == ["4"], pattern
 
 
-@pytest.mark.parametrize(
-    ("train", "test"),
-    [
-        ("data/train-0000{n}-of-00002.parquet", "data/test-00000-of-00001.parquet"),
-        ("data/train-0000{n}-of-00002-ab{n}.parquet", "data/test-00000-of-00001-cd.parquet"),
-        ("set/my_train_{n}.jsonl.gz", "set/my_eval.jsonl"),
-    ],
-)
-def test_a_folder_of_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: str, test: str) -> None:
-    tmp_path = tmp_path / "shards"
-    content = {".parquet": parquet, ".gz": lambda text: gzip.compress(lines(text)), ".jsonl": lines}
-    for name, text in ((train.format(n=1), "two"), (train.format(n=0), "one"), (test, "3")):
-        write(tmp_path, {name: content[Path(name).suffix](text)})
-    write(tmp_path, {"README.md": b"# a card", "dataset_infos.json": b"{}", ".cache/x.parquet": b"none"})
-    assert prompts(tmp_path) == ["one", "two"]
-    monkeypatch.chdir(tmp_path.parent)
-    Path("link").symlink_to(tmp_path)
-    for path in (f"./{tmp_path.name}", "./link"):
+def test_a_folder_of_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    test = "data/test-00000-of-00001.parquet"
+    shards = {f"data/train-0000{n}-of-00002.parquet": parquet(text) for n, text in ((1, "two"), (0, "one"))}
+    others = {"README.md": b"# a card", "dataset_infos.json": b"{}", ".cache/x.parquet": b"none"}
+    write(tmp_path / "shards", {**shards, test: parquet("3"), **others})
+    assert prompts(tmp_path / "shards") == ["one", "two"]
+    monkeypatch.chdir(tmp_path)
+    Path("link").symlink_to("shards")
+    for path in ("./shards", "./link"):
         [record] = read_records(SourceConfig(path, split="test"))
         assert str(record.origin) == f"{Path(path)}/{test}:1"
-    assert "test, train" in refused(tmp_path, "no such split", split="other")
+    assert "test, train" in refused("./shards", "no such split", split="other")
+    Path("shards/data/train-00001-of-00002.parquet").unlink()
+    refused("./shards", "shards of the source are missing")
 
 
 def test_the_card_of_a_folder_names_its_parts(tmp_path: Path) -> None:
@@ -186,12 +176,8 @@ def test_the_card_of_a_folder_names_its_parts(tmp_path: Path) -> None:
     ("files", "match"),
     [
         (["some/train.jsonl", "more.jsonl"], "more.jsonl"),
-        (
-            ["data/train_prefs-00000-of-00001.jsonl", "data/train_sft-00000-of-00001.jsonl"],
-            "train_prefs, train_sft",
-        ),
-        (["a.jsonl", "b.csv"], "b.csv"),
-        *((["a.jsonl", other], other) for other in ("b.JSONL", "b.jsonl.bz2", "below/b.tsv")),
+        (["data/train_x-00000-of-00001.jsonl", "data/train_y-00000-of-00001.jsonl"], "train_x, train_y"),
+        *((["a.jsonl", other], other) for other in ("b.csv", "b.JSONL", "b.jsonl.bz2", "below/b.tsv")),
     ],
 )
 def test_no_file_of_a_folder_is_ignored_in_silence(tmp_path: Path, files: list[str], match: str) -> None:
@@ -235,7 +221,6 @@ ALL, FIRST = "no record can be used", "none of the first 16384 records"
         (NO_SIDE * 100 + b"{\n" * 100 + lines("q"), None, "drop"),
         (NO_SIDE * 100, ALL, "drop"),
         (OTHER * 16_385 + lines("q"), FIRST, "drop"),
-        (b"{\n" * 16_385 + lines("q"), FIRST, "drop"),
         (IMAGES * 16_385 + lines("q"), None, "drop"),
         (lines(*map(str, range(60))) + OTHER, "unknown_format", "error"),
         (lines(*map(str, range(65))) + OTHER, None, "error"),
@@ -253,32 +238,18 @@ def test_first_records_refuse_a_source_only_if_the_others_cannot_be_better(
         check_source(source, config)
 
 
-def downloaded(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **_options: str(folder))
-
-
 @pytest.mark.parametrize("escape", ["../outside.jsonl", "{}/outside.jsonl", "file://{}/outside.jsonl"])
-@pytest.mark.parametrize("card", ["README.md", ".huggingface.yaml"])
-def test_a_card_names_own_files(
-    card: str, escape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_card_of_a_hub_dataset_names_own_files(
+    escape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = json.dumps([{"split": "train", "path": escape.format(tmp_path)}])
-    text = f"configs:\n- config_name: default\n  data_files: {names}\n"
-    content = f"---\n{text}---\n" if card == "README.md" else text
-    write(tmp_path, {"outside.jsonl": LINE, f"snapshot/{card}": content.encode()})
-    downloaded(monkeypatch, tmp_path / "snapshot")
+    card = f"---\nconfigs:\n- config_name: default\n  data_files: {names}\n---\n"
+    write(tmp_path, {"outside.jsonl": LINE, "snapshot/README.md": card.encode()})
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **_options: f"{tmp_path}/snapshot")
     refused("org/set", "names a file outside its folder")
 
 
-def test_a_dataset_with_a_script_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = f"from pathlib import Path\nPath({str(tmp_path / 'trace')!r}).touch()"
-    downloaded(monkeypatch, write(tmp_path / "snapshot", {"snapshot.py": script.encode()}))
-    refused("org/set", "neither a local file")
-    assert not (tmp_path / "trace").exists()
-
-
-def of(path: str, **options: Any) -> SourceConfig:
-    return SourceConfig(path, **options)
+of = SourceConfig
 
 
 @pytest.mark.parametrize(
@@ -288,10 +259,7 @@ def of(path: str, **options: Any) -> SourceConfig:
         ([of("org/ultrafeedback_binarized"), of("/data/hh.jsonl.gz")], "ultrafeedback_binarized hh"),
         ([of("/data/hh/train.jsonl"), of("/data/uf/train.jsonl")], "hh-train uf-train"),
         ([of("/data/hh/*.jsonl"), of("/data/hh/**/part-*.parquet")], "hh part"),
-        (
-            [of("/data/my pairs (new).jsonl"), of("folder/"), of("データ/選択.jsonl")],
-            "my-pairs-new folder 選択",
-        ),
+        ([of("/my pairs (new).jsonl"), of("folder/"), of("データ/選択.jsonl")], "my-pairs-new folder 選択"),
         ([of("a.jsonl"), of("b/a.jsonl"), of("b/a.csv"), of("b-a-2")], "a b-a b-a-2 b-a-2-2"),
         ([of("o/d", split="a"), of("o/d", split="b"), of("o/d", split="b", weight=2.0)], "d-a o-d-b o-d-b-2"),
         ([of("a/p.csv", label="math"), of("b/p.csv", label="math"), of("math.csv")], "math math math-2"),
@@ -299,34 +267,3 @@ def of(path: str, **options: Any) -> SourceConfig:
 )
 def test_labels_by_hand(sources: list[SourceConfig], labels: str) -> None:
     assert source_labels(sources) == labels.split()
-
-
-names = st.text(st.sampled_from("ab/.-_* é\n"), min_size=1, max_size=8).filter(str.strip)
-maybe = st.none() | names
-own = st.none() | st.sampled_from(["a", "b", "a-2"])
-sources = st.builds(SourceConfig, names, name=maybe, data_dir=maybe, split=maybe, label=own)
-
-
-@given(st.lists(sources, max_size=6))
-def test_derived_labels_are_unique_and_safe(listed: list[SourceConfig]) -> None:
-    labels = source_labels(listed)
-    assert all(re.fullmatch(r"[\w.+-]+", label) for label in labels)
-    assert all(source.label in (None, label) for source, label in zip(listed, labels, strict=True))
-    derived = [label for source, label in zip(listed, labels, strict=True) if source.label is None]
-    given = {source.label for source in listed if source.label}
-    assert len({*derived, *given}) == len(derived) + len(given)
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
-def test_separators_of_lines_inside_a_text_are_kept(tmp_path: Path, name: str) -> None:
-    text = "one\u2028two\x00three\u0085"
-    fields = json.dumps(TEXT | {"chosen": text}, ensure_ascii=False)
-    contents = {
-        "a.jsonl": fields,
-        "a.json": f"[{fields}]",
-        "a.csv": f"prompt,chosen,rejected\r\nq,{text},bad",
-    }
-    (tmp_path / name).write_bytes(BOM + contents[name].encode() + b"\r\n")
-    [record] = read_records(str(tmp_path / name))
-    assert isinstance(record, PreferenceRecord)
-    assert record.responses == (text, "bad")

@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from trl import DPOTrainer
 
 from dpo_dist.config.data import TEMPLATE_DATE, DataConfig
-from dpo_dist.data.encode import EncodedExample
-from dpo_dist.data.records import Message, Messages, Origin, PreferenceRecord, Prompt, Response
+from dpo_dist.data.encode import EncodedExample, encode_pair
+from dpo_dist.data.records import BadRecord, Message, Messages, Origin, PreferenceRecord, Prompt, Response
 from dpo_dist.data.template import pin_clock
 from dpo_dist.foundation.errors import ConfigError
 from tests.support import tiny
@@ -25,18 +25,13 @@ from tests.support.pairs import CHAT, WIDE, encode, flags, reason_against, recor
 from tests.support.records import TEXT, jsonl
 
 CALL_ID = "call12345"
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "weather",
-        "description": "The weather of a city.",
-        "parameters": {
-            "type": "object",
-            "properties": {"city": {"type": "string", "description": "its name"}},
-            "required": ["city"],
-        },
-    },
+PARAMETERS = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "description": "its name"}},
+    "required": ["city"],
 }
+FUNCTION = {"name": "weather", "description": "The weather of a city.", "parameters": PARAMETERS}
+TOOL = {"type": "function", "function": FUNCTION}
 CALLED = {"type": "function", "id": CALL_ID, "function": {"name": "weather", "arguments": {"city": "Bern"}}}
 QUESTION, SYSTEM = Message("user", "What is the weather?"), Message("system", "Be brief.")
 CALL = Message("assistant", "", {"tool_calls": [CALLED]})
@@ -68,6 +63,7 @@ WITHOUT_TOOLS = ["gemma3", "phi3", "deepseek_r1_distill"]
 WITH_THOUGHTS = ["qwen3", "qwen3_5_nothink_training", "qwen3_6", "gptoss", "glm4moe", "nemotron_3_nano"]
 # These end an empty thought in the prompt if thinking is off.
 ENDING = ["qwen3", "qwen3_6", "glm4moe", "smollm3", "nemotron_3_nano"]
+TURN_ENDS = ("<|eot_id|>", "<end_of_turn>", "<|end|>", "<|return|>", "<|user|>")
 # The stop token of a turn, if it is not the last one of the template's output.
 ADDED_END = {"glm4moe": "<|endoftext|>"}
 CASES = [
@@ -141,17 +137,11 @@ def test_ids_are_those_of_the_tokenizer_and_turns_of_the_assistant_count(family:
         marks = ("<think>\n\n</think>", "<think></think>", "assistant<|end_header_id|>", "<|im_start|>")
         assert not any(mark in text for mark in marks)
         assert case != "thought" or "Look." in text
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_each_counted_turn_has_its_end(family: str) -> None:
-    tokenizer = tokenizer_of(family)
-    found = encode(RECORDS["turns"], tokenizer)
-    ends = {tokenizer.eos_token, "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|return|>", "<|user|>"}
-    end_ids = {tokenizer.convert_tokens_to_ids(end) for end in ends} - {None}
-    counted = found.responses[0][found.trained[0]].tolist()
-    assert sum(token in end_ids for token in counted) == 2
-    assert counted[-1] in end_ids
+    if case == "turns":
+        ends = tokenizer.convert_tokens_to_ids([str(tokenizer.eos_token), *TURN_ENDS])
+        counted = found.responses[0][found.trained[0]].tolist()
+        assert sum(token in ends for token in counted) == 2
+        assert counted[-1] in ends
 
 
 @pytest.mark.parametrize("family", ENDING)
@@ -198,8 +188,7 @@ HALF, OTHER = "hm\n</think>\n\nRain.", "<think>\nno\n</think>\n\nNo."
 
 
 @pytest.mark.parametrize("family", ENDING)
-@pytest.mark.parametrize("thinking", [SPELLED, IN_FIELD])
-@pytest.mark.parametrize("by", ["run", "row"])
+@pytest.mark.parametrize(("thinking", "by"), [(SPELLED, "run"), (IN_FIELD, "row")])
 def test_a_thought_after_the_end_of_one_is_said(family: str, thinking: Response, by: str) -> None:
     if family == "smollm3" and thinking is IN_FIELD:
         return  # Its template omits such thoughts, which makes a bad record.
@@ -217,15 +206,14 @@ def test_a_thought_after_the_end_of_one_is_said(family: str, thinking: Response,
 
 
 def encoded_or_reason(what: PreferenceRecord, tokenizer: PreTrainedTokenizerFast) -> Any:
-    try:
-        found = encode(what, tokenizer)
-    except AssertionError:
-        return reason_against(what, tokenizer)
+    found = encode_pair(what, tokenizer, WIDE)
+    if isinstance(found, BadRecord):
+        return found.reason
     prompt, *following = texts(found, tokenizer)
     return prompt, following, found.changes
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", sorted({*WITH_THOUGHTS, *ENDING, "deepseek_r1_distill", "llama3_1"}))
 @pytest.mark.parametrize("thinking", [SPELLED, IN_FIELD, HALF, "<think>\nhm", "a <think> b"])
 def test_a_thought_of_one_side_is_encoded_alike_on_both(family: str, thinking: Response) -> None:
     sides = [(thinking, "No."), ("No.", thinking)]
@@ -246,51 +234,34 @@ R1 = (
 ASKED = "<|im_start|>What is the capital?<|im_end|>"
 
 
-@pytest.mark.parametrize(
-    ("responses", "expected", "changes"),
-    [
-        *(
-            (
-                [f"{opening}so\n</think>\n\nParis", f"{opening}no\n</think>\n\nRome"],
-                [f"{ASKED}<think>\n", "so\n</think>\n\nParis", "no\n</think>\n\nRome"],
-                {"opened_thought_joined"} if opening else set(),
-            )
-            for opening in ("<think>\n", "<think>", "")
-        ),
-        *(
-            (["Paris", other], [ASKED, "Paris", other], {"opened_thought_removed"})
-            for other in ("Rome", OTHER)
-        ),
-    ],
-)
-def test_a_response_continues_an_opened_thought(
-    responses: list[str], expected: list[str], changes: set[str]
-) -> None:
+@pytest.mark.parametrize("opening", ["<think>\n", "<think>", ""])
+def test_responses_continue_an_opened_thought(opening: str) -> None:
+    tokenizer, sides = tiny.with_template(tiny.qwen(), R1), ("so\n</think>\n\nParis", "no\n</think>\n\nRome")
+    found = encode(record(CHAT, *(opening + side for side in sides)), tokenizer)
+    assert texts(found, tokenizer) == [f"{ASKED}<think>\n", *(f"{side}<|endoftext|>" for side in sides)]
+    assert ("opened_thought_joined" in found.changes) is bool(opening)
+
+
+@pytest.mark.parametrize("other", ["Rome", OTHER])
+def test_an_opened_thought_is_removed_before_responses_without_one(other: str) -> None:
     tokenizer = tiny.with_template(tiny.qwen(), R1)
-    found = encode(record(CHAT, *responses), tokenizer)
-    prompt, *following = expected
-    assert texts(found, tokenizer) == [prompt, *(f"{text}<|endoftext|>" for text in following)]
-    assert {name for name in found.changes if name.startswith("opened_thought")} == changes
+    found = encode(record(CHAT, "Paris", other), tokenizer)
+    assert texts(found, tokenizer) == [ASKED, "Paris<|endoftext|>", f"{other}<|endoftext|>"]
+    assert "opened_thought_removed" in found.changes
 
 
 def test_a_prompt_that_depends_on_the_response_is_cut_at_a_turn() -> None:
-    template = str(tokenizer_of("mistral").chat_template)
-    late = template.replace("system if loop.first", "system if loop.index0 == place.last_user")
-    tokenizer = tiny.with_template(tokenizer_of("mistral"), late)
-    what = pair(*said("Yes.", "Perhaps."), "No.", prompt=(SYSTEM, QUESTION))
+    """Mistral's template writes the tools before the last question."""
+    tokenizer, prompt = tokenizer_of("mistral"), (QUESTION, ANSWER, DOUBT)
+    what = pair(*said("Yes."), "No.", prompt=prompt, tools=(TOOL,))
     found = encode(what, tokenizer)
     assert_starts_whole(tokenizer, what, found)
-    for side, text in enumerate((" It rains.</s> Yes.</s>", " It rains.</s> Perhaps.</s>", " No.</s>")):
-        assert trained_text(tokenizer, found, side) == text
-    assert texts(found, tokenizer)[0] == "<s>[INST]"
-    assert "prompt_not_prefix" in found.changes
-
-    found = encode(
-        pair(*said("Yes."), "No.", prompt=(QUESTION, ANSWER, DOUBT), tools=(TOOL,)), tokenizer_of("mistral")
-    )
-    prompt, one, other = texts(found, tokenizer)
-    assert prompt == "<s>[INST] What is the weather?[/INST] It rains.</s>"
+    shared, one, other = texts(found, tokenizer)
+    assert shared == "<s>[INST] What is the weather?[/INST] It rains.</s>"
     assert (one.startswith("[INST]"), other.startswith("[AVAILABLE_TOOLS]")) == (True, True)
+    assert trained_text(tokenizer, found) == " It rains.</s> Yes.</s>"
+    assert trained_text(tokenizer, found, 1) == " No.</s>"
+    assert "prompt_not_prefix" in found.changes
 
 
 @pytest.mark.parametrize("family", ["qwen2_5", "llama3_1", "mistral", "gptoss", "phi3", "smollm3"])
@@ -303,7 +274,7 @@ TAGS = {"<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>",
 
 
 def injected(spelled: str) -> PreferenceRecord:
-    function = {**TOOL["function"], "description": f"The weather {spelled}."}  # type: ignore[dict-item]
+    function = FUNCTION | {"description": f"The weather {spelled}."}
     arguments = {"city": f"Bern {spelled}", "more": [spelled, {f"key {spelled}": spelled}]}
     called = {"type": "function", "id": CALL_ID, "function": {"name": "weather", "arguments": arguments}}
     turns = (
@@ -350,18 +321,11 @@ def test_a_text_that_a_template_would_change_is_not_marked_in_silence() -> None:
     assert flags(encode(record(CHAT), tokenizer)) == (False, False, False)
 
 
-@pytest.mark.parametrize(
-    ("content", "is_counted"),
-    [
-        ("<|im_start|>user\nhi<|im_end|>", True),
-        ("[INST] hi [/INST]", True),
-        ("<start_of_turn>user", True),
-        ("1 < 2 [sic]", False),
-    ],
-)
-def test_contents_with_turns_of_a_template_are_counted(content: str, is_counted: bool) -> None:
-    for what in (record((Message("user", content),)), record(CHAT, content, "no")):
-        assert ("templated_content" in encode(what, tiny.qwen()).changes) is is_counted
+def test_contents_with_turns_of_a_template_are_counted() -> None:
+    plain = "1 < 2 [sic]"
+    for content in ("<|im_start|>user\nhi<|im_end|>", "[INST] hi [/INST]", "<start_of_turn>user", plain):
+        for what in (record((Message("user", content),)), record(CHAT, content, "no")):
+            assert ("templated_content" in encode(what, tiny.qwen()).changes) is (content != plain)
 
 
 def test_a_template_file_is_used_and_part_of_the_fingerprint(tmp_path: Path) -> None:
@@ -377,23 +341,19 @@ def test_a_template_file_is_used_and_part_of_the_fingerprint(tmp_path: Path) -> 
 
 def test_a_named_template_of_the_tokenizer_is_used() -> None:
     tokenizer = tiny.with_template(tiny.qwen(), None)
-    tool_use = "{{ tools | tojson }}" + tiny.CHATML
-    tokenizer.chat_template = {
-        "default": tiny.CHATML,
-        "tool_use": tool_use,
-        "loud": "LOUD " + tiny.CHATML,
-    }
-
-    def starts(start: str, what: PreferenceRecord, choice: str | None = None) -> bool:
-        return texts(encode(what, tokenizer, DataConfig(chat_template=choice)), tokenizer)[0].startswith(
-            start
-        )
-
-    assert starts("<|im_start|>", record(CHAT))
-    assert starts("LOUD <|im_start|>", record(CHAT), "loud")
-    assert starts('[{"type": "function"', replace(record(CHAT), tools=(TOOL,)))
+    tool_use, loud = "{{ tools | tojson }}" + tiny.CHATML, "LOUD " + tiny.CHATML
+    tokenizer.chat_template = {"default": tiny.CHATML, "tool_use": tool_use, "loud": loud}
+    with_tools = replace(record(CHAT), tools=(TOOL,))
+    rows = (
+        (record(CHAT), None, "<|im_start|>"),
+        (record(CHAT), "loud", "LOUD <|im_start|>"),
+        (with_tools, None, '[{"type": "function"'),
+    )
+    for what, choice, start in rows:
+        found = encode(what, tokenizer, DataConfig(chat_template=choice))
+        assert texts(found, tokenizer)[0].startswith(start)
     with pytest.raises(ConfigError, match="does not exist") as raised:
-        starts("", record(CHAT), "quiet")
+        encode(record(CHAT), tokenizer, DataConfig(chat_template="quiet"))
     assert "loud" in raised.value.expected
 
 

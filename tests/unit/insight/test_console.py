@@ -1,9 +1,7 @@
-"""Console: messages and progress as lines, JSON objects or a live line; logs of ranks; failing streams."""
+"""Console: messages and progress as lines or a live line; logs of ranks; the closing table."""
 
 import contextlib
-import errno
 import io
-import json
 import logging
 import os
 import pty
@@ -23,7 +21,7 @@ from unittest import mock
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import ConsoleConfig, ConsoleStyle
+from dpo_dist.config.schema import ConsoleConfig
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.streams import SafeStream
 from dpo_dist.insight.console import (
@@ -163,55 +161,6 @@ def test_training_is_printed_now_and_then_and_always_on_demand_and_an_evaluation
     ]
 
 
-def test_json_is_one_object_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    settings = ConsoleConfig(style=ConsoleStyle.json)
-    console = Console(open_screen(SafeStream(sys.stderr), SafeStream(sys.stdout), settings))
-    console.say("reading\nthe data")
-    console.say("warning: a file is missing")
-    console.row({"step": 1, "loss": float("nan"), "grad_norm": 2.5}, 10)
-    console.row({"step": 1, "eval_loss": 0.5}, 10)
-    with console.until_end():
-        console.training(*STATUS, always=True)
-    with console.progress("scoring", "pair") as show:
-        show(1, 4)
-    console.result("summary", {"steps": 10}, ["10 steps"])
-    console.alarm("process lost: rank 1 died")
-    printed = capsys.readouterr()
-    found = [json.loads(line) for line in printed.out.splitlines()]
-    assert printed.err == ""
-    assert all("time" in each for each in found)
-    kinds = "message message step evaluation progress progress summary error"
-    assert [each["kind"] for each in found] == kinds.split()
-    assert (found[1]["level"], found[1]["text"]) == ("warning", "a file is missing")
-    assert (found[2]["loss"], found[2]["grad_norm"]) == (None, 2.5)
-    assert (found[4]["work"], found[4]["done"], found[4]["seconds_left"]) == ("training", 120, 7200.0)
-    assert (found[5]["done"], found[5]["total"], found[5]["share"]) == (1, 4, 0.25)
-
-
-class FullDisk(io.StringIO):
-    def write(self, _text: str) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def closed_pipe() -> io.TextIOWrapper:
-    reader, writer = os.pipe()
-    os.close(reader)
-    return os.fdopen(writer, "w", buffering=1)
-
-
-@pytest.mark.parametrize("style", list(ConsoleStyle))
-@pytest.mark.parametrize("make", [FullDisk, closed_pipe])
-def test_a_stream_that_fails_never_raises(make: type[io.StringIO], style: ConsoleStyle) -> None:
-    stream = SafeStream(make())
-    console = Console(open_screen(stream, stream, ConsoleConfig(style=style)))
-    for _ in range(2):
-        console.say("text")
-        console.training(*STATUS, always=True)
-        console.row({"step": 1, "eval_loss": 0.5}, 10)
-        console.alarm("an error")
-    stream.close()
-
-
 def test_plain_lines_have_no_control_characters_and_those_that_a_stream_lacks_are_escaped() -> None:
     printed: list[str] = []
     Console(LineScreen(printed.append)).say("a\x1b[31mb\rc\td\ne")
@@ -222,48 +171,32 @@ def test_plain_lines_have_no_control_characters_and_those_that_a_stream_lacks_ar
     assert binary.getvalue() == b"na\\xefve\n"
 
 
-class OnTerminal:
-    def __init__(self, columns: int = 60):
-        self.master, self.slave = pty.openpty()
-        self.resize(columns)
-        self.stream = SafeStream(os.fdopen(os.dup(self.slave), "w", buffering=1))
-        self.screen = open_screen(self.stream, self.stream, ConsoleConfig())
-
-    def resize(self, columns: int) -> None:
-        ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-
-    def shown(self) -> str:
-        text = b""
-        while select.select([self.master], [], [], 0.05)[0]:
-            text += os.read(self.master, 100_000)
-        return text.decode()
+def on_terminal() -> tuple[int, int, LineScreen]:
+    """The ends of a new terminal, and the screen on it."""
+    master, slave = pty.openpty()
+    stream = SafeStream(os.fdopen(slave, "w", buffering=1))
+    return master, slave, open_screen(stream, stream, ConsoleConfig())
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[OnTerminal]:
+@pytest.mark.parametrize("width", [1, 60, 140])
+def test_the_live_line_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
-    opened = OnTerminal()
-    yield opened
-    opened.stream.close()
-
-
-@pytest.mark.parametrize("width", [1, 20, 60, 80, 110, 140])
-def test_the_live_line_fits_the_terminal(width: int, terminal: OnTerminal) -> None:
-    terminal.resize(width)
-    Console(terminal.screen).training(*STATUS)
-    line = re.sub(r"\x1b\[[\d;?]*\w", "", terminal.shown()).rsplit("\r")[-1]
+    master, slave, screen = on_terminal()
+    ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+    Console(screen).training(*STATUS)
+    shown = ""
+    while select.select([master], [], [], 0.05)[0]:
+        shown += os.read(master, 100_000).decode()
+    line = re.sub(r"\x1b\[[\d;?]*\w", "", shown).rsplit("\r")[-1]
     assert "\n" not in line
     assert len(line) <= width
     assert line.startswith(LINE[: max(width - 22, 0)])
     assert (LINE in line) == (width > 130)
 
 
-@pytest.mark.parametrize("term", ["dumb", "unknown"])
-def test_only_a_terminal_gets_a_live_line(term: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TERM", term)
-    opened = OnTerminal()
-    opened.stream.close()
-    assert not isinstance(opened.screen, LiveScreen)
+def test_only_a_terminal_gets_a_live_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    assert not isinstance(on_terminal()[2], LiveScreen)
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     with (tmp_path / "slurm.out").open("w") as file:
@@ -271,44 +204,29 @@ def test_only_a_terminal_gets_a_live_line(term: str, monkeypatch: pytest.MonkeyP
     assert not isinstance(screen, LiveScreen)
 
 
-FOLDER = RunFolder(Path("out/run"))
-ROWS = [
-    {"step": 5, "loss": 0.6931, "rewards/accuracies": 0.5, "mfu": 0.4, "step_seconds": 2.0},
-    {"step": 5, "eval_loss": 0.6, "eval_rewards/accuracies": 0.75},
-    {"step": 60, "loss": 0.04123, "rewards/accuracies": 0.98, "mfu": 0.5, "step_seconds": 1.0},
-    {"step": 60, "eval_loss": 0.7, "eval_rewards/accuracies": 0.75},
-]
-SUMMARY: dict[str, Any] = {
-    "exit": "completed",
-    "best": {"eval_loss": {"value": 0.6, "step": 5}},
-    "steps": 60,
-    "pairs_seen": 3840,
-    "train_seconds": 303.0,
-    "pairs_per_second": 12.67,
-    "peak_memory_bytes": 3 * 2**30,
-    "world_size": 2,
-    "data": {"train": {"kept": 6403, "read": 6410}, "eval": {"kept": 1, "read": 1}},
-    "reference": {"mode": "cached", "computed": 6403, "hits": 0},
-}
-WORDS = (
-    *("training loss        0.6931  0.0412", "0.7000  0.6000 at step 5", "completed 60 steps"),
-    *("5 min 03 s of training, 3,840 pairs", "6,403 of 6,410 records kept", "out/run/report.html"),
-)
-
-
-def test_the_table_of_a_complete_run() -> None:
-    table = "\n".join(closing_table(FOLDER, ROWS, SUMMARY))
-    assert [words for words in WORDS if words not in table] == []
-
-
-@pytest.mark.parametrize(
-    ("outcome", "beginning"),
-    [
-        ("preempted", "stopped after 1 step; the same command resumes from there"),
-        ("diverged", "diverged after 1 step"),
-    ],
-)
-def test_a_run_that_ends_early_has_no_model(outcome: str, beginning: str) -> None:
-    files = ["report     out/run/report.html", "metrics    out/run/dpo_metrics"]
-    lines = closing_table(FOLDER, [], {"exit": outcome, "steps": 1})
-    assert lines == ["", f"run        {beginning}", *files]
+def test_the_table_of_a_run() -> None:
+    rows = [
+        {"step": 5, "loss": 0.6931, "rewards/accuracies": 0.5, "mfu": 0.4, "step_seconds": 2.0},
+        {"step": 5, "eval_loss": 0.6, "eval_rewards/accuracies": 0.75},
+        {"step": 60, "loss": 0.04123, "rewards/accuracies": 0.98, "mfu": 0.5, "step_seconds": 1.0},
+        {"step": 60, "eval_loss": 0.7, "eval_rewards/accuracies": 0.75},
+    ]
+    summary: dict[str, Any] = {
+        **{"exit": "completed", "best": {"eval_loss": {"value": 0.6, "step": 5}}},
+        **{"steps": 60, "pairs_seen": 3840, "train_seconds": 303.0, "pairs_per_second": 12.67},
+        "data": {"train": {"kept": 6403, "read": 6410}, "eval": {"kept": 1, "read": 1}},
+    }
+    folder = RunFolder(Path("out/run"))
+    table = "\n".join(closing_table(folder, rows, summary))
+    words = (
+        *("training loss        0.6931  0.0412", "0.7000  0.6000 at step 5", "completed 60 steps"),
+        *("5 min 03 s of training, 3,840 pairs", "6,403 of 6,410 records kept", "out/run/report.html"),
+    )
+    assert [each for each in words if each not in table] == []
+    # A run that ends early has no model.
+    assert closing_table(folder, [], {"exit": "preempted", "steps": 1}) == [
+        "",
+        "run        stopped after 1 step; the same command resumes from there",
+        "report     out/run/report.html",
+        "metrics    out/run/dpo_metrics",
+    ]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_dist.insight.verdict.facts import is_collapsed, usual_loss
+from dpo_dist.insight.verdict.facts import usual_loss
 from dpo_dist.insight.verdict.rules import RULES, Verdict, sample_alarm, verdict
 
 STEPS = 20
@@ -83,12 +83,8 @@ LEAK = {"rule": "label_leak", "level": "error", "share": 0.93, "text": "of the w
 DISAGREES = {"rule": "reference_disagrees", "level": "warning", "share": 0.4, "source": "a"}
 AT_ONCE = {"rewards/accuracies": 0.99, "eval_rewards/accuracies": 0.99}
 FLAT = {"loss": 0.693}
-COLLAPSED = {
-    "grad_norm": 0.0,
-    "loss": 0.9,
-    "logps/chosen_per_token": -6.0661,
-    "logps/rejected_per_token": -6.0661,
-}
+COLLAPSED = {"grad_norm": 0.0, "loss": 0.9}
+COLLAPSED |= {"logps/chosen_per_token": -6.0661, "logps/rejected_per_token": -6.06610000000001}
 BROKEN = {"loss": math.nan, "grad_norm": math.inf}
 CUT = {"data": {"train": counts(response_truncated=80), "eval": counts()}}
 SEEN = {"data": {"train": counts(), "eval": counts(prompts_also_in_train=100)}}
@@ -122,8 +118,8 @@ def rules_of(history: list[Row], **ended: Any) -> list[str]:
 def fallen(nats: float) -> list[Row]:
     late = {
         "eval_rewards/both_fall": 0.6,
-        "eval_logps/chosen_per_token": -1.4,
         "logps/chosen_per_token": -3.0,
+        "eval_logps/chosen_per_token": -1.4,
     }
     of_rewards = dict.fromkeys(("rewards/chosen", "eval_rewards/chosen"), -nats * 110.0 * 0.1)
     return rows(late=late | of_rewards, since=4)
@@ -147,11 +143,15 @@ def samples(prompts: float, **late: float) -> list[Row]:
 
 LOST = {"logps/chosen": math.nan, "loss": math.nan, "grad_norm": math.nan}
 FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
-    ("diverged", rows(late=BROKEN, since=12), {}, "at step 12; before it the loss was 0.558"),
+    ("diverged", rows(late=BROKEN, since=12), {}, "that are finite; the loss was the first value"),
     ("diverged", rows(late=COLLAPSED, since=11), {"exit": "diverged"}, "collapsed: from step 11 on"),
     ("diverged", rows(), {"bad_steps": 2}, "in 2 steps of 20, which taught nothing"),
-    ("diverged", rows(late={"grad_norm": math.inf}, since=20), {}, "; the gradient norm was the first"),
-    ("diverged", steps(late=BROKEN, since=20), {"bad_in_a_row": 3}, "not finite, at step 18"),
+    (
+        "diverged",
+        steps(late=BROKEN, since=20),
+        {"bad_in_a_row": 3},
+        "at step 18; before it the loss was 0.462",
+    ),
     ("beta_wrong", rows(late={"loss": 1e-5}), with_settings(beta=10.0), "loss.beta=10 is too large"),
     ("beta_wrong", rows(every=FLAT), with_settings(beta=1e-4), "loss.beta=1e-4 is too small"),
     ("learning_rate_too_high", rows(late={"loss": 1.2}, since=8), {}, "the loss rose from 0.66 to 1.2"),
@@ -175,8 +175,12 @@ FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
     ("diverged", rows(late=LOST, since=1), {}, "the model gives no finite log-probs from the start"),
     ("diverged", rows(late=LOST, since=12), {}, "an update damaged the weights"),
     ("diverged", changed(-2, LOST, late={"loss": 2.0}), {}, "rate is too high: the loss rose from 0.66 to 2"),
-    ("diverged", rows(late=BROKEN, since=12), {}, "the formula of the loss"),
-    ("diverged", rows(late={"grad_norm": math.inf}, since=12), {}, "the backward overflows"),
+    (
+        "diverged",
+        rows(late={"grad_norm": math.inf}, since=12),
+        {},
+        "the gradient is not; the gradient norm was",
+    ),
     ("diverged", rows(late={"eval_loss": math.nan}), {}, "the evaluation data have pairs"),
 ]
 
@@ -211,8 +215,9 @@ def test_a_rule_finds_its_fault_alone(
         (rows(late={"eval_samples/length": 180.0, "eval_tokens/chosen": 200.0}), {}, []),
         # One row by chance.
         (changed(0, {"tokens/chosen": 300.0}, every=AT_ONCE), {}, []),
-        (changed(2, {"loss": 0.95}), {}, []),
         (changed(19, {"loss": 30.0, "grad_norm": 50.0, "logps/chosen_per_token": -4.0}), {}, []),
+        # No gradient, but tokens that differ: a hinge loss that every pair satisfies.
+        (rows(late={"grad_norm": 0.0, "logps/rejected_per_token": -1.03}), {}, []),
         # Few pairs.
         (rows(every=UNSURE | {"eval_pairs": 10.0}), {}, []),
         (rows(every=UNSURE | {"eval_pairs": 5000.0}), {}, []),
@@ -221,7 +226,6 @@ def test_a_rule_finds_its_fault_alone(
         # Few responses.
         (samples(8.0, refusals=0.15), {}, []),
         (samples(80.0, refusals=0.15), {}, ["over_optimised"]),
-        (samples(8.0, finished=0.875), {}, []),
         (samples(8.0, length=190.0), {}, []),
         (rows(every=SAMPLED | {"eval_samples/finished": 8 / 16, "eval_samples/refusals": 4 / 16}), {}, []),
         # A resumed run may have shorter samples: then the reference has responded again.
@@ -237,8 +241,6 @@ def test_a_rule_finds_its_fault_alone(
         # On the same responses.
         (fallen(0.02), {}, []),
         (fallen(2.0), {}, ["learning_rate_too_high"]),
-        # The first pairs.
-        (changed(0, {"loss": 0.3}), {}, []),
         # A policy that starts far from another reference.
         (rows(every=FAR), {}, ["learning_rate_too_high"]),
         (rows(every=FAR), OTHER, []),
@@ -314,36 +316,11 @@ def test_the_sentence_without_a_fault(history: list[Row], ended: dict[str, Any],
     assert (judged.findings, len(judged.lines())) == ((), 1)
 
 
-@pytest.mark.parametrize("history", [[], [{"step": 1, "loss": 2.0}], [{"step": 3, "eval_loss": 1.0}]])
-@pytest.mark.parametrize(
-    "ended",
-    [
-        {},
-        {"data": None, "settings": None, "reference": None},
-        {"data": {"train": {"sources": [{"path": "a.jsonl"}]}}, "reference": {"mode": "none"}},
-    ],
-)
-def test_a_verdict_needs_no_input(history: list[Row], ended: dict[str, Any]) -> None:
-    assert verdict(history, ended).findings == ()
-
-
-def step_of(norm: float, chosen: float, rejected: float) -> dict[str, float]:
-    logps = {"logps/chosen_per_token": chosen, "logps/rejected_per_token": rejected}
-    return {"step": 1, "loss": 0.0, "grad_norm": norm, **logps}
-
-
-@pytest.mark.parametrize(
-    ("found", "is_one"),
-    [
-        (step_of(0.0, -6.066108226776123, -6.066108226776124), True),  # all tokens alike
-        (step_of(0.0, -1.2, -2.3), False),  # a hinge loss that every pair satisfies
-        (step_of(0.0, -6.31, -6.30), False),  # the same of a model with random weights
-        (step_of(0.0, float("nan"), -1.0), False),
-        ({"step": 1, "loss": 0.0, "grad_norm": 0.0}, False),
-    ],
-)
-def test_a_collapsed_policy(found: dict[str, float], is_one: bool) -> None:
-    assert is_collapsed(found) is is_one
+def test_a_verdict_needs_no_input() -> None:
+    bare = {"data": {"train": {"sources": [{"path": "a.jsonl"}]}}, "reference": {"mode": "none"}}
+    for ended in ({}, {"data": None, "settings": None, "reference": None}, bare):
+        for history in ([], [{"step": 1, "loss": 2.0}], [{"step": 3, "eval_loss": 1.0}]):
+            assert verdict(history, ended).findings == ()
 
 
 def healthy(seed: int, steps: int, pairs: int, kind: str = "sigmoid") -> list[float]:

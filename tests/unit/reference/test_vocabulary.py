@@ -7,7 +7,7 @@ import pytest
 
 from dpo_dist.config.schema import ModelConfig
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.reference.engine import check_same_vocabulary
+from dpo_dist.model.load import check_same_vocabulary
 from tests.support import tiny
 from tests.support.tiny_model import write_model
 

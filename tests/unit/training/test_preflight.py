@@ -146,6 +146,16 @@ def test_only_the_first_node_checks(assets: Path, tmp_path: Path, monkeypatch: p
     check_start(run_of(assets, tmp_path, "data.train=[/only/there.jsonl]"))
 
 
+def test_processes_that_do_not_divide_into_groups_are_an_error(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run_of(assets, tmp_path, "parallelism.sequence_parallel=3")
+    check_start(config)  # `--check` before the launch
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="cannot be divided into groups"):
+        check_start(config)
+
+
 # --check
 
 
@@ -244,8 +254,11 @@ MISFITS = [
     ("cohere2", "loss.router={aux_coefficient: 0.1}", "no load-balancing loss", ""),
     ("nemotron_h", "parallelism.sequence_parallel=2", "needs packed attention", "nemotron_h"),
     ("mpt", "data.max_length=9000", "fewer positions", "or less"),
+    ("gptj", "data.max_length=9000", "fewer positions", "or less"),
     ("gpt_oss", "model.adapter={target_modules: [q_prj]}", "adapter's target", "name existing layers"),
     ("gpt_oss", "model.adapter={modules_to_save: [lm_haed]}", "train in full", "name modules"),
+    ("deepseek_v3", "model.adapter={r: 2}", "peft adapts other layers", "set model.adapter.target_modules=["),
+    ("nemotron_h", "model.adapter={r: 2}", "peft adapts other layers", "in_proj"),
 ]
 
 
@@ -291,6 +304,8 @@ def test_options_of_gpus_are_refused_without_one_before_files_are_read(
 def test_a_check_refuses_a_model_that_is_not_causal(assets: Path, tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     file = tmp_path / "model" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "t5"}))
-    with pytest.raises(ConfigError, match="t5"):
-        rehearse(run_of(assets, tmp_path, f"model.path={tmp_path}/model"))
+    written = json.loads(file.read_text())
+    for changed, named in (({"model_type": "t5"}, "t5"), ({"is_causal": False}, "is_causal=false")):
+        file.write_text(json.dumps(written | changed))
+        with pytest.raises(ConfigError, match=named):
+            rehearse(run_of(assets, tmp_path, f"model.path={tmp_path}/model"))

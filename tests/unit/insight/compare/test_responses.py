@@ -31,7 +31,7 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("budget", [1, 12, 1000])
+@pytest.mark.parametrize("budget", [1, 12])
 def test_sums_of_log_probs(tmp_path: Path, budget: int) -> None:
     folder = write_model(tmp_path / "model")
     device = torch.device("cpu")

@@ -31,7 +31,6 @@ def amid(text: str, word: str) -> str:
 
 
 FRENCH = "Le petit chat est assis sur la table et il regarde par la porte ouverte. "
-CYRILLIC = "".join(map(chr, range(0x430, 0x450)))
 # By source: rule, what the finding names, and the change; no two of a source are of one group of features.
 LEAKS: list[list[tuple[str, str, Change]]] = [
     [
@@ -41,23 +40,9 @@ LEAKS: list[list[tuple[str, str, Change]]] = [
         ("style_bias", "bold", on("chosen", lambda text: amid(text, "**bold**"))),
     ],
     [
-        ("label_leak", "trailing newline", on("chosen", lambda text: text + "\n")),
         ("label_leak", "'Sure'", on("rejected", lambda text: "Sure, " + text)),
+        ("label_leak", "(odd characters, ", on("chosen", lambda text: text.replace(" ", "\u00a0", 1))),
         ("style_bias", "typographic", on("chosen", lambda text: amid(text, "\u2014 \u2014"))),
-    ],
-    [
-        ("label_leak", "carriage return", on("chosen", lambda text: text + "\r\nok.")),
-        ("style_bias", "ends with", on("rejected", lambda text: text[:-1])),
-        (
-            "label_leak",
-            "(odd characters, the chosen side has more,",
-            on("chosen", lambda text: text.replace(" ", "\u00a0", 1)),
-        ),
-        (
-            "style_bias",
-            "share of other scripts",
-            on("rejected", lambda text: text[:9] + (CYRILLIC * 9)[: len(text) // 4] + text[9:]),
-        ),
     ],
     [
         ("style_bias", "language of the prompt", on("rejected", lambda text: (FRENCH * 9)[: len(text)])),
@@ -82,28 +67,16 @@ def test_leaks_in_half_of_the_pairs_are_named(leaks: list[tuple[str, str, Change
 
 
 def test_forms_on_one_side_of_few_pairs_are_found(tmp_path: Path) -> None:
-    """Of several at most three are shown."""
     forms = [
-        [
-            (on("rejected", lambda text: text + " As an AI language model."), "model name"),
-            (
-                on("chosen", lambda text: "Certainly! " + text),
-                "first word 'Certainly' (the chosen side has more",
-            ),
-        ],
-        [(on("chosen", lambda text: "# Title\n" + text), "headers (the chosen side has more")],
-        [
-            (on("rejected", lambda text: text + " Cheers"), "last word 'Cheers' (the chosen side has less"),
-            (on("rejected", lambda text: amid(text, "\u201c")), "typographic marks"),
-        ],
-        [(on("rejected", lambda text: text + " \u597d"), "last word '\u597d' (the chosen side has less")],
+        (on("rejected", lambda text: text + " Cheers"), "last word 'Cheers' (the chosen side has less"),
+        (on("chosen", lambda text: "Certainly! " + text), "first word 'Certainly' (the chosen side has more"),
+        (on("rejected", lambda text: amid(text, "as an AI language model")), "model name"),
     ]
-    for some in forms:
-        report = examined(tmp_path, planted(0.1, *(change for change, _ in some)))
-        [finding] = of_rule(report, "one_sided_form")
-        assert all(shown in finding.text for _, shown in some), finding.text
-        assert finding.level is Level.warning
-        assert not of_rule(report, "label_leak")
+    report = examined(tmp_path, planted(0.1, *(form for form, _ in forms)))
+    [finding] = of_rule(report, "one_sided_form")
+    assert all(shown in finding.text for _, shown in forms), finding.text
+    assert finding.level is Level.warning
+    assert not of_rule(report, "label_leak")
 
 
 def test_a_leak_due_to_length_is_said_as_length(tmp_path: Path) -> None:

@@ -10,13 +10,7 @@ import pytest
 
 import dpo_dist
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.insight.metrics.log import (
-    COLUMNS,
-    MetricsLog,
-    describe_environment,
-    final_and_best,
-    read_latest_rows,
-)
+from dpo_dist.insight.metrics.log import COLUMNS, MetricsLog, describe_environment, final_and_best
 
 
 def row_of(step: int) -> dict[str, float]:
@@ -41,21 +35,6 @@ def csv_rows(run_dir: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_the_columns_of_a_new_csv_file_are_those_that_users_read(tmp_path: Path) -> None:
-    names = (
-        "loss rewards/chosen rewards/rejected rewards/accuracies rewards/margins rewards/both_fall"
-        " logps/chosen logps/rejected logps/chosen_per_token logps/rejected_per_token"
-        " kl/chosen kl/rejected tokens/chosen tokens/rejected"
-    )
-    cost = (
-        "grad_norm learning_rate pairs tokens step_seconds pairs_per_second tokens_per_second time/data"
-        " time/reference time/forward time/backward time/optimizer time/checkpoint time/other mfu"
-        " memory/peak_allocated_bytes bad_steps loss_spikes"
-    )
-    columns = ["step", "epoch", *names.split(), *cost.split(), *(f"eval_{name}" for name in names.split())]
-    assert log_of(tmp_path).folder.metrics_table.read_text() == ",".join(columns) + "\n"
-
-
 def test_the_csv_file_grows_with_every_row_and_new_key_and_saving_changes_no_row(tmp_path: Path) -> None:
     log = log_of(tmp_path)
     log.append(row_of(1))
@@ -69,16 +48,6 @@ def test_the_csv_file_grows_with_every_row_and_new_key_and_saving_changes_no_row
     log.save()
     assert csv_rows(tmp_path) == found
     assert json.loads(log.folder.log_history.read_text()) == log.rows
-
-
-def test_rows_of_a_run_in_training_are_those_of_both_files(tmp_path: Path) -> None:
-    log = log_of(tmp_path, row_of(1))
-    log.append({**row_of(2), "new": 0.5})
-    with log.folder.metrics_table.open("a") as table:
-        table.write("3,0.")  # unfinished
-    assert read_latest_rows(log.folder) == log.rows
-    log.folder.metrics_table.unlink()
-    assert read_latest_rows(log.folder) == log.rows[:1]
 
 
 def test_files_of_a_resumed_run_equal_those_of_an_uninterrupted_one(tmp_path: Path) -> None:
@@ -133,25 +102,19 @@ def test_final_and_best_values() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "world", "command"),
+    ("argument", "world", "command"),
     [
-        (
-            ["loss.beta=0.2", "data.train=[a b]"],
-            1,
-            "python -m dpo_dist.train loss.beta=0.2 'data.train=[a b]'",
-        ),
-        (["loss.beta=0.2"], 4, "accelerate launch --num_processes 4 -m dpo_dist.train loss.beta=0.2"),
-        (["run.name=abcdefgh12345"], 1, "python -m dpo_dist.train run.name=***"),
-        (["run.name=ab'cd efgh"], 1, "python -m dpo_dist.train 'run.name=***'"),
+        ("data.train=[a b]", 1, "python -m dpo_dist.train 'data.train=[a b]'"),
+        ("loss.beta=0.2", 4, "accelerate launch --num_processes 4 -m dpo_dist.train loss.beta=0.2"),
+        ("run.name=ab'cd efgh", 1, "python -m dpo_dist.train 'run.name=***'"),
     ],
 )
 def test_the_command_of_a_verb_is_that_of_a_shell_without_secrets(
-    arguments: list[str], world: int, command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    argument: str, world: int, command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("SOME_API_KEY", "abcdefgh12345")
     monkeypatch.setenv("SOME_PASSWORD", "ab'cd efgh")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [str(Path(dpo_dist.__file__).parent / "train.py"), *arguments])
+    monkeypatch.setattr(sys, "argv", [str(Path(dpo_dist.__file__).parent / "train.py"), argument])
     found = describe_environment(world)
     assert found["command"] == command
     assert (found["git_commit"], found["git_changed_files"]) == (None, None), "outside of a checkout"

@@ -9,15 +9,10 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.insight.pages.compare import MOST_BYTES, headline, write_comparison_page
-from tests.support.comparison_files import (
-    answer,
-    model,
-    results,
-    row,
-    win,
-    write_comparison,
-)
+from dpo_dist.insight.pages import compare
+from dpo_dist.insight.pages.compare import headline, write_comparison_page
+from tests.support.comparison_files import answer, model, results, row, win, write_comparison
+from tests.unit.insight.pages.made_run import HOSTILE
 
 
 def page_of(folder: Path, content: dict[str, Any], rows: list[dict[str, Any]]) -> str:
@@ -35,6 +30,7 @@ def pair(**others: object) -> dict[str, Any]:
 
 
 BASE, ENDED, UNENDED = model("base", None, 0.5), model("a", 5, 0.4), model("a", 5, 0.4, finished=0.0)
+NO_SCORES = [model("base"), model("a")]  # a judge that compares gives none
 
 
 @pytest.mark.parametrize(
@@ -43,17 +39,8 @@ BASE, ENDED, UNENDED = model("base", None, 0.5), model("a", 5, 0.4), model("a", 
         ([BASE, ENDED], [0.6], "base has the highest score, 0.5. All others are clearly worse."),
         # The base has the higher mean and loses most prompts.
         ([BASE, ENDED], [0.4], "base has the highest score, 0.5. Not clearly worse: a."),
-        # A judge that compares gives no scores.
-        (
-            [model("base"), model("a")],
-            [0.3],
-            "a has the highest win rate over base, 0.7. All others are clearly worse.",
-        ),
-        (
-            [model("base"), model("a", 2)],
-            [],
-            "Without a judge the models can be compared by KL and style only.",
-        ),
+        (NO_SCORES, [0.3], "a has the highest win rate over base, 0.7. All others are clearly worse."),
+        (NO_SCORES, [], "Without a judge the models can be compared by KL and style only."),
         (
             [model("base", None, 0.1, finished=0.0), UNENDED],
             [0.3],
@@ -94,7 +81,10 @@ def test_responses_are_side_by_side_with_their_facts_and_labels(tmp_path: Path) 
     assert ("b wins over a", "1") in options
 
 
-def test_the_page_is_bounded_and_says_what_is_left_out(tmp_path: Path) -> None:
+def test_the_page_is_bounded_and_says_what_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "MOST_BYTES", 2_000_000)
     source = random.Random(0)
     words = [f"word{number}" for number in range(300)]
     names = [f"model {number}" for number in range(6)]
@@ -102,26 +92,21 @@ def test_the_page_is_bounded_and_says_what_is_left_out(tmp_path: Path) -> None:
     def text() -> str:
         return " ".join(source.choices(words, k=400))
 
-    rows = [row(at, {name: answer(text()) for name in names}) for at in range(400)]
+    rows = [row(at, {name: answer(text()) for name in names}) for at in range(160)]
     rows[2] = row(2, {name: answer("\u202e" * 200_000) for name in names}, prompt="\u202e" * 200_000)
     content = results([model(name, at) for at, name in enumerate(names)], [])
     page = page_of(tmp_path, content, rows)
-    assert 0.9 * MOST_BYTES < len(page.encode()) < MOST_BYTES
+    assert 1_800_000 < len(page.encode()) < 2_000_000
     [omitted] = re.findall(r"([\d,]+) prompts at the end of answers\.jsonl are not on this page", page)
-    assert page.count('<details class="prompt') + int(omitted) == 400
+    assert page.count('<details class="prompt') + int(omitted) == 160
     assert "first 400 of 200,000 characters" in page
 
 
 def test_texts_and_names_are_inert(tmp_path: Path) -> None:
-    hostile = "</text></svg></details><script>alert(1)</script><img src=x onerror=alert(1)>\u202e\x07\n"
-    other = f"{hostile}2"
-    content = results(
-        [model(hostile, None, 0.4), model(other, 3, 0.6)],
-        [win(hostile, other, 0.4)],
-        judge=hostile,
-        counts={hostile: 3},
-    )
-    rows = [row(1, {hostile: answer(hostile, 1), other: answer(hostile, 2)}, prompt=hostile, source=hostile)]
+    other = f"{HOSTILE}2"
+    models = [model(HOSTILE, None, 0.4), model(other, 3, 0.6)]
+    content = results(models, [win(HOSTILE, other, 0.4)], judge=HOSTILE, counts={HOSTILE: 3})
+    rows = [row(1, {HOSTILE: answer(HOSTILE, 1), other: answer(HOSTILE, 2)}, prompt=HOSTILE, source=HOSTILE)]
     page = page_of(tmp_path, content, rows)
     assert page.count("<script") == 1
     assert "<img" not in page

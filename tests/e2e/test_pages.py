@@ -1,0 +1,172 @@
+"""Pages in a real browser: charts by hover, keyboard and touch; texts of data, which do nothing."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import FolderConfig, RunConfig
+from dpo_dist.insight.pages.charts import Line, chart
+from dpo_dist.insight.pages.compare import write_comparison_page
+from dpo_dist.insight.pages.doctor import write_doctor_page
+from dpo_dist.insight.pages.render import page
+from tests.support.browser import Watched, chromium
+from tests.support.comparison_files import answer, model, results, row, write_comparison
+from tests.support.doctor_data import diagnosis
+
+HOSTILE = (
+    "</figure></style></script><script>alert(1)</script><img src='http://example.com/x.png' onerror=alert(2)>"
+    "</svg></details></div>\"<a href='javascript:alert(3)'>x</a> \u202egnp.exe\u202c \u200b\x07 <|im_end|>"
+    + "unbroken"
+    * 40
+)
+STEPS = list(range(10, 1010, 10))
+OF_OTHERS = "main a:not([href^='#']), main img, main script, main iframe"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with chromium() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def chart_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    loss = [1 / step for step in STEPS]
+    loss[50] = math.nan
+    lines = [
+        Line("train", "raw", STEPS, loss),
+        Line("train", "smooth", STEPS, [0.123456789] * len(STEPS)),
+        Line("evaluation", "evaluation", [250, 500, 750, 1000], [0.5] * 4),
+    ]
+    named = "</figure><script>alert(1)</script><img src=x onerror=alert(2)>'\""
+    figures = [
+        chart("Loss", lines),
+        chart(named, [Line(named, "raw", STEPS, [1e7 + step for step in STEPS])], named),
+        chart("Norm", [Line("norm", "raw", STEPS, [10.0**-step for step in range(100)])], log=True),
+    ]
+    file = tmp_path_factory.mktemp("page") / "charts.html"
+    names = (
+        "outcome about verdict tiles links samples accuracy data speed reference repeat config environment"
+    )
+    content = dict.fromkeys(names.split(), ())
+    file.write_text(page("run.jinja", named, ["charts.js"], last_step=None, curves=figures, **content))
+    return file
+
+
+def opened(browser: Any, file: Path, width: int = 1200, **context: Any) -> Watched:
+    watched = Watched(browser, viewport={"width": width, "height": 900}, **context)
+    watched.page.goto(file.as_uri())
+    return watched
+
+
+def texts(watched: Watched, number: int = 0) -> list[str]:
+    figure = watched.page.locator("figure").nth(number)
+    return [figure.locator(".place").inner_text(), *figure.locator(".legend li").all_inner_texts()]
+
+
+def assert_inert(watched: Watched, file: Path) -> None:
+    """The page fits the screen, and has made no error, no dialog, no request and no element of a text."""
+    page = watched.page
+    assert page.evaluate("document.documentElement.scrollWidth") <= page.viewport_size["width"]
+    assert page.locator(OF_OTHERS).count() == 0
+    assert (watched.errors, watched.requests) == ([], [file.as_uri()])
+
+
+def hover(watched: Watched, share: float) -> None:
+    """Move the mouse to a share of the horizontal axis of the first chart."""
+    box = watched.page.locator("figure svg").first.bounding_box()
+    left, right = (place / 380 * box["width"] for place in (50, 364))
+    watched.page.mouse.move(box["x"] + left + share * (right - left), box["y"] + box["height"] / 2)
+
+
+LAST = ["step 1,000", "train 0.001 · mean 0.1235", "evaluation 0.5"]
+
+
+def test_hover_shows_the_values_at_a_step_in_all_charts(browser: Any, chart_file: Path) -> None:
+    watched = opened(browser, chart_file)
+    assert texts(watched) == LAST
+    hover(watched, 0.0)
+    assert texts(watched) == ["step 10", "train 0.1 · mean 0.1235", "evaluation none yet"]
+    assert texts(watched, 2)[1] == "norm 1"
+    hover(watched, (510 - 10) / 990)
+    assert texts(watched) == ["step 510", "train no value · mean 0.1235", "evaluation 0.5 at step 500"]
+    assert texts(watched, 1)[1].endswith("onerror=alert(2)>'\" 1e7")
+    assert watched.page.locator(".cursor line").count() == 3
+    watched.page.mouse.move(0, 0)
+    assert texts(watched) == LAST
+    assert watched.page.locator(".cursor line").count() == 0
+    assert_inert(watched, chart_file)
+
+
+def test_keyboard_and_touch_show_the_values_at_a_step(browser: Any, chart_file: Path) -> None:
+    watched = opened(browser, chart_file, 400, has_touch=True)
+    watched.page.locator("figure").first.focus()
+    for key, step in (("ArrowLeft", "990"), ("ArrowRight", "1,000"), ("Home", "10"), ("PageDown", "110")):
+        watched.page.keyboard.press(key)
+        assert texts(watched)[0] == f"step {step}"
+    watched.page.keyboard.press("Escape")
+    assert texts(watched) == LAST
+    box = watched.page.locator("figure svg").first.bounding_box()
+    watched.page.touchscreen.tap(box["x"] + 52 / 380 * box["width"], box["y"] + 50)
+    assert texts(watched)[0] in ("step 10", "step 20")
+    assert_inert(watched, chart_file)
+
+
+def test_without_script_the_charts_are_complete(browser: Any, chart_file: Path) -> None:
+    assert texts(opened(browser, chart_file, java_script_enabled=False)) == LAST
+
+
+@pytest.mark.parametrize(("width", "has_script"), [(400, True), (1200, False)])
+def test_a_comparison(tmp_path: Path, browser: Any, width: int, has_script: bool) -> None:
+    names = "base", "beta 0.3", "beta 0.1"
+    content = results([model("base", None, 0.41), model(names[1], 6.5, 0.6), model(names[2], 14.0, 0.62)], [])
+    rows = [row(at, {name: answer(f"text {at}", at % 2) for name in names}) for at in range(6)]
+    rows[1] = row(
+        1, {name: answer(HOSTILE, finished=False) for name in names}, prompt=HOSTILE, source=HOSTILE
+    )
+    file = write_comparison(tmp_path, content, rows)
+    write_comparison_page(RunFolder(tmp_path), content)
+    watched = opened(browser, file, width, java_script_enabled=has_script)
+    page = watched.page
+    prompts = page.locator(".prompt:visible")
+    assert prompts.count() == 6
+    search = page.get_by_label("words of a prompt or response")
+    assert search.is_visible() == has_script
+    if has_script:
+        page.get_by_label("prompts to show").select_option("a response does not end")
+        assert prompts.count() == 1
+        prompts.first.evaluate("each => each.open = true")
+        assert page.locator(".mark", has_text="U+202E").first.is_visible()
+        assert page.locator("#found").inner_text() == "1 of 6 prompts"
+        page.get_by_label("prompts to show").select_option("")
+        search.fill("Question 3?")
+        assert prompts.count() == 1
+        assert "Question 3" in prompts.first.inner_text()
+        search.fill("")
+        page.get_by_label("largest differences of scores first").check()
+        orders = [float(each.get_attribute("data-order")) for each in prompts.all()]
+        assert orders == sorted(orders)
+    assert_inert(watched, file)
+
+
+def test_texts_of_the_doctor_are_hidden_until_they_are_asked_for(tmp_path: Path, browser: Any) -> None:
+    config = RunConfig(run=FolderConfig(str(tmp_path)))
+    write_doctor_page(RunFolder.of(config), diagnosis(HOSTILE), config)
+    file = RunFolder.of(config).doctor_page
+    watched = opened(browser, file, 390, color_scheme="dark")
+    page = watched.page
+    hidden = page.locator(".texts", has_text="javascript:alert(3)")
+    assert not hidden.first.is_visible()
+    page.locator("label[for=all-texts]").click()
+    assert hidden.first.is_visible()
+    assert page.locator(".mark", has_text="U+202E").first.is_visible()
+    # Opened one by one, by the keyboard.
+    page.locator("label[for=all-texts]").click()
+    page.locator("#text-0").focus()
+    page.keyboard.press("Space")
+    assert page.locator("article .texts").first.is_visible()
+    assert_inert(watched, file)

@@ -1,0 +1,179 @@
+"""Memory and communication are as docs/scaling.md has them: those of a step, and those of the output layer.
+
+They are measured in a process with the simulated device, which is rank 0 of any number of ranks on torch's
+fake process group. Its calls communicate nothing, so losses mean nothing.
+"""
+
+import gc
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dpo_dist.config.schema import Dtype, ModelConfig, OptimConfig, ParallelismConfig, ParallelismKind
+from dpo_dist.distributed.join import start_world, stop_world
+from dpo_dist.distributed.zero import PolicyEngine, policy_config
+from dpo_dist.model.load import load_packed
+from dpo_dist.objective import token_logps as output_layer
+from tests.simulated_cuda import runs
+from tests.support.packing import pack_unkeyed, random_pairs
+from tests.support.tiny_model import write_model
+
+WIDTH = 128
+KINDS = {
+    "zero3": (18, 0, ["allgather_base", "reduce_scatter_base", "allreduce", "allgather_base"]),
+    "zero2": (16, 2, ["allreduce", "allgather_base"]),
+    "ddp": (12, 8, ["allreduce", "allgather_base"]),
+}
+"""Bytes of a weight that are sharded and that are not; and the calls of a step."""
+SIZES = (8, 1024)
+SMALLER = 16
+"""The output layer's width, vocabulary and targets; so its tensors are smaller by the square."""
+
+
+class _Calls(TorchDispatchMode):
+    """Notes collective calls with the bytes of the whole tensors, in the backward, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "c10d":
+            sides = [[leaf.nbytes for leaf in tree_leaves(arg) if isinstance(leaf, Tensor)] for arg in args]
+            self.found.append((function._schema.name.removeprefix("c10d::").strip("_"), max(map(sum, sides))))
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _rank_0_of(ranks: int) -> Iterator[None]:
+    """Be rank 0; groups of any backend are fake."""
+    place = {"RANK": 0, "WORLD_SIZE": ranks, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 1}
+    variables = {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}}
+    new_group: Callable[..., Any] = dist.new_group
+
+    def fake_group(*args: Any, **options: Any) -> Any:
+        return new_group(*args, **{**options, "backend": "fake"})
+
+    with mock.patch.dict(os.environ, variables), mock.patch.object(dist, "new_group", fake_group):
+        dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+        yield
+
+
+def step(model: Path, kind: str, ranks: int) -> dict[str, Any]:
+    """What rank 0 does in the third step: sizes of weights, bytes of the device, and collective calls."""
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    with _rank_0_of(ranks):
+        parallelism, optim = ParallelismConfig(ParallelismKind(kind)), OptimConfig()
+        world = start_world(policy_config(parallelism, optim, Dtype.bf16), parallelism.timeout_seconds)
+        loaded = load_packed(model, ModelConfig(), 256, world.device)
+        policy = PolicyEngine(loaded, optim, world)
+        policy.train()
+        shapes = [getattr(weight, "ds_shape", weight.shape) for weight in loaded.parameters()]
+        batch = pack_unkeyed(random_pairs([(30, 20, 25), (3, 4, 1)])).to(world.device)
+        used = {"started": torch.cuda.memory_allocated() - before}
+        for _ in range(3):  # in the second, DeepSpeed's ranks compare the order in which they gather
+            with _Calls() as calls:
+                policy.backward(policy.token_logps(batch).sum(), is_last=True)
+                used["before update"] = torch.cuda.memory_allocated() - before
+                policy.step(1e-6)
+        used["stepped"] = torch.cuda.memory_allocated() - before
+        policy.free()
+        stop_world()
+    groups = [[shape.numel() for shape in shapes if (len(shape) > 1) is decays] for decays in (True, False)]
+    return {"groups": groups, "calls": calls.found, **used}
+
+
+def peak_of_the_output_layer() -> int:
+    """The most bytes of a forward and backward beside the inputs, for those of docs/scaling.md."""
+    for sizes in (output_layer._CHUNK_BYTES, output_layer._KEPT_BYTES):
+        sizes["cuda"] //= SMALLER**2
+    vocabulary, width, targets = (size // SMALLER for size in (152_064, 3584, 4096))
+    hidden, weight = (
+        torch.zeros(n, width, dtype=torch.bfloat16, device="cuda") for n in (targets, vocabulary)
+    )
+    ids = torch.zeros(targets, dtype=torch.int64, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    output_layer.token_logps(hidden.requires_grad_(), weight.requires_grad_(), None, ids).sum().backward()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def main() -> None:
+    model, out = map(Path, sys.argv[1:])
+    gc.freeze()  # DeepSpeed collects garbage each time it says how much memory there is
+    steps = {f"{kind} {ranks}": step(model, kind, ranks) for kind in KINDS for ranks in SIZES}
+    out.write_text(json.dumps({"steps": steps, "peak": peak_of_the_output_layer()}))
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("ranks")
+    write_model(folder / "model", hidden_size=WIDTH, layers=4)
+    out = folder / "measured.json"
+    ended = runs.run_module(__name__, [f"{folder}/model", str(out)])
+    assert ended.code == 0, ended.output
+    return json.loads(out.read_text())
+
+
+def states(kind: str, ranks: int, matrices: list[int], vectors: list[int]) -> int:
+    """Bytes that the first steps leave to rank 0, in whole blocks of the allocator."""
+
+    def blocks(count: int) -> int:
+        return -(-count // 512) * 512
+
+    def part(lengths: list[int]) -> int:  # of a group of weights; DeepSpeed pads each weight, or all together
+        if kind == "zero3":
+            return sum(-(-length // ranks) for length in lengths)
+        return -(-sum(lengths) // (2 * ranks)) * 2
+
+    moments = 2 * sum(blocks(4 * part(group)) for group in (matrices, vectors))
+    small = [-(-length // ranks) * ranks for length in vectors] if kind == "zero3" else []  # stay gathered
+    scalars = 3  # number of steps of each group; norm of the gradient
+    return moments + sum(blocks(2 * length) for length in small) + 512 * scalars
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_is_as_documented_for_any_number_of_ranks(kind: str, measured: Any) -> None:
+    """To a few small parts."""
+    sharded, whole, names = KINDS[kind]
+    orders = []
+    for ranks in SIZES:
+        found = measured["steps"][f"{kind} {ranks}"]
+        groups, calls = found["groups"], found["calls"]
+        weights, tensors = sum(map(sum, groups)), sum(map(len, groups))
+        bucket = 2 * WIDTH**2 if kind == "zero3" else 0  # of gradients
+        small = (
+            1024 * tensors + 16 * ranks
+        )  # two blocks of the allocator for each; each rank's part is aligned
+        expected = sharded * weights / ranks + whole * weights
+        assert expected <= found["before update"] <= expected + bucket + small, (ranks, found)
+        assert found["stepped"] - found["started"] == states(kind, ranks, *groups), (ranks, found)
+        for gathers in (True, False):
+            sent = sum(count for name, count in calls if (name == "allgather_base") is gathers)
+            assert sent == pytest.approx(2 * weights, abs=small), (ranks, calls)
+        orders.append([name for name, _ in calls])
+    few, many = orders
+    assert few == many
+    assert [name for number, name in enumerate(few) if not number or name != few[number - 1]] == names
+
+
+def test_the_peak_of_the_output_layer_is_as_documented(measured: Any) -> None:
+    assert measured["peak"] * SMALLER**2 == pytest.approx(4.4e9, rel=0.02)
+
+
+if __name__ == "__main__":
+    main()
