@@ -65,6 +65,7 @@ def test_completions_alone_train_a_model_that_is_then_its_own_reference(
     [
         (RANKINGS, "sigmoid", "set loss.kind=plackett_luce"),
         (COMPLETIONS, "sigmoid", "set loss=sft"),
+        ([{**row, "score_rejected": 5} for row in SCORED], "odpo", "above the rejected"),
     ],
 )
 def test_data_that_do_not_fit_the_loss_are_named_before_anything_is_computed(

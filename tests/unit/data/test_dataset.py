@@ -33,7 +33,7 @@ from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support import tiny
 from tests.support.cache import encoded_folders, opened
 from tests.support.masks import add_masks, random_mask
-from tests.support.packing import COSTS, dataset_of, random_pairs
+from tests.support.packing import dataset_of, random_pairs
 from tests.support.pages import ROOT
 from tests.support.pairs import encode
 from tests.support.records import BAD, GOOD, TEXT, jsonl
@@ -100,24 +100,6 @@ def test_more_bad_records_than_allowed_or_the_first_one_are_an_error(tmp_path: P
         opened(tmp_path, path, max_bad_share=0.124)
     assert f"{path}:1" in raised.value.where
     assert "identical_responses 1" in raised.value.got
-
-
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_ranks_compute_each_example_once_and_agree_on_the_sizes(tmp_path: Path, world_size: int) -> None:
-    data = opened(tmp_path, jsonl(tmp_path, *GOOD))
-    indices = np.array([5, 1, 3, 6, 0], dtype=np.int64)
-    plans = [shard_batch(data, indices, rank, world_size, 60, COSTS) for rank in range(world_size)]
-    computed = [index for plan in plans for micro_batch in plan.micro_batches for index in micro_batch]
-    assert sorted(computed) == sorted(indices.tolist())
-    sizes = {
-        (len(plan.micro_batches), plan.pairs, plan.tokens, plan.mean_chosen_tokens, plan.targets)
-        for plan in plans
-    }
-    [(_, pairs, tokens, mean_chosen, _)] = sizes
-    assert mean_chosen == pytest.approx(np.mean([data.lengths(index)[1] for index in indices]))
-    batches = [batch for plan in plans for batch in plan.batches()]
-    assert sum(batch.tokens for batch in batches) == tokens
-    assert sum(float(batch.weights.sum()) for batch in batches) == len(indices) == pairs
 
 
 def test_ids_that_decay_on_disk_are_not_trained_on(tmp_path: Path) -> None:
@@ -288,9 +270,6 @@ def test_a_key_depends_on_the_end_of_the_prompt() -> None:
 
 
 # Counts of records by source and by field, errors with their remedies, duplicates.
-FORTY = [{"prompt": f"question {n}", "chosen": f"right {n}", "rejected": f"wrong {n}"} for n in range(40)]
-
-
 def file_of(folder: Path, name: str, *rows: object) -> str:
     (folder / name).mkdir()
     return jsonl(folder / name, *rows)
@@ -298,13 +277,12 @@ def file_of(folder: Path, name: str, *rows: object) -> str:
 
 def test_every_source_has_its_counts(tmp_path: Path) -> None:
     bad = TEXT | {"chosen": None}
-    first, second = file_of(tmp_path, "one", *FORTY), file_of(tmp_path, "two", *FORTY[:3], bad)
+    first, second = file_of(tmp_path, "one", *GOOD), file_of(tmp_path, "two", *GOOD[:3], bad)
     counts = opened(tmp_path, first, second, max_bad_share=0.5).counts
-    assert [
-        (source["path"], source["read"], source["kept"], source["dropped"]) for source in counts["sources"]
-    ] == [(first, 40, 40, {}), (second, 4, 3, {"missing_field": 1})]
+    found = [[source[name] for name in ("path", "read", "kept", "dropped")] for source in counts["sources"]]
+    assert found == [[first, 7, 7, {}], [second, 4, 3, {"missing_field": 1}]]
     lines = describe_counts("train", counts)
-    assert "43 of 44 records kept" in lines[0]
+    assert "10 of 11 records kept" in lines[0]
     assert lines[1] == "  1 dropped (missing_field): a prompt or response is missing"
     assert f"of two-records ({second}): 3 of 4 records kept, 1 missing_field: text" in "\n".join(lines)
 
@@ -313,8 +291,8 @@ def test_every_source_has_its_counts(tmp_path: Path) -> None:
     ("rows", "data", "expected"),
     [
         ([{"task": "q", "chosen": "a", "rejected": "b"}], {}, ["task (text)", "columns: {prompt: COLUMN"]),
-        (FORTY, {"max_length": 2}, ["data.max_length is 2", "data.truncation=keep_end"]),
-        ([*FORTY[:3], TEXT | {"images": [1]}], {}, ["fields: images", "data.max_bad_share", "COLUMN: null"]),
+        (GOOD, {"max_length": 2}, ["data.max_length is 2", "data.truncation=keep_end"]),
+        ([*GOOD[:3], TEXT | {"images": [1]}], {}, ["fields: images", "data.max_bad_share", "COLUMN: null"]),
         ([{"prompt": "q", "completion": "a", "label": True}], {}, ["unpaired", "pair good and bad"]),
     ],
 )
@@ -326,18 +304,18 @@ def test_remedies(tmp_path: Path, rows: list[object], data: dict[str, Any], expe
 
 
 def test_duplicates_are_counted(tmp_path: Path) -> None:
-    swapped = FORTY[0] | {"chosen": FORTY[0]["rejected"], "rejected": FORTY[0]["chosen"]}
+    swapped = GOOD[0] | {"chosen": GOOD[0]["rejected"], "rejected": GOOD[0]["chosen"]}
     ranking = {"prompt": "q", "responses": ["a", "b", "c"]}
     other_order = {"prompt": "q", "responses": ["a", "c", "b"]}
-    once = opened(tmp_path, file_of(tmp_path, "once", *FORTY, swapped, ranking, other_order))
+    once = opened(tmp_path, file_of(tmp_path, "once", *GOOD, swapped, ranking, other_order))
     assert count_duplicates(once) == 0
     twice = opened(
         tmp_path,
-        file_of(tmp_path, "a", *FORTY, FORTY[3], ranking, ranking),
-        file_of(tmp_path, "b", *FORTY[:5]),
+        file_of(tmp_path, "a", *GOOD, GOOD[3], ranking, ranking),
+        file_of(tmp_path, "b", *GOOD[:5]),
     )
     assert count_duplicates(twice) == 7
-    held_out = opened(tmp_path, file_of(tmp_path, "c", FORTY[0], TEXT, swapped, other_order))
+    held_out = opened(tmp_path, file_of(tmp_path, "c", GOOD[0], TEXT, swapped, other_order))
     assert (count_shared(held_out, once), count_shared(held_out, twice)) == (3, 1)
 
 

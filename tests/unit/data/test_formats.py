@@ -167,12 +167,10 @@ def test_the_configured_format_decides() -> None:
     ("fields", "expected"),
     [
         ({"prompt": "q"}, "q"),
-        ({"prompt": [user("q")]}, [Q]),
         ({"messages": DONE}, [Q]),
         ({"prompt": "q", "system": "be kind"}, [KIND, Q]),
         (TEXT, "q"),
         ({"prompt": "q", "responses": ["a", "b"], "scores": [1, 1]}, "q"),
-        (WHOLE, [Q]),
         (HH, [Q]),
         ({"text": "q"}, "unknown_format"),
         ({"prompt": "  "}, "empty_prompt"),
@@ -258,7 +256,8 @@ def test_a_null_argument_is_kept_but_not_one_that_fills_a_table(tmp_path: Path) 
 # One conversation as other programs write it.
 KINDLY, QUESTION = "Be kind. ", "What is\nit? "
 BEFORE = [{"role": "system", "content": KINDLY}, user("hello"), assistant("hello there"), user(QUESTION)]
-GOOD, BAD = assistant("Paris 你好"), assistant("no")
+ANSWER = "Paris 你好\u2028two\x00\u0085"
+GOOD, BAD = assistant(ANSWER), assistant("no")
 TURNS = {"system": "system", "user": "human", "assistant": "gpt"}
 SHAREGPT = [{"from": TURNS[turn["role"]], "value": turn["content"]} for turn in [*BEFORE, GOOD, BAD]]
 BESIDE = {"system": KINDLY, "history": [["hello", "hello there"]]}
@@ -286,12 +285,12 @@ FORMS: dict[str, dict[str, Any]] = {
         "rejected_messages": [*weighted(BEFORE, 0), *weighted([BAD], 1)],
     },
     "ms-swift": {"messages": [*BEFORE, GOOD], "rejected_response": "no"},
-    "ms-swift, query": {"query": QUESTION, "response": "Paris 你好", "rejected_response": "no", **BESIDE},
+    "ms-swift, query": {"query": QUESTION, "response": ANSWER, "rejected_response": "no", **BESIDE},
     "axolotl": {"messages": BEFORE, "chosen": GOOD, "rejected": BAD},
-    "question": {"question": QUESTION, "response_chosen": "Paris 你好", "response_rejected": "no", **BESIDE},
+    "question": {"question": QUESTION, "response_chosen": ANSWER, "response_rejected": "no", **BESIDE},
     "ranked": {
         "prompt": BEFORE,
-        "responses": [{"text": "no", "score": 1}, {"text": "Paris 你好", "score": 2}],
+        "responses": [{"text": "no", "score": 1}, {"text": ANSWER, "score": 2}],
     },
 }
 
@@ -313,7 +312,7 @@ def test_a_conversation_is_the_same_in_each_format_and_kind_of_file(tmp_path: Pa
         [record] = read_records(SourceConfig(str(path), format=format_))
         assert isinstance(record, PreferenceRecord), record
         assert seen(record.prompt) == [[turn["role"], turn["content"]] for turn in BEFORE], path.name
-        assert record.responses == ("Paris 你好", "no"), path.name
+        assert record.responses == (ANSWER, "no"), path.name
 
 
 SHARED = shared_data_dir()

@@ -21,13 +21,6 @@ from tests.support.cache import encoded_folders, opened, prepare, prepare_all
 from tests.support.records import BAD, GOOD, jsonl
 
 
-def files(folder: Path, *parts: list[Any]) -> list[str]:
-    """Write each part of the records to a folder of its own."""
-    for number in range(len(parts)):
-        (folder / str(number)).mkdir()
-    return [jsonl(folder / str(number), *rows) for number, rows in enumerate(parts)]
-
-
 def contents(data: PreferenceDataset) -> list[list[list[int]]]:
     pairs = map(data.sequences, range(len(data)))
     return [[ids.tolist() for ids in (pair.prompt_ids, *pair.responses)] for pair in pairs]
@@ -77,7 +70,8 @@ def test_damaged_data_are_not_opened_and_are_encoded_again(size: int, tmp_path: 
 
 
 def test_a_source_is_encoded_once_for_all_lists(tmp_path: Path, encodes: list[str]) -> None:
-    first, second = files(tmp_path, GOOD[:3], GOOD[3:])
+    (tmp_path / "0").mkdir()
+    first, second = jsonl(tmp_path / "0", *GOOD[:3]), jsonl(tmp_path, *GOOD[3:])
     one, two = contents(opened(tmp_path, first)), contents(opened(tmp_path, second))
     encodes.clear()
     shutil.copytree(tmp_path / "0", tmp_path / "elsewhere")
