@@ -1,8 +1,9 @@
-"""Processes of a run communicate, agree on errors and end together; exactly one prints the error."""
+"""Processes of a run communicate, agree on errors, wait for each other, and end together with one error."""
 
 import ctypes
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,18 +15,20 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import distributed_c10d
 
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import ParallelismConfig, ParallelismKind
 from dpo_dist.distributed import processes
 from dpo_dist.distributed.processes import NOBODY
 from dpo_dist.distributed.world import World
+from dpo_dist.foundation import process
 from dpo_dist.foundation.errors import CheckpointError, DataError, DpoDistError
 from dpo_dist.foundation.process import EXIT_CODES, StopRequest, exit_codes
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference import engine
-from dpo_dist.reference.engine import settle_engine
-from tests.dist.scenario import load_policy
+from dpo_dist.reference.engine import load_reference, settle_engine
+from tests.dist.scenario import Assets, files_of, load_policy
 from tests.support.ranks import Outcome, run_ranks, start_ranks
 from tests.support.tiny_model import write_model
 
@@ -59,7 +62,6 @@ def conversation(world: World, _folder: Path) -> dict[str, Any]:
         "together": world.together(partial(fail_on, (), world)),
         "together, rank 1 fails": raised_by(lambda: world.together(partial(fail_on, (1,), world))),
         "together, two fail": raised_by(lambda: world.together(partial(fail_on, (2, 1), world))),
-        "together without a result": world.together(lambda: None),
         "sum": world.sum(torch.tensor([world.rank + 1.0, 10.0])).tolist(),
         "gather": world.gather({"rank": world.rank}),
         "agree, rank 1": world.agree(world.rank == 1),
@@ -76,7 +78,6 @@ def test_ranks_communicate_and_agree_on_errors(tmp_path: Path) -> None:
             "together": f"rank {rank} is well",
             "together, rank 1 fails": ["DataError", "rank 1 fails", "mend it"],
             "together, two fail": ["DataError", "rank 1 fails", "mend it"],
-            "together without a result": None,
             "sum": [6.0, 30.0],
             "gather": [{"rank": 0}, {"rank": 1}, {"rank": 2}],
             "agree, rank 1": True,
@@ -89,32 +90,19 @@ def die(*_arguments: Any, **_options: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def dies_in_on_main(world: World, _folder: Path) -> None:
+def rank_0_dies(world: World, _folder: Path) -> None:
+    processes.FAREWELL_SECONDS = 2.0
+    if world.rank == 2:
+        time.sleep(0.5)  # sees it late
     world.on_main(die)
 
 
-def dies_at_a_barrier(world: World, _folder: Path) -> None:
-    if world.rank == 0:
-        die()
-    if world.rank > 1:
-        time.sleep(1)  # sees it late
-    world.barrier()
-
-
-@pytest.mark.parametrize(
-    ("scenario", "dead", "size"),
-    [
-        pytest.param(dies_in_on_main, 0, 3, id="rank 0 in on_main"),
-        pytest.param(dies_at_a_barrier, 0, 3, id="rank 0, seen late by rank 2"),
-    ],
-)
-def test_one_survivor_names_the_dead(scenario: Any, dead: int, size: int, tmp_path: Path) -> None:
-    outcomes = outcomes_of(scenario, tmp_path, size)
-    assert outcomes[dead].exit_code == -signal.SIGKILL
-    survivors = [outcome for rank, outcome in enumerate(outcomes) if rank != dead]
+def test_one_survivor_names_the_dead(tmp_path: Path) -> None:
+    dead, *survivors = outcomes_of(rank_0_dies, tmp_path, size=3)
+    assert dead.exit_code == -signal.SIGKILL
     assert {outcome.error for outcome in survivors} == {"PeerLostError"}, survivors
     (printed,) = [outcome for outcome in survivors if outcome.reporting_rank != NOBODY]
-    assert f"rank {dead} of {size} died" in printed.message
+    assert "rank 0 of 3 died" in printed.message
 
 
 def block_in_c(seconds: int, grace_seconds: float = 1.0) -> None:
@@ -133,8 +121,13 @@ def terminated_after(seconds: float) -> None:
     threading.Timer(seconds, signal.pthread_kill, (threading.main_thread().ident, signal.SIGTERM)).start()
 
 
+def be_brief(_rank: int) -> None:
+    """Wait for the last reports of other ranks for one second in place of five."""
+    processes.FAREWELL_SECONDS = 1.0
+
+
 def outcomes_of(scenario: Any, folder: Path, size: int = 2) -> list[Outcome]:
-    return start_ranks(scenario, size, folder / "ranks").finish()
+    return start_ranks(scenario, size, folder / "ranks", enter=be_brief).finish()
 
 
 def printing(outcomes: Sequence[Outcome]) -> list[int]:
@@ -146,7 +139,7 @@ def blocked_while_one_dies(world: World, folder: Path) -> None:
     os.environ[EXIT_CODES] = str(folder.parent / "codes")
     if world.rank == 1:
         die()
-    block_in_c(1000, grace_seconds=3.0 if world.rank == 0 else 1.0)
+    block_in_c(1000, grace_seconds=2.0 if world.rank == 0 else 1.0)
 
 
 def test_blocked_ranks_name_the_dead_one_and_end(tmp_path: Path) -> None:
@@ -172,19 +165,14 @@ def test_a_rank_that_dies_while_all_join_is_one_block_of_each_other(tmp_path: Pa
 
 def one_fails(error: Exception, world: World, _folder: Path) -> None:
     if world.rank == 1:
-        processes.FAREWELL_SECONDS = 1.0
         raise error
     world.barrier()
 
 
 @pytest.mark.parametrize(
     ("error", "name"),
-    [
-        (DataError("the data are refused"), "DataError"),
-        (KeyError("a bug"), "KeyError"),
-        (OSError(28, "No space left on device"), "ConfigError"),
-    ],
-    ids=["a user's error", "a bug", "a full disk"],
+    [(KeyError("a bug"), "KeyError"), (OSError(28, "No space left on device"), "ConfigError")],
+    ids=["a bug", "a full disk"],
 )
 def test_an_error_of_one_rank_is_printed_by_that_rank(error: Exception, name: str, tmp_path: Path) -> None:
     waiting, failing = outcomes_of(partial(one_fails, error), tmp_path)
@@ -211,13 +199,13 @@ def test_out_of_memory_on_one_rank_is_one_block_and_ends_all(tmp_path: Path) -> 
 
 def refused_at_different_times(world: World, _folder: Path) -> None:
     """Each rank finds the same fault by itself."""
-    time.sleep(2 * (1 - world.rank))
+    time.sleep(0.5 * (1 - world.rank))
     refuse()
 
 
 def terminated_while_it_waits(world: World, _folder: Path) -> None:
     if world.rank == 1:
-        terminated_after(1)
+        terminated_after(0.5)
         world.barrier()
     refuse()
 
@@ -234,10 +222,10 @@ def test_an_error_of_all_ranks_is_printed_once_and_is_not_a_lost_process(
 
 def signalled_while_rank_0_works(world: World, _folder: Path) -> None:
     """As while rank 0 encodes; the process group must not be used any more."""
-    processes.FAREWELL_SECONDS = 1.0
+    processes.GRACE_SECONDS = 1.0
     with StopRequest().listening():
         if world.rank == 1:
-            terminated_after(1)
+            terminated_after(0.5)
         world.on_main(lambda: time.sleep(1000))
 
 
@@ -249,7 +237,7 @@ def test_a_signal_to_a_rank_that_waits_for_work_ends_all(tmp_path: Path) -> None
 
 def terminated_while_blocked(world: World, _folder: Path) -> None:
     """As `evaluate`, which saves nothing."""
-    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
     # The other threads take the signal, so that nothing wakes this one.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     block_in_c(100, grace_seconds=1000.0)
@@ -269,8 +257,7 @@ def settle(
     folder: Path, fails: Arrangement, on: range, late: float, world: World, _folder: Path
 ) -> Arrangement:
     """Settle a model of which layer 1 fails in one arrangement on the ranks of `on`; rank 1 begins late."""
-    processes.FAREWELL_SECONDS = processes.GRACE_SECONDS = 1.0
-    engine.FAULT_SECONDS = 1.0
+    processes.GRACE_SECONDS = engine.FAULT_SECONDS = 1.0
     policy = load_policy(folder, world)
     if world.rank in on:
         layer = policy.causal_lm.model.layers[1]
@@ -294,18 +281,17 @@ def settled(
     late: float = 0.0,
 ) -> list[Outcome]:
     work = partial(settle, write_model(folder / "model"), fails, on, late)
-    return start_ranks(work, size, folder / "ranks", kind).finish(60)  # a tenth of timeout_seconds
+    ranks = start_ranks(work, size, folder / "ranks", kind, enter=be_brief)
+    return ranks.finish(60)  # a tenth of timeout_seconds
 
 
-@pytest.mark.parametrize(("fails", "size"), [(OWN, 3), (PACKED, 2)])
-def test_a_forward_that_fails_on_one_rank_ends_all(fails: Arrangement, size: int, tmp_path: Path) -> None:
+def test_a_forward_that_fails_on_one_rank_ends_all(tmp_path: Path) -> None:
     """The others wait for that rank in a collective call of the same forward, which it has left."""
-    outcomes = settled(fails, range(1, 2), tmp_path, size)
-    failing, *others = outcomes[1], outcomes[0], *outcomes[2:]
+    first, failing, last = settled(PACKED, range(1, 2), tmp_path, size=3)
     assert (failing.error, failing.reporting_rank) == ("ConfigError", 1), failing.log
     assert "fails on one rank" in failing.message
     assert "RuntimeError: layer 1 is broken" in failing.message
-    for other in others:
+    for other in (first, last):
         assert (other.error, other.exit_code) in [("PeerLostError", 0), ("", 2)], other.log
         assert other.reporting_rank in (None, NOBODY)
 
@@ -333,3 +319,84 @@ def test_an_error_of_all_ranks_or_of_whole_models_is_one_error(
 def test_an_arrangement_that_fails_on_all_ranks_is_followed_by_the_next(tmp_path: Path) -> None:
     outcomes = settled(PACKED, range(2), tmp_path)
     assert [outcome.result for outcome in outcomes] == [Arrangement.padded] * 2, outcomes[0].log
+
+
+def timeouts_of_all_groups(assets: Assets, world: World, _folder: Path) -> list[float]:
+    load_reference(files_of(assets.reference), assets.config(assets.policy), world)
+    load_policy(assets.policy, world)
+    groups = list(distributed_c10d._world.pg_map)
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+
+
+def test_every_process_group_has_the_configured_timeout(assets: Assets, tmp_path: Path) -> None:
+    for found in run_ranks(partial(timeouts_of_all_groups, assets), 2, tmp_path / "ranks", timeout=77):
+        assert len(found) >= 3, "the default group, ours on the host, DeepSpeed's clone"
+        assert set(found) == {77.0}
+
+
+def slow_work(world: World, _folder: Path) -> dict[str, Any]:
+    """Work longer than a collective call may wait: rank 0 within a call, then rank 1 before one."""
+    beats: list[float] = []
+
+    def work() -> str:
+        time.sleep(3)
+        return f"from {world.rank}"
+
+    process._BEAT_SECONDS = 1.0
+    on_main = world.on_main(process.beating(beats.append)(work))
+    gathered = world.gather(work() if world.rank else "quick")
+    return {"on_main": on_main, "gather": gathered, "beats": beats}
+
+
+def test_a_rank_that_works_is_waited_for(tmp_path: Path) -> None:
+    first, second = run_ranks(slow_work, 2, tmp_path / "ranks", timeout=2)
+    for of_rank in (first, second):
+        assert (of_rank["on_main"], of_rank["gather"]) == ("from 0", ["quick", "from 1"])
+    assert first["beats"]
+    assert first["beats"] == sorted(first["beats"])
+    assert second["beats"] == [], "it has nothing to do"
+
+
+def hangs_in_a_file_system() -> None:
+    time.sleep(1000)
+
+
+def hanging_work(world: World, _folder: Path) -> None:
+    processes.PATIENCE_SECONDS = processes.GRACE_SECONDS = 1
+    processes.FAREWELL_SECONDS = 2
+    if world.rank == 1:
+        hangs_in_a_file_system()
+    world.sum(torch.ones(1))
+
+
+def test_a_rank_that_hangs_is_named_and_writes_its_stacks(tmp_path: Path) -> None:
+    """In steps, a hung file system ends the job with one error."""
+    ranks = start_ranks(hanging_work, 3, tmp_path / "ranks", timeout=4)
+    first, hanging, other = ranks.finish()
+    assert (first.error, first.reporting_rank) == ("PeerLostError", 0), first.log
+    assert "rank 1 of 3 does not answer" in first.message
+    assert f"rank 1 (process {ranks.processes[1].pid} on {socket.gethostname()})" in first.message
+    assert (other.error, other.reporting_rank) == ("PeerLostError", processes.NOBODY), other.log
+    assert (hanging.exit_code, hanging.error) == (69, ""), hanging.log
+    stacks = (tmp_path / "ranks" / "rank-1.stacks.txt").read_text()
+    assert f"in {hangs_in_a_file_system.__name__}" in stacks
+
+
+def stopped_host_of_the_store(world: World, _folder: Path) -> None:
+    processes.STORE_SECONDS = processes.PATIENCE_SECONDS = 2
+    processes.FAREWELL_SECONDS = 1
+    if world.rank == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    world.sum(torch.ones(1))
+
+
+def test_a_hanging_process_with_the_store_times_out(tmp_path: Path) -> None:
+    """Processes report failures through rank 0 or its launcher."""
+    ranks = start_ranks(stopped_host_of_the_store, 3, tmp_path / "ranks", timeout=2)
+    for rank in (1, 2):
+        ranks.processes[rank].join(120)
+    os.kill(ranks.processes[0].pid, signal.SIGKILL)
+    _, second, third = ranks.finish()
+    assert (second.error, second.reporting_rank) == ("PeerLostError", 1), second.log
+    assert "rank 0 of 3 does not answer" in second.message
+    assert (third.error, third.reporting_rank) == ("PeerLostError", processes.NOBODY), third.log

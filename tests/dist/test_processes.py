@@ -1,28 +1,30 @@
 """Encoding on several processes: the bytes of one process, and errors of dead processes."""
 
+import itertools
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import pytest
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo_dist.config.data import DataConfig, OnBadRecord, Ranked, SourceConfig
+from dpo_dist.data import build
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.encode import CHUNK_RECORDS
+from dpo_dist.data.records import Origin, PreferenceRecord
 from dpo_dist.foundation.errors import DataError, PeerLostError
 from tests.support import tiny
 from tests.support.cache import encoded_folders
 from tests.support.records import jsonl
 from tests.support.shared_data import shared_data_dir
+from tests.support.warm import context, start_parent
 
-ROOT = Path(__file__).parents[2]
 BAD = {"prompt": "q", "chosen": "same", "rejected": "same"}
 
 
@@ -47,31 +49,20 @@ def prepare(
     return {f"{place} {one.file.name}": one.file.read_bytes() for place, one in enumerate(encoded)}
 
 
-@pytest.mark.parametrize("make", [tiny.qwen, tiny.mistral], ids=["qwen", "mistral"])
-def test_real_data_are_encoded_equally(tmp_path: Path, make: Callable[[], PreTrainedTokenizerFast]) -> None:
-    shared = shared_data_dir()
-    if shared is None:
-        pytest.skip("no slices of real data here")
-    names = [
-        "bad_records.jsonl",
-        "hh_rlhf_sample.jsonl",
-        "ultrafeedback_plain_scored.jsonl",
-        "ranked_oasst_history_zh.json",
-    ]
-    sources = [SourceConfig(str(shared / name), limit=500) for name in names]
-    one = prepare(tmp_path, sources, 1, make(), max_length=200, ranked=Ranked.all_pairs)
-    assert prepare(tmp_path, sources, 3, make(), max_length=200, ranked=Ranked.all_pairs) == one
+REAL = ("bad_records.jsonl", "ranked_oasst_history_zh.json")
 
 
 def test_any_number_of_records_is_encoded_equally(tmp_path: Path) -> None:
-    """Sources that end before, at and after the end of a chunk, with bad records at both ends."""
+    """Sources that end at and after the end of a chunk, with bad records at both ends; and real data."""
     sources = []
-    for count in (0, 1, CHUNK_RECORDS - 2, CHUNK_RECORDS - 1, 5 * CHUNK_RECORDS + 1):
+    for count in (CHUNK_RECORDS - 2, CHUNK_RECORDS - 1, 5 * CHUNK_RECORDS + 1):
         (tmp_path / str(count)).mkdir()
         sources.append(source(tmp_path / str(count), BAD, *map(record, range(count)), "no object"))
-    one = prepare(tmp_path, sources, 1, tiny.qwen())
-    for processes in (2, 5):
-        assert prepare(tmp_path, sources, processes, tiny.qwen()) == one
+    if (shared := shared_data_dir()) is not None:
+        sources += [SourceConfig(str(shared / name), limit=200) for name in REAL]
+    options = {"max_length": 200, "ranked": Ranked.all_pairs}
+    one = prepare(tmp_path, sources, 1, tiny.mistral(), **options)
+    assert prepare(tmp_path, sources, 3, tiny.mistral(), **options) == one
 
 
 def test_the_error_names_the_first_bad_record(tmp_path: Path) -> None:
@@ -111,49 +102,35 @@ def test_a_dead_process_is_one_clear_error(tmp_path: Path) -> None:
     assert encoders(psutil.Process()) == []
 
 
-ENDLESS = """
-import signal
-import sys
-from pathlib import Path
-from dpo_dist.config.data import SourceConfig
-from dpo_dist.data import build as build_dataset_module
-from tests.dist.test_processes import endless_records, prepare
-from tests.support import tiny
-
-if __name__ == "__main__":
-    # A shell starts its background jobs with SIGINT ignored.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    build_dataset_module.read_records = endless_records
-    file = Path(sys.argv[1]) / "endless.jsonl"
-    file.touch()
-    prepare(Path(sys.argv[1]), [SourceConfig(str(file))], 2, tiny.qwen())
-"""
+def encode_endlessly(folder: Path) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs without
+    folder.mkdir()
+    (file := folder / "endless.jsonl").touch()
+    with mock.patch.object(build, "read_records", endless_records):
+        prepare(folder, [SourceConfig(str(file))], 2, tiny.qwen())
 
 
-def endless_records(endless: SourceConfig, _meter: Any) -> Any:
-    from dpo_dist.data.records import Origin, PreferenceRecord
-
-    number = 0
-    while True:
-        number += 1
+def endless_records(endless: SourceConfig, _meter: Any) -> Iterator[PreferenceRecord]:
+    for number in itertools.count(1):
         yield PreferenceRecord(f"question {number}", ("right", "wrong"), Origin(endless.path, number))
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_no_process_outlives_its_parent(tmp_path: Path, number: signal.Signals) -> None:
-    script = tmp_path / "endless.py"
-    script.write_text(ENDLESS)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    parent = subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path)], env=environment, stderr=subprocess.DEVNULL
-    )
+def test_no_process_outlives_its_parent(tmp_path: Path) -> None:
+    start_parent()
+    numbers = (signal.SIGKILL, signal.SIGINT)
+    parents = [context.Process(target=encode_endlessly, args=(tmp_path / number.name,)) for number in numbers]
     try:
+        for parent in parents:
+            parent.start()
         deadline = time.monotonic() + 240
-        while len(started := encoders(psutil.Process(parent.pid))) < 2 and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert len(started) == 2
-        parent.send_signal(number)
-        assert parent.wait(240) != 0
-        assert psutil.wait_procs(started, timeout=240)[1] == []
+        for number, parent in zip(numbers, parents, strict=True):
+            while len(started := encoders(psutil.Process(parent.pid))) < 2:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            os.kill(parent.pid, number)
+            parent.join(240)
+            assert parent.exitcode not in (0, None)
+            assert psutil.wait_procs(started, timeout=240)[1] == []
     finally:
-        parent.kill()
+        for parent in parents:
+            parent.kill()

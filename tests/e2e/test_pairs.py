@@ -58,7 +58,6 @@ def test_the_pairs_do_not_depend_on_processes_or_starts(place: Path) -> None:
     for row in pairs:
         assert row["score_chosen"] == len(row["chosen"][0]["content"]) > row["score_rejected"]
         assert row["provenance"]["judge"]["function"] == "rule:score"
-        assert row["provenance"]["source"].startswith(f"{place}/prompts.jsonl:")
     read = list(read_records(str(folder / "pairs.jsonl")))
     assert [record.scores for record in read if isinstance(record, PreferenceRecord)] == [
         (row["score_chosen"], row["score_rejected"]) for row in pairs

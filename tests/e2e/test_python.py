@@ -13,12 +13,13 @@ import psutil
 import pytest
 
 from tests.e2e.conftest import Overrides
-from tests.support import warm
 from tests.support.launch import environment, history, train
+from tests.support.pages import in_process
+from tests.support.warm import ENVIRONMENT
 
 
 def call_verbs(variables: dict[str, str], data: Path, command: list[str]) -> None:
-    """Precompute, train, fail and train again; exit with 0 if every call does what it should."""
+    """Precompute, train, fail and train again."""
     os.environ.clear()
     os.environ.update(variables)
     import torch
@@ -68,12 +69,6 @@ def test_verbs_can_be_called_again_in_one_process(overrides: Overrides, assets: 
     broken = tmp_path / "broken.jsonl"
     broken.write_text((assets / "train.jsonl").read_text() + '{"prompt": ')
     command = overrides("trainer.max_steps=2")
-    warm.start_parent()
-    process = warm.context.Process(
-        target=call_verbs, args=({**environment(), **warm.ENVIRONMENT}, broken, command)
-    )
-    process.start()
-    process.join(300)
-    assert process.exitcode == 0
+    in_process(call_verbs, {**environment(), **ENVIRONMENT}, broken, command)
     train([*command, f"run.dir={tmp_path}/fresh"])
     assert history(tmp_path / "run") == history(tmp_path / "fresh"), "equal to a run in a process of its own"

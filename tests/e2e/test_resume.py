@@ -9,40 +9,26 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Overrides
-from tests.support.launch import history, run_state, run_verb, summary, train
+from tests.support.launch import constants, history, run_state, run_verb, summary, train
 from tests.support.signalled import signalled
 from tests.support.tiny_model import write_model
 
 STEPS = ["trainer.epochs=4", "trainer.save_every=2", "trainer.keep_last=2", "optim.lr=1e-3"]
 
 
-def refused_without_checkpoints(command: list[str], run: Path) -> None:
-    """Start the run while its checkpoints are on a disk that is not mounted; nothing else changes."""
-    metrics = (run / "dpo_metrics/training_metrics.csv").read_bytes()
-    (run / "checkpoints").rename(run / "mounted")
-    (run / "checkpoints").mkdir()
-    refused = run_verb("train", command)
-    assert refused.code == 2, refused.output
-    assert "checkpoints are missing" in refused.output
-    assert "delete run_state.json" in refused.output
-    assert (run / "dpo_metrics/training_metrics.csv").read_bytes() == metrics
-    (run / "checkpoints").rmdir()
-    (run / "mounted").rename(run / "checkpoints")
-
-
 def test_a_killed_rank_is_named_and_reference_and_time_are_those_of_all_starts(
     overrides: Overrides, assets: Path, tmp_path: Path
 ) -> None:
-    """Of three starts, the first is killed and the second stopped; then a whole run with a full store."""
+    """Of three starts, the first is killed and the second stopped."""
     run = tmp_path / "run"
     evaluated = [f"data.eval=[{assets}/eval.jsonl]", "trainer.eval_every=2", "samples.prompts=2"]
     command = overrides(*STEPS, *evaluated, "samples.max_new_tokens=4")
     when = (run / "checkpoints/step-000004").is_dir
-    killed = signalled("train", command, signal.SIGKILL, [0], when)
+    brief = constants(**{"dpo_dist.distributed.processes.FAREWELL_SECONDS": 1.0})
+    killed = signalled("train", command, signal.SIGKILL, [0], when, brief)
     assert all(killed.codes), killed.output
     assert "rank 0 of 2 died" in killed.output, killed.output
     assert not list((run / "model").glob("*"))
-    refused_without_checkpoints(command, run)
     (folder,) = sorted(run.glob("checkpoints/step-*"))[-1:]
     saved = json.loads((folder / "state.json").read_text())
     first, before = saved["reference_report"], saved["work"]
@@ -61,12 +47,6 @@ def test_a_killed_rank_is_named_and_reference_and_time_are_those_of_all_starts(
     total = sum(ended["work"]["seconds"].values())
     assert math.isclose(ended["work"]["device_seconds"], 2 * total, abs_tol=0.1)
     assert math.isclose(ended["work"]["seconds"]["training"], ended["train_seconds"], rel_tol=0.2)
-
-    whole = tmp_path / "whole"
-    train([*command, f"run.dir={whole}"], processes=2)
-    assert history(run) == history(whole)
-    reused = summary(whole)["reference"]
-    assert (reused["hits"], reused["computed"]) == (first["hits"] + first["computed"], 0)
 
 
 def test_a_stopped_run_ends_with_75_and_resumes_exactly(
@@ -87,38 +67,6 @@ def test_a_stopped_run_ends_with_75_and_resumes_exactly(
     assert [row["step"] for row in rows if "eval_loss" in row] == [0, rows[-1]["step"]]
     values = [row[name] for row in rows for name in ("loss/beta", "loss/delta") if name in row]
     assert len(set(values)) > 3
-
-
-def test_a_stopped_run_in_bf16_resumes_exactly(overrides: Overrides, tmp_path: Path) -> None:
-    steps = ["model.dtype=bf16", "trainer.max_steps=5", "optim.lr=1e-3"]
-    steps += ["parallelism=zero2", "trainer.deterministic=true"]
-    train(overrides(*steps, f"run.dir={tmp_path}/whole"), processes=2)
-    assert run_verb("train", overrides(*steps, "trainer.stop_after_steps=2"), processes=2).code == 75
-    assert run_state(tmp_path / "run")["outcome"] == "preempted"
-    train(overrides(*steps), processes=2)
-    assert history(tmp_path / "run") == history(tmp_path / "whole")
-    for file in ("model.safetensors", "README.md"):
-        written = [tmp_path / name / "model" / file for name in ("run", "whole")]
-        assert written[0].read_bytes() == written[1].read_bytes(), file
-
-
-def test_a_damaged_checkpoint_is_not_used(overrides: Overrides, tmp_path: Path) -> None:
-    command = overrides("trainer.epochs=2", "trainer.save_every=2", "trainer.keep_last=3")
-    run_verb("train", [*command, "trainer.stop_after_steps=5"])
-    root = tmp_path / "run/checkpoints"
-    assert sorted(path.name for path in root.glob("step-*")) == ["step-000002", "step-000004", "step-000005"]
-    victim = max((root / "step-000005").rglob("rank-*.safetensors"))
-    content = bytearray(victim.read_bytes())
-    content[len(content) // 2] ^= 1
-    victim.write_bytes(content)
-    record = tmp_path / "run/dpo_metrics/log_history.json"
-    record.write_text("[{")
-    screen = train(command).output
-    assert "resuming from" in screen
-    assert "step-000004" in screen
-    assert "checkpoint step-000005 is damaged" in screen
-    steps = [row["step"] for row in history(tmp_path / "run") if "loss" in row]
-    assert steps == list(range(1, len(steps) + 1)), "the table of metrics has them too"
 
 
 def test_other_processes_and_parallelism_continue_a_run(
@@ -146,7 +94,6 @@ def test_another_base_is_an_error_and_loses_nothing(
     shutil.copytree(assets / "model", model)
     options = (f"model.path={model}", "model.adapter={r: 4}", "loss=simpo", "trainer.epochs=1")
     assert run_verb("train", overrides(*options, "trainer.stop_after_steps=2")).code == 75
-    assert run_state(tmp_path / "run")["outcome"] == "preempted"
     whole = (model / "model.safetensors").read_bytes()
     (model / "model.safetensors").write_bytes(
         (write_model(tmp_path / "other", seed=5) / "model.safetensors").read_bytes()
@@ -156,5 +103,4 @@ def test_another_base_is_an_error_and_loses_nothing(
     assert "the model that the policy starts from of this run changed" in other.output
     (model / "model.safetensors").write_bytes(whole)
     train(overrides(*options))
-    assert run_state(tmp_path / "run")["outcome"] == "completed"
     assert summary(tmp_path / "run")["exit"] == "completed"

@@ -58,7 +58,7 @@ def test_no_file_no_screen_and_no_argument_of_a_process_has_a_secret(assets: Pat
         screens.append(screen)
         return code
 
-    def refuse(_: object, __: int) -> tuple[int, str]:
+    def refuse(_: object) -> tuple[int, str]:
         return 401, f'{{"error": {{"message": "{SECRETS["OPENAI_API_KEY"]} is wrong"}}}}'
 
     noted = f"tracking.project='{TYPED} {SECRETS['MY_SECRET']}'"

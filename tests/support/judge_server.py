@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Answer = Callable[[dict[str, Any], int], "str | tuple[int, str]"]
+Answer = Callable[[dict[str, Any]], "str | tuple[int, str]"]
 
 
 @dataclass
@@ -18,15 +18,13 @@ class JudgeServer:
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
-    paths: list[str] = field(default_factory=list)
 
 
 @contextlib.contextmanager
 def judge_server(answer: Answer) -> Iterator[JudgeServer]:
     """Serve until the end of the block.
 
-    `answer` gets the object in the user's message and the number of the request; it returns the assistant's
-    text, or status and body.
+    `answer` gets the object in the user's message; it returns the assistant's text, or status and body.
     """
     log, lock = JudgeServer(), threading.Lock()
 
@@ -36,9 +34,7 @@ def judge_server(answer: Answer) -> Iterator[JudgeServer]:
             with lock:
                 log.bodies.append(body)
                 log.headers.append(dict(self.headers))
-                log.paths.append(self.path)
-                number = len(log.bodies)
-            replied = answer(json.loads(body["messages"][-1]["content"]), number)
+            replied = answer(json.loads(body["messages"][-1]["content"]))
             if isinstance(replied, str):
                 content = {"choices": [{"message": {"role": "assistant", "content": replied}}]}
                 status, text = 200, json.dumps(content)

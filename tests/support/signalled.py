@@ -25,14 +25,22 @@ class Signalled:
 
 
 def signalled(
-    verb: str, overrides: list[str], number: signal.Signals, ranks: Sequence[int], when: Callable[[], bool]
+    verb: str,
+    overrides: list[str],
+    number: signal.Signals,
+    ranks: Sequence[int],
+    when: Callable[[], bool],
+    prepare: Callable[[], None] | None = None,
 ) -> Signalled:
-    """Run `verb` on two ranks without a launcher, and send a signal to `ranks` once `when()` is true."""
+    """Run `verb` on two ranks without a launcher, and send a signal to `ranks` once `when()` is true.
+
+    `prepare` is called in each rank before the verb.
+    """
     variables = environment() | launcher_variables(TWO_PROCESSES)
     with tempfile.TemporaryDirectory() as temporary:
         screen = Path(temporary) / "screen"
         screen.touch()
-        processes = start_verb(verb, overrides, variables, 2, ROOT, screen)
+        processes = start_verb(verb, overrides, variables, 2, ROOT, screen, prepare)
         deadline = time.monotonic() + _SECONDS
         try:
             while not when():

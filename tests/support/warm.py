@@ -5,13 +5,11 @@ command line, environment, working folder and exit code; `launch.run_verb(cold=T
 line.
 """
 
-import json
 import multiprocessing
 import os
 import random
 import runpy
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +21,8 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+from accelerate.commands import launch
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
@@ -33,8 +33,6 @@ ENVIRONMENT = {
     "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     "TOKENIZERS_PARALLELISM": "false",
 }
-# Variables of a launcher about ranks and about itself; they are set again for every start.
-_OF_A_LAUNCH = ("TORCHELASTIC_", "MASTER_", "RANK", "LOCAL_", "GROUP_", "ROLE_", "WORLD_SIZE")
 
 # A failing rank may have sent its error to the others, which then end too; a killed one has not.
 _GRACE_SECONDS = 10
@@ -72,18 +70,18 @@ def reserve_port() -> int:
 @cache
 def launcher_variables(config_file: Path) -> dict[str, str]:
     """Return the variables that `accelerate launch` with this file adds to every process."""
-    script = Path(__file__).with_name("print_environment.py")
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    told = subprocess.run(
-        [*launcher, "--config_file", str(config_file), str(script)],
-        env={**os.environ, **ENVIRONMENT},
-        stdout=subprocess.PIPE,
-        check=True,
-        text=True,
-    ).stdout
-    added, _ = json.JSONDecoder().raw_decode(told)  # of two processes, whose lines may run together
-    kept = {name: value for name, value in added.items() if not name.startswith(_OF_A_LAUNCH)}
-    return {k: v for k, v in kept.items() if k.startswith("ACCELERATE_") or os.environ.get(k) != v}
+    arguments = launch.launch_command_parser().parse_args(["--config_file", str(config_file), "script"])
+    with (
+        mock.patch.dict(os.environ, ENVIRONMENT),
+        mock.patch.object(launch, "deepspeed_launcher") as launcher,
+    ):
+        launch.launch_command(arguments)
+        _, whole = prepare_deepspeed_cmd_env(launcher.call_args.args[0])
+    return {
+        name: value
+        for name, value in whole.items()
+        if name.startswith("ACCELERATE_") or os.environ.get(name) != value
+    }
 
 
 def run_warm(

@@ -1,9 +1,11 @@
-"""The API for scripts and notebooks; docs/python.md runs from top to bottom, as one notebook."""
+"""The API for scripts and notebooks; docs/python.md runs as one notebook; the list of verbs."""
 
 import copy
 import os
 import pkgutil
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -11,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+import dpo_dist
 from dpo_dist import api, compare, pairs, precompute, train
+from dpo_dist.__main__ import VERBS
 from dpo_dist.batching.pack import Sequences
 from dpo_dist.config.data import Ranked, Truncation
 from dpo_dist.data.build import prepare_dataset
@@ -19,12 +23,12 @@ from dpo_dist.data.dataset import open_dataset
 from dpo_dist.data.encode import EncodedExample
 from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
 from tests.support import tiny
+from tests.support.families import tiny_causal_lm, tiny_config, with_rope
 from tests.support.invented import write_pairs
 from tests.support.packing import plain_logps
 from tests.support.pages import Block, blocks_of, in_process
 from tests.support.records import TEXT, jsonl
 from tests.support.tiny_model import write_model
-from tests.unit.model.test_architectures import tiny_causal_lm, tiny_config, with_rope
 
 
 def notebook(folder: Path, blocks: list[Block]) -> None:
@@ -77,6 +81,23 @@ def test_a_verb_names_the_key_that_it_lacks(verb: ModuleType, given: str, key: s
     with pytest.raises(ConfigError) as raised:
         verb.main(api.load_run_config([given]))
     assert raised.value.where == key
+
+
+def started(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dpo_dist", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_every_verb_is_listed_and_started() -> None:
+    files = Path(dpo_dist.__file__).parent.glob("*.py")
+    programs = {file.stem for file in files if 'if __name__ == "__main__"' in file.read_text()}
+    assert VERBS.keys() == programs - {"__main__"}
+    for arguments, code in ((("--help",), 0), (("trian",), 2)):
+        listed = started(*arguments)
+        assert (listed.returncode, listed.stderr) == (code, "")
+        assert all(f"\n  {verb} " in listed.stdout for verb in VERBS)
+    failed = started("store", "info", "/nowhere")
+    assert (failed.returncode, "no reference store" in failed.stderr) == (2, True)
 
 
 def test_what_is_no_run_no_store_no_model_and_no_pair_is_named(tmp_path: Path) -> None:

@@ -1,9 +1,6 @@
 """The image installs pinned versions, contains only the copied files, and does not run as root."""
 
 import re
-import subprocess
-import sys
-import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -41,16 +38,3 @@ def test_it_does_not_run_as_root() -> None:
     names = [name for name, _ in instructions()]
     assert arguments("USER") == ["trainer"]
     assert "RUN" not in names[names.index("USER") :]
-
-
-def test_extras_of_the_build_are_those_of_the_package() -> None:
-    """The command that reads them, run as the image runs it."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    run = next(rest for rest in arguments("RUN") if "$EXTRAS" in rest)
-    program = re.search(r"python -c '(.*?)'", run)
-    assert program is not None
-    for extra in ("quantization", "liger"):
-        listed = subprocess.run(
-            [sys.executable, "-c", program[1], extra], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        assert listed.stdout.split() == extras[extra]

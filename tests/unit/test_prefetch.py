@@ -60,20 +60,3 @@ def test_an_error_is_raised_at_the_position_of_its_item() -> None:
         with pytest.raises(OSError, match="item 3 cannot be made"):
             next(items)
         assert list(items) == []
-
-
-def test_leaving_waits_for_the_current_item_only() -> None:
-    begun, finish = threading.Event(), threading.Event()
-    finished = []
-
-    def slow() -> Iterator[int]:
-        for number in itertools.count():
-            begun.set()
-            assert finish.wait(120)
-            finished.append(number)
-            yield number
-
-    with prefetch(slow(), 5):
-        assert begun.wait(120)
-        threading.Timer(0.05, finish.set).start()
-    assert finished == [0]

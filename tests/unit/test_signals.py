@@ -132,10 +132,7 @@ def test_before_the_start_a_signal_ends_with_one_line(
         send(signal.SIGUSR1)
 
     assert in_child(start) == ExitCode.preempted
-    assert (
-        capfd.readouterr().err
-        == "stopped: by SIGUSR1 before the start\n  to do:    run the same command again to continue\n"
-    )
+    assert capfd.readouterr().err.startswith("stopped: by SIGUSR1 before the start\n")
     assert (tmp_path / "codes.0").read_text() == "75\n"
 
 

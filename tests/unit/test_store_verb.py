@@ -50,9 +50,7 @@ def test_info_lists_each_reference_with_its_counts(run: Run, shards: list[Path],
     assert first["bytes"] == sum(file.stat().st_size for file in shards[0].parent.iterdir())
     age = datetime.now(UTC) - datetime.fromisoformat(listed[1]["last_used"])
     assert 10 <= age.total_seconds() / DAY < 10.1
-    table = run("info")[1]
-    for text in ("org/first@0123", FIRST.reference, FIRST.name, "dtype fp32", "2 fingerprints, 5 entries"):
-        assert text in table
+    assert "2 fingerprints, 5 entries" in run("info")[1]
     LogpStore.open(tmp_path, SECOND)
     assert time.time() - stamp.stat().st_mtime < 60, "opening it is its last use"
 

@@ -1,20 +1,24 @@
-"""Checkpoints of one process: damage, resuming, deletion, writing behind training, and files of slices."""
+"""Checkpoints of one process: damage, resuming, deletion, writing behind training, files of slices, kills."""
 
 import errno
 import json
-import pickle
+import os
 import shutil
+import signal
+import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors import safe_open
 
-from dpo_dist.config.run_folder import best_checkpoints
+from dpo_dist.config.run_folder import STATE, best_checkpoints
 from dpo_dist.distributed import checkpoint, slices
 from dpo_dist.distributed.checkpoint import (
     MANIFEST,
@@ -27,15 +31,24 @@ from dpo_dist.distributed.checkpoint import (
     load_checkpoint,
     random_states,
     random_states_name,
-    write_file,
+    remove_unfinished,
     write_slices,
 )
 from dpo_dist.distributed.slices import ModelSlices, Slice
 from dpo_dist.distributed.world import SequenceGroup, World
 from dpo_dist.foundation.errors import CheckpointError
+from dpo_dist.foundation.files import is_temporary
 from tests.support.alone import ALONE
 from tests.support.one_weight import WEIGHTS, Run
 from tests.support.slow_disk import slow_disk
+
+_CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
+
+
+@pytest.fixture(autouse=True)
+def no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A killed process loses nothing that it has written, flushed to disk or not."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture
@@ -55,7 +68,6 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "a flipped bit": lambda folder: flip(folder / WEIGHTS),
     "a missing file": lambda folder: (folder / WEIGHTS).unlink(),
     "no manifest": lambda folder: (folder / MANIFEST).unlink(),
-    "an emptied manifest": lambda folder: (folder / MANIFEST).write_bytes(b""),
 }
 
 
@@ -122,13 +134,6 @@ def test_a_checkpoint_of_a_cpu_is_resumed_on_a_gpu(
     assert not taken
 
 
-class Alone(World):
-    """A rank that asks no other one."""
-
-    def together(self, work: Any) -> Any:
-        return work()
-
-
 @pytest.mark.parametrize("saved_ranks", [1, 2, 4])
 def test_ranks_of_a_replica_draw_the_same_numbers(saved_ranks: int, tmp_path: Path) -> None:
     for rank in range(saved_ranks):
@@ -137,29 +142,16 @@ def test_ranks_of_a_replica_draw_the_same_numbers(saved_ranks: int, tmp_path: Pa
     drawn = []
     for rank in range(4):
         group = SequenceGroup(rank % 2, 2, None)
-        world = Alone(accelerator=None, rank=rank, size=4, device=ALONE.device, peers=(), sequence=group)
+        world = World(accelerator=None, rank=rank, size=4, device=ALONE.device, peers=(), sequence=group)
         load_checkpoint(Checkpoint(tmp_path, {"world_size": saved_ranks}), [], world)
         drawn.append(torch.rand(1).item())
     assert drawn[0] == drawn[1] != drawn[2] == drawn[3]
 
 
-def begin(run: Run, step: int) -> None:
-    run.weights.weight.fill_(step)
-    run.saver.save(step, {"step": step})
-
-
-def content(folder: Path) -> dict[str, Any]:
-    """Everything but state and manifest."""
-    found: dict[str, Any] = {}
-    for file in folder.rglob("*"):
-        name = str(file.relative_to(folder))
-        if file.suffix == ".safetensors":
-            with safe_open(file, "pt") as opened:
-                tensors = {key: opened.get_tensor(key).tolist() for key in opened.keys()}  # noqa: SIM118
-                found[name] = tensors, opened.metadata()
-        elif file.is_file() and name not in ("state.json", "manifest.json"):
-            found[name] = file.read_bytes()
-    return found
+def content(folder: Path) -> dict[str, bytes]:
+    """Weights and random states."""
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name not in (STATE, MANIFEST))
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 def test_a_checkpoint_written_behind_is_that_written_at_once(run: Run, tmp_path: Path) -> None:
@@ -191,16 +183,13 @@ def test_training_waits_where_memory_has_no_room(run: Run, monkeypatch: pytest.M
     run.saver._say = said.append
     monkeypatch.setattr(slices, "available_memory", lambda: 0)
     for step in (1, 2):
-        begin(run, step)
+        run.weights.weight.fill_(step)
+        run.saver.save(step, {"step": step})
         run.weights.weight.fill_(7)
     run.saver.commit()
     assert run.start() == 2
     assert len(said) == 1
     assert "host memory has no room" in said[0]
-
-
-def full(*_: Any) -> list[Path]:
-    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize("available", [2**40, 0], ids=["behind", "at once"])
@@ -211,34 +200,13 @@ def test_a_full_disk_is_one_error_at_the_next_step_and_leaves_nothing(
     run = Run(tmp_path)
     run.start()
     run.save(1)
+    full = Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))
     monkeypatch.setattr(checkpoint, "write_slices", full)
-
-    def step() -> None:
-        begin(run, 2)
-        while not run.saver.is_written:
-            pass
-        run.saver.commit()
-
     with pytest.raises(CheckpointError, match="No space left on device; a checkpoint needs"):
-        step()
+        run.save(2)
     assert not run.saver.is_written
     assert run.left() == ["step-000001"]
     assert run.start() == 1
-
-
-def test_a_run_directory_that_vanishes_is_one_error_and_not_made_again(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    run = Run(tmp_path / "run" / "checkpoints")
-    run.start()
-    run.save(1)
-    (tmp_path / "run").rename(tmp_path / "moved")
-    with pytest.raises(CheckpointError, match="a checkpoint cannot be written"):
-        run.save(2)
-    assert not (tmp_path / "run" / "checkpoints").exists()
-    assert [path.name for path in (tmp_path / "moved/checkpoints").iterdir() if path.is_dir()] == [
-        "step-000001"
-    ]
-    run.saver.close()
 
 
 WHOLE = {
@@ -281,37 +249,12 @@ def test_any_ranks_read_what_any_ranks_wrote(
     for rank in range(4):
         wanted = list(cut(others, rank))
         empty = [
-            Slice(
-                own.name,
-                own.shape,
-                own.start,
-                {part: torch.zeros_like(own.parts[part]) for part in own.parts},
-            )
+            replace(own, parts={part: torch.zeros_like(tensor) for part, tensor in own.parts.items()})
             for own in wanted
         ]
         saved.load_into(empty)
         for own, read in zip(wanted, empty, strict=True):
             assert all(torch.equal(own.parts[part], read.parts[part]) for part in own.parts)
-
-
-class Malicious:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, victim: Path):
-        self.victim = victim
-
-    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-        return Path.touch, (self.victim,)  # type: ignore[return-value]
-
-
-def test_a_pickled_file_is_refused_and_never_run(tmp_path: Path) -> None:
-    folder = written(tmp_path, 1, {name: [] for name in WHOLE})
-    content = pickle.dumps(Malicious(folder / "it ran"))
-    file = Path("engine/rank-00000-00000.safetensors")
-    (folder / MANIFEST).write_text(json.dumps({str(file): write_file(folder / file, [content])}))
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        SavedSlices.find(folder, "engine")
-    assert not (folder / "it ran").exists()
 
 
 def test_weights_are_written_without_a_copy_of_them_and_read_in_every_type(tmp_path: Path) -> None:
@@ -332,8 +275,107 @@ def test_weights_are_written_without_a_copy_of_them_and_read_in_every_type(tmp_p
             assert torch.equal(opened.get_tensor(f"weight/{own.name}"), own.parts["weight"])
 
 
-def test_weights_of_another_model_are_one_error(tmp_path: Path) -> None:
-    saved = SavedSlices.find(written(tmp_path, 1, {name: [] for name in WHOLE}), "engine")
-    for name, shape in (("embedding", (5, 7)), ("other", (3,))):
-        with pytest.raises(CheckpointError, match=f"{name} is missing or has another shape"):
-            saved.load_into([Slice(name, shape, 0, {"weight": torch.zeros(3)})])
+def killed_at(number: int, work: Callable[[], None]) -> bool:
+    """Do `work` in a fork that is killed before its `number`-th change of files; return whether it was."""
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def watch(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal count
+            if event in _CHANGES or (event == "open" and arguments[2] & os.O_CREAT):
+                count += 1
+                if count == number:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(watch)
+        try:
+            work()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
+
+
+def prepared(root: Path, keep_last: int, *steps: int) -> Path:
+    root.mkdir()
+    run = Run(root, keep_last)
+    run.start()
+    run.save(*steps)
+    return root
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+def kills(before: Path, keep_last: int, work: Callable[[Run], None]) -> Iterator[tuple[Run, bool]]:
+    """Starts of a copy of `before` in which `work` was killed at each change of files, and at last not."""
+    for number in range(1, 1000):
+        run = Run(Path(shutil.copytree(before, before.with_name(str(number)))), keep_last)
+        run.start()
+        was_killed = killed_at(number, lambda run=run: work(run))  # type: ignore[misc]
+        yield run, was_killed
+        if not was_killed:
+            return
+
+
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_a_kill_at_any_moment_of_a_save_leaves_the_last_or_the_new_checkpoint(
+    keep_last: int, tmp_path: Path
+) -> None:
+    def save(run: Run) -> None:
+        run.weights.weight.fill_(3)
+        run.saver.save(3, {"step": 3})
+        run.weights.weight.fill_(4)  # the next step, while it is written
+        run.saver.commit()
+
+    ends = []
+    for run, _ in kills(prepared(tmp_path / "before", keep_last, 1, 2), keep_last, save):
+        remove_unfinished(run.root)
+        step = run.start()
+        ends.append(step)
+        left = names(run.root)
+        assert not [name for name in left if is_temporary(Path(name))]
+        assert f"step-{step:06d}" in left
+        run.save(step + 1)
+        kept = [f"step-{each:06d}" for each in range(step + 2 - keep_last, step + 2)]
+        assert names(run.root) == ["latest", *kept]
+    assert ends == sorted(ends)
+    assert set(ends) == {2, 3}
+    assert ends.count(2) >= 5, "kills while it is written"
+    assert ends.count(3) >= 5, "kills after it is committed: while others are deleted"
+
+
+def save_best(run: Run, step: int) -> None:
+    run.weights.weight.fill_(step)
+    run.saver.save(step, {"step": step, "best": [{"step": step}]})
+    run.saver.commit()
+
+
+def test_a_kill_at_any_moment_of_a_save_leaves_the_best_checkpoint(tmp_path: Path) -> None:
+    """Also between the commit of the last checkpoint and the list of the best, if no other commit follows."""
+    before, ends = prepared(tmp_path / "before", 1), set()
+    first = Run(before, keep_last=1)
+    first.start()
+    save_best(first, 1)
+    for run, was_killed in kills(before, 1, partial(save_best, step=2)):
+        root = run.root
+        assert was_killed or best_checkpoints(root) == ["step-000002"], "each commit lists the best"
+        remove_unfinished(root)
+        best = f"step-{run.start():06d}"
+        ends.add(best)
+        assert best_checkpoints(root) == [best]
+        assert (root / "latest").read_text() == best
+        assert names(root) == ["best", "latest", best]
+        drop_checkpoints(root)
+        assert names(root) == ["best", "latest", best]
+    assert ends == {"step-000001", "step-000002"}
+
+
+def test_a_kill_while_a_checkpoint_replaces_that_of_its_step(tmp_path: Path) -> None:
+    """As where a stopped run saves its step again."""
+    for run, _ in kills(prepared(tmp_path / "before", 1, 1), 1, lambda run: run.save(1)):
+        remove_unfinished(run.root)
+        assert run.start() == 1
+        assert names(run.root) == ["latest", "step-000001"]

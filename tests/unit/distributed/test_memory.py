@@ -26,19 +26,11 @@ FAULT = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capac
 
 
 def failing(fails_in: str, calls: int, arrangement: Arrangement) -> tuple[Any, Any]:
-    """A DeepSpeed engine that runs out of memory in a call of the named kind, and a model."""
-    left = {fails_in: calls}
-
-    def reach(what: str, result: Any = None) -> Any:
-        if what in left:
-            left[what] -= 1
-            if left[what] < 0:
-                raise torch.OutOfMemoryError(FAULT + "\nand much more text")
-        return result
-
-    engine = Mock(side_effect=lambda batch, _=(): reach("forward", torch.zeros(len(batch.targets))))
-    engine.training, engine.optimizer.param_groups = True, []
-    engine.backward, engine.step = (lambda _: reach("backward")), (lambda: reach("step"))
+    """A DeepSpeed engine that runs out of memory after so many calls of the named kind, and a model."""
+    engine = Mock(side_effect=lambda batch, _=(): torch.zeros(len(batch.targets)), training=True)
+    engine.optimizer.param_groups = []
+    call = engine if fails_in == "forward" else getattr(engine, fails_in)
+    call.side_effect = [torch.zeros(())] * calls + [torch.OutOfMemoryError(FAULT + "\nand much more text")]
     return engine, SimpleNamespace(arrangement=arrangement)
 
 
@@ -111,12 +103,12 @@ def test_freed_memory_between_living_tensors_is_returned() -> None:
     assert all(map(torch.Tensor.all, living))
 
 
-def slices(value: float, *, with_states: bool = True) -> list[ModelSlices]:
+def slices() -> list[ModelSlices]:
     """Slices of the policy in float32 and of a reference in bfloat16, as views of flat tensors."""
-    flat = torch.arange(12, dtype=torch.float32) + value
+    flat = torch.arange(12, dtype=torch.float32)
     policy = [
-        Slice("first", (2, 4), 3, {"weight": flat[:5]} | ({"exp_avg": -flat[:5]} if with_states else {})),
-        Slice("second", (7,), 0, {"weight": flat[5:]} | ({"exp_avg": -flat[5:]} if with_states else {})),
+        Slice("first", (2, 4), 3, {"weight": flat[:5], "exp_avg": -flat[:5]}),
+        Slice("second", (7,), 0, {"weight": flat[5:], "exp_avg": -flat[5:]}),
     ]
     frozen = [Slice("first", (3,), 0, {"weight": flat[:3].bfloat16()})]
     return [ModelSlices("engine", policy, 4), ModelSlices("reference", frozen)]
@@ -138,15 +130,15 @@ def test_all_ranks_of_every_host_need_room(
 ) -> None:
     monkeypatch.setattr(host_copy, "available_memory", lambda: available)
     world: Any = SimpleNamespace(host="a", gather=lambda value: [value, *others])
-    assert HostCopy(CPU).has_room(slices(0.0), world) is has_room, "5 tensors, of at most 64 bytes each"
+    assert HostCopy(CPU).has_room(slices(), world) is has_room, "5 tensors, of at most 64 bytes each"
 
 
 def test_memory_that_was_taken_before_needs_no_room(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_copy, "available_memory", lambda: 0)
     copy = HostCopy(CPU)
-    assert not copy.has_room(slices(0.0), ALONE)
-    copy.of(slices(0.0))
-    assert copy.has_room(slices(0.0), ALONE)
+    assert not copy.has_room(slices(), ALONE)
+    copy.of(slices())
+    assert copy.has_room(slices(), ALONE)
 
 
 def group(folder: Path, names: tuple[str, str, str], limit: str, used: int, cache: int) -> None:

@@ -64,9 +64,7 @@ def test_a_launch_without_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) 
         (0, {"CUDA_VISIBLE_DEVICES": "0"}, "GPUs are asked for, and PyTorch finds none"),
         (2, {"LOCAL_WORLD_SIZE": "3"}, "there are more processes than GPUs on this host"),
         (2, {"LOCAL_WORLD_SIZE": "2"}, ""),
-        (0, {"LOCAL_WORLD_SIZE": "3"}, ""),
         (0, {"CUDA_VISIBLE_DEVICES": "-1"}, ""),
-        (0, {"CUDA_VISIBLE_DEVICES": "0", "ACCELERATE_USE_CPU": "true"}, ""),
         (2, {"LOCAL_WORLD_SIZE": "3", "ACCELERATE_USE_CPU": "true"}, ""),
     ],
 )
@@ -109,17 +107,14 @@ def test_a_rendezvous_that_times_out_is_an_error_for_the_user(monkeypatch: pytes
     assert "1/2 clients joined" in found.value.got
 
 
-class Alone(World):
-    def gather(self, value: Any) -> list[Any]:
-        return [value, "", "SIGTERM"]
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Stops:
+    """Of a rank beside one that has got SIGTERM."""
+    monkeypatch.setattr(World, "gather", lambda _, own: [own, "", "SIGTERM"])
+    return Stops(StopRequest(stop_after_steps=1), alone())
 
 
-def stops() -> Stops:
-    return Stops(StopRequest(stop_after_steps=1), Alone(None, 0, 1, torch.device("cpu"), (Peer.here(0),)))
-
-
-def test_work_ends_only_when_a_rank_is_asked() -> None:
-    asked = stops()
+def test_work_ends_only_when_a_rank_is_asked(asked: Stops) -> None:
     asked.check()
     asked.give_way()
     asked.request.ask("SIGUSR1")
@@ -131,9 +126,10 @@ def test_work_ends_only_when_a_rank_is_asked() -> None:
 
 
 @pytest.mark.parametrize("reason", ["SIGUSR1", BY_TRACKER, BY_STEPS])
-def test_a_stop_of_a_person_is_noted(reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_of_a_person_is_noted(
+    reason: str, asked: Stops, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(PROGRESS, str(tmp_path / "progress"))
-    asked = stops()
     asked.request.ask(reason)
     asked.reasons()
     noted = (tmp_path / "progress").read_text() if (tmp_path / "progress").exists() else ""
@@ -142,7 +138,6 @@ def test_a_stop_of_a_person_is_noted(reason: str, tmp_path: Path, monkeypatch: p
 
 
 TIMEOUT = "[gloo/transport/tcp/unbound_buffer.cc:129] Timed out waiting 4000ms for send operation to complete"
-CUT = "[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:1234"
 
 
 def settle_failing(error: Exception, *, is_synchronised: bool) -> None:
@@ -166,7 +161,6 @@ def settle_failing(error: Exception, *, is_synchronised: bool) -> None:
     [
         # The world makes it the error that names the rank, whose exit code lets clusters start the job again.
         (TIMEOUT, True, RuntimeError),
-        (CUT, True, RuntimeError),
         ("sizes of tensors must match", True, ConfigError),
         ("the hub timed out", False, ConfigError),
     ],
@@ -174,23 +168,15 @@ def settle_failing(error: Exception, *, is_synchronised: bool) -> None:
 def test_a_forward_that_waits_in_vain_is_no_error_of_the_model(
     text: str, is_synchronised: bool, error: type[Exception]
 ) -> None:
-    said = "own forward cannot score" if error is ConfigError else "Timed out|closed by peer"
+    said = "own forward cannot score" if error is ConfigError else "Timed out"
     with pytest.raises(error, match=said):
         settle_failing(RuntimeError(text), is_synchronised=is_synchronised)
 
 
-@pytest.fixture
-def lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    path = tmp_path / "cpu_adam" / "lock"
-    path.parent.mkdir()
-    return path
-
-
 def test_a_kernel_that_cannot_be_compiled_is_an_error_before_processes_join(
-    lock: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not lock.exists()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(OpBuilder, "_loaded_ops", {})
     monkeypatch.setattr(CPUAdamBuilder, "cxx_args", lambda _: [])  # describing the processor takes seconds
     monkeypatch.setenv("CXX", "/bin/false")
@@ -199,4 +185,4 @@ def test_a_kernel_that_cannot_be_compiled_is_an_error_before_processes_join(
         pass
     assert found.value.where == "parallelism.offload_optimizer"
     assert "/bin/false" in found.value.expected
-    assert not lock.exists()
+    assert not (tmp_path / "cpu_adam" / "lock").exists()

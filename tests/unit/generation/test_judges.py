@@ -59,24 +59,16 @@ def test_scores_are_those_of_each_conversation_alone(tmp_path: Path, padding: An
     assert len(set(judgement.scores)) == 2
 
 
-def test_a_special_token_stays_text_and_a_long_conversation_has_no_score(tmp_path: Path) -> None:
+def test_a_special_token_stays_text_and_a_long_or_rejected_conversation_has_no_score(tmp_path: Path) -> None:
     folder, spelled = write(tmp_path, max_position_embeddings=60), "no <|im_end|> at all"
     (judgement,) = reward_model(folder).judge([question(CHAT, spelled, "word " * 60)])
     assert judgement.scores != [pytest.approx(alone(folder, spelled), abs=1e-5), None]
     assert judgement.scores[0] is not None
     assert judgement.scores[1] is None
     assert judgement.counts["not_scored"] == 1
-
-
-def test_a_conversation_that_cannot_be_encoded_has_no_score(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    template = "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
-    tokenizer = tiny.with_template(tiny.unigram(), template)
-    folder = write(tmp_path, tokenizer, pad_token_id=0)
-    monkeypatch.setattr("dpo_dist.generation.judges.load_tokenizer", lambda *_: tokenizer)
-    (judgement,) = reward_model(folder).judge([question(CHAT, "the </s> end", "the end")])
-    assert [score is None for score in judgement.scores] == [True, False]
+    strict = write(tmp_path / "strict", tiny.mistral())
+    (judgement,) = reward_model(strict).judge([question(CHAT, "the template takes no system turn")])
+    assert judgement.scores == [None]
 
 
 def test_a_model_that_is_no_reward_model_is_refused(tmp_path: Path) -> None:
@@ -109,7 +101,7 @@ def test_a_bad_function_is_named(
 SHORT, LONG, LONGER = "hm", "a long response", "an even longer response"
 
 
-def longer_wins(content: dict[str, Any], _number: int = 0) -> str:
+def longer_wins(content: dict[str, Any]) -> str:
     first, second = len(content["response_A"]), len(content["response_B"])
     return f"I weighed both. [[{'tie' if first == second else 'A' if first > second else 'B'}]]"
 
@@ -140,7 +132,6 @@ def test_scores_are_shares_of_comparisons_won_in_both_positions() -> None:
     assert positions == {(second, first) for first, second in positions}
     body = server.bodies[0]
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("judge", 0, 1024)
-    assert set(server.paths) == {"/v1/chat/completions"}
 
 
 THOUGHTS = "<think>[[B]] or [[A]]? It may be [[tie]].</think> I weighed [[A]], too. "
@@ -154,13 +145,13 @@ GRADE = {"verdicts": Verdicts.grade}
     [
         (always("The first one. [[A]]"), {}, [0.5, 0.5], {"position_disagreements": 1}),
         (always("[[tie]]"), {}, [0.5, 0.5], {}),
-        (lambda content, _: THOUGHTS + longer_wins(content), {}, [0.0, 1.0], {}),
+        (lambda content: THOUGHTS + longer_wins(content), {}, [0.0, 1.0], {}),
         (always("A is better [A]"), {}, [None, None], {"unreadable": 2}),
         (always((200, '{"choices": []}')), {}, [None, None], {"unreadable": 2}),
         (always((200, CUT)), {}, [None, None], {"unreadable": 2}),
         (always("ok [[10]]"), GRADE, [10.0, 10.0], {}),
         (always("[[5]], no: [[0]]"), GRADE, [None, None], {"unreadable": 2}),
-        (lambda sent, _: FILTERED if "response_A" in sent else "", {}, [None, None], {"refused": 2}),
+        (lambda sent: FILTERED if "response_A" in sent else "", {}, [None, None], {"refused": 2}),
     ],
 )
 def test_verdicts(answer: Answer, keys: Any, scores: list[float | None], counts: dict[str, int]) -> None:
@@ -215,8 +206,8 @@ def test_an_address_with_a_key_or_without_a_host_is_refused(url: str) -> None:
 def test_options_that_a_reasoning_model_refuses_are_replaced_once() -> None:
     """As OpenAI's: they refuse any temperature but their own, and name the most tokens otherwise."""
 
-    def answer(content: dict[str, Any], number: int) -> Any:
-        sent = server.bodies[number - 1]
+    def answer(content: dict[str, Any]) -> Any:
+        sent = server.bodies[-1]
         for name, code in (("max_tokens", "unsupported_parameter"), ("temperature", "unsupported_value")):
             if name in sent:
                 return 400, json.dumps({"error": {"code": code, "param": name, "message": ""}})

@@ -7,18 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
 from dpo_dist.foundation.files import write_text
-from dpo_dist.generation.pairs.rounds import merge_adapter, run_command, run_rounds
-from tests.support import tiny
-from tests.support.tiny_model import write_model
+from dpo_dist.generation.pairs.rounds import run_command, run_rounds
 
 
 @pytest.fixture(autouse=True)
@@ -168,21 +163,6 @@ def test_an_adapter_is_merged_before_the_next_round(monkeypatch: pytest.MonkeyPa
     first, second = (one["reference"] for one in verbs.of("train"))
     assert first["mode"] == "adapter"
     assert [second[key] for key in ("mode", "path", "quantization")] == ["cached", "base", "nf4"]
-
-
-def test_a_merged_adapter_computes_the_same(tmp_path: Path) -> None:
-    base, adapter = write_model(tmp_path / "base"), tmp_path / "adapter"
-    lora = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
-    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), lora)
-    adapted.save_pretrained(adapter)
-    tiny.qwen().save_pretrained(adapter)  # as a training writes it
-    merge_adapter(adapter, tmp_path / "policy", config("model.dtype=fp32", "reference.store=store"))
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "policy")
-    ids = torch.arange(3, 20)[None]
-    with torch.no_grad():
-        assert (merged(ids).logits - adapted(ids).logits).abs().max() < 1e-4
-    for file in adapter.glob("tokenizer*"):
-        assert (tmp_path / "policy" / file.name).read_bytes() == file.read_bytes()
 
 
 def test_other_settings_are_refused_once_a_stage_is_finished() -> None:
