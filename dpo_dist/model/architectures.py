@@ -20,7 +20,7 @@ exaone4 gemma gemma3_text glm4 granite llama ministral mistral olmo2 olmo3 phi3 
 EXACT_WITH_LIGER = frozenset(_LIGER.split())
 
 # Architectures that mix tokens outside of attention or do not call the registered attention. The check at
-# start tries others packed first. tests/dist/test_families.py trains them.
+# start tries others packed first. tests/unit/model/test_architectures.py has one of each.
 _IN_ROWS = """
 bamba bloom codegen falcon falcon_h1 falcon_mamba gpt_neo gptj granitemoehybrid jamba mamba mamba2
 minimax mpt nemotron_h olmo_hybrid qwen3_5_text qwen3_next recurrent_gemma rwkv xglm xlstm

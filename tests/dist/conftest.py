@@ -7,10 +7,9 @@ from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.data.build import prepare_dataset
-from tests.dist.scenario import PAIRS, Assets
+from tests.dist.scenario import PAIRS, Assets, entries_of
 from tests.support import tiny
 from tests.support.invented import write_pairs
-from tests.support.packing import plain_logps
 from tests.support.tiny_model import write_model
 
 
@@ -31,10 +30,4 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Assets:
 def plain_entries(assets: Assets) -> list[np.ndarray]:
     """Return the reference's log-probs of each response, computed by transformers in this process."""
     model = AutoModelForCausalLM.from_pretrained(assets.reference, dtype=torch.float32)
-    dataset = assets.dataset()
-    with torch.no_grad():
-        return [
-            plain_logps(model, [dataset.sequences(index, (which,))]).numpy()
-            for index in range(len(dataset))
-            for which in range(2)
-        ]
+    return entries_of(model, assets.dataset())

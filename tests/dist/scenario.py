@@ -161,8 +161,20 @@ def reference_values(
     return torch.from_numpy(np.concatenate(found)), torch.tensor([len(each) for each in found])
 
 
-def plain_steps(model: Any, dataset: PreferenceDataset, reference: Sequence[np.ndarray]) -> list[float]:
-    """Gradient norms of `STEPS`, applied to `model` by PyTorch alone, a sequence at a time."""
+@torch.no_grad()
+def entries_of(model: Any, dataset: PreferenceDataset) -> list[np.ndarray]:
+    """Log-probs of each response by transformers alone, a sequence at a time."""
+    rows = [(index, which) for index in range(len(dataset)) for which in range(2)]
+    return [plain_logps(model, [dataset.sequences(row, (which,))]).numpy() for row, which in rows]
+
+
+def plain_steps(
+    model: Any,
+    dataset: PreferenceDataset,
+    reference: Sequence[np.ndarray],
+    steps: Iterable[tuple[Sequence[int], int]] = STEPS,
+) -> list[float]:
+    """Gradient norms of steps, applied to `model` by PyTorch alone, a sequence at a time."""
 
     def loss(rows: Sequence[int]) -> Tensor:
         values, lengths = reference_values(dataset, reference, rows)
@@ -170,4 +182,4 @@ def plain_steps(model: Any, dataset: PreferenceDataset, reference: Sequence[np.n
         sums = sum_by_response(logps, lengths), sum_by_response(values, lengths)
         return preference_loss(*sums, LOSS).mean()
 
-    return plain_training(model, [lambda rows=rows: loss(rows) for rows, _ in STEPS])  # type: ignore[misc]
+    return plain_training(model, [lambda rows=rows: loss(rows) for rows, _ in steps])  # type: ignore[misc]

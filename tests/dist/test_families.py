@@ -1,7 +1,7 @@
 """Two ranks train models of many families as plain PyTorch does in float64, one response per row."""
 
 import gc
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import (
@@ -24,12 +22,9 @@ from dpo_dist.config.schema import (
     ParallelismKind,
     RunConfig,
 )
-from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.world import World
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.lora import add_adapter
-from dpo_dist.objective.logps import sum_by_response
-from dpo_dist.objective.losses import preference_loss
 from dpo_dist.reference.engine import ReferenceProvider, load_reference, settle_engine
 from dpo_dist.training.step import Objective
 from tests.dist.scenario import (
@@ -37,15 +32,14 @@ from tests.dist.scenario import (
     Assets,
     RowsAtHand,
     all_steps,
+    entries_of,
     files_of,
     load_policy,
-    plain_training,
-    reference_values,
+    plain_steps,
 )
-from tests.dist.scenario import plain_steps as plain_packed_steps
 from tests.dist.test_engine import write_whole
 from tests.support import tiny
-from tests.support.families import COMMON, FAMILIES, tiny_family
+from tests.support.families import FAMILIES, tiny_causal_lm, tiny_config, tiny_family, with_rope
 from tests.support.multimodal import write_multimodal
 from tests.support.own_code import ship_code
 from tests.support.packing import COSTS
@@ -56,57 +50,18 @@ ZERO3, ZERO2, DDP = ParallelismKind
 PACKED, PADDED, SINGLE = Arrangement
 # Indices of each global batch with the token budget: several micro-batches, and a rank without a pair.
 STEPS = (((0, 1, 2, 3, 4), 160), ((5,), 8192))
-# transformers cannot load them sharded: their initialization reads the shapes of whole weights.
-NOT_SHARDED = {"rwkv", "xlstm"}
-# Rows that are not padded, as the plain model is not exact then: code that couples rows; in float64 rows of
-# padding without any key in the window.
-ALONE = {"gemma2", "own_rows", "longrope"}
+# One of each kind of layer: attention of its own, keys of low rank, compressed, shared or with sinks, experts
+# and their routers, states, convolutions. Unit tests compare all families in one process.
+SHARDED = """
+bloom deepseek_v32 deepseek_v4 falcon_h1 gemma3n_text glm4_moe gpt_oss jamba lfm2 llama4_text mamba2 minimax
+nemotron_h phimoe qwen3_moe qwen3_next recurrent_gemma zamba
+"""
+# transformers cannot load RWKV and xLSTM sharded: their initialization reads the shapes of whole weights.
+UNSHARDED = "deepseek_v4 mixtral rwkv xlstm"
 # Code that comes with a model; `own_refusing` raises an error in the middle of a packed forward.
-OWN_CODE = {"own_state": "state", "own_rows": "rows", "own_refusing": "refusing"}
-# Their own code has no float64.
-NO_FLOAT64 = {"xglm"}
-MOE = {"mixtral", "qwen3_moe", "glm4_moe"}
+OWN_CODE = {"own_rows": "rows", "own_refusing": "refusing"}
 # Of models that are no family of the table.
-ARRANGEMENTS = {"gemma3": PACKED, "own_state": PADDED, "own_rows": SINGLE, "own_refusing": PADDED}
-ARRANGEMENTS["longrope"] = SINGLE
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 10000.0,
-    "factor": 4.0,
-    "short_factor": [1.0, 1.1, 1.2, 1.3],
-    "long_factor": [3.0, 4.0, 5.0, 6.0],
-    "original_max_position_embeddings": 40,
-}
-
-
-def row_logps(model: Any, rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> list[Tensor]:
-    """Log-probs of each response behind its prompt, from one padded batch, in the dtype of `model`."""
-    ids = [torch.from_numpy(np.concatenate(row).astype(np.int64)) for row in rows]
-    input_ids = pad_sequence(ids, batch_first=True)
-    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
-    logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
-    logps = logits[:, :-1].log_softmax(-1).gather(2, input_ids[:, 1:, None])[..., 0]
-    return [
-        of_row[len(prompt) - 1 : len(prompt) + len(response) - 1]
-        for of_row, (prompt, response) in zip(logps, rows, strict=True)
-    ]
-
-
-def plain_steps(
-    model: Any, dataset: PreferenceDataset, values: Sequence[np.ndarray], alone: bool
-) -> list[float]:
-    """Gradient norms of `STEPS` with a response per row, by PyTorch alone; `alone`: one row at a time."""
-
-    def loss(indices: Sequence[int]) -> Tensor:
-        pairs = [dataset.sequences(index) for index in indices]
-        rows = [(pair.prompt_ids, response) for pair in pairs for response in pair.responses]
-        batches = [[row] for row in rows] if alone else [rows]
-        scored = torch.cat([logps for of_batch in batches for logps in row_logps(model, of_batch)])
-        reference, lengths = reference_values(dataset, values, indices)
-        sums = (sum_by_response(logps, lengths) for logps in (scored, reference.to(scored.dtype)))
-        return preference_loss(*sums, LOSS).mean()
-
-    return plain_training(model, [partial(loss, indices) for indices, _ in STEPS])
+ARRANGEMENTS = {"gemma3": PACKED, "longrope": SINGLE, "own_rows": SINGLE, "own_refusing": PADDED}
 
 
 def model_config(name: str, path: Path) -> ModelConfig:
@@ -137,20 +92,11 @@ def walk(
     return found
 
 
-def write_families(names: Iterable[str], folder: Path) -> dict[str, Path]:
+def write_families(names: str, folder: Path) -> dict[str, Path]:
     """Write tiny models of these families in `folder`; return the folder of each."""
-    for name in sorted(names):
+    for name in names.split():
         tiny_family(name, len(tiny.qwen())).save_pretrained(folder / name)
-    return {name: folder / name for name in sorted(names)}
-
-
-def write_longrope(folder: Path) -> Path:
-    """RoPE by length: pairs are shorter and longer than the original one."""
-    torch.manual_seed(0)
-    rope = {"rope_parameters": LONGROPE, "original_max_position_embeddings": 40}
-    config = AutoConfig.for_model("phi3", **COMMON | rope, vocab_size=len(tiny.qwen()), initializer_range=0.1)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    return folder
+    return {name: folder / name for name in names.split()}
 
 
 @pytest.fixture(autouse=True)
@@ -161,29 +107,37 @@ def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_families_train_as_in_plain_float64(
     assets: Assets, plain_entries: list[np.ndarray], tmp_path: Path
 ) -> None:
-    models = write_families(FAMILIES.keys() - NOT_SHARDED, tmp_path)
+    models = write_families(SHARDED, tmp_path)
     # Its weights for images have no gradient: plain AdamW does not change them.
     models["gemma3"] = write_multimodal(tmp_path / "gemma3", "gemma3", len(tiny.qwen()))
-    models["longrope"] = write_longrope(tmp_path / "longrope")
+    models["longrope"] = tmp_path / "longrope"  # pairs are shorter and longer than the limit
+    longrope = with_rope(tiny_config("phi3", len(tiny.qwen())), "longrope", 40)
+    tiny_causal_lm(longrope).save_pretrained(models["longrope"])
     for name, hidden in OWN_CODE.items():
         models[name] = ship_code(write_model(tmp_path / name), hidden)
     assert_trained_as_plain(models, assets, plain_entries, tmp_path, ZERO3)
 
 
-SHARED = ParallelismConfig(ZERO3, sequence_parallel=2)
+SEQUENCE = ParallelismConfig(ZERO3, sequence_parallel=2)
 
 
-@pytest.mark.parametrize("kind", [ZERO2, DDP, SHARED], ids=["zero2", "ddp", "sequence"])
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        pytest.param(ZERO2, UNSHARDED, id="zero2"),
+        pytest.param(DDP, UNSHARDED, id="ddp"),
+        pytest.param(SEQUENCE, "deepseek_v3 gemma2 gpt_oss llama4_text qwen3_moe", id="sequence"),
+    ],
+)
 def test_families_train_in_other_ways(
     kind: ParallelismKind | ParallelismConfig,
+    names: str,
     assets: Assets,
     plain_entries: list[np.ndarray],
     tmp_path: Path,
 ) -> None:
     """As the error of ZeRO-3 advises; short sequences use some weights of DeepSeek-V4's compressors only."""
-    names = {"gpt_oss", "gemma2"} if kind == SHARED else NOT_SHARDED | {"deepseek_v4"}
-    models = write_families(names | MOE, tmp_path)
-    assert_trained_as_plain(models, assets, plain_entries, tmp_path, kind)
+    assert_trained_as_plain(write_families(names, tmp_path), assets, plain_entries, tmp_path, kind)
 
 
 def assert_trained_as_plain(
@@ -199,7 +153,7 @@ def assert_trained_as_plain(
     arrangements = {name: arrangement for name, (_, arrangement) in FAMILIES.items()} | ARRANGEMENTS
     for name, path in models.items():
         plain = load_plain(name, path)
-        norms = plain_steps(plain, assets.dataset(), plain_entries, name in ALONE)
+        norms = plain_steps(plain, assets.dataset(), plain_entries, STEPS)
         ours = first[name]
         assert ours["norms"] == second[name]["norms"], name
         assert ours["norms"] == pytest.approx(norms, rel=5e-4), name
@@ -213,54 +167,33 @@ def assert_trained_as_plain(
 
 
 def load_plain(name: str, path: Path) -> Any:
-    dtype = torch.float32 if name in NO_FLOAT64 else torch.float64
     plain = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype, trust_remote_code=name.startswith("own")
+        path, dtype=torch.float64, trust_remote_code=name.startswith("own")
     ).eval()
     plain.set_experts_implementation("eager")  # the default has no float64
     return plain
 
 
-# Of a policy and its reference.
-PAIRINGS = {("jamba", "plain"): (PADDED, PACKED), ("plain", "own_rows"): (PACKED, SINGLE)}
-
-
-def train_beside(assets: Assets, models: dict[str, Path], world: World, _folder: Path) -> list[Any]:
-    """Arrangements and gradient norms of `STEPS` of each pairing."""
-    dataset, found = assets.dataset(), []
-    for names in PAIRINGS:
-        own, other = (model_config(name, models[name]) for name in names)
-        policy = load_policy(own, world, max_length=512)
-        settle_engine(policy, 512, world)
-        reference = load_reference(files_of(models[names[1]]), RunConfig(model=other), world)
-        objective = Objective(LOSS, ReferenceProvider(engine=reference))
-        costs = replace(COSTS, arrangement=policy.model.arrangement)
-        norms = all_steps(policy, objective, dataset, world, STEPS, costs=costs)
-        found.append([[policy.model.arrangement, reference.model.arrangement], norms])
-        reference.free()
-        policy.free()
-        world.accelerator._models.clear()
-        world.accelerator._optimizers.clear()
-    return found
+def train_beside(own: ModelConfig, other: ModelConfig, assets: Assets, world: World, _folder: Path) -> Any:
+    """Arrangements of a policy and its reference, and gradient norms of `STEPS`."""
+    policy = load_policy(own, world, max_length=512)
+    settle_engine(policy, 512, world)
+    reference = load_reference(files_of(Path(other.path)), RunConfig(model=other), world)
+    objective = Objective(LOSS, ReferenceProvider(engine=reference))
+    norms = all_steps(policy, objective, assets.dataset(), world, STEPS)
+    return [[policy.model.arrangement, reference.model.arrangement], norms]
 
 
 def test_a_live_reference_is_arranged_by_itself(assets: Assets, tmp_path: Path) -> None:
-    """Also one whose ranks make a forward per response, of micro-batches planned for a packed policy."""
-    models = write_families(["jamba"], tmp_path) | {"plain": write_model(tmp_path / "plain")}
-    models["own_rows"] = ship_code(write_model(tmp_path / "rows", seed=2), "rows")
-    by_rank = run_ranks(partial(train_beside, assets, models), 2, tmp_path / "ranks")
-    dataset = assets.dataset()
-    pairs = [dataset.sequences(index) for index in range(len(dataset))]
-    rows = [(pair.prompt_ids, response) for pair in pairs for response in pair.responses]
-    plain = {name: load_plain(name, path) for name, path in models.items()}
-    for number, ((policy, reference), arrangements) in enumerate(PAIRINGS.items()):
-        with torch.no_grad():
-            values = [row_logps(plain[reference], [row])[0].numpy() for row in rows]
-        norms = plain_steps(plain[policy], dataset, values, alone=True)
-        for of_rank in by_rank:
-            arranged, found = of_rank[number]
-            assert arranged == list(arrangements)
-            assert found == pytest.approx(norms, rel=5e-4)
+    """Its ranks make a forward per response, of micro-batches planned for a packed policy."""
+    rows = ship_code(write_model(tmp_path / "rows", seed=2), "rows")
+    configs = model_config("plain", assets.policy), model_config("own_rows", rows)
+    by_rank = run_ranks(partial(train_beside, *configs, assets), 2, tmp_path / "ranks")
+    values = entries_of(load_plain("own_rows", rows), assets.dataset())
+    norms = plain_steps(load_plain("plain", assets.policy), assets.dataset(), values, STEPS)
+    for arrangements, found in by_rank:
+        assert arrangements == [PACKED, SINGLE]
+        assert found == pytest.approx(norms, rel=5e-4)
 
 
 SHARED_EXPERTS = AdapterConfig(r=4, alpha=8.0, target_modules=["gate_proj", "up_proj", "down_proj"])
@@ -278,12 +211,12 @@ def test_an_adapter_of_shared_experts_only_gets_its_whole_gradient(
     assets: Assets, plain_entries: list[np.ndarray], tmp_path: Path
 ) -> None:
     """The first one's input has no gradient."""
-    folder = write_families(["qwen2_moe"], tmp_path)["qwen2_moe"]
+    folder = write_families("qwen2_moe", tmp_path)["qwen2_moe"]
     config = ModelConfig(str(folder), dtype=Dtype.fp32, adapter=SHARED_EXPERTS)
     results = run_ranks(partial(adapted_steps, assets, config, plain_entries), 2, tmp_path / "ranks")
     loaded = load_packed(folder, config, 1024, torch.device("cpu"))
     add_adapter(loaded, config, 0)
     loaded.causal_lm.config._attn_implementation = "sdpa"
-    norms = plain_packed_steps(loaded.causal_lm, assets.dataset(), plain_entries)
+    norms = plain_steps(loaded.causal_lm, assets.dataset(), plain_entries)
     for of_rank in results:
         assert of_rank == pytest.approx(norms, rel=5e-5)

@@ -6,7 +6,6 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import torch
 from deepspeed.runtime.zero import partitioned_param_coordinator as gathering
 
 from dpo_dist.config.losses import LossConfig, LossKind
@@ -20,7 +19,6 @@ from dpo_dist.training.step import Objective, evaluate
 from tests.dist.scenario import Assets, load_policy, one_step
 from tests.support.packing import COSTS
 from tests.support.ranks import run_ranks
-from tests.support.sft_adapter import write_sft_adapter
 
 # The token budgets of steps and what follows them: many micro-batches, one, many.
 BUDGETS = (64, 8192, 64)
@@ -28,10 +26,10 @@ ROWS = np.arange(6)
 PROMPTS = [Request(np.array([100, 101], np.int32), "key", 0)]
 
 
+# The adapter's base is the reference; a coupled loss scores a batch twice.
 CASES = {
-    f"{kind}, {'adapter' if adapter else 'whole'}": (LossConfig(kind, reference_free=not adapter), adapter)
-    for kind in (LossKind.sigmoid, LossKind.aot)
-    for adapter in (AdapterConfig(r=2), None)
+    "sigmoid, adapter": (LossConfig(), AdapterConfig(r=2)),
+    "aot, whole": (LossConfig(LossKind.aot, reference_free=True), None),
 }
 
 
@@ -70,27 +68,3 @@ def test_no_forward_discards_the_gather_order_of_another(assets: Assets, tmp_pat
             assert case["micro_batches"][1] == 1, name
             assert case["discarded"] == 0, name
             assert case["compared"][0] == case["compared"][-1], name
-
-
-def switch(assets: Assets, sft: Path, world: World, _folder: Path) -> float:
-    """Return the largest difference of log-probs of the policy and of its start, before training."""
-    adapter = AdapterConfig(path=str(sft))
-    policy = load_policy(ModelConfig(str(assets.policy), Dtype.fp32, adapter=adapter), world, start=sft)
-    policy.train(False)
-    plan = shard_batch(assets.dataset(), ROWS, world.rank, world.size, 8192, COSTS)
-    objective = Objective(LossConfig(reference_free=True), ReferenceProvider())
-    differences = [0.0]
-    with objective.prefetched(plan, world.device) as batches, torch.no_grad():
-        batch = next(iter(batches)).to(world.device)
-        for _ in range(3):  # the first two record the order of the policy, as the check at start does
-            policy.token_logps(batch)
-        for _ in range(3):
-            differences.append(
-                (policy.base_token_logps(batch) - policy.token_logps(batch)).abs().max().item()
-            )
-    return max(differences)
-
-
-def test_a_start_adapter_keeps_the_order_that_was_recorded_without_it(assets: Assets, tmp_path: Path) -> None:
-    sft = write_sft_adapter(assets.policy, tmp_path / "sft")
-    assert max(run_ranks(partial(switch, assets, sft), 2, tmp_path / "ranks")) < 1e-6

@@ -14,8 +14,8 @@ from dpo_dist.distributed.zero import frozen_config, sharded_loading
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.load import load_packed
 from tests.dist.scenario import Assets
+from tests.support.families import tiny_config
 from tests.support.ranks import run_ranks
-from tests.unit.model.test_architectures import tiny_config
 
 FOREIGN = "v_head.weight"
 # One of each way to map names in files to names of weights: the same, with a prefix, experts merged.

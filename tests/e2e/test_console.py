@@ -1,4 +1,4 @@
-"""What a run prints: JSON objects for programs; a reader that goes away, and Ctrl-C on a terminal."""
+"""What a run prints: JSON objects with its verdict; a reader that goes away, and Ctrl-C on a terminal."""
 
 import json
 import os
@@ -30,9 +30,13 @@ def objects(text: str) -> list[dict[str, Any]]:
 
 
 def test_a_run_prints_json_objects_only(overrides: Overrides, assets: Path, tmp_path: Path) -> None:
-    """Standard output and error together: messages, rows with all their metrics, the summary; and errors."""
-    evaluated = (f"data.eval=[{assets}/eval.jsonl]", "trainer.eval_every=2", "console.style=json")
-    ended = run_verb("train", overrides(*evaluated))
+    """Standard output and error together: messages, rows with all their metrics, the summary; and errors.
+
+    The verdict names what is wrong with the data: those of evaluation are those of training, and all are cut.
+    """
+    evaluated = (f"data.eval=[{assets}/train.jsonl]", "trainer.eval_every=2", "console.style=json")
+    cut = ("data.max_length=40", "data.max_prompt_length=30", "data.truncation=keep_start")
+    ended = run_verb("train", overrides(*evaluated, *cut, "data.max_bad_share=1"))
     assert ended.code == 0, ended.output
     found = objects(ended.output)
     assert {each["kind"] for each in found} == {"message", "progress", "step", "evaluation", "summary"}
@@ -41,7 +45,12 @@ def test_a_run_prints_json_objects_only(overrides: Overrides, assets: Path, tmp_
         assert row.items() <= printed.items()
     last = found[-1]
     assert (last["run_dir"], last["exit"]) == (str(tmp_path / "run"), "completed")
-    assert last["verdict"] == summary(tmp_path / "run")["verdict"]
+    judged = summary(tmp_path / "run")["verdict"]
+    assert last["verdict"] == judged
+    assert judged["sentence"].startswith("evaluation data leaked into training: ")
+    texts = {finding["rule"]: finding["text"] for finding in judged["findings"]}
+    assert "(100 %) have a prompt that is also in the training data" in texts["evaluation_leak"]
+    assert "have a response whose end data.max_length cuts" in texts["responses_cut"]
 
     refused = run_verb("train", overrides(*evaluated, "loss.beta=0"))
     [error] = objects(refused.output)

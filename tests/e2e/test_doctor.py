@@ -11,23 +11,21 @@ from tests.support.doctor_data import as_messages, clean_pairs, write
 from tests.support.launch import run_verb, train
 from tests.support.records import assistant, user
 
-ODD = "</script><script>alert(1)</script> \u202egnp.exe\u202c \u200b\x07 <|im_end|>"
-
 
 def clean_records(count: int, seed: int = 0) -> list[dict[str, Any]]:
     return list(map(as_messages, clean_pairs(count, seed)))
 
 
 def faulty_records() -> list[dict[str, Any]]:
-    """100 pairs of which some are identical, repeated, contradictory, cut; every rejected one has a space."""
+    """100 pairs with a fault of each kind; every rejected response has a space."""
     records = clean_records(100)
     for record in records:
         record["rejected"][0]["content"] = " " + record["rejected"][0]["content"]
     records[3]["rejected"] = records[3]["chosen"]
+    records[4]["rejected"] = [assistant(" ")]
     records[7] = records[8]
     records[11] = {**records[12], "chosen": records[12]["rejected"], "rejected": records[12]["chosen"]}
-    records[20]["prompt"] = [user(ODD)]
-    records[21]["chosen"] = [assistant(ODD)]
+    records[20]["prompt"] = [user("\u202egnp.exe <|im_end|>")]
     records[30]["chosen"] = [assistant("a long story " * 1000)]
     return records
 
@@ -60,7 +58,10 @@ def test_planted_faults_are_found(overrides: Overrides, faulty: str, tmp_path: P
     [leak] = [found for found in report(tmp_path)["findings"] if found["rule"] == "train_eval_leak"]
     assert f"{held_out}:21" in leak["examples"][0]
     source = report(tmp_path)["sources"][0]
-    assert source["dropped"]["identical_responses"]["examples"] == [f"{faulty}:4"]
+    assert (source["read"], source["kept"]) == (100, 98)
+    dropped = {reason: found["examples"] for reason, found in source["dropped"].items()}
+    assert dropped == {"identical_responses": [f"{faulty}:4"], "empty_response": [f"{faulty}:5"]}
+    assert [found["rule"] for found in report(tmp_path)["findings"]].count("dropped") == 2
     assert report(tmp_path)["exit_code"] == 1
     assert "identical_responses" in ended.output
     assert ended.output.splitlines()[-1] == f"page: {tmp_path}/run/doctor/doctor.html"

@@ -13,11 +13,9 @@ from dpo_dist.insight.pages.charts import Line, chart
 from dpo_dist.insight.pages.compare import write_comparison_page
 from dpo_dist.insight.pages.doctor import write_doctor_page
 from dpo_dist.insight.pages.render import page
-from dpo_dist.insight.pages.run import write_page
 from tests.support.browser import Watched, chromium
 from tests.support.comparison_files import answer, model, results, row, write_comparison
 from tests.support.doctor_data import diagnosis
-from tests.support.sample_files import sample, write_samples
 
 HOSTILE = (
     "</figure></style></script><script>alert(1)</script><img src='http://example.com/x.png' onerror=alert(2)>"
@@ -120,16 +118,6 @@ def test_keyboard_and_touch_show_the_values_at_a_step(browser: Any, chart_file: 
 
 def test_without_script_the_charts_are_complete(browser: Any, chart_file: Path) -> None:
     assert texts(opened(browser, chart_file, java_script_enabled=False)) == LAST
-
-
-def test_samples_of_a_run(tmp_path: Path, browser: Any) -> None:
-    write_samples(tmp_path, 100, [sample(1, "Hello."), sample(2)])
-    write_samples(tmp_path, 200, [sample(1, HOSTILE, prompt=HOSTILE, chosen=HOSTILE), sample(2, "")])
-    file = write_page(RunFolder(tmp_path))
-    watched = opened(browser, file, 400, color_scheme="dark")
-    watched.page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
-    assert watched.page.locator(".mark", has_text="U+202E").first.is_visible()
-    assert_inert(watched, file)
 
 
 @pytest.mark.parametrize(("width", "has_script"), [(400, True), (1200, False)])

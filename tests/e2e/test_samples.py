@@ -33,38 +33,39 @@ def test_samples_are_those_of_one_process_also_after_a_restart(
 ) -> None:
     usual = overrides(
         f"data.eval=[{assets}/eval.jsonl]",
-        "trainer.eval_every=2",
-        "optim.lr=1e-2",
+        "trainer.max_steps=2",
+        "trainer.eval_every=1",
+        "optim.lr=5e-2",
         "parallelism.offload_parameters=cpu",
         "model.adapter={r: 4}",
     )
     whole, quiet, run = tmp_path / "whole", tmp_path / "quiet", tmp_path / "run"
     train([*usual, *SAMPLES, f"run.dir={whole}"])
-    stopped = run_verb("train", [*usual, *SAMPLES, "trainer.stop_after_steps=2"], processes=2)
-    assert "stopped after step 2" in stopped.output, stopped.output
-    (run / "samples/step-000004.jsonl").write_text("of a start whose steps are lost")
+    stopped = run_verb("train", [*usual, *SAMPLES, "trainer.stop_after_steps=1"], processes=2)
+    assert "stopped after step 1" in stopped.output, stopped.output
+    (run / "samples/step-000002.jsonl").write_text("of a start whose steps are lost")
     train([*usual, *SAMPLES], processes=2)
     train([*usual, f"run.dir={quiet}"], processes=2)
 
-    names = ["reference.jsonl", *(f"step-{step:06d}.jsonl" for step in (0, 2, 4))]
+    names = ["reference.jsonl", *(f"step-{step:06d}.jsonl" for step in (0, 1, 2))]
     assert sorted(file.name for file in (run / "samples").iterdir()) == names
     for name in names:
         assert (run / "samples" / name).read_text() == (whole / "samples" / name).read_text()
     assert untimed(run) == untimed(quiet)
     assert not (quiet / "samples").exists()
 
-    start, end = rows(run, 0), rows(run, 4)
+    start, end = rows(run, 0), rows(run, 2)
     assert any(row["policy"] != row["reference"] for row in end)
     assert len({row["prompt_id"] for row in end}) == 3
     held_out = [json.loads(line) for line in (assets / "eval.jsonl").read_text().splitlines()]
     for first, last in zip(start, end, strict=True):
         assert first["policy"] == first["reference"] == last["reference"]
-        assert (last["step"], last["source"]) == (4, f"{assets.name}-eval")
+        assert (last["step"], last["source"]) == (2, f"{assets.name}-eval")
         (record,) = [found for found in held_out if found["chosen"][0]["content"] == last["chosen"]]
         assert all(turn["content"] in last["prompt"] for turn in record["prompt"])
         assert 0 < last["policy_tokens"] <= 8
     evaluations = [row for row in history(run) if "eval_loss" in row]
-    assert [row["step"] for row in evaluations if "eval_samples/length" in row] == [0, 2, 4]
+    assert [row["step"] for row in evaluations if "eval_samples/length" in row] == [0, 1, 2]
     assert evaluations[-1]["eval_samples/length"] == sum(row["policy_tokens"] for row in end) / 3
     assert evaluations[-1]["eval_samples/finished"] == sum(row["policy_finished"] for row in end) / 3
 
@@ -75,10 +76,8 @@ def test_the_reference_responds_also_if_the_policy_cannot(
     """The policy starts as another model, and has been trained when samples begin."""
     other = tmp_path / "other"
     write_model(other, seed=1)
-    usual = overrides(
-        f"data.eval=[{assets}/eval.jsonl]", "trainer.eval_every=1", "optim.lr=1e-2", f"reference.path={other}"
-    )
-    usual.append("trainer.max_steps=2")
+    steps = ("trainer.max_steps=2", "trainer.eval_every=1", "optim.lr=1e-2")
+    usual = overrides(f"data.eval=[{assets}/eval.jsonl]", *steps, f"reference.path={other}")
     whole, run = tmp_path / "whole", tmp_path / "run"
     train([*usual, *SAMPLES, f"run.dir={whole}"])
     assert run_verb("train", [*usual, "trainer.stop_after_steps=1"]).code == 75

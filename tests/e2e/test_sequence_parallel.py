@@ -14,13 +14,13 @@ def test_a_run_with_shared_tokens_is_that_of_one_process_and_resumes_without_the
     overrides: Overrides, assets: Path, tmp_path: Path
 ) -> None:
     """Fill, step-0 check, coupled loss, evaluation, samples; then the same run goes on with one process."""
-    steps = ["trainer.max_steps=4", "optim.lr=1e-3", "loss=beta_dpo", f"data.eval=[{assets}/eval.jsonl]"]
-    steps += ["trainer.eval_every=2", "samples.prompts=2", "samples.max_new_tokens=4"]
-    steps += ["trainer.micro_batch_tokens=128", "model.gradient_checkpointing=full", "trainer.save_every=2"]
+    steps = ["trainer.max_steps=2", "optim.lr=1e-3", "loss=beta_dpo", f"data.eval=[{assets}/eval.jsonl]"]
+    steps += ["trainer.eval_every=1", "samples.prompts=2", "samples.max_new_tokens=4"]
+    steps += ["trainer.micro_batch_tokens=128", "model.gradient_checkpointing=full"]
     alone = [f"run.dir={tmp_path}/alone", f"reference.store={tmp_path}/alone_store"]
     train(overrides(*steps, *alone))
-    stopped = run_verb("train", overrides(*steps, SHARED, "trainer.stop_after_steps=2"), processes=2)
-    assert run_state(tmp_path / "run")["step"] == 2, stopped.output
+    stopped = run_verb("train", overrides(*steps, SHARED, "trainer.stop_after_steps=1"), processes=2)
+    assert run_state(tmp_path / "run")["step"] == 1, stopped.output
     assert "in groups of 2 that share the tokens of each micro-batch" in stopped.output
     train(overrides(*steps))
     got, wanted = history(tmp_path / "run"), history(tmp_path / "alone")

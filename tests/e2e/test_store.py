@@ -43,10 +43,16 @@ def folders(root: Path) -> list[Path]:
 def test_damage_is_reported_and_only_lost_entries_are_computed_again(
     overrides: Overrides, tmp_path: Path
 ) -> None:
-    """A flipped value; a cut, an empty and a missing shard; a damaged space.json."""
+    """A flipped value; a cut, an empty, a missing and a copied shard; a damaged space.json."""
     train(overrides(*STEPS))
     [own] = folders(tmp_path / "store")
     flipped, cut, emptied, missing = sorted(own.glob("*.safetensors"))[:4]
+    keys, foreign = all_keys([missing]), ReferenceFingerprint("ab" * 16, {}, "another model")
+    values = LogpStore.open(own.parent, fingerprint_of(own)).read(keys)
+    other = LogpStore.open(own.parent, foreign)
+    other.write(keys, values)
+    [copied] = other.folder.glob("*.safetensors")
+    shutil.copy(copied, own)
     content = bytearray(flipped.read_bytes())
     content[-1] ^= 1  # the last value of its last entry
     flipped.write_bytes(content)
@@ -58,7 +64,7 @@ def test_damage_is_reported_and_only_lost_entries_are_computed_again(
 
     verified = run_verb("store", ["verify", str(tmp_path / "store")])
     assert verified.code == 2, verified.output
-    named = [flipped.name, cut.name, emptied.name]
+    named = [flipped.name, cut.name, emptied.name, copied.name]
     assert all(name in verified.output for name in [*named, "space.json"]), verified.output
 
     screen = train(overrides(*STEPS, f"run.dir={tmp_path}/again")).output

@@ -18,6 +18,7 @@ from dpo_dist.insight.metrics.trackers import wandb_names
 from scripts.wandb_dashboard import SECTIONS
 from tests.e2e.conftest import Overrides, assert_last_log_probs, small_run
 from tests.support.launch import ROOT, history, run_verb, summary, train
+from tests.support.tiny_model import write_model
 from tests.support.wandb_file import history_rows, media_rows
 
 
@@ -140,7 +141,7 @@ def test_the_log_begins_with_the_values_before_the_first_step(
 
 
 def test_reference_log_probs_are_computed_once(overrides: Overrides, assets: Path, tmp_path: Path) -> None:
-    """Another beta, loss, learning rate, order or world size computes nothing."""
+    """Another beta, loss, learning rate, order or world size computes nothing; other weights everything."""
     assert run_verb("precompute", overrides(f"run.dir={tmp_path}/scored")).code == 0
     other = overrides(
         "loss.kind=ipo", "loss.beta=0.5", "optim.lr=1e-3", "trainer.seed=7", "trainer.max_steps=3"
@@ -148,6 +149,11 @@ def test_reference_log_probs_are_computed_once(overrides: Overrides, assets: Pat
     screen = train(other, processes=2).output
     assert summary(tmp_path / "run")["reference"]["computed"] == 0
     assert "loading a model to score" not in screen + (tmp_path / "run/logs/rank-0.log").read_text()
+
+    changed = write_model(tmp_path / "changed", seed=5)
+    for name, other in (("weights", f"model.path={changed}"), ("precision", "model.dtype=bf16")):
+        train(overrides(other, f"run.dir={tmp_path}/{name}", "trainer.max_steps=1"))
+        assert summary(tmp_path / name)["reference"]["computed"] == 12
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_3(overrides: Overrides, tmp_path: Path) -> None:

@@ -4,23 +4,41 @@ The drift of a single batch is random: means over many batches and models are co
 """
 
 import copy
+from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
 
+from dpo_dist.batching.pack import Sequences
 from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective import token_logps as logps_module
 from tests.support import tiny
-from tests.support.packing import pack_unkeyed
-from tests.support.padded import gradients_of, padded_logps, plain_loss, real_pairs
+from tests.support.packing import pack_unkeyed, random_pairs
+from tests.support.padded import gradients_of, padded_logps, rows_of
 from tests.support.tiny_model import write_model
 
 BATCHES = 24
 ALLOWED = 1.1
+BETA = 0.1
+
+
+def pairs_like_hh(count: int, seed: int) -> list[Sequences]:
+    """Random tokens, as many as pairs of HH-RLHF have."""
+    lengths = np.exp(np.random.default_rng(seed).normal(4.3, 0.9, (count, 3)))
+    return random_pairs([tuple(map(int, of_pair)) for of_pair in np.clip(lengths, 2, 128)], seed)
+
+
+def plain_loss(logps: Sequence[Tensor], reference: Sequence[Tensor]) -> Tensor:
+    """Mean DPO loss (arXiv 2305.18290, equation 7) of pairs, from the tokens' values."""
+    ratios = [ours.sum() - theirs.sum() for ours, theirs in zip(logps, reference, strict=True)]
+    margins = torch.stack(ratios[::2]) - torch.stack(ratios[1::2])
+    return -logsigmoid(BETA * margins).mean()
 
 
 def norm(gradients: dict[str, Tensor]) -> float:
@@ -52,12 +70,12 @@ def test_packed_bf16_drifts_no_more_than_padded_bf16(
         folder = write_model(tmp_path_factory.mktemp("model"), seed=seed, hidden_size=64, tied=seed % 2 == 0)
         rounded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
         exact = copy.deepcopy(rounded).float()
-        pairs = real_pairs(4, seed, max_length=256)
-        exact_logps = padded_logps(exact, pairs)
+        pairs = pairs_like_hh(4, seed)
+        exact_logps = padded_logps(exact, rows_of(pairs))
         reference = [part.detach() for part in exact_logps]
         truth = exact_logps, gradients_of(exact, plain_loss(exact_logps, reference))
 
-        padded = padded_logps(rounded, pairs)
+        padded = padded_logps(rounded, rows_of(pairs))
         of_padded = gradients_of(rounded, plain_loss(padded, reference))
         padded_drifts.append(drift(padded, of_padded, truth))
 

@@ -16,8 +16,10 @@ from tests.support.launch import assert_same_history, history, train
 
 WAYS = {
     "one process, small budget": (1, ["trainer.micro_batch_tokens=256"]),
-    "two processes, large budget, live": (2, ["trainer.micro_batch_tokens=8192", "reference.mode=live"]),
-    "two processes, zero2": (2, ["parallelism.kind=zero2"]),
+    "two processes, zero2, large budget, live": (
+        2,
+        ["parallelism.kind=zero2", "trainer.micro_batch_tokens=8192", "reference.mode=live"],
+    ),
     "two processes, ddp, checkpointing": (2, ["parallelism.kind=ddp", "model.gradient_checkpointing=full"]),
     "two processes, compiled, checkpointed": (
         2,

@@ -13,9 +13,10 @@ from dpo_dist.model.architectures import EXACT_WITH_LIGER
 from dpo_dist.model.flops import matmul_peak
 from dpo_dist.model.layers import use_liger
 from dpo_dist.model.load import load_packed
+from tests.support.families import tiny_causal_lm, tiny_config
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model
-from tests.unit.model.test_architectures import gradients, packed, tiny_causal_lm, tiny_config
+from tests.unit.model.test_architectures import gradients, packed
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 

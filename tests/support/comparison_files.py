@@ -11,71 +11,44 @@ def model(name: str, kl: float | None = None, score: float | None = None, **styl
     """A model of `comparison.json`; intervals are 10 % of the KL, 0.03 of the score, 5 % of the style."""
     own = STYLE | style
     return {
-        "name": name,
-        "path": f"output/{name}/model",
-        "kl": kl,
+        **{"name": name, "path": f"output/{name}/model", "kl": kl, "score": score},
         "kl_interval": None if kl is None else [0.9 * kl, 1.1 * kl],
-        "kl_per_token": None,
-        "score": score,
         "score_interval": None if score is None else [score - 0.03, score + 0.03],
         "style": own,
         "style_intervals": {metric: [0.95 * value, 1.05 * value] for metric, value in own.items()},
     }
 
 
-def win(first: str, second: str, rate: float, half: float | None = 0.06) -> dict[str, Any]:
-    """The win rate of `first` over `second`, with an interval of `half` on both sides."""
-    interval = None if half is None else [rate - half, rate + half]
-    return {
-        "first": first,
-        "second": second,
-        "wins": 1,
-        "ties": 0,
-        "losses": 1,
-        "rate": rate,
-        "interval": interval,
-    }
+def win(first: str, second: str, rate: float) -> dict[str, Any]:
+    """The win rate of `first` over `second`, with an interval of 0.06 on both sides."""
+    interval = [rate - 0.06, rate + 0.06]
+    return {"first": first, "second": second, "ties": 0, "rate": rate, "interval": interval}
 
 
 def results(models: list[dict[str, Any]], wins: list[dict[str, Any]], **others: Any) -> dict[str, Any]:
     """The content of `comparison.json`; the first model is the base."""
-    return {
-        "base": models[0]["name"],
-        "prompts": 100,
-        "judge": "reward model helpfulness" if wins else None,
-        "judge_compares": False,
+    judge = "reward model helpfulness" if wins else None
+    told = {"base": models[0]["name"], "prompts": 100, "judge": judge, "judge_compares": False}
+    found = {
         "models": models,
         "wins": wins,
-        "counts": {},
         "differences": [],
+        "counts": {},
         "sampling": {"temperature": 1.0},
-        **others,
     }
+    return {**told, **found, **others}
 
 
-def answer(text: str, score: float | None = None, **others: Any) -> dict[str, Any]:
+def answer(text: str, score: float | None = None, finished: bool = True) -> dict[str, Any]:
     """The response of one model in `answers.jsonl`."""
-    return {
-        "text": text,
-        "tokens": len(text.split()),
-        "finished": True,
-        "logp": -20.0,
-        "base_logp": -25.0,
-        "score": score,
-        **others,
-    }
+    told = {"text": text, "tokens": len(text.split()), "finished": finished, "score": score}
+    return {**told, "logp": -20.0, "base_logp": -25.0}
 
 
 def row(number: int, responses: dict[str, dict[str, Any]], **others: Any) -> dict[str, Any]:
     """A row of `answers.jsonl`."""
-    return {
-        "prompt_id": f"{number:016x}",
-        "prompt": f"Question {number}?",
-        "source": "qa",
-        "chosen": f"The chosen response {number}.",
-        "responses": responses,
-        **others,
-    }
+    told = {"prompt_id": f"{number:016x}", "prompt": f"Question {number}?", "source": "qa"}
+    return {**told, "chosen": f"The chosen response {number}.", "responses": responses, **others}
 
 
 def write_comparison(run: Path, content: dict[str, Any], rows: list[dict[str, Any]]) -> Path:

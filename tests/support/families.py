@@ -6,7 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_dist.batching.plan import Arrangement
-from dpo_dist.model.architectures import switch_off_noise
+from tests.support.packing import VOCABULARY
 
 PACKED, PADDED, SINGLE = Arrangement
 COMMON = {
@@ -43,6 +43,7 @@ MAMBA2 = {
     "mamba_n_groups": 1,
     "mamba_chunk_size": 16,
 }
+MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 LISTED = {**EXPERTS, **HEADS, "norm_topk_prob": True}
 DELTA = {
@@ -64,10 +65,13 @@ SHARED_KEYS = {
 }
 # Sparse attention chooses keys by sums of ReLUs: with few heads many sums are 0, and rounding chooses.
 CHOICES = {"index_n_heads": 16, "index_head_dim": 8, "index_topk": 8}
-# Options of each family, and the arrangement that its log-probs are exact in.
-FAMILIES: dict[str, tuple[dict[str, Any], Arrangement]] = {
+# Families that need no options of their own to be small, and can be packed.
+PLAIN = """
+biogpt ernie4_5 gpt2 gpt_bigcode granite llama mistral olmo olmo2 phi phi3 qwen2 smollm3 starcoder2
+"""
+# Options of the others, and the arrangement that the log-probs of each are exact in.
+FAMILIES: dict[str, tuple[dict[str, Any], Arrangement]] = dict.fromkeys(PLAIN.split(), ({}, PACKED)) | {
     "bamba": (MAMBA2 | {"attn_layer_indices": [1]}, PADDED),
-    "biogpt": ({}, PACKED),
     "bloom": ({}, PADDED),
     "codegen": ({"rotary_dim": 4}, PADDED),
     "cohere": ({"logit_scale": 0.25}, PACKED),
@@ -87,6 +91,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], Arrangement]] = {
     "falcon": ({"new_decoder_architecture": False, "alibi": True}, PADDED),
     "falcon_h1": (MAMBA2 | {"mamba_d_ssm": 64, **HEADS}, PADDED),
     "falcon_mamba": ({"state_size": 4}, PADDED),
+    "gemma": (HEADS | {"num_key_value_heads": 1}, PACKED),
     "gemma2": ({"sliding_window": 8, "final_logit_softcapping": 2.0, **HEADS}, PACKED),
     "gemma3_text": ({"sliding_window": 8, **HEADS}, PACKED),
     "gemma3n_text": (
@@ -98,17 +103,21 @@ FAMILIES: dict[str, tuple[dict[str, Any], Arrangement]] = {
         | {"global_head_dim": 16, "use_double_wide_mlp": True, "use_bidirectional_attention": "vision"},
         PACKED,
     ),
+    "glm": (HEADS, PACKED),
+    "glm4": (HEADS, PACKED),
     "glm4_moe": (ROUTED | HEADS | {"n_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1}, PACKED),
-    "gpt_bigcode": ({}, PACKED),
     "gpt_neo": ({"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 8}, PADDED),
-    "gpt_oss": ({"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8, **HEADS}, PACKED),
+    "gpt_neox": ({"rotary_pct": 0.5}, PACKED),
+    "gpt_oss": (MIXTURE | HEADS | {"sliding_window": 8}, PACKED),
     "gptj": ({"rotary_dim": 4}, PADDED),
+    "granitemoe": (MIXTURE | {"logits_scaling": 4.0}, PACKED),
     "granitemoehybrid": (
         MAMBA2
-        | {"layer_types": ["mamba", "attention"], "num_local_experts": 4, "num_experts_per_tok": 2}
-        | {"shared_intermediate_size": 16, "logits_scaling": 2.0},
+        | MIXTURE
+        | {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 16, "logits_scaling": 2.0},
         PADDED,
     ),
+    "hyperclovax": ({"logits_scaling": 0.5}, PACKED),
     "jamba": (
         {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
         | {"num_experts": 4, "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False},
@@ -116,13 +125,18 @@ FAMILIES: dict[str, tuple[dict[str, Any], Arrangement]] = {
     ),
     "lfm2": ({"layer_types": ["conv", "full_attention"]}, PADDED),
     "llama4_text": (
-        {"num_local_experts": 2, "moe_layers": [1], "intermediate_size_mlp": 48, **HEADS},
+        HEADS
+        | {"num_local_experts": 2, "moe_layers": [1], "intermediate_size_mlp": 48}
+        | {"floor_scale": 4, "attn_scale": 0.5},
         PACKED,
     ),
     "mamba": ({"state_size": 4}, PADDED),
     "mamba2": ({"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 16}, PADDED),
     "minimax": ({"num_local_experts": 4, "block_size": 16, **HEADS}, PADDED),
-    "mixtral": ({"num_local_experts": 4, "num_experts_per_tok": 2, **HEADS}, PACKED),
+    "minicpm3": (LOW_RANK | {"dim_model_base": 16}, PACKED),
+    "ministral": (HEADS | {"sliding_window": 8}, PACKED),
+    "ministral3": (HEADS, PACKED),
+    "mixtral": (MIXTURE | HEADS, PACKED),
     "mpt": ({}, PADDED),
     "nemotron": ({}, PADDED),
     "nemotron_h": (
@@ -132,13 +146,17 @@ FAMILIES: dict[str, tuple[dict[str, Any], Arrangement]] = {
     ),
     "olmo3": ({"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}, PACKED),
     "olmo_hybrid": (DELTA, PADDED),
-    "phimoe": ({"num_local_experts": 4, "num_experts_per_tok": 2}, PACKED),
+    "olmoe": ({"num_experts": 4, "num_experts_per_tok": 2}, PACKED),
+    "opt": ({"ffn_dim": 48, "word_embed_proj_dim": 32}, PACKED),
+    "phimoe": (MIXTURE, PACKED),
     "qwen2_moe": (LISTED | {"shared_expert_intermediate_size": 16}, PACKED),
+    "qwen3": (HEADS, PACKED),
     "qwen3_5_text": (DELTA, PADDED),
     "qwen3_moe": (LISTED | {"mlp_only_layers": [0]}, PACKED),
     "qwen3_next": (DELTA | EXPERTS | {"shared_expert_intermediate_size": 16}, PADDED),
     "recurrent_gemma": ({"attention_window_size": 8, "lru_width": 32, **HEADS}, PADDED),
     "rwkv": ({"attention_hidden_size": 32, "context_length": 512}, PADDED),
+    "seed_oss": (HEADS, PACKED),
     "stablelm": ({}, PADDED),
     "xglm": ({"num_layers": 2, "attention_heads": 4, "ffn_dim": 48, "d_model": 32}, PADDED),
     "xlstm": ({"num_heads": 4, "embedding_dim": 32, "num_blocks": 2, "chunk_size": 16}, PADDED),
@@ -151,22 +169,51 @@ FAMILIES: dict[str, tuple[dict[str, Any], Arrangement]] = {
 }
 
 
-def tiny_family(model_type: str, vocab_size: int, *, has_noise: bool = True) -> Any:
-    """A model of a family in float32 whose random weights are large enough for every path to matter."""
-    sizes = {
-        "vocab_size": vocab_size,
-        "vocab_size_per_layer_input": vocab_size,
-    }  # the second of Gemma 3n and 4
-    options = COMMON | FAMILIES[model_type][0] | sizes
-    config = AutoConfig.for_model(model_type, **options)
-    if not has_noise:
-        switch_off_noise(config)
+def tiny_config(model_type: str, vocab_size: int = VOCABULARY, **own: Any) -> Any:
+    """The configuration of a small model of a family, or of another one that `own` makes small."""
+    # The second of Gemma 3n and 4.
+    sizes = {"vocab_size": vocab_size, "vocab_size_per_layer_input": vocab_size}
+    options, _ = FAMILIES.get(model_type, ({}, PACKED))
+    return AutoConfig.for_model(model_type, **{**COMMON, **options, **sizes, **own})
+
+
+def tiny_causal_lm(config: Any) -> Any:
+    """A model in float32 whose random weights are large enough for every path to matter."""
     torch.manual_seed(1)
     causal_lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for parameter in causal_lm.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.1)
+    for name, parameter in causal_lm.named_parameters():
+        if parameter.dim() > 1 or "sinks" in name:
+            torch.nn.init.normal_(parameter, std=1.0 if "sinks" in name else 0.1)
     for name, buffer in causal_lm.named_buffers():
         if name.endswith("e_score_correction_bias"):  # balances the experts, without a gradient
             buffer.normal_(std=0.3)
     return causal_lm.eval()
+
+
+def tiny_family(model_type: str, vocab_size: int = VOCABULARY) -> Any:
+    return tiny_causal_lm(tiny_config(model_type, vocab_size))
+
+
+def with_rope(config: Any, rope_type: str, limit: int) -> Any:
+    """`config` with another kind of RoPE, trained on sequences of `limit` tokens and stretched beyond."""
+
+    def changed(default: dict[str, Any]) -> dict[str, Any]:
+        rotated = int(head_dim * default.get("partial_rotary_factor", 1.0)) // 2
+        own: dict[str, dict[str, Any]] = {
+            "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+            "longrope": {
+                "short_factor": [1.0 + 0.1 * place for place in range(rotated)],
+                "long_factor": [3.0 + place for place in range(rotated)],
+            },
+        }
+        length = {} if rope_type in ("linear", "dynamic") else {"original_max_position_embeddings": limit}
+        return default | {"rope_type": rope_type, "factor": 4.0} | length | own.get(rope_type, {})
+
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    parameters = config.rope_parameters
+    nested = {name: changed(value) for name, value in parameters.items() if isinstance(value, dict)}
+    config.rope_parameters = nested or changed(parameters)
+    config.max_position_embeddings = limit if rope_type == "dynamic" else 64
+    if rope_type == "longrope":
+        config.original_max_position_embeddings = limit
+    return config

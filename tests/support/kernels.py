@@ -1,4 +1,4 @@
-"""Variable-length attention kernels in plain PyTorch, with the signatures of those that need CUDA."""
+"""Variable-length attention kernels in plain PyTorch, with the arguments that are used of those for CUDA."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -89,13 +89,9 @@ def varlen_of_torch_2_13(
     max_q: int,
     max_k: int,
     *,
-    return_aux: Any = None,
     scale: float | None = None,
     window_size: tuple[int, int] = (-1, -1),
     enable_gqa: bool = False,
-    seqused_k: Tensor | None = None,
-    block_table: Tensor | None = None,
-    num_splits: int | None = None,
 ) -> Tensor:
     """`torch.nn.attention.varlen.varlen_attn` of torch 2.12 and 2.13."""
     assert enable_gqa or query.shape[1] == key.shape[1]
@@ -111,7 +107,6 @@ def varlen_of_torch_2_11(
     max_q: int,
     max_k: int,
     *,
-    return_aux: Any = None,
     scale: float | None = None,
     window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:
@@ -133,10 +128,7 @@ def flash_attn_varlen_func(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
-    alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
-    return_attn_probs: bool = False,
-    block_table: Tensor | None = None,
 ) -> Tensor:
     """`flash_attn.flash_attn_varlen_func` of flash-attn 2.8."""
     assert causal

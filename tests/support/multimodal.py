@@ -7,7 +7,6 @@ import torch
 from transformers import (
     AutoConfig,
     Gemma3ForConditionalGeneration,
-    Llama4ForConditionalGeneration,
     Mistral3ForConditionalGeneration,
     Qwen3_5ForConditionalGeneration,
 )
@@ -32,12 +31,6 @@ _PARTS: dict[str, tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any]]] = 
         {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32}
         | {"num_position_embeddings": 16},
         {"image_token_id": 5, "video_token_id": 6},
-    ),
-    "llama4": (
-        Llama4ForConditionalGeneration,
-        TEXT | {"intermediate_size_mlp": 48, "num_local_experts": 2, "pad_token_id": 0},
-        VISION | PIXELS | {"vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16},
-        {"image_token_index": 5},
     ),
     "mistral3": (
         Mistral3ForConditionalGeneration,

@@ -23,12 +23,12 @@ from dpo_dist.data.dataset import open_dataset
 from dpo_dist.data.encode import EncodedExample
 from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
 from tests.support import tiny
+from tests.support.families import tiny_causal_lm, tiny_config, with_rope
 from tests.support.invented import write_pairs
 from tests.support.packing import plain_logps
 from tests.support.pages import Block, blocks_of, in_process
 from tests.support.records import TEXT, jsonl
 from tests.support.tiny_model import write_model
-from tests.unit.model.test_architectures import tiny_causal_lm, tiny_config, with_rope
 
 
 def notebook(folder: Path, blocks: list[Block]) -> None:

@@ -33,7 +33,7 @@ from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support import tiny
 from tests.support.cache import encoded_folders, opened
 from tests.support.masks import add_masks, random_mask
-from tests.support.packing import COSTS, dataset_of, random_pairs
+from tests.support.packing import dataset_of, random_pairs
 from tests.support.pages import ROOT
 from tests.support.pairs import encode
 from tests.support.records import BAD, GOOD, TEXT, jsonl
@@ -102,24 +102,6 @@ def test_more_bad_records_than_allowed_or_the_first_one_are_an_error(tmp_path: P
     assert "identical_responses 1" in raised.value.got
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_ranks_compute_each_example_once_and_agree_on_the_sizes(tmp_path: Path, world_size: int) -> None:
-    data = opened(tmp_path, jsonl(tmp_path, *GOOD))
-    indices = np.array([5, 1, 3, 6, 0], dtype=np.int64)
-    plans = [shard_batch(data, indices, rank, world_size, 60, COSTS) for rank in range(world_size)]
-    computed = [index for plan in plans for micro_batch in plan.micro_batches for index in micro_batch]
-    assert sorted(computed) == sorted(indices.tolist())
-    sizes = {
-        (len(plan.micro_batches), plan.pairs, plan.tokens, plan.mean_chosen_tokens, plan.targets)
-        for plan in plans
-    }
-    [(_, pairs, tokens, mean_chosen, _)] = sizes
-    assert mean_chosen == pytest.approx(np.mean([data.lengths(index)[1] for index in indices]))
-    batches = [batch for plan in plans for batch in plan.batches()]
-    assert sum(batch.tokens for batch in batches) == tokens
-    assert sum(float(batch.weights.sum()) for batch in batches) == len(indices) == pairs
-
-
 def test_ids_that_decay_on_disk_are_not_trained_on(tmp_path: Path) -> None:
     data = opened(tmp_path, jsonl(tmp_path, *GOOD))
     ids = np.asarray(data.ids).copy()
@@ -146,18 +128,13 @@ def test_a_token_without_an_embedding_is_named_before_training(tmp_path: Path) -
         (LossKind.sigmoid, [2, 1, 2], "1 response"),
         (LossKind.sigmoid, [2, 3, 2], "a ranking"),
         (LossKind.odpo, [2, 2, 2], "no scores"),
-        (LossKind.plackett_luce, [2, 5, 3], None),
     ],
 )
-def test_examples_of_no_use_to_the_loss_are_listed(
-    kind: LossKind, responses: list[int], got: str | None
-) -> None:
+def test_examples_of_no_use_to_the_loss_are_listed(kind: LossKind, responses: list[int], got: str) -> None:
     data = dataset_of(random_pairs([(1, *[1] * count) for count in responses]))
     data = replace(data, origins=np.array([[0, 1], [0, 2], [0, 3]]), scores=1.0 - np.arange(len(data.keys)))
     data.scores[2:4] = np.nan
-    if got is None:
-        check_fits_loss(data, LossConfig(kind))
-        return
+    check_fits_loss(data, LossConfig(LossKind.sft))
     with pytest.raises(DataError, match=f"{kind} cannot use 1 of 3 examples") as raised:
         check_fits_loss(data, LossConfig(kind))
     assert raised.value.where == ":2"
@@ -209,8 +186,12 @@ def test_scores_match_their_responses(tmp_path: Path, how: Ranked, responses: st
         assert gap is not None
         np.testing.assert_array_equal(gap, [scores[0] - scores[-1]])
     assert len(data.scores) == len(data.keys)
-    counts = [data.counts[name] for name in ("read", "kept", "pairs", "ties_left_out")]
-    assert counts == [4, 4, len(examples), ties]
+    assert [data.counts[name] for name in ("kept", "pairs", "ties_left_out")] == [4, len(examples), ties]
+
+
+def file_of(folder: Path, name: str, *rows: object) -> str:
+    (folder / name).mkdir()
+    return jsonl(folder / name, *rows)
 
 
 def masks_of(dataset: PreferenceDataset, index: int) -> list[list[bool]]:
@@ -220,18 +201,11 @@ def masks_of(dataset: PreferenceDataset, index: int) -> list[list[bool]]:
 
 @pytest.fixture
 def sources(tmp_path: Path) -> list[str]:
-    found = []
-    for start in (0, 5, 10):
-        (tmp_path / str(start)).mkdir()
-        rows = [
-            {
-                "prompt": f"question {number}",
-                "responses": [f"answer {n} " * (n + number) for n in range(1, 3 + number % 3)],
-            }
-            for number in range(start, start + 5)
-        ]
-        found.append(jsonl(tmp_path / str(start), *rows))
-    return found
+    def row(number: int) -> dict[str, Any]:
+        responses = [f"answer {n} " * (n + number) for n in range(1, 3 + number % 3)]
+        return {"prompt": f"question {number}", "responses": responses}
+
+    return [file_of(tmp_path, str(start), *map(row, range(start, start + 5))) for start in (0, 5, 10)]
 
 
 @pytest.mark.parametrize("how", Ranked)
@@ -288,23 +262,14 @@ def test_a_key_depends_on_the_end_of_the_prompt() -> None:
 
 
 # Counts of records by source and by field, errors with their remedies, duplicates.
-FORTY = [{"prompt": f"question {n}", "chosen": f"right {n}", "rejected": f"wrong {n}"} for n in range(40)]
-
-
-def file_of(folder: Path, name: str, *rows: object) -> str:
-    (folder / name).mkdir()
-    return jsonl(folder / name, *rows)
-
-
 def test_every_source_has_its_counts(tmp_path: Path) -> None:
     bad = TEXT | {"chosen": None}
-    first, second = file_of(tmp_path, "one", *FORTY), file_of(tmp_path, "two", *FORTY[:3], bad)
+    first, second = file_of(tmp_path, "one", *GOOD), file_of(tmp_path, "two", *GOOD[:3], bad)
     counts = opened(tmp_path, first, second, max_bad_share=0.5).counts
-    assert [
-        (source["path"], source["read"], source["kept"], source["dropped"]) for source in counts["sources"]
-    ] == [(first, 40, 40, {}), (second, 4, 3, {"missing_field": 1})]
+    found = [[source[name] for name in ("path", "read", "kept", "dropped")] for source in counts["sources"]]
+    assert found == [[first, 7, 7, {}], [second, 4, 3, {"missing_field": 1}]]
     lines = describe_counts("train", counts)
-    assert "43 of 44 records kept" in lines[0]
+    assert "10 of 11 records kept" in lines[0]
     assert lines[1] == "  1 dropped (missing_field): a prompt or response is missing"
     assert f"of two-records ({second}): 3 of 4 records kept, 1 missing_field: text" in "\n".join(lines)
 
@@ -313,8 +278,8 @@ def test_every_source_has_its_counts(tmp_path: Path) -> None:
     ("rows", "data", "expected"),
     [
         ([{"task": "q", "chosen": "a", "rejected": "b"}], {}, ["task (text)", "columns: {prompt: COLUMN"]),
-        (FORTY, {"max_length": 2}, ["data.max_length is 2", "data.truncation=keep_end"]),
-        ([*FORTY[:3], TEXT | {"images": [1]}], {}, ["fields: images", "data.max_bad_share", "COLUMN: null"]),
+        (GOOD, {"max_length": 2}, ["data.max_length is 2", "data.truncation=keep_end"]),
+        ([*GOOD[:3], TEXT | {"images": [1]}], {}, ["fields: images", "data.max_bad_share", "COLUMN: null"]),
         ([{"prompt": "q", "completion": "a", "label": True}], {}, ["unpaired", "pair good and bad"]),
     ],
 )
@@ -326,18 +291,18 @@ def test_remedies(tmp_path: Path, rows: list[object], data: dict[str, Any], expe
 
 
 def test_duplicates_are_counted(tmp_path: Path) -> None:
-    swapped = FORTY[0] | {"chosen": FORTY[0]["rejected"], "rejected": FORTY[0]["chosen"]}
+    swapped = GOOD[0] | {"chosen": GOOD[0]["rejected"], "rejected": GOOD[0]["chosen"]}
     ranking = {"prompt": "q", "responses": ["a", "b", "c"]}
     other_order = {"prompt": "q", "responses": ["a", "c", "b"]}
-    once = opened(tmp_path, file_of(tmp_path, "once", *FORTY, swapped, ranking, other_order))
+    once = opened(tmp_path, file_of(tmp_path, "once", *GOOD, swapped, ranking, other_order))
     assert count_duplicates(once) == 0
     twice = opened(
         tmp_path,
-        file_of(tmp_path, "a", *FORTY, FORTY[3], ranking, ranking),
-        file_of(tmp_path, "b", *FORTY[:5]),
+        file_of(tmp_path, "a", *GOOD, GOOD[3], ranking, ranking),
+        file_of(tmp_path, "b", *GOOD[:5]),
     )
     assert count_duplicates(twice) == 7
-    held_out = opened(tmp_path, file_of(tmp_path, "c", FORTY[0], TEXT, swapped, other_order))
+    held_out = opened(tmp_path, file_of(tmp_path, "c", GOOD[0], TEXT, swapped, other_order))
     assert (count_shared(held_out, once), count_shared(held_out, twice)) == (3, 1)
 
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from dpo_dist.config.data import DataConfig, TextTemplate, Truncation
 from dpo_dist.data.encode import encode_pair
 from dpo_dist.data.escape import tokenized
-from dpo_dist.data.records import BadRecord, Dialogue, Message, Messages, Origin, PreferenceRecord, Prompt
+from dpo_dist.data.records import Dialogue, Message, Messages, Origin, PreferenceRecord, Prompt
 from dpo_dist.data.render import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support import tiny
@@ -111,10 +111,8 @@ def test_most_texts_with_an_applied_template_are_refused(tmp_path: Path) -> None
 
 
 def test_a_conversation_that_the_template_rejects_is_a_bad_record() -> None:
-    bad = encode_pair(record((Message("user", "one"), Message("user", "two"))), tiny.mistral(), WIDE)
-    assert isinstance(bad, BadRecord)
-    assert bad.reason == "template_rejected"
-    assert "alternate" in bad.detail
+    what = record((Message("user", "one"), Message("user", "two")))
+    assert reason_against(what, tiny.mistral()) == "template_rejected"
 
 
 SYSTEM = Message("system", "be brief")
@@ -353,14 +351,13 @@ def test_a_response_without_counted_tokens_is_a_bad_record(turns: Messages) -> N
 
 
 @pytest.mark.parametrize(
-    ("family", "data"),
+    ("start", "family", "data"),
     [
-        ("qwen3", {"template_arguments": {"enable_thinking": False}}),
-        ("qwen3_6", {}),
-        ("deepseek_r1_distill", {}),
+        ("<table>", "qwen3", {"template_arguments": {"enable_thinking": False}}),
+        ("</p>", "qwen3_6", {}),
+        ("<", "deepseek_r1_distill", {}),
     ],
 )
-@pytest.mark.parametrize("start", ["<table>", "</p>", "<"])
 def test_a_turn_may_start_like_the_tag_of_a_prompt(start: str, family: str, data: dict[str, Any]) -> None:
     first = replace(ANSWER, content=f"{start} It rains.")
     assert counted((first, DOUBT, LAST), family, **data).startswith(f"{start} It rains.")

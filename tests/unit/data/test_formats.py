@@ -167,12 +167,10 @@ def test_the_configured_format_decides() -> None:
     ("fields", "expected"),
     [
         ({"prompt": "q"}, "q"),
-        ({"prompt": [user("q")]}, [Q]),
         ({"messages": DONE}, [Q]),
         ({"prompt": "q", "system": "be kind"}, [KIND, Q]),
         (TEXT, "q"),
         ({"prompt": "q", "responses": ["a", "b"], "scores": [1, 1]}, "q"),
-        (WHOLE, [Q]),
         (HH, [Q]),
         ({"text": "q"}, "unknown_format"),
         ({"prompt": "  "}, "empty_prompt"),
@@ -258,7 +256,8 @@ def test_a_null_argument_is_kept_but_not_one_that_fills_a_table(tmp_path: Path) 
 # One conversation as other programs write it.
 KINDLY, QUESTION = "Be kind. ", "What is\nit? "
 BEFORE = [{"role": "system", "content": KINDLY}, user("hello"), assistant("hello there"), user(QUESTION)]
-GOOD, BAD = assistant("Paris 你好"), assistant("no")
+ANSWER = "Paris 你好\u2028two\x00\u0085"
+GOOD, BAD = assistant(ANSWER), assistant("no")
 TURNS = {"system": "system", "user": "human", "assistant": "gpt"}
 SHAREGPT = [{"from": TURNS[turn["role"]], "value": turn["content"]} for turn in [*BEFORE, GOOD, BAD]]
 BESIDE = {"system": KINDLY, "history": [["hello", "hello there"]]}
@@ -286,12 +285,12 @@ FORMS: dict[str, dict[str, Any]] = {
         "rejected_messages": [*weighted(BEFORE, 0), *weighted([BAD], 1)],
     },
     "ms-swift": {"messages": [*BEFORE, GOOD], "rejected_response": "no"},
-    "ms-swift, query": {"query": QUESTION, "response": "Paris 你好", "rejected_response": "no", **BESIDE},
+    "ms-swift, query": {"query": QUESTION, "response": ANSWER, "rejected_response": "no", **BESIDE},
     "axolotl": {"messages": BEFORE, "chosen": GOOD, "rejected": BAD},
-    "question": {"question": QUESTION, "response_chosen": "Paris 你好", "response_rejected": "no", **BESIDE},
+    "question": {"question": QUESTION, "response_chosen": ANSWER, "response_rejected": "no", **BESIDE},
     "ranked": {
         "prompt": BEFORE,
-        "responses": [{"text": "no", "score": 1}, {"text": "Paris 你好", "score": 2}],
+        "responses": [{"text": "no", "score": 1}, {"text": ANSWER, "score": 2}],
     },
 }
 
@@ -313,36 +312,28 @@ def test_a_conversation_is_the_same_in_each_format_and_kind_of_file(tmp_path: Pa
         [record] = read_records(SourceConfig(str(path), format=format_))
         assert isinstance(record, PreferenceRecord), record
         assert seen(record.prompt) == [[turn["role"], turn["content"]] for turn in BEFORE], path.name
-        assert record.responses == ("Paris 你好", "no"), path.name
+        assert record.responses == (ANSWER, "no"), path.name
 
 
 SHARED = shared_data_dir()
-HH_FAULTS = {"empty_response": 4, "history_differs": 5}
-SCORED_FAULTS = {"identical_responses": 5, "empty_response": 2}
 RANKED_FAULTS = {"identical_responses": 6}
+BAD_FAULTS = {"history_differs": 5, "empty_response": 7, "identical_responses": 11}
 # Kept and dropped records of each file, and of each entry of dataset_info.json.
 FILES: list[tuple[str, dict[str, Any], int, dict[str, int]]] = [
-    ("hh_rlhf_sample.jsonl", {}, 1491, HH_FAULTS),
+    ("hh_rlhf_sample.jsonl", {}, 1491, {"empty_response": 4, "history_differs": 5}),
     ("llama_factory_sharegpt_en.json", {}, 150, {}),
     ("llama_factory_sharegpt_zh.json", {}, 300, {}),
     ("llama_factory_v1_message_pairs.jsonl", {}, 10, {}),
-    *(
-        ("llama_factory_kto_en.json", how, 0, {"unpaired": 60})
-        for how in ({}, {"format": DataFormat.completion})
-    ),
-    ("ultrafeedback_plain_scored.jsonl", {}, 293, SCORED_FAULTS),
+    ("llama_factory_kto_en.json", {}, 0, {"unpaired": 60}),
+    ("llama_factory_kto_en.json", {"format": DataFormat.completion}, 0, {"unpaired": 60}),
+    ("ultrafeedback_plain_scored.jsonl", {}, 293, {"identical_responses": 5, "empty_response": 2}),
     ("ranked_oasst_history_zh.json", {}, 244, RANKED_FAULTS),
     ("system_history_question_zh.jsonl", {}, 150, {}),
     ("sharegpt_string_answers_zh.jsonl", {}, 80, {}),
     ("toolcall_pairs_zh.jsonl", {}, 11, {}),
     ("orca_system_question.csv", {}, 60, {}),
     ("templated_near_duplicates.jsonl", {}, 40, {}),
-    (
-        "bad_records.jsonl",
-        {"columns": {"record": "record"}},
-        23,
-        {"history_differs": 5, "empty_response": 7, "identical_responses": 11},
-    ),
+    ("bad_records.jsonl", {"columns": {"record": "record"}}, 23, BAD_FAULTS),
     ("derived/trl_conversational_from_hh.jsonl", {}, 200, {}),
     ("derived/ultrafeedback_binarized_messages.jsonl", {}, 100, {}),
     ("derived/llama_factory_alpaca_chosen_rejected.json", {}, 100, {}),

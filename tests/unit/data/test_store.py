@@ -21,13 +21,6 @@ from tests.support.cache import encoded_folders, opened, prepare, prepare_all
 from tests.support.records import BAD, GOOD, jsonl
 
 
-def files(folder: Path, *parts: list[Any]) -> list[str]:
-    """Write each part of the records to a folder of its own."""
-    for number in range(len(parts)):
-        (folder / str(number)).mkdir()
-    return [jsonl(folder / str(number), *rows) for number, rows in enumerate(parts)]
-
-
 def contents(data: PreferenceDataset) -> list[list[list[int]]]:
     pairs = map(data.sequences, range(len(data)))
     return [[ids.tolist() for ids in (pair.prompt_ids, *pair.responses)] for pair in pairs]
@@ -49,18 +42,18 @@ def encodes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_inputs_of_the_ids_change_the_file(tmp_path: Path) -> None:
     path = jsonl(tmp_path, *GOOD)
-    changes: list[dict[str, Any]] = [
-        {},
-        {"max_length": 30},
-        {"max_prompt_length": 5},
-        {"truncation": Truncation.drop},
-        {"text_as_messages": True},
-        {"on_bad_record": OnBadRecord.error},
-        {"tokenizer_digest": "another"},
-    ]
-    files = [prepare(tmp_path, path, **change) for change in changes]
-    assert len(set(files)) == len(changes)
-    assert prepare(tmp_path, path, max_bad_share=0.5) == files[0]
+    changes: dict[str, Any] = {
+        "max_length": 30,
+        "max_prompt_length": 5,
+        "truncation": Truncation.drop,
+        "text_as_messages": True,
+        "on_bad_record": OnBadRecord.error,
+        "tokenizer_digest": "another",
+    }
+    plain = prepare(tmp_path, path)
+    files = [plain, *(prepare(tmp_path, path, **{name: value}) for name, value in changes.items())]
+    assert len(set(files)) == len(files)
+    assert prepare(tmp_path, path, max_bad_share=0.5) == plain
 
 
 @pytest.mark.parametrize("size", [0, 500], ids="{} bytes".format)
@@ -77,7 +70,8 @@ def test_damaged_data_are_not_opened_and_are_encoded_again(size: int, tmp_path: 
 
 
 def test_a_source_is_encoded_once_for_all_lists(tmp_path: Path, encodes: list[str]) -> None:
-    first, second = files(tmp_path, GOOD[:3], GOOD[3:])
+    (tmp_path / "0").mkdir()
+    first, second = jsonl(tmp_path / "0", *GOOD[:3]), jsonl(tmp_path, *GOOD[3:])
     one, two = contents(opened(tmp_path, first)), contents(opened(tmp_path, second))
     encodes.clear()
     shutil.copytree(tmp_path / "0", tmp_path / "elsewhere")

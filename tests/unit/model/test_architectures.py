@@ -1,87 +1,52 @@
-"""The packed forward is exact: dense models, experts, windows, chunks, caps, sinks, scales."""
+"""Every family is exact: dense models, experts, states, windows, chunks, caps, sinks, scales."""
 
+import copy
 import json
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import LlamaConfig
 
 from dpo_dist.batching.pack import Sequences
+from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.architectures import check_supported, switch_off_noise, training_notes
+from dpo_dist.model.architectures import (
+    SAMPLING_ROUTERS,
+    check_supported,
+    recorded_arrangement,
+    switch_off_noise,
+    training_notes,
+)
 from dpo_dist.model.attention import PACKED
-from dpo_dist.model.layers import checkpoint_layers
+from dpo_dist.model.exactness import StartCheck
+from dpo_dist.model.layers import checkpoint_layers, decoder_layers
 from dpo_dist.model.load import load_config
 from dpo_dist.model.packed import LogpHead, PackedCausalLM, rope_limit
-from tests.support.families import COMMON, EXPERTS, LOW_RANK, ROUTED
-from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps, random_pairs
+from dpo_dist.model.ulysses import check_shared_tokens
+from tests.support.families import FAMILIES, tiny_causal_lm, tiny_config, with_rope
+from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
 
-SIZES = COMMON | {"vocab_size": VOCABULARY, "max_position_embeddings": 64}
-MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
-# Options that a small model of the architecture needs.
-OWN: dict[str, dict[str, Any]] = {
-    "cohere": {"logit_scale": 0.25},
-    "cohere2": {"logit_scale": 0.25, "sliding_window": 32},
-    "deepseek_v3": LOW_RANK | ROUTED | {"first_k_dense_replace": 1},
-    "exaone4": {"sliding_window": 32},
-    "gemma": {"head_dim": 8, "num_key_value_heads": 1},
-    "gemma2": {"head_dim": 8, "sliding_window": 32, "final_logit_softcapping": 2.0},
-    "gemma3_text": {"head_dim": 8, "sliding_window": 32},
-    "glm": {"head_dim": 8},
-    "glm4": {"head_dim": 8},
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
-    "gpt_neox": {"rotary_pct": 0.5},
-    "gpt_oss": MIXTURE | {"head_dim": 8, "sliding_window": 32},
-    "granitemoe": MIXTURE | {"logits_scaling": 4.0},
-    "hyperclovax": {"logits_scaling": 0.5},
-    "minicpm3": LOW_RANK | {"dim_model_base": 16},
-    "ministral": {"head_dim": 8, "sliding_window": 32},
-    "ministral3": {"head_dim": 8},
-    "mistral": {"sliding_window": None},
-    "mixtral": {"num_local_experts": 2, "head_dim": 8},
-    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
-    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
-    "phimoe": MIXTURE,
-    "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 16},
-    "qwen3": {"head_dim": 8},
-    "qwen3_moe": {**EXPERTS, "head_dim": 8},
-    "seed_oss": {"head_dim": 8},
-}
-PLAIN = "ernie4_5 granite llama olmo olmo2 olmo3 phi phi3 qwen2 smollm3 starcoder2"
-ARCHITECTURES = sorted({*OWN, *PLAIN.split()})
 MULTIPLIERS = {"attention_multiplier": 0.3, "residual_multiplier": 0.5, "embedding_multiplier": 3.0}
-# Windows of all layers or of some, beside layers of full attention.
+# Windows of all layers or of some, beside layers of full attention. `FAMILIES` has others, of 8 tokens.
 WINDOWED: dict[str, dict[str, Any]] = {
     "cohere2": {"num_hidden_layers": 4},
-    "exaone4": {"layer_types": ["sliding_attention", "full_attention"]},
     "gemma2": {"attn_logit_softcapping": 1.0},
     "gemma3_text": {"final_logit_softcapping": 3.0, "num_hidden_layers": 6},
     "gpt_oss": {},
-    "llama4_text": {
-        "head_dim": 8,
-        "num_hidden_layers": 4,
-        "num_local_experts": 2,
-        "moe_layers": [1],
-        "intermediate_size_mlp": 48,
-        "floor_scale": 4,
-        "attn_scale": 0.5,
-    },
-    "ministral": {},
+    "llama4_text": {"num_hidden_layers": 4},
     "mistral": {},
     "mixtral": {},
-    "olmo3": {"num_hidden_layers": 4},
     "phi3": {},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
-    "qwen3": {"use_sliding_window": True, "max_window_layers": 1},
-    "qwen3_moe": {"use_sliding_window": True},
     "smollm3": {"use_sliding_window": True, "no_rope_layers": [0, 1]},
     "starcoder2": {},
 }
@@ -103,36 +68,22 @@ shapes = st.lists(
 )
 
 
-def tiny_config(model_type: str, **own: Any) -> Any:
-    return AutoConfig.for_model(model_type, **{**SIZES, **OWN.get(model_type, {}), **own})
-
-
-def trained_config(model_type: str, **own: Any) -> Any:
-    """`tiny_config` without noise in training, as a loaded model has it."""
+def trained(model_type: str, **own: Any) -> Any:
+    """A model without noise in training, as a loaded one is."""
     config = tiny_config(model_type, **own)
     switch_off_noise(config)
-    return config
+    return tiny_causal_lm(config)
 
 
-def tiny_causal_lm(config: Any) -> Any:
-    """A model in float32 whose random weights are large enough for every path to matter."""
-    torch.manual_seed(0)
-    causal_lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for name, parameter in causal_lm.named_parameters():
-        if parameter.dim() > 1 or "sinks" in name:
-            torch.nn.init.normal_(parameter, std=1.0 if "sinks" in name else 0.15)
-    return causal_lm.eval()
-
-
-def windowed(model_type: str, window: int | None, **own: Any) -> Any:
+def windowed(model_type: str, window: int | None) -> Any:
     name = "attention_chunk_size" if model_type == "llama4_text" else "sliding_window"
     options = {**WINDOWED, **OTHERS}.get(model_type, {}) | ({name: window} if window else {})
-    return tiny_causal_lm(tiny_config(model_type, **options | own))
+    return tiny_causal_lm(tiny_config(model_type, **options))
 
 
-def packed(causal_lm: Any, backend: AttentionBackend = AttentionBackend.sdpa) -> PackedCausalLM:
+def packed(causal_lm: Any) -> PackedCausalLM:
     causal_lm.config._attn_implementation = PACKED
-    return PackedCausalLM(causal_lm, backend)
+    return PackedCausalLM(causal_lm, AttentionBackend.sdpa)
 
 
 def gradients(causal_lm: Any, logps: Tensor) -> dict[str, Tensor]:
@@ -150,23 +101,39 @@ def assert_same(ours: Mapping[str, Tensor], expected: Mapping[str, Tensor], tole
         assert (ours[name] - gradient).norm() <= tolerance * max(gradient.norm(), 0.1 * largest), name
 
 
+def settled(causal_lm: Any) -> PackedCausalLM:
+    """Arranged as the check at start finds it exact."""
+    model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=Arrangement.padded)
+    StartCheck(model, model, torch.device("cpu"), 64).settle()
+    return model
+
+
 def check_exact(
     causal_lm: Any,
     pairs: Sequence[Sequences],
-    backend: AttentionBackend = AttentionBackend.sdpa,
-) -> None:
+    arranged: Callable[[Any], PackedCausalLM] = packed,
+) -> PackedCausalLM:
     expected = plain_logps(causal_lm, pairs)
     expected_gradients = gradients(causal_lm, expected)
-    logps = packed(causal_lm, backend)(pack_unkeyed(pairs))
+    model = arranged(causal_lm)
+    logps = model(pack_unkeyed(pairs))
     assert (logps - expected).norm() <= 1e-6 * expected.norm()
     assert_same(gradients(causal_lm, logps), expected_gradients)
+    return model
 
 
-@pytest.mark.parametrize(("model_type", "own"), [*((name, {}) for name in ARCHITECTURES), *OTHERS.items()])
-def test_packed_log_probs_and_gradients_equal_plain_ones(model_type: str, own: dict[str, Any]) -> None:
-    config = tiny_config(model_type, **own)
-    check_supported(config)
-    check_exact(tiny_causal_lm(config), random_pairs(SHAPES))
+@pytest.mark.parametrize(("model_type", "own"), [*((name, {}) for name in sorted(FAMILIES)), *OTHERS.items()])
+def test_log_probs_and_gradients_equal_plain_ones(model_type: str, own: dict[str, Any]) -> None:
+    """Also if layers are computed again in backward, which happens in training mode."""
+    causal_lm, pairs = trained(model_type, **own), random_pairs(SHAPES)
+    check_supported(causal_lm.config)
+    model = check_exact(causal_lm, pairs, settled)
+    assert (model.arrangement, model.own_logits) == (FAMILIES[model_type][1], False)
+    assert recorded_arrangement(model_type) in (Arrangement.packed, model.arrangement)
+    expected = gradients(causal_lm, model(pack_unkeyed(pairs)))
+    if decoder_layers(causal_lm) and model_type not in SAMPLING_ROUTERS:
+        checkpoint_layers(causal_lm, "full")
+        assert_same(gradients(causal_lm, model.train()(pack_unkeyed(pairs))), expected)
 
 
 @pytest.mark.parametrize("model_type", WINDOWED)
@@ -176,12 +143,11 @@ def test_windows_of_any_length(model_type: str, window: int, lengths: list[tuple
     check_exact(windowed(model_type, window), random_pairs(lengths))
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("model_type", ["gemma2", "gpt_oss"])
 def test_compiled_layers_with_windows_caps_and_sinks_are_exact(model_type: str) -> None:
-    """Of several layouts, as those compiled for any number of tokens must not keep the masks of the first.
+    """Of several layouts, as those traced for any number of tokens must not keep the masks of the first.
 
-    Recomputed in backward, too; and no further layout is compiled again.
+    Recomputed in backward, too; and no further layout is traced again. The kernels are PyTorch's own.
     """
     causal_lm = windowed(model_type, 4)
     batches = [random_pairs(lengths) for lengths in (SHAPES, [(9, 5, 2, 1, 7)], [(3, 12), (20, 1, 1)])]
@@ -191,7 +157,8 @@ def test_compiled_layers_with_windows_caps_and_sinks_are_exact(model_type: str) 
     torch._dynamo.utils.counters.clear()
     causal_lm.config._attn_implementation = PACKED
     checkpoint_layers(causal_lm, "full")
-    model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, compiled=True).train()
+    with mock.patch("torch.compile", partial(torch.compile, backend="eager")):
+        model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, compiled=True).train()
     for pairs, plain, plain_gradients in zip(batches, expected, expected_gradients, strict=True):
         logps = model(pack_unkeyed(pairs))
         assert (logps - plain).norm() <= 1e-6 * plain.norm()
@@ -214,6 +181,23 @@ def test_the_model_changes_the_logits_of_its_own_forward() -> None:
         torch.testing.assert_close(unpacked(ids).logits, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("heads", "possible"), [((28, 4), {1, 2, 4, 28}), ((32, 8), {1, 2, 4, 8, 16, 32}), ((6, 6), {1, 2, 3, 6})]
+)
+def test_ranks_that_cannot_divide_the_heads_are_an_error_with_those_that_can(
+    heads: tuple[int, int], possible: set[int]
+) -> None:
+    sizes = {"hidden_size": heads[0] * 8, "num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
+    config = LlamaConfig(**sizes)
+    for ranks in range(1, 40):
+        if ranks in possible:
+            check_shared_tokens(config, ranks)
+            continue
+        with pytest.raises(ConfigError, match="divided among so many ranks") as raised:
+            check_shared_tokens(config, ranks)
+        assert raised.value.expected == f"one of {', '.join(map(str, sorted(possible)))}"
+
+
 def test_a_window_that_the_mask_lacks_is_an_error() -> None:
     causal_lm = windowed("gpt_oss", 20)
     causal_lm.model.layers[0].self_attn.sliding_window = 4
@@ -222,28 +206,17 @@ def test_a_window_that_the_mask_lacks_is_an_error() -> None:
             packed(causal_lm)(pack_unkeyed(random_pairs(lengths)))
 
 
-@pytest.mark.parametrize(
-    ("model_type", "own", "fault"),
-    [
-        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
-        ("gemma4_text", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
-        ("gemma4_text", {"use_bidirectional_attention": "vision"}, ""),
-        ("llama", {"is_causal": False}, "is_causal"),
-    ],
-)
-def test_models_that_cannot_be_exact_are_refused(model_type: str, own: dict[str, Any], fault: str) -> None:
-    config = AutoConfig.for_model(model_type, **own)
-    if not fault:
-        check_supported(config)
-        return
-    with pytest.raises(ConfigError, match=fault):
-        check_supported(config)
+def test_tokens_that_see_later_ones_are_refused() -> None:
+    """Of Gemma 4, only tokens of images do."""
+    check_supported(tiny_config("gemma4_text", use_bidirectional_attention="vision"))
+    for model_type, value in (("gemma3_text", True), ("gemma4_text", "all")):
+        with pytest.raises(ConfigError, match="use_bidirectional_attention"):
+            check_supported(tiny_config(model_type, use_bidirectional_attention=value))
 
 
 @pytest.mark.parametrize(
     ("model_type", "scaling"),
     [
-        ("llama", {"type": "dynamic"}),
         ("llama", {"rope_type": "longrope"}),
         ("phi3", {"type": "longrope"}),
         ("gemma3_text", {"rope_type": "dynamic"}),
@@ -271,26 +244,77 @@ def test_more_tokens_than_the_model_has_positions_are_a_warning() -> None:
     assert note.startswith("warning: data.max_length=66 is more than the 64 positions of the model")
 
 
-def with_rope(config: Any, rope_type: str, limit: int) -> Any:
-    """`config` with another kind of RoPE, trained on sequences of `limit` tokens and stretched beyond."""
+# Rotary frequencies are those of each response alone with its prompt, in a model that has seen no other.
+LIMIT = 12
+# Each model with its own module; layers of Gemma 3 have one of their kind each, Phi-MoE scales by length too.
+ROTARY: dict[str, dict[str, Any]] = {
+    "gemma3_text": {"num_hidden_layers": 6},
+    "phimoe": {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0},
+}
+ROTATED = [
+    *(("llama", rope_type) for rope_type in ("dynamic", "longrope", "yarn", "llama3", "linear")),
+    *(("gemma3_text", rope_type) for rope_type in ("dynamic", "longrope", "yarn")),
+    ("gpt_neox", "dynamic"),
+    ("phi3", "longrope"),
+    ("phimoe", "longrope"),
+]
+# Pairs below the limit, above it, and on both sides; `LIMIT` tokens with and without the last one.
+AROUND = [(4, 3, 4), (7, 9, 2, 6), (1, 12, 11), (9, 3, 3, 4), (10, 6, 1)]
 
-    def changed(default: dict[str, Any]) -> dict[str, Any]:
-        rotated = int(head_dim * default.get("partial_rotary_factor", 1.0)) // 2
-        own: dict[str, dict[str, Any]] = {
-            "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0},
-            "longrope": {
-                "short_factor": [1.0 + 0.1 * place for place in range(rotated)],
-                "long_factor": [3.0 + place for place in range(rotated)],
-            },
-        }
-        length = {} if rope_type in ("linear", "dynamic") else {"original_max_position_embeddings": limit}
-        return default | {"rope_type": rope_type, "factor": 4.0} | length | own.get(rope_type, {})
 
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    parameters = config.rope_parameters
-    nested = {name: changed(value) for name, value in parameters.items() if isinstance(value, dict)}
-    config.rope_parameters = nested or changed(parameters)
-    config.max_position_embeddings = limit if rope_type == "dynamic" else 64
-    if rope_type == "longrope":
-        config.original_max_position_embeddings = limit
-    return config
+def model_of(model_type: str, rope_type: str) -> Any:
+    config = with_rope(tiny_config(model_type, **ROTARY.get(model_type, {})), rope_type, LIMIT)
+    if model_type == "phimoe":
+        config.rope_parameters |= {"short_mscale": 1.1, "long_mscale": 1.3}
+    return tiny_causal_lm(config)
+
+
+def expected_values(causal_lm: Any, pairs: list[Sequences]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return log-probs and gradients of each response in a model that has seen no other sequence."""
+    values, summed = [], {}
+    for prompt, response in ((pair.prompt_ids, one) for pair in pairs for one in pair.responses):
+        new = copy.deepcopy(causal_lm)
+        values.append(plain_logps(new, [Sequences(prompt, (response,))]))
+        for name, gradient in gradients(new, values[-1]).items():
+            summed[name] = summed.get(name, 0) + gradient
+    return torch.cat([value.detach() for value in values]), summed
+
+
+def check_as_new(causal_lm: Any, pairs: list[Sequences]) -> None:
+    expected, expected_gradients = expected_values(causal_lm, pairs)
+    model = packed(causal_lm).train()
+    longest = max(len(pair.prompt_ids) + len(response) for pair in pairs for response in pair.responses)
+    model.start_as(Arrangement.packed, longest)
+    assert (model.arrangement is Arrangement.single) is model.mixes_lengths(longest)
+    for _ in range(2):  # whatever the forward before was
+        logps = model(pack_unkeyed(pairs))
+        assert (logps - expected).norm() <= 1e-6 * expected.norm()
+    assert_same(gradients(causal_lm, logps), expected_gradients)
+
+
+@pytest.mark.parametrize(("model_type", "rope_type"), ROTATED)
+def test_responses_on_both_sides_of_the_limit(model_type: str, rope_type: str) -> None:
+    check_as_new(model_of(model_type, rope_type), random_pairs(AROUND))
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+@settings(max_examples=8, deadline=None)
+@given(lengths=shapes)
+def test_any_lengths(rope_type: str, lengths: list[tuple[int, ...]]) -> None:
+    check_as_new(model_of("llama", rope_type), random_pairs(lengths))
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_samples_are_drawn_as_by_transformers(rope_type: str) -> None:
+    causal_lm = model_of("llama", rope_type)
+    ids = torch.arange(3, 3 + LIMIT + 4)[None]
+    expected = copy.deepcopy(causal_lm)(ids).logits
+    model = packed(causal_lm)
+    model.start_as(Arrangement.packed, 29)
+    model(pack_unkeyed(random_pairs([(20, 9, 3)])))
+    with model.unpacked() as unpacked:
+        torch.testing.assert_close(unpacked(ids).logits, expected, rtol=0, atol=1e-5)
+        unpacked(torch.ones(1, 40, dtype=torch.int64))
+    pairs = random_pairs([(10, 6, 6)])
+    logps, _ = expected_values(model_of("llama", rope_type), pairs)
+    torch.testing.assert_close(model(pack_unkeyed(pairs)), logps, rtol=0, atol=1e-5)

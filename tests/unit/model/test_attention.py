@@ -56,51 +56,33 @@ def gpu_of(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "Tesla T4")
 
 
-def test_auto_is_a_backend_that_runs_on_the_device() -> None:
+def test_a_device_without_the_kernels_uses_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_backend(AttentionBackend.auto, Dtype.bf16, CPU) is AttentionBackend.sdpa
     assert choose_backend(AttentionBackend.sdpa, Dtype.bf16, CUDA) is AttentionBackend.sdpa
     assert choose_backend(AttentionBackend.auto, Dtype.fp32, CUDA) is AttentionBackend.sdpa
-    assert choose_backend(AttentionBackend.auto, Dtype.bf16, CUDA) in KERNELS
-
-
-def test_a_device_without_the_kernels_uses_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu_of(monkeypatch, (7, 5))
     assert choose_backend(AttentionBackend.auto, Dtype.bf16, CUDA) is AttentionBackend.sdpa
-    for wanted in KERNELS:
-        for device, name in ((CUDA, "Tesla T4"), (CPU, "cpu")):
-            with pytest.raises(ConfigError, match="CUDA only, on Ampere") as raised:
-                choose_backend(wanted, Dtype.bf16, device)
-            assert name in raised.value.got
+    for device, name in ((CUDA, "Tesla T4"), (CPU, "cpu")):
+        with pytest.raises(ConfigError, match="CUDA only, on Ampere") as raised:
+            choose_backend(AttentionBackend.varlen, Dtype.bf16, device)
+        assert name in raised.value.got
 
 
-@pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("varlen", [varlen_of_torch_2_13, varlen_of_torch_2_11])
 @pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize(
+    ("backend", "varlen"),
+    [*((backend, varlen_of_torch_2_13) for backend in KERNELS), (KERNELS[0], varlen_of_torch_2_11)],
+)
 def test_a_correct_kernel_passes(
-    backend: AttentionBackend, dtype: torch.dtype, text: str, varlen: Any, monkeypatch: pytest.MonkeyPatch
+    backend: AttentionBackend, varlen: Any, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put_kernels(monkeypatch, varlen)
-    check_kernel(backend, CPU, TEXTS[text], dtype)
-
-
-def shifted(*args: Any, **options: Any) -> Tensor:
-    right = varlen_of_torch_2_13(*args, **options)
-    return torch.cat((right[1:], right[:1]))
-
-
-class HalvesGradients(torch.autograd.Function):
-    @staticmethod
-    def forward(_ctx: Any, value: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def backward(_ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient / 2
+    check_kernel(backend, CPU, TEXTS[text], torch.bfloat16)
 
 
 def wrong_backward(query: Tensor, key: Tensor, value: Tensor, *lengths: Any, **options: Any) -> Tensor:
-    halved: Tensor = HalvesGradients.apply(key)  # type: ignore[no-untyped-call]
+    halved = key.clone()
+    halved.register_hook(lambda gradient: gradient / 2)  # type: ignore[no-untyped-call]
     return varlen_of_torch_2_13(query, halved, value, *lengths, **options)
 
 
@@ -121,13 +103,8 @@ def ignores_the_cap(*args: Any, softcap: float, **options: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("kernel", "text", "message"),
     [
-        (shifted, "grouped", "its output differs"),
         (wrong_backward, "grouped", "its gradient of the key differs"),
-        (
-            fails_for_large_heads,
-            "grouped",
-            "value_dim=40), window None, cap None: RuntimeError: head_dim",
-        ),
+        (fails_for_large_heads, "grouped", "value_dim=40), window None, cap None: RuntimeError: head_dim"),
         (ignores_the_window, "windowed", "window 6, cap None: its output differs"),
         (ignores_the_cap, "capped", "window None, cap 0.5: its output differs"),
     ],

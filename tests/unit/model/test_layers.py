@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.batching.plan import Arrangement
-from dpo_dist.config.schema import AdapterConfig, AttentionBackend, Dtype, ModelConfig
-from dpo_dist.distributed.zero import _parameter_groups
+from dpo_dist.config.schema import AdapterConfig, Dtype, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.exactness import StartCheck
 from dpo_dist.model.layers import (
@@ -28,10 +27,10 @@ from dpo_dist.model.layers import (
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.lora import target_layers
 from dpo_dist.model.packed import PackedCausalLM
-from tests.support.families import FAMILIES, SINGLE, tiny_family
+from tests.support.families import tiny_family
 from tests.support.multimodal import write_multimodal
 from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps, random_pairs
-from tests.unit.model.test_architectures import gradients, packed, tiny_causal_lm, trained_config
+from tests.unit.model.test_architectures import gradients, packed, trained
 
 PAIRS = random_pairs([(7, 5, 9), (1, 1, 4)])
 BATCH = pack_unkeyed(PAIRS)
@@ -39,7 +38,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def model_of(model_type: str, layers: int = 3) -> PackedCausalLM:
-    return packed(tiny_causal_lm(trained_config(model_type, num_hidden_layers=layers))).train()
+    return packed(trained(model_type, num_hidden_layers=layers)).train()
 
 
 def forwards(model: PackedCausalLM) -> list[int]:
@@ -67,21 +66,6 @@ def test_checkpointed_layers_recompute_without_changing_gradients(model_type: st
     assert forwards(model.eval()) == [1, 1, 1]
     with pytest.raises(ConfigError, match="no layer would be checkpointed"):
         checkpoint_layers(model.causal_lm, 4)
-
-
-@pytest.mark.parametrize(
-    "model_type", sorted(name for name, (_, kind) in FAMILIES.items() if kind is not Arrangement.packed)
-)
-def test_layers_of_rows_recompute_without_changing_gradients(model_type: str) -> None:
-    causal_lm = tiny_family(model_type, VOCABULARY, has_noise=False)
-    model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=Arrangement.padded).train()
-    if not decoder_layers(causal_lm):
-        with pytest.raises(ConfigError, match="no layer would be checkpointed"):
-            checkpoint_layers(causal_lm, "full")
-        return
-    expected = gradients(causal_lm, model(BATCH))
-    checkpoint_layers(causal_lm, "full")
-    torch.testing.assert_close(gradients(causal_lm, model(BATCH)), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -124,9 +108,7 @@ def test_inputs_of_checkpointed_layers_wait_in_host_memory(
     ("option", "kind", "device", "fault"),
     [
         ("activation_offload", "qwen2", CUDA, ""),
-        ("activation_offload", "qwen2", CPU, "in host memory already"),
         ("compile", "qwen2", CPU, r"C\+\+ compiler"),
-        ("liger", "qwen2", CPU, "Liger's kernels are exact on CUDA"),
         ("liger", "gpt2", CUDA, "Liger's kernels are exact on CUDA"),
     ],
 )
@@ -154,7 +136,6 @@ def load(folder: Path) -> PackedCausalLM:
     [
         ("gemma3", Arrangement.packed, True),
         ("qwen3_5", Arrangement.padded, False),
-        ("llama4", Arrangement.packed, False),
     ],
 )
 def test_a_model_that_reads_images_is_trained_by_its_text_and_exported(
@@ -171,9 +152,6 @@ def test_a_model_that_reads_images_is_trained_by_its_text_and_exported(
     unused = other_weights(model.causal_lm)
     assert bool(unused) is others
     assert all(weight.grad is None for weight in unused)
-    decayed = _parameter_groups(model, 0.1)[0]
-    assert decayed["weight_decay"] == 0.1
-    assert not unused & set(decayed["params"])
     model.causal_lm.save_pretrained(tmp_path / "exported")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32).eval()
     with torch.no_grad():
@@ -183,16 +161,11 @@ def test_a_model_that_reads_images_is_trained_by_its_text_and_exported(
         assert base.keys() == exported.keys()
 
 
-@pytest.mark.parametrize("model_type", ["deepseek_v4", "deepseek_v32"])
-def test_choices_of_keys_are_not_trained(model_type: str) -> None:
-    """Their weights have no gradient, get no adapter and do not decay; all others have one."""
-    causal_lm = tiny_family(model_type, VOCABULARY)
-    frozen = without_gradient(causal_lm)
-    assert 0 < len(frozen) < len(list(causal_lm.parameters()))
-    causal_lm(input_ids=torch.arange(3, 43)[None], use_cache=False).logits.sum().backward()
-    assert {weight for weight in causal_lm.parameters() if weight.grad is None} == frozen
-    decayed, _ = _parameter_groups(PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=SINGLE), 0.1)
-    assert not frozen & set(decayed["params"])
+def test_choices_of_keys_get_no_adapter() -> None:
+    """They have no gradient."""
+    causal_lm = tiny_family("deepseek_v32")
+    indexers = without_gradient(causal_lm)
     targets = {causal_lm.get_submodule(name).weight for name in target_layers(causal_lm, AdapterConfig())}
+    assert 0 < len(indexers) < len(list(causal_lm.parameters()))
     assert targets
-    assert not frozen & targets
+    assert not indexers & targets

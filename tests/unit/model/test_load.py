@@ -19,11 +19,10 @@ from dpo_dist.generation.sampling.respond import find_model
 from dpo_dist.model.folder import model_folder, weight_files
 from dpo_dist.model.load import load_config, load_packed, load_tokenizer, load_weights, placement
 from dpo_dist.model.packed import PackedCausalLM
-from tests.support.families import tiny_family
+from tests.support.families import tiny_causal_lm, tiny_config, tiny_family
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
 from tests.support.poison import pickled
 from tests.support.tiny_model import write_model
-from tests.unit.model.test_architectures import tiny_causal_lm, tiny_config
 
 CPU = torch.device("cpu")
 FP32 = ModelConfig(dtype=Dtype.fp32)
@@ -35,11 +34,6 @@ NOISES: dict[str, dict[str, float]] = {
     "opt": {"dropout": 0.5},
     "phimoe": {"router_jitter_noise": 0.5, "input_jitter_noise": 0.5},
 }
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model(tmp_path_factory.mktemp("model"), tied=request.param)
 
 
 def load(folder: Path, config: ModelConfig = FP32) -> PackedCausalLM:
@@ -57,20 +51,9 @@ def refused(message: str, work: Callable[..., object], *arguments: Any, **option
     return raised.value
 
 
-def test_a_loaded_model_scores_like_the_original_by_its_own_weights(folder: Path) -> None:
-    plain, loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), load(folder)
-    with torch.no_grad():
-        expected, logps = plain_logps(plain, PAIRS), loaded(pack_unkeyed(PAIRS))
-    torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
-    state, weights = loaded.causal_lm.state_dict(), plain.state_dict()
-    assert state.keys() == weights.keys()
-    assert all(torch.equal(state[name], weights[name]) for name in state)
-    assert len(list(loaded.parameters())) == len(list(plain.parameters()))
-
-
 @pytest.mark.parametrize("model_type", sorted(NOISES))
 def test_a_model_with_noise_in_training_scores_as_it_is_evaluated(model_type: str, tmp_path: Path) -> None:
-    config = tiny_config(model_type, vocab_size=300, **NOISES[model_type])
+    config = tiny_config(model_type, **NOISES[model_type])
     tiny_causal_lm(config).save_pretrained(tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     loaded = load(tmp_path).train()
@@ -81,7 +64,7 @@ def test_a_model_with_noise_in_training_scores_as_it_is_evaluated(model_type: st
 
 def test_an_evaluation_changes_no_weight(tmp_path: Path) -> None:
     """As RWKV of transformers does, which divides the weights of later layers."""
-    causal_lm = tiny_family("rwkv", 97)
+    causal_lm = tiny_family("rwkv")
     causal_lm.config.rescale_every = 1
     causal_lm.save_pretrained(tmp_path)
     loaded = load(tmp_path).causal_lm.eval()
@@ -90,25 +73,25 @@ def test_an_evaluation_changes_no_weight(tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), before, strict=True))
 
 
-@pytest.mark.parametrize("predicted", [0, 1])
 @pytest.mark.parametrize(
-    ("name", "is_read_by_a_layer"),
+    ("name", "predicted", "is_refused"),
     [
-        ("model.layers.0.self_attn.q_norm.weight", True),
-        ("model.norm.bias", True),
-        ("model.layers.more.weight", True),
-        ("model.layers.2.mlp.up_proj.weight", False),
-        ("v_head.weight", False),
+        ("model.layers.0.self_attn.q_norm.weight", 1, True),
+        ("model.norm.bias", 1, True),
+        ("model.layers.more.weight", 1, True),
+        ("model.layers.2.mlp.up_proj.weight", 0, True),
+        ("model.layers.2.mlp.up_proj.weight", 1, False),
+        ("v_head.weight", 0, False),
     ],
 )
 def test_tensors_that_the_architecture_does_not_read_are_refused_or_of_other_modules(
-    name: str, is_read_by_a_layer: bool, predicted: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    name: str, predicted: int, is_refused: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A value head; a further layer that predicts further tokens, if config.json has such (DeepSeek-V3)."""
     weights = write_model(tmp_path) / "model.safetensors"
     save_file(load_file(weights) | {name: torch.ones(1, 32)}, weights, metadata={"format": "pt"})
     changed(tmp_path / "config.json", num_nextn_predict_layers=predicted)
-    if is_read_by_a_layer or ("layers" in name and not predicted):
+    if is_refused:
         assert name in refused("Qwen2ForCausalLM does not read", load, tmp_path).got
     else:
         load(tmp_path)
@@ -132,7 +115,6 @@ SHARDED = {"metadata": {}, "weight_map": {"a": "m-2.safetensors", "b": "m-1.safe
 @pytest.mark.parametrize(
     ("names", "named"),
     [
-        (["model.safetensors"], None),
         ([INDEX], None),
         (["model.safetensors", INDEX, "pytorch_model.bin"], None),
         (["model.safetensors"], "other.safetensors"),
@@ -158,13 +140,6 @@ def test_weight_files_are_those_that_transformers_loads(
     assert [str(file) for file in files if file.name != INDEX] == sorted(resolved)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}"])
-def test_a_broken_index_is_named_in_the_error(content: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / INDEX).write_text(content)
-    assert refused("cannot be read|no weight_map", weight_files, tmp_path).where.endswith(INDEX)
-
-
 def test_an_adapter_is_a_model_only_where_it_is_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,20 +152,17 @@ def test_an_adapter_is_a_model_only_where_it_is_accepted(
     refused("adapter beside full weights", model_folder, str(tmp_path), None)
 
 
-@pytest.mark.parametrize(
-    ("name", "config"),
-    [
-        ("pytorch_model.bin", {}),
-        ("model.pt", {}),
-        ("consolidated.00.pth", {}),
-        ("evil_model.bin", {"transformers_weights": "evil_model.bin"}),
-    ],
-)
-def test_pickled_weights_are_refused_and_named(name: str, config: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "evil_model.bin"])
+def test_pickled_weights_are_refused_and_named(name: str, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model")
-    changed(folder / "config.json", **config)
+    if name.startswith("evil"):
+        changed(folder / "config.json", transformers_weights=name)
+    for pickle in (name, "optimizer.pt", "training_args.bin"):
+        (folder / pickle).write_bytes(pickled(tmp_path / "trace"))
+    if not name.startswith("evil"):  # pickles that no model is loaded from do not matter
+        assert model_folder(str(folder), None) == folder
+        load_weights(folder, load_config(folder, FP32), FP32, CPU)
     (folder / "model.safetensors").unlink()
-    (folder / name).write_bytes(pickled(tmp_path / "trace"))
     error = refused("weights are pickled", model_folder, str(folder), None, "reference.path")
     assert error.where == "reference.path"
     assert name in error.got
@@ -198,15 +170,6 @@ def test_pickled_weights_are_refused_and_named(name: str, config: dict[str, str]
     refused("weights are pickled", model_folder, str(folder), None)
     # Also of a folder that was not checked.
     refused("cannot be loaded", load_weights, folder, load_config(folder, FP32), FP32, CPU)
-    assert not (tmp_path / "trace").exists()
-
-
-def test_pickles_that_no_model_is_loaded_from_do_not_matter(tmp_path: Path) -> None:
-    folder = write_model(tmp_path / "model")
-    for name in ("pytorch_model.bin", "optimizer.pt", "training_args.bin"):
-        (folder / name).write_bytes(pickled(tmp_path / "trace"))
-    assert model_folder(str(folder), None) == folder
-    load_weights(folder, load_config(folder, FP32), FP32, CPU)
     assert not (tmp_path / "trace").exists()
 
 
@@ -253,8 +216,10 @@ def test_classes_of_transformers_are_used_in_place_of_code(file: str, poisoned: 
     assert not (poisoned.parent / "trace").exists()
 
 
-@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation", "experts_implementation"])
-@pytest.mark.parametrize("value", ["someone/kernel", {"": "someone/kernel"}])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("_attn_implementation", "someone/kernel"), ("experts_implementation", {"": "someone/kernel"})],
+)
 def test_kernels_of_the_hub_are_not_run(name: str, value: object, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model")
     changed(folder / "config.json", **{name: value})

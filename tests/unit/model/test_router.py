@@ -2,38 +2,27 @@
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
-from dpo_dist.batching.pack import Sequences
 from dpo_dist.config.losses import RouterConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import own_coefficient, router_loss
 from dpo_dist.objective.router import AUX_LOSS, RouterLoss, routing_sums, selections
-from tests.support.families import tiny_family
-from tests.support.packing import VOCABULARY, random_pairs
-from tests.unit.model.test_architectures import SHAPES, tiny_config
+from tests.support.families import tiny_config, tiny_family
+from tests.support.packing import random_pairs
+from tests.support.padded import padded_inputs, rows_of
+from tests.unit.model.test_architectures import SHAPES
 
 LOSS = RouterLoss(1.0, None)
-
-
-def padded(pairs: list[Sequences]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs of one row per response, without its last token, which predicts nothing; and their mask."""
-    rows = [np.concatenate((pair.prompt_ids, r[:-1])) for pair in pairs for r in pair.responses]
-    ids = [torch.from_numpy(row.astype(np.int64)) for row in rows]
-    return pad_sequence(ids, batch_first=True), pad_sequence(
-        [torch.ones_like(row) for row in ids], batch_first=True
-    )
 
 
 @pytest.mark.parametrize("model_type", ["gpt_oss", "phimoe", "qwen3_next"])
 def test_the_formula_is_that_of_families_with_other_routers(model_type: str) -> None:
     """Their packed forward is the matter of other tests: here the recorded logits are those of the model."""
-    causal_lm = tiny_family(model_type, VOCABULARY, has_noise=False)
+    causal_lm = tiny_family(model_type)
     assert own_coefficient(causal_lm.config)
-    input_ids, mask = padded(random_pairs(SHAPES))
+    input_ids, mask = padded_inputs([(prompt, ids[:-1]) for prompt, ids in rows_of(random_pairs(SHAPES))])
     outputs = causal_lm(input_ids=input_ids, attention_mask=mask, output_router_logits=True, use_cache=False)
     sums = routing_sums(outputs.router_logits, mask.flatten().float(), causal_lm.num_experts_per_tok)
     ours = LOSS.parts(sums, selections(sums), int(mask.sum()))[AUX_LOSS]
@@ -51,7 +40,6 @@ def test_the_coefficient_is_that_of_the_model_or_of_the_user() -> None:
 @pytest.mark.parametrize(
     ("model_type", "own", "router", "named"),
     [
-        ("qwen3", {}, RouterConfig("model"), "no load-balancing loss"),
         ("qwen3", {}, RouterConfig(z_coefficient=0.1), "no load-balancing loss"),
         ("doge", {"is_moe": True}, RouterConfig(0.1), "no load-balancing loss"),
         ("mixtral", {"router_aux_loss_coef": 0.0}, RouterConfig("model"), "no coefficient"),

@@ -1,5 +1,6 @@
 """The chunked head: what log_softmax and gather give, without the logits of all positions."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from dpo_dist.objective.token_logps import LogitChange, token_logps
 VOCABULARY, HIDDEN, POSITIONS = 50, 8, 23
 
 
-@pytest.fixture(params=[(1, 0), (1, 5), (3, 0), (3, 1), (3, 1000), (POSITIONS, 1), (1000, 0), (1000, 1)])
+@pytest.fixture(params=[(1, 0), (3, 1), (3, 1000), (1000, 1)])
 def chunk_positions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     positions, kept_chunks = request.param
     monkeypatch.setattr(token_logps_module, "_CHUNK_BYTES", {"cpu": 4 * VOCABULARY * positions})
@@ -33,10 +34,24 @@ def head(dtype: torch.dtype, bias: bool = True) -> tuple[Tensor, Tensor, Tensor 
     return leaves[0], leaves[1], leaves[2] if bias else None, targets
 
 
-def plain(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    logits = torch.nn.functional.linear(hidden, weight, bias)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    return logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+CHANGES = [LogitChange(), LogitChange(0.125), LogitChange(0.5, 2.0)]
+
+
+def changed_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, change: LogitChange) -> Tensor:
+    logits = torch.nn.functional.linear(hidden, weight, bias) * change.scale
+    return logits if change.softcap is None else change.softcap * torch.tanh(logits / change.softcap)
+
+
+def plain(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    change: LogitChange = LogitChange(),  # noqa: B008  (frozen)
+) -> Tensor:
+    """Log-probs by their definition."""
+    log_probs = changed_logits(hidden, weight, bias, change).log_softmax(-1)
+    return log_probs.gather(1, targets[:, None]).squeeze(1)
 
 
 def results(function: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor]) -> list[Tensor]:
@@ -47,24 +62,12 @@ def results(function: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Tensor])
     return [tensor.detach().double() for tensor in (values, *torch.autograd.grad(values @ slopes, leaves))]
 
 
-CHANGES = [LogitChange(), LogitChange(0.125), LogitChange(1.0, 3.0), LogitChange(0.5, 2.0)]
-
-
-def changed_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, change: LogitChange) -> Tensor:
-    logits = torch.nn.functional.linear(hidden, weight, bias) * change.scale
-    return logits if change.softcap is None else change.softcap * torch.tanh(logits / change.softcap)
-
-
 @pytest.mark.usefixtures("chunk_positions")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("change", CHANGES)
 def test_values_and_gradients_equal_log_softmax(change: LogitChange, bias: bool) -> None:
-    def defined(hidden: Tensor, weight: Tensor, offset: Tensor | None, targets: Tensor) -> Tensor:
-        log_probs = changed_logits(hidden, weight, offset, change).log_softmax(-1)
-        return log_probs.gather(1, targets[:, None]).squeeze(1)
-
-    exact = results(defined, head(torch.float64, bias))
-    ours = results(lambda *inputs: token_logps(*inputs, change=change), head(torch.float32, bias))
+    exact = results(partial(plain, change=change), head(torch.float64, bias))
+    ours = results(partial(token_logps, change=change), head(torch.float32, bias))
     for value, expected in zip(ours, exact, strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=2e-6)
 
@@ -81,7 +84,7 @@ def test_statistics_are_of_the_whole_distribution_and_change_nothing_else(change
         torch.testing.assert_close(collisions, logits.softmax(-1).square().sum(-1).log())
         return logps
 
-    alone = results(lambda *inputs: token_logps(*inputs, change=change), head(torch.float32))
+    alone = results(partial(token_logps, change=change), head(torch.float32))
     for ours, expected in zip(results(first, head(torch.float32)), alone, strict=True):
         assert torch.equal(ours, expected)
 

@@ -1,8 +1,9 @@
-"""Each kind of loss by its definition: numbers worked out by hand, signs, and behaviour at the extremes."""
+"""Each kind of loss by its definition: numbers worked out by hand, signs, extremes; a user's own loss."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dpo_dist.config.losses import KINDS, BcoDelta, Divergence, LossConfig, LossKind, LossTermConfig
+from dpo_dist.config.user_code import find_function
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.logps import PairLogps
-from dpo_dist.objective.losses import BatchFacts, RunningMeans, implicit_rewards, preference_loss
+from dpo_dist.objective.losses import (
+    BatchFacts,
+    RunningMeans,
+    check_custom_loss,
+    implicit_rewards,
+    preference_loss,
+)
 from tests.support.own_loss import OWN, function_of
 
 WITH_REFERENCE = sorted(kind for kind in LossKind if KINDS[kind].needs_reference)
@@ -62,7 +71,8 @@ def discopop(x: float) -> float:
     return (1 - mixed) * softplus(-x) + mixed * math.exp(-x)
 
 
-FACTS = BatchFacts(score_gaps=torch.tensor([2.0, 0.5]), running=RunningMeans(margin=0.25, reward=0.125))
+SCORE_GAPS = torch.tensor([2.0, 0.5])
+FACTS = BatchFacts(score_gaps=SCORE_GAPS, running=RunningMeans(margin=0.25, reward=0.125))
 
 # With beta 0.5: b h is 2 and 0.5, b Dw 1 and 0, b Dl -1 and -0.5, 1 / (2 b) is 1.
 BY_HAND = [
@@ -106,7 +116,6 @@ BY_HAND = [
     ),
     # -10/4 + 20/5 = 1.5 and -12/6 + 9/2 = 2.5, times 0.5, less the target margin.
     (LossConfig(LossKind.simpo, simpo_gamma=0.5), (softplus(-0.25), softplus(-0.75))),
-    (LossConfig(LossKind.simpo, simpo_gamma=0.0), (softplus(-0.75), softplus(-1.25))),
     (
         LossConfig(LossKind.orpo, orpo_lambda=0.3),
         (
@@ -119,10 +128,6 @@ BY_HAND = [
     (LossConfig(LossKind.sft), (10 / 5, 12 / 5)),
     # pw - pl are 10 and -3, rw - rl 6 and -4: sorted, -3 meets -4 and 10 meets 6.
     (LossConfig(LossKind.aot), (softplus(-0.5), softplus(-2))),
-    (
-        LossConfig(LossKind.aot, label_smoothing=0.1),
-        (0.9 * softplus(-0.5) + 0.1 * softplus(0.5), 0.9 * softplus(-2) + 0.1 * softplus(2)),
-    ),
     # Dw are 2 and 0, Dl -2 and -1: sorted, 0 meets -2 and 2 meets -1.
     (LossConfig(LossKind.aot_unpaired), (softplus(-1), softplus(-1.5))),
     # M is 1.25 in the mean, M0 0.25: b' = 0.5 (1 + 0.6).
@@ -144,15 +149,6 @@ BY_HAND = [
     (
         LossConfig(divergence=Divergence.alpha),
         (softplus(-(math.e - 1 / math.e)), softplus(-(math.exp(0.5) - 1))),
-    ),
-    (LossConfig(divergence=Divergence.alpha, alpha_coefficient=1.0), (softplus(-2), softplus(-0.5))),
-    # Scores over 4 and 5 tokens, over 6 and 2.
-    (
-        LossConfig(LossKind.ipo, divergence=Divergence.forward_kl),
-        (
-            ((1 - math.exp(-2)) / 4 - (1 - math.exp(2)) / 5 - 1) ** 2,
-            (-(1 - math.e) / 2 - 1) ** 2,
-        ),
     ),
 ]
 
@@ -215,6 +211,23 @@ def test_every_kind_is_worked_out_by_hand() -> None:
     assert {config.kind for config, _ in BY_HAND} == set(LossKind)
 
 
+def one_pair(of: PairLogps, place: int) -> PairLogps:
+    columns = of.chosen, of.rejected, of.chosen_tokens, of.rejected_tokens
+    return PairLogps(*(column[place : place + 1] for column in columns))
+
+
+@pytest.mark.parametrize("config", [replace(config, beta=0.5) for config, _ in BY_HAND])
+def test_only_the_losses_of_coupled_kinds_depend_on_other_pairs(config: LossConfig) -> None:
+    """Of others, sums over micro-batches are those of the global batch, whose mean length `sft` has."""
+    facts = replace(FACTS, mean_chosen_tokens=5.0)
+    alone = []
+    for place, gap in enumerate(SCORE_GAPS.split(1)):
+        given = one_pair(POLICY, place), one_pair(REFERENCE, place)
+        alone.append(preference_loss(*given, config, replace(facts, score_gaps=gap)))
+    together = preference_loss(POLICY, REFERENCE, config, facts)
+    assert torch.equal(torch.cat(alone), together) is not config.is_coupled
+
+
 @pytest.mark.parametrize("config", [config for config, _ in BY_HAND if config.kind is not LossKind.beta_dpo])
 def test_gradients_are_the_slopes_of_the_losses(config: LossConfig) -> None:
     reference = logps((-12.0, -12.25), REFERENCE_REJECTED, torch.float64)  # away from the bend of dpop
@@ -249,13 +262,6 @@ def test_losses_are_finite_and_raising_chosen_or_lowering_rejected_never_costs(
     if kind not in NOT_MONOTONE:
         assert found[0].item() <= 1e-6
         assert found[1].item() >= -1e-6
-
-
-def test_terms_are_a_weighted_sum() -> None:
-    terms = [LossTermConfig(LossKind.sigmoid, 0.7), LossTermConfig(LossKind.sft, 0.2)]
-    both = preference_loss(POLICY, REFERENCE, LossConfig(beta=0.5, terms=terms))
-    # 0.7 softplus(-b h) + 0.2 (10 and 12) / 5.
-    assert both.tolist() == pytest.approx([0.7 * softplus(-2) + 0.4, 0.7 * softplus(-0.5) + 0.48])
 
 
 @pytest.mark.parametrize("kind", sorted(set(LossKind) - {LossKind.sft}))
@@ -308,3 +314,40 @@ def test_rewards_by_hand(
     rewards = implicit_rewards(POLICY, reference, config)
     assert rewards.chosen.tolist() == pytest.approx(chosen)
     assert rewards.rejected.tolist() == pytest.approx(rejected)
+
+
+def test_a_custom_function_is_a_term_like_any_other() -> None:
+    terms = [LossTermConfig(LossKind.custom, 2.0), LossTermConfig(LossKind.sft, 0.5)]
+    own = LossConfig(terms=terms, function=OWN)
+    assert str(check_custom_loss(own)).startswith(f"custom loss {OWN} from ")
+    builtin = LossConfig(terms=[LossTermConfig(LossKind.hinge, 2.0), terms[1]])
+    assert preference_loss(POLICY, REFERENCE, own).tolist() == pytest.approx(
+        preference_loss(POLICY, REFERENCE, builtin).tolist()
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("return (policy.chosen - reference.chosen).mean()", "one loss per pair"),
+        ("return torch.log(policy.chosen)", "not finite"),
+        ("return policy.chosen.detach()", "without a gradient"),
+        ("return policy.chosen.detach() * torch.ones((), requires_grad=True)", "without a gradient"),
+        ("return policy.chosen + 0j", "not finite real"),
+        ("raise SystemExit(0)", "SystemExit"),
+        ("policy.chosen.register_hook(lambda _: 1 / 0)\n    return policy.chosen * 1", "ZeroDivisionError"),
+        ("return torch.sqrt(policy.chosen - policy.chosen)", "gradients that are not finite"),
+        ("return policy.chosen - policy.chosen.mean()", "does not depend on the other pairs"),
+    ],
+)
+def test_an_unusable_function_is_an_error_with_a_reason(
+    body: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    find_function.cache_clear()
+    source = f"import torch\n\n\ndef mine(policy, reference, config):\n    {body}\n"
+    (tmp_path / "own_refused.py").write_text(source)
+    with pytest.raises(ConfigError) as caught:
+        check_custom_loss(LossConfig(LossKind.custom, function="own_refused:mine"))
+    assert said in caught.value.block()
+    assert caught.value.remedy

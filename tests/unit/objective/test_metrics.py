@@ -1,7 +1,6 @@
 """Metrics are exact means over the pairs of a global batch, however it was divided."""
 
 import math
-from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -15,7 +14,6 @@ from dpo_dist.objective.losses import preference_loss
 from dpo_dist.objective.metrics import (
     BATCH_REWARD,
     BUCKETS,
-    MARGIN_PERCENTILES,
     MetricPlan,
     MetricSums,
     PairValues,
@@ -32,11 +30,6 @@ PLAN = MetricPlan(CONFIG)
 def pairs(values: torch.Tensor) -> PairLogps:
     ones = torch.ones(len(values))
     return PairLogps(values[:, 0], values[:, 1], ones, ones)
-
-
-def sums_of(policy: torch.Tensor, reference: torch.Tensor, weights: torch.Tensor) -> MetricSums:
-    losses = preference_loss(pairs(policy), pairs(reference), CONFIG)
-    return metric_sums(PLAN, losses, pairs(policy), pairs(reference), weights)
 
 
 def test_means_by_hand() -> None:
@@ -126,17 +119,42 @@ def test_divergence_is_an_unbiased_kl() -> None:
     assert float((reference.exp() * values).sum()) == pytest.approx(float(kl))
 
 
-@given(st.integers(1, 12), st.integers(1, 5), st.integers(0, 3))
-def test_means_do_not_depend_on_parts_and_dummies(count: int, parts: int, dummies: int) -> None:
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(0, 3), st.booleans())
+def test_means_do_not_depend_on_parts_and_dummies(
+    count: int, parts: int, dummies: int, is_finite: bool
+) -> None:
+    """A source without pairs has none, and a margin that is not finite stays in its source."""
     generator = torch.Generator().manual_seed(count)
     policy, reference = -50 * torch.rand(2, count, 2, generator=generator)
-    whole = sums_of(policy, reference, torch.ones(count))
-    total = MetricSums.zeros(PLAN.names, CPU)
-    for part in torch.tensor_split(torch.arange(count), parts):
-        total += sums_of(policy[part], reference[part], torch.ones(len(part)))
+    if not is_finite:
+        policy[0, 0] = torch.nan
+    sources = torch.randint(1, 4, (count,), generator=generator)
+    labels = ("none", "one", "two", "three")
+    plan = MetricPlan(CONFIG, labels)
+
+    def sums_of(rows: torch.Tensor, weight: float = 1.0) -> MetricSums:
+        logps, weights = (pairs(policy[rows]), pairs(reference[rows])), torch.full((len(rows),), weight)
+        losses = preference_loss(*logps, CONFIG)
+        return metric_sums(plan, losses, *logps, weights, sources=sources[rows])
+
+    rows = torch.arange(count)
+    total = MetricSums.zeros(plan.names, CPU)
+    for part in torch.tensor_split(rows, parts):
+        total += sums_of(part)
     for _ in range(dummies):
-        total += sums_of(torch.full((1, 2), -7.0), torch.zeros(1, 2), torch.zeros(1))
-    assert total.means() == pytest.approx(whole.means(), rel=1e-12, abs=1e-12)
+        total += sums_of(rows[1:2], weight=0.0)
+    means = total.means()
+    assert means == pytest.approx(sums_of(rows).means(), rel=1e-12, abs=1e-12, nan_ok=True)
+    margins = 0.5 * ((policy - reference)[:, 0] - (policy - reference)[:, 1]).double()
+    for number, label in enumerate(labels):
+        ours = margins[sources == number]
+        if not len(ours):
+            assert not {f"rewards/margins/{label}", f"rewards/accuracies/{label}"} & set(means)
+        else:
+            wanted = float(ours.mean())
+            assert means[f"rewards/margins/{label}"] == pytest.approx(wanted, rel=1e-5, nan_ok=True)
+            right = math.nan if math.isnan(wanted) else float((ours > 0).double().mean())
+            assert means[f"rewards/accuracies/{label}"] == pytest.approx(right, nan_ok=True)
 
 
 def test_the_reward_shift_of_bco_uses_its_own_rewards() -> None:
@@ -150,40 +168,14 @@ def test_the_reward_shift_of_bco_uses_its_own_rewards() -> None:
     assert means[BATCH_REWARD] == 0.5 * (-8 - 2) / 2
 
 
-@given(st.integers(1, 12), st.integers(1, 5))
-def test_metrics_by_source_do_not_depend_on_parts(count: int, parts: int) -> None:
-    """A source without pairs has none, and a margin that is not finite stays in its source."""
-    generator = torch.Generator().manual_seed(count)
-    policy, reference = -50 * torch.rand(2, count, 2, generator=generator)
-    policy[0, 0] = torch.nan
-    sources = torch.randint(1, 4, (count,), generator=generator)
-    labels = ("none", "one", "two", "three")
-    plan = MetricPlan(CONFIG, labels)
-    total = MetricSums.zeros(plan.names, CPU)
-    for part in torch.tensor_split(torch.arange(count), parts):
-        losses = preference_loss(pairs(policy[part]), pairs(reference[part]), CONFIG)
-        logps = pairs(policy[part]), pairs(reference[part])
-        total += metric_sums(plan, losses, *logps, torch.ones(len(part)), sources=sources[part])
-    means = total.means()
-    margins = 0.5 * ((policy - reference)[:, 0] - (policy - reference)[:, 1]).double()
-    for number, label in enumerate(labels):
-        ours = margins[sources == number]
-        if not len(ours):
-            assert not {f"rewards/margins/{label}", f"rewards/accuracies/{label}"} & set(means)
-        else:
-            wanted = float(ours.mean())
-            assert means[f"rewards/margins/{label}"] == pytest.approx(wanted, rel=1e-5, nan_ok=True)
-            right = math.nan if math.isnan(wanted) else float((ours > 0).double().mean())
-            assert means[f"rewards/accuracies/{label}"] == pytest.approx(right, nan_ok=True)
-
-
 def logps_of(chosen: list[float], rejected: list[float]) -> PairLogps:
     lengths = torch.tensor([2.0] * len(chosen)), torch.tensor([4.0] * len(chosen))
     return PairLogps(torch.tensor(chosen).double(), torch.tensor(rejected).double(), *lengths)
 
 
-def test_rewards_are_scaled_log_ratios() -> None:
-    table = pair_values(logps_of([-1, -8], [-6, -2]), logps_of([-3, -4], [-4, -4]), LossConfig(beta=0.5))
+def test_values_of_pairs_by_hand_with_and_without_a_reference() -> None:
+    policy = logps_of([-1, -8], [-6, -2])
+    table = pair_values(policy, logps_of([-3, -4], [-4, -4]), LossConfig(beta=0.5))
     values = PairValues(*table.numpy())
     assert values.reward_chosen.tolist() == [1, -2]
     assert values.reward_rejected.tolist() == [-1, 1]
@@ -191,19 +183,6 @@ def test_rewards_are_scaled_log_ratios() -> None:
     assert values.logp_rejected.tolist() == [-6, -2]
     assert values.reference_chosen.tolist() == [-3, -4]
     assert (values.tokens_chosen.tolist(), values.tokens_rejected.tolist()) == ([2, 2], [4, 4])
-
-
-def test_without_a_reference_its_log_probs_are_missing() -> None:
-    values = PairValues(*pair_values(logps_of([-1], [-8]), None, LossConfig(LossKind.simpo, beta=2)).numpy())
-    assert np.isnan(values.reference_chosen).all()
-    assert np.isnan(values.reference_rejected).all()
-    assert values.margin.tolist() == [-1 - -4]
-
-
-def test_percentiles_of_margins() -> None:
-    columns = len(fields(PairValues))
-    margins = np.arange(101, dtype=np.float32)[::-1]
-    values = PairValues(*np.tile(margins, (columns, 1)))
-    assert values.margin_percentiles() == pytest.approx(
-        dict(zip(MARGIN_PERCENTILES, (5, 25, 50, 75, 95), strict=True))
-    )
+    free = PairValues(*pair_values(policy, None, LossConfig(LossKind.simpo, beta=2)).numpy())
+    assert np.isnan([free.reference_chosen, free.reference_rejected]).all()
+    assert free.margin.tolist() == [-1 + 3, -8 + 1]

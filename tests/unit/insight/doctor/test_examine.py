@@ -162,19 +162,6 @@ def test_benchmark_prompts_are_found_by_thirteen_words(tmp_path: Path) -> None:
     )
 
 
-def test_records_that_cannot_be_used_are_findings_by_reason(tmp_path: Path) -> None:
-    pairs = clean_pairs(40)
-    pairs[0]["chosen"] = " "
-    pairs[1]["rejected"] = pairs[1]["chosen"] + " "
-    report = examined(tmp_path, pairs)
-    found = sorted(one.text.split("dropped: ")[1].split(" ")[0] for one in of_rule(report, "dropped"))
-    assert found == ["empty_response", "identical_responses"]
-    [source] = report.sources
-    assert (source["read"], source["kept"], source["dropped"]["empty_response"]["count"]) == (40, 38, 1)
-    assert not of_rule(report, "too_many_dropped")
-    assert of_rule(examined(tmp_path, pairs, config={"max_bad_share": 0.01}), "too_many_dropped")
-
-
 def test_lengths_are_those_before_the_cut(tmp_path: Path) -> None:
     pairs, tokenizer = clean_pairs(40), tiny.qwen()
     [whole] = examined(tmp_path, pairs, tokenizer=tokenizer, config={"max_length": 4000}).sources

@@ -55,7 +55,21 @@ def fill(
     return values
 
 
-def test_sums_of_all_numerics_are_found(tmp_path: Path, model: Path, dataset: PreferenceDataset) -> None:
+def with_every_second_token(dataset: PreferenceDataset) -> PreferenceDataset:
+    """The same pairs, of whose responses the loss counts the first token, the third, ..."""
+    lengths = lengths_of(dataset)
+    masks = [np.arange(tokens) % 2 == 0 for tokens in lengths]
+    return replace(
+        dataset,
+        trained=np.concatenate(masks),
+        mask_starts=np.cumsum(lengths) - lengths,
+        trained_tokens=np.array([mask.sum() for mask in masks], dtype=np.int32),
+    )
+
+
+def test_sums_of_all_numerics_are_of_the_tokens_that_the_loss_counts(
+    tmp_path: Path, model: Path, dataset: PreferenceDataset
+) -> None:
     digest = digest_model(model).digest
     values = fill(tmp_path, digest, dataset, slice(0, 6), device="cuda", gpu="H200")
     values |= fill(tmp_path, digest, dataset, slice(6, 9), device="cpu")
@@ -63,32 +77,12 @@ def test_sums_of_all_numerics_are_found(tmp_path: Path, model: Path, dataset: Pr
     store = stored(tmp_path, model)
     assert store is not None
     assert [each.profile["device"] for each in store.fingerprints].count("cpu") == 1
-    table, origins = stored_pairs(store, [dataset])
-    assert origins == [str(dataset.origin(index)) for index in range(4)]
-    lengths = lengths_of(dataset)
-    for row, numbers in enumerate((range(0, 8, 2), range(1, 8, 2))):
-        np.testing.assert_allclose(table[row], [values[n].sum() for n in numbers], rtol=1e-6)
-        assert table[2 + row].tolist() == [lengths[n] for n in numbers]
-
-
-def test_only_tokens_that_the_loss_counts_are_summed(
-    tmp_path: Path, model: Path, dataset: PreferenceDataset
-) -> None:
-    lengths = lengths_of(dataset)
-    masks = [np.arange(tokens) % 2 == 0 for tokens in lengths]
-    dataset = replace(
-        dataset,
-        trained=np.concatenate(masks),
-        mask_starts=np.cumsum(lengths) - lengths,
-        trained_tokens=np.array([mask.sum() for mask in masks], dtype=np.int32),
-    )
-    values = fill(tmp_path, digest_model(model).digest, dataset, slice(0, 18))
-    store = stored(tmp_path, model)
-    assert store is not None
-    table, _ = stored_pairs(store, [dataset])
-    sums = np.array([values[n][::2].sum() for n in range(18)]).reshape(-1, 2).T
-    np.testing.assert_allclose(table[:2], sums, rtol=1e-6)
-    assert table[2].tolist() == [(length + 1) // 2 for length in lengths[::2]]
+    for counted, every in ((dataset, 1), (with_every_second_token(dataset), 2)):
+        table, origins = stored_pairs(store, [counted])
+        assert origins == [str(dataset.origin(index)) for index in range(4)]
+        for row, numbers in enumerate((range(0, 8, 2), range(1, 8, 2))):
+            np.testing.assert_allclose(table[row], [values[n][::every].sum() for n in numbers], rtol=1e-6)
+            assert table[2 + row].tolist() == [len(values[n][::every]) for n in numbers]
 
 
 def test_nothing_is_found_without_entries_of_this_reference(

@@ -10,12 +10,7 @@ from dpo_dist.config.schema import FolderConfig, RunConfig
 from dpo_dist.insight.doctor.examine import Diagnosis
 from dpo_dist.insight.pages.doctor import diagnosis_lines, write_doctor_page, write_doctor_report
 from tests.support.doctor_data import ACROSS, EMPTY, diagnosis
-from tests.unit.insight.pages.made_run import Page
-
-HOSTILE = (
-    "</style></script><script>alert(1)</script><img src=x onerror=alert(2)>\u202e\u200b\x1b[2J"
-    '"><a href="javascript:alert(3)">x</a><!-- <b onclick=\'x\'>'
-)
+from tests.unit.insight.pages.made_run import HOSTILE, Page
 
 
 def written(folder: Path, found: Diagnosis) -> str:

@@ -10,13 +10,7 @@ import pytest
 
 import dpo_dist
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.insight.metrics.log import (
-    COLUMNS,
-    MetricsLog,
-    describe_environment,
-    final_and_best,
-    read_latest_rows,
-)
+from dpo_dist.insight.metrics.log import COLUMNS, MetricsLog, describe_environment, final_and_best
 
 
 def row_of(step: int) -> dict[str, float]:
@@ -54,16 +48,6 @@ def test_the_csv_file_grows_with_every_row_and_new_key_and_saving_changes_no_row
     log.save()
     assert csv_rows(tmp_path) == found
     assert json.loads(log.folder.log_history.read_text()) == log.rows
-
-
-def test_rows_of_a_run_in_training_are_those_of_both_files(tmp_path: Path) -> None:
-    log = log_of(tmp_path, row_of(1))
-    log.append({**row_of(2), "new": 0.5})
-    with log.folder.metrics_table.open("a") as table:
-        table.write("3,0.")  # unfinished
-    assert read_latest_rows(log.folder) == log.rows
-    log.folder.metrics_table.unlink()
-    assert read_latest_rows(log.folder) == log.rows[:1]
 
 
 def test_files_of_a_resumed_run_equal_those_of_an_uninterrupted_one(tmp_path: Path) -> None:

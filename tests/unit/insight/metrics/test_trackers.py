@@ -76,11 +76,6 @@ def open_in(run_dir: Path, config: RunConfig | None = None, **options: Any) -> W
     return tracker
 
 
-def summary_of(run_dir: Path) -> dict[str, Any]:
-    items = [item for record in records_of(run_dir, "summary") for item in record.update]
-    return {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
-
-
 def services() -> list[psutil.Process]:
     children = psutil.Process().children()
     return [each for each in children if "wandb-core" in each.name() and each.status() != "zombie"]
@@ -159,28 +154,6 @@ def test_tensorboard_has_every_value_once(tmp_path: Path) -> None:
     assert {name: [(event.step, event.value) for event in events.Scalars(name)] for name in tags} == expected
 
 
-def test_an_offline_run_has_the_rows_the_configuration_and_the_outcome(tmp_path: Path) -> None:
-    run_dir, said = tmp_path / "a-run-12345678", list[str]()
-    tracker = open_in(run_dir, environment={"torch": "2.13.0"}, say=said.append)
-    assert f"upload with: wandb sync {run_dir / 'wandb'}" in said[0]
-    for row in ROWS[:3]:
-        tracker.log(row)
-    tracker.finish("completed", {"steps": 2, "reference": {"mode": "cached", "hits": 7}})
-    assert history_rows(run_dir) == [wandb_names(row) for row in ROWS[:3]]
-    run = records_of(run_dir, "run")[0]
-    config = {item.key: json.loads(item.value_json) for item in run.config.update}
-    assert (config["model"]["path"], config["environment"]) == ("org/model", {"torch": "2.13.0"})
-    assert (run.project, run.display_name) == ("dpo_dist", "a-run-12345678 sigmoid beta=0.1 lr=1e-06")
-    metrics = {metric.glob_name or metric.name: metric for metric in records_of(run_dir, "metric")}
-    axes = {metric.step_metric for name, metric in metrics.items() if name != "train/global_step"}
-    assert axes == {"train/global_step"}
-    summary = summary_of(run_dir)
-    losses = {name: value for name, value in summary.items() if "loss" in name}
-    assert losses == {"train/loss": 0.65, "best/train/loss": 0.2, "eval/loss": 0.66, "best/eval/loss": 0.66}
-    assert summary["steps"] == 2
-    assert [record.exit_code for record in records_of(run_dir, "exit")] == [0]
-
-
 def test_a_run_has_tables_histograms_its_verdict_and_values_of_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,9 +191,9 @@ def test_a_run_has_tables_histograms_its_verdict_and_values_of_the_environment(
 
 
 def test_starts_of_a_run_are_one_run_with_every_row_and_alert_once(tmp_path: Path) -> None:
-    run_ids = set()
+    run_dir, run_ids, said = tmp_path / "a-run-12345678", set(), list[str]()
     for known, computed, end in ((0, 2, "preempted"), (1, 4, "killed"), (3, 5, "completed")):
-        tracker = open_in(tmp_path, rows=ROWS[:known])
+        tracker = open_in(run_dir, rows=ROWS[:known], environment={"torch": "2.13.0"}, say=said.append)
         run_ids.add(tracker.run.id)
         for row in ROWS[known:computed]:
             tracker.log(row)
@@ -230,18 +203,29 @@ def test_starts_of_a_run_are_one_run_with_every_row_and_alert_once(tmp_path: Pat
             kill_service()
             end_service(is_dead=True)
         else:
-            tracker.finish(end, {})
+            tracker.finish(end, {"steps": 4, "reference": {"mode": "cached"}})
         if end != "completed":
             time.sleep(1.0)  # wandb names its folders by the second
-    assert run_ids == {(tmp_path / "wandb" / "run_id.txt").read_text()}
-    assert [row["_step"] for row in all_rows(tmp_path)] == [0, 1, 2, 3, 4]
-    assert [row["train/global_step"] for row in all_rows(tmp_path)] == [1, 2, 2, 3, 4]
-    assert [record.exit_code for record in records_of(tmp_path, "exit")] == [75, 0]
-    assert len(records_of(tmp_path, "preempting")) == 1
-    steps = [alert.text for alert in records_of(tmp_path, "alert")]
+    assert f"upload with: wandb sync {run_dir / 'wandb'}" in said[0]
+    assert run_ids == {(run_dir / "wandb" / "run_id.txt").read_text()}
+    assert [row["_step"] for row in all_rows(run_dir)] == [0, 1, 2, 3, 4]
+    assert history_rows(run_dir)[:4] == [wandb_names(row) for row in ROWS[:4]]
+    assert history_rows(run_dir)[4]["train/global_step"] == 4
+    assert [record.exit_code for record in records_of(run_dir, "exit")] == [75, 0]
+    assert len(records_of(run_dir, "preempting")) == 1
+    steps = [alert.text for alert in records_of(run_dir, "alert")]
     assert steps == [f"of step {step}" for step in (1, 2, 2, 3, 4)]
-    found = summary_of(tmp_path)
-    assert (found["best/train/loss"], found["eval/loss"], found["train/global_step"]) == (0.2, 0.66, 4)
+    run = records_of(run_dir, "run")[0]
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert (config["model"]["path"], config["environment"]) == ("org/model", {"torch": "2.13.0"})
+    assert (run.project, run.display_name) == ("dpo_dist", "a-run-12345678 sigmoid beta=0.1 lr=1e-06")
+    metrics = {metric.glob_name or metric.name: metric for metric in records_of(run_dir, "metric")}
+    axes = {metric.step_metric for name, metric in metrics.items() if name != "train/global_step"}
+    assert axes == {"train/global_step"}
+    items = [item for record in records_of(run_dir, "summary") for item in record.update]
+    found = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+    best = ("best/train/loss", "best/eval/loss", "eval/loss", "train/global_step", "steps")
+    assert [found[name] for name in best] == [0.2, 0.66, 0.66, 4, 4]
 
 
 @pytest.mark.parametrize(

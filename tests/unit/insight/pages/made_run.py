@@ -9,8 +9,12 @@ import yaml
 
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.insight.metrics.log import MetricsLog, final_and_best
+from tests.support.sample_files import sample, write_samples
 
-HOSTILE = "</style></script><script>alert(1)</script><img src=x onerror=alert(2)>\u202e\x1b[2J"
+HOSTILE = (
+    "</style></text></svg></details></script><script>alert(1)</script><img src=x onerror=alert(2)>"
+    '\u202e\u200b\x07\x1b[2J"><a href="javascript:alert(3)">x</a><!-- <b onclick=\'x\'>'
+)
 VOID = {"meta", "img", "input", "br"}
 
 
@@ -63,25 +67,21 @@ def evaluation(step: int, source: str) -> dict[str, float]:
 
 
 def summary(label: str) -> dict[str, Any]:
-    counts = {
-        **{"read": 2000, "kept": 1920, "pairs": 1920, "dropped": {"identical_responses": 80}},
-        **{"response_truncated": 17, "duplicates": 0, "examples": [f"{label}:3 identical_responses"]},
-        "details": {"identical_responses": label},
-        "sources": [{"label": label, "path": label, "read": 2000, "kept": 1920, "pairs": 1920}],
-    }
+    source = {"label": label, "path": label, "read": 2000, "kept": 1920, "pairs": 1920}
+    train = source | {"dropped": {"identical_responses": 80}, "response_truncated": 17, "duplicates": 0}
+    train |= {"examples": [f"{label}:3"], "details": {"identical_responses": label}, "sources": [source]}
+    held_out = {"read": 100, "kept": 100, "pairs": 100, "dropped": {}}
     drift = {"responses": 32, "mean_token_drift": 2e-9, "largest_token_drift": 3e-6}
     seconds = {"starting": 60.0, "reference": 84.0, "training": 4210.4, "evaluation": 60.0, "other": 0.0}
+    finding = {"rule": "does_not_generalise", "text": f"{label} fell. Try: a lower `optim.lr`"}
     return {
         **{"steps": 30, "pairs_seen": 1920, "train_seconds": 4210.4, "pairs_per_second": 0.5},
         **{"peak_memory_bytes": 3 * 2**30, "world_size": 2, "settings": {"loss.beta": 0.1}},
         "reference": {"mode": "cached", "hits": 3000, "computed": 840, "seconds": 84.0, "drift": drift},
         "work": {"seconds": seconds, "device_seconds": 14400.0},
-        "data": {"train": counts, "eval": {"read": 100, "kept": 100, "pairs": 100, "dropped": {}}},
+        "data": {"train": train, "eval": held_out},
         "exit": "completed",
-        "verdict": {
-            "sentence": f"does not generalise: {label}",
-            "findings": [{"rule": "does_not_generalise", "text": f"{label} fell. Try: a lower `optim.lr`"}],
-        },
+        "verdict": {"sentence": f"does not generalise: {label}", "findings": [finding]},
     }
 
 
@@ -112,24 +112,16 @@ def made_run(folder: Path, text: str = "plain", source: str = "math") -> RunFold
         "trainer": {"global_batch_pairs": 64},
     }
     run.config.write_text(yaml.safe_dump(config))
-    environment = {
-        "packages": {"torch": "2.13.0"},
-        "git_commit": "abc123",
-        "git_changed_files": 2,
-        "gpus": [text, text],
-        "command": f"python -m dpo_dist.train {text}",
-    }
+    environment = {"packages": {"torch": "2.13.0"}, "git_commit": "abc123", "git_changed_files": 2}
+    environment |= {"gpus": [text, text], "command": f"python -m dpo_dist.train {text}"}
     run.environment.write_text(json.dumps(environment))
     run.state.write_text(json.dumps({"identity": {"run_digest": "3fa9c1d2", "eval_data": None}}))
     run.evaluation_of(LAST_EVALUATION).path.mkdir(parents=True)
     run.evaluation_of(LAST_EVALUATION).results.write_text(json.dumps(evaluated(source)))
+    finding = {"rule": "label_leak", "level": "error", "text": text, "source": text, "remedy": text}
     run.doctor_report.parent.mkdir()
-    finding: dict[str, Any] = {"rule": "label_leak", "level": "error", "text": text, "source": text}
-    finding["examples"] = [f"{text}:4"]
-    run.doctor_report.write_text(json.dumps({"findings": [{**finding, "remedy": text}]}))
-    run.samples.mkdir()
-    sample = {"prompt": text, "prompt_id": "1", "source": text, "step": 30, "chosen": text}
-    policy = {"policy": text, "policy_tokens": 3, "policy_finished": True}
-    reference = {"reference": f"{text} before", "reference_tokens": 4, "reference_finished": True}
-    run.samples_file(30).write_text(json.dumps({**sample, **policy, **reference}) + "\n")
+    run.doctor_report.write_text(json.dumps({"findings": [{**finding, "examples": [f"{text}:4"]}]}))
+    write_samples(
+        run.path, 30, [sample(1, text, prompt=text, source=text, chosen=text, reference=f"{text} before")]
+    )
     return run

@@ -12,15 +12,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from dpo_dist.insight.pages.charts import (
-    PANELS,
-    Axis,
-    Line,
-    chart,
-    charts,
-    draw_curves,
-    panel_lines,
-)
+from dpo_dist.insight.pages.charts import PANELS, Axis, Line, chart, charts, draw_curves, panel_lines
 
 
 def data_of(figure: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.insight.pages import compare
 from dpo_dist.insight.pages.compare import headline, write_comparison_page
 from tests.support.comparison_files import answer, model, results, row, win, write_comparison
+from tests.unit.insight.pages.made_run import HOSTILE
 
 
 def page_of(folder: Path, content: dict[str, Any], rows: list[dict[str, Any]]) -> str:
@@ -102,15 +103,10 @@ def test_the_page_is_bounded_and_says_what_is_left_out(
 
 
 def test_texts_and_names_are_inert(tmp_path: Path) -> None:
-    hostile = "</text></svg></details><script>alert(1)</script><img src=x onerror=alert(1)>\u202e\x07\n"
-    other = f"{hostile}2"
-    content = results(
-        [model(hostile, None, 0.4), model(other, 3, 0.6)],
-        [win(hostile, other, 0.4)],
-        judge=hostile,
-        counts={hostile: 3},
-    )
-    rows = [row(1, {hostile: answer(hostile, 1), other: answer(hostile, 2)}, prompt=hostile, source=hostile)]
+    other = f"{HOSTILE}2"
+    models = [model(HOSTILE, None, 0.4), model(other, 3, 0.6)]
+    content = results(models, [win(HOSTILE, other, 0.4)], judge=HOSTILE, counts={HOSTILE: 3})
+    rows = [row(1, {HOSTILE: answer(HOSTILE, 1), other: answer(HOSTILE, 2)}, prompt=HOSTILE, source=HOSTILE)]
     page = page_of(tmp_path, content, rows)
     assert page.count("<script") == 1
     assert "<img" not in page
