@@ -174,13 +174,11 @@ def finished(folder: Path) -> Results:
     rule = PairsConfig(method=PairsMethod.samples, select=ALL)
     rows = []
     for prompt in range(3):
+        thoughts = [THOUGHT, {}] if prompt == 0 else [{}, {}]
         of_models = [
-            Answers([sample(f"{name}{n}", 2 * model + n, n + 1) for n in range(2)])
-            for model, name in enumerate("ab")
+            Answers([sample(f"{name}{n}", at + n, n + 1, fields=thoughts[n]) for n in range(2)])
+            for name, at in (("a", 0), ("b", 2))
         ]
-        if prompt == 0:
-            for row in of_models:
-                row.answers[0] = replace(row.answers[0], fields=THOUGHT)
         if prompt == 2:
             of_models[1] = Answers([], "too_long")
         rows.append(joined_answers(of_models, rule))
