@@ -30,7 +30,7 @@ from dpo_dist.generation.pairs.run import (
     select_pairs,
     write_prompts,
 )
-from dpo_dist.generation.pairs.start import check_pairs
+from dpo_dist.generation.pairs.start import check_judge, check_pairs
 from dpo_dist.generation.sampling.respond import Answer, Answers, ModelSource
 from dpo_dist.generation.sampling.stages import Parts, Stages
 from tests.support.judge_server import judge_server
@@ -325,6 +325,11 @@ def test_rounds_are_done_by_one_process(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="one process"):
         check_pairs(config(*SAMPLED, "pairs.rounds=1"))
+
+
+def test_a_comparison_has_at_most_one_judge() -> None:
+    with pytest.raises(ConfigError, match="a comparison has one judge"):
+        check_judge(config("pairs.reward_model=a", "pairs.function=a:b"))
 
 
 def test_models_prompts_and_the_endpoint_are_checked(in_folder: Path) -> None:
