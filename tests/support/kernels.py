@@ -59,7 +59,7 @@ def by_segment(
     return torch.cat(outputs)
 
 
-def _checked(
+def checked_by_segment(
     heads: tuple[Tensor, Tensor, Tensor],
     cumulative: tuple[Tensor, Tensor],
     longest: tuple[int, int],
@@ -95,7 +95,7 @@ def varlen_of_torch_2_13(
 ) -> Tensor:
     """`torch.nn.attention.varlen.varlen_attn` of torch 2.12 and 2.13."""
     assert enable_gqa or query.shape[1] == key.shape[1]
-    return _checked((query, key, value), (cu_seq_q, cu_seq_k), (max_q, max_k), scale, window_size)
+    return checked_by_segment((query, key, value), (cu_seq_q, cu_seq_k), (max_q, max_k), scale, window_size)
 
 
 def varlen_of_torch_2_11(
@@ -112,7 +112,7 @@ def varlen_of_torch_2_11(
 ) -> Tensor:
     """The same where it knows no groups of heads."""
     assert query.shape[1] == key.shape[1] == value.shape[1]
-    return _checked((query, key, value), (cu_seq_q, cu_seq_k), (max_q, max_k), scale, window_size)
+    return checked_by_segment((query, key, value), (cu_seq_q, cu_seq_k), (max_q, max_k), scale, window_size)
 
 
 def flash_attn_varlen_func(
@@ -133,7 +133,7 @@ def flash_attn_varlen_func(
     """`flash_attn.flash_attn_varlen_func` of flash-attn 2.8."""
     assert causal
     assert dropout_p == 0.0
-    return _checked(
+    return checked_by_segment(
         (q, k, v),
         (cu_seqlens_q, cu_seqlens_k),
         (max_seqlen_q, max_seqlen_k),
