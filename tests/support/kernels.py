@@ -59,7 +59,7 @@ def by_segment(
     return torch.cat(outputs)
 
 
-def _checked(
+def checked_by_segment(
     heads: tuple[Tensor, Tensor, Tensor],
     cumulative: Sequence[Tensor],
     longest: Sequence[int],
@@ -90,7 +90,7 @@ def varlen_of_torch_2_11(
 ) -> Tensor:
     """`torch.nn.attention.varlen.varlen_attn` of torch 2.11, which knows no groups of heads."""
     assert query.shape[1] == key.shape[1] == value.shape[1]
-    return _checked((query, key, value), lengths[:2], lengths[2:], scale, window_size)
+    return checked_by_segment((query, key, value), lengths[:2], lengths[2:], scale, window_size)
 
 
 def varlen_of_torch_2_13(
@@ -104,7 +104,7 @@ def varlen_of_torch_2_13(
 ) -> Tensor:
     """The same of torch 2.12 and 2.13; `lengths` are cumulative ones of queries and keys, and the longest."""
     assert enable_gqa or query.shape[1] == key.shape[1]
-    return _checked((query, key, value), lengths[:2], lengths[2:], scale, window_size)
+    return checked_by_segment((query, key, value), lengths[:2], lengths[2:], scale, window_size)
 
 
 def flash_attn_varlen_func(
@@ -125,7 +125,7 @@ def flash_attn_varlen_func(
     """`flash_attn.flash_attn_varlen_func` of flash-attn 2.8."""
     assert causal
     assert dropout_p == 0.0
-    return _checked(
+    return checked_by_segment(
         (q, k, v),
         (cu_seqlens_q, cu_seqlens_k),
         (max_seqlen_q, max_seqlen_k),
