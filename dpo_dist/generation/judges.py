@@ -282,16 +282,13 @@ class EndpointJudge:
         self._headers: dict[str, Any] = {} if key else {"Authorization": openai.Omit()}
         self._options = _OPTIONS
 
-    def check(self) -> str:
-        """Send a harmless request once, which is not to be refused."""
-        self._check(self._client.with_options(max_retries=0))
-        return f"{self._config.model} at {self._config.url} replies"
-
-    def _check(self, client: Any) -> None:
+    def check(self, retries: int = 0) -> str:
+        """Send a harmless request, which is not to be refused."""
         harmless = self._messages(_GRADE, _HARMLESS, response="Hello.")
-        _, refusal = self._ask(harmless, client)
+        _, refusal = self._ask(harmless, self._client.with_options(max_retries=retries))
         if refusal:
             raise self._unusable(f"{refusal}, also for a harmless request")
+        return f"{self._config.model} at {self._config.url} replies"
 
     def describe(self) -> dict[str, Any]:
         """Return address, model and criterion."""
@@ -325,7 +322,9 @@ class EndpointJudge:
         ]
         counts = sum((judgement.counts for judgement in judgements), Counter[str]())
         if 0 < counts["requests"] == counts["refused"]:
-            self._check(self._client)  # all requests of a short part may be refused for their texts
+            self.check(
+                self._client.max_retries
+            )  # all requests of a short part may be refused for their texts
         return judgements
 
     def _verdict(self, question: Question, order: tuple[int, ...]) -> str:

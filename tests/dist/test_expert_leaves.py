@@ -1,12 +1,10 @@
 """Ranks whose tokens visit different experts neither hang nor differ from one process."""
 
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,7 +21,6 @@ from dpo_dist.config.schema import (
     ParallelismConfig,
     ParallelismKind,
 )
-from dpo_dist.data.dataset import shard_batch
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine, frozen_config
 from dpo_dist.model.attention import PACKED
@@ -31,12 +28,12 @@ from dpo_dist.model.layers import checkpoint_layers, offload_inputs, partly_used
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.model.ulysses import TokenExchange
+from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.training.step import Objective
-from tests.dist.scenario import LOSS, Assets, RowsAtHand, all_steps, plain_steps
+from tests.dist.scenario import LOSS, Assets, all_steps, entries_of, plain_steps
 from tests.dist.test_engine import write_whole
 from tests.support import tiny
 from tests.support.families import COMMON, HEADS
-from tests.support.packing import COSTS, plain_logps
 from tests.support.ranks import OPTIM, run_ranks
 
 EXPERTS, UNUSED = 8, 7
@@ -119,14 +116,16 @@ def visits(causal_lm: Any) -> list[list[list[int]]]:
 
 def listed_steps(
     assets: Assets,
-    reference: Sequence[np.ndarray],
     targets: list[str] | None,
     checkpointing: str,
     compiled: bool,
     world: World,
     folder: Path,
 ) -> dict[str, Any]:
-    """Gradient norms of `STEPS`, the experts visited in them; the weights after them go to `folder`."""
+    """Gradient norms of `STEPS`, the experts visited in them; the weights after them go to `folder`.
+
+    A sharded model of the same kind is the reference.
+    """
     dataset, model = assets.dataset(), listed_packed(world.sequence, compiled, targets)
     checkpoint_layers(model.causal_lm, checkpointing)
     if checkpointing == "full":
@@ -134,7 +133,8 @@ def listed_steps(
     blocks = [layer.mlp for layer in model.causal_lm.model.layers]
     assert partly_used_blocks(model.causal_lm) == blocks
     policy = PolicyEngine(model, OPTIM, world)
-    norms = all_steps(policy, Objective(LOSS, RowsAtHand.of(dataset, reference)), dataset, world)
+    reference = FrozenEngine(listed_packed(world.sequence), frozen_config(Offload.none, Dtype.fp32))
+    norms = all_steps(policy, Objective(LOSS, ReferenceProvider(engine=reference)), dataset, world)
     write_whole(policy, folder / "after.safetensors")
     assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) is compiled
     return {"norms": norms, "visited": visits(policy.causal_lm)}
@@ -172,19 +172,19 @@ def test_ranks_with_tokens_for_different_experts_train_like_one_process(
     targets: list[str] | None,
     checkpointing: str,
     assets: Assets,
-    plain_entries: list[np.ndarray],
     tmp_path: Path,
 ) -> None:
     is_compiled = checkpointing == "compiled"
     checkpointing = "none" if is_compiled else checkpointing
-    scenario = partial(listed_steps, assets, plain_entries, targets, checkpointing, is_compiled)
+    scenario = partial(listed_steps, assets, targets, checkpointing, is_compiled)
     results = run_ranks(scenario, size, tmp_path / "ranks", parallelism, seconds=SECONDS)
     # In the second step one rank has a pair and the others a dummy, which visits one expert of each layer; or
     # each rank has a share of the tokens.
     assert results[0]["visited"] != results[1]["visited"]
     assert all(UNUSED not in of for result in results for layer in result["visited"] for of in layer)
     plain = plain_model(targets)
-    norms = plain_steps(plain, assets.dataset(), plain_entries)
+    values = entries_of(plain_model(None), assets.dataset())
+    norms = plain_steps(plain, assets.dataset(), values)
     after = load_file(tmp_path / "ranks" / "after.safetensors")
     for result in results:
         assert result["norms"] == pytest.approx(norms, rel=5e-5)
@@ -194,31 +194,3 @@ def test_ranks_with_tokens_for_different_experts_train_like_one_process(
         torch.testing.assert_close(
             after[name], tensor.detach(), atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n} {m}"
         )
-
-
-def scored(assets: Assets, world: World, _folder: Path) -> dict[str, Any]:
-    """Log-probs of each rank's own pair by a sharded model that is only scored, and the experts visited."""
-    dataset = assets.dataset()
-    model = listed_packed()
-    blocks = [layer.mlp for layer in model.causal_lm.model.layers]
-    engine = FrozenEngine(model, frozen_config(Offload.none, Dtype.fp32))
-    for block in blocks:
-        block.visited.clear()
-    plan = shard_batch(dataset, np.array([2, 9]), world.rank, world.size, 1, COSTS)
-    batch = next(iter(plan.batches()))
-    logps = engine.token_logps(batch).tolist()
-    visited = visits(engine.causal_lm)
-    engine.free()
-    return {"position": list(plan.positions[0]), "logps": logps, "visited": visited}
-
-
-def test_a_reference_with_lists_of_experts_is_scored_on_ranks_that_visit_different_ones(
-    assets: Assets, tmp_path: Path
-) -> None:
-    results = run_ranks(partial(scored, assets), 3, tmp_path / "ranks", seconds=SECONDS)
-    assert results[0]["visited"] != results[2]["visited"], "the third rank has a dummy"
-    plain = plain_model(None)
-    for result in results:
-        for position in result["position"]:
-            expected = plain_logps(plain, [assets.dataset().sequences([2, 9][position])])
-            torch.testing.assert_close(torch.tensor(result["logps"]), expected, atol=1e-5, rtol=1e-5)

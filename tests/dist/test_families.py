@@ -118,7 +118,7 @@ def test_families_train_as_in_plain_float64(
     assert_trained_as_plain(models, assets, plain_entries, tmp_path, ZERO3)
 
 
-SHARED = ParallelismConfig(ZERO3, sequence_parallel=2)
+SEQUENCE = ParallelismConfig(ZERO3, sequence_parallel=2)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ SHARED = ParallelismConfig(ZERO3, sequence_parallel=2)
     [
         pytest.param(ZERO2, UNSHARDED, id="zero2"),
         pytest.param(DDP, UNSHARDED, id="ddp"),
-        pytest.param(SHARED, "deepseek_v3 gemma2 gpt_oss llama4_text qwen3_moe", id="sequence"),
+        pytest.param(SEQUENCE, "deepseek_v3 gemma2 gpt_oss llama4_text qwen3_moe", id="sequence"),
     ],
 )
 def test_families_train_in_other_ways(

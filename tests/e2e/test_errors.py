@@ -62,7 +62,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     ("free_kib", "is_checked", "text"),
     [
         (200, True, "the disk has no room for the checkpoints and the model of this run"),
-        (200, False, "to do:    make room"),
         (600, False, "the trained model cannot be written"),
     ],
 )

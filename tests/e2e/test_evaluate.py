@@ -132,7 +132,8 @@ def test_a_model_and_a_checkpoint_score_as_in_the_run(
     base = next(path for path, model in described.items() if model == f"{assets}/model")
     assert json.loads((base / "evaluation.json").read_text())["all"]["eval_rewards/margins"] == 0
 
-    output = evaluate([*others, models, "--check"])
-    assert "check passed" in output
-    assert "step-000002 (checkpoint)" in output
-    assert "more.jsonl, 6 of the first 6 records kept" in output
+    output = evaluate([*others, models, "--check", "console.style=json"])
+    checked = json.loads(output.splitlines()[-1])
+    assert checked["kind"] == "check"
+    for text in ("check passed", "step-000002 (checkpoint)", "more.jsonl, 6 of the first 6 records kept"):
+        assert text in checked["text"], text

@@ -92,6 +92,10 @@ def test_a_loss_of_ones_own_trains_on_two_processes_as_the_built_in_one(
 ) -> None:
     (tmp_path / "my_losses.py").write_text(OWN_LOSS)
     command = overrides("loss=custom", "loss.function=my_losses:hinge", "trainer.max_steps=2")
+    checked = run_verb("train", [*command, "--check"], cwd=tmp_path)
+    assert checked.code == 0, checked.output
+    assert "custom loss my_losses:hinge" in checked.output
+
     own = run_verb("train", command, processes=2, cwd=tmp_path)
     assert own.code == 0, own.output
     assert f"loss: custom loss my_losses:hinge from {tmp_path}/my_losses.py" in own.output

@@ -1,4 +1,4 @@
-"""An error is one block with the same lines on every rank, which says what to do."""
+"""An error is the same on every rank, and says what to do."""
 
 import ast
 import errno
@@ -8,20 +8,7 @@ from pathlib import Path
 import pytest
 
 import dpo_dist
-from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError, disk_error
-
-
-def test_block_has_a_line_for_each_part() -> None:
-    error = ConfigError("it is wrong", where="loss.beta", got="-1", expected="above 0", remedy="raise it")
-    assert error.block().splitlines() == [
-        "configuration error: it is wrong",
-        "  where:    loss.beta",
-        "  got:      -1",
-        "  expected: above 0",
-        "  to do:    raise it",
-    ]
-    assert str(error) == error.block()
-    assert DataError("no pair", where="a:3").block() == "data error: no pair\n  where:    a:3"
+from dpo_dist.foundation.errors import DpoDistError, disk_error
 
 
 def test_a_pickled_error_keeps_every_part() -> None:

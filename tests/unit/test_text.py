@@ -99,18 +99,6 @@ def test_nothing_is_printed_or_logged_with_a_secret(
     assert shown.count("***") >= 10
 
 
-def test_a_path_that_a_variable_names_too_is_read_back(
-    secret: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = tmp_path / "models" / "qwen"
-    model.mkdir(parents=True)
-    monkeypatch.setenv("SSH_KEY", str(model))
-    given = [f"model.path={model}", f"data.train=[{model}/pairs.jsonl]", f"tracking.project={secret}"]
-    config = load_run_config(given)
-    read = from_yaml(to_yaml(config))
-    assert (read.model.path, read.data, read.tracking.project) == (str(model), config.data, "***")
-
-
 def test_rounds_write_no_secret(secret: str, tmp_path: Path) -> None:
     given = ["model.path=m", "data.train=[t]", "pairs.method=samples", "pairs.function=m:f", "pairs.rounds=1"]
     given += [f"run.dir={tmp_path}/run", f"pairs.launcher='env A={secret} python'"]
@@ -133,10 +121,17 @@ def test_a_secret_of_a_file_is_hidden_without_its_line_end() -> None:
     assert without_secrets("16777216 tokens, 5 of 1", limits) == "16777216 tokens, 5 of 1"
 
 
-def test_a_configuration_with_a_hidden_text_is_the_same_run(secret: str, tmp_path: Path) -> None:
-    given = [f"model.path=models/{secret}", f"data.train=[{secret}.jsonl]"]
+def test_a_configuration_with_a_hidden_text_is_the_same_run_and_paths_are_read_back(
+    secret: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, file = tmp_path / "models" / "qwen", tmp_path / "config.yaml"
+    model.mkdir(parents=True)
+    monkeypatch.setenv("SSH_KEY", str(model))  # a path that a variable names, too
+    given = [f"model.path={model}", f"data.train=[{model}/{secret}.jsonl]", f"tracking.project={secret}"]
     config = load_run_config(given)
-    (tmp_path / "config.yaml").write_text(to_yaml(config))
-    assert changed_keys(tmp_path / "config.yaml", config) == {}
-    changed = changed_keys(tmp_path / "config.yaml", load_run_config([*given, "loss.beta=0.3"]))
+    file.write_text(to_yaml(config))
+    read = from_yaml(file.read_text())
+    assert (read.model.path, read.tracking.project) == (str(model), "***")
+    assert changed_keys(file, config) == {}
+    changed = changed_keys(file, load_run_config([*given, "loss.beta=0.3"]))
     assert changed == {"loss.beta": (0.1, 0.3)}

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,11 +166,7 @@ def open_generator(
                 remedy="check base_model_name_or_path in its adapter_config.json",
             ) from fault
     causal_lm.eval()
-
-    def samples(requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
-        return generate(causal_lm, requests, sampling, responder.stop_ids, BATCH_TOKENS)
-
-    return responder, samples
+    return responder, partial(generate, causal_lm, stop_ids=responder.stop_ids, budget=BATCH_TOKENS)
 
 
 _UNLIMITED = 2**30

@@ -52,11 +52,14 @@ def with_weights(change: Callable[[dict[str, torch.Tensor]], object]) -> Before:
     return changed(rewrite)
 
 
-def sharded(model: Path) -> None:
-    """An index that names a shard that does not exist."""
-    (model / "model.safetensors").unlink()
-    index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
-    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+def indexed(index: str) -> Before:
+    """Replace the weights by an index of files that are not there."""
+
+    def change(model: Path) -> None:
+        (model / "model.safetensors").unlink()
+        (model / "model.safetensors.index.json").write_text(index)
+
+    return changed(change)
 
 
 def truncated(model: Path) -> None:
@@ -108,7 +111,10 @@ CASES = [
          before=changed(lambda model: (model / "model.safetensors").unlink()),
          to_do="set model.path to a complete model"),
     Case("missing shard", BROKEN, "a weight file", "model.path", "model-00002-of-00002.safetensors",
-         before=changed(sharded), to_do="download or copy the file again"),
+         before=indexed('{"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}'),
+         to_do="download or copy the file again"),
+    Case("index without weight map", BROKEN, "no weight_map", "model.safetensors.index.json",
+         before=indexed("{}"), to_do="download or save the model again"),
     Case("truncated weights", BROKEN,
          "a weight file of the model cannot be read", "", "broken", before=changed(truncated),
          to_do="download or copy the file again"),

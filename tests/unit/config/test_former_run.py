@@ -26,24 +26,17 @@ def write_run(folder: Path, *overrides: str) -> RunConfig:
     return config
 
 
-def test_a_run_directory_alone_gives_the_configuration(tmp_path: Path) -> None:
+def test_a_run_directory_stands_for_its_command_whose_keys_and_presets_can_be_changed(tmp_path: Path) -> None:
     config = write_run(tmp_path / "run", "model.adapter={r: 4}", "reference.mode=adapter")
-    assert evaluated(f"run.dir={tmp_path}/run") == config
-
-
-def test_other_keys_and_presets_of_the_command_win(tmp_path: Path) -> None:
-    write_run(tmp_path / "run")
-    found = evaluated(f"run.dir={tmp_path}/run", "evaluation.data=[hard.jsonl]", "loss.beta=0.5")
+    place = f"run.dir={tmp_path}/run"
+    assert evaluated(place) == config
+    found = evaluated(place, "evaluation.data=[hard.jsonl]", "loss.beta=0.5")
     assert (found.loss.kind, found.loss.beta, found.optim.lr) == ("ipo", 0.5, 1e-5)
     assert [source.path for source in found.evaluation.data] == ["hard.jsonl"]
-    found = evaluated(f"run.dir={tmp_path}/run", "loss=hinge")
+    found = evaluated(place, "loss=hinge")
     assert (found.loss.kind, found.loss.beta) == ("hinge", 0.1)
-
-
-def test_a_command_with_a_model_is_whole(tmp_path: Path) -> None:
-    write_run(tmp_path / "run")
-    found = evaluated(f"run.dir={tmp_path}/run", "model.path=other", "data.train=[b.jsonl]")
-    assert (found.model.path, found.loss.kind) == ("other", "sigmoid")
+    found = evaluated(place, "model.path=other", "data.train=[b.jsonl]")
+    assert (found.model.path, found.loss.kind) == ("other", "sigmoid"), "a command with a model is whole"
 
 
 def test_a_mistyped_run_directory_is_named_with_the_runs_beside_it(tmp_path: Path) -> None:
@@ -57,7 +50,7 @@ def test_a_mistyped_run_directory_is_named_with_the_runs_beside_it(tmp_path: Pat
     assert evaluated(f"run.dir={tmp_path}/new", *RUN[:2]).run.dir == f"{tmp_path}/new", "a whole command"
 
 
-@pytest.mark.parametrize("content", [b"", b"- a\n", b"a: [", b"\xff"])
+@pytest.mark.parametrize("content", [b"- a\n", b"a: [", b"\xff"])
 def test_a_damaged_configuration_is_named(content: bytes, tmp_path: Path) -> None:
     write_run(tmp_path / "run")
     file = tmp_path / "run" / "config.yaml"
@@ -71,7 +64,6 @@ def test_a_damaged_configuration_is_named(content: bytes, tmp_path: Path) -> Non
     "text",
     [
         "run:\n  name: ${oc.env:DB_PASSWORD}\n",
-        "data:\n  train:\n  - path: ${oc.env:DB_PASSWORD}\n",
         "run:\n  name: !!python/object/apply:os.system [touch trace]\n",
         "defaults:\n- override /hydra/launcher: evil\n",
         "hydra:\n  callbacks:\n    a:\n      _target_: os.system\n",

@@ -25,9 +25,6 @@ def test_only_keys_that_define_the_result_change_the_run_directory() -> None:
     assert {configured(word).run.dir for word in FREE.split()} == {own}
     others = [configured(word).run.dir for word in DEFINING.split()]
     assert len({*others, own}) == len(others) + 1
-
-
-def test_the_run_directory_has_root_and_name() -> None:
     assert str(configured("run.root=/r run.name=n").run.dir).startswith("/r/n-")
     assert configured("run.dir=/mine").run.dir == "/mine"
 

@@ -37,19 +37,16 @@ def test_the_paths_of_a_run_directory_are_those_of_the_contract() -> None:
     }
 
 
-def test_the_newest_checkpoint_is_that_of_the_largest_step(tmp_path: Path) -> None:
+def test_checkpoints_are_folders_with_the_name_and_the_state_of_one(tmp_path: Path) -> None:
+    """The newest first, which is that of the largest step."""
     for step in (999_999, 1_000_000, 5):
         (tmp_path / checkpoint_name(step)).mkdir()
-    (tmp_path / "step-000009.tmp-1").mkdir()
+    for name in ("step-000005", "step-x"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / STATE).write_text("{}")
     (tmp_path / "step-2000000").write_text("a file")
     found = [folder.name for folder in checkpoint_folders(tmp_path)]
     assert found == ["step-1000000", "step-999999", "step-000005"]
     assert checkpoint_folders(tmp_path / "missing") == []
-
-
-def test_a_checkpoint_has_the_name_and_the_state_of_one(tmp_path: Path) -> None:
-    for name in ("step-000001", "step-x", "step-000002"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / (STATE if name != "step-000002" else "other")).write_text("{}")
-    assert [path.name for path in tmp_path.iterdir() if is_checkpoint(path)] == ["step-000001"]
+    assert [path.name for path in tmp_path.iterdir() if is_checkpoint(path)] == ["step-000005"]
     assert (step_of("step-000100"), step_of("step-1000000"), step_of("last")) == (100, 1_000_000, None)

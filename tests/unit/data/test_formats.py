@@ -316,32 +316,24 @@ def test_a_conversation_is_the_same_in_each_format_and_kind_of_file(tmp_path: Pa
 
 
 SHARED = shared_data_dir()
-HH_FAULTS = {"empty_response": 4, "history_differs": 5}
-SCORED_FAULTS = {"identical_responses": 5, "empty_response": 2}
 RANKED_FAULTS = {"identical_responses": 6}
+BAD_FAULTS = {"history_differs": 5, "empty_response": 7, "identical_responses": 11}
 # Kept and dropped records of each file, and of each entry of dataset_info.json.
 FILES: list[tuple[str, dict[str, Any], int, dict[str, int]]] = [
-    ("hh_rlhf_sample.jsonl", {}, 1491, HH_FAULTS),
+    ("hh_rlhf_sample.jsonl", {}, 1491, {"empty_response": 4, "history_differs": 5}),
     ("llama_factory_sharegpt_en.json", {}, 150, {}),
     ("llama_factory_sharegpt_zh.json", {}, 300, {}),
     ("llama_factory_v1_message_pairs.jsonl", {}, 10, {}),
-    *(
-        ("llama_factory_kto_en.json", how, 0, {"unpaired": 60})
-        for how in ({}, {"format": DataFormat.completion})
-    ),
-    ("ultrafeedback_plain_scored.jsonl", {}, 293, SCORED_FAULTS),
+    ("llama_factory_kto_en.json", {}, 0, {"unpaired": 60}),
+    ("llama_factory_kto_en.json", {"format": DataFormat.completion}, 0, {"unpaired": 60}),
+    ("ultrafeedback_plain_scored.jsonl", {}, 293, {"identical_responses": 5, "empty_response": 2}),
     ("ranked_oasst_history_zh.json", {}, 244, RANKED_FAULTS),
     ("system_history_question_zh.jsonl", {}, 150, {}),
     ("sharegpt_string_answers_zh.jsonl", {}, 80, {}),
     ("toolcall_pairs_zh.jsonl", {}, 11, {}),
     ("orca_system_question.csv", {}, 60, {}),
     ("templated_near_duplicates.jsonl", {}, 40, {}),
-    (
-        "bad_records.jsonl",
-        {"columns": {"record": "record"}},
-        23,
-        {"history_differs": 5, "empty_response": 7, "identical_responses": 11},
-    ),
+    ("bad_records.jsonl", {"columns": {"record": "record"}}, 23, BAD_FAULTS),
     ("derived/trl_conversational_from_hh.jsonl", {}, 200, {}),
     ("derived/ultrafeedback_binarized_messages.jsonl", {}, 100, {}),
     ("derived/llama_factory_alpaca_chosen_rejected.json", {}, 100, {}),

@@ -42,18 +42,18 @@ def encodes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_inputs_of_the_ids_change_the_file(tmp_path: Path) -> None:
     path = jsonl(tmp_path, *GOOD)
-    changes: list[dict[str, Any]] = [
-        {},
-        {"max_length": 30},
-        {"max_prompt_length": 5},
-        {"truncation": Truncation.drop},
-        {"text_as_messages": True},
-        {"on_bad_record": OnBadRecord.error},
-        {"tokenizer_digest": "another"},
-    ]
-    files = [prepare(tmp_path, path, **change) for change in changes]
-    assert len(set(files)) == len(changes)
-    assert prepare(tmp_path, path, max_bad_share=0.5) == files[0]
+    changes: dict[str, Any] = {
+        "max_length": 30,
+        "max_prompt_length": 5,
+        "truncation": Truncation.drop,
+        "text_as_messages": True,
+        "on_bad_record": OnBadRecord.error,
+        "tokenizer_digest": "another",
+    }
+    plain = prepare(tmp_path, path)
+    files = [plain, *(prepare(tmp_path, path, **{name: value}) for name, value in changes.items())]
+    assert len(set(files)) == len(files)
+    assert prepare(tmp_path, path, max_bad_share=0.5) == plain
 
 
 @pytest.mark.parametrize("size", [0, 500], ids="{} bytes".format)

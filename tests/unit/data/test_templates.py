@@ -15,7 +15,7 @@ from trl import DPOTrainer
 
 from dpo_dist.config.data import TEMPLATE_DATE, DataConfig
 from dpo_dist.data.encode import EncodedExample, encode_pair
-from dpo_dist.data.records import BadRecord, Message, Messages, Origin, PreferenceRecord, Prompt, Response
+from dpo_dist.data.records import BadRecord, Message, Origin, PreferenceRecord, Prompt, Response
 from dpo_dist.data.template import pin_clock
 from dpo_dist.foundation.errors import ConfigError
 from tests.support import tiny
@@ -25,11 +25,8 @@ from tests.support.pairs import CHAT, WIDE, encode, flags, reason_against, recor
 from tests.support.records import TEXT, jsonl
 
 CALL_ID = "call12345"
-PARAMETERS = {
-    "type": "object",
-    "properties": {"city": {"type": "string", "description": "its name"}},
-    "required": ["city"],
-}
+CITY = {"type": "string", "description": "its name"}
+PARAMETERS = {"type": "object", "properties": {"city": CITY}, "required": ["city"]}
 FUNCTION = {"name": "weather", "description": "The weather of a city.", "parameters": PARAMETERS}
 TOOL = {"type": "function", "function": FUNCTION}
 CALLED = {"type": "function", "id": CALL_ID, "function": {"name": "weather", "arguments": {"city": "Bern"}}}
@@ -44,10 +41,7 @@ def pair(*responses: Response, prompt: Prompt = (QUESTION,), **fields: Any) -> P
     return PreferenceRecord(prompt, responses, Origin("here", 1), **fields)
 
 
-def said(*contents: str, fields: dict[str, Any] | None = None) -> list[Messages]:
-    return [(ANSWER, DOUBT, Message("assistant", content, fields or {})) for content in contents]
-
-
+TURNS = (ANSWER, DOUBT, Message("assistant", "Yes."))
 RECORDS = {
     "plain": pair("Rain.", "No."),
     "system": pair("Rain.", "No.", prompt=(SYSTEM, QUESTION)),
@@ -55,7 +49,7 @@ RECORDS = {
     "tools": pair("Rain.", "No.", prompt=(QUESTION, CALL, RESULT), tools=(TOOL,)),
     "call": pair((CALL,), "No.", tools=(TOOL,)),
     "turns_with_tool": pair((CALL, RESULT, ANSWER), "No.", tools=(TOOL,)),
-    "turns": pair(*said("Yes."), "I do not know."),
+    "turns": pair(TURNS, "I do not know."),
     "thought": pair((Message("assistant", "Rain.", LOOK),), (Message("assistant", "No.", LOOK),)),
 }
 WITHOUT_TOOLS = ["gemma3", "phi3", "deepseek_r1_distill"]
@@ -205,24 +199,20 @@ def test_a_thought_after_the_end_of_one_is_said(family: str, thinking: Response,
     assert "ended_thought_reopened" not in encode(pair(thinking, "No."), tokenizer).changes
 
 
-def encoded_or_reason(what: PreferenceRecord, tokenizer: PreTrainedTokenizerFast) -> Any:
-    found = encode_pair(what, tokenizer, WIDE)
-    if isinstance(found, BadRecord):
-        return found.reason
-    prompt, *following = texts(found, tokenizer)
-    return prompt, following, found.changes
-
-
 @pytest.mark.parametrize("family", sorted({*WITH_THOUGHTS, *ENDING, "deepseek_r1_distill", "llama3_1"}))
 @pytest.mark.parametrize("thinking", [SPELLED, IN_FIELD, HALF, "<think>\nhm", "a <think> b"])
 def test_a_thought_of_one_side_is_encoded_alike_on_both(family: str, thinking: Response) -> None:
-    sides = [(thinking, "No."), ("No.", thinking)]
-    one, other = (encoded_or_reason(pair(*both), tokenizer_of(family)) for both in sides)
-    if isinstance(one, str):
+    tokenizer = tokenizer_of(family)
+    one, other = (
+        encode_pair(pair(*sides), tokenizer, WIDE) for sides in ((thinking, "No."), ("No.", thinking))
+    )
+    if isinstance(one, BadRecord) or isinstance(other, BadRecord):
         assert one == other
         return
-    assert one == (other[0], other[1][::-1], other[2])
-    assert "hm" in one[1][0] or "<think>" in one[1][0] or "content_not_rendered" in one[2]
+    prompt, first, second = texts(one, tokenizer)
+    assert texts(other, tokenizer) == [prompt, second, first]
+    assert one.changes == other.changes
+    assert "hm" in first or "<think>" in first or "content_not_rendered" in one.changes
 
 
 # As DeepSeek-R1's distilled models: thoughts of earlier answers are cut, the prompt opens the next one.
@@ -253,7 +243,7 @@ def test_an_opened_thought_is_removed_before_responses_without_one(other: str) -
 def test_a_prompt_that_depends_on_the_response_is_cut_at_a_turn() -> None:
     """Mistral's template writes the tools before the last question."""
     tokenizer, prompt = tokenizer_of("mistral"), (QUESTION, ANSWER, DOUBT)
-    what = pair(*said("Yes."), "No.", prompt=prompt, tools=(TOOL,))
+    what = pair(TURNS, "No.", prompt=prompt, tools=(TOOL,))
     found = encode(what, tokenizer)
     assert_starts_whole(tokenizer, what, found)
     shared, one, other = texts(found, tokenizer)
@@ -296,22 +286,19 @@ def injected(spelled: str) -> PreferenceRecord:
 )
 def test_spelled_control_tokens_are_text_everywhere(family: str) -> None:
     tokenizer = tokenizer_of(family)
-    known = set(tokenizer.added_tokens_decoder)
 
-    def control(example: EncodedExample) -> Counter[int]:
-        return Counter(token for token in ids_of(example) if token in known)
+    def ids_and_control(spelled: str) -> tuple[list[int], Counter[int]]:
+        found = encode(injected(spelled), tokenizer)
+        ids = [*found.prompt_ids.tolist(), *found.responses[0].tolist()]
+        return ids, Counter(token for token in ids if token in tokenizer.added_tokens_decoder)
 
-    usual = control(encode(injected("plain"), tokenizer))
+    _, usual = ids_and_control("plain")
     for token in map(str, tokenizer.added_tokens_decoder.values()):
         if token in TAGS and family not in ("qwen3", "qwen3_6", "glm4moe"):
             continue  # the template looks for them
-        found = encode(injected(token), tokenizer)
-        assert control(found) == usual, token
-        assert str(tokenizer.decode(ids_of(found))).count(token) >= 6
-
-
-def ids_of(example: EncodedExample) -> list[int]:
-    return [*example.prompt_ids.tolist(), *example.responses[0].tolist()]
+        ids, control = ids_and_control(token)
+        assert control == usual, token
+        assert str(tokenizer.decode(ids)).count(token) >= 6
 
 
 def test_a_text_that_a_template_would_change_is_not_marked_in_silence() -> None:

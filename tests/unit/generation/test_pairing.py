@@ -1,4 +1,4 @@
-"""Pairs by scores: their prompts, selection, records with provenance that the trainer reads, and counts."""
+"""Pairs by scores: prompts, selection, records with provenance that the trainer reads, counts; `--check`."""
 
 import itertools
 import json
@@ -10,12 +10,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import Qwen2Config
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.schema import DropOrKeep, PairsConfig, PairSelection, PairsMethod
+from dpo_dist.config.schema import DropOrKeep, PairsConfig, PairSelection, PairsMethod, RunConfig
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Message, PreferenceRecord
-from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.generation.judges import Judgement
 from dpo_dist.generation.pairs.files import read_prompt_row
 from dpo_dist.generation.pairs.run import (
@@ -23,14 +24,18 @@ from dpo_dist.generation.pairs.run import (
     joined_answers,
     pairs_from_scores,
     pairs_of,
+    rehearse_pairs,
     samples_of,
     score,
     select_pairs,
     write_prompts,
 )
+from dpo_dist.generation.pairs.start import check_pairs
 from dpo_dist.generation.sampling.respond import Answer, Answers, ModelSource
 from dpo_dist.generation.sampling.stages import Parts, Stages
+from tests.support.judge_server import judge_server
 from tests.support.records import assistant, jsonl, user
+from tests.support.tiny_model import write_model
 
 ALL = PairSelection.all_pairs
 
@@ -271,3 +276,86 @@ def test_processes_share_the_open_parts_and_stop_at_the_error_of_another_one(tmp
     assert parts.finished() == 5
     assert [parts.read(index) for index in range(5)] == [number(index) for index in range(5)]
     assert stage(tmp_path, "b").open() == [0, 1, 2, 3, 4], "other settings have other parts"
+
+
+PROMPTS = [{"prompt": [user(f"question {n}")]} for n in range(3)]
+SAMPLED = ("pairs.method=samples", "pairs.reward_model=r", "pairs.samples=2")
+DELTA = ("pairs.method=delta", "pairs.models=[a/b,c/d]")
+
+
+@pytest.fixture
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("base").mkdir()
+    return tmp_path
+
+
+def config(*overrides: str) -> RunConfig:
+    return load_run_config(["data.train=[records.jsonl]", "run.dir=run", "model.path=base", *overrides])
+
+
+def found(folder: Path, records: list[Any], *overrides: str) -> str:
+    jsonl(folder, *records)
+    before = sorted(folder.rglob("*"))
+    report = rehearse_pairs(config("model.path=model", *overrides))
+    assert sorted(folder.rglob("*")) == before
+    return report
+
+
+@pytest.mark.usefixtures("in_folder")
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["run.resume=must"], "run.resume has no effect"),
+        ([*DELTA, "model.revision=x"], "model.revision has no effect"),
+        ([*SAMPLED, "pairs.temperature=0"], "every sample of a model is the same"),
+        ([*SAMPLED, "pairs.function=a:b"], "samples need one judge"),
+        (["pairs.method=samples", "model.path=a/b", "pairs.endpoint.url=http://h/v1"], "model is not given"),
+        (["pairs.method=delta", "pairs.models=[a,./a]"], "two models"),
+        (["pairs.rounds=1"], "rounds cannot be done"),
+        (["pairs.rounds=1", *SAMPLED, "pairs.models=[other]"], "rounds cannot be done"),
+        (["pairs.margin=1", "pairs.top_k=3", "pairs.launcher=python"], "(?s)2 mistakes.*top_k.*launcher"),
+    ],
+)
+def test_an_option_without_effect_or_sense_is_refused(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_pairs(config(*overrides))
+
+
+@pytest.mark.usefixtures("in_folder")
+def test_rounds_are_done_by_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="one process"):
+        check_pairs(config(*SAMPLED, "pairs.rounds=1"))
+
+
+def test_models_prompts_and_the_endpoint_are_checked(in_folder: Path) -> None:
+    write_model(in_folder / "model")
+    records = [*PROMPTS, {"prompt": [user("word " * 900)]}, {"no": "prompt"}]
+    with judge_server(lambda *_: "[[5]]") as server:
+        keys = ["pairs.method=samples", f"pairs.endpoint.url={server.url}", "pairs.endpoint.model=judge"]
+        report = found(in_folder, records, *keys, "data.max_bad_share=0.2")
+    assert len(server.bodies) == 1
+    assert f"judge at {server.url} replies" in report
+    assert "model, 431 tokens, a response ends with <|im_end|>" in report
+    assert "3 of the first 5 records can be used; not used: 1 prompt_fills_max_length (" in report
+    assert "), 1 unknown_format (" in report
+    with judge_server(lambda *_: (400, "{}")) as server:
+        keys[1] = f"pairs.endpoint.url={server.url}"
+        with pytest.raises(ConfigError, match="harmless request"):
+            found(in_folder, PROMPTS, *keys)
+    Qwen2Config(num_labels=2).save_pretrained(in_folder / "model")
+    with pytest.raises(ConfigError, match="no reward model"):
+        found(in_folder, PROMPTS, "pairs.method=samples", "pairs.models=[]", "pairs.reward_model=model")
+
+
+@pytest.mark.parametrize(("records", "said"), [(10, "10 records"), (2000, "the first 1024 records")])
+def test_more_bad_records_than_pairs_accepts_are_an_error(records: int, said: str, in_folder: Path) -> None:
+    with pytest.raises(DataError, match=said):
+        found(in_folder, ([SCORED] * 9 + [{"no": "prompt"}]) * (records // 10))
+
+
+def test_records_without_scores_give_no_pairs(in_folder: Path) -> None:
+    assert "1 of the first 1 records can be used" in found(in_folder, [SCORED])
+    with pytest.raises(DataError, match="1 without_scores"):
+        found(in_folder, [{"prompt": "p", "chosen": "a", "rejected": "b"}])

@@ -56,20 +56,25 @@ def test_items_are_shared_or_judged_by_one_annotator_and_skipped_ones_left_to_ot
         assert len(judge_all(labelling, "Ada", "skip")) == len(judge_all(labelling, "Ben")) == 30
 
 
-def test_a_restart_reads_the_whole_lines_of_the_items_of_now(tmp_path: Path) -> None:
-    log = tmp_path / "log"
+def test_a_restart_reads_the_whole_lines_of_the_items_of_now_and_the_last_verdict_counts(
+    tmp_path: Path,
+) -> None:
+    log, first = tmp_path / "log", next(iter(ITEMS))
     with opened(log) as labelling:
         assert sorted(judge_all(labelling)) == sorted(ITEMS)
+        assert 5 < sum(one.left for one in labelling.given.values()) < 25
+        assert all(one.verdict == ("first", "second")[one.left] for one in labelling.given.values())
+        labelling.judge("Ada", first, "tie", 2.0)
         given = labelling.given
-        assert 5 < sum(one.left for one in given.values()) < 25
-        assert all(one.verdict == ("first", "second")[one.left] for one in given.values())
+        assert given["Ada", first].verdict == "tie"
     with opened(log) as labelling:
         assert labelling.given == given
-    with opened(log, dict([*ITEMS.items()][1:3]), foreign=28) as labelling:
+    with opened(log, dict([*ITEMS.items()][1:3]), foreign=29) as labelling:
         assert len(labelling.given) == 2
     log.write_bytes(log.read_bytes()[:-20])
     with opened(log) as labelling:
-        assert len(labelling.given) == len(log.read_bytes().splitlines()) == 29
+        assert labelling.given["Ada", first].verdict != "tie"
+    assert len(log.read_bytes().splitlines()) == 30
 
 
 def given(annotator: str, item: str, verdict: str, left: int = 0, seconds: float = 2.0) -> Judgement:
@@ -106,18 +111,14 @@ def test_kappa_is_agreement_beyond_chance() -> None:
     assert agreement_lines(found)[-1] == "Ada and Ben: 50 compared, 70 % agreed, kappa 0.40"
 
 
-def test_items_do_not_depend_on_the_order_of_records_and_responses() -> None:
+def test_items_do_not_depend_on_the_order_of_records_and_responses_and_others_are_counted() -> None:
     records = [record(f"a{n}", f"b{n}", prompt=f"p{n}") for n in range(50)]
     turned = [record(f"b{n}", f"a{n}", prompt=f"p{n}") for n in reversed(range(50))]
     drawn = draw_items(records, 20, 0, Counter())
     assert len(drawn) == 20
     assert drawn == draw_items(turned, 20, 0, Counter())
     assert drawn.keys() != draw_items(records, 20, 1, Counter()).keys()
-
-
-def test_records_without_an_item_are_counted_by_reason() -> None:
     counts: Counter[str] = Counter()
-    records = [record("a", "b"), record("b", "a"), record("a"), record("a", "b", "c", "d", prompt="Who?")]
-    items = draw_items(records, 1, 0, counts)
-    assert [len(one.responses) for one in items.values()] == [2]
+    given = [record("a", "b"), record("b", "a"), record("a"), record("a", "b", "c", "d", prompt="Who?")]
+    assert [len(one.responses) for one in draw_items(given, 1, 0, counts).values()] == [2]
     assert counts == {"read": 4, "duplicate": 1, "one_response": 1, "not_drawn": 1}

@@ -268,21 +268,6 @@ def test_dropout_of_own_code_is_found_in_training_mode(dtype: Dtype, folder: Pat
     assert "nats" in refused("another in training mode", check.check_training).got
 
 
-@pytest.mark.parametrize("here", [True, False], ids=["on this rank", "on another rank"])
-def test_a_model_that_fails_in_training_mode_is_refused(here: bool, folder: Path) -> None:
-    model = load(folder)
-
-    def refuse(module: nn.Module, _inputs: Any) -> None:
-        if module.training and here:
-            raise RuntimeError("labels are missing")
-
-    model.causal_lm.model.layers[0].register_forward_pre_hook(refuse)
-    check = settled_check(
-        model, agree=lambda fault: fault or ("labels are missing" if model.training else "")
-    )
-    assert "labels are missing" in refused("in training mode", check.check_training).got
-
-
 def test_a_last_layer_with_a_forward_of_its_own_is_not_replaced() -> None:
     class Normed(nn.Linear):
         def forward(self, hidden: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def test_changed_files_are_refused_where_they_become_part_of_the_result(
     assert not (tmp_path / "out").exists()
 
 
-# Buffers of the routers (deepseek_v3), weights that are never trained (ernie4_5_moe), convolutions (lfm2).
+# Buffers of the routers (deepseek_v3), weights that are never trained (ernie4_5_moe).
 FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": LOW_RANK | ROUTED | {"first_k_dense_replace": 1},
     "ernie4_5_moe": {
@@ -77,7 +77,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 16,
         "moe_layer_start_index": 0,
     },
-    "lfm2": {"layer_types": ["conv", "full_attention"]},
 }
 
 

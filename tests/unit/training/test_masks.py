@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.batching.pack import Sequences
+from dpo_dist.batching.pack import PackedBatch, Sequences
 from dpo_dist.config.losses import KINDS, LossConfig, LossKind, LossTermConfig, Weighting
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.data.dataset import PreferenceDataset, RankBatch, collate, shard_batch
@@ -21,12 +22,12 @@ from dpo_dist.model.load import load_packed
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import BatchFacts, RunningMeans, preference_loss
+from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.reference.fill import FillReport, StoreFiller
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
 from dpo_dist.training.step import Objective, StepClock, evaluate, train_step
 from tests.support.masks import masked
-from tests.support.one_process import OneProcess
 from tests.support.packing import COSTS, dataset_of, random_pairs
 from tests.support.padded import assert_same_gradients, gradients_of
 from tests.support.tiny_model import write_model
@@ -54,6 +55,30 @@ CASES = {
         beta=0.5, terms=[LossTermConfig(LossKind.sigmoid, 1.0), LossTermConfig(LossKind.sft, 0.3)]
     ),
 }
+
+
+class OneProcess:
+    """A trained model on one process in place of an engine."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+
+    def train(self, mode: bool = True) -> None:
+        self.model.train(mode)
+
+    def token_logps(self, batch: PackedBatch, statistics: Sequence[Statistic] = ()) -> Tensor:
+        logps: Tensor = self.model(batch, statistics=statistics)
+        return logps
+
+    @torch.no_grad()
+    def base_token_logps(self, batch: PackedBatch) -> Tensor:
+        return self.token_logps(batch)
+
+    def backward(self, loss: Any, is_last: bool) -> None:
+        loss.backward()
+
+    def step(self, rate: float) -> Tensor:
+        return torch.zeros(())
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Step-0 check: a run starts only if its policy scores like its reference."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -32,16 +32,9 @@ from tests.support.records import jsonl
 CPU = torch.device("cpu")
 SIGMOID = LossConfig()
 PAIRS = 6
-ROWS = [
-    {
-        "prompt": f"q {n}",
-        "chosen": f"right {n}" * 20,
-        "rejected": f"wrong {n}" * n,
-        "score_chosen": n,
-        "score_rejected": 0,
-    }
-    for n in range(1, 1 + PAIRS)
-]
+TEXTS = [(f"q {n}", f"right {n}" * 20, f"wrong {n}" * n, n, 0) for n in range(1, 1 + PAIRS)]
+FIELDS = ("prompt", "chosen", "rejected", "score_chosen", "score_rejected")
+ROWS = [dict(zip(FIELDS, texts, strict=True)) for texts in TEXTS]
 
 
 @dataclass
@@ -52,13 +45,11 @@ class Policy:
     chosen_drift: float = 0.0
     rejected_drift: float = 0.0
     key: int = 0
-    keys_seen: list[int] = field(default_factory=list)
 
     def token_logps(self, batch: PackedBatch) -> Tensor:
         logps = -1 - torch.frac(batch.targets.float() / 7)
         if len(batch.keys):
             parts = list(torch.split(logps, batch.response_tokens.tolist()))
-            self.keys_seen += [int(key[0]) for key in batch.keys[::2]]
             for number, key in enumerate(batch.keys[::2]):
                 if int(key[0]) == self.key:
                     parts[2 * number] = parts[2 * number] + self.chosen_drift

@@ -1,13 +1,9 @@
 """Choice of the prompts of samples, and the evaluations that have them."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
-import pytest
 
 from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.schema import FolderConfig, ModelConfig, RunConfig
@@ -16,7 +12,6 @@ from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.generation.sampling.generate import Request, Sampling
 from dpo_dist.generation.sampling.respond import find_stop_ids
 from dpo_dist.insight.console import Console
-from dpo_dist.training import samples
 from dpo_dist.training.samples import SamplePrompt, Samples, choose_prompts, lines
 from dpo_dist.training.start import Run
 from tests.support import tiny
@@ -25,7 +20,6 @@ from tests.support.records import jsonl
 
 TOKENIZER = tiny.qwen()
 STOPS = find_stop_ids(TOKENIZER, DataConfig())
-POLICY: Any = None
 ROWS = [
     {"prompt": f"question {'very ' * n}{n // 2}", "chosen": f" right {n}", "rejected": f"wrong {n}"}
     for n in range(12)
@@ -63,21 +57,12 @@ def test_prompts_leave_room_for_the_response(tmp_path: Path) -> None:
     assert 0 < len(fitting) < 12
 
 
-def run_in(folder: Path) -> Run:
-    place = FolderConfig(dir=str(folder))
-    return Run(RunConfig(model=ModelConfig("unused"), run=place), ALONE, Console(None))
-
-
-def held_out(folder: Path, **options: Any) -> Samples:
-    prompt = SamplePrompt(Request(np.array([1], np.int32), "id", 0), {"prompt_id": "id"}, None)
-    return Samples(run_in(folder), Sampling(4, seed=3), (prompt,), STOPS, TOKENIZER, **options)
-
-
-REFERENCE = [{"text": "of the reference", "tokens": 5, "finished": False}]
-
-
 def test_responses_of_the_reference_are_read_for_the_same_prompts_and_settings_only(tmp_path: Path) -> None:
-    opened = held_out(tmp_path)
+    run = Run(
+        RunConfig(model=ModelConfig("unused"), run=FolderConfig(dir=str(tmp_path))), ALONE, Console(None)
+    )
+    prompt = SamplePrompt(Request(np.array([1], np.int32), "id", 0), {"prompt_id": "id"}, None)
+    opened = Samples(run, Sampling(4, seed=3), (prompt,), STOPS, TOKENIZER)
     assert opened.read_reference() is None
     response = {"text": "a\u2028b", "tokens": 2, "finished": True}
     sampling = {"max_new_tokens": 4, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 3}
@@ -88,22 +73,3 @@ def test_responses_of_the_reference_are_read_for_the_same_prompts_and_settings_o
     assert opened.read_reference() == [response]
     assert replace(opened, sampling=Sampling(5, seed=3)).read_reference() is None
     assert replace(opened, prompts=opened.prompts * 2).read_reference() is None
-
-
-@pytest.mark.parametrize(
-    ("step", "starts_as_reference", "shown"),
-    [(0, True, "of the reference"), (0, False, "right"), (10, True, "right")],
-)
-def test_the_policy_responds_itself_unless_it_is_the_reference(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, starts_as_reference: bool, shown: str
-) -> None:
-    """Only before its first step, and only if it starts as the reference."""
-    ids = TOKENIZER("right")["input_ids"]
-    answer = SimpleNamespace(ids=ids, is_finished=True)
-    monkeypatch.setattr(samples, "generate_together", lambda *_, **__: [answer])
-    found = held_out(tmp_path, starts_as_reference=starts_as_reference, reference=REFERENCE)
-    measured = found.at(step, POLICY)
-    row = json.loads(found.run.folder.samples_file(step).read_text())
-    assert (row["step"], row["policy"], row["reference"]) == (step, shown, "of the reference")
-    assert measured["samples/length"] == (5 if shown == "of the reference" else len(ids))
-    assert measured["samples/reference_length"] == 5

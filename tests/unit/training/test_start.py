@@ -27,7 +27,6 @@ from dpo_dist.training.finish import finish, write_lost_files
 from dpo_dist.training.resume import (
     RunState,
     check_identity,
-    describe_change,
     length_of,
     read_state,
     write_state,
@@ -238,14 +237,6 @@ def test_a_complete_run_continues_to_another_length(former: list[str], new: str,
     RunFolder.of(longer).config.write_text(to_yaml(longer))
     write_state(RunFolder.of(longer), RunState(RunOutcome.started, 8, {"run_digest": run_digest(longer)}))
     assert step_of(start_of(longer)) == 8
-
-
-def test_a_run_becomes_longer_only(tmp_path: Path) -> None:
-    state, config = {"step": 8, "steps": 8, "pairs_seen": 500}, config_of(tmp_path)
-    assert describe_change(state, config, 8) == ""
-    assert describe_change(state, config, 9).startswith("training longer: 9 steps in place of 8; ")
-    with pytest.raises(CheckpointError, match="to a greater length only"):
-        describe_change(state, config, 7)
 
 
 def test_another_key_is_refused_beside_a_greater_length(tmp_path: Path) -> None:

@@ -38,12 +38,7 @@ def named(config: RunConfig, checkpoint: str) -> RunConfig:
 
 @pytest.mark.parametrize(
     ("checkpoint", "found"),
-    [
-        ("latest", "step-000200"),
-        ("best", "step-000100"),
-        ("step-000100", "step-000100"),
-        ("step-100", "step-000100"),
-    ],
+    [("latest", "step-000200"), ("best", "step-000100"), ("step-100", "step-000100")],
 )
 def test_a_checkpoint_by_name(checkpoint: str, found: str, config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step-000200" / "state.json").unlink()  # its files are checked later
@@ -90,16 +85,12 @@ def configured(folder: Path, *overrides: str) -> RunConfig:
 
 
 def test_kinds_are_found_by_the_files(tmp_path: Path) -> None:
-    for name, file in (
-        ("base", "config.json"),
-        ("lora", "adapter_config.json"),
-        ("step-000003", "state.json"),
-    ):
+    files = {"base": "config.json", "lora": "adapter_config.json", "step-000003": "state.json"}
+    for name, file in files.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text("{}")
     (tmp_path / "base" / "model.safetensors").write_text("")
-    names = "base", "lora", "step-000003"
-    several = f"evaluation.model=[{','.join(f'{tmp_path}/{name}' for name in names)},org/name]"
+    several = f"evaluation.model=[{','.join(f'{tmp_path}/{name}' for name in files)},org/name]"
     _, found = find_evaluated(configured(tmp_path, several))
     assert [one.kind for one in found] == [Kind.model, Kind.adapter, Kind.checkpoint, Kind.hub]
     with pytest.raises(ConfigError, match="this run directory has no model"):
