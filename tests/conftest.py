@@ -13,7 +13,7 @@ LONG = (
     "golden/test_trajectory.py",
     "e2e/test_kills.py",
     "e2e/test_benchmarks.py",
-    "e2e/test_preemption.py",
+    "e2e/test_resume.py",
     "dist/test_network.py",
     "e2e/test_samples.py",
     "dist/test_checkpoint.py",

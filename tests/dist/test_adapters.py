@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -84,7 +84,7 @@ def plain_steps(model: Any, assets: Assets) -> list[float]:
     return plain_training(model, [partial(loss, rows) for rows, _ in STEPS])
 
 
-def plain_adapter(path: Path, adapter: AdapterConfig) -> Any:
+def plain_adapter(base: Any, adapter: AdapterConfig) -> Any:
     config = LoraConfig(
         r=adapter.r,
         lora_alpha=adapter.alpha,
@@ -95,7 +95,6 @@ def plain_adapter(path: Path, adapter: AdapterConfig) -> Any:
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(SEED)
-    base = plain_base(path)
     is_tied = base.lm_head.weight is base.model.embed_tokens.weight
     model = get_peft_model(base, config)
     if adapter.modules_to_save and is_tied:
@@ -104,8 +103,11 @@ def plain_adapter(path: Path, adapter: AdapterConfig) -> Any:
     return model
 
 
-def plain_base(path: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+def plain_base(path: Path, quantization: Quantization | None = None) -> Any:
+    if quantization is None:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    config = ModelConfig(str(path), dtype=Dtype.fp32, quantization=quantization)
+    return load_weights(path, load_config(path, config), config, torch.device("cpu"))
 
 
 def scored_plainly(model: Any, assets: Assets) -> Tensor:
@@ -113,48 +115,62 @@ def scored_plainly(model: Any, assets: Assets) -> Tensor:
         return plain_logps(model, [assets.dataset().sequences(row) for row in SCORED])
 
 
+ZERO3, ZERO2, DDP = ParallelismKind
 WAYS = [
-    pytest.param(2, ParallelismKind.zero3, DORA, "full", True, id="2 ranks, zero3, dora, checkpointing"),
-    pytest.param(3, ParallelismKind.zero3, RSLORA, "none", True, id="3 ranks, zero3, rslora"),
-    pytest.param(2, ParallelismKind.zero3, WHOLE, "full", True, id="2 ranks, zero3, whole modules"),
-    pytest.param(3, ParallelismKind.zero2, WHOLE, "none", False, id="3 ranks, zero2, whole modules, untied"),
-    pytest.param(2, ParallelismKind.ddp, LORA, "full", True, id="2 ranks, ddp, lora, checkpointing"),
+    pytest.param(2, ZERO3, DORA, "full", True, None, id="2 ranks, zero3, dora, checkpointing"),
+    pytest.param(3, ZERO3, RSLORA, "none", True, None, id="3 ranks, zero3, rslora"),
+    pytest.param(2, ZERO3, WHOLE, "full", True, None, id="2 ranks, zero3, whole modules"),
+    pytest.param(3, ZERO2, WHOLE, "none", False, None, id="3 ranks, zero2, whole modules, untied"),
+    pytest.param(2, DDP, LORA, "full", True, None, id="2 ranks, ddp, lora, checkpointing"),
+    pytest.param(2, DDP, DORA, "none", True, Quantization.nf4, id="2 ranks, ddp, dora on nf4"),
+    pytest.param(2, DDP, LORA, "none", True, Quantization.int8, id="2 ranks, ddp, lora on int8"),
 ]
 
 
-@pytest.mark.parametrize(("size", "kind", "adapter", "checkpointing", "tied"), WAYS)
+@pytest.mark.parametrize(("size", "kind", "adapter", "checkpointing", "tied", "quantization"), WAYS)
 def test_steps_and_the_exported_adapter_equal_plain_peft(
     size: int,
     kind: ParallelismKind,
     adapter: AdapterConfig,
     checkpointing: str,
     tied: bool,
+    quantization: Quantization | None,
     assets: Assets,
     tmp_path: Path,
 ) -> None:
-    path = assets.policy if tied else assets.untied_policy
-    model = ModelConfig(str(path), dtype=Dtype.fp32, gradient_checkpointing=checkpointing, adapter=adapter)
-    results = run_ranks(partial(steps, model, assets), size, tmp_path / "ranks", kind)
+    if quantization is not None:
+        pytest.importorskip("bitsandbytes")
+    path, ranks = assets.policy if tied else assets.untied_policy, tmp_path / "ranks"
+    model = ModelConfig(str(path), dtype=Dtype.fp32, adapter=adapter, quantization=quantization)
+    model = replace(model, gradient_checkpointing=checkpointing)
+    results = run_ranks(partial(steps, model, assets), size, ranks, kind)
+    tolerance = 1e-4 if quantization is None else 1e-3
+    # Rounding to int8 depends on the other tokens of a batch, and a step follows it.
+    has_oracle = quantization is not Quantization.int8
 
-    oracle = plain_adapter(path, adapter)
+    oracle = plain_adapter(plain_base(path, quantization), adapter)
     trained = sum(p.numel() for p in oracle.parameters() if p.requires_grad)
     assert trained <= sum(of_rank["moments"] for of_rank in results) < 1.1 * trained
     norms = plain_steps(oracle, assets)
     base = torch.tensor(results[0]["before"]["base"])
-    torch.testing.assert_close(base, scored_plainly(plain_base(path), assets), atol=1e-4, rtol=1e-4)
+    plain = scored_plainly(plain_base(path, quantization), assets)
+    torch.testing.assert_close(base, plain, atol=tolerance, rtol=tolerance)
+    if quantization is not None:
+        assert (scored_plainly(plain_base(path), assets) - base).abs().max() > 1e-3
     for of_rank in results:
-        assert of_rank["norms"] == pytest.approx(norms, rel=1e-4)
+        if has_oracle:
+            assert of_rank["norms"] == pytest.approx(norms, rel=1e-4)
         assert of_rank["before"]["policy"] == of_rank["before"]["base"] == of_rank["after"]["base"]
 
-    written = tmp_path / "ranks" / "model"
-    files = {file.name for file in written.iterdir()}
+    files = {file.name for file in (ranks / "model").iterdir()}
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= files
     assert not [name for name in files if name.startswith("model")]
-    reloaded = AutoPeftModelForCausalLM.from_pretrained(written, dtype=torch.float32)
+    reloaded = PeftModel.from_pretrained(plain_base(path, quantization), ranks / "model")
     seen = torch.tensor(results[0]["after"]["policy"])
     assert (seen - base).abs().max() > 0.01
-    torch.testing.assert_close(scored_plainly(reloaded, assets), seen, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(scored_plainly(oracle, assets), seen, atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(scored_plainly(reloaded, assets), seen, atol=tolerance, rtol=tolerance)
+    if has_oracle:
+        torch.testing.assert_close(scored_plainly(oracle, assets), seen, atol=2e-4, rtol=2e-4)
 
 
 def first_norms(model: ModelConfig, assets: Assets, world: World, _folder: Path) -> list[list[float]]:
@@ -195,26 +211,3 @@ def test_steps_below_the_resolution_of_bf16_add_up(
     large = {name: tensor.abs() > 0.1 for name, tensor in before.items() if "lora_A" in name}
     moved = torch.cat([(before[name] != after[name])[mask] for name, mask in large.items()])
     assert moved.float().mean() > 0.5
-
-
-@pytest.mark.parametrize(("quantization", "adapter"), [(Quantization.nf4, DORA), (Quantization.int8, LORA)])
-def test_two_ranks_train_the_same_as_one_on_the_base_that_plain_transformers_quantizes(
-    quantization: Quantization, adapter: AdapterConfig, assets: Assets, tmp_path: Path
-) -> None:
-    pytest.importorskip("bitsandbytes")
-    model = ModelConfig(str(assets.policy), dtype=Dtype.fp32, adapter=adapter, quantization=quantization)
-    scenario = partial(steps, model, assets)
-    (one,) = run_ranks(scenario, 1, tmp_path / "one", ParallelismKind.ddp)
-    two = run_ranks(scenario, 2, tmp_path / "two", ParallelismKind.ddp)
-    for of_rank in two:
-        assert of_rank["norms"] == pytest.approx(one["norms"], rel=2e-4)
-        assert of_rank["before"]["policy"] == of_rank["before"]["base"] == of_rank["after"]["base"]
-    base = torch.tensor(one["before"]["base"])
-    assert (scored_plainly(plain_base(assets.policy), assets) - base).abs().max() > 1e-3
-
-    config = ModelConfig(str(assets.policy), dtype=Dtype.fp32, quantization=quantization)
-    quantized = load_weights(assets.policy, load_config(assets.policy, config), config, torch.device("cpu"))
-    torch.testing.assert_close(scored_plainly(quantized, assets), base, atol=1e-3, rtol=1e-3)
-    reloaded = PeftModel.from_pretrained(quantized, tmp_path / "two" / "model")
-    seen = torch.tensor(two[0]["after"]["policy"])
-    torch.testing.assert_close(scored_plainly(reloaded, assets), seen, atol=1e-3, rtol=1e-3)

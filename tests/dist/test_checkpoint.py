@@ -1,9 +1,11 @@
 """Checkpoints of several ranks: complete or absent, and exact (law L4)."""
 
+import contextlib
 import os
 import resource
 import signal
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,10 +28,11 @@ from dpo_dist.config.schema import (
     Quantization,
     ReferenceConfig,
 )
-from dpo_dist.distributed import processes
+from dpo_dist.distributed import checkpoint, processes
 from dpo_dist.distributed.checkpoint import (
     Checkpoint,
     CheckpointSaver,
+    Entries,
     SavedSlices,
     latest_checkpoint,
     load_checkpoint,
@@ -46,7 +49,6 @@ from tests.dist.scenario import Assets, files_of, load_policy, one_step
 from tests.support.cpu_adam import with_cpu_adam
 from tests.support.precision import NEEDS_FP16
 from tests.support.ranks import OPTIM, run_ranks, start_ranks
-from tests.support.slow_disk import slow_disk
 
 SYNC = SyncReferenceConfig(1, 0.5)
 OBJECTIVE = Objective(LossConfig(kind=LossKind.simpo, beta=2.0), ReferenceProvider())
@@ -132,6 +134,22 @@ def same(first: list[Tensor], second: list[Tensor]) -> bool:
     return len(first) == len(second) > 0 and all(map(torch.equal, first, second))
 
 
+@contextlib.contextmanager
+def slow_disk() -> Iterator[None]:
+    """Nothing of a checkpoint is written before the end of the block."""
+    may_write, write = threading.Event(), checkpoint.write_slices
+
+    def wait_and_write(*arguments: Any) -> Entries:
+        assert may_write.wait(60)
+        return write(*arguments)
+
+    with mock.patch.object(checkpoint, "write_slices", wait_and_write):
+        try:
+            yield
+        finally:
+            may_write.set()
+
+
 def save_go_on_and_return(
     assets: Assets, root: Path, adapter: AdapterConfig | None, dtype: Dtype, world: World, _folder: Path
 ) -> dict[str, Any]:
@@ -140,11 +158,13 @@ def save_go_on_and_return(
     trainer.step([3, 4, 5])
     saved = trainer.held()
     with slow_disk():
-        saver = trainer.saver(root)
-        saver.save(2, {"step": 2})
+        saver, running = trainer.saver(root), {"reward": 0.5}
+        saver.save(2, {"step": 2, "running": running})
+        assert not saver.is_written
         after_save = trainer.held()
         random_after = torch.rand(3).tolist()
         norms = [trainer.step([6, 7]), trainer.step([8, 9, 10])]
+        running["reward"] = 0.7
         end = trainer.held()
     saver.commit()
     found = latest_checkpoint(root, world)
@@ -193,7 +213,7 @@ def test_a_loaded_checkpoint_is_the_saved_state_bit_for_bit(
     scenario = partial(with_cpu_adam, partial(save_go_on_and_return, assets, root, adapter, dtype))
     for result in run_ranks(scenario, 2, tmp_path / "ranks", kind, dtype):
         assert result.pop("folder") == "step-000002"
-        assert result.pop("state") == {"step": 2, "world_size": 2}
+        assert result.pop("state") == {"step": 2, "running": {"reward": 0.5}, "world_size": 2}
         assert result == dict.fromkeys(result, True)
     if adapter is not None:  # without the base
         saved = SavedSlices.find(root / "step-000002", SHARDS)

@@ -37,25 +37,13 @@ def requests() -> list[Request]:
     return [Request(ids, f"key {at}", 0) for at, ids in enumerate(prompts)]
 
 
-def scenario(
-    assets: Assets, adapter: AdapterConfig | None, checkpointing: str, world: World, folder: Path
-) -> dict[str, Any]:
+def scenario(model: ModelConfig, assets: Assets, world: World, folder: Path) -> dict[str, Any]:
     """Train with and without generation between the steps."""
-    runs = [train(assets, adapter, checkpointing, spoken, world, folder) for spoken in (True, False)]
+    runs = [train(model, assets, speaks, world, folder) for speaks in (True, False)]
     return {**runs[0], "quiet": runs[1]["norms"], "same": runs[0]["scores"] == runs[1]["scores"]}
 
 
-def train(
-    assets: Assets,
-    adapter: AdapterConfig | None,
-    checkpointing: str,
-    speaks: bool,
-    world: World,
-    folder: Path,
-) -> dict[str, Any]:
-    model = ModelConfig(
-        str(assets.policy), dtype=Dtype.fp32, adapter=adapter, gradient_checkpointing=checkpointing
-    )
+def train(model: ModelConfig, assets: Assets, speaks: bool, world: World, folder: Path) -> dict[str, Any]:
     policy = load_policy(model, world)
     objective, dataset = Objective(LossConfig(reference_free=True), ReferenceProvider()), assets.dataset()
 
@@ -77,7 +65,7 @@ def train(
     norms.append(step())
     if speaks:
         result |= {"greedy": speak(GREEDY), "drawn": speak(DRAWN)}
-        result |= {"base": speak(GREEDY, of_base=True)} if adapter is not None else {}
+        result |= {"base": speak(GREEDY, of_base=True)} if model.adapter is not None else {}
         write_model(policy, folder / "model", world)
     norms.append(step())
     policy.free()
@@ -102,21 +90,20 @@ def plain(model: Any) -> list[Any]:
     return found
 
 
-WAYS = [
-    pytest.param(ParallelismKind.zero3, AdapterConfig(r=4, alpha=32), "full", id="zero3, adapter"),
-    pytest.param(ParallelismKind.ddp, None, "none", id="ddp"),
-]
-
-
-@pytest.mark.parametrize(("kind", "adapter", "checkpointing"), WAYS)
+@pytest.mark.parametrize(
+    ("kind", "adapter", "checkpointing"),
+    [
+        pytest.param(ParallelismKind.zero3, AdapterConfig(r=4, alpha=32), "full", id="zero3, adapter"),
+        pytest.param(ParallelismKind.ddp, None, "none", id="ddp"),
+    ],
+)
 def test_two_ranks_generate_what_transformers_does_and_train_on_as_if_they_had_not(
-    kind: ParallelismKind,
-    adapter: AdapterConfig | None,
-    checkpointing: str,
-    assets: Assets,
-    tmp_path: Path,
+    kind: ParallelismKind, adapter: AdapterConfig | None, checkpointing: str, assets: Assets, tmp_path: Path
 ) -> None:
-    work = partial(scenario, assets, adapter, checkpointing)
+    model = ModelConfig(
+        str(assets.policy), dtype=Dtype.fp32, adapter=adapter, gradient_checkpointing=checkpointing
+    )
+    work = partial(scenario, model, assets)
     first, second = run_ranks(work, 2, tmp_path / "ranks", kind, seconds=300)
     (alone,) = run_ranks(work, 1, tmp_path / "alone", kind, seconds=300)
     spoken = [name for name in first if name in ("early", "greedy", "drawn", "base")]

@@ -3,12 +3,13 @@
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from safetensors.torch import load_file
 
 from tests.e2e.conftest import Overrides
-from tests.support.launch import constants, history, run_state, run_verb, summary
+from tests.support.launch import constants, history, run_verb, summary
 from tests.support.records import TEXT
 from tests.support.tiny_model import write_model
 
@@ -46,20 +47,19 @@ def test_bad_steps_are_skipped_named_and_the_run_completes_and_resumes(
 ) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
     command = prepare(tmp_path, overrides, range(SPOILT_LINE, SPOILT_LINE + 1))
-    ended = run_verb("train", [*command, f"run.dir={whole}"], processes=2, cwd=tmp_path, prepare=bad_steps(1))
+    start = partial(run_verb, "train", processes=2, cwd=tmp_path, prepare=bad_steps(1))
+    ended = start([*command, f"run.dir={whole}"])
     assert ended.code == 0, ended.output
     rows = history(whole)
-    files = sorted((whole / "logs").glob("bad-step-*.json"))
-    bad = [json.loads(file.read_text()) for file in files]
+    bad = [json.loads(file.read_text()) for file in sorted((whole / "logs").glob("bad-step-*.json"))]
     # One in each epoch, but not in the first step, where the policy is the reference.
     assert len(bad) >= 2
     assert summary(whole)["bad_steps"] == len(bad)
     assert [finding["rule"] for finding in summary(whole)["verdict"]["findings"]] == ["diverged"]
     assert {one["grad_norm"] for one in bad} == {"inf"}
     assert [row["step"] for row in rows] == sorted({*range(1, 7)} - {one["step"] for one in bad})
-    assert [row["bad_steps"] for row in rows] == [
-        sum(one["step"] < row["step"] for one in bad) for row in rows
-    ]
+    for row in rows:
+        assert row["bad_steps"] == sum(one["step"] < row["step"] for one in bad)
     for one in bad:
         assert len(one["pairs"]) == 6
         assert {Path(pair["source"]).name for pair in one["pairs"]} == {"pairs.jsonl"}
@@ -69,15 +69,8 @@ def test_bad_steps_are_skipped_named_and_the_run_completes_and_resumes(
     assert all(math.isfinite(value) for row in rows for value in row.values())
     assert all(weight.isfinite().all() for weight in load_file(whole / "model/model.safetensors").values())
 
-    run_verb(
-        "train",
-        [*command, f"trainer.stop_after_steps={bad[0]['step']}"],
-        processes=2,
-        cwd=tmp_path,
-        prepare=bad_steps(1),
-    )
-    assert run_state(run)["outcome"] == "preempted"
-    assert run_verb("train", command, processes=2, cwd=tmp_path, prepare=bad_steps(1)).code == 0
+    assert start([*command, f"trainer.stop_after_steps={bad[0]['step']}"]).code == 75
+    assert start(command).code == 0
     assert history(run) == rows
     assert (run / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
 
@@ -86,9 +79,9 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_3_also_over_a_resume(
     overrides: Overrides, tmp_path: Path
 ) -> None:
     command = prepare(tmp_path, overrides, range(1, 13))
-    run_verb("train", [*command, "trainer.stop_after_steps=3"], cwd=tmp_path, prepare=bad_steps(2))
-    assert run_state(tmp_path / "run")["outcome"] == "preempted"
-    ended = run_verb("train", command, cwd=tmp_path, prepare=bad_steps(2))
+    start = partial(run_verb, "train", cwd=tmp_path, prepare=bad_steps(2))
+    assert start([*command, "trainer.stop_after_steps=3"]).code == 75
+    ended = start(command)
     assert ended.code == 3, ended.output
     assert "at step 4; this update was not applied" in ended.output
     assert "bad steps in a row: 3, of this run: 3" in ended.output

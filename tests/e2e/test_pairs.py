@@ -1,4 +1,4 @@
-"""`pairs` from models' responses: the same on one process and on three, resumable, read by the trainer."""
+"""`pairs` from models' responses: the same on one process and on two, resumable, read by the trainer."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def test_the_pairs_do_not_depend_on_processes_or_starts(place: Path) -> None:
         (row["score_chosen"], row["score_rejected"]) for row in pairs
     ]
     assert len(rows(folder / "samples.jsonl")) == 18
-    make(place, "together", *SAMPLES, processes=3)
+    make(place, "together", *SAMPLES, processes=2)
     assert (place / "together/pairs/pairs.jsonl").read_bytes() == first
     # Only open parts are done again.
     (responses,) = folder.glob("parts/responses-*")

@@ -1,19 +1,125 @@
-"""A run that was killed or stopped resumes bit for bit (law L4)."""
+"""A run that is stopped, by any signal at any rank, or killed, resumes bit for bit (law L4)."""
 
+import importlib
 import json
 import math
+import os
+import re
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.e2e.conftest import Overrides
+from tests.support.invented import write_pairs
 from tests.support.launch import constants, history, run_state, run_verb, summary, train
 from tests.support.signalled import signalled
 from tests.support.tiny_model import write_model
 
-STEPS = ["trainer.epochs=4", "trainer.save_every=2", "trainer.keep_last=2", "optim.lr=1e-3"]
+
+def test_signals_save_and_the_same_command_resumes_exactly(overrides: Overrides, tmp_path: Path) -> None:
+    """One run: a signal to one rank, then to both, as launchers send it."""
+    steps = ["trainer.epochs=12", "optim.lr=1e-3", "trainer.save_every=4", "parallelism=zero2"]
+    as_on_gpus = ["model.dtype=bf16", "trainer.deterministic=true"]
+    run, whole, command = tmp_path / "run", tmp_path / "whole", overrides(*steps, *as_on_gpus)
+    latest, former = run / "checkpoints" / "latest", ""
+
+    def has_saved() -> bool:
+        return latest.is_file() and latest.read_text() > former
+
+    for number, ranks in ((signal.SIGUSR1, [1]), (signal.SIGTERM, [0, 1])):
+        stopped = signalled("train", command, number, ranks, has_saved)
+        assert stopped.codes == [75, 75], stopped.output
+        assert not re.search("Traceback|process lost", stopped.output)
+        state = run_state(run)
+        assert state["outcome"] == summary(run)["exit"] == "preempted"
+        assert state["stopped_by"] == summary(run)["stopped_by"] == number.name
+        former = latest.read_text()
+        assert former == f"step-{state['step']:06d}"
+        log = (run / "logs/rank-0.log").read_text()
+        assert f"stopping after step {state['step']}, with a checkpoint" in log
+    train(command, processes=2)
+    train([*command, f"run.dir={whole}"], processes=2)
+    assert history(run) == history(whole)
+    for file in ("model.safetensors", "README.md"):
+        assert (run / "model" / file).read_bytes() == (whole / "model" / file).read_bytes(), file
+
+
+def test_a_fill_stops_with_what_is_scored_and_the_next_start_scores_the_rest(
+    overrides: Overrides, tmp_path: Path
+) -> None:
+    write_pairs(tmp_path / "many.jsonl", 300, seed=3)
+    command = overrides(f"data.train=[{tmp_path}/many.jsonl]", "reference.rows_per_shard=16")
+    store = tmp_path / "store"
+    stopped = signalled(
+        "train", command, signal.SIGUSR2, [1], lambda: len(list(store.rglob("*.safetensors"))) >= 4
+    )
+    found = r"by SIGUSR2 after ([\d,]+) of the ([\d,]+) missing reference log-probs were stored"
+    assert stopped.codes == [75, 75], stopped.output
+    assert not re.search("Traceback|process lost", stopped.output)
+    assert len(re.findall("^stopped: ", stopped.output, re.MULTILINE)) == 1, stopped.output
+    said = re.search(found, stopped.output)
+    assert said, stopped.output
+    stored, wanted = (int(number.replace(",", "")) for number in said.groups())
+    assert 0 < stored < wanted
+    state = run_state(tmp_path / "run")
+    assert (state["outcome"], state["step"], state["stopped_by"]) == ("preempted", 0, "SIGUSR2")
+    again = run_verb("precompute", [*command, "reference.rows_per_shard=4096"])
+    assert again.code == 0, again.output
+    assert f"{wanted - stored:,} log-probs computed, {stored:,} reused" in again.output
+
+
+def _stopped_at(module: str, name: str) -> None:
+    """Send this process a SIGTERM when it first calls a function."""
+    room = importlib.import_module(module)
+    function = getattr(room, name)
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        setattr(room, name, function)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return function(*arguments, **options)
+
+    setattr(room, name, call)
+
+
+def test_stops_while_encoding_saving_evaluating_sampling_exporting_and_reporting(
+    assets: Path, overrides: Overrides, tmp_path: Path
+) -> None:
+    """One run, stopped at each of these places in turn, ends as one that nothing stops.
+
+    The checkpoint of the last step is older than the evaluation's row, which must be there once.
+    """
+    run, whole, cache = tmp_path / "run", tmp_path / "whole", tmp_path / "encoded"
+    usual = [f"data.eval=[{assets}/eval.jsonl]", "trainer.eval_every=4", "trainer.save_every=1"]
+    samples = ["samples.prompts=2", "samples.max_new_tokens=4", "samples.temperature=0"]
+    command = overrides(*usual, *samples, f"data.cache={cache}")
+    places = [
+        ("dpo_dist.data.build", "share_read", "before the first step"),
+        ("dpo_dist.distributed.checkpoint", "commit_folder", "stopping after step [1-3]"),
+        ("dpo_dist.training.loop", "evaluate", "stopping after step 4"),
+        ("dpo_dist.training.samples", "generate_together", "stopping after step 4"),
+        ("dpo_dist.training.finish", "export_checkpoint", "after the model was written"),
+    ]
+    for module, name, words in places:
+        stopped = run_verb("train", command, prepare=partial(_stopped_at, module, name))
+        assert stopped.code == 75, stopped.output
+        assert "Traceback" not in stopped.output
+        assert re.search(words, stopped.output), stopped.output
+        if name == "share_read":
+            assert [path.name for path in cache.iterdir()] == ["file_digests"], "half-encoded data are left"
+    assert run_state(run)["outcome"] == "exported"
+    last = run_verb(
+        "train", command, prepare=partial(_stopped_at, "dpo_dist.training.finish", "closing_table")
+    )
+    assert last.code == 0, last.output
+    assert run_state(run)["outcome"] == summary(run)["exit"] == "completed"
+    train([*command, f"run.dir={whole}"])
+    assert history(run) == history(whole)
+    for file in ("samples/step-000004.jsonl", "model/model.safetensors"):
+        assert (run / file).read_bytes() == (whole / file).read_bytes()
 
 
 def test_a_killed_rank_is_named_and_reference_and_time_are_those_of_all_starts(
@@ -22,7 +128,8 @@ def test_a_killed_rank_is_named_and_reference_and_time_are_those_of_all_starts(
     """Of three starts, the first is killed and the second stopped."""
     run = tmp_path / "run"
     evaluated = [f"data.eval=[{assets}/eval.jsonl]", "trainer.eval_every=2", "samples.prompts=2"]
-    command = overrides(*STEPS, *evaluated, "samples.max_new_tokens=4")
+    steps = ["trainer.epochs=4", "trainer.save_every=2", "optim.lr=1e-3"]
+    command = overrides(*steps, *evaluated, "samples.max_new_tokens=4")
     when = (run / "checkpoints/step-000004").is_dir
     brief = constants(**{"dpo_dist.distributed.processes.FAREWELL_SECONDS": 1.0})
     killed = signalled("train", command, signal.SIGKILL, [0], when, brief)
@@ -49,18 +156,26 @@ def test_a_killed_rank_is_named_and_reference_and_time_are_those_of_all_starts(
     assert math.isclose(ended["work"]["seconds"]["training"], ended["train_seconds"], rel_tol=0.2)
 
 
-def test_a_stopped_run_ends_with_75_and_resumes_exactly(
+def test_a_stopped_run_ends_with_75_refuses_another_base_and_resumes_exactly(
     overrides: Overrides, assets: Path, tmp_path: Path
 ) -> None:
     """Between two rows, with a loss that has running means."""
+    model = Path(shutil.copytree(assets / "model", tmp_path / "model"))
     loss = ["loss=bco_pair", "loss.beta=0.5", "loss.bco_delta=running_mean"]
     steps = ["trainer.epochs=2", "trainer.log_every=2", "optim.lr=1e-2"]
-    steps += [f"data.eval=[{assets}/eval.jsonl]", *loss]
+    steps += [f"data.eval=[{assets}/eval.jsonl]", f"model.path={model}", *loss]
     train(overrides(*steps, f"run.dir={tmp_path}/whole"))
     stopped = run_verb("train", overrides(*steps, "trainer.stop_after_steps=3"))
     assert stopped.code == 75, stopped.output
     assert summary(tmp_path / "run")["exit"] == "preempted"
     assert "verdict: stopped after step 3; so far: " in stopped.output
+    model.rename(tmp_path / "former")
+    write_model(model, seed=5)
+    other = run_verb("train", overrides(*steps))
+    assert other.code == 2, other.output
+    assert "the model that the policy starts from of this run changed" in other.output
+    shutil.rmtree(model)
+    (tmp_path / "former").rename(model)
     train(overrides(*steps))
     rows = history(tmp_path / "run")
     assert rows == history(tmp_path / "whole")
@@ -84,23 +199,3 @@ def test_other_processes_and_parallelism_continue_a_run(
     assert len(rows) == len(wanted)
     for row, other in zip(rows, wanted, strict=True):
         assert row == pytest.approx(other, rel=1e-4, abs=1e-5)
-
-
-def test_another_base_is_an_error_and_loses_nothing(
-    overrides: Overrides, assets: Path, tmp_path: Path
-) -> None:
-    """Also without a reference: an adapter's base model is not in its checkpoints."""
-    model = tmp_path / "model"
-    shutil.copytree(assets / "model", model)
-    options = (f"model.path={model}", "model.adapter={r: 4}", "loss=simpo", "trainer.epochs=1")
-    assert run_verb("train", overrides(*options, "trainer.stop_after_steps=2")).code == 75
-    whole = (model / "model.safetensors").read_bytes()
-    (model / "model.safetensors").write_bytes(
-        (write_model(tmp_path / "other", seed=5) / "model.safetensors").read_bytes()
-    )
-    other = run_verb("train", overrides(*options))
-    assert other.code == 2, other.output
-    assert "the model that the policy starts from of this run changed" in other.output
-    (model / "model.safetensors").write_bytes(whole)
-    train(overrides(*options))
-    assert summary(tmp_path / "run")["exit"] == "completed"

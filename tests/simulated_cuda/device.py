@@ -5,8 +5,8 @@
 `torch._C`; torch's own Python above them runs unchanged. NCCL is gloo, and the kernels below
 `torch.nn.attention.varlen` are products in float32.
 
-A test that runs in such a process, or prepares one, calls `waits`, `reset_waits`, `enter_phase`, `set_limit`
-and `peak_bytes`. At its end a process writes what it counted to the folder `SIMULATED_CUDA_REPORT`.
+A test that runs in such a process, or prepares one, calls `reset_waits`, `enter_phase` and `set_limit`. At
+its end a process writes what it counted to the folder `SIMULATED_CUDA_REPORT`.
 """
 
 import atexit
@@ -61,11 +61,6 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {  # result, arguments
 
 
 # ---- for tests
-
-
-def waits() -> Counter[Wait]:
-    """Every wait since the last `reset_waits`."""
-    return _waits
 
 
 def reset_waits() -> None:
@@ -300,51 +295,35 @@ def _add_nccl() -> None:
 
 def _flash_attention(torch: Any) -> Any:
     """The kernels of variable-length attention, which demand what those of CUDA demand."""
-    from tests.support.kernels import by_segment  # imports torch
+    from tests.support.kernels import checked_by_segment  # imports torch
 
     host, device = torch.ops.simulated_cuda.on_host, torch.ops.simulated_cuda.on_device
 
-    def checked(
-        tensors: tuple[Any, ...], longest: tuple[int, int], is_causal: bool, **options: Any
-    ) -> list[Any]:
+    def on_host(tensors: tuple[Any, ...], is_causal: bool, **options: Any) -> tuple[Any, Any, Any, Any]:
         *heads, cu_query, cu_key = tensors
-        sizes = {tensor.shape[-1] for tensor in heads}
-        lengths = [host(cumulative).diff().tolist() for cumulative in (cu_query, cu_key)]
-        demands = {
-            "tensors on CUDA": all(tensor.is_cuda for tensor in tensors),
-            "cu_seqlens of dtype int32": cu_query.dtype == cu_key.dtype == torch.int32,
-            "fp16 or bf16": {tensor.dtype for tensor in heads} in ({torch.float16}, {torch.bfloat16}),
-            "a contiguous last dimension": all(tensor.stride(-1) == 1 for tensor in heads),
-            "heads of one size, up to 256, a multiple of 8": len(sizes) == 1
-            and sizes <= set(range(0, 257, 8)),
-            "cu_seqlens up to the number of tokens": [sum(part) for part in lengths]
-            == [*map(len, heads[:2])],
-            "no longer segment than max_seqlen": all(
-                max(n) <= most for n, most in zip(lengths, longest, strict=True)
-            ),
-        }
-        lacking = [demand for demand, is_met in demands.items() if not is_met]
-        if lacking:
-            raise RuntimeError(f"flash attention takes {', '.join(lacking)} (simulated device)")
+        dtypes = {tensor.dtype for tensor in heads}
+        if not all(tensor.is_cuda for tensor in tensors) or dtypes not in ({torch.float16}, {torch.bfloat16}):
+            raise RuntimeError(f"flash attention takes 16 bits on CUDA, not {dtypes} (simulated device)")
         sides = [options.get(f"window_size_{side}") for side in ("left", "right")]
         left, right = (-1 if side is None else side for side in sides)
-        window = (left, 0 if is_causal else right)
-        return [[host(tensor).float() for tensor in heads], lengths, options.get("scale"), window]
+        window = left, 0 if is_causal else right
+        floats = [host(tensor).float() for tensor in heads]
+        return floats, (host(cu_query), host(cu_key)), options.get("scale"), window
 
     def forward(*given: Any, **options: Any) -> tuple[Any, ...]:
-        tensors, (max_query, max_key, _dropout, is_causal, _debug) = given[:5], given[5:]
-        query = tensors[0]
-        attended = by_segment(*checked(tensors, (max_query, max_key), is_causal, **options)).to(query.dtype)
+        query, longest, is_causal = given[0], given[5:7], given[8]
+        heads, bounds, *rest = on_host(given[:5], is_causal, **options)
+        attended = checked_by_segment(heads, bounds, longest, *rest).to(query.dtype)
         sums = query.new_full((query.shape[1], len(query)), torch.nan, dtype=torch.float32)  # not used again
         nothing = query.new_empty(0)
         return device(attended), sums, query.new_empty(2, dtype=torch.uint64), nothing, nothing
 
     def backward(slope: Any, *given: Any, **options: Any) -> tuple[Any, ...]:
-        tensors, (max_query, max_key, _dropout, is_causal, *_random) = (*given[:3], *given[5:7]), given[7:]
-        heads, *rest = checked(tensors, (max_query, max_key), is_causal, **options)
+        tensors, longest, is_causal = (*given[:3], *given[5:7]), given[7:9], given[10]
+        heads, bounds, *rest = on_host(tensors, is_causal, **options)
         autograd = torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
         with autograd, torch.enable_grad():  # a kernel is called below it
-            attended = by_segment([head.requires_grad_() for head in heads], *rest)
+            attended = checked_by_segment([head.requires_grad_() for head in heads], bounds, longest, *rest)
             gradients = torch.autograd.grad(attended, heads, host(slope).float())
         return tuple(device(gradient.to(slope.dtype)) for gradient in gradients)
 

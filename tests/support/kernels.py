@@ -59,10 +59,10 @@ def by_segment(
     return torch.cat(outputs)
 
 
-def _checked(
+def checked_by_segment(
     heads: tuple[Tensor, Tensor, Tensor],
-    cumulative: tuple[Tensor, Tensor],
-    longest: tuple[int, int],
+    cumulative: Sequence[Tensor],
+    longest: Sequence[int],
     scale: float | None,
     window_size: tuple[int, int] = (-1, 0),
     softcap: float = 0.0,
@@ -80,39 +80,31 @@ def _checked(
     return by_segment(heads, lengths, scale, window_size, softcap)
 
 
-def varlen_of_torch_2_13(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    scale: float | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-    enable_gqa: bool = False,
-) -> Tensor:
-    """`torch.nn.attention.varlen.varlen_attn` of torch 2.12 and 2.13."""
-    assert enable_gqa or query.shape[1] == key.shape[1]
-    return _checked((query, key, value), (cu_seq_q, cu_seq_k), (max_q, max_k), scale, window_size)
-
-
 def varlen_of_torch_2_11(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    *,
+    *lengths: Any,
     scale: float | None = None,
     window_size: tuple[int, int] = (-1, -1),
 ) -> Tensor:
-    """The same where it knows no groups of heads."""
+    """`torch.nn.attention.varlen.varlen_attn` of torch 2.11, which knows no groups of heads."""
     assert query.shape[1] == key.shape[1] == value.shape[1]
-    return _checked((query, key, value), (cu_seq_q, cu_seq_k), (max_q, max_k), scale, window_size)
+    return checked_by_segment((query, key, value), lengths[:2], lengths[2:], scale, window_size)
+
+
+def varlen_of_torch_2_13(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *lengths: Any,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> Tensor:
+    """The same of torch 2.12 and 2.13; `lengths` are cumulative ones of queries and keys, and the longest."""
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    return checked_by_segment((query, key, value), lengths[:2], lengths[2:], scale, window_size)
 
 
 def flash_attn_varlen_func(
@@ -133,7 +125,7 @@ def flash_attn_varlen_func(
     """`flash_attn.flash_attn_varlen_func` of flash-attn 2.8."""
     assert causal
     assert dropout_p == 0.0
-    return _checked(
+    return checked_by_segment(
         (q, k, v),
         (cu_seqlens_q, cu_seqlens_k),
         (max_seqlen_q, max_seqlen_k),

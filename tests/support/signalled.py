@@ -1,16 +1,14 @@
-"""Ranks of a verb, forked from the warm parent, or a launcher, that get a signal."""
+"""Ranks of a verb, forked from the warm parent, that get a signal."""
 
 import os
 import signal
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpo_dist.foundation.process import EXIT_CODES, exit_codes
-from tests.support.launch import TWO_PROCESSES, command, environment
+from tests.support.launch import TWO_PROCESSES, environment
 from tests.support.warm import ROOT, launcher_variables, start_verb
 
 _SECONDS = 240
@@ -55,26 +53,3 @@ def signalled(
         finally:
             for process in processes:
                 process.kill()
-
-
-def signalled_launcher(overrides: list[str], number: signal.Signals, when: Callable[[], bool]) -> Signalled:
-    """Train on two processes, and send a signal to their launcher once `when()` is true."""
-    with (
-        tempfile.TemporaryDirectory() as temporary,
-        subprocess.Popen(
-            command("train", overrides, 2),
-            cwd=ROOT,
-            env=environment() | {EXIT_CODES: f"{temporary}/codes"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        ) as launcher,
-    ):
-        deadline = time.monotonic() + _SECONDS
-        while not when():
-            assert launcher.poll() is None, launcher.stdout.read() if launcher.stdout else ""
-            assert time.monotonic() < deadline, "the run did not get to where it was to be signalled"
-            time.sleep(0.02)
-        launcher.send_signal(number)
-        output, _ = launcher.communicate(timeout=_SECONDS)  # of the ranks, too, which may outlive it
-        return Signalled(exit_codes(Path(temporary) / "codes"), output)

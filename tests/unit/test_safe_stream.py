@@ -41,7 +41,8 @@ def ended(call: str, redirection: str, folder: Path) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize(
-    ("call", "redirection"), [("print_line", "| true"), ("print_result", ">&- 2>&- <&-")]
+    ("call", "redirection"),
+    [("print_line", "| true"), ("print_result", "| true"), ("print_result", ">&- 2>&- <&-")],
 )
 def test_an_output_that_is_closed_is_no_error(call: str, redirection: str, tmp_path: Path) -> None:
     assert ended(f'{call}("na\\xefve")', redirection, tmp_path) == (0, "")

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from dpo_dist.config.run_folder import STATE, best_checkpoints
+from dpo_dist.config.run_folder import best_checkpoints
 from dpo_dist.distributed import checkpoint, slices
 from dpo_dist.distributed.checkpoint import (
     MANIFEST,
@@ -40,7 +40,6 @@ from dpo_dist.foundation.errors import CheckpointError
 from dpo_dist.foundation.files import is_temporary
 from tests.support.alone import ALONE
 from tests.support.one_weight import WEIGHTS, Run
-from tests.support.slow_disk import slow_disk
 
 _CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
@@ -146,36 +145,6 @@ def test_ranks_of_a_replica_draw_the_same_numbers(saved_ranks: int, tmp_path: Pa
         load_checkpoint(Checkpoint(tmp_path, {"world_size": saved_ranks}), [], world)
         drawn.append(torch.rand(1).item())
     assert drawn[0] == drawn[1] != drawn[2] == drawn[3]
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """Weights and random states."""
-    files = (file for file in folder.rglob("*") if file.is_file() and file.name not in (STATE, MANIFEST))
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
-
-
-def test_a_checkpoint_written_behind_is_that_written_at_once(run: Run, tmp_path: Path) -> None:
-    at_once = Run(tmp_path / "at_once")
-    at_once.start()
-    at_once.weights.weight.fill_(1)
-    at_once.saver.save(1, {"step": 1}, is_last=True)
-    at_once.saver.commit()
-    running = {"reward": 0.5}
-    with slow_disk() as disk:
-        run.weights.weight.fill_(1)
-        run.saver.save(1, {"step": 1, "running": running})
-        assert not run.saver.is_written
-        run.weights.weight.fill_(2)  # the next step
-        torch.rand(3)
-        running["reward"] = 0.7
-        disk.set()
-        run.saver.commit()
-    first, second = (content(folder / "step-000001") for folder in (tmp_path, tmp_path / "at_once"))
-    assert len(first) == 2
-    assert first == second
-    found = latest_checkpoint(tmp_path, ALONE)
-    assert found is not None
-    assert found.state == {"step": 1, "running": {"reward": 0.5}, "world_size": 1}
 
 
 def test_training_waits_where_memory_has_no_room(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

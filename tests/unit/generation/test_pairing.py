@@ -30,7 +30,7 @@ from dpo_dist.generation.pairs.run import (
     select_pairs,
     write_prompts,
 )
-from dpo_dist.generation.pairs.start import check_pairs
+from dpo_dist.generation.pairs.start import check_judge, check_pairs
 from dpo_dist.generation.sampling.respond import Answer, Answers, ModelSource
 from dpo_dist.generation.sampling.stages import Parts, Stages
 from tests.support.judge_server import judge_server
@@ -174,13 +174,11 @@ def finished(folder: Path) -> Results:
     rule = PairsConfig(method=PairsMethod.samples, select=ALL)
     rows = []
     for prompt in range(3):
+        thoughts = [THOUGHT, {}] if prompt == 0 else [{}, {}]
         of_models = [
-            Answers([sample(f"{name}{n}", 2 * model + n, n + 1) for n in range(2)])
-            for model, name in enumerate("ab")
+            Answers([sample(f"{name}{n}", at + n, n + 1, fields=thoughts[n]) for n in range(2)])
+            for name, at in (("a", 0), ("b", 2))
         ]
-        if prompt == 0:
-            for row in of_models:
-                row.answers[0] = replace(row.answers[0], fields=THOUGHT)
         if prompt == 2:
             of_models[1] = Answers([], "too_long")
         rows.append(joined_answers(of_models, rule))
@@ -327,6 +325,11 @@ def test_rounds_are_done_by_one_process(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="one process"):
         check_pairs(config(*SAMPLED, "pairs.rounds=1"))
+
+
+def test_a_comparison_has_at_most_one_judge() -> None:
+    with pytest.raises(ConfigError, match="a comparison has one judge"):
+        check_judge(config("pairs.reward_model=a", "pairs.function=a:b"))
 
 
 def test_models_prompts_and_the_endpoint_are_checked(in_folder: Path) -> None:

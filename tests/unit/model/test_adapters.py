@@ -61,9 +61,9 @@ def load(folder: Path) -> PackedCausalLM:
     return load_packed(folder, ModelConfig(str(folder), dtype=Dtype.fp32), 64, CPU)
 
 
-def adapted(folder: Path, start: Path | None = None, seed: int = 0, **adapter: Any) -> PackedCausalLM:
+def adapted(folder: Path, start: Path | None = None, **adapter: Any) -> PackedCausalLM:
     model = load(folder)
-    add_adapter(model, config_of(folder, start, **adapter), seed, start)
+    add_adapter(model, config_of(folder, start, **adapter), 0, start)
     return model
 
 
@@ -71,14 +71,6 @@ def changed(folder: Path, **values: Any) -> Path:
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
     return folder
-
-
-@torch.no_grad()
-def move(model: PackedCausalLM, scale: float = 0.1) -> None:
-    torch.manual_seed(1)
-    for weight in model.parameters():
-        if weight.requires_grad:
-            weight.add_(scale * torch.randn_like(weight))
 
 
 @torch.no_grad()
@@ -96,12 +88,6 @@ def saved_names(model: PackedCausalLM) -> set[str]:
     """Trained weights that are no matrices of the adapter."""
     trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
     return {name.removeprefix("causal_lm.") for name in trained if ".lora_" not in name}
-
-
-def write(model: PackedCausalLM, folder: Path) -> Path:
-    weights = {name.removeprefix("causal_lm."): weight for name, weight in model.state_dict().items()}
-    write_trained(model.causal_lm, weights, folder)
-    return folder
 
 
 def test_layers_are_all_linear_ones_but_the_head_or_those_named_by_their_ends(
@@ -132,10 +118,15 @@ def test_an_sft_adapter_with_whole_modules_is_start_and_reference(folder: Path, 
     torch.testing.assert_close(model(BATCH), started, atol=1e-5, rtol=1e-5)
     assert len(saved_names(model)) == 2
     before = model(BATCH)
-    move(model, 0.03)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for weight in filter(lambda weight: weight.requires_grad, model.parameters()):
+            weight.add_(0.03 * torch.randn_like(weight))
     with adapter_off(model):
         assert torch.equal(model(BATCH), before)
-    out = write(model, tmp_path / "out")
+    out = tmp_path / "out"
+    weights = {name.removeprefix("causal_lm."): weight for name, weight in model.state_dict().items()}
+    write_trained(model.causal_lm, weights, out)
     torch.testing.assert_close(of_peft(folder, out), model(BATCH), atol=1e-5, rtol=1e-5)
     assert (of_peft(folder, out) - started).abs().max() > 0.01
 

@@ -17,8 +17,16 @@ from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.generation.sampling.respond import find_model
 from dpo_dist.model.folder import model_folder, weight_files
-from dpo_dist.model.load import load_config, load_packed, load_tokenizer, load_weights, placement
+from dpo_dist.model.load import (
+    check_same_vocabulary,
+    load_config,
+    load_packed,
+    load_tokenizer,
+    load_weights,
+    placement,
+)
 from dpo_dist.model.packed import PackedCausalLM
+from tests.support import tiny
 from tests.support.families import tiny_causal_lm, tiny_config, tiny_family
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
 from tests.support.poison import pickled
@@ -224,3 +232,23 @@ def test_kernels_of_the_hub_are_not_run(name: str, value: object, tmp_path: Path
     folder = write_model(tmp_path / "model")
     changed(folder / "config.json", **{name: value})
     assert name in refused("names code on the Hub", load_config, folder, FP32).got
+
+
+def test_a_reference_has_the_policys_ids_for_the_same_tokens(tmp_path: Path) -> None:
+    """Without a tokenizer of its own it has enough of them."""
+    folder, tokenizer = write_model(tmp_path / "model"), tiny.qwen()
+    check_same_vocabulary(folder, tokenizer, FP32)
+    longer = load_tokenizer(folder, FP32)
+    longer.add_tokens(["<new>"])
+    error = refused("fewer token ids", check_same_vocabulary, folder, longer, FP32)
+    assert f"{len(tokenizer)} token ids" in error.got
+
+    for file in folder.glob("tokenizer*"):
+        file.write_text(file.read_text().replace("<|im_end|>", "<|fin|>"))
+    error = refused("other ids for the same tokens", check_same_vocabulary, folder, tokenizer, FP32)
+    assert error.where == "reference.path"
+    assert "1 of " in error.got
+
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    check_same_vocabulary(folder, tokenizer, FP32)

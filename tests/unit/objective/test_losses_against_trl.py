@@ -44,11 +44,18 @@ class Batch:
         return PairLogps(chosen, rejected, chosen_tokens, rejected_tokens)
 
 
-def trl_loss(batch: Batch, kind: str, smoothing: float, beta: float, **changes: Any) -> float:
-    """The loss that TRL's DPO trainer gives, some options changed."""
+DIVERGENCES = {
+    Divergence.reverse_kl: "reverse_kl",
+    Divergence.forward_kl: "forward_kl",
+    Divergence.js: "js_divergence",
+    Divergence.alpha: "alpha_divergence",
+}
+
+
+def trl_loss(batch: Batch, config: LossConfig) -> float:
+    """The loss that TRL's DPO trainer gives."""
     # What a model returns in TRL stands one place earlier than the token it scores.
     log_probs = batch.policy[:, 1:]
-    options = {"f_divergence_type": "reverse_kl", "ld_alpha": None, "use_weighting": False} | changes
     outputs = SimpleNamespace(
         log_probs=log_probs,
         log_sum_sq_probs=batch.collisions[:, 1:],
@@ -66,16 +73,19 @@ def trl_loss(batch: Batch, kind: str, smoothing: float, beta: float, **changes: 
         aux_loss_enabled=False,
         precompute_ref_logps=True,
         args=SimpleNamespace(discopop_tau=0.05),
-        **options,
-        loss_types=[kind],
+        f_divergence_type=DIVERGENCES[config.divergence],
+        f_alpha_divergence_coef=config.alpha_coefficient,
+        ld_alpha=config.ld_alpha,
+        use_weighting=config.weighting is Weighting.wpo,
+        loss_types=[config.kind.value],
         loss_weights=[1.0],
-        beta=beta,
-        label_smoothing=smoothing,
+        beta=config.beta,
+        label_smoothing=config.label_smoothing,
         _metrics={"train": defaultdict(list)},
         _total_train_tokens=0,
         _tp_size=1,
     )
-    reference_chosen, reference_rejected = batch.weighed(batch.reference, options["ld_alpha"]).chunk(2)
+    reference_chosen, reference_rejected = batch.weighed(batch.reference, config.ld_alpha).chunk(2)
     inputs = {
         "input_ids": torch.zeros_like(batch.mask, dtype=torch.int64),
         "attention_mask": torch.ones_like(batch.mask, dtype=torch.int64),
@@ -99,52 +109,29 @@ AS_TRL = [
     *("sigmoid", "hinge", "ipo", "robust", "sigmoid_norm", "nca_pair", "bco_pair"),
     *("sppo_hard", "apo_zero", "apo_down", "discopop", "aot", "aot_unpaired"),
 ]
+OF_MARGINS = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop")
+CONFIGS = [
+    *(LossConfig(LossKind(kind), 0.5, 0.0) for kind in AS_TRL),
+    *(LossConfig(LossKind(kind), 0.5, 0.3) for kind in ("robust", "exo_pair", "aot", "aot_unpaired")),
+    *(
+        LossConfig(LossKind(kind), 0.1, 0.2 if kind == "exo_pair" else 0.0, divergence, coefficient)
+        for kind in OF_MARGINS
+        for divergence, coefficient in (
+            (Divergence.forward_kl, 1.0),
+            (Divergence.js, 1.0),
+            *((Divergence.alpha, coefficient) for coefficient in (0.5, 1.0, 1.7)),
+        )
+    ),
+    *(LossConfig(label_smoothing=0.0, ld_alpha=alpha) for alpha in (0.0, 0.3, 1.0)),
+    *(
+        LossConfig(LossKind(kind), 0.1, 0.0, weighting=Weighting.wpo)
+        for kind in ("sigmoid", "ipo", "nca_pair")
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    ("kind", "smoothing"),
-    [
-        *((kind, 0.0) for kind in AS_TRL),
-        *((kind, 0.3) for kind in ("robust", "exo_pair", "aot", "aot_unpaired")),
-    ],
-)
-def test_kinds_defined_alike_have_trl_s_loss(kind: str, smoothing: float) -> None:
+@pytest.mark.parametrize("config", CONFIGS)
+def test_losses_defined_alike_are_trl_s(config: LossConfig) -> None:
     batch = Batch()
-    ours = our_loss(batch, LossConfig(LossKind(kind), 0.5, smoothing))
-    assert ours == pytest.approx(trl_loss(batch, kind, smoothing, 0.5), rel=1e-6, abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    "kind", ["sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop"]
-)
-@pytest.mark.parametrize(
-    ("divergence", "named", "coefficient"),
-    [
-        ("forward_kl", "forward_kl", 1.0),
-        ("js", "js_divergence", 1.0),
-        *(("alpha", "alpha_divergence", coefficient) for coefficient in (0.5, 1.0, 1.7)),
-    ],
-)
-def test_divergences_are_trl_s(kind: str, divergence: str, named: str, coefficient: float) -> None:
-    batch = Batch()
-    smoothing = 0.2 if kind == "exo_pair" else None
-    config = LossConfig(LossKind(kind), 0.1, smoothing, Divergence(divergence), coefficient)
-    changes = {"f_divergence_type": named, "f_alpha_divergence_coef": coefficient}
-    expected = trl_loss(batch, kind, smoothing or 0.0, 0.1, **changes)
-    assert our_loss(batch, config) == pytest.approx(expected, rel=1e-5, abs=1e-6)
-
-
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
-def test_length_desensitised_log_probs_are_trl_s(alpha: float) -> None:
-    batch = Batch()
-    expected = trl_loss(batch, "sigmoid", 0.0, 0.1, ld_alpha=alpha)
-    assert our_loss(batch, LossConfig(ld_alpha=alpha)) == pytest.approx(expected, rel=1e-6)
-
-
-@pytest.mark.parametrize("kind", ["sigmoid", "ipo", "nca_pair"])
-def test_wpo_weighs_pairs_as_trl_does(kind: str) -> None:
-    batch = Batch()
-    weighted = trl_loss(batch, kind, 0.0, 0.1, use_weighting=True)
-    config = LossConfig(LossKind(kind), weighting=Weighting.wpo)
-    assert our_loss(batch, config) == pytest.approx(weighted, rel=1e-5)
-    assert abs(weighted - trl_loss(batch, kind, 0.0, 0.1)) > 0.01
+    rounding = 1e-6 if config.divergence is Divergence.reverse_kl else 1e-5  # of exponents
+    assert our_loss(batch, config) == pytest.approx(trl_loss(batch, config), rel=rounding, abs=1e-6)

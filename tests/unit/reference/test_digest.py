@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,25 +175,17 @@ def test_compatible_are_those_of_the_same_weights_and_scoring_code_the_most_simi
     assert difference(OWN, OLD_SDPA) == "attention sdpa, torch 2.12"
 
 
-@pytest.fixture
-def on_two_ranks(monkeypatch: pytest.MonkeyPatch) -> Callable[[Profile], World]:
-    """Return a world of two ranks: this one, and one with the given numerics profile."""
-
-    def make(other: Profile) -> World:
-        monkeypatch.setattr(World, "gather", lambda _self, profile: [profile, other])
-        peers = (Peer(0, "host-a", 1), Peer(1, "host-b", 2))
-        return World(None, 0, 2, torch.device("cpu"), peers)
-
-    return make
+def agreed(monkeypatch: pytest.MonkeyPatch, other: Profile, *, is_tolerant: bool) -> Profile:
+    """The numerics profile of this rank, and one of another host that differs by `other`."""
+    monkeypatch.setattr(World, "gather", lambda _self, profile: [profile, {**PROFILE, **other}])
+    peers = (Peer(0, "host-a", 1), Peer(1, "host-b", 2))
+    return agree_on_numerics(PROFILE, is_tolerant, World(None, 0, 2, torch.device("cpu"), peers))
 
 
-def test_tolerant_ranks_share_a_profile_with_the_values_of_both(
-    on_two_ranks: Callable[[Profile], World],
-) -> None:
-    world = on_two_ranks({**PROFILE, "gpu": "H100", "torch": "2.12"})
-    agreed = agree_on_numerics(PROFILE, True, world)
-    assert agreed == {**PROFILE, "gpu": "H100 or H200", "torch": "2.12 or 2.13"}
-    assert agree_on_numerics(PROFILE, False, on_two_ranks(dict(PROFILE))) == PROFILE
+def test_tolerant_ranks_share_a_profile_with_the_values_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert agreed(monkeypatch, {}, is_tolerant=False) == PROFILE
+    shared = agreed(monkeypatch, {"gpu": "H100", "torch": "2.12"}, is_tolerant=True)
+    assert shared == {**PROFILE, "gpu": "H100 or H200", "torch": "2.12 or 2.13"}
 
 
 @pytest.mark.parametrize(
@@ -206,10 +197,10 @@ def test_tolerant_ranks_share_a_profile_with_the_values_of_both(
     ],
 )
 def test_ranks_with_other_numerics_are_an_error(
-    is_tolerant: bool, other: Profile, remedy: str, on_two_ranks: Callable[[Profile], World]
+    is_tolerant: bool, other: Profile, remedy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ReferenceModelError, match="different numerics") as raised:
-        agree_on_numerics(PROFILE, is_tolerant, on_two_ranks({**PROFILE, **other}))
+        agreed(monkeypatch, other, is_tolerant=is_tolerant)
     assert raised.value.remedy.endswith(remedy)
     for name, value in other.items():
         assert f"{name}: {PROFILE[name]} on rank 0 (host-a), {value} on rank 1 (host-b)" in raised.value.got

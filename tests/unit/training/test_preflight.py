@@ -58,6 +58,7 @@ def test_a_missing_package_is_an_error_before_anything_is_read(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else name)
     error = refused(run_of(assets, tmp_path, "data.train=[/nowhere/a.jsonl]", override))
+    assert isinstance(error, ConfigError)
     assert "is not installed" in error.message
 
 

@@ -127,8 +127,14 @@ def test_a_complete_run_without_its_model_resumes_from_a_checkpoint_or_is_an_err
 
 def test_changed_inputs_are_refused_by_name(folder: RunFolder) -> None:
     check_identity({**IDENTITY, "step": 4}, IDENTITY, folder.state)
-    for name in ("data", "eval_data", "model", "reference"):
-        with pytest.raises(CheckpointError, match=name.replace("eval_data", "evaluation data")):
+    titles = {
+        "data": "training data",
+        "eval_data": "evaluation data",
+        "model": "model",
+        "reference": "reference",
+    }
+    for name, title in titles.items():
+        with pytest.raises(CheckpointError, match=f"the {title}.* of this run changed"):
             check_identity({**IDENTITY, name: "former"}, IDENTITY, folder.state)
 
 
