@@ -70,7 +70,6 @@ def load_policy(
     optim: OptimConfig = OPTIM,
     *,
     seed: int = 0,
-    start: Path | None = None,
     ema_decay: float | None = None,
     max_length: int = 1024,
 ) -> PolicyEngine:
@@ -78,7 +77,7 @@ def load_policy(
     config = ModelConfig(str(model), dtype=Dtype.fp32) if isinstance(model, Path) else model
     packed = load_packed(Path(config.path), config, max_length, world.device, sequence=world.sequence)
     if config.adapter is not None:
-        add_adapter(packed, config, seed, start=start)
+        add_adapter(packed, config, seed)
     return PolicyEngine(packed, optim, world, ema_decay)
 
 
@@ -134,20 +133,18 @@ class RowsAtHand:
         return torch.cat([self.rows[key] * (torch.nan if key == self.spoilt else 1) for key in keys])
 
 
-def plain_training(
-    model: Any, losses: Iterable[Callable[[], Tensor]], optim: OptimConfig = OPTIM
-) -> list[float]:
+def plain_training(model: Any, losses: Iterable[Callable[[], Tensor]]) -> list[float]:
     """Gradient norms of steps by PyTorch alone, each with the mean loss of its batch."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": optim.weight_decay},
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": OPTIM.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=optim.lr, eps=optim.eps)
+    optimizer = torch.optim.AdamW(groups, lr=OPTIM.lr, eps=OPTIM.eps)
     norms = []
     for loss in losses:
         loss().backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(trained, optim.max_grad_norm).item())
+        norms.append(torch.nn.utils.clip_grad_norm_(trained, OPTIM.max_grad_norm).item())
         optimizer.step()
         optimizer.zero_grad()
     return norms

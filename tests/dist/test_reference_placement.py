@@ -13,7 +13,6 @@ import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import Offload, Quantization, ReferenceConfig
 from dpo_dist.data.dataset import shard_batch
 from dpo_dist.distributed.join import check_async_io
@@ -21,14 +20,9 @@ from dpo_dist.distributed.processes import Peer
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import FrozenEngine, own_folder
 from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
-from dpo_dist.insight.console import Console
 from dpo_dist.reference.digest import digest_model, digest_on_every_node
 from dpo_dist.reference.engine import load_reference
-from dpo_dist.training.inputs import load_inputs
-from dpo_dist.training.reference import prepare_reference
-from dpo_dist.training.start import Run
 from tests.dist.scenario import Assets, files_of
-from tests.support.invented import write_pairs
 from tests.support.packing import COSTS, plain_logps
 from tests.support.ranks import run_ranks
 from tests.support.tiny_model import write_model
@@ -109,39 +103,6 @@ def test_each_process_has_its_folder_and_those_of_dead_ones_are_removed(tmp_path
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be created"):
         own_folder(str(tmp_path / "file"), worlds[0])
-
-
-def fill_a_store(overrides: list[str], world: World, _folder: Path) -> dict[str, Any]:
-    config, console = load_run_config(overrides), Console(None)
-    run = Run(config, world, console)
-    inputs = load_inputs(run)
-    free, filled = FrozenEngine.free, []
-
-    def weigh_and_free(engine: FrozenEngine) -> None:
-        filled.append(tensor_bytes())
-        free(engine)
-
-    FrozenEngine.free = weigh_and_free
-    before = tensor_bytes()
-    reference = prepare_reference(run, inputs)
-    return {
-        "computed": reference.report["computed"],
-        "grown": filled[0] - before > 0,
-        "left": tensor_bytes() - before,
-    }
-
-
-def test_filling_a_store_leaves_no_tensor_behind(assets: Assets, tmp_path: Path) -> None:
-    overrides = [
-        f"model.path={assets.policy}",
-        "model.dtype=fp32",
-        f"data.train=[{write_pairs(tmp_path / 'pairs.jsonl', 8)}]",
-        f"data.cache={tmp_path / 'encoded'}",
-        f"reference.path={assets.reference}",
-        f"reference.store={tmp_path / 'store'}",
-    ]
-    for result in run_ranks(partial(fill_a_store, overrides), 2, tmp_path / "ranks"):
-        assert result == {"computed": 16, "grown": True, "left": 0}
 
 
 def quantize(assets: Assets, world: World, _folder: Path) -> list[float]:

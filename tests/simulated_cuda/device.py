@@ -5,8 +5,8 @@
 `torch._C`; torch's own Python above them runs unchanged. NCCL is gloo, and the kernels below
 `torch.nn.attention.varlen` are products in float32.
 
-A test that runs in such a process, or prepares one, calls `waits`, `reset_waits`, `enter_phase`, `set_limit`
-and `peak_bytes`. At its end a process writes what it counted to the folder `SIMULATED_CUDA_REPORT`.
+A test that runs in such a process, or prepares one, calls `reset_waits`, `enter_phase` and `set_limit`. At
+its end a process writes what it counted to the folder `SIMULATED_CUDA_REPORT`.
 """
 
 import atexit
@@ -61,11 +61,6 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {  # result, arguments
 
 
 # ---- for tests
-
-
-def waits() -> Counter[Wait]:
-    """Every wait since the last `reset_waits`."""
-    return _waits
 
 
 def reset_waits() -> None:

@@ -48,8 +48,8 @@ event.record()
 event.synchronize()
 torch.cuda.set_sync_debug_mode("error")
 refuse("wait", lambda: on_device.sum().item())
-import json, sys
-print(json.dumps([refused, sorted((wait.phase, wait.kind, count) for wait, count in device.waits().items())]))
+import json
+print(json.dumps(refused))
 """
 
 
@@ -63,18 +63,18 @@ def test_it_refuses_and_counts_what_cuda_does(tmp_path: Path) -> None:
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
-    refused, waits = json.loads(ended.stdout.splitlines()[-1])
+    refused = json.loads(ended.stdout.splitlines()[-1])
     expected = {
         "mix": "Expected all tensors to be on the same device",
         "memory": "CUDA out of memory",
         "nccl": "No backend type associated with device type cpu",
         "wait": "called a synchronizing CUDA operation",
     }
-    assert {name: text in refused[name] for name, text in expected.items()} == dict.fromkeys(
-        expected, True
-    ), refused
+    assert all(text in refused[name] for name, text in expected.items()), refused
     assert refused["memory"].startswith("OutOfMemoryError")
-    assert waits == [
+    [report] = [json.loads(file.read_text()) for file in tmp_path.iterdir()]
+    assert 0 < report["peak_bytes"] < 2**20
+    assert sorted([phase, kind, count] for phase, kind, _line, _caller, count in report["waits"]) == [
         ["copies", "copy to device", 1],
         ["copies", "copy to device, pageable", 1],
         ["copies", "copy to host, pageable", 1],
@@ -84,6 +84,3 @@ def test_it_refuses_and_counts_what_cuda_does(tmp_path: Path) -> None:
         ["values", "device", 1],
         ["values", "event", 1],
     ]
-    [report] = [json.loads(file.read_text()) for file in tmp_path.iterdir()]
-    assert 0 < report["peak_bytes"] < 2**20
-    assert sum(count for *_, count in report["waits"]) == 9
