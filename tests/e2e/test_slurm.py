@@ -19,6 +19,7 @@ import pytest
 
 from tests.e2e.conftest import small_run
 from tests.support.launch import ROOT, history, run_state, summary, train
+from tests.support.warm import reserve_port
 
 pytestmark = pytest.mark.cluster
 
@@ -113,7 +114,7 @@ class Cluster:
             time.sleep(0.1)
 
     def _configuration(self) -> str:
-        host, (controller, *ports) = socket.gethostname().split(".")[0], _free_ports(1 + len(NODES))
+        host, ports = socket.gethostname().split(".")[0], [reserve_port() for _ in NODES]
         settings = {
             "ClusterName": "tests",
             "SlurmctldHost": f"{host}(127.0.0.1)",
@@ -129,7 +130,7 @@ class Cluster:
             "KillWait": "20",
             "SlurmdTimeout": "300",
             "SchedulerParameters": "bf_interval=1,sched_interval=1,batch_sched_delay=1",
-            "SlurmctldPort": str(controller),
+            "SlurmctldPort": str(reserve_port()),
             "SlurmctldPidFile": f"{self._folder}/slurmctld.pid",
             "SlurmctldLogFile": f"{self._folder}/log/slurmctld.log",
             "StateSaveLocation": f"{self._folder}/state",
@@ -143,15 +144,6 @@ class Cluster:
         lines += [f"NodeName={node} Port={port} {machine}" for node, port in zip(NODES, ports, strict=True)]
         lines += [f"PartitionName=all Nodes={','.join(NODES)} Default=YES MaxTime=INFINITE State=UP"]
         return "\n".join(lines) + "\n"
-
-
-def _free_ports(number: int) -> list[int]:
-    """Return ports that nobody uses at the moment."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(number)]
-        for one in sockets:
-            one.bind(("", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 def _kill(pid_file: Path) -> None:
@@ -170,16 +162,13 @@ class Job:
 
     def ended(self) -> tuple[str, ...]:
         """Wait until the job has ended for good; return its state, exit code and number of restarts."""
-        last: list[tuple[str, ...]] = []
+        self.wait_for(lambda: self.shown()[0] not in RUNNING)
+        return self.shown()
 
-        def is_over() -> bool:
-            shown = self.cluster.run("scontrol", "show", "job", self.number)
-            fields = [re.search(rf"\b{name}=(\S*)", shown) for name in ("JobState", "ExitCode", "Restarts")]
-            last.append(tuple(found[1] for found in fields if found))
-            return last[-1][0] not in RUNNING
-
-        self.wait_for(is_over)
-        return last[-1]
+    def shown(self) -> tuple[str, ...]:
+        shown = self.cluster.run("scontrol", "show", "job", self.number)
+        fields = [re.search(rf"\b{name}=(\S*)", shown) for name in ("JobState", "ExitCode", "Restarts")]
+        return tuple(found[1] for found in fields if found)
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         """Wait for a condition; the job is cancelled if it does not come."""

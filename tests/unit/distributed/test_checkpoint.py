@@ -194,22 +194,18 @@ def cut(borders: dict[str, list[int]], rank: int) -> Iterator[Slice]:
             yield Slice(name, tuple(weight.shape), start, {"weight": flat.clone(), "exp_avg": -flat})
 
 
-def written(folder: Path, ranks: int, borders: dict[str, list[int]]) -> Path:
-    entries: Entries = {}
-    for rank in range(ranks):
-        entries |= write_slices(ModelSlices("engine", list(cut(borders, rank)), 3), folder, rank)
-    (folder / MANIFEST).write_text(json.dumps(entries))
-    assert find_faults(folder, 0, 1) == []
-    return folder
-
-
 @pytest.mark.parametrize("file_bytes", [1, 100, 10_000])
 def test_any_ranks_read_what_any_ranks_wrote(
     file_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint, "_FILE_BYTES", file_bytes)
-    folder = written(tmp_path, 3, {"embedding": [1, 20], "norm": [3, 3], "scalar": [0, 0]})
-    saved = SavedSlices.find(folder, "engine")
+    borders = {"embedding": [1, 20], "norm": [3, 3], "scalar": [0, 0]}
+    entries: Entries = {}
+    for rank in range(3):
+        entries |= write_slices(ModelSlices("engine", list(cut(borders, rank)), 3), tmp_path, rank)
+    (tmp_path / MANIFEST).write_text(json.dumps(entries))
+    assert find_faults(tmp_path, 0, 1) == []
+    saved = SavedSlices.find(tmp_path, "engine")
     assert saved.step == 3
     for name, weight in WHOLE.items():
         assert torch.equal(saved.whole(name), weight)
