@@ -108,6 +108,9 @@ def test_provenance_names_the_line_and_the_rule_and_other_settings_replace_no_fi
     }
     assert "1 prompts_below_margin: prompts without a pair" in said
     assert "1 without_scores: records without scores" in said
+    summary = json.loads(file.with_name("pairs.jsonl.summary.json").read_text())
+    assert (summary["pairs"], summary["settings"]["margin"]) == (2, 3.0)
+    assert summary["counts"] == {"prompts": 3, "prompts_below_margin": 1, "without_scores": 1}
     with pytest.raises(ConfigError, match="margin: 3 before, 1 now"):
         make(tmp_path, PAIR, SCORED, without, select="all_pairs", margin=1)
     assert rows(file) == found

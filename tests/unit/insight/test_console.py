@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from fcntl import ioctl
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -108,17 +109,10 @@ def test_the_log_has_an_errors_traceback_and_ends_with_its_block(tmp_path: Path)
     assert log_of(tmp_path).endswith("\ndata error: no pair\n  where:    a.jsonl:3\n")
 
 
-class Clock:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    found = Clock()
-    monkeypatch.setattr(time, "monotonic", found)
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    found = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(time, "monotonic", lambda: found.now)
     return found
 
 
@@ -127,7 +121,7 @@ def lines() -> tuple[Console, list[str]]:
     return Console(LineScreen(printed.append)), printed
 
 
-def test_progress_is_printed_now_and_then(clock: Clock) -> None:
+def test_progress_is_printed_now_and_then(clock: SimpleNamespace) -> None:
     console, printed = lines()
     with console.counter("encoding: a.jsonl", "record") as count:
         for number in range(1, 9):
@@ -145,7 +139,9 @@ def test_progress_is_printed_now_and_then(clock: Clock) -> None:
     assert printed == ["log-probs ...", "log-probs: 600 of 1,200 pairs, 50 %, 60 a second, 10 s left"]
 
 
-def test_training_is_printed_now_and_then_and_always_on_demand_and_an_evaluation_always(clock: Clock) -> None:
+def test_training_is_printed_now_and_then_and_always_on_demand_and_an_evaluation_always(
+    clock: SimpleNamespace,
+) -> None:
     console, printed = lines()
     for step in range(1, 11):
         if console.is_due():

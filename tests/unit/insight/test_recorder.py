@@ -39,7 +39,9 @@ def test_an_alarm_is_raised_when_samples_begin_to_degrade(tmp_path: Path) -> Non
     assert alarms == [None, 0, 1, 1, 0, 1]
 
 
-def test_a_bug_in_a_report_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_in_a_report_ends_no_run_but_a_full_disk_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("draw_curves", "write_page", "sample_alarm"):
         monkeypatch.setattr(recorder_module, name, mock.Mock(side_effect=ZeroDivisionError))
     opened = Opened(tmp_path)
@@ -48,9 +50,6 @@ def test_a_bug_in_a_report_ends_no_run(tmp_path: Path, monkeypatch: pytest.Monke
     assert [row["step"] for row in opened.recorder.metrics.rows] == [2]
     assert ["is missing because of a bug" in text for text in opened.said] == [True] * 3
     assert opened.tracker.finish.mock_calls[0].args[0] == "completed"
-
-
-def test_a_full_disk_is_no_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder_module, "write_page", mock.Mock(side_effect=OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space"):
-        Opened(tmp_path).recorder.close({"exit": "completed"})
+        opened.recorder.close({"exit": "completed"})

@@ -2,8 +2,10 @@
 
 import contextlib
 import json
+import re
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +28,10 @@ from tests.support.doctor_data import Pair, alarms, as_messages, clean_pairs, ex
 from tests.support.invented import write_pairs
 from tests.support.records import TEXT, assistant, jsonl, user
 from tests.support.sft_adapter import write_sft_adapter
+from tests.support.shared_data import shared_data_dir
 from tests.support.tiny_model import write_model
 
+SHARED = shared_data_dir()
 Plant = Callable[[Pair], object]
 QUESTION = "one two three four five six seven eight nine"
 
@@ -241,6 +245,53 @@ def test_a_bad_benchmark_file_is_an_error(content: str, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(DataError, match="benchmark prompts"):
         read_benchmarks([str(tmp_path / "a.jsonl")])
+
+
+# Findings with their records, each counted by a plain script too; then those above a note.
+FINDINGS: dict[str, tuple[str, str]] = {
+    "hh_rlhf_sample.jsonl": (
+        "dropped 9, markup_in_text 45, one_response_starts_the_other 1, repeated_prompts 1, "
+        "response_repeats_prompt 2, short_response 3, turns 4",
+        "markup_in_text",
+    ),
+    "llama_factory_sharegpt_zh.json": (
+        "broken_text 8, duplicates 11, markup_in_text 1, one_response_starts_the_other 1, short_response 10",
+        "broken_text, duplicates",
+    ),
+    "ultrafeedback_plain_scored.jsonl": (
+        "broken_text 7, dropped 7, language_differs 6, markup_in_text 7, one_response_starts_the_other 6, "
+        "score_ties 30, short_response 15",
+        "broken_text, dropped, markup_in_text, one_response_starts_the_other, score_ties",
+    ),
+    "ranked_oasst_history_zh.json": (
+        "dropped 6, length_bias 244, markup_in_text 1, nearly_equal_sides 1, "
+        "one_response_starts_the_other 2, repeated_prompts 4, response_repeats_prompt 4, short_response 16",
+        "dropped, length_bias, response_repeats_prompt",
+    ),
+    "orca_system_question.csv": (
+        "label_leak 120, language_differs 1, length_bias 60, style_bias 60",
+        "label_leak, length_bias, style_bias",
+    ),
+    "templated_near_duplicates.jsonl": ("length_bias 40, near_duplicates 37", "length_bias, near_duplicates"),
+}
+
+
+@pytest.mark.skipif(SHARED is None, reason="needs the slices of real data")
+@pytest.mark.parametrize("name", FINDINGS)
+def test_the_findings_about_real_data_are_the_known_ones_and_quote_no_text(name: str) -> None:
+    assert SHARED is not None
+    file, counts = SHARED / name, Counter[str]()
+    report = examine(DataConfig(train=[SourceConfig(path=str(file))], processes=1), None, RULES)
+    for finding in report.findings:
+        counts[finding.rule] += finding.count
+    alarms = {finding.rule for finding in report.findings if finding.level is not Level.note}
+    shown = ", ".join(f"{rule} {count}" for rule, count in sorted(counts.items()))
+    assert (shown, ", ".join(sorted(alarms))) == FINDINGS[name]
+    texts = re.findall(r'"((?:[^"\\]|\\.){31,})"', file.read_text(encoding="utf-8"))
+    written = json.dumps(asdict(report), ensure_ascii=False)
+    assert len(texts) > 50
+    assert str(file) in written
+    assert not [text for text in texts if text.strip()[:30] in written]
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,7 @@ def test_forms_on_one_side_of_few_pairs_are_found(tmp_path: Path) -> None:
 
 
 def test_a_leak_due_to_length_is_said_as_length(tmp_path: Path) -> None:
-    pairs = clean_pairs(400)
+    pairs = clean_pairs(200)
     for pair in pairs:
         pair["chosen"], pair["rejected"] = sorted((pair["chosen"], pair["rejected"]), key=len, reverse=True)
     report = examined(tmp_path, pairs)

@@ -19,10 +19,6 @@ def config(path: str | Path, **changes: Any) -> DataConfig:
     return DataConfig(train=[SourceConfig(str(path))], cache=str(Path(path).parent / "encoded"), **changes)
 
 
-def finding(rule: str, *examples: str) -> Finding:
-    return Finding(rule, Level.warning, "text", None, len(examples), None, examples, "remedy")
-
-
 def shown_one(data: DataConfig, tokenizer: Any) -> ShownPair:
     [pair] = show_pairs(data, tokenizer, [], 1)
     return pair
@@ -70,7 +66,8 @@ def test_cut_tokens_are_marked_and_not_trained(tmp_path: Path) -> None:
 def test_examples_of_findings_come_first_and_are_few(tmp_path: Path) -> None:
     path = write_pairs(tmp_path / "pairs.jsonl", 40)
     examples = [f"{path}:{line}" for line in (30, 7, 9)]
-    found = [finding("first", *examples), finding("second", f"{path}:7, {path}:12")]
+    of_rules = (("first", tuple(examples)), ("second", (f"{path}:7, {path}:12",)))
+    found = [Finding(rule, Level.warning, "text", examples=origins) for rule, origins in of_rules]
     pairs = show_pairs(config(path), tiny.qwen(), found, 3)
     rules = {pair.origin.rpartition(":")[2]: pair.rules for pair in pairs if pair.rules}
     assert rules == {"30": ("first",), "7": ("first", "second"), "12": ("second",)}

@@ -59,19 +59,17 @@ def test_a_card_of_hub_names_has_everything_that_the_hub_reads() -> None:
         *("AutoModelForCausalLM.from_pretrained", "learnt: accuracy 0.75", "states none"),
     ):
         assert part in found.text, part
-    once = card(["model.path=org/base", "data.train=[org/pairs]"], summary(["pairs"], []))
-    assert "trained on 1,190 pairs (2,380 with repetitions) in 38 steps" in once.text
-
-
-def test_an_adapter_is_loaded_by_peft() -> None:
-    overrides = ["model.path=org/base", "data.train=[a.jsonl]"]
-    overrides += ["model.adapter={r: 8}", "reference.mode=adapter"]
-    found = card(overrides, summary(["a"], []))
-    assert (found.data.library_name, found.data["base_model_relation"]) == ("peft", "adapter")
-    assert found.data.eval_results is None
-    assert "AutoPeftModelForCausalLM" in found.text
-    assert "`org/base`" in found.text
-    assert "Evaluation" not in found.text
+    adapter = ["model.adapter={r: 8}", "reference.mode=adapter"]
+    once = card(["model.path=org/base", "data.train=[org/pairs]", *adapter], summary(["pairs"], []))
+    assert (once.data.library_name, once.data["base_model_relation"]) == ("peft", "adapter")
+    assert once.data.eval_results is None
+    for part in (
+        "1,190 pairs (2,380 with repetitions) in 38 steps",
+        "AutoPeftModelForCausalLM",
+        "`org/base`",
+    ):
+        assert part in once.text, part
+    assert "Evaluation" not in once.text
 
 
 def test_local_folders_are_named_without_their_place(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_rows_that_count_one_more_spike_are_marked_on_the_loss() -> None:
         pytest.param([{"step": 1, "eval_loss": 0.6, "loss": math.nan, "grad_norm": math.inf}], id="diverged"),
     ],
 )
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_any_rows_give_one_image(tmp_path: Path, history: list[dict[str, float]]) -> None:
     path = tmp_path / "training_curves.png"
     draw_curves(history, path, r"a $run\_{$ <b>")

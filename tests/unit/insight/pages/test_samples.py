@@ -6,10 +6,8 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.insight.pages.samples import choose, faults, marked, samples_of
+from dpo_dist.insight.pages.samples import choose, marked, samples_of
 from tests.support.sample_files import GOOD, sample, write_samples
-
-BABBLE = "the same again and " * 60
 
 
 @pytest.mark.parametrize(
@@ -30,28 +28,21 @@ def test_words_that_the_other_lacks_are_marked(text: str, other: str, passages: 
     assert "".join(piece for piece, _ in pieces) == text
 
 
-@pytest.mark.parametrize(
-    ("row", "found"),
-    [
-        (sample(1), []),
-        (sample(1, " \n"), ["is empty"]),
-        (sample(1, policy_finished=False), ["does not end"]),
-        (sample(1, BABBLE), ["repeats itself", "is 15.0 times as long as the reference's"]),
-    ],
-)
-def test_faults_of_a_response(row: dict[str, object], found: list[str]) -> None:
-    assert faults(row) == found
-
-
 def test_the_worst_and_some_at_random_are_shown() -> None:
     rows = [sample(number) for number in range(30)]
+    rows[3] = sample(3, "the same again and " * 60)
     rows[4] = sample(4, policy_finished=False, policy_tokens=20)
     rows[5] = sample(5, policy_finished=False, policy_tokens=30)
-    rows[6] = sample(6, "", policy_finished=False)
+    rows[6] = sample(6, " \n", policy_finished=False)
+    rows[7] = sample(7, policy_tokens=None, reference=None, reference_tokens=None, chosen=None)
     chosen = choose(rows)
-    assert [row["prompt_id"] for row, _ in chosen[:3]] == [f"{number:016x}" for number in (6, 5, 4)]
-    assert chosen[0][1] == "the response is empty, does not end"
-    assert [reason for _, reason in chosen[3:]] == ["chosen at random"] * 7
+    assert [row["prompt_id"] for row, _ in chosen[:4]] == [f"{number:016x}" for number in (3, 6, 5, 4)]
+    assert [reason for _, reason in chosen] == [
+        "the response repeats itself, is 15.0 times as long as the reference's",
+        "the response is empty, does not end",
+        *["the response does not end"] * 2,
+        *["chosen at random"] * 6,
+    ]
     assert choose(rows) == chosen
     assert len(choose([sample(number, "") for number in range(99)])) == 10
 
