@@ -145,21 +145,23 @@ def test_steps_and_the_exported_adapter_equal_plain_peft(
     model = replace(model, gradient_checkpointing=checkpointing)
     results = run_ranks(partial(steps, model, assets), size, ranks, kind)
     tolerance = 1e-4 if quantization is None else 1e-3
-    # Rounding to int8 depends on the other tokens of a batch, and a step follows it.
+    # Rounding to int8 depends on the other tokens of a batch, and a step follows it: one rank is its oracle.
     has_oracle = quantization is not Quantization.int8
 
     oracle = plain_adapter(plain_base(path, quantization), adapter)
     trained = sum(p.numel() for p in oracle.parameters() if p.requires_grad)
     assert trained <= sum(of_rank["moments"] for of_rank in results) < 1.1 * trained
-    norms = plain_steps(oracle, assets)
+    if has_oracle:
+        norms = plain_steps(oracle, assets)
+    else:
+        norms = run_ranks(partial(steps, model, assets), 1, tmp_path / "one", kind)[0]["norms"]
     base = torch.tensor(results[0]["before"]["base"])
     plain = scored_plainly(plain_base(path, quantization), assets)
     torch.testing.assert_close(base, plain, atol=tolerance, rtol=tolerance)
     if quantization is not None:
         assert (scored_plainly(plain_base(path), assets) - base).abs().max() > 1e-3
     for of_rank in results:
-        if has_oracle:
-            assert of_rank["norms"] == pytest.approx(norms, rel=1e-4)
+        assert of_rank["norms"] == pytest.approx(norms, rel=1e-4 if has_oracle else 2e-4)
         assert of_rank["before"]["policy"] == of_rank["before"]["base"] == of_rank["after"]["base"]
 
     files = {file.name for file in (ranks / "model").iterdir()}
