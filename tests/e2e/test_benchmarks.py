@@ -31,3 +31,14 @@ def test_only_a_live_reference_takes_memory_while_the_policy_trains() -> None:
     # The model that filled the store is freed before training starts.
     assert cold < 0.1 * live
     assert warm < 0.1 * live
+
+
+def test_a_variant_of_training_is_measured() -> None:
+    measured = figures("mfu", "--variants", "plain", "--steps", "2")["variants"]["plain"]
+    assert measured["mfu"] > 0
+    assert len(measured["loss"]) == 1
+
+
+def test_encoding_writes_the_same_on_any_number_of_processes() -> None:
+    measured = figures("encode", "--records", "40", "--processes", "1", "2")
+    assert [figure["processes"] for figure in measured["figures"]] == [1, 2]

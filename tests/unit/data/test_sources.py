@@ -262,6 +262,7 @@ of = SourceConfig
         ([of("/my pairs (new).jsonl"), of("folder/"), of("データ/選択.jsonl")], "my-pairs-new folder 選択"),
         ([of("a.jsonl"), of("b/a.jsonl"), of("b/a.csv"), of("b-a-2")], "a b-a b-a-2 b-a-2-2"),
         ([of("o/d", split="a"), of("o/d", split="b"), of("o/d", split="b", weight=2.0)], "d-a o-d-b o-d-b-2"),
+        ([of("o/d", name="en"), of("o/set")], "d-en set"),
         ([of("a/p.csv", label="math"), of("b/p.csv", label="math"), of("math.csv")], "math math math-2"),
     ],
 )
