@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ import pytest
 from dpo_dist.config.data import DataConfig, OnBadRecord, Ranked, SourceConfig, Truncation
 from dpo_dist.data import build as build_dataset_module
 from dpo_dist.data import encode as encode_chunk_module
+from dpo_dist.data import store as store_module
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.records import Origin
 from dpo_dist.data.sources import Meter
 from dpo_dist.foundation import files as digests_module
-from dpo_dist.foundation.errors import DataError
+from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support.cache import encoded_folders, opened, prepare, prepare_all
 from tests.support.records import BAD, GOOD, jsonl
 
@@ -54,6 +56,13 @@ def test_inputs_of_the_ids_change_the_file(tmp_path: Path) -> None:
     files = [plain, *(prepare(tmp_path, path, **{name: value}) for name, value in changes.items())]
     assert len(set(files)) == len(files)
     assert prepare(tmp_path, path, max_bad_share=0.5) == plain
+
+
+def test_a_full_disk_names_what_is_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "staged_file", Mock(side_effect=OSError("no space left")))
+    with pytest.raises(ConfigError, match="the encoded data cannot be written") as raised:
+        prepare(tmp_path, jsonl(tmp_path, *GOOD))
+    assert raised.value.where == "data.cache"
 
 
 @pytest.mark.parametrize("size", [0, 500], ids="{} bytes".format)
