@@ -217,7 +217,7 @@ def test_a_rule_finds_its_fault_alone(
         (changed(0, {"tokens/chosen": 300.0}, every=AT_ONCE), {}, []),
         (changed(19, {"loss": 30.0, "grad_norm": 50.0, "logps/chosen_per_token": -4.0}), {}, []),
         # No gradient, but tokens that differ: a hinge loss that every pair satisfies.
-        (rows(late={"grad_norm": 0.0, "logps/rejected_per_token": -1.03}), {}, []),
+        (rows(late={"grad_norm": 0.0, "logps/rejected_per_token": -1.0215}), {}, []),
         # Few pairs.
         (rows(every=UNSURE | {"eval_pairs": 10.0}), {}, []),
         (rows(every=UNSURE | {"eval_pairs": 5000.0}), {}, []),
