@@ -145,21 +145,20 @@ def test_steps_and_the_exported_adapter_equal_plain_peft(
     model = replace(model, gradient_checkpointing=checkpointing)
     results = run_ranks(partial(steps, model, assets), size, ranks, kind)
     tolerance = 1e-4 if quantization is None else 1e-3
-    # Rounding to int8 depends on the other tokens of a batch, and a step follows it.
-    has_oracle = quantization is not Quantization.int8
 
     oracle = plain_adapter(plain_base(path, quantization), adapter)
     trained = sum(p.numel() for p in oracle.parameters() if p.requires_grad)
     assert trained <= sum(of_rank["moments"] for of_rank in results) < 1.1 * trained
-    norms = plain_steps(oracle, assets)
+    # On a CPU, bitsandbytes rounds the inputs of int8 weights in evaluation mode only.
+    is_int8 = quantization is Quantization.int8
+    norms = plain_steps(oracle.train(is_int8), assets)
     base = torch.tensor(results[0]["before"]["base"])
     plain = scored_plainly(plain_base(path, quantization), assets)
     torch.testing.assert_close(base, plain, atol=tolerance, rtol=tolerance)
     if quantization is not None:
         assert (scored_plainly(plain_base(path), assets) - base).abs().max() > 1e-3
     for of_rank in results:
-        if has_oracle:
-            assert of_rank["norms"] == pytest.approx(norms, rel=1e-4)
+        assert of_rank["norms"] == pytest.approx(norms, rel=1e-4)
         assert of_rank["before"]["policy"] == of_rank["before"]["base"] == of_rank["after"]["base"]
 
     files = {file.name for file in (ranks / "model").iterdir()}
@@ -169,8 +168,8 @@ def test_steps_and_the_exported_adapter_equal_plain_peft(
     seen = torch.tensor(results[0]["after"]["policy"])
     assert (seen - base).abs().max() > 0.01
     torch.testing.assert_close(scored_plainly(reloaded, assets), seen, atol=tolerance, rtol=tolerance)
-    if has_oracle:
-        torch.testing.assert_close(scored_plainly(oracle, assets), seen, atol=2e-4, rtol=2e-4)
+    trained_alike = scored_plainly(oracle.eval(), assets)
+    torch.testing.assert_close(trained_alike, seen, atol=1e-3 if is_int8 else 2e-4, rtol=2e-4)
 
 
 def first_norms(model: ModelConfig, assets: Assets, world: World, _folder: Path) -> list[list[float]]:

@@ -7,13 +7,16 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.e2e.conftest import Overrides
+from tests.support import launch
 from tests.support.invented import write_pairs
 from tests.support.launch import constants, history, run_state, run_verb, summary, train
 from tests.support.signalled import signalled
@@ -46,6 +49,26 @@ def test_signals_save_and_the_same_command_resumes_exactly(overrides: Overrides,
     assert history(run) == history(whole)
     for file in ("model.safetensors", "README.md"):
         assert (run / "model" / file).read_bytes() == (whole / "model" / file).read_bytes(), file
+
+
+def test_a_sigterm_to_accelerate_launch_saves(overrides: Overrides, tmp_path: Path) -> None:
+    """From a cold start; the launcher has a traceback and an exit code of its own."""
+    run, screen = tmp_path / "run", tmp_path / "screen"
+    latest, long = run / "checkpoints/latest", overrides("trainer.epochs=1000", "trainer.save_every=4")
+    with screen.open("w") as output:
+        cold, where = launch.command("train", long, 2), {"cwd": launch.ROOT, "env": launch.environment()}
+        launcher = subprocess.Popen(cold, stdout=output, stderr=output, **where)
+    try:
+        process = SimpleNamespace(is_alive=lambda: launcher.poll() is None, screen=screen)
+        launch.wait_until(latest.is_file, process)
+        launcher.terminate()
+        assert launcher.wait(240) == 1, screen.read_text()
+    finally:
+        launcher.kill()
+    state = run_state(run)
+    assert state["outcome"] == summary(run)["exit"] == "preempted", screen.read_text()
+    assert state["stopped_by"] == "SIGTERM"
+    assert latest.read_text() == f"step-{state['step']:06d}"
 
 
 def test_a_fill_stops_with_what_is_scored_and_the_next_start_scores_the_rest(

@@ -41,7 +41,7 @@ class Wait(NamedTuple):
 
 _IS_BELOW = re.compile("/torch/|/deepspeed/accelerator/|^<")
 _waits: Counter[Wait] = Counter()
-_now: dict[str, Any] = {"phase": "", "user": None, "sync_mode": 0, "kernels": None}
+_now: dict[str, Any] = {"phase": "", "user": None, "kernels": None}
 _library: Any = SimpleNamespace()  # the functions of device.cpp
 _Listener = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
 _FUNCTIONS: dict[str, tuple[Any, ...]] = {  # result, arguments
@@ -196,11 +196,6 @@ def _memory_stats(_device: int) -> dict[str, Any]:
     return {**{kind: {"all": count} for kind in kinds}, "num_alloc_retries": 0, "num_ooms": 0}
 
 
-def _set_sync_mode(mode: int) -> None:
-    _now["sync_mode"] = mode
-    _library.set_sync_mode(mode)
-
-
 def _nothing(*_: Any, **__: Any) -> None: ...
 
 
@@ -247,8 +242,7 @@ def _bindings(torch: Any) -> dict[str, Any]:
         "getDefaultStream": lambda index: (0, index, 1),
         "setStream": lambda stream_id, **_place: _library.exchange_stream(stream_id),
         "isCurrentStreamCapturing": lambda: False,
-        "set_sync_debug_mode": _set_sync_mode,
-        "get_sync_debug_mode": lambda: _now["sync_mode"],
+        "set_sync_debug_mode": _library.set_sync_mode,
         "memoryStats": _memory_stats,
         "resetPeakMemoryStats": lambda _index: _library.reset_peak(),
         "resetAccumulatedMemoryStats": _nothing,

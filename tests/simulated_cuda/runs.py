@@ -68,13 +68,7 @@ def build() -> Path:
 def environment(
     devices: int = 1, memory_bytes: int = 80 * 2**30, report: Path | None = None
 ) -> dict[str, str]:
-    """The whole environment of a process that asks for the device, whoever starts it.
-
-    Args:
-        devices: that the process sees.
-        memory_bytes: of its own device.
-        report: folder to which each process that used a device writes what it counted.
-    """
+    """The whole environment of a process that asks for the device; into `report` it writes what it counts."""
     paths = [str(SOURCE.with_name("start")), str(launch.ROOT), os.environ.get("PYTHONPATH", "")]
     wanted = {"": build(), "_DEVICES": devices, "_BYTES": memory_bytes, "_REPORT": report or ""}
     variables = launch.environment() | {f"SIMULATED_CUDA{name}": str(wanted[name]) for name in wanted}

@@ -200,6 +200,20 @@ def test_the_verbs_are_the_programs_with_a_configuration() -> None:
     assert {verb for row in all_keys().values() for verb in row.verbs} == programs
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        *("USE_FSDP=true", "DYNAMO_BACKEND=inductor", "GRADIENT_CLIPPING=9.0", "DEEPSPEED_ZERO_STAGE=2"),
+        *("DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE=cpu", "DEEPSPEED_OFFLOAD_PARAM_DEVICE=cpu"),
+    ],
+)
+def test_options_of_a_launcher_are_refused(option: str, verb: Verb, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(*f"ACCELERATE_{option}".split("="))
+    ended = verb(*RUN)
+    assert (ended.code, ended.out) == (2, "")
+    assert f"ACCELERATE_{option}" in ended.err
+
+
 def test_a_closed_pipe_gives_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     command = [*TINY, "--cfg", "job", *RUN]

@@ -41,7 +41,7 @@ def test_checkpoints_are_folders_with_the_name_and_the_state_of_one(tmp_path: Pa
     """The newest first, which is that of the largest step."""
     for step in (999_999, 1_000_000, 5):
         (tmp_path / checkpoint_name(step)).mkdir()
-    for name in ("step-000005", "step-x"):
+    for name in ("step-000005", "step-000009.tmp-1", "step-x"):
         (tmp_path / name).mkdir(exist_ok=True)
         (tmp_path / name / STATE).write_text("{}")
     (tmp_path / "step-2000000").write_text("a file")

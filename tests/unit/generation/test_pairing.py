@@ -174,13 +174,15 @@ def finished(folder: Path) -> Results:
     source = jsonl(folder, *({"prompt": [user(f"question {n}")]} for n in range(3)))
     config = load_run_config(["model.path=m", f"data.train=[{source}]"])
     prompts = write_prompts(folder, config, lambda _: None)
-    rule = PairsConfig(method=PairsMethod.samples, select=ALL)
+    rule = PairsConfig(method=PairsMethod.samples, select=ALL, unfinished=DropOrKeep.keep)
     rows = []
     for prompt in range(3):
         thoughts = [THOUGHT, {}] if prompt == 0 else [{}, {}]
         of_models = [
-            Answers([sample(f"{name}{n}", at + n, n + 1, fields=thoughts[n]) for n in range(2)])
-            for name, at in (("a", 0), ("b", 2))
+            Answers(
+                [sample(f"{name}{n}", at + n, n + 1, fields=thoughts[n], finished=ends) for n in range(2)]
+            )
+            for name, at, ends in (("a", 0, True), ("b", 2, False))
         ]
         if prompt == 2:
             of_models[1] = Answers([], "too_long")
@@ -203,13 +205,14 @@ def test_scored_samples_have_their_origin_and_are_counted_and_read_again(tmp_pat
     provenance = pairs[1]["provenance"]
     assert provenance["rejected"] == {
         "model": {"name": "other", "revision": None, "digest": "digest of other"},
-        **{"number": 2, "tokens": 1, "finished": True},
+        **{"number": 2, "tokens": 1, "finished": False},
     }
     assert provenance["source"].endswith("records.jsonl:1")
     assert (provenance["select"], provenance["sampling"]) == ("all_pairs", "facts")
     assert +results.counts == {
         **{"prompts": 3, "samples": 10, "unreadable": 3, "samples_without_score": 1},
         **{"tied_pairs": 1 + 6, "prompts_all_tied": 1, "prompts_dropped_too_long": 1},
+        "samples_unfinished": 4,
     }
     found = list(samples_of(results))
     assert [(len(row["responses"]), len(row["unused"])) for row in found] == [(3, 1), (4, 0), (2, 0)]

@@ -160,7 +160,7 @@ def test_an_adapter_is_a_model_only_where_it_is_accepted(
     refused("adapter beside full weights", model_folder, str(tmp_path), None)
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth", "evil_model.bin"])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "evil_model.bin"])
 def test_pickled_weights_are_refused_and_named(name: str, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model")
     if name.startswith("evil"):
