@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.records import Origin
 from dpo_dist.data.sources import Meter
 from dpo_dist.foundation import files as digests_module
-from dpo_dist.foundation.errors import DataError
+from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support.cache import encoded_folders, opened, prepare, prepare_all
 from tests.support.records import BAD, GOOD, jsonl
 
@@ -67,6 +68,13 @@ def test_damaged_data_are_not_opened_and_are_encoded_again(size: int, tmp_path: 
     assert prepare(tmp_path, path) == source.file
     assert source.file.read_bytes() == whole
     assert encoded_folders(tmp_path) == [source.file.name]
+
+
+def test_a_fault_of_the_disk_names_the_cache(tmp_path: Path) -> None:
+    full = mock.patch("dpo_dist.data.store.staged_file", side_effect=OSError("no space left"))
+    with full, pytest.raises(ConfigError, match="cannot be written") as raised:
+        prepare(tmp_path, jsonl(tmp_path, *GOOD))
+    assert raised.value.where == "data.cache"
 
 
 def test_a_source_is_encoded_once_for_all_lists(tmp_path: Path, encodes: list[str]) -> None:

@@ -319,7 +319,7 @@ def test_the_sentence_without_a_fault(history: list[Row], ended: dict[str, Any],
 def test_a_verdict_needs_no_input() -> None:
     bare = {"data": {"train": {"sources": [{"path": "a.jsonl"}]}}, "reference": {"mode": "none"}}
     for ended in ({}, {"data": None, "settings": None, "reference": None}, bare):
-        for history in ([], [{"step": 1, "loss": 2.0}], [{"step": 3, "eval_loss": 1.0}]):
+        for history in ([], [{"step": 1, "loss": 2.0, "grad_norm": 0.0}], [{"step": 3, "eval_loss": 1.0}]):
             assert verdict(history, ended).findings == ()
 
 
