@@ -262,6 +262,7 @@ MISFITS = [
     ("nemotron_h", "parallelism.sequence_parallel=2", "needs packed attention", "nemotron_h"),
     ("mpt", "data.max_length=9000", "fewer positions", "or less"),
     ("gptj", "data.max_length=9000", "fewer positions", "or less"),
+    ("gpt_oss", "model.gradient_checkpointing=9", "no layer would be checkpointed", "every 9 layers"),
     ("gpt_oss", "model.adapter={target_modules: [q_prj]}", "adapter's target", "name existing layers"),
     ("gpt_oss", "model.adapter={modules_to_save: [lm_haed]}", "train in full", "name modules"),
     ("deepseek_v3", "model.adapter={r: 2}", "peft adapts other layers", "set model.adapter.target_modules=["),
