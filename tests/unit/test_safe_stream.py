@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from dpo_dist.foundation.streams import print_line
+
 ROOT = Path(__file__).parents[2]
 WRITER = """
 import os, sys
@@ -66,3 +68,10 @@ def test_a_full_disk_is_an_error_of_a_result_alone(tmp_path: Path) -> None:
     code, printed = ended('print_result("text")', ">/dev/full", tmp_path)
     assert code == 2
     assert "the output cannot be written" in printed
+
+
+def test_a_printed_line_has_escapes_in_place_of_control_characters(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    print_line("damaged: a\x1b[31m\u202e\nsecond line")
+    assert capsys.readouterr().out == "damaged: a\\x1b[31m\\u202e\nsecond line\n"

@@ -68,7 +68,10 @@ def test_a_secret_in_a_text_is_hidden(text: str, shown: str) -> None:
     assert found == {"values": [shown, 1, None, True]}
 
 
-@pytest.mark.parametrize("name", ["MY_SECRET", "api_tokens", "KEY_2", "DB_PASS", "GITHUB_PAT"])
+@pytest.mark.parametrize(
+    "name",
+    ["MY_SECRET", "api_tokens", "KEY_2", "DB_PASS", "SSH_PASSPHRASE", "GITHUB_PAT", "A_CREDENTIAL"],
+)
 def test_variables_named_like_secrets_are_hidden(name: str) -> None:
     secret = 'a/"long"\nvalue'
     for written in (secret, "a%2F%22long%22%0Avalue", r"a/\"long\"\nvalue"):

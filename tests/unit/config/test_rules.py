@@ -109,6 +109,7 @@ REFUSED = [
     ("optim.betas=[0.9]", "optim.betas"),
     ("model.adapter.target_modules=[]", "model.adapter.target_modules"),
     ("data.untrained=[thoughts,...</note>]", "data.untrained[1]"),
+    ("parallelism.offload_parameters=nvme", "parallelism.offload_parameters"),
     ("data.train=[a,{path:b,label:a/b}]", "data.train[1].label"),
     ("model.path=", "model.path"),
     ("model.path=~nobody-of-this-name/m", "model.path"),

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,7 +13,6 @@ import pytest
 from dpo_dist.config.data import DataConfig, OnBadRecord, Ranked, SourceConfig, Truncation
 from dpo_dist.data import build as build_dataset_module
 from dpo_dist.data import encode as encode_chunk_module
-from dpo_dist.data import store as store_module
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.records import Origin
 from dpo_dist.data.sources import Meter
@@ -58,13 +57,6 @@ def test_inputs_of_the_ids_change_the_file(tmp_path: Path) -> None:
     assert prepare(tmp_path, path, max_bad_share=0.5) == plain
 
 
-def test_a_full_disk_names_what_is_on_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "staged_file", Mock(side_effect=OSError("no space left")))
-    with pytest.raises(ConfigError, match="the encoded data cannot be written") as raised:
-        prepare(tmp_path, jsonl(tmp_path, *GOOD))
-    assert raised.value.where == "data.cache"
-
-
 @pytest.mark.parametrize("size", [0, 500], ids="{} bytes".format)
 def test_damaged_data_are_not_opened_and_are_encoded_again(size: int, tmp_path: Path) -> None:
     path = jsonl(tmp_path, *GOOD)
@@ -76,6 +68,13 @@ def test_damaged_data_are_not_opened_and_are_encoded_again(size: int, tmp_path: 
     assert prepare(tmp_path, path) == source.file
     assert source.file.read_bytes() == whole
     assert encoded_folders(tmp_path) == [source.file.name]
+
+
+def test_a_fault_of_the_disk_names_the_cache(tmp_path: Path) -> None:
+    full = mock.patch("dpo_dist.data.store.staged_file", side_effect=OSError("no space left"))
+    with full, pytest.raises(ConfigError, match="cannot be written") as raised:
+        prepare(tmp_path, jsonl(tmp_path, *GOOD))
+    assert raised.value.where == "data.cache"
 
 
 def test_a_source_is_encoded_once_for_all_lists(tmp_path: Path, encodes: list[str]) -> None:

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import os
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -257,7 +258,11 @@ def test_adapters_also_merged_shards_and_other_ends_of_a_response(tmp_path: Path
     adapted, other = sampled(tmp_path / "adapter", base)
     assert adapted != whole
     assert other != digest
+    left = tmp_path / "merged.tmp-0123456789ab"  # by a start that was killed
+    left.mkdir()
+    os.utime(left, (0, 0))
     merge_adapter(tmp_path / "adapter", tmp_path / "merged", config_of(base))
+    assert not left.exists()
     assert sampled(tmp_path / "merged", base)[0] == adapted
     file = base / "generation_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [2, 5]}))

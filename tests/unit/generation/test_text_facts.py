@@ -62,6 +62,7 @@ def test_metrics_are_means_of_what_is_known() -> None:
         ("\n\n - milk\n\n  2) bread", True, False),
         ("It costs 3.5 - not\n4.5 - a lot.", False, False),
         ("# Title\ntext", False, True),
+        ("1. a **bold** word\n2. b", True, True),
         ("```\ncode\n```", False, True),
         ("see [[1](a.b)", False, True),
         ("see [1] (a.b)", False, False),

@@ -217,7 +217,7 @@ def test_a_rule_finds_its_fault_alone(
         (changed(0, {"tokens/chosen": 300.0}, every=AT_ONCE), {}, []),
         (changed(19, {"loss": 30.0, "grad_norm": 50.0, "logps/chosen_per_token": -4.0}), {}, []),
         # No gradient, but tokens that differ: a hinge loss that every pair satisfies.
-        (rows(late={"grad_norm": 0.0, "logps/rejected_per_token": -1.03}), {}, []),
+        (rows(late={"grad_norm": 0.0, "logps/rejected_per_token": -1.0215}), {}, []),
         # Few pairs.
         (rows(every=UNSURE | {"eval_pairs": 10.0}), {}, []),
         (rows(every=UNSURE | {"eval_pairs": 5000.0}), {}, []),
@@ -319,7 +319,7 @@ def test_the_sentence_without_a_fault(history: list[Row], ended: dict[str, Any],
 def test_a_verdict_needs_no_input() -> None:
     bare = {"data": {"train": {"sources": [{"path": "a.jsonl"}]}}, "reference": {"mode": "none"}}
     for ended in ({}, {"data": None, "settings": None, "reference": None}, bare):
-        for history in ([], [{"step": 1, "loss": 2.0}], [{"step": 3, "eval_loss": 1.0}]):
+        for history in ([], [{"step": 1, "loss": 2.0, "grad_norm": 0.0}], [{"step": 3, "eval_loss": 1.0}]):
             assert verdict(history, ended).findings == ()
 
 

@@ -189,6 +189,7 @@ def test_pickled_adapters_are_refused(tmp_path: Path) -> None:
     config = load_run_config([f"model.path={base}", "data.train=[a.jsonl]"])
     refused("weights are pickled", model_folder, str(adapter), None, accepts_adapter=True)
     assert "adapter_model.bin" in refused("weights are pickled", find_model, str(adapter), config).got
+    assert "an adapter" in refused("no config.json", model_folder, str(adapter), None).got
 
 
 @pytest.fixture

@@ -46,18 +46,19 @@ def refused(config: RunConfig) -> DpoDistError:
 
 
 @pytest.mark.parametrize(
-    ("package", "override"),
+    ("package", "overrides"),
     [
         ("liger_kernel", "model.liger=true"),
+        ("bitsandbytes", "model.adapter.r=8 model.quantization=nf4 parallelism=ddp"),
         ("bitsandbytes", "reference.quantization=int8"),
         ("bitsandbytes", "optim=adamw_8bit"),
     ],
 )
 def test_a_missing_package_is_an_error_before_anything_is_read(
-    package: str, override: str, assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    package: str, overrides: str, assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else name)
-    error = refused(run_of(assets, tmp_path, "data.train=[/nowhere/a.jsonl]", override))
+    error = refused(run_of(assets, tmp_path, "data.train=[/nowhere/a.jsonl]", *overrides.split()))
     assert isinstance(error, ConfigError)
     assert "is not installed" in error.message
 
@@ -74,6 +75,11 @@ def test_a_model_without_a_tokenizer_is_an_error(assets: Path, tmp_path: Path) -
     for file in (assets / "model").glob("*token*"):
         (start / file.name).write_bytes(file.read_bytes())
     check_start(run_of(assets, tmp_path / "out", f"model.path={folder}", f"model.adapter={{path: {start}}}"))
+
+
+def test_a_template_file_that_is_missing_is_an_error(assets: Path, tmp_path: Path) -> None:
+    error = refused(run_of(assets, tmp_path, "data.chat_template=mine.jinja"))
+    assert (error.where, error.got) == ("data.chat_template", "mine.jinja")
 
 
 def test_compiled_sharded_layers_need_torch_2_12(
@@ -256,6 +262,7 @@ MISFITS = [
     ("nemotron_h", "parallelism.sequence_parallel=2", "needs packed attention", "nemotron_h"),
     ("mpt", "data.max_length=9000", "fewer positions", "or less"),
     ("gptj", "data.max_length=9000", "fewer positions", "or less"),
+    ("gpt_oss", "model.gradient_checkpointing=9", "no layer would be checkpointed", "every 9 layers"),
     ("gpt_oss", "model.adapter={target_modules: [q_prj]}", "adapter's target", "name existing layers"),
     ("gpt_oss", "model.adapter={modules_to_save: [lm_haed]}", "train in full", "name modules"),
     ("deepseek_v3", "model.adapter={r: 2}", "peft adapts other layers", "set model.adapter.target_modules=["),

@@ -139,3 +139,4 @@ def test_every_two_different_texts_are_compared_once() -> None:
     rows = judge_texts(RECORDS[:3], texts, judge, in_pairs=True)
     assert judge.asked == [("good", "bad"), ("good", "worse"), ("bad", "worse"), ("why?", "bad")]
     assert [row["credits"] for row in rows] == [[4.0, 4.0, 3.0], [TIE, WIN, WIN], [None, None, TIE]]
+    assert [row["counts"] for row in rows] == [{"requests": 3}, {}, {"requests": 1}]
