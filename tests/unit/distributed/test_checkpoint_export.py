@@ -1,6 +1,7 @@
 """A checkpoint as a model folder: the weights of any world, in the model's precision, whole or not at all."""
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -272,7 +273,7 @@ def test_the_mean_of_whole_models(base: Path, tmp_path: Path) -> None:
     assert rounded.dtype is torch.bfloat16
 
 
-def test_a_member_that_is_another_model_is_refused(tmp_path: Path) -> None:
+def test_a_member_that_is_another_model_or_cut_is_refused(tmp_path: Path) -> None:
     base = write_model(tmp_path / "base")
     others = (
         write_model(tmp_path / "other sizes", hidden_size=64),
@@ -283,6 +284,10 @@ def test_a_member_that_is_another_model_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="of another kind or of other sizes") as error:
             write_mean(tmp_path / "out", [(0.5, base), (0.5, other)], None)
         assert error.value.got.startswith(f"{other}: ")
+    os.truncate(others[0] / "model.safetensors", 100_000)
+    with pytest.raises(ConfigError) as error:
+        write_mean(tmp_path / "out", [(0.5, base), (0.5, others[0])], None)
+    assert error.value.where == "export.average"
 
 
 def test_a_checkpoint_without_a_moving_average_has_none(base: Path, tmp_path: Path) -> None:

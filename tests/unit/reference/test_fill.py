@@ -124,9 +124,9 @@ def test_a_read_only_store_is_an_error_before_anything_is_computed(
         assert not scorer.responses
 
 
-@pytest.mark.parametrize("broken", [0, len(RESPONSES) - 1])
+@pytest.mark.parametrize(("broken", "factor"), [(0, torch.nan), (len(RESPONSES) - 1, torch.inf)])
 def test_a_round_that_cannot_be_written_is_an_error(
-    tmp_path: Path, dataset: PreferenceDataset, broken: int
+    tmp_path: Path, dataset: PreferenceDataset, broken: int, factor: float
 ) -> None:
     """Also the last round, which no other follows."""
 
@@ -135,7 +135,7 @@ def test_a_round_that_cannot_be_written_is_an_error(
 
         def __call__(self, batch: PackedBatch) -> Tensor:
             self.calls += 1
-            return super().__call__(batch) / (0 if self.calls == broken + 1 else 1)
+            return super().__call__(batch) * (factor if self.calls == broken + 1 else 1)
 
     with pytest.raises(ReferenceModelError, match="not finite"):
         fill(tmp_path, dataset, range(len(RESPONSES)), entries_per_shard=2, scorer=Broken())
