@@ -53,9 +53,9 @@ REAL = ("bad_records.jsonl", "ranked_oasst_history_zh.json")
 
 
 def test_any_number_of_records_is_encoded_equally(tmp_path: Path) -> None:
-    """Sources that end at and after the end of a chunk, with bad records at both ends; and real data."""
+    """Sources that end at and after the end of a chunk, with bad records at both ends or only; real data."""
     sources = []
-    for count in (CHUNK_RECORDS - 2, CHUNK_RECORDS - 1, 5 * CHUNK_RECORDS + 1):
+    for count in (0, CHUNK_RECORDS - 2, CHUNK_RECORDS - 1, 5 * CHUNK_RECORDS + 1):
         (tmp_path / str(count)).mkdir()
         sources.append(source(tmp_path / str(count), BAD, *map(record, range(count)), "no object"))
     if (shared := shared_data_dir()) is not None:

@@ -100,6 +100,16 @@ def test_an_adapter_on_a_quantized_base_is_its_own_reference_switched_off_and_st
     assert_same_history(history(tmp_path / "run"), history(tmp_path / "off"), 2e-4)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
+def test_a_quantized_reference_has_entries_of_its_own_and_is_not_the_policys_start(
+    overrides: Overrides, tmp_path: Path
+) -> None:
+    for kind in ("nf4", "null"):
+        options = ("trainer.max_steps=1", f"reference.quantization={kind}", f"run.dir={tmp_path}/{kind}")
+        assert ("step-0 check passed" in train(overrides(*options)).output) is (kind == "null")
+        assert summary(tmp_path / kind)["reference"]["computed"] == 12
+
+
 def test_the_adapter_and_its_checkpoint_score_as_in_the_run(trained: Path) -> None:
     assert "(adapter)" in evaluate([f"run.dir={trained}"], processes=2)
     assert_equals_the_run(trained)

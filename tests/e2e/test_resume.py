@@ -24,7 +24,7 @@ from tests.support.tiny_model import write_model
 
 
 def test_signals_save_and_the_same_command_resumes_exactly(overrides: Overrides, tmp_path: Path) -> None:
-    """One run: a signal to one rank, then to both, as launchers send it."""
+    """One run: a signal to one rank, then to both, as launchers send it; that checkpoint is damaged."""
     steps = ["trainer.epochs=12", "optim.lr=1e-3", "trainer.save_every=4", "parallelism=zero2"]
     as_on_gpus = ["model.dtype=bf16", "trainer.deterministic=true"]
     run, whole, command = tmp_path / "run", tmp_path / "whole", overrides(*steps, *as_on_gpus)
@@ -44,7 +44,9 @@ def test_signals_save_and_the_same_command_resumes_exactly(overrides: Overrides,
         assert former == f"step-{state['step']:06d}"
         log = (run / "logs/rank-0.log").read_text()
         assert f"stopping after step {state['step']}, with a checkpoint" in log
-    train(command, processes=2)
+    next((latest.parent / former).rglob("*.safetensors")).write_bytes(b"")
+    resumed = train(command, processes=2).output
+    assert f"warning: checkpoint {former} is damaged and not used" in resumed, resumed
     train([*command, f"run.dir={whole}"], processes=2)
     assert history(run) == history(whole)
     for file in ("model.safetensors", "README.md"):

@@ -249,6 +249,14 @@ def test_the_card_of_a_hub_dataset_names_own_files(
     refused("org/set", "names a file outside its folder")
 
 
+def test_the_script_of_a_hub_dataset_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = f"from pathlib import Path\nPath({str(tmp_path / 'trace')!r}).touch()"
+    write(tmp_path, {"snapshot/snapshot.py": script.encode()})
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **_options: f"{tmp_path}/snapshot")
+    refused("org/set", "neither a local file")
+    assert not (tmp_path / "trace").exists()
+
+
 of = SourceConfig
 
 
