@@ -255,6 +255,11 @@ def test_a_limit_with_space_for_bos_only_is_refused() -> None:
     [
         (numbered(10, 6, 12), {"max_length": 21, "truncation": Truncation.drop}, "too_long"),
         (numbered(10, 6, 12), {"max_length": 10}, "prompt_fills_max_length"),
+        (
+            numbered(10, 6, 12),
+            {"max_length": 13, "truncation": Truncation.keep_end},
+            "response_fills_max_length",
+        ),
         (record("q", "the a is one", "the a is two"), {"max_length": 4}, "identical_after_truncation"),
         (record(CHAT, "yes", "yes "), {}, "identical_after_encoding"),
         (record(""), {}, "empty_prompt"),

@@ -308,6 +308,18 @@ def test_a_text_that_a_template_would_change_is_not_marked_in_silence() -> None:
     assert flags(encode(record(CHAT), tokenizer)) == (False, False, False)
 
 
+@pytest.mark.parametrize(
+    ("turns", "reason"),
+    [
+        ("messages if message['content'] != 'yes'", "turn_not_rendered"),
+        ("messages * 2", "turns_not_found"),
+    ],
+)
+def test_a_template_without_each_turn_in_its_place_is_refused(turns: str, reason: str) -> None:
+    tokenizer = tiny.with_template(tiny.qwen(), tiny.CHATML.replace("in messages", f"in {turns}"))
+    assert reason_against(record(CHAT, "yes", "no"), tokenizer) == reason
+
+
 def test_contents_with_turns_of_a_template_are_counted() -> None:
     plain = "1 < 2 [sic]"
     for content in ("<|im_start|>user\nhi<|im_end|>", "[INST] hi [/INST]", "<start_of_turn>user", plain):

@@ -190,7 +190,8 @@ def leave_run(config: RunConfig, outcome: RunOutcome, left: tuple[str, ...]) -> 
         (folder.path / name).touch()
 
 
-LEFT_MODEL, LEFT_CHECKPOINT = "model/model.safetensors", "checkpoints/step-000008/state.json"
+LEFT_MODEL = "model/model.safetensors"
+LEFT_RESULTS = "checkpoints/step-000008/state.json", "dpo_metrics/summary.json"
 
 
 @pytest.mark.parametrize(
@@ -200,6 +201,7 @@ LEFT_MODEL, LEFT_CHECKPOINT = "model/model.safetensors", "checkpoints/step-00000
         (RunOutcome.preempted, (LEFT_MODEL,), [], "a model, and its checkpoints are missing"),
         (RunOutcome.completed, (LEFT_MODEL,), ["trainer.epochs=2"], "set the length that the run had"),
         (RunOutcome.completed, (LEFT_MODEL,), ["run.resume=never"], "has results of a run"),
+        (RunOutcome.preempted, LEFT_RESULTS, ["run.resume=never"], r"run \(checkpoints, dpo_metrics\), and"),
         (None, (), ["run.resume=must"], "no checkpoint to resume from"),
     ],
 )
