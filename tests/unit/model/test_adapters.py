@@ -217,9 +217,13 @@ def test_another_base_than_the_adapters_own_is_said(named: str, base: Path, sft:
     assert base_notes(ModelConfig(path=str(base)), None) == []
 
 
-def test_an_adapter_is_part_of_the_digest_and_its_tokenizer_the_policys(base: Path, sft: Path) -> None:
-    alone, before = digest_model(base).digest, digest_model(base, adapter=sft).digest
-    assert len({alone, before, digest_model(base, adapter=changed(sft, lora_alpha=16)).digest}) == 3
+def test_an_adapter_and_its_base_are_the_digest_and_its_tokenizer_the_policys(
+    base: Path, sft: Path, tmp_path: Path
+) -> None:
+    other = write_model(tmp_path / "other", seed=9)
+    found = [digest_model(base), digest_model(base, adapter=sft), digest_model(other, adapter=sft)]
+    found.append(digest_model(base, adapter=changed(sft, lora_alpha=16)))
+    assert len({files.digest for files in found}) == 4
     assert tokenizer_folder(base, sft) == base
     shutil.copy(base / "tokenizer.json", sft)
     assert tokenizer_folder(base, sft) == sft
