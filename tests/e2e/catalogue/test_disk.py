@@ -1,5 +1,6 @@
 """Run directories, caches and stores that cannot be written."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,10 @@ from tests.support.read_only import read_only
 def file(name: str) -> Callable[[Path], object]:
     """Make a file where a folder is expected."""
     return lambda work: (work / name).write_text("a file")
+
+
+def with_another_model(work: Path) -> None:
+    shutil.copytree(work / "model", work / "base")
 
 
 def of_another_run(work: Path) -> None:
@@ -37,6 +42,8 @@ CASES = [
          to_do="set run.dir to a new folder"),
     Case("model as run directory", "run.dir=model", "the folder of a model", "run.dir", "model",
          to_do="set run.dir to a new folder"),
+    Case("reference as run directory", "reference.path=base run.dir=base", "the folder of a model", "run.dir",
+         "base", to_do="set run.dir to a new folder", before=with_another_model),
     Case("folder of runs as run directory", "run.dir=runs", "contains other runs", "run.dir", "runs",
          before=of_another_run, to_do="set run.dir to a new folder"),
     Case("link in a circle", "run.dir=circle", "run.dir", "run.dir", "circle",

@@ -51,6 +51,7 @@ REFUSED = [
     ("data.train=[{path:a,format:text}] data.ranked=all_pairs", "data.ranked"),
     ("data.max_prompt_length=64 data.max_length=64", "data.max_prompt_length"),
     ("data.trained_roles=[assistant,gpt]", "data.trained_roles"),
+    ("data.trained_roles=[]", "data.trained_roles"),
     (TERMS % "sigmoid", "loss.terms"),
     ("loss.terms=[{kind:sigmoid,weight:0}]", "loss.terms"),
     ("loss.terms=[{kind:sigmoid}] loss.kind=ipo", "loss.kind"),
