@@ -62,6 +62,10 @@ CASES = [
 READ_ONLY = [
     Case("run directory on a read-only disk", "run.dir=locked/run", "run.dir cannot be written", "run.dir",
          "Read-only file system", to_do="set run.dir to another folder"),
+    Case("cache on a read-only disk", "data.cache=locked/cache", "data.cache cannot be written", "data.cache",
+         "Read-only", to_do="set data.cache to another folder"),
+    Case("store on a read-only disk", "reference.store=locked/store", "reference.store cannot be written",
+         "reference.store", "Read-only", to_do="set reference.store to another folder"),
     Case("read-only working folder for pairs",
          "run.dir=locked/pairs pairs.method=scores data.train=[train.jsonl]",
          "a file cannot be written or read", "locked/pairs", "Read-only", verb="pairs", run="",
