@@ -32,7 +32,8 @@ def assert_same_run(killed: Path, whole: Path) -> None:
             assert _content(other / name) == _content(part / name), name
     for file in (saved / "state.json", *sorted(saved.glob("random_states_*.json"))):
         assert _untimed(killed / file.relative_to(whole)) == _untimed(file), file.name
-    assert not [file for file in killed.rglob("*") if ".tmp-" in file.name]
+    left = [file for file in killed.rglob("*") if ".tmp-" in file.name]
+    assert not left, left
 
 
 def _untimed(file: Path) -> dict[str, Any]:

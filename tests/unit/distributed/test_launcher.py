@@ -48,6 +48,8 @@ if sys.argv[1] == "stop":
         time.sleep(0.05)
     sys.exit(69)
 if sys.argv[1] == "kill" and os.environ["RANK"] == "1":
+    while not os.path.exists("started-0") or not os.path.getsize("started-0"):
+        time.sleep(0.05)
     os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(SECONDS if sys.argv[1] != "kill" else 0)
 """
