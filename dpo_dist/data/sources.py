@@ -493,9 +493,7 @@ def _elements(stream: BinaryIO) -> Iterator[Any]:
         elif block := file.read(max(_BLOCK_BYTES, len(text) - at)):
             text, at = text[at:] + block, 0  # the end of the last block has cut the element
         else:
-            JSON.raw_decode(
-                text, _after_spaces(text, at)
-            )  # raises its own error, with the place in the element
+            JSON.raw_decode(text, _after_spaces(text, at))  # raises its error, with the place in the element
             raise ValueError("the array is not closed")
     if separator != "]" or text[at:].strip() or file.read().strip():
         raise ValueError("no comma after an element, or text after the array")

@@ -322,9 +322,8 @@ class EndpointJudge:
         ]
         counts = sum((judgement.counts for judgement in judgements), Counter[str]())
         if 0 < counts["requests"] == counts["refused"]:
-            self.check(
-                self._client.max_retries
-            )  # all requests of a short part may be refused for their texts
+            # All requests of a short part may be refused for their texts.
+            self.check(self._client.max_retries)
         return judgements
 
     def _verdict(self, question: Question, order: tuple[int, ...]) -> str:
