@@ -1,5 +1,6 @@
 """Encoding on several processes: the bytes of one process, and errors of dead processes."""
 
+import contextlib
 import itertools
 import os
 import signal
@@ -77,8 +78,14 @@ def test_the_error_names_the_first_bad_record(tmp_path: Path) -> None:
 
 
 def encoders(parent: psutil.Process) -> list[psutil.Process]:
-    """Return the encoding processes of `parent`."""
-    return [process for process in parent.children() if "spawn_main" in " ".join(process.cmdline())]
+    """Return the living processes of `parent` that encode."""
+    found = []
+    for process in parent.children():
+        with contextlib.suppress(
+            psutil.NoSuchProcess
+        ):  # it has ended, and nobody asked for its exit code yet
+            found += [process] if "spawn_main" in " ".join(process.cmdline()) else []
+    return found
 
 
 class Mortal(PreTrainedTokenizerFast):
@@ -99,7 +106,7 @@ def test_a_dead_process_is_one_clear_error(tmp_path: Path) -> None:
         prepare(tmp_path, [rows], 2, tokenizer)
     assert "data.processes" in raised.value.where + raised.value.remedy
     assert encoded_folders(tmp_path, "cache 2") == []
-    assert encoders(psutil.Process()) == []
+    assert psutil.wait_procs(encoders(psutil.Process()), timeout=60)[1] == []
 
 
 def encode_endlessly(folder: Path) -> None:
