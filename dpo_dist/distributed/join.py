@@ -83,7 +83,7 @@ def load_async_io(say: Callable[[str], None]) -> None:
 # Of the store of the rendezvous, and of gloo.
 _NOT_JOINED = (
     r"timed ?out|timeout|connection was likely closed|closed by peer|reset by peer|broken pipe"
-    r"|connectFullMesh failed"
+    r"|connectFullMesh failed|address already in use"
 )
 
 
@@ -163,7 +163,7 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
             got=first_line(failure),
             expected=f"every process within parallelism.timeout_seconds ({timeout_seconds})",
             remedy="see the messages of all processes (the screen of each node, logs/rank-N.log), and "
-            "whether every node reaches this address; then run the same command again",
+            "whether every node reaches this address, whose port is free; then run the same command again",
         ) from failure
     return World(accelerator, rank, size, accelerator.device, tuple(peers), control, timeout_seconds)
 

@@ -223,25 +223,17 @@ def remembered_digest(file: Path, memo: Path | None) -> str:
 
     `memo` is the folder with the cached digests; None: no cache.
     """
-    try:
-        identity = file_identity(file)
-        digest = recall(memo, identity)
-        if digest is None:
-            digest = content_digest([file])
-            if file_identity(file) != identity:
-                raise ConfigError(
-                    "a file changes while it is read",
-                    where=str(file),
-                    remedy="start again when the file is complete",
-                )
-            remember(memo, identity, digest)
-    except OSError as error:
-        raise ConfigError(
-            "a file cannot be read",
-            where=str(file),
-            got=str(error),
-            remedy="check the path and its permissions",
-        ) from error
+    identity = file_identity(file)
+    digest = recall(memo, identity)
+    if digest is None:
+        digest = content_digest([file])
+        if file_identity(file) != identity:
+            raise ConfigError(
+                "a file changes while it is read",
+                where=str(file),
+                remedy="start again when the file is complete",
+            )
+        remember(memo, identity, digest)
     return digest
 
 

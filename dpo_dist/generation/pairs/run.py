@@ -15,7 +15,7 @@ import numpy as np
 
 from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.identity import plain
-from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import DropOrKeep, PairsConfig, PairSelection, PairsMethod, RunConfig
 from dpo_dist.data.counts import in_one_line
 from dpo_dist.data.formats import read_prompts, read_records
@@ -354,7 +354,7 @@ def rehearse_pairs(config: RunConfig) -> str:
     Returns lines for the screen; raises DpoDistError for what cannot be used.
     """
     pairs, folder = config.pairs, RunFolder.of(config)
-    folder.check_writable()
+    check_writable(folder.path)
     file = (folder.round(1) if pairs.rounds else folder).pairs_file
     lines = [("pairs", f"{pairs.method}, {file}{' (exists)' if file.exists() else ''}")]
     faults: dict[str, Fault] = {}

@@ -17,7 +17,7 @@ import dpo_dist
 from dpo_dist.batching.pack import Sequences, pack
 from dpo_dist.batching.plan import consecutive_batches
 from dpo_dist.config.load import from_yaml
-from dpo_dist.config.run_folder import RunFolder, existing_run
+from dpo_dist.config.run_folder import RunFolder, check_writable, existing_run
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.formats import read_prompts
 from dpo_dist.data.records import Dialogue, Prompt, eval_part, prompt_hash
@@ -419,7 +419,7 @@ def _write(
 
 def rehearse_comparison(config: RunConfig, models: Sequence[Compared]) -> str:
     """Load what `compare` loads before weights, ask the judge, and read the first records of each source."""
-    RunFolder.of(config).check_writable()
+    check_writable(RunFolder.of(config).path)
     lines: Lines = []
     faults: dict[str, Fault] = {}
     for model in models:
