@@ -85,7 +85,7 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Seed the random numbers that a user's loss may draw in a step: no checkpoint has to have their state."""
+    """Seed the random numbers that a user's loss may draw in a step; no checkpoint needs their state."""
     set_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
 
 
