@@ -188,8 +188,8 @@ def check_fresh_start(config: RunConfig, folder: RunFolder) -> None:
     elif has_model or (state is not None and (state.is_finished or state.step)):
         fault = "the run directory has a model or a run that has begun, and its checkpoints are missing"
         remedy = (
-            "put them back, or mount their disk, and set the length that the run had (it grows from a checkpoint "
-            f"only); to begin again delete {folder.state.name} and {folder.model.name}/, or set another run.dir"
+            "put them back, or mount their disk, and set the length that the run had; to train from the "
+            f"beginning delete {folder.state.name} and {folder.model.name}/, or set another run.dir"
         )
     elif config.run.resume is Resume.must:
         fault, remedy = "there is no checkpoint to resume from", "set run.resume=auto to start a new run"

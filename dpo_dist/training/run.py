@@ -10,7 +10,7 @@ from typing import Any
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.losses import Weighting
 from dpo_dist.config.schema import ReferenceMode, RunConfig
-from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver, load_checkpoint
+from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.slices import Sharded
 from dpo_dist.distributed.world import World
@@ -135,7 +135,6 @@ def _set_up(
         config.trainer.keep_last,
         sharded,
         world,
-        () if checkpoint is None else checkpoint.damaged,
         say=run.say,
         committed=lambda step: write_state(run.folder, replace(state, step=step)),
     )
@@ -234,7 +233,8 @@ def _resume(run: Run, checkpoint: Checkpoint, sharded: Sequence[Sharded]) -> Pos
 
     The report about the reference stays that of the start which scored it. This start's time is added.
     """
-    load_checkpoint(checkpoint, sharded, run.world)
+    for part in sharded:
+        part.load_shards(checkpoint.folder)
     position = Position.of(checkpoint.state)
     run.clock.resume(position.work)
     run.say(f"resuming from {checkpoint.folder}, after step {position.step:,}")
