@@ -113,7 +113,6 @@ REFUSED = [
     ("parallelism.offload_parameters=nvme", "parallelism.offload_parameters"),
     ("data.train=[a,{path:b,label:a/b}]", "data.train[1].label"),
     ("model.path=", "model.path"),
-    ("model.path=~nobody-of-this-name/m", "model.path"),
     # Bounds inside of lists and mappings, and numbers that are none.
     ("data.eval=[a,{path:b,limit:0}]", "data.eval[1].limit"),
     ("data.train=[a,{path:b,weight:1e18}]", "data.train[1].weight"),
