@@ -96,7 +96,7 @@ def load_run_config(
 def checked(config: RunConfig, given: Collection[str] = (), needs: Iterable[Rule] = ()) -> RunConfig:
     """Check all rules, and fill in `reference.mode` and `run.dir`; `given`: the keys of the command."""
     config = resolve_reference(config, given)
-    check(config, (*needs, *RULES), given)
+    check(config, (*needs, *RULES))
     return replace(config, run=replace(config.run, dir=str(run_dir(config))))
 
 

@@ -148,21 +148,6 @@ def test_the_reference_follows_loss_and_model(typed: str, mode: str) -> None:
     assert run_digest(alone(f"{typed} reference={mode}")) == run_digest(config)
 
 
-@pytest.mark.parametrize(
-    ("before", "typed", "mode"),
-    [
-        ("loss=simpo", "loss=ipo", "cached"),
-        ("model.adapter.r=8", "loss=sft", "none"),
-        ("model.adapter.r=8", "model.adapter=null", "cached"),
-    ],
-)
-def test_a_recorded_mode_gives_way_to_the_command_line(before: str, typed: str, mode: str) -> None:
-    written = to_yaml(configured(before))
-    assert f"mode: {mode}" not in written
-    write(experiment__again=written.replace("  dir: ", "  # dir: "))
-    assert alone(f"--config-dir conf +experiment=again {typed}").reference.mode == mode
-
-
 def test_a_verb_can_work_without_a_model() -> None:
     assert alone("data.train=[a.jsonl]", verb="doctor").model.path == NO_MODEL
     assert "model=NAME" in error_of("data.train=[a.jsonl]", verb="train", run=[]).remedy

@@ -52,7 +52,7 @@ MISTYPED = [
     ("loss_weights=[1,0.2]", "write 'loss.terms=[{kind: sigmoid, weight: 1}, {kind: sft, weight: 0.2}]'"),
     ("model.adapter.rank=8", "write model.adapter.r=8"),
     ("adam_beta2=0.95", "write 'optim.betas=[0.9,0.95]'"),
-    ("lr_scheduler_type=polynomial", "one of constant, constant_with_warmup, linear, cosine, inverse_sqrt"),
+    ("lr_scheduler_type=polynomial", "one of constant, linear, cosine, inverse_sqrt"),
     ("training.learning-rate=1e-5", "write optim.lr=1e-5"),
     ("data.train.weight=2", "it is a key of an entry: 'data.train=[{path: ..., weight: ...}]'"),
     # Quotes and spaces: one hint.
@@ -64,7 +64,8 @@ MISTYPED = [
     # A key without its section, and a word of an option.
     ("max_steps=3", "write trainer.max_steps=3"),
     ("warmup_steps=0.1", "write optim.warmup_ratio=0.1"),
-    ("loss=simpo loss.kind=ipo", "write loss=ipo in place of loss.kind=ipo"),
+    ("loss=simpo loss.kind=ipo", "loss=NAME replaces all options of the loss"),
+    ("lr_scheduler_type=constant_with_warmup", "write optim.schedule=constant"),
     ("--multirun", "for each value"),
     ("--check --cfg job", "argument -c/--cfg: not allowed with argument --check"),
     ("/tmp", "its key: run.dir=/tmp, "),
