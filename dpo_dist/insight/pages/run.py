@@ -177,6 +177,7 @@ def _tiles(facts: PageFacts) -> Iterator[tuple[str, str, str]]:
         remarks.setdefault(key, []).append(f"best {number(found['value'])} at step {number(found['step'])}")
     gpus = ", ".join(dict.fromkeys(facts.environment.get("gpus") or ())) or "without GPU"
     pairs, finished = summary.get("pairs_seen"), last(facts.run.evaluations, "samples/finished")
+    seconds = facts.section("work").get("device_seconds")
     shown: tuple[tuple[str, Any, Callable[[Any], str], str], ...] = (
         ("final loss", final.get("loss"), number, "training, mean of the last logged steps"),
         *(
@@ -192,6 +193,7 @@ def _tiles(facts: PageFacts) -> Iterator[tuple[str, str, str]]:
         ("training time", summary.get("train_seconds"), duration, "of optimizer steps"),
         ("pairs per second", summary.get("pairs_per_second"), number, ""),
         ("peak memory", summary.get("peak_memory_bytes"), size, f"of the process with the most; {gpus}"),
+        ("time of all processes", seconds, duration, "all work of all starts"),
     )
     for label, value, form, small in shown:
         if value is not None:
