@@ -522,12 +522,6 @@ def comparison_table(results: Fields) -> list[str]:
         rows.append([*cells, *([of_base.get(model["name"], "")] if of_base else [])])
     judge = "" if results["judge"] is None else f", judged by {results['judge']}"
     lines = [f"comparison on {results['prompts']:,} held-out prompts{judge}", *aligned(rows)]
-    lines += [
-        f"note: {model['name']} encodes {model['prompts_encoded_differently']:,} prompts as other tokens "
-        f"than {base}: another chat template or tokenizer"
-        for model in results["models"]
-        if model["prompts_encoded_differently"]
-    ]
     if left := sum(results["not_judged"].values()):
         lines.append(f"note: not counted, because without a verdict: {counted(left, 'comparison')}")
     return lines
