@@ -118,7 +118,7 @@ class LiveScreen(LineScreen):
 
     def _update(self, content: Fields, line: str) -> None:
         """Replace the live line; a narrow terminal cuts its end."""
-        share = round(1000 * (content["share"] or 0))
+        share = content["share"]
         if self._live is None:
             cut = Column(no_wrap=True, overflow="crop")
             self._live = RichProgress(
@@ -129,10 +129,10 @@ class LiveScreen(LineScreen):
                 redirect_stderr=False,
                 transient=content["work"] != _TRAINING,
             )
-            self._live.add_task(line, total=1000, completed=share)
+            self._live.add_task(line, total=None if share is None else 1, completed=share or 0)
             self._live.start()
         else:
-            self._live.update(self._live.task_ids[0], description=line, completed=share, refresh=True)
+            self._live.update(self._live.task_ids[0], description=line, completed=share or 0, refresh=True)
 
     def end_progress(self) -> None:
         """Leave the last state of the training on the screen; remove that of other work."""
@@ -296,26 +296,27 @@ class Console:
             def show(done: int, total: int) -> None:
                 nonlocal before
                 if total:
-                    count(done - before, done / total, total)
+                    count(done - before, total)
                     before = done
 
             yield show
 
     @contextlib.contextmanager
     def counter(self, title: str, unit: str) -> Iterator[Count]:
-        """Yield a function that takes the number of units just done, the share of all work and the total.
+        """Yield a function that takes the number of units just done, and of all units, None if unknown.
 
-        Share and total are None if they are unknown. Nothing is shown if it is never called.
+        Nothing is shown if it is never called.
         """
         done, started = 0, math.nan
 
-        def count(more: int, share: float | None = None, total: int | None = None) -> None:
+        def count(more: int, total: int | None = None) -> None:
             nonlocal done, started
             if self._screen is not None:
                 self._worked = time.monotonic()
                 started = self._worked if math.isnan(started) else started
                 done += more
                 seconds = self._worked - started
+                share = done / total if total else None
                 amount = counted(done, unit) if total is None else f"{done:,} of {counted(total, unit)}"
                 parts = [f"{title}: {amount}"] + ([] if share is None else [percent(share)])
                 parts += [f"{done / seconds:,.0f} a second"] if done > seconds >= 1 else []

@@ -401,7 +401,7 @@ def first_records(
     label: str, read: Read, source: SourceConfig, data: DataConfig, faults: Mapping[str, Fault]
 ) -> Lines:
     """Check the first records of a source; return the number that each model, or the verb, can use."""
-    found = list(islice(read(pinned(source, None)), _FIRST_RECORDS + 1))
+    found = list(islice(read(pinned(source)), _FIRST_RECORDS + 1))
     first, lines, is_more = found[:_FIRST_RECORDS], [], len(found) > _FIRST_RECORDS
     list(good_records(iter(first), source, data, lambda _: None, of_first=is_more))
     rest = " (the others were not looked at)" if is_more else ""

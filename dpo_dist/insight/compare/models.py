@@ -83,7 +83,7 @@ def write_held_out(folder: Path, config: RunConfig, say: Callable[[str], None]) 
 
     def ranked() -> Iterator[tuple[str, int, Row]]:
         for source, label in zip(sources, source_labels(sources), strict=True):
-            for record in good_records(read_prompts(pinned(source, None)), source, config.data, say):
+            for record in good_records(read_prompts(pinned(source)), source, config.data, say):
                 asked = as_asked(record, config.data)
                 key = prompt_key(asked)
                 if key in seen or not part.has(prompt_hash(record.prompt)):

@@ -124,11 +124,11 @@ def lines() -> tuple[Console, list[str]]:
 def test_progress_is_printed_now_and_then(clock: SimpleNamespace) -> None:
     console, printed = lines()
     with console.counter("encoding: a.jsonl", "record") as count:
-        for number in range(1, 9):
-            count(640, number / 16)
+        for _ in range(8):
+            count(640)
             clock.now += 10.0
     assert len(printed) == 4
-    assert printed[3] == "encoding: a.jsonl: 5,120 records, 50 %, 73 a second, 1 min 10 s left"
+    assert printed[3] == "encoding: a.jsonl: 5,120 records, 73 a second"
     printed.clear()
     with console.counter("nothing", "record"), console.progress("log-probs", "pair") as show:
         show(0, 0)
