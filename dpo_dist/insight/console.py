@@ -565,12 +565,6 @@ def comparison_table(results: Fields) -> list[str]:
     temperature = results["sampling"]["temperature"]
     if temperature != 1 and any(model["kl"] for model in results["models"]):
         lines.append(f"note: responses at temperature {temperature:g}: the KL has a bias, at 1 it has none")
-    lines += [
-        f"note: {model['name']} encodes {model['prompts_encoded_differently']:,} prompts as other tokens "
-        f"than {base}: another chat template or tokenizer"
-        for model in results["models"]
-        if model["prompts_encoded_differently"]
-    ]
     if wins:
         ties = sum(win["ties"] for win in wins)
         lines.append(f"win rates count {counted(ties, 'tie')} as half" if ties else "win rates: no ties")
