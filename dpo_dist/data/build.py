@@ -34,8 +34,8 @@ _TOKENIZER_FILES = (
 )
 
 Progress = Callable[[str], AbstractContextManager[Callable[[int], None]]]
-"""Called with the path of a source that is encoded. The entered function is called with the number of newly
-encoded records."""
+"""Called with the path of a source that is encoded. The entered function is called with the number of encoded
+records."""
 
 
 def no_progress(_source: str) -> AbstractContextManager[Callable[[int], None]]:
@@ -69,8 +69,8 @@ def prepare_dataset(
         file = find_encoded(cache, fingerprint, source.limit)
         if file is None:
             with (
-                progress(source.path) as count,
-                closing(_encoded(source, encode, config.processes, count)) as batches,
+                progress(source.path) as show,
+                closing(_encoded(source, encode, config.processes, show)) as batches,
             ):
                 file = write_source(cache, fingerprint, source.path, source.limit, batches)
         encoded.append(EncodedSource(source.path, file, source.limit, label))
@@ -81,13 +81,14 @@ def _encoded(
     source: SourceConfig,
     encode: Callable[[Records], pa.RecordBatch],
     processes: int | None,
-    count: Callable[[int], None],
+    show: Callable[[int], None],
 ) -> Generator[pa.RecordBatch, None, None]:
-    state = _identities(source)
+    records, state = 0, _identities(source)
     with closing(in_order(_chunks(source), encode, processes)) as chunks:
         for chunk in chunks:
             yield chunk
-            count(len(chunk))
+            records += len(chunk)
+            show(records)
     # The fingerprint belongs to the records read only if nothing has changed meanwhile.
     if _identities(source) != state:
         raise DataError(
