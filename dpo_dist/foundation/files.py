@@ -274,16 +274,6 @@ def plain(value: Any) -> Any:
     return value
 
 
-def is_absent_offline(kind: str, name: str) -> bool:
-    """Return whether HF_HUB_OFFLINE is set and the Hub's cache has no `model` or `dataset` of this name."""
-    from huggingface_hub import constants  # noqa: PLC0415  (a local source needs no Hub)
-
-    if not constants.HF_HUB_OFFLINE:
-        return False
-    snapshots = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}" / "snapshots"
-    return not any(snapshots.glob("*"))
-
-
 @contextlib.contextmanager
 def locked(path: Path, owner: str, remedy: str) -> Iterator[int]:
     """Open or create a file for appending and lock it until the context ends; yield its descriptor.

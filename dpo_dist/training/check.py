@@ -101,8 +101,7 @@ def _first_records(
     source: SourceConfig, key: str, config: RunConfig, tokenizer: PreTrainedTokenizerBase
 ) -> str:
     """Read, encode and check the first records of a source; return their counts as one line."""
-    # No run directory is written, so the commit of a hub dataset is not recorded.
-    source = pinned(source, None)
+    source = pinned(source)
     records = list(itertools.islice(read_records(source), _FIRST_RECORDS + 1))
     rows = pa.Table.from_batches([encode_chunk(records[:_FIRST_RECORDS], config.data, tokenizer)])
     counts, has_more = counts_of(rows), len(records) > _FIRST_RECORDS

@@ -366,7 +366,7 @@ def first_records(
     """Return the usable ones of the first records of all sources; `say` their counts."""
     records: list[PreferenceRecord] = []
     for source in sources:
-        found = list(islice(read(pinned(source, None)), _FIRST_RECORDS + 1))
+        found = list(islice(read(pinned(source)), _FIRST_RECORDS + 1))
         first, is_more = iter(found[:_FIRST_RECORDS]), len(found) > _FIRST_RECORDS
         records += good_records(first, source, data, say, of_first=is_more)
     return records

@@ -85,7 +85,7 @@ def held_out(config: RunConfig, say: Callable[[str], None]) -> tuple[list[Prefer
 
     def ranked() -> Iterator[tuple[str, int, PreferenceRecord]]:
         for source, label in zip(sources, source_labels(sources), strict=True):
-            for record in good_records(read_prompts(pinned(source, None)), source, config.data, say):
+            for record in good_records(read_prompts(pinned(source)), source, config.data, say):
                 asked = replace(as_asked(record, config.data), responses=record.responses[:1], scores=None)
                 key = prompt_key(asked)
                 if key not in labels and part.has(prompt_hash(record.prompt)):
