@@ -74,14 +74,17 @@ class FunctionJudge:
         self._function = user_function(written, _FUNCTION)
         self._source = find_function(written, _FUNCTION)
 
-    def check(self) -> str:
-        """Return its name."""
-        return f"function {self._source.module}:{self._source.name}"
+        self._name = f"{self._source.module}:{self._source.name}"
+
+    def __str__(self) -> str:
+        return f"function {self._name}"
+
+    def check(self) -> None:
+        """Check nothing: the function is imported."""
 
     def describe(self) -> dict[str, Any]:
         """Return its name and the digest of its file."""
-        found = self._source
-        return {"kind": "function", "function": f"{found.module}:{found.name}", "digest": found.digest}
+        return {"kind": "function", "function": self._name, "digest": self._source.digest}
 
     def judge(self, questions: Sequence[Question]) -> list[Judgement]:
         """Return the function's scores."""
@@ -118,14 +121,16 @@ class RewardModel:
         self._name, self._config, self._store, self._device = name, config, store, device
         self._budget = batch_tokens
 
-    def check(self) -> str:
-        """Return its folder and architecture."""
+    def __str__(self) -> str:
+        return f"reward model {self._name}"
+
+    def check(self) -> None:
+        """Check its configuration and tokenizer."""
         folder = description_folder(self._name, None, _REWARD_MODEL)
         model_config = load_config(folder, self._config, _REWARD_MODEL)
         if model_config.num_labels != 1:
             raise _no_reward_model(f"{folder} with {model_config.num_labels} outputs")
         load_tokenizer(folder, self._config, _REWARD_MODEL)
-        return f"{folder}, {model_config.model_type}"
 
     def describe(self) -> dict[str, Any]:
         """Return its name, the digest of its files, and its precision."""
@@ -282,13 +287,16 @@ class EndpointJudge:
         self._headers: dict[str, Any] = {} if key else {"Authorization": openai.Omit()}
         self._options = _OPTIONS
 
-    def check(self, retries: int = 0) -> str:
+    def __str__(self) -> str:
+        config, compares = self._config, self._config.verdicts is Verdicts.compare
+        verdicts = "each two responses in both positions" if compares else "grades from 1 to 10"
+        return f"{config.model} at {config.url}: {verdicts}"
+
+    def check(self) -> None:
         """Send a harmless request, which is not to be refused."""
-        harmless = self._messages(_GRADE, _HARMLESS, response="Hello.")
-        _, refusal = self._ask(harmless, self._client.with_options(max_retries=retries))
+        _, refusal = self._ask(self._messages(_GRADE, _HARMLESS, response="Hello."))
         if refusal:
             raise self._unusable(f"{refusal}, also for a harmless request")
-        return f"{self._config.model} at {self._config.url} replies"
 
     def describe(self) -> dict[str, Any]:
         """Return address, model and criterion."""
@@ -323,7 +331,7 @@ class EndpointJudge:
         counts = sum((judgement.counts for judgement in judgements), Counter[str]())
         if 0 < counts["requests"] == counts["refused"]:
             # All requests of a short part may be refused for their texts.
-            self.check(self._client.max_retries)
+            self.check()
         return judgements
 
     def _verdict(self, question: Question, order: tuple[int, ...]) -> str:
@@ -341,14 +349,14 @@ class EndpointJudge:
             {"role": "user", "content": json.dumps(content, ensure_ascii=False)},
         ]
 
-    def _ask(self, messages: list[Any], client: Any = None) -> tuple[str, str]:
+    def _ask(self, messages: list[Any]) -> tuple[str, str]:
         """Return the assistant's text, if any, or status and code of a refusal of this request.
 
         At temperature 0, if the endpoint can.
         """
         options = self._options
         try:
-            found: Any = (client or self._client).chat.completions.create(
+            found: Any = self._client.chat.completions.create(
                 model=str(self._config.model), messages=messages, extra_headers=self._headers, **options
             )
         except self._openai.APIStatusError as error:
@@ -356,7 +364,7 @@ class EndpointJudge:
             if is_unsupported and options is _OPTIONS:
                 log.warning("the endpoint of the judge refuses %s: it gets %s", options, _REASONING_OPTIONS)
                 self._options = _REASONING_OPTIONS
-                return self._ask(messages, client)
+                return self._ask(messages)
             # Its message may quote a text.
             facts = (f"status {error.status_code}", error.code, error.param)
             refusal = ", ".join(str(fact) for fact in facts if fact)
@@ -404,7 +412,7 @@ def _judgement(responses: int, verdicts: Mapping[tuple[int, ...], str]) -> Judge
 Judge: TypeAlias = RewardModel | FunctionJudge | EndpointJudge
 """Scores responses; its weights are loaded when it is asked first. Its methods raise DpoDistError.
 
-`check` checks it without its weights, an endpoint by one request, and returns what it is in words; `describe`
+As a text it is its name; `check` checks it without its weights, an endpoint by one request; `describe`
 returns everything that the scores depend on, without secrets; `judge` the judgement of each question.
 """
 

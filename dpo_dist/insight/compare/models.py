@@ -44,7 +44,7 @@ from dpo_dist.foundation.files import (
     write_text,
 )
 from dpo_dist.foundation.text import counted
-from dpo_dist.generation.judges import open_judge
+from dpo_dist.generation.judges import Judge, open_judge
 from dpo_dist.generation.pairs.files import (
     describe_counts,
     good_records,
@@ -55,7 +55,7 @@ from dpo_dist.generation.pairs.run import check_model, first_records, passed
 from dpo_dist.generation.sampling.generate import Request, Sample, Sampling, generate
 from dpo_dist.generation.sampling.respond import Answers, ModelSource, Responder, open_responder
 from dpo_dist.generation.sampling.stages import Parts, Prompts, Screen, Stages, as_asked, joined_stages
-from dpo_dist.insight.compare.results import compares, comparison, describe, judge_texts
+from dpo_dist.insight.compare.results import compares, comparison, judge_texts
 from dpo_dist.insight.compare.start import KEY, Compared
 from dpo_dist.model.exactness import StartCheck
 from dpo_dist.model.folder import hub_commit
@@ -190,8 +190,8 @@ class Speaker:
         vars(self).pop("_packed", None)
         return_memory()
 
-    def rows(self, index: int) -> Iterator[tuple[Answers, Row]]:
-        """Yield the answers to each prompt of a part, and the response as in `answers.jsonl`."""
+    def rows(self, index: int) -> Iterator[tuple[str | None, Row]]:
+        """Yield the response to each prompt of a part as in `answers.jsonl`, or why it cannot be asked."""
         own = self.logps.read(index)
         of_base = [{"logp": None}] * len(own) if self.base_logps is None else self.base_logps.read(index)
         for row, logp, base_logp in zip(self.responses.read(index), own, of_base, strict=True):
@@ -206,7 +206,7 @@ class Speaker:
                     "base_logp": base_logp["logp"],
                     "logp_tokens": len(answer.ids),
                 }
-            yield answers, response
+            yield answers.dropped, response
 
 
 @torch.inference_mode()
@@ -267,7 +267,7 @@ def compare_models(config: RunConfig, models: Sequence[Compared], screen: Screen
             settings = {"responses": [one.responses.folder.name for one in speakers], "judge": described}
             judged = stages.finish("judgements", prompts.stage("judgements", settings), judgements)
         with screen.heartbeat("writing the comparison"):
-            return world.on_main(lambda: _write(speakers, described, judged, config, labels, screen))
+            return world.on_main(lambda: _write(speakers, judge, judged, config, labels, screen))
 
 
 def whole_model(model: Compared, folder: Path, stages: Stages) -> str:
@@ -323,8 +323,7 @@ def _rows(
         rows = zip(*(speaker.rows(index) for speaker in speakers), strict=True)
         for record, row, judgement in zip(records, rows, judgements, strict=True):
             counts.update(judgement.get("counts", {}))
-            asked = [answers for answers, _ in row]
-            if dropped := next((one.dropped for one in asked if one.dropped is not None), None):
+            if dropped := next(filter(None, (reason for reason, _ in row)), None):
                 counts[f"prompts_dropped_{dropped}"] += 1
                 continue
             scores, key = judgement.get("scores", [None] * len(speakers)), prompt_key(record)
@@ -359,7 +358,7 @@ def shown_prompt(prompt: Prompt) -> str:
 
 def _write(
     speakers: Sequence[Speaker],
-    judge: dict[str, Any] | None,
+    judge: Judge | None,
     judged: Parts | None,
     config: RunConfig,
     labels: Mapping[str, str],
@@ -388,7 +387,7 @@ def _write(
         }
     results = {
         "base": names[0],
-        "judge": None if judge is None else describe(judge),
+        "judge": None if judge is None else str(judge),
         "judge_compares": judge is not None and compares(config.pairs),
         **found,
         "counts": dict(sorted(counts.items())),
@@ -416,5 +415,7 @@ def rehearse_comparison(config: RunConfig, models: Sequence[Compared]) -> str:
         else:
             check_model(model.location, config, config.compare.max_new_tokens, records, lines.append, KEY)
     judge = open_judge(config)
-    lines.append("no judge: no scores, no win rates" if judge is None else f"judge: {judge.check()}")
+    if judge is not None:
+        judge.check()
+    lines.append(f"judge: {judge or 'none, so no scores and win rates'}")
     return passed(lines)

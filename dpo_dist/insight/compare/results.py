@@ -35,17 +35,6 @@ def compares(pairs: PairsConfig) -> bool:
     return pairs.endpoint.url is not None and pairs.endpoint.verdicts is Verdicts.compare
 
 
-def describe(judge: dict[str, Any]) -> str:
-    """Return the judge of `Judge.describe` as one line."""
-    match judge["kind"]:
-        case "reward_model":
-            return f"reward model {judge['name']}"
-        case "function":
-            return f"function {judge['function']}"
-    verdicts = "each two responses in both positions" if judge["position_swaps"] else "grades from 1 to 10"
-    return f"{judge['model']} at {judge['url']}: {verdicts}"
-
-
 def judge_texts(
     records: Sequence[PreferenceRecord], texts: Sequence[Sequence[str]], judge: Judge, *, in_pairs: bool
 ) -> list[Row]:
