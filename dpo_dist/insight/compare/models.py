@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 import dpo_dist
-from dpo_dist.batching.pack import Sequences, pack
-from dpo_dist.batching.plan import consecutive_batches
+from dpo_dist.batching.pack import Sequences
 from dpo_dist.config.load import from_yaml
 from dpo_dist.config.run_folder import RunFolder, existing_run
 from dpo_dist.config.schema import RunConfig
@@ -61,7 +60,7 @@ from dpo_dist.model.exactness import StartCheck
 from dpo_dist.model.folder import hub_commit
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.lora import load_adapter
-from dpo_dist.model.packed import PackedCausalLM
+from dpo_dist.model.packed import PackedCausalLM, packed_logps
 from dpo_dist.reference.engine import scored_model
 
 Row = dict[str, Any]
@@ -178,7 +177,7 @@ class Speaker:
 
         def part(index: int) -> list[Row]:
             rows = [Answers.of(row) for row in other.responses.read(index)]
-            found = response_logps(self._packed, rows, BATCH_TOKENS, self.stages.world.device)
+            found = response_logps(self._packed, rows, BATCH_TOKENS)
             return [{"logp": logp} for logp in found]
 
         title = f"log-probs of {other.name}"
@@ -210,28 +209,17 @@ class Speaker:
 
 
 @torch.inference_mode()
-def response_logps(
-    packed: PackedCausalLM, rows: Sequence[Answers], budget: int, device: torch.device
-) -> list[float | None]:
+def response_logps(packed: PackedCausalLM, rows: Sequence[Answers], budget: int) -> list[float | None]:
     """Return the sum of the log-probs of each row's response, in nats; None without a response."""
-    sequences = {
-        index: Sequences(
-            np.array(row.prompt_ids, dtype=np.int32), (np.array(row.answers[0].ids, dtype=np.int32),)
-        )
-        for index, row in enumerate(rows)
-        if row.answers
-    }
+    responses = [row.answers[0].ids if row.answers else None for row in rows]
+    sequences = [
+        Sequences(np.array(row.prompt_ids, dtype=np.int32), (np.array(ids, dtype=np.int32),))
+        for row, ids in zip(rows, responses, strict=True)
+        if ids
+    ]
+    sums = (float(logps.cpu().double().sum()) for logps in packed_logps(packed, sequences, budget))
     # A response without tokens has probability 1.
-    sums: dict[int, float] = {at: 0.0 for at, one in sequences.items() if not len(one.responses[0])}
-    scored = [at for at in sequences if at not in sums]
-    layout = [(len(sequences[at].prompt_ids), len(sequences[at].responses[0])) for at in scored]
-    for part in consecutive_batches(layout, budget, packed.arrangement):
-        batch = scored[part.start : part.stop]
-        batched = pack([sequences[at] for at in batch], np.zeros((len(batch), 2), dtype=np.uint64))
-        logps = packed(batched.to(device)).double().cpu()
-        of_each = logps.split(batched.response_tokens.tolist())
-        sums |= {at: float(own.sum()) for at, own in zip(batch, of_each, strict=True)}
-    return [sums.get(index) for index in range(len(rows))]
+    return [None if ids is None else next(sums) if ids else 0.0 for ids in responses]
 
 
 def compare_models(config: RunConfig, models: Sequence[Compared], screen: Screen) -> dict[str, Any] | None:
