@@ -15,7 +15,7 @@ from dpo_dist.data.columns import READER
 from dpo_dist.data.encode import CHUNK_RECORDS, Records, encode_chunk, in_order
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import ALL_RECORDS, BadRecord, Part, PreferenceRecord, turns_of
-from dpo_dist.data.sources import Meter, file_kind, local_files, pinned, source_identity, source_labels
+from dpo_dist.data.sources import file_kind, local_files, pinned, source_identity, source_labels
 from dpo_dist.data.store import MEMO_FOLDER, EncodedSource, find_encoded, write_source
 from dpo_dist.data.template import check_template_keys, chosen_template
 from dpo_dist.foundation.errors import DataError
@@ -33,14 +33,14 @@ _TOKENIZER_FILES = (
     *("special_tokens*", "added_tokens*", "chat_template*", "additional_chat_templates/*"),
 )
 
-Progress = Callable[[str], AbstractContextManager[Callable[[int, float | None], None]]]
-"""Called with the path of a source that is encoded. The entered function is called with the number of newly
-encoded records, and the share of the source that was read; None if its size is unknown."""
+Progress = Callable[[str], AbstractContextManager[Callable[[int], None]]]
+"""Called with the path of a source that is encoded. The entered function is called with the number of encoded
+records."""
 
 
-def no_progress(_source: str) -> AbstractContextManager[Callable[[int, float | None], None]]:
+def no_progress(_source: str) -> AbstractContextManager[Callable[[int], None]]:
     """Show no progress."""
-    return nullcontext(lambda _records, _share: None)
+    return nullcontext(lambda _records: None)
 
 
 def prepare_dataset(
@@ -61,7 +61,7 @@ def prepare_dataset(
     digest = text_digest(digest + (chosen_template(tokenizer, config.chat_template) or ""))
     cache = Path(config.cache)
     collect_abandoned(cache)
-    found = [pinned(source, cache) for source in sources]
+    found = [pinned(source) for source in sources]
     fingerprints = [_fingerprint(source, config, digest, part) for source in found]
     encode = partial(encode_chunk, config=config, tokenizer=tokenizer, part=part)
     encoded = []
@@ -69,8 +69,8 @@ def prepare_dataset(
         file = find_encoded(cache, fingerprint, source.limit)
         if file is None:
             with (
-                progress(source.path) as count,
-                closing(_encoded(source, encode, config.processes, count)) as batches,
+                progress(source.path) as show,
+                closing(_encoded(source, encode, config.processes, show)) as batches,
             ):
                 file = write_source(cache, fingerprint, source.path, source.limit, batches)
         encoded.append(EncodedSource(source.path, file, source.limit, label))
@@ -81,14 +81,14 @@ def _encoded(
     source: SourceConfig,
     encode: Callable[[Records], pa.RecordBatch],
     processes: int | None,
-    count: Callable[[int, float | None], None],
+    show: Callable[[int], None],
 ) -> Generator[pa.RecordBatch, None, None]:
-    meter, records, state = Meter(), 0, _identities(source)
-    with closing(in_order(_chunks(source, meter), encode, processes)) as chunks:
+    records, state = 0, _identities(source)
+    with closing(in_order(_chunks(source), encode, processes)) as chunks:
         for chunk in chunks:
             yield chunk
             records += len(chunk)
-            count(len(chunk), share_read(meter, source.limit, records))
+            show(records)
     # The fingerprint belongs to the records read only if nothing has changed meanwhile.
     if _identities(source) != state:
         raise DataError(
@@ -113,11 +113,11 @@ def _identities(source: SourceConfig) -> list[str]:
     return [file_identity(file) for file in local_files(source) or ()]
 
 
-def _chunks(source: SourceConfig, meter: Meter) -> Iterator[Records]:
+def _chunks(source: SourceConfig) -> Iterator[Records]:
     """Yield consecutive records: fewer of long ones, as several chunks are in memory at a time."""
     chunk: list[PreferenceRecord | BadRecord] = []
     characters = 0
-    for record in read_records(source, meter):
+    for record in read_records(source):
         chunk.append(record)
         if not isinstance(record, BadRecord):
             texts = (record.prompt, *record.responses)
@@ -127,13 +127,6 @@ def _chunks(source: SourceConfig, meter: Meter) -> Iterator[Records]:
             chunk, characters = [], 0
     if chunk:
         yield chunk
-
-
-def share_read(meter: Meter, limit: int | None, records: int) -> float | None:
-    """Return the share of a source that is encoded; reading is a few chunks ahead."""
-    if limit is None or meter.share is None:
-        return meter.share if limit is None else min(1.0, records / limit)
-    return max(meter.share, min(1.0, records / limit))
 
 
 def _fingerprint(source: SourceConfig, config: DataConfig, digest: str, part: Part) -> str:
