@@ -13,7 +13,7 @@ import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,11 +27,11 @@ from dpo_dist.config.user_code import find_function, user_function
 from dpo_dist.data.build import tokenizer_digest
 from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord, UnusableRecordError, turns_of
 from dpo_dist.data.render import tokenizer_facts
-from dpo_dist.foundation.errors import ConfigError, first_line
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.generation.pairs.files import as_fields, context_fields
 from dpo_dist.model.folder import description_folder, model_folder
-from dpo_dist.model.load import TORCH_DTYPES, check_all_weights_read, load_config, load_tokenizer
+from dpo_dist.model.load import load_config, load_tokenizer, load_weights
 from dpo_dist.reference.digest import digest_model
 
 log = logging.getLogger(__name__)
@@ -92,12 +92,11 @@ class FunctionJudge:
 
     def _scores(self, question: Question) -> list[float | None]:
         try:
-            scores = list(self._function(question.prompt, list(question.responses)))
-            numbers = [None if score is None else float(score) for score in scores]
+            found = self._function(question.prompt, list(question.responses))
+            scores = [None if score is None else float(score) for score in found]
             fault = "" if len(scores) == len(question.responses) else f"returns {len(scores)} scores"
-            has_other = any(isinstance(score, str | bool) for score in scores)
-            if has_other or not all(math.isfinite(number or 0) for number in numbers):
-                fault = "returns a score that is no finite number"
+            if not all(math.isfinite(score or 0) for score in scores):
+                fault = "returns a score that is not finite"
         except Exception as error:  # the user's code can raise anything; its message could quote a text
             place = traceback.extract_tb(error.__traceback__)[-1]
             fault = f"raises {type(error).__name__} in {place.filename}:{place.lineno}"
@@ -109,7 +108,7 @@ class FunctionJudge:
                 expected="a list with a finite number, or None, for each response",
                 remedy=f"correct {self._source.name} in {self._source.file}",
             )
-        return numbers
+        return scores
 
 
 class RewardModel:
@@ -129,7 +128,13 @@ class RewardModel:
         folder = description_folder(self._name, None, _REWARD_MODEL)
         model_config = load_config(folder, self._config, _REWARD_MODEL)
         if model_config.num_labels != 1:
-            raise _no_reward_model(f"{folder} with {model_config.num_labels} outputs")
+            raise ConfigError(
+                "the model is no reward model",
+                where=_REWARD_MODEL,
+                got=f"{folder} with {model_config.num_labels} outputs",
+                expected="a model of AutoModelForSequenceClassification with one output",
+                remedy="name a reward model, or set pairs.function for another kind of score",
+            )
         load_tokenizer(folder, self._config, _REWARD_MODEL)
 
     def describe(self) -> dict[str, Any]:
@@ -150,19 +155,9 @@ class RewardModel:
 
     @cached_property
     def _model(self) -> Any:
-        try:
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                self._folder,
-                dtype=TORCH_DTYPES[self._config.dtype],
-                trust_remote_code=self._config.trust_remote_code,
-                output_loading_info=True,
-                use_safetensors=True,
-            )
-        except Exception as error:  # an architecture's constructor can raise anything
-            raise _no_reward_model(f"{self._folder}: {first_line(error)}") from error
-        if missing := sorted(report["missing_keys"]):
-            raise _no_reward_model(f"{self._folder} without {', '.join(missing[:3])}")
-        check_all_weights_read(model, sorted(report["unexpected_keys"]), self._folder, _REWARD_MODEL)
+        whole, kind = replace(self._config, quantization=None), AutoModelForSequenceClassification
+        model_config = load_config(self._folder, whole, _REWARD_MODEL)
+        model = load_weights(self._folder, model_config, whole, self._device, key=_REWARD_MODEL, kind=kind)
         return model.to(self._device).eval()
 
     def judge(self, questions: Sequence[Question]) -> list[Judgement]:
@@ -222,16 +217,6 @@ class RewardModel:
             for at, score in zip(batch, logits.float()[:, 0].tolist(), strict=True):
                 scores[at] = score
         return scores
-
-
-def _no_reward_model(got: str) -> ConfigError:
-    return ConfigError(
-        "the model is no reward model that can be loaded",
-        where=_REWARD_MODEL,
-        got=got,
-        expected="a model of AutoModelForSequenceClassification with one output",
-        remedy="name a reward model, or set pairs.function for another kind of score",
-    )
 
 
 TIMEOUT_SECONDS = 120.0

@@ -217,10 +217,7 @@ def agreement(judgements: Iterable[Judgement]) -> dict[str, Any]:
     for name in sorted(given):
         judged = [one for one in given[name].values() if one.verdict != SKIP]
         lefts = [one.verdict == _SIDES[one.left] for one in judged if one.verdict != TIE]
-        annotators[name] = {
-            "judged": len(judged),
-            "left_share": statistics.fmean(lefts) if lefts else None,
-        }
+        annotators[name] = {"judged": len(judged), "left_share": statistics.fmean(lefts) if lefts else None}
     for names in itertools.combinations(sorted(given), 2):
         from sklearn.metrics import cohen_kappa_score  # noqa: PLC0415  (slow)
 

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from dpo_dist.config.data import TEMPLATE_DATE, DataConfig
 from dpo_dist.config.run_folder import RunFolder
@@ -79,23 +79,8 @@ class Prompts:
         return Parts(self.root / f"{name}-{digest}", len(self.parts))
 
 
-class Screen(Protocol):
-    """The part of `insight.console.Console` that is used here; it prints on rank 0."""
-
-    def say(self, text: str) -> None:
-        """Print one line and log it."""
-
-    def show(self, text: str) -> None:
-        """Print one line without logging it."""
-
-    def alarm(self, text: str) -> None:
-        """Print and log an error."""
-
-    def heartbeat(self, work: str) -> AbstractContextManager[None]:
-        """Print the seconds spent on `work`, the block, once a minute."""
-
-    def progress(self, title: str, unit: str) -> AbstractContextManager[Callable[[int, int], None]]:
-        """Yield a function that takes the number of units done and their total."""
+Screen: TypeAlias = Any
+"""`insight.console.Console`, which is above this room; it prints on rank 0."""
 
 
 def as_asked(record: PreferenceRecord, data: DataConfig) -> PreferenceRecord:

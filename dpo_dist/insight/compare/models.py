@@ -379,10 +379,7 @@ def _write(
         "judge_compares": judge is not None and compares(config.pairs),
         **found,
         "counts": dict(sorted(counts.items())),
-        "sampling": {
-            "temperature": settings.temperature,
-            "max_new_tokens": settings.max_new_tokens,
-        },
+        "sampling": {"temperature": settings.temperature, "max_new_tokens": settings.max_new_tokens},
         "version": dpo_dist.__version__,
     }
     written: dict[str, Any] = plain(results)
