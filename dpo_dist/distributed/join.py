@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
@@ -22,7 +21,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed import distributed_c10d
 from torch.utils.cpp_extension import _get_build_directory
 
-from dpo_dist.distributed.processes import Peer, Reports
+from dpo_dist.distributed.processes import Peer, Reports, is_of_communication
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import ConfigError, PeerLostError, first_line
 from dpo_dist.foundation.process import answered_at_once
@@ -78,13 +77,6 @@ def load_async_io(say: Callable[[str], None]) -> None:
     """Load DeepSpeed's asynchronous file access; `say` prints a line."""
     check_async_io()
     load_kernel(AsyncIOBuilder(), "reference.offload", "set reference.offload=cpu", say)
-
-
-# Of the store of the rendezvous, and of gloo.
-_NOT_JOINED = (
-    r"timed ?out|timeout|connection was likely closed|closed by peer|reset by peer|broken pipe"
-    r"|connectFullMesh failed"
-)
 
 
 @contextlib.contextmanager
@@ -154,7 +146,7 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
         peers: list[Any] = [None] * size
         dist.all_gather_object(peers, Peer.here(rank), group=control)
     except RuntimeError as failure:
-        if not re.search(_NOT_JOINED, str(failure), re.IGNORECASE):
+        if not is_of_communication(str(failure)):
             raise
         raise PeerLostError(
             f"not all {os.environ.get('WORLD_SIZE')} processes of the run have joined",

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import set_seed
 
 from dpo_dist.config.metrics import PREFIX
 from dpo_dist.config.rules import direction_of
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder, checkpoint_name
 from dpo_dist.config.schema import Direction, LearningRateSchedule, OptimConfig, RunConfig, TrainerConfig
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.distributed.checkpoint import CheckpointSaver, has_all_files
+from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.world import GivenWay
@@ -71,7 +72,7 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
         return optim.lr * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)
     match optim.schedule:
-        case LearningRateSchedule.constant | LearningRateSchedule.constant_with_warmup:
+        case LearningRateSchedule.constant:
             return optim.lr
         case LearningRateSchedule.linear:
             share = 1 - progress
@@ -81,6 +82,11 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
             scale = warmup_steps or _STEPS_WITHOUT_WARMUP
             return optim.lr * math.sqrt(scale / (step - warmup_steps + scale))
     return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * share)
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed the random numbers that a user's loss may draw in a step; no checkpoint needs their state."""
+    set_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
 
 
 def check_warmup(optim: OptimConfig, steps: int) -> None:
@@ -166,11 +172,11 @@ def best_after(
 
 
 def still_there(best: Sequence[BestCheckpoint], root: Path) -> list[BestCheckpoint]:
-    """Return those whose checkpoints below `root` are complete, checked by size only.
+    """Return those whose checkpoints are below `root`.
 
     After the newest checkpoint was damaged, that of an earlier step names best ones that are deleted since.
     """
-    return [one for one in best if has_all_files(root / checkpoint_name(one.step))]
+    return [one for one in best if (root / checkpoint_name(one.step)).is_dir()]
 
 
 MOST_BAD_STEPS = 3  # in a row
@@ -341,6 +347,7 @@ class Loop:
         """
         world, clock = self.run.world, StepClock(self.run.world.device)
         clock.enter("data")
+        seed_step(self.run.config.trainer.seed, position.step)
         ready = next(ready_steps)
         rank_batch, pairs = ready.rank_batch, ready.rank_batch.pairs
         rate = learning_rate(self.run.config.optim, position.step, self.inputs.sampler.steps)
@@ -419,6 +426,7 @@ class Loop:
     def _record_evaluation(self, dataset: PreferenceDataset, position: Position) -> None:
         """Record one metrics row over the evaluation dataset; collective."""
         started, world = time.monotonic(), self.run.world
+        seed_step(self.run.config.trainer.seed, position.step)
         every = np.arange(len(dataset), dtype=np.int64)
         rank_batch = self.run.shard(dataset, every, self.inputs.costs)
         policy = None if self.start_is_known and position.step == 0 else self.policy

@@ -10,7 +10,7 @@ from typing import Any
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.losses import Weighting
 from dpo_dist.config.schema import ReferenceMode, RunConfig
-from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver, load_checkpoint
+from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.slices import Sharded
 from dpo_dist.distributed.world import World
@@ -138,7 +138,6 @@ def _set_up(
         config.trainer.keep_last,
         sharded,
         world,
-        () if checkpoint is None else checkpoint.damaged,
         say=run.say,
         committed=lambda step: write_state(run.folder, replace(state, step=step)),
     )
@@ -237,7 +236,8 @@ def _resume(run: Run, checkpoint: Checkpoint, sharded: Sequence[Sharded], report
 
     `report`, of this start's reference, is added to that of the starts before, and so is this start's time.
     """
-    load_checkpoint(checkpoint, sharded, run.world)
+    for part in sharded:
+        part.load_shards(checkpoint.folder)
     position = Position.of(checkpoint.state)
     position.best = run.world.on_main(lambda: still_there(position.best, checkpoint.folder.parent))
     former = position.reference_report  # a later start finds what the first one computed, and checks no drift

@@ -14,9 +14,7 @@ from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome, check_coun
 from dpo_dist.data.records import (
     BadRecord,
     Dialogue,
-    Message,
     Messages,
-    Origin,
     PreferenceRecord,
     Prompt,
     Response,
@@ -134,40 +132,13 @@ def _messages(messages: Messages) -> list[dict[str, Any]]:
 
 def prompt_key(record: PreferenceRecord) -> str:
     """Return 32 hex digits over the prompt, its tools and template arguments: the same for equal prompts."""
-    return text_digest(json.dumps(_content(record), sort_keys=True))
-
-
-def _content(record: PreferenceRecord) -> dict[str, Any]:
     prompt: Any = record.prompt
     if isinstance(prompt, Dialogue):
         prompt = {"dialogue": prompt.text}
     elif not isinstance(prompt, str):
         prompt = [[turn.role, turn.content, dict(turn.fields)] for turn in prompt]
-    return {"prompt": prompt, "tools": list(record.tools), "arguments": dict(record.template_arguments)}
-
-
-def prompt_row(record: PreferenceRecord) -> dict[str, Any]:
-    """Return a prompt as a row of a part; further fields may be added to it."""
-    return _content(record) | {"origin": [record.origin.source, record.origin.line]}
-
-
-def read_prompt_row(fields: Mapping[str, Any]) -> PreferenceRecord:
-    """Return the prompt of a row of `prompt_row`."""
-    prompt: Prompt
-    match fields["prompt"]:
-        case str() as text:
-            prompt = text
-        case {"dialogue": text}:
-            prompt = Dialogue(text)
-        case turns:
-            prompt = tuple(Message(role, content, below) for role, content, below in turns)
-    return PreferenceRecord(
-        prompt,
-        (),
-        Origin(*fields["origin"]),
-        tools=tuple(fields["tools"]),
-        template_arguments=fields["arguments"],
-    )
+    content = {"prompt": prompt, "tools": list(record.tools), "arguments": dict(record.template_arguments)}
+    return text_digest(json.dumps(content, sort_keys=True))
 
 
 def json_line(record: Mapping[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """Pairs labelled by people: serve a page until it is interrupted, then write pairs and agreement."""
 
-import heapq
 import itertools
 import json
 import os
@@ -31,7 +30,7 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Dialogue, PreferenceRecord
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import locked, text_digest, write_text
-from dpo_dist.foundation.text import counted, percent
+from dpo_dist.foundation.text import counted
 from dpo_dist.generation.pairs.files import (
     as_fields,
     check_output,
@@ -67,26 +66,20 @@ def draw_items(
 ) -> dict[str, PreferenceRecord]:
     """Return at most `most` records with two responses each, drawn by the seed and their contents.
 
-    The keys are digests of prompt and responses, whatever their order. `counts` gets `read`, and the records
-    that give no item by reason.
+    The keys are digests of prompt and responses, whatever their order. `counts` gets the records that give
+    no item, by reason.
     """
-    seen: set[str] = set()
-
-    def different() -> Iterator[tuple[str, PreferenceRecord]]:
-        for record in records:
-            counts["read"] += 1
-            if len(record.responses) < 2:
-                counts["one_response"] += 1
-                continue
-            key, pair = _item(record, seed)
-            counts["duplicate"] += key in seen
-            if key not in seen:
-                seen.add(key)
-                yield key, pair
-
-    drawn = dict(heapq.nsmallest(most, different(), key=lambda item: _fraction(seed, "draw", item[0])))
-    counts["not_drawn"] = len(seen) - len(drawn)
-    return drawn
+    found: dict[str, PreferenceRecord] = {}
+    for record in records:
+        if len(record.responses) < 2:
+            counts["one_response"] += 1
+            continue
+        key, pair = _item(record, seed)
+        counts["duplicate"] += key in found
+        found.setdefault(key, pair)
+    drawn = sorted(found, key=lambda key: _fraction(seed, "draw", key))[:most]
+    counts["not_drawn"] = len(found) - len(drawn)
+    return {key: found[key] for key in drawn}
 
 
 def _item(record: PreferenceRecord, seed: int) -> tuple[str, PreferenceRecord]:
@@ -251,21 +244,6 @@ def agreement(judgements: Iterable[Judgement]) -> dict[str, Any]:
     return {"annotators": annotators, "between": between}
 
 
-def agreement_lines(found: Mapping[str, Any]) -> list[str]:
-    """Return the result of `agreement` as lines for the terminal."""
-    lines = []
-    for name, one in found["annotators"].items():
-        seconds = "" if one["median_seconds"] is None else f", {one['median_seconds']:.1f} s each"
-        left = "" if one["left_share"] is None else f", {percent(one['left_share'])} for the left side"
-        counts = f"{one['judged']} judged, {one['ties']} tied, {one['skipped']} skipped"
-        lines.append(f"{name}: {counts}{seconds}{left}")
-    for one in (pair for pair in found["between"] if pair["items"]):
-        kappa = "" if one["kappa"] is None else f", kappa {one['kappa']:.2f}"
-        names = " and ".join(one["annotators"])
-        lines.append(f"{names}: {one['items']} compared, {percent(one['agreed'])} agreed{kappa}")
-    return lines
-
-
 def label_pairs(config: RunConfig, say: Say, show: Say) -> None:
     """Serve the page until Ctrl-C or SIGTERM; then write the pairs of all judgements, and their agreement."""
     folder, pairs, seed = RunFolder.of(config), config.pairs, config.trainer.seed
@@ -279,9 +257,8 @@ def label_pairs(config: RunConfig, say: Say, show: Say) -> None:
     drawn: Counter[str] = Counter()
     records = training_records(config, read_records, say)
     items = draw_items(records, pairs.limit or _MOST_ITEMS, seed, drawn)
-    read = drawn.pop("read", 0)
     rest = ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in (+drawn).items())
-    say(f"{counted(len(items), 'comparison')} of {counted(read, 'record')}" + (f" ({rest})" if rest else ""))
+    say(counted(len(items), "comparison") + (f"; records: {rest}" if rest else ""))
     if not items:
         raise DataError(
             "there is nothing to compare",
@@ -299,12 +276,8 @@ def label_pairs(config: RunConfig, say: Say, show: Say) -> None:
             _serve(server, show)
     judgements, counts = list(labelling.given.values()), Counter[str]()
     decided = list(_pairs(items, judgements, counts))
-    say(f"{len(judgements):,} judgements")
-    if judgements:
-        found = agreement(judgements)
-        for line in agreement_lines(found):
-            say(line)
-        write_text(folder.pairs_agreement, json.dumps(found | {"items": counts}, indent=2) + "\n")
+    say(f"{len(judgements):,} judgements: {folder.pairs_agreement}")
+    write_text(folder.pairs_agreement, json.dumps(agreement(judgements) | {"items": counts}, indent=2) + "\n")
     if decided:
         write_results(folder.pairs_file, decided, settings, counts, say)
     else:

@@ -20,7 +20,7 @@ Means = Mapping[Key, tuple[float, list[float] | None]]
 """Means with their intervals; one without a value is absent."""
 
 _RATE = "rate"
-_SHARES = {_RATE, "finished", "refusals", "lists", "markdown", "empty"}
+_SHARES = {_RATE, "finished", "refusals", "empty"}
 _DIFFERENCES = ("score", "kl", "length", "finished", "refusals", "empty")
 """Metrics whose differences between models have intervals."""
 _NO_STYLE = ("kl", "kl_per_token", "score")

@@ -18,9 +18,9 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Message, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.generation.judges import Judgement
-from dpo_dist.generation.pairs.files import read_prompt_row
 from dpo_dist.generation.pairs.run import (
     Results,
+    different_prompts,
     joined_answers,
     pairs_from_scores,
     pairs_of,
@@ -28,11 +28,10 @@ from dpo_dist.generation.pairs.run import (
     samples_of,
     score,
     select_pairs,
-    write_prompts,
 )
 from dpo_dist.generation.pairs.start import check_judge, check_pairs
 from dpo_dist.generation.sampling.respond import Answer, Answers, ModelSource
-from dpo_dist.generation.sampling.stages import Parts, Stages
+from dpo_dist.generation.sampling.stages import Parts, Prompts, Stages
 from tests.support.judge_server import judge_server
 from tests.support.records import assistant, jsonl, user
 from tests.support.tiny_model import write_model
@@ -173,7 +172,7 @@ SCORES: list[list[float | None]] = [[3.0, 1.0, 1.0, None], [2.0] * 4, [4.0, 4.0]
 def finished(folder: Path) -> Results:
     source = jsonl(folder, *({"prompt": [user(f"question {n}")]} for n in range(3)))
     config = load_run_config(["model.path=m", f"data.train=[{source}]"])
-    prompts = write_prompts(folder, config, lambda _: None)
+    prompts = Prompts.of(folder, different_prompts(config, lambda _: None), 64)
     rule = PairsConfig(method=PairsMethod.samples, select=ALL, unfinished=DropOrKeep.keep)
     rows = []
     for prompt in range(3):
@@ -188,8 +187,9 @@ def finished(folder: Path) -> Results:
             of_models[1] = Answers([], "too_long")
         rows.append(joined_answers(of_models, rule))
     judge: Any = SimpleNamespace(judge=lambda _: [Judgement(own, Counter(unreadable=1)) for own in SCORES])
-    scored = score(list(map(read_prompt_row, prompts.read(0))), rows, judge)
-    answers = Parts.written(folder, "scores", map(asdict, scored), 64)
+    answers = prompts.stage("scores", {})
+    answers.open()
+    answers.write(0, map(asdict, score(prompts.parts[0], rows, judge)))
     return Results(rule, prompts, MODELS, answers, {"sampling": "facts"})
 
 
@@ -229,8 +229,7 @@ def test_parts_of_prompts_share_none_and_together_are_all(tmp_path: Path) -> Non
 
     def asked(*overrides: str) -> list[str]:
         config = load_run_config(["model.path=m", f"data.train=[{source}]", *overrides])
-        parts = write_prompts(tmp_path, config, lambda _: None)
-        return [row["prompt"] for index in range(parts.count) for row in parts.read(index)]
+        return [str(record.prompt) for record in different_prompts(config, lambda _: None)]
 
     whole = asked()
     parts = [asked("pairs.prompt_parts=3", f"pairs.prompt_part={index}") for index in range(3)]
@@ -241,7 +240,7 @@ def test_parts_of_prompts_share_none_and_together_are_all(tmp_path: Path) -> Non
 
 
 def stage(folder: Path, settings: Any = "a") -> Parts:
-    return Parts.of(folder, "responses", {"setting": settings}, 5)
+    return Prompts(folder, [[]] * 5).stage("responses", {"setting": settings})
 
 
 def work(parts: Parts, open_parts: list[int], rank: int, fails: int | None = None) -> list[int]:
@@ -347,8 +346,8 @@ def test_models_prompts_and_the_endpoint_are_checked(in_folder: Path) -> None:
     assert len(server.bodies) == 1
     assert f"judge at {server.url} replies" in report
     assert "model, 431 tokens, a response ends with <|im_end|>" in report
-    assert "3 of the first 5 records can be used; not used: 1 prompt_fills_max_length (" in report
-    assert "), 1 unknown_format (" in report
+    assert "records.jsonl: 4 of 5 records kept\n    1 dropped (unknown_format): " in report
+    assert "not asked, of the first records: 1 prompt_fills_max_length (" in report
     with judge_server(lambda *_: (400, "{}")) as server:
         keys[1] = f"pairs.endpoint.url={server.url}"
         with pytest.raises(ConfigError, match="harmless request"):
@@ -362,9 +361,3 @@ def test_models_prompts_and_the_endpoint_are_checked(in_folder: Path) -> None:
 def test_more_bad_records_than_pairs_accepts_are_an_error(records: int, said: str, in_folder: Path) -> None:
     with pytest.raises(DataError, match=said):
         found(in_folder, ([SCORED] * 9 + [{"no": "prompt"}]) * (records // 10))
-
-
-def test_records_without_scores_give_no_pairs(in_folder: Path) -> None:
-    assert "1 of the first 1 records can be used" in found(in_folder, [SCORED])
-    with pytest.raises(DataError, match="1 without_scores"):
-        found(in_folder, [{"prompt": "p", "chosen": "a", "rejected": "b"}])

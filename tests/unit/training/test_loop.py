@@ -1,10 +1,12 @@
 """The loop: the learning rate, steps without an update that end a run, and the best checkpoints."""
 
+import random
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given
@@ -28,6 +30,7 @@ from dpo_dist.training.loop import (
     count,
     ending_error,
     learning_rate,
+    seed_step,
     still_there,
 )
 from dpo_dist.training.state import BestCheckpoint, Position
@@ -39,7 +42,7 @@ def of_transformers(schedule: LearningRateSchedule, floor: float, warmup: int, s
     """Return the rates of the first `steps` + 1 steps by the schedule of transformers."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=8.0)
     match schedule:
-        case LearningRateSchedule.constant | LearningRateSchedule.constant_with_warmup:
+        case LearningRateSchedule.constant:
             made = get_constant_schedule_with_warmup(optimizer, warmup)
         case LearningRateSchedule.inverse_sqrt:
             made = get_inverse_sqrt_schedule(optimizer, warmup)
@@ -165,6 +168,15 @@ def test_a_metric_that_no_evaluation_has_is_refused(metric: str, loss: str, near
     with pytest.raises(ConfigError, match="do not have this metric") as error:
         check_keep_best(config, ("math", "code"))
     assert near in error.value.expected
+
+
+def test_random_numbers_of_a_loss_depend_on_seed_and_step_alone() -> None:
+    drawn = []
+    for seed, step in ((1, 5), (1, 6), (2, 5), (1, 5)):
+        seed_step(seed, step)
+        drawn.append((torch.rand(1).item(), np.random.rand(), random.random()))
+    assert drawn[0] == drawn[3]
+    assert len(set(drawn)) == 3
 
 
 def test_best_checkpoints_that_were_deleted_do_not_count(tmp_path: Path) -> None:
