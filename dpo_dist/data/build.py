@@ -15,7 +15,7 @@ from dpo_dist.data.columns import READER
 from dpo_dist.data.encode import Records, encode_chunk, in_order
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import ALL_RECORDS, Part
-from dpo_dist.data.sources import Meter, file_kind, local_files, pinned, source_identity, source_labels
+from dpo_dist.data.sources import file_kind, local_files, pinned, source_identity, source_labels
 from dpo_dist.data.store import MEMO_FOLDER, EncodedSource, write_source
 from dpo_dist.data.template import check_template_keys, chosen_template
 from dpo_dist.foundation.errors import DataError
@@ -32,14 +32,14 @@ _TOKENIZER_FILES = (
     *("special_tokens*", "added_tokens*", "chat_template*", "additional_chat_templates/*"),
 )
 
-Progress = Callable[[str], AbstractContextManager[Callable[..., None]]]
+Progress = Callable[[str], AbstractContextManager[Callable[[int], None]]]
 """Called with the path of a source that is encoded. The entered function is called with the number of encoded
-records and, as `share`, the share of the source that was read; None if its size is unknown."""
+records."""
 
 
-def no_progress(_source: str) -> AbstractContextManager[Callable[..., None]]:
+def no_progress(_source: str) -> AbstractContextManager[Callable[[int], None]]:
     """Show no progress."""
-    return nullcontext(lambda _records, share: None)  # noqa: ARG005
+    return nullcontext(lambda _records: None)
 
 
 def prepare_dataset(
@@ -60,7 +60,7 @@ def prepare_dataset(
     digest = text_digest(digest + (chosen_template(tokenizer, config.chat_template) or ""))
     cache = Path(config.cache)
     collect_abandoned(cache)
-    found = [pinned(source, cache) for source in sources]
+    found = [pinned(source) for source in sources]
     fingerprints = [_fingerprint(source, config, digest, part) for source in found]
     encode = partial(encode_chunk, config=config, tokenizer=tokenizer, part=part)
     encoded = []
@@ -80,14 +80,14 @@ def _encoded(
     source: SourceConfig,
     encode: Callable[[Records], pa.RecordBatch],
     processes: int | None,
-    show: Callable[..., None],
+    show: Callable[[int], None],
 ) -> Generator[pa.RecordBatch, None, None]:
-    meter, records, state = Meter(), 0, _identities(source)
-    with closing(in_order(read_records(source, meter), encode, processes)) as chunks:
+    records, state = 0, _identities(source)
+    with closing(in_order(read_records(source), encode, processes)) as chunks:
         for chunk in chunks:
             yield chunk
             records += len(chunk)
-            show(records, share=share_read(meter, source.limit, records))
+            show(records)
     # The fingerprint belongs to the records read only if nothing has changed meanwhile.
     if _identities(source) != state:
         raise DataError(
@@ -110,13 +110,6 @@ def tokenizer_digest(folder: Path) -> str:
 
 def _identities(source: SourceConfig) -> list[str]:
     return [file_identity(file) for file in local_files(source) or ()]
-
-
-def share_read(meter: Meter, limit: int | None, records: int) -> float | None:
-    """Return the share of a source that is encoded; reading is a few chunks ahead."""
-    if limit is None or meter.share is None:
-        return meter.share if limit is None else min(1.0, records / limit)
-    return max(meter.share, min(1.0, records / limit))
 
 
 def _fingerprint(source: SourceConfig, config: DataConfig, digest: str, part: Part) -> str:

@@ -15,7 +15,6 @@ from dpo_dist.data import build as build_dataset_module
 from dpo_dist.data import encode as encode_chunk_module
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.records import Origin
-from dpo_dist.data.sources import Meter
 from dpo_dist.foundation import files as digests_module
 from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support.cache import encoded_folders, opened, prepare, prepare_all
@@ -109,7 +108,7 @@ def test_files_replaced_while_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path = Path(jsonl(tmp_path, *GOOD))
     read = build_dataset_module.read_records
 
-    def overtaken(source: SourceConfig, _meter: Meter) -> Iterator[Any]:
+    def overtaken(source: SourceConfig) -> Iterator[Any]:
         path.rename(tmp_path / "aside")
         jsonl(tmp_path, *GOOD[:3])
         records = list(read(source))
