@@ -302,7 +302,7 @@ class _Errors:
         have. A stop by a signal is printed by rank 0 only, which gets one of the launcher.
         """
         is_early = error.reporting_rank is None and this_rank() > 0
-        if error.is_printed or (is_early and isinstance(error, StoppedError)):
+        if is_early and isinstance(error, StoppedError):
             return error.exit_code
         if is_early:
             signal.signal(signal.SIGTERM, lambda *_: os._exit(error.exit_code))

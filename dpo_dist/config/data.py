@@ -7,7 +7,7 @@ from pydantic import BeforeValidator, Field
 
 from dpo_dist.config.fields import VERBS_WITH_DATA, Filled, as_entry, key, schema
 
-DataFormat = StrEnum("DataFormat", "auto hh text implicit_prompt messages alpaca sharegpt ranked completion")
+DataFormat = StrEnum("DataFormat", "auto hh text implicit_prompt messages ranked completion")
 Ranked = StrEnum("Ranked", ["whole", "best_worst", "all_pairs"])
 TextTemplate = StrEnum("TextTemplate", ["auto", "applied", "literal"])
 Truncation = StrEnum("Truncation", ["keep_start", "keep_end", "drop"])

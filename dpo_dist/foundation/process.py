@@ -87,10 +87,6 @@ def check_launch(environ: Mapping[str, str], repeated: Mapping[str, tuple[str, s
         )
         error.reporting_rank = this_rank()  # rank 0 may not have it
         raise error
-    # torchrun and accelerate open the port in the launcher.
-    is_opened = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if environ.get("WORLD_SIZE", "1") != "1" and environ["RANK"] == "0" and not is_opened:
-        _check_free(int(environ["MASTER_PORT"]))
 
 
 def _is_one_process(environ: Mapping[str, str]) -> bool:
@@ -108,21 +104,6 @@ def _is_one_process(environ: Mapping[str, str]) -> bool:
     has_place = local >= 0 and (local < of_node or "LOCAL_WORLD_SIZE" not in environ)
     has_world = size == 1 or (has_address and "LOCAL_RANK" in environ)
     return 0 <= rank < size and has_place and has_world
-
-
-def _check_free(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise ConfigError(
-                "the port of rank 0 cannot be opened",
-                where="environment: MASTER_PORT",
-                got=f"{port}: {error.strerror}",
-                expected="a port that no other program uses, the same on every rank",
-                remedy="set another MASTER_PORT, or let the launcher choose one: --main_process_port 0",
-            ) from None
 
 
 def _is_same(given: str, value: str) -> bool:

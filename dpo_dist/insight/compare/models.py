@@ -17,7 +17,7 @@ import dpo_dist
 from dpo_dist.batching.pack import Sequences, pack
 from dpo_dist.batching.plan import consecutive_batches
 from dpo_dist.config.load import from_yaml
-from dpo_dist.config.run_folder import RunFolder, existing_run
+from dpo_dist.config.run_folder import RunFolder, check_writable, existing_run
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.formats import read_prompts
 from dpo_dist.data.records import (
@@ -85,7 +85,7 @@ def held_out(config: RunConfig, say: Callable[[str], None]) -> tuple[list[Prefer
 
     def ranked() -> Iterator[tuple[str, int, PreferenceRecord]]:
         for source, label in zip(sources, source_labels(sources), strict=True):
-            for record in good_records(read_prompts(pinned(source, None)), source, config.data, say):
+            for record in good_records(read_prompts(pinned(source)), source, config.data, say):
                 asked = replace(as_asked(record, config.data), responses=record.responses[:1], scores=None)
                 key = prompt_key(asked)
                 if key not in labels and part.has(prompt_hash(record.prompt)):
@@ -407,7 +407,7 @@ def _write(
 
 def rehearse_comparison(config: RunConfig, models: Sequence[Compared]) -> str:
     """Load what `compare` loads before weights, ask the judge, and read the first records of each source."""
-    RunFolder.of(config).check_writable()
+    check_writable(RunFolder.of(config).path)
     lines: list[str] = []
     records = first_records(config.data.eval_sources, read_prompts, config.data, lines.append)
     for model in models:

@@ -2,6 +2,7 @@
 
 import fcntl
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,8 +53,10 @@ def test_a_taken_port_gets_one_block(check: Check) -> None:
         taken.bind(("", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        place, what = RANK_0 | LOCAL | {"MASTER_PORT": port}, "port of rank 0 cannot be opened"
-        check(Case("", "", what, "MASTER_PORT", port, to_do="set another", place=place))
+        place, used = RANK_0 | LOCAL | {"MASTER_PORT": port}, "address already in use"
+        leaves = (r"run(/logs(/.*)?)?",)
+        case = Case("", "run.dir=run", "have joined", port, used, to_do="port is free", code=69, joins=True)
+        check(replace(case, place=place, leaves=leaves))
 
 
 def test_two_runs_in_one_folder_get_one_block(check: Check, tmp_path: Path) -> None:
