@@ -350,7 +350,8 @@ def rehearse_pairs(config: RunConfig) -> str:
         for name in responding_models(config):
             check_model(name, config, pairs.max_new_tokens, records, lines.append)
     if pairs.method is PairsMethod.samples and (judge := open_judge(config)) is not None:
-        lines.append(f"judge: {judge.check()}")
+        judge.check()
+        lines.append(f"judge: {judge}")
     return passed(lines)
 
 
