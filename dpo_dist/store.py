@@ -4,7 +4,6 @@ import argparse
 import json
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, ReferenceModelError
-from dpo_dist.foundation.files import is_temporary, temporary_name
+from dpo_dist.foundation.files import collect_abandoned, temporary_name
 from dpo_dist.foundation.streams import open_closed_streams, print_line, print_result
 from dpo_dist.foundation.text import counted, size
 from dpo_dist.reference.store import (
@@ -22,9 +21,6 @@ from dpo_dist.reference.store import (
     open_shard,
     read_fingerprint,
 )
-
-# A shard is written in seconds. Whether its writer is alive cannot be checked: it may run on another node.
-_LEFTOVER_SECONDS = 24 * 3600
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         own.set_defaults(run=run)
     verbs.choices["info"].add_argument("--json", action="store_true", help="print JSON")
     gc = verbs.choices["gc"]
-    drop = "references or fingerprints to remove"
+    drop = "references or fingerprints to remove, as `info` prints them"
     gc.add_argument("--drop", nargs="+", default=[], metavar="DIGEST", help=drop)
     gc.add_argument("--unused-days", type=float, metavar="N", help="remove those not used for N days")
     gc.add_argument("--yes", action="store_true", help="remove them; without it they are only listed")
@@ -152,50 +148,35 @@ def _verify(given: argparse.Namespace) -> int:
 
 def _gc(given: argparse.Namespace) -> int:
     found = _inventory(given.folder)
-    named = {facts["space"] for digits in given.drop for facts in _with_digits(found, digits)}
-    if given.unused_days is not None:
-        oldest = (datetime.now(UTC) - timedelta(days=given.unused_days)).isoformat()
-        named |= {facts["space"] for facts in found if facts["last_used"] < oldest}
-    unwanted = [facts for facts in found if facts["space"] in named]
-    places = [given.folder, *(given.folder / facts["space"] for facts in found)]
-    temporary = (path for place in places for path in sorted(place.iterdir()) if is_temporary(path))
-    leftovers = [path for path in temporary if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS]
-    for facts in unwanted:
-        print_line(f"drop: {_line(facts)}")
-    for path in leftovers:
-        print_line(f"remove: {path}")
-    freed = size(sum(facts["bytes"] for facts in unwanted))
-    files = counted(len(leftovers), "temporary file")
-    what = f"{counted(len(unwanted), 'fingerprint')} ({freed}) and {files}"
-    if given.yes:
-        for path in [*(given.folder / facts["space"] for facts in unwanted), *leftovers]:
-            if path.is_dir():  # renamed first, so that no run finds it incomplete
-                shutil.rmtree(path.rename(temporary_name(path)), ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-        print_line(f"{what} removed")
-    elif unwanted or leftovers:
-        print_line(f"nothing is removed yet; --yes removes {what}")
-    else:
-        print_line("nothing to remove")
-    return ExitCode.completed
-
-
-def _with_digits(found: Sequence[Facts], digits: str) -> list[Facts]:
-    """Return the fingerprints of the one reference, or the fingerprint, whose digest begins with `digits`."""
-    matching = [
-        each
-        for each in found
-        if any(name.startswith(digits) for name in (each["space"], each["reference"] or "-"))
-    ]
-    if len({each["reference"] or each["space"] for each in matching}) != 1:
+    known = {facts[name] for facts in found for name in ("space", "reference")}
+    if unknown := set(given.drop) - known:
         raise ConfigError(
-            "a digest matches more than one reference" if matching else "a digest matches no reference",
+            "a digest is of no reference or fingerprint in the store",
             where="--drop",
-            got=digits,
+            got=", ".join(sorted(unknown)),
             remedy="python -m dpo_dist.store info lists the digests",
         )
-    return matching
+    oldest = ""
+    if given.unused_days is not None:
+        oldest = (datetime.now(UTC) - timedelta(days=given.unused_days)).isoformat()
+    unwanted = [
+        facts
+        for facts in found
+        if facts["space"] in given.drop or facts["reference"] in given.drop or facts["last_used"] < oldest
+    ]
+    for facts in unwanted:
+        print_line(f"drop: {_line(facts)}")
+    what = f"{counted(len(unwanted), 'fingerprint')} ({size(sum(facts['bytes'] for facts in unwanted))})"
+    if given.yes:
+        for facts in unwanted:  # renamed first, so that no run finds it incomplete
+            folder = given.folder / facts["space"]
+            shutil.rmtree(folder.rename(temporary_name(folder)), ignore_errors=True)
+        places = [given.folder, *(given.folder / facts["space"] for facts in found)]
+        left = [path for place in places for path in collect_abandoned(place)]
+        print_line(f"{what} and {counted(len(left), 'temporary file')} removed")
+    else:
+        print_line(f"nothing is removed yet; --yes removes {what}, and temporary files of dead writers")
+    return ExitCode.completed
 
 
 if __name__ == "__main__":

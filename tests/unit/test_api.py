@@ -107,7 +107,6 @@ def test_what_is_no_run_no_store_no_model_and_no_pair_is_named(tmp_path: Path) -
     with pytest.raises(ReferenceModelError) as raised:
         api.open_stores(tmp_path / "missing")
     assert raised.value.where == str(tmp_path / "missing")
-    assert api.open_stores(tmp_path) == []
     with pytest.raises(ConfigError, match="load_model"):
         api.token_logps("model", [])  # type: ignore[arg-type]
     model = tiny_causal_lm(tiny_config("llama")).eval()
