@@ -44,7 +44,7 @@ def main(config: RunConfig) -> int:
 
     folder = RunFolder.of(config)
     folder.check_writable()
-    diagnosis = diagnose(config, console_on(sys.stderr, config.console).counter, benchmark)
+    diagnosis = diagnose(config, console_on(sys.stderr, config.console).progress, benchmark)
     exit_code = ExitCode.findings if diagnosis.fails(config.doctor.fail_on) else ExitCode.completed
     pages.write_doctor_report(folder, diagnosis, exit_code)
     pages.write_doctor_page(folder, diagnosis, config)

@@ -1,6 +1,5 @@
 """Declare configuration keys: pydantic checks types and bounds; help and digest use the rest."""
 
-import os
 from collections.abc import Callable, Mapping
 from copy import copy
 from functools import reduce
@@ -105,13 +104,5 @@ def facts_of(field: FieldInfo) -> Facts:
     return Facts(**cast(dict[str, Any], field.json_schema_extra))
 
 
-def _filled(text: str) -> str:
-    if not text.strip():
-        raise PydanticCustomError("empty", "is empty")
-    if text.startswith("~") and os.path.expanduser(text) == text:  # noqa: PTH111 (no error)
-        raise PydanticCustomError("home", "begins with ~, and this home folder is not known")
-    return text
-
-
-Filled = Annotated[str, AfterValidator(_filled)]
+Filled = Annotated[str, Field(pattern=r"\S")]
 """Text that is not empty: a path, a name."""

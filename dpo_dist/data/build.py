@@ -33,14 +33,14 @@ _TOKENIZER_FILES = (
     *("special_tokens*", "added_tokens*", "chat_template*", "additional_chat_templates/*"),
 )
 
-Progress = Callable[[str], AbstractContextManager[Callable[[int, float | None], None]]]
-"""Called with the path of a source that is encoded. The entered function is called with the number of newly
-encoded records, and the share of the source that was read; None if its size is unknown."""
+Progress = Callable[[str], AbstractContextManager[Callable[..., None]]]
+"""Called with the path of a source that is encoded. The entered function is called with the number of encoded
+records and, as `share`, the share of the source that was read; None if its size is unknown."""
 
 
-def no_progress(_source: str) -> AbstractContextManager[Callable[[int, float | None], None]]:
+def no_progress(_source: str) -> AbstractContextManager[Callable[..., None]]:
     """Show no progress."""
-    return nullcontext(lambda _records, _share: None)
+    return nullcontext(lambda _records, share: None)  # noqa: ARG005
 
 
 def prepare_dataset(
@@ -69,8 +69,8 @@ def prepare_dataset(
         file = find_encoded(cache, fingerprint, source.limit)
         if file is None:
             with (
-                progress(source.path) as count,
-                closing(_encoded(source, encode, config.processes, count)) as batches,
+                progress(source.path) as show,
+                closing(_encoded(source, encode, config.processes, show)) as batches,
             ):
                 file = write_source(cache, fingerprint, source.path, source.limit, batches)
         encoded.append(EncodedSource(source.path, file, source.limit, label))
@@ -81,14 +81,14 @@ def _encoded(
     source: SourceConfig,
     encode: Callable[[Records], pa.RecordBatch],
     processes: int | None,
-    count: Callable[[int, float | None], None],
+    show: Callable[..., None],
 ) -> Generator[pa.RecordBatch, None, None]:
     meter, records, state = Meter(), 0, _identities(source)
     with closing(in_order(_chunks(source, meter), encode, processes)) as chunks:
         for chunk in chunks:
             yield chunk
             records += len(chunk)
-            count(len(chunk), share_read(meter, source.limit, records))
+            show(records, share=share_read(meter, source.limit, records))
     # The fingerprint belongs to the records read only if nothing has changed meanwhile.
     if _identities(source) != state:
         raise DataError(

@@ -42,7 +42,6 @@ from dpo_dist.data.template import check_template_keys
 from dpo_dist.distributed.zero import whole_loading
 from dpo_dist.foundation.files import recall, remember
 from dpo_dist.foundation.text import counted
-from dpo_dist.insight.console import Count
 from dpo_dist.model.architectures import (
     check_positions,
     check_supported,
@@ -200,8 +199,8 @@ def _load(
         files = _digest_models(run, folder, start)
 
     def encode(name: str, sources: Sequence[SourceConfig], part: Part) -> PreferenceDataset:
-        def progress(source: str) -> AbstractContextManager[Count]:
-            return run.console.counter(f"encoding the {name} data: {source}", "record")
+        def progress(source: str) -> AbstractContextManager[Callable[..., None]]:
+            return run.console.progress(f"encoding the {name} data: {source}", "record")
 
         prepare = partial(prepare_dataset, sources, config.data, tokenizer, digest, progress, part)
         with run.console.heartbeat(f"preparing the {name} data"):

@@ -72,7 +72,7 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
         return optim.lr * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)
     match optim.schedule:
-        case LearningRateSchedule.constant | LearningRateSchedule.constant_with_warmup:
+        case LearningRateSchedule.constant:
             return optim.lr
         case LearningRateSchedule.linear:
             share = 1 - progress

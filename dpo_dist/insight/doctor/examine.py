@@ -32,8 +32,8 @@ from dpo_dist.model.folder import description_folder, start_folder, tokenizer_fo
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CounterOf = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
-"""From a title and a unit to a context with a progress function: `Console.counter` of the report."""
+ProgressOf = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
+"""From a title and a unit to a context with a progress function: `Console.progress`."""
 
 SHOWN_PAIRS = 4  # of each source, besides examples of findings
 # These rules already say that training would refuse the data.
@@ -57,7 +57,7 @@ class Diagnosis:
         return any(finding.level in failing.get(lowest, ()) for finding in self.findings)
 
 
-def diagnose(config: RunConfig, counter: CounterOf, benchmark: Benchmark | None = None) -> Diagnosis:
+def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | None = None) -> Diagnosis:
     """Encode and examine the data of a run; nothing is trained, and no weights are loaded."""
     data, rules = config.data, with_thresholds(config.doctor.thresholds)
     tokenizer, files, prepared = None, None, None
@@ -69,10 +69,10 @@ def diagnose(config: RunConfig, counter: CounterOf, benchmark: Benchmark | None 
         tokenizer = load_tokenizer(files, config.model)
         vocab_size = load_config(folder, config.model).get_text_config().vocab_size
         prepared = prepare(
-            config, tokenizer, files, vocab_size, lambda source: counter(f"encoding {source}", "record")
+            config, tokenizer, files, vocab_size, lambda source: progress(f"encoding {source}", "record")
         )
     found = examine(
-        data, tokenizer, rules, benchmark, lambda source: counter(f"examining {source}", "record")
+        data, tokenizer, rules, benchmark, lambda source: progress(f"examining {source}", "record")
     )
     if prepared is not None:
         datasets, refusals = prepared
@@ -106,12 +106,12 @@ def examine(
         records = iter(read_records(pinned(source, Path(config.cache)), meter))
         chunks = iter(lambda: list(islice(records, CHUNK_RECORDS)), [])  # noqa: B023  (used up in this turn)
         with (
-            progress(label) as count,
+            progress(label) as show,
             closing(in_order(chunks, observer.observe, config.processes)) as observed,
         ):
             for chunk in observed:
                 found.add(chunk)
-                count(len(chunk), share_read(meter, source.limit, len(found.records)))
+                show(len(found.records), share=share_read(meter, source.limit, len(found.records)))
         sources.append(found)
         findings += found.findings(rules)
     across, compared = Comparison(sources, rules, config).result()

@@ -56,8 +56,8 @@ CASES = [
          before=written("a.jsonl", PAIR * 22 + "{\n"), to_do="check how the file was written"),
     Case("all of it held out", "data.eval=[train.jsonl] data.drop_eval_prompts=true",
          "no training data are left", joins=True, to_do="set data.drop_eval_prompts=false"),
-    Case("limit of nothing", of("limit: 0"), "out of range", "data.train[0].limit", "0",
-         to_do="choose data.train[0].limit in that range"),
+    Case("limit of nothing", of("limit: 0"), "cannot have this value", "data.train[0].limit", "0",
+         to_do="set data.train[0].limit to a whole number or null, >= 1"),
 ]
 # fmt: on
 

@@ -199,7 +199,7 @@ def test_an_endpoint_that_is_slow_or_absent_is_an_error(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("url", ["localhost:8000/v1", "http://user:key@a/v1", "https://a/v1?key=1"])
 def test_an_address_with_a_key_or_without_a_host_is_refused(url: str) -> None:
-    with pytest.raises(ConfigError, match="url has no such value"):
+    with pytest.raises(ConfigError, match="url cannot have this value"):
         load_run_config(["model.path=m", f"pairs.endpoint.url={url}"], verb="pairs")
 
 

@@ -42,7 +42,7 @@ def of_transformers(schedule: LearningRateSchedule, floor: float, warmup: int, s
     """Return the rates of the first `steps` + 1 steps by the schedule of transformers."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=8.0)
     match schedule:
-        case LearningRateSchedule.constant | LearningRateSchedule.constant_with_warmup:
+        case LearningRateSchedule.constant:
             made = get_constant_schedule_with_warmup(optimizer, warmup)
         case LearningRateSchedule.inverse_sqrt:
             made = get_inverse_sqrt_schedule(optimizer, warmup)
