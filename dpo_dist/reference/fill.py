@@ -22,7 +22,7 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import collect_abandoned, locked
 from dpo_dist.foundation.process import note_progress, prefetch, stopped_by
 from dpo_dist.reference.digest import difference
-from dpo_dist.reference.store import LogpStore, Values, first_of_each
+from dpo_dist.reference.store import LogpStore, Values
 
 log = logging.getLogger(__name__)
 
@@ -268,7 +268,7 @@ def missing_responses(store: LogpStore, dataset: PreferenceDataset, indices: Ind
     The first are int64 [missing], ascending indices in `dataset.keys`.
     """
     responses = dataset.response_indices(indices)
-    distinct = responses[first_of_each(dataset.keys[responses])]
+    distinct = responses[np.unique(dataset.keys[responses], axis=0, return_index=True)[1]]
     stored = store.contains(dataset.keys[distinct])
     return np.sort(distinct[~stored]), int(stored.sum())
 
@@ -286,7 +286,8 @@ def count_reused(
     for number, (dataset, indices) in enumerate(visited):
         keys = dataset.keys[dataset.response_indices(indices)]
         sources = store.sources(keys)
-        counts += np.bincount(sources[first_of_each(keys)], minlength=len(counts))
+        firsts = np.unique(keys, axis=0, return_index=True)[1]
+        counts += np.bincount(sources[firsts], minlength=len(counts))
         of_compatible = np.unique(np.repeat(indices, dataset.response_counts(indices))[sources > 0])
         if audited is None and len(of_compatible):
             audited = number, of_compatible

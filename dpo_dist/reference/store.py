@@ -341,14 +341,6 @@ class LogpStore:
         return f"{self.folder.name}/{name}"
 
 
-def first_of_each(keys: Keys) -> _Numbers:
-    """Return the index of the first occurrence of each distinct key, in the order of keys (fast look-up)."""
-    order = np.lexsort((keys[:, 1], keys[:, 0]))
-    new = np.ones(len(keys), dtype=np.bool_)
-    new[1:] = (keys[order[1:]] != keys[order[:-1]]).any(axis=1)
-    return order[new]
-
-
 def _mark_used(folder: Path, fingerprint: ReferenceFingerprint) -> None:
     """Set the time of last use of a folder, and write its `space.json` if missing."""
     try:

@@ -13,7 +13,7 @@ from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.config.schema import Dtype, Numerics, ReferenceMode, RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.distributed.memory import peak_memory_bytes, reset_peak_memory
+from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.errors import ExitCode, ReferenceModelError
 from dpo_dist.foundation.process import StopRequest
@@ -241,7 +241,8 @@ def _stored(
         engine.free()
     if engines:
         report["peak_memory_bytes"] = max(world.gather(peak_memory_bytes(world.device)))
-        reset_peak_memory(world.device)
+        if world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
     return Reference(provider, is_start, audited, report)
 
 
