@@ -49,7 +49,7 @@ def training_records(
     """Yield the usable records of `data.train` until there are `enough`; print the counts of each source."""
     for source in config.data.train:
         if not enough():
-            yield from good_records(read(pinned(source, None)), source, config.data, say, enough)
+            yield from good_records(read(pinned(source)), source, config.data, say, enough)
 
 
 def good_records(

@@ -200,16 +200,14 @@ def outcome(judgements: Sequence[Judgement]) -> tuple[int | None, str]:
     votes = verdicts.count("first") - verdicts.count("second")
     if votes:
         return int(votes < 0), "comparisons_decided"
-    if not verdicts:
-        return None, "comparisons_skipped" if judgements else "comparisons_not_judged"
-    return None, "comparisons_tied" if set(verdicts) == {TIE} else "comparisons_without_majority"
+    return None, "comparisons_without_majority" if verdicts else "comparisons_not_judged"
 
 
 def agreement(judgements: Iterable[Judgement]) -> dict[str, Any]:
     """Return counts and agreement of the judgements, skips aside, as a JSON object.
 
-    `annotators`: for each their counts, median seconds, and the share of decided judgements for the left
-    side (position bias if far from 0.5). `between`: every two annotators on the items that both judged:
+    `annotators`: for each the number of judgements and the share of decided ones for the left side (position
+    bias if far from 0.5). `between`: every two annotators on the items that both judged:
     `items`, `agreed` (share of equal verdicts) and `kappa` (Cohen 1960; null if undefined).
     """
     given: dict[str, dict[str, Judgement]] = defaultdict(dict)
@@ -219,13 +217,7 @@ def agreement(judgements: Iterable[Judgement]) -> dict[str, Any]:
     for name in sorted(given):
         judged = [one for one in given[name].values() if one.verdict != SKIP]
         lefts = [one.verdict == _SIDES[one.left] for one in judged if one.verdict != TIE]
-        annotators[name] = {
-            "judged": len(judged),
-            "ties": len(judged) - len(lefts),
-            "skipped": len(given[name]) - len(judged),
-            "median_seconds": statistics.median(one.seconds for one in judged) if judged else None,
-            "left_share": statistics.fmean(lefts) if lefts else None,
-        }
+        annotators[name] = {"judged": len(judged), "left_share": statistics.fmean(lefts) if lefts else None}
     for names in itertools.combinations(sorted(given), 2):
         from sklearn.metrics import cohen_kappa_score  # noqa: PLC0415  (slow)
 

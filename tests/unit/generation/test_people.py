@@ -84,8 +84,7 @@ def given(annotator: str, item: str, verdict: str, left: int = 0, seconds: float
     ("verdicts", "wanted"),
     [
         ("", (None, "comparisons_not_judged")),
-        ("skip", (None, "comparisons_skipped")),
-        ("tie", (None, "comparisons_tied")),
+        ("skip", (None, "comparisons_not_judged")),
         ("first second", (None, "comparisons_without_majority")),
         ("first second second", (1, "comparisons_decided")),
         ("first tie skip", (0, "comparisons_decided")),
