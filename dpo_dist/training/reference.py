@@ -24,7 +24,7 @@ from dpo_dist.model.load import check_same_vocabulary
 from dpo_dist.model.numerics import numerics_of
 from dpo_dist.reference.digest import ModelFiles, agree_on_numerics, difference, find_compatible, model_label
 from dpo_dist.reference.engine import SCORING_TOKENS_FACTOR, ReferenceProvider, load_reference, scored_model
-from dpo_dist.reference.fill import OWN_NUMERICS, FillReport, Scorer, StoreFiller, count_reused
+from dpo_dist.reference.fill import FillReport, Scorer, StoreFiller, count_reused
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, Values
 from dpo_dist.training.inputs import EvaluationInputs, load_inputs
 from dpo_dist.training.start import Run, open_run, say_header
@@ -205,12 +205,6 @@ def _stored(
     if compatible:
         reused = world.on_main(lambda: count_reused(opened, inputs.visited))
         report["served"] = reused.entries
-        described = [
-            counted(count, "log-prob")
-            + (" of this run's own numerics" if numerics == OWN_NUMERICS else f" computed with {numerics}")
-            for numerics, count in reused.entries.items()
-        ]
-        run.say(f"reference: {', '.join(described)}")
         if reused.audited is not None:
             audited = inputs.visited[reused.audited[0]][0], reused.audited[1]
             must_score = must_score or not is_start
