@@ -109,12 +109,6 @@ runs of every mode.
 # They define the reference model; the other options only say how it is loaded and scored.
 _DEFINING = ("path", "quantization", "numerics")
 
-OTHER_ROLE_NAMES = frozenset(
-    {"human", "Human", "User", "gpt", "chatgpt", "bot", "Assistant"}
-    | {"observation", "tool_response", "function", "function_call", "tool_call"}
-)
-"""Roles of datasets that are read as user, assistant or tool."""
-
 
 def _given_once(key: str) -> Rule:
     return Rule(
@@ -244,12 +238,6 @@ RULES = (
         "the longest prompt leaves no room for a response",
         "raise data.max_length or lower data.max_prompt_length",
         lambda c: (c.data.max_prompt_length or 0) >= c.data.max_length,
-    ),
-    Rule(
-        "data.trained_roles",
-        "data.trained_roles has the name of a role that is read as another one",
-        "write data.trained_roles=[assistant], or several of assistant, user, tool and system",
-        lambda c: not OTHER_ROLE_NAMES.isdisjoint(c.data.trained_roles),
     ),
     # The loss.
     Rule(

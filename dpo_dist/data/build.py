@@ -1,7 +1,7 @@
 """Encode sources to disk, or find them there by content; for one process of a run."""
 
 import json
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from pathlib import Path
@@ -12,11 +12,11 @@ from transformers import PreTrainedTokenizerBase
 from dpo_dist.config.data import TEMPLATE_DATE, DataConfig, SourceConfig, TextTemplate
 from dpo_dist.config.user_code import find_function
 from dpo_dist.data.columns import READER
-from dpo_dist.data.encode import CHUNK_RECORDS, Records, encode_chunk, in_order
+from dpo_dist.data.encode import Records, encode_chunk, in_order
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.records import ALL_RECORDS, BadRecord, Part, PreferenceRecord, turns_of
+from dpo_dist.data.records import ALL_RECORDS, Part
 from dpo_dist.data.sources import file_kind, local_files, pinned, source_identity, source_labels
-from dpo_dist.data.store import MEMO_FOLDER, EncodedSource, find_encoded, write_source
+from dpo_dist.data.store import MEMO_FOLDER, EncodedSource, write_source
 from dpo_dist.data.template import check_template_keys, chosen_template
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import collect_abandoned, content_digest, file_identity, text_digest
@@ -27,7 +27,6 @@ _ENCODING_KEYS = (
     *("max_length", "max_prompt_length", "truncation", "text_as_messages", "template_arguments", "ranked"),
     "on_bad_record",
 )
-_CHUNK_CHARACTERS = 2**22
 _TOKENIZER_FILES = (
     *("tokenizer*", "*.model", "*.tiktoken", "tekken*", "*.py", "vocab*", "merges*"),
     *("special_tokens*", "added_tokens*", "chat_template*", "additional_chat_templates/*"),
@@ -53,8 +52,8 @@ def prepare_dataset(
 ) -> tuple[EncodedSource, ...]:
     """Encode each source into its own file in `config.cache`, unless it is encoded already.
 
-    A file is found by content: a source is not encoded again if it was moved, or is in another list, with
-    another weight or a lower limit. `digest` is the `tokenizer_digest`. Raises DataError; PeerLostError if a
+    A file is found by content: a source is not encoded again if it was moved, or is in another list, or with
+    another weight. `digest` is the `tokenizer_digest`. Raises DataError; PeerLostError if a
     process that encodes has died.
     """
     check_template_keys(config, tokenizer)
@@ -66,14 +65,14 @@ def prepare_dataset(
     encode = partial(encode_chunk, config=config, tokenizer=tokenizer, part=part)
     encoded = []
     for source, fingerprint, label in zip(found, fingerprints, source_labels(sources), strict=True):
-        file = find_encoded(cache, fingerprint, source.limit)
-        if file is None:
+        wanted = EncodedSource(source.path, cache, fingerprint, source.limit, label)
+        if wanted.rows() is None:
             with (
                 progress(source.path) as show,
                 closing(_encoded(source, encode, config.processes, show)) as batches,
             ):
-                file = write_source(cache, fingerprint, source.path, source.limit, batches)
-        encoded.append(EncodedSource(source.path, file, source.limit, label))
+                write_source(wanted, batches)
+        encoded.append(wanted)
     return tuple(encoded)
 
 
@@ -84,7 +83,7 @@ def _encoded(
     show: Callable[[int], None],
 ) -> Generator[pa.RecordBatch, None, None]:
     records, state = 0, _identities(source)
-    with closing(in_order(_chunks(source), encode, processes)) as chunks:
+    with closing(in_order(read_records(source), encode, processes)) as chunks:
         for chunk in chunks:
             yield chunk
             records += len(chunk)
@@ -111,22 +110,6 @@ def tokenizer_digest(folder: Path) -> str:
 
 def _identities(source: SourceConfig) -> list[str]:
     return [file_identity(file) for file in local_files(source) or ()]
-
-
-def _chunks(source: SourceConfig) -> Iterator[Records]:
-    """Yield consecutive records: fewer of long ones, as several chunks are in memory at a time."""
-    chunk: list[PreferenceRecord | BadRecord] = []
-    characters = 0
-    for record in read_records(source):
-        chunk.append(record)
-        if not isinstance(record, BadRecord):
-            texts = (record.prompt, *record.responses)
-            characters += sum(len(turn.content) for text in texts for turn in turns_of(text))
-        if len(chunk) == CHUNK_RECORDS or characters > _CHUNK_CHARACTERS:
-            yield chunk
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk
 
 
 def _fingerprint(source: SourceConfig, config: DataConfig, digest: str, part: Part) -> str:

@@ -36,7 +36,7 @@ from dpo_dist.training.inputs import (
 from dpo_dist.training.reference import prepare_reference
 from dpo_dist.training.start import Run, open_run
 from dpo_dist.training.step import Objective, evaluate
-from dpo_dist.training.targets import EVALUATED, Evaluated, Kind
+from dpo_dist.training.targets import EVALUATED, Evaluated
 
 Results = dict[str, dict[str, Any]]
 
@@ -57,33 +57,26 @@ def evaluate_models(config: RunConfig, models: Sequence[Evaluated], console: Con
 
 def check_origin(evaluated: Evaluated, config: RunConfig, inputs: EvaluationInputs) -> None:
     """Check that a checkpoint is of a run that started from the model and adapter of `config`."""
-    if evaluated.kind is not Kind.checkpoint:
+    if not evaluated.is_checkpoint:
         return
     folder, digest = Path(evaluated.path), inputs.policy_files.digest
-    try:
-        former = read_state(folder).get("model")
-    except (OSError, ValueError):
-        return  # `open_checkpoint` says what is damaged
-    run = RunFolder(folder.resolve().parent.parent)
-    if former != digest:
-        what, got, expected = "model", f"{config.model.path}, digest {digest}", f"digest {former}"
-    elif adapters := changed_keys(run.config, config).get("model.adapter"):
-        what, got, expected = "adapter", str(adapters[1]), str(adapters[0])
-    else:
-        return
-    raise CheckpointError(
-        f"the checkpoint is of a run with another {what}",
-        where=str(folder),
-        got=got,
-        expected=expected,
-        remedy="set model.path and model.adapter as in the config.yaml of its run",
-    )
+    former, adapter = read_state(folder)["model"], config.model.adapter
+    changed = changed_keys(RunFolder(folder.resolve().parent.parent).config, config)
+    if former != digest or "model.adapter" in changed:
+        before, _ = changed.get("model.adapter", (adapter, adapter))
+        raise CheckpointError(
+            "the checkpoint is of a run with another model or adapter",
+            where=str(folder),
+            got=f"{config.model.path}, digest {digest}, adapter {adapter}",
+            expected=f"digest {former}, adapter {before}",
+            remedy="set model.path and model.adapter as in the config.yaml of its run",
+        )
 
 
 def _evaluate(run: Run, evaluated: Evaluated, inputs: EvaluationInputs, objective: Objective) -> Results:
     """Evaluate one model, write and print its results; return them. Collective."""
     config, world, console = run.config, run.world, run.console
-    run.say(f"evaluating {evaluated.path} ({evaluated.kind})")
+    run.say(f"evaluating {evaluated.path}")
     model, running, commit = load_evaluated(run, evaluated, inputs)
     ((dataset, every),) = inputs.visited
     costs = replace(inputs.costs, arrangement=model.model.arrangement)
@@ -115,7 +108,7 @@ def load_evaluated(
     base, bits, running = inputs.policy_files.folder, config.model.quantization, RunningMeans()
     folder, commit = base, None
     finish: Callable[[PackedCausalLM], None] | None = None
-    if evaluated.kind is Kind.checkpoint:
+    if evaluated.is_checkpoint:
         state = open_checkpoint(Path(evaluated.path), world).state
         running = RunningMeans(**state["running"])
 

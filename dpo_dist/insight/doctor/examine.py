@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from dpo_dist.config.data import DataConfig, OnBadRecord, SourceConfig, TextTemp
 from dpo_dist.config.schema import NO_MODEL, FailOn, RunConfig
 from dpo_dist.data.build import Progress, no_progress, prepare_dataset, tokenizer_digest
 from dpo_dist.data.dataset import PreferenceDataset, check_fits_loss, check_ids_in_vocabulary, open_dataset
-from dpo_dist.data.encode import CHUNK_RECORDS, in_order
+from dpo_dist.data.encode import in_order
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Part, eval_part, train_part
 from dpo_dist.data.sources import pinned, source_labels
@@ -102,11 +101,10 @@ def examine(
     findings: list[Finding] = []
     for source, label, is_eval in _labelled(config):
         found = Source(label, source.path, config, is_eval=is_eval, is_encoded=tokenizer is not None)
-        records = iter(read_records(pinned(source)))
-        chunks = iter(lambda: list(islice(records, CHUNK_RECORDS)), [])  # noqa: B023  (used up in this turn)
+        records = read_records(pinned(source))
         with (
             progress(label) as show,
-            closing(in_order(chunks, observer.observe, config.processes)) as observed,
+            closing(in_order(records, observer.observe, config.processes)) as observed,
         ):
             for chunk in observed:
                 found.add(chunk)
