@@ -124,6 +124,9 @@ class BadRecord:
     detail: str = ""
     unread: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        return f"{self.origin} {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
 
 class UnusableRecordError(Exception):
     """Raised where a record turns out to be unusable; `at` makes it a `BadRecord`."""

@@ -277,7 +277,7 @@ def test_every_source_has_its_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "data", "expected"),
     [
-        ([{"task": "q", "chosen": "a", "rejected": "b"}], {}, ["task (text)", "columns: {prompt: COLUMN"]),
+        ([{"task": "q", "chosen": "a", "rejected": "b"}], {}, ["fields: task,", "columns: {prompt: COLUMN"]),
         (GOOD, {"max_length": 2}, ["data.max_length is 2", "data.truncation=keep_end"]),
         ([*GOOD[:3], TEXT | {"images": [1]}], {}, ["fields: images", "data.max_bad_share", "COLUMN: null"]),
         ([{"prompt": "q", "completion": "a", "label": True}], {}, ["unpaired", "pair good and bad"]),
