@@ -262,14 +262,10 @@ class EndpointJudge:
                 "an endpoint as judge needs the package openai", where=_URL, remedy="pip install openai"
             ) from None
         self._openai, self._config = openai, config
-        key = os.environ.get(_KEY_VARIABLE, "").strip()
+        key = os.environ.get(_KEY_VARIABLE, "").strip() or "none"
         self._client = openai.OpenAI(
-            base_url=config.url,
-            api_key=key or "none",
-            timeout=TIMEOUT_SECONDS,
-            max_retries=retries,
+            base_url=config.url, api_key=key, timeout=TIMEOUT_SECONDS, max_retries=retries
         )
-        self._headers: dict[str, Any] = {} if key else {"Authorization": openai.Omit()}
         self._options = _OPTIONS
 
     def __str__(self) -> str:
@@ -293,7 +289,6 @@ class EndpointJudge:
             "verdicts": str(config.verdicts),
             "criterion": config.criterion,
             "max_tokens": _MAX_TOKENS,
-            "position_swaps": config.verdicts is Verdicts.compare,
         }
 
     def judge(self, questions: Sequence[Question]) -> list[Judgement]:
@@ -342,7 +337,7 @@ class EndpointJudge:
         options = self._options
         try:
             found: Any = self._client.chat.completions.create(
-                model=str(self._config.model), messages=messages, extra_headers=self._headers, **options
+                model=str(self._config.model), messages=messages, **options
             )
         except self._openai.APIStatusError as error:
             is_unsupported = error.param in options and str(error.code).startswith("unsupported_")

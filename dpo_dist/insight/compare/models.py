@@ -19,14 +19,7 @@ from dpo_dist.config.load import from_yaml
 from dpo_dist.config.run_folder import RunFolder, check_writable, existing_run
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.formats import read_prompts
-from dpo_dist.data.records import (
-    Dialogue,
-    PreferenceRecord,
-    Prompt,
-    eval_part,
-    prompt_hash,
-    turns_of,
-)
+from dpo_dist.data.records import Dialogue, PreferenceRecord, Prompt, eval_part, prompt_hash, turns_of
 from dpo_dist.data.sources import pinned, source_labels
 from dpo_dist.distributed.checkpoint import MANIFEST
 from dpo_dist.distributed.export import export_checkpoint
@@ -44,12 +37,7 @@ from dpo_dist.foundation.files import (
 )
 from dpo_dist.foundation.text import counted
 from dpo_dist.generation.judges import Judge, open_judge
-from dpo_dist.generation.pairs.files import (
-    describe_counts,
-    good_records,
-    prompt_key,
-    write_lines,
-)
+from dpo_dist.generation.pairs.files import describe_counts, good_records, prompt_key, write_lines
 from dpo_dist.generation.pairs.run import check_model, first_records, passed
 from dpo_dist.generation.sampling.generate import Request, Sample, Sampling, generate
 from dpo_dist.generation.sampling.respond import Answers, ModelSource, Responder, open_responder

@@ -130,15 +130,11 @@ def _overview(results: Row, rates: Rates) -> Table:
 
 
 def _style(results: Row) -> Table:
-    """Return the style of the models' responses; lengths also relative to those of the base."""
-    base = results["models"][0]
+    """Return the style of the models' responses."""
     rows: list[list[object]] = []
     for model in results["models"]:
         style, ends = model["style"], model["style_intervals"]
         cells = [estimate(style.get(each), ends.get(each), _scale(each)) for each in _STYLE]
-        if base["style"]["length"] and model is not base:
-            times = style["length"] / base["style"]["length"]
-            cells[0] += Markup("<small>{:.2f} times</small>").format(times)
         rows.append([model["name"], *cells])
     return ["model", *map(_title, _STYLE)], rows
 

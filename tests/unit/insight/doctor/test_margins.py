@@ -7,8 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_dist.config.data import DataConfig, SourceConfig
-from dpo_dist.config.schema import ModelConfig, Quantization, ReferenceConfig, RunConfig
+from dpo_dist.config.schema import (
+    DataConfig,
+    ModelConfig,
+    Quantization,
+    ReferenceConfig,
+    RunConfig,
+    SourceConfig,
+)
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.insight.doctor.findings import RULES
