@@ -357,16 +357,11 @@ def _not_read(overrides: Iterable[Override], verb: str, *, trains: bool) -> list
             key = "reference.mode" if name == "reference" else name.partition("[")[0]
             if key in own or key not in run_keys():
                 continue
-            same = [name for name in own if "." in name and name.split(".")[-1] == key.rpartition(".")[2]]
-            expected = " or ".join(same)
-            mistakes.append(
-                ConfigError(
-                    f"{verb} does not read {key}",
-                    where=f"{COMMAND_LINE}: {override.input_line}",
-                    expected=expected,
-                    remedy=f"{f'did you mean {expected}?' if same else 'remove it:'} {read_by(key)}",
-                )
+            where = f"{COMMAND_LINE}: {override.input_line}"
+            error = ConfigError(
+                f"{verb} does not read {key}", where=where, remedy=f"remove it: {read_by(key)}"
             )
+            mistakes.append(error)
     return mistakes
 
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
-from dpo_dist.config.data import DataFormat
 from dpo_dist.config.fields import fields_of
 from dpo_dist.config.keys import all_keys, as_written, readers, run_keys
 from dpo_dist.config.losses import LossConfig, LossKind, kinds_using
@@ -18,6 +17,7 @@ from dpo_dist.config.metrics import METRICS, PREFIX
 from dpo_dist.config.mistakes import raise_all
 from dpo_dist.config.schema import (
     NO_MODEL,
+    DataFormat,
     Direction,
     ReferenceConfig,
     ReferenceMode,
@@ -108,12 +108,6 @@ runs of every mode.
 
 # They define the reference model; the other options only say how it is loaded and scored.
 _DEFINING = ("path", "quantization", "numerics")
-
-OTHER_ROLE_NAMES = frozenset(
-    {"human", "Human", "User", "gpt", "chatgpt", "bot", "Assistant"}
-    | {"observation", "tool_response", "function", "function_call", "tool_call"}
-)
-"""Roles of datasets that are read as user, assistant or tool."""
 
 
 def _given_once(key: str) -> Rule:
@@ -244,12 +238,6 @@ RULES = (
         "the longest prompt leaves no room for a response",
         "raise data.max_length or lower data.max_prompt_length",
         lambda c: (c.data.max_prompt_length or 0) >= c.data.max_length,
-    ),
-    Rule(
-        "data.trained_roles",
-        "data.trained_roles has the name of a role that is read as another one",
-        "write data.trained_roles=[assistant], or several of assistant, user, tool and system",
-        lambda c: not OTHER_ROLE_NAMES.isdisjoint(c.data.trained_roles),
     ),
     # The loss.
     Rule(

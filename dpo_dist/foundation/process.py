@@ -20,11 +20,6 @@ from dpo_dist.foundation.errors import ConfigError, ExitCode, StoppedError
 
 PROGRESS = "DPO_DIST_PROGRESS"
 """Environment variable: a file to which rank 0 adds a line whenever it has saved something."""
-EXIT_CODES = "DPO_DIST_EXIT_CODES"
-"""Environment variable: path, to which each process adds its rank, of a file with its exit code.
-
-For launchers that replace exit codes by their own.
-"""
 
 
 def note_progress(saved: str) -> None:
@@ -34,47 +29,31 @@ def note_progress(saved: str) -> None:
             file.write(f"{saved}\n")
 
 
-def note_exit_code(exit_code: int) -> None:
-    """Write the exit code of this process to its file, if a path is given; none if another one is lost."""
-    if EXIT_CODES in os.environ and exit_code != ExitCode.lost:
-        with contextlib.suppress(OSError):
-            Path(f"{os.environ[EXIT_CODES]}.{this_rank()}").write_text(f"{int(exit_code)}\n")
-
-
-def exit_codes(path: Path) -> list[int]:
-    """Return the exit codes that the processes have written for a path; each file is removed."""
-    found = []
-    for file in path.parent.glob(f"{path.name}.*"):
-        with contextlib.suppress(OSError, ValueError):
-            found.append(int(file.read_text()))
-        file.unlink(missing_ok=True)
-    return found
-
-
 def this_rank() -> int:
     """Return RANK; 0 if it is not set or not a number."""
     text = os.environ.get("RANK", "")
     return int(text) if text.isdecimal() else 0
 
 
-_WITHOUT_EFFECT = {
-    "ACCELERATE_DEEPSPEED_CONFIG_FILE": "choose parallelism=zero3, zero2 or ddp; remove "
-    "deepspeed_config_file from the launcher's configuration",
-    "ACCELERATE_USE_FSDP": "choose parallelism=zero3; launch with a file of launch/accelerate",
-    "ACCELERATE_DYNAMO_BACKEND": "set model.compile=true, and remove dynamo_config from the "
-    "launcher's configuration",
-}
-"""Variables of accelerate that would be ignored, and what to set in their place."""
 _OFF = ("", "0", "false", "no", "none")
 
 
 def check_launch(environ: Mapping[str, str], repeated: Mapping[str, tuple[str, str]]) -> None:
     """Check that the variables of a launcher describe one process of a world, and that none is ignored.
 
-    `repeated` are variables of accelerate that may repeat a setting of the run, each with this setting, such
-    as "parallelism.kind=zero3", and with the value of the variable that says the same.
+    `repeated` are variables of accelerate with the key to set in place of each, and the value that only
+    repeats this key's; no value does if it is empty.
     """
-    _check_accelerate(environ, repeated)
+    for name, (key, value) in repeated.items():
+        given = environ.get(name, "").lower()
+        if given not in _OFF and not (value and (given == "auto" or _is_same(given, value))):
+            raise ConfigError(
+                "an option of the launcher would have no effect",
+                where="environment: accelerate launch",
+                got=f"{name}={environ[name]}" + (f" with {key}" if value else ""),
+                expected="a launcher that only starts processes, as with the files of launch/accelerate",
+                remedy=f"set {key}, and remove this option from the launcher's file",
+            )
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if not _is_one_process(environ):
         error = ConfigError(
@@ -103,22 +82,6 @@ def _is_one_process(environ: Mapping[str, str]) -> bool:
     has_place = local >= 0 and (local < of_node or "LOCAL_WORLD_SIZE" not in environ)
     has_world = size == 1 or (has_address and "LOCAL_RANK" in environ)
     return 0 <= rank < size and has_place and has_world
-
-
-def _check_accelerate(environ: Mapping[str, str], repeated: Mapping[str, tuple[str, str]]) -> None:
-    for name in (*_WITHOUT_EFFECT, *repeated):
-        given = environ.get(name, "").lower()
-        setting, value = repeated.get(name, ("", None))
-        if given in _OFF or (value is not None and (given == "auto" or _is_same(given, value))):
-            continue
-        key = setting.partition("=")[0]
-        raise ConfigError(
-            "an option of the launcher would have no effect",
-            where="environment: accelerate launch",
-            got=f"{name}={environ[name]}" + (f" with {setting}" if setting else ""),
-            expected="a launcher that only starts processes, as with the files of launch/accelerate",
-            remedy=_WITHOUT_EFFECT.get(name) or f"set {key}, and remove this option from the launcher's file",
-        )
 
 
 def _is_same(given: str, value: str) -> bool:
@@ -299,7 +262,6 @@ def _end_now(exit_code: int) -> NoReturn:
         _thread.start_new_thread(words, (exit_code,))
     if last_words:
         time.sleep(_LAST_WORDS_SECONDS)
-    note_exit_code(exit_code)
     os._exit(exit_code)
 
 

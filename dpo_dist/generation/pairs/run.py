@@ -12,10 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.identity import plain
 from dpo_dist.config.run_folder import RunFolder, check_writable
-from dpo_dist.config.schema import DropOrKeep, PairsConfig, PairSelection, PairsMethod, RunConfig
+from dpo_dist.config.schema import (
+    DataConfig,
+    DropOrKeep,
+    PairsConfig,
+    PairSelection,
+    PairsMethod,
+    RunConfig,
+    SourceConfig,
+)
 from dpo_dist.data.counts import in_one_line
 from dpo_dist.data.formats import read_prompts, read_records
 from dpo_dist.data.records import Dialogue, PreferenceRecord
@@ -350,7 +357,8 @@ def rehearse_pairs(config: RunConfig) -> str:
         for name in responding_models(config):
             check_model(name, config, pairs.max_new_tokens, records, lines.append)
     if pairs.method is PairsMethod.samples and (judge := open_judge(config)) is not None:
-        lines.append(f"judge: {judge.check()}")
+        judge.check()
+        lines.append(f"judge: {judge}")
     return passed(lines)
 
 

@@ -29,10 +29,10 @@ CASES = [
         )
     ),
     Case("deepspeed file of a launcher", "", "option of the launcher would have no effect", LAUNCHER,
-         "CONFIG_FILE=ds.json", "only starts processes", "parallelism=zero3",
+         "CONFIG_FILE=ds.json", "only starts processes", "set parallelism.kind",
          place={"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}),
     Case("precision of a launcher", "", "option of the launcher would have no effect", LAUNCHER,
-         "fp16 with model.dtype=fp32", "only starts processes", "set model.dtype",
+         "fp16 with model.dtype", "only starts processes", "set model.dtype",
          place={"ACCELERATE_MIXED_PRECISION": "fp16"}),
     Case("accumulation of a launcher", "", "option of the launcher would have no effect", LAUNCHER,
          "ACCUMULATION_STEPS=8", "only starts processes", "set trainer.global_batch_pairs",

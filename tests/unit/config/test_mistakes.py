@@ -121,7 +121,7 @@ def test_all_rules_that_a_command_breaks_are_one_error() -> None:
         ("evaluate", "checkpoint=best", "evaluation.model of evaluate takes the folder of one"),
         ("export", "output=foo", "write run.dir=foo or export.output=foo"),
         ("compare", "reference=none", "compare does not read reference.mode"),
-        ("compare", "samples.prompts=4", "did you mean compare.prompts? train reads samples.prompts"),
+        ("compare", "samples.prompts=4", "remove it: train reads samples.prompts"),
         ("train", "'export={checkpoint: best}'", "train does not read export"),
         ("pairs", "loss=ipo", "pairs does not read loss"),
     ],

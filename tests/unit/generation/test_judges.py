@@ -82,7 +82,7 @@ def test_a_model_that_is_no_reward_model_is_refused(tmp_path: Path) -> None:
     ("body", "said"),
     [
         ("return [1.0]", "returns 1 scores"),
-        ("return [float('nan'), 1]", "no finite number"),
+        ("return [float('nan'), 1]", "not finite"),
         ("raise ValueError(prompt)", "raises ValueError"),
     ],
 )
@@ -160,12 +160,10 @@ def test_verdicts(answer: Answer, keys: Any, scores: list[float | None], counts:
     assert +judgement.counts == {"requests": 2} | counts
 
 
-def test_the_key_is_sent_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "very-secret")
     _, server = judged(longer_wins, SHORT, LONG)
     assert {headers["authorization"] for headers in server.headers} == {"Bearer very-secret"}
-    monkeypatch.delenv("OPENAI_API_KEY")
-    assert not any("authorization" in headers for headers in judged(longer_wins, SHORT, LONG)[1].headers)
 
 
 REFUSAL = {"error": {"code": "bad_parameter", "param": "max_tokens", "message": "a text of the record"}}
