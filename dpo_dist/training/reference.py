@@ -203,23 +203,10 @@ def _stored(
     provider = ReferenceProvider(store=opened)
     audited, must_score = inputs.visited[0], bool(engines) and not is_checked
     if compatible:
-<<<<<<< HEAD
         reused, with_compatible = world.on_main(lambda: count_reused(opened, inputs.visited))
         report["served"] = reused
-        described = [
-            counted(count, "log-prob")
-            + (" of this run's own numerics" if numerics == OWN_NUMERICS else f" computed with {numerics}")
-            for numerics, count in reused.items()
-        ]
-        run.say(f"reference: {', '.join(described)}")
         if with_compatible is not None:
             audited = inputs.visited[with_compatible[0]][0], with_compatible[1]
-=======
-        reused = world.on_main(lambda: count_reused(opened, inputs.visited))
-        report["served"] = reused.entries
-        if reused.audited is not None:
-            audited = inputs.visited[reused.audited[0]][0], reused.audited[1]
->>>>>>> half
             must_score = must_score or not is_start
     if must_score:
         objective, score = Objective(config.loss, provider), load_scorer()
