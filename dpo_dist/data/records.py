@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from dpo_dist.config.data import DataConfig, Ranked
+from dpo_dist.config.schema import DataConfig, Ranked
 from dpo_dist.foundation.errors import DataError
 
 FIRST_TURN, LAST_TURN = "\n\nHuman:", "\n\nAssistant:"
@@ -105,12 +105,6 @@ class PreferenceRecord:
     tools: tuple[Fields, ...] = ()
     template_arguments: Fields = field(default_factory=dict)
 
-    @property
-    def response_texts(self) -> tuple[str, ...]:
-        """The responses of a record whose responses are texts."""
-        assert all(isinstance(response, str) for response in self.responses)
-        return tuple(map(str, self.responses))
-
 
 @dataclass(frozen=True)
 class BadRecord:
@@ -123,6 +117,9 @@ class BadRecord:
     origin: Origin
     detail: str = ""
     unread: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.origin} {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 
 class UnusableRecordError(Exception):
