@@ -96,35 +96,42 @@ def leak_tests(
         columns[GROUPS.get(name, words)].append(column)
     tests: list[LeakTest] = []
     for group, members in columns.items():
-        names = [vectorizer.feature_names_[column] for column in members]
-        if group in _WORDS and different >= _FEWEST_PROMPTS_OF_GROUPS:
-            tests += _tests_of_words(table[:, members], names, group, prompts)
-        elif group not in _WORDS:
-            block = table[:, members]
-            tests += [_single_test(block[:, at], prompts, name, group) for at, name in enumerate(names)]
-            if len(members) > 1 and different >= _FEWEST_PROMPTS_OF_GROUPS:
-                scaled = StandardScaler(with_mean=False).fit(sparse.vstack([block, -block])).transform(block)
-                tests.append(_test(scaled, prompts, group, group))
+        kept = tested = members
+        if group in _WORDS:
+            kept, tested = _of_words(table, members)
+        if group not in _WORDS or different >= _FEWEST_PROMPTS_OF_GROUPS:
+            names = vectorizer.feature_names_
+            tests += [_test(table[:, [column]], prompts, names[column], group) for column in tested]
+        if len(kept) > 1 and different >= _FEWEST_PROMPTS_OF_GROUPS:
+            tests.append(_test(table[:, kept], prompts, group, group))
     known = prompts[: len(languages)]
     if len(np.unique(known)) >= _FEWEST_PROMPTS:
-        tests.append(_single_test(np.reshape(languages, (-1, 1)), known, LANGUAGE, "language"))
+        tests.append(_test(np.reshape(languages, (-1, 1)), known, LANGUAGE, "language"))
     return sorted(tests, key=lambda test: -test.accuracy)
 
 
-def _single_test(difference: Matrix, prompts: Keys, name: str, group: str) -> LeakTest:
-    """Test one feature: the chosen side has more of it, or less, as the other folds suggest."""
-    signs = sparse.csr_matrix(difference).sign()
-    detail = "" if not signs.sum() else _MORE if signs.sum() > 0 else _LESS
-    return _test(signs, prompts, name, group, detail)
+def _of_words(table: Matrix, columns: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Return the columns of words but for words of few pairs, and the most one-sided of the frequent ones."""
+    block = table[:, columns]
+    counts, sums = block.getnnz(axis=0), np.abs(np.asarray(block.sum(axis=0)).ravel())
+    kept = [at for at in range(len(columns)) if counts[at] >= _MIN_WORD_PAIRS]
+    frequent = [at for at in kept if counts[at] >= _MIN_DIFFERS * block.shape[0]]
+    frequent.sort(key=lambda at: -interval((counts[at] + sums[at]) / 2, int(counts[at]))[0])
+    return [columns[at] for at in kept], [columns[at] for at in frequent[:1]]
 
 
-def _test(block: Matrix, prompts: Keys, name: str, group: str, detail: str = "") -> LeakTest:
-    """Test a linear classifier of these features, each fold guessed by the others.
+def _test(block: Matrix, prompts: Keys, name: str, group: str) -> LeakTest:
+    """Test a linear classifier of a group, or the direction of a feature: each fold is guessed by the others.
 
     Each pair is learnt in both orders. Pairs of the same prompt are not independent, so the interval counts
     prompts.
     """
-    block = sparse.csr_matrix(block)
+    block, detail = sparse.csr_matrix(block), ""
+    if block.shape[1] == 1:
+        block = block.sign()
+        detail = "" if not block.sum() else _MORE if block.sum() > 0 else _LESS
+    elif group not in _WORDS:
+        block = StandardScaler(with_mean=False).fit(sparse.vstack([block, -block])).transform(block)
     pairs = block.shape[0]
     scores = np.zeros(pairs)
     if block.nnz:
@@ -151,17 +158,6 @@ def interval(successes: float, trials: int, standard_errors: float = _STANDARD_E
     half = standard_errors / (1 + squared / trials)
     half *= math.sqrt(share * (1 - share) / trials + squared / (4 * trials**2))
     return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def _tests_of_words(block: Matrix, words: Sequence[str], group: str, prompts: Keys) -> Iterator[LeakTest]:
-    """Yield the tests of the words of a group, but for words of few pairs, and of the most one-sided one."""
-    counts, sums = block.getnnz(axis=0), np.abs(np.asarray(block.sum(axis=0)).ravel())
-    kept = np.flatnonzero(counts >= _MIN_WORD_PAIRS)
-    if frequent := [at for at in kept.tolist() if counts[at] >= _MIN_DIFFERS * len(prompts)]:
-        most = max(frequent, key=lambda at: interval((counts[at] + sums[at]) / 2, int(counts[at]))[0])
-        yield _single_test(block[:, most], prompts, words[most], group)
-    if len(kept):
-        yield _test(block[:, kept], prompts, group, group)
 
 
 def leak_findings(tests: Sequence[LeakTest], rules: Rules, source: str) -> Iterator[Finding]:
