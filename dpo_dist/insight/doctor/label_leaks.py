@@ -20,7 +20,7 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.preprocessing import StandardScaler
 
 from dpo_dist.foundation.text import percent
-from dpo_dist.insight.doctor.findings import Finding, Rules
+from dpo_dist.insight.doctor.findings import RULES, Finding
 from dpo_dist.insight.doctor.texts import GROUPS
 
 Keys: TypeAlias = npt.NDArray[np.uint64]
@@ -160,7 +160,7 @@ def interval(successes: float, trials: int, standard_errors: float = _STANDARD_E
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def leak_findings(tests: Sequence[LeakTest], rules: Rules, source: str) -> Iterator[Finding]:
+def leak_findings(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
     """Yield the findings about label leaks.
 
     A group of features counts if it reveals the chosen response better than the length, which is a finding of
@@ -171,13 +171,13 @@ def leak_findings(tests: Sequence[LeakTest], rules: Rules, source: str) -> Itera
         groups[test.group].append(test)
     explained = 0.0
     for length in groups.pop("length", ()):
-        if length.exceeds(rules["length_bias"].threshold):
+        if length.exceeds(RULES["length_bias"].threshold):
             explained = length.accuracy + _ADDS
             side = "shorter" if length.detail == _LESS else "longer"
             detail = f"the {side} one is chosen in {percent(length.accuracy)} of the pairs"
-            yield from rules["length_bias"].value(length.accuracy, length.pairs, source, detail)
+            yield from RULES["length_bias"].value(length.accuracy, length.pairs, source, detail)
     for group, own in groups.items():
-        rule, test = rules["style_bias" if group in _STYLE else "label_leak"], own[0]
+        rule, test = RULES["style_bias" if group in _STYLE else "label_leak"], own[0]
         if test.exceeds(rule.threshold) and test.accuracy > explained:
             best = next(one for one in own if one.detail)
             detail = (
@@ -185,12 +185,12 @@ def leak_findings(tests: Sequence[LeakTest], rules: Rules, source: str) -> Itera
                 f"held-out pairs are guessed ({best.feature}, {best.detail}, {percent(best.accuracy)})"
             )
             yield from rule.value(test.accuracy, test.pairs, source, detail)
-    yield from _one_sided_forms(tests, rules, source)
+    yield from _one_sided_forms(tests, source)
 
 
-def _one_sided_forms(tests: Sequence[LeakTest], rules: Rules, source: str) -> Iterator[Finding]:
+def _one_sided_forms(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
     """Yield the finding of features that few pairs have, and these almost always on the same side."""
-    rule, leak = rules["one_sided_form"], rules["label_leak"].threshold
+    rule, leak = RULES["one_sided_form"], RULES["label_leak"].threshold
     found = [
         test
         for test in tests
