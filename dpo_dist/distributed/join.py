@@ -146,7 +146,8 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
         peers: list[Any] = [None] * size
         dist.all_gather_object(peers, Peer.here(rank), group=control)
     except RuntimeError as failure:
-        if not is_of_communication(str(failure)):
+        is_taken = "EADDRINUSE" in str(failure)  # the port, which torchrun and accelerate choose themselves
+        if not (is_taken or is_of_communication(str(failure))):
             raise
         raise PeerLostError(
             f"not all {os.environ.get('WORLD_SIZE')} processes of the run have joined",
@@ -155,7 +156,7 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
             got=first_line(failure),
             expected=f"every process within parallelism.timeout_seconds ({timeout_seconds})",
             remedy="see the messages of all processes (the screen of each node, logs/rank-N.log), and "
-            "whether every node reaches this address; then run the same command again",
+            "whether every node reaches this address, whose port is free; then run the same command again",
         ) from failure
     return World(accelerator, rank, size, accelerator.device, tuple(peers), control, timeout_seconds)
 

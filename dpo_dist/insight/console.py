@@ -111,7 +111,7 @@ class LiveScreen(LineScreen):
 
     def _update(self, content: Fields, line: str) -> None:
         """Replace the live line; a narrow terminal cuts its end."""
-        share = round(1000 * (content["share"] or 0))
+        share = content["share"]
         if self._live is None:
             cut = Column(no_wrap=True, overflow="crop")
             self._live = RichProgress(
@@ -122,10 +122,10 @@ class LiveScreen(LineScreen):
                 redirect_stderr=False,
                 transient=content["work"] != _TRAINING,
             )
-            self._live.add_task(line, total=1000, completed=share)
+            self._live.add_task(line, total=None if share is None else 1, completed=share or 0)
             self._live.start()
         else:
-            self._live.update(self._live.task_ids[0], description=line, completed=share, refresh=True)
+            self._live.update(self._live.task_ids[0], description=line, completed=share or 0, refresh=True)
 
     def end_progress(self) -> None:
         """Leave the last state of the training on the screen; remove that of other work."""
@@ -275,16 +275,16 @@ class Console:
 
     @contextlib.contextmanager
     def progress(self, title: str, unit: str) -> Iterator[Callable[..., None]]:
-        """Yield a function that takes the number of units done and, as far as known, the total or the share.
+        """Yield a function that takes the number of units done and, if it is known, the total.
 
         Nothing is shown if it is never called, or if the total is 0.
         """
         started = time.monotonic()
 
-        def show(done: int, total: int | None = None, share: float | None = None) -> None:
+        def show(done: int, total: int | None = None) -> None:
             if self._screen is not None and total != 0:
                 self._worked = time.monotonic()
-                seconds, share = self._worked - started, done / total if total else share
+                seconds, share = self._worked - started, done / total if total else None
                 amount = counted(done, unit) if total is None else f"{done:,} of {counted(total, unit)}"
                 parts = [f"{title}: {amount}"] + ([] if share is None else [percent(share)])
                 parts += [f"{done / seconds:,.0f} a second"] if done > seconds >= 1 else []

@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from transformers import set_seed
 
 from dpo_dist.config.metrics import PREFIX
 from dpo_dist.config.rules import direction_of
-from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder, checkpoint_name
+from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.config.schema import Direction, LearningRateSchedule, OptimConfig, RunConfig, TrainerConfig
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.checkpoint import CheckpointSaver
@@ -72,7 +71,7 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
         return optim.lr * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)
     match optim.schedule:
-        case LearningRateSchedule.constant | LearningRateSchedule.constant_with_warmup:
+        case LearningRateSchedule.constant:
             return optim.lr
         case LearningRateSchedule.linear:
             share = 1 - progress
@@ -171,14 +170,6 @@ def best_after(
     return sorted(kept, key=lambda one: (sign * one.value, one.step))[:1]
 
 
-def still_there(best: Sequence[BestCheckpoint], root: Path) -> list[BestCheckpoint]:
-    """Return those whose checkpoints are below `root`.
-
-    After the newest checkpoint was damaged, that of an earlier step names best ones that are deleted since.
-    """
-    return [one for one in best if (root / checkpoint_name(one.step)).is_dir()]
-
-
 MOST_BAD_STEPS = 3  # in a row
 _BAD_AT_THE_END = 1
 """One bad pair may be in the last batch; more bad steps there are a policy that computes nothing finite."""
@@ -202,11 +193,7 @@ def _json_number(value: float) -> float | str:
 
 
 def ending_error(
-    totals: StepTotals,
-    position: Position,
-    steps: int,
-    folder: RunFolder,
-    loss_scale: float | None,
+    totals: StepTotals, position: Position, steps: int, folder: RunFolder
 ) -> DivergedError | None:
     """Return the error that ends a run of `steps` after this one, if it must; the same on all ranks."""
     step, is_last = position.step, position.step == steps
@@ -216,8 +203,7 @@ def ending_error(
         return DivergedError(
             "the run has trained nothing: gradients overflow in fp16, and no update was applied",
             where="model.dtype",
-            got=f"{position.overflows} overflows and {position.bad_steps} bad steps in {step} steps; "
-            f"the loss scale of the next step is {loss_scale:g}",
+            got=f"{position.overflows} overflows and {position.bad_steps} bad steps in {step} steps",
             remedy="train for more steps, as each overflow halves the scale, or set model.dtype=bf16 or fp32",
         )
     if position.bad_in_a_row > allowed or has_trained_nothing:
@@ -384,9 +370,7 @@ class Loop:
         else:
             position.window.add(measures)
             progress.add(position.step, measures, must_stop=stop_votes > 0)
-        folder, scale = self.run.folder, self.policy.loss_scale
-        steps = self.inputs.sampler.steps
-        error = ending_error(totals, position, steps, folder, None if scale is None else scale.value)
+        error = ending_error(totals, position, self.inputs.sampler.steps, self.run.folder)
         if error is not None:
             position.window = measures
             self._record_window(position)

@@ -27,7 +27,7 @@ from dpo_dist.distributed.processes import Reports
 from dpo_dist.distributed.world import Stops, World, with_sequence_groups
 from dpo_dist.distributed.zero import STATES_OF_ADAM, policy_config
 from dpo_dist.foundation import files
-from dpo_dist.foundation.errors import CheckpointError, ConfigError
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import collect_abandoned, is_temporary, recover_folder, write_text
 from dpo_dist.foundation.process import StopRequest
 from dpo_dist.foundation.text import counted, first_few, size
@@ -82,24 +82,12 @@ class Run:
         return shard_batch(dataset, indices, world.replica, world.replicas, budget, costs, one_sided)
 
     def write(self, work: Callable[[], T]) -> T:
-        """Run `work`, which writes files of the run, on rank 0 and return its result on all; collective.
-
-        A file that cannot be written is a `CheckpointError`.
-        """
+        """Run `work`, which writes files of the run, on rank 0 and return its result on all; collective."""
 
         def guarded() -> T:
-            try:
-                if not self.folder.path.is_dir():  # moved away or unmounted; no part of it is made again
-                    missing = str(self.folder.path)
-                    raise FileNotFoundError(errno.ENOENT, "the run directory is missing", missing)
-                return work()
-            except OSError as error:
-                raise CheckpointError(
-                    "a file of the run cannot be written",
-                    where=str(error.filename or self.folder),
-                    got=str(error),
-                    remedy="free disk space or correct the permissions; the same command resumes the run",
-                ) from error
+            if not self.folder.path.is_dir():  # moved away or unmounted; no part of it is made again
+                raise FileNotFoundError(errno.ENOENT, "the run directory is missing", str(self.folder))
+            return work()
 
         return self.world.on_main(guarded)
 

@@ -11,15 +11,7 @@ from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.keys import as_written
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome, check_counts, describe_dropped, in_words
-from dpo_dist.data.records import (
-    BadRecord,
-    Dialogue,
-    Messages,
-    PreferenceRecord,
-    Prompt,
-    Response,
-    turns_of,
-)
+from dpo_dist.data.records import BadRecord, Dialogue, Messages, PreferenceRecord, Prompt, Response, turns_of
 from dpo_dist.data.sources import pinned
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import staged_file, text_digest, write_text
@@ -49,7 +41,7 @@ def training_records(
     """Yield the usable records of `data.train` until there are `enough`; print the counts of each source."""
     for source in config.data.train:
         if not enough():
-            yield from good_records(read(pinned(source, None)), source, config.data, say, enough)
+            yield from good_records(read(pinned(source)), source, config.data, say, enough)
 
 
 def good_records(

@@ -8,7 +8,6 @@ import signal
 import socket
 import statistics
 import threading
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -57,7 +56,6 @@ class Judgement(NamedTuple):
     annotator: str
     verdict: str  # first or second, the better response in the item's own order; tie or skip
     left: int  # index of the response that was shown on the left
-    seconds: float  # from the display to the verdict
     time: str
 
 
@@ -114,12 +112,12 @@ class Labelling:
         self.given = {(one.annotator, one.item): one for one in lines if one.item in self.items}
         return sum(one.item not in self.items for one in lines)
 
-    def judge(self, annotator: str, item: str, choice: str, seconds: float) -> None:
+    def judge(self, annotator: str, item: str, choice: str) -> None:
         """Write a verdict, `left`, `right`, `tie` or `skip`, to disk before it counts."""
         left = self.left(annotator, item)
         verdict = {"left": _SIDES[left], "right": _SIDES[1 - left]}.get(choice, choice)
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        judgement = Judgement(item, annotator, verdict, left, round(seconds, 2), now)
+        judgement = Judgement(item, annotator, verdict, left, now)
         os.write(self._log, (json.dumps(judgement._asdict(), ensure_ascii=False) + "\n").encode())
         os.fsync(self._log)
         self.given[annotator, item] = judgement
@@ -145,7 +143,7 @@ class Labelling:
         turns, *responses = as_fields(prompt, record.responses)
         left = self.left(annotator, item)
         sides = {"left": responses[left], "right": responses[1 - left]}
-        return facts | sides | {"item": item, "prompt": turns, "tools": record.tools, "now": time.time()}
+        return facts | sides | {"item": item, "prompt": turns, "tools": record.tools}
 
 
 class _Request(WSGIRequestHandler):
@@ -181,8 +179,7 @@ class LabelServer(ThreadingMixIn, WSGIServer):
             return []
         with self._lock:
             if sent:
-                seconds = time.time() - float(fields["now"])
-                self._labelling.judge(annotator, item, fields["choice"], seconds)
+                self._labelling.judge(annotator, item, fields["choice"])
             if sent or (annotator and "item" not in fields):
                 # The address of a comparison has its key: the browser can go back to it.
                 item = next(iter(self._labelling.remaining(annotator)), "")
@@ -200,38 +197,30 @@ def outcome(judgements: Sequence[Judgement]) -> tuple[int | None, str]:
     votes = verdicts.count("first") - verdicts.count("second")
     if votes:
         return int(votes < 0), "comparisons_decided"
-    if not verdicts:
-        return None, "comparisons_skipped" if judgements else "comparisons_not_judged"
-    return None, "comparisons_tied" if set(verdicts) == {TIE} else "comparisons_without_majority"
+    return None, "comparisons_without_majority" if verdicts else "comparisons_not_judged"
 
 
 def agreement(judgements: Iterable[Judgement]) -> dict[str, Any]:
     """Return counts and agreement of the judgements, skips aside, as a JSON object.
 
-    `annotators`: for each their counts, median seconds, and the share of decided judgements for the left
-    side (position bias if far from 0.5). `between`: every two annotators on the items that both judged:
+    `annotators`: for each the number of judgements and the share of decided ones for the left side (position
+    bias if far from 0.5). `between`: every two annotators on the items that both judged:
     `items`, `agreed` (share of equal verdicts) and `kappa` (Cohen 1960; null if undefined).
     """
     given: dict[str, dict[str, Judgement]] = defaultdict(dict)
     for one in judgements:
-        given[one.annotator][one.item] = one
+        if one.verdict != SKIP:
+            given[one.annotator][one.item] = one
     annotators, between = {}, []
     for name in sorted(given):
-        judged = [one for one in given[name].values() if one.verdict != SKIP]
-        lefts = [one.verdict == _SIDES[one.left] for one in judged if one.verdict != TIE]
-        annotators[name] = {
-            "judged": len(judged),
-            "ties": len(judged) - len(lefts),
-            "skipped": len(given[name]) - len(judged),
-            "median_seconds": statistics.median(one.seconds for one in judged) if judged else None,
-            "left_share": statistics.fmean(lefts) if lefts else None,
-        }
+        lefts = [one.verdict == _SIDES[one.left] for one in given[name].values() if one.verdict != TIE]
+        share = statistics.fmean(lefts) if lefts else None
+        annotators[name] = {"judged": len(given[name]), "left_share": share}
     for names in itertools.combinations(sorted(given), 2):
         from sklearn.metrics import cohen_kappa_score  # noqa: PLC0415  (slow)
 
         first, second = (given[name] for name in names)
         pairs = [(first[key].verdict, second[key].verdict) for key in first if key in second]
-        pairs = [pair for pair in pairs if SKIP not in pair]
         has_one_verdict = len({verdict for pair in pairs for verdict in pair}) < 2  # chance agreement is 1
         between.append(
             {

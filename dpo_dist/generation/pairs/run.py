@@ -14,7 +14,7 @@ import numpy as np
 
 from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.identity import plain
-from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import DropOrKeep, PairsConfig, PairSelection, PairsMethod, RunConfig
 from dpo_dist.data.counts import in_one_line
 from dpo_dist.data.formats import read_prompts, read_records
@@ -340,7 +340,7 @@ def rehearse_pairs(config: RunConfig) -> str:
     Returns lines for the screen; raises DpoDistError for what cannot be used.
     """
     pairs, folder = config.pairs, RunFolder.of(config)
-    folder.check_writable()
+    check_writable(folder.path)
     file = (folder.round(1) if pairs.rounds else folder).pairs_file
     lines = [f"{pairs.method}: {file}{' (exists)' if file.exists() else ''}"]
     responds = pairs.method in (PairsMethod.samples, PairsMethod.delta)
@@ -350,7 +350,8 @@ def rehearse_pairs(config: RunConfig) -> str:
         for name in responding_models(config):
             check_model(name, config, pairs.max_new_tokens, records, lines.append)
     if pairs.method is PairsMethod.samples and (judge := open_judge(config)) is not None:
-        lines.append(f"judge: {judge.check()}")
+        judge.check()
+        lines.append(f"judge: {judge}")
     return passed(lines)
 
 
@@ -366,7 +367,7 @@ def first_records(
     """Return the usable ones of the first records of all sources; `say` their counts."""
     records: list[PreferenceRecord] = []
     for source in sources:
-        found = list(islice(read(pinned(source, None)), _FIRST_RECORDS + 1))
+        found = list(islice(read(pinned(source)), _FIRST_RECORDS + 1))
         first, is_more = iter(found[:_FIRST_RECORDS]), len(found) > _FIRST_RECORDS
         records += good_records(first, source, data, say, of_first=is_more)
     return records

@@ -65,9 +65,13 @@ def find_model(name: str, config: RunConfig, key: str = KEY, *, is_check: bool =
     """
     revision = config.model.revision if name == config.model.path else None
     adapter = Path(name).expanduser() if is_adapter(Path(name).expanduser()) else None
+    base, base_revision = name, revision
     if adapter is not None:
         local_model_folder(name, None, key, accepts_adapter=True)  # checks its files
-    base, base_revision = (name, revision) if adapter is None else _base_of(adapter)
+        recorded: dict[str, Any] = read_model_json(adapter / ADAPTER_CONFIG)
+        base, base_revision = str(recorded.get("base_model_name_or_path")), recorded.get("revision")
+        if Path(base).expanduser().is_dir():
+            base_revision = None
     folder = (description_folder if is_check else model_folder)(base, base_revision, key)
     source = ModelSource(name, folder, adapter, revision, "")
     if is_check:
@@ -78,20 +82,6 @@ def find_model(name: str, config: RunConfig, key: str = KEY, *, is_check: bool =
     parts = [files.digest, content_digest(added), tokenizer_digest(source.tokenizer_folder)]
     parts += [f"ends with {token}" for token in sorted(_given_stops(folder))]
     return replace(source, digest=text_digest(" ".join(parts)))
-
-
-def _base_of(adapter: Path) -> tuple[str, str | None]:
-    content = read_model_json(adapter / ADAPTER_CONFIG)
-    base, revision = content.get("base_model_name_or_path"), content.get("revision")
-    if not isinstance(base, str) or not base:
-        raise ConfigError(
-            "the adapter does not name its base model",
-            where=str(adapter / ADAPTER_CONFIG),
-            expected="base_model_name_or_path",
-            remedy="write the folder or hub name of the base model there",
-        )
-    is_local = Path(base).expanduser().is_dir()
-    return base, None if is_local or not isinstance(revision, str) else revision
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from dpo_dist.config.data import TEMPLATE_DATE, DataConfig
 from dpo_dist.config.run_folder import RunFolder
@@ -20,7 +20,6 @@ from dpo_dist.distributed.processes import Reports
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import policy_config
 from dpo_dist.foundation.files import collect_abandoned, content_digest, staged_file, text_digest
-from dpo_dist.foundation.process import beating
 from dpo_dist.generation.judges import Judge, open_judge
 from dpo_dist.generation.pairs.files import prompt_key, write_lines
 from dpo_dist.generation.sampling.generate import Sampling
@@ -46,10 +45,6 @@ class Parts:
         collect_abandoned(self.folder)
         (self.folder / _FAILED).unlink(missing_ok=True)
         return [index for index in range(self.count) if not self.file(index).is_file()]
-
-    def finished(self) -> int:
-        """Return the number of finished parts."""
-        return sum(1 for _ in self.folder.glob("*[0-9].jsonl"))
 
     def write(self, index: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write a finished part."""
@@ -84,23 +79,8 @@ class Prompts:
         return Parts(self.root / f"{name}-{digest}", len(self.parts))
 
 
-class Screen(Protocol):
-    """The part of `insight.console.Console` that is used here; it prints on rank 0."""
-
-    def say(self, text: str) -> None:
-        """Print one line and log it."""
-
-    def show(self, text: str) -> None:
-        """Print one line without logging it."""
-
-    def alarm(self, text: str) -> None:
-        """Print and log an error."""
-
-    def heartbeat(self, work: str) -> AbstractContextManager[None]:
-        """Print the seconds spent on `work`, the block, once a minute."""
-
-    def progress(self, title: str, unit: str) -> AbstractContextManager[Callable[[int, int], None]]:
-        """Yield a function that takes the number of units done and their total."""
+Screen: TypeAlias = Any
+"""`insight.console.Console`, which is above this room; it prints on rank 0."""
 
 
 def as_asked(record: PreferenceRecord, data: DataConfig) -> PreferenceRecord:
@@ -137,31 +117,29 @@ class Stages:
     remedy: str
 
     def finish(self, title: str, parts: Parts, work: Callable[[int], list[dict[str, Any]]]) -> Parts:
-        """Finish all parts of a stage, which the processes share, with a progress bar; return them."""
+        """Finish all parts of a stage, which the processes share, with the progress of one; return them."""
         world, flag = self.world, parts.folder / _FAILED
         with self.screen.heartbeat(f"{title}: looking for parts"):
             unfinished = world.on_main(parts.open)
 
+        own = unfinished[world.rank :: world.size]
+
         def my_parts() -> None:
             try:
-                for index in unfinished[world.rank :: world.size]:
+                for done, index in enumerate(own, start=1):
                     if flag.exists():
                         return
                     with explain_out_of_memory(title, self.remedy):
                         parts.write(index, work(index))
+                    show(done, len(own))
             except BaseException:
                 with contextlib.suppress(OSError):
                     flag.touch()
                 raise
 
         with self.screen.progress(title, "part") as show:
-
-            def beat(_seconds: float) -> None:
-                if world.is_main and unfinished:
-                    show(parts.finished(), parts.count)
-
-            world.together(beating(beat)(my_parts))
-            beat(0)
+            show(0, len(own))
+            world.together(my_parts)
         return parts
 
     def responses(

@@ -14,20 +14,12 @@ import numpy as np
 import torch
 
 import dpo_dist
-from dpo_dist.batching.pack import Sequences, pack
-from dpo_dist.batching.plan import consecutive_batches
+from dpo_dist.batching.pack import Sequences
 from dpo_dist.config.load import from_yaml
-from dpo_dist.config.run_folder import RunFolder, existing_run
+from dpo_dist.config.run_folder import RunFolder, check_writable, existing_run
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.formats import read_prompts
-from dpo_dist.data.records import (
-    Dialogue,
-    PreferenceRecord,
-    Prompt,
-    eval_part,
-    prompt_hash,
-    turns_of,
-)
+from dpo_dist.data.records import Dialogue, PreferenceRecord, Prompt, eval_part, prompt_hash, turns_of
 from dpo_dist.data.sources import pinned, source_labels
 from dpo_dist.distributed.checkpoint import MANIFEST
 from dpo_dist.distributed.export import export_checkpoint
@@ -44,24 +36,19 @@ from dpo_dist.foundation.files import (
     write_text,
 )
 from dpo_dist.foundation.text import counted
-from dpo_dist.generation.judges import open_judge
-from dpo_dist.generation.pairs.files import (
-    describe_counts,
-    good_records,
-    prompt_key,
-    write_lines,
-)
+from dpo_dist.generation.judges import Judge, open_judge
+from dpo_dist.generation.pairs.files import describe_counts, good_records, prompt_key, write_lines
 from dpo_dist.generation.pairs.run import check_model, first_records, passed
 from dpo_dist.generation.sampling.generate import Request, Sample, Sampling, generate
 from dpo_dist.generation.sampling.respond import Answers, ModelSource, Responder, open_responder
 from dpo_dist.generation.sampling.stages import Parts, Prompts, Screen, Stages, as_asked, joined_stages
-from dpo_dist.insight.compare.results import compares, comparison, describe, judge_texts
+from dpo_dist.insight.compare.results import compares, comparison, judge_texts
 from dpo_dist.insight.compare.start import KEY, Compared
 from dpo_dist.model.exactness import StartCheck
 from dpo_dist.model.folder import hub_commit
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.lora import load_adapter
-from dpo_dist.model.packed import PackedCausalLM
+from dpo_dist.model.packed import PackedCausalLM, packed_logps
 from dpo_dist.reference.engine import scored_model
 
 Row = dict[str, Any]
@@ -85,7 +72,7 @@ def held_out(config: RunConfig, say: Callable[[str], None]) -> tuple[list[Prefer
 
     def ranked() -> Iterator[tuple[str, int, PreferenceRecord]]:
         for source, label in zip(sources, source_labels(sources), strict=True):
-            for record in good_records(read_prompts(pinned(source, None)), source, config.data, say):
+            for record in good_records(read_prompts(pinned(source)), source, config.data, say):
                 asked = replace(as_asked(record, config.data), responses=record.responses[:1], scores=None)
                 key = prompt_key(asked)
                 if key not in labels and part.has(prompt_hash(record.prompt)):
@@ -178,7 +165,7 @@ class Speaker:
 
         def part(index: int) -> list[Row]:
             rows = [Answers.of(row) for row in other.responses.read(index)]
-            found = response_logps(self._packed, rows, BATCH_TOKENS, self.stages.world.device)
+            found = response_logps(self._packed, rows, BATCH_TOKENS)
             return [{"logp": logp} for logp in found]
 
         title = f"log-probs of {other.name}"
@@ -190,8 +177,8 @@ class Speaker:
         vars(self).pop("_packed", None)
         return_memory()
 
-    def rows(self, index: int) -> Iterator[tuple[Answers, Row]]:
-        """Yield the answers to each prompt of a part, and the response as in `answers.jsonl`."""
+    def rows(self, index: int) -> Iterator[tuple[str | None, Row]]:
+        """Yield the response to each prompt of a part as in `answers.jsonl`, or why it cannot be asked."""
         own = self.logps.read(index)
         of_base = [{"logp": None}] * len(own) if self.base_logps is None else self.base_logps.read(index)
         for row, logp, base_logp in zip(self.responses.read(index), own, of_base, strict=True):
@@ -206,32 +193,21 @@ class Speaker:
                     "base_logp": base_logp["logp"],
                     "logp_tokens": len(answer.ids),
                 }
-            yield answers, response
+            yield answers.dropped, response
 
 
 @torch.inference_mode()
-def response_logps(
-    packed: PackedCausalLM, rows: Sequence[Answers], budget: int, device: torch.device
-) -> list[float | None]:
+def response_logps(packed: PackedCausalLM, rows: Sequence[Answers], budget: int) -> list[float | None]:
     """Return the sum of the log-probs of each row's response, in nats; None without a response."""
-    sequences = {
-        index: Sequences(
-            np.array(row.prompt_ids, dtype=np.int32), (np.array(row.answers[0].ids, dtype=np.int32),)
-        )
-        for index, row in enumerate(rows)
-        if row.answers
-    }
+    responses = [row.answers[0].ids if row.answers else None for row in rows]
+    sequences = [
+        Sequences(np.array(row.prompt_ids, dtype=np.int32), (np.array(ids, dtype=np.int32),))
+        for row, ids in zip(rows, responses, strict=True)
+        if ids
+    ]
+    sums = (float(logps.cpu().double().sum()) for logps in packed_logps(packed, sequences, budget))
     # A response without tokens has probability 1.
-    sums: dict[int, float] = {at: 0.0 for at, one in sequences.items() if not len(one.responses[0])}
-    scored = [at for at in sequences if at not in sums]
-    layout = [(len(sequences[at].prompt_ids), len(sequences[at].responses[0])) for at in scored]
-    for part in consecutive_batches(layout, budget, packed.arrangement):
-        batch = scored[part.start : part.stop]
-        batched = pack([sequences[at] for at in batch], np.zeros((len(batch), 2), dtype=np.uint64))
-        logps = packed(batched.to(device)).double().cpu()
-        of_each = logps.split(batched.response_tokens.tolist())
-        sums |= {at: float(own.sum()) for at, own in zip(batch, of_each, strict=True)}
-    return [sums.get(index) for index in range(len(rows))]
+    return [None if ids is None else next(sums) if ids else 0.0 for ids in responses]
 
 
 def compare_models(config: RunConfig, models: Sequence[Compared], screen: Screen) -> dict[str, Any] | None:
@@ -267,7 +243,7 @@ def compare_models(config: RunConfig, models: Sequence[Compared], screen: Screen
             settings = {"responses": [one.responses.folder.name for one in speakers], "judge": described}
             judged = stages.finish("judgements", prompts.stage("judgements", settings), judgements)
         with screen.heartbeat("writing the comparison"):
-            return world.on_main(lambda: _write(speakers, described, judged, config, labels, screen))
+            return world.on_main(lambda: _write(speakers, judge, judged, config, labels, screen))
 
 
 def whole_model(model: Compared, folder: Path, stages: Stages) -> str:
@@ -323,8 +299,7 @@ def _rows(
         rows = zip(*(speaker.rows(index) for speaker in speakers), strict=True)
         for record, row, judgement in zip(records, rows, judgements, strict=True):
             counts.update(judgement.get("counts", {}))
-            asked = [answers for answers, _ in row]
-            if dropped := next((one.dropped for one in asked if one.dropped is not None), None):
+            if dropped := next(filter(None, (reason for reason, _ in row)), None):
                 counts[f"prompts_dropped_{dropped}"] += 1
                 continue
             scores, key = judgement.get("scores", [None] * len(speakers)), prompt_key(record)
@@ -359,7 +334,7 @@ def shown_prompt(prompt: Prompt) -> str:
 
 def _write(
     speakers: Sequence[Speaker],
-    judge: dict[str, Any] | None,
+    judge: Judge | None,
     judged: Parts | None,
     config: RunConfig,
     labels: Mapping[str, str],
@@ -388,14 +363,11 @@ def _write(
         }
     results = {
         "base": names[0],
-        "judge": None if judge is None else describe(judge),
+        "judge": None if judge is None else str(judge),
         "judge_compares": judge is not None and compares(config.pairs),
         **found,
         "counts": dict(sorted(counts.items())),
-        "sampling": {
-            "temperature": settings.temperature,
-            "max_new_tokens": settings.max_new_tokens,
-        },
+        "sampling": {"temperature": settings.temperature, "max_new_tokens": settings.max_new_tokens},
         "version": dpo_dist.__version__,
     }
     written: dict[str, Any] = plain(results)
@@ -407,7 +379,7 @@ def _write(
 
 def rehearse_comparison(config: RunConfig, models: Sequence[Compared]) -> str:
     """Load what `compare` loads before weights, ask the judge, and read the first records of each source."""
-    RunFolder.of(config).check_writable()
+    check_writable(RunFolder.of(config).path)
     lines: list[str] = []
     records = first_records(config.data.eval_sources, read_prompts, config.data, lines.append)
     for model in models:
@@ -416,5 +388,7 @@ def rehearse_comparison(config: RunConfig, models: Sequence[Compared]) -> str:
         else:
             check_model(model.location, config, config.compare.max_new_tokens, records, lines.append, KEY)
     judge = open_judge(config)
-    lines.append("no judge: no scores, no win rates" if judge is None else f"judge: {judge.check()}")
+    if judge is not None:
+        judge.check()
+    lines.append(f"judge: {judge or 'none, so no scores and win rates'}")
     return passed(lines)

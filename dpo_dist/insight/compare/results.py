@@ -35,17 +35,6 @@ def compares(pairs: PairsConfig) -> bool:
     return pairs.endpoint.url is not None and pairs.endpoint.verdicts is Verdicts.compare
 
 
-def describe(judge: dict[str, Any]) -> str:
-    """Return the judge of `Judge.describe` as one line."""
-    match judge["kind"]:
-        case "reward_model":
-            return f"reward model {judge['name']}"
-        case "function":
-            return f"function {judge['function']}"
-    verdicts = "each two responses in both positions" if judge["position_swaps"] else "grades from 1 to 10"
-    return f"{judge['model']} at {judge['url']}: {verdicts}"
-
-
 def judge_texts(
     records: Sequence[PreferenceRecord], texts: Sequence[Sequence[str]], judge: Judge, *, in_pairs: bool
 ) -> list[Row]:
@@ -113,9 +102,7 @@ def comparison(rows: Iterable[Row], models: Sequence[str]) -> dict[str, Any]:
                 values[model, metric].append(value)
         for verdict in row.get("verdicts") or ():
             pair, credit = (verdict["first"], verdict["second"]), verdict["credit"]
-            texts = [row["responses"][model]["text"] for model in pair]
             outcomes[pair][_OUTCOMES[credit]] += 1
-            outcomes[pair]["identical"] += texts[0] == texts[1]
             values[*pair, _RATE].append((0.0, 0.0) if credit is None else (credit, 1.0))
     columns = {key: np.array(found, dtype=np.float64).T for key, found in values.items()}
     lowest = _with_empty_scores(columns, models)
@@ -126,7 +113,7 @@ def comparison(rows: Iterable[Row], models: Sequence[str]) -> dict[str, Any]:
         "models": [_model(name, means) for name in models],
         "wins": [
             {"first": pair[0], "second": pair[1]}
-            | {name: counts[name] for name in (*_OUTCOMES.values(), "identical")}
+            | {name: counts[name] for name in _OUTCOMES.values()}
             | dict(zip(("rate", "interval"), means[*pair, _RATE], strict=True))
             for pair, counts in outcomes.items()
             if (*pair, _RATE) in means

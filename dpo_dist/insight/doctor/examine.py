@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +11,12 @@ import numpy as np
 
 from dpo_dist.config.data import DataConfig, OnBadRecord, SourceConfig, TextTemplate
 from dpo_dist.config.schema import NO_MODEL, FailOn, RunConfig
-from dpo_dist.data.build import Progress, no_progress, prepare_dataset, share_read, tokenizer_digest
+from dpo_dist.data.build import Progress, no_progress, prepare_dataset, tokenizer_digest
 from dpo_dist.data.dataset import PreferenceDataset, check_fits_loss, check_ids_in_vocabulary, open_dataset
-from dpo_dist.data.encode import CHUNK_RECORDS, in_order
+from dpo_dist.data.encode import in_order
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Part, eval_part, train_part
-from dpo_dist.data.sources import Meter, pinned, source_labels
+from dpo_dist.data.sources import pinned, source_labels
 from dpo_dist.data.store import EncodedSource
 from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
 from dpo_dist.insight.doctor.duplicates import Comparison
@@ -98,16 +97,14 @@ def examine(
     findings: list[Finding] = []
     for source, label, is_eval in _labelled(config):
         found = Source(label, source.path, config, is_eval=is_eval, is_encoded=tokenizer is not None)
-        meter = Meter()
-        records = iter(read_records(pinned(source, Path(config.cache)), meter))
-        chunks = iter(lambda: list(islice(records, CHUNK_RECORDS)), [])  # noqa: B023  (used up in this turn)
+        records = read_records(pinned(source))
         with (
             progress(label) as show,
-            closing(in_order(chunks, observer.observe, config.processes)) as observed,
+            closing(in_order(records, observer.observe, config.processes)) as observed,
         ):
             for chunk in observed:
                 found.add(chunk)
-                show(len(found.records), share=share_read(meter, source.limit, len(found.records)))
+                show(len(found.records))
         sources.append(found)
         findings += found.findings()
     across, compared = Comparison(sources, config).result()

@@ -66,7 +66,7 @@ def show_pairs(
             rules.setdefault(origin, []).append(finding.rule)
     shown = []
     for source in [*config.train, *config.eval]:
-        for record in _chosen(pinned(source, Path(config.cache)), rules, count):
+        for record in _chosen(pinned(source), rules, count):
             origin = str(record.origin)
             names = tuple(dict.fromkeys(rules.get(origin, ())))
             shown.append(ShownPair(origin, names, *_parts(record, config, tokenizer)))

@@ -248,7 +248,7 @@ def work(parts: Parts, open_parts: list[int], rank: int, fails: int | None = Non
     world: Any = SimpleNamespace(
         rank=rank, size=2, is_main=False, on_main=lambda *_: open_parts, together=lambda work: work()
     )
-    screen: Any = SimpleNamespace(heartbeat=lambda _: nullcontext(), progress=lambda *_: nullcontext())
+    screen: Any = SimpleNamespace(heartbeat=lambda _: nullcontext(), progress=lambda *_: nullcontext(print))
     done = []
 
     def part(index: int) -> list[dict[str, Any]]:
@@ -276,7 +276,6 @@ def test_processes_share_the_open_parts_and_stop_at_the_error_of_another_one(tmp
     assert open_parts == stage(tmp_path).open() == [0, 2, 3, 4], "1 is finished"
     assert [work(parts, open_parts, rank) for rank in (0, 1)] == [[0, 3], [2, 4]]
     assert parts.open() == []
-    assert parts.finished() == 5
     assert [parts.read(index) for index in range(5)] == [number(index) for index in range(5)]
     assert stage(tmp_path, "b").open() == [0, 1, 2, 3, 4], "other settings have other parts"
 
@@ -344,7 +343,7 @@ def test_models_prompts_and_the_endpoint_are_checked(in_folder: Path) -> None:
         keys = ["pairs.method=samples", f"pairs.endpoint.url={server.url}", "pairs.endpoint.model=judge"]
         report = found(in_folder, records, *keys, "data.max_bad_share=0.2")
     assert len(server.bodies) == 1
-    assert f"judge at {server.url} replies" in report
+    assert f"judge: judge at {server.url}: each two" in report
     assert "model, 431 tokens, a response ends with <|im_end|>" in report
     assert "records.jsonl: 4 of 5 records kept\n    1 dropped (unknown_format): " in report
     assert "not asked, of the first records: 1 prompt_fills_max_length (" in report

@@ -125,10 +125,10 @@ def test_progress_is_printed_now_and_then(clock: SimpleNamespace) -> None:
     console, printed = lines()
     with console.progress("encoding: a.jsonl", "record") as show:
         for number in range(1, 8):
-            show(640 * number, share=number / 14)
+            show(640 * number)
             clock.now += 10.0
     assert len(printed) == 3
-    assert printed[2] == "encoding: a.jsonl: 4,480 records, 50 %, 75 a second, 1 min 00 s left"
+    assert printed[2] == "encoding: a.jsonl: 4,480 records, 75 a second"
     printed.clear()
     with console.progress("nothing", "record"), console.progress("log-probs", "pair") as show:
         show(0, 0)

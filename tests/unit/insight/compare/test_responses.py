@@ -38,7 +38,7 @@ def test_sums_of_log_probs(tmp_path: Path, budget: int) -> None:
     folder = write_model(tmp_path / "model")
     device = torch.device("cpu")
     packed = load_packed(folder, ModelConfig(str(folder), dtype=Dtype.fp32), 64, device).eval()
-    found = response_logps(packed, ROWS, budget, device)
+    found = response_logps(packed, ROWS, budget)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for logp, each in zip(found, ROWS, strict=True):
         if not each.answers:

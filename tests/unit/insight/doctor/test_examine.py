@@ -308,7 +308,7 @@ def prepared(
 
 
 def counted(encoded: list[int]) -> Progress:
-    return lambda _source: contextlib.nullcontext(lambda done, share: encoded.append(done))
+    return lambda _source: contextlib.nullcontext(encoded.append)
 
 
 def encoded_by_training(data: DataConfig, model: Path) -> int:
