@@ -311,11 +311,9 @@ def test_options_of_gpus_are_refused_without_one_before_files_are_read(
     assert caught.value.where == f"model.{option}"
 
 
-def test_a_check_refuses_a_model_that_is_not_causal(assets: Path, tmp_path: Path) -> None:
+def test_a_check_refuses_a_model_that_is_no_language_model(assets: Path, tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     file = tmp_path / "model" / "config.json"
-    written = json.loads(file.read_text())
-    for changed, named in (({"model_type": "t5"}, "t5"), ({"is_causal": False}, "is_causal=false")):
-        file.write_text(json.dumps(written | changed))
-        with pytest.raises(ConfigError, match=named):
-            rehearse(run_of(assets, tmp_path, f"model.path={tmp_path}/model"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "t5"}))
+    with pytest.raises(ConfigError, match="t5"):
+        rehearse(run_of(assets, tmp_path, f"model.path={tmp_path}/model"))
