@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_dist.batching.pack import PackedBatch, Sequences, pack
-from dpo_dist.batching.plan import consecutive_batches
+from dpo_dist.batching.pack import Sequences, pack
 from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.losses import LossConfig, LossKind
@@ -30,7 +29,7 @@ from dpo_dist.insight.metrics.log import read_rows
 from dpo_dist.model import load
 from dpo_dist.model.exactness import StartCheck, packed_for_a_while
 from dpo_dist.model.folder import model_folder
-from dpo_dist.model.packed import PackedCausalLM
+from dpo_dist.model.packed import PackedCausalLM, packed_logps
 from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response
 from dpo_dist.objective.losses import BatchFacts, implicit_rewards, preference_loss
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, fingerprint_folders, read_fingerprint
@@ -117,14 +116,9 @@ def token_logps(
     mode, is left as it was.
     """
     longest = max((len(pair.prompt_ids) + max(map(len, pair.responses)) for pair in pairs), default=0)
-    layout = [(len(p.prompt_ids), *(len(ids) - 1 for ids in p.responses)) for p in pairs]
-    logps: list[Tensor] = []
+    sequences = [Sequences(pair.prompt_ids, pair.responses) for pair in pairs]
     with packed_for_a_while(model, longest) as packed:
-        device = next(packed.parameters()).device
-        for part in consecutive_batches(layout, micro_batch_tokens, packed.arrangement):
-            batch = _batch(pairs[part.start : part.stop]).to(device)
-            logps += torch.split(packed(batch), batch.response_tokens.tolist())
-    return logps
+        return packed_logps(packed, sequences, micro_batch_tokens)
 
 
 def pair_logps(
@@ -181,16 +175,12 @@ def _read(file: Path, read: Callable[[Path], T]) -> T:
         ) from error
 
 
-def _batch(pairs: Sequence[EncodedExample], masked: bool = False) -> PackedBatch:
-    sequences = [Sequences(p.prompt_ids, p.responses, p.trained if masked else ()) for p in pairs]
-    return pack(sequences, response_keys(pairs))
-
-
 def _summed(pairs: Sequence[EncodedExample], logps: Sequence[Tensor], ld_alpha: float | None) -> PairLogps:
     """Sum the log-probs of whole responses over the tokens that the loss counts."""
     if not pairs:
         raise ValueError("log-probs can be summed of at least one pair")
-    batch, values = _batch(pairs, masked=True), torch.cat(list(logps))
+    sequences = [Sequences(pair.prompt_ids, pair.responses, pair.trained) for pair in pairs]
+    batch, values = pack(sequences, response_keys(pairs)), torch.cat(list(logps))
     device = values.device
     if batch.mask is not None:
         values = values[torch.from_numpy(batch.mask).to(device)]

@@ -10,7 +10,7 @@ import sys
 
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.rules import check_needs
-from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import NO_MODEL, RunConfig
 from dpo_dist.data.formats import check_source
 from dpo_dist.data.template import check_template_file
@@ -43,8 +43,8 @@ def main(config: RunConfig) -> int:
     from dpo_dist.insight.pages import doctor as pages  # noqa: PLC0415
 
     folder = RunFolder.of(config)
-    folder.check_writable()
-    diagnosis = diagnose(config, console_on(sys.stderr, config.console).counter, benchmark)
+    check_writable(folder.path)
+    diagnosis = diagnose(config, console_on(sys.stderr, config.console).progress, benchmark)
     exit_code = ExitCode.findings if diagnosis.fails(config.doctor.fail_on) else ExitCode.completed
     pages.write_doctor_report(folder, diagnosis, exit_code)
     pages.write_doctor_page(folder, diagnosis, config)

@@ -7,7 +7,8 @@ stored.
 
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.training.preflight import check_only, started
+from dpo_dist.insight.console import print_text, warnings_off
+from dpo_dist.training.preflight import check_start, started
 from dpo_dist.training.targets import find_evaluated
 
 
@@ -22,7 +23,12 @@ def main(config: RunConfig) -> int:
 
 def check(config: RunConfig) -> None:
     """Check everything that `main` needs before it uses a GPU."""
-    check_only(*find_evaluated(config))
+    config, models = find_evaluated(config)
+    check_start(config)
+    with warnings_off():
+        from dpo_dist.training.check import rehearse  # noqa: PLC0415  (slow)
+
+        print_text("check", rehearse(config, models), config.console)
 
 
 if __name__ == "__main__":

@@ -19,20 +19,14 @@ from dpo_dist.insight.console import console_on, open_console, print_text, warni
 def main(config: RunConfig) -> int:
     """Write the preference records of `config.pairs`; return the exit code."""
     check_pairs(config)
-    try:
-        if config.pairs.rounds:
-            return run_rounds(config, console_on(sys.stderr, config.console).say)
-        is_alone = config.pairs.method in (PairsMethod.scores, PairsMethod.people)  # without a model
-        if not is_alone or os.environ.get("RANK", "0") == "0":
-            with open_console(RunFolder.of(config), config.console) as console:
-                from dpo_dist.generation.pairs.run import make_pairs  # noqa: PLC0415  (slow, prints)
+    if config.pairs.rounds:
+        return run_rounds(config, console_on(sys.stderr, config.console).say)
+    is_alone = config.pairs.method in (PairsMethod.scores, PairsMethod.people)  # without a model
+    if not is_alone or os.environ.get("RANK", "0") == "0":
+        with open_console(RunFolder.of(config), config.console) as console:
+            from dpo_dist.generation.pairs.run import make_pairs  # noqa: PLC0415  (slow, prints)
 
-                make_pairs(config, console)
-    except (KeyboardInterrupt, SystemExit):
-        if os.environ.get("RANK", "0") == "0":
-            words = "the same command continues after the finished parts"
-            console_on(sys.stderr, config.console).say(words)
-        raise
+            make_pairs(config, console)
     return ExitCode.completed
 
 

@@ -1,18 +1,17 @@
 """Inspect, verify and clean a reference store: `python -m dpo_dist.store info|verify|gc [FOLDER]`."""
 
 import argparse
-import json
 import shutil
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
+from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, ReferenceModelError
-from dpo_dist.foundation.files import is_temporary, temporary_name
+from dpo_dist.foundation.files import collect_abandoned, temporary_name
 from dpo_dist.foundation.streams import open_closed_streams, print_line, print_result
 from dpo_dist.foundation.text import counted, size
 from dpo_dist.reference.store import (
@@ -22,9 +21,6 @@ from dpo_dist.reference.store import (
     open_shard,
     read_fingerprint,
 )
-
-# A shard is written in seconds. Whether its writer is alive cannot be checked: it may run on another node.
-_LEFTOVER_SECONDS = 24 * 3600
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,12 +48,11 @@ def _parser() -> argparse.ArgumentParser:
     for verb, run, text in (
         ("info", _info, "list the references with their entries, sizes and dates of last use"),
         ("verify", _verify, "read every entry; the exit code is 2 if a file is damaged"),
-        ("gc", _gc, "remove references by name or age, and temporary files of dead writers"),
+        ("gc", _gc, "remove references by name or age, and files that killed jobs have left"),
     ):
         own = verbs.add_parser(verb, help=text, description=text)
         own.add_argument("folder", type=Path, nargs="?", default=Path("output/reference"))
         own.set_defaults(run=run)
-    verbs.choices["info"].add_argument("--json", action="store_true", help="print JSON")
     gc = verbs.choices["gc"]
     drop = "references or fingerprints to remove"
     gc.add_argument("--drop", nargs="+", default=[], metavar="DIGEST", help=drop)
@@ -66,58 +61,54 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-Facts = dict[str, Any]
-"""What is known of a fingerprint: a row of `info --json`."""
+@dataclass(frozen=True)
+class _Space:
+    """The folder of a fingerprint, as it is listed; `digests` are those of the fingerprint and reference."""
+
+    folder: Path
+    digests: list[str]
+    used: float
+    entries: int
+    bytes: int
+    line: str
 
 
-def _facts(folder: Path) -> Facts:
-    """Read the keys of all shards in the folder of a fingerprint, not the values."""
+def _inventory(root: Path) -> list[_Space]:
+    """Return the folders of all fingerprints of a store, the last used first; values are not read."""
+    return sorted(map(_space, fingerprint_folders(root)), key=lambda each: each.used, reverse=True)
+
+
+def _space(folder: Path) -> _Space:
     files = [folder / name for name in list_shards(folder)]
     with ThreadPoolExecutor(max_workers=8) as pool:
         shards = [shard for shard in pool.map(open_shard, files) if shard is not None]
     known, described = read_fingerprint(folder), folder / FINGERPRINT_FILE
     used = (described if described.exists() else folder).stat().st_mtime
-    return {
-        "space": folder.name,
-        "reference": known and known.reference,
-        "label": (known.label or "unnamed") if known else f"no {FINGERPRINT_FILE} of this version",
-        "profile": known and known.profile,
-        "rows": sum(len(shard.keys) for shard in shards),
-        "tokens": sum(shard.tokens for shard in shards),
-        "bytes": sum(path.stat().st_size for path in folder.iterdir()),
-        "shards": len(shards),
-        "damaged_shards": len(files) - len(shards),
-        "last_used": datetime.fromtimestamp(used, UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _inventory(root: Path) -> list[Facts]:
-    """Return the facts of all fingerprints of a store, the last used first."""
-    return sorted(map(_facts, fingerprint_folders(root)), key=lambda each: each["last_used"], reverse=True)
-
-
-def _line(facts: Facts) -> str:
-    damaged = f", {facts['damaged_shards']} damaged" if facts["damaged_shards"] else ""
-    return (
-        f"{facts['label']}   reference {facts['reference'] or '-'}   fingerprint {facts['space']}   "
-        f"{counted(facts['rows'], 'entry', 'entries')}, {counted(facts['tokens'], 'token')}, "
-        f"{size(facts['bytes'])}, {counted(facts['shards'], 'shard')}{damaged}, "
-        f"used {datetime.fromisoformat(facts['last_used']):%Y-%m-%d %H:%M}"
+    entries, stored = (
+        sum(len(shard.keys) for shard in shards),
+        sum(p.stat().st_size for p in folder.iterdir()),
     )
+    damaged = f", {len(files) - len(shards)} damaged" if len(files) > len(shards) else ""
+    digests, label = [folder.name], f"no {FINGERPRINT_FILE} of this version"
+    if known is not None:
+        digests, label = [folder.name, known.reference], known.label or "unnamed"
+    line = (
+        f"{label}   reference {known.reference if known else '-'}   fingerprint {folder.name}   "
+        f"{counted(entries, 'entry', 'entries')}, {counted(sum(shard.tokens for shard in shards), 'token')}, "
+        f"{size(stored)}, {counted(len(shards), 'shard')}{damaged}, "
+        f"used {datetime.fromtimestamp(used):%Y-%m-%d %H:%M}"
+    )
+    return _Space(folder, digests, used, entries, stored, line)
 
 
 def _info(given: argparse.Namespace) -> int:
-    found = _inventory(given.folder)
-    if given.json:
-        print_result(json.dumps(found, indent=1) + "\n")
-        return ExitCode.completed
-    lines = []
-    for facts in found:
-        lines.append(_line(facts))
-        if facts["profile"] is not None:
-            lines.append("    " + ", ".join(f"{name} {value}" for name, value in facts["profile"].items()))
-    entries = counted(sum(facts["rows"] for facts in found), "entry", "entries")
-    stored = size(sum(facts["bytes"] for facts in found))
+    found, lines = _inventory(given.folder), []
+    for space in found:
+        lines.append(space.line)
+        if (known := read_fingerprint(space.folder)) is not None:
+            lines.append("    " + ", ".join(f"{name} {value}" for name, value in known.profile.items()))
+    entries = counted(sum(space.entries for space in found), "entry", "entries")
+    stored = size(sum(space.bytes for space in found))
     lines.append(f"{counted(len(found), 'fingerprint')}, {entries}, {stored}")
     print_result("\n".join(lines) + "\n")
     return ExitCode.completed
@@ -152,43 +143,30 @@ def _verify(given: argparse.Namespace) -> int:
 
 def _gc(given: argparse.Namespace) -> int:
     found = _inventory(given.folder)
-    named = {facts["space"] for digits in given.drop for facts in _with_digits(found, digits)}
+    unwanted = {space.folder: space for digits in given.drop for space in _with_digits(found, digits)}
     if given.unused_days is not None:
-        oldest = (datetime.now(UTC) - timedelta(days=given.unused_days)).isoformat()
-        named |= {facts["space"] for facts in found if facts["last_used"] < oldest}
-    unwanted = [facts for facts in found if facts["space"] in named]
-    places = [given.folder, *(given.folder / facts["space"] for facts in found)]
-    temporary = (path for place in places for path in sorted(place.iterdir()) if is_temporary(path))
-    leftovers = [path for path in temporary if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS]
-    for facts in unwanted:
-        print_line(f"drop: {_line(facts)}")
-    for path in leftovers:
-        print_line(f"remove: {path}")
-    freed = size(sum(facts["bytes"] for facts in unwanted))
-    files = counted(len(leftovers), "temporary file")
-    what = f"{counted(len(unwanted), 'fingerprint')} ({freed}) and {files}"
-    if given.yes:
-        for path in [*(given.folder / facts["space"] for facts in unwanted), *leftovers]:
-            if path.is_dir():  # renamed first, so that no run finds it incomplete
-                shutil.rmtree(path.rename(temporary_name(path)), ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
-        print_line(f"{what} removed")
-    elif unwanted or leftovers:
-        print_line(f"nothing is removed yet; --yes removes {what}")
-    else:
-        print_line("nothing to remove")
+        oldest = time.time() - given.unused_days * 24 * 3600
+        unwanted |= {space.folder: space for space in found if space.used < oldest}
+    for space in unwanted.values():
+        print_line(f"drop: {space.line}")
+    freed = size(sum(space.bytes for space in unwanted.values()))
+    what = f"{counted(len(unwanted), 'fingerprint')} ({freed})"
+    if not given.yes:
+        print_line(f"nothing is removed yet; --yes removes {what}, and files that killed jobs have left")
+        return ExitCode.completed
+    for folder in unwanted:  # renamed first, so that no run finds it incomplete
+        shutil.rmtree(folder.rename(temporary_name(folder)), ignore_errors=True)
+    for place in (given.folder, *(space.folder for space in found if space.folder not in unwanted)):
+        for left in collect_abandoned(place):
+            print_line(f"removed: {left}")
+    print_line(f"{what} removed")
     return ExitCode.completed
 
 
-def _with_digits(found: Sequence[Facts], digits: str) -> list[Facts]:
+def _with_digits(found: Sequence[_Space], digits: str) -> list[_Space]:
     """Return the fingerprints of the one reference, or the fingerprint, whose digest begins with `digits`."""
-    matching = [
-        each
-        for each in found
-        if any(name.startswith(digits) for name in (each["space"], each["reference"] or "-"))
-    ]
-    if len({each["reference"] or each["space"] for each in matching}) != 1:
+    matching = [each for each in found if any(name.startswith(digits) for name in each.digests)]
+    if len({each.digests[-1] for each in matching}) != 1:
         raise ConfigError(
             "a digest matches more than one reference" if matching else "a digest matches no reference",
             where="--drop",

@@ -12,7 +12,8 @@ if __name__ == "__main__":
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.rules import check_needs
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.training.preflight import check_only, started
+from dpo_dist.insight.console import print_text, warnings_off
+from dpo_dist.training.preflight import check_start, started
 from dpo_dist.training.resume import check_newest_checkpoint
 
 
@@ -30,7 +31,11 @@ def main(config: RunConfig) -> int:
 def check(config: RunConfig, *, trains: bool = True) -> None:
     """Check everything that a run which trains, or only scores its pairs, needs before it uses a GPU."""
     check_newest_checkpoint(config)
-    check_only(config, trains=trains)
+    check_start(config, trains=trains)
+    with warnings_off():
+        from dpo_dist.training.check import rehearse  # noqa: PLC0415  (slow)
+
+        print_text("check", rehearse(config, trains=trains), config.console)
 
 
 if __name__ == "__main__":

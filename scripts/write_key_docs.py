@@ -97,8 +97,8 @@ def _configuration() -> str:
         "(`# @package _global_`). `--config-dir DIR` adds groups, presets and\nexperiments of your own, "
         "which come before ours of the same name (`config.yaml` too); their lists of `defaults` and\n"
         "packages are [Hydra's](https://hydra.cc/docs/advanced/defaults_list/). An experiment may also be "
-        "written like a file of your\nown, without that line (`loss: simpo`, `optim.lr: 1e-6`). "
-        "The `defaults` of a file on the command line name presets only.\n",
+        "written like a file of your\nown, without that line (`loss: simpo`, `optim.lr: 1e-6`) and without "
+        "`defaults`. The `defaults` of a file on the command line\nname presets only.\n",
         "A key in the digest defines the run's result: another value names another run directory. "
         "On the command line\na key that the verb does not read is an error; files may serve several verbs. "
         "`precompute`, `evaluate`,\n`doctor`, `export` and `pairs` with rounds take the command line "

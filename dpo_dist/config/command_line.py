@@ -21,7 +21,7 @@ import dpo_dist
 from dpo_dist.config.keys import COMMAND_LINE, Key, all_keys, entry_of, run_keys, section_meanings
 from dpo_dist.config.load import group_folders, is_within, load_run_config, parse_overrides, to_yaml
 from dpo_dist.config.losses import KINDS, LossKind, kinds_using
-from dpo_dist.config.mistakes import SCHEMA, assignment, likely, meant, preset_names, suggestion, unknown_key
+from dpo_dist.config.mistakes import SCHEMA, assignment, meant, preset_names, suggestion, unknown_key
 from dpo_dist.config.rules import OF_FORMER_RUN, TRAIN, keys_of
 from dpo_dist.config.run_folder import existing_run
 from dpo_dist.config.schema import ZERO_STAGES, ConsoleStyle, RunConfig
@@ -114,14 +114,12 @@ def divide(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _unknown_option(name: str, value: str) -> ConfigError:
     key = name.lstrip("-").replace("-", "_")
-    is_foreign = meant(key, "keys") or meant(key, "answers")
-    found = "" if is_foreign or len(key) == 1 else suggestion(name, _parser()._option_string_actions)
+    is_foreign = meant(key, "keys") or meant(key, "answers") or len(key) == 1
     if key in run_keys():
         remedy = f"write {assignment(key, value or 'true')}"
-    elif is_foreign or (not found and likely(key, run_keys())):
-        remedy = unknown_key(key, value or "true").remedy
     else:
-        remedy = f"{found}keys have no dashes, such as loss.beta=0.2; options of the launcher come before -m"
+        found = "" if is_foreign else suggestion(name, [*_parser()._option_string_actions])
+        remedy = found.rstrip() or unknown_key(key, value or "true").remedy
     where = f"{COMMAND_LINE}: {f'{name} {value}'.strip()}"
     return ConfigError(f"there is no option {name}", where=where, remedy=remedy)
 
@@ -193,9 +191,7 @@ def explain(key: str, folders: Sequence[Path]) -> str:
     elif below or presets:
         lines = [f"{name}: {section_meanings().get(name, 'a group of presets')}"]
     else:
-        mapping, _, option = name.rpartition(".")
-        is_list = any(full.startswith(f"{mapping}[].") for full in all_keys())
-        raise unknown_key(f"{mapping}[].{option}" if is_list else name)
+        raise unknown_key(name)
     if below:
         options = {
             row.name: f"{row.meaning} ({row.default_words or 'must be set'})" for row in below.values()
@@ -306,7 +302,7 @@ class _Errors:
         have. A stop by a signal is printed by rank 0 only, which gets one of the launcher.
         """
         is_early = error.reporting_rank is None and this_rank() > 0
-        if error.is_printed or (is_early and isinstance(error, StoppedError)):
+        if is_early and isinstance(error, StoppedError):
             return error.exit_code
         if is_early:
             signal.signal(signal.SIGTERM, lambda *_: os._exit(error.exit_code))
@@ -350,20 +346,19 @@ def _run(
 
 
 def _repeated(config: RunConfig) -> dict[str, tuple[str, str]]:
-    """Return settings that a launcher may repeat, by the names of its variables."""
-    kind, trainer, name = config.parallelism.kind, config.trainer, "ACCELERATE_DEEPSPEED_"
+    """Return the keys that accelerate's variables may repeat, with the value that does."""
+    kind, deepspeed = config.parallelism.kind, "ACCELERATE_DEEPSPEED_"
     optimizer, weights = config.parallelism.offload_optimizer, config.parallelism.offload_parameters
-    norm = config.optim.max_grad_norm
     return {
-        "ACCELERATE_MIXED_PRECISION": (f"model.dtype={config.model.dtype}", config.model.dtype),
-        f"{name}ZERO_STAGE": (f"parallelism.kind={kind}", str(ZERO_STAGES[kind])),
-        f"{name}OFFLOAD_OPTIMIZER_DEVICE": (f"parallelism.offload_optimizer={optimizer}", optimizer),
-        f"{name}OFFLOAD_PARAM_DEVICE": (f"parallelism.offload_parameters={weights}", weights),
-        "ACCELERATE_GRADIENT_CLIPPING": (f"optim.max_grad_norm={norm}", str(norm)),
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
-            f"trainer.global_batch_pairs={trainer.global_batch_pairs}, from which accumulation follows",
-            "1",
-        ),
+        f"{deepspeed}CONFIG_FILE": ("parallelism.kind", ""),
+        "ACCELERATE_USE_FSDP": ("parallelism.kind", ""),
+        "ACCELERATE_DYNAMO_BACKEND": ("model.compile", ""),
+        "ACCELERATE_MIXED_PRECISION": ("model.dtype", config.model.dtype),
+        f"{deepspeed}ZERO_STAGE": ("parallelism.kind", str(ZERO_STAGES[kind])),
+        f"{deepspeed}OFFLOAD_OPTIMIZER_DEVICE": ("parallelism.offload_optimizer", optimizer),
+        f"{deepspeed}OFFLOAD_PARAM_DEVICE": ("parallelism.offload_parameters", weights),
+        "ACCELERATE_GRADIENT_CLIPPING": ("optim.max_grad_norm", str(config.optim.max_grad_norm)),
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("trainer.global_batch_pairs", "1"),
     }
 
 

@@ -1,17 +1,18 @@
 """The keys of `data` and of its sources: type, default, bounds, meaning; see `schema`."""
 
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field
 
 from dpo_dist.config.fields import VERBS_WITH_DATA, Filled, as_entry, key, schema
 
-DataFormat = StrEnum("DataFormat", "auto hh text implicit_prompt messages alpaca sharegpt ranked completion")
+DataFormat = StrEnum("DataFormat", "auto hh text implicit_prompt messages ranked completion")
 Ranked = StrEnum("Ranked", ["whole", "best_worst", "all_pairs"])
 TextTemplate = StrEnum("TextTemplate", ["auto", "applied", "literal"])
 Truncation = StrEnum("Truncation", ["keep_start", "keep_end", "drop"])
 OnBadRecord = StrEnum("OnBadRecord", ["drop", "error"])
+Role = Literal["assistant", "user", "tool", "system"]
 
 TEMPLATE_DATE = "2024-07-26"
 """Today's date for chat templates with a clock."""
@@ -87,7 +88,9 @@ class DataConfig:
     """Chat template: a file, or the name of one of the tokenizer's templates; null: the tokenizer's own."""
     template_arguments: dict[str, Any] | None = key(None, accepts="a mapping", verbs=VERBS_WITH_DATA)
     """Arguments of the chat template for all records, such as `{enable_thinking: false}`; null: none."""
-    trained_roles: list[Filled] = key(["assistant"], min_length=1)
+    trained_roles: list[Role] = key(
+        ["assistant"], min_length=1, accepts=f"a list of {', '.join(get_args(Role))}"
+    )
     """Roles whose turns in a response the loss counts."""
     untrained: list[Untrained] = key(
         ["empty_thoughts"], accepts=f"a list of {', '.join(UNTRAINED_PARTS)} or BEGIN...END"

@@ -1,6 +1,5 @@
 """Declare configuration keys: pydantic checks types and bounds; help and digest use the rest."""
 
-import os
 from collections.abc import Callable, Mapping
 from copy import copy
 from functools import reduce
@@ -20,9 +19,8 @@ from typing import (
 )
 
 import pydantic.dataclasses
-from pydantic import AfterValidator, ConfigDict, Field, Strict
+from pydantic import ConfigDict, Field, Strict
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError
 
 T = TypeVar("T")
 VERBS_WITH_DATA = "train precompute evaluate compare doctor pairs"
@@ -46,15 +44,21 @@ class Facts(NamedTuple):
     null_means: Any = None
 
 
-def key(default: Any, **facts_and_limits: Any) -> Any:
+def key(
+    default: Any,
+    *,
+    free: bool = False,
+    verbs: str = "",
+    accepts: str = "",
+    null_means: Any = None,
+    **limits: Any,
+) -> Any:
     """Return a field: `Facts`, and limits of pydantic such as `gt=0`; the text below it tells its meaning."""
-    limits = {name: value for name, value in facts_and_limits.items() if name not in Facts._fields}
-    facts = {name: value for name, value in facts_and_limits.items() if name in Facts._fields}
     if isinstance(default, list):
         limits["default_factory"] = lambda: copy(default)
     else:
         limits["default"] = default
-    return Field(json_schema_extra=Facts(**facts)._asdict(), **limits)
+    return Field(json_schema_extra=Facts(free, verbs, accepts, null_means)._asdict(), **limits)
 
 
 def section(kind: type, *, free: bool = False, verbs: str = "") -> Any:
@@ -74,19 +78,11 @@ def schema(cls: type[T]) -> type[T]:
 
 def _strict(hint: Any) -> Any:
     """Return a type by which true is no number, 1.5 no whole number, and no text a number or a switch."""
-    if hint is int:
-        return Annotated[int, Strict(), AfterValidator(_of_64_bits)]
-    if hint in (float, bool):
+    if hint in (int, float, bool):
         return Annotated[hint, Strict()]
     if get_origin(hint) in (UnionType, Union):
         return reduce(or_, map(_strict, get_args(hint)))
     return hint
-
-
-def _of_64_bits(number: int) -> int:
-    if abs(number) >= 2**63:
-        raise PydanticCustomError("finite_number", "has more than 64 bits")
-    return number
 
 
 def as_entry(name: str) -> Callable[[Any], Any]:
@@ -105,13 +101,5 @@ def facts_of(field: FieldInfo) -> Facts:
     return Facts(**cast(dict[str, Any], field.json_schema_extra))
 
 
-def _filled(text: str) -> str:
-    if not text.strip():
-        raise PydanticCustomError("empty", "is empty")
-    if text.startswith("~") and os.path.expanduser(text) == text:  # noqa: PTH111 (no error)
-        raise PydanticCustomError("home", "begins with ~, and this home folder is not known")
-    return text
-
-
-Filled = Annotated[str, AfterValidator(_filled)]
+Filled = Annotated[str, Field(pattern=r"\S")]
 """Text that is not empty: a path, a name."""

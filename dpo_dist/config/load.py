@@ -9,8 +9,8 @@ import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, reduce
-from operator import getitem
+from functools import reduce
+from operator import getitem, or_
 from pathlib import Path
 from typing import Any, cast, get_args, get_origin
 
@@ -30,9 +30,7 @@ from dpo_dist.config.identity import differing_keys, run_dir
 from dpo_dist.config.keys import COMMAND_LINE, read_by, run_keys
 from dpo_dist.config.mistakes import (
     SCHEMA,
-    assignment,
     composition_error,
-    meant,
     preset_names,
     raise_all,
     unknown_key,
@@ -46,14 +44,12 @@ from dpo_dist.config.user_code import find_function, written_values
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import without_secrets
 
-_COMPOSITION_ERRORS = (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError)
-_EXPERIMENT = "experiment"
+_COMPOSITION_ERRORS = (
+    *(ConfigError, HydraException, OmegaConfBaseException),
+    *(yaml.YAMLError, ValueError, RecursionError),
+)
 _ROOT = "dpo_dist"
-"""The primary configuration: conf/config.yaml."""
-_PRESETS = "dpo_dist_presets"
-"""A primary configuration without keys, for chosen presets alone."""
-_OF_COMMAND = " of the command"
-"""The end of the name of an experiment that is stored for Hydra."""
+"""The primary configuration: config.yaml, with the folders in which Hydra searches."""
 
 
 def config_dir() -> Path:
@@ -100,7 +96,7 @@ def load_run_config(
 def checked(config: RunConfig, given: Collection[str] = (), needs: Iterable[Rule] = ()) -> RunConfig:
     """Check all rules, and fill in `reference.mode` and `run.dir`; `given`: the keys of the command."""
     config = resolve_reference(config, given)
-    check(config, (*needs, *RULES), given)
+    check(config, (*needs, *RULES))
     return replace(config, run=replace(config.run, dir=str(run_dir(config))))
 
 
@@ -143,7 +139,7 @@ def _parsed(line: str) -> Override | None:
         return None
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Layer:
     """The keys of a file, and the presets that it chooses, which come below its keys."""
 
@@ -167,14 +163,9 @@ class _Command:
         parsed, unread = parse_overrides(word for word in words if word not in files)
         self.mistakes = [*mistakes, *([unreadable(unread)] if unread else [])]
         self.folders, self.verb = group_folders(own_folder), verb
-        trains = not given_keys(parsed).isdisjoint({"pairs.rounds", _EXPERIMENT})  # `composed` knows for sure
-        self._own = keys_of(verb, trains=trains) if verb else []
-        self.overrides = []
-        for override in parsed:
-            if (mistake := self._mistake(override)) is None:
-                self.overrides.append(override)
-            else:
-                self.mistakes.append(mistake)
+        found = [(override, self._mistake(override)) for override in parsed]
+        self.mistakes += [mistake for _, mistake in found if mistake is not None]
+        self.overrides = [override for override, mistake in found if mistake is None]
         self.added: dict[str, list[str]] = {}
         """Choices of experiments and other groups that are no section."""
         typed = {}
@@ -189,26 +180,29 @@ class _Command:
             self.layers.append(_Layer("config.yaml", former, {}))
         self.layers.append(_Layer(COMMAND_LINE, {}, typed))
         self.chosen = {group: name for layer in self.layers for group, name in layer.presets.items()}
+        self._of_groups: list[tuple[str, _Layer]] = []
 
     def composed(self) -> dict[str, Any]:
         """Return the values of the command; without overrides and files that are mistakes."""
-        config = OmegaConf.create(_plain(RunConfig()))
+        defaults = _plain(RunConfig())
+        config = OmegaConf.create(defaults)
         try:
-            with _hydra(self.folders):
-                config.merge_with(hydra.compose(_ROOT, self._choices()))
-                is_above = self.chosen and (self.added or self.layers[1:])
-                presets = hydra.compose(_PRESETS, _words("+", self.chosen)) if is_above else {}
-            OmegaConf.set_struct(config, False)
+            self._of_groups = self._composed_files()
+            config.merge_with(*(file.values for group, file in self._of_groups if group not in self.chosen))
             for layer in self.layers:
-                for group, name in layer.presets.items():
-                    if group in presets and name == self.chosen[group]:  # above what is below its layer
-                        if group == "loss" or not presets[group]:
-                            config[group] = _plain(RunConfig())[group]
-                        config.merge_with({group: presets[group]})
+                for group in [group for group, name in layer.presets.items() if name == self.chosen[group]]:
+                    preset = OmegaConf.merge(
+                        {}, *(file.values for one, file in self._of_groups if one == group)
+                    )
+                    if group == "loss" or preset in ({}, {group: {}}):
+                        config[group] = defaults[group]
+                    config.merge_with(preset)
                 config.merge_with(layer.values)
             for override in self.overrides:
                 if not self._is_choice(override):
-                    OmegaConf.update(config, override.key_or_group, override.value(), force_add=True)
+                    key, value = override.key_or_group, override.value()
+                    merges = get_origin(run_keys().get(key)) is not list
+                    OmegaConf.update(config, key, value, merge=merges, force_add=True)
             whole = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
         except _COMPOSITION_ERRORS as error:
             self.mistakes.append(composition_error(error, self.folders))
@@ -218,34 +212,27 @@ class _Command:
             self.mistakes += _not_read(self.overrides, self.verb, trains=trains)
         return whole
 
-    def _choices(self) -> list[str]:
-        """Return the choices of groups, as overrides for Hydra."""
-        added = {group: [self._stored(group, name) for name in names] for group, names in self.added.items()}
-        return [*_words("", self.chosen), *_words("+", added)]
-
-    def _stored(self, group: str, name: str) -> str:
-        """Store an experiment for Hydra, also one written like a file of the command, and return its name."""
-        file = self._file(f"{group}/{name}")
-        entries, presets, values = self._keys(file)
-        defaults = [*entries, *({f"override /{key}": preset} for key, preset in presets.items())]
-        given = [pair for entry in entries if isinstance(entry, dict) for pair in entry.items()]
-        of_groups = [(key, value) for key, value in given if key.split()[-1].lstrip("/") in run_keys()]
-        faults = [f"{key}: {value}" for key, value in of_groups if not isinstance(value, str)]
-        if faults or "hydra" in values:
-            raise ConfigError(
-                "an experiment chooses one preset for a group, and no keys of Hydra's own",
-                where=str(file),
-                got=", ".join([*faults, *(["hydra"] if "hydra" in values else [])]),
-                remedy="name one preset, 'override /loss: ipo', and remove what else is named",
-            )
-        header = re.search(r"^#\s*@package\s+(\S+)", file.read_text(encoding="utf-8"), re.MULTILINE)
-        ConfigStore.instance().store(
-            f"{name}{_OF_COMMAND}",
-            {"defaults": defaults, **values},
-            group=group,
-            package=header[1] if header else "_global_",
-        )
-        return f"{name}{_OF_COMMAND}"
+    def _composed_files(self) -> list[tuple[str, _Layer]]:
+        """Return the files that Hydra composes, the lowest first, each with the group that it belongs to."""
+        experiments = [self._file(f"{group}/{name}") for group, names in self.added.items() for name in names]
+        presets = [self._keys(file)[1] for file in experiments]  # of one written like a file of the command
+        choices = _words("", {**reduce(or_, presets, {}), **self.chosen}) + _words("+", self.added)
+        with _hydra(self.folders):
+            loader = GlobalHydra.instance().config_loader()
+            entries = loader.compute_defaults_list(_ROOT, choices, RunMode.RUN).defaults
+        above = {entry.config_path: entry.parent for entry in entries}
+        files = []
+        for entry in entries:
+            name = top = str(entry.config_path)
+            if name.startswith("hydra/") or not (file := self._file(name)).is_file():
+                continue
+            while "/" in (above.get(top) or ""):  # a preset may be composed of others
+                top = above[top]
+            values, package = self._keys(file)[2], (entry.package or "").split(".")
+            for section in reversed(package) if package[0] in run_keys() else ():
+                values = {section: values}
+            files.append((top.rpartition("/")[0], _Layer(f"{name}.yaml", values, {})))
+        return files
 
     def origin(self, key: str) -> str:
         """Return the override, file or experiment that gives a key; the last one counts."""
@@ -253,27 +240,11 @@ class _Command:
             given = override.key_or_group
             if is_within(key, given) or is_within(given, key):
                 return key if len(key) > len(given) else f"{COMMAND_LINE}: {override.input_line}"
-        for layer in reversed([*self._composed_files, *self.layers]):
+        for layer in reversed([*(file for _, file in self._of_groups), *self.layers]):
             with contextlib.suppress(KeyError, TypeError):
                 reduce(getitem, key.partition("[")[0].split("."), layer.values)
                 return f"{key} in {layer.name}"
         return key
-
-    @cached_property
-    def _composed_files(self) -> list[_Layer]:
-        """The files that Hydra composes, the lowest first."""
-        with _hydra(self.folders):
-            loader = GlobalHydra.instance().config_loader()
-            entries = loader.compute_defaults_list(_ROOT, self._choices(), RunMode.RUN).defaults
-        layers = []
-        for entry in entries:
-            name = str(entry.config_path).removesuffix(_OF_COMMAND)
-            if not name.startswith("hydra/") and (file := self._file(name)).is_file():
-                values = self._keys(file)[2]
-                for section in reversed((entry.package or "").split(".") if entry.package else []):
-                    values = {section: values}
-                layers.append(_Layer(f"{name}.yaml", values, {}))
-        return layers
 
     def _file(self, name: str) -> Path:
         """Return the file of a preset or experiment: `loss/simpo`."""
@@ -287,36 +258,21 @@ class _Command:
     def _mistake(self, override: Override) -> ConfigError | None:
         """Return the error of an override whose key, preset or form does not exist."""
         key, line = override.key_or_group, str(override.input_line)
-        text, message, remedy = line.partition("=")[2], "", ""
         is_choice = self._is_choice(override)
-        if is_choice and not override.is_sweep_override():
-            return self._wrong_choice(override)
         if not is_choice and key.partition("[")[0] not in run_keys():
-            return unknown_key(key, text, where=f"{COMMAND_LINE}: {line}", own=self._own)
-        if isinstance(override.value(), dict) and get_origin(run_keys().get(key)) is list:
-            message, remedy = f"{key} has the wrong type", f"write {assignment(key, text)}"
-        elif override.is_delete():
-            message, remedy = f"{key} cannot be removed", f"set {key} to another value, or remove {line}"
-        elif override.is_sweep_override():
-            message = f"{key} has several values"
-            remedy = "a list is written in brackets, KEY=[a,b]; to sweep, start one job for each value"
-        return ConfigError(message, where=COMMAND_LINE, got=line, remedy=remedy) if message else None
-
-    def _wrong_choice(self, override: Override) -> ConfigError | None:
-        group, value = override.key_or_group, override.value()
-        known = preset_names(group, self.folders)
-        if group not in run_keys() or isinstance(value, str):
-            unknown = [name for name in _names(override) if name not in known]
-            return unknown_preset(group, unknown[0], self.folders, self.verb) if unknown else None
-        remedy = f"choose one of {', '.join(known)}, or remove {group}"
-        if isinstance(value, list) and group == "loss":
-            kinds = [(*meant(name, "values"), name)[0] for name in value]
-            terms = ", ".join(f"{{kind: {kind}, weight: 1}}" for kind in kinds)
-            remedy = f"weigh them: 'loss.terms=[{terms}]'"
-        elif isinstance(value, list) and group == "data":
-            remedy = f"name the sources: 'data.train=[{', '.join(map(str, value))}]'"
-        line = str(override.input_line)
-        return ConfigError(f"{group} is chosen by name", where=COMMAND_LINE, got=line, remedy=remedy)
+            return unknown_key(key, line.partition("=")[2], where=f"{COMMAND_LINE}: {line}")
+        if override.is_delete() or override.is_sweep_override():
+            message, remedy = f"{key} has one value", f"write {key}=VALUE, a list in brackets, {key}=[a,b]"
+        elif is_choice:
+            known = preset_names(key, self.folders)
+            if unknown := [name for name in _names(override) if name not in known]:
+                return unknown_preset(key, unknown[0], self.folders)
+            if key not in run_keys() or isinstance(override.value(), str):
+                return None
+            message, remedy = f"{key} is one preset", f"choose {key}={_names(override)[0]}"
+        else:
+            return None
+        return ConfigError(message, where=COMMAND_LINE, got=line, remedy=remedy)
 
     def _layer(self, file: str) -> _Layer | None:
         """Return the layer of a file of the command; its list of `defaults` names presets."""
@@ -330,9 +286,6 @@ class _Command:
                     got=str(entries),
                     remedy="name a preset by its group, 'loss: ipo', and other files on the command line",
                 )
-        except ConfigError as error:
-            self.mistakes.append(error)
-            return None
         except _COMPOSITION_ERRORS as error:
             self.mistakes.append(composition_error(error, self.folders))
             return None
@@ -340,7 +293,7 @@ class _Command:
         presets |= {group.split()[-1].lstrip("/"): str(name) for group, name in named}
         for group, preset in list(presets.items()):
             if preset not in preset_names(group, self.folders):
-                self.mistakes.append(unknown_preset(group, presets.pop(group), self.folders, self.verb))
+                self.mistakes.append(unknown_preset(group, presets.pop(group), self.folders))
         return _Layer(file, values, presets)
 
     def _keys(self, file: Path) -> tuple[list[Any], dict[str, str], dict[str, Any]]:
@@ -371,7 +324,6 @@ def _hydra(folders: Sequence[Path]) -> Iterator[None]:
     """Initialise Hydra with groups of folders, the first one first; on exit, restore that of the caller."""
     search = {"hydra": {"searchpath": [f"file://{folder}" for folder in folders[1:]]}}
     ConfigStore.instance().store(_ROOT, {"defaults": ["config", "_self_"], **search})
-    ConfigStore.instance().store(_PRESETS, search)
     callers = GlobalHydra.instance().hydra
     GlobalHydra.instance().clear()
     try:
@@ -405,16 +357,11 @@ def _not_read(overrides: Iterable[Override], verb: str, *, trains: bool) -> list
             key = "reference.mode" if name == "reference" else name.partition("[")[0]
             if key in own or key not in run_keys():
                 continue
-            same = [name for name in own if "." in name and name.split(".")[-1] == key.rpartition(".")[2]]
-            expected = " or ".join(same)
-            mistakes.append(
-                ConfigError(
-                    f"{verb} does not read {key}",
-                    where=f"{COMMAND_LINE}: {override.input_line}",
-                    expected=expected,
-                    remedy=f"{f'did you mean {expected}?' if same else 'remove it:'} {read_by(key)}",
-                )
+            where = f"{COMMAND_LINE}: {override.input_line}"
+            error = ConfigError(
+                f"{verb} does not read {key}", where=where, remedy=f"remove it: {read_by(key)}"
             )
+            mistakes.append(error)
     return mistakes
 
 

@@ -3,12 +3,12 @@
 Names that users meant are those of other trainers (names.yaml), and names that are nearly right.
 """
 
-import difflib
 import shlex
 from collections.abc import Callable, Collection, Iterable, Sequence
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import get_args, get_origin
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -26,19 +26,14 @@ from dpo_dist.config.keys import (
     describe_type,
     entry_of,
     nested,
-    read_by,
     run_keys,
 )
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
 
 SCHEMA = TypeAdapter(RunConfig)
-_PRESET_PATHS = {
-    "": {"model": "model.path", "data": "data.train", "reference": "reference.path"},
-    "evaluate": {"model": "evaluation.model", "data": "evaluation.data"},
-    "compare": {"model": "compare.models", "data": "data.eval"},
-}
-"""The keys by which verbs take the path of what a group of presets names."""
+_PRESET_PATHS = {"model": "model.path", "data": "data.train", "reference": "reference.path"}
+"""The keys that take the path of what a group of presets names."""
 
 
 @cache
@@ -62,46 +57,24 @@ def meant(name: str, table: str) -> tuple[str, ...]:
     return _table(table).get(plain) or _table(table).get(plain.rpartition(".")[2], ())
 
 
-# A guess of lower similarity misleads more people than it helps.
-_SIMILAR, _NEARLY_EQUAL = 0.75, 0.9
-# A wrong guess at one of these would end the run early, or late, without a message.
-_NOT_GUESSED = frozenset({"trainer.max_steps", "trainer.stop_after_steps", "trainer.max_seconds"})
+_SIMILAR = 0.75
+"""A guess of lower similarity misleads more people than it helps."""
 
 
-def likely(word: str, known: Iterable[str]) -> list[str]:
-    """Return those of `known` that the user probably meant by `word`, the most similar first."""
-    candidates = list(known)
-    if same := [name for name in (word.lower(), *meant(word, "values")) if name in candidates]:
+def likely(word: str, known: Collection[str]) -> list[str]:
+    """Return the one of `known` that the user probably meant by `word`, if any."""
+    if same := [name for name in (word.lower(), *meant(word, "values")) if name in known]:
         return same[:1]
-    section, _, last_part = word.rpartition(".")
-    # Keys of the same section with the word as a part of their name: loss.alpha, loss.ld_alpha.
-    with_part = [
-        candidate
-        for candidate in candidates
-        if candidate.rpartition(".")[0] == section
-        and last_part in candidate.rpartition(".")[2].split("_")
-        and candidate not in _NOT_GUESSED
-    ]
-    if with_part:
-        return with_part
-
-    def similarities(candidate: str) -> tuple[float, float]:
-        last = difflib.SequenceMatcher(None, last_part, candidate.rpartition(".")[2]).ratio()
-        return difflib.SequenceMatcher(None, word, candidate).ratio(), last
-
-    for candidate in sorted(candidates, key=lambda candidate: sum(similarities(candidate)), reverse=True)[:3]:
-        whole, last = similarities(candidate)
-        similarity = last if section else max(whole, last)
-        elsewhere = section in candidates and candidate.rpartition(".")[0] != section
-        if similarity > (_NEARLY_EQUAL if elsewhere or candidate in _NOT_GUESSED else _SIMILAR):
-            return [candidate]
-    return []
+    section, _, last = word.rpartition(".")
+    beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
+    if section and beside:  # equal beginnings do not count
+        return [beside[name] for name in get_close_matches(last, beside, 1, _SIMILAR)]
+    return get_close_matches(word, known, 1, _SIMILAR)
 
 
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """Return a question after the likely names of `known`, with a space after it; empty if there are none."""
-    found = likely(word, known)
-    return f"did you mean {' or '.join(found)}? " if found else ""
+def suggestion(word: str, known: Collection[str]) -> str:
+    """Return a question after the likely name of `known`, with a space after it; empty if there is none."""
+    return "".join(f"did you mean {name}? " for name in likely(word, known))
 
 
 def unreadable(words: Sequence[str]) -> ConfigError:
@@ -157,59 +130,46 @@ def _is_accepted(key: str, text: str) -> bool:
     return True
 
 
-def unknown_key(key: str, value: str = "", *, where: str = "", own: Collection[str] = ()) -> ConfigError:
+def unknown_key(key: str, value: str = "", *, where: str = "") -> ConfigError:
     """Return the error for a key that does not exist, with what to write in its place.
 
-    `value` is as it was written, empty if unknown; `where` the file or override with the key; `own` the keys
-    that are not refused, if others are.
+    `value` is as it was written, empty if unknown; `where` the file or override with the key.
     """
-    mapping, _, name = key.rpartition(".")
-    of_entries = [row.rpartition(".")[2] for row in all_keys() if row.rpartition(".")[0] == f"{mapping}[]"]
-    if name in of_entries and (not own or mapping in own):
-        before = "" if name == of_entries[0] else f"{of_entries[0]}: {of_entries[0].upper()}, "
-        expected = mapping
-        remedy = f"write '{mapping}=[{{{before}{name}: {value or '...'}}}]'; it is a key of an entry"
-    else:
-        expected, remedy = _meant_key(key, value, own)
-    return ConfigError(f"there is no key {key!r}", where=where or key, expected=expected, remedy=remedy)
+    remedy = _in_place_of(key, value)
+    return ConfigError(f"there is no key {key!r}", where=where or key, remedy=remedy)
 
 
-def _meant_key(key: str, value: str, own: Collection[str]) -> tuple[str, str]:
-    """Return the key that was meant by one that does not exist, and what to write in its place."""
+def _in_place_of(key: str, value: str) -> str:
     mapping, _, name = key.rpartition(".")
     above = all_keys().get(entry_of(mapping).removesuffix("[]"))
     inner = nested(above.type) if above else None
     known = [f"{mapping}.{option}" for option in fields_of(inner)] if inner else list(run_keys())
-    if mapping.endswith("]") and f"{mapping}.path" in known:  # an entry of a list of sources
-        if same := meant(name, "sources"):
-            return f"{mapping}.{same[0]}", f"did you mean {same[0]}?"
-        answers: tuple[str, ...] = ()
+    if key in known:
+        return f"it is a key of an entry: '{mapping}=[{{{known[0].rpartition('.')[2]}: ..., {name}: ...}}]'"
+    same: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
+    if mapping.endswith("]"):
+        if found := [option for option in meant(name, "sources") if f"{mapping}.{option}" in known]:
+            return f"write {found[0]}: {value or '...'}"
     else:
-        # Keys of another trainer, or the only one of this name in a section.
-        foreign, answers = meant(key, "keys"), meant(key, "answers")
-        named = [option for option in own or run_keys() if option.rpartition(".")[2] == key]
-        if foreign:  # `output` of export is no other name of run.dir
-            named = [option for option in named if option.partition(".")[2] == key]
-        same = tuple(dict.fromkeys([*(named if len(named) == 1 else []), *foreign]))
-    written = [line for one in same if not (line := assignment(one, value)).endswith("=...")]
-    if answers and not written:
-        same = ()  # `template: llama3` of LLaMA-Factory is no value of data.template
-    found = same or (() if answers else likely(key, own) or likely(key, known))
-    if found and own and set(own).isdisjoint(found) and found[0] != "loss":
-        return "", f"remove it: {read_by(found[0])}"
+        same, answers = meant(key, "keys"), meant(key, "answers")
+        named = [option for option in known if option.rpartition(".")[2] == name]
+        if len(named) == 1 and not same and not answers:  # a key without its section
+            same = (named[0],)
+    if written := [line for one in same if not (line := assignment(one, value)).endswith("=...")]:
+        return f"write {' or '.join(written)}"
+    if answers:  # before `same`: `template: llama3` of LLaMA-Factory is no value of data.template
+        return answers[0].replace("{value}", value or "...")
     if same:
         row = all_keys().get(same[0])
-        expected = f"{same[0]}, {row.type_words}" if row else same[0]
-        return expected, f"write {(*written, f'{same[0]}=...')[0]}"
-    if answers:
-        return "", answers[0].replace("{value}", value or "...")
-    if found:
-        return " or ".join(found), f"did you mean {' or '.join(found)}?"
+        return f"write {same[0]}=..." + (f", {row.type_words}" if row else "")
+    if guess := suggestion(key, known):
+        return guess.rstrip()
     beside = [one.rpartition(".")[2] for one in known if mapping and one.rpartition(".")[0] == mapping]
     if beside:
-        return "", f"the keys of {mapping} are {', '.join(beside)}"
-    sections = [one for one in own or known if "." not in one]
-    return "", f"a key has a section, such as loss.beta; the sections are {', '.join(sections)}"
+        return f"the keys of {mapping} are {', '.join(beside)}"
+    sections = [one for one in known if "." not in one]
+    return f"a key has a section, such as loss.beta; the sections are {', '.join(sections)}"
 
 
 def preset_names(group: str, folders: Iterable[Path]) -> list[str]:
@@ -217,19 +177,15 @@ def preset_names(group: str, folders: Iterable[Path]) -> list[str]:
     return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
 
 
-def unknown_preset(group: str, choice: str, folders: Sequence[Path], verb: str = "") -> ConfigError:
-    """Return the error for a preset that does not exist, with the key of `verb` for a path."""
+def unknown_preset(group: str, choice: str, folders: Sequence[Path]) -> ConfigError:
+    """Return the error for a preset that does not exist."""
     known, plus = preset_names(group, folders), "+" if group == "experiment" else ""
-    found = likely(Path(choice).stem if choice.endswith((".yaml", ".yml")) else choice, known)
-    key = _PRESET_PATHS.get(verb, _PRESET_PATHS[""]).get(group)
     remedy = f"write {plus}{group}={known[0] if len(known) == 1 else 'NAME'}"
-    if found:
+    if found := likely(Path(choice).stem if choice.endswith((".yaml", ".yml")) else choice, known):
         remedy = f"did you mean {plus}{group}={found[0]}?"
-    elif key is not None:
-        remedy = (
-            f"a {'file or dataset' if group == 'data' else 'model'} is named by {assignment(key, choice)}"
-        )
-    if group == "experiment":
+    elif group in _PRESET_PATHS:
+        remedy = f"a path is no preset: write {assignment(_PRESET_PATHS[group], choice)}"
+    elif group == "experiment":
         remedy += "; your own: name the file, my.yaml, or --config-dir DIR with DIR/experiment/NAME.yaml"
     return ConfigError(
         f"there is no {group} named {choice!r}",
@@ -242,6 +198,8 @@ def unknown_preset(group: str, choice: str, folders: Sequence[Path], verb: str =
 
 def composition_error(error: Exception, folders: Sequence[Path]) -> ConfigError:
     """Return the `ConfigError` for an exception of Hydra, OmegaConf or the YAML parser."""
+    if isinstance(error, ConfigError):
+        return error
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return unknown_preset(group, choice, folders)
@@ -254,7 +212,7 @@ def composition_error(error: Exception, folders: Sequence[Path]) -> ConfigError:
         "the configuration cannot be composed",
         where=where,
         got=" ".join(got.split()),
-        remedy="correct the key or the file",
+        remedy="correct the key or the file; an experiment with defaults begins with '# @package _global_'",
     )
 
 
@@ -292,48 +250,30 @@ def wrong_values(error: ValidationError, origin: Callable[[str], str]) -> list[C
     return list(found.values())
 
 
-_BOUNDS = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
-_TEXTS = {"empty": "write a value, or remove the key", "home": "write the whole path"}
-
-
 def _wrong_value(key: str, error: ErrorDetails, where: str) -> ConfigError:
     row = all_keys().get(entry_of(key)) or all_keys().get(entry_of(key).removesuffix("[]"))
-    hint, value, kind = row.type if row else run_keys().get(key), error["input"], error["type"]
-    if row and key.endswith("]"):
-        hint = nested(hint) or get_args(hint)[0]
-    null = " or null" if type(None) in get_args(hint) else ""
-    got, names = as_written(value), choices(hint)
-    expected = (row.accepts if row else "") or describe_type(hint)
-    if kind in _BOUNDS:
-        expected = ((row.bounds if row else "") or error["msg"].removeprefix("Input should be ")) + null
-        message, remedy = "is out of range", f"choose {key} in that range" + (null and ", or null")
-    elif kind in _TEXTS:
-        message, expected, remedy = error["msg"], "", _TEXTS[kind]
-    elif names or kind == "string_pattern_mismatch":
-        message, remedy = "has no such value", f"set {key} to one of these, or remove it"
-        last = Path(got).name  # `export.checkpoint=out/checkpoints/step-000100`
-        if isinstance(value, bool) and " in " in where:
-            remedy = "in YAML a bare on, off, yes or no is true or false: put the word in quotes"
-        elif found := likely(got, names) or ([last] if last != got and _is_accepted(key, last) else []):
-            remedy = f"did you mean {key}={found[0]}?"
-        if len(names) > 2:
-            expected = f"one of {', '.join(names)}{null}"
-    else:
-        message, remedy = "has the wrong type", _typed(key, hint, value, expected)
-    return ConfigError(f"{key} {message}", where=where, got=got, expected=expected, remedy=remedy)
-
-
-def _typed(key: str, hint: Any, value: Any, expected: str) -> str:
-    """Return how to write a value of the right type."""
-    got, inner = as_written(value), nested(hint)
-    if get_origin(hint) is list:
-        return f"write {assignment(key, got)}"
-    if key == "model.adapter":
-        own = f"{key}.path={got}" if "/" in got else "'model.adapter={r: 64, alpha: 128}'"
-        return f"write {own}"
-    if inner is not None:
+    hint, expected = (row.type, row.type_words) if row else (run_keys().get(key), "")
+    if key.endswith("]"):  # an entry of a list
+        hint, expected = nested(hint) or get_args(hint)[0], row.accepts if row else ""
+    value, inner, got = error["input"], nested(hint), as_written(error["input"])
+    expected = expected or describe_type(hint)
+    last = Path(got).name  # `export.checkpoint=out/checkpoints/step-000100`
+    remedy = f"set {key} to {expected}"
+    if error["type"] == "string_pattern_mismatch" and not got.strip("' "):
+        expected, remedy = "text that is not empty", "write a value, or remove the key"
+    elif isinstance(value, bool) and " in " in where and choices(hint):
+        remedy = "in YAML a bare on, off, yes or no is true or false: put the word in quotes"
+    elif found := likely(got, choices(hint)) or ([last] if last != got and _is_accepted(key, last) else []):
+        remedy = f"did you mean {key}={found[0]}?"
+    elif get_origin(hint) is list:
+        remedy = f"write {assignment(key, got)}"
+    elif key == "model.adapter" and "/" in got:
+        remedy = f"write {key}.path={got}"
+    elif inner is not None:
         first = next(iter(fields_of(inner)))
-        return f"write a mapping with {first}" if key.endswith("]") else f"write {key}.{first}=..."
-    if isinstance(value, float) and value.is_integer():
-        return f"write {key}={int(value)}"
-    return f"set {key} to {expected}"
+        remedy = f"write a mapping with {first}" if key.endswith("]") else f"write {key}.{first}=..."
+    elif isinstance(value, float) and value.is_integer() and _is_accepted(key, str(int(value))):
+        remedy = f"write {key}={int(value)}"
+    return ConfigError(
+        f"{key} cannot have this value", where=where, got=got, expected=expected, remedy=remedy
+    )

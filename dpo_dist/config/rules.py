@@ -53,19 +53,14 @@ class Rule:
         """Return whether a configuration breaks the rule."""
         return all(_holds(config, part) for part in self.when.split()) and self.also(config)
 
-    def error(self, config: RunConfig, given: Collection[str] = ()) -> ConfigError:
-        """Return the error of a configuration that breaks the rule; `given`: the keys of the command line."""
+    def error(self, config: RunConfig) -> ConfigError:
+        """Return the error of a configuration that breaks the rule."""
         loss_key = "loss.terms" if config.loss.terms else "loss.kind"
         names = [loss_key if key == LOSS else key for key in self.keys]
         values = [
             "+".join(config.loss.kinds) if key == LOSS else as_written(at(config, key)) for key in self.keys
         ]
-        remedy = self.remedy.format(**vars(config))
-        is_of_preset = names[0].startswith("loss.") and names[0] not in given
-        if is_of_preset and LOSS in self.keys[1:] and loss_key in given:
-            kind = config.loss.kind
-            remedy = f"write loss={kind} in place of loss.kind={kind}: a preset replaces all options"
-        why = self.why.format(**vars(config))
+        why, remedy = self.why.format(**vars(config)), self.remedy.format(**vars(config))
         return ConfigError(why, where=", ".join(names), got=", ".join(values), remedy=remedy)
 
 
@@ -88,9 +83,9 @@ def unused(key: str, unless: str, remedy: str = "", works: Test = lambda _: Fals
     )
 
 
-def check(config: RunConfig, rules: Iterable[Rule], given: Collection[str] = ()) -> None:
+def check(config: RunConfig, rules: Iterable[Rule]) -> None:
     """Raise one error with every rule that a configuration breaks."""
-    raise_all([rule.error(config, given) for rule in rules if rule.broken(config)])
+    raise_all([rule.error(config) for rule in rules if rule.broken(config)])
 
 
 def at(config: RunConfig, key: str, absent: Any = None) -> Any:
@@ -114,25 +109,13 @@ runs of every mode.
 # They define the reference model; the other options only say how it is loaded and scored.
 _DEFINING = ("path", "quantization", "numerics")
 
-_UNKNOWN = "torch.compile is not known to be exact with"
-
-OTHER_ROLE_NAMES = frozenset(
-    {"human", "Human", "User", "gpt", "chatgpt", "bot", "Assistant"}
-    | {"observation", "tool_response", "function", "function_call", "tool_call"}
-)
-"""Roles of datasets that are read as user, assistant or tool."""
-
 
 def _given_once(key: str) -> Rule:
-    def is_repeated(config: RunConfig) -> bool:
-        bare = [replace(source, weight=1.0) for source in at(config, key)]
-        return any(source in bare[:index] for index, source in enumerate(bare))
-
     return Rule(
         key,
         f"a source of {key} is given twice",
         "remove one of them; weight: 2 draws each pair of a source of data.train twice per epoch",
-        is_repeated,
+        lambda c: len({str(replace(source, weight=1.0)) for source in at(c, key)}) < len(at(c, key)),
     )
 
 
@@ -146,34 +129,26 @@ def _unweighted(key: str) -> Rule:
 
 
 def _unused_by_loss(option: str) -> Rule:
+    """Refuse an option that no preference loss among the terms has; of an option for all, that one lacks."""
+    has_effect = all if option in ("divergence", "weighting") else any
+
+    def is_used(config: RunConfig) -> bool:
+        terms = [facts for facts in config.loss.facts if facts.fewest_responses > 1]
+        return bool(terms) and has_effect(option in facts.options for facts in terms)
+
     users = ", ".join(sorted(kinds_using(option)))
-    return unused(
-        f"loss.{option}", LOSS, f"choose a loss that uses it: {users}", lambda c: c.loss.uses(option)
-    )
-
-
-def _unused_by_a_term(option: str) -> Rule:
-    """Refuse an option of the whole loss that a term lacks; `sft` beside a preference loss is exempt."""
-    return Rule(
-        f"loss.{option} {LOSS}",
-        f"a term of the loss does not use loss.{option}",
-        f"remove loss.{option}, or the terms that do not use it",
-        lambda c: (
-            getattr(c.loss, option) != getattr(LossConfig, option)
-            and c.loss.uses(option)
-            and any(option not in facts.options for facts in c.loss.facts if facts.fewest_responses > 1)
-        ),
-    )
+    remedy = f"choose a loss that uses it: {users}; loss=NAME replaces all options of the loss"
+    return unused(f"loss.{option}", LOSS, remedy, is_used)
 
 
 def direction_of(trainer: TrainerConfig) -> Direction | None:
     """Return which values of `trainer.keep_best` are the best; None if it is not known."""
-    metric = (trainer.keep_best or "").removeprefix(PREFIX)
+    metric = trainer.keep_best or ""
     # Also of one source, bucket of lengths or percentile.
     known = (
         row.best
         for name, row in METRICS.items()
-        if row.best and (metric == name or metric.startswith((f"{name}/", f"{name}_by_length/")))
+        if row.best and f"{metric}/".startswith((f"{PREFIX}{name}/", f"{PREFIX}{name}_by_length/"))
     )
     return next(known, None)
 
@@ -195,23 +170,16 @@ RULES = (
         "model.gradient_checkpointing!=none",
         "set model.gradient_checkpointing=full: the inputs of checkpointed layers are moved",
     ),
-    # torch.compile.
     *(
         Rule(
-            f"model.compile=true {when}",
-            why,
-            f"set model.compile=false, or remove {when.partition('=')[0].rstrip('!')}",
+            f"model.compile=true {other}",
+            "torch.compile is not known to be exact with this setting",
+            f"set model.compile=false, or remove {other.partition('=')[0].rstrip('!')}",
         )
-        for when, why in (
-            ("model.liger=true", "torch.compile and Liger fuse the same operations"),
-            ("model.quantization!=null", f"{_UNKNOWN} quantized weights"),
-            ("reference.quantization!=null", f"{_UNKNOWN} quantized weights"),
-            (
-                "reference.offload=nvme",
-                "a compiled layer needs all its weights at once, and NVMe gives a part",
-            ),
-            ("loss.router.aux_coefficient!=null", f"{_UNKNOWN} losses of routers"),
-            ("loss.router.z_coefficient!=null", f"{_UNKNOWN} losses of routers"),
+        for other in (
+            *("model.liger=true", "model.quantization!=null"),
+            *("reference.quantization!=null", "reference.offload=nvme"),
+            *("loss.router.aux_coefficient!=null", "loss.router.z_coefficient!=null"),
         )
     ),
     # Adapters and quantized weights.
@@ -271,24 +239,12 @@ RULES = (
         "raise data.max_length or lower data.max_prompt_length",
         lambda c: (c.data.max_prompt_length or 0) >= c.data.max_length,
     ),
-    Rule(
-        "data.trained_roles",
-        "data.trained_roles has the name of a role that is read as another one",
-        "write data.trained_roles=[assistant], or several of assistant, user, tool and system",
-        lambda c: not OTHER_ROLE_NAMES.isdisjoint(c.data.trained_roles),
-    ),
     # The loss.
     Rule(
         LOSS,
         "a kind of loss appears twice",
         "make it one term with the sum of the weights",
         lambda c: len(set(c.loss.kinds)) < len(c.loss.kinds),
-    ),
-    Rule(
-        "loss.terms",
-        "a term of weight 0 has no effect",
-        "remove it from loss.terms",
-        lambda c: any(term.weight == 0 for term in c.loss.terms),
     ),
     unused(
         "loss.kind",
@@ -297,7 +253,6 @@ RULES = (
         lambda c: c.loss.kind in c.loss.kinds,
     ),
     *(_unused_by_loss(option) for option in fields_of(LossConfig) if kinds_using(option)),
-    *map(_unused_by_a_term, ("divergence", "weighting")),
     Rule(
         "loss.function=null loss.kind",
         "a custom loss needs a function",
@@ -317,22 +272,17 @@ RULES = (
         "an offloaded optimizer is DeepSpeed's CPU Adam, whose states are float32",
         "set optim.kind=adamw, or parallelism.offload_optimizer=none",
     ),
-    Rule(
-        "optim.warmup_steps!=null optim.warmup_ratio!=0|0.1",
-        "the length of the warm-up is given twice",
-        "set optim.warmup_ratio=0, or remove optim.warmup_steps",
+    unused(
+        "optim.warmup_ratio",
+        "optim.warmup_steps=null",
+        "remove optim.warmup_steps",
+        lambda c: c.optim.warmup_ratio == 0,
     ),
     Rule(
         "optim.warmup_steps trainer.max_steps!=null",
         "the warm-up is longer than the run, so that optim.lr is never reached",
         "lower optim.warmup_steps, or raise trainer.max_steps",
         lambda c: (c.optim.warmup_steps or 0) > (c.trainer.max_steps or 0),
-    ),
-    Rule(
-        "optim.schedule=constant_with_warmup optim.warmup_ratio optim.warmup_steps",
-        "constant_with_warmup has no warm-up here",
-        "set optim.schedule=constant, optim.warmup_ratio=0.1 or optim.warmup_steps",
-        lambda c: not (c.optim.warmup_ratio if c.optim.warmup_steps is None else c.optim.warmup_steps),
     ),
     unused("optim.min_lr_ratio", "optim.schedule=cosine|linear"),
     Rule(
@@ -342,28 +292,20 @@ RULES = (
     ),
     # Training and evaluations.
     *(
-        Rule(
-            f"{key}!={off} data.eval=[] data.eval_share=0",
-            f"{key} is about evaluations, and no evaluation data is given",
-            f"set data.eval_share=0.05 or data.eval=[held_out.jsonl], or {key}={off}",
+        unused(
+            key,
+            "data.eval!=[]",
+            "set data.eval_share=0.05 or data.eval=[held_out.jsonl]",
+            lambda c: c.data.eval_share > 0,
         )
-        for key, off in (("trainer.eval_every", "0"), ("trainer.keep_best", "null"), ("samples.prompts", "0"))
+        for key in ("trainer.eval_every", "trainer.keep_best", "samples.prompts")
     ),
     *(
         unused(f"samples.{option}", "samples.prompts!=0", "set samples.prompts=16")
         for option in ("max_new_tokens", "temperature")
     ),
-    *(
-        Rule(
-            f"{key}!=none parallelism.kind!={kinds}",
-            f"{{parallelism.kind}} does not support {key}",
-            f"set parallelism.kind={kinds.replace('|', ' or ')}, or {key}=none",
-        )
-        for key, kinds in (
-            ("parallelism.offload_parameters", "zero3"),
-            ("parallelism.offload_optimizer", "zero3|zero2"),
-        )
-    ),
+    unused("parallelism.offload_parameters", "parallelism.kind=zero3"),
+    unused("parallelism.offload_optimizer", "parallelism.kind=zero3|zero2"),
     unused(
         "trainer.keep_best",
         "trainer.eval_every!=0",
@@ -372,15 +314,9 @@ RULES = (
     ),
     Rule(
         "trainer.keep_best!=null",
-        "checkpoints are chosen by a metric of evaluations, whose name begins with eval_",
-        f"set trainer.keep_best={PREFIX}{{trainer.keep_best}}",
-        lambda c: not str(c.trainer.keep_best).startswith(PREFIX),
-    ),
-    Rule(
-        "trainer.keep_best",
-        "it is not known whether high or low values of this metric are better",
+        "this is no metric of evaluations whose high or low values are known to be the best",
         "choose eval_loss, eval_rewards/accuracies or eval_rewards/margins",
-        lambda c: (c.trainer.keep_best or "").startswith(PREFIX) and direction_of(c.trainer) is None,
+        lambda c: direction_of(c.trainer) is None,
     ),
     # The reference.
     Rule(
@@ -409,11 +345,7 @@ RULES = (
         "offload to NVMe needs a folder on the device",
         "set reference.nvme_path to a folder on a local disk of every node",
     ),
-    Rule(
-        "reference.nvme_path!=null reference.offload!=nvme reference.mode=cached|live",
-        "reference.nvme_path has no effect with this reference.offload",
-        "remove reference.nvme_path, or set reference.offload=nvme",
-    ),
+    unused("reference.nvme_path", "reference.offload=nvme", works=lambda c: c.reference.mode not in LOADED),
     Rule(
         "reference.quantization model.quantization!=null reference.path=null reference.mode=cached|live",
         "the reference model would not have the quantization that the policy starts from",
@@ -427,28 +359,14 @@ RULES = (
     ),
     unused("loss.sync_reference.mixup", "loss.sync_reference.every!=null", "set loss.sync_reference.every"),
     *(
-        Rule(f"loss.sync_reference.every!=null {when}", why, f"{remedy}, or remove loss.sync_reference")
-        for when, why, remedy in (
-            (
-                "reference.mode!=live",
-                "only a live reference model can follow the policy",
-                "choose reference=live, with a loss that needs a reference model",
-            ),
-            (
-                "model.adapter!=null",
-                "an adapter's base does not change, so the reference model has nothing to follow",
-                "train all weights",
-            ),
-            (
-                "reference.quantization!=null",
-                "quantized weights cannot be moved towards the policy's",
-                "remove reference.quantization",
-            ),
-            (
-                "reference.offload=nvme",
-                "the reference model follows the policy in memory, not on NVMe",
-                "set reference.offload=cpu",
-            ),
+        Rule(
+            f"loss.sync_reference.every!=null {other}",
+            "only a live reference, whole in memory, can follow the policy, and only if all weights train",
+            "choose reference=live without this setting, or remove loss.sync_reference",
+        )
+        for other in (
+            *("reference.mode!=live", "model.adapter!=null"),
+            *("reference.quantization!=null", "reference.offload=nvme"),
         )
     ),
     # Exported models.
@@ -456,12 +374,8 @@ RULES = (
     unused("export.weights", "trainer.ema_decay!=null", "set trainer.ema_decay"),
     unused("export.checkpoint", "export.average=[]", "remove export.average, which names what is exported"),
     *(
-        Rule(
-            f"export.average!=[] {when}",
-            "export.average takes whole models, so this key has no effect on it",
-            "export each checkpoint with this key first, and name the folders",
-        )
-        for when in ("export.merge=true", "export.weights=ema")
+        unused(key, "export.average=[]", "export each checkpoint with it first, and average the folders")
+        for key in ("export.merge", "export.weights")
     ),
     Rule(
         "export.average!=[]",
@@ -522,22 +436,13 @@ def resolve_reference(config: RunConfig, given: Collection[str] = ()) -> RunConf
     that loads none. Options that the command line sets (`given`) are kept, so that a rule refuses them.
     """
     reference, mode = config.reference, config.reference.mode
-    sections = {key.partition(".")[0] for key in given}
-    mode_given = not {"reference", "reference.mode"}.isdisjoint(given)
-    needs_reference, has_adapter = config.loss.needs_reference, config.model.adapter is not None
-    # The command line may choose a loss or a model that contradicts the experiment's mode.
-    if "loss" in sections:
-        is_overruled = (mode is ReferenceMode.none) is needs_reference
-    else:
-        is_overruled = mode is ReferenceMode.adapter and not has_adapter and "model" in sections
-    unused = []
-    if follows := mode is ReferenceMode.auto or (is_overruled and not mode_given):
+    if mode is ReferenceMode.auto:
         base_is_reference = reference.path is None and reference.quantization is None
+        has_adapter = config.model.adapter is not None
         mode = ReferenceMode.adapter if has_adapter and base_is_reference else ReferenceMode.cached
-        mode = mode if needs_reference else ReferenceMode.none
-    if follows or mode_given:
-        unused += [opt for opt, modes in MODES_USING.items() if mode not in modes and opt not in _DEFINING]
-    if follows and mode is ReferenceMode.none and "loss" in sections:
-        unused += _DEFINING
+        mode = mode if config.loss.needs_reference else ReferenceMode.none
+    elif {"reference", "reference.mode"}.isdisjoint(given):
+        return config
+    unused = [opt for opt, modes in MODES_USING.items() if mode not in modes and opt not in _DEFINING]
     reset = {opt: getattr(ReferenceConfig, opt) for opt in unused if f"reference.{opt}" not in given}
     return replace(config, reference=replace(reference, mode=mode, **reset))

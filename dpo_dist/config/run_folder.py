@@ -85,17 +85,6 @@ class RunFolder:
 
     path: Path
 
-    def check_writable(self) -> None:
-        """Raise ConfigError if the folder cannot be made or written; create nothing."""
-        above = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK):
-            raise ConfigError(
-                "run.dir cannot be written",
-                where="run.dir",
-                got=str(above),
-                remedy="set run.dir to another folder, or make this one writable",
-            )
-
     @classmethod
     def of(cls, config: RunConfig) -> "RunFolder":
         """Return the run directory of `config`: `run.dir`."""
@@ -195,6 +184,19 @@ class RunFolder:
 
     policy = At("policy")
     """The policy after a round that trains an adapter, merged into its base; in the round's folder."""
+
+
+def check_writable(folder: Path, key: str = "run.dir") -> None:
+    """Raise ConfigError if a folder, which `key` names, cannot be made or written; create nothing."""
+    above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise ConfigError(
+            f"{key} cannot be written",
+            where=key,
+            got=f"{folder}: {above} is no folder" if not above.is_dir() else str(above),
+            expected="a folder that exists or can be created, with write permission",
+            remedy=f"set {key} to another folder, or make this one writable",
+        )
 
 
 def existing_run(path: Path) -> RunFolder:

@@ -106,9 +106,7 @@ class EvaluationConfig:
         return list(self.model) if isinstance(self.model, list) else [self.model]
 
 
-LearningRateSchedule = StrEnum(
-    "LearningRateSchedule", ["constant", "constant_with_warmup", "linear", "cosine", "inverse_sqrt"]
-)
+LearningRateSchedule = StrEnum("LearningRateSchedule", ["constant", "linear", "cosine", "inverse_sqrt"])
 OptimizerKind = StrEnum("OptimizerKind", ["adamw", "adamw_8bit"])
 
 
@@ -122,9 +120,8 @@ class OptimConfig:
     lr: float = key(1e-6, gt=0)
     """Peak learning rate; 5e-7 to 5e-6 is usual if all weights are trained."""
     schedule: LearningRateSchedule = key(LearningRateSchedule.cosine)
-    """Learning rate after warm-up, which every schedule has; `constant_with_warmup` is `constant` that
-    refuses a run without warm-up. `inverse_sqrt` falls as sqrt(w / step) after w steps of warm-up, without
-    them as sqrt(10,000 / (10,000 + step)), as in transformers."""
+    """Learning rate after warm-up, which every schedule has. `inverse_sqrt` falls as sqrt(w / step) after w
+    steps of warm-up, without them as sqrt(10,000 / (10,000 + step)), as in transformers."""
     warmup_ratio: float = key(0.1, ge=0, le=1)
     """Share of all steps in which the learning rate rises; the first of w such steps has lr / w."""
     warmup_steps: int | None = key(None, ge=0)

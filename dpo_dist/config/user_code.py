@@ -54,26 +54,16 @@ def find_function(written: str | None, key: str = LOSS_FUNCTION) -> UserFunction
     importlib.invalidate_caches()
     try:
         spec = importlib.machinery.PathFinder.find_spec(module) if "." not in module else find_spec(module)
-    except ModuleNotFoundError:
-        spec = None
-    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        file = Path(spec.origin if spec and spec.origin else module).with_suffix(".py")
+        text = importlib.util.decode_source(file.read_bytes())
+    except (ImportError, OSError, SyntaxError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"the module of {key} is not found",
+            f"the module of {key} is not found, or is no Python source",
             where=key,
-            got=f"{module}, searched for in {Path.cwd()} and on Python's path",
-            expected="a module with a source file",
+            got=f"{module}, searched for in {Path.cwd()} and on Python's path: {error}",
+            expected="a module with a source file, in UTF-8",
             remedy=f"start in the folder of {module.partition('.')[0]}, or add that folder to PYTHONPATH, on "
             "every node; write the module without .py",
-        )
-    file = Path(spec.origin)
-    try:
-        text = importlib.util.decode_source(file.read_bytes())
-    except (OSError, SyntaxError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"the source of {key} cannot be read",
-            where=key,
-            got=f"{file}: {error}",
-            remedy="make the file readable, as Python source in UTF-8",
         ) from error
     return UserFunction(module, name, file, text_digest(text), text, key)
 

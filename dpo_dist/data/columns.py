@@ -8,12 +8,12 @@ from typing import Any
 
 from dpo_dist.config.data import DataFormat, SourceConfig
 from dpo_dist.config.user_code import user_function
-from dpo_dist.data.counts import remedy_of
 from dpo_dist.data.messages import CALLING, ROLES, from_json, parse_json
 from dpo_dist.data.records import BadRecord, Fields, RawRecord, shown_key
 from dpo_dist.foundation.errors import ConfigError, DataError
 
 READER = "reader"
+_SIDES = ("chosen", "rejected")
 _MEDIA = ("images", "videos", "audios")
 _OPTIONAL = (
     *("system", "history", "input", "tools", "chat_template_kwargs", "documents", *_MEDIA),
@@ -125,146 +125,106 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]}?" if near else ""
 
 
-_FILE = "dataset_info.json"
-_LOCATIONS = ("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
-_KEYS: dict[str, type] = {
-    **dict.fromkeys((*_LOCATIONS, "formatting", "split", "subset", "folder", "revision", "file_sha1"), str),
-    **{"ranking": bool, "columns": dict, "tags": dict, "num_samples": int},
-}
-# The columns of each formatting, and the fields that they name.
-_SHARED = {name: name for name in ("system", "tools", "chosen", "rejected", *_MEDIA)} | {"kto_tag": "label"}
-_ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "history": "history"}
-_FORMATTINGS = {
-    "alpaca": (DataFormat.alpaca, _ALPACA | _SHARED),
-    "sharegpt": (DataFormat.sharegpt, {"messages": "conversations"} | _SHARED),
-    "openai": (DataFormat.sharegpt, {"messages": "messages"} | _SHARED),
-}
-# The names of fields and roles of a turn that are read as such.
-_TAGS = {
-    "role_tag": ("from", "role"),
-    "content_tag": ("value", "content"),
-    "function_tag": CALLING,
-    **{
-        f"{tag}_tag": (role, *(name for name, usual in ROLES.items() if usual == role))
-        for tag, role in (("user", "user"), ("assistant", "assistant"), ("observation", "tool"))
-    },
-    "system_tag": ("system",),
-}
-
-
 def is_saved(folder: Path) -> bool:
     """Return whether `Dataset.save_to_disk` wrote the folder."""
     return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
+_FILE = "dataset_info.json"
+_LOCATIONS = ("file_name", "hf_hub_url")
+# Those of the second line change nothing here.
+_KEYS = (
+    *(*_LOCATIONS, "formatting", "ranking", "columns", "split", "subset", "folder", "revision"),
+    *("num_samples", "tags", "ms_hub_url", "om_hub_url", "file_sha1"),
+)
+_SHARED = {name: name for name in ("system", "tools", "chosen", "rejected", *_MEDIA)}
+# The columns of each formatting, and the fields that they name.
+_FORMATTINGS = {
+    "alpaca": _SHARED
+    | {"prompt": "instruction", "query": "input", "response": "output", "history": "history"},
+    "sharegpt": _SHARED | {"messages": "conversations"},
+    "openai": _SHARED | {"messages": "messages"},
+}
+# The names that a turn's fields and calls may have, and the roles that the others must be read as.
+_TAGS = ("from", "role", "value", "content", *CALLING)
+_ROLE_TAGS = {"user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool"}
+
+
 def resolved(source: SourceConfig) -> SourceConfig:
     """Return the source that an entry of a `dataset_info.json` describes; any other source unchanged.
 
-    `path` is the folder with a dataset_info.json, or this file, and `name` the entry. Raises ConfigError or
-    DataError: the file or the entry cannot be read, or has no meaning here.
+    `path` is the folder with a dataset_info.json, or this file, and `name` the entry. Raises ConfigError: the
+    file or the entry cannot be read, or has no meaning here.
     """
     local = Path(source.path).expanduser()
     file = local if local.name == _FILE else local / _FILE
     if "://" in source.path or not file.is_file() or is_saved(file.parent):
         return source
     try:
-        found, fault = parse_json(file.read_bytes()), ""
-    except ValueError as error:
-        found, fault = None, str(error)
+        found = parse_json(file.read_bytes())
+    except ValueError:
+        found = None
     entries = found if isinstance(found, dict) and all(isinstance(e, dict) for e in found.values()) else {}
-    if all(entry.keys().isdisjoint(_LOCATIONS) for entry in entries.values()):
-        if source.name is None and file != local:
-            return source  # the file is another program's
-        raise DataError(
-            f"the file is no {_FILE} of LLaMA-Factory",
-            where=str(file),
-            got=fault or f"a {type(found).__name__} without file_name or hf_hub_url",
-            expected='{"NAME": {"file_name": "pairs.json", ...}, ...}',
-            remedy="remove `name` and set path to the data file, or to dataset_path of an entry of ms-swift, "
-            "and columns: {FIELD: COLUMN}",
-        )
-    if source.name not in entries:
+    is_other = all(entry.keys().isdisjoint(_LOCATIONS) for entry in entries.values())
+    if is_other and source.name is None and file != local:
+        return source  # the file is another program's
+    if is_other or source.name not in entries:
         raise ConfigError(
             f"{_FILE} has no such entry" if source.name else f"`name` chooses an entry of {_FILE}",
             where=f"name of {source.path}",
             got=str(source.name),
-            expected=", ".join(sorted(entries)),
+            expected="" if is_other else ", ".join(sorted(entries)),
             remedy=_nearest(source.name or "", entries)
-            or f"write {{path: {source.path}, name: ENTRY}}; to read files without it, set path to a file or "
-            "pattern",
+            or f"write {{path: {source.path}, name: ENTRY}} (LLaMA-Factory); to read files without "
+            "it, set path to a file or pattern, and columns",
         )
-    return _described(source, file, entries[source.name])
+    try:
+        return _described(source, file.parent, entries[source.name])
+    except (TypeError, ValueError) as fault:
+        raise ConfigError(
+            f"the entry of {_FILE} cannot be read",
+            where=f"{source.name} in {file}",
+            got=" ".join(str(fault).split()),
+            expected="what docs/coming_from.md lists; losses for unpaired data (kto_tag) are not offered",
+            remedy="correct the entry, or set path to its file and columns or reader of the source",
+        ) from fault
 
 
-def _described(source: SourceConfig, file: Path, entry: Fields) -> SourceConfig:
+def _described(source: SourceConfig, folder: Path, entry: Fields) -> SourceConfig:
     """Return the source that an entry describes, with the weight and limit of the one that asks for it."""
-    where = f"{source.name} in {file}"
-    for key in ("format", "columns", "split", "data_dir", "revision"):
-        if getattr(source, key) not in (None, DataFormat.auto):
-            what = f"{key} of the source has no effect: the entry decides"
-            raise ConfigError(what, where=where, got=str(getattr(source, key)), remedy="change the entry")
     entry = {key: value for key, value in entry.items() if value is not None}
-    kind, named = _checked(entry, where)
+    formatting = entry.get("formatting", "alpaca")
+    field_of = _FORMATTINGS.get(formatting, {})
+    named, tags = (
+        {name: value for name, value in dict(entry.get(key, {})).items() if value}
+        for key in ("columns", "tags")
+    )
+    own = ("format", "columns", "split", "data_dir", "revision")
+    faults = [f"{key} of the source" for key in own if getattr(source, key) not in (None, DataFormat.auto)]
+    faults += [] if field_of else [f"formatting {formatting}"]
+    faults += [key for key in entry if key not in _KEYS]
+    faults += [f"column {name}" for name in named if name not in field_of]
+    faults += [
+        f"{tag} {name}"
+        for tag, name in tags.items()
+        if name not in _TAGS and ROLES.get(name, name) != _ROLE_TAGS.get(tag, "system")
+    ]
+    faults += [] if entry.get("ranking") else [f'{s} without "ranking": true' for s in _SIDES if s in named]
+    faults += [] if any(map(entry.get, _LOCATIONS)) else ["no file_name or hf_hub_url"]
+    if faults:
+        raise ValueError(", ".join(faults))
     columns: dict[str, str | None] | None = None
     if named:  # as in LLaMA-Factory, no other column is read
-        columns = {**named, _OTHERS: None}
+        columns = {**{field_of[name]: column for name, column in named.items()}, _OTHERS: None}
     elif entry.get("ranking") is False:
-        columns = {"chosen": None, "rejected": None}
+        columns = dict.fromkeys(_SIDES)
     limits = [limit for limit in (source.limit, entry.get("num_samples")) if limit is not None]
-    found = replace(source, name=None, format=kind, columns=columns, limit=min(limits, default=None))
-    split = entry.get("split")
-    if hub := entry.get("hf_hub_url"):
-        name, folder, revision = map(entry.get, ("subset", "folder", "revision"))
-        return replace(found, path=hub, name=name, data_dir=folder, revision=revision, split=split)
-    if not entry.get("file_name"):
-        raise DataError(
-            "the entry names no data that can be read here",
-            where=where,
-            got=", ".join(key for key in _LOCATIONS if key in entry) or "no location",
-            expected="file_name or hf_hub_url",
-            remedy="download the data and set file_name",
-        )
-    # LLaMA-Factory gives every local file the split train.
-    split = None if split == "train" else split
-    return replace(found, path=str(file.parent / entry["file_name"]), split=split)
-
-
-def _checked(entry: Fields, where: str) -> tuple[DataFormat, dict[str, str]]:
-    """Return the format of an entry that can be read here, and its columns by the fields that they are."""
-    formatting = entry.get("formatting", "alpaca")
-    _check_entry(where, "key", entry, _KEYS)
-    for key, value in entry.items():
-        _check_entry(where, f"kind of {key}", [type(value).__name__], [_KEYS[key].__name__])
-    _check_entry(where, "formatting", [formatting], _FORMATTINGS)
-    kind, field_of = _FORMATTINGS[formatting]
-    named, tags = (
-        {name: value for name, value in entry.get(key, {}).items() if value} for key in ("columns", "tags")
+    found = replace(
+        source, name=None, columns=columns, limit=min(limits, default=None), split=entry.get("split")
     )
-    _check_entry(where, "column", named, field_of)
-    _check_entry(where, "tag", tags, _TAGS)
-    for tag, name in tags.items():
-        _check_entry(where, f"{tag} (other turns need a reader)", [name], _TAGS[tag])
-    if not entry.get("ranking"):
-        sides = {"chosen", "rejected"} & named.keys()
-        _check_entry(where, 'column of an entry without "ranking": true', sorted(sides), ())
-    if "kto_tag" in named:
-        raise DataError(
-            "the entry has unpaired responses with a good/bad label (KTO)",
-            where=where,
-            got=f"kto_tag: {named['kto_tag']}",
-            expected="pairs: columns with chosen and rejected",
-            remedy=remedy_of("unpaired"),
-        )
-    return kind, {field_of[name]: column for name, column in named.items()}
-
-
-def _check_entry(where: str, what: str, names: Iterable[Any], known: Iterable[str]) -> None:
-    """Check that all names are known. Raises ConfigError."""
-    if unknown := [str(name) for name in names if name not in known]:
-        raise ConfigError(
-            f"the entry has an unknown {what}",
-            where=where,
-            got=", ".join(unknown),
-            expected=", ".join(known),
-            remedy="correct the entry, or set path to its file and columns of the source",
-        )
+    if hub := entry.get("hf_hub_url"):
+        subset, data_dir, revision = map(entry.get, ("subset", "folder", "revision"))
+        return replace(found, path=hub, name=subset, data_dir=data_dir, revision=revision)
+    # LLaMA-Factory gives every local file the split train.
+    split = None if found.split == "train" else found.split
+    return replace(found, path=str(folder / entry["file_name"]), split=split)

@@ -5,6 +5,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from collections import deque
@@ -18,9 +19,9 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from dpo_dist.config.data import DataConfig, OnBadRecord, Truncation
+from dpo_dist.config.data import MARKER_GAP, UNTRAINED_PARTS, DataConfig, OnBadRecord, Truncation
 from dpo_dist.data.counts import Outcome
-from dpo_dist.data.escape import RESERVED, any_text
+from dpo_dist.data.escape import RESERVED, THOUGHT_TAGS, any_text
 from dpo_dist.data.records import (
     ALL_RECORDS,
     BadRecord,
@@ -33,7 +34,7 @@ from dpo_dist.data.records import (
 )
 from dpo_dist.data.render import Rendered, TokenizerFacts, render_record, tokenizer_facts
 from dpo_dist.data.store import SCHEMA
-from dpo_dist.data.turns import Mask, counted_characters, token_mask, untrained_parts
+from dpo_dist.data.template import Span
 from dpo_dist.foundation.errors import ConfigError, PeerLostError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 
 TokenIds: TypeAlias = npt.NDArray[np.int32]
+Mask: TypeAlias = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,19 +121,72 @@ def _encoded(
     """Return the ids of the prompt and of each response; masks of the tokens that the loss counts, none if it
     counts all; and whether a response was resplit.
     """
-    formatting = facts.around_turns if "formatting" in config.untrained else None
-    parts = untrained_parts(tuple(config.untrained), formatting)
+    parts = _untrained_parts(facts, config)
     counted = [
-        counted_characters(rendered.prompt, text, turns, parts)
+        _counted_characters(rendered.prompt, text, turns, parts)
         for text, turns in zip(rendered.responses, rendered.counted, strict=True)
     ]
     has_masks = counted != [None] * len(counted)
     prompt, found, is_resplit = facts.encoder.encode_after(rendered.prompt, rendered.responses, has_masks)
     masks = [
-        np.ones(len(ids), dtype=np.bool_) if spans is None else token_mask(starts, len(text), spans)
+        np.ones(len(ids), dtype=np.bool_) if spans is None else _token_mask(starts, len(text), spans)
         for text, (ids, starts), spans in zip(rendered.responses, found, counted, strict=True)
     ]
     return prompt, [ids for ids, _ in found], masks if has_masks else [], is_resplit
+
+
+def _untrained_parts(facts: TokenizerFacts, config: DataConfig) -> list[tuple[str, re.Pattern[str]]]:
+    """Return patterns of the parts in `data.untrained`, each with what may open it before the response."""
+    names, (begin, end) = config.untrained, map(re.escape, THOUGHT_TAGS)
+    parts = [("", facts.around_turns)] if "formatting" in names else []
+    if "empty_thoughts" in names:
+        parts.append((THOUGHT_TAGS[0], re.compile(rf"\A\s*{begin}\s*{end}\s*")))
+    markers = [tuple(name.split(MARKER_GAP, 1)) for name in names if name not in UNTRAINED_PARTS]
+    for first, last in [*markers, *([THOUGHT_TAGS] if "thoughts" in names else [])]:
+        spaces = r"\s*" if (first, last) == THOUGHT_TAGS else ""
+        parts.append((first, re.compile(rf"(?s){re.escape(first)}.*?(?:{re.escape(last)}{spaces}|\Z)")))
+    return parts
+
+
+def _counted_characters(
+    prompt: str, text: str, turns: Sequence[Span], untrained: Sequence[tuple[str, re.Pattern[str]]]
+) -> list[Span] | None:
+    """Return the spans of a response `text` after a prompt that the loss counts; None: all of it.
+
+    `turns` are the spans of its trained turns.
+    """
+    counted = list[Span]()
+    for start, end in turns:
+        before, found = prompt + text[:start], list[Span]()
+        for opening, pattern in untrained:
+            is_opened = opening and before.rstrip().endswith(opening)
+            opened = before[before.rindex(opening) :] if is_opened else ""
+            for match in pattern.finditer(opened + text[start:end]):
+                first, stop = match.span()
+                found.append((start + first - len(opened), start + stop - len(opened)))
+        position = start
+        for first, stop in sorted(found):
+            if position < first:
+                counted.append((position, first))
+            position = max(position, stop)
+        if position < end:
+            counted.append((position, end))
+    return None if counted == [(0, len(text))] else counted
+
+
+def _token_mask(starts: Sequence[int], length: int, counted: Iterable[Span]) -> Mask:
+    """Return whether each token has a counted character: the loss counts it.
+
+    `starts` are the positions of the tokens' first characters, not falling, in a text of `length` characters.
+    """
+    begins = np.array(starts, dtype=np.int64)
+    # A character of several tokens (bytes) belongs to each of them.
+    following = np.searchsorted(np.append(begins, length), begins, side="right")
+    ends = np.append(begins, length)[np.minimum(following, len(begins))]
+    mask = np.zeros(len(begins), dtype=np.bool_)
+    for start, end in counted:
+        mask |= (begins < end) & (ends > start)
+    return mask
 
 
 def _truncated(
@@ -277,7 +332,8 @@ def _columns(record: EncodedRecord) -> dict[str, Any]:
     }
 
 
-Records: TypeAlias = Sequence[PreferenceRecord | BadRecord]
+Record: TypeAlias = PreferenceRecord | BadRecord
+Records: TypeAlias = Sequence[Record]
 Result = TypeVar("Result")
 
 CHUNK_RECORDS = 64
@@ -289,15 +345,16 @@ _CHUNKS_AHEAD = 2
 
 
 def in_order(
-    chunks: Iterable[Records], work: Callable[[Records], Result], processes: int | None
+    records: Iterable[Record], work: Callable[[Records], Result], processes: int | None
 ) -> Generator[Result, None, None]:
-    """Yield the result of `work`, which can be pickled, for each chunk, in order, on several processes.
+    """Yield the result of `work`, which can be pickled, for each chunk of records, in order, on processes.
 
     Closing the generator ends the processes. At most a few chunks a process are in memory. Without
     `processes` there is one for each core, if there are enough chunks.
     """
+    records = iter(records)
+    chunks = iter(lambda: list(itertools.islice(records, CHUNK_RECORDS)), [])
     first: list[Records] = []
-    chunks = iter(chunks)
     if processes is None:
         first = list(itertools.islice(chunks, _MIN_CHUNKS))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -309,8 +366,8 @@ def in_order(
     ahead: deque[Future[Result]] = deque()
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_process, (work,))
     try:
-        for records in every:
-            ahead.append(pool.submit(_work, records))
+        for chunk in every:
+            ahead.append(pool.submit(_work, chunk))
             if len(ahead) == _CHUNKS_AHEAD * processes:
                 yield ahead.popleft().result()
         while ahead:

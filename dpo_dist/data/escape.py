@@ -4,7 +4,7 @@ import copy
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from tokenizers import AddedToken, Tokenizer
 
 from dpo_dist.data.records import Message, UnusableRecordError
-from dpo_dist.data.template import THOUGHT_TAGS, any_of
 from dpo_dist.foundation.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
+THOUGHT_TAGS = ("<think>", "</think>")
 
 # A Unicode noncharacter, never part of interchanged text: it delimits marks.
 RESERVED_CHARACTER = "\ufdd0"
@@ -27,6 +28,11 @@ _LITERAL = f"{RESERVED_CHARACTER}literal(\\d+){RESERVED_CHARACTER}"
 _ESCAPED_CHARACTER = "\\ufdd0"
 _BEFORE = f"{RESERVED_CHARACTER}before{RESERVED_CHARACTER}"
 _AFTER = f"{RESERVED_CHARACTER}after{RESERVED_CHARACTER}"
+
+
+def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern that matches any of `tokens`, preferring the longest."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, reverse=True))) or r"(?!)")
 
 
 Piece: TypeAlias = tuple[int, int, bool]
@@ -49,32 +55,35 @@ class Marks:
         self._marks = {name: f"{RESERVED_CHARACTER}literal{n}{RESERVED_CHARACTER}" for n, name in numbers}
         self._literal = re.compile(_LITERAL)
         self._literal_or_token = re.compile(f"{_LITERAL}|{token}")
-        self._in_place = re.compile(f"{_BEFORE}({token})|({token}){_AFTER}")
+        self._beside = re.compile(f"{_BEFORE}({token})|({token}){_AFTER}")
 
     def escape(self, text: str, pattern: re.Pattern[str] | None = None) -> str:
         """Return a text with a mark in place of each token of `pattern`, by default `in_text`."""
         return (pattern or self.in_text).sub(lambda found: self._marks[found[0]], text)
 
-    def replaced(self, value: Any, pattern: re.Pattern[str]) -> Any:
-        """Return a value with each token that matches `pattern` replaced by its mark."""
-        return _mapped(value, lambda text: self.escape(text, pattern))
-
-    def in_place(self, value: Any, pattern: re.Pattern[str]) -> Any:
-        """Return a value with a mark beside each token, so that a template still finds it in the text.
+    def beside(self, value: Any, pattern: re.Pattern[str]) -> Any:
+        """Return a value with a mark beside each token of `pattern`: a template still finds the token.
 
         The mark is after a token at the start of a text and before any other one.
         """
 
-        def beside(found: re.Match[str]) -> str:
+        def marked(found: re.Match[str]) -> str:
             return _BEFORE + found[0] if found.string[: found.start()].strip() else found[0] + _AFTER
 
-        return _mapped(value, lambda text: pattern.sub(beside, text))
+        def changed(part: Any) -> Any:
+            if isinstance(part, str):
+                return pattern.sub(marked, part)
+            if isinstance(part, Mapping):
+                return {changed(name): changed(value) for name, value in part.items()}
+            return list(map(changed, part)) if isinstance(part, list | tuple) else part
+
+        return changed(value)
 
     def settle(self, rendered: str) -> str:
         """Return the output of a template for marked values with marks only in place of tokens."""
         # Some templates write tools by `tojson` in ASCII or as Python would.
         rendered = rendered.replace(_ESCAPED_CHARACTER, RESERVED_CHARACTER)
-        return self._in_place.sub(lambda found: self._marks[found[1] or found[2]], rendered)
+        return self._beside.sub(lambda found: self._marks[found[1] or found[2]], rendered)
 
     def spell(self, escaped: str) -> str:
         """Return the text that an escaped text spells."""
@@ -108,14 +117,6 @@ def any_text(value: Any, pattern: re.Pattern[str]) -> bool:
         case Mapping():
             return any(any_text(part, pattern) for item in value.items() for part in item)
     return isinstance(value, list | tuple) and any(any_text(part, pattern) for part in value)
-
-
-def _mapped(value: Any, change: Callable[[str], str]) -> Any:
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {_mapped(name, change): _mapped(part, change) for name, part in value.items()}
-    return [_mapped(part, change) for part in value] if isinstance(value, list | tuple) else value
 
 
 Encoded: TypeAlias = tuple[list[int], list[int]]

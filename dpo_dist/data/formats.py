@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from dpo_dist.config.data import DataConfig, DataFormat, OnBadRecord, SourceConfig
 from dpo_dist.data.columns import FIRST_RECORDS, resolved, with_columns
-from dpo_dist.data.counts import DataCounts, Outcome, check_counts, no_records
+from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome, check_counts
 from dpo_dist.data.messages import (
     MEDIA,
     Reader,
@@ -48,12 +48,8 @@ from dpo_dist.data.records import (
     shown_key,
     turns_of,
 )
-from dpo_dist.data.sources import Meter, check_cached_offline, local_files, raw_records
+from dpo_dist.data.sources import local_files, pinned, raw_records
 
-_CHECKED_RECORDS = 64
-_MANY_RECORDS = 16_384
-# Reasons that the other records of a source share, if the first ones have them.
-_SHARED_REASONS = frozenset({"unknown_format", "unpaired", "unparsable", "missing_field", "reader_failed"})
 # Faults of the responses of a record; its prompt may be usable.
 _OF_RESPONSES = frozenset(
     (
@@ -96,7 +92,6 @@ def parse_prompt(record: Fields, name: DataFormat, origin: Origin) -> Preference
 
 def read_records(
     source: SourceConfig | str,
-    meter: Meter | None = None,
     parse: Callable[[Fields, DataFormat, Origin], PreferenceRecord | BadRecord] = parse_record,
 ) -> Iterator[PreferenceRecord | BadRecord]:
     """Read the records of a source (a string: its path) in its order, in bounded memory.
@@ -107,7 +102,7 @@ def read_records(
     source = resolved(SourceConfig(path=source) if isinstance(source, str) else source)
     return (
         record if isinstance(record, BadRecord) else parse(record, source.format, origin)
-        for record, origin in raw_records(source, meter)
+        for record, origin in raw_records(source)
     )
 
 
@@ -117,37 +112,34 @@ def read_prompts(source: SourceConfig) -> Iterator[PreferenceRecord | BadRecord]
 
 
 def check_source(source: SourceConfig, config: DataConfig | None = None) -> None:
-    """Check the keys of a source and the columns of its first records; offline, that a Hub dataset is cached.
+    """Check the keys of a source and the columns of its first records; with `config`, that one can be used.
 
-    With `config` one of the first records must be usable, or with `data.on_bad_record=error` all of them.
-    Sends no request. Raises DataError or ConfigError.
+    With `data.on_bad_record=error` those before it must be usable too. Sends no request. Raises DataError or
+    ConfigError.
     """
+    from huggingface_hub import constants  # noqa: PLC0415  # slow to import
+
     source = resolved(source)
     with_columns(iter(()), source)
     if local_files(source) is None:
-        check_cached_offline(source)
+        if constants.HF_HUB_OFFLINE:
+            pinned(source)  # its cache must have the dataset
         return
-    first = list(itertools.islice(raw_records(source), FIRST_RECORDS))
+    for _ in itertools.islice(raw_records(source), FIRST_RECORDS):
+        pass  # a wrong column is an error
     if config is None:
         return
-    if not first:
-        raise no_records(source.path)
-    records = read_records(source)
-    if config.on_bad_record is OnBadRecord.error:
-        for record in itertools.islice(records, _CHECKED_RECORDS):
-            if isinstance(record, BadRecord):
-                raise bad_record_error(record)
-        return
+    first: list[BadRecord] = []
+    outcomes = Counter[Outcome]()
     # Sorted data can begin with many records without a response.
-    bad: list[BadRecord] = []
-    for record in itertools.islice(records, _MANY_RECORDS):
+    for record in read_records(source):
         if not isinstance(record, BadRecord):
             return
-        bad.append(record)
-    of_first = next(records, None) is not None
-    outcomes = Counter(Outcome(dropped=one.reason) for one in bad)
-    if not of_first or all(one.reason in _SHARED_REASONS for one in bad):
-        check_counts(DataCounts.of(outcomes, bad), source.path, config, of_first=of_first)
+        if config.on_bad_record is OnBadRecord.error:
+            raise bad_record_error(record)
+        first += [record] if len(first) < SHOWN_EXAMPLES else []
+        outcomes[Outcome(dropped=record.reason)] += 1
+    check_counts(DataCounts.of(outcomes, first), source.path, config)
 
 
 def _parse(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord:
@@ -232,8 +224,6 @@ CONVERSATIONS = ("conversations", "messages")
 _SYSTEMS = ("system", "system_prompt")
 _TOOLS = ("tools", "functions")
 _ARGUMENTS = "chat_template_kwargs"
-_THINKING = "enable_thinking"
-_TRUTHS = {"true": True, "false": False, "1": True, "0": False}
 # Parts of the question in some datasets: they must be in the prompt. No format adds `context` to it.
 _OF_PROMPT = ("instruction", *QUESTIONS, "context")
 # A chat template renders these or a model sees them, and no format reads them.
@@ -251,11 +241,7 @@ def prompt_of(record: Fields, responses: Iterable[Any]) -> Any:
             return _asked(turns)
     if has_value(record.get("instruction")):
         parts = [record["instruction"], record.get("input")]
-        if not all(part is None or isinstance(part, str) for part in parts):
-            if has_value(parts[1]):
-                raise UnusableRecordError("unread_content", "instruction and input are not texts", ("input",))
-            return [{"role": "user", "content": parts[0]}]
-        return _asked("\n".join(filter(None, parts)))
+        return _asked("\n".join(part for part in parts if isinstance(part, str) and part))
     question = next((record[name] for name in QUESTIONS if has_value(record.get(name))), None)
     return question if question is None or is_messages(question) else [{"role": "user", "content": question}]
 
@@ -492,11 +478,12 @@ def with_context(
     is_dialogue = isinstance(prompt, Dialogue)
     messages = turns_of(prompt, "user")
     unread = [name for name in _UNREAD if has_value(record.get(name))]
+    # Also false: it belongs into the arguments of the template.
+    unread += ["enable_thinking"] if record.get("enable_thinking") not in (None, "") else []
     for name, neutral in _UNREAD_NUMBERS.items():
         if record.get(name) not in (None, "") and _number(record[name]) != neutral:
             unread.append(name)
     given = [name for name in (*_TOOLS, _ARGUMENTS) if has_value(record.get(name))]
-    given += [_THINKING] if record.get(_THINKING) not in (None, "") else []
     turns: list[Message] = []
     if is_plain or is_dialogue:
         unread += [*given, *(name for name in (*_SYSTEMS, "history") if has_value(record.get(name)))]
@@ -545,15 +532,11 @@ def _add_turns_before(turns: list[Message], record: Fields, prompt: Messages) ->
 def _tools(value: Any) -> tuple[Fields, ...]:
     """Return definitions of tools, each as `{type: function, function: {name, ...}}` if it has a name."""
     found = from_json(without_nulls(value))
-    listed = [found] if isinstance(found, Mapping) else found
-    tools = [from_json(tool) for tool in listed] if isinstance(listed, list) else []
-    functions = [
-        from_json(tool.get("function", tool)) if isinstance(tool, Mapping) else None for tool in tools
-    ]
-    if not tools or not all(
-        isinstance(one, Mapping) and isinstance(one.get("name", ""), str) for one in functions
-    ):
-        raise UnusableRecordError("invalid_tools", "tools, a function or its name is no JSON of that kind")
+    tools = list(map(from_json, found)) if isinstance(found, list) else [found]
+    for tool in tools:
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name", ""), str):
+            raise UnusableRecordError("invalid_tools", "a tool or its name is no JSON of that kind")
     return tuple(
         {"type": "function", "function": tool} if "name" in tool and "function" not in tool else tool
         for tool in tools
@@ -561,18 +544,12 @@ def _tools(value: Any) -> tuple[Fields, ...]:
 
 
 def _arguments(record: Fields) -> Fields:
-    """Return the arguments of the chat template: those of `chat_template_kwargs`, and `enable_thinking`."""
+    """Return the arguments of the chat template, an object that may be spelled in JSON."""
     value = record.get(_ARGUMENTS)
     found = from_json(without_nulls(value)) if has_value(value) else {}
     if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
         raise UnusableRecordError("unread_content", f"{_ARGUMENTS} is not an object", (_ARGUMENTS,))
-    if record.get(_THINKING) in (None, ""):
-        return found
-    is_thinking = _TRUTHS.get(str(record[_THINKING]).lower())
-    if is_thinking is None or found.get(_THINKING, is_thinking) != is_thinking:
-        detail = f"{_THINKING} is neither true nor false, or has two values"
-        raise UnusableRecordError("unread_content", detail, (_THINKING,))
-    return {**found, _THINKING: is_thinking}
+    return found
 
 
 def _is_outside(value: Any, prompt: Prompt) -> bool:
@@ -638,27 +615,12 @@ def _with_values(record: Fields, name: DataFormat) -> Fields:
     return found
 
 
-def _with(*names: str) -> Callable[[Fields], Content]:
-    """Return the content of records of any kind that have one of these fields."""
-
-    def content(record: Fields) -> Content:
-        if all(record.get(name) is None for name in names):
-            raise UnusableRecordError("missing_field", names[0])
-        if has_pair(record):
-            return pair(record)
-        return ranking(record) if has_ranking(record) else completion(record)
-
-    return content
-
-
 # The first that matches is read.
 FORMATS: dict[DataFormat, Format] = {
     DataFormat.text: Format(pair, read=read_text),
     DataFormat.messages: Format(pair, read=read_messages),
     DataFormat.hh: Format(pair, read=read_hh),
     DataFormat.implicit_prompt: Format(pair, read=read_implicit),
-    DataFormat.alpaca: Format(_with("instruction")),
-    DataFormat.sharegpt: Format(_with("conversations", "messages")),
     # A pair in any of these.
     DataFormat.auto: Format(pair, matches=has_pair),
     DataFormat.ranked: Format(ranking, matches=has_ranking),

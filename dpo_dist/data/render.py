@@ -3,8 +3,8 @@
 `TokenizerFacts` are what is found by probing a tokenizer and its chat template once.
 """
 
-import itertools
 import json
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -12,17 +12,18 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 from dpo_dist.config.data import TEMPLATE_DATE, DataConfig, TextTemplate
-from dpo_dist.data.escape import EscapedEncoder, Marks
+from dpo_dist.data.escape import THOUGHT_TAGS, EscapedEncoder, Marks, any_of
 from dpo_dist.data.records import Dialogue, Fields, Message, Messages, PreferenceRecord, UnusableRecordError
 from dpo_dist.data.template import (
-    THOUGHT_TAGS,
-    any_of,
-    check_arguments,
+    ChatRenderer,
+    Forms,
+    Span,
+    Turns,
+    check_template_keys,
     chosen_template,
     pin_clock,
     turn_tokens,
 )
-from dpo_dist.data.turns import ChatRenderer, Forms, Span, Turns
 from dpo_dist.foundation.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -240,7 +241,8 @@ def _by_template(record: PreferenceRecord, facts: TokenizerFacts, config: DataCo
     )
     arguments = record.template_arguments
     known = {name: value for name, value in arguments.items() if name in chat.arguments}
-    check_arguments(config.template_arguments or (), chat.arguments)
+    if config.template_arguments:
+        check_template_keys(config, facts.tokenizer)
     tools = {"tools": list(record.tools)} if record.tools else {}
     context = chat.data({**(config.template_arguments or {}), **known, **tools})
     rendered = _Conversation(messages, context, facts, chat, config).render(responses)
@@ -468,8 +470,7 @@ class _Conversation:
 
 def _common_length(one: str, other: str) -> int:
     """Return the length of the common start of two texts, which does not end inside the tag of a thought."""
-    same = (a == b for a, b in zip(one, other, strict=False))
-    length = sum(itertools.takewhile(bool, same))
+    length = len(os.path.commonprefix([one, other]))  # noqa: RUF071  (of characters)
     # A generation prompt may open a thought where a turn starts with another tag, such as <tool_call>.
     last = max(one.rfind("<", 0, length), 0)
     is_cut = any(

@@ -5,16 +5,14 @@ Files are JSON lines, JSON, CSV and Parquet.
 
 import contextlib
 import csv
-import difflib
+import glob
 import io
 import itertools
 import json
-import logging
 import os
 import re
-from codecs import BOM_UTF8
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, TypeVar, cast
@@ -27,10 +25,9 @@ from dpo_dist.data.columns import is_saved, resolved, with_columns
 from dpo_dist.data.messages import JSON, parse_json, without_nulls
 from dpo_dist.data.records import BadRecord, Origin, RawRecord, shown_key
 from dpo_dist.foundation.errors import ConfigError, DataError, dead_link, first_line
-from dpo_dist.foundation.files import is_absent_offline, recall, remember, remembered_digest, text_digest
+from dpo_dist.foundation.files import remembered_digest, text_digest
 
 T = TypeVar("T")
-log = logging.getLogger(__name__)
 
 _KINDS = (".jsonl", ".json", ".csv", ".parquet")
 _COMPRESSED_KINDS = (".jsonl", ".json", ".csv")
@@ -52,32 +49,8 @@ _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})")
 _NOT_FOUND = "neither a local file nor a dataset found on the Hugging Face Hub"
 
 
-class Meter:
-    """The share of the bytes of a source's files that has been read; `total` is None if it is unknown."""
-
-    def __init__(self) -> None:
-        self.total: int | None = None
-        self._done = 0
-        self._size = 0
-        self._position: Callable[[], int] = int
-
-    def start(self, file: Path, position: Callable[[], int]) -> None:
-        """Begin the next file; `position` returns the number of its bytes that have been read."""
-        self._done += self._size
-        self._size = file.stat().st_size
-        self._position = position
-
-    @property
-    def share(self) -> float | None:
-        """The share that has been read, from 0 to 1; None if the total is unknown."""
-        if not self.total:
-            return None
-        return min(1.0, (self._done + min(self._position(), self._size)) / self.total)
-
-
-def raw_records(source: SourceConfig, meter: Meter | None = None) -> Iterator[RawRecord]:
+def raw_records(source: SourceConfig) -> Iterator[RawRecord]:
     """Return the first `limit` records of a `resolved` source, by its `reader` and `columns`."""
-    meter = meter or Meter()
     files, local = local_files(source), Path(source.path).expanduser()
     names: Iterable[str] = map(str, files or ())
     if files is None:
@@ -89,10 +62,7 @@ def raw_records(source: SourceConfig, meter: Meter | None = None) -> Iterator[Ra
     if is_saved(local):
         records = _saved_records(local, source)
     else:
-        meter.total = sum(file.stat().st_size for file in files)
-        records = itertools.chain.from_iterable(
-            read_file(file, name, meter) for file, name in zip(files, names, strict=True)
-        )
+        records = itertools.chain.from_iterable(map(read_file, files, names))
     return with_columns(itertools.islice(records, source.limit), source)
 
 
@@ -177,19 +147,11 @@ def _check_kind(file: Path, path: str) -> None:
 
 
 def _missing(file: Path) -> DataError:
-    if file.exists():
-        return DataError(
-            "the path is neither a file nor a folder",
-            where=str(file),
-            remedy="write the records to a file: data are read several times",
-        )
-    names = [one.name for one in file.parent.iterdir()] if file.parent.is_dir() else []
-    near = [] if dead_link(file) else difflib.get_close_matches(file.name, names, n=3)
     return DataError(
-        "the file does not exist",
+        "the path is neither a file nor a folder" if file.exists() else "the file does not exist",
         where=str(file),
-        got=dead_link(file) or ("" if names else f"no folder {file.parent}"),
-        remedy=f"did you mean {' or '.join(near)}?" if near else "check the path of the source",
+        got=dead_link(file) or ("" if file.parent.is_dir() else f"no folder {file.parent}"),
+        remedy="check the path of the source",
     )
 
 
@@ -202,13 +164,9 @@ def root_of(path: str) -> Path:
 
 
 def _globbed_files(pattern: str) -> list[Path]:
-    """Return the files that match, sorted by path; `**` follows no links to folders."""
-    root = root_of(pattern)
-    parts = [part if part == "**" else re.sub(r"\*\*+", "*", part) for part in Path(pattern).parts]
-    below = Path(*parts[len(root.parts) :]) / ("*" if parts[-1] == "**" else "")
-    shows_hidden = any(part.startswith(".") for part in below.parts)
-    found = (file for file in root.glob(str(below)) if file.is_file())
-    files = sorted(file for file in found if shows_hidden or not _is_hidden(root, file))
+    """Return the files that match, sorted by path; hidden ones only if the pattern names the dot."""
+    found = glob.glob(pattern, recursive=True)  # noqa: PTH207  (a pathlib pattern matches hidden files)
+    files = sorted(file for file in map(Path, found) if file.is_file())
     if not files:
         raise DataError(
             "no file matches the pattern",
@@ -218,26 +176,11 @@ def _globbed_files(pattern: str) -> list[Path]:
     return files
 
 
-def _is_hidden(root: Path, file: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(root).parts)
-
-
 def _folder_files(folder: Path, source: SourceConfig) -> list[Path]:
     """Return the data files of a folder's split. Raises DataError: none, or others would not be read."""
-    below = sorted(
-        file
-        for file in folder.rglob("*")
-        if file.is_file() and not _is_hidden(folder, file) and file.name not in _DESCRIPTIONS
-    )
-    if not any(map(file_kind, below)):
-        raise DataError(
-            "the folder has no data files",
-            where=str(folder),
-            got=", ".join(file.name for file in below[:5]) or "an empty folder",
-            expected=f"{', '.join(_KINDS)} files, or a folder written by Dataset.save_to_disk",
-            remedy="check the path; a file with another ending is named itself, or by a pattern",
-        )
-    files = _data_files(folder, source, [file for file in below if _DATA_NAME.search(file.name)])
+    below = (file for file in folder.rglob("*") if file.is_file() and _DATA_NAME.search(file.name))
+    visible = (file for file in below if "/." not in f"/{file.relative_to(folder)}")
+    files = _data_files(folder, source, [file for file in visible if file.name not in _DESCRIPTIONS])
     shards = Counter(found.groups() for file in files if (found := _SHARD.match(str(file))))
     for (name, total), present in shards.items():
         if present != int(total):
@@ -312,31 +255,19 @@ def _saved_records(folder: Path, source: SourceConfig) -> Iterator[RawRecord]:
 # The Hugging Face Hub.
 
 
-def pinned(source: SourceConfig, cache: Path | None) -> SourceConfig:
+def pinned(source: SourceConfig) -> SourceConfig:
     """Return the source that an entry of a dataset_info.json describes, or the source itself.
 
-    A Hub dataset has its commit as `revision` (null: main); if the Hub cannot be reached, the last known one,
-    from the Hub's own cache or from `cache`. Raises DataError: there is none, or no such dataset.
+    A Hub dataset has its commit as `revision` (null: main); if the Hub cannot be reached, the one in its
+    cache. Raises DataError: there is none, or no such dataset.
     """
     from huggingface_hub import HfApi  # noqa: PLC0415  # slow to import
-    from huggingface_hub.errors import RevisionResolutionError  # noqa: PLC0415
 
     source = resolved(source)
     if local_files(source) is not None:
         return source
-    key = f"{source.path}@{source.revision or 'main'}"
-    memo = None if cache is None else cache / "hub_commits"
-    known = recall(memo, key)
     with _as_data_error(source):
-        try:
-            found = HfApi().resolve_revision(source.path, repo_type="dataset", revision=source.revision)
-        except RevisionResolutionError:
-            if known is None:
-                raise
-            log.warning("the Hub cannot be reached for %s; its commit %s is used", source.path, known)
-            return replace(source, revision=known)
-    if found.resolved != known:
-        remember(memo, key, found.resolved)
+        found = HfApi().resolve_revision(source.path, repo_type="dataset", revision=source.revision)
     return replace(source, revision=found.resolved)
 
 
@@ -350,18 +281,6 @@ def _download(source: SourceConfig) -> Path:
             snapshot_download(
                 source.path, repo_type="dataset", revision=source.revision, allow_patterns=wanted
             )
-        )
-
-
-def check_cached_offline(source: SourceConfig) -> None:
-    """Check that a Hub dataset is cached if HF_HUB_OFFLINE allows no download. Raises DataError."""
-    if is_absent_offline("dataset", source.path):
-        raise DataError(
-            _NOT_FOUND,
-            where=source.path,
-            got="nothing in the cache of the Hub, and HF_HUB_OFFLINE=1",
-            expected="a local path, or a dataset that was downloaded before",
-            remedy="check the path or the name, download the dataset, or unset HF_HUB_OFFLINE",
         )
 
 
@@ -392,7 +311,7 @@ def file_kind(file: Path) -> str | None:
     return file.suffix if file.suffix in _KINDS else None
 
 
-def read_file(file: Path, path: str, meter: Meter) -> Iterator[RawRecord]:
+def read_file(file: Path, path: str) -> Iterator[RawRecord]:
     """Yield the records of a file, or why they cannot be read, in its order and in bounded memory.
 
     Their origin is `path` with the 1-based line of their start in .jsonl and .csv, their number elsewhere.
@@ -401,13 +320,13 @@ def read_file(file: Path, path: str, meter: Meter) -> Iterator[RawRecord]:
     try:
         match file_kind(file):
             case ".jsonl":
-                values = _lines(_opened(file, meter))
+                values = _lines(_opened(file))
             case ".json":
-                values = enumerate(_elements(_opened(file, meter)), start=1)
+                values = enumerate(_elements(_opened(file)), start=1)
             case ".csv":
-                values = _csv_rows(_opened(file, meter))
+                values = _csv_rows(_opened(file))
             case _:
-                values = _numbered(_parquet_rows(file, meter))
+                values = _numbered(_parquet_rows(file))
         yield from _records(values, path)
     except (OSError, ValueError, pyarrow.ArrowException, csv.Error) as fault:
         raise DataError(
@@ -448,17 +367,10 @@ def _with_given_arguments(value: Any) -> Any:
     return [_with_given_arguments(item) for item in value] if isinstance(value, list) else value
 
 
-def _opened(file: Path, meter: Meter) -> BinaryIO:
-    """Open a file that may be compressed, after its byte-order mark."""
-    stored = file.open("rb")
-    meter.start(file, lambda: file.stat().st_size if stored.closed else stored.tell())
-    stream = stored
-    if file.suffix in _COMPRESSIONS:
-        unpacked = pyarrow.input_stream(stored, compression=_COMPRESSIONS[file.suffix])
-        stream = io.BufferedReader(unpacked, _BLOCK_BYTES)
-    if stream.peek(len(BOM_UTF8)).startswith(BOM_UTF8):
-        stream.read(len(BOM_UTF8))
-    return cast(BinaryIO, stream)
+def _opened(file: Path) -> BinaryIO:
+    """Open a file that may be compressed."""
+    stream = pyarrow.input_stream(file, compression=_COMPRESSIONS.get(file.suffix))
+    return cast(BinaryIO, io.BufferedReader(stream, _BLOCK_BYTES))
 
 
 def _lines(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
@@ -474,7 +386,7 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
 
 def _elements(stream: BinaryIO) -> Iterator[Any]:
     """Yield the elements of a JSON array as they are parsed: it may be larger than memory."""
-    file = io.TextIOWrapper(stream, "utf-8")
+    file = io.TextIOWrapper(stream, "utf-8-sig")
     text = file.read(_BLOCK_BYTES).lstrip()
     if not text.startswith("["):
         raise ValueError("the JSON file is not an array")
@@ -506,7 +418,7 @@ def _after_spaces(text: str, at: int) -> int:
 def _csv_rows(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(_MAX_CELL_CHARACTERS)
     # Bytes that are not UTF-8 become lone surrogates, so that only their own record is bad.
-    rows = csv.reader(io.TextIOWrapper(stream, "utf-8", "surrogateescape", newline=""), strict=True)
+    rows = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline=""), strict=True)
     header = next(rows, [])
     _check_columns(header)
     line = rows.line_num + 1
@@ -523,16 +435,12 @@ def _check_columns(names: list[str]) -> None:
         raise ValueError(f"two columns have the same name: {', '.join(map(shown_key, names))}")
 
 
-def _parquet_rows(file: Path, meter: Meter) -> Iterator[Any]:
+def _parquet_rows(file: Path) -> Iterator[Any]:
     # Buffered: else a whole column of a row group is loaded at once.
     table = pyarrow.parquet.ParquetFile(file, buffer_size=_BLOCK_BYTES, pre_buffer=False)
     _check_columns(table.schema_arrow.names)
-    read = 0
-    per_row = file.stat().st_size / max(table.metadata.num_rows, 1)
-    meter.start(file, lambda: int(read * per_row))
     for batch in table.iter_batches(batch_size=_BATCH_RECORDS):
         yield from batch.to_pylist()
-        read += len(batch)
 
 
 # Labels.

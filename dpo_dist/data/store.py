@@ -24,7 +24,6 @@ log = logging.getLogger(__name__)
 Array: TypeAlias = npt.NDArray[Any]
 
 MEMO_FOLDER = "file_digests"
-_FIRST, _ENDING = "-first-", ".arrow"
 _BATCH_BYTES = 2**24
 
 SCHEMA = pa.schema(
@@ -54,25 +53,30 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class EncodedSource:
-    """The first `limit` records (None: all) of a source, encoded in `file`; configured path, label."""
+    """The first `limit` records (None: all) of a source, encoded in a file of the cache; its label."""
 
     path: str
-    file: Path
+    cache: Path
+    fingerprint: str  # digest of everything that decides the ids
     limit: int | None = None
     label: str = ""
 
     @property
-    def fingerprint(self) -> str:
-        """Digest of everything that decides the ids."""
-        return self.file.stem.partition(_FIRST)[0]
+    def file(self) -> Path:
+        """The file with the records."""
+        return self.cache / f"{self.fingerprint}{'' if self.limit is None else f'-first-{self.limit}'}.arrow"
+
+    def rows(self) -> pa.Table | None:
+        """Map the records; None if there is no file, or it is damaged."""
+        try:
+            return pa.ipc.open_file(pa.memory_map(str(self.file))).read_all()
+        except (OSError, pa.ArrowInvalid):
+            return None
 
 
-def write_source(
-    cache: Path, fingerprint: str, path: str, limit: int | None, batches: Iterable[pa.RecordBatch]
-) -> Path:
-    """Write the records of a source in constant memory; return their file in the cache."""
-    final = cache / f"{fingerprint}{'' if limit is None else f'{_FIRST}{limit}'}{_ENDING}"
-    root = root_of(path).expanduser()
+def write_source(source: EncodedSource, batches: Iterable[pa.RecordBatch]) -> None:
+    """Write the records of a source in constant memory."""
+    final, root = source.file, root_of(source.path).expanduser()
     if final.exists():
         log.warning("%s is damaged and is encoded again", final)
     try:
@@ -82,8 +86,7 @@ def write_source(
             pa.ipc.new_file(file, SCHEMA) as writer,
         ):
             for batch in _large(batches):
-                sources = (Path(source).expanduser() for source in batch["file"].to_pylist())
-                files = [os.path.relpath(source, root) for source in sources]
+                files = [os.path.relpath(Path(name).expanduser(), root) for name in batch["file"].to_pylist()]
                 writer.write_batch(batch.set_column(0, "file", pa.array(files, pa.string())))
     except OSError as error:  # the error of a full disk has no file name
         raise ConfigError(
@@ -92,7 +95,6 @@ def write_source(
             got=f"{final}: {error}",
             remedy="free disk space, or set data.cache to a folder on another disk",
         ) from error
-    return final
 
 
 def _large(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -107,36 +109,15 @@ def _large(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
         yield pa.concat_batches(pending)
 
 
-def find_encoded(cache: Path, fingerprint: str, limit: int | None) -> Path | None:
-    """Return a file with the first `limit` records (None: all) of this content, or None."""
-    for file in sorted(cache.glob(f"{fingerprint}*{_ENDING}")):
-        rows, first = _mapped(file), file.stem.partition(_FIRST)[2]
-        if rows is None:
-            continue
-        is_whole = not first or len(rows) < int(first)
-        if is_whole or (limit is not None and limit <= int(first)):
-            return file
-    return None
-
-
-def _mapped(file: Path) -> pa.Table | None:
-    """Map all records of a file; None if there is none, or it is damaged."""
-    try:
-        return pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-    except (OSError, pa.ArrowInvalid):
-        return None
-
-
 def read_source(source: EncodedSource) -> pa.Table:
-    """Map the first `limit` records of an encoded source. Raises DataError: they are damaged."""
-    rows = _mapped(source.file)
+    """Map the records of an encoded source, with the names of their files. Raises DataError: damaged."""
+    rows = source.rows()
     if rows is None:
         raise DataError(
             "the encoded data are damaged",
             where=str(source.file),
             remedy="start again: damaged data are encoded again",
         )
-    rows = rows.slice(0, source.limit)
     files = rows["file"].dictionary_encode().combine_chunks()
     root = root_of(source.path)
     names = [source.path if name == "." else str(root / name) for name in files.dictionary.to_pylist()]

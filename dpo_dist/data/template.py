@@ -1,24 +1,26 @@
-"""Chat templates: chosen, inspected, with a fixed date; the tokens that they write."""
+"""Chat templates: chosen, with a fixed date; conversations rendered by them, and where each turn is then."""
 
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Sequence
 from copy import copy
+from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from jinja2 import Environment, TemplateError
 from jinja2.meta import find_undeclared_variables
 
 from dpo_dist.config.data import DataConfig
+from dpo_dist.data.escape import RESERVED_CHARACTER, THOUGHT_TAGS, Marks, any_of
+from dpo_dist.data.records import Fields, Message, UnusableRecordError
 from dpo_dist.foundation.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-THOUGHT_TAGS = ("<think>", "</think>")
 _CLOCK_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 # Tags of transformers, which Jinja itself does not know.
@@ -49,9 +51,13 @@ def argument_names(template: str) -> frozenset[str]:
     return frozenset(find_undeclared_variables(tree)) - _OWN_VARIABLES
 
 
-def check_arguments(arguments: Iterable[str], known: Collection[str]) -> None:
-    """Check that a template names each of the arguments of the run. Raises ConfigError."""
-    if unknown := sorted(set(arguments) - set(known)):
+def check_template_keys(config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Check that the chosen template exists and names the arguments of the run. Raises ConfigError."""
+    templates = [
+        chosen_template(tokenizer, config.chat_template, with_tools=given) for given in (False, True)
+    ]
+    known = frozenset[str]().union(*(argument_names(template or "") for template in templates))
+    if unknown := sorted(set(config.template_arguments or ()) - known):
         raise ConfigError(
             "the chat template has no such argument",
             where="data.template_arguments",
@@ -59,13 +65,6 @@ def check_arguments(arguments: Iterable[str], known: Collection[str]) -> None:
             expected=", ".join(sorted(known)) or "no arguments: the template names none",
             remedy="correct or remove these arguments, or choose another template by data.chat_template",
         )
-
-
-def check_template_keys(config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Check that the chosen template exists and names the arguments for it. Raises ConfigError."""
-    template = chosen_template(tokenizer, config.chat_template) or ""
-    with_tools = chosen_template(tokenizer, config.chat_template, with_tools=True) or ""
-    check_arguments(config.template_arguments or (), argument_names(template) | argument_names(with_tools))
 
 
 def chosen_template(
@@ -131,6 +130,195 @@ def turn_tokens(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None)
     return set(added.findall(str(rendered))) - {tokenizer.bos_token, tokenizer.eos_token, *THOUGHT_TAGS}
 
 
-def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Return a pattern that matches any of `tokens`, preferring the longest."""
-    return re.compile("|".join(map(re.escape, sorted(tokens, reverse=True))) or r"(?!)")
+Span = tuple[int, int]
+"""Start and end of a part of a text, in characters."""
+
+_START, _END = "dpo_dist_turn_start", "dpo_dist_turn_end"
+_MARK = re.compile(f"{RESERVED_CHARACTER}(start|end)(\\d+){RESERVED_CHARACTER}")
+_COMMENT_OR_LOOP = re.compile(
+    r"\{#.*?#\}|\{%(?P<open>[-+]?)\s*(?P<body>(?:for|endfor)\b.*?)(?P<close>[-+]?)%\}", re.DOTALL
+)
+_TARGET = re.compile(r"for\s+(\w+)\s+in\b")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The output of a template with the span of each turn (None: not written in a loop over messages).
+
+    The generation prompt follows the last turn, at `end`.
+    """
+
+    text: str
+    spans: list[Span | None]
+    end: int
+
+
+def _mark(kind: str, index: int) -> str:
+    return f"{RESERVED_CHARACTER}{kind}{index}{RESERVED_CHARACTER}"
+
+
+def _with_marks(template: str) -> str:
+    """Return the template with marks around the body of each loop."""
+    targets: list[str | None] = []
+
+    def marked(found: re.Match[str]) -> str:
+        tag, body = found.group(), found["body"]
+        if body is None:
+            return tag
+        # `print` is a statement: the whitespace around it is trimmed as around the tag of the loop.
+        if body.startswith("for"):
+            target = _TARGET.match(body)
+            targets.append(target[1] if target else None)
+            start = f"%}}{{% {_print(target[1], _START)} {found['close']}%}}" if target else ""
+            return f"{{%{found['open']} {body} {start}" if target else tag
+        name = targets.pop() if targets else None
+        return f"{{%{found['open']} {_print(name, _END)} %}}{{% {body} {found['close']}%}}" if name else tag
+
+    return _COMMENT_OR_LOOP.sub(marked, template)
+
+
+def _print(name: str, key: str) -> str:
+    return f"print ({name} is mapping and {name}['{key}']) or ''"
+
+
+def _read_trace(rendered: str, turns: int) -> Trace | None:
+    """Return the turns in the output of a template with marks; None if one is written twice or left open."""
+    text, end, removed = _MARK.sub("", rendered), 0, 0
+    spans: list[Span | None] = [None] * turns
+    opened: dict[int, int] = {}
+    for found in _MARK.finditer(rendered):
+        index, position = int(found[2]), found.start() - removed
+        removed += len(found.group())
+        if found[1] == "start":
+            opened[index] = position
+            continue
+        end, start = position, opened.pop(index, position)
+        # A loop without output only computes.
+        if text[start:position].strip():
+            if spans[index] is not None:
+                return None
+            spans[index] = (start, position)
+    return None if opened else Trace(text, spans, end)
+
+
+Forms: TypeAlias = tuple[Fields, Fields]
+"""A value for the template: plain, and with a mark beside each control token."""
+Turns: TypeAlias = tuple[Forms, ...]
+NO_CONTEXT: Forms = ({}, {})
+_PROBE = "probe answer"
+_PROBES = ({"role": "user", "content": "probe question"}, {"role": "assistant", "content": _PROBE})
+_PROBE_CALL = {"type": "function", "id": "probe1234", "function": {"name": "probe", "arguments": {"a": "b"}}}
+_TEXTS = frozenset({"content", "reasoning_content", "thinking", "reasoning"})
+
+
+class ChatRenderer:
+    """A chat template, whose properties are found by rendering probes."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str, marks: Marks):
+        self._tokenizer = tokenizer
+        self.template, self._traced = template, _with_marks(template)
+        self._marks = marks
+
+    def turn(self, message: Message) -> Forms:
+        """Return a message as the template gets it."""
+        fields: dict[str, Any] = {"role": message.role, "content": message.content, **message.fields}
+        if (calls := fields.get("tool_calls")) and not self._takes_objects:
+            fields["tool_calls"] = [_with_text_arguments(call) for call in calls]
+        if message.role != "assistant":
+            return self.data(fields)
+        # Calls and names are no text of the model: a template writes the tags around them.
+        marks = self._marks
+        patterns = ((name, marks.in_response if name in _TEXTS else marks.anywhere) for name in fields)
+        return fields, {name: marks.beside(fields[name], pattern) for name, pattern in patterns}
+
+    def data(self, values: Fields) -> Forms:
+        """Return tools or arguments as the template gets them."""
+        return values, self._marks.beside(values, self._marks.anywhere)
+
+    def render(self, turns: Turns, context: Forms = NO_CONTEXT, *, generation: bool = False) -> str:
+        """Render a conversation, escaped; `context` are tools and arguments of the template, of `data`.
+
+        Raises UnusableRecordError: the template rejects it, or marks would change the template's decisions.
+        """
+        return self._render(self.template, turns, context, generation)
+
+    def trace(self, turns: Turns, context: Forms = NO_CONTEXT, *, generation: bool = False) -> Trace:
+        """Render a conversation as `render`, with the position of each turn."""
+        text = self.render(turns, context, generation=generation)
+        marks = ({_START: _mark("start", index), _END: _mark("end", index)} for index in range(len(turns)))
+        numbered = [[{**form, **both} for form in turn] for turn, both in zip(turns, marks, strict=True)]
+        found = _read_trace(self._render(self._traced, numbered, context, generation), len(turns))
+        if found is None or found.text != text:
+            raise UnusableRecordError("turns_not_found", "the chat template does not write turn after turn")
+        return found
+
+    @cached_property
+    def arguments(self) -> frozenset[str]:
+        """Names of the arguments that the template may get besides messages and tools."""
+        return argument_names(self.template)
+
+    @cached_property
+    def after_response(self) -> str:
+        """The output of the template after the last assistant turn."""
+        try:
+            _, found, after = self.render(tuple(map(self.data, _PROBES))).rpartition(_PROBE)
+            fault = "" if found else "its output does not contain the response"
+        except UnusableRecordError as error:
+            fault = error.detail
+        if fault:
+            raise ConfigError(
+                "the chat template cannot render a user turn and an assistant turn",
+                where="chat template of model.path",
+                got=fault,
+                remedy="use the chat template of an instruction-tuned model of the same family",
+            )
+        return after
+
+    @cached_property
+    def _takes_objects(self) -> bool:
+        """Whether the template takes the arguments of tool calls as objects; DeepSeek's wants JSON text."""
+
+        def is_rendered(call: Fields) -> bool:
+            turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+            try:
+                self.render((self.data(_PROBES[0]), self.data(turn)))
+            except UnusableRecordError:
+                return False
+            return True
+
+        return is_rendered(_PROBE_CALL) or not is_rendered(_with_text_arguments(_PROBE_CALL))
+
+    def _render(
+        self, template: str, turns: Sequence[Sequence[Fields]], context: Forms, generation: bool
+    ) -> str:
+        def applied(form: int) -> str:
+            try:
+                return str(
+                    self._tokenizer.apply_chat_template(
+                        [turn[form] for turn in turns],
+                        chat_template=template,
+                        tokenize=False,
+                        add_generation_prompt=generation,
+                        **context[form],
+                    )
+                )
+            except TemplateError as fault:
+                raise UnusableRecordError("template_rejected", str(fault)) from fault
+            except Exception as fault:  # its operators, methods and nesting can raise anything
+                raise UnusableRecordError("template_rejected", f"{type(fault).__name__} in it") from fault
+
+        plain = applied(0)
+        if all(part[0] == part[1] for part in (context, *turns)):
+            return plain
+        marked = self._marks.settle(applied(1))
+        if self._marks.spell(marked) != plain:
+            detail = "the chat template changes a text with a special token in it"
+            raise UnusableRecordError("special_token_in_text", detail)
+        return marked
+
+
+def _with_text_arguments(call: Fields) -> Fields:
+    function = call["function"]
+    arguments = function["arguments"]
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": text}}

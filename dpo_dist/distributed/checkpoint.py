@@ -4,9 +4,8 @@
       latest                                  name of the last committed checkpoint
       best                                    names of the best ones (`trainer.keep_best`), the best first
       step-000100/
-        manifest.json                         size and digest of every other file
+        manifest.json                         digest of every other file
         state.json                            state of the loop
-        random_states_0.json                  of rank 0, ...
         engine/rank-00000-00000.safetensors   slices of weights and optimizer states of rank 0, ...
         reference/rank-00000-00000...         of a reference that follows the policy
 
@@ -17,26 +16,22 @@ manifest are loaded. Training continues while copies of the weights are written 
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import json
 import logging
-import os
-import random
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import deepspeed
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import set_seed
 
 from dpo_dist.config.run_folder import (
     BEST,
@@ -55,7 +50,9 @@ from dpo_dist.foundation.files import (
     final_name,
     is_temporary,
     recover_folder,
+    sync,
     temporary_name,
+    text_digest,
     write_text,
 )
 from dpo_dist.foundation.process import note_progress
@@ -67,80 +64,19 @@ MANIFEST = "manifest.json"
 _LATEST = "latest"
 _FILE_BYTES = 2**28
 """Size at which a rank begins another file: of a GPU's tensors, as much host memory is used at a time."""
-_DTYPES = {
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-}
-"""Types of weights and optimizer states, in the names of safetensors."""
 
-
-class FileEntry(TypedDict):
-    """Size and digest of a file."""
-
-    bytes: int
-    digest: str
-
-
-Entries = dict[str, FileEntry]
-"""The files of a checkpoint, by name relative to its folder; the manifest has them as JSON.
+Entries = dict[str, str]
+"""Digests of a checkpoint's files, by name relative to its folder; the manifest has them as JSON.
 
 No directory is listed to write or check them: on a network file system a listing may lack files that another
 node has just written.
 """
 
 
-def write_file(file: Path, content: Iterable[bytes | memoryview]) -> FileEntry:
-    """Write the parts of a file to disk, digested on the way; return its entry."""
-    digest, count = hashlib.blake2b(digest_size=16), 0
-    with file.open("wb") as opened:
-        for part in content:
-            opened.write(part)
-            digest.update(part)
-            count += len(part)
-        opened.flush()
-        os.fsync(opened.fileno())
-    return {"bytes": count, "digest": digest.hexdigest()}
-
-
-def safetensors_file(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
-    """Yield the parts of a safetensors file of tensors on the host, without a copy of them.
-
-    `safetensors.torch.save` needs as much memory again as the tensors have.
-    """
-    header: dict[str, Any] = {"__metadata__": metadata}
-    # Larger elements first, so that each tensor begins at a multiple of its own.
-    ordered = sorted(tensors.items(), key=lambda named: -named[1].itemsize)
-    end = 0
-    for name, tensor in ordered:
-        start, end = end, end + tensor.nbytes
-        shape = list(tensor.shape)
-        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little")
-    yield text
-    for _, tensor in ordered:
-        yield tensor.detach().reshape(-1).view(torch.uint8).numpy().data
-
-
 def read_manifest(folder: Path) -> Entries:
     """Return the entries in the manifest of `folder`."""
     entries: Entries = json.loads((folder / MANIFEST).read_bytes())
-    if not isinstance(entries, dict) or not all(isinstance(entry, dict) for entry in entries.values()):
-        raise ValueError("it is no list of a checkpoint's files")
     return entries
-
-
-def has_all_files(folder: Path) -> bool:
-    """Return whether `folder` has all files of its manifest in the right sizes, without reading them."""
-    try:
-        entries = read_manifest(folder)
-        return all((folder / name).stat().st_size == entry["bytes"] for name, entry in entries.items())
-    except (OSError, ValueError):
-        return False
 
 
 def find_faults(folder: Path, part: int, parts: int) -> list[str]:
@@ -152,7 +88,7 @@ def find_faults(folder: Path, part: int, parts: int) -> list[str]:
     faults = []
     for name in sorted(entries)[part::parts]:
         try:
-            if content_digest([folder / name]) != entries[name]["digest"]:
+            if content_digest([folder / name]) != entries[name]:
                 faults.append(f"{name} differs from its digest")
         except OSError as error:
             faults.append(f"{name} cannot be read: {error.strerror}")
@@ -186,10 +122,9 @@ def write_slices(model: ModelSlices, checkpoint: Path, rank: int, copy: HostCopy
         tensors = {f"{part}/{own.name}": tensor for own in slices for part, tensor in own.parts.items()}
         ranges = {own.name: [own.start, *own.shape] for own in slices if WEIGHT in own.parts}
         name = f"{model.folder}/rank-{rank:05d}-{number:05d}.safetensors"
-        entries[name] = write_file(
-            checkpoint / name,
-            safetensors_file(tensors, {"ranges": json.dumps(ranges), "step": str(model.step)}),
-        )
+        save_file(tensors, checkpoint / name, {"ranges": json.dumps(ranges), "step": str(model.step)})
+        sync(checkpoint / name)  # on the node that has written it
+        entries[name] = content_digest([checkpoint / name])
     return entries
 
 
@@ -327,47 +262,6 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def load_checkpoint(checkpoint: Checkpoint, parts: Sequence[Sharded], world: World) -> None:
-    """Restore weights, optimizer and random states on any number of ranks; collective."""
-    for part in parts:
-        part.load_shards(checkpoint.folder)
-    # Ranks that compute the same micro-batches draw the same numbers: a user's loss may be random.
-    drawn_as = world.replica * (world.size // world.replicas)
-    load_random_states(checkpoint.folder, drawn_as, checkpoint.state["world_size"], world.device)
-
-
-def random_states(device: torch.device) -> str:
-    """Return the random states of this rank as JSON."""
-    numpy_name, numpy_key, *numpy_rest = np.random.get_state(legacy=True)
-    states = {
-        "python": random.getstate(),
-        "numpy": [numpy_name, np.asarray(numpy_key).tolist(), *numpy_rest],
-        "torch": torch.get_rng_state().tolist(),
-        "cuda": torch.cuda.get_rng_state().tolist() if device.type == "cuda" else None,
-    }
-    return json.dumps(states)
-
-
-def load_random_states(folder: Path, rank: int, saved_ranks: int, device: torch.device) -> None:
-    """Restore the random states of a rank; one that saved none gets others, by the saved ones."""
-    states = json.loads((folder / random_states_name(rank % saved_ranks)).read_bytes())
-    if rank >= saved_ranks:
-        text = f"{rank} {bytes(states['torch']).hex()}"
-        set_seed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest()))
-        return
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-    np.random.set_state(tuple(states["numpy"]))
-    torch.set_rng_state(torch.tensor(states["torch"], dtype=torch.uint8))
-    if device.type == "cuda" and states["cuda"] is not None:  # None: saved without a GPU
-        torch.cuda.set_rng_state(torch.tensor(states["cuda"], dtype=torch.uint8))
-
-
-def random_states_name(rank: int) -> str:
-    """Return the name of a rank's file in a checkpoint."""
-    return f"random_states_{rank}.json"
-
-
 def read_weights(folder: Path, trained: Mapping[str, nn.Parameter]) -> SavedSlices:
     """Return the slices of the weights that a run trains, by transformers name, in a checked checkpoint."""
     saved = SavedSlices.find(folder, SHARDS)
@@ -407,24 +301,21 @@ def load_checkpoint_weights(model: nn.Module, folder: Path, world: World) -> Non
 
 @dataclass(frozen=True)
 class _Pending:
-    """A checkpoint of so many bytes that is not committed yet, with the entries of this rank's files."""
+    """A checkpoint that is not committed yet: its size, and the entries of this rank's files."""
 
     temporary: Path
     folder: Path
+    state: str
     bytes: int
     entries: Future[Entries] = field(default_factory=Future)
 
-    def write(
-        self, models: Sequence[ModelSlices], texts: dict[str, str], rank: int, copy: HostCopy | None = None
-    ) -> None:
-        """Write slices, which nothing changes meanwhile, and small files of this rank, and set `entries`."""
+    def write(self, models: Sequence[ModelSlices], rank: int, copy: HostCopy | None = None) -> None:
+        """Write slices, which nothing changes meanwhile, and set `entries`."""
         try:
             entries: Entries = {}
             with disk_errors(self.temporary, self.bytes):
                 for model in models:
                     entries |= write_slices(model, self.temporary, rank, copy)
-                for name, text in texts.items():
-                    entries[name] = write_file(self.temporary / name, [text.encode()])
             self.entries.set_result(entries)
         except BaseException as error:  # raised by `entries`, in the main thread
             self.entries.set_exception(error)
@@ -433,8 +324,8 @@ class _Pending:
 class CheckpointSaver:
     """Save the checkpoints of one run below `root` and keep the newest `keep_last`, at least one.
 
-    `damaged` ones are not counted, and are deleted after the next commit. `say` is called with a warning on
-    every rank, `committed` on rank 0 with the step of each committed checkpoint.
+    `say` is called with a warning on every rank, `committed` on rank 0 with the step of each committed
+    checkpoint.
     """
 
     def __init__(
@@ -443,14 +334,13 @@ class CheckpointSaver:
         keep_last: int,
         parts: Sequence[Sharded],
         world: World,
-        damaged: Iterable[str] = (),
         *,
         say: Callable[[str], None] = log.warning,
         committed: Callable[[int], None] = lambda _step: None,
     ):
         self._root, self._keep_last = root, max(1, keep_last)
         self._parts, self._world = parts, world
-        self._damaged = set(damaged)
+        self._damaged: set[Path] = set()
         self._copy = HostCopy(world.device)
         self._say, self._has_said = say, False
         self._committed = committed
@@ -466,10 +356,7 @@ class CheckpointSaver:
         self._best = [checkpoint_name(one["step"]) for one in state.get("best", [])]
         world, folder = self._world, self._root / checkpoint_name(step)
         models = [part.shards() for part in self._parts]
-        texts = {random_states_name(world.rank): random_states(world.device)}
-        if world.is_main:
-            texts[STATE] = json.dumps({**state, "world_size": world.size}, indent=1)
-        needed = sum(world.gather(sum(model.bytes for model in models) + sum(map(len, texts.values()))))
+        needed = sum(world.gather(sum(model.bytes for model in models)))
 
         def create() -> Path:
             with disk_errors(folder):
@@ -478,7 +365,8 @@ class CheckpointSaver:
                 (temporary := temporary_name(folder)).mkdir()
             return temporary
 
-        self._pending = pending = _Pending(world.on_main(create), folder, needed)
+        text = json.dumps(state, indent=1)
+        self._pending = pending = _Pending(world.on_main(create), folder, text, needed)
         has_room = is_last or self._copy.has_room(models, world)
         if not has_room and not self._has_said:
             self._say(
@@ -486,10 +374,10 @@ class CheckpointSaver:
             )
             self._has_said = True
         if has_room and not is_last:
-            arguments = self._copy.of(models), texts, world.rank
+            arguments = self._copy.of(models), world.rank
             threading.Thread(target=pending.write, args=arguments, daemon=True).start()
             return
-        pending.write(models, texts, world.rank, self._copy)
+        pending.write(models, world.rank, self._copy)
         self._copy.close()  # host memory is short, or training ends
         if any(world.gather(pending.entries.exception() is not None)):
             self.commit()  # which raises the error on all ranks
@@ -510,7 +398,6 @@ class CheckpointSaver:
         try:
             mine = world.together(pending.entries.result)
             entries = {name: entry for part in world.gather(mine) for name, entry in part.items()}
-            self._damaged.discard(pending.folder.name)
             world.on_main(lambda: self._commit(pending, entries))
         except CheckpointError:
             if world.is_main:
@@ -519,6 +406,8 @@ class CheckpointSaver:
 
     def _commit(self, pending: _Pending, entries: Entries) -> None:
         with disk_errors(pending.temporary, pending.bytes):
+            (pending.temporary / STATE).write_text(pending.state)
+            entries[STATE] = text_digest(pending.state)
             (pending.temporary / MANIFEST).write_text(json.dumps(entries, indent=1))
             commit_folder(pending.temporary, pending.folder)
         self._name(pending.folder)
@@ -536,22 +425,25 @@ class CheckpointSaver:
                 (self._root / BEST).unlink(missing_ok=True)
 
     def _delete_old(self, committed: Path) -> None:
-        """Delete all checkpoints but `committed`, the best and the newest complete ones, checked by size."""
+        """Delete all checkpoints but `committed`, the best, and the newest that are not damaged."""
         others = [folder for folder in checkpoint_folders(self._root) if folder != committed]
-        complete = [each for each in others if each.name not in self._damaged and has_all_files(each)]
-        kept = {*complete[: self._keep_last - 1], *(each for each in complete if each.name in self._best)}
+        intact = [folder for folder in others if folder not in self._damaged]
+        kept = {*intact[: self._keep_last - 1], *(each for each in intact if each.name in self._best)}
         for folder in set(others) - kept:
             shutil.rmtree(folder, ignore_errors=True)
+        self._damaged.clear()
 
     def resume(self, folder: Path, best_steps: Iterable[int]) -> None:
         """Complete what a kill may have cut after the commit of the checkpoint that is resumed; collective.
 
-        `best_steps` are those of the best checkpoints, the best first.
+        `best_steps` are those of the best checkpoints, the best first. Newer checkpoints are damaged.
         """
         self._best = [checkpoint_name(step) for step in best_steps]
 
         def complete() -> None:
             self._name(folder)
+            folders = checkpoint_folders(self._root)
+            self._damaged = set(folders[: folders.index(folder)])
             if not self._damaged:  # deleted after the next commit, as are the others then
                 self._delete_old(folder)
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
@@ -22,7 +21,7 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed import distributed_c10d
 from torch.utils.cpp_extension import _get_build_directory
 
-from dpo_dist.distributed.processes import Peer, Reports
+from dpo_dist.distributed.processes import Peer, Reports, is_of_communication
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import ConfigError, PeerLostError, first_line
 from dpo_dist.foundation.process import answered_at_once
@@ -78,13 +77,6 @@ def load_async_io(say: Callable[[str], None]) -> None:
     """Load DeepSpeed's asynchronous file access; `say` prints a line."""
     check_async_io()
     load_kernel(AsyncIOBuilder(), "reference.offload", "set reference.offload=cpu", say)
-
-
-# Of the store of the rendezvous, and of gloo.
-_NOT_JOINED = (
-    r"timed ?out|timeout|connection was likely closed|closed by peer|reset by peer|broken pipe"
-    r"|connectFullMesh failed"
-)
 
 
 @contextlib.contextmanager
@@ -154,7 +146,8 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
         peers: list[Any] = [None] * size
         dist.all_gather_object(peers, Peer.here(rank), group=control)
     except RuntimeError as failure:
-        if not re.search(_NOT_JOINED, str(failure), re.IGNORECASE):
+        is_taken = "EADDRINUSE" in str(failure)  # the port, which torchrun and accelerate choose themselves
+        if not (is_taken or is_of_communication(str(failure))):
             raise
         raise PeerLostError(
             f"not all {os.environ.get('WORLD_SIZE')} processes of the run have joined",
@@ -163,7 +156,7 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
             got=first_line(failure),
             expected=f"every process within parallelism.timeout_seconds ({timeout_seconds})",
             remedy="see the messages of all processes (the screen of each node, logs/rank-N.log), and "
-            "whether every node reaches this address; then run the same command again",
+            "whether every node reaches this address, whose port is free; then run the same command again",
         ) from failure
     return World(accelerator, rank, size, accelerator.device, tuple(peers), control, timeout_seconds)
 

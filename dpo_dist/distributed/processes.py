@@ -47,31 +47,30 @@ _EXIT_CODE, _FAILURES = "exit_code", "failures"
 _RESUME = "run the same command again to resume from the last checkpoint"
 # Errors that the end of another process may cause, in a collective call or by SIGTERM of the launcher.
 _POSSIBLE_CONSEQUENCES = (RuntimeError, OSError, SystemExit, StoppedError)
-_OF_COMMUNICATION = r"timed ?out|timeout|closed by peer|reset by peer|broken pipe|remote process exited"
+# Of gloo, NCCL and the store of the rendezvous.
+_OF_COMMUNICATION = (
+    r"timed ?out|timeout|closed by peer|reset by peer|broken pipe|remote process exited"
+    r"|connection was likely closed|connectFullMesh failed"
+)
 
 
 @dataclass(frozen=True)
 class Peer:
-    """Host and process of a rank; `namespace` is that of `pid`, and differs between boots and containers."""
+    """Host and process of a rank; `place` differs between hosts, also of one name, and their containers."""
 
     rank: int
     host: str
     pid: int
-    namespace: str = ""
+    place: str
 
     @classmethod
     def here(cls, rank: int) -> "Peer":
         """Return the peer that this process is."""
-        namespace = ""
+        place = host = socket.gethostname()
         with contextlib.suppress(OSError):  # Linux only
             boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-            namespace = f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-        return cls(rank, socket.gethostname(), os.getpid(), namespace)
-
-    @property
-    def place(self) -> tuple[str, str]:
-        """Return the host and the container of the process: hosts of one name differ in their boots."""
-        return self.host, self.namespace
+            place = f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+        return cls(rank, host, os.getpid(), place)
 
     @property
     def status(self) -> str:
@@ -98,38 +97,32 @@ class FailureRecord:
     """The first failure of the run, in the store of rank 0 or of its launcher; thread-safe.
 
     The client of the store has no timeout for a host that hangs, so only threads that nobody waits for ask.
-    `exit_code` is that of the first failure, as it was last read; None: there is none.
     """
 
     def __init__(self, size: int):
-        self.exit_code: int | None = None
         self._size, self._store = size, _connect() if size > 1 else None
-        self._is_over = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="failures", daemon=True)
-        if self._store is not None:
-            self._thread.start()
-
-    def _follow(self) -> None:
-        assert self._store is not None
-        with contextlib.suppress(RuntimeError):  # the store is gone
-            while self.exit_code is None and not self._is_over.wait(_POLL_SECONDS):
-                if self._store.check([_EXIT_CODE]):
-                    self.exit_code = int(self._store.get(_EXIT_CODE))
+        self._is_idle = threading.Lock()
 
     def _ask(self, question: Callable[[Store], T]) -> T | None:
         """Return the answer of the store; None if it does not answer in time."""
         store, answers = self._store, list[T]()
-        if store is None:
+        if store is None or not self._is_idle.acquire(timeout=STORE_SECONDS):
             return None
 
         def ask() -> None:
             with contextlib.suppress(RuntimeError):
                 answers.append(question(store))
+            self._is_idle.release()
 
         asking = threading.Thread(target=ask, name="rendezvous", daemon=True)
         asking.start()
         asking.join(STORE_SECONDS)
         return answers[0] if answers else None
+
+    @property
+    def exit_code(self) -> int | None:
+        """That of the first failure; None: there is none, or the store does not answer."""
+        return self._ask(lambda store: int(store.get(_EXIT_CODE)) if store.check([_EXIT_CODE]) else None)
 
     def report(self, exit_code: int) -> bool | None:
         """Record the end of this process; return whether it failed first, and therefore prints the error.
@@ -155,12 +148,6 @@ class FailureRecord:
             if (self._ask(lambda store: int(store.add(_FAILURES, 0))) or 0) >= self._size:
                 return
             time.sleep(0.05)
-
-    def close(self) -> None:
-        """End the thread: within a call of the store it would abort the process as the interpreter ends."""
-        self._is_over.set()
-        if self._thread.is_alive():
-            self._thread.join(2 * _POLL_SECONDS)
 
 
 def _connect() -> Store | None:
@@ -205,9 +192,14 @@ class Watcher(threading.Thread):
                     self._end_process()
 
     def stop(self) -> None:
-        """Stop watching; after this call the thread does not end the process."""
+        """Stop watching; after this call the thread does not end the process.
+
+        Within a call of the store it would abort the process as the interpreter ends.
+        """
         with self._ending:
             self._is_over.set()
+        if self.is_alive():
+            self.join(2 * _POLL_SECONDS)
 
     def _others_ended(self) -> bool:
         return self.record.exit_code is not None or bool(self._died() or self._long_stopped())
@@ -221,8 +213,8 @@ class Watcher(threading.Thread):
 
     def _end_process(self) -> None:
         write_stacks(self._reports.stacks, "the run ends, and the main thread does not notice")
-        if self.record.exit_code is not None:
-            os._exit(self.record.exit_code)
+        if (exit_code := self.record.exit_code) is not None:
+            os._exit(exit_code)
         error = self._lost("this process waits for it in a collective call")
         if self._has_to_print(error):
             self._reports.show(error.block())
@@ -274,8 +266,8 @@ class Watcher(threading.Thread):
         is_signal = isinstance(failure, SystemExit)
         deadline = time.monotonic() + (_PATIENCE_AFTER_SIGTERM_SECONDS if is_signal else PATIENCE_SECONDS)
         while time.monotonic() < deadline:
-            if self.record.exit_code is not None:
-                return self._failed_elsewhere(self.record.exit_code)
+            if (exit_code := self.record.exit_code) is not None:
+                return self._failed_elsewhere(exit_code)
             if self._died() or self._long_stopped():
                 return self._reported(self._lost(text))
             time.sleep(0.2)
@@ -283,16 +275,17 @@ class Watcher(threading.Thread):
             return None
         write_stacks(self._reports.stacks, text)
         error = self._missing(text)
-        return self._reported(error) if self.record.exit_code is None else self._failed_elsewhere()
+        exit_code = self.record.exit_code
+        return self._reported(error) if exit_code is None else self._failed_elsewhere(exit_code)
 
-    def _failed_elsewhere(self, exit_code: int = ExitCode.lost) -> PeerLostError:
+    def _failed_elsewhere(self, exit_code: int) -> PeerLostError:
         """Return the error of a process that ends because another one failed; no rank prints it."""
         self.record.report(exit_code)
         error = PeerLostError(
             "another process of the run failed",
             remedy="see the error on the screen or in the other logs/rank-N.log",
         )
-        error.exit_code, error.reporting_rank = self.record.exit_code or exit_code, NOBODY
+        error.exit_code, error.reporting_rank = exit_code, NOBODY
         return error
 
     def _lost(self, got: str) -> PeerLostError:

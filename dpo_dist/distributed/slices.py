@@ -114,10 +114,11 @@ class OptimizerSlices:
             for weight, start, start_in_weight, length in ranges:
                 parts = {part: tensor.narrow(0, start, length) for part, tensor in tensors.items()}
                 yield Slice(self._names[weight], _whole_shape(weight), start_in_weight, parts)
-        if eight_bit:  # codes, codebooks and scales of blocks of this rank's flat tensors
+        if eight_bit:  # codes and scales of blocks of this rank's flat tensors; all share constant codebooks
             cut = f"{type(self._optimizer).__name__} {self._rank} of {dist.get_world_size()}"
             for number, (flat, _) in enumerate(self._flats()):
-                if states := dict(_tensor_states(self._inner, flat)):
+                found = _tensor_states(self._inner, flat)
+                if states := {name: state for name, state in found if not name.startswith("qmap")}:
                     yield Slice(f"{cut}, group {number}", (), 0, states)
 
     def masters(self) -> list[Tensor]:

@@ -80,17 +80,13 @@ class World:
 
     def barrier(self) -> None:
         """Wait for every rank, also for one that works for long."""
-        if self.size > 1:
-            self._wait()
-
-    def _wait(self, seconds: float | None = None) -> None:
-        """Wait for every rank, at most so long; answers signals meanwhile, as a collective call does not."""
+        if self.size == 1:
+            return
         options, has_ended = dist.BarrierOptions(), threading.Event()
         options.device_ids, options.timeout = [], _PATIENCE
         call = self.control.barrier(options)
         call.get_future().add_done_callback(lambda _: has_ended.set())
-        if not has_ended.wait(seconds):
-            raise TimeoutError(f"a rank has not come within {seconds:.0f} s")
+        has_ended.wait()  # answers signals meanwhile, as a collective call does not
         call.wait()  # raises its error
 
     def gather(self, value: T) -> list[T]:
@@ -138,16 +134,6 @@ class World:
         """Sum `tensor`, equal on all ranks of a replica, over replicas in place, and return it."""
         return self.sum(tensor if self.leads else tensor.zero_())
 
-    def first_fault(self, fault: str, seconds: float | None = None) -> str:
-        """Return the fault of the lowest rank that has one, as text; empty: none has.
-
-        A rank with a fault waits for the others for `seconds` (None: without a limit), and then raises
-        `TimeoutError`. An error must leave `watch`, which ends the others.
-        """
-        if self.size > 1:
-            self._wait(seconds if fault else None)
-        return next((found for found in self.gather(fault) if found), "")
-
     def agree(self, flag: bool) -> bool:
         """Return whether `flag` is true on any rank, without use of the device."""
         if self.size == 1:
@@ -165,7 +151,6 @@ class World:
         used also if the main thread is blocked.
         """
         watcher = Watcher(self.peers, self.rank, self.control, self.timeout_seconds, reports or Reports())
-        record = watcher.record
         previous = signal.getsignal(signal.SIGTERM)
         may_end_at_once = previous is signal.SIG_DFL  # a verb with progress to save has its own handler
         if may_end_at_once:
@@ -176,7 +161,7 @@ class World:
             # A rank that is still connecting when another dies would count survivors that exit as dead.
             if self.size > 1:
                 dist.barrier(group=self.control)
-            last_words.append(record.report)
+            last_words.append(watcher.record.report)
             with contextlib.ExitStack() as stack:
                 if may_end_at_once:
                     stack.enter_context(answered_at_once())
@@ -196,7 +181,6 @@ class World:
         finally:
             last_words.clear()
             watcher.stop()
-            record.close()
         _handle_sigterm(previous)
 
 

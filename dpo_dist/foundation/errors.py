@@ -59,8 +59,6 @@ class DpoDistError(Exception):
         self.remedy = remedy
         self.reporting_rank: int | None = None
         """The rank that prints the error; None before the processes have joined."""
-        self.is_printed = False
-        """Whether it is on the screen already, above results that follow from it."""
 
     def block(self) -> str:
         """Return the error as the lines that are printed, without empty parts."""

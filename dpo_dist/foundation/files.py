@@ -223,25 +223,17 @@ def remembered_digest(file: Path, memo: Path | None) -> str:
 
     `memo` is the folder with the cached digests; None: no cache.
     """
-    try:
-        identity = file_identity(file)
-        digest = recall(memo, identity)
-        if digest is None:
-            digest = content_digest([file])
-            if file_identity(file) != identity:
-                raise ConfigError(
-                    "a file changes while it is read",
-                    where=str(file),
-                    remedy="start again when the file is complete",
-                )
-            remember(memo, identity, digest)
-    except OSError as error:
-        raise ConfigError(
-            "a file cannot be read",
-            where=str(file),
-            got=str(error),
-            remedy="check the path and its permissions",
-        ) from error
+    identity = file_identity(file)
+    digest = recall(memo, identity)
+    if digest is None:
+        digest = content_digest([file])
+        if file_identity(file) != identity:
+            raise ConfigError(
+                "a file changes while it is read",
+                where=str(file),
+                remedy="start again when the file is complete",
+            )
+        remember(memo, identity, digest)
     return digest
 
 
@@ -280,16 +272,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def is_absent_offline(kind: str, name: str) -> bool:
-    """Return whether HF_HUB_OFFLINE is set and the Hub's cache has no `model` or `dataset` of this name."""
-    from huggingface_hub import constants  # noqa: PLC0415  (a local source needs no Hub)
-
-    if not constants.HF_HUB_OFFLINE:
-        return False
-    snapshots = Path(constants.HF_HUB_CACHE) / f"{kind}s--{name.replace('/', '--')}" / "snapshots"
-    return not any(snapshots.glob("*"))
 
 
 @contextlib.contextmanager

@@ -57,24 +57,25 @@ def this_rank() -> int:
     return int(text) if text.isdecimal() else 0
 
 
-_WITHOUT_EFFECT = {
-    "ACCELERATE_DEEPSPEED_CONFIG_FILE": "choose parallelism=zero3, zero2 or ddp; remove "
-    "deepspeed_config_file from the launcher's configuration",
-    "ACCELERATE_USE_FSDP": "choose parallelism=zero3; launch with a file of launch/accelerate",
-    "ACCELERATE_DYNAMO_BACKEND": "set model.compile=true, and remove dynamo_config from the "
-    "launcher's configuration",
-}
-"""Variables of accelerate that would be ignored, and what to set in their place."""
 _OFF = ("", "0", "false", "no", "none")
 
 
 def check_launch(environ: Mapping[str, str], repeated: Mapping[str, tuple[str, str]]) -> None:
     """Check that the variables of a launcher describe one process of a world, and that none is ignored.
 
-    `repeated` are variables of accelerate that may repeat a setting of the run, each with this setting, such
-    as "parallelism.kind=zero3", and with the value of the variable that says the same.
+    `repeated` are variables of accelerate with the key to set in place of each, and the value that only
+    repeats this key's; no value does if it is empty.
     """
-    _check_accelerate(environ, repeated)
+    for name, (key, value) in repeated.items():
+        given = environ.get(name, "").lower()
+        if given not in _OFF and not (value and (given == "auto" or _is_same(given, value))):
+            raise ConfigError(
+                "an option of the launcher would have no effect",
+                where="environment: accelerate launch",
+                got=f"{name}={environ[name]}" + (f" with {key}" if value else ""),
+                expected="a launcher that only starts processes, as with the files of launch/accelerate",
+                remedy=f"set {key}, and remove this option from the launcher's file",
+            )
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if not _is_one_process(environ):
         error = ConfigError(
@@ -86,10 +87,6 @@ def check_launch(environ: Mapping[str, str], repeated: Mapping[str, tuple[str, s
         )
         error.reporting_rank = this_rank()  # rank 0 may not have it
         raise error
-    # torchrun and accelerate open the port in the launcher.
-    is_opened = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if environ.get("WORLD_SIZE", "1") != "1" and environ["RANK"] == "0" and not is_opened:
-        _check_free(int(environ["MASTER_PORT"]))
 
 
 def _is_one_process(environ: Mapping[str, str]) -> bool:
@@ -107,37 +104,6 @@ def _is_one_process(environ: Mapping[str, str]) -> bool:
     has_place = local >= 0 and (local < of_node or "LOCAL_WORLD_SIZE" not in environ)
     has_world = size == 1 or (has_address and "LOCAL_RANK" in environ)
     return 0 <= rank < size and has_place and has_world
-
-
-def _check_free(port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch does
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise ConfigError(
-                "the port of rank 0 cannot be opened",
-                where="environment: MASTER_PORT",
-                got=f"{port}: {error.strerror}",
-                expected="a port that no other program uses, the same on every rank",
-                remedy="set another MASTER_PORT, or let the launcher choose one: --main_process_port 0",
-            ) from None
-
-
-def _check_accelerate(environ: Mapping[str, str], repeated: Mapping[str, tuple[str, str]]) -> None:
-    for name in (*_WITHOUT_EFFECT, *repeated):
-        given = environ.get(name, "").lower()
-        setting, value = repeated.get(name, ("", None))
-        if given in _OFF or (value is not None and (given == "auto" or _is_same(given, value))):
-            continue
-        key = setting.partition("=")[0]
-        raise ConfigError(
-            "an option of the launcher would have no effect",
-            where="environment: accelerate launch",
-            got=f"{name}={environ[name]}" + (f" with {setting}" if setting else ""),
-            expected="a launcher that only starts processes, as with the files of launch/accelerate",
-            remedy=_WITHOUT_EFFECT.get(name) or f"set {key}, and remove this option from the launcher's file",
-        )
 
 
 def _is_same(given: str, value: str) -> bool:

@@ -13,7 +13,7 @@ import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,11 +27,11 @@ from dpo_dist.config.user_code import find_function, user_function
 from dpo_dist.data.build import tokenizer_digest
 from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord, UnusableRecordError, turns_of
 from dpo_dist.data.render import tokenizer_facts
-from dpo_dist.foundation.errors import ConfigError, first_line
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.generation.pairs.files import as_fields, context_fields
 from dpo_dist.model.folder import description_folder, model_folder
-from dpo_dist.model.load import TORCH_DTYPES, check_all_weights_read, load_config, load_tokenizer
+from dpo_dist.model.load import load_config, load_tokenizer, load_weights
 from dpo_dist.reference.digest import digest_model
 
 log = logging.getLogger(__name__)
@@ -74,14 +74,17 @@ class FunctionJudge:
         self._function = user_function(written, _FUNCTION)
         self._source = find_function(written, _FUNCTION)
 
-    def check(self) -> str:
-        """Return its name."""
-        return f"function {self._source.module}:{self._source.name}"
+        self._name = f"{self._source.module}:{self._source.name}"
+
+    def __str__(self) -> str:
+        return f"function {self._name}"
+
+    def check(self) -> None:
+        """Check nothing: the function is imported."""
 
     def describe(self) -> dict[str, Any]:
         """Return its name and the digest of its file."""
-        found = self._source
-        return {"kind": "function", "function": f"{found.module}:{found.name}", "digest": found.digest}
+        return {"kind": "function", "function": self._name, "digest": self._source.digest}
 
     def judge(self, questions: Sequence[Question]) -> list[Judgement]:
         """Return the function's scores."""
@@ -89,12 +92,11 @@ class FunctionJudge:
 
     def _scores(self, question: Question) -> list[float | None]:
         try:
-            scores = list(self._function(question.prompt, list(question.responses)))
-            numbers = [None if score is None else float(score) for score in scores]
+            found = self._function(question.prompt, list(question.responses))
+            scores = [None if score is None else float(score) for score in found]
             fault = "" if len(scores) == len(question.responses) else f"returns {len(scores)} scores"
-            has_other = any(isinstance(score, str | bool) for score in scores)
-            if has_other or not all(math.isfinite(number or 0) for number in numbers):
-                fault = "returns a score that is no finite number"
+            if not all(math.isfinite(score or 0) for score in scores):
+                fault = "returns a score that is not finite"
         except Exception as error:  # the user's code can raise anything; its message could quote a text
             place = traceback.extract_tb(error.__traceback__)[-1]
             fault = f"raises {type(error).__name__} in {place.filename}:{place.lineno}"
@@ -106,7 +108,7 @@ class FunctionJudge:
                 expected="a list with a finite number, or None, for each response",
                 remedy=f"correct {self._source.name} in {self._source.file}",
             )
-        return numbers
+        return scores
 
 
 class RewardModel:
@@ -118,14 +120,22 @@ class RewardModel:
         self._name, self._config, self._store, self._device = name, config, store, device
         self._budget = batch_tokens
 
-    def check(self) -> str:
-        """Return its folder and architecture."""
+    def __str__(self) -> str:
+        return f"reward model {self._name}"
+
+    def check(self) -> None:
+        """Check its configuration and tokenizer."""
         folder = description_folder(self._name, None, _REWARD_MODEL)
         model_config = load_config(folder, self._config, _REWARD_MODEL)
         if model_config.num_labels != 1:
-            raise _no_reward_model(f"{folder} with {model_config.num_labels} outputs")
+            raise ConfigError(
+                "the model is no reward model",
+                where=_REWARD_MODEL,
+                got=f"{folder} with {model_config.num_labels} outputs",
+                expected="a model of AutoModelForSequenceClassification with one output",
+                remedy="name a reward model, or set pairs.function for another kind of score",
+            )
         load_tokenizer(folder, self._config, _REWARD_MODEL)
-        return f"{folder}, {model_config.model_type}"
 
     def describe(self) -> dict[str, Any]:
         """Return its name, the digest of its files, and its precision."""
@@ -145,19 +155,9 @@ class RewardModel:
 
     @cached_property
     def _model(self) -> Any:
-        try:
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                self._folder,
-                dtype=TORCH_DTYPES[self._config.dtype],
-                trust_remote_code=self._config.trust_remote_code,
-                output_loading_info=True,
-                use_safetensors=True,
-            )
-        except Exception as error:  # an architecture's constructor can raise anything
-            raise _no_reward_model(f"{self._folder}: {first_line(error)}") from error
-        if missing := sorted(report["missing_keys"]):
-            raise _no_reward_model(f"{self._folder} without {', '.join(missing[:3])}")
-        check_all_weights_read(model, sorted(report["unexpected_keys"]), self._folder, _REWARD_MODEL)
+        whole, kind = replace(self._config, quantization=None), AutoModelForSequenceClassification
+        model_config = load_config(self._folder, whole, _REWARD_MODEL)
+        model = load_weights(self._folder, model_config, whole, self._device, key=_REWARD_MODEL, kind=kind)
         return model.to(self._device).eval()
 
     def judge(self, questions: Sequence[Question]) -> list[Judgement]:
@@ -219,16 +219,6 @@ class RewardModel:
         return scores
 
 
-def _no_reward_model(got: str) -> ConfigError:
-    return ConfigError(
-        "the model is no reward model that can be loaded",
-        where=_REWARD_MODEL,
-        got=got,
-        expected="a model of AutoModelForSequenceClassification with one output",
-        remedy="name a reward model, or set pairs.function for another kind of score",
-    )
-
-
 TIMEOUT_SECONDS = 120.0
 _KEY_VARIABLE = "OPENAI_API_KEY"
 _RETRIES = 6
@@ -272,23 +262,22 @@ class EndpointJudge:
                 "an endpoint as judge needs the package openai", where=_URL, remedy="pip install openai"
             ) from None
         self._openai, self._config = openai, config
-        key = os.environ.get(_KEY_VARIABLE, "").strip()
+        key = os.environ.get(_KEY_VARIABLE, "").strip() or "none"
         self._client = openai.OpenAI(
-            base_url=config.url,
-            api_key=key or "none",
-            timeout=TIMEOUT_SECONDS,
-            max_retries=retries,
+            base_url=config.url, api_key=key, timeout=TIMEOUT_SECONDS, max_retries=retries
         )
-        self._headers: dict[str, Any] = {} if key else {"Authorization": openai.Omit()}
         self._options = _OPTIONS
 
-    def check(self, retries: int = 0) -> str:
+    def __str__(self) -> str:
+        config, compares = self._config, self._config.verdicts is Verdicts.compare
+        verdicts = "each two responses in both positions" if compares else "grades from 1 to 10"
+        return f"{config.model} at {config.url}: {verdicts}"
+
+    def check(self) -> None:
         """Send a harmless request, which is not to be refused."""
-        harmless = self._messages(_GRADE, _HARMLESS, response="Hello.")
-        _, refusal = self._ask(harmless, self._client.with_options(max_retries=retries))
+        _, refusal = self._ask(self._messages(_GRADE, _HARMLESS, response="Hello."))
         if refusal:
             raise self._unusable(f"{refusal}, also for a harmless request")
-        return f"{self._config.model} at {self._config.url} replies"
 
     def describe(self) -> dict[str, Any]:
         """Return address, model and criterion."""
@@ -300,7 +289,6 @@ class EndpointJudge:
             "verdicts": str(config.verdicts),
             "criterion": config.criterion,
             "max_tokens": _MAX_TOKENS,
-            "position_swaps": config.verdicts is Verdicts.compare,
         }
 
     def judge(self, questions: Sequence[Question]) -> list[Judgement]:
@@ -323,7 +311,7 @@ class EndpointJudge:
         counts = sum((judgement.counts for judgement in judgements), Counter[str]())
         if 0 < counts["requests"] == counts["refused"]:
             # All requests of a short part may be refused for their texts.
-            self.check(self._client.max_retries)
+            self.check()
         return judgements
 
     def _verdict(self, question: Question, order: tuple[int, ...]) -> str:
@@ -341,22 +329,22 @@ class EndpointJudge:
             {"role": "user", "content": json.dumps(content, ensure_ascii=False)},
         ]
 
-    def _ask(self, messages: list[Any], client: Any = None) -> tuple[str, str]:
+    def _ask(self, messages: list[Any]) -> tuple[str, str]:
         """Return the assistant's text, if any, or status and code of a refusal of this request.
 
         At temperature 0, if the endpoint can.
         """
         options = self._options
         try:
-            found: Any = (client or self._client).chat.completions.create(
-                model=str(self._config.model), messages=messages, extra_headers=self._headers, **options
+            found: Any = self._client.chat.completions.create(
+                model=str(self._config.model), messages=messages, **options
             )
         except self._openai.APIStatusError as error:
             is_unsupported = error.param in options and str(error.code).startswith("unsupported_")
             if is_unsupported and options is _OPTIONS:
                 log.warning("the endpoint of the judge refuses %s: it gets %s", options, _REASONING_OPTIONS)
                 self._options = _REASONING_OPTIONS
-                return self._ask(messages, client)
+                return self._ask(messages)
             # Its message may quote a text.
             facts = (f"status {error.status_code}", error.code, error.param)
             refusal = ", ".join(str(fact) for fact in facts if fact)
@@ -404,7 +392,7 @@ def _judgement(responses: int, verdicts: Mapping[tuple[int, ...], str]) -> Judge
 Judge: TypeAlias = RewardModel | FunctionJudge | EndpointJudge
 """Scores responses; its weights are loaded when it is asked first. Its methods raise DpoDistError.
 
-`check` checks it without its weights, an endpoint by one request, and returns what it is in words; `describe`
+As a text it is its name; `check` checks it without its weights, an endpoint by one request; `describe`
 returns everything that the scores depend on, without secrets; `judge` the judgement of each question.
 """
 

@@ -100,9 +100,6 @@ _GRAM = 3
 _BASE = 0x9E3779B97F4A7C15
 _LONGEST_WORD = 40
 """Letters of a word; a longer one is no word but a loop without spaces, an address or a code."""
-# The time of each grows with the length of a text, also of one that repeats a line end or a bracket.
-_LIST_ITEM = re.compile(r"^[^\S\n]*([-*+\u2022]|\d{1,3}[.)])\s+\S", re.MULTILINE)
-_MARKDOWN = re.compile(r"^#{1,6} \S|\*\*\S|^```|^\|.*\|\s*$|`[^`\n]+`|\[[^\[\]\n]+\]\(", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -110,11 +107,8 @@ class TextFacts:
     """Facts of one response, by the names of the metrics that are their means."""
 
     length: int  # in tokens, without the one that ended it
-    words: int  # with letters or digits
     finished: bool  # by itself
     refusals: bool
-    lists: bool
-    markdown: bool
     distinct_3: float | None
     """Share of different ones among its runs of three words (Li et al. 2016, arXiv 1510.03055)."""
     longest_repeat: float
@@ -126,17 +120,14 @@ class TextFacts:
 
 def text_facts(text: str, tokens: int, is_finished: bool) -> TextFacts:
     """Return the facts of a response."""
-    whole = WORD.findall(text.casefold())
+    found = WORD.findall(text.casefold())
     # Repetition is to be seen within a word that is too long, too.
-    words = [part for word in whole for part in (word if len(word) > _LONGEST_WORD else (word,))]
+    words = [part for word in found for part in (word if len(word) > _LONGEST_WORD else (word,))]
     grams = list(zip(*(words[start:] for start in range(_GRAM)), strict=False))
     return TextFacts(
         length=tokens,
-        words=sum(any(map(str.isalnum, word)) for word in whole),
         finished=is_finished,
         refusals=is_refusal(text),
-        lists=len(_LIST_ITEM.findall(text)) > 1,
-        markdown=_MARKDOWN.search(text) is not None,
         distinct_3=len(set(grams)) / len(grams) if grams else None,
         longest_repeat=longest_repeat(words) / len(words) if words else 0.0,
         empty=not text.strip(),

@@ -7,13 +7,13 @@ import logging
 import math
 import os
 import sys
-import textwrap
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
+from statistics import fmean
 from typing import Any, TextIO
 
 from rich.console import Console as RichConsole
@@ -30,7 +30,7 @@ from dpo_dist.foundation.files import plain
 from dpo_dist.foundation.process import beating
 from dpo_dist.foundation.streams import SafeStream, output_descriptor, output_of_objects, printable_lines
 from dpo_dist.foundation.text import counted, duration, percent, size, without_secrets
-from dpo_dist.insight.verdict.facts import finite, with_seconds
+from dpo_dist.insight.verdict.facts import finite
 
 Fields = Mapping[str, Any]
 
@@ -38,12 +38,13 @@ WARNING = "warning: "
 LINE_SECONDS = 30.0
 """Between two lines about progress."""
 _REFRESH_SECONDS = 0.5
-_SECOND_LINE_SECONDS = 5.0
 _FIRST_HEARTBEAT_SECONDS = 15.0
 _HEARTBEAT_SECONDS = 60.0
 _BAR_WIDTH = 20
 _STYLES = {"error": "bold red", "warning": "yellow"}
 """Of a line on a terminal, by its first word."""
+_TIMED = ("message", "progress", "evaluation", "error")
+"""Kinds whose lines begin with date and time in a scheduler's log file; results do not."""
 _TRAINING = "training"
 _IN_LINE = ("rewards/margins", "pairs_per_second", "mfu")
 
@@ -56,10 +57,7 @@ def _in_words(name: str, value: float) -> str:
 
 
 class LineScreen:
-    """Lines without control characters, printed by `print_line`; progress at most once in `seconds`.
-
-    `has_times`: messages begin with date and time, but results do not.
-    """
+    """Lines without control characters, printed by `print_line`; progress at most once in `seconds`."""
 
     def __init__(
         self, print_line: Callable[[str], None], seconds: float = LINE_SECONDS, *, has_times: bool = False
@@ -69,11 +67,10 @@ class LineScreen:
         """When progress is printed again; None: its first line is printed at once."""
         self._print, self._has_times = print_line, has_times
 
-    def print(self, kind: str, content: Fields, lines: Sequence[str], *, is_result: bool = False) -> None:  # noqa: ARG002
+    def print(self, kind: str, content: Fields, lines: Sequence[str]) -> None:  # noqa: ARG002
         """Print an event or a result: `content` is for programs, `lines` for people."""
-        start = (
-            f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S}  " if self._has_times and not is_result else ""
-        )
+        has_time = self._has_times and kind in _TIMED
+        start = f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S}  " if has_time else ""
         for line in lines:
             self._print(printable_lines(start + line))
 
@@ -85,7 +82,7 @@ class LineScreen:
 class JsonScreen(LineScreen):
     """A JSON object a line, each with `kind` and `time`."""
 
-    def print(self, kind: str, content: Fields, lines: Sequence[str], *, is_result: bool = False) -> None:  # noqa: ARG002
+    def print(self, kind: str, content: Fields, lines: Sequence[str]) -> None:  # noqa: ARG002
         """Print the content."""
         now = datetime.now().astimezone().isoformat(timespec="seconds")
         self._print(json.dumps(plain({"kind": kind, "time": now, **content}), default=str))
@@ -99,8 +96,8 @@ class LiveScreen(LineScreen):
         self._terminal = terminal
         self._live: RichProgress | None = None
 
-    def print(self, kind: str, content: Fields, lines: Sequence[str], *, is_result: bool = False) -> None:
-        """Show progress as the live line, results broken between words; messages have commands to copy."""
+    def print(self, kind: str, content: Fields, lines: Sequence[str]) -> None:
+        """Show progress as the live line; the terminal breaks other lines, so that commands can be copied."""
         # The width of this terminal, whatever the standard streams are; windows are resized.
         with contextlib.suppress(OSError, ValueError):
             if columns := os.get_terminal_size(self._terminal.file.fileno()).columns:
@@ -110,15 +107,11 @@ class LiveScreen(LineScreen):
             return
         if kind == "error":  # below the last state of the live line
             self.end_progress()
-        if is_result:
-            wrap = textwrap.TextWrapper(max(self._terminal.width - 1, 8))
-            wrap.break_long_words = wrap.break_on_hyphens = False
-            lines = [part for line in lines for part in wrap.wrap(line) or [""]]
         super().print(kind, content, lines)
 
     def _update(self, content: Fields, line: str) -> None:
         """Replace the live line; a narrow terminal cuts its end."""
-        share = round(1000 * (content["share"] or 0))
+        share = content["share"]
         if self._live is None:
             cut = Column(no_wrap=True, overflow="crop")
             self._live = RichProgress(
@@ -129,10 +122,10 @@ class LiveScreen(LineScreen):
                 redirect_stderr=False,
                 transient=content["work"] != _TRAINING,
             )
-            self._live.add_task(line, total=1000, completed=share)
+            self._live.add_task(line, total=None if share is None else 1, completed=share or 0)
             self._live.start()
         else:
-            self._live.update(self._live.task_ids[0], description=line, completed=share, refresh=True)
+            self._live.update(self._live.task_ids[0], description=line, completed=share or 0, refresh=True)
 
     def end_progress(self) -> None:
         """Leave the last state of the training on the screen; remove that of other work."""
@@ -175,10 +168,6 @@ def _message(text: str) -> tuple[str, Fields, list[str]]:
     return "message", {"level": level, "text": text.removeprefix(WARNING)}, [text]
 
 
-Count = Callable[..., None]
-"""Called with the number of units just done and, if it is known, the share of all work that is done."""
-
-
 class Console:
     """Messages and progress on the screen, also written to the log; ranks other than 0 print only errors.
 
@@ -211,7 +200,7 @@ class Console:
     def result(self, kind: str, content: Fields, lines: Sequence[str]) -> None:
         """Print and log a result: `content` is for programs, `lines` for people."""
         for screen in self._shown:
-            screen.print(kind, content, lines, is_result=True)
+            screen.print(kind, content, lines)
 
     def row(self, row: Mapping[str, float], steps: int) -> None:
         """Show a metrics row of a run of so many steps; evaluations are always printed."""
@@ -254,15 +243,12 @@ class Console:
         content = {"work": _TRAINING, "unit": "step", "done": step, "total": steps, "share": step / steps}
         self._progress({**content, "seconds_left": seconds_left}, "  ".join(parts), always=always)
 
-    def _progress(self, content: Fields, line: str, opening: str = "", *, always: bool = False) -> None:
-        """Show progress; `opening`, if there is one, is the first line, and the second follows soon."""
+    def _progress(self, content: Fields, line: str, *, always: bool = False) -> None:
         now = time.monotonic()
         for screen in self._shown:
-            is_opening = screen.due is None and opening != ""
             if always or screen.due is None or now >= screen.due:
-                screen.print("progress", content, [opening if is_opening else line])
-                soon = min(_SECOND_LINE_SECONDS, screen.seconds)
-                screen.due = now + (soon if is_opening else screen.seconds)
+                screen.print("progress", content, [line])
+                screen.due = now + screen.seconds
 
     @contextlib.contextmanager
     def heartbeat(self, work: str) -> Iterator[None]:
@@ -288,44 +274,27 @@ class Console:
                 screen.end_progress()
 
     @contextlib.contextmanager
-    def progress(self, title: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-        """Yield a function that takes the number of units done and their total; of 0 nothing is shown."""
-        with self.counter(title, unit) as count:
-            before = 0
+    def progress(self, title: str, unit: str) -> Iterator[Callable[..., None]]:
+        """Yield a function that takes the number of units done and, if it is known, the total.
 
-            def show(done: int, total: int) -> None:
-                nonlocal before
-                if total:
-                    count(done - before, done / total, total)
-                    before = done
-
-            yield show
-
-    @contextlib.contextmanager
-    def counter(self, title: str, unit: str) -> Iterator[Count]:
-        """Yield a function that takes the number of units just done, the share of all work and the total.
-
-        Share and total are None if they are unknown. Nothing is shown if it is never called.
+        Nothing is shown if it is never called, or if the total is 0.
         """
-        done, started = 0, math.nan
+        started = time.monotonic()
 
-        def count(more: int, share: float | None = None, total: int | None = None) -> None:
-            nonlocal done, started
-            if self._screen is not None:
+        def show(done: int, total: int | None = None) -> None:
+            if self._screen is not None and total != 0:
                 self._worked = time.monotonic()
-                started = self._worked if math.isnan(started) else started
-                done += more
-                seconds = self._worked - started
+                seconds, share = self._worked - started, done / total if total else None
                 amount = counted(done, unit) if total is None else f"{done:,} of {counted(total, unit)}"
                 parts = [f"{title}: {amount}"] + ([] if share is None else [percent(share)])
                 parts += [f"{done / seconds:,.0f} a second"] if done > seconds >= 1 else []
                 left = seconds / share - seconds if share and seconds >= 1 else None
                 parts += [f"{duration(left)} left"] if left else []
                 content = {"work": title, "unit": unit, "done": done, "total": total, "share": share}
-                self._progress({**content, "seconds_left": left}, ", ".join(parts), f"{title} ...")
+                self._progress({**content, "seconds_left": left}, ", ".join(parts))
 
         with self.until_end():
-            yield count
+            yield show
 
 
 def console_on(stream: TextIO, settings: ConsoleConfig) -> Console:
@@ -438,8 +407,6 @@ def _logging_to(stream: TextIO) -> Iterator[None]:
 Ends = Sequence[float] | None
 
 _EVALUATED = ("rewards/accuracies", "rewards/margins", "rewards/both_fall", "logps/chosen_per_token")
-_MOST_RATES = 6
-"""Win rates without the base that are printed; those of more models are on the page only."""
 _OUTCOMES = {
     RunOutcome.completed: "completed {}",
     RunOutcome.preempted: "stopped after {}; the same command resumes from there",
@@ -506,9 +473,8 @@ def _time(rows: Sequence[Fields], summary: Fields) -> str:
     if "pairs_per_second" in summary:
         parts.append(counted(summary.get("pairs_seen", 0), "pair"))
         parts.append(f"{summary['pairs_per_second']:,.1f} pairs/s")
-    timed = [(row["mfu"], spent) for row, spent in with_seconds(rows) if finite(row, "mfu") is not None]
-    if seconds := sum(spent for _, spent in timed):
-        parts.append(f"MFU {percent(sum(share * spent for share, spent in timed) / seconds)}")
+    if measured := [row["mfu"] for row in rows if finite(row, "mfu") is not None]:
+        parts.append(f"MFU {percent(fmean(measured))}")
     if "peak_memory_bytes" in summary:
         parts.append(f"peak memory {size(summary['peak_memory_bytes'])}")
         processes = summary.get("world_size", 1)
@@ -542,9 +508,9 @@ def evaluation_table(results: Mapping[str, Fields]) -> list[str]:
 
 
 def comparison_table(results: Fields) -> list[str]:
-    """Return the lines of the tables: the models with 95 % intervals, then the win rates of every two."""
-    base, wins = results["base"], results["wins"]
-    of_base = {win["second"]: _of_second(win) for win in wins if win["first"] == base}
+    """Return the lines of the table of models, with 95 % intervals; the page has all win rates."""
+    base = results["base"]
+    of_base = {win["second"]: _of_second(win) for win in results["wins"] if win["first"] == base}
     has_scores = any(model["score"] is not None for model in results["models"])
     titles = ["model", "tokens", "finished", "refusals", f"KL to {base}"]
     rows = [[*titles, *(["score"] if has_scores else []), *([f"wins over {base}"] if of_base else [])]]
@@ -556,23 +522,6 @@ def comparison_table(results: Fields) -> list[str]:
         rows.append([*cells, *([of_base.get(model["name"], "")] if of_base else [])])
     judge = "" if results["judge"] is None else f", judged by {results['judge']}"
     lines = [f"comparison on {results['prompts']:,} held-out prompts{judge}", *aligned(rows)]
-    others = [win for win in wins if win["first"] != base]
-    if len(others) <= _MOST_RATES:
-        lines += [f"{win['second']} over {win['first']}: {_of_second(win)}" for win in others]
-    else:
-        lines.append(f"{len(others)} more win rates, of models without {base}, are on the page")
-    temperature = results["sampling"]["temperature"]
-    if temperature != 1 and any(model["kl"] for model in results["models"]):
-        lines.append(f"note: responses at temperature {temperature:g}: the KL has a bias, at 1 it has none")
-    lines += [
-        f"note: {model['name']} encodes {model['prompts_encoded_differently']:,} prompts as other tokens "
-        f"than {base}: another chat template or tokenizer"
-        for model in results["models"]
-        if model["prompts_encoded_differently"]
-    ]
-    if wins:
-        ties = sum(win["ties"] for win in wins)
-        lines.append(f"win rates count {counted(ties, 'tie')} as half" if ties else "win rates: no ties")
     if left := sum(results["not_judged"].values()):
         lines.append(f"note: not counted, because without a verdict: {counted(left, 'comparison')}")
     return lines

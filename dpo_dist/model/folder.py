@@ -10,7 +10,6 @@ from safetensors import SafetensorError, safe_open
 
 from dpo_dist.config.schema import AdapterConfig, ModelConfig, Quantization
 from dpo_dist.foundation.errors import ConfigError, first_line
-from dpo_dist.foundation.files import is_absent_offline
 
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -107,7 +106,10 @@ def _snapshot(path: str, revision: str | None, key: str, ignored: list[str]) -> 
 
 def check_cached_offline(path: str, key: str) -> None:
     """Check that files of a model on the Hub are in its cache, if HF_HUB_OFFLINE allows no download."""
-    if is_absent_offline("model", path):
+    from huggingface_hub import constants  # noqa: PLC0415  (slow to import)
+
+    snapshots = Path(constants.HF_HUB_CACHE) / f"models--{path.replace('/', '--')}" / "snapshots"
+    if constants.HF_HUB_OFFLINE and not any(snapshots.glob("*")):
         raise _not_found(path, key, "not in the cache of the Hub, and HF_HUB_OFFLINE=1")
 
 

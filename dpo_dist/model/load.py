@@ -199,13 +199,19 @@ def without_weights(model_config: Any, config: ModelConfig, start: Path | None =
 
 
 def load_weights(
-    folder: Path, model_config: Any, config: ModelConfig, device: torch.device, *, key: str = "model.path"
+    folder: Path,
+    model_config: Any,
+    config: ModelConfig,
+    device: torch.device,
+    *,
+    key: str = "model.path",
+    kind: Any = AutoModelForCausalLM,
 ) -> Any:
-    """Return the causal language model of `folder`, with every weight read and none left at random."""
+    """Return the model of `folder`, with every weight read and none left at random."""
     check_precision(config.dtype, device)
     is_sharded = is_deepspeed_zero3_enabled() and config.quantization is None
     load = partial(
-        AutoModelForCausalLM.from_pretrained,
+        kind.from_pretrained,
         folder,
         config=model_config,
         dtype=TORCH_DTYPES[config.dtype],

@@ -40,8 +40,8 @@ def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int, start: Pa
     if start is None:
         lora = _add_new(causal_lm, adapter, seed)
     else:
-        _add_from(causal_lm, start, _START, _KEY)
-        lora = _add_from(causal_lm, start, TRAINED, _KEY)
+        add_saved(causal_lm, start, _START, _KEY)
+        lora = add_saved(causal_lm, start, TRAINED, _KEY)
     lora.inference_mode = False
     for layer in adapted_layers(causal_lm):
         layer.set_adapter(TRAINED)
@@ -60,7 +60,7 @@ def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int, start: Pa
 
 def load_adapter(model: PackedCausalLM, folder: Path, key: str = "evaluation.model") -> None:
     """Add the LoRA adapter that training or peft wrote into `folder` to its base, to be scored."""
-    _add_from(model.causal_lm, folder, TRAINED, key)
+    add_saved(model.causal_lm, folder, TRAINED, key)
 
 
 def _add_new(causal_lm: Any, adapter: AdapterConfig, seed: int) -> LoraConfig:
@@ -100,7 +100,7 @@ def _add_new(causal_lm: Any, adapter: AdapterConfig, seed: int) -> LoraConfig:
     return lora
 
 
-def _add_from(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
+def add_saved(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
     """Add the adapter of a folder as `name`, frozen or not as peft does it, and return its configuration."""
     try:
         lora = LoraConfig.from_pretrained(folder)

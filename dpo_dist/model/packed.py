@@ -7,11 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpo_dist.batching.pack import PackedBatch, Rows, rows_of
-from dpo_dist.batching.plan import Arrangement
+from dpo_dist.batching.pack import PackedBatch, Rows, Sequences, pack, rows_of
+from dpo_dist.batching.plan import Arrangement, consecutive_batches
 from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.model.attention import PACKED, packed_attention
 from dpo_dist.model.layers import decoder_layers
@@ -283,6 +284,21 @@ class PackedCausalLM(nn.Module):
             self.is_generating = False
             self.arrange(self.arrangement, own_logits=self.own_logits)
             self.causal_lm.generation_config = defaults
+
+
+def packed_logps(packed: PackedCausalLM, sequences: Sequence[Sequences], budget: int) -> list[Tensor]:
+    """Return the log-probs of every response, float32 [tokens]; a micro-batch has at most `budget` tokens.
+
+    A longer sequence is a micro-batch of its own.
+    """
+    layout = [(len(one.prompt_ids), *(len(ids) - 1 for ids in one.responses)) for one in sequences]
+    device, logps = next(packed.parameters()).device, list[Tensor]()
+    for part in consecutive_batches(layout, budget, packed.arrangement):
+        own = sequences[part.start : part.stop]
+        keys = np.zeros((sum(len(one.responses) for one in own), 2), dtype=np.uint64)  # nobody looks them up
+        batch = pack(own, keys).to(device)
+        logps += packed(batch).split(batch.response_tokens.tolist())
+    return logps
 
 
 @dataclass(frozen=True)

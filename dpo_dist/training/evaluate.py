@@ -36,7 +36,7 @@ from dpo_dist.training.inputs import (
 from dpo_dist.training.reference import prepare_reference
 from dpo_dist.training.start import Run, open_run
 from dpo_dist.training.step import Objective, evaluate
-from dpo_dist.training.targets import EVALUATED, Evaluated, Kind
+from dpo_dist.training.targets import EVALUATED, Evaluated
 
 Results = dict[str, dict[str, Any]]
 
@@ -57,7 +57,7 @@ def evaluate_models(config: RunConfig, models: Sequence[Evaluated], console: Con
 
 def check_origin(evaluated: Evaluated, config: RunConfig, inputs: EvaluationInputs) -> None:
     """Check that a checkpoint is of a run that started from the model and adapter of `config`."""
-    if evaluated.kind is not Kind.checkpoint:
+    if not evaluated.is_checkpoint:
         return
     folder, digest = Path(evaluated.path), inputs.policy_files.digest
     try:
@@ -83,7 +83,7 @@ def check_origin(evaluated: Evaluated, config: RunConfig, inputs: EvaluationInpu
 def _evaluate(run: Run, evaluated: Evaluated, inputs: EvaluationInputs, objective: Objective) -> Results:
     """Evaluate one model, write and print its results; return them. Collective."""
     config, world, console = run.config, run.world, run.console
-    run.say(f"evaluating {evaluated.path} ({evaluated.kind})")
+    run.say(f"evaluating {evaluated.path}")
     model, running, commit = load_evaluated(run, evaluated, inputs)
     ((dataset, every),) = inputs.visited
     costs = replace(inputs.costs, arrangement=model.model.arrangement)
@@ -115,7 +115,7 @@ def load_evaluated(
     base, bits, running = inputs.policy_files.folder, config.model.quantization, RunningMeans()
     folder, commit = base, None
     finish: Callable[[PackedCausalLM], None] | None = None
-    if evaluated.kind is Kind.checkpoint:
+    if evaluated.is_checkpoint:
         state = open_checkpoint(Path(evaluated.path), world).state
         running = RunningMeans(**state["running"])
 

@@ -18,8 +18,7 @@ from dpo_dist.foundation.errors import ConfigError, DivergedError, ExitCode, Run
 from dpo_dist.foundation.files import plain, staged_folder
 from dpo_dist.insight.console import Console, closing_table
 from dpo_dist.insight.metrics.card import model_card
-from dpo_dist.insight.metrics.log import MetricsLog, final_and_best, package_versions, read_latest_rows
-from dpo_dist.insight.metrics.trackers import Trackers
+from dpo_dist.insight.metrics.log import final_and_best, package_versions, read_latest_rows
 from dpo_dist.insight.recorder import Recorder, spared
 from dpo_dist.insight.verdict.rules import verdict
 from dpo_dist.model.folder import model_folder, start_folder
@@ -39,10 +38,7 @@ def run_to_its_end(loop: Loop, position: Position) -> int:
     run, identity = loop.run, loop.identity
     try:
         outcome = RunOutcome.completed if loop.train(position) else RunOutcome.preempted
-    except DivergedError as error:
-        # Above the closing table: the advice about it is part of the verdict, the last words of a run.
-        run.console.result("error", error.as_dict(), [f"{error.title}: {error.message}: {error.got}"])
-        error.is_printed = True
+    except DivergedError:
         diverged = RunState(RunOutcome.diverged, position.step, identity)
         finish(run, diverged, loop.recorder, _summary(loop, position))
         raise
@@ -54,7 +50,7 @@ def run_to_its_end(loop: Loop, position: Position) -> int:
         return ExitCode.preempted
     with run.clock.of("saving"):
         _write_model(loop, position, summary)
-    summary["work"] = run.clock.read().as_dict()
+    summary["work"] = run.clock.read()
     exported = RunState(RunOutcome.exported, position.step, identity, plain(summary))
     completed = replace(exported, outcome=RunOutcome.completed)
     run.write(lambda: write_state(run.folder, exported))
@@ -80,7 +76,7 @@ def _summary(loop: Loop, position: Position) -> dict[str, Any]:
         "peak_memory_bytes": peak_bytes,
         **({"best_checkpoints": [asdict(one) for one in position.best]} if position.best else {}),
         "reference": position.reference_report,
-        "work": loop.run.clock.read().as_dict(),
+        "work": loop.run.clock.read(),
         "world_size": world.size,
         "settings": settings(loop.run.config),
         "data": loop.inputs.counts,
@@ -173,23 +169,6 @@ def finish(run: Run, state: RunState, recorder: Recorder | None, summary: dict[s
 
     with run.console.heartbeat("writing the report"):
         run.write(work)
-
-
-def write_lost_files(run: Run, completed: RunState) -> None:
-    """Write the report of a completed run again if one of its files was deleted; collective."""
-    folder, summary = run.folder, completed.summary
-    files = (folder.log_history, folder.metrics_table, folder.summary, folder.curves, folder.report)
-
-    def work() -> None:
-        lost = [file.name for file in files if not file.exists()]
-        if lost and not any(file.exists() for file in files[:2]):  # they have the rows
-            run.say(f"warning: {', '.join(lost)} cannot be written again without {files[0].name}")
-        elif lost and summary is not None:
-            run.say(f"written again: {', '.join(lost)}")
-            recorder = Recorder(MetricsLog(folder, read_latest_rows(folder)), Trackers(), run.say)
-            _close_report(run, recorder, summary, completed.outcome)
-
-    run.write(work)
 
 
 def _close_report(run: Run, recorder: Recorder, summary: dict[str, Any], outcome: RunOutcome) -> None:

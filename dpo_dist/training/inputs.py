@@ -1,9 +1,5 @@
-"""The inputs of a run before any weights are loaded: digests of models, tokenizer, encoded data, schedule.
+"""The inputs of a run before any weights are loaded: digests of models, tokenizer, encoded data, schedule."""
 
-`rehearse` loads them for `--check`: without other processes, and only the first records of the data.
-"""
-
-import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
@@ -12,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import pyarrow as pa
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,10 +15,9 @@ from dpo_dist.batching.plan import Arrangement, ComputeCosts
 from dpo_dist.batching.sampler import BatchSampler, Indices, make_sampler
 from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.losses import RouterConfig
-from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import Offload, ParallelismKind, ReferenceMode, Resume, RunConfig
+from dpo_dist.config.schema import ParallelismKind, ReferenceMode, RunConfig
 from dpo_dist.data.build import prepare_dataset, tokenizer_digest
-from dpo_dist.data.counts import check_counts, describe_counts, describe_short_run, in_one_line, read_in_words
+from dpo_dist.data.counts import describe_counts, describe_short_run
 from dpo_dist.data.dataset import (
     PreferenceDataset,
     check_fits_loss,
@@ -33,16 +27,8 @@ from dpo_dist.data.dataset import (
     count_shared_prompts,
     open_dataset,
 )
-from dpo_dist.data.encode import encode_chunk
-from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Part, eval_part, train_part
-from dpo_dist.data.sources import pinned
-from dpo_dist.data.store import MEMO_FOLDER, columns_of, counts_of
-from dpo_dist.data.template import check_template_keys
 from dpo_dist.distributed.zero import whole_loading
-from dpo_dist.foundation.files import recall, remember
-from dpo_dist.foundation.text import counted
-from dpo_dist.insight.console import Count
 from dpo_dist.model.architectures import (
     check_positions,
     router_loss,
@@ -50,27 +36,16 @@ from dpo_dist.model.architectures import (
     training_notes,
 )
 from dpo_dist.model.flops import StepFlops, compute_costs, step_flops
-from dpo_dist.model.folder import (
-    base_notes,
-    description_folder,
-    is_adapter,
-    model_folder,
-    start_folder,
-    tokenizer_folder,
-)
+from dpo_dist.model.folder import base_notes, model_folder, start_folder, tokenizer_folder
 from dpo_dist.model.layers import check_device
-from dpo_dist.model.load import check_same_vocabulary, load_config, load_tokenizer, without_weights
+from dpo_dist.model.load import load_config, load_tokenizer, without_weights
 from dpo_dist.model.ulysses import check_shared_tokens
-from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.router import RouterLoss
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
-from dpo_dist.training.resume import check_fresh_start, find_finished
 from dpo_dist.training.start import Run
-from dpo_dist.training.targets import EVALUATED, Evaluated, Kind
 
 T = TypeVar("T")
 
-_FIRST_RECORDS = 1024
 _SHARED_WITH_TRAIN = {"also_in_train": count_shared, "prompts_also_in_train": count_shared_prompts}
 _Encode = Callable[[str, Sequence[SourceConfig], Part], PreferenceDataset]
 
@@ -199,8 +174,8 @@ def _load(
         files = _digest_models(run, folder, start)
 
     def encode(name: str, sources: Sequence[SourceConfig], part: Part) -> PreferenceDataset:
-        def progress(source: str) -> AbstractContextManager[Count]:
-            return run.console.counter(f"encoding the {name} data: {source}", "record")
+        def progress(source: str) -> AbstractContextManager[Callable[..., None]]:
+            return run.console.progress(f"encoding the {name} data: {source}", "record")
 
         prepare = partial(prepare_dataset, sources, config.data, tokenizer, digest, progress, part)
         with run.console.heartbeat(f"preparing the {name} data"):
@@ -237,41 +212,27 @@ def _with_count(
     count: Callable[..., int],
     *others: PreferenceDataset,
 ) -> PreferenceDataset:
-    """Return the dataset with one more count, which rank 0 computes once per `data.cache`; collective."""
-    memo = Path(run.config.data.cache) / MEMO_FOLDER
-
-    def remembered() -> int:  # by the content of the datasets, as it reads all their keys
-        identity = " ".join([count.__name__, *(each.fingerprint for each in (dataset, *others))])
-        if (known := recall(memo, identity)) is None:
-            known = str(count(dataset, *others))
-            remember(memo, identity, known)
-        return int(known)
-
-    number = run.world.on_main(remembered)
+    """Return the dataset with one more count, which rank 0 computes; collective."""
+    number = run.world.on_main(lambda: count(dataset, *others))
     return replace(dataset, counts=dataset.counts | {name: number})
 
 
 def _digest_models(run: Run, policy_folder: Path, start: Path | None) -> tuple[ModelFiles, ModelFiles | None]:
     """Digest the files of the policy's start and of the reference, if there is one; collective."""
-    config = run.config
-    is_scattered = config.parallelism.kind is ParallelismKind.zero3
-    digest = partial(
-        digest_on_every_node,
-        store=Path(config.reference.store),
-        remote_code=config.model.trust_remote_code,
-        world=run.world,
-    )
-    policy_is_whole = config.model.quantization is not None or not is_scattered
-    policy_files = digest(policy_folder, loads_whole=policy_is_whole, adapter=start)
-    if config.reference.mode is ReferenceMode.none:
+    config, reference = run.config, run.config.reference
+    store, own_code = Path(reference.store), config.model.trust_remote_code
+    # Weights that are sharded while they are loaded are read by rank 0 alone.
+    whole = config.model.quantization is not None or config.parallelism.kind is not ParallelismKind.zero3
+    if reference.mode is not ReferenceMode.none and reference.path is None:
+        whole = whole or reference.quantization is not None
+    policy_files = digest_on_every_node(policy_folder, store, own_code, whole, run.world, start)
+    if reference.mode is ReferenceMode.none:
         return policy_files, None
-    reference_is_whole = config.reference.quantization is not None
-    if config.reference.path is None and (policy_is_whole or not reference_is_whole):
+    if reference.path is None:
         return policy_files, policy_files
-    folder, adapter = policy_folder, start
-    if config.reference.path is not None:
-        folder, adapter = shared_model_folder(run, config.reference.path, None, "reference.path"), None
-    return policy_files, digest(folder, loads_whole=reference_is_whole, adapter=adapter)
+    folder = shared_model_folder(run, reference.path, None, "reference.path")
+    whole = reference.quantization is not None
+    return policy_files, digest_on_every_node(folder, store, own_code, whole, run.world)
 
 
 def _on_every_rank(run: Run, find: Callable[[], T], doing: str) -> T:
@@ -299,107 +260,3 @@ def with_stored_reference(config: RunConfig) -> RunConfig:
         return config
     bits = config.model.quantization if former.mode is ReferenceMode.adapter else former.quantization
     return replace(config, reference=replace(former, mode=ReferenceMode.cached, quantization=bits))
-
-
-def rehearse(config: RunConfig, models: Sequence[Evaluated] = (), *, trains: bool = True) -> str:
-    """Load what a run loads before weights, and encode the first records of each source; return the findings.
-
-    Weights are neither read nor, for a model on the hub, downloaded. `models`: of an evaluation, not of a
-    run. `trains`: the run starts from what is in its directory.
-    """
-    run = RunFolder.of(config)
-    found = f" ({_expected_start(config, run)})" if trains and not models else ""
-    config = with_stored_reference(config) if models else config
-    described, tokenizer = _described_model(config)
-    lines = [("run.dir", f"{run}{found}"), ("model.path", described)]
-    for evaluated in models:
-        if evaluated.kind in (Kind.model, Kind.hub):
-            revision = config.model.revision if evaluated.path == config.model.path else None
-            own = description_folder(evaluated.path, revision, EVALUATED)
-            if not is_adapter(own):
-                check_same_vocabulary(own, tokenizer, config.model, EVALUATED)
-        lines.append(("evaluation", f"{evaluated.path} ({evaluated.kind})"))
-    if not models:
-        lines.append(("loss", check_custom_loss(config.loss) or ", ".join(config.loss.kinds)))
-    lines.append(("reference", _reference(config, tokenizer)))
-    needing = [f"model.{name}" for name in ("activation_offload", "liger") if getattr(config.model, name)]
-    if needing and not models and not torch.cuda.is_available():
-        why = f"no GPU here: a run on this machine would refuse {' and '.join(needing)}"
-        lines.append(("device", why))
-    for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        for index, source in enumerate(sources):
-            name = f"{key}[{index}]"
-            lines.append((name, _first_records(source, name, config, tokenizer)))
-    findings = "".join(f"  {label + ':':<15}{text}\n" for label, text in lines)
-    doctor = "  python -m dpo_dist.doctor with the same arguments without --check examines all records\n"
-    passed = "check passed: everything that needs no weights and no GPU is in order\n"
-    return passed + findings + ("" if models else doctor)
-
-
-def _expected_start(config: RunConfig, folder: RunFolder) -> str:
-    """Return in words what a start finds in the run directory; the checkpoints are not opened."""
-    if config.run.resume is not Resume.never:
-        if find_finished(config, folder):
-            return "complete: nothing is left to train"
-        if any(folder.checkpoints.glob("step-*")):
-            return "has checkpoints: the run resumes"
-    check_fresh_start(config, folder)
-    return "new"
-
-
-def _described_model(config: RunConfig) -> tuple[str, PreTrainedTokenizerBase]:
-    """Return the policy's model in words, and its tokenizer, after the checks that need no weights."""
-    folder = description_folder(config.model.path, config.model.revision, "model.path")
-    start = start_folder(config.model)
-    tokenizer = load_tokenizer(tokenizer_folder(folder, start), config.model)
-    model_config, _ = checked_model(config, folder, start)
-    router_loss(config.loss.router, model_config)
-    check_template_keys(config.data, tokenizer)
-    return f"{folder}, {model_config.model_type}, {len(tokenizer):,} tokens", tokenizer
-
-
-def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    reference = config.reference
-    if reference.offload is Offload.nvme:
-        from dpo_dist.distributed.join import check_async_io  # noqa: PLC0415  (starts DeepSpeed)
-
-        check_async_io()
-    found = [reference.mode.value]
-    if reference.path is not None:
-        folder = description_folder(reference.path, None, "reference.path")
-        check_same_vocabulary(folder, tokenizer, config.model)
-        found.append(f"model {folder}")
-    if reference.mode is ReferenceMode.cached:
-        spaces = len(list(Path(reference.store).glob("*/space.json")))
-        found.append(f"store {reference.store} ({counted(spaces, 'reference')})")
-    return ", ".join(found)
-
-
-def _first_records(
-    source: SourceConfig, key: str, config: RunConfig, tokenizer: PreTrainedTokenizerBase
-) -> str:
-    """Read, encode and check the first records of a source; return their counts as one line."""
-    # No run directory is written, so the commit of a hub dataset is not recorded.
-    source = pinned(source, None)
-    records = list(itertools.islice(read_records(source), _FIRST_RECORDS + 1))
-    rows = pa.Table.from_batches([encode_chunk(records[:_FIRST_RECORDS], config.data, tokenizer)])
-    counts, has_more = counts_of(rows), len(records) > _FIRST_RECORDS
-    check_counts(counts, f"{key}: {source.path}", config.data, of_first=has_more)
-    dataset = PreferenceDataset(
-        fingerprint="",
-        counts=counts.as_dict(),
-        source_pairs=(counts.pairs,),
-        source_labels=("",),
-        **columns_of(rows),
-    )
-    check_fits_loss(dataset, config.loss)
-    name = f" ({source.name})" if source.name else ""
-    rest = " (the others were not looked at)" if has_more else ""
-    found = [
-        f"{source.path}{name}, {counts.kept} of the first {counts.read} records kept{rest}",
-        f"dropped: {dropped}" if (dropped := in_one_line(counts.dropped)) else "",
-        read_in_words(counts.read_as),
-        f"changed or particular: {changed}" if (changed := in_one_line(counts.changed)) else "",
-        f"{dataset.piece_tokens.sum() / len(dataset):.0f} tokens per example",
-    ]
-    return "; ".join(filter(None, found))

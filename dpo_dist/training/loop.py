@@ -11,17 +11,17 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import set_seed
 
 from dpo_dist.config.metrics import PREFIX
 from dpo_dist.config.rules import direction_of
-from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder, checkpoint_name
+from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.config.schema import Direction, LearningRateSchedule, OptimConfig, RunConfig, TrainerConfig
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.distributed.checkpoint import CheckpointSaver, has_all_files
+from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.world import GivenWay
@@ -71,7 +71,7 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
         return optim.lr * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)
     match optim.schedule:
-        case LearningRateSchedule.constant | LearningRateSchedule.constant_with_warmup:
+        case LearningRateSchedule.constant:
             return optim.lr
         case LearningRateSchedule.linear:
             share = 1 - progress
@@ -81,6 +81,11 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
             scale = warmup_steps or _STEPS_WITHOUT_WARMUP
             return optim.lr * math.sqrt(scale / (step - warmup_steps + scale))
     return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * share)
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed the random numbers that a user's loss may draw in a step; no checkpoint needs their state."""
+    set_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
 
 
 def check_warmup(optim: OptimConfig, steps: int) -> None:
@@ -165,14 +170,6 @@ def best_after(
     return sorted(kept, key=lambda one: (sign * one.value, one.step))[:1]
 
 
-def still_there(best: Sequence[BestCheckpoint], root: Path) -> list[BestCheckpoint]:
-    """Return those whose checkpoints below `root` are complete, checked by size only.
-
-    After the newest checkpoint was damaged, that of an earlier step names best ones that are deleted since.
-    """
-    return [one for one in best if has_all_files(root / checkpoint_name(one.step))]
-
-
 MOST_BAD_STEPS = 3  # in a row
 _BAD_AT_THE_END = 1
 """One bad pair may be in the last batch; more bad steps there are a policy that computes nothing finite."""
@@ -196,11 +193,7 @@ def _json_number(value: float) -> float | str:
 
 
 def ending_error(
-    totals: StepTotals,
-    position: Position,
-    steps: int,
-    folder: RunFolder,
-    loss_scale: float | None,
+    totals: StepTotals, position: Position, steps: int, folder: RunFolder
 ) -> DivergedError | None:
     """Return the error that ends a run of `steps` after this one, if it must; the same on all ranks."""
     step, is_last = position.step, position.step == steps
@@ -210,8 +203,7 @@ def ending_error(
         return DivergedError(
             "the run has trained nothing: gradients overflow in fp16, and no update was applied",
             where="model.dtype",
-            got=f"{position.overflows} overflows and {position.bad_steps} bad steps in {step} steps; "
-            f"the loss scale of the next step is {loss_scale:g}",
+            got=f"{position.overflows} overflows and {position.bad_steps} bad steps in {step} steps",
             remedy="train for more steps, as each overflow halves the scale, or set model.dtype=bf16 or fp32",
         )
     if position.bad_in_a_row > allowed or has_trained_nothing:
@@ -341,6 +333,7 @@ class Loop:
         """
         world, clock = self.run.world, StepClock(self.run.world.device)
         clock.enter("data")
+        seed_step(self.run.config.trainer.seed, position.step)
         ready = next(ready_steps)
         rank_batch, pairs = ready.rank_batch, ready.rank_batch.pairs
         rate = learning_rate(self.run.config.optim, position.step, self.inputs.sampler.steps)
@@ -377,9 +370,7 @@ class Loop:
         else:
             position.window.add(measures)
             progress.add(position.step, measures, must_stop=stop_votes > 0)
-        folder, scale = self.run.folder, self.policy.loss_scale
-        steps = self.inputs.sampler.steps
-        error = ending_error(totals, position, steps, folder, None if scale is None else scale.value)
+        error = ending_error(totals, position, self.inputs.sampler.steps, self.run.folder)
         if error is not None:
             position.window = measures
             self._record_window(position)
@@ -419,6 +410,7 @@ class Loop:
     def _record_evaluation(self, dataset: PreferenceDataset, position: Position) -> None:
         """Record one metrics row over the evaluation dataset; collective."""
         started, world = time.monotonic(), self.run.world
+        seed_step(self.run.config.trainer.seed, position.step)
         every = np.arange(len(dataset), dtype=np.int64)
         rank_batch = self.run.shard(dataset, every, self.inputs.costs)
         policy = None if self.start_is_known and position.step == 0 else self.policy

@@ -4,13 +4,12 @@ import contextlib
 import importlib.util
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 from dpo_dist.config.losses import LossKind
-from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import OptimizerKind, ParallelismKind, ReferenceMode, RunConfig
 from dpo_dist.config.user_code import find_function
 from dpo_dist.data.formats import check_source
@@ -18,7 +17,7 @@ from dpo_dist.data.template import check_template_file
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, ReferenceModelError
 from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.text import counted
-from dpo_dist.insight.console import Console, open_console, print_text, warnings_off
+from dpo_dist.insight.console import Console, open_console
 from dpo_dist.model.folder import (
     check_cached_offline,
     check_tokenizer_files,
@@ -28,7 +27,6 @@ from dpo_dist.model.folder import (
     tokenizer_folder,
     weight_files,
 )
-from dpo_dist.training.targets import Evaluated
 
 # The extra that installs a package, if it has another name.
 _EXTRAS = {"bitsandbytes": "quantization", "liger-kernel": "liger"}
@@ -36,25 +34,22 @@ _EXTRAS = {"bitsandbytes": "quantization", "liger-kernel": "liger"}
 
 @contextlib.contextmanager
 def started(config: RunConfig, *, trains: bool = False) -> Iterator[Console]:
-    """Check the start and open the console; a start that fails before its first step leaves no folders."""
-    with without_traces(config):
-        check_start(config, trains=trains)
-        with open_console(RunFolder.of(config), config.console) as console:
+    """Check the start and open the console; one that fails before its first step leaves no run directory."""
+    folder = RunFolder.of(config)
+    is_new = not folder.path.exists()
+    check_start(config, trains=trains)
+    try:
+        with open_console(folder, config.console) as console:
             yield console
-
-
-def check_only(config: RunConfig, models: Sequence[Evaluated] = (), *, trains: bool = False) -> None:
-    """Check what a run, or an evaluation of `models`, needs before it uses a GPU; write nothing."""
-    with without_traces(config, of_success=True):
-        check_start(config, trains=trains)
-        with warnings_off():
-            from dpo_dist.training.inputs import rehearse  # noqa: PLC0415  (slow)
-
-            print_text("check", rehearse(config, models, trains=trains), config.console)
+    except (ConfigError, DataError, ReferenceModelError, CheckpointError):
+        if is_new and os.environ.get("RANK", "0") == "0" and not folder.checkpoints.exists():
+            with contextlib.suppress(ConfigError), locked(folder.lock, "trains", "wait for it"):
+                shutil.rmtree(folder.path, ignore_errors=True)  # not that of another process
+        raise
 
 
 def check_start(config: RunConfig, *, trains: bool = False) -> None:
-    """Check everything that needs no torch, network or other processes, and create the folders of the run.
+    """Check everything that needs no torch, network or other processes.
 
     Only processes on the first node check. `trains`: whether there is an optimizer, which may need a package.
     """
@@ -76,83 +71,14 @@ def check_start(config: RunConfig, *, trains: bool = False) -> None:
     for source in [*config.data.train, *config.data.eval]:
         check_source(source, config.data)
     check_template_file(config.data.chat_template)
-    _check_run_dir(config)
-    for key, folder in _needed_folders(config).items():
-        if key != "reference.store" or not folder.is_dir():
-            # A read-only store is enough for a run whose log-probs are all in it.
-            _check_folder(folder, key)
-
-
-@contextlib.contextmanager
-def without_traces(config: RunConfig, *, of_success: bool = False) -> Iterator[None]:
-    """Remove the folders that a start made, if it ends with a user's error before its first step; on rank 0.
-
-    `of_success`: also remove them if the start ends without an error (`--check`).
-    """
-    folder, needed = RunFolder.of(config), _needed_folders(config).values()
-    # os.path, as Path.exists raises for a name that is too long
-    made = [path for each in needed for path in (each, *each.parents) if not os.path.exists(path)]  # noqa: PTH110
-    has_ended = of_success
-    try:
-        yield
-    except (ConfigError, DataError, ReferenceModelError, CheckpointError):
-        has_ended = True
-        raise
-    finally:
-        if has_ended and os.environ.get("RANK", "0") == "0":
-            if folder.path in made and not os.path.exists(folder.checkpoints):  # noqa: PTH110
-                with contextlib.suppress(ConfigError, OSError), locked(folder.lock, "trains", "wait for it"):
-                    shutil.rmtree(folder.path, ignore_errors=True)  # not that of another process
-            for path in made:
-                with contextlib.suppress(OSError):
-                    path.rmdir()
-
-
-def _needed_folders(config: RunConfig) -> dict[str, Path]:
     folders = {"run.dir": RunFolder.of(config).path, "data.cache": Path(config.data.cache)}
-    if config.reference.mode is ReferenceMode.cached:
-        folders["reference.store"] = Path(config.reference.store)
+    store = Path(config.reference.store)
+    if config.reference.mode is ReferenceMode.cached and not store.is_dir():
+        folders["reference.store"] = store  # a read-only one is enough if it has all log-probs of the run
     if config.reference.nvme_path is not None:
         folders["reference.nvme_path"] = Path(config.reference.nvme_path)
-    return folders
-
-
-def _check_run_dir(config: RunConfig) -> None:
-    """Refuse a run directory that is a model's folder or that contains other runs."""
-    run_dir = Path(os.path.realpath(RunFolder.of(config).path))
-    start = None if config.model.adapter is None else config.model.adapter.path
-    models = [path for path in (config.model.path, config.reference.path, start) if path is not None]
-    fault = ""
-    if run_dir == run_dir.parent:
-        fault = "the root of the file system"
-    elif run_dir in [Path(os.path.realpath(Path(path).expanduser())) for path in models]:
-        fault = "the folder of a model"
-    elif os.path.isdir(run_dir) and any(run_dir.glob(f"*/{RunFolder(run_dir).state.name}")):  # noqa: PTH112
-        fault = "a folder that contains other runs"
-    if fault:
-        raise ConfigError(
-            f"run.dir is {fault}",
-            where="run.dir",
-            got=str(run_dir),
-            expected="a folder for this run alone",
-            remedy="set run.dir to a new folder, or run.root to the parent folder of all runs",
-        )
-
-
-def _check_folder(folder: Path, key: str) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as fault:
-        is_file = os.path.isfile(folder)  # noqa: PTH113 (as above)
-        raise ConfigError(
-            f"{key} is a file" if is_file else f"{key} cannot be written",
-            where=key,
-            got=f"{folder}: {fault.strerror or fault}",
-            expected="a folder that exists or can be created, with free space and write permission",
-            remedy=f"set {key} to another folder, or make this one writable",
-        ) from None
+    for key, folder in folders.items():
+        check_writable(folder, key)
 
 
 def _check_packages(config: RunConfig, *, trains: bool) -> None:

@@ -186,14 +186,11 @@ def check_fresh_start(config: RunConfig, folder: RunFolder) -> None:
         fault = f"the run directory has results of a run ({', '.join(used)}), and run.resume=never"
         remedy = "set run.resume=auto to resume, or another run.dir"
     elif has_model or (state is not None and (state.is_finished or state.step)):
-        found = "a model" if has_model or state is None else f"a run of {state.step:,} steps"
-        fault = f"the run directory has {found}, and its checkpoints are missing"
+        fault = "the run directory has a model or a run that has begun, and its checkpoints are missing"
         remedy = (
-            "put them back (of a complete run, its model), or mount their disk; to train from the beginning "
-            f"delete {folder.state.name} and {folder.model.name}/, or set another run.dir"
+            "put them back, or mount their disk, and set the length that the run had; to train from the "
+            f"beginning delete {folder.state.name} and {folder.model.name}/, or set another run.dir"
         )
-        if has_model and state is not None and has_other_length(state.identity, config):
-            remedy = "set the length that the run had; trainer.keep_last keeps checkpoints to continue from"
     elif config.run.resume is Resume.must:
         fault, remedy = "there is no checkpoint to resume from", "set run.resume=auto to start a new run"
     else:

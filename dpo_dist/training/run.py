@@ -10,14 +10,14 @@ from typing import Any
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.losses import Weighting
 from dpo_dist.config.schema import ReferenceMode, RunConfig
-from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver, load_checkpoint
+from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.slices import Sharded
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import Engine, FrozenEngine, PolicyEngine
 from dpo_dist.foundation.errors import ExitCode, RunOutcome, StoppedError
 from dpo_dist.foundation.process import BY_TRACKER, StopRequest
-from dpo_dist.foundation.text import counted, percent
+from dpo_dist.foundation.text import counted
 from dpo_dist.insight.console import Console
 from dpo_dist.insight.metrics.log import MetricsLog
 from dpo_dist.insight.metrics.trackers import open_trackers
@@ -25,9 +25,9 @@ from dpo_dist.insight.recorder import Recorder
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.reference.engine import ReferenceProvider, settle_engine
-from dpo_dist.training.finish import finish, run_to_its_end, write_lost_files
+from dpo_dist.training.finish import finish, run_to_its_end
 from dpo_dist.training.inputs import Inputs, load_inputs
-from dpo_dist.training.loop import Loop, check_keep_best, check_warmup, still_there
+from dpo_dist.training.loop import Loop, check_keep_best, check_warmup
 from dpo_dist.training.reference import (
     Reference,
     check_drift,
@@ -86,7 +86,7 @@ def train(config: RunConfig, console: Console, stop: StopRequest) -> int:
 
 def _begin(run: Run, checkpoint: Checkpoint | None) -> tuple[Inputs, RunState]:
     """Read the inputs, and write the files of every start when no check refuses it any more; collective."""
-    config, world, decay = run.config, run.world, run.config.trainer.ema_decay
+    config, world = run.config, run.world
     environment = describe_run(run)
     if "loss_function" in environment:
         run.say(f"loss: {environment['loss_function']}")
@@ -107,9 +107,6 @@ def _begin(run: Run, checkpoint: Checkpoint | None) -> tuple[Inputs, RunState]:
     left = f", {done:,} of them done" if done else ""
     pairs = counted(inputs.sampler.global_batch_pairs, "pair")
     run.say(f"training: {counted(steps, 'step')} of {pairs}{left}")
-    if decay is not None:
-        kept = percent(decay**steps)
-        run.say(f"moving average of the weights: at the end {kept} of it are the weights at the start")
     return inputs, state
 
 
@@ -138,13 +135,12 @@ def _set_up(
         config.trainer.keep_last,
         sharded,
         world,
-        () if checkpoint is None else checkpoint.damaged,
         say=run.say,
         committed=lambda step: write_state(run.folder, replace(state, step=step)),
     )
     engines.callback(checkpoints.close)  # before the weights that it writes are freed
     if checkpoint is not None:
-        position = _resume(run, checkpoint, sharded, reference.report)
+        position = _resume(run, checkpoint, sharded)
         policy.set_loss_scale(position.loss_scale)
         checkpoints.resume(checkpoint.folder, [one.step for one in position.best])
     else:
@@ -232,18 +228,14 @@ def arranged(run: Run, inputs: Inputs, policy: PolicyEngine, reference: Referenc
     return replace(inputs, arrangement=arrangement, reference_pads=pads)
 
 
-def _resume(run: Run, checkpoint: Checkpoint, sharded: Sequence[Sharded], report: dict[str, Any]) -> Position:
+def _resume(run: Run, checkpoint: Checkpoint, sharded: Sequence[Sharded]) -> Position:
     """Load a checkpoint into the engines and return its position; collective.
 
-    `report`, of this start's reference, is added to that of the starts before, and so is this start's time.
+    The report about the reference stays that of the start which scored it. This start's time is added.
     """
-    load_checkpoint(checkpoint, sharded, run.world)
+    for part in sharded:
+        part.load_shards(checkpoint.folder)
     position = Position.of(checkpoint.state)
-    position.best = run.world.on_main(lambda: still_there(position.best, checkpoint.folder.parent))
-    former = position.reference_report  # a later start finds what the first one computed, and checks no drift
-    sums = {name: round(former[name] + report[name], 3) for name in ("computed", "seconds")}
-    damaged = sorted({*former["damaged"], *report["damaged"]})
-    position.reference_report = {**report, **former, **sums, "damaged": damaged}
     run.clock.resume(position.work)
     run.say(f"resuming from {checkpoint.folder}, after step {position.step:,}")
     for name in checkpoint.damaged:
@@ -265,7 +257,7 @@ def _open_recorder(run: Run, position: Position) -> Recorder | None:
 
 
 def _complete(run: Run, finished: RunState) -> int:
-    """Write the missing files of a run whose model is written, if its inputs are the same; collective."""
+    """Write the report of a run whose model is written, if its inputs are the same; collective."""
     world, folder = run.world, run.folder
     identity = identify(run.config, load_inputs(run))
     world.on_main(partial(check_identity, finished.identity, identity, folder.state))
@@ -275,8 +267,6 @@ def _complete(run: Run, finished: RunState) -> int:
         with run.stops.request.deferred():
             completed = replace(finished, outcome=RunOutcome.completed)
             finish(run, completed, recorder, finished.summary)
-    else:
-        write_lost_files(run, finished)
     run.say(f"{folder} is complete: model {folder.model}, report {folder.report}")
     run.say(f"to train it longer: run.dir={folder} and a larger trainer.epochs or trainer.max_steps")
     run.say("change the configuration or run.dir to train again")

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ReferenceMode
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.zero import Engine
@@ -164,12 +163,11 @@ def lines(rows: Sequence[Row]) -> str:
 def prepare_samples(run: Run, inputs: Inputs, step: int) -> Samples | None:
     """Return the samples of a run that continues after `step`; None if it has none. Collective.
 
-    Files of later steps, of a start that was killed, are removed in either case. The reference responds once,
-    to a file in the run directory from which a resumed run reads it. If the policy cannot give its responses,
-    the reference is loaded for them and freed again: call this before a model is loaded.
+    The reference responds once, to a file in the run directory from which a resumed run reads it. If the
+    policy cannot give its responses, the reference is loaded for them and freed again: call this before a
+    model is loaded.
     """
     config = run.config
-    run.write(lambda: _remove_later(run.folder, step))
     if not config.samples.prompts or inputs.eval_set is None:
         return None
     settings, model_folder = config.samples, inputs.policy_files.folder
@@ -243,11 +241,3 @@ def choose_prompts(
         }
         found.append(SamplePrompt(Request(prompt_ids, prompt_id, 0), fields, language_of(chosen)))
     return tuple(found)
-
-
-def _remove_later(folder: RunFolder, step: int) -> None:
-    """Remove files of steps that are computed again."""
-    kept = folder.samples_file(step).name
-    for file in folder.samples.glob("step-*.jsonl"):
-        if (len(file.name), file.name) > (len(kept), kept):
-            file.unlink()

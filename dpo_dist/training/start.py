@@ -4,7 +4,6 @@ import contextlib
 import errno
 import json
 import os
-import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -12,8 +11,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
+from transformers import set_seed
 
 from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.batching.sampler import Indices
@@ -22,13 +21,13 @@ from dpo_dist.config.run_folder import RunFolder, checkpoint_folders
 from dpo_dist.config.schema import Offload, Resume, RunConfig
 from dpo_dist.config.user_code import find_function
 from dpo_dist.data.dataset import PreferenceDataset, RankBatch, shard_batch
-from dpo_dist.distributed.checkpoint import Checkpoint, has_all_files, latest_checkpoint, remove_unfinished
+from dpo_dist.distributed.checkpoint import Checkpoint, latest_checkpoint, remove_unfinished
 from dpo_dist.distributed.join import joined, load_async_io
 from dpo_dist.distributed.processes import Reports
 from dpo_dist.distributed.world import Stops, World, with_sequence_groups
 from dpo_dist.distributed.zero import STATES_OF_ADAM, policy_config
 from dpo_dist.foundation import files
-from dpo_dist.foundation.errors import CheckpointError, ConfigError
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import collect_abandoned, is_temporary, recover_folder, write_text
 from dpo_dist.foundation.process import StopRequest
 from dpo_dist.foundation.text import counted, first_few, size
@@ -83,24 +82,12 @@ class Run:
         return shard_batch(dataset, indices, world.replica, world.replicas, budget, costs, one_sided)
 
     def write(self, work: Callable[[], T]) -> T:
-        """Run `work`, which writes files of the run, on rank 0 and return its result on all; collective.
-
-        A file that cannot be written is a `CheckpointError`.
-        """
+        """Run `work`, which writes files of the run, on rank 0 and return its result on all; collective."""
 
         def guarded() -> T:
-            try:
-                if not self.folder.path.is_dir():  # moved away or unmounted; no part of it is made again
-                    missing = str(self.folder.path)
-                    raise FileNotFoundError(errno.ENOENT, "the run directory is missing", missing)
-                return work()
-            except OSError as error:
-                raise CheckpointError(
-                    "a file of the run cannot be written",
-                    where=str(error.filename or self.folder),
-                    got=str(error),
-                    remedy="free disk space or correct the permissions; the same command resumes the run",
-                ) from error
+            if not self.folder.path.is_dir():  # moved away or unmounted; no part of it is made again
+                raise FileNotFoundError(errno.ENOENT, "the run directory is missing", str(self.folder))
+            return work()
 
         return self.world.on_main(guarded)
 
@@ -126,10 +113,7 @@ def open_run(
         deterministic_kernels(config.trainer.deterministic),
         joined(deepspeed_config, config.parallelism.timeout_seconds, reports) as world,
     ):
-        # Every generator whose state a checkpoint has; a user's loss may draw from any.
-        random.seed(config.trainer.seed)
-        np.random.seed(config.trainer.seed % 2**32)
-        torch.manual_seed(config.trainer.seed)
+        set_seed(config.trainer.seed % 2**32)
         grouped = with_sequence_groups(world, config.parallelism.sequence_parallel)
         yield Run(config, grouped, console, stop, began)
 
@@ -194,7 +178,7 @@ def check_disk_room(config: RunConfig, weights: int, done: int, steps: int) -> N
     copies = 1 + STATES_OF_ADAM[config.optim.kind] + (trainer.ema_decay is not None)  # in float32
     checkpoint, model = int(4 * copies * weights), TORCH_DTYPES[config.model.dtype].itemsize * weights
     # A checkpoint is complete before an older one is deleted; the model, which is smaller, is written then.
-    there = sum(map(has_all_files, checkpoint_folders(folder.checkpoints)))
+    there = len(checkpoint_folders(folder.checkpoints))
     spare = max(1, trainer.keep_last) + bool(trainer.keep_best) - there
     intervals = trainer.save_every, trainer.eval_every if trainer.keep_best else 0
     borders = sum((steps - 1) // each - done // each for each in intervals if each)

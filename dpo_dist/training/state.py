@@ -70,28 +70,8 @@ def throughput(pairs: int, tokens: int, seconds: float) -> dict[str, float]:
     }
 
 
-@dataclass
-class WorkTime:
-    """The seconds of all starts of a run by kind of work, and in all times the processes of each start."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    device_seconds: float = 0.0
-
-    def add(self, work: str, seconds: float, processes: int) -> None:
-        """Add the time that all processes spent on a kind of work."""
-        self.seconds[work] = self.seconds.get(work, 0.0) + seconds
-        self.device_seconds += seconds * processes
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the section `work` of summary.json."""
-        return {
-            "seconds": {work: round(seconds, 3) for work, seconds in self.seconds.items()},
-            "device_seconds": round(self.device_seconds, 3),
-        }
-
-
 class WorkClock:
-    """Clock of one start, every moment of which is one kind of work; it begins with `starting`.
+    """Time of a run by kind of work, of which every moment of a start is one; a start begins with `starting`.
 
     `started`: by `time.monotonic`.
     """
@@ -99,18 +79,20 @@ class WorkClock:
     def __init__(self, processes: int, started: float):
         self._processes, self._marked = processes, started
         self._work: Work = "starting"
-        self._spent = WorkTime()
+        self._seconds: dict[str, float] = {}
+        self._device_seconds = 0.0
 
-    def resume(self, former: WorkTime) -> None:
-        """Continue the time of the starts before."""
-        for work, seconds in self._spent.seconds.items():
-            former.add(work, seconds, self._processes)
-        self._spent = former
+    def resume(self, former: Mapping[str, Any]) -> None:
+        """Add the time of the starts before, as they `read` it."""
+        for work, seconds in former["seconds"].items():
+            self._seconds[work] = self._seconds.get(work, 0.0) + seconds
+        self._device_seconds += former["device_seconds"]
 
     def enter(self, work: Work) -> None:
         """Count the time from now on as `work`."""
         now = time.monotonic()
-        self._spent.add(self._work, now - self._marked, self._processes)
+        self._seconds[self._work] = self._seconds.get(self._work, 0.0) + now - self._marked
+        self._device_seconds += (now - self._marked) * self._processes
         self._work, self._marked = work, now
 
     @contextlib.contextmanager
@@ -123,10 +105,13 @@ class WorkClock:
         finally:
             self.enter(outer)
 
-    def read(self) -> WorkTime:
-        """Return the time until now, which a later call changes."""
+    def read(self) -> dict[str, Any]:
+        """Return the section `work` of summary.json: seconds by kind of work, and in all, times processes."""
         self.enter(self._work)
-        return self._spent
+        return {
+            "seconds": {work: round(seconds, 3) for work, seconds in self._seconds.items()},
+            "device_seconds": round(self._device_seconds, 3),
+        }
 
 
 @dataclass(frozen=True)
@@ -144,7 +129,7 @@ class Position:
 
     Attributes:
         reference_report: the section `reference` of summary.json, of all starts.
-        work: time of all starts.
+        work: time of all starts, of `WorkClock`.
         bad_steps: number of steps that were skipped because loss or gradient was not finite.
         bad_in_a_row: of these, the last ones without another step between them.
         collapsed_in_a_row: last steps of a policy that has collapsed.
@@ -160,7 +145,7 @@ class Position:
     running: RunningMeans = field(default_factory=RunningMeans)
     window: LogWindow = field(default_factory=LogWindow)
     reference_report: dict[str, Any] = field(default_factory=dict)
-    work: WorkTime = field(default_factory=WorkTime)
+    work: dict[str, Any] = field(default_factory=dict)
     bad_steps: int = 0
     bad_in_a_row: int = 0
     collapsed_in_a_row: int = 0

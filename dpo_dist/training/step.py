@@ -129,59 +129,44 @@ class Objective:
         Without a model, by the reference only. `enter` is called with each phase of a step; an evaluation
         also has entropies.
         """
+        wanted: list[Statistic] = []
+        if self.loss.weighting is Weighting.wpo:
+            wanted.append("collisions")
+        if is_evaluation and model is not None:  # entropies need a forward
+            wanted.append("entropy")
         for host_batch in batches:
             enter("data")
             batch = host_batch.to(device)
             enter("reference")
             reference = self.reference.token_logps(batch)
             enter("forward")
-            yield self.score(model, batch, reference, facts, is_evaluation=is_evaluation)
-
-    def score(
-        self,
-        policy: Engine | None,
-        batch: PackedBatch,
-        reference: Tensor | None,
-        facts: BatchFacts,
-        *,
-        is_evaluation: bool = False,
-    ) -> ScoredPairs:
-        """Return the policy's log-probs of a micro-batch beside the reference's; one forward, collective.
-
-        `reference`: float32 [targets], of `reference.token_logps`. Other arguments as `scored`.
-        """
-        wanted: list[Statistic] = []
-        if self.loss.weighting is Weighting.wpo:
-            wanted.append("collisions")
-        if is_evaluation and policy is not None:  # entropies need a forward
-            wanted.append("entropy")
-        routing = None
-        if policy is None:
-            assert reference is not None
-            values = reference
-        elif self.router is None or is_evaluation:
-            values = policy.token_logps(batch, wanted)
-        else:
-            assert isinstance(policy, PolicyEngine)
-            values, routing = policy.routed_token_logps(batch, wanted)
-        token_logps, *rows = values.view(1 + len(wanted), len(batch.targets))
-        statistics = dict(zip(wanted, rows, strict=True))
-        sums = partial(sum_by_response, response_tokens=batch.response_tokens, ranking=batch.ranking)
-        pair_weights = None
-        if "collisions" in statistics:
-            pair_weights = wpo_weights(token_logps, statistics["collisions"], sums)
-        return ScoredPairs(
-            policy=self.pair_logps(token_logps, batch),
-            reference=None if reference is None else self.pair_logps(reference, batch),
-            facts=replace(facts, score_gaps=batch.score_gaps, pair_weights=pair_weights),
-            weights=batch.weights,
-            kl=None if reference is None else sums(divergence(token_logps.detach(), reference)),
-            entropy=sums(statistics["entropy"]) if "entropy" in statistics else None,
-            labels=batch.labels,
-            sources=batch.sources,
-            routing=routing,
-            is_evaluation=is_evaluation,
-        )
+            routing = None
+            if model is None:
+                assert reference is not None
+                values = reference
+            elif self.router is None or is_evaluation:
+                values = model.token_logps(batch, wanted)
+            else:
+                assert isinstance(model, PolicyEngine)
+                values, routing = model.routed_token_logps(batch, wanted)
+            token_logps, *rows = values.view(1 + len(wanted), len(batch.targets))
+            statistics = dict(zip(wanted, rows, strict=True))
+            sums = partial(sum_by_response, response_tokens=batch.response_tokens, ranking=batch.ranking)
+            pair_weights = None
+            if "collisions" in statistics:
+                pair_weights = wpo_weights(token_logps, statistics["collisions"], sums)
+            yield ScoredPairs(
+                policy=self.pair_logps(token_logps, batch),
+                reference=None if reference is None else self.pair_logps(reference, batch),
+                facts=replace(facts, score_gaps=batch.score_gaps, pair_weights=pair_weights),
+                weights=batch.weights,
+                kl=None if reference is None else sums(divergence(token_logps.detach(), reference)),
+                entropy=sums(statistics["entropy"]) if "entropy" in statistics else None,
+                labels=batch.labels,
+                sources=batch.sources,
+                routing=routing,
+                is_evaluation=is_evaluation,
+            )
 
     def pair_logps(self, token_logps: Tensor, batch: PackedBatch) -> PairLogps:
         """Sum the per-token log-probs of a micro-batch by response, as the loss weights tokens."""

@@ -3,7 +3,6 @@
 import json
 import os
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,23 +23,21 @@ from dpo_dist.data.sources import check_has_evaluation_data
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.text import first_few
-from dpo_dist.model.folder import CONFIG_FILE, is_adapter, local_model_folder
+from dpo_dist.model.folder import CONFIG_FILE, local_model_folder
 
 if TYPE_CHECKING:
     from dpo_dist.training.inputs import EvaluationInputs
 
 EVALUATED = "evaluation.model"
 _CHECKPOINT = "export.checkpoint"
-Kind = StrEnum("Kind", ["model", "adapter", "checkpoint", "hub"])
-"""`hub`: a model or an adapter, which only its files show."""
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A model to evaluate: its folder, or its name on the hub."""
+    """A model, adapter or checkpoint to evaluate: its folder, or its name on the hub."""
 
     path: str
-    kind: Kind
+    is_checkpoint: bool
 
     def name(self, config: RunConfig, inputs: "EvaluationInputs") -> str:
         """Return a name for the results, such as `step-000100-1a2b3c4d`: another one for another model,
@@ -75,10 +72,9 @@ def _evaluated(named: str | None, run: RunFolder) -> Evaluated:
         raise without_model(run, EVALUATED, f"set run.dir to a complete run ({pairs})")
     path = str(folder) if folder.is_dir() else str(named)
     if is_checkpoint(folder):
-        return Evaluated(path, Kind.checkpoint)
-    if local_model_folder(path, None, EVALUATED, accepts_adapter=True) is None:
-        return Evaluated(path, Kind.hub)
-    return Evaluated(path, Kind.adapter if is_adapter(folder) else Kind.model)
+        return Evaluated(path, is_checkpoint=True)
+    local_model_folder(path, None, EVALUATED, accepts_adapter=True)  # raises for one that is missing
+    return Evaluated(path, is_checkpoint=False)
 
 
 def find_exported(config: RunConfig) -> tuple[list[Path], Path]:

@@ -48,7 +48,7 @@ def train(
         for number, rows in enumerate(STEPS, start=1):
             norms[kind.value].append(trainer.step(rows))
             if number in (HALF, len(STEPS)):
-                trainer.save(root / kind, number, 9)
+                trainer.save(root / kind, number, 9, is_last=number == len(STEPS))
         states = trainer.policy._engine.optimizer.optimizer.state.values()
         values = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
         assert any(value.dtype is torch.uint8 for value in values) is (kind is OptimizerKind.adamw_8bit)

@@ -92,7 +92,7 @@ def test_without_async_io_nvme_is_refused() -> None:
 
 
 def test_each_process_has_its_folder_and_those_of_dead_ones_are_removed(tmp_path: Path) -> None:
-    peers = (Peer(0, "host", os.getpid()), Peer(1, "host", os.getppid()))
+    peers = (Peer(0, "host", os.getpid(), ""), Peer(1, "host", os.getppid(), ""))
     living, dead = (tmp_path / f"dpo_dist-host-{pid}" for pid in (1, 2**22 + 1))
     living.mkdir()
     dead.mkdir()
@@ -126,7 +126,7 @@ def test_a_quantized_reference_is_close(assets: Assets, tmp_path: Path) -> None:
 
 def digest_copies(models: list[Path], store: Path, world: World, _folder: Path) -> list[Any]:
     """What ranks on two nodes, each with its own copy of a model, say of weights and of configurations."""
-    peers = tuple(Peer(peer.rank, f"node-{peer.rank}", peer.pid) for peer in world.peers)
+    peers = tuple(replace(peer, host=f"node-{peer.rank}", place=f"node {peer.rank}") for peer in world.peers)
     on_two_nodes = replace(world, peers=peers)
 
     def digest(loads_whole: bool) -> str:

@@ -74,7 +74,7 @@ def test_two_processes_write_what_one_does_and_equal_models_respond_equally(plac
     base, other, twin = results(place, "alone")["models"]
     assert other["kl"] > 0.1 > base["kl"] == twin["kl"] == 0
     wins = {(win["first"], win["second"]): win for win in results(place, "alone")["wins"]}
-    assert wins["base", "twin"]["ties"] == wins["base", "twin"]["identical"] == 14
+    assert wins["base", "twin"]["ties"] == 14
     assert wins["base", "other"]["rate"] == pytest.approx(1 - wins["other", "twin"]["rate"])
 
 
@@ -119,7 +119,6 @@ def test_a_checkpoint_of_two_processes_and_an_adapter_respond_as_their_runs_do(
     ended = run_verb("compare", command, cwd=tmp_path)
     assert ended.code == 0, ended.output
     assert "foreign: no KL to base, which has other token ids" in ended.output
-    assert "foreign encodes 5 prompts as other tokens than base" in ended.output
     found = {model["name"]: model for model in results(tmp_path, "compared")["models"]}
     for row in rows(tmp_path, "compared"):
         responses = row["responses"]

@@ -68,6 +68,6 @@ def test_a_run_of_overflows_only_ends_with_3_on_every_process(overrides: Overrid
     ended = run_verb("train", command, processes=2, cwd=tmp_path)
     assert ended.code == 3, ended.output
     assert ended.output.count("the run has trained nothing: gradients overflow in fp16") == 1
-    assert "3 overflows and 0 bad steps in 3 steps; the loss scale of the next step is 8192" in ended.output
+    assert "3 overflows and 0 bad steps in 3 steps" in ended.output
     assert "Traceback" not in ended.output
     assert run_state(tmp_path / "run")["outcome"] == summary(tmp_path / "run")["exit"] == "diverged"

@@ -122,7 +122,7 @@ def test_stops_while_encoding_saving_evaluating_sampling_exporting_and_reporting
     samples = ["samples.prompts=2", "samples.max_new_tokens=4", "samples.temperature=0"]
     command = overrides(*usual, *samples, f"data.cache={cache}")
     places = [
-        ("dpo_dist.data.build", "share_read", "before the first step"),
+        ("dpo_dist.data.build", "in_order", "before the first step"),
         ("dpo_dist.distributed.checkpoint", "commit_folder", "stopping after step [1-3]"),
         ("dpo_dist.training.loop", "evaluate", "stopping after step 4"),
         ("dpo_dist.training.samples", "generate_together", "stopping after step 4"),
@@ -133,7 +133,7 @@ def test_stops_while_encoding_saving_evaluating_sampling_exporting_and_reporting
         assert stopped.code == 75, stopped.output
         assert "Traceback" not in stopped.output
         assert re.search(words, stopped.output), stopped.output
-        if name == "share_read":
+        if name == "in_order":
             assert [path.name for path in cache.iterdir()] == ["file_digests"], "half-encoded data are left"
     assert run_state(run)["outcome"] == "exported"
     last = run_verb(

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-STYLE = {"length": 100.0, "finished": 1.0, "refusals": 0.02, "lists": 0.2, "empty": 0.0}
+STYLE = {"length": 100.0, "finished": 1.0, "refusals": 0.02, "empty": 0.0}
 
 
 def model(name: str, kl: float | None = None, score: float | None = None, **style: float) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dpo_dist.distributed.checkpoint import CheckpointSaver, SavedSlices, latest_checkpoint, load_checkpoint
+from dpo_dist.distributed.checkpoint import CheckpointSaver, SavedSlices, latest_checkpoint
 from dpo_dist.distributed.slices import WEIGHT, ModelSlices, Slice
 from tests.support.alone import ALONE
 
@@ -40,13 +40,12 @@ class Run:
     def start(self) -> int:
         """Resume; returns the step, 0 for a fresh start."""
         found = latest_checkpoint(self.root, ALONE)
-        damaged = found.damaged if found else ()
         weights = Weights()
-        self.saver = CheckpointSaver(self.root, self.keep_last, [weights], ALONE, damaged)
+        self.saver = CheckpointSaver(self.root, self.keep_last, [weights], ALONE)
         self.weights = weights
         if found is None:
             return 0
-        load_checkpoint(found, [weights], ALONE)
+        weights.load_shards(found.folder)
         self.saver.resume(found.folder, [one["step"] for one in found.state.get("best", [])])
         assert weights.value == found.state["step"]
         return weights.value

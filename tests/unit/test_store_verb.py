@@ -1,16 +1,17 @@
 """`python -m dpo_dist.store`: info, verify and gc."""
 
-import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
+from dpo_dist.foundation.files import staged_file, temporary_name
+from dpo_dist.foundation.text import size
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
 from dpo_dist.store import main
 from tests.unit.reference.test_store import ENTRIES, keys_of, readable, values, write
@@ -42,15 +43,13 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
 def test_info_lists_each_reference_with_its_counts(run: Run, shards: list[Path], tmp_path: Path) -> None:
     stamp = shards[1].parent / "space.json"
     os.utime(stamp, (time.time() - 10 * DAY,) * 2)
-    listed = json.loads(run("info", "--json")[1])
-    first = listed[0]
-    assert [each["label"] for each in listed] == ["org/first@0123", "./second"]
-    assert (first["reference"], first["space"]) == (FIRST.reference, FIRST.name)
-    assert (first["rows"], first["tokens"], first["shards"], first["damaged_shards"]) == (3, 6, 1, 0)
-    assert first["bytes"] == sum(file.stat().st_size for file in shards[0].parent.iterdir())
-    age = datetime.now(UTC) - datetime.fromisoformat(listed[1]["last_used"])
-    assert 10 <= age.total_seconds() / DAY < 10.1
-    assert "2 fingerprints, 5 entries" in run("info")[1]
+    first, numerics, second, _, total = run("info")[1].splitlines()
+    assert first.startswith(f"org/first@0123   reference {FIRST.reference}   fingerprint {FIRST.name}")
+    stored = sum(file.stat().st_size for file in shards[0].parent.iterdir())
+    assert f"3 entries, 6 tokens, {size(stored)}, 1 shard, used " in first
+    assert numerics == "    dtype fp32"
+    assert f"used {datetime.fromtimestamp(stamp.stat().st_mtime):%Y-%m-%d}" in second
+    assert total.startswith("2 fingerprints, 5 entries")
     LogpStore.open(tmp_path, SECOND)
     assert time.time() - stamp.stat().st_mtime < 60, "opening it is its last use"
 
@@ -95,18 +94,21 @@ def test_gc_refuses_ambiguous_digests(digits: str, said: str, run: Run, shards: 
     assert all(shard.exists() for shard in shards)
 
 
-def test_gc_removes_old_temporary_files_and_keeps_recent_ones(
-    run: Run, shards: list[Path], tmp_path: Path
-) -> None:
-    old, young = (shards[0].parent / f"{name}.safetensors.tmp-123456789abc" for name in "ab")
-    folder = tmp_path / f"{'0' * 32}.tmp-123456789abc"
+def test_gc_removes_temporary_files_of_dead_writers(run: Run, shards: list[Path], tmp_path: Path) -> None:
+    dead, folder = temporary_name(shards[0]), temporary_name(shards[0].parent)
+    dead.write_bytes(b"half")
     folder.mkdir()
-    for path in (old, young):
-        path.write_bytes(b"half")
-    for path in (old, folder):
-        os.utime(path, (time.time() - 2 * DAY,) * 2)
-    assert run("gc", "--yes")[0] == 0
-    assert [path.exists() for path in (old, young, folder, *shards)] == [False, True, False, True, True]
+    with staged_file(shards[1]) as written:
+        for path in (dead, folder, written):
+            os.utime(path, (time.time() - 2 * DAY,) * 2)
+        assert run("gc", "--yes")[0] == 0
+        assert [path.exists() for path in (dead, folder, written, *shards)] == [
+            False,
+            False,
+            True,
+            True,
+            True,
+        ]
 
 
 def test_a_running_job_continues_after_its_fingerprint_was_dropped(

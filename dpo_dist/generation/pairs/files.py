@@ -11,17 +11,7 @@ from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.keys import as_written
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome, check_counts, describe_dropped, in_words
-from dpo_dist.data.records import (
-    BadRecord,
-    Dialogue,
-    Message,
-    Messages,
-    Origin,
-    PreferenceRecord,
-    Prompt,
-    Response,
-    turns_of,
-)
+from dpo_dist.data.records import BadRecord, Dialogue, Messages, PreferenceRecord, Prompt, Response, turns_of
 from dpo_dist.data.sources import pinned
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import staged_file, text_digest, write_text
@@ -51,7 +41,7 @@ def training_records(
     """Yield the usable records of `data.train` until there are `enough`; print the counts of each source."""
     for source in config.data.train:
         if not enough():
-            yield from good_records(read(pinned(source, None)), source, config.data, say, enough)
+            yield from good_records(read(pinned(source)), source, config.data, say, enough)
 
 
 def good_records(
@@ -134,40 +124,13 @@ def _messages(messages: Messages) -> list[dict[str, Any]]:
 
 def prompt_key(record: PreferenceRecord) -> str:
     """Return 32 hex digits over the prompt, its tools and template arguments: the same for equal prompts."""
-    return text_digest(json.dumps(_content(record), sort_keys=True))
-
-
-def _content(record: PreferenceRecord) -> dict[str, Any]:
     prompt: Any = record.prompt
     if isinstance(prompt, Dialogue):
         prompt = {"dialogue": prompt.text}
     elif not isinstance(prompt, str):
         prompt = [[turn.role, turn.content, dict(turn.fields)] for turn in prompt]
-    return {"prompt": prompt, "tools": list(record.tools), "arguments": dict(record.template_arguments)}
-
-
-def prompt_row(record: PreferenceRecord) -> dict[str, Any]:
-    """Return a prompt as a row of a part; further fields may be added to it."""
-    return _content(record) | {"origin": [record.origin.source, record.origin.line]}
-
-
-def read_prompt_row(fields: Mapping[str, Any]) -> PreferenceRecord:
-    """Return the prompt of a row of `prompt_row`."""
-    prompt: Prompt
-    match fields["prompt"]:
-        case str() as text:
-            prompt = text
-        case {"dialogue": text}:
-            prompt = Dialogue(text)
-        case turns:
-            prompt = tuple(Message(role, content, below) for role, content, below in turns)
-    return PreferenceRecord(
-        prompt,
-        (),
-        Origin(*fields["origin"]),
-        tools=tuple(fields["tools"]),
-        template_arguments=fields["arguments"],
-    )
+    content = {"prompt": prompt, "tools": list(record.tools), "arguments": dict(record.template_arguments)}
+    return text_digest(json.dumps(content, sort_keys=True))
 
 
 def json_line(record: Mapping[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """Pairs labelled by people: serve a page until it is interrupted, then write pairs and agreement."""
 
-import heapq
 import itertools
 import json
 import os
@@ -9,7 +8,6 @@ import signal
 import socket
 import statistics
 import threading
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -31,7 +29,7 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Dialogue, PreferenceRecord
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import locked, text_digest, write_text
-from dpo_dist.foundation.text import counted, percent
+from dpo_dist.foundation.text import counted
 from dpo_dist.generation.pairs.files import (
     as_fields,
     check_output,
@@ -58,7 +56,6 @@ class Judgement(NamedTuple):
     annotator: str
     verdict: str  # first or second, the better response in the item's own order; tie or skip
     left: int  # index of the response that was shown on the left
-    seconds: float  # from the display to the verdict
     time: str
 
 
@@ -67,26 +64,20 @@ def draw_items(
 ) -> dict[str, PreferenceRecord]:
     """Return at most `most` records with two responses each, drawn by the seed and their contents.
 
-    The keys are digests of prompt and responses, whatever their order. `counts` gets `read`, and the records
-    that give no item by reason.
+    The keys are digests of prompt and responses, whatever their order. `counts` gets the records that give
+    no item, by reason.
     """
-    seen: set[str] = set()
-
-    def different() -> Iterator[tuple[str, PreferenceRecord]]:
-        for record in records:
-            counts["read"] += 1
-            if len(record.responses) < 2:
-                counts["one_response"] += 1
-                continue
-            key, pair = _item(record, seed)
-            counts["duplicate"] += key in seen
-            if key not in seen:
-                seen.add(key)
-                yield key, pair
-
-    drawn = dict(heapq.nsmallest(most, different(), key=lambda item: _fraction(seed, "draw", item[0])))
-    counts["not_drawn"] = len(seen) - len(drawn)
-    return drawn
+    found: dict[str, PreferenceRecord] = {}
+    for record in records:
+        if len(record.responses) < 2:
+            counts["one_response"] += 1
+            continue
+        key, pair = _item(record, seed)
+        counts["duplicate"] += key in found
+        found.setdefault(key, pair)
+    drawn = sorted(found, key=lambda key: _fraction(seed, "draw", key))[:most]
+    counts["not_drawn"] = len(found) - len(drawn)
+    return {key: found[key] for key in drawn}
 
 
 def _item(record: PreferenceRecord, seed: int) -> tuple[str, PreferenceRecord]:
@@ -121,12 +112,12 @@ class Labelling:
         self.given = {(one.annotator, one.item): one for one in lines if one.item in self.items}
         return sum(one.item not in self.items for one in lines)
 
-    def judge(self, annotator: str, item: str, choice: str, seconds: float) -> None:
+    def judge(self, annotator: str, item: str, choice: str) -> None:
         """Write a verdict, `left`, `right`, `tie` or `skip`, to disk before it counts."""
         left = self.left(annotator, item)
         verdict = {"left": _SIDES[left], "right": _SIDES[1 - left]}.get(choice, choice)
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        judgement = Judgement(item, annotator, verdict, left, round(seconds, 2), now)
+        judgement = Judgement(item, annotator, verdict, left, now)
         os.write(self._log, (json.dumps(judgement._asdict(), ensure_ascii=False) + "\n").encode())
         os.fsync(self._log)
         self.given[annotator, item] = judgement
@@ -152,7 +143,7 @@ class Labelling:
         turns, *responses = as_fields(prompt, record.responses)
         left = self.left(annotator, item)
         sides = {"left": responses[left], "right": responses[1 - left]}
-        return facts | sides | {"item": item, "prompt": turns, "tools": record.tools, "now": time.time()}
+        return facts | sides | {"item": item, "prompt": turns, "tools": record.tools}
 
 
 class _Request(WSGIRequestHandler):
@@ -188,8 +179,7 @@ class LabelServer(ThreadingMixIn, WSGIServer):
             return []
         with self._lock:
             if sent:
-                seconds = time.time() - float(fields["now"])
-                self._labelling.judge(annotator, item, fields["choice"], seconds)
+                self._labelling.judge(annotator, item, fields["choice"])
             if sent or (annotator and "item" not in fields):
                 # The address of a comparison has its key: the browser can go back to it.
                 item = next(iter(self._labelling.remaining(annotator)), "")
@@ -207,38 +197,30 @@ def outcome(judgements: Sequence[Judgement]) -> tuple[int | None, str]:
     votes = verdicts.count("first") - verdicts.count("second")
     if votes:
         return int(votes < 0), "comparisons_decided"
-    if not verdicts:
-        return None, "comparisons_skipped" if judgements else "comparisons_not_judged"
-    return None, "comparisons_tied" if set(verdicts) == {TIE} else "comparisons_without_majority"
+    return None, "comparisons_without_majority" if verdicts else "comparisons_not_judged"
 
 
 def agreement(judgements: Iterable[Judgement]) -> dict[str, Any]:
     """Return counts and agreement of the judgements, skips aside, as a JSON object.
 
-    `annotators`: for each their counts, median seconds, and the share of decided judgements for the left
-    side (position bias if far from 0.5). `between`: every two annotators on the items that both judged:
+    `annotators`: for each the number of judgements and the share of decided ones for the left side (position
+    bias if far from 0.5). `between`: every two annotators on the items that both judged:
     `items`, `agreed` (share of equal verdicts) and `kappa` (Cohen 1960; null if undefined).
     """
     given: dict[str, dict[str, Judgement]] = defaultdict(dict)
     for one in judgements:
-        given[one.annotator][one.item] = one
+        if one.verdict != SKIP:
+            given[one.annotator][one.item] = one
     annotators, between = {}, []
     for name in sorted(given):
-        judged = [one for one in given[name].values() if one.verdict != SKIP]
-        lefts = [one.verdict == _SIDES[one.left] for one in judged if one.verdict != TIE]
-        annotators[name] = {
-            "judged": len(judged),
-            "ties": len(judged) - len(lefts),
-            "skipped": len(given[name]) - len(judged),
-            "median_seconds": statistics.median(one.seconds for one in judged) if judged else None,
-            "left_share": statistics.fmean(lefts) if lefts else None,
-        }
+        lefts = [one.verdict == _SIDES[one.left] for one in given[name].values() if one.verdict != TIE]
+        share = statistics.fmean(lefts) if lefts else None
+        annotators[name] = {"judged": len(given[name]), "left_share": share}
     for names in itertools.combinations(sorted(given), 2):
         from sklearn.metrics import cohen_kappa_score  # noqa: PLC0415  (slow)
 
         first, second = (given[name] for name in names)
         pairs = [(first[key].verdict, second[key].verdict) for key in first if key in second]
-        pairs = [pair for pair in pairs if SKIP not in pair]
         has_one_verdict = len({verdict for pair in pairs for verdict in pair}) < 2  # chance agreement is 1
         between.append(
             {
@@ -249,21 +231,6 @@ def agreement(judgements: Iterable[Judgement]) -> dict[str, Any]:
             }
         )
     return {"annotators": annotators, "between": between}
-
-
-def agreement_lines(found: Mapping[str, Any]) -> list[str]:
-    """Return the result of `agreement` as lines for the terminal."""
-    lines = []
-    for name, one in found["annotators"].items():
-        seconds = "" if one["median_seconds"] is None else f", {one['median_seconds']:.1f} s each"
-        left = "" if one["left_share"] is None else f", {percent(one['left_share'])} for the left side"
-        counts = f"{one['judged']} judged, {one['ties']} tied, {one['skipped']} skipped"
-        lines.append(f"{name}: {counts}{seconds}{left}")
-    for one in (pair for pair in found["between"] if pair["items"]):
-        kappa = "" if one["kappa"] is None else f", kappa {one['kappa']:.2f}"
-        names = " and ".join(one["annotators"])
-        lines.append(f"{names}: {one['items']} compared, {percent(one['agreed'])} agreed{kappa}")
-    return lines
 
 
 def label_pairs(config: RunConfig, say: Say, show: Say) -> None:
@@ -279,9 +246,8 @@ def label_pairs(config: RunConfig, say: Say, show: Say) -> None:
     drawn: Counter[str] = Counter()
     records = training_records(config, read_records, say)
     items = draw_items(records, pairs.limit or _MOST_ITEMS, seed, drawn)
-    read = drawn.pop("read", 0)
     rest = ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in (+drawn).items())
-    say(f"{counted(len(items), 'comparison')} of {counted(read, 'record')}" + (f" ({rest})" if rest else ""))
+    say(counted(len(items), "comparison") + (f"; records: {rest}" if rest else ""))
     if not items:
         raise DataError(
             "there is nothing to compare",
@@ -299,12 +265,8 @@ def label_pairs(config: RunConfig, say: Say, show: Say) -> None:
             _serve(server, show)
     judgements, counts = list(labelling.given.values()), Counter[str]()
     decided = list(_pairs(items, judgements, counts))
-    say(f"{len(judgements):,} judgements")
-    if judgements:
-        found = agreement(judgements)
-        for line in agreement_lines(found):
-            say(line)
-        write_text(folder.pairs_agreement, json.dumps(found | {"items": counts}, indent=2) + "\n")
+    say(f"{len(judgements):,} judgements: {folder.pairs_agreement}")
+    write_text(folder.pairs_agreement, json.dumps(agreement(judgements) | {"items": counts}, indent=2) + "\n")
     if decided:
         write_results(folder.pairs_file, decided, settings, counts, say)
     else:

@@ -17,7 +17,7 @@ from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.identity import differing_keys, plain
 from dpo_dist.config.load import from_yaml, to_yaml
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import PairsConfig, ReferenceMode, RoundReference, RunConfig, Verdicts
+from dpo_dist.config.schema import PairsConfig, ReferenceMode, RoundReference, RunConfig
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, first_line
 from dpo_dist.foundation.files import collect_abandoned, locked, staged_folder, write_text
 from dpo_dist.foundation.files import plain as finite
@@ -137,12 +137,9 @@ def merge_adapter(adapter: Path, folder: Path, config: RunConfig) -> None:
         copy_tokenizer(source.tokenizer_folder, temporary)
 
 
-def read_samples(policy: str, file: Path, *, is_relative: bool) -> tuple[dict[str, Any], float]:
-    """Return counts and the mean score of a file of samples, and the widest difference within a prompt.
-
-    Scores of comparisons (`is_relative`) have a mean of one half in every round, so it is not given.
-    """
-    prompts, unscored, widest, scores = 0, 0, 0.0, list[float]()
+def read_samples(policy: str, file: Path) -> dict[str, Any]:
+    """Return counts and the mean score of a file of samples."""
+    prompts, unscored, scores = 0, 0, list[float]()
     with file.open(encoding="utf-8") as lines:
         for line in lines:
             row = json.loads(line)
@@ -151,10 +148,9 @@ def read_samples(policy: str, file: Path, *, is_relative: bool) -> tuple[dict[st
             prompts += bool(known)
             unscored += len(own) - len(known)
             scores += known
-            widest = max(widest, max(known, default=0.0) - min(known, default=0.0))
-    mean = sum(scores) / len(scores) if scores and not is_relative else None
+    mean = sum(scores) / len(scores) if scores else None
     counts = {"prompts": prompts, "responses": len(scores), "unscored": unscored}
-    return {"policy": policy, **counts, "mean_score": mean}, widest
+    return {"policy": policy, **counts, "mean_score": mean}
 
 
 def run_rounds(config: RunConfig, say: Say, run: Run = run_command) -> int:
@@ -211,14 +207,13 @@ def _sample(config: RunConfig, number: int, say: Say, run: Run) -> dict[str, Any
     )
     say(f"round {number}: samples of {stage.model.path}")
     below = folder.path / "sampling"
+    folder.pairs_samples.unlink(missing_ok=True)  # of an earlier start
     code = run(command_of("pairs", stage, below, pairs.launcher), below / "exit_codes")
     if code not in (ExitCode.completed, ExitCode.invalid) or not folder.pairs_samples.exists():
         raise _failed(f"sampling of round {number}", code, folder)
-    is_relative = pairs.endpoint.url is not None and pairs.endpoint.verdicts is Verdicts.compare
-    samples, widest = read_samples(stage.model.path, folder.pairs_samples, is_relative=is_relative)
-    # Of a later round, equally good samples are the end of learning.
-    is_learned = number > 1 and samples["responses"] and widest <= pairs.margin
-    if code != ExitCode.completed and not is_learned:
+    samples = read_samples(stage.model.path, folder.pairs_samples)
+    # Scored samples without a pair are equally good: of a later round, the end of learning.
+    if code != ExitCode.completed and not (number > 1 and samples["responses"]):
         raise _failed(f"sampling of round {number}", code, folder)
     found = None
     if code == ExitCode.completed:
@@ -251,14 +246,9 @@ def _train(config: RunConfig, number: int, say: Say, run: Run) -> tuple[int, dic
         say(f"round {number}: the adapter is merged into {stage.model.path}")
         merge_adapter(folder.training.model, folder.policy, stage)
     summary = json.loads(folder.training.summary.read_text(encoding="utf-8"))
-    reference, final = summary.get("reference") or {}, summary.get("final") or {}
-    return code, {
-        "steps": summary["steps"],
-        "accuracy": final.get("rewards/accuracies"),
-        "computed": reference.get("computed"),
-        "found": reference.get("hits"),
-        "seconds": summary.get("train_seconds"),
-    }
+    accuracy = summary["final"].get("rewards/accuracies")
+    seconds = summary.get("train_seconds")
+    return code, {"steps": summary["steps"], "accuracy": accuracy, "seconds": seconds}
 
 
 def _policy(config: RunConfig, number: int) -> Path:

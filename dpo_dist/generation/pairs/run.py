@@ -8,18 +8,17 @@ from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.identity import plain
-from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import DropOrKeep, PairsConfig, PairSelection, PairsMethod, RunConfig
 from dpo_dist.data.counts import in_one_line
 from dpo_dist.data.formats import read_prompts, read_records
-from dpo_dist.data.records import BadRecord, Dialogue, PreferenceRecord
+from dpo_dist.data.records import Dialogue, PreferenceRecord
 from dpo_dist.data.sources import pinned
 from dpo_dist.distributed.memory import return_memory
 from dpo_dist.foundation.errors import DataError
@@ -34,8 +33,6 @@ from dpo_dist.generation.pairs.files import (
     good_records,
     pair_fields,
     prompt_key,
-    prompt_row,
-    read_prompt_row,
     training_records,
     write_lines,
     write_results,
@@ -55,6 +52,7 @@ from dpo_dist.generation.sampling.respond import (
 )
 from dpo_dist.generation.sampling.stages import (
     Parts,
+    Prompts,
     Screen,
     Stages,
     as_asked,
@@ -72,28 +70,23 @@ PART_PROMPTS = 64
 """Prompts of one part of the work: processes share the parts, and finished ones are not repeated."""
 
 
-def write_prompts(folder: Path, config: RunConfig, say: Callable[[str], None]) -> Parts:
-    """Write the different prompts of `data.train`, in their order, as parts of a stage."""
+def different_prompts(config: RunConfig, say: Callable[[str], None]) -> list[PreferenceRecord]:
+    """Return the different prompts of `data.train` that are to be asked, in their order."""
     pairs = config.pairs
-    seen: set[str] = set()
+    found: dict[str, PreferenceRecord] = {}
     counts: Counter[str] = Counter()
-
-    def rows() -> Iterator[dict[str, Any]]:
-        for record in training_records(config, read_prompts, say, lambda: len(seen) == pairs.limit):
-            asked = as_asked(record, config.data)
-            key = prompt_key(asked)
-            if int(key[:16], 16) % pairs.prompt_parts != pairs.prompt_part:
-                counts["in_other_parts"] += 1
-            elif key in seen:
-                counts["repeated"] += 1
-            else:
-                seen.add(key)
-                yield prompt_row(asked)
-
-    prompts = Parts.written(folder, "prompts", rows(), PART_PROMPTS)
+    for record in training_records(config, read_prompts, say, lambda: len(found) == pairs.limit):
+        asked = replace(as_asked(record, config.data), responses=(), scores=None)
+        key = prompt_key(asked)
+        if int(key[:16], 16) % pairs.prompt_parts != pairs.prompt_part:
+            counts["in_other_parts"] += 1
+        elif key in found:
+            counts["repeated"] += 1
+        else:
+            found[key] = asked
     skipped = "".join(f", {number:,} {name.replace('_', ' ')}" for name, number in sorted(counts.items()))
-    say(f"prompts: {counted(len(seen), 'different one')}{skipped}")
-    return prompts
+    say(f"prompts: {counted(len(found), 'different one')}{skipped}")
+    return list(found.values())
 
 
 def select_pairs(
@@ -183,7 +176,7 @@ class Results:
     """Finished answers of all models to the prompts, with scores if there is a judge; `facts`: provenance."""
 
     pairs: PairsConfig
-    prompts: Parts
+    prompts: Prompts
     models: Sequence[ModelSource]
     answers: Parts
     facts: Mapping[str, Any]
@@ -192,8 +185,7 @@ class Results:
 
     def rows(self) -> Iterator[tuple[PreferenceRecord, Answers]]:
         """Yield each prompt with its answers."""
-        for index in range(self.prompts.count):
-            records = map(read_prompt_row, self.prompts.read(index))
+        for index, records in enumerate(self.prompts.parts):
             yield from zip(records, map(Answers.of, self.answers.read(index)), strict=True)
 
 
@@ -264,17 +256,18 @@ def pairs_from_models(config: RunConfig, stages: Stages) -> None:
     """Write pairs of the responses of `pairs.models` to the prompts of `data.train`. Collective."""
     world, screen, folder, pairs = stages.world, stages.screen, RunFolder.of(config), config.pairs
     with screen.heartbeat("reading prompts"):
-        prompts = world.on_main(lambda: write_prompts(folder.pairs_parts, config, screen.say))
+        found = world.on_main(lambda: different_prompts(config, screen.say))
+    prompts = Prompts.of(folder.pairs_parts, found, PART_PROMPTS)
     models = [stages.found(name, config) for name in responding_models(config)]
     judge, described = stages.judge(config)
     sampling = Sampling(
         pairs.max_new_tokens, pairs.temperature, pairs.top_p, pairs.top_k, config.trainer.seed
     )
     count = 1 if pairs.method is PairsMethod.delta else pairs.samples
-    generation = generation_settings(config, prompts, sampling)
     settings = {
         "method": str(pairs.method),
-        **generation,
+        "prompts": prompts.digest,
+        **generation_settings(config, sampling),
         "models": [model.described() for model in models],
         "samples": count,
         "unfinished": str(pairs.unfinished),
@@ -292,13 +285,13 @@ def pairs_from_models(config: RunConfig, stages: Stages) -> None:
         return_memory()
 
     def scored(index: int) -> list[dict[str, Any]]:
-        records = list(map(read_prompt_row, prompts.read(index)))
         rows = zip(*(map(Answers.of, parts.read(index)) for parts in of_models), strict=True)
-        return list(map(asdict, score(records, [joined_answers(row, pairs) for row in rows], judge)))
+        answers = [joined_answers(row, pairs) for row in rows]
+        return list(map(asdict, score(prompts.parts[index], answers, judge)))
 
     names = [parts.folder.name for parts in of_models]
     own = {"responses": names, "unfinished": str(pairs.unfinished), "judge": described}
-    answers = stages.finish("scores", Parts.of(folder.pairs_parts, "scores", own, prompts.count), scored)
+    answers = stages.finish("scores", prompts.stage("scores", own), scored)
     facts = {"sampling": asdict(sampling)} | ({"judge": described} if judge else {})
     results = Results(pairs, prompts, models, answers, facts, config.trainer.seed)
 
@@ -340,13 +333,6 @@ def pairs_from_scores(config: RunConfig, say: Callable[[str], None]) -> None:
 
 _FIRST_RECORDS = 1024
 
-Fault = Callable[[PreferenceRecord], str | None]
-"""Returns the reason why a record cannot be used, or None."""
-
-
-Lines = list[tuple[str, str]]
-"""Findings, each with its label."""
-
 
 def rehearse_pairs(config: RunConfig) -> str:
     """Load what `pairs` loads before weights, ask the judge, and read the first records of each source.
@@ -354,71 +340,63 @@ def rehearse_pairs(config: RunConfig) -> str:
     Returns lines for the screen; raises DpoDistError for what cannot be used.
     """
     pairs, folder = config.pairs, RunFolder.of(config)
-    folder.check_writable()
+    check_writable(folder.path)
     file = (folder.round(1) if pairs.rounds else folder).pairs_file
-    lines = [("pairs", f"{pairs.method}, {file}{' (exists)' if file.exists() else ''}")]
-    faults: dict[str, Fault] = {}
-    read: Read = read_records
-    if pairs.method is PairsMethod.scores:
-        faults[""] = lambda record: None if record.scores else "without_scores"
-    elif pairs.method is PairsMethod.people:
-        faults[""] = lambda record: None if len(record.responses) > 1 else "one_response"
-    else:
-        read = read_prompts
+    lines = [f"{pairs.method}: {file}{' (exists)' if file.exists() else ''}"]
+    responds = pairs.method in (PairsMethod.samples, PairsMethod.delta)
+    read = read_prompts if responds else read_records
+    records = first_records(config.data.train, read, config.data, lines.append)
+    if responds:
         for name in responding_models(config):
-            faults[f"{name}: "] = check_model(name, config, pairs.max_new_tokens, lines)
+            check_model(name, config, pairs.max_new_tokens, records, lines.append)
     if pairs.method is PairsMethod.samples and (judge := open_judge(config)) is not None:
-        lines.append(("judge", judge.check()))
-    for index, source in enumerate(config.data.train):
-        lines += first_records(f"data.train[{index}]", read, source, config.data, faults)
+        judge.check()
+        lines.append(f"judge: {judge}")
     return passed(lines)
 
 
-def passed(lines: Lines) -> str:
+def passed(lines: Sequence[str]) -> str:
     """Return the text of a check without a mistake."""
-    findings = "".join(f"  {label + ':':<15}{text}\n" for label, text in lines)
+    findings = "".join(f"  {line}\n" for line in lines)
     return f"check passed: everything that needs no weights and no GPU is in order\n{findings}"
 
 
+def first_records(
+    sources: Sequence[SourceConfig], read: Read, data: DataConfig, say: Callable[[str], None]
+) -> list[PreferenceRecord]:
+    """Return the usable ones of the first records of all sources; `say` their counts."""
+    records: list[PreferenceRecord] = []
+    for source in sources:
+        found = list(islice(read(pinned(source)), _FIRST_RECORDS + 1))
+        first, is_more = iter(found[:_FIRST_RECORDS]), len(found) > _FIRST_RECORDS
+        records += good_records(first, source, data, say, of_first=is_more)
+    return records
+
+
 def check_model(
-    model: str, config: RunConfig, new_tokens: int, lines: Lines, name: str = "", key: str = KEY
-) -> Fault:
-    """Check a model without its weights; return a function that returns why it cannot be asked a prompt."""
-    responder = open_responder(find_model(model, config, key, is_check=True), config, key)
+    name: str,
+    config: RunConfig,
+    new_tokens: int,
+    records: Sequence[PreferenceRecord],
+    say: Callable[[str], None],
+    key: str = KEY,
+) -> None:
+    """Check a model without its weights, and that it can be asked one of the records; `say` what is found."""
+    responder = open_responder(find_model(name, config, key, is_check=True), config, key)
     ends = responder.tokenizer.convert_ids_to_tokens(sorted(responder.stop_ids))
     folder = responder.source.adapter or responder.source.folder
-    found = f"{folder}, {len(responder.tokenizer):,} tokens, a response ends with {' or '.join(ends)}"
-    lines.append(("model", name + found))
-
-    def fault(record: PreferenceRecord) -> str | None:
-        prompt = usable_prompt(as_asked(record, config.data), responder, new_tokens)
-        return prompt if isinstance(prompt, str) else None
-
-    return fault
-
-
-def first_records(
-    label: str, read: Read, source: SourceConfig, data: DataConfig, faults: Mapping[str, Fault]
-) -> Lines:
-    """Check the first records of a source; return the number that each model, or the verb, can use."""
-    found = list(islice(read(pinned(source, None)), _FIRST_RECORDS + 1))
-    first, lines, is_more = found[:_FIRST_RECORDS], [], len(found) > _FIRST_RECORDS
-    list(good_records(iter(first), source, data, lambda _: None, of_first=is_more))
-    rest = " (the others were not looked at)" if is_more else ""
-    for whose, fault in faults.items():
-        reasons = [record.reason if isinstance(record, BadRecord) else fault(record) for record in first]
-        dropped = in_one_line(Counter(reason for reason in reasons if reason is not None))
-        usable = reasons.count(None)
-        if not usable:
-            raise DataError(
-                "none of the first records can be used",
-                where=source.path,
-                got=dropped or "no records",
-                remedy="correct the records, or the keys of data; docs/data.md explains the reasons",
-            )
-        text = f"{whose}{source.path}, {usable} of the first {len(first)} records can be used{rest}"
-        lines.append((label, text + (f"; not used: {dropped}" if dropped else "")))
-    return lines
+    say(f"{folder}, {len(responder.tokenizer):,} tokens, a response ends with {' or '.join(ends)}")
+    prompts = [usable_prompt(as_asked(record, config.data), responder, new_tokens) for record in records]
+    dropped = Counter(prompt for prompt in prompts if isinstance(prompt, str))
+    if dropped.total() == len(prompts):
+        raise DataError(
+            "none of the first records can be used",
+            where=key,
+            got=f"{name}: {in_one_line(dropped)}",
+            remedy="correct the records, or the keys of data; docs/data.md explains the reasons",
+        )
+    if dropped:
+        say(f"  it is not asked, of the first records: {in_one_line(dropped)}")
 
 
 def make_pairs(config: RunConfig, screen: Screen) -> None:

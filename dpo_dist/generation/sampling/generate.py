@@ -58,11 +58,7 @@ class Sample:
 
 
 class NotFiniteError(Exception):
-    """The logits of a model for the next token of a request are not finite."""
-
-    def __init__(self, request: Request):
-        super().__init__(f"the logits of sample {request.number} are not finite")
-        self.request = request
+    """The logits of a model for the next token are not finite."""
 
 
 def random_numbers(sampling: Sampling, request: Request) -> Tensor:
@@ -144,15 +140,15 @@ def generate_batch(
         logits_processor=LogitsProcessorList([next_token]),
         synced_gpus=is_synchronised,
     )
-    if next_token.broken is not None:
-        raise NotFiniteError(next_token.broken)
+    if next_token.is_broken:
+        raise NotFiniteError
     return [Sample.of(tokens, stop_ids) for tokens in output[:, longest:].tolist()]
 
 
 class _NextToken(LogitsProcessor):  # type: ignore[misc]
     """Draws each row's next token with a number of its own, by the inverse of the cumulative distribution.
 
-    `broken` is the first request whose logits were not finite before its response ended.
+    `is_broken`: logits were not finite; such a row ends, as an error would leave other ranks waiting.
     """
 
     def __init__(
@@ -163,8 +159,8 @@ class _NextToken(LogitsProcessor):  # type: ignore[misc]
         stop_ids: Collection[int],
         device: torch.device,
     ):
-        self._requests, self._prompt_length, self._sampling = requests, prompt_length, sampling
-        self._stop_ids = torch.tensor(sorted(stop_ids), device=device)
+        self._prompt_length = prompt_length
+        self._end = torch.tensor([min(stop_ids)], device=device)
         numbers = [random_numbers(sampling, request) for request in requests if sampling.temperature > 0]
         self._numbers = torch.stack(numbers).to(device) if numbers else None
         self._warpers = LogitsProcessorList()
@@ -174,22 +170,18 @@ class _NextToken(LogitsProcessor):  # type: ignore[misc]
             self._warpers.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:
             self._warpers.append(TopPLogitsWarper(sampling.top_p))
-        self.broken: Request | None = None
+        self.is_broken = False
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return logits [rows, vocabulary] that are finite for the drawn token only; greedy: as they are."""
-        generated = input_ids[:, self._prompt_length :]
         broken = ~scores.amax(-1).isfinite()
-        if broken.any():  # such a row gets the end of the response
-            has_ended = torch.isin(generated, self._stop_ids).any(-1)
-            rows = (broken & ~has_ended).nonzero().flatten().tolist()
-            if rows and self.broken is None:
-                self.broken = self._requests[rows[0]]
-            ended = torch.full_like(scores, -torch.inf).index_fill(-1, self._stop_ids[:1], 0.0)
+        if broken.any():
+            self.is_broken = True
+            ended = torch.full_like(scores, -torch.inf).index_fill(-1, self._end, 0.0)
             scores = torch.where(broken[:, None], ended, scores)
         if self._numbers is None:
             return scores
-        number = self._numbers[:, generated.shape[1], None]
+        number = self._numbers[:, input_ids.shape[1] - self._prompt_length, None]
         scores = scores.float()
         scores = self._warpers(input_ids, scores - scores.amax(-1, keepdim=True))
         chances = scores.softmax(-1).double().cumsum(-1)
@@ -222,7 +214,7 @@ def generate_together(
     ]
     own, synchronised = shares[world.rank], engine.is_synchronised
     samples: dict[int, Sample] = {}
-    broken: Request | None = None
+    is_broken = False
     with engine.generating(of_base=of_base) as causal_lm:
         for number in range(max(map(len, shares))):
             give_way()
@@ -237,13 +229,12 @@ def generate_together(
                 found = generate_batch(
                     causal_lm, chosen, settings, stop_ids, world.device, is_synchronised=synchronised
                 )
-            except NotFiniteError as error:  # the other ranks wait in the next batch
-                broken = broken or error.request
+            except NotFiniteError:  # the other ranks wait in the next batch
+                is_broken = True
             else:
                 samples |= zip(indices, found, strict=False)
-    gathered = world.gather((samples, broken))
-    fault = next((request for _, request in gathered if request is not None), None)
-    if fault is not None:
-        raise NotFiniteError(fault)
+    gathered = world.gather((samples, is_broken))
+    if any(fault for _, fault in gathered):
+        raise NotFiniteError
     everything = {index: sample for found, _ in gathered for index, sample in found.items()}
     return [everything[index] for index in range(len(requests))]

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dpo_dist.config.data import DataConfig, Truncation
@@ -18,7 +17,7 @@ from dpo_dist.data.build import tokenizer_digest
 from dpo_dist.data.encode import TokenIds, encode_pair
 from dpo_dist.data.records import DIALOGUE_TURN, BadRecord, Dialogue, Message, PreferenceRecord, Response
 from dpo_dist.data.render import THOUGHT_FIELDS, tokenizer_facts
-from dpo_dist.foundation.errors import ConfigError, first_line
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import content_digest, text_digest
 from dpo_dist.generation.pairs.files import prompt_key
 from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sample, Sampling, generate
@@ -32,6 +31,7 @@ from dpo_dist.model.folder import (
     tokenizer_folder,
 )
 from dpo_dist.model.load import load_config, load_tokenizer, load_weights
+from dpo_dist.model.lora import TRAINED, add_saved
 from dpo_dist.reference.digest import digest_model
 
 KEY = "pairs.models"
@@ -65,9 +65,13 @@ def find_model(name: str, config: RunConfig, key: str = KEY, *, is_check: bool =
     """
     revision = config.model.revision if name == config.model.path else None
     adapter = Path(name).expanduser() if is_adapter(Path(name).expanduser()) else None
+    base, base_revision = name, revision
     if adapter is not None:
         local_model_folder(name, None, key, accepts_adapter=True)  # checks its files
-    base, base_revision = (name, revision) if adapter is None else _base_of(adapter)
+        recorded: dict[str, Any] = read_model_json(adapter / ADAPTER_CONFIG)
+        base, base_revision = str(recorded.get("base_model_name_or_path")), recorded.get("revision")
+        if Path(base).expanduser().is_dir():
+            base_revision = None
     folder = (description_folder if is_check else model_folder)(base, base_revision, key)
     source = ModelSource(name, folder, adapter, revision, "")
     if is_check:
@@ -78,20 +82,6 @@ def find_model(name: str, config: RunConfig, key: str = KEY, *, is_check: bool =
     parts = [files.digest, content_digest(added), tokenizer_digest(source.tokenizer_folder)]
     parts += [f"ends with {token}" for token in sorted(_given_stops(folder))]
     return replace(source, digest=text_digest(" ".join(parts)))
-
-
-def _base_of(adapter: Path) -> tuple[str, str | None]:
-    content = read_model_json(adapter / ADAPTER_CONFIG)
-    base, revision = content.get("base_model_name_or_path"), content.get("revision")
-    if not isinstance(base, str) or not base:
-        raise ConfigError(
-            "the adapter does not name its base model",
-            where=str(adapter / ADAPTER_CONFIG),
-            expected="base_model_name_or_path",
-            remedy="write the folder or hub name of the base model there",
-        )
-    is_local = Path(base).expanduser().is_dir()
-    return base, None if is_local or not isinstance(revision, str) else revision
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,15 +146,7 @@ def open_generator(
     responder, model_config = open_responder(source, config), load_config(source.folder, config.model)
     causal_lm: Any = load_weights(source.folder, model_config, config.model, device, key=KEY)
     if source.adapter is not None:
-        try:
-            causal_lm = PeftModel.from_pretrained(causal_lm, str(source.adapter))
-        except Exception as fault:  # peft can raise anything
-            raise ConfigError(
-                "the adapter cannot be loaded on its base model",
-                where=KEY,
-                got=f"{source.adapter}: {first_line(fault)}",
-                remedy="check base_model_name_or_path in its adapter_config.json",
-            ) from fault
+        add_saved(causal_lm, source.adapter, TRAINED, KEY)
     causal_lm.eval()
     return responder, partial(generate, causal_lm, stop_ids=responder.stop_ids, budget=BATCH_TOKENS)
 
@@ -226,21 +208,19 @@ def respond(
     numbers: range,
 ) -> list[Answers]:
     """Return the answers to each prompt, in their order; `numbers` are those of its samples."""
-    keys = [prompt_key(record) for record in records]
     prompts = [usable_prompt(record, responder, sampling.max_new_tokens) for record in records]
     requests = [
-        Request(prompt, key, number)
-        for key, prompt in zip(keys, prompts, strict=True)
+        Request(prompt, prompt_key(record), number)
+        for record, prompt in zip(records, prompts, strict=True)
         if not isinstance(prompt, str)
         for number in numbers
     ]
     try:
         samples = iter(generate_samples(requests, sampling))
     except NotFiniteError as fault:
-        origin, number = records[keys.index(fault.request.key)].origin, fault.request.number
         raise ConfigError(
             "the model computes logits that are not finite",
-            where=f"{responder.source.name}, sample {number} of the prompt of {origin}",
+            where=f"{responder.source.name}, among the prompts from {records[0].origin} on",
             got="NaN or infinity",
             remedy="check the model's weights, or set model.dtype=fp32; finished parts are kept",
         ) from fault

@@ -1,14 +1,14 @@
 """Stages of work with whole models on every process: finished part by part, resumable."""
 
 import contextlib
-import itertools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from dpo_dist.config.data import TEMPLATE_DATE, DataConfig
 from dpo_dist.config.run_folder import RunFolder
@@ -19,17 +19,9 @@ from dpo_dist.distributed.memory import explain_out_of_memory
 from dpo_dist.distributed.processes import Reports
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import policy_config
-from dpo_dist.foundation.files import (
-    collect_abandoned,
-    commit_folder,
-    content_digest,
-    staged_file,
-    temporary_folder,
-    text_digest,
-)
-from dpo_dist.foundation.process import beating
+from dpo_dist.foundation.files import collect_abandoned, content_digest, staged_file, text_digest
 from dpo_dist.generation.judges import Judge, open_judge
-from dpo_dist.generation.pairs.files import read_prompt_row, write_lines
+from dpo_dist.generation.pairs.files import prompt_key, write_lines
 from dpo_dist.generation.sampling.generate import Sampling
 from dpo_dist.generation.sampling.respond import KEY, Generate, ModelSource, Responder, find_model, respond
 
@@ -43,28 +35,6 @@ class Parts:
     folder: Path
     count: int
 
-    @classmethod
-    def of(cls, root: Path, stage: str, settings: Mapping[str, Any], count: int) -> "Parts":
-        """Return the parts of a stage below `root`; other settings have another folder."""
-        digest = text_digest(json.dumps(settings, sort_keys=True))[:16]
-        return cls(root / f"{stage}-{digest}", count)
-
-    @classmethod
-    def written(cls, root: Path, stage: str, rows: Iterable[Mapping[str, Any]], size: int) -> "Parts":
-        """Write the parts of a stage, of `size` rows each, to a folder that is named by their contents."""
-        root.mkdir(parents=True, exist_ok=True)
-        collect_abandoned(root)
-        left, count = iter(rows), 0
-        with temporary_folder(root / stage) as temporary:
-            while part := list(itertools.islice(left, size)):
-                write_lines(cls(temporary, 0).file(count), part)
-                count += 1
-            content = content_digest(sorted(temporary.iterdir()))
-            parts = cls.of(root, stage, {"content": content, "size": size}, count)
-            if not parts.folder.is_dir():
-                commit_folder(temporary, parts.folder)
-        return parts
-
     def file(self, index: int) -> Path:
         """Return the file of a part, which exists if the part is finished."""
         return self.folder / f"{index:06d}.jsonl"
@@ -76,10 +46,6 @@ class Parts:
         (self.folder / _FAILED).unlink(missing_ok=True)
         return [index for index in range(self.count) if not self.file(index).is_file()]
 
-    def finished(self) -> int:
-        """Return the number of finished parts."""
-        return sum(1 for _ in self.folder.glob("*[0-9].jsonl"))
-
     def write(self, index: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write a finished part."""
         with staged_file(self.file(index)) as temporary:
@@ -90,23 +56,31 @@ class Parts:
         return [json.loads(line) for line in self.file(index).read_text(encoding="utf-8").splitlines()]
 
 
-class Screen(Protocol):
-    """The part of `insight.console.Console` that is used here; it prints on rank 0."""
+@dataclass(frozen=True)
+class Prompts:
+    """Different prompts in parts, which processes share; stages have folders below `root`."""
 
-    def say(self, text: str) -> None:
-        """Print one line and log it."""
+    root: Path
+    parts: list[list[PreferenceRecord]]
 
-    def show(self, text: str) -> None:
-        """Print one line without logging it."""
+    @classmethod
+    def of(cls, root: Path, records: Sequence[PreferenceRecord], size: int) -> "Prompts":
+        """Return the prompts in parts of `size`."""
+        return cls(root, [list(records[start : start + size]) for start in range(0, len(records), size)])
 
-    def alarm(self, text: str) -> None:
-        """Print and log an error."""
+    @cached_property
+    def digest(self) -> str:
+        """The digest of all parts."""
+        return text_digest(json.dumps([list(map(prompt_key, part)) for part in self.parts]))
 
-    def heartbeat(self, work: str) -> AbstractContextManager[None]:
-        """Print the seconds spent on `work`, the block, once a minute."""
+    def stage(self, name: str, settings: Mapping[str, Any]) -> Parts:
+        """Return the parts of a stage; other prompts or settings have another folder."""
+        digest = text_digest(json.dumps([self.digest, settings], sort_keys=True))[:16]
+        return Parts(self.root / f"{name}-{digest}", len(self.parts))
 
-    def progress(self, title: str, unit: str) -> AbstractContextManager[Callable[[int, int], None]]:
-        """Yield a function that takes the number of units done and their total."""
+
+Screen: TypeAlias = Any
+"""`insight.console.Console`, which is above this room; it prints on rank 0."""
 
 
 def as_asked(record: PreferenceRecord, data: DataConfig) -> PreferenceRecord:
@@ -114,14 +88,13 @@ def as_asked(record: PreferenceRecord, data: DataConfig) -> PreferenceRecord:
     return replace(record, prompt=turns_of(record.prompt, "user")) if data.text_as_messages else record
 
 
-def generation_settings(config: RunConfig, prompts: Parts, sampling: Sampling) -> dict[str, Any]:
-    """Return what the responses of a model depend on; a chat template in a file by its content."""
+def generation_settings(config: RunConfig, sampling: Sampling) -> dict[str, Any]:
+    """Return what responses depend on but prompt and model; a chat template in a file by its content."""
     data, model = config.data, config.model
     chat_template = data.chat_template
     if chat_template is not None and (file := Path(chat_template).expanduser()).is_file():
         chat_template = content_digest([file])
     return {
-        "prompts": prompts.folder.name,
         "max_length": data.max_length,
         "max_prompt_length": data.max_prompt_length,
         "text_as_messages": data.text_as_messages,
@@ -144,37 +117,35 @@ class Stages:
     remedy: str
 
     def finish(self, title: str, parts: Parts, work: Callable[[int], list[dict[str, Any]]]) -> Parts:
-        """Finish all parts of a stage, which the processes share, with a progress bar; return them."""
+        """Finish all parts of a stage, which the processes share, with the progress of one; return them."""
         world, flag = self.world, parts.folder / _FAILED
         with self.screen.heartbeat(f"{title}: looking for parts"):
             unfinished = world.on_main(parts.open)
 
+        own = unfinished[world.rank :: world.size]
+
         def my_parts() -> None:
             try:
-                for index in unfinished[world.rank :: world.size]:
+                for done, index in enumerate(own, start=1):
                     if flag.exists():
                         return
                     with explain_out_of_memory(title, self.remedy):
                         parts.write(index, work(index))
+                    show(done, len(own))
             except BaseException:
                 with contextlib.suppress(OSError):
                     flag.touch()
                 raise
 
         with self.screen.progress(title, "part") as show:
-
-            def beat(_seconds: float) -> None:
-                if world.is_main and unfinished:
-                    show(parts.finished(), parts.count)
-
-            world.together(beating(beat)(my_parts))
-            beat(0)
+            show(0, len(own))
+            world.together(my_parts)
         return parts
 
     def responses(
         self,
         source: ModelSource,
-        prompts: Parts,
+        prompts: Prompts,
         config: RunConfig,
         sampling: Sampling,
         numbers: range,
@@ -183,13 +154,11 @@ class Stages:
         """Return a model's finished responses to prompts; `opened` is called by a process with work to do."""
 
         def part(index: int) -> list[dict[str, Any]]:
-            records = list(map(read_prompt_row, prompts.read(index)))
-            return list(map(asdict, respond(records, *opened(), sampling, numbers)))
+            return list(map(asdict, respond(prompts.parts[index], *opened(), sampling, numbers)))
 
         own = {"model": source.digest, "numbers": [numbers.start, len(numbers)]}
-        settings = generation_settings(config, prompts, sampling) | own
-        parts = Parts.of(prompts.folder.parent, "responses", settings, prompts.count)
-        return self.finish(f"responses of {source.name}", parts, part)
+        settings = generation_settings(config, sampling) | own
+        return self.finish(f"responses of {source.name}", prompts.stage("responses", settings), part)
 
     def judge(self, config: RunConfig) -> tuple[Judge | None, dict[str, Any] | None]:
         """Return the judge on every rank and what it is, if there is one."""

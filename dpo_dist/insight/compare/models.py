@@ -4,7 +4,7 @@ import heapq
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +14,12 @@ import numpy as np
 import torch
 
 import dpo_dist
-from dpo_dist.batching.pack import Sequences, pack
-from dpo_dist.batching.plan import consecutive_batches
+from dpo_dist.batching.pack import Sequences
 from dpo_dist.config.load import from_yaml
-from dpo_dist.config.run_folder import RunFolder, existing_run
+from dpo_dist.config.run_folder import RunFolder, check_writable, existing_run
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.formats import read_prompts
-from dpo_dist.data.records import Dialogue, Prompt, eval_part, prompt_hash
+from dpo_dist.data.records import Dialogue, PreferenceRecord, Prompt, eval_part, prompt_hash, turns_of
 from dpo_dist.data.sources import pinned, source_labels
 from dpo_dist.distributed.checkpoint import MANIFEST
 from dpo_dist.distributed.export import export_checkpoint
@@ -37,26 +36,19 @@ from dpo_dist.foundation.files import (
     write_text,
 )
 from dpo_dist.foundation.text import counted
-from dpo_dist.generation.judges import open_judge
-from dpo_dist.generation.pairs.files import (
-    describe_counts,
-    good_records,
-    prompt_key,
-    prompt_row,
-    read_prompt_row,
-    write_lines,
-)
-from dpo_dist.generation.pairs.run import Fault, Lines, check_model, first_records, passed
+from dpo_dist.generation.judges import Judge, open_judge
+from dpo_dist.generation.pairs.files import describe_counts, good_records, prompt_key, write_lines
+from dpo_dist.generation.pairs.run import check_model, first_records, passed
 from dpo_dist.generation.sampling.generate import Request, Sample, Sampling, generate
 from dpo_dist.generation.sampling.respond import Answers, ModelSource, Responder, open_responder
-from dpo_dist.generation.sampling.stages import Parts, Screen, Stages, as_asked, joined_stages
-from dpo_dist.insight.compare.results import compares, comparison, describe, judge_texts
+from dpo_dist.generation.sampling.stages import Parts, Prompts, Screen, Stages, as_asked, joined_stages
+from dpo_dist.insight.compare.results import compares, comparison, judge_texts
 from dpo_dist.insight.compare.start import KEY, Compared
 from dpo_dist.model.exactness import StartCheck
 from dpo_dist.model.folder import hub_commit
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.lora import load_adapter
-from dpo_dist.model.packed import PackedCausalLM
+from dpo_dist.model.packed import PackedCausalLM, packed_logps
 from dpo_dist.reference.engine import scored_model
 
 Row = dict[str, Any]
@@ -64,36 +56,28 @@ PART_PROMPTS = 16
 """Prompts of one part: processes share the parts, and finished ones are not repeated."""
 BATCH_TOKENS = 16384
 """Most tokens of a batch of one process: its rows times the longest prompt with its response."""
-_DIFFERING = "differing "
-"""With a model's name, the count of prompts that it encodes as other tokens than the base."""
 _REMEDY = (
     "lower compare.max_new_tokens; each process loads whole models onto its GPU: "
     "larger ones cannot be compared"
 )
 
 
-def write_held_out(folder: Path, config: RunConfig, say: Callable[[str], None]) -> Parts:
-    """Write `compare.prompts` different prompts of the evaluation data, as parts of a stage.
+def held_out(config: RunConfig, say: Callable[[str], None]) -> tuple[list[PreferenceRecord], dict[str, str]]:
+    """Return `compare.prompts` different prompts of the evaluation data, and source labels by `prompt_key`.
 
-    They are chosen by a hash of the prompt, and written in the order of the data, with the text of the first
-    response and the label of the source.
+    They are chosen by a hash of the prompt, and in the order of the data, with the first response.
     """
-    wanted, seen = config.compare.prompts, set[str]()
+    wanted, labels = config.compare.prompts, dict[str, str]()
     sources, part = config.data.eval_sources, eval_part(config.data)
 
-    def ranked() -> Iterator[tuple[str, int, Row]]:
+    def ranked() -> Iterator[tuple[str, int, PreferenceRecord]]:
         for source, label in zip(sources, source_labels(sources), strict=True):
-            for record in good_records(read_prompts(pinned(source, None)), source, config.data, say):
-                asked = as_asked(record, config.data)
+            for record in good_records(read_prompts(pinned(source)), source, config.data, say):
+                asked = replace(as_asked(record, config.data), responses=record.responses[:1], scores=None)
                 key = prompt_key(asked)
-                if key in seen or not part.has(prompt_hash(record.prompt)):
-                    continue
-                seen.add(key)
-                chosen = record.responses[0] if record.responses else None
-                if isinstance(chosen, tuple):  # of several turns, the last one's content
-                    chosen = chosen[-1].content
-                row = prompt_row(asked) | {"chosen": chosen, "source": label}
-                yield text_digest(f"0 {key}"), len(seen), row
+                if key not in labels and part.has(prompt_hash(record.prompt)):
+                    labels[key] = label
+                    yield text_digest(f"0 {key}"), len(labels), asked
 
     chosen = heapq.nsmallest(wanted, ranked())
     if not chosen:
@@ -104,9 +88,8 @@ def write_held_out(folder: Path, config: RunConfig, say: Callable[[str], None]) 
             remedy="check the counts above, or raise data.eval_share",
         )
     fewer = f", fewer than compare.prompts={wanted}" if len(chosen) < wanted else ""
-    say(f"prompts: {len(chosen):,} of {counted(len(seen), 'different one')}{fewer}")
-    rows = (row for _, _, row in sorted(chosen, key=lambda entry: entry[1]))
-    return Parts.written(folder, "prompts", rows, PART_PROMPTS)
+    say(f"prompts: {len(chosen):,} of {counted(len(labels), 'different one')}{fewer}")
+    return [record for *_, record in sorted(chosen, key=lambda entry: entry[1])], labels
 
 
 @dataclass(eq=False)
@@ -121,7 +104,7 @@ class Speaker:
     source: ModelSource
     config: RunConfig
     stages: Stages
-    prompts: Parts
+    prompts: Prompts
     responses: Parts = field(init=False)
     logps: Parts = field(init=False)
     base_logps: Parts | None = None
@@ -179,24 +162,23 @@ class Speaker:
             "model": self.source.digest,
             "attention": str(self.config.model.attention),
         }
-        parts = Parts.of(self.prompts.folder.parent, "logps", settings, self.prompts.count)
 
         def part(index: int) -> list[Row]:
             rows = [Answers.of(row) for row in other.responses.read(index)]
-            found = response_logps(self._packed, rows, BATCH_TOKENS, self.stages.world.device)
+            found = response_logps(self._packed, rows, BATCH_TOKENS)
             return [{"logp": logp} for logp in found]
 
         title = f"log-probs of {other.name}"
         title += "" if other is self else f"'s responses under {self.name}"
-        return self.stages.finish(title, parts, part)
+        return self.stages.finish(title, self.prompts.stage("logps", settings), part)
 
     def free(self) -> None:
         """Forget the weights."""
         vars(self).pop("_packed", None)
         return_memory()
 
-    def rows(self, index: int) -> Iterator[tuple[Answers, Row]]:
-        """Yield the answers to each prompt of a part, and the response as in `answers.jsonl`."""
+    def rows(self, index: int) -> Iterator[tuple[str | None, Row]]:
+        """Yield the response to each prompt of a part as in `answers.jsonl`, or why it cannot be asked."""
         own = self.logps.read(index)
         of_base = [{"logp": None}] * len(own) if self.base_logps is None else self.base_logps.read(index)
         for row, logp, base_logp in zip(self.responses.read(index), own, of_base, strict=True):
@@ -211,32 +193,21 @@ class Speaker:
                     "base_logp": base_logp["logp"],
                     "logp_tokens": len(answer.ids),
                 }
-            yield answers, response
+            yield answers.dropped, response
 
 
 @torch.inference_mode()
-def response_logps(
-    packed: PackedCausalLM, rows: Sequence[Answers], budget: int, device: torch.device
-) -> list[float | None]:
+def response_logps(packed: PackedCausalLM, rows: Sequence[Answers], budget: int) -> list[float | None]:
     """Return the sum of the log-probs of each row's response, in nats; None without a response."""
-    sequences = {
-        index: Sequences(
-            np.array(row.prompt_ids, dtype=np.int32), (np.array(row.answers[0].ids, dtype=np.int32),)
-        )
-        for index, row in enumerate(rows)
-        if row.answers
-    }
+    responses = [row.answers[0].ids if row.answers else None for row in rows]
+    sequences = [
+        Sequences(np.array(row.prompt_ids, dtype=np.int32), (np.array(ids, dtype=np.int32),))
+        for row, ids in zip(rows, responses, strict=True)
+        if ids
+    ]
+    sums = (float(logps.cpu().double().sum()) for logps in packed_logps(packed, sequences, budget))
     # A response without tokens has probability 1.
-    sums: dict[int, float] = {at: 0.0 for at, one in sequences.items() if not len(one.responses[0])}
-    scored = [at for at in sequences if at not in sums]
-    layout = [(len(sequences[at].prompt_ids), len(sequences[at].responses[0])) for at in scored]
-    for part in consecutive_batches(layout, budget, packed.arrangement):
-        batch = scored[part.start : part.stop]
-        batched = pack([sequences[at] for at in batch], np.zeros((len(batch), 2), dtype=np.uint64))
-        logps = packed(batched.to(device)).double().cpu()
-        of_each = logps.split(batched.response_tokens.tolist())
-        sums |= {at: float(own.sum()) for at, own in zip(batch, of_each, strict=True)}
-    return [sums.get(index) for index in range(len(rows))]
+    return [None if ids is None else next(sums) if ids else 0.0 for ids in responses]
 
 
 def compare_models(config: RunConfig, models: Sequence[Compared], screen: Screen) -> dict[str, Any] | None:
@@ -246,9 +217,10 @@ def compare_models(config: RunConfig, models: Sequence[Compared], screen: Screen
     remedy = "wait until it ends, or set another run.dir"
     only = locked(folder.comparison / folder.lock.name, "compares models in this run directory", remedy)
     with joined_stages(config, screen, _REMEDY, only) as stages:
-        world, parts = stages.world, folder.comparison_parts
+        world = stages.world
         with screen.heartbeat("reading prompts"):
-            prompts = world.on_main(lambda: write_held_out(parts, config, screen.say))
+            found, labels = world.on_main(lambda: held_out(config, screen.say))
+        prompts = Prompts.of(folder.comparison_parts, found, PART_PROMPTS)
         judge, described = stages.judge(config)
         speakers = []
         for model in models:
@@ -266,15 +238,12 @@ def compare_models(config: RunConfig, models: Sequence[Compared], screen: Screen
                 ]
                 # A prompt that a model cannot be asked is not judged.
                 asked = [each if len(each) == len(speakers) else [] for each in texts]
-                records = list(map(read_prompt_row, prompts.read(index)))
-                return judge_texts(records, asked, judge, in_pairs=compares(config.pairs))
+                return judge_texts(prompts.parts[index], asked, judge, in_pairs=compares(config.pairs))
 
             settings = {"responses": [one.responses.folder.name for one in speakers], "judge": described}
-            judged = stages.finish(
-                "judgements", Parts.of(parts, "judgements", settings, prompts.count), judgements
-            )
+            judged = stages.finish("judgements", prompts.stage("judgements", settings), judgements)
         with screen.heartbeat("writing the comparison"):
-            return world.on_main(lambda: _write(speakers, described, judged, config, prompts, screen))
+            return world.on_main(lambda: _write(speakers, judge, judged, config, labels, screen))
 
 
 def whole_model(model: Compared, folder: Path, stages: Stages) -> str:
@@ -318,32 +287,27 @@ def _speak(speakers: Sequence[Speaker], screen: Screen) -> None:
 
 
 def _rows(
-    speakers: Sequence[Speaker], judged: Parts | None, prompts: Parts, counts: Counter[str]
+    speakers: Sequence[Speaker], judged: Parts | None, labels: Mapping[str, str], counts: Counter[str]
 ) -> Iterator[Row]:
     """Yield the rows of `answers.jsonl`; count in `counts`.
 
     A prompt that a model cannot be asked has no row: it is counted by its reason.
     """
     names = [speaker.name for speaker in speakers]
-    for index in range(prompts.count):
-        lines = prompts.read(index)
-        judgements = [{}] * len(lines) if judged is None else judged.read(index)
+    for index, records in enumerate(speakers[0].prompts.parts):
+        judgements = [{}] * len(records) if judged is None else judged.read(index)
         rows = zip(*(speaker.rows(index) for speaker in speakers), strict=True)
-        for line, row, judgement in zip(lines, rows, judgements, strict=True):
-            record = read_prompt_row(line)
+        for record, row, judgement in zip(records, rows, judgements, strict=True):
             counts.update(judgement.get("counts", {}))
-            asked = [answers for answers, _ in row]
-            if dropped := next((one.dropped for one in asked if one.dropped is not None), None):
+            if dropped := next(filter(None, (reason for reason, _ in row)), None):
                 counts[f"prompts_dropped_{dropped}"] += 1
                 continue
-            for name, answers in zip(names, asked, strict=True):
-                counts[f"{_DIFFERING}{name}"] += answers.prompt_ids != asked[0].prompt_ids
-            scores = judgement.get("scores", [None] * len(speakers))
+            scores, key = judgement.get("scores", [None] * len(speakers)), prompt_key(record)
             found: Row = {
-                "prompt_id": prompt_key(record)[:16],
+                "prompt_id": key[:16],
                 "prompt": shown_prompt(record.prompt),
-                "source": line["source"],
-                "chosen": line["chosen"],
+                "source": labels[key],
+                "chosen": next((turns_of(first)[-1].content for first in record.responses), None),
                 "responses": {
                     name: response | {"score": score}
                     for name, (_, response), score in zip(names, row, scores, strict=True)
@@ -370,10 +334,10 @@ def shown_prompt(prompt: Prompt) -> str:
 
 def _write(
     speakers: Sequence[Speaker],
-    judge: dict[str, Any] | None,
+    judge: Judge | None,
     judged: Parts | None,
     config: RunConfig,
-    prompts: Parts,
+    labels: Mapping[str, str],
     screen: Screen,
 ) -> dict[str, Any]:
     """Write both files and print what was dropped; on rank 0."""
@@ -381,7 +345,7 @@ def _write(
     names = [speaker.name for speaker in speakers]
     collect_abandoned(folder.comparison)
     with staged_file(folder.comparison_answers) as temporary:
-        write_lines(temporary, _rows(speakers, judged, prompts, counts))
+        write_lines(temporary, _rows(speakers, judged, labels, counts))
         if not temporary.stat().st_size:  # the files of an earlier comparison stay
             raise DataError(
                 "no prompt can be used with every model",
@@ -396,18 +360,14 @@ def _write(
             "path": speaker.path,
             "digest": speaker.source.digest,
             "revision": hub_commit(speaker.source.folder),
-            "prompts_encoded_differently": counts.pop(f"{_DIFFERING}{row['name']}", 0),
         }
     results = {
         "base": names[0],
-        "judge": None if judge is None else describe(judge),
+        "judge": None if judge is None else str(judge),
         "judge_compares": judge is not None and compares(config.pairs),
         **found,
         "counts": dict(sorted(counts.items())),
-        "sampling": {
-            "temperature": settings.temperature,
-            "max_new_tokens": settings.max_new_tokens,
-        },
+        "sampling": {"temperature": settings.temperature, "max_new_tokens": settings.max_new_tokens},
         "version": dpo_dist.__version__,
     }
     written: dict[str, Any] = plain(results)
@@ -419,17 +379,16 @@ def _write(
 
 def rehearse_comparison(config: RunConfig, models: Sequence[Compared]) -> str:
     """Load what `compare` loads before weights, ask the judge, and read the first records of each source."""
-    RunFolder.of(config).check_writable()
-    lines: Lines = []
-    faults: dict[str, Fault] = {}
+    check_writable(RunFolder.of(config).path)
+    lines: list[str] = []
+    records = first_records(config.data.eval_sources, read_prompts, config.data, lines.append)
     for model in models:
         if model.is_checkpoint:
-            lines.append(("model", f"{model.name}: {model.location}, a checkpoint"))
-            continue
-        name, new_tokens = f"{model.name}: ", config.compare.max_new_tokens
-        faults[name] = check_model(model.location, config, new_tokens, lines, name, KEY)
+            lines.append(f"{model.location}, a checkpoint")
+        else:
+            check_model(model.location, config, config.compare.max_new_tokens, records, lines.append, KEY)
     judge = open_judge(config)
-    lines.append(("judge", "none: no scores, no win rates" if judge is None else judge.check()))
-    for source in config.data.eval_sources:
-        lines += first_records("held out", read_prompts, source, config.data, faults)
+    if judge is not None:
+        judge.check()
+    lines.append(f"judge: {judge or 'none, so no scores and win rates'}")
     return passed(lines)

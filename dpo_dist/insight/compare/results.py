@@ -20,7 +20,7 @@ Means = Mapping[Key, tuple[float, list[float] | None]]
 """Means with their intervals; one without a value is absent."""
 
 _RATE = "rate"
-_SHARES = {_RATE, "finished", "refusals", "lists", "markdown", "empty"}
+_SHARES = {_RATE, "finished", "refusals", "empty"}
 _DIFFERENCES = ("score", "kl", "length", "finished", "refusals", "empty")
 """Metrics whose differences between models have intervals."""
 _NO_STYLE = ("kl", "kl_per_token", "score")
@@ -33,17 +33,6 @@ WIN, TIE, LOSS = 1.0, 0.5, 0.0
 def compares(pairs: PairsConfig) -> bool:
     """Return whether the judge compares two responses, and gives none of them a score."""
     return pairs.endpoint.url is not None and pairs.endpoint.verdicts is Verdicts.compare
-
-
-def describe(judge: dict[str, Any]) -> str:
-    """Return the judge of `Judge.describe` as one line."""
-    match judge["kind"]:
-        case "reward_model":
-            return f"reward model {judge['name']}"
-        case "function":
-            return f"function {judge['function']}"
-    verdicts = "each two responses in both positions" if judge["position_swaps"] else "grades from 1 to 10"
-    return f"{judge['model']} at {judge['url']}: {verdicts}"
 
 
 def judge_texts(
@@ -113,9 +102,7 @@ def comparison(rows: Iterable[Row], models: Sequence[str]) -> dict[str, Any]:
                 values[model, metric].append(value)
         for verdict in row.get("verdicts") or ():
             pair, credit = (verdict["first"], verdict["second"]), verdict["credit"]
-            texts = [row["responses"][model]["text"] for model in pair]
             outcomes[pair][_OUTCOMES[credit]] += 1
-            outcomes[pair]["identical"] += texts[0] == texts[1]
             values[*pair, _RATE].append((0.0, 0.0) if credit is None else (credit, 1.0))
     columns = {key: np.array(found, dtype=np.float64).T for key, found in values.items()}
     lowest = _with_empty_scores(columns, models)
@@ -126,7 +113,7 @@ def comparison(rows: Iterable[Row], models: Sequence[str]) -> dict[str, Any]:
         "models": [_model(name, means) for name in models],
         "wins": [
             {"first": pair[0], "second": pair[1]}
-            | {name: counts[name] for name in (*_OUTCOMES.values(), "identical")}
+            | {name: counts[name] for name in _OUTCOMES.values()}
             | dict(zip(("rate", "interval"), means[*pair, _RATE], strict=True))
             for pair, counts in outcomes.items()
             if (*pair, _RATE) in means

@@ -71,9 +71,6 @@ def compared_models(written: list[str]) -> list[Compared]:
     for entry in map(str.strip, written):
         named = None if Path(entry).expanduser().exists() else _NAMED.fullmatch(entry)
         name, path = (named[1].strip(), named[2].strip()) if named else ("", entry)
-        if not path:
-            remedy = "write the entry as PATH or NAME=PATH"
-            raise ConfigError("a model has no path", where=KEY, got=repr(entry), remedy=remedy)
         models.append(Compared(name or _short_name(path), path, _located(path)))
     names = [model.name for model in models]
     twice = next((model for model in models if names.count(model.name) > 1), None)

@@ -4,7 +4,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +11,12 @@ import numpy as np
 
 from dpo_dist.config.data import DataConfig, OnBadRecord, SourceConfig, TextTemplate
 from dpo_dist.config.schema import NO_MODEL, FailOn, RunConfig
-from dpo_dist.data.build import Progress, no_progress, prepare_dataset, share_read, tokenizer_digest
+from dpo_dist.data.build import Progress, no_progress, prepare_dataset, tokenizer_digest
 from dpo_dist.data.dataset import PreferenceDataset, check_fits_loss, check_ids_in_vocabulary, open_dataset
-from dpo_dist.data.encode import CHUNK_RECORDS, in_order
+from dpo_dist.data.encode import in_order
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Part, eval_part, train_part
-from dpo_dist.data.sources import Meter, pinned, source_labels
+from dpo_dist.data.sources import pinned, source_labels
 from dpo_dist.data.store import EncodedSource
 from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
 from dpo_dist.insight.doctor.duplicates import Comparison
@@ -32,8 +31,8 @@ from dpo_dist.model.folder import description_folder, start_folder, tokenizer_fo
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CounterOf = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
-"""From a title and a unit to a context with a progress function: `Console.counter` of the report."""
+ProgressOf = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
+"""From a title and a unit to a context with a progress function: `Console.progress`."""
 
 SHOWN_PAIRS = 4  # of each source, besides examples of findings
 # These rules already say that training would refuse the data.
@@ -57,7 +56,7 @@ class Diagnosis:
         return any(finding.level in failing.get(lowest, ()) for finding in self.findings)
 
 
-def diagnose(config: RunConfig, counter: CounterOf, benchmark: Benchmark | None = None) -> Diagnosis:
+def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | None = None) -> Diagnosis:
     """Encode and examine the data of a run; nothing is trained, and no weights are loaded."""
     data, rules = config.data, with_thresholds(config.doctor.thresholds)
     tokenizer, files, prepared = None, None, None
@@ -69,10 +68,10 @@ def diagnose(config: RunConfig, counter: CounterOf, benchmark: Benchmark | None 
         tokenizer = load_tokenizer(files, config.model)
         vocab_size = load_config(folder, config.model).get_text_config().vocab_size
         prepared = prepare(
-            config, tokenizer, files, vocab_size, lambda source: counter(f"encoding {source}", "record")
+            config, tokenizer, files, vocab_size, lambda source: progress(f"encoding {source}", "record")
         )
     found = examine(
-        data, tokenizer, rules, benchmark, lambda source: counter(f"examining {source}", "record")
+        data, tokenizer, rules, benchmark, lambda source: progress(f"examining {source}", "record")
     )
     if prepared is not None:
         datasets, refusals = prepared
@@ -102,16 +101,14 @@ def examine(
     findings: list[Finding] = []
     for source, label, is_eval in _labelled(config):
         found = Source(label, source.path, config, is_eval=is_eval, is_encoded=tokenizer is not None)
-        meter = Meter()
-        records = iter(read_records(pinned(source, Path(config.cache)), meter))
-        chunks = iter(lambda: list(islice(records, CHUNK_RECORDS)), [])  # noqa: B023  (used up in this turn)
+        records = read_records(pinned(source))
         with (
-            progress(label) as count,
-            closing(in_order(chunks, observer.observe, config.processes)) as observed,
+            progress(label) as show,
+            closing(in_order(records, observer.observe, config.processes)) as observed,
         ):
             for chunk in observed:
                 found.add(chunk)
-                count(len(chunk), share_read(meter, source.limit, len(found.records)))
+                show(len(found.records))
         sources.append(found)
         findings += found.findings(rules)
     across, compared = Comparison(sources, rules, config).result()

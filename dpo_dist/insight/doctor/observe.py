@@ -12,8 +12,9 @@ import numpy as np
 
 from dpo_dist.config.data import DataConfig, OnBadRecord, Truncation
 from dpo_dist.data.encode import EncodedExample, EncodedRecord, encode_record
+from dpo_dist.data.escape import any_of
 from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord, eval_part, prompt_hash
-from dpo_dist.data.template import any_of, chosen_template
+from dpo_dist.data.template import chosen_template
 from dpo_dist.insight.doctor.findings import RULE_OF
 from dpo_dist.insight.doctor.texts import Benchmark, Signature, differences, signature, text_names, texts_of
 

@@ -66,7 +66,7 @@ def show_pairs(
             rules.setdefault(origin, []).append(finding.rule)
     shown = []
     for source in [*config.train, *config.eval]:
-        for record in _chosen(pinned(source, Path(config.cache)), rules, count):
+        for record in _chosen(pinned(source), rules, count):
             origin = str(record.origin)
             names = tuple(dict.fromkeys(rules.get(origin, ())))
             shown.append(ShownPair(origin, names, *_parts(record, config, tokenizer)))
@@ -111,73 +111,58 @@ def _parts(
     missing, front = len(prompt) - len(kept.prompt_ids), 0
     while missing and (prompt[front + missing :] != kept.prompt_ids[front:]).any():
         front += 1
+    is_trained = [False] * len(prompt)
     cut = range(front, front + missing)
-    parts = [Part("prompt", _segments(prompt, [False] * len(prompt), cut, tokenizer), len(prompt))]
+    parts = [Part("prompt", list(_segments(prompt, is_trained, cut, tokenizer)), len(prompt))]
     for index, name, score in _names(record):
         ids = whole.responses[index]
-        trained = whole.trained[index].tolist() if whole.trained else [True] * len(ids)
+        is_trained = whole.trained[index].tolist() if whole.trained else [True] * len(ids)
         cut = range(len(kept.responses[index]), len(ids))
-        parts.append(Part(name, _segments(ids, trained, cut, tokenizer), len(ids), score))
+        parts.append(Part(name, list(_segments(ids, is_trained, cut, tokenizer)), len(ids), score))
     return note, parts
 
 
 def _names(record: PreferenceRecord) -> Iterator[tuple[int, str, float | None]]:
     """Yield the index, the name and the score of each response that is shown."""
     count = len(record.responses)
-    shown = range(count) if count <= _MAX_RESPONSES else (*range(_MAX_RESPONSES - 1), count - 1)
-    for index in shown:
+    for index in range(min(count, _MAX_RESPONSES)):
         name = ("chosen", "rejected")[index] if count == 2 else f"response {index + 1} of {count}"
         yield index, name, record.scores[index] if record.scores is not None else None
 
 
 def _segments(
     ids: TokenIds, is_trained: Sequence[bool], cut: range, tokenizer: "PreTrainedTokenizerBase"
-) -> list[Segment]:
-    """Return runs of tokens that are alike; of a long part, its ends only."""
+) -> Iterator[Segment]:
+    """Yield runs of tokens that are alike; of a long part, its first ones only."""
     added = {number for number, token in tokenizer.added_tokens_decoder.items() if str(token).strip()}
     special = added | set(tokenizer.all_special_ids)  # added white space is ordinary text
-    tokens, half = ids.tolist(), _MAX_TOKENS // 2
+    tokens, stop, before = ids[:_MAX_TOKENS].tolist(), 0, ""
     kinds = [
         ("special " if token in special else "")
         + ("cut" if place in cut else "trained" if is_trained[place] else "")
         for place, token in enumerate(tokens)
     ]
-    if len(tokens) <= _MAX_TOKENS:
-        return list(_runs(tokens, kinds, tokenizer))
-    start, end = (
-        _runs(tokens[:half], kinds[:half], tokenizer),
-        _runs(tokens[-half:], kinds[-half:], tokenizer),
-    )
-    return [*start, (f"{len(tokens) - 2 * half:,} tokens not shown", "omitted"), *end]
-
-
-def _runs(
-    ids: Sequence[int], kinds: Sequence[str], tokenizer: "PreTrainedTokenizerBase"
-) -> Iterator[Segment]:
-    stop, before = 0, ""
     for kind, group in itertools.groupby(kinds):
         stop += sum(1 for _ in group)
         # With the tokens before it: alone it would lose its first space in some tokenizers.
         decoded = str(
-            tokenizer.decode(ids[:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            tokenizer.decode(tokens[:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         )
         yield decoded[len(before) :], kind
         before = decoded
+    if len(ids) > len(tokens):
+        yield f"{len(ids) - len(tokens):,} tokens not shown", "omitted"
 
 
 def _plain_parts(record: PreferenceRecord) -> list[Part]:
     """Return the texts of a record that is not encoded."""
     texts = texts_of(record)
     prompt = "\n\n".join(f"{role}: {content}" for role, content in texts.turns)
-    responses = (
-        Part(name, _plain(texts.responses[index]), score=score) for index, name, score in _names(record)
-    )
-    return [Part("prompt", _plain(prompt)), *responses]
+    named: list[tuple[str, str, float | None]] = [("prompt", prompt, None)]
+    named += [(name, texts.responses[index], score) for index, name, score in _names(record)]
+    return [Part(name, _plain(text), score=score) for name, text, score in named]
 
 
 def _plain(text: str) -> list[Segment]:
-    if len(text) <= _MAX_CHARACTERS:
-        return [(text, "")]
-    half = _MAX_CHARACTERS // 2
-    omitted = f"{len(text) - 2 * half:,} characters not shown"
-    return [(text[:half], ""), (omitted, "omitted"), (text[-half:], "")]
+    is_long = len(text) > _MAX_CHARACTERS
+    return [(text[:_MAX_CHARACTERS], ""), *([("further characters not shown", "omitted")] if is_long else [])]

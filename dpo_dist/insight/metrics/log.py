@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -77,16 +78,13 @@ class MetricsLog:
         """Start a log, or continue the one in `folder`.
 
         Rows after `resume_step` (None: of a new run) are computed again, with `owes_evaluation` the
-        evaluation after it, too. `say` gets a warning if the existing rows cannot be read.
+        evaluation after it, too. `say` gets a warning if there is no file of the existing rows.
         """
         rows: list[Row] = []
         if resume_step is not None:
-            try:
-                if not folder.metrics_table.exists():
-                    folder.log_history.stat()
-                rows = [row for row in read_latest_rows(folder) if row["step"] <= resume_step]
-            except (OSError, ValueError) as error:
-                say(f"warning: metrics up to step {resume_step} are lost, their file cannot be read: {error}")
+            if not folder.log_history.exists() and not folder.metrics_table.exists():
+                say(f"warning: metrics up to step {resume_step} are lost: {folder.log_history} is missing")
+            rows = [row for row in read_latest_rows(folder) if row["step"] <= resume_step]
         if owes_evaluation:
             rows = [row for row in rows if row["step"] != resume_step or "eval_loss" not in row]
         history = cls(folder, rows)
@@ -101,12 +99,8 @@ class MetricsLog:
             self._columns += new
             self._write_csv()
             return
-        try:
-            with self.folder.metrics_table.open("a", encoding="utf-8", newline="") as file:
-                csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
-        except OSError as error:
-            error.filename = str(self.folder.metrics_table)  # of a full disk Python names none
-            raise
+        with self.folder.metrics_table.open("a", encoding="utf-8", newline="") as file:
+            csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
 
     def save(self, summary: Mapping[str, Any] | None = None) -> None:
         """Write both files, and `summary.json`, whole or not at all. What is not finite is null in JSON.
@@ -139,19 +133,12 @@ def read_rows(path: Path) -> list[Row]:
 
 def read_latest_rows(folder: RunFolder) -> list[Row]:
     """Return the rows of a run, also those that are only in the CSV file, which grows during the run."""
-    rows: list[Row] = []
-    if folder.log_history.exists():
-        try:
-            rows = read_rows(folder.log_history)
-        except ValueError:
-            if not folder.metrics_table.exists():  # it has all rows
-                raise
+    rows = read_rows(folder.log_history) if folder.log_history.exists() else []
     table = folder.metrics_table.read_text(encoding="utf-8") if folder.metrics_table.exists() else ""
     whole, _, _ = table.rpartition("\n")  # the last line may be unfinished
-    newer = list(csv.DictReader(io.StringIO(whole)))[len(rows) :]
     return rows + [
         {key: int(value) if value.isdecimal() else float(value) for key, value in row.items() if value}
-        for row in newer
+        for row in islice(csv.DictReader(io.StringIO(whole)), len(rows), None)
     ]
 
 

@@ -55,8 +55,6 @@ _MODES = {
 _MOST_CHARACTERS = 4000
 _BINS = 64
 _OPEN_SECONDS, _FINISH_SECONDS, _ERROR_SECONDS, _LAST_SECONDS = 10.0, 30.0, 4.0, 2.0
-_STAGING = "WANDB_DATA_DIR"
-_EMPTY_FILE_BYTES = 7
 
 _log = logging.getLogger(__name__)
 
@@ -128,15 +126,10 @@ class WandbRun:
         }
         self._sent = folder.wandb_id.with_name(f"sent-{self._init['id']}.json")
         self._rows, self._received = list(rows), -1.0
-        self._has_row = False  # wandb had the last row before it was logged here
         self._start()
 
     def _start(self) -> None:
         """Start or resume the wandb run, and send it the rows that it lacks."""
-        if self._is_offline:
-            for file in self._sent.parent.glob("*run-*/run-*.wandb"):
-                if file.stat().st_size <= _EMPTY_FILE_BYTES:  # of a killed start; `wandb sync` fails on it
-                    file.unlink()
         self.run = _set_up(self._init["mode"]).init(**self._init)
         self.run.define_metric(STEP_AXIS)
         for names in ("train/*", "eval/*"):
@@ -152,14 +145,12 @@ class WandbRun:
 
     def log(self, row: Row, margins: Margins | None = None) -> None:
         """Send a row under the names of `wandb_names`, unless wandb has it: its step was computed twice."""
-        self._has_row = place_of(row) <= self._received
         self._rows.append(row)
         self._do(lambda: self._send(row, len(self._rows) - 1, margins))
 
     def alert(self, title: str, text: str) -> None:
-        """Raise an alert of wandb, but about a row that an earlier start sent: that start raised it."""
-        if not self._has_row:
-            self._do(lambda: self.run.alert(title=title, text=text))
+        """Raise an alert of wandb."""
+        self._do(lambda: self.run.alert(title=title, text=text))
 
     def finish(self, outcome: str, summary: Fields) -> None:
         """Close the run: verdict, summary (as in `summary.json`), outcome."""
@@ -305,9 +296,7 @@ class InBackground:
         self._calls: queue.SimpleQueue[Callable[[WandbRun], None] | None] = queue.SimpleQueue()
         self._is_open = threading.Event()
         # wandb writes the files of tables into the home otherwise, and reads the folder from a variable only.
-        self._is_staging = _STAGING not in os.environ
-        if self._is_staging:
-            os.environ[_STAGING] = str(folder.wandb_id.with_name("staging").absolute())
+        os.environ.setdefault("WANDB_DATA_DIR", str(folder.wandb_id.with_name("staging").absolute()))
         self._thread = threading.Thread(target=self._work, args=(start,), name="wandb", daemon=True)
         self._thread.start()
         self._is_open.wait(_OPEN_SECONDS)
@@ -333,8 +322,6 @@ class InBackground:
             _warn(f"wandb has not finished after {seconds:.0f} s and is ended; {advice}", self._say)
             end_service(kills=True)
             self._thread.join(_LAST_SECONDS)
-        if self._is_staging:
-            os.environ.pop(_STAGING, None)
 
     def _work(self, start: Callable[[Say], WandbRun | None]) -> None:
         def tell(text: str) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -90,8 +89,8 @@ Role = Literal["raw", "smooth", "evaluation", "spike"]
 class Line:
     """One line of a chart, with increasing steps; lines with the same label share their colour.
 
-    A value that is not finite, or not positive on a logarithmic axis, is a gap (nan), which is counted below
-    the chart. A "raw" line is light beside a "smooth" one; a "spike" is a mark without a line.
+    A value that is not finite, or not positive on a logarithmic axis, is a gap (nan). A "raw" line is light
+    beside a "smooth" one; a "spike" is a mark without a line.
     """
 
     def __init__(
@@ -165,7 +164,6 @@ def chart(title: str, lines: Sequence[Line], unit: str = "", *, log: bool = Fals
         "json": json.dumps(data, separators=(",", ":")),
         "paths": [path for line in drawn for path in _paths(line, drawn, labels, across, up)],
         "legend": _legend(drawn, labels, high),
-        "gaps": _gaps(whole, log),
     }
     return part("svg.jinja", "chart", figure)
 
@@ -214,17 +212,6 @@ def _last_value(line: Line, end: float) -> str:
     step, value = float(line.steps[-1]), float(line.values[-1])
     shown = "no value" if math.isnan(value) else number(value)
     return shown if step == end else f"{shown} at step {number(step)}"
-
-
-def _gaps(lines: Sequence[Line], log: bool) -> str:
-    """Return a note that counts the values that are not drawn."""
-    counts: Counter[str] = Counter()
-    for line in lines:
-        if line.role != "smooth":
-            counts[line.label] += int(np.isnan(line.values).sum())
-    missing = ", ".join(f"{label} {count:,}" for label, count in counts.items() if count)
-    reason = "missing, not finite or not positive" if log else "missing or not finite"
-    return f"{reason}: {missing}" if missing else ""
 
 
 @dataclass(frozen=True)
@@ -325,13 +312,10 @@ def draw_curves(rows: Rows, path: Path, title: str) -> None:
             name = f"{line.label} (evaluation)" if line.role == "evaluation" else name
             color = COLORS[labels.index(line.label)]
             axes.plot(line.steps, line.values, color=color, label=name, **_STYLES[line.role])
-        drawn = [value for line in lines for value in line.values.tolist() if not math.isnan(value)]
-        axis = Axis.around(drawn, 0, 1, is_log=panel.is_log)
         if panel.is_log:
             axes.set_yscale("log")
         else:
             axes.ticklabel_format(axis="y", scilimits=(-3, 4))
-        axes.set_ylim(axis.low, axis.high)
         if lines:
             axes.legend(frameon=False)
     with files.staged_file(path) as temporary:

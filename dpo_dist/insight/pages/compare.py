@@ -59,25 +59,17 @@ def write_comparison_page(folder: RunFolder, results: Row) -> None:
 
 
 def headline(results: Row) -> list[str]:
-    """Return the best model by its mean, then the models that no interval shows to be worse, in sentences.
-
-    A model of which no response ends is not called the best: the judge saw beginnings of its responses only.
-    """
+    """Return the best model by its mean, then the models that no interval shows to be worse, in sentences."""
     measure, qualities = _qualities(results)
-    models = {model["name"]: model for model in results["models"]}
-    ranked = [name for name in qualities if models[name]["style"]["finished"]]
     if not qualities:
         return ["Without a judge the models can be compared by KL and style only."]
-    if not ranked:
-        return ["No response ends within compare.max_new_tokens: no model is called the best."]
-    best = max(ranked, key=lambda name: (qualities[name][0], -(models[name]["kl"] or 0)))
+    kl = {model["name"]: model["kl"] or 0 for model in results["models"]}
+    best = max(qualities, key=lambda name: (qualities[name][0], -kl[name]))
     sentences = [f"{best} has the highest {measure}, {number(qualities[best][0])}."]
     if best == results["base"] and measure != "score":
         sentences = [f"No model wins over {best} on more than half of the prompts."]
-    if unended := ", ".join(name for name in qualities if name not in ranked):
-        sentences.append(f"Not ranked, as no response ends: {unended}.")
     rates = _rates(results)
-    others = [name for name in ranked if name != best]
+    others = [name for name in qualities if name != best]
     as_good = ", ".join(
         name for name in others if _side(rates.get((name, best), (_HALF, None))[1], _HALF) >= 0
     )
@@ -138,15 +130,11 @@ def _overview(results: Row, rates: Rates) -> Table:
 
 
 def _style(results: Row) -> Table:
-    """Return the style of the models' responses; lengths also relative to those of the base."""
-    base = results["models"][0]
+    """Return the style of the models' responses."""
     rows: list[list[object]] = []
     for model in results["models"]:
         style, ends = model["style"], model["style_intervals"]
         cells = [estimate(style.get(each), ends.get(each), _scale(each)) for each in _STYLE]
-        if base["style"]["length"] and model is not base:
-            times = style["length"] / base["style"]["length"]
-            cells[0] += Markup("<small>{:.2f} times</small>").format(times)
         rows.append([model["name"], *cells])
     return ["model", *map(_title, _STYLE)], rows
 

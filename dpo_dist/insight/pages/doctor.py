@@ -25,15 +25,6 @@ FORMAT = 1
 _MOST_ROWS = 12
 _FEWEST_GUESSED = 0.55
 _SHOWN_EXAMPLES = 3
-_ACROSS = {
-    "duplicates": "equal to an earlier record",
-    "near_duplicates": "equal or nearly equal to an earlier record",
-    "contradictions": "state the opposite preference of another record",
-    "repeated_prompts": "have a prompt that occurred before",
-    "leaked_prompts": "of evaluation, with a prompt of the training data",
-    "near_leaked_prompts": "of evaluation, with nearly a prompt of the training data",
-    "benchmark_hits": "overlap with a benchmark prompt",
-}
 
 
 def write_doctor_report(folder: RunFolder, diagnosis: Diagnosis, exit_code: int) -> None:
@@ -71,7 +62,6 @@ def write_doctor_page(folder: RunFolder, diagnosis: Diagnosis, config: RunConfig
         sources=list(map(_shown, diagnosis.sources)),
         store=diagnosis.store,
         store_sentence=diagnosis.store and store_sentence(diagnosis.store),
-        across=[(name, number(diagnosis.across[key])) for key, name in _ACROSS.items()],
         pairs=diagnosis.shown,
         settings=settings,
         max_length=config.data.max_length,

@@ -85,21 +85,8 @@ def flat(fields: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def joined_origins(examples: Sequence[str], most: int = 5) -> str:
-    """Return the first origins, with a file named once: "data.jsonl:3, :9 (with :2); other.jsonl:1".
-
-    Origins of a group of records are joined by ", ".
-    """
-    shown, file = "", ""
-    for example in examples[:most]:
-        names = []
-        for origin in example.split(", "):
-            path, _, line = origin.rpartition(":")
-            names.append(f":{line}" if path == file and path else origin)
-            file = path
-        first, *others = names
-        between = "" if not shown else ", " if first.startswith(":") else "; "
-        shown += between + first + (f" (with {', '.join(others)})" if others else "")
-    return shown
+    """Return the first origins: "data.jsonl:3; data.jsonl:9, data.jsonl:2" (of a group of records)."""
+    return "; ".join(examples[:most])
 
 
 _ENVIRONMENT = Environment(

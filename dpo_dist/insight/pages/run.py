@@ -21,7 +21,7 @@ from dpo_dist.insight.metrics.log import WORKS, Work, final_and_best, metrics_by
 from dpo_dist.insight.pages.charts import charts
 from dpo_dist.insight.pages.render import estimate, flat, page, part
 from dpo_dist.insight.pages.samples import samples_of
-from dpo_dist.insight.verdict.facts import ACCURACY, MARGIN, RunFacts, last, with_seconds
+from dpo_dist.insight.verdict.facts import ACCURACY, MARGIN, RunFacts, last
 from dpo_dist.insight.verdict.rules import RULES
 
 Fields = Mapping[str, Any]
@@ -47,10 +47,6 @@ _WORK_NAMES: Mapping[Work, str] = {
     "samples": "generating samples",
     "other": "the rest",
 }
-_OF_AN_END = (
-    *("exit", "verdict", "final", "best", "best_checkpoints", "steps", "pairs_seen"),
-    *("train_seconds", "pairs_per_second", "work"),
-)
 
 
 class PageFacts:
@@ -63,8 +59,6 @@ class PageFacts:
         self.config, self.doctor = _fields(folder.config, yaml.safe_load), _fields(folder.doctor_report)
         self.environment, self.state = _fields(folder.environment), _fields(folder.state)
         rows, summary = read_latest_rows(folder), _fields(folder.summary)
-        if rows and rows[-1]["step"] > summary.get("steps", math.inf):  # it was continued after this end
-            summary = {key: value for key, value in summary.items() if key not in _OF_AN_END}
         self.summary = {**final_and_best(rows), **summary}
         self.run = RunFacts(rows, self.summary, self.doctor.get("findings") or [])
         self.by_source = metrics_by_source(rows)
@@ -101,10 +95,7 @@ def write_page(folder: RunFolder, output: Path | None = None) -> Path:
     """Write the report page of a run directory, or `output`, and return its path."""
     facts = PageFacts(folder)
     environment, run = facts.environment, facts.run
-    spent = facts.section("work").get("seconds") or {
-        "training": sum(seconds for _, seconds in with_seconds(run.rows)),
-        "evaluation": sum(row.get("step_seconds", 0.0) for row in run.evaluations),
-    }
+    spent = facts.section("work").get("seconds", {})
     works = [(_WORK_NAMES.get(work, work), spent[work]) for work in WORKS if spent.get(work, 0.0) > 0]
     parts = {"train": "Training data", "eval": "Evaluation data"}
     origins = []
@@ -124,7 +115,7 @@ def write_page(folder: RunFolder, output: Path | None = None) -> Path:
         "doctor": facts.doctor.get("findings") or [],
         "is_examined": bool(facts.doctor),
         "speed": [(name, seconds, seconds / sum(spent.values())) for name, seconds in works],
-        "reference": list(_reference(facts.section("reference"))),
+        "reference": describe_reference(facts.section("reference")),
         "repeat": origins or environment.get("command"),
         **{"command": environment.get("command"), "origins": origins},
         "config": list(flat(facts.config)),
@@ -187,7 +178,6 @@ def _tiles(facts: PageFacts) -> Iterator[tuple[str, str, str]]:
     gpus = ", ".join(dict.fromkeys(facts.environment.get("gpus") or ())) or "without GPU"
     pairs, finished = summary.get("pairs_seen"), last(facts.run.evaluations, "samples/finished")
     seconds = facts.section("work").get("device_seconds")
-    hours = None if seconds is None else seconds / 3600
     shown: tuple[tuple[str, Any, Callable[[Any], str], str], ...] = (
         ("final loss", final.get("loss"), number, "training, mean of the last logged steps"),
         *(
@@ -202,9 +192,8 @@ def _tiles(facts: PageFacts) -> Iterator[tuple[str, str, str]]:
         ("steps", summary.get("steps"), number, f"{number(pairs)} pairs" if pairs is not None else ""),
         ("training time", summary.get("train_seconds"), duration, "of optimizer steps"),
         ("pairs per second", summary.get("pairs_per_second"), number, ""),
-        ("peak memory", summary.get("peak_memory_bytes"), size, "of the process with the most"),
-        ("processes", summary.get("world_size"), number, gpus),
-        ("hours of all processes", hours, number, "all work of all starts"),
+        ("peak memory", summary.get("peak_memory_bytes"), size, f"of the process with the most; {gpus}"),
+        ("time of all processes", seconds, duration, "all work of all starts"),
     )
     for label, value, form, small in shown:
         if value is not None:
@@ -270,16 +259,3 @@ def _records(title: str, counts: Fields) -> Mapping[str, Any]:
             for each in counts.get("sources") or []
         ],
     }
-
-
-def _reference(report: Fields) -> Iterator[str]:
-    """Yield sentences about the reference log-probs and the check before the first step."""
-    if not report:
-        return
-    yield f"{describe_reference(report)}."
-    if drift := report.get("drift"):
-        yield (
-            f"Before the first step {counted(drift['responses'], 'log-prob')} were computed again: they "
-            f"differ from the stored ones by {number(drift['mean_token_drift'], 3)} nats per token on "
-            f"average, by at most {number(drift['largest_token_drift'], 3)} in a token."
-        )

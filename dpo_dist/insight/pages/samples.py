@@ -19,9 +19,7 @@ Row = Mapping[str, Any]
 Piece = tuple[str, bool]
 """A part of a text, and whether its words differ from those of another text."""
 
-# The last is for texts that hardly fit: every character can need 70 bytes of HTML.
-_LONGEST_TEXTS = (6000, 400)
-_LARGE_SHARE = 0.05
+_LONGEST_TEXT = 6000
 _OPEN = 2
 _TITLE_CHARACTERS = 120
 _MOST_MARKED = 0.9  # marks on nearly all words of a text show nothing
@@ -84,31 +82,24 @@ def prompt_items(prompts: Iterable[Shown], room: int) -> tuple[list[Markup], int
     items: list[Markup] = []
     left, waiting = room, iter(prompts)
     for shown in waiting:
-        item, size = Markup(""), 0
-        for longest in _LONGEST_TEXTS:
-            item = part("macros.jinja", "prompt", _cut(shown, longest), len(items) < _OPEN)
-            size = len(item.encode("utf-8", "replace"))
-            if size < _LARGE_SHARE * room:
-                break
-        if size > left:
+        item = part("macros.jinja", "prompt", _cut(shown), len(items) < _OPEN)
+        left -= len(item.encode("utf-8", "replace"))
+        if left < 0:
             return items, 1 + sum(1 for _ in waiting)
         items.append(item)
-        left -= size
     return items, 0
 
 
-def _cut(shown: Shown, longest: int) -> Mapping[str, Any]:
-    """Return a prompt for its template, with at most so many characters of each text."""
+def _cut(shown: Shown) -> Mapping[str, Any]:
+    """Return a prompt for its template, with the beginnings of long texts."""
     base = next((each for each in shown.responses if each.label == shown.against), None)
-    other = base.text[:longest] if base and base.text and base.text.strip() else None
-    columns = [
-        _column(each, other if each is not base else None, shown.against, longest) for each in shown.responses
-    ]
-    return {**vars(shown), "title": shown.title, "prompt": shown.prompt[:longest], "responses": columns}
+    other = base.text[:_LONGEST_TEXT] if base and base.text and base.text.strip() else None
+    columns = [_column(each, other if each is not base else None, shown.against) for each in shown.responses]
+    return {**vars(shown), "title": shown.title, "prompt": shown.prompt[:_LONGEST_TEXT], "responses": columns}
 
 
-def _column(response: Response, other: str | None, against: str, longest: int) -> Response:
-    text = (response.text or "")[:longest]
+def _column(response: Response, other: str | None, against: str) -> Response:
+    text = (response.text or "")[:_LONGEST_TEXT]
     if not text.strip():
         return response
     notes, pieces = [response.notes], [(text, False)]
@@ -121,8 +112,8 @@ def _column(response: Response, other: str | None, against: str, longest: int) -
             if text == other
             else f"{percent(share)} of its words not in {against}{', not marked' if is_other else ''}"
         )
-    if len(response.text or "") > longest:
-        notes.append(f"first {longest:,} of {len(response.text or ''):,} characters")
+    if len(response.text or "") > _LONGEST_TEXT:
+        notes.append(f"first {_LONGEST_TEXT:,} of {len(response.text or ''):,} characters")
     return Response(response.label, text, "; ".join(filter(None, notes)), pieces)
 
 

@@ -193,15 +193,6 @@ def mean(rows: Iterable[Row], key: str) -> float | None:
     return sum(row[key] * row.get("pairs", 0) for row in rows) / pairs if pairs else None
 
 
-def with_seconds(rows: Iterable[Row]) -> list[tuple[Row, float]]:
-    """Return the rows of training steps, each with the seconds of the steps since the one before."""
-    timed = [row for row in rows if "step_seconds" in row]  # no evaluations
-    before = [0.0, *(row["step"] for row in timed)]
-    return [
-        (row, row["step_seconds"] * (row["step"] - last)) for row, last in zip(timed, before, strict=False)
-    ]
-
-
 def number(value: float | None) -> str:
     """Return three digits of a number for people; "unknown" of None."""
     return "unknown" if value is None else text.number(value, 3)

@@ -25,21 +25,21 @@ PAIR = '{"prompt": "a question", "chosen": " yes", "rejected": " no"}\n'
 CASES = [
     # Paths.
     Case("missing file", "data.train=[trian.jsonl]", "the file does not exist", "trian.jsonl",
-         to_do="train.jsonl"),
+         to_do="check the path"),
     Case("missing folder", "data.train=[data/a.jsonl]", "the file does not exist", "a.jsonl",
          "no folder data", to_do="check the path of the source"),
     Case("missing evaluation file", "data.eval=[evil.jsonl]", "the file does not exist", "evil.jsonl",
-         to_do="eval.jsonl"),
+         to_do="check the path"),
     Case("url", 'data.train=["https://example.com/a.jsonl"]', "URLs cannot be read",
          "https://example.com/a.jsonl", to_do="download"),
-    Case("empty folder", "data.train=[./none]", "no data files", "none", "an empty folder",
-         before=lambda f: (f / "none").mkdir(), to_do="check the path"),
+    Case("empty folder", "data.train=[./none]", "data of the folder cannot be found", "none",
+         "doesn't contain any data files", before=lambda f: (f / "none").mkdir(), to_do="check path"),
     Case("link to nothing", "data.train=[link.jsonl]", "the file does not exist", "link.jsonl",
          "gone.jsonl", before=lambda f: (f / "link.jsonl").symlink_to("gone.jsonl"), to_do="check the path"),
     Case("device in place of a file", "data.train=[/dev/zero]", "neither a file nor a folder", "/dev/zero",
-         to_do="write the records to a file"),
+         to_do="check the path"),
     Case("hub name without network", "data.train=[org/name]", "neither a local file nor a dataset",
-         "org/name", "HF_HUB_OFFLINE=1", to_do="check the path or the name"),
+         "org/name", "could not be reached", to_do="check path, name"),
     Case("split of a file", of("split: test"), "no effect", "split of train.jsonl", "test",
          to_do="remove split"),
     # Content.
@@ -56,8 +56,8 @@ CASES = [
          before=written("a.jsonl", PAIR * 22 + "{\n"), to_do="check how the file was written"),
     Case("all of it held out", "data.eval=[train.jsonl] data.drop_eval_prompts=true",
          "no training data are left", joins=True, to_do="set data.drop_eval_prompts=false"),
-    Case("limit of nothing", of("limit: 0"), "out of range", "data.train[0].limit", "0",
-         to_do="choose data.train[0].limit in that range"),
+    Case("limit of nothing", of("limit: 0"), "cannot have this value", "data.train[0].limit", "0",
+         to_do="set data.train[0].limit to a whole number or null, >= 1"),
 ]
 # fmt: on
 

@@ -1,6 +1,5 @@
 """Run directories, caches and stores that cannot be written."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,16 +15,6 @@ def file(name: str) -> Callable[[Path], object]:
     return lambda work: (work / name).write_text("a file")
 
 
-def with_another_model(work: Path) -> None:
-    shutil.copytree(work / "model", work / "base")
-
-
-def of_another_run(work: Path) -> None:
-    """Make a folder that contains a run."""
-    (work / "runs/a").mkdir(parents=True)
-    (work / "runs/a/run_state.json").write_text("{}")
-
-
 def of_another_configuration(work: Path) -> None:
     """Make a run with a checkpoint."""
     (work / "other/checkpoints/step-000001").mkdir(parents=True)
@@ -34,38 +23,31 @@ def of_another_configuration(work: Path) -> None:
 
 # fmt: off
 CASES = [
-    Case("file as run directory", "run.dir=occupied", "run.dir is a file", "run.dir", "occupied",
+    Case("file as run directory", "run.dir=occupied", "run.dir cannot be written", "run.dir", "occupied",
          before=file("occupied"), to_do="set run.dir to another folder"),
     Case("file above the run directory", "run.dir=occupied/run", "run.dir cannot be written", "run.dir",
-         "Not a directory", before=file("occupied"), to_do="set run.dir to another folder"),
-    Case("root as run directory", "run.dir=/", "the root of the file system", "run.dir", "/",
-         to_do="set run.dir to a new folder"),
-    Case("model as run directory", "run.dir=model", "the folder of a model", "run.dir", "model",
-         to_do="set run.dir to a new folder"),
-    Case("reference as run directory", "reference.path=base run.dir=base", "the folder of a model", "run.dir",
-         "base", to_do="set run.dir to a new folder", before=with_another_model),
-    Case("folder of runs as run directory", "run.dir=runs", "contains other runs", "run.dir", "runs",
-         before=of_another_run, to_do="set run.dir to a new folder"),
+         "is no folder", before=file("occupied"), to_do="set run.dir to another folder"),
     Case("link in a circle", "run.dir=circle", "run.dir", "run.dir", "circle",
          before=lambda work: (work / "circle").symlink_to("circle"), to_do="set run.dir to another folder"),
-    Case("name of the run directory too long", f"run.dir={'a' * 300}", "run.dir cannot be written",
-         "run.dir", "too long", to_do="set run.dir to another folder"),
-    Case("file as cache", "data.cache=occupied", "data.cache is a file", "data.cache", "occupied",
+    Case("name of the run directory too long", f"run.dir={'a' * 300}", "cannot be written",
+         "a" * 300, "too long", to_do="correct the path"),
+    Case("file as cache", "data.cache=occupied", "data.cache cannot be written", "data.cache", "occupied",
          before=file("occupied"), to_do="set data.cache to another folder"),
-    Case("file as store", "reference.store=occupied", "reference.store is a file", "reference.store",
+    Case("file as store", "reference.store=occupied", "reference.store cannot be written", "reference.store",
          "occupied", before=file("occupied"), to_do="set reference.store to another folder"),
-    Case("folder of offload that cannot be", "reference.offload=nvme reference.nvme_path=/proc/x",
-         "reference.nvme_path", "reference.nvme_path", "/proc/x", to_do="set reference.nvme_path to another"),
+    Case("folder of offload that cannot be", "reference.offload=nvme reference.nvme_path=occupied/x",
+         "reference.nvme_path", "reference.nvme_path", "occupied", before=file("occupied"),
+         to_do="set reference.nvme_path to another"),
     Case("run directory of another configuration", "run.dir=other", "belongs to another configuration",
          "other", "digest", "digest of-another", "remove run.dir", before=of_another_configuration),
 ]
 READ_ONLY = [
     Case("run directory on a read-only disk", "run.dir=locked/run", "run.dir cannot be written", "run.dir",
-         "Read-only file system", to_do="set run.dir to another folder"),
+         "locked", to_do="set run.dir to another folder"),
     Case("cache on a read-only disk", "data.cache=locked/cache", "data.cache cannot be written", "data.cache",
-         "Read-only", to_do="set data.cache to another folder"),
+         "locked", to_do="set data.cache to another folder"),
     Case("store on a read-only disk", "reference.store=locked/store", "reference.store cannot be written",
-         "reference.store", "Read-only", to_do="set reference.store to another folder"),
+         "reference.store", "locked", to_do="set reference.store to another folder"),
     Case("read-only working folder for pairs",
          "run.dir=locked/pairs pairs.method=scores data.train=[train.jsonl]",
          "a file cannot be written or read", "locked/pairs", "Read-only", verb="pairs", run="",

@@ -152,7 +152,7 @@ def test_help_and_version(verb: Verb) -> None:
         assert text in ended.out
     assert "default:  0.1\n" in verb("--help", "loss.beta").out
     assert "did you mean loss.beta?" in verb("-h", "loss.betta").err
-    assert "did you mean data.train[].weight?" in verb("-h", "data.train.wieght").err
+    assert "did you mean data.train.weight?" in verb("-h", "data.train.wieght").err
     of_compare = usage("", "", keys_of("compare"), group_folders())
     listed = set(re.findall(r"^  (\w+):? ", of_compare, re.MULTILINE))
     assert {"compare", "data", "parallelism", "experiment"} <= listed

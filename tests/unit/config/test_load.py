@@ -148,21 +148,6 @@ def test_the_reference_follows_loss_and_model(typed: str, mode: str) -> None:
     assert run_digest(alone(f"{typed} reference={mode}")) == run_digest(config)
 
 
-@pytest.mark.parametrize(
-    ("before", "typed", "mode"),
-    [
-        ("loss=simpo", "loss=ipo", "cached"),
-        ("model.adapter.r=8", "loss=sft", "none"),
-        ("model.adapter.r=8", "model.adapter=null", "cached"),
-    ],
-)
-def test_a_recorded_mode_gives_way_to_the_command_line(before: str, typed: str, mode: str) -> None:
-    written = to_yaml(configured(before))
-    assert f"mode: {mode}" not in written
-    write(experiment__again=written.replace("  dir: ", "  # dir: "))
-    assert alone(f"--config-dir conf +experiment=again {typed}").reference.mode == mode
-
-
 def test_a_verb_can_work_without_a_model() -> None:
     assert alone("data.train=[a.jsonl]", verb="doctor").model.path == NO_MODEL
     assert "model=NAME" in error_of("data.train=[a.jsonl]", verb="train", run=[]).remedy
@@ -224,7 +209,7 @@ def test_hydra_composes_lists_of_defaults_and_packages_of_an_own_folder() -> Non
         experiment__mine="# @package _global_\ndefaults: [base, override /loss: softer]\ntrainer: {seed: 2}",
         experiment__plain="defaults: [base, _self_]\nloss: softer\ntrainer.seed: 4\n",
         cluster__a="# @package _global_\nparallelism: {kind: zero2}\n",
-        cluster__b="reference.offload: cpu\ndefaults: [{override /tracking: 'off'}]\n",
+        cluster__b="# @package _global_\nreference.offload: cpu\ndefaults: [{override /tracking: 'off'}]\n",
         samples__many="prompts: 64\n",
     )
     config = configured(
@@ -268,14 +253,14 @@ def test_a_wrong_key_is_named_with_the_file_that_hydra_composed() -> None:
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ("hydra: {run: {dir: x}}\n", "no keys of Hydra's own"),
-        ("defaults: [{override /loss: [ipo, simpo]}]\n", "one preset for a group"),
+        ("hydra: {run: {dir: x}}\n", "there is no key 'hydra'"),
+        ("defaults: [{override /loss: ipo}]\n", "an experiment with defaults begins with"),
         ("defaults: [mine]\n", "cannot be composed"),
     ],
 )
 def test_an_experiment_that_cannot_be_composed_is_an_error(content: str, text: str) -> None:
     write(experiment__mine=content)
-    assert text in error_of("--config-dir conf +experiment=mine").message
+    assert text in error_of("--config-dir conf +experiment=mine").block()
 
 
 def test_a_program_with_hydra_keeps_its_own() -> None:
@@ -293,7 +278,7 @@ def test_every_mistake_in_files_is_named_with_its_file() -> None:
         "learning_rate in bad.yaml: there is no key 'learning_rate'; write optim.lr=1e-05",
         "loss.betta in bad.yaml: there is no key 'loss.betta'; did you mean loss.beta?",
         "lora_rank in bad.yaml: there is no key 'lora_rank'; write model.adapter.r=8",
-        "trainer.seed in bad.yaml (x): trainer.seed has the wrong type",
+        "trainer.seed in bad.yaml (x): trainer.seed cannot have this value",
         "gone.yaml (No such file or directory): this file of keys cannot be read",
         "epochs=2: there is no key 'epochs'; write trainer.epochs=2",
     ):
@@ -308,7 +293,7 @@ def test_every_mistake_in_files_is_named_with_its_file() -> None:
         ("- a", "this file has no keys"),
         ("loss: ipoo", "did you mean loss=ipo?"),
         ("experiment: qwen7b", "+experiment=NAME"),
-        ("defaults: [{override /loss: ipoo}]", "did you mean loss=ipo?"),
+        ("# @package _global_\ndefaults: [{override /loss: ipoo}]", "did you mean loss=ipo?"),
     ],
 )
 def test_a_mistake_in_a_file_is_one_block(content: str, text: str) -> None:

@@ -17,20 +17,18 @@ SECTIONS = "|".join(name for name in run_keys() if "." not in name)
 
 # A command line as typed, and a part of the error.
 MISTYPED = [
-    ("loss=[sigmoid,sft]", "loss.terms=[{kind: sigmoid, weight: 1}, {kind: sft, weight: 1}]"),
-    ("data=[a.jsonl,b.jsonl]", "data.train=[a.jsonl, b.jsonl]"),
-    ("parallelism=[zero3,ddp]", "choose one of ddp, zero2, zero3"),
-    ("model=Qwen/Qwen2.5-7B", "named by model.path=Qwen/Qwen2.5-7B"),
+    ("loss=[sigmoid,sft]", "choose loss=sigmoid"),
+    ("model=Qwen/Qwen2.5-7B", "write model.path=Qwen/Qwen2.5-7B"),
+    ("data=hard.jsonl", "write 'data.train=[hard.jsonl]'"),
     ("loss=DPO", "did you mean loss=sigmoid?"),
     ("optim.kind=paged_adamw_8bit", "did you mean optim.kind=adamw_8bit?"),
-    ("'data.train=[{file: a}]'", "did you mean path?"),
+    ("'data.train=[{file: a}]'", "write path: a"),
     ("+loss.foo=1", "the keys of loss are kind, beta, "),
-    ("loss.alpha=1", "loss.alpha_coefficient or loss.offset_alpha or loss.beta_alpha or loss.ld_alpha"),
     ("foo=1", "the sections are run, model, "),
     ("deepspeed=ds.json", "parallelism=zero3"),
     ("template=llama3", "the tokenizer's own chat template is used"),
     ("loss.beta=0,2", "brackets"),
-    ("run.dir=", "write a value"),
+    ("run.dir=", "text that is not empty"),
     ("+experiment=qwen7", "+experiment=qwen7b?"),
     ("lossbeta=1", "did you mean loss.beta?"),
     ("'data.cache=${run.rot}/x'", "run.rot"),
@@ -41,11 +39,10 @@ MISTYPED = [
     ("trainer.max_steps=1e3", "write trainer.max_steps=1000"),
     ("trainer.seed=1 trainer.seed=x", "where:    command line: trainer.seed=x"),
     ("tracking.wandb=false", "did you mean tracking.wandb=off?"),
-    ("'data.train=[\"\"]'", "data.train[0].path is empty"),
-    ("~loss.beta", "cannot be removed"),
+    ("~loss.beta", "loss.beta has one value"),
     ("'model.adapter={target_modules: all}'", "did you mean model.adapter.target_modules=all-linear?"),
     ("loss.router=0.01", "write loss.router.aux_coefficient=..."),
-    ("loss.aux_coefficient=0.01", "did you mean loss.router.aux_coefficient?"),
+    ("loss.aux_coefficient=0.01", "write loss.router.aux_coefficient=0.01"),
     ("export.checkpoint=3", "such as step-000100"),
     ("--config-dir nowhere", "nowhere is no folder"),
     ("--confg-dir x", "did you mean --config-dir?"),
@@ -55,9 +52,9 @@ MISTYPED = [
     ("loss_weights=[1,0.2]", "write 'loss.terms=[{kind: sigmoid, weight: 1}, {kind: sft, weight: 0.2}]'"),
     ("model.adapter.rank=8", "write model.adapter.r=8"),
     ("adam_beta2=0.95", "write 'optim.betas=[0.9,0.95]'"),
-    ("lr_scheduler_type=polynomial", "one of constant, constant_with_warmup, linear, cosine, inverse_sqrt"),
+    ("lr_scheduler_type=polynomial", "one of constant, linear, cosine, inverse_sqrt"),
     ("training.learning-rate=1e-5", "write optim.lr=1e-5"),
-    ("data.train.weight=2", "write 'data.train=[{path: PATH, weight: 2}]'"),
+    ("data.train.weight=2", "it is a key of an entry: 'data.train=[{path: ..., weight: ...}]'"),
     # Quotes and spaces: one hint.
     ("'data.train=[a.jsonl,' 'b.jsonl]'", "needs quotes"),
     ("loss.beta = 0.2", "no space is around ="),
@@ -67,7 +64,8 @@ MISTYPED = [
     # A key without its section, and a word of an option.
     ("max_steps=3", "write trainer.max_steps=3"),
     ("warmup_steps=0.1", "write optim.warmup_ratio=0.1"),
-    ("loss=simpo loss.kind=ipo", "write loss=ipo in place of loss.kind=ipo"),
+    ("loss=simpo loss.kind=ipo", "loss=NAME replaces all options of the loss"),
+    ("lr_scheduler_type=constant_with_warmup", "write optim.schedule=constant"),
     ("--multirun", "for each value"),
     ("--check --cfg job", "argument -c/--cfg: not allowed with argument --check"),
     ("/tmp", "its key: run.dir=/tmp, "),
@@ -102,9 +100,9 @@ def test_all_mistakes_of_a_command_are_one_error() -> None:
         "--gradient_checkpointing: there is no option --gradient_checkpointing; "
         "write model.gradient_checkpointing=full",
         "loss.betta=1: there is no key 'loss.betta'; did you mean loss.beta?",
-        "trainer.max_steps=x: trainer.max_steps has the wrong type; "
-        "set trainer.max_steps to a whole number or null",
-        "optim.lr=0: optim.lr is out of range, expected > 0; choose optim.lr in that range",
+        "trainer.max_steps=x: trainer.max_steps cannot have this value; "
+        "set trainer.max_steps to a whole number or null, >= 1",
+        "optim.lr=0: optim.lr cannot have this value; set optim.lr to a number, > 0",
         "loss (ipoo): there is no loss named 'ipoo'; did you mean loss=ipo?",
         "pairs.limit=3: train does not read pairs.limit; remove it: pairs reads pairs.limit",
     ):
@@ -120,21 +118,15 @@ def test_all_rules_that_a_command_breaks_are_one_error() -> None:
 @pytest.mark.parametrize(
     ("verb", "typed", "text"),
     [
-        ("evaluate", "data=hard.jsonl", "named by 'evaluation.data=[hard.jsonl]'"),
-        ("compare", "model=output/a", "named by 'compare.models=[output/a]'"),
         ("evaluate", "checkpoint=best", "evaluation.model of evaluate takes the folder of one"),
-        ("evaluate", "export.chekpoint=best", "remove it: export reads export.checkpoint"),
-        ("compare", "learning_rate=1", "remove it: train reads optim.lr"),
-        ("pairs", "pairs.rounds=2 learning_rate=1", "write optim.lr=1"),
-        ("export", "output=foo", "write export.output=foo"),
-        ("train", "output=foo", "write run.dir=foo"),
+        ("export", "output=foo", "write run.dir=foo or export.output=foo"),
         ("compare", "reference=none", "compare does not read reference.mode"),
-        ("compare", "samples.prompts=4", "did you mean compare.prompts? train reads samples.prompts"),
+        ("compare", "samples.prompts=4", "remove it: train reads samples.prompts"),
         ("train", "'export={checkpoint: best}'", "train does not read export"),
         ("pairs", "loss=ipo", "pairs does not read loss"),
     ],
 )
-def test_a_verb_suggests_no_key_that_it_refuses(verb: str, typed: str, text: str) -> None:
+def test_a_key_that_the_verb_does_not_read_is_refused(verb: str, typed: str, text: str) -> None:
     run = [] if verb == "compare" else RUN
     assert text in error_of(typed, verb=verb, run=run).block()
 
@@ -146,11 +138,6 @@ def test_every_answer_names_keys_that_exist() -> None:
     for answer in yaml.safe_load(text)["answers"]:
         named = re.findall(rf"\b(?:{SECTIONS})\.[a-z_.]*[a-z]", answer)
         assert [key for key in named if key not in run_keys() and not key.endswith((".jsonl", ".yaml"))] == []
-
-
-@pytest.mark.parametrize("typed", ["max_stepz=9", "trainer.steps=9", "train_steps=9"])
-def test_no_guess_ends_a_run_early(typed: str) -> None:
-    assert "trainer.max_steps" not in error_of(typed).remedy
 
 
 def test_options_may_be_anywhere_and_the_last_of_a_key_counts() -> None:

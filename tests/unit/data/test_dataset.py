@@ -17,6 +17,7 @@ from dpo_dist.config.data import OnBadRecord, Ranked, SourceConfig
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.schema import TrainerConfig
 from dpo_dist.data import build as build_dataset_module
+from dpo_dist.data import encode as encode_module
 from dpo_dist.data.counts import describe_counts, describe_short_run, in_words
 from dpo_dist.data.dataset import (
     PreferenceDataset,
@@ -54,7 +55,7 @@ def ranked_records() -> list[PreferenceRecord]:
 
 @pytest.fixture
 def ranked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PreferenceDataset:
-    monkeypatch.setattr(build_dataset_module, "read_records", lambda _source, _meter: iter(ranked_records()))
+    monkeypatch.setattr(build_dataset_module, "read_records", lambda _source: iter(ranked_records()))
     return opened(tmp_path, jsonl(tmp_path, {}))
 
 
@@ -212,7 +213,7 @@ def sources(tmp_path: Path) -> list[str]:
 def test_masks_of_several_sources_are_read_as_they_were_encoded(
     how: Ranked, sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build_dataset_module, "CHUNK_RECORDS", 2)
+    monkeypatch.setattr(encode_module, "CHUNK_RECORDS", 2)
     plain = opened(tmp_path, sources[1], ranked=how)
     add_masks(monkeypatch)
     data = opened(tmp_path, sources[0], sources[1], SourceConfig(sources[2], limit=4), ranked=how)

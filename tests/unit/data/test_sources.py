@@ -143,7 +143,6 @@ def test_a_pattern_reads_files_in_order(tmp_path: Path) -> None:
     refused(tmp_path / "*.csv", "no file matches")
     write(tmp_path, {"a[1].jsonl": lines("5"), ".hidden/b.jsonl": lines("6")})
     assert prompts(tmp_path / "a[1].jsonl") == ["5"]
-    (tmp_path / "deep" / "circle").symlink_to(tmp_path, target_is_directory=True)
     for pattern in ("deep/**/*.jsonl", "deep/**", "d*/c**.jsonl"):
         assert prompts(tmp_path / pattern) == ["4"], pattern
 
@@ -210,8 +209,6 @@ def test_the_identity_depends_on_content_not_on_path(tmp_path: Path) -> None:
 
 
 NO_SIDE, OTHER = (json.dumps(one).encode() + b"\n" for one in (TEXT | {"rejected": None}, {"x": "a"}))
-IMAGES = json.dumps(TEXT | {"images": ["a.png"]}).encode() + b"\n"
-ALL, FIRST = "no record can be used", "none of the first 16384 records"
 
 
 @pytest.mark.parametrize(
@@ -219,14 +216,12 @@ ALL, FIRST = "no record can be used", "none of the first 16384 records"
     [
         # Sorted data may begin with records that are dropped.
         (NO_SIDE * 100 + b"{\n" * 100 + lines("q"), None, "drop"),
-        (NO_SIDE * 100, ALL, "drop"),
-        (OTHER * 16_385 + lines("q"), FIRST, "drop"),
-        (IMAGES * 16_385 + lines("q"), None, "drop"),
-        (lines(*map(str, range(60))) + OTHER, "unknown_format", "error"),
-        (lines(*map(str, range(65))) + OTHER, None, "error"),
+        (NO_SIDE * 100, "no record can be used", "drop"),
+        (lines("q") + OTHER, None, "error"),
+        (OTHER + lines("q"), "unknown_format", "error"),
     ],
 )
-def test_first_records_refuse_a_source_only_if_the_others_cannot_be_better(
+def test_a_source_without_a_record_that_can_be_used_is_refused(
     tmp_path: Path, content: bytes, match: str | None, on_bad_record: str
 ) -> None:
     source = SourceConfig(str(write(tmp_path, {"a.jsonl": content}) / "a.jsonl"))

@@ -15,11 +15,10 @@ from dpo_dist.data import build as build_dataset_module
 from dpo_dist.data import encode as encode_chunk_module
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.records import Origin
-from dpo_dist.data.sources import Meter
 from dpo_dist.foundation import files as digests_module
 from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support.cache import encoded_folders, opened, prepare, prepare_all
-from tests.support.records import BAD, GOOD, jsonl
+from tests.support.records import GOOD, jsonl
 
 
 def contents(data: PreferenceDataset) -> list[list[list[int]]]:
@@ -89,35 +88,19 @@ def test_a_source_is_encoded_once_for_all_lists(tmp_path: Path, encodes: list[st
     assert opened(tmp_path, moved, second).fingerprint == both.fingerprint
     assert opened(tmp_path, second, first).fingerprint != both.fingerprint
     assert contents(opened(tmp_path, second, moved, first)) == two + one + one
-    part = opened(tmp_path, SourceConfig(first, weight=2.0), SourceConfig(second, limit=2))
-    assert contents(part) == one + two[:2]
-    assert contents(opened(tmp_path, SourceConfig(moved, limit=100))) == one
+    assert contents(opened(tmp_path, SourceConfig(first, weight=2.0))) == one
     assert encodes == []
     assert opened(tmp_path, second, moved).origin(5) == Origin(moved, 2)
 
 
-def test_a_limit_reads_its_records_only_and_covers_lower_limits(tmp_path: Path, encodes: list[str]) -> None:
+def test_a_limit_reads_its_records_only(tmp_path: Path, encodes: list[str]) -> None:
     path = jsonl(tmp_path, *GOOD)
     five = opened(tmp_path, SourceConfig(path, limit=5))
-    assert contents(opened(tmp_path, SourceConfig(path, limit=3))) == contents(five)[:3]
-    assert len(encodes) == 5
+    assert len(encodes) == len(five) == 5
     assert len(opened(tmp_path, SourceConfig(path, limit=50))) == 7
     assert contents(opened(tmp_path, path))[:5] == contents(five)
-    assert len(encodes) == 12
-
-
-def test_a_limited_view_counts_its_own_records(tmp_path: Path) -> None:
-    ranking = {"prompt": "q", "responses": ["a", "b", "c", "d"], "scores": [3, 2, 2, 1]}
-    path = jsonl(tmp_path, GOOD[0], BAD, "no object", ranking, {**GOOD[1], "chosen": "long " * 50}, BAD)
-    how = {"max_bad_share": 1.0, "ranked": Ranked.all_pairs, "max_length": 100}
-    assert len(opened(tmp_path, path, **how)) == 7
-    for limit in range(1, 7):
-        (tmp_path / str(limit)).mkdir()
-        source = SourceConfig(path, limit=limit)
-        seen, alone = opened(tmp_path, source, **how), opened(tmp_path / str(limit), source, **how)
-        assert (seen.counts, contents(seen)) == (alone.counts, contents(alone))
-        for name in ("keys", "origins", "scores"):
-            np.testing.assert_array_equal(getattr(seen, name), getattr(alone, name))
+    assert contents(opened(tmp_path, SourceConfig(path, limit=5))) == contents(five)
+    assert len(encodes) == 5 + 7 + 7
 
 
 @pytest.mark.parametrize("put_back", [False, True], ids=["replaced", "replaced and put back"])
@@ -125,7 +108,7 @@ def test_files_replaced_while_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path = Path(jsonl(tmp_path, *GOOD))
     read = build_dataset_module.read_records
 
-    def overtaken(source: SourceConfig, _meter: Meter) -> Iterator[Any]:
+    def overtaken(source: SourceConfig) -> Iterator[Any]:
         path.rename(tmp_path / "aside")
         jsonl(tmp_path, *GOOD[:3])
         records = list(read(source))

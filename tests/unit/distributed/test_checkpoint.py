@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import sys
-import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -16,29 +15,21 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from safetensors import safe_open
 
 from dpo_dist.config.run_folder import best_checkpoints
 from dpo_dist.distributed import checkpoint, slices
 from dpo_dist.distributed.checkpoint import (
     MANIFEST,
-    Checkpoint,
     Entries,
     SavedSlices,
     drop_checkpoints,
     find_faults,
-    latest_checkpoint,
-    load_checkpoint,
-    random_states,
-    random_states_name,
     remove_unfinished,
     write_slices,
 )
 from dpo_dist.distributed.slices import ModelSlices, Slice
-from dpo_dist.distributed.world import SequenceGroup, World
 from dpo_dist.foundation.errors import CheckpointError
 from dpo_dist.foundation.files import is_temporary
-from tests.support.alone import ALONE
 from tests.support.one_weight import WEIGHTS, Run
 
 _CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
@@ -120,33 +111,6 @@ def test_the_last_checkpoint_always_exists_and_is_that_of_the_highest_step(tmp_p
     assert run.start() == 1_000_000
 
 
-def test_a_checkpoint_of_a_cpu_is_resumed_on_a_gpu(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It has no state of the GPU's random numbers, of which training takes none."""
-    run.save(1)
-    found = latest_checkpoint(tmp_path, ALONE)
-    assert found is not None
-    taken: list[object] = []
-    monkeypatch.setattr(torch.cuda, "set_rng_state", taken.append)
-    load_checkpoint(found, [run.weights], replace(ALONE, device=torch.device("cuda")))
-    assert not taken
-
-
-@pytest.mark.parametrize("saved_ranks", [1, 2, 4])
-def test_ranks_of_a_replica_draw_the_same_numbers(saved_ranks: int, tmp_path: Path) -> None:
-    for rank in range(saved_ranks):
-        torch.manual_seed(rank)
-        (tmp_path / random_states_name(rank)).write_text(random_states(ALONE.device))
-    drawn = []
-    for rank in range(4):
-        group = SequenceGroup(rank % 2, 2, None)
-        world = World(accelerator=None, rank=rank, size=4, device=ALONE.device, peers=(), sequence=group)
-        load_checkpoint(Checkpoint(tmp_path, {"world_size": saved_ranks}), [], world)
-        drawn.append(torch.rand(1).item())
-    assert drawn[0] == drawn[1] != drawn[2] == drawn[3]
-
-
 def test_training_waits_where_memory_has_no_room(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     run.saver._say = said.append
@@ -220,24 +184,6 @@ def test_any_ranks_read_what_any_ranks_wrote(
         saved.load_into(empty)
         for own, read in zip(wanted, empty, strict=True):
             assert all(torch.equal(own.parts[part], read.parts[part]) for part in own.parts)
-
-
-def test_weights_are_written_without_a_copy_of_them_and_read_in_every_type(tmp_path: Path) -> None:
-    types = {torch.uint8: 3, torch.bfloat16: 5, torch.float32: 2**20, torch.float16: 1, torch.int8: 7}
-    wanted = [
-        Slice(str(dtype), (count,), 0, {"weight": torch.arange(count).to(dtype)})
-        for dtype, count in types.items()
-    ]
-    tracemalloc.start()
-    entries = write_slices(ModelSlices("engine", wanted), tmp_path, 0)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 2**20  # of 4 MiB
-    (tmp_path / MANIFEST).write_text(json.dumps(entries))
-    assert find_faults(tmp_path, 0, 1) == []
-    with safe_open(tmp_path / next(iter(entries)), "pt") as opened:
-        for own in wanted:
-            assert torch.equal(opened.get_tensor(f"weight/{own.name}"), own.parts["weight"])
 
 
 def killed_at(number: int, work: Callable[[], None]) -> bool:

@@ -150,7 +150,7 @@ def settle_failing(error: Exception, *, is_synchronised: bool) -> None:
         device=torch.device("cpu"),
         sequence=None,
         barrier=lambda: None,
-        first_fault=lambda fault, _seconds: fault,
+        gather=lambda fault: [fault],
     )
     settle_engine(cast(Engine, engine), 64, cast(World, world))
 

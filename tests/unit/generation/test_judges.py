@@ -82,7 +82,7 @@ def test_a_model_that_is_no_reward_model_is_refused(tmp_path: Path) -> None:
     ("body", "said"),
     [
         ("return [1.0]", "returns 1 scores"),
-        ("return [float('nan'), 1]", "no finite number"),
+        ("return [float('nan'), 1]", "not finite"),
         ("raise ValueError(prompt)", "raises ValueError"),
     ],
 )
@@ -160,12 +160,10 @@ def test_verdicts(answer: Answer, keys: Any, scores: list[float | None], counts:
     assert +judgement.counts == {"requests": 2} | counts
 
 
-def test_the_key_is_sent_if_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_key_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "very-secret")
     _, server = judged(longer_wins, SHORT, LONG)
     assert {headers["authorization"] for headers in server.headers} == {"Bearer very-secret"}
-    monkeypatch.delenv("OPENAI_API_KEY")
-    assert not any("authorization" in headers for headers in judged(longer_wins, SHORT, LONG)[1].headers)
 
 
 REFUSAL = {"error": {"code": "bad_parameter", "param": "max_tokens", "message": "a text of the record"}}
@@ -199,7 +197,7 @@ def test_an_endpoint_that_is_slow_or_absent_is_an_error(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("url", ["localhost:8000/v1", "http://user:key@a/v1", "https://a/v1?key=1"])
 def test_an_address_with_a_key_or_without_a_host_is_refused(url: str) -> None:
-    with pytest.raises(ConfigError, match="url has no such value"):
+    with pytest.raises(ConfigError, match="url cannot have this value"):
         load_run_config(["model.path=m", f"pairs.endpoint.url={url}"], verb="pairs")
 
 

@@ -18,9 +18,9 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Message, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.generation.judges import Judgement
-from dpo_dist.generation.pairs.files import read_prompt_row
 from dpo_dist.generation.pairs.run import (
     Results,
+    different_prompts,
     joined_answers,
     pairs_from_scores,
     pairs_of,
@@ -28,11 +28,10 @@ from dpo_dist.generation.pairs.run import (
     samples_of,
     score,
     select_pairs,
-    write_prompts,
 )
 from dpo_dist.generation.pairs.start import check_judge, check_pairs
 from dpo_dist.generation.sampling.respond import Answer, Answers, ModelSource
-from dpo_dist.generation.sampling.stages import Parts, Stages
+from dpo_dist.generation.sampling.stages import Parts, Prompts, Stages
 from tests.support.judge_server import judge_server
 from tests.support.records import assistant, jsonl, user
 from tests.support.tiny_model import write_model
@@ -173,7 +172,7 @@ SCORES: list[list[float | None]] = [[3.0, 1.0, 1.0, None], [2.0] * 4, [4.0, 4.0]
 def finished(folder: Path) -> Results:
     source = jsonl(folder, *({"prompt": [user(f"question {n}")]} for n in range(3)))
     config = load_run_config(["model.path=m", f"data.train=[{source}]"])
-    prompts = write_prompts(folder, config, lambda _: None)
+    prompts = Prompts.of(folder, different_prompts(config, lambda _: None), 64)
     rule = PairsConfig(method=PairsMethod.samples, select=ALL, unfinished=DropOrKeep.keep)
     rows = []
     for prompt in range(3):
@@ -188,8 +187,9 @@ def finished(folder: Path) -> Results:
             of_models[1] = Answers([], "too_long")
         rows.append(joined_answers(of_models, rule))
     judge: Any = SimpleNamespace(judge=lambda _: [Judgement(own, Counter(unreadable=1)) for own in SCORES])
-    scored = score(list(map(read_prompt_row, prompts.read(0))), rows, judge)
-    answers = Parts.written(folder, "scores", map(asdict, scored), 64)
+    answers = prompts.stage("scores", {})
+    answers.open()
+    answers.write(0, map(asdict, score(prompts.parts[0], rows, judge)))
     return Results(rule, prompts, MODELS, answers, {"sampling": "facts"})
 
 
@@ -229,8 +229,7 @@ def test_parts_of_prompts_share_none_and_together_are_all(tmp_path: Path) -> Non
 
     def asked(*overrides: str) -> list[str]:
         config = load_run_config(["model.path=m", f"data.train=[{source}]", *overrides])
-        parts = write_prompts(tmp_path, config, lambda _: None)
-        return [row["prompt"] for index in range(parts.count) for row in parts.read(index)]
+        return [str(record.prompt) for record in different_prompts(config, lambda _: None)]
 
     whole = asked()
     parts = [asked("pairs.prompt_parts=3", f"pairs.prompt_part={index}") for index in range(3)]
@@ -241,7 +240,7 @@ def test_parts_of_prompts_share_none_and_together_are_all(tmp_path: Path) -> Non
 
 
 def stage(folder: Path, settings: Any = "a") -> Parts:
-    return Parts.of(folder, "responses", {"setting": settings}, 5)
+    return Prompts(folder, [[]] * 5).stage("responses", {"setting": settings})
 
 
 def work(parts: Parts, open_parts: list[int], rank: int, fails: int | None = None) -> list[int]:
@@ -249,7 +248,7 @@ def work(parts: Parts, open_parts: list[int], rank: int, fails: int | None = Non
     world: Any = SimpleNamespace(
         rank=rank, size=2, is_main=False, on_main=lambda *_: open_parts, together=lambda work: work()
     )
-    screen: Any = SimpleNamespace(heartbeat=lambda _: nullcontext(), progress=lambda *_: nullcontext())
+    screen: Any = SimpleNamespace(heartbeat=lambda _: nullcontext(), progress=lambda *_: nullcontext(print))
     done = []
 
     def part(index: int) -> list[dict[str, Any]]:
@@ -277,7 +276,6 @@ def test_processes_share_the_open_parts_and_stop_at_the_error_of_another_one(tmp
     assert open_parts == stage(tmp_path).open() == [0, 2, 3, 4], "1 is finished"
     assert [work(parts, open_parts, rank) for rank in (0, 1)] == [[0, 3], [2, 4]]
     assert parts.open() == []
-    assert parts.finished() == 5
     assert [parts.read(index) for index in range(5)] == [number(index) for index in range(5)]
     assert stage(tmp_path, "b").open() == [0, 1, 2, 3, 4], "other settings have other parts"
 
@@ -345,10 +343,10 @@ def test_models_prompts_and_the_endpoint_are_checked(in_folder: Path) -> None:
         keys = ["pairs.method=samples", f"pairs.endpoint.url={server.url}", "pairs.endpoint.model=judge"]
         report = found(in_folder, records, *keys, "data.max_bad_share=0.2")
     assert len(server.bodies) == 1
-    assert f"judge at {server.url} replies" in report
+    assert f"judge: judge at {server.url}: each two" in report
     assert "model, 431 tokens, a response ends with <|im_end|>" in report
-    assert "3 of the first 5 records can be used; not used: 1 prompt_fills_max_length (" in report
-    assert "), 1 unknown_format (" in report
+    assert "records.jsonl: 4 of 5 records kept\n    1 dropped (unknown_format): " in report
+    assert "not asked, of the first records: 1 prompt_fills_max_length (" in report
     with judge_server(lambda *_: (400, "{}")) as server:
         keys[1] = f"pairs.endpoint.url={server.url}"
         with pytest.raises(ConfigError, match="harmless request"):
@@ -362,9 +360,3 @@ def test_models_prompts_and_the_endpoint_are_checked(in_folder: Path) -> None:
 def test_more_bad_records_than_pairs_accepts_are_an_error(records: int, said: str, in_folder: Path) -> None:
     with pytest.raises(DataError, match=said):
         found(in_folder, ([SCORED] * 9 + [{"no": "prompt"}]) * (records // 10))
-
-
-def test_records_without_scores_give_no_pairs(in_folder: Path) -> None:
-    assert "1 of the first 1 records can be used" in found(in_folder, [SCORED])
-    with pytest.raises(DataError, match="1 without_scores"):
-        found(in_folder, [{"prompt": "p", "chosen": "a", "rejected": "b"}])

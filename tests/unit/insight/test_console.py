@@ -90,8 +90,8 @@ def test_other_ranks_print_errors_only_and_log_their_steps(
     monkeypatch.setenv("RANK", "1")
     with opened(tmp_path) as console:
         console.say("good news")
-        with console.counter("encoding train data", "record") as count:
-            count(1)
+        with console.progress("encoding train data", "record") as show:
+            show(1)
         assert console.is_due()
         console.training(*STATUS)
         assert not console.is_due()
@@ -123,20 +123,23 @@ def lines() -> tuple[Console, list[str]]:
 
 def test_progress_is_printed_now_and_then(clock: SimpleNamespace) -> None:
     console, printed = lines()
-    with console.counter("encoding: a.jsonl", "record") as count:
-        for number in range(1, 9):
-            count(640, number / 16)
+    with console.progress("encoding: a.jsonl", "record") as show:
+        for number in range(1, 8):
+            show(640 * number)
             clock.now += 10.0
-    assert len(printed) == 4
-    assert printed[3] == "encoding: a.jsonl: 5,120 records, 50 %, 73 a second, 1 min 10 s left"
+    assert len(printed) == 3
+    assert printed[2] == "encoding: a.jsonl: 4,480 records, 75 a second"
     printed.clear()
-    with console.counter("nothing", "record"), console.progress("log-probs", "pair") as show:
+    with console.progress("nothing", "record"), console.progress("log-probs", "pair") as show:
         show(0, 0)
         assert not printed
         show(0, 1200)
-        clock.now += 10.0
+        clock.now += 30.0
         show(600, 1200)
-    assert printed == ["log-probs ...", "log-probs: 600 of 1,200 pairs, 50 %, 60 a second, 10 s left"]
+    assert printed == [
+        "log-probs: 0 of 1,200 pairs, 0 %",
+        "log-probs: 600 of 1,200 pairs, 50 %, 20 a second, 30 s left",
+    ]
 
 
 def test_training_is_printed_now_and_then_and_always_on_demand_and_an_evaluation_always(

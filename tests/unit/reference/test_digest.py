@@ -178,7 +178,7 @@ def test_compatible_are_those_of_the_same_weights_and_scoring_code_the_most_simi
 def agreed(monkeypatch: pytest.MonkeyPatch, other: Profile, *, is_tolerant: bool) -> Profile:
     """The numerics profile of this rank, and one of another host that differs by `other`."""
     monkeypatch.setattr(World, "gather", lambda _self, profile: [profile, {**PROFILE, **other}])
-    peers = (Peer(0, "host-a", 1), Peer(1, "host-b", 2))
+    peers = (Peer(0, "host-a", 1, "a"), Peer(1, "host-b", 2, "b"))
     return agree_on_numerics(PROFILE, is_tolerant, World(None, 0, 2, torch.device("cpu"), peers))
 
 

@@ -14,7 +14,7 @@ from dpo_dist.insight.console import Console
 from dpo_dist.training import evaluate as loading
 from dpo_dist.training.evaluate import check_origin, load_evaluated
 from dpo_dist.training.start import Run
-from dpo_dist.training.targets import Evaluated, Kind, find_evaluated, find_exported
+from dpo_dist.training.targets import Evaluated, find_evaluated, find_exported
 from tests.support import tiny
 from tests.support.alone import ALONE
 from tests.support.tiny_model import write_model
@@ -84,7 +84,7 @@ def configured(folder: Path, *overrides: str) -> RunConfig:
     return load_run_config([*paths, *overrides])
 
 
-def test_kinds_are_found_by_the_files(tmp_path: Path) -> None:
+def test_checkpoints_are_found_by_their_files(tmp_path: Path) -> None:
     files = {"base": "config.json", "lora": "adapter_config.json", "step-000003": "state.json"}
     for name, file in files.items():
         (tmp_path / name).mkdir()
@@ -92,7 +92,7 @@ def test_kinds_are_found_by_the_files(tmp_path: Path) -> None:
     (tmp_path / "base" / "model.safetensors").write_text("")
     several = f"evaluation.model=[{','.join(f'{tmp_path}/{name}' for name in files)},org/name]"
     _, found = find_evaluated(configured(tmp_path, several))
-    assert [one.kind for one in found] == [Kind.model, Kind.adapter, Kind.checkpoint, Kind.hub]
+    assert [one.is_checkpoint for one in found] == [False, False, True, False]
     with pytest.raises(ConfigError, match="this run directory has no model"):
         find_evaluated(configured(tmp_path))
 
@@ -112,7 +112,7 @@ def test_names_of_results_differ_by_model_pairs_reference_and_loss(tmp_path: Pat
             reference_files=SimpleNamespace(digest=reference),
         )
         config = configured(tmp_path, *overrides)
-        return Evaluated(str(tmp_path / place), Kind.checkpoint).name(config, inputs)
+        return Evaluated(str(tmp_path / place), is_checkpoint=True).name(config, inputs)
 
     for place in ("step-000003", "other/step-000003"):
         (tmp_path / place).mkdir(parents=True)
@@ -143,13 +143,13 @@ def test_only_the_base_of_a_quantized_run_is_quantized(
 
     run = Run(config, ALONE, Console(None))
 
-    def loaded(name: str, kind: Kind) -> Any:
-        return load_evaluated(run, Evaluated(str(tmp_path / name), kind), inputs)[0]
+    def loaded(name: str) -> Any:
+        return load_evaluated(run, Evaluated(str(tmp_path / name), is_checkpoint=False), inputs)[0]
 
-    assert loaded("base", Kind.model) == ("base", "nf4")
-    assert loaded("link", Kind.model) == ("base", "nf4")
-    assert loaded("lora", Kind.adapter) == ("base", "nf4")
-    assert loaded("other", Kind.model) == ("other", None)
+    assert loaded("base") == ("base", "nf4")
+    assert loaded("link") == ("base", "nf4")
+    assert loaded("lora") == ("base", "nf4")
+    assert loaded("other") == ("other", None)
 
 
 @pytest.mark.parametrize(("base", "adapter", "fault"), [("n", "", "model"), ("m", "{r: 4}", "adapter")])
@@ -164,6 +164,6 @@ def test_a_checkpoint_of_another_run_is_refused_before_it_is_loaded(
     config = configured(tmp_path, *([f"model.adapter={adapter}"] if adapter else []))
     inputs: Any = SimpleNamespace(policy_files=SimpleNamespace(digest=base))
     with pytest.raises(CheckpointError, match=f"of a run with another {fault}"):
-        check_origin(Evaluated(str(folder), Kind.checkpoint), config, inputs)
+        check_origin(Evaluated(str(folder), is_checkpoint=True), config, inputs)
     inputs.policy_files.digest = "m"
-    check_origin(Evaluated(str(folder), Kind.checkpoint), configured(tmp_path), inputs)
+    check_origin(Evaluated(str(folder), is_checkpoint=True), configured(tmp_path), inputs)

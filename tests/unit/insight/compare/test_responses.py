@@ -9,10 +9,12 @@ from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import Dtype, ModelConfig
+from dpo_dist.data.records import turns_of
 from dpo_dist.foundation.errors import DataError
+from dpo_dist.generation.pairs.files import prompt_key
 from dpo_dist.generation.sampling.respond import Answer, Answers, find_model
-from dpo_dist.generation.sampling.stages import Parts, Stages
-from dpo_dist.insight.compare.models import Speaker, response_logps, write_held_out
+from dpo_dist.generation.sampling.stages import Parts, Prompts, Stages
+from dpo_dist.insight.compare.models import Speaker, held_out, response_logps
 from dpo_dist.model.load import load_packed
 from tests.support.records import assistant, jsonl, user
 from tests.support.tiny_model import write_model
@@ -36,7 +38,7 @@ def test_sums_of_log_probs(tmp_path: Path, budget: int) -> None:
     folder = write_model(tmp_path / "model")
     device = torch.device("cpu")
     packed = load_packed(folder, ModelConfig(str(folder), dtype=Dtype.fp32), 64, device).eval()
-    found = response_logps(packed, ROWS, budget, device)
+    found = response_logps(packed, ROWS, budget)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for logp, each in zip(found, ROWS, strict=True):
         if not each.answers:
@@ -57,7 +59,7 @@ class Unfinished(Stages):
 def responses_folder(tmp_path: Path, *overrides: str) -> str:
     lines = ["data.eval=[held.jsonl]", f"run.root={tmp_path}", *overrides]
     config, nobody = load_run_config(lines, verb="compare"), cast(Any, None)
-    stages, prompts = Unfinished(nobody, nobody, ""), Parts(tmp_path / "prompts", 1)
+    stages, prompts = Unfinished(nobody, nobody, ""), Prompts(tmp_path, [])
     speaker = Speaker("", find_model(f"{tmp_path}/model", config), config, stages, prompts)
     speaker.respond()
     return speaker.responses.folder.name
@@ -92,10 +94,10 @@ def chosen(tmp_path: Path, records: list[Any], *overrides: str) -> tuple[list[st
         overrides = (*overrides, f"data.eval=[{{path: {source}, label: held}}]")
     said: list[str] = []
     config = load_run_config([*base, *overrides])
-    parts = write_held_out(tmp_path / "parts", config, said.append)
-    lines = [row for index in range(parts.count) for row in parts.read(index)]
-    assert {line["source"] for line in lines} <= {"held", "records"}
-    return [line["prompt"][0][1] for line in lines], [*said, *(str(line["chosen"]) for line in lines)]
+    records, labels = held_out(config, said.append)
+    assert {labels[prompt_key(record)] for record in records} <= {"held", "records"}
+    first = [turns_of(record.responses[0])[-1].content for record in records]
+    return [turns_of(record.prompt)[0].content for record in records], [*said, *first]
 
 
 def test_some_prompts_are_chosen_by_hash_and_kept_in_order(tmp_path: Path) -> None:

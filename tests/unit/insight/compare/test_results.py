@@ -12,7 +12,7 @@ from dpo_dist.generation.judges import Judgement, Question
 from dpo_dist.insight.compare.results import LOSS, TIE, WIN, comparison, credit, judge_texts
 
 Row = dict[str, Any]
-OUTCOMES = ("wins", "ties", "losses", "identical", "not_judged")
+OUTCOMES = ("wins", "ties", "losses", "not_judged")
 
 
 def response(text: str, ratio: float | None = 0.0, score: float | None = None, tokens: int = 4) -> Row:
@@ -53,7 +53,7 @@ def test_scores_decide_wins_and_ties_count_half() -> None:
         [{"base": response("x", score=one), "a": response("y", score=two)} for one, two in scores]
     )
     (win,) = found["wins"]
-    assert [win[name] for name in OUTCOMES] == [1, 1, 1, 0, 1]
+    assert [win[name] for name in OUTCOMES] == [1, 1, 1, 1]
     assert win["rate"] == 0.5
     assert found["not_judged"] == {"base and a": 1}
     assert [model["score"] for model in found["models"]] == [2.75, 2.0]

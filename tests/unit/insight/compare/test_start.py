@@ -92,10 +92,10 @@ def test_a_check_loads_configurations_and_tokenizers_only_and_writes_nothing(tmp
 
     before = sorted(tmp_path.rglob("*"))
     report = rehearsed("pairs.function=tests.support.own_judge:letter_shares")
-    assert f"base: {tmp_path}/base, 431 tokens, a response ends with <|im_end|>" in report
+    assert f"{tmp_path}/base, 431 tokens, a response ends with <|im_end|>" in report
     assert "function tests.support.own_judge:letter_shares" in report
-    assert report.count("3 of the first 4 records can be used; not used: 1 prompt_fills_max_length") == 2
-    assert "none: no scores, no win rates" in rehearsed()
+    assert report.count("not asked, of the first records: 1 prompt_fills_max_length") == 2
+    assert "judge: none, so no scores and win rates" in rehearsed()
     with pytest.raises(DataError, match="none of the first records"):
         rehearsed("compare.max_new_tokens=4000")
     assert sorted(tmp_path.rglob("*")) == before

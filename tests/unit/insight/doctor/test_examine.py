@@ -313,7 +313,7 @@ def prepared(
 
 
 def counted(encoded: list[int]) -> Progress:
-    return lambda _source: contextlib.nullcontext(lambda more, _share: encoded.append(more))
+    return lambda _source: contextlib.nullcontext(encoded.append)
 
 
 def encoded_by_training(data: DataConfig, model: Path) -> int:
@@ -385,7 +385,9 @@ def test_data_are_encoded_by_the_tokenizer_of_the_adapter_that_the_policy_starts
     keys = [f"model.path={model}", f"data.train=[{data}]", f"data.cache={tmp_path}/encoded"]
 
     def diagnosed(*more: str) -> Diagnosis:
-        return diagnose(load_run_config([*keys, *more]), lambda *_: contextlib.nullcontext(lambda *_: None))
+        return diagnose(
+            load_run_config([*keys, *more]), lambda *_: contextlib.nullcontext(lambda *_, **__: None)
+        )
 
     assert diagnosed(f"model.adapter={{path: {sft}}}").model == sft
     with pytest.raises(ConfigError, match="no chat template"):

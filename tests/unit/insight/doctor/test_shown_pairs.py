@@ -75,12 +75,11 @@ def test_examples_of_findings_come_first_and_are_few(tmp_path: Path) -> None:
     assert pairs == show_pairs(config(path), tiny.qwen(), found, 3)
 
 
-def test_a_huge_record_is_shown_at_both_ends(tmp_path: Path) -> None:
-    huge = "first " + "story " * 100_000 + "last"
+def test_of_a_huge_record_the_start_is_shown(tmp_path: Path) -> None:
+    huge = "first " + "story " * 100_000
     data = config(jsonl(tmp_path, {**CHAT, "chosen": [assistant(huge)]}))
     for tokenizer in (tiny.qwen(), None):
         chosen = shown_one(data, tokenizer).parts[1]
         assert len(text_of(chosen)) < 20_000
         assert "first" in text_of(chosen)
-        assert "last" in text_of(chosen)
         assert text_of(chosen, "omitted").endswith(("tokens not shown", "characters not shown"))

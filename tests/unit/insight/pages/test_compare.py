@@ -29,7 +29,7 @@ def pair(**others: object) -> dict[str, Any]:
     return results([model("a", None, 0.4), model("b", 3, 0.6)], [win("a", "b", 0.4)], **others)
 
 
-BASE, ENDED, UNENDED = model("base", None, 0.5), model("a", 5, 0.4), model("a", 5, 0.4, finished=0.0)
+BASE, ENDED = model("base", None, 0.5), model("a", 5, 0.4)
 NO_SCORES = [model("base"), model("a")]  # a judge that compares gives none
 
 
@@ -41,11 +41,6 @@ NO_SCORES = [model("base"), model("a")]  # a judge that compares gives none
         ([BASE, ENDED], [0.4], "base has the highest score, 0.5. Not clearly worse: a."),
         (NO_SCORES, [0.3], "a has the highest win rate over base, 0.7. All others are clearly worse."),
         (NO_SCORES, [], "Without a judge the models can be compared by KL and style only."),
-        (
-            [model("base", None, 0.1, finished=0.0), UNENDED],
-            [0.3],
-            "No response ends within compare.max_new_tokens: no model is called the best.",
-        ),
         # Of equal scores the model of least KL is named first.
         (
             [BASE, model("a", 3, 0.9), model("b", 2, 0.9)],
@@ -93,13 +88,13 @@ def test_the_page_is_bounded_and_says_what_is_left_out(
         return " ".join(source.choices(words, k=400))
 
     rows = [row(at, {name: answer(text()) for name in names}) for at in range(160)]
-    rows[2] = row(2, {name: answer("\u202e" * 200_000) for name in names}, prompt="\u202e" * 200_000)
+    rows[2]["responses"][names[0]] = answer("\u202e" * 200_000)
     content = results([model(name, at) for at, name in enumerate(names)], [])
     page = page_of(tmp_path, content, rows)
     assert 1_800_000 < len(page.encode()) < 2_000_000
     [omitted] = re.findall(r"([\d,]+) prompts at the end of answers\.jsonl are not on this page", page)
     assert page.count('<details class="prompt') + int(omitted) == 160
-    assert "first 400 of 200,000 characters" in page
+    assert "first 6,000 of 200,000 characters" in page
 
 
 def test_texts_and_names_are_inert(tmp_path: Path) -> None:

@@ -1,0 +1,126 @@
+"""`--check`: load what a run loads before weights, and the first records of its data, in one process."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
+
+from dpo_dist.config.data import SourceConfig
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import Offload, ReferenceMode, Resume, RunConfig
+from dpo_dist.data.counts import check_counts, in_one_line, read_in_words
+from dpo_dist.data.dataset import PreferenceDataset, check_fits_loss
+from dpo_dist.data.encode import encode_chunk
+from dpo_dist.data.formats import read_records
+from dpo_dist.data.sources import pinned
+from dpo_dist.data.store import columns_of, counts_of
+from dpo_dist.data.template import check_template_keys
+from dpo_dist.model.architectures import router_loss
+from dpo_dist.model.folder import description_folder, is_adapter, start_folder, tokenizer_folder
+from dpo_dist.model.load import check_same_vocabulary, load_tokenizer
+from dpo_dist.objective.losses import check_custom_loss
+from dpo_dist.training.inputs import checked_model, with_stored_reference
+from dpo_dist.training.resume import check_fresh_start, find_finished
+from dpo_dist.training.targets import EVALUATED, Evaluated
+
+_FIRST_RECORDS = 1024
+
+
+def rehearse(config: RunConfig, models: Sequence[Evaluated] = (), *, trains: bool = True) -> str:
+    """Load what a run loads before weights, and encode the first records of each source; return the findings.
+
+    Weights are neither read nor, for a model on the hub, downloaded. `models`: of an evaluation, not of a
+    run. `trains`: the run starts from what is in its directory.
+    """
+    run = RunFolder.of(config)
+    found = f" ({_expected_start(config, run)})" if trains and not models else ""
+    config = with_stored_reference(config) if models else config
+    described, tokenizer = _described_model(config)
+    lines = [("run.dir", f"{run}{found}"), ("model.path", described)]
+    for evaluated in models:
+        if not (evaluated.is_checkpoint or is_adapter(Path(evaluated.path))):
+            revision = config.model.revision if evaluated.path == config.model.path else None
+            own = description_folder(evaluated.path, revision, EVALUATED)
+            if not is_adapter(own):
+                check_same_vocabulary(own, tokenizer, config.model, EVALUATED)
+        lines.append(("evaluation", evaluated.path))
+    if not models:
+        lines.append(("loss", check_custom_loss(config.loss) or ", ".join(config.loss.kinds)))
+    lines.append(("reference", _reference(config, tokenizer)))
+    for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        for index, source in enumerate(sources):
+            name = f"{key}[{index}]"
+            lines.append((name, _first_records(source, name, config, tokenizer)))
+    findings = "".join(f"  {label + ':':<15}{text}\n" for label, text in lines)
+    doctor = "  python -m dpo_dist.doctor with the same arguments without --check examines all records\n"
+    passed = "check passed: everything that needs no weights and no GPU is in order\n"
+    return passed + findings + ("" if models else doctor)
+
+
+def _expected_start(config: RunConfig, folder: RunFolder) -> str:
+    """Return in words what a start finds in the run directory; the checkpoints are not opened."""
+    if config.run.resume is not Resume.never:
+        if find_finished(config, folder):
+            return "complete: nothing is left to train"
+        if any(folder.checkpoints.glob("step-*")):
+            return "has checkpoints: the run resumes"
+    check_fresh_start(config, folder)
+    return "new"
+
+
+def _described_model(config: RunConfig) -> tuple[str, PreTrainedTokenizerBase]:
+    """Return the policy's model in words, and its tokenizer, after the checks that need no weights."""
+    folder = description_folder(config.model.path, config.model.revision, "model.path")
+    start = start_folder(config.model)
+    tokenizer = load_tokenizer(tokenizer_folder(folder, start), config.model)
+    model_config, _ = checked_model(config, folder, start)
+    router_loss(config.loss.router, model_config)
+    check_template_keys(config.data, tokenizer)
+    return f"{folder}, {model_config.model_type}, {len(tokenizer):,} tokens", tokenizer
+
+
+def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    reference = config.reference
+    if reference.offload is Offload.nvme:
+        from dpo_dist.distributed.join import check_async_io  # noqa: PLC0415  (starts DeepSpeed)
+
+        check_async_io()
+    found = [reference.mode.value]
+    if reference.path is not None:
+        folder = description_folder(reference.path, None, "reference.path")
+        check_same_vocabulary(folder, tokenizer, config.model)
+        found.append(f"model {folder}")
+    if reference.mode is ReferenceMode.cached:
+        found.append(f"store {reference.store}")
+    return ", ".join(found)
+
+
+def _first_records(
+    source: SourceConfig, key: str, config: RunConfig, tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """Read, encode and check the first records of a source; return their counts as one line."""
+    source = pinned(source)
+    records = list(itertools.islice(read_records(source), _FIRST_RECORDS + 1))
+    rows = pa.Table.from_batches([encode_chunk(records[:_FIRST_RECORDS], config.data, tokenizer)])
+    counts, has_more = counts_of(rows), len(records) > _FIRST_RECORDS
+    check_counts(counts, f"{key}: {source.path}", config.data, of_first=has_more)
+    dataset = PreferenceDataset(
+        fingerprint="",
+        counts=counts.as_dict(),
+        source_pairs=(counts.pairs,),
+        source_labels=("",),
+        **columns_of(rows),
+    )
+    check_fits_loss(dataset, config.loss)
+    name = f" ({source.name})" if source.name else ""
+    rest = " (the others were not looked at)" if has_more else ""
+    found = [
+        f"{source.path}{name}, {counts.kept} of the first {counts.read} records kept{rest}",
+        f"dropped: {dropped}" if (dropped := in_one_line(counts.dropped)) else "",
+        read_in_words(counts.read_as),
+        f"changed or particular: {changed}" if (changed := in_one_line(counts.changed)) else "",
+        f"{dataset.piece_tokens.sum() / len(dataset):.0f} tokens per example",
+    ]
+    return "; ".join(filter(None, found))
