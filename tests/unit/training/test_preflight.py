@@ -281,6 +281,13 @@ def test_options_that_no_module_of_the_model_has_are_refused_before_files_are_re
         assert caught.value.where.startswith(option.partition("=")[0])
 
 
+def test_a_check_knows_the_loss_of_the_models_routers(assets: Path, tmp_path: Path) -> None:
+    tiny_family("mixtral", len(tiny.qwen())).save_pretrained(tmp_path / "model")
+    tiny.qwen().save_pretrained(tmp_path / "model")
+    config = run_of(assets, tmp_path, f"model.path={tmp_path}/model", "loss.router={aux_coefficient: model}")
+    assert "check passed" in rehearse(config)
+
+
 @pytest.mark.parametrize("option", ["activation_offload", "liger"])
 def test_options_of_gpus_are_refused_without_one_before_files_are_read(
     option: str, assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
