@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.data import DataFormat, SourceConfig
+from dpo_dist.config.schema import DataFormat, SourceConfig
 from dpo_dist.config.user_code import user_function
 from dpo_dist.data.messages import CALLING, ROLES, from_json, parse_json
 from dpo_dist.data.records import BadRecord, Fields, RawRecord, shown_key

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from dpo_dist.batching.sampler import BatchSampler
-from dpo_dist.config.data import DataConfig, TextTemplate
+from dpo_dist.config.schema import DataConfig, TextTemplate
 from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN, BadRecord
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.text import counted

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from dpo_dist.config.data import DataConfig, DataFormat, OnBadRecord, SourceConfig
+from dpo_dist.config.schema import DataConfig, DataFormat, OnBadRecord, SourceConfig
 from dpo_dist.data.columns import FIRST_RECORDS, resolved, with_columns
 from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome, check_counts
 from dpo_dist.data.messages import (

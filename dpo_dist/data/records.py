@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from dpo_dist.config.data import DataConfig, Ranked
+from dpo_dist.config.schema import DataConfig, Ranked
 from dpo_dist.foundation.errors import DataError
 
 FIRST_TURN, LAST_TURN = "\n\nHuman:", "\n\nAssistant:"
@@ -104,12 +104,6 @@ class PreferenceRecord:
     scores: tuple[float, ...] | None = None
     tools: tuple[Fields, ...] = ()
     template_arguments: Fields = field(default_factory=dict)
-
-    @property
-    def response_texts(self) -> tuple[str, ...]:
-        """The responses of a record whose responses are texts."""
-        assert all(isinstance(response, str) for response in self.responses)
-        return tuple(map(str, self.responses))
 
 
 @dataclass(frozen=True)

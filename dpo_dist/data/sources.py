@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 import pyarrow
 import pyarrow.parquet
 
-from dpo_dist.config.data import DataConfig, SourceConfig
+from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.columns import is_saved, resolved, with_columns
 from dpo_dist.data.messages import parse_json, without_nulls
 from dpo_dist.data.records import BadRecord, Origin, RawRecord, shown_key

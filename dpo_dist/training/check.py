@@ -7,9 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import Offload, ReferenceMode, Resume, RunConfig
+from dpo_dist.config.schema import Offload, ReferenceMode, Resume, RunConfig, SourceConfig
 from dpo_dist.data.counts import check_counts, in_one_line, read_in_words
 from dpo_dist.data.dataset import PreferenceDataset, check_fits_loss
 from dpo_dist.data.encode import encode_chunk
@@ -75,8 +74,8 @@ def _described_model(config: RunConfig) -> tuple[str, PreTrainedTokenizerBase]:
     folder = description_folder(config.model.path, config.model.revision, "model.path")
     start = start_folder(config.model)
     tokenizer = load_tokenizer(tokenizer_folder(folder, start), config.model)
-    model_config, _ = checked_model(config, folder, start)
-    router_loss(config.loss.router, model_config)
+    model_config, causal_lm = checked_model(config, folder, start)
+    router_loss(config.loss.router, causal_lm)
     check_template_keys(config.data, tokenizer)
     return f"{folder}, {model_config.model_type}, {len(tokenizer):,} tokens", tokenizer
 

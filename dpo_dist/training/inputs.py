@@ -13,9 +13,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from dpo_dist.batching.plan import Arrangement, ComputeCosts
 from dpo_dist.batching.sampler import BatchSampler, Indices, make_sampler
-from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.losses import RouterConfig
-from dpo_dist.config.schema import ParallelismKind, ReferenceMode, RunConfig
+from dpo_dist.config.schema import ParallelismKind, ReferenceMode, RunConfig, SourceConfig
 from dpo_dist.data.build import prepare_dataset, tokenizer_digest
 from dpo_dist.data.counts import describe_counts, describe_short_run
 from dpo_dist.data.dataset import (
@@ -31,7 +30,6 @@ from dpo_dist.data.records import Part, eval_part, train_part
 from dpo_dist.distributed.zero import whole_loading
 from dpo_dist.model.architectures import (
     check_positions,
-    check_supported,
     router_loss,
     router_notes,
     training_notes,
@@ -163,12 +161,12 @@ def _load(
     flops, weights = step_flops(causal_lm), sum(map(torch.numel, causal_lm.parameters()))
     if trains:
         world.together(lambda: check_device(config.model, model_config.model_type, world.device))
-    router = router_loss(routers, model_config)
+    router = router_loss(routers, causal_lm)
     notes = training_notes(model_config, config.data.max_length)
     if not tokenizer.eos_token:
         notes.append(_NO_END)
     notes += base_notes(config.model, start)
-    for note in [*router_notes(routers, model_config), *notes]:
+    for note in [*router_notes(routers, causal_lm), *notes]:
         run.say(note)
     vocabulary = model_config.get_text_config().vocab_size
     with run.console.heartbeat("reading the model's files to identify them"):
@@ -200,7 +198,6 @@ def checked_model(
 ) -> tuple[PreTrainedConfig, PreTrainedModel]:
     """Return the policy's configuration, and the model with its adapter on the meta device, both checked."""
     model_config = load_config(folder, config.model)
-    check_supported(model_config)
     check_shared_tokens(model_config, config.parallelism.sequence_parallel)
     causal_lm = without_weights(model_config, config.model, start)
     check_positions(causal_lm, config.data.max_length)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.data import DataFormat, SourceConfig
+from dpo_dist.config.schema import DataFormat, SourceConfig
 from dpo_dist.config.user_code import find_function
 from dpo_dist.data.columns import resolved
 from dpo_dist.data.formats import check_source, read_records

@@ -13,9 +13,8 @@ import pytest
 from dpo_dist.batching.pack import Ids
 from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.batching.sampler import Span, make_sampler
-from dpo_dist.config.data import OnBadRecord, Ranked, SourceConfig
 from dpo_dist.config.losses import LossConfig, LossKind
-from dpo_dist.config.schema import TrainerConfig
+from dpo_dist.config.schema import OnBadRecord, Ranked, SourceConfig, TrainerConfig
 from dpo_dist.data import build as build_dataset_module
 from dpo_dist.data import encode as encode_module
 from dpo_dist.data.counts import describe_counts, describe_short_run, in_words

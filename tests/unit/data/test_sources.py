@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from dpo_dist.config.data import DataConfig, OnBadRecord, SourceConfig
+from dpo_dist.config.schema import DataConfig, OnBadRecord, SourceConfig
 from dpo_dist.data.formats import check_source, read_records
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.data.sources import source_identity, source_labels
