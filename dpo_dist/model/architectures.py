@@ -152,7 +152,7 @@ def _is_same_loss(model_class: type, experts: int, top_k: int) -> bool:
 
 def router_loss(config: RouterConfig | None, model_config: Any) -> RouterLoss | None:
     """Return the losses of the routers that training adds; None if `config` is None or asks for none."""
-    if config is None or not config.is_set:
+    if config is None or config == RouterConfig():
         return None
     coefficient = own_coefficient(model_config)
     if coefficient is None:
