@@ -556,8 +556,8 @@ class PairsConfig:
     reference: RoundReference = key(RoundReference.previous)
     """Reference model of a round's training: the `first` one, or the policy of the `previous` round."""
     launcher: Filled | None = key(None)
-    """Command before `-m dpo_dist.train` in rounds, such as `accelerate launch`; null: this with several
-    GPUs, else one process."""
+    """Command before `-m dpo_dist.train` in rounds, which ends with the exit code of its processes; null:
+    `python -m dpo_dist.launch` with several GPUs, else one process."""
 
 
 @schema

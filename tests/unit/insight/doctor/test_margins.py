@@ -56,7 +56,7 @@ def fill(
         n: random.normal(-1, 1, size=lengths[n]).astype(np.float32) for n in range(len(lengths))[responses]
     }
     fingerprint = ReferenceFingerprint(reference, {"dtype": "bf16", **profile})
-    store = LogpStore.open(folder / "store", fingerprint)
+    store = LogpStore.open(folder / "store", [fingerprint])
     store.write(dataset.keys[list(values)], list(values.values()))
     return values
 
