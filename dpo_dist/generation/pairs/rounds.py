@@ -159,8 +159,7 @@ def run_rounds(config: RunConfig, say: Say, run: Run = run_command) -> int:
     They end early at a preempted training, and at samples without a pair.
     """
     folder, count, results = RunFolder.of(config), config.pairs.rounds, list[Result]()
-    remedy = "wait until it ends, or set another run.dir"
-    with locked(folder.rounds / folder.lock.name, "does the rounds of this run directory", remedy):
+    with locked(folder.rounds / folder.lock.name, "does the rounds of this run directory"):
         check_settings(config, folder)
         os.environ.setdefault("WANDB_RUN_GROUP", config.run.name)  # of the trainings
         for number in range(1, count + 2):
