@@ -24,7 +24,7 @@ from benchmarks.setting import (
     train_tokenizer,
     write_synthetic,
 )
-from dpo_dist.config.data import DataConfig, SourceConfig
+from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import open_dataset
 

@@ -15,11 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_dist.batching.pack import Sequences, pack
-from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import Dtype, ModelConfig, RunConfig
+from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, RunConfig, SourceConfig
 from dpo_dist.data.dataset import Keys
 from dpo_dist.data.encode import EncodedExample, encode_record, response_key
 from dpo_dist.data.formats import read_records

@@ -34,7 +34,7 @@ from dpo_dist.foundation.errors import (
     disk_error,
     first_line,
 )
-from dpo_dist.foundation.process import check_launch, note_exit_code, this_rank
+from dpo_dist.foundation.process import check_launch, this_rank
 from dpo_dist.foundation.streams import (
     open_closed_streams,
     output_of_objects,
@@ -267,7 +267,6 @@ def run_verb(
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
-    note_exit_code(exit_code)
     # At interpreter exit, threads of communication libraries could still abort the process.
     os._exit(exit_code)
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
-from dpo_dist.config.data import DataFormat
 from dpo_dist.config.fields import fields_of
 from dpo_dist.config.keys import all_keys, as_written, readers, run_keys
 from dpo_dist.config.losses import LossConfig, LossKind, kinds_using
@@ -18,6 +17,7 @@ from dpo_dist.config.metrics import METRICS, PREFIX
 from dpo_dist.config.mistakes import raise_all
 from dpo_dist.config.schema import (
     NO_MODEL,
+    DataFormat,
     Direction,
     ReferenceConfig,
     ReferenceMode,

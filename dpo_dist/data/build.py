@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from dpo_dist.config.data import TEMPLATE_DATE, DataConfig, SourceConfig, TextTemplate
+from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig, SourceConfig, TextTemplate
 from dpo_dist.config.user_code import find_function
 from dpo_dist.data.columns import READER
 from dpo_dist.data.encode import Records, encode_chunk, in_order

@@ -1,12 +1,11 @@
 """Other names of a source's fields: `reader`, `columns`, and LLaMA-Factory's `dataset_info.json`."""
 
-import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.data import DataFormat, SourceConfig
+from dpo_dist.config.schema import DataFormat, SourceConfig
 from dpo_dist.config.user_code import user_function
 from dpo_dist.data.messages import CALLING, ROLES, from_json, parse_json
 from dpo_dist.data.records import BadRecord, Fields, RawRecord, shown_key
@@ -46,7 +45,7 @@ def with_columns(records: Iterator[RawRecord], source: SourceConfig) -> Iterator
                 where=f"columns.{name} of {source.path}",
                 got=name,
                 expected=", ".join((*FIELDS, f"{_OTHERS} with null")),
-                remedy=_nearest(name, FIELDS) or "write columns: {prompt: NAME}",
+                remedy="write columns: {prompt: NAME}",
             )
     if source.reader is not None:
         records = _by_reader(records, user_function(source.reader, READER))
@@ -94,13 +93,12 @@ def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[Raw
         else:
             yield BadRecord("missing_field", origin, f"{paths[_WHOLE]} is no object"), origin
     if unseen and seen:
-        first, *others = sorted(set(unseen.values()))
         raise DataError(
             f"{what} a column of the source",
             where=f"columns of {source.path}",
-            got=", ".join([first, *others]),
+            got=", ".join(sorted(set(unseen.values()))),
             expected=", ".join([*seen][:_MAX_SHOWN]) + (", ..." if len(seen) > _MAX_SHOWN else ""),
-            remedy=_nearest(first, seen) or "correct or remove these columns",
+            remedy="correct or remove these columns",
         )
 
 
@@ -118,11 +116,6 @@ def _value_at(record: Any, path: str) -> Any:
         else:
             return _MISSING
     return value
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"did you mean {near[0]}?" if near else ""
 
 
 def is_saved(folder: Path) -> bool:
@@ -158,25 +151,21 @@ def resolved(source: SourceConfig) -> SourceConfig:
     """
     local = Path(source.path).expanduser()
     file = local if local.name == _FILE else local / _FILE
-    if "://" in source.path or not file.is_file() or is_saved(file.parent):
+    is_described = "://" not in source.path and file.is_file() and not is_saved(file.parent)
+    if not is_described or (source.name is None and file != local):
         return source
     try:
         found = parse_json(file.read_bytes())
     except ValueError:
         found = None
-    entries = found if isinstance(found, dict) and all(isinstance(e, dict) for e in found.values()) else {}
-    is_other = all(entry.keys().isdisjoint(_LOCATIONS) for entry in entries.values())
-    if is_other and source.name is None and file != local:
-        return source  # the file is another program's
-    if is_other or source.name not in entries:
+    entries = found if isinstance(found, dict) else {}
+    if not isinstance(entries.get(source.name), dict):
         raise ConfigError(
-            f"{_FILE} has no such entry" if source.name else f"`name` chooses an entry of {_FILE}",
+            f"{_FILE} has no such entry",
             where=f"name of {source.path}",
             got=str(source.name),
-            expected="" if is_other else ", ".join(sorted(entries)),
-            remedy=_nearest(source.name or "", entries)
-            or f"write {{path: {source.path}, name: ENTRY}} (LLaMA-Factory); to read files without "
-            "it, set path to a file or pattern, and columns",
+            expected=", ".join(sorted(entries)) or "a JSON object of entries",
+            remedy=f"write {{path: {source.path}, name: ENTRY}}, or set path to a data file and its columns",
         )
     try:
         return _described(source, file.parent, entries[source.name])

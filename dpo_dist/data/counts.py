@@ -9,12 +9,13 @@ from typing import Any
 import yaml
 
 from dpo_dist.batching.sampler import BatchSampler
-from dpo_dist.config.data import DataConfig, TextTemplate
+from dpo_dist.config.schema import DataConfig, TextTemplate
 from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN, BadRecord
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.text import counted
 
 SHOWN_EXAMPLES = 20
+_NAMED_EXAMPLES = 3
 EMPTY_REMEDY = "check the path, or remove the source"
 _TABLE: dict[str, dict[str, list[str]]] = yaml.safe_load(
     Path(__file__).with_name("counts.yaml").read_text(encoding="utf-8")
@@ -60,8 +61,7 @@ class DataCounts:
         dropped: dropped records by reason.
         changed: changes of kept records and their omitted ties by kind; unread fields of dropped records.
         read_as: kept records by `Outcome.read_as`.
-        examples: dropped records as ``file:line reason``, without their texts.
-        details: for each reason, details of the first record dropped for it, without its texts.
+        examples: dropped records as ``file:line reason (detail)``, without their texts.
     """
 
     read: int = 0
@@ -71,16 +71,11 @@ class DataCounts:
     read_as: Counter[str] = field(default_factory=Counter)
     changed: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(_TABLE["changed"], 0)))
     examples: list[str] = field(default_factory=list)
-    details: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, outcomes: Mapping[Outcome, int], bad: Iterable[BadRecord]) -> "DataCounts":
         """Return the counts of records, given the number of records with each outcome and some bad ones."""
-        bad = list(bad)
-        counts = cls(
-            examples=[f"{one.origin} {one.reason}" for one in bad[:SHOWN_EXAMPLES]],
-            details={one.reason: one.detail for one in reversed(bad) if one.detail},
-        )
+        counts = cls(examples=[str(one) for one in bad])
         for outcome, records in outcomes.items():
             if not records:
                 continue
@@ -96,14 +91,14 @@ class DataCounts:
         return counts
 
     def numbers(self) -> dict[str, Any]:
-        """Return the counts without examples and details, for JSON."""
+        """Return the counts without examples, for JSON."""
         whole = {"read": self.read, "kept": self.kept, "pairs": self.pairs}
         by_name = {"dropped": dict(self.dropped), "read_as": dict(self.read_as)}
         return whole | by_name | dict(sorted(self.changed.items()))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return counts, examples and details for JSON."""
-        return self.numbers() | {"examples": self.examples, "details": self.details}
+        """Return counts and examples for JSON."""
+        return self.numbers() | {"examples": self.examples}
 
 
 def in_one_line(counts: Mapping[str, int]) -> str:
@@ -189,13 +184,13 @@ def check_counts(counts: DataCounts, path: str, config: DataConfig, *, of_first:
             "data.template=literal to encode them as ordinary text",
         )
     if not counts.read:
-        raise no_records(path)
+        got = "an empty file, or only a header"
+        raise DataError("the source has no records", where=path, got=got, remedy=EMPTY_REMEDY)
     dropped = counts.dropped.total()
     if counts.kept and dropped <= config.max_bad_share * counts.read:
         return
     reason = max(counts.dropped, key=lambda name: counts.dropped[name])
     reasons = ", ".join(f"{name} {number}" for name, number in sorted(counts.dropped.items()))
-    detail = f"; {reason}: {counts.details[reason]}" if reason in counts.details else ""
     remedy = remedy_of(reason)
     if "data.max_length" in remedy:
         remedy += f" (data.max_length is {config.max_length})"
@@ -206,17 +201,10 @@ def check_counts(counts: DataCounts, path: str, config: DataConfig, *, of_first:
         remedy += "; or raise data.max_bad_share if dropping these records is intended"
     raise DataError(
         what,
-        where="; ".join(counts.examples[:5]) or path,
-        got=f"{counts.read} records{rest}; dropped: {reasons}{detail}",
+        where="; ".join(counts.examples[:_NAMED_EXAMPLES]) or path,
+        got=f"{counts.read} records{rest}; dropped: {reasons}",
         expected=f"at most a share of {config.max_bad_share:g} dropped (data.max_bad_share)",
         remedy=remedy,
-    )
-
-
-def no_records(path: str) -> DataError:
-    """Return the error of a source without a record."""
-    return DataError(
-        "the source has no records", where=path, got="an empty file, or only a header", remedy=EMPTY_REMEDY
     )
 
 

@@ -24,8 +24,8 @@ from dpo_dist.batching.pack import (
 )
 from dpo_dist.batching.plan import Arrangement, ComputeCosts, ExampleSizes, plan_micro_batches
 from dpo_dist.batching.sampler import Indices, Span
-from dpo_dist.config.data import DataConfig
 from dpo_dist.config.losses import LossConfig
+from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.counts import check_counts, check_split
 from dpo_dist.data.encode import response_key
 from dpo_dist.data.records import Origin

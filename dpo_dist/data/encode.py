@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from dpo_dist.config.data import MARKER_GAP, UNTRAINED_PARTS, DataConfig, OnBadRecord, Truncation
+from dpo_dist.config.schema import MARKER_GAP, UNTRAINED_PARTS, DataConfig, OnBadRecord, Truncation
 from dpo_dist.data.counts import Outcome
 from dpo_dist.data.escape import RESERVED, THOUGHT_TAGS, any_text
 from dpo_dist.data.records import (

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from dpo_dist.config.data import DataConfig, DataFormat, OnBadRecord, SourceConfig
+from dpo_dist.config.schema import DataConfig, DataFormat, OnBadRecord, SourceConfig
 from dpo_dist.data.columns import FIRST_RECORDS, resolved, with_columns
 from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome, check_counts
 from dpo_dist.data.messages import (
@@ -94,7 +94,7 @@ def read_records(
     source: SourceConfig | str,
     parse: Callable[[Fields, DataFormat, Origin], PreferenceRecord | BadRecord] = parse_record,
 ) -> Iterator[PreferenceRecord | BadRecord]:
-    """Read the records of a source (a string: its path) in its order, in bounded memory.
+    """Read the records of a source (a string: its path) in its order; only a .json is read whole.
 
     One item per record: a pair, a ranking, a completion, or the reason why it cannot be used. DataError and
     ConfigError are raised by this call if they are known then.
@@ -114,7 +114,7 @@ def read_prompts(source: SourceConfig) -> Iterator[PreferenceRecord | BadRecord]
 def check_source(source: SourceConfig, config: DataConfig | None = None) -> None:
     """Check the keys of a source and the columns of its first records; with `config`, that one can be used.
 
-    With `data.on_bad_record=error` those before it must be usable too. Sends no request. Raises DataError or
+    With `data.on_bad_record=error` all that are read must be usable. Sends no request. Raises DataError or
     ConfigError.
     """
     from huggingface_hub import constants  # noqa: PLC0415  # slow to import
@@ -125,21 +125,20 @@ def check_source(source: SourceConfig, config: DataConfig | None = None) -> None
         if constants.HF_HUB_OFFLINE:
             pinned(source)  # its cache must have the dataset
         return
-    for _ in itertools.islice(raw_records(source), FIRST_RECORDS):
-        pass  # a wrong column is an error
-    if config is None:
-        return
-    first: list[BadRecord] = []
+    is_usable, first = config is None, list[BadRecord]()
     outcomes = Counter[Outcome]()
     # Sorted data can begin with many records without a response.
-    for record in read_records(source):
-        if not isinstance(record, BadRecord):
+    for number, record in enumerate(read_records(source), start=1):
+        if isinstance(record, BadRecord):
+            if config is not None and config.on_bad_record is OnBadRecord.error:
+                raise bad_record_error(record)
+            first += [record] if len(first) < SHOWN_EXAMPLES else []
+            outcomes[Outcome(dropped=record.reason)] += 1
+        is_usable |= isinstance(record, PreferenceRecord)
+        if is_usable and number > FIRST_RECORDS:
             return
-        if config.on_bad_record is OnBadRecord.error:
-            raise bad_record_error(record)
-        first += [record] if len(first) < SHOWN_EXAMPLES else []
-        outcomes[Outcome(dropped=record.reason)] += 1
-    check_counts(DataCounts.of(outcomes, first), source.path, config)
+    if config is not None and not is_usable:
+        check_counts(DataCounts.of(outcomes, first), source.path, config)
 
 
 def _parse(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord:
@@ -162,7 +161,7 @@ def _parse(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord
     is_plain = row.read in (read_text, read_implicit)
     prompt, tools, arguments = with_context(prompt, record, content.responses, is_plain=is_plain)
     result = PreferenceRecord(prompt, tuple(responses), origin, content.scores, tools, arguments)
-    check_content(result, content.responses)
+    check_content(result)
     return result
 
 
@@ -201,15 +200,13 @@ def _check_no_other(record: Fields, content: Content) -> None:
         if name not in used and is_response(record, name) and record[name] not in values
     ]
     if others:
-        advice = "choose by `format`, or ignore one: columns: {COLUMN: null}"
-        raise UnusableRecordError("ambiguous_format", f"other responses in {', '.join(others)}; {advice}")
+        raise UnusableRecordError("ambiguous_format", f"other responses in {', '.join(others)}")
 
 
 def _unknown_format(record: Fields) -> UnusableRecordError:
     if is_labelled(record):
         return UnusableRecordError("unpaired", _UNPAIRED)
-    kinds = {str: "text", list: "list", dict: "object", type(None): "null"}
-    shown = [f"{shown_key(key)} ({kinds.get(type(value), 'value')})" for key, value in record.items()]
+    shown = [shown_key(key) for key, value in record.items() if value is not None]
     shown[_MAX_SHOWN_KEYS:] = ["..."] if len(shown) > _MAX_SHOWN_KEYS else []
     return UnusableRecordError("unknown_format", f"fields: {', '.join(shown) or 'none'}")
 
@@ -562,8 +559,8 @@ def _is_outside(value: Any, prompt: Prompt) -> bool:
     return not all(isinstance(one, str) and any(one.strip() in text for text in whole) for one in texts)
 
 
-def check_content(record: PreferenceRecord, names: Iterable[str]) -> None:
-    """Check that something can be learned from a record, whose responses have these names in its source."""
+def check_content(record: PreferenceRecord) -> None:
+    """Check that something can be learned from a record."""
     prompt, *responses = turns_of(record.prompt, "user"), *map(turns_of, record.responses)
     values = [
         [(turn.role, turn.content.strip(), turn.fields) for turn in turns] for turns in (prompt, *responses)
@@ -574,14 +571,11 @@ def check_content(record: PreferenceRecord, names: Iterable[str]) -> None:
         raise UnusableRecordError("invalid_unicode", "a text has a lone surrogate") from None
     if not any(map(_has_content, prompt)):
         raise UnusableRecordError("empty_prompt")
-    # Something that the loss can count.
-    is_learned = [
-        any(_has_content(turn) for turn in turns if turn.role == "assistant" and turn.is_trained is not False)
-        for turns in responses
-    ]
-    if not all(is_learned):
-        empty = [name for name, is_so in zip(names, is_learned, strict=True) if not is_so]
-        raise UnusableRecordError("empty_response", f"no text in {', '.join(empty)}")
+    for turns in responses:
+        # Something that the loss can count.
+        trained = [turn for turn in turns if turn.role == "assistant" and turn.is_trained is not False]
+        if not any(map(_has_content, trained)):
+            raise UnusableRecordError("empty_response")
     if len(set(map(_json, values[1:]))) < len(responses):
         raise UnusableRecordError("identical_responses")
 

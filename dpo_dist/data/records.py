@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from dpo_dist.config.data import DataConfig, Ranked
+from dpo_dist.config.schema import DataConfig, Ranked
 from dpo_dist.foundation.errors import DataError
 
 FIRST_TURN, LAST_TURN = "\n\nHuman:", "\n\nAssistant:"
@@ -123,6 +123,9 @@ class BadRecord:
     origin: Origin
     detail: str = ""
     unread: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.origin} {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 
 class UnusableRecordError(Exception):

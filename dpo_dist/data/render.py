@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
-from dpo_dist.config.data import TEMPLATE_DATE, DataConfig, TextTemplate
+from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig, TextTemplate
 from dpo_dist.data.escape import THOUGHT_TAGS, EscapedEncoder, Marks, any_of
 from dpo_dist.data.records import Dialogue, Fields, Message, Messages, PreferenceRecord, UnusableRecordError
 from dpo_dist.data.template import (

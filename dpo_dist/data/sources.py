@@ -8,7 +8,6 @@ import csv
 import glob
 import io
 import itertools
-import json
 import os
 import re
 from collections import Counter
@@ -20,9 +19,9 @@ from typing import Any, BinaryIO, TypeVar, cast
 import pyarrow
 import pyarrow.parquet
 
-from dpo_dist.config.data import DataConfig, SourceConfig
+from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.columns import is_saved, resolved, with_columns
-from dpo_dist.data.messages import JSON, parse_json, without_nulls
+from dpo_dist.data.messages import parse_json, without_nulls
 from dpo_dist.data.records import BadRecord, Origin, RawRecord, shown_key
 from dpo_dist.foundation.errors import ConfigError, DataError, dead_link, first_line
 from dpo_dist.foundation.files import remembered_digest, text_digest
@@ -36,7 +35,6 @@ _BLOCK_BYTES = 2**20
 _BATCH_RECORDS = 64
 _MAX_CELL_CHARACTERS = 2**31 - 1
 _ARGUMENTS = ("arguments", "parameters")
-_SPACES = re.compile(r"\s*")
 _SUFFIXES = (*_KINDS, *_COMPRESSIONS)
 _GLOB = re.compile(r"[*?\[]")
 _DATA_NAME = re.compile(
@@ -312,7 +310,7 @@ def file_kind(file: Path) -> str | None:
 
 
 def read_file(file: Path, path: str) -> Iterator[RawRecord]:
-    """Yield the records of a file, or why they cannot be read, in its order and in bounded memory.
+    """Yield the records of a file, or why they cannot be read, in its order; only a .json is read whole.
 
     Their origin is `path` with the 1-based line of their start in .jsonl and .csv, their number elsewhere.
     Raises DataError: the file cannot be read.
@@ -384,35 +382,11 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
             yield number, value
 
 
-def _elements(stream: BinaryIO) -> Iterator[Any]:
-    """Yield the elements of a JSON array as they are parsed: it may be larger than memory."""
-    file = io.TextIOWrapper(stream, "utf-8-sig")
-    text = file.read(_BLOCK_BYTES).lstrip()
-    if not text.startswith("["):
+def _elements(stream: BinaryIO) -> list[Any]:
+    found = parse_json(stream.read())
+    if not isinstance(found, list):
         raise ValueError("the JSON file is not an array")
-    at, separator = _after_spaces(text, 1), ","
-    if text.startswith("]", at):
-        at, separator = at + 1, "]"
-    while separator == ",":
-        try:
-            value, end = JSON.raw_decode(text, _after_spaces(text, at))
-            end = _after_spaces(text, end)
-        except json.JSONDecodeError:
-            end = len(text)
-        if end < len(text):
-            yield value
-            separator, at = text[end], end + 1
-        elif block := file.read(max(_BLOCK_BYTES, len(text) - at)):
-            text, at = text[at:] + block, 0  # the end of the last block has cut the element
-        else:
-            JSON.raw_decode(text, _after_spaces(text, at))  # raises its error, with the place in the element
-            raise ValueError("the array is not closed")
-    if separator != "]" or text[at:].strip() or file.read().strip():
-        raise ValueError("no comma after an element, or text after the array")
-
-
-def _after_spaces(text: str, at: int) -> int:
-    return _SPACES.match(text, at).end()  # type: ignore[union-attr]
+    return found
 
 
 def _csv_rows(stream: BinaryIO) -> Iterator[tuple[int, Any]]:

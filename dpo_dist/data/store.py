@@ -134,9 +134,7 @@ def counts_of(rows: pa.Table) -> DataCounts:
     ]
     codes = coded.indices.to_numpy()
     reasons = np.array([outcome.dropped or "" for outcome in outcomes])[codes] if outcomes else codes
-    bad = np.flatnonzero(reasons != "") if outcomes else codes
-    _, first_of_reason = np.unique(reasons[bad], return_index=True)
-    shown = np.union1d(bad[:SHOWN_EXAMPLES], bad[first_of_reason])
+    shown = np.flatnonzero(reasons != "")[:SHOWN_EXAMPLES] if outcomes else codes
     found = rows.select(["file", "line", "detail"]).take(shown).to_pylist()
     named = [
         BadRecord(str(reason), Origin(row["file"], row["line"]), row["detail"])

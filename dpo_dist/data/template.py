@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from jinja2 import Environment, TemplateError
 from jinja2.meta import find_undeclared_variables
 
-from dpo_dist.config.data import DataConfig
+from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.escape import RESERVED_CHARACTER, THOUGHT_TAGS, Marks, any_of
 from dpo_dist.data.records import Fields, Message, UnusableRecordError
 from dpo_dist.foundation.errors import ConfigError, first_line

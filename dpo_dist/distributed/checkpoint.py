@@ -96,9 +96,9 @@ def find_faults(folder: Path, part: int, parts: int) -> list[str]:
 
 
 def damaged_checkpoint(folder: Path, faults: Sequence[str]) -> CheckpointError:
-    """Return the error of a named checkpoint with `faults`."""
+    """Return the error of a checkpoint with `faults`."""
     return CheckpointError(
-        "the checkpoint is damaged, or was removed",
+        "the checkpoint is damaged, was removed, or is of another model",
         where=str(folder),
         got="; ".join(faults[:5]),
         remedy="restore its files, or name another checkpoint: a run that trains keeps its last ones "
@@ -207,12 +207,7 @@ def _reading_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
-        raise CheckpointError(
-            "the weights of the checkpoint cannot be read",
-            where=str(folder),
-            got=first_line(error),
-            remedy="restore its files, or name another checkpoint",
-        ) from error
+        raise damaged_checkpoint(folder, [first_line(error)]) from error
 
 
 @dataclass(frozen=True)

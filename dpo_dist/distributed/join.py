@@ -37,19 +37,15 @@ _ALONE = {
 }
 """Environment of a world of one process, which no launcher has set."""
 
-_LOADED_WITH = {"async_io": ("pin_memory",)}
-"""Kernels that DeepSpeed loads with another one."""
-
 
 def load_kernel(builder: OpBuilder, where: str, remedy: str, say: Callable[[str], None]) -> None:
     """Load a kernel of DeepSpeed, which compiles it once for all processes of this host.
 
     Errors name the key `where` that needs it, and the `remedy`, a value that needs no kernel.
     """
-    for name in (builder.name, *_LOADED_WITH.get(builder.name, ())):
-        lock = Path(_get_build_directory(name, False)) / "lock"
-        if lock.exists():
-            say(f"waiting for another process that compiles {name}; if that build was killed, delete {lock}")
+    lock = Path(_get_build_directory(builder.name, False)) / "lock"
+    if lock.exists():
+        say(f"waiting for a process that compiles {builder.name}; if that build was killed, delete {lock}")
     try:
         builder.load(verbose=False)
     except Exception as error:  # without nvcc, or with another one than of PyTorch, builders raise anything

@@ -84,15 +84,6 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Restart the measurement of `peak_memory_bytes`, where the operating system supports it."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        with contextlib.suppress(OSError):  # Linux only
-            Path("/proc/self/clear_refs").write_text("5")
-
-
 @contextlib.contextmanager
 def explain_out_of_memory(work: str, remedy: str = _POLICY_REMEDY) -> Iterator[None]:
     """Raise a `DeviceMemoryError` that names `work` if GPU memory runs out inside the block."""

@@ -44,7 +44,6 @@ _PATIENCE_AFTER_SIGTERM_SECONDS = 1.0
 _NAMING_SECONDS = 10.0
 _POLL_SECONDS = 1.0
 _EXIT_CODE, _FAILURES = "exit_code", "failures"
-_RESUME = "run the same command again to resume from the last checkpoint"
 # Errors that the end of another process may cause, in a collective call or by SIGTERM of the launcher.
 _POSSIBLE_CONSEQUENCES = (RuntimeError, OSError, SystemExit, StoppedError)
 # Of gloo, NCCL and the store of the rendezvous.
@@ -290,16 +289,9 @@ class Watcher(threading.Thread):
 
     def _lost(self, got: str) -> PeerLostError:
         """Return the error that names the processes of this host that died or are stopped."""
-        died, stopped = self._died(), self._long_stopped()
-        ranks = ", ".join(str(peer.rank) for peer in died or stopped)
+        died = self._died()
         what = "died" if died else "does not answer: it is stopped, by a signal or a debugger"
-        return PeerLostError(
-            f"rank {ranks} of {len(self._peers)} {what}",
-            where="; ".join(map(str, died or stopped)),
-            got=got,
-            remedy="see its logs/rank-N.log (if that ends without an error, the process was killed, often "
-            f"for lack of host memory); {_RESUME}",
-        )
+        return self._error(died or self._long_stopped(), what, got)
 
     def _missing(self, got: str) -> PeerLostError:
         """Return the error of a call that waited in vain; it names the ranks that miss a last barrier."""
@@ -315,16 +307,19 @@ class Watcher(threading.Thread):
             deadline = time.monotonic() + FAREWELL_SECONDS
             while self.record.exit_code is None and time.monotonic() < deadline:
                 time.sleep(0.1)
-        ranks = ", ".join(map(str, missing))
+        what = f"does not answer within parallelism.timeout_seconds ({self._timeout_seconds:.0f})"
+        if not missing:
+            what = "waits in another call than the other ranks"
+        return self._error([self._peers[rank] for rank in missing] or [self._own], what, got)
+
+    def _error(self, lost: Sequence[Peer], what: str, got: str) -> PeerLostError:
         return PeerLostError(
-            f"rank {ranks} of {len(self._peers)} does not answer"
-            if missing
-            else "the processes of the run do not wait for each other in the same call",
-            where="; ".join(str(self._peers[rank]) for rank in missing) or str(self._own),
+            f"rank {', '.join(str(peer.rank) for peer in lost)} of {len(self._peers)} {what}",
+            where="; ".join(map(str, lost)),
             got=got[:300],
-            expected=f"an answer within parallelism.timeout_seconds ({self._timeout_seconds:.0f})",
-            remedy="see logs/rank-N.stacks.txt; end a process that hangs (its node, network or file system "
-            f"may hang); {_RESUME}",
+            remedy="see its logs/rank-N.log (if that ends without an error, the process was killed, often "
+            "for lack of host memory) and logs/rank-N.stacks.txt; end a process that hangs; run the same "
+            "command again to resume from the last checkpoint",
         )
 
 

@@ -27,6 +27,8 @@ _CREATED_SECONDS = 1
 _BLOCK_BYTES = 2**22
 _SAMPLE_BYTES = 4096
 _SAMPLES = 16
+_UMASK = os.umask(0o022)  # read by setting it, while no thread writes
+os.umask(_UMASK)
 
 log = logging.getLogger(__name__)
 
@@ -175,10 +177,7 @@ def collect_abandoned(folder: Path) -> list[Path]:
 def sync(path: Path) -> None:
     """Flush a file's bytes or a folder's entries to disk."""
     if path.is_file():
-        # Some writers create private files; shared files get the permissions of the umask, which `os.umask`
-        # would change for all threads.
-        found = re.search(r"^Umask:\s*([0-7]+)", Path("/proc/self/status").read_text(), re.MULTILINE)
-        path.chmod(0o666 & ~(int(found[1], 8) if found else 0o022))
+        path.chmod(0o666 & ~_UMASK)  # some writers create private files
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -20,11 +20,6 @@ from dpo_dist.foundation.errors import ConfigError, ExitCode, StoppedError
 
 PROGRESS = "DPO_DIST_PROGRESS"
 """Environment variable: a file to which rank 0 adds a line whenever it has saved something."""
-EXIT_CODES = "DPO_DIST_EXIT_CODES"
-"""Environment variable: path, to which each process adds its rank, of a file with its exit code.
-
-For launchers that replace exit codes by their own.
-"""
 
 
 def note_progress(saved: str) -> None:
@@ -32,23 +27,6 @@ def note_progress(saved: str) -> None:
     if PROGRESS in os.environ and this_rank() == 0:
         with contextlib.suppress(OSError), Path(os.environ[PROGRESS]).open("a") as file:
             file.write(f"{saved}\n")
-
-
-def note_exit_code(exit_code: int) -> None:
-    """Write the exit code of this process to its file, if a path is given; none if another one is lost."""
-    if EXIT_CODES in os.environ and exit_code != ExitCode.lost:
-        with contextlib.suppress(OSError):
-            Path(f"{os.environ[EXIT_CODES]}.{this_rank()}").write_text(f"{int(exit_code)}\n")
-
-
-def exit_codes(path: Path) -> list[int]:
-    """Return the exit codes that the processes have written for a path; each file is removed."""
-    found = []
-    for file in path.parent.glob(f"{path.name}.*"):
-        with contextlib.suppress(OSError, ValueError):
-            found.append(int(file.read_text()))
-        file.unlink(missing_ok=True)
-    return found
 
 
 def this_rank() -> int:
@@ -284,7 +262,6 @@ def _end_now(exit_code: int) -> NoReturn:
         _thread.start_new_thread(words, (exit_code,))
     if last_words:
         time.sleep(_LAST_WORDS_SECONDS)
-    note_exit_code(exit_code)
     os._exit(exit_code)
 
 

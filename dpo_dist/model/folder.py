@@ -115,15 +115,6 @@ def _snapshot(path: str, revision: str | None, key: str, ignored: list[str]) -> 
     return folder
 
 
-def check_cached_offline(path: str, key: str) -> None:
-    """Check that files of a model on the Hub are in its cache, if HF_HUB_OFFLINE allows no download."""
-    from huggingface_hub import constants  # noqa: PLC0415  (slow to import)
-
-    snapshots = Path(constants.HF_HUB_CACHE) / f"models--{path.replace('/', '--')}" / "snapshots"
-    if constants.HF_HUB_OFFLINE and not any(snapshots.glob("*")):
-        raise _not_found(path, key, "not in the cache of the Hub, and HF_HUB_OFFLINE=1")
-
-
 def _not_found(path: str, key: str, reason: str) -> ConfigError:
     named, found = ("adapter", "an adapter") if key == "model.adapter.path" else ("model", "a model")
     return ConfigError(

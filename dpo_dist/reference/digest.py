@@ -5,7 +5,6 @@ remembered in the store.
 """
 
 import json
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +22,7 @@ from dpo_dist.model.folder import (
     weight_files,
 )
 from dpo_dist.model.numerics import TOLERABLE_FIELDS
-from dpo_dist.reference.store import MEMO_FOLDER, ReferenceFingerprint, fingerprint_folders, read_fingerprint
+from dpo_dist.reference.store import MEMO_FOLDER, ReferenceFingerprint, known_fingerprints
 
 Profile = dict[str, str]
 
@@ -148,31 +147,26 @@ def agree_on_numerics(profile: Profile, is_tolerant: bool, world: World) -> Prof
     found = {name: sorted({each.get(name, "-") for each in profiles}) for name in names}
     differing = [name for name, values in found.items() if len(values) > 1]
     is_tolerable = TOLERABLE_FIELDS.issuperset(differing)
+    others = {world.peers[rank].host for rank, each in enumerate(profiles) if each != profiles[0]}
     if differing and not (is_tolerant and is_tolerable):
         raise ReferenceModelError(
             "the processes of this run compute log-probs with different numerics",
-            where=f"ranks of {world.size}",
-            got="; ".join(f"{name}: {_by_ranks(name, profiles, world)}" for name in differing),
+            where=f"{', '.join(sorted(others))} (unlike {world.peers[0].host}, rank 0)",
+            got="; ".join(f"{name}: {' or '.join(found[name])}" for name in differing),
             remedy="run on nodes of one kind with one installation"
             + ("; or set reference.numerics=tolerant" if is_tolerable else ""),
         )
     return {name: " or ".join(values) for name, values in found.items()}
 
 
-def _by_ranks(name: str, profiles: Sequence[Profile], world: World) -> str:
-    """Return the values of one field, each with its first rank: "AVX2 on rank 1 (host b), ..."."""
-    first: dict[str, str] = {}
-    for rank, profile in enumerate(profiles):
-        first.setdefault(profile.get(name, "-"), f"rank {rank} ({world.peers[rank].host})")
-    return ", ".join(f"{value} on {rank}" for value, rank in first.items())
-
-
 def find_compatible(root: Path, own: ReferenceFingerprint) -> list[ReferenceFingerprint]:
     """Return the fingerprints in the store `root` that a tolerant run may use, most similar first."""
-    found = [read_fingerprint(folder) for folder in fingerprint_folders(root)] if root.is_dir() else []
-    same_model = [other for other in found if other is not None and other.reference == own.reference]
     compatible = [
-        other for other in same_model if other != own and TOLERABLE_FIELDS.issuperset(own.differing(other))
+        other
+        for other in known_fingerprints(root)
+        if other != own
+        and other.reference == own.reference
+        and TOLERABLE_FIELDS.issuperset(own.differing(other))
     ]
     return sorted(compatible, key=lambda other: (len(own.differing(other)), other.name))
 

@@ -22,7 +22,7 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import collect_abandoned, locked
 from dpo_dist.foundation.process import note_progress, prefetch, stopped_by
 from dpo_dist.reference.digest import difference
-from dpo_dist.reference.store import LogpStore, Values, first_of_each
+from dpo_dist.reference.store import LogpStore, Values
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class StoreFiller:
         """
 
         def survey() -> tuple[Indices, FillReport, frozenset[str]]:
-            store = self.store.reopen()
+            store = LogpStore.open(self.store.root, self.store.fingerprints)
             missing, hits = missing_responses(store, dataset, indices)
             found = FillReport(hits, damaged=frozenset(store.damaged))
             return missing, found, self.shards.union(store.shards)
@@ -117,7 +117,8 @@ class StoreFiller:
 
     def open_filled(self) -> LogpStore:
         """Open the same shards on every rank: all that the fills found or wrote."""
-        return self.world.together(lambda: self.store.reopen(self.shards))
+        root, fingerprints = self.store.root, self.store.fingerprints
+        return self.world.together(lambda: LogpStore.open(root, fingerprints, self.shards))
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[bool]:
@@ -218,20 +219,16 @@ class StoreFiller:
         packed = _packed(dataset, micro_batches, forwards, damaged, world.device)
         keys: list[Keys] = [np.empty((0, 2), dtype=np.uint64)]
         entries: list[Values] = []
-        arriving: Callable[[], list[Values]] = list
         is_stopped = False
         with prefetch(packed, _BATCHES_AHEAD) as batches:
             for number, batch in enumerate(batches, start=1):
                 logps = score(batch.to(world.device))
                 if world.leads and len(batch.keys):
                     keys.append(batch.keys)
-                    # Read one batch late: the device computes the next one while these values are copied.
-                    entries += arriving()
-                    arriving = _copied(logps, np.cumsum(batch.response_tokens.numpy())[:-1])
+                    entries += np.split(logps.cpu().numpy(), np.cumsum(batch.response_tokens.numpy())[:-1])
                 progress(number / len(forwards))
                 if is_stopped := self.stops is not None and self.stops.must_stop():
                     break
-        entries += arriving()
 
         def check() -> None:
             if damaged:
@@ -265,55 +262,35 @@ def _packed(
         yield batch.pinned() if device.type == "cuda" else batch
 
 
-def _copied(logps: Tensor, ends: Indices) -> Callable[[], list[Values]]:
-    """Start the copy of log-probs to the host; return what waits for it, and splits them at the `ends`."""
-    if logps.device.type != "cuda":
-        return lambda: np.split(logps.numpy(), ends)
-    on_host = torch.empty(logps.shape, dtype=logps.dtype, pin_memory=True)
-    on_host.copy_(logps, non_blocking=True)
-    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    arrived.record()
-
-    def entries() -> list[Values]:
-        arrived.synchronize()
-        return np.split(on_host.numpy(), ends)
-
-    return entries
-
-
 def missing_responses(store: LogpStore, dataset: PreferenceDataset, indices: Indices) -> tuple[Indices, int]:
     """Return the distinct responses of the pairs `indices` without an intact entry, and how many have one.
 
     The first are int64 [missing], ascending indices in `dataset.keys`.
     """
     responses = dataset.response_indices(indices)
-    distinct = responses[first_of_each(dataset.keys[responses])]
+    distinct = responses[np.unique(dataset.keys[responses], axis=0, return_index=True)[1]]
     stored = store.contains(dataset.keys[distinct])
     return np.sort(distinct[~stored]), int(stored.sum())
 
 
-@dataclass(frozen=True)
-class Reused:
-    """Number of distinct responses by difference of their numerics (`OWN_NUMERICS` for none).
+def count_reused(
+    store: LogpStore, visited: Sequence[tuple[PreferenceDataset, Indices]]
+) -> tuple[dict[str, int], tuple[int, Indices] | None]:
+    """Count the entries of the pairs that a run visits, all of them in `store`.
 
-    `audited`: index in `visited` of a dataset, and its pairs with compatible entries; None if none has.
+    Return the number of distinct responses by difference of their numerics (`OWN_NUMERICS` for none); and the
+    index in `visited` of a dataset, and its pairs with compatible entries; None if none has.
     """
-
-    entries: dict[str, int]
-    audited: tuple[int, Indices] | None
-
-
-def count_reused(store: LogpStore, visited: Sequence[tuple[PreferenceDataset, Indices]]) -> Reused:
-    """Count the entries of the pairs that a run visits, all of them in `store`, by their numerics."""
     counts = np.zeros(len(store.fingerprints), dtype=np.int64)
     audited = None
     for number, (dataset, indices) in enumerate(visited):
         keys = dataset.keys[dataset.response_indices(indices)]
         sources = store.sources(keys)
-        counts += np.bincount(sources[first_of_each(keys)], minlength=len(counts))
+        firsts = np.unique(keys, axis=0, return_index=True)[1]
+        counts += np.bincount(sources[firsts], minlength=len(counts))
         of_compatible = np.unique(np.repeat(indices, dataset.response_counts(indices))[sources > 0])
         if audited is None and len(of_compatible):
             audited = number, of_compatible
     own, *compatible = store.fingerprints
     names = [OWN_NUMERICS, *(difference(own, other) for other in compatible)]
-    return Reused({name: n for name, n in zip(names, counts.tolist(), strict=True) if n}, audited)
+    return {name: n for name, n in zip(names, counts.tolist(), strict=True) if n}, audited

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from dpo_dist.foundation.errors import ReferenceModelError
-from dpo_dist.foundation.files import is_temporary, staged_file, text_digest, write_text
+from dpo_dist.foundation.files import staged_file, text_digest, write_text
 
 log = logging.getLogger(__name__)
 
@@ -89,35 +89,26 @@ def read_fingerprint(folder: Path) -> ReferenceFingerprint | None:
         content = json.loads((folder / FINGERPRINT_FILE).read_bytes())
         found = ReferenceFingerprint(content["reference"], dict(content["profile"]), content["label"])
         return found if found.as_dict() == content and found.name == folder.name else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
 
 
+def known_fingerprints(root: Path) -> list[ReferenceFingerprint]:
+    """Return the fingerprints in a store that have a description; none of a folder that is no store."""
+    return [found for folder in sorted(root.glob("*")) if (found := read_fingerprint(folder)) is not None]
+
+
 def fingerprint_folders(root: Path) -> list[Path]:
-    """Return the folders of all fingerprints in a store; a folder that is no store is an error."""
-    try:
-        content = sorted(root.iterdir())
-    except OSError as error:
-        raise _no_store(root, str(error.strerror)) from error
-    named = [path for path in content if _FOLDER_NAME.fullmatch(path.name) and path.is_dir()]
-    # Encoded data have such names too.
+    """Return the folders of all fingerprints in a store; a folder without one is an error."""
+    named = [path for path in sorted(root.glob("*")) if _FOLDER_NAME.fullmatch(path.name)]
     found = [path for path in named if (path / FINGERPRINT_FILE).exists() or any(path.glob("*.safetensors"))]
-    begun = {path for path in named if all(map(is_temporary, path.iterdir()))}  # by another or a killed start
-    others = [
-        path for path in content if path.name != MEMO_FOLDER and not is_temporary(path) and path not in begun
-    ]
-    if others and not found:
-        raise _no_store(root, f"{others[0].name} and no log-probs")
+    if not found:
+        raise ReferenceModelError(
+            "no reference store is found in this folder",
+            where=str(root),
+            remedy="give the folder set as reference.store, by default output/reference",
+        )
     return found
-
-
-def _no_store(root: Path, got: str) -> ReferenceModelError:
-    return ReferenceModelError(
-        "no reference store is found in this folder",
-        where=str(root),
-        got=got,
-        remedy="give the folder set as reference.store, by default output/reference",
-    )
 
 
 @dataclass(frozen=True)
@@ -237,12 +228,10 @@ class LogpStore:
     def open(
         cls,
         root: Path,
-        fingerprint: ReferenceFingerprint,
+        fingerprints: Sequence[ReferenceFingerprint],
         names: Iterable[str] | None = None,
-        compatible: Sequence[ReferenceFingerprint] = (),
     ) -> "LogpStore":
         """Open all shards of `names`; without `names` those that exist, whose folders are marked as used."""
-        fingerprints = [fingerprint, *compatible]
         try:
             if names is None:
                 for each in fingerprints:
@@ -252,7 +241,7 @@ class LogpStore:
             raise ReferenceModelError(
                 "the reference store cannot be opened",
                 where="reference.store",
-                got=f"{root / fingerprint.name}: {error}",
+                got=f"{root / fingerprints[0].name}: {error}",
                 remedy="check that the folder exists, is readable, and is visible on every node",
             ) from error
         if names is not None and store.damaged:
@@ -264,11 +253,6 @@ class LogpStore:
                 "missing log-probs are computed before training",
             )
         return store
-
-    def reopen(self, names: Iterable[str] | None = None) -> "LogpStore":
-        """Open shards of the same fingerprints, as `open`."""
-        own, *compatible = self.fingerprints
-        return LogpStore.open(self.root, own, names, compatible)
 
     def check_writable(self) -> None:
         """Check, before hours of scoring, that entries can be stored."""
@@ -355,14 +339,6 @@ class LogpStore:
                 remedy="free disk space or set another reference.store; finished shards are kept",
             ) from error
         return f"{self.folder.name}/{name}"
-
-
-def first_of_each(keys: Keys) -> _Numbers:
-    """Return the index of the first occurrence of each distinct key, in the order of keys (fast look-up)."""
-    order = np.lexsort((keys[:, 1], keys[:, 0]))
-    new = np.ones(len(keys), dtype=np.bool_)
-    new[1:] = (keys[order[1:]] != keys[order[:-1]]).any(axis=1)
-    return order[new]
 
 
 def _mark_used(folder: Path, fingerprint: ReferenceFingerprint) -> None:

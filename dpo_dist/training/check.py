@@ -7,9 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import Offload, ReferenceMode, Resume, RunConfig
+from dpo_dist.config.schema import Offload, ReferenceMode, Resume, RunConfig, SourceConfig
 from dpo_dist.data.counts import check_counts, in_one_line, read_in_words
 from dpo_dist.data.dataset import PreferenceDataset, check_fits_loss
 from dpo_dist.data.encode import encode_chunk

@@ -60,24 +60,17 @@ def check_origin(evaluated: Evaluated, config: RunConfig, inputs: EvaluationInpu
     if not evaluated.is_checkpoint:
         return
     folder, digest = Path(evaluated.path), inputs.policy_files.digest
-    try:
-        former = read_state(folder).get("model")
-    except (OSError, ValueError):
-        return  # `open_checkpoint` says what is damaged
-    run = RunFolder(folder.resolve().parent.parent)
-    if former != digest:
-        what, got, expected = "model", f"{config.model.path}, digest {digest}", f"digest {former}"
-    elif adapters := changed_keys(run.config, config).get("model.adapter"):
-        what, got, expected = "adapter", str(adapters[1]), str(adapters[0])
-    else:
-        return
-    raise CheckpointError(
-        f"the checkpoint is of a run with another {what}",
-        where=str(folder),
-        got=got,
-        expected=expected,
-        remedy="set model.path and model.adapter as in the config.yaml of its run",
-    )
+    former, adapter = read_state(folder)["model"], config.model.adapter
+    changed = changed_keys(RunFolder(folder.resolve().parent.parent).config, config)
+    if former != digest or "model.adapter" in changed:
+        before, _ = changed.get("model.adapter", (adapter, adapter))
+        raise CheckpointError(
+            "the checkpoint is of a run with another model or adapter",
+            where=str(folder),
+            got=f"{config.model.path}, digest {digest}, adapter {adapter}",
+            expected=f"digest {former}, adapter {before}",
+            remedy="set model.path and model.adapter as in the config.yaml of its run",
+        )
 
 
 def _evaluate(run: Run, evaluated: Evaluated, inputs: EvaluationInputs, objective: Objective) -> Results:

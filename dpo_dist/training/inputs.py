@@ -13,9 +13,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from dpo_dist.batching.plan import Arrangement, ComputeCosts
 from dpo_dist.batching.sampler import BatchSampler, Indices, make_sampler
-from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.losses import RouterConfig
-from dpo_dist.config.schema import ParallelismKind, ReferenceMode, RunConfig
+from dpo_dist.config.schema import ParallelismKind, ReferenceMode, RunConfig, SourceConfig
 from dpo_dist.data.build import prepare_dataset, tokenizer_digest
 from dpo_dist.data.counts import describe_counts, describe_short_run
 from dpo_dist.data.dataset import (

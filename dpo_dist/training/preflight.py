@@ -19,7 +19,6 @@ from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.text import counted
 from dpo_dist.insight.console import Console, open_console
 from dpo_dist.model.folder import (
-    check_cached_offline,
     check_tokenizer_files,
     check_weights,
     local_model_folder,
@@ -111,25 +110,16 @@ def _check_packages(config: RunConfig, *, trains: bool) -> None:
 
 
 def _check_models(config: RunConfig) -> None:
-    policy = _described_model(config.model.path, config.model.revision, "model.path")
+    """Check the files of models in local folders; those on the hub are looked for when they are loaded."""
     start, adapter = None, config.model.adapter
     if adapter is not None and adapter.path is not None:
-        if Path(adapter.path).expanduser().is_dir():
-            start = start_folder(config.model)
-        else:
-            local_model_folder(adapter.path, None, "model.adapter.path")  # raises for a missing one
-            check_cached_offline(adapter.path, "model.adapter.path")
+        named = local_model_folder(adapter.path, None, "model.adapter.path", accepts_adapter=True)
+        start = None if named is None else start_folder(config.model)
+    policy = local_model_folder(config.model.path, config.model.revision)
     if policy is not None:
+        check_weights(weight_files(policy), "model.path")
         check_tokenizer_files(tokenizer_folder(policy, start))
     if config.reference.path is not None:
-        _described_model(config.reference.path, None, "reference.path")
-
-
-def _described_model(path: str, revision: str | None, key: str) -> Path | None:
-    """Return the folder of a local model after the checks of its files; None for a model on the Hub."""
-    folder = local_model_folder(path, revision, key)
-    if folder is None:
-        check_cached_offline(path, key)
-    else:
-        check_weights(weight_files(folder), key)
-    return folder
+        reference = local_model_folder(config.reference.path, None, "reference.path")
+        if reference is not None:
+            check_weights(weight_files(reference), "reference.path")

@@ -13,7 +13,7 @@ from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.config.schema import Dtype, Numerics, ReferenceMode, RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.distributed.memory import peak_memory_bytes, reset_peak_memory
+from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.errors import ExitCode, ReferenceModelError
 from dpo_dist.foundation.process import StopRequest
@@ -24,7 +24,7 @@ from dpo_dist.model.load import check_same_vocabulary
 from dpo_dist.model.numerics import numerics_of
 from dpo_dist.reference.digest import ModelFiles, agree_on_numerics, difference, find_compatible, model_label
 from dpo_dist.reference.engine import SCORING_TOKENS_FACTOR, ReferenceProvider, load_reference, scored_model
-from dpo_dist.reference.fill import OWN_NUMERICS, FillReport, Scorer, StoreFiller, count_reused
+from dpo_dist.reference.fill import FillReport, Scorer, StoreFiller, count_reused
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, Values
 from dpo_dist.training.inputs import EvaluationInputs, load_inputs
 from dpo_dist.training.start import Run, open_run, say_header
@@ -203,16 +203,10 @@ def _stored(
     provider = ReferenceProvider(store=opened)
     audited, must_score = inputs.visited[0], bool(engines) and not is_checked
     if compatible:
-        reused = world.on_main(lambda: count_reused(opened, inputs.visited))
-        report["served"] = reused.entries
-        described = [
-            counted(count, "log-prob")
-            + (" of this run's own numerics" if numerics == OWN_NUMERICS else f" computed with {numerics}")
-            for numerics, count in reused.entries.items()
-        ]
-        run.say(f"reference: {', '.join(described)}")
-        if reused.audited is not None:
-            audited = inputs.visited[reused.audited[0]][0], reused.audited[1]
+        reused, with_compatible = world.on_main(lambda: count_reused(opened, inputs.visited))
+        report["served"] = reused
+        if with_compatible is not None:
+            audited = inputs.visited[with_compatible[0]][0], with_compatible[1]
             must_score = must_score or not is_start
     if must_score:
         objective, score = Objective(config.loss, provider), load_scorer()
@@ -223,7 +217,8 @@ def _stored(
         engine.free()
     if engines:
         report["peak_memory_bytes"] = max(world.gather(peak_memory_bytes(world.device)))
-        reset_peak_memory(world.device)
+        if world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
     return Reference(provider, is_start, audited, report)
 
 

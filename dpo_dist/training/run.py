@@ -269,5 +269,4 @@ def _complete(run: Run, finished: RunState) -> int:
             finish(run, completed, recorder, finished.summary)
     run.say(f"{folder} is complete: model {folder.model}, report {folder.report}")
     run.say(f"to train it longer: run.dir={folder} and a larger trainer.epochs or trainer.max_steps")
-    run.say("change the configuration or run.dir to train again")
     return ExitCode.completed

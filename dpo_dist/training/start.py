@@ -28,7 +28,7 @@ from dpo_dist.distributed.world import Stops, World, with_sequence_groups
 from dpo_dist.distributed.zero import STATES_OF_ADAM, policy_config
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.files import collect_abandoned, is_temporary, recover_folder, write_text
+from dpo_dist.foundation.files import collect_abandoned, recover_folder, write_text
 from dpo_dist.foundation.process import StopRequest
 from dpo_dist.foundation.text import counted, first_few, size
 from dpo_dist.insight.console import Console
@@ -204,9 +204,6 @@ def mark_started(run: Run, environment: dict[str, Any], state: RunState) -> None
         write_text(folder.config, to_yaml(run.config))
         write_text(folder.environment, json.dumps(environment, indent=2) + "\n")
         write_state(folder, state)
-        for leftover in folder.path.glob(f"{folder.model.name}.*"):  # of any host, as this one has the lock
-            if is_temporary(leftover):
-                shutil.rmtree(leftover, ignore_errors=True)
         if folder.summary.exists():
             folder.summary.unlink()
             with spared(folder.report.name, run.say):
@@ -237,6 +234,5 @@ def say_header(run: Run) -> None:
     run.say(f"run directory: {run.folder}")
     run.say(f"model: {config.model.path}, {config.model.dtype}, {config.parallelism.kind}")
     run.say(f"data: {train}; evaluation: {evaluation or share}")
-    run.say(f"world: {processes} on {counted(hosts, 'host')}, {world.device.type}")
-    if world.sequence is not None:
-        run.say(f"world: in groups of {world.sequence.ranks} that share the tokens of each micro-batch")
+    groups = "" if world.sequence is None else f", in groups of {world.sequence.ranks} that share tokens"
+    run.say(f"world: {processes} on {counted(hosts, 'host')}, {world.device.type}{groups}")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.data import DataConfig, SourceConfig
+from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.build import prepare_dataset
 from tests.dist.scenario import PAIRS, Assets, entries_of
 from tests.support import tiny

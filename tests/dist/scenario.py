@@ -11,9 +11,8 @@ from torch import Tensor
 
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.batching.plan import ComputeCosts
-from dpo_dist.config.data import DataConfig
 from dpo_dist.config.losses import LossConfig
-from dpo_dist.config.schema import Dtype, ModelConfig, OptimConfig, ReferenceConfig, RunConfig
+from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, OptimConfig, ReferenceConfig, RunConfig
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset, shard_batch
 from dpo_dist.data.store import EncodedSource
 from dpo_dist.distributed.world import World

@@ -56,7 +56,7 @@ def fill(
 
 def assert_whole(store: Path, assets: Assets, plain_entries: Entries, pairs: int) -> None:
     """Assert that the store has the model's log-probs of the first `pairs`."""
-    entries = LogpStore.open(store, FINGERPRINT).read(assets.dataset().keys[: 2 * pairs])
+    entries = LogpStore.open(store, [FINGERPRINT]).read(assets.dataset().keys[: 2 * pairs])
     for entry, plain in zip(entries, plain_entries[: 2 * pairs], strict=True):
         np.testing.assert_allclose(entry, plain, atol=1e-5, rtol=0)
 
@@ -104,7 +104,7 @@ def test_a_killed_fill_keeps_its_shards_and_the_next_computes_the_rest(
     assert outcomes[1].exit_code == -signal.SIGKILL
     assert "rank 1 of 2 died" in outcomes[0].message
 
-    left = LogpStore.open(store, FINGERPRINT)
+    left = LogpStore.open(store, [FINGERPRINT])
     assert list(left.folder.glob("*.tmp-*")), "the half-written shard should be there, under another name"
     stored = left.contains(assets.dataset().keys)
     assert 0 < stored.sum() == len(left) < 2 * PAIRS
@@ -154,5 +154,5 @@ def test_a_write_error_of_one_rank_is_raised_on_all(assets: Assets, tmp_path: Pa
     for outcome in start_ranks(scenario, 2, tmp_path / "ranks").finish():
         assert outcome.error == "ReferenceModelError", outcome.log
         assert "not finite" in outcome.message
-    left = LogpStore.open(tmp_path / "store", FINGERPRINT)
+    left = LogpStore.open(tmp_path / "store", [FINGERPRINT])
     assert 0 < left.contains(assets.dataset().keys).sum() == len(left) < 2 * PAIRS

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.losses import BcoDelta, Divergence, LossConfig, LossKind, LossTermConfig, Weighting
-from dpo_dist.config.schema import ParallelismConfig, ParallelismKind
+from dpo_dist.config.schema import DataConfig, ParallelismConfig, ParallelismKind, SourceConfig
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset, shard_batch
 from dpo_dist.data.store import EncodedSource

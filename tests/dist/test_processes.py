@@ -14,7 +14,7 @@ import psutil
 import pytest
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from dpo_dist.config.data import DataConfig, OnBadRecord, Ranked, SourceConfig
+from dpo_dist.config.schema import DataConfig, OnBadRecord, Ranked, SourceConfig
 from dpo_dist.data import build
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.encode import CHUNK_RECORDS

@@ -115,7 +115,7 @@ def test_a_model_and_a_checkpoint_score_as_in_the_run(
 
     last = f"evaluation.model={run}/checkpoints/step-000003"
     for processes in (1, 2):
-        assert "(checkpoint)" in evaluate([*command, last], processes)
+        assert "evaluating" in evaluate([*command, last], processes)
         assert_equals_the_run(run)
     for got, expected in zip(scores(run), pairs, strict=True):
         assert got == pytest.approx(expected, abs=1e-4)

@@ -17,7 +17,7 @@ import pytest
 # Each step is a source to read or to encode; the hub's address is fixed when its library is imported.
 _STEPS = """
 import json, sys
-from dpo_dist.config.data import DataConfig, SourceConfig
+from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.sources import pinned
 from dpo_dist.foundation.errors import DataError

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dpo_dist.config.data import DataConfig, SourceConfig
+from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.store import MEMO_FOLDER, EncodedSource

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.data import DataConfig, SourceConfig
+from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.insight.doctor.examine import Diagnosis, examine
 from dpo_dist.insight.doctor.findings import Finding, Level, with_thresholds
 from dpo_dist.insight.doctor.shown_pairs import Part, ShownPair

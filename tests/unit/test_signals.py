@@ -15,7 +15,7 @@ import pytest
 
 from dpo_dist.foundation import process
 from dpo_dist.foundation.errors import ExitCode, StoppedError
-from dpo_dist.foundation.process import EXIT_CODES, StopRequest
+from dpo_dist.foundation.process import StopRequest
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +74,6 @@ def test_an_echo_of_a_signal_is_ignored_and_a_second_one_ends_the_process(
 ) -> None:
     """A launcher passes on the signal that the process has got from the terminal."""
     monkeypatch.setattr(process, "_LAST_WORDS_SECONDS", 0.1)
-    monkeypatch.setenv(EXIT_CODES, str(tmp_path / "codes"))
     stop = StopRequest()
     with stop.listening(), stop.deferred():
         threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGTERM]).start()
@@ -95,7 +94,6 @@ def test_an_echo_of_a_signal_is_ignored_and_a_second_one_ends_the_process(
     started = time.monotonic()
     assert in_child(wait_for_the_second) == 130
     assert time.monotonic() - started < 30
-    assert (tmp_path / "codes.0").read_text() == "130\n"
     assert (tmp_path / "said").read_text() == "130"
 
 
@@ -123,17 +121,14 @@ def test_an_echo_is_answered_before_a_long_call_and_a_second_signal_after_it(
 
 
 def test_before_the_start_a_signal_ends_with_one_line(
-    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv(EXIT_CODES, str(tmp_path / "codes"))
-
     def start() -> None:
         process.end_at_signals()
         send(signal.SIGUSR1)
 
     assert in_child(start) == ExitCode.preempted
     assert capfd.readouterr().err.startswith("stopped: by SIGUSR1 before the start\n")
-    assert (tmp_path / "codes.0").read_text() == "75\n"
 
 
 @pytest.mark.parametrize("is_resumable", [True, False])

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import dpo_dist
-from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.keys import as_written
-from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.schema import DataConfig, RunConfig, SourceConfig
 from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome, check_counts, describe_dropped, in_words
 from dpo_dist.data.records import BadRecord, Dialogue, Messages, PreferenceRecord, Prompt, Response, turns_of
 from dpo_dist.data.sources import pinned

@@ -13,15 +13,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeAlias
 
-from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.identity import differing_keys, plain
 from dpo_dist.config.load import from_yaml, to_yaml
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import PairsConfig, ReferenceMode, RoundReference, RunConfig
+from dpo_dist.config.schema import PairsConfig, ReferenceMode, RoundReference, RunConfig, SourceConfig
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, first_line
 from dpo_dist.foundation.files import collect_abandoned, locked, staged_folder, write_text
 from dpo_dist.foundation.files import plain as finite
-from dpo_dist.foundation.process import EXIT_CODES, exit_codes, stop_signals
+from dpo_dist.foundation.process import stop_signals
 from dpo_dist.foundation.streams import output_descriptor
 from dpo_dist.model.folder import model_folder
 
@@ -32,7 +31,7 @@ _REASONS = (ExitCode.invalid, ExitCode.diverged, ExitCode.preempted)
 _FREE = ("rounds", "launcher")
 
 Say: TypeAlias = Callable[[str], None]
-Run: TypeAlias = Callable[[str, Path], int]
+Run: TypeAlias = Callable[[str], int]
 Result: TypeAlias = dict[str, Any]
 """The content of round.json: `number`, `samples` and `training`, each None until the stage is finished."""
 
@@ -74,25 +73,20 @@ def command_of(verb: str, config: RunConfig, folder: Path, launcher: str | None)
     return f"{launcher} -m dpo_dist.{verb} --config-dir {shlex.quote(str(folder))} +experiment={_EXPERIMENT}"
 
 
-def run_command(command: str, codes: Path) -> int:
-    """Run a command to its end and return its exit code; signals to stop are passed on to it.
-
-    Its processes write their exit codes to files at `codes`: a launcher replaces them by its own, usually 1.
-    """
-    exit_codes(codes)  # of a former start
-    environment = {**os.environ, EXIT_CODES: str(codes.resolve())}
+def run_command(command: str) -> int:
+    """Run a command to its end and return its exit code; signals to stop are passed on to it."""
     received: list[int] = []
     try:
         # In a session of its own, Ctrl-C reaches this process alone, which passes it on once.
         process = subprocess.Popen(  # noqa: S603  (the user's own launcher)
-            shlex.split(command), env=environment, stdout=output_descriptor(), start_new_session=True
+            shlex.split(command), stdout=output_descriptor(), start_new_session=True
         )
     except (OSError, ValueError) as fault:  # no such program; a quote that is not closed
         raise ConfigError(
             "the launcher cannot be started",
             where="pairs.launcher",
             got=f"{command}: {first_line(fault)}",
-            remedy="correct it: the words before -m dpo_dist.train, such as 'accelerate launch'",
+            remedy="correct it: the words before -m dpo_dist.train, such as 'python -m dpo_dist.launch'",
         ) from None
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
@@ -104,10 +98,6 @@ def run_command(command: str, codes: Path) -> int:
     code = process.wait()
     for number, handler in before.items():
         signal.signal(number, handler)
-    # A launcher ends the others by SIGTERM when one has ended: 143 is no reason.
-    written = exit_codes(codes)
-    reasons = [one for one in written if one in _REASONS] or [one for one in written if one < _BY_SIGNAL]
-    code = max(reasons or written, default=0) or code
     if signal.SIGINT in received:
         raise KeyboardInterrupt
     if received and code not in _REASONS:
@@ -207,7 +197,7 @@ def _sample(config: RunConfig, number: int, say: Say, run: Run) -> dict[str, Any
     say(f"round {number}: samples of {stage.model.path}")
     below = folder.path / "sampling"
     folder.pairs_samples.unlink(missing_ok=True)  # of an earlier start
-    code = run(command_of("pairs", stage, below, pairs.launcher), below / "exit_codes")
+    code = run(command_of("pairs", stage, below, pairs.launcher))
     if code not in (ExitCode.completed, ExitCode.invalid) or not folder.pairs_samples.exists():
         raise _failed(f"sampling of round {number}", code, folder)
     samples = read_samples(stage.model.path, folder.pairs_samples)
@@ -235,7 +225,7 @@ def _train(config: RunConfig, number: int, say: Say, run: Run) -> tuple[int, dic
     )
     say(f"round {number}: training of {stage.model.path}")
     below = folder.path / "training"
-    code = run(command_of("train", stage, below, config.pairs.launcher), below / "exit_codes")
+    code = run(command_of("train", stage, below, config.pairs.launcher))
     if code == ExitCode.preempted:
         say(f"round {number}: the training stopped with a checkpoint; the same command continues")
         return code, None

@@ -12,10 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.identity import plain
 from dpo_dist.config.run_folder import RunFolder, check_writable
-from dpo_dist.config.schema import DropOrKeep, PairsConfig, PairSelection, PairsMethod, RunConfig
+from dpo_dist.config.schema import (
+    DataConfig,
+    DropOrKeep,
+    PairsConfig,
+    PairSelection,
+    PairsMethod,
+    RunConfig,
+    SourceConfig,
+)
 from dpo_dist.data.counts import in_one_line
 from dpo_dist.data.formats import read_prompts, read_records
 from dpo_dist.data.records import Dialogue, PreferenceRecord

@@ -3,9 +3,8 @@
 import os
 from pathlib import Path
 
-from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.rules import Rule, check, check_needs, unused
-from dpo_dist.config.schema import NO_MODEL, PairsMethod, RunConfig
+from dpo_dist.config.schema import NO_MODEL, PairsMethod, RunConfig, SourceConfig
 from dpo_dist.config.user_code import user_function
 from dpo_dist.data.formats import check_source
 from dpo_dist.model.folder import local_model_folder

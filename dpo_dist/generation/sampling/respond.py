@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from dpo_dist.config.data import DataConfig, Truncation
-from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.schema import DataConfig, RunConfig, Truncation
 from dpo_dist.data.build import tokenizer_digest
 from dpo_dist.data.encode import TokenIds, encode_pair
 from dpo_dist.data.records import DIALOGUE_TURN, BadRecord, Dialogue, Message, PreferenceRecord, Response

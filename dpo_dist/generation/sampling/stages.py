@@ -10,9 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from dpo_dist.config.data import TEMPLATE_DATE, DataConfig
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import Offload, ParallelismKind, RunConfig
+from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig, Offload, ParallelismKind, RunConfig
 from dpo_dist.data.records import PreferenceRecord, turns_of
 from dpo_dist.distributed.join import joined
 from dpo_dist.distributed.memory import explain_out_of_memory

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from datasketch import MinHash, MinHashLSH
 
-from dpo_dist.config.data import DataConfig
+from dpo_dist.config.schema import DataConfig
 from dpo_dist.insight.doctor.findings import Finding, Level, Rules
 from dpo_dist.insight.doctor.observe import Facts
 from dpo_dist.insight.doctor.sources import Source

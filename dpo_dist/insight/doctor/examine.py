@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dpo_dist.config.data import DataConfig, OnBadRecord, SourceConfig, TextTemplate
-from dpo_dist.config.schema import NO_MODEL, FailOn, RunConfig
+from dpo_dist.config.schema import (
+    NO_MODEL,
+    DataConfig,
+    FailOn,
+    OnBadRecord,
+    RunConfig,
+    SourceConfig,
+    TextTemplate,
+)
 from dpo_dist.data.build import Progress, no_progress, prepare_dataset, tokenizer_digest
 from dpo_dist.data.dataset import PreferenceDataset, check_fits_loss, check_ids_in_vocabulary, open_dataset
 from dpo_dist.data.encode import in_order

@@ -13,7 +13,7 @@ from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.insight.doctor.findings import Finding, Rules
 from dpo_dist.insight.doctor.sources import distribution
 from dpo_dist.model.folder import description_folder, start_folder
-from dpo_dist.reference.store import LogpStore, Values, fingerprint_folders, read_fingerprint
+from dpo_dist.reference.store import LogpStore, Values, known_fingerprints
 
 # A margin is far from 0 if it is at least half a nat per token, and not by chance: log-probs of tokens vary
 # by 1 to 2 nats, so means of n and m tokens differ by about 1.5 sqrt(1/n + 1/m) without a reason.
@@ -62,8 +62,7 @@ def find_stored(config: RunConfig) -> LogpStore | None:
     that does not exist.
     """
     root = Path(config.reference.store)
-    folders = fingerprint_folders(root) if root.is_dir() else []
-    stored = [each for folder in folders if (each := read_fingerprint(folder)) is not None]
+    stored = known_fingerprints(root)
     if not stored:
         return None
     # Imports DeepSpeed: only if there is a store.

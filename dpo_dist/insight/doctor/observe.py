@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dpo_dist.config.data import DataConfig, OnBadRecord, Truncation
+from dpo_dist.config.schema import DataConfig, OnBadRecord, Truncation
 from dpo_dist.data.encode import EncodedExample, EncodedRecord, encode_record
 from dpo_dist.data.escape import any_of
 from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord, eval_part, prompt_hash

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dpo_dist.config.data import DataConfig
+from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.counts import EMPTY_REMEDY, remedy_of
 from dpo_dist.generation.text_facts import language_of, shares
 from dpo_dist.insight.doctor.findings import KINDS, RULE_OF, RULES, Finding, Rules

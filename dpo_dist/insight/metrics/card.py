@@ -10,12 +10,11 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.identity import settings
 from dpo_dist.config.losses import KINDS, LossKind
 from dpo_dist.config.metrics import MAIN, METRICS, PREFIX
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import ExportedWeights, RunConfig
+from dpo_dist.config.schema import ExportedWeights, RunConfig, SourceConfig
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import counted, without_secrets
 from dpo_dist.insight.console import evaluation_rows

@@ -244,7 +244,6 @@ def _records(title: str, counts: Fields) -> Mapping[str, Any]:
         "title": title,
         "pairs": None,
         "examples": [],
-        "details": {},
         **counts,
         "rows": [
             (

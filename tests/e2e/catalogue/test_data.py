@@ -45,7 +45,7 @@ CASES = [
     # Content.
     Case("empty file", "data.train=[empty.jsonl]", "the source has no records", "empty.jsonl",
          before=written("empty.jsonl", ""), to_do="check the path"),
-    Case("unknown columns", "data.train=[odd.jsonl]", "no record can be used", "odd.jsonl", "frage",
+    Case("unknown columns", "data.train=[odd.jsonl]", "no record can be used", "(fields: frage, gut",
          before=written("odd.jsonl", '{"frage": "a", "gut": "b", "schlecht": "c"}\n' * 5),
          to_do="name the columns of the source"),
     Case("column that no record has", of("columns: {prompt: frage}"),

@@ -6,7 +6,6 @@ from typing import Any
 import hydra
 import pytest
 
-from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import config_dir, from_yaml, to_yaml
 from dpo_dist.config.losses import LossKind, LossTermConfig, SyncReferenceConfig
@@ -14,6 +13,7 @@ from dpo_dist.config.schema import (
     NO_MODEL,
     AdapterConfig,
     Offload,
+    SourceConfig,
     TrainerConfig,
 )
 from tests.support.own_loss import OWN

@@ -5,11 +5,10 @@ import contextlib
 import pytest
 
 from dpo_dist.config import load
-from dpo_dist.config.data import SourceConfig
 from dpo_dist.config.keys import as_written
 from dpo_dist.config.losses import LossKind
 from dpo_dist.config.rules import RULES
-from dpo_dist.config.schema import AdapterConfig
+from dpo_dist.config.schema import AdapterConfig, SourceConfig
 from dpo_dist.foundation.errors import ConfigError
 from tests.unit.config.support import configured, error_of
 

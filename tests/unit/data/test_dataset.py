@@ -13,9 +13,8 @@ import pytest
 from dpo_dist.batching.pack import Ids
 from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.batching.sampler import Span, make_sampler
-from dpo_dist.config.data import OnBadRecord, Ranked, SourceConfig
 from dpo_dist.config.losses import LossConfig, LossKind
-from dpo_dist.config.schema import TrainerConfig
+from dpo_dist.config.schema import OnBadRecord, Ranked, SourceConfig, TrainerConfig
 from dpo_dist.data import build as build_dataset_module
 from dpo_dist.data import encode as encode_module
 from dpo_dist.data.counts import describe_counts, describe_short_run, in_words
@@ -278,7 +277,7 @@ def test_every_source_has_its_counts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "data", "expected"),
     [
-        ([{"task": "q", "chosen": "a", "rejected": "b"}], {}, ["task (text)", "columns: {prompt: COLUMN"]),
+        ([{"task": "q", "chosen": "a", "rejected": "b"}], {}, ["fields: task,", "columns: {prompt: COLUMN"]),
         (GOOD, {"max_length": 2}, ["data.max_length is 2", "data.truncation=keep_end"]),
         ([*GOOD[:3], TEXT | {"images": [1]}], {}, ["fields: images", "data.max_bad_share", "COLUMN: null"]),
         ([{"prompt": "q", "completion": "a", "label": True}], {}, ["unpaired", "pair good and bad"]),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dpo_dist.config.data import DataConfig, TextTemplate, Truncation
+from dpo_dist.config.schema import DataConfig, TextTemplate, Truncation
 from dpo_dist.data.encode import encode_pair
 from dpo_dist.data.escape import tokenized
 from dpo_dist.data.records import Dialogue, Message, Messages, Origin, PreferenceRecord, Prompt

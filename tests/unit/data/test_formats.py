@@ -15,7 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from dpo_dist.config.data import DataConfig, DataFormat, SourceConfig, TextTemplate, Truncation
+from dpo_dist.config.schema import DataConfig, DataFormat, SourceConfig, TextTemplate, Truncation
 from dpo_dist.data.columns import FIELDS
 from dpo_dist.data.encode import encode_chunk
 from dpo_dist.data.formats import check_source, parse_prompt, parse_record, read_records

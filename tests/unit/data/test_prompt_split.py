@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_dist.config.data import DataConfig, SourceConfig
+from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import PreferenceDataset, count_shared_prompts, open_dataset
 from dpo_dist.data.records import Dialogue, Message, Part, Prompt, eval_part, prompt_hash, train_part

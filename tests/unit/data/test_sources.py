@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from dpo_dist.config.data import DataConfig, OnBadRecord, SourceConfig
+from dpo_dist.config.schema import DataConfig, OnBadRecord, SourceConfig
 from dpo_dist.data.formats import check_source, read_records
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.data.sources import source_identity, source_labels
@@ -103,7 +103,7 @@ def test_bad_records_lose_no_neighbour(tmp_path: Path, name: str, content: bytes
     [
         *(("a.json", b"[" + LINE + end, "to its end") for end in (b",", b"", b"] {}")),
         ("a.json", b"[" + LINE.replace(b"good", b"secret\xff") + b"]", "to its end"),
-        ("a.json", LINE + b"\n" + LINE, "not an array"),
+        ("a.json", LINE + b"\n" + LINE, "to its end"),
         ("a.jsonl.gz", gzip.compress(lines(*map(str, range(5000))))[:-20], "to its end"),
         ("a.jsonl.zst", zstd(lines(*map(str, range(5000))))[:-20], "to its end"),
         ("a.parquet", parquet("q")[:-10], "to its end"),
@@ -217,7 +217,7 @@ NO_SIDE, OTHER = (json.dumps(one).encode() + b"\n" for one in (TEXT | {"rejected
         # Sorted data may begin with records that are dropped.
         (NO_SIDE * 100 + b"{\n" * 100 + lines("q"), None, "drop"),
         (NO_SIDE * 100, "no record can be used", "drop"),
-        (lines("q") + OTHER, None, "error"),
+        (lines(*map(str, range(21))) + OTHER, None, "error"),
         (OTHER + lines("q"), "unknown_format", "error"),
     ],
 )

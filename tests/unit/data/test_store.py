@@ -10,7 +10,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from dpo_dist.config.data import DataConfig, OnBadRecord, Ranked, SourceConfig, Truncation
+from dpo_dist.config.schema import DataConfig, OnBadRecord, Ranked, SourceConfig, Truncation
 from dpo_dist.data import build as build_dataset_module
 from dpo_dist.data import encode as encode_chunk_module
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
-import numpy as np
 import psutil
 import pytest
 import torch
@@ -13,7 +12,7 @@ import torch
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.distributed import slices as host_copy
-from dpo_dist.distributed.memory import available_memory, peak_memory_bytes, reset_peak_memory, return_memory
+from dpo_dist.distributed.memory import available_memory, return_memory
 from dpo_dist.distributed.slices import HostCopy, ModelSlices, Slice
 from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine
 from dpo_dist.foundation.errors import DeviceMemoryError
@@ -81,16 +80,6 @@ def test_the_optimizer_step_and_the_reference_have_their_own_remedies() -> None:
         reference.token_logps(batch(5, 9))
     assert raised.value.where == "scoring 30 tokens in 2 pairs, the longest of 19"
     assert "trainer.micro_batch_tokens" in raised.value.remedy
-
-
-def test_a_reset_peak_counts_from_there() -> None:
-    cpu = torch.device("cpu")
-    block = np.ones(1 << 27, dtype=np.uint8)
-    assert len(block) < peak_memory_bytes(cpu)
-    del block
-    before = peak_memory_bytes(cpu)
-    reset_peak_memory(cpu)
-    assert peak_memory_bytes(cpu) < before - (1 << 26)
 
 
 def test_freed_memory_between_living_tensors_is_returned() -> None:

@@ -1,22 +1,6 @@
-"""Settings and states that DeepSpeed's engines depend on: prefetch, loss scale, CPU Adam, 8-bit kernels."""
+"""The loss scale of fp16."""
 
-import pytest
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-from dpo_dist.distributed.zero import START, LossScale, communication
-
-
-@pytest.mark.parametrize(
-    ("hidden_size", "layer_parameters"),
-    [(896, 15e6), (3584, 233e6), (8192, 855e6)],
-    ids=["0.5B", "7B", "70B"],
-)
-def test_a_scored_model_can_prefetch_a_layer(hidden_size: int, layer_parameters: float) -> None:
-    """Qwen2.5-0.5B and 7B, Llama-3-70B: DeepSpeed stops prefetching at `max_live_parameters`."""
-    zero = DeepSpeedZeroConfig(stage=3, **communication(3, hidden_size, trains=False))
-    assert 0.8 * layer_parameters < zero.prefetch_bucket_size < 1.5 * layer_parameters
-    assert zero.max_live_parameters > 2 * layer_parameters
-    assert zero.param_persistence_threshold == 10 * hidden_size
+from dpo_dist.distributed.zero import START, LossScale
 
 
 def test_an_overflow_halves_the_loss_scale_and_a_thousand_updates_double_it() -> None:

@@ -69,7 +69,7 @@ def fill(root: Path, dataset: PreferenceDataset, indices: Iterable[int], **optio
 
 
 def assert_filled(root: Path, dataset: PreferenceDataset, indices: Iterable[int]) -> None:
-    store = LogpStore.open(root, FINGERPRINT)
+    store = LogpStore.open(root, [FINGERPRINT])
     for index in indices:
         values = store.read(dataset.keys[list(dataset.response_range(index))])
         for value, response in zip(values, dataset.sequences(index).responses, strict=True):
@@ -94,7 +94,7 @@ def test_every_response_gets_its_own_values(
 def test_only_missing_responses_are_computed(tmp_path: Path, dataset: PreferenceDataset) -> None:
     keys = dataset.keys[[0, 4]]  # the first response of pair 0, the second of pair 2
     responses = dataset.sequences(0).responses[0], dataset.sequences(2).responses[1]
-    LogpStore.open(tmp_path, FINGERPRINT).write(
+    LogpStore.open(tmp_path, [FINGERPRINT]).write(
         keys, [logps_of(torch.from_numpy(ids)).numpy() for ids in responses]
     )
     scorer = Scorer()
@@ -105,7 +105,7 @@ def test_only_missing_responses_are_computed(tmp_path: Path, dataset: Preference
 
 
 def test_a_fill_that_waits_for_another_job_can_be_stopped(tmp_path: Path, dataset: PreferenceDataset) -> None:
-    folder, request = LogpStore.open(tmp_path, FINGERPRINT).folder, StopRequest()
+    folder, request = LogpStore.open(tmp_path, [FINGERPRINT]).folder, StopRequest()
     request.ask("SIGTERM")
     filler = dataclasses.replace(filler_of(tmp_path), stops=Stops(request, ALONE))
     with locked(folder / "fill.lock", "fills", ""), pytest.raises(StoppedError, match="while another job"):
@@ -139,7 +139,7 @@ def test_a_round_that_cannot_be_written_is_an_error(
 
     with pytest.raises(ReferenceModelError, match="not finite"):
         fill(tmp_path, dataset, range(len(RESPONSES)), entries_per_shard=2, scorer=Broken())
-    assert len(LogpStore.open(tmp_path, FINGERPRINT).shards) == broken
+    assert len(LogpStore.open(tmp_path, [FINGERPRINT]).shards) == broken
 
 
 @pytest.mark.parametrize("piece", [0, 1])
@@ -152,7 +152,7 @@ def test_ids_that_changed_since_encoding_are_not_stored(
     with pytest.raises(DataError, match="do not match their content key") as raised:
         fill(tmp_path, damaged, [0, 1, 2], entries_per_shard=1 << 12)
     assert str(dataset.origin(0)) in raised.value.where
-    assert not LogpStore.open(tmp_path, FINGERPRINT).shards
+    assert not LogpStore.open(tmp_path, [FINGERPRINT]).shards
     fill(tmp_path, dataset, [0, 1, 2])
     assert_filled(tmp_path, dataset, [0, 1, 2])
 
@@ -162,13 +162,13 @@ def test_reused_entries_are_counted_and_their_pairs_audited(
 ) -> None:
     near, far = (ReferenceFingerprint("weights", {"dtype": "fp32", "torch": number}) for number in "12")
     for fingerprint, stored in ((FINGERPRINT, [0, 1, 2]), (near, [2, 3, 4, 5]), (far, [4, 9])):
-        LogpStore.open(tmp_path, fingerprint).write(dataset.keys[stored], [-np.ones(1)] * len(stored))
-    store = LogpStore.open(tmp_path, FINGERPRINT, compatible=[near, far])
+        LogpStore.open(tmp_path, [fingerprint]).write(dataset.keys[stored], [-np.ones(1)] * len(stored))
+    store = LogpStore.open(tmp_path, [FINGERPRINT, near, far])
 
     def count(*visits: list[int]) -> tuple[dict[str, int], int, list[int]]:
-        reused = count_reused(store, [(dataset, np.array(pairs)) for pairs in visits])
-        number, audited = reused.audited or (-1, np.array([]))
-        return reused.entries, number, audited.tolist()
+        reused, found = count_reused(store, [(dataset, np.array(pairs)) for pairs in visits])
+        number, audited = found or (-1, np.array([]))
+        return reused, number, audited.tolist()
 
     assert count([0], [0, 1, 2, 4]) == ({"own": 2 + 3, "torch 1": 3, "torch 2": 1}, 1, [2, 4])
     assert count([2], [4]) == ({"own": 1, "torch 1": 3, "torch 2": 1}, 0, [2])

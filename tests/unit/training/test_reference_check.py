@@ -11,9 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpo_dist.batching.pack import PackedBatch
-from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.losses import KINDS, LossConfig, LossKind
-from dpo_dist.config.schema import Dtype, ModelConfig, RunConfig
+from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, RunConfig, SourceConfig
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import PreferenceDataset, collate, open_dataset
 from dpo_dist.distributed.world import World
@@ -78,8 +77,8 @@ def reference(data: PreferenceDataset, tmp_path_factory: pytest.TempPathFactory)
     root, space = tmp_path_factory.mktemp("store"), ReferenceFingerprint("weights", {})
     batch = collate(data, range(PAIRS))
     values = torch.split(Policy().token_logps(batch), batch.response_tokens.tolist())
-    LogpStore.open(root, space).write(batch.keys, [logps.numpy() for logps in values])
-    return ReferenceProvider(store=LogpStore.open(root, space))
+    LogpStore.open(root, [space]).write(batch.keys, [logps.numpy() for logps in values])
+    return ReferenceProvider(store=LogpStore.open(root, [space]))
 
 
 @pytest.fixture

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dpo_dist.config.data import DataConfig, SourceConfig
-from dpo_dist.config.schema import FolderConfig, ModelConfig, RunConfig
+from dpo_dist.config.schema import DataConfig, FolderConfig, ModelConfig, RunConfig, SourceConfig
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.generation.sampling.generate import Request, Sampling

@@ -152,9 +152,9 @@ def test_only_the_base_of_a_quantized_run_is_quantized(
     assert loaded("other") == ("other", None)
 
 
-@pytest.mark.parametrize(("base", "adapter", "fault"), [("n", "", "model"), ("m", "{r: 4}", "adapter")])
+@pytest.mark.parametrize(("base", "adapter"), [("n", ""), ("m", "{r: 4}")])
 def test_a_checkpoint_of_another_run_is_refused_before_it_is_loaded(
-    tmp_path: Path, base: str, adapter: str, fault: str
+    tmp_path: Path, base: str, adapter: str
 ) -> None:
     """The log-probs of the reference, computed in between, would take hours."""
     folder = tmp_path / "run" / "checkpoints" / "step-000003"
@@ -163,7 +163,7 @@ def test_a_checkpoint_of_another_run_is_refused_before_it_is_loaded(
     (tmp_path / "run" / "config.yaml").write_text(to_yaml(configured(tmp_path)))
     config = configured(tmp_path, *([f"model.adapter={adapter}"] if adapter else []))
     inputs: Any = SimpleNamespace(policy_files=SimpleNamespace(digest=base))
-    with pytest.raises(CheckpointError, match=f"of a run with another {fault}"):
+    with pytest.raises(CheckpointError, match="of a run with another model or adapter"):
         check_origin(Evaluated(str(folder), is_checkpoint=True), config, inputs)
     inputs.policy_files.digest = "m"
     check_origin(Evaluated(str(folder), is_checkpoint=True), configured(tmp_path), inputs)

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.data import DataConfig, OnBadRecord, SourceConfig
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.losses import LossConfig, LossKind
-from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.schema import DataConfig, OnBadRecord, RunConfig, SourceConfig
 from dpo_dist.data.build import Progress, prepare_dataset, tokenizer_digest
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.records import Part, eval_part, prompt_hash, train_part

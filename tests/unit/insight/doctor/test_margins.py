@@ -7,8 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_dist.config.data import DataConfig, SourceConfig
-from dpo_dist.config.schema import ModelConfig, Quantization, ReferenceConfig, RunConfig
+from dpo_dist.config.schema import (
+    DataConfig,
+    ModelConfig,
+    Quantization,
+    ReferenceConfig,
+    RunConfig,
+    SourceConfig,
+)
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.insight.doctor.findings import RULES
@@ -50,7 +56,7 @@ def fill(
         n: random.normal(-1, 1, size=lengths[n]).astype(np.float32) for n in range(len(lengths))[responses]
     }
     fingerprint = ReferenceFingerprint(reference, {"dtype": "bf16", **profile})
-    store = LogpStore.open(folder / "store", fingerprint)
+    store = LogpStore.open(folder / "store", [fingerprint])
     store.write(dataset.keys[list(values)], list(values.values()))
     return values
 

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.data import DataConfig, SourceConfig
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import FolderConfig, RunConfig
+from dpo_dist.config.schema import DataConfig, FolderConfig, RunConfig, SourceConfig
 from dpo_dist.insight.doctor.examine import Diagnosis
 from dpo_dist.insight.pages.doctor import diagnosis_lines, write_doctor_page, write_doctor_report
 from tests.support.doctor_data import ACROSS, EMPTY, diagnosis

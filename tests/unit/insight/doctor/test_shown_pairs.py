@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.data import DataConfig, SourceConfig, Truncation
+from dpo_dist.config.schema import DataConfig, SourceConfig, Truncation
 from dpo_dist.insight.doctor.findings import Finding, Level
 from dpo_dist.insight.doctor.shown_pairs import Part, ShownPair, show_pairs
 from tests.support import tiny
