@@ -328,29 +328,24 @@ def damaged_ids(dataset: PreferenceDataset, examples: Sequence[int]) -> DataErro
 
 def count_duplicates(dataset: PreferenceDataset) -> int:
     """Return the number of examples with the same token ids as an earlier one."""
-    return len(dataset) - len(np.unique(_example_digests(dataset)))
+    return len(dataset) - len(set(_example_keys(dataset)))
 
 
 def count_shared(dataset: PreferenceDataset, other: PreferenceDataset) -> int:
     """Return the number of examples of `dataset` with the same token ids as one of `other`."""
-    return int(np.isin(_example_digests(dataset), _example_digests(other)).sum())
+    others = set(_example_keys(other))
+    return sum(key in others for key in _example_keys(dataset))
+
+
+def _example_keys(dataset: PreferenceDataset) -> Iterator[bytes]:
+    """Yield the keys of each example's responses in their order."""
+    for responses in map(dataset.response_range, range(len(dataset))):
+        yield dataset.keys[responses.start : responses.stop].tobytes()
 
 
 def count_shared_prompts(dataset: PreferenceDataset, other: PreferenceDataset) -> int:
     """Return the number of examples of `dataset` whose prompt is that of an example of `other`."""
     return int(np.isin(np.asarray(dataset.prompts[:]), np.asarray(other.prompts[:])).sum())
-
-
-def _example_digests(dataset: PreferenceDataset) -> npt.NDArray[np.uint64]:
-    """Combine the keys of each example's responses in their order; uint64 [examples]."""
-    counts = dataset.response_counts(np.arange(len(dataset), dtype=np.int64))
-    starts = np.cumsum(counts) - counts
-    ranks = np.arange(counts.sum()) - np.repeat(starts, counts)
-    keys = np.asarray(dataset.keys[:])
-    # An odd factor loses no bit, and the same responses in another order get another digest.
-    mixed = (keys[:, 0] ^ (keys[:, 1] << np.uint64(1))) * (2 * ranks + 1).astype(np.uint64)
-    digests: npt.NDArray[np.uint64] = np.add.reduceat(mixed, starts)
-    return digests
 
 
 def check_ids_in_vocabulary(

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 from dpo_dist.config.schema import MARKER_GAP, UNTRAINED_PARTS, DataConfig, OnBadRecord, Truncation
 from dpo_dist.data.counts import Outcome
-from dpo_dist.data.escape import RESERVED, THOUGHT_TAGS, any_text
+from dpo_dist.data.escape import THOUGHT_TAGS, has_reserved
 from dpo_dist.data.records import (
     ALL_RECORDS,
     BadRecord,
@@ -72,7 +72,7 @@ def encode_pair(
     """
     facts = tokenizer_facts(tokenizer, data_config, with_tools=bool(record.tools))
     try:
-        if any_text((record.prompt, record.responses, record.tools, record.template_arguments), RESERVED):
+        if has_reserved((record.prompt, record.responses, record.tools, record.template_arguments)):
             raise UnusableRecordError("reserved_character", "a text has the noncharacter U+FDD0")
         rendered = render_record(record, facts, data_config)
         prompt, responses, trained, is_resplit = _encoded(rendered, facts, data_config)

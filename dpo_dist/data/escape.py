@@ -22,7 +22,6 @@ THOUGHT_TAGS = ("<think>", "</think>")
 
 # A Unicode noncharacter, never part of interchanged text: it delimits marks.
 RESERVED_CHARACTER = "\ufdd0"
-RESERVED = re.compile(RESERVED_CHARACTER)
 
 _LITERAL = f"{RESERVED_CHARACTER}literal(\\d+){RESERVED_CHARACTER}"
 _ESCAPED_CHARACTER = "\\ufdd0"
@@ -107,16 +106,16 @@ def alias_of(token: str) -> str:
     return f"{RESERVED_CHARACTER}{token}{RESERVED_CHARACTER}"
 
 
-def any_text(value: Any, pattern: re.Pattern[str]) -> bool:
-    """Return whether a text of messages or of a nested value, or a key of it, matches `pattern`."""
+def has_reserved(value: Any) -> bool:
+    """Return whether a text of messages or of a nested value, or a key of it, has the reserved character."""
     match value:
         case str():
-            return pattern.search(value) is not None
+            return RESERVED_CHARACTER in value
         case Message():
-            return any_text((value.content, value.fields), pattern)
+            return has_reserved((value.content, value.fields))
         case Mapping():
-            return any(any_text(part, pattern) for item in value.items() for part in item)
-    return isinstance(value, list | tuple) and any(any_text(part, pattern) for part in value)
+            return any(has_reserved(part) for item in value.items() for part in item)
+    return isinstance(value, list | tuple) and any(map(has_reserved, value))
 
 
 Encoded: TypeAlias = tuple[list[int], list[int]]

@@ -105,12 +105,6 @@ class PreferenceRecord:
     tools: tuple[Fields, ...] = ()
     template_arguments: Fields = field(default_factory=dict)
 
-    @property
-    def response_texts(self) -> tuple[str, ...]:
-        """The responses of a record whose responses are texts."""
-        assert all(isinstance(response, str) for response in self.responses)
-        return tuple(map(str, self.responses))
-
 
 @dataclass(frozen=True)
 class BadRecord:

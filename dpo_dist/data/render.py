@@ -19,6 +19,7 @@ from dpo_dist.data.template import (
     Forms,
     Span,
     Turns,
+    argument_names,
     check_template_keys,
     chosen_template,
     pin_clock,
@@ -47,8 +48,8 @@ _FOREIGN_MARKS = (
 class TokenizerFacts:
     """A tokenizer with its probed properties; `chat` is None if it has no chat template."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", chat_template: str | None):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str | None):
+        self.tokenizer, chat_template = tokenizer, template and pin_clock(template, TEMPLATE_DATE)
         bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
         whole: list[int] = tokenizer("a")["input_ids"]
         starts = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
@@ -158,8 +159,7 @@ def tokenizer_facts(
     Some tokenizers have an own template for records `with_tools`. Raises ConfigError: `data.chat_template` is
     neither a file nor the name of a template.
     """
-    template = chosen_template(tokenizer, config.chat_template, with_tools=with_tools)
-    return _facts(tokenizer, template and pin_clock(template, TEMPLATE_DATE))
+    return _facts(tokenizer, chosen_template(tokenizer, config.chat_template, with_tools=with_tools))
 
 
 @dataclass(frozen=True)
@@ -180,11 +180,12 @@ class Rendered:
 def render_record(record: PreferenceRecord, facts: TokenizerFacts, config: DataConfig) -> Rendered:
     """Render a record: messages, and dialogues if the tokenizer has a chat template, by that template."""
     prompt, responses = record.prompt, record.responses
-    is_text = all(isinstance(response, str) for response in responses)
+    texts = tuple(response for response in responses if isinstance(response, str))
+    is_text = len(texts) == len(responses)
     if isinstance(prompt, Dialogue):
         form = "hh (Human/Assistant turns)"
         if facts.chat is None and is_text:
-            return _as_text(prompt.text, record.response_texts, facts, form)
+            return _as_text(prompt.text, texts, facts, f"{form}, without the chat template")
         stripped = tuple(one.strip() if isinstance(one, str) else one for one in responses)
         return _by_template(replace(record, responses=stripped), facts, config, form)
     if not isinstance(prompt, str):
@@ -192,35 +193,33 @@ def render_record(record: PreferenceRecord, facts: TokenizerFacts, config: DataC
     as_messages = replace(record, prompt=(Message("user", prompt),))
     if not is_text:
         return _by_template(as_messages, facts, config, "text")
-    texts = record.response_texts
-    is_templated = facts.is_templated(prompt)
+    is_templated, read_as = facts.is_templated(prompt), "text, without the chat template"
     changes = {"templated_text"} if is_templated or any(map(facts.is_ended, texts)) else set()
-    if changes and config.template is TextTemplate.applied:
-        form = "text, with the template that is in it"
-        ends = [facts.split_end(text) for text in texts]
+    is_applied = bool(changes) and config.template is TextTemplate.applied
+    if is_applied:
+        read_as, ends = "text, with the template that is in it", [facts.split_end(text) for text in texts]
         texts = tuple(bare for bare, _ in ends)
         if is_templated:
-            whole = tuple(bare + end for bare, end in ends)
-            return Rendered(prompt, whole, tuple(map(_all_of, whole)), frozenset(changes), form)
-    else:
-        form = ""
+            return _whole(prompt, [bare + end for bare, end in ends], read_as, changes)
     if config.text_as_messages:
         rendered = _by_template(replace(as_messages, responses=texts), facts, config, "text")
         return replace(rendered, changes=rendered.changes - {"templated_content"} | changes)
-    if not form and facts.tokenizer.chat_template:
+    if facts.tokenizer.chat_template and not is_applied:
         changes.add("chat_template_not_applied")
-    rendered = _as_text(prompt, texts, facts, "text")
-    return replace(rendered, changes=frozenset(changes), read_as=form or rendered.read_as)
+    return _as_text(prompt, texts, facts, read_as, changes)
 
 
-def _all_of(text: str) -> tuple[Span, ...]:
-    return ((0, len(text)),)
+def _as_text(
+    prompt: str, responses: Sequence[str], facts: TokenizerFacts, read_as: str, changes: Iterable[str] = ()
+) -> Rendered:
+    escape, end = facts.marks.escape, facts.end_of_text
+    return _whole(escape(prompt), [escape(response) + end for response in responses], read_as, changes)
 
 
-def _as_text(prompt: str, responses: Sequence[str], facts: TokenizerFacts, form: str) -> Rendered:
-    ended = tuple(facts.marks.escape(response) + facts.end_of_text for response in responses)
-    read_as = f"{form}, without the chat template"
-    return Rendered(facts.marks.escape(prompt), ended, tuple(map(_all_of, ended)), read_as=read_as)
+def _whole(prompt: str, responses: Sequence[str], read_as: str, changes: Iterable[str]) -> Rendered:
+    """Return texts of which the loss counts the whole responses."""
+    counted = tuple(((0, len(response)),) for response in responses)
+    return Rendered(prompt, tuple(responses), counted, frozenset(changes), read_as)
 
 
 def _by_template(record: PreferenceRecord, facts: TokenizerFacts, config: DataConfig, form: str) -> Rendered:
@@ -240,7 +239,8 @@ def _by_template(record: PreferenceRecord, facts: TokenizerFacts, config: DataCo
         (Message("assistant", one),) if isinstance(one, str) else one for one in record.responses
     )
     arguments = record.template_arguments
-    known = {name: value for name, value in arguments.items() if name in chat.arguments}
+    names = argument_names(chat.template)
+    known = {name: value for name, value in arguments.items() if name in names}
     if config.template_arguments:
         check_template_keys(config, facts.tokenizer)
     tools = {"tools": list(record.tools)} if record.tools else {}
@@ -312,7 +312,7 @@ class _Conversation:
                     prompt = _ENDED.sub("", prompt)
                     texts, _ = self._after(messages, prompt)
         counted = tuple(
-            _all_of(text) if self._is_counted(turn) else ()
+            ((0, len(text)),) if self._is_counted(turn) else ()
             for turn, text in zip(messages, texts, strict=True)
         )
         return Rendered(prompt, tuple(texts), counted, frozenset(changes))

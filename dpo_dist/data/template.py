@@ -28,7 +28,6 @@ _GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 _OWN_VARIABLES = {"messages", "tools", "add_generation_prompt", "strftime_now"}
 
 
-@lru_cache(maxsize=8)
 def pin_clock(template: str, day: str) -> str:
     """Return the template with the date `day` (ISO 8601) for its calls of a clock with a literal format."""
     moment = datetime.fromisoformat(day)
@@ -136,9 +135,9 @@ Span = tuple[int, int]
 _START, _END = "dpo_dist_turn_start", "dpo_dist_turn_end"
 _MARK = re.compile(f"{RESERVED_CHARACTER}(start|end)(\\d+){RESERVED_CHARACTER}")
 _COMMENT_OR_LOOP = re.compile(
-    r"\{#.*?#\}|\{%(?P<open>[-+]?)\s*(?P<body>(?:for|endfor)\b.*?)(?P<close>[-+]?)%\}", re.DOTALL
+    r"(?s)\{#.*?#\}"
+    r"|\{%(?P<open>[-+]?)\s*(?P<body>(?:for(?:\s+(?P<target>\w+)\s+in)?|endfor)\b.*?)(?P<close>[-+]?)%\}"
 )
-_TARGET = re.compile(r"for\s+(\w+)\s+in\b")
 
 
 @dataclass(frozen=True)
@@ -162,42 +161,42 @@ def _with_marks(template: str) -> str:
     targets: list[str | None] = []
 
     def marked(found: re.Match[str]) -> str:
-        tag, body = found.group(), found["body"]
+        tag, body, name = found.group(), found["body"], found["target"]
         if body is None:
             return tag
         # `print` is a statement: the whitespace around it is trimmed as around the tag of the loop.
         if body.startswith("for"):
-            target = _TARGET.match(body)
-            targets.append(target[1] if target else None)
-            start = f"%}}{{% {_print(target[1], _START)} {found['close']}%}}" if target else ""
-            return f"{{%{found['open']} {body} {start}" if target else tag
+            targets.append(name)
+            start = f"{body} %}}{{% {_print(name, _START)}"
+            return f"{{%{found['open']} {start} {found['close']}%}}" if name else tag
         name = targets.pop() if targets else None
-        return f"{{%{found['open']} {_print(name, _END)} %}}{{% {body} {found['close']}%}}" if name else tag
+        end = f"{_print(name, _END)} %}}{{% {body}"
+        return f"{{%{found['open']} {end} {found['close']}%}}" if name else tag
 
     return _COMMENT_OR_LOOP.sub(marked, template)
 
 
-def _print(name: str, key: str) -> str:
+def _print(name: str | None, key: str) -> str:
     return f"print ({name} is mapping and {name}['{key}']) or ''"
 
 
 def _read_trace(rendered: str, turns: int) -> Trace | None:
     """Return the turns in the output of a template with marks; None if one is written twice or left open."""
-    text, end, removed = _MARK.sub("", rendered), 0, 0
+    text, *marks = _MARK.split(rendered)
     spans: list[Span | None] = [None] * turns
-    opened: dict[int, int] = {}
-    for found in _MARK.finditer(rendered):
-        index, position = int(found[2]), found.start() - removed
-        removed += len(found.group())
-        if found[1] == "start":
-            opened[index] = position
-            continue
-        end, start = position, opened.pop(index, position)
-        # A loop without output only computes.
-        if text[start:position].strip():
-            if spans[index] is not None:
-                return None
-            spans[index] = (start, position)
+    opened, end = dict[int, int](), 0
+    for kind, number, following in zip(*[iter(marks)] * 3, strict=True):
+        index = int(number)
+        if kind == "start":
+            opened[index] = len(text)
+        else:
+            start, end = opened.pop(index, len(text)), len(text)
+            # A loop without output only computes.
+            if text[start:].strip():
+                if spans[index] is not None:
+                    return None
+                spans[index] = (start, end)
+        text += following
     return None if opened else Trace(text, spans, end)
 
 
@@ -251,11 +250,6 @@ class ChatRenderer:
         if found is None or found.text != text:
             raise UnusableRecordError("turns_not_found", "the chat template does not write turn after turn")
         return found
-
-    @cached_property
-    def arguments(self) -> frozenset[str]:
-        """Names of the arguments that the template may get besides messages and tools."""
-        return argument_names(self.template)
 
     @cached_property
     def after_response(self) -> str:

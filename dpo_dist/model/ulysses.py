@@ -32,23 +32,19 @@ class TokenExchange(Protocol):
     @property
     def rank(self) -> int:
         """Number of this rank among them."""
-        ...
 
     @property
     def ranks(self) -> int:
         """Number of the ranks."""
-        ...
 
     def all_to_all(self, parts: Tensor) -> Tensor:
         """Send entry i of [ranks, ...] to rank i; return the entries received, [ranks, ...]. Collective."""
-        ...
 
     def all_gather(self, part: Tensor) -> Tensor:
         """Return `part` of every rank, [ranks, ...]. Collective.
 
         Its gradient is that of this rank's entry: all ranks compute the same loss from the result.
         """
-        ...
 
 
 def check_shared_tokens(model_config: Any, ranks: int) -> None:
