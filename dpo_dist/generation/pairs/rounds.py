@@ -114,11 +114,7 @@ def merge_adapter(adapter: Path, folder: Path, config: RunConfig) -> None:
     # Slow to import.
     from dpo_dist.generation.sampling.respond import find_model  # noqa: PLC0415
     from dpo_dist.model.load import TORCH_DTYPES  # noqa: PLC0415
-    from dpo_dist.model.save import (  # noqa: PLC0415
-        copy_tokenizer,
-        write_merged,
-        writing_errors,
-    )
+    from dpo_dist.model.save import copy_tokenizer, write_merged, writing_errors  # noqa: PLC0415
 
     source = find_model(str(adapter), config)
     dtype, code = TORCH_DTYPES[config.model.dtype], config.model.trust_remote_code
