@@ -15,11 +15,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 import dpo_dist
-from dpo_dist.config.keys import COMMAND_LINE, Key, all_keys, entry_of, run_keys, section_meanings
-from dpo_dist.config.load import group_folders, is_within, load_run_config, parse_overrides, to_yaml
+from dpo_dist.config.keys import (
+    COMMAND_LINE,
+    Key,
+    all_keys,
+    entry_of,
+    is_within,
+    run_keys,
+    section_meanings,
+)
+from dpo_dist.config.load import group_folders, load_run_config, parse_overrides, to_yaml
 from dpo_dist.config.losses import KINDS, LossKind, kinds_using
 from dpo_dist.config.mistakes import SCHEMA, assignment, meant, preset_names, suggestion, unknown_key
 from dpo_dist.config.rules import OF_FORMER_RUN, TRAIN, keys_of
@@ -146,15 +152,7 @@ def former_values(options: argparse.Namespace) -> dict[str, Any] | None:
     file = existing_run(Path(str(given["run.dir"])).expanduser()).config
     if not file.is_file():
         return None
-    try:
-        values = written_values(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(
-            "the configuration of this run cannot be read",
-            where=str(file),
-            got=first_line(error),
-            remedy="restore the file, or write the command of the run: model.path=... and its other keys",
-        ) from error
+    values = written_values(file.read_bytes(), str(file))
     check_doors(values, given, file)
     return values
 

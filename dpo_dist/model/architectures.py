@@ -109,7 +109,7 @@ def own_coefficient(causal_lm: Any) -> float | None:
 
 def router_loss(config: RouterConfig | None, causal_lm: Any) -> RouterLoss | None:
     """Return the losses of the routers that training adds; None if `config` is None or asks for none."""
-    if config is None or not config.is_set:
+    if config is None or config == RouterConfig():
         return None
     coefficient = own_coefficient(causal_lm)
     if coefficient is None:

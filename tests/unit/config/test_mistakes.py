@@ -60,7 +60,6 @@ MISTYPED = [
     ("loss.beta = 0.2", "no space is around ="),
     ("model.adapter=sft/adapter", "write model.adapter.path=sft/adapter"),
     ("'model.adapter={alhpa: 16}'", "did you mean model.adapter.alpha?"),
-    ("export.checkpoint=out/checkpoints/step-000100/", "did you mean export.checkpoint=step-000100?"),
     # A key without its section, and a word of an option.
     ("max_steps=3", "write trainer.max_steps=3"),
     ("warmup_steps=0.1", "write optim.warmup_ratio=0.1"),
