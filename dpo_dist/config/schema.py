@@ -428,10 +428,6 @@ FailOn = StrEnum("FailOn", ["warning", "error", "never"])
 class DoctorConfig:
     """The examination of the data by `python -m dpo_dist.doctor`."""
 
-    thresholds: dict[str, Annotated[float, Field(strict=True, ge=0)]] | None = key(
-        None, accepts="null or a mapping of rules to numbers of 0 or more: {duplicates: 0.05}"
-    )
-    """Other thresholds of rules, by name: `{duplicates: 0.05}`; docs/doctor.md lists the rules."""
     fail_on: FailOn = key(FailOn.warning)
     """Lowest level of a finding that makes the exit code 1."""
     benchmarks: list[str] = key([])

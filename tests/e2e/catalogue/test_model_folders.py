@@ -141,7 +141,7 @@ CASES = [
     Case("template that does not compile", BROKEN, "template", "", "",
          before=set_template("{% for m in messages %}"), joins=True, to_do="correct the template"),
     Case("template that raises", BROKEN,
-         "no record can be used", "", "", before=set_template("{{ raise_exception('no') }}"),
+         "records cannot be used", "", "", before=set_template("{{ raise_exception('no') }}"),
          joins=True, to_do="write the turns as the chat template"),
     Case("revision of a folder", "model.revision=main", "no effect", "model.revision", "main",
          to_do="remove it"),

@@ -218,7 +218,7 @@ UNKNOWN = {"question": "Say hello.", "best": "Hello!"}
 @pytest.mark.parametrize(
     ("records", "text"),
     [
-        ([UNKNOWN] * 3, "no record can be used"),
+        ([UNKNOWN] * 3, "3 of 3 records cannot be used"),
         ([COMPLETION], "sigmoid cannot use 1 of 1 examples"),
         ([PAIR] * 9 + [UNKNOWN], "1 of 10 records cannot be used"),
     ],
