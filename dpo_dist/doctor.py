@@ -15,14 +15,12 @@ from dpo_dist.config.schema import NO_MODEL, RunConfig
 from dpo_dist.data.formats import check_source
 from dpo_dist.data.template import check_template_file
 from dpo_dist.foundation.errors import ExitCode
-from dpo_dist.insight.doctor.findings import with_thresholds
 from dpo_dist.model.folder import check_tokenizer_files, local_model_folder
 
 
 def main(config: RunConfig) -> int:
     """Examine the data of `config`, write and print the report; return the exit code."""
     check_needs(config, "doctor")
-    with_thresholds(config.doctor.thresholds)
     for source in [*config.data.train, *config.data.eval]:
         check_source(source)
     benchmark = None

@@ -14,13 +14,11 @@ from dpo_dist.config.rules import check_needs
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.insight.console import print_text, warnings_off
 from dpo_dist.training.preflight import check_start, started
-from dpo_dist.training.resume import check_newest_checkpoint
 
 
 def main(config: RunConfig) -> int:
     """Train `config`, from its last checkpoint if there is one; return the exit code."""
     check_needs(config, "train")
-    check_newest_checkpoint(config)
     stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
     with stop.listening(), started(config, trains=True) as console:
         from dpo_dist.training.run import train  # noqa: PLC0415  (slow, and its output belongs in the log)
@@ -30,7 +28,6 @@ def main(config: RunConfig) -> int:
 
 def check(config: RunConfig, *, trains: bool = True) -> None:
     """Check everything that a run which trains, or only scores its pairs, needs before it uses a GPU."""
-    check_newest_checkpoint(config)
     check_start(config, trains=trains)
     with warnings_off():
         from dpo_dist.training.check import rehearse  # noqa: PLC0415  (slow)

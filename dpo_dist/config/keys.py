@@ -103,15 +103,15 @@ def run_keys() -> dict[str, Any]:
     return {name: row.type for name, row in _rows().items() if "[]" not in name}
 
 
+def is_within(key: str, above: str) -> bool:
+    """Return whether `key` is `above` or below it."""
+    return key == above or key.startswith((f"{above}.", f"{above}["))
+
+
 def readers(name: str) -> list[str]:
     """Return the verbs that read a key, or any key of a section."""
-    found = {
-        verb
-        for key, row in all_keys().items()
-        if key == name or key.startswith(f"{name}.")
-        for verb in row.verbs
-    }
-    return [verb for verb in EVERY_VERB.split() if verb in found]
+    rows = [row for key, row in all_keys().items() if is_within(key, name)]
+    return [verb for verb in EVERY_VERB.split() if any(verb in row.verbs for row in rows)]
 
 
 def read_by(name: str) -> str:

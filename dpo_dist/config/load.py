@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from dpo_dist.config.identity import differing_keys, run_dir
-from dpo_dist.config.keys import COMMAND_LINE, read_by, run_keys
+from dpo_dist.config.keys import COMMAND_LINE, is_within, read_by, run_keys
 from dpo_dist.config.mistakes import (
     SCHEMA,
     composition_error,
@@ -278,19 +278,14 @@ class _Command:
         """Return the layer of a file of the command; its list of `defaults` names presets."""
         try:
             entries, presets, values = self._keys(Path(file))
-            listed = [entry for entry in entries if entry != "_self_"]
-            if not all(isinstance(entry, dict) for entry in listed):
-                raise ConfigError(
-                    "the list of defaults names presets only",
-                    where=file,
-                    got=str(entries),
-                    remedy="name a preset by its group, 'loss: ipo', and other files on the command line",
-                )
         except _COMPOSITION_ERRORS as error:
             self.mistakes.append(composition_error(error, self.folders))
             return None
-        named = [pair for entry in listed for pair in entry.items()]
-        presets |= {group.split()[-1].lstrip("/"): str(name) for group, name in named}
+        for entry in entries:
+            if isinstance(entry, dict):
+                presets |= {group.split()[-1].lstrip("/"): str(name) for group, name in entry.items()}
+            elif entry != "_self_":
+                values["defaults"] = entry  # an unknown key
         for group, preset in list(presets.items()):
             if preset not in preset_names(group, self.folders):
                 self.mistakes.append(unknown_preset(group, presets.pop(group), self.folders))
@@ -338,11 +333,6 @@ def _words(sign: str, choices: Mapping[str, str | list[str]]) -> list[str]:
     return [f"{sign}{group}={json.dumps(names, ensure_ascii=False)}" for group, names in choices.items()]
 
 
-def is_within(key: str, above: str) -> bool:
-    """Return whether `key` is `above` or below it."""
-    return key == above or key.startswith((f"{above}.", f"{above}["))
-
-
 def _names(override: Override) -> list[str]:
     value = override.value()
     return [str(name) for name in value] if isinstance(value, list) else [str(value)]
@@ -377,8 +367,6 @@ def from_yaml(text: str) -> RunConfig:
     except ValidationError as error:
         raise_all(wrong_values(error, lambda key: key))
         raise
-    except (yaml.YAMLError, ValueError) as error:
-        raise composition_error(error, group_folders()) from error
 
 
 def changed_keys(file: Path, config: RunConfig) -> dict[str, tuple[Any, Any]]:

@@ -12,25 +12,17 @@ OF_MODEL = "model"
 """The value of `loss.router.aux_coefficient` for the coefficient in the model's config.json."""
 
 
-Positive = Annotated[int, Field(strict=True, gt=0)]
-
-
 @schema
 class RouterConfig:
     """Losses of the routers of a mixture of experts, which training adds to the loss of each global batch."""
 
-    aux_coefficient: Literal["model"] | Positive | Annotated[float, Field(strict=True, gt=0)] | None = key(
+    aux_coefficient: Literal["model"] | Annotated[float, Field(strict=True, gt=0)] | None = key(
         None, accepts="model, a number above 0, or null"
     )
     """Weight of the load-balancing loss, or `model`: `router_aux_loss_coef` of its config.json; null: without
     it."""
     z_coefficient: float | None = key(None, gt=0)
     """Weight of the router z-loss (arXiv 2202.08906); null: without it."""
-
-    @property
-    def is_set(self) -> bool:
-        """Return whether a loss of the routers is added."""
-        return self != RouterConfig()
 
 
 LossKind = StrEnum(

@@ -257,13 +257,12 @@ def _wrong_value(key: str, error: ErrorDetails, where: str) -> ConfigError:
         hint, expected = nested(hint) or get_args(hint)[0], row.accepts if row else ""
     value, inner, got = error["input"], nested(hint), as_written(error["input"])
     expected = expected or describe_type(hint)
-    last = Path(got).name  # `export.checkpoint=out/checkpoints/step-000100`
     remedy = f"set {key} to {expected}"
     if error["type"] == "string_pattern_mismatch" and not got.strip("' "):
         expected, remedy = "text that is not empty", "write a value, or remove the key"
     elif isinstance(value, bool) and " in " in where and choices(hint):
         remedy = "in YAML a bare on, off, yes or no is true or false: put the word in quotes"
-    elif found := likely(got, choices(hint)) or ([last] if last != got and _is_accepted(key, last) else []):
+    elif found := likely(got, choices(hint)):
         remedy = f"did you mean {key}={found[0]}?"
     elif get_origin(hint) is list:
         remedy = f"write {assignment(key, got)}"

@@ -184,11 +184,6 @@ RULES = (
     ),
     # Adapters and quantized weights.
     Rule(
-        "model.adapter.dropout!=0|null",
-        "policy and reference must compute the same function, so an adapter has no dropout",
-        "remove it; a smaller r, fewer target_modules or a larger loss.beta regularize too",
-    ),
-    Rule(
         "model.adapter.modules_to_save!=null model.adapter.target_modules!=all-linear|null",
         "a module that is trained in full needs no low-rank matrices",
         "remove it from one of both",

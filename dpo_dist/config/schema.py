@@ -138,8 +138,8 @@ class AdapterConfig:
     alpha: float | None = key(None, null_means=32.0, gt=0)
     """Scale of the update: alpha / r, for `rslora` alpha / sqrt(r); null: 32, or that of the adapter that is
     continued."""
-    dropout: float = key(0.0, accepts="0")
-    """0 only: policy and reference must compute the same function."""
+    dropout: float = key(0.0, ge=0, le=0, accepts="0: policy and reference must compute the same function")
+    """None: a smaller `r` or a larger `loss.beta` regularizes too."""
     target_modules: Literal["all-linear"] | Names | None = key(
         None, accepts="all-linear, a list in brackets: [q_proj,v_proj], or null", null_means="all-linear"
     )
@@ -428,10 +428,6 @@ FailOn = StrEnum("FailOn", ["warning", "error", "never"])
 class DoctorConfig:
     """The examination of the data by `python -m dpo_dist.doctor`."""
 
-    thresholds: dict[str, Annotated[float, Field(strict=True, ge=0)]] | None = key(
-        None, accepts="null or a mapping of rules to numbers of 0 or more: {duplicates: 0.05}"
-    )
-    """Other thresholds of rules, by name: `{duplicates: 0.05}`; docs/doctor.md lists the rules."""
     fail_on: FailOn = key(FailOn.warning)
     """Lowest level of a finding that makes the exit code 1."""
     benchmarks: list[str] = key([])

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.foundation.files import text_digest
 
 LOSS_FUNCTION = "loss.function"
@@ -41,29 +41,23 @@ def find_function(written: str | None, key: str = LOSS_FUNCTION) -> UserFunction
     `load_run_config` clears the cache, so that every configuration has the text of its time.
     """
     module, _, name = (written or "").partition(":")
-    if not all(part.isidentifier() for part in [*module.split("."), name]):
-        raise ConfigError(
-            f"{key} is not the name of a function" if written else f"{key} needs a function",
-            where=key,
-            got=written or "null",
-            expected="module:function",
-            remedy=f"write the module with dots and without .py: {key}=my_module:my_function",
-        )
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     importlib.invalidate_caches()
     try:
+        if not all(part.isidentifier() for part in [*module.split("."), name]):
+            raise ImportError("it is not written as module:function")
         spec = importlib.machinery.PathFinder.find_spec(module) if "." not in module else find_spec(module)
         file = Path(spec.origin if spec and spec.origin else module).with_suffix(".py")
         text = importlib.util.decode_source(file.read_bytes())
     except (ImportError, OSError, SyntaxError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"the module of {key} is not found, or is no Python source",
+            f"the function of {key} is not found",
             where=key,
-            got=f"{module}, searched for in {Path.cwd()} and on Python's path: {error}",
-            expected="a module with a source file, in UTF-8",
-            remedy=f"start in the folder of {module.partition('.')[0]}, or add that folder to PYTHONPATH, on "
-            "every node; write the module without .py",
+            got=f"{written or 'null'}, searched for in {Path.cwd()} and on Python's path: {error}",
+            expected="module:function, of a module with a source file",
+            remedy=f"write the module with dots and without .py, {key}=my_module:my_function; start in its "
+            "folder, or add it to PYTHONPATH, on every node",
         ) from error
     return UserFunction(module, name, file, text_digest(text), text, key)
 
@@ -127,17 +121,25 @@ def open_doors(config: RunConfig) -> list[str]:
     return [f"warning: {key}={value}: {_DOORS[key]}" for key, value in _opened(asdict(config)).items()]
 
 
-def written_values(text: str) -> dict[str, Any]:
+def written_values(text: str | bytes, where: str = "config.yaml") -> dict[str, Any]:
     """Return the values of a config.yaml, which has nothing to be evaluated.
 
     Raises:
-        ValueError, yaml.YAMLError: it has no keys, or interpolations or parts of Hydra, which no run writes.
+        ConfigError: it has no keys, or interpolations or parts of Hydra, which no run writes.
     """
-    content = yaml.safe_load(text)
-    if not isinstance(content, dict):
-        raise ValueError("it has no keys")
-    if "${" in text or not content.keys().isdisjoint(_CODE_OF_HYDRA):
-        raise ValueError("it has an interpolation (${...}), defaults or hydra, which no run writes")
+    try:
+        content = yaml.safe_load(text)
+        if not isinstance(content, dict):
+            raise ValueError("it has no keys")
+        if "${" in str(content) or not content.keys().isdisjoint(_CODE_OF_HYDRA):
+            raise ValueError("it has an interpolation (${...}), defaults or hydra, which no run writes")
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(
+            "the configuration of this run cannot be read",
+            where=where,
+            got=first_line(error),
+            remedy="restore the file, or write the command of the run: model.path=... and its other keys",
+        ) from error
     return content
 
 

@@ -194,13 +194,11 @@ def check_counts(counts: DataCounts, path: str, config: DataConfig, *, of_first:
     remedy = remedy_of(reason)
     if "data.max_length" in remedy:
         remedy += f" (data.max_length is {config.max_length})"
-    first, rest = ("the first ", " (the others were not looked at)") if of_first else ("", "")
-    what = f"none of {first}{counts.read} records can be used" if of_first else "no record can be used"
     if counts.kept:
-        what = f"{dropped} of {first}{counts.read} records cannot be used"
         remedy += "; or raise data.max_bad_share if dropping these records is intended"
+    first, rest = ("the first ", " (the others were not looked at)") if of_first else ("", "")
     raise DataError(
-        what,
+        f"{dropped} of {first}{counts.read} records cannot be used",
         where="; ".join(counts.examples[:_NAMED_EXAMPLES]) or path,
         got=f"{counts.read} records{rest}; dropped: {reasons}",
         expected=f"at most a share of {config.max_bad_share:g} dropped (data.max_bad_share)",
@@ -212,16 +210,10 @@ def check_split(counts: DataCounts) -> None:
     """Check that this part of a split has records that can be used. Raises DataError."""
     if counts.kept:
         return
-    if left := counts.changed[LEFT_IN_TRAIN]:
-        raise DataError(
-            "the split has no evaluation data",
-            where="data.eval_share",
-            got=f"{left} records of training data, {counts.read} for evaluation, none of them usable",
-            remedy="raise data.eval_share, or set data.eval=[held_out.jsonl]",
-        )
+    left = counts.changed[LEFT_IN_TRAIN]
     raise DataError(
-        "no training data are left",
-        where="data.train",
-        got=f"all {counts.changed[HELD_OUT]} records are held out for evaluation",
-        remedy="set data.drop_eval_prompts=false, lower data.eval_share, or use other evaluation data",
+        "the split has no evaluation data" if left else "no training data are left",
+        where="data.eval_share" if left else "data.train",
+        got=f"{counts.read} records, none usable, and {left or counts.changed[HELD_OUT]} in the other part",
+        remedy="change data.eval_share, set data.drop_eval_prompts=false, or set data.eval=[held_out.jsonl]",
     )

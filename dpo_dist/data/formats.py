@@ -419,11 +419,9 @@ def _number(value: Any) -> float:
 
 
 _LABELS = ("label", "kto_tag")
-_LABEL_VALUES = frozenset(
-    (
-        *("0", "1", "-1", "0.0", "1.0", "-1.0", "true", "false"),
-        *("good", "bad", "chosen", "rejected", "desirable", "undesirable"),
-    )
+_LABEL_VALUES = (
+    *("0", "1", "-1", "0.0", "1.0", "-1.0", "true", "false"),
+    *("good", "bad", "chosen", "rejected", "desirable", "undesirable"),
 )
 
 
@@ -588,11 +586,8 @@ def _json(values: Any) -> str:
     return json.dumps(values, ensure_ascii=False, sort_keys=True, default=str)
 
 
-# The role of a message that a text in one of these fields may spell alone.
-_SPELLED = {
-    **dict.fromkeys(("prompt", *QUESTIONS, "context"), "user"),
-    **dict.fromkeys(("completion", *SIDE_NAMES, "response"), "assistant"),
-}
+# A text in one of these fields may spell messages.
+_SPELLED = ("prompt", *QUESTIONS, "context", "completion", *SIDE_NAMES, "response")
 
 
 def _with_values(record: Fields, name: DataFormat) -> Fields:
@@ -605,7 +600,7 @@ def _with_values(record: Fields, name: DataFormat) -> Fields:
         elif field in LISTS and isinstance(listed := from_json(value), list):
             found[field] = listed
         elif field in _SPELLED and not is_text:
-            found[field] = spelled_messages(value, _SPELLED[field])
+            found[field] = spelled_messages(value)
     return found
 
 

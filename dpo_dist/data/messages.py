@@ -27,10 +27,6 @@ def parse_json(content: bytes) -> Any:
     """Parse JSON in UTF-8. Raises ValueError, which does not quote it: also if a key is there twice."""
     try:
         return JSON.decode(content.decode("utf-8-sig"))
-    except json.JSONDecodeError as fault:
-        raise ValueError(f"{fault.msg} at character {fault.pos + 1}") from fault
-    except UnicodeDecodeError as fault:
-        raise ValueError(f"not UTF-8 at byte {fault.start + 1}") from fault
     except RecursionError as fault:
         raise ValueError("nested too deeply") from fault
 
@@ -122,17 +118,16 @@ def is_messages(value: Any) -> bool:
     return is_message(value) or (isinstance(value, list) and all(map(is_message, value)))
 
 
-def spelled_messages(value: Any, alone: str = "assistant") -> Any:
-    """Return the messages that a text spells as JSON, of one only with the role `alone`; else `value`."""
+def spelled_messages(value: Any) -> Any:
+    """Return the messages that a text spells as JSON; else `value`."""
     found = from_json(value)
     if not isinstance(value, str) or found is value:
         return value
-    if isinstance(found, Mapping):
-        return [found] if set(found) in _BARE_MESSAGES and role_of(found) == alone else value
     # A response may be an object with a role of its own.
-    is_conversation = bool(found) and is_messages(found)
-    roles = [message.get("role", message.get("from")) for message in found] if is_conversation else [None]
-    return found if all(role in _ALL_ROLES for role in roles) else value
+    messages = [found] if isinstance(found, Mapping) and set(found) in _BARE_MESSAGES else found
+    is_conversation = isinstance(messages, list) and bool(messages) and is_messages(messages)
+    roles = [message.get("role", message.get("from")) for message in messages] if is_conversation else [None]
+    return messages if all(role in _ALL_ROLES for role in roles) else value
 
 
 def messages_of(value: Any, role: str) -> Messages:
@@ -231,9 +226,8 @@ def _is_trained(fields: Fields) -> bool | None:
     given = {name: fields[name] for name in _WEIGHTS if fields.get(name) is not None}
     unclear = [name for name in _UNREAD_WEIGHTS if fields.get(name) is not None]
     unclear += [name for name, weight in given.items() if weight not in (0, 1)]
-    if not unclear and len(set(map(bool, given.values()))) > 1:
-        unclear = list(given)
-    if unclear:
+    if unclear or len(set(map(bool, given.values()))) > 1:
+        unclear = unclear or list(given)
         detail = f"a message has {', '.join(unclear)}; write loss_weight, 0 or 1"
         raise UnusableRecordError("unread_content", detail, tuple(unclear))
     return bool(next(iter(given.values()))) if given else None

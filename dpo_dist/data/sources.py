@@ -424,31 +424,28 @@ _USUAL_NAMES = frozenset({"data", "dev", "eval", "test", "train", "training", "v
 
 
 def source_labels(sources: Sequence[SourceConfig]) -> list[str]:
-    """Return a label for each source: its own `label`, or its name, with the folder where names are equal.
+    """Return a label for each source: its own `label`, or its name, numbered where names are equal.
 
-    Names that are equal then too are numbered. Sources with the same own `label` share it.
+    Sources with the same own `label` share it.
     """
-    names = list(map(_name, sources))
     taken, labels = {source.label for source in sources}, list[str]()
-    for source, short in zip(sources, names, strict=True):
-        name = short if names.count(short) == 1 else _name(source, folders=1)
-        numbered = (f"{name}-{number}" for number in itertools.count(2))
-        labels.append(
-            source.label or next(one for one in itertools.chain([name], numbered) if one not in taken)
-        )
+    for source in sources:
+        name = _name(source)
+        names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        labels.append(source.label or next(one for one in names if one not in taken))
         taken.add(labels[-1])
     return labels
 
 
-def _name(source: SourceConfig, folders: int = 0) -> str:
-    """Return the name of a source's file, after so many `folders` above, with subset, folder and split."""
+def _name(source: SourceConfig) -> str:
+    """Return the name of a source's file, with subset, folder and split."""
     if source.name is not None and resolved(source) is not source:
         return _safe(source.name)
     file = PurePath(source.path)
     while file.suffix in _SUFFIXES:
         file = file.with_suffix("")
     parts = [*filter(None, map(_safe, file.parts))] or ["source"]
-    shown = parts[-1 - folders - (parts[-1] in _USUAL_NAMES) :]
+    shown = parts[-2:] if parts[-1] in _USUAL_NAMES else parts[-1:]
     options = [_safe(each) for each in (source.name, source.data_dir, source.split) if each]
     return "-".join(filter(None, [*shown, *options]))
 

@@ -8,7 +8,6 @@ import os
 import sys
 from typing import TextIO
 
-from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import without_secrets
 
 _reserved: TextIO | None = None
@@ -81,16 +80,10 @@ def print_result(text: str) -> None:
     try:
         sys.stdout.write(_encodable(without_secrets(text), _encoding(sys.stdout)))
         sys.stdout.flush()
-    except BrokenPipeError:
-        _discard(sys.stdout)
     except OSError as error:
         _discard(sys.stdout)
-        raise ConfigError(
-            "the output cannot be written",
-            where="standard output",
-            got=error.strerror or str(error),
-            remedy="free disk space, or redirect the output to another file",
-        ) from None
+        if not isinstance(error, BrokenPipeError):
+            raise
 
 
 def open_closed_streams() -> None:

@@ -304,26 +304,19 @@ def console_on(stream: TextIO, settings: ConsoleConfig) -> Console:
 
 
 def print_text(kind: str, text: str, settings: ConsoleConfig) -> None:
-    """Print a text to standard output as it is, or as the field `text` of a JSON object."""
-    if settings.style is ConsoleStyle.json:
-        console_on(sys.stdout, settings).result(kind, {"text": text}, ())
-    else:
-        stream = SafeStream(sys.stdout)
-        stream.write(text)
-        stream.flush()
+    """Print a text to standard output, as lines or as the field `text` of a JSON object."""
+    console_on(sys.stdout, settings).result(kind, {"text": text}, text.splitlines())
 
 
 @contextlib.contextmanager
 def warnings_off() -> Iterator[None]:
     """Log nothing below an error in the block, and show no warnings of Python."""
-    callers = logging.root.manager.disable
-    logging.disable(max(callers, logging.WARNING))
+    logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"):
             yield
     finally:
-        logging.disable(callers)
+        logging.disable(logging.NOTSET)
 
 
 @contextlib.contextmanager

@@ -28,8 +28,6 @@ LEVEL = 0.95
 FEWEST_PROMPTS = 6
 """Prompts that an interval needs. By an even chance five have the same outcome in 2 * 0.5**5 = 6 % of cases,
 and an interval of one outcome has no width."""
-_MOST_PROMPTS = 1 << 17
-"""Prompts that are resampled one by one; more are put into this many groups, which changes no expectation."""
 _SHARES = ("rewards/accuracies", "rewards/both_fall")
 
 
@@ -50,7 +48,6 @@ def bootstrap_intervals(
     if not measured or not len(prompts):
         return {}
     _, clusters = np.unique(prompts, return_inverse=True)
-    clusters = clusters % _MOST_PROMPTS
     number = int(clusters.max()) + 1
     columns = [column for pair in measured.values() for column in pair]
     table = np.stack([np.bincount(clusters, column, number) for column in columns], axis=1)

@@ -52,7 +52,6 @@ class Recorder:
         if alarm is not None and is_new:
             headline = RULES[alarm.rule].text
             self.say(f"warning: {headline} after step {row['step']:,.0f}: {alarm.with_remedy}")
-            self.trackers.alert(headline, alarm.with_remedy)
 
     def close(self, summary: Mapping[str, Any]) -> None:
         """Write summary, curves and report page, and finish tracking; `summary["exit"]` is the outcome."""

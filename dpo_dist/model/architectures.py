@@ -1,16 +1,15 @@
 """What is known about architectures: checks of config.json, and the losses that they define for routers."""
 
+import inspect
 import sys
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from torch import nn
 
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.losses import OF_MODEL, RouterConfig
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.objective.router import AUX_LOSS, RouterLoss, routing_sums, selections
+from dpo_dist.objective.router import RouterLoss
 
 # Architectures, by `model_type`, that are exact with Liger's norms, rotary embedding and gated MLP, too
 # (tests/gpu/test_layers_gpu.py).
@@ -46,26 +45,6 @@ _FIXED_POSITIONS = frozenset({"codegen", "ctrl", "gptj", "mpt"})
 def recorded_arrangement(model_type: str) -> Arrangement:
     """Return the cheapest arrangement that may be exact for an architecture, `packed` if it is not known."""
     return Arrangement.padded if model_type in IN_ROWS else Arrangement.packed
-
-
-def check_supported(model_config: Any) -> None:
-    """Check what config.json says about log-probs of sequences; the check at start tries the model."""
-    text = model_config.get_text_config()
-    # Gemma 4 has a value by which only tokens of images see later ones.
-    if getattr(text, "use_bidirectional_attention", None) not in (None, False, "vision"):
-        raise not_causal(f"{text.model_type} with use_bidirectional_attention")
-    if not getattr(text, "is_causal", True):
-        raise not_causal(f"{text.model_type} with is_causal=false")
-
-
-def not_causal(got: str) -> ConfigError:
-    """Return the error for a model whose tokens attend to later tokens."""
-    return ConfigError(
-        "this model is not causal: its tokens attend to later tokens",
-        where="model.path",
-        got=got,
-        remedy="choose a causal language model",
-    )
 
 
 def check_positions(causal_lm: Any, max_length: int, key: str = "model.path") -> None:
@@ -114,52 +93,30 @@ def switch_off_noise(model_config: Any) -> None:
             switch_off_noise(value)
 
 
-_FUNCTION = "load_balancing_loss_func"
+# Of `load_balancing_loss_func` where it is the formula of `objective.router`: Doge's has another one.
+_PARAMETERS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
 
 
-def own_coefficient(model_config: Any) -> float | None:
-    """Return the coefficient of the load-balancing loss by config.json, 0 without; None: no such loss.
-
-    The loss is that of `objective.router`: on invented logits, the function of the model's module and this
-    package's formula give the same number.
-    """
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model_config), None)
-    if model_class is None or _FUNCTION not in vars(sys.modules[model_class.__module__]):
-        return None
-    try:
-        with torch.device("meta"):
-            facts = vars(model_class(model_config))
-    except Exception:  # a constructor can raise anything; `without_weights` names the fault
-        return None
-    experts, top_k = facts.get("num_experts"), facts.get("num_experts_per_tok")
-    if not experts or not top_k or not _is_same_loss(model_class, experts, top_k):
+def own_coefficient(causal_lm: Any) -> float | None:
+    """Return the coefficient of the load-balancing loss by config.json, 0 without; None: no such loss."""
+    function = getattr(sys.modules[type(causal_lm).__module__], "load_balancing_loss_func", None)
+    facts = vars(causal_lm)
+    is_known = function is not None and list(inspect.signature(function).parameters) == _PARAMETERS
+    if not is_known or not facts.get("num_experts") or not facts.get("num_experts_per_tok"):
         return None
     return facts.get("router_aux_loss_coef", facts.get("aux_loss_coef")) or 0.0
 
 
-def _is_same_loss(model_class: type, experts: int, top_k: int) -> bool:
-    rows = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 1.0]])
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2, rows.numel(), experts, generator=generator).unbind()
-    try:
-        expected = vars(sys.modules[model_class.__module__])[_FUNCTION](logits, experts, top_k, rows)
-    except Exception:  # a function of other arguments
-        return False
-    sums = routing_sums(logits, rows.flatten(), top_k)
-    ours = RouterLoss(1.0, None).parts(sums, selections(sums), int(rows.sum()))[AUX_LOSS]
-    return isinstance(expected, Tensor) and torch.allclose(ours, expected, rtol=1e-4)
-
-
-def router_loss(config: RouterConfig | None, model_config: Any) -> RouterLoss | None:
+def router_loss(config: RouterConfig | None, causal_lm: Any) -> RouterLoss | None:
     """Return the losses of the routers that training adds; None if `config` is None or asks for none."""
-    if config is None or not config.is_set:
+    if config is None or config == RouterConfig():
         return None
-    coefficient = own_coefficient(model_config)
+    coefficient = own_coefficient(causal_lm)
     if coefficient is None:
         raise ConfigError(
             "this model defines no load-balancing loss of routers",
             where="loss.router",
-            got=model_config.model_type,
+            got=causal_lm.config.model_type,
             expected="a mixture of experts for which transformers defines one, such as mixtral or qwen3_moe",
             remedy="remove loss.router",
         )
@@ -170,17 +127,17 @@ def router_loss(config: RouterConfig | None, model_config: Any) -> RouterLoss | 
         raise ConfigError(
             "the model's config.json has no coefficient of the load-balancing loss",
             where="loss.router.aux_coefficient",
-            got=f"{OF_MODEL} for {model_config.model_type}",
+            got=f"{OF_MODEL} for {causal_lm.config.model_type}",
             remedy="set loss.router.aux_coefficient to a number, such as 0.001",
         )
     return RouterLoss(coefficient, config.z_coefficient)
 
 
-def router_notes(config: RouterConfig | None, model_config: Any) -> list[str]:
+def router_notes(config: RouterConfig | None, causal_lm: Any) -> list[str]:
     """Return a line on the losses of the routers of a model that is trained; none without routers."""
-    if config is None or (coefficient := own_coefficient(model_config)) is None:
+    if config is None or (coefficient := own_coefficient(causal_lm)) is None:
         return []
-    if (added := router_loss(config, model_config)) is None:
+    if (added := router_loss(config, causal_lm)) is None:
         own = f" (its own coefficient is {coefficient:g})" if coefficient else ""
         return [
             "mixture of experts: trained without the router's load-balancing loss; "

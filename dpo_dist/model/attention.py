@@ -1,12 +1,9 @@
 """Attention over packed pairs by the kernel of the run, which is checked on the device before training."""
 
-import functools
 import importlib.metadata
 import inspect
-import itertools
-import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -15,15 +12,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, sliding_window_causal_mask_function
+from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 
 from dpo_dist.batching.pack import copied_to
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import ConfigError, first_line
-from dpo_dist.model.architectures import not_causal, recorded_arrangement
-from dpo_dist.model.layers import layer_configs, layer_values
+from dpo_dist.model.architectures import recorded_arrangement
+from dpo_dist.model.layers import layer_configs
 from dpo_dist.model.sdpa import (
     Layout,
     MaskRule,
@@ -32,8 +29,6 @@ from dpo_dist.model.sdpa import (
     mask_rule,
     with_one_dim,
 )
-
-log = logging.getLogger(__name__)
 
 
 def _with_temperature(module: Any, query: Tensor, positions: Tensor) -> Tensor:
@@ -96,9 +91,7 @@ class VarlenAttention:
         """See `attention.PackedAttention`."""
         cu_query, cu_key, max_query, max_key = self._lengths
         rule = None if scores.rule is None or scores.rule.is_causal(max_key) else scores.rule
-        lacking = self._lacking(query, value, scores, rule)
-        if lacking is not None:
-            _log_sdpa(self.backend, lacking)
+        if not self._computes(query, value, scores, rule):
             return self._by_segment(query, key, value, scores)
         window = None if rule is None else scores.window
         key, value = key.index_select(0, self._key_indices), value.index_select(0, self._key_indices)
@@ -126,17 +119,12 @@ class VarlenAttention:
             attended = self._varlen(query, key, value, scale, window)
         return attended[..., :dim]
 
-    def _lacking(self, query: Tensor, value: Tensor, scores: Scores, rule: MaskRule | None) -> str | None:
-        """Return what a layer needs and the kernel does not compute; None if it computes all."""
-        if scores.sinks is not None:
-            return "attention sinks"
-        if scores.softcap is not None and self.backend is AttentionBackend.varlen:
-            return "capped scores"
-        if rule is not None and (scores.window is None or rule.reach != scores.window):
-            return "masks other than sliding windows"
-        if (dim := max(query.shape[-1], value.shape[-1])) > _LARGEST_HEAD:
-            return f"heads of {dim} dimensions"
-        return None
+    def _computes(self, query: Tensor, value: Tensor, scores: Scores, rule: MaskRule | None) -> bool:
+        """Return whether the kernel has all that a layer needs."""
+        has_cap = scores.softcap is None or self.backend is AttentionBackend.flash_attention_2
+        has_mask = rule is None or (scores.window is not None and rule.reach == scores.window)
+        dim = max(query.shape[-1], value.shape[-1])
+        return scores.sinks is None and has_cap and has_mask and dim <= _LARGEST_HEAD
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """Return causal `torch.nn.attention.varlen`, which knows groups of heads since torch 2.12."""
@@ -151,11 +139,6 @@ class VarlenAttention:
         attended = varlen_attn(query, key, value, *self._lengths, **options)
         assert isinstance(attended, Tensor)
         return attended
-
-
-@functools.cache
-def _log_sdpa(backend: AttentionBackend, lacking: str) -> None:
-    log.info("attention: %s has no %s, so layers with them run on sdpa", backend, lacking)
 
 
 PACKED = "dpo_dist_packed"
@@ -191,43 +174,20 @@ def _interface(
     assert packed is not None, "the model was called without a packed layout"
     assert packed_positions is not None
     assert dropout == 0.0, "dropout is switched off when the model is loaded"
-    _check_supported(module, attention_mask, options)
+    window = options.get("sliding_window")
+    # Without a rule all earlier tokens are visible: the model's own forward applies masks only (OLMoE).
+    if window is not None and attention_mask is not None and attention_mask.reach != window:
+        raise ValueError(f"a layer has a sliding window of {window} tokens that its mask does not have")
     scores = Scores(
         scale=scaling,
         rule=attention_mask,
-        window=options.get("sliding_window"),
+        window=window,
         softcap=options.get("softcap"),
         sinks=options.get("s_aux"),
     )
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     query = _with_temperature(module, query, packed_positions)
     return packed(query, key, value, scores)[None], None
-
-
-def _check_supported(module: torch.nn.Module, rule: Any, options: dict[str, Any]) -> None:
-    """Check that packed attention computes every option of a layer exactly, for sequences of any length.
-
-    So the check at start, whose sequences are short, finds what a long one of the data would show.
-    """
-    is_causal, window, fault = options.get("is_causal"), options.get("sliding_window"), ""
-    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        raise not_causal(f"{type(module).__name__}.is_causal=false")
-    if options.get("position_bias") is not None:
-        fault = "position_bias"
-    elif options.get("softcap") is not None and options.get("s_aux") is not None:
-        fault = "both softcap and s_aux"
-    elif rule is not None and not isinstance(rule, MaskRule):
-        fault = "a mask of its own"
-    # Without a rule all earlier tokens are visible: the model's own forward applies masks only (OLMoE).
-    elif window is not None and rule is not None and rule.reach != window:
-        fault = f"a sliding window of {window} tokens that its mask does not have"
-    if fault:
-        raise ConfigError(
-            f"this architecture's attention uses {fault}, which packed attention does not compute",
-            where="model.path",
-            got=type(module).__name__,
-            remedy="choose another model; Qwen2/2.5/3, Llama, Mistral, Gemma and Phi work",
-        )
 
 
 # The layout differs in every batch, and torch.compile would compile code for each.
@@ -240,7 +200,6 @@ _FIRST_CAPABILITY = (8, 0)
 
 # Several segments, a response of one token, another of three.
 _TRIAL: Layout = ((5, 3, 7), (2, 0, 4), (130, 2, 1))
-_TRIAL_WINDOW = 6
 # Relative to the largest value. In bf16, gradients of keys and values differ by 0.013 of it (SDPA, 32 heads
 # of 128 in 8 groups); with a different mask they differ by about the largest value itself.
 _TOLERANCE = 0.05
@@ -315,30 +274,23 @@ def _has_flash_attn() -> bool:
 
 
 def check_kernel(backend: AttentionBackend, device: torch.device, text: Any, dtype: torch.dtype) -> None:
-    """Check this backend, if it is used, with the heads, windows and caps of the layers of a text model.
+    """Check this backend, if it is used, with the heads of the layers of a text model.
 
     The check at start compares no gradients: one that a kernel computes wrongly would stay unseen.
     """
     if backend is AttentionBackend.sdpa or recorded_arrangement(text.model_type) is not Arrangement.packed:
         return
-    kinds = [Scores(softcap=getattr(text, "attn_logit_softcapping", None))]
-    if any(isinstance(window, int) for window in layer_values(text, "sliding_window")):
-        function = sliding_window_causal_mask_function(_TRIAL_WINDOW)
-        rule = mask_rule(function, _TRIAL_WINDOW, device=device)
-        kinds.append(replace(kinds[0], window=_TRIAL_WINDOW, rule=rule))
-    for heads, scores in itertools.product(dict.fromkeys(heads_of_layers(text)), kinds):
-        if fault := _kernel_fault(backend, device, heads, dtype, scores):
+    for heads in dict.fromkeys(heads_of_layers(text)):
+        if fault := _kernel_fault(backend, device, heads, dtype):
             raise ConfigError(
                 "this attention kernel fails or gives wrong results on this device",
                 where="model.attention",
-                got=f"{backend}, {dtype}, {heads}, window {scores.window}, cap {scores.softcap}: {fault}",
+                got=f"{backend}, {dtype}, {heads}: {fault}",
                 remedy="set model.attention=sdpa, or another of its values",
             )
 
 
-def _kernel_fault(
-    backend: AttentionBackend, device: torch.device, heads: Heads, dtype: torch.dtype, scores: Scores
-) -> str:
+def _kernel_fault(backend: AttentionBackend, device: torch.device, heads: Heads, dtype: torch.dtype) -> str:
     """Return how outputs and gradients of a small layout differ from SDPA's in float32; empty: rounding."""
     generator, tokens = torch.Generator().manual_seed(0), sum(map(sum, _TRIAL))
     of_keys = [(heads.key, heads.dim), (heads.key, heads.value_dim)]
@@ -350,7 +302,7 @@ def _kernel_fault(
             query, key, value, slopes = (tensor.to(precision, copy=True) for tensor in rounded)
             leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
             with torch.enable_grad():
-                output = packed_attention(_TRIAL, kernel, device)(query, key, value, scores)
+                output = packed_attention(_TRIAL, kernel, device)(query, key, value, Scores())
                 found.append((output, *torch.autograd.grad(output, leaves, slopes)))
     except Exception as error:  # a kernel can raise anything
         return first_line(error)

@@ -17,7 +17,7 @@ from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import ConfigError, DeviceMemoryError, first_line
 from dpo_dist.foundation.text import first_few
-from dpo_dist.model.architectures import check_positions, check_supported, recorded_arrangement
+from dpo_dist.model.architectures import check_positions, recorded_arrangement
 from dpo_dist.model.attention import choose_backend
 from dpo_dist.model.layers import layer_values, partly_used_blocks
 from dpo_dist.model.packed import PackedCausalLM, forget_lengths
@@ -115,13 +115,7 @@ class StartCheck:
         for failure in failures:
             log.info("%s, %s", self._kind, failure)
         if model.own_logits:
-            vocabulary = model.causal_lm.config.get_text_config().vocab_size
-            log.warning(
-                "%s: log-probs are computed from all logits of the model, which takes memory for %s values "
-                "per token",
-                self._kind,
-                f"{vocabulary:,}",
-            )
+            log.warning("%s: log-probs are computed from all logits of the model at once", self._kind)
 
     def check_training(self) -> None:
         """Check that the settled model computes the same log-probs in training mode, where it stays.
@@ -351,20 +345,12 @@ def packed_for_a_while(model: PackedCausalLM | PreTrainedModel, longest: int) ->
     if isinstance(model, PackedCausalLM):
         yield model
         return
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, PreTrainedModel) or model.training:
         raise ConfigError(
-            "this is not a causal language model of transformers",
+            "this is not a causal language model of transformers in evaluation mode",
             where="model",
             got=type(model).__name__,
-            remedy="pass the result of load_model, or a PreTrainedModel: of a PeftModel, get_base_model()",
-        )
-    check_supported(model.config)
-    if model.training:
-        raise ConfigError(
-            "the model is in training mode, in which dropout makes log-probs random",
-            where="model",
-            got=type(model).__name__,
-            remedy="call model.eval(); gradients are recorded in evaluation mode too",
+            remedy="call model.eval(): dropout makes log-probs random; of a PeftModel pass get_base_model()",
         )
     head, attention = model.get_output_embeddings(), model.config._attn_implementation
     dtype = Dtype.fp32 if next(model.parameters()).dtype == torch.float32 else Dtype.bf16

@@ -14,9 +14,7 @@ from dpo_dist.foundation.errors import ConfigError, first_line
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
-"""Patterns of files that torch.save and pickle write."""
-_FOREIGN_WEIGHTS = [*PICKLED, "*.h5", "*.msgpack", "*.gguf", "*.onnx"]
+_FOREIGN_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgpack", "*.gguf", "*.onnx"]
 _TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "*.model")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 PEFT_PREFIX = "base_model.model."
@@ -26,13 +24,10 @@ LORA_WEIGHTS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
 """Ends of the names of all other weights than those of `modules_to_save`."""
 # Initializations that have moved a part of the base's weights into the adapter.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# Options of peft by which an adapter is more than low-rank matrices on linear layers.
-_OTHER_FORMS = (
-    "alora_invocation_tokens layer_replication lora_bias target_parameters trainable_token_indices use_qalora"
-)
+# Options of peft by which an adapter of low-rank matrices is more than these on linear layers.
+_OTHER_FORMS = ("alora_invocation_tokens", "layer_replication", "target_parameters", "use_qalora")
 # What an adapter is, which is read from the one that is continued.
 _FORM = ("r", "alpha", "variant", "target_modules", "modules_to_save")
-_AGAIN = "download or save the model again"
 _COMMITS: dict[tuple[str, str | None], str] = {}
 """Commits of this process's snapshots: a branch that moves while a run trains does not change its model."""
 
@@ -81,13 +76,7 @@ def local_model_folder(
         _check_files(folder, key, needs_weights=needs_weights, accepts_adapter=accepts_adapter)
         return folder
     if folder.is_file() or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise ConfigError(
-            "this model folder does not exist",
-            where=key,
-            got=path,
-            expected="a folder with config.json and weights, or org/name on the hub",
-            remedy="check the path, relative to the working directory",
-        )
+        raise _not_found(path, key, "there is no such folder")
     return None
 
 
@@ -116,9 +105,8 @@ def _snapshot(path: str, revision: str | None, key: str, ignored: list[str]) -> 
 
 
 def _not_found(path: str, key: str, reason: str) -> ConfigError:
-    named, found = ("adapter", "an adapter") if key == "model.adapter.path" else ("model", "a model")
     return ConfigError(
-        f"the {named} is neither a local folder nor {found} found on the Hugging Face Hub",
+        "the model is neither a local folder nor found on the Hugging Face Hub",
         where=key,
         got=f"{path} ({reason})",
         remedy="check the path or the hub name, and that the hub can be reached or the model is cached",
@@ -153,11 +141,8 @@ def weight_files(folder: Path) -> list[Path]:
     file = next((folder / name for name in names if (folder / name).is_file()), None)
     if file is None or not file.name.endswith(".index.json"):
         return [] if file is None else [file]
-    weight_map = read_model_json(file).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        message = "the index of the model's weights has no weight_map"
-        raise ConfigError(message, where=str(file), remedy=_AGAIN)
-    return [file, *(folder / name for name in sorted(set(map(str, weight_map.values()))))]
+    weight_map: Any = read_model_json(file)["weight_map"]
+    return [file, *(folder / name for name in sorted(set(weight_map.values())))]
 
 
 def read_model_json(file: Path) -> dict[str, object]:
@@ -173,7 +158,7 @@ def read_model_json(file: Path) -> dict[str, object]:
             where=str(file),
             got=got,
             expected="a readable file with a JSON object",
-            remedy=_AGAIN,
+            remedy="download or save the model again",
         )
     return content
 
@@ -182,49 +167,36 @@ def _check_files(
     folder: Path, key: str, *, needs_weights: bool = True, accepts_adapter: bool = False
 ) -> None:
     """Check that a folder has config.json, weights in safetensors, and no adapter beside them."""
-    has_adapter = (folder / ADAPTER_CONFIG).is_file()
     if accepts_adapter and is_adapter(folder):
-        if not (folder / ADAPTER_WEIGHTS).is_file() and any(folder.glob("adapter_model.*")):
-            raise _no_safetensors(folder, key)
-        return
-    if not (folder / CONFIG_FILE).is_file():
+        weights = [folder / ADAPTER_WEIGHTS]
+    elif (folder / ADAPTER_CONFIG).is_file():
         raise ConfigError(
-            "the model folder has no config.json",
-            where=key,
-            got=f"{folder}, an adapter" if has_adapter else str(folder),
-            expected="a transformers model: config.json, weights, tokenizer",
-            remedy="set model.path to its base and model.adapter.path to it, or merge it into its base"
-            if has_adapter
-            else "name the folder that save_pretrained wrote or that was downloaded from the hub",
-        )
-    if not needs_weights:
-        return
-    weights = weight_files(folder)
-    if not weights or any(file.suffix not in (".json", ".safetensors") for file in weights):
-        raise _no_safetensors(folder, key)
-    if has_adapter:
-        raise ConfigError(
-            "the model folder contains an adapter beside full weights",
+            "the model folder contains an adapter",
             where=key,
             got=str(folder / ADAPTER_CONFIG),
             expected="full weights only: transformers would apply the adapter to them",
-            remedy="merge the adapter into the weights, or move its files to another folder",
+            remedy="set model.path to its base and model.adapter.path to it, or merge it into its base",
         )
-
-
-def _no_safetensors(folder: Path, key: str) -> ConfigError:
-    found = sorted(file.name for pattern in PICKLED for file in folder.glob(pattern))
-    names = [name for name in found if "model" in name or "consolidated" in name]  # not a trainer's states
-    pickled = "the weights are pickled: reading such a file can run code that is in it"
-    return ConfigError(
-        pickled if names else "the model folder has no weights",
-        where=key,
-        got=f"{folder}: {', '.join(names[:3])}" if names else str(folder),
-        expected="weights in safetensors",
-        remedy="convert them once, where you trust them: save_pretrained writes safetensors"
-        if names
-        else f"set {key} to a complete model folder; save_pretrained writes safetensors",
-    )
+    elif not (folder / CONFIG_FILE).is_file():
+        raise ConfigError(
+            "the model folder has no config.json",
+            where=key,
+            got=str(folder),
+            expected="a transformers model: config.json, weights, tokenizer",
+            remedy="name the folder that save_pretrained wrote or that was downloaded from the hub",
+        )
+    else:
+        weights = weight_files(folder)
+    is_readable = all(file.suffix in (".json", ".safetensors") for file in weights)
+    if needs_weights and not (weights and weights[0].is_file() and is_readable):
+        raise ConfigError(
+            "the model folder has no weights in safetensors",
+            where=key,
+            got=str(folder),
+            expected="no pickled weights (.bin, .pt): reading them can run code that is in them",
+            remedy=f"set {key} to a complete model folder; where you trust pickled weights, "
+            "save_pretrained converts them",
+        )
 
 
 def check_weights(files: Iterable[Path], key: str) -> None:
@@ -251,15 +223,7 @@ def start_folder(config: ModelConfig) -> Path | None:
     if adapter is None or adapter.path is None:
         return None
     folder = model_folder(adapter.path, None, _ADAPTER_KEY, accepts_adapter=True)
-    if not is_adapter(folder):
-        raise ConfigError(
-            "the adapter to start from is a whole model",
-            where=_ADAPTER_KEY,
-            got=str(folder),
-            expected="a folder with adapter_config.json and without config.json",
-            remedy="set model.path to it, and remove model.adapter.path",
-        )
-    is_dora = _checked_config(folder).get("use_dora") is True
+    _check_form(folder, config)
     modules_on_disk(folder)
     given = [f"model.adapter.{name}" for name in _FORM if getattr(adapter, name) is not None]
     if given:
@@ -270,28 +234,14 @@ def start_folder(config: ModelConfig) -> Path | None:
             remedy=f"set {' '.join(f'{key}=null' for key in given)}; for a new adapter merge the first into "
             "its base, and remove model.adapter.path",
         )
-    if is_dora and config.quantization is Quantization.int8:
-        raise ConfigError(
-            "DoRA needs the norms of the base's weights, which peft cannot compute from 8-bit ones",
-            where="model.adapter.path, model.quantization",
-            got=f"{folder} with use_dora, int8",
-            remedy="set model.quantization=nf4 or null",
-        )
     return folder
 
 
 def modules_on_disk(folder: Path) -> tuple[list[str], list[str]]:
     """Return the names of the layers for which an adapter folder has matrices, and of its modules in full."""
-    try:
-        with safe_open(folder / ADAPTER_WEIGHTS, "np") as weights:
-            names = [name.removeprefix(PEFT_PREFIX) for name in weights.keys() if not is_repeated(name)]  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            "the weights of the adapter cannot be read",
-            where=_ADAPTER_KEY,
-            got=f"{folder / ADAPTER_WEIGHTS}: {first_line(error)}",
-            remedy="save or download the adapter again",
-        ) from error
+    check_weights([folder / ADAPTER_WEIGHTS], _ADAPTER_KEY)
+    with safe_open(folder / ADAPTER_WEIGHTS, "np") as weights:
+        names = [name.removeprefix(PEFT_PREFIX) for name in weights.keys() if not is_repeated(name)]  # noqa: SIM118
     found: Any = read_model_json(folder / ADAPTER_CONFIG)
     layers = {name.rpartition(".lora_")[0] for name in names if name.endswith(LORA_WEIGHTS)}
     saved = {name.rpartition(".")[0] for name in names if not name.endswith(LORA_WEIGHTS)}
@@ -314,21 +264,20 @@ def tokenizer_folder(base: Path, adapter: Path | None) -> Path:
     return adapter if adapter is not None and has_tokenizer(adapter) else base
 
 
-def _checked_config(folder: Path) -> dict[str, Any]:
-    """Return the configuration of an adapter on linear layers, in which a base keeps its weights."""
-    found: dict[str, Any] = read_model_json(folder / ADAPTER_CONFIG)
-    other = [name for name in _OTHER_FORMS.split() if found.get(name)]
+def _check_form(folder: Path, config: ModelConfig) -> None:
+    """Check that an adapter is low-rank matrices, of a base that has kept its weights and can have them."""
+    found = read_model_json(folder / ADAPTER_CONFIG)
+    other = [name for name in _OTHER_FORMS if found.get(name)]
     if found.get("peft_type") != "LORA":
         other.append(f"peft_type {found.get('peft_type')}")
-    if found.get("bias", "none") != "none":
-        other.append(f"bias: {found['bias']}")
     if found.get("ensure_weight_tying") and found.get("modules_to_save"):
         other.append("modules_to_save with ensure_weight_tying")
+    if found.get("use_dora") and config.quantization is Quantization.int8:
+        other.append("DoRA on an 8-bit base, of which peft cannot compute the norms")
     if (init := str(found.get("init_lora_weights", True)).lower()).startswith(_CHANGES_BASE):
         other.append(f"init_lora_weights: {init}, which has changed the weights of the base")
     if other:
         raise _unsupported(folder, ", ".join(other))
-    return found
 
 
 def _unsupported(folder: Path, got: str) -> ConfigError:

@@ -24,7 +24,6 @@ from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig, Quantiz
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.model.architectures import (
     SAMPLING_ROUTERS,
-    check_supported,
     recorded_arrangement,
     switch_off_noise,
 )
@@ -126,24 +125,14 @@ def check_same_vocabulary(
     Without a tokenizer in its folder only the number of ids is compared.
     """
     vocabulary = tokenizer.get_vocab()
-    ids_needed = max(vocabulary.values()) + 1
     ids = load_config(folder, config).get_text_config().vocab_size
-    if ids < ids_needed:
-        raise ConfigError(
-            f"the model of {key} has fewer token ids than the tokenizer of model.path",
-            where=key,
-            got=f"{folder} with {ids} token ids",
-            remedy=f"set {key} to a model with the tokenizer of model.path",
-        )
-    if not has_tokenizer(folder):
-        return
-    own_vocabulary = load_tokenizer(folder, config).get_vocab()
-    differing = [token for token, number in vocabulary.items() if own_vocabulary.get(token) != number]
+    own = load_tokenizer(folder, config).get_vocab() if has_tokenizer(folder) else vocabulary
+    differing = [token for token, number in vocabulary.items() if number >= ids or own.get(token) != number]
     if differing:
         raise ConfigError(
-            f"the tokenizer of {key} has other ids for the same tokens",
+            f"the model of {key} has other token ids than the tokenizer of model.path",
             where=key,
-            got=f"{folder}: {len(differing)} of {len(vocabulary)} tokens differ, "
+            got=f"{folder} with {ids} token ids: {len(differing)} of {len(vocabulary)} tokens differ, "
             f"for example {', '.join(map(repr, sorted(differing)[:3]))}",
             remedy=f"set {key} to a model with the tokenizer of model.path",
         )
@@ -167,7 +156,6 @@ def load_packed(
     """
     backend = choose_backend(config.attention, config.dtype, device)
     model_config = load_config(folder, config, key)
-    check_supported(model_config)
     text = model_config.get_text_config()
     if sequence is not None:
         check_shared_tokens(model_config, sequence.ranks)

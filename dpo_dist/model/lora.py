@@ -56,7 +56,6 @@ def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int, start: Pa
     lora.revision = config.revision
     if not isinstance(lora.target_modules, str):  # a pattern
         lora.target_modules = sorted(lora.target_modules)  # a set: its order would differ between starts
-    model.register_state_dict_post_hook(_keep_trained)  # type: ignore[no-untyped-call]
 
 
 def load_adapter(model: PackedCausalLM, folder: Path, key: str = "evaluation.model") -> None:
@@ -287,13 +286,6 @@ def _saved_modules(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
     return {
         name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)
     }
-
-
-def _keep_trained(model: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    """Remove frozen weights from a state dict: those of the base are in its own files."""
-    trained = {prefix + name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for name in [name for name in state if name not in trained]:
-        del state[name]
 
 
 @torch.no_grad()

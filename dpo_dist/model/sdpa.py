@@ -14,8 +14,6 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from dpo_dist.model.architectures import not_causal
-
 Layout = tuple[tuple[int, ...], ...]
 """For each example the lengths of its pieces: prompt, response, response, ..."""
 
@@ -75,11 +73,6 @@ class MaskRule:
             use_vmap=self.by_element,
             device=self.device,
         )[0, 0]
-        # transformers' own rules are causal: they need no synchronization with the device.
-        if self.reach is None and self.function is not causal_mask_function:
-            later = torch.ones_like(mask).triu(keys - queries + 1)
-            if bool((mask & later).any()):
-                raise not_causal("a layer's attention mask")
         return mask
 
 

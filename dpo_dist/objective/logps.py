@@ -51,14 +51,10 @@ class PairLogps:
     def minus(self, reference: "PairLogps") -> "PairLogps":
         """Return log-ratios of the same responses; nan for a ranked response that the reference lacks."""
         shapes = [
-            [len(each.chosen), 2 if each.between is None else 2 + each.between.shape[1]]
-            for each in (self, reference)
+            [of.chosen.shape, None if of.between is None else of.between.shape] for of in (self, reference)
         ]
         if shapes[0] != shapes[1]:
-            raise ValueError(
-                "policy and reference log-probs have different [pairs, responses]: "
-                f"{shapes[0]} and {shapes[1]}"
-            )
+            raise ValueError(f"policy and reference log-probs are of different responses: {shapes}")
         between = None
         if self.between is not None and reference.between is not None:
             assert self.between_tokens is not None

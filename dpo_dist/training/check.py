@@ -74,8 +74,8 @@ def _described_model(config: RunConfig) -> tuple[str, PreTrainedTokenizerBase]:
     folder = description_folder(config.model.path, config.model.revision, "model.path")
     start = start_folder(config.model)
     tokenizer = load_tokenizer(tokenizer_folder(folder, start), config.model)
-    model_config, _ = checked_model(config, folder, start)
-    router_loss(config.loss.router, model_config)
+    model_config, causal_lm = checked_model(config, folder, start)
+    router_loss(config.loss.router, causal_lm)
     check_template_keys(config.data, tokenizer)
     return f"{folder}, {model_config.model_type}, {len(tokenizer):,} tokens", tokenizer
 

@@ -30,7 +30,6 @@ from dpo_dist.data.records import Part, eval_part, train_part
 from dpo_dist.distributed.zero import whole_loading
 from dpo_dist.model.architectures import (
     check_positions,
-    check_supported,
     router_loss,
     router_notes,
     training_notes,
@@ -162,12 +161,12 @@ def _load(
     flops, weights = step_flops(causal_lm), sum(map(torch.numel, causal_lm.parameters()))
     if trains:
         world.together(lambda: check_device(config.model, model_config.model_type, world.device))
-    router = router_loss(routers, model_config)
+    router = router_loss(routers, causal_lm)
     notes = training_notes(model_config, config.data.max_length)
     if not tokenizer.eos_token:
         notes.append(_NO_END)
     notes += base_notes(config.model, start)
-    for note in [*router_notes(routers, model_config), *notes]:
+    for note in [*router_notes(routers, causal_lm), *notes]:
         run.say(note)
     vocabulary = model_config.get_text_config().vocab_size
     with run.console.heartbeat("reading the model's files to identify them"):
@@ -199,7 +198,6 @@ def checked_model(
 ) -> tuple[PreTrainedConfig, PreTrainedModel]:
     """Return the policy's configuration, and the model with its adapter on the meta device, both checked."""
     model_config = load_config(folder, config.model)
-    check_supported(model_config)
     check_shared_tokens(model_config, config.parallelism.sequence_parallel)
     causal_lm = without_weights(model_config, config.model, start)
     check_positions(causal_lm, config.data.max_length)

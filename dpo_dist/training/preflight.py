@@ -26,6 +26,7 @@ from dpo_dist.model.folder import (
     tokenizer_folder,
     weight_files,
 )
+from dpo_dist.training.resume import check_newest_checkpoint
 
 # The extra that installs a package, if it has another name.
 _EXTRAS = {"bitsandbytes": "quantization", "liger-kernel": "liger"}
@@ -50,10 +51,12 @@ def started(config: RunConfig, *, trains: bool = False) -> Iterator[Console]:
 def check_start(config: RunConfig, *, trains: bool = False) -> None:
     """Check everything that needs no torch, network or other processes.
 
-    Only processes on the first node check. `trains`: whether there is an optimizer, which may need a package.
+    Only processes on the first node check. `trains`: whether the run has an optimizer and may be resumed.
     """
     if os.environ.get("RANK", "0") != os.environ.get("LOCAL_RANK", "0"):
         return
+    if trains:
+        check_newest_checkpoint(config)
     if LossKind.custom in config.loss.kinds:
         find_function(config.loss.function)
     _check_packages(config, trains=trains)

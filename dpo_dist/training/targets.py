@@ -23,7 +23,7 @@ from dpo_dist.data.sources import check_has_evaluation_data
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.text import first_few
-from dpo_dist.model.folder import CONFIG_FILE, local_model_folder
+from dpo_dist.model.folder import local_model_folder
 
 if TYPE_CHECKING:
     from dpo_dist.training.inputs import EvaluationInputs
@@ -92,15 +92,6 @@ def find_exported(config: RunConfig) -> tuple[list[Path], Path]:
             remedy="give run.dir and keys of export only: without model.path, others are those of the run",
         )
     sources = [Path(member.path).expanduser() for member in config.export.average]
-    for folder in sources:
-        if not (folder / CONFIG_FILE).is_file():
-            raise ConfigError(
-                "a member of the average is no model folder",
-                where="export.average",
-                got=str(folder),
-                expected="folders of whole models, as `export` (with export.merge=true of an adapter) writes",
-                remedy="export each checkpoint first, and name the folders",
-            )
     name = "average"
     if not sources:
         sources = [_checkpoint(run, config.export.checkpoint)]
@@ -119,15 +110,8 @@ def find_exported(config: RunConfig) -> tuple[list[Path], Path]:
 
 def _checkpoint(run: RunFolder, named: str) -> Path:
     found = checkpoint_folders(run.checkpoints)
-    if not found:
-        raise ConfigError(
-            "this run has no checkpoint",
-            where="run.dir",
-            got=str(run),
-            remedy=f"use its model {run.model}" if run.model.is_dir() else "train it until its first one",
-        )
     best = next(iter(best_checkpoints(run.checkpoints)), "best")
-    name = {"best": best, "latest": found[0].name}.get(named, named)
+    name = {"best": best, "latest": found[0].name if found else named}.get(named, named)
     step = step_of(name)
     folder = next((one for one in found if step_of(one.name) == step), None)
     if folder is None:
@@ -135,7 +119,7 @@ def _checkpoint(run: RunFolder, named: str) -> Path:
             "this run does not have this checkpoint",
             where=_CHECKPOINT,
             got=named,
-            expected=", ".join(other.name for other in found),
-            remedy="name one of them; a run with trainer.keep_best has a best one",
+            expected=", ".join(other.name for other in found) or f"{run} has no checkpoint",
+            remedy=f"name one of them (with trainer.keep_best there is a best one), or use {run.model}",
         )
     return folder

@@ -111,7 +111,7 @@ def test_a_quantized_reference_has_entries_of_its_own_and_is_not_the_policys_sta
 
 
 def test_the_adapter_and_its_checkpoint_score_as_in_the_run(trained: Path) -> None:
-    assert "(adapter)" in evaluate([f"run.dir={trained}"], processes=2)
+    assert "evaluating" in evaluate([f"run.dir={trained}"], processes=2)
     assert_equals_the_run(trained)
     evaluate([f"run.dir={trained}", f"evaluation.model={trained}/checkpoints/step-000004"])
     assert_equals_the_run(trained)

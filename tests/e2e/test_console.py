@@ -57,7 +57,7 @@ def test_a_run_prints_json_objects_only(overrides: Overrides, assets: Path, tmp_
     shown = [error[name] for name in ("kind", "where", "exit_code")]
     assert shown == ["error", "command line: loss.beta=0", refused.code]
     diverged = run_verb("train", overrides(*evaluated, "optim.lr=1e30", f"run.dir={tmp_path}/other"))
-    assert [each["kind"] for each in objects(diverged.output)][-2:] == ["error", "summary"]
+    assert [each["kind"] for each in objects(diverged.output)][-2:] == ["summary", "error"]
 
 
 def test_a_reader_that_goes_away_does_not_end_a_run(overrides: Overrides, tmp_path: Path) -> None:

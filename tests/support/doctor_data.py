@@ -8,7 +8,7 @@ from typing import Any
 
 from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.insight.doctor.examine import Diagnosis, examine
-from dpo_dist.insight.doctor.findings import Finding, Level, with_thresholds
+from dpo_dist.insight.doctor.findings import Finding, Level
 from dpo_dist.insight.doctor.shown_pairs import Part, ShownPair
 from tests.support.records import assistant, user
 
@@ -60,14 +60,13 @@ def examined(
     evaluation: Sequence[Mapping[str, Any]] = (),
     tokenizer: Any = None,
     config: Mapping[str, Any] | None = None,
-    thresholds: Mapping[str, float] | None = None,
     **options: Any,
 ) -> Diagnosis:
     """Return the report on one training source and, if given, one evaluation source."""
     sources = [SourceConfig(path=write(folder / "train.jsonl", train))]
     eval_sources = [SourceConfig(path=write(folder / "eval.jsonl", evaluation))] if evaluation else []
     data = DataConfig(train=sources, eval=eval_sources, processes=1, **(config or {}))
-    return examine(data, tokenizer, with_thresholds(thresholds), **options)
+    return examine(data, tokenizer, **options)
 
 
 def of_rule(report: Diagnosis, rule: str) -> list[Finding]:

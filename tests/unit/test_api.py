@@ -107,7 +107,7 @@ def test_what_is_no_run_no_store_no_model_and_no_pair_is_named(tmp_path: Path) -
     with pytest.raises(ReferenceModelError) as raised:
         api.open_stores(tmp_path / "missing")
     assert raised.value.where == str(tmp_path / "missing")
-    with pytest.raises(ConfigError, match="load_model"):
+    with pytest.raises(ConfigError, match="not a causal language model"):
         api.token_logps("model", [])  # type: ignore[arg-type]
     model = tiny_causal_lm(tiny_config("llama")).eval()
     assert api.token_logps(model, []) == []
@@ -124,7 +124,7 @@ def test_a_model_in_training_mode_is_an_error_and_one_in_evaluation_mode_is_left
     modules, attention = dict(plain.named_modules()), plain.config._attn_implementation
     responses = tuple(np.full(length, 7, dtype=np.int32) for length in (3, 9))
     pair = EncodedExample(np.arange(5, 14, dtype=np.int32), responses)
-    with pytest.raises(ConfigError, match="training mode"):
+    with pytest.raises(ConfigError, match="in evaluation mode"):
         api.pair_logps(plain, [pair])
     assert api.pair_logps(plain.eval(), [pair]).chosen.requires_grad
     ids = torch.arange(3, 23)[None]

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from datasketch import MinHash, MinHashLSH
 
 from dpo_dist.config.schema import DataConfig
-from dpo_dist.insight.doctor.findings import Finding, Level, Rules
+from dpo_dist.insight.doctor.findings import RULES, Finding, Level
 from dpo_dist.insight.doctor.observe import Facts
 from dpo_dist.insight.doctor.sources import Source
 from dpo_dist.insight.doctor.texts import EMPTY_SKETCH, SIGNATURE_NUMBERS, Signature
@@ -93,8 +93,8 @@ def opposite(records: Sequence[Facts]) -> Partners:
 class Comparison:
     """The readable records of all sources, compared."""
 
-    def __init__(self, sources: Sequence[Source], rules: Rules, config: DataConfig):
-        self._rules, self._drops_eval_prompts = rules, config.drop_eval_prompts
+    def __init__(self, sources: Sequence[Source], config: DataConfig):
+        self._drops_eval_prompts = config.drop_eval_prompts
         self._records = [record for source in sources for record in source.readable]
         self._source = [source for source in sources for _ in source.readable]
         self._is_eval = [
@@ -141,7 +141,7 @@ class Comparison:
         is_dropped = rule == "train_eval_leak" and self._drops_eval_prompts
         removed = "data.drop_eval_prompts removes it from the training data"
         detail = removed if is_dropped else self._other_numbers(found)
-        count = self._rules[rule].count
+        count = RULES[rule].count
         for finding in count(len(found), sum(self._is_eval), None, self._origins(found.items()), detail):
             yield replace(finding, level=Level.note, remedy="none is needed") if is_dropped else finding
 
@@ -158,7 +158,7 @@ class Comparison:
         else:
             by_source = ", ".join(f"{count} in {source.label}" for source, count in counts.items())
             detail = "; ".join(filter(None, (by_source, detail)))
-        yield from self._rules[rule].count(len(found), of, label, examples, detail)
+        yield from RULES[rule].count(len(found), of, label, examples, detail)
 
     def _within_a_part(self, found: Partners) -> Partners:
         """Leave out records of training and evaluation data in common, which are a leak with its own rule."""

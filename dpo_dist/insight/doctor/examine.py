@@ -27,7 +27,7 @@ from dpo_dist.data.sources import pinned, source_labels
 from dpo_dist.data.store import EncodedSource
 from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
 from dpo_dist.insight.doctor.duplicates import Comparison
-from dpo_dist.insight.doctor.findings import Finding, Level, Rules, most_serious_first, with_thresholds
+from dpo_dist.insight.doctor.findings import Finding, Level, most_serious_first
 from dpo_dist.insight.doctor.margins import compare_with_store
 from dpo_dist.insight.doctor.observe import Observer
 from dpo_dist.insight.doctor.shown_pairs import ShownPair, show_pairs
@@ -65,8 +65,7 @@ class Diagnosis:
 
 def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | None = None) -> Diagnosis:
     """Encode and examine the data of a run; nothing is trained, and no weights are loaded."""
-    data, rules = config.data, with_thresholds(config.doctor.thresholds)
-    tokenizer, files, prepared = None, None, None
+    data, tokenizer, files, prepared = config.data, None, None, None
     if config.model.path != NO_MODEL:
         from dpo_dist.model.load import load_config, load_tokenizer  # noqa: PLC0415  (slow)
 
@@ -77,12 +76,10 @@ def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | Non
         prepared = prepare(
             config, tokenizer, files, vocab_size, lambda source: progress(f"encoding {source}", "record")
         )
-    found = examine(
-        data, tokenizer, rules, benchmark, lambda source: progress(f"examining {source}", "record")
-    )
+    found = examine(data, tokenizer, benchmark, lambda source: progress(f"examining {source}", "record"))
     if prepared is not None:
         datasets, refusals = prepared
-        store, findings = compare_with_store(config, found.sources, datasets, rules)
+        store, findings = compare_with_store(config, found.sources, datasets)
         findings += found.findings
         if _REFUSING_RULES.isdisjoint(one.rule for one in findings):
             findings = [*map(_refused, refusals), *findings]
@@ -95,7 +92,6 @@ def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | Non
 def examine(
     config: DataConfig,
     tokenizer: "PreTrainedTokenizerBase | None",
-    rules: Rules,
     benchmark: Benchmark | None = None,
     progress: Progress = no_progress,
 ) -> Diagnosis:
@@ -117,8 +113,8 @@ def examine(
                 found.add(chunk)
                 show(len(found.records))
         sources.append(found)
-        findings += found.findings(rules)
-    across, compared = Comparison(sources, rules, config).result()
+        findings += found.findings()
+    across, compared = Comparison(sources, config).result()
     return Diagnosis(
         [source.report() for source in sources], across, most_serious_first([*findings, *compared])
     )

@@ -1,15 +1,13 @@
 """Findings: rules that the data or a run break, with numbers and a remedy; the doctor's rules."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from dpo_dist.config.mistakes import suggestion
-from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import percent
 
 Level = StrEnum("Level", ["note", "warning", "error"])
@@ -96,24 +94,7 @@ class DataRule(Rule):
 _TABLE: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("rules.yaml").read_text(encoding="utf-8"))
 KINDS: Mapping[str, list[str]] = _TABLE.pop("kinds")
 RULE_OF = {kind: rule for rule, kinds in KINDS.items() for kind in kinds}
-Rules = Mapping[str, DataRule]
-RULES: Rules = {
+RULES = {
     name: DataRule(Level(level), text, remedy, name, threshold)
     for name, (level, threshold, text, remedy) in _TABLE.items()
 }
-
-
-def with_thresholds(thresholds: Mapping[str, float] | None) -> Rules:
-    """Return the rules, some with other thresholds. Raises ConfigError for an unknown rule."""
-    thresholds = thresholds or {}
-    if unknown := sorted(thresholds.keys() - RULES.keys()):
-        raise ConfigError(
-            "the doctor has no such rule",
-            where="doctor.thresholds",
-            got=", ".join(unknown),
-            expected="a rule of docs/doctor.md",
-            remedy=f"{suggestion(unknown[0], RULES)}see docs/doctor.md",
-        )
-    return {
-        name: replace(rule, threshold=thresholds.get(name, rule.threshold)) for name, rule in RULES.items()
-    }

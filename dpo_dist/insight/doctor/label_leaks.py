@@ -20,7 +20,7 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.preprocessing import StandardScaler
 
 from dpo_dist.foundation.text import percent
-from dpo_dist.insight.doctor.findings import Finding, Rules
+from dpo_dist.insight.doctor.findings import RULES, Finding
 from dpo_dist.insight.doctor.texts import GROUPS
 
 Keys: TypeAlias = npt.NDArray[np.uint64]
@@ -96,35 +96,42 @@ def leak_tests(
         columns[GROUPS.get(name, words)].append(column)
     tests: list[LeakTest] = []
     for group, members in columns.items():
-        names = [vectorizer.feature_names_[column] for column in members]
-        if group in _WORDS and different >= _FEWEST_PROMPTS_OF_GROUPS:
-            tests += _tests_of_words(table[:, members], names, group, prompts)
-        elif group not in _WORDS:
-            block = table[:, members]
-            tests += [_single_test(block[:, at], prompts, name, group) for at, name in enumerate(names)]
-            if len(members) > 1 and different >= _FEWEST_PROMPTS_OF_GROUPS:
-                scaled = StandardScaler(with_mean=False).fit(sparse.vstack([block, -block])).transform(block)
-                tests.append(_test(scaled, prompts, group, group))
+        kept = tested = members
+        if group in _WORDS:
+            kept, tested = _of_words(table, members)
+        if group not in _WORDS or different >= _FEWEST_PROMPTS_OF_GROUPS:
+            names = vectorizer.feature_names_
+            tests += [_test(table[:, [column]], prompts, names[column], group) for column in tested]
+        if len(kept) > 1 and different >= _FEWEST_PROMPTS_OF_GROUPS:
+            tests.append(_test(table[:, kept], prompts, group, group))
     known = prompts[: len(languages)]
     if len(np.unique(known)) >= _FEWEST_PROMPTS:
-        tests.append(_single_test(np.reshape(languages, (-1, 1)), known, LANGUAGE, "language"))
+        tests.append(_test(np.reshape(languages, (-1, 1)), known, LANGUAGE, "language"))
     return sorted(tests, key=lambda test: -test.accuracy)
 
 
-def _single_test(difference: Matrix, prompts: Keys, name: str, group: str) -> LeakTest:
-    """Test one feature: the chosen side has more of it, or less, as the other folds suggest."""
-    signs = sparse.csr_matrix(difference).sign()
-    detail = "" if not signs.sum() else _MORE if signs.sum() > 0 else _LESS
-    return _test(signs, prompts, name, group, detail)
+def _of_words(table: Matrix, columns: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Return the columns of words but for words of few pairs, and the most one-sided of the frequent ones."""
+    block = table[:, columns]
+    counts, sums = block.getnnz(axis=0), np.abs(np.asarray(block.sum(axis=0)).ravel())
+    kept = [at for at in range(len(columns)) if counts[at] >= _MIN_WORD_PAIRS]
+    frequent = [at for at in kept if counts[at] >= _MIN_DIFFERS * block.shape[0]]
+    frequent.sort(key=lambda at: -interval((counts[at] + sums[at]) / 2, int(counts[at]))[0])
+    return [columns[at] for at in kept], [columns[at] for at in frequent[:1]]
 
 
-def _test(block: Matrix, prompts: Keys, name: str, group: str, detail: str = "") -> LeakTest:
-    """Test a linear classifier of these features, each fold guessed by the others.
+def _test(block: Matrix, prompts: Keys, name: str, group: str) -> LeakTest:
+    """Test a linear classifier of a group, or the direction of a feature: each fold is guessed by the others.
 
     Each pair is learnt in both orders. Pairs of the same prompt are not independent, so the interval counts
     prompts.
     """
-    block = sparse.csr_matrix(block)
+    block, detail = sparse.csr_matrix(block), ""
+    if block.shape[1] == 1:
+        block = block.sign()
+        detail = "" if not block.sum() else _MORE if block.sum() > 0 else _LESS
+    elif group not in _WORDS:
+        block = StandardScaler(with_mean=False).fit(sparse.vstack([block, -block])).transform(block)
     pairs = block.shape[0]
     scores = np.zeros(pairs)
     if block.nnz:
@@ -153,18 +160,7 @@ def interval(successes: float, trials: int, standard_errors: float = _STANDARD_E
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def _tests_of_words(block: Matrix, words: Sequence[str], group: str, prompts: Keys) -> Iterator[LeakTest]:
-    """Yield the tests of the words of a group, but for words of few pairs, and of the most one-sided one."""
-    counts, sums = block.getnnz(axis=0), np.abs(np.asarray(block.sum(axis=0)).ravel())
-    kept = np.flatnonzero(counts >= _MIN_WORD_PAIRS)
-    if frequent := [at for at in kept.tolist() if counts[at] >= _MIN_DIFFERS * len(prompts)]:
-        most = max(frequent, key=lambda at: interval((counts[at] + sums[at]) / 2, int(counts[at]))[0])
-        yield _single_test(block[:, most], prompts, words[most], group)
-    if len(kept):
-        yield _test(block[:, kept], prompts, group, group)
-
-
-def leak_findings(tests: Sequence[LeakTest], rules: Rules, source: str) -> Iterator[Finding]:
+def leak_findings(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
     """Yield the findings about label leaks.
 
     A group of features counts if it reveals the chosen response better than the length, which is a finding of
@@ -175,13 +171,13 @@ def leak_findings(tests: Sequence[LeakTest], rules: Rules, source: str) -> Itera
         groups[test.group].append(test)
     explained = 0.0
     for length in groups.pop("length", ()):
-        if length.exceeds(rules["length_bias"].threshold):
+        if length.exceeds(RULES["length_bias"].threshold):
             explained = length.accuracy + _ADDS
             side = "shorter" if length.detail == _LESS else "longer"
             detail = f"the {side} one is chosen in {percent(length.accuracy)} of the pairs"
-            yield from rules["length_bias"].value(length.accuracy, length.pairs, source, detail)
+            yield from RULES["length_bias"].value(length.accuracy, length.pairs, source, detail)
     for group, own in groups.items():
-        rule, test = rules["style_bias" if group in _STYLE else "label_leak"], own[0]
+        rule, test = RULES["style_bias" if group in _STYLE else "label_leak"], own[0]
         if test.exceeds(rule.threshold) and test.accuracy > explained:
             best = next(one for one in own if one.detail)
             detail = (
@@ -189,12 +185,12 @@ def leak_findings(tests: Sequence[LeakTest], rules: Rules, source: str) -> Itera
                 f"held-out pairs are guessed ({best.feature}, {best.detail}, {percent(best.accuracy)})"
             )
             yield from rule.value(test.accuracy, test.pairs, source, detail)
-    yield from _one_sided_forms(tests, rules, source)
+    yield from _one_sided_forms(tests, source)
 
 
-def _one_sided_forms(tests: Sequence[LeakTest], rules: Rules, source: str) -> Iterator[Finding]:
+def _one_sided_forms(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
     """Yield the finding of features that few pairs have, and these almost always on the same side."""
-    rule, leak = rules["one_sided_form"], rules["label_leak"].threshold
+    rule, leak = RULES["one_sided_form"], RULES["label_leak"].threshold
     found = [
         test
         for test in tests

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.insight.doctor.findings import Finding, Rules
+from dpo_dist.insight.doctor.findings import RULES, Finding
 from dpo_dist.insight.doctor.sources import distribution
 from dpo_dist.model.folder import description_folder, start_folder
 from dpo_dist.reference.store import LogpStore, Values, known_fingerprints
@@ -26,7 +26,6 @@ def compare_with_store(
     config: RunConfig,
     sources: Sequence[dict[str, Any]],
     datasets: Sequence[Sequence[PreferenceDataset]],
-    rules: Rules,
 ) -> tuple[dict[str, Any], list[Finding]]:
     """Look up the pairs of all sources in the reference store; set the `margins` of each source's report.
 
@@ -46,7 +45,7 @@ def compare_with_store(
     for source, of_source in zip(sources, datasets, strict=True):
         table, origins = stored_pairs(store, of_source)
         if origins:
-            margins, source["margins"], found = margin_findings(table, origins, source["label"], rules)
+            margins, source["margins"], found = margin_findings(table, origins, source["label"])
             findings += found
             low, high = np.percentile(margins, (0.5, 99.5)) + (np.ptp(margins) == 0) * np.array([-0.5, 0.5])
             use["margins"][source["label"]] = distribution(margins, np.linspace(low, high, _BINS + 1))
@@ -116,7 +115,7 @@ def _counted(values: Values | None, mask: slice | npt.NDArray[np.bool_]) -> Valu
 
 
 def margin_findings(
-    table: npt.NDArray[np.float64], origins: Sequence[str], source: str, rules: Rules
+    table: npt.NDArray[np.float64], origins: Sequence[str], source: str
 ) -> tuple[npt.NDArray[np.float64], dict[str, float], list[Finding]]:
     """Judge the pairs of a source by the reference's length-normalised margins.
 
@@ -140,5 +139,5 @@ def margin_findings(
         "reference_solved": float((margins >= far).mean()),
     }
     extreme = found[np.argsort((margins / noise)[found], kind="stable")]
-    rule, examples = rules["reference_disagrees"], [origins[index] for index in extreme]
+    rule, examples = RULES["reference_disagrees"], [origins[index] for index in extreme]
     return margins, facts, list(rule.count(len(found), len(margins), source, examples, records="pairs"))

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.counts import EMPTY_REMEDY, remedy_of
 from dpo_dist.generation.text_facts import language_of, shares
-from dpo_dist.insight.doctor.findings import KINDS, RULE_OF, RULES, Finding, Rules
+from dpo_dist.insight.doctor.findings import KINDS, RULE_OF, RULES, Finding
 from dpo_dist.insight.doctor.label_leaks import LeakTest, leak_findings, leak_tests
 from dpo_dist.insight.doctor.observe import SIDES, Facts, PairFacts
 
@@ -173,35 +173,35 @@ class Source:
             "median_gap": float(np.median(scores[:, 0] - scores[:, 1])),
         }
 
-    def findings(self, rules: Rules) -> Iterator[Finding]:
+    def findings(self) -> Iterator[Finding]:
         """Yield the findings about the source, without those that compare records."""
-        yield from self._of_reading(rules)
+        yield from self._of_reading()
         for name in RULES:
             origins = self.named.get(name, [])
             kinds = {kind: len(self.named.get(kind, ())) for kind in KINDS.get(name, ())}
             detail = ", ".join(
                 f"{kind.replace('_', ' ')} in {count}" for kind, count in kinds.items() if count
             )
-            yield from rules[name].count(len(origins), len(self.readable), self.label, origins, detail)
-        yield from leak_findings(self.leaks, rules, self.label)
+            yield from RULES[name].count(len(origins), len(self.readable), self.label, origins, detail)
+        yield from leak_findings(self.leaks, self.label)
         known = [pair for _, *pair in self._languages if None not in pair]
         if len(known) >= _MIN_LANGUAGES:
             differing = sum(chosen != rejected for chosen, rejected in known)
-            yield from rules["language_differs"].count(
+            yield from RULES["language_differs"].count(
                 differing, len(known), self.label, records="sampled records"
             )
 
-    def _of_reading(self, rules: Rules) -> Iterator[Finding]:
+    def _of_reading(self) -> Iterator[Finding]:
         read, dropped = len(self.records), sum(len(records) for _, records in self._dropped)
         if not self._kept:
             remedy = remedy_of(self._dropped[0][0]) if self._dropped else EMPTY_REMEDY
-            found = rules["no_records"].value(1, read, self.label, f"{read} were read")
+            found = RULES["no_records"].value(1, read, self.label, f"{read} were read")
             yield from (replace(finding, remedy=remedy) for finding in found)
         elif dropped > self._config.max_bad_share * read:
             detail = f"{dropped} of {read} records"
-            yield from rules["too_many_dropped"].value(dropped / read, dropped, self.label, detail)
+            yield from RULES["too_many_dropped"].value(dropped / read, dropped, self.label, detail)
         for reason, records in self._dropped:
             first, origins = records[0], [one.origin for one in records]
             detail = f"{reason} ({first.detail})" if first.detail else reason
-            for finding in rules["dropped"].count(len(records), read, self.label, origins, detail):
+            for finding in RULES["dropped"].count(len(records), read, self.label, origins, detail):
                 yield replace(finding, remedy=remedy_of(reason))

@@ -1,24 +1,22 @@
 """README.md of a trained model: metadata for the hub, results, data and settings."""
 
-import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from dpo_dist.config.identity import settings
 from dpo_dist.config.losses import KINDS, LossKind
-from dpo_dist.config.metrics import MAIN, METRICS, PREFIX
+from dpo_dist.config.metrics import MAIN, PREFIX
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ExportedWeights, RunConfig, SourceConfig
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import counted, without_secrets
 from dpo_dist.insight.console import evaluation_rows
-from dpo_dist.insight.evaluation import results_name
 
 Row = Mapping[str, Any]
 
@@ -41,10 +39,8 @@ def inert(value: object) -> Markup:
 
 def code(value: object) -> Markup:
     """Return a value on one line as a code span, also within a table."""
-    line = printable(" ".join(str(value).split())).replace("|", "\\|")
-    fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)
-    space = " " if line.startswith("`") or line.endswith("`") else ""
-    return Markup(f"{fence}{space}{line or ' '}{space}{fence}")  # noqa: S704
+    line = printable(" ".join(str(value).split())).replace("|", "\\|").replace("`", "'")
+    return Markup(f"`{line or ' '}`")  # noqa: S704
 
 
 def model_card(
@@ -81,7 +77,7 @@ def model_card(
         training=_training(config),
         versions=[(code(name), code(version)) for name, version in versions.items()],
     )
-    metadata = _metadata(config, summary, evaluation).to_yaml()
+    metadata = _metadata(config).to_yaml()
     text: str = without_secrets(re.sub(r"\n{3,}", "\n\n", str(body)))
     return text.replace("METADATA", metadata, 1) + "\n"
 
@@ -113,16 +109,13 @@ def _title(config: RunConfig) -> str:
     return f"{_model_name(config.model.path).rpartition('/')[2]}-{'+'.join(config.loss.kinds)}"
 
 
-def _metadata(config: RunConfig, summary: Row, evaluation: Mapping[str, Row]) -> ModelCardData:
+def _metadata(config: RunConfig) -> ModelCardData:
     base, is_adapter = hub_name(config.model.path), config.model.adapter is not None
     datasets = [name for source in config.data.train if (name := _hub_dataset(source)) is not None]
-    results = list(_results(config, summary, evaluation))
     kind = "dpo" if LossKind.sigmoid in config.loss.kinds else str(config.loss.kinds[0])
     metadata = ModelCardData(
         base_model=base,
         datasets=list(dict.fromkeys(datasets)) or None,
-        eval_results=results or None,
-        model_name=_title(config) if results else None,
         library_name="peft" if is_adapter else "transformers",
         pipeline_tag="text-generation",
         tags=["dpo-dist", "preference-optimization", kind, *(["lora"] if is_adapter else [])],
@@ -136,27 +129,6 @@ def _sources(config: RunConfig, summary: Row, part: str) -> list[tuple[Row, Sour
     """Return the counts of each source of `train` or `eval`, and the source."""
     sources = config.data.train if part == "train" else config.data.eval_sources
     return list(zip(summary["data"][part]["sources"], sources, strict=True))
-
-
-def _results(config: RunConfig, summary: Row, evaluation: Mapping[str, Row]) -> Iterator[EvalResult]:
-    """Yield the metrics of each label; of a label of several sources, the hub gets the first one's name."""
-    first: dict[str, SourceConfig] = {}
-    for counts, source in _sources(config, summary, "eval") if evaluation else ():
-        first.setdefault(results_name(counts["label"]), source)
-    for label, row in list(evaluation.items())[1 if len(evaluation) > 1 else 0 :]:
-        dataset, name = _hub_dataset(first[label]), str(without_secrets(label))
-        for key in MAIN:
-            value, title = row.get(PREFIX + key), METRICS[key].title
-            if value is not None and math.isfinite(value):
-                yield EvalResult(
-                    task_type="text-generation",
-                    dataset_type=dataset or name,
-                    dataset_name=name,
-                    dataset_split=first[label].split if dataset else None,
-                    metric_type=title,
-                    metric_name=title if key == "loss" else f"{title} of the reward",
-                    metric_value=round(float(value), 4),
-                )
 
 
 def _data(config: RunConfig, summary: Row) -> Iterator[list[object]]:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import psutil
 from accelerate.tracking import TensorBoardTracker
 
-from dpo_dist.config.identity import settings, title
+from dpo_dist.config.identity import title
 from dpo_dist.config.metrics import PREFIX
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import DEFAULT_PROJECT, OtherTracker, RunConfig, WandbMode
@@ -147,10 +147,6 @@ class WandbRun:
         """Send a row under the names of `wandb_names`, unless wandb has it: its step was computed twice."""
         self._rows.append(row)
         self._do(lambda: self._send(row, len(self._rows) - 1, margins))
-
-    def alert(self, title: str, text: str) -> None:
-        """Raise an alert of wandb."""
-        self._do(lambda: self.run.alert(title=title, text=text))
 
     def finish(self, outcome: str, summary: Fields) -> None:
         """Close the run: verdict, summary (as in `summary.json`), outcome."""
@@ -305,10 +301,6 @@ class InBackground:
         """Send one metrics row later, in order."""
         self._calls.put(lambda run: run.log(row, margins))
 
-    def alert(self, title: str, text: str) -> None:
-        """Raise an alert later, in order."""
-        self._calls.put(lambda run: run.alert(title, text))
-
     def finish(self, outcome: str, summary: Fields, seconds: float) -> None:
         """Close the run; return after about `seconds` even if a call does not return."""
         self._calls.put(lambda run: run.finish(outcome, summary))
@@ -343,14 +335,11 @@ class InBackground:
 class TensorBoard:
     """TensorBoard's event files, by accelerate's tracker; a resumed run replaces its later steps."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, rows: Sequence[Row]):
+    def __init__(self, folder: RunFolder, rows: Sequence[Row]):
         place = folder.tensorboard
         self._received = place_of(rows[-1]) if rows and any(place.glob("events.*")) else -1.0
         self._tracker = TensorBoardTracker(place.name, place.parent, purge_step=int(self._received) + 1)
         self._tracker.start()
-        if not rows:
-            lines = [f"    {name}: {value}" for name, value in without_secrets(settings(config)).items()]
-            self._tracker.tracker.add_text("settings", "\n".join(lines))
         for row in rows:
             self.log(row)
 
@@ -359,9 +348,6 @@ class TensorBoard:
         if place_of(row) > self._received:
             self._tracker.log(wandb_names(row), step=int(row["step"]))
             self._received = place_of(row)
-
-    def alert(self, title: str, text: str) -> None:
-        """Nothing: it has no alarms."""
 
     def finish(self, outcome: str, summary: Fields, seconds: float) -> None:  # noqa: ARG002
         """Close the files."""
@@ -380,10 +366,6 @@ class Trackers:
     def log(self, row: Row, margins: Margins | None = None) -> None:
         """Send one metrics row, and the margins of its evaluation; does not wait for a server."""
         self._each(lambda tracker: tracker.log(row, margins))
-
-    def alert(self, title: str, text: str) -> None:
-        """Show an alarm; does not wait for a server."""
-        self._each(lambda tracker: tracker.alert(title, text))
 
     def finish(self, outcome: str, summary: Fields, seconds: float = _FINISH_SECONDS) -> None:
         """Close all; waits at most `seconds` for each."""
@@ -421,5 +403,5 @@ def open_trackers(
         start = partial(open_wandb, config, folder, stop, list(rows), environment)
         trackers.append(InBackground(start, say, folder))
     if OtherTracker.tensorboard in config.tracking.also:
-        trackers.append(TensorBoard(config, folder, rows))
+        trackers.append(TensorBoard(folder, rows))
     return Trackers(trackers, say)

@@ -216,13 +216,12 @@ def _last_value(line: Line, end: float) -> str:
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart of one or more metrics; `by_source` of its metric by source, only means, as they are many."""
+    """A chart of one or more metrics."""
 
     title: str
     keys: tuple[str, ...]
     is_log: bool = False
     is_smoothed: bool = True
-    by_source: bool = False
 
 
 IMAGE_PANELS = (
@@ -238,7 +237,6 @@ PANELS = (
     *IMAGE_PANELS[:4],
     Panel("Log-prob per token", ("logps/chosen_per_token", "logps/rejected_per_token")),
     Panel("Distance from the reference", ("kl/chosen", "kl/rejected")),
-    Panel("Accuracy by source", ("rewards/accuracies",), by_source=True),
     Panel("Length of generated responses", ("samples/length",)),
     Panel("Generated responses that end", ("samples/finished",)),
     *IMAGE_PANELS[4:],
@@ -256,27 +254,20 @@ def charts(rows: Rows) -> list[Markup]:
 
 
 def panel_lines(panel: Panel, rows: Rows) -> Iterator[Line]:
-    """Yield the lines of a panel: of each metric its values, their moving mean and those of evaluations.
-
-    A panel by source has the first sources only, as many as there are colours.
-    """
+    """Yield the lines of a panel: of each metric its values, their moving mean and those of evaluations."""
     steps = [row for row in rows if "loss" in row]
     known = set().union(*rows)
     labels = {key: key.split("/")[-1].removesuffix("_per_token") for key in panel.keys}
     if len(panel.keys) == 1:
         labels = {panel.keys[0]: METRICS[panel.keys[0]].title}
-    if panel.by_source:
-        prefix = f"{panel.keys[0]}/"
-        names = sorted({name for key in known if (name := key.removeprefix(PREFIX)).startswith(prefix)})
-        labels = {name: name.removeprefix(prefix) for name in names[: len(COLORS)]}
     for key, label in labels.items():
         if key in known:
             raw = _line(panel, label, "raw", steps, key)
             mean = raw.smoothed() if panel.is_smoothed else raw
-            yield from [mean] if mean is raw or panel.by_source else [raw, mean]
+            yield from [mean] if mean is raw else [raw, mean]
         if evaluated := [row for row in rows if PREFIX + key in row]:
             yield _line(panel, label, "evaluation", evaluated, PREFIX + key)
-    if panel.keys == ("loss",) and not panel.by_source:
+    if panel.keys == ("loss",):
         counts = accumulate((row.get("loss_spikes", 0.0) for row in steps), max, initial=0.0)
         pairs = zip(steps, counts, strict=False)
         if spikes := [row for row, before in pairs if row.get("loss_spikes", 0.0) > before]:

@@ -12,12 +12,12 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation import files
 from dpo_dist.foundation.streams import printable
-from dpo_dist.foundation.text import counted, number, percent, without_secrets
+from dpo_dist.foundation.text import counted, number, without_secrets
 from dpo_dist.insight.console import aligned
 from dpo_dist.insight.doctor.examine import Diagnosis
 from dpo_dist.insight.doctor.findings import Finding, Level
 from dpo_dist.insight.pages.charts import histogram
-from dpo_dist.insight.pages.render import joined_origins, page
+from dpo_dist.insight.pages.render import page
 
 FORMAT = 1
 """Version of the schema of doctor.json, in docs/doctor.md."""
@@ -91,24 +91,13 @@ def overview(sources: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list
     """Return titles and rows of the table of all sources."""
     rows = []
     for source in sources:
-        read, kept, held_out, prefix = (source[key] for key in ("read", "kept", "held_out", "prefix"))
+        read, kept, held_out = (source[key] for key in ("read", "kept", "held_out"))
         data = "eval" if source["is_eval"] else "train"
         data = data if held_out is None else f"{kept - held_out:,} train and {held_out:,} eval"
         numbers = map(number, (read, kept, read - kept, source["pairs"]))
         lengths = (_median(source["sides"].get(side)) for side in ("chosen", "rejected"))
-        saved = f"{percent(prefix['share'])} of tokens" if prefix else ""
-        rows.append([source["label"], data, *numbers, *lengths, saved])
-    return [
-        "source",
-        "data",
-        "read",
-        "kept",
-        "dropped",
-        "examples",
-        "chosen",
-        "rejected",
-        "prompts save",
-    ], rows
+        rows.append([source["label"], data, *numbers, *lengths])
+    return ["source", "data", "read", "kept", "dropped", "examples", "chosen", "rejected"], rows
 
 
 def _median(side: Mapping[str, Any] | None) -> str:
@@ -139,8 +128,7 @@ def _shares(shares: Mapping[str, float]) -> list[tuple[str, float]]:
 def diagnosis_lines(diagnosis: Diagnosis, folder: RunFolder) -> list[str]:
     """Return the report for a screen, each line without control characters."""
     titles, rows = overview(diagnosis.sources)
-    table = [titles[:-1], *(row[:-1] for row in rows)]
-    lines = [*aligned(table, numbers=range(2, len(titles))), ""]
+    lines = [*aligned([titles, *rows], numbers=range(2, len(titles))), ""]
     if diagnosis.model is None:
         lines.append("without a model (model.path): only texts are examined, not tokens")
     if diagnosis.store is not None:
@@ -149,6 +137,6 @@ def diagnosis_lines(diagnosis: Diagnosis, folder: RunFolder) -> list[str]:
         lines.append(f"{finding.level} {finding.rule} {finding.source or ''}".rstrip())
         lines += [f"  {finding.text}", f"  to do: {finding.remedy}"]
         if finding.examples:
-            lines.append(f"  first: {joined_origins(finding.examples, _SHOWN_EXAMPLES)}")
+            lines.append(f"  first: {'; '.join(finding.examples[:_SHOWN_EXAMPLES])}")
     counts = ", ".join(count for _, count in counts_by_level(diagnosis.findings))
     return list(map(printable, [*lines, counts or "no findings", f"page: {folder.doctor_page}"]))

@@ -84,11 +84,6 @@ def flat(fields: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", text(value)
 
 
-def joined_origins(examples: Sequence[str], most: int = 5) -> str:
-    """Return the first origins: "data.jsonl:3; data.jsonl:9, data.jsonl:2" (of a group of records)."""
-    return "; ".join(examples[:most])
-
-
 _ENVIRONMENT = Environment(
     loader=FileSystemLoader(_TEMPLATES),
     autoescape=True,
@@ -106,7 +101,6 @@ _ENVIRONMENT.filters |= {
     # Names in backticks get the font of code.
     "coded": lambda sentence: Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(inert(sentence)))),  # noqa: S704
     "number": number,
-    "origins": joined_origins,
     "percent": percent,
     "size": size,
 }

@@ -116,10 +116,8 @@ def _first_bad_value(facts: RunFacts, index: int, broken: Sequence[str]) -> str:
         cause = f"the learning rate is too high: {symptom}"
     elif "loss" not in row:
         cause = "the evaluation data have pairs for which the policy gives no finite value"
-    elif quantity == "loss":
-        cause = "the formula of the loss has no finite value for log-probs that are finite"
     elif not quantity.startswith("logps/"):
-        cause = "the backward overflows: loss and log-probs are finite, the gradient is not"
+        cause = "the log-probs are finite, the loss or its gradient is not"
     elif before.steps:
         cause = "an update damaged the weights: the learning rate is too high, or its warm-up too short"
     else:
@@ -139,14 +137,9 @@ def _beta_wrong(facts: RunFacts) -> Iterator[str]:
     if nats is None or start is None or end is None or facts.setting("loss.kind") not in _LOGISTIC:
         return
     change = f"the log-prob of chosen minus rejected changed by {nats:.2g} nats"
-    if beta >= 1 and abs(nats) <= 5:
-        rise = next(_rise_of_loss(facts), None)
-        fall = max((fall for _, fall in _falls_of_chosen(facts)), default=math.inf)
-        if end <= 0.01 * max(start, math.log(2)):
-            loss = f"{start:.2g} -> {end:.2g}"
-            yield f"loss.beta={number(beta)} is too large: the loss is used up ({loss}) after only {change}"
-        elif rise is not None and fall <= 1:
-            yield f"loss.beta={number(beta)} is too large: {rise}, although {change}"
+    if beta >= 1 and abs(nats) <= 5 and end <= 0.01 * max(start, math.log(2)):
+        loss = f"{start:.2g} -> {end:.2g}"
+        yield f"loss.beta={number(beta)} is too large: the loss is used up ({loss}) after only {change}"
     elif nats >= 2 and (losses := _loss_that_stayed(facts)):
         yield f"loss.beta={number(beta)} is too small: the loss stays at {losses} although {change}"
 
@@ -201,15 +194,12 @@ def _falls_of_chosen(facts: RunFacts) -> list[tuple[float, float]]:
 
 
 def _distance(facts: RunFacts) -> Iterator[str]:
-    is_other = facts.setting("reference.path") is not None  # the policy does not start as the reference
-    # An evaluation has other pairs than the first steps.
-    rows = facts.steps if is_other else facts.last_rows
-    distances = [row["kl/rejected"] for row in rows if not math.isnan(row.get("kl/rejected", math.nan))]
-    if not distances:
+    rows, key = facts.last_rows, "kl/rejected"
+    distances = [row[key] for row in rows if not math.isnan(row.get(key, math.nan))]
+    if not distances or facts.setting("reference.path") is not None:  # it does not start as the reference
         return
     # Infinite: beyond float32. Evaluations have the same pairs; of steps some tokens can decide one row.
-    typical = 1 if rows is facts.evaluations else max(3, len(distances) // 4)
-    kl = median(distances[-typical:]) - (median(distances[:3]) if is_other else 0.0)
+    kl = median(distances[-1 if rows is facts.evaluations else -max(3, len(distances) // 4) :])
     if kl > 1:
         shown = f"{kl:.2g} nats" if math.isfinite(kl) else "more nats than float32 can express"
         yield (
@@ -344,10 +334,8 @@ def _rise_of_evaluation_loss(facts: RunFacts) -> Iterator[str]:
 @_rule
 def _over_optimised(facts: RunFacts) -> Iterator[str]:
     if symptoms := ", ".join(_worse_samples(facts)):
-        sampled = [row for row in facts.evaluations if any(key.startswith("samples/") for key in row)]
-        is_known = any(key.startswith(_REFERENCE) for row in sampled for key in row)
-        start = "the reference" if is_known else f"step {sampled[0]['step']:.0f}"
-        yield f"{symptoms} compared with {start}"
+        is_known = any(key.startswith(_REFERENCE) for row in facts.evaluations for key in row)
+        yield f"{symptoms} compared with {'the reference' if is_known else 'the first samples'}"
 
 
 def _worse_samples(facts: RunFacts) -> Iterator[str]:

@@ -45,7 +45,7 @@ CASES = [
     # Content.
     Case("empty file", "data.train=[empty.jsonl]", "the source has no records", "empty.jsonl",
          before=written("empty.jsonl", ""), to_do="check the path"),
-    Case("unknown columns", "data.train=[odd.jsonl]", "no record can be used", "(fields: frage, gut",
+    Case("unknown columns", "data.train=[odd.jsonl]", "5 of 5 records cannot be used", "(fields: frage, gut",
          before=written("odd.jsonl", '{"frage": "a", "gut": "b", "schlecht": "c"}\n' * 5),
          to_do="name the columns of the source"),
     Case("column that no record has", of("columns: {prompt: frage}"),
@@ -55,7 +55,7 @@ CASES = [
          "1 of 23 records cannot be used", "a.jsonl", "unparsable 1", joins=True,
          before=written("a.jsonl", PAIR * 22 + "{\n"), to_do="check how the file was written"),
     Case("all of it held out", "data.eval=[train.jsonl] data.drop_eval_prompts=true",
-         "no training data are left", joins=True, to_do="set data.drop_eval_prompts=false"),
+         "no training data are left", joins=True, to_do="data.drop_eval_prompts=false"),
     Case("limit of nothing", of("limit: 0"), "cannot have this value", "data.train[0].limit", "0",
          to_do="set data.train[0].limit to a whole number or null, >= 1"),
 ]

@@ -57,8 +57,8 @@ def test_a_module_in_a_package_imports_its_neighbours(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "name", "said"),
     [
-        (SOURCE, None, "needs a function"),
-        (SOURCE, "own_fault", "not the name of a function"),
+        (SOURCE, None, "is not found"),
+        (SOURCE, "own_fault", "is not found"),
         (SOURCE, "nowhere_at_all:mine", "is not found"),
         (SOURCE, "math:exp", "is not found"),
         (SOURCE, "own_fault:other", "cannot be imported"),

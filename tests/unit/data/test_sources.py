@@ -216,7 +216,7 @@ NO_SIDE, OTHER = (json.dumps(one).encode() + b"\n" for one in (TEXT | {"rejected
     [
         # Sorted data may begin with records that are dropped.
         (NO_SIDE * 100 + b"{\n" * 100 + lines("q"), None, "drop"),
-        (NO_SIDE * 100, "no record can be used", "drop"),
+        (NO_SIDE * 100, "100 of 100 records cannot be used", "drop"),
         (lines(*map(str, range(21))) + OTHER, None, "error"),
         (OTHER + lines("q"), "unknown_format", "error"),
     ],
@@ -263,8 +263,8 @@ of = SourceConfig
         ([of("/data/hh/train.jsonl"), of("/data/uf/train.jsonl")], "hh-train uf-train"),
         ([of("/data/hh/*.jsonl"), of("/data/hh/**/part-*.parquet")], "hh part"),
         ([of("/my pairs (new).jsonl"), of("folder/"), of("データ/選択.jsonl")], "my-pairs-new folder 選択"),
-        ([of("a.jsonl"), of("b/a.jsonl"), of("b/a.csv"), of("b-a-2")], "a b-a b-a-2 b-a-2-2"),
-        ([of("o/d", split="a"), of("o/d", split="b"), of("o/d", split="b", weight=2.0)], "d-a o-d-b o-d-b-2"),
+        ([of("a.jsonl"), of("b/a.jsonl"), of("b/a.csv"), of("a-2")], "a a-2 a-3 a-2-2"),
+        ([of("o/d", split="a"), of("o/d", split="b"), of("o/d", split="b", weight=2.0)], "d-a d-b d-b-2"),
         ([of("o/d", name="en"), of("o/set")], "d-en set"),
         ([of("a/p.csv", label="math"), of("b/p.csv", label="math"), of("math.csv")], "math math math-2"),
     ],

@@ -143,7 +143,12 @@ def samples(prompts: float, **late: float) -> list[Row]:
 
 LOST = {"logps/chosen": math.nan, "loss": math.nan, "grad_norm": math.nan}
 FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
-    ("diverged", rows(late=BROKEN, since=12), {}, "that are finite; the loss was the first value"),
+    (
+        "diverged",
+        rows(late=BROKEN, since=12),
+        {},
+        "the loss or its gradient is not; the loss was the first value",
+    ),
     ("diverged", rows(late=COLLAPSED, since=11), {"exit": "diverged"}, "collapsed: from step 11 on"),
     ("diverged", rows(), {"bad_steps": 2}, "in 2 steps of 20, which taught nothing"),
     (
@@ -179,7 +184,7 @@ FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
         "diverged",
         rows(late={"grad_norm": math.inf}, since=12),
         {},
-        "the gradient is not; the gradient norm was",
+        "gradient is not; the gradient norm was",
     ),
     ("diverged", rows(late={"eval_loss": math.nan}), {}, "the evaluation data have pairs"),
 ]

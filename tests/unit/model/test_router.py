@@ -9,7 +9,7 @@ from dpo_dist.config.losses import RouterConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import own_coefficient, router_loss
 from dpo_dist.objective.router import AUX_LOSS, RouterLoss, routing_sums, selections
-from tests.support.families import tiny_config, tiny_family
+from tests.support.families import tiny_causal_lm, tiny_config, tiny_family
 from tests.support.packing import random_pairs
 from tests.support.padded import padded_inputs, rows_of
 from tests.unit.model.test_architectures import SHAPES
@@ -21,7 +21,7 @@ LOSS = RouterLoss(1.0, None)
 def test_the_formula_is_that_of_families_with_other_routers(model_type: str) -> None:
     """Their packed forward is the matter of other tests: here the recorded logits are those of the model."""
     causal_lm = tiny_family(model_type)
-    assert own_coefficient(causal_lm.config)
+    assert own_coefficient(causal_lm)
     input_ids, mask = padded_inputs([(prompt, ids[:-1]) for prompt, ids in rows_of(random_pairs(SHAPES))])
     outputs = causal_lm(input_ids=input_ids, attention_mask=mask, output_router_logits=True, use_cache=False)
     sums = routing_sums(outputs.router_logits, mask.flatten().float(), causal_lm.num_experts_per_tok)
@@ -30,11 +30,11 @@ def test_the_formula_is_that_of_families_with_other_routers(model_type: str) -> 
 
 
 def test_the_coefficient_is_that_of_the_model_or_of_the_user() -> None:
-    config = tiny_config("mixtral", router_aux_loss_coef=0.125)
-    assert router_loss(RouterConfig(), config) is None
-    assert router_loss(RouterConfig("model", 0.5), config) == RouterLoss(0.125, 0.5)
-    assert router_loss(RouterConfig(2.0), config) == RouterLoss(2.0, None)
-    assert router_loss(RouterConfig(z_coefficient=0.5), config) == RouterLoss(None, 0.5)
+    causal_lm = tiny_causal_lm(tiny_config("mixtral", router_aux_loss_coef=0.125))
+    assert router_loss(RouterConfig(), causal_lm) is None
+    assert router_loss(RouterConfig("model", 0.5), causal_lm) == RouterLoss(0.125, 0.5)
+    assert router_loss(RouterConfig(2.0), causal_lm) == RouterLoss(2.0, None)
+    assert router_loss(RouterConfig(z_coefficient=0.5), causal_lm) == RouterLoss(None, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -49,5 +49,5 @@ def test_a_loss_that_the_model_does_not_define_is_refused(
     model_type: str, own: dict[str, Any], router: RouterConfig, named: str
 ) -> None:
     with pytest.raises(ConfigError, match=named) as raised:
-        router_loss(router, tiny_config(model_type, **own))
+        router_loss(router, tiny_causal_lm(tiny_config(model_type, **own)))
     assert raised.value.remedy

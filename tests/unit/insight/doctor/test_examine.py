@@ -90,17 +90,12 @@ def test_clean_pairs_raise_no_alarm(count: int, seed: int, tmp_path: Path) -> No
     assert alarms(examined(tmp_path, clean_pairs(count, seed), clean_pairs(20, 99))) == []
 
 
-def test_a_finding_up_to_the_threshold_is_a_note_and_an_unknown_rule_an_error(tmp_path: Path) -> None:
-    pairs = clean_pairs(20)
-    PLANTED["html_entity"](pairs[0])
-    for share, level in ((0.05, Level.note), (0.049, Level.warning)):
-        [finding] = of_rule(examined(tmp_path, pairs, thresholds={"broken_text": share}), "broken_text")
-        assert finding.level is level
-    leak = RULES["label_leak"]
-    assert [len(list(leak.value(share, 100, "a", ""))) for share in (0.65, 0.66)] == [0, 1]
-    with pytest.raises(ConfigError, match="no such rule") as caught:
-        examined(tmp_path, clean_pairs(1), thresholds={"duplicate": 0.1})
-    assert "duplicates" in str(caught.value)
+def test_a_finding_up_to_the_threshold_is_a_note() -> None:
+    assert [one.level for count in (1, 2) for one in RULES["dropped"].count(count, 100, "a")] == [
+        Level.note,
+        Level.warning,
+    ]
+    assert [len(list(RULES["label_leak"].value(share, 100, "a", ""))) for share in (0.65, 0.66)] == [0, 1]
 
 
 def test_copies_and_contradictions_are_found_within_a_source_and_across(tmp_path: Path) -> None:
@@ -110,7 +105,7 @@ def test_copies_and_contradictions_are_found_within_a_source_and_across(tmp_path
     first, second = [*pairs, pairs[5], near], [*clean_pairs(10, 1), pairs[9], swapped]
     files = [write(tmp_path / f"{name}.jsonl", records) for name, records in (("a", first), ("b", second))]
     config = DataConfig(train=[SourceConfig(path=file) for file in files], processes=1)
-    report = examine(config, None, RULES)
+    report = examine(config, None)
     found = {
         (one.rule, one.source and Path(one.source).stem): one.count
         for one in report.findings
@@ -201,7 +196,7 @@ def test_tools_that_the_template_does_not_render_are_an_error(tmp_path: Path) ->
 def test_the_report_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
     path = write(tmp_path / "train.jsonl", clean_pairs(70))
     one, two = (
-        examine(DataConfig(train=[SourceConfig(path=path)], processes=processes), None, RULES)
+        examine(DataConfig(train=[SourceConfig(path=path)], processes=processes), None)
         for processes in (1, 2)
     )
     assert one == two
@@ -280,7 +275,7 @@ FINDINGS: dict[str, tuple[str, str]] = {
 def test_the_findings_about_real_data_are_the_known_ones_and_quote_no_text(name: str) -> None:
     assert SHARED is not None
     file, counts = SHARED / name, Counter[str]()
-    report = examine(DataConfig(train=[SourceConfig(path=str(file))], processes=1), None, RULES)
+    report = examine(DataConfig(train=[SourceConfig(path=str(file))], processes=1), None)
     for finding in report.findings:
         counts[finding.rule] += finding.count
     alarms = {finding.rule for finding in report.findings if finding.level is not Level.note}

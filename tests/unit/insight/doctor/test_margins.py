@@ -17,7 +17,6 @@ from dpo_dist.config.schema import (
 )
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
-from dpo_dist.insight.doctor.findings import RULES
 from dpo_dist.insight.doctor.margins import find_stored, margin_findings, stored_pairs
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
@@ -109,9 +108,9 @@ def test_pairs_that_the_reference_orders_against_the_labels_by_far() -> None:
     per_token[:, 7], per_token[:, 8], per_token[:, 9] = (-3.5, -1), (-2.9, -1), (-0.2, -2.9)
     table = np.concatenate([40 * per_token, np.full((2, 100), 40.0)])
     origins = [f"a:{index}" for index in range(100)]
-    margins, facts, [finding] = margin_findings(table, origins, "a", RULES)
+    margins, facts, [finding] = margin_findings(table, origins, "a")
     assert margins == pytest.approx(per_token[0] - per_token[1])
     assert (finding.rule, finding.examples) == ("reference_disagrees", ("a:7", "a:8"))
     assert (facts["reference_disagrees"], facts["reference_solved"]) == (0.02, 0.01)
     # The margin of a single token is within noise.
-    assert margin_findings(np.array([[-5.0], [-0.1], [1], [1]]), ["a:1"], "a", RULES)[2] == []
+    assert margin_findings(np.array([[-5.0], [-0.1], [1], [1]]), ["a:1"], "a")[2] == []

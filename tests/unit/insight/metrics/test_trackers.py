@@ -186,14 +186,13 @@ def test_a_run_has_tables_histograms_its_verdict_and_values_of_the_environment(
     assert all(Path(path).is_relative_to(tmp_path) for path in staged)
 
 
-def test_starts_of_a_run_are_one_run_with_every_row_and_alert_once(tmp_path: Path) -> None:
+def test_starts_of_a_run_are_one_run_with_every_row_once(tmp_path: Path) -> None:
     run_dir, run_ids, said = tmp_path / "a-run-12345678", set(), list[str]()
     for known, computed, end in ((0, 2, "preempted"), (1, 4, "killed"), (3, 5, "completed")):
         tracker = open_in(run_dir, rows=ROWS[:known], environment={"torch": "2.13.0"}, say=said.append)
         run_ids.add(tracker.run.id)
         for row in ROWS[known:computed]:
             tracker.log(row)
-            tracker.alert("an alarm", f"of step {row['step']}")
         if end == "killed":
             time.sleep(2.0)  # wandb writes its file once a second
             kill_service()
@@ -209,8 +208,6 @@ def test_starts_of_a_run_are_one_run_with_every_row_and_alert_once(tmp_path: Pat
     assert history_rows(run_dir)[4]["train/global_step"] == 4
     assert [record.exit_code for record in records_of(run_dir, "exit")] == [75, 0]
     assert len(records_of(run_dir, "preempting")) == 1
-    steps = [alert.text for alert in records_of(run_dir, "alert")]
-    assert steps == [f"of step {step}" for step in (1, 2, 2, 2, 3, 3, 4)]
     run = records_of(run_dir, "run")[0]
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert (config["model"]["path"], config["environment"]) == ("org/model", {"torch": "2.13.0"})
