@@ -42,8 +42,6 @@ CASES = [
          verb="export", run=""),
     Case("report about no run", "nowhere", "no run directory", "nowhere", "no such folder",
          verb="report", run="", to_do="name the run.dir of a run"),
-    Case("report about a file", "train.jsonl", "no run directory", "train.jsonl", "a file",
-         verb="report", run="", to_do="name the run.dir of a run"),
 ]
 # fmt: on
 
