@@ -274,7 +274,9 @@ def plain(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def locked(path: Path, owner: str, remedy: str) -> Iterator[int]:
+def locked(
+    path: Path, owner: str, remedy: str = "wait until it ends, or set another run.dir"
+) -> Iterator[int]:
     """Open or create a file for appending and lock it until the context ends; yield its descriptor.
 
     `owner` is the other process, as the subject of the error, if it has the lock. On a file system without

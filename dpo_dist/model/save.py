@@ -32,7 +32,6 @@ from dpo_dist.model.folder import (
 from dpo_dist.model.lora import TRAINED
 
 _KEY = "export.average"
-_DTYPE_KEYS = ("dtype", "torch_dtype")
 # How a model reads images and sounds.
 _PROCESSORS = "*processor_config.json"
 _TOKENIZER_FILES = (
@@ -98,9 +97,8 @@ def write_description(file: Path, content: dict[str, Any], dtype: torch.dtype) -
     content.pop("transformers_weights", None)  # names a file of the base
     name = str(dtype).removeprefix("torch.")
     for part in (content, *(value for value in content.values() if isinstance(value, dict))):
-        named = {key for key in _DTYPE_KEYS if key in part}
-        if (part is content and not named) or any(part[key] != name for key in named):
-            part.pop("torch_dtype", None)
+        former = part.pop("torch_dtype", None)
+        if part is content or former is not None or "dtype" in part:
             part["dtype"] = name
     file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

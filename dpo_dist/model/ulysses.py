@@ -54,15 +54,13 @@ def check_shared_tokens(model_config: Any, ranks: int) -> None:
     """
     text = model_config.get_text_config()
     for heads in heads_of_layers(text):
-        divisors = [n for n in range(1, heads.query + 1) if heads.query % n == 0]
-        possible = [n for n in divisors if heads.key % n == 0 or n % heads.key == 0]
-        if ranks not in possible:
+        if heads.query % ranks or (heads.key % ranks and ranks % heads.key):
             raise ConfigError(
                 "the attention heads of this model cannot be divided among so many ranks",
                 where=KEY,
                 got=f"{ranks}, and the model has {heads.query} query heads and {heads.key} key heads",
-                expected=f"one of {', '.join(map(str, possible))}",
-                remedy=f"set {KEY} to one of them",
+                expected="a divisor of the query heads that divides the key heads, or is a multiple of them",
+                remedy=f"set {KEY} to such a number",
             )
     if ranks > 1 and recorded_arrangement(text.model_type) is not Arrangement.packed:
         raise cannot_be_shared(text.model_type, ranks)

@@ -295,19 +295,16 @@ def check_custom_loss(config: LossConfig, device: torch.device | None = None) ->
     except ConfigError:
         raise
     except (Exception, SystemExit) as error:  # the user's code can raise anything, and call sys.exit
-        raise _error(f"{type(error).__name__}: {error}", "a function that raises no error") from error
+        raise _error(f"{type(error).__name__}: {error}") from error
     if losses.is_complex() or not losses.isfinite().all():
-        fault, wanted = "values that are not finite real numbers", "finite losses for finite log-probs"
-    elif not gradients:
-        fault, wanted = "a loss without a gradient", "a loss computed from policy.chosen or policy.rejected"
-    elif not all(gradient.isfinite().all() for gradient in gradients):
-        fault, wanted = "gradients that are not finite", "finite gradients for finite log-probs"
-    elif not torch.allclose(first, losses[:1]):
-        fault = f"{losses[0].item():g} for the first pair among three, {first.item():g} for it alone"
-        wanted = "a loss of each pair that does not depend on the other pairs (no mean, no sorting over them)"
-    else:
-        return f"custom loss {find_function(config.function)}"
-    raise _error(f"{fault}; {losses.tolist()}", wanted)
+        raise _error(f"losses that are not finite real numbers: {losses.tolist()}")
+    if not gradients:
+        raise _error("a loss without a gradient by policy.chosen or policy.rejected")
+    if not all(gradient.isfinite().all() for gradient in gradients):
+        raise _error("gradients that are not finite")
+    if not torch.allclose(first, losses[:1]):  # as with a mean or sorting over them
+        raise _error(f"{losses[0].item():g} for the first pair among three, {first.item():g} for it alone")
+    return f"custom loss {find_function(config.function)}"
 
 
 def _try(columns: Tensor, config: LossConfig) -> tuple[Tensor, list[Tensor]]:
@@ -321,11 +318,11 @@ def _try(columns: Tensor, config: LossConfig) -> tuple[Tensor, list[Tensor]]:
     return losses, [gradient for gradient in gradients if gradient is not None]
 
 
-def _error(got: str, expected: str) -> ConfigError:
+def _error(got: str) -> ConfigError:
     return ConfigError(
         "the loss function cannot be used for training",
         where="loss.function",
         got=f"on three invented pairs: {got}",
-        expected=expected,
+        expected="finite losses with finite gradients, each of its own pair alone",
         remedy="correct the function; docs/python.md describes its arguments and what it must return",
     )

@@ -123,8 +123,8 @@ def locked(run: Run) -> Iterator[None]:
     """Lock the run directory until this start ends, and remove what a killed one was writing. Collective."""
     folder, world = run.folder, run.world
     with contextlib.ExitStack() as lock:
-        owner, remedy = "is training in this run directory", "wait for it to end, or set another run.dir"
-        world.on_main(lambda: lock.enter_context(files.locked(folder.lock, owner, remedy)))
+        owner = "is training in this run directory"
+        world.on_main(lambda: lock.enter_context(files.locked(folder.lock, owner)))
         for written in (folder.path, folder.metrics, folder.samples, folder.logs, folder.wandb_id.parent):
             world.on_main(partial(collect_abandoned, written))
         world.on_main(partial(remove_unfinished, folder.checkpoints))

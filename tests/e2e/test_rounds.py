@@ -14,7 +14,7 @@ from tests.support.launch import run_verb, running, wait_until
 from tests.support.tiny_model import write_model
 
 
-def warm(command: str, _: Path) -> int:
+def warm(command: str) -> int:
     """Run a round's command on a process forked from the warm parent."""
     words = shlex.split(command)
     ended = run_verb(words[2].rpartition(".")[2], words[3:])

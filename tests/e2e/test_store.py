@@ -1,6 +1,5 @@
 """A run on a damaged store reports the damage, computes lost entries again and trains on the same values."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -106,9 +105,9 @@ def test_entries_of_other_numerics_are_used_only_by_a_tolerant_run_and_if_they_a
     assert "the store has log-probs of this model of other numerics (torch 2.0)" in screen
     assert "reference.numerics=tolerant" in screen
     assert "reference: 24 log-probs computed, 0 reused" in screen
-    listed = json.loads(run_verb("store", ["info", "--json", str(root)]).output)
-    assert {info["space"] for info in listed} == {path.name for path in folders(root)}
-    assert {(info["label"], info["rows"]) for info in listed} == {(f"{assets}/model", 24)}
+    listed = run_verb("store", ["info", str(root)]).output
+    assert all(path.name in listed for path in folders(root))
+    assert (listed.count(f"{assets}/model "), listed.count(" 24 entries")) == (2, 2), listed
 
     shutil.rmtree(root / own.name)
     folder = move(folder, oldest, add=1e-2)

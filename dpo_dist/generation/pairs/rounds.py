@@ -114,11 +114,7 @@ def merge_adapter(adapter: Path, folder: Path, config: RunConfig) -> None:
     # Slow to import.
     from dpo_dist.generation.sampling.respond import find_model  # noqa: PLC0415
     from dpo_dist.model.load import TORCH_DTYPES  # noqa: PLC0415
-    from dpo_dist.model.save import (  # noqa: PLC0415
-        copy_tokenizer,
-        write_merged,
-        writing_errors,
-    )
+    from dpo_dist.model.save import copy_tokenizer, write_merged, writing_errors  # noqa: PLC0415
 
     source = find_model(str(adapter), config)
     dtype, code = TORCH_DTYPES[config.model.dtype], config.model.trust_remote_code
@@ -149,8 +145,7 @@ def run_rounds(config: RunConfig, say: Say, run: Run = run_command) -> int:
     They end early at a preempted training, and at samples without a pair.
     """
     folder, count, results = RunFolder.of(config), config.pairs.rounds, list[Result]()
-    remedy = "wait until it ends, or set another run.dir"
-    with locked(folder.rounds / folder.lock.name, "does the rounds of this run directory", remedy):
+    with locked(folder.rounds / folder.lock.name, "does the rounds of this run directory"):
         check_settings(config, folder)
         os.environ.setdefault("WANDB_RUN_GROUP", config.run.name)  # of the trainings
         for number in range(1, count + 2):

@@ -422,5 +422,4 @@ def make_pairs(config: RunConfig, screen: Screen) -> None:
 def _only_start(config: RunConfig) -> AbstractContextManager[int]:
     """Lock the folder of pairs of the run directory: two starts would write the same parts."""
     folder = RunFolder.of(config)
-    remedy = "wait until it ends, or set another run.dir"
-    return locked(folder.pairs / folder.lock.name, "makes pairs in this run directory", remedy)
+    return locked(folder.pairs / folder.lock.name, "makes pairs in this run directory")

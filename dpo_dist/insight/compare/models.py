@@ -214,8 +214,7 @@ def compare_models(config: RunConfig, models: Sequence[Compared], screen: Screen
     """Write the responses of all models and the results; return the results on rank 0."""
     folder = RunFolder.of(config)
     # Two starts would write the same parts.
-    remedy = "wait until it ends, or set another run.dir"
-    only = locked(folder.comparison / folder.lock.name, "compares models in this run directory", remedy)
+    only = locked(folder.comparison / folder.lock.name, "compares models in this run directory")
     with joined_stages(config, screen, _REMEDY, only) as stages:
         world = stages.world
         with screen.heartbeat("reading prompts"):

@@ -21,7 +21,7 @@ Means = Mapping[Key, tuple[float, list[float] | None]]
 
 _RATE = "rate"
 _SHARES = {_RATE, "finished", "refusals", "empty"}
-_DIFFERENCES = ("score", "kl", "length", "finished", "refusals", "empty")
+DIFFERENCES = ("score", "kl", "length", "finished", "refusals", "empty")
 """Metrics whose differences between models have intervals."""
 _NO_STYLE = ("kl", "kl_per_token", "score")
 _OUTCOMES = {1.0: "wins", 0.5: "ties", 0.0: "losses", None: "not_judged"}
@@ -120,7 +120,7 @@ def comparison(rows: Iterable[Row], models: Sequence[str]) -> dict[str, Any]:
         ],
         "differences": [
             {"first": pair[0], "second": pair[1]}
-            | _estimates(pair, [metric for metric in _DIFFERENCES if (*pair, metric) in means], means)
+            | _estimates(pair, [metric for metric in DIFFERENCES if (*pair, metric) in means], means)
             for pair in pairs
         ],
         "empty_score": lowest,
@@ -163,7 +163,7 @@ def _means(columns: Mapping[Key, Column], pairs: Iterable[tuple[str, str]], prom
     """
     differences: dict[Key, Column] = {}
     for first, second in pairs:
-        for metric in _DIFFERENCES:
+        for metric in DIFFERENCES:
             (one, has_one), (other, has_other) = columns[first, metric], columns[second, metric]
             has_both = has_one * has_other
             differences[first, second, metric] = np.stack([(other - one) * has_both, has_both])

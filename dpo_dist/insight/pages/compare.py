@@ -11,6 +11,7 @@ from dpo_dist.config.metrics import METRICS
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation import files
 from dpo_dist.foundation.text import number, without_secrets
+from dpo_dist.insight.compare.results import DIFFERENCES
 from dpo_dist.insight.pages.charts import Interval, Point, scatter
 from dpo_dist.insight.pages.render import estimate, json_rows, page, part
 from dpo_dist.insight.pages.samples import Response, Shown, end_notes, prompt_items
@@ -24,10 +25,8 @@ Table = tuple[list[str], list[list[object]]]
 MOST_BYTES = 5_000_000
 _FRAME_BYTES = 150_000
 _MOST_PAIRS = 15
-_MOST_FILTERED = 8
 _HALF = 0.5
 _STYLE = ("length", "finished", "refusals", "distinct_3", "longest_repeat", "empty")
-_DIFFERENCES = ("score", "kl", "length", "finished", "refusals", "empty")
 _NO_SHARES = {"score": "score", "kl": "KL, nats per response", "length": METRICS["samples/length"].title}
 """Titles of metrics; the others are shares."""
 _VERDICTS = {1.0: "loses to", 0.5: "ties with", 0.0: "wins over"}
@@ -152,7 +151,7 @@ def _differences(results: Row, rates: Rates) -> Table:
     found = {(row["first"], row["second"]): row for row in results["differences"]}
     pairs = list(combinations((model["name"] for model in results["models"]), 2))
     shown = pairs if len(pairs) <= _MOST_PAIRS else [pair for pair in pairs if pair[0] == results["base"]]
-    metrics = [metric for metric in _DIFFERENCES if any(row.get(metric) for row in found.values())]
+    metrics = [metric for metric in DIFFERENCES if any(row.get(metric) for row in found.values())]
     rows: list[list[object]] = []
     for first, second in shown:
         row, rate = found.get((first, second), {}), rates.get((second, first))
@@ -195,8 +194,7 @@ def _prompt(row: Row, results: Row) -> Shown:
     if any(not response["text"].strip() for response in row["responses"].values()):
         labels.append("a response is empty")
     for verdict in row.get("verdicts") or ():
-        is_shown = verdict["first"] == base and verdict["second"] in others[:_MOST_FILTERED]
-        if is_shown and verdict["credit"] in _VERDICTS:
+        if verdict["first"] == base and verdict["credit"] in _VERDICTS:
             labels.append(f"{verdict['second']} {_VERDICTS[verdict['credit']]} {base}")
     shown, most, of_base = [], 0.0, row["responses"][base]["score"]
     for name in (base, *others):

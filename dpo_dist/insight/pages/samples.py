@@ -22,7 +22,6 @@ Piece = tuple[str, bool]
 _LONGEST_TEXT = 6000
 _OPEN = 2
 _TITLE_CHARACTERS = 120
-_MOST_MARKED = 0.9  # marks on nearly all words of a text show nothing
 _TEMPLATE_TOKEN = re.compile(r"<\|[^|<>]{1,40}\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>")
 _ROLE = re.compile(r"\A\s*(system|user|assistant|model)\s*(\n|\Z)")
 
@@ -104,14 +103,9 @@ def _column(response: Response, other: str | None, against: str) -> Response:
         return response
     notes, pieces = [response.notes], [(text, False)]
     if other is not None:
-        words, share = marked(text, other)
-        is_other = share > _MOST_MARKED
-        pieces = pieces if is_other else words
-        notes.append(
-            f"the same text as {against}"
-            if text == other
-            else f"{percent(share)} of its words not in {against}{', not marked' if is_other else ''}"
-        )
+        pieces, share = marked(text, other)
+        differs = f"{percent(share)} of its words not in {against}"
+        notes.append(f"the same text as {against}" if text == other else differs)
     if len(response.text or "") > _LONGEST_TEXT:
         notes.append(f"first {_LONGEST_TEXT:,} of {len(response.text or ''):,} characters")
     return Response(response.label, text, "; ".join(filter(None, notes)), pieces)

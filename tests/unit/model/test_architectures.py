@@ -29,7 +29,7 @@ from dpo_dist.model.attention import PACKED
 from dpo_dist.model.exactness import StartCheck
 from dpo_dist.model.layers import checkpoint_layers
 from dpo_dist.model.load import load_config
-from dpo_dist.model.packed import LogpHead, PackedCausalLM, rope_limit
+from dpo_dist.model.packed import PackedCausalLM, rope_limit
 from dpo_dist.model.ulysses import check_shared_tokens
 from tests.support.families import FAMILIES, tiny_causal_lm, tiny_config, with_rope
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
@@ -168,32 +168,18 @@ def test_compiled_layers_with_windows_caps_and_sinks_are_exact(model_type: str) 
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
-def test_the_model_changes_the_logits_of_its_own_forward() -> None:
-    """Samples are drawn by the model's own forward, through the head without targets."""
-    causal_lm = windowed("gemma2", 4)
-    ids = torch.arange(3, 15)[None]
-    expected = causal_lm(ids).logits
-    model = packed(causal_lm)
-    assert isinstance(causal_lm.get_output_embeddings(), LogpHead)
-    with model.unpacked() as unpacked:
-        torch.testing.assert_close(unpacked(ids).logits, expected, rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("heads", "possible"), [((28, 4), {1, 2, 4, 28}), ((32, 8), {1, 2, 4, 8, 16, 32}), ((6, 6), {1, 2, 3, 6})]
 )
-def test_ranks_that_cannot_divide_the_heads_are_an_error_with_those_that_can(
-    heads: tuple[int, int], possible: set[int]
-) -> None:
+def test_ranks_that_cannot_divide_the_heads_are_an_error(heads: tuple[int, int], possible: set[int]) -> None:
     sizes = {"hidden_size": heads[0] * 8, "num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
     config = LlamaConfig(**sizes)
     for ranks in range(1, 40):
         if ranks in possible:
             check_shared_tokens(config, ranks)
             continue
-        with pytest.raises(ConfigError, match="divided among so many ranks") as raised:
+        with pytest.raises(ConfigError, match="divided among so many ranks"):
             check_shared_tokens(config, ranks)
-        assert raised.value.expected == f"one of {', '.join(map(str, sorted(possible)))}"
 
 
 def test_a_window_that_the_mask_lacks_is_an_error() -> None:

@@ -268,12 +268,6 @@ def test_dropout_of_own_code_is_found_in_training_mode(dtype: Dtype, folder: Pat
     assert "nats" in refused("another in training mode", check.check_training).got
 
 
-def test_an_error_of_another_rank_in_training_mode_counts(folder: Path) -> None:
-    model = load(folder)
-    check = settled_check(model, agree=lambda _: "labels are missing" if model.training else "")
-    assert "labels are missing" in refused("another in training mode", check.check_training).got
-
-
 def test_a_last_layer_with_a_forward_of_its_own_is_not_replaced() -> None:
     class Normed(nn.Linear):
         def forward(self, hidden: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Held-out prompts are chosen by content; log-probs of responses are those of a plain forward."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +12,10 @@ from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.data.records import turns_of
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.generation.pairs.files import prompt_key
-from dpo_dist.generation.sampling.respond import Answer, Answers, find_model
-from dpo_dist.generation.sampling.stages import Parts, Prompts, Stages
-from dpo_dist.insight.compare.models import Speaker, held_out, response_logps
+from dpo_dist.generation.sampling.generate import Sampling
+from dpo_dist.generation.sampling.respond import Answer, Answers
+from dpo_dist.generation.sampling.stages import generation_settings
+from dpo_dist.insight.compare.models import held_out, response_logps
 from dpo_dist.model.load import load_packed
 from tests.support.records import assistant, jsonl, user
 from tests.support.tiny_model import write_model
@@ -51,34 +52,23 @@ def test_sums_of_log_probs(tmp_path: Path, budget: int) -> None:
         assert logp == pytest.approx(expected, abs=1e-4)
 
 
-class Unfinished(Stages):
-    def finish(self, _title: str, parts: Parts, _work: Any) -> Parts:
-        return parts
-
-
-def responses_folder(tmp_path: Path, *overrides: str) -> str:
-    lines = ["data.eval=[held.jsonl]", f"run.root={tmp_path}", *overrides]
-    config, nobody = load_run_config(lines, verb="compare"), cast(Any, None)
-    stages, prompts = Unfinished(nobody, nobody, ""), Prompts(tmp_path, [])
-    speaker = Speaker("", find_model(f"{tmp_path}/model", config), config, stages, prompts)
-    speaker.respond()
-    return speaker.responses.folder.name
-
-
 def test_responses_of_other_settings_are_not_used_again(tmp_path: Path) -> None:
-    write_model(tmp_path / "model")
     template = tmp_path / "template.jinja"
     template.write_text("one")
     keys = [
-        *("compare.max_new_tokens=9", "compare.temperature=0.5", "model.dtype=fp32"),
-        *("data.max_length=99", "data.max_prompt_length=9", "data.template=literal"),
+        *("model.dtype=fp32", "data.max_length=99", "data.max_prompt_length=9", "data.template=literal"),
         *("data.template_arguments={a: 1}", f"data.chat_template={template}"),
     ]
-    names = [responses_folder(tmp_path), *(responses_folder(tmp_path, key) for key in keys)]
+
+    def settings(*overrides: str) -> dict[str, Any]:
+        lines = ["compare.models=[a,b]", "data.eval=[held.jsonl]", *overrides]
+        return generation_settings(load_run_config(lines, verb="compare"), Sampling(9))
+
+    found = [settings(), *(settings(key) for key in keys)]
     template.write_text("two")
-    names.append(responses_folder(tmp_path, keys[-1]))
-    assert len(set(names)) == len(names)
-    assert responses_folder(tmp_path, "compare.prompts=9") == names[0]
+    found.append(settings(keys[-1]))
+    assert len({str(each) for each in found}) == len(found)
+    assert settings("compare.prompts=9") == found[0]
 
 
 RECORDS = [
