@@ -26,7 +26,7 @@ from dpo_dist.config.keys import (
     section_meanings,
 )
 from dpo_dist.config.load import group_folders, load_run_config, parse_overrides, to_yaml
-from dpo_dist.config.losses import KINDS, LossKind, kinds_using
+from dpo_dist.config.losses import KINDS, kinds_using
 from dpo_dist.config.mistakes import SCHEMA, assignment, meant, preset_names, suggestion, unknown_key
 from dpo_dist.config.rules import OF_FORMER_RUN, TRAIN, keys_of
 from dpo_dist.config.run_folder import existing_run
@@ -141,8 +141,6 @@ def former_values(options: argparse.Namespace) -> dict[str, Any] | None:
     if is_whole or any("=" not in word for word in options.words):
         return None
     if "run.dir" not in given:
-        if options.cfg:
-            return None
         raise ConfigError(
             "no run is named",
             where="run.dir",
@@ -213,11 +211,7 @@ def _facts(row: Key) -> list[str]:
     section, _, option = row.name.rpartition(".")
     if section == "loss" and (kinds := kinds_using(option)):
         facts["kinds"] = "all" if len(kinds) == len(KINDS) else ", ".join(kinds)
-    lines = [row.name, *(f"  {label + ':':<10}{text}" for label, text in facts.items())]
-    if row.type is LossKind:
-        lines += ["", "kinds (formulas in the notation of docs/losses.md):"]
-        lines += _columns({kind: f"{facts.source}: {facts.formula}" for kind, facts in KINDS.items()})
-    return lines
+    return [row.name, *(f"  {label + ':':<10}{text}" for label, text in facts.items())]
 
 
 def _columns(rows: Mapping[str, str]) -> list[str]:
@@ -249,10 +243,9 @@ def run_verb(
     except KeyboardInterrupt:
         exit_code = errors.print_end(ExitCode.interrupted, "interrupted")
     except SystemExit as ended:
-        code, words = ended.code, ""
-        if not isinstance(code, int):
-            code, words = (ExitCode.completed, "") if code is None else (ExitCode.failed, str(code))
-        elif code - _BY_SIGNAL in {*signal.Signals}:
+        is_text = isinstance(ended.code, str)
+        code, words = (ExitCode.failed, str(ended.code)) if is_text else (int(ended.code or 0), "")
+        if code - _BY_SIGNAL in {*signal.Signals}:
             words = f"ended by {signal.Signals(code - _BY_SIGNAL).name}"
         exit_code = errors.print_end(code, words)
     except Exception as bug:  # any exception: the process must not hang at exit

@@ -225,10 +225,8 @@ def _stored(
 def _fill(run: Run, inputs: EvaluationInputs, filler: StoreFiller) -> FillReport:
     """Compute and store the missing log-probs of all pairs of the run, and print a summary; collective."""
     filled = FillReport()
-    several = len(inputs.visited) > 1
-    for number, (dataset, indices) in enumerate(inputs.visited, 1):
-        of_all = f", dataset {number} of {len(inputs.visited)}" if several else ""
-        with run.console.progress(f"reference: scoring responses{of_all}", "pair") as progress:
+    for dataset, indices in inputs.visited:
+        with run.console.progress("reference: scoring responses", "pair") as progress:
             filled += filler.fill(dataset, indices, progress)
     took = f", in {duration(filled.seconds)}" if filled.computed else ""
     run.say(f"reference: {counted(filled.computed, 'log-prob')} computed, {filled.hits:,} reused{took}")

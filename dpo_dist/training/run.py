@@ -217,14 +217,12 @@ def arranged(run: Run, inputs: Inputs, policy: PolicyEngine, reference: Referenc
     A live reference computes the policy's micro-batches, which also fit the budget in its padded rows.
     """
     arrangement, engine = policy.model.arrangement, reference.provider.engine
-    pads = engine is not None and engine.model.arrangement is Arrangement.padded
     if arrangement is not Arrangement.packed:
         how = "one response per forward"
         if arrangement is Arrangement.padded:
             how = "one response per row, padded to the longest of the micro-batch"
         run.say(f"unpacked: responses of this model cannot share a prompt in one forward: {how}")
-    elif pads:
-        run.say("unpacked: the reference computes padded rows, one response each; micro-batches fit them")
+    pads = engine is not None and engine.model.arrangement is Arrangement.padded
     return replace(inputs, arrangement=arrangement, reference_pads=pads)
 
 

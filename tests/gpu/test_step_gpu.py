@@ -31,7 +31,7 @@ def test_forward_and_backward_do_not_make_the_host_wait(tmp_path: Path) -> None:
     batch = pack_unkeyed(random_pairs([(70, 50, 90), (1, 1, 4), (12, 3, 1)])).pinned()
 
     def step() -> None:
-        pairs = objective.score(policy, batch.to(CUDA), None, BatchFacts(1.0))
+        (pairs,) = objective.scored(policy, [batch], BatchFacts(1.0), CUDA)
         loss, _ = objective.measure(pairs)
         loss.backward()  # type: ignore[no-untyped-call]
 

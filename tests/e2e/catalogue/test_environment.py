@@ -21,22 +21,14 @@ CASES = [
              to_do="torchrun", place=place)
         for got, place in (
             ("RANK=0, WORLD_SIZE=,", {"RANK": "0"}),
-            ("RANK=2, WORLD_SIZE=2", RANK_0 | LOCAL | {"RANK": "2"}),
             ("RANK=one", RANK_0 | LOCAL | {"RANK": "one"}),
             ("LOCAL_RANK=3", RANK_0 | LOCAL | {"LOCAL_RANK": "3"}),
-            ("MASTER_PORT=", RANK_0),
             ("LOCAL_RANK=,", {"RANK": "0", "WORLD_SIZE": "2"} | LOCAL),
         )
     ),
-    Case("deepspeed file of a launcher", "", "option of the launcher would have no effect", LAUNCHER,
-         "CONFIG_FILE=ds.json", "only starts processes", "set parallelism.kind",
-         place={"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}),
     Case("precision of a launcher", "", "option of the launcher would have no effect", LAUNCHER,
          "fp16 with model.dtype", "only starts processes", "set model.dtype",
          place={"ACCELERATE_MIXED_PRECISION": "fp16"}),
-    Case("accumulation of a launcher", "", "option of the launcher would have no effect", LAUNCHER,
-         "ACCUMULATION_STEPS=8", "only starts processes", "set trainer.global_batch_pairs",
-         place={"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "8"}),
     Case("attention kernel without a GPU", "model.dtype=bf16 model.attention=varlen", "runs on CUDA only",
          "model.attention", "varlen on cpu", "sdpa", "model.attention=auto", joins=True),
 ]

@@ -94,14 +94,11 @@ def set_template(template: str | None) -> Before:
     return changed(change)
 
 
-LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
 NORM = "model.norm.weight"
 # fmt: off
 CASES = [
     Case("missing model", "model.path=./nowhere", "neither a local folder", "model.path", "./nowhere",
          to_do="check the path"),
-    Case("hub name offline", "model.path=org/name", "neither a local folder nor found", "model.path",
-         "org/name", to_do="check the path or the hub name", joins=True),
     Case("invalid hub name", "model.path=org--name",
          "the model is neither a local folder nor found", "model.path", "org--name",
          to_do="check the path or the hub name", joins=True),
@@ -116,13 +113,6 @@ CASES = [
     Case("truncated weights", BROKEN,
          "a weight file of the model cannot be read", "", "broken", before=changed(truncated),
          to_do="download or copy the file again"),
-    Case("git-lfs pointer", BROKEN,
-         "a weight file of the model cannot be read", "", "broken",
-         before=rewritten("model.safetensors", LFS),
-         to_do="download or copy the file again"),
-    Case("wrong shapes", BROKEN,
-         "the model cannot be loaded", "model.path", "", before=edited("config.json", intermediate_size=48),
-         joins=True, to_do="download or save the model again"),
     Case("missing tensor", BROKEN, "lacks weights", "model.path", NORM,
          before=with_weights(lambda t: t.pop(NORM)), joins=True, to_do="set model.path to a complete model"),
     Case("weights that are nan", BROKEN, "the model's own forward cannot score", "model.path", "not finite",
@@ -135,10 +125,6 @@ CASES = [
          before=rewritten("config.json", "{"), to_do="download or save the model again"),
     Case("unknown architecture", BROKEN, "config.json cannot be read", "model.path", "gpt9", joins=True,
          before=edited("config.json", model_type="gpt9"), to_do="download or save the model again"),
-    Case("own code without its file", f"{BROKEN} model.trust_remote_code=true", "cannot make a causal",
-         "model.path", "code.py", joins=True,
-         before=edited("config.json", auto_map={"AutoModelForCausalLM": "code.Model"}),
-         to_do="check config.json against that of the"),
     Case("quantized weights", BROKEN, "quantized", "model.path", "gptq", joins=True,
          before=edited("config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
          to_do="use the original model"),
@@ -164,8 +150,6 @@ CASES = [
          before=edited("config.json", vocab_size=700), joins=True, to_do="download or save the model again"),
     Case("adapter that is missing", "'model.adapter={path: ./nowhere}'", "neither a local folder",
          "model.adapter.path", "./nowhere", to_do="check the path"),
-    Case("reference that is missing", "reference.path=./nowhere", "neither a local folder", "reference.path",
-         "./nowhere", to_do="check the path"),
 ]
 # fmt: on
 

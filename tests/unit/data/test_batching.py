@@ -95,12 +95,6 @@ def test_beside_one_costly_example_the_other_ranks_get_more() -> None:
     assert loads.max(axis=1).sum() <= 141
 
 
-def test_examples_above_the_budget_share_a_micro_batch() -> None:
-    tokens = [300, 280, 290, *[20] * 60]
-    plan = plan_micro_batches(sizes(tokens), 4, 100)
-    assert sum(max(tokens[index] for index in chain.from_iterable(ranks)) > 100 for ranks in plan) == 1
-
-
 @given(pair_shapes)
 def test_sizes_are_packed_tokens_with_costs_of_keys_and_targets(shapes: Shapes) -> None:
     laid_out = [packed_tokens(prompt, lengths) for prompt, *lengths in shapes]

@@ -1,7 +1,6 @@
 """Encoded datasets: examples, rankings, scores and masks by index; what a loss can use; counts."""
 
 import itertools
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.schema import OnBadRecord, Ranked, SourceConfig, TrainerConfig
 from dpo_dist.data import build as build_dataset_module
 from dpo_dist.data import encode as encode_module
-from dpo_dist.data.counts import describe_counts, describe_short_run, in_words
+from dpo_dist.data.counts import describe_counts, describe_short_run
 from dpo_dist.data.dataset import (
     PreferenceDataset,
     check_fits_loss,
@@ -28,13 +27,12 @@ from dpo_dist.data.dataset import (
     shard_batch,
 )
 from dpo_dist.data.encode import response_key
-from dpo_dist.data.records import Origin, PreferenceRecord, training_examples
+from dpo_dist.data.records import Origin, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support import tiny
 from tests.support.cache import encoded_folders, opened
 from tests.support.masks import add_masks, random_mask
 from tests.support.packing import dataset_of, random_pairs
-from tests.support.pages import ROOT
 from tests.support.pairs import encode
 from tests.support.records import BAD, GOOD, TEXT, jsonl
 
@@ -139,16 +137,6 @@ def test_examples_of_no_use_to_the_loss_are_listed(kind: LossKind, responses: li
         check_fits_loss(data, LossConfig(kind))
     assert raised.value.where == ":2"
     assert raised.value.got.startswith(got)
-
-
-def test_ties_are_no_preferences() -> None:
-    scores = (4, 4, 2, 1, 1, 1)
-    record = PreferenceRecord("q", tuple("abcdef"), Origin("here", 1), scores)
-    assert training_examples(record, Ranked.whole) == ([(0, 2, 3)], 3)
-    assert training_examples(record, Ranked.best_worst) == ([(0, 5)], 0)
-    pairs, ties = training_examples(record, Ranked.all_pairs)
-    assert pairs == [*itertools.product((0, 1), (2, 3, 4, 5)), (2, 3), (2, 4), (2, 5)]
-    assert ties == 4
 
 
 SCORED = {"low": 1, "mid": 4, "tie": 1, "top": 7}
@@ -274,22 +262,6 @@ def test_every_source_has_its_counts(tmp_path: Path) -> None:
     assert f"of records-2 ({second}): 3 of 4 records kept, 1 missing_field: text" in "\n".join(lines)
 
 
-@pytest.mark.parametrize(
-    ("rows", "data", "expected"),
-    [
-        ([{"task": "q", "chosen": "a", "rejected": "b"}], {}, ["fields: task,", "columns: {prompt: COLUMN"]),
-        (GOOD, {"max_length": 2}, ["data.max_length is 2", "data.truncation=keep_end"]),
-        ([*GOOD[:3], TEXT | {"images": [1]}], {}, ["fields: images", "data.max_bad_share", "COLUMN: null"]),
-        ([{"prompt": "q", "completion": "a", "label": True}], {}, ["unpaired", "pair good and bad"]),
-    ],
-)
-def test_remedies(tmp_path: Path, rows: list[object], data: dict[str, Any], expected: list[str]) -> None:
-    with pytest.raises(DataError) as raised:
-        opened(tmp_path, jsonl(tmp_path, *rows), **data)
-    block = raised.value.block()
-    assert [text for text in expected if text not in block] == []
-
-
 def test_duplicates_are_counted(tmp_path: Path) -> None:
     swapped = GOOD[0] | {"chosen": GOOD[0]["rejected"], "rejected": GOOD[0]["chosen"]}
     ranking = {"prompt": "q", "responses": ["a", "b", "c"]}
@@ -318,14 +290,3 @@ def test_a_very_short_run_is_announced(pairs: int, trainer: dict[str, Any], expe
     lines = describe_short_run(make_sampler([Span(0, pairs, 1.0)], TrainerConfig(**trainer)))
     assert len(lines) == (expected is not None)
     assert expected is None or expected in lines[0]
-
-
-def test_every_count_on_the_page_has_words() -> None:
-    page = (ROOT / "docs" / "data.md").read_text()
-    tables = re.findall(r"^\| (?:count|reason) \| meaning \|\n\|---\|---\|\n((?:\|.*\n)+)", page, re.M)
-    cells = [line.split("|")[1] for table in tables for line in table.splitlines()]
-    names = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
-    assert {"unparsable", "held_out_for_eval", "too_long"} <= names
-    assert [name for name in sorted(names) if in_words(name) == name.replace("_", " ")] == []
-    assert in_words("unread_images") == "the field images is not read"
-    assert in_words("of_a_later_version") == "of a later version"

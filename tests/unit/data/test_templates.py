@@ -351,6 +351,9 @@ def test_a_named_template_of_the_tokenizer_is_used() -> None:
     for what, choice, start in rows:
         found = encode(what, tokenizer, DataConfig(chat_template=choice))
         assert texts(found, tokenizer)[0].startswith(start)
+    # Another template of the tokenizer reads this argument.
+    tokenizer.chat_template["tool_use"] += "{{ volume }}"
+    assert encode(record(CHAT), tokenizer, DataConfig(template_arguments={"volume": "high"})).prompt_ids.size
     with pytest.raises(ConfigError, match="does not exist") as raised:
         encode(record(CHAT), tokenizer, DataConfig(chat_template="quiet"))
     assert "loud" in raised.value.expected

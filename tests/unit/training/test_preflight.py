@@ -234,8 +234,6 @@ def test_a_check_reads_the_first_records(
 
 def test_a_few_bad_records_at_the_start_pass_a_check(assets: Path, tmp_path: Path) -> None:
     file = write_records(tmp_path / "data.jsonl", *[UNKNOWN] * 4, *[PAIR] * 1100)
-    passed = rehearse(run_of(assets, tmp_path, f"data.train=[{{path: {file}, limit: 104}}]"))
-    assert "100 of the first 104 records kept; dropped: 4 unknown_format" in passed
     passed = rehearse(run_of(assets, tmp_path, f"data.train=[{file}]"))
     assert "1020 of the first 1024 records kept (the others were not looked at); dropped: 4" in passed
 
@@ -245,12 +243,9 @@ MISFITS = [
     ("cohere2", "loss.router={aux_coefficient: 0.1}", "no load-balancing loss", ""),
     ("nemotron_h", "parallelism.sequence_parallel=2", "needs packed attention", "nemotron_h"),
     ("mpt", "data.max_length=9000", "fewer positions", "or less"),
-    ("gptj", "data.max_length=9000", "fewer positions", "or less"),
     ("gpt_oss", "model.gradient_checkpointing=9", "no layer would be checkpointed", "every 9 layers"),
     ("gpt_oss", "model.adapter={target_modules: [q_prj]}", "adapter's target", "name existing layers"),
-    ("gpt_oss", "model.adapter={modules_to_save: [lm_haed]}", "train in full", "name modules"),
     ("deepseek_v3", "model.adapter={r: 2}", "peft adapts other layers", "set model.adapter.target_modules=["),
-    ("nemotron_h", "model.adapter={r: 2}", "peft adapts other layers", "in_proj"),
 ]
 
 
@@ -288,16 +283,15 @@ def test_a_check_knows_the_loss_of_the_models_routers(assets: Path, tmp_path: Pa
     assert "check passed" in rehearse(config)
 
 
-@pytest.mark.parametrize("option", ["activation_offload", "liger"])
 def test_options_of_gpus_are_refused_without_one_before_files_are_read(
-    option: str, assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = run_of(assets, tmp_path, f"model.{option}=true", "model.gradient_checkpointing=full")
+    config = run_of(assets, tmp_path, "model.liger=true")
     rehearse(config)  # where it is run, there may be a GPU
     start_without_digests(monkeypatch)
     with pytest.raises(ConfigError) as caught:
         load_inputs(Run(config, ALONE, Console(None)), trains=True)
-    assert caught.value.where == f"model.{option}"
+    assert caught.value.where == "model.liger"
 
 
 def test_a_check_refuses_a_model_that_is_no_language_model(assets: Path, tmp_path: Path) -> None:

@@ -77,7 +77,8 @@ def test_checkpoints_are_found_by_their_files(tmp_path: Path) -> None:
     for name, file in files.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / file).write_text("{}")
-    (tmp_path / "base" / "model.safetensors").write_text("")
+    (tmp_path / "base" / "model.safetensors").touch()
+    (tmp_path / "lora" / "adapter_model.safetensors").touch()
     several = f"evaluation.model=[{','.join(f'{tmp_path}/{name}' for name in files)},org/name]"
     _, found = find_evaluated(configured(tmp_path, several))
     assert [one.is_checkpoint for one in found] == [False, False, True, False]
@@ -119,6 +120,7 @@ def test_only_the_base_of_a_quantized_run_is_quantized(
         write_model(tmp_path / place)
     (tmp_path / "lora").mkdir()
     (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    (tmp_path / "lora" / "adapter_model.safetensors").touch()
     (tmp_path / "link").symlink_to(tmp_path / "base")
     qlora = ("model.adapter={r: 4}", "model.quantization=nf4", "reference.mode=adapter", "parallelism=ddp")
     config = configured(tmp_path, *qlora)
