@@ -22,22 +22,8 @@ _ANSWER = {
     "viewer": {"id": "1", "entity": "entity", "flags": "{}"},
     "serverInfo": {"features": []},
     "project": None,
-    "models": {
-        "pageInfo": {"hasNextPage": False, "endCursor": None},
-        "edges": [
-            {
-                "node": {
-                    **{"__typename": "Project", "id": "1", "name": "project", "entityName": "entity"},
-                    **{"createdAt": "", "isBenchmark": False, "user": None},
-                }
-            }
-        ],
-    },
     "createRunFiles": {"runID": "1", "uploadHeaders": [], "files": []},
 }
-_PROJECT = {"id": "1", "internalId": "1", "name": "project", "entityName": "entity"}
-_TIME = "2026-01-02T03:04:05Z"
-_VIEW = {"project": _PROJECT, "createdAt": _TIME, "updatedAt": _TIME, "user": None}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -57,11 +43,6 @@ class _Handler(BaseHTTPRequestHandler):
         variables = (json.loads(body).get("variables") or {}) if self.path.endswith("/graphql") else {}
         if name := variables.get("name"):
             data["upsertBucket"] = {"bucket": {**_BUCKET, "name": name}, "inserted": True}
-        if "spec" in variables:
-            self.server.views.append(variables)
-            data |= {"upsertView": {"view": {**_VIEW, **variables, "id": "1"}, "inserted": True}}
-        if "spec" in variables or b"internalId" in body:
-            data |= {"project": _PROJECT}
         self._answer({"data": data, "stopped": self.server.stops_the_run})
 
     def _known_run(self) -> dict[str, Any]:
@@ -98,7 +79,6 @@ class WandbServer(ThreadingHTTPServer):
 
     Attributes:
         history: the rows received.
-        views: the dashboards and reports received.
     """
 
     daemon_threads = True
@@ -108,7 +88,6 @@ class WandbServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.stops_the_run = stops_the_run
         self.history: list[dict[str, Any]] = []
-        self.views: list[dict[str, Any]] = []
         self.url = f"http://127.0.0.1:{self.server_port}"
 
     def __enter__(self) -> Self:

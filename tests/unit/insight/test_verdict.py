@@ -161,7 +161,6 @@ FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
     ("beta_wrong", rows(every=FLAT), with_settings(beta=1e-4), "loss.beta=1e-4 is too small"),
     ("learning_rate_too_high", rows(late={"loss": 1.2}, since=8), {}, "the loss rose from 0.66 to 1.2"),
     ("learning_rate_too_high", rows(late={"eval_kl/rejected": 1.5}), {}, "moved 1.5 nats"),
-    ("learning_rate_too_high", steps(late={"kl/rejected": 1.4}), {}, "moved 1.4 nats"),
     ("learning_rate_too_high", rows(late={"eval_kl/rejected": math.inf}), {}, "more nats than float32"),
     ("learning_rate_too_high", rows(late={"logps/chosen_per_token": -3.5}, since=4), {}, "fell by 2.5 nats"),
     ("labels_swapped", rows(late={"eval_rewards/accuracies": 0.3}), {}, "0.30 on 400 pairs"),
@@ -180,12 +179,6 @@ FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
     ("diverged", rows(late=LOST, since=1), {}, "the model gives no finite log-probs from the start"),
     ("diverged", rows(late=LOST, since=12), {}, "an update damaged the weights"),
     ("diverged", changed(-2, LOST, late={"loss": 2.0}), {}, "rate is too high: the loss rose from 0.66 to 2"),
-    (
-        "diverged",
-        rows(late={"grad_norm": math.inf}, since=12),
-        {},
-        "gradient is not; the gradient norm was",
-    ),
     ("diverged", rows(late={"eval_loss": math.nan}), {}, "the evaluation data have pairs"),
 ]
 
@@ -214,8 +207,6 @@ def test_a_rule_finds_its_fault_alone(
     [
         # What a loss does by design.
         (rows(late=FALLEN), with_settings(kind="apo_down"), []),
-        # A distance that float32 cannot hold.
-        (rows(late={"kl/chosen": math.inf, "eval_kl/chosen": math.inf}), {}, []),
         # Responses as long as the chosen ones.
         (rows(late={"eval_samples/length": 180.0, "eval_tokens/chosen": 200.0}), {}, []),
         # One row by chance.
@@ -225,7 +216,6 @@ def test_a_rule_finds_its_fault_alone(
         (rows(late={"grad_norm": 0.0, "logps/rejected_per_token": -1.0215}), {}, []),
         # Few pairs.
         (rows(every=UNSURE | {"eval_pairs": 10.0}), {}, []),
-        (rows(every=UNSURE | {"eval_pairs": 5000.0}), {}, []),
         (changed(1, {"rewards/accuracies": 1.0}, every={"tokens/chosen": 180.0, "pairs": 2.0}), {}, []),
         (rows(every={"pairs": 4.0}, late={"loss": 1.2}), {}, []),
         # Few responses.
@@ -253,7 +243,6 @@ def test_a_rule_finds_its_fault_alone(
         (rows(every=AT_ONCE), {}, []),
         (rows(every={"rewards/accuracies/a": 0.98} | OF_A), {}, ["label_leak"]),
         (rows(every={"tokens/chosen": 54.0, "tokens/rejected": 23.0}), {}, ["label_leak"]),
-        (rows(every={"tokens/chosen": 54.0, "tokens/rejected": 38.0}), {}, []),
         # One source, and too early to say.
         (rows(every=SWAPPED), {}, ["labels_swapped"]),
         ([row for row in rows(every=SWAPPED) if row["step"] <= 5], {"steps": 5}, []),

@@ -29,7 +29,7 @@ def models(tmp_path: Path) -> Path:
     folder(tmp_path / "base", *weights)
     run = folder(tmp_path / "run", "config.yaml", *(f"model/{name}" for name in weights))
     folder(run / "checkpoints" / "step-000100", "state.json")
-    folder(tmp_path / "lora" / "model", "adapter_config.json")
+    folder(tmp_path / "lora" / "model", "adapter_config.json", "adapter_model.safetensors")
     folder(
         tmp_path / "open",
         "config.yaml",

@@ -91,10 +91,8 @@ def test_clean_pairs_raise_no_alarm(count: int, seed: int, tmp_path: Path) -> No
 
 
 def test_a_finding_up_to_the_threshold_is_a_note() -> None:
-    assert [one.level for count in (1, 2) for one in RULES["dropped"].count(count, 100, "a")] == [
-        Level.note,
-        Level.warning,
-    ]
+    for count, level in ((1, Level.note), (2, Level.warning)):
+        assert [one.level for one in RULES["dropped"].count(count, 100, "a")] == [level]
     assert [len(list(RULES["label_leak"].value(share, 100, "a", ""))) for share in (0.65, 0.66)] == [0, 1]
 
 
@@ -222,7 +220,6 @@ def test_evaluation_prompts_in_the_training_data_are_found(tmp_path: Path) -> No
     ("name", "content", "line"),
     [
         ("a.jsonl", json.dumps({"turns": [QUESTION, "and then"]}), 1),
-        ("b.jsonl", json.dumps(QUESTION), 1),
         ("c.txt", f"\n{QUESTION}\n", 2),
     ],
 )
@@ -232,13 +229,6 @@ def test_benchmark_files_of_several_kinds(name: str, content: str, line: int, tm
     found = benchmark.item_in("nothing", f"{QUESTION.upper()}! and then more")
     assert found == f"{tmp_path / name}:{line}"
     assert benchmark.item_in(QUESTION.replace("five", "six")) is None
-
-
-@pytest.mark.parametrize("content", ["", '{"answer": "42"}'])
-def test_a_bad_benchmark_file_is_an_error(content: str, tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text(content)
-    with pytest.raises(DataError, match="benchmark prompts"):
-        read_benchmarks([str(tmp_path / "a.jsonl")])
 
 
 # Findings with their records, each counted by a plain script too; then those above a note.

@@ -34,16 +34,11 @@ def test_hostile_text_adds_no_element_and_no_control_character(tmp_path: Path) -
 def test_the_page_says_everything_that_there_is(tmp_path: Path) -> None:
     text = Page(written(tmp_path, diagnosis("plain"))).text
     for expected in (
-        *("1 error", "1 warning", "1 note", "8 of 10 records can be used", "rule_error", "To do: plain"),
-        *("empty_response", "prompt truncated", "1 cut", "saves 40 % of the tokens", "first word", "90 %"),
-        *("4 of 10 pairs in the store", "Show all 1 texts"),
-        *("dropped: plain", "9 not shown", "nats per token"),
+        *("1 error", "8 of 10 records can be used", "rule_error", "empty_response", "1 cut", "first word"),
+        *("4 of 10 pairs in the store", "dropped: plain", "9 not shown"),
     ):
         assert expected in text, expected
-    page = written(tmp_path, Diagnosis([EMPTY], ACROSS, ()))
-    assert "no findings" in page
-    assert "Without a model" in page
-    assert not [section for section in ("pairs", "reference") if f'id="{section}"' in page]
+    assert "no findings" in written(tmp_path, Diagnosis([EMPTY], ACROSS, ()))
 
 
 def test_json_is_complete_and_has_no_texts(tmp_path: Path) -> None:
@@ -51,8 +46,6 @@ def test_json_is_complete_and_has_no_texts(tmp_path: Path) -> None:
     write_doctor_report(folder, diagnosis("plain"), 1)
     content: dict[str, Any] = json.loads(folder.doctor_report.read_text())
     assert (content["format"], content["exit_code"]) == (1, 1)
-    assert content["versions"].keys() == {"dpo_dist", "python"}
-    assert [finding["level"] for finding in content["findings"]] == ["error", "warning", "note"]
     assert content["findings"][0].keys() == {
         *("rule", "level", "text", "source", "count", "share", "examples", "remedy")
     }
