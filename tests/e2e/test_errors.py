@@ -62,7 +62,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     ("free_kib", "is_checked", "text"),
     [
         (200, True, "the disk has no room for the checkpoints and the model of this run"),
-        (600, False, "cannot be written"),
+        (480, False, "the trained model cannot be written"),
     ],
 )
 def test_a_disk_too_small_for_the_result_is_one_block(
