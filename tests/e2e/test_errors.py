@@ -28,7 +28,7 @@ def test_a_broken_line_is_dropped_counted_and_shown(
     counts = data_summary["train"]
     assert counts["duplicates"] == 0
     assert (counts["read"], counts["kept"], counts["dropped"]) == (23, 22, {"unparsable": 1})
-    assert counts["examples"] == [f"{broken_line}:4 unparsable"]
+    assert counts["examples"][0].startswith(f"{broken_line}:4 unparsable")
 
 
 def test_two_processes_print_one_block(overrides: Overrides, assets: Path) -> None:
@@ -62,7 +62,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     ("free_kib", "is_checked", "text"),
     [
         (200, True, "the disk has no room for the checkpoints and the model of this run"),
-        (600, False, "the trained model cannot be written"),
+        (480, False, "the trained model cannot be written"),
     ],
 )
 def test_a_disk_too_small_for_the_result_is_one_block(
