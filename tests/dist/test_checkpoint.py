@@ -294,7 +294,7 @@ def save_and_die(assets: Assets, root: Path, world: World, _folder: Path) -> Non
     trainer.save(root, 1)
     if world.rank == 1:
         kill = mock.Mock(side_effect=lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        mock.patch("dpo_dist.distributed.checkpoint.save_file", kill).start()
+        mock.patch("dpo_dist.distributed.checkpoint.write_tensors", kill).start()
     trainer.save(root, 2)
 
 
