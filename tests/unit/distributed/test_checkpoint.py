@@ -58,6 +58,7 @@ def flip(file: Path) -> None:
 
 DAMAGE: dict[str, Callable[[Path], None]] = {
     "a flipped bit": lambda folder: flip(folder / WEIGHTS),
+    "a flipped bit of the state": lambda folder: flip(folder / "state.json"),
     "a missing file": lambda folder: (folder / WEIGHTS).unlink(),
     "no manifest": lambda folder: (folder / MANIFEST).unlink(),
 }
