@@ -1,4 +1,4 @@
-"""Trackers get every row once over all starts, and never stop, block or prompt a run; the W&B dashboard."""
+"""Trackers get every row once over all starts, and never stop, block or prompt a run."""
 
 import json
 import os
@@ -15,13 +15,9 @@ import wandb
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 
-from dpo_dist.config.keys import all_keys
-from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ModelConfig, OtherTracker, RunConfig, TrackingConfig, WandbMode
-from dpo_dist.insight.metrics.log import BEST, COLUMNS
 from dpo_dist.insight.metrics.trackers import (
-    MARGINS,
     InBackground,
     Trackers,
     WandbRun,
@@ -31,8 +27,6 @@ from dpo_dist.insight.metrics.trackers import (
     wandb_names,
     wanted_mode,
 )
-from dpo_dist.objective.metrics import MetricPlan
-from scripts.wandb_dashboard import COMPARED, RESULTS, SECTIONS
 from tests.support.sample_files import write_samples
 from tests.support.wandb_file import all_rows, history_rows, media_rows, records_of
 from tests.support.wandb_server import WandbServer
@@ -46,8 +40,6 @@ ROWS = [
     {"step": 3, "loss": 0.5},
     {"step": 4, "loss": float("nan")},
 ]
-
-PANELS = [panel for panels in SECTIONS.values() for panel in panels]
 
 
 @pytest.fixture(autouse=True)
@@ -296,14 +288,3 @@ def test_tracking_may_be_off_or_fail(tmp_path: Path, caplog: pytest.LogCaptureFi
 def test_modes(monkeypatch: pytest.MonkeyPatch, value: str, mode: str) -> None:
     monkeypatch.setenv("WANDB_MODE", value)
     assert wanted_mode(config_of(WandbMode.auto)) == mode
-
-
-def test_metrics_of_panels_and_of_best_values_exist() -> None:
-    evaluated = MetricPlan(LossConfig(), ("a", "b"), is_evaluation=True).names
-    row = dict.fromkeys([*COLUMNS, *(f"eval_{name}" for name in evaluated)], 0.0)
-    names = {*wandb_names(row), MARGINS}
-    found = {name for panel in PANELS if panel.needs != "samples" for name in panel.missing(names)}
-    assert found == set()
-    assert row.keys() >= set(BEST)
-    assert names >= set(RESULTS)
-    assert set(COMPARED) <= set(all_keys())
