@@ -16,9 +16,11 @@ manifest are loaded. Training continues while copies of the weights are written 
 
 import contextlib
 import functools
+import hashlib
 import itertools
 import json
 import logging
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,7 +32,6 @@ from typing import Any
 import deepspeed
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dpo_dist.config.run_folder import (
@@ -50,7 +51,6 @@ from dpo_dist.foundation.files import (
     final_name,
     is_temporary,
     recover_folder,
-    sync,
     temporary_name,
     text_digest,
     write_text,
@@ -64,6 +64,8 @@ MANIFEST = "manifest.json"
 _LATEST = "latest"
 _FILE_BYTES = 2**28
 """Size at which a rank begins another file: of a GPU's tensors, as much host memory is used at a time."""
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int8": "I8"}
+"""Types of weights and optimizer states, in the names of safetensors."""
 
 Entries = dict[str, str]
 """Digests of a checkpoint's files, by name relative to its folder; the manifest has them as JSON.
@@ -71,6 +73,29 @@ Entries = dict[str, str]
 No directory is listed to write or check them: on a network file system a listing may lack files that another
 node has just written.
 """
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> str:
+    """Write a safetensors file from the memory of its tensors to disk; return its digest, made on the way."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    # Larger elements first, so that each tensor begins at a multiple of its own.
+    ordered, end = sorted(tensors.items(), key=lambda named: -named[1].itemsize), 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        dtype = _DTYPES[str(tensor.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    parts: list[bytes | memoryview] = [len(text).to_bytes(8, "little"), text]
+    parts += [tensor.detach().reshape(-1).view(torch.uint8).numpy().data for _, tensor in ordered]
+    digest = hashlib.blake2b(digest_size=16)
+    with file.open("wb") as opened:
+        for part in parts:
+            opened.write(part)
+            digest.update(part)
+        opened.flush()
+        os.fsync(opened.fileno())  # on the node that has written it
+    return digest.hexdigest()
 
 
 def read_manifest(folder: Path) -> Entries:
@@ -122,9 +147,8 @@ def write_slices(model: ModelSlices, checkpoint: Path, rank: int, copy: HostCopy
         tensors = {f"{part}/{own.name}": tensor for own in slices for part, tensor in own.parts.items()}
         ranges = {own.name: [own.start, *own.shape] for own in slices if WEIGHT in own.parts}
         name = f"{model.folder}/rank-{rank:05d}-{number:05d}.safetensors"
-        save_file(tensors, checkpoint / name, {"ranges": json.dumps(ranges), "step": str(model.step)})
-        sync(checkpoint / name)  # on the node that has written it
-        entries[name] = content_digest([checkpoint / name])
+        metadata = {"ranges": json.dumps(ranges), "step": str(model.step)}
+        entries[name] = write_tensors(checkpoint / name, tensors, metadata)
     return entries
 
 
@@ -455,7 +479,7 @@ def disk_errors(folder: Path, needed: int = 0) -> Iterator[None]:
     """Raise a `CheckpointError` for an `OSError` inside the block; a checkpoint needs `needed` bytes."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise CheckpointError(
             "a checkpoint cannot be written",
             where=str(folder),

@@ -78,15 +78,16 @@ class World:
         """Return the name of this rank's host."""
         return self.peers[self.rank].host
 
-    def barrier(self) -> None:
-        """Wait for every rank, also for one that works for long."""
+    def barrier(self, seconds: float | None = None) -> None:
+        """Wait for every rank, also for one that works for long; `TimeoutError` after `seconds`, if given."""
         if self.size == 1:
             return
         options, has_ended = dist.BarrierOptions(), threading.Event()
         options.device_ids, options.timeout = [], _PATIENCE
         call = self.control.barrier(options)
         call.get_future().add_done_callback(lambda _: has_ended.set())
-        has_ended.wait()  # answers signals meanwhile, as a collective call does not
+        if not has_ended.wait(seconds):  # answers signals meanwhile, as a collective call does not
+            raise TimeoutError(f"a rank has not come within {seconds:.0f} s")
         call.wait()  # raises its error
 
     def gather(self, value: T) -> list[T]:

@@ -47,6 +47,20 @@ def recorded_arrangement(model_type: str) -> Arrangement:
     return Arrangement.padded if model_type in IN_ROWS else Arrangement.packed
 
 
+def check_causal(model_config: Any, key: str = "model.path") -> None:
+    """Check that by config.json no token attends to later ones; the check at start tries the model."""
+    text = model_config.get_text_config()
+    # Gemma 4 has a value by which only tokens of images see later ones.
+    is_one_way = getattr(text, "use_bidirectional_attention", None) in (None, False, "vision")
+    if not (is_one_way and getattr(text, "is_causal", True)):
+        raise ConfigError(
+            "this model is not causal: by its config.json, tokens attend to later tokens",
+            where=key,
+            got=text.model_type,
+            remedy="choose a causal language model",
+        )
+
+
 def check_positions(causal_lm: Any, max_length: int, key: str = "model.path") -> None:
     """Check that a model with a table of positions has one for each input token."""
     text = causal_lm.config.get_text_config()

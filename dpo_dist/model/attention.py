@@ -2,8 +2,9 @@
 
 import importlib.metadata
 import inspect
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.masking_utils import AttentionMaskInterface, sliding_window_causal_mask_function
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 
 from dpo_dist.batching.pack import copied_to
@@ -20,7 +21,7 @@ from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.model.architectures import recorded_arrangement
-from dpo_dist.model.layers import layer_configs
+from dpo_dist.model.layers import layer_configs, layer_values
 from dpo_dist.model.sdpa import (
     Layout,
     MaskRule,
@@ -200,6 +201,7 @@ _FIRST_CAPABILITY = (8, 0)
 
 # Several segments, a response of one token, another of three.
 _TRIAL: Layout = ((5, 3, 7), (2, 0, 4), (130, 2, 1))
+_TRIAL_WINDOW = 6
 # Relative to the largest value. In bf16, gradients of keys and values differ by 0.013 of it (SDPA, 32 heads
 # of 128 in 8 groups); with a different mask they differ by about the largest value itself.
 _TOLERANCE = 0.05
@@ -274,23 +276,29 @@ def _has_flash_attn() -> bool:
 
 
 def check_kernel(backend: AttentionBackend, device: torch.device, text: Any, dtype: torch.dtype) -> None:
-    """Check this backend, if it is used, with the heads of the layers of a text model.
+    """Check this backend, if it is used, with the heads, windows and caps of the layers of a text model.
 
     The check at start compares no gradients: one that a kernel computes wrongly would stay unseen.
     """
     if backend is AttentionBackend.sdpa or recorded_arrangement(text.model_type) is not Arrangement.packed:
         return
-    for heads in dict.fromkeys(heads_of_layers(text)):
-        if fault := _kernel_fault(backend, device, heads, dtype):
+    kinds = [Scores(softcap=getattr(text, "attn_logit_softcapping", None))]
+    if any(isinstance(window, int) for window in layer_values(text, "sliding_window")):
+        rule = mask_rule(sliding_window_causal_mask_function(_TRIAL_WINDOW), _TRIAL_WINDOW, device=device)
+        kinds.append(replace(kinds[0], window=_TRIAL_WINDOW, rule=rule))
+    for heads, scores in itertools.product(dict.fromkeys(heads_of_layers(text)), kinds):
+        if fault := _kernel_fault(backend, device, heads, dtype, scores):
             raise ConfigError(
                 "this attention kernel fails or gives wrong results on this device",
                 where="model.attention",
-                got=f"{backend}, {dtype}, {heads}: {fault}",
+                got=f"{backend}, {dtype}, {heads}, window {scores.window}, cap {scores.softcap}: {fault}",
                 remedy="set model.attention=sdpa, or another of its values",
             )
 
 
-def _kernel_fault(backend: AttentionBackend, device: torch.device, heads: Heads, dtype: torch.dtype) -> str:
+def _kernel_fault(
+    backend: AttentionBackend, device: torch.device, heads: Heads, dtype: torch.dtype, scores: Scores
+) -> str:
     """Return how outputs and gradients of a small layout differ from SDPA's in float32; empty: rounding."""
     generator, tokens = torch.Generator().manual_seed(0), sum(map(sum, _TRIAL))
     of_keys = [(heads.key, heads.dim), (heads.key, heads.value_dim)]
@@ -302,7 +310,7 @@ def _kernel_fault(backend: AttentionBackend, device: torch.device, heads: Heads,
             query, key, value, slopes = (tensor.to(precision, copy=True) for tensor in rounded)
             leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
             with torch.enable_grad():
-                output = packed_attention(_TRIAL, kernel, device)(query, key, value, Scores())
+                output = packed_attention(_TRIAL, kernel, device)(query, key, value, scores)
                 found.append((output, *torch.autograd.grad(output, leaves, slopes)))
     except Exception as error:  # a kernel can raise anything
         return first_line(error)

@@ -24,6 +24,7 @@ from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig, Quantiz
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.model.architectures import (
     SAMPLING_ROUTERS,
+    check_causal,
     recorded_arrangement,
     switch_off_noise,
 )
@@ -156,6 +157,7 @@ def load_packed(
     """
     backend = choose_backend(config.attention, config.dtype, device)
     model_config = load_config(folder, config, key)
+    check_causal(model_config, key)
     text = model_config.get_text_config()
     if sequence is not None:
         check_shared_tokens(model_config, sequence.ranks)

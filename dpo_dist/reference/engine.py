@@ -25,6 +25,7 @@ from dpo_dist.distributed.zero import (
     sharded_loading,
     whole_loading,
 )
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.exactness import StartCheck
 from dpo_dist.model.load import load_config, load_packed
 from dpo_dist.model.lora import load_adapter
@@ -34,6 +35,10 @@ from dpo_dist.reference.store import LogpStore
 
 log = logging.getLogger(__name__)
 
+# How long a rank on which a forward has failed waits for the others. They compute the same forward, so they
+# fail at the same time, or come from its end; or they wait for this rank in the forward, and never come.
+FAULT_SECONDS = 60.0
+
 
 def settle_engine(
     engine: Engine, max_length: int, world: World, key: str = "model.path", *, trains: bool = False
@@ -42,13 +47,21 @@ def settle_engine(
 
     If the model `trains`, its log-probs in training mode and, of several ranks, the weights that sequences
     use are checked, too. `max_length` is that of the longest prompt plus response; errors name `key`.
-    If a collective forward fails on one rank only, that rank does not answer; its log has the traceback.
     """
     are_forwards_collective = engine.is_synchronised or world.sequence is not None
 
     def agree(fault: str) -> str:
         if are_forwards_collective and is_of_communication(fault):
             raise RuntimeError(fault)  # no fault of the model: the world names the rank
+        try:
+            world.barrier(FAULT_SECONDS if fault and are_forwards_collective else None)
+        except TimeoutError:
+            raise ConfigError(
+                "the model's forward fails on one rank, and the others wait for it",
+                where=key,
+                got=f"{world.peers[world.rank]}: {fault}",
+                remedy="see the traceback in this rank's log; compare devices and packages of the hosts",
+            ) from None
         return next(filter(None, world.gather(fault)), "")
 
     world.barrier()  # a rank that begins late would be one that does not fail

@@ -29,6 +29,7 @@ from dpo_dist.data.dataset import (
 from dpo_dist.data.records import Part, eval_part, train_part
 from dpo_dist.distributed.zero import whole_loading
 from dpo_dist.model.architectures import (
+    check_causal,
     check_positions,
     router_loss,
     router_notes,
@@ -198,6 +199,7 @@ def checked_model(
 ) -> tuple[PreTrainedConfig, PreTrainedModel]:
     """Return the policy's configuration, and the model with its adapter on the meta device, both checked."""
     model_config = load_config(folder, config.model)
+    check_causal(model_config)
     check_shared_tokens(model_config, config.parallelism.sequence_parallel)
     causal_lm = without_weights(model_config, config.model, start)
     check_positions(causal_lm, config.data.max_length)

@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dpo_dist.config.losses import BcoDelta, LossConfig, LossKind, SyncReferenceConfig
@@ -23,6 +24,7 @@ from dpo_dist.config.schema import (
     Dtype,
     Offload,
     OptimConfig,
+    OptimizerKind,
     ParallelismConfig,
     ParallelismKind,
     Quantization,
@@ -59,6 +61,7 @@ class Policy:
     adapter: AdapterConfig | None = None
     quantization: Quantization | None = None
     loss: LossConfig | None = None
+    optim: OptimConfig = OPTIM
 
 
 class Trainer:
@@ -294,7 +297,7 @@ def save_and_die(assets: Assets, root: Path, world: World, _folder: Path) -> Non
     trainer.save(root, 1)
     if world.rank == 1:
         kill = mock.Mock(side_effect=lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        mock.patch("dpo_dist.distributed.checkpoint.save_file", kill).start()
+        mock.patch("dpo_dist.distributed.checkpoint.write_tensors", kill).start()
     trainer.save(root, 2)
 
 
@@ -316,7 +319,9 @@ def go_on(
 
     Return the gradient norms of the two, and the running means after them.
     """
-    trainer = Trainer(assets, world, policy.adapter, dtype, policy.quantization, policy.loss)
+    trainer = Trainer(
+        assets, world, policy.adapter, dtype, policy.quantization, policy.loss, optim=policy.optim
+    )
     found = latest_checkpoint(root, world)
     if found is None:
         trainer.step([0, 1, 2])
@@ -398,3 +403,30 @@ def resume(
     norms = [trainer.step(rows) for rows in steps]
     trainer.save(end.parent, int(end.name.removeprefix("step-")))
     return norms
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "policy"),
+    [(ZERO3, BF16, FULL), (ZERO2, FP32, Policy(AdapterConfig(r=8, alpha=16)))],
+    ids=["zero3 in bf16", "zero2 with an adapter"],
+)
+def test_8_bit_states_are_close_to_float32_and_resume_exactly_in_as_many_processes(
+    kind: ParallelismConfig, dtype: Dtype, policy: Policy, assets: Assets, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    root = tmp_path / "checkpoints"
+    exact = partial(go_on, assets, tmp_path / "exact", policy, dtype)
+    policy = replace(policy, optim=replace(OPTIM, kind=OptimizerKind.adamw_8bit))
+    eight_bit = partial(go_on, assets, root, policy, dtype)
+    norms = run_ranks(eight_bit, 2, tmp_path / "ranks", kind, dtype)
+    assert run_ranks(eight_bit, 2, tmp_path / "again", kind, dtype) == norms
+    demand_equal(
+        *(SavedSlices.find(root / f"step-00000{number}", SHARDS) for number in (2, 3)), {"weight"}, 2
+    )
+    files = [load_file(file) for file in root.glob("step-000002/**/*.safetensors")]
+    assert torch.uint8 in {tensor.dtype for file in files for tensor in file.values()}
+    [in_float32, _] = run_ranks(exact, 2, tmp_path / "exact_ranks", kind, dtype)
+    assert norms[0] == pytest.approx(in_float32, rel=0.02)
+    (other,) = start_ranks(eight_bit, 1, tmp_path / "alone", kind, dtype).finish()
+    assert other.error == "CheckpointError", other.log
+    assert "as many processes" in other.message

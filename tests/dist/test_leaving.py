@@ -26,6 +26,7 @@ from dpo_dist.foundation import process
 from dpo_dist.foundation.errors import CheckpointError, DataError, DpoDistError
 from dpo_dist.foundation.process import StopRequest
 from dpo_dist.model.packed import PackedCausalLM
+from dpo_dist.reference import engine
 from dpo_dist.reference.engine import load_reference, settle_engine
 from tests.dist.scenario import Assets, files_of, load_policy
 from tests.support.ranks import Outcome, run_ranks, start_ranks
@@ -254,7 +255,7 @@ def settle(
     folder: Path, fails: Arrangement, on: range, late: float, world: World, _folder: Path
 ) -> Arrangement:
     """Settle a model of which layer 1 fails in one arrangement on the ranks of `on`; rank 1 begins late."""
-    processes.GRACE_SECONDS = processes.PATIENCE_SECONDS = 1.0
+    processes.GRACE_SECONDS = engine.FAULT_SECONDS = 1.0
     policy = load_policy(folder, world)
     if world.rank in on:
         layer = policy.causal_lm.model.layers[1]
@@ -276,20 +277,19 @@ def settled(
     size: int = 2,
     kind: ParallelismKind | ParallelismConfig = ParallelismKind.zero3,
     late: float = 0.0,
-    timeout: int = 600,
 ) -> list[Outcome]:
     work = partial(settle, write_model(folder / "model"), fails, on, late)
-    ranks = start_ranks(work, size, folder / "ranks", kind, timeout=timeout, enter=be_brief)
-    return ranks.finish(60)  # a tenth of the longest timeout
+    ranks = start_ranks(work, size, folder / "ranks", kind, enter=be_brief)
+    return ranks.finish(60)  # a tenth of timeout_seconds
 
 
 def test_a_forward_that_fails_on_one_rank_ends_all(tmp_path: Path) -> None:
     """The others wait for that rank in a collective call of the same forward, which it has left."""
-    first, failing, last = settled(PACKED, range(1, 2), tmp_path, size=3, timeout=10)
-    assert (first.error, first.reporting_rank) == ("PeerLostError", 0), first.log
-    assert "rank 1 of 3 does not answer" in first.message
-    for other in (failing, last):
-        assert (other.error, other.exit_code) in [("PeerLostError", 0), ("", 69)], other.log
+    first, failing, last = settled(PACKED, range(1, 2), tmp_path, size=3)
+    assert (failing.error, failing.reporting_rank) == ("ConfigError", 1), failing.log
+    assert "RuntimeError: layer 1 is broken" in failing.message
+    for other in (first, last):
+        assert (other.error, other.exit_code) in [("PeerLostError", 0), ("", 2)], other.log
         assert other.reporting_rank in (None, NOBODY)
 
 

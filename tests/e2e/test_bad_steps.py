@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from tests.e2e.conftest import Overrides
 from tests.support.launch import constants, history, run_verb, summary
 from tests.support.records import TEXT
-from tests.support.tiny_model import write_model
 
 SPOILT_LINE = 9
 LOSS = """
@@ -88,15 +87,3 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_3_also_over_a_resume(
     assert "bad-step-000004.json" in ended.output
     assert (summary(tmp_path / "run")["exit"], summary(tmp_path / "run")["bad_steps"]) == ("diverged", 3)
     assert [row["step"] for row in history(tmp_path / "run")] == [1, 4]
-
-
-def test_a_collapsed_policy_is_no_completed_run(overrides: Overrides, tmp_path: Path) -> None:
-    model = write_model(tmp_path / "deep", layers=6, hidden_size=64, tied=False)
-    ended = run_verb("train", overrides(f"model.path={model}", "optim.lr=1e6", "trainer.max_steps=3"))
-    assert ended.code == 3, ended.output
-    assert "the policy has collapsed: the gradient is 0 at step 3" in ended.output
-    assert history(tmp_path / "run")[-1]["grad_norm"] == 0
-    found = summary(tmp_path / "run")
-    assert (found["exit"], found["bad_steps"]) == ("diverged", 0)
-    assert found["verdict"]["sentence"].startswith("diverged: the policy has collapsed: from step 2 on")
-    assert not (tmp_path / "run/model").exists()

@@ -39,16 +39,6 @@ for verb, options in json.loads(sys.argv[2]):
         results.append([error.where, error.got])
 print(json.dumps(results))
 """
-CARD = b"""---
-configs:
-- config_name: one
-  data_files: one/*.jsonl
-- config_name: two
-  data_files: two/*.jsonl
----
-"""
-
-
 Files = dict[str, bytes]
 
 
@@ -165,9 +155,7 @@ def run(folder: Path, url: str, steps: list[tuple[str, dict[str, str]]], **envir
 def test_a_hub_dataset_is_pinned_and_downloaded_once(tmp_path: Path, hub: Hub) -> None:
     first = hub.commit("o/pairs", {"train.jsonl": rows("old"), "test.jsonl": rows("held out")})
     hub.commit("o/pairs", {"train.jsonl": rows("tagged")}, "v1")
-    hub.commit("o/sets", {"README.md": CARD, "one/train.jsonl": rows("1"), "two/train.jsonl": rows("2")})
-    hub.commit("o/dirs", {"x/train.jsonl": rows("x"), "y/train.jsonl": rows("y")})
-    pairs, sets, dirs = ({"path": f"o/{name}"} for name in ("pairs", "sets", "dirs"))
+    pairs = {"path": "o/pairs"}
     results = run(
         tmp_path,
         hub.url,
@@ -176,18 +164,11 @@ def test_a_hub_dataset_is_pinned_and_downloaded_once(tmp_path: Path, hub: Hub) -
             ("pin", pairs),
             ("read", pairs | {"split": "test"}),
             ("read", pairs | {"revision": "v1"}),
-            ("read", sets | {"name": "two"}),
-            ("read", sets),
-            ("read", dirs | {"data_dir": "y"}),
-            ("read", pairs | {"split": "none"}),
             ("read", {"path": "o/nothing"}),
         ],
     )
-    assert results[:5] == [["old"], first, ["held out"], ["tagged"], ["2"]]
-    assert "one" in results[5][1]  # the configurations to choose from
-    assert results[6] == ["y"]
-    assert results[7] == ["o/pairs", "none"]
-    assert "RepositoryNotFound" in results[8][1]
+    assert results[:4] == [["old"], first, ["held out"], ["tagged"]]
+    assert "RepositoryNotFound" in results[4][1]
 
     second = hub.commit("o/pairs", {"train.jsonl": rows("new", "newer")})
     # What the hub names now is asked at each start; a commit stays what it was.

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from dpo_dist.config.run_folder import best_checkpoints
 from dpo_dist.distributed import checkpoint, slices
@@ -56,6 +58,7 @@ def flip(file: Path) -> None:
 
 DAMAGE: dict[str, Callable[[Path], None]] = {
     "a flipped bit": lambda folder: flip(folder / WEIGHTS),
+    "a flipped bit of the state": lambda folder: flip(folder / "state.json"),
     "a missing file": lambda folder: (folder / WEIGHTS).unlink(),
     "no manifest": lambda folder: (folder / MANIFEST).unlink(),
 }
@@ -184,6 +187,24 @@ def test_any_ranks_read_what_any_ranks_wrote(
         saved.load_into(empty)
         for own, read in zip(wanted, empty, strict=True):
             assert all(torch.equal(own.parts[part], read.parts[part]) for part in own.parts)
+
+
+def test_weights_are_written_without_a_copy_of_them_and_read_in_every_type(tmp_path: Path) -> None:
+    types = {torch.uint8: 3, torch.bfloat16: 5, torch.float32: 2**20, torch.float16: 1, torch.int8: 7}
+    wanted = [
+        Slice(str(dtype), (count,), 0, {"weight": torch.arange(count).to(dtype)})
+        for dtype, count in types.items()
+    ]
+    tracemalloc.start()
+    entries = write_slices(ModelSlices("engine", wanted), tmp_path, 0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2**20  # of 4 MiB
+    (tmp_path / MANIFEST).write_text(json.dumps(entries))
+    assert find_faults(tmp_path, 0, 1) == []
+    with safe_open(tmp_path / next(iter(entries)), "pt") as opened:
+        for own in wanted:
+            assert torch.equal(opened.get_tensor(f"weight/{own.name}"), own.parts["weight"])
 
 
 def killed_at(number: int, work: Callable[[], None]) -> bool:

@@ -149,7 +149,7 @@ def settle_failing(error: Exception, *, is_synchronised: bool) -> None:
         size=2,
         device=torch.device("cpu"),
         sequence=None,
-        barrier=lambda: None,
+        barrier=lambda _seconds=None: None,
         gather=lambda fault: [fault],
     )
     settle_engine(cast(Engine, engine), 64, cast(World, world))

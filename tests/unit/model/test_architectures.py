@@ -21,6 +21,7 @@ from dpo_dist.config.schema import AttentionBackend, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import (
     SAMPLING_ROUTERS,
+    check_causal,
     recorded_arrangement,
     switch_off_noise,
     training_notes,
@@ -125,6 +126,7 @@ def check_exact(
 def test_log_probs_and_gradients_equal_plain_ones(model_type: str, own: dict[str, Any]) -> None:
     """Also if layers are computed again in backward, which happens in training mode."""
     causal_lm, pairs = trained(model_type, **own), random_pairs(SHAPES)
+    check_causal(causal_lm.config)
     model = check_exact(causal_lm, pairs, settled)
     assert (model.arrangement, model.own_logits) == (FAMILIES[model_type][1], False)
     assert recorded_arrangement(model_type) in (Arrangement.packed, model.arrangement)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import DeepseekV3Config, LlamaConfig
+from transformers import DeepseekV3Config, Gemma2Config, LlamaConfig, MistralConfig
 from transformers.masking_utils import (
     causal_mask_function,
     chunked_causal_mask_function,
@@ -23,6 +23,7 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.attention import check_kernel, choose_backend, packed_attention
 from dpo_dist.model.sdpa import Layout, MaskRule, Scores, mask_rule
 from tests.support.kernels import (
+    flash_attn_varlen_func,
     masked_attention,
     put_kernels,
     varlen_of_torch_2_11,
@@ -35,6 +36,8 @@ LOW_RANK = {"num_attention_heads": 4, "qk_nope_head_dim": 16, "qk_rope_head_dim"
 TEXTS = {
     "grouped": LlamaConfig(**GROUPED),
     "low rank": DeepseekV3Config(**LOW_RANK),
+    "windowed": MistralConfig(**GROUPED, sliding_window=4096),
+    "capped": Gemma2Config(**GROUPED, attn_logit_softcapping=0.5),
 }
 KERNELS = [AttentionBackend.varlen, AttentionBackend.flash_attention_2]
 
@@ -86,19 +89,29 @@ def fails_for_large_heads(query: Tensor, *args: Any, **options: Any) -> Tensor:
     return varlen_of_torch_2_13(query, *args, **options)
 
 
+def ignores_the_window(*args: Any, window_size: tuple[int, int], **options: Any) -> Tensor:
+    return varlen_of_torch_2_13(*args, window_size=(-1, 0), **options)
+
+
+def ignores_the_cap(*args: Any, softcap: float, **options: Any) -> Tensor:
+    return flash_attn_varlen_func(*args, softcap=0.0, **options)
+
+
 @pytest.mark.parametrize(
-    ("kernel", "message"),
+    ("kernel", "text", "message"),
     [
-        (wrong_backward, "its gradient of the key differs"),
-        (fails_for_large_heads, "value_dim=40): RuntimeError: head_dim"),
+        (wrong_backward, "grouped", "its gradient of the key differs"),
+        (fails_for_large_heads, "grouped", "value_dim=40), window None, cap None: RuntimeError: head_dim"),
+        (ignores_the_window, "windowed", "window 6, cap None: its output differs"),
+        (ignores_the_cap, "capped", "window None, cap 0.5: its output differs"),
     ],
 )
 def test_a_kernel_that_is_wrong_or_fails_is_refused_before_training(
-    kernel: Any, message: str, monkeypatch: pytest.MonkeyPatch
+    kernel: Any, text: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put_kernels(monkeypatch, wraps(varlen_of_torch_2_13)(kernel))
+    put_kernels(monkeypatch, wraps(varlen_of_torch_2_13)(kernel), wraps(flash_attn_varlen_func)(kernel))
     with torch.no_grad(), pytest.raises(ConfigError) as raised:
-        check_kernel(AttentionBackend.varlen, CPU, TEXTS["grouped"], torch.bfloat16)
+        check_kernel(KERNELS[text == "capped"], CPU, TEXTS[text], torch.bfloat16)
     assert message in raised.value.got
     assert "model.attention=sdpa" in raised.value.remedy
 

@@ -294,9 +294,19 @@ def test_options_of_gpus_are_refused_without_one_before_files_are_read(
     assert caught.value.where == "model.liger"
 
 
-def test_a_check_refuses_a_model_that_is_no_language_model(assets: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"model_type": "t5"}, "t5"),
+        ({"is_causal": False}, "not causal"),
+        ({"use_bidirectional_attention": True}, "not causal"),
+    ],
+)
+def test_a_check_refuses_a_model_that_is_not_causal(
+    changed: dict[str, object], named: str, assets: Path, tmp_path: Path
+) -> None:
     write_model(tmp_path / "model")
     file = tmp_path / "model" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "t5"}))
-    with pytest.raises(ConfigError, match="t5"):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    with pytest.raises(ConfigError, match=named):
         rehearse(run_of(assets, tmp_path, f"model.path={tmp_path}/model"))

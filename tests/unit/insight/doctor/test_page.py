@@ -8,7 +8,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import DataConfig, FolderConfig, RunConfig, SourceConfig
 from dpo_dist.insight.doctor.examine import Diagnosis
 from dpo_dist.insight.pages.doctor import diagnosis_lines, write_doctor_page, write_doctor_report
-from tests.support.doctor_data import ACROSS, EMPTY, diagnosis
+from tests.support.doctor_data import diagnosis
 from tests.unit.insight.pages.made_run import HOSTILE, Page
 
 
@@ -29,16 +29,6 @@ def test_hostile_text_adds_no_element_and_no_control_character(tmp_path: Path) -
     assert all(value.startswith("#") for name, value in page.attributes if name == "href")
     assert not {"\u202e", "\u200b", "\x1b"} & set(html)
     assert "U+202E" in page.text
-
-
-def test_the_page_says_everything_that_there_is(tmp_path: Path) -> None:
-    text = Page(written(tmp_path, diagnosis("plain"))).text
-    for expected in (
-        *("1 error", "8 of 10 records can be used", "rule_error", "empty_response", "1 cut", "first word"),
-        *("4 of 10 pairs in the store", "dropped: plain", "9 not shown"),
-    ):
-        assert expected in text, expected
-    assert "no findings" in written(tmp_path, Diagnosis([EMPTY], ACROSS, ()))
 
 
 def test_json_is_complete_and_has_no_texts(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Trackers get every row once over all starts, and never stop, block or prompt a run; the W&B dashboard."""
+"""Trackers get every row once over all starts, and never stop, block or prompt a run."""
 
 import json
 import os
@@ -15,13 +15,10 @@ import wandb
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 
-from dpo_dist.config.keys import all_keys
-from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ModelConfig, OtherTracker, RunConfig, TrackingConfig, WandbMode
-from dpo_dist.insight.metrics.log import BEST, COLUMNS
+from dpo_dist.foundation.files import write_text
 from dpo_dist.insight.metrics.trackers import (
-    MARGINS,
     InBackground,
     Trackers,
     WandbRun,
@@ -31,8 +28,6 @@ from dpo_dist.insight.metrics.trackers import (
     wandb_names,
     wanted_mode,
 )
-from dpo_dist.objective.metrics import MetricPlan
-from scripts.wandb_dashboard import COMPARED, RESULTS, SECTIONS
 from tests.support.sample_files import write_samples
 from tests.support.wandb_file import all_rows, history_rows, media_rows, records_of
 from tests.support.wandb_server import WandbServer
@@ -46,8 +41,6 @@ ROWS = [
     {"step": 3, "loss": 0.5},
     {"step": 4, "loss": float("nan")},
 ]
-
-PANELS = [panel for panels in SECTIONS.values() for panel in panels]
 
 
 @pytest.fixture(autouse=True)
@@ -185,6 +178,8 @@ def test_a_run_has_tables_histograms_its_verdict_and_values_of_the_environment(
 
 def test_starts_of_a_run_are_one_run_with_every_row_once(tmp_path: Path) -> None:
     run_dir, run_ids, said = tmp_path / "a-run-12345678", set(), list[str]()
+    killed_at_once = run_dir / "wandb" / "offline-run-20260101_000000-x" / "run-x.wandb"
+    write_text(killed_at_once, ":W&B   ")
     for known, computed, end in ((0, 2, "preempted"), (1, 4, "killed"), (3, 5, "completed")):
         tracker = open_in(run_dir, rows=ROWS[:known], environment={"torch": "2.13.0"}, say=said.append)
         run_ids.add(tracker.run.id)
@@ -199,6 +194,7 @@ def test_starts_of_a_run_are_one_run_with_every_row_once(tmp_path: Path) -> None
         if end != "completed":
             time.sleep(1.0)  # wandb names its folders by the second
     assert f"upload with: wandb sync {run_dir / 'wandb'}" in said[0]
+    assert not killed_at_once.exists(), "wandb sync would upload nothing"
     assert run_ids == {(run_dir / "wandb" / "run_id.txt").read_text()}
     assert [row["_step"] for row in all_rows(run_dir)] == [0, 1, 2, 3, 4]
     assert history_rows(run_dir)[:4] == [wandb_names(row) for row in ROWS[:4]]
@@ -296,14 +292,3 @@ def test_tracking_may_be_off_or_fail(tmp_path: Path, caplog: pytest.LogCaptureFi
 def test_modes(monkeypatch: pytest.MonkeyPatch, value: str, mode: str) -> None:
     monkeypatch.setenv("WANDB_MODE", value)
     assert wanted_mode(config_of(WandbMode.auto)) == mode
-
-
-def test_metrics_of_panels_and_of_best_values_exist() -> None:
-    evaluated = MetricPlan(LossConfig(), ("a", "b"), is_evaluation=True).names
-    row = dict.fromkeys([*COLUMNS, *(f"eval_{name}" for name in evaluated)], 0.0)
-    names = {*wandb_names(row), MARGINS}
-    found = {name for panel in PANELS if panel.needs != "samples" for name in panel.missing(names)}
-    assert found == set()
-    assert row.keys() >= set(BEST)
-    assert names >= set(RESULTS)
-    assert set(COMPARED) <= set(all_keys())
