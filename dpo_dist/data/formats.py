@@ -486,8 +486,9 @@ def with_context(
         unread += _TOOLS[1:] if set(_TOOLS) <= set(given) else ()
         unread += _add_turns_before(turns, record, messages)
     # A dialogue is read from the responses alone; a conversation may repeat the prompt or a response.
-    for name in (*_OF_PROMPT, *(["prompt"] if is_dialogue else []), *CONVERSATIONS):
-        is_response = name in CONVERSATIONS and (name in responses or ends_with_response(record.get(name)))
+    conversations = (*CONVERSATIONS, "conversation")
+    for name in (*_OF_PROMPT, *(["prompt"] if is_dialogue else []), *conversations):
+        is_response = name in conversations and (name in responses or ends_with_response(record.get(name)))
         if not is_response and _is_outside(record.get(name), prompt):
             unread.append(name)
     if unread:
