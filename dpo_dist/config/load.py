@@ -45,8 +45,12 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import without_secrets
 
 _COMPOSITION_ERRORS = (
-    *(ConfigError, HydraException, OmegaConfBaseException),
-    *(yaml.YAMLError, ValueError, RecursionError),
+    ConfigError,
+    HydraException,
+    OmegaConfBaseException,
+    yaml.YAMLError,
+    ValueError,
+    RecursionError,
 )
 _ROOT = "dpo_dist"
 """The primary configuration: config.yaml, with the folders in which Hydra searches."""

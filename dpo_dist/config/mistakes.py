@@ -32,7 +32,11 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
 
 SCHEMA = TypeAdapter(RunConfig)
-_PRESET_PATHS = {"model": "model.path", "data": "data.train", "reference": "reference.path"}
+_PRESET_PATHS = {
+    "model": ("model.path", "evaluation.model"),
+    "data": ("data.train", "evaluation.data"),
+    "reference": ("reference.path",),
+}
 """The keys that take the path of what a group of presets names."""
 
 
@@ -66,10 +70,13 @@ def likely(word: str, known: Collection[str]) -> list[str]:
     if same := [name for name in (word.lower(), *meant(word, "values")) if name in known]:
         return same[:1]
     section, _, last = word.rpartition(".")
-    beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
-    if section and beside:  # equal beginnings do not count
-        return [beside[name] for name in get_close_matches(last, beside, 1, _SIMILAR)]
-    return get_close_matches(word, known, 1, _SIMILAR)
+    of_section = [name for name in known if section in ("", name.rpartition(".")[0])]
+    last_parts = {name.rpartition(".")[2]: name for name in reversed(of_section)}
+    found = [last_parts[name] for name in get_close_matches(last, last_parts, 1, _SIMILAR)]
+    found += [name for name in known if name.endswith(f".{last}")]  # in another section
+    if not section or not of_section:  # else equal beginnings would count
+        found += get_close_matches(word, known, 1, _SIMILAR)
+    return found[:1]
 
 
 def suggestion(word: str, known: Collection[str]) -> str:
@@ -145,7 +152,8 @@ def _in_place_of(key: str, value: str) -> str:
     inner = nested(above.type) if above else None
     known = [f"{mapping}.{option}" for option in fields_of(inner)] if inner else list(run_keys())
     if key in known:
-        return f"it is a key of an entry: '{mapping}=[{{{known[0].rpartition('.')[2]}: ..., {name}: ...}}]'"
+        before = "" if key == known[0] else f"{known[0].rpartition('.')[2]}: ..., "
+        return f"it is a key of an entry: '{mapping}=[{{{before}{name}: {value or '...'}}}]'"
     same: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
     if mapping.endswith("]"):
@@ -153,9 +161,9 @@ def _in_place_of(key: str, value: str) -> str:
             return f"write {found[0]}: {value or '...'}"
     else:
         same, answers = meant(key, "keys"), meant(key, "answers")
-        named = [option for option in known if option.rpartition(".")[2] == name]
-        if len(named) == 1 and not same and not answers:  # a key without its section
-            same = (named[0],)
+        if not same and not answers:  # a key without its section
+            inside = [option for option in known if option.startswith(mapping)]
+            same = tuple(option for option in inside if option.rpartition(".")[2] == name)
     if written := [line for one in same if not (line := assignment(one, value)).endswith("=...")]:
         return f"write {' or '.join(written)}"
     if answers:  # before `same`: `template: llama3` of LLaMA-Factory is no value of data.template
@@ -184,7 +192,8 @@ def unknown_preset(group: str, choice: str, folders: Sequence[Path]) -> ConfigEr
     if found := likely(Path(choice).stem if choice.endswith((".yaml", ".yml")) else choice, known):
         remedy = f"did you mean {plus}{group}={found[0]}?"
     elif group in _PRESET_PATHS:
-        remedy = f"a path is no preset: write {assignment(_PRESET_PATHS[group], choice)}"
+        written = [assignment(key, choice) for key in _PRESET_PATHS[group]]
+        remedy = f"a path is no preset: write {' or '.join(written)}"
     elif group == "experiment":
         remedy += "; your own: name the file, my.yaml, or --config-dir DIR with DIR/experiment/NAME.yaml"
     return ConfigError(

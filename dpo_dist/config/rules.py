@@ -177,9 +177,12 @@ RULES = (
             f"set model.compile=false, or remove {other.partition('=')[0].rstrip('!')}",
         )
         for other in (
-            *("model.liger=true", "model.quantization!=null"),
-            *("reference.quantization!=null", "reference.offload=nvme"),
-            *("loss.router.aux_coefficient!=null", "loss.router.z_coefficient!=null"),
+            "model.liger=true",
+            "model.quantization!=null",
+            "reference.quantization!=null",
+            "reference.offload=nvme",
+            "loss.router.aux_coefficient!=null",
+            "loss.router.z_coefficient!=null",
         )
     ),
     # Adapters and quantized weights.
@@ -240,6 +243,12 @@ RULES = (
         "a kind of loss appears twice",
         "make it one term with the sum of the weights",
         lambda c: len(set(c.loss.kinds)) < len(c.loss.kinds),
+    ),
+    Rule(
+        "loss.terms",
+        "a loss whose terms all have weight 0 trains nothing",
+        "give one of them a weight",
+        lambda c: bool(c.loss.terms) and not any(term.weight for term in c.loss.terms),
     ),
     unused(
         "loss.kind",
@@ -360,8 +369,10 @@ RULES = (
             "choose reference=live without this setting, or remove loss.sync_reference",
         )
         for other in (
-            *("reference.mode!=live", "model.adapter!=null"),
-            *("reference.quantization!=null", "reference.offload=nvme"),
+            "reference.mode!=live",
+            "model.adapter!=null",
+            "reference.quantization!=null",
+            "reference.offload=nvme",
         )
     ),
     # Exported models.

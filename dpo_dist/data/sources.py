@@ -164,7 +164,9 @@ def root_of(path: str) -> Path:
 def _globbed_files(pattern: str) -> list[Path]:
     """Return the files that match, sorted by path; hidden ones only if the pattern names the dot."""
     found = glob.glob(pattern, recursive=True)  # noqa: PTH207  (a pathlib pattern matches hidden files)
-    files = sorted(file for file in map(Path, found) if file.is_file())
+    # A file that `**` finds on several ways, behind links to folders, is read once.
+    ways = {file.parent.resolve() / file.name: file for file in sorted(map(Path, found), reverse=True)}
+    files = sorted(file for file in ways.values() if file.is_file())
     if not files:
         raise DataError(
             "no file matches the pattern",

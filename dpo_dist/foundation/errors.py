@@ -135,6 +135,9 @@ class PeerLostError(DpoDistError):
 
 def disk_error(error: BaseException) -> ConfigError | None:
     """Return a `ConfigError` if a full disk, a path or its permissions caused `error`, else None."""
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # of Path.expanduser
+        what = "a path begins with ~, and this home folder is not known"
+        return ConfigError(what, where="a path of the command or its files", remedy="write the whole path")
     if not isinstance(error, OSError) or (error.filename is None and error.errno not in _DISK_IS_FULL):
         return None
     return ConfigError(

@@ -99,6 +99,7 @@ REFUSED = [
     (f"{LIVE} {EVERY} reference.quantization=nf4", "loss.sync_reference.every"),
     (f"{LIVE} {EVERY} {NVME}", "loss.sync_reference.every"),
     (f"{LIVE} {EVERY} model.adapter.r=8", "loss.sync_reference.every"),
+    ("'loss.terms=[{kind:sft,weight:0}]'", "loss.terms"),
     # Forms of single values.
     ("run.name=a/b", "run.name"),
     ("run.name=..", "run.name"),

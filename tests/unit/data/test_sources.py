@@ -145,6 +145,9 @@ def test_a_pattern_reads_files_in_order(tmp_path: Path) -> None:
     assert prompts(tmp_path / "a[1].jsonl") == ["5"]
     for pattern in ("deep/**/*.jsonl", "deep/**", "d*/c**.jsonl"):
         assert prompts(tmp_path / pattern) == ["4"], pattern
+    (tmp_path / "deep" / "again").symlink_to(tmp_path / "deep")
+    for pattern in ("deep/**/*.jsonl", "deep/**/**/*.jsonl"):
+        assert read(tmp_path / pattern) == [(1, "")], pattern
 
 
 def test_a_folder_of_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
