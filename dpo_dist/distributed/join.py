@@ -152,7 +152,8 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
             got=first_line(failure),
             expected=f"every process within parallelism.timeout_seconds ({timeout_seconds})",
             remedy="see the messages of all processes (the screen of each node, logs/rank-N.log), and "
-            "whether every node reaches this address, whose port is free; then run the same command again",
+            "whether every node reaches this address and its port is free (MASTER_PORT, --main_process_port: "
+            "choose another); then run the same command again",
         ) from failure
     return World(accelerator, rank, size, accelerator.device, tuple(peers), control, timeout_seconds)
 

@@ -73,7 +73,6 @@ class FunctionJudge:
     def __init__(self, written: str):
         self._function = user_function(written, _FUNCTION)
         self._source = find_function(written, _FUNCTION)
-
         self._name = f"{self._source.module}:{self._source.name}"
 
     def __str__(self) -> str:
@@ -92,11 +91,12 @@ class FunctionJudge:
 
     def _scores(self, question: Question) -> list[float | None]:
         try:
-            found = self._function(question.prompt, list(question.responses))
+            found = list(self._function(question.prompt, list(question.responses)))
             scores = [None if score is None else float(score) for score in found]
             fault = "" if len(scores) == len(question.responses) else f"returns {len(scores)} scores"
-            if not all(math.isfinite(score or 0) for score in scores):
-                fault = "returns a score that is not finite"
+            has_other = any(isinstance(score, str | bool) for score in found)
+            if has_other or not all(math.isfinite(score or 0) for score in scores):
+                fault = "returns a score that is no finite number"
         except Exception as error:  # the user's code can raise anything; its message could quote a text
             place = traceback.extract_tb(error.__traceback__)[-1]
             fault = f"raises {type(error).__name__} in {place.filename}:{place.lineno}"

@@ -14,9 +14,14 @@ from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.distributed.checkpoint import load_checkpoint_weights, open_checkpoint, read_state
+from dpo_dist.distributed.checkpoint import (
+    damaged_checkpoint,
+    load_checkpoint_weights,
+    open_checkpoint,
+    read_state,
+)
 from dpo_dist.distributed.zero import Engine
-from dpo_dist.foundation.errors import CheckpointError, ExitCode
+from dpo_dist.foundation.errors import CheckpointError, ExitCode, first_line
 from dpo_dist.foundation.files import collect_abandoned, plain, staged_file, write_text
 from dpo_dist.insight.console import Console, evaluation_table
 from dpo_dist.insight.evaluation import ALL, Mask, results, write_scores
@@ -60,7 +65,10 @@ def check_origin(evaluated: Evaluated, config: RunConfig, inputs: EvaluationInpu
     if not evaluated.is_checkpoint:
         return
     folder, digest = Path(evaluated.path), inputs.policy_files.digest
-    former, adapter = read_state(folder)["model"], config.model.adapter
+    try:
+        former, adapter = read_state(folder)["model"], config.model.adapter
+    except (OSError, ValueError) as error:
+        raise damaged_checkpoint(folder, [first_line(error)]) from error
     changed = changed_keys(RunFolder(folder.resolve().parent.parent).config, config)
     if former != digest or "model.adapter" in changed:
         before, _ = changed.get("model.adapter", (adapter, adapter))

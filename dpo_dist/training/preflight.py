@@ -19,6 +19,7 @@ from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.text import counted
 from dpo_dist.insight.console import Console, open_console
 from dpo_dist.model.folder import (
+    CONFIG_FILE,
     check_tokenizer_files,
     check_weights,
     local_model_folder,
@@ -73,7 +74,18 @@ def check_start(config: RunConfig, *, trains: bool = False) -> None:
     for source in [*config.data.train, *config.data.eval]:
         check_source(source, config.data)
     check_template_file(config.data.chat_template)
-    folders = {"run.dir": RunFolder.of(config).path, "data.cache": Path(config.data.cache)}
+    run = RunFolder.of(config)
+    is_begun = run.lock.exists() or run.state.exists()
+    foreign = [run.path / CONFIG_FILE, *([] if is_begun else [run.config])]  # of a model, or of no run
+    if trains and (found := [str(file) for file in foreign if file.is_file()]):
+        raise ConfigError(
+            "run.dir has files that are not of a run",
+            where="run.dir",
+            got=", ".join(found),
+            expected="a folder for this run alone, in which nothing else is overwritten",
+            remedy="set run.dir to a new folder",
+        )
+    folders = {"run.dir": run.path, "data.cache": Path(config.data.cache)}
     store = Path(config.reference.store)
     if config.reference.mode is ReferenceMode.cached and not store.is_dir():
         folders["reference.store"] = store  # a read-only one is enough if it has all log-probs of the run

@@ -156,24 +156,6 @@ def test_reference_log_probs_are_computed_once(overrides: Overrides, assets: Pat
         assert summary(tmp_path / name)["reference"]["computed"] == 12
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_3(overrides: Overrides, tmp_path: Path) -> None:
-    ended = run_verb("train", overrides("optim.lr=1e30", "optim.warmup_ratio=0", "trainer.epochs=3"))
-    assert ended.code == 3, ended.output
-    assert "diverged" in ended.output
-    ended_summary = summary(tmp_path / "run")
-    assert ended_summary["exit"] == "diverged"
-    assert [finding["rule"] for finding in ended_summary["verdict"]["findings"]] == ["diverged"]
-    sentence = f"verdict: {ended_summary['verdict']['sentence']}"
-    first = min(int(file.stem.rpartition("-")[2]) for file in (tmp_path / "run/logs").glob("bad-step-*"))
-    assert f"was the first value that is not finite, at step {first};" in sentence
-    assert history(tmp_path / "run")[-1]["step"] > first
-    assert ended.output.index(sentence) < ended.output.index("diverged: loss or gradient is not finite")
-    assert ended.output.count("loss or gradient is not finite") == 1
-    last = json.loads((tmp_path / "run/dpo_metrics/log_history.json").read_text())[-1]
-    unknown = ["loss", "rewards/accuracies", "rewards/both_fall", "rewards/margins"]
-    assert [last[name] for name in unknown] == [None] * 4
-
-
 def test_evaluation_data_can_be_split_off_the_training_data(
     overrides: Overrides, assets: Path, tmp_path: Path
 ) -> None:

@@ -1,4 +1,4 @@
-"""DeepSpeed's CPU Adam: compiled, or in PyTorch where a process would compile it for a minute first."""
+"""DeepSpeed's CPU Adam in PyTorch: a process would compile the kernel for a minute first."""
 
 import math
 from collections.abc import Callable
@@ -7,31 +7,17 @@ from typing import Any, TypeVar
 from unittest import mock
 
 import numpy as np
-import torch
 from deepspeed.ops.op_builder import CPUAdamBuilder
 from torch import Tensor
-from torch.utils.cpp_extension import _get_build_directory
 
 from dpo_dist.distributed.world import World
 
 T = TypeVar("T")
 
 
-def is_built() -> bool:
-    """Return whether a process of this environment loads CPU Adam without compiling it."""
-    try:
-        folder = Path(_get_build_directory("cpu_adam", False))
-    except OSError:
-        return False
-    if not (folder / "cpu_adam.so").is_file() or (folder / "lock").exists():
-        return False
-    return f"{Path(torch.__file__).parent}/include" in (folder / "build.ninja").read_text()
-
-
 def with_cpu_adam(scenario: Callable[[World, Path], T], world: World, folder: Path) -> T:
-    """Run a scenario of `run_ranks` with CPU Adam, compiled if it `is_built`."""
-    if not is_built():
-        stand_in_for_cpu_adam()
+    """Run a scenario of `run_ranks` with `CPUAdamInPyTorch`."""
+    stand_in_for_cpu_adam()
     return scenario(world, folder)
 
 

@@ -124,8 +124,8 @@ def merge_adapter(adapter: Path, folder: Path, config: RunConfig) -> None:
 
 
 def read_samples(policy: str, file: Path) -> dict[str, Any]:
-    """Return counts and the mean score of a file of samples."""
-    prompts, unscored, scores = 0, 0, list[float]()
+    """Return counts, the mean score and the largest difference within a prompt of a file of samples."""
+    prompts, unscored, widest, scores = 0, 0, 0.0, list[float]()
     with file.open(encoding="utf-8") as lines:
         for line in lines:
             row = json.loads(line)
@@ -134,9 +134,10 @@ def read_samples(policy: str, file: Path) -> dict[str, Any]:
             prompts += bool(known)
             unscored += len(own) - len(known)
             scores += known
+            widest = max(widest, max(known, default=0.0) - min(known, default=0.0))
     mean = sum(scores) / len(scores) if scores else None
     counts = {"prompts": prompts, "responses": len(scores), "unscored": unscored}
-    return {"policy": policy, **counts, "mean_score": mean}
+    return {"policy": policy, **counts, "mean_score": mean, "largest_difference": widest}
 
 
 def run_rounds(config: RunConfig, say: Say, run: Run = run_command) -> int:
@@ -197,8 +198,9 @@ def _sample(config: RunConfig, number: int, say: Say, run: Run) -> dict[str, Any
     if code not in (ExitCode.completed, ExitCode.invalid) or not folder.pairs_samples.exists():
         raise _failed(f"sampling of round {number}", code, folder)
     samples = read_samples(stage.model.path, folder.pairs_samples)
-    # Scored samples without a pair are equally good: of a later round, the end of learning.
-    if code != ExitCode.completed and not (number > 1 and samples["responses"]):
+    # Of a later round, equally good samples are the end of learning; a full disk has the same code.
+    is_learned = number > 1 and samples["responses"] and samples["largest_difference"] <= pairs.margin
+    if code != ExitCode.completed and not is_learned:
         raise _failed(f"sampling of round {number}", code, folder)
     found = None
     if code == ExitCode.completed:

@@ -148,7 +148,8 @@ def generate_batch(
 class _NextToken(LogitsProcessor):  # type: ignore[misc]
     """Draws each row's next token with a number of its own, by the inverse of the cumulative distribution.
 
-    `is_broken`: logits were not finite; such a row ends, as an error would leave other ranks waiting.
+    `is_broken`: logits were not finite before the end of a response; such a row ends, as an error would leave
+    other ranks waiting.
     """
 
     def __init__(
@@ -160,7 +161,7 @@ class _NextToken(LogitsProcessor):  # type: ignore[misc]
         device: torch.device,
     ):
         self._prompt_length = prompt_length
-        self._end = torch.tensor([min(stop_ids)], device=device)
+        self._stop_ids = torch.tensor(sorted(stop_ids), device=device)
         numbers = [random_numbers(sampling, request) for request in requests if sampling.temperature > 0]
         self._numbers = torch.stack(numbers).to(device) if numbers else None
         self._warpers = LogitsProcessorList()
@@ -174,14 +175,16 @@ class _NextToken(LogitsProcessor):  # type: ignore[misc]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return logits [rows, vocabulary] that are finite for the drawn token only; greedy: as they are."""
+        generated = input_ids[:, self._prompt_length :]
         broken = ~scores.amax(-1).isfinite()
         if broken.any():
-            self.is_broken = True
-            ended = torch.full_like(scores, -torch.inf).index_fill(-1, self._end, 0.0)
+            has_ended = torch.isin(generated, self._stop_ids).any(-1)  # what follows is padding
+            self.is_broken |= bool((broken & ~has_ended).any())
+            ended = torch.full_like(scores, -torch.inf).index_fill(-1, self._stop_ids[:1], 0.0)
             scores = torch.where(broken[:, None], ended, scores)
         if self._numbers is None:
             return scores
-        number = self._numbers[:, input_ids.shape[1] - self._prompt_length, None]
+        number = self._numbers[:, generated.shape[1], None]
         scores = scores.float()
         scores = self._warpers(input_ids, scores - scores.amax(-1, keepdim=True))
         chances = scores.softmax(-1).double().cumsum(-1)

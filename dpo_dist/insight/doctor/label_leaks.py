@@ -179,10 +179,10 @@ def leak_findings(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
     for group, own in groups.items():
         rule, test = RULES["style_bias" if group in _STYLE else "label_leak"], own[0]
         if test.exceeds(rule.threshold) and test.accuracy > explained:
-            best = next(one for one in own if one.detail)
+            hints = (f" ({one.feature}, {one.detail}, {percent(one.accuracy)})" for one in own if one.detail)
             detail = (
                 f"by {group}, {percent(test.accuracy)} [{percent(test.low)}, {percent(test.high)}] of "
-                f"held-out pairs are guessed ({best.feature}, {best.detail}, {percent(best.accuracy)})"
+                f"held-out pairs are guessed{next(hints, '')}"
             )
             yield from rule.value(test.accuracy, test.pairs, source, detail)
     yield from _one_sided_forms(tests, source)

@@ -54,6 +54,7 @@ _MODES = {
 """Values of WANDB_MODE, the older two too."""
 _MOST_CHARACTERS = 4000
 _BINS = 64
+_HEADER_BYTES = 7
 _OPEN_SECONDS, _FINISH_SECONDS, _ERROR_SECONDS, _LAST_SECONDS = 10.0, 30.0, 4.0, 2.0
 
 _log = logging.getLogger(__name__)
@@ -130,6 +131,9 @@ class WandbRun:
 
     def _start(self) -> None:
         """Start or resume the wandb run, and send it the rows that it lacks."""
+        for file in self._sent.parent.glob("*run-*/*.wandb"):
+            if file.stat().st_size <= _HEADER_BYTES:  # of a killed start; `wandb sync` would upload no run
+                file.unlink()
         self.run = _set_up(self._init["mode"]).init(**self._init)
         self.run.define_metric(STEP_AXIS)
         for names in ("train/*", "eval/*"):

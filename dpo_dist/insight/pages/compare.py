@@ -58,17 +58,25 @@ def write_comparison_page(folder: RunFolder, results: Row) -> None:
 
 
 def headline(results: Row) -> list[str]:
-    """Return the best model by its mean, then the models that no interval shows to be worse, in sentences."""
+    """Return the best model by its mean, then the models that no interval shows to be worse, in sentences.
+
+    A model of which no response ends is not ranked: the judge saw beginnings of its responses only.
+    """
     measure, qualities = _qualities(results)
+    models = {model["name"]: model for model in results["models"]}
+    ranked = [name for name in qualities if models[name]["style"]["finished"]]
     if not qualities:
         return ["Without a judge the models can be compared by KL and style only."]
-    kl = {model["name"]: model["kl"] or 0 for model in results["models"]}
-    best = max(qualities, key=lambda name: (qualities[name][0], -kl[name]))
+    if not ranked:
+        return ["No response ends within compare.max_new_tokens: no model is called the best."]
+    best = max(ranked, key=lambda name: (qualities[name][0], -(models[name]["kl"] or 0)))
     sentences = [f"{best} has the highest {measure}, {number(qualities[best][0])}."]
     if best == results["base"] and measure != "score":
         sentences = [f"No model wins over {best} on more than half of the prompts."]
+    if unended := ", ".join(name for name in qualities if name not in ranked):
+        sentences.append(f"Not ranked, as no response ends: {unended}.")
     rates = _rates(results)
-    others = [name for name in qualities if name != best]
+    others = [name for name in ranked if name != best]
     as_good = ", ".join(
         name for name in others if _side(rates.get((name, best), (_HALF, None))[1], _HALF) >= 0
     )

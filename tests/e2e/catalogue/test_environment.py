@@ -47,7 +47,16 @@ def test_a_taken_port_gets_one_block(check: Check) -> None:
         port = str(taken.getsockname()[1])
         place, used = RANK_0 | LOCAL | {"MASTER_PORT": port}, "address already in use"
         leaves = (r"run(/logs(/.*)?)?",)
-        case = Case("", "run.dir=run", "have joined", port, used, to_do="port is free", code=69, joins=True)
+        case = Case(
+            "",
+            "run.dir=run",
+            "have joined",
+            port,
+            used,
+            to_do="--main_process_port: choose",
+            code=69,
+            joins=True,
+        )
         check(replace(case, place=place, leaves=leaves))
 
 
@@ -57,5 +66,5 @@ def test_two_runs_in_one_folder_get_one_block(check: Check, tmp_path: Path) -> N
         fcntl.flock(lock, fcntl.LOCK_EX)
         what = "another process is training in this run directory"
         check(
-            Case("", "run.dir=run", what, "run", to_do="wait for it", joins=True, leaves=("run/logs(/.*)?",))
+            Case("", "run.dir=run", what, "run", to_do="wait until", joins=True, leaves=("run/logs(/.*)?",))
         )

@@ -82,7 +82,9 @@ def test_a_model_that_is_no_reward_model_is_refused(tmp_path: Path) -> None:
     ("body", "said"),
     [
         ("return [1.0]", "returns 1 scores"),
-        ("return [float('nan'), 1]", "not finite"),
+        ("return [float('nan'), 1]", "no finite number"),
+        ("return '87'", "no finite number"),
+        ("return [True, 1]", "no finite number"),
         ("raise ValueError(prompt)", "raises ValueError"),
     ],
 )

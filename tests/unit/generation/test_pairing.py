@@ -278,6 +278,8 @@ def test_processes_share_the_open_parts_and_stop_at_the_error_of_another_one(tmp
     assert parts.open() == []
     assert [parts.read(index) for index in range(5)] == [number(index) for index in range(5)]
     assert stage(tmp_path, "b").open() == [0, 1, 2, 3, 4], "other settings have other parts"
+    others = Prompts(tmp_path, [[]] * 4).stage("responses", {"setting": "a"})
+    assert others.folder != parts.folder, "other prompts have other parts, too"
 
 
 PROMPTS = [{"prompt": [user(f"question {n}")]} for n in range(3)]

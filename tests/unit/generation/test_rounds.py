@@ -54,7 +54,7 @@ class Verbs:
         # The mean score is 0.25, 0.5, 0.75, 1.0 in rounds 1 to 4.
         samples = [{"content": f"{number}-{n}", "score": float(n < number)} for n in range(4)]
         write_text(run / "pairs" / "samples.jsonl", json.dumps({"responses": samples, "unused": []}))
-        if number == 4:
+        if number == 4 or self.fails.pop(f"full_disk{number}", 0):
             return ExitCode.invalid
         write_text(run / "pairs" / "pairs.jsonl", '{"prompt": "p", "chosen": "a", "rejected": "b"}')
         return 0
@@ -131,6 +131,13 @@ def test_a_stage_that_fails_is_continued(stage: str, how: int, raised: ExitCode)
     verbs = Verbs()
     assert do(verbs)[0] == ExitCode.completed
     assert verbs.order == WHOLE[WHOLE.index(stage) :]
+
+
+def test_samples_whose_pairs_cannot_be_written_do_not_end_the_rounds() -> None:
+    with pytest.raises(DpoDistError, match="round 2 has failed"):
+        do(Verbs(full_disk2=1))
+    assert do(verbs := Verbs())[0] == ExitCode.completed
+    assert verbs.order == WHOLE[2:]
 
 
 ADAPTER = ("model.adapter={r: 2, alpha: 4}",)

@@ -146,6 +146,15 @@ def test_logits_that_are_not_finite_are_an_error(model: Any, temperature: float,
         generate(model, requests((0, 1)), Sampling(8, temperature=temperature), [RARE], 10**6)
 
 
+def test_logits_after_the_end_of_a_response_may_be_anything(model: Any) -> None:
+    wanted = requests()[:2]
+    stop = generate(model, wanted, Sampling(8), [RARE], 10**6)[1].ids[0]
+    expected = generate(model, wanted, Sampling(8), [stop], 10**6)
+    assert [sample.is_finished for sample in expected] == [False, True]
+    with broken(model, 0, float("nan")):  # the longer prompt is in row 0
+        assert generate(model, wanted, Sampling(8), [stop], 10**6) == expected
+
+
 def test_the_tokens_of_a_batch_are_bounded() -> None:
     wanted = requests((0, 1))
     found = list(batches(wanted, new_tokens=10, budget=200))

@@ -157,3 +157,6 @@ def test_a_checkpoint_of_another_run_is_refused_before_it_is_loaded(
         check_origin(Evaluated(str(folder), is_checkpoint=True), config, inputs)
     inputs.policy_files.digest = "m"
     check_origin(Evaluated(str(folder), is_checkpoint=True), configured(tmp_path), inputs)
+    (folder / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        check_origin(Evaluated(str(folder), is_checkpoint=True), config, inputs)

@@ -14,9 +14,8 @@ import pytest
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.schema import DataConfig, OnBadRecord, RunConfig, SourceConfig
-from dpo_dist.data.build import Progress, prepare_dataset, tokenizer_digest
-from dpo_dist.data.dataset import PreferenceDataset, open_dataset
-from dpo_dist.data.records import Part, eval_part, prompt_hash, train_part
+from dpo_dist.data.build import Progress
+from dpo_dist.data.records import eval_part, prompt_hash
 from dpo_dist.doctor import main
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.insight.doctor.examine import Diagnosis, diagnose, examine, prepare
@@ -298,31 +297,6 @@ def prepared(
 
 def counted(encoded: list[int]) -> Progress:
     return lambda _source: contextlib.nullcontext(encoded.append)
-
-
-def encoded_by_training(data: DataConfig, model: Path) -> int:
-    encoded: list[int] = []
-
-    def opened(sources: list[SourceConfig], part: Part) -> PreferenceDataset:
-        digest = tokenizer_digest(model)
-        found = prepare_dataset(sources, data, tiny.qwen(), digest, counted(encoded), part)
-        return open_dataset(found, data)
-
-    of_eval = opened(data.eval_sources, eval_part(data))
-    opened(data.train, train_part(data, of_eval.prompts[:]))
-    return sum(encoded)
-
-
-def test_training_encodes_nothing_afterwards(tmp_path: Path, model: Path) -> None:
-    train, held_out = write_pairs(tmp_path / "a.jsonl", 30), write_pairs(tmp_path / "b.jsonl", 5, seed=1)
-    plain = run_of(tmp_path, train, eval=[SourceConfig(str(held_out))])
-    split = run_of(tmp_path, train, eval_share=0.3)
-    without = run_of(tmp_path, train, eval=[SourceConfig(str(held_out))], drop_eval_prompts=True)
-    for config, pairs in ((plain, [[30], [5]]), (split, [[21, 9]]), (without, [[30], [5]])):
-        datasets, refusals, encoded = prepared(config, model)
-        assert encoded > 0
-        assert (datasets, refusals) == (pairs, [])
-        assert encoded_by_training(config.data, model) == 0
 
 
 def test_data_with_bad_records_are_encoded_and_refused(tmp_path: Path, model: Path) -> None:

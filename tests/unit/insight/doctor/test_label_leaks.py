@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.insight.doctor.findings import Level
+from dpo_dist.insight.doctor.label_leaks import LeakTest, leak_findings
 from tests.support.doctor_data import Pair, clean_pairs, examined, of_rule
 
 Change = Callable[[Pair], None]
@@ -77,6 +78,11 @@ def test_forms_on_one_side_of_few_pairs_are_found(tmp_path: Path) -> None:
     assert all(shown in finding.text for _, shown in forms), finding.text
     assert finding.level is Level.warning
     assert not of_rule(report, "label_leak")
+
+
+def test_words_that_reveal_the_chosen_response_only_together_are_found() -> None:
+    [finding] = leak_findings([LeakTest("first words", "first words", 0.9, 0.8, 0.95, 100, 1.0, 100)], "a")
+    assert "by first words, 90 % [80 %, 95 %] of held-out pairs are guessed" in finding.text
 
 
 def test_a_leak_due_to_length_is_said_as_length(tmp_path: Path) -> None:

@@ -121,11 +121,3 @@ def test_the_command_of_a_verb_is_that_of_a_shell_without_secrets(
     assert {"torch", "transformers"} <= found["packages"].keys()
     monkeypatch.setattr(sys, "argv", ["/usr/bin/notebook", "--token=x"])
     assert describe_environment(1)["command"] is None, "of another program"
-
-
-def test_a_run_directory_that_was_moved_away_is_not_created_again(tmp_path: Path) -> None:
-    log = log_of(tmp_path / "run")
-    (tmp_path / "run").rename(tmp_path / "elsewhere")
-    with pytest.raises(FileNotFoundError):
-        log.save()
-    assert not (tmp_path / "run").exists()

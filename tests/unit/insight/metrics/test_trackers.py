@@ -17,6 +17,7 @@ from accelerate.state import AcceleratorState
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ModelConfig, OtherTracker, RunConfig, TrackingConfig, WandbMode
+from dpo_dist.foundation.files import write_text
 from dpo_dist.insight.metrics.trackers import (
     InBackground,
     Trackers,
@@ -177,6 +178,8 @@ def test_a_run_has_tables_histograms_its_verdict_and_values_of_the_environment(
 
 def test_starts_of_a_run_are_one_run_with_every_row_once(tmp_path: Path) -> None:
     run_dir, run_ids, said = tmp_path / "a-run-12345678", set(), list[str]()
+    killed_at_once = run_dir / "wandb" / "offline-run-20260101_000000-x" / "run-x.wandb"
+    write_text(killed_at_once, ":W&B   ")
     for known, computed, end in ((0, 2, "preempted"), (1, 4, "killed"), (3, 5, "completed")):
         tracker = open_in(run_dir, rows=ROWS[:known], environment={"torch": "2.13.0"}, say=said.append)
         run_ids.add(tracker.run.id)
@@ -191,6 +194,7 @@ def test_starts_of_a_run_are_one_run_with_every_row_once(tmp_path: Path) -> None
         if end != "completed":
             time.sleep(1.0)  # wandb names its folders by the second
     assert f"upload with: wandb sync {run_dir / 'wandb'}" in said[0]
+    assert not killed_at_once.exists(), "wandb sync would upload nothing"
     assert run_ids == {(run_dir / "wandb" / "run_id.txt").read_text()}
     assert [row["_step"] for row in all_rows(run_dir)] == [0, 1, 2, 3, 4]
     assert history_rows(run_dir)[:4] == [wandb_names(row) for row in ROWS[:4]]

@@ -30,6 +30,7 @@ def pair(**others: object) -> dict[str, Any]:
 
 
 BASE, ENDED = model("base", None, 0.5), model("a", 5, 0.4)
+UNENDED = model("a", 5, 0.9, finished=0.0)
 NO_SCORES = [model("base"), model("a")]  # a judge that compares gives none
 
 
@@ -41,6 +42,8 @@ NO_SCORES = [model("base"), model("a")]  # a judge that compares gives none
         ([BASE, ENDED], [0.4], "base has the highest score, 0.5. Not clearly worse: a."),
         (NO_SCORES, [0.3], "a has the highest win rate over base, 0.7. All others are clearly worse."),
         (NO_SCORES, [], "Without a judge the models can be compared by KL and style only."),
+        ([BASE, UNENDED], [0.1], "base has the highest score, 0.5. Not ranked, as no response ends: a."),
+        ([UNENDED], [], "No response ends within compare.max_new_tokens: no model is called the best."),
         # Of equal scores the model of least KL is named first.
         (
             [BASE, model("a", 3, 0.9), model("b", 2, 0.9)],
