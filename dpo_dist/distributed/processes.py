@@ -100,6 +100,7 @@ class FailureRecord:
 
     def __init__(self, size: int):
         self._size, self._store = size, _connect() if size > 1 else None
+        self._exit_code: int | None = None
         self._is_idle = threading.Lock()
 
     def _ask(self, question: Callable[[Store], T]) -> T | None:
@@ -120,8 +121,15 @@ class FailureRecord:
 
     @property
     def exit_code(self) -> int | None:
-        """That of the first failure; None: there is none, or the store does not answer."""
-        return self._ask(lambda store: int(store.get(_EXIT_CODE)) if store.check([_EXIT_CODE]) else None)
+        """That of the first failure; None: there is none, or the store does not answer.
+
+        Once read it is known for good: the store may end with the process that failed.
+        """
+        if self._exit_code is None:
+            self._exit_code = self._ask(
+                lambda store: int(store.get(_EXIT_CODE)) if store.check([_EXIT_CODE]) else None
+            )
+        return self._exit_code
 
     def report(self, exit_code: int) -> bool | None:
         """Record the end of this process; return whether it failed first, and therefore prints the error.

@@ -181,6 +181,21 @@ def test_an_error_of_one_rank_is_printed_by_that_rank(error: Exception, name: st
     assert "process of the run failed" in waiting.message
 
 
+def rank_0_fails(world: World, _folder: Path) -> None:
+    processes.FAREWELL_SECONDS = 4.0  # the others ask each second
+    if world.rank == 0:
+        raise KeyError("a bug")
+    world.barrier()
+
+
+def test_an_error_of_the_rank_with_the_store_is_not_a_lost_process(tmp_path: Path) -> None:
+    """The store ends with rank 0, and the barrier of the other only then."""
+    failing, waiting = outcomes_of(rank_0_fails, tmp_path)
+    assert failing.error == "KeyError"
+    assert (waiting.error, waiting.reporting_rank) == ("PeerLostError", NOBODY), waiting.log
+    assert "process of the run failed" in waiting.message
+
+
 def out_of_memory_while_blocked(world: World, _folder: Path) -> None:
     if world.rank == 1:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
