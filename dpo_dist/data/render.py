@@ -241,7 +241,7 @@ def _by_template(record: PreferenceRecord, facts: TokenizerFacts, config: DataCo
     arguments = record.template_arguments
     names = argument_names(chat.template)
     known = {name: value for name, value in arguments.items() if name in names}
-    if config.template_arguments:
+    if not names.issuperset(config.template_arguments or ()):
         check_template_keys(config, facts.tokenizer)
     tools = {"tools": list(record.tools)} if record.tools else {}
     context = chat.data({**(config.template_arguments or {}), **known, **tools})

@@ -311,12 +311,13 @@ def print_text(kind: str, text: str, settings: ConsoleConfig) -> None:
 @contextlib.contextmanager
 def warnings_off() -> Iterator[None]:
     """Log nothing below an error in the block, and show no warnings of Python."""
-    logging.disable(logging.WARNING)
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 @contextlib.contextmanager

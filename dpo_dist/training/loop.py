@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from transformers import set_seed
 
 from dpo_dist.config.metrics import PREFIX
 from dpo_dist.config.rules import direction_of
@@ -81,11 +80,6 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
             scale = warmup_steps or _STEPS_WITHOUT_WARMUP
             return optim.lr * math.sqrt(scale / (step - warmup_steps + scale))
     return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * share)
-
-
-def seed_step(seed: int, step: int) -> None:
-    """Seed the random numbers that a user's loss may draw in a step; no checkpoint needs their state."""
-    set_seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0]))
 
 
 def check_warmup(optim: OptimConfig, steps: int) -> None:
@@ -333,7 +327,6 @@ class Loop:
         """
         world, clock = self.run.world, StepClock(self.run.world.device)
         clock.enter("data")
-        seed_step(self.run.config.trainer.seed, position.step)
         ready = next(ready_steps)
         rank_batch, pairs = ready.rank_batch, ready.rank_batch.pairs
         rate = learning_rate(self.run.config.optim, position.step, self.inputs.sampler.steps)
@@ -410,7 +403,6 @@ class Loop:
     def _record_evaluation(self, dataset: PreferenceDataset, position: Position) -> None:
         """Record one metrics row over the evaluation dataset; collective."""
         started, world = time.monotonic(), self.run.world
-        seed_step(self.run.config.trainer.seed, position.step)
         every = np.arange(len(dataset), dtype=np.int64)
         rank_batch = self.run.shard(dataset, every, self.inputs.costs)
         policy = None if self.start_is_known and position.step == 0 else self.policy

@@ -23,6 +23,7 @@ from dpo_dist.config.metrics import MAIN, METRICS, PREFIX
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Direction
 from dpo_dist.foundation import files
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import plain
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.objective.metrics import GROUP_METRICS, MARGIN_PERCENTILES, PAIR_METRICS
@@ -133,7 +134,15 @@ def read_rows(path: Path) -> list[Row]:
 
 def read_latest_rows(folder: RunFolder) -> list[Row]:
     """Return the rows of a run, also those that are only in the CSV file, which grows during the run."""
-    rows = read_rows(folder.log_history) if folder.log_history.exists() else []
+    try:
+        rows = read_rows(folder.log_history) if folder.log_history.exists() else []
+    except ValueError as error:
+        raise ConfigError(
+            "the metrics of this run cannot be read",
+            where=str(folder.log_history),
+            got=str(error),
+            remedy=f"delete this file: {folder.metrics_table.name} has the same rows",
+        ) from error
     table = folder.metrics_table.read_text(encoding="utf-8") if folder.metrics_table.exists() else ""
     whole, _, _ = table.rpartition("\n")  # the last line may be unfinished
     return rows + [

@@ -503,5 +503,5 @@ def _success(facts: RunFacts) -> str:
     pairs = f" on {counted(accuracy.pairs, 'pair')}" if accuracy.pairs else ""
     margin = number(last(facts.last_rows, "rewards/margins"))
     if not facts.evaluations:
-        found += " (nothing was evaluated after a step: data.eval)"
+        found += " (nothing was evaluated after a step)"
     return f"{found}: {facts.part} accuracy {accuracy.value:.2f}{pairs}, margin {margin}, {fall}"

@@ -1,12 +1,10 @@
 """The loop: the learning rate, steps without an update that end a run, and the best checkpoints."""
 
-import random
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given
@@ -30,7 +28,6 @@ from dpo_dist.training.loop import (
     count,
     ending_error,
     learning_rate,
-    seed_step,
 )
 from dpo_dist.training.state import BestCheckpoint, Position
 from dpo_dist.training.step import StepTotals
@@ -166,12 +163,3 @@ def test_a_metric_that_no_evaluation_has_is_refused(metric: str, loss: str, near
     with pytest.raises(ConfigError, match="do not have this metric") as error:
         check_keep_best(config, ("math", "code"))
     assert near in error.value.expected
-
-
-def test_random_numbers_of_a_loss_depend_on_seed_and_step_alone() -> None:
-    drawn = []
-    for seed, step in ((1, 5), (1, 6), (2, 5), (1, 5)):
-        seed_step(seed, step)
-        drawn.append((torch.rand(1).item(), np.random.rand(), random.random()))
-    assert drawn[0] == drawn[3]
-    assert len(set(drawn)) == 3

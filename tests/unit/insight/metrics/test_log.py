@@ -10,6 +10,7 @@ import pytest
 
 import dpo_dist
 from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.insight.metrics.log import COLUMNS, MetricsLog, describe_environment, final_and_best
 
 
@@ -65,6 +66,14 @@ def test_files_of_a_resumed_run_equal_those_of_an_uninterrupted_one(tmp_path: Pa
     log_of(tmp_path / "lost", *rows).folder.log_history.unlink()
     assert MetricsLog.open(RunFolder(tmp_path / "lost"), 6).rows == rows[:6], "the other file has them"
     assert log_of(tmp_path / "killed").rows == [] == csv_rows(tmp_path / "killed"), "a fresh start"
+
+
+def test_a_damaged_file_of_rows_is_an_error_that_names_the_other(tmp_path: Path) -> None:
+    folder = log_of(tmp_path, {"step": 1, "loss": 0.5}).folder
+    folder.log_history.write_text("[{")
+    with pytest.raises(ConfigError, match="cannot be read") as raised:
+        MetricsLog.open(folder, 1)
+    assert folder.metrics_table.name in raised.value.remedy
 
 
 def test_an_evaluation_that_is_made_again_has_one_row(tmp_path: Path) -> None:
