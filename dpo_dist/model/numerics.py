@@ -64,7 +64,9 @@ def _minor(version: str) -> str:
 
 def check_precision(dtype: Dtype, device: torch.device) -> None:
     """Check that a GPU computes in this precision, other than by slow emulation."""
-    if device.type == "cuda" and dtype is Dtype.bf16 and not torch.cuda.is_bf16_supported(False):
+    if device.type != "cuda" or dtype is not Dtype.bf16:
+        return
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ConfigError(
             f"{torch.cuda.get_device_name(device)} does not compute in bf16",
             where="model.dtype",

@@ -18,10 +18,16 @@ def whole_weights(policy: PolicyEngine) -> dict[str, Tensor] | None:
     if policy._shards_weights:
         weights = policy._engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=is_adapted)
     else:
+        parameters = policy._engine.module.named_parameters()
+        frozen = {name for name, one in parameters if is_adapted and not one.requires_grad}
         weights, copies = policy._engine.module.state_dict(), {}
         for weight in weights.values():  # out of DeepSpeed's flat buffers; tied weights stay one tensor
             copies.setdefault((weight.data_ptr(), weight.shape), weight.detach().to("cpu", copy=True))
-        weights = {name: copies[weight.data_ptr(), weight.shape] for name, weight in weights.items()}
+        weights = {
+            name: copies[weight.data_ptr(), weight.shape]
+            for name, weight in weights.items()
+            if name not in frozen
+        }
     if not policy._world.is_main:
         return None
     added = dict(policy.causal_lm.named_buffers()) if is_adapted else {}  # by DeepSpeed
