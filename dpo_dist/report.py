@@ -10,8 +10,7 @@ from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
 from dpo_dist.foundation.streams import open_closed_streams, print_line
 from dpo_dist.insight.metrics.log import read_latest_rows
 from dpo_dist.insight.pages.charts import draw_curves
-from dpo_dist.insight.pages.difference import write_difference
-from dpo_dist.insight.pages.run import write_page
+from dpo_dist.insight.pages.run import write_difference, write_page
 
 
 def _run(text: str) -> Path:

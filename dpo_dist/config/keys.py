@@ -114,12 +114,6 @@ def readers(name: str) -> list[str]:
     return [verb for verb in EVERY_VERB.split() if any(verb in row.verbs for row in rows)]
 
 
-def read_by(name: str) -> str:
-    """Return which verbs read a key, in a sentence."""
-    verbs = readers(name)
-    return f"{' and '.join(verbs)} read{'s' if len(verbs) == 1 else ''} {name}"
-
-
 def describe_type(hint: Any) -> str:
     """Return a declared type in a user's words."""
     if get_origin(hint) in (types.UnionType, Union):

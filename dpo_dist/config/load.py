@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from dpo_dist.config.identity import differing_keys, run_dir
-from dpo_dist.config.keys import COMMAND_LINE, is_within, read_by, run_keys
+from dpo_dist.config.keys import COMMAND_LINE, is_within, readers, run_keys
 from dpo_dist.config.mistakes import (
     SCHEMA,
     composition_error,
@@ -352,10 +352,8 @@ def _not_read(overrides: Iterable[Override], verb: str, *, trains: bool) -> list
             if key in own or key not in run_keys():
                 continue
             where = f"{COMMAND_LINE}: {override.input_line}"
-            error = ConfigError(
-                f"{verb} does not read {key}", where=where, remedy=f"remove it: {read_by(key)}"
-            )
-            mistakes.append(error)
+            remedy = f"remove it: it is read by {' and '.join(readers(key))}"
+            mistakes.append(ConfigError(f"{verb} does not read {key}", where=where, remedy=remedy))
     return mistakes
 
 

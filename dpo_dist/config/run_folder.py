@@ -122,11 +122,8 @@ class RunFolder:
     report = At("report.html")
     checkpoints = At("checkpoints")
     model = At("model")
-
-    def exported(self, name: str) -> Path:
-        """Return the model folder that `export` writes from a checkpoint of this name."""
-        return self.path / "exported" / name
-
+    exported = At("exported")
+    """The model folders that `export` writes, by the names of checkpoints."""
     wandb_id = At("wandb/run_id.txt")
     """The id of the W&B run; the other files in its folder are wandb's own."""
     tensorboard = At("tensorboard")
@@ -204,14 +201,12 @@ def existing_run(path: Path) -> RunFolder:
     folder = RunFolder(path)
     if any(file.is_file() for file in (folder.config, folder.log_history, folder.metrics_table)):
         return folder
-    above = path if path.is_dir() else path.parent
-    runs = {file.parent.name: file.parent for file in sorted(above.glob("*/config.yaml"))}
-    nearest = [str(runs[name]) for name in get_close_matches(path.name, runs, 3, cutoff=0)]
-    found = "a file" if path.is_file() else "a folder without a run's files"
+    beside = sorted((path if path.is_dir() else path.parent).glob("*/config.yaml"))
+    nearest = get_close_matches(str(path), [str(file.parent) for file in beside], 3, cutoff=0)
     raise ConfigError(
         "this is no run directory",
         where=str(path),
-        got=found if path.exists() else "no such folder",
+        got="no folder of a run" if path.exists() else "no such folder",
         expected="a folder with config.yaml, which a run writes before its first step",
         remedy=f"name one run, such as {' or '.join(nearest)}" if nearest else "name the run.dir of a run",
     )

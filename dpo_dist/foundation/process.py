@@ -46,7 +46,7 @@ def check_launch(environ: Mapping[str, str], repeated: Mapping[str, tuple[str, s
     """
     for name, (key, value) in repeated.items():
         given = environ.get(name, "").lower()
-        if given not in _OFF and not (value and (given == "auto" or _is_same(given, value))):
+        if given not in _OFF and not (value and given in ("auto", value)):
             raise ConfigError(
                 "an option of the launcher would have no effect",
                 where="environment: accelerate launch",
@@ -82,14 +82,6 @@ def _is_one_process(environ: Mapping[str, str]) -> bool:
     has_place = local >= 0 and (local < of_node or "LOCAL_WORLD_SIZE" not in environ)
     has_world = size == 1 or (has_address and "LOCAL_RANK" in environ)
     return 0 <= rank < size and has_place and has_world
-
-
-def _is_same(given: str, value: str) -> bool:
-    """Return whether two values are equal as texts or as numbers."""
-    try:
-        return given == value or float(given) == float(value)
-    except ValueError:
-        return False
 
 
 BY_TRACKER, BY_STEPS, BY_SECONDS = "the tracker", "trainer.stop_after_steps", "trainer.max_seconds"

@@ -90,14 +90,9 @@ def digest_on_every_node(
     """
     digest = partial(digest_model, folder, store, remote_code=remote_code, adapter=adapter)
     main = world.on_main(digest)
-
-    def digest_here() -> ModelFiles:
-        own = world.peers[world.rank]
-        if world.is_main or any(peer.place == own.place for peer in world.peers[: world.rank]):
-            return main
-        return digest(with_weights=loads_whole)
-
-    mine = world.together(digest_here)
+    place = world.peers[world.rank].place
+    reads = not any(peer.place == place for peer in world.peers[: world.rank]) and not world.is_main
+    mine = world.together(lambda: digest(with_weights=loads_whole) if reads else main)
     wanted = main.code | main.weights
     differing = []
     for rank, here in enumerate(world.gather(mine.code | (mine.weights if loads_whole else main.weights))):

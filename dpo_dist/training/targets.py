@@ -101,7 +101,7 @@ def find_exported(config: RunConfig) -> tuple[list[Path], Path]:
     if config.export.merge:
         name += "-merged"
     named = config.export.output
-    output = run.exported(name) if named is None else Path(named).expanduser()
+    output = run.exported / name if named is None else Path(named).expanduser()
     if os.path.lexists(output):
         remedy = "name another folder, or delete this one"
         raise ConfigError("the folder to write exists", where="export.output", got=str(output), remedy=remedy)

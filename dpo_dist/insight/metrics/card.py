@@ -59,7 +59,7 @@ def model_card(
     is_averaged = config.export.weights is not ExportedWeights.last
     body = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         metadata=Markup("METADATA"),
-        title=_title(config),
+        title=f"{name.rpartition('/')[2]}-{'+'.join(config.loss.kinds)}",
         adapter=adapter,
         base=code(name) if hub_name(config.model.path) is None else link,
         base_name=name,
@@ -105,10 +105,6 @@ def _hub_dataset(source: SourceConfig) -> str | None:
     return source.path if not is_local and _HUB_DATASET.fullmatch(source.path) else None
 
 
-def _title(config: RunConfig) -> str:
-    return f"{_model_name(config.model.path).rpartition('/')[2]}-{'+'.join(config.loss.kinds)}"
-
-
 def _metadata(config: RunConfig) -> ModelCardData:
     base, is_adapter = hub_name(config.model.path), config.model.adapter is not None
     datasets = [name for source in config.data.train if (name := _hub_dataset(source)) is not None]
@@ -125,15 +121,10 @@ def _metadata(config: RunConfig) -> ModelCardData:
     return metadata
 
 
-def _sources(config: RunConfig, summary: Row, part: str) -> list[tuple[Row, SourceConfig]]:
-    """Return the counts of each source of `train` or `eval`, and the source."""
-    sources = config.data.train if part == "train" else config.data.eval_sources
-    return list(zip(summary["data"][part]["sources"], sources, strict=True))
-
-
 def _data(config: RunConfig, summary: Row) -> Iterator[list[object]]:
     for part in summary["data"]:
-        for counts, source in _sources(config, summary, part):
+        sources = config.data.train if part == "train" else config.data.eval_sources
+        for counts, source in zip(summary["data"][part]["sources"], sources, strict=True):
             dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(counts["dropped"].items()))
             hub = _hub_dataset(source)
             link = Markup(f"[{inert(hub)}](https://hf.co/datasets/{hub})")  # noqa: S704

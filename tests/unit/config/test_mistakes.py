@@ -99,7 +99,7 @@ def test_all_mistakes_of_a_command_are_one_error() -> None:
         "set trainer.max_steps to a whole number or null, >= 1",
         "optim.lr=0: optim.lr cannot have this value; set optim.lr to a number, > 0",
         "loss (ipoo): there is no loss named 'ipoo'; did you mean loss=ipo?",
-        "pairs.limit=3: train does not read pairs.limit; remove it: pairs reads pairs.limit",
+        "pairs.limit=3: train does not read pairs.limit; remove it: it is read by pairs",
     ):
         assert line in lines
 
@@ -116,7 +116,7 @@ def test_all_rules_that_a_command_breaks_are_one_error() -> None:
         ("evaluate", "checkpoint=best", "evaluation.model of evaluate takes the folder of one"),
         ("export", "output=foo", "write run.dir=foo or export.output=foo"),
         ("compare", "reference=none", "compare does not read reference.mode"),
-        ("compare", "samples.prompts=4", "remove it: train reads samples.prompts"),
+        ("compare", "samples.prompts=4", "remove it: it is read by train"),
         ("train", "'export={checkpoint: best}'", "train does not read export"),
         ("pairs", "loss=ipo", "pairs does not read loss"),
     ],

@@ -10,9 +10,8 @@ import yaml
 from markupsafe import Markup
 
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
-from dpo_dist.insight.pages.difference import write_difference
 from dpo_dist.insight.pages.render import inert
-from dpo_dist.insight.pages.run import write_page
+from dpo_dist.insight.pages.run import write_difference, write_page
 from dpo_dist.report import main
 from tests.unit.insight.pages.made_run import HOSTILE, Page, made_run
 
