@@ -19,14 +19,14 @@ def whole_weights(policy: PolicyEngine) -> dict[str, Tensor] | None:
         weights = policy._engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=is_adapted)
     else:
         parameters = policy._engine.module.named_parameters()
-        frozen = {name for name, one in parameters if is_adapted and not one.requires_grad}
+        trained = {name for name, parameter in parameters if parameter.requires_grad}
         weights, copies = policy._engine.module.state_dict(), {}
         for weight in weights.values():  # out of DeepSpeed's flat buffers; tied weights stay one tensor
             copies.setdefault((weight.data_ptr(), weight.shape), weight.detach().to("cpu", copy=True))
         weights = {
             name: copies[weight.data_ptr(), weight.shape]
             for name, weight in weights.items()
-            if name not in frozen
+            if name in trained or not is_adapted
         }
     if not policy._world.is_main:
         return None
