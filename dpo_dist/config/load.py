@@ -310,10 +310,10 @@ class _Command:
             raise ConfigError("this file has no keys", where=str(file), remedy=remedy)
         entries, presets = content.pop("defaults", []), {}
         values = OmegaConf.create()
-        for key, value in content.items():
+        for key, given in content.items():
             known = preset_names(str(key), self.folders) if key in run_keys() else []
-            if value is False:  # YAML reads a bare `off` so: the preset for it is `off` or `none`
-                value = next(iter(likely("false", known)), value)
+            # YAML reads a bare `off` as false; the preset for it is `off` or `none`.
+            value = next(iter(likely("false", known)), given) if given is False else given
             if isinstance(value, str) and known:
                 presets[str(key)] = value
             else:
