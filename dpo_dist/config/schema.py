@@ -414,7 +414,7 @@ class CompareConfig:
     """Models to compare, each PATH or NAME=PATH: a run directory (its trained model), a checkpoint, a folder
     of a model or an adapter, or a hub name. The first is the base of KL and win rates."""
     prompts: int = key(128, ge=1)
-    """Different prompts, chosen by a hash of `seed` and prompt; all, if there are fewer."""
+    """Different prompts, chosen by a hash of the prompt; all, if there are fewer."""
     max_new_tokens: int = key(256, ge=1)
     """Most tokens of a response."""
     temperature: float = key(1.0, ge=0)

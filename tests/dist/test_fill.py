@@ -50,8 +50,10 @@ def fill(
     empty = LogpStore(store, [FINGERPRINT], [])
     filler = StoreFiller(empty, load_scorer, world, 128, COSTS, entries_per_shard)
     report = filler.fill(assets.dataset(), np.arange(pairs), lambda _done, _total: None)
-    complete = filler.open_filled().contains(assets.dataset().keys[: 2 * pairs]).all()
-    return {"hits": report.hits, "computed": report.computed, "complete": bool(complete), **scored}
+    opened = filler.open_filled()
+    complete = bool(opened.contains(assets.dataset().keys[: 2 * pairs]).all())
+    found = {"complete": complete, "shards": opened.shards}
+    return {"hits": report.hits, "computed": report.computed, **found, **scored}
 
 
 def assert_whole(store: Path, assets: Assets, plain_entries: Entries, pairs: int) -> None:
@@ -62,19 +64,29 @@ def assert_whole(store: Path, assets: Assets, plain_entries: Entries, pairs: int
 
 
 def fill_one_and_more(assets: Assets, store: Path, world: World, folder: Path) -> list[dict[str, Any]]:
-    return [fill(assets, store, pairs, world, folder) for pairs in (1, 7)]
+    """Fill twice; only rank 0 sees the files of others, one of which comes from another run meanwhile."""
+    if world.rank:
+        store_module.list_shards = lambda _folder: []
+
+    def add_another(logps: Tensor) -> Tensor:
+        if world.is_main:
+            LogpStore(store, [FINGERPRINT], []).write(np.ones((1, 2), np.uint64), [np.zeros(1, np.float32)])
+        return logps
+
+    return [fill(assets, store, pairs, world, folder, change=add_another) for pairs in (1, 7)]
 
 
 def test_ranks_share_the_work_and_every_entry_is_the_models(
     assets: Assets, plain_entries: Entries, tmp_path: Path
 ) -> None:
-    """First of fewer pairs than ranks, then of more."""
+    """First of fewer pairs than ranks, then of more; all ranks open the same shards."""
     scenario = partial(fill_one_and_more, assets, tmp_path / "store")
     ones, more = zip(*run_ranks(scenario, 3, tmp_path / "ranks"), strict=True)
     assert_whole(tmp_path / "store", assets, plain_entries, 7)
     for fills, hits, computed in ((ones, 0, 2), (more, 2, 12)):
         for of_rank in fills:
             assert (of_rank["hits"], of_rank["computed"], of_rank["complete"]) == (hits, computed, True)
+            assert of_rank["shards"] == fills[0]["shards"]
         assert sum(of_rank["entries"] for of_rank in fills) == computed
     assert sum(of_rank["dummies"] > 0 for of_rank in ones) == 2
     assert all(of_rank["entries"] for of_rank in more)

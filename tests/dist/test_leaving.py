@@ -18,16 +18,18 @@ from torch import nn
 from torch.distributed import distributed_c10d
 
 from dpo_dist.batching.plan import Arrangement
-from dpo_dist.config.schema import ParallelismConfig, ParallelismKind
+from dpo_dist.config.schema import FolderConfig, ModelConfig, ParallelismConfig, ParallelismKind, RunConfig
 from dpo_dist.distributed import processes
 from dpo_dist.distributed.processes import NOBODY
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation import process
 from dpo_dist.foundation.errors import CheckpointError, DataError, DpoDistError
 from dpo_dist.foundation.process import StopRequest
+from dpo_dist.insight.console import Console
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference import engine
 from dpo_dist.reference.engine import load_reference, settle_engine
+from dpo_dist.training.start import Run
 from tests.dist.scenario import Assets, files_of, load_policy
 from tests.support.ranks import Outcome, run_ranks, start_ranks
 from tests.support.tiny_model import write_model
@@ -161,37 +163,30 @@ def test_a_rank_that_dies_while_all_join_is_one_block_of_each_other(tmp_path: Pa
         assert "not all 3 processes of the run have joined" in outcome.message
 
 
-def one_fails(error: Exception, world: World, _folder: Path) -> None:
+def one_fails(world: World, _folder: Path) -> None:
     if world.rank == 1:
-        raise error
-    world.barrier()
-
-
-@pytest.mark.parametrize(
-    ("error", "name"),
-    [(KeyError("a bug"), "KeyError"), (OSError(28, "No space left on device"), "ConfigError")],
-    ids=["a bug", "a full disk"],
-)
-def test_an_error_of_one_rank_is_printed_by_that_rank(error: Exception, name: str, tmp_path: Path) -> None:
-    waiting, failing = outcomes_of(partial(one_fails, error), tmp_path)
-    assert failing.error == name
-    if name != "KeyError":  # which keeps its traceback
-        assert printing([waiting, failing]) == [1]
-    assert (waiting.error, waiting.reporting_rank) == ("PeerLostError", NOBODY), waiting.log
-    assert "process of the run failed" in waiting.message
-
-
-def rank_0_fails(world: World, _folder: Path) -> None:
-    processes.FAREWELL_SECONDS = 4.0  # the others ask each second
-    if world.rank == 0:
         raise KeyError("a bug")
     world.barrier()
 
 
-def test_an_error_of_the_rank_with_the_store_is_not_a_lost_process(tmp_path: Path) -> None:
-    """The store ends with rank 0, and the barrier of the other only then."""
-    failing, waiting = outcomes_of(rank_0_fails, tmp_path)
-    assert failing.error == "KeyError"
+def test_an_error_of_one_rank_is_no_lost_process_for_the_others(tmp_path: Path) -> None:
+    waiting, failing = outcomes_of(one_fails, tmp_path)
+    assert failing.error == "KeyError"  # with its traceback
+    assert (waiting.error, waiting.reporting_rank) == ("PeerLostError", NOBODY), waiting.log
+    assert "process of the run failed" in waiting.message
+
+
+def write_in_a_removed_folder(world: World, folder: Path) -> None:
+    processes.FAREWELL_SECONDS = 4.0  # the others ask each second
+    config = RunConfig(model=ModelConfig("unused"), run=FolderConfig(dir=str(folder / "removed")))
+    Run(config, world, Console(None)).write(lambda: None)
+
+
+def test_a_removed_run_directory_is_printed_by_rank_0_and_ends_the_others(tmp_path: Path) -> None:
+    """The store of the rendezvous ends with rank 0, and the barrier of the other only then."""
+    failing, waiting = outcomes_of(write_in_a_removed_folder, tmp_path)
+    assert (failing.error, failing.reporting_rank) == ("ConfigError", 0), failing.log
+    assert "the run directory is missing" in failing.message
     assert (waiting.error, waiting.reporting_rank) == ("PeerLostError", NOBODY), waiting.log
     assert "process of the run failed" in waiting.message
 

@@ -102,6 +102,8 @@ def test_the_command_line_wins_over_experiments_which_can_be_stacked() -> None:
     assert (config.model.path, config.trainer.max_steps) == ("Qwen/Qwen2.5-7B", 4)
     adapter = alone("+experiment=qwen7b_lora model.adapter.alpha=16").model.adapter
     assert adapter == AdapterConfig(64, 16.0)
+    config = alone("+experiment=qwen7b compare.models=[a,b] data.eval=[e]", verb="compare")
+    assert config.optim.lr == alone("+experiment=qwen7b").optim.lr, "one may serve several verbs"
 
 
 def test_a_preset_of_the_command_line_applies_after_an_experiment() -> None:

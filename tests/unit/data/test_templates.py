@@ -138,15 +138,6 @@ def test_ids_are_those_of_the_tokenizer_and_turns_of_the_assistant_count(family:
         assert counted[-1] in ends
 
 
-@pytest.mark.parametrize("family", ENDING)
-@pytest.mark.parametrize("case", ["plain", "multi_turn", "turns"])
-def test_an_argument_of_the_run_is_given_to_the_template(family: str, case: str) -> None:
-    tokenizer = tokenizer_of(family)
-    found = encode(RECORDS[case], tokenizer, replace(WIDE, template_arguments=OFF))
-    assert "</think>" not in trained_text(tokenizer, found)
-    assert_starts_whole(tokenizer, RECORDS[case], found, ADDED_END.get(family), **OFF)
-
-
 # TRL has no BOS that the template does not write, and keeps the text after the last turn.
 @pytest.mark.parametrize("family", ["qwen3", "llama3_1", "mistral", "gptoss", "gemma3"])
 @pytest.mark.parametrize("case", ["multi_turn", "tools", "turns_with_tool", "thought", "text"])

@@ -1,4 +1,4 @@
-"""Checkpoints of one process: damage, resuming, deletion, writing behind training, files of slices, kills."""
+"""Checkpoints of one process: damage, resuming, deletion, writing behind training, kills."""
 
 import errno
 import json
@@ -8,7 +8,6 @@ import signal
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,6 @@ from dpo_dist.config.run_folder import best_checkpoints
 from dpo_dist.distributed import checkpoint, slices
 from dpo_dist.distributed.checkpoint import (
     MANIFEST,
-    Entries,
-    SavedSlices,
     drop_checkpoints,
     find_faults,
     remove_unfinished,
@@ -143,50 +140,6 @@ def test_a_full_disk_is_one_error_at_the_next_step_and_leaves_nothing(
     assert not run.saver.is_written
     assert run.left() == ["step-000001"]
     assert run.start() == 1
-
-
-WHOLE = {
-    "embedding": torch.arange(35, dtype=torch.float32).view(7, 5),
-    "norm": torch.arange(100, 103, dtype=torch.float32),
-    "scalar": torch.tensor(7.0),
-}
-
-
-def cut(borders: dict[str, list[int]], rank: int) -> Iterator[Slice]:
-    """The slices of one rank; `borders` has the first elements of ranks 1, 2, ... of each weight."""
-    for name, weight in WHOLE.items():
-        start, end = [0, *borders[name], weight.numel()][rank : rank + 2]
-        if start < end:
-            flat = weight.flatten()[start:end]
-            yield Slice(name, tuple(weight.shape), start, {"weight": flat.clone(), "exp_avg": -flat})
-
-
-@pytest.mark.parametrize("file_bytes", [1, 100, 10_000])
-def test_any_ranks_read_what_any_ranks_wrote(
-    file_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(checkpoint, "_FILE_BYTES", file_bytes)
-    borders = {"embedding": [1, 20], "norm": [3, 3], "scalar": [0, 0]}
-    entries: Entries = {}
-    for rank in range(3):
-        entries |= write_slices(ModelSlices("engine", list(cut(borders, rank)), 3), tmp_path, rank)
-    (tmp_path / MANIFEST).write_text(json.dumps(entries))
-    assert find_faults(tmp_path, 0, 1) == []
-    saved = SavedSlices.find(tmp_path, "engine")
-    assert saved.step == 3
-    for name, weight in WHOLE.items():
-        assert torch.equal(saved.whole(name), weight)
-        assert torch.equal(saved.whole(name, "exp_avg"), -weight)
-    others = {"embedding": [0, 2, 30], "norm": [1, 1, 2], "scalar": [1, 1, 1]}
-    for rank in range(4):
-        wanted = list(cut(others, rank))
-        empty = [
-            replace(own, parts={part: torch.zeros_like(tensor) for part, tensor in own.parts.items()})
-            for own in wanted
-        ]
-        saved.load_into(empty)
-        for own, read in zip(wanted, empty, strict=True):
-            assert all(torch.equal(own.parts[part], read.parts[part]) for part in own.parts)
 
 
 def test_weights_are_written_without_a_copy_of_them_and_read_in_every_type(tmp_path: Path) -> None:

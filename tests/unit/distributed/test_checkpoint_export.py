@@ -32,7 +32,7 @@ from dpo_dist.distributed.slices import ModelSlices, Slice
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
 from dpo_dist.model.lora import add_adapter
-from dpo_dist.model.save import write_mean, write_weights
+from dpo_dist.model.save import write_description, write_mean, write_weights
 from tests.support import tiny
 from tests.support.families import COMMON, LOW_RANK
 from tests.support.multimodal import write_multimodal
@@ -40,6 +40,10 @@ from tests.support.precision import DTYPES
 from tests.support.tiny_model import write_model
 
 RANKS = 3
+# Dropout, values of another release, options of generation where old ones had them, a name of the authors.
+AUTHORS = {"attention_dropout": 0.1, "transformers_version": "4.41.0", "use_cache": False, "temperature": 0.7}
+AUTHORS |= {"own_note": [1]}
+GENERATION = {"do_sample": False, "temperature": 0.3, "eos_token_id": [3, 4]}
 
 
 def weights_of(config: RunConfig, start: Path | None = None) -> dict[str, Tensor]:
@@ -84,8 +88,9 @@ def run_of(folder: Path, *, export: ExportConfig | None = None, **model: Any) ->
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = write_model(tmp_path_factory.mktemp("base"), tied=False)
-    (folder / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true}')
-    described = json.loads((folder / "config.json").read_text()) | {"attention_dropout": 0.1}
+    (folder / "generation_config.json").write_text(json.dumps(GENERATION))
+    described = json.loads((folder / "config.json").read_text()) | AUTHORS
+    described["torch_dtype"] = described.pop("dtype")
     (folder / "config.json").write_text(json.dumps(described))
     return folder
 
@@ -100,11 +105,20 @@ def test_weights_of_several_ranks_become_a_model_in_its_precision(
     found = dict(model.named_parameters())
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[name], weight.to(wanted)) for name, weight in weights.items())
-    assert model.generation_config.temperature == 0.5
     described, own = (json.loads((one / "config.json").read_text()) for one in (tmp_path / "out", base))
+    del own["torch_dtype"]
     assert described == own | {"dtype": str(wanted).removeprefix("torch.")}
+    copied, original = (one / "generation_config.json" for one in (tmp_path / "out", base))
+    assert copied.read_bytes() == original.read_bytes()
     assert (tmp_path / "out" / "README.md").read_text() == "A card"
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == model.config.vocab_size
+
+
+def test_a_part_that_names_a_precision_gets_that_of_the_weights(tmp_path: Path) -> None:
+    parts = {"text_config": {"torch_dtype": "bfloat16"}, "vision_config": {"depth": 1}}
+    write_description(tmp_path / "config.json", {"transformers_weights": "a"} | parts, torch.float16)
+    found = json.loads((tmp_path / "config.json").read_text())
+    assert found == parts | {"text_config": {"dtype": "float16"}, "dtype": "float16"}
 
 
 def test_an_adapter_needs_no_weights_of_its_base(base: Path, tmp_path: Path) -> None:
@@ -302,6 +316,7 @@ PROCESSORS = {"preprocessor_config.json", "processor_config.json", "video_prepro
 
 def write_base(folder: Path, model_type: str) -> Path:
     write_multimodal(folder, model_type, len(tiny.qwen()))
+    (folder / "generation_config.json").unlink()
     tiny.qwen().save_pretrained(folder)
     for name in TOKENIZER:
         (folder / name).write_text('{"eos_token": "<|im_end|>"}')
@@ -322,5 +337,6 @@ def test_a_model_has_the_files_of_its_inputs(
     config = run_of(base, dtype=Dtype.fp32, adapter=adapter, export=ExportConfig(merge=adapter is not None))
     exported(config, out)
     assert {name for name in PROCESSORS if (out / name).exists()} == (PROCESSORS if reads_images else set())
+    assert not (out / "generation_config.json").exists()
     for file in (*TOKENIZER, *(PROCESSORS if reads_images else ())):
         assert (out / file).read_bytes() == (base / file).read_bytes()

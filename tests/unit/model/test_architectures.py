@@ -192,12 +192,6 @@ def test_a_window_that_the_mask_lacks_is_an_error() -> None:
             packed(causal_lm)(pack_unkeyed(random_pairs(lengths)))
 
 
-@pytest.mark.parametrize("own", [{"use_bidirectional_attention": True}, {"is_causal": False}])
-def test_tokens_that_see_later_ones_are_refused(own: dict[str, bool]) -> None:
-    with pytest.raises(ConfigError, match="not causal"):
-        settled(trained("gemma3_text", **own))
-
-
 @pytest.mark.parametrize(
     ("model_type", "scaling"),
     [
@@ -279,13 +273,6 @@ def check_as_new(causal_lm: Any, pairs: list[Sequences]) -> None:
 @pytest.mark.parametrize(("model_type", "rope_type"), ROTATED)
 def test_responses_on_both_sides_of_the_limit(model_type: str, rope_type: str) -> None:
     check_as_new(model_of(model_type, rope_type), random_pairs(AROUND))
-
-
-@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
-@settings(max_examples=8, deadline=None)
-@given(lengths=shapes)
-def test_any_lengths(rope_type: str, lengths: list[tuple[int, ...]]) -> None:
-    check_as_new(model_of("llama", rope_type), random_pairs(lengths))
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
