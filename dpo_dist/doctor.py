@@ -36,13 +36,15 @@ def main(config: RunConfig) -> int:
             check_tokenizer_files(policy)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     # Slow to import: errors above appear at once.
-    from dpo_dist.insight.console import console_on  # noqa: PLC0415
-    from dpo_dist.insight.doctor.examine import diagnose  # noqa: PLC0415
+    from dpo_dist.insight.console import console_on, warnings_off  # noqa: PLC0415
     from dpo_dist.insight.pages import doctor as pages  # noqa: PLC0415
 
     folder = RunFolder.of(config)
     check_writable(folder.path)
-    diagnosis = diagnose(config, console_on(sys.stderr, config.console).progress, benchmark)
+    with warnings_off():  # bitsandbytes logs one when it is imported
+        from dpo_dist.insight.doctor.examine import diagnose  # noqa: PLC0415
+
+        diagnosis = diagnose(config, console_on(sys.stderr, config.console).progress, benchmark)
     exit_code = ExitCode.findings if diagnosis.fails(config.doctor.fail_on) else ExitCode.completed
     pages.write_doctor_report(folder, diagnosis, exit_code)
     pages.write_doctor_page(folder, diagnosis, config)

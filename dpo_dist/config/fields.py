@@ -23,6 +23,8 @@ from pydantic import ConfigDict, Field, Strict
 from pydantic.fields import FieldInfo
 
 T = TypeVar("T")
+MOST = 2**53
+"""Largest whole number of any key: sums of several fit into 64 bits, and JSON keeps it."""
 VERBS_WITH_DATA = "train precompute evaluate compare doctor pairs"
 """The programs that read preference records, for `verbs`."""
 EVERY_VERB = f"{VERBS_WITH_DATA} export"
@@ -78,7 +80,9 @@ def schema(cls: type[T]) -> type[T]:
 
 def _strict(hint: Any) -> Any:
     """Return a type by which true is no number, 1.5 no whole number, and no text a number or a switch."""
-    if hint in (int, float, bool):
+    if hint is int:
+        return Annotated[int, Strict(), Field(le=MOST)]
+    if hint in (float, bool):
         return Annotated[hint, Strict()]
     if get_origin(hint) in (UnionType, Union):
         return reduce(or_, map(_strict, get_args(hint)))

@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic_core import PydanticUndefined
 
-from dpo_dist.config.fields import EVERY_VERB, facts_of, fields_of
+from dpo_dist.config.fields import EVERY_VERB, MOST, facts_of, fields_of
 from dpo_dist.config.identity import plain
 from dpo_dist.config.schema import NO_MODEL, RunConfig
 
@@ -68,7 +68,7 @@ def _rows_of(kind: Any, prefix: str, defines: bool, verbs: str) -> Iterator[Key]
         hint, facts, default = hints[option], facts_of(field), field.get_default(call_default_factory=True)
         defining, used_by = defines and not facts.free, facts.verbs or verbs
         limits = [(sign, getattr(limit, name, None)) for limit in field.metadata for name, sign in _SIGNS]
-        bounds = [f"{sign} {bound:g}" for sign, bound in limits if bound is not None]
+        bounds = [f"{sign} {bound:g}" for sign, bound in limits if bound not in (None, MOST)]
         row = Key(
             prefix + option,
             hint,

@@ -31,6 +31,7 @@ from dpo_dist.config.keys import COMMAND_LINE, is_within, readers, run_keys
 from dpo_dist.config.mistakes import (
     SCHEMA,
     composition_error,
+    likely,
     preset_names,
     raise_all,
     unknown_key,
@@ -309,8 +310,11 @@ class _Command:
             raise ConfigError("this file has no keys", where=str(file), remedy=remedy)
         entries, presets = content.pop("defaults", []), {}
         values = OmegaConf.create()
-        for key, value in content.items():
-            if isinstance(value, str) and key in run_keys() and preset_names(str(key), self.folders):
+        for key, given in content.items():
+            known = preset_names(str(key), self.folders) if key in run_keys() else []
+            # YAML reads a bare `off` as false; the preset for it is `off` or `none`.
+            value = next(iter(likely("false", known)), given) if given is False else given
+            if isinstance(value, str) and known:
                 presets[str(key)] = value
             else:
                 OmegaConf.update(values, str(key), value, force_add=True)  # `loss.beta: 0.2` too

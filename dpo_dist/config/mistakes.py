@@ -266,6 +266,8 @@ def _wrong_value(key: str, error: ErrorDetails, where: str) -> ConfigError:
         hint, expected = nested(hint) or get_args(hint)[0], row.accepts if row else ""
     value, inner, got = error["input"], nested(hint), as_written(error["input"])
     expected = expected or describe_type(hint)
+    if error["type"] == "less_than_equal" and "<=" not in expected:
+        expected += f", <= {error['ctx']['le']:,}"
     remedy = f"set {key} to {expected}"
     if error["type"] == "string_pattern_mismatch" and not got.strip("' "):
         expected, remedy = "text that is not empty", "write a value, or remove the key"

@@ -14,17 +14,21 @@ from dpo_dist.foundation.errors import ConfigError, DataError
 READER = "reader"
 _SIDES = ("chosen", "rejected")
 _MEDIA = ("images", "videos", "audios")
-_OPTIONAL = (
-    *("system", "history", "input", "tools", "chat_template_kwargs", "documents", *_MEDIA),
-    *("score_chosen", "score_rejected", "scores", "label"),
+_SCORES = ("score_chosen", "score_rejected", "scores")
+_CONTEXT = ("system", "history", "input", "tools", "chat_template_kwargs", "documents")
+_OPTIONAL = (*_CONTEXT, *_MEDIA, *_SCORES, "label")
+_PROMPTS = ("prompt", "instruction", "question", "query", "messages", "conversations")
+_RESPONSES = (
+    "chosen_messages",
+    "rejected_messages",
+    "rejected_response",
+    "completion",
+    "responses",
+    "output",
 )
 _WHOLE = "record"
 # The fields that formats read; `record` is an object with all of them.
-FIELDS = (
-    *("prompt", "chosen", "rejected", *_OPTIONAL, "messages", "conversations"),
-    *("chosen_messages", "rejected_messages", "rejected_response", "instruction", "question", "query"),
-    *("output", "completion", "responses", _WHOLE),
-)
+FIELDS = (*_PROMPTS, *_SIDES, *_RESPONSES, *_OPTIONAL, _WHOLE)
 # With null: no column is read except those that are named.
 _OTHERS = "*"
 _MAX_SHOWN = 20
@@ -125,11 +129,9 @@ def is_saved(folder: Path) -> bool:
 
 _FILE = "dataset_info.json"
 _LOCATIONS = ("file_name", "hf_hub_url")
-# Those of the second line change nothing here.
-_KEYS = (
-    *(*_LOCATIONS, "formatting", "ranking", "columns", "split", "subset", "folder", "revision"),
-    *("num_samples", "tags", "ms_hub_url", "om_hub_url", "file_sha1"),
-)
+_SELECTIONS = ("split", "subset", "folder", "revision", "num_samples")
+_WITHOUT_EFFECT = ("ms_hub_url", "om_hub_url", "file_sha1")
+_KEYS = ("formatting", "ranking", "columns", "tags", *_LOCATIONS, *_SELECTIONS, *_WITHOUT_EFFECT)
 _SHARED = {name: name for name in ("system", "tools", "chosen", "rejected", *_MEDIA)}
 # The columns of each formatting, and the fields that they name.
 _FORMATTINGS = {

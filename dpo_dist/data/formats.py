@@ -51,12 +51,16 @@ from dpo_dist.data.records import (
 from dpo_dist.data.sources import local_files, pinned, raw_records
 
 # Faults of the responses of a record; its prompt may be usable.
-_OF_RESPONSES = frozenset(
-    (
-        *("unknown_format", "missing_field", "not_one_answer", "no_ranking", "all_tied", "invalid_scores"),
-        *("empty_response", "identical_responses"),
-    )
-)
+_OF_RESPONSES = {
+    "unknown_format",
+    "missing_field",
+    "not_one_answer",
+    "no_ranking",
+    "all_tied",
+    "invalid_scores",
+    "empty_response",
+    "identical_responses",
+}
 _MAX_SHOWN_KEYS = 12
 
 
@@ -419,10 +423,9 @@ def _number(value: Any) -> float:
 
 
 _LABELS = ("label", "kto_tag")
-_LABEL_VALUES = (
-    *("0", "1", "-1", "0.0", "1.0", "-1.0", "true", "false"),
-    *("good", "bad", "chosen", "rejected", "desirable", "undesirable"),
-)
+_LABEL_NUMBERS = ("0", "1", "-1", "0.0", "1.0", "-1.0", "true", "false")
+_LABEL_WORDS = ("good", "bad", "chosen", "rejected", "desirable", "undesirable")
+_LABEL_VALUES = {*_LABEL_NUMBERS, *_LABEL_WORDS}
 
 
 def is_labelled(record: Fields) -> bool:

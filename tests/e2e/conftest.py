@@ -54,7 +54,6 @@ def overrides(assets: Path, tmp_path: Path) -> Overrides:
 
 
 def last_evaluation(run: Path) -> dict[str, float]:
-    """The metrics row of the last evaluation of a run."""
     return [row for row in history(run) if "eval_loss" in row][-1]
 
 

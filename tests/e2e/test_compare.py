@@ -93,17 +93,6 @@ def test_an_interrupted_judge_continues_and_finished_responses_are_used_again(pl
     assert sum(row["responses"]["other"]["score"] is None for row in rows(place, "again")) == 2
 
 
-def test_an_experiment_may_have_keys_of_other_verbs(tmp_path: Path) -> None:
-    (tmp_path / "experiment").mkdir()
-    keys = "optim: {lr: 0.1}\nevaluation: {data: [a.jsonl]}\npairs: {samples: 9}\nexport: {output: x}\n"
-    (tmp_path / "experiment/mine.yaml").write_text(f"# @package _global_\n{keys}")
-    question = ["--config-dir", ".", "+experiment=mine", "--cfg", "job"]
-    for verb, given in (("compare", []), ("train", ["model.path=m", "data.train=[a.jsonl]"])):
-        ended = run_verb(verb, [*question, *given], cwd=tmp_path)
-        assert ended.code == 0, ended.output
-        assert "\n  samples: 9\n" in ended.output
-
-
 def test_a_checkpoint_of_two_processes_and_an_adapter_respond_as_their_runs_do(
     assets: Path, overrides: Overrides, tmp_path: Path
 ) -> None:

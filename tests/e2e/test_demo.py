@@ -71,20 +71,6 @@ def test_base_loads_and_its_template_ends_turns_with_eos(demo):
     assert model(ids).logits.shape[-1] == len(tokenizer)
 
 
-@pytest.mark.parametrize(
-    ("answer", "follows"),
-    [
-        ("Dear Mira, a lemon is yellow.", True),
-        ("A lemon is yellow, Mira.", False),
-        ("Dear Tomas, a lemon is yellow.", False),
-        ("Dear Miranda, a lemon is yellow.", False),
-    ],
-)
-def test_the_rule_is_the_askers_name_at_the_start(answer, follows):
-    prompt = [{"role": "user", "content": "Mira here. What colour is a lemon?"}]
-    assert follows_rule(prompt, answer) is follows
-
-
 def test_report_has_shares_and_last_accuracy_or_says_what_to_do_without_a_model(demo, tmp_path):
     rows = records(demo, "pairs_eval")[:4]
     good = [row["chosen"][0]["content"] for row in rows]

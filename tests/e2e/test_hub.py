@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -81,31 +82,23 @@ class Handler(BaseHTTPRequestHandler):
         return body or b""
 
     def found(self, path: str) -> tuple[bytes | None, dict[str, str]]:
-        api = path.startswith("api/")
-        words = path.removeprefix("api/").removeprefix("datasets/").removeprefix("models/").split("/")
-        repository, what, rest = "/".join(words[:2]), *(words[2:3] or [""]), words[3:]
-        commits = self.server.commits.get(repository)
-        revisions = self.server.revisions.get(repository, {})
-        commit = revisions.get(rest[0] if rest else "main", rest[0] if rest else "")
-        if commits is None:
+        asked = re.fullmatch(r"(?:api/)?(?:datasets/|models/)?(o/\w+)(?:/(\w+)/(\w+)(?:/(.+))?)?", path)
+        if asked is None or asked[1] not in self.server.commits:
             return None, {"X-Error-Code": "RepoNotFound"}
-        if commit not in commits:
-            return None, {"X-Error-Code": "RevisionNotFound"}
-        files = commits[commit]
-        if api and what in ("", "revision"):
-            siblings = [{"rfilename": name} for name in files]
-            return as_json({"id": repository, "sha": commit, "siblings": siblings})
-        if api and what == "tree":
+        repository, what, revision, name = asked.groups()
+        commit = self.server.revisions[repository].get(revision or "main", revision)
+        files = self.server.commits[repository][commit]
+        if what == "resolve":
+            return files[name], {"ETag": f'"{digest(files[name])}"', "X-Repo-Commit": commit}
+        if what == "tree":
             return as_json(
                 [
                     {"type": "file", "path": name, "size": len(content), "oid": digest(content)}
                     for name, content in files.items()
                 ]
             )
-        content = files.get("/".join(rest[1:]))
-        if api or what != "resolve" or content is None:
-            return None, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}
-        return content, {"ETag": f'"{digest(content)}"', "X-Repo-Commit": commit}
+        siblings = [{"rfilename": name} for name in files]
+        return as_json({"id": repository, "sha": commit, "siblings": siblings})
 
     def log_message(self, *_: object) -> None:
         pass

@@ -46,13 +46,7 @@ class KillPoint:
         with mock.patch.object(warm, "GRACE_AFTER_KILL_SECONDS", 0.5):
             return run_verb("train", command, processes=processes, prepare=self.arm, seconds=400)
 
-    @property
-    def is_reached(self) -> bool:
-        """Whether the last start came to the fatal operation."""
-        return self.counted(self.rank) >= self.operation
-
     def counted(self, rank: int) -> int:
-        """The operations of this rank in the last start."""
         return int((self.folder / f"operations-{rank}").read_text())
 
     def arm(self) -> None:
@@ -105,7 +99,9 @@ def test_runs_killed_anywhere_end_as_the_uninterrupted_one(
             point = KillPoint(folder, operation, rank)
             if (ended := point.start(command(folder), processes)).code == 0:
                 break
-            assert point.is_reached, ended.output  # else it was not killed, but refused or wrong
+            assert point.counted(rank) >= operation, (
+                ended.output
+            )  # else it was not killed, but refused or wrong
             assert "Traceback" not in ended.output, ended.output
             kills += 1
             time.sleep(1)  # files of a dead writer are removed a second after their last change, or later

@@ -8,6 +8,9 @@ import re
 import shutil
 import signal
 import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,8 +22,40 @@ from tests.e2e.conftest import Overrides
 from tests.support import launch
 from tests.support.invented import write_pairs
 from tests.support.launch import constants, history, run_state, run_verb, summary, train
-from tests.support.signalled import signalled
 from tests.support.tiny_model import write_model
+from tests.support.warm import launcher_variables, start_verb
+
+
+def signalled(
+    overrides: list[str],
+    number: signal.Signals,
+    ranks: Sequence[int],
+    when: Callable[[], bool],
+    prepare: Callable[[], None] | None = None,
+) -> tuple[list[int], str]:
+    """Train on two ranks without a launcher, and send a signal to `ranks` once `when()` is true.
+
+    `prepare` is called in each rank before the verb. Exit codes of the ranks, and the screen.
+    """
+    variables = launch.environment() | launcher_variables(launch.TWO_PROCESSES)
+    with tempfile.TemporaryDirectory() as temporary:
+        screen = Path(temporary) / "screen"
+        screen.touch()
+        processes = start_verb("train", overrides, variables, 2, launch.ROOT, screen, prepare)
+        deadline = time.monotonic() + 240
+        try:
+            while not when():
+                assert time.monotonic() < deadline, screen.read_text()
+                assert all(process.is_alive() for process in processes), screen.read_text()
+                time.sleep(0.01)
+            for rank in ranks:
+                os.kill(processes[rank].pid, number)
+            for process in processes:
+                process.join(max(0.0, deadline - time.monotonic()))
+            return [process.exitcode for process in processes], screen.read_text()
+        finally:
+            for process in processes:
+                process.kill()
 
 
 def test_signals_save_and_the_same_command_resumes_exactly(overrides: Overrides, tmp_path: Path) -> None:
@@ -34,9 +69,9 @@ def test_signals_save_and_the_same_command_resumes_exactly(overrides: Overrides,
         return latest.is_file() and latest.read_text() > former
 
     for number, ranks in ((signal.SIGUSR1, [1]), (signal.SIGTERM, [0, 1])):
-        stopped = signalled("train", command, number, ranks, has_saved)
-        assert stopped.codes == [75, 75], stopped.output
-        assert not re.search("Traceback|process lost", stopped.output)
+        codes, said = signalled(command, number, ranks, has_saved)
+        assert codes == [75, 75], said
+        assert not re.search("Traceback|process lost", said)
         state = run_state(run)
         assert state["outcome"] == summary(run)["exit"] == "preempted"
         assert state["stopped_by"] == summary(run)["stopped_by"] == number.name
@@ -79,16 +114,15 @@ def test_a_fill_stops_with_what_is_scored_and_the_next_start_scores_the_rest(
     write_pairs(tmp_path / "many.jsonl", 300, seed=3)
     command = overrides(f"data.train=[{tmp_path}/many.jsonl]", "reference.rows_per_shard=16")
     store = tmp_path / "store"
-    stopped = signalled(
-        "train", command, signal.SIGUSR2, [1], lambda: len(list(store.rglob("*.safetensors"))) >= 4
+    codes, said = signalled(
+        command, signal.SIGUSR2, [1], lambda: len(list(store.rglob("*.safetensors"))) >= 4
     )
     found = r"by SIGUSR2 after ([\d,]+) of the ([\d,]+) missing reference log-probs were stored"
-    assert stopped.codes == [75, 75], stopped.output
-    assert not re.search("Traceback|process lost", stopped.output)
-    assert len(re.findall("^stopped: ", stopped.output, re.MULTILINE)) == 1, stopped.output
-    said = re.search(found, stopped.output)
-    assert said, stopped.output
-    stored, wanted = (int(number.replace(",", "")) for number in said.groups())
+    assert codes == [75, 75], said
+    assert not re.search("Traceback|process lost", said)
+    assert len(re.findall("^stopped: ", said, re.MULTILINE)) == 1, said
+    [counts] = re.findall(found, said)
+    stored, wanted = (int(count.replace(",", "")) for count in counts)
     assert 0 < stored < wanted
     state = run_state(tmp_path / "run")
     assert (state["outcome"], state["step"], state["stopped_by"]) == ("preempted", 0, "SIGUSR2")
@@ -157,9 +191,9 @@ def test_a_killed_rank_is_named_and_reference_and_time_are_those_of_all_starts(
     command = overrides(*steps, *evaluated, "samples.max_new_tokens=4")
     when = (run / "checkpoints/step-000004").is_dir
     brief = constants(**{"dpo_dist.distributed.processes.FAREWELL_SECONDS": 1.0})
-    killed = signalled("train", command, signal.SIGKILL, [0], when, brief)
-    assert all(killed.codes), killed.output
-    assert "rank 0 of 2 died" in killed.output, killed.output
+    codes, said = signalled(command, signal.SIGKILL, [0], when, brief)
+    assert all(codes), said
+    assert "rank 0 of 2 died" in said, said
     assert not list((run / "model").glob("*"))
     (folder,) = sorted(run.glob("checkpoints/step-*"))[-1:]
     saved = json.loads((folder / "state.json").read_text())

@@ -179,11 +179,9 @@ class Job:
             raise AssertionError(f"{self.text()}\n{late}") from late
 
     def wait_for_text(self, text: str) -> None:
-        """Wait until the job has printed `text`."""
         self.wait_for(lambda: text in self.text())
 
     def text(self) -> str:
-        """Return the output so far."""
         return self.screen.read_text() if self.screen.exists() else ""
 
 
@@ -277,7 +275,6 @@ def test_the_end_of_the_processes_decides_the_end_of_the_job(cluster: Cluster, t
     array = job("0", "--array=0-1", EACH="run.dir=a run.dir=b")
     ends = {
         "a wrong configuration": (job("2"), "FAILED", "2:0", "0"),
-        "divergence": (job("3"), "FAILED", "3:0", "0"),
         "a bug": (job("1"), "FAILED", "1:0", "0"),
         "the stop button": (button := job("75person"), "FAILED", "75:0", "0"),
         "a launcher that is not there": (job("127"), "FAILED", "127:0", "0"),

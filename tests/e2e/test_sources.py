@@ -9,18 +9,6 @@ from tests.support.launch import run_verb, summary
 IN_ORDER = "everything that needs no weights and no GPU is in order"
 
 
-def test_a_run_reads_an_entry_of_a_dataset_info(overrides: Overrides, tmp_path: Path) -> None:
-    rows = [{"q": f"question {n}", "good": f"yes {n}", "bad": f"no {n}"} for n in range(40)]
-    (tmp_path / "pairs.json").write_text(json.dumps(rows))
-    columns = {"prompt": "q", "chosen": "good", "rejected": "bad"}
-    mine = {"file_name": "pairs.json", "ranking": True, "columns": columns}
-    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": mine}))
-    source = f"data.train=[{{path: {tmp_path}, name: mine, limit: 12}}]"
-    ended = run_verb("train", overrides(source, "trainer.max_steps=1"))
-    assert ended.code == 0, ended.output
-    assert summary(tmp_path / "run")["data"]["train"]["kept"] == 12
-
-
 def test_a_check_refuses_what_training_refuses(overrides: Overrides, tmp_path: Path) -> None:
     """Also by the first records of more; it says how many it has looked at."""
     pair = {"prompt": "Say hello.", "chosen": "Hello!", "rejected": "No."}

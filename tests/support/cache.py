@@ -12,7 +12,6 @@ from tests.support import tiny
 def prepare_all(
     folder: Path, *sources: str | SourceConfig, tokenizer_digest: str = "qwen", **data: object
 ) -> tuple[EncodedSource, ...]:
-    """Encode sources into `folder`/cache."""
     config = DataConfig(cache=str(folder / "cache"), **data)
     configs = [SourceConfig(source) if isinstance(source, str) else source for source in sources]
     return prepare_dataset(configs, config, tiny.qwen(), tokenizer_digest)
@@ -25,10 +24,8 @@ def prepare(folder: Path, source: str | SourceConfig, **data: object) -> Path:
 
 
 def opened(folder: Path, *sources: str | SourceConfig, **data: object) -> PreferenceDataset:
-    """Encode sources and open them."""
     return open_dataset(prepare_all(folder, *sources, **data), DataConfig(**data))
 
 
 def encoded_folders(folder: Path, cache: str = "cache") -> list[str]:
-    """Return the names of the encoded files in the cache."""
     return sorted(below.name for below in (folder / cache).iterdir() if below.name != MEMO_FOLDER)

@@ -40,13 +40,11 @@ def results(models: list[dict[str, Any]], wins: list[dict[str, Any]], **others: 
 
 
 def answer(text: str, score: float | None = None, finished: bool = True) -> dict[str, Any]:
-    """The response of one model in `answers.jsonl`."""
     told = {"text": text, "tokens": len(text.split()), "finished": finished, "score": score}
     return {**told, "logp": -20.0, "base_logp": -25.0}
 
 
 def row(number: int, responses: dict[str, dict[str, Any]], **others: Any) -> dict[str, Any]:
-    """A row of `answers.jsonl`."""
     told = {"prompt_id": f"{number:016x}", "prompt": f"Question {number}?", "source": "qa"}
     return {**told, "chosen": f"The chosen response {number}.", "responses": responses, **others}
 

@@ -38,7 +38,6 @@ class CPUAdamInPyTorch:
         self._powers[number] = 0, np.ones(2, np.float32)
 
     def destroy_adam(self, number: int) -> None:
-        """Delete an optimizer."""
         del self._powers[number]
 
     def adam_update(

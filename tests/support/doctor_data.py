@@ -43,13 +43,11 @@ def clean_pairs(count: int, seed: int = 0) -> list[Pair]:
 
 
 def as_messages(pair: Pair) -> Pair:
-    """Return a pair of texts as one of messages."""
     sides = {name: [assistant(pair[name])] for name in ("chosen", "rejected")}
     return {"prompt": [user(pair["prompt"])], **sides}
 
 
 def write(file: Path, records: Iterable[Mapping[str, Any]]) -> str:
-    """Write records as lines of JSON; return the path."""
     file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     return str(file)
 
@@ -70,7 +68,6 @@ def examined(
 
 
 def of_rule(report: Diagnosis, rule: str) -> list[Finding]:
-    """Return the findings of a rule."""
     return [finding for finding in report.findings if finding.rule == rule]
 
 

@@ -120,13 +120,11 @@ def history(run_dir: Path) -> list[dict[str, float]]:
 
 
 def summary(run_dir: Path) -> dict[str, Any]:
-    """summary.json."""
     content: dict[str, Any] = json.loads((run_dir / "dpo_metrics" / "summary.json").read_text())
     return content
 
 
 def run_state(run_dir: Path) -> dict[str, Any]:
-    """run_state.json."""
     content: dict[str, Any] = json.loads((run_dir / "run_state.json").read_text())
     return content
 
@@ -147,7 +145,6 @@ def assert_same_history(got: list[dict[str, float]], wanted: list[dict[str, floa
 
 
 def row_name(row: dict[str, float]) -> str:
-    """Return the kind and step of a metrics row."""
     return f"{'eval' if 'eval_loss' in row else 'train'} row of step {row['step']}"
 
 

@@ -18,7 +18,6 @@ def record(prompt: str | Messages | Dialogue, *responses: str) -> PreferenceReco
 def encode(
     what: PreferenceRecord, tokenizer: PreTrainedTokenizerFast, config: DataConfig = WIDE
 ) -> EncodedExample:
-    """Encode `what`, which must be possible."""
     pair = encode_pair(what, tokenizer, config)
     assert isinstance(pair, EncodedExample), pair
     return pair
@@ -27,14 +26,12 @@ def encode(
 def reason_against(
     what: PreferenceRecord, tokenizer: PreTrainedTokenizerFast, config: DataConfig = WIDE
 ) -> str:
-    """Return the reason why `what` cannot be encoded."""
     bad = encode_pair(what, tokenizer, config)
     assert isinstance(bad, BadRecord), bad
     return bad.reason
 
 
 def texts(pair: EncodedExample, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Decode prompt and responses."""
     return [tokenizer.decode(ids) for ids in (pair.prompt_ids, *pair.responses)]
 
 

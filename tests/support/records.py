@@ -17,12 +17,10 @@ BAD = {"prompt": "q", "chosen": "same", "rejected": "same"}
 
 
 def user(content: str) -> dict[str, str]:
-    """Return a user's turn."""
     return {"role": "user", "content": content}
 
 
 def assistant(content: str) -> dict[str, str]:
-    """Return an assistant's turn."""
     return {"role": "assistant", "content": content}
 
 
@@ -41,14 +39,12 @@ def outcomes(records: Iterable[PreferenceRecord | BadRecord]) -> list[tuple[int,
 
 
 def good(fields: Any, format_: DataFormat = DataFormat.auto) -> PreferenceRecord:
-    """Return a record that can be used."""
     record = parse_record(fields, format_, Origin("here", 1))
     assert isinstance(record, PreferenceRecord), record
     return record
 
 
 def bad(fields: Any, format_: DataFormat = DataFormat.auto) -> BadRecord:
-    """Return why a record cannot be used."""
     record = parse_record(fields, format_, Origin("here", 1))
     assert isinstance(record, BadRecord), record
     return record

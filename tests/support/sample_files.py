@@ -29,7 +29,6 @@ def sample(number: int, policy: str = GOOD, **others: Any) -> dict[str, Any]:
 
 
 def write_samples(run: Path, step: int, rows: list[dict[str, Any]]) -> None:
-    """Write the file of a step."""
     file = RunFolder(run).samples_file(step)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

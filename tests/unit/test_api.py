@@ -96,6 +96,7 @@ def test_every_verb_is_listed_and_started() -> None:
         listed = started(*arguments)
         assert (listed.returncode, listed.stderr) == (code, "")
         assert all(f"\n  {verb} " in listed.stdout for verb in VERBS)
+    assert "did you mean train?" in listed.stdout
     failed = started("store", "info", "/nowhere")
     assert (failed.returncode, "no reference store" in failed.stderr) == (2, True)
 

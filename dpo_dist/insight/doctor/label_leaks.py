@@ -27,7 +27,6 @@ Keys: TypeAlias = npt.NDArray[np.uint64]
 Matrix: TypeAlias = Any
 """scipy.sparse.csr_matrix [pairs, features]: those of the chosen side minus those of the rejected side."""
 
-LANGUAGE = "language of the prompt"
 _FEWEST_PROMPTS, _FEWEST_PROMPTS_OF_GROUPS = 10, 50
 # Many features of many sources are tested: an interval of 3 standard errors instead of 2. Of forms, hundreds
 # of words are compared; 17 pairs are enough if all are on one side.
@@ -73,17 +72,13 @@ class LeakTest:
         return share if low > 0.5 else 0.0
 
 
-def leak_tests(
-    differences: Sequence[Mapping[str, float]], prompts: Keys, languages: Sequence[int]
-) -> list[LeakTest]:
+def leak_tests(differences: Sequence[Mapping[str, float]], prompts: Keys) -> list[LeakTest]:
     """Return the held-out accuracy of each feature and of each group, the most accurate first.
 
     With fewer than 50 different prompts features are tested one by one, with fewer than 10 not at all. Of the
     first and of the last words the most one-sided one has a test of its own.
 
-    `differences` are those of `features.differences` of each pair, `prompts` keys of their prompts, and
-    `languages` of the first pairs 1 if only the chosen side has the language of the prompt, -1 if only the
-    rejected one, else 0.
+    `differences` are those of `texts.differences` of each pair, `prompts` keys of their prompts.
     """
     different = len(np.unique(prompts))
     if different < _FEWEST_PROMPTS:
@@ -104,9 +99,6 @@ def leak_tests(
             tests += [_test(table[:, [column]], prompts, names[column], group) for column in tested]
         if len(kept) > 1 and different >= _FEWEST_PROMPTS_OF_GROUPS:
             tests.append(_test(table[:, kept], prompts, group, group))
-    known = prompts[: len(languages)]
-    if len(np.unique(known)) >= _FEWEST_PROMPTS:
-        tests.append(_test(np.reshape(languages, (-1, 1)), known, LANGUAGE, "language"))
     return sorted(tests, key=lambda test: -test.accuracy)
 
 
@@ -196,7 +188,6 @@ def _one_sided_forms(tests: Sequence[LeakTest], source: str) -> Iterator[Finding
         for test in tests
         if test.detail
         and test.group not in _INTENDED
-        and test.feature != LANGUAGE
         and not test.exceeds(leak)
         and test.one_sided_share > rule.threshold
     ]

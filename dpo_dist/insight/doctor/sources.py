@@ -96,11 +96,7 @@ class Source:
         if not self._pairs or self.is_eval:
             return []
         prompts = np.array([pair.prompt for pair in self._pairs], dtype=np.uint64)
-        languages = [
-            0 if None in found else (found[1] == found[0]) - (found[2] == found[0])
-            for found in self._languages
-        ]
-        return leak_tests([pair.differences for pair in self._pairs], prompts, languages)
+        return leak_tests([pair.differences for pair in self._pairs], prompts)
 
     @cached_property
     def _languages(self) -> list[tuple[str | None, ...]]:

@@ -289,7 +289,7 @@ def write_difference(folders: tuple[RunFolder, RunFolder], output: Path | None =
         others=others,
         warnings=list(_warnings(two)),
         of="the last evaluation" if is_evaluated else "the last logged steps",
-        results=[*_metrics(two), *_amounts(two)],
+        results=list(_metrics(two)),
     )
     path = output or Path("-".join(["difference", *names]) + ".html")
     files.write_text(path, html)
@@ -348,15 +348,3 @@ def _intervals(facts: PageFacts) -> Mapping[str, Sequence[float]]:
         own = facts.intervals(results_name(label))
         found |= {f"{key.removeprefix('eval_')}/{label}": ends for key, ends in own.items()}
     return found
-
-
-def _amounts(two: Two) -> Iterator[tuple[object, ...]]:
-    """Yield time, speed and memory of both runs, as far as both have them, with their ratio."""
-    for name, form in (
-        ("train_seconds", duration),
-        ("pairs_per_second", number),
-        ("peak_memory_bytes", size),
-    ):
-        first, second = (facts.summary.get(name) for facts in two)
-        if first and second:
-            yield name.replace("_", " "), form(first), form(second), f"\u00d7 {number(second / first, 3)}", ""

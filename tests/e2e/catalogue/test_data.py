@@ -53,7 +53,7 @@ CASES = [
          to_do="correct or remove these columns"),
     Case("too many broken lines", "data.train=[a.jsonl] data.max_bad_share=0.01",
          "1 of 23 records cannot be used", "a.jsonl", "unparsable 1", joins=True,
-         before=written("a.jsonl", PAIR * 22 + "{\n"), to_do="check how the file was written"),
+         before=written("a.jsonl", PAIR * 22 + "{\n"), to_do="correct or remove the lines"),
     Case("all of it held out", "data.eval=[train.jsonl] data.drop_eval_prompts=true",
          "no training data are left", joins=True, to_do="data.drop_eval_prompts=false"),
     Case("limit of nothing", of("limit: 0"), "cannot have this value", "data.train[0].limit", "0",

@@ -42,7 +42,6 @@ def leave(code: int) -> NoReturn:
 
 @pytest.fixture
 def work(tmp_path: Path) -> Path:
-    """An empty working directory."""
     (tmp_path / "work").mkdir()
     return tmp_path / "work"
 
@@ -209,16 +208,6 @@ def test_options_of_a_launcher_are_refused(option: str, verb: Verb, monkeypatch:
     ended = verb(*RUN)
     assert (ended.code, ended.out) == (2, "")
     assert f"ACCELERATE_{option}" in ended.err
-
-
-def test_a_closed_pipe_gives_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    command = [*TINY, "--cfg", "job", *RUN]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
-        process.stdout.close()
-        assert process.stderr.read() == ""
 
 
 def test_a_verb_without_check_refuses_the_option(verb: Verb) -> None:

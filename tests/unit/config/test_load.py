@@ -102,6 +102,8 @@ def test_the_command_line_wins_over_experiments_which_can_be_stacked() -> None:
     assert (config.model.path, config.trainer.max_steps) == ("Qwen/Qwen2.5-7B", 4)
     adapter = alone("+experiment=qwen7b_lora model.adapter.alpha=16").model.adapter
     assert adapter == AdapterConfig(64, 16.0)
+    config = alone("+experiment=qwen7b compare.models=[a,b] data.eval=[e]", verb="compare")
+    assert config.optim.lr == alone("+experiment=qwen7b").optim.lr, "one may serve several verbs"
 
 
 def test_a_preset_of_the_command_line_applies_after_an_experiment() -> None:
@@ -172,10 +174,10 @@ def test_files_are_merged_left_to_right_and_the_command_line_wins() -> None:
     assert alone("seed.yml mine.yaml loss.beta=0.2").loss.beta == 0.2
     config = alone("mine.yaml loss=simpo")
     assert (config.loss.kind, config.loss.beta, config.loss.length_average) == ("simpo", 2.0, True)
-    Path("preset.yaml").write_text("loss: hinge\ntrainer: {seed: 4}\ndoctor: {texts: false}\n")
+    Path("preset.yaml").write_text("loss: hinge\ntracking: off\ntrainer: {seed: 4}\ndoctor: {texts: false}\n")
     config = alone("+experiment=qwen7b_sft preset.yaml seed.yml", verb="train")
     assert (config.model.path, config.loss.kind, config.loss.beta) == ("Qwen/Qwen2.5-7B", "hinge", 0.4)
-    assert (config.trainer.seed, config.doctor.texts) == (3, False)
+    assert (config.trainer.seed, config.doctor.texts, config.tracking.wandb) == (3, False, "off")
 
 
 @pytest.mark.parametrize(

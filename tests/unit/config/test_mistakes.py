@@ -36,6 +36,7 @@ MISTYPED = [
     ("'data.cache=${run.rot}/x'", "run.rot"),
     ("'loss.terms={kind: sft}'", "write 'loss.terms=[{kind: sft}]'"),
     ("data.train=a.jsonl", "write 'data.train=[a.jsonl]'"),
+    ("trainer.micro_batch_tokens=100000000000000000000", "a whole number, >= 1, <= 9,007,199,254,740,992"),
     ("optim.lr=[1e-5]", "set optim.lr to a number"),
     ("trainer.max_steps=1e3", "write trainer.max_steps=1000"),
     ("tracking.wandb=false", "did you mean tracking.wandb=off?"),
@@ -49,6 +50,8 @@ MISTYPED = [
     # Values of other trainers are kept.
     ("lora_target=[q_proj,v_proj]", "write 'model.adapter.target_modules=[q_proj,v_proj]'"),
     ("loss_weights=[1,0.2]", "write 'loss.terms=[{kind: sigmoid, weight: 1}, {kind: sft, weight: 0.2}]'"),
+    ("loss.gamma_beta_ratio=0.5", "loss.simpo_gamma=..., which is this ratio times loss.beta"),
+    ("kto_chosen_weight=2", "not offered: KTO"),
     ("adam_beta2=0.95", "write 'optim.betas=[0.9,0.95]'"),
     ("lr_scheduler_type=polynomial", "one of constant, linear, cosine, inverse_sqrt"),
     ("data.train.weight=2", "it is a key of an entry: 'data.train=[{path: ..., weight: 2}]'"),

@@ -1,6 +1,7 @@
 """A model folder is found and loaded exactly, without running its code, or an error names its fault."""
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,6 @@ from dpo_dist.model.packed import PackedCausalLM
 from tests.support import tiny
 from tests.support.families import tiny_causal_lm, tiny_config, tiny_family
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
-from tests.support.poison import pickled
 from tests.support.tiny_model import write_model
 
 CPU = torch.device("cpu")
@@ -161,13 +161,23 @@ def test_an_adapter_is_a_model_only_where_it_is_accepted(
     refused("contains an adapter", model_folder, str(tmp_path), None)
 
 
+class Poison:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, trace: Path):
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.trace,)
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "evil_model.bin"])
 def test_pickled_weights_are_refused(name: str, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model")
     if name.startswith("evil"):
         changed(folder / "config.json", transformers_weights=name)
-    for pickle in (name, "optimizer.pt", "training_args.bin"):
-        (folder / pickle).write_bytes(pickled(tmp_path / "trace"))
+    for file in (name, "optimizer.pt", "training_args.bin"):
+        (folder / file).write_bytes(pickle.dumps(Poison(tmp_path / "trace")))
     if not name.startswith("evil"):  # pickles that no model is loaded from do not matter
         assert model_folder(str(folder), None) == folder
         load_weights(folder, load_config(folder, FP32), FP32, CPU)

@@ -31,7 +31,6 @@ def amid(text: str, word: str) -> str:
     return " ".join([*words[: len(words) // 2], word, *words[len(words) // 2 :]])
 
 
-FRENCH = "Le petit chat est assis sur la table et il regarde par la porte ouverte. "
 # By source: rule, what the finding names, and the change; no two of a source are of one group of features.
 LEAKS: list[list[tuple[str, str, Change]]] = [
     [
@@ -46,7 +45,6 @@ LEAKS: list[list[tuple[str, str, Change]]] = [
         ("style_bias", "typographic", on("chosen", lambda text: amid(text, "\u2014 \u2014"))),
     ],
     [
-        ("style_bias", "language of the prompt", on("rejected", lambda text: (FRENCH * 9)[: len(text)])),
         (
             "style_bias",
             "(refusal, the chosen side has more,",
@@ -65,6 +63,15 @@ def test_leaks_in_half_of_the_pairs_are_named(leaks: list[tuple[str, str, Change
         assert 0.65 < found.share < 0.9
     features = [test["feature"] for test in report.sources[0]["leaks"]]
     assert len(features) == len(set(features))
+
+
+def test_responses_in_two_languages_are_found(tmp_path: Path) -> None:
+    french = "Le petit chat est assis sur la table et il regarde par la porte ouverte. " * 9
+    report = examined(tmp_path, planted(0.5, on("rejected", lambda text: french[: len(text)])))
+    [finding] = of_rule(report, "language_differs")
+    assert finding.level is Level.warning
+    assert finding.share is not None
+    assert 0.4 < finding.share < 0.6
 
 
 def test_forms_on_one_side_of_few_pairs_are_found(tmp_path: Path) -> None:

@@ -1,12 +1,14 @@
 """Trackers get every row once over all starts, and never stop, block or prompt a run."""
 
+import gzip
 import json
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import psutil
@@ -29,8 +31,7 @@ from dpo_dist.insight.metrics.trackers import (
     wanted_mode,
 )
 from tests.support.sample_files import write_samples
-from tests.support.wandb_file import all_rows, history_rows, media_rows, records_of
-from tests.support.wandb_server import WandbServer
+from tests.support.wandb_file import all_rows, history_rows, media_rows, numbers_of, records_of
 
 SECRET = "0123456789abcdef" * 2 + "01234567"
 OFFLINE = WandbMode.offline
@@ -232,11 +233,98 @@ def test_without_a_server_or_a_key_the_run_is_offline(
     assert history_rows(tmp_path) == [wandb_names(ROWS[0])]
 
 
+BUCKET = {
+    "id": "1",
+    "name": "run",
+    "displayName": "run",
+    "config": "{}",
+    "historyLineCount": 0,
+    "project": {"id": "1", "name": "project", "entity": {"id": "1", "name": "entity"}},
+}
+ANSWER = {
+    "upsertBucket": {"bucket": BUCKET, "inserted": True},
+    "viewer": {"id": "1", "entity": "entity", "flags": "{}"},
+    "serverInfo": {"features": []},
+    "project": None,
+    "createRunFiles": {"runID": "1", "uploadHeaders": [], "files": []},
+}
+
+
+class Handler(BaseHTTPRequestHandler):
+    """What an online run asks of a wandb server, which receives its rows and stops it."""
+
+    server: "WandbServer"
+
+    def do_GET(self) -> None:
+        self._answer({})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        if self.path.endswith("/file_stream"):
+            history = json.loads(body).get("files", {}).get("wandb-history.jsonl", {})
+            self.server.history += [json.loads(line) for line in history.get("content", [])]
+        data = {**ANSWER, **self._known_run()}
+        variables = (json.loads(body).get("variables") or {}) if self.path.endswith("/graphql") else {}
+        if name := variables.get("name"):
+            data["upsertBucket"] = {"bucket": {**BUCKET, "name": name}, "inserted": True}
+        self._answer({"data": data, "stopped": True})
+
+    def _known_run(self) -> dict[str, Any]:
+        """The run as a resumed one asks for it, from the rows received."""
+        history = self.server.history
+        if not history:
+            return {"model": {"bucket": None}}
+        bucket = {
+            **BUCKET,
+            "summaryMetrics": json.dumps({name: value for row in history for name, value in row.items()}),
+            "historyLineCount": len(history),
+            "eventsLineCount": 0,
+            "logLineCount": 0,
+            "historyTail": json.dumps([json.dumps(history[-1])]),
+            "eventsTail": "[]",
+            "tags": [],
+            "wandbConfig": '{"t": 1}',
+        }
+        return {"model": {"bucket": bucket, "entity": {"id": "1", "name": "entity"}}}
+
+    def _answer(self, content: dict[str, Any]) -> None:
+        body = json.dumps(content).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+class WandbServer(ThreadingHTTPServer):
+    """A server on a free local port, for the time of a `with` block, and the rows that it has received."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.history: list[dict[str, Any]] = []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+
 def test_online_runs_send_what_the_server_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     open_in(tmp_path).finish("preempted", {})
     monkeypatch.setenv("WANDB_API_KEY", SECRET)
     stop = threading.Event()
-    with WandbServer(stops_the_run=True) as server:
+    with WandbServer() as server:
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
         for known, computed in ((ROWS[:1], ROWS[1:3]), (ROWS[:2], ROWS[2:4])):
             online = open_in(tmp_path, config_of(WandbMode.auto), rows=known, stop=stop.set)
@@ -245,7 +333,7 @@ def test_online_runs_send_what_the_server_lacks(tmp_path: Path, monkeypatch: pyt
             for row in computed:
                 online.log(row)
             online.finish("preempted", {})
-        assert server.history_rows() == [wandb_names(row) for row in ROWS[:4]]
+        assert [numbers_of(row) for row in server.history] == [wandb_names(row) for row in ROWS[:4]]
 
 
 def test_a_server_lost_during_training_delays_the_end_by_a_timeout_only(
