@@ -86,6 +86,5 @@ def test_packed_bf16_drifts_no_more_than_padded_bf16(
         of_packed = gradients_of(rounded, plain_loss(packed, reference))
         packed_drifts.append(drift(packed, of_packed, truth))
     padded_mean, packed_mean = (torch.stack(of).mean(0) for of in (padded_drifts, packed_drifts))
-    print(padded_mean.tolist(), packed_mean.tolist())
     assert (padded_mean > 0).all()
     assert (packed_mean <= ALLOWED * padded_mean).all(), (packed_mean / padded_mean).tolist()

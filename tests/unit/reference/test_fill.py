@@ -124,22 +124,20 @@ def test_a_read_only_store_is_an_error_before_anything_is_computed(
         assert not scorer.responses
 
 
-@pytest.mark.parametrize(("broken", "factor"), [(0, torch.nan), (len(RESPONSES) - 1, torch.inf)])
-def test_a_round_that_cannot_be_written_is_an_error(
-    tmp_path: Path, dataset: PreferenceDataset, broken: int, factor: float
-) -> None:
-    """Also the last round, which no other follows."""
+def test_a_last_round_that_cannot_be_written_is_an_error(tmp_path: Path, dataset: PreferenceDataset) -> None:
+    """No other round follows, in which its error could be raised."""
+    others = len(RESPONSES) - 1
 
     class Broken(Scorer):
         calls = 0
 
         def __call__(self, batch: PackedBatch) -> Tensor:
             self.calls += 1
-            return super().__call__(batch) * (factor if self.calls == broken + 1 else 1)
+            return super().__call__(batch) * (torch.inf if self.calls > others else 1)
 
     with pytest.raises(ReferenceModelError, match="not finite"):
         fill(tmp_path, dataset, range(len(RESPONSES)), entries_per_shard=2, scorer=Broken())
-    assert len(LogpStore.open(tmp_path, [FINGERPRINT]).shards) == broken
+    assert len(LogpStore.open(tmp_path, [FINGERPRINT]).shards) == others
 
 
 @pytest.mark.parametrize("piece", [0, 1])

@@ -1,7 +1,6 @@
 """The verb `export`: models of all forms, from the files that training started from."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,40 +30,26 @@ from tests.support.tiny_model import write_model
 from tests.unit.distributed.test_checkpoint_export import checkpoint_of, weights_of
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> RunConfig:
-    """A run that continued an adapter, with its only checkpoint."""
-    base = write_model(tmp_path / "base")
+def test_a_changed_adapter_is_refused_where_it_becomes_part_of_the_result(tmp_path: Path) -> None:
+    """Of a run that continued an adapter."""
+    base, run = write_model(tmp_path / "base"), tmp_path / "run"
     sft = write_sft_adapter(base, tmp_path / "sft")
     config = RunConfig(
         model=ModelConfig(path=str(base), dtype=Dtype.fp32, adapter=AdapterConfig(path=str(sft))),
         reference=ReferenceConfig(store=str(tmp_path / "store")),
-        run=FolderConfig(dir=str(tmp_path / "run")),
+        run=FolderConfig(dir=str(run)),
+        export=ExportConfig(merge=True),
     )
-    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
-    checkpoint = checkpoint_of(weights_of(config, sft), tmp_path / "run" / "checkpoints" / "step-000001")
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "environment.json").write_text('{"packages": {}}')
+    checkpoint = checkpoint_of(weights_of(config, sft), run / "checkpoints" / "step-000001")
     found = digest_model(base, tmp_path / "store", adapter=start_folder(config.model)).digest
     state = {"model": found, "step": 1, "steps": 2, "pairs_seen": 4, "reference_report": {}, "counts": {}}
     (checkpoint / "state.json").write_text(json.dumps(state))
-    return config
-
-
-@pytest.mark.parametrize("changed", ["base", "sft"])
-def test_changed_files_are_refused_where_they_become_part_of_the_result(
-    changed: str, config: RunConfig, tmp_path: Path
-) -> None:
-    checkpoint = tmp_path / "run" / "checkpoints" / "step-000001"
-    (tmp_path / "run" / "environment.json").write_text('{"packages": {}}')
-
-    if changed == "base":
-        write_model(tmp_path / "base", seed=1)
-    else:
-        write_sft_adapter(tmp_path / "base", tmp_path / "sft", seed=4)
-    with pytest.raises(ConfigError, match="started from has changed") as found:
-        export_model(
-            replace(config, export=ExportConfig(merge=True)), checkpoint, tmp_path / "out", Console(None)
-        )
-    assert "model.adapter.path" in found.value.where
+    write_sft_adapter(base, sft, seed=4)
+    with pytest.raises(ConfigError, match="started from has changed") as refused:
+        export_model(config, checkpoint, tmp_path / "out", Console(None))
+    assert "model.adapter.path" in refused.value.where
     assert not (tmp_path / "out").exists()
 
 

@@ -149,17 +149,9 @@ def test_another_metric_starts_again_and_none_keeps_none() -> None:
     assert best_after(TrainerConfig(keep_best=ACCURACY), best, 10, {"eval_loss": 0.5}) == best
 
 
-@pytest.mark.parametrize(
-    ("metric", "loss", "near"),
-    [
-        (f"{ACCURACY}/maths", "sigmoid", f"{ACCURACY}/math"),
-        (ACCURACY, "sft", "eval_rewards/chosen"),
-    ],
-)
-def test_a_metric_that_no_evaluation_has_is_refused(metric: str, loss: str, near: str) -> None:
+def test_a_metric_that_the_loss_does_not_have_is_refused() -> None:
     data = ["data.train=[a.jsonl]", "data.eval=[b.jsonl]", "trainer.eval_every=5"]
-    best = [f"trainer.keep_best={metric}", f"loss={loss}"]
-    config = load_run_config(["model.path=org/model", *data, *best])
+    config = load_run_config(["model.path=org/model", *data, f"trainer.keep_best={ACCURACY}", "loss=sft"])
     with pytest.raises(ConfigError, match="do not have this metric") as error:
         check_keep_best(config, ("math", "code"))
-    assert near in error.value.expected
+    assert "eval_rewards/chosen" in error.value.expected

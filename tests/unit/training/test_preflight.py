@@ -218,7 +218,6 @@ UNKNOWN = {"question": "Say hello.", "best": "Hello!"}
 @pytest.mark.parametrize(
     ("records", "text"),
     [
-        ([UNKNOWN] * 3, "3 of 3 records cannot be used"),
         ([COMPLETION], "sigmoid cannot use 1 of 1 examples"),
         ([PAIR] * 9 + [UNKNOWN], "1 of 10 records cannot be used"),
     ],
@@ -274,13 +273,6 @@ def test_options_that_no_module_of_the_model_has_are_refused_before_files_are_re
             work(config)
         assert told in str(caught.value)
         assert caught.value.where.startswith(option.partition("=")[0])
-
-
-def test_a_check_knows_the_loss_of_the_models_routers(assets: Path, tmp_path: Path) -> None:
-    tiny_family("mixtral", len(tiny.qwen())).save_pretrained(tmp_path / "model")
-    tiny.qwen().save_pretrained(tmp_path / "model")
-    config = run_of(assets, tmp_path, f"model.path={tmp_path}/model", "loss.router={aux_coefficient: model}")
-    assert "check passed" in rehearse(config)
 
 
 def test_options_of_gpus_are_refused_without_one_before_files_are_read(
