@@ -30,8 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = existing_run(given.run)
         if given.other is None:
             path = write_page(run, given.output)
-            is_open = given.output is None and not run.summary.exists()  # was killed, or is training
-            if is_open and (rows := read_latest_rows(run)):
+            if given.output is None and (rows := read_latest_rows(run)):
                 draw_curves(rows, run.curves, run.path.name)
                 print_line(f"curves: {run.curves}")
         else:

@@ -288,7 +288,9 @@ class _Command:
             return None
         for entry in entries:
             if isinstance(entry, dict):
-                presets |= {group.split()[-1].lstrip("/"): str(name) for group, name in entry.items()}
+                for written, name in entry.items():
+                    group = written.split()[-1].lstrip("/")
+                    presets[group] = str(self._named(group, name))
             elif entry != "_self_":
                 values["defaults"] = entry  # an unknown key
         for group, preset in list(presets.items()):
@@ -311,15 +313,18 @@ class _Command:
         entries, presets = content.pop("defaults", []), {}
         values = OmegaConf.create()
         for key, given in content.items():
-            known = preset_names(str(key), self.folders) if key in run_keys() else []
-            # YAML reads a bare `off` as false; the preset for it is `off` or `none`.
-            value = next(iter(likely("false", known)), given) if given is False else given
-            if isinstance(value, str) and known:
+            value = self._named(str(key), given)
+            if isinstance(value, str) and key in run_keys() and preset_names(str(key), self.folders):
                 presets[str(key)] = value
             else:
                 OmegaConf.update(values, str(key), value, force_add=True)  # `loss.beta: 0.2` too
         whole = cast(dict[str, Any], OmegaConf.to_container(values))
         return entries if isinstance(entries, list) else [entries], presets, whole
+
+    def _named(self, group: str, value: Any) -> Any:
+        """Return a value of a group; for false, as YAML reads a bare `off`, its preset `off` or `none`."""
+        found = likely("false", preset_names(group, self.folders)) if value is False else []
+        return found[0] if found else value
 
 
 @contextlib.contextmanager

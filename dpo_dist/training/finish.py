@@ -18,7 +18,8 @@ from dpo_dist.foundation.errors import ConfigError, DivergedError, ExitCode, Run
 from dpo_dist.foundation.files import plain, staged_folder
 from dpo_dist.insight.console import Console, closing_table
 from dpo_dist.insight.metrics.card import model_card
-from dpo_dist.insight.metrics.log import final_and_best, package_versions, read_latest_rows
+from dpo_dist.insight.metrics.log import MetricsLog, final_and_best, package_versions, read_latest_rows
+from dpo_dist.insight.metrics.trackers import Trackers
 from dpo_dist.insight.recorder import Recorder, spared
 from dpo_dist.insight.verdict.rules import verdict
 from dpo_dist.model.folder import model_folder, start_folder
@@ -169,6 +170,19 @@ def finish(run: Run, state: RunState, recorder: Recorder | None, summary: dict[s
 
     with run.console.heartbeat("writing the report"):
         run.write(work)
+
+
+def write_lost_files(run: Run, completed: RunState) -> None:
+    """Write the report of a completed run again if one of its files was deleted; on rank 0."""
+    folder, summary = run.folder, completed.summary
+    files = (folder.log_history, folder.metrics_table, folder.summary, folder.curves, folder.report)
+    lost = ", ".join(file.name for file in files if not file.exists())
+    if lost and not any(file.exists() for file in files[:2]):  # they have the rows
+        run.say(f"warning: {lost} cannot be written again without {files[0].name}")
+    elif lost and summary is not None:
+        run.say(f"written again: {lost}")
+        recorder = Recorder(MetricsLog(folder, read_latest_rows(folder)), Trackers(), run.say)
+        _close_report(run, recorder, summary, completed.outcome)
 
 
 def _close_report(run: Run, recorder: Recorder, summary: dict[str, Any], outcome: RunOutcome) -> None:

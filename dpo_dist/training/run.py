@@ -25,7 +25,7 @@ from dpo_dist.insight.recorder import Recorder
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.reference.engine import ReferenceProvider, settle_engine
-from dpo_dist.training.finish import finish, run_to_its_end
+from dpo_dist.training.finish import finish, run_to_its_end, write_lost_files
 from dpo_dist.training.inputs import Inputs, load_inputs
 from dpo_dist.training.loop import Loop, check_keep_best, check_warmup
 from dpo_dist.training.reference import (
@@ -265,6 +265,8 @@ def _complete(run: Run, finished: RunState) -> int:
         with run.stops.request.deferred():
             completed = replace(finished, outcome=RunOutcome.completed)
             finish(run, completed, recorder, finished.summary)
+    else:
+        run.write(partial(write_lost_files, run, finished))
     run.say(f"{folder} is complete: model {folder.model}, report {folder.report}")
     run.say(f"to train it longer: run.dir={folder} and a larger trainer.epochs or trainer.max_steps")
     return ExitCode.completed

@@ -99,9 +99,8 @@ def test_runs_killed_anywhere_end_as_the_uninterrupted_one(
             point = KillPoint(folder, operation, rank)
             if (ended := point.start(command(folder), processes)).code == 0:
                 break
-            assert point.counted(rank) >= operation, (
-                ended.output
-            )  # else it was not killed, but refused or wrong
+            # Else it was not killed, but refused or wrong.
+            assert point.counted(rank) >= operation, ended.output
             assert "Traceback" not in ended.output, ended.output
             kills += 1
             time.sleep(1)  # files of a dead writer are removed a second after their last change, or later

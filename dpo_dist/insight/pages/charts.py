@@ -1,4 +1,4 @@
-"""Charts: curves of a run on its page and as an image, a histogram; complete without a script."""
+"""Charts: curves of a run on its page and as an image, a scatter, a histogram; complete without a script."""
 
 import json
 import math
@@ -24,6 +24,7 @@ from dpo_dist.insight.pages.render import part
 
 Rows = Sequence[Mapping[str, float]]
 FloatArray = NDArray[np.float64]
+Interval = Sequence[float] | None
 
 COLORS = ("#0072b2", "#c85200", "#00805c", "#a3478c", "#8f6a00", "#5b6470")
 """Colours of lines on white that colour-blind people can distinguish: after Okabe and Ito
@@ -310,6 +311,31 @@ def draw_curves(rows: Rows, path: Path, title: str) -> None:
             axes.legend(frameon=False)
     with files.staged_file(path) as temporary:
         canvas.print_figure(temporary, format="png")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of a scatter with its intervals."""
+
+    label: str
+    x: float
+    y: float
+    x_ends: Interval
+    y_ends: Interval
+
+
+def scatter(points: Sequence[Point], x_title: str, y_title: str, level: tuple[float, str] | None) -> Markup:
+    """Return numbered points with intervals as bars, and a legend; empty without a point.
+
+    The horizontal axis is logarithmic; `level` is a value on the vertical one of a line with its name.
+    """
+    if not points:
+        return Markup("")
+    widths = [end for point in points for end in (point.x, *(point.x_ends or ())) if end > 0]
+    across = Axis.around(widths, 58, 704, is_log=True)
+    heights = [end for point in points for end in (point.y, *(point.y_ends or ()))]
+    up = Axis.around([*heights, *([level[0]] if level else [])], 304, 14)
+    return part("svg.jinja", "scatter", points, across, up, x_title, y_title, level)
 
 
 def histogram(values: Mapping[str, Any], title: str, limit: float | None = None) -> Markup:

@@ -1,7 +1,7 @@
 """The page of a comparison of models: the result, tables with intervals, responses side by side."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import combinations
 from typing import Any
 
@@ -12,11 +12,11 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation import files
 from dpo_dist.foundation.text import number, without_secrets
 from dpo_dist.insight.compare.results import DIFFERENCES
+from dpo_dist.insight.pages.charts import Interval, Point, scatter
 from dpo_dist.insight.pages.render import estimate, json_rows, page, part
 from dpo_dist.insight.pages.samples import Response, Shown, end_notes, prompt_items
 
 Row = Mapping[str, Any]
-Interval = Sequence[float] | None
 Pair = tuple[str, str]
 Rates = Mapping[Pair, tuple[float, Interval]]
 """Win rate of the first model over the second with its interval, in both orders."""
@@ -47,6 +47,7 @@ def write_comparison_page(folder: RunFolder, results: Row) -> None:
         results=results,
         headline=headline(results),
         overview=_overview(results, rates),
+        picture=_picture(results),
         differences=_differences(results, rates),
         style_of_responses=_style(results),
         items=items,
@@ -178,6 +179,19 @@ def _differences(results: Row, rates: Rates) -> Table:
         rows.append([part("macros.jinja", "named", second, f"minus {first}"), *cells])
     titles = [*(["win rate"] if rates else []), *map(_title, metrics)]
     return ["models", *titles], rows if titles else []
+
+
+def _picture(results: Row) -> Markup:
+    """Return the picture of quality against KL; the base, whose KL is 0, is a line."""
+    measure, qualities = _qualities(results)
+    points = [
+        Point(model["name"], model["kl"], quality[0], model["kl_interval"], quality[1])
+        for model in results["models"][1:]
+        if (model["kl"] or 0) > 0 and (quality := qualities.get(model["name"]))
+    ]
+    base = results["base"]
+    line = (qualities[base][0], base) if base in qualities else None
+    return scatter(points, f"KL to {base}, nats per response", measure, line)
 
 
 def _prompt(row: Row, results: Row) -> Shown:

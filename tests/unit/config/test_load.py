@@ -174,6 +174,8 @@ def test_files_are_merged_left_to_right_and_the_command_line_wins() -> None:
     assert alone("seed.yml mine.yaml loss.beta=0.2").loss.beta == 0.2
     config = alone("mine.yaml loss=simpo")
     assert (config.loss.kind, config.loss.beta, config.loss.length_average) == ("simpo", 2.0, True)
+    Path("off.yaml").write_text("defaults: [tracking: off]\n")
+    assert alone("mine.yaml off.yaml").tracking.wandb == "off"
     Path("preset.yaml").write_text("loss: hinge\ntracking: off\ntrainer: {seed: 4}\ndoctor: {texts: false}\n")
     config = alone("+experiment=qwen7b_sft preset.yaml seed.yml", verb="train")
     assert (config.model.path, config.loss.kind, config.loss.beta) == ("Qwen/Qwen2.5-7B", "hinge", 0.4)

@@ -223,5 +223,6 @@ def test_the_table_of_a_run() -> None:
     assert closing_table(folder, [], {"exit": "preempted", "steps": 1}) == [
         "",
         "run        stopped after 1 step; the same command resumes from there",
-        *("report     out/run/report.html", "metrics    out/run/dpo_metrics"),
+        "report     out/run/report.html",
+        "metrics    out/run/dpo_metrics",
     ]

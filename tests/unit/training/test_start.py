@@ -23,7 +23,7 @@ from dpo_dist.insight.console import Console
 from dpo_dist.insight.metrics.log import MetricsLog
 from dpo_dist.insight.metrics.trackers import Trackers
 from dpo_dist.insight.recorder import Recorder
-from dpo_dist.training.finish import finish
+from dpo_dist.training.finish import finish, write_lost_files
 from dpo_dist.training.resume import (
     RunState,
     check_identity,
@@ -147,7 +147,7 @@ def test_a_start_removes_the_summary_of_an_earlier_one(folder: RunFolder) -> Non
     assert ">preempted<" not in folder.report.read_text()
 
 
-def test_the_report_of_a_complete_run_is_written(folder: RunFolder) -> None:
+def test_the_report_of_a_complete_run_is_written_and_its_lost_files_again(folder: RunFolder) -> None:
     save_checkpoint(folder, 4)
     run, recorder = run_in(folder.path, keep_last=0), recorder_in(folder)
     completed = state_of(RunOutcome.completed)
@@ -159,6 +159,15 @@ def test_the_report_of_a_complete_run_is_written(folder: RunFolder) -> None:
     assert folder.report.is_file()
     assert read_state(folder) == completed
     assert list(folder.checkpoints.iterdir()) == []
+    files = [folder.summary, folder.log_history, folder.metrics_table]
+    before = {file: file.read_text() for file in files}
+    for lost in ((folder.log_history, folder.summary, folder.report), (folder.metrics_table,)):
+        for file in lost:
+            file.unlink()
+        write_lost_files(run, replace(completed, summary=SUMMARY))
+        assert folder.report.is_file()
+        assert {file: file.read_text() for file in files} == before
+        assert f"written again: {', '.join(file.name for file in lost)}" in lines_of(run)
 
 
 def test_the_verdict_reads_the_findings_of_the_doctor(folder: RunFolder) -> None:

@@ -1,4 +1,4 @@
-"""The page of a comparison: its headline, tables, responses; limits and hostile texts."""
+"""The page of a comparison: its headline, tables, picture, responses; limits and hostile texts."""
 
 import random
 import re
@@ -108,4 +108,6 @@ def test_texts_and_names_are_inert(tmp_path: Path) -> None:
     page = page_of(tmp_path, content, rows)
     assert page.count("<script") == 1
     assert "<img" not in page
+    assert page.count("<svg") == page.count("</svg>") == 1
     assert "\u202e" not in page
+    assert "<i" not in page[page.index("<svg") : page.index("</svg>")]

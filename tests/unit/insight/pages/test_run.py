@@ -93,7 +93,8 @@ def test_sections_without_a_file_are_omitted(tmp_path: Path) -> None:
 def test_the_verb_writes_the_page_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = made_run(tmp_path)
     assert main([f"run.dir={run}"]) == main([str(run), "--output", str(tmp_path / "other.html")]) == 0
-    assert capsys.readouterr().out == f"report: {run.report}\nreport: {tmp_path / 'other.html'}\n"
+    written = [f"curves: {run.curves}", f"report: {run.report}", f"report: {tmp_path / 'other.html'}"]
+    assert capsys.readouterr().out.splitlines() == written
     assert run.report.read_text() == (tmp_path / "other.html").read_text()
     assert [file.name for file in run.path.iterdir() if "tmp" in file.name] == []
 
