@@ -57,6 +57,8 @@ class BatchSampler:
         visited = np.zeros(max((span.stop for span in self.spans), default=0), dtype=np.bool_)
         for part in self._parts(0, self.total_pairs):
             visited[part] = True
+            if visited.all():  # a run may have any number of epochs
+                break
         return np.flatnonzero(visited)
 
     def epoch(self, step: int) -> float:

@@ -121,7 +121,7 @@ def divide(arguments: Sequence[str]) -> argparse.Namespace:
 def _unknown_option(name: str, value: str) -> ConfigError:
     key = name.lstrip("-").replace("-", "_")
     is_foreign = meant(key, "keys") or meant(key, "answers") or len(key) == 1
-    if key in run_keys():
+    if key in run_keys() and not is_foreign:  # `--optim adamw_torch` of transformers is no section
         remedy = f"write {assignment(key, value or 'true')}"
     else:
         found = "" if is_foreign else suggestion(name, [*_parser()._option_string_actions])

@@ -73,19 +73,25 @@ def section(kind: type, *, free: bool = False, verbs: str = "") -> Any:
 def schema(cls: type[T]) -> type[T]:
     """Make a class of keys a frozen dataclass that refuses unknown keys and values of other types."""
     cls.__annotations__ = {
-        name: _strict(hint) for name, hint in get_type_hints(cls, include_extras=True).items()
+        name: _strict(hint, is_bounded=_is_bounded(vars(cls).get(name)))
+        for name, hint in get_type_hints(cls, include_extras=True).items()
     }
     return cast(type[T], pydantic.dataclasses.dataclass(frozen=True, config=_CONFIG)(cls))
 
 
-def _strict(hint: Any) -> Any:
+def _is_bounded(field: object) -> bool:
+    """Return whether a field has a largest value of its own, over which that of a type would win."""
+    return isinstance(field, FieldInfo) and any(hasattr(bound, "le") for bound in field.metadata)
+
+
+def _strict(hint: Any, *, is_bounded: bool) -> Any:
     """Return a type by which true is no number, 1.5 no whole number, and no text a number or a switch."""
-    if hint is int:
+    if hint is int and not is_bounded:
         return Annotated[int, Strict(), Field(le=MOST)]
-    if hint in (float, bool):
+    if hint in (int, float, bool):
         return Annotated[hint, Strict()]
     if get_origin(hint) in (UnionType, Union):
-        return reduce(or_, map(_strict, get_args(hint)))
+        return reduce(or_, (_strict(one, is_bounded=is_bounded) for one in get_args(hint)))
     return hint
 
 

@@ -151,7 +151,7 @@ def _in_place_of(key: str, value: str) -> str:
     above = all_keys().get(entry_of(mapping).removesuffix("[]"))
     inner = nested(above.type) if above else None
     known = [f"{mapping}.{option}" for option in fields_of(inner)] if inner else list(run_keys())
-    if key in known:
+    if mapping and key in known:
         before = "" if key == known[0] else f"{known[0].rpartition('.')[2]}: ..., "
         return f"it is a key of an entry: '{mapping}=[{{{before}{name}: {value or '...'}}}]'"
     same: tuple[str, ...] = ()

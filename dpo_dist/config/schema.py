@@ -362,7 +362,7 @@ class TrainerConfig:
     """Pairs of an optimizer step, over all processes."""
     micro_batch_tokens: int = key(8192, ge=1, free=True, verbs="train precompute evaluate")
     """Most tokens of a micro-batch; gradient accumulation follows from it."""
-    epochs: float = key(1.0, verbs="train precompute", gt=0)
+    epochs: float = key(1.0, verbs="train precompute", gt=0, le=1e9)
     """Passes over the training data."""
     max_steps: int | None = key(None, verbs="train precompute", ge=1)
     """Length of the run in steps; null: by `epochs`."""

@@ -178,12 +178,16 @@ def _check_files(
             remedy="set model.path to its base and model.adapter.path to it, or merge it into its base",
         )
     elif not (folder / CONFIG_FILE).is_file():
+        inner = folder / "model"  # of a run directory
+        remedy = "name the folder that save_pretrained wrote or that was downloaded from the hub"
+        if (inner / CONFIG_FILE).is_file() or is_adapter(inner):
+            remedy = f"write {inner}"
         raise ConfigError(
             "the model folder has no config.json",
             where=key,
             got=str(folder),
             expected="a transformers model: config.json, weights, tokenizer",
-            remedy="name the folder that save_pretrained wrote or that was downloaded from the hub",
+            remedy=remedy,
         )
     else:
         weights = weight_files(folder)
@@ -266,6 +270,13 @@ def tokenizer_folder(base: Path, adapter: Path | None) -> Path:
 
 def _check_form(folder: Path, config: ModelConfig) -> None:
     """Check that an adapter is low-rank matrices, of a base that has kept its weights and can have them."""
+    if (folder / CONFIG_FILE).is_file() and not (folder / ADAPTER_CONFIG).is_file():
+        raise ConfigError(
+            "the folder has a whole model, and no adapter",
+            where=_ADAPTER_KEY,
+            got=str(folder),
+            remedy=f"write model.path={folder}, and for a new adapter 'model.adapter={{r: 16, alpha: 32}}'",
+        )
     found = read_model_json(folder / ADAPTER_CONFIG)
     other = [name for name in _OTHER_FORMS if found.get(name)]
     if found.get("peft_type") != "LORA":

@@ -102,8 +102,8 @@ CASES = [
     Case("invalid hub name", "model.path=org--name",
          "the model is neither a local folder nor found", "model.path", "org--name",
          to_do="check the path or the hub name", joins=True),
-    Case("run directory as model", BROKEN, "no config.json", "model.path", "broken", to_do="name the folder",
-         before=run_directory),
+    Case("run directory as model", BROKEN, "no config.json", "model.path", "broken",
+         before=run_directory, to_do="write broken/model"),
     Case("no weights", BROKEN, "no weights", "model.path", "broken",
          before=changed(lambda model: (model / "model.safetensors").unlink()),
          to_do="set model.path to a complete model"),
@@ -150,6 +150,8 @@ CASES = [
          before=edited("config.json", vocab_size=700), joins=True, to_do="download or save the model again"),
     Case("adapter that is missing", "'model.adapter={path: ./nowhere}'", "neither a local folder",
          "model.adapter.path", "./nowhere", to_do="check the path"),
+    Case("whole model as adapter", "'model.adapter={path: model}'", "a whole model, and no adapter",
+         "model.adapter.path", "model", to_do="model.path=model"),
 ]
 # fmt: on
 

@@ -286,6 +286,10 @@ def test_epochs_may_be_fractions(epochs: float, total: int, steps: int) -> None:
     assert (part.total_pairs, part.steps, len(visited(part))) == (total, steps, total)
 
 
+def test_what_is_visited_is_known_without_a_look_at_all_epochs() -> None:
+    assert sampler(10, 4, epochs=1e9).visited_indices().tolist() == [*range(10)]
+
+
 def test_a_weight_that_draws_no_example_is_refused() -> None:
     with pytest.raises(ConfigError, match="no pair of a source would be drawn") as raised:
         sampler([Span(0, 100, 1.0), Span(100, 110, 0.04)], 4)
