@@ -108,9 +108,10 @@ def divide(arguments: Sequence[str]) -> argparse.Namespace:
         if not word.startswith("-") or name in parser._option_string_actions:
             known.append(word)
             continue
-        if not equals and rest and not rest[0].startswith("-") and "=" not in rest[0]:
-            value = rest.pop(0)
-        mistakes.append(_unknown_option(name, value))
+        values = [value] if equals else []
+        while not equals and rest and not rest[0].startswith("-") and "=" not in rest[0]:
+            values.append(rest.pop(0))
+        mistakes.append(_unknown_option(name, values))
     options = parser.parse_intermixed_args(known)
     if options.help and "=" in options.help:
         options.words, options.help = [options.help, *options.words], ""
@@ -118,15 +119,17 @@ def divide(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _unknown_option(name: str, value: str) -> ConfigError:
-    key = name.lstrip("-").replace("-", "_")
+def _unknown_option(name: str, values: Sequence[str]) -> ConfigError:
+    key, value = name.lstrip("-").replace("-", "_"), "".join(values[:1])
+    if len(values) > 1:
+        value = f"[{','.join(values)}]"
     is_foreign = meant(key, "keys") or meant(key, "answers") or len(key) == 1
     if key in run_keys() and not is_foreign:  # `--optim adamw_torch` of transformers is no section
         remedy = f"write {assignment(key, value or 'true')}"
     else:
         found = "" if is_foreign else suggestion(name, [*_parser()._option_string_actions])
         remedy = found.rstrip() or unknown_key(key, value or "true").remedy
-    where = f"{COMMAND_LINE}: {f'{name} {value}'.strip()}"
+    where = f"{COMMAND_LINE}: {' '.join([name, *values]).strip()}"
     return ConfigError(f"there is no option {name}", where=where, remedy=remedy)
 
 

@@ -170,7 +170,9 @@ def _in_place_of(key: str, value: str) -> str:
         return answers[0].replace("{value}", value or "...")
     if same:
         row = all_keys().get(same[0])
-        return f"write {same[0]}=..." + (f", {row.type_words}" if row else "")
+        return f"write {same[0]}=..." + (
+            f", {row.type_words}" if row else ", a preset; a sum of losses is loss.terms"
+        )
     if guess := suggestion(key, known):
         return guess.rstrip()
     beside = [one.rpartition(".")[2] for one in known if mapping and one.rpartition(".")[0] == mapping]

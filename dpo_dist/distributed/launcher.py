@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 import psutil
@@ -66,7 +67,10 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
         if not ended.code:  # --help
             raise
         fault = usage.getvalue().strip().rpartition("error: ")[2]
-        raise _refused("accelerate does not have these options", fault) from None
+        raise _refused("accelerate does not accept these arguments", fault) from None
+    is_file = parsed.no_python or Path(parsed.training_script).is_file()
+    if not (parsed.module or is_file):
+        raise _refused("the program to start is no file; a verb is a module", parsed.training_script)
     if parsed.log_dir is None and parsed.tee == "0":
         parsed.log_dir = os.devnull  # else each start leaves a folder in the temporary folder
     parsed.quiet = False  # with it accelerate ends with 1; no traceback is printed anyway

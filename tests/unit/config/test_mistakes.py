@@ -42,6 +42,8 @@ MISTYPED = [
     ("optim.lr=[1e-5]", "set optim.lr to a number"),
     ("trainer.max_steps=1e3", "write trainer.max_steps=1000"),
     ("reference=off", "did you mean reference=none?"),
+    ("--lora_target_modules q_proj v_proj", "write 'model.adapter.target_modules=[q_proj,v_proj]'"),
+    ("--loss_type sigmoid sft", "a sum of losses is loss.terms"),
     ("--optim adamw_torch", "choose optim=adamw or adamw_8bit"),
     ("tracking.wandb=false", "did you mean tracking.wandb=off?"),
     ("~loss.beta", "loss.beta has one value"),
