@@ -51,16 +51,9 @@ from dpo_dist.data.records import (
 from dpo_dist.data.sources import local_files, pinned, raw_records
 
 # Faults of the responses of a record; its prompt may be usable.
-_OF_RESPONSES = {
-    "unknown_format",
-    "missing_field",
-    "not_one_answer",
-    "no_ranking",
-    "all_tied",
-    "invalid_scores",
-    "empty_response",
-    "identical_responses",
-}
+_OF_SCORES = {"no_ranking", "all_tied", "invalid_scores"}
+_MISSING = {"unknown_format", "missing_field", "not_one_answer", "empty_response"}
+_OF_RESPONSES = _MISSING | _OF_SCORES | {"identical_responses"}
 _MAX_SHOWN_KEYS = 12
 
 

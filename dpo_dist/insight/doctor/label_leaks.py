@@ -75,10 +75,9 @@ class LeakTest:
 def leak_tests(differences: Sequence[Mapping[str, float]], prompts: Keys) -> list[LeakTest]:
     """Return the held-out accuracy of each feature and of each group, the most accurate first.
 
-    With fewer than 50 different prompts features are tested one by one, with fewer than 10 not at all. Of the
-    first and of the last words the most one-sided one has a test of its own.
-
-    `differences` are those of `texts.differences` of each pair, `prompts` keys of their prompts.
+    `differences`: `texts.differences` of each pair; `prompts`: keys of their prompts. With fewer than 50
+    different prompts features are tested one by one, with fewer than 10 not at all. Of the first and of the
+    last words the most one-sided one has a test of its own.
     """
     different = len(np.unique(prompts))
     if different < _FEWEST_PROMPTS:

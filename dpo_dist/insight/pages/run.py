@@ -99,10 +99,6 @@ def write_page(folder: RunFolder, output: Path | None = None) -> Path:
     spent = facts.section("work").get("seconds", {})
     works = [(_WORK_NAMES.get(work, work), spent[work]) for work in WORKS if spent.get(work, 0.0) > 0]
     parts = {"train": "Training data", "eval": "Evaluation data"}
-    origins = []
-    if commit := environment.get("git_commit"):
-        changed = environment.get("git_changed_files")
-        origins.append(("commit", commit + (f", with {changed:,} changed files" if changed else "")))
     content: dict[str, Any] = {
         "outcome": facts.summary.get("exit"),
         "about": "; ".join(_about(facts)),
@@ -117,8 +113,7 @@ def write_page(folder: RunFolder, output: Path | None = None) -> Path:
         "is_examined": bool(facts.doctor),
         "speed": [(name, seconds, seconds / sum(spent.values())) for name, seconds in works],
         "reference": describe_reference(facts.section("reference")),
-        "repeat": origins or environment.get("command"),
-        **{"command": environment.get("command"), "origins": origins},
+        "repeat": environment.get("command"),
         "config": list(flat(facts.config)),
         "environment": list(flat(environment)),
     }
