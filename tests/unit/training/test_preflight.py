@@ -205,36 +205,11 @@ def test_a_check_and_a_start_refuse_run_directories(
     assert text not in rehearse(config, trains=False), "a verb that does not train"
 
 
-def write_records(file: Path, *records: dict[str, object]) -> Path:
-    file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return file
-
-
-COMPLETION = {"prompt": "Say hello.", "completion": "Hello!"}
-PAIR = {"prompt": "Say hello.", "chosen": "Hello!", "rejected": "No."}
-UNKNOWN = {"question": "Say hello.", "best": "Hello!"}
-
-
-@pytest.mark.parametrize(
-    ("records", "text"),
-    [
-        ([COMPLETION], "sigmoid cannot use 1 of 1 examples"),
-        ([PAIR] * 9 + [UNKNOWN], "1 of 10 records cannot be used"),
-    ],
-)
-def test_a_check_reads_the_first_records(
-    records: list[dict[str, object]], text: str, assets: Path, tmp_path: Path
-) -> None:
-    file = write_records(tmp_path / "data.jsonl", *records)
-    with pytest.raises(DataError, match=text) as caught:
-        rehearse(run_of(assets, tmp_path, f"data.train=[{file}]"))
+def test_a_check_refuses_records_that_the_loss_cannot_use(assets: Path, tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"prompt": "Say hello.", "completion": "Hello!"}')
+    with pytest.raises(DataError, match="sigmoid cannot use 1 of 1 examples") as caught:
+        rehearse(run_of(assets, tmp_path, f"data.train=[{tmp_path}/data.jsonl]"))
     assert caught.value.remedy
-
-
-def test_a_few_bad_records_at_the_start_pass_a_check(assets: Path, tmp_path: Path) -> None:
-    file = write_records(tmp_path / "data.jsonl", *[UNKNOWN] * 4, *[PAIR] * 1100)
-    passed = rehearse(run_of(assets, tmp_path, f"data.train=[{file}]"))
-    assert "1020 of the first 1024 records kept (the others were not looked at); dropped: 4" in passed
 
 
 MISFITS = [
