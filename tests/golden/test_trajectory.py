@@ -68,10 +68,11 @@ BF16_DRIFT = {
 }
 
 
-def test_bf16_follows_the_recorded_trajectory(scenario: Path, tmp_path: Path) -> None:
-    """With the precision and the parallelism of the defaults."""
+@pytest.mark.parametrize("kind", ["zero3", "zero2", "ddp"])
+def test_bf16_follows_the_recorded_trajectory(kind: str, scenario: Path, tmp_path: Path) -> None:
+    """bf16 is the default, and each kind of parallelism has its own float32 master weights."""
     command = [key for key in overrides(scenario, "sigmoid") if not key.startswith("model.dtype")]
-    train([*command, f"run.dir={tmp_path}/run"], processes=2)
+    train([*command, f"run.dir={tmp_path}/run", f"parallelism.kind={kind}"], processes=2)
     golden = json.loads(GOLDEN.read_text())["sigmoid"]
     rows = history(tmp_path / "run")
     assert [row["step"] for row in rows] == [row["step"] for row in golden]
