@@ -120,7 +120,8 @@ def _test(block: Matrix, prompts: Keys, name: str, group: str) -> LeakTest:
     block, detail = sparse.csr_matrix(block), ""
     if block.shape[1] == 1:
         block = block.sign()
-        detail = "" if not block.sum() else _MORE if block.sum() > 0 else _LESS
+        if difference := block.sum():
+            detail = _MORE if difference > 0 else _LESS
     elif group not in _WORDS:
         block = StandardScaler(with_mean=False).fit(sparse.vstack([block, -block])).transform(block)
     pairs = block.shape[0]

@@ -14,13 +14,13 @@ from dpo_dist.data.counts import in_words
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import counted, duration, number, percent, size, without_secrets
-from dpo_dist.insight.console import describe_reference
 from dpo_dist.insight.doctor.findings import Level
 from dpo_dist.insight.evaluation import ALL, results_name
 from dpo_dist.insight.metrics.log import WORKS, Work, final_and_best, metrics_by_source, read_latest_rows
 from dpo_dist.insight.pages.charts import charts
 from dpo_dist.insight.pages.render import estimate, flat, page, part
 from dpo_dist.insight.pages.samples import samples_of
+from dpo_dist.insight.tables import describe_reference
 from dpo_dist.insight.verdict.facts import ACCURACY, MARGIN, RunFacts, last
 from dpo_dist.insight.verdict.rules import RULES
 from dpo_dist.objective.metrics import ENTROPIES, PAIR_METRICS
@@ -156,8 +156,9 @@ def verdict_of(facts: PageFacts) -> Mapping[str, Any]:
         fact = "" if fact in judged["sentence"] else fact
         findings.append({"headline": RULES[found["rule"]].text, "fact": fact, "advice": advice})
     has_faults = any(RULES[found["rule"]].level is not Level.note for found in judged["findings"])
-    is_diverged = facts.summary["exit"] == RunOutcome.diverged
-    level = "error" if is_diverged else "warning" if has_faults else "good"
+    level = "warning" if has_faults else "good"
+    if facts.summary["exit"] == RunOutcome.diverged:
+        level = "error"
     return {"level": level, "sentence": judged["sentence"], "findings": findings}
 
 
