@@ -60,8 +60,8 @@ def no_progress(_done: int, _total: int) -> None:
 
 
 def filler_of(root: Path, entries_per_shard: int = 4, scorer: Scorer | None = None) -> StoreFiller:
-    store = LogpStore(root, [FINGERPRINT], [])
-    return StoreFiller(store, lambda: scorer or Scorer(), ALONE, 30, COSTS, entries_per_shard)
+    store, stops = LogpStore(root, [FINGERPRINT], []), Stops(StopRequest(), ALONE)
+    return StoreFiller(store, lambda: scorer or Scorer(), ALONE, 30, COSTS, entries_per_shard, stops)
 
 
 def fill(root: Path, dataset: PreferenceDataset, indices: Iterable[int], **options: Any) -> FillReport:
