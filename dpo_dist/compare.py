@@ -11,7 +11,8 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.insight.compare.start import check_comparison
-from dpo_dist.insight.console import comparison_table, open_console, print_text, warnings_off
+from dpo_dist.insight.console import open_console, print_text, warnings_off
+from dpo_dist.insight.tables import comparison_table
 
 
 def main(config: RunConfig) -> int:

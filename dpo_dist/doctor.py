@@ -5,6 +5,7 @@ are encoded into `data.cache`, where training finds them. Exit code 1: findings 
 """
 
 import json
+import logging
 import os
 import sys
 
@@ -35,16 +36,15 @@ def main(config: RunConfig) -> int:
         if policy is not None and starts_as_base:  # an adapter may have its own
             check_tokenizer_files(policy)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels when it is imported
     # Slow to import: errors above appear at once.
-    from dpo_dist.insight.console import console_on, warnings_off  # noqa: PLC0415
+    from dpo_dist.insight.console import console_on  # noqa: PLC0415
+    from dpo_dist.insight.doctor.examine import diagnose  # noqa: PLC0415
     from dpo_dist.insight.pages import doctor as pages  # noqa: PLC0415
 
     folder = RunFolder.of(config)
     check_writable(folder.path)
-    with warnings_off():  # bitsandbytes logs one when it is imported
-        from dpo_dist.insight.doctor.examine import diagnose  # noqa: PLC0415
-
-        diagnosis = diagnose(config, console_on(sys.stderr, config.console).progress, benchmark)
+    diagnosis = diagnose(config, console_on(sys.stderr, config.console).progress, benchmark)
     exit_code = ExitCode.findings if diagnosis.fails(config.doctor.fail_on) else ExitCode.completed
     pages.write_doctor_report(folder, diagnosis, exit_code)
     pages.write_doctor_page(folder, diagnosis, config)

@@ -8,8 +8,8 @@ stored.
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.insight.console import print_text, warnings_off
+from dpo_dist.training.named_models import find_evaluated
 from dpo_dist.training.preflight import check_start, started
-from dpo_dist.training.targets import find_evaluated
 
 
 def main(config: RunConfig) -> int:

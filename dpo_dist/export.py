@@ -11,7 +11,7 @@ import sys
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ExitCode
-from dpo_dist.training.targets import find_exported
+from dpo_dist.training.named_models import find_exported
 
 
 def main(config: RunConfig) -> int:

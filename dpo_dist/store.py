@@ -84,10 +84,8 @@ def _space(folder: Path) -> _Space:
         shards = [shard for shard in pool.map(open_shard, files) if shard is not None]
     known, described = read_fingerprint(folder), folder / FINGERPRINT_FILE
     used = (described if described.exists() else folder).stat().st_mtime
-    entries, stored = (
-        sum(len(shard.keys) for shard in shards),
-        sum(p.stat().st_size for p in folder.iterdir()),
-    )
+    entries = sum(len(shard.keys) for shard in shards)
+    stored = sum(file.stat().st_size for file in folder.iterdir())
     damaged = f", {len(files) - len(shards)} damaged" if len(files) > len(shards) else ""
     digests, label = [folder.name], f"no {FINGERPRINT_FILE} of this version"
     if known is not None:

@@ -205,9 +205,7 @@ class Rows:
     input_ids: Tensor  # int64 [rows, longest], padded at the end
     lengths: tuple[int, ...]  # tokens of each row without padding
     is_token: Tensor  # bool [rows, longest], whether it is not padding
-    predictors: (
-        Tensor  # int64 [targets], index in the flat `input_ids` of the token that predicts each target
-    )
+    predictors: Tensor  # int64 [targets], index in the flat `input_ids` of what predicts each target
 
 
 def rows_of(batch: PackedBatch, pad_id: int) -> Rows:

@@ -12,10 +12,8 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.user_code import find_function
 
 # In the settings of every run; other keys only if they differ from their default.
-_ALWAYS = (
-    *("model.path", "data.train", "loss.kind", "loss.beta", "reference.mode", "optim.lr"),
-    *("trainer.epochs", "trainer.global_batch_pairs", "trainer.seed"),
-)
+_OBJECTIVE = ("model.path", "data.train", "loss.kind", "loss.beta", "reference.mode")
+_ALWAYS = (*_OBJECTIVE, "optim.lr", "trainer.epochs", "trainer.global_batch_pairs", "trainer.seed")
 
 
 def run_digest(config: RunConfig) -> str:

@@ -66,7 +66,7 @@ def config_dir() -> Path:
 
 def group_folders(own_folder: Path | None = None) -> list[Path]:
     """Return the folders of configuration groups, in the order in which they are searched."""
-    return [*([own_folder.resolve()] if own_folder is not None else []), config_dir()]
+    return [config_dir()] if own_folder is None else [own_folder.resolve(), config_dir()]
 
 
 def load_run_config(
@@ -166,7 +166,7 @@ class _Command:
     ) -> None:
         files = [word for word in words if "=" not in word and word.endswith((".yaml", ".yml"))]
         parsed, unread = parse_overrides(word for word in words if word not in files)
-        self.mistakes = [*mistakes, *([unreadable(unread)] if unread else [])]
+        self.mistakes = list(mistakes) + ([unreadable(unread)] if unread else [])
         self.folders, self.verb = group_folders(own_folder), verb
         found = [(override, self._mistake(override)) for override in parsed]
         self.mistakes += [mistake for _, mistake in found if mistake is not None]

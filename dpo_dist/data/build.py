@@ -1,36 +1,47 @@
-"""Encode sources to disk, or find them there by content; for one process of a run."""
+"""Encode sources to disk on several processes, or find them there by content; on one rank of a run."""
 
+import itertools
 import json
-from collections.abc import Callable, Generator, Sequence
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import pyarrow as pa
-from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig, SourceConfig, TextTemplate
 from dpo_dist.config.user_code import find_function
 from dpo_dist.data.columns import READER
-from dpo_dist.data.encode import Records, encode_chunk, in_order
+from dpo_dist.data.encode import encode_chunk
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.records import ALL_RECORDS, Part
+from dpo_dist.data.records import ALL_RECORDS, BadRecord, Part, PreferenceRecord
 from dpo_dist.data.sources import file_kind, local_files, pinned, source_identity, source_labels
 from dpo_dist.data.store import MEMO_FOLDER, EncodedSource, write_source
 from dpo_dist.data.template import check_template_keys, chosen_template
-from dpo_dist.foundation.errors import DataError
+from dpo_dist.foundation.errors import DataError, PeerLostError
 from dpo_dist.foundation.files import collect_abandoned, content_digest, file_identity, text_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Record: TypeAlias = PreferenceRecord | BadRecord
+Records: TypeAlias = Sequence[Record]
+Result = TypeVar("Result")
 
 # Increased when the token ids or the files of the same records change.
 _ENCODING_VERSION = 13
-_ENCODING_KEYS = (
-    *("max_length", "max_prompt_length", "truncation", "text_as_messages", "template_arguments", "ranked"),
-    "on_bad_record",
-)
-_TOKENIZER_FILES = (
-    *("tokenizer*", "*.model", "*.tiktoken", "tekken*", "*.py", "vocab*", "merges*"),
-    *("special_tokens*", "added_tokens*", "chat_template*", "additional_chat_templates/*"),
-)
+_LENGTH_KEYS = ("max_length", "max_prompt_length", "truncation")
+_ENCODING_KEYS = (*_LENGTH_KEYS, "text_as_messages", "template_arguments", "ranked", "on_bad_record")
+_VOCABULARY_FILES = ("tokenizer*", "*.model", "*.tiktoken", "tekken*", "*.py", "vocab*", "merges*")
+_SPECIAL_FILES = ("special_tokens*", "added_tokens*", "chat_template*", "additional_chat_templates/*")
 
 Progress = Callable[[str], AbstractContextManager[Callable[[int], None]]]
 """Called with the path of a source that is encoded. The entered function is called with the number of encoded
@@ -45,7 +56,7 @@ def no_progress(_source: str) -> AbstractContextManager[Callable[[int], None]]:
 def prepare_dataset(
     sources: Sequence[SourceConfig],
     config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     digest: str,
     progress: Progress = no_progress,
     part: Part = ALL_RECORDS,
@@ -99,7 +110,8 @@ def _encoded(
 
 def tokenizer_digest(folder: Path) -> str:
     """Return a digest of the files of a model folder that decide how text becomes token ids."""
-    files = sorted({file for name in _TOKENIZER_FILES for file in folder.glob(name) if file.is_file()})
+    names = _VOCABULARY_FILES + _SPECIAL_FILES
+    files = sorted({file for name in names for file in folder.glob(name) if file.is_file()})
     parts = [(str(file.relative_to(folder)), content_digest([file])) for file in files]
     config_file = folder / "config.json"  # an adapter's folder with a tokenizer has none
     config = json.loads(config_file.read_bytes()) if config_file.exists() else {}
@@ -129,3 +141,73 @@ def _fingerprint(source: SourceConfig, config: DataConfig, digest: str, part: Pa
         "part": part.identity,
     }
     return text_digest(json.dumps(content, sort_keys=True))
+
+
+CHUNK_RECORDS = 64
+# One process reads and writes for all others; it limits the speed of more processes than this.
+_MAX_PROCESSES = 16
+# Fewer are encoded before other processes have started.
+_MIN_CHUNKS = 2048 // CHUNK_RECORDS
+_CHUNKS_AHEAD = 2
+
+
+def in_order(
+    records: Iterable[Record], work: Callable[[Records], Result], processes: int | None
+) -> Generator[Result, None, None]:
+    """Yield the result of `work`, which can be pickled, for each chunk of records, in order, on processes.
+
+    Closing the generator ends the processes. At most a few chunks a process are in memory. Without
+    `processes` there is one for each core, if there are enough chunks.
+    """
+    records = iter(records)
+    chunks = iter(lambda: list(itertools.islice(records, CHUNK_RECORDS)), [])
+    first: list[Records] = []
+    if processes is None:
+        first = list(itertools.islice(chunks, _MIN_CHUNKS))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        processes = 1 if len(first) < _MIN_CHUNKS else min(cores, _MAX_PROCESSES)
+    every = itertools.chain(first, chunks)
+    if processes == 1:
+        yield from map(work, every)
+        return
+    ahead: deque[Future[Result]] = deque()
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_process, (work,))
+    try:
+        for chunk in every:
+            ahead.append(pool.submit(_work, chunk))
+            if len(ahead) == _CHUNKS_AHEAD * processes:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    except BrokenProcessPool as error:
+        raise PeerLostError(
+            "a process that encodes data has died",
+            where="data.processes",
+            got=str(error).splitlines()[0],
+            remedy="if memory ran out, lower data.processes (1: no other process); else see logs/rank-0.log",
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_works: list[Callable[[Records], Any]] = []
+"""The work of this process; set in a spawned process."""
+
+
+def _start_process(work: Callable[[Records], Any]) -> None:
+    """Initialise a spawned process: it ignores interrupts, and ends when its parent dies."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process
+    _works.append(work)
+
+
+def _work(records: Records) -> Any:
+    return _works[0](records)

@@ -18,17 +18,11 @@ _SCORES = ("score_chosen", "score_rejected", "scores")
 _CONTEXT = ("system", "history", "input", "tools", "chat_template_kwargs", "documents")
 _OPTIONAL = (*_CONTEXT, *_MEDIA, *_SCORES, "label")
 _PROMPTS = ("prompt", "instruction", "question", "query", "messages", "conversations")
-_RESPONSES = (
-    "chosen_messages",
-    "rejected_messages",
-    "rejected_response",
-    "completion",
-    "responses",
-    "output",
-)
+_OTHER_SIDES = ("chosen_messages", "rejected_messages", "rejected_response")
+_RESPONSES = ("completion", "responses", "output")
 _WHOLE = "record"
 # The fields that formats read; `record` is an object with all of them.
-FIELDS = (*_PROMPTS, *_SIDES, *_RESPONSES, *_OPTIONAL, _WHOLE)
+FIELDS = (*_PROMPTS, *_SIDES, *_OTHER_SIDES, *_RESPONSES, *_OPTIONAL, _WHOLE)
 # With null: no column is read except those that are named.
 _OTHERS = "*"
 _MAX_SHOWN = 20

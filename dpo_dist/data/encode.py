@@ -1,19 +1,11 @@
 """Encode a preference record as token ids: one prompt, and each response as its continuation."""
 
 import hashlib
-import itertools
 import json
-import multiprocessing
-import os
 import re
-import signal
-import threading
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -35,7 +27,7 @@ from dpo_dist.data.records import (
 from dpo_dist.data.render import Rendered, TokenizerFacts, render_record, tokenizer_facts
 from dpo_dist.data.store import SCHEMA
 from dpo_dist.data.template import Span
-from dpo_dist.foundation.errors import ConfigError, PeerLostError
+from dpo_dist.foundation.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -330,77 +322,3 @@ def _columns(record: EncodedRecord) -> dict[str, Any]:
         "trained": np.concatenate([np.empty(0, np.bool_), *(m for m in encoded.masks if not m.all())]),
         "examples": record.ranks,
     }
-
-
-Record: TypeAlias = PreferenceRecord | BadRecord
-Records: TypeAlias = Sequence[Record]
-Result = TypeVar("Result")
-
-CHUNK_RECORDS = 64
-# One process reads and writes for all others; it limits the speed of more processes than this.
-_MAX_PROCESSES = 16
-# Fewer are encoded before other processes have started.
-_MIN_CHUNKS = 2048 // CHUNK_RECORDS
-_CHUNKS_AHEAD = 2
-
-
-def in_order(
-    records: Iterable[Record], work: Callable[[Records], Result], processes: int | None
-) -> Generator[Result, None, None]:
-    """Yield the result of `work`, which can be pickled, for each chunk of records, in order, on processes.
-
-    Closing the generator ends the processes. At most a few chunks a process are in memory. Without
-    `processes` there is one for each core, if there are enough chunks.
-    """
-    records = iter(records)
-    chunks = iter(lambda: list(itertools.islice(records, CHUNK_RECORDS)), [])
-    first: list[Records] = []
-    if processes is None:
-        first = list(itertools.islice(chunks, _MIN_CHUNKS))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        processes = 1 if len(first) < _MIN_CHUNKS else min(cores, _MAX_PROCESSES)
-    every = itertools.chain(first, chunks)
-    if processes == 1:
-        yield from map(work, every)
-        return
-    ahead: deque[Future[Result]] = deque()
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_process, (work,))
-    try:
-        for chunk in every:
-            ahead.append(pool.submit(_work, chunk))
-            if len(ahead) == _CHUNKS_AHEAD * processes:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    except BrokenProcessPool as error:
-        raise PeerLostError(
-            "a process that encodes data has died",
-            where="data.processes",
-            got=str(error).splitlines()[0],
-            remedy="if memory ran out, lower data.processes (1: no other process); else see logs/rank-0.log",
-        ) from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_works: list[Callable[[Records], Any]] = []
-"""The work of this process; set in a spawned process."""
-
-
-def _start_process(work: Callable[[Records], Any]) -> None:
-    """Initialise a spawned process: it ignores interrupts, and ends when its parent dies."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        parent.join()
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process
-    _works.append(work)
-
-
-def _work(records: Records) -> Any:
-    return _works[0](records)

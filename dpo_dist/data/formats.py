@@ -51,16 +51,9 @@ from dpo_dist.data.records import (
 from dpo_dist.data.sources import local_files, pinned, raw_records
 
 # Faults of the responses of a record; its prompt may be usable.
-_OF_RESPONSES = {
-    "unknown_format",
-    "missing_field",
-    "not_one_answer",
-    "no_ranking",
-    "all_tied",
-    "invalid_scores",
-    "empty_response",
-    "identical_responses",
-}
+_OF_SCORES = {"no_ranking", "all_tied", "invalid_scores"}
+_MISSING = {"unknown_format", "missing_field", "not_one_answer", "empty_response"}
+_OF_RESPONSES = _MISSING | _OF_SCORES | {"identical_responses"}
 _MAX_SHOWN_KEYS = 12
 
 
@@ -155,11 +148,11 @@ def _parse(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord
     if name is DataFormat.auto:
         _check_no_other(record, content)
     read = row.read or reader_of(content.prompt, content.responses)
-    if read is None and all(name in _BESIDE_SIDES or value is None for name, value in record.items()):
+    if read is None and _BESIDE_SIDES.issuperset(field for field in record if record[field] is not None):
         read = read_implicit  # the sides are all that there is
     if read is None:
         fields = ("prompt", "instruction", *QUESTIONS, *CONVERSATIONS)
-        is_empty = content.prompt is None and any(record.get(name) is not None for name in fields)
+        is_empty = content.prompt is None and any(record.get(field) is not None for field in fields)
         raise UnusableRecordError("empty_prompt") if is_empty else _unknown_format(record)
     prompt, responses = read(content.prompt, content.responses)
     is_plain = row.read in (read_text, read_implicit)
@@ -407,8 +400,8 @@ def _first(fields: Fields, names: Iterable[str]) -> Any:
 
 def _finite(values: Iterable[Any]) -> tuple[float, ...]:
     """Return the values as finite numbers. Raises UnusableRecordError if one is not."""
-    is_list = isinstance(values, Iterable) and not isinstance(values, str | Mapping)
-    numbers = tuple(math.nan if isinstance(one, bool) else _number(one) for one in values) if is_list else ()
+    given = values if isinstance(values, Iterable) and not isinstance(values, str | Mapping) else ()
+    numbers = tuple(math.nan if isinstance(one, bool) else _number(one) for one in given)
     if not numbers or not all(map(math.isfinite, numbers)):
         raise UnusableRecordError("invalid_scores", "a score is missing or is no finite number")
     return numbers

@@ -39,10 +39,8 @@ _ENDED = re.compile(rf"(?:{_OPEN}\s*)?{_CLOSE}\s*\Z")
 
 # Tokens around turns of common model families: a text may come from another tokenizer's template.
 _FOREIGN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
-_FOREIGN_MARKS = (
-    *("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|eot_id|>"),
-    *("<|user|>", "<|assistant|>", "<start_of_turn>", "[INST]"),
-)
+_FOREIGN_STARTS = ("<|im_start|>", "<|start_header_id|>", "<|user|>", "<|assistant|>", "<start_of_turn>")
+_FOREIGN_MARKS = (*_FOREIGN_STARTS, "[INST]", "<|im_end|>", "<|eot_id|>")
 
 
 class TokenizerFacts:

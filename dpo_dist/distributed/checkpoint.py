@@ -248,9 +248,9 @@ def latest_checkpoint(root: Path, world: World) -> Checkpoint | None:
     folders = world.on_main(lambda: checkpoint_folders(root))
     damaged: list[str] = []
     for folder in folders:
-        faults = _find_faults(folder, world)
+        faults = _faults_of_all_files(folder, world)
         if not faults:
-            return Checkpoint(folder, world.on_main(lambda: read_state(folder)), tuple(damaged))  # noqa: B023
+            return Checkpoint(folder, world.on_main(lambda: checkpoint_state(folder)), tuple(damaged))  # noqa: B023
         log.warning("checkpoint %s is damaged and not used: %s", folder, "; ".join(faults[:5]))
         damaged.append(folder.name)
     if folders:
@@ -265,17 +265,17 @@ def latest_checkpoint(root: Path, world: World) -> Checkpoint | None:
 
 def open_checkpoint(folder: Path, world: World) -> Checkpoint:
     """Return the checkpoint in a folder; collective."""
-    if faults := _find_faults(folder, world):
+    if faults := _faults_of_all_files(folder, world):
         raise damaged_checkpoint(folder, faults)
-    return Checkpoint(folder, world.on_main(lambda: read_state(folder)))
+    return Checkpoint(folder, world.on_main(lambda: checkpoint_state(folder)))
 
 
-def _find_faults(folder: Path, world: World) -> list[str]:
+def _faults_of_all_files(folder: Path, world: World) -> list[str]:
     """Return the faults of all files of a checkpoint, divided among the ranks; collective."""
     return [fault for part in world.gather(find_faults(folder, world.rank, world.size)) for fault in part]
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def checkpoint_state(folder: Path) -> dict[str, Any]:
     """Return the state in a checkpoint, whose files are not checked; not collective."""
     state: dict[str, Any] = json.loads((folder / STATE).read_bytes())
     return state

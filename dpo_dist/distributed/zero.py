@@ -493,7 +493,7 @@ class PolicyEngine(Engine):
         self._engine.destroy()
         empty(list(self._averages.values()))
         empty(vars(optimizer))
-        empty(vars(getattr(optimizer, "optimizer", optimizer)))
+        empty(vars(optimizer.optimizer))
         empty_module(self.model)
         del self._engine
         return_memory()

@@ -262,12 +262,12 @@ def _entry(memo: Path, identity: str) -> Path:
     return memo / f"{text_digest(identity)}.json"
 
 
-def plain(value: Any) -> Any:
+def for_json(value: Any) -> Any:
     """Return `value` for JSON: numbers that are not finite become null."""
     if isinstance(value, Mapping):
-        return {key: plain(item) for key, item in value.items()}
+        return {key: for_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [for_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -71,10 +71,8 @@ def _is_one_process(environ: Mapping[str, str]) -> bool:
     if ("RANK" in environ) != ("WORLD_SIZE" in environ):
         return False
     try:
-        rank, size, local, of_node = (
-            int(environ.get(name, default))
-            for name, default in {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}.items()
-        )
+        rank, size = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
+        local, of_node = int(environ.get("LOCAL_RANK", 0)), int(environ.get("LOCAL_WORLD_SIZE", 1))
         has_address = bool(environ.get("MASTER_ADDR")) and 0 < int(environ.get("MASTER_PORT", 0)) < 2**16
     except ValueError:
         return False

@@ -319,8 +319,10 @@ class EndpointJudge:
         instruction, form, names = _ASKED[len(order)]
         responses = {name: question.responses[index] for name, index in zip(names, order, strict=True)}
         text, refusal = self._ask(self._messages(instruction, question, **responses))
-        found = form.findall(text)  # those before the last one are thoughts
-        return found[-1] if found and found[-1] in _VERDICTS else "refused" if refusal else "unreadable"
+        found: list[str] = form.findall(text)[-1:]  # those before the last one are thoughts
+        if found and found[0] in _VERDICTS:
+            return found[0]
+        return "refused" if refusal else "unreadable"
 
     def _messages(self, instruction: str, question: Question, **responses: str) -> list[Any]:
         content = {"conversation": question.prompt, **context_fields(question.record), **responses}

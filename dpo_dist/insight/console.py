@@ -1,4 +1,4 @@
-"""Console of a run: progress and results on rank 0, tables; the output of libraries is in logs/rank-N.log."""
+"""Console of a run: progress and results on rank 0; the output of libraries is in logs/rank-N.log."""
 
 import contextlib
 import faulthandler
@@ -10,10 +10,9 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
-from statistics import fmean
 from typing import Any, TextIO
 
 from rich.console import Console as RichConsole
@@ -23,14 +22,13 @@ from rich.table import Column
 from rich.text import Text
 
 from dpo_dist.config.metrics import MAIN, METRICS, PREFIX
-from dpo_dist.config.run_folder import RunFolder, checkpoint_name
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ConsoleConfig, ConsoleStyle
-from dpo_dist.foundation.errors import DpoDistError, RunOutcome
-from dpo_dist.foundation.files import plain
+from dpo_dist.foundation.errors import DpoDistError
+from dpo_dist.foundation.files import for_json
 from dpo_dist.foundation.process import beating
 from dpo_dist.foundation.streams import SafeStream, output_descriptor, output_of_objects, printable_lines
 from dpo_dist.foundation.text import counted, duration, percent, size, without_secrets
-from dpo_dist.insight.verdict.facts import finite
 
 Fields = Mapping[str, Any]
 
@@ -85,7 +83,7 @@ class JsonScreen(LineScreen):
     def print(self, kind: str, content: Fields, lines: Sequence[str]) -> None:  # noqa: ARG002
         """Print the content."""
         now = datetime.now().astimezone().isoformat(timespec="seconds")
-        self._print(json.dumps(plain({"kind": kind, "time": now, **content}), default=str))
+        self._print(json.dumps(for_json({"kind": kind, "time": now, **content}), default=str))
 
 
 class LiveScreen(LineScreen):
@@ -396,132 +394,3 @@ def _logging_to(stream: TextIO) -> Iterator[None]:
         logging.captureWarnings(False)
         root.handlers[:] = callers[0]
         root.setLevel(callers[1])
-
-
-Ends = Sequence[float] | None
-
-_EVALUATED = ("rewards/accuracies", "rewards/margins", "rewards/both_fall", "logps/chosen_per_token")
-_OUTCOMES = {
-    RunOutcome.completed: "completed {}",
-    RunOutcome.preempted: "stopped after {}; the same command resumes from there",
-    RunOutcome.diverged: "diverged after {}",
-}
-
-
-def aligned(rows: Sequence[Sequence[str]], numbers: Collection[int] = ()) -> list[str]:
-    """Return each row as a line, with columns as wide as their widest cell; `numbers` go to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if at in numbers else cell.ljust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-
-
-def with_interval(value: float | None, ends: Ends, form: str) -> str:
-    """Return "0.512 [0.480, 0.544]"; without `ends` the value only, "-" for None."""
-    if value is None:
-        return "-"
-    return f"{value:{form}}" + (f" [{ends[0]:{form}}, {ends[1]:{form}}]" if ends else "")
-
-
-def closing_table(folder: RunFolder, rows: Sequence[Fields], summary: Fields) -> list[str]:
-    """Return the lines of the table at the end of a run; what `rows` and `summary` lack is not shown."""
-    lines = [["", "first", "last", "best"]]
-    for part, prefix in (("training", ""), ("evaluation", "eval_")):
-        for name in MAIN:
-            metric, measured = METRICS[name], [row[prefix + name] for row in rows if prefix + name in row]
-            best = summary.get("best", {}).get(prefix + name)
-            at_best = f"{metric.form(best['value'])} at step {int(best['step']):,}" if best else ""
-            if measured:
-                ends = map(metric.form, (measured[0], measured[-1]))
-                lines.append([f"{part} {metric.title}", *ends, at_best])
-    outcome = RunOutcome(summary["exit"])
-    facts = {
-        "run": _OUTCOMES[outcome].format(counted(summary["steps"], "step")),
-        "time": _time(rows, summary),
-        "best": "".join(
-            f"{folder.checkpoints / checkpoint_name(one['step'])} ({one['metric']} {one['value']:.4f})"
-            for one in summary.get("best_checkpoints", [])[:1]
-        ),
-        "data": ", ".join(
-            f"{name}: {counts['kept']:,} of {counted(counts['read'], 'record')} kept"
-            for name, counts in summary.get("data", {}).items()
-            if "read" in counts
-        ),
-        "reference": describe_reference(summary.get("reference", {})),
-        "model": folder.model if outcome is RunOutcome.completed else "",
-        "report": folder.report,
-        "metrics": folder.metrics,
-    }
-    table = ["", *aligned(lines, numbers=(1, 2)), ""] if len(lines) > 1 else [""]
-    return [*table, *(f"{name:<11}{text}" for name, text in facts.items() if text)]
-
-
-def _time(rows: Sequence[Fields], summary: Fields) -> str:
-    if "train_seconds" not in summary:
-        return ""
-    parts = [f"{duration(summary['train_seconds'])} of training"]
-    if "pairs_per_second" in summary:
-        parts.append(counted(summary.get("pairs_seen", 0), "pair"))
-        parts.append(f"{summary['pairs_per_second']:,.1f} pairs/s")
-    if measured := [row["mfu"] for row in rows if finite(row, "mfu") is not None]:
-        parts.append(f"MFU {percent(fmean(measured))}")
-    if "peak_memory_bytes" in summary:
-        parts.append(f"peak memory {size(summary['peak_memory_bytes'])}")
-        processes = summary.get("world_size", 1)
-        parts += [counted(processes, "process", "processes")] if processes > 1 else []
-    return ", ".join(parts)
-
-
-def describe_reference(report: Fields) -> str:
-    """Return the section `reference` of summary.json in words: "cached, 6,403 log-probs computed, ..."."""
-    if report.get("mode") != "cached":
-        return str(report.get("mode", ""))
-    return f"cached: {counted(report['computed'], 'log-prob')} computed, {report['hits']:,} reused"
-
-
-def evaluation_rows(results: Mapping[str, Fields], metrics: Sequence[str]) -> list[list[str]]:
-    """Return titles, then cells with 95 % intervals of all pairs and of each label; of known metrics."""
-    names = [name for name in metrics if any(PREFIX + name in row for row in results.values())]
-    rows = [["evaluation", "pairs", *(METRICS[name].title for name in names)]]
-    for label, row in results.items():
-        keys = [PREFIX + name for name in names]
-        cells = [
-            with_interval(row[key], row["intervals"].get(key), ".3f") if key in row else "" for key in keys
-        ]
-        rows.append([label, f"{row['eval_pairs']:,}", *cells])
-    return rows
-
-
-def evaluation_table(results: Mapping[str, Fields]) -> list[str]:
-    """Return the lines of the table about an evaluation."""
-    return aligned(evaluation_rows(results, _EVALUATED))
-
-
-def comparison_table(results: Fields) -> list[str]:
-    """Return the lines of the table of models, with 95 % intervals; the page has all win rates."""
-    base = results["base"]
-    of_base = {win["second"]: _of_second(win) for win in results["wins"] if win["first"] == base}
-    has_scores = any(model["score"] is not None for model in results["models"])
-    titles = ["model", "tokens", "finished", "refusals", f"KL to {base}"]
-    rows = [[*titles, *(["score"] if has_scores else []), *([f"wins over {base}"] if of_base else [])]]
-    for model in results["models"]:
-        style = model["style"]
-        cells = [model["name"], f"{style['length']:.0f}", percent(style["finished"])]
-        cells += [percent(style["refusals"]), with_interval(model["kl"], model["kl_interval"], ".2f")]
-        cells += [with_interval(model["score"], model["score_interval"], ".3f")] if has_scores else []
-        rows.append([*cells, *([of_base.get(model["name"], "")] if of_base else [])])
-    judge = "" if results["judge"] is None else f", judged by {results['judge']}"
-    lines = [f"comparison on {results['prompts']:,} held-out prompts{judge}", *aligned(rows)]
-    if left := sum(results["not_judged"].values()):
-        lines.append(f"note: not counted, because without a verdict: {counted(left, 'comparison')}")
-    return lines
-
-
-def _of_second(win: Fields) -> str:
-    """Return the win rate of the second model."""
-    ends = win["interval"]
-    return with_interval(1 - win["rate"], ends and [1 - ends[1], 1 - ends[0]], ".3f")

@@ -31,21 +31,6 @@ from dpo_dist.model.sdpa import (
     with_one_dim,
 )
 
-
-def _with_temperature(module: Any, query: Tensor, positions: Tensor) -> Tensor:
-    """Return queries [tokens, heads, dim] of Llama 4 with the temperature of positions, not of indices."""
-    if not getattr(module, "attn_temperature_tuning", False) or getattr(module, "use_rope", True):
-        return query
-
-    def factors(places: Tensor) -> Tensor:
-        scale: float = module.attn_scale
-        return torch.log1p(torch.floor((places.float() + 1) / module.floor_scale)) * scale + 1
-
-    indices = torch.arange(len(query), device=query.device)
-    ratios = factors(positions) / factors(indices)  # 1, exactly, below floor_scale
-    return (query * ratios[:, None, None]).to(query.dtype)
-
-
 # The kernels are compiled for heads of these sizes.
 _LARGEST_HEAD = 256
 _HEAD_MULTIPLE = 8
@@ -157,6 +142,20 @@ def packed_attention(layout: Layout, backend: AttentionBackend, device: torch.de
     if backend is AttentionBackend.sdpa:
         return SegmentAttention(layout, device)
     return VarlenAttention(layout, backend, device)
+
+
+def _with_temperature(module: Any, query: Tensor, positions: Tensor) -> Tensor:
+    """Return queries [tokens, heads, dim] of Llama 4 with the temperature of positions, not of indices."""
+    if not getattr(module, "attn_temperature_tuning", False) or getattr(module, "use_rope", True):
+        return query
+
+    def factors(places: Tensor) -> Tensor:
+        scale: float = module.attn_scale
+        return torch.log1p(torch.floor((places.float() + 1) / module.floor_scale)) * scale + 1
+
+    indices = torch.arange(len(query), device=query.device)
+    ratios = factors(positions) / factors(indices)  # 1, exactly, below floor_scale
+    return (query * ratios[:, None, None]).to(query.dtype)
 
 
 def _interface(

@@ -61,9 +61,8 @@ def step_flops(causal_lm: Any) -> StepFlops:
     for name, weight in causal_lm.named_parameters():
         # Of an adapter that is continued there is a frozen copy.
         is_unused = not weight.requires_grad and any(part in name for part in _NOT_OF_A_STEP)
-        if (
-            id(weight) in outside or is_unused or weight.dim() < 2 or name.endswith("bias")
-        ):  # of stacked experts
+        is_bias = weight.dim() < 2 or name.endswith("bias")  # of stacked experts
+        if id(weight) in outside or is_unused or is_bias:
             continue
         is_of_experts = weight.dim() > 2 and visited_experts and id(weight) not in convolutions
         share = min(1.0, visited_experts / len(weight)) if is_of_experts else 1.0

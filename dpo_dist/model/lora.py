@@ -80,9 +80,7 @@ def _add_new(causal_lm: Any, adapter: AdapterConfig, seed: int) -> LoraConfig:
         torch.manual_seed(seed)
         try:
             _inject(causal_lm, lora, TRAINED)
-        except (
-            ValueError
-        ) as error:  # as of `out_proj` of state-space models, whose kernels read past an adapter
+        except ValueError as error:  # of `out_proj` in state-space models: kernels read past an adapter
             fault = first_line(error)
     adapted = {name for name, module in causal_lm.named_modules() if isinstance(module, LoraLayer)}
     # Where experts were linear layers before transformers 5, peft takes `gate_proj` for a name of fused ones.
@@ -230,12 +228,8 @@ def find_modules(causal_lm: Any, wanted: list[str]) -> list[str]:
 def _shared_pair(causal_lm: Any) -> tuple[str, ...]:
     """Return the names of embeddings and output layer if they are one weight in the base, else none."""
     pair = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
-    first, second = (
-        getattr(
-            module.original_module if isinstance(module, ModulesToSaveWrapper) else module, "weight", None
-        )
-        for module in pair
-    )
+    bases = (one.original_module if isinstance(one, ModulesToSaveWrapper) else one for one in pair)
+    first, second = (getattr(base, "weight", None) for base in bases)
     if first is None or first is not second:
         return ()
     names = {module: name for name, module in causal_lm.named_modules()}

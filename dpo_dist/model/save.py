@@ -141,13 +141,13 @@ def _name_in_file(name: str) -> str:
 
 
 @contextlib.contextmanager
-def writing_errors(folder: Path, remedy: str = _REMEDY) -> Iterator[None]:
+def writing_errors(folder: Path) -> Iterator[None]:
     """Raise a `CheckpointError` for a file of `folder` that cannot be written."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            "the trained model cannot be written", where=str(folder), got=str(error), remedy=remedy
+            "the trained model cannot be written", where=str(folder), got=str(error), remedy=_REMEDY
         ) from error
 
 

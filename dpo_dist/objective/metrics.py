@@ -227,10 +227,9 @@ MARGIN_PERCENTILES = tuple(f"rewards/margins/p{percent:02}" for percent in _PERC
 """Metrics of evaluations: percentiles of the margin over pairs."""
 
 
-_COLUMNS = (
-    *("rewards/chosen", "rewards/rejected", "rewards/margins", "logps/chosen", "logps/rejected"),
-    *("reference/chosen", "reference/rejected", "tokens/chosen", "tokens/rejected"),
-)
+_REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins")
+_LOGPS = ("logps/chosen", "logps/rejected", "reference/chosen", "reference/rejected")
+_COLUMNS = (*_REWARDS, *_LOGPS, "tokens/chosen", "tokens/rejected")
 
 
 @dataclass(frozen=True, eq=False)

@@ -77,7 +77,7 @@ class StoreFiller:
         micro_batch_tokens: that fit on a device at once, without activations.
         costs: of the model, to balance ranks; `load_scorer` may set them.
         entries_per_shard: approximate number of entries in a shard.
-        stops: asked after each micro-batch; None: nobody stops the fill.
+        stops: asked after each micro-batch.
         shards: names of all shards that the run may use; equal on all ranks. A listing is not enough: on a
             network file system it may lack files that another node just wrote.
     """
@@ -88,7 +88,7 @@ class StoreFiller:
     micro_batch_tokens: int
     costs: ComputeCosts
     entries_per_shard: int
-    stops: Stops | None = None
+    stops: Stops
     shards: frozenset[str] = frozenset()
 
     def fill(self, dataset: PreferenceDataset, indices: Indices, progress: Progress) -> FillReport:
@@ -136,8 +136,7 @@ class StoreFiller:
                 if not has_waited:
                     log.warning("another job fills %s: this one waits for it", self.store.folder)
                 has_waited = True
-                if self.stops is not None:
-                    self.stops.check("while another job fills the reference store")
+                self.stops.check("while another job fills the reference store")
                 time.sleep(_RETRY_SECONDS)
             yield has_waited
 
@@ -175,7 +174,7 @@ class StoreFiller:
                     break
             written |= self.world.together(writing.result)
         self.shards = self.shards.union(*self.world.gather(written))
-        if is_stopped and self.stops is not None:
+        if is_stopped:
             in_all = sum(self.world.gather(stored))
             when = f"after {in_all:,} of the {len(missing):,} missing reference log-probs were stored"
             raise stopped_by(self.stops.reasons(), when)
@@ -227,7 +226,7 @@ class StoreFiller:
                     keys.append(batch.keys)
                     entries += np.split(logps.cpu().numpy(), np.cumsum(batch.response_tokens.numpy())[:-1])
                 progress(number / len(forwards))
-                if is_stopped := self.stops is not None and self.stops.must_stop():
+                if is_stopped := self.stops.must_stop():
                     break
 
         def check() -> None:

@@ -21,8 +21,8 @@ from dpo_dist.model.folder import description_folder, is_adapter, start_folder, 
 from dpo_dist.model.load import check_same_vocabulary, load_tokenizer
 from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.training.inputs import checked_model, with_stored_reference
+from dpo_dist.training.named_models import EVALUATED, Evaluated
 from dpo_dist.training.resume import check_fresh_start, find_finished
-from dpo_dist.training.targets import EVALUATED, Evaluated
 
 _FIRST_RECORDS = 1024
 

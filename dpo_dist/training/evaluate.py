@@ -15,16 +15,17 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.checkpoint import (
+    checkpoint_state,
     damaged_checkpoint,
     load_checkpoint_weights,
     open_checkpoint,
-    read_state,
 )
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.errors import CheckpointError, ExitCode, first_line
-from dpo_dist.foundation.files import collect_abandoned, plain, staged_file, write_text
-from dpo_dist.insight.console import Console, evaluation_table
+from dpo_dist.foundation.files import collect_abandoned, for_json, staged_file, write_text
+from dpo_dist.insight.console import Console
 from dpo_dist.insight.evaluation import ALL, Mask, results, write_scores
+from dpo_dist.insight.tables import evaluation_table
 from dpo_dist.model.folder import base_notes, hub_commit, is_adapter
 from dpo_dist.model.load import check_same_vocabulary
 from dpo_dist.model.lora import add_adapter, load_adapter
@@ -38,10 +39,10 @@ from dpo_dist.training.inputs import (
     shared_model_folder,
     with_stored_reference,
 )
+from dpo_dist.training.named_models import EVALUATED, Evaluated
 from dpo_dist.training.reference import prepare_reference
 from dpo_dist.training.start import Run, open_run
 from dpo_dist.training.step import Objective, evaluate
-from dpo_dist.training.targets import EVALUATED, Evaluated
 
 Results = dict[str, dict[str, Any]]
 
@@ -66,7 +67,7 @@ def check_origin(evaluated: Evaluated, config: RunConfig, inputs: EvaluationInpu
         return
     folder, digest = Path(evaluated.path), inputs.policy_files.digest
     try:
-        former, adapter = read_state(folder)["model"], config.model.adapter
+        former, adapter = checkpoint_state(folder)["model"], config.model.adapter
     except (OSError, ValueError) as error:
         raise damaged_checkpoint(folder, [first_line(error)]) from error
     changed = changed_keys(RunFolder(folder.resolve().parent.parent).config, config)
@@ -184,7 +185,7 @@ def write_evaluation(
         collect_abandoned(written)
     write_text(own.evaluated, json.dumps(evaluated, indent=1) + "\n")
     write_scores(own.scores, values, dataset)
-    write_text(own.results, json.dumps(plain(found), indent=1) + "\n")
+    write_text(own.results, json.dumps(for_json(found), indent=1) + "\n")
     for file, target in zip(own.files, newest.files, strict=True):
         with staged_file(target) as temporary:
             shutil.copyfile(file, temporary)

@@ -9,18 +9,18 @@ from typing import Any
 from dpo_dist.config.identity import settings
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder, checkpoint_name, step_of
 from dpo_dist.config.schema import ExportedWeights, RunConfig
-from dpo_dist.distributed.checkpoint import damaged_checkpoint, drop_checkpoints
-from dpo_dist.distributed.checkpoint import read_state as read_checkpoint
+from dpo_dist.distributed.checkpoint import checkpoint_state, damaged_checkpoint, drop_checkpoints
 from dpo_dist.distributed.export import DTYPES, export_checkpoint
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.zero import whole_loading
 from dpo_dist.foundation.errors import ConfigError, DivergedError, ExitCode, RunOutcome, first_line
-from dpo_dist.foundation.files import plain, staged_folder
-from dpo_dist.insight.console import Console, closing_table
+from dpo_dist.foundation.files import for_json, staged_folder
+from dpo_dist.insight.console import Console
 from dpo_dist.insight.metrics.card import model_card
 from dpo_dist.insight.metrics.log import MetricsLog, final_and_best, package_versions, read_latest_rows
 from dpo_dist.insight.metrics.trackers import Trackers
 from dpo_dist.insight.recorder import Recorder, spared
+from dpo_dist.insight.tables import closing_table
 from dpo_dist.insight.verdict.rules import verdict
 from dpo_dist.model.folder import model_folder, start_folder
 from dpo_dist.model.save import write_mean, writing_errors
@@ -52,7 +52,7 @@ def run_to_its_end(loop: Loop, position: Position) -> int:
     with run.clock.of("saving"):
         _write_model(loop, position, summary)
     summary["work"] = run.clock.read()
-    exported = RunState(RunOutcome.exported, position.step, identity, plain(summary))
+    exported = RunState(RunOutcome.exported, position.step, identity, for_json(summary))
     completed = replace(exported, outcome=RunOutcome.completed)
     run.write(lambda: write_state(run.folder, exported))
     run.stops.check("after the model was written, before its report")
@@ -204,7 +204,7 @@ def export_model(config: RunConfig, checkpoint: Path, output: Path, console: Con
     """Write `output` from a checkpoint, checked, whole or not at all."""
     console.say(f"reading {checkpoint}")
     try:
-        state = read_checkpoint(checkpoint)
+        state = checkpoint_state(checkpoint)
     except (OSError, ValueError) as error:
         raise damaged_checkpoint(checkpoint, [first_line(error)]) from error
     if config.model.adapter is not None and config.export.merge:  # the base is part of the result

@@ -228,9 +228,8 @@ def say_header(run: Run) -> None:
     hosts = len({peer.host for peer in world.peers})
     processes = counted(world.size, "process", "processes")
     share = f"{config.data.eval_share:g} of them" if config.data.eval_share else "none"
-    train, evaluation = (
-        first_few([source.path for source in sources]) for sources in (config.data.train, config.data.eval)
-    )
+    train = first_few([source.path for source in config.data.train])
+    evaluation = first_few([source.path for source in config.data.eval])
     run.say(f"run directory: {run.folder}")
     run.say(f"model: {config.model.path}, {config.model.dtype}, {config.parallelism.kind}")
     run.say(f"data: {train}; evaluation: {evaluation or share}")

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nan, where
+from torch import Tensor
 
 from dpo_dist.batching.pack import PackedBatch, copied_to
 from dpo_dist.batching.plan import Arrangement
@@ -219,7 +219,7 @@ def train_step(
         pairs = gather_pairs(known, rank_batch, world)
         leaves = [leaf.requires_grad_() for leaf in _differentiable(pairs.policy)]
         loss, of_all = objective.measure(pairs)  # on every rank the whole loss
-        loss = _whole(loss, pairs.policy.chosen) / rank_batch.pairs
+        loss = _nan_unless_finite(loss, pairs.policy.chosen) / rank_batch.pairs
         slopes += torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         sums = of_all if world.is_main else sums
         objective = replace(objective, reference=ReferenceProvider())  # it is in the slopes
@@ -236,7 +236,7 @@ def train_step(
             loss = (torch.stack([slope[own] * part for slope, part in parts]) * pairs.weights).sum()
         else:
             loss, of_batch = objective.measure(pairs)
-            loss, sums = _whole(loss, pairs.policy.chosen) / rank_batch.pairs, sums + of_batch
+            loss, sums = _nan_unless_finite(loss, pairs.policy.chosen) / rank_batch.pairs, sums + of_batch
         if routers is not None and pairs.routing is not None:
             loss, sums = routers.add(loss, pairs.routing, sums)
         clock.enter("backward")
@@ -247,12 +247,12 @@ def train_step(
     return sums, grad_norm
 
 
-def _whole(loss: Tensor, logps: Tensor) -> Tensor:
+def _nan_unless_finite(loss: Tensor, logps: Tensor) -> Tensor:
     """Return `loss`, whose gradient is not finite if the loss is not, so that no rank applies the update.
 
     A pair whose loss is infinite may have no gradient of its own. `logps`: those that the gradient flows to.
     """
-    return loss + where(loss.detach().isfinite(), 0.0, nan) * logps.sum()
+    return loss + torch.where(loss.detach().isfinite(), 0.0, torch.nan) * logps.sum()
 
 
 class RouterTerms:
@@ -305,13 +305,13 @@ def gather_pairs(scored: Sequence[ScoredPairs], rank_batch: RankBatch, world: Wo
     """
     scored = [replace(pairs, routing=None, sources=None) for pairs in scored]
     columns = [torch.stack([column.double() for column in _tensors(pairs)]) for pairs in scored]
-    rows = iter(in_order(columns, rank_batch, world))
+    rows = iter(in_batch_order(columns, rank_batch, world))
     sources = None if rank_batch.sources is None else _on_device(rank_batch.sources, world.device)
     gathered: ScoredPairs = _with_tensors(scored[0], lambda _: next(rows))
     return replace(gathered, sources=sources, labels=rank_batch.dataset.labels)
 
 
-def in_order(columns: Sequence[Tensor], rank_batch: RankBatch, world: World) -> Tensor:
+def in_batch_order(columns: Sequence[Tensor], rank_batch: RankBatch, world: World) -> Tensor:
     """Return values of all pairs in the order of the global batch, float64 [columns, pairs]; collective.
 
     `columns`: of each micro-batch of this rank, [columns, pairs].
@@ -454,7 +454,7 @@ def evaluate(
         _, of_all = objective.measure(gather_pairs(scored, rank_batch, world))
         sums = of_all if world.is_main else sums
     means = MetricSums(sums.names, world.sum_replicas(sums.values)).means()
-    return means, PairValues(*in_order(values, rank_batch, world).float().cpu().numpy())
+    return means, PairValues(*in_batch_order(values, rank_batch, world).float().cpu().numpy())
 
 
 @torch.no_grad()
@@ -471,4 +471,4 @@ def pair_losses(
     losses = [preference_loss(pairs.policy, pairs.reference, loss, pairs.facts) for pairs in scored]
     if loss.is_coupled:
         return losses[0].tolist()
-    return in_order([values[None] for values in losses], rank_batch, world)[0].tolist()
+    return in_batch_order([values[None] for values in losses], rank_batch, world)[0].tolist()

@@ -12,7 +12,8 @@ import numpy as np
 from torch import Tensor
 
 from dpo_dist.batching.pack import PackedBatch
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.world import Stops, World
+from dpo_dist.foundation.process import StopRequest
 from dpo_dist.reference import store as store_module
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.reference.fill import Scorer, StoreFiller
@@ -48,7 +49,8 @@ def fill(
         return score
 
     empty = LogpStore(store, [FINGERPRINT], [])
-    filler = StoreFiller(empty, load_scorer, world, 128, COSTS, entries_per_shard)
+    stops = Stops(StopRequest(), world)
+    filler = StoreFiller(empty, load_scorer, world, 128, COSTS, entries_per_shard, stops)
     report = filler.fill(assets.dataset(), np.arange(pairs), lambda _done, _total: None)
     opened = filler.open_filled()
     complete = bool(opened.contains(assets.dataset().keys[: 2 * pairs]).all())

@@ -16,8 +16,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo_dist.config.schema import DataConfig, OnBadRecord, Ranked, SourceConfig
 from dpo_dist.data import build
-from dpo_dist.data.build import prepare_dataset
-from dpo_dist.data.encode import CHUNK_RECORDS
+from dpo_dist.data.build import CHUNK_RECORDS, prepare_dataset
 from dpo_dist.data.records import Origin, PreferenceRecord
 from dpo_dist.foundation.errors import DataError, PeerLostError
 from tests.support import tiny
@@ -81,9 +80,7 @@ def encoders(parent: psutil.Process) -> list[psutil.Process]:
     """Return the living processes of `parent` that encode."""
     found = []
     for process in parent.children():
-        with contextlib.suppress(
-            psutil.NoSuchProcess
-        ):  # it has ended, and nobody asked for its exit code yet
+        with contextlib.suppress(psutil.NoSuchProcess):  # ended, and nobody asked for its exit code yet
             found += [process] if "spawn_main" in " ".join(process.cmdline()) else []
     return found
 

@@ -100,8 +100,11 @@ def test_without_a_model_texts_are_examined(overrides: Overrides, faulty: str, t
 def test_a_filled_store_gives_margins(overrides: Overrides, tmp_path: Path) -> None:
     data = f"data.train=[{write(tmp_path / 'clean.jsonl', clean_records(30))}]"
     assert run_verb("precompute", overrides(data)).code == 0
+    [shard] = (tmp_path / "store").rglob("*.safetensors")
+    shard.with_stem("0" * 32).write_bytes(b"")
     ended = run_verb("doctor", overrides(data))
     assert ended.code == 0, ended.output
     assert "reference: 30 of 30 pairs in the store (fp32, sdpa, cpu)" in ended.output
+    assert f"{'0' * 32}.safetensors is damaged" in ended.output
     assert report(tmp_path)["store"]["stored"] == 30
     assert report(tmp_path)["sources"][0]["margins"]["pairs"] == 30

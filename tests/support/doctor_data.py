@@ -89,16 +89,16 @@ SIDE = {"characters": LENGTHS, "tokens": LENGTHS, "cut": 1, "cut_tokens": 20}
 EMPTY: dict[str, Any] = {
     **{"label": "a", "path": "a", "is_eval": False, "read": 0, "kept": 0, "pairs": 0, "held_out": None},
     **{"dropped": {}, "changed": {}, "sides": {}, "prefix": None, "shares": {}, "languages": {}},
-    **{"scores": {}, "margins": {}, "leaks": [], "notes": []},
+    **{"margins": {}, "leaks": []},
 }
 ACROSS = dict.fromkeys(
     ("near_duplicates", "contradictions", "repeated_prompts", "leaked_prompts", "near_leaked_prompts"), 0
-) | {"duplicates": 5, "clusters": [3, 2], "benchmark_hits": 0}
+) | {"duplicates": 5, "benchmark_hits": 0}
 
 
 def diagnosis(text: str) -> Diagnosis:
     """A diagnosis with `text` wherever data, paths and labels of a user can occur."""
-    test = {"feature": "first_word", "accuracy": 0.9, "low": 0.8, "high": 0.95, "detail": text}
+    test = {"feature": "first_word", "accuracy": 0.9, "low": 0.8, "high": 0.95, "pairs": 8, "detail": text}
     source = EMPTY | {
         **{"label": text, "path": text, "read": 10, "kept": 8, "pairs": 8},
         "dropped": {"empty_response": {"count": 2, "examples": [f"{text}:1", f"{text}:2"]}},
@@ -106,7 +106,7 @@ def diagnosis(text: str) -> Diagnosis:
         "sides": dict.fromkeys(("prompt", "chosen", "rejected"), SIDE),
         "prefix": {"tokens": 100, "unique_tokens": 60, "share": 0.4, "expected_gain": 1.67},
         **{"shares": {"refusal_chosen": 0.5}, "languages": {"en": 0.9, "fr": 0.1}},
-        **{"scores": {"ties": 3.0}, "margins": {"prefers_chosen": 0.75}, "leaks": [test], "notes": [text]},
+        **{"margins": {"prefers_chosen": 0.75}, "leaks": [test]},
     }
     findings = tuple(
         Finding(f"rule_{level}", level, text, text, 3, 0.3, (f"{text}:4",), text)

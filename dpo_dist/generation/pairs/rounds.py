@@ -18,8 +18,7 @@ from dpo_dist.config.load import from_yaml, to_yaml
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import PairsConfig, ReferenceMode, RoundReference, RunConfig, SourceConfig
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, first_line
-from dpo_dist.foundation.files import collect_abandoned, locked, staged_folder, write_text
-from dpo_dist.foundation.files import plain as finite
+from dpo_dist.foundation.files import collect_abandoned, for_json, locked, staged_folder, write_text
 from dpo_dist.foundation.process import stop_signals
 from dpo_dist.foundation.streams import output_descriptor
 from dpo_dist.model.folder import model_folder
@@ -161,7 +160,7 @@ def run_rounds(config: RunConfig, say: Say, run: Run = run_command) -> int:
                 code, result["training"] = _train(config, number, say, run)
                 _write(file, result)
             results.append(result)
-            _write(folder.rounds_summary, finite({"rounds": results}))
+            _write(folder.rounds_summary, for_json({"rounds": results}))
             if code != ExitCode.completed:
                 return code
             if not has_pairs:

@@ -110,8 +110,9 @@ def select_pairs(
     ordered = [(one, other) if scores[one] > scores[other] else (other, one) for one, other in every]
     possible = [pair for pair in ordered if scores[pair[0]] - scores[pair[1]] > rule.margin]
     if not possible:
-        is_tied = len(set(scores)) == 1
-        reason = "too_few_responses" if len(scores) < 2 else "all_tied" if is_tied else "below_margin"
+        reason = "all_tied" if len(set(scores)) == 1 else "below_margin"
+        if len(scores) < 2:
+            reason = "too_few_responses"
         counts[f"prompts_{reason}"] += 1
         return []
     best = scores.index(max(scores))

@@ -129,7 +129,7 @@ def _given_stops(folder: Path) -> set[int]:
     if not (folder / "generation_config.json").is_file():
         return set()
     given = GenerationConfig.from_pretrained(folder).eos_token_id
-    return set() if given is None else set(given) if isinstance(given, list) else {given}
+    return set(given if isinstance(given, list) else [given]) - {None}
 
 
 BATCH_TOKENS = 32768

@@ -29,8 +29,8 @@ from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import (
     collect_abandoned,
     content_digest,
+    for_json,
     locked,
-    plain,
     staged_file,
     text_digest,
     write_text,
@@ -207,7 +207,8 @@ def response_logps(packed: PackedCausalLM, rows: Sequence[Answers], budget: int)
     ]
     sums = (float(logps.cpu().double().sum()) for logps in packed_logps(packed, sequences, budget))
     # A response without tokens has probability 1.
-    return [None if ids is None else next(sums) if ids else 0.0 for ids in responses]
+    without = [None if ids is None else 0.0 for ids in responses]
+    return [next(sums) if ids else value for ids, value in zip(responses, without, strict=True)]
 
 
 def compare_models(config: RunConfig, models: Sequence[Compared], screen: Screen) -> dict[str, Any] | None:
@@ -369,7 +370,7 @@ def _write(
         "sampling": {"temperature": settings.temperature, "max_new_tokens": settings.max_new_tokens},
         "version": dpo_dist.__version__,
     }
-    written: dict[str, Any] = plain(results)
+    written: dict[str, Any] = for_json(results)
     write_text(folder.comparison_results, json.dumps(written, indent=1, ensure_ascii=False) + "\n")
     for line in describe_counts(counts + Counter(prompts=found["prompts"])) if +counts else []:
         screen.say(line)

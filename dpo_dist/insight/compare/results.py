@@ -86,7 +86,9 @@ def credit(first: tuple[str, float | None], second: tuple[str, float | None]) ->
     decided = without_judge(text, other_text)
     if decided is not None or one is None or other is None:
         return decided
-    return TIE if one == other else WIN if one > other else LOSS
+    if one == other:
+        return TIE
+    return WIN if one > other else LOSS
 
 
 def comparison(rows: Iterable[Row], models: Sequence[str]) -> dict[str, Any]:

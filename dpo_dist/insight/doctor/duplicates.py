@@ -21,7 +21,6 @@ Partners = dict[int, int]
 SIMILARITY = 0.7
 # 16 bands of 4 numbers: two texts of similarity 0.7 share a band with a probability of 0.99.
 _BANDS, _BAND_NUMBERS = 16, 4
-_SHOWN_CLUSTERS = 20
 
 
 def equal(keys: Iterable[int]) -> Partners:
@@ -118,7 +117,6 @@ class Comparison:
         across = {
             "duplicates": len(copies),
             "near_duplicates": len(alike),
-            "clusters": [size + 1 for _, size in Counter(alike.values()).most_common(_SHOWN_CLUSTERS)],
             "contradictions": len(opposed),
             "repeated_prompts": len(prompts),
             "leaked_prompts": len(leaked),

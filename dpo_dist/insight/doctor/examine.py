@@ -18,9 +18,8 @@ from dpo_dist.config.schema import (
     SourceConfig,
     TextTemplate,
 )
-from dpo_dist.data.build import Progress, no_progress, prepare_dataset, tokenizer_digest
+from dpo_dist.data.build import Progress, in_order, no_progress, prepare_dataset, tokenizer_digest
 from dpo_dist.data.dataset import PreferenceDataset, check_fits_loss, check_ids_in_vocabulary, open_dataset
-from dpo_dist.data.encode import in_order
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Part, eval_part, train_part
 from dpo_dist.data.sources import pinned, source_labels

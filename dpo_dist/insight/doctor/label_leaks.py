@@ -75,10 +75,9 @@ class LeakTest:
 def leak_tests(differences: Sequence[Mapping[str, float]], prompts: Keys) -> list[LeakTest]:
     """Return the held-out accuracy of each feature and of each group, the most accurate first.
 
-    With fewer than 50 different prompts features are tested one by one, with fewer than 10 not at all. Of the
-    first and of the last words the most one-sided one has a test of its own.
-
-    `differences` are those of `texts.differences` of each pair, `prompts` keys of their prompts.
+    `differences`: `texts.differences` of each pair; `prompts`: keys of their prompts. With fewer than 50
+    different prompts features are tested one by one, with fewer than 10 not at all. Of the first and of the
+    last words the most one-sided one has a test of its own.
     """
     different = len(np.unique(prompts))
     if different < _FEWEST_PROMPTS:
@@ -121,7 +120,8 @@ def _test(block: Matrix, prompts: Keys, name: str, group: str) -> LeakTest:
     block, detail = sparse.csr_matrix(block), ""
     if block.shape[1] == 1:
         block = block.sign()
-        detail = "" if not block.sum() else _MORE if block.sum() > 0 else _LESS
+        if difference := block.sum():
+            detail = _MORE if difference > 0 else _LESS
     elif group not in _WORDS:
         block = StandardScaler(with_mean=False).fit(sparse.vstack([block, -block])).transform(block)
     pairs = block.shape[0]

@@ -41,7 +41,6 @@ class PairFacts:
     prompt: int  # the key of its prompt
     differences: dict[str, float]  # `features.differences`
     heads: tuple[str, str, str]  # the start of the prompt's last turn and of the two responses
-    scores: tuple[float, float]  # nan without scores
 
 
 @dataclass(eq=False, slots=True)
@@ -114,9 +113,8 @@ class Observer:
         pair = None
         if len(responses) > 1:
             heads = texts.turns[-1][1][:_HEAD], responses[0][:_HEAD], responses[-1][:_HEAD]
-            scores = record.scores or (np.nan, np.nan)
             form = differences(responses[0], responses[-1])
-            pair = PairFacts(whole, key, form, heads, (scores[0], scores[-1]))
+            pair = PairFacts(whole, key, form, heads)
         facts = Facts(
             record.origin,
             is_readable=True,

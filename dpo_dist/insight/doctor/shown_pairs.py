@@ -137,11 +137,10 @@ def _segments(
     added = {number for number, token in tokenizer.added_tokens_decoder.items() if str(token).strip()}
     special = added | set(tokenizer.all_special_ids)  # added white space is ordinary text
     tokens, stop, before = ids[:_MAX_TOKENS].tolist(), 0, ""
-    kinds = [
-        ("special " if token in special else "")
-        + ("cut" if place in cut else "trained" if is_trained[place] else "")
-        for place, token in enumerate(tokens)
-    ]
+    kinds = []
+    for place, token in enumerate(tokens):
+        use = "trained" if is_trained[place] else ""
+        kinds.append(("special " if token in special else "") + ("cut" if place in cut else use))
     for kind, group in itertools.groupby(kinds):
         stop += sum(1 for _ in group)
         # With the tokens before it: alone it would lose its first space in some tokenizers.
@@ -164,5 +163,5 @@ def _plain_parts(record: PreferenceRecord) -> list[Part]:
 
 
 def _plain(text: str) -> list[Segment]:
-    is_long = len(text) > _MAX_CHARACTERS
-    return [(text[:_MAX_CHARACTERS], ""), *([("further characters not shown", "omitted")] if is_long else [])]
+    omitted = [("further characters not shown", "omitted")] if len(text) > _MAX_CHARACTERS else []
+    return [(text[:_MAX_CHARACTERS], ""), *omitted]

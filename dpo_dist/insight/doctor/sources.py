@@ -121,7 +121,6 @@ class Source:
             unique = sums["unique_tokens"]
             prefix = {"tokens": tokens, "unique_tokens": unique}
             prefix |= {"share": 1 - unique / tokens, "expected_gain": tokens / unique}
-        pairs = len(self.named.get("pair_or_ranking", ()))
         shown = {name for name in self.named if name not in RULES and name not in RULE_OF}
         return {
             "label": self.label,
@@ -143,30 +142,8 @@ class Source:
                 **{name: len(self.named[name]) / len(self.readable) for name in sorted(shown)},
             },
             "languages": shares([prompt for prompt, *_ in self._languages]),
-            "scores": self._scores(),
             "margins": {},
             "leaks": list(map(asdict, self.leaks)),
-            "notes": [
-                f"{what}: a sample of {most} of {pairs} pairs"
-                for what, most in (
-                    ("label leaks and scores", _SAMPLED_PAIRS),
-                    ("languages", _SAMPLED_LANGUAGES),
-                )
-                if pairs > most
-            ],
-        }
-
-    def _scores(self) -> dict[str, float]:
-        """Return statistics of the sampled scores."""
-        scores = np.array([pair.scores for pair in self._pairs]).reshape(-1, 2)
-        scores = scores[~np.isnan(scores).any(axis=1)]
-        if not len(scores):
-            return {}
-        return {
-            "sampled": len(scores),
-            "mean_chosen": float(scores[:, 0].mean()),
-            "mean_rejected": float(scores[:, 1].mean()),
-            "median_gap": float(np.median(scores[:, 0] - scores[:, 1])),
         }
 
     def findings(self) -> Iterator[Finding]:

@@ -251,10 +251,8 @@ def _features(response: str) -> dict[str, float]:
 
 
 _MOST_RUN, _FEWEST_RUN = 13, 8
-_ITEM_FIELDS = (
-    *("content", "prompt", "question", "problem", "instruction", "input"),
-    *("text", "turns", "messages"),
-)
+_QUESTIONS = ("content", "prompt", "question", "problem", "instruction", "input")
+_ITEM_FIELDS = (*_QUESTIONS, "text", "turns", "messages")
 
 
 @dataclass(frozen=True, eq=False)

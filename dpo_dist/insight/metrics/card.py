@@ -16,7 +16,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ExportedWeights, RunConfig, SourceConfig
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import counted, without_secrets
-from dpo_dist.insight.console import evaluation_rows
+from dpo_dist.insight.tables import evaluation_cells
 
 Row = Mapping[str, Any]
 
@@ -55,7 +55,7 @@ def model_card(
     seen = summary["pairs_seen"]
     pairs = sum(counts["pairs"] for counts in summary["data"]["train"]["sources"])
     repeated = f"{counted(pairs, 'pair')} ({seen:,} with repetitions)"
-    head, *rows = evaluation_rows(evaluation, MAIN)
+    head, *rows = evaluation_cells(evaluation, MAIN)
     is_averaged = config.export.weights is not ExportedWeights.last
     body = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         metadata=Markup("METADATA"),

@@ -24,7 +24,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Direction
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.files import plain
+from dpo_dist.foundation.files import for_json
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.objective.metrics import GROUP_METRICS, MARGIN_PERCENTILES, PAIR_METRICS
 
@@ -38,22 +38,16 @@ Work = Literal["starting", "reference", "training", "evaluation", "samples", "sa
 WORKS: tuple[Work, ...] = get_args(Work)
 """Kinds of work of a run, with the key `work.seconds.<work>` in summary.json."""
 
-COLUMNS = (
-    *("step", "epoch", *PAIR_METRICS),
-    *("grad_norm", "learning_rate", "pairs", "tokens"),
-    *("step_seconds", "pairs_per_second", "tokens_per_second"),
-    *(f"time/{phase}" for phase in PHASES),
-    *("mfu", "memory/peak_allocated_bytes", "bad_steps", "loss_spikes"),
-    *(PREFIX + key for key in PAIR_METRICS),
-)
+_OF_STEP = ("step", "epoch", *PAIR_METRICS, "grad_norm", "learning_rate", "pairs", "tokens")
+_SPEED = ("step_seconds", "pairs_per_second", "tokens_per_second", *(f"time/{phase}" for phase in PHASES))
+_OTHERS = ("mfu", "memory/peak_allocated_bytes", "bad_steps", "loss_spikes")
+COLUMNS = (*_OF_STEP, *_SPEED, *_OTHERS, *(PREFIX + key for key in PAIR_METRICS))
 """Columns of a new CSV file."""
 BEST = ("loss", *(PREFIX + key for key in MAIN))
 """Metrics whose best value is in the summary of a tracker; summary.json has two of them."""
 _BEST = ("eval_loss", "eval_rewards/accuracies")
-_PACKAGES = (
-    *("dpo-dist", "torch", "accelerate", "deepspeed", "transformers", "peft", "datasets"),
-    *("wandb", "hydra-core", "flash-attn", "liger-kernel"),
-)
+_CORE = ("dpo-dist", "torch", "accelerate", "deepspeed", "transformers", "peft", "datasets")
+_PACKAGES = (*_CORE, "wandb", "hydra-core", "flash-attn", "liger-kernel")
 _PACKAGE_FOLDER = Path(__file__).resolve().parents[2]
 
 _log = logging.getLogger(__name__)
@@ -110,11 +104,11 @@ class MetricsLog:
         A run directory that was moved away is not created again.
         """
         self.folder.metrics.stat()
-        lines = ",\n".join(json.dumps(plain(row)) for row in self.rows)
+        lines = ",\n".join(json.dumps(for_json(row)) for row in self.rows)
         files.write_text(self.folder.log_history, f"[\n{lines}\n]\n")
         self._write_csv()
         if summary is not None:
-            files.write_text(self.folder.summary, json.dumps(plain(summary), indent=2) + "\n")
+            files.write_text(self.folder.summary, json.dumps(for_json(summary), indent=2) + "\n")
 
     def _write_csv(self) -> None:
         text = io.StringIO(newline="")

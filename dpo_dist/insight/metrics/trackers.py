@@ -95,11 +95,8 @@ class WandbRun:
         rows: Sequence[Row],
         environment: Fields,
     ):
-        self._most_samples, self._folder, self._is_offline = (
-            config.tracking.samples,
-            folder,
-            mode == "offline",
-        )
+        self._most_samples, self._folder = config.tracking.samples, folder
+        self._is_offline = mode == "offline"
         if not folder.wandb_id.exists():
             files.write_text(folder.wandb_id, os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12])
         described: dict[str, Any] = {

@@ -51,8 +51,8 @@ class Axis:
     @classmethod
     def around(cls, values: Iterable[float], start: float, end: float, *, is_log: bool = False) -> "Axis":
         """Return the axis of finite values, with some room at both ends."""
-        found = list(values)
-        low, high = (min(found), max(found)) if found else (1.0, 10.0) if is_log else (0.0, 1.0)
+        found = list(values) or ([1.0, 10.0] if is_log else [0.0, 1.0])
+        low, high = min(found), max(found)
         if is_log:
             room = (high / low) ** _PADDING if high > low else 2.0
             return cls(low / room, high * room, start, end, is_log=True)
@@ -61,9 +61,9 @@ class Axis:
 
     def place(self, value: float) -> float:
         """Return the coordinate of a value, in tenths; of a logarithmic axis it must be positive."""
-        low, high, at = (
-            map(math.log10, (self.low, self.high, value)) if self.is_log else (self.low, self.high, value)
-        )
+        low, high, at = self.low, self.high, value
+        if self.is_log:
+            low, high, at = map(math.log10, (low, high, at))
         return round(self.start + (at - low) / ((high - low) or 1.0) * (self.end - self.start), 1)
 
     def ticks(self, most: int = 5, *, whole: bool = False) -> list[float]:
@@ -187,7 +187,8 @@ def _paths(
     path = "".join(f"M{run[0]}h0" + "".join(f"L{point}" for point in run[1:]) for run in runs if run)
     if line.role == "evaluation":
         return [(style, path), (f"mark {color}", dots), ("hole", dots)]
-    return [(style, path), *([(f"dot {style}", dots)] if len(line.steps) <= _FEW_POINTS else [])]
+    shown = [(style, path), (f"dot {style}", dots)]
+    return shown if len(line.steps) <= _FEW_POINTS else shown[:1]
 
 
 def _legend(drawn: Sequence[Line], labels: Sequence[str], end: float) -> list[Mapping[str, Any]]:
@@ -334,7 +335,8 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str, level: tuple[fl
     widths = [end for point in points for end in (point.x, *(point.x_ends or ())) if end > 0]
     across = Axis.around(widths, 58, 704, is_log=True)
     heights = [end for point in points for end in (point.y, *(point.y_ends or ()))]
-    up = Axis.around([*heights, *([level[0]] if level else [])], 304, 14)
+    heights += [level[0]] if level else []
+    up = Axis.around(heights, 304, 14)
     return part("svg.jinja", "scatter", points, across, up, x_title, y_title, level)
 
 
@@ -359,7 +361,8 @@ def histogram(values: Mapping[str, Any], title: str, limit: float | None = None)
     for value in (values["smallest"], values["largest"], *(percentiles[each] for each in (50, 95, 25))):
         x = axis.place(shape(value))
         if all(abs(x - other) > room for other, *_ in ticks):
-            anchor = "start" if x < room / 2 else "end" if x > width - room / 2 else "middle"
+            anchor = "end" if x > width - room / 2 else "middle"
+            anchor = "start" if x < room / 2 else anchor
             ticks.append((x, number(value, 3), anchor))
     is_marked = limit is not None and edges[0] <= limit <= edges[-1]
     plot = {

@@ -24,7 +24,6 @@ Table = tuple[list[str], list[list[object]]]
 
 MOST_BYTES = 5_000_000
 _FRAME_BYTES = 150_000
-_MOST_PAIRS = 15
 _HALF = 0.5
 _STYLE = ("length", "finished", "refusals", "distinct_3", "longest_repeat", "empty")
 _NO_SHARES = {"score": "score", "kl": "KL, nats per response", "length": METRICS["samples/length"].title}
@@ -155,13 +154,12 @@ def _scale(metric: str) -> float:
 
 
 def _differences(results: Row, rates: Rates) -> Table:
-    """Return win rates and differences of every two models; of many those from the base."""
+    """Return win rates and differences of every two models."""
     found = {(row["first"], row["second"]): row for row in results["differences"]}
-    pairs = list(combinations((model["name"] for model in results["models"]), 2))
-    shown = pairs if len(pairs) <= _MOST_PAIRS else [pair for pair in pairs if pair[0] == results["base"]]
+    pairs = combinations((model["name"] for model in results["models"]), 2)
     metrics = [metric for metric in DIFFERENCES if any(row.get(metric) for row in found.values())]
     rows: list[list[object]] = []
-    for first, second in shown:
+    for first, second in pairs:
         row, rate = found.get((first, second), {}), rates.get((second, first))
         win = Markup("")
         if rate is not None:

@@ -13,11 +13,11 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation import files
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import counted, number, without_secrets
-from dpo_dist.insight.console import aligned
 from dpo_dist.insight.doctor.examine import Diagnosis
 from dpo_dist.insight.doctor.findings import Finding, Level
 from dpo_dist.insight.pages.charts import histogram
 from dpo_dist.insight.pages.render import page
+from dpo_dist.insight.tables import aligned
 
 FORMAT = 1
 """Version of the schema of doctor.json, in docs/doctor.md."""
@@ -39,7 +39,7 @@ def write_doctor_report(folder: RunFolder, diagnosis: Diagnosis, exit_code: int)
         "across": diagnosis.across,
         "findings": list(map(asdict, diagnosis.findings)),
     }
-    text = json.dumps(files.plain(content), indent=1, ensure_ascii=True)
+    text = json.dumps(files.for_json(content), indent=1, ensure_ascii=True)
     files.write_text(folder.doctor_report, text + "\n")
 
 

@@ -14,13 +14,13 @@ from dpo_dist.data.counts import in_words
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import counted, duration, number, percent, size, without_secrets
-from dpo_dist.insight.console import describe_reference
 from dpo_dist.insight.doctor.findings import Level
 from dpo_dist.insight.evaluation import ALL, results_name
 from dpo_dist.insight.metrics.log import WORKS, Work, final_and_best, metrics_by_source, read_latest_rows
 from dpo_dist.insight.pages.charts import charts
 from dpo_dist.insight.pages.render import estimate, flat, page, part
 from dpo_dist.insight.pages.samples import samples_of
+from dpo_dist.insight.tables import describe_reference
 from dpo_dist.insight.verdict.facts import ACCURACY, MARGIN, RunFacts, last
 from dpo_dist.insight.verdict.rules import RULES
 from dpo_dist.objective.metrics import ENTROPIES, PAIR_METRICS
@@ -99,10 +99,6 @@ def write_page(folder: RunFolder, output: Path | None = None) -> Path:
     spent = facts.section("work").get("seconds", {})
     works = [(_WORK_NAMES.get(work, work), spent[work]) for work in WORKS if spent.get(work, 0.0) > 0]
     parts = {"train": "Training data", "eval": "Evaluation data"}
-    origins = []
-    if commit := environment.get("git_commit"):
-        changed = environment.get("git_changed_files")
-        origins.append(("commit", commit + (f", with {changed:,} changed files" if changed else "")))
     content: dict[str, Any] = {
         "outcome": facts.summary.get("exit"),
         "about": "; ".join(_about(facts)),
@@ -117,8 +113,7 @@ def write_page(folder: RunFolder, output: Path | None = None) -> Path:
         "is_examined": bool(facts.doctor),
         "speed": [(name, seconds, seconds / sum(spent.values())) for name, seconds in works],
         "reference": describe_reference(facts.section("reference")),
-        "repeat": origins or environment.get("command"),
-        **{"command": environment.get("command"), "origins": origins},
+        "repeat": environment.get("command"),
         "config": list(flat(facts.config)),
         "environment": list(flat(environment)),
     }
@@ -161,8 +156,9 @@ def verdict_of(facts: PageFacts) -> Mapping[str, Any]:
         fact = "" if fact in judged["sentence"] else fact
         findings.append({"headline": RULES[found["rule"]].text, "fact": fact, "advice": advice})
     has_faults = any(RULES[found["rule"]].level is not Level.note for found in judged["findings"])
-    is_diverged = facts.summary["exit"] == RunOutcome.diverged
-    level = "error" if is_diverged else "warning" if has_faults else "good"
+    level = "warning" if has_faults else "good"
+    if facts.summary["exit"] == RunOutcome.diverged:
+        level = "error"
     return {"level": level, "sentence": judged["sentence"], "findings": findings}
 
 

@@ -12,7 +12,7 @@ from dpo_dist.config.user_code import find_function
 from dpo_dist.data.columns import resolved
 from dpo_dist.data.formats import check_source, read_records
 from dpo_dist.data.records import BadRecord, Message, PreferenceRecord
-from dpo_dist.data.sources import source_labels
+from dpo_dist.data.sources import pinned, source_labels
 from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support.cache import prepare
 from tests.support.pages import ROOT
@@ -126,6 +126,8 @@ def test_an_entry_names_file_and_columns(tmp_path: Path) -> None:
         record = good(path, name="mine")
         assert (record.prompt, record.responses) == ((Message("user", "do\nthis"),), ("yes", "no"))
         assert record.origin.source == str(tmp_path / "records.jsonl")
+        trained = pinned(SourceConfig(str(path), name="mine", limit=3))
+        assert (trained.path, trained.limit) == (record.origin.source, 3)
     assert source_labels([SourceConfig(str(folder), name="mine")]) == ["mine"]
 
 

@@ -15,7 +15,6 @@ from dpo_dist.batching.sampler import Span, make_sampler
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.schema import OnBadRecord, Ranked, SourceConfig, TrainerConfig
 from dpo_dist.data import build as build_dataset_module
-from dpo_dist.data import encode as encode_module
 from dpo_dist.data.counts import describe_counts, describe_short_run
 from dpo_dist.data.dataset import (
     PreferenceDataset,
@@ -192,7 +191,7 @@ def sources(tmp_path: Path) -> list[str]:
 def test_masks_of_several_sources_are_read_as_they_were_encoded(
     how: Ranked, sources: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encode_module, "CHUNK_RECORDS", 2)
+    monkeypatch.setattr(build_dataset_module, "CHUNK_RECORDS", 2)
     plain = opened(tmp_path, sources[1], ranked=how)
     add_masks(monkeypatch)
     data = opened(tmp_path, sources[0], sources[1], SourceConfig(sources[2], limit=4), ranked=how)

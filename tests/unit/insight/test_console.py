@@ -29,11 +29,11 @@ from dpo_dist.insight.console import (
     Console,
     LineScreen,
     LiveScreen,
-    closing_table,
     open_console,
     open_screen,
     warnings_off,
 )
+from dpo_dist.insight.tables import closing_table
 
 ATTACKS = "a\n2026-01-01 00:00:00 dpo_dist INFO forged\x1b[2J\x1b]52;c;eA==\x07\u202e\x9b.jsonl"
 VALUES = {

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from dpo_dist.config.losses import LossConfig
-from dpo_dist.insight.console import evaluation_table
 from dpo_dist.insight.evaluation import bootstrap_intervals, results
+from dpo_dist.insight.tables import evaluation_table
 from dpo_dist.objective.metrics import MetricPlan, PairValues
 
 PAIRS = 40

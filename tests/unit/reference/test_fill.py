@@ -60,8 +60,8 @@ def no_progress(_done: int, _total: int) -> None:
 
 
 def filler_of(root: Path, entries_per_shard: int = 4, scorer: Scorer | None = None) -> StoreFiller:
-    store = LogpStore(root, [FINGERPRINT], [])
-    return StoreFiller(store, lambda: scorer or Scorer(), ALONE, 30, COSTS, entries_per_shard)
+    store, stops = LogpStore(root, [FINGERPRINT], []), Stops(StopRequest(), ALONE)
+    return StoreFiller(store, lambda: scorer or Scorer(), ALONE, 30, COSTS, entries_per_shard, stops)
 
 
 def fill(root: Path, dataset: PreferenceDataset, indices: Iterable[int], **options: Any) -> FillReport:
@@ -124,20 +124,22 @@ def test_a_read_only_store_is_an_error_before_anything_is_computed(
         assert not scorer.responses
 
 
-def test_a_last_round_that_cannot_be_written_is_an_error(tmp_path: Path, dataset: PreferenceDataset) -> None:
-    """No other round follows, in which its error could be raised."""
-    others = len(RESPONSES) - 1
+@pytest.mark.parametrize("broken", [0, len(RESPONSES) - 1])
+def test_a_round_that_cannot_be_written_is_an_error(
+    tmp_path: Path, dataset: PreferenceDataset, broken: int
+) -> None:
+    """Also the last round, which no other follows."""
 
     class Broken(Scorer):
         calls = 0
 
         def __call__(self, batch: PackedBatch) -> Tensor:
             self.calls += 1
-            return super().__call__(batch) * (torch.inf if self.calls > others else 1)
+            return super().__call__(batch) * (torch.inf if self.calls == broken + 1 else 1)
 
     with pytest.raises(ReferenceModelError, match="not finite"):
         fill(tmp_path, dataset, range(len(RESPONSES)), entries_per_shard=2, scorer=Broken())
-    assert len(LogpStore.open(tmp_path, [FINGERPRINT]).shards) == others
+    assert len(LogpStore.open(tmp_path, [FINGERPRINT]).shards) == broken
 
 
 @pytest.mark.parametrize("piece", [0, 1])

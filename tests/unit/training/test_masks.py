@@ -17,7 +17,8 @@ from dpo_dist.batching.pack import PackedBatch, Sequences
 from dpo_dist.config.losses import KINDS, LossConfig, LossKind, LossTermConfig, Weighting
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.data.dataset import PreferenceDataset, RankBatch, collate, shard_batch
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.world import Stops, World
+from dpo_dist.foundation.process import StopRequest
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.logps import PairLogps
@@ -104,7 +105,8 @@ def filled(
 ) -> tuple[ReferenceProvider, FillReport]:
     model = packed(folder)
     score = torch.no_grad()(model)
-    filler = StoreFiller(LogpStore(store, [FINGERPRINT], []), lambda: score, world, 80, COSTS, 4)
+    empty, stops = LogpStore(store, [FINGERPRINT], []), Stops(StopRequest(), world)
+    filler = StoreFiller(empty, lambda: score, world, 80, COSTS, 4, stops)
     report = filler.fill(dataset, np.arange(len(dataset)), lambda _done, _total: None)
     return ReferenceProvider(store=filler.open_filled()), report
 
