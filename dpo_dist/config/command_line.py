@@ -75,7 +75,7 @@ def _parser(**texts: Any) -> _Parser:
     one_of.add_argument(
         "--check",
         action="store_true",
-        help="check values, model, tokenizer, data and folders, without a GPU, and exit",
+        help="check values, model, tokenizer, data and folders, without a GPU, and exit (not doctor, export)",
     )
     one_of.add_argument(
         "-c",
