@@ -170,15 +170,15 @@ def _check_files(
     if accepts_adapter and is_adapter(folder):
         weights = [folder / ADAPTER_WEIGHTS]
     elif (folder / ADAPTER_CONFIG).is_file():
-        merge = "merge it into its base (export.merge of dpo_dist.export)"
+        remedy = "merge it into its base (export.merge of dpo_dist.export)"
+        if key == "model.path":
+            remedy = f"set model.path to its base and model.adapter.path to it, or {remedy}"
         raise ConfigError(
             "the model folder contains an adapter",
             where=key,
             got=str(folder / ADAPTER_CONFIG),
             expected="full weights only: transformers would apply the adapter to them",
-            remedy=f"set model.path to its base and model.adapter.path to it, or {merge}"
-            if key == "model.path"
-            else merge,
+            remedy=remedy,
         )
     elif not (folder / CONFIG_FILE).is_file():
         inner = folder / "model"  # of a run directory
