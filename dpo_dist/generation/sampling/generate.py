@@ -116,8 +116,8 @@ def generate_batch(
 ) -> list[Sample]:
     """Return a sample for each of the requests, generated as one batch; arguments as for `generate`.
 
-    `is_synchronised`: all ranks call this together and make as many forwards as the slowest. `must_end`: asked
-    before each token whether all responses end here, on this rank.
+    `is_synchronised`: all ranks call this together and make as many forwards as the slowest. `must_end` is
+    asked before each token whether all responses of this rank end here.
     """
     longest = max(len(request.prompt_ids) for request in requests)
     filler = min(stop_ids)

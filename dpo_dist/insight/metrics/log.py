@@ -78,7 +78,7 @@ class MetricsLog:
         """
         rows: list[Row] = []
         if resume_step is None and folder.metrics_table.exists():
-            say("warning: training starts again: an earlier start left no checkpoint; its metrics are replaced")
+            say("warning: training starts again: an earlier start left no checkpoint; its rows are replaced")
         elif resume_step is not None:
             if not folder.log_history.exists() and not folder.metrics_table.exists():
                 say(f"warning: metrics up to step {resume_step} are lost: {folder.log_history} is missing")
