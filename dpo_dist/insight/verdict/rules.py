@@ -366,7 +366,7 @@ def _worse_samples(facts: RunFacts) -> Iterator[str]:
         if found := ends(metric):
             start, end = (1 - value if metric == "finished" else value for value in found)
             if end - start >= max(0.1, 1 / math.sqrt(prompts)):  # two standard errors of one half
-                yield f"{percent(end)} of the sampled responses {meaning} ({percent(start)} before)"
+                yield f"more sampled responses {meaning} ({percent(start)} -> {percent(end)})"
 
 
 @_rule

@@ -86,6 +86,7 @@ def test_a_model_that_is_no_reward_model_is_refused(tmp_path: Path) -> None:
         ("return '87'", "no finite number"),
         ("return [True, 1]", "no finite number"),
         ("raise ValueError(prompt)", "raises ValueError"),
+        ("return 1.0", r"raises TypeError[^$]*score\(prompt, responses\) returns a list"),
     ],
 )
 def test_a_bad_function_is_named(
