@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from dpo_dist.config.schema import AdapterConfig, AdapterVariant, ModelConfig
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.model.folder import ADAPTER_WEIGHTS, PEFT_PREFIX, is_repeated, modules_on_disk
-from dpo_dist.model.layers import indexers, partly_used_blocks, text_part
+from dpo_dist.model.layers import partly_used_blocks, without_gradient
 from dpo_dist.model.packed import PackedCausalLM
 
 TRAINED = "default"
@@ -166,14 +166,13 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
 
     As in peft, a target is the last part of a layer's name or several parts: `q_proj`, `self_attn.q_proj`.
     """
-    head, trained = causal_lm.get_output_embeddings(), set(text_part(causal_lm).modules())
-    trained -= {module for indexer in indexers(causal_lm) for module in indexer.modules()}
+    head, unmoved = causal_lm.get_output_embeddings(), without_gradient(causal_lm)
     saved = find_modules(causal_lm, adapter.modules_to_save or [])
     layers = [
         name
         for name, module in causal_lm.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
-        if module in trained and name not in saved
+        if _is_linear(module) and module is not head
+        if module.weight not in unmoved and name not in saved
     ]
     if not isinstance(adapter.target_modules, list):
         return layers
@@ -188,6 +187,13 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
                 remedy="name existing layers; modules_to_save trains embeddings and output layer in full",
             )
     return [name for name in layers if any(_matches(name, target) for target in targets)]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Return whether a module computes as a linear layer: architectures derive routers from one, too."""
+    is_own = type(module).forward.__module__.startswith("transformers.models.")
+    is_other = is_own and type(module).__name__ != "FalconLinear"
+    return isinstance(module, nn.Linear | Conv1D) and not is_other
 
 
 def _matches(name: str, target: str) -> bool:
