@@ -141,9 +141,10 @@ _PARAMETERS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
 def own_coefficient(causal_lm: Any) -> float | None:
     """Return the coefficient of the load-balancing loss by config.json, 0 without; None: no such loss."""
     function = getattr(sys.modules[type(causal_lm).__module__], "load_balancing_loss_func", None)
-    config, facts = causal_lm.config, vars(causal_lm)
-    if (text := config.get_text_config()) is not config:  # a model of several parts has no such attributes
-        facts = facts | vars(text)
+    text, facts = causal_lm.config.get_text_config(), vars(causal_lm)
+    if text is not causal_lm.config:  # a model of several parts has no such attributes of its own
+        names = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
+        facts = {name: getattr(text, name, None) for name in names}
     is_known = function is not None and list(inspect.signature(function).parameters) == _PARAMETERS
     if not is_known or not facts.get("num_experts") or not facts.get("num_experts_per_tok"):
         return None

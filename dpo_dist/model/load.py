@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.core_model_loading import Transpose
 from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 
 from dpo_dist.batching.plan import Arrangement
@@ -241,7 +243,8 @@ def load_weights(
         key_mapping=_RENAMED.get(model_config.model_type),
     )
     try:
-        causal_lm, report = load(**placement(config, device))
+        with _whole_shapes():
+            causal_lm, report = load(**placement(config, device))
         unread = report["unexpected_keys"]
         if is_sharded:  # ZeRO-3 reports none
             with _unsharded():
@@ -311,6 +314,25 @@ def _freeze_as_defined(causal_lm: Any) -> None:
     for name, weight in defined.named_parameters():
         if not weight.requires_grad:
             causal_lm.get_parameter(name).requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _whole_shapes() -> Iterator[None]:
+    """Make transformers (5.23) transpose experts by the shape of the whole weight, which may be sharded."""
+    convert = Transpose.convert
+
+    def convert_whole(self: Transpose, *tensors: Any, model: Any = None, **options: Any) -> Any:
+        def find(name: str) -> Any:
+            weight = model.get_parameter(name)
+            return SimpleNamespace(shape=getattr(weight, "ds_shape", weight.shape))
+
+        return convert(self, *tensors, model=SimpleNamespace(get_parameter=find), **options)
+
+    Transpose.convert = convert_whole
+    try:
+        yield
+    finally:
+        Transpose.convert = convert
 
 
 @contextlib.contextmanager

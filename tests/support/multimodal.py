@@ -53,16 +53,21 @@ _PARTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 IMAGE_MODELS = tuple(_PARTS)
 
 
-def write_multimodal(folder: Path, model_type: str, vocab_size: int, **own: Any) -> Path:
-    """Write a whole model in float32 with random weights that are large enough to see."""
+def image_model(model_type: str, vocab_size: int) -> Any:
+    """A whole model in float32 with random weights that are large enough to see."""
     text, vision, options = _PARTS[model_type]
     sizes = {"vocab_size": vocab_size, "vocab_size_per_layer_input": vocab_size}
     parts = {"text_config": text | sizes, "vision_config": vision}
-    config = AutoConfig.for_model(model_type, **parts | options | own)
+    config = AutoConfig.for_model(model_type, **parts | options)
     torch.manual_seed(1)
     model = AutoModelForMultimodalLM.from_config(config, dtype=torch.float32).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(folder)
+    return model
+
+
+def write_multimodal(folder: Path, model_type: str, vocab_size: int) -> Path:
+    """Write an `image_model`."""
+    image_model(model_type, vocab_size).save_pretrained(folder)
     return folder

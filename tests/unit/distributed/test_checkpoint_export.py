@@ -10,7 +10,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,14 +24,16 @@ from dpo_dist.config.schema import (
     ExportedWeights,
     ModelConfig,
     RunConfig,
+    SourceConfig,
 )
 from dpo_dist.distributed import export as checkpoint_export
 from dpo_dist.distributed.checkpoint import MANIFEST, Entries, write_slices
 from dpo_dist.distributed.export import export_checkpoint
 from dpo_dist.distributed.slices import ModelSlices, Slice
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
+from dpo_dist.insight.metrics.card import model_card
 from dpo_dist.model.architectures import auto_class
-from dpo_dist.model.load import TORCH_DTYPES, load_packed
+from dpo_dist.model.load import TORCH_DTYPES, load_config, load_packed, without_weights
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.save import write_description, write_mean, write_weights
 from tests.support import tiny
@@ -39,6 +41,7 @@ from tests.support.families import COMMON, LOW_RANK
 from tests.support.multimodal import IMAGE_MODELS, write_multimodal
 from tests.support.precision import DTYPES
 from tests.support.tiny_model import write_model
+from tests.unit.insight.metrics.test_card import summary
 
 RANKS = 3
 # Dropout, values of another release, options of generation where old ones had them, a name of the authors.
@@ -379,8 +382,59 @@ def test_an_adapter_of_a_model_that_reads_images_is_one_of_its_class(
     assert found
     assert all(weight.any() for weight in found.values())
     assert len(found) == sum("lora_B" in name for name in written)
+    assert_card_loads(
+        tmp_path / "adapter", run_of(base, dtype=Dtype.fp32, adapter=MERGED[adapter][0]), loaded
+    )
     for file in (*FILES, *PROCESSORS):
         assert (tmp_path / "merged" / file).read_bytes() == (base / file).read_bytes()
+
+
+def assert_card_loads(folder: Path, config: RunConfig, expected: dict[str, Tensor]) -> None:
+    """The code of the model card loads these tensors from the folder."""
+    config = replace(config, data=replace(config.data, train=[SourceConfig("a.jsonl")]))
+    text = model_card(config, summary(["a"], []), {}, {}, "AutoModelForImageTextToText")
+    code = text.partition("```python\n")[2].partition("```")[0]
+    found: dict[str, Any] = {}
+    exec(code.replace("'.'", repr(str(folder))), found)
+    weights = found["model"].state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+
+
+def test_an_adapter_of_other_layers_than_those_of_the_class_is_refused_with_what_helps(
+    tmp_path: Path,
+) -> None:
+    """One that peft wrote on the class goes on."""
+    base, text = write_base(tmp_path / "base", "qwen3_5"), write_base(tmp_path / "text", "qwen3_5")
+    described = json.loads((base / "config.json").read_text()) | {"architectures": ["Qwen3_5ForCausalLM"]}
+    (text / "config.json").write_text(json.dumps(described))
+    exported(run_of(text, dtype=Dtype.fp32, adapter=LORA), tmp_path / "of_text")
+    for name, targets in (
+        ("of_class", r".*language_model.*(q_proj|up_proj)"),
+        ("of_images", ["qkv", "q_proj"]),
+    ):
+        model = AutoModelForImageTextToText.from_pretrained(base)
+        get_peft_model(model, LoraConfig(r=2, target_modules=targets)).save_pretrained(tmp_path / name)
+
+    def start(folder: Path, adapter: str) -> Any:
+        config = ModelConfig(path=str(folder), adapter=AdapterConfig(path=str(tmp_path / adapter)))
+        return without_weights(load_config(folder, config), config, tmp_path / adapter)
+
+    for name, layer in (("of_text", "model.layers.0"), ("of_images", "model.visual")):
+        with pytest.raises(ConfigError, match="cannot be added") as error:
+            start(base, name)
+        assert layer in error.value.got
+        assert "Qwen3_5ForConditionalGeneration" in error.value.expected
+        assert "architectures" in error.value.remedy
+    for folder, name in ((text, "of_text"), (base, "of_class")):
+        assert any(weight.requires_grad for weight in start(folder, name).parameters())
+        weights_of(run_of(folder, dtype=Dtype.fp32, adapter=AdapterConfig(path="-")), tmp_path / name)
+
+
+@pytest.mark.parametrize("model_type", ["florence2", "siglip"])
+def test_a_model_that_writes_no_text_alone_is_refused_as_such(model_type: str) -> None:
+    with pytest.raises(ConfigError, match="no part that continues text"):
+        without_weights(AutoConfig.for_model(model_type), ModelConfig("m"))
 
 
 @pytest.mark.parametrize(("run", "named"), [(Dtype.fp32, None), (Dtype.bf16, None), (Dtype.fp32, "bf16")])
