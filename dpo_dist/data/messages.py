@@ -193,9 +193,12 @@ def _parts(content: Any) -> Iterator[tuple[str, Any]]:
         names = (kind, "text", "value") if kind in _PARTS else ()
         value = next((fields[name] for name in names if fields.get(name) is not None), None)
         if kind != "tool_call" and not isinstance(value, str):
-            raise UnusableRecordError(
-                "unread_content", "the content of a message is not a text", ("content",)
+            detail = (
+                "the content of a message is not a text"
+                if kind in _PARTS
+                else f"a message has a part {kind!r}"
             )
+            raise UnusableRecordError("unread_content", detail, ("content",))
         yield kind, value
 
 

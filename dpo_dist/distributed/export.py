@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig
 
 from dpo_dist.config.schema import ExportedWeights, RunConfig
 from dpo_dist.data.template import with_chosen_template
@@ -15,6 +15,7 @@ from dpo_dist.distributed.checkpoint import damaged_checkpoint, find_faults, rea
 from dpo_dist.distributed.slices import EMA, WEIGHT
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
 from dpo_dist.foundation.files import collect_abandoned, final_name, staged_folder, temporary_folder
+from dpo_dist.model.architectures import auto_class
 from dpo_dist.model.folder import (
     ADAPTER_WEIGHTS,
     description_folder,
@@ -23,9 +24,11 @@ from dpo_dist.model.folder import (
     start_folder,
     tokenizer_folder,
 )
+from dpo_dist.model.layers import other_weights
 from dpo_dist.model.load import TORCH_DTYPES, load_config, load_tokenizer, without_weights
 from dpo_dist.model.save import (
     copy_tokenizer,
+    ignored_tensors,
     write_adapter,
     write_merged,
     write_weights,
@@ -41,7 +44,7 @@ def export_checkpoint(
     checkpoint: Path,
     folder: Path,
     config: RunConfig,
-    card: Callable[[], str] | None = None,
+    card: Callable[[str], str] | None = None,
     *,
     is_new: bool = False,
     replaces: bool = True,
@@ -49,14 +52,15 @@ def export_checkpoint(
     """Write the trained weights of a checkpoint, of any world, as a model or adapter folder, whole or not.
 
     Needs no GPU, no other process, and weights of the base only if an adapter is merged or the architecture
-    has tensors that are not trained. The model is in host memory once, a merged one in float32. `config` is
-    that of the run; `card` returns the content of README.md ("": none). Of a checkpoint that `is_new`, just
-    written by this process, neither its files nor the written ones are checked. `replaces`: also a folder of
-    this name that another process has made meanwhile.
+    has tensors that are not trained, which is then in host memory once more; a merged one is in float32.
+    `config` is that of the run; `card` returns the content of README.md ("": none) for a model of this auto
+    class. Of a checkpoint that `is_new`, just written by this process, neither its files nor the written ones
+    are checked. `replaces`: also a folder of this name that another process has made meanwhile.
     """
     base = description_folder(config.model.path, config.model.revision, needs_weights=False)
     start = start_folder(config.model)
-    causal_lm = without_weights(load_config(base, config.model), config.model, start)
+    model_config, is_whole = load_config(base, config.model), config.model.adapter is None
+    causal_lm = without_weights(model_config, config.model, start, keeps_others=is_whole)
     if not is_new and (faults := find_faults(checkpoint, 0, 1)):
         raise damaged_checkpoint(checkpoint, faults)
     trained = {name: weight for name, weight in causal_lm.named_parameters() if weight.requires_grad}
@@ -70,7 +74,6 @@ def export_checkpoint(
         )
     named = None if config.export.dtype is None else DTYPES[config.export.dtype]
     dtype = named or TORCH_DTYPES[config.model.dtype]
-    is_whole = config.model.adapter is None
 
     def read(name: str) -> Tensor:
         weight = saved.whole(name, part=part)
@@ -82,7 +85,8 @@ def export_checkpoint(
     with writing_errors(folder), staged_folder(folder, replaces=replaces) as temporary:
         weights = {name: read(name) for name in saved.shapes}
         if is_whole:
-            write_weights(temporary, causal_lm, weights | _untrained(causal_lm, config), base)
+            untrained = _untrained(causal_lm, config, dtype)
+            write_weights(temporary, causal_lm, weights | untrained, base)
         elif config.export.merge:
             whole = model_folder(config.model.path, config.model.revision)
             with temporary_folder(final_name(temporary)) as adapter:  # `collect_abandoned` knows this name
@@ -97,7 +101,7 @@ def export_checkpoint(
         else:
             chosen = with_chosen_template(load_tokenizer(tokenizer, config.model), template)
             chosen.save_pretrained(temporary)
-        if card is not None and (text := card()):
+        if card is not None and (text := card(auto_class(model_config).__name__)):
             (temporary / "README.md").write_text(text, encoding="utf-8")
         if config.export.check and not is_new:
             _check_written(temporary, list(saved.shapes) if is_whole else [], read, config)
@@ -122,18 +126,23 @@ def _check_written(
         )
 
 
-def _untrained(causal_lm: Any, config: RunConfig) -> dict[str, Tensor]:
-    """Return buffers and weights that the architecture does not train, which are as in the base's files."""
-    frozen = {name for name, weight in causal_lm.named_parameters() if not weight.requires_grad}
-    wanted = frozen | (dict(causal_lm.named_buffers()).keys() & causal_lm.state_dict().keys())
-    if not wanted:
+def _untrained(causal_lm: Any, config: RunConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return what is as in the base's files: buffers, weights that are not trained, and ignored tensors.
+
+    Those that text does not use are of `dtype`, the others have their own: routers compute in float32.
+    """
+    others = other_weights(causal_lm)
+    frozen = {name: one in others for name, one in causal_lm.named_parameters() if not one.requires_grad}
+    wanted = frozen.keys() | (dict(causal_lm.named_buffers()).keys() & causal_lm.state_dict().keys())
+    if not wanted and not type(causal_lm)._keys_to_ignore_on_load_unexpected:
         return {}
-    loaded = _loaded(model_folder(config.model.path, config.model.revision), config).state_dict()
-    return {name: loaded[name] for name in wanted}
+    folder = model_folder(config.model.path, config.model.revision)
+    loaded = _loaded(folder, config).state_dict() if wanted else {}
+    kept = {name: loaded[name].to(dtype) if frozen.get(name) else loaded[name] for name in wanted}
+    return kept | ignored_tensors(causal_lm, folder, dtype)
 
 
 def _loaded(folder: Path, config: RunConfig) -> Any:
     code = config.model.trust_remote_code
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", use_safetensors=True, trust_remote_code=code
-    )
+    kind = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=code))
+    return kind.from_pretrained(folder, dtype="auto", use_safetensors=True, trust_remote_code=code)

@@ -5,6 +5,14 @@ import sys
 from typing import Any
 
 from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+)
 
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.losses import OF_MODEL, RouterConfig
@@ -40,6 +48,25 @@ SAMPLING_ROUTERS = {"phimoe": ("router", "router_jitter_noise")}
 
 _FIXED_POSITIONS = frozenset({"codegen", "ctrl", "gptj", "mpt"})
 """Architectures with a table of positions that is no embedding, beyond which a forward fails."""
+
+
+def auto_class(model_config: Any) -> Any:
+    """Return the auto class of the transformers class that config.json names, the one that others load.
+
+    The text class of a model that also reads images has other names of weights, and lacks its other parts.
+    """
+    kind = type(model_config)
+    text, whole = (
+        mapping.get(kind, None) for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
+    )
+    names_text = text not in (None, whole) and text.__name__ in (model_config.architectures or ())
+    if whole is None or names_text or not kind.__module__.startswith("transformers."):
+        return AutoModelForCausalLM
+    return (
+        AutoModelForImageTextToText
+        if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        else AutoModelForMultimodalLM
+    )
 
 
 def recorded_arrangement(model_type: str) -> Arrangement:
@@ -114,7 +141,10 @@ _PARAMETERS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
 def own_coefficient(causal_lm: Any) -> float | None:
     """Return the coefficient of the load-balancing loss by config.json, 0 without; None: no such loss."""
     function = getattr(sys.modules[type(causal_lm).__module__], "load_balancing_loss_func", None)
-    facts = vars(causal_lm)
+    text, facts = causal_lm.config.get_text_config(), vars(causal_lm)
+    if text is not causal_lm.config:  # a model of several parts has no such attributes of its own
+        names = ("num_experts", "num_experts_per_tok", "router_aux_loss_coef")
+        facts = {name: getattr(text, name, None) for name in names}
     is_known = function is not None and list(inspect.signature(function).parameters) == _PARAMETERS
     if not is_known or not facts.get("num_experts") or not facts.get("num_experts_per_tok"):
         return None

@@ -19,6 +19,8 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import EXACT_WITH_LIGER
 from dpo_dist.model.numerics import check_precision
 
+# Modules that text does not reach, of architectures with one configuration for all that they read.
+_OTHER_PARTS = {"phi4_multimodal": ("image_embed", "audio_embed")}
 # The name of modules that choose which keys a query attends to (DeepSeek-V3.2, arXiv 2512.02556).
 _INDEXER = "indexer"
 
@@ -53,9 +55,42 @@ def other_weights(causal_lm: Any) -> set[nn.Parameter]:
     """Return the weights that text does not depend on, as of a vision tower: they have no gradient."""
     text = text_part(causal_lm)
     if text is causal_lm:
-        return set()
-    used = {*text.parameters(), *causal_lm.get_output_embeddings().parameters()}
-    return set(causal_lm.parameters()) - used
+        names = _OTHER_PARTS.get(causal_lm.config.model_type, ())
+        others = (
+            [module for name, module in causal_lm.named_modules() if name.endswith(names)] if names else []
+        )
+        return {weight for module in others for weight in module.parameters()}
+    used = (text, causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
+    return set(causal_lm.parameters()) - {weight for module in used for weight in module.parameters()}
+
+
+def keep_text(causal_lm: Any, *, drops: bool = True) -> None:
+    """Freeze the weights that text does not depend on, and free the memory of modules that have no others.
+
+    So a model has no towers in engines and optimizers. The names of the other weights stay as they are.
+    """
+    others = other_weights(causal_lm)
+    for weight in others:
+        weight.requires_grad_(False)
+    if not drops or text_part(causal_lm) is causal_lm:
+        return
+    for parent in (causal_lm, causal_lm.base_model):
+        for name, child in list(parent.named_children()):
+            weights = set(child.parameters())
+            if weights and weights <= others:
+                setattr(parent, name, None)
+
+
+def text_notes(causal_lm: Any) -> list[str]:
+    """Return a line on a model of which `keep_text` has dropped parts, by their names; none of another."""
+    parts = {causal_lm, causal_lm.base_model}
+    dropped = sorted(name for part in parts for name, child in part._modules.items() if child is None)
+    if not dropped:
+        return []
+    return [
+        "the model also reads images or sounds: its text part is used, and what is trained is in it; kept as "
+        f"in its files, and not in memory: {', '.join(dropped)}"
+    ]
 
 
 def indexers(causal_lm: Any) -> list[nn.Module]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.core_model_loading import Transpose
 from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 
 from dpo_dist.batching.plan import Arrangement
@@ -24,6 +26,7 @@ from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig, Quantiz
 from dpo_dist.foundation.errors import ConfigError, disk_error, first_line
 from dpo_dist.model.architectures import (
     SAMPLING_ROUTERS,
+    auto_class,
     check_causal,
     recorded_arrangement,
     switch_off_noise,
@@ -33,6 +36,7 @@ from dpo_dist.model.folder import CONFIG_FILE, check_tokenizer_files, has_tokeni
 from dpo_dist.model.layers import (
     check_device,
     checkpoint_layers,
+    keep_text,
     offload_inputs,
     use_liger,
 )
@@ -174,30 +178,43 @@ def load_packed(
     return model
 
 
-def without_weights(model_config: Any, config: ModelConfig, start: Path | None = None) -> Any:
+def without_weights(
+    model_config: Any, config: ModelConfig, start: Path | None = None, *, keeps_others: bool = False
+) -> Any:
     """Return the policy's transformers model on the meta device, with the adapter that it trains.
 
-    So the options that name its layers and modules are checked before weights are read.
+    So the options that name its layers and modules are checked before weights are read. `keeps_others`: with
+    the parts that text does not use, frozen.
     """
+    kind = auto_class(model_config)
     try:
         with torch.device("meta"):
-            causal_lm = AutoModelForCausalLM.from_config(
+            causal_lm = kind.from_config(
                 model_config, dtype=TORCH_DTYPES[config.dtype], trust_remote_code=config.trust_remote_code
             )
             causal_lm.tie_weights()  # as loading does: own code may have replaced what was tied
     except Exception as error:  # an architecture's constructor can raise anything
-        raise ConfigError(
-            "transformers cannot make a causal language model of this config.json",
-            where="model.path",
-            got=f"{model_config.model_type}: {first_line(error)}",
-            remedy="check config.json against that of the original model, or choose another model",
-        ) from error
+        raise _no_text_model(model_config, first_line(error)) from error
+    is_other = model_config.is_encoder_decoder or causal_lm.get_output_embeddings() is None
+    if kind is not AutoModelForCausalLM and is_other:
+        raise _no_text_model(model_config, f"{type(causal_lm).__name__} has no decoder with an output layer")
+    keep_text(causal_lm, drops=not keeps_others)
     checkpoint_layers(causal_lm, config.gradient_checkpointing)
     if config.adapter is not None:
         with torch.device("meta"):
             packed = PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=Arrangement.padded)
             add_adapter(packed, config, 0, start)
     return causal_lm
+
+
+def _no_text_model(model_config: Any, reason: str) -> ConfigError:
+    return ConfigError(
+        "this model has no part that continues text from text alone, or its config.json is wrong",
+        where="model.path",
+        got=f"{model_config.model_type}: {reason}",
+        expected="a causal language model, or a model of images and text with one text decoder",
+        remedy="choose such a model; of one, check config.json against that of the original",
+    )
 
 
 def load_weights(
@@ -207,13 +224,16 @@ def load_weights(
     device: torch.device,
     *,
     key: str = "model.path",
-    kind: Any = AutoModelForCausalLM,
+    kind: Any = None,
 ) -> Any:
-    """Return the model of `folder`, with every weight read and none left at random."""
+    """Return the model of `folder`, with every weight read and none left at random.
+
+    Of a language model, the default `kind`, without the parts that text does not use.
+    """
     check_precision(config.dtype, device)
     is_sharded = is_deepspeed_zero3_enabled() and config.quantization is None
     load = partial(
-        kind.from_pretrained,
+        (kind or auto_class(model_config)).from_pretrained,
         folder,
         config=model_config,
         dtype=TORCH_DTYPES[config.dtype],
@@ -223,7 +243,8 @@ def load_weights(
         key_mapping=_RENAMED.get(model_config.model_type),
     )
     try:
-        causal_lm, report = load(**placement(config, device))
+        with _whole_shapes():
+            causal_lm, report = load(**placement(config, device))
         unread = report["unexpected_keys"]
         if is_sharded:  # ZeRO-3 reports none
             with _unsharded():
@@ -248,6 +269,8 @@ def load_weights(
     check_all_weights_read(causal_lm, sorted(unread), folder, key)
     if not is_sharded and config.quantization is None:
         _freeze_as_defined(causal_lm)
+    if kind is None:
+        keep_text(causal_lm)
     for module in causal_lm.modules():
         # Else bitsandbytes repacks 4-bit weights for CPUs when it scores: they pass no gradients.
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -293,6 +316,25 @@ def _freeze_as_defined(causal_lm: Any) -> None:
     for name, weight in defined.named_parameters():
         if not weight.requires_grad:
             causal_lm.get_parameter(name).requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _whole_shapes() -> Iterator[None]:
+    """Make transformers (5.23) transpose experts by the shape of the whole weight, which may be sharded."""
+    convert = Transpose.convert
+
+    def convert_whole(self: Transpose, *tensors: Any, model: Any = None, **options: Any) -> Any:
+        def find(name: str) -> Any:
+            weight = model.get_parameter(name)
+            return SimpleNamespace(shape=getattr(weight, "ds_shape", weight.shape))
+
+        return convert(self, *tensors, model=SimpleNamespace(get_parameter=find), **options)
+
+    Transpose.convert = convert_whole
+    try:
+        yield
+    finally:
+        Transpose.convert = convert
 
 
 @contextlib.contextmanager

@@ -16,8 +16,8 @@ from transformers.pytorch_utils import Conv1D
 
 from dpo_dist.config.schema import AdapterConfig, AdapterVariant, ModelConfig
 from dpo_dist.foundation.errors import ConfigError, first_line
-from dpo_dist.model.folder import ADAPTER_WEIGHTS, PEFT_PREFIX, is_repeated, modules_on_disk
-from dpo_dist.model.layers import indexers, partly_used_blocks, text_part
+from dpo_dist.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, is_repeated, modules_on_disk
+from dpo_dist.model.layers import partly_used_blocks, text_part, without_gradient
 from dpo_dist.model.packed import PackedCausalLM
 
 TRAINED = "default"
@@ -120,26 +120,30 @@ def add_saved(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
         loaded = set_peft_model_state_dict(causal_lm, weights, adapter_name=name)
     except Exception as error:  # peft can raise anything
         reason = " ".join(str(error).split())[:200]  # the first line of torch's only announces the others
-        raise _foreign_adapter(folder, f"{type(error).__name__}: {reason}", key) from error
+        raise _foreign_adapter(causal_lm, folder, f"{type(error).__name__}: {reason}", key) from error
     if isinstance(causal_lm.get_output_embeddings(), LoraLayer):
-        raise _foreign_adapter(folder, "matrices on the output layer", key)
+        raise _foreign_adapter(causal_lm, folder, "matrices on the output layer", key)
     own = [
         missing
         for missing in loaded.missing_keys
         if (".lora_" in missing or ".modules_to_save." in missing) and f".{name}" in missing
     ]
     if unread := [*loaded.unexpected_keys, *own]:
-        raise _foreign_adapter(folder, f"{', '.join(unread[:3])} ({len(unread)} in all)", key)
+        raise _foreign_adapter(causal_lm, folder, f"{', '.join(unread[:3])} ({len(unread)} in all)", key)
     return lora
 
 
-def _foreign_adapter(folder: Path, got: str, key: str) -> ConfigError:
+def _foreign_adapter(causal_lm: Any, folder: Path, got: str, key: str) -> ConfigError:
+    remedy = "name the model that the adapter was trained on as its base"
+    if text_part(causal_lm) is not causal_lm:
+        remedy += ", of one of the text class alone a base with this class in architectures of config.json; "
+        remedy += "or merge one with matrices on other parts than text into its base"
     return ConfigError(
         "the adapter cannot be added to the model",
         where=key,
         got=f"{folder}: {got}",
-        expected="a LoRA adapter of this model, with adapter_config.json and adapter_model.safetensors",
-        remedy="name the model that the adapter was trained on as its base",
+        expected=f"a LoRA adapter of {type(causal_lm).__name__}, with {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}",
+        remedy=remedy,
     )
 
 
@@ -166,14 +170,13 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
 
     As in peft, a target is the last part of a layer's name or several parts: `q_proj`, `self_attn.q_proj`.
     """
-    head, trained = causal_lm.get_output_embeddings(), set(text_part(causal_lm).modules())
-    trained -= {module for indexer in indexers(causal_lm) for module in indexer.modules()}
+    head, unmoved = causal_lm.get_output_embeddings(), without_gradient(causal_lm)
     saved = find_modules(causal_lm, adapter.modules_to_save or [])
     layers = [
         name
         for name, module in causal_lm.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head
-        if module in trained and name not in saved
+        if _is_linear(module) and module is not head
+        if module.weight not in unmoved and name not in saved
     ]
     if not isinstance(adapter.target_modules, list):
         return layers
@@ -188,6 +191,13 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
                 remedy="name existing layers; modules_to_save trains embeddings and output layer in full",
             )
     return [name for name in layers if any(_matches(name, target) for target in targets)]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Return whether a module computes as a linear layer: architectures derive routers from one, too."""
+    is_own = type(module).forward.__module__.startswith("transformers.models.")
+    is_other = is_own and type(module).__name__ != "FalconLinear"
+    return isinstance(module, nn.Linear | Conv1D) and not is_other
 
 
 def _matches(name: str, target: str) -> bool:

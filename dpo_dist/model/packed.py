@@ -15,7 +15,7 @@ from dpo_dist.batching.pack import PackedBatch, Rows, Sequences, pack, rows_of
 from dpo_dist.batching.plan import Arrangement, consecutive_batches
 from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.model.attention import PACKED, packed_attention
-from dpo_dist.model.layers import decoder_layers
+from dpo_dist.model.layers import decoder_layers, text_part
 from dpo_dist.model.ulysses import ExchangedAttention, TokenExchange, TokenShare
 from dpo_dist.objective.router import routing_sums
 from dpo_dist.objective.token_logps import (
@@ -121,8 +121,10 @@ class PackedCausalLM(nn.Module):
     @property
     def body(self) -> Any:
         """Return the model without its output layer, or the whole model if it has no such part."""
-        base = self.causal_lm.base_model  # Llama 4 gives its body no prefix
-        return getattr(self.causal_lm, "model", base) if base is self.causal_lm else base
+        base = self.causal_lm.base_model
+        if base is not self.causal_lm:
+            return base
+        return getattr(text_part(base), "model", base)  # Llama 4 gives its body no prefix
 
     @property
     def hidden_size(self) -> int:
@@ -270,7 +272,8 @@ class PackedCausalLM(nn.Module):
 
     def _routing(self, outputs: "_Outputs", weights: Tensor) -> Tensor:
         """Return `routing_sums` of tokens that count `weights` times, float [tokens]."""
-        return routing_sums(outputs.router_logits, weights, self.causal_lm.num_experts_per_tok)
+        visited = self.causal_lm.config.get_text_config().num_experts_per_tok
+        return routing_sums(outputs.router_logits, weights, visited)
 
     @contextlib.contextmanager
     def unpacked(self) -> Iterator[Any]:

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 from peft import PeftModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
-from dpo_dist.model.architectures import is_noise
+from dpo_dist.model.architectures import auto_class, is_noise
 from dpo_dist.model.folder import (
     ADAPTER_WEIGHTS,
     CONFIG_FILE,
@@ -27,6 +27,7 @@ from dpo_dist.model.folder import (
     PEFT_PREFIX,
     check_weights,
     local_model_folder,
+    read_model_json,
     weight_files,
 )
 from dpo_dist.model.lora import TRAINED
@@ -159,7 +160,7 @@ def write_merged(
     The whole model is in host memory in float32, so that sums are rounded once.
     """
     described = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    causal_lm = AutoModelForCausalLM.from_pretrained(
+    causal_lm = auto_class(described).from_pretrained(
         base, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
     )
     was_tied = causal_lm.config.tie_word_embeddings
@@ -173,7 +174,24 @@ def write_merged(
         weight.data = weight.data.to(written)
     is_split = was_tied and not merged.config.tie_word_embeddings
     changes = {"tie_word_embeddings": False} if is_split else {}
-    write_weights(folder, merged, dict(merged.state_dict()), base, changes)
+    write_weights(folder, merged, merged.state_dict() | ignored_tensors(merged, base, written), base, changes)
+
+
+def ignored_tensors(causal_lm: Any, base: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the tensors in the files of `base` that a class of transformers ignores by its own account.
+
+    Such as layers that predict further tokens (`mtp`). None if the class is not the one of config.json.
+    """
+    patterns = type(causal_lm)._keys_to_ignore_on_load_unexpected or ()
+    if not patterns or causal_lm.config.model_type != read_model_json(base / CONFIG_FILE).get("model_type"):
+        return {}
+    found: dict[str, Tensor] = {}
+    for file in weight_files(base):
+        if file.suffix != ".json":
+            with safe_open(file, "pt") as tensors:
+                names = [one for one in tensors.keys() if any(re.search(each, one) for each in patterns)]  # noqa: SIM118
+                found |= {name: tensors.get_tensor(name) for name in names}
+    return {name: one.to(dtype) if one.is_floating_point() else one for name, one in found.items()}
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.config.schema import ModelConfig, RunConfig
@@ -26,6 +25,7 @@ from dpo_dist.distributed.zero import (
     whole_loading,
 )
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.model.architectures import auto_class
 from dpo_dist.model.exactness import StartCheck
 from dpo_dist.model.load import load_config, load_packed
 from dpo_dist.model.lora import load_adapter
@@ -145,9 +145,10 @@ def load_scored(
 
 def _largest_weight(folder: Path, config: ModelConfig, world: World) -> int:
     """Return the number of elements of the model's largest weight, without reading weights."""
+    model_config = load_config(folder, config)
     with whole_loading(world), torch.device("meta"):
-        causal_lm = AutoModelForCausalLM.from_config(
-            load_config(folder, config), trust_remote_code=config.trust_remote_code
+        causal_lm = auto_class(model_config).from_config(
+            model_config, trust_remote_code=config.trust_remote_code
         )
     sizes: list[int] = [weight.numel() for weight in causal_lm.parameters()]
     return max(sizes)

@@ -89,12 +89,11 @@ def _write_model(loop: Loop, position: Position, summary: dict[str, Any]) -> Non
     run = loop.run
     checkpoint = run.folder.checkpoints / checkpoint_name(position.step)
 
-    def card() -> str:
+    def card(loader: str) -> str:
         assert loop.recorder is not None
         has_eval, ended = loop.inputs.eval_set is not None, {**summary, "exit": RunOutcome.completed.value}
-        return run_card(
-            run.config, loop.recorder.metrics.rows, ended, run.say, package_versions(), is_evaluated=has_eval
-        )
+        rows, versions = loop.recorder.metrics.rows, package_versions()
+        return run_card(run.config, rows, ended, run.say, versions, loader, is_evaluated=has_eval)
 
     def write() -> None:
         check_base(run.config, loop.identity["model"])
@@ -126,12 +125,14 @@ def run_card(
     summary: dict[str, Any],
     say: Callable[[str], None],
     versions: Mapping[str, str],
+    loader: str,
     *,
     is_evaluated: bool,
 ) -> str:
     """Return the content of a model card, with a verdict; "", with a warning, after a bug in it.
 
     `rows`: of log_history.json, up to the step of the model. `summary`: with `exit`, without `verdict`.
+    `loader`: the auto class of the model.
     `is_evaluated`: whether the last evaluation of training is one of this model.
     """
     folder, evaluation, found = RunFolder.of(config), {}, [""]
@@ -141,7 +142,7 @@ def run_card(
         if is_evaluated and results.is_file():
             evaluation = json.loads(results.read_text(encoding="utf-8"))
         judged_summary = {**summary, "verdict": judged.as_dict()}
-        found = [model_card(config, judged_summary, evaluation, versions)]
+        found = [model_card(config, judged_summary, evaluation, versions, loader)]
     return found[0]
 
 
@@ -210,7 +211,7 @@ def export_model(config: RunConfig, checkpoint: Path, output: Path, console: Con
     if config.model.adapter is not None and config.export.merge:  # the base is part of the result
         check_base(config, state.get("model"))
 
-    def card() -> str:
+    def card(loader: str) -> str:
         folder, step = RunFolder.of(config), step_of(checkpoint.name)
         is_end = step == state["steps"]
         summary = {
@@ -225,7 +226,7 @@ def export_model(config: RunConfig, checkpoint: Path, output: Path, console: Con
         versions = json.loads(folder.environment.read_bytes())["packages"]
         is_evaluated = is_end and config.export.weights is ExportedWeights.last
         merged = replace(config, model=replace(config.model, adapter=None)) if config.export.merge else config
-        return run_card(merged, rows, summary, console.say, versions, is_evaluated=is_evaluated)
+        return run_card(merged, rows, summary, console.say, versions, loader, is_evaluated=is_evaluated)
 
     export_checkpoint(checkpoint, output, config, card, replaces=False)
 

@@ -37,7 +37,7 @@ from dpo_dist.model.architectures import (
 )
 from dpo_dist.model.flops import StepFlops, compute_costs, step_flops
 from dpo_dist.model.folder import base_notes, model_folder, start_folder, tokenizer_folder
-from dpo_dist.model.layers import check_device
+from dpo_dist.model.layers import check_device, text_notes
 from dpo_dist.model.load import load_config, load_tokenizer, without_weights
 from dpo_dist.model.ulysses import check_shared_tokens
 from dpo_dist.objective.router import RouterLoss
@@ -167,7 +167,7 @@ def _load(
     if not tokenizer.eos_token:
         notes.append(_NO_END)
     notes += base_notes(config.model, start)
-    for note in [*router_notes(routers, causal_lm), *notes]:
+    for note in [*text_notes(causal_lm), *router_notes(routers, causal_lm), *notes]:
         run.say(note)
     vocabulary = model_config.get_text_config().vocab_size
     with run.console.heartbeat("reading the model's files to identify them"):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import (
@@ -40,7 +40,7 @@ from tests.dist.scenario import (
 from tests.dist.test_engine import write_whole
 from tests.support import tiny
 from tests.support.families import FAMILIES, tiny_causal_lm, tiny_config, tiny_family, with_rope
-from tests.support.multimodal import write_multimodal
+from tests.support.multimodal import IMAGE_MODELS, write_multimodal
 from tests.support.own_code import ship_code
 from tests.support.packing import COSTS
 from tests.support.ranks import run_ranks
@@ -56,12 +56,19 @@ SHARDED = """
 bloom deepseek_v32 deepseek_v4 falcon_h1 gemma3n_text glm4_moe gpt_oss jamba lfm2 llama4_text mamba2 minimax
 nemotron_h phimoe qwen3_moe qwen3_next recurrent_gemma zamba
 """
+# Their weights for images have no gradient: plain AdamW does not change them.
+READ_IMAGES = "gemma3 llama4 mistral3 qwen3_5 qwen3_vl_moe"
 # transformers cannot load RWKV and xLSTM sharded: their initialization reads the shapes of whole weights.
 UNSHARDED = "deepseek_v4 mixtral rwkv xlstm"
 # Code that comes with a model; `own_refusing` raises an error in the middle of a packed forward.
 OWN_CODE = {"own_rows": "rows", "own_refusing": "refusing"}
 # Of models that are no family of the table.
-ARRANGEMENTS = {"gemma3": PACKED, "longrope": SINGLE, "own_rows": SINGLE, "own_refusing": PADDED}
+ARRANGEMENTS = dict.fromkeys(IMAGE_MODELS, PACKED) | {
+    "qwen3_5": PADDED,
+    "longrope": SINGLE,
+    "own_rows": SINGLE,
+    "own_refusing": PADDED,
+}
 
 
 def model_config(name: str, path: Path) -> ModelConfig:
@@ -95,7 +102,10 @@ def walk(
 def write_families(names: str, folder: Path) -> dict[str, Path]:
     """Write tiny models of these families in `folder`; return the folder of each."""
     for name in names.split():
-        tiny_family(name, len(tiny.qwen())).save_pretrained(folder / name)
+        if name in IMAGE_MODELS:
+            write_multimodal(folder / name, name, len(tiny.qwen()))
+        else:
+            tiny_family(name, len(tiny.qwen())).save_pretrained(folder / name)
     return {name: folder / name for name in names.split()}
 
 
@@ -107,9 +117,7 @@ def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_families_train_as_in_plain_float64(
     assets: Assets, plain_entries: list[np.ndarray], tmp_path: Path
 ) -> None:
-    models = write_families(SHARDED, tmp_path)
-    # Its weights for images have no gradient: plain AdamW does not change them.
-    models["gemma3"] = write_multimodal(tmp_path / "gemma3", "gemma3", len(tiny.qwen()))
+    models = write_families(f"{SHARDED} {READ_IMAGES}", tmp_path)
     models["longrope"] = tmp_path / "longrope"  # pairs are shorter and longer than the limit
     longrope = with_rope(tiny_config("phi3", len(tiny.qwen())), "longrope", 40)
     tiny_causal_lm(longrope).save_pretrained(models["longrope"])
@@ -126,7 +134,7 @@ SEQUENCE = ParallelismConfig(ZERO3, sequence_parallel=2)
     [
         pytest.param(ZERO2, UNSHARDED, id="zero2"),
         pytest.param(DDP, UNSHARDED, id="ddp"),
-        pytest.param(SEQUENCE, "deepseek_v3 gemma2 gpt_oss llama4_text qwen3_moe", id="sequence"),
+        pytest.param(SEQUENCE, "deepseek_v3 gemma2 gpt_oss llama4_text qwen3_moe qwen3_vl", id="sequence"),
     ],
 )
 def test_families_train_in_other_ways(
@@ -167,9 +175,8 @@ def assert_trained_as_plain(
 
 
 def load_plain(name: str, path: Path) -> Any:
-    plain = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float64, trust_remote_code=name.startswith("own")
-    ).eval()
+    kind = AutoModelForImageTextToText if name in IMAGE_MODELS else AutoModelForCausalLM
+    plain = kind.from_pretrained(path, dtype=torch.float64, trust_remote_code=name.startswith("own")).eval()
     plain.set_experts_implementation("eager")  # the default has no float64
     return plain
 

@@ -27,6 +27,7 @@ _HUB_DATASET = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 _SNAPSHOT = re.compile(r"models--(?:([\w.-]+?)--)?([\w.-]+)")
 """A folder of the hub's cache."""
 _FILE = re.compile(r".*\.(jsonl?|csv|tsv|parquet|arrow|txt|gz|zst|zip)")
+_CAUSAL = "AutoModelForCausalLM"
 _PATHS = ("model.path", "data.train", "data.eval", "reference.path", "data.chat_template")
 
 
@@ -44,9 +45,16 @@ def code(value: object) -> Markup:
 
 
 def model_card(
-    config: RunConfig, summary: Row, evaluation: Mapping[str, Row], versions: Mapping[str, str]
+    config: RunConfig,
+    summary: Row,
+    evaluation: Mapping[str, Row],
+    versions: Mapping[str, str],
+    loader: str = _CAUSAL,
 ) -> str:
-    """Return the content of the card from those of summary.json, with `verdict`, and evaluation.json."""
+    """Return the content of the card from those of summary.json, with `verdict`, and evaluation.json.
+
+    `loader`: the auto class of the model, or of an adapter's base.
+    """
     # As on pages, every text of a template becomes inert.
     environment = Environment(finalize=inert, undefined=StrictUndefined, trim_blocks=True, autoescape=True)
     environment.filters |= {"code": code, "plain": Markup}
@@ -70,7 +78,8 @@ def model_card(
         kinds=[(kind, "" if kind is LossKind.custom else KINDS[kind].source) for kind in config.loss.kinds],
         averaged=f"{config.trainer.ema_decay:g}" if is_averaged else "",
         verdict=summary["verdict"],
-        loader="AutoModelForCausalLM" if adapter is None else "AutoPeftModelForCausalLM",
+        # peft's has no class of models that read images, but transformers also loads adapters.
+        loader=loader if adapter is None or loader != _CAUSAL else "AutoPeftModelForCausalLM",
         evaluation=evaluation and (head, [[code(label), *map(Markup, cells)] for label, *cells in rows]),
         has_rewards=any(PREFIX + "rewards/accuracies" in row for row in evaluation.values()),
         data=_data(config, summary),

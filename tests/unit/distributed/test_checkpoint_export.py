@@ -10,11 +10,11 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from dpo_dist.config.schema import (
     AdapterConfig,
@@ -24,20 +24,24 @@ from dpo_dist.config.schema import (
     ExportedWeights,
     ModelConfig,
     RunConfig,
+    SourceConfig,
 )
 from dpo_dist.distributed import export as checkpoint_export
 from dpo_dist.distributed.checkpoint import MANIFEST, Entries, write_slices
 from dpo_dist.distributed.export import export_checkpoint
 from dpo_dist.distributed.slices import ModelSlices, Slice
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
-from dpo_dist.model.load import TORCH_DTYPES, load_packed
+from dpo_dist.insight.metrics.card import model_card
+from dpo_dist.model.architectures import auto_class
+from dpo_dist.model.load import TORCH_DTYPES, load_config, load_packed, without_weights
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.save import write_description, write_mean, write_weights
 from tests.support import tiny
 from tests.support.families import COMMON, LOW_RANK
-from tests.support.multimodal import write_multimodal
+from tests.support.multimodal import IMAGE_MODELS, write_multimodal
 from tests.support.precision import DTYPES
 from tests.support.tiny_model import write_model
+from tests.unit.insight.metrics.test_card import summary
 
 RANKS = 3
 # Dropout, values of another release, options of generation where old ones had them, a name of the authors.
@@ -99,7 +103,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_weights_of_several_ranks_become_a_model_in_its_precision(
     dtype: Dtype, base: Path, tmp_path: Path
 ) -> None:
-    weights = exported(run_of(base, dtype=dtype), tmp_path / "out", card=lambda: "A card")
+    weights = exported(run_of(base, dtype=dtype), tmp_path / "out", card=lambda loader: f"A card of {loader}")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     wanted = TORCH_DTYPES[dtype]
     found = dict(model.named_parameters())
@@ -110,7 +114,7 @@ def test_weights_of_several_ranks_become_a_model_in_its_precision(
     assert described == own | {"dtype": str(wanted).removeprefix("torch.")}
     copied, original = (one / "generation_config.json" for one in (tmp_path / "out", base))
     assert copied.read_bytes() == original.read_bytes()
-    assert (tmp_path / "out" / "README.md").read_text() == "A card"
+    assert (tmp_path / "out" / "README.md").read_text() == "A card of AutoModelForCausalLM"
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == model.config.vocab_size
 
 
@@ -185,9 +189,10 @@ def assert_merged_as_by_peft(base: Path, adapter: AdapterConfig, folder: Path) -
     checkpoint = checkpoint_of(weights_of(config), folder / "step-000001")
     export_checkpoint(checkpoint, folder / "adapter", config)
     export_checkpoint(checkpoint, folder / "merged", replace(config, export=ExportConfig(merge=True)))
-    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    kind = auto_class(AutoConfig.from_pretrained(base))
+    plain = kind.from_pretrained(base, dtype=torch.float32)
     oracle = PeftModel.from_pretrained(plain, folder / "adapter").merge_and_unload().state_dict()
-    merged = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype="auto").state_dict()
+    merged = kind.from_pretrained(folder / "merged", dtype="auto").state_dict()
     assert merged.keys() == oracle.keys()
     for name, weight in oracle.items():
         torch.testing.assert_close(merged[name], weight, atol=1e-5, rtol=1e-5)
@@ -310,33 +315,147 @@ def test_a_checkpoint_without_a_moving_average_has_none(base: Path, tmp_path: Pa
         exported(config, tmp_path / "out")
 
 
-TOKENIZER = ("special_tokens_map.json", "tokenizer.model", "tokenizer.model.v3", "tekken.json")
-PROCESSORS = {"preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"}
+FILES = ("special_tokens_map.json", "tokenizer.model", "tokenizer.model.v3", "tekken.json")
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+# Layers that predict further tokens, which no class reads.
+FURTHER = {"mtp.fc.weight": torch.ones(4, 3), "mtp.layers.0.mlp.gate.weight": torch.ones(2, 3)}
+FURTHER = {name: tensor.bfloat16() for name, tensor in FURTHER.items()}
 
 
-def write_base(folder: Path, model_type: str) -> Path:
+def write_base(folder: Path, model_type: str, dtype: torch.dtype = torch.float32) -> Path:
+    """A model that reads images with the files that others have, in float32 or another precision."""
     write_multimodal(folder, model_type, len(tiny.qwen()))
+    if dtype is not torch.float32:
+        AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype).save_pretrained(folder)
+    if model_type.startswith("qwen3_5"):
+        save_file(
+            load_file(folder / "model.safetensors") | FURTHER, folder / "model.safetensors", {"format": "pt"}
+        )
     (folder / "generation_config.json").unlink()
     tiny.qwen().save_pretrained(folder)
-    for name in TOKENIZER:
-        (folder / name).write_text('{"eos_token": "<|im_end|>"}')
-    for name in PROCESSORS:
-        (folder / name).write_text(f'{{"of": "{name}"}}')
+    for name in (*FILES, *PROCESSORS):
+        (folder / name).write_text(f'{{"eos_token": "<|im_end|>", "of": "{name}"}}')
     return folder
 
 
-@pytest.mark.parametrize(
-    ("model_type", "adapter", "reads_images"),
-    [("gemma3", None, True), ("qwen3_5", None, False), ("gemma3", AdapterConfig(r=2), True)],
-)
-def test_a_model_has_the_files_of_its_inputs(
-    model_type: str, adapter: AdapterConfig | None, reads_images: bool, tmp_path: Path
-) -> None:
-    """A model of images and text needs them to be served; its text alone (qwen3_5) reads no images."""
+@pytest.mark.parametrize("model_type", IMAGE_MODELS)
+def test_a_model_that_reads_images_is_whole_again(model_type: str, tmp_path: Path) -> None:
+    """It has every tensor of its base, those that text does not use to the last bit, its class and files."""
     base, out = write_base(tmp_path / "base", model_type), tmp_path / "out"
-    config = run_of(base, dtype=Dtype.fp32, adapter=adapter, export=ExportConfig(merge=adapter is not None))
-    exported(config, out)
-    assert {name for name in PROCESSORS if (out / name).exists()} == (PROCESSORS if reads_images else set())
+    config = run_of(base, dtype=Dtype.fp32)
+    trained = exported(config, out)
+    model, report = AutoModelForImageTextToText.from_pretrained(out, dtype="auto", output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert type(model).__name__ in json.loads((out / "config.json").read_text())["architectures"]
+    weights = dict(model.named_parameters())
+    assert all(torch.equal(weights[name], weight) for name, weight in trained.items())
+    former = dict(AutoModelForImageTextToText.from_pretrained(base, dtype="auto").named_parameters())
+    assert former.keys() > trained.keys()
+    assert all(torch.equal(weights[name], former[name]) for name in former.keys() - trained.keys())
+    own, written = (load_file(folder / "model.safetensors") for folder in (base, out))
+    assert files_of(out) == files_of(base)
+    assert all(torch.equal(written[name], own[name]) for name in own.keys() & FURTHER.keys())
+    for file in ("config.json", *FILES, *PROCESSORS):
+        assert json.loads((out / file).read_text()) == json.loads((base / file).read_text())
     assert not (out / "generation_config.json").exists()
-    for file in (*TOKENIZER, *(PROCESSORS if reads_images else ())):
-        assert (out / file).read_bytes() == (base / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "adapter"),
+    [
+        ("gemma3", "rsLoRA, untied"),
+        ("llama4", "LoRA"),
+        ("mistral3", "whole modules"),
+        ("qwen3_5", "LoRA"),
+        ("qwen3_vl", "DoRA, untied"),
+    ],
+)
+def test_an_adapter_of_a_model_that_reads_images_is_one_of_its_class(
+    model_type: str, adapter: str, tmp_path: Path
+) -> None:
+    base = write_base(tmp_path / "base", model_type)
+    assert_merged_as_by_peft(base, MERGED[adapter][0], tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "adapter").state_dict()
+    written = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    found = {name: weight for name, weight in loaded.items() if "lora_B" in name}
+    assert found
+    assert all(weight.any() for weight in found.values())
+    assert len(found) == sum("lora_B" in name for name in written)
+    assert_card_loads(
+        tmp_path / "adapter", run_of(base, dtype=Dtype.fp32, adapter=MERGED[adapter][0]), loaded
+    )
+    for file in (*FILES, *PROCESSORS):
+        assert (tmp_path / "merged" / file).read_bytes() == (base / file).read_bytes()
+
+
+def assert_card_loads(folder: Path, config: RunConfig, expected: dict[str, Tensor]) -> None:
+    """The code of the model card loads these tensors from the folder."""
+    config = replace(config, data=replace(config.data, train=[SourceConfig("a.jsonl")]))
+    text = model_card(config, summary(["a"], []), {}, {}, "AutoModelForImageTextToText")
+    code = text.partition("```python\n")[2].partition("```")[0]
+    found: dict[str, Any] = {}
+    exec(code.replace("'.'", repr(str(folder))), found)
+    weights = found["model"].state_dict()
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+
+
+def test_an_adapter_of_other_layers_than_those_of_the_class_is_refused_with_what_helps(
+    tmp_path: Path,
+) -> None:
+    """One that peft wrote on the class goes on."""
+    base, text = write_base(tmp_path / "base", "qwen3_5"), write_base(tmp_path / "text", "qwen3_5")
+    described = json.loads((base / "config.json").read_text()) | {"architectures": ["Qwen3_5ForCausalLM"]}
+    (text / "config.json").write_text(json.dumps(described))
+    exported(run_of(text, dtype=Dtype.fp32, adapter=LORA), tmp_path / "of_text")
+    for name, targets in (
+        ("of_class", r".*language_model.*(q_proj|up_proj)"),
+        ("of_images", ["qkv", "q_proj"]),
+    ):
+        model = AutoModelForImageTextToText.from_pretrained(base)
+        get_peft_model(model, LoraConfig(r=2, target_modules=targets)).save_pretrained(tmp_path / name)
+
+    def start(folder: Path, adapter: str) -> Any:
+        config = ModelConfig(path=str(folder), adapter=AdapterConfig(path=str(tmp_path / adapter)))
+        return without_weights(load_config(folder, config), config, tmp_path / adapter)
+
+    for name, layer in (("of_text", "model.layers.0"), ("of_images", "model.visual")):
+        with pytest.raises(ConfigError, match="cannot be added") as error:
+            start(base, name)
+        assert layer in error.value.got
+        assert "Qwen3_5ForConditionalGeneration" in error.value.expected
+        assert "architectures" in error.value.remedy
+    for folder, name in ((text, "of_text"), (base, "of_class")):
+        assert any(weight.requires_grad for weight in start(folder, name).parameters())
+        weights_of(run_of(folder, dtype=Dtype.fp32, adapter=AdapterConfig(path="-")), tmp_path / name)
+
+
+@pytest.mark.parametrize("model_type", ["florence2", "siglip"])
+def test_a_model_that_writes_no_text_alone_is_refused_as_such(model_type: str) -> None:
+    with pytest.raises(ConfigError, match="no part that continues text"):
+        without_weights(AutoConfig.for_model(model_type), ModelConfig("m"))
+
+
+@pytest.mark.parametrize(("run", "named"), [(Dtype.fp32, None), (Dtype.bf16, None), (Dtype.fp32, "bf16")])
+def test_all_weights_of_a_model_that_reads_images_have_one_precision(
+    run: Dtype, named: str | None, tmp_path: Path
+) -> None:
+    base = write_base(tmp_path / "base", "qwen3_5", torch.bfloat16)
+    exported(run_of(base, dtype=run, export=ExportConfig(dtype=named)), tmp_path / "out")
+    own, found = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
+    wanted = torch.float32 if run is Dtype.fp32 and named is None else torch.bfloat16
+    assert own.keys() == found.keys()
+    assert {weight.dtype for weight in found.values()} == {wanted}
+    kept = [name for name in own if "visual" in name or name in FURTHER]
+    assert all(torch.equal(found[name], own[name].to(wanted)) for name in kept)
+
+
+def test_a_text_model_that_config_json_names_is_written_without_the_files_of_images(tmp_path: Path) -> None:
+    base, out = write_base(tmp_path / "base", "qwen3_5"), tmp_path / "out"
+    described = json.loads((base / "config.json").read_text()) | {"architectures": ["Qwen3_5ForCausalLM"]}
+    (base / "config.json").write_text(json.dumps(described))
+    trained = exported(run_of(base, dtype=Dtype.fp32), out)
+    assert files_of(out).keys() == trained.keys()
+    assert not any((out / name).exists() for name in PROCESSORS)
+    assert type(AutoModelForCausalLM.from_pretrained(out)).__name__ == "Qwen3_5ForCausalLM"

@@ -1,6 +1,7 @@
 """Checkpointing and offload change no gradient; text alone is trained; what cannot run is refused."""
 
 import importlib.util
+import json
 import logging
 from collections import Counter
 from pathlib import Path
@@ -8,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForImageTextToText
 
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AdapterConfig, Dtype, ModelConfig
@@ -21,14 +21,13 @@ from dpo_dist.model.layers import (
     checkpoint_layers,
     decoder_layers,
     offload_inputs,
-    other_weights,
     without_gradient,
 )
-from dpo_dist.model.load import load_packed
-from dpo_dist.model.lora import target_layers
+from dpo_dist.model.load import load_packed, without_weights
+from dpo_dist.model.lora import add_adapter, target_layers
 from dpo_dist.model.packed import PackedCausalLM
-from tests.support.families import tiny_family
-from tests.support.multimodal import write_multimodal
+from tests.support.families import tiny_config, tiny_family
+from tests.support.multimodal import IMAGE_MODELS, write_multimodal
 from tests.support.packing import VOCABULARY, pack_unkeyed, plain_logps, random_pairs
 from tests.unit.model.test_architectures import gradients, packed, trained
 
@@ -126,34 +125,66 @@ def load(folder: Path) -> PackedCausalLM:
     return load_packed(folder, ModelConfig(str(folder), dtype=Dtype.fp32), 64, CPU).eval()
 
 
-@pytest.mark.parametrize(
-    ("model_type", "arrangement", "others"),
-    [
-        ("gemma3", Arrangement.packed, True),
-        ("qwen3_5", Arrangement.padded, False),
-    ],
-)
-def test_a_model_that_reads_images_is_trained_by_its_text_and_exported(
-    model_type: str, arrangement: Arrangement, others: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    folder = write_multimodal(tmp_path / "base", model_type, VOCABULARY)
-    with caplog.at_level(logging.WARNING):
-        model = load(folder)
-    assert ("only its text model is loaded" in caplog.text) is not others
+@pytest.mark.parametrize("model_type", IMAGE_MODELS)
+def test_a_model_that_reads_images_is_trained_by_its_text(model_type: str, tmp_path: Path) -> None:
+    """Its log-probs are those of the whole model, of which the other parts are not kept in memory."""
+    folder = write_multimodal(tmp_path, model_type, VOCABULARY)
+    model = load(folder)
     StartCheck(model, model, CPU, 64).settle()
-    assert model.arrangement is arrangement
+    is_packed = model_type not in ("lfm2_vl", "qwen3_5", "qwen3_5_moe")
+    assert model.arrangement is (Arrangement.packed if is_packed else Arrangement.padded)
+    assert model.has_chunked_head
     logps = model.train()(BATCH)
     logps.sum().backward()
-    unused = other_weights(model.causal_lm)
-    assert bool(unused) is others
-    assert all(weight.grad is None for weight in unused)
-    model.causal_lm.save_pretrained(tmp_path / "exported")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype=torch.float32).eval()
+    whole = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
-        torch.testing.assert_close(plain_logps(again, PAIRS), logps.detach(), rtol=0, atol=2e-5)
-    if others:
-        base, exported = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "exported"))
-        assert base.keys() == exported.keys()
+        torch.testing.assert_close(plain_logps(whole, PAIRS), logps.detach(), rtol=0, atol=2e-5)
+    ours, all_weights = (dict(one.named_parameters()) for one in (model.causal_lm, whole))
+    assert all(weight.grad is not None for weight in ours.values())
+    dropped = all_weights.keys() - ours.keys()
+    assert ours.keys() < all_weights.keys()
+    assert all("vis" in name or "multi_modal" in name for name in dropped)
+    assert target_layers(model.causal_lm, AdapterConfig()) == target_layers(whole, AdapterConfig())
+
+
+def test_a_class_of_text_alone_is_loaded_where_config_json_names_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a name, or with an unknown one, it is the class that has all parts."""
+    folder = write_multimodal(tmp_path, "qwen3_5", VOCABULARY)
+    described = json.loads((folder / "config.json").read_text())
+    for named, found in (
+        (["Qwen3_5ForCausalLM"], "Qwen3_5ForCausalLM"),
+        (None, "Qwen3_5ForConditionalGeneration"),
+        (["Another"], "Qwen3_5ForConditionalGeneration"),
+    ):
+        (folder / "config.json").write_text(json.dumps(described | {"architectures": named}))
+        with caplog.at_level(logging.WARNING):
+            assert type(load(folder).causal_lm).__name__ == found
+        assert ("only its text model is loaded" in caplog.text) is (found == "Qwen3_5ForCausalLM")
+        caplog.clear()
+
+
+def test_weights_for_images_of_a_model_with_one_configuration_are_frozen_and_get_no_adapter() -> None:
+    sizes = {"image_size": 28, "patch_size": 14, "crop_size": 28}
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    audio = {"hidden_size": 16, "intermediate_size": 24, "num_blocks": 1, "num_attention_heads": 2}
+    config = tiny_config("phi4_multimodal", vision_config=vision | sizes, audio_config=audio)
+    causal_lm = without_weights(config, ModelConfig("m", dtype=Dtype.fp32))
+    frozen = {name for name, weight in causal_lm.named_parameters() if not weight.requires_grad}
+    assert (
+        frozen == {name for name, _ in causal_lm.named_parameters() if "embed_tokens_extend" in name} != set()
+    )
+    assert not any("embed_tokens_extend" in name for name in target_layers(causal_lm, AdapterConfig()))
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v4", "llama4_text", "phimoe"])
+def test_a_linear_layer_with_a_forward_of_its_own_gets_no_adapter(model_type: str) -> None:
+    """Such as a router that returns several tensors."""
+    model = packed(tiny_family(model_type))
+    add_adapter(model, ModelConfig("m", adapter=AdapterConfig(r=2)), 0)
+    model.arrange(Arrangement.padded, own_logits=False)
+    assert model(BATCH).isfinite().all()
 
 
 def test_choices_of_keys_get_no_adapter() -> None:

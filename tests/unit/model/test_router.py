@@ -10,21 +10,25 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import own_coefficient, router_loss
 from dpo_dist.objective.router import AUX_LOSS, RouterLoss, routing_sums, selections
 from tests.support.families import tiny_causal_lm, tiny_config, tiny_family
-from tests.support.packing import random_pairs
+from tests.support.multimodal import IMAGE_MODELS, image_model
+from tests.support.packing import VOCABULARY, random_pairs
 from tests.support.padded import padded_inputs, rows_of
 from tests.unit.model.test_architectures import SHAPES
 
 LOSS = RouterLoss(1.0, None)
 
 
-@pytest.mark.parametrize("model_type", ["gpt_oss", "phimoe", "qwen3_next"])
+@pytest.mark.parametrize("model_type", ["gpt_oss", "phimoe", "qwen3_5_moe", "qwen3_next", "qwen3_vl_moe"])
 def test_the_formula_is_that_of_families_with_other_routers(model_type: str) -> None:
     """Their packed forward is the matter of other tests: here the recorded logits are those of the model."""
-    causal_lm = tiny_family(model_type)
+    reads_images = model_type in IMAGE_MODELS
+    causal_lm = image_model(model_type, VOCABULARY) if reads_images else tiny_family(model_type)
     assert own_coefficient(causal_lm)
     input_ids, mask = padded_inputs([(prompt, ids[:-1]) for prompt, ids in rows_of(random_pairs(SHAPES))])
     outputs = causal_lm(input_ids=input_ids, attention_mask=mask, output_router_logits=True, use_cache=False)
-    sums = routing_sums(outputs.router_logits, mask.flatten().float(), causal_lm.num_experts_per_tok)
+    sums = routing_sums(
+        outputs.router_logits, mask.flatten().float(), causal_lm.config.get_text_config().num_experts_per_tok
+    )
     ours = LOSS.parts(sums, selections(sums), int(mask.sum()))[AUX_LOSS]
     torch.testing.assert_close(ours, outputs.aux_loss, rtol=1e-5, atol=0)
 
