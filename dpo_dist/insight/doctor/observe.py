@@ -150,8 +150,8 @@ class Observer:
             facts.tokens = _lengths(whole.encoded)
         if facts.pair is not None:
             facts.pair.differences.pop("characters", None)
-            used = whole if isinstance(found, BadRecord) else found
-            counts = [] if isinstance(used, BadRecord) else [int(mask.sum()) for mask in used.encoded.masks]
+            best = whole if isinstance(found, BadRecord) else found
+            counts = [] if isinstance(best, BadRecord) else [int(mask.sum()) for mask in best.encoded.masks]
             if counts and counts[0] != counts[-1]:
                 facts.pair.differences["tokens"] = float(counts[0] - counts[-1])
         if isinstance(found, BadRecord):

@@ -121,12 +121,11 @@ class RunFacts:
 
         Of a margin it is two standard errors of the mean over the pairs of the last of the rows.
         """
-        drift, beta = (self.summary.get("reference") or {}).get("drift"), self.setting("loss.beta")
-        pairs = last(rows, "pairs")
-        if not drift or not beta or not pairs or self.setting("loss.reference_free"):
+        drift = (self.summary.get("reference") or {}).get("drift") or {}
+        rms, beta, pairs = drift.get("rms_response_drift"), self.setting("loss.beta"), last(rows, "pairs")
+        if not rms or not beta or not pairs or self.setting("loss.reference_free"):
             return {}
-        margin = 2 * beta * math.sqrt(2 / pairs) * drift["rms_response_drift"]
-        return {MARGIN: margin, "distance/chosen": drift["mean_token_drift"]}
+        return {MARGIN: 2 * beta * math.sqrt(2 / pairs) * rms, "distance/chosen": drift["mean_token_drift"]}
 
 
 def usual_loss(rows: Sequence[Row], row: Row) -> float | None:

@@ -325,6 +325,11 @@ def _rise_of_loss(facts: RunFacts) -> Iterator[str]:
         start, end = losses[0][1], median(recent)
         if start > 0 and end > 1.2 * start:
             yield f"the loss rose from {start:.3g} to {end:.3g}"
+            return
+    # The first loss of a policy that starts as the reference has no noise. A decaying rate heals later ones.
+    early = [loss for step, loss in values(facts.steps, "loss") if step <= facts.total_steps / 4]
+    if len(early) >= 3 and facts.falls(facts.steps) and median(early) > 2 * early[0] > 0:
+        yield f"the loss rose from {early[0]:.3g} to {median(early):.3g} in the first quarter of the steps"
 
 
 def _falls_of_chosen(facts: RunFacts) -> list[tuple[float, float]]:

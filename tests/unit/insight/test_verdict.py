@@ -126,6 +126,7 @@ def fallen(nats: float, others: Mapping[str, float] = MappingProxyType({})) -> l
     return rows(late=late | of_rewards | dict(others), since=4)
 
 
+HEALED = [row for row in fallen(0.02) if "loss" in row]
 FAR = {"distance/rejected": 3.0, "eval_distance/rejected": 3.5}
 OF_A = {"eval_tokens/chosen/a": 30.0, "eval_tokens/rejected/a": 90.0}
 SWAPPED = {"eval_rewards/accuracies/a": 0.2, "eval_rewards/accuracies/b": 0.9}
@@ -248,6 +249,12 @@ def test_a_rule_finds_its_fault_alone(
         (rows(every=AT_CHANCE), {"exit": "preempted"}, []),
         # Skipped steps do not explain other faults.
         (rows(late={"loss": 1.2}, since=4), {"bad_steps": 2}, ["diverged", "learning_rate_too_high"]),
+        # A loss that a decaying learning rate has healed.
+        (
+            [row | ({"loss": 2.0} if 2 <= row["step"] <= 5 else {}) for row in HEALED],
+            {},
+            ["learning_rate_too_high"],
+        ),
         # On the same responses.
         (fallen(0.02), {}, []),
         (fallen(2.0), {}, ["learning_rate_too_high"]),
