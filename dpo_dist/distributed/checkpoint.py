@@ -99,8 +99,10 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 
 def read_manifest(folder: Path) -> Entries:
-    """Return the entries in the manifest of `folder`."""
+    """Return the entries in the manifest of `folder`; ValueError if it is none."""
     entries: Entries = json.loads((folder / MANIFEST).read_bytes())
+    if not isinstance(entries, dict) or not entries:
+        raise ValueError("it names no file")
     return entries
 
 

@@ -13,6 +13,7 @@ import deepspeed
 import psutil
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import set_z3_leaf_module, set_z3_leaf_modules
 from torch import Tensor, nn
@@ -381,6 +382,8 @@ class PolicyEngine(Engine):
                 join_gradients(module)
         world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
         engine, _ = world.accelerator.prepare(model, create_optimizer(model, optim))
+        if world.size == 1 and isinstance(engine.optimizer, BF16_Optimizer):  # other optimizers reduce in it
+            engine.enable_backward_allreduce = False  # of all gradients with themselves, 5 % of a step
         super().__init__(model, engine)
         self._world, self._current = world, ""
         if self._shards_weights:

@@ -202,7 +202,9 @@ def with_one_dim(query: Tensor, key: Tensor, value: Tensor, multiple: int = 1) -
     """Return tensors of one dimension, a multiple of this number, with zeros where they have less."""
     dim = max(query.shape[-1], value.shape[-1])
     dim += -dim % multiple
-    return tuple(pad(tensor, (0, dim - tensor.shape[-1])) for tensor in (query, key, value))
+    missing = [dim - tensor.shape[-1] for tensor in (query, key, value)]
+    # A pad by 0 would be a copy.
+    return tuple(pad(t, (0, n)) if n else t for t, n in zip((query, key, value), missing, strict=True))
 
 
 def _with_sink(query: Tensor, key: Tensor, value: Tensor, products: Tensor) -> tuple[Tensor, Tensor, Tensor]:

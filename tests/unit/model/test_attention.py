@@ -21,7 +21,7 @@ from transformers.masking_utils import (
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.attention import check_kernel, choose_backend, packed_attention
-from dpo_dist.model.sdpa import Layout, MaskRule, Scores, mask_rule
+from dpo_dist.model.sdpa import Layout, MaskRule, Scores, mask_rule, with_one_dim
 from tests.support.kernels import (
     flash_attn_varlen_func,
     masked_attention,
@@ -274,6 +274,15 @@ def test_kernels_are_called_with_the_window(
 ) -> None:
     rule, sees = window(size) if is_windowed else causal(size)
     check(layout, sees, Scores(0.5, rule, size if is_windowed else None), backend)
+
+
+def test_only_heads_that_need_zeros_are_copied() -> None:
+    query, key, value = torch.ones(3, 4, 16), torch.ones(3, 2, 16), torch.ones(3, 2, 12)
+    assert all(given is got for given, got in zip((query, key, key), with_one_dim(query, key, key, 8)))
+    padded = with_one_dim(query, key, value, 8)
+    assert all(given is got for given, got in zip((query, key), padded))
+    assert padded[2].sum(-1).tolist() == value.sum(-1).tolist()
+    assert padded[2].shape == key.shape
 
 
 @pytest.mark.parametrize("backend", KERNELS)
