@@ -105,8 +105,8 @@ class FunctionJudge:
                 "the judge does not score",
                 where=f"{_FUNCTION} at the prompt of {question.record.origin}",
                 got=fault,
-                expected=f"{self._source.name}(prompt, responses) returns a list: for each response a finite number, "
-                "or None",
+                expected=f"{self._source.name}(prompt, responses) returns a list with a finite number, or "
+                "None, for each response",
                 remedy=f"correct {self._source.name} in {self._source.file}",
             )
         return scores

@@ -116,12 +116,12 @@ def evaluation_table(results: Mapping[str, Fields]) -> list[str]:
 
 def sampling_note(results: Fields) -> str:
     """Return what sampled responses say of a model; nothing of the likeliest ones."""
-    if not results["sampling"]["temperature"]:
-        return ""
-    return (
-        f"responses are sampled at a temperature of {results['sampling']['temperature']:g}: unlikely words can "
-        "make a small model look broken; compare.temperature=0 takes the likeliest"
+    temperature = results["sampling"]["temperature"]
+    sampled = (
+        f"responses are sampled at a temperature of {temperature:g}: unlikely words can make a small model "
+        "look broken; compare.temperature=0 takes the likeliest"
     )
+    return sampled if temperature else ""
 
 
 def comparison_table(results: Fields) -> list[str]:

@@ -39,7 +39,7 @@ def model_folder() -> Path | None:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Write the model of a GGUF file in bf16, and its tokenizer, as transformers writes a model of its own."""
+    """Write the model of a GGUF file in bf16, and its tokenizer, as transformers writes its own."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

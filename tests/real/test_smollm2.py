@@ -108,8 +108,8 @@ def test_packed_bf16_is_not_noisier_than_padded_batches_of_transformers(
     packed = api.load_model(str(model), dtype=api.Dtype.bf16, max_length=MAX_LENGTH)
     ours = drifts(api.token_logps(packed, pairs, 2048), exact)
     rows, padded = rows_of(pairs), AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
-    batches = [padded_logps(padded, rows[start : start + 8]) for start in range(0, len(rows), 8)]
-    theirs = drifts(sum(batches, []), exact)
+    batches = [rows[start : start + 8] for start in range(0, len(rows), 8)]
+    theirs = drifts([logps for batch in batches for logps in padded_logps(padded, batch)], exact)
     for own, other, of in zip(ours, theirs, ("token", "response"), strict=True):
         print(f"bf16: {rms(own):.2g} nats a {of}, padded {rms(other):.2g}")
         assert rms(own) <= rms(other)
@@ -117,7 +117,9 @@ def test_packed_bf16_is_not_noisier_than_padded_batches_of_transformers(
 
 def readme_commands() -> list[list[str]]:
     """The commands of the section about a real model, each as a module and its arguments."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## A real model\n")[1].split("\n## ")[0]
+    section = (
+        (ROOT / "README.md").read_text(encoding="utf-8").split("\n## A real model\n")[1].split("\n## ")[0]
+    )
     found = re.findall(r"^    python -m (.+)$", section, re.MULTILINE)
     return [shlex.split(line) for line in found]
 

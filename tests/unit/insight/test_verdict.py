@@ -185,7 +185,7 @@ FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
     ("evaluation_too_good", rows(late={"eval_rewards/accuracies": 0.95}), {}, "0.95 on 400 pairs is above"),
     ("label_leak", rows(every=AT_ONCE | {"tokens/chosen": 300.0}), {}, "0.99 at step 1 already, by length"),
     ("does_not_generalise", rows(late={"eval_loss": 0.9}, since=15), {}, "rose from 0.57 at step 10 to 0.9"),
-    ("over_optimised", rows(late=WORSE), {}, "(0 % -> 16 %), more sampled responses are refusals (2 % -> 30 %)"),
+    ("over_optimised", rows(late=WORSE), {}, "16 %), more sampled responses are refusals (2 % -> 30 %)"),
     ("over_optimised", rows(every=LONGER), {}, "3.0x longer (60 -> 180 tokens) compared with the reference"),
     ("learnt_nothing", rows(every=HALF), {}, "0.52 on 400 pairs is within its noise"),
     ("responses_cut", rows(), CUT, "80 of 400 training records (20 %)"),
