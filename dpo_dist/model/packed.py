@@ -232,7 +232,7 @@ class PackedCausalLM(nn.Module):
         """
         longest, outputs, routers = rows.input_ids.shape[1], [], []
         targets = np.bincount(batch.target_places[0], minlength=len(rows.lengths)).tolist()
-        for row, own in enumerate(rows.predictors.split(targets)):
+        for row, own in enumerate(torch.split(rows.predictors, targets)):
             found = self._row_outputs(rows.input_ids[row : row + 1, : rows.lengths[row]], with_routing)
             outputs.append(found.at(own - row * longest).predicting)
             routers.append(found.router_logits)

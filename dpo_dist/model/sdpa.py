@@ -21,6 +21,8 @@ Layout = tuple[tuple[int, ...], ...]
 _ALIGNMENT = 16
 # Dimensions added for a sink: kernels want multiples of 8.
 _SINK_DIMS = 8
+# On a CPU PyTorch's kernel is slower in bf16 than in float32 for segments of up to so many keys.
+_CPU_FLOAT32_KEYS = 256
 
 
 @dataclass(eq=False)
@@ -160,6 +162,8 @@ class SegmentAttention:
             # Scores are computed again in backward: one segment's are in memory at a time.
             attended: Tensor = checkpoint(_capped, *given, use_reentrant=False, preserve_rng_state=False)
             return attended
+        if not query.is_cuda and query.dtype is torch.bfloat16 and length <= _CPU_FLOAT32_KEYS:
+            return self._attend(query.float(), key.float(), value.float(), scores).to(query.dtype)
         if not query.is_cuda:  # of values with another dimension PyTorch would store all scores on a CPU
             query, key, value = with_one_dim(query, key, value)
         if scores.sinks is not None:

@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType, ModuleType, SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
