@@ -280,6 +280,8 @@ def _faults_of_all_files(folder: Path, world: World) -> list[str]:
 def checkpoint_state(folder: Path) -> dict[str, Any]:
     """Return the state in a checkpoint, whose files are not checked; not collective."""
     state: dict[str, Any] = json.loads((folder / STATE).read_bytes())
+    if state.get("step", 0) < 0:
+        raise damaged_checkpoint(folder, [f"{STATE}: step {state['step']}"])
     return state
 
 

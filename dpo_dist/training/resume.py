@@ -8,9 +8,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import changed_keys
@@ -41,7 +41,7 @@ class RunState:
     """
 
     outcome: RunOutcome
-    step: int
+    step: Annotated[int, Field(ge=0)]
     identity: Identity
     summary: dict[str, Any] | None = None
     stopped_by: str | None = None
