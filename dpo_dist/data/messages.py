@@ -193,11 +193,7 @@ def _parts(content: Any) -> Iterator[tuple[str, Any]]:
         names = (kind, "text", "value") if kind in _PARTS else ()
         value = next((fields[name] for name in names if fields.get(name) is not None), None)
         if kind != "tool_call" and not isinstance(value, str):
-            detail = (
-                "the content of a message is not a text"
-                if kind in _PARTS
-                else f"a message has a part {kind!r}"
-            )
+            detail = f"a message has content of type {str(kind)!r} that is no text"
             raise UnusableRecordError("unread_content", detail, ("content",))
         yield kind, value
 
