@@ -65,7 +65,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("Accuracy by source", pattern="^eval/rewards/accuracies/.", needs="sources"),
         Panel("Margins of the pairs of an evaluation", (MARGINS,), needs="evaluations"),
         Panel("Log-prob per token", _sides("logps/{}_per_token")),
-        Panel("Distance from the reference, nats per token", _sides("kl/{}"), needs="reference"),
+        Panel("Distance from the reference, nats per token", _sides("distance/{}"), needs="reference"),
         Panel("Gradient norm", ("train/grad_norm",)),
         Panel("Learning rate", ("train/learning_rate",)),
     ),

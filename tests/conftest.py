@@ -9,6 +9,7 @@ settings.register_profile("repeatable", deadline=None, derandomize=True, max_exa
 settings.load_profile("repeatable")
 
 LONG = (
+    "real/test_smollm2.py",
     "e2e/test_slurm.py",
     "golden/test_trajectory.py",
     "e2e/test_kills.py",

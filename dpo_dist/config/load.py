@@ -316,7 +316,8 @@ class _Command:
             value = self._named(str(key), given)
             if isinstance(value, str) and key in run_keys() and preset_names(str(key), self.folders):
                 presets[str(key)] = value
-            else:
+            elif value not in (None, "", [], {}) or "." in str(key) or key in run_keys():
+                # An empty key of another trainer's file says nothing.
                 OmegaConf.update(values, str(key), value, force_add=True)  # `loss.beta: 0.2` too
         whole = cast(dict[str, Any], OmegaConf.to_container(values))
         return entries if isinstance(entries, list) else [entries], presets, whole

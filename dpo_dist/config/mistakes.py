@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import get_args, get_origin
+from typing import Any, get_args, get_origin
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -54,8 +54,8 @@ def _table(section: str) -> dict[str, tuple[str, ...]]:
 def meant(name: str, table: str) -> tuple[str, ...]:
     """Return what a name of another trainer, or its last part, stands for in a table of names.yaml.
 
-    `keys`: keys of the same meaning; `answers`: what to write in place of it, with `{value}` for its value;
-    `sources`: keys of an entry of `data.train`; `values`: words for values.
+    `keys`: keys of the same meaning; `answers`: what to write in place of it, with `{value}` for its value,
+    also of `name=value`; `sources`: keys of an entry of `data.train`; `values`: words for values.
     """
     plain = name.lower().replace("-", "_")
     return _table(table).get(plain) or _table(table).get(plain.rpartition(".")[2], ())
@@ -116,6 +116,10 @@ def raise_all(mistakes: Sequence[ConfigError]) -> None:
 
 def assignment(key: str, value: str) -> str:
     """Return `key=value`, quoted for a shell, with `...` in place of a value that the key does not accept."""
+    if key == "loss" and value.startswith("["):
+        kinds = [kind.strip("[] '\"") for kind in value.split(",")]
+        named = (likely(kind, choices(run_keys()["loss.kind"])) or [kind] for kind in kinds)
+        return assignment("loss.terms", f"[{', '.join(f'{{kind: {kind}}}' for [kind] in named)}]")
     for text in (value, *meant(value, "values"), f"[{value}]"):
         if text and _is_accepted(key, text):
             return shlex.quote(f"{key}={text}")
@@ -142,7 +146,7 @@ def unknown_key(key: str, value: str = "", *, where: str = "") -> ConfigError:
 
     `value` is as it was written, empty if unknown; `where` the file or override with the key.
     """
-    remedy = _in_place_of(key, value)
+    remedy = (_answers_to(key, value) or [_in_place_of(key, value)])[0]
     return ConfigError(f"there is no key {key!r}", where=where or key, remedy=remedy)
 
 
@@ -169,10 +173,7 @@ def _in_place_of(key: str, value: str) -> str:
     if answers:  # before `same`: `template: llama3` of LLaMA-Factory is no value of data.template
         return answers[0].replace("{value}", value or "...")
     if same:
-        row = all_keys().get(same[0])
-        return f"write {same[0]}=..." + (
-            f", {row.type_words}" if row else ", a preset; a sum of losses is loss.terms"
-        )
+        return _with_a_value(same[0], value)
     if guess := suggestion(key, known):
         return guess.rstrip()
     beside = [one.rpartition(".")[2] for one in known if mapping and one.rpartition(".")[0] == mapping]
@@ -180,6 +181,21 @@ def _in_place_of(key: str, value: str) -> str:
         return f"the keys of {mapping} are {', '.join(beside)}"
     sections = [one for one in known if "." not in one]
     return f"a key has a section, such as loss.beta; the sections are {', '.join(sections)}"
+
+
+def _answers_to(key: str, value: str) -> list[str]:
+    """Return the answers to a key, or to one of the same meaning, with this value."""
+    found = [found for one in (key, *meant(key, "keys")) for found in meant(f"{one}={value}", "answers")]
+    return [answer.replace("{value}", value) for answer in found]
+
+
+def _with_a_value(key: str, value: str) -> str:
+    """Return what to write for a value that the key does not accept."""
+    row = all_keys().get(key)
+    if found := likely(value, choices(run_keys()["loss.kind" if key == "loss" else key])):
+        return f"did you mean {key}={found[0]}?"
+    words = row.type_words if row else "a preset; a sum of losses is loss.terms"
+    return f"write {key}=..., {words}"
 
 
 def preset_names(group: str, folders: Iterable[Path]) -> list[str]:
@@ -191,7 +207,9 @@ def unknown_preset(group: str, choice: str, folders: Sequence[Path]) -> ConfigEr
     """Return the error for a preset that does not exist."""
     known, plus = preset_names(group, folders), "+" if group == "experiment" else ""
     remedy = f"write {plus}{group}={known[0] if len(known) == 1 else 'NAME'}"
-    if found := likely(Path(choice).stem if choice.endswith((".yaml", ".yml")) else choice, known):
+    if answers := _answers_to(group, choice):
+        remedy = answers[0]
+    elif found := likely(Path(choice).stem if choice.endswith((".yaml", ".yml")) else choice, known):
         remedy = f"did you mean {plus}{group}={found[0]}?"
     elif group in _PRESET_PATHS:
         written = [assignment(key, choice) for key in _PRESET_PATHS[group]]
@@ -252,13 +270,35 @@ def wrong_values(error: ValidationError, origin: Callable[[str], str]) -> list[C
         key, value = _key_at(one["loc"], is_unknown=is_unknown), one["input"]
         above, _, name = key.rpartition(".")
         if is_unknown:
-            text = "" if isinstance(value, dict) else as_written(value)
+            text = "" if isinstance(value, dict) else as_written(_as_sources(value))
             found[key] = unknown_key(key, text, where=origin(key))
         elif one["type"] != "missing":
             found.setdefault(key, _wrong_value(key, one, origin(key)))
         elif all(other.rpartition(".")[0] != above for other in found):
             found[key] = ConfigError(f"{key} is not set", where=key, remedy=f"write {name}: ...")
     return list(found.values())
+
+
+def _as_sources(value: Any) -> Any:
+    """Return the `datasets` of another trainer as sources: paths, splits and names of fields."""
+    if not isinstance(value, list) or not all(isinstance(entry, dict) and "path" in entry for entry in value):
+        return value
+    sources = []
+    for entry in value:
+        kind = entry.get("type")
+        fields = entry | (kind if isinstance(kind, dict) else {})
+        names = {name.removeprefix("field_"): fields[name] for name in fields if name.startswith("field_")}
+        columns = {
+            name: column for name, column in names.items() if name != column and isinstance(column, str)
+        }
+        kept = ("path", "name", "data_dir", "split", "revision")
+        source = {name: entry[name] for name in kept if entry.get(name) not in (None, "")}
+        if isinstance(entry.get("data_files"), str):
+            source["path"] = entry["data_files"]
+        if Path(source["path"]).suffix:  # a file has one split
+            source.pop("split", None)
+        sources.append(source | ({"columns": columns} if columns else {}))
+    return sources
 
 
 def _wrong_value(key: str, error: ErrorDetails, where: str) -> ConfigError:
@@ -272,11 +312,13 @@ def _wrong_value(key: str, error: ErrorDetails, where: str) -> ConfigError:
         expected += f", <= {error['ctx']['le']:,}"
     remedy = f"set {key} to {expected}"
     if error["type"] == "string_pattern_mismatch" and not got.strip("' "):
-        expected, remedy = "text that is not empty", "write a value, or remove the key"
+        expected, remedy = "text that is not empty", "remove the key, or write a value"
     elif isinstance(value, bool) and " in " in where and choices(hint):
         remedy = "in YAML a bare on, off, yes or no is true or false: put the word in quotes"
-    elif found := likely(got, choices(hint)):
-        remedy = f"did you mean {key}={found[0]}?"
+    elif found := _answers_to(key, got) or [
+        f"did you mean {key}={one}?" for one in likely(got, choices(hint))
+    ]:
+        remedy = found[0]
     elif get_origin(hint) is list:
         remedy = f"write {assignment(key, got)}"
     elif key == "model.adapter" and "/" in got:

@@ -110,6 +110,10 @@ runs of every mode.
 _DEFINING = ("path", "quantization", "numerics")
 
 
+def _has_no_reference(config: RunConfig) -> bool:
+    return not config.loss.needs_reference
+
+
 def _given_once(key: str) -> Rule:
     return Rule(
         key,
@@ -341,8 +345,14 @@ RULES = (
         "set model.adapter={{r: 64, alpha: 128}}, or choose reference=cached",
     ),
     *(
-        unused(f"reference.{option}", f"reference.mode={'|'.join(modes)}")
+        unused(f"reference.{option}", f"reference.mode={'|'.join(modes)}", works=_has_no_reference)
         for option, modes in MODES_USING.items()
+    ),
+    *(
+        unused(
+            f"reference.{option}", LOSS, "choose a loss with a reference", lambda c: c.loss.needs_reference
+        )
+        for option in MODES_USING
     ),
     Rule(
         "reference.offload=nvme reference.nvme_path=null",

@@ -215,7 +215,7 @@ class ModelConfig:
 DataFormat = StrEnum("DataFormat", "auto hh text implicit_prompt messages ranked completion")
 Ranked = StrEnum("Ranked", ["whole", "best_worst", "all_pairs"])
 TextTemplate = StrEnum("TextTemplate", ["auto", "applied", "literal"])
-Truncation = StrEnum("Truncation", ["keep_start", "keep_end", "drop"])
+Truncation = StrEnum("Truncation", ["keep_start", "keep_end", "both", "drop"])
 OnBadRecord = StrEnum("OnBadRecord", ["drop", "error"])
 Role = Literal["assistant", "user", "tool", "system"]
 
@@ -279,7 +279,8 @@ class DataConfig:
     max_prompt_length: int | None = key(None, ge=1, verbs=VERBS_WITH_DATA)
     """Largest number of tokens of a prompt; the start of a longer one is cut; null: no limit."""
     truncation: Truncation = key(Truncation.keep_start)
-    """For pairs above `max_length`: `keep_start` cuts responses, `keep_end` the prompt's start, `drop`."""
+    """For pairs above `max_length`: `keep_start` cuts responses, `keep_end` the prompt's start, `both` each
+    side in proportion to its length; `drop`."""
     on_bad_record: OnBadRecord = key(OnBadRecord.drop)
     """`drop` (counted and shown) or `error`."""
     max_bad_share: float = key(0.05, ge=0, le=1, verbs=VERBS_WITH_DATA)

@@ -128,12 +128,14 @@ def written_values(text: str | bytes, where: str = "config.yaml") -> dict[str, A
         ConfigError: it has no keys, or interpolations or parts of Hydra, which no run writes.
     """
     try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ValueError("it has an alias (*), which no run writes")
         content = yaml.safe_load(text)
         if not isinstance(content, dict):
             raise ValueError("it has no keys")
         if "${" in str(content) or not content.keys().isdisjoint(_CODE_OF_HYDRA):
             raise ValueError("it has an interpolation (${...}), defaults or hydra, which no run writes")
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(
             "the configuration of this run cannot be read",
             where=where,

@@ -37,7 +37,7 @@ Records: TypeAlias = Sequence[Record]
 Result = TypeVar("Result")
 
 # Increased when the token ids or the files of the same records change.
-_ENCODING_VERSION = 13
+_ENCODING_VERSION = 14
 _LENGTH_KEYS = ("max_length", "max_prompt_length", "truncation")
 _ENCODING_KEYS = (*_LENGTH_KEYS, "text_as_messages", "template_arguments", "ranked", "on_bad_record")
 _VOCABULARY_FILES = ("tokenizer*", "*.model", "*.tiktoken", "tekken*", "*.py", "vocab*", "merges*")

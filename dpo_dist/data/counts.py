@@ -1,7 +1,7 @@
 """Counts of kept, dropped and changed records, and checks that enough of a source is left."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import yaml
 
 from dpo_dist.batching.sampler import BatchSampler
 from dpo_dist.config.schema import DataConfig, TextTemplate
+from dpo_dist.data.lengths import SourceLengths, fitting_limits
 from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN, BadRecord
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.text import counted
@@ -162,8 +163,18 @@ def describe_short_run(sampler: BatchSampler) -> list[str]:
     return []
 
 
-def check_counts(counts: DataCounts, path: str, config: DataConfig, *, of_first: bool = False) -> None:
+def check_counts(
+    counts: DataCounts,
+    path: str,
+    config: DataConfig,
+    *,
+    of_first: bool = False,
+    lengths: Sequence[SourceLengths] = (),
+    longest: int | None = None,
+) -> None:
     """Check that enough records of a source, or `of_first` of its first records, were kept.
+
+    `lengths` of all sources, and the `longest` sequence of the model in tokens, are for advice.
 
     Raises:
         DataError: no record was kept, more were dropped than `data.max_bad_share` allows, or a chat template
@@ -192,7 +203,9 @@ def check_counts(counts: DataCounts, path: str, config: DataConfig, *, of_first:
     reason = max(counts.dropped, key=lambda name: counts.dropped[name])
     reasons = ", ".join(f"{name} {number}" for name, number in sorted(counts.dropped.items()))
     remedy = remedy_of(reason)
-    if "data.max_length" in remedy:
+    if lengths and "data.max_length" in remedy and (fitting := fitting_limits(lengths, config, longest)):
+        remedy = f"set {fitting}"
+    elif "data.max_length" in remedy:
         remedy += f" (data.max_length is {config.max_length})"
     if counts.kept:
         remedy += "; or raise data.max_bad_share if dropping these records is intended"

@@ -34,6 +34,7 @@ from dpo_dist.data.store import (
     EncodedSource,
     columns_of,
     counts_of,
+    lengths_of,
     read_source,
 )
 from dpo_dist.foundation.errors import ConfigError, DataError
@@ -207,12 +208,18 @@ class PreferenceDataset:
         return int(self.first_pieces[index]), int(self.first_pieces[index + 1])
 
 
-def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> PreferenceDataset:
-    """Map the encoded sources and verify their digests; only files that have changed are read for that."""
+def open_dataset(
+    sources: Sequence[EncodedSource], config: DataConfig, longest: int | None = None
+) -> PreferenceDataset:
+    """Map the encoded sources and verify their digests; only files that have changed are read for that.
+
+    `longest`: tokens of the longest sequence of the model, for advice.
+    """
     tables, by_source = list(map(read_source, sources)), []
-    for source, rows in zip(sources, tables, strict=True):
-        of_source = counts_of(rows)
-        check_counts(of_source, source.path, config)
+    counted = list(map(counts_of, tables))
+    lengths = [lengths_of(rows, counts, config) for rows, counts in zip(tables, counted, strict=True)]
+    for source, of_source in zip(sources, counted, strict=True):
+        check_counts(of_source, source.path, config, lengths=lengths, longest=longest)
         by_source.append({"label": source.label, "path": source.path, **of_source.numbers()})
     every = pa.concat_tables(tables)
     counts = counts_of(every)

@@ -14,6 +14,7 @@ import pyarrow as pa
 from dpo_dist.config.schema import MARKER_GAP, UNTRAINED_PARTS, DataConfig, OnBadRecord, Truncation
 from dpo_dist.data.counts import Outcome
 from dpo_dist.data.escape import THOUGHT_TAGS, has_reserved
+from dpo_dist.data.lengths import left, needed_tokens
 from dpo_dist.data.records import (
     ALL_RECORDS,
     BadRecord,
@@ -47,6 +48,7 @@ class EncodedExample:
     trained: tuple[Mask, ...] = ()  # bool [response tokens], whether the loss counts each; empty: all count
     truncated: tuple[bool, ...] = ()  # for each response whether its end was cut, and with it its end of turn
     read_as: str = ""
+    lengths: tuple[int, ...] = ()  # tokens before any cut: prompt, longest response, BOS, `needed_tokens`
 
     @property
     def masks(self) -> tuple[Mask, ...]:
@@ -63,25 +65,29 @@ def encode_pair(
     text: EOS) exactly once. A special token spelled in a content is encoded as text.
     """
     facts = tokenizer_facts(tokenizer, data_config, with_tools=bool(record.tools))
+    lengths = tuple[int, ...]()
     try:
         if has_reserved((record.prompt, record.responses, record.tools, record.template_arguments)):
             raise UnusableRecordError("reserved_character", "a text has the noncharacter U+FDD0")
         rendered = render_record(record, facts, data_config)
         prompt, responses, trained, is_resplit = _encoded(rendered, facts, data_config)
         prompt, prefix_length = facts.with_prefix(prompt)
+        lengths = _lengths(prompt, responses, trained, prefix_length)
         kept_prompt, kept = _truncated(prompt, responses, prefix_length, data_config)
     except UnusableRecordError as fault:
-        return fault.at(record.origin)
+        return replace(fault.at(record.origin), lengths=lengths)
     except RecursionError:
         return BadRecord(
             "template_rejected", record.origin, "tools, calls or arguments are nested too deeply"
         )
     truncated = tuple(len(ids) < len(whole) for ids, whole in zip(kept, responses, strict=True))
     if len(set(map(tuple, kept))) < len(kept):
-        return BadRecord(f"identical_after_{'truncation' if any(truncated) else 'encoding'}", record.origin)
+        reason = f"identical_after_{'truncation' if any(truncated) else 'encoding'}"
+        return BadRecord(reason, record.origin, lengths=lengths)
     trained = [mask[: len(ids)] for mask, ids in zip(trained, kept, strict=False)]
     if not all(mask.any() for mask in trained):
-        return BadRecord("no_trained_token", record.origin, "the loss would count no token of a response")
+        detail = "the loss would count no token of a response"
+        return BadRecord("no_trained_token", record.origin, detail, lengths=lengths)
     found = {
         "boundary_resplit": is_resplit,
         "prompt_truncated": len(kept_prompt) < len(prompt),
@@ -95,6 +101,7 @@ def encode_pair(
         tuple(trained),
         truncated,
         rendered.read_as,
+        lengths,
     )
 
 
@@ -181,6 +188,19 @@ def _token_mask(starts: Sequence[int], length: int, counted: Iterable[Span]) -> 
     return mask
 
 
+def _lengths(
+    prompt: list[int], responses: list[list[int]], trained: list[Mask], prefix_length: int
+) -> tuple[int, ...]:
+    """Return the lengths before any cut; none if no limits could make the record usable."""
+    if (
+        len(prompt) == prefix_length
+        or len(set(map(tuple, responses))) < len(responses)
+        or not all(mask.any() for mask in trained)
+    ):
+        return ()
+    return len(prompt), max(map(len, responses)), prefix_length, needed_tokens(responses, trained)
+
+
 def _truncated(
     prompt: list[int], responses: list[list[int]], prefix_length: int, limits: DataConfig
 ) -> tuple[list[int], list[list[int]]]:
@@ -198,19 +218,16 @@ def _truncated(
             )
         prompt = _cut_left(prompt, limit, prefix_length)
     longest = max(map(len, responses))
-    if len(prompt) + longest <= limits.max_length:
-        return prompt, responses
+    kept_prompt, kept = map(int, left(len(prompt), longest, prefix_length, limits))
+    if kept:
+        return _cut_left(prompt, kept_prompt, prefix_length), [ids[:kept] for ids in responses]
     match limits.truncation:
         case Truncation.drop:
             raise UnusableRecordError("too_long", f"{len(prompt) + longest} tokens")
-        case Truncation.keep_start:
-            if len(prompt) >= limits.max_length:
-                raise UnusableRecordError("prompt_fills_max_length", f"{len(prompt)} tokens")
-            return prompt, [ids[: limits.max_length - len(prompt)] for ids in responses]
         case Truncation.keep_end:
-            if limits.max_length - longest <= prefix_length:
-                raise UnusableRecordError("response_fills_max_length", f"{longest} tokens")
-            return _cut_left(prompt, limits.max_length - longest, prefix_length), responses
+            raise UnusableRecordError("response_fills_max_length", f"{longest} tokens")
+        case _:
+            raise UnusableRecordError("prompt_fills_max_length", f"{len(prompt)} tokens")
 
 
 def _cut_left(prompt: list[int], length: int, prefix_length: int) -> list[int]:
@@ -287,7 +304,7 @@ def encode_chunk(
             if config.on_bad_record is OnBadRecord.error:
                 raise bad_record_error(found)
             outcome = Outcome(found.reason, changed=tuple((f"unread_{name}", 1) for name in found.unread))
-            values = {"detail": found.detail}
+            values = {"detail": found.detail, "lengths": found.lengths}
         elif found is None:
             outcome = Outcome(changed=((part.others, 1),))
         else:
@@ -321,4 +338,5 @@ def _columns(record: EncodedRecord) -> dict[str, Any]:
         "trained_tokens": [int(mask.sum()) for mask in encoded.masks],
         "trained": np.concatenate([np.empty(0, np.bool_), *(m for m in encoded.masks if not m.all())]),
         "examples": record.ranks,
+        "lengths": encoded.lengths,
     }

@@ -31,6 +31,7 @@ from dpo_dist.data.messages import (
     reader_of,
     role_of,
     spelled_messages,
+    unread_error,
     without_nulls,
 )
 from dpo_dist.data.records import (
@@ -488,7 +489,7 @@ def with_context(
         if not is_response and _is_outside(record.get(name), prompt):
             unread.append(name)
     if unread:
-        raise UnusableRecordError("unread_content", f"fields: {', '.join(unread)}", tuple(unread))
+        raise unread_error(f"fields: {', '.join(unread)}", unread)
     if not turns and not given:
         return prompt, (), {}
     tools = next((_tools(record[name]) for name in _TOOLS if name in given), ())

@@ -145,6 +145,12 @@ def has_more(fields: Fields) -> bool:
     return any(has_value(fields.get(name)) for name in ("tool_calls", "function_call", *_THOUGHTS))
 
 
+def unread_error(detail: str, unread: Sequence[str]) -> UnusableRecordError:
+    """Return the error of a record with fields that no format reads; images and the like have their own."""
+    is_media = any(name.rpartition("_")[2] in MEDIA for name in unread)
+    return UnusableRecordError("media_not_read" if is_media else "unread_content", detail, tuple(unread))
+
+
 def check_no_media(messages: Sequence[Fields]) -> None:
     """Check that no message has an image, audio, video, or a thought that is no text."""
     for message in messages:
@@ -152,7 +158,7 @@ def check_no_media(messages: Sequence[Fields]) -> None:
         # A flag, and an empty cell that became a number, is no thought.
         unread = tuple(name for name in given if name in MEDIA or isinstance(message[name], list | Mapping))
         if unread:
-            raise UnusableRecordError("unread_content", f"a message has {', '.join(unread)}", unread)
+            raise unread_error(f"a message has {', '.join(unread)}", unread)
 
 
 def _read_message(fields: Fields) -> Message:
@@ -193,8 +199,9 @@ def _parts(content: Any) -> Iterator[tuple[str, Any]]:
         names = (kind, "text", "value") if kind in _PARTS else ()
         value = next((fields[name] for name in names if fields.get(name) is not None), None)
         if kind != "tool_call" and not isinstance(value, str):
+            media = [name for name in MEDIA if name in str(kind).split("_")]
             detail = f"a message has content of type {str(kind)!r} that is no text"
-            raise UnusableRecordError("unread_content", detail, ("content",))
+            raise unread_error(detail, media or ["content"])
         yield kind, value
 
 

@@ -111,12 +111,14 @@ class BadRecord:
     """A record that cannot be used, by a reason of counts.yaml.
 
     The `detail` has no text of the record. `unread` are fields that no format reads, counted by their names.
+    `lengths` as those of an `EncodedExample`, if the record could be used with other limits.
     """
 
     reason: str
     origin: Origin
     detail: str = ""
     unread: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.origin} {self.reason}" + (f" ({self.detail})" if self.detail else "")

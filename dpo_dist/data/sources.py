@@ -205,14 +205,7 @@ def _data_files(folder: Path, source: SourceConfig, every: Sequence[Path] = ()) 
     root, splits = folder.resolve(), dict[str, list[Path]]()
     for split, found in (builder.config.data_files or {}).items():
         files = sorted(Path(os.path.normpath(file)) for file in found)
-        # Strangers write the card of a dataset: it names no files of this machine.
-        if outside := [file for file in files if not file.is_relative_to(root)]:
-            raise DataError(
-                "the card of the dataset names a file outside its folder",
-                where=source.path,
-                got=str(outside[0]),
-                remedy="set path of the source to this file, if you want it to be read",
-            )
+        _check_below(root, files, source, "the card of the dataset")
         splits[str(split)] = [folder / file.relative_to(root) for file in files]
     known = set(itertools.chain(*splits.values()))
     if not (source.name or source.data_dir) and (unread := [file for file in every if file not in known]):
@@ -227,6 +220,17 @@ def _data_files(folder: Path, source: SourceConfig, every: Sequence[Path] = ()) 
     for file in files:
         _check_kind(file, str(file))
     return files
+
+
+def _check_below(root: Path, files: Iterable[Path], source: SourceConfig, what: str) -> None:
+    """Check that strangers, who write cards and other descriptions, name no files outside the folder."""
+    if outside := [file for file in files if not file.is_relative_to(root)]:
+        raise DataError(
+            f"{what} names a file outside its folder",
+            where=source.path,
+            got=str(outside[0]),
+            remedy="set path of the source to this file, if you want it to be read",
+        )
 
 
 def _of_split(source: SourceConfig, splits: Mapping[str, T]) -> T:
@@ -246,6 +250,16 @@ def _saved_records(folder: Path, source: SourceConfig) -> Iterator[RawRecord]:
     """Return the records of a folder written by `Dataset.save_to_disk`."""
     from datasets import Dataset, load_from_disk  # noqa: PLC0415  # slow to import
 
+    root = folder.resolve()
+    with _as_data_error(source):
+        names = [
+            root / split
+            for file in root.glob("dataset_dict.json")
+            for split in parse_json(file.read_bytes())["splits"]
+        ]
+        states = [(file, parse_json(file.read_bytes())["_data_files"]) for file in root.rglob("state.json")]
+    names += [file.parent / entry["filename"] for file, entries in states for entry in entries]
+    _check_below(root, (Path(os.path.normpath(name)) for name in names), source, "the saved dataset")
     with _as_data_error(source):
         saved = load_from_disk(str(folder))
     splits = {"train": saved} if isinstance(saved, Dataset) else saved

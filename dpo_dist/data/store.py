@@ -1,5 +1,6 @@
-"""Encoded sources on disk: an Arrow file with a row for each record; written once, mapped."""
+"""Encoded sources on disk: an Arrow file with a row for each record, and its digest; written once, mapped."""
 
+import hashlib
 import json
 import logging
 import os
@@ -13,11 +14,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome
+from dpo_dist.data.lengths import SourceLengths
 from dpo_dist.data.records import BadRecord, Origin
 from dpo_dist.data.sources import root_of
 from dpo_dist.foundation.errors import ConfigError, DataError
-from dpo_dist.foundation.files import staged_file
+from dpo_dist.foundation.files import content_digest, file_identity, recall, remember, staged_file
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +28,7 @@ Array: TypeAlias = npt.NDArray[Any]
 
 MEMO_FOLDER = "file_digests"
 _BATCH_BYTES = 2**24
+_DIGEST_BYTES = 16  # of the blake2b digest behind the Arrow file
 
 SCHEMA = pa.schema(
     {
@@ -47,6 +51,8 @@ SCHEMA = pa.schema(
         "trained": pa.list_(pa.bool_()),
         # The indices of the responses of each example, best first.
         "examples": pa.list_(pa.list_(pa.int32())),
+        # `EncodedExample.lengths`, also of records that are dropped for them.
+        "lengths": pa.list_(pa.int64()),
     }
 )
 
@@ -67,9 +73,20 @@ class EncodedSource:
         return self.cache / f"{self.fingerprint}{'' if self.limit is None else f'-first-{self.limit}'}.arrow"
 
     def rows(self) -> pa.Table | None:
-        """Map the records; None if there is no file, or it is damaged."""
+        """Map the records; None if there is no file, or it is damaged.
+
+        A file is read for its digest once; then only if its `file_identity` has changed.
+        """
         try:
-            return pa.ipc.open_file(pa.memory_map(str(self.file))).read_all()
+            identity, memo = file_identity(self.file), self.cache / MEMO_FOLDER
+            whole = pa.memory_map(str(self.file)).read_buffer()
+            end = max(whole.size - _DIGEST_BYTES, 0)
+            records, digest = whole.slice(0, end), whole.slice(end).to_pybytes().hex()
+            if recall(memo, identity) != digest:
+                if hashlib.blake2b(records, digest_size=_DIGEST_BYTES).hexdigest() != digest:
+                    return None
+                remember(memo, identity, digest)
+            return pa.ipc.open_file(records).read_all()
         except (OSError, pa.ArrowInvalid):
             return None
 
@@ -80,14 +97,15 @@ def write_source(source: EncodedSource, batches: Iterable[pa.RecordBatch]) -> No
     if final.exists():
         log.warning("%s is damaged and is encoded again", final)
     try:
-        with (
-            staged_file(final) as staged,
-            pa.OSFile(str(staged), "wb") as file,
-            pa.ipc.new_file(file, SCHEMA) as writer,
-        ):
-            for batch in _large(batches):
-                files = [os.path.relpath(Path(name).expanduser(), root) for name in batch["file"].to_pylist()]
-                writer.write_batch(batch.set_column(0, "file", pa.array(files, pa.string())))
+        with staged_file(final) as staged:
+            with pa.OSFile(str(staged), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+                for batch in _large(batches):
+                    names = batch["file"].to_pylist()
+                    files = [os.path.relpath(Path(name).expanduser(), root) for name in names]
+                    writer.write_batch(batch.set_column(0, "file", pa.array(files, pa.string())))
+            digest = content_digest([staged])
+            with staged.open("ab") as file:
+                file.write(bytes.fromhex(digest))
     except OSError as error:  # the error of a full disk has no file name
         raise ConfigError(
             "the encoded data cannot be written",
@@ -115,7 +133,7 @@ def read_source(source: EncodedSource) -> pa.Table:
     if rows is None:
         raise DataError(
             "the encoded data are damaged",
-            where=str(source.file),
+            where=f"data.cache: {source.file}",
             remedy="start again: damaged data are encoded again",
         )
     files = rows["file"].dictionary_encode().combine_chunks()
@@ -142,6 +160,12 @@ def counts_of(rows: pa.Table) -> DataCounts:
     ]
     numbers = np.bincount(codes, minlength=len(outcomes)).tolist()
     return DataCounts.of(dict(zip(outcomes, numbers, strict=True)), named)
+
+
+def lengths_of(rows: pa.Table, counts: DataCounts, config: DataConfig) -> SourceLengths:
+    """Return the lengths of records before they were cut."""
+    lengths = pc.list_flatten(rows["lengths"]).to_numpy().reshape(-1, 4)
+    return SourceLengths(lengths, counts.read - len(lengths), config.max_bad_share * counts.read)
 
 
 def columns_of(rows: pa.Table) -> dict[str, Any]:

@@ -99,8 +99,10 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 
 def read_manifest(folder: Path) -> Entries:
-    """Return the entries in the manifest of `folder`."""
+    """Return the entries in the manifest of `folder`; ValueError if it is none."""
     entries: Entries = json.loads((folder / MANIFEST).read_bytes())
+    if not isinstance(entries, dict) or not entries:
+        raise ValueError("it names no file")
     return entries
 
 
@@ -278,6 +280,8 @@ def _faults_of_all_files(folder: Path, world: World) -> list[str]:
 def checkpoint_state(folder: Path) -> dict[str, Any]:
     """Return the state in a checkpoint, whose files are not checked; not collective."""
     state: dict[str, Any] = json.loads((folder / STATE).read_bytes())
+    if state.get("step", 0) < 0:
+        raise damaged_checkpoint(folder, [f"{STATE}: step {state['step']}"])
     return state
 
 

@@ -13,6 +13,7 @@ import deepspeed
 import psutil
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import set_z3_leaf_module, set_z3_leaf_modules
 from torch import Tensor, nn
@@ -202,11 +203,12 @@ def communication(stage: int, hidden_size: int, *, trains: bool = True) -> dict[
     """Return the bucket sizes of a ZeRO configuration, in elements, for a model of this width.
 
     Stages 1 and 2 reduce about one decoder layer at a time, 2e8 elements for a 7B model, where DeepSpeed
-    would allocate 5e8. Stage 3 has the values of DeepSpeed's documentation and of transformers' `auto`:
-    gradients are reduced, and weights prefetched, in buckets of about one square matrix; vectors are not
-    sharded. A model that is only scored has the memory of gradients, optimizer states and activations: a
-    layer is gathered while the one before it computes. DeepSpeed prefetches nothing while more than
-    `stage3_max_live_parameters` are gathered: three layers fit, and never less than its default of 1e9.
+    would allocate 5e8, as it does in stage 1 with bf16 whatever is configured. Stage 3 has the values of
+    DeepSpeed's documentation and of transformers' `auto`: gradients are reduced, and weights prefetched, in
+    buckets of about one square matrix; vectors are not sharded. A model that is only scored has the memory of
+    gradients, optimizer states and activations: a layer is gathered while the one before it computes.
+    DeepSpeed prefetches nothing while more than `stage3_max_live_parameters` are gathered: three layers fit,
+    and never less than its default of 1e9.
     """
     square = hidden_size**2
     layer = _SQUARES_PER_LAYER * square
@@ -381,6 +383,8 @@ class PolicyEngine(Engine):
                 join_gradients(module)
         world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
         engine, _ = world.accelerator.prepare(model, create_optimizer(model, optim))
+        if world.size == 1 and isinstance(engine.optimizer, BF16_Optimizer):  # other optimizers reduce in it
+            engine.enable_backward_allreduce = False  # it would round them to bf16, 5 % of a step
         super().__init__(model, engine)
         self._world, self._current = world, ""
         if self._shards_weights:

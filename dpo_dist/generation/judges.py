@@ -105,7 +105,8 @@ class FunctionJudge:
                 "the judge does not score",
                 where=f"{_FUNCTION} at the prompt of {question.record.origin}",
                 got=fault,
-                expected="a list with a finite number, or None, for each response",
+                expected=f"{self._source.name}(prompt, responses) returns a list with a finite number, or "
+                "None, for each response",
                 remedy=f"correct {self._source.name} in {self._source.file}",
             )
         return scores
@@ -360,7 +361,10 @@ class EndpointJudge:
             raise self._unusable("a reply that is no chat completion")
         if not choices or choices[0].finish_reason == "length":  # the end of a reply has the verdict
             return "", ""
-        return choices[0].message.content or "", ""
+        content = choices[0].message.content or ""
+        if isinstance(content, list):  # parts, as requests have them
+            content = "".join(str(dict(part).get("text") or "") for part in content)
+        return content, ""
 
     def _unusable(self, fault: str) -> ConfigError:
         return ConfigError(

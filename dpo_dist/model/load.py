@@ -23,7 +23,7 @@ from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig, Quantization
-from dpo_dist.foundation.errors import ConfigError, first_line
+from dpo_dist.foundation.errors import ConfigError, disk_error, first_line
 from dpo_dist.model.architectures import (
     SAMPLING_ROUTERS,
     auto_class,
@@ -250,6 +250,8 @@ def load_weights(
             with _unsharded():
                 unread = load(device_map="meta")[1]["unexpected_keys"]
     except Exception as error:  # an architecture's constructor can raise anything
+        if getattr(error, "filename", None) is None and (full := disk_error(error)):
+            raise full from error  # of the log file, to which the progress of loading is written
         unsharded = ", or set parallelism=zero2 or ddp" if is_deepspeed_zero3_enabled() else ""
         raise ConfigError(
             "the model cannot be loaded",

@@ -191,7 +191,7 @@ class PackedCausalLM(nn.Module):
             found = self._call(with_routing, input_ids=rows.input_ids).at(rows.predictors)
             weights = rows.is_token.flatten() * is_example
         else:
-            found = self._one_by_one(rows, batch.forwards, with_routing)
+            found = self._one_by_one(rows, batch, with_routing)
             weights = found.predicting.new_full((sum(rows.lengths),), is_example, dtype=torch.float32)
         logps = self._logps(found.predicting, batch.targets, statistics)
         return (logps, self._routing(found, weights)) if with_routing else logps
@@ -223,19 +223,21 @@ class PackedCausalLM(nn.Module):
         logps = share.gather(logps)
         return (logps, share.sum(self._routing(found, share.own(rows)))) if with_routing else logps
 
-    def _one_by_one(self, rows: Rows, forwards: int, with_routing: bool) -> "_Outputs":
+    def _one_by_one(self, rows: Rows, batch: PackedBatch, with_routing: bool) -> "_Outputs":
         """Return the outputs of the predictors, of a forward per row.
 
-        A rank with fewer rows than `forwards` computes two tokens again, as in `dummy_batch`, so that ranks
-        gather the same weights (law L2). Their sum in fp16 can be infinite, and 0 times that is no number.
+        A rank with fewer rows than `batch.forwards` computes two tokens again, as in `dummy_batch`, so that
+        ranks gather the same weights (law L2). Their sum in fp16 can be infinite, and 0 times that is no
+        number.
         """
         longest, outputs, routers = rows.input_ids.shape[1], [], []
-        for row, length in enumerate(rows.lengths):
-            found = self._row_outputs(rows.input_ids[row : row + 1, :length], with_routing)
-            outputs.append(nn.functional.pad(found.predicting, (0, 0, 0, longest - length)))
+        targets = np.bincount(batch.target_places[0], minlength=len(rows.lengths)).tolist()
+        for row, own in enumerate(torch.split(rows.predictors, targets)):
+            found = self._row_outputs(rows.input_ids[row : row + 1, : rows.lengths[row]], with_routing)
+            outputs.append(found.at(own - row * longest).predicting)
             routers.append(found.router_logits)
-        predicting = torch.cat(outputs).index_select(0, rows.predictors)
-        for _ in range(forwards - len(rows.lengths)):
+        predicting = torch.cat(outputs)
+        for _ in range(batch.forwards - len(rows.lengths)):
             unused = self._row_outputs(rows.input_ids[:1, :2]).predicting
             predicting = predicting + (0.0 * unused.float().sum()).to(predicting.dtype)
         return _Outputs(predicting, tuple(map(torch.cat, zip(*routers, strict=True))))

@@ -21,6 +21,8 @@ Layout = tuple[tuple[int, ...], ...]
 _ALIGNMENT = 16
 # Dimensions added for a sink: kernels want multiples of 8.
 _SINK_DIMS = 8
+# On a CPU PyTorch's kernel is slower in bf16 than in float32 for segments of up to so many keys.
+_CPU_FLOAT32_KEYS = 256
 
 
 @dataclass(eq=False)
@@ -160,6 +162,8 @@ class SegmentAttention:
             # Scores are computed again in backward: one segment's are in memory at a time.
             attended: Tensor = checkpoint(_capped, *given, use_reentrant=False, preserve_rng_state=False)
             return attended
+        if not query.is_cuda and query.dtype is torch.bfloat16 and length <= _CPU_FLOAT32_KEYS:
+            return self._attend(query.float(), key.float(), value.float(), scores).to(query.dtype)
         if not query.is_cuda:  # of values with another dimension PyTorch would store all scores on a CPU
             query, key, value = with_one_dim(query, key, value)
         if scores.sinks is not None:
@@ -202,7 +206,9 @@ def with_one_dim(query: Tensor, key: Tensor, value: Tensor, multiple: int = 1) -
     """Return tensors of one dimension, a multiple of this number, with zeros where they have less."""
     dim = max(query.shape[-1], value.shape[-1])
     dim += -dim % multiple
-    return tuple(pad(tensor, (0, dim - tensor.shape[-1])) for tensor in (query, key, value))
+    missing = [dim - tensor.shape[-1] for tensor in (query, key, value)]
+    # A pad by 0 would be a copy.
+    return tuple(pad(t, (0, n)) if n else t for t, n in zip((query, key, value), missing, strict=True))
 
 
 def _with_sink(query: Tensor, key: Tensor, value: Tensor, products: Tensor) -> tuple[Tensor, Tensor, Tensor]:

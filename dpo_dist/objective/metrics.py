@@ -27,8 +27,8 @@ PAIR_METRICS = (
     "logps/rejected",
     "logps/chosen_per_token",
     "logps/rejected_per_token",
-    "kl/chosen",
-    "kl/rejected",
+    "distance/chosen",
+    "distance/rejected",
     "tokens/chosen",
     "tokens/rejected",
 )
@@ -147,17 +147,6 @@ def metric_means(sums: Mapping[str, float], counts: Mapping[str, float]) -> dict
     return {name: total / counts[name] for name, total in sums.items() if counts[name]}
 
 
-def divergence(policy: Tensor, reference: Tensor) -> Tensor:
-    """Return exp(d) - 1 - d with d = policy - reference log-prob of each token, at least 0.
-
-    Its mean over samples of the reference is KL(reference || policy), in nats
-    (http://joschu.net/blog/kl-approx.html, estimator k3). Over the responses of a dataset it is a distance
-    between the two models on these tokens.
-    """
-    difference = policy - reference
-    return torch.expm1(difference) - difference
-
-
 @torch.no_grad()
 def metric_sums(
     plan: MetricPlan,
@@ -171,9 +160,9 @@ def metric_sums(
     """Return the sums of `plan.names` over these pairs; of a ranking, its best and worst response.
 
     `losses`: [pairs], of `preference_loss`. `weights`: float32 [pairs], 1 for a pair of the batch, 0 for a
-    dummy. `tokens`: `kl` (`divergence`) and `entropy` (nats) of the policy's tokens, summed by response, if
-    they are measured. `sources`: int64 [pairs], index of each pair's source in `plan.labels`; None without
-    labels.
+    dummy. `tokens`: `distance` (policy minus reference log-prob, absolute) and `entropy` of the tokens, in
+    nats, summed by response, if they are measured. `sources`: int64 [pairs], index of each pair's source in
+    `plan.labels`; None without labels.
     """
     loss, ratios, zeros = plan.loss, log_ratios(policy, reference, plan.loss), torch.zeros_like(policy.chosen)
     ones = torch.ones_like(zeros)

@@ -77,8 +77,8 @@ def settle_engine(
 
 
 # Tokens of a micro-batch that is only scored, for one token of the trainer's.
-# With hidden size h, training keeps about 63 h bytes of activations per token and layer (measured;
-# arXiv:2205.05198 counts 34 h), or 2 h plus one layer's 63 h with gradient checkpointing; scoring keeps one
+# With hidden size h, training keeps 50 to 70 h bytes of activations per token and layer (docs/scaling.md;
+# arXiv:2205.05198 counts 34 h), or 2 h plus those of one layer with gradient checkpointing; scoring keeps one
 # layer's only. With 28 layers, four times the tokens need a seventh of training's activation memory. With
 # checkpointing they need twice as much, which fits because gradients and optimizer states do not exist yet.
 SCORING_TOKENS_FACTOR = 4

@@ -72,11 +72,13 @@ def check_drift(
                 own += zip(names, (part.numpy() for part in parts), strict=True)
     drifts = [drift for part in world.gather(own) for drift in part]
     _check_drifts(drifts, config)
+    sums = np.array([drift.sum() for _, drift in drifts])
     return {
         "responses": len(drifts),
         "mean_token_drift": float(np.mean([np.abs(drift).mean() for _, drift in drifts])),
         "largest_token_drift": max(float(np.abs(drift).max()) for _, drift in drifts),
-        "largest_response_drift": max(abs(float(drift.sum())) for _, drift in drifts),
+        "rms_response_drift": float(np.sqrt(np.mean(sums**2))),
+        "largest_response_drift": float(np.abs(sums).max()),
     }
 
 

@@ -8,16 +8,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import STATE, RunFolder, checkpoint_folders
 from dpo_dist.config.schema import Resume, RunConfig
-from dpo_dist.foundation.errors import CheckpointError, RunOutcome, first_line
+from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome, dead_link, first_line
 from dpo_dist.foundation.files import write_text
+from dpo_dist.model.folder import check_weights
 
 if TYPE_CHECKING:
     from dpo_dist.training.inputs import Inputs
@@ -40,7 +41,7 @@ class RunState:
     """
 
     outcome: RunOutcome
-    step: int
+    step: Annotated[int, Field(ge=0)]
     identity: Identity
     summary: dict[str, Any] | None = None
     stopped_by: str | None = None
@@ -151,12 +152,17 @@ def describe_change(state: Mapping[str, Any], config: RunConfig, steps: int) -> 
 def find_finished(config: RunConfig, folder: RunFolder) -> RunState | None:
     """Return the state of a run that is complete at the length of `config` and has its model, else None.
 
-    It is an error if `config` is another one.
+    It is an error if `config` is another one. A model with a weight file that is cut counts as missing.
     """
     state = read_state(folder)
     if state is None or not state.is_finished or has_other_length(state.identity, config):
         return None
-    if not any(folder.model.glob("*.safetensors")):
+    weights = list(folder.model.glob("*.safetensors"))
+    try:
+        check_weights(weights, "run.dir")
+    except ConfigError:
+        return None
+    if not weights:
         return None
     check_configuration(state.identity, config, folder)
     return state
@@ -191,6 +197,9 @@ def check_fresh_start(config: RunConfig, folder: RunFolder) -> None:
             "put them back, or mount their disk, and set the length that the run had; to train from the "
             f"beginning delete {folder.state.name} and {folder.model.name}/, or set another run.dir"
         )
+    elif dead := dead_link(folder.checkpoints):
+        fault = f"the checkpoints of this run directory are {dead}"
+        remedy = "mount its disk or make the folder; to train from the beginning delete the link"
     elif config.run.resume is Resume.must:
         fault, remedy = "there is no checkpoint to resume from", "set run.resume=auto to start a new run"
     else:

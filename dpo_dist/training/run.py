@@ -179,6 +179,7 @@ def _load_models(
     """
     reference = None
     run.stops.check()
+    run.say("loading the model, and checking its packed log-probs by its plain forward")
     if run.config.reference.mode is not ReferenceMode.adapter:
         with run.clock.of("reference"):
             reference = prepare_reference(run, inputs, step0_follows=step0_follows)

@@ -1,7 +1,7 @@
 """Responses of the policy to held-out prompts at evaluations, beside those of the reference."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.schema import ReferenceMode
 from dpo_dist.data.dataset import PreferenceDataset
+from dpo_dist.distributed.world import GivenWay
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.files import text_digest, write_text
 from dpo_dist.generation.pairs.files import json_line
@@ -66,11 +67,11 @@ class Samples:
     def at(self, step: int, policy: Engine) -> dict[str, float]:
         """Write the policy's responses after `step`, and return their metrics `samples/...`.
 
-        Gives way before each batch of prompts. There is no file if the model's logits are not finite, and no
+        Gives way if the run must stop. There is no file if the model's logits are not finite, and no
         metrics, with a warning, after a bug in these.
         """
         known = self.reference if step == 0 and self.starts_as_reference else None
-        asked = known or self._ask(policy, give_way=self.run.stops.give_way)
+        asked = known or self._ask(policy)
         if asked is None:
             return {}
 
@@ -97,8 +98,11 @@ class Samples:
             self.ask_reference(policy, of_base=self.run.config.model.adapter is not None)
 
     def ask_reference(self, model: Engine, *, of_base: bool = False) -> None:
-        """Set the reference's responses to those of a model, and write them."""
-        self.reference = self._ask(model, of_base=of_base)
+        """Set the reference's responses to those of a model, and write them; ends the run if it must stop."""
+        try:
+            self.reference = self._ask(model, of_base=of_base)
+        except GivenWay:
+            self.run.stops.check()
         if self.reference is not None:
             rows = [
                 {"prompt_id": prompt.fields["prompt_id"], "sampling": asdict(self.sampling), **response}
@@ -118,15 +122,13 @@ class Samples:
         except (OSError, ValueError, LookupError, TypeError):  # absent or damaged: asked again
             return None
 
-    def _ask(
-        self, model: Engine, *, of_base: bool = False, give_way: Callable[[], None] = lambda: None
-    ) -> list[Row] | None:
+    def _ask(self, model: Engine, *, of_base: bool = False) -> list[Row] | None:
         """Return a response to each prompt; None, with a warning, if the model's logits are not finite."""
         requests = [prompt.request for prompt in self.prompts]
         limits = self.stop_ids, _BATCH_TOKENS, self.run.world
         try:
             found = generate_together(
-                model, requests, self.sampling, *limits, of_base=of_base, give_way=give_way
+                model, requests, self.sampling, *limits, of_base=of_base, stops=self.run.stops
             )
         except NotFiniteError:
             self.run.say("warning: no samples: the model's logits are not finite")

@@ -43,7 +43,6 @@ from dpo_dist.objective.metrics import (
     MetricPlan,
     MetricSums,
     PairValues,
-    divergence,
     metric_means,
     metric_sums,
     pair_values,
@@ -68,15 +67,16 @@ class ScoredPairs:
     """Policy and reference log-probs of a micro-batch, or of the global batch for coupled losses.
 
     `weights`, [pairs]: 1 for a pair, 0 for a dummy. `sources`, int64 [pairs]: index of each pair's source in
-    `labels`. `kl` (`divergence`) and `entropy` (nats): of the policy's tokens, summed by response, if
-    measured. `routing`: `objective.router.routing_sums`, if the loss has losses of routers.
+    `labels`. `distance` (policy minus reference log-prob, absolute) and `entropy` of the tokens, in nats,
+    summed by response, if measured. `routing`: `objective.router.routing_sums`, if the loss has losses of
+    routers.
     """
 
     policy: PairLogps
     reference: PairLogps | None
     facts: BatchFacts
     weights: Tensor
-    kl: PairLogps | None = None
+    distance: PairLogps | None = None
     entropy: PairLogps | None = None
     labels: tuple[str, ...] = ()
     sources: Tensor | None = None
@@ -160,7 +160,7 @@ class Objective:
                 reference=None if reference is None else self.pair_logps(reference, batch),
                 facts=replace(facts, score_gaps=batch.score_gaps, pair_weights=pair_weights),
                 weights=batch.weights,
-                kl=None if reference is None else sums(divergence(token_logps.detach(), reference)),
+                distance=None if reference is None else sums((token_logps.detach() - reference).abs()),
                 entropy=sums(statistics["entropy"]) if "entropy" in statistics else None,
                 labels=batch.labels,
                 sources=batch.sources,
@@ -179,7 +179,7 @@ class Objective:
         """
         losses = preference_loss(pairs.policy, pairs.reference, self.loss, pairs.facts)
         plan = MetricPlan(self.loss, pairs.labels, pairs.is_evaluation)
-        tokens = {"kl": pairs.kl, "entropy": pairs.entropy}
+        tokens = {"distance": pairs.distance, "entropy": pairs.entropy}
         sums = metric_sums(plan, losses, pairs.policy, pairs.reference, pairs.weights, tokens, pairs.sources)
         return (losses * pairs.weights).sum(), sums
 

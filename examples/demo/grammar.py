@@ -1,6 +1,6 @@
 """Grammar of the demo: askers, questions, good and bad answers, and the rule that good answers follow.
 
-The rule is visible in the text: a good answer begins by addressing the asker by name.
+The rule is visible in the text: a good answer begins with "Dear NAME, ", the name of the asker.
 """
 
 import random
@@ -121,7 +121,7 @@ def bad_answer(name: str, clause: str, draw: random.Random) -> str:
 
 
 def follows_rule(prompt: Sequence[Mapping[str, str]], answer: str) -> bool:
-    """Return whether `answer` begins by addressing the asker of a conversation of `role`/`content` messages.
+    """Return whether `answer` begins with "Dear NAME, ", the asker of a conversation of `role`/`content`.
 
     Raises:
         ValueError: nobody introduces themselves.

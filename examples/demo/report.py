@@ -103,7 +103,7 @@ def reward_accuracy(run: Path) -> float:
 
 def report(prompts: list[Messages], before: list[str], after: list[str], accuracy: float | None) -> str:
     """Return some answers before and after, and the shares, as text."""
-    lines = ["The rule: a good answer begins by addressing the asker by name.", ""]
+    lines = ['The rule: a good answer begins with "Dear " and the name of the asker.', ""]
     for prompt, *answers in list(zip(prompts, before, after, strict=True))[:SHOWN]:
         lines.append(f"  prompt   {prompt[-1]['content']}")
         for label, answer in zip(("before", "after"), answers, strict=True):

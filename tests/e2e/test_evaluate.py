@@ -36,7 +36,7 @@ def assert_equals_the_run(run: Path) -> None:
     compared = [
         key for key in row if key.startswith("eval_") and not key.endswith(("/all", "/more", "_tokens"))
     ]
-    wanted = {"rewards/accuracies", "rewards/margins", "kl/chosen", *MARGIN_PERCENTILES}
+    wanted = {"rewards/accuracies", "rewards/margins", "distance/chosen", *MARGIN_PERCENTILES}
     assert {f"eval_{name}" for name in wanted} <= set(compared)
     for key in compared:
         assert found[key] == pytest.approx(row[key], abs=1e-5, rel=1e-5), key
@@ -94,7 +94,7 @@ def test_a_model_and_a_checkpoint_score_as_in_the_run(
     assert list(alone) == ["all", *names.values()]
     row = last_evaluation(run)
     for label, name in names.items():
-        for metric in ("loss", "rewards/accuracies", "kl/rejected"):
+        for metric in ("loss", "rewards/accuracies", "distance/rejected"):
             key = f"eval_{metric}"
             assert alone[name][key] == pytest.approx(row[f"{key}/{label}"], abs=1e-5), key
     for label in ("all", "more"):

@@ -10,7 +10,7 @@ from dpo_dist.distributed.checkpoint import SavedSlices
 from tests.e2e.conftest import small_run
 from tests.support.launch import history, run_state, run_verb, summary, train
 
-METRIC = "eval_kl/chosen"
+METRIC = "eval_distance/chosen"
 
 
 def command(assets: Path, folder: Path, *options: str) -> list[str]:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.insight.metrics.log import read_latest_rows
 from tests.e2e.conftest import Overrides
 from tests.support.launch import history, run_verb, train
 
@@ -109,6 +111,27 @@ def test_a_loss_of_ones_own_trains_on_two_processes_as_the_built_in_one(
     other = run_verb("train", command, cwd=tmp_path)
     assert other.code == 2, other.output
     assert "which depends on the source of my_losses:hinge" in other.output
+
+
+def test_a_run_that_fails_after_steps_keeps_its_rows_until_the_same_command_starts_it_again(
+    overrides: Overrides, tmp_path: Path
+) -> None:
+    """A loss that cannot take the five pairs of the last batch."""
+    own = tmp_path / "my_losses.py"
+    own.write_text(OWN_LOSS.replace("))\n", "))[: 1 if policy.margin.numel() == 5 else None]\n"))
+    command = overrides("loss=custom", "loss.function=my_losses:hinge")
+    failed = run_verb("train", command, cwd=tmp_path)
+    assert failed.code == 2, failed.output
+    assert "does not return one loss per pair" in failed.output
+    run = RunFolder(tmp_path / "run")
+    assert [row["step"] for row in read_latest_rows(run)] == [1, 2, 3]
+    assert "does not return one loss per pair" in run.rank_log(0).read_text()
+
+    own.write_text(OWN_LOSS)
+    again = run_verb("train", command, cwd=tmp_path)
+    assert again.code == 0, again.output
+    assert "training starts again" in again.output
+    assert [row["step"] for row in history(run.path)] == [1, 2, 3, 4]
 
 
 def test_a_reference_that_follows_is_restored_on_resume(overrides: Overrides, tmp_path: Path) -> None:

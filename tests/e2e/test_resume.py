@@ -157,6 +157,7 @@ def test_stops_while_encoding_saving_evaluating_sampling_exporting_and_reporting
     command = overrides(*usual, *samples, f"data.cache={cache}")
     places = [
         ("dpo_dist.data.build", "in_order", "before the first step"),
+        ("dpo_dist.generation.sampling.generate", "generate_batch", "stopped: by SIGTERM before the first"),
         ("dpo_dist.distributed.checkpoint", "commit_folder", "stopping after step [1-3]"),
         ("dpo_dist.training.loop", "evaluate", "stopping after step 4"),
         ("dpo_dist.training.samples", "generate_together", "stopping after step 4"),
@@ -169,6 +170,8 @@ def test_stops_while_encoding_saving_evaluating_sampling_exporting_and_reporting
         assert re.search(words, stopped.output), stopped.output
         if name == "in_order":
             assert [path.name for path in cache.iterdir()] == ["file_digests"], "half-encoded data are left"
+        if name == "generate_batch":
+            assert not (run / "samples").exists(), "responses of the reference that were cut"
     assert run_state(run)["outcome"] == "exported"
     last = run_verb(
         "train", command, prepare=partial(_stopped_at, "dpo_dist.training.finish", "closing_table")

@@ -3,24 +3,39 @@
 What waits in whole runs, `tests/simulated_cuda/test_waits.py` shows; only a GPU knows all kernels that do.
 """
 
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from dpo_dist.config.losses import LossConfig, LossKind
+from dpo_dist.config.losses import KINDS, LossConfig, LossKind
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.model.load import load_packed
-from dpo_dist.objective.losses import BatchFacts
+from dpo_dist.objective.losses import BatchFacts, RunningMeans
 from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.training.step import Objective, StepClock
+from tests.support.own_loss import function_of
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 CUDA = torch.device("cuda")
+CPU = torch.device("cpu")
+
+
+def without_waits(function: Callable[[], Any]) -> Any:
+    """Call the function; a wait of the host for the device is an error."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        return function()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_forward_and_backward_do_not_make_the_host_wait(tmp_path: Path) -> None:
@@ -36,11 +51,52 @@ def test_forward_and_backward_do_not_make_the_host_wait(tmp_path: Path) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
 
     step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    without_waits(step)
+
+
+def variants(kind: LossKind) -> Iterator[LossConfig]:
+    """The loss by its defaults, and with another value of each option that is a choice."""
+    plain = LossConfig(kind, function=function_of(kind))
+    yield plain
+    for option in sorted(KINDS[kind].options):
+        value = getattr(plain, option)
+        if isinstance(value, StrEnum):
+            yield from (replace(plain, **{option: other}) for other in type(value) if other is not value)
+        elif value is None or isinstance(value, bool):
+            yield replace(plain, **{option: 0.25 if value is None else not value})
+
+
+@pytest.mark.parametrize("kind", LossKind)
+def test_no_loss_makes_the_host_wait_and_each_is_that_of_the_cpu(kind: LossKind) -> None:
+    shapes = [(7, 5, 9), (1, 1, 4), (12, 3, 2), *([(3, 4, 2, 6)] if KINDS[kind].accepts_rankings else [])]
+    batch = pack_unkeyed(random_pairs(shapes))
+    spread = torch.Generator().manual_seed(1)
+    values, known = -3 * torch.rand(2, len(batch.targets), generator=spread)
+    batch = replace(batch, reference_logps=known, score_gaps=torch.rand(len(shapes), generator=spread) + 0.5)
+    facts = BatchFacts(3.5, running=RunningMeans(margin=0.1, reward=0.2, pairs=2))
+
+    def measured(config: LossConfig, device: torch.device, leaf: Tensor) -> list[Tensor]:
+        """The gradient, the loss and the metrics; `leaf` is of the log-probs that a policy would return."""
+
+        def token_logps(_: Any, statistics: Sequence[str]) -> Tensor:
+            return torch.stack((leaf, *(leaf.detach() / 2 for _ in statistics))) if statistics else leaf * 1
+
+        policy: Any = type("Model", (), {"token_logps": staticmethod(token_logps)})
+        objective = Objective(config, ReferenceProvider())
+        rank_batch: Any = type("RankBatch", (), {"batches": lambda: [batch]})
+        ready = objective.ready_batches(rank_batch, device)
+        (pairs,) = objective.scored(policy, ready, facts, device)
+        loss, sums = objective.measure(pairs)
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert leaf.grad is not None
+        return [leaf.grad, loss.detach(), sums.values]
+
+    for config in variants(kind):
+        leaves = [values.to(device, copy=True).requires_grad_() for device in (CPU, CUDA)]
+        expected = measured(config, CPU, leaves[0])
+        found = without_waits(lambda config=config, leaves=leaves: measured(config, CUDA, leaves[1]))
+        for got, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(got.cpu(), wanted, rtol=1e-5, atol=1e-6, msg=str(config))
 
 
 def test_a_phase_lasts_as_long_as_its_work_on_the_device() -> None:

@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType, ModuleType, SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,7 +87,7 @@ def peak_bytes() -> int:
 def _note_wait(kind: bytes) -> None:
     """Called within an operator: it walks frames, and reads no file."""
     line = caller = ""
-    frame: FrameType | None = sys._getframe(1)
+    frame = sys._getframe().f_back  # None in a thread of autograd
     while frame is not None and not line:
         path = frame.f_code.co_filename
         if path != __file__ and not _IS_BELOW.search(path):

@@ -46,6 +46,11 @@ torch.cuda.synchronize()
 event = torch.cuda.Event(enable_timing=True)
 event.record()
 event.synchronize()
+leaf = torch.ones(3, device="cuda", requires_grad=True)
+picked = leaf[torch.ones(3, dtype=torch.bool, device="cuda")].sum()
+device.enter_phase("backward")
+picked.backward()                                               # in a thread without a frame of Python
+device.enter_phase("values")
 torch.cuda.set_sync_debug_mode("error")
 refuse("wait", lambda: on_device.sum().item())
 import json
@@ -75,12 +80,13 @@ def test_it_refuses_and_counts_what_cuda_does(tmp_path: Path) -> None:
     [report] = [json.loads(file.read_text()) for file in tmp_path.iterdir()]
     assert 0 < report["peak_bytes"] < 2**20
     assert sorted([phase, kind, count] for phase, kind, _line, _caller, count in report["waits"]) == [
+        ["backward", "aten::_index_put_impl_", 1],
         ["copies", "copy to device", 1],
         ["copies", "copy to device, pageable", 1],
         ["copies", "copy to host, pageable", 1],
         ["indices", "copy to device, pageable", 1],
         ["values", "aten::_local_scalar_dense", 2],
-        ["values", "aten::nonzero", 1],
+        ["values", "aten::nonzero", 2],
         ["values", "device", 1],
         ["values", "event", 1],
     ]

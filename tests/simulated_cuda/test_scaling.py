@@ -113,6 +113,7 @@ def main() -> None:
     model, out = map(Path, sys.argv[1:])
     gc.freeze()  # DeepSpeed collects garbage each time it says how much memory there is
     steps = {f"{kind} {ranks}": step(model, kind, ranks) for kind in KINDS for ranks in SIZES}
+    steps["ddp 1"] = step(model, "ddp", 1)
     out.write_text(json.dumps({"steps": steps, "peak": peak_of_the_output_layer()}))
 
 
@@ -146,6 +147,12 @@ def test_a_step_is_as_documented_for_any_number_of_ranks(kind: str, measured: An
     few, many = orders
     assert few == many
     assert [name for number, name in enumerate(few) if not number or name != few[number - 1]] == names
+
+
+def test_one_process_does_not_reduce_its_gradients_with_themselves(measured: Any) -> None:
+    found = measured["steps"]["ddp 1"]
+    assert found["used"] >= 20 * sum(found["sizes"])
+    assert [name for name, _ in found["calls"]] == []
 
 
 def test_the_peak_of_the_output_layer_is_as_documented(measured: Any) -> None:

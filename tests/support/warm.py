@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import runpy
+import signal
 import socket
 import sys
 import tempfile
@@ -210,6 +211,7 @@ def _be_module(
     errors: Path,
     prepare: Callable[[], None] | None,
 ) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs without
     for descriptor, file in ((1, screen), (2, errors)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT), descriptor)
     sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115

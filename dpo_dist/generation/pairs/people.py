@@ -26,8 +26,9 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import PairsMethod, RunConfig
 from dpo_dist.data.counts import in_one_line
 from dpo_dist.data.formats import read_records
+from dpo_dist.data.messages import parse_json
 from dpo_dist.data.records import Dialogue, PreferenceRecord
-from dpo_dist.foundation.errors import DataError
+from dpo_dist.foundation.errors import DataError, first_line
 from dpo_dist.foundation.files import locked, text_digest, write_text
 from dpo_dist.foundation.text import counted
 from dpo_dist.generation.pairs.files import (
@@ -108,7 +109,18 @@ class Labelling:
         content = file.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         os.ftruncate(self._log, len(whole))
-        lines = [Judgement(**json.loads(line)) for line in whole.splitlines()]
+        lines = []
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                lines.append(Judgement(**parse_json(line)))
+            except (ValueError, TypeError) as error:
+                raise DataError(
+                    "this line is no judgement",
+                    where=f"{file}:{number}",
+                    got=first_line(error),
+                    expected=f"a JSON object with {', '.join(Judgement._fields)}",
+                    remedy="correct the line or delete it; the other judgements stay",
+                ) from error
         self.given = {(one.annotator, one.item): one for one in lines if one.item in self.items}
         return sum(one.item not in self.items for one in lines)
 
@@ -118,8 +130,15 @@ class Labelling:
         verdict = {"left": _SIDES[left], "right": _SIDES[1 - left]}.get(choice, choice)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         judgement = Judgement(item, annotator, verdict, left, now)
-        os.write(self._log, (json.dumps(judgement._asdict(), ensure_ascii=False) + "\n").encode())
-        os.fsync(self._log)
+        line = (json.dumps(judgement._asdict(), ensure_ascii=False) + "\n").encode()
+        size = os.fstat(self._log).st_size
+        try:
+            while line:  # the last room of a full disk takes a part of it
+                line = line[os.write(self._log, line) :]
+            os.fsync(self._log)
+        except OSError:
+            os.ftruncate(self._log, size)
+            raise
         self.given[annotator, item] = judgement
 
     def left(self, annotator: str, item: str) -> int:
@@ -178,8 +197,12 @@ class LabelServer(ThreadingMixIn, WSGIServer):
             start("404 Not Found", [])
             return []
         with self._lock:
-            if sent:
-                self._labelling.judge(annotator, item, fields["choice"])
+            try:
+                if sent:
+                    self._labelling.judge(annotator, item, fields["choice"])
+            except OSError as error:
+                start("507 Insufficient Storage", [("Content-Type", "text/plain; charset=utf-8")])
+                return [f"Not saved: {error.strerror}. Make room, go back and answer again.".encode()]
             if sent or (annotator and "item" not in fields):
                 # The address of a comparison has its key: the browser can go back to it.
                 item = next(iter(self._labelling.remaining(annotator)), "")

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from dpo_dist.data.encode import TokenIds
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.world import Stops, World
 from dpo_dist.distributed.zero import Engine
 
 
@@ -112,10 +112,12 @@ def generate_batch(
     device: torch.device,
     *,
     is_synchronised: bool = False,
+    must_end: Callable[[], bool] = lambda: False,
 ) -> list[Sample]:
     """Return a sample for each of the requests, generated as one batch; arguments as for `generate`.
 
-    `is_synchronised`: all ranks call this together and make as many forwards as the slowest.
+    `is_synchronised`: all ranks call this together and make as many forwards as the slowest. `must_end` is
+    asked before each token whether all responses of this rank end here.
     """
     longest = max(len(request.prompt_ids) for request in requests)
     filler = min(stop_ids)
@@ -125,7 +127,7 @@ def generate_batch(
         length = len(request.prompt_ids)
         ids[row, longest - length :] = torch.from_numpy(request.prompt_ids.astype(np.int64))
         mask[row, longest - length :] = 1
-    next_token = _NextToken(requests, longest, sampling, stop_ids, device)
+    next_token = _NextToken(requests, longest, sampling, stop_ids, device, must_end)
     # Defaults of the model's folder, such as a repetition penalty, would change the distribution.
     causal_lm.generation_config = GenerationConfig()
     output = causal_lm.generate(
@@ -159,8 +161,9 @@ class _NextToken(LogitsProcessor):  # type: ignore[misc]
         sampling: Sampling,
         stop_ids: Collection[int],
         device: torch.device,
+        must_end: Callable[[], bool],
     ):
-        self._prompt_length = prompt_length
+        self._prompt_length, self._must_end = prompt_length, must_end
         self._stop_ids = torch.tensor(sorted(stop_ids), device=device)
         numbers = [random_numbers(sampling, request) for request in requests if sampling.temperature > 0]
         self._numbers = torch.stack(numbers).to(device) if numbers else None
@@ -177,10 +180,13 @@ class _NextToken(LogitsProcessor):  # type: ignore[misc]
         """Return logits [rows, vocabulary] that are finite for the drawn token only; greedy: as they are."""
         generated = input_ids[:, self._prompt_length :]
         broken = ~scores.amax(-1).isfinite()
-        if broken.any():
+        must_end = self._must_end()
+        if must_end or broken.any():
+            ended = torch.full_like(scores, -torch.inf).index_fill(-1, self._stop_ids[:1], 0.0)
+            if must_end:
+                return ended
             has_ended = torch.isin(generated, self._stop_ids).any(-1)  # what follows is padding
             self.is_broken |= bool((broken & ~has_ended).any())
-            ended = torch.full_like(scores, -torch.inf).index_fill(-1, self._stop_ids[:1], 0.0)
             scores = torch.where(broken[:, None], ended, scores)
         if self._numbers is None:
             return scores
@@ -203,14 +209,14 @@ def generate_together(
     world: World,
     *,
     of_base: bool = False,
-    give_way: Callable[[], None] = lambda: None,
+    stops: Stops | None = None,
 ) -> list[Sample]:
     """Return a sample of the engine's model for each request, in their order, on all ranks; collective.
 
     Every rank generates a share of similar lengths. Under ZeRO-3 each forward gathers weights from all ranks:
     they generate the same number of batches, and each batch makes as many forwards as the longest of all.
-    `give_way` is called before each batch, as often on all ranks, and may raise. Raises NotFiniteError on all
-    ranks.
+    With `stops`, a rank that is asked to stop ends its responses at once, and all ranks give way after the
+    batch. Raises NotFiniteError on all ranks.
     """
     shares = [
         batches(requests, sampling.max_new_tokens, budget, rank, world.size) for rank in range(world.size)
@@ -218,9 +224,11 @@ def generate_together(
     own, synchronised = shares[world.rank], engine.is_synchronised
     samples: dict[int, Sample] = {}
     is_broken = False
+    must_end = (lambda: False) if stops is None else lambda: stops.request.is_urgent
     with engine.generating(of_base=of_base) as causal_lm:
         for number in range(max(map(len, shares))):
-            give_way()
+            if stops is not None:
+                stops.give_way()
             if number >= len(own) and not synchronised:
                 continue
             indices = own[number] if number < len(own) else []
@@ -230,12 +238,20 @@ def generate_together(
                 chosen, settings = [Request(dummy, "", 0)], Sampling(max_new_tokens=1, temperature=0)
             try:
                 found = generate_batch(
-                    causal_lm, chosen, settings, stop_ids, world.device, is_synchronised=synchronised
+                    causal_lm,
+                    chosen,
+                    settings,
+                    stop_ids,
+                    world.device,
+                    is_synchronised=synchronised,
+                    must_end=must_end,
                 )
             except NotFiniteError:  # the other ranks wait in the next batch
                 is_broken = True
             else:
                 samples |= zip(indices, found, strict=False)
+    if stops is not None:
+        stops.give_way()  # the last responses may be cut
     gathered = world.gather((samples, is_broken))
     if any(fault for _, fault in gathered):
         raise NotFiniteError

@@ -165,8 +165,10 @@ def leak_findings(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
     for length in groups.pop("length", ()):
         if length.exceeds(RULES["length_bias"].threshold):
             explained = length.accuracy + _ADDS
-            side = "shorter" if length.detail == _LESS else "longer"
-            detail = f"the {side} one is chosen in {percent(length.accuracy)} of the pairs"
+            side = "fewer" if length.detail == _LESS else "more"
+            detail = (
+                f"the one with {side} {length.feature} is chosen in {percent(length.accuracy)} of the pairs"
+            )
             yield from RULES["length_bias"].value(length.accuracy, length.pairs, source, detail)
     for group, own in groups.items():
         rule, test = RULES["style_bias" if group in _STYLE else "label_leak"], own[0]

@@ -39,7 +39,7 @@ class PairFacts:
 
     record: int  # its key, by which a sample is drawn
     prompt: int  # the key of its prompt
-    differences: dict[str, float]  # `features.differences`
+    differences: dict[str, float]  # `texts.differences`; `tokens` that the loss counts for `characters`
     heads: tuple[str, str, str]  # the start of the prompt's last turn and of the two responses
 
 
@@ -148,6 +148,12 @@ class Observer:
             whole = encode_record(record, self._whole, tokenizer)
         if isinstance(whole, EncodedRecord):
             facts.tokens = _lengths(whole.encoded)
+        if facts.pair is not None:
+            facts.pair.differences.pop("characters", None)
+            best = whole if isinstance(found, BadRecord) else found
+            counts = [] if isinstance(best, BadRecord) else [int(mask.sum()) for mask in best.encoded.masks]
+            if counts and counts[0] != counts[-1]:
+                facts.pair.differences["tokens"] = float(counts[0] - counts[-1])
         if isinstance(found, BadRecord):
             facts.dropped, facts.detail = found.reason, found.detail
             return set()

@@ -222,8 +222,8 @@ _FEATURES: Mapping[str, Mapping[str, Feature]] = {
     "refusal": {"refusal": lambda _, bare: is_refusal(bare)},
     "odd characters": {"odd characters": lambda text, _: re.search(_ODD, text) is not None},
 }
-GROUPS = {name: group for group, features in _FEATURES.items() for name in features}
-"""Of each feature but the first and the last words."""
+GROUPS = {name: group for group, features in _FEATURES.items() for name in features} | {"tokens": "length"}
+"""Of each feature but the first and the last words; tokens are counted where records are encoded."""
 _FIRST = ("first word", "second word", "third word")
 _LAST = ("last word", "last word but one", "last word but two")
 

@@ -73,10 +73,13 @@ class MetricsLog:
         """Start a log, or continue the one in `folder`.
 
         Rows after `resume_step` (None: of a new run) are computed again, with `owes_evaluation` the
-        evaluation after it, too. `say` gets a warning if there is no file of the existing rows.
+        evaluation after it, too. `say` gets a warning if there is no file of the existing rows, or if they
+        are replaced.
         """
         rows: list[Row] = []
-        if resume_step is not None:
+        if resume_step is None and folder.metrics_table.exists():
+            say("warning: training starts again: an earlier start left no checkpoint; its rows are replaced")
+        elif resume_step is not None:
             if not folder.log_history.exists() and not folder.metrics_table.exists():
                 say(f"warning: metrics up to step {resume_step} are lost: {folder.log_history} is missing")
             rows = [row for row in read_latest_rows(folder) if row["step"] <= resume_step]

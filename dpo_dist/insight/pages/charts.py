@@ -83,7 +83,7 @@ class Axis:
         return [(self.place(tick), number(tick)) for tick in self.ticks(whole=whole)]
 
 
-Role = Literal["raw", "smooth", "evaluation", "spike"]
+Role = Literal["raw", "smooth", "evaluation", "spike", "noise"]
 
 
 class Line:
@@ -188,7 +188,7 @@ def _paths(
     if line.role == "evaluation":
         return [(style, path), (f"mark {color}", dots), ("hole", dots)]
     shown = [(style, path), (f"dot {style}", dots)]
-    return shown if len(line.steps) <= _FEW_POINTS else shown[:1]
+    return shown if len(line.steps) <= _FEW_POINTS and line.role != "noise" else shown[:1]
 
 
 def _legend(drawn: Sequence[Line], labels: Sequence[str], end: float) -> list[Mapping[str, Any]]:
@@ -237,7 +237,7 @@ IMAGE_PANELS = (
 PANELS = (
     *IMAGE_PANELS[:4],
     Panel("Log-prob per token", ("logps/chosen_per_token", "logps/rejected_per_token")),
-    Panel("Distance from the reference", ("kl/chosen", "kl/rejected")),
+    Panel("Distance from the reference", ("distance/chosen", "distance/rejected")),
     Panel("Length of generated responses", ("samples/length",)),
     Panel("Generated responses that end", ("samples/finished",)),
     *IMAGE_PANELS[4:],
@@ -245,17 +245,21 @@ PANELS = (
 """All charts of the page, in their order."""
 
 
-def charts(rows: Rows) -> list[Markup]:
-    """Return all charts of a run that have a value."""
+def charts(rows: Rows, noise: Mapping[str, float]) -> list[Markup]:
+    """Return all charts of a run that have a value; `noise` is that of rounding, by metric."""
     figures = (
-        chart(panel.title, list(panel_lines(panel, rows)), METRICS[panel.keys[0]].unit, log=panel.is_log)
+        chart(panel.title, lines, METRICS[panel.keys[0]].unit, log=panel.is_log)
         for panel in PANELS
+        if (lines := list(panel_lines(panel, rows, noise)))
     )
     return [figure for figure in figures if figure]
 
 
-def panel_lines(panel: Panel, rows: Rows) -> Iterator[Line]:
-    """Yield the lines of a panel: of each metric its values, their moving mean and those of evaluations."""
+def panel_lines(panel: Panel, rows: Rows, noise: Mapping[str, float]) -> Iterator[Line]:
+    """Yield the lines of a panel: of each metric its values, their moving mean and those of evaluations.
+
+    The last line is the noise of the first metric, if it has some.
+    """
     steps = [row for row in rows if "loss" in row]
     known = set().union(*rows)
     labels = {key: key.split("/")[-1].removesuffix("_per_token") for key in panel.keys}
@@ -273,6 +277,8 @@ def panel_lines(panel: Panel, rows: Rows) -> Iterator[Line]:
         pairs = zip(steps, counts, strict=False)
         if spikes := [row for row, before in pairs if row.get("loss_spikes", 0.0) > before]:
             yield _line(panel, "spike", "spike", spikes, "loss")
+    if panel.keys[0] in known and (level := noise.get(panel.keys[0])):
+        yield Line("noise of rounding", "noise", [row["step"] for row in steps], [level] * len(steps))
 
 
 def _line(panel: Panel, label: str, role: Role, rows: Rows, key: str) -> Line:
@@ -297,7 +303,7 @@ def draw_curves(rows: Rows, path: Path, title: str) -> None:
     for axes, panel in zip(figure.subplots(2, 3, gridspec_kw=margins).flat, IMAGE_PANELS, strict=True):
         axes.set_title(panel.title, loc="left")
         axes.grid(alpha=0.3)
-        lines = list(panel_lines(panel, rows))
+        lines = list(panel_lines(panel, rows, {}))
         labels = list(dict.fromkeys(line.label for line in lines))
         for line in lines:
             name = None if line.role == "smooth" else line.label

@@ -106,7 +106,7 @@ def write_page(folder: RunFolder, output: Path | None = None) -> Path:
         "last_step": run.rows[-1]["step"] if run.rows and not facts.summary.get("exit") else None,
         "tiles": list(_tiles(facts)),
         "samples": samples_of(folder),
-        "curves": charts(run.rows),
+        "curves": charts(run.rows, run.noise(run.steps)),
         "accuracy": _by_source(facts),
         "data": [_records(parts[name], counts) for name, counts in facts.section("data").items() if counts],
         "doctor": facts.doctor.get("findings") or [],

@@ -28,8 +28,9 @@ class Accuracy(NamedTuple):
 
     @property
     def noise(self) -> float:
-        """Three standard errors of an accuracy of one half."""
-        return 1.5 / math.sqrt(self.pairs) if self.pairs else math.inf
+        """Three standard errors; of a pair more on each side, so that all right of a few is not certain."""
+        share = (self.value * self.pairs + 1) / (self.pairs + 2)
+        return 3 * math.sqrt(share * (1 - share) / self.pairs) if self.pairs else math.inf
 
     @property
     def is_below_half(self) -> bool:
@@ -90,26 +91,41 @@ class RunFacts:
         """Return the counts of the dataset `train` or `eval`; empty if unknown."""
         return (self.summary.get("data") or {}).get(name) or {}
 
-    def pairs_of_labels(self, name: str) -> dict[str, int]:
-        """Return the pairs of each label of the sources of `train` or `eval`; empty if unknown."""
+    def sources(self, name: str) -> dict[str, float]:
+        """Return "" and, of `train` or `eval`, the "/label" of each source, with the shares of the pairs."""
         found = Counter[str]()
         for source in self.counts(name).get("sources") or ():
-            found[source.get("label")] += source.get("pairs", 0)
-        return found
+            found[f"/{source.get('label')}"] += source.get("pairs", 0)
+        return {"": 1.0} | {label: pairs / found.total() for label, pairs in found.items() if pairs}
 
     def accuracy(self) -> Accuracy | None:
         """Return the accuracy of the last evaluation; without evaluations `training_accuracy`."""
-        if not self.evaluations:
-            return self.training_accuracy()
-        value = last(self.evaluations, ACCURACY)
-        return None if value is None else Accuracy(value, self.evaluated_pairs)
+        return self.evaluation_accuracy() if self.evaluations else self.training_accuracy()
 
-    def training_accuracy(self) -> Accuracy | None:
-        """Return the accuracy of the last quarter of the steps, or None if it was not measured."""
-        measured = [row for row in self.steps if finite(row, ACCURACY) is not None]
-        recent = [row for row in measured if row["step"] > 0.75 * self.total_steps] or measured[-1:]
-        value = mean(recent, ACCURACY)
-        return None if value is None else Accuracy(value, int(sum(row.get("pairs", 0) for row in recent)))
+    def evaluation_accuracy(self, source: str = "", share: float = 1.0) -> Accuracy | None:
+        """Return the accuracy of the last evaluation, also of a source (`sources`)."""
+        value = last(self.evaluations, ACCURACY + source)
+        return None if value is None else Accuracy(value, round(share * self.evaluated_pairs))
+
+    def training_accuracy(self, source: str = "", share: float = 1.0, end: float = 1.0) -> Accuracy | None:
+        """Return the same of the quarter of the steps up to `end`, a share of them; None if not measured."""
+        measured = [row for row in self.steps if finite(row, ACCURACY + source) is not None]
+        until = [row for row in measured if row["step"] <= end * self.total_steps]
+        recent = [row for row in until if row["step"] > (end - 0.25) * self.total_steps] or until[-1:]
+        value = mean(recent, ACCURACY + source)
+        pairs = sum(row.get("pairs", 0) for row in recent)
+        return None if value is None else Accuracy(value, round(share * pairs))
+
+    def noise(self, rows: Sequence[Row]) -> dict[str, float]:
+        """Return what rounding alone makes of metrics, by the drift that was measured before the first step.
+
+        Of a margin it is two standard errors of the mean over the pairs of the last of the rows.
+        """
+        drift = (self.summary.get("reference") or {}).get("drift") or {}
+        rms, beta, pairs = drift.get("rms_response_drift"), self.setting("loss.beta"), last(rows, "pairs")
+        if not rms or not beta or not pairs or self.setting("loss.reference_free"):
+            return {}
+        return {MARGIN: 2 * beta * math.sqrt(2 / pairs) * rms, "distance/chosen": drift["mean_token_drift"]}
 
 
 def usual_loss(rows: Sequence[Row], row: Row) -> float | None:

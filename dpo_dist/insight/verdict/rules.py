@@ -15,6 +15,7 @@ from dpo_dist.foundation.text import counted, percent
 from dpo_dist.insight.doctor.findings import Finding, Level, Rule
 from dpo_dist.insight.verdict.facts import (
     ACCURACY,
+    MARGIN,
     Accuracy,
     Row,
     RunFacts,
@@ -42,7 +43,6 @@ _QUANTITIES = {
     "grad_norm": "gradient norm",
 }
 """In the order in which a step computes them: the first one that is not finite is named."""
-_DISTANCES = ("kl/", "eval_kl/")
 _LOGISTIC = ("sigmoid", "robust", "dpop", "odpo")
 """Losses that fall to 0 with a growing margin; others have another scale, or grow again."""
 _LEAKS = ("label_leak", "length_bias", "style_bias")
@@ -88,8 +88,7 @@ def _diverged(facts: RunFacts) -> Iterator[str]:
 def _lost_weights(facts: RunFacts) -> Iterator[str]:
     """Yield a clause if the weights compute nothing usable any more, or never did."""
     for index, row in enumerate(facts.rows):
-        # A divergence from the reference that float32 cannot hold is no fault of a step.
-        broken = [key for key in row if not math.isfinite(row[key]) and not key.startswith(_DISTANCES)]
+        broken = [key for key in row if not math.isfinite(row[key])]
         if broken:
             yield _first_bad_value(facts, index, broken)
             return
@@ -131,84 +130,6 @@ def _first_bad_value(facts: RunFacts, index: int, broken: Sequence[str]) -> str:
 
 
 @_rule
-def _beta_wrong(facts: RunFacts) -> Iterator[str]:
-    beta, nats = facts.setting("loss.beta"), facts.margin_nats()
-    start, end = first(facts.steps, "loss"), last(facts.steps, "loss")
-    if nats is None or start is None or end is None or facts.setting("loss.kind") not in _LOGISTIC:
-        return
-    change = f"the log-prob of chosen minus rejected changed by {nats:.2g} nats"
-    if beta >= 1 and abs(nats) <= 5 and end <= 0.01 * max(start, math.log(2)):
-        loss = f"{start:.2g} -> {end:.2g}"
-        yield f"loss.beta={number(beta)} is too large: the loss is used up ({loss}) after only {change}"
-    elif nats >= 2 and (losses := _loss_that_stayed(facts)):
-        yield f"loss.beta={number(beta)} is too small: the loss stays at {losses} although {change}"
-
-
-def _loss_that_stayed(facts: RunFacts) -> str | None:
-    """Return the first loss and the mean of the last quarter of the steps if they are alike, or None."""
-    recent, start = facts.recent("loss"), first(facts.steps, "loss")
-    if not recent or start is None or abs(fmean(recent) - start) > 0.01 * abs(start):
-        return None
-    return f"{start:.4g} -> {fmean(recent):.4g}"
-
-
-@_rule
-def _learning_rate_too_high(facts: RunFacts) -> Iterator[str]:
-    if signs := "; ".join(_signs_of_rate(facts)):
-        yield f"{signs}, with optim.lr={number(facts.setting('optim.lr'))}"
-
-
-def _signs_of_rate(facts: RunFacts) -> Iterator[str]:
-    """Yield a clause for each sign; medians of the last quarter, as a spike that recovers is no sign."""
-    yield from _rise_of_loss(facts)
-    steps, falls = facts.total_steps, _falls_of_chosen(facts)
-    early = next(((step, fall) for step, fall in falls if fall > 1 and step <= steps / 4), None)
-    recent = [fall for step, fall in falls if step > 0.75 * steps]
-    if early and recent and median(recent) > 1:
-        yield (
-            f"the log-prob of chosen responses fell by {early[1]:.2g} nats per token by step {early[0]:.0f} "
-            f"of {steps:,}"
-        )
-    yield from _distance(facts)
-
-
-def _rise_of_loss(facts: RunFacts) -> Iterator[str]:
-    losses, recent = pooled(facts.steps, "loss", _FIRST_PAIRS), facts.recent("loss")
-    pairs = sum(row.get("pairs", 0) for row in facts.steps if row["step"] > 0.75 * facts.total_steps)
-    if losses and recent and pairs >= _FEWEST_PAIRS:
-        start, end = losses[0][1], median(recent)
-        if start > 0 and end > 1.2 * start:
-            yield f"the loss rose from {start:.3g} to {end:.3g}"
-
-
-def _falls_of_chosen(facts: RunFacts) -> list[tuple[float, float]]:
-    """Return step and fall of the log-prob of chosen responses during training, in nats per token.
-
-    Relative to the reference, or to the first rows if that is not known; these have other responses.
-    """
-    falls = facts.falls(facts.steps)
-    if falls is None:
-        logps = pooled(facts.steps, "logps/chosen_per_token", _FEWEST_PAIRS)
-        falls = [(step, logps[0][1] - logp) for step, logp in logps]
-    return falls
-
-
-def _distance(facts: RunFacts) -> Iterator[str]:
-    rows, key = facts.last_rows, "kl/rejected"
-    distances = [row[key] for row in rows if not math.isnan(row.get(key, math.nan))]
-    if not distances or facts.setting("reference.path") is not None:  # it does not start as the reference
-        return
-    # Infinite: beyond float32. Evaluations have the same pairs; of steps some tokens can decide one row.
-    kl = median(distances[-1 if rows is facts.evaluations else -max(3, len(distances) // 4) :])
-    if kl > 1:
-        shown = f"{kl:.2g} nats" if math.isfinite(kl) else "more nats than float32 can express"
-        yield (
-            f"the policy moved {shown} per token away from the reference on the rejected responses, with "
-            f"loss.beta={number(facts.setting('loss.beta'))}"
-        )
-
-
-@_rule
 def _labels_swapped(facts: RunFacts) -> Iterator[str]:
     training = facts.training_accuracy()
     if training is not None and training.is_below_half:
@@ -219,14 +140,25 @@ def _labels_swapped(facts: RunFacts) -> Iterator[str]:
         return
     if facts.total_steps < _FEWEST_STEPS:  # one step moves all pairs together
         return
-    of_labels = [(f"/{label}", pairs) for label, pairs in facts.pairs_of_labels("eval").items()]
-    for source, pairs in [("", facts.evaluated_pairs), *of_labels]:
-        value = last(facts.evaluations, ACCURACY + source)
-        if value is not None and Accuracy(value, pairs).is_below_half:
+    for source, share in facts.sources("eval").items():
+        accuracy = facts.evaluation_accuracy(source, share)
+        if accuracy is not None and accuracy.is_below_half:
             yield (
-                f"evaluation accuracy is {value:.2f} on {pairs:,} pairs{source.replace('/', ' of ', 1)}, "
-                f"clearly below one half, while training accuracy is "
-                f"{number(training.value if training else None)}: these labels look swapped"
+                f"evaluation accuracy is {accuracy.value:.2f} on {accuracy.pairs:,} pairs"
+                f"{source.replace('/', ' of ', 1)}, clearly below one half, while training accuracy is "
+                f"{number(training.value if training else None)}: "
+                f"{'its' if source else 'training or evaluation'} labels look swapped"
+            )
+            return
+    for source, share in facts.sources("train").items():
+        # Later, a policy may tell the sources apart, or know the pairs by heart.
+        quarters = (facts.training_accuracy(source, share, end) for end in (0.25, 0.5, 0.75, 1.0))
+        below = [one for one in quarters if source and one is not None and one.is_below_half]
+        if below:
+            yield (
+                f"training accuracy of {source[1:]} is {min(below).value:.2f} on the {min(below).pairs:,} "
+                "pairs of a quarter of the steps, clearly below one half, while that of all is "
+                f"{number(training.value if training else None)} at the end: its labels look swapped"
             )
             return
 
@@ -264,9 +196,7 @@ def _accuracies(facts: RunFacts) -> Iterator[tuple[Accuracy, Accuracy, float]]:
 @_rule
 def _label_leak(facts: RunFacts) -> Iterator[str]:
     within = max(_FEWEST_STEPS, 0.1 * facts.total_steps)
-    pairs = facts.counts("train").get("pairs") or 1
-    shares = {f"/{label}": own / pairs for label, own in facts.pairs_of_labels("train").items()}
-    for source, share in {"": 1.0, **shares}.items():
+    for source, share in facts.sources("train").items():
         of_source = f" of {source[1:]}" if source else ""
         means = pooled(facts.steps, ACCURACY + source, _FEWEST_PAIRS, share)
         at_once = next((one for one in means if one[0] <= within and one[1] >= 0.95), None)
@@ -332,6 +262,89 @@ def _rise_of_evaluation_loss(facts: RunFacts) -> Iterator[str]:
 
 
 @_rule
+def _beta_wrong(facts: RunFacts) -> Iterator[str]:
+    beta, nats = facts.setting("loss.beta"), facts.margin_nats()
+    start, recent = first(facts.steps, "loss"), facts.recent("loss")
+    if nats is None or start is None or not recent or facts.setting("loss.kind") not in _LOGISTIC:
+        return
+    change = "the log-prob of chosen minus rejected changed by"
+    untrained, end = max(start, math.log(2)), median(recent)
+    losses = f"{start:.2g} -> {end:.2g}"
+    if beta >= 1 and end <= 0.01 * untrained:
+        # Judged where it is used up: later, few pairs push the margin further.
+        at = next(at for at, row in enumerate(facts.steps, 1) if row["loss"] <= 0.01 * untrained)
+        then = RunFacts(facts.steps[:at], facts.summary).margin_nats() or 0.0
+        if abs(then) <= 5:
+            yield (
+                f"loss.beta={number(beta)} is too large: the loss is used up ({losses}) from step "
+                f"{facts.steps[at - 1]['step']:.0f} on, when {change} {then:.2g} nats only"
+            )
+    elif beta >= 1 and end > 1.2 * untrained and abs(nats) <= 10:
+        yield (
+            f"loss.beta={number(beta)} is too large: the loss of wrong pairs grew ({losses}) although "
+            f"{change} {nats:.2g} nats only"
+        )
+    elif nats >= 2 and (stayed := _loss_that_stayed(facts)):
+        yield (
+            f"loss.beta={number(beta)} is too small: the loss stays at {stayed} although {change} {nats:.2g} "
+            "nats"
+        )
+
+
+def _loss_that_stayed(facts: RunFacts) -> str | None:
+    """Return the first loss and the mean of the last quarter of the steps if they are alike, or None."""
+    recent, start = facts.recent("loss"), first(facts.steps, "loss")
+    if not recent or start is None or abs(fmean(recent) - start) > 0.01 * abs(start):
+        return None
+    return f"{start:.4g} -> {fmean(recent):.4g}"
+
+
+@_rule
+def _learning_rate_too_high(facts: RunFacts) -> Iterator[str]:
+    if signs := "; ".join(_signs_of_rate(facts)):
+        yield f"{signs}, with optim.lr={number(facts.setting('optim.lr'))}"
+
+
+def _signs_of_rate(facts: RunFacts) -> Iterator[str]:
+    """Yield a clause for each sign; medians of the last quarter, as a spike that recovers is no sign."""
+    yield from _rise_of_loss(facts)
+    steps, falls = facts.total_steps, _falls_of_chosen(facts)
+    early = next(((step, fall) for step, fall in falls if fall > 1 and step <= steps / 4), None)
+    recent = [fall for step, fall in falls if step > 0.75 * steps]
+    if early and recent and median(recent) > 1:
+        yield (
+            f"the log-prob of chosen responses fell by {early[1]:.2g} nats per token by step {early[0]:.0f} "
+            f"of {steps:,}"
+        )
+
+
+def _rise_of_loss(facts: RunFacts) -> Iterator[str]:
+    losses, recent = pooled(facts.steps, "loss", _FIRST_PAIRS), facts.recent("loss")
+    pairs = sum(row.get("pairs", 0) for row in facts.steps if row["step"] > 0.75 * facts.total_steps)
+    if losses and recent and pairs >= _FEWEST_PAIRS:
+        start, end = losses[0][1], median(recent)
+        if start > 0 and end > 1.2 * start:
+            yield f"the loss rose from {start:.3g} to {end:.3g}"
+            return
+    # The first loss of a policy that starts as the reference has no noise. A decaying rate heals later ones.
+    early = [loss for step, loss in values(facts.steps, "loss") if step <= facts.total_steps / 4]
+    if len(early) >= 3 and facts.falls(facts.steps) and median(early) > 2 * early[0] > 0:
+        yield f"the loss rose from {early[0]:.3g} to {median(early):.3g} in the first quarter of the steps"
+
+
+def _falls_of_chosen(facts: RunFacts) -> list[tuple[float, float]]:
+    """Return step and fall of the log-prob of chosen responses during training, in nats per token.
+
+    Relative to the reference, or to the first rows if that is not known; these have other responses.
+    """
+    falls = facts.falls(facts.steps)
+    if falls is None:
+        logps = pooled(facts.steps, "logps/chosen_per_token", _FEWEST_PAIRS)
+        falls = [(step, logps[0][1] - logp) for step, logp in logps]
+    return falls
+
+
+@_rule
 def _over_optimised(facts: RunFacts) -> Iterator[str]:
     if symptoms := ", ".join(_worse_samples(facts)):
         is_known = any(key.startswith(_REFERENCE) for row in facts.evaluations for key in row)
@@ -366,7 +379,7 @@ def _worse_samples(facts: RunFacts) -> Iterator[str]:
         if found := ends(metric):
             start, end = (1 - value if metric == "finished" else value for value in found)
             if end - start >= max(0.1, 1 / math.sqrt(prompts)):  # two standard errors of one half
-                yield f"{percent(end)} of the sampled responses {meaning} ({percent(start)} before)"
+                yield f"more sampled responses {meaning} ({percent(start)} -> {percent(end)})"
 
 
 @_rule
@@ -382,6 +395,9 @@ def _learnt_nothing(facts: RunFacts) -> Iterator[str]:
                 f"{facts.part} accuracy {accuracy.value:.2f} on {accuracy.pairs:,} pairs is within its noise "
                 f"of one half ({accuracy.noise:.2f}); training accuracy {number(training.value)}"
             )
+    margin, noise = last(facts.last_rows, MARGIN), facts.noise(facts.last_rows).get(MARGIN)
+    if margin is not None and noise is not None and abs(margin) <= noise:
+        yield f"{facts.part} margin {number(margin)} is within the noise of rounding ({number(noise)})"
     losses, nats = _loss_that_stayed(facts), facts.margin_nats()
     # A loss with a large constant part, such as sppo_hard with a small beta, stays while margins grow.
     if losses and len(values(facts.steps, "loss")) >= 3 and (nats is None or nats < 2):

@@ -47,7 +47,7 @@ def test_settings_are_the_usual_keys_and_those_not_at_their_default() -> None:
     assert json.loads(json.dumps(found)) == found
     found = settings(configured("loss=sigmoid_sft model.adapter.r=8 trainer.save_every=7"))
     assert found["loss.terms"] == [{"kind": "sigmoid"}, {"kind": "sft", "weight": 0.1}]
-    assert found["model.adapter"] == {"r": 8}
+    assert found["model.adapter"] == {"r": 8, "alpha": 32.0}
     assert not {"loss.kind", "trainer.save_every"} & set(found)
 
 

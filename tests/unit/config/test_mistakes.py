@@ -43,7 +43,7 @@ MISTYPED = [
     ("trainer.max_steps=1e3", "write trainer.max_steps=1000"),
     ("reference=off", "did you mean reference=none?"),
     ("--lora_target_modules q_proj v_proj", "write 'model.adapter.target_modules=[q_proj,v_proj]'"),
-    ("--loss_type sigmoid sft", "a sum of losses is loss.terms"),
+    ("--loss_type sigmoid sft", "write 'loss.terms=[{kind: sigmoid}, {kind: sft}]'"),
     ("--optim adamw_torch", "choose optim=adamw or adamw_8bit"),
     ("tracking.wandb=false", "did you mean tracking.wandb=off?"),
     ("~loss.beta", "loss.beta has one value"),
@@ -73,6 +73,22 @@ MISTYPED = [
     ("--multirun", "for each value"),
     ("--check --cfg job", "argument -c/--cfg: not allowed with argument --check"),
     ("/tmp", "its key: run.dir=/tmp, "),
+    # What is not offered has an answer that says what is.
+    *((f"{key}=kto", "on pairs write loss=bco_pair") for key in ("loss", "loss_type", "stage", "rl")),
+    ("pref_loss=kto_pair", "on pairs write loss=bco_pair"),
+    ("loss=apo_zero_unpaired", "on pairs write loss=apo_zero,"),
+    ("loss.kind=kto", "single responses with a label"),
+    ("rl=simpo", "write loss=simpo"),
+    ("model.attention=flash_attention_3", "FlashAttention 3 is not offered: write model.attention=auto"),
+    ("--attn_implementation kernels-community/flash-attn3", "FlashAttention 3 is not offered"),
+    ("flash_attn=fa3", "FlashAttention 3 is not offered"),
+    ("loss_type=[sigmoid,bco]", "write 'loss.terms=[{kind: sigmoid}, {kind: bco_pair}]'"),
+    ("loss_type=sigmod", "did you mean loss=sigmoid?"),
+    ("pref_ftx=0", "not needed"),
+    ("pref_ftx=0.5", "write 'loss.terms=[{kind: sigmoid}, {kind: sft, weight: 0.5}]'"),
+    ("cutoff_len=64", "write data.max_length=64 data.truncation=both"),
+    ("loss=simpo reference.path=m", "remove reference.path, or choose a loss with a reference"),
+    ("reference.path=", "to do:    remove the key, or write a value"),
 ]
 
 
@@ -111,6 +127,48 @@ def test_all_mistakes_of_a_command_are_one_error() -> None:
         "pairs.limit=3: train does not read pairs.limit; remove it: it is read by pairs",
     ):
         assert line in lines
+
+
+FOREIGN_FILES = {
+    "llama-factory": """
+        {model_name_or_path: m, stage: dpo, finetuning_type: lora, lora_rank: 8, lora_target: all,
+        pref_beta: 0.1, pref_loss: sigmoid, pref_ftx: 0, dataset: mine, template: llama3, cutoff_len: 2048,
+        output_dir: out, logging_steps: 10, learning_rate: 5.0e-6, lr_scheduler_type: cosine, bf16: true,
+        resume_from_checkpoint: null, ref_model: , eval_dataset: , val_size: 0.1, report_to: none}""",
+    "trl": """
+        {model_name_or_path: m, dtype: bfloat16, attn_implementation: flash_attention_3, loss_type: ipo,
+        dataset_name: org/name, beta: 0.1, max_length: 1024, max_prompt_length: 512, seed: 42,
+        optim: adamw_torch, loss_weights: null, hub_model_id: "", rpo_alpha: null, use_peft: true, lora_r: 32,
+        lora_task_type: CAUSAL_LM, truncation_mode: keep_end, warmup_ratio: 0.1, reference_free: false}""",
+    "axolotl": """
+        {base_model: m, chat_template: llama3, rl: dpo, load_in_4bit: false, lora_model_dir: , fsdp: ,
+        datasets: [{path: org/name, type: chat_template.default, split: train, field_messages: conversation,
+        field_chosen: chosen, roles: {user: [user]}}, {path: b.jsonl, ds_type: json, split: train,
+        type: {field_prompt: question, prompt_format: "{prompt}"}}], test_datasets: [{path: c.jsonl}],
+        sequence_len: 4096, adapter: lora, lora_r: 32, optimizer: adamw_bnb_8bit, special_tokens: {},
+        loss_watchdog_threshold: 5.0, tf32: false, wandb_project: , wandb_name: "", weight_decay: 0.0}""",
+}
+
+
+@pytest.mark.parametrize("trainer", FOREIGN_FILES)
+def test_the_answers_to_a_foreign_file_are_a_command_that_passes(trainer: str, tmp_path: Path) -> None:
+    (file := tmp_path / "foreign.yaml").write_text(FOREIGN_FILES[trainer])
+    error = error_of(str(file), run=[])
+    assert "a key has a section" not in error.remedy, "a key without an answer of its own"
+    written = re.findall(
+        r"(?:write|did you mean) ((?:'[^']*'|[^\s';,?]+=[^\s';,]+)(?: data\.[\w.]+=\w+)*)", error.remedy
+    )
+    config = configured("", run=[word.rstrip("?") for answer in written for word in shlex.split(answer)])
+    assert (config.model.path, config.data.train[0].path) == (
+        "m",
+        "mine" if trainer[0] == "l" else "org/name",
+    )
+    if trainer == "axolotl":
+        assert [source.columns for source in config.data.train] == [
+            {"messages": "conversation"},
+            {"prompt": "question"},
+        ]
+        assert config.data.eval[0].path == "c.jsonl"
 
 
 def test_all_rules_that_a_command_breaks_are_one_error() -> None:

@@ -220,6 +220,8 @@ def numbered(prompt: int, *responses: int) -> PreferenceRecord:
     [
         ({"max_length": 18}, slice(None), slice(8), (False, True)),
         ({"max_length": 18, "truncation": Truncation.keep_end}, slice(-5, None), slice(None), (True, False)),
+        ({"max_length": 18, "truncation": Truncation.both}, slice(-8, None), slice(9), (True, True)),
+        ({"max_length": 21, "truncation": Truncation.both}, slice(None), slice(11), (False, True)),
         ({"max_prompt_length": 4}, slice(-3, None), slice(None), (True, False)),
         ({"max_length": 22, "max_prompt_length": 10}, slice(None), slice(None), (False, False)),
     ],
@@ -235,6 +237,31 @@ def test_limits_cut_responses_at_their_end_or_the_prompt_after_its_bos(
     assert [ids.tolist() for ids in found.responses] == [first, other[second]]
     assert flags(found) == (*cut, False)
     assert found.truncated == (False, cut[1])
+
+
+@pytest.mark.parametrize(
+    ("lengths", "most", "left"),
+    [
+        ((100, 40, 60), 80, (50, 30)),  # 80 * 60 / 160 of the longest response
+        ((100, 30, 39), 80, (41, 39)),  # a side below a half stays whole
+        ((30, 100, 90), 80, (30, 50)),
+        ((1000, 8, 9), 12, (11, 1)),
+        ((9, 1000, 9), 12, (2, 10)),
+    ],
+)
+def test_both_sides_are_cut_in_proportion_to_their_lengths(
+    lengths: tuple[int, ...], most: int, left: tuple[int, int]
+) -> None:
+    limits = DataConfig(max_length=most, truncation=Truncation.both)
+    whole, found = (
+        encode(numbered(*lengths), tiny.llama3(), c) for c in (DataConfig(max_length=10**6), limits)
+    )
+    assert (len(found.prompt_ids), max(map(len, found.responses))) == left
+    assert found.prompt_ids.tolist() == [
+        whole.prompt_ids[0],
+        *whole.prompt_ids[len(whole.prompt_ids) - left[0] + 1 :],
+    ]
+    assert [ids.tolist() for ids in found.responses] == [ids[: left[1]].tolist() for ids in whole.responses]
 
 
 def test_a_limit_with_space_for_bos_only_is_refused() -> None:

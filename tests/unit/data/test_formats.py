@@ -171,7 +171,7 @@ def test_the_configured_format_decides() -> None:
         (HH, [Q]),
         ({"text": "q"}, "unknown_format"),
         ({"prompt": "  "}, "empty_prompt"),
-        ({"prompt": "q", "images": ["a.png"]}, "unread_content"),
+        ({"prompt": "q", "images": ["a.png"]}, "media_not_read"),
     ],
 )
 def test_the_prompt_of_a_record_needs_no_response(fields: dict[str, Any], expected: Any) -> None:

@@ -197,6 +197,24 @@ def test_a_saved_folder_has_the_configured_split(tmp_path: Path) -> None:
     refused(tmp_path / "one", "name has no effect", ConfigError, name="x")
 
 
+@pytest.mark.parametrize("file", ["state.json", "dataset_dict.json"])
+def test_a_saved_folder_names_no_files_outside(tmp_path: Path, file: str) -> None:
+    saved = datasets.Dataset.from_list([TEXT])
+    saved.save_to_disk(tmp_path / "private")
+    datasets.DatasetDict({"train": saved}).save_to_disk(tmp_path / "given")
+    if file == "state.json":
+        state = json.loads((tmp_path / "given/train/state.json").read_bytes())
+        state["_data_files"][0]["filename"] = f"../../private/{state['_data_files'][0]['filename']}"
+        (tmp_path / "given/train/state.json").write_text(json.dumps(state))
+    else:
+        (tmp_path / "given/dataset_dict.json").write_text('{"splits": ["../private"]}')
+    refused(
+        tmp_path / "given",
+        "names a file outside its folder",
+        split="train" if file == "state.json" else "../private",
+    )
+
+
 def test_the_identity_depends_on_content_not_on_path(tmp_path: Path) -> None:
     first, second = (write(tmp_path / name, {"a.jsonl": lines("one")}) for name in ("one", "two"))
 

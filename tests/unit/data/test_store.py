@@ -1,6 +1,10 @@
 """The cache of encoded sources: found by content, encoded once, verified, never incomplete."""
 
+import contextlib
+import itertools
 import os
+import random
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +23,8 @@ from dpo_dist.foundation import files as digests_module
 from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support.cache import encoded_folders, opened, prepare, prepare_all
 from tests.support.records import GOOD, jsonl
+
+FIELDS = ("prompt", "chosen", "rejected")
 
 
 def contents(data: PreferenceDataset) -> list[list[list[int]]]:
@@ -67,6 +73,75 @@ def test_damaged_data_are_not_opened_and_are_encoded_again(size: int, tmp_path: 
     assert prepare(tmp_path, path) == source.file
     assert source.file.read_bytes() == whole
     assert encoded_folders(tmp_path) == [source.file.name]
+
+
+def test_no_flipped_bit_is_read(tmp_path: Path) -> None:
+    [source] = prepare_all(tmp_path, jsonl(tmp_path, *GOOD))
+    whole = source.file.read_bytes()
+    for bit in random.Random(0).sample(range(8 * len(whole)), 200):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        source.file.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"data\.cache"):
+            open_dataset([source], DataConfig())
+    source.file.write_bytes(whole)
+    assert len(open_dataset([source], DataConfig())) == len(GOOD)
+
+
+def test_a_verified_file_is_not_read_for_its_digest_again(tmp_path: Path) -> None:
+    [source] = prepare_all(tmp_path, jsonl(tmp_path, *GOOD))
+    open_dataset([source], DataConfig())
+    with mock.patch("dpo_dist.data.store.content_digest", side_effect=AssertionError):
+        assert source.rows() is not None
+
+
+SHAPES = {
+    "long prompts": lambda draw: (
+        int(draw.lognormvariate(4, 1)) + 1,
+        draw.randint(3, 20),
+        draw.randint(3, 20),
+    ),
+    "long responses": lambda draw: (
+        9,
+        int(draw.lognormvariate(4, 1)) + 1,
+        int(draw.lognormvariate(4, 1)) + 1,
+    ),
+    "a long tail": lambda draw: (800 if draw.random() < 0.1 else 10, 9, 800 if draw.random() < 0.03 else 20),
+}
+
+
+@pytest.mark.parametrize("most", [None, 80])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_settings_that_an_error_names_keep_the_records_that_it_says(
+    shape: str, most: int | None, tmp_path: Path
+) -> None:
+    draw, paths = random.Random(0), []
+    for name in "ab":
+        sizes = [SHAPES[shape](draw) for _ in range(40)]
+        rows = [["".join(draw.choices("0123456789", k=size)) for size in own] for own in sizes]
+        (tmp_path / name).mkdir()
+        paths.append(
+            jsonl(tmp_path / name, *(dict(zip(FIELDS, row, strict=True)) for row in rows), {"other": 1})
+        )
+    followed = 0
+    for truncation, prompt in itertools.product(Truncation, (None, 20)):
+        limits = {"max_length": 48, "truncation": truncation, "max_prompt_length": prompt}
+        with contextlib.suppress(DataError):
+            opened(tmp_path, *paths, **limits)
+            continue
+        with pytest.raises(DataError) as raised:
+            open_dataset(prepare_all(tmp_path, *paths, **limits), DataConfig(**limits), most)
+        named = re.findall(r"data\.(\w+)=(\w+) \(([^)]+)\)", raised.value.remedy)
+        assert named
+        for key, value, what in named:
+            changed = limits | {key: int(value) if value.isdigit() else Truncation(value)}
+            counts = opened(tmp_path, *paths, **changed).counts
+            cut = counts["prompt_truncated"] + counts["response_truncated"]
+            is_whole = not cut and counts["dropped"] == {"unknown_format": 2}
+            assert what == ("cuts none" if is_whole else f"keeps {counts['kept']} of {counts['read']}")
+            assert most is None or int(changed["max_length"]) <= most
+            followed += 1
+    assert followed
 
 
 def test_a_fault_of_the_disk_names_the_cache(tmp_path: Path) -> None:

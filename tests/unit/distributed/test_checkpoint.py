@@ -53,11 +53,13 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-DAMAGE: dict[str, Callable[[Path], None]] = {
+DAMAGE: dict[str, Callable[[Path], object]] = {
     "a flipped bit": lambda folder: flip(folder / WEIGHTS),
     "a flipped bit of the state": lambda folder: flip(folder / "state.json"),
     "a missing file": lambda folder: (folder / WEIGHTS).unlink(),
     "no manifest": lambda folder: (folder / MANIFEST).unlink(),
+    "a manifest of nothing": lambda folder: (folder / MANIFEST).write_text("{}"),
+    "a manifest that is none": lambda folder: (folder / MANIFEST).write_text("5"),
 }
 
 

@@ -86,6 +86,7 @@ def test_a_model_that_is_no_reward_model_is_refused(tmp_path: Path) -> None:
         ("return '87'", "no finite number"),
         ("return [True, 1]", "no finite number"),
         ("raise ValueError(prompt)", "raises ValueError"),
+        ("return 1.0", r"raises TypeError[^$]*score\(prompt, responses\) returns a list"),
     ],
 )
 def test_a_bad_function_is_named(
@@ -137,6 +138,7 @@ def test_scores_are_shares_of_comparisons_won_in_both_positions() -> None:
 
 
 THOUGHTS = "<think>[[B]] or [[A]]? It may be [[tie]].</think> I weighed [[A]], too. "
+PARTS = '{"choices": [{"message": {"content": [{"type": "text", "text": "So [["}, {"text": "5]]"}]}}]}'
 CUT = '{"choices": [{"message": {"content": "[[A]]? Or"}, "finish_reason": "length"}]}'
 FILTERED = 400, '{"error": {"code": "filter"}}'
 GRADE = {"verdicts": Verdicts.grade}
@@ -150,6 +152,7 @@ GRADE = {"verdicts": Verdicts.grade}
         (lambda content: THOUGHTS + longer_wins(content), {}, [0.0, 1.0], {}),
         (always("A is better [A]"), {}, [None, None], {"unreadable": 2}),
         (always((200, '{"choices": []}')), {}, [None, None], {"unreadable": 2}),
+        (always((200, PARTS)), GRADE, [5.0, 5.0], {}),
         (always((200, CUT)), {}, [None, None], {"unreadable": 2}),
         (always("ok [[10]]"), GRADE, [10.0, 10.0], {}),
         (always("[[5]], no: [[0]]"), GRADE, [None, None], {"unreadable": 2}),

@@ -1,5 +1,6 @@
 """A labelling session: items, order, several annotators, restarts from the log, agreement, the server."""
 
+import resource
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from dpo_dist.data.records import Origin, PreferenceRecord, Prompt, Response
+from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import locked
 from dpo_dist.generation.pairs.people import Judgement, Labelling, agreement, draw_items, outcome
 
@@ -68,6 +70,37 @@ def test_a_restart_reads_the_whole_lines_of_the_items_of_now_and_the_last_verdic
     with opened(log) as labelling:
         assert labelling.given["Ada", first].verdict != "tie"
     assert len(log.read_bytes().splitlines()) == 30
+
+
+def test_a_verdict_that_a_full_disk_cannot_take_is_refused_and_leaves_no_part(tmp_path: Path) -> None:
+    """At each byte at which the disk may be full; the next one is whole again."""
+    log, (first, second, *_) = tmp_path / "log", ITEMS
+    with opened(log) as labelling:
+        labelling.judge("Ada", first, "left")
+        whole, (soft, hard) = log.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+        for room in (0, 1, len(whole) - 1):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + room, hard))
+            try:
+                with pytest.raises(OSError, match="too large"):
+                    labelling.judge("Ada", second, "left")
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            assert log.read_bytes() == whole
+        assert ("Ada", second) not in labelling.given
+        labelling.judge("Ada", second, "left")
+    with opened(log) as again:
+        assert again.given == labelling.given
+
+
+@pytest.mark.parametrize("damage", [b'{"item": "a", "annot{"item": "b"}', b"[]", b'{"item": "a"}', b"\xff"])
+def test_a_line_that_is_no_judgement_is_named(damage: bytes, tmp_path: Path) -> None:
+    with opened(log := tmp_path / "log") as labelling:
+        judge_all(labelling)
+    lines = log.read_bytes().splitlines()
+    log.write_bytes(b"\n".join([*lines[:3], damage, *lines[3:], b""]))
+    with pytest.raises(DataError) as caught, opened(log):
+        pass
+    assert caught.value.where == f"{log}:4"
 
 
 def given(annotator: str, item: str, verdict: str, left: int = 0) -> Judgement:

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,8 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord, Response
+from dpo_dist.distributed.world import GivenWay, Stops
+from dpo_dist.foundation.process import StopRequest
 from dpo_dist.generation.pairs.files import pair_fields, write_results
 from dpo_dist.generation.pairs.rounds import merge_adapter
 from dpo_dist.generation.sampling.generate import (
@@ -40,10 +43,12 @@ from dpo_dist.generation.sampling.generate import (
     Sampling,
     batches,
     generate,
+    generate_together,
     random_numbers,
 )
 from dpo_dist.generation.sampling.respond import Answer, Responder, find_model, open_generator, respond
 from tests.support import tiny
+from tests.support.alone import ALONE
 from tests.support.chat_tokenizers import tokenizer_of
 from tests.support.pairs import WIDE
 from tests.support.tiny_model import write_model
@@ -153,6 +158,20 @@ def test_logits_after_the_end_of_a_response_may_be_anything(model: Any) -> None:
     assert [sample.is_finished for sample in expected] == [False, True]
     with broken(model, 0, float("nan")):  # the longer prompt is in row 0
         assert generate(model, wanted, Sampling(8), [stop], 10**6) == expected
+
+
+def test_a_stop_is_answered_at_the_next_token(model: Any) -> None:
+    request, forwards = StopRequest(), itertools.count(1)
+
+    def asked_at_the_third(*_: Any) -> None:
+        if next(forwards) == 3:
+            request.ask("SIGTERM")
+
+    engine: Any = SimpleNamespace(is_synchronised=False, generating=lambda of_base: nullcontext(model))
+    stops = Stops(request, ALONE)
+    with model.lm_head.register_forward_hook(asked_at_the_third), pytest.raises(GivenWay):
+        generate_together(engine, requests(), Sampling(50), [RARE], 10**6, ALONE, stops=stops)
+    assert next(forwards) == 4
 
 
 def test_the_tokens_of_a_batch_are_bounded() -> None:

@@ -1,5 +1,8 @@
 """A model folder is found and loaded exactly, without running its code, or an error names its fault."""
 
+import contextlib
+import errno
+import io
 import json
 import pickle
 from collections.abc import Callable
@@ -68,6 +71,18 @@ def test_a_model_with_noise_in_training_scores_as_it_is_evaluated(model_type: st
     with torch.no_grad():
         expected, logps = plain_logps(plain, PAIRS), loaded(pack_unkeyed(PAIRS))
     torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
+
+
+class FullLog(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_of_the_log_is_no_fault_of_the_model(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    with contextlib.redirect_stderr(FullLog()):
+        error = refused("No space left", load, tmp_path)
+    assert error.message == "a file cannot be written or read"
 
 
 def test_an_evaluation_changes_no_weight(tmp_path: Path) -> None:

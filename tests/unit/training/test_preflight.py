@@ -101,7 +101,7 @@ def fail_late(config: RunConfig, error: Exception) -> None:
         raise error
 
 
-def test_a_users_error_removes_a_run_directory_without_steps(
+def test_a_users_error_removes_a_run_directory_without_metrics(
     assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not after other errors and earlier starts, nor that of another job, nor on another rank."""
@@ -119,9 +119,9 @@ def test_a_users_error_removes_a_run_directory_without_steps(
     fail_late(config, ConfigError("of a second start"))
     assert folder.rank_log(0).is_file()
     with pytest.raises(DataError), started(other := run_of(assets, tmp_path / "late")):  # noqa: PT012
-        RunFolder.of(other).checkpoints.mkdir()
-        raise DataError("found at a later step")
-    assert RunFolder.of(other).checkpoints.is_dir()
+        RunFolder.of(other).metrics.mkdir()
+        raise DataError("found at a later step, before the first checkpoint")
+    assert RunFolder.of(other).metrics.is_dir()
     fail_late(other := run_of(assets, tmp_path / "bug"), RuntimeError("a fault of the program"))
     assert RunFolder.of(other).rank_log(0).is_file()
     monkeypatch.setenv("RANK", "1")

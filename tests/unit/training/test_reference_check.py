@@ -96,6 +96,7 @@ def test_a_policy_equal_to_the_reference_passes_without_drift(check: Any) -> Non
         "responses": 2 * PAIRS,
         "mean_token_drift": 0.0,
         "largest_token_drift": 0.0,
+        "rms_response_drift": 0.0,
         "largest_response_drift": 0.0,
     }
 
@@ -105,7 +106,9 @@ def test_drift_is_reported_per_token_and_per_response(check: Any, data: Preferen
     _, chosen, rejected = data.lengths(2)
     assert report["largest_token_drift"] == pytest.approx(0.02, rel=1e-3)
     assert report["mean_token_drift"] == pytest.approx(0.03 / (2 * PAIRS), rel=1e-3)
-    assert report["largest_response_drift"] == pytest.approx(max(0.01 * chosen, 0.02 * rejected), rel=1e-3)
+    sums = np.array([0.01 * chosen, 0.02 * rejected])
+    assert report["largest_response_drift"] == pytest.approx(max(sums), rel=1e-3)
+    assert report["rms_response_drift"] == pytest.approx(np.sqrt((sums**2).sum() / (2 * PAIRS)), rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save, save_file
 
 from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import load_run_config, to_yaml
@@ -112,7 +114,7 @@ def test_a_run_with_a_written_model_is_finished_even_without_checkpoints(
 ) -> None:
     write_state(folder, state_of(outcome))
     folder.model.mkdir()
-    (folder.model / "model.safetensors").touch()
+    save_file({"weight": torch.ones(2)}, folder.model / "model.safetensors")
     assert find_start(run_in(folder.path, resume=resume)) == state_of(outcome)
 
 
@@ -122,7 +124,17 @@ def test_a_complete_run_without_its_model_resumes_from_a_checkpoint_or_is_an_err
     with pytest.raises(CheckpointError, match="checkpoints are missing"):
         find_start(run_in(folder.path))
     save_checkpoint(folder, 4)
-    assert step_of(find_start(run_in(folder.path))) == 4
+    for cut in (b"", b"\0", save({"weight": torch.ones(2)})[:-1]):
+        (folder.model / "model.safetensors").write_bytes(cut)
+        assert step_of(find_start(run_in(folder.path))) == 4
+
+
+def test_checkpoints_on_a_disk_that_is_not_mounted_are_an_error(folder: RunFolder, tmp_path: Path) -> None:
+    folder.checkpoints.symlink_to(disk := tmp_path / "disk")
+    with pytest.raises(CheckpointError, match=f"a link to {disk}, which does not exist"):
+        find_start(run_in(folder.path))
+    disk.mkdir()
+    assert find_start(run_in(folder.path)) is None
 
 
 def test_changed_inputs_are_refused_by_name(folder: RunFolder) -> None:
@@ -220,7 +232,7 @@ def complete(config: RunConfig, *, has_checkpoint: bool = True) -> None:
     folder = RunFolder.of(config)
     identity: dict[str, Any] = {"run_digest": run_digest(config), "length": length_of(config)}
     folder.model.mkdir(parents=True)
-    (folder.model / "model.safetensors").touch()
+    save_file({"weight": torch.ones(2)}, folder.model / "model.safetensors")
     folder.config.write_text(to_yaml(config))
     write_state(folder, RunState(RunOutcome.completed, 8, identity))
     if has_checkpoint:

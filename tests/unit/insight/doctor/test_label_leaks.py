@@ -8,6 +8,7 @@ import pytest
 
 from dpo_dist.insight.doctor.findings import Level
 from dpo_dist.insight.doctor.label_leaks import LeakTest, leak_findings
+from tests.support import tiny
 from tests.support.doctor_data import Pair, clean_pairs, examined, of_rule
 
 Change = Callable[[Pair], None]
@@ -98,9 +99,19 @@ def test_a_leak_due_to_length_is_said_as_length(tmp_path: Path) -> None:
         pair["chosen"], pair["rejected"] = sorted((pair["chosen"], pair["rejected"]), key=len, reverse=True)
     report = examined(tmp_path, pairs)
     [finding] = of_rule(report, "length_bias")
-    assert "the longer one is chosen in 9" in finding.text or "100 %" in finding.text
+    assert "the one with more characters is chosen in 100 %" in finding.text
     assert not of_rule(report, "label_leak")
     assert not of_rule(report, "style_bias")
+
+
+def test_with_a_tokenizer_length_is_the_number_of_tokens_that_the_loss_counts(tmp_path: Path) -> None:
+    pairs = clean_pairs(80)
+    for pair in pairs:  # the one with more characters has fewer tokens
+        pair["chosen"], pair["rejected"] = "7 " * 20 + pair["chosen"], "the " * 20 + pair["chosen"]
+    [finding] = of_rule(examined(tmp_path, pairs), "length_bias")
+    assert "the one with fewer characters is chosen in 100 %" in finding.text
+    [finding] = of_rule(examined(tmp_path, pairs, tokenizer=tiny.qwen()), "length_bias")
+    assert "the one with more tokens is chosen in 100 %" in finding.text
 
 
 def test_few_pairs_are_enough_for_a_form_on_one_side_of_all_of_them(tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ def summary(label: str) -> dict[str, Any]:
     train |= {"examples": [f"{label}:3"], "sources": [source]}
     held_out = {"read": 100, "kept": 100, "pairs": 100, "dropped": {}}
     drift = {"responses": 32, "mean_token_drift": 2e-9, "largest_token_drift": 3e-6}
+    drift |= {"rms_response_drift": 0.05, "largest_response_drift": 0.2}
     seconds = {"starting": 60.0, "reference": 84.0, "training": 4210.4, "evaluation": 60.0, "other": 0.0}
     finding = {"rule": "does_not_generalise", "text": f"{label} fell. Try: a lower `optim.lr`"}
     return {

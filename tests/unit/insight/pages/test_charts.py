@@ -78,9 +78,17 @@ def rows(steps: int = 100, every: int = 20) -> list[dict[str, float]]:
 
 def test_rows_that_count_one_more_spike_are_marked_on_the_loss() -> None:
     history = [row | {"loss_spikes": float((row["step"] > 4) + (row["step"] > 8))} for row in rows(10)]
-    [spike] = [line for line in panel_lines(PANELS[0], history) if line.role == "spike"]
+    [spike] = [line for line in panel_lines(PANELS[0], history, {}) if line.role == "spike"]
     assert spike.steps.tolist() == [5, 9]
-    assert '<path class="spike c1"' in charts(history)[0]
+    assert '<path class="spike c1"' in charts(history, {})[0]
+
+
+def test_the_noise_of_rounding_is_a_line_of_its_metrics() -> None:
+    history = [row | {"rewards/margins": 0.01, "distance/chosen": 0.04} for row in rows(40)]
+    shown = [figure for figure in charts(history, {"distance/chosen": 0.03}) if "noise of rounding" in figure]
+    [figure] = shown
+    assert "Distance from the reference" in figure
+    assert "noise of rounding <b>0.03</b>" in figure
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Page:
         ("qwen-sigmoid-3fa9c1d2", "loss sigmoid with beta 0.1; learning rate 1e-6; 1,920 training pairs"),
         ("final loss", "0.4"),
         ("eval accuracy", "0.625 95 %: 0.55 to 0.7; best 0.625 at step 1"),
+        ("Curves", "noise of rounding 0.001768"),
         ("Accuracy and margin", "all pairs 100 evaluation pairs 0.625 [0.55, 0.7]"),
         ("Accuracy and margin", "math 40 evaluation pairs, not better than guessing 0.55 [0.45, 0.65]"),
         ("Training data", "1,920 of 2,000 records kept. records meaning 80 (4 %) dropped: two responses are"),

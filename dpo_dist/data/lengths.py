@@ -1,0 +1,103 @@
+"""How truncation cuts a prompt and its responses, and which limits keep the records that do not fit."""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from dpo_dist.config.schema import DataConfig, Truncation
+
+Tokens: TypeAlias = npt.NDArray[np.int64]
+_STEP = 64  # suggested limits are multiples of it
+
+
+def left(prompt: Any, longest: Any, prefix: Any, limits: DataConfig) -> tuple[Tokens, Tokens]:
+    """Return the tokens that truncation leaves of a prompt and, at most, of each response; docs/data.md.
+
+    `prompt` and `longest` (response) are token counts, integers or int64 arrays; `prefix` those of BOS, which
+    stay. Nothing is left of the responses of a record that is not to be cut, or has no room for both sides.
+    """
+    most = limits.max_length
+    if limits.max_prompt_length is not None:
+        prompt = np.minimum(prompt, limits.max_prompt_length)
+    match limits.truncation:
+        case Truncation.drop:
+            room = 0 * longest
+        case Truncation.keep_start:
+            room = np.maximum(most - prompt, 0)
+        case Truncation.keep_end:
+            room = np.where(most - longest > prefix, longest, 0)
+        case Truncation.both:
+            room = np.where(2 * prompt < most, most - prompt, most * longest // (prompt + longest))
+            room = np.where(2 * longest < most, longest, room)
+            room = np.clip(room, 1, np.maximum(most - prefix - 1, 0))
+    room = np.where(prompt + longest <= most, longest, room)
+    return np.minimum(prompt, most - room), np.minimum(room, longest)
+
+
+def needed_tokens(responses: Sequence[list[int]], trained: Sequence[npt.NDArray[np.bool_]]) -> int:
+    """Return how many tokens of each response keep all distinct, with one that the loss counts in each."""
+    ordered = sorted(responses)
+    needed = 1 + max(map(_shared, ordered, ordered[1:]), default=0)
+    return max([needed, *(int(mask.argmax()) + 1 for mask in trained)])
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return the length of the start that two sequences share."""
+    pairs = zip(one, other, strict=False)
+    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+
+
+@dataclass(frozen=True)
+class SourceLengths:
+    """The lengths of a source's records before they were cut, and the numbers of records."""
+
+    lengths: Tokens  # [records that fit or would with other limits, 4]: prompt, longest response, BOS, needed
+    unusable: int  # records that no limits keep
+    max_dropped: float  # most records that may be dropped
+
+    def kept(self, limits: DataConfig) -> int:
+        """Return how many records these limits keep."""
+        prompt, longest, prefix, needed = self.lengths.T
+        return int((left(prompt, longest, prefix, limits)[1] >= needed).sum())
+
+    def accepts(self, limits: DataConfig) -> bool:
+        """Return whether no more records are dropped for their lengths than is allowed."""
+        dropped = len(self.lengths) - self.kept(limits)
+        return not dropped or dropped + self.unusable <= self.max_dropped
+
+
+def fitting_limits(sources: Sequence[SourceLengths], limits: DataConfig, longest: int | None = None) -> str:
+    """Return settings with which the data of all sources can be used, in words; empty if there are none.
+
+    `longest`: tokens of the longest sequence of the model.
+    """
+    whole = np.concatenate([source.lengths[:, :2].sum(axis=1) for source in sources])
+    all_records = len(whole) + sum(source.unusable for source in sources)
+    highest = max(limits.max_length, int(whole.max(initial=1)))
+    steps = [*range(_STEP * (limits.max_length // _STEP + 1), highest, _STEP), -(-highest // _STEP) * _STEP]
+    if longest is not None:
+        steps = [*(step for step in steps if step < longest), longest]
+
+    def accepted(changed: DataConfig) -> bool:
+        return all(source.accepts(changed) for source in sources)
+
+    found = list[tuple[str, DataConfig]]()
+    if limits.truncation is not Truncation.both:
+        found.append(("data.truncation=both", replace(limits, truncation=Truncation.both)))
+    at = bisect_left(steps, 1, key=lambda step: accepted(replace(limits, max_length=step)))
+    for step in dict.fromkeys([*steps[at : at + 1], steps[-1]]):
+        found.append((f"data.max_length={step}", replace(limits, max_length=step)))
+    lines = []
+    for written, changed in found:
+        kept = sum(source.kept(changed) for source in sources)
+        cuts = whole > changed.max_length
+        if changed.max_prompt_length is not None:
+            cuts |= np.concatenate([source.lengths[:, 0] for source in sources]) > changed.max_prompt_length
+        if accepted(changed):
+            what = f"keeps {kept:,} of {all_records:,}" if cuts.any() else "cuts none"
+            lines.append(f"{written} ({what})")
+    return " or ".join(lines)
