@@ -52,10 +52,10 @@ def export_checkpoint(
     """Write the trained weights of a checkpoint, of any world, as a model or adapter folder, whole or not.
 
     Needs no GPU, no other process, and weights of the base only if an adapter is merged or the architecture
-    has tensors that are not trained, which is then in host memory once more; a merged one is in float32.
-    `config` is that of the run; `card` returns the content of README.md ("": none) for a model of this auto
-    class. Of a checkpoint that `is_new`, just written by this process, neither its files nor the written ones
-    are checked. `replaces`: also a folder of this name that another process has made meanwhile.
+    has tensors that are not trained. The model is in host memory once, a merged one in float32. `config` is
+    that of the run; `card` returns README.md ("": none) for an auto class. Of a checkpoint that `is_new`,
+    just written by this process, neither its files nor the written ones are checked. `replaces`: also a
+    folder of this name that another process has made meanwhile.
     """
     base = description_folder(config.model.path, config.model.revision, needs_weights=False)
     start = start_folder(config.model)
@@ -83,10 +83,10 @@ def export_checkpoint(
         folder.parent.mkdir(parents=True, exist_ok=True)
         collect_abandoned(folder.parent)  # of exports that were killed
     with writing_errors(folder), staged_folder(folder, replaces=replaces) as temporary:
-        weights = {name: read(name) for name in saved.shapes}
+        weights = _untrained(causal_lm, config, dtype) if is_whole else {}  # first: it reads the whole base
+        weights |= {name: read(name) for name in saved.shapes}
         if is_whole:
-            untrained = _untrained(causal_lm, config, dtype)
-            write_weights(temporary, causal_lm, weights | untrained, base)
+            write_weights(temporary, causal_lm, weights, base)
         elif config.export.merge:
             whole = model_folder(config.model.path, config.model.revision)
             with temporary_folder(final_name(temporary)) as adapter:  # `collect_abandoned` knows this name

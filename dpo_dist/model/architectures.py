@@ -56,17 +56,13 @@ def auto_class(model_config: Any) -> Any:
     The text class of a model that also reads images has other names of weights, and lacks its other parts.
     """
     kind = type(model_config)
-    text, whole = (
-        mapping.get(kind, None) for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
-    )
+    text = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
+    whole = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(kind, None)
     names_text = text not in (None, whole) and text.__name__ in (model_config.architectures or ())
     if whole is None or names_text or not kind.__module__.startswith("transformers."):
         return AutoModelForCausalLM
-    return (
-        AutoModelForImageTextToText
-        if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        else AutoModelForMultimodalLM
-    )
+    reads_images = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if reads_images else AutoModelForMultimodalLM
 
 
 def recorded_arrangement(model_type: str) -> Arrangement:

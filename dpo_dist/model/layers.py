@@ -56,9 +56,7 @@ def other_weights(causal_lm: Any) -> set[nn.Parameter]:
     text = text_part(causal_lm)
     if text is causal_lm:
         names = _OTHER_PARTS.get(causal_lm.config.model_type, ())
-        others = (
-            [module for name, module in causal_lm.named_modules() if name.endswith(names)] if names else []
-        )
+        others = [module for name, module in causal_lm.named_modules() if name.endswith(names)]
         return {weight for module in others for weight in module.parameters()}
     used = (text, causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
     return set(causal_lm.parameters()) - {weight for module in used for weight in module.parameters()}
@@ -88,8 +86,8 @@ def text_notes(causal_lm: Any) -> list[str]:
     if not dropped:
         return []
     return [
-        "the model also reads images or sounds: its text part is used, and what is trained is in it; kept as "
-        f"in its files, and not in memory: {', '.join(dropped)}"
+        "the model also reads images or sounds: only its text part is scored or trained; in the result as in "
+        f"its own files, and not in memory: {', '.join(dropped)}"
     ]
 
 

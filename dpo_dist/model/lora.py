@@ -195,9 +195,9 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
 
 def _is_linear(module: nn.Module) -> bool:
     """Return whether a module computes as a linear layer: architectures derive routers from one, too."""
-    is_own = type(module).forward.__module__.startswith("transformers.models.")
-    is_other = is_own and type(module).__name__ != "FalconLinear"
-    return isinstance(module, nn.Linear | Conv1D) and not is_other
+    kind = type(module)
+    is_own = kind.forward.__module__.startswith("transformers.models.") and kind.__name__ != "FalconLinear"
+    return isinstance(module, nn.Linear | Conv1D) and not is_own
 
 
 def _matches(name: str, target: str) -> bool:

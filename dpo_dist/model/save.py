@@ -202,15 +202,16 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
 def write_mean(folder: Path, members: Sequence[tuple[float, Path]], dtype: torch.dtype | None) -> None:
     """Write the float32 mean of whole models of one kind, with the other files of the first.
 
-    The coefficients of `members` have the sum 1. Without a dtype, weights have that of the first model.
+    Equal weights stay what they are. The coefficients of `members` have the sum 1. Without a dtype, weights
+    have that of the first model.
     """
-    (share, first), *others = members
+    (_, first), *others = members
     for member in (path for _, path in members):
         local_model_folder(str(member), None, _KEY)
         check_weights(weight_files(member), _KEY)
     kind = _kind(first)
     own = _tensors(first)
-    mean = {name: share * weight.float() for name, weight in own.items()}
+    mean = {name: weight.float() for name, weight in own.items()}
     for coefficient, member in others:
         other = _tensors(member)
         differing = list(own.keys() ^ other.keys())
@@ -223,8 +224,7 @@ def write_mean(folder: Path, members: Sequence[tuple[float, Path]], dtype: torch
                 expected=f"a model as in {first}",
                 remedy="name models that were trained from one model",
             )
-        for name in mean:
-            mean[name] += coefficient * other[name].float()
+        mean = {n: one + coefficient * (other[n].float() - own[n].float()) for n, one in mean.items()}
     mean = {name: weight.to(dtype or own[name].dtype) for name, weight in mean.items()}
     ignored = shutil.ignore_patterns("*.safetensors*", "README.md")
     shutil.copytree(first, folder, ignore=ignored, dirs_exist_ok=True)

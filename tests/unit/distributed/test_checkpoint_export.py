@@ -287,6 +287,9 @@ def test_the_mean_of_whole_models(base: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(found[name], 0.25 * first[name] + 0.75 * weight.float())
     for file in ("config.json", "generation_config.json", "tokenizer.json"):
         assert (tmp_path / "out" / file).read_bytes() == (base / file).read_bytes()
+    write_mean(tmp_path / "same", [(0.3, base), (0.5, base), (0.2, base)], None)
+    same, own = (load_file(folder / "model.safetensors") for folder in (tmp_path / "same", base))
+    assert all(torch.equal(same[name], weight) for name, weight in own.items())
     write_mean(tmp_path / "rounded", [(0.5, base), (0.5, other)], torch.bfloat16)
     rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "rounded", dtype="auto")
     assert rounded.dtype is torch.bfloat16
