@@ -19,8 +19,12 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import EXACT_WITH_LIGER
 from dpo_dist.model.numerics import check_precision
 
-# Modules that text does not reach, of architectures with one configuration for all that they read.
-_OTHER_PARTS = {"phi4_multimodal": ("image_embed", "audio_embed")}
+# Classes of modules inside of a text decoder that text alone does not reach.
+_NOT_OF_TEXT = {
+    "MllamaCrossAttentionDecoderLayer",
+    "Phi4MultimodalAudioEmbedding",
+    "Phi4MultimodalImageEmbedding",
+}
 # The name of modules that choose which keys a query attends to (DeepSeek-V3.2, arXiv 2512.02556).
 _INDEXER = "indexer"
 
@@ -53,13 +57,12 @@ def text_part(causal_lm: Any) -> Any:
 
 def other_weights(causal_lm: Any) -> set[nn.Parameter]:
     """Return the weights that text does not depend on, as of a vision tower: they have no gradient."""
-    text = text_part(causal_lm)
-    if text is causal_lm:
-        names = _OTHER_PARTS.get(causal_lm.config.model_type, ())
-        others = [module for name, module in causal_lm.named_modules() if name.endswith(names)]
-        return {weight for module in others for weight in module.parameters()}
+    unreached = [module for module in causal_lm.modules() if type(module).__name__ in _NOT_OF_TEXT]
+    others = {weight for module in unreached for weight in module.parameters()}
+    if (text := text_part(causal_lm)) is causal_lm:
+        return others
     used = (text, causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings())
-    return set(causal_lm.parameters()) - {weight for module in used for weight in module.parameters()}
+    return others | (set(causal_lm.parameters()) - {w for module in used for w in module.parameters()})
 
 
 def keep_text(causal_lm: Any, *, drops: bool = True) -> None:

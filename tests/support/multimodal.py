@@ -15,7 +15,8 @@ PIXELS = {"image_size": 28, "patch_size": 14}
 QWEN = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 32}
 QWEN |= {"num_position_embeddings": 16}
 STACKED = QWEN | {"deepstack_visual_indexes": [0]}
-ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [2, 1, 1]}}
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+ROPE = {"rope_parameters": PLAIN_ROPE | {"mrope_section": [2, 1, 1]}}
 PLACES = {"image_token_id": 5, "video_token_id": 6}
 PLACE = {"image_token_index": 5}
 SHARED_KEYS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
@@ -44,6 +45,14 @@ _PARTS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     ),
     "llava": (TEXT | {"model_type": "llama"}, VISION | PIXELS | {"model_type": "clip_vision_model"}, PLACE),
     "mistral3": (TEXT | {"model_type": "mistral"}, VISION | PIXELS | {"model_type": "pixtral"}, PLACE),
+    "mllama": (
+        TEXT | {"cross_attention_layers": [1], "rope_parameters": PLAIN_ROPE, "pad_token_id": None},
+        {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "attention_heads": 2}
+        | {"num_global_layers": 1, "vision_output_dim": 32, "intermediate_layers_indices": [0]}
+        | PIXELS
+        | {"max_num_tiles": 1, "supported_aspect_ratios": [[1, 1]]},
+        PLACE,
+    ),
     "qwen2_5_vl": (TEXT | ROPE, QWEN | {"fullatt_block_indexes": [0]}, PLACES),
     "qwen3_5": (TEXT | DELTA, QWEN, PLACES),
     "qwen3_5_moe": (TEXT | DELTA | EXPERTS | {"shared_expert_intermediate_size": 16}, QWEN, PLACES),
