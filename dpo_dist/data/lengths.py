@@ -70,17 +70,12 @@ class SourceLengths:
         return not dropped or dropped + self.unusable <= self.max_dropped
 
 
-def fitting_limits(sources: Sequence[SourceLengths], limits: DataConfig, longest: int | None = None) -> str:
-    """Return settings with which the data of all sources can be used, in words; empty if there are none.
-
-    `longest`: tokens of the longest sequence of the model.
-    """
+def fitting_limits(sources: Sequence[SourceLengths], limits: DataConfig) -> str:
+    """Return settings with which the data of all sources can be used, in words; empty if there are none."""
     whole = np.concatenate([source.lengths[:, :2].sum(axis=1) for source in sources])
     all_records = len(whole) + sum(source.unusable for source in sources)
     highest = max(limits.max_length, int(whole.max(initial=1)))
     steps = [*range(_STEP * (limits.max_length // _STEP + 1), highest, _STEP), -(-highest // _STEP) * _STEP]
-    if longest is not None:
-        steps = [*(step for step in steps if step < longest), longest]
 
     def accepted(changed: DataConfig) -> bool:
         return all(source.accepts(changed) for source in sources)
