@@ -72,27 +72,22 @@ class SourceLengths:
 
 def fitting_limits(sources: Sequence[SourceLengths], limits: DataConfig) -> str:
     """Return settings with which the data of all sources can be used, in words; empty if there are none."""
-    whole = np.concatenate([source.lengths[:, :2].sum(axis=1) for source in sources])
-    all_records = len(whole) + sum(source.unusable for source in sources)
-    highest = max(limits.max_length, int(whole.max(initial=1)))
-    steps = [*range(_STEP * (limits.max_length // _STEP + 1), highest, _STEP), -(-highest // _STEP) * _STEP]
+    lengths = np.concatenate([source.lengths for source in sources])
+    whole, records = lengths[:, :2].sum(axis=1), len(lengths) + sum(source.unusable for source in sources)
+    longest = int(whole.max(initial=1))
+    steps = range(_STEP * (limits.max_length // _STEP + 1), longest + _STEP, _STEP)
 
     def accepted(changed: DataConfig) -> bool:
         return all(source.accepts(changed) for source in sources)
 
-    found = list[tuple[str, DataConfig]]()
-    if limits.truncation is not Truncation.both:
-        found.append(("data.truncation=both", replace(limits, truncation=Truncation.both)))
     at = bisect_left(steps, 1, key=lambda step: accepted(replace(limits, max_length=step)))
-    for step in dict.fromkeys([*steps[at : at + 1], steps[-1]]):
-        found.append((f"data.max_length={step}", replace(limits, max_length=step)))
+    found = {"data.truncation=both": replace(limits, truncation=Truncation.both)}
+    for step in (*steps[at : at + 1], *steps[-1:]):
+        found[f"data.max_length={step}"] = replace(limits, max_length=step)
     lines = []
-    for written, changed in found:
-        kept = sum(source.kept(changed) for source in sources)
-        cuts = whole > changed.max_length
-        if changed.max_prompt_length is not None:
-            cuts |= np.concatenate([source.lengths[:, 0] for source in sources]) > changed.max_prompt_length
+    for written, changed in found.items():
         if accepted(changed):
-            what = f"keeps {kept:,} of {all_records:,}" if cuts.any() else "cuts none"
-            lines.append(f"{written} ({what})")
+            kept = sum(source.kept(changed) for source in sources)
+            cuts = (whole > changed.max_length) | (lengths[:, 0] > (changed.max_prompt_length or longest))
+            lines.append(f"{written} ({f'keeps {kept:,} of {records:,}' if cuts.any() else 'cuts none'})")
     return " or ".join(lines)
