@@ -285,18 +285,12 @@ def _as_sources(value: Any) -> Any:
         return value
     sources = []
     for entry in value:
-        kind = entry.get("type")
+        path, kind = entry.get("data_files") or entry["path"], entry.get("type")
+        kept = ("name", "data_dir", "revision", *([] if Path(str(path)).suffix else ["split"]))
+        source = {"path": path} | {name: entry[name] for name in kept if entry.get(name)}
         fields = entry | (kind if isinstance(kind, dict) else {})
         names = {name.removeprefix("field_"): fields[name] for name in fields if name.startswith("field_")}
-        columns = {
-            name: column for name, column in names.items() if name != column and isinstance(column, str)
-        }
-        kept = ("path", "name", "data_dir", "split", "revision")
-        source = {name: entry[name] for name in kept if entry.get(name) not in (None, "")}
-        if isinstance(entry.get("data_files"), str):
-            source["path"] = entry["data_files"]
-        if Path(source["path"]).suffix:  # a file has one split
-            source.pop("split", None)
+        columns = {name: column for name, column in names.items() if name != column}
         sources.append(source | ({"columns": columns} if columns else {}))
     return sources
 
@@ -315,10 +309,10 @@ def _wrong_value(key: str, error: ErrorDetails, where: str) -> ConfigError:
         expected, remedy = "text that is not empty", "remove the key, or write a value"
     elif isinstance(value, bool) and " in " in where and choices(hint):
         remedy = "in YAML a bare on, off, yes or no is true or false: put the word in quotes"
-    elif found := _answers_to(key, got) or [
-        f"did you mean {key}={one}?" for one in likely(got, choices(hint))
-    ]:
-        remedy = found[0]
+    elif answers := _answers_to(key, got):
+        remedy = answers[0]
+    elif found := likely(got, choices(hint)):
+        remedy = f"did you mean {key}={found[0]}?"
     elif get_origin(hint) is list:
         remedy = f"write {assignment(key, got)}"
     elif key == "model.adapter" and "/" in got:
