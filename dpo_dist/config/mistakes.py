@@ -309,10 +309,10 @@ def _wrong_value(key: str, error: ErrorDetails, where: str) -> ConfigError:
         expected, remedy = "text that is not empty", "remove the key, or write a value"
     elif isinstance(value, bool) and " in " in where and choices(hint):
         remedy = "in YAML a bare on, off, yes or no is true or false: put the word in quotes"
-    elif answers := _answers_to(key, got):
-        remedy = answers[0]
-    elif found := likely(got, choices(hint)):
-        remedy = f"did you mean {key}={found[0]}?"
+    elif found := _answers_to(key, got) or [
+        f"did you mean {key}={one}?" for one in likely(got, choices(hint))
+    ]:
+        remedy = found[0]
     elif get_origin(hint) is list:
         remedy = f"write {assignment(key, got)}"
     elif key == "model.adapter" and "/" in got:
