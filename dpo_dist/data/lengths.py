@@ -3,6 +3,8 @@
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from os.path import commonprefix
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -40,15 +42,8 @@ def left(prompt: Any, longest: Any, prefix: Any, limits: DataConfig) -> tuple[To
 
 def needed_tokens(responses: Sequence[list[int]], trained: Sequence[npt.NDArray[np.bool_]]) -> int:
     """Return how many tokens of each response keep all distinct, with one that the loss counts in each."""
-    ordered = sorted(responses)
-    needed = 1 + max(map(_shared, ordered, ordered[1:]), default=0)
-    return max([needed, *(int(mask.argmax()) + 1 for mask in trained)])
-
-
-def _shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return the length of the start that two sequences share."""
-    pairs = zip(one, other, strict=False)
-    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+    shared = [len(commonprefix(pair)) for pair in pairwise(sorted(responses))]  # noqa: RUF071 (of token ids)
+    return 1 + max([0, *shared, *(int(mask.argmax()) for mask in trained)])
 
 
 @dataclass(frozen=True)
