@@ -33,19 +33,15 @@ def run_dir(config: RunConfig) -> Path:
 
 
 def settings(config: RunConfig) -> dict[str, Any]:
-    """Return the settings that define the run's result: the usual ones and those not at their default.
-
-    Of an adapter also its rank and alpha, if the configuration has them.
-    """
+    """Return what defines the run's result: the usual settings, an adapter's size, and what is no default."""
     defaults = _values(RunConfig())
     found = {key: value for key, value in _values(config).items() if key in _ALWAYS or value != defaults[key]}
     if not config.loss.uses("beta"):
         found.pop("loss.beta", None)
     if config.loss.terms:
         found.pop("loss.kind", None)
-    if (adapter := config.model.adapter) is not None:
-        size = {"r": adapter.r, "alpha": adapter.alpha}
-        found["model.adapter"] |= {name: value for name, value in size.items() if value is not None}
+    if (adapter := config.model.adapter) is not None and adapter.path is None:
+        found["model.adapter"] |= {"r": adapter.r, "alpha": adapter.alpha}
     return found
 
 

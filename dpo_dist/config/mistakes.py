@@ -285,18 +285,12 @@ def _as_sources(value: Any) -> Any:
         return value
     sources = []
     for entry in value:
-        kind = entry.get("type")
+        path, kind = entry.get("data_files") or entry["path"], entry.get("type")
+        kept = ("name", "data_dir", "revision", *([] if Path(str(path)).suffix else ["split"]))
+        source = {"path": path} | {name: entry[name] for name in kept if entry.get(name)}
         fields = entry | (kind if isinstance(kind, dict) else {})
         names = {name.removeprefix("field_"): fields[name] for name in fields if name.startswith("field_")}
-        columns = {
-            name: column for name, column in names.items() if name != column and isinstance(column, str)
-        }
-        kept = ("path", "name", "data_dir", "split", "revision")
-        source = {name: entry[name] for name in kept if entry.get(name) not in (None, "")}
-        if isinstance(entry.get("data_files"), str):
-            source["path"] = entry["data_files"]
-        if Path(source["path"]).suffix:  # a file has one split
-            source.pop("split", None)
+        columns = {name: column for name, column in names.items() if name != column}
         sources.append(source | ({"columns": columns} if columns else {}))
     return sources
 

@@ -170,11 +170,10 @@ def check_counts(
     *,
     of_first: bool = False,
     lengths: Sequence[SourceLengths] = (),
-    longest: int | None = None,
 ) -> None:
     """Check that enough records of a source, or `of_first` of its first records, were kept.
 
-    `lengths` of all sources, and the `longest` sequence of the model in tokens, are for advice.
+    `lengths`: of all sources, for advice.
 
     Raises:
         DataError: no record was kept, more were dropped than `data.max_bad_share` allows, or a chat template
@@ -203,7 +202,7 @@ def check_counts(
     reason = max(counts.dropped, key=lambda name: counts.dropped[name])
     reasons = ", ".join(f"{name} {number}" for name, number in sorted(counts.dropped.items()))
     remedy = remedy_of(reason)
-    if lengths and "data.max_length" in remedy and (fitting := fitting_limits(lengths, config, longest)):
+    if lengths and "data.max_length" in remedy and (fitting := fitting_limits(lengths, config)):
         remedy = f"set {fitting}"
     elif "data.max_length" in remedy:
         remedy += f" (data.max_length is {config.max_length})"

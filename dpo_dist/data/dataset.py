@@ -208,18 +208,13 @@ class PreferenceDataset:
         return int(self.first_pieces[index]), int(self.first_pieces[index + 1])
 
 
-def open_dataset(
-    sources: Sequence[EncodedSource], config: DataConfig, longest: int | None = None
-) -> PreferenceDataset:
-    """Map the encoded sources and verify their digests; only files that have changed are read for that.
-
-    `longest`: tokens of the longest sequence of the model, for advice.
-    """
+def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> PreferenceDataset:
+    """Map the encoded sources and verify their digests; only files that have changed are read for that."""
     tables, by_source = list(map(read_source, sources)), []
     counted = list(map(counts_of, tables))
     lengths = [lengths_of(rows, counts, config) for rows, counts in zip(tables, counted, strict=True)]
     for source, of_source in zip(sources, counted, strict=True):
-        check_counts(of_source, source.path, config, lengths=lengths, longest=longest)
+        check_counts(of_source, source.path, config, lengths=lengths)
         by_source.append({"label": source.label, "path": source.path, **of_source.numbers()})
     every = pa.concat_tables(tables)
     counts = counts_of(every)

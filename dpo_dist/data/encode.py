@@ -74,20 +74,18 @@ def encode_pair(
         prompt, prefix_length = facts.with_prefix(prompt)
         lengths = _lengths(prompt, responses, trained, prefix_length)
         kept_prompt, kept = _truncated(prompt, responses, prefix_length, data_config)
+        truncated = tuple(len(ids) < len(whole) for ids, whole in zip(kept, responses, strict=True))
+        if len(set(map(tuple, kept))) < len(kept):
+            raise UnusableRecordError(f"identical_after_{'truncation' if any(truncated) else 'encoding'}")
+        trained = [mask[: len(ids)] for mask, ids in zip(trained, kept, strict=False)]
+        if not all(mask.any() for mask in trained):
+            raise UnusableRecordError("no_trained_token", "the loss would count no token of a response")
     except UnusableRecordError as fault:
         return replace(fault.at(record.origin), lengths=lengths)
     except RecursionError:
         return BadRecord(
             "template_rejected", record.origin, "tools, calls or arguments are nested too deeply"
         )
-    truncated = tuple(len(ids) < len(whole) for ids, whole in zip(kept, responses, strict=True))
-    if len(set(map(tuple, kept))) < len(kept):
-        reason = f"identical_after_{'truncation' if any(truncated) else 'encoding'}"
-        return BadRecord(reason, record.origin, lengths=lengths)
-    trained = [mask[: len(ids)] for mask, ids in zip(trained, kept, strict=False)]
-    if not all(mask.any() for mask in trained):
-        detail = "the loss would count no token of a response"
-        return BadRecord("no_trained_token", record.origin, detail, lengths=lengths)
     found = {
         "boundary_resplit": is_resplit,
         "prompt_truncated": len(kept_prompt) < len(prompt),

@@ -3,6 +3,8 @@
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from os.path import commonprefix
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -40,15 +42,8 @@ def left(prompt: Any, longest: Any, prefix: Any, limits: DataConfig) -> tuple[To
 
 def needed_tokens(responses: Sequence[list[int]], trained: Sequence[npt.NDArray[np.bool_]]) -> int:
     """Return how many tokens of each response keep all distinct, with one that the loss counts in each."""
-    ordered = sorted(responses)
-    needed = 1 + max(map(_shared, ordered, ordered[1:]), default=0)
-    return max([needed, *(int(mask.argmax()) + 1 for mask in trained)])
-
-
-def _shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return the length of the start that two sequences share."""
-    pairs = zip(one, other, strict=False)
-    return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+    shared = [len(commonprefix(pair)) for pair in pairwise(sorted(responses))]  # noqa: RUF071 (of token ids)
+    return 1 + max([0, *shared, *(int(mask.argmax()) for mask in trained)])
 
 
 @dataclass(frozen=True)
@@ -70,34 +65,24 @@ class SourceLengths:
         return not dropped or dropped + self.unusable <= self.max_dropped
 
 
-def fitting_limits(sources: Sequence[SourceLengths], limits: DataConfig, longest: int | None = None) -> str:
-    """Return settings with which the data of all sources can be used, in words; empty if there are none.
-
-    `longest`: tokens of the longest sequence of the model.
-    """
-    whole = np.concatenate([source.lengths[:, :2].sum(axis=1) for source in sources])
-    all_records = len(whole) + sum(source.unusable for source in sources)
-    highest = max(limits.max_length, int(whole.max(initial=1)))
-    steps = [*range(_STEP * (limits.max_length // _STEP + 1), highest, _STEP), -(-highest // _STEP) * _STEP]
-    if longest is not None:
-        steps = [*(step for step in steps if step < longest), longest]
+def fitting_limits(sources: Sequence[SourceLengths], limits: DataConfig) -> str:
+    """Return settings with which the data of all sources can be used, in words; empty if there are none."""
+    lengths = np.concatenate([source.lengths for source in sources])
+    whole, records = lengths[:, :2].sum(axis=1), len(lengths) + sum(source.unusable for source in sources)
+    longest = int(whole.max(initial=1))
+    steps = range(_STEP * (limits.max_length // _STEP + 1), longest + _STEP, _STEP)
 
     def accepted(changed: DataConfig) -> bool:
         return all(source.accepts(changed) for source in sources)
 
-    found = list[tuple[str, DataConfig]]()
-    if limits.truncation is not Truncation.both:
-        found.append(("data.truncation=both", replace(limits, truncation=Truncation.both)))
     at = bisect_left(steps, 1, key=lambda step: accepted(replace(limits, max_length=step)))
-    for step in dict.fromkeys([*steps[at : at + 1], steps[-1]]):
-        found.append((f"data.max_length={step}", replace(limits, max_length=step)))
+    found = {"data.truncation=both": replace(limits, truncation=Truncation.both)}
+    for step in (*steps[at : at + 1], *steps[-1:]):
+        found[f"data.max_length={step}"] = replace(limits, max_length=step)
     lines = []
-    for written, changed in found:
-        kept = sum(source.kept(changed) for source in sources)
-        cuts = whole > changed.max_length
-        if changed.max_prompt_length is not None:
-            cuts |= np.concatenate([source.lengths[:, 0] for source in sources]) > changed.max_prompt_length
+    for written, changed in found.items():
         if accepted(changed):
-            what = f"keeps {kept:,} of {all_records:,}" if cuts.any() else "cuts none"
-            lines.append(f"{written} ({what})")
+            kept = sum(source.kept(changed) for source in sources)
+            cuts = (whole > changed.max_length) | (lengths[:, 0] > (changed.max_prompt_length or longest))
+            lines.append(f"{written} ({f'keeps {kept:,} of {records:,}' if cuts.any() else 'cuts none'})")
     return " or ".join(lines)

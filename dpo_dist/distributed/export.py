@@ -127,9 +127,9 @@ def _check_written(
 
 
 def _untrained(causal_lm: Any, config: RunConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return what is as in the base's files: buffers, weights that are not trained, and ignored tensors.
+    """Return buffers, weights that are not trained, and ignored tensors as in the base's files.
 
-    Those that text does not use are of `dtype`, the others have their own: routers compute in float32.
+    Those that text does not use become `dtype`, the others keep theirs: routers compute in float32.
     """
     others = other_weights(causal_lm)
     frozen = {name: one in others for name, one in causal_lm.named_parameters() if not one.requires_grad}

@@ -114,16 +114,6 @@ def evaluation_table(results: Mapping[str, Fields]) -> list[str]:
     return aligned(evaluation_cells(results, _EVALUATED))
 
 
-def sampling_note(results: Fields) -> str:
-    """Return what sampled responses say of a model; nothing of the likeliest ones."""
-    temperature = results["sampling"]["temperature"]
-    sampled = (
-        f"responses are sampled at a temperature of {temperature:g}: unlikely words can make a small model "
-        "look broken; compare.temperature=0 takes the likeliest"
-    )
-    return sampled if temperature else ""
-
-
 def comparison_table(results: Fields) -> list[str]:
     """Return the lines of the table of models, with 95 % intervals; the page has all win rates."""
     base = results["base"]
@@ -144,8 +134,6 @@ def comparison_table(results: Fields) -> list[str]:
     lines = [f"comparison on {results['prompts']:,} held-out prompts{judge}", *aligned(rows)]
     if left := sum(results["not_judged"].values()):
         lines.append(f"note: not counted, because without a verdict: {counted(left, 'comparison')}")
-    if note := sampling_note(results):
-        lines.append(f"note: {note}")
     return lines
 
 

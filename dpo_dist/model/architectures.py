@@ -103,13 +103,6 @@ def check_positions(causal_lm: Any, max_length: int, key: str = "model.path") ->
         )
 
 
-def longest_sequence(model_config: Any) -> int | None:
-    """Return the tokens of the longest sequence for which a model is made; None: config.json does not say."""
-    text = model_config.get_text_config()
-    positions = getattr(text, "max_seq_len" if text.model_type == "mpt" else "max_position_embeddings", None)
-    return positions + 1 if isinstance(positions, int) and positions > 1 else None
-
-
 def training_notes(model_config: Any, max_length: int) -> list[str]:
     """Return notes for the user on the training of a supported model, one line each."""
     positions = getattr(model_config.get_text_config(), "max_position_embeddings", None)

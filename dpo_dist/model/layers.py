@@ -66,10 +66,7 @@ def other_weights(causal_lm: Any) -> set[nn.Parameter]:
 
 
 def keep_text(causal_lm: Any, *, drops: bool = True) -> None:
-    """Freeze the weights that text does not depend on, and free the memory of modules that have no others.
-
-    So a model has no towers in engines and optimizers. The names of the other weights stay as they are.
-    """
+    """Freeze the weights that text does not depend on; drop modules without others, such as towers."""
     others = other_weights(causal_lm)
     for weight in others:
         weight.requires_grad_(False)
@@ -86,12 +83,11 @@ def text_notes(causal_lm: Any) -> list[str]:
     """Return a line on a model of which `keep_text` has dropped parts, by their names; none of another."""
     parts = {causal_lm, causal_lm.base_model}
     dropped = sorted(name for part in parts for name, child in part._modules.items() if child is None)
-    if not dropped:
-        return []
-    return [
-        "the model also reads images or sounds: only its text part is scored or trained; in the result as in "
-        f"its own files, and not in memory: {', '.join(dropped)}"
-    ]
+    note = (
+        "the model also reads images or sounds: only its text part is scored or trained; the other parts "
+        f"stay as in its files, and are not in memory: {', '.join(dropped)}"
+    )
+    return [note] if dropped else []
 
 
 def indexers(causal_lm: Any) -> list[nn.Module]:

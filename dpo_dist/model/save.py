@@ -178,10 +178,7 @@ def write_merged(
 
 
 def ignored_tensors(causal_lm: Any, base: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the tensors in the files of `base` that a class of transformers ignores by its own account.
-
-    Such as layers that predict further tokens (`mtp`). None if the class is not the one of config.json.
-    """
+    """Return the tensors of `base` that the class that config.json names does not read (`mtp` layers)."""
     patterns = type(causal_lm)._keys_to_ignore_on_load_unexpected or ()
     if not patterns or causal_lm.config.model_type != read_model_json(base / CONFIG_FILE).get("model_type"):
         return {}

@@ -16,7 +16,7 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.data.sources import pinned
 from dpo_dist.data.store import columns_of, counts_of, lengths_of
 from dpo_dist.data.template import check_template_keys
-from dpo_dist.model.architectures import longest_sequence, router_loss
+from dpo_dist.model.architectures import router_loss
 from dpo_dist.model.folder import description_folder, is_adapter, start_folder, tokenizer_folder
 from dpo_dist.model.load import check_same_vocabulary, load_tokenizer
 from dpo_dist.objective.losses import check_custom_loss
@@ -36,7 +36,7 @@ def rehearse(config: RunConfig, models: Sequence[Evaluated] = (), *, trains: boo
     run = RunFolder.of(config)
     found = f" ({_expected_start(config, run)})" if trains and not models else ""
     config = with_stored_reference(config) if models else config
-    described, tokenizer, longest = _described_model(config)
+    described, tokenizer = _described_model(config)
     lines = [("run.dir", f"{run}{found}"), ("model.path", described)]
     for evaluated in models:
         if not (evaluated.is_checkpoint or is_adapter(Path(evaluated.path))):
@@ -51,7 +51,7 @@ def rehearse(config: RunConfig, models: Sequence[Evaluated] = (), *, trains: boo
     for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         for index, source in enumerate(sources):
             name = f"{key}[{index}]"
-            lines.append((name, _first_records(source, name, config, tokenizer, longest)))
+            lines.append((name, _first_records(source, name, config, tokenizer)))
     findings = "".join(f"  {label + ':':<15}{text}\n" for label, text in lines)
     doctor = "  python -m dpo_dist.doctor with the same arguments without --check examines all records\n"
     order = ", but the chat template omits tools (below)" if "tools_not_rendered" in findings else ""
@@ -70,19 +70,15 @@ def _expected_start(config: RunConfig, folder: RunFolder) -> str:
     return "new"
 
 
-def _described_model(config: RunConfig) -> tuple[str, PreTrainedTokenizerBase, int | None]:
-    """Return the policy's model in words, its tokenizer, and the tokens of its longest sequence, if known.
-
-    The checks that need no weights come before.
-    """
+def _described_model(config: RunConfig) -> tuple[str, PreTrainedTokenizerBase]:
+    """Return the policy's model in words, and its tokenizer, after the checks that need no weights."""
     folder = description_folder(config.model.path, config.model.revision, "model.path")
     start = start_folder(config.model)
     tokenizer = load_tokenizer(tokenizer_folder(folder, start), config.model)
     model_config, causal_lm = checked_model(config, folder, start)
     router_loss(config.loss.router, causal_lm)
     check_template_keys(config.data, tokenizer)
-    described = f"{folder}, {model_config.model_type}, {len(tokenizer):,} tokens"
-    return described, tokenizer, longest_sequence(model_config)
+    return f"{folder}, {model_config.model_type}, {len(tokenizer):,} tokens", tokenizer
 
 
 def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -102,11 +98,7 @@ def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _first_records(
-    source: SourceConfig,
-    key: str,
-    config: RunConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    longest: int | None,
+    source: SourceConfig, key: str, config: RunConfig, tokenizer: PreTrainedTokenizerBase
 ) -> str:
     """Read, encode and check the first records of a source; return their counts as one line."""
     source = pinned(source)
@@ -114,8 +106,7 @@ def _first_records(
     rows = pa.Table.from_batches([encode_chunk(records[:_FIRST_RECORDS], config.data, tokenizer)])
     counts, has_more = counts_of(rows), len(records) > _FIRST_RECORDS
     lengths = [lengths_of(rows, counts, config.data)]
-    where = f"{key}: {source.path}"
-    check_counts(counts, where, config.data, of_first=has_more, lengths=lengths, longest=longest)
+    check_counts(counts, f"{key}: {source.path}", config.data, of_first=has_more, lengths=lengths)
     dataset = PreferenceDataset(
         fingerprint="",
         counts=counts.as_dict(),

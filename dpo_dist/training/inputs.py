@@ -31,7 +31,6 @@ from dpo_dist.distributed.zero import whole_loading
 from dpo_dist.model.architectures import (
     check_causal,
     check_positions,
-    longest_sequence,
     router_loss,
     router_notes,
     training_notes,
@@ -170,7 +169,7 @@ def _load(
     notes += base_notes(config.model, start)
     for note in [*text_notes(causal_lm), *router_notes(routers, causal_lm), *notes]:
         run.say(note)
-    longest, vocabulary = longest_sequence(model_config), model_config.get_text_config().vocab_size
+    vocabulary = model_config.get_text_config().vocab_size
     with run.console.heartbeat("reading the model's files to identify them"):
         files = _digest_models(run, folder, start)
 
@@ -183,7 +182,7 @@ def _load(
             encoded = world.on_main(prepare)
         with run.console.heartbeat(f"verifying the {name} data"):
             # A node that sees the files on another device verifies them again.
-            dataset = world.together(lambda: open_dataset(encoded, config.data, longest))
+            dataset = world.together(lambda: open_dataset(encoded, config.data))
             dataset = _with_count(run, dataset, "duplicates", count_duplicates)
         world.on_main(lambda: check_ids_in_vocabulary(dataset, tokenizer, vocabulary))
         world.on_main(lambda: check_fits_loss(dataset, config.loss))

@@ -125,11 +125,9 @@ class Samples:
     def _ask(self, model: Engine, *, of_base: bool = False) -> list[Row] | None:
         """Return a response to each prompt; None, with a warning, if the model's logits are not finite."""
         requests = [prompt.request for prompt in self.prompts]
-        limits = self.stop_ids, _BATCH_TOKENS, self.run.world
+        limits = self.stop_ids, _BATCH_TOKENS, self.run.stops
         try:
-            found = generate_together(
-                model, requests, self.sampling, *limits, of_base=of_base, stops=self.run.stops
-            )
+            found = generate_together(model, requests, self.sampling, *limits, of_base=of_base)
         except NotFiniteError:
             self.run.say("warning: no samples: the model's logits are not finite")
             return None

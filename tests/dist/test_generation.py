@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import AdapterConfig, Dtype, ModelConfig, ParallelismKind
 from dpo_dist.data.dataset import shard_batch
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.world import Stops, World
+from dpo_dist.foundation.process import StopRequest
 from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sample, Sampling, generate_together
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.reference.engine import ReferenceProvider
@@ -55,7 +56,8 @@ def train(model: ModelConfig, assets: Assets, speaks: bool, world: World, folder
         return norm.item()
 
     def speak(sampling: Sampling, of_base: bool = False) -> list[Any]:
-        samples = generate_together(policy, requests(), sampling, STOPS, BUDGET, world, of_base=of_base)
+        stops = Stops(StopRequest(), world)
+        samples = generate_together(policy, requests(), sampling, STOPS, BUDGET, stops, of_base=of_base)
         return [(sample.ids, sample.is_finished) for sample in samples]
 
     scores: list[Any] = []
@@ -127,16 +129,16 @@ def test_two_ranks_generate_what_transformers_does_and_train_on_as_if_they_had_n
 
 def fewer_prompts(assets: Assets, world: World, _folder: Path) -> dict[str, Any]:
     """Generate for one prompt on all ranks; then with logits that are not finite on rank 0 alone."""
-    policy = load_policy(assets.policy, world)
-    one = generate_together(policy, requests()[:1], GREEDY, STOPS, BUDGET, world)
-    none = generate_together(policy, [], GREEDY, STOPS, BUDGET, world)
+    policy, stops = load_policy(assets.policy, world), Stops(StopRequest(), world)
+    one = generate_together(policy, requests()[:1], GREEDY, STOPS, BUDGET, stops)
+    none = generate_together(policy, [], GREEDY, STOPS, BUDGET, stops)
     mode = policy._engine.training
     head = policy.causal_lm.get_output_embeddings()
     spoil = head.register_forward_hook(lambda _module, _inputs, logits: logits + torch.nan)
     if world.rank:
         spoil.remove()
     try:
-        generate_together(policy, requests(), GREEDY, STOPS, BUDGET, world)
+        generate_together(policy, requests(), GREEDY, STOPS, BUDGET, stops)
         broken = False
     except NotFiniteError:
         broken = True

@@ -191,9 +191,8 @@ def write_results(
                     where=str(file),
                     got="no two usable responses of a prompt with different scores",
                     remedy="see the counts: scores can be missing, equal or within pairs.margin, responses "
-                    "unfinished within pairs.max_new_tokens"
-                    + "; pairs.method=samples makes and scores responses"
-                    * (settings["method"] == "scores"),
+                    "unfinished within pairs.max_new_tokens; of a file without scores pairs.method=samples "
+                    "makes responses and scores them",
                 )
             found = {name: times for name, times in sorted(counts.items()) if times}
             facts = {"settings": dict(settings), "version": dpo_dist.__version__}

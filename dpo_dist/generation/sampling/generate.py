@@ -12,13 +12,14 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from dpo_dist.data.encode import TokenIds
-from dpo_dist.distributed.world import Stops, World
+from dpo_dist.distributed.world import Stops
 from dpo_dist.distributed.zero import Engine
 
 
@@ -127,7 +128,11 @@ def generate_batch(
         length = len(request.prompt_ids)
         ids[row, longest - length :] = torch.from_numpy(request.prompt_ids.astype(np.int64))
         mask[row, longest - length :] = 1
-    next_token = _NextToken(requests, longest, sampling, stop_ids, device, must_end)
+    next_token = _NextToken(requests, longest, sampling, stop_ids, device)
+
+    def end(ids: Tensor, *_: Any) -> Tensor:
+        return torch.full((len(ids),), must_end(), device=ids.device)
+
     # Defaults of the model's folder, such as a repetition penalty, would change the distribution.
     causal_lm.generation_config = GenerationConfig()
     output = causal_lm.generate(
@@ -140,6 +145,7 @@ def generate_batch(
             pad_token_id=filler,
         ),
         logits_processor=LogitsProcessorList([next_token]),
+        stopping_criteria=StoppingCriteriaList([end]),
         synced_gpus=is_synchronised,
     )
     if next_token.is_broken:
@@ -161,9 +167,8 @@ class _NextToken(LogitsProcessor):  # type: ignore[misc]
         sampling: Sampling,
         stop_ids: Collection[int],
         device: torch.device,
-        must_end: Callable[[], bool],
     ):
-        self._prompt_length, self._must_end = prompt_length, must_end
+        self._prompt_length = prompt_length
         self._stop_ids = torch.tensor(sorted(stop_ids), device=device)
         numbers = [random_numbers(sampling, request) for request in requests if sampling.temperature > 0]
         self._numbers = torch.stack(numbers).to(device) if numbers else None
@@ -180,13 +185,10 @@ class _NextToken(LogitsProcessor):  # type: ignore[misc]
         """Return logits [rows, vocabulary] that are finite for the drawn token only; greedy: as they are."""
         generated = input_ids[:, self._prompt_length :]
         broken = ~scores.amax(-1).isfinite()
-        must_end = self._must_end()
-        if must_end or broken.any():
-            ended = torch.full_like(scores, -torch.inf).index_fill(-1, self._stop_ids[:1], 0.0)
-            if must_end:
-                return ended
+        if broken.any():
             has_ended = torch.isin(generated, self._stop_ids).any(-1)  # what follows is padding
             self.is_broken |= bool((broken & ~has_ended).any())
+            ended = torch.full_like(scores, -torch.inf).index_fill(-1, self._stop_ids[:1], 0.0)
             scores = torch.where(broken[:, None], ended, scores)
         if self._numbers is None:
             return scores
@@ -206,29 +208,27 @@ def generate_together(
     sampling: Sampling,
     stop_ids: Collection[int],
     budget: int,
-    world: World,
+    stops: Stops,
     *,
     of_base: bool = False,
-    stops: Stops | None = None,
 ) -> list[Sample]:
     """Return a sample of the engine's model for each request, in their order, on all ranks; collective.
 
     Every rank generates a share of similar lengths. Under ZeRO-3 each forward gathers weights from all ranks:
     they generate the same number of batches, and each batch makes as many forwards as the longest of all.
-    With `stops`, a rank that is asked to stop ends its responses at once, and all ranks give way after the
-    batch. Raises NotFiniteError on all ranks.
+    A rank that is asked to stop ends its responses at once, and all ranks give way after the batch. Raises
+    NotFiniteError on all ranks.
     """
+    world = stops.world
     shares = [
         batches(requests, sampling.max_new_tokens, budget, rank, world.size) for rank in range(world.size)
     ]
     own, synchronised = shares[world.rank], engine.is_synchronised
     samples: dict[int, Sample] = {}
     is_broken = False
-    must_end = (lambda: False) if stops is None else lambda: stops.request.is_urgent
     with engine.generating(of_base=of_base) as causal_lm:
         for number in range(max(map(len, shares))):
-            if stops is not None:
-                stops.give_way()
+            stops.give_way()
             if number >= len(own) and not synchronised:
                 continue
             indices = own[number] if number < len(own) else []
@@ -244,14 +244,13 @@ def generate_together(
                     stop_ids,
                     world.device,
                     is_synchronised=synchronised,
-                    must_end=must_end,
+                    must_end=lambda: stops.request.is_urgent,
                 )
             except NotFiniteError:  # the other ranks wait in the next batch
                 is_broken = True
             else:
                 samples |= zip(indices, found, strict=False)
-    if stops is not None:
-        stops.give_way()  # the last responses may be cut
+    stops.give_way()  # the last responses may be cut
     gathered = world.gather((samples, is_broken))
     if any(fault for _, fault in gathered):
         raise NotFiniteError

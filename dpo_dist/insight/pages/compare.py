@@ -15,7 +15,6 @@ from dpo_dist.insight.compare.results import DIFFERENCES
 from dpo_dist.insight.pages.charts import Interval, Point, scatter
 from dpo_dist.insight.pages.render import estimate, json_rows, page, part
 from dpo_dist.insight.pages.samples import Response, Shown, end_notes, prompt_items
-from dpo_dist.insight.tables import sampling_note
 
 Row = Mapping[str, Any]
 Pair = tuple[str, str]
@@ -52,7 +51,6 @@ def write_comparison_page(folder: RunFolder, results: Row) -> None:
         style_of_responses=_style(results),
         items=items,
         omitted=omitted,
-        sampling_note=sampling_note(results),
         labels=dict(sorted(labels.items())),
     )
     files.write_text(folder.comparison_page, html)

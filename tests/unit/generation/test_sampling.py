@@ -170,7 +170,7 @@ def test_a_stop_is_answered_at_the_next_token(model: Any) -> None:
     engine: Any = SimpleNamespace(is_synchronised=False, generating=lambda of_base: nullcontext(model))
     stops = Stops(request, ALONE)
     with model.lm_head.register_forward_hook(asked_at_the_third), pytest.raises(GivenWay):
-        generate_together(engine, requests(), Sampling(50), [RARE], 10**6, ALONE, stops=stops)
+        generate_together(engine, requests(), Sampling(50), [RARE], 10**6, stops)
     assert next(forwards) == 4
 
 
