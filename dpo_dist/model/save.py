@@ -183,11 +183,18 @@ def ignored_tensors(causal_lm: Any, base: Path, dtype: torch.dtype) -> dict[str,
     if not patterns or causal_lm.config.model_type != read_model_json(base / CONFIG_FILE).get("model_type"):
         return {}
     found: dict[str, Tensor] = {}
+    prefix = f"{causal_lm.base_model_prefix}."
+    modules = {name.removeprefix(prefix) for name, _ in causal_lm.named_modules()}
+
+    def is_ignored(name: str) -> bool:
+        # The patterns also fit weights that are read: `attn.bias` c_attn.bias, `layers.46` that of 92 layers.
+        layer = re.match(r".*?\.\d+(?=\.)", name.removeprefix(prefix))
+        return any(re.search(each, name) for each in patterns) and not (layer and layer[0] in modules)
+
     for file in weight_files(base):
         if file.suffix != ".json":
             with safe_open(file, "pt") as tensors:
-                names = [one for one in tensors.keys() if any(re.search(each, one) for each in patterns)]  # noqa: SIM118
-                found |= {name: tensors.get_tensor(name) for name in names}
+                found |= {name: tensors.get_tensor(name) for name in filter(is_ignored, tensors.keys())}
     return {name: one.to(dtype) if one.is_floating_point() else one for name, one in found.items()}
 
 

@@ -37,7 +37,7 @@ from dpo_dist.model.load import TORCH_DTYPES, load_config, load_packed, without_
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.save import write_description, write_mean, write_weights
 from tests.support import tiny
-from tests.support.families import COMMON, LOW_RANK
+from tests.support.families import COMMON, LOW_RANK, tiny_family
 from tests.support.multimodal import IMAGE_MODELS, write_multimodal
 from tests.support.precision import DTYPES
 from tests.support.tiny_model import write_model
@@ -452,6 +452,29 @@ def test_all_weights_of_a_model_that_reads_images_have_one_precision(
     assert {weight.dtype for weight in found.values()} == {wanted}
     kept = [name for name in own if "visual" in name or name in FURTHER]
     assert all(torch.equal(found[name], own[name].to(wanted)) for name in kept)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "glm4_moe"])
+def test_no_weight_of_the_base_stands_for_a_trained_one_whose_name_the_class_ignores(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pattern for a buffer of GPT-2 also fits a bias, one for a further layer a layer of a larger model."""
+    base, out = write_model(tmp_path / "base"), tmp_path / "out"
+    causal_lm = tiny_family(model_type, len(tiny.qwen()))
+    causal_lm.save_pretrained(base)
+    weights = load_file(base / "model.safetensors")
+    weights = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}  # as on the hub
+    further = {} if model_type == "gpt2" else {"model.layers.2.norm.weight": torch.ones(3)}
+    save_file(weights | further, base / "model.safetensors", {"format": "pt"})
+    if further:
+        patterns = [r"model\.layers\.1.*", r"model\.layers\.2.*"]
+        monkeypatch.setattr(type(causal_lm), "_keys_to_ignore_on_load_unexpected", patterns)
+        adapter = replace(LORA, target_modules=["q_proj"])
+        assert_merged_as_by_peft(base, adapter, tmp_path)
+    trained = exported(run_of(base, dtype=Dtype.fp32), out)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
+    assert all(torch.equal(model.get_parameter(name), weight) for name, weight in trained.items())
+    assert files_of(out).keys() >= further.keys()
 
 
 def test_a_text_model_that_config_json_names_is_written_without_the_files_of_images(tmp_path: Path) -> None:
