@@ -14,7 +14,7 @@ import pyarrow as pa
 from dpo_dist.config.schema import MARKER_GAP, UNTRAINED_PARTS, DataConfig, OnBadRecord, Truncation
 from dpo_dist.data.counts import Outcome
 from dpo_dist.data.escape import THOUGHT_TAGS, has_reserved
-from dpo_dist.data.lengths import left, needed_tokens
+from dpo_dist.data.lengths import kept_tokens, needed_tokens
 from dpo_dist.data.records import (
     ALL_RECORDS,
     BadRecord,
@@ -216,7 +216,7 @@ def _truncated(
             )
         prompt = _cut_left(prompt, limit, prefix_length)
     longest = max(map(len, responses))
-    kept_prompt, kept = map(int, left(len(prompt), longest, prefix_length, limits))
+    kept_prompt, kept = map(int, kept_tokens(len(prompt), longest, prefix_length, limits))
     if kept:
         return _cut_left(prompt, kept_prompt, prefix_length), [ids[:kept] for ids in responses]
     match limits.truncation:

@@ -16,7 +16,7 @@ Tokens: TypeAlias = npt.NDArray[np.int64]
 _STEP = 64  # suggested limits are multiples of it
 
 
-def left(prompt: Any, longest: Any, prefix: Any, limits: DataConfig) -> tuple[Tokens, Tokens]:
+def kept_tokens(prompt: Any, longest: Any, prefix: Any, limits: DataConfig) -> tuple[Tokens, Tokens]:
     """Return the tokens that truncation leaves of a prompt and, at most, of each response; docs/data.md.
 
     `prompt` and `longest` (response) are token counts, integers or int64 arrays; `prefix` those of BOS, which
@@ -57,7 +57,7 @@ class SourceLengths:
     def kept(self, limits: DataConfig) -> int:
         """Return how many records these limits keep."""
         prompt, longest, prefix, needed = self.lengths.T
-        return int((left(prompt, longest, prefix, limits)[1] >= needed).sum())
+        return int((kept_tokens(prompt, longest, prefix, limits)[1] >= needed).sum())
 
     def accepts(self, limits: DataConfig) -> bool:
         """Return whether no more records are dropped for their lengths than is allowed."""
