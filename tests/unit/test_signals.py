@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +21,14 @@ from dpo_dist.foundation.process import StopRequest
 @pytest.fixture(autouse=True)
 def short_echoes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(process, "_REPEATED_SECONDS", 0.2)
+
+
+@pytest.fixture(autouse=True)
+def answered_hangup() -> Iterator[None]:
+    """The tests may have been started by nohup."""
+    former = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, former)
 
 
 STOPPING = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP]
