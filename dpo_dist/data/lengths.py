@@ -60,9 +60,9 @@ class SourceLengths:
         return int((kept_tokens(prompt, longest, prefix, limits)[1] >= needed).sum())
 
     def accepts(self, limits: DataConfig) -> bool:
-        """Return whether no more records are dropped for their lengths than is allowed."""
-        dropped = len(self.lengths) - self.kept(limits)
-        return not dropped or dropped + self.unusable <= self.max_dropped
+        """Return whether no more records are dropped for their lengths than is allowed, nor all."""
+        kept, every = self.kept(limits), len(self.lengths)
+        return kept == every or (kept > 0 and every - kept + self.unusable <= self.max_dropped)
 
 
 def fitting_limits(sources: Sequence[SourceLengths], limits: DataConfig) -> str:

@@ -252,7 +252,9 @@ def _by_template(record: PreferenceRecord, facts: TokenizerFacts, config: DataCo
     if not all(_is_written(*both, record.tools) for both in zip(spelled, conversations, strict=True)):
         changes.add("content_not_rendered")
     written = [tool["function"]["name"] for tool in record.tools if "name" in tool.get("function", ())]
-    if not all(name in text for name in written for text in spelled):
+    # Calls have these names too, in a template that does not read `tools`.
+    is_read = re.search(r"\btools\b", chat.template) is not None
+    if record.tools and not (is_read and all(name in text for name in written for text in spelled)):
         changes.add("tools_not_rendered")
     if any(facts.has_turns(turn.content) for turns in (messages, *responses) for turn in turns):
         changes.add("templated_content")

@@ -197,13 +197,18 @@ def check_disk_room(config: RunConfig, weights: int, done: int, steps: int) -> N
 
 
 def mark_started(run: Run, environment: dict[str, Any], state: RunState) -> None:
-    """Record that a run trains, after all checks, and remove the summary of an earlier start; collective."""
+    """Record that a run trains, after all checks, and remove the summary of an earlier start; collective.
+
+    A run that starts at step 0 also removes samples, which may be of another model.
+    """
     folder = run.folder
 
     def work() -> None:
         write_text(folder.config, to_yaml(run.config))
         write_text(folder.environment, json.dumps(environment, indent=2) + "\n")
         write_state(folder, state)
+        if not state.step:
+            shutil.rmtree(folder.samples, ignore_errors=True)
         if folder.summary.exists():
             folder.summary.unlink()
             with spared(folder.report.name, run.say):

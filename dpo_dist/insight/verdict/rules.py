@@ -151,8 +151,10 @@ def _labels_swapped(facts: RunFacts) -> Iterator[str]:
             )
             return
     for source, share in facts.sources("train").items():
-        # Later, a policy may tell the sources apart, or know the pairs by heart.
-        quarters = (facts.training_accuracy(source, share, end) for end in (0.25, 0.5, 0.75, 1.0))
+        # Later, a policy may tell the sources apart, or know the pairs by heart. One that does not start as
+        # the reference has preferences of its own before it learns.
+        ends = (0.25, 0.5, 0.75, 1.0) if facts.falls(facts.steps) else (1.0,)
+        quarters = (facts.training_accuracy(source, share, end) for end in ends)
         below = [one for one in quarters if source and one is not None and one.is_below_half]
         if below:
             yield (

@@ -17,6 +17,7 @@ from dpo_dist.config.schema import DataConfig, OnBadRecord, Ranked, SourceConfig
 from dpo_dist.data import build as build_dataset_module
 from dpo_dist.data import encode as encode_chunk_module
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
+from dpo_dist.data.lengths import SourceLengths, fitting_limits
 from dpo_dist.data.records import Origin
 from dpo_dist.foundation import files as digests_module
 from dpo_dist.foundation.errors import ConfigError, DataError
@@ -136,6 +137,15 @@ def test_settings_that_an_error_names_keep_the_records_that_it_says(shape: str, 
             assert what == ("cuts none" if is_whole else f"keeps {counts['kept']} of {counts['read']}")
             followed += 1
     assert followed
+
+
+def test_settings_that_keep_no_record_are_not_named() -> None:
+    lengths = SourceLengths(np.array([[2000, 300, 1, 3]] * 5), 0, max_dropped=5.0)
+    limits = DataConfig(max_length=1024, max_bad_share=1.0)
+    both, longer, whole = fitting_limits([lengths], limits).split(" or ")
+    assert both == "data.truncation=both (keeps 5 of 5)"
+    assert longer == "data.max_length=2048 (keeps 5 of 5)"
+    assert whole == "data.max_length=2304 (cuts none)"
 
 
 def test_a_fault_of_the_disk_names_the_cache(tmp_path: Path) -> None:

@@ -329,6 +329,20 @@ def test_a_template_file_is_used_and_part_of_the_fingerprint(tmp_path: Path) -> 
     assert len(folders) == 3
 
 
+CALLS_ALONE = (
+    "{% for message in messages %}{% for call in message.tool_calls or () %}{{ call | tojson }}{% endfor %}"
+    + tiny.CHATML.removeprefix("{% for message in messages %}")
+)
+
+
+@pytest.mark.parametrize("name", ["plain", "tools", "call"])
+def test_tools_that_a_template_omits_are_counted_also_if_it_writes_calls(name: str) -> None:
+    for template in (CALLS_ALONE, "{% if tools %}{{ tools | tojson }}{% endif %}" + CALLS_ALONE):
+        found = encode(RECORDS[name], tiny.with_template(tiny.qwen(), template))
+        is_omitted = name != "plain" and template == CALLS_ALONE
+        assert ("tools_not_rendered" in found.changes) == is_omitted
+
+
 def test_a_named_template_of_the_tokenizer_is_used() -> None:
     tokenizer = tiny.with_template(tiny.qwen(), None)
     tool_use, loud = "{{ tools | tojson }}" + tiny.CHATML, "LOUD " + tiny.CHATML

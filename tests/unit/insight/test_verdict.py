@@ -298,6 +298,16 @@ def test_which_faults_are_found(history: list[Row], ended: dict[str, Any], rules
     assert rules_of(history, **ended) == rules
 
 
+def test_a_source_that_starts_below_one_half_is_swapped_only_if_the_policy_starts_as_the_reference() -> None:
+    """Else it prefers, say, its own responses to better ones until it learns."""
+    early = {"rewards/accuracies/a": 0.9, "rewards/accuracies/b": 0.2, "rewards/chosen": 0.1}
+    found = rows(every=early, late={"rewards/accuracies/b": 0.8}, since=8)
+    assert rules_of(found) == ["labels_swapped"]
+    assert rules_of(found, settings=SETTINGS | {"reference.path": "other"}) == []
+    alone = [{key: value for key, value in row.items() if "both_fall" not in key} for row in found]
+    assert rules_of(alone, **with_settings(kind="simpo", beta=2.0)) == []
+
+
 def test_the_evidence_of_a_leak_quotes_no_data() -> None:
     [leak, _] = verdict(rows(every=AT_ONCE), summary(), [LEAK]).findings
     assert leak.rule == "label_leak"

@@ -159,6 +159,27 @@ def test_a_start_removes_the_summary_of_an_earlier_one(folder: RunFolder) -> Non
     assert ">preempted<" not in folder.report.read_text()
 
 
+@pytest.mark.parametrize("step", [0, 4])
+def test_a_start_at_step_0_removes_the_samples_of_an_earlier_one(step: int, folder: RunFolder) -> None:
+    """They may be of another model."""
+    folder.samples.mkdir()
+    folder.samples_reference.touch()
+    mark_started(run_in(folder.path), {}, replace(state_of(RunOutcome.started), step=step))
+    assert folder.samples_reference.exists() == (step > 0)
+
+
+def test_steps_below_0_are_an_error(folder: RunFolder) -> None:
+    write_state(folder, replace(state_of(RunOutcome.preempted), step=-1))
+    with pytest.raises(CheckpointError, match="state of this run cannot be read"):
+        find_start(run_in(folder.path))
+    folder.state.unlink()
+    saver = CheckpointSaver(folder.checkpoints, 2, [], ALONE)
+    saver.save(4, {"step": -1, **IDENTITY})
+    saver.commit()
+    with pytest.raises(CheckpointError, match="damaged"):
+        find_start(run_in(folder.path))
+
+
 def test_the_report_of_a_complete_run_is_written_and_its_lost_files_again(folder: RunFolder) -> None:
     save_checkpoint(folder, 4)
     run, recorder = run_in(folder.path, keep_last=0), recorder_in(folder)
