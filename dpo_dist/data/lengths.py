@@ -79,7 +79,7 @@ def fitting_limits(sources: Sequence[SourceLengths], limits: DataConfig, longest
     all_records = len(whole) + sum(source.unusable for source in sources)
     highest = max(limits.max_length, int(whole.max(initial=1)))
     steps = [*range(_STEP * (limits.max_length // _STEP + 1), highest, _STEP), -(-highest // _STEP) * _STEP]
-    if longest is not None:
+    if longest is not None and longest < steps[-1]:
         steps = [*(step for step in steps if step < longest), longest]
 
     def accepted(changed: DataConfig) -> bool:
