@@ -230,8 +230,8 @@ def _by_template(record: PreferenceRecord, facts: TokenizerFacts, config: DataCo
             where=str(record.origin),
             got="messages",
             expected="plain prompt, chosen and rejected texts, or a tokenizer with a chat template",
-            remedy="use the tokenizer of an instruction-tuned model, set data.chat_template, "
-            "set data.text_as_messages=false, or convert the conversations to plain text",
+            remedy="use the tokenizer of an instruction-tuned model, set data.chat_template, or "
+            + ("data.text_as_messages=false" if config.text_as_messages else "convert them to plain text"),
         )
     responses = tuple(
         (Message("assistant", one),) if isinstance(one, str) else one for one in record.responses

@@ -348,5 +348,6 @@ def test_data_are_encoded_by_the_tokenizer_of_the_adapter_that_the_policy_starts
         )
 
     assert diagnosed(f"model.adapter={{path: {sft}}}").model == sft
-    with pytest.raises(ConfigError, match="no chat template"):
+    with pytest.raises(ConfigError, match="no chat template") as raised:
         diagnosed()
+    assert "text_as_messages" not in raised.value.remedy  # it is off
