@@ -136,8 +136,8 @@ def add_saved(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
 def _foreign_adapter(causal_lm: Any, folder: Path, got: str, key: str) -> ConfigError:
     remedy = "name the model that the adapter was trained on as its base"
     if text_part(causal_lm) is not causal_lm:
-        remedy += "; if that was the text class, a base whose config.json names this class; if the adapter "
-        remedy += "has matrices on other parts than text, merge it into its base"
+        remedy += "; if that was the text class, a base whose config.json names this class in architectures; "
+        remedy += "if the adapter has matrices on other parts than text, merge it into its base"
     return ConfigError(
         "the adapter cannot be added to the model",
         where=key,
