@@ -150,9 +150,18 @@ def test_blocked_ranks_name_the_dead_one_and_end(tmp_path: Path) -> None:
 
 
 def dies_while_joining(rank: int) -> None:
-    """Let rank 0, which has the store of the rendezvous, die in a call of `start_world`."""
-    if rank == 0:
-        dist.all_gather_object = die
+    """Let rank 0, which has the store of the rendezvous, die in the last call of `start_world`."""
+    gather = dist.all_gather_object
+
+    def gather_or_die(*arguments: Any, **options: Any) -> None:
+        # One that still connects to a dead rank would try until the timeout.
+        distributed_c10d._get_default_store().set(f"rank {rank}", "connected")
+        if rank == 0:
+            distributed_c10d._get_default_store().wait(["rank 1", "rank 2"])
+            die()
+        gather(*arguments, **options)
+
+    dist.all_gather_object = gather_or_die
 
 
 def test_a_rank_that_dies_while_all_join_is_one_block_of_each_other(tmp_path: Path) -> None:
