@@ -163,7 +163,7 @@ def write_merged(
     causal_lm = auto_class(described).from_pretrained(
         base, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
     )
-    was_tied = causal_lm.config.tie_word_embeddings
+    was_tied = _is_tied(causal_lm)
     merged = PeftModel.from_pretrained(causal_lm, adapter).merge_and_unload()
     inner, outer = merged.get_input_embeddings().weight, merged.get_output_embeddings().weight
     if was_tied and inner is not outer and torch.equal(inner, outer):  # peft keeps two copies
@@ -172,9 +172,12 @@ def write_merged(
     written = dtype or described.get_text_config().dtype or described.dtype or torch.float32
     for weight in merged.parameters():  # not buffers, such as the biases of DeepSeek's routers
         weight.data = weight.data.to(written)
-    is_split = was_tied and not merged.config.tie_word_embeddings
-    changes = {"tie_word_embeddings": False} if is_split else {}
+    changes = {"tie_word_embeddings": False} if was_tied and not _is_tied(merged) else {}
     write_weights(folder, merged, merged.state_dict() | ignored_tensors(merged, base, written), base, changes)
+
+
+def _is_tied(causal_lm: Any) -> bool:  # not every config.json of a model of several parts says it
+    return causal_lm.get_input_embeddings().weight is causal_lm.get_output_embeddings().weight
 
 
 def ignored_tensors(causal_lm: Any, base: Path, dtype: torch.dtype) -> dict[str, Tensor]:

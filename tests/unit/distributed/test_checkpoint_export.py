@@ -370,6 +370,7 @@ def test_a_model_that_reads_images_is_whole_again(model_type: str, tmp_path: Pat
         ("gemma3", "rsLoRA, untied"),
         ("llama4", "LoRA"),
         ("mistral3", "whole modules"),
+        ("mllama", "LoRA"),
         ("qwen3_5", "LoRA"),
         ("qwen3_vl", "DoRA, untied"),
     ],
