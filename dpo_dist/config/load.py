@@ -30,6 +30,7 @@ from dpo_dist.config.identity import differing_keys, run_dir
 from dpo_dist.config.keys import COMMAND_LINE, is_within, readers, run_keys
 from dpo_dist.config.mistakes import (
     SCHEMA,
+    assignment,
     composition_error,
     likely,
     preset_names,
@@ -274,7 +275,8 @@ class _Command:
                 return unknown_preset(key, unknown[0], self.folders)
             if key not in run_keys() or isinstance(override.value(), str):
                 return None
-            message, remedy = f"{key} is one preset", f"choose {key}={_names(override)[0]}"
+            sum_of_losses = f" or write {assignment(key, line.partition('=')[2])}" if key == "loss" else ""
+            message, remedy = f"{key} is one preset", f"choose {key}={_names(override)[0]}{sum_of_losses}"
         else:
             return None
         return ConfigError(message, where=COMMAND_LINE, got=line, remedy=remedy)

@@ -35,7 +35,7 @@ _EXTRAS = {"bitsandbytes": "quantization", "liger-kernel": "liger"}
 
 @contextlib.contextmanager
 def started(config: RunConfig, *, trains: bool = False) -> Iterator[Console]:
-    """Check the start and open the console; one that fails before it trains leaves no run directory."""
+    """Check the start and open the console; one that fails before its first row leaves no run directory."""
     folder = RunFolder.of(config)
     is_new = not folder.path.exists()
     check_start(config, trains=trains)
@@ -43,7 +43,9 @@ def started(config: RunConfig, *, trains: bool = False) -> Iterator[Console]:
         with open_console(folder, config.console) as console:
             yield console
     except (ConfigError, DataError, ReferenceModelError, CheckpointError):
-        if is_new and os.environ.get("RANK", "0") == "0" and not folder.metrics.exists():
+        from dpo_dist.insight.metrics.log import read_latest_rows  # noqa: PLC0415  (imports torch)
+
+        if is_new and os.environ.get("RANK", "0") == "0" and not read_latest_rows(folder):
             with contextlib.suppress(ConfigError), locked(folder.lock, "trains", "wait for it"):
                 shutil.rmtree(folder.path, ignore_errors=True)  # not that of another process
         raise

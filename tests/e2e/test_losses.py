@@ -117,13 +117,16 @@ def test_a_run_that_fails_after_steps_keeps_its_rows_until_the_same_command_star
     overrides: Overrides, tmp_path: Path
 ) -> None:
     """A loss that cannot take the five pairs of the last batch."""
-    own = tmp_path / "my_losses.py"
-    own.write_text(OWN_LOSS.replace("))\n", "))[: 1 if policy.margin.numel() == 5 else None]\n"))
+    own, run = tmp_path / "my_losses.py", RunFolder(tmp_path / "run")
     command = overrides("loss=custom", "loss.function=my_losses:hinge")
+    own.write_text(OWN_LOSS.replace("))\n", "))[:1]\n"))
+    assert run_verb("train", command, cwd=tmp_path).code == 2
+    assert not run.path.exists()  # it has no row
+
+    own.write_text(OWN_LOSS.replace("))\n", "))[: 1 if policy.margin.numel() == 5 else None]\n"))
     failed = run_verb("train", command, cwd=tmp_path)
     assert failed.code == 2, failed.output
     assert "does not return one loss per pair" in failed.output
-    run = RunFolder(tmp_path / "run")
     assert [row["step"] for row in read_latest_rows(run)] == [1, 2, 3]
     assert "does not return one loss per pair" in run.rank_log(0).read_text()
 

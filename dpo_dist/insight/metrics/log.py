@@ -77,7 +77,7 @@ class MetricsLog:
         are replaced.
         """
         rows: list[Row] = []
-        if resume_step is None and folder.metrics_table.exists():
+        if resume_step is None and read_latest_rows(folder):
             say("warning: training starts again: an earlier start left no checkpoint; its rows are replaced")
         elif resume_step is not None:
             if not folder.log_history.exists() and not folder.metrics_table.exists():

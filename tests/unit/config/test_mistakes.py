@@ -17,7 +17,7 @@ SECTIONS = "|".join(name for name in run_keys() if "." not in name)
 
 # A command line as typed, and a part of the error.
 MISTYPED = [
-    ("loss=[sigmoid,sft]", "choose loss=sigmoid"),
+    ("loss=[sigmoid,sft]", "choose loss=sigmoid or write 'loss.terms=[{kind: sigmoid}, {kind: sft}]'"),
     ("model=Qwen/Qwen2.5-7B", "write model.path=Qwen/Qwen2.5-7B"),
     ("data=hard.jsonl", "write 'data.train=[hard.jsonl]' or 'evaluation.data=[hard.jsonl]'"),
     ("optim.kind=paged_adamw_8bit", "did you mean optim.kind=adamw_8bit?"),
