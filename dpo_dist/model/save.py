@@ -231,7 +231,8 @@ def write_mean(folder: Path, members: Sequence[tuple[float, Path]], dtype: torch
                 expected=f"a model as in {first}",
                 remedy="name models that were trained from one model",
             )
-        mean = {n: one + coefficient * (other[n].float() - own[n].float()) for n, one in mean.items()}
+        for name, one in mean.items():  # not in place: of float32 weights it is `own`
+            mean[name] = one + coefficient * (other[name].float() - own[name].float())
     mean = {name: weight.to(dtype or own[name].dtype) for name, weight in mean.items()}
     ignored = shutil.ignore_patterns("*.safetensors*", "README.md")
     shutil.copytree(first, folder, ignore=ignored, dirs_exist_ok=True)
