@@ -58,7 +58,7 @@ def export_checkpoint(
     folder of this name that another process has made meanwhile.
     """
     base = description_folder(config.model.path, config.model.revision, needs_weights=False)
-    start = start_folder(config.model)
+    start, code = start_folder(config.model), config.model.trust_remote_code
     model_config, is_whole = load_config(base, config.model), config.model.adapter is None
     causal_lm = without_weights(model_config, config.model, start, keeps_others=is_whole)
     if not is_new and (faults := find_faults(checkpoint, 0, 1)):
@@ -91,7 +91,6 @@ def export_checkpoint(
             whole = model_folder(config.model.path, config.model.revision)
             with temporary_folder(final_name(temporary)) as adapter:  # `collect_abandoned` knows this name
                 write_adapter(adapter, causal_lm, weights, torch.float32)
-                code = config.model.trust_remote_code
                 write_merged(temporary, whole, adapter, named, trust_remote_code=code)
         else:
             write_adapter(temporary, causal_lm, weights, dtype)
@@ -101,7 +100,7 @@ def export_checkpoint(
         else:
             chosen = with_chosen_template(load_tokenizer(tokenizer, config.model), template)
             chosen.save_pretrained(temporary)
-        if card is not None and (text := card(auto_class(model_config).__name__)):
+        if card is not None and (text := card(auto_class(model_config, code).__name__)):
             (temporary / "README.md").write_text(text, encoding="utf-8")
         if config.export.check and not is_new:
             _check_written(temporary, list(saved.shapes) if is_whole else [], read, config)
@@ -144,5 +143,5 @@ def _untrained(causal_lm: Any, config: RunConfig, dtype: torch.dtype) -> dict[st
 
 def _loaded(folder: Path, config: RunConfig) -> Any:
     code = config.model.trust_remote_code
-    kind = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=code))
+    kind = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=code), code)
     return kind.from_pretrained(folder, dtype="auto", use_safetensors=True, trust_remote_code=code)

@@ -50,8 +50,8 @@ _FIXED_POSITIONS = frozenset({"codegen", "ctrl", "gptj", "mpt"})
 """Architectures with a table of positions that is no embedding, beyond which a forward fails."""
 
 
-def auto_class(model_config: Any) -> Any:
-    """Return the auto class of the transformers class that config.json names, the one that others load.
+def auto_class(model_config: Any, trust_remote_code: bool) -> Any:
+    """Return the auto class of the class that config.json names, the one that others load.
 
     The text class of a model that also reads images has other names of weights, and lacks its other parts.
     """
@@ -59,7 +59,8 @@ def auto_class(model_config: Any) -> Any:
     text = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
     whole = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(kind, None)
     names_text = text not in (None, whole) and text.__name__ in (model_config.architectures or ())
-    if whole is None or names_text or not kind.__module__.startswith("transformers."):
+    own = trust_remote_code and "AutoModelForCausalLM" in (getattr(model_config, "auto_map", None) or ())
+    if whole is None or names_text or own or not kind.__module__.startswith("transformers."):
         return AutoModelForCausalLM
     reads_images = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return AutoModelForImageTextToText if reads_images else AutoModelForMultimodalLM

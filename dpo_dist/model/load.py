@@ -186,7 +186,7 @@ def without_weights(
     So the options that name its layers and modules are checked before weights are read. `keeps_others`: with
     the parts that text does not use, frozen.
     """
-    kind = auto_class(model_config)
+    kind = auto_class(model_config, config.trust_remote_code)
     try:
         with torch.device("meta"):
             causal_lm = kind.from_config(
@@ -233,7 +233,7 @@ def load_weights(
     check_precision(config.dtype, device)
     is_sharded = is_deepspeed_zero3_enabled() and config.quantization is None
     load = partial(
-        (kind or auto_class(model_config)).from_pretrained,
+        (kind or auto_class(model_config, config.trust_remote_code)).from_pretrained,
         folder,
         config=model_config,
         dtype=TORCH_DTYPES[config.dtype],

@@ -160,7 +160,7 @@ def write_merged(
     The whole model is in host memory in float32, so that sums are rounded once.
     """
     described = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    causal_lm = auto_class(described).from_pretrained(
+    causal_lm = auto_class(described, trust_remote_code).from_pretrained(
         base, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
     )
     was_tied = _is_tied(causal_lm)

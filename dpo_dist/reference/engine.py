@@ -147,7 +147,7 @@ def _largest_weight(folder: Path, config: ModelConfig, world: World) -> int:
     """Return the number of elements of the model's largest weight, without reading weights."""
     model_config = load_config(folder, config)
     with whole_loading(world), torch.device("meta"):
-        causal_lm = auto_class(model_config).from_config(
+        causal_lm = auto_class(model_config, config.trust_remote_code).from_config(
             model_config, trust_remote_code=config.trust_remote_code
         )
     sizes: list[int] = [weight.numel() for weight in causal_lm.parameters()]

@@ -167,6 +167,7 @@ def assert_trained_as_plain(
         assert ours["norms"] == pytest.approx(norms, rel=5e-4), name
         trained = load_file(tmp_path / "ranks" / f"{name}.safetensors")
         weights = dict(plain.named_parameters())
+        assert not any("visual" in each or "vision" in each for each in trained), name  # not in memory
         common = trained.keys() & weights.keys()
         assert max(float((trained[each] - weights[each].detach()).abs().max()) for each in common) < 5e-5, (
             name

@@ -189,7 +189,7 @@ def assert_merged_as_by_peft(base: Path, adapter: AdapterConfig, folder: Path) -
     checkpoint = checkpoint_of(weights_of(config), folder / "step-000001")
     export_checkpoint(checkpoint, folder / "adapter", config)
     export_checkpoint(checkpoint, folder / "merged", replace(config, export=ExportConfig(merge=True)))
-    kind = auto_class(AutoConfig.from_pretrained(base))
+    kind = auto_class(AutoConfig.from_pretrained(base), False)
     plain = kind.from_pretrained(base, dtype=torch.float32)
     oracle = PeftModel.from_pretrained(plain, folder / "adapter").merge_and_unload().state_dict()
     merged = kind.from_pretrained(folder / "merged", dtype="auto").state_dict()

@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,12 @@ from dpo_dist.model.load import (
     load_tokenizer,
     load_weights,
     placement,
+    without_weights,
 )
 from dpo_dist.model.packed import PackedCausalLM
 from tests.support import tiny
 from tests.support.families import tiny_causal_lm, tiny_config, tiny_family
+from tests.support.multimodal import write_multimodal
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
 from tests.support.tiny_model import write_model
 
@@ -247,6 +250,19 @@ def test_classes_of_transformers_are_used_in_place_of_code(file: str, poisoned: 
     assert load_config(poisoned, FP32).model_type == "qwen2"
     assert len(load_tokenizer(poisoned, FP32)) > 0
     assert not (poisoned.parent / "trace").exists()
+
+
+def test_own_code_of_a_model_that_reads_images_is_used_where_it_is_trusted(tmp_path: Path) -> None:
+    folder = write_multimodal(tmp_path, "mistral3", len(tiny.qwen()))
+    (folder / "own.py").write_text(
+        "from transformers import Mistral3ForConditionalGeneration\n"
+        "class Own(Mistral3ForConditionalGeneration): pass\n"
+    )
+    changed(folder / "config.json", auto_map={"AutoModelForCausalLM": "own.Own"})
+    assert type(load(folder).causal_lm).__name__ == "Mistral3ForConditionalGeneration"
+    trusted = replace(FP32, trust_remote_code=True)
+    assert type(load(folder, trusted).causal_lm).__name__ == "Own"
+    assert type(without_weights(load_config(folder, trusted), trusted)).__name__ == "Own"
 
 
 @pytest.mark.parametrize(
