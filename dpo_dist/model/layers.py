@@ -84,8 +84,8 @@ def text_notes(causal_lm: Any) -> list[str]:
     parts = {causal_lm, causal_lm.base_model}
     dropped = sorted(name for part in parts for name, child in part._modules.items() if child is None)
     note = (
-        "the model also reads images or sounds: only its text part is scored or trained; the other parts "
-        f"stay as in its files, and are not in memory: {', '.join(dropped)}"
+        "the model also reads images or sounds: only its text part is scored or trained; the result has the "
+        f"other parts as the model's files have them, and they are not in memory: {', '.join(dropped)}"
     )
     return [note] if dropped else []
 

@@ -134,7 +134,7 @@ def _labels_swapped(facts: RunFacts) -> Iterator[str]:
     training = facts.training_accuracy()
     if training is not None and training.is_below_half:
         yield (
-            f"training accuracy is {training.value:.2f} on {training.pairs:,} pairs: the loss teaches the "
+            f"training accuracy is {training.value:.3f} on {training.pairs:,} pairs: the loss teaches the "
             "opposite of the labels"
         )
         return
@@ -144,7 +144,7 @@ def _labels_swapped(facts: RunFacts) -> Iterator[str]:
         accuracy = facts.evaluation_accuracy(source, share)
         if accuracy is not None and accuracy.is_below_half:
             yield (
-                f"evaluation accuracy is {accuracy.value:.2f} on {accuracy.pairs:,} pairs"
+                f"evaluation accuracy is {accuracy.value:.3f} on {accuracy.pairs:,} pairs"
                 f"{source.replace('/', ' of ', 1)}, clearly below one half, while training accuracy is "
                 f"{number(training.value if training else None)}: "
                 f"{'its' if source else 'training or evaluation'} labels look swapped"
@@ -158,7 +158,7 @@ def _labels_swapped(facts: RunFacts) -> Iterator[str]:
         below = [one for one in quarters if source and one is not None and one.is_below_half]
         if below:
             yield (
-                f"training accuracy of {source[1:]} is {min(below).value:.2f} on the {min(below).pairs:,} "
+                f"training accuracy of {source[1:]} is {min(below).value:.3f} on the {min(below).pairs:,} "
                 "pairs of a quarter of the steps, clearly below one half, while that of all is "
                 f"{number(training.value if training else None)} at the end: its labels look swapped"
             )
@@ -181,7 +181,7 @@ def _evaluation_too_good(facts: RunFacts) -> Iterator[str]:
     for training, accuracy, noise in _accuracies(facts):
         if accuracy.value - training.value > max(0.05, noise):
             yield (
-                f"evaluation accuracy {accuracy.value:.2f} on {accuracy.pairs:,} pairs is above training "
+                f"evaluation accuracy {accuracy.value:.3f} on {accuracy.pairs:,} pairs is above training "
                 f"accuracy {number(training.value)}: the evaluation data are easier, or copies of training "
                 "data, or some training labels are noise"
             )
@@ -204,7 +204,7 @@ def _label_leak(facts: RunFacts) -> Iterator[str]:
         at_once = next((one for one in means if one[0] <= within and one[1] >= 0.95), None)
         by_length = _leak_by_length(facts, source, 1.3)
         if at_once is not None and (evidence := by_length or _leak_by_form(facts, source)):
-            yield f"accuracy{of_source} is {at_once[1]:.2f} at step {at_once[0]:.0f} already, {evidence}"
+            yield f"accuracy{of_source} is {at_once[1]:.3f} at step {at_once[0]:.0f} already, {evidence}"
             return
         if means and by_length and _leak_by_length(facts, source, 2.0):
             yield f"the label{of_source} shows {by_length}"
@@ -238,8 +238,8 @@ def _does_not_generalise(facts: RunFacts) -> Iterator[str]:
     for training, accuracy, noise in _accuracies(facts):
         if training.value - accuracy.value > max(0.1, noise):
             yield (
-                f"training accuracy {training.value:.2f} is far above evaluation accuracy "
-                f"{accuracy.value:.2f} on {counted(accuracy.pairs, 'pair')}"
+                f"training accuracy {training.value:.3f} is far above evaluation accuracy "
+                f"{accuracy.value:.3f} on {counted(accuracy.pairs, 'pair')}"
             )
 
 
@@ -394,8 +394,8 @@ def _learnt_nothing(facts: RunFacts) -> Iterator[str]:
         is_chance = abs(accuracy.value - 0.5) <= accuracy.noise
         if is_chance and max(accuracy.value, training.value) < 0.6:
             yield (
-                f"{facts.part} accuracy {accuracy.value:.2f} on {accuracy.pairs:,} pairs is within its noise "
-                f"of one half ({accuracy.noise:.2f}); training accuracy {number(training.value)}"
+                f"{facts.part} accuracy {accuracy.value:.3f} on {accuracy.pairs:,} pairs is within its noise "
+                f"of one half ({accuracy.noise:.3f}); training accuracy {number(training.value)}"
             )
     margin, noise = last(facts.last_rows, MARGIN), facts.noise(facts.last_rows).get(MARGIN)
     if margin is not None and noise is not None and abs(margin) <= noise:
@@ -522,4 +522,4 @@ def _success(facts: RunFacts) -> str:
     margin = number(last(facts.last_rows, "rewards/margins"))
     if not facts.evaluations:
         found += " (nothing was evaluated after a step)"
-    return f"{found}: {facts.part} accuracy {accuracy.value:.2f}{pairs}, margin {margin}, {fall}"
+    return f"{found}: {facts.part} accuracy {accuracy.value:.3f}{pairs}, margin {margin}, {fall}"

@@ -173,21 +173,21 @@ FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
     ("beta_wrong", rows(every=FLAT), with_settings(beta=1e-4), "loss.beta=1e-4 is too small"),
     ("learning_rate_too_high", rows(late={"loss": 1.2}, since=8), {}, "the loss rose from 0.66 to 1.2"),
     ("learning_rate_too_high", rows(late={"logps/chosen_per_token": -3.5}, since=4), {}, "fell by 2.5 nats"),
-    ("labels_swapped", rows(late={"eval_rewards/accuracies": 0.3}), {}, "0.30 on 400 pairs"),
+    ("labels_swapped", rows(late={"eval_rewards/accuracies": 0.3}), {}, "0.300 on 400 pairs"),
     (
         "labels_swapped",
         steps(every=SWAPPED_IN_TRAINING),
         {},
-        "training accuracy of a is 0.10 on the 160 pairs of a quarter of the steps",
+        "training accuracy of a is 0.100 on the 160 pairs of a quarter of the steps",
     ),
-    ("labels_swapped", rows(every=OPPOSITE), {}, "training accuracy is 0.20 on 320"),
+    ("labels_swapped", rows(every=OPPOSITE), {}, "training accuracy is 0.200 on 320"),
     ("evaluation_leak", rows(), SEEN, "100 of 400 evaluation pairs (25 %)"),
-    ("evaluation_too_good", rows(late={"eval_rewards/accuracies": 0.95}), {}, "0.95 on 400 pairs is above"),
-    ("label_leak", rows(every=AT_ONCE | {"tokens/chosen": 300.0}), {}, "0.99 at step 1 already, by length"),
+    ("evaluation_too_good", rows(late={"eval_rewards/accuracies": 0.95}), {}, "0.950 on 400 pairs is above"),
+    ("label_leak", rows(every=AT_ONCE | {"tokens/chosen": 300.0}), {}, "0.990 at step 1 already, by length"),
     ("does_not_generalise", rows(late={"eval_loss": 0.9}, since=15), {}, "rose from 0.57 at step 10 to 0.9"),
     ("over_optimised", rows(late=WORSE), {}, "16 %), more sampled responses are refusals (2 % -> 30 %)"),
     ("over_optimised", rows(every=LONGER), {}, "3.0x longer (60 -> 180 tokens) compared with the reference"),
-    ("learnt_nothing", rows(every=HALF), {}, "0.52 on 400 pairs is within its noise"),
+    ("learnt_nothing", rows(every=HALF), {}, "0.520 on 400 pairs is within its noise"),
     ("responses_cut", rows(), CUT, "80 of 400 training records (20 %)"),
     ("doctor_errors", rows(), {"findings": [DISAGREES | {"share": 0.1}, DOUBLED]}, "data: doubled_bos"),
     ("doctor_errors", rows(), {"findings": [DISAGREES]}, "by far in 40 % of a"),
@@ -343,7 +343,7 @@ def test_noise_of_few_pairs_is_no_sign_of_the_learning_rate() -> None:
     assert accused <= 1
 
 
-EVALUATED = "no fault found: evaluation accuracy 0.75 on 400 pairs"
+EVALUATED = "no fault found: evaluation accuracy 0.750 on 400 pairs"
 NOT_EVALUATED = "no fault found (nothing was evaluated after a step): training accuracy 0.72"
 
 
