@@ -14,6 +14,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, DpoDistError, RunOutcome
 from dpo_dist.foundation.files import locked
 from dpo_dist.insight.console import Console
+from dpo_dist.insight.metrics.log import MetricsLog
 from dpo_dist.training.check import rehearse
 from dpo_dist.training.inputs import load_inputs
 from dpo_dist.training.preflight import check_start, started
@@ -101,7 +102,7 @@ def fail_late(config: RunConfig, error: Exception) -> None:
         raise error
 
 
-def test_a_users_error_removes_a_run_directory_without_metrics(
+def test_a_users_error_removes_a_run_directory_without_a_row_of_metrics(
     assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not after other errors and earlier starts, nor that of another job, nor on another rank."""
@@ -119,9 +120,9 @@ def test_a_users_error_removes_a_run_directory_without_metrics(
     fail_late(config, ConfigError("of a second start"))
     assert folder.rank_log(0).is_file()
     with pytest.raises(DataError), started(other := run_of(assets, tmp_path / "late")):  # noqa: PT012
-        RunFolder.of(other).metrics.mkdir()
+        MetricsLog.open(RunFolder.of(other), None).append({"step": 1, "loss": 0.7})
         raise DataError("found at a later step, before the first checkpoint")
-    assert RunFolder.of(other).metrics.is_dir()
+    assert RunFolder.of(other).metrics_table.is_file()
     fail_late(other := run_of(assets, tmp_path / "bug"), RuntimeError("a fault of the program"))
     assert RunFolder.of(other).rank_log(0).is_file()
     monkeypatch.setenv("RANK", "1")
