@@ -1,8 +1,10 @@
-"""A real chat model: its log-probs and gradients, the noise of bf16, and the run that README.md shows."""
+"""A real chat model: its log-probs and gradients, the noise of bf16, and the page for beginners."""
 
 import json
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,17 +15,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_dist import api
 from dpo_dist.data.encode import EncodedExample
-from examples.demo.grammar import follows_rule
 from examples.demo.make import make_records
 from tests.real.smollm2 import model_folder
 from tests.support.launch import ROOT, environment, history, run_verb, summary
 from tests.support.packing import plain_logps
 from tests.support.padded import gradients_of, padded_logps, rows_of
 from tests.support.shared_data import shared_data_dir
-from tests.support.warm import run_warm_apart
 
 MAX_LENGTH = 192
 PAIRS = 8
+RULE = "Aye, captain!"
 
 
 @pytest.fixture(scope="module")
@@ -115,21 +116,26 @@ def test_packed_bf16_is_not_noisier_than_padded_batches_of_transformers(
         assert rms(own) <= rms(other)
 
 
-def readme_commands() -> list[list[str]]:
-    """The commands of the section about a real model, each as a module and its arguments."""
-    section = (
-        (ROOT / "README.md").read_text(encoding="utf-8").split("\n## A real model\n")[1].split("\n## ")[0]
-    )
-    found = re.findall(r"^    python -m (.+)$", section, re.MULTILINE)
-    return [shlex.split(line) for line in found]
+def getting_started() -> tuple[list[str], list[list[str]]]:
+    """The Python files of the page, and its commands after `$`."""
+    page = (ROOT / "docs/getting_started.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^\$ (.+)$", page, re.MULTILINE)
+    return re.findall(r"```python\n(.+?)```", page, re.DOTALL), [shlex.split(line) for line in commands]
 
 
-def test_the_run_of_the_readme_learns_the_rule_and_its_answers_still_end(model: Path, tmp_path: Path) -> None:
-    (made, *making), (trained, *training), (exported, *exporting) = readme_commands()
-    code, _, errors = run_warm_apart(made, making, environment(), tmp_path, 120)
-    assert code == 0, errors
-    assert (trained, exported) == ("dpo_dist.train", "dpo_dist.export")
-    ended = run_verb("train", [*training, f"model.path={model}"], cwd=tmp_path)
+def python_says(file: str, cwd: Path) -> str:
+    command = [sys.executable, file]
+    ended = subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def test_getting_started_trains_answers_and_goes_on_as_its_page_says(model: Path, tmp_path: Path) -> None:
+    files, (making, (_, *training), (_, *exporting), asking, (_, *longer)) = getting_started()
+    for (_, name), text in zip((making, asking), files, strict=True):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    python_says(making[1], tmp_path)
+    ended = run_verb(training[0], [*training[1:], f"model.path={model}"], cwd=tmp_path)
     assert ended.code == 0, ended.output
 
     (run,) = (argument.partition("=")[2] for argument in training if argument.startswith("run.dir="))
@@ -142,33 +148,22 @@ def test_the_run_of_the_readme_learns_the_rule_and_its_answers_still_end(model: 
         json.loads(line)
         for line in (tmp_path / run / f"samples/step-{steps:06d}.jsonl").read_text().splitlines()
     ]
-    follow = [follows_rule([{"content": asked_of(row)}], row["policy"]) for row in rows]
-    assert sum(follow) >= 7, rows
+    assert sum(row["policy"].startswith(RULE) for row in rows) >= 7, rows
     assert sum(row["policy_finished"] for row in rows) >= 7, rows
-    assert not any(follows_rule([{"content": asked_of(row)}], row["reference"]) for row in rows)
+    assert not any(row["reference"].startswith(RULE) for row in rows)
+    assert summary(tmp_path / run)["verdict"]["findings"] == []
+    assert "'r': 16" in (tmp_path / run / "model/README.md").read_text(encoding="utf-8")
 
-    verdict = summary(tmp_path / run)["verdict"]
-    assert verdict["findings"] == [], verdict
-    card = (tmp_path / run / "model/README.md").read_text(encoding="utf-8")
-    assert "'r': 16" in card
-
-    ended = run_verb("export", exporting, cwd=tmp_path)
+    ended = run_verb(exporting[0], exporting[1:], cwd=tmp_path)
     assert ended.code == 0, ended.output
-    (merged,) = (tmp_path / run / "exported").iterdir()
-    tokenizer = AutoTokenizer.from_pretrained(merged)
-    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(model).chat_template
-    assert greedy(merged, rows[0]["prompt"]).startswith(rows[0]["policy"][:8])
+    (merged,) = (tmp_path / run).parent.glob("*-merged")
+    assert (
+        AutoTokenizer.from_pretrained(merged).chat_template
+        == AutoTokenizer.from_pretrained(model).chat_template
+    )
+    assert python_says(asking[1], tmp_path).startswith(RULE)
 
-
-def asked_of(row: dict[str, str]) -> str:
-    """The last user's message of a rendered prompt."""
-    return row["prompt"].rpartition("<|im_start|>user\n")[2].partition("<|im_end|>")[0]
-
-
-def greedy(folder: Path, prompt: str) -> str:
-    """The beginning of a model's likeliest answer by transformers alone."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    asked = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
-    answer = model.generate(**asked, do_sample=False, max_new_tokens=8)[0, asked["input_ids"].shape[1] :]
-    return str(tokenizer.decode(answer, skip_special_tokens=True))
+    ended = run_verb(longer[0], [*longer[1:], f"model.path={model}"], cwd=tmp_path)
+    assert ended.code == 0, ended.output
+    assert "step-000012, after step 12" in ended.output
+    assert summary(tmp_path / run)["steps"] == 14

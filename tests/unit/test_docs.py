@@ -63,8 +63,7 @@ def test_named_keys_modules_tests_and_linked_files_exist(page: Path) -> None:
     prose = re.sub(r"```(python|diff).*?```", "", text, flags=re.DOTALL)
     named = re.findall(rf"\b(?:{SECTIONS})\.[a-z_]+(?=[`=\s,:;)])", prose)
     files = (".py", ".html", ".png", ".yaml", ".json", ".jsonl", ".md", ".sbatch")
-    if page.name != "CHANGELOG.md":  # it names keys that went
-        assert [key for key in named if key not in KEYS and not key.endswith(files)] == []
+    assert [key for key in named if key not in KEYS and not key.endswith(files)] == []
     tests = re.findall(r"`(tests/[^`]+)`", text)
     assert [test for test in tests if not (ROOT / test).exists()] == []
     promises = re.findall(r"`((?:unit|dist|e2e)/[\w./]+\.py)`", text)
