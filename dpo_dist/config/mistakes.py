@@ -232,16 +232,23 @@ def composition_error(error: Exception, folders: Sequence[Path]) -> ConfigError:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return unknown_preset(group, choice, folders)
-    where, got = "command line, or a file that it names", str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return ConfigError(
+            "this file of keys cannot be read",
+            where=str(error.filename),
+            got=error.strerror,
+            remedy="check the path; it is relative to the working directory",
+        )
+    where, got = "command line, or a file that it names", str(error).partition("full_key:")[0]
     if isinstance(error, yaml.MarkedYAMLError):
         where, got = str(error.problem_mark).strip(), str(error.problem)
     elif isinstance(error, OmegaConfBaseException):
-        where, got = error.full_key or where, error.msg or got
+        where, got = error.full_key or where, (error.msg or got).partition("full_key:")[0]
     return ConfigError(
         "the configuration cannot be composed",
         where=where,
         got=" ".join(got.split()),
-        remedy="correct the key or the file; an experiment with defaults begins with '# @package _global_'",
+        remedy="correct the key or the file",
     )
 
 
