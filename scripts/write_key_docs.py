@@ -96,8 +96,8 @@ def _configuration() -> str:
         "with the bare keys of\nits section. An experiment is written like a file of your own. Both may have "
         "a list of `defaults`, which names presets\n(`loss: ipo` or Hydra's `override /loss: ipo`) and "
         "experiments that come before. `--config-dir DIR` adds groups, presets and\nexperiments of your own, "
-        "which come before ours of the same name (`config.yaml` too); the `defaults` and packages of\npresets "
-        "are [Hydra's](https://hydra.cc/docs/advanced/defaults_list/).\n",
+        "which come before ours of the same name (`config.yaml` too); the `defaults` and packages of\n"
+        "presets are [Hydra's](https://hydra.cc/docs/advanced/defaults_list/).\n",
         "A key in the digest defines the run's result: another value names another run directory. "
         "On the command line\na key that the verb does not read is an error; files may serve several verbs. "
         "`precompute`, `evaluate`,\n`doctor`, `export` and `pairs` with rounds take the command line "
