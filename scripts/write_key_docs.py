@@ -11,9 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dpo_dist.config.fields import EVERY_VERB
 from dpo_dist.config.keys import Key, all_keys, section_meanings
 from dpo_dist.config.losses import KINDS, KindFacts
+from dpo_dist.config.verbs import EVERY_VERB
 
 ROOT = Path(__file__).resolve().parents[1]
 IN_README = """

@@ -28,10 +28,11 @@ from dpo_dist.config.keys import (
 from dpo_dist.config.load import group_folders, load_run_config, parse_overrides, to_yaml
 from dpo_dist.config.losses import KINDS, kinds_using
 from dpo_dist.config.mistakes import SCHEMA, assignment, meant, preset_names, suggestion, unknown_key
-from dpo_dist.config.rules import OF_FORMER_RUN, TRAIN, keys_of
+from dpo_dist.config.rules import keys_of
 from dpo_dist.config.run_folder import existing_run
 from dpo_dist.config.schema import ZERO_STAGES, ConsoleStyle, RunConfig
 from dpo_dist.config.user_code import check_doors, open_doors, written_values
+from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import (
     ConfigError,
     DpoDistError,
@@ -224,11 +225,10 @@ def _columns(rows: Mapping[str, str]) -> list[str]:
 
 _RANK_0_SECONDS = 60
 _BY_SIGNAL = 128
-_OF_ONE_PROCESS = ("doctor", "export")
 
 
 def run_verb(
-    main: Callable[[RunConfig], int], check: Callable[[RunConfig], None] | None = None, *, verb: str = TRAIN
+    main: Callable[[RunConfig], int], check: Callable[[RunConfig], None] | None = None, *, verb: str = "train"
 ) -> NoReturn:
     """Run `main` with the configuration of the command line, and exit with its exit code.
 
@@ -311,7 +311,7 @@ def _run(
     options = divide(sys.argv[1:])
     text = _answer(options, verb, sys.modules[main.__module__].__doc__ or "")
     if text is None:
-        former = former_values(options) if verb in OF_FORMER_RUN else None
+        former = former_values(options) if VERBS[verb].of_former_run else None
         config = load_run_config(
             options.words, options.config_dir, verb=verb, former=former, mistakes=options.mistakes
         )
@@ -327,7 +327,7 @@ def _run(
     if this_rank() == 0:
         doors = without_secrets(open_doors(config))
         sys.stderr.write("".join(f"{printable_lines(line)}\n" for line in doors))
-    if verb in _OF_ONE_PROCESS and this_rank() > 0:
+    if VERBS[verb].is_one_process and this_rank() > 0:
         return ExitCode.completed
     if not options.check:
         return main(config)
@@ -366,5 +366,5 @@ def _answer(options: argparse.Namespace, verb: str, about: str) -> str | None:
     folders, own = group_folders(options.config_dir), keys_of(verb, trains=verb == "pairs")
     if options.help:
         return explain(options.help, folders)
-    command = f"{'python' if verb in _OF_ONE_PROCESS else 'accelerate launch'} -m dpo_dist.{verb}"
+    command = f"{'python' if VERBS[verb].is_one_process else 'accelerate launch'} -m dpo_dist.{verb}"
     return usage(command, about, own, folders)

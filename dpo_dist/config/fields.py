@@ -25,10 +25,6 @@ from pydantic.fields import FieldInfo
 T = TypeVar("T")
 MOST = 2**53
 """Largest whole number of any key: sums of several fit into 64 bits, and JSON keeps it."""
-VERBS_WITH_DATA = "train precompute evaluate compare doctor pairs"
-"""The programs that read preference records, for `verbs`."""
-EVERY_VERB = f"{VERBS_WITH_DATA} export"
-"""The programs with a configuration, for `verbs`."""
 _CONFIG = ConfigDict(
     extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True, use_attribute_docstrings=True
 )

@@ -11,9 +11,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic_core import PydanticUndefined
 
-from dpo_dist.config.fields import EVERY_VERB, MOST, facts_of, fields_of
+from dpo_dist.config.fields import MOST, facts_of, fields_of
 from dpo_dist.config.identity import plain
 from dpo_dist.config.schema import NO_MODEL, RunConfig
+from dpo_dist.config.verbs import EVERY_VERB
 
 COMMAND_LINE = "command line"
 _SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))

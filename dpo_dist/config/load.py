@@ -40,7 +40,7 @@ from dpo_dist.config.mistakes import (
     unreadable,
     wrong_values,
 )
-from dpo_dist.config.rules import NEEDS, RULES, Rule, check, keys_of, resolve_reference
+from dpo_dist.config.rules import RULES, check, keys_of, needs_of, resolve_reference
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.user_code import find_function, written_values
 from dpo_dist.foundation.errors import ConfigError
@@ -99,13 +99,13 @@ def load_run_config(
         raise
     raise_all(command.mistakes)
     given = [key for override in command.overrides for key in _keys_of(override)]
-    return checked(config, given, NEEDS.get(verb, ()))
+    return checked(config, given, verb)
 
 
-def checked(config: RunConfig, given: Collection[str] = (), needs: Iterable[Rule] = ()) -> RunConfig:
+def checked(config: RunConfig, given: Collection[str] = (), verb: str = "") -> RunConfig:
     """Check all rules, and fill in `reference.mode` and `run.dir`; `given`: the keys of the command."""
     config = resolve_reference(config, given)
-    check(config, (*needs, *RULES))
+    check(config, [*needs_of(verb), *RULES])
     return replace(config, run=replace(config.run, dir=str(run_dir(config))))
 
 

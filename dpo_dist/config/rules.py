@@ -24,6 +24,7 @@ from dpo_dist.config.schema import (
     RunConfig,
     TrainerConfig,
 )
+from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError
 
 Test = Callable[[RunConfig], bool]
@@ -402,46 +403,38 @@ RULES = (
 )
 """In the order in which they are checked."""
 
-_NEEDS_MODEL = Rule(
-    f"model.path={NO_MODEL}",
-    "model.path is not set",
-    "set model.path to a folder or hub name, or choose a preset: model=NAME",
-)
-_NEEDS_DATA = Rule(
-    "data.train=[]",
-    "no training data is given",
-    "set data.train=[pairs.jsonl], or choose a preset with data=...",
-)
-_NEEDS_STORE = Rule(
-    "reference.mode!=cached loss",
-    "only a stored reference can be precomputed",
-    "set reference=cached, with a loss that uses a reference model",
-)
-TRAIN = "train"
-NEEDS = {
-    TRAIN: (_NEEDS_MODEL, _NEEDS_DATA),
-    "precompute": (_NEEDS_MODEL, _NEEDS_DATA, _NEEDS_STORE),
-    "evaluate": (_NEEDS_MODEL,),
-    "export": (_NEEDS_MODEL,),
-    "doctor": (_NEEDS_DATA,),
-    "pairs": (_NEEDS_DATA,),
+_NEEDED = {
+    "model.path": Rule(
+        f"model.path={NO_MODEL}",
+        "model.path is not set",
+        "set model.path to a folder or hub name, or choose a preset: model=NAME",
+    ),
+    "data.train": Rule(
+        "data.train=[]",
+        "no training data is given",
+        "set data.train=[pairs.jsonl], or choose a preset with data=...",
+    ),
+    "reference.mode": Rule(
+        "reference.mode!=cached loss",
+        "only a stored reference can be precomputed",
+        "set reference=cached, with a loss that uses a reference model",
+    ),
 }
-"""The keys without which a verb does nothing."""
-OF_FORMER_RUN = ("evaluate", "export")
-"""The verbs about a run that exists: its configuration may be that of `run.dir`."""
+
+
+def needs_of(verb: str) -> list[Rule]:
+    """Return the rules that are broken by a configuration without a key that a verb needs."""
+    return [_NEEDED[key] for key in VERBS[verb].needs] if verb else []
 
 
 def check_needs(config: RunConfig, verb: str) -> None:
     """Check that a configuration that no command line gave has what a verb needs."""
-    check(config, NEEDS[verb])
+    check(config, needs_of(verb))
 
 
 def keys_of(verb: str, *, trains: bool = False) -> list[str]:
-    """Return the keys that a verb reads, and their sections; `trains`: with those of a training run.
-
-    Only `pairs` without rounds and `compare` do not take the whole command line of a training run.
-    """
-    verbs = {verb, TRAIN} if trains or verb not in ("pairs", "compare") else {verb}
+    """Return the keys that a verb reads, and their sections; `trains`: with those of a training run."""
+    verbs = {verb, "train"} if trains or VERBS[verb].takes_training else {verb}
     return [name for name in run_keys() if not verbs.isdisjoint(readers(name))]
 
 

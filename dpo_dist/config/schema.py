@@ -12,8 +12,6 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field
 
 from dpo_dist.config.fields import (
-    EVERY_VERB,
-    VERBS_WITH_DATA,
     Filled,
     as_entry,
     facts_of,
@@ -23,6 +21,7 @@ from dpo_dist.config.fields import (
     section,
 )
 from dpo_dist.config.losses import LossConfig
+from dpo_dist.config.verbs import EVERY_VERB, VERBS_WITH_DATA
 
 Names = Annotated[list[Filled], Field(min_length=1)]
 Resume = StrEnum("Resume", ["auto", "never", "must"])
