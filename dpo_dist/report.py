@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dpo_dist.config.run_folder import existing_run
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
-from dpo_dist.foundation.streams import open_closed_streams, print_line
+from dpo_dist.foundation.streams import open_closed_streams, print_error, print_line
 from dpo_dist.insight.metrics.log import read_latest_rows
 from dpo_dist.insight.pages.charts import draw_curves
 from dpo_dist.insight.pages.run import write_difference, write_page
@@ -47,8 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     else:
         print_line(f"report: {path}")
         return ExitCode.completed
-    print_line(fault.block(), sys.stderr)
-    return fault.exit_code
+    return print_error(fault)
 
 
 if __name__ == "__main__":

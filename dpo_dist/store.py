@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, ReferenceModelError
 from dpo_dist.foundation.files import collect_abandoned, temporary_name
-from dpo_dist.foundation.streams import open_closed_streams, print_line, print_result
+from dpo_dist.foundation.streams import open_closed_streams, print_error, print_line, print_result
 from dpo_dist.foundation.text import counted, size
 from dpo_dist.reference.store import (
     FINGERPRINT_FILE,
@@ -38,8 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             got=str(error),
             remedy="check the path, its permissions and the free space",
         )
-    print_line(fault.block(), sys.stderr)
-    return fault.exit_code
+    return print_error(fault)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -45,6 +45,7 @@ from dpo_dist.foundation.process import check_launch, this_rank
 from dpo_dist.foundation.streams import (
     open_closed_streams,
     output_of_objects,
+    print_line,
     print_result,
     printable_lines,
     reserve_output,
@@ -62,7 +63,6 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser(**texts: Any) -> _Parser:
     parser = _Parser(add_help=False, allow_abbrev=False, **texts)
-    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     one_of = parser.add_mutually_exclusive_group()
     one_of.add_argument(
         "-h",
@@ -102,21 +102,19 @@ def _folder(text: str) -> Path:
 
 def divide(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the options of a command line, its other `words`, and `mistakes`: unknown options."""
-    parser, known, mistakes, rest = _parser(), [], [], list(arguments)
+    options, rest = _parser().parse_known_args(arguments)
+    options.words, options.mistakes = [], []
     while rest:
-        word = rest.pop(0)
-        name, equals, value = word.partition("=")
-        if not word.startswith("-") or name in parser._option_string_actions:
-            known.append(word)
+        name, equals, value = (word := rest.pop(0)).partition("=")
+        if not word.startswith("-"):
+            options.words.append(word)
             continue
         values = [value] if equals else []
         while not equals and rest and not rest[0].startswith("-") and "=" not in rest[0]:
             values.append(rest.pop(0))
-        mistakes.append(_unknown_option(name, values))
-    options = parser.parse_intermixed_args(known)
+        options.mistakes.append(_unknown_option(name, values))
     if options.help and "=" in options.help:
         options.words, options.help = [options.help, *options.words], ""
-    options.mistakes = mistakes
     return options
 
 
@@ -125,10 +123,12 @@ def _unknown_option(name: str, values: Sequence[str]) -> ConfigError:
     if len(values) > 1:
         value = f"[{','.join(values)}]"
     is_foreign = meant(key, "keys") or meant(key, "answers") or len(key) == 1
-    if key in run_keys() and not is_foreign:  # `--optim adamw_torch` of transformers is no section
+    if key in run_keys() and (
+        "." in key or not is_foreign
+    ):  # `--optim adamw_torch` is none
         remedy = f"write {assignment(key, value or 'true')}"
     else:
-        found = "" if is_foreign else suggestion(name, [*_parser()._option_string_actions])
+        found = "" if is_foreign else suggestion(name, re.findall(r"--[\w-]+", _parser().format_help()))
         remedy = found.rstrip() or unknown_key(key, value or "true").remedy
     where = f"{COMMAND_LINE}: {' '.join([name, *values]).strip()}"
     return ConfigError(f"there is no option {name}", where=where, remedy=remedy)
@@ -273,13 +273,10 @@ class _Errors:
 
     def print(self, text: str, content: Mapping[str, Any]) -> None:
         """Print one error; `content` is for programs. A stream that fails is ignored."""
-        text, content = without_secrets([text, content])
-        now = datetime.now().astimezone().isoformat(timespec="seconds")
-        line = (
-            json.dumps({"kind": "error", "time": now, **content}) if self.is_json else printable_lines(text)
-        )
-        with contextlib.suppress(OSError):
-            print(line, file=output_of_objects() if self.is_json else sys.stderr, flush=True)
+        if self.is_json:
+            now = datetime.now().astimezone().isoformat(timespec="seconds")
+            text = json.dumps({"kind": "error", "time": now, **without_secrets(content)})
+        print_line(text, output_of_objects() if self.is_json else sys.stderr)
 
     def print_end(self, exit_code: int, words: str) -> int:
         """Print on rank 0 how the process was ended, if there is something to say; return the exit code."""
