@@ -123,9 +123,7 @@ def _unknown_option(name: str, values: Sequence[str]) -> ConfigError:
     if len(values) > 1:
         value = f"[{','.join(values)}]"
     is_foreign = meant(key, "keys") or meant(key, "answers") or len(key) == 1
-    if key in run_keys() and (
-        "." in key or not is_foreign
-    ):  # `--optim adamw_torch` is none
+    if key in run_keys() and ("." in key or not is_foreign):  # `--optim adamw_torch` is none
         remedy = f"write {assignment(key, value or 'true')}"
     else:
         found = "" if is_foreign else suggestion(name, re.findall(r"--[\w-]+", _parser().format_help()))
