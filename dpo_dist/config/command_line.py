@@ -21,13 +21,15 @@ from dpo_dist.config.keys import (
     Key,
     all_keys,
     entry_of,
+    group_folders,
     is_within,
+    preset_names,
     run_keys,
     section_meanings,
 )
-from dpo_dist.config.load import group_folders, load_run_config, parse_overrides, to_yaml
+from dpo_dist.config.load import load_run_config, parse_overrides, to_yaml
 from dpo_dist.config.losses import KINDS, kinds_using
-from dpo_dist.config.mistakes import SCHEMA, assignment, meant, preset_names, suggestion, unknown_key
+from dpo_dist.config.mistakes import SCHEMA, assignment, meant, suggestion, unknown_key
 from dpo_dist.config.rules import keys_of
 from dpo_dist.config.run_folder import existing_run
 from dpo_dist.config.schema import ZERO_STAGES, ConsoleStyle, RunConfig
@@ -158,7 +160,7 @@ def former_values(options: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def usage(command: str, about: str, own: Collection[str], folders: Sequence[Path]) -> str:
-    """Return the text of `--help` of a verb that reads the keys `own`, with a text about it."""
+    """Return a verb's `--help`: `about`, then the sections and presets of the keys that it reads, `own`."""
     sections = {name: text for name, text in section_meanings().items() if name in own and "." not in name}
     chosen = {"experiment": "run", "reference": "reference.mode"}  # a key that tells whether a preset is read
     groups = sorted({path.name for folder in folders for path in folder.iterdir() if path.is_dir()})

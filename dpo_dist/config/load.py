@@ -27,13 +27,12 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
 from dpo_dist.config.identity import differing_keys, run_dir
-from dpo_dist.config.keys import COMMAND_LINE, is_within, readers, run_keys
+from dpo_dist.config.keys import COMMAND_LINE, group_folders, is_within, preset_names, readers, run_keys
 from dpo_dist.config.mistakes import (
     SCHEMA,
     assignment,
     composition_error,
     likely,
-    preset_names,
     raise_all,
     unknown_key,
     unknown_preset,
@@ -52,18 +51,6 @@ _FAILURES = (
 )
 _ROOT = "dpo_dist"
 """The primary configuration of Hydra; the parts of the command are stored in the group of this name."""
-
-
-def config_dir() -> Path:
-    """Return the folder of config.yaml and the groups, of an installed package or a source checkout."""
-    package = Path(__file__).resolve().parents[1]
-    installed = package / "conf"
-    return installed if installed.is_dir() else package.parent / "conf"
-
-
-def group_folders(own_folder: Path | None = None) -> list[Path]:
-    """Return the folders of configuration groups, in the order in which they are searched."""
-    return [config_dir()] if own_folder is None else [own_folder.resolve(), config_dir()]
 
 
 def load_run_config(

@@ -72,7 +72,7 @@ def _holds(config: RunConfig, part: str) -> bool:
 
 
 def unused(key: str, unless: str, remedy: str = "", works: Test = lambda _: False) -> Rule:
-    """Return the rule that a key is at its default unless the condition `unless` holds, or `works` does."""
+    """Return the rule that a key stays at its default unless the condition `unless`, or `works`, holds."""
     default, other = all_keys()[key].default, unless.partition("=")[0].rstrip("!")
     return Rule(
         f"{key} {other}",
@@ -90,7 +90,7 @@ def check(config: RunConfig, rules: Iterable[Rule]) -> None:
 
 
 def at(config: RunConfig, key: str, absent: Any = None) -> Any:
-    """Return the value of a key; `absent` for one of an adapter without an adapter."""
+    """Return the value of a key; `absent` for a key of the adapter if there is none."""
     if key.startswith("model.adapter.") and config.model.adapter is None:
         return absent
     return None if key == LOSS else reduce(getattr, key.split("."), config)
@@ -134,7 +134,7 @@ def _unweighted(key: str) -> Rule:
 
 
 def _unused_by_loss(option: str) -> Rule:
-    """Refuse an option that no preference loss among the terms has; of an option for all, that one lacks."""
+    """Refuse an option that no preference loss among the terms uses, or not all if it applies to all."""
     has_effect = all if option in ("divergence", "weighting") else any
 
     def is_used(config: RunConfig) -> bool:
@@ -194,7 +194,7 @@ RULES = (
     Rule(
         "model.adapter.modules_to_save!=null model.adapter.target_modules!=all-linear|null",
         "a module that is trained in full needs no low-rank matrices",
-        "remove it from one of both",
+        "list it in only one of them",
         lambda c: (
             not set(at(c, "model.adapter.modules_to_save")).isdisjoint(at(c, "model.adapter.target_modules"))
         ),

@@ -8,7 +8,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig
 
-from dpo_dist.config.load import config_dir
+from dpo_dist.config.keys import config_dir
 
 _compose = hydra.compose
 _composed: dict[str, DictConfig] = {}

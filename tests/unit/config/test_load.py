@@ -7,7 +7,8 @@ import hydra
 import pytest
 
 from dpo_dist.config.identity import run_digest
-from dpo_dist.config.load import config_dir, from_yaml, to_yaml
+from dpo_dist.config.keys import config_dir
+from dpo_dist.config.load import from_yaml, to_yaml
 from dpo_dist.config.losses import LossKind, LossTermConfig, SyncReferenceConfig
 from dpo_dist.config.schema import (
     NO_MODEL,
