@@ -147,9 +147,9 @@ class _Layer(NamedTuple):
 class _Command:
     """A command: its layers, which Hydra composes, its overrides, and the mistakes in both.
 
-    Of Hydra's defaults list, what an experiment or a file says is a layer here, for two things that Hydra
-    cannot: `loss: ipo` in a file replaces all that earlier ones say of the loss, where Hydra has every preset
-    below every experiment; and a file is written as a command, `loss: ipo` and `loss.beta: 0.2`.
+    Layers are for what Hydra cannot do: files and experiments are written as a command, `loss: ipo` and
+    `loss.beta: 0.2`; and `loss=ipo` of a file or command replaces all that comes before it, where Hydra puts
+    presets below every experiment.
     """
 
     def __init__(
@@ -163,30 +163,40 @@ class _Command:
         parsed, unread = parse_overrides(word for word in words if word not in files)
         self.folders, self.overrides = folders, list[Override]()
         self.mistakes = [*mistakes, *([unreadable(unread)] if unread else [])]
-        layers, typed = list[_Layer](), dict[str, str | None]()
+        experiments, typed = list[_Layer](), dict[str, str | None]()
         for override in parsed:
             if (mistake := self._mistake(override)) is not None:
                 self.mistakes.append(mistake)
             elif self._is_choice(override):
-                layers += self._choose(override.key_or_group, _names(override), typed)
+                experiments += self._choose(override.key_or_group, _names(override), typed)
             if mistake is None:
                 self.overrides.append(override)
-        layers += [layer for file in files for layer in self._read(Path(file), file)]
+        layers = [layer for file in files for layer in self._read(Path(file), file)]
         layers += [] if former is None else [_Layer("config.yaml", {}, former)]
         layers.append(_Layer(COMMAND_LINE, typed, {}))
-        self._chosen = {group: layer for layer in layers for group in layer.presets}
-        self._entries = dict[str, _Layer | None](config=None)  # Hydra's defaults list
+        self._list_defaults(experiments, layers)
+
+    def _list_defaults(self, experiments: Sequence[_Layer], layers: Sequence[_Layer]) -> None:
+        """Write Hydra's list of defaults: config.yaml, experiments, and layers, each above its presets."""
+        parts: list[str | _Layer] = ["config", *experiments]
+        chosen = {group: layer for layer in layers for group in layer.presets}
         for layer in layers:
             for group, name in layer.presets.items():
-                if name is not None and self._chosen[group] is layer:
+                if name is not None and chosen[group] is layer:
                     if group == "loss" or not OmegaConf.load(self._file(f"{group}/{name}")):
                         # It stands for all options of its group.
-                        self._store(_Layer("", {}, {group: _plain(RunConfig())[group]}))
-                    self._entries[f"{group}/{name}"] = None
-            self._store(layer)
-
-    def _store(self, layer: _Layer) -> None:
-        self._entries[f"{_ROOT}/{len(self._entries)}"] = layer
+                        parts.append(_Layer("", {}, {group: _plain(RunConfig())[group]}))
+                    parts.append(f"{group}/{name}")
+            parts.append(layer)
+        stored = {f"{_ROOT}/{number}": part for number, part in enumerate(parts)}
+        self._entries = {part if isinstance(part, str) else name: part for name, part in stored.items()}
+        presets = {group: name for layer in experiments for group, name in layer.presets.items()}
+        self._defaults = [
+            *self._entries,
+            "_self_",
+            # Not at two places: Hydra changes what it merges twice.
+            *({f"override {group}": name} for group, name in (presets | dict.fromkeys(chosen)).items()),
+        ]
 
     def _choose(self, group: str, names: Iterable[Any], presets: dict[str, str | None]) -> list[_Layer]:
         """Return the layers of experiments; add the choice of a section to `presets`."""
@@ -240,14 +250,11 @@ class _Command:
     def _hydra(self) -> Iterator[ConfigLoader]:
         """Initialise Hydra with the layers and the folders of groups; on exit, restore that of the caller."""
         store = ConfigStore.instance()
-        for name, layer in self._entries.items():
-            if layer is not None:
-                store.store(name.rpartition("/")[2], dict(layer.values), _ROOT, "_global_")
-        # Each preset is at the place of its layer alone: Hydra changes what it merges twice.
-        overrides = [{f"override {group}": None} for group in self._chosen]
-        search = [f"file://{folder}" for folder in self.folders[1:]]
-        root = {"defaults": [*self._entries, "_self_", *overrides], "hydra": {"searchpath": search}}
-        store.store(COMMAND_LINE, root)
+        for name, part in self._entries.items():
+            if not isinstance(part, str):
+                store.store(name.rpartition("/")[2], dict(part.values), _ROOT, "_global_")
+        search = {"searchpath": [f"file://{folder}" for folder in self.folders[1:]]}
+        store.store(COMMAND_LINE, {"defaults": self._defaults, "hydra": search})
         callers = GlobalHydra.instance().hydra
         GlobalHydra.instance().clear()
         try:
@@ -278,13 +285,14 @@ class _Command:
             entries = loader.compute_defaults_list(COMMAND_LINE, [], RunMode.RUN).defaults
         for entry in reversed(entries):
             path, package = str(entry.config_path), f"{entry.package}." if entry.package else ""
-            layer = self._entries.get(path)
-            if layer is None and (file := self._file(path)).is_file():
-                layer = _Layer(f"{path}.yaml", {}, cast(dict[str, Any], OmegaConf.load(file)))
-            if layer is not None and layer.name and key.startswith(package):
+            part, file = self._entries.get(path), self._file(path)
+            if not isinstance(part, _Layer):
+                values = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}
+                part = _Layer(f"{path}.yaml", {}, cast(dict[str, Any], values))
+            if part.name and key.startswith(package):
                 with contextlib.suppress(KeyError, TypeError):
-                    reduce(getitem, key.removeprefix(package).partition("[")[0].split("."), layer.values)
-                    return f"{key} in {layer.name}"
+                    reduce(getitem, key.removeprefix(package).partition("[")[0].split("."), part.values)
+                    return f"{key} in {part.name}"
         return key
 
     def _file(self, name: str) -> Path:
