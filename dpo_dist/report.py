@@ -35,19 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print_line(f"curves: {run.curves}")
         else:
             path = write_difference((run, existing_run(given.other)), given.output)
-    except DpoDistError as error:
-        fault = error
-    except (OSError, ValueError) as error:
-        fault = ConfigError(
-            "the page cannot be written",
-            where=str(given.output or given.run),
-            got=str(error),
-            remedy="check the files of the run, permissions and free space, or set --output page.html",
-        )
-    else:
         print_line(f"report: {path}")
         return ExitCode.completed
-    return print_error(fault)
+    except DpoDistError as error:
+        return print_error(error)
+    except (OSError, ValueError) as error:
+        remedy = "check the files of the run, permissions and free space, or set --output page.html"
+        where = str(given.output or given.run)
+        return print_error(
+            ConfigError("the page cannot be written", where=where, got=str(error), remedy=remedy)
+        )
 
 
 if __name__ == "__main__":

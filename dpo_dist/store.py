@@ -30,15 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(given.run(given))
     except DpoDistError as error:
-        fault = error
+        return print_error(error)
     except OSError as error:
-        fault = ReferenceModelError(
-            "the store cannot be read or changed",
-            where=str(given.folder),
-            got=str(error),
-            remedy="check the path, its permissions and the free space",
-        )
-    return print_error(fault)
+        remedy, where = "check the path, its permissions and the free space", str(given.folder)
+        fault = "the store cannot be read or changed"
+        return print_error(ReferenceModelError(fault, where=where, got=str(error), remedy=remedy))
 
 
 def _parser() -> argparse.ArgumentParser:

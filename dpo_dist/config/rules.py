@@ -45,11 +45,6 @@ class Rule:
     remedy: str
     also: Test = lambda _: True
 
-    @property
-    def keys(self) -> list[str]:
-        """The keys of `when`."""
-        return re.findall(r"(?:^| )([\w.]+)", self.when)
-
     def broken(self, config: RunConfig) -> bool:
         """Return whether a configuration breaks the rule."""
         return all(_holds(config, part) for part in self.when.split()) and self.also(config)
@@ -57,10 +52,9 @@ class Rule:
     def error(self, config: RunConfig) -> ConfigError:
         """Return the error of a configuration that breaks the rule."""
         loss_key = "loss.terms" if config.loss.terms else "loss.kind"
-        names = [loss_key if key == LOSS else key for key in self.keys]
-        values = [
-            "+".join(config.loss.kinds) if key == LOSS else as_written(at(config, key)) for key in self.keys
-        ]
+        keys = re.findall(r"(?:^| )([\w.]+)", self.when)
+        names = [loss_key if key == LOSS else key for key in keys]
+        values = ["+".join(config.loss.kinds) if key == LOSS else as_written(at(config, key)) for key in keys]
         why, remedy = self.why.format(**vars(config)), self.remedy.format(**vars(config))
         return ConfigError(why, where=", ".join(names), got=", ".join(values), remedy=remedy)
 
@@ -109,10 +103,6 @@ runs of every mode.
 
 # They define the reference model; the other options only say how it is loaded and scored.
 _DEFINING = ("path", "quantization", "numerics")
-
-
-def _has_no_reference(config: RunConfig) -> bool:
-    return not config.loss.needs_reference
 
 
 def _given_once(key: str) -> Rule:
@@ -346,7 +336,11 @@ RULES = (
         "set model.adapter={{r: 64, alpha: 128}}, or choose reference=cached",
     ),
     *(
-        unused(f"reference.{option}", f"reference.mode={'|'.join(modes)}", works=_has_no_reference)
+        unused(
+            f"reference.{option}",
+            f"reference.mode={'|'.join(modes)}",
+            works=lambda c: not c.loss.needs_reference,
+        )
         for option, modes in MODES_USING.items()
     ),
     *(
