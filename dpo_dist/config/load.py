@@ -144,6 +144,14 @@ class _Layer(NamedTuple):
     values: Mapping[str, Any]
 
 
+def _content(file: Path) -> dict[str, Any]:
+    with file.open(encoding="utf-8") as stream:
+        content = OmegaConf.to_container(OmegaConf.load(stream))
+    if not isinstance(content, dict):
+        raise ConfigError("this file has no keys", where=str(file), remedy="write keys: 'loss: {beta: 0.2}'")
+    return cast(dict[str, Any], content)
+
+
 class _Command:
     """A command: its layers, which Hydra composes, its overrides, and the mistakes in both.
 
@@ -163,34 +171,33 @@ class _Command:
         parsed, unread = parse_overrides(word for word in words if word not in files)
         self.folders, self.overrides = folders, list[Override]()
         self.mistakes = [*mistakes, *([unreadable(unread)] if unread else [])]
-        experiments, typed = list[_Layer](), dict[str, str | None]()
+        self._experiments, typed = list[_Layer](), dict[str, str | None]()
         for override in parsed:
             if (mistake := self._mistake(override)) is not None:
                 self.mistakes.append(mistake)
             elif self._is_choice(override):
-                experiments += self._choose(override.key_or_group, _names(override), typed)
+                self._experiments += self._choose(override.key_or_group, _names(override), typed)
             if mistake is None:
                 self.overrides.append(override)
-        layers = [layer for file in files for layer in self._read(Path(file), file)]
-        layers += [] if former is None else [_Layer("config.yaml", {}, former)]
-        layers.append(_Layer(COMMAND_LINE, typed, {}))
-        self._list_defaults(experiments, layers)
+        self._files = [layer for file in files for layer in self._read(Path(file), file)]
+        self._files += [] if former is None else [_Layer("config.yaml", {}, former)]
+        self._files.append(_Layer(COMMAND_LINE, typed, {}))
 
-    def _list_defaults(self, experiments: Sequence[_Layer], layers: Sequence[_Layer]) -> None:
-        """Write Hydra's list of defaults: config.yaml, experiments, and layers, each above its presets."""
-        parts: list[str | _Layer] = ["config", *experiments]
-        chosen = {group: layer for layer in layers for group in layer.presets}
-        for layer in layers:
+    def _list_defaults(self) -> None:
+        """Write Hydra's list of defaults: config.yaml, experiments, and files, each above its presets."""
+        parts: list[str | _Layer] = ["config", *self._experiments]
+        chosen = {group: layer for layer in self._files for group in layer.presets}
+        for layer in self._files:
             for group, name in layer.presets.items():
                 if name is not None and chosen[group] is layer:
-                    if group == "loss" or not OmegaConf.load(self._file(f"{group}/{name}")):
+                    if not _content(self._file(f"{group}/{name}")) or group == "loss":
                         # It stands for all options of its group.
                         parts.append(_Layer("", {}, {group: _plain(RunConfig())[group]}))
                     parts.append(f"{group}/{name}")
             parts.append(layer)
         stored = {f"{_ROOT}/{number}": part for number, part in enumerate(parts)}
         self._entries = {part if isinstance(part, str) else name: part for name, part in stored.items()}
-        presets = {group: name for layer in experiments for group, name in layer.presets.items()}
+        presets = {group: name for layer in self._experiments for group, name in layer.presets.items()}
         self._defaults = [
             *self._entries,
             "_self_",
@@ -215,16 +222,13 @@ class _Command:
     def _read(self, file: Path, name: str, group: str = "experiment") -> list[_Layer]:
         """Return the layers of a file of a group; none, and a mistake, if it cannot be read."""
         try:
-            with file.open(encoding="utf-8") as stream:
-                return self._layers(OmegaConf.to_container(OmegaConf.load(stream)), name, group)
+            return self._layers(_content(file), name, group)
         except _FAILURES as error:
             self.mistakes.append(composition_error(error, self.folders))
             return []
 
-    def _layers(self, content: Any, name: str, group: str) -> list[_Layer]:
+    def _layers(self, content: dict[str, Any], name: str, group: str) -> list[_Layer]:
         """Return the files in the list of `defaults` of a file as layers, and its keys as one."""
-        if not isinstance(content, dict):
-            raise ConfigError("this file has no keys", where=name, remedy="write keys: 'loss: {beta: 0.2}'")
         if "hydra" in content:
             raise unknown_key("hydra", where=f"hydra in {name}")
         entries, values = content.pop("defaults", []), OmegaConf.create()
@@ -265,6 +269,7 @@ class _Command:
 
     def composed(self) -> dict[str, Any]:
         """Return the values of the command; without overrides and files that are mistakes."""
+        self._list_defaults()
         with self._hydra():
             config = OmegaConf.merge(_plain(RunConfig()), hydra.compose(COMMAND_LINE))
         for override in self.overrides:
@@ -287,8 +292,7 @@ class _Command:
             path, package = str(entry.config_path), f"{entry.package}." if entry.package else ""
             part, file = self._entries.get(path), self._file(path)
             if not isinstance(part, _Layer):
-                values = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else {}
-                part = _Layer(f"{path}.yaml", {}, cast(dict[str, Any], values))
+                part = _Layer(f"{path}.yaml", {}, _content(file) if file.is_file() else {})
             if part.name and key.startswith(package):
                 with contextlib.suppress(KeyError, TypeError):
                     reduce(getitem, key.removeprefix(package).partition("[")[0].split("."), part.values)

@@ -258,6 +258,10 @@ def test_a_wrong_key_is_named_with_the_file_that_hydra_composed() -> None:
         assert f"{place}.yaml" in text
     write(experiment__mine="defaults: [gone]\n")
     assert "there is no experiment named 'gone'" in error_of("--config-dir conf +experiment=mine").block()
+    write(trainer__mine="max_steps: [1\n")
+    assert 'trainer/mine.yaml", line 2' in error_of("--config-dir conf trainer=mine").block()
+    write(loss__mine="betta: 1\n")
+    assert error_of("--config-dir conf loss=mine").where == "loss.betta in loss/mine.yaml"
 
 
 @pytest.mark.parametrize(
