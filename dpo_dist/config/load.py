@@ -149,6 +149,8 @@ def _content(file: Path) -> dict[str, Any]:
         content = OmegaConf.to_container(OmegaConf.load(stream))
     if not isinstance(content, dict):
         raise ConfigError("this file has no keys", where=str(file), remedy="write keys: 'loss: {beta: 0.2}'")
+    if "hydra" in content:
+        raise unknown_key("hydra", where=f"hydra in {file}")
     return cast(dict[str, Any], content)
 
 
@@ -185,6 +187,7 @@ class _Command:
 
     def _list_defaults(self) -> None:
         """Write Hydra's list of defaults: config.yaml, experiments, and files, each above its presets."""
+        _content(self._file("config"))
         parts: list[str | _Layer] = ["config", *self._experiments]
         chosen = {group: layer for layer in self._files for group in layer.presets}
         for layer in self._files:
@@ -229,8 +232,6 @@ class _Command:
 
     def _layers(self, content: dict[str, Any], name: str, group: str) -> list[_Layer]:
         """Return the files in the list of `defaults` of a file as layers, and its keys as one."""
-        if "hydra" in content:
-            raise unknown_key("hydra", where=f"hydra in {name}")
         entries, values = content.pop("defaults", []), OmegaConf.create()
         layers, presets = list[_Layer](), dict[str, str | None]()
         for key, value in content.items():

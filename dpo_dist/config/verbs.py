@@ -1,4 +1,7 @@
-"""The table of verbs: what each does, and what it takes of a configuration."""
+"""The table of verbs: what each does, and what it takes of a configuration.
+
+A new verb is a row here, a file dpo_dist/NAME.py with its `main`, and its name at the keys that it reads.
+"""
 
 from typing import NamedTuple
 
