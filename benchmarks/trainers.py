@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 from benchmarks.runs import Result, Run
 from benchmarks.setting import ORDER, Setting, overrides
-from benchmarks.weigh import build_and_weigh, peak
+from benchmarks.weigh import build_and_weigh, peak, reserved
 
 
 @dataclass
@@ -59,6 +59,7 @@ class Measured:
 
     Attributes:
         rows: metrics rows of the steps.
+        step_seconds: seconds of each step of TRL, with what lies between it and the step before.
         memory: bytes of the reference and peaks (`Run.weighs_reference`).
     """
 
@@ -67,6 +68,7 @@ class Measured:
     whole: Meter = field(default_factory=Meter)
     rows: list[dict[str, Any]] = field(default_factory=list)
     summary: Result = field(default_factory=dict)
+    step_seconds: list[float] = field(default_factory=list)
     memory: dict[str, int] = field(default_factory=dict)
 
 
@@ -75,7 +77,7 @@ def main() -> None:
     measured = _train_with_trl(run, out) if run.variant.startswith("trl") else _train(run, out / "run")
     meters = ("training", "reference", "whole")
     result = vars(measured) | {name: vars(getattr(measured, name)) for name in meters}
-    result["peak_bytes"] = peak()
+    result |= {"peak_bytes": peak(), "reserved_bytes": reserved()}
     (out / f"rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(result))
 
 
@@ -146,6 +148,7 @@ def _columns(folder: Path) -> dict[str, Any]:
 
 def _trl_trainer(folder: Path, config: Any, dataset: Any, measured: Measured) -> Any:
     """Return TRL's trainer without a second tokenisation, its phases measured."""
+    import torch
     from transformers import TrainerCallback
     from trl.trainer.dpo_trainer import DPOTrainer
 
@@ -165,6 +168,14 @@ def _trl_trainer(folder: Path, config: Any, dataset: Any, measured: Measured) ->
         def on_train_begin(self, *_arguments: Any, **_options: Any) -> None:
             self.measured = measured.training.running()
             self.measured.__enter__()
+            self.last = time.perf_counter()
+
+        def on_step_end(self, *_arguments: Any, **_options: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            measured.step_seconds.append(now - self.last)
+            self.last = now
 
         def on_train_end(self, _arguments: Any, state: Any, *_others: Any, **_options: Any) -> None:
             self.measured.__exit__(None, None, None)
