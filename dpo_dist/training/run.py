@@ -26,8 +26,9 @@ from dpo_dist.model.load import load_packed
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.reference.engine import ReferenceProvider, settle_engine
 from dpo_dist.training.finish import finish, run_to_its_end, write_lost_files
+from dpo_dist.training.health import check_keep_best
 from dpo_dist.training.inputs import Inputs, load_inputs
-from dpo_dist.training.loop import Loop, check_keep_best, check_warmup
+from dpo_dist.training.loop import Loop
 from dpo_dist.training.reference import (
     Reference,
     check_drift,
@@ -43,6 +44,7 @@ from dpo_dist.training.resume import (
     write_state,
 )
 from dpo_dist.training.samples import prepare_samples
+from dpo_dist.training.schedule import check_warmup
 from dpo_dist.training.start import (
     Run,
     check_disk_room,

@@ -39,6 +39,7 @@ from dpo_dist.model.flops import matmul_peak
 from dpo_dist.model.load import TORCH_DTYPES
 from dpo_dist.model.numerics import deterministic_kernels
 from dpo_dist.objective.losses import check_custom_loss
+from dpo_dist.training.clock import WorkClock
 from dpo_dist.training.resume import (
     RunState,
     check_configuration,
@@ -46,7 +47,6 @@ from dpo_dist.training.resume import (
     find_finished,
     write_state,
 )
-from dpo_dist.training.state import WorkClock
 
 T = TypeVar("T")
 
