@@ -46,7 +46,6 @@ def layers_of_transformers() -> Iterator[None]:
     yield
     for module, members in zip(modules, before, strict=True):
         vars(module).update(members)
-    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="module")
