@@ -7,7 +7,7 @@ stored.
 
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.insight.console import print_text, warnings_off
+from dpo_dist.foundation.console import print_text, warnings_off
 from dpo_dist.training.named_models import find_evaluated
 from dpo_dist.training.preflight import check_start, started
 
@@ -28,7 +28,7 @@ def check(config: RunConfig) -> None:
     with warnings_off():
         from dpo_dist.training.check import rehearse  # noqa: PLC0415  (slow)
 
-        print_text("check", rehearse(config, models), config.console)
+        print_text("check", rehearse(config, models), config.console.style)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ if __name__ == "__main__":
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.rules import check_needs
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.insight.console import print_text, warnings_off
+from dpo_dist.foundation.console import print_text, warnings_off
 from dpo_dist.training.preflight import check_start, started
 
 
@@ -32,7 +32,7 @@ def check(config: RunConfig, *, trains: bool = True) -> None:
     with warnings_off():
         from dpo_dist.training.check import rehearse  # noqa: PLC0415  (slow)
 
-        print_text("check", rehearse(config, trains=trains), config.console)
+        print_text("check", rehearse(config, trains=trains), config.console.style)
 
 
 if __name__ == "__main__":

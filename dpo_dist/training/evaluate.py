@@ -21,9 +21,9 @@ from dpo_dist.distributed.checkpoint import (
     open_checkpoint,
 )
 from dpo_dist.distributed.zero import Engine
+from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ExitCode, first_line
 from dpo_dist.foundation.files import collect_abandoned, for_json, staged_file, write_text
-from dpo_dist.insight.console import Console
 from dpo_dist.insight.evaluation import ALL, Mask, results, write_scores
 from dpo_dist.insight.tables import evaluation_table
 from dpo_dist.model.folder import base_notes, hub_commit, is_adapter

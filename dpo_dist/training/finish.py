@@ -13,13 +13,20 @@ from dpo_dist.distributed.checkpoint import checkpoint_state, damaged_checkpoint
 from dpo_dist.distributed.export import DTYPES, export_checkpoint
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.zero import whole_loading
-from dpo_dist.foundation.errors import ConfigError, DivergedError, ExitCode, RunOutcome, first_line
+from dpo_dist.foundation.console import Console
+from dpo_dist.foundation.errors import (
+    ConfigError,
+    DivergedError,
+    ExitCode,
+    RunOutcome,
+    first_line,
+    warn_on_bug,
+)
 from dpo_dist.foundation.files import for_json, staged_folder
-from dpo_dist.insight.console import Console
 from dpo_dist.insight.metrics.card import model_card
 from dpo_dist.insight.metrics.log import MetricsLog, final_and_best, package_versions, read_latest_rows
 from dpo_dist.insight.metrics.trackers import Trackers
-from dpo_dist.insight.recorder import Recorder, spared
+from dpo_dist.insight.recorder import Recorder
 from dpo_dist.insight.tables import closing_table
 from dpo_dist.insight.verdict.rules import verdict
 from dpo_dist.model.folder import model_folder, start_folder
@@ -136,7 +143,7 @@ def run_card(
     `is_evaluated`: whether the last evaluation of training is one of this model.
     """
     folder, evaluation, found = RunFolder.of(config), {}, [""]
-    with spared("the model card", say):
+    with warn_on_bug("the model card", say):
         judged = verdict(rows, summary, data_findings(folder))
         results = folder.evaluation_of(LAST_EVALUATION).results
         if is_evaluated and results.is_file():
@@ -191,12 +198,12 @@ def _close_report(run: Run, recorder: Recorder, summary: dict[str, Any], outcome
     rows = recorder.metrics.rows
     ended = {**summary, "exit": outcome.value}
     lines: list[str] = []
-    with spared("the verdict", run.say):
+    with warn_on_bug("the verdict", run.say):
         judged = verdict(rows, ended, data_findings(run.folder))
         ended["verdict"] = judged.as_dict()
         lines = judged.lines()
     recorder.close(ended)
-    with spared("the closing table", run.say):
+    with warn_on_bug("the closing table", run.say):
         lines = [*closing_table(run.folder, rows, ended), *lines]
     run.console.result("summary", {"run_dir": str(run.folder.path), **ended}, lines)
 

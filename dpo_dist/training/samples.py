@@ -12,6 +12,7 @@ from dpo_dist.config.schema import ReferenceMode
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.world import GivenWay
 from dpo_dist.distributed.zero import Engine
+from dpo_dist.foundation.errors import warn_on_bug
 from dpo_dist.foundation.files import text_digest, write_text
 from dpo_dist.generation.pairs.files import json_line
 from dpo_dist.generation.sampling.generate import (
@@ -22,7 +23,6 @@ from dpo_dist.generation.sampling.generate import (
 )
 from dpo_dist.generation.sampling.respond import find_stop_ids, texts_after
 from dpo_dist.generation.text_facts import language_of, sample_metrics, text_facts
-from dpo_dist.insight.recorder import spared
 from dpo_dist.model.load import load_config
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.training.inputs import Inputs
@@ -84,7 +84,7 @@ class Samples:
                 for prompt, own, other in zip(self.prompts, asked, others, strict=True)
             ]
             write_text(self.run.folder.samples_file(step), lines(rows))
-            with spared("the row of metrics of samples", self.run.say):
+            with warn_on_bug("the row of metrics of samples", self.run.say):
                 metrics |= {"samples/prompts": float(len(asked)), **self._metrics("samples/", asked)}
                 if self.reference is not None:
                     metrics |= self._metrics("samples/reference_", self.reference)

@@ -27,14 +27,13 @@ from dpo_dist.distributed.processes import Reports
 from dpo_dist.distributed.world import Stops, World, with_sequence_groups
 from dpo_dist.distributed.zero import STATES_OF_ADAM, policy_config
 from dpo_dist.foundation import files
-from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.console import Console
+from dpo_dist.foundation.errors import ConfigError, warn_on_bug
 from dpo_dist.foundation.files import collect_abandoned, recover_folder, write_text
 from dpo_dist.foundation.process import StopRequest
 from dpo_dist.foundation.text import counted, first_few, size
-from dpo_dist.insight.console import Console
 from dpo_dist.insight.metrics.log import describe_environment
 from dpo_dist.insight.pages.run import write_page
-from dpo_dist.insight.recorder import spared
 from dpo_dist.model.flops import matmul_peak
 from dpo_dist.model.load import TORCH_DTYPES
 from dpo_dist.model.numerics import deterministic_kernels
@@ -211,7 +210,7 @@ def mark_started(run: Run, environment: dict[str, Any], state: RunState) -> None
             shutil.rmtree(folder.samples, ignore_errors=True)
         if folder.summary.exists():
             folder.summary.unlink()
-            with spared(folder.report.name, run.say):
+            with warn_on_bug(folder.report.name, run.say):
                 write_page(folder)
 
     run.write(work)

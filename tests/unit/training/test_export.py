@@ -18,8 +18,8 @@ from dpo_dist.config.schema import (
     RunConfig,
 )
 from dpo_dist.distributed.export import export_checkpoint
+from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.insight.console import Console
 from dpo_dist.model.folder import start_folder
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.training.finish import export_model

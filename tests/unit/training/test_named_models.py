@@ -9,8 +9,8 @@ import pytest
 
 from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.schema import ExportConfig, RunConfig
+from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
-from dpo_dist.insight.console import Console
 from dpo_dist.training import evaluate as loading
 from dpo_dist.training.evaluate import check_origin, load_evaluated
 from dpo_dist.training.named_models import Evaluated, find_evaluated, find_exported
