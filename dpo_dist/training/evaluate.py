@@ -33,6 +33,7 @@ from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import MetricPlan, PairValues
 from dpo_dist.reference.engine import load_scored, scored_model
+from dpo_dist.training.context import Run, open_run
 from dpo_dist.training.inputs import (
     EvaluationInputs,
     load_evaluation_inputs,
@@ -41,7 +42,6 @@ from dpo_dist.training.inputs import (
 )
 from dpo_dist.training.named_models import EVALUATED, Evaluated
 from dpo_dist.training.reference import prepare_reference
-from dpo_dist.training.start import Run, open_run
 from dpo_dist.training.step import Objective, evaluate
 
 Results = dict[str, dict[str, Any]]

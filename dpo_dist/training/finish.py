@@ -32,9 +32,9 @@ from dpo_dist.insight.verdict.rules import verdict
 from dpo_dist.model.folder import model_folder, start_folder
 from dpo_dist.model.save import write_mean, writing_errors
 from dpo_dist.reference.digest import digest_model
+from dpo_dist.training.context import Run
 from dpo_dist.training.loop import Loop
 from dpo_dist.training.resume import RunState, read_state, write_state
-from dpo_dist.training.start import Run
 from dpo_dist.training.state import Position
 
 

@@ -24,6 +24,7 @@ from dpo_dist.foundation.process import prefetch
 from dpo_dist.insight.metrics.trackers import Margins
 from dpo_dist.insight.recorder import Recorder
 from dpo_dist.training.clock import StepClock
+from dpo_dist.training.context import Run
 from dpo_dist.training.evaluate import write_evaluation
 from dpo_dist.training.health import best_after, count, count_spike, ending_error, pair_losses, write_bad_step
 from dpo_dist.training.inputs import Inputs
@@ -31,7 +32,6 @@ from dpo_dist.training.progress import Progress, show_row
 from dpo_dist.training.resume import Identity
 from dpo_dist.training.samples import Samples
 from dpo_dist.training.schedule import learning_rate
-from dpo_dist.training.start import Run
 from dpo_dist.training.state import LogWindow, Position, throughput
 from dpo_dist.training.step import (
     Objective,

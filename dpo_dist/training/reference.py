@@ -26,8 +26,8 @@ from dpo_dist.reference.digest import ModelFiles, agree_on_numerics, difference,
 from dpo_dist.reference.engine import SCORING_TOKENS_FACTOR, ReferenceProvider, load_reference, scored_model
 from dpo_dist.reference.fill import FillReport, Scorer, StoreFiller, count_reused
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, Values
+from dpo_dist.training.context import Run, open_run, say_header
 from dpo_dist.training.inputs import EvaluationInputs, load_inputs
-from dpo_dist.training.start import Run, open_run, say_header
 from dpo_dist.training.step import Objective
 
 _CHECKED_PAIRS = 16

@@ -7,6 +7,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
+
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.losses import Weighting
 from dpo_dist.config.schema import ReferenceMode, RunConfig
@@ -22,12 +24,21 @@ from dpo_dist.foundation.text import counted
 from dpo_dist.insight.metrics.log import MetricsLog
 from dpo_dist.insight.metrics.trackers import open_trackers
 from dpo_dist.insight.recorder import Recorder
-from dpo_dist.model.load import load_packed
+from dpo_dist.model.flops import matmul_peak
+from dpo_dist.model.load import TORCH_DTYPES, load_packed
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.reference.engine import ReferenceProvider, settle_engine
+from dpo_dist.training.context import Run, open_run, say_header
+from dpo_dist.training.directory import (
+    check_disk_room,
+    describe_run,
+    find_start,
+    lock_directory,
+    mark_started,
+)
 from dpo_dist.training.finish import finish, run_to_its_end, write_lost_files
 from dpo_dist.training.health import check_keep_best
-from dpo_dist.training.inputs import Inputs, load_inputs
+from dpo_dist.training.inputs import Inputs, identify, load_inputs
 from dpo_dist.training.loop import Loop
 from dpo_dist.training.reference import (
     Reference,
@@ -40,22 +51,10 @@ from dpo_dist.training.resume import (
     RunState,
     check_identity,
     describe_change,
-    identify,
     write_state,
 )
 from dpo_dist.training.samples import prepare_samples
 from dpo_dist.training.schedule import check_warmup
-from dpo_dist.training.start import (
-    Run,
-    check_disk_room,
-    describe_run,
-    find_start,
-    locked,
-    mark_started,
-    open_run,
-    peak_flops,
-    say_header,
-)
 from dpo_dist.training.state import Position
 from dpo_dist.training.step import Objective
 
@@ -65,7 +64,7 @@ def train(config: RunConfig, console: Console, stop: StopRequest) -> int:
 
     `stop` is listening.
     """
-    with open_run(config, console, stop, trains=True) as run, locked(run):
+    with open_run(config, console, stop, trains=True) as run, lock_directory(run):
         run.stops.check()  # a library may have caught an error that a signal raised while it was imported
         say_header(run)
         found = find_start(run)
@@ -163,7 +162,7 @@ def _set_up(
         objective=objective,
         reference_sync=reference_sync,
         start_is_known=reference.is_policys_start and config.loss.weighting is not Weighting.wpo,
-        peak=peak_flops(run),
+        peak=_peak_flops(run),
         checkpoints=checkpoints,
         identity=state.identity,
         samples=samples,
@@ -273,3 +272,13 @@ def _complete(run: Run, finished: RunState) -> int:
     run.say(f"{folder} is complete: model {folder.model}, report {folder.report}")
     run.say(f"to train it longer: run.dir={folder} and a larger trainer.epochs or trainer.max_steps")
     return ExitCode.completed
+
+
+def _peak_flops(run: Run) -> float:
+    """Return the peak FLOP/s of all devices, measured while all of them are busy; collective."""
+    world = run.world
+    world.barrier()
+    peaks = world.gather(matmul_peak(world.device, TORCH_DTYPES[run.config.model.dtype]))
+    if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # without those matrices
+    return sum(peaks)

@@ -25,8 +25,8 @@ from dpo_dist.generation.sampling.respond import find_stop_ids, texts_after
 from dpo_dist.generation.text_facts import language_of, sample_metrics, text_facts
 from dpo_dist.model.load import load_config
 from dpo_dist.reference.engine import load_reference
+from dpo_dist.training.context import Run
 from dpo_dist.training.inputs import Inputs
-from dpo_dist.training.start import Run
 
 Row = dict[str, Any]
 _BATCH_TOKENS = 16384

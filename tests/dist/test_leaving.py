@@ -29,7 +29,7 @@ from dpo_dist.foundation.process import StopRequest
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference import engine
 from dpo_dist.reference.engine import load_reference, settle_engine
-from dpo_dist.training.start import Run
+from dpo_dist.training.context import Run
 from tests.dist.scenario import Assets, files_of, load_policy
 from tests.support.ranks import Outcome, run_ranks, start_ranks
 from tests.support.tiny_model import write_model

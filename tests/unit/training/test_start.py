@@ -25,6 +25,14 @@ from dpo_dist.foundation.files import staged_file, temporary_name, write_text
 from dpo_dist.insight.metrics.log import MetricsLog
 from dpo_dist.insight.metrics.trackers import Trackers
 from dpo_dist.insight.recorder import Recorder
+from dpo_dist.training.context import Run
+from dpo_dist.training.directory import (
+    check_disk_room,
+    describe_run,
+    find_start,
+    lock_directory,
+    mark_started,
+)
 from dpo_dist.training.finish import finish, write_lost_files
 from dpo_dist.training.resume import (
     RunState,
@@ -32,14 +40,6 @@ from dpo_dist.training.resume import (
     length_of,
     read_state,
     write_state,
-)
-from dpo_dist.training.start import (
-    Run,
-    check_disk_room,
-    describe_run,
-    find_start,
-    locked,
-    mark_started,
 )
 from tests.support.alone import ALONE
 from tests.support.one_weight import Run as Saves
@@ -231,13 +231,16 @@ def test_a_lock_holds_until_the_start_ends_and_files_of_a_killed_one_are_removed
     for file in of_killed:
         file.touch()
         os.utime(file, (0, 0))
-    with staged_file(folder.samples_file(3)) as own, locked(run_in(folder.path)):
+    with staged_file(folder.samples_file(3)) as own, lock_directory(run_in(folder.path)):
         assert own.exists(), "this process still writes it"
         own.touch()
         assert [file.exists() for file in of_killed] == [False] * 5
-        with pytest.raises(ConfigError, match="another process is training"), locked(run_in(folder.path)):
+        with (
+            pytest.raises(ConfigError, match="another process is training"),
+            lock_directory(run_in(folder.path)),
+        ):
             pass
-    with locked(run_in(folder.path)):
+    with lock_directory(run_in(folder.path)):
         pass
 
 
