@@ -97,6 +97,7 @@ def _train(run: Run, run_dir: Path) -> Measured:
     with open_console(RunFolder(run_dir).rank_log) as console, contextlib.ExitStack() as swaps:
         from dpo_dist.distributed.checkpoint import CheckpointSaver
         from dpo_dist.foundation.process import StopRequest
+        from dpo_dist.insight.recorder import REPORTING
         from dpo_dist.reference.engine import load_reference
         from dpo_dist.reference.fill import StoreFiller
         from dpo_dist.training import finish, loop
@@ -115,7 +116,7 @@ def _train(run: Run, run_dir: Path) -> Measured:
             swaps.enter_context(swap(CheckpointSaver, "save"))
             swaps.enter_context(swap(finish, "export_checkpoint"))
         with measured.whole.running():
-            run_module.train(config, console, StopRequest())
+            run_module.train(config, console, StopRequest(), REPORTING)
     if run.weighs_reference:
         measured.memory["peak while training"] = peak()
     metrics = run_dir / "dpo_metrics"

@@ -16,7 +16,7 @@ def main(config: RunConfig) -> int:
     """Write metrics with intervals, and the scores of every pair; return the exit code."""
     config, models = find_evaluated(config)
     with started(config) as console:
-        from dpo_dist.training.evaluate import evaluate_models  # noqa: PLC0415  (slow, prints into the log)
+        from dpo_dist.insight.evaluate_models import evaluate_models  # noqa: PLC0415  (slow, prints into the log)
 
         return evaluate_models(config, models, console)
 

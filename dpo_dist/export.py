@@ -24,12 +24,13 @@ def main(config: RunConfig) -> int:
 
     console = console_on(sys.stderr, config.console.style)
     with warnings_off():
+        from dpo_dist.insight.metrics.card import run_card  # noqa: PLC0415
         from dpo_dist.training.finish import export_average, export_model  # noqa: PLC0415
 
         if config.export.average:
             export_average(config, sources, output)
         else:
-            export_model(config, sources[0], output, console)
+            export_model(config, sources[0], output, console, run_card)
     written = {"checkpoint": ", ".join(map(str, sources)), "output": str(output)}
     console.result("exported", written, [f"written: {output}"])
     return ExitCode.completed

@@ -21,9 +21,11 @@ def main(config: RunConfig) -> int:
     check_needs(config, "train")
     stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
     with stop.listening(), started(config, trains=True) as console:
-        from dpo_dist.training.run import train  # noqa: PLC0415  (slow, and its output belongs in the log)
+        # Slow, and what the imports print belongs in the log.
+        from dpo_dist.insight.recorder import REPORTING  # noqa: PLC0415
+        from dpo_dist.training.run import train  # noqa: PLC0415
 
-        return train(config, console, stop)
+        return train(config, console, stop, REPORTING)
 
 
 def check(config: RunConfig, *, trains: bool = True) -> None:

@@ -1,11 +1,20 @@
 """The run directory at a start: its lock, where to resume, room on its disk, and the first files."""
 
 import contextlib
+import importlib.metadata
 import json
+import platform
+import shlex
 import shutil
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+import psutil
+import torch
 
 from dpo_dist.config.load import to_yaml
 from dpo_dist.config.run_folder import RunFolder, checkpoint_folders
@@ -15,9 +24,7 @@ from dpo_dist.distributed.checkpoint import Checkpoint, latest_checkpoint, remov
 from dpo_dist.distributed.zero import STATES_OF_ADAM
 from dpo_dist.foundation.errors import ConfigError, warn_on_bug
 from dpo_dist.foundation.files import collect_abandoned, locked, recover_folder, write_text
-from dpo_dist.foundation.text import size
-from dpo_dist.insight.metrics.log import describe_environment
-from dpo_dist.insight.pages.run import write_page
+from dpo_dist.foundation.text import size, without_secrets
 from dpo_dist.model.load import TORCH_DTYPES
 from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.training.context import Run
@@ -28,6 +35,10 @@ from dpo_dist.training.resume import (
     find_finished,
     write_state,
 )
+
+_CORE = ("dpo-dist", "torch", "accelerate", "deepspeed", "transformers", "peft", "datasets")
+_PACKAGES = (*_CORE, "wandb", "hydra-core", "flash-attn", "liger-kernel")
+_PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 
 
 @contextlib.contextmanager
@@ -108,7 +119,9 @@ def check_disk_room(config: RunConfig, weights: int, done: int, steps: int) -> N
         )
 
 
-def mark_started(run: Run, environment: dict[str, Any], state: RunState) -> None:
+def mark_started(
+    run: Run, environment: dict[str, Any], state: RunState, write_page: Callable[[RunFolder], object]
+) -> None:
     """Record that a run trains, after all checks, and remove the summary of an earlier start; collective.
 
     A run that starts at step 0 also removes samples, which may be of another model.
@@ -127,3 +140,62 @@ def mark_started(run: Run, environment: dict[str, Any], state: RunState) -> None
                 write_page(folder)
 
     run.write(work)
+
+
+def describe_environment(world_size: int) -> dict[str, Any]:
+    """Return command, versions, git commit and hardware, without secrets and environment variables.
+
+    `git_commit` and `git_changed_files`, the number of tracked files that differ from it, are of the current
+    folder; null outside a git checkout.
+    """
+    changed = _git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "packages": package_versions(),
+        "command": _command(world_size),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_changed_files": None if changed is None else len(changed.splitlines()),
+        "world_size": world_size,
+        "cpus": psutil.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpus": gpus,
+        "cuda": torch.version.cuda,
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of this program and of the libraries that decide its results."""
+    versions = {}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def _command(world_size: int) -> str | None:
+    """Return the command line for a shell, without secrets; None if another program uses this package."""
+    program = Path(sys.argv[0])
+    if program.resolve().parent != _PACKAGE_FOLDER:
+        return None
+    launcher = ["python"]
+    if world_size > 1:
+        launcher = ["accelerate", "launch", "--num_processes", str(world_size)]
+    command = [*launcher, "-m", f"{_PACKAGE_FOLDER.name}.{program.stem}", *sys.argv[1:]]
+    return str(without_secrets(shlex.join(command)))
+
+
+def _git(*arguments: str) -> str | None:
+    """Return the output of git in the current folder; None outside a checkout."""
+    try:
+        result = subprocess.run(  # noqa: S603
+            ["git", *arguments],  # noqa: S607
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()

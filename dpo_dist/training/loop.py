@@ -13,34 +13,23 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from dpo_dist.config.run_folder import LAST_EVALUATION
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.world import GivenWay
 from dpo_dist.distributed.zero import PolicyEngine
-from dpo_dist.foundation.errors import warn_on_bug
 from dpo_dist.foundation.process import prefetch
-from dpo_dist.insight.metrics.trackers import Margins
-from dpo_dist.insight.recorder import Recorder
 from dpo_dist.training.clock import StepClock
 from dpo_dist.training.context import Run
-from dpo_dist.training.evaluate import write_evaluation
 from dpo_dist.training.health import best_after, count, count_spike, ending_error, pair_losses, write_bad_step
 from dpo_dist.training.inputs import Inputs
+from dpo_dist.training.metrics_log import Margins
 from dpo_dist.training.progress import Progress, show_row
+from dpo_dist.training.reporting import Recorder, Samples
 from dpo_dist.training.resume import Identity
-from dpo_dist.training.samples import Samples
 from dpo_dist.training.schedule import learning_rate
 from dpo_dist.training.state import LogWindow, Position, throughput
-from dpo_dist.training.step import (
-    Objective,
-    ReadyStep,
-    StepTotals,
-    evaluate,
-    reduce_step,
-    train_step,
-)
+from dpo_dist.training.step import Objective, ReadyStep, StepTotals, evaluate, reduce_step, train_step
 
 _STEPS_AHEAD = 2
 
@@ -229,9 +218,8 @@ class Loop:
         if is_last:
 
             def write() -> None:
-                with warn_on_bug("the last evaluation's folder", self.run.say):
-                    model = str(self.run.folder.model)
-                    write_evaluation(LAST_EVALUATION, model, self.run.config, metrics, values, dataset)
+                assert self.recorder is not None
+                self.recorder.evaluation(metrics, values, dataset)
 
             # Before the checkpoint of this step, from which a killed run resumes without another evaluation.
             with self.run.console.heartbeat("computing the intervals of the last evaluation"):
@@ -267,7 +255,7 @@ class Loop:
 
     def _record(self, row: dict[str, float], margins: Margins | None = None) -> None:
         if self.recorder is not None:
-            self.recorder.record(row, margins)
+            self.recorder.row(row, margins)
             show_row(self.run.console, row, self.inputs.sampler.steps)
 
     def _save(self, position: Position, *, is_last: bool) -> None:

@@ -43,7 +43,7 @@ def started(config: RunConfig, *, trains: bool = False) -> Iterator[Console]:
         with open_console(folder.rank_log, config.console.style) as console:
             yield console
     except (ConfigError, DataError, ReferenceModelError, CheckpointError):
-        from dpo_dist.insight.metrics.log import read_latest_rows  # noqa: PLC0415  (imports torch)
+        from dpo_dist.training.metrics_log import read_latest_rows  # noqa: PLC0415  (imports torch)
 
         if is_new and os.environ.get("RANK", "0") == "0" and not read_latest_rows(folder):
             with contextlib.suppress(ConfigError), locked(folder.lock, "trains", "wait for it"):

@@ -14,11 +14,11 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, DpoDistError, RunOutcome
 from dpo_dist.foundation.files import locked
-from dpo_dist.insight.metrics.log import MetricsLog
 from dpo_dist.training.check import rehearse
 from dpo_dist.training.context import Run
 from dpo_dist.training.directory import find_start
 from dpo_dist.training.inputs import load_inputs
+from dpo_dist.training.metrics_log import MetricsLog
 from dpo_dist.training.preflight import check_start, started
 from dpo_dist.training.resume import RunState, length_of, write_state
 from tests.support import tiny

@@ -9,10 +9,10 @@ from dpo_dist.config.schema import DataConfig, FolderConfig, ModelConfig, RunCon
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.foundation.console import Console
+from dpo_dist.generation.samples import SamplePrompt, Samples, choose_prompts, lines
 from dpo_dist.generation.sampling.generate import Request, Sampling
 from dpo_dist.generation.sampling.respond import find_stop_ids
 from dpo_dist.training.context import Run
-from dpo_dist.training.samples import SamplePrompt, Samples, choose_prompts, lines
 from tests.support import tiny
 from tests.support.alone import ALONE
 from tests.support.records import jsonl
