@@ -14,7 +14,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from dpo_dist.batching.pack import RESPONSES_OF_DUMMY, Mask, PackedBatch, Sequences, dummy_batch, pack
+from dpo_dist.batching.pack import (
+    RESPONSES_OF_DUMMY,
+    Mask,
+    PackedBatch,
+    Sequences,
+    dummy_batch,
+    pack,
+)
 from dpo_dist.batching.plan import Arrangement, ComputeCosts, ExampleSizes, plan_micro_batches
 from dpo_dist.batching.sampler import Indices, Span
 from dpo_dist.config.losses import LossConfig
@@ -22,7 +29,14 @@ from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.counts import check_counts, check_split
 from dpo_dist.data.encode import response_key
 from dpo_dist.data.records import Origin
-from dpo_dist.data.store import Array, EncodedSource, columns_of, counts_of, lengths_of, read_source
+from dpo_dist.data.store import (
+    Array,
+    EncodedSource,
+    columns_of,
+    counts_of,
+    lengths_of,
+    read_source,
+)
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import text_digest
 

@@ -25,6 +25,7 @@ from dpo_dist.training.inputs import Inputs
 
 Row = dict[str, Any]
 _BATCH_TOKENS = 16384
+_OF_RESPONSE = ("text", "tokens", "finished")
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Samples:
 
         def write() -> dict[str, float]:
             metrics: dict[str, float] = {}
-            unknown = dict.fromkeys(("text", "tokens", "finished"))
+            unknown = dict.fromkeys(_OF_RESPONSE)
             others = self.reference or [unknown] * len(asked)
             rows = [
                 {**prompt.fields, "step": step, **_named("policy", own), **_named("reference", other)}
@@ -113,7 +114,7 @@ class Samples:
             wanted = [(prompt.fields["prompt_id"], asdict(self.sampling)) for prompt in self.prompts]
             if [(row["prompt_id"], row["sampling"]) for row in rows] != wanted:
                 return None
-            return [{name: row[name] for name in ("text", "tokens", "finished")} for row in rows]
+            return [{name: row[name] for name in _OF_RESPONSE} for row in rows]
         except (OSError, ValueError, LookupError, TypeError):  # absent or damaged: asked again
             return None
 
@@ -143,11 +144,7 @@ class Samples:
 
 def _named(model: str, response: Row) -> Row:
     """Return a response as fields of a row: its text under the model's name."""
-    return {
-        model: response["text"],
-        f"{model}_tokens": response["tokens"],
-        f"{model}_finished": response["finished"],
-    }
+    return {model if name == "text" else f"{model}_{name}": response[name] for name in _OF_RESPONSE}
 
 
 def lines(rows: Sequence[Row]) -> str:

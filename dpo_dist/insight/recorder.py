@@ -19,10 +19,10 @@ from dpo_dist.insight.pages.charts import draw_curves
 from dpo_dist.insight.pages.run import write_page
 from dpo_dist.insight.tables import closing_table
 from dpo_dist.insight.verdict.rules import RULES, sample_alarm, verdict
-from dpo_dist.objective.metrics import PairValues
+from dpo_dist.objective.metrics import PairValues, Values
 from dpo_dist.training.context import Run
 from dpo_dist.training.directory import package_versions
-from dpo_dist.training.metrics_log import Margins, MetricsLog, Row
+from dpo_dist.training.metrics_log import MetricsLog, Row
 from dpo_dist.training.reporting import Reporting
 
 
@@ -34,7 +34,7 @@ class Recorder:
     metrics: MetricsLog
     trackers: Trackers = field(default_factory=Trackers)
 
-    def row(self, row: Row, margins: Margins | None = None) -> None:
+    def row(self, row: Row, margins: Values | None = None) -> None:
         """Write and send one metrics row; that of samples with whether they are a fault."""
         alarm, is_new = None, False
         if "eval_samples/prompts" in row:

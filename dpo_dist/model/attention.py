@@ -22,7 +22,14 @@ from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.model.architectures import recorded_arrangement
 from dpo_dist.model.layers import layer_configs, layer_values
-from dpo_dist.model.sdpa import Layout, MaskRule, Scores, SegmentAttention, mask_rule, with_one_dim
+from dpo_dist.model.sdpa import (
+    Layout,
+    MaskRule,
+    Scores,
+    SegmentAttention,
+    mask_rule,
+    with_one_dim,
+)
 
 # The kernels are compiled for heads of these sizes.
 _LARGEST_HEAD = 256

@@ -33,7 +33,13 @@ from dpo_dist.model.architectures import (
 )
 from dpo_dist.model.attention import check_kernel, choose_backend
 from dpo_dist.model.folder import CONFIG_FILE, check_tokenizer_files, has_tokenizer, read_model_json
-from dpo_dist.model.layers import check_device, checkpoint_layers, keep_text, offload_inputs, use_liger
+from dpo_dist.model.layers import (
+    check_device,
+    checkpoint_layers,
+    keep_text,
+    offload_inputs,
+    use_liger,
+)
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.numerics import check_precision
 from dpo_dist.model.packed import PackedCausalLM

@@ -5,6 +5,7 @@ import errno
 import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TypeVar
 
@@ -69,6 +70,14 @@ class Run:
         return self.world.on_main(guarded)
 
 
+def join(config: RunConfig, console: Console) -> AbstractContextManager[World]:
+    """Return the joined processes of this launch, whose failures the console reports."""
+    deepspeed_config = policy_config(config.parallelism, config.optim, config.model.dtype)
+    stacks = RunFolder.of(config).rank_stacks(os.environ.get("RANK", "0"))
+    reports = Reports(console.alarm, console.say, stacks)
+    return joined(deepspeed_config, config.parallelism.timeout_seconds, reports)
+
+
 @contextlib.contextmanager
 def open_run(
     config: RunConfig, console: Console, stop: StopRequest | None = None, *, trains: bool = False
@@ -83,13 +92,8 @@ def open_run(
     parallelism = config.parallelism
     if not trains:
         parallelism = replace(parallelism, offload_optimizer=Offload.none)
-    deepspeed_config = policy_config(parallelism, config.optim, config.model.dtype)
-    stacks = RunFolder.of(config).rank_stacks(os.environ.get("RANK", "0"))
-    reports = Reports(console.alarm, console.say, stacks)
-    with (
-        deterministic_kernels(config.trainer.deterministic),
-        joined(deepspeed_config, config.parallelism.timeout_seconds, reports) as world,
-    ):
+    joins = join(replace(config, parallelism=parallelism), console)
+    with deterministic_kernels(config.trainer.deterministic), joins as world:
         set_seed(config.trainer.seed % 2**32)
         grouped = with_sequence_groups(world, config.parallelism.sequence_parallel)
         yield Run(config, grouped, console, stop, began)

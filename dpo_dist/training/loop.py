@@ -19,11 +19,11 @@ from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.world import GivenWay
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.foundation.process import prefetch
+from dpo_dist.objective.metrics import Values
 from dpo_dist.training.clock import StepClock
 from dpo_dist.training.context import Run
 from dpo_dist.training.health import best_after, count, count_spike, ending_error, pair_losses, write_bad_step
 from dpo_dist.training.inputs import Inputs
-from dpo_dist.training.metrics_log import Margins
 from dpo_dist.training.progress import Progress, show_row
 from dpo_dist.training.reporting import Recorder, Samples
 from dpo_dist.training.resume import Identity
@@ -253,7 +253,7 @@ class Loop:
     def _row_start(self, position: Position) -> dict[str, float]:
         return {"step": position.step, "epoch": self.inputs.sampler.epoch(position.step - 1)}
 
-    def _record(self, row: dict[str, float], margins: Margins | None = None) -> None:
+    def _record(self, row: dict[str, float], margins: Values | None = None) -> None:
         if self.recorder is not None:
             self.recorder.row(row, margins)
             show_row(self.run.console, row, self.inputs.sampler.steps)

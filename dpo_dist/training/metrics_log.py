@@ -3,16 +3,12 @@
 import csv
 import io
 import json
-import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from dpo_dist.config.metrics import MAIN, METRICS, PREFIX
 from dpo_dist.config.run_folder import RunFolder
@@ -24,8 +20,6 @@ from dpo_dist.objective.metrics import GROUP_METRICS, MARGIN_PERCENTILES, PAIR_M
 from dpo_dist.training.clock import PHASES
 
 Row = dict[str, float]
-Margins = npt.NDArray[np.float32]
-"""Of the pairs of an evaluation."""
 
 _OF_STEP = ("step", "epoch", *PAIR_METRICS, "grad_norm", "learning_rate", "pairs", "tokens")
 _SPEED = ("step_seconds", "pairs_per_second", "tokens_per_second", *(f"time/{phase}" for phase in PHASES))
@@ -39,8 +33,6 @@ _SPIKE_ROWS, _FEWEST_ROWS, _EXCURSION = 100, 50, 5.0
 _COLLAPSED_NATS = 50.0
 _EQUAL = 1e-9
 """Relative difference of means that only rounding makes different."""
-
-_log = logging.getLogger(__name__)
 
 
 class MetricsLog:
@@ -56,7 +48,7 @@ class MetricsLog:
         cls,
         folder: RunFolder,
         resume_step: int | None,
-        say: Callable[[str], None] = _log.warning,
+        say: Callable[[str], None] = print,
         *,
         owes_evaluation: bool = False,
     ) -> "MetricsLog":

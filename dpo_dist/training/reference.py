@@ -118,9 +118,6 @@ def describe_drift(drift: dict[str, Any]) -> str:
     )
 
 
-Audited = tuple[PreferenceDataset, Indices]
-
-
 @dataclass(frozen=True)
 class Reference:
     """The reference of a run.
@@ -133,7 +130,7 @@ class Reference:
 
     provider: ReferenceProvider
     is_policys_start: bool
-    audited: Audited
+    audited: tuple[PreferenceDataset, Indices]
     report: dict[str, Any]
 
 

@@ -9,10 +9,10 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.errors import RunOutcome
-from dpo_dist.objective.metrics import PairValues
+from dpo_dist.objective.metrics import PairValues, Values
 from dpo_dist.training.context import Run
 from dpo_dist.training.inputs import Inputs
-from dpo_dist.training.metrics_log import Margins, MetricsLog, Row
+from dpo_dist.training.metrics_log import MetricsLog, Row
 
 
 class Recorder(Protocol):
@@ -22,7 +22,7 @@ class Recorder(Protocol):
     def metrics(self) -> MetricsLog:
         """The rows so far."""
 
-    def row(self, row: Row, margins: Margins | None = None) -> None:
+    def row(self, row: Row, margins: Values | None = None) -> None:
         """Record one metrics row; of an evaluation with its margins."""
 
     def evaluation(self, means: dict[str, float], values: PairValues, dataset: PreferenceDataset) -> None:
@@ -50,16 +50,9 @@ class Samples(Protocol):
 
 @dataclass(frozen=True)
 class Reporting:
-    """How a run is looked at.
-
-    Attributes:
-        open_recorder: of a run that trains, with its trackers.
-        reopen_recorder: of a complete run whose report is written again.
-        prepare_samples: of a run that continues after a step, before a model is loaded; None: it has none.
-        write_page: of a run directory.
-    """
+    """The functions by which a run is looked at."""
 
     open_recorder: Callable[[Run, MetricsLog], Recorder]
-    reopen_recorder: Callable[[Run, MetricsLog], Recorder]
-    prepare_samples: Callable[[Run, Inputs, int], Samples | None]
+    reopen_recorder: Callable[[Run, MetricsLog], Recorder]  # without trackers, of a complete run
+    prepare_samples: Callable[[Run, Inputs, int], Samples | None]  # before a model is loaded
     write_page: Callable[[RunFolder], object]

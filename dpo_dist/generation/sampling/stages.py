@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -10,20 +9,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig, Offload, ParallelismKind, RunConfig
 from dpo_dist.data.records import PreferenceRecord, turns_of
-from dpo_dist.distributed.join import joined
 from dpo_dist.distributed.memory import explain_out_of_memory
-from dpo_dist.distributed.processes import Reports
 from dpo_dist.distributed.world import World
-from dpo_dist.distributed.zero import policy_config
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.files import collect_abandoned, content_digest, staged_file, text_digest
 from dpo_dist.generation.judges import Judge, open_judge
 from dpo_dist.generation.pairs.files import prompt_key, write_lines
 from dpo_dist.generation.sampling.generate import Sampling
 from dpo_dist.generation.sampling.respond import KEY, Generate, ModelSource, Responder, find_model, respond
+from dpo_dist.training.context import join
 
 _FAILED = "failed"
 
@@ -180,9 +176,6 @@ def joined_stages(
         offload_parameters=Offload.none,
         offload_optimizer=Offload.none,
     )
-    deepspeed_config = policy_config(whole, config.optim, config.model.dtype)
-    stacks = RunFolder.of(config).rank_stacks(os.environ.get("RANK", "0"))
-    reports = Reports(console.alarm, console.say, stacks)
-    with ExitStack() as held, joined(deepspeed_config, config.parallelism.timeout_seconds, reports) as world:
+    with ExitStack() as held, join(replace(config, parallelism=whole), console) as world:
         world.on_main(lambda: held.enter_context(only))
         yield Stages(world, console, remedy)
