@@ -21,7 +21,6 @@ from dpo_dist.insight.tables import closing_table
 from dpo_dist.insight.verdict.rules import RULES, sample_alarm, verdict
 from dpo_dist.objective.metrics import PairValues, Values
 from dpo_dist.training.context import Run
-from dpo_dist.training.directory import package_versions
 from dpo_dist.training.metrics_log import MetricsLog, Row
 from dpo_dist.training.reporting import Reporting
 
@@ -53,12 +52,6 @@ class Recorder:
         with warn_on_bug("the last evaluation's folder", self.run.say):
             model = str(self.run.folder.model)
             write_evaluation(LAST_EVALUATION, model, self.run.config, means, values, dataset)
-
-    def card(self, summary: dict[str, Any], loader: str, *, is_evaluated: bool) -> str:
-        """Return the model card of a completed run; "", with a warning, after a bug in it."""
-        run, ended = self.run, {**summary, "exit": RunOutcome.completed.value}
-        rows, versions = self.metrics.rows, package_versions()
-        return run_card(run.config, rows, ended, run.say, versions, loader, is_evaluated=is_evaluated)
 
     def close(self, summary: Mapping[str, Any], outcome: RunOutcome) -> None:
         """Write summary, verdict, curves and page, end tracking, and print the closing table and verdict."""
@@ -94,4 +87,4 @@ def open_recorder(run: Run, metrics: MetricsLog) -> Recorder:
     return Recorder(run, metrics, trackers)
 
 
-REPORTING = Reporting(open_recorder, Recorder, prepare_samples, write_page)
+REPORTING = Reporting(open_recorder, Recorder, run_card, prepare_samples, write_page)

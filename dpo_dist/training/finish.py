@@ -20,6 +20,7 @@ from dpo_dist.model.folder import model_folder, start_folder
 from dpo_dist.model.save import write_mean, writing_errors
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.training.context import Run
+from dpo_dist.training.directory import package_versions
 from dpo_dist.training.loop import Loop
 from dpo_dist.training.metrics_log import MetricsLog, final_and_best, read_latest_rows
 from dpo_dist.training.reporting import Recorder
@@ -27,7 +28,7 @@ from dpo_dist.training.resume import RunState, read_state, write_state
 from dpo_dist.training.state import Position
 
 
-def run_to_its_end(loop: Loop, position: Position) -> int:
+def run_to_its_end(loop: Loop, position: Position, run_card: Callable[..., str]) -> int:
     """Train until the run completes, is stopped or diverges; write its last files and return the exit code.
 
     A kill between two of these files loses nothing: the same command writes the missing ones.
@@ -46,7 +47,7 @@ def run_to_its_end(loop: Loop, position: Position) -> int:
         finish(run, state, loop.recorder, summary | {"stopped_by": why})
         return ExitCode.preempted
     with run.clock.of("saving"):
-        _write_model(loop, position, summary)
+        _write_model(loop, position, summary, run_card)
     summary["work"] = run.clock.read()
     exported = RunState(RunOutcome.exported, position.step, identity, for_json(summary))
     completed = replace(exported, outcome=RunOutcome.completed)
@@ -80,14 +81,18 @@ def _summary(loop: Loop, position: Position) -> dict[str, Any]:
     }
 
 
-def _write_model(loop: Loop, position: Position, summary: dict[str, Any]) -> None:
+def _write_model(
+    loop: Loop, position: Position, summary: dict[str, Any], run_card: Callable[..., str]
+) -> None:
     """Write the model from the checkpoint of the last step; collective."""
     run = loop.run
     checkpoint = run.folder.checkpoints / checkpoint_name(position.step)
 
     def card(loader: str) -> str:
         assert loop.recorder is not None
-        return loop.recorder.card(summary, loader, is_evaluated=loop.inputs.eval_set is not None)
+        has_eval, ended = loop.inputs.eval_set is not None, {**summary, "exit": RunOutcome.completed.value}
+        rows, versions = loop.recorder.metrics.rows, package_versions()
+        return run_card(run.config, rows, ended, run.say, versions, loader, is_evaluated=has_eval)
 
     def write() -> None:
         check_base(run.config, loop.identity["model"])

@@ -28,9 +28,6 @@ class Recorder(Protocol):
     def evaluation(self, means: dict[str, float], values: PairValues, dataset: PreferenceDataset) -> None:
         """Write the files of the evaluation after the last step."""
 
-    def card(self, summary: dict[str, Any], loader: str, *, is_evaluated: bool) -> str:
-        """Return the model card of a completed run; "" after a bug in it."""
-
     def close(self, summary: Mapping[str, Any], outcome: RunOutcome) -> None:
         """Write the report of a run and print how it ended; `summary`: without `exit`."""
 
@@ -53,6 +50,7 @@ class Reporting:
     """The functions by which a run is looked at."""
 
     open_recorder: Callable[[Run, MetricsLog], Recorder]
-    reopen_recorder: Callable[[Run, MetricsLog], Recorder]  # without trackers, of a complete run
+    reopen_recorder: Callable[[Run, MetricsLog], Recorder]  # of a complete run, without trackers
+    run_card: Callable[..., str]  # the model card
     prepare_samples: Callable[[Run, Inputs, int], Samples | None]  # before a model is loaded
     write_page: Callable[[RunFolder], object]

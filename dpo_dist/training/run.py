@@ -67,7 +67,7 @@ def train(config: RunConfig, console: Console, stop: StopRequest, reporting: Rep
                         write_state(run.folder, stopped)
                 raise
             with contextlib.nullcontext() if loop.recorder is None else loop.recorder.closed_by_errors():
-                return run_to_its_end(loop, position)
+                return run_to_its_end(loop, position, reporting.run_card)
 
 
 def _begin(run: Run, checkpoint: Checkpoint | None, reporting: Reporting) -> tuple[Inputs, RunState]:
