@@ -60,8 +60,7 @@ def best_after(
 ) -> list[BestCheckpoint]:
     """Return the best checkpoints after an evaluation, the best first; of equal ones, the earlier is better.
 
-    Those of another metric do not count, nor does the start of a run, which has no checkpoint. A value that
-    is missing or not finite is never among the best.
+    Ignores entries of another metric, step 0, which is never saved, and values that are not finite.
     """
     metric = trainer.keep_best
     if metric is None:
@@ -75,7 +74,7 @@ def best_after(
 
 MOST_BAD_STEPS = 3  # in a row
 _BAD_AT_THE_END = 1
-"""One bad pair may be in the last batch; more bad steps there are a policy that computes nothing finite."""
+"""One bad step may come last, by a bad pair; two in a row at the end mean that the policy has diverged."""
 
 
 def count(position: Position, totals: StepTotals, *, overflow: bool) -> None:
@@ -115,7 +114,7 @@ def ending_error(
 ) -> DivergedError | None:
     """Return the error that ends a run of `steps` after this one, if it must; the same on all ranks."""
     step, is_last = position.step, position.step == steps
-    allowed = min(MOST_BAD_STEPS, _BAD_AT_THE_END) if is_last else MOST_BAD_STEPS
+    allowed = _BAD_AT_THE_END if is_last else MOST_BAD_STEPS
     has_trained_nothing = is_last and position.bad_steps + position.overflows == steps
     if has_trained_nothing and not position.bad_in_a_row:
         return DivergedError(
