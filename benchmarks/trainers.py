@@ -85,7 +85,7 @@ def _train(run: Run, run_dir: Path) -> Measured:
     """Train with dpo_dist. Loading between scoring and training counts for neither."""
     from dpo_dist.config.load import load_run_config
     from dpo_dist.config.run_folder import RunFolder
-    from dpo_dist.insight.console import open_console
+    from dpo_dist.foundation.console import open_console
 
     folder = Path(run.folder)
     chosen = list(run.overrides)
@@ -94,9 +94,10 @@ def _train(run: Run, run_dir: Path) -> Measured:
         chosen.append(f"parallelism={'zero3' if int(os.environ.get('WORLD_SIZE', '1')) > 1 else 'ddp'}")
     config = load_run_config([*overrides(Setting.read(folder), folder, run_dir, Path(run.store)), *chosen])
     measured, filling, loading = Measured(), Meter(), Meter()
-    with open_console(RunFolder(run_dir)) as console, contextlib.ExitStack() as swaps:
+    with open_console(RunFolder(run_dir).rank_log) as console, contextlib.ExitStack() as swaps:
         from dpo_dist.distributed.checkpoint import CheckpointSaver
         from dpo_dist.foundation.process import StopRequest
+        from dpo_dist.insight.recorder import REPORTING
         from dpo_dist.reference.engine import load_reference
         from dpo_dist.reference.fill import StoreFiller
         from dpo_dist.training import finish, loop
@@ -115,7 +116,7 @@ def _train(run: Run, run_dir: Path) -> Measured:
             swaps.enter_context(swap(CheckpointSaver, "save"))
             swaps.enter_context(swap(finish, "export_checkpoint"))
         with measured.whole.running():
-            run_module.train(config, console, StopRequest())
+            run_module.train(config, console, StopRequest(), REPORTING)
     if run.weighs_reference:
         measured.memory["peak while training"] = peak()
     metrics = run_dir / "dpo_metrics"

@@ -24,7 +24,6 @@ from dpo_dist.data.encode import EncodedExample, encode_record, response_key
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.insight.metrics.log import read_rows
 from dpo_dist.model import load
 from dpo_dist.model.exactness import StartCheck, packed_for_a_while
 from dpo_dist.model.folder import model_folder
@@ -32,6 +31,7 @@ from dpo_dist.model.packed import PackedCausalLM, packed_logps
 from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response
 from dpo_dist.objective.losses import BatchFacts, implicit_rewards, preference_loss
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, fingerprint_folders, read_fingerprint
+from dpo_dist.training.metrics_log import read_rows
 
 __all__ = [
     "BatchFacts",

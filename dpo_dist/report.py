@@ -8,9 +8,9 @@ from pathlib import Path
 from dpo_dist.config.run_folder import existing_run
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
 from dpo_dist.foundation.streams import open_closed_streams, print_error, print_line
-from dpo_dist.insight.metrics.log import read_latest_rows
 from dpo_dist.insight.pages.charts import draw_curves
 from dpo_dist.insight.pages.run import write_difference, write_page
+from dpo_dist.training.metrics_log import read_latest_rows
 
 
 def _run(text: str) -> Path:

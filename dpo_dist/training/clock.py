@@ -4,11 +4,17 @@ import contextlib
 import itertools
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
-from dpo_dist.insight.metrics.log import PHASES, Phase, Work
+Phase = Literal["data", "reference", "forward", "backward", "optimizer", "checkpoint", "other"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+"""Parts of a step, with the key `time/<phase>` in a metrics row."""
+
+Work = Literal["starting", "reference", "training", "evaluation", "samples", "saving", "other"]
+WORKS: tuple[Work, ...] = get_args(Work)
+"""Kinds of work of a run, with the key `work.seconds.<work>` in summary.json."""
 
 
 class StepClock:

@@ -18,11 +18,10 @@ from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.foundation.errors import ConfigError, DivergedError
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.text import first_few
-from dpo_dist.insight.metrics.log import Row
-from dpo_dist.insight.verdict.facts import is_collapsed, usual_loss
 from dpo_dist.objective.losses import BatchFacts, RunningMeans, preference_loss
 from dpo_dist.objective.metrics import MARGIN_PERCENTILES, MetricPlan
 from dpo_dist.training.gather import in_batch_order
+from dpo_dist.training.metrics_log import Row, is_collapsed, usual_loss
 from dpo_dist.training.state import BestCheckpoint, Position
 from dpo_dist.training.step import Objective, ReadyStep, StepTotals, gather_scored
 

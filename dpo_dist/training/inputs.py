@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from dpo_dist.batching.plan import Arrangement, ComputeCosts
 from dpo_dist.batching.sampler import BatchSampler, Indices, make_sampler
+from dpo_dist.config.identity import run_digest
 from dpo_dist.config.losses import RouterConfig
 from dpo_dist.config.schema import ParallelismKind, ReferenceMode, RunConfig, SourceConfig
 from dpo_dist.data.build import prepare_dataset, tokenizer_digest
@@ -42,7 +43,8 @@ from dpo_dist.model.load import load_config, load_tokenizer, without_weights
 from dpo_dist.model.ulysses import check_shared_tokens
 from dpo_dist.objective.router import RouterLoss
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
-from dpo_dist.training.start import Run
+from dpo_dist.training.context import Run
+from dpo_dist.training.resume import Identity, length_of
 
 T = TypeVar("T")
 
@@ -111,6 +113,18 @@ class Inputs(EvaluationInputs):
     def visited(self) -> list[tuple[PreferenceDataset, Indices]]:
         """Each dataset with its indices that are scored; the training dataset is first."""
         return [(self.train_set, self.sampler.visited_indices()), *super().visited]
+
+
+def identify(config: RunConfig, inputs: Inputs) -> Identity:
+    """Return the digests of all inputs that decide a run's result, and its length."""
+    return {
+        "run_digest": run_digest(config),
+        "data": inputs.train_set.fingerprint,
+        "eval_data": inputs.eval_set.fingerprint if inputs.eval_set is not None else None,
+        "model": inputs.policy_files.digest,
+        "reference": inputs.reference_files.digest if inputs.reference_files is not None else None,
+        "length": length_of(config),
+    }
 
 
 def load_inputs(run: Run, *, trains: bool = False) -> Inputs:

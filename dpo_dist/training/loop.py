@@ -13,59 +13,23 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from dpo_dist.config.run_folder import LAST_EVALUATION
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.checkpoint import CheckpointSaver
-from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.world import GivenWay
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.foundation.process import prefetch
-from dpo_dist.insight.console import Console
-from dpo_dist.insight.metrics.trackers import Margins
-from dpo_dist.insight.recorder import Recorder, spared
+from dpo_dist.objective.metrics import Values
 from dpo_dist.training.clock import StepClock
-from dpo_dist.training.evaluate import write_evaluation
+from dpo_dist.training.context import Run
 from dpo_dist.training.health import best_after, count, count_spike, ending_error, pair_losses, write_bad_step
 from dpo_dist.training.inputs import Inputs
+from dpo_dist.training.progress import Progress, show_row
+from dpo_dist.training.reporting import Recorder, Samples
 from dpo_dist.training.resume import Identity
-from dpo_dist.training.samples import Samples
 from dpo_dist.training.schedule import learning_rate
-from dpo_dist.training.start import Run
 from dpo_dist.training.state import LogWindow, Position, throughput
-from dpo_dist.training.step import (
-    Objective,
-    ReadyStep,
-    StepTotals,
-    evaluate,
-    reduce_step,
-    train_step,
-)
-
-
-class Progress:
-    """Shows the steps of one start of a run of `steps`; the first and the last one always."""
-
-    def __init__(self, console: Console, steps: int, peak: float, device: torch.device):
-        self._console, self._steps, self._peak, self._device = console, steps, peak, device
-        self._window = LogWindow()
-        self._first: tuple[int, float] | None = None
-
-    def add(self, step: int, measures: LogWindow, *, must_stop: bool) -> None:
-        """Add a step that is done."""
-        is_first, is_last = self._first is None, must_stop or step == self._steps
-        if self._first is None:
-            # Without the first step, which compiles kernels and allocates memory.
-            self._first = step, time.monotonic()
-        self._window.add(measures)
-        if not (is_first or is_last or self._console.is_due()):
-            return
-        first, since = self._first
-        left = (time.monotonic() - since) / (step - first) * (self._steps - step) if step > first else None
-        row = self._window.row(self._peak) | {"memory/peak_bytes": peak_memory_bytes(self._device)}
-        self._console.training(step, self._steps, row, left, always=is_first or is_last)
-        self._window = LogWindow()
-
+from dpo_dist.training.step import Objective, ReadyStep, StepTotals, evaluate, reduce_step, train_step
 
 _STEPS_AHEAD = 2
 
@@ -254,9 +218,8 @@ class Loop:
         if is_last:
 
             def write() -> None:
-                with spared("the last evaluation's folder", self.run.say):
-                    model = str(self.run.folder.model)
-                    write_evaluation(LAST_EVALUATION, model, self.run.config, metrics, values, dataset)
+                assert self.recorder is not None
+                self.recorder.evaluation(metrics, values, dataset)
 
             # Before the checkpoint of this step, from which a killed run resumes without another evaluation.
             with self.run.console.heartbeat("computing the intervals of the last evaluation"):
@@ -290,10 +253,10 @@ class Loop:
     def _row_start(self, position: Position) -> dict[str, float]:
         return {"step": position.step, "epoch": self.inputs.sampler.epoch(position.step - 1)}
 
-    def _record(self, row: dict[str, float], margins: Margins | None = None) -> None:
+    def _record(self, row: dict[str, float], margins: Values | None = None) -> None:
         if self.recorder is not None:
-            self.recorder.record(row, margins)
-            self.run.console.row(row, self.inputs.sampler.steps)
+            self.recorder.row(row, margins)
+            show_row(self.run.console, row, self.inputs.sampler.steps)
 
     def _save(self, position: Position, *, is_last: bool) -> None:
         with self.run.clock.of("saving"):

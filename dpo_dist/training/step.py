@@ -26,13 +26,7 @@ from dpo_dist.data.dataset import RankBatch
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import Engine, PolicyEngine
 from dpo_dist.foundation.process import prefetch
-from dpo_dist.insight.metrics.log import Phase
-from dpo_dist.objective.logps import (
-    PairLogps,
-    desensitised_weights,
-    sum_by_response,
-    wpo_weights,
-)
+from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response, wpo_weights
 from dpo_dist.objective.losses import BatchFacts, RunningMeans, preference_loss
 from dpo_dist.objective.metrics import (
     MetricPlan,
@@ -45,7 +39,7 @@ from dpo_dist.objective.metrics import (
 from dpo_dist.objective.router import RouterLoss
 from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.reference.engine import ReferenceProvider
-from dpo_dist.training.clock import StepClock
+from dpo_dist.training.clock import Phase, StepClock
 from dpo_dist.training.gather import gather_pairs, in_batch_order, on_device
 from dpo_dist.training.routers import RouterTerms
 

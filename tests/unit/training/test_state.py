@@ -6,8 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dpo_dist.insight.metrics.log import PHASES
-from dpo_dist.training.clock import StepClock, WorkClock
+from dpo_dist.training.clock import PHASES, StepClock, WorkClock
 from dpo_dist.training.state import LogWindow
 
 PEAK = 100.0
