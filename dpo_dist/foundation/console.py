@@ -24,7 +24,7 @@ from rich.text import Text
 
 from dpo_dist.foundation.errors import DpoDistError
 from dpo_dist.foundation.files import for_json
-from dpo_dist.foundation.process import beating
+from dpo_dist.foundation.process import call_periodically
 from dpo_dist.foundation.streams import SafeStream, output_descriptor, output_of_objects, printable_lines
 from dpo_dist.foundation.text import counted, duration, percent, without_secrets
 
@@ -217,7 +217,7 @@ class Console:
                 due = seconds + _HEARTBEAT_SECONDS
                 self.say(f"{work}: {duration(seconds)} so far")
 
-        with beating(beat):
+        with call_periodically(beat):
             yield
 
     @contextlib.contextmanager

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.schema import ReferenceMode
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.distributed.world import GivenWay
+from dpo_dist.distributed.world import Interrupted
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.errors import warn_on_bug
 from dpo_dist.foundation.files import text_digest, write_text
@@ -97,7 +97,7 @@ class Samples:
         """Set the reference's responses to those of a model, and write them; ends the run if it must stop."""
         try:
             self.reference = self._ask(model, of_base=of_base)
-        except GivenWay:
+        except Interrupted:
             self.run.stops.check()
         if self.reference is not None:
             rows = [

@@ -12,7 +12,7 @@ from dpo_dist.config.schema import ExportedWeights, RunConfig
 from dpo_dist.distributed.checkpoint import checkpoint_state, damaged_checkpoint, drop_checkpoints
 from dpo_dist.distributed.export import DTYPES, export_checkpoint
 from dpo_dist.distributed.memory import peak_memory_bytes
-from dpo_dist.distributed.zero import whole_loading
+from dpo_dist.distributed.zero import unsharded_loading
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError, DivergedError, ExitCode, RunOutcome, first_line
 from dpo_dist.foundation.files import for_json, staged_folder
@@ -96,7 +96,7 @@ def _write_model(
 
     def write() -> None:
         check_base(run.config, loop.identity["model"])
-        with whole_loading(run.world):
+        with unsharded_loading(run.world):
             export_checkpoint(checkpoint, run.folder.model, run.config, card, is_new=True)
 
     with run.console.heartbeat("writing the model"):

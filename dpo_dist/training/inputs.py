@@ -28,7 +28,7 @@ from dpo_dist.data.dataset import (
     open_dataset,
 )
 from dpo_dist.data.records import Part, eval_part, train_part
-from dpo_dist.distributed.zero import whole_loading
+from dpo_dist.distributed.zero import unsharded_loading
 from dpo_dist.model.architectures import (
     check_causal,
     check_positions,
@@ -171,7 +171,7 @@ def _load(
     start = _on_every_rank(run, partial(start_folder, config.model), "looking for the adapter")
     own_tokenizer = tokenizer_folder(folder, start)
     tokenizer, digest = load_tokenizer(own_tokenizer, config.model), tokenizer_digest(own_tokenizer)
-    with whole_loading(world):  # a sharded model has no shapes to count
+    with unsharded_loading(world):  # a sharded model has no shapes to count
         model_config, causal_lm = checked_model(config, folder, start)
     flops, weights = step_flops(causal_lm), sum(map(torch.numel, causal_lm.parameters()))
     if trains:

@@ -16,7 +16,7 @@ import torch
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.distributed.reference_sync import ReferenceSync
-from dpo_dist.distributed.world import GivenWay
+from dpo_dist.distributed.world import Interrupted
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.foundation.process import prefetch
 from dpo_dist.objective.metrics import Values
@@ -107,7 +107,7 @@ class Loop:
         if not position.owes_evaluation:
             return False
         assert self.inputs.eval_set is not None
-        with contextlib.suppress(GivenWay), self.run.clock.of("evaluation"):
+        with contextlib.suppress(Interrupted), self.run.clock.of("evaluation"):
             self._record_evaluation(self.inputs.eval_set, position)
             position.owes_evaluation = False
         return not position.owes_evaluation
@@ -211,7 +211,7 @@ class Loop:
         policy = None if self.start_is_known and position.step == 0 else self.policy
         self.policy.train(False)
         metrics, values = evaluate(
-            policy, self.objective, rank_batch, world, position.running, self.run.stops.give_way
+            policy, self.objective, rank_batch, world, position.running, self.run.stops.raise_if_stopping
         )
         speed = throughput(rank_batch.pairs, rank_batch.tokens, time.monotonic() - started)
         trainer, is_last = self.run.config.trainer, position.step == self.inputs.sampler.steps

@@ -302,12 +302,12 @@ def evaluate(
     rank_batch: RankBatch,
     world: World,
     running: RunningMeans,
-    give_way: Callable[[], None] = lambda: None,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, float], PairValues]:
     """Return the metrics of a dataset, which is one global batch, and the values of every pair.
 
     Collective. `model` is not in training mode; without one, the reference's log-probs are the policy's.
-    `give_way` is called before each micro-batch, of which all ranks have the same number, and may raise.
+    `check_stop` is called before each micro-batch, of which all ranks have the same number, and may raise.
     """
     facts = BatchFacts(rank_batch.mean_chosen_tokens, running=running)
     sums = objective.no_sums(rank_batch, world.device, is_evaluation=True)
@@ -315,7 +315,7 @@ def evaluate(
 
     def enter(phase: Phase) -> None:
         if phase == "data":
-            give_way()
+            check_stop()
 
     with objective.prefetched(rank_batch, world.device) as batches:
         for pairs in objective.scored(model, batches, facts, world.device, enter, is_evaluation=True):

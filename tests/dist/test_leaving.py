@@ -359,7 +359,7 @@ def slow_work(world: World, _folder: Path) -> dict[str, Any]:
         return f"from {world.rank}"
 
     process._BEAT_SECONDS = 1.0
-    on_main = world.on_main(process.beating(beats.append)(work))
+    on_main = world.on_main(process.call_periodically(beats.append)(work))
     gathered = world.gather(work() if world.rank else "quick")
     return {"on_main": on_main, "gather": gathered, "beats": beats}
 

@@ -24,7 +24,7 @@ from dpo_dist.data.sources import pinned, source_labels
 from dpo_dist.distributed.checkpoint import MANIFEST
 from dpo_dist.distributed.export import export_checkpoint
 from dpo_dist.distributed.memory import return_memory
-from dpo_dist.distributed.zero import whole_loading
+from dpo_dist.distributed.zero import unsharded_loading
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import (
@@ -129,12 +129,12 @@ class Speaker:
         if self.responder.longest is not None:
             longest = min(longest, self.responder.longest)
         world = self.stages.world
-        with whole_loading(world):
+        with unsharded_loading(world):
             packed = load_packed(self.source.folder, model_config, longest, world.device)
             if self.source.adapter is not None:
                 load_adapter(packed, self.source.adapter, KEY)
         packed.eval()
-        StartCheck(packed, packed, world.device, longest, KEY).settle()
+        StartCheck(packed, packed, world.device, longest, KEY).choose_arrangement()
         return packed
 
     def respond(self) -> None:

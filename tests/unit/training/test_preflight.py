@@ -228,7 +228,7 @@ MISFITS = [
 def start_without_digests(monkeypatch: pytest.MonkeyPatch) -> None:
     # A world without DeepSpeed loads inputs, as far as the digests of the model's files.
     monkeypatch.setattr("dpo_dist.training.inputs.digest_on_every_node", None)
-    monkeypatch.setattr("dpo_dist.training.inputs.whole_loading", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr("dpo_dist.training.inputs.unsharded_loading", lambda _: contextlib.nullcontext())
 
 
 @pytest.mark.parametrize(("family", "option", "named", "told"), MISFITS)
