@@ -9,6 +9,7 @@ Weights, gradients, master weights and Adam's states take about 20 bytes a param
 its 28 layers does not fit on one GPU of 140 GB. Use fewer layers, which are alike, or --offload-optimizer.
 """
 
+import json
 import statistics
 import tempfile
 from argparse import ArgumentParser, Namespace
@@ -28,6 +29,9 @@ OPTIONS = {
     "every4": ["model.gradient_checkpointing=4"],
     "liger": ["model.liger=true"],
     "compile": ["model.compile=true"],
+    "zero2": ["parallelism.kind=zero2"],
+    "zero3": ["parallelism.kind=zero3"],
+    "lora": ["model.adapter.r=64", "model.adapter.target_modules=all-linear", "reference=adapter"],
 }
 MEDIANS = ("mfu", "tokens_per_second", "pairs_per_second", "step_seconds")
 
@@ -40,10 +44,14 @@ def run(options: Namespace) -> Json:
     with tempfile.TemporaryDirectory(dir=options.work) as name:
         folder = Path(name)
         in_fork(lambda: prepare(setting, folder))
-        results = {variant: _measure(variant, folder, options) for variant in options.variants}
+        results: dict[str, Result] = {}
+        for variant in options.variants:
+            results[variant] = _measure(variant, folder, options)
+            print(variant, json.dumps(results[variant]), flush=True)
         if options.trl:
-            best = [f"trl_best_{micro_pairs}" for micro_pairs in options.trl_best_micro_pairs]
-            results |= {variant: _measure_trl(variant, setting, folder) for variant in ("trl_default", *best)}
+            for variant in ("trl_default", *(f"trl_best_{pairs}" for pairs in options.trl_best_micro_pairs)):
+                results[variant] = _measure_trl(variant, setting, folder, options.warm_up)
+                print(variant, json.dumps(results[variant]), flush=True)
     layers = setting.layers or SHAPES[setting.model].layers
     print(f"{setting.model} with {layers} of {SHAPES[setting.model].layers} layers, {setting}\n")
     print(markdown(_table(results)))
@@ -68,13 +76,9 @@ def _fault(options: Namespace) -> str:
 
 def _measure(variant: str, folder: Path, options: Namespace) -> Result:
     """Return medians over the measured steps, or why the run failed (memory, for example)."""
-    kind, offload = ("zero2", "cpu") if options.offload_optimizer else ("ddp", "none")
-    chosen = [
-        f"parallelism.kind={kind}",
-        f"parallelism.offload_optimizer={offload}",
-        "optim.lr=1e-6",
-        *(override for option in variant.split("+") for override in OPTIONS[option]),
-    ]
+    chosen = ["optim.lr=1e-6", *(override for option in variant.split("+") for override in OPTIONS[option])]
+    if options.offload_optimizer:
+        chosen += ["parallelism.kind=zero2", "parallelism.offload_optimizer=cpu"]
     try:
         measured = start(Run(str(folder), "dpo_dist", str(folder / "store"), tuple(chosen), saves=False))
     except RunFailedError as failure:
@@ -83,31 +87,40 @@ def _measure(variant: str, folder: Path, options: Namespace) -> Result:
     return {
         **{name: statistics.median(row[name] for row in rows) for name in MEDIANS},
         "peak_bytes": summary["peak_memory_bytes"],
+        "reserved_bytes": measured["reserved_bytes"],
         "reference_seconds": summary["reference"]["seconds"],
         "loss": [row["loss"] for row in rows],
     }
 
 
-def _measure_trl(variant: str, setting: Setting, folder: Path) -> Result:
+def _measure_trl(variant: str, setting: Setting, folder: Path, warm_up: int) -> Result:
+    """Return TRL's median over the same steps; their clock also counts what lies between two steps."""
     try:
         measured = start(Run(str(folder), variant, str(folder / "store")))
     except RunFailedError as failure:
         return {"failed": str(failure)}
+    seconds = statistics.median(measured["step_seconds"][warm_up:])
     return {
-        "pairs_per_second": setting.pairs / measured["training"]["seconds"],
+        "pairs_per_second": setting.batch_pairs / seconds,
+        "step_seconds": seconds,
         "peak_bytes": measured["peak_bytes"],
+        "reserved_bytes": measured["reserved_bytes"],
         "reference_seconds": measured["reference"]["seconds"],
     }
 
 
 def _table(results: dict[str, Result]) -> list[list[str]]:
-    rows = [["", "mfu", "tokens/s", "pairs/s", "s a step", "peak GiB", "reference, s"]]
+    rows = [["", "mfu", "tokens/s", "pairs/s", "s a step", "peak GiB", "reserved", "reference, s"]]
     for variant, result in results.items():
         if "failed" in result:
-            rows.append([variant, f"failed: {result['failed'].strip().splitlines()[-1][:80]}", *[""] * 5])
+            rows.append([variant, f"failed: {result['failed'].strip().splitlines()[-1][:80]}", *[""] * 6])
             continue
         values = [result.get(name, float("nan")) for name in MEDIANS]
-        values += [result["peak_bytes"] / 2**30, result["reference_seconds"]]
+        values += [
+            result["peak_bytes"] / 2**30,
+            result["reserved_bytes"] / 2**30,
+            result["reference_seconds"],
+        ]
         rows.append([variant, f"{values[0]:.1%}", *(f"{value:.4g}" for value in values[1:])])
     return rows
 

@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 from benchmarks.runs import Result, Run
 from benchmarks.setting import ORDER, Setting, overrides
-from benchmarks.weigh import build_and_weigh, peak
+from benchmarks.weigh import build_and_weigh, peak, reserved
 
 
 @dataclass
@@ -59,6 +59,7 @@ class Measured:
 
     Attributes:
         rows: metrics rows of the steps.
+        step_seconds: seconds of each step of TRL, with what lies between it and the step before.
         memory: bytes of the reference and peaks (`Run.weighs_reference`).
     """
 
@@ -67,6 +68,7 @@ class Measured:
     whole: Meter = field(default_factory=Meter)
     rows: list[dict[str, Any]] = field(default_factory=list)
     summary: Result = field(default_factory=dict)
+    step_seconds: list[float] = field(default_factory=list)
     memory: dict[str, int] = field(default_factory=dict)
 
 
@@ -75,7 +77,7 @@ def main() -> None:
     measured = _train_with_trl(run, out) if run.variant.startswith("trl") else _train(run, out / "run")
     meters = ("training", "reference", "whole")
     result = vars(measured) | {name: vars(getattr(measured, name)) for name in meters}
-    result["peak_bytes"] = peak()
+    result |= {"peak_bytes": peak(), "reserved_bytes": reserved()}
     (out / f"rank-{os.environ.get('RANK', '0')}.json").write_text(json.dumps(result))
 
 
@@ -83,7 +85,7 @@ def _train(run: Run, run_dir: Path) -> Measured:
     """Train with dpo_dist. Loading between scoring and training counts for neither."""
     from dpo_dist.config.load import load_run_config
     from dpo_dist.config.run_folder import RunFolder
-    from dpo_dist.insight.console import open_console
+    from dpo_dist.foundation.console import open_console
 
     folder = Path(run.folder)
     chosen = list(run.overrides)
@@ -92,9 +94,10 @@ def _train(run: Run, run_dir: Path) -> Measured:
         chosen.append(f"parallelism={'zero3' if int(os.environ.get('WORLD_SIZE', '1')) > 1 else 'ddp'}")
     config = load_run_config([*overrides(Setting.read(folder), folder, run_dir, Path(run.store)), *chosen])
     measured, filling, loading = Measured(), Meter(), Meter()
-    with open_console(RunFolder(run_dir)) as console, contextlib.ExitStack() as swaps:
+    with open_console(RunFolder(run_dir).rank_log) as console, contextlib.ExitStack() as swaps:
         from dpo_dist.distributed.checkpoint import CheckpointSaver
         from dpo_dist.foundation.process import StopRequest
+        from dpo_dist.insight.recorder import REPORTING
         from dpo_dist.reference.engine import load_reference
         from dpo_dist.reference.fill import StoreFiller
         from dpo_dist.training import finish, loop
@@ -113,7 +116,7 @@ def _train(run: Run, run_dir: Path) -> Measured:
             swaps.enter_context(swap(CheckpointSaver, "save"))
             swaps.enter_context(swap(finish, "export_checkpoint"))
         with measured.whole.running():
-            run_module.train(config, console, StopRequest())
+            run_module.train(config, console, StopRequest(), REPORTING)
     if run.weighs_reference:
         measured.memory["peak while training"] = peak()
     metrics = run_dir / "dpo_metrics"
@@ -146,6 +149,7 @@ def _columns(folder: Path) -> dict[str, Any]:
 
 def _trl_trainer(folder: Path, config: Any, dataset: Any, measured: Measured) -> Any:
     """Return TRL's trainer without a second tokenisation, its phases measured."""
+    import torch
     from transformers import TrainerCallback
     from trl.trainer.dpo_trainer import DPOTrainer
 
@@ -165,6 +169,14 @@ def _trl_trainer(folder: Path, config: Any, dataset: Any, measured: Measured) ->
         def on_train_begin(self, *_arguments: Any, **_options: Any) -> None:
             self.measured = measured.training.running()
             self.measured.__enter__()
+            self.last = time.perf_counter()
+
+        def on_step_end(self, *_arguments: Any, **_options: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            now = time.perf_counter()
+            measured.step_seconds.append(now - self.last)
+            self.last = now
 
         def on_train_end(self, _arguments: Any, state: Any, *_others: Any, **_options: Any) -> None:
             self.measured.__exit__(None, None, None)

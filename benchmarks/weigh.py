@@ -54,3 +54,10 @@ def peak() -> int:
         return int(torch.cuda.max_memory_allocated())
     [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line]
     return int(line.split()[1]) * 1024
+
+
+def reserved() -> int:
+    """Return the most that the GPU's allocator held, unused fragments included; 0 without a GPU."""
+    import torch
+
+    return int(torch.cuda.max_memory_reserved()) if torch.cuda.is_available() else 0

@@ -24,14 +24,14 @@ from dpo_dist.data.encode import EncodedExample, encode_record, response_key
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.insight.metrics.log import read_rows
 from dpo_dist.model import load
-from dpo_dist.model.exactness import StartCheck, packed_for_a_while
+from dpo_dist.model.exactness import StartCheck, temporarily_packed
 from dpo_dist.model.folder import model_folder
 from dpo_dist.model.packed import PackedCausalLM, packed_logps
 from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response
 from dpo_dist.objective.losses import BatchFacts, implicit_rewards, preference_loss
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, fingerprint_folders, read_fingerprint
+from dpo_dist.training.metrics_log import read_rows
 
 __all__ = [
     "BatchFacts",
@@ -81,7 +81,7 @@ def load_model(
     """
     config, device = ModelConfig(path=path, dtype=dtype), torch.device(device)
     model = load.load_packed(model_folder(path, revision), config, max_length, device).to(device).eval()
-    StartCheck(model, model, device, max_length).settle()
+    StartCheck(model, model, device, max_length).choose_arrangement()
     return model
 
 
@@ -116,7 +116,7 @@ def token_logps(
     """
     longest = max((len(pair.prompt_ids) + max(map(len, pair.responses)) for pair in pairs), default=0)
     sequences = [Sequences(pair.prompt_ids, pair.responses) for pair in pairs]
-    with packed_for_a_while(model, longest) as packed:
+    with temporarily_packed(model, longest) as packed:
         return packed_logps(packed, sequences, micro_batch_tokens)
 
 

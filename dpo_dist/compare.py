@@ -9,16 +9,16 @@ parts. docs/compare.md explains the files.
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.foundation.console import open_console, print_text, warnings_off
 from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.insight.compare.start import check_comparison
-from dpo_dist.insight.console import open_console, print_text, warnings_off
 from dpo_dist.insight.tables import comparison_table
 
 
 def main(config: RunConfig) -> int:
     """Write the comparison of `compare.models`; return the exit code."""
     models, folder = check_comparison(config), RunFolder.of(config)
-    with open_console(folder, config.console) as console:
+    with open_console(folder.rank_log, config.console.style) as console:
         from dpo_dist.insight.compare.models import compare_models  # noqa: PLC0415  (slow, prints)
         from dpo_dist.insight.pages.compare import write_comparison_page  # noqa: PLC0415
 
@@ -36,7 +36,7 @@ def check(config: RunConfig) -> None:
     with warnings_off():
         from dpo_dist.insight.compare.models import rehearse_comparison  # noqa: PLC0415  (slow)
 
-        print_text("check", rehearse_comparison(config, models), config.console)
+        print_text("check", rehearse_comparison(config, models), config.console.style)
 
 
 if __name__ == "__main__":

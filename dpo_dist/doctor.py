@@ -38,19 +38,19 @@ def main(config: RunConfig) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels when it is imported
     # Slow to import: errors above appear at once.
-    from dpo_dist.insight.console import console_on  # noqa: PLC0415
+    from dpo_dist.foundation.console import console_on  # noqa: PLC0415
     from dpo_dist.insight.doctor.examine import diagnose  # noqa: PLC0415
     from dpo_dist.insight.pages import doctor as pages  # noqa: PLC0415
 
     folder = RunFolder.of(config)
     check_writable(folder.path)
-    diagnosis = diagnose(config, console_on(sys.stderr, config.console).progress, benchmark)
+    diagnosis = diagnose(config, console_on(sys.stderr, config.console.style).progress, benchmark)
     exit_code = ExitCode.findings if diagnosis.fails(config.doctor.fail_on) else ExitCode.completed
     pages.write_doctor_report(folder, diagnosis, exit_code)
     pages.write_doctor_page(folder, diagnosis, config)
     content = json.loads(folder.doctor_report.read_text(encoding="utf-8"))
     lines = pages.diagnosis_lines(diagnosis, folder)
-    console_on(sys.stdout, config.console).result("diagnosis", content, lines)
+    console_on(sys.stdout, config.console.style).result("diagnosis", content, lines)
     return exit_code
 
 

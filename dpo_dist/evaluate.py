@@ -7,7 +7,7 @@ stored.
 
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.insight.console import print_text, warnings_off
+from dpo_dist.foundation.console import print_text, warnings_off
 from dpo_dist.training.named_models import find_evaluated
 from dpo_dist.training.preflight import check_start, started
 
@@ -16,7 +16,7 @@ def main(config: RunConfig) -> int:
     """Write metrics with intervals, and the scores of every pair; return the exit code."""
     config, models = find_evaluated(config)
     with started(config) as console:
-        from dpo_dist.training.evaluate import evaluate_models  # noqa: PLC0415  (slow, prints into the log)
+        from dpo_dist.insight.evaluate_models import evaluate_models  # noqa: PLC0415  (slow, prints into the log)
 
         return evaluate_models(config, models, console)
 
@@ -28,7 +28,7 @@ def check(config: RunConfig) -> None:
     with warnings_off():
         from dpo_dist.training.check import rehearse  # noqa: PLC0415  (slow)
 
-        print_text("check", rehearse(config, models), config.console)
+        print_text("check", rehearse(config, models), config.console.style)
 
 
 if __name__ == "__main__":

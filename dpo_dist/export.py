@@ -20,16 +20,17 @@ def main(config: RunConfig) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     # Slow to import: errors above appear at once.
-    from dpo_dist.insight.console import console_on, warnings_off  # noqa: PLC0415
+    from dpo_dist.foundation.console import console_on, warnings_off  # noqa: PLC0415
 
-    console = console_on(sys.stderr, config.console)
+    console = console_on(sys.stderr, config.console.style)
     with warnings_off():
+        from dpo_dist.insight.metrics.card import run_card  # noqa: PLC0415
         from dpo_dist.training.finish import export_average, export_model  # noqa: PLC0415
 
         if config.export.average:
             export_average(config, sources, output)
         else:
-            export_model(config, sources[0], output, console)
+            export_model(config, sources[0], output, console, run_card)
     written = {"checkpoint": ", ".join(map(str, sources)), "output": str(output)}
     console.result("exported", written, [f"written: {output}"])
     return ExitCode.completed

@@ -10,20 +10,20 @@ import sys
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import PairsMethod, RunConfig
+from dpo_dist.foundation.console import console_on, open_console, print_text, warnings_off
 from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.generation.pairs.rounds import run_rounds
 from dpo_dist.generation.pairs.start import check_pairs
-from dpo_dist.insight.console import console_on, open_console, print_text, warnings_off
 
 
 def main(config: RunConfig) -> int:
     """Write the preference records of `config.pairs`; return the exit code."""
     check_pairs(config)
     if config.pairs.rounds:
-        return run_rounds(config, console_on(sys.stderr, config.console).say)
+        return run_rounds(config, console_on(sys.stderr, config.console.style).say)
     is_alone = config.pairs.method in (PairsMethod.scores, PairsMethod.people)  # without a model
     if not is_alone or os.environ.get("RANK", "0") == "0":
-        with open_console(RunFolder.of(config), config.console) as console:
+        with open_console(RunFolder.of(config).rank_log, config.console.style) as console:
             from dpo_dist.generation.pairs.run import make_pairs  # noqa: PLC0415  (slow, prints)
 
             make_pairs(config, console)
@@ -36,7 +36,7 @@ def check(config: RunConfig) -> None:
     with warnings_off():
         from dpo_dist.generation.pairs.run import rehearse_pairs  # noqa: PLC0415  (slow)
 
-        print_text("check", rehearse_pairs(config).rstrip() + "\n", config.console)
+        print_text("check", rehearse_pairs(config).rstrip() + "\n", config.console.style)
 
 
 if __name__ == "__main__":

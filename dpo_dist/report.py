@@ -7,10 +7,10 @@ from pathlib import Path
 
 from dpo_dist.config.run_folder import existing_run
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
-from dpo_dist.foundation.streams import open_closed_streams, print_line
-from dpo_dist.insight.metrics.log import read_latest_rows
+from dpo_dist.foundation.streams import open_closed_streams, print_error, print_line
 from dpo_dist.insight.pages.charts import draw_curves
 from dpo_dist.insight.pages.run import write_difference, write_page
+from dpo_dist.training.metrics_log import read_latest_rows
 
 
 def _run(text: str) -> Path:
@@ -35,20 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print_line(f"curves: {run.curves}")
         else:
             path = write_difference((run, existing_run(given.other)), given.output)
-    except DpoDistError as error:
-        fault = error
-    except (OSError, ValueError) as error:
-        fault = ConfigError(
-            "the page cannot be written",
-            where=str(given.output or given.run),
-            got=str(error),
-            remedy="check the files of the run, permissions and free space, or set --output page.html",
-        )
-    else:
         print_line(f"report: {path}")
         return ExitCode.completed
-    print_line(fault.block(), sys.stderr)
-    return fault.exit_code
+    except DpoDistError as error:
+        return print_error(error)
+    except (OSError, ValueError) as error:
+        remedy = "check the files of the run, permissions and free space, or set --output page.html"
+        where = str(given.output or given.run)
+        return print_error(
+            ConfigError("the page cannot be written", where=where, got=str(error), remedy=remedy)
+        )
 
 
 if __name__ == "__main__":

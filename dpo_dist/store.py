@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, ReferenceModelError
 from dpo_dist.foundation.files import collect_abandoned, temporary_name
-from dpo_dist.foundation.streams import open_closed_streams, print_line, print_result
+from dpo_dist.foundation.streams import open_closed_streams, print_error, print_line, print_result
 from dpo_dist.foundation.text import counted, size
 from dpo_dist.reference.store import (
     FINGERPRINT_FILE,
@@ -30,16 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(given.run(given))
     except DpoDistError as error:
-        fault = error
+        return print_error(error)
     except OSError as error:
-        fault = ReferenceModelError(
-            "the store cannot be read or changed",
-            where=str(given.folder),
-            got=str(error),
-            remedy="check the path, its permissions and the free space",
-        )
-    print_line(fault.block(), sys.stderr)
-    return fault.exit_code
+        remedy, where = "check the path, its permissions and the free space", str(given.folder)
+        fault = "the store cannot be read or changed"
+        return print_error(ReferenceModelError(fault, where=where, got=str(error), remedy=remedy))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,7 +12,7 @@ if __name__ == "__main__":
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.rules import check_needs
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.insight.console import print_text, warnings_off
+from dpo_dist.foundation.console import print_text, warnings_off
 from dpo_dist.training.preflight import check_start, started
 
 
@@ -21,9 +21,11 @@ def main(config: RunConfig) -> int:
     check_needs(config, "train")
     stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
     with stop.listening(), started(config, trains=True) as console:
-        from dpo_dist.training.run import train  # noqa: PLC0415  (slow, and its output belongs in the log)
+        # Slow, and what the imports print belongs in the log.
+        from dpo_dist.insight.recorder import REPORTING  # noqa: PLC0415
+        from dpo_dist.training.run import train  # noqa: PLC0415
 
-        return train(config, console, stop)
+        return train(config, console, stop, REPORTING)
 
 
 def check(config: RunConfig, *, trains: bool = True) -> None:
@@ -32,7 +34,7 @@ def check(config: RunConfig, *, trains: bool = True) -> None:
     with warnings_off():
         from dpo_dist.training.check import rehearse  # noqa: PLC0415  (slow)
 
-        print_text("check", rehearse(config, trains=trains), config.console)
+        print_text("check", rehearse(config, trains=trains), config.console.style)
 
 
 if __name__ == "__main__":

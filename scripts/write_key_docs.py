@@ -11,9 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dpo_dist.config.fields import EVERY_VERB
 from dpo_dist.config.keys import Key, all_keys, section_meanings
 from dpo_dist.config.losses import KINDS, KindFacts
+from dpo_dist.config.verbs import EVERY_VERB
 
 ROOT = Path(__file__).resolve().parents[1]
 IN_README = """
@@ -92,13 +92,12 @@ def _configuration() -> str:
         "Later ones win: defaults, experiments (`+experiment=NAME`), files from left to right, the "
         "command line; in each, keys\nover presets (`loss=ipo`). `loss=NAME` and presets without keys "
         "replace the whole section.\n",
-        "Hydra composes [conf/](../conf): `config.yaml` lists the groups, a file of a group is a preset "
-        "with the bare keys of\nits section, and experiments set keys of all sections "
-        "(`# @package _global_`). `--config-dir DIR` adds groups, presets and\nexperiments of your own, "
-        "which come before ours of the same name (`config.yaml` too); their lists of `defaults` and\n"
-        "packages are [Hydra's](https://hydra.cc/docs/advanced/defaults_list/). An experiment may also be "
-        "written like a file of your\nown, without that line (`loss: simpo`, `optim.lr: 1e-6`) and without "
-        "`defaults`. The `defaults` of a file on the command line\nname presets only.\n",
+        "Hydra composes [conf/](../conf): `config.yaml` lists the groups, and a file of a group is a preset "
+        "with the bare keys of\nits section. An experiment is written like a file of your own. Both may have "
+        "a list of `defaults`, which names presets\n(`loss: ipo` or Hydra's `override /loss: ipo`) and "
+        "experiments that come before. `--config-dir DIR` adds groups, presets and\nexperiments of your own, "
+        "which come before ours of the same name (`config.yaml` too); the `defaults` and packages of\n"
+        "presets are [Hydra's](https://hydra.cc/docs/advanced/defaults_list/).\n",
         "A key in the digest defines the run's result: another value names another run directory. "
         "On the command line\na key that the verb does not read is an error; files may serve several verbs. "
         "`precompute`, `evaluate`,\n`doctor`, `export` and `pairs` with rounds take the command line "

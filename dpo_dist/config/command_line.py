@@ -21,17 +21,20 @@ from dpo_dist.config.keys import (
     Key,
     all_keys,
     entry_of,
+    group_folders,
     is_within,
+    preset_names,
     run_keys,
     section_meanings,
 )
-from dpo_dist.config.load import group_folders, load_run_config, parse_overrides, to_yaml
+from dpo_dist.config.load import load_run_config, parse_overrides, to_yaml
 from dpo_dist.config.losses import KINDS, kinds_using
-from dpo_dist.config.mistakes import SCHEMA, assignment, meant, preset_names, suggestion, unknown_key
-from dpo_dist.config.rules import OF_FORMER_RUN, TRAIN, keys_of
+from dpo_dist.config.mistakes import SCHEMA, assignment, meant, suggestion, unknown_key
+from dpo_dist.config.rules import keys_of
 from dpo_dist.config.run_folder import existing_run
 from dpo_dist.config.schema import ZERO_STAGES, ConsoleStyle, RunConfig
 from dpo_dist.config.user_code import check_doors, open_doors, written_values
+from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import (
     ConfigError,
     DpoDistError,
@@ -44,6 +47,7 @@ from dpo_dist.foundation.process import check_launch, this_rank
 from dpo_dist.foundation.streams import (
     open_closed_streams,
     output_of_objects,
+    print_line,
     print_result,
     printable_lines,
     reserve_output,
@@ -61,7 +65,6 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser(**texts: Any) -> _Parser:
     parser = _Parser(add_help=False, allow_abbrev=False, **texts)
-    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     one_of = parser.add_mutually_exclusive_group()
     one_of.add_argument(
         "-h",
@@ -101,21 +104,19 @@ def _folder(text: str) -> Path:
 
 def divide(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the options of a command line, its other `words`, and `mistakes`: unknown options."""
-    parser, known, mistakes, rest = _parser(), [], [], list(arguments)
+    options, rest = _parser().parse_known_args(arguments)
+    options.words, options.mistakes = [], []
     while rest:
-        word = rest.pop(0)
-        name, equals, value = word.partition("=")
-        if not word.startswith("-") or name in parser._option_string_actions:
-            known.append(word)
+        name, equals, value = (word := rest.pop(0)).partition("=")
+        if not word.startswith("-"):
+            options.words.append(word)
             continue
         values = [value] if equals else []
         while not equals and rest and not rest[0].startswith("-") and "=" not in rest[0]:
             values.append(rest.pop(0))
-        mistakes.append(_unknown_option(name, values))
-    options = parser.parse_intermixed_args(known)
+        options.mistakes.append(_unknown_option(name, values))
     if options.help and "=" in options.help:
         options.words, options.help = [options.help, *options.words], ""
-    options.mistakes = mistakes
     return options
 
 
@@ -124,10 +125,10 @@ def _unknown_option(name: str, values: Sequence[str]) -> ConfigError:
     if len(values) > 1:
         value = f"[{','.join(values)}]"
     is_foreign = meant(key, "keys") or meant(key, "answers") or len(key) == 1
-    if key in run_keys() and not is_foreign:  # `--optim adamw_torch` of transformers is no section
+    if key in run_keys() and ("." in key or not is_foreign):  # `--optim adamw_torch` is none
         remedy = f"write {assignment(key, value or 'true')}"
     else:
-        found = "" if is_foreign else suggestion(name, [*_parser()._option_string_actions])
+        found = "" if is_foreign else suggestion(name, re.findall(r"--[\w-]+", _parser().format_help()))
         remedy = found.rstrip() or unknown_key(key, value or "true").remedy
     where = f"{COMMAND_LINE}: {' '.join([name, *values]).strip()}"
     return ConfigError(f"there is no option {name}", where=where, remedy=remedy)
@@ -159,7 +160,7 @@ def former_values(options: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def usage(command: str, about: str, own: Collection[str], folders: Sequence[Path]) -> str:
-    """Return the text of `--help` of a verb that reads the keys `own`, with a text about it."""
+    """Return a verb's `--help`: `about`, then the sections and presets of the keys that it reads, `own`."""
     sections = {name: text for name, text in section_meanings().items() if name in own and "." not in name}
     chosen = {"experiment": "run", "reference": "reference.mode"}  # a key that tells whether a preset is read
     groups = sorted({path.name for folder in folders for path in folder.iterdir() if path.is_dir()})
@@ -224,11 +225,10 @@ def _columns(rows: Mapping[str, str]) -> list[str]:
 
 _RANK_0_SECONDS = 60
 _BY_SIGNAL = 128
-_OF_ONE_PROCESS = ("doctor", "export")
 
 
 def run_verb(
-    main: Callable[[RunConfig], int], check: Callable[[RunConfig], None] | None = None, *, verb: str = TRAIN
+    main: Callable[[RunConfig], int], check: Callable[[RunConfig], None] | None = None, *, verb: str = "train"
 ) -> NoReturn:
     """Run `main` with the configuration of the command line, and exit with its exit code.
 
@@ -273,13 +273,10 @@ class _Errors:
 
     def print(self, text: str, content: Mapping[str, Any]) -> None:
         """Print one error; `content` is for programs. A stream that fails is ignored."""
-        text, content = without_secrets([text, content])
-        now = datetime.now().astimezone().isoformat(timespec="seconds")
-        line = (
-            json.dumps({"kind": "error", "time": now, **content}) if self.is_json else printable_lines(text)
-        )
-        with contextlib.suppress(OSError):
-            print(line, file=output_of_objects() if self.is_json else sys.stderr, flush=True)
+        if self.is_json:
+            now = datetime.now().astimezone().isoformat(timespec="seconds")
+            text = json.dumps({"kind": "error", "time": now, **without_secrets(content)})
+        print_line(text, output_of_objects() if self.is_json else sys.stderr)
 
     def print_end(self, exit_code: int, words: str) -> int:
         """Print on rank 0 how the process was ended, if there is something to say; return the exit code."""
@@ -311,7 +308,7 @@ def _run(
     options = divide(sys.argv[1:])
     text = _answer(options, verb, sys.modules[main.__module__].__doc__ or "")
     if text is None:
-        former = former_values(options) if verb in OF_FORMER_RUN else None
+        former = former_values(options) if VERBS[verb].of_former_run else None
         config = load_run_config(
             options.words, options.config_dir, verb=verb, former=former, mistakes=options.mistakes
         )
@@ -327,7 +324,7 @@ def _run(
     if this_rank() == 0:
         doors = without_secrets(open_doors(config))
         sys.stderr.write("".join(f"{printable_lines(line)}\n" for line in doors))
-    if verb in _OF_ONE_PROCESS and this_rank() > 0:
+    if VERBS[verb].is_one_process and this_rank() > 0:
         return ExitCode.completed
     if not options.check:
         return main(config)
@@ -366,5 +363,5 @@ def _answer(options: argparse.Namespace, verb: str, about: str) -> str | None:
     folders, own = group_folders(options.config_dir), keys_of(verb, trains=verb == "pairs")
     if options.help:
         return explain(options.help, folders)
-    command = f"{'python' if verb in _OF_ONE_PROCESS else 'accelerate launch'} -m dpo_dist.{verb}"
+    command = f"{'python' if VERBS[verb].is_one_process else 'accelerate launch'} -m dpo_dist.{verb}"
     return usage(command, about, own, folders)

@@ -25,10 +25,6 @@ from pydantic.fields import FieldInfo
 T = TypeVar("T")
 MOST = 2**53
 """Largest whole number of any key: sums of several fit into 64 bits, and JSON keeps it."""
-VERBS_WITH_DATA = "train precompute evaluate compare doctor pairs"
-"""The programs that read preference records, for `verbs`."""
-EVERY_VERB = f"{VERBS_WITH_DATA} export"
-"""The programs with a configuration, for `verbs`."""
 _CONFIG = ConfigDict(
     extra="forbid", allow_inf_nan=False, coerce_numbers_to_str=True, use_attribute_docstrings=True
 )
@@ -72,16 +68,11 @@ def section(kind: type, *, free: bool = False, verbs: str = "") -> Any:
 @dataclass_transform(frozen_default=True)
 def schema(cls: type[T]) -> type[T]:
     """Make a class of keys a frozen dataclass that refuses unknown keys and values of other types."""
-    cls.__annotations__ = {
-        name: _strict(hint, is_bounded=_is_bounded(vars(cls).get(name)))
-        for name, hint in get_type_hints(cls, include_extras=True).items()
-    }
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        limits = getattr(vars(cls).get(name), "metadata", ())
+        # A largest value of the type would win over that of the field.
+        cls.__annotations__[name] = _strict(hint, is_bounded=any(hasattr(limit, "le") for limit in limits))
     return cast(type[T], pydantic.dataclasses.dataclass(frozen=True, config=_CONFIG)(cls))
-
-
-def _is_bounded(field: object) -> bool:
-    """Return whether a field has a largest value of its own, over which that of a type would win."""
-    return isinstance(field, FieldInfo) and any(hasattr(bound, "le") for bound in field.metadata)
 
 
 def _strict(hint: Any, *, is_bounded: bool) -> Any:

@@ -1,19 +1,21 @@
-"""Every key of a run as a row of plain facts."""
+"""Every key of a run as a row of plain facts, and the presets of its sections."""
 
 import json
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, is_dataclass
 from enum import Enum
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic_core import PydanticUndefined
 
-from dpo_dist.config.fields import EVERY_VERB, MOST, facts_of, fields_of
+from dpo_dist.config.fields import MOST, facts_of, fields_of
 from dpo_dist.config.identity import plain
 from dpo_dist.config.schema import NO_MODEL, RunConfig
+from dpo_dist.config.verbs import EVERY_VERB
 
 COMMAND_LINE = "command line"
 _SIGNS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
@@ -101,6 +103,23 @@ def section_meanings() -> dict[str, str]:
 def run_keys() -> dict[str, Any]:
     """Return every key and section that a command line can set, with its type."""
     return {name: row.type for name, row in _rows().items() if "[]" not in name}
+
+
+def config_dir() -> Path:
+    """Return the folder of config.yaml and the groups of presets, of a wheel or a source checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def group_folders(own_folder: Path | None = None) -> list[Path]:
+    """Return the folders of groups, in the order in which they are searched."""
+    return [config_dir()] if own_folder is None else [own_folder.resolve(), config_dir()]
+
+
+def preset_names(group: str, folders: Iterable[Path]) -> list[str]:
+    """Return the presets of a group."""
+    return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
 
 
 def is_within(key: str, above: str) -> bool:

@@ -19,10 +19,9 @@ class RouterConfig:
     aux_coefficient: Literal["model"] | Annotated[float, Field(strict=True, gt=0)] | None = key(
         None, accepts="model, a number above 0, or null"
     )
-    """Weight of the load-balancing loss, or `model`: `router_aux_loss_coef` of its config.json; null: without
-    it."""
+    """Weight of the load-balancing loss; `model`: `router_aux_loss_coef` of its config.json; null: none."""
     z_coefficient: float | None = key(None, gt=0)
-    """Weight of the router z-loss (arXiv 2202.08906); null: without it."""
+    """Weight of the router z-loss (arXiv 2202.08906); null: none."""
 
 
 LossKind = StrEnum(
@@ -187,7 +186,7 @@ class LossTermConfig:
     """One summand of `loss.terms`."""
 
     kind: LossKind = key(...)
-    """Kind of the summand."""
+    """Kind of loss."""
     weight: float = key(1.0)
     """Its weight in the sum."""
 
@@ -228,7 +227,7 @@ class LossConfig:
     discopop_tau: float = key(0.05, gt=0, le=1)
     """`discopop`: temperature of the blend of its two losses."""
     dpop_lambda: float = key(50.0, ge=0)
-    """`dpop`: weight of the penalty on a chosen response below the reference."""
+    """`dpop`: weight of the penalty for a chosen response that is less likely than under the reference."""
     offset_alpha: float = key(1.0, ge=0)
     """`odpo`: weight of the score gap's logarithm."""
     simpo_gamma: float = key(0.5, ge=0)
@@ -242,7 +241,7 @@ class LossConfig:
     beta_momentum: float = key(0.9, ge=0, lt=1)
     """`beta_dpo`: momentum of the moving average of margins."""
     ld_alpha: float | None = key(None, ge=0, le=1)
-    """Weight of tokens past the length of the pair's shortest response (arXiv 2409.06411); null: 1."""
+    """Weight of tokens beyond the length of the pair's shorter response (arXiv 2409.06411); null: 1."""
     weighting: Weighting = key(Weighting.none)
     """Weight of each pair's loss; `wpo` (arXiv 2406.11827): by its probability."""
     reference_free: bool = key(False, verbs="train precompute evaluate")

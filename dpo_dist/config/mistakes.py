@@ -1,10 +1,10 @@
-"""Mistakes in a command or a file of keys, each with its answer; all of one command are one error.
+"""Mistakes in a command or a file of keys, each with an answer; all mistakes of one command are one error.
 
-Names that users meant are those of other trainers (names.yaml), and names that are nearly right.
+An answer knows the names of other trainers (names.yaml), and names that are nearly right.
 """
 
 import shlex
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -25,7 +25,9 @@ from dpo_dist.config.keys import (
     choices,
     describe_type,
     entry_of,
+    group_folders,
     nested,
+    preset_names,
     run_keys,
 )
 from dpo_dist.config.schema import RunConfig
@@ -62,11 +64,11 @@ def meant(name: str, table: str) -> tuple[str, ...]:
 
 
 _SIMILAR = 0.75
-"""A guess of lower similarity misleads more people than it helps."""
+"""A less similar guess misleads more people than it helps."""
 
 
 def likely(word: str, known: Collection[str]) -> list[str]:
-    """Return the one of `known` that the user probably meant by `word`, if any."""
+    """Return the name in `known` that the user probably meant, if any."""
     if same := [name for name in (word.lower(), *meant(word, "values")) if name in known]:
         return same[:1]
     section, _, last = word.rpartition(".")
@@ -80,7 +82,7 @@ def likely(word: str, known: Collection[str]) -> list[str]:
 
 
 def suggestion(word: str, known: Collection[str]) -> str:
-    """Return a question after the likely name of `known`, with a space after it; empty if there is none."""
+    """Return "did you mean NAME? " for the likely name in `known`; empty if there is none."""
     return "".join(f"did you mean {name}? " for name in likely(word, known))
 
 
@@ -100,7 +102,7 @@ def unreadable(words: Sequence[str]) -> ConfigError:
 
 
 def raise_all(mistakes: Sequence[ConfigError]) -> None:
-    """Raise one error for all mistakes, of several with a line each; without any do nothing."""
+    """Raise the mistake, or one error with a line for each; do nothing if there are none."""
     if len(mistakes) == 1:
         raise mistakes[0]
     lines = []
@@ -128,7 +130,7 @@ def assignment(key: str, value: str) -> str:
 
 def _is_accepted(key: str, text: str) -> bool:
     if key == "loss":
-        return text in [*choices(run_keys()["loss.kind"]), "sigmoid_sft"]
+        return text in preset_names("loss", group_folders())
     try:
         value = OverridesParser.create().parse_override(f"{key}={text}").value()
         for part in reversed(key.split(".")):
@@ -198,11 +200,6 @@ def _with_a_value(key: str, value: str) -> str:
     return f"write {key}=..., {words}"
 
 
-def preset_names(group: str, folders: Iterable[Path]) -> list[str]:
-    """Return the presets of a configuration group."""
-    return sorted({path.stem for folder in folders for path in (folder / group).glob("*.yaml")})
-
-
 def unknown_preset(group: str, choice: str, folders: Sequence[Path]) -> ConfigError:
     """Return the error for a preset that does not exist."""
     known, plus = preset_names(group, folders), "+" if group == "experiment" else ""
@@ -232,16 +229,23 @@ def composition_error(error: Exception, folders: Sequence[Path]) -> ConfigError:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         return unknown_preset(group, choice, folders)
-    where, got = "command line, or a file that it names", str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return ConfigError(
+            "this file of keys cannot be read",
+            where=str(error.filename),
+            got=error.strerror,
+            remedy="check the path; it is relative to the working directory",
+        )
+    where, got = "command line, or a file that it names", str(error).partition("full_key:")[0]
     if isinstance(error, yaml.MarkedYAMLError):
         where, got = str(error.problem_mark).strip(), str(error.problem)
     elif isinstance(error, OmegaConfBaseException):
-        where, got = error.full_key or where, error.msg or got
+        where, got = error.full_key or where, (error.msg or got).partition("full_key:")[0]
     return ConfigError(
         "the configuration cannot be composed",
         where=where,
         got=" ".join(got.split()),
-        remedy="correct the key or the file; an experiment with defaults begins with '# @package _global_'",
+        remedy="correct the key or the file",
     )
 
 

@@ -24,6 +24,7 @@ from dpo_dist.config.schema import (
     RunConfig,
     TrainerConfig,
 )
+from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError
 
 Test = Callable[[RunConfig], bool]
@@ -44,11 +45,6 @@ class Rule:
     remedy: str
     also: Test = lambda _: True
 
-    @property
-    def keys(self) -> list[str]:
-        """The keys of `when`."""
-        return re.findall(r"(?:^| )([\w.]+)", self.when)
-
     def broken(self, config: RunConfig) -> bool:
         """Return whether a configuration breaks the rule."""
         return all(_holds(config, part) for part in self.when.split()) and self.also(config)
@@ -56,10 +52,9 @@ class Rule:
     def error(self, config: RunConfig) -> ConfigError:
         """Return the error of a configuration that breaks the rule."""
         loss_key = "loss.terms" if config.loss.terms else "loss.kind"
-        names = [loss_key if key == LOSS else key for key in self.keys]
-        values = [
-            "+".join(config.loss.kinds) if key == LOSS else as_written(at(config, key)) for key in self.keys
-        ]
+        keys = re.findall(r"(?:^| )([\w.]+)", self.when)
+        names = [loss_key if key == LOSS else key for key in keys]
+        values = ["+".join(config.loss.kinds) if key == LOSS else as_written(at(config, key)) for key in keys]
         why, remedy = self.why.format(**vars(config)), self.remedy.format(**vars(config))
         return ConfigError(why, where=", ".join(names), got=", ".join(values), remedy=remedy)
 
@@ -71,7 +66,7 @@ def _holds(config: RunConfig, part: str) -> bool:
 
 
 def unused(key: str, unless: str, remedy: str = "", works: Test = lambda _: False) -> Rule:
-    """Return the rule that a key is at its default unless the condition `unless` holds, or `works` does."""
+    """Return the rule that a key stays at its default unless the condition `unless`, or `works`, holds."""
     default, other = all_keys()[key].default, unless.partition("=")[0].rstrip("!")
     return Rule(
         f"{key} {other}",
@@ -89,7 +84,7 @@ def check(config: RunConfig, rules: Iterable[Rule]) -> None:
 
 
 def at(config: RunConfig, key: str, absent: Any = None) -> Any:
-    """Return the value of a key; `absent` for one of an adapter without an adapter."""
+    """Return the value of a key; `absent` for a key of the adapter if there is none."""
     if key.startswith("model.adapter.") and config.model.adapter is None:
         return absent
     return None if key == LOSS else reduce(getattr, key.split("."), config)
@@ -108,10 +103,6 @@ runs of every mode.
 
 # They define the reference model; the other options only say how it is loaded and scored.
 _DEFINING = ("path", "quantization", "numerics")
-
-
-def _has_no_reference(config: RunConfig) -> bool:
-    return not config.loss.needs_reference
 
 
 def _given_once(key: str) -> Rule:
@@ -133,7 +124,7 @@ def _unweighted(key: str) -> Rule:
 
 
 def _unused_by_loss(option: str) -> Rule:
-    """Refuse an option that no preference loss among the terms has; of an option for all, that one lacks."""
+    """Refuse an option that no preference loss among the terms uses, or not all if it applies to all."""
     has_effect = all if option in ("divergence", "weighting") else any
 
     def is_used(config: RunConfig) -> bool:
@@ -193,7 +184,7 @@ RULES = (
     Rule(
         "model.adapter.modules_to_save!=null model.adapter.target_modules!=all-linear|null",
         "a module that is trained in full needs no low-rank matrices",
-        "remove it from one of both",
+        "list it in only one of them",
         lambda c: (
             not set(at(c, "model.adapter.modules_to_save")).isdisjoint(at(c, "model.adapter.target_modules"))
         ),
@@ -345,7 +336,11 @@ RULES = (
         "set model.adapter={{r: 64, alpha: 128}}, or choose reference=cached",
     ),
     *(
-        unused(f"reference.{option}", f"reference.mode={'|'.join(modes)}", works=_has_no_reference)
+        unused(
+            f"reference.{option}",
+            f"reference.mode={'|'.join(modes)}",
+            works=lambda c: not c.loss.needs_reference,
+        )
         for option, modes in MODES_USING.items()
     ),
     *(
@@ -402,46 +397,38 @@ RULES = (
 )
 """In the order in which they are checked."""
 
-_NEEDS_MODEL = Rule(
-    f"model.path={NO_MODEL}",
-    "model.path is not set",
-    "set model.path to a folder or hub name, or choose a preset: model=NAME",
-)
-_NEEDS_DATA = Rule(
-    "data.train=[]",
-    "no training data is given",
-    "set data.train=[pairs.jsonl], or choose a preset with data=...",
-)
-_NEEDS_STORE = Rule(
-    "reference.mode!=cached loss",
-    "only a stored reference can be precomputed",
-    "set reference=cached, with a loss that uses a reference model",
-)
-TRAIN = "train"
-NEEDS = {
-    TRAIN: (_NEEDS_MODEL, _NEEDS_DATA),
-    "precompute": (_NEEDS_MODEL, _NEEDS_DATA, _NEEDS_STORE),
-    "evaluate": (_NEEDS_MODEL,),
-    "export": (_NEEDS_MODEL,),
-    "doctor": (_NEEDS_DATA,),
-    "pairs": (_NEEDS_DATA,),
+_NEEDED = {
+    "model.path": Rule(
+        f"model.path={NO_MODEL}",
+        "model.path is not set",
+        "set model.path to a folder or hub name, or choose a preset: model=NAME",
+    ),
+    "data.train": Rule(
+        "data.train=[]",
+        "no training data is given",
+        "set data.train=[pairs.jsonl], or choose a preset with data=...",
+    ),
+    "reference.mode": Rule(
+        "reference.mode!=cached loss",
+        "only a stored reference can be precomputed",
+        "set reference=cached, with a loss that uses a reference model",
+    ),
 }
-"""The keys without which a verb does nothing."""
-OF_FORMER_RUN = ("evaluate", "export")
-"""The verbs about a run that exists: its configuration may be that of `run.dir`."""
+
+
+def needs_of(verb: str) -> list[Rule]:
+    """Return the rules that are broken by a configuration without a key that a verb needs."""
+    return [_NEEDED[key] for key in VERBS[verb].needs] if verb else []
 
 
 def check_needs(config: RunConfig, verb: str) -> None:
     """Check that a configuration that no command line gave has what a verb needs."""
-    check(config, NEEDS[verb])
+    check(config, needs_of(verb))
 
 
 def keys_of(verb: str, *, trains: bool = False) -> list[str]:
-    """Return the keys that a verb reads, and their sections; `trains`: with those of a training run.
-
-    Only `pairs` without rounds and `compare` do not take the whole command line of a training run.
-    """
-    verbs = {verb, TRAIN} if trains or verb not in ("pairs", "compare") else {verb}
+    """Return the keys that a verb reads, and their sections; `trains`: with those of a training run."""
+    verbs = {verb, "train"} if trains or VERBS[verb].takes_training else {verb}
     return [name for name in run_keys() if not verbs.isdisjoint(readers(name))]
 
 

@@ -12,8 +12,6 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field
 
 from dpo_dist.config.fields import (
-    EVERY_VERB,
-    VERBS_WITH_DATA,
     Filled,
     as_entry,
     facts_of,
@@ -23,6 +21,7 @@ from dpo_dist.config.fields import (
     section,
 )
 from dpo_dist.config.losses import LossConfig
+from dpo_dist.config.verbs import EVERY_VERB, VERBS_WITH_DATA
 
 Names = Annotated[list[Filled], Field(min_length=1)]
 Resume = StrEnum("Resume", ["auto", "never", "must"])
@@ -86,7 +85,7 @@ class SamplesConfig:
     max_new_tokens: int = key(256, ge=1)
     """Most tokens of a response."""
     temperature: float = key(0.7, ge=0)
-    """Temperature of sampling; 0: the likeliest token each time."""
+    """Sampling temperature; 0: greedy."""
 
 
 LearningRateSchedule = StrEnum("LearningRateSchedule", ["constant", "linear", "cosine", "inverse_sqrt"])
@@ -106,13 +105,13 @@ class OptimConfig:
     """Learning rate after warm-up, which every schedule has. `inverse_sqrt` falls as sqrt(w / step) after w
     steps of warm-up, without them as sqrt(10,000 / (10,000 + step)), as in transformers."""
     warmup_ratio: float = key(0.1, ge=0, le=1)
-    """Share of all steps in which the learning rate rises; the first of w such steps has lr / w."""
+    """Share of all steps that warm up the learning rate; the first of w such steps has lr / w."""
     warmup_steps: int | None = key(None, ge=0)
-    """Number of steps in which the learning rate rises, in place of `warmup_ratio`; null: by the ratio."""
+    """Steps of warm-up, in place of `warmup_ratio`; null: by the ratio."""
     min_lr_ratio: float = key(0.0, ge=0, lt=1)
-    """Share of `lr` to which `linear` and `cosine` fall; 0: to 0, in the step after the last."""
+    """Where `linear` and `cosine` end, as a share of `lr`; 0: they would reach 0 one step after the last."""
     weight_decay: float = key(0.0, ge=0)
-    """Decoupled weight decay, of all weights but biases and norms."""
+    """Decoupled weight decay; biases and norms have none."""
     betas: list[Annotated[float, Field(strict=True, ge=0, lt=1)]] = key(
         [0.9, 0.999], accepts="two numbers, >= 0 and < 1: [0.9,0.999]", min_length=2, max_length=2
     )
@@ -130,31 +129,31 @@ AdapterVariant = StrEnum("AdapterVariant", ["lora", "rslora", "dora"])
 class AdapterConfig:
     """Low-rank matrices, trained in place of the model's own weights.
 
-    Keys whose null has a meaning are null only in an adapter that is continued.
+    After loading, a key is null only if `path` is set: it then has the value of the continued adapter.
     """
 
     r: int | None = key(None, null_means=16, ge=1)
-    """Rank; null: 16, or that of the adapter that is continued."""
+    """Rank; null: 16, or as in the continued adapter."""
     alpha: float | None = key(None, null_means=32.0, gt=0)
-    """Scale of the update: alpha / r, for `rslora` alpha / sqrt(r); null: 32, or that of the adapter that is
-    continued."""
+    """The update is scaled by alpha / r, for `rslora` by alpha / sqrt(r); null: 32, or as in the continued
+    adapter."""
     dropout: float = key(0.0, ge=0, le=0, accepts="0: policy and reference must compute the same function")
     """None: a smaller `r` or a larger `loss.beta` regularizes too."""
     target_modules: Literal["all-linear"] | Names | None = key(
         None, accepts="all-linear, a list in brackets: [q_proj,v_proj], or null", null_means="all-linear"
     )
-    """`all-linear` (all but the output layer), or a list of names; null: `all-linear`, or that of the adapter
-    that is continued."""
+    """`all-linear` (all but the output layer), or a list of names; null: `all-linear`, or as in the continued
+    adapter."""
     variant: AdapterVariant | None = key(None, null_means=AdapterVariant.lora)
-    """`lora`, `rslora` (arXiv 2312.03732) or `dora` (arXiv 2402.09353); null: `lora`, or that of the adapter
-    that is continued."""
+    """`lora`, `rslora` (arXiv 2312.03732) or `dora` (arXiv 2402.09353); null: `lora`, or as in the
+    continued adapter."""
     path: Filled | None = key(None)
-    """Folder or hub name of a LoRA adapter on `model.path`, such as one of supervised fine-tuning: the policy
-    starts as the two, which are the reference too, and continues to train it."""
+    """Folder or hub name of a LoRA adapter on `model.path` to continue, such as one from supervised
+    fine-tuning. Policy and reference both start from the model with this adapter."""
     modules_to_save: list[Filled] | None = key(None, null_means=[])
     """Modules trained in full beside the matrices, by the last parts of their names:
-    `[embed_tokens,lm_head]`, norms. Of two that share their weight both or none. Null: none, or that of the
-    adapter that is continued."""
+    `[embed_tokens,lm_head]`, norms. Tied modules must be listed together. Null: none, or as in the continued
+    adapter."""
 
     def __post_init__(self) -> None:
         if self.path is not None:
@@ -199,7 +198,7 @@ class ModelConfig:
     )
     """Layers that compute their activations again in backward: `none`, `full`, or n: every n-th."""
     activation_offload: bool = key(False, free=True, verbs="train")
-    """Inputs of checkpointed layers wait for backward in host memory (CUDA)."""
+    """Offload the inputs of checkpointed layers to CPU memory until backward (CUDA)."""
     compile: bool = key(False, free=True, verbs="train precompute evaluate")
     """torch.compile in decoder layers."""
     liger: bool = key(False, free=True, verbs="train precompute evaluate")
@@ -207,7 +206,7 @@ class ModelConfig:
     adapter: AdapterConfig | None = key(None, verbs=VERBS_WITH_DATA)
     """Train an adapter in place of all weights: `{r: 64, alpha: 128}`."""
     quantization: Quantization | None = key(None, verbs="train precompute evaluate compare pairs")
-    """Weights of the adapter's base in 8 or 4 bits (bitsandbytes, the `quantization` extra)."""
+    """Load the base of the adapter in 8 or 4 bits (bitsandbytes, the `quantization` extra)."""
     trust_remote_code: bool = key(False)
     """Run Python code from the model's repository."""
 
@@ -244,13 +243,13 @@ class SourceConfig:
     revision: str | None = key(None)
     """Branch, tag or commit of a hub dataset."""
     weight: float = key(1.0, gt=0, le=10**6, verbs="train precompute")
-    """Occurrences of each pair per epoch: 2 is twice, 0.5 a seeded half of the pairs."""
+    """How often an epoch has each pair: 2 is twice, 0.5 a seeded half of the pairs."""
     limit: int | None = key(None, ge=1)
-    """Number of records to read, from the first; null: all."""
+    """Read only this many records, from the first; null: all."""
     columns: dict[str, str | None] | None = key(
         None, accepts="a mapping, {prompt: question, chosen: answers.good}"
     )
-    """Column, or path into nested objects, of a field with another name; null: it is ignored."""
+    """Fields whose column has another name, or is a path into nested objects; null: ignore the field."""
     reader: str | None = key(None)
     """Your own function, as `module:function`: from a record's fields to those of a format."""
     label: str | None = key(None, free=True, accepts="letters, digits and . _ + -", pattern=r"^[\w.+-]+$")
@@ -282,14 +281,14 @@ class DataConfig:
     """For pairs above `max_length`: `keep_start` cuts responses, `keep_end` the prompt's start, `both` each
     side in proportion to its length; `drop`."""
     on_bad_record: OnBadRecord = key(OnBadRecord.drop)
-    """`drop` (counted and shown) or `error`."""
+    """What a bad record is: `drop` leaves it out, counted and shown; `error` ends the run."""
     max_bad_share: float = key(0.05, ge=0, le=1, verbs=VERBS_WITH_DATA)
-    """If more than this share of the records is dropped, it is an error."""
+    """Largest share of records that may be dropped; more is an error."""
     text_as_messages: bool = key(False, verbs=VERBS_WITH_DATA)
     """Render plain-text prompts by the chat template, as a user turn."""
     template: TextTemplate = key(TextTemplate.auto, verbs=VERBS_WITH_DATA)
-    """Encoding of a chat template's tokens that are spelled in texts: as tokens (`applied`), as ordinary text
-    (`literal`), or as text with an error if most records have them (`auto`)."""
+    """Special tokens of the chat template that occur in texts: encode them as tokens (`applied`), as text
+    (`literal`), or as text, with an error if most records have them (`auto`)."""
     chat_template: Filled | None = key(None, verbs=VERBS_WITH_DATA)
     """Chat template: a file, or the name of one of the tokenizer's templates; null: the tokenizer's own."""
     template_arguments: dict[str, Any] | None = key(None, accepts="a mapping", verbs=VERBS_WITH_DATA)
@@ -297,14 +296,14 @@ class DataConfig:
     trained_roles: list[Role] = key(
         ["assistant"], min_length=1, accepts=f"a list of {', '.join(get_args(Role))}"
     )
-    """Roles whose turns in a response the loss counts."""
+    """Roles whose turns in a response count in the loss."""
     untrained: list[Untrained] = key(
         ["empty_thoughts"], accepts=f"a list of {', '.join(UNTRAINED_PARTS)} or BEGIN...END"
     )
-    """Parts of these turns that the loss does not count: `empty_thoughts`, `thoughts`, `formatting` (tokens
+    """Parts of these turns to leave out of the loss: `empty_thoughts`, `thoughts`, `formatting` (tokens
     around turns), or the text from one marker to another, as `<note>...</note>`."""
     ranked: Ranked = key(Ranked.whole)
-    """A ranking of more than two responses becomes one example, its best and worst, or all pairs."""
+    """Use a ranking of more than two responses as one example, as its best and worst, or as all pairs."""
     cache: Filled = key("${run.root}/encoded", free=True)
     """Folder of encoded data, shared by runs."""
     processes: int | None = key(None, ge=1, free=True)
@@ -328,11 +327,11 @@ class ReferenceConfig:
     quantization: Quantization | None = key(None, verbs="train precompute evaluate doctor")
     """Weights in 8 or 4 bits (bitsandbytes), whole on every device; null: as stored."""
     offload: Offload = key(Offload.none, free=True)
-    """Memory of its weights: `none` (the device), `cpu` or `nvme`."""
+    """Where its weights are kept: on the device (`none`), `cpu` or `nvme`."""
     numerics: Numerics = key(Numerics.strict)
     """`tolerant` reuses log-probs of other kernels or versions and measures their drift."""
     rows_per_shard: int = key(4096, ge=1, free=True)
-    """Entries that are stored at a time, in one file: what a kill can lose."""
+    """Entries per shard file; a kill loses at most one shard."""
     nvme_path: Filled | None = key(None, free=True)
     """Folder on a local disk for `offload=nvme`."""
     store: Filled = key("${run.root}/reference", free=True, verbs=VERBS_WITH_DATA)
@@ -346,9 +345,9 @@ class ParallelismConfig:
     kind: ParallelismKind = key(ParallelismKind.zero3, verbs="train precompute evaluate compare pairs")
     """ZeRO stage 3 or 2, or `ddp`: weights whole on every process, ZeRO stage 1."""
     offload_parameters: PolicyOffload = key(Offload.none)
-    """Memory of the policy's weights."""
+    """Where the policy's weights are kept: on the device (`none`) or `cpu`."""
     offload_optimizer: PolicyOffload = key(Offload.none, verbs="train")
-    """Memory of optimizer states."""
+    """Where the optimizer's states are kept: on the device (`none`) or `cpu`."""
     sequence_parallel: int = key(1, ge=1)
     """Processes that share the tokens of each micro-batch, for long sequences (DeepSpeed Ulysses)."""
     timeout_seconds: int = key(600, ge=1, le=10**7, verbs="train precompute evaluate compare pairs")
@@ -379,16 +378,16 @@ class TrainerConfig:
     log_every: int = key(1, ge=0, free=True)
     """Steps per metrics row, which is a mean over their pairs; 0: one row at the end."""
     seed: int = key(0, ge=0, verbs="train precompute evaluate pairs")
-    """Seed of data order and of an adapter's start; of the samples and random choices of `pairs`."""
+    """Seed of the data order, of a new adapter's weights, and of sampling in `pairs`."""
     deterministic: bool = key(False, free=True, verbs="train precompute evaluate")
     """Deterministic kernels only, and an error where there is none; slower on GPUs."""
     ema_decay: float | None = key(None, gt=0, lt=1)
-    """Share that the moving average of the trained weights keeps of itself in a step; `export` writes it from
-    a checkpoint with `export.weights=ema`; null: none."""
+    """Decay of the moving average (EMA) of the trained weights, which `export.weights=ema` writes; null: no
+    average."""
     stop_after_steps: int | None = key(None, ge=1, free=True)
-    """Steps of this start after which the run saves and exits with code 75."""
+    """Save and exit with code 75 after this many steps of this start."""
     max_seconds: float | None = key(None, gt=0, le=1e9, free=True)
-    """Seconds after which the run saves and exits with code 75."""
+    """Save and exit with code 75 after this many seconds."""
 
 
 @schema
@@ -415,11 +414,11 @@ class CompareConfig:
     """Models to compare, each PATH or NAME=PATH: a run directory (its trained model), a checkpoint, a folder
     of a model or an adapter, or a hub name. The first is the base of KL and win rates."""
     prompts: int = key(128, ge=1)
-    """Different prompts, chosen by a hash of the prompt; all, if there are fewer."""
+    """Number of different prompts, chosen by a hash of the prompt; all if there are fewer."""
     max_new_tokens: int = key(256, ge=1)
     """Most tokens of a response."""
     temperature: float = key(1.0, ge=0)
-    """Temperature of sampling; 0: the likeliest token each time. Only at 1 the KL has no bias."""
+    """Sampling temperature; 0: greedy. Only at 1 is the KL unbiased."""
 
 
 FailOn = StrEnum("FailOn", ["warning", "error", "never"])
@@ -434,7 +433,7 @@ class DoctorConfig:
     benchmarks: list[str] = key([])
     """Files of benchmark prompts, .jsonl or .txt, that training data should not contain."""
     texts: bool = key(True)
-    """Whether the page has texts of records; they are hidden until clicked."""
+    """Show texts of records on the page; they are hidden until clicked."""
 
 
 @schema
@@ -444,7 +443,7 @@ class MemberConfig:
     path: Filled = key(...)
     """Folder of a whole model, such as `export` writes."""
     weight: float = key(1.0, gt=0)
-    """Its weight in the mean, divided by their sum."""
+    """Weight in the mean; the weights are divided by their sum."""
 
 
 Member = Annotated[MemberConfig, BeforeValidator(as_entry("path"))]
@@ -507,7 +506,7 @@ class EndpointConfig:
     )
     """The judge's criterion, in one clause."""
     parallel_requests: int = key(8, ge=1)
-    """Requests at a time, of each process."""
+    """Requests that each process sends at a time."""
 
 
 @schema
@@ -523,7 +522,7 @@ class PairsConfig:
     select: PairSelection = key(PairSelection.best_worst)
     """Pairs of a prompt, by scores: best and worst, best and a random one, or all."""
     margin: float = key(0.0, ge=0)
-    """Scores of a pair differ by more than this; equal scores are never a pair."""
+    """Make a pair only if its scores differ by more than this; equal scores never make one."""
     models: list[str] = key([])
     """Models that respond, as folders (also of adapters) or hub names; `delta`: the stronger one, then the
     weaker one. Empty: `model.path`."""
@@ -532,20 +531,20 @@ class PairsConfig:
     max_new_tokens: int = key(512, ge=1)
     """Most tokens of a response."""
     temperature: float = key(1.0, ge=0)
-    """Temperature of sampling; 0: the likeliest token each time."""
+    """Sampling temperature; 0: greedy."""
     top_p: float = key(1.0, gt=0, le=1)
-    """Sample from the likeliest tokens with this sum of probabilities."""
+    """Sample from the likeliest tokens whose probabilities add up to this."""
     top_k: int = key(0, ge=0)
-    """Sample from this number of likeliest tokens; 0: from all."""
+    """Sample from this many of the likeliest tokens; 0: from all."""
     unfinished: DropOrKeep = key(DropOrKeep.drop)
-    """Responses that did not end within `max_new_tokens`: `drop` or `keep` (counted)."""
+    """What to do with responses that did not end within `max_new_tokens`; they are counted."""
     reward_model: Filled | None = key(None, verbs=JUDGING)
     """Judge: folder or hub name of a sequence classification model with one output."""
     function: Filled | None = key(None, verbs=JUDGING)
     """Judge: your own function, as `module:function`."""
     endpoint: EndpointConfig = section(EndpointConfig, verbs=JUDGING)
     prompt_parts: int = key(1, ge=1)
-    """Parts into which the prompts are divided, by their contents; round after round takes the next."""
+    """Divide the prompts into this many parts, by their contents; each round takes the next part."""
     prompt_part: int = key(0, ge=0)
     """The part to use, of `prompt_parts`; with rounds, of the first round."""
     rounds: int = key(0, ge=0)

@@ -24,7 +24,7 @@ from torch.utils.cpp_extension import _get_build_directory
 from dpo_dist.distributed.processes import Peer, Reports, is_of_communication
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import ConfigError, PeerLostError, first_line
-from dpo_dist.foundation.process import answered_at_once
+from dpo_dist.foundation.process import exit_on_signal
 from dpo_dist.foundation.text import counted
 
 _ALONE = {
@@ -93,7 +93,7 @@ def joined(
         key = "parallelism.offload_optimizer"
         load_kernel(CPUAdamBuilder(), key, f"set {key}=none", reports.say)
     hook = sys.excepthook
-    with answered_at_once():
+    with exit_on_signal():
         world = start_world(deepspeed_config, timeout_seconds)
     try:
         with world.watch(reports):

@@ -20,6 +20,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, PeerLostError, first_line
 from dpo_dist.foundation.process import stop_signals
+from dpo_dist.foundation.streams import print_error
 
 
 def launch(arguments: Sequence[str]) -> int:
@@ -54,8 +55,7 @@ def launch(arguments: Sequence[str]) -> int:
     except (ValueError, OSError) as error:  # no such file; a port that is in use
         fault = " ".join(str(error).split())
         shown = _refused("accelerate cannot start processes with these options", fault)
-    sys.stderr.write(f"{shown.block()}\n")
-    return shown.exit_code
+    return print_error(shown)
 
 
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:

@@ -19,9 +19,9 @@ from dpo_dist.foundation.process import (
     BY_STEPS,
     BY_TRACKER,
     StopRequest,
-    answered_at_once,
     ended_with_launcher,
-    last_words,
+    exit_callbacks,
+    exit_on_signal,
     note_progress,
     raise_terminated,
     stopped_by,
@@ -162,10 +162,10 @@ class World:
             # A rank that is still connecting when another dies would count survivors that exit as dead.
             if self.size > 1:
                 dist.barrier(group=self.control)
-            last_words.append(watcher.record.report)
+            exit_callbacks.append(watcher.record.report)
             with contextlib.ExitStack() as stack:
                 if may_end_at_once:
-                    stack.enter_context(answered_at_once())
+                    stack.enter_context(exit_on_signal())
                     stack.enter_context(ended_with_launcher())
                 yield
             self.barrier()
@@ -180,7 +180,7 @@ class World:
                 raise error from failure
             raise
         finally:
-            last_words.clear()
+            exit_callbacks.clear()
             watcher.stop()
         _handle_sigterm(previous)
 
@@ -191,8 +191,8 @@ def _handle_sigterm(handler: Any) -> None:
         signal.signal(signal.SIGTERM, handler)
 
 
-class GivenWay(Exception):  # noqa: N818  (no error)
-    """Work was ended because the run must stop."""
+class Interrupted(Exception):  # noqa: N818  (no error)
+    """The work ended early because the run must stop."""
 
 
 class Stops:
@@ -209,10 +209,10 @@ class Stops:
         """Return whether a rank was asked to stop at once."""
         return self.world.agree(self.request.is_urgent)
 
-    def give_way(self) -> None:
-        """End the work if a rank was asked to stop at once."""
+    def raise_if_stopping(self) -> None:
+        """Raise `Interrupted` on all ranks if one was asked to stop at once."""
         if self.must_stop():
-            raise GivenWay
+            raise Interrupted
 
     def check(self, when: str = "before the first step") -> None:
         """End the run if a rank was asked to stop at once; waits for ranks that are slower."""

@@ -108,11 +108,11 @@ def _parameter_groups(model: PackedCausalLM, weight_decay: float) -> list[dict[s
     return [group for group in groups if group["params"]]
 
 
-def gather_at_once(model: PackedCausalLM) -> None:
-    """Make ZeRO-3 gather the weights of some modules, its leaves, at once, and reduce their gradients so.
+def mark_zero3_leaves(model: PackedCausalLM) -> None:
+    """Mark the modules whose weights ZeRO-3 gathers together and whose gradients it reduces together.
 
-    Compiled layers, so that no hook is in compiled code; and modules that may compute with some of their
-    weights only: a rank that skips a part would not gather it, and the others would wait.
+    Compiled layers, so that compiled code has no hooks; and modules that may use only some of their
+    weights: a rank that skips a part would not gather it, and the others would wait.
     """
     for module in partly_used_blocks(model.causal_lm):
         set_z3_leaf_module(module, True)
@@ -156,7 +156,7 @@ def record_gather_orders(engine: Any, offload: Any) -> None:
         module.register_forward_pre_hook(select, prepend=True)
 
 
-def whole_loading(world: World) -> contextlib.AbstractContextManager[None]:
+def unsharded_loading(world: World) -> contextlib.AbstractContextManager[None]:
     """Make transformers load unsharded weights inside the block, whatever the policy's configuration."""
     return sharded_loading(world, {"zero_optimization": {"stage": 0}})
 
@@ -337,7 +337,7 @@ class FrozenEngine(Engine):
 
     def __init__(self, model: PackedCausalLM, deepspeed_config: dict[str, Any], folder: Path | None = None):
         model.requires_grad_(False)
-        gather_at_once(model)
+        mark_zero3_leaves(model)
         deepspeed_config["zero_optimization"].update(communication(3, model.hidden_size, trains=False))
         engine, *_ = deepspeed.initialize(model=model, config=deepspeed_config)
         engine.eval()
@@ -375,7 +375,7 @@ class PolicyEngine(Engine):
     ):
         zero = world.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero.update(communication(zero["stage"], model.hidden_size))
-        gather_at_once(model)
+        mark_zero3_leaves(model)
         for module in partly_used_blocks(model.causal_lm):
             # ZeRO-3 does so for its leaves, but not where one has no output at all, as a compressor may. And
             # aliases would keep the weights of each layer gathered until backward.

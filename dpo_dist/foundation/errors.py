@@ -1,7 +1,10 @@
 """Errors of the user as one block (message, where, got, expected, what to do); exit codes."""
 
+import contextlib
 import errno
+import logging
 import os
+from collections.abc import Callable, Iterator
 from enum import IntEnum, StrEnum
 from pathlib import Path
 from typing import ClassVar
@@ -158,3 +161,18 @@ def dead_link(path: Path) -> str:
 def first_line(error: BaseException) -> str:
     """Return the kind of an error and the first line of its text, at most 200 characters of it."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+@contextlib.contextmanager
+def warn_on_bug(what: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Turn a bug in the block into a warning that `what` is missing: no report is worth a run.
+
+    Errors of files and of users are raised: the same command continues once they are corrected.
+    """
+    try:
+        yield
+    except (OSError, DpoDistError):
+        raise
+    except Exception as bug:
+        logging.getLogger(__name__).exception("%s is missing", what)
+        say(f"warning: {what} is missing because of a bug, see logs/rank-0.log: {first_line(bug)}")

@@ -46,7 +46,7 @@ def staged_file(path: Path) -> Iterator[Path]:
     temporary = temporary_name(path)
     try:
         temporary.touch()
-        with _living(temporary):
+        with _hold_lock(temporary):
             yield temporary
             sync(temporary)
             temporary.replace(path)
@@ -75,7 +75,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
     temporary = temporary_name(path)
     temporary.mkdir()
     try:
-        with _living(temporary):
+        with _hold_lock(temporary):
             yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -140,7 +140,7 @@ def final_name(temporary: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _living(path: Path) -> Iterator[None]:
+def _hold_lock(path: Path) -> Iterator[None]:
     """Lock a temporary file or folder until the writer ends or dies, where the file system has locks."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -86,7 +86,7 @@ BY_TRACKER, BY_STEPS, BY_SECONDS = "the tracker", "trainer.stop_after_steps", "t
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 # Ctrl-C reaches the processes from the terminal and again from their launcher.
 _REPEATED_SECONDS = 2.0
-_LAST_WORDS_SECONDS = 0.3
+_EXIT_CALLBACK_SECONDS = 0.3
 _MAIN_THREAD_SECONDS = 1.0
 _BEAT_SECONDS = 5.0
 _OF_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
@@ -99,7 +99,7 @@ def stop_signals() -> tuple[signal.Signals, ...]:
     return tuple(number for number in _SIGNALS if number is not signal.SIGHUP or not is_ignored)
 
 
-last_words: list[Callable[[int], object]] = []
+exit_callbacks: list[Callable[[int], object]] = []
 """Called with the exit code, in threads, when a second signal ends this process."""
 
 
@@ -193,7 +193,7 @@ def end_at_signals() -> None:
 
 
 @contextlib.contextmanager
-def answered_at_once() -> Iterator[None]:
+def exit_on_signal() -> Iterator[None]:
     """End the process at a signal inside the block even if the main thread is blocked outside of Python.
 
     For blocks with nothing to save. A signal that has no handler of Python's is not affected.
@@ -248,10 +248,10 @@ def _end_now(exit_code: int) -> NoReturn:
 
     Without the locks of `threading.Thread.start`: the signal may have interrupted it.
     """
-    for words in last_words:
-        _thread.start_new_thread(words, (exit_code,))
-    if last_words:
-        time.sleep(_LAST_WORDS_SECONDS)
+    for callback in exit_callbacks:
+        _thread.start_new_thread(callback, (exit_code,))
+    if exit_callbacks:
+        time.sleep(_EXIT_CALLBACK_SECONDS)
     os._exit(exit_code)
 
 
@@ -278,7 +278,7 @@ def raise_terminated(number: int, _frame: FrameType | None) -> None:
 
 
 @contextlib.contextmanager
-def beating(beat: Callable[[float], None]) -> Iterator[None]:
+def call_periodically(beat: Callable[[float], None]) -> Iterator[None]:
     """Call `beat` every few seconds during the block, in a thread, with the seconds since its start."""
     done, started = threading.Event(), time.monotonic()
 
@@ -286,7 +286,7 @@ def beating(beat: Callable[[float], None]) -> Iterator[None]:
         while not done.wait(_BEAT_SECONDS):
             beat(time.monotonic() - started)
 
-    thread = threading.Thread(target=run, name="beating", daemon=True)
+    thread = threading.Thread(target=run, name="periodic", daemon=True)
     thread.start()
     try:
         yield

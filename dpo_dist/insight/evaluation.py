@@ -1,7 +1,8 @@
-"""Results of an evaluation: metrics with intervals, scores of every pair."""
+"""Results of an evaluation and their files: metrics with intervals, scores of every pair."""
 
 import json
 import math
+import shutil
 from collections.abc import Hashable, Mapping
 from dataclasses import fields
 from itertools import chain, repeat
@@ -13,12 +14,15 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.foundation.files import staged_file
+from dpo_dist.foundation.files import collect_abandoned, for_json, staged_file, write_text
 from dpo_dist.objective.metrics import BUCKETS, LENGTH_BORDERS, MetricPlan, PairValues
 
 Column = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
+Results = dict[str, dict[str, Any]]
 Name = TypeVar("Name", bound=Hashable)
 
 ALL = "all"
@@ -84,7 +88,7 @@ def results(
     prompts: npt.NDArray[np.uint64],
     plan: MetricPlan,
     seed: int,
-) -> dict[str, dict[str, Any]]:
+) -> Results:
     """Return the results of all pairs under `all`, and of each label under its `results_name`.
 
     Each has the keys of an evaluation's row in log_history.json, `eval_prompts`, and `intervals`, [low, high]
@@ -178,3 +182,50 @@ def write_scores(file: Path, values: PairValues, dataset: PreferenceDataset) -> 
             scores = {name: column[index].item() for name, column in columns.items()}
             record |= {name: score if math.isfinite(score) else None for name, score in scores.items()}
             lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def write_evaluation(
+    name: str,
+    model: str,
+    config: RunConfig,
+    means: dict[str, float],
+    values: PairValues,
+    dataset: PreferenceDataset,
+    revision: str | None = None,
+) -> Results:
+    """Write the files of an evaluation, each whole or not at all, to its folder `name` and as those of the
+    newest one; return its results.
+
+    `model`: its path; `revision`: its commit, if it is from the hub. `means`: exact, of all metrics.
+    """
+    folder, sources = RunFolder.of(config), dataset.counts["sources"]
+    members, start = dict[str, Mask](), 0
+    for label, pairs in zip(dataset.source_labels, dataset.source_pairs, strict=True):
+        members.setdefault(label, np.zeros(len(dataset), dtype=np.bool_))[start : start + pairs] = True
+        start += pairs
+    found = results(
+        means,
+        values,
+        members,
+        np.asarray(dataset.prompts[:], dtype=np.uint64),
+        MetricPlan(config.loss, dataset.labels, is_evaluation=True),
+        config.trainer.seed,
+    )
+    evaluated = {
+        "model": model,
+        "revision": revision,
+        "reference": config.reference.path or config.model.path if config.loss.needs_reference else None,
+        "loss": "+".join(config.loss.kinds),
+        "pairs": len(dataset),
+        "sources": [{"label": source["label"], "path": source["path"]} for source in sources],
+    }
+    own, newest = folder.evaluation_of(name), folder.evaluation
+    for written in (own.path, newest.path):
+        collect_abandoned(written)
+    write_text(own.evaluated, json.dumps(evaluated, indent=1) + "\n")
+    write_scores(own.scores, values, dataset)
+    write_text(own.results, json.dumps(for_json(found), indent=1) + "\n")
+    for file, target in zip(own.files, newest.files, strict=True):
+        with staged_file(target) as temporary:
+            shutil.copyfile(file, temporary)
+    return found

@@ -1,49 +1,43 @@
 """Recorder of a run on rank 0: writes metrics rows to files and trackers, and the report at the end."""
 
-import contextlib
-import logging
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from dpo_dist.foundation.errors import DpoDistError, first_line
-from dpo_dist.insight.metrics.log import MetricsLog
-from dpo_dist.insight.metrics.trackers import Margins, Trackers
+from dpo_dist.config.run_folder import LAST_EVALUATION
+from dpo_dist.data.dataset import PreferenceDataset
+from dpo_dist.foundation.errors import RunOutcome, warn_on_bug
+from dpo_dist.foundation.process import BY_TRACKER
+from dpo_dist.generation.samples import prepare_samples
+from dpo_dist.insight.evaluation import write_evaluation
+from dpo_dist.insight.metrics.card import data_findings, run_card
+from dpo_dist.insight.metrics.trackers import Trackers, open_trackers
 from dpo_dist.insight.pages.charts import draw_curves
 from dpo_dist.insight.pages.run import write_page
-from dpo_dist.insight.verdict.rules import RULES, sample_alarm
-
-_log = logging.getLogger(__name__)
-
-
-@contextlib.contextmanager
-def spared(missing: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Turn a bug in the block into a warning that `missing` is missing: no report is worth a run.
-
-    Errors of files and of users are raised: the same command continues once they are corrected.
-    """
-    try:
-        yield
-    except (OSError, DpoDistError):
-        raise
-    except Exception as bug:
-        _log.exception("%s is missing", missing)
-        say(f"warning: {missing} is missing because of a bug, see logs/rank-0.log: {first_line(bug)}")
+from dpo_dist.insight.tables import closing_table
+from dpo_dist.insight.verdict.rules import RULES, sample_alarm, verdict
+from dpo_dist.objective.metrics import PairValues, Values
+from dpo_dist.training.context import Run
+from dpo_dist.training.metrics_log import MetricsLog, Row
+from dpo_dist.training.reporting import Reporting
 
 
 @dataclass(frozen=True)
 class Recorder:
-    """Metrics files and trackers of one run; `say` gets alarms about sampled responses."""
+    """Metrics files, trackers and reports of one run; see `training.reporting.Recorder`."""
 
+    run: Run
     metrics: MetricsLog
-    trackers: Trackers
-    say: Callable[[str], None]
+    trackers: Trackers = field(default_factory=Trackers)
 
-    def record(self, row: Mapping[str, float], margins: Margins | None = None) -> None:
+    def row(self, row: Row, margins: Values | None = None) -> None:
         """Write and send one metrics row; that of samples with whether they are a fault."""
         alarm, is_new = None, False
         if "eval_samples/prompts" in row:
-            with spared("the comparison of samples with those before", self.say):
+            with warn_on_bug("the comparison of samples with those before", self.run.say):
                 alarm = sample_alarm([*self.metrics.rows, row])
                 is_new = sample_alarm(self.metrics.rows) is None
             row = {**row, "eval_samples/alarms": float(alarm is not None)}
@@ -51,14 +45,46 @@ class Recorder:
         self.trackers.log(row, margins)
         if alarm is not None and is_new:
             headline = RULES[alarm.rule].text
-            self.say(f"warning: {headline} after step {row['step']:,.0f}: {alarm.with_remedy}")
+            self.run.say(f"warning: {headline} after step {row['step']:,.0f}: {alarm.with_remedy}")
 
-    def close(self, summary: Mapping[str, Any]) -> None:
-        """Write summary, curves and report page, and finish tracking; `summary["exit"]` is the outcome."""
-        self.metrics.save(summary)
-        folder = self.metrics.folder
-        with spared(folder.curves.name, self.say):
-            draw_curves(self.metrics.rows, folder.curves, folder.path.name)
-        with spared(folder.report.name, self.say):
+    def evaluation(self, means: dict[str, float], values: PairValues, dataset: PreferenceDataset) -> None:
+        """Write the files of the evaluation after the last step."""
+        with warn_on_bug("the last evaluation's folder", self.run.say):
+            model = str(self.run.folder.model)
+            write_evaluation(LAST_EVALUATION, model, self.run.config, means, values, dataset)
+
+    def close(self, summary: Mapping[str, Any], outcome: RunOutcome) -> None:
+        """Write summary, verdict, curves and page, end tracking, and print the closing table and verdict."""
+        run, rows, folder = self.run, self.metrics.rows, self.run.folder
+        ended = {**summary, "exit": outcome.value}
+        lines: list[str] = []
+        with warn_on_bug("the verdict", run.say):
+            judged = verdict(rows, ended, data_findings(folder))
+            ended["verdict"] = judged.as_dict()
+            lines = judged.lines()
+        self.metrics.save(ended)
+        with warn_on_bug(folder.curves.name, run.say):
+            draw_curves(rows, folder.curves, folder.path.name)
+        with warn_on_bug(folder.report.name, run.say):
             write_page(folder)
-        self.trackers.finish(summary["exit"], summary)
+        self.trackers.finish(outcome.value, ended)
+        with warn_on_bug("the closing table", run.say):
+            lines = [*closing_table(folder, rows, ended), *lines]
+        run.console.result("summary", {"run_dir": str(folder.path), **ended}, lines)
+
+    def closed_by_errors(self) -> AbstractContextManager[None]:
+        """If the block ends in error or is interrupted, end tracking in a few seconds."""
+        return self.trackers.ended_by_errors()
+
+
+def open_recorder(run: Run, metrics: MetricsLog) -> Recorder:
+    """Return the recorder of a run that trains, with its trackers; W&B may ask it to stop."""
+    ask = partial(run.stops.request.ask, BY_TRACKER)
+    environment = json.loads(run.folder.environment.read_bytes())
+    trackers = open_trackers(
+        run.config, run.folder, ask, rows=metrics.rows, environment=environment, say=run.say
+    )
+    return Recorder(run, metrics, trackers)
+
+
+REPORTING = Reporting(open_recorder, Recorder, run_card, prepare_samples, write_page)

@@ -1,5 +1,6 @@
 """Results of runs, evaluations and comparisons as lines and cells of text: for terminals, pages and cards."""
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -8,7 +9,6 @@ from dpo_dist.config.metrics import MAIN, METRICS, PREFIX
 from dpo_dist.config.run_folder import RunFolder, checkpoint_name
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import counted, duration, percent, size
-from dpo_dist.insight.verdict.facts import finite
 
 Fields = Mapping[str, Any]
 Ends = Sequence[float] | None
@@ -80,7 +80,7 @@ def _time(rows: Sequence[Fields], summary: Fields) -> str:
     if "pairs_per_second" in summary:
         parts.append(counted(summary.get("pairs_seen", 0), "pair"))
         parts.append(f"{summary['pairs_per_second']:,.1f} pairs/s")
-    if measured := [row["mfu"] for row in rows if finite(row, "mfu") is not None]:
+    if measured := [row["mfu"] for row in rows if math.isfinite(row.get("mfu", math.nan))]:
         parts.append(f"MFU {percent(fmean(measured))}")
     if "peak_memory_bytes" in summary:
         parts.append(f"peak memory {size(summary['peak_memory_bytes'])}")

@@ -83,7 +83,7 @@ class StartCheck:
         self._batch = _packed(self._sequences)
         self._noise = 0.0
 
-    def settle(self) -> None:
+    def choose_arrangement(self) -> None:
         """Arrange the model in the cheapest way that computes the log-probs of its own forward."""
         check_positions(self._model.causal_lm, self._max_length, self._key)
         self._refuse(
@@ -340,7 +340,7 @@ def _ladder(model: PackedCausalLM, max_length: int) -> Iterator[tuple[Arrangemen
 
 
 @contextlib.contextmanager
-def packed_for_a_while(model: PackedCausalLM | PreTrainedModel, longest: int) -> Iterator[PackedCausalLM]:
+def temporarily_packed(model: PackedCausalLM | PreTrainedModel, longest: int) -> Iterator[PackedCausalLM]:
     """Yield `model` as a packed model of up to `longest` tokens; it gets its own attention and head back."""
     if isinstance(model, PackedCausalLM):
         yield model
@@ -357,7 +357,7 @@ def packed_for_a_while(model: PackedCausalLM | PreTrainedModel, longest: int) ->
     backend = choose_backend(AttentionBackend.auto, dtype, model.device)
     try:
         packed = PackedCausalLM(model, backend, arrangement=Arrangement.padded).eval()
-        StartCheck(packed, packed, model.device, longest, "model").settle()
+        StartCheck(packed, packed, model.device, longest, "model").choose_arrangement()
         yield packed
     finally:
         forget_lengths(model)

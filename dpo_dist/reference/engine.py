@@ -22,7 +22,7 @@ from dpo_dist.distributed.zero import (
     frozen_config,
     own_folder,
     sharded_loading,
-    whole_loading,
+    unsharded_loading,
 )
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import auto_class
@@ -68,7 +68,7 @@ def settle_engine(
     was_training = engine.model.training
     engine.model.eval()
     check = StartCheck(engine.model, engine.token_logps, world.device, max_length, key, agree)
-    check.settle()
+    check.choose_arrangement()
     if trains:
         check.check_training()
         if world.size > 1:
@@ -126,7 +126,7 @@ def load_scored(
         return model
 
     if model_config.quantization is not None:
-        with whole_loading(world):  # ZeRO cannot shard it: every rank has the whole model
+        with unsharded_loading(world):  # ZeRO cannot shard it: every rank has the whole model
             model = load().eval()
         engine = Engine(model, model)
     else:
@@ -146,7 +146,7 @@ def load_scored(
 def _largest_weight(folder: Path, config: ModelConfig, world: World) -> int:
     """Return the number of elements of the model's largest weight, without reading weights."""
     model_config = load_config(folder, config)
-    with whole_loading(world), torch.device("meta"):
+    with unsharded_loading(world), torch.device("meta"):
         causal_lm = auto_class(model_config, config.trust_remote_code).from_config(
             model_config, trust_remote_code=config.trust_remote_code
         )

@@ -36,7 +36,13 @@ def rehearse(config: RunConfig, models: Sequence[Evaluated] = (), *, trains: boo
     run = RunFolder.of(config)
     found = f" ({_expected_start(config, run)})" if trains and not models else ""
     config = with_stored_reference(config) if models else config
-    described, tokenizer = _described_model(config)
+    folder = description_folder(config.model.path, config.model.revision, "model.path")
+    start = start_folder(config.model)
+    tokenizer = load_tokenizer(tokenizer_folder(folder, start), config.model)
+    model_config, causal_lm = checked_model(config, folder, start)
+    router_loss(config.loss.router, causal_lm)
+    check_template_keys(config.data, tokenizer)
+    described = f"{folder}, {model_config.model_type}, {len(tokenizer):,} tokens"
     lines = [("run.dir", f"{run}{found}"), ("model.path", described)]
     for evaluated in models:
         if not (evaluated.is_checkpoint or is_adapter(Path(evaluated.path))):
@@ -68,17 +74,6 @@ def _expected_start(config: RunConfig, folder: RunFolder) -> str:
             return "has checkpoints: the run resumes"
     check_fresh_start(config, folder)
     return "new"
-
-
-def _described_model(config: RunConfig) -> tuple[str, PreTrainedTokenizerBase]:
-    """Return the policy's model in words, and its tokenizer, after the checks that need no weights."""
-    folder = description_folder(config.model.path, config.model.revision, "model.path")
-    start = start_folder(config.model)
-    tokenizer = load_tokenizer(tokenizer_folder(folder, start), config.model)
-    model_config, causal_lm = checked_model(config, folder, start)
-    router_loss(config.loss.router, causal_lm)
-    check_template_keys(config.data, tokenizer)
-    return f"{folder}, {model_config.model_type}, {len(tokenizer):,} tokens", tokenizer
 
 
 def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,37 +1,34 @@
 """The end of a run: model, summary, curves, report and the recorded outcome; and the verb `export`."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.identity import settings
-from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder, checkpoint_name, step_of
+from dpo_dist.config.run_folder import RunFolder, checkpoint_name, step_of
 from dpo_dist.config.schema import ExportedWeights, RunConfig
 from dpo_dist.distributed.checkpoint import checkpoint_state, damaged_checkpoint, drop_checkpoints
 from dpo_dist.distributed.export import DTYPES, export_checkpoint
 from dpo_dist.distributed.memory import peak_memory_bytes
-from dpo_dist.distributed.zero import whole_loading
+from dpo_dist.distributed.zero import unsharded_loading
+from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError, DivergedError, ExitCode, RunOutcome, first_line
 from dpo_dist.foundation.files import for_json, staged_folder
-from dpo_dist.insight.console import Console
-from dpo_dist.insight.metrics.card import model_card
-from dpo_dist.insight.metrics.log import MetricsLog, final_and_best, package_versions, read_latest_rows
-from dpo_dist.insight.metrics.trackers import Trackers
-from dpo_dist.insight.recorder import Recorder, spared
-from dpo_dist.insight.tables import closing_table
-from dpo_dist.insight.verdict.rules import verdict
 from dpo_dist.model.folder import model_folder, start_folder
 from dpo_dist.model.save import write_mean, writing_errors
 from dpo_dist.reference.digest import digest_model
+from dpo_dist.training.context import Run
+from dpo_dist.training.directory import package_versions
 from dpo_dist.training.loop import Loop
+from dpo_dist.training.metrics_log import MetricsLog, final_and_best, read_latest_rows
+from dpo_dist.training.reporting import Recorder
 from dpo_dist.training.resume import RunState, read_state, write_state
-from dpo_dist.training.start import Run
 from dpo_dist.training.state import Position
 
 
-def run_to_its_end(loop: Loop, position: Position) -> int:
+def run_to_its_end(loop: Loop, position: Position, run_card: Callable[..., str]) -> int:
     """Train until the run completes, is stopped or diverges; write its last files and return the exit code.
 
     A kill between two of these files loses nothing: the same command writes the missing ones.
@@ -50,7 +47,7 @@ def run_to_its_end(loop: Loop, position: Position) -> int:
         finish(run, state, loop.recorder, summary | {"stopped_by": why})
         return ExitCode.preempted
     with run.clock.of("saving"):
-        _write_model(loop, position, summary)
+        _write_model(loop, position, summary, run_card)
     summary["work"] = run.clock.read()
     exported = RunState(RunOutcome.exported, position.step, identity, for_json(summary))
     completed = replace(exported, outcome=RunOutcome.completed)
@@ -84,7 +81,9 @@ def _summary(loop: Loop, position: Position) -> dict[str, Any]:
     }
 
 
-def _write_model(loop: Loop, position: Position, summary: dict[str, Any]) -> None:
+def _write_model(
+    loop: Loop, position: Position, summary: dict[str, Any], run_card: Callable[..., str]
+) -> None:
     """Write the model from the checkpoint of the last step; collective."""
     run = loop.run
     checkpoint = run.folder.checkpoints / checkpoint_name(position.step)
@@ -97,7 +96,7 @@ def _write_model(loop: Loop, position: Position, summary: dict[str, Any]) -> Non
 
     def write() -> None:
         check_base(run.config, loop.identity["model"])
-        with whole_loading(run.world):
+        with unsharded_loading(run.world):
             export_checkpoint(checkpoint, run.folder.model, run.config, card, is_new=True)
 
     with run.console.heartbeat("writing the model"):
@@ -119,41 +118,6 @@ def check_base(config: RunConfig, recorded: str | None) -> None:
         )
 
 
-def run_card(
-    config: RunConfig,
-    rows: Sequence[Mapping[str, float]],
-    summary: dict[str, Any],
-    say: Callable[[str], None],
-    versions: Mapping[str, str],
-    loader: str,
-    *,
-    is_evaluated: bool,
-) -> str:
-    """Return the content of a model card, with a verdict; "", with a warning, after a bug in it.
-
-    `rows`: of log_history.json, up to the step of the model. `summary`: with `exit`, without `verdict`.
-    `loader`: the auto class of the model.
-    `is_evaluated`: whether the last evaluation of training is one of this model.
-    """
-    folder, evaluation, found = RunFolder.of(config), {}, [""]
-    with spared("the model card", say):
-        judged = verdict(rows, summary, data_findings(folder))
-        results = folder.evaluation_of(LAST_EVALUATION).results
-        if is_evaluated and results.is_file():
-            evaluation = json.loads(results.read_text(encoding="utf-8"))
-        judged_summary = {**summary, "verdict": judged.as_dict()}
-        found = [model_card(config, judged_summary, evaluation, versions, loader)]
-    return found[0]
-
-
-def data_findings(folder: RunFolder) -> list[dict[str, Any]]:
-    """Return the doctor's findings about the data of this run; none if it was not asked."""
-    if not folder.doctor_report.is_file():
-        return []
-    found: list[dict[str, Any]] = json.loads(folder.doctor_report.read_text(encoding="utf-8"))["findings"]
-    return found
-
-
 def finish(run: Run, state: RunState, recorder: Recorder | None, summary: dict[str, Any]) -> None:
     """Write the report of a run and its state, and delete checkpoints if none are kept. Collective.
 
@@ -162,7 +126,7 @@ def finish(run: Run, state: RunState, recorder: Recorder | None, summary: dict[s
 
     def work() -> None:
         assert recorder is not None
-        _close_report(run, recorder, summary, state.outcome)
+        recorder.close(summary, state.outcome)
         if state.outcome is RunOutcome.completed and run.config.trainer.keep_last == 0:
             drop_checkpoints(run.folder.checkpoints)
         # A run that diverged is tried again from its last checkpoint, whose step stays recorded.
@@ -173,7 +137,9 @@ def finish(run: Run, state: RunState, recorder: Recorder | None, summary: dict[s
         run.write(work)
 
 
-def write_lost_files(run: Run, completed: RunState) -> None:
+def write_lost_files(
+    run: Run, completed: RunState, reopen_recorder: Callable[[Run, MetricsLog], Recorder]
+) -> None:
     """Write the report of a completed run again if one of its files was deleted; on rank 0."""
     folder, summary = run.folder, completed.summary
     files = (folder.log_history, folder.metrics_table, folder.summary, folder.curves, folder.report)
@@ -182,27 +148,14 @@ def write_lost_files(run: Run, completed: RunState) -> None:
         run.say(f"warning: {lost} cannot be written again without {files[0].name}")
     elif lost and summary is not None:
         run.say(f"written again: {lost}")
-        recorder = Recorder(MetricsLog(folder, read_latest_rows(folder)), Trackers(), run.say)
-        _close_report(run, recorder, summary, completed.outcome)
+        recorder = reopen_recorder(run, MetricsLog(folder, read_latest_rows(folder)))
+        recorder.close(summary, completed.outcome)
 
 
-def _close_report(run: Run, recorder: Recorder, summary: dict[str, Any], outcome: RunOutcome) -> None:
-    """Write the report of a run with its verdict, and print the closing table and the verdict."""
-    rows = recorder.metrics.rows
-    ended = {**summary, "exit": outcome.value}
-    lines: list[str] = []
-    with spared("the verdict", run.say):
-        judged = verdict(rows, ended, data_findings(run.folder))
-        ended["verdict"] = judged.as_dict()
-        lines = judged.lines()
-    recorder.close(ended)
-    with spared("the closing table", run.say):
-        lines = [*closing_table(run.folder, rows, ended), *lines]
-    run.console.result("summary", {"run_dir": str(run.folder.path), **ended}, lines)
-
-
-def export_model(config: RunConfig, checkpoint: Path, output: Path, console: Console) -> None:
-    """Write `output` from a checkpoint, checked, whole or not at all."""
+def export_model(
+    config: RunConfig, checkpoint: Path, output: Path, console: Console, run_card: Callable[..., str]
+) -> None:
+    """Write `output` from a checkpoint, checked, whole or not at all, with the card of `run_card`."""
     console.say(f"reading {checkpoint}")
     try:
         state = checkpoint_state(checkpoint)

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from dpo_dist.batching.plan import Arrangement, ComputeCosts
 from dpo_dist.batching.sampler import BatchSampler, Indices, make_sampler
+from dpo_dist.config.identity import run_digest
 from dpo_dist.config.losses import RouterConfig
 from dpo_dist.config.schema import ParallelismKind, ReferenceMode, RunConfig, SourceConfig
 from dpo_dist.data.build import prepare_dataset, tokenizer_digest
@@ -27,7 +28,7 @@ from dpo_dist.data.dataset import (
     open_dataset,
 )
 from dpo_dist.data.records import Part, eval_part, train_part
-from dpo_dist.distributed.zero import whole_loading
+from dpo_dist.distributed.zero import unsharded_loading
 from dpo_dist.model.architectures import (
     check_causal,
     check_positions,
@@ -42,7 +43,8 @@ from dpo_dist.model.load import load_config, load_tokenizer, without_weights
 from dpo_dist.model.ulysses import check_shared_tokens
 from dpo_dist.objective.router import RouterLoss
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
-from dpo_dist.training.start import Run
+from dpo_dist.training.context import Run
+from dpo_dist.training.resume import Identity, length_of
 
 T = TypeVar("T")
 
@@ -113,6 +115,18 @@ class Inputs(EvaluationInputs):
         return [(self.train_set, self.sampler.visited_indices()), *super().visited]
 
 
+def identify(config: RunConfig, inputs: Inputs) -> Identity:
+    """Return the digests of all inputs that decide a run's result, and its length."""
+    return {
+        "run_digest": run_digest(config),
+        "data": inputs.train_set.fingerprint,
+        "eval_data": inputs.eval_set.fingerprint if inputs.eval_set is not None else None,
+        "model": inputs.policy_files.digest,
+        "reference": inputs.reference_files.digest if inputs.reference_files is not None else None,
+        "length": length_of(config),
+    }
+
+
 def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
     """Return the inputs of a run; rank 0 reads and encodes the data, all ranks map the result. Collective.
 
@@ -157,7 +171,7 @@ def _load(
     start = _on_every_rank(run, partial(start_folder, config.model), "looking for the adapter")
     own_tokenizer = tokenizer_folder(folder, start)
     tokenizer, digest = load_tokenizer(own_tokenizer, config.model), tokenizer_digest(own_tokenizer)
-    with whole_loading(world):  # a sharded model has no shapes to count
+    with unsharded_loading(world):  # a sharded model has no shapes to count
         model_config, causal_lm = checked_model(config, folder, start)
     flops, weights = step_flops(causal_lm), sum(map(torch.numel, causal_lm.parameters()))
     if trains:

@@ -14,10 +14,10 @@ from dpo_dist.config.schema import OptimizerKind, ParallelismKind, ReferenceMode
 from dpo_dist.config.user_code import find_function
 from dpo_dist.data.formats import check_source
 from dpo_dist.data.template import check_template_file
+from dpo_dist.foundation.console import Console, open_console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, ReferenceModelError
 from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.text import counted
-from dpo_dist.insight.console import Console, open_console
 from dpo_dist.model.folder import (
     CONFIG_FILE,
     check_tokenizer_files,
@@ -40,10 +40,10 @@ def started(config: RunConfig, *, trains: bool = False) -> Iterator[Console]:
     is_new = not folder.path.exists()
     check_start(config, trains=trains)
     try:
-        with open_console(folder, config.console) as console:
+        with open_console(folder.rank_log, config.console.style) as console:
             yield console
     except (ConfigError, DataError, ReferenceModelError, CheckpointError):
-        from dpo_dist.insight.metrics.log import read_latest_rows  # noqa: PLC0415  (imports torch)
+        from dpo_dist.training.metrics_log import read_latest_rows  # noqa: PLC0415  (imports torch)
 
         if is_new and os.environ.get("RANK", "0") == "0" and not read_latest_rows(folder):
             with contextlib.suppress(ConfigError), locked(folder.lock, "trains", "wait for it"):

@@ -15,10 +15,10 @@ from dpo_dist.config.schema import Dtype, Numerics, ReferenceMode, RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.zero import Engine
+from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ExitCode, ReferenceModelError
 from dpo_dist.foundation.process import StopRequest
 from dpo_dist.foundation.text import counted, duration
-from dpo_dist.insight.console import Console
 from dpo_dist.model.attention import choose_backend
 from dpo_dist.model.load import check_same_vocabulary
 from dpo_dist.model.numerics import numerics_of
@@ -26,8 +26,8 @@ from dpo_dist.reference.digest import ModelFiles, agree_on_numerics, difference,
 from dpo_dist.reference.engine import SCORING_TOKENS_FACTOR, ReferenceProvider, load_reference, scored_model
 from dpo_dist.reference.fill import FillReport, Scorer, StoreFiller, count_reused
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, Values
+from dpo_dist.training.context import Run, open_run, say_header
 from dpo_dist.training.inputs import EvaluationInputs, load_inputs
-from dpo_dist.training.start import Run, open_run, say_header
 from dpo_dist.training.step import Objective
 
 _CHECKED_PAIRS = 16
@@ -118,9 +118,6 @@ def describe_drift(drift: dict[str, Any]) -> str:
     )
 
 
-Audited = tuple[PreferenceDataset, Indices]
-
-
 @dataclass(frozen=True)
 class Reference:
     """The reference of a run.
@@ -133,7 +130,7 @@ class Reference:
 
     provider: ReferenceProvider
     is_policys_start: bool
-    audited: Audited
+    audited: tuple[PreferenceDataset, Indices]
     report: dict[str, Any]
 
 

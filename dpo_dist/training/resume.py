@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
 
@@ -19,9 +19,6 @@ from dpo_dist.config.schema import Resume, RunConfig
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome, dead_link, first_line
 from dpo_dist.foundation.files import write_text
 from dpo_dist.model.folder import check_weights
-
-if TYPE_CHECKING:
-    from dpo_dist.training.inputs import Inputs
 
 Identity = dict[str, str | None]
 _DIGESTS = {
@@ -70,18 +67,6 @@ def read_state(folder: RunFolder) -> RunState | None:
 def write_state(folder: RunFolder, state: RunState) -> None:
     """Write the state file whole."""
     write_text(folder.state, json.dumps(asdict(state), indent=1) + "\n")
-
-
-def identify(config: RunConfig, inputs: "Inputs") -> Identity:
-    """Return the digests of all inputs that decide a run's result, and its length."""
-    return {
-        "run_digest": run_digest(config),
-        "data": inputs.train_set.fingerprint,
-        "eval_data": inputs.eval_set.fingerprint if inputs.eval_set is not None else None,
-        "model": inputs.policy_files.digest,
-        "reference": inputs.reference_files.digest if inputs.reference_files is not None else None,
-        "length": length_of(config),
-    }
 
 
 def check_identity(recorded: Mapping[str, Any], identity: Identity, where: Path) -> None:

@@ -1,11 +1,12 @@
 """Build the parts of a run and connect them: the only module that does."""
 
 import contextlib
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
+
+import torch
 
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.losses import Weighting
@@ -15,76 +16,61 @@ from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.slices import Sharded
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import Engine, FrozenEngine, PolicyEngine
+from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ExitCode, RunOutcome, StoppedError
-from dpo_dist.foundation.process import BY_TRACKER, StopRequest
+from dpo_dist.foundation.process import StopRequest
 from dpo_dist.foundation.text import counted
-from dpo_dist.insight.console import Console
-from dpo_dist.insight.metrics.log import MetricsLog
-from dpo_dist.insight.metrics.trackers import open_trackers
-from dpo_dist.insight.recorder import Recorder
-from dpo_dist.model.load import load_packed
+from dpo_dist.model.flops import matmul_peak
+from dpo_dist.model.load import TORCH_DTYPES, load_packed
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.reference.engine import ReferenceProvider, settle_engine
-from dpo_dist.training.finish import finish, run_to_its_end, write_lost_files
-from dpo_dist.training.inputs import Inputs, load_inputs
-from dpo_dist.training.loop import Loop, check_keep_best, check_warmup
-from dpo_dist.training.reference import (
-    Reference,
-    check_drift,
-    describe_drift,
-    prepare_reference,
-    unstored,
-)
-from dpo_dist.training.resume import (
-    RunState,
-    check_identity,
-    describe_change,
-    identify,
-    write_state,
-)
-from dpo_dist.training.samples import prepare_samples
-from dpo_dist.training.start import (
-    Run,
+from dpo_dist.training.context import Run, open_run, say_header
+from dpo_dist.training.directory import (
     check_disk_room,
     describe_run,
     find_start,
-    locked,
+    lock_directory,
     mark_started,
-    open_run,
-    peak_flops,
-    say_header,
 )
+from dpo_dist.training.finish import finish, run_to_its_end, write_lost_files
+from dpo_dist.training.health import check_keep_best
+from dpo_dist.training.inputs import Inputs, identify, load_inputs
+from dpo_dist.training.loop import Loop
+from dpo_dist.training.metrics_log import MetricsLog
+from dpo_dist.training.reference import Reference, check_drift, describe_drift, prepare_reference, unstored
+from dpo_dist.training.reporting import Recorder, Reporting
+from dpo_dist.training.resume import RunState, check_identity, describe_change, write_state
+from dpo_dist.training.schedule import check_warmup
 from dpo_dist.training.state import Position
 from dpo_dist.training.step import Objective
 
 
-def train(config: RunConfig, console: Console, stop: StopRequest) -> int:
+def train(config: RunConfig, console: Console, stop: StopRequest, reporting: Reporting) -> int:
     """Train as `config` says, from the last checkpoint if there is one; return the exit code.
 
     `stop` is listening.
     """
-    with open_run(config, console, stop, trains=True) as run, locked(run):
+    with open_run(config, console, stop, trains=True) as run, lock_directory(run):
         run.stops.check()  # a library may have caught an error that a signal raised while it was imported
         say_header(run)
         found = find_start(run)
         if isinstance(found, RunState):
-            return _complete(run, found)
-        inputs, state = _begin(run, found)
+            return _complete(run, found, reporting)
+        inputs, state = _begin(run, found, reporting)
         with stop.deferred(), contextlib.ExitStack() as engines:
             try:
-                loop, position = _set_up(run, found, inputs, state, engines)
+                loop, position = _set_up(run, found, inputs, state, engines, reporting)
             except StoppedError:
                 stopped = replace(state, outcome=RunOutcome.preempted, stopped_by=run.stops.agreed)
                 if run.world.is_main:
                     with contextlib.suppress(OSError):
                         write_state(run.folder, stopped)
                 raise
-            trackers = None if loop.recorder is None else loop.recorder.trackers
-            with contextlib.nullcontext() if trackers is None else trackers.ended_by_errors():
-                return run_to_its_end(loop, position)
+            with contextlib.nullcontext() if loop.recorder is None else loop.recorder.closed_by_errors():
+                return run_to_its_end(loop, position, reporting.run_card)
 
 
-def _begin(run: Run, checkpoint: Checkpoint | None) -> tuple[Inputs, RunState]:
+def _begin(run: Run, checkpoint: Checkpoint | None, reporting: Reporting) -> tuple[Inputs, RunState]:
     """Read the inputs, and write the files of every start when no check refuses it any more; collective."""
     config, world = run.config, run.world
     environment = describe_run(run)
@@ -103,7 +89,7 @@ def _begin(run: Run, checkpoint: Checkpoint | None) -> tuple[Inputs, RunState]:
     check_warmup(config.optim, steps)
     state = RunState(RunOutcome.started, done, identity)
     world.on_main(partial(check_disk_room, config, inputs.weights, done, steps))
-    mark_started(run, environment, state)
+    mark_started(run, environment, state, reporting.write_page)
     left = f", {done:,} of them done" if done else ""
     pairs = counted(inputs.sampler.global_batch_pairs, "pair")
     run.say(f"training: {counted(steps, 'step')} of {pairs}{left}")
@@ -111,7 +97,12 @@ def _begin(run: Run, checkpoint: Checkpoint | None) -> tuple[Inputs, RunState]:
 
 
 def _set_up(
-    run: Run, checkpoint: Checkpoint | None, inputs: Inputs, state: RunState, engines: contextlib.ExitStack
+    run: Run,
+    checkpoint: Checkpoint | None,
+    inputs: Inputs,
+    state: RunState,
+    engines: contextlib.ExitStack,
+    reporting: Reporting,
 ) -> tuple[Loop, Position]:
     """Load models, fill the store, load the checkpoint; return the loop and its position. Collective.
 
@@ -119,7 +110,7 @@ def _set_up(
     """
     config, world = run.config, run.world
     with run.clock.of("samples"):
-        samples = prepare_samples(run, inputs, state.step)
+        samples = reporting.prepare_samples(run, inputs, state.step)
     reference, policy = _load_models(run, inputs, engines, step0_follows=checkpoint is None)
     inputs = arranged(run, inputs, policy, reference)
     run.stops.check()
@@ -161,11 +152,11 @@ def _set_up(
         objective=objective,
         reference_sync=reference_sync,
         start_is_known=reference.is_policys_start and config.loss.weighting is not Weighting.wpo,
-        peak=peak_flops(run),
+        peak=_peak_flops(run),
         checkpoints=checkpoints,
         identity=state.identity,
         samples=samples,
-        recorder=_open_recorder(run, position),
+        recorder=_open_recorder(run, position, reporting),
     )
     return loop, position
 
@@ -242,32 +233,38 @@ def _resume(run: Run, checkpoint: Checkpoint, sharded: Sequence[Sharded]) -> Pos
     return position
 
 
-def _open_recorder(run: Run, position: Position) -> Recorder | None:
+def _open_recorder(run: Run, position: Position, reporting: Reporting) -> Recorder | None:
     """Return the recorder of a run that continues at `position`; None on all ranks but 0."""
     if not run.world.is_main:
         return None
-    owes, ask = position.owes_evaluation, partial(run.stops.request.ask, BY_TRACKER)
+    owes = position.owes_evaluation
     metrics = MetricsLog.open(run.folder, position.step or None, run.say, owes_evaluation=owes)
-    environment = json.loads(run.folder.environment.read_bytes())
-    trackers = open_trackers(
-        run.config, run.folder, ask, rows=metrics.rows, environment=environment, say=run.say
-    )
-    return Recorder(metrics, trackers, run.say)
+    return reporting.open_recorder(run, metrics)
 
 
-def _complete(run: Run, finished: RunState) -> int:
+def _complete(run: Run, finished: RunState, reporting: Reporting) -> int:
     """Write the report of a run whose model is written, if its inputs are the same; collective."""
     world, folder = run.world, run.folder
     identity = identify(run.config, load_inputs(run))
     world.on_main(partial(check_identity, finished.identity, identity, folder.state))
     if finished.outcome is RunOutcome.exported:
         assert finished.summary is not None
-        recorder = _open_recorder(run, Position(finished.step))
+        recorder = _open_recorder(run, Position(finished.step), reporting)
         with run.stops.request.deferred():
             completed = replace(finished, outcome=RunOutcome.completed)
             finish(run, completed, recorder, finished.summary)
     else:
-        run.write(partial(write_lost_files, run, finished))
+        run.write(partial(write_lost_files, run, finished, reporting.reopen_recorder))
     run.say(f"{folder} is complete: model {folder.model}, report {folder.report}")
     run.say(f"to train it longer: run.dir={folder} and a larger trainer.epochs or trainer.max_steps")
     return ExitCode.completed
+
+
+def _peak_flops(run: Run) -> float:
+    """Return the peak FLOP/s of all devices, measured while all of them are busy; collective."""
+    world = run.world
+    world.barrier()
+    peaks = world.gather(matmul_peak(world.device, TORCH_DTYPES[run.config.model.dtype]))
+    if world.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # without those matrices
+    return sum(peaks)

@@ -1,8 +1,6 @@
 """The progress of a run, which every checkpoint has: position, sums since the last row, time by work."""
 
-import contextlib
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -10,7 +8,6 @@ from pydantic import TypeAdapter
 
 from dpo_dist.config.losses import BcoDelta, LossConfig
 from dpo_dist.distributed.zero import LossScale
-from dpo_dist.insight.metrics.log import Work
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import BATCH_MARGIN, BATCH_REWARD, metric_means
 
@@ -68,50 +65,6 @@ def throughput(pairs: int, tokens: int, seconds: float) -> dict[str, float]:
         "pairs_per_second": pairs / seconds,
         "tokens_per_second": tokens / seconds,
     }
-
-
-class WorkClock:
-    """Time of a run by kind of work, of which every moment of a start is one; a start begins with `starting`.
-
-    `started`: by `time.monotonic`.
-    """
-
-    def __init__(self, processes: int, started: float):
-        self._processes, self._marked = processes, started
-        self._work: Work = "starting"
-        self._seconds: dict[str, float] = {}
-        self._device_seconds = 0.0
-
-    def resume(self, former: Mapping[str, Any]) -> None:
-        """Add the time of the starts before, as they `read` it."""
-        for work, seconds in former["seconds"].items():
-            self._seconds[work] = self._seconds.get(work, 0.0) + seconds
-        self._device_seconds += former["device_seconds"]
-
-    def enter(self, work: Work) -> None:
-        """Count the time from now on as `work`."""
-        now = time.monotonic()
-        self._seconds[self._work] = self._seconds.get(self._work, 0.0) + now - self._marked
-        self._device_seconds += (now - self._marked) * self._processes
-        self._work, self._marked = work, now
-
-    @contextlib.contextmanager
-    def of(self, work: Work) -> Iterator[None]:
-        """Count the time of the block as `work`, also where it is part of another work."""
-        outer = self._work
-        self.enter(work)
-        try:
-            yield
-        finally:
-            self.enter(outer)
-
-    def read(self) -> dict[str, Any]:
-        """Return the section `work` of summary.json: seconds by kind of work, and in all, times processes."""
-        self.enter(self._work)
-        return {
-            "seconds": {work: round(seconds, 3) for work, seconds in self._seconds.items()},
-            "device_seconds": round(self._device_seconds, 3),
-        }
 
 
 @dataclass(frozen=True)

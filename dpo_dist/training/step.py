@@ -3,7 +3,7 @@
 packed micro-batches of this rank (from disk to the host, by `Objective.ready_step`)
   -> reference log-probs     stored and attached already, or one forward of the reference
   -> policy log-probs        one forward
-  -> loss, metric sums       objective/losses.py, objective/metrics.py; of experts' routers: `RouterTerms`
+  -> loss, metric sums       objective/losses.py, objective/metrics.py; losses of routers: routers.py
   -> backward                gradients of loss / pairs of the global batch add up
 after the last micro-batch
   -> clip and update         skipped on all ranks if the gradient is not finite on any
@@ -11,33 +11,22 @@ after the last micro-batch
 """
 
 import contextlib
-import itertools
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dpo_dist.batching.pack import PackedBatch, copied_to
-from dpo_dist.batching.plan import Arrangement
-from dpo_dist.batching.sampler import Indices
 from dpo_dist.config.losses import LossConfig, Weighting
 from dpo_dist.data.dataset import RankBatch
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import Engine, PolicyEngine
 from dpo_dist.foundation.process import prefetch
-from dpo_dist.insight.metrics.log import PHASES, Phase
-from dpo_dist.objective.logps import (
-    PairLogps,
-    desensitised_weights,
-    sum_by_response,
-    wpo_weights,
-)
+from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response, wpo_weights
 from dpo_dist.objective.losses import BatchFacts, RunningMeans, preference_loss
 from dpo_dist.objective.metrics import (
     MetricPlan,
@@ -47,9 +36,12 @@ from dpo_dist.objective.metrics import (
     metric_sums,
     pair_values,
 )
-from dpo_dist.objective.router import BUSIEST, RouterLoss, selections
+from dpo_dist.objective.router import RouterLoss
 from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.reference.engine import ReferenceProvider
+from dpo_dist.training.clock import Phase, StepClock
+from dpo_dist.training.gather import gather_pairs, in_batch_order, on_device
+from dpo_dist.training.routers import RouterTerms
 
 _BATCHES_AHEAD = 4
 
@@ -197,7 +189,7 @@ def train_step(
     step: ReadyStep,
     rate: float,
     world: World,
-    clock: "StepClock",
+    clock: StepClock,
     running: RunningMeans,
 ) -> tuple[MetricSums, Tensor]:
     """Update the policy on one global batch; collective.
@@ -216,7 +208,7 @@ def train_step(
         policy.train(False)
         with torch.no_grad():
             known = list(objective.scored(policy, step.batches, facts, device, clock.enter))
-        pairs = gather_pairs(known, rank_batch, world)
+        pairs = gather_scored(known, rank_batch, world)
         leaves = [leaf.requires_grad_() for leaf in _differentiable(pairs.policy)]
         loss, of_all = objective.measure(pairs)  # on every rank the whole loss
         loss = _nan_unless_finite(loss, pairs.policy.chosen) / rank_batch.pairs
@@ -226,12 +218,13 @@ def train_step(
     clock.enter("forward")
     routers = None
     if objective.router is not None:
-        routers = RouterTerms(objective.router, policy, step, known, world)
+        routing = [pairs.routing for pairs in known if pairs.routing is not None]
+        routers = RouterTerms(objective.router, policy, step.batches, rank_batch.rows_tokens, routing, world)
     policy.train()
     scored = objective.scored(policy, step.batches, facts, device, clock.enter)
     for number, (pairs, positions) in enumerate(zip(scored, rank_batch.positions, strict=True), start=1):
         if objective.loss.is_coupled:
-            own = _on_device(positions or (0,), device)
+            own = on_device(positions or (0,), device)
             parts = zip(slopes, _differentiable(pairs.policy), strict=True)
             loss = (torch.stack([slope[own] * part for slope, part in parts]) * pairs.weights).sum()
         else:
@@ -255,140 +248,21 @@ def _nan_unless_finite(loss: Tensor, logps: Tensor) -> Tensor:
     return loss + torch.where(loss.detach().isfinite(), 0.0, torch.nan) * logps.sum()
 
 
-class RouterTerms:
-    """Adds the losses of the routers to the micro-batches of one rank in one step.
-
-    At first the selections of all micro-batches of this rank but the first are counted, from `known` if they
-    are scored already, else by a forward of each. Collective.
-    """
-
-    def __init__(
-        self,
-        loss: RouterLoss,
-        policy: PolicyEngine,
-        step: ReadyStep,
-        known: Sequence[ScoredPairs],
-        world: World,
-    ):
-        self._loss, self._world, self._tokens = loss, world, step.rank_batch.rows_tokens
-        self._selected: Tensor | None = None
-        self._count = int(world.is_main)
-        others = [pairs.routing for pairs in known[1:] if pairs.routing is not None]
-        for host_batch in step.batches[1:] if loss.aux is not None and not known else ():
-            policy.train(False)
-            batch = host_batch.to(world.device)
-            if policy.model.arrangement is Arrangement.packed:
-                # The output layer is used, as in every forward, and computes next to nothing.
-                batch = batch.with_one_target()
-            with torch.no_grad():
-                others.append(policy.routed_token_logps(batch)[1])
-        self._unseen = sum(map(selections, others), start=torch.zeros((), device=world.device))
-
-    def add(self, loss: Tensor, routing: Tensor, sums: MetricSums) -> tuple[Tensor, MetricSums]:
-        """Return the loss of a micro-batch with its part of the routers' losses, and `sums` with theirs.
-
-        The first call of a step is collective. `loss` is divided by the pairs of the global batch.
-        """
-        if self._loss.aux is not None and self._selected is None:
-            self._selected = self._world.sum_replicas(self._unseen + selections(routing))
-        parts = self._loss.parts(routing, self._selected, self._tokens)
-        values, count, self._count = dict(parts), self._count, 0
-        if self._selected is not None:
-            values[BUSIEST] = self._selected.max() / self._tokens * count
-        return loss + self._loss.weighted(parts), sums.plus_values(values, count)
-
-
-def gather_pairs(scored: Sequence[ScoredPairs], rank_batch: RankBatch, world: World) -> ScoredPairs:
+def gather_scored(scored: Sequence[ScoredPairs], rank_batch: RankBatch, world: World) -> ScoredPairs:
     """Return all pairs of the global batch in its order, the same on every rank; collective.
 
     `scored`: this rank's micro-batches, without a graph, of a loss that uses no rankings.
     """
-    scored = [replace(pairs, routing=None, sources=None) for pairs in scored]
-    columns = [torch.stack([column.double() for column in _tensors(pairs)]) for pairs in scored]
-    rows = iter(in_batch_order(columns, rank_batch, world))
-    sources = None if rank_batch.sources is None else _on_device(rank_batch.sources, world.device)
-    gathered: ScoredPairs = _with_tensors(scored[0], lambda _: next(rows))
-    return replace(gathered, sources=sources, labels=rank_batch.dataset.labels)
-
-
-def in_batch_order(columns: Sequence[Tensor], rank_batch: RankBatch, world: World) -> Tensor:
-    """Return values of all pairs in the order of the global batch, float64 [columns, pairs]; collective.
-
-    `columns`: of each micro-batch of this rank, [columns, pairs].
-    """
-    whole = torch.zeros(len(columns[0]), rank_batch.pairs, dtype=torch.float64, device=world.device)
-    for own, positions in zip(columns, rank_batch.positions, strict=True):
-        if positions:  # not a dummy
-            whole[:, _on_device(positions, world.device)] = own.double()
-    return world.sum_replicas(whole)
-
-
-def _with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return `value` with every tensor changed, also those in the fields of dataclasses."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if not is_dataclass(value) or isinstance(value, type):
-        return value
-    changed = {field.name: _with_tensors(getattr(value, field.name), change) for field in fields(value)}
-    return replace(value, **changed)
-
-
-def _tensors(pairs: ScoredPairs) -> list[Tensor]:
-    """Return the tensors of `pairs`, in the order in which `_with_tensors` changes them."""
-    found: list[Tensor] = []
-    _with_tensors(pairs, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
-    return found
+    plain = [replace(pairs, routing=None, sources=None) for pairs in scored]
+    sources = None if rank_batch.sources is None else on_device(rank_batch.sources, world.device)
+    labels = rank_batch.dataset.labels
+    return replace(gather_pairs(plain, rank_batch, world), sources=sources, labels=labels)
 
 
 def _differentiable(logps: PairLogps) -> list[Tensor]:
     """Return the sums that a coupled loss is differentiated by, [pairs] each."""
     whole = () if logps.whole_chosen is None else (logps.whole_chosen,)
     return [logps.chosen, logps.rejected, *whole]
-
-
-def _on_device(numbers: Sequence[int] | Indices, device: torch.device) -> Tensor:
-    """Return `numbers` as int64 [n] on `device`, without waiting for it."""
-    return copied_to(device, np.asarray(numbers, dtype=np.int64))
-
-
-class StepClock:
-    """Seconds of one step by phase, from construction on.
-
-    On CUDA, where the host only queues work, phases are timed between events in the device's stream; time
-    that the device waits for the host is included. Elsewhere they are timed by the host's clock.
-    """
-
-    def __init__(self, device: torch.device):
-        self._started = time.monotonic()
-        self._on_cuda = device.type == "cuda"
-        self._phases: list[Phase] = []
-        self._starts: list[Any] = []
-
-    def enter(self, phase: Phase) -> None:
-        """Start `phase`, which lasts until the next call; never waits for the device."""
-        self._phases.append(phase)
-        if self._on_cuda:
-            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            event.record()
-            self._starts.append(event)
-        else:
-            self._starts.append(time.monotonic())
-
-    def stop(self) -> dict[Phase, float]:
-        """Return the seconds of every phase; `other` is the rest, so that they add up to those of the step.
-
-        Call it after the host has waited for the device, which the all-reduce of metrics makes it do.
-        """
-        total = time.monotonic() - self._started
-        seconds = dict.fromkeys(PHASES, 0.0)
-        if self._on_cuda and self._starts:
-            # The device may not have reached the last event yet: its phase began after the host waited.
-            self._starts[-1].synchronize()
-        for phase, (begin, end) in zip(self._phases, itertools.pairwise(self._starts), strict=False):
-            seconds[phase] += begin.elapsed_time(end) / 1000 if self._on_cuda else end - begin
-        seconds["other"] = 0.0
-        seconds["other"] = total - sum(seconds.values())
-        return seconds
 
 
 @dataclass(frozen=True)
@@ -428,12 +302,12 @@ def evaluate(
     rank_batch: RankBatch,
     world: World,
     running: RunningMeans,
-    give_way: Callable[[], None] = lambda: None,
+    check_stop: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, float], PairValues]:
     """Return the metrics of a dataset, which is one global batch, and the values of every pair.
 
     Collective. `model` is not in training mode; without one, the reference's log-probs are the policy's.
-    `give_way` is called before each micro-batch, of which all ranks have the same number, and may raise.
+    `check_stop` is called before each micro-batch, of which all ranks have the same number, and may raise.
     """
     facts = BatchFacts(rank_batch.mean_chosen_tokens, running=running)
     sums = objective.no_sums(rank_batch, world.device, is_evaluation=True)
@@ -441,7 +315,7 @@ def evaluate(
 
     def enter(phase: Phase) -> None:
         if phase == "data":
-            give_way()
+            check_stop()
 
     with objective.prefetched(rank_batch, world.device) as batches:
         for pairs in objective.scored(model, batches, facts, world.device, enter, is_evaluation=True):
@@ -451,24 +325,7 @@ def evaluate(
             else:
                 sums += objective.measure(pairs)[1]
     if objective.loss.is_coupled:
-        _, of_all = objective.measure(gather_pairs(scored, rank_batch, world))
+        _, of_all = objective.measure(gather_scored(scored, rank_batch, world))
         sums = of_all if world.is_main else sums
     means = MetricSums(sums.names, world.sum_replicas(sums.values)).means()
     return means, PairValues(*in_batch_order(values, rank_batch, world).float().cpu().numpy())
-
-
-@torch.no_grad()
-def pair_losses(
-    policy: PolicyEngine, objective: Objective, ready: ReadyStep, running: RunningMeans, world: World
-) -> list[float]:
-    """Score the pairs of a step again; return their losses in the order of the global batch. Collective."""
-    rank_batch, loss = ready.rank_batch, objective.loss
-    facts = BatchFacts(rank_batch.mean_chosen_tokens, running=running)
-    policy.train(False)
-    scored = list(objective.scored(policy, ready.batches, facts, world.device))
-    if loss.is_coupled:
-        scored = [gather_pairs(scored, rank_batch, world)]
-    losses = [preference_loss(pairs.policy, pairs.reference, loss, pairs.facts) for pairs in scored]
-    if loss.is_coupled:
-        return losses[0].tolist()
-    return in_batch_order([values[None] for values in losses], rank_batch, world)[0].tolist()

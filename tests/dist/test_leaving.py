@@ -23,13 +23,13 @@ from dpo_dist.distributed import processes
 from dpo_dist.distributed.processes import NOBODY
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation import process
+from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, DataError, DpoDistError
 from dpo_dist.foundation.process import StopRequest
-from dpo_dist.insight.console import Console
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference import engine
 from dpo_dist.reference.engine import load_reference, settle_engine
-from dpo_dist.training.start import Run
+from dpo_dist.training.context import Run
 from tests.dist.scenario import Assets, files_of, load_policy
 from tests.support.ranks import Outcome, run_ranks, start_ranks
 from tests.support.tiny_model import write_model
@@ -359,7 +359,7 @@ def slow_work(world: World, _folder: Path) -> dict[str, Any]:
         return f"from {world.rank}"
 
     process._BEAT_SECONDS = 1.0
-    on_main = world.on_main(process.beating(beats.append)(work))
+    on_main = world.on_main(process.call_periodically(beats.append)(work))
     gathered = world.gather(work() if world.rank else "quick")
     return {"on_main": on_main, "gather": gathered, "beats": beats}
 

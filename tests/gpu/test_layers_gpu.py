@@ -1,6 +1,8 @@
 """Options of layers change no result on a GPU."""
 
+import importlib
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,17 @@ KERNELS = [
         ),
     ),
 ]
+
+
+@pytest.fixture(autouse=True)
+def layers_of_transformers() -> Iterator[None]:
+    """Liger replaces classes and functions of transformers' modules for the whole process: put them back."""
+    kinds = [name.removesuffix("_text") for name in EXACT_WITH_LIGER]
+    modules = [importlib.import_module(f"transformers.models.{kind}.modeling_{kind}") for kind in kinds]
+    before = [dict(vars(module)) for module in modules]
+    yield
+    for module, members in zip(modules, before, strict=True):
+        vars(module).update(members)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.losses import BatchFacts, RunningMeans
 from dpo_dist.reference.engine import ReferenceProvider
-from dpo_dist.training.step import Objective, StepClock
+from dpo_dist.training.clock import StepClock
+from dpo_dist.training.step import Objective
 from tests.support.own_loss import function_of
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model

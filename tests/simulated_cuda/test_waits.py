@@ -12,7 +12,7 @@ from unittest import mock
 
 import pytest
 
-from dpo_dist.training.step import StepClock
+from dpo_dist.training.clock import StepClock
 from tests.simulated_cuda import device
 from tests.simulated_cuda.runs import run_train
 from tests.support import tiny
@@ -38,7 +38,7 @@ WAYS = {
 PLANNED = {
     ("other", "copy to host, pageable", "dpo_dist/training/step.py reduce_step"): COUNTED,
     # For an event before that copy, which the device has passed.
-    ("stop", "event", "dpo_dist/training/step.py stop"): COUNTED,
+    ("stop", "event", "dpo_dist/training/clock.py stop"): COUNTED,
 }
 OF_DEEPSPEED = {"backward", "optimizer", "reference"}
 """Phases: it waits for its own streams and copies, and reads the gradient's norm in the optimizer."""

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.insight.metrics.log import PHASES
+from dpo_dist.training.clock import PHASES
 from tests.support.warm import launcher_variables, run_warm, start_verb
 
 ROOT = Path(__file__).resolve().parents[2]

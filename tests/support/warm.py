@@ -49,6 +49,7 @@ def start_parent() -> None:
     context.set_forkserver_preload(
         [
             "dpo_dist.training.run",
+            "dpo_dist.insight.recorder",
             "tests.support.ranks",
             "transformers.models.qwen2.modeling_qwen2",
             "tests.support.preloaded",

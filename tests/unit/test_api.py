@@ -15,9 +15,9 @@ import torch
 
 import dpo_dist
 from dpo_dist import api, compare, pairs, precompute, train
-from dpo_dist.__main__ import VERBS
 from dpo_dist.batching.pack import Sequences
 from dpo_dist.config.schema import Ranked, Truncation
+from dpo_dist.config.verbs import VERBS
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import open_dataset
 from dpo_dist.data.encode import EncodedExample

@@ -19,7 +19,7 @@ MODULES = {
 }
 LAYERS = (
     *("foundation", "config", "objective", "batching", "data", "model", "distributed", "reference"),
-    *("generation", "insight", "training"),
+    *("training", "generation", "insight"),  # what trains, then what makes data or looks at a run
 )
 ROOMS = {
     "accelerate": r"distributed\.|insight\.metrics\.trackers",

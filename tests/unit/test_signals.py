@@ -89,8 +89,8 @@ def test_an_echo_of_a_signal_is_ignored_and_a_second_one_ends_the_process(
         assert stop.reason == "SIGINT"
 
     def wait_for_the_second() -> None:
-        process.last_words.append(lambda code: (tmp_path / "said").write_text(str(code)))
-        process.last_words.append(lambda _: time.sleep(60))
+        process.exit_callbacks.append(lambda code: (tmp_path / "said").write_text(str(code)))
+        process.exit_callbacks.append(lambda _: time.sleep(60))
         stop = StopRequest()
         # A pool waits for its threads when it is left.
         with stop.listening(), stop.deferred(), ThreadPoolExecutor() as pool:
@@ -156,7 +156,7 @@ def test_a_signal_is_answered_while_the_main_thread_is_blocked(
         signal.signal(signal.SIGTERM, process.raise_terminated)
         with (
             StopRequest().listening() if is_resumable else contextlib.nullcontext(),
-            process.answered_at_once(),
+            process.exit_on_signal(),
         ):
             _thread.start_new_thread(send_both, ())
             # The other threads take the signals, so that nothing wakes this one.

@@ -11,10 +11,10 @@ import pytest
 
 from dpo_dist.config.load import changed_keys, from_yaml, load_run_config, to_yaml
 from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.foundation.console import open_console
 from dpo_dist.foundation.streams import print_line, print_result
 from dpo_dist.foundation.text import counted, duration, first_few, number, percent, size, without_secrets
 from dpo_dist.generation.pairs.rounds import check_settings, command_of
-from dpo_dist.insight.console import open_console
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def secret(monkeypatch: pytest.MonkeyPatch) -> str:
 def test_nothing_is_printed_or_logged_with_a_secret(
     secret: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with contextlib.suppress(RuntimeError), open_console(RunFolder(tmp_path)) as console:
+    with contextlib.suppress(RuntimeError), open_console(RunFolder(tmp_path).rank_log) as console:
         console.say(f"say {secret}")
         console.alarm(f"alarm {secret}")
         console.result("kind", {"text": secret}, [f"result {secret}"])

@@ -73,22 +73,17 @@ def draw_items(
         if len(record.responses) < 2:
             counts["one_response"] += 1
             continue
-        key, pair = _item(record, seed)
+        texts = [json.dumps(part, sort_keys=True) for part in as_fields(record.prompt, record.responses)]
+        prompt, *keys = map(text_digest, texts)
+        two = sorted(range(len(keys)), key=lambda index: _fraction(seed, prompt, keys[index]))[:2]
+        first, second = sorted(two, key=lambda index: keys[index])  # unrelated to quality
+        key = text_digest(f"{prompt} {keys[first]} {keys[second]}")[:20]
         counts["duplicate"] += key in found
-        found.setdefault(key, pair)
+        pair = record.responses[first], record.responses[second]
+        found.setdefault(key, replace(record, responses=pair, scores=None))
     drawn = sorted(found, key=lambda key: _fraction(seed, "draw", key))[:most]
     counts["not_drawn"] = len(found) - len(drawn)
     return {key: found[key] for key in drawn}
-
-
-def _item(record: PreferenceRecord, seed: int) -> tuple[str, PreferenceRecord]:
-    """Return two responses of a record, in an order that is unrelated to quality, and their key."""
-    texts = [json.dumps(part, sort_keys=True) for part in as_fields(record.prompt, record.responses)]
-    prompt, *responses = map(text_digest, texts)
-    drawn = sorted(range(len(responses)), key=lambda index: _fraction(seed, prompt, responses[index]))[:2]
-    first, second = sorted(drawn, key=lambda index: responses[index])
-    pair = replace(record, responses=(record.responses[first], record.responses[second]), scores=None)
-    return text_digest(f"{prompt} {responses[first]} {responses[second]}")[:20], pair
 
 
 def _fraction(seed: int, *names: str) -> float:

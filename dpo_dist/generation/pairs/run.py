@@ -28,6 +28,7 @@ from dpo_dist.data.formats import read_prompts, read_records
 from dpo_dist.data.records import Dialogue, PreferenceRecord
 from dpo_dist.data.sources import pinned
 from dpo_dist.distributed.memory import return_memory
+from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import collect_abandoned, locked, staged_file, text_digest
 from dpo_dist.foundation.text import counted
@@ -60,7 +61,6 @@ from dpo_dist.generation.sampling.respond import (
 from dpo_dist.generation.sampling.stages import (
     Parts,
     Prompts,
-    Screen,
     Stages,
     as_asked,
     generation_settings,
@@ -262,9 +262,9 @@ def samples_of(results: Results) -> Iterator[dict[str, Any]]:
 
 def pairs_from_models(config: RunConfig, stages: Stages) -> None:
     """Write pairs of the responses of `pairs.models` to the prompts of `data.train`. Collective."""
-    world, screen, folder, pairs = stages.world, stages.screen, RunFolder.of(config), config.pairs
-    with screen.heartbeat("reading prompts"):
-        found = world.on_main(lambda: different_prompts(config, screen.say))
+    world, console, folder, pairs = stages.world, stages.console, RunFolder.of(config), config.pairs
+    with console.heartbeat("reading prompts"):
+        found = world.on_main(lambda: different_prompts(config, console.say))
     prompts = Prompts.of(folder.pairs_parts, found, PART_PROMPTS)
     models = [stages.found(name, config) for name in responding_models(config)]
     judge, described = stages.judge(config)
@@ -307,9 +307,9 @@ def pairs_from_models(config: RunConfig, stages: Stages) -> None:
         collect_abandoned(folder.pairs)  # of starts that were killed while they wrote
         with staged_file(folder.pairs_samples) as temporary:
             write_lines(temporary, samples_of(results))
-        write_results(folder.pairs_file, pairs_of(results), settings, results.counts, screen.say)
+        write_results(folder.pairs_file, pairs_of(results), settings, results.counts, console.say)
 
-    with screen.heartbeat("writing pairs"):
+    with console.heartbeat("writing pairs"):
         world.on_main(write)
 
 
@@ -407,16 +407,16 @@ def check_model(
         say(f"  it is not asked, of the first records: {in_one_line(dropped)}")
 
 
-def make_pairs(config: RunConfig, screen: Screen) -> None:
+def make_pairs(config: RunConfig, console: Console) -> None:
     """Write the preference records of `config.pairs`, and all responses with their scores."""
     match config.pairs.method:
         case PairsMethod.scores:
             with _only_start(config):
-                pairs_from_scores(config, screen.say)
+                pairs_from_scores(config, console.say)
         case PairsMethod.people:
-            label_pairs(config, screen.say, screen.show)
+            label_pairs(config, console.say, console.show)
         case PairsMethod.samples | PairsMethod.delta:
-            with joined_stages(config, screen, MEMORY_REMEDY, _only_start(config)) as stages:
+            with joined_stages(config, console, MEMORY_REMEDY, _only_start(config)) as stages:
                 pairs_from_models(config, stages)
 
 

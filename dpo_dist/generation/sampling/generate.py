@@ -228,7 +228,7 @@ def generate_together(
     is_broken = False
     with engine.generating(of_base=of_base) as causal_lm:
         for number in range(max(map(len, shares))):
-            stops.give_way()
+            stops.raise_if_stopping()
             if number >= len(own) and not synchronised:
                 continue
             indices = own[number] if number < len(own) else []
@@ -250,7 +250,7 @@ def generate_together(
                 is_broken = True
             else:
                 samples |= zip(indices, found, strict=False)
-    stops.give_way()  # the last responses may be cut
+    stops.raise_if_stopping()  # the last responses may be cut
     gathered = world.gather((samples, is_broken))
     if any(fault for _, fault in gathered):
         raise NotFiniteError

@@ -2,27 +2,24 @@
 
 import contextlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
-from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig, Offload, ParallelismKind, RunConfig
 from dpo_dist.data.records import PreferenceRecord, turns_of
-from dpo_dist.distributed.join import joined
 from dpo_dist.distributed.memory import explain_out_of_memory
-from dpo_dist.distributed.processes import Reports
 from dpo_dist.distributed.world import World
-from dpo_dist.distributed.zero import policy_config
+from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.files import collect_abandoned, content_digest, staged_file, text_digest
 from dpo_dist.generation.judges import Judge, open_judge
 from dpo_dist.generation.pairs.files import prompt_key, write_lines
 from dpo_dist.generation.sampling.generate import Sampling
 from dpo_dist.generation.sampling.respond import KEY, Generate, ModelSource, Responder, find_model, respond
+from dpo_dist.training.context import join
 
 _FAILED = "failed"
 
@@ -78,10 +75,6 @@ class Prompts:
         return Parts(self.root / f"{name}-{digest}", len(self.parts))
 
 
-Screen: TypeAlias = Any
-"""`insight.console.Console`, which is above this room; it prints on rank 0."""
-
-
 def as_asked(record: PreferenceRecord, data: DataConfig) -> PreferenceRecord:
     """Return a prompt as models are asked: a text as a user's message if `data.text_as_messages` is set."""
     return replace(record, prompt=turns_of(record.prompt, "user")) if data.text_as_messages else record
@@ -112,13 +105,13 @@ class Stages:
     """The processes that finish stages together; `remedy` if memory runs out. Methods are collective."""
 
     world: World
-    screen: Screen
+    console: Console
     remedy: str
 
     def finish(self, title: str, parts: Parts, work: Callable[[int], list[dict[str, Any]]]) -> Parts:
         """Finish all parts of a stage, which the processes share, with the progress of one; return them."""
         world, flag = self.world, parts.folder / _FAILED
-        with self.screen.heartbeat(f"{title}: looking for parts"):
+        with self.console.heartbeat(f"{title}: looking for parts"):
             unfinished = world.on_main(parts.open)
 
         own = unfinished[world.rank :: world.size]
@@ -136,7 +129,7 @@ class Stages:
                     flag.touch()
                 raise
 
-        with self.screen.progress(title, "part") as show:
+        with self.console.progress(title, "part") as show:
             show(0, len(own))
             world.together(my_parts)
         return parts
@@ -162,19 +155,19 @@ class Stages:
     def judge(self, config: RunConfig) -> tuple[Judge | None, dict[str, Any] | None]:
         """Return the judge on every rank and what it is, if there is one."""
         judge = self.world.together(lambda: open_judge(config, self.world.device))
-        with self.screen.heartbeat("looking for the judge"):
+        with self.console.heartbeat("looking for the judge"):
             return judge, None if judge is None else self.world.on_main(judge.describe)
 
     def found(self, name: str, config: RunConfig, key: str = KEY) -> ModelSource:
         """Return the files of a model on every rank; rank 0 downloads first."""
-        with self.screen.heartbeat(f"reading the files of {name} to identify it"):
+        with self.console.heartbeat(f"reading the files of {name} to identify it"):
             self.world.on_main(lambda: find_model(name, config, key))
             return self.world.together(lambda: find_model(name, config, key))
 
 
 @contextmanager
 def joined_stages(
-    config: RunConfig, screen: Screen, remedy: str, only: AbstractContextManager[Any]
+    config: RunConfig, console: Console, remedy: str, only: AbstractContextManager[Any]
 ) -> Iterator[Stages]:
     """Join the processes, each of which loads whole models; rank 0 enters `only`, a lock."""
     whole = replace(
@@ -183,9 +176,6 @@ def joined_stages(
         offload_parameters=Offload.none,
         offload_optimizer=Offload.none,
     )
-    deepspeed_config = policy_config(whole, config.optim, config.model.dtype)
-    stacks = RunFolder.of(config).rank_stacks(os.environ.get("RANK", "0"))
-    reports = Reports(screen.alarm, screen.say, stacks)
-    with ExitStack() as held, joined(deepspeed_config, config.parallelism.timeout_seconds, reports) as world:
+    with ExitStack() as held, join(replace(config, parallelism=whole), console) as world:
         world.on_main(lambda: held.enter_context(only))
-        yield Stages(world, screen, remedy)
+        yield Stages(world, console, remedy)

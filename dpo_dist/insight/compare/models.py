@@ -24,7 +24,8 @@ from dpo_dist.data.sources import pinned, source_labels
 from dpo_dist.distributed.checkpoint import MANIFEST
 from dpo_dist.distributed.export import export_checkpoint
 from dpo_dist.distributed.memory import return_memory
-from dpo_dist.distributed.zero import whole_loading
+from dpo_dist.distributed.zero import unsharded_loading
+from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import (
     collect_abandoned,
@@ -41,7 +42,7 @@ from dpo_dist.generation.pairs.files import describe_counts, good_records, promp
 from dpo_dist.generation.pairs.run import check_model, first_records, passed
 from dpo_dist.generation.sampling.generate import Request, Sample, Sampling, generate
 from dpo_dist.generation.sampling.respond import Answers, ModelSource, Responder, open_responder
-from dpo_dist.generation.sampling.stages import Parts, Prompts, Screen, Stages, as_asked, joined_stages
+from dpo_dist.generation.sampling.stages import Parts, Prompts, Stages, as_asked, joined_stages
 from dpo_dist.insight.compare.results import compares, comparison, judge_texts
 from dpo_dist.insight.compare.start import KEY, Compared
 from dpo_dist.model.exactness import StartCheck
@@ -128,12 +129,12 @@ class Speaker:
         if self.responder.longest is not None:
             longest = min(longest, self.responder.longest)
         world = self.stages.world
-        with whole_loading(world):
+        with unsharded_loading(world):
             packed = load_packed(self.source.folder, model_config, longest, world.device)
             if self.source.adapter is not None:
                 load_adapter(packed, self.source.adapter, KEY)
         packed.eval()
-        StartCheck(packed, packed, world.device, longest, KEY).settle()
+        StartCheck(packed, packed, world.device, longest, KEY).choose_arrangement()
         return packed
 
     def respond(self) -> None:
@@ -211,15 +212,15 @@ def response_logps(packed: PackedCausalLM, rows: Sequence[Answers], budget: int)
     return [next(sums) if ids else value for ids, value in zip(responses, without, strict=True)]
 
 
-def compare_models(config: RunConfig, models: Sequence[Compared], screen: Screen) -> dict[str, Any] | None:
+def compare_models(config: RunConfig, models: Sequence[Compared], console: Console) -> dict[str, Any] | None:
     """Write the responses of all models and the results; return the results on rank 0."""
     folder = RunFolder.of(config)
     # Two starts would write the same parts.
     only = locked(folder.comparison / folder.lock.name, "compares models in this run directory")
-    with joined_stages(config, screen, _REMEDY, only) as stages:
+    with joined_stages(config, console, _REMEDY, only) as stages:
         world = stages.world
-        with screen.heartbeat("reading prompts"):
-            found, labels = world.on_main(lambda: held_out(config, screen.say))
+        with console.heartbeat("reading prompts"):
+            found, labels = world.on_main(lambda: held_out(config, console.say))
         prompts = Prompts.of(folder.comparison_parts, found, PART_PROMPTS)
         judge, described = stages.judge(config)
         speakers = []
@@ -227,7 +228,7 @@ def compare_models(config: RunConfig, models: Sequence[Compared], screen: Screen
             source = stages.found(whole_model(model, folder.comparison_models, stages), config, KEY)
             source = replace(source, name=model.name)
             speakers.append(Speaker(model.path, source, config, stages, prompts))
-        _speak(speakers, screen)
+        _speak(speakers, console)
         judged = None
         if judge is not None:
 
@@ -242,8 +243,8 @@ def compare_models(config: RunConfig, models: Sequence[Compared], screen: Screen
 
             settings = {"responses": [one.responses.folder.name for one in speakers], "judge": described}
             judged = stages.finish("judgements", prompts.stage("judgements", settings), judgements)
-        with screen.heartbeat("writing the comparison"):
-            return world.on_main(lambda: _write(speakers, judge, judged, config, labels, screen))
+        with console.heartbeat("writing the comparison"):
+            return world.on_main(lambda: _write(speakers, judge, judged, config, labels, console))
 
 
 def whole_model(model: Compared, folder: Path, stages: Stages) -> str:
@@ -262,13 +263,13 @@ def whole_model(model: Compared, folder: Path, stages: Stages) -> str:
         export_checkpoint(checkpoint, written, own)
 
     if not stages.world.on_main(written.is_dir):
-        stages.screen.say(f"{model.name}: writing the weights of {model.path} as a model folder")
-        with stages.screen.heartbeat(f"writing {written}"):
+        stages.console.say(f"{model.name}: writing the weights of {model.path} as a model folder")
+        with stages.console.heartbeat(f"writing {written}"):
             stages.world.on_main(write)
     return str(written)
 
 
-def _speak(speakers: Sequence[Speaker], screen: Screen) -> None:
+def _speak(speakers: Sequence[Speaker], console: Console) -> None:
     """Finish responses and log-probs, one model at a time in memory: the base last, to score the others."""
     base, *others = speakers
     for speaker in (*others, base):
@@ -282,7 +283,7 @@ def _speak(speakers: Sequence[Speaker], screen: Screen) -> None:
         if speaker.responder.tokenizer.get_vocab().items() <= of_base:  # the same tokens
             speaker.base_logps = base.score(speaker)
         else:
-            screen.say(f"{speaker.name}: no KL to {base.name}, which has other token ids")
+            console.say(f"{speaker.name}: no KL to {base.name}, which has other token ids")
     base.free()
 
 
@@ -338,7 +339,7 @@ def _write(
     judged: Parts | None,
     config: RunConfig,
     labels: Mapping[str, str],
-    screen: Screen,
+    console: Console,
 ) -> dict[str, Any]:
     """Write both files and print what was dropped; on rank 0."""
     folder, settings, counts = RunFolder.of(config), config.compare, Counter[str]()
@@ -373,7 +374,7 @@ def _write(
     written: dict[str, Any] = for_json(results)
     write_text(folder.comparison_results, json.dumps(written, indent=1, ensure_ascii=False) + "\n")
     for line in describe_counts(counts + Counter(prompts=found["prompts"])) if +counts else []:
-        screen.say(line)
+        console.say(line)
     return written
 
 

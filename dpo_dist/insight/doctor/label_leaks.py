@@ -92,23 +92,18 @@ def leak_tests(differences: Sequence[Mapping[str, float]], prompts: Keys) -> lis
     for group, members in columns.items():
         kept = tested = members
         if group in _WORDS:
-            kept, tested = _of_words(table, members)
+            block = table[:, members]
+            counts, sums = block.getnnz(axis=0), np.abs(np.asarray(block.sum(axis=0)).ravel())
+            known = [at for at in range(len(members)) if counts[at] >= _MIN_WORD_PAIRS]
+            frequent = [at for at in known if counts[at] >= _MIN_DIFFERS * block.shape[0]]
+            frequent.sort(key=lambda at: -interval((counts[at] + sums[at]) / 2, int(counts[at]))[0])
+            kept, tested = [members[at] for at in known], [members[at] for at in frequent[:1]]
         if group not in _WORDS or different >= _FEWEST_PROMPTS_OF_GROUPS:
             names = vectorizer.feature_names_
             tests += [_test(table[:, [column]], prompts, names[column], group) for column in tested]
         if len(kept) > 1 and different >= _FEWEST_PROMPTS_OF_GROUPS:
             tests.append(_test(table[:, kept], prompts, group, group))
     return sorted(tests, key=lambda test: -test.accuracy)
-
-
-def _of_words(table: Matrix, columns: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Return the columns of words but for words of few pairs, and the most one-sided of the frequent ones."""
-    block = table[:, columns]
-    counts, sums = block.getnnz(axis=0), np.abs(np.asarray(block.sum(axis=0)).ravel())
-    kept = [at for at in range(len(columns)) if counts[at] >= _MIN_WORD_PAIRS]
-    frequent = [at for at in kept if counts[at] >= _MIN_DIFFERS * block.shape[0]]
-    frequent.sort(key=lambda at: -interval((counts[at] + sums[at]) / 2, int(counts[at]))[0])
-    return [columns[at] for at in kept], [columns[at] for at in frequent[:1]]
 
 
 def _test(block: Matrix, prompts: Keys, name: str, group: str) -> LeakTest:

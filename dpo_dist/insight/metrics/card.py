@@ -1,7 +1,8 @@
 """README.md of a trained model: metadata for the hub, results, data and settings."""
 
+import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from markupsafe import Markup
 from dpo_dist.config.identity import settings
 from dpo_dist.config.losses import KINDS, LossKind
 from dpo_dist.config.metrics import MAIN, PREFIX
-from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.config.schema import ExportedWeights, RunConfig, SourceConfig
+from dpo_dist.foundation.errors import warn_on_bug
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import counted, without_secrets
 from dpo_dist.insight.tables import evaluation_cells
+from dpo_dist.insight.verdict.rules import verdict
 
 Row = Mapping[str, Any]
 
@@ -151,3 +154,38 @@ def _training(config: RunConfig) -> list[tuple[Markup, Markup]]:
     if (adapter := config.model.adapter) is not None and adapter.path is not None:
         found["model.adapter"] = {**found["model.adapter"], "path": _model_name(adapter.path)}
     return [(code(key), code(value)) for key, value in found.items()]
+
+
+def run_card(
+    config: RunConfig,
+    rows: Sequence[Mapping[str, float]],
+    summary: dict[str, Any],
+    say: Callable[[str], None],
+    versions: Mapping[str, str],
+    loader: str,
+    *,
+    is_evaluated: bool,
+) -> str:
+    """Return the content of a model card, with a verdict; "", with a warning, after a bug in it.
+
+    `rows`: of log_history.json, up to the step of the model. `summary`: with `exit`, without `verdict`.
+    `loader`: the auto class of the model.
+    `is_evaluated`: whether the last evaluation of training is one of this model.
+    """
+    folder, evaluation, found = RunFolder.of(config), {}, [""]
+    with warn_on_bug("the model card", say):
+        judged = verdict(rows, summary, data_findings(folder))
+        results = folder.evaluation_of(LAST_EVALUATION).results
+        if is_evaluated and results.is_file():
+            evaluation = json.loads(results.read_text(encoding="utf-8"))
+        judged_summary = {**summary, "verdict": judged.as_dict()}
+        found = [model_card(config, judged_summary, evaluation, versions, loader)]
+    return found[0]
+
+
+def data_findings(folder: RunFolder) -> list[dict[str, Any]]:
+    """Return the doctor's findings about the data of this run; none if it was not asked."""
+    if not folder.doctor_report.is_file():
+        return []
+    found: list[dict[str, Any]] = json.loads(folder.doctor_report.read_text(encoding="utf-8"))["findings"]
+    return found

@@ -16,7 +16,6 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import psutil
 from accelerate.tracking import TensorBoardTracker
 
@@ -27,13 +26,13 @@ from dpo_dist.config.schema import DEFAULT_PROJECT, OtherTracker, RunConfig, Wan
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import ExitCode, RunOutcome, StoppedError, first_line
 from dpo_dist.foundation.text import without_secrets
-from dpo_dist.insight.metrics.log import best_rows
+from dpo_dist.objective.metrics import Values
+from dpo_dist.training.metrics_log import best_rows
 
 if TYPE_CHECKING:
     import wandb
 
 Row = Mapping[str, float]
-Margins = npt.NDArray[np.float32]
 Fields = Mapping[str, Any]
 Say = Callable[[str], None]
 Stop = Callable[[], None]
@@ -144,7 +143,7 @@ class WandbRun:
         for number, row in enumerate(self._rows):
             self._send(row, number)
 
-    def log(self, row: Row, margins: Margins | None = None) -> None:
+    def log(self, row: Row, margins: Values | None = None) -> None:
         """Send a row under the names of `wandb_names`, unless wandb has it: its step was computed twice."""
         self._rows.append(row)
         self._do(lambda: self._send(row, len(self._rows) - 1, margins))
@@ -154,7 +153,7 @@ class WandbRun:
         self._do(lambda: self._close(outcome, summary))
         end_service()
 
-    def _send(self, row: Row, number: int, margins: Margins | None = None) -> None:
+    def _send(self, row: Row, number: int, margins: Values | None = None) -> None:
         if place_of(row) <= self._received:
             return
         import wandb  # noqa: PLC0415
@@ -298,7 +297,7 @@ class InBackground:
         self._thread.start()
         self._is_open.wait(_OPEN_SECONDS)
 
-    def log(self, row: Row, margins: Margins | None = None) -> None:
+    def log(self, row: Row, margins: Values | None = None) -> None:
         """Send one metrics row later, in order."""
         self._calls.put(lambda run: run.log(row, margins))
 
@@ -344,7 +343,7 @@ class TensorBoard:
         for row in rows:
             self.log(row)
 
-    def log(self, row: Row, margins: Margins | None = None) -> None:  # noqa: ARG002
+    def log(self, row: Row, margins: Values | None = None) -> None:  # noqa: ARG002
         """Show a row under its names in W&B."""
         if place_of(row) > self._received:
             self._tracker.log(wandb_names(row), step=int(row["step"]))
@@ -364,7 +363,7 @@ class Trackers:
     def __init__(self, trackers: Sequence[Tracker] = (), say: Say = print):
         self._open, self._say = list(trackers), say
 
-    def log(self, row: Row, margins: Margins | None = None) -> None:
+    def log(self, row: Row, margins: Values | None = None) -> None:
         """Send one metrics row, and the margins of its evaluation; does not wait for a server."""
         self._each(lambda tracker: tracker.log(row, margins))
 

@@ -39,6 +39,11 @@ def write_comparison_page(folder: RunFolder, results: Row) -> None:
     prompts = [_prompt(row, results) for row in json_rows(folder.comparison_answers) if row]
     items, omitted = prompt_items(prompts, MOST_BYTES - _FRAME_BYTES)
     labels = Counter(label for shown in prompts[: len(items)] for label in shown.labels)
+    styles: list[list[object]] = []
+    for model in results["models"]:
+        style, ends = model["style"], model["style_intervals"]
+        cells = [estimate(style.get(each), ends.get(each), _scale(each)) for each in _STYLE]
+        styles.append([model["name"], *cells])
     html = page(
         "compare.jinja",
         "Comparison of models",
@@ -48,7 +53,7 @@ def write_comparison_page(folder: RunFolder, results: Row) -> None:
         overview=_overview(results, rates),
         picture=_picture(results),
         differences=_differences(results, rates),
-        style_of_responses=_style(results),
+        style_of_responses=(["model", *map(_title, _STYLE)], styles),
         items=items,
         omitted=omitted,
         labels=dict(sorted(labels.items())),
@@ -133,16 +138,6 @@ def _overview(results: Row, rates: Rates) -> Table:
     # The base has a KL of 0 and no win rate.
     kept = [0, *(at for at in range(1, len(head)) if any(row[at] for row in rows[1:]))]
     return [head[at] for at in kept], [[row[at] for at in kept] for row in rows]
-
-
-def _style(results: Row) -> Table:
-    """Return the style of the models' responses."""
-    rows: list[list[object]] = []
-    for model in results["models"]:
-        style, ends = model["style"], model["style_intervals"]
-        cells = [estimate(style.get(each), ends.get(each), _scale(each)) for each in _STYLE]
-        rows.append([model["name"], *cells])
-    return ["model", *map(_title, _STYLE)], rows
 
 
 def _rate(rate: tuple[float, Interval] | None) -> Markup:

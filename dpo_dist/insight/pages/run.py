@@ -16,7 +16,6 @@ from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import counted, duration, number, percent, size, without_secrets
 from dpo_dist.insight.doctor.findings import Level
 from dpo_dist.insight.evaluation import ALL, results_name
-from dpo_dist.insight.metrics.log import WORKS, Work, final_and_best, metrics_by_source, read_latest_rows
 from dpo_dist.insight.pages.charts import charts
 from dpo_dist.insight.pages.render import estimate, flat, page, part
 from dpo_dist.insight.pages.samples import samples_of
@@ -24,6 +23,8 @@ from dpo_dist.insight.tables import describe_reference
 from dpo_dist.insight.verdict.facts import ACCURACY, MARGIN, RunFacts, last
 from dpo_dist.insight.verdict.rules import RULES
 from dpo_dist.objective.metrics import ENTROPIES, PAIR_METRICS
+from dpo_dist.training.clock import WORKS, Work
+from dpo_dist.training.metrics_log import final_and_best, metrics_by_source, read_latest_rows
 
 Fields = Mapping[str, Any]
 Table = tuple[list[str], list[list[object]]]

@@ -1,23 +1,17 @@
 """Facts of a run that the verdict's rules compare: metrics rows, summary, findings about the data."""
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import median
 from typing import Any, NamedTuple
 
 from dpo_dist.config.losses import KINDS
 from dpo_dist.foundation import text
+from dpo_dist.training.metrics_log import finite
 
 Row = Mapping[str, float]
 Fields = Mapping[str, Any]
 ACCURACY, MARGIN = "rewards/accuracies", "rewards/margins"
-
-_SPIKE_ROWS, _FEWEST_ROWS, _EXCURSION = 100, 50, 5.0
-_COLLAPSED_NATS = 50.0
-_EQUAL = 1e-9
-"""Relative difference of means that only rounding makes different."""
 
 
 class Accuracy(NamedTuple):
@@ -128,47 +122,11 @@ class RunFacts:
         return {MARGIN: 2 * beta * math.sqrt(2 / pairs) * rms, "distance/chosen": drift["mean_token_drift"]}
 
 
-def usual_loss(rows: Sequence[Row], row: Row) -> float | None:
-    """Return the median loss before a row after `rows`, if the row is a spike.
-
-    A spike is above the median of the last 100 losses (at least 50) by more than five times the largest among
-    them, and by more than that median and the first loss.
-    """
-    logged = (float(row["loss"]) for row in reversed(rows) if finite(row, "loss") is not None)
-    before = list(itertools.islice(logged, _SPIKE_ROWS))
-    loss = finite(row, "loss")
-    # Seldom true, and a median of every window is slow.
-    if loss is None or len(before) < _FEWEST_ROWS or loss <= max(before):
-        return None
-    usual = median(before)
-    least = max(_EXCURSION * (max(before) - usual), abs(usual), abs(first(rows, "loss") or 0))
-    return usual if loss - usual > least else None
-
-
-def is_collapsed(row: Row) -> bool:
-    """Return whether the policy of a step has no gradient, and gives responses no usable probability.
-
-    Every token has the same probability, or that of responses is far below any guess. A satisfied loss
-    (hinge, ipo) has no gradient either, but its policy still prefers some tokens.
-    """
-    chosen, rejected = (finite(row, f"logps/{side}_per_token") for side in ("chosen", "rejected"))
-    if row.get("grad_norm") != 0 or chosen is None:
-        return False
-    is_uniform = rejected is not None and abs(chosen - rejected) <= _EQUAL * abs(chosen)
-    return is_uniform or chosen < -_COLLAPSED_NATS
-
-
 def evaluation_rows(rows: Iterable[Row]) -> list[Row]:
     """Return the rows of evaluations, also of that before the first step, with keys without `eval_`."""
     return [
         {key.removeprefix("eval_"): value for key, value in row.items()} for row in rows if "eval_loss" in row
     ]
-
-
-def finite(row: Row, key: str) -> float | None:
-    """Return the value of a row, or None if it is missing or not finite."""
-    value = row.get(key)
-    return value if value is not None and math.isfinite(value) else None
 
 
 def pooled(

@@ -20,15 +20,14 @@ from dpo_dist.insight.verdict.facts import (
     Row,
     RunFacts,
     evaluation_rows,
-    finite,
     first,
-    is_collapsed,
     last,
     mean,
     number,
     pooled,
     values,
 )
+from dpo_dist.training.metrics_log import finite, is_collapsed
 
 MOST_FINDINGS = 5
 NOTHING_TO_JUDGE = "nothing to judge, as no metrics row of a training step was written (trainer.log_every)"

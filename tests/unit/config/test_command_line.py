@@ -16,10 +16,10 @@ import pytest
 import dpo_dist
 from dpo_dist.config import command_line
 from dpo_dist.config.command_line import explain, run_verb, usage
-from dpo_dist.config.fields import EVERY_VERB
-from dpo_dist.config.keys import all_keys, section_meanings
-from dpo_dist.config.load import group_folders, load_run_config
+from dpo_dist.config.keys import all_keys, group_folders, section_meanings
+from dpo_dist.config.load import load_run_config
 from dpo_dist.config.rules import keys_of
+from dpo_dist.config.verbs import EVERY_VERB
 from tests.support import tiny_verb
 
 ROOT = Path(__file__).parents[3]

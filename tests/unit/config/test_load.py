@@ -7,7 +7,8 @@ import hydra
 import pytest
 
 from dpo_dist.config.identity import run_digest
-from dpo_dist.config.load import config_dir, from_yaml, to_yaml
+from dpo_dist.config.keys import config_dir
+from dpo_dist.config.load import from_yaml, to_yaml
 from dpo_dist.config.losses import LossKind, LossTermConfig, SyncReferenceConfig
 from dpo_dist.config.schema import (
     NO_MODEL,
@@ -212,6 +213,7 @@ def test_hydra_composes_lists_of_defaults_and_packages_of_an_own_folder() -> Non
         experiment__base="# @package _global_\noptim: {lr: 3e-6}\ntrainer: {seed: 1, epochs: 3}\n",
         experiment__mine="# @package _global_\ndefaults: [base, override /loss: softer]\ntrainer: {seed: 2}",
         experiment__plain="defaults: [base, _self_]\nloss: softer\ntrainer.seed: 4\n",
+        experiment__above="defaults: [plain]\ntrainer: {seed: 6}\n",
         cluster__a="# @package _global_\nparallelism: {kind: zero2}\n",
         cluster__b="# @package _global_\nreference.offload: cpu\ndefaults: [{override /tracking: 'off'}]\n",
         samples__many="prompts: 64\n",
@@ -223,7 +225,11 @@ def test_hydra_composes_lists_of_defaults_and_packages_of_an_own_folder() -> Non
     assert (config.trainer.seed, config.trainer.epochs, config.samples.prompts) == (2, 3, 64)
     of_clusters = config.parallelism.kind, config.reference.offload, config.tracking.wandb
     assert of_clusters == ("zero2", "cpu", "off")
-    seed, loss = [configured(f"--config-dir conf +experiment=plain {more}") for more in ("", "loss=simpo")]
+    seed, loss, above = [
+        configured(f"--config-dir conf {words}")
+        for words in ("+experiment=plain", "+experiment=plain loss=simpo", "+experiment=above")
+    ]
+    assert (above.loss.beta, above.trainer.seed, above.trainer.epochs) == (0.05, 6, 3), "files in files"
     assert (seed.trainer.seed, seed.trainer.epochs, seed.loss.beta) == (4, 3, 0.05)
     assert (loss.loss.kind, loss.loss.beta) == ("simpo", 2.0)
     config = configured("--config-dir conf loss=slow")
@@ -252,13 +258,17 @@ def test_a_wrong_key_is_named_with_the_file_that_hydra_composed() -> None:
         assert f"{place}.yaml" in text
     write(experiment__mine="defaults: [gone]\n")
     assert "there is no experiment named 'gone'" in error_of("--config-dir conf +experiment=mine").block()
+    write(trainer__mine="max_steps: [1\n")
+    assert 'trainer/mine.yaml", line 2' in error_of("--config-dir conf trainer=mine").block()
+    write(loss__mine="betta: 1\n")
+    assert error_of("--config-dir conf loss=mine").where == "loss.betta in loss/mine.yaml"
 
 
 @pytest.mark.parametrize(
     ("content", "text"),
     [
         ("hydra: {run: {dir: x}}\n", "there is no key 'hydra'"),
-        ("defaults: [{override /loss: ipo}]\n", "an experiment with defaults begins with"),
+        ("defaults: [base, {loss: gone}]\n", "there is no experiment named 'base'"),
         ("defaults: [mine]\n", "cannot be composed"),
     ],
 )

@@ -76,6 +76,7 @@ MISTYPED = [
     # What is not offered has an answer that says what is.
     *((f"{key}=kto", "on pairs write loss=bco_pair") for key in ("loss", "loss_type", "stage", "rl")),
     ("pref_loss=kto_pair", "on pairs write loss=bco_pair"),
+    ("pref_loss=sigmoid_sft", "write loss=sigmoid_sft"),
     ("loss=apo_zero_unpaired", "on pairs write loss=apo_zero,"),
     ("loss.kind=kto", "single responses with a label"),
     ("rl=simpo", "write loss=simpo"),

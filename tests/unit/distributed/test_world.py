@@ -18,7 +18,7 @@ from dpo_dist.config.schema import AttentionBackend, Dtype, OptimConfig, Paralle
 from dpo_dist.distributed import join as joined_module
 from dpo_dist.distributed.join import joined, start_world
 from dpo_dist.distributed.processes import Peer
-from dpo_dist.distributed.world import GivenWay, Stops, World
+from dpo_dist.distributed.world import Interrupted, Stops, World
 from dpo_dist.distributed.zero import policy_config
 from dpo_dist.foundation.errors import ConfigError, StoppedError
 from dpo_dist.foundation.process import BY_STEPS, BY_TRACKER, PROGRESS, StopRequest, check_launch
@@ -104,10 +104,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Stops:
 
 def test_work_ends_only_when_a_rank_is_asked(asked: Stops) -> None:
     asked.check()
-    asked.give_way()
+    asked.raise_if_stopping()
     asked.request.ask("SIGUSR1")
-    with pytest.raises(GivenWay):
-        asked.give_way()
+    with pytest.raises(Interrupted):
+        asked.raise_if_stopping()
     with pytest.raises(StoppedError, match="stopped: by SIGTERM, SIGUSR1 before the first step"):
         asked.check()
     assert asked.agreed == "SIGTERM, SIGUSR1"

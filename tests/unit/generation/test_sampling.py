@@ -32,7 +32,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord, Response
-from dpo_dist.distributed.world import GivenWay, Stops
+from dpo_dist.distributed.world import Interrupted, Stops
 from dpo_dist.foundation.process import StopRequest
 from dpo_dist.generation.pairs.files import pair_fields, write_results
 from dpo_dist.generation.pairs.rounds import merge_adapter
@@ -169,7 +169,7 @@ def test_a_stop_is_answered_at_the_next_token(model: Any) -> None:
 
     engine: Any = SimpleNamespace(is_synchronised=False, generating=lambda of_base: nullcontext(model))
     stops = Stops(request, ALONE)
-    with model.lm_head.register_forward_hook(asked_at_the_third), pytest.raises(GivenWay):
+    with model.lm_head.register_forward_hook(asked_at_the_third), pytest.raises(Interrupted):
         generate_together(engine, requests(), Sampling(50), [RARE], 10**6, stops)
     assert next(forwards) == 4
 

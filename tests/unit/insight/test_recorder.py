@@ -5,20 +5,28 @@ from unittest import mock
 
 import pytest
 
-from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import FolderConfig, ModelConfig, RunConfig
+from dpo_dist.foundation.console import Console, LineScreen
+from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.insight import recorder as recorder_module
-from dpo_dist.insight.metrics.log import MetricsLog
 from dpo_dist.insight.metrics.trackers import Trackers
 from dpo_dist.insight.recorder import Recorder
+from dpo_dist.training.context import Run
+from dpo_dist.training.metrics_log import MetricsLog
+from tests.support.alone import ALONE
+
+SUMMARY = {"final": {}, "best": {}, "steps": 2}
 
 
 class Opened:
     """A recorder with a tracker that keeps its calls."""
 
     def __init__(self, run: Path) -> None:
-        self.tracker, self.said, self.folder = mock.Mock(), list[str](), RunFolder(run)
-        log = MetricsLog.open(self.folder, None, print)
-        self.recorder = Recorder(log, Trackers([self.tracker]), self.said.append)
+        self.tracker, self.said = mock.Mock(), list[str]()
+        config = RunConfig(model=ModelConfig("somewhere"), run=FolderConfig(str(run)))
+        of_run = Run(config, ALONE, Console(LineScreen(self.said.append)))
+        log = MetricsLog.open(of_run.folder, None, print)
+        self.recorder = Recorder(of_run, log, Trackers([self.tracker]))
 
 
 def sampled(step: int, **values: float) -> dict[str, float]:
@@ -28,9 +36,9 @@ def sampled(step: int, **values: float) -> dict[str, float]:
 
 def test_an_alarm_is_raised_when_samples_begin_to_degrade(tmp_path: Path) -> None:
     opened = Opened(tmp_path)
-    opened.recorder.record({"step": 1, "loss": 0.6})
+    opened.recorder.row({"step": 1, "loss": 0.6})
     for step, length in ((2, 20.0), (4, 70.0), (6, 80.0), (8, 20.0), (10, 90.0)):
-        opened.recorder.record(sampled(step, length=length))
+        opened.recorder.row(sampled(step, length=length))
     [first, again] = opened.said
     assert first.startswith("warning: over-optimised after step 4: sampled responses are 3.5x longer")
     assert again.startswith("warning: over-optimised after step 10")
@@ -44,11 +52,11 @@ def test_a_bug_in_a_report_ends_no_run_but_a_full_disk_does(
     for name in ("draw_curves", "write_page", "sample_alarm"):
         monkeypatch.setattr(recorder_module, name, mock.Mock(side_effect=ZeroDivisionError))
     opened = Opened(tmp_path)
-    opened.recorder.record(sampled(2))
-    opened.recorder.close({"exit": "completed"})
+    opened.recorder.row(sampled(2))
+    opened.recorder.close(SUMMARY, RunOutcome.completed)
     assert [row["step"] for row in opened.recorder.metrics.rows] == [2]
-    assert ["is missing because of a bug" in text for text in opened.said] == [True] * 3
+    assert ["is missing because of a bug" in text for text in opened.said[:3]] == [True] * 3
     assert opened.tracker.finish.mock_calls[0].args[0] == "completed"
     monkeypatch.setattr(recorder_module, "write_page", mock.Mock(side_effect=OSError(28, "No space left")))
     with pytest.raises(OSError, match="No space"):
-        opened.recorder.close({"exit": "completed"})
+        opened.recorder.close(SUMMARY, RunOutcome.completed)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_dist.insight.verdict.facts import usual_loss
 from dpo_dist.insight.verdict.rules import RULES, Verdict, sample_alarm, verdict
+from dpo_dist.training.metrics_log import usual_loss
 
 STEPS = 20
 SETTINGS = {"loss.kind": "sigmoid", "loss.beta": 0.1, "optim.lr": 1e-6}

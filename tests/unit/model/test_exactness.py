@@ -53,7 +53,7 @@ def tiny(model_type: str = "llama", **own: Any) -> PackedCausalLM:
 
 def settled_check(model: PackedCausalLM, longest: int = 64, **options: Any) -> StartCheck:
     check = StartCheck(model, options.pop("score", model), CPU, longest, **options)
-    check.settle()
+    check.choose_arrangement()
     return check
 
 

@@ -18,8 +18,9 @@ from dpo_dist.config.schema import (
     RunConfig,
 )
 from dpo_dist.distributed.export import export_checkpoint
+from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.insight.console import Console
+from dpo_dist.insight.metrics.card import run_card
 from dpo_dist.model.folder import start_folder
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.training.finish import export_model
@@ -48,7 +49,7 @@ def test_a_changed_adapter_is_refused_where_it_becomes_part_of_the_result(tmp_pa
     (checkpoint / "state.json").write_text(json.dumps(state))
     write_sft_adapter(base, sft, seed=4)
     with pytest.raises(ConfigError, match="started from has changed") as refused:
-        export_model(config, checkpoint, tmp_path / "out", Console(None))
+        export_model(config, checkpoint, tmp_path / "out", Console(None), run_card)
     assert "model.adapter.path" in refused.value.where
     assert not (tmp_path / "out").exists()
 

@@ -21,14 +21,8 @@ from dpo_dist.config.load import load_run_config
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import LearningRateSchedule, OptimConfig, TrainerConfig
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.training.loop import (
-    best_after,
-    check_keep_best,
-    check_warmup,
-    count,
-    ending_error,
-    learning_rate,
-)
+from dpo_dist.training.health import best_after, check_keep_best, count, ending_error
+from dpo_dist.training.schedule import check_warmup, learning_rate
 from dpo_dist.training.state import BestCheckpoint, Position
 from dpo_dist.training.step import StepTotals
 

@@ -11,15 +11,16 @@ from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, DpoDistError, RunOutcome
 from dpo_dist.foundation.files import locked
-from dpo_dist.insight.console import Console
-from dpo_dist.insight.metrics.log import MetricsLog
 from dpo_dist.training.check import rehearse
+from dpo_dist.training.context import Run
+from dpo_dist.training.directory import find_start
 from dpo_dist.training.inputs import load_inputs
+from dpo_dist.training.metrics_log import MetricsLog
 from dpo_dist.training.preflight import check_start, started
 from dpo_dist.training.resume import RunState, length_of, write_state
-from dpo_dist.training.start import Run, find_start
 from tests.support import tiny
 from tests.support.alone import ALONE
 from tests.support.families import tiny_family
@@ -227,7 +228,7 @@ MISFITS = [
 def start_without_digests(monkeypatch: pytest.MonkeyPatch) -> None:
     # A world without DeepSpeed loads inputs, as far as the digests of the model's files.
     monkeypatch.setattr("dpo_dist.training.inputs.digest_on_every_node", None)
-    monkeypatch.setattr("dpo_dist.training.inputs.whole_loading", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr("dpo_dist.training.inputs.unsharded_loading", lambda _: contextlib.nullcontext())
 
 
 @pytest.mark.parametrize(("family", "option", "named", "told"), MISFITS)

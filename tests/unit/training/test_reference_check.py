@@ -16,12 +16,12 @@ from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, RunConfig, So
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import PreferenceDataset, collate, open_dataset
 from dpo_dist.distributed.world import World
+from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ReferenceModelError
-from dpo_dist.insight.console import Console
 from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
+from dpo_dist.training.context import Run
 from dpo_dist.training.reference import check_drift
-from dpo_dist.training.start import Run
 from dpo_dist.training.step import Objective
 from tests.support import tiny
 from tests.support.packing import COSTS

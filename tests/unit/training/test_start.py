@@ -19,27 +19,27 @@ from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import AdapterConfig, FolderConfig, ModelConfig, Resume, RunConfig, TrainerConfig
 from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver
+from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome
 from dpo_dist.foundation.files import staged_file, temporary_name, write_text
-from dpo_dist.insight.console import Console
-from dpo_dist.insight.metrics.log import MetricsLog
-from dpo_dist.insight.metrics.trackers import Trackers
+from dpo_dist.insight.pages.run import write_page
 from dpo_dist.insight.recorder import Recorder
+from dpo_dist.training.context import Run
+from dpo_dist.training.directory import (
+    check_disk_room,
+    describe_run,
+    find_start,
+    lock_directory,
+    mark_started,
+)
 from dpo_dist.training.finish import finish, write_lost_files
+from dpo_dist.training.metrics_log import MetricsLog
 from dpo_dist.training.resume import (
     RunState,
     check_identity,
     length_of,
     read_state,
     write_state,
-)
-from dpo_dist.training.start import (
-    Run,
-    check_disk_room,
-    describe_run,
-    find_start,
-    locked,
-    mark_started,
 )
 from tests.support.alone import ALONE
 from tests.support.one_weight import Run as Saves
@@ -95,8 +95,8 @@ def folder(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path)
 
 
-def recorder_in(folder: RunFolder) -> Recorder:
-    return Recorder(MetricsLog.open(folder, 4), Trackers(), print)
+def recorder_of(run: Run) -> Recorder:
+    return Recorder(run, MetricsLog.open(run.folder, 4))
 
 
 @pytest.mark.parametrize("content", ["{", '{"outcome": "won", "step": 1, "identity": {}}'])
@@ -151,9 +151,10 @@ def test_changed_inputs_are_refused_by_name(folder: RunFolder) -> None:
 
 
 def test_a_start_removes_the_summary_of_an_earlier_one(folder: RunFolder) -> None:
-    recorder_in(folder).close({**SUMMARY, "exit": "preempted"})
+    run = run_in(folder.path)
+    recorder_of(run).close(SUMMARY, RunOutcome.preempted)
     assert ">preempted<" in folder.report.read_text()
-    mark_started(run_in(folder.path), {}, state_of(RunOutcome.started))
+    mark_started(run, {}, state_of(RunOutcome.started), write_page)
     assert read_state(folder) == state_of(RunOutcome.started)
     assert not folder.summary.exists()
     assert ">preempted<" not in folder.report.read_text()
@@ -164,7 +165,7 @@ def test_a_start_at_step_0_removes_the_samples_of_an_earlier_one(step: int, fold
     """They may be of another model."""
     folder.samples.mkdir()
     folder.samples_reference.touch()
-    mark_started(run_in(folder.path), {}, replace(state_of(RunOutcome.started), step=step))
+    mark_started(run_in(folder.path), {}, replace(state_of(RunOutcome.started), step=step), write_page)
     assert folder.samples_reference.exists() == (step > 0)
 
 
@@ -182,9 +183,9 @@ def test_steps_below_0_are_an_error(folder: RunFolder) -> None:
 
 def test_the_report_of_a_complete_run_is_written_and_its_lost_files_again(folder: RunFolder) -> None:
     save_checkpoint(folder, 4)
-    run, recorder = run_in(folder.path, keep_last=0), recorder_in(folder)
-    completed = state_of(RunOutcome.completed)
-    recorder.record({"step": 4, "loss": 0.5})
+    run = run_in(folder.path, keep_last=0)
+    recorder, completed = recorder_of(run), state_of(RunOutcome.completed)
+    recorder.row({"step": 4, "loss": 0.5})
     finish(run, completed, recorder, SUMMARY)
     summary = json.loads(folder.summary.read_text())
     assert summary.pop("verdict")["findings"] == []
@@ -197,7 +198,7 @@ def test_the_report_of_a_complete_run_is_written_and_its_lost_files_again(folder
     for lost in ((folder.log_history, folder.summary, folder.report), (folder.metrics_table,)):
         for file in lost:
             file.unlink()
-        write_lost_files(run, replace(completed, summary=SUMMARY))
+        write_lost_files(run, replace(completed, summary=SUMMARY), Recorder)
         assert folder.report.is_file()
         assert {file: file.read_text() for file in files} == before
         assert f"written again: {', '.join(file.name for file in lost)}" in lines_of(run)
@@ -206,7 +207,7 @@ def test_the_report_of_a_complete_run_is_written_and_its_lost_files_again(folder
 def test_the_verdict_reads_the_findings_of_the_doctor(folder: RunFolder) -> None:
     write_text(folder.doctor_report, '{"findings": [{"rule": "doubled_bos", "level": "error"}]}')
     run = run_in(folder.path)
-    finish(run, state_of(RunOutcome.completed), recorder_in(folder), SUMMARY)
+    finish(run, state_of(RunOutcome.completed), recorder_of(run), SUMMARY)
     sentence = "faults in the data"
     assert json.loads(folder.summary.read_text())["verdict"]["sentence"].startswith(sentence)
     assert any(line.startswith(f"verdict: {sentence}") for line in lines_of(run))
@@ -231,13 +232,16 @@ def test_a_lock_holds_until_the_start_ends_and_files_of_a_killed_one_are_removed
     for file in of_killed:
         file.touch()
         os.utime(file, (0, 0))
-    with staged_file(folder.samples_file(3)) as own, locked(run_in(folder.path)):
+    with staged_file(folder.samples_file(3)) as own, lock_directory(run_in(folder.path)):
         assert own.exists(), "this process still writes it"
         own.touch()
         assert [file.exists() for file in of_killed] == [False] * 5
-        with pytest.raises(ConfigError, match="another process is training"), locked(run_in(folder.path)):
+        with (
+            pytest.raises(ConfigError, match="another process is training"),
+            lock_directory(run_in(folder.path)),
+        ):
             pass
-    with locked(run_in(folder.path)):
+    with lock_directory(run_in(folder.path)):
         pass
 
 

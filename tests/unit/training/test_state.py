@@ -6,9 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dpo_dist.insight.metrics.log import PHASES
-from dpo_dist.training.state import LogWindow, WorkClock
-from dpo_dist.training.step import StepClock
+from dpo_dist.training.clock import PHASES, StepClock, WorkClock
+from dpo_dist.training.state import LogWindow
 
 PEAK = 100.0
 

@@ -8,11 +8,11 @@ import numpy as np
 from dpo_dist.config.schema import DataConfig, FolderConfig, ModelConfig, RunConfig, SourceConfig
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
+from dpo_dist.foundation.console import Console
+from dpo_dist.generation.samples import SamplePrompt, Samples, choose_prompts, lines
 from dpo_dist.generation.sampling.generate import Request, Sampling
 from dpo_dist.generation.sampling.respond import find_stop_ids
-from dpo_dist.insight.console import Console
-from dpo_dist.training.samples import SamplePrompt, Samples, choose_prompts, lines
-from dpo_dist.training.start import Run
+from dpo_dist.training.context import Run
 from tests.support import tiny
 from tests.support.alone import ALONE
 from tests.support.records import jsonl

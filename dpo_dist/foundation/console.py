@@ -1,4 +1,4 @@
-"""Console of a run: progress and results on rank 0; the output of libraries is in logs/rank-N.log."""
+"""Console of a verb: progress and results on rank 0; the output of libraries is in logs/rank-N.log."""
 
 import contextlib
 import faulthandler
@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
+from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console as RichConsole
@@ -21,14 +22,11 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column
 from rich.text import Text
 
-from dpo_dist.config.metrics import MAIN, METRICS, PREFIX
-from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import ConsoleConfig, ConsoleStyle
 from dpo_dist.foundation.errors import DpoDistError
 from dpo_dist.foundation.files import for_json
-from dpo_dist.foundation.process import beating
+from dpo_dist.foundation.process import call_periodically
 from dpo_dist.foundation.streams import SafeStream, output_descriptor, output_of_objects, printable_lines
-from dpo_dist.foundation.text import counted, duration, percent, size, without_secrets
+from dpo_dist.foundation.text import counted, duration, percent, without_secrets
 
 Fields = Mapping[str, Any]
 
@@ -43,15 +41,8 @@ _STYLES = {"error": "bold red", "warning": "yellow"}
 """Of a line on a terminal, by its first word."""
 _TIMED = ("message", "progress", "evaluation", "error")
 """Kinds whose lines begin with date and time in a scheduler's log file; results do not."""
-_TRAINING = "training"
-_IN_LINE = ("rewards/margins", "pairs_per_second", "mfu")
-
-
-def _in_words(name: str, value: float) -> str:
-    """Return "loss 0.6931", "MFU 41 %", "161.7 pairs/s"."""
-    metric = METRICS[name]
-    words = (metric.form(value), metric.title)
-    return " ".join(words if name == "pairs_per_second" else reversed(words))
+TRAINING = "training"
+"""The work whose last state stays on a terminal."""
 
 
 class LineScreen:
@@ -118,7 +109,7 @@ class LiveScreen(LineScreen):
                 auto_refresh=False,
                 redirect_stdout=False,
                 redirect_stderr=False,
-                transient=content["work"] != _TRAINING,
+                transient=content["work"] != TRAINING,
             )
             self._live.add_task(line, total=None if share is None else 1, completed=share or 0)
             self._live.start()
@@ -145,11 +136,11 @@ class Terminal(RichConsole):
         return False
 
 
-def open_screen(messages: SafeStream, objects: SafeStream, settings: ConsoleConfig) -> LineScreen:
-    """Return the screen that `settings` asks for: messages for people, objects for programs."""
-    if settings.style is ConsoleStyle.json:
+def open_screen(messages: SafeStream, objects: SafeStream, style: str) -> LineScreen:
+    """Return the screen of a `console.style`: messages for people, objects for programs."""
+    if style == "json":
         return JsonScreen(partial(_print, objects))
-    if settings.style is ConsoleStyle.auto and messages.isatty():
+    if style == "auto" and messages.isatty():
         terminal = Terminal(file=messages, highlight=False)  # type: ignore[arg-type]  # has all that is used
         if terminal.is_terminal and not terminal.is_dumb_terminal:
             return LiveScreen(terminal)
@@ -200,48 +191,15 @@ class Console:
         for screen in self._shown:
             screen.print(kind, content, lines)
 
-    def row(self, row: Mapping[str, float], steps: int) -> None:
-        """Show a metrics row of a run of so many steps; evaluations are always printed."""
-        measured = (name for name in (*MAIN, "pairs_per_second") if PREFIX + name in row)
-        parts = [_in_words(name, row[PREFIX + name]) for name in measured]
-        if (length := row.get("eval_samples/length")) is not None:
-            parts.append(f"samples of {length:,.0f} tokens")
-        if (finished := row.get("eval_samples/finished")) is not None:
-            parts.append(f"{percent(finished)} of them finished")
-        line = f"step {int(row['step']):,}/{steps:,}  evaluation: {', '.join(parts)}"
-        is_evaluation = any(name.startswith(PREFIX) for name in row)
-        kind, lines = ("evaluation", [line]) if is_evaluation else ("step", [])
-        for screen in self._shown:
-            screen.print(kind, row, lines)
-
     def is_due(self) -> bool:
-        """Return whether it is time for `training`."""
+        """Return whether it is time for `show_progress`."""
         return time.monotonic() >= min(screen.due or 0.0 for screen in self._shown)
 
-    def training(
-        self,
-        step: int,
-        steps: int,
-        values: Mapping[str, float],
-        seconds_left: float | None = None,
-        *,
-        always: bool = False,
-    ) -> None:
-        """Show the state of the training where it is due, or `always`; `values` are as in a metrics row.
+    def show_progress(self, content: Fields, line: str, *, always: bool = False) -> None:
+        """Show the state of a work where it is due, or `always`.
 
-        The most important ones come first, as a narrow terminal cuts the end of the line.
+        `content`: `work`, `unit`, `done`, `total`, `share` (None: not known) and `seconds_left`.
         """
-        parts = [f"step {step:,}/{steps:,}"]
-        parts += [_in_words(name, values[name]) for name in ("loss", "rewards/accuracies") if name in values]
-        if seconds_left is not None and step < steps:
-            parts.append(f"{duration(seconds_left)} left")
-        parts += [_in_words(name, values[name]) for name in _IN_LINE if name in values]
-        if (peak := values.get("memory/peak_bytes")) is not None:
-            parts.append(size(peak))
-        content = {"work": _TRAINING, "unit": "step", "done": step, "total": steps, "share": step / steps}
-        self._progress({**content, "seconds_left": seconds_left}, "  ".join(parts), always=always)
-
-    def _progress(self, content: Fields, line: str, *, always: bool = False) -> None:
         now = time.monotonic()
         for screen in self._shown:
             if always or screen.due is None or now >= screen.due:
@@ -259,7 +217,7 @@ class Console:
                 due = seconds + _HEARTBEAT_SECONDS
                 self.say(f"{work}: {duration(seconds)} so far")
 
-        with beating(beat):
+        with call_periodically(beat):
             yield
 
     @contextlib.contextmanager
@@ -289,21 +247,20 @@ class Console:
                 left = seconds / share - seconds if share and seconds >= 1 else None
                 parts += [f"{duration(left)} left"] if left else []
                 content = {"work": title, "unit": unit, "done": done, "total": total, "share": share}
-                self._progress({**content, "seconds_left": left}, ", ".join(parts))
+                self.show_progress({**content, "seconds_left": left}, ", ".join(parts))
 
         with self.until_end():
             yield show
 
 
-def console_on(stream: TextIO, settings: ConsoleConfig) -> Console:
+def console_on(stream: TextIO, style: str) -> Console:
     """Return a console that prints to `stream`, and JSON objects to standard output."""
-    screen = open_screen(SafeStream(stream), SafeStream(output_of_objects()), settings)
-    return Console(screen)
+    return Console(open_screen(SafeStream(stream), SafeStream(output_of_objects()), style))
 
 
-def print_text(kind: str, text: str, settings: ConsoleConfig) -> None:
+def print_text(kind: str, text: str, style: str) -> None:
     """Print a text to standard output, as lines or as the field `text` of a JSON object."""
-    console_on(sys.stdout, settings).result(kind, {"text": text}, text.splitlines())
+    console_on(sys.stdout, style).result(kind, {"text": text}, text.splitlines())
 
 
 @contextlib.contextmanager
@@ -319,19 +276,18 @@ def warnings_off() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def open_console(folder: RunFolder, settings: ConsoleConfig | None = None) -> Iterator[Console]:
-    """Redirect standard output and error of this process, including C libraries, to its log file.
+def open_console(rank_log: Callable[[str], Path], style: str = "auto") -> Iterator[Console]:
+    """Redirect standard output and error of this process, including C libraries, to `rank_log` of its rank.
 
     The yielded console prints to the screen. Enter it before heavy imports, to redirect their output too. On
     exit the streams are restored; an exception is also written to the log, if the disk is not full.
     """
     rank = os.environ.get("RANK", "0")
-    log_file = folder.rank_log(rank)
+    log_file = rank_log(rank)
     log_file.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
-    settings = settings or ConsoleConfig()
     # A line at a time: lines of several processes do not mix.
     own = (os.fdopen(os.dup(number), "w", buffering=1) for number in (output_descriptor(), 2))
     objects, messages = map(SafeStream, own)
@@ -340,7 +296,7 @@ def open_console(folder: RunFolder, settings: ConsoleConfig | None = None) -> It
         os.dup2(log.fileno(), 2)
         faulthandler.enable(2)  # a crash of native code, or of a mapped file that was cut, leaves its stack
         try:
-            screen = open_screen(messages, objects, settings)
+            screen = open_screen(messages, objects, style)
             console = Console(screen if rank == "0" else None, screen)
             with _logging_to(sys.stderr), console.until_end():
                 yield console

@@ -1,23 +1,14 @@
-"""Files of a run that grow with it: metrics rows as JSON and CSV, summary.json, environment.json."""
+"""The metrics rows of a run, in files that grow with it: JSON and CSV; and what its summary has of them."""
 
-import contextlib
 import csv
-import importlib.metadata
 import io
 import json
-import logging
 import math
-import platform
-import shlex
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
-
-import psutil
-import torch
+from statistics import median
+from typing import Any
 
 from dpo_dist.config.metrics import MAIN, METRICS, PREFIX
 from dpo_dist.config.run_folder import RunFolder
@@ -25,18 +16,10 @@ from dpo_dist.config.schema import Direction
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import for_json
-from dpo_dist.foundation.text import without_secrets
 from dpo_dist.objective.metrics import GROUP_METRICS, MARGIN_PERCENTILES, PAIR_METRICS
+from dpo_dist.training.clock import PHASES
 
 Row = dict[str, float]
-
-Phase = Literal["data", "reference", "forward", "backward", "optimizer", "checkpoint", "other"]
-PHASES: tuple[Phase, ...] = get_args(Phase)
-"""Parts of a step, with the key `time/<phase>` in a metrics row."""
-
-Work = Literal["starting", "reference", "training", "evaluation", "samples", "saving", "other"]
-WORKS: tuple[Work, ...] = get_args(Work)
-"""Kinds of work of a run, with the key `work.seconds.<work>` in summary.json."""
 
 _OF_STEP = ("step", "epoch", *PAIR_METRICS, "grad_norm", "learning_rate", "pairs", "tokens")
 _SPEED = ("step_seconds", "pairs_per_second", "tokens_per_second", *(f"time/{phase}" for phase in PHASES))
@@ -46,11 +29,10 @@ COLUMNS = (*_OF_STEP, *_SPEED, *_OTHERS, *(PREFIX + key for key in PAIR_METRICS)
 BEST = ("loss", *(PREFIX + key for key in MAIN))
 """Metrics whose best value is in the summary of a tracker; summary.json has two of them."""
 _BEST = ("eval_loss", "eval_rewards/accuracies")
-_CORE = ("dpo-dist", "torch", "accelerate", "deepspeed", "transformers", "peft", "datasets")
-_PACKAGES = (*_CORE, "wandb", "hydra-core", "flash-attn", "liger-kernel")
-_PACKAGE_FOLDER = Path(__file__).resolve().parents[2]
-
-_log = logging.getLogger(__name__)
+_SPIKE_ROWS, _FEWEST_ROWS, _EXCURSION = 100, 50, 5.0
+_COLLAPSED_NATS = 50.0
+_EQUAL = 1e-9
+"""Relative difference of means that only rounding makes different."""
 
 
 class MetricsLog:
@@ -66,7 +48,7 @@ class MetricsLog:
         cls,
         folder: RunFolder,
         resume_step: int | None,
-        say: Callable[[str], None] = _log.warning,
+        say: Callable[[str], None] = print,
         *,
         owes_evaluation: bool = False,
     ) -> "MetricsLog":
@@ -196,60 +178,38 @@ def _grouped(prefix: str) -> tuple[str, ...]:
     return tuple(f"{prefix}{metric}/" for metric in GROUP_METRICS)
 
 
-def describe_environment(world_size: int) -> dict[str, Any]:
-    """Return command, versions, git commit and hardware, without secrets and environment variables.
+def finite(row: Mapping[str, float], key: str) -> float | None:
+    """Return the value of a row, or None if it is missing or not finite."""
+    value = row.get(key)
+    return value if value is not None and math.isfinite(value) else None
 
-    `git_commit` and `git_changed_files`, the number of tracked files that differ from it, are of the current
-    folder; null outside a git checkout.
+
+def usual_loss(rows: Sequence[Mapping[str, float]], row: Mapping[str, float]) -> float | None:
+    """Return the median loss before a row after `rows`, if the row is a spike.
+
+    A spike is above the median of the last 100 losses (at least 50) by more than five times the largest among
+    them, and by more than that median and the first loss.
     """
-    changed = _git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no")
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return {
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "packages": package_versions(),
-        "command": _command(world_size),
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_changed_files": None if changed is None else len(changed.splitlines()),
-        "world_size": world_size,
-        "cpus": psutil.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "gpus": gpus,
-        "cuda": torch.version.cuda,
-    }
-
-
-def package_versions() -> dict[str, str]:
-    """Return the versions of this program and of the libraries that decide its results."""
-    versions = {}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
-
-
-def _command(world_size: int) -> str | None:
-    """Return the command line for a shell, without secrets; None if another program uses this package."""
-    program = Path(sys.argv[0])
-    if program.resolve().parent != _PACKAGE_FOLDER:
+    logged = (float(row["loss"]) for row in reversed(rows) if finite(row, "loss") is not None)
+    before = list(islice(logged, _SPIKE_ROWS))
+    loss = finite(row, "loss")
+    # Seldom true, and a median of every window is slow.
+    if loss is None or len(before) < _FEWEST_ROWS or loss <= max(before):
         return None
-    launcher = ["python"]
-    if world_size > 1:
-        launcher = ["accelerate", "launch", "--num_processes", str(world_size)]
-    command = [*launcher, "-m", f"{_PACKAGE_FOLDER.name}.{program.stem}", *sys.argv[1:]]
-    return str(without_secrets(shlex.join(command)))
+    usual = median(before)
+    first = next((value for each in rows if (value := finite(each, "loss")) is not None), 0.0)
+    least = max(_EXCURSION * (max(before) - usual), abs(usual), abs(first))
+    return usual if loss - usual > least else None
 
 
-def _git(*arguments: str) -> str | None:
-    """Return the output of git in the current folder; None outside a checkout."""
-    try:
-        result = subprocess.run(  # noqa: S603
-            ["git", *arguments],  # noqa: S607
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip()
+def is_collapsed(row: Mapping[str, float]) -> bool:
+    """Return whether the policy of a step has no gradient, and gives responses no usable probability.
+
+    Every token has the same probability, or that of responses is far below any guess. A satisfied loss
+    (hinge, ipo) has no gradient either, but its policy still prefers some tokens.
+    """
+    chosen, rejected = (finite(row, f"logps/{side}_per_token") for side in ("chosen", "rejected"))
+    if row.get("grad_norm") != 0 or chosen is None:
+        return False
+    is_uniform = rejected is not None and abs(chosen - rejected) <= _EQUAL * abs(chosen)
+    return is_uniform or chosen < -_COLLAPSED_NATS

@@ -10,26 +10,22 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.schema import ReferenceMode
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.distributed.world import GivenWay
+from dpo_dist.distributed.world import Interrupted
 from dpo_dist.distributed.zero import Engine
+from dpo_dist.foundation.errors import warn_on_bug
 from dpo_dist.foundation.files import text_digest, write_text
 from dpo_dist.generation.pairs.files import json_line
-from dpo_dist.generation.sampling.generate import (
-    NotFiniteError,
-    Request,
-    Sampling,
-    generate_together,
-)
+from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sampling, generate_together
 from dpo_dist.generation.sampling.respond import find_stop_ids, texts_after
 from dpo_dist.generation.text_facts import language_of, sample_metrics, text_facts
-from dpo_dist.insight.recorder import spared
 from dpo_dist.model.load import load_config
 from dpo_dist.reference.engine import load_reference
+from dpo_dist.training.context import Run
 from dpo_dist.training.inputs import Inputs
-from dpo_dist.training.start import Run
 
 Row = dict[str, Any]
 _BATCH_TOKENS = 16384
+_OF_RESPONSE = ("text", "tokens", "finished")
 
 
 @dataclass(frozen=True)
@@ -77,14 +73,14 @@ class Samples:
 
         def write() -> dict[str, float]:
             metrics: dict[str, float] = {}
-            unknown = dict.fromkeys(("text", "tokens", "finished"))
+            unknown = dict.fromkeys(_OF_RESPONSE)
             others = self.reference or [unknown] * len(asked)
             rows = [
                 {**prompt.fields, "step": step, **_named("policy", own), **_named("reference", other)}
                 for prompt, own, other in zip(self.prompts, asked, others, strict=True)
             ]
             write_text(self.run.folder.samples_file(step), lines(rows))
-            with spared("the row of metrics of samples", self.run.say):
+            with warn_on_bug("the row of metrics of samples", self.run.say):
                 metrics |= {"samples/prompts": float(len(asked)), **self._metrics("samples/", asked)}
                 if self.reference is not None:
                     metrics |= self._metrics("samples/reference_", self.reference)
@@ -101,7 +97,7 @@ class Samples:
         """Set the reference's responses to those of a model, and write them; ends the run if it must stop."""
         try:
             self.reference = self._ask(model, of_base=of_base)
-        except GivenWay:
+        except Interrupted:
             self.run.stops.check()
         if self.reference is not None:
             rows = [
@@ -118,7 +114,7 @@ class Samples:
             wanted = [(prompt.fields["prompt_id"], asdict(self.sampling)) for prompt in self.prompts]
             if [(row["prompt_id"], row["sampling"]) for row in rows] != wanted:
                 return None
-            return [{name: row[name] for name in ("text", "tokens", "finished")} for row in rows]
+            return [{name: row[name] for name in _OF_RESPONSE} for row in rows]
         except (OSError, ValueError, LookupError, TypeError):  # absent or damaged: asked again
             return None
 
@@ -148,11 +144,7 @@ class Samples:
 
 def _named(model: str, response: Row) -> Row:
     """Return a response as fields of a row: its text under the model's name."""
-    return {
-        model: response["text"],
-        f"{model}_tokens": response["tokens"],
-        f"{model}_finished": response["finished"],
-    }
+    return {model if name == "text" else f"{model}_{name}": response[name] for name in _OF_RESPONSE}
 
 
 def lines(rows: Sequence[Row]) -> str:

@@ -1,19 +1,13 @@
-"""The verb `evaluate`, and the files of an evaluation, which training writes for its last one, too."""
+"""The verb `evaluate`: models, adapters and checkpoints, scored on pairs."""
 
-import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.checkpoint import (
     checkpoint_state,
     damaged_checkpoint,
@@ -21,18 +15,17 @@ from dpo_dist.distributed.checkpoint import (
     open_checkpoint,
 )
 from dpo_dist.distributed.zero import Engine
+from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ExitCode, first_line
-from dpo_dist.foundation.files import collect_abandoned, for_json, staged_file, write_text
-from dpo_dist.insight.console import Console
-from dpo_dist.insight.evaluation import ALL, Mask, results, write_scores
+from dpo_dist.insight.evaluation import ALL, Results, write_evaluation
 from dpo_dist.insight.tables import evaluation_table
 from dpo_dist.model.folder import base_notes, hub_commit, is_adapter
 from dpo_dist.model.load import check_same_vocabulary
 from dpo_dist.model.lora import add_adapter, load_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.losses import RunningMeans
-from dpo_dist.objective.metrics import MetricPlan, PairValues
 from dpo_dist.reference.engine import load_scored, scored_model
+from dpo_dist.training.context import Run, open_run
 from dpo_dist.training.inputs import (
     EvaluationInputs,
     load_evaluation_inputs,
@@ -41,10 +34,7 @@ from dpo_dist.training.inputs import (
 )
 from dpo_dist.training.named_models import EVALUATED, Evaluated
 from dpo_dist.training.reference import prepare_reference
-from dpo_dist.training.start import Run, open_run
 from dpo_dist.training.step import Objective, evaluate
-
-Results = dict[str, dict[str, Any]]
 
 
 def evaluate_models(config: RunConfig, models: Sequence[Evaluated], console: Console) -> int:
@@ -143,50 +133,3 @@ def load_evaluated(
     model_config = replace(scored_model(config), quantization=bits)
     model = load_scored(folder, model_config, replace(config, reference=placement), world, finish)
     return model, running, commit
-
-
-def write_evaluation(
-    name: str,
-    model: str,
-    config: RunConfig,
-    means: dict[str, float],
-    values: PairValues,
-    dataset: PreferenceDataset,
-    revision: str | None = None,
-) -> Results:
-    """Write the files of an evaluation, each whole or not at all, to its folder `name` and as those of the
-    newest one; return its results.
-
-    `model`: its path; `revision`: its commit, if it is from the hub. `means`: exact, of all metrics.
-    """
-    folder, sources = RunFolder.of(config), dataset.counts["sources"]
-    members, start = dict[str, Mask](), 0
-    for label, pairs in zip(dataset.source_labels, dataset.source_pairs, strict=True):
-        members.setdefault(label, np.zeros(len(dataset), dtype=np.bool_))[start : start + pairs] = True
-        start += pairs
-    found = results(
-        means,
-        values,
-        members,
-        np.asarray(dataset.prompts[:], dtype=np.uint64),
-        MetricPlan(config.loss, dataset.labels, is_evaluation=True),
-        config.trainer.seed,
-    )
-    evaluated = {
-        "model": model,
-        "revision": revision,
-        "reference": config.reference.path or config.model.path if config.loss.needs_reference else None,
-        "loss": "+".join(config.loss.kinds),
-        "pairs": len(dataset),
-        "sources": [{"label": source["label"], "path": source["path"]} for source in sources],
-    }
-    own, newest = folder.evaluation_of(name), folder.evaluation
-    for written in (own.path, newest.path):
-        collect_abandoned(written)
-    write_text(own.evaluated, json.dumps(evaluated, indent=1) + "\n")
-    write_scores(own.scores, values, dataset)
-    write_text(own.results, json.dumps(for_json(found), indent=1) + "\n")
-    for file, target in zip(own.files, newest.files, strict=True):
-        with staged_file(target) as temporary:
-            shutil.copyfile(file, temporary)
-    return found

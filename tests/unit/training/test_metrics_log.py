@@ -11,7 +11,8 @@ import pytest
 import dpo_dist
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.insight.metrics.log import COLUMNS, MetricsLog, describe_environment, final_and_best
+from dpo_dist.training.directory import describe_environment
+from dpo_dist.training.metrics_log import COLUMNS, MetricsLog, final_and_best
 
 
 def row_of(step: int) -> dict[str, float]:

@@ -22,10 +22,7 @@ from unittest import mock
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import ConsoleConfig
-from dpo_dist.foundation.errors import DataError
-from dpo_dist.foundation.streams import SafeStream
-from dpo_dist.insight.console import (
+from dpo_dist.foundation.console import (
     Console,
     LineScreen,
     LiveScreen,
@@ -33,7 +30,10 @@ from dpo_dist.insight.console import (
     open_screen,
     warnings_off,
 )
+from dpo_dist.foundation.errors import DataError
+from dpo_dist.foundation.streams import SafeStream
 from dpo_dist.insight.tables import closing_table
+from dpo_dist.training.progress import show_row, show_step
 
 ATTACKS = "a\n2026-01-01 00:00:00 dpo_dist INFO forged\x1b[2J\x1b]52;c;eA==\x07\u202e\x9b.jsonl"
 VALUES = {
@@ -51,7 +51,7 @@ LINE = (
 def opened(run_dir: Path) -> Iterator[Console]:
     """Open a console with descriptor 2 as standard error, as in a process without pytest."""
     stderr = mock.patch.object(sys, "stderr", os.fdopen(2, "w", buffering=1, closefd=False))
-    with stderr, open_console(RunFolder(run_dir)) as console:
+    with stderr, open_console(RunFolder(run_dir).rank_log) as console:
         yield console
 
 
@@ -93,7 +93,7 @@ def test_other_ranks_print_errors_only_and_log_their_steps(
         with console.progress("encoding train data", "record") as show:
             show(1)
         assert console.is_due()
-        console.training(*STATUS)
+        show_step(console, *STATUS)
         assert not console.is_due()
         console.alarm("process lost: rank 0 of 2 died")
     assert re.fullmatch(r"\d{4}-\S+ [\d:]{8}  process lost: rank 0 of 2 died\n", capfd.readouterr().err)
@@ -148,12 +148,12 @@ def test_training_is_printed_now_and_then_and_always_on_demand_and_an_evaluation
     console, printed = lines()
     for step in range(1, 11):
         if console.is_due():
-            console.training(step, 1000, {"loss": 0.5}, 90.0)
+            show_step(console, step, 1000, {"loss": 0.5}, 90.0)
         clock.now += 10.0
     assert [line.split("/")[0] for line in printed] == ["step 1", "step 4", "step 7", "step 10"]
-    console.training(1000, 1000, {"loss": 0.5}, always=True)
-    console.row({"step": 5, "loss": 0.5}, 1000)
-    console.row({"step": 5, "eval_loss": 0.25, "eval_rewards/accuracies": 0.75, "eval_pairs": 8}, 1000)
+    show_step(console, 1000, 1000, {"loss": 0.5}, always=True)
+    show_row(console, {"step": 5, "loss": 0.5}, 1000)
+    show_row(console, {"step": 5, "eval_loss": 0.25, "eval_rewards/accuracies": 0.75, "eval_pairs": 8}, 1000)
     assert printed[4:] == [
         "step 1,000/1,000  loss 0.5000",
         "step 5/1,000  evaluation: loss 0.2500, accuracy 0.750",
@@ -174,7 +174,7 @@ def on_terminal() -> tuple[int, int, LineScreen]:
     """The ends of a new terminal, and the screen on it."""
     master, slave = pty.openpty()
     stream = SafeStream(os.fdopen(slave, "w", buffering=1))
-    return master, slave, open_screen(stream, stream, ConsoleConfig())
+    return master, slave, open_screen(stream, stream, "auto")
 
 
 @pytest.mark.parametrize("width", [1, 60, 140])
@@ -182,7 +182,7 @@ def test_the_live_line_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("TERM", "xterm-256color")
     master, slave, screen = on_terminal()
     ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
-    Console(screen).training(*STATUS)
+    show_step(Console(screen), *STATUS)
     shown = ""
     while select.select([master], [], [], 0.05)[0]:
         shown += os.read(master, 100_000).decode()
@@ -199,7 +199,7 @@ def test_only_a_terminal_gets_a_live_line(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     with (tmp_path / "slurm.out").open("w") as file:
-        screen = open_screen(SafeStream(file), SafeStream(sys.stdout), ConsoleConfig())
+        screen = open_screen(SafeStream(file), SafeStream(sys.stdout), "auto")
     assert not isinstance(screen, LiveScreen)
 
 

@@ -1,0 +1,56 @@
+"""The table of verbs: what each does, and what it takes of a configuration.
+
+A new verb is a row here, a file dpo_dist/NAME.py with its `main`, and its name at the keys that it reads.
+"""
+
+from typing import NamedTuple
+
+
+class Verb(NamedTuple):
+    """A program of the package, `python -m dpo_dist.NAME`; which keys it reads, the schema says at each."""
+
+    help: str
+    needs: tuple[str, ...] = ()
+    """The keys without which it does nothing."""
+    is_configured: bool = True
+    """It takes a configuration, by `run_verb`."""
+    reads_data: bool = True
+    takes_training: bool = True
+    """It takes the whole command line of a training run; `pairs` with rounds does, too."""
+    of_former_run: bool = False
+    """Its configuration may be that of the run in `run.dir`."""
+    is_one_process: bool = False
+
+
+_RUN = ("model.path", "data.train")
+VERBS = {
+    "train": Verb("train a policy, from its last checkpoint if there is one", _RUN),
+    "precompute": Verb(
+        "score the pairs of a run by the reference model, and store the log-probs", (*_RUN, "reference.mode")
+    ),
+    "evaluate": Verb(
+        "score pairs with trained models and the reference", ("model.path",), of_former_run=True
+    ),
+    "compare": Verb("ask several models the same prompts, side by side", takes_training=False),
+    "doctor": Verb("examine the data of a run, and encode them", ("data.train",), is_one_process=True),
+    "pairs": Verb(
+        "make preference records, by scores, models and judges, or people",
+        ("data.train",),
+        takes_training=False,
+    ),
+    "export": Verb(
+        "write a checkpoint as a model folder; merge an adapter; average models",
+        ("model.path",),
+        reads_data=False,
+        of_former_run=True,
+        is_one_process=True,
+    ),
+    "report": Verb("write the page of a run again, or of the difference of two", is_configured=False),
+    "store": Verb("list, verify and clean a store of reference log-probs", is_configured=False),
+    "launch": Verb(
+        "start a verb on several processes, with the arguments of accelerate launch", is_configured=False
+    ),
+}
+EVERY_VERB = " ".join(name for name, verb in VERBS.items() if verb.is_configured)
+"""The verbs with a configuration, for `verbs` of a key."""
+VERBS_WITH_DATA = " ".join(name for name in EVERY_VERB.split() if VERBS[name].reads_data)

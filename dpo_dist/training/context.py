@@ -1,0 +1,114 @@
+"""One start of a run, or of a verb about one: its configuration, processes, console and files."""
+
+import contextlib
+import errno
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import TypeVar
+
+from transformers import set_seed
+
+from dpo_dist.batching.plan import ComputeCosts
+from dpo_dist.batching.sampler import Indices
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import Offload, RunConfig
+from dpo_dist.data.dataset import PreferenceDataset, RankBatch, shard_batch
+from dpo_dist.distributed.join import joined, load_async_io
+from dpo_dist.distributed.processes import Reports
+from dpo_dist.distributed.world import Stops, World, with_sequence_groups
+from dpo_dist.distributed.zero import policy_config
+from dpo_dist.foundation.console import Console
+from dpo_dist.foundation.process import StopRequest
+from dpo_dist.foundation.text import counted, first_few
+from dpo_dist.model.numerics import deterministic_kernels
+from dpo_dist.training.clock import WorkClock
+
+T = TypeVar("T")
+
+
+class Run:
+    """One start of a run, or of a verb about one: its configuration on its joined processes.
+
+    `stops` is asked after every step; one rank's vote ends the run on all. `clock` has the time by kind of
+    work since `began`, by `time.monotonic`.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        console: Console,
+        stop: StopRequest | None = None,
+        began: float | None = None,
+    ):
+        self.config, self.world, self.console = config, world, console
+        self.folder = RunFolder.of(config)
+        self.stops = Stops(stop or StopRequest(), world)
+        self.clock = WorkClock(world.size, time.monotonic() if began is None else began)
+
+    def say(self, text: str) -> None:
+        """Print a line on rank 0."""
+        self.console.say(text)
+
+    def shard(self, dataset: PreferenceDataset, indices: Indices, costs: ComputeCosts) -> RankBatch:
+        """Return this rank's micro-batches of a global batch."""
+        world, budget = self.world, self.config.trainer.micro_batch_tokens
+        one_sided = self.config.loss.is_one_sided
+        return shard_batch(dataset, indices, world.replica, world.replicas, budget, costs, one_sided)
+
+    def write(self, work: Callable[[], T]) -> T:
+        """Run `work`, which writes files of the run, on rank 0 and return its result on all; collective."""
+
+        def guarded() -> T:
+            if not self.folder.path.is_dir():  # moved away or unmounted; no part of it is made again
+                raise FileNotFoundError(errno.ENOENT, "the run directory is missing", str(self.folder))
+            return work()
+
+        return self.world.on_main(guarded)
+
+
+def join(config: RunConfig, console: Console) -> AbstractContextManager[World]:
+    """Return the joined processes of this launch, whose failures the console reports."""
+    deepspeed_config = policy_config(config.parallelism, config.optim, config.model.dtype)
+    stacks = RunFolder.of(config).rank_stacks(os.environ.get("RANK", "0"))
+    reports = Reports(console.alarm, console.say, stacks)
+    return joined(deepspeed_config, config.parallelism.timeout_seconds, reports)
+
+
+@contextlib.contextmanager
+def open_run(
+    config: RunConfig, console: Console, stop: StopRequest | None = None, *, trains: bool = False
+) -> Iterator[Run]:
+    """Yield the run on the joined processes of this launch, set up as `config` says; collective.
+
+    `trains`: whether there is an optimizer; without one, no kernel for it is compiled.
+    """
+    began = time.monotonic()
+    if config.reference.offload is Offload.nvme:
+        load_async_io(console.say)
+    parallelism = config.parallelism
+    if not trains:
+        parallelism = replace(parallelism, offload_optimizer=Offload.none)
+    joins = join(replace(config, parallelism=parallelism), console)
+    with deterministic_kernels(config.trainer.deterministic), joins as world:
+        set_seed(config.trainer.seed % 2**32)
+        grouped = with_sequence_groups(world, config.parallelism.sequence_parallel)
+        yield Run(config, grouped, console, stop, began)
+
+
+def say_header(run: Run) -> None:
+    """Print everything that is known before the data are read."""
+    config, world = run.config, run.world
+    hosts = len({peer.host for peer in world.peers})
+    processes = counted(world.size, "process", "processes")
+    share = f"{config.data.eval_share:g} of them" if config.data.eval_share else "none"
+    train = first_few([source.path for source in config.data.train])
+    evaluation = first_few([source.path for source in config.data.eval])
+    run.say(f"run directory: {run.folder}")
+    run.say(f"model: {config.model.path}, {config.model.dtype}, {config.parallelism.kind}")
+    run.say(f"data: {train}; evaluation: {evaluation or share}")
+    groups = "" if world.sequence is None else f", in groups of {world.sequence.ranks} that share tokens"
+    run.say(f"world: {processes} on {counted(hosts, 'host')}, {world.device.type}{groups}")

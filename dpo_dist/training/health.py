@@ -1,0 +1,160 @@
+"""Is a run well? Steps that are not finite or of a collapsed policy, spikes, and the best checkpoint."""
+
+import difflib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from dpo_dist.config.metrics import PREFIX
+from dpo_dist.config.rules import direction_of
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import Direction, RunConfig, TrainerConfig
+from dpo_dist.data.records import Origin
+from dpo_dist.distributed.world import World
+from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.foundation.errors import ConfigError, DivergedError
+from dpo_dist.foundation.files import write_text
+from dpo_dist.foundation.text import first_few
+from dpo_dist.objective.losses import BatchFacts, RunningMeans, preference_loss
+from dpo_dist.objective.metrics import MARGIN_PERCENTILES, MetricPlan
+from dpo_dist.training.gather import in_batch_order
+from dpo_dist.training.metrics_log import Row, is_collapsed, usual_loss
+from dpo_dist.training.state import BestCheckpoint, Position
+from dpo_dist.training.step import Objective, ReadyStep, StepTotals, gather_scored
+
+
+def count_spike(row: Row, rows: Sequence[Row], say: Callable[[str], None]) -> None:
+    """Add `loss_spikes`, their number so far, to the row after `rows`; warn of one."""
+    last: Row = next((before for before in reversed(rows) if "loss" in before), {})
+    row["loss_spikes"] = last.get("loss_spikes", 0)
+    usual = usual_loss(rows, row)
+    if usual is not None:
+        row["loss_spikes"] += 1
+        say(
+            f"warning: the loss jumped to {row['loss']:.4g} at step {row['step']:.0f}, "
+            f"from {usual:.4g} before"
+        )
+
+
+def check_keep_best(config: RunConfig, labels: tuple[str, ...]) -> None:
+    """Check that every evaluation has the metric `trainer.keep_best`; `labels`: of its sources."""
+    metric, loss = config.trainer.keep_best, config.loss
+    names = MetricPlan(loss, labels, is_evaluation=True).names
+    found = [PREFIX + name for name in names + (() if loss.is_one_sided else MARGIN_PERCENTILES)]
+    if metric is not None and metric not in found:
+        near = difflib.get_close_matches(metric, found, n=3) or found[:3]
+        raise ConfigError(
+            "the evaluations of this run do not have this metric",
+            where="trainer.keep_best",
+            got=metric,
+            expected=f"a metric of docs/metrics.md, such as {', '.join(near)}",
+            remedy="set trainer.keep_best to one of them; of one source: eval_rewards/accuracies/LABEL",
+        )
+
+
+def best_after(
+    trainer: TrainerConfig, best: Sequence[BestCheckpoint], step: int, row: Mapping[str, float]
+) -> list[BestCheckpoint]:
+    """Return the best checkpoints after an evaluation, the best first; of equal ones, the earlier is better.
+
+    Ignores entries of another metric, step 0, which is never saved, and values that are not finite.
+    """
+    metric = trainer.keep_best
+    if metric is None:
+        return []
+    kept = [one for one in best if one.metric == metric and one.step != step]
+    if step > 0 and math.isfinite(row.get(metric, math.nan)):
+        kept.append(BestCheckpoint(metric, step, row[metric]))
+    sign = -1 if direction_of(trainer) is Direction.highest else 1
+    return sorted(kept, key=lambda one: (sign * one.value, one.step))[:1]
+
+
+MOST_BAD_STEPS = 3  # in a row
+_BAD_AT_THE_END = 1
+"""One bad step may come last, by a bad pair; two in a row at the end mean that the policy has diverged."""
+
+
+def count(position: Position, totals: StepTotals, *, overflow: bool) -> None:
+    """Count a step, whose number is `position.step` already, in `position`."""
+    if overflow:
+        position.overflows += 1
+    elif totals.is_bad:
+        position.bad_steps += 1
+        position.bad_in_a_row += 1
+    else:
+        position.bad_in_a_row = 0
+        collapsed = is_collapsed({**totals.means, "grad_norm": totals.grad_norm})
+        position.collapsed_in_a_row = position.collapsed_in_a_row + 1 if collapsed else 0
+
+
+def write_bad_step(
+    file: Path, step: int, totals: StepTotals, origins: Iterable[Origin], losses: Sequence[float]
+) -> str:
+    """Write the pairs of a bad step with their losses; return the places of those that are not finite."""
+    pairs = [
+        {"source": origin.source, "line": origin.line, "loss": _json_number(loss)}
+        for origin, loss in zip(origins, losses, strict=True)
+    ]
+    of_step = {"loss": totals.means["loss"], "grad_norm": totals.grad_norm}
+    content = {"step": step, **{name: _json_number(value) for name, value in of_step.items()}, "pairs": pairs}
+    write_text(file, json.dumps(content, indent=1) + "\n")
+    named = [f"{pair['source']}:{pair['line']}" for pair in pairs if isinstance(pair["loss"], str)]
+    return first_few(named) or "no pair alone is the cause"
+
+
+def _json_number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+def ending_error(
+    totals: StepTotals, position: Position, steps: int, folder: RunFolder
+) -> DivergedError | None:
+    """Return the error that ends a run of `steps` after this one, if it must; the same on all ranks."""
+    step, is_last = position.step, position.step == steps
+    allowed = _BAD_AT_THE_END if is_last else MOST_BAD_STEPS
+    has_trained_nothing = is_last and position.bad_steps + position.overflows == steps
+    if has_trained_nothing and not position.bad_in_a_row:
+        return DivergedError(
+            "the run has trained nothing: gradients overflow in fp16, and no update was applied",
+            where="model.dtype",
+            got=f"{position.overflows} overflows and {position.bad_steps} bad steps in {step} steps",
+            remedy="train for more steps, as each overflow halves the scale, or set model.dtype=bf16 or fp32",
+        )
+    if position.bad_in_a_row > allowed or has_trained_nothing:
+        return DivergedError(
+            f"loss or gradient is not finite at step {step}; this update was not applied",
+            where=f"the pairs of this step: {folder.bad_step(step)}",
+            got=f"loss {totals.means['loss']}, gradient norm {totals.grad_norm}; bad steps in a row: "
+            f"{position.bad_in_a_row}, of this run: {position.bad_steps}",
+            expected=f"at most {allowed} in a row here ({_BAD_AT_THE_END} at the end)",
+            remedy="lower optim.lr or raise optim.warmup_ratio, and look at these pairs",
+        )
+    if position.collapsed_in_a_row > MOST_BAD_STEPS or (position.collapsed_in_a_row and is_last):
+        return DivergedError(
+            f"the policy has collapsed: the gradient is 0 at step {step}, and nothing is learnt",
+            where="optim.lr",
+            got=f"{totals.means['logps/chosen_per_token']:.4g} nats per token of chosen responses, loss "
+            f"{totals.means['loss']:.4g}; steps of this kind in a row: {position.collapsed_in_a_row}",
+            remedy="lower optim.lr or raise optim.warmup_ratio; from the first step on: check model.path",
+        )
+    return None
+
+
+@torch.no_grad()
+def pair_losses(
+    policy: PolicyEngine, objective: Objective, ready: ReadyStep, running: RunningMeans, world: World
+) -> list[float]:
+    """Score the pairs of a step again; return their losses in the order of the global batch. Collective."""
+    rank_batch, loss = ready.rank_batch, objective.loss
+    facts = BatchFacts(rank_batch.mean_chosen_tokens, running=running)
+    policy.train(False)
+    scored = list(objective.scored(policy, ready.batches, facts, world.device))
+    if loss.is_coupled:
+        scored = [gather_scored(scored, rank_batch, world)]
+    losses = [preference_loss(pairs.policy, pairs.reference, loss, pairs.facts) for pairs in scored]
+    if loss.is_coupled:
+        return losses[0].tolist()
+    return in_batch_order([values[None] for values in losses], rank_batch, world)[0].tolist()

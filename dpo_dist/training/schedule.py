@@ -1,0 +1,46 @@
+"""The learning rate of each step, and its warm-up."""
+
+import math
+
+from dpo_dist.config.schema import LearningRateSchedule, OptimConfig
+from dpo_dist.foundation.errors import ConfigError
+
+_STEPS_WITHOUT_WARMUP = 10_000
+"""The time scale of `inverse_sqrt` without warm-up, as in transformers."""
+
+
+def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
+    """Return the learning rate of `step` (0-based) in a run of `steps`.
+
+    It rises linearly over the first `warmup_steps`, or over `warmup_ratio` of the steps, to `optim.lr` in the
+    last of them. Then it is constant, falls to `min_lr_ratio` of `optim.lr`, which it would reach in the step
+    after the last, or falls with the inverse root of the step (`inverse_sqrt`, arXiv:2106.04560), whatever
+    the number of steps is. The schedules of transformers start the warm-up one step later: their first step
+    has a rate of 0 and does not change the weights; after the warm-up they are equal.
+    """
+    warmup_steps = math.ceil(optim.warmup_ratio * steps) if optim.warmup_steps is None else optim.warmup_steps
+    if step < warmup_steps:
+        return optim.lr * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    match optim.schedule:
+        case LearningRateSchedule.constant:
+            return optim.lr
+        case LearningRateSchedule.linear:
+            share = 1 - progress
+        case LearningRateSchedule.cosine:
+            share = 0.5 * (1 + math.cos(math.pi * progress))
+        case LearningRateSchedule.inverse_sqrt:
+            scale = warmup_steps or _STEPS_WITHOUT_WARMUP
+            return optim.lr * math.sqrt(scale / (step - warmup_steps + scale))
+    return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * share)
+
+
+def check_warmup(optim: OptimConfig, steps: int) -> None:
+    """Check that the warm-up ends within a run of `steps`."""
+    if optim.warmup_steps is not None and optim.warmup_steps > steps:
+        raise ConfigError(
+            "the warm-up is longer than the run, so that optim.lr is never reached",
+            where="optim.warmup_steps",
+            got=f"{optim.warmup_steps} of {steps} steps",
+            remedy="lower optim.warmup_steps, or raise trainer.epochs",
+        )
