@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @dataclass(frozen=True)
 class _Space:
-    """The folder of a fingerprint, as it is listed; `digests` are those of the fingerprint and reference."""
+    """A fingerprint's folder, as listed; `digests`: of the fingerprint and of the reference."""
 
     folder: Path
     digests: list[str]

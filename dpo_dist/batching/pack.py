@@ -81,9 +81,9 @@ class PackedBatch:
 
     @property
     def rows(self) -> Tensor:
-        """Return float32 [tokens]: the number of rows of the plain batch, one response each, with a token.
+        """Return float32 [tokens]: how often a batch with one response per row would repeat each token.
 
-        That is the number of responses for a token of a prompt, 1 for one of a response, 0 for a dummy.
+        A prompt's token counts once per response, a response's token once, a dummy token not at all.
         """
         lengths = [length for pieces in self.layout for length in pieces]
         counts = [count for pieces in self.layout for count in (len(pieces) - 1, *[1] * (len(pieces) - 1))]
@@ -172,7 +172,7 @@ def pack(sequences: Sequence[Sequences], keys: npt.NDArray[np.uint64]) -> Packed
 def dummy_batch() -> PackedBatch:
     """Return the smallest batch whose backward gives all weights a gradient, with weight 0.
 
-    Weights that carry a state to the next token (RWKV) have none in rows of one input.
+    In rows of one input, weights that carry a state to the next token (RWKV) get no gradient.
     """
     one = np.zeros(1, dtype=np.int32)
     batch = pack([Sequences(np.zeros(2, dtype=np.int32), (one, one))], np.empty((0, 2), dtype=np.uint64))

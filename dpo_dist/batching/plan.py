@@ -170,7 +170,7 @@ def _target_costs(costs: Costs, world_size: int, micro_batches: int) -> Costs:
 
 
 def _fill_rows(rows: Counts, longest: Counts, world_size: int, budget: int) -> tuple[Bins, int]:
-    """Assign examples of similar lengths to a bin, of which all rows are padded to its longest.
+    """Put examples of similar lengths into one bin; all its rows are padded to the longest.
 
     Return the bin of each example, and the number of micro-batches: as few as possible. The bins are as small
     as a few trials find possible, so that the ranks compute about as much.

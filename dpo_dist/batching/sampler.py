@@ -25,7 +25,7 @@ class Span:
 
 @dataclass(frozen=True)
 class BatchSampler:
-    """Order of training: shuffled epochs one after the other, cut into consecutive global batches.
+    """Order of training: shuffled epochs in sequence, cut into consecutive global batches.
 
     World size, token budget and accumulation are not inputs, so they cannot change the order. A batch may
     span the end of an epoch; the last batch of a run may be smaller.

@@ -160,7 +160,7 @@ def former_values(options: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def usage(command: str, about: str, own: Collection[str], folders: Sequence[Path]) -> str:
-    """Return a verb's `--help`: `about`, then the sections and presets of the keys that it reads, `own`."""
+    """Return a verb's `--help`: `about`, then the sections and presets of the keys that it reads."""
     sections = {name: text for name, text in section_meanings().items() if name in own and "." not in name}
     chosen = {"experiment": "run", "reference": "reference.mode"}  # a key that tells whether a preset is read
     groups = sorted({path.name for folder in folders for path in folder.iterdir() if path.is_dir()})
@@ -353,7 +353,7 @@ def _repeated(config: RunConfig) -> dict[str, tuple[str, str]]:
 
 
 def _answer(options: argparse.Namespace, verb: str, about: str) -> str | None:
-    """Return the text of an option that needs no configuration; None without one."""
+    """Return the text of an option that needs no configuration; None without such an option."""
     if options.version:
         return f"dpo_dist {dpo_dist.__version__}\n"
     if options.cfg == "schema":

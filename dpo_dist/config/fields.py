@@ -36,7 +36,7 @@ class Facts(NamedTuple):
     free: bool = False
     """Not part of the run's digest: hardware, placement, how often something is written."""
     verbs: str = ""
-    """The verbs that use it, separated by spaces; empty: those of its section."""
+    """The verbs that use it, separated by spaces; empty: its section's verbs."""
     accepts: str = ""
     """The accepted values in words, where the type does not say them."""
     null_means: Any = None
@@ -70,7 +70,7 @@ def schema(cls: type[T]) -> type[T]:
     """Make a class of keys a frozen dataclass that refuses unknown keys and values of other types."""
     for name, hint in get_type_hints(cls, include_extras=True).items():
         limits = getattr(vars(cls).get(name), "metadata", ())
-        # A largest value of the type would win over that of the field.
+        # The type's bound would win over the field's.
         cls.__annotations__[name] = _strict(hint, is_bounded=any(hasattr(limit, "le") for limit in limits))
     return cast(type[T], pydantic.dataclasses.dataclass(frozen=True, config=_CONFIG)(cls))
 

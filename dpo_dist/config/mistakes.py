@@ -268,7 +268,7 @@ def wrong_values(error: ValidationError, origin: Callable[[str], str]) -> list[C
     `origin` returns the override or file that gives a key.
     """
     found: dict[str, ConfigError] = {}
-    # A name that is not known comes before one that is missing, which may be meant by it.
+    # Unknown names come before missing ones: they may be what was meant.
     for one in sorted(error.errors(), key=lambda one: one["type"] == "missing"):
         is_unknown = one["type"] == "unexpected_keyword_argument"
         key, value = _key_at(one["loc"], is_unknown=is_unknown), one["input"]

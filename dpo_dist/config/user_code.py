@@ -146,7 +146,7 @@ def written_values(text: str | bytes, where: str = "config.yaml") -> dict[str, A
 
 
 def check_doors(content: Mapping[str, Any], given: Collection[str], file: Path) -> None:
-    """Check that a config.yaml opens no door that the command, with the keys `given`, does not."""
+    """Check that a config.yaml allows no foreign code that the command's keys, `given`, do not allow."""
     for key, value in _opened(content).items():
         if key not in given:
             raise ConfigError(

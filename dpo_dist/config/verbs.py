@@ -18,7 +18,7 @@ class Verb(NamedTuple):
     takes_training: bool = True
     """It takes the whole command line of a training run; `pairs` with rounds does, too."""
     of_former_run: bool = False
-    """Its configuration may be that of the run in `run.dir`."""
+    """It may take the configuration of the run in `run.dir`."""
     is_one_process: bool = False
 
 

@@ -1,4 +1,4 @@
-"""Encode sources to disk on several processes, or find them there by content; on one rank of a run."""
+"""Encode sources to disk on several processes, or reuse them from there by content; on one rank of a run."""
 
 import itertools
 import json
@@ -63,7 +63,7 @@ def prepare_dataset(
 ) -> tuple[EncodedSource, ...]:
     """Encode each source into its own file in `config.cache`, unless it is encoded already.
 
-    A file is found by content: a source is not encoded again if it was moved, or is in another list, or with
+    A file is named by its content: a source is not encoded again if it moved, is in another list, or has
     another weight. `digest` is the `tokenizer_digest`. Raises DataError; PeerLostError if a
     process that encodes has died.
     """

@@ -66,7 +66,7 @@ def _by_reader(records: Iterator[RawRecord], read: Callable[..., Any]) -> Iterat
 def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[RawRecord]:
     columns = source.columns or {}
     paths = {field: path for field, path in columns.items() if path is not None}
-    # `metadata` is no field of its own: a pair's scores in it stay.
+    # `metadata` is not a field itself: a pair's scores in it stay.
     outer = {path.split(".")[0] for path in paths.values()} - {"metadata"}
     hidden = {*columns, *paths.values(), *outer}
     unseen, seen = dict(paths), dict[str, None]()
@@ -176,7 +176,7 @@ def resolved(source: SourceConfig) -> SourceConfig:
 
 
 def _described(source: SourceConfig, folder: Path, entry: Fields) -> SourceConfig:
-    """Return the source that an entry describes, with the weight and limit of the one that asks for it."""
+    """Return the source that an entry describes, with the weight and limit of `source`."""
     entry = {key: value for key, value in entry.items() if value is not None}
     formatting = entry.get("formatting", "alpaca")
     field_of = _FORMATTINGS.get(formatting, {})

@@ -53,14 +53,14 @@ class PreferenceDataset:
 
     An example has one response (supervised), two (chosen, rejected) or more (a ranking), best first. Its
     pieces are its prompt, then its responses. Examples of one ranking share the token ids of their pieces. An
-    index is the position of an example in the dataset, a response index that of a response in `keys`.
+    index is an example's position in the dataset; a response index is a response's position in `keys`.
     """
 
     fingerprint: str  # digest of everything that decides the token ids
     counts: dict[str, Any]  # of the records (`DataCounts.as_dict`); those of each source under `sources`
     source_paths: tuple[str, ...]  # the files of the records
     source_pairs: tuple[int, ...]  # number of examples of each source
-    source_labels: tuple[str, ...]  # sources with the same one are counted together
+    source_labels: tuple[str, ...]  # sources with the same label are counted together
     largest_id: int  # upper bound of the token ids in `ids`
     ids: Array | pa.ChunkedArray  # int32 [tokens]
     piece_starts: Array  # int64 [pieces], offset of each piece in `ids`
@@ -239,7 +239,7 @@ class RankBatch:
     """One rank's share of a global batch; every rank has the same number of micro-batches."""
 
     dataset: PreferenceDataset
-    micro_batches: tuple[tuple[int, ...], ...]  # dataset indices of their examples; an empty one is a dummy
+    micro_batches: tuple[tuple[int, ...], ...]  # dataset indices of their examples; empty: a dummy
     positions: tuple[tuple[int, ...], ...]  # of these examples in the global batch
     pairs: int  # examples of the global batch, over all ranks; as are all that follow
     tokens: int
@@ -346,7 +346,7 @@ def _example_keys(dataset: PreferenceDataset) -> Iterator[bytes]:
 
 
 def count_shared_prompts(dataset: PreferenceDataset, other: PreferenceDataset) -> int:
-    """Return the number of examples of `dataset` whose prompt is that of an example of `other`."""
+    """Return the number of examples of `dataset` whose prompt also occurs in `other`."""
     return int(np.isin(np.asarray(dataset.prompts[:]), np.asarray(other.prompts[:])).sum())
 
 

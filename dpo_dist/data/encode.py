@@ -59,7 +59,7 @@ class EncodedExample:
 def encode_pair(
     record: PreferenceRecord, tokenizer: "PreTrainedTokenizerBase", data_config: DataConfig
 ) -> EncodedExample | BadRecord:
-    """Encode one record within the configured lengths; a bad record has the reason.
+    """Encode one record within the configured lengths; a bad record returns its reason.
 
     A prompt starts with the tokenizer's BOS exactly once; a response ends with its end-of-turn token (plain
     text: EOS) exactly once. A special token spelled in a content is encoded as text.

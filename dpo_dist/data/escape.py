@@ -35,7 +35,7 @@ def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
 
 
 Piece: TypeAlias = tuple[int, int, bool]
-"""Its start in a changed text and in the original one; whether it is the same in both."""
+"""A piece's start in the changed and in the original text; whether it is the same in both."""
 
 
 class Marks:
@@ -63,7 +63,7 @@ class Marks:
     def beside(self, value: Any, pattern: re.Pattern[str]) -> Any:
         """Return a value with a mark beside each token of `pattern`: a template still finds the token.
 
-        The mark is after a token at the start of a text and before any other one.
+        The mark follows a token at the start of a text, and precedes any other token.
         """
 
         def marked(found: re.Match[str]) -> str:
@@ -175,7 +175,7 @@ def _without_first_space(part: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _origin(position: int, pieces: Sequence[Piece]) -> int:
-    """Return the position in the original text of one in a changed text of these pieces."""
+    """Translate a position in the changed text of these pieces to the original text."""
     start, origin, is_same = pieces[bisect_right(pieces, position, key=lambda piece: piece[0]) - 1]
     return origin + (position - start) * is_same
 

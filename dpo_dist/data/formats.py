@@ -76,7 +76,7 @@ def parse_prompt(record: Fields, name: DataFormat, origin: Origin) -> Preference
     parsed = parse_record(record, name, origin)
     if not isinstance(parsed, BadRecord) or parsed.reason not in _OF_RESPONSES:
         return parsed
-    # With an invented response the prompt is read as that of any completion.
+    # With a made-up response, the prompt is read as in any completion record.
     turns = record.get("messages")
     if record.get("prompt") is None and isinstance(turns, list):
         invented: dict[str, Any] = {"messages": [*turns, {"role": "assistant", "content": "response"}]}
@@ -213,7 +213,7 @@ _UNPAIRED = "one response with a good/bad label is neither a pair nor a completi
 
 
 # The prompt.
-# A question in one of these is a user's turn.
+# A question in these fields is a user's turn.
 QUESTIONS = ("question", "query", "input")
 CONVERSATIONS = ("conversations", "messages")
 _SYSTEMS = ("system", "system_prompt")
@@ -273,7 +273,7 @@ _SHARED_NAMES = ("messages", "response")
 SIDE_NAMES = tuple(dict.fromkeys(name for names in _PAIRS for name in names if name not in _SHARED_NAMES))
 _PAIR_SCORES = (
     ("score_chosen", "score_rejected"),
-    # Read if both sides have one: some datasets score the chosen side only.
+    # Read only if both sides have a score: some datasets score the chosen side only.
     ("chosen_score", "rejected_score"),
     ("rating_chosen", "rating_rejected"),
     ("chosen_rating", "rejected_rating"),
@@ -395,12 +395,12 @@ def _own_score(response: Fields) -> Any:
 
 
 def _first(fields: Fields, names: Iterable[str]) -> Any:
-    """Return the value of the first of `names` that has one."""
+    """Return the first value that `names` have."""
     return next((fields[name] for name in names if fields.get(name) is not None), None)
 
 
 def _finite(values: Iterable[Any]) -> tuple[float, ...]:
-    """Return the values as finite numbers. Raises UnusableRecordError if one is not."""
+    """Return the values as finite numbers. Raises UnusableRecordError if any is not."""
     given = values if isinstance(values, Iterable) and not isinstance(values, str | Mapping) else ()
     numbers = tuple(math.nan if isinstance(one, bool) else _number(one) for one in given)
     if not numbers or not all(map(math.isfinite, numbers)):
@@ -584,7 +584,7 @@ def _json(values: Any) -> str:
     return json.dumps(values, ensure_ascii=False, sort_keys=True, default=str)
 
 
-# A text in one of these fields may spell messages.
+# Text in these fields may spell out messages.
 _SPELLED = ("prompt", *QUESTIONS, "context", "completion", *SIDE_NAMES, "response")
 
 

@@ -70,13 +70,13 @@ def has_value(value: Any) -> bool:
     return value not in _NO_VALUES and not (isinstance(value, str) and not value.strip())
 
 
-# Roles that other programs write for those of chat templates.
+# Roles as other programs write them, and as chat templates do.
 ROLES = {
     **dict.fromkeys(("human", "User", "Human"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "bot", "Assistant"), "assistant"),
     **dict.fromkeys(("observation", "tool_response", "function"), "tool"),
 }
-# The content of a turn with such a role is a tool call, as JSON.
+# In turns with these roles the content is a tool call, as JSON.
 CALLING = ("function_call", "tool_call")
 _PLAIN_ROLES = (*ROLES, "system", "developer", "user", "assistant", "tool")
 _ALL_ROLES = (*_PLAIN_ROLES, *CALLING)
@@ -123,7 +123,7 @@ def spelled_messages(value: Any) -> Any:
     found = from_json(value)
     if not isinstance(value, str) or found is value:
         return value
-    # A response may be an object with a role of its own.
+    # A response may be an object that has a role.
     messages = [found] if isinstance(found, Mapping) and set(found) in _BARE_MESSAGES else found
     is_conversation = isinstance(messages, list) and bool(messages) and is_messages(messages)
     roles = [message.get("role", message.get("from")) for message in messages] if is_conversation else [None]
@@ -155,7 +155,7 @@ def check_no_media(messages: Sequence[Fields]) -> None:
     """Check that no message has an image, audio, video, or a thought that is no text."""
     for message in messages:
         given = [name for name in (*MEDIA, *_THOUGHTS) if has_value(message.get(name))]
-        # A flag, and an empty cell that became a number, is no thought.
+        # Neither a flag nor an empty cell that became a number is a thought.
         unread = tuple(name for name in given if name in MEDIA or isinstance(message[name], list | Mapping))
         if unread:
             raise unread_error(f"a message has {', '.join(unread)}", unread)
@@ -271,7 +271,7 @@ def read_implicit(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Resp
     texts = list(responses.values())
     if prompt is not None or not all(isinstance(text, str) for text in texts):
         raise UnusableRecordError("unknown_format", f"{', '.join(responses)} alone must be text")
-    # A response has at least one character, and the space before it.
+    # A response is at least a space and one character.
     shared = os.path.commonprefix(texts)  # noqa: RUF071  (of characters)
     end = min(len(shared), min(map(len, texts)) - 1)
     end = max(end - (texts[0][max(end - 1, 0) : end] == " "), 0)
@@ -313,9 +313,9 @@ def _is_open(prompt: Any) -> bool:
 
 
 def read_messages(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]:
-    """Return the messages that all sides share, and those of each side after the point where they part.
+    """Return the messages that all sides share, and each side's messages after they part.
 
-    The prompt is a field of its own, or the start of every side, or both.
+    The prompt is a separate field, or the start of every side, or both.
     """
     sides = []
     for name, value in responses.items():

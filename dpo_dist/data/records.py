@@ -56,7 +56,7 @@ def turns_of(content: Response, role: str = "assistant") -> Messages:
 
 
 class Dialogue(tuple[Message, ...]):
-    """The messages of a prompt that one text spells with `Human:` and `Assistant:` turns, as in HH-RLHF.
+    """The messages of a prompt written as one text with `Human:` and `Assistant:` turns, as in HH-RLHF.
 
     `text` starts with a turn and ends with the last ``"\\n\\nAssistant:"``, before a response. It is
     encoded if the tokenizer has no chat template. The contents of the messages are stripped.

@@ -1,6 +1,6 @@
 """Render a record as texts to tokenise: a prompt, and its responses with their turns.
 
-`TokenizerFacts` are what is found by probing a tokenizer and its chat template once.
+`TokenizerFacts` has the results of probing a tokenizer and its chat template once.
 """
 
 import json
@@ -87,7 +87,7 @@ class TokenizerFacts:
         return any_of({*self._turn_tokens, self.end_of_turn, self.end_of_text})
 
     def has_turns(self, content: str) -> bool:
-        """Return whether a content has tokens that a chat template, or one of another family, writes."""
+        """Return whether a content has tokens that chat templates write, of this or another model family."""
         return self._turns.search(content) is not None
 
     def is_templated(self, text: str) -> bool:
@@ -154,8 +154,8 @@ def tokenizer_facts(
 ) -> TokenizerFacts:
     """Return the properties of `tokenizer`, probed once for each chat template.
 
-    Some tokenizers have an own template for records `with_tools`. Raises ConfigError: `data.chat_template` is
-    neither a file nor the name of a template.
+    Some tokenizers have a separate template for records `with_tools`. Raises ConfigError:
+    `data.chat_template` is neither a file nor the name of a template.
     """
     return _facts(tokenizer, chosen_template(tokenizer, config.chat_template, with_tools=with_tools))
 
@@ -215,7 +215,7 @@ def _as_text(
 
 
 def _whole(prompt: str, responses: Sequence[str], read_as: str, changes: Iterable[str]) -> Rendered:
-    """Return texts of which the loss counts the whole responses."""
+    """Return texts whose responses count in the loss as a whole."""
     counted = tuple(((0, len(response)),) for response in responses)
     return Rendered(prompt, tuple(responses), counted, frozenset(changes), read_as)
 
@@ -358,7 +358,7 @@ class _Conversation:
     def _header_length(self, turn: str, before: Turns, role: str) -> int:
         """Return the length of a turn's header: what a generation prompt writes after `before`.
 
-        `role` is that of the last turn of `before`.
+        `role` is the role of the last turn of `before`.
         """
         if role not in self.generation:
             trace = self.chat.trace(before, self.context, generation=True)
@@ -503,7 +503,7 @@ def _within_thought(content: str, prompt: str) -> str:
 
 
 def _has_thought_of(rendered: str, content: str) -> bool:
-    """Return whether a rendered response has the thought of a content, and no other one."""
+    """Return whether a rendered response has the thought of a content, and no other."""
     thought = _split_thought(content)[0].removesuffix(_CLOSE).rpartition(_OPEN)[2].strip()
     return rendered.count(_CLOSE) == 1 and thought in rendered
 

@@ -318,7 +318,7 @@ def _as_data_error(source: SourceConfig) -> Iterator[None]:
 
 
 def file_kind(file: Path) -> str | None:
-    """Return a file's extension without that of its compression; None if such files cannot be read."""
+    """Return a file's extension before the one of its compression; None if it cannot be read."""
     if file.suffix in _COMPRESSIONS:
         inner = Path(file.stem).suffix
         return inner if inner in _COMPRESSED_KINDS else None
@@ -367,7 +367,7 @@ def _records(values: Iterable[tuple[int, Any]], path: str) -> Iterator[RawRecord
 
 
 def _numbered(rows: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-    """Number the rows of a table; tool calls have the arguments that they were given."""
+    """Number the rows of a table, and give tool calls back the arguments that were written."""
     return enumerate(map(_with_given_arguments, rows), start=1)
 
 

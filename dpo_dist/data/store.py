@@ -38,7 +38,7 @@ SCHEMA = pa.schema(
         # `Outcome` in JSON, and the detail of the reason for which a record is dropped.
         "outcome": pa.string(),
         "detail": pa.string(),
-        # Of kept records. Pieces are the prompt and the responses; the examples share them.
+        # Kept records. Pieces are the prompt and the responses; examples share them.
         "prompt": pa.uint64(),
         "largest_id": pa.int32(),
         "ids": pa.list_(pa.int32()),
@@ -47,7 +47,7 @@ SCHEMA = pa.schema(
         "scores": pa.list_(pa.float64()),
         "truncated": pa.list_(pa.bool_()),
         "trained_tokens": pa.list_(pa.int32()),
-        # Masks of the responses of which the loss counts a part.
+        # Masks of the responses that the loss counts in part.
         "trained": pa.list_(pa.bool_()),
         # The indices of the responses of each example, best first.
         "examples": pa.list_(pa.list_(pa.int32())),

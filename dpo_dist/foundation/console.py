@@ -38,7 +38,7 @@ _FIRST_HEARTBEAT_SECONDS = 15.0
 _HEARTBEAT_SECONDS = 60.0
 _BAR_WIDTH = 20
 _STYLES = {"error": "bold red", "warning": "yellow"}
-"""Of a line on a terminal, by its first word."""
+"""Styles of a terminal's lines, by the first word."""
 _TIMED = ("message", "progress", "evaluation", "error")
 """Kinds whose lines begin with date and time in a scheduler's log file; results do not."""
 TRAINING = "training"
@@ -117,7 +117,7 @@ class LiveScreen(LineScreen):
             self._live.update(self._live.task_ids[0], description=line, completed=share or 0, refresh=True)
 
     def end_progress(self) -> None:
-        """Leave the last state of the training on the screen; remove that of other work."""
+        """Leave the last state of training on the screen; remove the state of other work."""
         super().end_progress()
         live, self._live = self._live, None
         if live is not None:

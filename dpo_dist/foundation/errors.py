@@ -17,7 +17,7 @@ class ExitCode(IntEnum):
     failed = 1
     """A bug of the program."""
     findings = 1
-    """Of `doctor`: a finding above its threshold. The same number as `failed`, as linters use it."""
+    """`doctor` has a finding above its threshold; the same number as `failed`, as linters do."""
     invalid = 2
     """The configuration, the data, a file or a device cannot be used."""
     diverged = 3
@@ -165,7 +165,7 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def warn_on_bug(what: str, say: Callable[[str], None]) -> Iterator[None]:
-    """Turn a bug in the block into a warning that `what` is missing: no report is worth a run.
+    """Log a bug in the block as a warning that `what` is missing: a report must not end the run.
 
     Errors of files and of users are raised: the same command continues once they are corrected.
     """

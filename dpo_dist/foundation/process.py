@@ -133,7 +133,7 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Answer the signals that ask to stop, and the end of `max_seconds`, inside the block.
+        """Handle stop signals and the end of `max_seconds` inside the block.
 
         The first signal asks to stop within `deferred`, and raises StoppedError elsewhere. A later one, if it
         is no echo of the first, ends the process at once with 128 + its number. Outside of the main thread

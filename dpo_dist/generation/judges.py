@@ -42,7 +42,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Question:
-    """Different responses to the prompt of a record, none empty; its own responses are not used."""
+    """Different sampled responses to a record's prompt, none empty; the record's responses are not used."""
 
     record: PreferenceRecord
     responses: tuple[str, ...]
@@ -223,7 +223,7 @@ class RewardModel:
 TIMEOUT_SECONDS = 120.0
 _KEY_VARIABLE = "OPENAI_API_KEY"
 _RETRIES = 6
-# Statuses that refuse one request for its texts; with another one the endpoint cannot be used.
+# Statuses that refuse a single request for its texts; others mean that the endpoint cannot be used.
 _REFUSES_TEXTS = (400, 413, 422)
 _MAX_TOKENS = 1024  # of a verdict, with the judge's reasons
 _OPTIONS: dict[str, Any] = {"temperature": 0, "max_tokens": _MAX_TOKENS}
@@ -247,7 +247,7 @@ _ASKED = {
     1: (_GRADE, re.compile(r"\[\[(\d+)\]\]"), ["response"]),
     2: (_COMPARE, re.compile(r"\[\[(A|B|tie)\]\]"), ["response_A", "response_B"]),
 }
-"""By the number of responses: the instruction, the form of a verdict, the names of the responses."""
+"""For 1 and 2 responses: the instruction, the form of a verdict, the names of the responses."""
 _VERDICTS = {"A", "B", "tie", *map(str, range(1, 11))}
 _HARMLESS = Question(PreferenceRecord("Hello.", (), Origin("a harmless prompt", 1)), ())
 
@@ -316,7 +316,7 @@ class EndpointJudge:
         return judgements
 
     def _verdict(self, question: Question, order: tuple[int, ...]) -> str:
-        """Return the verdict on one response, or on two; `refused` or `unreadable` without one."""
+        """Return the verdict on one or two responses; without a verdict `refused` or `unreadable`."""
         instruction, form, names = _ASKED[len(order)]
         responses = {name: question.responses[index] for name, index in zip(names, order, strict=True)}
         text, refusal = self._ask(self._messages(instruction, question, **responses))

@@ -1,4 +1,4 @@
-"""Responses of the policy to held-out prompts at evaluations, beside those of the reference."""
+"""Responses of the policy and of the reference to held-out prompts at evaluations."""
 
 import json
 from collections.abc import Sequence

@@ -11,7 +11,7 @@ import numpy as np
 import regex
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
-# A letter of a script without spaces is a word of its own, with its marks (\X is a grapheme).
+# In scripts without spaces each letter, with its marks, counts as a word (\X is a grapheme).
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 WORD = regex.compile(rf"[[\w\p{{M}}]--[{_UNSPACED}]]+(?:['\u2019]\w+)*|(?!\s)\X", regex.VERSION1)
 """A word with its marks and apostrophes, or one sign that is neither a letter nor white space."""
@@ -106,7 +106,7 @@ _LONGEST_WORD = 40
 class TextFacts:
     """Facts of one response, by the names of the metrics that are their means."""
 
-    length: int  # in tokens, without the one that ended it
+    length: int  # in tokens, without the ending token
     finished: bool  # by itself
     refusals: bool
     distinct_3: float | None

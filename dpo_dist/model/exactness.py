@@ -76,7 +76,7 @@ class StartCheck:
         self._model, self._score, self._device, self._max_length = model, score, device, max_length
         self._key, self._agree = key, agree
         self._kind = str(model.causal_lm.config.model_type)
-        # Products with such weights may round their inputs to int8.
+        # Products with int8 weights may round their inputs to int8.
         self._is_int8 = any(weight.dtype == torch.int8 for weight in model.parameters())
         self._is_float32 = next(model.parameters()).dtype == torch.float32 and not self._is_int8
         self._sequences = trial_sequences(model.causal_lm, max_length)
@@ -170,7 +170,7 @@ class StartCheck:
         return self._scores(self._batch)
 
     def _score_plainly(self) -> str:
-        """Compute the plain log-probs, and what rounding explains; return in words what is not finite."""
+        """Compute the plain log-probs and how much rounding explains; return what is not finite, in words."""
         self._plain = self._found = self._scores_as(Arrangement.single, own_logits=True)
         self._spread = float(self._plain.std())
         if not self._is_float32:
@@ -222,7 +222,7 @@ class StartCheck:
         example = self._sequences[0]
         first, second = example.responses
         other = replace(example, responses=(first[::-1].copy(), second))
-        # The prompt predicts the first one.
+        # The prompt predicts the first token.
         near = slice(len(first) + min(1, len(second) - 1), len(first) + min(1 + _NEAR, len(second)))
         effect, repeated = (
             float((self._scores(batch) - self._found)[near].abs().median())

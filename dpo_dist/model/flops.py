@@ -43,7 +43,7 @@ class StepFlops:
 
 
 def step_flops(causal_lm: Any) -> StepFlops:
-    """Return the FLOPs of a training step of a model, of which no tensor is used.
+    """Return the FLOPs of a model's training step, from shapes alone.
 
     A weight with two dimensions or more is multiplied with each token but embeddings, which are looked up,
     and experts (three dimensions, the first of them the experts), of which a token visits its configuration's
@@ -59,7 +59,7 @@ def step_flops(causal_lm: Any) -> StepFlops:
     visited_experts = max(filter(None, counts), default=0)  # the most of any layer
     per_token = 0.0
     for name, weight in causal_lm.named_parameters():
-        # Of an adapter that is continued there is a frozen copy.
+        # A continued adapter also has a frozen copy.
         is_unused = not weight.requires_grad and any(part in name for part in _NOT_OF_A_STEP)
         is_bias = weight.dim() < 2 or name.endswith("bias")  # of stacked experts
         if id(weight) in outside or is_unused or is_bias:

@@ -18,15 +18,15 @@ _FOREIGN_WEIGHTS = ["*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgp
 _TOKENIZER_FILES = ("tokenizer.*", "vocab.*", "*.model")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 PEFT_PREFIX = "base_model.model."
-"""Of every name in the weights of an adapter folder."""
+"""The prefix of every weight's name in an adapter folder."""
 _ADAPTER_KEY = "model.adapter.path"
 LORA_WEIGHTS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
-"""Ends of the names of all other weights than those of `modules_to_save`."""
+"""Suffixes of all weights' names but those of `modules_to_save`."""
 # Initializations that have moved a part of the base's weights into the adapter.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Options of peft by which an adapter of low-rank matrices is more than these on linear layers.
 _OTHER_FORMS = ("alora_invocation_tokens", "layer_replication", "target_parameters", "use_qalora")
-# What an adapter is, which is read from the one that is continued.
+# The adapter's kind and size, read from an adapter that is continued.
 _FORM = ("r", "alpha", "variant", "target_modules", "modules_to_save")
 _COMMITS: dict[tuple[str, str | None], str] = {}
 """Commits of this process's snapshots: a branch that moves while a run trains does not change its model."""
@@ -37,7 +37,7 @@ def model_folder(
 ) -> Path:
     """Return the local folder of a model: `path`, or its snapshot from the hub, downloaded if needed.
 
-    Or of an adapter, if the caller accepts one.
+    Or an adapter folder, if the caller accepts one.
     """
     folder = local_model_folder(path, revision, key, accepts_adapter=accepts_adapter)
     if folder is None:

@@ -30,7 +30,7 @@ _INDEXER = "indexer"
 
 
 def layer_configs(text: Any) -> Sequence[Any]:
-    """Return the configuration of each layer of a text model, one for all if they are equal.
+    """Return the configuration of each layer of a text model; a single one if all are equal.
 
     Of a configuration whose layers differ (Gemma 4, or `per_layer_config` in config.json), transformers
     refuses to read an option that they do not share.
@@ -80,7 +80,7 @@ def keep_text(causal_lm: Any, *, drops: bool = True) -> None:
 
 
 def text_notes(causal_lm: Any) -> list[str]:
-    """Return a line on a model of which `keep_text` has dropped parts, by their names; none of another."""
+    """Return a line that names the parts that `keep_text` dropped; empty if it dropped none."""
     parts = {causal_lm, causal_lm.base_model}
     dropped = sorted(name for part in parts for name, child in part._modules.items() if child is None)
     note = (
@@ -96,7 +96,7 @@ def indexers(causal_lm: Any) -> list[nn.Module]:
 
 
 def without_gradient(causal_lm: Any) -> set[nn.Parameter]:
-    """Return the weights that have no gradient from text: those of other inputs and of indexers."""
+    """Return the weights without a gradient from text: of image and audio towers, and of indexers."""
     return other_weights(causal_lm) | {w for module in indexers(causal_lm) for w in module.parameters()}
 
 
@@ -153,7 +153,7 @@ def offload_inputs(causal_lm: nn.Module) -> None:
     """Make checkpointed layers keep their input in host memory; after `checkpoint_layers`."""
 
     def offloaded(checkpoint: Callable[..., Any], *arguments: Any) -> Any:
-        # The checkpoint saves its tensor arguments under these hooks, and what its layer saves under its own.
+        # `checkpoint` saves its arguments under these hooks; its layer saves under other hooks.
         with save_on_cpu(pin_memory=True):
             return checkpoint(*arguments)
 
@@ -174,7 +174,7 @@ def use_liger(causal_lm: nn.Module) -> None:
 
 
 def partly_used_blocks(causal_lm: nn.Module) -> list[nn.Module]:
-    """Return the modules of which some tokens use a part of the weights only, so that ranks use others.
+    """Return the modules whose tokens may use only part of the weights, so that ranks differ in which.
 
     They have a list of equal parts inside of a layer, such as one module per expert (experts that are stacked
     in one tensor, as in transformers' own models, are one part), or make one key of several tokens, as in

@@ -154,7 +154,7 @@ def load_packed(
     """Return the model of `folder` with the chunked head, arranged as the record of its architecture says.
 
     Whether this is exact is for `exactness.StartCheck` to check. Under a ZeRO-3 loading context every process
-    keeps its own shard only. Dropout is off: policy and reference compute the same function (law L7).
+    keeps only its shard. Dropout is off: policy and reference compute the same function (law L7).
 
     `max_length` is the longest prompt plus response in tokens, `sequence` the ranks that share the tokens of
     each batch. Errors name `key`.
@@ -298,7 +298,7 @@ def placement(config: ModelConfig, device: torch.device) -> dict[str, Any]:
 
 
 def _keep_evaluating(causal_lm: Any) -> None:
-    """Keep routers that draw experts at random in training in evaluation mode, whatever that of the model."""
+    """Keep routers that sample experts while training in evaluation mode, whatever the model's mode."""
     router, _ = SAMPLING_ROUTERS.get(causal_lm.config.get_text_config().model_type, ("", ""))
     for name, module in causal_lm.named_modules():
         if router and name.endswith(f".{router}"):

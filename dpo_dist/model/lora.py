@@ -111,7 +111,7 @@ def add_saved(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
             if unknown := sorted(set(modules_on_disk(folder)[0]) - adapted):
                 raise LookupError(f"no linear layers {', '.join(unknown[:3])} ({len(unknown)} in all)")
             return lora
-        # Of modules in full, peft looks for the names in a model that it has not wrapped.
+        # peft looks for modules to train in full by their names before wrapping.
         weights = {
             one if ".lora_" in one else one.removeprefix(PEFT_PREFIX): weight
             for one, weight in load_peft_weights(str(folder), device="cpu").items()
@@ -148,13 +148,13 @@ def _foreign_adapter(causal_lm: Any, folder: Path, got: str, key: str) -> Config
 
 
 def _inject(causal_lm: Any, lora: LoraConfig, name: str) -> None:
-    """Add an adapter to a transformers model and make it the one that its low-rank layers train.
+    """Add an adapter to a transformers model and activate it in all low-rank layers.
 
     `add_adapter` of transformers fails if another adapter has modules in full that this one has not.
     """
     causal_lm._hf_peft_config_loaded = True
     with warnings.catch_warnings():
-        # Of embeddings and output layer that share a weight, which `_prepare_copies` sees to.
+        # A warning about tied embeddings and output layer, which `_prepare_copies` handles.
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
         inject_adapter_in_model(lora, causal_lm, name)
     for layer in adapted_layers(causal_lm):
@@ -286,7 +286,7 @@ def _switched(model: nn.Module) -> list[tuple[Any, list[str]]]:
 
 
 def _saved_modules(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
-    """Return the modules of which there are copies, by name."""
+    """Return the modules that have trained copies, by name."""
     return {
         name: module for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)
     }
@@ -294,7 +294,7 @@ def _saved_modules(model: nn.Module) -> dict[str, ModulesToSaveWrapper]:
 
 @torch.no_grad()
 def _prepare_copies(causal_lm: Any, start: Path | None) -> None:
-    """Let the trained copies begin as those of the adapter in `start`, and share what the base shares."""
+    """Start the trained copies from the adapter in `start`, and tie what the base ties."""
     wrappers = _saved_modules(causal_lm)
     for wrapper in wrappers.values():
         copies = wrapper.modules_to_save

@@ -16,7 +16,7 @@ from dpo_dist.foundation.errors import ConfigError
 
 _KERNELS = "attention flash_attn compile liger deterministic device gpu cuda cpu torch transformers"
 TOLERABLE_FIELDS = frozenset(_KERNELS.split())
-"""Fields of which a difference changes the order in which the same numbers are rounded.
+"""Fields that, when they differ, change the order in which the same numbers are rounded.
 
 A difference in any other field changes how precise a log-prob is.
 """

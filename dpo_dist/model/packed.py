@@ -106,7 +106,7 @@ class PackedCausalLM(nn.Module):
         self.arrangement = arrangement
         self.is_generating = False
         head = causal_lm.get_output_embeddings()
-        # A layer with a forward of its own is another function than its weight says.
+        # A layer that overrides forward computes something else than its weight says.
         if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
             change = logit_change(causal_lm.config.get_text_config())
             causal_lm.set_output_embeddings(LogpHead.of(head, change))
@@ -128,13 +128,13 @@ class PackedCausalLM(nn.Module):
 
     @property
     def hidden_size(self) -> int:
-        """Return the width of the hidden states, of a model in parts (BLT) that of its last part."""
+        """Return the width of the hidden states; for a model in parts (BLT), of its last part."""
         config, head = self.causal_lm.config.get_text_config(), self.causal_lm.get_output_embeddings()
         return int(getattr(config, "hidden_size", None) or head.in_features)
 
     @property
     def has_chunked_head(self) -> bool:
-        """Whether the output layer is one matrix behind a body of its own."""
+        """Whether the output layer is a single matrix after a separate body."""
         has_body = self.body is not self.causal_lm
         return has_body and bool(self._heads())
 
@@ -156,7 +156,7 @@ class PackedCausalLM(nn.Module):
     def start_as(self, recorded: Arrangement, longest: int) -> None:
         """Arrange the model as its architecture is recorded, as far as it can be packed.
 
-        `longest` is that of prompt plus response, in tokens.
+        `longest` is the largest prompt plus response, in tokens.
         """
         if self.mixes_lengths(longest):
             recorded = Arrangement.single
@@ -211,7 +211,7 @@ class PackedCausalLM(nn.Module):
         found = self._call(
             with_routing,
             input_ids=ids[None],
-            # Of ones: without it transformers would look for packed sequences itself, by their positions.
+            # All ones: without a mask transformers looks for packed sequences itself, by their positions.
             attention_mask=torch.ones_like(ids[None]),
             position_ids=positions[None],
             packed=attention,
@@ -319,7 +319,7 @@ class _Outputs:
 
 
 def _accepted(model: nn.Module, names: set[str]) -> set[str]:
-    """Return those of `names` that the forward of `model` has as a keyword."""
+    """Return the `names` that the forward of `model` accepts as keywords."""
     parameters = inspect.signature(model.forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     return names if takes_any else names & parameters.keys()
@@ -349,7 +349,7 @@ def rope_limit(model_config: Any) -> int | None:
 
 
 def forget_lengths(causal_lm: nn.Module) -> None:
-    """Make the rotary embeddings of a model those of one that has seen no sequence."""
+    """Reset the rotary embeddings of a model to the state before its first sequence."""
     for module in causal_lm.modules():
         # Buffers with the frequencies of short sequences may be the same tensors as those in use.
         for name, original in list(module.named_buffers(recurse=False, remove_duplicate=False)):

@@ -63,7 +63,7 @@ def write_weights(
 ) -> None:
     """Write weights by transformers name in files of at most 5 GB, and a config.json.
 
-    It is that of the model folder `base`, if there is one, with `changes`.
+    With `base`, keep its config.json, updated by `changes`.
     """
     dtype = next(weight.dtype for weight in weights.values() if weight.is_floating_point())
     causal_lm.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")
@@ -80,7 +80,7 @@ def _restore_description(folder: Path, base: Path, dtype: torch.dtype, changes: 
     file, generation = folder / CONFIG_FILE, folder / GENERATION_CONFIG_NAME
     written, own = json.loads(file.read_bytes()), json.loads((base / CONFIG_FILE).read_bytes())
     kind = written["model_type"]
-    # Code of the model's own may give it a type that config.json does not name.
+    # The model's remote code may set a type that config.json does not name.
     if own.get("model_type", kind) == kind:
         content = own | {"architectures": written["architectures"]}
         _copy_files(base, folder, _PROCESSORS)
@@ -89,7 +89,7 @@ def _restore_description(folder: Path, base: Path, dtype: torch.dtype, changes: 
         content = {name: value for name, value in written.items() if not is_noise(name, value, kind)}
         content |= {name: text[name] for name in written if name not in content and name in text}
     write_description(file, content | changes, dtype)
-    generation.unlink(missing_ok=True)  # transformers made one of config.json
+    generation.unlink(missing_ok=True)  # transformers made it from config.json
     _copy_files(base, folder, GENERATION_CONFIG_NAME)
 
 
@@ -210,7 +210,7 @@ def write_mean(folder: Path, members: Sequence[tuple[float, Path]], dtype: torch
     """Write the float32 mean of whole models of one kind, with the other files of the first.
 
     Equal weights stay what they are. The coefficients of `members` have the sum 1. Without a dtype, weights
-    have that of the first model.
+    have the first model's.
     """
     (_, first), *others = members
     for member in (path for _, path in members):

@@ -1,4 +1,4 @@
-"""Packed attention by PyTorch's own products, one segment at a time, under any rule of visible keys.
+"""Packed attention by PyTorch's products, one segment at a time, under any rule of visible keys.
 
 A segment is a prompt with its first response, or a later response after its prompt; a mask is of one segment.
 """
@@ -203,7 +203,7 @@ def _capped(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: floa
 
 
 def with_one_dim(query: Tensor, key: Tensor, value: Tensor, multiple: int = 1) -> tuple[Tensor, ...]:
-    """Return tensors of one dimension, a multiple of this number, with zeros where they have less."""
+    """Return the tensors padded with zeros to one head dimension, a multiple of this number."""
     dim = max(query.shape[-1], value.shape[-1])
     dim += -dim % multiple
     missing = [dim - tensor.shape[-1] for tensor in (query, key, value)]

@@ -43,14 +43,14 @@ class TokenExchange(Protocol):
     def all_gather(self, part: Tensor) -> Tensor:
         """Return `part` of every rank, [ranks, ...]. Collective.
 
-        Its gradient is that of this rank's entry: all ranks compute the same loss from the result.
+        The gradient is only this rank's entry, as all ranks compute the same loss from the result.
         """
 
 
 def check_shared_tokens(model_config: Any, ranks: int) -> None:
     """Check that `ranks` ranks can share the tokens of a micro-batch, as far as config.json says.
 
-    Key heads are repeated for ranks that share one.
+    Ranks that share a key head repeat it.
     """
     text = model_config.get_text_config()
     for heads in heads_of_layers(text):
@@ -82,7 +82,7 @@ def cannot_be_shared(model_type: str, ranks: int, fault: str = "") -> ConfigErro
 class TokenShare:
     """One rank's share of the tokens and targets of a packed sequence.
 
-    Shares have one length: one that would be shorter ends with another copy of the last token.
+    Shares are equally long: a shorter share repeats the last token.
     """
 
     exchange: TokenExchange
@@ -127,7 +127,7 @@ class TokenShare:
     def sum(self, part: Tensor) -> Tensor:
         """Return the sum of `part` over the ranks, equal on all of them; collective.
 
-        Its gradient is that of this rank's `part`: all ranks compute the same loss from the result.
+        The gradient is only that of `part`, as all ranks compute the same loss from the result.
         """
         return self.exchange.all_gather(part).sum(dim=0)
 

@@ -64,7 +64,7 @@ def settle_engine(
             ) from None
         return next(filter(None, world.gather(fault)), "")
 
-    world.barrier()  # a rank that begins late would be one that does not fail
+    world.barrier()  # ranks that begin late would count as failed
     was_training = engine.model.training
     engine.model.eval()
     check = StartCheck(engine.model, engine.token_logps, world.device, max_length, key, agree)
@@ -85,7 +85,7 @@ SCORING_TOKENS_FACTOR = 4
 
 
 def scored_model(config: RunConfig) -> ModelConfig:
-    """Return the policy's model settings without those of training, with the reference's quantization."""
+    """Return the policy's model settings without training options, with the reference's quantization."""
     return replace(
         config.model,
         gradient_checkpointing="none",

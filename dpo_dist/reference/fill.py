@@ -39,7 +39,7 @@ OWN_NUMERICS = "own"
 
 @dataclass(frozen=True)
 class FillReport:
-    """Distinct responses found and computed, seconds of computing, and names of damaged shards."""
+    """Distinct responses that were stored or computed, seconds of computing, names of damaged shards."""
 
     hits: int = 0
     computed: int = 0
@@ -116,13 +116,13 @@ class StoreFiller:
             return report + self._compute(dataset, missing, progress) if len(missing) else report
 
     def open_filled(self) -> LogpStore:
-        """Open the same shards on every rank: all that the fills found or wrote."""
+        """Open the same shards on every rank: all that were there or were written."""
         root, fingerprints = self.store.root, self.store.fingerprints
         return self.world.together(lambda: LogpStore.open(root, fingerprints, self.shards))
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[bool]:
-        """Let no other job fill this fingerprint inside the block; yield whether one had to be waited for."""
+        """Lock this fingerprint against other jobs; yield whether it had to wait for one."""
         with contextlib.ExitStack() as lock:
 
             def take() -> bool:

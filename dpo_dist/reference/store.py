@@ -48,7 +48,7 @@ STORE_FORMAT = 2
 
 FINGERPRINT_FILE = "space.json"
 
-# Beside the fingerprints' folders: digests of model files, one file for each.
+# Digests of model files, beside the fingerprints' folders.
 MEMO_FOLDER = "file_digests"
 
 _FOLDER_NAME = re.compile(r"[0-9a-f]{32}")
@@ -187,7 +187,7 @@ class LogpStore:
     Attributes:
         fingerprints: the store's own, whose `folder` is written, then compatible ones, most similar first.
         shards: names below the `root` (`reference.store`) of the shards in this view.
-        damaged: names of those that have no entry, or for which a look-up found damaged values.
+        damaged: names of those that have no entry, or had damaged values when read.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class LogpStore:
         if names is None:
             existing = [folder for folder in folders if (root / folder).is_dir()]
             names = [f"{folder}/{name}" for folder in existing for name in list_shards(root / folder)]
-        # Of several entries of a key every rank takes the same one.
+        # If a key has several entries, every rank takes the same one.
         names = sorted(names, key=lambda name: (folders.index(name.partition("/")[0]), name))
         with ThreadPoolExecutor(max_workers=8) as pool:
             opened = list(pool.map(lambda name: open_shard(root / name), names))
@@ -209,7 +209,7 @@ class LogpStore:
         self._sources = [folders.index(name.partition("/")[0]) for name in self.shards]
         self._values = [shard.values for shard in shards]
         keys = np.concatenate([np.empty((0, 2), np.uint64), *(shard.keys for shard in shards)])
-        # Stable, so that of two entries of one key the one of the earlier shard comes first.
+        # Stable: of two entries of a key, the earlier shard's comes first.
         order = np.argsort(keys[:, 0], kind="stable")
         self._first_words, self._second_words = keys[order, 0], keys[order, 1]
 
@@ -297,7 +297,7 @@ class LogpStore:
         return self.sources(keys) >= 0
 
     def read(self, keys: Keys) -> list[Values]:
-        """Return the log-probs of each key, float32 [completion tokens]; a missing one is an error."""
+        """Return the log-probs of each key, float32 [completion tokens]; a missing key is an error."""
         entries = []
         for key, (values, _) in zip(keys, self._find(keys), strict=True):
             if values is None:

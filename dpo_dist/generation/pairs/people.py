@@ -141,7 +141,7 @@ class Labelling:
         return int(_fraction(self._seed, "left", item, annotator) < 0.5)
 
     def remaining(self, annotator: str) -> list[str]:
-        """Return the items that the annotator is to judge, in an order of their own."""
+        """Return the items that the annotator is to judge, shuffled by the annotator's name."""
         taken = {item for (_, item), one in self.given.items() if one.verdict != SKIP} - self._shared
         items = [key for key in self.items if key not in taken and (annotator, key) not in self.given]
         return sorted(items, key=lambda key: _fraction(self._seed, "order", key, annotator))

@@ -36,9 +36,9 @@ Result: TypeAlias = dict[str, Any]
 
 
 def check_settings(config: RunConfig, folder: RunFolder) -> None:
-    """Check that earlier rounds in this folder had the same settings; write those of a first start.
+    """Check that earlier rounds in this folder had the same settings; write them at the first start.
 
-    Until a stage is finished, every start is a first one: mistakes can be corrected.
+    Until a stage is finished every start counts as the first, so that mistakes can be corrected.
     """
     file = folder.rounds_config
     if not file.exists() or not folder.round(1).round_result.exists():
@@ -197,7 +197,7 @@ def _sample(config: RunConfig, number: int, say: Say, run: Run) -> dict[str, Any
     if code not in (ExitCode.completed, ExitCode.invalid) or not folder.pairs_samples.exists():
         raise _failed(f"sampling of round {number}", code, folder)
     samples = read_samples(stage.model.path, folder.pairs_samples)
-    # Of a later round, equally good samples are the end of learning; a full disk has the same code.
+    # From round 2 on, all ties mean that nothing is left to learn. A full disk has the same exit code.
     is_learned = number > 1 and samples["responses"] and samples["largest_difference"] <= pairs.margin
     if code != ExitCode.completed and not is_learned:
         raise _failed(f"sampling of round {number}", code, folder)

@@ -289,7 +289,7 @@ def pairs_from_models(config: RunConfig, stages: Stages) -> None:
         opened = cache(partial(open_generator, model, config, world.device))
         numbers = range(index * count, (index + 1) * count)
         of_models.append(stages.responses(model, prompts, config, sampling, numbers, opened))
-        opened.cache_clear()  # the next one needs its memory
+        opened.cache_clear()  # the next model needs its memory
         return_memory()
 
     def scored(index: int) -> list[dict[str, Any]]:

@@ -45,7 +45,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Sample:
-    """A generated response: its tokens without the one that ended it, and this one, if there is one."""
+    """A generated response: its tokens without the ending token, and the ending token, if any."""
 
     ids: list[int]
     is_finished: bool

@@ -39,7 +39,7 @@ KEY = "pairs.models"
 
 @dataclass(frozen=True)
 class ModelSource:
-    """The files of a model that responds; `folder` is that of the base if there is an adapter."""
+    """The files of a model that responds; `folder` is its base's if it is an adapter."""
 
     name: str  # as configured
     folder: Path
@@ -169,11 +169,11 @@ class Answer:
 
     number: int  # among all samples of the prompt
     content: str  # its text; of a dialogue up to a further turn
-    tokens: int  # without the one that ended it
+    tokens: int  # without the ending token
     finished: bool  # by itself
     same_ids: bool  # whether training encodes it as the generated tokens
     fields: dict[str, Any] = field(default_factory=dict)  # a thought apart from the content
-    ids: list[int] = field(default_factory=list)  # with the one that ended it
+    ids: list[int] = field(default_factory=list)  # with the ending token
     model: int = 0  # its index
     score: float | None = None
     unused: str | None = None  # the reason why it is part of no pair

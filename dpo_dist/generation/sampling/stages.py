@@ -26,7 +26,7 @@ _FAILED = "failed"
 
 @dataclass(frozen=True)
 class Parts:
-    """The parts of one stage, in a folder that is named by the digest of everything that they depend on."""
+    """The parts of a stage, in a folder named by the digest of everything that they depend on."""
 
     folder: Path
     count: int

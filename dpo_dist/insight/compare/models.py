@@ -323,7 +323,7 @@ def _rows(
 
 
 def shown_prompt(prompt: Prompt) -> str:
-    """Return a prompt as one text: of a single user turn its content, of others their roles too."""
+    """Return a prompt as text: the content of a single user turn, or all turns with their roles."""
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, Dialogue):

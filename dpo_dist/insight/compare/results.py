@@ -17,7 +17,7 @@ Row = dict[str, Any]
 Key = tuple[str, ...]
 """A model and a metric; or two models and a metric, which is then of both."""
 Means = Mapping[Key, tuple[float, list[float] | None]]
-"""Means with their intervals; one without a value is absent."""
+"""Means with their intervals; metrics without a value are absent."""
 
 _RATE = "rate"
 _SHARES = {_RATE, "finished", "refusals", "empty"}
@@ -71,7 +71,7 @@ def judge_texts(
 
 
 def without_judge(first: str, second: str) -> float | None:
-    """Return the credit of the first response if no judge is needed: equal ones tie, an empty one loses."""
+    """Return the first response's credit if no judge is needed: equal responses tie, an empty one loses."""
     has_first, has_second = bool(first.strip()), bool(second.strip())
     if first == second or not (has_first or has_second):
         return TIE

@@ -16,7 +16,7 @@ from dpo_dist.insight.doctor.sources import Source
 from dpo_dist.insight.doctor.texts import EMPTY_SKETCH, SIGNATURE_NUMBERS, Signature
 
 Partners = dict[int, int]
-"""From the index of a record to that of another one with which it has something in common, ascending."""
+"""From a record's index to that of a record with which it has something in common, ascending."""
 
 SIMILARITY = 0.7
 # 16 bands of 4 numbers: two texts of similarity 0.7 share a band with a probability of 0.99.
@@ -24,7 +24,7 @@ _BANDS, _BAND_NUMBERS = 16, 4
 
 
 def equal(keys: Iterable[int]) -> Partners:
-    """Return the records whose key an earlier one has, each with the first of these."""
+    """Return the records whose key also occurs earlier, each with its first occurrence."""
     first: Partners = {}
     return {index: first[key] for index, key in enumerate(keys) if first.setdefault(key, index) != index}
 
@@ -76,7 +76,7 @@ def _sketch(numbers: npt.NDArray[np.uint32]) -> MinHash:
 
 
 def opposite(records: Sequence[Facts]) -> Partners:
-    """Return each record of which another states the opposite preference, and the first such one."""
+    """Return each record whose opposite preference is stated elsewhere, with the first such record."""
     stated: dict[int, int] = {}
     for index, record in enumerate(records):
         for preference, _ in record.preferences:

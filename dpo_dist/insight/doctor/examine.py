@@ -47,7 +47,7 @@ _REFUSING_RULES = {"no_records", "too_many_dropped"}
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Everything that the doctor found; most fields are those of doctor.json."""
+    """The results of an examination; most fields are those of doctor.json."""
 
     sources: Sequence[dict[str, Any]]  # of `data.train`, then of `data.eval`
     across: Mapping[str, Any]

@@ -32,7 +32,7 @@ _FEWEST_PROMPTS, _FEWEST_PROMPTS_OF_GROUPS = 10, 50
 # of words are compared; 17 pairs are enough if all are on one side.
 _STANDARD_ERRORS, _STANDARD_ERRORS_OF_FORMS = 3.0, 4.0
 _MIN_DIFFERS = 0.03
-"""A form of fewer pairs is not reported as one-sided."""
+"""Fewest pairs with a form for it to be reported as one-sided."""
 _MIN_WORD_PAIRS = 5
 _SHOWN_FORMS = 3
 _ADDS = 0.03

@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 SIDES = ("prompt", "chosen", "rejected")
 Lengths = tuple[int, int, int]
-"""By `SIDES`; -1 for a missing rejected response."""
+"""One number per side of `SIDES`; -1 for a missing rejected response."""
 
 _CUT = {"prompt_truncated", "response_truncated"}
 _NO_LIMIT = 2**31 - 1
-# Of a ranking, at most so many preferences are compared with those of other records.
+# Most preferences of a ranking that are compared with other records.
 _MAX_PREFERENCES = 64
 _HEAD = 300
 _NUMBER = re.compile(r"\d+")
@@ -45,7 +45,7 @@ class PairFacts:
 
 @dataclass(eq=False, slots=True)
 class Facts:
-    """Facts about one record; after `detail` those of a readable one."""
+    """Facts about a record; those after `detail` need a readable record."""
 
     origin: Origin
     dropped: str | None = None  # the reason why no example is made of it

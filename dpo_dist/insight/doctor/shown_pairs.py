@@ -47,7 +47,7 @@ class ShownPair:
     """One record of the page: the prompt, then the responses, best first."""
 
     origin: str
-    rules: tuple[str, ...]  # of which it is an example; empty for one of the sample
+    rules: tuple[str, ...]  # that it is an example of; empty in the random sample
     note: str  # the reason why it is dropped
     parts: Sequence[Part]
 

@@ -70,7 +70,7 @@ class Source:
 
     @cached_property
     def named(self) -> dict[str, list[object]]:
-        """By name the origins of the records that have it."""
+        """Origins of the records that have it, by name."""
         found = defaultdict[str, list[object]](list)
         for one in self.readable:
             for name in one.names:
@@ -100,7 +100,7 @@ class Source:
 
     @cached_property
     def _languages(self) -> list[tuple[str | None, ...]]:
-        """Of sampled pairs, those of the prompt and of both responses."""
+        """Languages of the prompt and of both responses, for sampled pairs."""
         return [tuple(map(language_of, pair.heads)) for pair in self._pairs[:_SAMPLED_LANGUAGES]]
 
     def report(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ _WORD = re.compile(rf"{_WORD_ONLY.pattern}|[^\w\s]|_")
 _SHORT_CHARACTERS = 3
 _NEARLY_EQUAL = 0.1
 _THOUGHTS = ("reasoning_content", "thinking")
-# Roles of which several turns in a row are usual.
+# Roles that usually have several turns in a row.
 _REPEATABLE_ROLES = {"tool", "function", "observation"}
 
 _KINDS = {
@@ -223,13 +223,13 @@ _FEATURES: Mapping[str, Mapping[str, Feature]] = {
     "odd characters": {"odd characters": lambda text, _: re.search(_ODD, text) is not None},
 }
 GROUPS = {name: group for group, features in _FEATURES.items() for name in features} | {"tokens": "length"}
-"""Of each feature but the first and the last words; tokens are counted where records are encoded."""
+"""The group of each feature but first and last words; tokens are counted where records are encoded."""
 _FIRST = ("first word", "second word", "third word")
 _LAST = ("last word", "last word but one", "last word but two")
 
 
 def differences(chosen: str, rejected: str) -> dict[str, float]:
-    """Return the features of the chosen response minus those of the rejected one, where they differ.
+    """Return the chosen response's features minus the rejected one's, where they differ.
 
     A word at one of the three first or last places (`last word 'you'`) counts 1; words have their case.
     """

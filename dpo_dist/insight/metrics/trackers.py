@@ -280,7 +280,7 @@ def end_service(*, is_dead: bool = False, kills: bool = False) -> None:
 
 
 class InBackground:
-    """A wandb run that `start` opens and that is called in a thread of its own; only `finish` waits.
+    """A wandb run that `start` opens and a separate thread calls; only `finish` waits.
 
     A table makes wandb wait for its server. Opening waits for the run a little, so that its messages come in
     order if it is fast.

@@ -133,7 +133,7 @@ class Line:
 def chart(title: str, lines: Sequence[Line], unit: str = "", *, log: bool = False) -> Markup:
     """Return a `<figure>` with one chart over steps; empty if no line has a point.
 
-    Of a long line about 400 points are drawn, the smallest and largest values among them.
+    A long line is drawn with about 400 points, which include its smallest and largest values.
     """
     whole = [line for line in lines if line.steps.size]
     if not whole:

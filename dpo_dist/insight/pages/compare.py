@@ -29,7 +29,7 @@ _STYLE = ("length", "finished", "refusals", "distinct_3", "longest_repeat", "emp
 _NO_SHARES = {"score": "score", "kl": "KL, nats per response", "length": METRICS["samples/length"].title}
 """Titles of metrics; the others are shares."""
 _VERDICTS = {1.0: "loses to", 0.5: "ties with", 0.0: "wins over"}
-"""By the credit of the base, what the other model does."""
+"""What the other model does, by the base's credit."""
 
 
 def write_comparison_page(folder: RunFolder, results: Row) -> None:
@@ -64,7 +64,7 @@ def write_comparison_page(folder: RunFolder, results: Row) -> None:
 def headline(results: Row) -> list[str]:
     """Return the best model by its mean, then the models that no interval shows to be worse, in sentences.
 
-    A model of which no response ends is not ranked: the judge saw beginnings of its responses only.
+    A model whose responses never end is not ranked: the judge saw only their beginnings.
     """
     measure, qualities = _qualities(results)
     models = {model["name"]: model for model in results["models"]}
@@ -110,7 +110,7 @@ def _side(ends: Interval, of: float) -> int:
 def _qualities(results: Row) -> tuple[str, dict[str, tuple[float, Interval]]]:
     """Return what the quality of a model is called, and the qualities with their intervals by model.
 
-    It is the score, or without scores the win rate over the base; of the base one half.
+    It is the score, or without scores the win rate over the base (the base's is one half).
     """
     models, base = results["models"], results["base"]
     scores = {

@@ -120,7 +120,7 @@ def _shown(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shares(shares: Mapping[str, float]) -> list[tuple[str, float]]:
-    """Return shares without those of no record and of all, the largest first."""
+    """Return the shares that are neither 0 nor 1, the largest first."""
     found = sorted(shares.items(), key=lambda item: -item[1])
     return [(name, share) for name, share in found if 0 < share < 1][:_MOST_ROWS]
 

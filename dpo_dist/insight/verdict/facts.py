@@ -113,7 +113,7 @@ class RunFacts:
     def noise(self, rows: Sequence[Row]) -> dict[str, float]:
         """Return what rounding alone makes of metrics, by the drift that was measured before the first step.
 
-        Of a margin it is two standard errors of the mean over the pairs of the last of the rows.
+        For a margin: two standard errors of the mean over the pairs of the last row.
         """
         drift = (self.summary.get("reference") or {}).get("drift") or {}
         rms, beta, pairs = drift.get("rms_response_drift"), self.setting("loss.beta"), last(rows, "pairs")

@@ -34,14 +34,14 @@ NOTHING_TO_JUDGE = "nothing to judge, as no metrics row of a training step was w
 _FEWEST_STEPS = 10
 """A shorter run has learnt too little to be judged by it."""
 _FEWEST_PAIRS, _FIRST_PAIRS = 50, 200
-"""Of a mean: that of few pairs is noise; the second for the loss at the start."""
+"""Fewest pairs for a mean that is not noise; the second is for the loss at the start."""
 _QUANTITIES = {
     "logps/chosen": "log-prob of chosen responses",
     "logps/rejected": "log-prob of rejected responses",
     "loss": "loss",
     "grad_norm": "gradient norm",
 }
-"""In the order in which a step computes them: the first one that is not finite is named."""
+"""In the order in which a step computes them; the first that is not finite is named."""
 _LOGISTIC = ("sigmoid", "robust", "dpop", "odpo")
 """Losses that fall to 0 with a growing margin; others have another scale, or grow again."""
 _LEAKS = ("label_leak", "length_bias", "style_bias")
@@ -62,7 +62,7 @@ class RunRule(Rule):
 
 
 RULES: dict[str, RunRule] = {}
-"""By name, the worst fault first: in this order a verdict reports them."""
+"""By name, in the order in which a verdict reports them: the worst fault first."""
 _TABLE = yaml.safe_load(Path(__file__).with_name("rules.yaml").read_text(encoding="utf-8"))
 
 
