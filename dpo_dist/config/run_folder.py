@@ -33,13 +33,13 @@ def is_checkpoint(folder: Path) -> bool:
     return step_of(folder.name) is not None and (folder / STATE).is_file()
 
 
-def best_checkpoints(root: Path) -> list[str]:
-    """Return the names of the best checkpoints below `root`, the best first."""
+def best_checkpoint(root: Path) -> str | None:
+    """Return the name of the best checkpoint below `root`, if one is recorded."""
     try:
-        names = (root / BEST).read_bytes().decode().split()
+        name = (root / BEST).read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
-        return []
-    return [name for name in names if step_of(name) is not None]
+        return None
+    return None if step_of(name) is None else name
 
 
 def checkpoint_folders(root: Path) -> list[Path]:

@@ -2,7 +2,7 @@
 
     checkpoints/
       latest                                  name of the last committed checkpoint
-      best                                    names of the best ones (`trainer.keep_best`), the best first
+      best                                    name of the best one (`trainer.keep_best`)
       step-000100/
         manifest.json                         digest of every other file
         state.json                            state of the loop
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from dpo_dist.config.run_folder import (
     BEST,
     STATE,
-    best_checkpoints,
+    best_checkpoint,
     checkpoint_folders,
     checkpoint_name,
     step_of,
@@ -368,15 +368,18 @@ class CheckpointSaver:
         self._say, self._has_said = say, False
         self._committed = committed
         self._pending: _Pending | None = None
-        self._best: list[str] = []
+        self._best: str | None = None
 
-    def save(self, step: int, state: dict[str, Any], *, is_last: bool = False) -> None:
+    def save(
+        self, step: int, state: dict[str, Any], *, best_step: int | None = None, is_last: bool = False
+    ) -> None:
         """Write `root/step-NNNNNN`, which appears with the next `commit` or `save`; collective.
 
-        Training may continue at once, unless it `is_last`. A former checkpoint is committed first.
+        Training may continue at once, unless it `is_last`. A former checkpoint is committed first. The
+        checkpoint of `best_step`, which may be this one, is kept beside the last ones.
         """
         self.commit()
-        self._best = [checkpoint_name(one["step"]) for one in state.get("best", [])]
+        self._best = None if best_step is None else checkpoint_name(best_step)
         world, folder = self._world, self._root / checkpoint_name(step)
         models = [part.shards() for part in self._parts]
         needed = sum(world.gather(sum(model.bytes for model in models)))
@@ -439,11 +442,11 @@ class CheckpointSaver:
         self._delete_old(pending.folder)  # some file systems need minutes for files of terabytes
 
     def _name(self, folder: Path) -> None:
-        """Name the last checkpoint and the best ones in their files."""
+        """Name the last and the best checkpoint in their files."""
         with disk_errors(folder):
             write_text(self._root / _LATEST, folder.name)
-            if self._best:
-                write_text(self._root / BEST, "".join(f"{name}\n" for name in self._best))
+            if self._best is not None:
+                write_text(self._root / BEST, f"{self._best}\n")
             else:
                 (self._root / BEST).unlink(missing_ok=True)
 
@@ -451,17 +454,17 @@ class CheckpointSaver:
         """Delete all checkpoints but `committed`, the best, and the newest that are not damaged."""
         others = [folder for folder in checkpoint_folders(self._root) if folder != committed]
         intact = [folder for folder in others if folder not in self._damaged]
-        kept = {*intact[: self._keep_last - 1], *(each for each in intact if each.name in self._best)}
+        kept = {*intact[: self._keep_last - 1], *(each for each in intact if each.name == self._best)}
         for folder in set(others) - kept:
             shutil.rmtree(folder, ignore_errors=True)
         self._damaged.clear()
 
-    def resume(self, folder: Path, best_steps: Iterable[int]) -> None:
+    def resume(self, folder: Path, best_step: int | None) -> None:
         """Complete what a kill may have cut after the commit of the checkpoint that is resumed; collective.
 
-        `best_steps` are those of the best checkpoints, the best first. Newer checkpoints are damaged.
+        `best_step` is that of the best checkpoint, if there is one. Newer checkpoints are damaged.
         """
-        self._best = [checkpoint_name(step) for step in best_steps]
+        self._best = None if best_step is None else checkpoint_name(best_step)
 
         def complete() -> None:
             self._name(folder)
@@ -493,10 +496,10 @@ def disk_errors(folder: Path, needed: int = 0) -> Iterator[None]:
 
 
 def drop_checkpoints(root: Path) -> None:
-    """Delete every checkpoint below `root` but the best ones; on one rank."""
+    """Delete every checkpoint below `root` but the best; on one rank."""
     remove_unfinished(root)
-    best, folders = best_checkpoints(root), checkpoint_folders(root)
-    kept = [folder for folder in folders if folder.name in best]
+    best, folders = best_checkpoint(root), checkpoint_folders(root)
+    kept = [folder for folder in folders if folder.name == best]
     for folder in set(folders) - set(kept):
         shutil.rmtree(folder, ignore_errors=True)
     if kept:

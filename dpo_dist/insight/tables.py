@@ -57,7 +57,7 @@ def closing_table(folder: RunFolder, rows: Sequence[Fields], summary: Fields) ->
         "time": _time(rows, summary),
         "best": "".join(
             f"{folder.checkpoints / checkpoint_name(one['step'])} ({one['metric']} {one['value']:.4f})"
-            for one in summary.get("best_checkpoints", [])[:1]
+            for one in filter(None, [summary.get("best_checkpoint")])
         ),
         "data": ", ".join(
             f"{name}: {counts['kept']:,} of {counted(counts['read'], 'record')} kept"

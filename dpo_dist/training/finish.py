@@ -38,13 +38,13 @@ def run_to_its_end(loop: Loop, position: Position, run_card: Callable[..., str])
         outcome = RunOutcome.completed if loop.train(position) else RunOutcome.preempted
     except DivergedError:
         diverged = RunState(RunOutcome.diverged, position.step, identity)
-        finish(run, diverged, loop.recorder, _summary(loop, position))
+        finish(run, diverged, loop.rows.recorder, _summary(loop, position))
         raise
     summary = _summary(loop, position)
     if outcome is RunOutcome.preempted:
         why = run.stops.agreed
         state = RunState(outcome, position.step, identity, stopped_by=why)
-        finish(run, state, loop.recorder, summary | {"stopped_by": why})
+        finish(run, state, loop.rows.recorder, summary | {"stopped_by": why})
         return ExitCode.preempted
     with run.clock.of("saving"):
         _write_model(loop, position, summary, run_card)
@@ -53,7 +53,7 @@ def run_to_its_end(loop: Loop, position: Position, run_card: Callable[..., str])
     completed = replace(exported, outcome=RunOutcome.completed)
     run.write(lambda: write_state(run.folder, exported))
     run.stops.check("after the model was written, before its report")
-    finish(run, completed, loop.recorder, summary)
+    finish(run, completed, loop.rows.recorder, summary)
     return ExitCode.completed
 
 
@@ -63,17 +63,17 @@ def _summary(loop: Loop, position: Position) -> dict[str, Any]:
     peak_bytes = max(world.gather(peak_memory_bytes(world.device)))
     seconds = position.train_seconds
     return {
-        **final_and_best(loop.recorder.metrics.rows if loop.recorder is not None else []),
+        **final_and_best(loop.rows.recorder.metrics.rows if loop.rows.recorder is not None else []),
         "steps": position.step,
         "pairs_seen": position.pairs_seen,
-        "bad_steps": position.bad_steps,
-        "bad_in_a_row": position.bad_in_a_row,
-        **({"overflows": position.overflows} if loop.policy.loss_scale is not None else {}),
+        "bad_steps": position.health.bad_steps,
+        "bad_in_a_row": position.health.bad_in_a_row,
+        **({"overflows": position.health.overflows} if loop.policy.loss_scale is not None else {}),
         "train_seconds": seconds,
         "pairs_per_second": position.pairs_seen / seconds if seconds else 0.0,
         "peak_memory_bytes": peak_bytes,
-        **({"best_checkpoints": [asdict(one) for one in position.best]} if position.best else {}),
-        "reference": position.reference_report,
+        **({"best_checkpoint": asdict(position.best)} if position.best else {}),
+        "reference": loop.reference_report,
         "work": loop.run.clock.read(),
         "world_size": world.size,
         "settings": settings(loop.run.config),
@@ -89,9 +89,9 @@ def _write_model(
     checkpoint = run.folder.checkpoints / checkpoint_name(position.step)
 
     def card(loader: str) -> str:
-        assert loop.recorder is not None
+        assert loop.rows.recorder is not None
         has_eval, ended = loop.inputs.eval_set is not None, {**summary, "exit": RunOutcome.completed.value}
-        rows, versions = loop.recorder.metrics.rows, package_versions()
+        rows, versions = loop.rows.recorder.metrics.rows, package_versions()
         return run_card(run.config, rows, ended, run.say, versions, loader, is_evaluated=has_eval)
 
     def write() -> None:

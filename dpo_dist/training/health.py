@@ -22,7 +22,7 @@ from dpo_dist.objective.losses import BatchFacts, RunningMeans, preference_loss
 from dpo_dist.objective.metrics import MARGIN_PERCENTILES, MetricPlan
 from dpo_dist.training.gather import in_batch_order
 from dpo_dist.training.metrics_log import Row, is_collapsed, usual_loss
-from dpo_dist.training.state import BestCheckpoint, Position
+from dpo_dist.training.state import BestCheckpoint, Health, Position
 from dpo_dist.training.step import Objective, ReadyStep, StepTotals, gather_scored
 
 
@@ -56,20 +56,20 @@ def check_keep_best(config: RunConfig, labels: tuple[str, ...]) -> None:
 
 
 def best_after(
-    trainer: TrainerConfig, best: Sequence[BestCheckpoint], step: int, row: Mapping[str, float]
-) -> list[BestCheckpoint]:
-    """Return the best checkpoints after an evaluation, the best first; of equal ones, the earlier is better.
+    trainer: TrainerConfig, best: BestCheckpoint | None, step: int, row: Mapping[str, float]
+) -> BestCheckpoint | None:
+    """Return the best checkpoint after an evaluation; if values are equal, the earlier.
 
-    Ignores entries of another metric, step 0, which is never saved, and values that are not finite.
+    Ignores a `best` of another metric, step 0, which is never saved, and values that are not finite.
     """
     metric = trainer.keep_best
-    if metric is None:
-        return []
-    kept = [one for one in best if one.metric == metric and one.step != step]
-    if step > 0 and math.isfinite(row.get(metric, math.nan)):
-        kept.append(BestCheckpoint(metric, step, row[metric]))
-    sign = -1 if direction_of(trainer) is Direction.highest else 1
-    return sorted(kept, key=lambda one: (sign * one.value, one.step))[:1]
+    if best is not None and best.metric != metric:
+        best = None
+    if metric is None or step == 0 or not math.isfinite(row.get(metric, math.nan)):
+        return best
+    sign = 1 if direction_of(trainer) is Direction.highest else -1
+    is_better = best is None or best.step == step or sign * row[metric] > sign * best.value
+    return BestCheckpoint(metric, step, row[metric]) if is_better else best
 
 
 MOST_BAD_STEPS = 3  # in a row
@@ -77,17 +77,17 @@ _BAD_AT_THE_END = 1
 """One bad step may come last, by a bad pair; two in a row at the end mean that the policy has diverged."""
 
 
-def count(position: Position, totals: StepTotals, *, overflow: bool) -> None:
-    """Count a step, whose number is `position.step` already, in `position`."""
+def count(health: Health, totals: StepTotals, *, overflow: bool) -> None:
+    """Count a step in `health`."""
     if overflow:
-        position.overflows += 1
+        health.overflows += 1
     elif totals.is_bad:
-        position.bad_steps += 1
-        position.bad_in_a_row += 1
+        health.bad_steps += 1
+        health.bad_in_a_row += 1
     else:
-        position.bad_in_a_row = 0
+        health.bad_in_a_row = 0
         collapsed = is_collapsed({**totals.means, "grad_norm": totals.grad_norm})
-        position.collapsed_in_a_row = position.collapsed_in_a_row + 1 if collapsed else 0
+        health.collapsed_in_a_row = health.collapsed_in_a_row + 1 if collapsed else 0
 
 
 def write_bad_step(
@@ -113,31 +113,31 @@ def ending_error(
     totals: StepTotals, position: Position, steps: int, folder: RunFolder
 ) -> DivergedError | None:
     """Return the error that ends a run of `steps` after this one, if it must; the same on all ranks."""
-    step, is_last = position.step, position.step == steps
+    step, health, is_last = position.step, position.health, position.step == steps
     allowed = _BAD_AT_THE_END if is_last else MOST_BAD_STEPS
-    has_trained_nothing = is_last and position.bad_steps + position.overflows == steps
-    if has_trained_nothing and not position.bad_in_a_row:
+    has_trained_nothing = is_last and health.bad_steps + health.overflows == steps
+    if has_trained_nothing and not health.bad_in_a_row:
         return DivergedError(
             "the run has trained nothing: gradients overflow in fp16, and no update was applied",
             where="model.dtype",
-            got=f"{position.overflows} overflows and {position.bad_steps} bad steps in {step} steps",
+            got=f"{health.overflows} overflows and {health.bad_steps} bad steps in {step} steps",
             remedy="train for more steps, as each overflow halves the scale, or set model.dtype=bf16 or fp32",
         )
-    if position.bad_in_a_row > allowed or has_trained_nothing:
+    if health.bad_in_a_row > allowed or has_trained_nothing:
         return DivergedError(
             f"loss or gradient is not finite at step {step}; this update was not applied",
             where=f"the pairs of this step: {folder.bad_step(step)}",
             got=f"loss {totals.means['loss']}, gradient norm {totals.grad_norm}; bad steps in a row: "
-            f"{position.bad_in_a_row}, of this run: {position.bad_steps}",
+            f"{health.bad_in_a_row}, of this run: {health.bad_steps}",
             expected=f"at most {allowed} in a row here ({_BAD_AT_THE_END} at the end)",
             remedy="lower optim.lr or raise optim.warmup_ratio, and look at these pairs",
         )
-    if position.collapsed_in_a_row > MOST_BAD_STEPS or (position.collapsed_in_a_row and is_last):
+    if health.collapsed_in_a_row > MOST_BAD_STEPS or (health.collapsed_in_a_row and is_last):
         return DivergedError(
             f"the policy has collapsed: the gradient is 0 at step {step}, and nothing is learnt",
             where="optim.lr",
             got=f"{totals.means['logps/chosen_per_token']:.4g} nats per token of chosen responses, loss "
-            f"{totals.means['loss']:.4g}; steps of this kind in a row: {position.collapsed_in_a_row}",
+            f"{totals.means['loss']:.4g}; steps of this kind in a row: {health.collapsed_in_a_row}",
             remedy="lower optim.lr or raise optim.warmup_ratio; from the first step on: check model.path",
         )
     return None

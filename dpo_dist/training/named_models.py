@@ -11,7 +11,7 @@ from dpo_dist.config.keys import as_written
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import (
     RunFolder,
-    best_checkpoints,
+    best_checkpoint,
     checkpoint_folders,
     existing_run,
     is_checkpoint,
@@ -110,7 +110,7 @@ def find_exported(config: RunConfig) -> tuple[list[Path], Path]:
 
 def _checkpoint(run: RunFolder, named: str) -> Path:
     found = checkpoint_folders(run.checkpoints)
-    best = next(iter(best_checkpoints(run.checkpoints)), "best")
+    best = best_checkpoint(run.checkpoints) or "best"
     name = {"best": best, "latest": found[0].name if found else named}.get(named, named)
     step = step_of(name)
     folder = next((one for one in found if step_of(one.name) == step), None)
@@ -120,6 +120,6 @@ def _checkpoint(run: RunFolder, named: str) -> Path:
             where=_CHECKPOINT,
             got=named,
             expected=", ".join(other.name for other in found) or f"{run} has no checkpoint",
-            remedy=f"name one of them (with trainer.keep_best there is a best one), or use {run.model}",
+            remedy=f"name one of them (with trainer.keep_best there is a `best`), or use {run.model}",
         )
     return folder

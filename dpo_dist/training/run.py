@@ -15,7 +15,7 @@ from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.slices import Sharded
 from dpo_dist.distributed.world import World
-from dpo_dist.distributed.zero import Engine, FrozenEngine, PolicyEngine
+from dpo_dist.distributed.zero import Engine, FrozenEngine, LossScale, PolicyEngine
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ExitCode, RunOutcome, StoppedError
 from dpo_dist.foundation.process import StopRequest
@@ -40,6 +40,7 @@ from dpo_dist.training.metrics_log import MetricsLog
 from dpo_dist.training.reference import Reference, check_drift, describe_drift, prepare_reference, unstored
 from dpo_dist.training.reporting import Recorder, Reporting
 from dpo_dist.training.resume import RunState, check_identity, describe_change, write_state
+from dpo_dist.training.rows import Rows
 from dpo_dist.training.schedule import check_warmup
 from dpo_dist.training.state import Position
 from dpo_dist.training.step import Objective
@@ -66,7 +67,11 @@ def train(config: RunConfig, console: Console, stop: StopRequest, reporting: Rep
                     with contextlib.suppress(OSError):
                         write_state(run.folder, stopped)
                 raise
-            with contextlib.nullcontext() if loop.recorder is None else loop.recorder.closed_by_errors():
+            with (
+                contextlib.nullcontext()
+                if loop.rows.recorder is None
+                else loop.rows.recorder.closed_by_errors()
+            ):
                 return run_to_its_end(loop, position, reporting.run_card)
 
 
@@ -132,15 +137,16 @@ def _set_up(
     engines.callback(checkpoints.close)  # before the weights that it writes are freed
     if checkpoint is not None:
         position = _resume(run, checkpoint, sharded)
-        policy.set_loss_scale(position.loss_scale)
-        checkpoints.resume(checkpoint.folder, [one.step for one in position.best])
+        scale, report = checkpoint.state["loss_scale"], checkpoint.state["reference_report"]
+        policy.set_loss_scale(None if scale is None else LossScale(**scale))
+        checkpoints.resume(checkpoint.folder, position.best_step)
     else:
-        position = Position(reference_report=reference.report)
+        position, report = Position(), reference.report
         if reference.is_policys_start:
             policy.train(False)
             drift = check_drift(run, policy.token_logps, objective, *reference.audited, inputs.costs)
             run.say(f"step-0 check passed: log-probs of policy and reference are {describe_drift(drift)}")
-            position.reference_report = {**reference.report, "drift": drift}
+            report = {**report, "drift": drift}
     run.stops.check()
     if samples is not None:
         with run.clock.of("samples"):
@@ -151,12 +157,19 @@ def _set_up(
         policy=policy,
         objective=objective,
         reference_sync=reference_sync,
-        start_is_known=reference.is_policys_start and config.loss.weighting is not Weighting.wpo,
-        peak=_peak_flops(run),
         checkpoints=checkpoints,
         identity=state.identity,
-        samples=samples,
-        recorder=_open_recorder(run, position, reporting),
+        reference_report=report,
+        rows=Rows(
+            run=run,
+            inputs=inputs,
+            policy=policy,
+            objective=objective,
+            start_is_known=reference.is_policys_start and config.loss.weighting is not Weighting.wpo,
+            peak=_peak_flops(run),
+            recorder=_open_recorder(run, position, reporting),
+            samples=samples,
+        ),
     )
     return loop, position
 
@@ -226,7 +239,7 @@ def _resume(run: Run, checkpoint: Checkpoint, sharded: Sequence[Sharded]) -> Pos
     for part in sharded:
         part.load_shards(checkpoint.folder)
     position = Position.of(checkpoint.state)
-    run.clock.resume(position.work)
+    run.clock.resume(checkpoint.state["work"])
     run.say(f"resuming from {checkpoint.folder}, after step {position.step:,}")
     for name in checkpoint.damaged:
         run.say(f"warning: checkpoint {name} is damaged and not used")

@@ -7,7 +7,6 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from dpo_dist.config.losses import BcoDelta, LossConfig
-from dpo_dist.distributed.zero import LossScale
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import BATCH_MARGIN, BATCH_REWARD, metric_means
 
@@ -77,35 +76,41 @@ class BestCheckpoint:
 
 
 @dataclass
+class Health:
+    """Numbers of steps that taught nothing.
+
+    Attributes:
+        bad_steps: skipped because loss or gradient was not finite.
+        bad_in_a_row: the latest of them, without another step between.
+        collapsed_in_a_row: latest steps of a policy that has collapsed.
+        overflows: skipped because gradients in fp16 were too large for their scale.
+    """
+
+    bad_steps: int = 0
+    bad_in_a_row: int = 0
+    collapsed_in_a_row: int = 0
+    overflows: int = 0
+
+
+@dataclass
 class Position:
     """The progress of a run; part of every checkpoint.
 
     Attributes:
-        reference_report: the section `reference` of summary.json, of all starts.
-        work: time of all starts, of `WorkClock`.
-        bad_steps: number of steps that were skipped because loss or gradient was not finite.
-        bad_in_a_row: of these, the last ones without another step between them.
-        collapsed_in_a_row: last steps of a policy that has collapsed.
-        overflows: number of steps that were skipped because gradients in fp16 were too large for their scale.
-        loss_scale: of the next step in fp16, set before it is saved; None with another `model.dtype`.
-        best: the best checkpoints by `trainer.keep_best`, the best first.
         owes_evaluation: the run was stopped before the evaluation of its last step was complete.
+        running: running means that the loss uses.
+        window: sums since the last metrics row.
+        best: the best checkpoint by `trainer.keep_best`; None before the first evaluation, and without it.
     """
 
     step: int = 0
     pairs_seen: int = 0
     train_seconds: float = 0.0
+    owes_evaluation: bool = False
     running: RunningMeans = field(default_factory=RunningMeans)
     window: LogWindow = field(default_factory=LogWindow)
-    reference_report: dict[str, Any] = field(default_factory=dict)
-    work: dict[str, Any] = field(default_factory=dict)
-    bad_steps: int = 0
-    bad_in_a_row: int = 0
-    collapsed_in_a_row: int = 0
-    overflows: int = 0
-    loss_scale: LossScale | None = None
-    best: list[BestCheckpoint] = field(default_factory=list)
-    owes_evaluation: bool = False
+    health: Health = field(default_factory=Health)
+    best: BestCheckpoint | None = None
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "Position":
@@ -113,9 +118,9 @@ class Position:
         return TypeAdapter(cls).validate_python({one.name: state[one.name] for one in fields(cls)})
 
     @property
-    def is_best(self) -> bool:
-        """Whether the checkpoint of this step is one of the best."""
-        return any(one.step == self.step for one in self.best)
+    def best_step(self) -> int | None:
+        """The step of the best checkpoint."""
+        return None if self.best is None else self.best.step
 
     def add_running(self, loss: LossConfig, means: Mapping[str, float], pairs: int) -> dict[str, float]:
         """Add a step to `running`, and return the loss parameters that it had from the steps before."""

@@ -41,7 +41,7 @@ def test_the_best_checkpoint_is_kept_and_exported(run: Path) -> None:
     names = {f"step-{best:06d}", "step-000006"}
     assert {folder.name for folder in (run / "checkpoints").glob("step-*")} == names
     assert (run / "checkpoints/best").read_text() == f"step-{best:06d}\n"
-    assert summary(run)["best_checkpoints"] == [{"metric": METRIC, "step": best, "value": measured[best]}]
+    assert summary(run)["best_checkpoint"] == {"metric": METRIC, "step": best, "value": measured[best]}
     assert f">{best}</b><small>step; {METRIC} " in (run / "report.html").read_text()
 
     ended = run_verb("export", [f"run.dir={run}", "export.checkpoint=best"])
@@ -89,7 +89,7 @@ def test_a_complete_run_that_becomes_longer_is_the_longer_run(
     assert "training longer: 6 steps in place of 3; " in longer.output
     assert history(short) == history(run)
     assert run_state(short)["outcome"] == "completed"
-    assert summary(short)["best_checkpoints"] == summary(run)["best_checkpoints"]
+    assert summary(short)["best_checkpoint"] == summary(run)["best_checkpoint"]
     assert files(short / "model") == files(run / "model") != written
 
     before = (short / "config.yaml").read_bytes()

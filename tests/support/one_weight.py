@@ -46,7 +46,7 @@ class Run:
         if found is None:
             return 0
         weights.load_shards(found.folder)
-        self.saver.resume(found.folder, [one["step"] for one in found.state.get("best", [])])
+        self.saver.resume(found.folder, found.state.get("best"))
         assert weights.value == found.state["step"]
         return weights.value
 

@@ -184,7 +184,7 @@ def _tiles(facts: PageFacts) -> Iterator[tuple[str, str, str]]:
         ),
         *(
             ("best checkpoint", one["step"], number, f"step; {one['metric']} {number(one['value'])}")
-            for one in summary.get("best_checkpoints", [])[:1]
+            for one in filter(None, [summary.get("best_checkpoint")])
         ),
         ("sampled responses that end", finished, percent, "by themselves, at the last evaluation"),
         ("steps", summary.get("steps"), number, f"{number(pairs)} pairs" if pairs is not None else ""),

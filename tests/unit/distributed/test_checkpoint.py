@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from dpo_dist.config.run_folder import best_checkpoints
+from dpo_dist.config.run_folder import best_checkpoint
 from dpo_dist.distributed import checkpoint, slices
 from dpo_dist.distributed.checkpoint import (
     MANIFEST,
@@ -87,19 +87,19 @@ def test_folders_with_other_names_are_not_checkpoints(run: Run, tmp_path: Path) 
     assert [path.name for path in tmp_path.iterdir()] == ["step-000002-best"]
 
 
-def test_the_best_checkpoints_are_kept_beside_the_last(tmp_path: Path) -> None:
+def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path: Path) -> None:
     run = Run(tmp_path, keep_last=1)
     run.start()
-    for step, best in ((1, [1]), (2, [1]), (3, [3, 1]), (4, [3, 4]), (5, [3, 4])):
+    for step, best in ((1, 1), (2, 1), (3, 3), (4, 3), (5, 3)):
         run.weights.weight.fill_(step)
-        run.saver.save(step, {"step": step, "best": [{"step": one} for one in best]})
+        run.saver.save(step, {"step": step, "best": best}, best_step=best)
     run.saver.commit()
-    assert run.left() == ["step-000003", "step-000004", "step-000005"]
-    assert best_checkpoints(tmp_path) == ["step-000003", "step-000004"]
+    assert run.left() == ["step-000003", "step-000005"]
+    assert best_checkpoint(tmp_path) == "step-000003"
     drop_checkpoints(tmp_path)
-    assert run.left() == ["step-000003", "step-000004"]
-    assert (tmp_path / "latest").read_text() == "step-000004"
-    assert run.start() == 4
+    assert run.left() == ["step-000003"]
+    assert (tmp_path / "latest").read_text() == "step-000003"
+    assert run.start() == 3
     run.save(6)  # without keep_best
     assert run.left() == ["step-000006"]
     assert not (tmp_path / "best").exists()
@@ -236,7 +236,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_last_or_the_new_checkpoint(
 
 def save_best(run: Run, step: int) -> None:
     run.weights.weight.fill_(step)
-    run.saver.save(step, {"step": step, "best": [{"step": step}]})
+    run.saver.save(step, {"step": step, "best": step}, best_step=step)
     run.saver.commit()
 
 
@@ -248,11 +248,11 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_best_checkpoint(tmp_path: Pat
     save_best(first, 1)
     for run, was_killed in kills(before, 1, partial(save_best, step=2)):
         root = run.root
-        assert was_killed or best_checkpoints(root) == ["step-000002"], "each commit lists the best"
+        assert was_killed or best_checkpoint(root) == "step-000002", "each commit names the best"
         remove_unfinished(root)
         best = f"step-{run.start():06d}"
         ends.add(best)
-        assert best_checkpoints(root) == [best]
+        assert best_checkpoint(root) == best
         assert (root / "latest").read_text() == best
         assert names(root) == ["best", "latest", best]
         drop_checkpoints(root)

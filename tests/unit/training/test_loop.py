@@ -1,4 +1,4 @@
-"""The loop: the learning rate, steps without an update that end a run, and the best checkpoints."""
+"""The loop: the learning rate, steps without an update that end a run, and the best checkpoint."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from dpo_dist.config.schema import LearningRateSchedule, OptimConfig, TrainerCon
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.training.health import best_after, check_keep_best, count, ending_error
 from dpo_dist.training.schedule import check_warmup, learning_rate
-from dpo_dist.training.state import BestCheckpoint, Position
+from dpo_dist.training.state import BestCheckpoint, Health, Position
 from dpo_dist.training.step import StepTotals
 
 
@@ -103,43 +103,46 @@ INFINITE = StepTotals(sums={}, counts={}, means=MEANS, votes=[], grad_norm=float
     ],
 )
 def test_a_run_ends_that_learns_nothing(steps: int, facts: dict[str, Any], said: str | None) -> None:
-    error = ending_error(INFINITE, Position(**facts), steps, RunFolder(Path("run")))
+    counts = {name: value for name, value in facts.items() if name != "step"}
+    position = Position(facts["step"], health=Health(**counts))
+    error = ending_error(INFINITE, position, steps, RunFolder(Path("run")))
     assert (error is None) == (said is None)
     assert error is None or str(said) in error.message
 
 
 def test_an_overflow_neither_ends_nor_continues_a_row_of_bad_steps() -> None:
-    position = Position(step=3, bad_steps=2, bad_in_a_row=2, collapsed_in_a_row=1)
-    count(position, INFINITE, overflow=True)
-    assert (position.overflows, position.bad_steps, position.bad_in_a_row) == (1, 2, 2)
-    count(position, INFINITE, overflow=False)
-    assert (position.overflows, position.bad_steps, position.bad_in_a_row) == (1, 3, 3)
+    health = Health(bad_steps=2, bad_in_a_row=2, collapsed_in_a_row=1)
+    count(health, INFINITE, overflow=True)
+    assert (health.overflows, health.bad_steps, health.bad_in_a_row) == (1, 2, 2)
+    count(health, INFINITE, overflow=False)
+    assert (health.overflows, health.bad_steps, health.bad_in_a_row) == (1, 3, 3)
 
 
 ACCURACY = "eval_rewards/accuracies"
 
 
 @pytest.mark.parametrize(
-    ("metric", "values", "steps"),
+    ("metric", "values", "best_step"),
     [
-        (ACCURACY, [9.0, 0.5, 0.7, 0.7], [2]),
-        (f"{ACCURACY}/math", [0.0, 0.5, 0.4], [1]),
-        ("eval_loss", [0.0, 0.5, 0.7, 0.4], [3]),
+        (ACCURACY, [9.0, 0.5, 0.7, 0.7], 2),
+        (f"{ACCURACY}/math", [0.0, 0.5, 0.4], 1),
+        ("eval_loss", [0.0, 0.5, 0.7, 0.4], 3),
     ],
 )
-def test_the_best_values_are_kept(metric: str, values: list[float], steps: list[int]) -> None:
+def test_the_best_value_is_kept(metric: str, values: list[float], best_step: int) -> None:
     """Of evaluations at steps 0, 1, 2, ...; not of the model before training."""
-    best: list[BestCheckpoint] = []
+    best = None
     for step, value in enumerate(values):
         best = best_after(TrainerConfig(keep_best=metric), best, step, {metric: value})
-    assert [one.step for one in best] == steps
+    assert best is not None
+    assert best.step == best_step
 
 
 def test_another_metric_starts_again_and_none_keeps_none() -> None:
-    best = [BestCheckpoint(ACCURACY, 5, 0.9)]
+    best = BestCheckpoint(ACCURACY, 5, 0.9)
     of_loss = best_after(TrainerConfig(keep_best="eval_loss"), best, 10, {"eval_loss": 0.5, ACCURACY: 0.1})
-    assert of_loss == [BestCheckpoint("eval_loss", 10, 0.5)]
-    assert best_after(TrainerConfig(), best, 10, {ACCURACY: 1.0}) == []
+    assert of_loss == BestCheckpoint("eval_loss", 10, 0.5)
+    assert best_after(TrainerConfig(), best, 10, {ACCURACY: 1.0}) is None
     assert best_after(TrainerConfig(keep_best=ACCURACY), best, 10, {"eval_loss": 0.5}) == best
 
 

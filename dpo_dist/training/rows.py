@@ -1,0 +1,98 @@
+"""The metrics rows of a run: of the steps since the last row, and of each evaluation."""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.objective.metrics import Values
+from dpo_dist.training.context import Run
+from dpo_dist.training.health import best_after, count_spike
+from dpo_dist.training.inputs import Inputs
+from dpo_dist.training.progress import show_row
+from dpo_dist.training.reporting import Recorder, Samples
+from dpo_dist.training.state import LogWindow, Position, throughput
+from dpo_dist.training.step import Objective, evaluate
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Measures and records the rows of one run.
+
+    Attributes:
+        start_is_known: the evaluation before the first step takes the reference's log-probs for the policy's.
+        peak: floating-point operations per second of all devices.
+        recorder: on rank 0; None on the others.
+        samples: at evaluations; None: none.
+    """
+
+    run: Run
+    inputs: Inputs
+    policy: PolicyEngine
+    objective: Objective
+    start_is_known: bool
+    peak: float
+    recorder: Recorder | None
+    samples: Samples | None
+
+    def record_evaluation(self, position: Position) -> None:
+        """Evaluate, record the row, and update `position.best`; collective. May raise `Interrupted`."""
+        started, world, dataset = time.monotonic(), self.run.world, self.inputs.eval_set
+        assert dataset is not None
+        every = np.arange(len(dataset), dtype=np.int64)
+        rank_batch = self.run.shard(dataset, every, self.inputs.costs)
+        policy = None if self.start_is_known and position.step == 0 else self.policy
+        self.policy.train(False)
+        metrics, values = evaluate(
+            policy, self.objective, rank_batch, world, position.running, self.run.stops.raise_if_stopping
+        )
+        speed = throughput(rank_batch.pairs, rank_batch.tokens, time.monotonic() - started)
+        trainer, is_last = self.run.config.trainer, position.step == self.inputs.sampler.steps
+        if is_last:
+
+            def write() -> None:
+                assert self.recorder is not None
+                self.recorder.evaluation(metrics, values, dataset)
+
+            # Before the checkpoint of this step, from which a killed run resumes without another evaluation.
+            with self.run.console.heartbeat("computing the intervals of the last evaluation"):
+                self.run.write(write)
+        margins = None
+        if not self.run.config.loss.is_one_sided:
+            metrics |= values.margin_percentiles()
+            margins = values.margin
+        measured = metrics | ({"pairs": speed["pairs"]} if policy is None else speed)
+        if self.samples is not None:
+            measured |= self.samples.at(position.step, self.policy)
+        named = {f"eval_{name}": value for name, value in measured.items()}
+        self._record(position, named, margins)
+        position.best = world.on_main(lambda: best_after(trainer, position.best, position.step, named))
+
+    def record_steps(self, position: Position) -> None:
+        """Record the row of the steps since the last row, if any of them was applied."""
+        if not position.window.steps:
+            return
+        row = position.window.row(self.peak)
+        if self.run.world.device.type == "cuda":
+            row["memory/peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
+        row["bad_steps"] = position.health.bad_steps
+        if self.policy.loss_scale is not None:
+            row |= {"loss_scale": self.policy.loss_scale.value, "overflows": position.health.overflows}
+        self._record(position, row)
+        position.window = LogWindow()
+
+    def _record(self, position: Position, values: dict[str, float], margins: Values | None = None) -> None:
+        if self.recorder is None:
+            return
+        row = {"step": position.step, "epoch": self.inputs.sampler.epoch(position.step - 1), **values}
+        if "loss" in row:
+            count_spike(row, self.recorder.metrics.rows, self.run.say)
+        self.recorder.row(row, margins)
+        show_row(self.run.console, row, self.inputs.sampler.steps)
+
+    def save(self) -> None:
+        """Write the rows so far; on rank 0."""
+        if self.recorder is not None:
+            self.recorder.metrics.save()
