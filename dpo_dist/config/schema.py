@@ -137,8 +137,6 @@ class AdapterConfig:
     alpha: float | None = key(None, null_means=32.0, gt=0)
     """The update is scaled by alpha / r, for `rslora` by alpha / sqrt(r); null: 32, or as in the continued
     adapter."""
-    dropout: float = key(0.0, ge=0, le=0, accepts="0: policy and reference must compute the same function")
-    """None: a smaller `r` or a larger `loss.beta` regularizes too."""
     target_modules: Literal["all-linear"] | Names | None = key(
         None, accepts="all-linear, a list in brackets: [q_proj,v_proj], or null", null_means="all-linear"
     )

@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.foundation.files import collect_abandoned, for_json, staged_file, write_text
-from dpo_dist.objective.metrics import BUCKETS, LENGTH_BORDERS, MetricPlan, PairValues
+from dpo_dist.objective.metrics import MetricPlan, PairValues, length_members, measure_pairs
 
 Column = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -128,36 +129,15 @@ def _of_group(
 
 def _measured(values: PairValues, plan: MetricPlan) -> dict[str, tuple[Column, Column]]:
     """Return values and counts of each pair by metric: those of `plan` that values of single pairs decide."""
-    margins = values.margin
-    is_missing = np.isnan(margins)  # a comparison with it is False
-    falls = (values.logp_chosen < values.reference_chosen) & (
-        values.logp_rejected < values.reference_rejected
-    )
-    ones = np.ones(len(values))
-    columns: dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = {
-        "rewards/chosen": (values.reward_chosen, ones),
-        "rewards/rejected": (values.reward_rejected, ones),
-        "rewards/accuracies": (np.where(is_missing, np.nan, (margins > 0) + 0.5 * (margins == 0)), ones),
-        "rewards/margins": (margins, ones),
-        "rewards/both_fall": (np.where(is_missing, np.nan, falls), np.isfinite(values.reference_chosen)),
-        "logps/chosen": (values.logp_chosen, ones),
-        "logps/rejected": (values.logp_rejected, ones),
-        "logps/chosen_per_token": (values.logp_chosen, values.tokens_chosen),
-        "logps/rejected_per_token": (values.logp_rejected, values.tokens_rejected),
-        "tokens/chosen": (values.tokens_chosen, ones),
-        "tokens/rejected": (values.tokens_rejected, ones),
-    }
-    found = {
-        name: (column.astype(np.float64), counts.astype(np.float64))
-        for name, (column, counts) in columns.items()
-        if name in plan.of_pairs
-    }
-    buckets = np.digitize(np.maximum(values.tokens_chosen, values.tokens_rejected), LENGTH_BORDERS)
-    for name in plan.of_lengths:
-        for number, bucket in enumerate(BUCKETS):
-            inside = buckets == number
-            own = np.where(inside, found[name][0], 0.0)  # a value that is not finite is of its bucket only
-            found[f"{name}_by_length/{bucket}"] = own, inside.astype(np.float64)
+    columns = values.columns
+    measured, members = measure_pairs(columns), length_members(columns)
+    found = {}
+    for name, (metric, group) in plan.rows.items():
+        if metric in measured and (not group or group in members):
+            value, count = (each.double() for each in measured[metric])
+            inside = members[group] if group else count > 0
+            # A value that is not finite counts in its own group only.
+            found[name] = torch.where(inside, value, 0.0).numpy(), (count * inside).numpy()
     return found
 
 

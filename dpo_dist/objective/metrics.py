@@ -165,60 +165,80 @@ def metric_sums(
     `plan.labels`; None without labels.
     """
     loss, ratios, zeros = plan.loss, log_ratios(policy, reference, plan.loss), torch.zeros_like(policy.chosen)
-    ones = torch.ones_like(zeros)
-    measured = {name: (values, ones) for name, values in _of_pairs(loss, policy, reference).items()}
+    ones, columns = torch.ones_like(zeros), _columns(loss, policy, reference)
+    measured = measure_pairs(columns)
     measured["loss"] = losses.detach(), ones
     measured[BATCH_MARGIN] = loss.beta * margin_of(ratios, loss), ones
     measured[BATCH_REWARD] = loss.beta * (ratios.chosen + ratios.rejected) / 2, ones
-    # Counted by tokens: the sum of values over the batch is divided by the sum of tokens.
-    by_token = {f"{name}/{{}}": sums for name, sums in (tokens or {}).items() if sums is not None}
-    for name, sums in (by_token | {"logps/{}_per_token": policy.detached()}).items():
-        measured[name.format("chosen")] = sums.chosen, sums.chosen_tokens
-        measured[name.format("rejected")] = sums.rejected, sums.rejected_tokens
-    longer = torch.maximum(policy.chosen_tokens, policy.rejected_tokens)
-    buckets = torch.stack([longer >= border for border in LENGTH_BORDERS]).sum(dim=0)
-    members = {"": ones}
-    members |= {group: buckets == number for number, group in enumerate(_LENGTH_GROUPS)}
+    for name, sums in (tokens or {}).items():
+        if sums is not None:  # counted by tokens: the batch's sum of values is divided by its sum of tokens
+            measured[f"{name}/chosen"] = sums.chosen, sums.chosen_tokens
+            measured[f"{name}/rejected"] = sums.rejected, sums.rejected_tokens
+    members = {"": ones} | length_members(columns)
     if sources is not None:
         members |= {f"/{label}": sources == number for number, label in enumerate(plan.labels)}
     rows = [(*measured.get(metric, (zeros, zeros)), group) for metric, group in plan.rows.values()]
     values = torch.stack([row.double() for row, _, _ in rows])
     counts = torch.stack([(row * members.get(group, zeros)).double() for _, row, group in rows])
     # A value is ignored where its count is 0.
-    columns = torch.cat((torch.where(counts > 0, values, 0.0), counts))
-    return MetricSums(plan.names, (columns * weights.double()).sum(dim=1))
+    summed = torch.cat((torch.where(counts > 0, values, 0.0), counts))
+    return MetricSums(plan.names, (summed * weights.double()).sum(dim=1))
 
 
-def _of_pairs(loss: LossConfig, policy: PairLogps, reference: PairLogps | None) -> dict[str, Tensor]:
-    """Return the metrics that each pair has once, but its loss."""
-    rewards = implicit_rewards(policy, reference, loss)
-    margins = rewards.chosen - rewards.rejected
-    measured = {
-        "rewards/chosen": rewards.chosen,
-        "rewards/rejected": rewards.rejected,
-        # Of a margin that is not a number both are not a number: a comparison with it is False.
-        "rewards/accuracies": torch.where(margins.isnan(), margins, (margins > 0) + 0.5 * (margins == 0)),
-        "rewards/margins": margins,
-        "logps/chosen": policy.chosen.detach(),
-        "logps/rejected": policy.rejected.detach(),
-        "tokens/chosen": policy.chosen_tokens,
-        "tokens/rejected": policy.rejected_tokens,
+def _columns(loss: LossConfig, policy: PairLogps, reference: PairLogps | None) -> dict[str, Tensor]:
+    """Return the fields of `PairValues`, [pairs] each, on the device."""
+    rewards, missing = implicit_rewards(policy, reference, loss), torch.full_like(policy.chosen, torch.nan)
+    return {
+        "reward_chosen": rewards.chosen,
+        "reward_rejected": rewards.rejected,
+        "margin": rewards.chosen - rewards.rejected,
+        "logp_chosen": policy.chosen.detach(),
+        "logp_rejected": policy.rejected.detach(),
+        "reference_chosen": missing if reference is None else reference.chosen,
+        "reference_rejected": missing if reference is None else reference.rejected,
+        "tokens_chosen": policy.chosen_tokens,
+        "tokens_rejected": policy.rejected_tokens,
     }
-    if reference is not None:
-        falls = (policy.chosen < reference.chosen) & (policy.rejected < reference.rejected)
-        measured["rewards/both_fall"] = torch.where(margins.isnan(), margins, falls)
+
+
+def measure_pairs(columns: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return by metric the value and the count of each pair, given the fields of `PairValues`.
+
+    A metric is the sum of values divided by the sum of counts: pairs, tokens, or pairs with a reference.
+    """
+    margin, ones = columns["margin"], torch.ones_like(columns["margin"])
+    falls = (columns["logp_chosen"] < columns["reference_chosen"]) & (
+        columns["logp_rejected"] < columns["reference_rejected"]
+    )
+    measured = {
+        # Keep NaN: comparing a NaN margin would silently count as False.
+        "rewards/accuracies": (torch.where(margin.isnan(), margin, (margin > 0) + 0.5 * (margin == 0)), ones),
+        "rewards/margins": (margin, ones),
+        "rewards/both_fall": (
+            torch.where(margin.isnan(), margin, falls),
+            torch.isfinite(columns["reference_chosen"]),
+        ),
+    }
+    for side in ("chosen", "rejected"):
+        logp, tokens = columns[f"logp_{side}"], columns[f"tokens_{side}"]
+        measured[f"rewards/{side}"] = columns[f"reward_{side}"], ones
+        measured[f"logps/{side}"] = logp, ones
+        measured[f"logps/{side}_per_token"] = logp, tokens
+        measured[f"tokens/{side}"] = tokens, ones
     return measured
+
+
+def length_members(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return for each bucket of lengths, by its group in `MetricPlan.rows`, which pairs are in it."""
+    longer = torch.maximum(columns["tokens_chosen"], columns["tokens_rejected"])
+    buckets = torch.stack([longer >= border for border in LENGTH_BORDERS]).sum(dim=0)
+    return {group: buckets == number for number, group in enumerate(_LENGTH_GROUPS)}
 
 
 Values = npt.NDArray[np.float32]
 _PERCENTS = (5, 25, 50, 75, 95)
 MARGIN_PERCENTILES = tuple(f"rewards/margins/p{percent:02}" for percent in _PERCENTS)
 """Metrics of evaluations: percentiles of the margin over pairs."""
-
-
-_REWARDS = ("rewards/chosen", "rewards/rejected", "rewards/margins")
-_LOGPS = ("logps/chosen", "logps/rejected", "reference/chosen", "reference/rejected")
-_COLUMNS = (*_REWARDS, *_LOGPS, "tokens/chosen", "tokens/rejected")
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,6 +265,11 @@ class PairValues:
     def __len__(self) -> int:
         return len(self.margin)
 
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        """The fields as tensors, for `measure_pairs`."""
+        return {name: torch.from_numpy(column) for name, column in vars(self).items()}
+
     def margin_percentiles(self) -> dict[str, float]:
         """Return `MARGIN_PERCENTILES`, interpolated between neighbours."""
         values = np.percentile(self.margin.astype(np.float64), _PERCENTS)
@@ -253,9 +278,5 @@ class PairValues:
 
 @torch.no_grad()
 def pair_values(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> Tensor:
-    """Return float32 [columns, pairs] on the device: the fields of `PairValues`, which are `_COLUMNS`."""
-    measured = _of_pairs(loss, policy, reference)
-    missing = torch.full_like(policy.chosen, torch.nan)
-    measured["reference/chosen"] = missing if reference is None else reference.chosen
-    measured["reference/rejected"] = missing if reference is None else reference.rejected
-    return torch.stack([measured[name].float() for name in _COLUMNS])
+    """Return float32 [columns, pairs] on the device: the fields of `PairValues`."""
+    return torch.stack([column.float() for column in _columns(loss, policy, reference).values()])

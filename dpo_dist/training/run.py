@@ -67,11 +67,8 @@ def train(config: RunConfig, console: Console, stop: StopRequest, reporting: Rep
                     with contextlib.suppress(OSError):
                         write_state(run.folder, stopped)
                 raise
-            with (
-                contextlib.nullcontext()
-                if loop.rows.recorder is None
-                else loop.rows.recorder.closed_by_errors()
-            ):
+            recorder = loop.rows.recorder
+            with contextlib.nullcontext() if recorder is None else recorder.closed_by_errors():
                 return run_to_its_end(loop, position, reporting.run_card)
 
 

@@ -172,15 +172,15 @@ def run_card(
     `loader`: the auto class of the model.
     `is_evaluated`: whether the last evaluation of training is one of this model.
     """
-    folder, evaluation, found = RunFolder.of(config), {}, [""]
+    folder, evaluation, card = RunFolder.of(config), {}, ""
     with warn_on_bug("the model card", say):
         judged = verdict(rows, summary, data_findings(folder))
         results = folder.evaluation_of(LAST_EVALUATION).results
         if is_evaluated and results.is_file():
             evaluation = json.loads(results.read_text(encoding="utf-8"))
         judged_summary = {**summary, "verdict": judged.as_dict()}
-        found = [model_card(config, judged_summary, evaluation, versions, loader)]
-    return found[0]
+        card += model_card(config, judged_summary, evaluation, versions, loader)
+    return card
 
 
 def data_findings(folder: RunFolder) -> list[dict[str, Any]]:

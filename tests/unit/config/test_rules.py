@@ -31,7 +31,6 @@ REFUSED = [
     (f"{NF4} model.compile=true", "model.compile"),
     ("reference.quantization=nf4 model.compile=true", "model.compile"),
     (f"{NVME} model.compile=true", "model.compile"),
-    ("model.adapter.dropout=0.05", "model.adapter.dropout"),
     (
         "model.adapter.modules_to_save=[norm,q_proj] model.adapter.target_modules=[q_proj]",
         "model.adapter.modules_to_save",
