@@ -16,11 +16,11 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
 from deepspeed.ops.op_builder.builder import OpBuilder
-from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
 from torch._C._distributed_c10d import HashStore
 from torch.distributed import distributed_c10d
 from torch.utils.cpp_extension import _get_build_directory
 
+from dpo_dist.distributed.deepspeed_internals import forget_process_group, restore_linear
 from dpo_dist.distributed.processes import Peer, Reports, is_of_communication
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import ConfigError, PeerLostError, first_line
@@ -190,19 +190,8 @@ def stop_world() -> None:
     """Leave the process group and undo global changes: this process may start another run."""
     if dist.is_initialized():
         deepspeed.comm.destroy_process_group()
-    deepspeed.comm.comm.cdb = None
-    AcceleratorState._reset_state(reset_partial_state=True)
+    forget_process_group()
     if os.environ.get("MASTER_PORT") == _ALONE["MASTER_PORT"]:
         for name in _ALONE:
             os.environ.pop(name, None)
     restore_linear()
-
-
-def restore_linear() -> None:
-    """Undo DeepSpeed's replacement of `torch.nn.functional.linear`, made whenever it loads sharded weights.
-
-    The replacement adds biases after rounding the product: in bf16 it changes log-probs of unsharded models.
-    """
-    torch.nn.functional.linear = getattr(
-        InsertPostInitMethodToModuleSubClasses, "linear_bk", torch.nn.functional.linear
-    )

@@ -7,14 +7,13 @@ whole weight.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
 from dpo_dist.config.losses import SyncReferenceConfig
 from dpo_dist.distributed.checkpoint import SavedSlices
+from dpo_dist.distributed.deepspeed_internals import release_gathered
 from dpo_dist.distributed.slices import WEIGHT, ModelSlices, Slice, weight_slices
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine
@@ -54,7 +53,7 @@ class ReferenceSync:
                 end = min(start + _CHUNK_ELEMENTS, len(shard))
                 old, new = shard[start:end], of_policy[start:end]
                 old.copy_(old.float().lerp(new.to(old.device, torch.float32), self._mixup))
-        self._release_gathered()
+        release_gathered(self._reference.values())
 
     def shards(self) -> ModelSlices:
         """Return this rank's slices of the reference; not collective."""
@@ -65,17 +64,10 @@ class ReferenceSync:
         """Read what a checkpoint has of `shards`, of any number of ranks; collective."""
         saved = self._world.on_main(lambda: SavedSlices.find(folder, _SHARDS))
         self._world.together(lambda: saved.load_into(self._slices()))
-        self._release_gathered()
+        release_gathered(self._reference.values())
 
     def _slices(self) -> Iterator[Slice]:
         return weight_slices(self._reference, self._world.rank)
-
-    def _release_gathered(self) -> None:
-        """Release small weights that stay gathered between forwards: the next one gathers them."""
-        weight: Any
-        for weight in self._reference.values():
-            if weight.ds_status is ZeroParamStatus.AVAILABLE:
-                weight.partition()
 
 
 def _check_same_layout(reference: dict[str, nn.Parameter], policy: dict[str, nn.Parameter]) -> None:

@@ -10,10 +10,15 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from deepspeed.ops.adam import DeepSpeedCPUAdam
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from torch import Tensor, nn
 
+from dpo_dist.distributed.deepspeed_internals import (
+    flat_masters,
+    own_range,
+    restore_powers,
+    whole_shape,
+    write_masters_to_model,
+)
 from dpo_dist.distributed.memory import available_memory, return_host_memory
 from dpo_dist.distributed.world import World
 
@@ -80,12 +85,6 @@ class Sharded(Protocol):
         ...
 
 
-_Range = tuple[nn.Parameter, int, int, int]
-"""Of a weight in a flat tensor: the weight, start in the tensor, start in the weight, length."""
-_Flat = tuple[Tensor, list[_Range]]
-"""A flat tensor of master weights, this rank's part of a group of weights, with their ranges."""
-
-
 class OptimizerSlices:
     """This rank's slices of the weights that a DeepSpeed engine trains, with their optimizer states.
 
@@ -105,7 +104,7 @@ class OptimizerSlices:
     def __iter__(self) -> Iterator[Slice]:
         """Yield the slices; optimizer states exist after the first step, or `create_states`."""
         eight_bit = is_eight_bit(self._inner)
-        for flat, ranges in self._flats():
+        for flat, ranges in flat_masters(self._optimizer, self._rank):
             tensors = {WEIGHT: flat.detach()}
             if not eight_bit:
                 tensors |= {k: v for k, v in _tensor_states(self._inner, flat) if v.shape == flat.shape}
@@ -113,17 +112,17 @@ class OptimizerSlices:
                 tensors[EMA] = self._averages[flat]
             for weight, start, start_in_weight, length in ranges:
                 parts = {part: tensor.narrow(0, start, length) for part, tensor in tensors.items()}
-                yield Slice(self._names[weight], _whole_shape(weight), start_in_weight, parts)
+                yield Slice(self._names[weight], whole_shape(weight), start_in_weight, parts)
         if eight_bit:  # codes and scales of blocks of this rank's flat tensors; all share constant codebooks
             cut = f"{type(self._optimizer).__name__} {self._rank} of {dist.get_world_size()}"
-            for number, (flat, _) in enumerate(self._flats()):
+            for number, (flat, _) in enumerate(flat_masters(self._optimizer, self._rank)):
                 found = _tensor_states(self._inner, flat)
                 if states := {name: state for name, state in found if not name.startswith("qmap")}:
                     yield Slice(f"{cut}, group {number}", (), 0, states)
 
     def masters(self) -> list[Tensor]:
         """Return the flat float32 tensors that the optimizer updates, with padding; not copies."""
-        return [flat for flat, _ in self._flats()]
+        return [flat for flat, _ in flat_masters(self._optimizer, self._rank)]
 
     @property
     def step(self) -> int:
@@ -144,30 +143,11 @@ class OptimizerSlices:
                 states.setdefault(name, torch.zeros_like(flat, requires_grad=False))
             states[_STEP] = step if is_cpu_adam else torch.tensor(float(step), device=flat.device)
         if is_cpu_adam and names:
-            _restore_powers(inner, step)
+            restore_powers(inner, step)
 
     def write_to_model(self) -> None:
         """Set the model's weights to the master weights; collective."""
-        if not isinstance(self._optimizer, DeepSpeedZeroOptimizer_Stage3):
-            self._optimizer.update_lp_params()
-            return
-        self._optimizer.checkpoint_event_prologue()
-        for group in range(len(self._optimizer.fp32_partitioned_groups_flat)):
-            self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        self._optimizer.checkpoint_event_epilogue()
-
-    def _flats(self) -> list[_Flat]:
-        optimizer = self._optimizer
-        if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-            groups = [_ranges_of_stage_3(weights, self._rank) for weights in optimizer.fp16_groups]
-            tensors = optimizer.fp32_partitioned_groups_flat
-        elif isinstance(optimizer, BF16_Optimizer):
-            groups = [_ranges_of_mapping(weights) for weights in optimizer.bf16_groups]
-            tensors = optimizer.fp32_groups_flat_partition
-        else:
-            groups = [_ranges_of_mapping(weights) for weights in optimizer.bit16_groups]
-            tensors = optimizer.single_partition_of_fp32_groups
-        return list(zip(tensors, groups, strict=True))
+        write_masters_to_model(self._optimizer)
 
 
 def _tensor_states(optimizer: Any, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -193,57 +173,13 @@ def _create_eight_bit_states(optimizer: Any, master: Tensor, step: int) -> None:
     optimizer.state[master]["step"] = step
 
 
-def _restore_powers(adam: Any, step: int) -> None:
-    """Give DeepSpeed's CPU Adam the powers of its betas that it has after `step` updates.
-
-    It multiplies them in float32 with every update and has no other access to them. After any other number of
-    updates than the next one it computes the power anew, which is rounded differently.
-    """
-    beta1, beta2 = adam.param_groups[0]["betas"]
-    dummies = [torch.zeros(1) for _ in range(4)]
-    for number in range(step + 1):  # 0 starts anew
-        adam.ds_opt_adam.adam_update(adam.opt_id, number, 0.0, beta1, beta2, 1.0, 0.0, True, *dummies)
-
-
 def weight_slices(weights: Mapping[str, Any], rank: int) -> Iterator[Slice]:
     """Yield this rank's slices of weights that ZeRO-3 shards and no optimizer trains."""
     for name, weight in weights.items():
         first, length = own_range(weight, rank)
         if length:
             part = weight.ds_tensor.detach().view(-1)[:length]
-            yield Slice(name, _whole_shape(weight), first, {WEIGHT: part})
-
-
-def own_range(weight: Any, rank: int) -> tuple[int, int]:
-    """Return first element and length of a rank's slice of a weight that ZeRO-3 shards."""
-    size = weight.partition_numel()
-    first = min(rank * size, weight.ds_numel)
-    return first, min(size, weight.ds_numel - first)
-
-
-def _ranges_of_mapping(weights: Sequence[Any]) -> list[_Range]:
-    """Stages 1 and 2 cut all weights together, laid end to end, into one slice for each rank."""
-    ranges = []
-    for weight in weights:
-        if weight._hp_mapping is not None:  # None: no element of it is in this rank's slice
-            master, own = weight._hp_mapping.hp_fragment_address, weight._hp_mapping.lp_fragment_address
-            ranges.append((weight, master.start, own.start, own.numel))
-    return ranges
-
-
-def _ranges_of_stage_3(weights: Sequence[Any], rank: int) -> list[_Range]:
-    """Stage 3 cuts each weight into slices of equal length, of which the last ones may be padded."""
-    ranges, start = [], 0
-    for weight in weights:
-        first, length = own_range(weight, rank)
-        if length:
-            ranges.append((weight, start, first, length))
-        start += weight.partition_numel()
-    return ranges
-
-
-def _whole_shape(weight: Any) -> tuple[int, ...]:
-    return tuple(getattr(weight, "ds_shape", weight.shape))
+            yield Slice(name, whole_shape(weight), first, {WEIGHT: part})
 
 
 class HostCopy:

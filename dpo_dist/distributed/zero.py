@@ -1,7 +1,6 @@
 """DeepSpeed ZeRO engines: the policy, and a sharded model that is only scored."""
 
 import contextlib
-import copy
 import math
 import shutil
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,6 @@ import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import set_z3_leaf_module, set_z3_leaf_modules
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import (
@@ -35,7 +33,12 @@ from dpo_dist.config.schema import (
     ParallelismKind,
 )
 from dpo_dist.distributed.checkpoint import SavedSlices
-from dpo_dist.distributed.join import restore_linear
+from dpo_dist.distributed.deepspeed_internals import (
+    drop_gradients,
+    record_gather_orders,
+    release_nvme_buffers,
+    restore_linear,
+)
 from dpo_dist.distributed.memory import (
     REFERENCE_REMEDY,
     empty,
@@ -48,7 +51,7 @@ from dpo_dist.distributed.slices import SHARDS, ModelSlices, OptimizerSlices, is
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.layers import decoder_layers, join_gradients, partly_used_blocks, without_gradient
-from dpo_dist.model.lora import active_adapters, adapted_layers, adapter_off
+from dpo_dist.model.lora import adapter_off
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.token_logps import Statistic
 
@@ -118,42 +121,6 @@ def mark_zero3_leaves(model: PackedCausalLM) -> None:
         set_z3_leaf_module(module, True)
     if model.compiled:
         set_z3_leaf_modules(model, list({type(layer) for layer in decoder_layers(model.causal_lm)}))
-
-
-def record_gather_orders(engine: Any, offload: Any) -> None:
-    """Record one gather order per kind of forward, so that ZeRO-3 always prefetches the right weights.
-
-    DeepSpeed records the order in which one forward and the backward after it use modules. A forward in
-    another order discards the record, and recording again takes two forwards without prefetch and
-    collective comparisons. A policy has forwards of different orders: with gradients, without them, without
-    its adapter, and in generation. And a layer that reads the weights of its active adapter registers them
-    as its own, so orders recorded before are wrong then.
-
-    `offload` is DeepSpeed's part of the `engine` that gathers weights.
-    """
-    unused = offload.param_coordinator
-    coordinators: dict[tuple[bool, frozenset[str], bool, int], Any] = {}
-    # Found once: a large model with an adapter has tens of thousands of modules.
-    added = [
-        module._external_params for module in engine.module.modules() if hasattr(module, "_external_params")
-    ]
-    layers = adapted_layers(engine.module)
-
-    def select(module: nn.Module, _: Any) -> None:
-        generates = module is not engine.module
-        if generates and not engine.module.is_generating:  # a model of own logits is called as a whole
-            return
-        kind = torch.is_grad_enabled(), active_adapters(layers), generates, sum(map(len, added))
-        if kind not in coordinators:
-            # The copy shares the list of weights in flight, and starts a new record.
-            coordinators[kind] = copy.copy(unused)
-            coordinators[kind]._clear_trace_structures()
-        offload.param_coordinator = coordinators[kind]
-        if generates:  # DeepSpeed's hook at the start of a forward is at the packed model, which does not
-            offload.param_coordinator.reset_step()
-
-    for module in (engine.module, engine.module.causal_lm):  # before DeepSpeed's hooks, which read the record
-        module.register_forward_pre_hook(select, prepend=True)
 
 
 def unsharded_loading(world: World) -> contextlib.AbstractContextManager[None]:
@@ -350,10 +317,7 @@ class FrozenEngine(Engine):
         """Release the memory of the model; it cannot be used afterwards."""
         wait_for_device()
         self._engine.destroy()
-        weight: Any
-        for weight in self.model.parameters():
-            if weight.nvme_swapper is not None:
-                weight.nvme_swapper.buffers = None
+        release_nvme_buffers(self.model.parameters())
         empty_module(self.model)
         del self._engine
         if not is_deepspeed_zero3_enabled():  # the policy is not sharded
@@ -458,10 +422,7 @@ class PolicyEngine(Engine):
             self.has_overflowed = not is_applied and self.loss_scale.value > _LOWEST
             self.set_loss_scale(self.loss_scale.after(is_applied=is_applied))
         if not is_applied:
-            if isinstance(self._engine.optimizer, DeepSpeedZeroOptimizer):
-                # With ZeRO-2, bf16 and offload the next gradients would be added to these.
-                gradients = self._engine.optimizer.averaged_gradients
-                gradients.update(dict.fromkeys(gradients))
+            drop_gradients(self._engine.optimizer)
             return torch.as_tensor(math.inf, device=self._world.device)
         for master, average in self._averages.items():
             average.lerp_(master.detach(), 1 - (self._ema_decay or 0.0))

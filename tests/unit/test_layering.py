@@ -68,6 +68,19 @@ def test_imports_go_down_and_engines_stay_in_their_rooms() -> None:
                     assert re.match(rooms, module.removeprefix("dpo_dist.")), f"{module} imports {name}"
 
 
+PRIVATE_OF_DEEPSPEED = (
+    *("_hp_mapping", "fp32_partitioned_groups_flat", "averaged_gradients", "param_coordinator"),
+    *("nvme_swapper", "ds_status", "ds_opt_adam", "cdb", "linear_bk", "update_lp_params"),
+)
+
+
+def test_private_parts_of_deepspeed_are_touched_in_one_file() -> None:
+    for module, tree in MODULES.items():
+        touched = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        if not module.endswith(".deepspeed_internals"):
+            assert touched.isdisjoint(PRIVATE_OF_DEEPSPEED), module
+
+
 def modules_imported_by(module: str) -> set[str]:
     """Return those of this package that a module imports when it is imported itself."""
     # `from dpo_dist.data import dataset` imports the module `dataset`, if there is one of this name.
