@@ -81,7 +81,7 @@ def test_an_echo_of_a_signal_is_ignored_and_a_second_one_ends_the_process(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A launcher passes on the signal that the process has got from the terminal."""
-    monkeypatch.setattr(process, "_LAST_WORDS_SECONDS", 0.1)
+    monkeypatch.setattr(process, "_EXIT_CALLBACK_SECONDS", 0.1)
     stop = StopRequest()
     with stop.listening(), stop.deferred():
         threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGTERM]).start()
