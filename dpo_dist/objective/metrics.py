@@ -1,6 +1,6 @@
 """Metrics of a global batch as sums and counts: exact means for any split of its pairs (law L1).
 
-docs/metrics.md explains each metric.
+docs/watching.md explains each metric.
 """
 
 from collections.abc import Mapping, Sequence

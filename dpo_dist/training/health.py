@@ -50,7 +50,7 @@ def check_keep_best(config: RunConfig, labels: tuple[str, ...]) -> None:
             "the evaluations of this run do not have this metric",
             where="trainer.keep_best",
             got=metric,
-            expected=f"a metric of docs/metrics.md, such as {', '.join(near)}",
+            expected=f"a metric of docs/watching.md, such as {', '.join(near)}",
             remedy="set trainer.keep_best to one of them; of one source: eval_rewards/accuracies/LABEL",
         )
 

@@ -41,7 +41,7 @@ def test_every_reason_for_a_bad_record_is_described() -> None:
 
 def test_every_metric_and_every_kind_of_loss_is_described() -> None:
     routers = (AUX_LOSS, BUSIEST, Z_LOSS)
-    assert sorted(first_column("metrics.md", "metric")) == sorted(PAIR_METRICS + ENTROPIES + routers)
+    assert sorted(first_column("watching.md", "metric")) == sorted(PAIR_METRICS + ENTROPIES + routers)
     assert sorted(first_column("losses.md", "kind")) == sorted(LossKind)
 
 

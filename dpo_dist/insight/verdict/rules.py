@@ -1,4 +1,4 @@
-"""The verdict about a run: one sentence and at most five findings, by 13 rules; see docs/verdict.md."""
+"""The verdict about a run: one sentence and at most five findings, by 13 rules; see docs/watching.md."""
 
 import itertools
 import math
