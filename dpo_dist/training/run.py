@@ -49,10 +49,10 @@ from dpo_dist.training.step import Objective
 def train(config: RunConfig, console: Console, stop: StopRequest, reporting: Reporting) -> int:
     """Train as `config` says, from the last checkpoint if there is one; return the exit code.
 
-    `stop` is listening.
+    Call it inside `stop.listening()`.
     """
     with open_run(config, console, stop, trains=True) as run, lock_directory(run):
-        run.stops.check()  # a library may have caught an error that a signal raised while it was imported
+        run.stops.check()  # an import may have swallowed the StoppedError of a signal: check again
         say_header(run)
         found = find_start(run)
         if isinstance(found, RunState):
