@@ -218,7 +218,7 @@ def _ordered_pairs(setting: Setting, folder: Path) -> dict[str, Any]:
     dataset = open_dataset(encoded, config.data)
     sampler = make_sampler(dataset.spans([1.0]), config.trainer)
     indices = [int(index) for step in range(sampler.steps) for index in sampler.indices(step)]
-    pairs = [dataset.sequences(index) for index in indices]
+    pairs = [dataset.example(index) for index in indices]
     return {
         "unique_tokens": sum(
             1 + sum(dataset.lengths(index)) - len(dataset.lengths(index)) for index in indices

@@ -17,8 +17,9 @@ import numpy as np
 import psutil
 
 from benchmarks.options import Benchmark, Json, markdown
+from dpo_dist.batching.example import Keys
 from dpo_dist.config.schema import ReferenceConfig
-from dpo_dist.data.dataset import Keys, PreferenceDataset
+from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.reference.fill import missing_responses
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
 
@@ -99,7 +100,7 @@ def _invented_pairs(pairs: int) -> PreferenceDataset:
         mask_starts=np.zeros(2 * pairs, dtype=np.int64),
         trained_tokens=pieces[:, 1:].ravel(),
         truncated=np.zeros(2 * pairs, dtype=np.bool_),
-        prompts=np.arange(pairs, dtype=np.uint64),
+        prompt_hashes=np.arange(pairs, dtype=np.uint64),
         origins=np.zeros((pairs, 2), dtype=np.int64),
     )
 

@@ -9,18 +9,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_dist.batching.pack import Sequences, pack
+from dpo_dist.batching.example import Example, response_keys
+from dpo_dist.batching.pack import pack
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, RunConfig, SourceConfig
-from dpo_dist.data.dataset import Keys
-from dpo_dist.data.encode import EncodedExample, encode_record, response_key
+from dpo_dist.data.encode import EncodedExample, encode_record
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord
 from dpo_dist.foundation.errors import ConfigError
@@ -115,9 +114,9 @@ def token_logps(
     mode, is left as it was.
     """
     longest = max((len(pair.prompt_ids) + max(map(len, pair.responses)) for pair in pairs), default=0)
-    sequences = [Sequences(pair.prompt_ids, pair.responses) for pair in pairs]
+    examples = [Example(pair.prompt_ids, pair.responses) for pair in pairs]
     with temporarily_packed(model, longest) as packed:
-        return packed_logps(packed, sequences, micro_batch_tokens)
+        return packed_logps(packed, examples, micro_batch_tokens)
 
 
 def pair_logps(
@@ -129,12 +128,6 @@ def pair_logps(
 ) -> PairLogps:
     """Return `token_logps` summed per response over the tokens that the loss counts; of at least one pair."""
     return _summed(pairs, token_logps(model, pairs, micro_batch_tokens), ld_alpha)
-
-
-def response_keys(pairs: Sequence[EncodedExample]) -> Keys:
-    """Return the keys of all responses in a reference store; uint64 [responses, 2]."""
-    keys = (response_key(pair.prompt_ids, ids) for pair in pairs for ids in pair.responses)
-    return np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(-1, 2)
 
 
 def open_stores(folder: str | Path) -> list[tuple[ReferenceFingerprint, LogpStore]]:
@@ -178,8 +171,7 @@ def _summed(pairs: Sequence[EncodedExample], logps: Sequence[Tensor], ld_alpha: 
     """Sum the log-probs of whole responses over the tokens that the loss counts."""
     if not pairs:
         raise ValueError("log-probs can be summed of at least one pair")
-    sequences = [Sequences(pair.prompt_ids, pair.responses, pair.trained) for pair in pairs]
-    batch, values = pack(sequences, response_keys(pairs)), torch.cat(list(logps))
+    batch, values = pack(pairs, response_keys(pairs)), torch.cat(list(logps))
     device = values.device
     if batch.mask is not None:
         values = values[torch.from_numpy(batch.mask).to(device)]

@@ -16,23 +16,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-Ids = npt.NDArray[np.int32]
-Mask = npt.NDArray[np.bool_]
+from dpo_dist.batching.example import Example, Keys, Mask, TokenIds
 
 RESPONSES_OF_DUMMY = 2
 """Responses of a `dummy_batch`."""
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """One prompt and the responses to score after it (token ids).
-
-    `masks`: bool [response tokens] for each response, whether a token is a target; empty: all are.
-    """
-
-    prompt_ids: Ids
-    responses: tuple[Ids, ...]
-    masks: tuple[Mask, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,7 +35,7 @@ class PackedBatch:
     target_places: npt.NDArray[np.int64]
     targets: Tensor  # int64 [targets], the completion tokens to score, response after response
     response_tokens: Tensor  # int64 [responses], number of targets of each response
-    keys: npt.NDArray[np.uint64]  # [responses, 2], content addresses, on the host; none for a dummy
+    keys: Keys  # uint64 [responses, 2], content addresses, on the host; none for a dummy
     weights: Tensor  # float32 [pairs], 1; 0 for a dummy, which only keeps collective calls equal (law L2)
     # int64 [pairs, 2 + n], indices in `response_tokens` of each pair's best response, its worst, and those
     # between them, padded with -1; None if every pair has two responses.
@@ -80,7 +67,7 @@ class PackedBatch:
         return copied_to(self.input_ids.device, self.target_places[1])
 
     @property
-    def rows(self) -> Tensor:
+    def repeats(self) -> Tensor:
         """Return float32 [tokens]: how often a batch with one response per row would repeat each token.
 
         A prompt's token counts once per response, a response's token once, a dummy token not at all.
@@ -124,20 +111,20 @@ def copied_to(device: torch.device, array: npt.NDArray[Any]) -> Tensor:
     return source.contiguous().pin_memory().to(device, non_blocking=True)
 
 
-def pack(sequences: Sequence[Sequences], keys: npt.NDArray[np.uint64]) -> PackedBatch:
-    """Pack `sequences` into one micro-batch; `keys` are the content keys of their whole responses."""
-    inputs: list[Ids] = []
+def pack(examples: Sequence[Example], keys: Keys) -> PackedBatch:
+    """Pack examples into one micro-batch; `keys` are the content keys of their whole responses."""
+    inputs: list[TokenIds] = []
     positions: list[npt.NDArray[np.int64]] = []
     predictors: list[npt.NDArray[np.int64]] = []
     layout: list[tuple[int, ...]] = []
     start = 0
-    for pair in sequences:
-        prompt_tokens = len(pair.prompt_ids)
+    for example in examples:
+        prompt_tokens = len(example.prompt_ids)
         lengths = [prompt_tokens]
-        inputs.append(pair.prompt_ids)
+        inputs.append(example.prompt_ids)
         positions.append(np.arange(prompt_tokens))
         boundary, start = start + prompt_tokens - 1, start + prompt_tokens
-        for response in pair.responses:
+        for response in example.responses:
             tokens = len(response) - 1
             inputs.append(response[:-1])
             positions.append(np.arange(prompt_tokens, prompt_tokens + tokens))
@@ -145,13 +132,10 @@ def pack(sequences: Sequence[Sequences], keys: npt.NDArray[np.uint64]) -> Packed
             lengths.append(tokens)
             start += tokens
         layout.append(tuple(lengths))
-    responses = [response for pair in sequences for response in pair.responses]
+    responses = [response for example in examples for response in example.responses]
     mask = None
-    if any(pair.masks for pair in sequences):
-        masks = (
-            pair.masks or [np.ones(len(r), dtype=np.bool_) for r in pair.responses] for pair in sequences
-        )
-        mask = np.concatenate(list(itertools.chain.from_iterable(masks)))
+    if any(example.trained for example in examples):
+        mask = np.concatenate([mask for example in examples for mask in example.masks])
     is_target = slice(None) if mask is None else mask
     numbers = np.repeat(np.arange(len(responses)), [len(response) for response in responses])
     target_places = np.stack((numbers, np.concatenate(predictors)))[:, is_target]
@@ -163,8 +147,8 @@ def pack(sequences: Sequence[Sequences], keys: npt.NDArray[np.uint64]) -> Packed
         targets=_int64(np.concatenate(responses)[is_target]),
         response_tokens=_int64(np.bincount(target_places[0], minlength=len(responses))),
         keys=keys,
-        weights=torch.ones(len(sequences)),
-        ranking=_ranking([len(pair.responses) for pair in sequences]),
+        weights=torch.ones(len(examples)),
+        ranking=_ranking([len(example.responses) for example in examples]),
         mask=mask,
     )
 
@@ -175,7 +159,7 @@ def dummy_batch() -> PackedBatch:
     In rows of one input, weights that carry a state to the next token (RWKV) get no gradient.
     """
     one = np.zeros(1, dtype=np.int32)
-    batch = pack([Sequences(np.zeros(2, dtype=np.int32), (one, one))], np.empty((0, 2), dtype=np.uint64))
+    batch = pack([Example(np.zeros(2, dtype=np.int32), (one, one))], np.empty((0, 2), dtype=np.uint64))
     return replace(batch, weights=torch.zeros(1), score_gaps=torch.ones(1))
 
 
@@ -199,7 +183,7 @@ def _int64(array: npt.NDArray[np.generic]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Rows:
+class PaddedRows:
     """The responses of a micro-batch, each in a row behind a prompt of its own."""
 
     input_ids: Tensor  # int64 [rows, longest], padded at the end
@@ -208,7 +192,7 @@ class Rows:
     predictors: Tensor  # int64 [targets], index in the flat `input_ids` of what predicts each target
 
 
-def rows_of(batch: PackedBatch, pad_id: int) -> Rows:
+def padded_rows(batch: PackedBatch, pad_id: int) -> PaddedRows:
     """Return `batch` as rows, in the order of its responses; on any device, without a synchronization."""
     indices: list[npt.NDArray[np.int64]] = []
     starts: list[tuple[int, int, int]] = []  # of each response: its prompt, the prompt's length, itself
@@ -233,7 +217,7 @@ def rows_of(batch: PackedBatch, pad_id: int) -> Rows:
     rows, predictors = batch.target_places
     prompt_starts, prompts, own_starts = np.array(starts)[rows].T
     in_rows = predictors - np.where(predictors < own_starts, prompt_starts, own_starts - prompts)
-    return Rows(
+    return PaddedRows(
         input_ids=input_ids.view(len(lengths), longest),
         lengths=tuple(lengths.tolist()),
         is_token=is_token.view(len(lengths), longest),

@@ -80,7 +80,7 @@ class ExampleSizes:
     """Sizes of examples in micro-batches, [examples] each."""
 
     tokens: Counts  # that a forward computes, without padding; they decide the memory
-    rows_tokens: Counts  # of the plain batch, which has the prompt once for each response
+    unshared_tokens: Counts  # of the plain batch, which has the prompt once for each response
     targets: Counts  # completion tokens to score
     attended: Counts  # query-key pairs of attention in a layer in which tokens see all earlier ones
     costs: Costs  # compute time in units of `ComputeCosts`

@@ -15,7 +15,7 @@ Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Span:
+class SourceSpan:
     """The examples ``start <= index < stop`` of one source, drawn `weight` times an epoch."""
 
     start: int
@@ -31,7 +31,7 @@ class BatchSampler:
     span the end of an epoch; the last batch of a run may be smaller.
     """
 
-    spans: tuple[Span, ...]
+    spans: tuple[SourceSpan, ...]
     global_batch_pairs: int
     seed: int
     total_pairs: int
@@ -75,7 +75,7 @@ class BatchSampler:
             start += count
 
 
-def make_sampler(spans: Sequence[Span], config: TrainerConfig) -> BatchSampler:
+def make_sampler(spans: Sequence[SourceSpan], config: TrainerConfig) -> BatchSampler:
     """Return the sampler of a run over `spans`: `config.max_steps` steps if set, else `config.epochs` epochs.
 
     A span is empty if all records of its source are held out for evaluation.
@@ -96,12 +96,12 @@ def make_sampler(spans: Sequence[Span], config: TrainerConfig) -> BatchSampler:
     return BatchSampler(tuple(spans), config.global_batch_pairs, config.seed, max(1, total))
 
 
-def _drawn(span: Span) -> int:
+def _drawn(span: SourceSpan) -> int:
     return round(span.weight * (span.stop - span.start))
 
 
 @lru_cache(maxsize=2)
-def _epoch_order(spans: tuple[Span, ...], seed: int, epoch: int) -> Indices:
+def _epoch_order(spans: tuple[SourceSpan, ...], seed: int, epoch: int) -> Indices:
     generator = np.random.Generator(np.random.PCG64([seed, epoch]))
     parts = []
     for span in spans:

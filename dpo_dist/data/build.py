@@ -20,7 +20,7 @@ import pyarrow as pa
 from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig, SourceConfig, TextTemplate
 from dpo_dist.config.user_code import find_function
 from dpo_dist.data.columns import READER
-from dpo_dist.data.encode import encode_chunk
+from dpo_dist.data.encode import encode_records
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import ALL_RECORDS, BadRecord, Part, PreferenceRecord
 from dpo_dist.data.sources import file_kind, local_files, pinned, source_identity, source_labels
@@ -73,11 +73,11 @@ def prepare_dataset(
     collect_abandoned(cache)
     found = [pinned(source) for source in sources]
     fingerprints = [_fingerprint(source, config, digest, part) for source in found]
-    encode = partial(encode_chunk, config=config, tokenizer=tokenizer, part=part)
+    encode = partial(encode_records, config=config, tokenizer=tokenizer, part=part)
     encoded = []
     for source, fingerprint, label in zip(found, fingerprints, source_labels(sources), strict=True):
         wanted = EncodedSource(source.path, cache, fingerprint, source.limit, label)
-        if wanted.rows() is None:
+        if wanted.table() is None:
             with (
                 progress(source.path) as show,
                 closing(_encoded(source, encode, config.processes, show)) as batches,

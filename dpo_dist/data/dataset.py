@@ -14,20 +14,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from dpo_dist.batching.pack import (
-    RESPONSES_OF_DUMMY,
-    Mask,
-    PackedBatch,
-    Sequences,
-    dummy_batch,
-    pack,
-)
+from dpo_dist.batching.example import Example, Mask, response_keys
+from dpo_dist.batching.pack import RESPONSES_OF_DUMMY, PackedBatch, dummy_batch, pack
 from dpo_dist.batching.plan import Arrangement, ComputeCosts, ExampleSizes, plan_micro_batches
-from dpo_dist.batching.sampler import Indices, Span
+from dpo_dist.batching.sampler import Indices, SourceSpan
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.counts import check_counts, check_split
-from dpo_dist.data.encode import response_key
 from dpo_dist.data.records import Origin
 from dpo_dist.data.store import (
     Array,
@@ -42,9 +35,6 @@ from dpo_dist.foundation.files import text_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-Keys = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -66,24 +56,26 @@ class PreferenceDataset:
     piece_starts: Array  # int64 [pieces], offset of each piece in `ids`
     piece_tokens: Array  # int32 [pieces], length of each piece
     first_pieces: Array  # int64 [examples + 1], index of each example's prompt in the pieces; their number
-    keys: Array  # uint64 [responses, 2], `encode.response_key` of each, in the order of the examples
+    keys: (
+        Array  # uint64 [responses, 2], `batching.example.response_key` of each, in the order of the examples
+    )
     scores: Array  # float64 [responses], nan if a record has no scores
     trained: Array | pa.ChunkedArray  # bool [tokens of responses with a mask], whether the loss counts each
     mask_starts: Array  # int64 [responses], offset in `trained` of the mask of a response that has one
     trained_tokens: Array  # int32 [responses], tokens that the loss counts; of more, the response has a mask
     truncated: Array  # bool [responses], whether the end of a response was cut, with its end of turn
-    prompts: Array  # uint64 [examples], a hash of each record's prompt
+    prompt_hashes: Array  # uint64 [examples], `records.prompt_hash` of each record
     origins: Array  # int64 [examples, 2], index in `source_paths`, and line
     encoded: tuple[EncodedSource, ...] = ()  # the sources on disk
 
     def __len__(self) -> int:
         return len(self.first_pieces) - 1
 
-    def spans(self, weights: Sequence[float]) -> list[Span]:
+    def spans(self, weights: Sequence[float]) -> list[SourceSpan]:
         """Return the index range of each source with its weight."""
         ends = itertools.accumulate(self.source_pairs)
         sources = zip(ends, self.source_pairs, weights, strict=True)
-        return [Span(stop - pairs, stop, weight) for stop, pairs, weight in sources]
+        return [SourceSpan(stop - pairs, stop, weight) for stop, pairs, weight in sources]
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -101,7 +93,7 @@ class PreferenceDataset:
         first, stop = self._pieces(index)
         return [int(tokens) for tokens in self.piece_tokens[first:stop]]
 
-    def sequences(self, index: int, which: Sequence[int] | None = None, masked: bool = False) -> Sequences:
+    def example(self, index: int, which: Sequence[int] | None = None, masked: bool = False) -> Example:
         """Return the token ids of an example, or of `which` of its responses; `masked`: with their masks."""
         first, stop = self._pieces(index)
         starts = map(int, self.piece_starts[first:stop])
@@ -109,8 +101,8 @@ class PreferenceDataset:
         prompt, *responses = (np.asarray(self.ids[start : start + tokens]) for start, tokens in pieces)
         masks = self.masks(index) if masked else ()
         if which is None:
-            return Sequences(prompt, tuple(responses), masks)
-        return Sequences(prompt, tuple(responses[i] for i in which), tuple(masks[i] for i in which if masks))
+            return Example(prompt, tuple(responses), masks)
+        return Example(prompt, tuple(responses[i] for i in which), tuple(masks[i] for i in which if masks))
 
     def masks(self, index: int) -> tuple[Mask, ...]:
         """Return for each response of an example whether the loss counts its tokens; empty: it counts all."""
@@ -162,8 +154,8 @@ class PreferenceDataset:
         targets = np.add.reduceat(response_targets, firsts)
         # Attention of a token to itself is included in the cost of a token.
         compute = tokens + costs.key * (attended - tokens / 2) + costs.target * targets
-        rows_tokens = tokens + (counts - copies) * prompt_tokens
-        sizes = ExampleSizes(tokens, rows_tokens, targets, attended, compute)
+        unshared_tokens = tokens + (counts - copies) * prompt_tokens
+        sizes = ExampleSizes(tokens, unshared_tokens, targets, attended, compute)
         if costs.arrangement is not Arrangement.padded and not costs.pads:
             return sizes
         return replace(sizes, rows=counts, longest=np.maximum.reduceat(prompts + stored, firsts))
@@ -212,7 +204,7 @@ def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> Prefer
     """Map the encoded sources and verify their digests; only files that have changed are read for that."""
     tables, by_source = list(map(read_source, sources)), []
     counted = list(map(counts_of, tables))
-    lengths = [lengths_of(rows, counts, config) for rows, counts in zip(tables, counted, strict=True)]
+    lengths = [lengths_of(table, counts, config) for table, counts in zip(tables, counted, strict=True)]
     for source, of_source in zip(sources, counted, strict=True):
         check_counts(of_source, source.path, config, lengths=lengths)
         by_source.append({"label": source.label, "path": source.path, **of_source.numbers()})
@@ -243,7 +235,7 @@ class RankBatch:
     positions: tuple[tuple[int, ...], ...]  # of these examples in the global batch
     pairs: int  # examples of the global batch, over all ranks; as are all that follow
     tokens: int
-    rows_tokens: int  # `tokens` with each prompt once for each of its responses
+    unshared_tokens: int  # `tokens` with each prompt once for each of its responses
     targets: int  # completion tokens that the loss counts
     attended: int  # query-key pairs of attention in a layer in which tokens see all earlier ones
     mean_chosen_tokens: float  # mean number of targets in the chosen responses
@@ -280,7 +272,7 @@ def shard_batch(
         positions=positions,
         pairs=len(indices),
         tokens=int(sizes.tokens.sum()),
-        rows_tokens=int(sizes.rows_tokens.sum()),
+        unshared_tokens=int(sizes.unshared_tokens.sum()),
         targets=int(sizes.targets.sum()),
         attended=int(sizes.attended.sum()),
         mean_chosen_tokens=dataset.mean_chosen_tokens(indices),
@@ -299,22 +291,16 @@ def collate(dataset: PreferenceDataset, indices: Sequence[int], only_chosen: boo
     selected = [0] if only_chosen else None
     ranges = [dataset.response_range(index) for index in indices]
     keys = dataset.keys[np.concatenate([range_[:1] if only_chosen else range_ for range_ in ranges])]
-    sequences = [dataset.sequences(index, selected, masked=True) for index in indices]
-    if not has_keys(sequences, keys):
+    examples = [dataset.example(index, selected, masked=True) for index in indices]
+    if not np.array_equal(response_keys(examples), keys):
         raise damaged_ids(dataset, indices)
-    packed = pack(sequences, keys)
+    packed = pack(examples, keys)
     return replace(
         packed,
         score_gaps=torch.from_numpy(dataset.score_gaps(indices)),
         labels=labels,
         sources=torch.from_numpy(dataset.label_numbers(indices)) if labels else None,
     )
-
-
-def has_keys(sequences: Sequence[Sequences], keys: Keys) -> bool:
-    """Return whether the content keys of responses, computed from their token ids, are `keys`."""
-    found = (response_key(pair.prompt_ids, ids) for pair in sequences for ids in pair.responses)
-    return b"".join(found) == np.ascontiguousarray(keys).tobytes()
 
 
 def damaged_ids(dataset: PreferenceDataset, examples: Sequence[int]) -> DataError:
@@ -347,7 +333,7 @@ def _example_keys(dataset: PreferenceDataset) -> Iterator[bytes]:
 
 def count_shared_prompts(dataset: PreferenceDataset, other: PreferenceDataset) -> int:
     """Return the number of examples of `dataset` whose prompt also occurs in `other`."""
-    return int(np.isin(np.asarray(dataset.prompts[:]), np.asarray(other.prompts[:])).sum())
+    return int(np.isin(np.asarray(dataset.prompt_hashes[:]), np.asarray(other.prompt_hashes[:])).sum())
 
 
 def check_ids_in_vocabulary(

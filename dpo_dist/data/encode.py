@@ -1,16 +1,15 @@
 """Encode a preference record as token ids: one prompt, and each response as its continuation."""
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
+from dpo_dist.batching.example import Example, Mask, response_keys
 from dpo_dist.config.schema import MARKER_GAP, UNTRAINED_PARTS, DataConfig, OnBadRecord, Truncation
 from dpo_dist.data.counts import Outcome
 from dpo_dist.data.escape import THOUGHT_TAGS, has_reserved
@@ -34,26 +33,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-TokenIds: TypeAlias = npt.NDArray[np.int32]
-Mask: TypeAlias = npt.NDArray[np.bool_]
-
-
 @dataclass(frozen=True, eq=False)
-class EncodedExample:
-    """A record as token ids; the input of a model is the prompt followed by one response."""
+class EncodedExample(Example):
+    """An example, and what became of its record when it was encoded."""
 
-    prompt_ids: TokenIds  # int32 [prompt tokens], at least one
-    responses: tuple[TokenIds, ...]  # int32 [response tokens], best first; the end of turn is last unless cut
     changes: frozenset[str] = frozenset()  # names in counts.yaml
-    trained: tuple[Mask, ...] = ()  # bool [response tokens], whether the loss counts each; empty: all count
     truncated: tuple[bool, ...] = ()  # for each response whether its end was cut, and with it its end of turn
     read_as: str = ""
     lengths: tuple[int, ...] = ()  # tokens before any cut: prompt, longest response, BOS, `needed_tokens`
-
-    @property
-    def masks(self) -> tuple[Mask, ...]:
-        """`trained`, also if all tokens count."""
-        return self.trained or tuple(np.ones(len(ids), dtype=np.bool_) for ids in self.responses)
 
 
 def encode_pair(
@@ -95,21 +82,12 @@ def encode_pair(
     return EncodedExample(
         np.array(kept_prompt, dtype=np.int32),
         tuple(np.array(ids, dtype=np.int32) for ids in kept),
-        rendered.changes.union(name for name, is_so in found.items() if is_so),
         tuple(trained),
+        rendered.changes.union(name for name, is_so in found.items() if is_so),
         truncated,
         rendered.read_as,
         lengths,
     )
-
-
-def response_key(prompt_ids: TokenIds, response_ids: TokenIds) -> bytes:
-    """Return the content key of a response to a prompt: 16 bytes over the exact token ids (law L3)."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(len(prompt_ids).to_bytes(8, "little"))
-    digest.update(np.ascontiguousarray(prompt_ids, dtype=np.int32).tobytes())
-    digest.update(np.ascontiguousarray(response_ids, dtype=np.int32).tobytes())
-    return digest.digest()
 
 
 def _encoded(
@@ -239,17 +217,17 @@ def _cut_left(prompt: list[int], length: int, prefix_length: int) -> list[int]:
 class EncodedRecord:
     """The examples of one record. They share one encoding, so each response is stored and scored once."""
 
-    encoded: EncodedExample  # the prompt and the responses that an example uses; others count for no limit
-    ranks: list[list[int]]  # for each example the indices of its responses in `encoded`, best first
-    scores: list[float]  # of the responses of `encoded`, nan if the record has none
+    example: EncodedExample  # with all responses that an example uses; others count for no limit
+    ranks: list[list[int]]  # for each example the indices of its responses in `example`, best first
+    scores: list[float]  # of the responses of `example`, nan if the record has none
     ties: int
 
     def examples(self) -> list[EncodedExample]:
         """Return the examples, each with its own responses."""
-        responses, trained, truncated = self.encoded.responses, self.encoded.trained, self.encoded.truncated
+        responses, trained, truncated = self.example.responses, self.example.trained, self.example.truncated
         return [
             replace(
-                self.encoded,
+                self.example,
                 responses=tuple(responses[index] for index in ranks),
                 trained=tuple(trained[index] for index in ranks if trained),
                 truncated=tuple(truncated[index] for index in ranks),
@@ -260,12 +238,12 @@ class EncodedRecord:
     @property
     def outcome(self) -> Outcome:
         """What is counted of the record."""
-        changed = dict.fromkeys(self.encoded.changes, 1) | {"ties_left_out": self.ties}
-        best, *others = self.encoded.truncated
+        changed = dict.fromkeys(self.example.changes, 1) | {"ties_left_out": self.ties}
+        best, *others = self.example.truncated
         if others:
             changed |= {"chosen_truncated": int(best), "rejected_truncated": int(any(others))}
         counted = tuple(sorted((name, times) for name, times in changed.items() if times))
-        return Outcome(None, len(self.ranks), counted, self.encoded.read_as)
+        return Outcome(None, len(self.ranks), counted, self.example.read_as)
 
 
 def encode_record(
@@ -283,7 +261,7 @@ def encode_record(
     return EncodedRecord(encoded, new_ranks, [scores[index] for index in used], ties)
 
 
-def encode_chunk(
+def encode_records(
     records: Sequence[PreferenceRecord | BadRecord],
     config: DataConfig,
     tokenizer: "PreTrainedTokenizerBase",
@@ -322,15 +300,14 @@ _NOTHING = {
 
 def _columns(record: EncodedRecord) -> dict[str, Any]:
     """Return the columns of a kept record."""
-    encoded = record.encoded
+    encoded = record.example
     pieces = (encoded.prompt_ids, *encoded.responses)
     ids = np.concatenate(pieces)
-    keys = b"".join(response_key(encoded.prompt_ids, response) for response in encoded.responses)
     return {
         "largest_id": ids.max(),
         "ids": ids,
         "piece_tokens": list(map(len, pieces)),
-        "keys": np.frombuffer(keys, dtype=np.uint64),
+        "keys": response_keys([encoded]).ravel(),
         "scores": record.scores,
         "truncated": encoded.truncated,
         "trained_tokens": [int(mask.sum()) for mask in encoded.masks],

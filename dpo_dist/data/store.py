@@ -72,7 +72,7 @@ class EncodedSource:
         """The file with the records."""
         return self.cache / f"{self.fingerprint}{'' if self.limit is None else f'-first-{self.limit}'}.arrow"
 
-    def rows(self) -> pa.Table | None:
+    def table(self) -> pa.Table | None:
         """Map the records; None if there is no file, or it is damaged.
 
         A file is read for its digest once; then only if its `file_identity` has changed.
@@ -129,23 +129,23 @@ def _large(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
 
 def read_source(source: EncodedSource) -> pa.Table:
     """Map the records of an encoded source, with the names of their files. Raises DataError: damaged."""
-    rows = source.rows()
-    if rows is None:
+    table = source.table()
+    if table is None:
         raise DataError(
             "the encoded data are damaged",
             where=f"data.cache: {source.file}",
             remedy="start again: damaged data are encoded again",
         )
-    files = rows["file"].dictionary_encode().combine_chunks()
+    files = table["file"].dictionary_encode().combine_chunks()
     root = root_of(source.path)
     names = [source.path if name == "." else str(root / name) for name in files.dictionary.to_pylist()]
     shown = pa.DictionaryArray.from_arrays(files.indices, pa.array(names, pa.string()))
-    return rows.set_column(0, "file", shown)
+    return table.set_column(0, "file", shown)
 
 
-def counts_of(rows: pa.Table) -> DataCounts:
+def counts_of(table: pa.Table) -> DataCounts:
     """Return the counts of records."""
-    coded = rows["outcome"].dictionary_encode().combine_chunks()  # texts of many records overflow an array
+    coded = table["outcome"].dictionary_encode().combine_chunks()  # texts of many records overflow an array
     outcomes = [
         Outcome(drop, pairs, tuple(map(tuple, changed)), read_as)
         for drop, pairs, changed, read_as in map(json.loads, coded.dictionary.to_pylist())
@@ -153,7 +153,7 @@ def counts_of(rows: pa.Table) -> DataCounts:
     codes = coded.indices.to_numpy()
     reasons = np.array([outcome.dropped or "" for outcome in outcomes])[codes] if outcomes else codes
     shown = np.flatnonzero(reasons != "")[:SHOWN_EXAMPLES] if outcomes else codes
-    found = rows.select(["file", "line", "detail"]).take(shown).to_pylist()
+    found = table.select(["file", "line", "detail"]).take(shown).to_pylist()
     named = [
         BadRecord(str(reason), Origin(row["file"], row["line"]), row["detail"])
         for reason, row in zip(reasons[shown], found, strict=True)
@@ -162,24 +162,24 @@ def counts_of(rows: pa.Table) -> DataCounts:
     return DataCounts.of(dict(zip(outcomes, numbers, strict=True)), named)
 
 
-def lengths_of(rows: pa.Table, counts: DataCounts, config: DataConfig) -> SourceLengths:
+def lengths_of(table: pa.Table, counts: DataCounts, config: DataConfig) -> SourceLengths:
     """Return the lengths of records before they were cut."""
-    lengths = pc.list_flatten(rows["lengths"]).to_numpy().reshape(-1, 4)
+    lengths = pc.list_flatten(table["lengths"]).to_numpy().reshape(-1, 4)
     return SourceLengths(lengths, counts.read - len(lengths), config.max_bad_share * counts.read)
 
 
-def columns_of(rows: pa.Table) -> dict[str, Any]:
+def columns_of(table: pa.Table) -> dict[str, Any]:
     """Return the columns of `PreferenceDataset`: ids and masks mapped, the others in memory."""
 
     def flat(name: str) -> Array:
-        values: Array = pc.list_flatten(rows[name]).to_numpy()
+        values: Array = pc.list_flatten(table[name]).to_numpy()
         return values
 
     tokens, trained_tokens = flat("piece_tokens"), flat("trained_tokens")
-    pieces_of, examples_of = _lengths(rows["piece_tokens"]), _lengths(rows["examples"])
-    examples = pc.list_flatten(rows["examples"])
+    pieces_of, examples_of = _lengths(table["piece_tokens"]), _lengths(table["examples"])
+    examples = pc.list_flatten(table["examples"])
     responses_of = _lengths(examples)
-    record = np.repeat(np.arange(len(rows)), examples_of)
+    record = np.repeat(np.arange(len(table)), examples_of)
     # Of each response of an example: its index among all pieces, and among all responses.
     first_piece = np.cumsum(pieces_of) - pieces_of
     piece = np.repeat(first_piece[record], responses_of) + 1 + pc.list_flatten(examples).to_numpy()
@@ -190,22 +190,22 @@ def columns_of(rows: pa.Table) -> dict[str, Any]:
     masked = np.where(trained_tokens < response_tokens, response_tokens, 0)
     # The prompt of an example is before its first response.
     pieces = np.insert(piece, np.cumsum(responses_of) - responses_of, first_piece[record])
-    files = rows["file"].combine_chunks().dictionary_encode()
-    origins = np.stack([files.indices.to_numpy(), rows["line"].to_numpy()], axis=1)
+    files = table["file"].combine_chunks().dictionary_encode()
+    origins = np.stack([files.indices.to_numpy(), table["line"].to_numpy()], axis=1)
     return {
         "source_paths": tuple(files.dictionary.to_pylist()),
-        "largest_id": pc.max(rows["largest_id"]).as_py(),
-        "ids": pc.list_flatten(rows["ids"]),
+        "largest_id": pc.max(table["largest_id"]).as_py(),
+        "ids": pc.list_flatten(table["ids"]),
         "piece_starts": (np.cumsum(tokens, dtype=np.int64) - tokens)[pieces],
         "piece_tokens": tokens[pieces],
         "first_pieces": np.insert(np.cumsum(responses_of + 1), 0, 0),
         "keys": flat("keys").reshape(-1, 2)[response],
         "scores": flat("scores")[response],
-        "trained": pc.list_flatten(rows["trained"]),
+        "trained": pc.list_flatten(table["trained"]),
         "mask_starts": (np.cumsum(masked, dtype=np.int64) - masked)[response],
         "trained_tokens": trained_tokens[response],
         "truncated": flat("truncated")[response],
-        "prompts": rows["prompt"].to_numpy()[record],
+        "prompt_hashes": table["prompt"].to_numpy()[record],
         "origins": origins[record],
     }
 

@@ -208,7 +208,7 @@ def choose_prompts(
 
     The choice does not depend on the order of the dataset.
     """
-    keys, indices = np.unique(dataset.prompts[:], return_index=True)
+    keys, indices = np.unique(dataset.prompt_hashes[:], return_index=True)
     by_hash = sorted(
         (text_digest(f"{seed} {key}"), int(index)) for key, index in zip(keys, indices, strict=True)
     )
@@ -219,8 +219,8 @@ def choose_prompts(
         tokens = dataset.lengths(index)[0]
         if tokens == 0 or (longest is not None and tokens > longest):
             continue
-        sequences, prompt_id = dataset.sequences(index, (0,)), prompt_hash[:16]
-        chosen_ids, prompt_ids = sequences.responses[0].tolist(), np.asarray(sequences.prompt_ids)
+        example, prompt_id = dataset.example(index, (0,)), prompt_hash[:16]
+        chosen_ids, prompt_ids = example.responses[0].tolist(), np.asarray(example.prompt_ids)
         while chosen_ids and chosen_ids[-1] in stop_ids:
             chosen_ids.pop()
         chosen = texts_after(chosen_ids, prompt_ids, tokenizer)[0]

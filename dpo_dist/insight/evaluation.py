@@ -187,7 +187,7 @@ def write_evaluation(
         means,
         values,
         members,
-        np.asarray(dataset.prompts[:], dtype=np.uint64),
+        np.asarray(dataset.prompt_hashes[:], dtype=np.uint64),
         MetricPlan(config.loss, dataset.labels, is_evaluation=True),
         config.trainer.seed,
     )

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from dpo_dist.batching.pack import Ids, PackedBatch, Sequences, pack
+from dpo_dist.batching.example import Example, TokenIds
+from dpo_dist.batching.pack import PackedBatch, pack
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import ConfigError, DeviceMemoryError, first_line
@@ -79,8 +80,8 @@ class StartCheck:
         # Products with int8 weights may round their inputs to int8.
         self._is_int8 = any(weight.dtype == torch.int8 for weight in model.parameters())
         self._is_float32 = next(model.parameters()).dtype == torch.float32 and not self._is_int8
-        self._sequences = trial_sequences(model.causal_lm, max_length)
-        self._batch = _packed(self._sequences)
+        self._examples = trial_examples(model.causal_lm, max_length)
+        self._batch = _packed(self._examples)
         self._noise = 0.0
 
     def choose_arrangement(self) -> None:
@@ -194,7 +195,7 @@ class StartCheck:
 
         The last two responses have one length, and begin with the same tokens.
         """
-        tokens = len(self._sequences[-1].responses[0])
+        tokens = len(self._examples[-1].responses[0])
         first, second = self._plain[-2 * tokens :].view(2, -1)[:, : max(1, tokens // 2)]
         effect = (first - second).abs()
         mean, largest = float(effect.mean()), float(effect.max())
@@ -219,14 +220,14 @@ class StartCheck:
 
     def _effect_of_neighbours(self) -> str:
         """Return in words the effect of the first response on the tokens that follow it; empty: none."""
-        example = self._sequences[0]
+        example = self._examples[0]
         first, second = example.responses
         other = replace(example, responses=(first[::-1].copy(), second))
         # The prompt predicts the first token.
         near = slice(len(first) + min(1, len(second) - 1), len(first) + min(1 + _NEAR, len(second)))
         effect, repeated = (
             float((self._scores(batch) - self._found)[near].abs().median())
-            for batch in (_packed([other, *self._sequences[1:]]), self._batch)
+            for batch in (_packed([other, *self._examples[1:]]), self._batch)
         )
         allowed = max(_REPEATS * repeated, _NEIGHBOUR_NOISES * self._noise)
         if self._is_int8:
@@ -242,16 +243,16 @@ class StartCheck:
 
     def _sometimes_used(self) -> str:
         """Return the first weights that one of a long and a short sequence uses; empty: there are none."""
-        causal_lm, long = self._model.causal_lm, self._sequences[0]
-        short = Sequences(long.prompt_ids[:2], (long.responses[0][:1],))
+        causal_lm, long = self._model.causal_lm, self._examples[0]
+        short = Example(long.prompt_ids[:2], (long.responses[0][:1],))
         differing = self._used(long) ^ self._used(short)
         differing -= {weight for block in partly_used_blocks(causal_lm) for weight in block.parameters()}
         return first_few([name for name, weight in causal_lm.named_parameters() if weight in differing])
 
-    def _used(self, sequences: Sequences) -> set[nn.Parameter]:
-        """Return the weights with a gradient from the log-probs of these sequences."""
+    def _used(self, example: Example) -> set[nn.Parameter]:
+        """Return the weights with a gradient from the log-probs of an example."""
         with torch.enable_grad():
-            logps = self._score(_packed([sequences]).to(self._device))
+            logps = self._score(_packed([example]).to(self._device))
         seen, found, waiting = set(), set(), [logps.grad_fn]
         while waiting:
             node = waiting.pop()
@@ -282,7 +283,7 @@ def _rounded_once_more(causal_lm: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def trial_sequences(causal_lm: Any, max_length: int) -> list[Sequences]:
+def trial_examples(causal_lm: Any, max_length: int) -> list[Example]:
     """Return two invented examples of two responses each, within `max_length` tokens.
 
     The first is longer than the model's sliding window, if that is short. The responses of the second have
@@ -298,13 +299,13 @@ def trial_sequences(causal_lm: Any, max_length: int) -> list[Sequences]:
     vocabulary = [id_ for id_ in range(min(config.vocab_size, _IDS)) if id_ not in named]
     generator = np.random.default_rng(0)
 
-    def ids(count: int) -> Ids:
+    def ids(count: int) -> TokenIds:
         return generator.choice(vocabulary, count).astype(np.int32)
 
-    long = Sequences(ids(length - length // 2), (ids(length // 4), ids(length // 2)))
+    long = Example(ids(length - length // 2), (ids(length // 4), ids(length // 2)))
     same = ids(max(1, short // 4))
     ends = (np.concatenate((same, ids(short // 2 - len(same)))) for _ in range(2))
-    return [long, Sequences(ids(short - short // 2), tuple(ends))]
+    return [long, Example(ids(short - short // 2), tuple(ends))]
 
 
 def _named_ids(config: Any) -> set[int]:
@@ -314,10 +315,10 @@ def _named_ids(config: Any) -> set[int]:
     return {one for one in ids if isinstance(one, int)}
 
 
-def _packed(sequences: Sequence[Sequences]) -> PackedBatch:
-    """Return a batch of invented sequences, whose keys are not read."""
-    responses = sum(len(example.responses) for example in sequences)
-    return pack(sequences, np.zeros((responses, 2), dtype=np.uint64))
+def _packed(examples: Sequence[Example]) -> PackedBatch:
+    """Return a batch of invented examples, whose keys are not read."""
+    responses = sum(len(example.responses) for example in examples)
+    return pack(examples, np.zeros((responses, 2), dtype=np.uint64))
 
 
 def _ladder(model: PackedCausalLM, max_length: int) -> Iterator[tuple[Arrangement, bool]]:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpo_dist.batching.pack import PackedBatch, Rows, Sequences, pack, rows_of
+from dpo_dist.batching.example import Example
+from dpo_dist.batching.pack import PackedBatch, PaddedRows, pack, padded_rows
 from dpo_dist.batching.plan import Arrangement, consecutive_batches
 from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.model.attention import PACKED, packed_attention
@@ -185,7 +186,7 @@ class PackedCausalLM(nn.Module):
         if self.arrangement is Arrangement.packed:
             return self._packed(batch, statistics, with_routing)
         pad_id = getattr(self.causal_lm.config.get_text_config(), "pad_token_id", None)
-        rows = rows_of(batch, pad_id if isinstance(pad_id, int) and pad_id >= 0 else 0)
+        rows = padded_rows(batch, pad_id if isinstance(pad_id, int) and pad_id >= 0 else 0)
         is_example = float(len(batch.keys) > 0)
         if self.arrangement is Arrangement.padded:
             found = self._call(with_routing, input_ids=rows.input_ids).at(rows.predictors)
@@ -202,7 +203,7 @@ class PackedCausalLM(nn.Module):
         """Return `forward` of one packed sequence, of which each rank of `sequence` computes some tokens."""
         ids, positions, device = batch.input_ids, batch.position_ids, batch.input_ids.device
         attention = packed_attention(batch.layout, self.backend, device)
-        predictors, targets, rows, share = batch.predictors, batch.targets, batch.rows, None
+        predictors, targets, repeats, share = batch.predictors, batch.targets, batch.repeats, None
         if self.sequence is not None:
             share = TokenShare.of(self.sequence, len(ids), batch.target_places[1], device)
             attention = ExchangedAttention(attention, self.sequence, len(ids))
@@ -219,11 +220,11 @@ class PackedCausalLM(nn.Module):
         ).at(predictors)
         logps = self._logps(found.predicting, targets, statistics)
         if share is None:
-            return (logps, self._routing(found, rows)) if with_routing else logps
+            return (logps, self._routing(found, repeats)) if with_routing else logps
         logps = share.gather(logps)
-        return (logps, share.sum(self._routing(found, share.own(rows)))) if with_routing else logps
+        return (logps, share.sum(self._routing(found, share.own(repeats)))) if with_routing else logps
 
-    def _one_by_one(self, rows: Rows, batch: PackedBatch, with_routing: bool) -> "_Outputs":
+    def _one_by_one(self, rows: PaddedRows, batch: PackedBatch, with_routing: bool) -> "_Outputs":
         """Return the outputs of the predictors, of a forward per row.
 
         A rank with fewer rows than `batch.forwards` computes two tokens again, as in `dummy_batch`, so that
@@ -291,16 +292,18 @@ class PackedCausalLM(nn.Module):
             self.causal_lm.generation_config = defaults
 
 
-def packed_logps(packed: PackedCausalLM, sequences: Sequence[Sequences], budget: int) -> list[Tensor]:
+def packed_logps(packed: PackedCausalLM, examples: Sequence[Example], budget: int) -> list[Tensor]:
     """Return the log-probs of every response, float32 [tokens]; a micro-batch has at most `budget` tokens.
 
-    A longer sequence is a micro-batch of its own.
+    A longer example is a micro-batch of its own.
     """
-    layout = [(len(one.prompt_ids), *(len(ids) - 1 for ids in one.responses)) for one in sequences]
+    layout = [(len(example.prompt_ids), *(len(ids) - 1 for ids in example.responses)) for example in examples]
     device, logps = next(packed.parameters()).device, list[Tensor]()
     for part in consecutive_batches(layout, budget, packed.arrangement):
-        own = sequences[part.start : part.stop]
-        keys = np.zeros((sum(len(one.responses) for one in own), 2), dtype=np.uint64)  # nobody looks them up
+        own = examples[part.start : part.stop]
+        keys = np.zeros(
+            (sum(len(example.responses) for example in own), 2), dtype=np.uint64
+        )  # nobody looks them up
         batch = pack(own, keys).to(device)
         logps += packed(batch).split(batch.response_tokens.tolist())
     return logps

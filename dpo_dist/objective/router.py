@@ -54,14 +54,14 @@ class RouterLoss:
     aux: float | None
     z: float | None
 
-    def parts(self, sums: Tensor, selected: Tensor | None, rows_tokens: int) -> dict[str, Tensor]:
+    def parts(self, sums: Tensor, selected: Tensor | None, unshared_tokens: int) -> dict[str, Tensor]:
         """Return a micro-batch's part of each loss of the global batch, by the name of its metric.
 
         `sums`: `routing_sums` of the micro-batch. `selected`: `selections` of the global batch; None: without
-        the load-balancing loss. `rows_tokens`: tokens of the global batch, a prompt once for each response.
+        the load-balancing loss. `unshared_tokens`: of the global batch, with a prompt once for each response.
         """
         layers, experts = len(sums), sums.shape[1] // 2
-        tokens = layers * rows_tokens
+        tokens = layers * unshared_tokens
         parts = {}
         if selected is not None:
             probabilities = sums[:, experts : 2 * experts].sum(dim=0)

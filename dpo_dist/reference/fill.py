@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dpo_dist.batching.example import Keys, response_keys
 from dpo_dist.batching.pack import RESPONSES_OF_DUMMY, PackedBatch, dummy_batch, pack
 from dpo_dist.batching.plan import ComputeCosts, plan_micro_batches
 from dpo_dist.batching.sampler import Indices
-from dpo_dist.data.dataset import Keys, PreferenceDataset, damaged_ids, has_keys
+from dpo_dist.data.dataset import PreferenceDataset, damaged_ids
 from dpo_dist.distributed.world import Stops, World
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import collect_abandoned, locked
@@ -251,12 +252,12 @@ def _packed(
     """
     dummies: list[list[_Part]] = [[]] * (len(forwards) - len(micro_batches))
     for parts, most in zip([*micro_batches, *dummies], forwards, strict=True):
-        sequences = [dataset.sequences(part.pair, part.which.tolist()) for part in parts]
+        examples = [dataset.example(part.pair, part.which.tolist()) for part in parts]
         keys = dataset.keys[np.concatenate([np.empty(0, np.int64), *(part.responses for part in parts)])]
-        is_whole = has_keys(sequences, keys)
+        is_whole = np.array_equal(response_keys(examples), keys)
         if not is_whole:
             damaged += [part.pair for part in parts]
-        batch = pack(sequences, keys) if parts and is_whole else dummy_batch()
+        batch = pack(examples, keys) if parts and is_whole else dummy_batch()
         batch = replace(batch, forwards=most)
         yield batch.pinned() if device.type == "cuda" else batch
 

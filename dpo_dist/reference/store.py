@@ -30,12 +30,12 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from dpo_dist.batching.example import Keys
 from dpo_dist.foundation.errors import ReferenceModelError
 from dpo_dist.foundation.files import staged_file, text_digest, write_text
 
 log = logging.getLogger(__name__)
 
-Keys = npt.NDArray[np.uint64]
 Values = npt.NDArray[np.float32]
 _Numbers = npt.NDArray[np.int64]
 
@@ -182,7 +182,7 @@ class LogpStore:
     """Entries of a fingerprint, and of compatible ones where it has none: response key to log-probs.
 
     An entry has one float32 value per completion token, end-of-turn token included. Keys are uint64 [n, 2]
-    (`data.encode.response_key`). Opening reads everything but the values.
+    (`batching.example.response_key`). Opening reads everything but the values.
 
     Attributes:
         fingerprints: the store's own, whose `folder` is written, then compatible ones, most similar first.

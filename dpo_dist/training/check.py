@@ -11,7 +11,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Offload, ReferenceMode, Resume, RunConfig, SourceConfig
 from dpo_dist.data.counts import check_counts, in_one_line, read_in_words
 from dpo_dist.data.dataset import PreferenceDataset, check_fits_loss
-from dpo_dist.data.encode import encode_chunk
+from dpo_dist.data.encode import encode_records
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.sources import pinned
 from dpo_dist.data.store import columns_of, counts_of, lengths_of
@@ -98,16 +98,16 @@ def _first_records(
     """Read, encode and check the first records of a source; return their counts as one line."""
     source = pinned(source)
     records = list(itertools.islice(read_records(source), _FIRST_RECORDS + 1))
-    rows = pa.Table.from_batches([encode_chunk(records[:_FIRST_RECORDS], config.data, tokenizer)])
-    counts, has_more = counts_of(rows), len(records) > _FIRST_RECORDS
-    lengths = [lengths_of(rows, counts, config.data)]
+    table = pa.Table.from_batches([encode_records(records[:_FIRST_RECORDS], config.data, tokenizer)])
+    counts, has_more = counts_of(table), len(records) > _FIRST_RECORDS
+    lengths = [lengths_of(table, counts, config.data)]
     check_counts(counts, f"{key}: {source.path}", config.data, of_first=has_more, lengths=lengths)
     dataset = PreferenceDataset(
         fingerprint="",
         counts=counts.as_dict(),
         source_pairs=(counts.pairs,),
         source_labels=("",),
-        **columns_of(rows),
+        **columns_of(table),
     )
     check_fits_loss(dataset, config.loss)
     name = f" ({source.name})" if source.name else ""

@@ -135,7 +135,7 @@ def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
     config = run.config
     found, encode = _load(run, config.loss.router, trains=trains)
     eval_set = found.eval_set
-    part = train_part(config.data, None if eval_set is None else eval_set.prompts[:])
+    part = train_part(config.data, None if eval_set is None else eval_set.prompt_hashes[:])
     train_set = encode("train", config.data.train, part)
     if eval_set is not None:
         for count_name, count in _SHARED_WITH_TRAIN.items():

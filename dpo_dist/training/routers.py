@@ -18,7 +18,7 @@ class RouterTerms:
 
     At first the selections of all micro-batches of this rank but the first are counted: from `known`, the
     `routing_sums` of all, if they are scored already, else by a forward of each. Collective.
-    `rows_tokens`: tokens of the global batch, a prompt once for each response.
+    `unshared_tokens`: tokens of the global batch, a prompt once for each response.
     """
 
     def __init__(
@@ -26,11 +26,11 @@ class RouterTerms:
         loss: RouterLoss,
         policy: PolicyEngine,
         batches: Sequence[PackedBatch],
-        rows_tokens: int,
+        unshared_tokens: int,
         known: Sequence[Tensor],
         world: World,
     ):
-        self._loss, self._world, self._tokens = loss, world, rows_tokens
+        self._loss, self._world, self._tokens = loss, world, unshared_tokens
         self._selected: Tensor | None = None
         self._count = int(world.is_main)
         others = list(known[1:])

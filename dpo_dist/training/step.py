@@ -219,7 +219,9 @@ def train_step(
     routers = None
     if objective.router is not None:
         routing = [pairs.routing for pairs in known if pairs.routing is not None]
-        routers = RouterTerms(objective.router, policy, step.batches, rank_batch.rows_tokens, routing, world)
+        routers = RouterTerms(
+            objective.router, policy, step.batches, rank_batch.unshared_tokens, routing, world
+        )
     policy.train()
     scored = objective.scored(policy, step.batches, facts, device, clock.enter)
     for number, (pairs, positions) in enumerate(zip(scored, rank_batch.positions, strict=True), start=1):

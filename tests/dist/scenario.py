@@ -162,7 +162,7 @@ def reference_values(
 def entries_of(model: Any, dataset: PreferenceDataset) -> list[np.ndarray]:
     """Log-probs of each response by transformers alone, a sequence at a time."""
     rows = [(index, which) for index in range(len(dataset)) for which in range(2)]
-    return [plain_logps(model, [dataset.sequences(row, (which,))]).numpy() for row, which in rows]
+    return [plain_logps(model, [dataset.example(row, (which,))]).numpy() for row, which in rows]
 
 
 def plain_steps(
@@ -175,7 +175,7 @@ def plain_steps(
 
     def loss(rows: Sequence[int]) -> Tensor:
         values, lengths = reference_values(dataset, reference, rows)
-        logps = plain_logps(model, [dataset.sequences(row) for row in rows])
+        logps = plain_logps(model, [dataset.example(row) for row in rows])
         sums = sum_by_response(logps, lengths), sum_by_response(values, lengths)
         return preference_loss(*sums, LOSS).mean()
 

@@ -75,7 +75,7 @@ def plain_steps(model: Any, assets: Assets) -> list[float]:
     """Gradient norms of `STEPS`, applied to a peft model by PyTorch alone, a sequence at a time."""
 
     def loss(rows: Sequence[int]) -> Tensor:
-        pairs = [assets.dataset().sequences(row) for row in rows]
+        pairs = [assets.dataset().example(row) for row in rows]
         lengths = torch.tensor([len(response) for pair in pairs for response in pair.responses])
         with torch.no_grad(), model.disable_adapter():
             reference = sum_by_response(plain_logps(model, pairs), lengths)
@@ -112,7 +112,7 @@ def plain_base(path: Path, quantization: Quantization | None = None) -> Any:
 
 def scored_plainly(model: Any, assets: Assets) -> Tensor:
     with torch.no_grad():
-        return plain_logps(model, [assets.dataset().sequences(row) for row in SCORED])
+        return plain_logps(model, [assets.dataset().example(row) for row in SCORED])
 
 
 ZERO3, ZERO2, DDP = ParallelismKind

@@ -178,7 +178,7 @@ def test_any_number_of_ranks_follows_like_one_and_like_the_weighted_mean_of_whol
         {name: (1 - MIXUP) * old + MIXUP * policy[name] for name, old in plain.state_dict().items()}
     )
     with torch.no_grad():
-        wanted = plain_logps(plain, [assets.dataset().sequences(row) for row in range(4)])
+        wanted = plain_logps(plain, [assets.dataset().example(row) for row in range(4)])
     for result in results:
         assert result["steps"] == pytest.approx(one_rank["steps"], rel=2e-4)
         assert result["margins"] == pytest.approx(one_rank["margins"], rel=2e-4, abs=2e-4)

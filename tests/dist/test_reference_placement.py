@@ -71,7 +71,7 @@ def test_an_offloaded_reference_scores_and_leaves_nothing_behind(
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     weights = sum(f.stat().st_size for f in model.glob("*.safetensors"))
     with torch.no_grad():
-        wanted = plain_logps(plain, [assets.dataset().sequences(row) for row in range(4)])
+        wanted = plain_logps(plain, [assets.dataset().example(row) for row in range(4)])
     for of_rank in run_ranks(partial(come_and_go, assets, offload, model), 2, tmp_path / "ranks"):
         for scored, on_disk, left, (before, loaded, after) in of_rank:
             for logps in scored:

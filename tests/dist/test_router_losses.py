@@ -63,7 +63,7 @@ def plain_steps(
     means: list[dict[str, float]] = []
 
     def total(rows: Sequence[int]) -> Tensor:
-        pairs = [dataset.sequences(row) for row in rows]
+        pairs = [dataset.example(row) for row in rows]
         values, lengths = reference_values(dataset, reference, rows)
         logps = sum_by_response(plain_logps(model, pairs), lengths)
         mean = preference_loss(logps, sum_by_response(values, lengths), loss, BatchFacts()).mean()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dpo_dist.batching.pack import Sequences
+from dpo_dist.batching.example import Example
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import PreferenceRecord
 from tests.support import tiny
@@ -64,7 +64,7 @@ def mean_logp(causal_lm: Any, assets: Path, which: int) -> float:
     for record in read_records(f"{assets}/eval.jsonl"):
         assert isinstance(record, PreferenceRecord)
         pair = encode(record, tiny.qwen())
-        logps.append(plain_logps(causal_lm, [Sequences(pair.prompt_ids, (pair.responses[which],))]).sum())
+        logps.append(plain_logps(causal_lm, [Example(pair.prompt_ids, (pair.responses[which],))]).sum())
     return torch.stack(logps).mean().item()
 
 

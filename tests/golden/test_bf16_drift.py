@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.batching.pack import Sequences
+from dpo_dist.batching.example import Example
 from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.packed import PackedCausalLM
@@ -28,7 +28,7 @@ ALLOWED = 1.1
 BETA = 0.1
 
 
-def pairs_like_hh(count: int, seed: int) -> list[Sequences]:
+def pairs_like_hh(count: int, seed: int) -> list[Example]:
     """Random tokens, as many as pairs of HH-RLHF have."""
     lengths = np.exp(np.random.default_rng(seed).normal(4.3, 0.9, (count, 3)))
     return random_pairs([tuple(map(int, of_pair)) for of_pair in np.clip(lengths, 2, 128)], seed)

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_dist.batching.pack import Mask, Sequences
-from dpo_dist.data import encode as encode_chunk_module
-from dpo_dist.data.encode import EncodedExample, TokenIds
+from dpo_dist.batching.example import Example, Mask, TokenIds
+from dpo_dist.data import encode as encode_module
+from dpo_dist.data.encode import EncodedExample
 
 _UNMASKED_SHARE = 0.3
 
@@ -26,14 +26,14 @@ def random_mask(response: TokenIds, seed: int = 0) -> Mask:
     return mask
 
 
-def masked(pair: Sequences, seed: int = 0) -> Sequences:
+def masked(pair: Example, seed: int = 0) -> Example:
     """Return the same ids with random masks."""
-    return replace(pair, masks=tuple(random_mask(response, seed) for response in pair.responses))
+    return replace(pair, trained=tuple(random_mask(response, seed) for response in pair.responses))
 
 
 def add_masks(monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> None:
     """Give every record that is encoded from now on random masks."""
-    encode_pair = encode_chunk_module.encode_pair
+    encode_pair = encode_module.encode_pair
 
     def encode(*args: Any) -> Any:
         found = encode_pair(*args)
@@ -41,4 +41,4 @@ def add_masks(monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> None:
             return found
         return replace(found, trained=tuple(random_mask(response, seed) for response in found.responses))
 
-    monkeypatch.setattr(encode_chunk_module, "encode_pair", encode)
+    monkeypatch.setattr(encode_module, "encode_pair", encode)

@@ -8,10 +8,10 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpo_dist.batching.pack import Ids, PackedBatch, Sequences, pack
+from dpo_dist.batching.example import Example, TokenIds, response_keys
+from dpo_dist.batching.pack import PackedBatch, pack
 from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.data.encode import response_key
 
 VOCABULARY = 97
 # Of a usual model.
@@ -27,14 +27,14 @@ pair_shapes = st.lists(
 )
 
 
-def random_pairs(shapes: Sequence[tuple[int, ...]], seed: int = 0) -> list[Sequences]:
+def random_pairs(shapes: Sequence[tuple[int, ...]], seed: int = 0) -> list[Example]:
     """Prompts and responses of these lengths: prompt, response, response, ..."""
     generator = np.random.default_rng(seed)
 
-    def ids(length: int) -> Ids:
+    def ids(length: int) -> TokenIds:
         return generator.integers(3, VOCABULARY, length).astype(np.int32)
 
-    return [Sequences(ids(prompt), tuple(map(ids, responses))) for prompt, *responses in shapes]
+    return [Example(ids(prompt), tuple(map(ids, responses))) for prompt, *responses in shapes]
 
 
 def packed_tokens(prompt: int, responses: Sequence[int]) -> int:
@@ -42,12 +42,12 @@ def packed_tokens(prompt: int, responses: Sequence[int]) -> int:
     return prompt + sum(tokens - 1 for tokens in responses)
 
 
-def dataset_of(pairs: Sequence[Sequences]) -> PreferenceDataset:
+def dataset_of(pairs: Sequence[Example]) -> PreferenceDataset:
     """Return a dataset in memory of these pairs, with their masks and content keys."""
     pieces = [piece for pair in pairs for piece in (pair.prompt_ids, *pair.responses)]
-    keys = [response_key(pair.prompt_ids, response) for pair in pairs for response in pair.responses]
+    keys = response_keys(pairs)
     lengths = np.array([len(piece) for piece in pieces])
-    masks = [mask for pair in pairs for mask in pair.masks or [np.ones(len(r), bool) for r in pair.responses]]
+    masks = [mask for pair in pairs for mask in pair.masks]
     return PreferenceDataset(
         fingerprint="",
         counts={},
@@ -59,24 +59,24 @@ def dataset_of(pairs: Sequence[Sequences]) -> PreferenceDataset:
         piece_starts=np.cumsum(lengths) - lengths,
         piece_tokens=lengths,
         first_pieces=np.cumsum([0, *(1 + len(pair.responses) for pair in pairs)]),
-        keys=np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(-1, 2),
+        keys=keys,
         scores=np.full(len(keys), np.nan),
         trained=np.concatenate([np.empty(0, dtype=np.bool_), *masks]),
         mask_starts=np.cumsum([0, *map(len, masks)])[:-1],
         trained_tokens=np.array([mask.sum() for mask in masks]),
         truncated=np.zeros(len(keys), dtype=np.bool_),
-        prompts=np.arange(len(pairs), dtype=np.uint64),
+        prompt_hashes=np.arange(len(pairs), dtype=np.uint64),
         origins=np.zeros((len(pairs), 2), dtype=np.int64),
     )
 
 
-def pack_unkeyed(pairs: Sequence[Sequences]) -> PackedBatch:
+def pack_unkeyed(pairs: Sequence[Example]) -> PackedBatch:
     """One micro-batch whose keys mean nothing."""
     responses = sum(len(pair.responses) for pair in pairs)
     return pack(pairs, np.zeros((responses, 2), dtype=np.uint64))
 
 
-def plain_logps(causal_lm: Any, pairs: Sequence[Sequences]) -> Tensor:
+def plain_logps(causal_lm: Any, pairs: Sequence[Example]) -> Tensor:
     """Log-probs of all response tokens by the model's own forward, a response at a time: the definition."""
     logps = []
     for pair in pairs:

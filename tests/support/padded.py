@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dpo_dist.batching.pack import Ids, Sequences
+from dpo_dist.batching.example import Example, TokenIds
 
-Rows = Sequence[tuple[Ids, Ids]]
+Rows = Sequence[tuple[TokenIds, TokenIds]]
 """A prompt and a response each."""
 
 
-def rows_of(pairs: Sequence[Sequences]) -> list[tuple[Ids, Ids]]:
+def rows_of(pairs: Sequence[Example]) -> list[tuple[TokenIds, TokenIds]]:
     return [(pair.prompt_ids, response) for pair in pairs for response in pair.responses]
 
 

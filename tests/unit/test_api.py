@@ -15,7 +15,7 @@ import torch
 
 import dpo_dist
 from dpo_dist import api, compare, pairs, precompute, train
-from dpo_dist.batching.pack import Sequences
+from dpo_dist.batching.example import Example
 from dpo_dist.config.schema import Ranked, Truncation
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.data.build import prepare_dataset
@@ -133,7 +133,7 @@ def test_a_model_in_training_mode_is_an_error_and_one_in_evaluation_mode_is_left
         logits = copy.deepcopy(plain)(ids).logits
         first, second = (torch.cat(api.token_logps(plain, [pair])) for _ in range(2))
         assert torch.equal(first, second)
-        torch.testing.assert_close(first, plain_logps(plain, [Sequences(pair.prompt_ids, pair.responses)]))
+        torch.testing.assert_close(first, plain_logps(plain, [Example(pair.prompt_ids, pair.responses)]))
         assert torch.equal(plain(ids).logits, logits)
     assert (dict(plain.named_modules()), plain.config._attn_implementation) == (modules, attention)
 

@@ -18,7 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from dpo_dist.data.encode import TokenIds
+from dpo_dist.batching.example import TokenIds
 from dpo_dist.distributed.world import Stops
 from dpo_dist.distributed.zero import Engine
 

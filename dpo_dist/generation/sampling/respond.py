@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from dpo_dist.batching.example import TokenIds
 from dpo_dist.config.schema import DataConfig, RunConfig, Truncation
 from dpo_dist.data.build import tokenizer_digest
-from dpo_dist.data.encode import TokenIds, encode_pair
+from dpo_dist.data.encode import encode_pair
 from dpo_dist.data.records import DIALOGUE_TURN, BadRecord, Dialogue, Message, PreferenceRecord, Response
 from dpo_dist.data.render import THOUGHT_FIELDS, tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError

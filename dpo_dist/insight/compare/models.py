@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import dpo_dist
-from dpo_dist.batching.pack import Sequences
+from dpo_dist.batching.example import Example
 from dpo_dist.config.load import from_yaml
 from dpo_dist.config.run_folder import RunFolder, check_writable, existing_run
 from dpo_dist.config.schema import RunConfig
@@ -201,12 +201,12 @@ class Speaker:
 def response_logps(packed: PackedCausalLM, rows: Sequence[Answers], budget: int) -> list[float | None]:
     """Return the sum of the log-probs of each row's response, in nats; None without a response."""
     responses = [row.answers[0].ids if row.answers else None for row in rows]
-    sequences = [
-        Sequences(np.array(row.prompt_ids, dtype=np.int32), (np.array(ids, dtype=np.int32),))
+    examples = [
+        Example(np.array(row.prompt_ids, dtype=np.int32), (np.array(ids, dtype=np.int32),))
         for row, ids in zip(rows, responses, strict=True)
         if ids
     ]
-    sums = (float(logps.cpu().double().sum()) for logps in packed_logps(packed, sequences, budget))
+    sums = (float(logps.cpu().double().sum()) for logps in packed_logps(packed, examples, budget))
     # A response without tokens has probability 1.
     without = [None if ids is None else 0.0 for ids in responses]
     return [next(sums) if ids else value for ids, value in zip(responses, without, strict=True)]

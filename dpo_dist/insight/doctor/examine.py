@@ -166,7 +166,7 @@ def prepare(
         return [list(_usable(source, data)) for source in found]
 
     of_eval = prepared(data.eval_sources, eval_part(data), "eval")
-    prompts = [dataset.prompts[:] for datasets in of_eval for dataset in datasets]
+    prompts = [dataset.prompt_hashes[:] for datasets in of_eval for dataset in datasets]
     of_train = prepared(data.train, train_part(data, np.concatenate(prompts) if prompts else None), "train")
     if data.eval:
         return [*of_train, *of_eval], refusals

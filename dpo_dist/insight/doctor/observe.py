@@ -144,14 +144,14 @@ class Observer:
     ) -> set[str]:
         """Add the facts about the record's tokens; return the names that they give to a kept one."""
         whole = found = encode_record(record, self._config, tokenizer)
-        if isinstance(found, BadRecord) or not _CUT.isdisjoint(found.encoded.changes):
+        if isinstance(found, BadRecord) or not _CUT.isdisjoint(found.example.changes):
             whole = encode_record(record, self._whole, tokenizer)
         if isinstance(whole, EncodedRecord):
-            facts.tokens = _lengths(whole.encoded)
+            facts.tokens = _lengths(whole.example)
         if facts.pair is not None:
             facts.pair.differences.pop("characters", None)
             best = whole if isinstance(found, BadRecord) else found
-            counts = [] if isinstance(best, BadRecord) else [int(mask.sum()) for mask in best.encoded.masks]
+            counts = [] if isinstance(best, BadRecord) else [int(mask.sum()) for mask in best.example.masks]
             if counts and counts[0] != counts[-1]:
                 facts.pair.differences["tokens"] = float(counts[0] - counts[-1])
         if isinstance(found, BadRecord):
@@ -159,7 +159,7 @@ class Observer:
             return set()
         assert isinstance(whole, EncodedRecord)
         assert facts.tokens is not None
-        encoded, prompt = found.encoded, len(found.encoded.prompt_ids)
+        encoded, prompt = found.example, len(found.example.prompt_ids)
         before, after = facts.tokens, _lengths(encoded)
         facts.cut = before[0] - after[0], before[1] - after[1], before[2] - after[2]
         facts.changed = dict(found.outcome.changed)
@@ -172,14 +172,14 @@ class Observer:
             "response_tokens": sum(responses[index] for index in used),
             "trained_tokens": sum(int(encoded.masks[index].sum()) for index in used),
         }
-        start, special = whole.encoded.prompt_ids[:2], set(tokenizer.all_special_ids)
-        ends = [ids[-2:].tolist() for ids in whole.encoded.responses]
+        start, special = whole.example.prompt_ids[:2], set(tokenizer.all_special_ids)
+        ends = [ids[-2:].tolist() for ids in whole.example.responses]
         bos, names = tokenizer.bos_token_id, set(facts.changed)
         if bos is not None and start.tolist() == [bos, bos]:
             names.add("doubled_bos")
         if any(len(end) == 2 and end[0] == end[1] and end[1] in special for end in ends):
             names.add("doubled_end")
-        if min(map(len, whole.encoded.responses)) <= 2:  # the last token ends the turn
+        if min(map(len, whole.example.responses)) <= 2:  # the last token ends the turn
             names.add("one_token_response")
         return names
 

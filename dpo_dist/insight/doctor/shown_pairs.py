@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dpo_dist.batching.example import TokenIds
 from dpo_dist.config.schema import DataConfig, SourceConfig, Truncation
-from dpo_dist.data.encode import TokenIds, encode_pair
+from dpo_dist.data.encode import encode_pair
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, PreferenceRecord
 from dpo_dist.data.sources import pinned

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_dist.batching.pack import Ids
+from dpo_dist.batching.example import TokenIds, response_key
 from dpo_dist.batching.plan import ComputeCosts
-from dpo_dist.batching.sampler import Span, make_sampler
+from dpo_dist.batching.sampler import SourceSpan, make_sampler
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.schema import OnBadRecord, Ranked, SourceConfig, TrainerConfig
 from dpo_dist.data import build as build_dataset_module
@@ -25,7 +25,6 @@ from dpo_dist.data.dataset import (
     count_shared,
     shard_batch,
 )
-from dpo_dist.data.encode import response_key
 from dpo_dist.data.records import Origin, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support import tiny
@@ -55,26 +54,26 @@ def ranked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PreferenceDataset
     return opened(tmp_path, jsonl(tmp_path, {}))
 
 
-def same_ids(first: Sequence[Ids], second: Sequence[Ids]) -> bool:
+def same_ids(first: Sequence[TokenIds], second: Sequence[TokenIds]) -> bool:
     return len(first) == len(second) and all(map(np.array_equal, first, second))
 
 
 def test_examples_are_read_as_they_were_encoded(ranked: PreferenceDataset) -> None:
     assert len(ranked) == len(RANKED)
     for index, record in enumerate(ranked_records()):
-        found, read = encode(record, tiny.qwen()), ranked.sequences(index)
+        found, read = encode(record, tiny.qwen()), ranked.example(index)
         lengths = list(map(len, found.responses))
         assert same_ids((read.prompt_ids, *read.responses), (found.prompt_ids, *found.responses))
         assert ranked.lengths(index) == [len(found.prompt_ids), *lengths]
         assert ranked.origin(index) == Origin(ranked.source_paths[0], record.origin.line)
         last = [len(lengths) - 1]
-        assert same_ids(ranked.sequences(index, last).responses, found.responses[-1:])
+        assert same_ids(ranked.example(index, last).responses, found.responses[-1:])
 
 
 def test_response_ranges_match_the_keys(ranked: PreferenceDataset) -> None:
     assert len(ranked.keys) == sum(RANKED)
     for index, count in enumerate(RANKED):
-        pair, response_indices = ranked.sequences(index), ranked.response_range(index)
+        pair, response_indices = ranked.example(index), ranked.response_range(index)
         assert len(response_indices) == count
         for response_index, response in zip(response_indices, pair.responses, strict=True):
             assert ranked.keys[response_index].tobytes() == response_key(pair.prompt_ids, response)
@@ -157,7 +156,7 @@ def test_scores_match_their_responses(tmp_path: Path, how: Ranked, responses: st
     data = opened(tmp_path, jsonl(tmp_path, *ROWS), ranked=how)
     examples = [words.split() for words in responses.split(", ")]
     for index, words in enumerate(examples):
-        ids = data.sequences(index).responses
+        ids = data.example(index).responses
         assert [tiny.qwen().decode(one, skip_special_tokens=True) for one in ids] == words
         scores = [float(GIVEN.get(word, np.nan)) for word in words]
         np.testing.assert_array_equal(data.scores[list(data.response_range(index))], scores)
@@ -174,8 +173,8 @@ def file_of(folder: Path, name: str, *rows: object) -> str:
 
 
 def masks_of(dataset: PreferenceDataset, index: int) -> list[list[bool]]:
-    pair = dataset.sequences(index, masked=True)
-    return [mask.tolist() for mask in pair.masks or [np.ones(len(r), bool) for r in pair.responses]]
+    pair = dataset.example(index, masked=True)
+    return [mask.tolist() for mask in pair.masks]
 
 
 @pytest.fixture
@@ -198,13 +197,13 @@ def test_masks_of_several_sources_are_read_as_they_were_encoded(
     first, second, _ = data.source_pairs
     assert len(plain) == second
     for index in range(len(data)):
-        expected = [random_mask(response).tolist() for response in data.sequences(index).responses]
+        expected = [random_mask(response).tolist() for response in data.example(index).responses]
         if first <= index < first + second:
             expected = [[True] * len(mask) for mask in expected]
             assert data.masks(index) == ()
         assert masks_of(data, index) == expected
-        last = data.sequences(index, [len(expected) - 1], masked=True)
-        assert [mask.tolist() for mask in last.masks] == (expected[-1:] if last.masks else [])
+        last = data.example(index, [len(expected) - 1], masked=True)
+        assert [mask.tolist() for mask in last.trained] == (expected[-1:] if last.trained else [])
 
 
 def test_counted_tokens_are_targets_and_the_whole_response_is_computed(
@@ -278,6 +277,6 @@ def test_duplicates_are_counted(tmp_path: Path) -> None:
     ],
 )
 def test_a_very_short_run_is_announced(pairs: int, trainer: dict[str, Any], expected: str | None) -> None:
-    lines = describe_short_run(make_sampler([Span(0, pairs, 1.0)], TrainerConfig(**trainer)))
+    lines = describe_short_run(make_sampler([SourceSpan(0, pairs, 1.0)], TrainerConfig(**trainer)))
     assert len(lines) == (expected is not None)
     assert expected is None or expected in lines[0]

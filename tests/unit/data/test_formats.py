@@ -17,7 +17,7 @@ import pytest
 
 from dpo_dist.config.schema import DataConfig, DataFormat, SourceConfig, TextTemplate, Truncation
 from dpo_dist.data.columns import FIELDS
-from dpo_dist.data.encode import encode_chunk
+from dpo_dist.data.encode import encode_records
 from dpo_dist.data.formats import check_source, parse_prompt, parse_record, read_records
 from dpo_dist.data.records import BadRecord, Dialogue, Message, Origin, PreferenceRecord
 from dpo_dist.foundation.errors import DataError
@@ -225,7 +225,7 @@ def test_no_record_raises(seed: int) -> None:
             template=generator.choice(list(TextTemplate)),
             text_as_messages=generator.random() < 0.5,
         )
-        encode_chunk([found], config, generator.choice(tokenizers))
+        encode_records([found], config, generator.choice(tokenizers))
 
 
 def test_a_null_argument_is_kept_but_not_one_that_fills_a_table(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def split(folder: Path, *sources: SourceConfig, **data: Any) -> tuple[Preference
 
 
 def hashes(*datasets: PreferenceDataset) -> list[set[int]]:
-    return [set(map(int, dataset.prompts[:])) for dataset in datasets]
+    return [set(map(int, dataset.prompt_hashes[:])) for dataset in datasets]
 
 
 def test_both_parts_are_all_records_and_share_no_prompt(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_prompts_of_the_evaluation_data_can_be_kept_out_of_training(tmp_path: Pa
     for is_dropped, expected in ((False, (20, 5, 0)), (True, (15, 0, 5))):
         config = DataConfig(cache=str(tmp_path / "cache"), eval=[eval_], drop_eval_prompts=is_dropped)
         held_out = part_of([eval_], eval_part(config), config)
-        trained = part_of([train], train_part(config, held_out.prompts[:]), config)
+        trained = part_of([train], train_part(config, held_out.prompt_hashes[:]), config)
         left = trained.counts.get("held_out_for_eval", 0)
         assert (len(trained), count_shared_prompts(held_out, trained), left) == expected
 

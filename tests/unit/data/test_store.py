@@ -15,7 +15,7 @@ import pytest
 
 from dpo_dist.config.schema import DataConfig, OnBadRecord, Ranked, SourceConfig, Truncation
 from dpo_dist.data import build as build_dataset_module
-from dpo_dist.data import encode as encode_chunk_module
+from dpo_dist.data import encode as encode_module
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.lengths import SourceLengths, fitting_limits
 from dpo_dist.data.records import Origin
@@ -28,7 +28,7 @@ FIELDS = ("prompt", "chosen", "rejected")
 
 
 def contents(data: PreferenceDataset) -> list[list[list[int]]]:
-    pairs = map(data.sequences, range(len(data)))
+    pairs = map(data.example, range(len(data)))
     return [[ids.tolist() for ids in (pair.prompt_ids, *pair.responses)] for pair in pairs]
 
 
@@ -36,13 +36,13 @@ def contents(data: PreferenceDataset) -> list[list[list[int]]]:
 def encodes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The prompts of all records that are encoded."""
     seen: list[str] = []
-    encode_one = encode_chunk_module.encode_pair
+    encode_one = encode_module.encode_pair
 
     def spy(record: Any, *rest: Any) -> Any:
         seen.append(str(record.prompt))
         return encode_one(record, *rest)
 
-    monkeypatch.setattr(encode_chunk_module, "encode_pair", spy)
+    monkeypatch.setattr(encode_module, "encode_pair", spy)
     return seen
 
 
@@ -92,7 +92,7 @@ def test_a_verified_file_is_not_read_for_its_digest_again(tmp_path: Path) -> Non
     [source] = prepare_all(tmp_path, jsonl(tmp_path, *GOOD))
     open_dataset([source], DataConfig())
     with mock.patch("dpo_dist.data.store.content_digest", side_effect=AssertionError):
-        assert source.rows() is not None
+        assert source.table() is not None
 
 
 SHAPES = {

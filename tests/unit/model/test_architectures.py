@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig
 
-from dpo_dist.batching.pack import Sequences
+from dpo_dist.batching.example import Example
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
@@ -110,7 +110,7 @@ def settled(causal_lm: Any) -> PackedCausalLM:
 
 def check_exact(
     causal_lm: Any,
-    pairs: Sequence[Sequences],
+    pairs: Sequence[Example],
     arranged: Callable[[Any], PackedCausalLM] = packed,
 ) -> PackedCausalLM:
     expected = plain_logps(causal_lm, pairs)
@@ -247,18 +247,18 @@ def model_of(model_type: str, rope_type: str) -> Any:
     return tiny_causal_lm(config)
 
 
-def expected_values(causal_lm: Any, pairs: list[Sequences]) -> tuple[Tensor, dict[str, Tensor]]:
+def expected_values(causal_lm: Any, pairs: list[Example]) -> tuple[Tensor, dict[str, Tensor]]:
     """Return log-probs and gradients of each response in a model that has seen no other sequence."""
     values, summed = [], {}
     for prompt, response in ((pair.prompt_ids, one) for pair in pairs for one in pair.responses):
         new = copy.deepcopy(causal_lm)
-        values.append(plain_logps(new, [Sequences(prompt, (response,))]))
+        values.append(plain_logps(new, [Example(prompt, (response,))]))
         for name, gradient in gradients(new, values[-1]).items():
             summed[name] = summed.get(name, 0) + gradient
     return torch.cat([value.detach() for value in values]), summed
 
 
-def check_as_new(causal_lm: Any, pairs: list[Sequences]) -> None:
+def check_as_new(causal_lm: Any, pairs: list[Example]) -> None:
     expected, expected_gradients = expected_values(causal_lm, pairs)
     model = packed(causal_lm).train()
     longest = max(len(pair.prompt_ids) + len(response) for pair in pairs for response in pair.responses)

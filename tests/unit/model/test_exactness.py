@@ -16,7 +16,7 @@ from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.exactness import StartCheck, trial_sequences
+from dpo_dist.model.exactness import StartCheck, trial_examples
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.model.sdpa import Scores, SegmentAttention, mask_rule
@@ -286,7 +286,7 @@ def test_keys_that_stand_for_many_tokens_are_tried() -> None:
     rates = {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
     kinds = {"layer_types": [*rates], "mlp_layer_types": ["moe"] * 2, "compress_rates": rates}
     model = tiny("deepseek_v4", max_position_embeddings=2048, index_n_heads=2, **kinds)
-    assert len(trial_sequences(model.causal_lm, 512)[0].prompt_ids) > 64
+    assert len(trial_examples(model.causal_lm, 512)[0].prompt_ids) > 64
     assert settled(model, 512).arrangement is SINGLE
 
 

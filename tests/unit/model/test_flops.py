@@ -9,7 +9,7 @@ from transformers import Gemma4TextConfig, LlamaConfig, MambaConfig
 
 from dpo_dist.config.schema import AdapterConfig, ModelConfig
 from dpo_dist.model.attention import Heads, heads_of_layers
-from dpo_dist.model.exactness import trial_sequences
+from dpo_dist.model.exactness import trial_examples
 from dpo_dist.model.flops import StepFlops, matmul_peak, step_flops
 from dpo_dist.model.layers import layer_values
 from dpo_dist.model.load import without_weights
@@ -109,5 +109,5 @@ def test_options_of_each_layer_are_read() -> None:
     assert heads_of_layers(MambaConfig()) == []
     causal_lm = tiny_family("gemma4_text")
     causal_lm.config.sliding_window = 160
-    first = trial_sequences(causal_lm, 512)[0]
+    first = trial_examples(causal_lm, 512)[0]
     assert len(first.prompt_ids) + max(map(len, first.responses)) == 200

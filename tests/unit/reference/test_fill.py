@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_dist.batching.pack import PackedBatch, Sequences
+from dpo_dist.batching.example import Example
+from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.world import Stops
 from dpo_dist.foundation.errors import DataError, ReferenceModelError, StoppedError
@@ -37,7 +38,7 @@ def dataset() -> PreferenceDataset:
     ]
     first, second = TWINS
     pairs[second][:2] = pairs[first]
-    return dataset_of([Sequences(prompt, tuple(responses)) for prompt, *responses in pairs])
+    return dataset_of([Example(prompt, tuple(responses)) for prompt, *responses in pairs])
 
 
 def logps_of(ids: Tensor) -> Tensor:
@@ -72,7 +73,7 @@ def assert_filled(root: Path, dataset: PreferenceDataset, indices: Iterable[int]
     store = LogpStore.open(root, [FINGERPRINT])
     for index in indices:
         values = store.read(dataset.keys[list(dataset.response_range(index))])
-        for value, response in zip(values, dataset.sequences(index).responses, strict=True):
+        for value, response in zip(values, dataset.example(index).responses, strict=True):
             assert value.tolist() == logps_of(torch.from_numpy(response)).tolist()
 
 
@@ -93,7 +94,7 @@ def test_every_response_gets_its_own_values(
 
 def test_only_missing_responses_are_computed(tmp_path: Path, dataset: PreferenceDataset) -> None:
     keys = dataset.keys[[0, 4]]  # the first response of pair 0, the second of pair 2
-    responses = dataset.sequences(0).responses[0], dataset.sequences(2).responses[1]
+    responses = dataset.example(0).responses[0], dataset.example(2).responses[1]
     LogpStore.open(tmp_path, [FINGERPRINT]).write(
         keys, [logps_of(torch.from_numpy(ids)).numpy() for ids in responses]
     )

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from dpo_dist.batching.pack import Sequences, pack
+from dpo_dist.batching.example import Example
+from dpo_dist.batching.pack import pack
 from dpo_dist.config.schema import AttentionBackend
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.packed import PackedCausalLM
@@ -46,7 +47,7 @@ def scored() -> list[float]:
         for number, parameter in enumerate(causal_lm.parameters()):
             parameter.copy_(wave(*parameter.shape, phase=number))
     ids = np.arange(40, dtype=np.int32) * 7 % VOCABULARY
-    pairs = [Sequences(ids[:5], (ids[5:8], ids[8:10])), Sequences(ids[10:11], (ids[11:13], ids[13:16]))]
+    pairs = [Example(ids[:5], (ids[5:8], ids[8:10])), Example(ids[10:11], (ids[11:13], ids[13:16]))]
     batch = pack(pairs, np.zeros((4, 2), dtype=np.uint64))
     with torch.no_grad():
         logps: Tensor = PackedCausalLM(causal_lm, AttentionBackend.sdpa)(batch)

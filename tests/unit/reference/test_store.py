@@ -9,8 +9,9 @@ from typing import TypeAlias
 import numpy as np
 import pytest
 
+from dpo_dist.batching.example import Keys
 from dpo_dist.foundation.errors import ReferenceModelError
-from dpo_dist.reference.store import Keys, LogpStore, ReferenceFingerprint, Values
+from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, Values
 
 FINGERPRINT = ReferenceFingerprint("weights", {"dtype": "fp32"})
 Entries: TypeAlias = dict[int, list[float]]

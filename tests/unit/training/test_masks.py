@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.batching.pack import PackedBatch, Sequences
+from dpo_dist.batching.example import Example
+from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.config.losses import KINDS, LossConfig, LossKind, LossTermConfig, Weighting
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.data.dataset import PreferenceDataset, RankBatch, collate, shard_batch
@@ -112,7 +113,7 @@ def filled(
     return ReferenceProvider(store=filler.open_filled()), report
 
 
-def pairs_of(loss: LossConfig) -> list[Sequences]:
+def pairs_of(loss: LossConfig) -> list[Example]:
     return RANKINGS if loss.kind is LossKind.plackett_luce else PAIRS
 
 
@@ -120,7 +121,7 @@ def plan_of(dataset: PreferenceDataset, loss: LossConfig, budget: int = 60) -> R
     return shard_batch(dataset, np.arange(len(dataset)), 0, 1, budget, COSTS, loss.is_one_sided)
 
 
-def labelled_logps(causal_lm: torch.nn.Module, pairs: Sequence[Sequences]) -> tuple[Tensor, Tensor, Tensor]:
+def labelled_logps(causal_lm: torch.nn.Module, pairs: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
     """Return three values of a padded batch, [responses, tokens] each.
 
     Log-probs; the log of the sum of squared probabilities; whether the label is not -100. The first two are 0
@@ -146,7 +147,7 @@ def labelled_logps(causal_lm: torch.nn.Module, pairs: Sequence[Sequences]) -> tu
 
 
 def plain_logps(
-    values: Tensor, counted: Tensor, pairs: Sequence[Sequences], ld_alpha: float | None
+    values: Tensor, counted: Tensor, pairs: Sequence[Example], ld_alpha: float | None
 ) -> PairLogps:
     """Sum log-probs by response; of a ranking, the first, the last and those between, padded."""
     tokens, rows = counted.sum(1).double(), iter(range(len(values)))
@@ -220,7 +221,7 @@ def test_a_store_filled_without_masks_serves_every_mask(
     folders: tuple[Path, Path], world: World, tmp_path: Path
 ) -> None:
     """An entry is of the whole response: examples of the same ids and other masks share it."""
-    whole = dataset_of([replace(pair, masks=()) for pair in PAIRS])
+    whole = dataset_of([replace(pair, trained=()) for pair in PAIRS])
     other = dataset_of([masked(pair, seed=7) for pair in PAIRS] + PAIRS)
     _, first = filled(whole, folders[1], tmp_path, world)
     provider, second = filled(other, folders[1], tmp_path, world)

@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_dist.batching.pack import Sequences, dummy_batch, pack, rows_of
+from dpo_dist.batching.example import Example
+from dpo_dist.batching.pack import dummy_batch, pack, padded_rows
 from dpo_dist.batching.plan import (
     Arrangement,
     ComputeCosts,
@@ -20,7 +21,7 @@ from dpo_dist.batching.plan import (
     consecutive_batches,
     plan_micro_batches,
 )
-from dpo_dist.batching.sampler import BatchSampler, Span, make_sampler
+from dpo_dist.batching.sampler import BatchSampler, SourceSpan, make_sampler
 from dpo_dist.config.schema import TrainerConfig
 from dpo_dist.data.dataset import shard_batch
 from dpo_dist.foundation.errors import ConfigError
@@ -114,8 +115,8 @@ def test_sizes_without_shared_prompts_are_those_of_the_rows(shapes: Shapes) -> N
     for costs in (SINGLE_COSTS, PADDED_COSTS):
         of = sizes_of(shapes, costs)
         for place, pair in enumerate(random_pairs(shapes)):
-            lengths = np.array(rows_of(pack_unkeyed([pair]), 0).lengths)
-            assert of.tokens[place] == of.rows_tokens[place] == lengths.sum()
+            lengths = np.array(padded_rows(pack_unkeyed([pair]), 0).lengths)
+            assert of.tokens[place] == of.unshared_tokens[place] == lengths.sum()
             assert of.attended[place] == (lengths * (lengths + 1) // 2).sum()
             if costs is PADDED_COSTS:
                 assert of.rows is not None
@@ -168,8 +169,8 @@ def test_layout_by_hand() -> None:
     keys = np.arange(8, dtype=np.uint64).reshape(4, 2)
     batch = pack(
         [
-            Sequences(ids(1, 2, 3), (ids(4, 5), ids(6, 7, 8))),
-            Sequences(ids(9), (ids(10), ids(11, 12))),
+            Example(ids(1, 2, 3), (ids(4, 5), ids(6, 7, 8))),
+            Example(ids(9), (ids(10), ids(11, 12))),
         ],
         keys,
     )
@@ -203,9 +204,9 @@ def test_each_row_has_one_response(shapes: list[tuple[int, ...]], is_masked: boo
     pairs = random_pairs(shapes)
     if is_masked:
         masks = [tuple(np.array([random.random() < 0.6 for _ in r]) for r in one.responses) for one in pairs]
-        pairs = [replace(one, masks=own) for one, own in zip(pairs, masks, strict=True)]
+        pairs = [replace(one, trained=own) for one, own in zip(pairs, masks, strict=True)]
     batch = pack_unkeyed(pairs)
-    rows = rows_of(batch, PAD)
+    rows = padded_rows(batch, PAD)
     longest = rows.input_ids.shape[1]
     expected, predicted_at, row = [], [], 0
     for pair in pairs:
@@ -215,7 +216,7 @@ def test_each_row_has_one_response(shapes: list[tuple[int, ...]], is_masked: boo
             assert (rows.input_ids[row, len(inputs) :] == PAD).all()
             assert rows.lengths[row] == len(inputs) == rows.is_token[row].sum()
             assert rows.is_token[row, : len(inputs)].all()
-            mask = pair.masks[which] if pair.masks else np.ones(len(response), dtype=bool)
+            mask = pair.masks[which]
             predicted_at += (row * longest + len(pair.prompt_ids) - 1 + np.flatnonzero(mask)).tolist()
             expected += response[mask].tolist()
             row += 1
@@ -225,8 +226,8 @@ def test_each_row_has_one_response(shapes: list[tuple[int, ...]], is_masked: boo
 
 
 # The batch of a step is a function of seed, data and batch size, and of nothing else.
-def sampler(pairs: int | list[Span], batch: int, **trainer: float) -> BatchSampler:
-    spans = [Span(0, pairs, 1.0)] if isinstance(pairs, int) else pairs
+def sampler(pairs: int | list[SourceSpan], batch: int, **trainer: float) -> BatchSampler:
+    spans = [SourceSpan(0, pairs, 1.0)] if isinstance(pairs, int) else pairs
     return make_sampler(spans, TrainerConfig(global_batch_pairs=batch, **trainer))
 
 
@@ -262,7 +263,7 @@ def test_the_order_of_many_pairs_is_the_recorded_one(
     spans: list[tuple[int, int, float]], seed: int, first: list[int], digest: str
 ) -> None:
     """numpy guarantees no order across versions, and uses other algorithms for large numbers and samples."""
-    order = np.array(visited(sampler([Span(*span) for span in spans], 4096, seed=seed, epochs=2.0)))
+    order = np.array(visited(sampler([SourceSpan(*span) for span in spans], 4096, seed=seed, epochs=2.0)))
     assert order[:4].tolist() == first
     assert hashlib.blake2b(order.astype("<i8").tobytes(), digest_size=8).hexdigest() == digest
 
@@ -272,7 +273,7 @@ def test_the_order_of_many_pairs_is_the_recorded_one(
     [(1.0, {1: 10}), (2.0, {2: 10}), (0.5, {1: 5}), (1.3, {1: 7, 2: 3}), (0.1, {1: 1})],
 )
 def test_weights_are_draws_per_epoch(weight: float, counts: dict[int, int]) -> None:
-    order = visited(sampler([Span(0, 10, weight), Span(10, 14, 1.0)], 3))
+    order = visited(sampler([SourceSpan(0, 10, weight), SourceSpan(10, 14, 1.0)], 3))
     seen = Counter(row for row in order if row < 10)
     assert Counter(seen.values()) == counts
     assert sorted(row for row in order if row >= 10) == [10, 11, 12, 13]
@@ -292,12 +293,12 @@ def test_what_is_visited_is_known_without_a_look_at_all_epochs() -> None:
 
 def test_a_weight_that_draws_no_example_is_refused() -> None:
     with pytest.raises(ConfigError, match="no pair of a source would be drawn") as raised:
-        sampler([Span(0, 100, 1.0), Span(100, 110, 0.04)], 4)
+        sampler([SourceSpan(0, 100, 1.0), SourceSpan(100, 110, 0.04)], 4)
     assert raised.value.where == "data.train[1].weight"
 
 
 def test_a_source_that_is_held_out_as_a_whole_changes_no_order() -> None:
     """`open_dataset` refuses sources of which nothing is kept for another reason."""
-    trained = [Span(0, 4, 1.0), Span(4, 5, 2.0)]
-    with_empty = sampler([Span(0, 0, 1.0), trained[0], Span(4, 4, 0.5), trained[1]], 2, epochs=3)
+    trained = [SourceSpan(0, 4, 1.0), SourceSpan(4, 5, 2.0)]
+    with_empty = sampler([SourceSpan(0, 0, 1.0), trained[0], SourceSpan(4, 4, 0.5), trained[1]], 2, epochs=3)
     assert visited(with_empty) == visited(sampler(trained, 2, epochs=3))

@@ -1,0 +1,42 @@
+"""An example: the token ids of a prompt and of the responses to it; the content keys of responses."""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+TokenIds: TypeAlias = npt.NDArray[np.int32]
+Mask: TypeAlias = npt.NDArray[np.bool_]
+Keys: TypeAlias = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """A prompt and its responses as token ids; a model reads the prompt and one response."""
+
+    prompt_ids: TokenIds  # int32 [prompt tokens], at least one
+    responses: tuple[TokenIds, ...]  # int32 [response tokens], best first; the end of turn is last unless cut
+    trained: tuple[Mask, ...] = ()  # bool [response tokens], whether the loss counts each; empty: all count
+
+    @property
+    def masks(self) -> tuple[Mask, ...]:
+        """`trained`, also if all tokens count."""
+        return self.trained or tuple(np.ones(len(ids), dtype=np.bool_) for ids in self.responses)
+
+
+def response_key(prompt_ids: TokenIds, response_ids: TokenIds) -> bytes:
+    """Return the content key of a response to a prompt: 16 bytes over the exact token ids (law L3)."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(len(prompt_ids).to_bytes(8, "little"))
+    digest.update(np.ascontiguousarray(prompt_ids, dtype=np.int32).tobytes())
+    digest.update(np.ascontiguousarray(response_ids, dtype=np.int32).tobytes())
+    return digest.digest()
+
+
+def response_keys(examples: Iterable[Example]) -> Keys:
+    """Return the content keys of all responses, as in a reference store; uint64 [responses, 2]."""
+    keys = (response_key(example.prompt_ids, ids) for example in examples for ids in example.responses)
+    return np.frombuffer(b"".join(keys), dtype=np.uint64).reshape(-1, 2)
