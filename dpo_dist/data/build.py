@@ -22,7 +22,7 @@ from dpo_dist.config.user_code import find_function
 from dpo_dist.data.columns import READER
 from dpo_dist.data.encode import encode_records
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.records import ALL_RECORDS, BadRecord, Part, PreferenceRecord
+from dpo_dist.data.records import ALL_RECORDS, Part, Record
 from dpo_dist.data.sources import file_kind, local_files, pinned, source_identity, source_labels
 from dpo_dist.data.store import MEMO_FOLDER, EncodedSource, write_source
 from dpo_dist.data.template import check_template_keys, chosen_template
@@ -32,7 +32,6 @@ from dpo_dist.foundation.files import collect_abandoned, content_digest, file_id
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Record: TypeAlias = PreferenceRecord | BadRecord
 Records: TypeAlias = Sequence[Record]
 Result = TypeVar("Result")
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from dpo_dist.config.schema import DataFormat, SourceConfig
 from dpo_dist.config.user_code import user_function
-from dpo_dist.data.messages import CALLING, ROLES, from_json, parse_json
+from dpo_dist.data.messages import CALLING, ROLES
 from dpo_dist.data.records import BadRecord, Fields, RawRecord, shown_key
+from dpo_dist.data.values import from_json, parse_json
 from dpo_dist.foundation.errors import ConfigError, DataError
 
 READER = "reader"

@@ -100,8 +100,7 @@ class PreferenceDataset:
         pieces = zip(starts, self.lengths(index), strict=True)
         prompt, *responses = (np.asarray(self.ids[start : start + tokens]) for start, tokens in pieces)
         masks = self.masks(index) if masked else ()
-        if which is None:
-            return Example(prompt, tuple(responses), masks)
+        which = range(len(responses)) if which is None else which
         return Example(prompt, tuple(responses[i] for i in which), tuple(masks[i] for i in which if masks))
 
     def masks(self, index: int) -> tuple[Mask, ...]:

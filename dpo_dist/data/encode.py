@@ -19,6 +19,7 @@ from dpo_dist.data.records import (
     BadRecord,
     Part,
     PreferenceRecord,
+    Record,
     UnusableRecordError,
     bad_record_error,
     prompt_hash,
@@ -262,7 +263,7 @@ def encode_record(
 
 
 def encode_records(
-    records: Sequence[PreferenceRecord | BadRecord],
+    records: Sequence[Record],
     config: DataConfig,
     tokenizer: "PreTrainedTokenizerBase",
     part: Part = ALL_RECORDS,

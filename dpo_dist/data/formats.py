@@ -19,9 +19,7 @@ from dpo_dist.data.messages import (
     MEDIA,
     Reader,
     check_no_media,
-    from_json,
     has_more,
-    has_value,
     is_messages,
     messages_of,
     read_hh,
@@ -32,7 +30,6 @@ from dpo_dist.data.messages import (
     role_of,
     spelled_messages,
     unread_error,
-    without_nulls,
 )
 from dpo_dist.data.records import (
     FIRST_TURN,
@@ -44,12 +41,14 @@ from dpo_dist.data.records import (
     Origin,
     PreferenceRecord,
     Prompt,
+    Record,
     UnusableRecordError,
     bad_record_error,
     shown_key,
     turns_of,
 )
 from dpo_dist.data.sources import local_files, pinned, raw_records
+from dpo_dist.data.values import from_json, has_value, without_nulls
 
 # Faults of the responses of a record; its prompt may be usable.
 _OF_SCORES = {"no_ranking", "all_tied", "invalid_scores"}
@@ -58,7 +57,7 @@ _OF_RESPONSES = _MISSING | _OF_SCORES | {"identical_responses"}
 _MAX_SHOWN_KEYS = 12
 
 
-def parse_record(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord | BadRecord:
+def parse_record(record: Fields, name: DataFormat, origin: Origin) -> Record:
     """Return the preference in a record of format `name`; `auto`: of the first format that matches.
 
     Details of a bad record never quote its texts, which may be offensive or personal.
@@ -71,7 +70,7 @@ def parse_record(record: Fields, name: DataFormat, origin: Origin) -> Preference
         return BadRecord("unparsable", origin, "nested too deeply")
 
 
-def parse_prompt(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord | BadRecord:
+def parse_prompt(record: Fields, name: DataFormat, origin: Origin) -> Record:
     """Return a record of format `name`, without responses if it has none that can be used."""
     parsed = parse_record(record, name, origin)
     if not isinstance(parsed, BadRecord) or parsed.reason not in _OF_RESPONSES:
@@ -90,8 +89,8 @@ def parse_prompt(record: Fields, name: DataFormat, origin: Origin) -> Preference
 
 def read_records(
     source: SourceConfig | str,
-    parse: Callable[[Fields, DataFormat, Origin], PreferenceRecord | BadRecord] = parse_record,
-) -> Iterator[PreferenceRecord | BadRecord]:
+    parse: Callable[[Fields, DataFormat, Origin], Record] = parse_record,
+) -> Iterator[Record]:
     """Read the records of a source (a string: its path) in its order; only a .json is read whole.
 
     One item per record: a pair, a ranking, a completion, or the reason why it cannot be used. DataError and
@@ -104,7 +103,7 @@ def read_records(
     )
 
 
-def read_prompts(source: SourceConfig) -> Iterator[PreferenceRecord | BadRecord]:
+def read_prompts(source: SourceConfig) -> Iterator[Record]:
     """Read the records of a source for their prompts: without responses where they have none to be used."""
     return read_records(source, parse=parse_prompt)
 

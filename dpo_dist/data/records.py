@@ -44,9 +44,8 @@ class Message:
     is_trained: bool | None = field(default=None, compare=False)
 
 
-Text: TypeAlias = str
 Messages: TypeAlias = tuple[Message, ...]
-Response: TypeAlias = Text | Messages
+Response: TypeAlias = str | Messages
 """The content of one assistant turn; or all turns after the prompt, of which the last is the assistant's."""
 
 
@@ -76,7 +75,7 @@ class Dialogue(tuple[Message, ...]):
         return (self.text,)
 
 
-Prompt: TypeAlias = Text | Messages
+Prompt: TypeAlias = str | Messages
 
 
 @dataclass(frozen=True)
@@ -136,6 +135,7 @@ class UnusableRecordError(Exception):
         return BadRecord(self.reason, origin, self.detail, self.unread)
 
 
+Record: TypeAlias = PreferenceRecord | BadRecord
 RawRecord: TypeAlias = tuple[Fields | BadRecord, Origin]
 """An input record, or the reason why it cannot be read, and its origin."""
 
@@ -237,9 +237,12 @@ class Part:
             index = int(np.searchsorted(self.held_out, np.uint64(prompt)))
             if index < len(self.held_out) and int(self.held_out[index]) == prompt:
                 return False
-        seeded = prompt.to_bytes(_HASH_BYTES, "little") + bytes(_HASH_BYTES)
-        drawn = int.from_bytes(hashlib.blake2b(seeded, digest_size=_HASH_BYTES).digest(), "little")
-        return not self.share or (drawn < self.share * 2.0 ** (8 * _HASH_BYTES)) == self.is_eval
+        if not self.share:
+            return True
+        # A second hash, so that the sides do not follow the order of the first.
+        content = prompt.to_bytes(_HASH_BYTES, "little") + bytes(_HASH_BYTES)
+        place = int.from_bytes(hashlib.blake2b(content, digest_size=_HASH_BYTES).digest(), "little")
+        return (place < self.share * 2.0 ** (8 * _HASH_BYTES)) == self.is_eval
 
 
 ALL_RECORDS = Part()

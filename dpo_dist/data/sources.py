@@ -21,8 +21,8 @@ import pyarrow.parquet
 
 from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.columns import is_saved, resolved, with_columns
-from dpo_dist.data.messages import parse_json, without_nulls
 from dpo_dist.data.records import BadRecord, Origin, RawRecord, shown_key
+from dpo_dist.data.values import parse_json, without_nulls
 from dpo_dist.foundation.errors import ConfigError, DataError, dead_link, first_line
 from dpo_dist.foundation.files import remembered_digest, text_digest
 

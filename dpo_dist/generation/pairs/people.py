@@ -26,8 +26,8 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import PairsMethod, RunConfig
 from dpo_dist.data.counts import in_one_line
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.messages import parse_json
 from dpo_dist.data.records import Dialogue, PreferenceRecord
+from dpo_dist.data.values import parse_json
 from dpo_dist.foundation.errors import DataError, first_line
 from dpo_dist.foundation.files import locked, text_digest, write_text
 from dpo_dist.foundation.text import counted
