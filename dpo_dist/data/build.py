@@ -70,11 +70,11 @@ def prepare_dataset(
     digest = text_digest(digest + (chosen_template(tokenizer, config.chat_template) or ""))
     cache = Path(config.cache)
     collect_abandoned(cache)
-    found = [pinned(source) for source in sources]
-    fingerprints = [_fingerprint(source, config, digest, part) for source in found]
+    all_pinned = [pinned(source) for source in sources]
+    fingerprints = [_fingerprint(source, config, digest, part) for source in all_pinned]
     encode = partial(encode_records, config=config, tokenizer=tokenizer, part=part)
     encoded = []
-    for source, fingerprint, label in zip(found, fingerprints, source_labels(sources), strict=True):
+    for source, fingerprint, label in zip(all_pinned, fingerprints, source_labels(sources), strict=True):
         wanted = EncodedSource(source.path, cache, fingerprint, source.limit, label)
         if wanted.table() is None:
             with (

@@ -76,7 +76,7 @@ class DataCounts:
     @classmethod
     def of(cls, outcomes: Mapping[Outcome, int], bad: Iterable[BadRecord]) -> "DataCounts":
         """Return the counts of records, given the number of records with each outcome and some bad ones."""
-        counts = cls(examples=[str(one) for one in bad])
+        counts = cls(examples=list(map(str, bad)))
         for outcome, records in outcomes.items():
             if not records:
                 continue
@@ -120,11 +120,11 @@ def describe_counts(name: str, counts: Mapping[str, Any]) -> list[str]:
         if isinstance(number, int) and number and change not in ("read", "kept", "pairs")
     ]
     for source in counts["sources"]:
-        found = f"{source['path']}: {counted(source['kept'], 'record')}"
+        shown = f"{source['path']}: {counted(source['kept'], 'record')}"
         if len(counts["sources"]) > 1:
             dropped = "".join(f", {number:,} {name}" for name, number in sorted(source["dropped"].items()))
-            found = f"of {source['label']} ({source['path']}): {_kept(source)}{dropped}"
-        lines.append(f"  {found}: {read_in_words(source['read_as'])}")
+            shown = f"of {source['label']} ({source['path']}): {_kept(source)}{dropped}"
+        lines.append(f"  {shown}: {read_in_words(source['read_as'])}")
     return lines
 
 

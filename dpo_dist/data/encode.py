@@ -74,7 +74,7 @@ def encode_pair(
         return BadRecord(
             "template_rejected", record.origin, "tools, calls or arguments are nested too deeply"
         )
-    found = {
+    changes = {
         "boundary_resplit": is_resplit,
         "prompt_truncated": len(kept_prompt) < len(prompt),
         "response_truncated": any(truncated),
@@ -84,7 +84,7 @@ def encode_pair(
         np.array(kept_prompt, dtype=np.int32),
         tuple(np.array(ids, dtype=np.int32) for ids in kept),
         tuple(trained),
-        rendered.changes.union(name for name, is_so in found.items() if is_so),
+        rendered.changes.union(name for name, is_so in changes.items() if is_so),
         truncated,
         rendered.read_as,
         lengths,
@@ -103,12 +103,12 @@ def _encoded(
         for text, turns in zip(rendered.responses, rendered.counted, strict=True)
     ]
     has_masks = counted != [None] * len(counted)
-    prompt, found, is_resplit = facts.encoder.encode_after(rendered.prompt, rendered.responses, has_masks)
+    prompt, encoded, is_resplit = facts.encoder.encode_after(rendered.prompt, rendered.responses, has_masks)
     masks = [
         np.ones(len(ids), dtype=np.bool_) if spans is None else _token_mask(starts, len(text), spans)
-        for text, (ids, starts), spans in zip(rendered.responses, found, counted, strict=True)
+        for text, (ids, starts), spans in zip(rendered.responses, encoded, counted, strict=True)
     ]
-    return prompt, [ids for ids, _ in found], masks if has_masks else [], is_resplit
+    return prompt, [ids for ids, _ in encoded], masks if has_masks else [], is_resplit
 
 
 def _untrained_parts(facts: TokenizerFacts, config: DataConfig) -> list[tuple[str, re.Pattern[str]]]:
@@ -133,15 +133,15 @@ def _counted_characters(
     """
     counted = list[Span]()
     for start, end in turns:
-        before, found = prompt + text[:start], list[Span]()
+        before, left_out = prompt + text[:start], list[Span]()
         for opening, pattern in untrained:
             is_opened = opening and before.rstrip().endswith(opening)
             opened = before[before.rindex(opening) :] if is_opened else ""
             for match in pattern.finditer(opened + text[start:end]):
                 first, stop = match.span()
-                found.append((start + first - len(opened), start + stop - len(opened)))
+                left_out.append((start + first - len(opened), start + stop - len(opened)))
         position = start
-        for first, stop in sorted(found):
+        for first, stop in sorted(left_out):
             if position < first:
                 counted.append((position, first))
             position = max(position, stop)
@@ -272,26 +272,26 @@ def encode_records(
     rows = []
     for record in records:
         prompt, values = 0, dict[str, Any]()
-        found: EncodedRecord | BadRecord | None = None  # of another part
+        encoded: EncodedRecord | BadRecord | None = None  # of another part
         if isinstance(record, BadRecord):
-            found = None if part.is_eval else record  # it has no prompt
+            encoded = None if part.is_eval else record  # it has no prompt
         elif part.has(prompt := prompt_hash(record.prompt)):
-            found = encode_record(record, config, tokenizer)
-        if isinstance(found, BadRecord):
+            encoded = encode_record(record, config, tokenizer)
+        if isinstance(encoded, BadRecord):
             if config.on_bad_record is OnBadRecord.error:
-                raise bad_record_error(found)
-            outcome = Outcome(found.reason, changed=tuple((f"unread_{name}", 1) for name in found.unread))
-            values = {"detail": found.detail, "lengths": found.lengths}
-        elif found is None:
+                raise bad_record_error(encoded)
+            outcome = Outcome(encoded.reason, changed=tuple((f"unread_{name}", 1) for name in encoded.unread))
+            values = {"detail": encoded.detail, "lengths": encoded.lengths}
+        elif encoded is None:
             outcome = Outcome(changed=((part.others, 1),))
         else:
-            outcome, values = found.outcome, _columns(found) | {"prompt": prompt}
+            outcome, values = encoded.outcome, _columns(encoded) | {"prompt": prompt}
         origin = {"file": record.origin.source, "line": record.origin.line}
-        rows.append({**_NOTHING, **origin, "outcome": json.dumps(astuple(outcome)), **values})
+        rows.append({**_EMPTY_ROW, **origin, "outcome": json.dumps(astuple(outcome)), **values})
     return pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
 
 
-_NOTHING = {
+_EMPTY_ROW = {
     "detail": "",
     "prompt": 0,
     "largest_id": -1,
@@ -300,19 +300,18 @@ _NOTHING = {
 
 
 def _columns(record: EncodedRecord) -> dict[str, Any]:
-    """Return the columns of a kept record."""
-    encoded = record.example
-    pieces = (encoded.prompt_ids, *encoded.responses)
+    example = record.example
+    pieces = (example.prompt_ids, *example.responses)
     ids = np.concatenate(pieces)
     return {
         "largest_id": ids.max(),
         "ids": ids,
         "piece_tokens": list(map(len, pieces)),
-        "keys": response_keys([encoded]).ravel(),
+        "keys": response_keys([example]).ravel(),
         "scores": record.scores,
-        "truncated": encoded.truncated,
-        "trained_tokens": [int(mask.sum()) for mask in encoded.masks],
-        "trained": np.concatenate([np.empty(0, np.bool_), *(m for m in encoded.masks if not m.all())]),
+        "truncated": example.truncated,
+        "trained_tokens": [int(mask.sum()) for mask in example.masks],
+        "trained": np.concatenate([np.empty(0, np.bool_), *(m for m in example.masks if not m.all())]),
         "examples": record.ranks,
-        "lengths": encoded.lengths,
+        "lengths": example.lengths,
     }

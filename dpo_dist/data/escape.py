@@ -60,7 +60,7 @@ class Marks:
         """Return a text with a mark in place of each token of `pattern`, by default `in_text`."""
         return (pattern or self.in_text).sub(lambda found: self._marks[found[0]], text)
 
-    def beside(self, value: Any, pattern: re.Pattern[str]) -> Any:
+    def mark_beside(self, value: Any, pattern: re.Pattern[str]) -> Any:
         """Return a value with a mark beside each token of `pattern`: a template still finds the token.
 
         The mark follows a token at the start of a text, and precedes any other token.
@@ -78,7 +78,7 @@ class Marks:
 
         return changed(value)
 
-    def settle(self, rendered: str) -> str:
+    def replace_marked(self, rendered: str) -> str:
         """Return the output of a template for marked values with marks only in place of tokens."""
         # Some templates write tools by `tojson` in ASCII or as Python would.
         rendered = rendered.replace(_ESCAPED_CHARACTER, RESERVED_CHARACTER)
@@ -136,9 +136,12 @@ def tokenized(
         backend.no_padding()
         backend.encode_special_tokens = literal
         if not with_starts:  # in four fifths of the time
-            return [(one.ids, []) for one in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+            return [
+                (encoding.ids, [])
+                for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            ]
         encodings = backend.encode_batch(list(texts), add_special_tokens=False)
-        return [(one.ids, [start for start, _ in one.offsets]) for one in encodings]
+        return [(encoding.ids, [start for start, _ in encoding.offsets]) for encoding in encodings]
     if with_starts:
         raise ConfigError(
             "the loss counts a part of the responses, but the tokenizer returns no positions of tokens",
@@ -210,8 +213,8 @@ class EscapedEncoder:
         tail = prompt[max((found.start() for found in self._marks.in_text.finditer(prompt)), default=0) :]
         texts = [prompt, tail, *(tail + response for response in responses)]
         distinct = list(dict.fromkeys(texts))
-        found = dict(zip(distinct, self.encode(distinct, with_starts), strict=True))
-        (prompt_ids, _), (before, _), *joint = (found[text] for text in texts)
+        encoded_by_text = dict(zip(distinct, self.encode(distinct, with_starts), strict=True))
+        (prompt_ids, _), (before, _), *joint = (encoded_by_text[text] for text in texts)
         cut = len(before)
         is_whole = [ids[:cut] == before for ids, _ in joint]
         encoded = [

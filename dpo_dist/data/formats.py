@@ -344,7 +344,7 @@ def ranking(record: Fields) -> Content:
     lists = [name for name in LISTS if record.get(name) is not None]
     if not lists:
         raise UnusableRecordError("missing_field", "responses")
-    name = next((one for one in lists if isinstance(record[one], list)), lists[0])
+    name = next((name for name in lists if isinstance(record[name], list)), lists[0])
     items = record[name]
     if not isinstance(items, list):
         raise UnusableRecordError("unknown_format", f"{name} is not a list")
@@ -360,15 +360,15 @@ def ranking(record: Fields) -> Content:
     if scores is None and unread:
         detail = f"an order of the responses in {', '.join(unread)}; write `scores`: higher is better"
         raise UnusableRecordError("unread_content", detail, tuple(unread))
-    by_rank = {f"rank {rank}": spelled_messages(one) for rank, one in enumerate(responses, start=1)}
+    by_rank = {f"rank {rank}": spelled_messages(text) for rank, text in enumerate(responses, start=1)}
     return Content(prompt_of(record, by_rank.values()), by_rank, scores, name)
 
 
 def _sorted(items: list[Any], scores: Any) -> tuple[list[Any], tuple[float, ...] | None]:
     """Return the responses, best first, and their scores: those inside of them, or `scores`."""
-    own = [_own_score(item) if isinstance(item, Mapping) else None for item in items]
-    if any(score is not None for score in own):
-        numbers = _finite(own)
+    inside = [_own_score(item) if isinstance(item, Mapping) else None for item in items]
+    if any(score is not None for score in inside):
+        numbers = _finite(inside)
         if scores is not None and _finite(scores) != numbers:
             raise UnusableRecordError("invalid_scores", "two different scores of a response")
         best_first = sorted(zip(numbers, items, strict=True), key=lambda scored: -scored[0])
@@ -394,14 +394,13 @@ def _own_score(response: Fields) -> Any:
 
 
 def _first(fields: Fields, names: Iterable[str]) -> Any:
-    """Return the first value that `names` have."""
     return next((fields[name] for name in names if fields.get(name) is not None), None)
 
 
 def _finite(values: Iterable[Any]) -> tuple[float, ...]:
     """Return the values as finite numbers. Raises UnusableRecordError if any is not."""
     given = values if isinstance(values, Iterable) and not isinstance(values, str | Mapping) else ()
-    numbers = tuple(math.nan if isinstance(one, bool) else _number(one) for one in given)
+    numbers = tuple(math.nan if isinstance(value, bool) else _number(value) for value in given)
     if not numbers or not all(map(math.isfinite, numbers)):
         raise UnusableRecordError("invalid_scores", "a score is missing or is no finite number")
     return numbers
@@ -590,15 +589,15 @@ _SPELLED = ("prompt", *QUESTIONS, "context", "completion", *SIDE_NAMES, "respons
 def _with_values(record: Fields, name: DataFormat) -> Fields:
     """Return a record with the messages and lists that its texts spell as JSON, as cells of a table do."""
     is_text = name in (DataFormat.text, DataFormat.implicit_prompt, DataFormat.hh)
-    found = dict(record)
+    read = dict(record)
     for field, value in record.items():
         if field in CONVERSATIONS:
-            found[field] = from_json(value)
+            read[field] = from_json(value)
         elif field in LISTS and isinstance(listed := from_json(value), list):
-            found[field] = listed
+            read[field] = listed
         elif field in _SPELLED and not is_text:
-            found[field] = spelled_messages(value)
-    return found
+            read[field] = spelled_messages(value)
+    return read
 
 
 # The first that matches is read.

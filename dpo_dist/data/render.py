@@ -184,7 +184,7 @@ def render_record(record: PreferenceRecord, facts: TokenizerFacts, config: DataC
         form = "hh (Human/Assistant turns)"
         if facts.chat is None and is_text:
             return _as_text(prompt.text, texts, facts, f"{form}, without the chat template")
-        stripped = tuple(one.strip() if isinstance(one, str) else one for one in responses)
+        stripped = tuple(text.strip() if isinstance(text, str) else text for text in responses)
         return _by_template(replace(record, responses=stripped), facts, config, form)
     if not isinstance(prompt, str):
         return _by_template(record, facts, config, "messages")
@@ -198,7 +198,7 @@ def render_record(record: PreferenceRecord, facts: TokenizerFacts, config: DataC
         read_as, ends = "text, with the template that is in it", [facts.split_end(text) for text in texts]
         texts = tuple(bare for bare, _ in ends)
         if is_templated:
-            return _whole(prompt, [bare + end for bare, end in ends], read_as, changes)
+            return _all_counted(prompt, [bare + end for bare, end in ends], read_as, changes)
     if config.text_as_messages:
         rendered = _by_template(replace(as_messages, responses=texts), facts, config, "text")
         return replace(rendered, changes=rendered.changes - {"templated_content"} | changes)
@@ -211,10 +211,10 @@ def _as_text(
     prompt: str, responses: Sequence[str], facts: TokenizerFacts, read_as: str, changes: Iterable[str] = ()
 ) -> Rendered:
     escape, end = facts.marks.escape, facts.end_of_text
-    return _whole(escape(prompt), [escape(response) + end for response in responses], read_as, changes)
+    return _all_counted(escape(prompt), [escape(response) + end for response in responses], read_as, changes)
 
 
-def _whole(prompt: str, responses: Sequence[str], read_as: str, changes: Iterable[str]) -> Rendered:
+def _all_counted(prompt: str, responses: Sequence[str], read_as: str, changes: Iterable[str]) -> Rendered:
     """Return texts whose responses count in the loss as a whole."""
     counted = tuple(((0, len(response)),) for response in responses)
     return Rendered(prompt, tuple(responses), counted, frozenset(changes), read_as)
@@ -234,7 +234,7 @@ def _by_template(record: PreferenceRecord, facts: TokenizerFacts, config: DataCo
             + ("data.text_as_messages=false" if config.text_as_messages else "convert them to plain text"),
         )
     responses = tuple(
-        (Message("assistant", one),) if isinstance(one, str) else one for one in record.responses
+        (Message("assistant", turns),) if isinstance(turns, str) else turns for turns in record.responses
     )
     arguments = record.template_arguments
     names = argument_names(chat.template)
@@ -351,7 +351,7 @@ class _Conversation:
 
     def _alone(self, message: Message) -> str:
         """Return a response as the template writes its turn after a prompt that it renders differently."""
-        text, start, _ = self._whole((message,))
+        text, start, _ = self._whole_conversation((message,))
         # The prompt before it has no opened thought.
         return text[text.rindex(_OPEN, 0, start) if _opens_thought(text[:start]) else start :]
 
@@ -421,7 +421,7 @@ class _Conversation:
 
     def _render_turns(self, responses: Sequence[Messages]) -> Rendered:
         """Render responses of several turns, after the prompt as it is in the whole conversation."""
-        parts = [self._whole(response) for response in responses]
+        parts = [self._whole_conversation(response) for response in responses]
         prompts = [text[:start] for text, start, _ in parts]
         prompt, start = prompts[0], len(prompts[0])
         is_prefix = len(set(prompts)) == 1
@@ -443,7 +443,7 @@ class _Conversation:
             frozenset() if is_prefix else frozenset({"prompt_not_prefix"}),
         )
 
-    def _whole(self, response: Messages) -> tuple[str, int, list[Span]]:
+    def _whole_conversation(self, response: Messages) -> tuple[str, int, list[Span]]:
         """Return a whole conversation up to the end of its last turn, and in it the start of its response
         and the spans that the loss counts.
         """

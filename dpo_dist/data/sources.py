@@ -163,9 +163,9 @@ def root_of(path: str) -> Path:
 
 def _globbed_files(pattern: str) -> list[Path]:
     """Return the files that match, sorted by path; hidden ones only if the pattern names the dot."""
-    found = glob.glob(pattern, recursive=True)  # noqa: PTH207  (a pathlib pattern matches hidden files)
+    names = glob.glob(pattern, recursive=True)  # noqa: PTH207  (a pathlib pattern matches hidden files)
     # A file that `**` finds on several ways, behind links to folders, is read once.
-    ways = {file.parent.resolve() / file.name: file for file in sorted(map(Path, found), reverse=True)}
+    ways = {file.parent.resolve() / file.name: file for file in sorted(map(Path, names), reverse=True)}
     files = sorted(file for file in ways.values() if file.is_file())
     if not files:
         raise DataError(
@@ -181,7 +181,7 @@ def _folder_files(folder: Path, source: SourceConfig) -> list[Path]:
     below = (file for file in folder.rglob("*") if file.is_file() and _DATA_NAME.search(file.name))
     visible = (file for file in below if "/." not in f"/{file.relative_to(folder)}")
     files = _data_files(folder, source, [file for file in visible if file.name not in _DESCRIPTIONS])
-    shards = Counter(found.groups() for file in files if (found := _SHARD.match(str(file))))
+    shards = Counter(shard.groups() for file in files if (shard := _SHARD.match(str(file))))
     for (name, total), present in shards.items():
         if present != int(total):
             raise DataError(
@@ -203,8 +203,8 @@ def _data_files(folder: Path, source: SourceConfig, every: Sequence[Path] = ()) 
     with _as_data_error(source):
         builder = load_dataset_builder(str(folder), source.name, data_dir=source.data_dir)
     root, splits = folder.resolve(), dict[str, list[Path]]()
-    for split, found in (builder.config.data_files or {}).items():
-        files = sorted(Path(os.path.normpath(file)) for file in found)
+    for split, names in (builder.config.data_files or {}).items():
+        files = sorted(Path(os.path.normpath(name)) for name in names)
         _check_below(root, files, source, "the card of the dataset")
         splits[str(split)] = [folder / file.relative_to(root) for file in files]
     known = set(itertools.chain(*splits.values()))
@@ -281,8 +281,8 @@ def pinned(source: SourceConfig) -> SourceConfig:
     if local_files(source) is not None:
         return source
     with _as_data_error(source):
-        found = HfApi().resolve_revision(source.path, repo_type="dataset", revision=source.revision)
-    return replace(source, revision=found.resolved)
+        commit = HfApi().resolve_revision(source.path, repo_type="dataset", revision=source.revision)
+    return replace(source, revision=commit.resolved)
 
 
 def _download(source: SourceConfig) -> Path:
@@ -336,7 +336,10 @@ def read_file(file: Path, path: str) -> Iterator[RawRecord]:
             case ".jsonl":
                 values = _lines(_opened(file))
             case ".json":
-                values = enumerate(_elements(_opened(file)), start=1)
+                elements = parse_json(_opened(file).read())
+                if not isinstance(elements, list):
+                    raise ValueError("the JSON file is not an array")
+                values = enumerate(elements, start=1)
             case ".csv":
                 values = _csv_rows(_opened(file))
             case _:
@@ -382,7 +385,6 @@ def _with_given_arguments(value: Any) -> Any:
 
 
 def _opened(file: Path) -> BinaryIO:
-    """Open a file that may be compressed."""
     stream = pyarrow.input_stream(file, compression=_COMPRESSIONS.get(file.suffix))
     return cast(BinaryIO, io.BufferedReader(stream, _BLOCK_BYTES))
 
@@ -396,13 +398,6 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
             except ValueError as fault:
                 value = fault
             yield number, value
-
-
-def _elements(stream: BinaryIO) -> list[Any]:
-    found = parse_json(stream.read())
-    if not isinstance(found, list):
-        raise ValueError("the JSON file is not an array")
-    return found
 
 
 def _csv_rows(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
@@ -440,15 +435,15 @@ _USUAL_NAMES = frozenset({"data", "dev", "eval", "test", "train", "training", "v
 
 
 def source_labels(sources: Sequence[SourceConfig]) -> list[str]:
-    """Return a label for each source: its own `label`, or its name, numbered where names are equal.
+    """Return a label for each source: its `label`, or its name, numbered where names are equal.
 
-    Sources with the same own `label` share it.
+    Sources with the same `label` share it.
     """
     taken, labels = {source.label for source in sources}, list[str]()
     for source in sources:
         name = _name(source)
         names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-        labels.append(source.label or next(one for one in names if one not in taken))
+        labels.append(source.label or next(name for name in names if name not in taken))
         taken.add(labels[-1])
     return labels
 

@@ -120,7 +120,7 @@ def _large(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     pending: list[pa.RecordBatch] = []
     for batch in batches:
         pending.append(batch)
-        if sum(one.nbytes for one in pending) >= _BATCH_BYTES:
+        if sum(batch.nbytes for batch in pending) >= _BATCH_BYTES:
             yield pa.concat_batches(pending)
             pending = []
     if pending:
@@ -153,10 +153,10 @@ def counts_of(table: pa.Table) -> DataCounts:
     codes = coded.indices.to_numpy()
     reasons = np.array([outcome.dropped or "" for outcome in outcomes])[codes] if outcomes else codes
     shown = np.flatnonzero(reasons != "")[:SHOWN_EXAMPLES] if outcomes else codes
-    found = table.select(["file", "line", "detail"]).take(shown).to_pylist()
+    places = table.select(["file", "line", "detail"]).take(shown).to_pylist()
     named = [
         BadRecord(str(reason), Origin(row["file"], row["line"]), row["detail"])
-        for reason, row in zip(reasons[shown], found, strict=True)
+        for reason, row in zip(reasons[shown], places, strict=True)
     ]
     numbers = np.bincount(codes, minlength=len(outcomes)).tolist()
     return DataCounts.of(dict(zip(outcomes, numbers, strict=True)), named)

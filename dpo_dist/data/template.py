@@ -228,11 +228,11 @@ class ChatRenderer:
         # Calls and names are no text of the model: a template writes the tags around them.
         marks = self._marks
         patterns = ((name, marks.in_response if name in _TEXTS else marks.anywhere) for name in fields)
-        return fields, {name: marks.beside(fields[name], pattern) for name, pattern in patterns}
+        return fields, {name: marks.mark_beside(fields[name], pattern) for name, pattern in patterns}
 
     def data(self, values: Fields) -> Forms:
         """Return tools or arguments as the template gets them."""
-        return values, self._marks.beside(values, self._marks.anywhere)
+        return values, self._marks.mark_beside(values, self._marks.anywhere)
 
     def render(self, turns: Turns, context: Forms = NO_CONTEXT, *, generation: bool = False) -> str:
         """Render a conversation, escaped; `context` are tools and arguments of the template, of `data`.
@@ -246,10 +246,10 @@ class ChatRenderer:
         text = self.render(turns, context, generation=generation)
         marks = ({_START: _mark("start", index), _END: _mark("end", index)} for index in range(len(turns)))
         numbered = [[{**form, **both} for form in turn] for turn, both in zip(turns, marks, strict=True)]
-        found = _read_trace(self._render(self._traced, numbered, context, generation), len(turns))
-        if found is None or found.text != text:
+        trace = _read_trace(self._render(self._traced, numbered, context, generation), len(turns))
+        if trace is None or trace.text != text:
             raise UnusableRecordError("turns_not_found", "the chat template does not write turn after turn")
-        return found
+        return trace
 
     @cached_property
     def after_response(self) -> str:
@@ -304,7 +304,7 @@ class ChatRenderer:
         plain = applied(0)
         if all(part[0] == part[1] for part in (context, *turns)):
             return plain
-        marked = self._marks.settle(applied(1))
+        marked = self._marks.replace_marked(applied(1))
         if self._marks.spell(marked) != plain:
             detail = "the chat template changes a text with a special token in it"
             raise UnusableRecordError("special_token_in_text", detail)
