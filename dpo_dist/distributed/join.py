@@ -21,10 +21,10 @@ from torch.distributed import distributed_c10d
 from torch.utils.cpp_extension import _get_build_directory
 
 from dpo_dist.distributed.deepspeed_internals import forget_process_group, restore_linear
-from dpo_dist.distributed.processes import Peer, Reports, is_of_communication
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.failures import Reports, is_of_communication, watched
+from dpo_dist.distributed.world import Peer, World
 from dpo_dist.foundation.errors import ConfigError, PeerLostError, first_line
-from dpo_dist.foundation.process import exit_on_signal
+from dpo_dist.foundation.signals import exit_on_signal
 from dpo_dist.foundation.text import counted
 
 _ALONE = {
@@ -76,15 +76,12 @@ def load_async_io(say: Callable[[str], None]) -> None:
 
 
 @contextlib.contextmanager
-def joined(
-    deepspeed_config: dict[str, Any], timeout_seconds: int, reports: Reports | None = None
-) -> Iterator[World]:
+def joined(deepspeed_config: dict[str, Any], timeout_seconds: int, reports: Reports) -> Iterator[World]:
     """Yield the processes that the launcher started, and watch them until the end of the block.
 
     `deepspeed_config` is a `policy_config`, on which loading weights depends; a collective call waits
     `timeout_seconds`; `reports` are used also if the main thread is blocked.
     """
-    reports = reports or Reports()
     if reports.stacks is not None:  # NCCL's last calls of each rank, written when one times out
         os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
@@ -96,7 +93,7 @@ def joined(
     with exit_on_signal():
         world = start_world(deepspeed_config, timeout_seconds)
     try:
-        with world.watch(reports):
+        with watched(world, reports):
             yield world
     except BaseException:
         if world.size == 1:  # with others, leaving could wait for a rank that has not failed

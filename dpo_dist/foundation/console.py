@@ -22,9 +22,9 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column
 from rich.text import Text
 
+from dpo_dist.foundation.background import call_periodically
 from dpo_dist.foundation.errors import DpoDistError
 from dpo_dist.foundation.files import for_json
-from dpo_dist.foundation.process import call_periodically
 from dpo_dist.foundation.streams import SafeStream, output_descriptor, output_of_objects, printable_lines
 from dpo_dist.foundation.text import counted, duration, percent, without_secrets
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.config.schema import ModelConfig, RunConfig
-from dpo_dist.distributed.processes import is_of_communication
+from dpo_dist.distributed.failures import is_of_communication
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import (
     Engine,

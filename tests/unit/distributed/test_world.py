@@ -16,12 +16,13 @@ from deepspeed.ops.op_builder.builder import OpBuilder
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, OptimConfig, ParallelismConfig
 from dpo_dist.distributed import join as joined_module
+from dpo_dist.distributed.failures import Reports, watched
 from dpo_dist.distributed.join import joined, start_world
-from dpo_dist.distributed.processes import Peer
-from dpo_dist.distributed.world import Interrupted, Stops, World
+from dpo_dist.distributed.world import Interrupted, Peer, Stops, World
 from dpo_dist.distributed.zero import policy_config
 from dpo_dist.foundation.errors import ConfigError, StoppedError
-from dpo_dist.foundation.process import BY_STEPS, BY_TRACKER, PROGRESS, StopRequest, check_launch
+from dpo_dist.foundation.process import PROGRESS, check_launch
+from dpo_dist.foundation.signals import BY_STEPS, BY_TRACKER, StopRequest
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference.engine import Engine, settle_engine
 from tests.support.families import tiny_family
@@ -41,7 +42,7 @@ def alone() -> World:
 
 def test_a_run_outside_of_the_main_thread_changes_no_handler() -> None:
     def watch() -> str:
-        with alone().watch():
+        with watched(alone(), Reports()):
             return "left"
 
     handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -89,7 +90,7 @@ def test_a_process_without_a_launcher_is_a_world_of_one_for_a_while(monkeypatch:
     before = dict(os.environ)
     PartialState(cpu=True)  # of another library in this process
     for _ in range(2):
-        with joined(CONFIG, 60) as world:
+        with joined(CONFIG, 60, Reports()) as world:
             assert (world.size, world.gather("here"), os.environ["MASTER_PORT"]) == (1, ["here"], "0")
         assert {name for name in os.environ if name not in before and "RANK" in name} == set()
         assert "MASTER_PORT" not in os.environ
@@ -168,7 +169,10 @@ def test_a_kernel_that_cannot_be_compiled_is_an_error_before_processes_join(
     monkeypatch.setattr(CPUAdamBuilder, "cxx_args", lambda _: [])  # describing the processor takes seconds
     monkeypatch.setenv("CXX", "/bin/false")
     offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
-    with pytest.raises(ConfigError, match="cpu_adam cannot be compiled") as found, joined(offload, 60):
+    with (
+        pytest.raises(ConfigError, match="cpu_adam cannot be compiled") as found,
+        joined(offload, 60, Reports()),
+    ):
         pass
     assert found.value.where == "parallelism.offload_optimizer"
     assert "/bin/false" in found.value.expected
