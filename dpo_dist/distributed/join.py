@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -92,16 +92,15 @@ def joined(deepspeed_config: dict[str, Any], timeout_seconds: int, reports: Repo
     hook = sys.excepthook
     with exit_on_signal():
         world = start_world(deepspeed_config, timeout_seconds)
+    may_leave = world.size == 1  # with others, leaving after an error could wait for a rank without one
     try:
         with watched(world, reports):
             yield world
-    except BaseException:
-        if world.size == 1:  # with others, leaving could wait for a rank that has not failed
+        may_leave = True
+    finally:
+        if may_leave:
             stop_world()
-            sys.excepthook = hook
-        raise
-    stop_world()
-    sys.excepthook = hook  # torch's adds "[rank0]: " to each line
+            sys.excepthook = hook  # torch's adds "[rank0]: " to each line
 
 
 def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World:
@@ -112,7 +111,7 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
             where="accelerate launch",
             remedy="use --config_file launch/accelerate/cpu_2.yaml, with --num_processes for another number",
         )
-    _check_devices(os.environ)
+    _check_devices()
     if "RANK" not in os.environ:
         os.environ.update(_ALONE)
     # Accelerate prefers this variable to its argument; accumulation varies by step here.
@@ -155,12 +154,12 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
     return World(accelerator, rank, size, accelerator.device, tuple(peers), control, timeout_seconds)
 
 
-def _check_devices(environ: Mapping[str, str]) -> None:
+def _check_devices() -> None:
     """Check that the GPUs that were asked for are there, before the processes join."""
     if _is_on("ACCELERATE_USE_CPU"):
         return
-    visible, gpus = environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.device_count()
-    processes = int(environ.get("LOCAL_WORLD_SIZE", "1"))
+    visible, gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.device_count()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not torch.cuda.is_available():
         if visible in ("", "-1", "NoDevFiles"):
             return

@@ -179,7 +179,7 @@ def _print_on_rank_0(text: str) -> None:
 def _end_now(exit_code: int) -> NoReturn:
     """End the process; threads, pools and other processes are not waited for.
 
-    Without the locks of `threading.Thread.start`: the signal may have interrupted it.
+    `threading.Thread.start`, whose locks the signal may have interrupted, is not used.
     """
     for callback in exit_callbacks:
         _thread.start_new_thread(callback, (exit_code,))

@@ -16,10 +16,10 @@ from deepspeed.ops.op_builder.builder import OpBuilder
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, OptimConfig, ParallelismConfig
 from dpo_dist.distributed import join as joined_module
+from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.failures import Reports, watched
 from dpo_dist.distributed.join import joined, start_world
 from dpo_dist.distributed.world import Interrupted, Peer, Stops, World
-from dpo_dist.distributed.zero import policy_config
 from dpo_dist.foundation.errors import ConfigError, StoppedError
 from dpo_dist.foundation.process import PROGRESS, check_launch
 from dpo_dist.foundation.signals import BY_STEPS, BY_TRACKER, StopRequest
@@ -72,7 +72,8 @@ def test_a_launch_without_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) 
 def test_gpus_that_are_asked_for_are_there(
     gpus: int, variables: dict[str, str], error: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    for name in ("ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
@@ -80,7 +81,7 @@ def test_gpus_that_are_asked_for_are_there(
     with contextlib.ExitStack() as stack:
         if error:
             stack.enter_context(pytest.raises(ConfigError, match=error))
-        joined_module._check_devices(variables)
+        joined_module._check_devices()
 
 
 def test_a_process_without_a_launcher_is_a_world_of_one_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
