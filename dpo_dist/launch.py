@@ -8,7 +8,7 @@ import contextlib
 import os
 import sys
 
-from dpo_dist.foundation.process import end_at_signals
+from dpo_dist.foundation.signals import end_at_signals
 
 if __name__ == "__main__":
     end_at_signals()  # the import takes seconds

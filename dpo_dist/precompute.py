@@ -5,7 +5,7 @@ Takes the configuration of the training run; only missing log-probs are computed
 
 from functools import partial
 
-from dpo_dist.foundation.process import StopRequest, end_at_signals
+from dpo_dist.foundation.signals import StopRequest, end_at_signals
 
 if __name__ == "__main__":
     end_at_signals()  # the imports take seconds, on a network file system more

@@ -4,7 +4,7 @@ The same command again resumes the run; `--check` checks that it can start; `--h
 codes: `dpo_dist.foundation.errors.ExitCode`.
 """
 
-from dpo_dist.foundation.process import StopRequest, end_at_signals
+from dpo_dist.foundation.signals import StopRequest, end_at_signals
 
 if __name__ == "__main__":
     end_at_signals()  # the imports take seconds, on a network file system more

@@ -291,13 +291,13 @@ class _Errors:
         rank 0 has printed its error and exited; a rank that is not ended has an error that rank 0 does not
         have. A stop by a signal is printed by rank 0 only, which gets one of the launcher.
         """
-        is_early = error.reporting_rank is None and this_rank() > 0
+        is_early = error.is_printed_here is None and this_rank() > 0
         if is_early and isinstance(error, StoppedError):
             return error.exit_code
         if is_early:
             signal.signal(signal.SIGTERM, lambda *_: os._exit(error.exit_code))
             time.sleep(_RANK_0_SECONDS)
-        if error.reporting_rank in (None, this_rank()):
+        if error.is_printed_here is not False:
             self.print(error.block(), error.as_dict())
         return error.exit_code
 

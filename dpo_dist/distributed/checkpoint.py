@@ -99,7 +99,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
 
 def read_manifest(folder: Path) -> Entries:
-    """Return the entries in the manifest of `folder`; ValueError if it is none."""
+    """Return the entries in the manifest of `folder`; ValueError if it has none."""
     entries: Entries = json.loads((folder / MANIFEST).read_bytes())
     if not isinstance(entries, dict) or not entries:
         raise ValueError("it names no file")
@@ -140,14 +140,14 @@ def write_slices(model: ModelSlices, checkpoint: Path, rank: int, copy: HostCopy
     """
     (checkpoint / model.folder).mkdir(exist_ok=True)
     entries: Entries = {}
-    ends = itertools.accumulate(own.bytes for own in model.slices)
-    files = itertools.groupby(zip(model.slices, ends, strict=True), lambda one: one[1] // _FILE_BYTES)
+    ends = itertools.accumulate(piece.bytes for piece in model.slices)
+    files = itertools.groupby(zip(model.slices, ends, strict=True), lambda pair: pair[1] // _FILE_BYTES)
     for number, (_, group) in enumerate(files):
-        slices: Sequence[Slice] = [own for own, _ in group]
+        slices: Sequence[Slice] = [piece for piece, _ in group]
         if copy is not None and copy.is_cuda:
             slices = copy.of([replace(model, slices=slices)])[0].slices
-        tensors = {f"{part}/{own.name}": tensor for own in slices for part, tensor in own.parts.items()}
-        ranges = {own.name: [own.start, *own.shape] for own in slices if WEIGHT in own.parts}
+        tensors = {f"{part}/{piece.name}": tensor for piece in slices for part, tensor in piece.parts.items()}
+        ranges = {piece.name: [piece.start, *piece.shape] for piece in slices if WEIGHT in piece.parts}
         name = f"{model.folder}/rank-{rank:05d}-{number:05d}.safetensors"
         metadata = {"ranges": json.dumps(ranges), "step": str(model.step)}
         entries[name] = write_tensors(checkpoint / name, tensors, metadata)
@@ -191,19 +191,19 @@ class SavedSlices:
         return cls(folder, shapes, list(parts), step, {key: sorted(each) for key, each in ranges.items()})
 
     def load_into(self, slices: Iterable[Slice]) -> None:
-        """Fill the parts of `slices`, of which no other rank needs to have the same ranges."""
+        """Fill the parts of `slices`, whatever the ranges of the ranks that saved them."""
         with _reading_errors(self.folder), contextlib.ExitStack() as stack:
 
             @functools.cache
             def opened(file: str) -> Any:
                 return stack.enter_context(safe_open(self.folder / file, "pt"))
 
-            for own in slices:
-                if WEIGHT in own.parts and self.shapes.get(own.name) != own.shape:
-                    raise ValueError(f"{own.name} is missing or has another shape")
-                for part, target in own.parts.items():
-                    key = f"{part}/{own.name}"
-                    if WEIGHT not in own.parts and key not in self._ranges:
+            for piece in slices:
+                if WEIGHT in piece.parts and self.shapes.get(piece.name) != piece.shape:
+                    raise ValueError(f"{piece.name} is missing or has another shape")
+                for part, target in piece.parts.items():
+                    key = f"{part}/{piece.name}"
+                    if WEIGHT not in piece.parts and key not in self._ranges:
                         raise CheckpointError(
                             "a checkpoint has 8-bit optimizer states for each process that wrote it",
                             where=str(self.folder),
@@ -212,10 +212,10 @@ class SavedSlices:
                             "optim.kind=adamw continues on any number",
                         )
                     for start, stop, file in self._ranges[key]:
-                        first, last = max(own.start, start), min(own.start + target.numel(), stop)
+                        first, last = max(piece.start, start), min(piece.start + target.numel(), stop)
                         if first < last:
                             saved = opened(file).get_slice(key)[first - start : last - start]
-                            target[first - own.start : last - own.start].copy_(saved)
+                            target[first - piece.start : last - piece.start].copy_(saved)
 
     def whole(self, name: str, part: str = WEIGHT) -> Tensor:
         """Return a whole weight or optimizer state in host memory, float32 for a trained weight."""
@@ -280,8 +280,6 @@ def _faults_of_all_files(folder: Path, world: World) -> list[str]:
 def checkpoint_state(folder: Path) -> dict[str, Any]:
     """Return the state in a checkpoint, whose files are not checked; not collective."""
     state: dict[str, Any] = json.loads((folder / STATE).read_bytes())
-    if state.get("step", 0) < 0:
-        raise damaged_checkpoint(folder, [f"{STATE}: step {state['step']}"])
     return state
 
 
@@ -373,10 +371,10 @@ class CheckpointSaver:
     def save(
         self, step: int, state: dict[str, Any], *, best_step: int | None = None, is_last: bool = False
     ) -> None:
-        """Write `root/step-NNNNNN`, which appears with the next `commit` or `save`; collective.
+        """Write `root/step-NNNNNN`, which the next `commit` or `save` commits; collective.
 
-        Training may continue at once, unless it `is_last`. A former checkpoint is committed first. The
-        checkpoint of `best_step`, which may be this one, is kept beside the last ones.
+        Training may continue at once, unless it `is_last`. The checkpoint of `best_step`, which may be this
+        one, is kept beside the last ones.
         """
         self.commit()
         self._best = None if best_step is None else checkpoint_name(best_step)
@@ -460,7 +458,7 @@ class CheckpointSaver:
         self._damaged.clear()
 
     def resume(self, folder: Path, best_step: int | None) -> None:
-        """Complete what a kill may have cut after the commit of the checkpoint that is resumed; collective.
+        """Complete what a kill may have cut off after the commit of the resumed checkpoint; collective.
 
         `best_step` is that of the best checkpoint, if there is one. Newer checkpoints are damaged.
         """

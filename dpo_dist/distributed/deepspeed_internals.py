@@ -44,7 +44,7 @@ def flat_masters(optimizer: Any, rank: int) -> list[Flat]:
     return list(zip(tensors, groups, strict=True))
 
 
-def own_range(weight: Any, rank: int) -> tuple[int, int]:
+def shard_range(weight: Any, rank: int) -> tuple[int, int]:
     """Return first element and length of a rank's slice of a weight that ZeRO-3 shards."""
     size = weight.partition_numel()
     first = min(rank * size, weight.ds_numel)
@@ -56,8 +56,8 @@ def _ranges_of_mapping(weights: Sequence[Any]) -> list[Range]:
     ranges = []
     for weight in weights:
         if weight._hp_mapping is not None:  # None: no element of it is in this rank's slice
-            master, own = weight._hp_mapping.hp_fragment_address, weight._hp_mapping.lp_fragment_address
-            ranges.append((weight, master.start, own.start, own.numel))
+            master, part = weight._hp_mapping.hp_fragment_address, weight._hp_mapping.lp_fragment_address
+            ranges.append((weight, master.start, part.start, part.numel))
     return ranges
 
 
@@ -65,7 +65,7 @@ def _ranges_of_stage_3(weights: Sequence[Any], rank: int) -> list[Range]:
     """Stage 3 cuts each weight into slices of equal length, of which the last ones may be padded."""
     ranges, start = [], 0
     for weight in weights:
-        first, length = own_range(weight, rank)
+        first, length = shard_range(weight, rank)
         if length:
             ranges.append((weight, start, first, length))
         start += weight.partition_numel()
@@ -122,7 +122,7 @@ def record_gather_orders(engine: Any, offload: Any) -> None:
     """
     unused = offload.param_coordinator
     coordinators: dict[tuple[bool, frozenset[str], bool, int], Any] = {}
-    # Found once: a large model with an adapter has tens of thousands of modules.
+    # Collected once: a large model with an adapter has tens of thousands of modules.
     added = [
         module._external_params for module in engine.module.modules() if hasattr(module, "_external_params")
     ]
@@ -130,7 +130,7 @@ def record_gather_orders(engine: Any, offload: Any) -> None:
 
     def select(module: nn.Module, _: Any) -> None:
         generates = module is not engine.module
-        if generates and not engine.module.is_generating:  # a model of own logits is called as a whole
+        if generates and not engine.module.is_generating:  # its own logits: it is called as a whole
             return
         kind = torch.is_grad_enabled(), active_adapters(layers), generates, sum(map(len, added))
         if kind not in coordinators:

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,10 @@ from torch.distributed import distributed_c10d
 from torch.utils.cpp_extension import _get_build_directory
 
 from dpo_dist.distributed.deepspeed_internals import forget_process_group, restore_linear
-from dpo_dist.distributed.processes import Peer, Reports, is_of_communication
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.failures import Reports, is_of_communication, watched
+from dpo_dist.distributed.world import Peer, World
 from dpo_dist.foundation.errors import ConfigError, PeerLostError, first_line
-from dpo_dist.foundation.process import exit_on_signal
+from dpo_dist.foundation.signals import exit_on_signal
 from dpo_dist.foundation.text import counted
 
 _ALONE = {
@@ -76,15 +76,12 @@ def load_async_io(say: Callable[[str], None]) -> None:
 
 
 @contextlib.contextmanager
-def joined(
-    deepspeed_config: dict[str, Any], timeout_seconds: int, reports: Reports | None = None
-) -> Iterator[World]:
+def joined(deepspeed_config: dict[str, Any], timeout_seconds: int, reports: Reports) -> Iterator[World]:
     """Yield the processes that the launcher started, and watch them until the end of the block.
 
     `deepspeed_config` is a `policy_config`, on which loading weights depends; a collective call waits
     `timeout_seconds`; `reports` are used also if the main thread is blocked.
     """
-    reports = reports or Reports()
     if reports.stacks is not None:  # NCCL's last calls of each rank, written when one times out
         os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
@@ -95,16 +92,15 @@ def joined(
     hook = sys.excepthook
     with exit_on_signal():
         world = start_world(deepspeed_config, timeout_seconds)
+    may_leave = world.size == 1  # with others, leaving after an error could wait for a rank without one
     try:
-        with world.watch(reports):
+        with watched(world, reports):
             yield world
-    except BaseException:
-        if world.size == 1:  # with others, leaving could wait for a rank that has not failed
+        may_leave = True
+    finally:
+        if may_leave:
             stop_world()
-            sys.excepthook = hook
-        raise
-    stop_world()
-    sys.excepthook = hook  # torch's adds "[rank0]: " to each line
+            sys.excepthook = hook  # torch's adds "[rank0]: " to each line
 
 
 def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World:
@@ -115,7 +111,7 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
             where="accelerate launch",
             remedy="use --config_file launch/accelerate/cpu_2.yaml, with --num_processes for another number",
         )
-    _check_devices(os.environ)
+    _check_devices()
     if "RANK" not in os.environ:
         os.environ.update(_ALONE)
     # Accelerate prefers this variable to its argument; accumulation varies by step here.
@@ -158,12 +154,12 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
     return World(accelerator, rank, size, accelerator.device, tuple(peers), control, timeout_seconds)
 
 
-def _check_devices(environ: Mapping[str, str]) -> None:
+def _check_devices() -> None:
     """Check that the GPUs that were asked for are there, before the processes join."""
     if _is_on("ACCELERATE_USE_CPU"):
         return
-    visible, gpus = environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.device_count()
-    processes = int(environ.get("LOCAL_WORLD_SIZE", "1"))
+    visible, gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.device_count()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not torch.cuda.is_available():
         if visible in ("", "-1", "NoDevFiles"):
             return

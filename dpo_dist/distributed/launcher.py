@@ -19,7 +19,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, PeerLostError, first_line
-from dpo_dist.foundation.process import stop_signals
+from dpo_dist.foundation.signals import stop_signals
 from dpo_dist.foundation.streams import print_error
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import gc
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,8 +80,6 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Return the peak memory of this process: allocated GPU memory on CUDA, else the resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    import resource  # noqa: PLC0415  (POSIX only)
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -97,17 +96,13 @@ def out_of_memory(
     error: torch.OutOfMemoryError, work: str = "", remedy: str = _POLICY_REMEDY
 ) -> DeviceMemoryError:
     """Return PyTorch's error as an error for the user."""
-    return DeviceMemoryError(
-        "GPU memory is exhausted",
-        where=work,
-        got=str(error).partition("\n")[0][:300],
-        remedy=remedy,
-    )
+    got = str(error).partition("\n")[0][:300]
+    return DeviceMemoryError("GPU memory is exhausted", where=work, got=got, remedy=remedy)
 
 
 def empty_module(module: nn.Module) -> None:
     """Release the storage of weights, their shards and gradients, and of buffers."""
-    empty([[weight, weight.grad, getattr(weight, "ds_tensor", None)] for weight in module.parameters()])
+    empty([(weight, weight.grad, getattr(weight, "ds_tensor", None)) for weight in module.parameters()])
     empty(list(module.buffers()))
 
 
@@ -118,8 +113,6 @@ def empty(value: Any) -> None:
     """
     if isinstance(value, Tensor):
         value.data = value.new_empty(0)
-    elif isinstance(value, dict):
-        empty(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for item in value:
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
             empty(item)

@@ -44,11 +44,10 @@ class ReferenceSync:
         """
         if step % self._every:
             return
-        for own in self._slices():
-            weight, shard = self._policy[own.name], own.parts[WEIGHT]
-            of_policy = weight.data.view(-1)[own.start :]
-            if hasattr(weight, "ds_tensor"):
-                of_policy = weight.ds_tensor.data
+        for piece in self._slices():
+            weight, shard = self._policy[piece.name], piece.parts[WEIGHT]
+            is_sharded = hasattr(weight, "ds_tensor")
+            of_policy = weight.ds_tensor.data if is_sharded else weight.data.view(-1)[piece.start :]
             for start in range(0, len(shard), _CHUNK_ELEMENTS):
                 end = min(start + _CHUNK_ELEMENTS, len(shard))
                 old, new = shard[start:end], of_policy[start:end]

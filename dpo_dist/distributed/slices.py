@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from dpo_dist.distributed.deepspeed_internals import (
     flat_masters,
-    own_range,
     restore_powers,
+    shard_range,
     whole_shape,
     write_masters_to_model,
 )
@@ -40,7 +40,7 @@ class Slice:
         shape: of the whole weight.
         start: index of the first element of the range.
         parts: weight and optimizer states by name, flat tensors of equal length; views. Without a weight:
-            tensors of any length, which no other rank can read.
+            tensors of any length, which only this rank of as many reads back.
     """
 
     name: str
@@ -65,12 +65,12 @@ class ModelSlices:
     @property
     def tensors(self) -> list[Tensor]:
         """Return the tensors of all slices, in their order."""
-        return [tensor for own in self.slices for tensor in own.parts.values()]
+        return [tensor for piece in self.slices for tensor in piece.parts.values()]
 
     @property
     def bytes(self) -> int:
         """Return the size of the slices."""
-        return sum(own.bytes for own in self.slices)
+        return sum(piece.bytes for piece in self.slices)
 
 
 class Sharded(Protocol):
@@ -116,8 +116,8 @@ class OptimizerSlices:
         if eight_bit:  # codes and scales of blocks of this rank's flat tensors; all share constant codebooks
             cut = f"{type(self._optimizer).__name__} {self._rank} of {dist.get_world_size()}"
             for number, (flat, _) in enumerate(flat_masters(self._optimizer, self._rank)):
-                found = _tensor_states(self._inner, flat)
-                if states := {name: state for name, state in found if not name.startswith("qmap")}:
+                states = {k: v for k, v in _tensor_states(self._inner, flat) if not k.startswith("qmap")}
+                if states:
                     yield Slice(f"{cut}, group {number}", (), 0, states)
 
     def masters(self) -> list[Tensor]:
@@ -176,7 +176,7 @@ def _create_eight_bit_states(optimizer: Any, master: Tensor, step: int) -> None:
 def weight_slices(weights: Mapping[str, Any], rank: int) -> Iterator[Slice]:
     """Yield this rank's slices of weights that ZeRO-3 shards and no optimizer trains."""
     for name, weight in weights.items():
-        first, length = own_range(weight, rank)
+        first, length = shard_range(weight, rank)
         if length:
             part = weight.ds_tensor.detach().view(-1)[:length]
             yield Slice(name, whole_shape(weight), first, {WEIGHT: part})
@@ -212,13 +212,13 @@ class HostCopy:
         copied, start = [], 0
         for model in models:
             slices = []
-            for own in model.slices:
+            for piece in model.slices:
                 parts = {}
-                for part, tensor in own.parts.items():
+                for part, tensor in piece.parts.items():
                     place = self._buffer[start : start + tensor.nbytes].view(tensor.dtype)
                     parts[part] = place.copy_(tensor, non_blocking=True)
                     start += _aligned(tensor.nbytes)
-                slices.append(replace(own, parts=parts))
+                slices.append(replace(piece, parts=parts))
             copied.append(replace(model, slices=slices))
         if self.is_cuda:
             torch.cuda.synchronize()

@@ -1,37 +1,60 @@
-"""The processes of a run: communicate, agree on errors, share tokens of a micro-batch, and end together."""
+"""The processes of a run: they communicate, agree on errors and stops, and share tokens of a micro-batch."""
 
 import contextlib
-import signal
+import os
+import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dpo_dist.distributed.processes import Peer, Reports, Watcher
 from dpo_dist.foundation.errors import DpoDistError
-from dpo_dist.foundation.process import (
-    BY_STEPS,
-    BY_TRACKER,
-    StopRequest,
-    ended_with_launcher,
-    exit_callbacks,
-    exit_on_signal,
-    note_progress,
-    raise_terminated,
-    stopped_by,
-)
+from dpo_dist.foundation.process import note_progress
+from dpo_dist.foundation.signals import BY_STEPS, BY_TRACKER, StopRequest, stopped_by
 from dpo_dist.model.ulysses import TokenExchange
 
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=1)
 """Limit of a wait outside of steps, for a host that hangs and whose connections stay."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Host and process of a rank; `place` differs between hosts, also of one name, and their containers."""
+
+    rank: int
+    host: str
+    pid: int
+    place: str
+
+    @classmethod
+    def here(cls, rank: int) -> "Peer":
+        """Return the peer that this process is."""
+        place = host = socket.gethostname()
+        with contextlib.suppress(OSError):  # Linux only
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            place = f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+        return cls(rank, host, os.getpid(), place)
+
+    @property
+    def status(self) -> str:
+        """Return the state of the process, as psutil names it; only for a peer on this host."""
+        try:
+            return str(psutil.Process(self.pid).status())
+        except psutil.NoSuchProcess:
+            return str(psutil.STATUS_ZOMBIE)
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (process {self.pid} on {self.host})"
 
 
 @dataclass(frozen=True)
@@ -142,53 +165,6 @@ class World:
         tensor = torch.tensor(float(flag))
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
         return bool(tensor.item())
-
-    @contextlib.contextmanager
-    def watch(self, reports: Reports | None = None) -> Iterator[None]:
-        """End all processes if one of them ends inside the block; exactly one prints the error.
-
-        Entry is collective, and so is exit without an error. An error that leaves the block has
-        `reporting_rank` set. A failure that another process caused becomes a `PeerLostError`. Reports are
-        used also if the main thread is blocked.
-        """
-        watcher = Watcher(self.peers, self.rank, self.control, self.timeout_seconds, reports or Reports())
-        previous = signal.getsignal(signal.SIGTERM)
-        may_end_at_once = previous is signal.SIG_DFL  # a verb with progress to save has its own handler
-        if may_end_at_once:
-            _handle_sigterm(raise_terminated)
-        if self.size > 1:
-            watcher.start()
-        try:
-            # A rank that is still connecting when another dies would count survivors that exit as dead.
-            if self.size > 1:
-                dist.barrier(group=self.control)
-            exit_callbacks.append(watcher.record.report)
-            with contextlib.ExitStack() as stack:
-                if may_end_at_once:
-                    stack.enter_context(exit_on_signal())
-                    stack.enter_context(ended_with_launcher())
-                yield
-            self.barrier()
-        except BaseException as failure:
-            # The launcher sends SIGTERM more than once, and this process has not printed its error yet.
-            _handle_sigterm(signal.SIG_IGN)
-            watcher.stop()
-            error = watcher.error_of(failure)
-            if self.size == 1:  # without other ranks the process may survive the error, as in a notebook
-                _handle_sigterm(previous)
-            if error is not None and error is not failure:
-                raise error from failure
-            raise
-        finally:
-            exit_callbacks.clear()
-            watcher.stop()
-        _handle_sigterm(previous)
-
-
-def _handle_sigterm(handler: Any) -> None:
-    """Set the handler of SIGTERM; outside of the main thread, where Python cannot, nothing is changed."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
 
 
 class Interrupted(Exception):  # noqa: N818  (no error)

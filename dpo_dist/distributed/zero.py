@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO engines: the policy, and a sharded model that is only scored."""
+"""DeepSpeed's ZeRO engines: the policy, and a sharded model that is only scored."""
 
 import contextlib
 import math
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import psutil
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -23,16 +22,9 @@ from transformers.integrations.deepspeed import (
 
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.batching.plan import size_in_words
-from dpo_dist.config.schema import (
-    ZERO_STAGES,
-    Dtype,
-    Offload,
-    OptimConfig,
-    OptimizerKind,
-    ParallelismConfig,
-    ParallelismKind,
-)
+from dpo_dist.config.schema import OptimConfig, OptimizerKind
 from dpo_dist.distributed.checkpoint import SavedSlices
+from dpo_dist.distributed.deepspeed_config import START, communication
 from dpo_dist.distributed.deepspeed_internals import (
     drop_gradients,
     record_gather_orders,
@@ -54,61 +46,6 @@ from dpo_dist.model.layers import decoder_layers, join_gradients, partly_used_bl
 from dpo_dist.model.lora import adapter_off
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.token_logps import Statistic
-
-START = 2.0**16
-_LOWEST = 1.0
-_STEPS_TO_DOUBLE = 1000
-
-
-@dataclass(frozen=True)
-class LossScale:
-    """A power of two, by which the loss of a step is multiplied, and the updates since it last changed."""
-
-    value: float = START
-    applied: int = 0
-
-    def after(self, *, is_applied: bool) -> "LossScale":
-        """Return the scale of the next step: half after an overflow, double after 1,000 updates without."""
-        if not is_applied:
-            return LossScale(max(_LOWEST, self.value / 2))
-        if self.applied + 1 == _STEPS_TO_DOUBLE:
-            return LossScale(self.value * 2)
-        return LossScale(self.value, self.applied + 1)
-
-
-STATES_OF_ADAM = {OptimizerKind.adamw: 2.0, OptimizerKind.adamw_8bit: 0.5}
-"""Size of the states that an optimizer keeps beside a master weight, in sizes of the master weight."""
-
-
-def create_optimizer(model: PackedCausalLM, optim: OptimConfig) -> torch.optim.Optimizer:
-    """Return AdamW for the trained weights; Accelerate replaces an offloaded one by DeepSpeed's CPU Adam."""
-    groups, betas = _parameter_groups(model, optim.weight_decay), (optim.betas[0], optim.betas[1])
-    if optim.kind is OptimizerKind.adamw:
-        return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
-    from bitsandbytes import optim as bitsandbytes  # noqa: PLC0415  (optional)
-
-    adamw: Any = bitsandbytes.AdamW8bit  # type: ignore[attr-defined]
-    eight_bit: torch.optim.Optimizer = adamw(groups, lr=optim.lr, betas=betas, eps=optim.eps)
-    return eight_bit
-
-
-def _parameter_groups(model: PackedCausalLM, weight_decay: float) -> list[dict[str, Any]]:
-    """Return parameter groups with weight decay for matrices, and without for biases and norms.
-
-    Weights without a gradient, as those of a vision tower, are not decayed either: they stay as they are.
-    Under ZeRO-3 only `ds_shape` has the number of dimensions.
-    """
-    unmoved = without_gradient(model.causal_lm)
-
-    def decays(weight: nn.Parameter) -> bool:
-        return len(getattr(weight, "ds_shape", weight.shape)) > 1 and weight not in unmoved
-
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    groups = [
-        {"params": [weight for weight in trained if decays(weight)], "weight_decay": weight_decay},
-        {"params": [weight for weight in trained if not decays(weight)], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
 
 
 def mark_zero3_leaves(model: PackedCausalLM) -> None:
@@ -137,111 +74,6 @@ def sharded_loading(world: World, deepspeed_config: dict[str, Any]) -> Iterator[
     finally:
         del inner
         set_hf_deepspeed_config(world.accelerator.state.deepspeed_plugin.dschf)
-
-
-# Weights of a decoder layer over the square of the hidden size: 13 in Llama-3-70B, 19 in Qwen2.5-0.5B.
-_SQUARES_PER_LAYER = 16
-# DeepSpeed's default leaves are the expert blocks of Mixtral, Qwen2-MoE and Qwen3-MoE. Stacked experts, as
-# transformers has them, are gathered alike by all ranks; and a leaf with an adapter and an input without a
-# gradient fails.
-_NO_LEAVES: dict[str, list[str]] = {"classes": []}
-
-
-def policy_config(parallelism: ParallelismConfig, optim: OptimConfig, dtype: Dtype) -> dict[str, Any]:
-    """Return DeepSpeed's configuration of the policy, without `communication`."""
-    zero: dict[str, Any] = {"stage": ZERO_STAGES[parallelism.kind], "overlap_comm": torch.cuda.is_available()}
-    if parallelism.kind is ParallelismKind.zero3:
-        zero["leaf_module"] = _NO_LEAVES
-        zero["stage3_gather_16bit_weights_on_model_save"] = True
-        if parallelism.offload_parameters is not Offload.none:
-            zero["offload_param"] = _offload(parallelism.offload_parameters)
-    if parallelism.offload_optimizer is not Offload.none:
-        zero["offload_optimizer"] = _offload(parallelism.offload_optimizer)
-    return {
-        **_shared_config(zero, dtype),
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": optim.max_grad_norm,
-        "zero_allow_untested_optimizer": True,
-        "data_types": {"grad_accum_dtype": "fp32"},
-    }
-
-
-def communication(stage: int, hidden_size: int, *, trains: bool = True) -> dict[str, int]:
-    """Return the bucket sizes of a ZeRO configuration, in elements, for a model of this width.
-
-    Stages 1 and 2 reduce about one decoder layer at a time, 2e8 elements for a 7B model, where DeepSpeed
-    would allocate 5e8, as it does in stage 1 with bf16 whatever is configured. Stage 3 has the values of
-    DeepSpeed's documentation and of transformers' `auto`: gradients are reduced, and weights prefetched, in
-    buckets of about one square matrix; vectors are not sharded. A model that is only scored has the memory of
-    gradients, optimizer states and activations: a layer is gathered while the one before it computes.
-    DeepSpeed prefetches nothing while more than `stage3_max_live_parameters` are gathered: three layers fit,
-    and never less than its default of 1e9.
-    """
-    square = hidden_size**2
-    layer = _SQUARES_PER_LAYER * square
-    if stage < 3:
-        return {"reduce_bucket_size": layer, "allgather_bucket_size": layer}
-    prefetch = {"reduce_bucket_size": square, "stage3_prefetch_bucket_size": int(0.9 * square)}
-    if not trains:
-        prefetch = {
-            "stage3_prefetch_bucket_size": layer,
-            "stage3_max_live_parameters": max(10**9, 3 * layer),
-        }
-    return {**prefetch, "stage3_param_persistence_threshold": 10 * hidden_size}
-
-
-def frozen_config(
-    offload: Offload, dtype: Dtype, folder: Path | None = None, largest_shard: int = 0
-) -> dict[str, Any]:
-    """Return DeepSpeed's configuration of a model that is only scored: sharded weights, no optimizer.
-
-    With NVMe, its weights are in `folder`, which this process uses alone. DeepSpeed reads shards into a few
-    buffers in host memory, and fails where a shard is larger than a buffer (`largest_shard` elements).
-    """
-    zero: dict[str, Any] = {"stage": 3, "leaf_module": _NO_LEAVES}
-    if offload is not Offload.none:
-        zero["offload_param"] = _offload(offload)
-    if folder is not None:
-        zero["offload_param"] |= {"nvme_path": str(folder), "buffer_size": largest_shard}
-    return _shared_config(zero, dtype)
-
-
-def _shared_config(zero: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        "zero_optimization": zero,
-        "bf16": {"enabled": dtype is Dtype.bf16},
-        "fp16": {"enabled": dtype is Dtype.fp16, "loss_scale": START},  # `LossScale` changes it
-        "steps_per_print": 2**31,
-        "timers": {"throughput": {"enabled": False}},  # it waits for the device in every forward and step
-    }
-
-
-def _offload(target: Offload) -> dict[str, Any]:
-    return {"device": target.value, "pin_memory": torch.cuda.is_available()}
-
-
-def own_folder(nvme_path: str, world: World) -> Path:
-    """Create and return a folder below `nvme_path` for this process; remove those of dead processes.
-
-    DeepSpeed deletes everything in its folder, so processes must not share one.
-    """
-    peer, root = world.peers[world.rank], Path(nvme_path)
-    for folder in root.glob(f"dpo_dist-{peer.host}-*"):
-        if not psutil.pid_exists(int(folder.name.rpartition("-")[2])):
-            shutil.rmtree(folder, ignore_errors=True)
-    own = root / f"dpo_dist-{peer.host}-{peer.pid}"
-    try:
-        shutil.rmtree(own, ignore_errors=True)
-        own.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(
-            "the folder for weights on NVMe cannot be created",
-            where="reference.nvme_path",
-            got=f"{own}: {error.strerror}",
-            remedy="set reference.nvme_path to a folder that is writable on every node",
-        ) from error
-    return own
 
 
 class Engine:
@@ -325,6 +157,61 @@ class FrozenEngine(Engine):
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
         return_memory()
+
+
+_LOWEST = 1.0
+_STEPS_TO_DOUBLE = 1000
+
+
+@dataclass(frozen=True)
+class LossScale:
+    """A power of two, by which the loss of a step is multiplied, and the updates since it last changed."""
+
+    value: float = START
+    applied: int = 0
+
+    def after(self, *, is_applied: bool) -> "LossScale":
+        """Return the scale of the next step: half after an overflow, double after 1,000 updates without."""
+        if not is_applied:
+            return LossScale(max(_LOWEST, self.value / 2))
+        if self.applied + 1 == _STEPS_TO_DOUBLE:
+            return LossScale(self.value * 2)
+        return LossScale(self.value, self.applied + 1)
+
+
+STATES_OF_ADAM = {OptimizerKind.adamw: 2.0, OptimizerKind.adamw_8bit: 0.5}
+"""Size of the states that an optimizer keeps beside a master weight, in sizes of the master weight."""
+
+
+def create_optimizer(model: PackedCausalLM, optim: OptimConfig) -> torch.optim.Optimizer:
+    """Return AdamW for the trained weights; Accelerate replaces an offloaded one by DeepSpeed's CPU Adam."""
+    groups, betas = _parameter_groups(model, optim.weight_decay), (optim.betas[0], optim.betas[1])
+    if optim.kind is OptimizerKind.adamw:
+        return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
+    from bitsandbytes import optim as bitsandbytes  # noqa: PLC0415  (optional)
+
+    adamw: Any = bitsandbytes.AdamW8bit  # type: ignore[attr-defined]
+    eight_bit: torch.optim.Optimizer = adamw(groups, lr=optim.lr, betas=betas, eps=optim.eps)
+    return eight_bit
+
+
+def _parameter_groups(model: PackedCausalLM, weight_decay: float) -> list[dict[str, Any]]:
+    """Return parameter groups with weight decay for matrices, and without for biases and norms.
+
+    Weights without a gradient, as those of a vision tower, are not decayed either: they stay as they are.
+    Under ZeRO-3 only `ds_shape` has the number of dimensions.
+    """
+    unmoved = without_gradient(model.causal_lm)
+
+    def decays(weight: nn.Parameter) -> bool:
+        return len(getattr(weight, "ds_shape", weight.shape)) > 1 and weight not in unmoved
+
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    groups = [
+        {"params": [weight for weight in trained if decays(weight)], "weight_decay": weight_decay},
+        {"params": [weight for weight in trained if not decays(weight)], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 class PolicyEngine(Engine):

@@ -22,9 +22,9 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column
 from rich.text import Text
 
+from dpo_dist.foundation.background import call_periodically
 from dpo_dist.foundation.errors import DpoDistError
 from dpo_dist.foundation.files import for_json
-from dpo_dist.foundation.process import call_periodically
 from dpo_dist.foundation.streams import SafeStream, output_descriptor, output_of_objects, printable_lines
 from dpo_dist.foundation.text import counted, duration, percent, without_secrets
 
@@ -40,7 +40,7 @@ _BAR_WIDTH = 20
 _STYLES = {"error": "bold red", "warning": "yellow"}
 """Styles of a terminal's lines, by the first word."""
 _TIMED = ("message", "progress", "evaluation", "error")
-"""Kinds whose lines begin with date and time in a scheduler's log file; results do not."""
+"""Kinds of lines that begin with date and time in a scheduler's log file; results do not."""
 TRAINING = "training"
 """The work whose last state stays on a terminal."""
 
@@ -289,8 +289,8 @@ def open_console(rank_log: Callable[[str], Path], style: str = "auto") -> Iterat
     sys.stderr.flush()
     saved = os.dup(1), os.dup(2)
     # A line at a time: lines of several processes do not mix.
-    own = (os.fdopen(os.dup(number), "w", buffering=1) for number in (output_descriptor(), 2))
-    objects, messages = map(SafeStream, own)
+    streams = (os.fdopen(os.dup(number), "w", buffering=1) for number in (output_descriptor(), 2))
+    objects, messages = map(SafeStream, streams)
     with log_file.open("ab", buffering=0) as log:  # a buffer would raise again when it is closed
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -306,13 +306,11 @@ def open_console(rank_log: Callable[[str], Path], style: str = "auto") -> Iterat
                 log.write(without_secrets(traceback.format_exc() + block).encode())
             raise
         finally:
-            for stream in (sys.stdout, sys.stderr):
+            for number, stream in ((1, sys.stdout), (2, sys.stderr)):
                 with contextlib.suppress(OSError):
                     stream.flush()
-            os.dup2(saved[0], 1)
-            os.dup2(saved[1], 2)
-            for descriptor in saved:
-                os.close(descriptor)
+                os.dup2(saved[number - 1], number)
+                os.close(saved[number - 1])
             messages.close()
             objects.close()
 

@@ -60,8 +60,8 @@ class DpoDistError(Exception):
         self.got = got
         self.expected = expected
         self.remedy = remedy
-        self.reporting_rank: int | None = None
-        """The rank that prints the error; None before the processes have joined."""
+        self.is_printed_here: bool | None = None
+        """Whether this process prints the error; None before the processes have joined."""
 
     def block(self) -> str:
         """Return the error as the lines that are printed, without empty parts."""

@@ -24,7 +24,6 @@ _REPLACED = "replaced-"
 # Names of this module only: users have files of similar names.
 _LEFT = re.compile(r"\.tmp-(replaced-)?[0-9a-f]{12}")
 _CREATED_SECONDS = 1
-_BLOCK_BYTES = 2**22
 _SAMPLE_BYTES = 4096
 _SAMPLES = 16
 _UMASK = os.umask(0o022)  # read by setting it, while no thread writes
@@ -190,8 +189,7 @@ def content_digest(files: Iterable[Path]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         with file.open("rb") as stream:
-            while block := stream.read(_BLOCK_BYTES):
-                digest.update(block)
+            hashlib.file_digest(stream, lambda: digest)
     return digest.hexdigest()
 
 
@@ -238,12 +236,10 @@ def remembered_digest(file: Path, memo: Path | None) -> str:
 
 def recall(memo: Path | None, identity: str) -> str | None:
     """Return the text cached for `identity`, if there is one."""
-    if memo is None:
-        return None
-    try:
-        return str(json.loads(_entry(memo, identity).read_bytes())["digest"])
-    except (OSError, ValueError, KeyError):
-        return None
+    if memo is not None:
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return str(json.loads(_entry(memo, identity).read_bytes())["digest"])
+    return None
 
 
 def remember(memo: Path | None, identity: str, digest: str) -> None:
@@ -283,14 +279,11 @@ def locked(
     locks, a second process is not noticed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
+    with path.open("a") as file:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"another process {owner}", where=str(path), remedy=remedy) from None
         except OSError:
             pass
-        yield descriptor
-    finally:
-        os.close(descriptor)
+        yield file.fileno()

@@ -1,11 +1,9 @@
-"""Standard streams that are closed, full or without a reader do not end a run; text without control codes.
-
-What is written to them has no secrets.
-"""
+"""Standard streams: closed, full or without a reader, they do not end a run; no secrets, no control codes."""
 
 import contextlib
 import os
 import sys
+from collections.abc import Callable
 from typing import TextIO
 
 from dpo_dist.foundation.errors import DpoDistError
@@ -18,25 +16,23 @@ class SafeStream:
     """Writes to `stream`, with escapes for characters that its encoding lacks, until a write fails."""
 
     def __init__(self, stream: TextIO):
-        self._stream = stream
-        self.is_open = True
-        self.encoding = _encoding(stream)
+        self._stream, self.is_open = stream, True
+        self.encoding = getattr(stream, "encoding", None) or "utf-8"
 
     def write(self, text: str) -> int:
         """Write `text` without secrets if the stream takes it."""
-        if self.is_open:
-            try:
-                self._stream.write(_encodable(without_secrets(text), self.encoding))
-            except (OSError, ValueError):  # closed pipe, full disk, lost terminal; closed stream
-                self.is_open = False
+        self._try(lambda: _write(self._stream, text))
         return len(text)
 
     def flush(self) -> None:
         """Flush the stream if that is possible."""
+        self._try(self._stream.flush)
+
+    def _try(self, call: Callable[[], object]) -> None:
         if self.is_open:
             try:
-                self._stream.flush()
-            except (OSError, ValueError):
+                call()
+            except (OSError, ValueError):  # closed pipe, full disk, lost terminal; closed stream
                 self.is_open = False
 
     def isatty(self) -> bool:
@@ -85,7 +81,7 @@ def print_error(error: DpoDistError) -> int:
 def print_result(text: str) -> None:
     """Print the only result of a command, without secrets; a reader that has gone (`| head`) is no error."""
     try:
-        sys.stdout.write(_encodable(without_secrets(text), _encoding(sys.stdout)))
+        _write(sys.stdout, text)
         sys.stdout.flush()
     except OSError as error:
         _discard(sys.stdout)
@@ -124,12 +120,10 @@ def output_descriptor() -> int:
     return 1 if _reserved is None else _reserved.fileno()
 
 
-def _encoding(stream: TextIO) -> str:
-    return getattr(stream, "encoding", None) or "utf-8"
-
-
-def _encodable(text: str, encoding: str) -> str:
-    return text.encode(encoding, "backslashreplace").decode(encoding)
+def _write(stream: TextIO, text: str) -> None:
+    """Write `text` without secrets, and with escapes for characters that the stream's encoding lacks."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    stream.write(without_secrets(text).encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _discard(stream: TextIO) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from dpo_dist.config.run_folder import LAST_EVALUATION
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.foundation.errors import RunOutcome, warn_on_bug
-from dpo_dist.foundation.process import BY_TRACKER
+from dpo_dist.foundation.signals import BY_TRACKER
 from dpo_dist.generation.samples import prepare_samples
 from dpo_dist.insight.evaluation import write_evaluation
 from dpo_dist.insight.metrics.card import data_findings, run_card

@@ -13,17 +13,10 @@ from torch import Tensor
 
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.config.schema import ModelConfig, RunConfig
-from dpo_dist.distributed.processes import is_of_communication
+from dpo_dist.distributed.deepspeed_config import frozen_config, nvme_folder
+from dpo_dist.distributed.failures import is_of_communication
 from dpo_dist.distributed.world import World
-from dpo_dist.distributed.zero import (
-    Engine,
-    FrozenEngine,
-    PolicyEngine,
-    frozen_config,
-    own_folder,
-    sharded_loading,
-    unsharded_loading,
-)
+from dpo_dist.distributed.zero import Engine, FrozenEngine, PolicyEngine, sharded_loading, unsharded_loading
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import auto_class
 from dpo_dist.model.exactness import StartCheck
@@ -132,7 +125,7 @@ def load_scored(
     else:
         own, largest_shard = None, 0
         if placement.nvme_path is not None:
-            own = own_folder(placement.nvme_path, world)
+            own = nvme_folder(placement.nvme_path, world)
             largest_shard = math.ceil(_largest_weight(folder, model_config, world) / world.size)
         deepspeed_config = frozen_config(placement.offload, config.model.dtype, own, largest_shard)
         with sharded_loading(world, deepspeed_config):

@@ -19,9 +19,11 @@ from dpo_dist.batching.plan import ComputeCosts, plan_micro_batches
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.data.dataset import PreferenceDataset, damaged_ids
 from dpo_dist.distributed.world import Stops, World
+from dpo_dist.foundation.background import prefetch
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import collect_abandoned, locked
-from dpo_dist.foundation.process import note_progress, prefetch, stopped_by
+from dpo_dist.foundation.process import note_progress
+from dpo_dist.foundation.signals import stopped_by
 from dpo_dist.reference.digest import difference
 from dpo_dist.reference.store import LogpStore, Values
 

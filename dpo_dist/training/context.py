@@ -16,12 +16,12 @@ from dpo_dist.batching.sampler import Indices
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Offload, RunConfig
 from dpo_dist.data.dataset import PreferenceDataset, RankBatch, shard_batch
+from dpo_dist.distributed.deepspeed_config import policy_config
+from dpo_dist.distributed.failures import Reports
 from dpo_dist.distributed.join import joined, load_async_io
-from dpo_dist.distributed.processes import Reports
 from dpo_dist.distributed.world import Stops, World, with_sequence_groups
-from dpo_dist.distributed.zero import policy_config
 from dpo_dist.foundation.console import Console
-from dpo_dist.foundation.process import StopRequest
+from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.text import counted, first_few
 from dpo_dist.model.numerics import deterministic_kernels
 from dpo_dist.training.clock import WorkClock

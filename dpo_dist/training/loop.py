@@ -14,7 +14,7 @@ from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.world import Interrupted
 from dpo_dist.distributed.zero import PolicyEngine
-from dpo_dist.foundation.process import prefetch
+from dpo_dist.foundation.background import prefetch
 from dpo_dist.training.clock import StepClock
 from dpo_dist.training.context import Run
 from dpo_dist.training.health import count, ending_error, pair_losses, write_bad_step

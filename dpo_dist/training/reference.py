@@ -17,7 +17,7 @@ from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ExitCode, ReferenceModelError
-from dpo_dist.foundation.process import StopRequest
+from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.text import counted, duration
 from dpo_dist.model.attention import choose_backend
 from dpo_dist.model.load import check_same_vocabulary

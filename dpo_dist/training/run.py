@@ -18,7 +18,7 @@ from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import Engine, FrozenEngine, LossScale, PolicyEngine
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ExitCode, RunOutcome, StoppedError
-from dpo_dist.foundation.process import StopRequest
+from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.text import counted
 from dpo_dist.model.flops import matmul_peak
 from dpo_dist.model.load import TORCH_DTYPES, load_packed

@@ -25,7 +25,7 @@ from dpo_dist.config.losses import LossConfig, Weighting
 from dpo_dist.data.dataset import RankBatch
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import Engine, PolicyEngine
-from dpo_dist.foundation.process import prefetch
+from dpo_dist.foundation.background import prefetch
 from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response, wpo_weights
 from dpo_dist.objective.losses import BatchFacts, RunningMeans, preference_loss
 from dpo_dist.objective.metrics import (

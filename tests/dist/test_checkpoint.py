@@ -30,7 +30,7 @@ from dpo_dist.config.schema import (
     Quantization,
     ReferenceConfig,
 )
-from dpo_dist.distributed import checkpoint, processes
+from dpo_dist.distributed import checkpoint, failures
 from dpo_dist.distributed.checkpoint import (
     CheckpointSaver,
     Entries,
@@ -292,7 +292,7 @@ def test_a_full_disk_on_one_rank_is_one_error_on_all_and_keeps_checkpoints(
 
 
 def save_and_die(assets: Assets, root: Path, world: World, _folder: Path) -> None:
-    processes.FAREWELL_SECONDS = 1.0
+    failures.FAREWELL_SECONDS = 1.0
     trainer = Trainer(assets, world)
     trainer.save(root, 1)
     if world.rank == 1:

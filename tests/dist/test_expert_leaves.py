@@ -21,8 +21,9 @@ from dpo_dist.config.schema import (
     ParallelismConfig,
     ParallelismKind,
 )
+from dpo_dist.distributed.deepspeed_config import frozen_config
 from dpo_dist.distributed.world import World
-from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine, frozen_config
+from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine
 from dpo_dist.model.attention import PACKED
 from dpo_dist.model.layers import checkpoint_layers, offload_inputs, partly_used_blocks
 from dpo_dist.model.lora import add_adapter

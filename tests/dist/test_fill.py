@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.distributed.world import Stops, World
-from dpo_dist.foundation.process import StopRequest
+from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.reference import store as store_module
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.reference.fill import Scorer, StoreFiller

@@ -19,13 +19,12 @@ from torch.distributed import distributed_c10d
 
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import FolderConfig, ModelConfig, ParallelismConfig, ParallelismKind, RunConfig
-from dpo_dist.distributed import processes
-from dpo_dist.distributed.processes import NOBODY
+from dpo_dist.distributed import failures
 from dpo_dist.distributed.world import World
-from dpo_dist.foundation import process
+from dpo_dist.foundation import background
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, DataError, DpoDistError
-from dpo_dist.foundation.process import StopRequest
+from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference import engine
 from dpo_dist.reference.engine import load_reference, settle_engine
@@ -93,7 +92,7 @@ def die(*_arguments: Any, **_options: Any) -> None:
 
 
 def rank_0_dies(world: World, _folder: Path) -> None:
-    processes.FAREWELL_SECONDS = 2.0
+    failures.FAREWELL_SECONDS = 2.0
     if world.rank == 2:
         time.sleep(0.5)  # sees it late
     world.on_main(die)
@@ -103,13 +102,13 @@ def test_one_survivor_names_the_dead(tmp_path: Path) -> None:
     dead, *survivors = outcomes_of(rank_0_dies, tmp_path, size=3)
     assert dead.exit_code == -signal.SIGKILL
     assert {outcome.error for outcome in survivors} == {"PeerLostError"}, survivors
-    (printed,) = [outcome for outcome in survivors if outcome.reporting_rank != NOBODY]
+    (printed,) = [outcome for outcome in survivors if outcome.is_printed_here]
     assert "rank 0 of 3 died" in printed.message
 
 
 def block_in_c(seconds: int, grace_seconds: float = 1.0) -> None:
     """Block outside of the interpreter, like a collective call of NCCL: no Python signal handler runs."""
-    processes.GRACE_SECONDS = grace_seconds
+    failures.GRACE_SECONDS = grace_seconds
     libc.sleep(seconds)
 
 
@@ -125,7 +124,7 @@ def terminated_after(seconds: float) -> None:
 
 def be_brief(_rank: int) -> None:
     """Wait for the last reports of other ranks for one second in place of five."""
-    processes.FAREWELL_SECONDS = 1.0
+    failures.FAREWELL_SECONDS = 1.0
 
 
 def outcomes_of(scenario: Any, folder: Path, size: int = 2) -> list[Outcome]:
@@ -134,7 +133,7 @@ def outcomes_of(scenario: Any, folder: Path, size: int = 2) -> list[Outcome]:
 
 def printing(outcomes: Sequence[Outcome]) -> list[int]:
     """The ranks that print an error."""
-    return [rank for rank, outcome in enumerate(outcomes) if outcome.reporting_rank == rank]
+    return [rank for rank, outcome in enumerate(outcomes) if outcome.is_printed_here]
 
 
 def blocked_while_one_dies(world: World, _folder: Path) -> None:
@@ -181,12 +180,12 @@ def one_fails(world: World, _folder: Path) -> None:
 def test_an_error_of_one_rank_is_no_lost_process_for_the_others(tmp_path: Path) -> None:
     waiting, failing = outcomes_of(one_fails, tmp_path)
     assert failing.error == "KeyError"  # with its traceback
-    assert (waiting.error, waiting.reporting_rank) == ("PeerLostError", NOBODY), waiting.log
+    assert (waiting.error, waiting.is_printed_here) == ("PeerLostError", False), waiting.log
     assert "process of the run failed" in waiting.message
 
 
 def write_in_a_removed_folder(world: World, folder: Path) -> None:
-    processes.FAREWELL_SECONDS = 4.0  # the others ask each second
+    failures.FAREWELL_SECONDS = 4.0  # the others ask each second
     config = RunConfig(model=ModelConfig("unused"), run=FolderConfig(dir=str(folder / "removed")))
     Run(config, world, Console(None)).write(lambda: None)
 
@@ -194,9 +193,9 @@ def write_in_a_removed_folder(world: World, folder: Path) -> None:
 def test_a_removed_run_directory_is_printed_by_rank_0_and_ends_the_others(tmp_path: Path) -> None:
     """The store of the rendezvous ends with rank 0, and the barrier of the other only then."""
     failing, waiting = outcomes_of(write_in_a_removed_folder, tmp_path)
-    assert (failing.error, failing.reporting_rank) == ("ConfigError", 0), failing.log
+    assert (failing.error, failing.is_printed_here) == ("ConfigError", True), failing.log
     assert "the run directory is missing" in failing.message
-    assert (waiting.error, waiting.reporting_rank) == ("PeerLostError", NOBODY), waiting.log
+    assert (waiting.error, waiting.is_printed_here) == ("PeerLostError", False), waiting.log
     assert "process of the run failed" in waiting.message
 
 
@@ -208,7 +207,7 @@ def out_of_memory_while_blocked(world: World, _folder: Path) -> None:
 
 def test_out_of_memory_on_one_rank_is_one_block_and_ends_all(tmp_path: Path) -> None:
     blocked, failing = outcomes_of(out_of_memory_while_blocked, tmp_path)
-    assert (failing.error, failing.reporting_rank) == ("DeviceMemoryError", 1)
+    assert (failing.error, failing.is_printed_here) == ("DeviceMemoryError", True)
     assert "Tried to allocate 20.00 MiB" in failing.message
     assert blocked.exit_code == 2, blocked.log
     assert "process lost" not in blocked.log
@@ -239,7 +238,7 @@ def test_an_error_of_all_ranks_is_printed_once_and_is_not_a_lost_process(
 
 def signalled_while_rank_0_works(world: World, _folder: Path) -> None:
     """As while rank 0 encodes; the process group must not be used any more."""
-    processes.GRACE_SECONDS = 1.0
+    failures.GRACE_SECONDS = 1.0
     with StopRequest().listening():
         if world.rank == 1:
             terminated_after(0.5)
@@ -248,7 +247,7 @@ def signalled_while_rank_0_works(world: World, _folder: Path) -> None:
 
 def test_a_signal_to_a_rank_that_waits_for_work_ends_all(tmp_path: Path) -> None:
     working, signalled = outcomes_of(signalled_while_rank_0_works, tmp_path)
-    assert (signalled.error, signalled.reporting_rank) == ("StoppedError", 1), signalled.log
+    assert (signalled.error, signalled.is_printed_here) == ("StoppedError", True), signalled.log
     assert working.exit_code == 75, working.log
 
 
@@ -274,7 +273,7 @@ def settle(
     folder: Path, fails: Arrangement, on: range, late: float, world: World, _folder: Path
 ) -> Arrangement:
     """Settle a model of which layer 1 fails in one arrangement on the ranks of `on`; rank 1 begins late."""
-    processes.GRACE_SECONDS = engine.FAULT_SECONDS = 1.0
+    failures.GRACE_SECONDS = engine.FAULT_SECONDS = 1.0
     policy = load_policy(folder, world)
     if world.rank in on:
         layer = policy.causal_lm.model.layers[1]
@@ -305,11 +304,11 @@ def settled(
 def test_a_forward_that_fails_on_one_rank_ends_all(tmp_path: Path) -> None:
     """The others wait for that rank in a collective call of the same forward, which it has left."""
     first, failing, last = settled(PACKED, range(1, 2), tmp_path, size=3)
-    assert (failing.error, failing.reporting_rank) == ("ConfigError", 1), failing.log
+    assert (failing.error, failing.is_printed_here) == ("ConfigError", True), failing.log
     assert "RuntimeError: layer 1 is broken" in failing.message
     for other in (first, last):
         assert (other.error, other.exit_code) in [("PeerLostError", 0), ("", 2)], other.log
-        assert other.reporting_rank in (None, NOBODY)
+        assert not other.is_printed_here
 
 
 SHARED = ParallelismConfig(ParallelismKind.zero2, sequence_parallel=2)
@@ -358,8 +357,8 @@ def slow_work(world: World, _folder: Path) -> dict[str, Any]:
         time.sleep(3)
         return f"from {world.rank}"
 
-    process._BEAT_SECONDS = 1.0
-    on_main = world.on_main(process.call_periodically(beats.append)(work))
+    background._BEAT_SECONDS = 1.0
+    on_main = world.on_main(background.call_periodically(beats.append)(work))
     gathered = world.gather(work() if world.rank else "quick")
     return {"on_main": on_main, "gather": gathered, "beats": beats}
 
@@ -378,8 +377,8 @@ def hangs_in_a_file_system() -> None:
 
 
 def hanging_work(world: World, _folder: Path) -> None:
-    processes.PATIENCE_SECONDS = processes.GRACE_SECONDS = 1
-    processes.FAREWELL_SECONDS = 2
+    failures.PATIENCE_SECONDS = failures.GRACE_SECONDS = 1
+    failures.FAREWELL_SECONDS = 2
     if world.rank == 1:
         hangs_in_a_file_system()
     world.sum(torch.ones(1))
@@ -389,18 +388,18 @@ def test_a_rank_that_hangs_is_named_and_writes_its_stacks(tmp_path: Path) -> Non
     """In steps, a hung file system ends the job with one error."""
     ranks = start_ranks(hanging_work, 3, tmp_path / "ranks", timeout=4)
     first, hanging, other = ranks.finish()
-    assert (first.error, first.reporting_rank) == ("PeerLostError", 0), first.log
+    assert (first.error, first.is_printed_here) == ("PeerLostError", True), first.log
     assert "rank 1 of 3 does not answer" in first.message
     assert f"rank 1 (process {ranks.processes[1].pid} on {socket.gethostname()})" in first.message
-    assert (other.error, other.reporting_rank) == ("PeerLostError", processes.NOBODY), other.log
+    assert (other.error, other.is_printed_here) == ("PeerLostError", False), other.log
     assert (hanging.exit_code, hanging.error) == (69, ""), hanging.log
     stacks = (tmp_path / "ranks" / "rank-1.stacks.txt").read_text()
     assert f"in {hangs_in_a_file_system.__name__}" in stacks
 
 
 def stopped_host_of_the_store(world: World, _folder: Path) -> None:
-    processes.STORE_SECONDS = processes.PATIENCE_SECONDS = 2
-    processes.FAREWELL_SECONDS = 1
+    failures.STORE_SECONDS = failures.PATIENCE_SECONDS = 2
+    failures.FAREWELL_SECONDS = 1
     if world.rank == 0:
         os.kill(os.getpid(), signal.SIGSTOP)
     world.sum(torch.ones(1))
@@ -413,6 +412,6 @@ def test_a_hanging_process_with_the_store_times_out(tmp_path: Path) -> None:
         ranks.processes[rank].join(120)
     os.kill(ranks.processes[0].pid, signal.SIGKILL)
     _, second, third = ranks.finish()
-    assert (second.error, second.reporting_rank) == ("PeerLostError", 1), second.log
+    assert (second.error, second.is_printed_here) == ("PeerLostError", True), second.log
     assert "rank 0 of 3 does not answer" in second.message
-    assert (third.error, third.reporting_rank) == ("PeerLostError", processes.NOBODY), third.log
+    assert (third.error, third.is_printed_here) == ("PeerLostError", False), third.log

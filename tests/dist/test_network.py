@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.distributed import processes
+from dpo_dist.distributed import failures
 from dpo_dist.distributed.world import World
 from tests.dist.scenario import Assets
 from tests.dist.test_checkpoint import Trainer
@@ -85,7 +85,7 @@ def wait_for(file: Path, seconds: float = 200) -> None:
 
 def train_through_faults(assets: Assets, world: World, folder: Path) -> None:
     """Train without a fault, then the same with one, then wait for a rank that cannot be reached any more."""
-    processes.PATIENCE_SECONDS = processes.STORE_SECONDS = processes.FAREWELL_SECONDS = 2
+    failures.PATIENCE_SECONDS = failures.STORE_SECONDS = failures.FAREWELL_SECONDS = 2
     undisturbed = Trainer(assets, world)
     expected = [undisturbed.step(rows) for rows in STEPS]
     trainer = Trainer(assets, world)
@@ -126,7 +126,7 @@ def test_an_outage_is_waited_for_and_a_lost_network_ends_both_nodes(
         assert report["found"] == report["expected"], "nothing is lost"
         assert report["waited"] > OUTAGE_SECONDS / 2, "the steps were under way during the outage"
     assert time.monotonic() - cut < 2 * TIMEOUT_SECONDS + 60
-    assert (first.error, first.reporting_rank) == ("PeerLostError", 0), first.log
+    assert (first.error, first.is_printed_here) == ("PeerLostError", True), first.log
     assert "rank 1 of 2 does not answer" in first.message
-    assert (second.error, second.reporting_rank) == ("PeerLostError", 1), second.log
+    assert (second.error, second.is_printed_here) == ("PeerLostError", True), second.log
     assert "rank 0 of 2 does not answer" in second.message

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.schema import Offload, Quantization, ReferenceConfig
 from dpo_dist.data.dataset import shard_batch
+from dpo_dist.distributed.deepspeed_config import nvme_folder
 from dpo_dist.distributed.join import check_async_io
-from dpo_dist.distributed.processes import Peer
-from dpo_dist.distributed.world import World
-from dpo_dist.distributed.zero import FrozenEngine, own_folder
+from dpo_dist.distributed.world import Peer, World
+from dpo_dist.distributed.zero import FrozenEngine
 from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
 from dpo_dist.reference.digest import digest_model, digest_on_every_node
 from dpo_dist.reference.engine import load_reference
@@ -97,12 +97,12 @@ def test_each_process_has_its_folder_and_those_of_dead_ones_are_removed(tmp_path
     living.mkdir()
     dead.mkdir()
     worlds = [World(None, rank, 2, torch.device("cpu"), peers) for rank in (0, 1)]
-    own = {own_folder(str(tmp_path), world) for world in worlds}
+    own = {nvme_folder(str(tmp_path), world) for world in worlds}
     assert len(own) == 2
     assert {*tmp_path.iterdir()} == {living, *own}
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot be created"):
-        own_folder(str(tmp_path / "file"), worlds[0])
+        nvme_folder(str(tmp_path / "file"), worlds[0])
 
 
 def quantize(assets: Assets, world: World, _folder: Path) -> list[float]:

@@ -193,7 +193,7 @@ def test_a_killed_rank_is_named_and_reference_and_time_are_those_of_all_starts(
     steps = ["trainer.epochs=4", "trainer.save_every=2", "optim.lr=1e-3"]
     command = overrides(*steps, *evaluated, "samples.max_new_tokens=4")
     when = (run / "checkpoints/step-000004").is_dir
-    brief = constants(**{"dpo_dist.distributed.processes.FAREWELL_SECONDS": 1.0})
+    brief = constants(**{"dpo_dist.distributed.failures.FAREWELL_SECONDS": 1.0})
     codes, said = signalled(command, signal.SIGKILL, [0], when, brief)
     assert all(codes), said
     assert "rank 0 of 2 died" in said, said

@@ -23,8 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dpo_dist.config.schema import Dtype, ModelConfig, OptimConfig, ParallelismConfig, ParallelismKind
+from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.join import start_world, stop_world
-from dpo_dist.distributed.zero import PolicyEngine, policy_config
+from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective import token_logps as output_layer
 from tests.simulated_cuda import runs

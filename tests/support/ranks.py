@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.schema import Dtype, OptimConfig, ParallelismConfig, ParallelismKind
+from dpo_dist.distributed.deepspeed_config import policy_config
+from dpo_dist.distributed.failures import Reports, watched
 from dpo_dist.distributed.join import start_world
-from dpo_dist.distributed.processes import Reports
 from dpo_dist.distributed.world import World, with_sequence_groups
-from dpo_dist.distributed.zero import policy_config
 from tests.support.warm import be_random_anew, context, reserve_port, start_parent
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +37,7 @@ class Outcome:
     result: Any = None
     error: str = ""
     message: str = ""
-    reporting_rank: int | None = None
+    is_printed_here: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _be_rank(
     try:
         world = start_world(policy_config(parallelism, OPTIM, dtype), timeout_seconds=timeout)
         world = with_sequence_groups(world, parallelism.sequence_parallel)
-        with world.watch(Reports(stacks=folder / f"rank-{rank}.stacks.txt")):
+        with watched(world, Reports(stacks=folder / f"rank-{rank}.stacks.txt")):
             outcome = {"result": scenario(world, folder)}
             world.barrier()
     except BaseException as error:
@@ -143,6 +143,6 @@ def _be_rank(
         outcome = {
             "error": type(error).__name__,
             "message": str(error),
-            "reporting_rank": getattr(error, "reporting_rank", None),
+            "is_printed_here": getattr(error, "is_printed_here", None),
         }
     (folder / f"rank-{rank}.json").write_text(json.dumps(outcome))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dpo_dist.foundation.process import prefetch
+from dpo_dist.foundation.background import prefetch
 
 
 @pytest.fixture(autouse=True)

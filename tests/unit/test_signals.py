@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.foundation import process
+from dpo_dist.foundation import signals
 from dpo_dist.foundation.errors import ExitCode, StoppedError
-from dpo_dist.foundation.process import StopRequest
+from dpo_dist.foundation.signals import StopRequest
 
 
 @pytest.fixture(autouse=True)
 def short_echoes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "_REPEATED_SECONDS", 0.2)
+    monkeypatch.setattr(signals, "_REPEATED_SECONDS", 0.2)
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +81,7 @@ def test_an_echo_of_a_signal_is_ignored_and_a_second_one_ends_the_process(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A launcher passes on the signal that the process has got from the terminal."""
-    monkeypatch.setattr(process, "_EXIT_CALLBACK_SECONDS", 0.1)
+    monkeypatch.setattr(signals, "_EXIT_CALLBACK_SECONDS", 0.1)
     stop = StopRequest()
     with stop.listening(), stop.deferred():
         threading.Timer(0.05, os.kill, [os.getpid(), signal.SIGTERM]).start()
@@ -89,8 +89,8 @@ def test_an_echo_of_a_signal_is_ignored_and_a_second_one_ends_the_process(
         assert stop.reason == "SIGINT"
 
     def wait_for_the_second() -> None:
-        process.exit_callbacks.append(lambda code: (tmp_path / "said").write_text(str(code)))
-        process.exit_callbacks.append(lambda _: time.sleep(60))
+        signals.exit_callbacks.append(lambda code: (tmp_path / "said").write_text(str(code)))
+        signals.exit_callbacks.append(lambda _: time.sleep(60))
         stop = StopRequest()
         # A pool waits for its threads when it is left.
         with stop.listening(), stop.deferred(), ThreadPoolExecutor() as pool:
@@ -109,7 +109,7 @@ def test_an_echo_of_a_signal_is_ignored_and_a_second_one_ends_the_process(
 def test_an_echo_is_answered_before_a_long_call_and_a_second_signal_after_it(
     seconds: float, exit_code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process, "_REPEATED_SECONDS", 1.0)
+    monkeypatch.setattr(signals, "_REPEATED_SECONDS", 1.0)
 
     def repeat() -> None:
         time.sleep(seconds)
@@ -132,7 +132,7 @@ def test_before_the_start_a_signal_ends_with_one_line(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     def start() -> None:
-        process.end_at_signals()
+        signals.end_at_signals()
         send(signal.SIGUSR1)
 
     assert in_child(start) == ExitCode.preempted
@@ -144,7 +144,7 @@ def test_a_signal_is_answered_while_the_main_thread_is_blocked(
     is_resumable: bool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """As in a collective call: no handler of Python's runs meanwhile. Other signals come before."""
-    monkeypatch.setattr(process, "_MAIN_THREAD_SECONDS", 0.1)
+    monkeypatch.setattr(signals, "_MAIN_THREAD_SECONDS", 0.1)
 
     def send_both() -> None:
         for number in (signal.SIGCHLD, signal.SIGTERM):
@@ -153,10 +153,10 @@ def test_a_signal_is_answered_while_the_main_thread_is_blocked(
 
     def block() -> None:
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.signal(signal.SIGTERM, process.raise_terminated)
+        signal.signal(signal.SIGTERM, signals.raise_terminated)
         with (
             StopRequest().listening() if is_resumable else contextlib.nullcontext(),
-            process.exit_on_signal(),
+            signals.exit_on_signal(),
         ):
             _thread.start_new_thread(send_both, ())
             # The other threads take the signals, so that nothing wakes this one.

@@ -19,7 +19,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import PairsConfig, ReferenceMode, RoundReference, RunConfig, SourceConfig
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, first_line
 from dpo_dist.foundation.files import collect_abandoned, for_json, locked, staged_folder, write_text
-from dpo_dist.foundation.process import stop_signals
+from dpo_dist.foundation.signals import stop_signals
 from dpo_dist.foundation.streams import output_descriptor
 from dpo_dist.model.folder import model_folder
 

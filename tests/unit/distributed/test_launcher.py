@@ -20,7 +20,7 @@ from tests.support.warm import ENVIRONMENT, context, start_parent
 
 WORKER = """
 import os, signal, sys, time
-from dpo_dist.foundation.process import StopRequest, end_at_signals
+from dpo_dist.foundation.signals import (StopRequest, end_at_signals)
 def start():
     open(f"started-{os.environ['RANK']}", "w").write(str(os.getpid()))
 def stop(number=0, frame=None):

@@ -16,12 +16,13 @@ from deepspeed.ops.op_builder.builder import OpBuilder
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, OptimConfig, ParallelismConfig
 from dpo_dist.distributed import join as joined_module
+from dpo_dist.distributed.deepspeed_config import policy_config
+from dpo_dist.distributed.failures import Reports, watched
 from dpo_dist.distributed.join import joined, start_world
-from dpo_dist.distributed.processes import Peer
-from dpo_dist.distributed.world import Interrupted, Stops, World
-from dpo_dist.distributed.zero import policy_config
+from dpo_dist.distributed.world import Interrupted, Peer, Stops, World
 from dpo_dist.foundation.errors import ConfigError, StoppedError
-from dpo_dist.foundation.process import BY_STEPS, BY_TRACKER, PROGRESS, StopRequest, check_launch
+from dpo_dist.foundation.process import PROGRESS, check_launch
+from dpo_dist.foundation.signals import BY_STEPS, BY_TRACKER, StopRequest
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference.engine import Engine, settle_engine
 from tests.support.families import tiny_family
@@ -41,7 +42,7 @@ def alone() -> World:
 
 def test_a_run_outside_of_the_main_thread_changes_no_handler() -> None:
     def watch() -> str:
-        with alone().watch():
+        with watched(alone(), Reports()):
             return "left"
 
     handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -71,7 +72,8 @@ def test_a_launch_without_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch) 
 def test_gpus_that_are_asked_for_are_there(
     gpus: int, variables: dict[str, str], error: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    for name in ("ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
@@ -79,7 +81,7 @@ def test_gpus_that_are_asked_for_are_there(
     with contextlib.ExitStack() as stack:
         if error:
             stack.enter_context(pytest.raises(ConfigError, match=error))
-        joined_module._check_devices(variables)
+        joined_module._check_devices()
 
 
 def test_a_process_without_a_launcher_is_a_world_of_one_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +91,7 @@ def test_a_process_without_a_launcher_is_a_world_of_one_for_a_while(monkeypatch:
     before = dict(os.environ)
     PartialState(cpu=True)  # of another library in this process
     for _ in range(2):
-        with joined(CONFIG, 60) as world:
+        with joined(CONFIG, 60, Reports()) as world:
             assert (world.size, world.gather("here"), os.environ["MASTER_PORT"]) == (1, ["here"], "0")
         assert {name for name in os.environ if name not in before and "RANK" in name} == set()
         assert "MASTER_PORT" not in os.environ
@@ -168,7 +170,10 @@ def test_a_kernel_that_cannot_be_compiled_is_an_error_before_processes_join(
     monkeypatch.setattr(CPUAdamBuilder, "cxx_args", lambda _: [])  # describing the processor takes seconds
     monkeypatch.setenv("CXX", "/bin/false")
     offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
-    with pytest.raises(ConfigError, match="cpu_adam cannot be compiled") as found, joined(offload, 60):
+    with (
+        pytest.raises(ConfigError, match="cpu_adam cannot be compiled") as found,
+        joined(offload, 60, Reports()),
+    ):
         pass
     assert found.value.where == "parallelism.offload_optimizer"
     assert "/bin/false" in found.value.expected

@@ -1,6 +1,7 @@
 """The loss scale of fp16."""
 
-from dpo_dist.distributed.zero import START, LossScale
+from dpo_dist.distributed.deepspeed_config import START
+from dpo_dist.distributed.zero import LossScale
 
 
 def test_an_overflow_halves_the_loss_scale_and_a_thousand_updates_double_it() -> None:

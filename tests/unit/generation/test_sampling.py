@@ -33,7 +33,7 @@ from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord, Response
 from dpo_dist.distributed.world import Interrupted, Stops
-from dpo_dist.foundation.process import StopRequest
+from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.generation.pairs.files import pair_fields, write_results
 from dpo_dist.generation.pairs.rounds import merge_adapter
 from dpo_dist.generation.sampling.generate import (

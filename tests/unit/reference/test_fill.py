@@ -16,7 +16,7 @@ from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.world import Stops
 from dpo_dist.foundation.errors import DataError, ReferenceModelError, StoppedError
 from dpo_dist.foundation.files import locked
-from dpo_dist.foundation.process import StopRequest
+from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.reference.fill import FillReport, StoreFiller, count_reused
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
 from tests.support.alone import ALONE

@@ -19,7 +19,7 @@ from dpo_dist.config.losses import KINDS, LossConfig, LossKind, LossTermConfig, 
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.data.dataset import PreferenceDataset, RankBatch, collate, shard_batch
 from dpo_dist.distributed.world import Stops, World
-from dpo_dist.foundation.process import StopRequest
+from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.logps import PairLogps

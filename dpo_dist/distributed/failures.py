@@ -1,4 +1,4 @@
-"""The processes of a run: which have failed, died or are stopped, and which one prints the error.
+"""Which processes of a run have failed, died or are stopped, and which one prints the error.
 
 A process that is blocked in a collective call cannot be reached by another collective call, and while it
 waits for a CUDA kernel it runs no signal handler either. Failures are therefore recorded in the key-value
@@ -9,10 +9,11 @@ import contextlib
 import faulthandler
 import os
 import re
+import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from dpo_dist.distributed.memory import out_of_memory
+from dpo_dist.distributed.world import Peer, World
 from dpo_dist.foundation.errors import (
     DpoDistError,
     ExitCode,
@@ -32,10 +34,10 @@ from dpo_dist.foundation.errors import (
     disk_error,
     first_line,
 )
+from dpo_dist.foundation.signals import ended_with_launcher, exit_callbacks, exit_on_signal, raise_terminated
 
 T = TypeVar("T")
 
-NOBODY = -1
 FAREWELL_SECONDS = 5.0
 GRACE_SECONDS = 8.0
 PATIENCE_SECONDS = 10.0
@@ -51,36 +53,6 @@ _OF_COMMUNICATION = (
     r"timed ?out|timeout|closed by peer|reset by peer|broken pipe|remote process exited"
     r"|connection was likely closed|connectFullMesh failed"
 )
-
-
-@dataclass(frozen=True)
-class Peer:
-    """Host and process of a rank; `place` differs between hosts, also of one name, and their containers."""
-
-    rank: int
-    host: str
-    pid: int
-    place: str
-
-    @classmethod
-    def here(cls, rank: int) -> "Peer":
-        """Return the peer that this process is."""
-        place = host = socket.gethostname()
-        with contextlib.suppress(OSError):  # Linux only
-            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-            place = f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-        return cls(rank, host, os.getpid(), place)
-
-    @property
-    def status(self) -> str:
-        """Return the state of the process, as psutil names it; only for a peer on this host."""
-        try:
-            return str(psutil.Process(self.pid).status())
-        except psutil.NoSuchProcess:
-            return str(psutil.STATUS_ZOMBIE)
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} (process {self.pid} on {self.host})"
 
 
 @dataclass(frozen=True)
@@ -158,7 +130,7 @@ class FailureRecord:
 
 
 def _connect() -> Store | None:
-    """Return an own connection to the store of the rendezvous; None if the store is gone."""
+    """Return a connection of this process to the store of the rendezvous; None if the store is gone."""
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     with contextlib.suppress(RuntimeError):
@@ -170,18 +142,15 @@ def _connect() -> Store | None:
 class Watcher(threading.Thread):
     """Thread that ends this process if another one failed, died or is stopped, and this one does not notice.
 
-    `timeout_seconds` is that of a collective call, and of a process of this host that is stopped.
+    The world's `timeout_seconds` is that of a collective call, and of a process of this host that is stopped.
     """
 
-    def __init__(
-        self, peers: Sequence[Peer], rank: int, control: Any, timeout_seconds: float, reports: Reports
-    ):
+    def __init__(self, world: World, reports: Reports):
         super().__init__(name="watcher", daemon=True)
-        self.record = FailureRecord(len(peers))
-        self._own, self._peers, self._control = peers[rank], peers, control
-        self._timeout_seconds, self._reports = timeout_seconds, reports
-        # Those in other containers are hidden.
-        self._neighbours = [peer for peer in peers if peer.place == self._own.place and peer.rank != rank]
+        self.record = FailureRecord(world.size)
+        self._world, self._reports = world, reports
+        place = world.peers[world.rank].place  # those in other containers are hidden
+        self._neighbours = [peer for peer in world.peers if peer.place == place and peer.rank != world.rank]
         self._stopped = dict.fromkeys(self._neighbours, 0.0)
         self._is_over = threading.Event()
         self._ending = threading.Lock()
@@ -216,7 +185,7 @@ class Watcher(threading.Thread):
 
     def _long_stopped(self) -> list[Peer]:
         """Return the processes that were stopped for the timeout, in time of this process."""
-        return [peer for peer, seconds in self._stopped.items() if seconds >= self._timeout_seconds]
+        return [peer for peer, seconds in self._stopped.items() if seconds >= self._world.timeout_seconds]
 
     def _end_process(self) -> None:
         write_stacks(self._reports.stacks, "the run ends, and the main thread does not notice")
@@ -238,11 +207,11 @@ class Watcher(threading.Thread):
         if is_first is not None:
             return is_first
         lost = [*self._died(), *self._long_stopped()]
-        living = [peer.rank for peer in (self._own, *self._neighbours) if peer not in lost]
-        return self._own.rank == min([rank for rank in living if rank > 0], default=0)
+        living = [peer.rank for peer in self._neighbours if peer not in lost] + [self._world.rank]
+        return self._world.rank == min([rank for rank in living if rank > 0], default=0)
 
     def _reported(self, error: DpoDistError) -> DpoDistError:
-        error.reporting_rank = self._own.rank if self._has_to_print(error) else NOBODY
+        error.is_printed_here = self._has_to_print(error)
         self.record.wait_for_all()
         return error
 
@@ -256,16 +225,16 @@ class Watcher(threading.Thread):
             error = out_of_memory(failure)
         if error is not None and not (isinstance(error, StoppedError) and self._others_ended()):
             return self._reported(error)
-        found = None
-        if len(self._peers) > 1 and isinstance(failure, _POSSIBLE_CONSEQUENCES):
-            found = self._consequence(failure)
-        if found is None:  # a bug, which keeps its traceback, or a signal
-            code = failure.code if isinstance(failure, SystemExit) else None
-            if isinstance(failure, KeyboardInterrupt):
-                code = ExitCode.interrupted
-            self.record.report(code if isinstance(code, int) else ExitCode.failed)
-            self.record.wait_for_all()
-        return found
+        if self._world.size > 1 and isinstance(failure, _POSSIBLE_CONSEQUENCES):
+            consequence = self._consequence(failure)
+            if consequence is not None:
+                return consequence
+        code = failure.code if isinstance(failure, SystemExit) else None
+        if isinstance(failure, KeyboardInterrupt):
+            code = ExitCode.interrupted
+        self.record.report(code if isinstance(code, int) else ExitCode.failed)
+        self.record.wait_for_all()
+        return None
 
     def _consequence(self, failure: BaseException) -> DpoDistError | None:
         """Return the error of another process that caused `failure`; that process may still be dying."""
@@ -292,7 +261,7 @@ class Watcher(threading.Thread):
             "another process of the run failed",
             remedy="see the error on the screen or in the other logs/rank-N.log",
         )
-        error.exit_code, error.reporting_rank = exit_code, NOBODY
+        error.exit_code, error.is_printed_here = exit_code, False
         return error
 
     def _lost(self, got: str) -> PeerLostError:
@@ -303,26 +272,26 @@ class Watcher(threading.Thread):
 
     def _missing(self, got: str) -> PeerLostError:
         """Return the error of a call that waited in vain; it names the ranks that miss a last barrier."""
-        seconds = min(_NAMING_SECONDS, self._timeout_seconds / 2)
+        seconds = min(_NAMING_SECONDS, self._world.timeout_seconds / 2)
         missing: list[int] = []
         try:
             timeout = timedelta(seconds=seconds)
-            dist.monitored_barrier(self._control, timeout, wait_all_ranks=True)
+            dist.monitored_barrier(self._world.control, timeout, wait_all_ranks=True)
         except RuntimeError as error:
             named = re.search(r"Ranks? ([\d, ]+) failed to pass", str(error))
-            missing = [int(rank) for rank in named[1].split(",")] if named else [0] * (self._own.rank > 0)
-        if self._own.rank > 0:  # rank 0 alone knows the others that are missing
+            missing = [int(rank) for rank in named[1].split(",")] if named else [0] * (self._world.rank > 0)
+        if self._world.rank > 0:  # rank 0 alone knows the others that are missing
             deadline = time.monotonic() + FAREWELL_SECONDS
             while self.record.exit_code is None and time.monotonic() < deadline:
                 time.sleep(0.1)
-        what = f"does not answer within parallelism.timeout_seconds ({self._timeout_seconds:.0f})"
+        what = f"does not answer within parallelism.timeout_seconds ({self._world.timeout_seconds:.0f})"
         if not missing:
             what = "waits in another call than the other ranks"
-        return self._error([self._peers[rank] for rank in missing] or [self._own], what, got)
+        return self._error([self._world.peers[rank] for rank in missing or [self._world.rank]], what, got)
 
     def _error(self, lost: Sequence[Peer], what: str, got: str) -> PeerLostError:
         return PeerLostError(
-            f"rank {', '.join(str(peer.rank) for peer in lost)} of {len(self._peers)} {what}",
+            f"rank {', '.join(str(peer.rank) for peer in lost)} of {self._world.size} {what}",
             where="; ".join(map(str, lost)),
             got=got[:300],
             remedy="see its logs/rank-N.log (if that ends without an error, the process was killed, often "
@@ -345,3 +314,51 @@ def write_stacks(file: Path | None, reason: str) -> None:
 def is_of_communication(text: str) -> bool:
     """Return whether the text of an error says that a call waited too long for a rank, or was cut off."""
     return bool(re.search(_OF_COMMUNICATION, text, re.IGNORECASE))
+
+
+@contextlib.contextmanager
+def watched(world: World, reports: Reports) -> Iterator[None]:
+    """End all processes if one of them ends inside the block; exactly one prints the error.
+
+    Entry is collective, and so is exit without an error. An error that leaves the block has
+    `is_printed_here` set. A failure that another process caused becomes a `PeerLostError`. Reports are used
+    also if the main thread is blocked.
+    """
+    watcher = Watcher(world, reports)
+    previous = signal.getsignal(signal.SIGTERM)
+    may_end_at_once = previous is signal.SIG_DFL  # a verb with progress to save has its own handler
+    if may_end_at_once:
+        _handle_sigterm(raise_terminated)
+    if world.size > 1:
+        watcher.start()
+    try:
+        # A rank that is still connecting when another dies would count survivors that exit as dead.
+        if world.size > 1:
+            dist.barrier(group=world.control)
+        exit_callbacks.append(watcher.record.report)
+        with contextlib.ExitStack() as stack:
+            if may_end_at_once:
+                stack.enter_context(exit_on_signal())
+                stack.enter_context(ended_with_launcher())
+            yield
+        world.barrier()
+    except BaseException as failure:
+        # The launcher sends SIGTERM more than once, and this process has not printed its error yet.
+        _handle_sigterm(signal.SIG_IGN)
+        watcher.stop()
+        error = watcher.error_of(failure)
+        if world.size == 1:  # without other ranks the process may survive the error, as in a notebook
+            _handle_sigterm(previous)
+        if error is not None and error is not failure:
+            raise error from failure
+        raise
+    finally:
+        exit_callbacks.clear()
+        watcher.stop()
+    _handle_sigterm(previous)
+
+
+def _handle_sigterm(handler: Any) -> None:
+    """Set the handler of SIGTERM; outside of the main thread, where Python cannot, nothing is changed."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)

@@ -1,0 +1,125 @@
+"""DeepSpeed's configuration of the policy and of a model that is only scored."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from dpo_dist.config.schema import (
+    ZERO_STAGES,
+    Dtype,
+    Offload,
+    OptimConfig,
+    ParallelismConfig,
+    ParallelismKind,
+)
+from dpo_dist.distributed.world import World
+from dpo_dist.foundation.errors import ConfigError
+
+START = 2.0**16
+"""The loss scale at the start of training in fp16."""
+# Weights of a decoder layer over the square of the hidden size: 13 in Llama-3-70B, 19 in Qwen2.5-0.5B.
+_SQUARES_PER_LAYER = 16
+# DeepSpeed's default leaves are the expert blocks of Mixtral, Qwen2-MoE and Qwen3-MoE. Stacked experts, as
+# transformers has them, are gathered alike by all ranks; and a leaf with an adapter and an input without a
+# gradient fails.
+_NO_LEAVES: dict[str, list[str]] = {"classes": []}
+
+
+def policy_config(parallelism: ParallelismConfig, optim: OptimConfig, dtype: Dtype) -> dict[str, Any]:
+    """Return DeepSpeed's configuration of the policy, without `communication`."""
+    zero: dict[str, Any] = {"stage": ZERO_STAGES[parallelism.kind], "overlap_comm": torch.cuda.is_available()}
+    if parallelism.kind is ParallelismKind.zero3:
+        zero["leaf_module"] = _NO_LEAVES
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+        if parallelism.offload_parameters is not Offload.none:
+            zero["offload_param"] = _offload(parallelism.offload_parameters)
+    if parallelism.offload_optimizer is not Offload.none:
+        zero["offload_optimizer"] = _offload(parallelism.offload_optimizer)
+    return {
+        **_shared_config(zero, dtype),
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optim.max_grad_norm,
+        "zero_allow_untested_optimizer": True,
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+
+
+def communication(stage: int, hidden_size: int, *, trains: bool = True) -> dict[str, int]:
+    """Return the bucket sizes of a ZeRO configuration, in elements, for a model of this width.
+
+    Stages 1 and 2 reduce about one decoder layer at a time, 2e8 elements for a 7B model, where DeepSpeed
+    would allocate 5e8, as it does in stage 1 with bf16 whatever is configured. Stage 3 has the values of
+    DeepSpeed's documentation and of transformers' `auto`: gradients are reduced, and weights prefetched, in
+    buckets of about one square matrix; vectors are not sharded. A model that is only scored has the memory of
+    gradients, optimizer states and activations: a layer is gathered while the one before it computes.
+    DeepSpeed prefetches nothing while more than `stage3_max_live_parameters` are gathered: three layers fit,
+    and never less than its default of 1e9.
+    """
+    square = hidden_size**2
+    layer = _SQUARES_PER_LAYER * square
+    if stage < 3:
+        return {"reduce_bucket_size": layer, "allgather_bucket_size": layer}
+    prefetch = {"reduce_bucket_size": square, "stage3_prefetch_bucket_size": int(0.9 * square)}
+    if not trains:
+        prefetch = {
+            "stage3_prefetch_bucket_size": layer,
+            "stage3_max_live_parameters": max(10**9, 3 * layer),
+        }
+    return {**prefetch, "stage3_param_persistence_threshold": 10 * hidden_size}
+
+
+def frozen_config(
+    offload: Offload, dtype: Dtype, folder: Path | None = None, largest_shard: int = 0
+) -> dict[str, Any]:
+    """Return DeepSpeed's configuration of a model that is only scored: sharded weights, no optimizer.
+
+    With NVMe, its weights are in `folder`, which this process uses alone. DeepSpeed reads shards into a few
+    buffers in host memory, and fails where a shard is larger than a buffer (`largest_shard` elements).
+    """
+    zero: dict[str, Any] = {"stage": 3, "leaf_module": _NO_LEAVES}
+    if offload is not Offload.none:
+        zero["offload_param"] = _offload(offload)
+    if folder is not None:
+        zero["offload_param"] |= {"nvme_path": str(folder), "buffer_size": largest_shard}
+    return _shared_config(zero, dtype)
+
+
+def _shared_config(zero: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": zero,
+        "bf16": {"enabled": dtype is Dtype.bf16},
+        "fp16": {"enabled": dtype is Dtype.fp16, "loss_scale": START},  # `LossScale` changes it
+        "steps_per_print": 2**31,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device in every forward and step
+    }
+
+
+def _offload(target: Offload) -> dict[str, Any]:
+    return {"device": target.value, "pin_memory": torch.cuda.is_available()}
+
+
+def nvme_folder(nvme_path: str, world: World) -> Path:
+    """Create and return a folder below `nvme_path` for this process; remove those of dead processes.
+
+    DeepSpeed deletes everything in its folder, so processes must not share one.
+    """
+    peer, root = world.peers[world.rank], Path(nvme_path)
+    for left in root.glob(f"dpo_dist-{peer.host}-*"):
+        if not psutil.pid_exists(int(left.name.rpartition("-")[2])):
+            shutil.rmtree(left, ignore_errors=True)
+    folder = root / f"dpo_dist-{peer.host}-{peer.pid}"
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(
+            "the folder for weights on NVMe cannot be created",
+            where="reference.nvme_path",
+            got=f"{folder}: {error.strerror}",
+            remedy="set reference.nvme_path to a folder that is writable on every node",
+        ) from error
+    return folder

@@ -1,0 +1,210 @@
+"""Requests to stop, by signals and limits; the end of a process that is blocked, or whose launcher died."""
+
+import _thread
+import contextlib
+import ctypes
+import math
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import NoReturn
+
+from dpo_dist.foundation.errors import ExitCode, StoppedError
+from dpo_dist.foundation.process import this_rank
+
+BY_TRACKER, BY_STEPS, BY_SECONDS = "the tracker", "trainer.stop_after_steps", "trainer.max_seconds"
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+# Ctrl-C reaches the processes from the terminal and again from their launcher.
+_REPEATED_SECONDS = 2.0
+_EXIT_CALLBACK_SECONDS = 0.3
+_MAIN_THREAD_SECONDS = 1.0
+_OF_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
+_PR_SET_PDEATHSIG = 1
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Return the signals that ask to stop: not the end of the terminal, if `nohup` ignores it."""
+    is_ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return tuple(number for number in _SIGNALS if number is not signal.SIGHUP or not is_ignored)
+
+
+exit_callbacks: list[Callable[[int], object]] = []
+"""Called with the exit code, in threads, when a second signal ends this process."""
+
+
+class StopRequest:
+    """Vote on whether to save a checkpoint and stop before the schedule ends; limits are of this start."""
+
+    def __init__(self, stop_after_steps: int | None = None, max_seconds: float | None = None):
+        self._steps_left = math.inf if stop_after_steps is None else stop_after_steps
+        self._deadline = math.inf if max_seconds is None else time.monotonic() + max_seconds
+        self._is_deferred, self._is_urgent = False, False
+        self._first_signal = math.inf
+        self.reason = ""
+
+    def ask(self, reason: str) -> None:
+        """Stop as soon as the progress can be saved; thread-safe."""
+        self.reason, self._is_urgent = self.reason or reason, True
+
+    def vote(self) -> bool:
+        """Return whether this rank wants to stop after the step just done."""
+        self._steps_left -= 1
+        if self._steps_left <= 0:
+            self.reason = self.reason or BY_STEPS
+        return self.is_urgent or bool(self.reason)
+
+    @property
+    def is_urgent(self) -> bool:
+        """Return whether this rank wants to stop before an evaluation is complete."""
+        if time.monotonic() > self._deadline:
+            self.ask(BY_SECONDS)
+        return self._is_urgent
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle stop signals and the end of `max_seconds` inside the block.
+
+        The first signal asks to stop within `deferred`, and raises StoppedError elsewhere. A later one, if it
+        is no echo of the first, ends the process at once with 128 + its number. Outside of the main thread
+        nothing is changed. The death of the launcher counts as SIGTERM.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous = {
+            number: signal.signal(number, self._receive) for number in (*stop_signals(), signal.SIGALRM)
+        }
+        if self._deadline < math.inf:
+            signal.setitimer(signal.ITIMER_REAL, max(1e-3, self._deadline - time.monotonic()))
+        try:
+            with ended_with_launcher():
+                yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Take signals inside the block as requests, which the block votes on."""
+        before, self._is_deferred = self._is_deferred, True
+        try:
+            yield
+        finally:
+            self._is_deferred = before
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        now, is_limit = time.monotonic(), number == signal.SIGALRM
+        if now > self._first_signal + _REPEATED_SECONDS and not is_limit:
+            _end_now(128 + number)
+        if self._first_signal < math.inf or (is_limit and self.reason):
+            return
+        if not is_limit:
+            self._first_signal = now
+        name = BY_SECONDS if is_limit else signal.Signals(number).name
+        self.ask(name)
+        if not self._is_deferred:
+            raise stopped_by(name)
+        if not is_limit:  # echoes are answered here, and not after a long call of C, as a second signal
+            time.sleep(_REPEATED_SECONDS)
+
+
+def stopped_by(reason: str, when: str = "before the first step") -> StoppedError:
+    """Return the error of a stop outside of the training steps."""
+    return StoppedError(f"by {reason} {when}", remedy="run the same command again to continue")
+
+
+def end_at_signals() -> None:
+    """End at a signal with one line and exit code 75, until `StopRequest.listening`; nothing is saved."""
+    for number in stop_signals():
+        signal.signal(number, _end_before_start)
+    _follow_launcher()
+
+
+@contextlib.contextmanager
+def exit_on_signal() -> Iterator[None]:
+    """End the process at a signal inside the block even if the main thread is blocked outside of Python.
+
+    For blocks with nothing to save. A signal that has no handler of Python's is not affected.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    is_over = threading.Event()
+    is_resumable = signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, raise_terminated)
+
+    def answer(number: int) -> None:
+        if number not in _SIGNALS or is_over.wait(_MAIN_THREAD_SECONDS):
+            return
+        if is_resumable:
+            _end_before_start(number, None)
+        _print_on_rank_0(f"ended by {signal.Signals(number).name}")
+        _end_now(128 + number)
+
+    def listen() -> None:
+        with reading:
+            while numbers := reading.recv(64):
+                for number in numbers:
+                    answer(number)
+
+    # Python's handlers wait for the main thread; the number of a signal is written to this socket at once.
+    reading, writing = socket.socketpair()
+    writing.setblocking(False)
+    former = signal.set_wakeup_fd(writing.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=listen, name="signals", daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        signal.set_wakeup_fd(former)
+        writing.close()
+
+
+def _end_before_start(number: int, _frame: FrameType | None) -> None:
+    _print_on_rank_0(str(stopped_by(signal.Signals(number).name, "before the start")))
+    _end_now(ExitCode.preempted)
+
+
+def _print_on_rank_0(text: str) -> None:
+    """Print a line without Python's streams, which the main thread may be using."""
+    if this_rank() == 0:
+        with contextlib.suppress(OSError):
+            os.write(2, f"{text}\n".encode())
+
+
+def _end_now(exit_code: int) -> NoReturn:
+    """End the process; threads, pools and other processes are not waited for.
+
+    `threading.Thread.start`, whose locks the signal may have interrupted, is not used.
+    """
+    for callback in exit_callbacks:
+        _thread.start_new_thread(callback, (exit_code,))
+    if exit_callbacks:
+        time.sleep(_EXIT_CALLBACK_SECONDS)
+    os._exit(exit_code)
+
+
+@contextlib.contextmanager
+def ended_with_launcher() -> Iterator[None]:
+    """Get SIGTERM inside the block when the launcher of this process dies, if there is one."""
+    _follow_launcher()
+    try:
+        yield
+    finally:
+        _follow_launcher(0)
+
+
+def _follow_launcher(number: int = signal.SIGTERM) -> None:
+    """Have Linux send this process a signal when its launcher, if any, dies (0: none); others cannot."""
+    if any(name in os.environ for name in _OF_LAUNCHERS):
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
+
+
+def raise_terminated(number: int, _frame: FrameType | None) -> None:
+    """Handle SIGTERM by ending the program, which has nothing to save, in the main thread."""
+    raise SystemExit(128 + number)
