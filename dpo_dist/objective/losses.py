@@ -92,7 +92,8 @@ def preference_loss(
     """
     facts = facts or BatchFacts()
     if config.reference_free:
-        reference = policy.minus(policy).detached()
+        with torch.no_grad():
+            reference = policy.minus(policy)
     total = torch.zeros_like(policy.chosen)
     for term in list(config.terms) or [LossTermConfig(kind=config.kind, weight=1.0)]:
         loss = term.weight * _kind_loss(term.kind, policy, reference, config, facts)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,19 +12,20 @@ from dpo_dist.batching.pack import copied_to
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.data.dataset import RankBatch
 from dpo_dist.distributed.world import World
+from dpo_dist.objective.metrics import ScoredPairs
 
-Pairs = TypeVar("Pairs")
 
+def gather_scored(scored: Sequence[ScoredPairs], rank_batch: RankBatch, world: World) -> ScoredPairs:
+    """Return all pairs of the global batch in its order, the same on every rank; collective.
 
-def gather_pairs(parts: Sequence[Pairs], rank_batch: RankBatch, world: World) -> Pairs:
-    """Return the tensors of all pairs of the global batch in its order, the same on every rank; collective.
-
-    `parts`: of each micro-batch of this rank, without a graph; all their tensors are [pairs].
+    `scored`: this rank's micro-batches, without a graph, of a loss that uses no rankings.
     """
+    parts = [replace(pairs, routing=None, sources=None) for pairs in scored]
     columns = [torch.stack([column.double() for column in _tensors(part)]) for part in parts]
     rows = iter(in_batch_order(columns, rank_batch, world))
-    gathered: Pairs = _with_tensors(parts[0], lambda _: next(rows))
-    return gathered
+    gathered: ScoredPairs = _with_tensors(parts[0], lambda _: next(rows))
+    sources = None if rank_batch.sources is None else on_device(rank_batch.sources, world.device)
+    return replace(gathered, sources=sources)
 
 
 def in_batch_order(columns: Sequence[Tensor], rank_batch: RankBatch, world: World) -> Tensor:
