@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_dist.batching.plan import Arrangement, ComputeCosts
 from dpo_dist.batching.sampler import BatchSampler, Indices, make_sampler
 from dpo_dist.config.identity import run_digest
 from dpo_dist.config.losses import RouterConfig
@@ -36,7 +35,7 @@ from dpo_dist.model.architectures import (
     router_notes,
     training_notes,
 )
-from dpo_dist.model.flops import StepFlops, compute_costs, step_flops
+from dpo_dist.model.flops import StepFlops, step_flops
 from dpo_dist.model.folder import base_notes, model_folder, start_folder, tokenizer_folder
 from dpo_dist.model.layers import check_device, text_notes
 from dpo_dist.model.load import load_config, load_tokenizer, without_weights
@@ -65,8 +64,6 @@ class EvaluationInputs:
         reference_files: None if the loss uses no reference.
         weights: number of weights of the policy.
         router: losses of the policy's routers, which training adds; None: none.
-        arrangement: of the responses in a forward of the policy, known when its weights are loaded.
-        reference_pads: whether a live reference computes padded rows, known when its weights are loaded.
     """
 
     policy_files: ModelFiles
@@ -76,13 +73,6 @@ class EvaluationInputs:
     weights: int
     router: RouterLoss | None
     eval_set: PreferenceDataset | None
-    arrangement: Arrangement = field(default=Arrangement.packed, kw_only=True)
-    reference_pads: bool = field(default=False, kw_only=True)
-
-    @property
-    def costs(self) -> ComputeCosts:
-        """Relative costs of tokens, attention and targets, by which micro-batches are balanced."""
-        return replace(compute_costs(self.flops), arrangement=self.arrangement, pads=self.reference_pads)
 
     @property
     def visited(self) -> list[tuple[PreferenceDataset, Indices]]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.world import Interrupted
@@ -34,6 +35,7 @@ class Loop:
     """The parts of one run that its steps use; `training.run` builds them.
 
     Attributes:
+        costs: micro-batches are balanced by these.
         reference_sync: None unless the reference follows the policy.
         checkpoints: saves the engines.
         identity: digests of the run's inputs, written to every checkpoint.
@@ -42,6 +44,7 @@ class Loop:
 
     run: Run
     inputs: Inputs
+    costs: ComputeCosts
     policy: PolicyEngine
     objective: Objective
     reference_sync: ReferenceSync | None
@@ -116,8 +119,7 @@ class Loop:
         """Yield every step from `first` on; runs in the prefetch thread."""
         sampler = self.inputs.sampler
         for step in range(first, sampler.steps):
-            indices, costs = sampler.indices(step), self.inputs.costs
-            rank_batch = self.run.shard(self.inputs.train_set, indices, costs)
+            rank_batch = self.run.shard(self.inputs.train_set, sampler.indices(step), self.costs)
             yield self.objective.ready_step(rank_batch, self.run.world.device)
 
     def _step(self, position: Position, ready_steps: Iterator[ReadyStep], progress: Progress) -> bool:

@@ -20,6 +20,7 @@ from dpo_dist.foundation.errors import ExitCode, ReferenceModelError
 from dpo_dist.foundation.process import StopRequest
 from dpo_dist.foundation.text import counted, duration
 from dpo_dist.model.attention import choose_backend
+from dpo_dist.model.flops import compute_costs
 from dpo_dist.model.load import check_same_vocabulary
 from dpo_dist.model.numerics import numerics_of
 from dpo_dist.reference.digest import ModelFiles, agree_on_numerics, difference, find_compatible, model_label
@@ -187,7 +188,7 @@ def _stored(
             filler.costs = replace(filler.costs, arrangement=engines[0].model.arrangement)
         return engines[0].token_logps
 
-    costs, entries_per_shard = inputs.costs, config.reference.rows_per_shard
+    costs, entries_per_shard = compute_costs(inputs.flops), config.reference.rows_per_shard
     tokens = SCORING_TOKENS_FACTOR * config.trainer.micro_batch_tokens
     filler = StoreFiller(empty, load_scorer, world, tokens, costs, entries_per_shard, run.stops)
     filled = _fill(run, inputs, filler)

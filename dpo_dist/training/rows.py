@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.objective.metrics import Values
 from dpo_dist.training.context import Run
@@ -30,6 +31,7 @@ class Rows:
 
     run: Run
     inputs: Inputs
+    costs: ComputeCosts
     policy: PolicyEngine
     objective: Objective
     start_is_known: bool
@@ -42,7 +44,7 @@ class Rows:
         started, world, dataset = time.monotonic(), self.run.world, self.inputs.eval_set
         assert dataset is not None
         every = np.arange(len(dataset), dtype=np.int64)
-        rank_batch = self.run.shard(dataset, every, self.inputs.costs)
+        rank_batch = self.run.shard(dataset, every, self.costs)
         policy = None if self.start_is_known and position.step == 0 else self.policy
         self.policy.train(False)
         metrics, values = evaluate(
