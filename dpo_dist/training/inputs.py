@@ -47,7 +47,6 @@ from dpo_dist.training.resume import Identity, length_of
 
 T = TypeVar("T")
 
-_SHARED_WITH_TRAIN = {"also_in_train": count_shared, "prompts_also_in_train": count_shared_prompts}
 _Encode = Callable[[str, Sequence[SourceConfig], Part], PreferenceDataset]
 
 _NO_END = (
@@ -128,8 +127,12 @@ def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
     part = train_part(config.data, None if eval_set is None else eval_set.prompts[:])
     train_set = encode("train", config.data.train, part)
     if eval_set is not None:
-        for count_name, count in _SHARED_WITH_TRAIN.items():
-            eval_set = _with_count(run, eval_set, count_name, count, train_set)
+        eval_set = _counted(
+            run,
+            eval_set,
+            also_in_train=partial(count_shared, eval_set, train_set),
+            prompts_also_in_train=partial(count_shared_prompts, eval_set, train_set),
+        )
     sampler = make_sampler(train_set.spans([source.weight for source in config.data.train]), config.trainer)
     inputs = Inputs(**vars(found) | {"eval_set": eval_set}, train_set=train_set, sampler=sampler)
     for name, dataset in inputs.named.items():
@@ -187,7 +190,7 @@ def _load(
         with run.console.heartbeat(f"verifying the {name} data"):
             # A node that sees the files on another device verifies them again.
             dataset = world.together(lambda: open_dataset(encoded, config.data))
-            dataset = _with_count(run, dataset, "duplicates", count_duplicates)
+            dataset = _counted(run, dataset, duplicates=partial(count_duplicates, dataset))
         world.on_main(lambda: check_ids_in_vocabulary(dataset, tokenizer, vocabulary))
         world.on_main(lambda: check_fits_loss(dataset, config.loss))
         return dataset
@@ -210,16 +213,10 @@ def checked_model(
     return model_config, causal_lm
 
 
-def _with_count(
-    run: Run,
-    dataset: PreferenceDataset,
-    name: str,
-    count: Callable[..., int],
-    *others: PreferenceDataset,
-) -> PreferenceDataset:
-    """Return the dataset with one more count, which rank 0 computes; collective."""
-    number = run.world.on_main(lambda: count(dataset, *others))
-    return replace(dataset, counts=dataset.counts | {name: number})
+def _counted(run: Run, dataset: PreferenceDataset, **count: Callable[[], int]) -> PreferenceDataset:
+    """Return the dataset with further counts, which rank 0 computes; collective."""
+    counts = run.world.on_main(lambda: {name: number() for name, number in count.items()})
+    return replace(dataset, counts=dataset.counts | counts)
 
 
 def _digest_models(run: Run, policy_folder: Path, start: Path | None) -> tuple[ModelFiles, ModelFiles | None]:

@@ -3,7 +3,6 @@
 import time
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from dpo_dist.batching.plan import ComputeCosts
@@ -41,9 +40,8 @@ class Rows:
 
     def record_evaluation(self, position: Position) -> None:
         """Evaluate, record the row, and update `position.best`; collective. May raise `Interrupted`."""
-        started, world, dataset = time.monotonic(), self.run.world, self.inputs.eval_set
-        assert dataset is not None
-        every = np.arange(len(dataset), dtype=np.int64)
+        started, world = time.monotonic(), self.run.world
+        dataset, every = self.inputs.visited[-1]  # the evaluation data
         rank_batch = self.run.shard(dataset, every, self.costs)
         policy = None if self.start_is_known and position.step == 0 else self.policy
         self.policy.train(False)
