@@ -173,7 +173,7 @@ class SavedSlices:
         shapes: dict[str, tuple[int, ...]] = {}
         ranges: dict[str, list[tuple[int, int, str]]] = {}
         step = 0
-        with _reading_errors(folder):
+        with reading_errors(folder):
             files = [file for file in read_manifest(folder) if Path(file).match(f"{name}/*.safetensors")]
             if not files:
                 raise ValueError(f"it has no {name}/*.safetensors")
@@ -192,7 +192,7 @@ class SavedSlices:
 
     def load_into(self, slices: Iterable[Slice]) -> None:
         """Fill the parts of `slices`, of which no other rank needs to have the same ranges."""
-        with _reading_errors(self.folder), contextlib.ExitStack() as stack:
+        with reading_errors(self.folder), contextlib.ExitStack() as stack:
 
             @functools.cache
             def opened(file: str) -> Any:
@@ -219,7 +219,7 @@ class SavedSlices:
 
     def whole(self, name: str, part: str = WEIGHT) -> Tensor:
         """Return a whole weight or optimizer state in host memory, float32 for a trained weight."""
-        with _reading_errors(self.folder):
+        with reading_errors(self.folder):
             pieces = []
             for _, _, file in self._ranges[f"{part}/{name}"]:
                 with safe_open(self.folder / file, "pt") as opened:
@@ -228,7 +228,7 @@ class SavedSlices:
 
 
 @contextlib.contextmanager
-def _reading_errors(folder: Path) -> Iterator[None]:
+def reading_errors(folder: Path) -> Iterator[None]:
     """Raise a `CheckpointError` for a file that cannot be read or is not of a checkpoint."""
     try:
         yield

@@ -324,6 +324,6 @@ def _error(got: str) -> ConfigError:
         "the loss function cannot be used for training",
         where="loss.function",
         got=f"on three invented pairs: {got}",
-        expected="finite losses with finite gradients, each of its own pair alone",
+        expected="finite losses with finite gradients, each of its pair alone",
         remedy="correct the function; docs/python.md describes its arguments and what it must return",
     )

@@ -34,9 +34,9 @@ def in_batch_order(columns: Sequence[Tensor], rank_batch: RankBatch, world: Worl
     `columns`: of each micro-batch of this rank, [columns, pairs].
     """
     whole = torch.zeros(len(columns[0]), rank_batch.pairs, dtype=torch.float64, device=world.device)
-    for own, positions in zip(columns, rank_batch.positions, strict=True):
+    for part, positions in zip(columns, rank_batch.positions, strict=True):
         if positions:  # not a dummy
-            whole[:, on_device(positions, world.device)] = own.double()
+            whole[:, on_device(positions, world.device)] = part.double()
     return world.sum_replicas(whole)
 
 
@@ -52,9 +52,9 @@ def _with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 def _tensors(value: Any) -> list[Tensor]:
     """Return the tensors of `value`, in the order in which `_with_tensors` changes them."""
-    found: list[Tensor] = []
-    _with_tensors(value, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
-    return found
+    tensors: list[Tensor] = []
+    _with_tensors(value, lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return tensors
 
 
 def on_device(numbers: Sequence[int] | Indices, device: torch.device) -> Tensor:

@@ -76,9 +76,9 @@ class EvaluationInputs:
     @property
     def visited(self) -> list[tuple[PreferenceDataset, Indices]]:
         """Each dataset with its indices that are scored; the training dataset is first."""
-        return (
-            [] if self.eval_set is None else [(self.eval_set, np.arange(len(self.eval_set), dtype=np.int64))]
-        )
+        if self.eval_set is None:
+            return []
+        return [(self.eval_set, np.arange(len(self.eval_set), dtype=np.int64))]
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
     With `trains`, options of the policy's training are checked before any large file is read.
     """
     config = run.config
-    found, encode = _load(run, config.loss.router, trains=trains)
-    eval_set = found.eval_set
+    models, encode = _load(run, config.loss.router, trains=trains)
+    eval_set = models.eval_set
     part = train_part(config.data, None if eval_set is None else eval_set.prompts[:])
     train_set = encode("train", config.data.train, part)
     if eval_set is not None:
@@ -134,7 +134,7 @@ def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
             prompts_also_in_train=partial(count_shared_prompts, eval_set, train_set),
         )
     sampler = make_sampler(train_set.spans([source.weight for source in config.data.train]), config.trainer)
-    inputs = Inputs(**vars(found) | {"eval_set": eval_set}, train_set=train_set, sampler=sampler)
+    inputs = Inputs(**vars(models) | {"eval_set": eval_set}, train_set=train_set, sampler=sampler)
     for name, dataset in inputs.named.items():
         for line in describe_counts(name, dataset.counts):
             run.say(line)
@@ -248,8 +248,8 @@ def shared_model_folder(
     run: Run, path: str, revision: str | None, key: str, *, accepts_adapter: bool = False
 ) -> Path:
     """Return `model_folder` on every rank; collective."""
-    found = partial(model_folder, path, revision, key, accepts_adapter=accepts_adapter)
-    return _on_every_rank(run, found, f"downloading {path}")
+    find = partial(model_folder, path, revision, key, accepts_adapter=accepts_adapter)
+    return _on_every_rank(run, find, f"downloading {path}")
 
 
 def with_stored_reference(config: RunConfig) -> RunConfig:

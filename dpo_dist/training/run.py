@@ -11,7 +11,7 @@ import torch
 from dpo_dist.batching.plan import Arrangement, ComputeCosts
 from dpo_dist.config.losses import Weighting
 from dpo_dist.config.schema import ReferenceMode, RunConfig
-from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver
+from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver, reading_errors
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.slices import Sharded
 from dpo_dist.distributed.world import World
@@ -54,13 +54,13 @@ def train(config: RunConfig, console: Console, stop: StopRequest, reporting: Rep
     with open_run(config, console, stop, trains=True) as run, lock_directory(run):
         run.stops.check()  # an import may have swallowed the StoppedError of a signal: check again
         say_header(run)
-        found = find_start(run)
-        if isinstance(found, RunState):
-            return _complete(run, found, reporting)
-        inputs, state = _begin(run, found, reporting)
+        start = find_start(run)
+        if isinstance(start, RunState):
+            return _complete(run, start, reporting)
+        inputs, state = _begin(run, start, reporting)
         with stop.deferred(), contextlib.ExitStack() as engines:
             try:
-                loop, position = _set_up(run, found, inputs, state, engines, reporting)
+                loop, position = _set_up(run, start, inputs, state, engines, reporting)
             except StoppedError:
                 stopped = replace(state, outcome=RunOutcome.preempted, stopped_by=run.stops.agreed)
                 if run.world.is_main:
@@ -73,7 +73,7 @@ def train(config: RunConfig, console: Console, stop: StopRequest, reporting: Rep
 
 
 def _begin(run: Run, checkpoint: Checkpoint | None, reporting: Reporting) -> tuple[Inputs, RunState]:
-    """Read the inputs, and write the files of every start when no check refuses it any more; collective."""
+    """Read the inputs, check them, then write the files of every start; collective."""
     config, world = run.config, run.world
     environment = describe_run(run)
     if "loss_function" in environment:
@@ -195,7 +195,7 @@ def _load_models(
 
 
 def _free(engine: Engine, world: World, error: type[BaseException] | None, *_: Any) -> None:
-    """Free an engine; after an error only of a process alone: others end, and could be waited for."""
+    """Free an engine; after an error only if this process is alone: it could wait for others that end."""
     if error is None:
         engine.free()
     elif world.size == 1:
@@ -237,7 +237,8 @@ def _resume(run: Run, checkpoint: Checkpoint, sharded: Sequence[Sharded]) -> Pos
     """
     for part in sharded:
         part.load_shards(checkpoint.folder)
-    position = Position.of(checkpoint.state)
+    with reading_errors(checkpoint.folder):
+        position = Position.of(checkpoint.state)
     run.clock.resume(checkpoint.state["work"])
     run.say(f"resuming from {checkpoint.folder}, after step {position.step:,}")
     for name in checkpoint.damaged:

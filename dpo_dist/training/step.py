@@ -189,9 +189,9 @@ def train_step(
     scored = objective.scored(policy, step.batches, facts, device, clock.enter)
     for number, (pairs, positions) in enumerate(zip(scored, rank_batch.positions, strict=True), start=1):
         if objective.loss.is_coupled:
-            own = on_device(positions or (0,), device)
+            places = on_device(positions or (0,), device)
             parts = zip(slopes, _differentiable(pairs.policy), strict=True)
-            loss = (torch.stack([slope[own] * part for slope, part in parts]) * pairs.weights).sum()
+            loss = (torch.stack([slope[places] * part for slope, part in parts]) * pairs.weights).sum()
         else:
             loss, of_batch = objective.measure(pairs, plan)
             loss, sums = _nan_unless_finite(loss, pairs.policy.chosen) / rank_batch.pairs, sums + of_batch
@@ -241,12 +241,12 @@ class StepTotals:
 def reduce_step(sums: MetricSums, votes: Sequence[bool], grad_norm: Tensor, world: World) -> StepTotals:
     """Sum metrics and votes over all ranks: one all-reduce, one device-to-host copy; collective."""
     cast = copied_to(sums.values.device, np.array(votes, dtype=np.float64))
-    own = sums.values if world.leads else torch.zeros_like(sums.values)
-    total = world.sum(torch.cat((own, cast)))
+    counted = sums.values if world.leads else torch.zeros_like(sums.values)
+    total = world.sum(torch.cat((counted, cast)))
     *reduced, norm = torch.cat((total, grad_norm.double().view(1))).tolist()
     by_metric, counts = sums.named(reduced)
-    counted = [round(vote) for vote in reduced[len(sums.values) :]]
-    return StepTotals(by_metric, counts, metric_means(by_metric, counts), counted, norm)
+    ranks = [round(vote) for vote in reduced[len(sums.values) :]]
+    return StepTotals(by_metric, counts, metric_means(by_metric, counts), ranks, norm)
 
 
 @torch.no_grad()
