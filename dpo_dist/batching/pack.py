@@ -43,8 +43,7 @@ class PackedBatch:
     score_gaps: Tensor | None = None  # float32 [pairs], score of the best response minus the worst's, or nan
     token_weights: Tensor | None = None  # float32 [targets], factors of the log-probs, if the loss has them
     reference_logps: Tensor | None = None  # float32 [targets], if they need no forward pass
-    labels: tuple[str, ...] = ()  # of the sources that metrics are divided by; empty: they are not divided
-    sources: Tensor | None = None  # int64 [pairs], index of each pair's source in `labels`
+    sources: Tensor | None = None  # int64 [pairs], index of each pair's source in the dataset's labels
     mask: Mask | None = None  # bool [completion tokens], which are targets, on the host; None: all
     # The most responses that a rank has in this micro-batch: a model that computes each response in a forward
     # of its own makes as many forwards on all ranks (law L2); 0: only one rank computes.

@@ -283,10 +283,8 @@ def shard_batch(
 
 def collate(dataset: PreferenceDataset, indices: Sequence[int], only_chosen: bool = False) -> PackedBatch:
     """Pack examples, or only their chosen responses, into one micro-batch; a dummy if there are none."""
-    labels = dataset.labels
     if not indices:
-        none = torch.zeros(1, dtype=torch.int64) if labels else None
-        return replace(dummy_batch(), labels=labels, sources=none)
+        return replace(dummy_batch(), sources=torch.zeros(1, dtype=torch.int64) if dataset.labels else None)
     selected = [0] if only_chosen else None
     ranges = [dataset.response_range(index) for index in indices]
     keys = dataset.keys[np.concatenate([range_[:1] if only_chosen else range_ for range_ in ranges])]
@@ -297,8 +295,7 @@ def collate(dataset: PreferenceDataset, indices: Sequence[int], only_chosen: boo
     return replace(
         packed,
         score_gaps=torch.from_numpy(dataset.score_gaps(indices)),
-        labels=labels,
-        sources=torch.from_numpy(dataset.label_numbers(indices)) if labels else None,
+        sources=torch.from_numpy(dataset.label_numbers(indices)) if dataset.labels else None,
     )
 
 

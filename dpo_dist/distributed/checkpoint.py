@@ -173,7 +173,7 @@ class SavedSlices:
         shapes: dict[str, tuple[int, ...]] = {}
         ranges: dict[str, list[tuple[int, int, str]]] = {}
         step = 0
-        with _reading_errors(folder):
+        with reading_errors(folder):
             files = [file for file in read_manifest(folder) if Path(file).match(f"{name}/*.safetensors")]
             if not files:
                 raise ValueError(f"it has no {name}/*.safetensors")
@@ -219,7 +219,7 @@ class SavedSlices:
 
     def whole(self, name: str, part: str = WEIGHT) -> Tensor:
         """Return a whole weight or optimizer state in host memory, float32 for a trained weight."""
-        with _reading_errors(self.folder):
+        with reading_errors(self.folder):
             pieces = []
             for _, _, file in self._ranges[f"{part}/{name}"]:
                 with safe_open(self.folder / file, "pt") as opened:
@@ -228,7 +228,7 @@ class SavedSlices:
 
 
 @contextlib.contextmanager
-def _reading_errors(folder: Path) -> Iterator[None]:
+def reading_errors(folder: Path) -> Iterator[None]:
     """Raise a `CheckpointError` for a file that cannot be read or is not of a checkpoint."""
     try:
         yield
@@ -363,10 +363,10 @@ class CheckpointSaver:
         self._parts, self._world = parts, world
         self._damaged: set[Path] = set()
         self._copy = HostCopy(world.device)
-        self._say, self._has_said = say, False
-        self._committed = committed
+        self._say, self._committed = say, committed
         self._pending: _Pending | None = None
-        self._best: str | None = None
+        self._has_warned = False
+        self._best_step: int | None = None
 
     def save(
         self, step: int, state: dict[str, Any], *, best_step: int | None = None, is_last: bool = False
@@ -377,7 +377,7 @@ class CheckpointSaver:
         one, is kept beside the last ones.
         """
         self.commit()
-        self._best = None if best_step is None else checkpoint_name(best_step)
+        self._best_step = best_step
         world, folder = self._world, self._root / checkpoint_name(step)
         models = [part.shards() for part in self._parts]
         needed = sum(world.gather(sum(model.bytes for model in models)))
@@ -392,11 +392,11 @@ class CheckpointSaver:
         text = json.dumps(state, indent=1)
         self._pending = pending = _Pending(world.on_main(create), folder, text, needed)
         has_room = is_last or self._copy.has_room(models, world)
-        if not has_room and not self._has_said:
+        if not has_room and not self._has_warned:
             self._say(
                 "training waits while a checkpoint is written: host memory has no room for a copy of it"
             )
-            self._has_said = True
+            self._has_warned = True
         if has_room and not is_last:
             arguments = self._copy.of(models), world.rank
             threading.Thread(target=pending.write, args=arguments, daemon=True).start()
@@ -443,8 +443,8 @@ class CheckpointSaver:
         """Name the last and the best checkpoint in their files."""
         with disk_errors(folder):
             write_text(self._root / _LATEST, folder.name)
-            if self._best is not None:
-                write_text(self._root / BEST, f"{self._best}\n")
+            if self._best_step is not None:
+                write_text(self._root / BEST, f"{checkpoint_name(self._best_step)}\n")
             else:
                 (self._root / BEST).unlink(missing_ok=True)
 
@@ -452,7 +452,10 @@ class CheckpointSaver:
         """Delete all checkpoints but `committed`, the best, and the newest that are not damaged."""
         others = [folder for folder in checkpoint_folders(self._root) if folder != committed]
         intact = [folder for folder in others if folder not in self._damaged]
-        kept = {*intact[: self._keep_last - 1], *(each for each in intact if each.name == self._best)}
+        kept = {
+            *intact[: self._keep_last - 1],
+            *(each for each in intact if step_of(each.name) == self._best_step),
+        }
         for folder in set(others) - kept:
             shutil.rmtree(folder, ignore_errors=True)
         self._damaged.clear()
@@ -462,7 +465,7 @@ class CheckpointSaver:
 
         `best_step` is that of the best checkpoint, if there is one. Newer checkpoints are damaged.
         """
-        self._best = None if best_step is None else checkpoint_name(best_step)
+        self._best_step = best_step
 
         def complete() -> None:
             self._name(folder)

@@ -19,6 +19,7 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ExitCode, first_line
 from dpo_dist.insight.evaluation import ALL, Results, write_evaluation
 from dpo_dist.insight.tables import evaluation_table
+from dpo_dist.model.flops import compute_costs
 from dpo_dist.model.folder import base_notes, hub_commit, is_adapter
 from dpo_dist.model.load import check_same_vocabulary
 from dpo_dist.model.lora import add_adapter, load_adapter
@@ -78,7 +79,7 @@ def _evaluate(run: Run, evaluated: Evaluated, inputs: EvaluationInputs, objectiv
     run.say(f"evaluating {evaluated.path}")
     model, running, commit = load_evaluated(run, evaluated, inputs)
     ((dataset, every),) = inputs.visited
-    costs = replace(inputs.costs, arrangement=model.model.arrangement)
+    costs = replace(compute_costs(inputs.flops), arrangement=model.model.arrangement)
     means, values = evaluate(model, objective, run.shard(dataset, every, costs), world, running)
 
     def write() -> Results:

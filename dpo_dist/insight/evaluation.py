@@ -97,13 +97,13 @@ def results(
     for each label of the sources whether a pair has it, [pairs]; `prompts` are hashes, [pairs].
     """
     found = {ALL: _of_group(values, prompts, plan, seed)}
-    divided = {f"{name}/{label}" for name in plan.of_sources for label in plan.labels}
+    divided = {f"{name}/{label}" for name in plan.of_pairs for label in plan.labels}
     found[ALL] |= {f"eval_{name}": value for name, value in means.items() if name not in divided}
     for label, members in labels.items():
         own = PairValues(*(vars(values)[field.name][members] for field in fields(values)))
         suffix = f"/{label}" if plan.labels else ""
         found[results_name(label)] = _of_group(own, prompts[members], plan, seed) | {
-            f"eval_{metric}": means[metric + suffix] for metric in plan.of_sources if metric + suffix in means
+            f"eval_{metric}": means[metric + suffix] for metric in plan.of_pairs if metric + suffix in means
         }
     return found
 

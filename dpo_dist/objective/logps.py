@@ -65,10 +65,6 @@ class PairLogps:
         chosen, rejected = self.chosen - reference.chosen, self.rejected - reference.rejected
         return replace(self, chosen=chosen, rejected=rejected, between=between, whole_chosen=None)
 
-    def detached(self) -> "PairLogps":
-        """Return the same values without an autograd graph."""
-        return replace(self, **{n: v.detach() for n, v in vars(self).items() if isinstance(v, Tensor)})
-
 
 def sum_by_response(
     token_logps: Tensor,

@@ -92,7 +92,8 @@ def preference_loss(
     """
     facts = facts or BatchFacts()
     if config.reference_free:
-        reference = policy.minus(policy).detached()
+        with torch.no_grad():
+            reference = policy.minus(policy)
     total = torch.zeros_like(policy.chosen)
     for term in list(config.terms) or [LossTermConfig(kind=config.kind, weight=1.0)]:
         loss = term.weight * _kind_loss(term.kind, policy, reference, config, facts)
@@ -323,6 +324,6 @@ def _error(got: str) -> ConfigError:
         "the loss function cannot be used for training",
         where="loss.function",
         got=f"on three invented pairs: {got}",
-        expected="finite losses with finite gradients, each of its own pair alone",
+        expected="finite losses with finite gradients, each of its pair alone",
         remedy="correct the function; docs/python.md describes its arguments and what it must return",
     )

@@ -3,8 +3,10 @@
 docs/watching.md explains each metric.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from dpo_dist.config.losses import BcoDelta, LossConfig
 from dpo_dist.objective.logps import PairLogps
-from dpo_dist.objective.losses import implicit_rewards, log_ratios, margin_of
+from dpo_dist.objective.losses import BatchFacts, implicit_rewards, log_ratios, margin_of
 from dpo_dist.objective.router import AUX_LOSS, BUSIEST, Z_LOSS
 
 PAIR_METRICS = (
@@ -49,57 +51,65 @@ _LENGTH_GROUPS = tuple(f"_by_length/{bucket}" for bucket in BUCKETS)
 
 @dataclass(frozen=True)
 class MetricPlan:
-    """The metrics of a kind of step, fixed for a run.
+    """The metrics of the steps, or of the evaluations, of a run.
 
-    `labels`: of the sources of the data; none if there is only one. Evaluations also have entropies, and
-    every metric for each source.
+    `labels`: of the sources of the data; none if there is only one.
     """
 
     loss: LossConfig
     labels: tuple[str, ...] = ()
     is_evaluation: bool = False
 
-    @property
-    def rows(self) -> dict[str, tuple[str, str]]:
-        """The metric and the group of pairs of each name, in the order of their sums."""
-        own = list(self.of_pairs)
-        if self.loss.uses("beta_momentum"):
-            own.append(BATCH_MARGIN)
-        if self.loss.bco_delta is BcoDelta.running_mean:
-            own.append(BATCH_REWARD)
-        if not self.is_evaluation and self.loss.router.aux_coefficient is not None:
-            own += [AUX_LOSS, BUSIEST]
-        if not self.is_evaluation and self.loss.router.z_coefficient is not None:
-            own.append(Z_LOSS)
-        rows = {name: (name, "") for name in own}
-        for names, groups in (
-            (self.of_sources, [f"/{label}" for label in self.labels]),
-            (self.of_lengths, _LENGTH_GROUPS),
-        ):
-            rows |= {name + group: (name, group) for name in names for group in groups}
-        return rows
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of all metrics, in the order of their sums."""
-        return tuple(self.rows)
-
-    @property
+    @cached_property
     def of_pairs(self) -> tuple[str, ...]:
         """Metrics of all pairs, without those that only some losses have."""
         names = PAIR_METRICS + ENTROPIES if self.is_evaluation else PAIR_METRICS
         one_sided = self.loss.is_one_sided
         return tuple(name for name in names if not one_sided or name == "loss" or "/chosen" in name)
 
-    @property
-    def of_sources(self) -> tuple[str, ...]:
-        """Metrics of each source."""
-        return self.of_pairs if self.is_evaluation else self.of_lengths
+    @cached_property
+    def rows(self) -> dict[str, tuple[str, str]]:
+        """The metric and the group of pairs of each name, in the order of their sums.
 
-    @property
-    def of_lengths(self) -> tuple[str, ...]:
-        """Metrics of each bucket of lengths."""
-        return tuple(name for name in GROUP_METRICS if name in self.of_pairs)
+        Groups are all pairs (""), sources and lengths. Evaluations have every metric of each source.
+        """
+        loss, router = self.loss, self.loss.router
+        adds_router_losses = not self.is_evaluation
+        has_aux = adds_router_losses and router.aux_coefficient is not None
+        of_some_losses = {
+            BATCH_MARGIN: loss.uses("beta_momentum"),
+            BATCH_REWARD: loss.bco_delta is BcoDelta.running_mean,
+            AUX_LOSS: has_aux,
+            BUSIEST: has_aux,
+            Z_LOSS: adds_router_losses and router.z_coefficient is not None,
+        }
+        grouped = [metric for metric in GROUP_METRICS if metric in self.of_pairs]
+        rows = [(metric, "") for metric in self.of_pairs]
+        rows += [(metric, "") for metric, is_measured in of_some_losses.items() if is_measured]
+        sources = [f"/{label}" for label in self.labels]
+        rows += itertools.product(self.of_pairs if self.is_evaluation else grouped, sources)
+        rows += itertools.product(grouped, _LENGTH_GROUPS)
+        return {metric + group: (metric, group) for metric, group in rows}
+
+
+@dataclass(frozen=True)
+class ScoredPairs:
+    """Log-probs of the pairs of a micro-batch, or of the global batch for coupled losses.
+
+    `weights`, [pairs]: 1 for a pair, 0 for a dummy. `distance` (policy minus reference log-prob, absolute)
+    and `entropy` of the tokens, in nats, summed by response, if measured. `sources`, int64 [pairs]: index of
+    each pair's source in `MetricPlan.labels`. `routing`: `objective.router.routing_sums`, if the loss has
+    losses of routers.
+    """
+
+    policy: PairLogps
+    reference: PairLogps | None
+    weights: Tensor
+    facts: BatchFacts = field(default_factory=BatchFacts)
+    distance: PairLogps | None = None
+    entropy: PairLogps | None = None
+    sources: Tensor | None = None
+    routing: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -113,8 +123,9 @@ class MetricSums:
     values: Tensor
 
     @staticmethod
-    def zeros(names: tuple[str, ...], device: torch.device) -> "MetricSums":
+    def zeros(plan: MetricPlan, device: torch.device) -> "MetricSums":
         """Return the sums of no pairs."""
+        names = tuple(plan.rows)
         return MetricSums(names, torch.zeros(2 * len(names), dtype=torch.float64, device=device))
 
     def plus_values(self, values: Mapping[str, Tensor], count: int) -> "MetricSums":
@@ -148,41 +159,28 @@ def metric_means(sums: Mapping[str, float], counts: Mapping[str, float]) -> dict
 
 
 @torch.no_grad()
-def metric_sums(
-    plan: MetricPlan,
-    losses: Tensor,
-    policy: PairLogps,
-    reference: PairLogps | None,
-    weights: Tensor,
-    tokens: Mapping[str, PairLogps | None] | None = None,
-    sources: Tensor | None = None,
-) -> MetricSums:
-    """Return the sums of `plan.names` over these pairs; of a ranking, its best and worst response.
-
-    `losses`: [pairs], of `preference_loss`. `weights`: float32 [pairs], 1 for a pair of the batch, 0 for a
-    dummy. `tokens`: `distance` (policy minus reference log-prob, absolute) and `entropy` of the tokens, in
-    nats, summed by response, if they are measured. `sources`: int64 [pairs], index of each pair's source in
-    `plan.labels`; None without labels.
-    """
-    loss, ratios, zeros = plan.loss, log_ratios(policy, reference, plan.loss), torch.zeros_like(policy.chosen)
-    ones, columns = torch.ones_like(zeros), _columns(loss, policy, reference)
+def metric_sums(plan: MetricPlan, losses: Tensor, pairs: ScoredPairs) -> MetricSums:
+    """Return the sums of `plan.rows` over these pairs, given their losses; of a ranking, best and worst."""
+    loss, policy, zeros = plan.loss, pairs.policy, torch.zeros_like(pairs.policy.chosen)
+    ones, columns = torch.ones_like(zeros), _columns(loss, policy, pairs.reference)
+    ratios = log_ratios(policy, pairs.reference, loss)
     measured = measure_pairs(columns)
     measured["loss"] = losses.detach(), ones
     measured[BATCH_MARGIN] = loss.beta * margin_of(ratios, loss), ones
     measured[BATCH_REWARD] = loss.beta * (ratios.chosen + ratios.rejected) / 2, ones
-    for name, sums in (tokens or {}).items():
+    for name, sums in (("distance", pairs.distance), ("entropy", pairs.entropy)):
         if sums is not None:  # counted by tokens: the batch's sum of values is divided by its sum of tokens
             measured[f"{name}/chosen"] = sums.chosen, sums.chosen_tokens
             measured[f"{name}/rejected"] = sums.rejected, sums.rejected_tokens
     members = {"": ones} | length_members(columns)
-    if sources is not None:
-        members |= {f"/{label}": sources == number for number, label in enumerate(plan.labels)}
+    if pairs.sources is not None:
+        members |= {f"/{label}": pairs.sources == number for number, label in enumerate(plan.labels)}
     rows = [(*measured.get(metric, (zeros, zeros)), group) for metric, group in plan.rows.values()]
     values = torch.stack([row.double() for row, _, _ in rows])
     counts = torch.stack([(row * members.get(group, zeros)).double() for _, row, group in rows])
     # A value is ignored where its count is 0.
     summed = torch.cat((torch.where(counts > 0, values, 0.0), counts))
-    return MetricSums(plan.names, (summed * weights.double()).sum(dim=1))
+    return MetricSums(tuple(plan.rows), (summed * pairs.weights.double()).sum(dim=1))
 
 
 def _columns(loss: LossConfig, policy: PairLogps, reference: PairLogps | None) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ def rehearse(config: RunConfig, models: Sequence[Evaluated] = (), *, trains: boo
     run. `trains`: the run starts from what is in its directory.
     """
     run = RunFolder.of(config)
-    found = f" ({_expected_start(config, run)})" if trains and not models else ""
+    start_in_words = f" ({_expected_start(config, run)})" if trains and not models else ""
     config = with_stored_reference(config) if models else config
     folder = description_folder(config.model.path, config.model.revision, "model.path")
     start = start_folder(config.model)
@@ -43,13 +43,13 @@ def rehearse(config: RunConfig, models: Sequence[Evaluated] = (), *, trains: boo
     router_loss(config.loss.router, causal_lm)
     check_template_keys(config.data, tokenizer)
     described = f"{folder}, {model_config.model_type}, {len(tokenizer):,} tokens"
-    lines = [("run.dir", f"{run}{found}"), ("model.path", described)]
+    lines = [("run.dir", f"{run}{start_in_words}"), ("model.path", described)]
     for evaluated in models:
         if not (evaluated.is_checkpoint or is_adapter(Path(evaluated.path))):
             revision = config.model.revision if evaluated.path == config.model.path else None
-            own = description_folder(evaluated.path, revision, EVALUATED)
-            if not is_adapter(own):
-                check_same_vocabulary(own, tokenizer, config.model, EVALUATED)
+            model = description_folder(evaluated.path, revision, EVALUATED)
+            if not is_adapter(model):
+                check_same_vocabulary(model, tokenizer, config.model, EVALUATED)
         lines.append(("evaluation", evaluated.path))
     if not models:
         lines.append(("loss", check_custom_loss(config.loss) or ", ".join(config.loss.kinds)))
@@ -82,14 +82,14 @@ def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
         from dpo_dist.distributed.join import check_async_io  # noqa: PLC0415  (starts DeepSpeed)
 
         check_async_io()
-    found = [reference.mode.value]
+    parts = [reference.mode.value]
     if reference.path is not None:
         folder = description_folder(reference.path, None, "reference.path")
         check_same_vocabulary(folder, tokenizer, config.model)
-        found.append(f"model {folder}")
+        parts.append(f"model {folder}")
     if reference.mode is ReferenceMode.cached:
-        found.append(f"store {reference.store}")
-    return ", ".join(found)
+        parts.append(f"store {reference.store}")
+    return ", ".join(parts)
 
 
 def _first_records(
@@ -112,11 +112,11 @@ def _first_records(
     check_fits_loss(dataset, config.loss)
     name = f" ({source.name})" if source.name else ""
     rest = " (the others were not looked at)" if has_more else ""
-    found = [
+    parts = [
         f"{source.path}{name}, {counts.kept} of the first {counts.read} records kept{rest}",
         f"dropped: {dropped}" if (dropped := in_one_line(counts.dropped)) else "",
         read_in_words(counts.read_as),
         f"changed or particular: {changed}" if (changed := in_one_line(counts.changed)) else "",
         f"{dataset.piece_tokens.sum() / len(dataset):.0f} tokens per example",
     ]
-    return "; ".join(filter(None, found))
+    return "; ".join(filter(None, parts))

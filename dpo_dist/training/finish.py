@@ -107,12 +107,12 @@ def check_base(config: RunConfig, recorded: str | None) -> None:
     """Check that the files that become part of the result are those that training started from."""
     base, store = model_folder(config.model.path, config.model.revision), Path(config.reference.store)
     code, start = config.model.trust_remote_code, start_folder(config.model)
-    found = digest_model(base, store, remote_code=code, adapter=start).digest
-    if recorded != found:
+    digest = digest_model(base, store, remote_code=code, adapter=start).digest
+    if recorded != digest:
         raise ConfigError(
             "the model that this run started from has changed since",
             where="model.path" if start is None else "model.path, model.adapter.path",
-            got=f"digest {found}",
+            got=f"digest {digest}",
             expected=f"digest {recorded}",
             remedy="restore its files",
         )

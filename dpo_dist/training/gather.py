@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,19 +12,20 @@ from dpo_dist.batching.pack import copied_to
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.data.dataset import RankBatch
 from dpo_dist.distributed.world import World
+from dpo_dist.objective.metrics import ScoredPairs
 
-Pairs = TypeVar("Pairs")
 
+def gather_scored(scored: Sequence[ScoredPairs], rank_batch: RankBatch, world: World) -> ScoredPairs:
+    """Return all pairs of the global batch in its order, the same on every rank; collective.
 
-def gather_pairs(parts: Sequence[Pairs], rank_batch: RankBatch, world: World) -> Pairs:
-    """Return the tensors of all pairs of the global batch in its order, the same on every rank; collective.
-
-    `parts`: of each micro-batch of this rank, without a graph; all their tensors are [pairs].
+    `scored`: this rank's micro-batches, without a graph, of a loss that uses no rankings.
     """
+    parts = [replace(pairs, routing=None, sources=None) for pairs in scored]
     columns = [torch.stack([column.double() for column in _tensors(part)]) for part in parts]
     rows = iter(in_batch_order(columns, rank_batch, world))
-    gathered: Pairs = _with_tensors(parts[0], lambda _: next(rows))
-    return gathered
+    gathered: ScoredPairs = _with_tensors(parts[0], lambda _: next(rows))
+    sources = None if rank_batch.sources is None else on_device(rank_batch.sources, world.device)
+    return replace(gathered, sources=sources)
 
 
 def in_batch_order(columns: Sequence[Tensor], rank_batch: RankBatch, world: World) -> Tensor:
@@ -33,9 +34,9 @@ def in_batch_order(columns: Sequence[Tensor], rank_batch: RankBatch, world: Worl
     `columns`: of each micro-batch of this rank, [columns, pairs].
     """
     whole = torch.zeros(len(columns[0]), rank_batch.pairs, dtype=torch.float64, device=world.device)
-    for own, positions in zip(columns, rank_batch.positions, strict=True):
+    for part, positions in zip(columns, rank_batch.positions, strict=True):
         if positions:  # not a dummy
-            whole[:, on_device(positions, world.device)] = own.double()
+            whole[:, on_device(positions, world.device)] = part.double()
     return world.sum_replicas(whole)
 
 
@@ -51,9 +52,9 @@ def _with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 def _tensors(value: Any) -> list[Tensor]:
     """Return the tensors of `value`, in the order in which `_with_tensors` changes them."""
-    found: list[Tensor] = []
-    _with_tensors(value, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
-    return found
+    tensors: list[Tensor] = []
+    _with_tensors(value, lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return tensors
 
 
 def on_device(numbers: Sequence[int] | Indices, device: torch.device) -> Tensor:

@@ -20,10 +20,10 @@ from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.text import first_few
 from dpo_dist.objective.losses import BatchFacts, RunningMeans, preference_loss
 from dpo_dist.objective.metrics import MARGIN_PERCENTILES, MetricPlan
-from dpo_dist.training.gather import in_batch_order
+from dpo_dist.training.gather import gather_scored, in_batch_order
 from dpo_dist.training.metrics_log import Row, is_collapsed, usual_loss
 from dpo_dist.training.state import BestCheckpoint, Health, Position
-from dpo_dist.training.step import Objective, ReadyStep, StepTotals, gather_scored
+from dpo_dist.training.step import Objective, ReadyStep, StepTotals
 
 
 def count_spike(row: Row, rows: Sequence[Row], say: Callable[[str], None]) -> None:
@@ -42,10 +42,10 @@ def count_spike(row: Row, rows: Sequence[Row], say: Callable[[str], None]) -> No
 def check_keep_best(config: RunConfig, labels: tuple[str, ...]) -> None:
     """Check that every evaluation has the metric `trainer.keep_best`; `labels`: of its sources."""
     metric, loss = config.trainer.keep_best, config.loss
-    names = MetricPlan(loss, labels, is_evaluation=True).names
-    found = [PREFIX + name for name in names + (() if loss.is_one_sided else MARGIN_PERCENTILES)]
-    if metric is not None and metric not in found:
-        near = difflib.get_close_matches(metric, found, n=3) or found[:3]
+    measured = MetricPlan(loss, labels, is_evaluation=True).rows
+    names = [PREFIX + name for name in (*measured, *(() if loss.is_one_sided else MARGIN_PERCENTILES))]
+    if metric is not None and metric not in names:
+        near = difflib.get_close_matches(metric, names, n=3) or names[:3]
         raise ConfigError(
             "the evaluations of this run do not have this metric",
             where="trainer.keep_best",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from dpo_dist.batching.plan import Arrangement, ComputeCosts
 from dpo_dist.batching.sampler import BatchSampler, Indices, make_sampler
 from dpo_dist.config.identity import run_digest
 from dpo_dist.config.losses import RouterConfig
@@ -36,7 +35,7 @@ from dpo_dist.model.architectures import (
     router_notes,
     training_notes,
 )
-from dpo_dist.model.flops import StepFlops, compute_costs, step_flops
+from dpo_dist.model.flops import StepFlops, step_flops
 from dpo_dist.model.folder import base_notes, model_folder, start_folder, tokenizer_folder
 from dpo_dist.model.layers import check_device, text_notes
 from dpo_dist.model.load import load_config, load_tokenizer, without_weights
@@ -48,7 +47,6 @@ from dpo_dist.training.resume import Identity, length_of
 
 T = TypeVar("T")
 
-_SHARED_WITH_TRAIN = {"also_in_train": count_shared, "prompts_also_in_train": count_shared_prompts}
 _Encode = Callable[[str, Sequence[SourceConfig], Part], PreferenceDataset]
 
 _NO_END = (
@@ -65,8 +63,6 @@ class EvaluationInputs:
         reference_files: None if the loss uses no reference.
         weights: number of weights of the policy.
         router: losses of the policy's routers, which training adds; None: none.
-        arrangement: of the responses in a forward of the policy, known when its weights are loaded.
-        reference_pads: whether a live reference computes padded rows, known when its weights are loaded.
     """
 
     policy_files: ModelFiles
@@ -76,20 +72,13 @@ class EvaluationInputs:
     weights: int
     router: RouterLoss | None
     eval_set: PreferenceDataset | None
-    arrangement: Arrangement = field(default=Arrangement.packed, kw_only=True)
-    reference_pads: bool = field(default=False, kw_only=True)
-
-    @property
-    def costs(self) -> ComputeCosts:
-        """Relative costs of tokens, attention and targets, by which micro-batches are balanced."""
-        return replace(compute_costs(self.flops), arrangement=self.arrangement, pads=self.reference_pads)
 
     @property
     def visited(self) -> list[tuple[PreferenceDataset, Indices]]:
         """Each dataset with its indices that are scored; the training dataset is first."""
-        return (
-            [] if self.eval_set is None else [(self.eval_set, np.arange(len(self.eval_set), dtype=np.int64))]
-        )
+        if self.eval_set is None:
+            return []
+        return [(self.eval_set, np.arange(len(self.eval_set), dtype=np.int64))]
 
 
 @dataclass(frozen=True)
@@ -133,15 +122,19 @@ def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
     With `trains`, options of the policy's training are checked before any large file is read.
     """
     config = run.config
-    found, encode = _load(run, config.loss.router, trains=trains)
-    eval_set = found.eval_set
+    models, encode = _load(run, config.loss.router, trains=trains)
+    eval_set = models.eval_set
     part = train_part(config.data, None if eval_set is None else eval_set.prompt_hashes[:])
     train_set = encode("train", config.data.train, part)
     if eval_set is not None:
-        for count_name, count in _SHARED_WITH_TRAIN.items():
-            eval_set = _with_count(run, eval_set, count_name, count, train_set)
+        eval_set = _counted(
+            run,
+            eval_set,
+            also_in_train=partial(count_shared, eval_set, train_set),
+            prompts_also_in_train=partial(count_shared_prompts, eval_set, train_set),
+        )
     sampler = make_sampler(train_set.spans([source.weight for source in config.data.train]), config.trainer)
-    inputs = Inputs(**vars(found) | {"eval_set": eval_set}, train_set=train_set, sampler=sampler)
+    inputs = Inputs(**vars(models) | {"eval_set": eval_set}, train_set=train_set, sampler=sampler)
     for name, dataset in inputs.named.items():
         for line in describe_counts(name, dataset.counts):
             run.say(line)
@@ -197,7 +190,7 @@ def _load(
         with run.console.heartbeat(f"verifying the {name} data"):
             # A node that sees the files on another device verifies them again.
             dataset = world.together(lambda: open_dataset(encoded, config.data))
-            dataset = _with_count(run, dataset, "duplicates", count_duplicates)
+            dataset = _counted(run, dataset, duplicates=partial(count_duplicates, dataset))
         world.on_main(lambda: check_ids_in_vocabulary(dataset, tokenizer, vocabulary))
         world.on_main(lambda: check_fits_loss(dataset, config.loss))
         return dataset
@@ -220,16 +213,10 @@ def checked_model(
     return model_config, causal_lm
 
 
-def _with_count(
-    run: Run,
-    dataset: PreferenceDataset,
-    name: str,
-    count: Callable[..., int],
-    *others: PreferenceDataset,
-) -> PreferenceDataset:
-    """Return the dataset with one more count, which rank 0 computes; collective."""
-    number = run.world.on_main(lambda: count(dataset, *others))
-    return replace(dataset, counts=dataset.counts | {name: number})
+def _counted(run: Run, dataset: PreferenceDataset, **count: Callable[[], int]) -> PreferenceDataset:
+    """Return the dataset with further counts, which rank 0 computes; collective."""
+    counts = run.world.on_main(lambda: {name: number() for name, number in count.items()})
+    return replace(dataset, counts=dataset.counts | counts)
 
 
 def _digest_models(run: Run, policy_folder: Path, start: Path | None) -> tuple[ModelFiles, ModelFiles | None]:
@@ -261,8 +248,8 @@ def shared_model_folder(
     run: Run, path: str, revision: str | None, key: str, *, accepts_adapter: bool = False
 ) -> Path:
     """Return `model_folder` on every rank; collective."""
-    found = partial(model_folder, path, revision, key, accepts_adapter=accepts_adapter)
-    return _on_every_rank(run, found, f"downloading {path}")
+    find = partial(model_folder, path, revision, key, accepts_adapter=accepts_adapter)
+    return _on_every_rank(run, find, f"downloading {path}")
 
 
 def with_stored_reference(config: RunConfig) -> RunConfig:

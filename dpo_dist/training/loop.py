@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.world import Interrupted
@@ -34,6 +35,7 @@ class Loop:
     """The parts of one run that its steps use; `training.run` builds them.
 
     Attributes:
+        costs: micro-batches are balanced by these.
         reference_sync: None unless the reference follows the policy.
         checkpoints: saves the engines.
         identity: digests of the run's inputs, written to every checkpoint.
@@ -42,6 +44,7 @@ class Loop:
 
     run: Run
     inputs: Inputs
+    costs: ComputeCosts
     policy: PolicyEngine
     objective: Objective
     reference_sync: ReferenceSync | None
@@ -57,8 +60,7 @@ class Loop:
         """
         self.run.clock.enter("other")
         trainer, steps, eval_set = self.run.config.trainer, self.inputs.sampler.steps, self.inputs.eval_set
-        if eval_set is not None and position.step == 0:
-            position.owes_evaluation = True
+        position.owes_evaluation |= eval_set is not None and position.step == 0
         must_stop = False
         progress = Progress(self.run.console, steps, self.rows.peak, self.run.world.device)
         with (
@@ -67,7 +69,9 @@ class Loop:
             prefetch(self._ready_steps(position.step), _STEPS_AHEAD) as ready_steps,
         ):
             if self._evaluate(position):
-                self._keep_owed(position)
+                self.rows.save()  # the new row is not in the checkpoint of this step
+                if position.best_step == position.step:
+                    self._save(position, is_last=False)
             if position.owes_evaluation:
                 self._say_why(position)
             while position.step < steps and not must_stop and not position.owes_evaluation:
@@ -93,20 +97,13 @@ class Loop:
         return is_done
 
     def _evaluate(self, position: Position) -> bool:
-        """Do the evaluation that `position` owes; still owed if a rank asks to stop; return if it is done."""
+        """Do the evaluation that `position` owes, unless a rank asks to stop; return whether it is done."""
         if not position.owes_evaluation:
             return False
         with contextlib.suppress(Interrupted), self.run.clock.of("evaluation"):
             self.rows.record_evaluation(position)
             position.owes_evaluation = False
         return not position.owes_evaluation
-
-    def _keep_owed(self, position: Position) -> None:
-        """Keep a row that is newer than the checkpoint of its step; and the checkpoint, if it is now best."""
-        if position.best_step == position.step:
-            self._save(position, is_last=False)
-        else:
-            self.rows.save()
 
     def _say_why(self, position: Position) -> None:
         saved = ", with a checkpoint" if position.step else ""
@@ -116,8 +113,7 @@ class Loop:
         """Yield every step from `first` on; runs in the prefetch thread."""
         sampler = self.inputs.sampler
         for step in range(first, sampler.steps):
-            indices, costs = sampler.indices(step), self.inputs.costs
-            rank_batch = self.run.shard(self.inputs.train_set, indices, costs)
+            rank_batch = self.run.shard(self.inputs.train_set, sampler.indices(step), self.costs)
             yield self.objective.ready_step(rank_batch, self.run.world.device)
 
     def _step(self, position: Position, ready_steps: Iterator[ReadyStep], progress: Progress) -> bool:

@@ -40,8 +40,9 @@ class Evaluated:
     is_checkpoint: bool
 
     def name(self, config: RunConfig, inputs: "EvaluationInputs") -> str:
-        """Return a name for the results, such as `step-000100-1a2b3c4d`: another one for another model,
-        base, precision, reference or loss, other pairs or labels.
+        """Return a name for the results, such as `step-000100-1a2b3c4d`.
+
+        It differs by model, base, precision, reference, loss, pairs and labels.
         """
         folder = Path(self.path)
         place = str(folder.resolve()) if folder.is_dir() else self.path
@@ -49,8 +50,8 @@ class Evaluated:
         data, model = inputs.eval_set, config.model
         assert data is not None, "evaluations have data"
         precision = [str(model.dtype), None if model.quantization is None else str(model.quantization)]
-        own = [place, inputs.policy_files.digest, precision, reference, plain(config.loss)]
-        facts = [*own, data.fingerprint, list(data.source_labels)]
+        facts = [place, inputs.policy_files.digest, precision, reference, plain(config.loss)]
+        facts += [data.fingerprint, list(data.source_labels)]
         stem = folder.resolve().name if folder.is_dir() else self.path.replace("/", "-")
         return f"{stem}-{text_digest(json.dumps(facts, sort_keys=True))[:8]}"
 
@@ -109,17 +110,17 @@ def find_exported(config: RunConfig) -> tuple[list[Path], Path]:
 
 
 def _checkpoint(run: RunFolder, named: str) -> Path:
-    found = checkpoint_folders(run.checkpoints)
+    folders = checkpoint_folders(run.checkpoints)
     best = best_checkpoint(run.checkpoints) or "best"
-    name = {"best": best, "latest": found[0].name if found else named}.get(named, named)
+    name = {"best": best, "latest": folders[0].name if folders else named}.get(named, named)
     step = step_of(name)
-    folder = next((one for one in found if step_of(one.name) == step), None)
+    folder = next((each for each in folders if step_of(each.name) == step), None)
     if folder is None:
         raise ConfigError(
             "this run does not have this checkpoint",
             where=_CHECKPOINT,
             got=named,
-            expected=", ".join(other.name for other in found) or f"{run} has no checkpoint",
+            expected=", ".join(each.name for each in folders) or f"{run} has no checkpoint",
             remedy=f"name one of them (with trainer.keep_best there is a `best`), or use {run.model}",
         )
     return folder

@@ -35,7 +35,7 @@ _EXTRAS = {"bitsandbytes": "quantization", "liger-kernel": "liger"}
 
 @contextlib.contextmanager
 def started(config: RunConfig, *, trains: bool = False) -> Iterator[Console]:
-    """Check the start and open the console; one that fails before its first row leaves no run directory."""
+    """Check the start and open the console; a start that fails before its first row leaves no directory."""
     folder = RunFolder.of(config)
     is_new = not folder.path.exists()
     check_start(config, trains=trains)
@@ -79,11 +79,11 @@ def check_start(config: RunConfig, *, trains: bool = False) -> None:
     run = RunFolder.of(config)
     is_begun = run.lock.exists() or run.state.exists()
     foreign = [run.path / CONFIG_FILE, *([] if is_begun else [run.config])]  # of a model, or of no run
-    if trains and (found := [str(file) for file in foreign if file.is_file()]):
+    if trains and (there := [str(file) for file in foreign if file.is_file()]):
         raise ConfigError(
             "run.dir has files that are not of a run",
             where="run.dir",
-            got=", ".join(found),
+            got=", ".join(there),
             expected="a folder for this run alone, in which nothing else is overwritten",
             remedy="set run.dir to a new folder",
         )

@@ -20,6 +20,7 @@ from dpo_dist.foundation.errors import ExitCode, ReferenceModelError
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.text import counted, duration
 from dpo_dist.model.attention import choose_backend
+from dpo_dist.model.flops import compute_costs
 from dpo_dist.model.load import check_same_vocabulary
 from dpo_dist.model.numerics import numerics_of
 from dpo_dist.reference.digest import ModelFiles, agree_on_numerics, difference, find_compatible, model_label
@@ -55,7 +56,7 @@ def check_drift(
     count = min(_CHECKED_PAIRS, len(visited))
     indices = np.sort(generator.choice(visited, size=count, replace=False))
     rank_batch = run.shard(dataset, indices, costs)
-    own: list[tuple[str, Values]] = []
+    drifts: list[tuple[str, Values]] = []
     with objective.prefetched(rank_batch, world.device) as batches:
         for micro_batch, host_batch in zip(rank_batch.micro_batches, batches, strict=True):
             batch = host_batch.to(world.device)
@@ -69,8 +70,8 @@ def check_drift(
                     for number in range(len(dataset.response_range(index)))
                 ]
                 parts = torch.split((fresh - stored).cpu(), host_batch.response_tokens.tolist())
-                own += zip(names, (part.numpy() for part in parts), strict=True)
-    drifts = [drift for part in world.gather(own) for drift in part]
+                drifts += zip(names, (part.numpy() for part in parts), strict=True)
+    drifts = [drift for part in world.gather(drifts) for drift in part]
     _check_drifts(drifts, config)
     sums = np.array([drift.sum() for _, drift in drifts])
     return {
@@ -172,12 +173,12 @@ def _stored(
     """
     config, world, store = run.config, run.world, Path(run.config.reference.store)
     backend = choose_backend(config.model.attention, config.model.dtype, world.device)
-    own = numerics_of(scored_model(config), backend, world.device)
-    profile = agree_on_numerics(own, config.reference.numerics is Numerics.tolerant, world)
+    numerics = numerics_of(scored_model(config), backend, world.device)
+    profile = agree_on_numerics(numerics, config.reference.numerics is Numerics.tolerant, world)
     label = model_label(config.reference.path or config.model.path, files.folder)
     fingerprint = ReferenceFingerprint(files.digest, profile, label)
-    found = world.on_main(lambda: find_compatible(store, fingerprint))
-    compatible = found if config.reference.numerics is Numerics.tolerant else []
+    others = world.on_main(lambda: find_compatible(store, fingerprint))
+    compatible = others if config.reference.numerics is Numerics.tolerant else []
     empty = LogpStore(store, [fingerprint, *compatible], [])
     engines: list[Engine] = []
 
@@ -187,15 +188,15 @@ def _stored(
             filler.costs = replace(filler.costs, arrangement=engines[0].model.arrangement)
         return engines[0].token_logps
 
-    costs, entries_per_shard = inputs.costs, config.reference.rows_per_shard
+    costs, entries_per_shard = compute_costs(inputs.flops), config.reference.rows_per_shard
     tokens = SCORING_TOKENS_FACTOR * config.trainer.micro_batch_tokens
     filler = StoreFiller(empty, load_scorer, world, tokens, costs, entries_per_shard, run.stops)
     filled = _fill(run, inputs, filler)
     report = {"mode": config.reference.mode.value, **filled.as_dict(), "entries": str(empty.folder)}
-    if found and not compatible and filled.computed:
-        others = "; ".join(difference(fingerprint, other) for other in found)
+    if others and not compatible and filled.computed:
+        differences = "; ".join(difference(fingerprint, other) for other in others)
         run.say(
-            f"reference: the store has log-probs of this model of other numerics ({others}); "
+            f"reference: the store has log-probs of this model of other numerics ({differences}); "
             "reference.numerics=tolerant uses them"
         )
     opened = filler.open_filled()

@@ -3,9 +3,9 @@
 import time
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
+from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.objective.metrics import Values
 from dpo_dist.training.context import Run
@@ -30,6 +30,7 @@ class Rows:
 
     run: Run
     inputs: Inputs
+    costs: ComputeCosts
     policy: PolicyEngine
     objective: Objective
     start_is_known: bool
@@ -39,10 +40,9 @@ class Rows:
 
     def record_evaluation(self, position: Position) -> None:
         """Evaluate, record the row, and update `position.best`; collective. May raise `Interrupted`."""
-        started, world, dataset = time.monotonic(), self.run.world, self.inputs.eval_set
-        assert dataset is not None
-        every = np.arange(len(dataset), dtype=np.int64)
-        rank_batch = self.run.shard(dataset, every, self.inputs.costs)
+        started, world = time.monotonic(), self.run.world
+        dataset, every = self.inputs.visited[-1]  # the evaluation data
+        rank_batch = self.run.shard(dataset, every, self.costs)
         policy = None if self.start_is_known and position.step == 0 else self.policy
         self.policy.train(False)
         metrics, values = evaluate(

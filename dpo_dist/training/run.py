@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from dpo_dist.batching.plan import Arrangement
+from dpo_dist.batching.plan import Arrangement, ComputeCosts
 from dpo_dist.config.losses import Weighting
 from dpo_dist.config.schema import ReferenceMode, RunConfig
-from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver
+from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver, reading_errors
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.slices import Sharded
 from dpo_dist.distributed.world import World
@@ -20,7 +20,7 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ExitCode, RunOutcome, StoppedError
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.text import counted
-from dpo_dist.model.flops import matmul_peak
+from dpo_dist.model.flops import compute_costs, matmul_peak
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.reference.engine import ReferenceProvider, settle_engine
@@ -54,13 +54,13 @@ def train(config: RunConfig, console: Console, stop: StopRequest, reporting: Rep
     with open_run(config, console, stop, trains=True) as run, lock_directory(run):
         run.stops.check()  # an import may have swallowed the StoppedError of a signal: check again
         say_header(run)
-        found = find_start(run)
-        if isinstance(found, RunState):
-            return _complete(run, found, reporting)
-        inputs, state = _begin(run, found, reporting)
+        start = find_start(run)
+        if isinstance(start, RunState):
+            return _complete(run, start, reporting)
+        inputs, state = _begin(run, start, reporting)
         with stop.deferred(), contextlib.ExitStack() as engines:
             try:
-                loop, position = _set_up(run, found, inputs, state, engines, reporting)
+                loop, position = _set_up(run, start, inputs, state, engines, reporting)
             except StoppedError:
                 stopped = replace(state, outcome=RunOutcome.preempted, stopped_by=run.stops.agreed)
                 if run.world.is_main:
@@ -73,7 +73,7 @@ def train(config: RunConfig, console: Console, stop: StopRequest, reporting: Rep
 
 
 def _begin(run: Run, checkpoint: Checkpoint | None, reporting: Reporting) -> tuple[Inputs, RunState]:
-    """Read the inputs, and write the files of every start when no check refuses it any more; collective."""
+    """Read the inputs, check them, then write the files of every start; collective."""
     config, world = run.config, run.world
     environment = describe_run(run)
     if "loss_function" in environment:
@@ -114,7 +114,7 @@ def _set_up(
     with run.clock.of("samples"):
         samples = reporting.prepare_samples(run, inputs, state.step)
     reference, policy = _load_models(run, inputs, engines, step0_follows=checkpoint is None)
-    inputs = arranged(run, inputs, policy, reference)
+    costs = arranged_costs(run, inputs, policy, reference)
     run.stops.check()
     objective = Objective(config.loss, reference.provider, inputs.router)
     sharded: list[Sharded] = [policy]
@@ -141,7 +141,7 @@ def _set_up(
         position, report = Position(), reference.report
         if reference.is_policys_start:
             policy.train(False)
-            drift = check_drift(run, policy.token_logps, objective, *reference.audited, inputs.costs)
+            drift = check_drift(run, policy.token_logps, objective, *reference.audited, costs)
             run.say(f"step-0 check passed: log-probs of policy and reference are {describe_drift(drift)}")
             report = {**report, "drift": drift}
     run.stops.check()
@@ -151,6 +151,7 @@ def _set_up(
     loop = Loop(
         run=run,
         inputs=inputs,
+        costs=costs,
         policy=policy,
         objective=objective,
         reference_sync=reference_sync,
@@ -160,6 +161,7 @@ def _set_up(
         rows=Rows(
             run=run,
             inputs=inputs,
+            costs=costs,
             policy=policy,
             objective=objective,
             start_is_known=reference.is_policys_start and config.loss.weighting is not Weighting.wpo,
@@ -193,7 +195,7 @@ def _load_models(
 
 
 def _free(engine: Engine, world: World, error: type[BaseException] | None, *_: Any) -> None:
-    """Free an engine; after an error only of a process alone: others end, and could be waited for."""
+    """Free an engine; after an error only if this process is alone: it could wait for others that end."""
     if error is None:
         engine.free()
     elif world.size == 1:
@@ -213,8 +215,8 @@ def load_policy(run: Run, inputs: Inputs) -> PolicyEngine:
     return policy
 
 
-def arranged(run: Run, inputs: Inputs, policy: PolicyEngine, reference: Reference) -> Inputs:
-    """Return the inputs for the arrangement of a policy; print one that shares no prompts.
+def arranged_costs(run: Run, inputs: Inputs, policy: PolicyEngine, reference: Reference) -> ComputeCosts:
+    """Return the costs by which micro-batches are balanced; say if the policy cannot share prompts.
 
     A live reference computes the policy's micro-batches, which also fit the budget in its padded rows.
     """
@@ -225,7 +227,7 @@ def arranged(run: Run, inputs: Inputs, policy: PolicyEngine, reference: Referenc
             how = "one response per row, padded to the longest of the micro-batch"
         run.say(f"unpacked: responses of this model cannot share a prompt in one forward: {how}")
     pads = engine is not None and engine.model.arrangement is Arrangement.padded
-    return replace(inputs, arrangement=arrangement, reference_pads=pads)
+    return replace(compute_costs(inputs.flops), arrangement=arrangement, pads=pads)
 
 
 def _resume(run: Run, checkpoint: Checkpoint, sharded: Sequence[Sharded]) -> Position:
@@ -235,7 +237,8 @@ def _resume(run: Run, checkpoint: Checkpoint, sharded: Sequence[Sharded]) -> Pos
     """
     for part in sharded:
         part.load_shards(checkpoint.folder)
-    position = Position.of(checkpoint.state)
+    with reading_errors(checkpoint.folder):
+        position = Position.of(checkpoint.state)
     run.clock.resume(checkpoint.state["work"])
     run.say(f"resuming from {checkpoint.folder}, after step {position.step:,}")
     for name in checkpoint.damaged:

@@ -13,11 +13,11 @@ from dpo_dist.objective.metrics import BATCH_MARGIN, BATCH_REWARD, metric_means
 
 @dataclass
 class LogWindow:
-    """Sums over some steps: one, or those since the last logged row, as every checkpoint has them.
+    """Sums over one step, or over the steps since the last row, which every checkpoint has.
 
-    `sums` and `counts` are by metric; `values` has one value of a step by name: gradient norm, loss
-    parameters that change, `time/*`. `learning_rate` is of the last step, `tokens` are unique tokens
-    computed, `flops` useful operations on all ranks.
+    `sums` and `counts` are by metric; `values` are of a step, by name: gradient norm, loss parameters that
+    change, `time/*`. `learning_rate` is of the last step, `tokens` are unique tokens computed, `flops` useful
+    operations on all ranks.
     """
 
     steps: int = 0
@@ -33,9 +33,9 @@ class LogWindow:
     def add(self, other: "LogWindow") -> None:
         """Add later steps."""
         for totals in ("sums", "counts", "values"):
-            own = getattr(self, totals)
+            mine = getattr(self, totals)
             for name, value in getattr(other, totals).items():
-                own[name] = own.get(name, 0.0) + value
+                mine[name] = mine.get(name, 0.0) + value
         for total in ("steps", "pairs", "tokens", "flops", "seconds"):
             setattr(self, total, getattr(self, total) + getattr(other, total))
         self.learning_rate = other.learning_rate
@@ -115,7 +115,7 @@ class Position:
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "Position":
         """Return the position in a checkpoint's state."""
-        return TypeAdapter(cls).validate_python({one.name: state[one.name] for one in fields(cls)})
+        return TypeAdapter(cls).validate_python({field.name: state[field.name] for field in fields(cls)})
 
     @property
     def best_step(self) -> int | None:

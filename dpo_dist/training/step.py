@@ -32,6 +32,7 @@ from dpo_dist.objective.metrics import (
     MetricPlan,
     MetricSums,
     PairValues,
+    ScoredPairs,
     metric_means,
     metric_sums,
     pair_values,
@@ -40,7 +41,7 @@ from dpo_dist.objective.router import RouterLoss
 from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.training.clock import Phase, StepClock
-from dpo_dist.training.gather import gather_pairs, in_batch_order, on_device
+from dpo_dist.training.gather import gather_scored, in_batch_order, on_device
 from dpo_dist.training.routers import RouterTerms
 
 _BATCHES_AHEAD = 4
@@ -52,28 +53,6 @@ class ReadyStep:
 
     rank_batch: RankBatch
     batches: Sequence[PackedBatch]
-
-
-@dataclass(frozen=True)
-class ScoredPairs:
-    """Policy and reference log-probs of a micro-batch, or of the global batch for coupled losses.
-
-    `weights`, [pairs]: 1 for a pair, 0 for a dummy. `sources`, int64 [pairs]: index of each pair's source in
-    `labels`. `distance` (policy minus reference log-prob, absolute) and `entropy` of the tokens, in nats,
-    summed by response, if measured. `routing`: `objective.router.routing_sums`, if the loss has losses of
-    routers.
-    """
-
-    policy: PairLogps
-    reference: PairLogps | None
-    facts: BatchFacts
-    weights: Tensor
-    distance: PairLogps | None = None
-    entropy: PairLogps | None = None
-    labels: tuple[str, ...] = ()
-    sources: Tensor | None = None
-    routing: Tensor | None = None
-    is_evaluation: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,43 +123,28 @@ class Objective:
             token_logps, *rows = values.view(1 + len(wanted), len(batch.targets))
             statistics = dict(zip(wanted, rows, strict=True))
             sums = partial(sum_by_response, response_tokens=batch.response_tokens, ranking=batch.ranking)
+            of_loss = partial(sums, token_weights=batch.token_weights)
             pair_weights = None
             if "collisions" in statistics:
                 pair_weights = wpo_weights(token_logps, statistics["collisions"], sums)
             yield ScoredPairs(
-                policy=self.pair_logps(token_logps, batch),
-                reference=None if reference is None else self.pair_logps(reference, batch),
-                facts=replace(facts, score_gaps=batch.score_gaps, pair_weights=pair_weights),
+                policy=of_loss(token_logps),
+                reference=None if reference is None else of_loss(reference),
                 weights=batch.weights,
+                facts=replace(facts, score_gaps=batch.score_gaps, pair_weights=pair_weights),
                 distance=None if reference is None else sums((token_logps.detach() - reference).abs()),
                 entropy=sums(statistics["entropy"]) if "entropy" in statistics else None,
-                labels=batch.labels,
                 sources=batch.sources,
                 routing=routing,
-                is_evaluation=is_evaluation,
             )
 
-    def pair_logps(self, token_logps: Tensor, batch: PackedBatch) -> PairLogps:
-        """Sum the per-token log-probs of a micro-batch by response, as the loss weights tokens."""
-        return sum_by_response(token_logps, batch.response_tokens, batch.ranking, batch.token_weights)
-
-    def measure(self, pairs: ScoredPairs) -> tuple[Tensor, MetricSums]:
+    def measure(self, pairs: ScoredPairs, plan: MetricPlan) -> tuple[Tensor, MetricSums]:
         """Return the sum of the losses, with a graph if gradients are enabled, and the metric sums.
 
         `pairs`: of a micro-batch; of the whole global batch for a coupled loss.
         """
         losses = preference_loss(pairs.policy, pairs.reference, self.loss, pairs.facts)
-        plan = MetricPlan(self.loss, pairs.labels, pairs.is_evaluation)
-        tokens = {"distance": pairs.distance, "entropy": pairs.entropy}
-        sums = metric_sums(plan, losses, pairs.policy, pairs.reference, pairs.weights, tokens, pairs.sources)
-        return (losses * pairs.weights).sum(), sums
-
-    def no_sums(
-        self, rank_batch: RankBatch, device: torch.device, *, is_evaluation: bool = False
-    ) -> MetricSums:
-        """Return metric sums of no pairs of a global batch."""
-        plan = MetricPlan(self.loss, rank_batch.dataset.labels, is_evaluation)
-        return MetricSums.zeros(plan.names, device)
+        return (losses * pairs.weights).sum(), metric_sums(plan, losses, pairs)
 
 
 def train_step(
@@ -202,7 +166,8 @@ def train_step(
     """
     rank_batch, device = step.rank_batch, world.device
     facts = BatchFacts(rank_batch.mean_chosen_tokens, running=running)
-    sums, slopes = objective.no_sums(rank_batch, device), list[Tensor]()
+    plan = MetricPlan(objective.loss, rank_batch.dataset.labels)
+    sums, slopes = MetricSums.zeros(plan, device), list[Tensor]()
     known: list[ScoredPairs] = []
     if objective.loss.is_coupled:
         policy.train(False)
@@ -210,7 +175,7 @@ def train_step(
             known = list(objective.scored(policy, step.batches, facts, device, clock.enter))
         pairs = gather_scored(known, rank_batch, world)
         leaves = [leaf.requires_grad_() for leaf in _differentiable(pairs.policy)]
-        loss, of_all = objective.measure(pairs)  # on every rank the whole loss
+        loss, of_all = objective.measure(pairs, plan)  # on every rank the whole loss
         loss = _nan_unless_finite(loss, pairs.policy.chosen) / rank_batch.pairs
         slopes += torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         sums = of_all if world.is_main else sums
@@ -226,11 +191,11 @@ def train_step(
     scored = objective.scored(policy, step.batches, facts, device, clock.enter)
     for number, (pairs, positions) in enumerate(zip(scored, rank_batch.positions, strict=True), start=1):
         if objective.loss.is_coupled:
-            own = on_device(positions or (0,), device)
+            places = on_device(positions or (0,), device)
             parts = zip(slopes, _differentiable(pairs.policy), strict=True)
-            loss = (torch.stack([slope[own] * part for slope, part in parts]) * pairs.weights).sum()
+            loss = (torch.stack([slope[places] * part for slope, part in parts]) * pairs.weights).sum()
         else:
-            loss, of_batch = objective.measure(pairs)
+            loss, of_batch = objective.measure(pairs, plan)
             loss, sums = _nan_unless_finite(loss, pairs.policy.chosen) / rank_batch.pairs, sums + of_batch
         if routers is not None and pairs.routing is not None:
             loss, sums = routers.add(loss, pairs.routing, sums)
@@ -248,17 +213,6 @@ def _nan_unless_finite(loss: Tensor, logps: Tensor) -> Tensor:
     A pair whose loss is infinite may have no gradient of its own. `logps`: those that the gradient flows to.
     """
     return loss + torch.where(loss.detach().isfinite(), 0.0, torch.nan) * logps.sum()
-
-
-def gather_scored(scored: Sequence[ScoredPairs], rank_batch: RankBatch, world: World) -> ScoredPairs:
-    """Return all pairs of the global batch in its order, the same on every rank; collective.
-
-    `scored`: this rank's micro-batches, without a graph, of a loss that uses no rankings.
-    """
-    plain = [replace(pairs, routing=None, sources=None) for pairs in scored]
-    sources = None if rank_batch.sources is None else on_device(rank_batch.sources, world.device)
-    labels = rank_batch.dataset.labels
-    return replace(gather_pairs(plain, rank_batch, world), sources=sources, labels=labels)
 
 
 def _differentiable(logps: PairLogps) -> list[Tensor]:
@@ -289,12 +243,12 @@ class StepTotals:
 def reduce_step(sums: MetricSums, votes: Sequence[bool], grad_norm: Tensor, world: World) -> StepTotals:
     """Sum metrics and votes over all ranks: one all-reduce, one device-to-host copy; collective."""
     cast = copied_to(sums.values.device, np.array(votes, dtype=np.float64))
-    own = sums.values if world.leads else torch.zeros_like(sums.values)
-    total = world.sum(torch.cat((own, cast)))
+    counted = sums.values if world.leads else torch.zeros_like(sums.values)
+    total = world.sum(torch.cat((counted, cast)))
     *reduced, norm = torch.cat((total, grad_norm.double().view(1))).tolist()
     by_metric, counts = sums.named(reduced)
-    counted = [round(vote) for vote in reduced[len(sums.values) :]]
-    return StepTotals(by_metric, counts, metric_means(by_metric, counts), counted, norm)
+    ranks = [round(vote) for vote in reduced[len(sums.values) :]]
+    return StepTotals(by_metric, counts, metric_means(by_metric, counts), ranks, norm)
 
 
 @torch.no_grad()
@@ -312,7 +266,8 @@ def evaluate(
     `check_stop` is called before each micro-batch, of which all ranks have the same number, and may raise.
     """
     facts = BatchFacts(rank_batch.mean_chosen_tokens, running=running)
-    sums = objective.no_sums(rank_batch, world.device, is_evaluation=True)
+    plan = MetricPlan(objective.loss, rank_batch.dataset.labels, is_evaluation=True)
+    sums = MetricSums.zeros(plan, world.device)
     values, scored = list[Tensor](), list[ScoredPairs]()
 
     def enter(phase: Phase) -> None:
@@ -325,9 +280,9 @@ def evaluate(
             if objective.loss.is_coupled:
                 scored.append(pairs)
             else:
-                sums += objective.measure(pairs)[1]
+                sums += objective.measure(pairs, plan)[1]
     if objective.loss.is_coupled:
-        _, of_all = objective.measure(gather_scored(scored, rank_batch, world))
+        _, of_all = objective.measure(gather_scored(scored, rank_batch, world), plan)
         sums = of_all if world.is_main else sums
     means = MetricSums(sums.names, world.sum_replicas(sums.values)).means()
     return means, PairValues(*in_batch_order(values, rank_batch, world).float().cpu().numpy())

@@ -17,6 +17,7 @@ from dpo_dist.config.losses import KINDS, LossConfig, LossKind
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.model.load import load_packed
 from dpo_dist.objective.losses import BatchFacts, RunningMeans
+from dpo_dist.objective.metrics import MetricPlan
 from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.training.clock import StepClock
 from dpo_dist.training.step import Objective
@@ -48,7 +49,7 @@ def test_forward_and_backward_do_not_make_the_host_wait(tmp_path: Path) -> None:
 
     def step() -> None:
         (pairs,) = objective.scored(policy, [batch], BatchFacts(1.0), CUDA)
-        loss, _ = objective.measure(pairs)
+        loss, _ = objective.measure(pairs, MetricPlan(objective.loss))
         loss.backward()  # type: ignore[no-untyped-call]
 
     step()
@@ -87,7 +88,7 @@ def test_no_loss_makes_the_host_wait_and_each_is_that_of_the_cpu(kind: LossKind)
         rank_batch: Any = type("RankBatch", (), {"batches": lambda: [batch]})
         ready = objective.ready_batches(rank_batch, device)
         (pairs,) = objective.scored(policy, ready, facts, device)
-        loss, sums = objective.measure(pairs)
+        loss, sums = objective.measure(pairs, MetricPlan(config))
         loss.backward()  # type: ignore[no-untyped-call]
         assert leaf.grad is not None
         return [leaf.grad, loss.detach(), sums.values]

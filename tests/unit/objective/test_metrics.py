@@ -17,6 +17,7 @@ from dpo_dist.objective.metrics import (
     MetricPlan,
     MetricSums,
     PairValues,
+    ScoredPairs,
     metric_sums,
     pair_values,
 )
@@ -31,11 +32,18 @@ def pairs(values: torch.Tensor) -> PairLogps:
     return PairLogps(values[:, 0], values[:, 1], ones, ones)
 
 
+def means_of(
+    losses: torch.Tensor, policy: PairLogps, reference: PairLogps | None, plan: MetricPlan = PLAN
+) -> dict[str, float]:
+    scored = ScoredPairs(policy, reference, torch.ones(len(losses)))
+    return metric_sums(plan, losses, scored).means()
+
+
 def test_means_by_hand() -> None:
     policy = pairs(torch.tensor([[-1.0, -3.0], [-2.0, -2.0], [-4.0, -1.0], [-5.8, -9.0]]))
     reference = pairs(torch.tensor([[-2.0, -2.0], [-2.0, -2.0], [-2.0, -2.0], [-5.0, -5.0]]))
     losses = torch.tensor([1.0, 2.0, 3.0, 6.0])
-    means = metric_sums(PLAN, losses, policy, reference, torch.ones(4)).means()
+    means = means_of(losses, policy, reference)
     assert means == pytest.approx(
         {
             "loss": 3.0,
@@ -65,9 +73,9 @@ def test_metrics_per_token_have_the_counts_of_their_tokens() -> None:
     distance = PairLogps(torch.tensor([1.0, 4.1]), torch.tensor([0.0, 12.7]), *tokens)
     entropy = PairLogps(torch.tensor([2.0, 304.0]), torch.tensor([126.0, 128.0]), *tokens)
     plan = MetricPlan(CONFIG, is_evaluation=True)
-    measured = {"distance": distance, "entropy": entropy}
-    sums = metric_sums(plan, torch.ones(2), policy, policy, torch.ones(2), measured)
-    assert sums.names == plan.names
+    scored = ScoredPairs(policy, policy, torch.ones(2), distance=distance, entropy=entropy)
+    sums = metric_sums(plan, torch.ones(2), scored)
+    assert sums.names == tuple(plan.rows)
     means = sums.means()
     expected = {
         "logps/chosen_per_token": -54 / 102,
@@ -91,7 +99,7 @@ def test_a_margin_that_is_not_a_number_is_neither_right_nor_wrong(value: float) 
     tokens = torch.tensor([100.0, 10.0])
     policy = PairLogps(torch.tensor([value, -1.0]), torch.tensor([value, -2.0]), tokens, tokens)
     reference = PairLogps(torch.tensor([-2.0, -1.5]), torch.tensor([-2.0, -1.0]), tokens, tokens)
-    means = metric_sums(PLAN, torch.ones(2), policy, reference, torch.ones(2)).means()
+    means = means_of(torch.ones(2), policy, reference)
     for name in ("rewards/accuracies", "rewards/both_fall", "rewards/accuracies_by_length/64-127"):
         assert means[name] != means[name], name
     assert means["rewards/accuracies_by_length/1-63"] == 1.0
@@ -101,7 +109,7 @@ def test_a_margin_that_is_not_a_number_is_neither_right_nor_wrong(value: float) 
 def test_every_pair_is_in_the_bucket_of_its_longer_response(lengths: list[int]) -> None:
     tokens = torch.tensor([float(length) for length in lengths])
     logps = PairLogps(tokens, -tokens, torch.ones_like(tokens), tokens)
-    sums = metric_sums(PLAN, torch.zeros(len(lengths)), logps, None, torch.ones(len(lengths)))
+    sums = metric_sums(PLAN, torch.zeros(len(lengths)), ScoredPairs(logps, None, torch.ones(len(lengths))))
     counts = sums.named(sums.values.tolist())[1]
     for bucket in BUCKETS:
         low, high = bucket.split("-")
@@ -125,10 +133,10 @@ def test_means_do_not_depend_on_parts_and_dummies(
     def sums_of(rows: torch.Tensor, weight: float = 1.0) -> MetricSums:
         logps, weights = (pairs(policy[rows]), pairs(reference[rows])), torch.full((len(rows),), weight)
         losses = preference_loss(*logps, CONFIG)
-        return metric_sums(plan, losses, *logps, weights, sources=sources[rows])
+        return metric_sums(plan, losses, ScoredPairs(*logps, weights, sources=sources[rows]))
 
     rows = torch.arange(count)
-    total = MetricSums.zeros(plan.names, CPU)
+    total = MetricSums.zeros(plan, CPU)
     for part in torch.tensor_split(rows, parts):
         total += sums_of(part)
     for _ in range(dummies):
@@ -153,7 +161,7 @@ def test_the_reward_shift_of_bco_uses_its_own_rewards() -> None:
     policy = PairLogps(torch.tensor([-8.0]), torch.tensor([-2.0]), tokens, tokens)
     terms = [LossTermConfig(LossKind.simpo), LossTermConfig(LossKind.bco_pair)]
     config = LossConfig(beta=0.5, terms=terms, reference_free=True, bco_delta=BcoDelta.running_mean)
-    means = metric_sums(MetricPlan(config), torch.zeros(1), policy, None, torch.ones(1)).means()
+    means = means_of(torch.zeros(1), policy, None, MetricPlan(config))
     assert means["rewards/chosen"] == 0.5 * -8 / 4
     assert means[BATCH_REWARD] == 0.5 * (-8 - 2) / 2
 

@@ -11,7 +11,7 @@ from dpo_dist.data.dataset import shard_batch
 from dpo_dist.model.flops import StepFlops
 from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.training.inputs import Inputs
-from dpo_dist.training.run import arranged
+from dpo_dist.training.run import arranged_costs
 from tests.support.packing import dataset_of, random_pairs
 
 BUDGET = 200
@@ -32,9 +32,9 @@ def test_a_live_reference_in_padded_rows_stays_in_the_budget(reference: Referenc
     policy: Any = SimpleNamespace(model=SimpleNamespace(arrangement=Arrangement.packed))
     provided: Any = SimpleNamespace(provider=reference)
     run: Any = SimpleNamespace(say=print)
-    inputs = arranged(run, Inputs(**facts), policy, provided)
+    costs = arranged_costs(run, Inputs(**facts), policy, provided)
     dataset = dataset_of(random_pairs(SHAPES))
-    plan = shard_batch(dataset, np.arange(len(SHAPES)), 0, 1, BUDGET, inputs.costs)
+    plan = shard_batch(dataset, np.arange(len(SHAPES)), 0, 1, BUDGET, costs)
     assert plan.tokens == sum(sum(shape) - (len(shape) - 1) for shape in SHAPES)
     most = {
         arrangement: max(computed_tokens(batch.layout, arrangement) for batch in plan.batches())
