@@ -1,4 +1,7 @@
-"""Charts: curves of a run on its page and as an image, a scatter, a histogram; complete without a script."""
+"""Charts: curves of a run on its page and as an image, a scatter, a histogram; complete without a script.
+
+Matplotlib draws the image only: its SVG takes six times the time, and styles that the pages forbid.
+"""
 
 import json
 import math
@@ -10,11 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 from markupsafe import Markup
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator
 from numpy.typing import ArrayLike, NDArray
-from scipy.ndimage import uniform_filter1d
 
 from dpo_dist.config.metrics import METRICS, PREFIX
 from dpo_dist.foundation import files
@@ -31,7 +30,7 @@ COLORS = ("#0072b2", "#c85200", "#00805c", "#a3478c", "#8f6a00", "#5b6470")
 (https://jfly.uni-koeln.de/color/), darkened to a contrast of 4 to white. page.css has them too."""
 
 _PADDING = 0.05
-_MOST_DECADES = 6
+_MOST_TICKS = 5
 _SHORT = 200.0  # a logarithmic axis has ticks within a decade below this ratio of its ends
 _SMOOTHED_SHARE = 0.06
 _MOST_POINTS = 400
@@ -66,16 +65,17 @@ class Axis:
             low, high, at = map(math.log10, (low, high, at))
         return round(self.start + (at - low) / ((high - low) or 1.0) * (self.end - self.start), 1)
 
-    def ticks(self, most: int = 5, *, whole: bool = False) -> list[float]:
-        """Return at most about `most` round values within the axis; `whole`: integers only."""
+    def ticks(self, *, whole: bool = False) -> list[float]:
+        """Return about five round values within the axis; `whole`: integers only."""
+        from matplotlib.ticker import LogLocator, MaxNLocator  # noqa: PLC0415  (slow; only rank 0 draws)
+
+        locator = MaxNLocator(_MOST_TICKS, steps=[1, 2, 2.5, 5, 10], integer=whole, min_n_ticks=1)
         if self.is_log:
             subs = (1.0, 2.0, 5.0) if self.high < _SHORT * self.low else (1.0,)
-            found = LogLocator(subs=subs, numticks=_MOST_DECADES).tick_values(self.low, self.high)
-        else:
-            locator = MaxNLocator(most, steps=[1, 2, 2.5, 5, 10], integer=whole, min_n_ticks=1)
-            found = locator.tick_values(self.low, self.high)
+            locator = LogLocator(subs=subs, numticks=_MOST_TICKS + 1)
         slack = 1e-9 * (self.high - self.low)
-        within = [float(tick) for tick in found if self.low - slack <= tick <= self.high + slack]
+        found = map(float, locator.tick_values(self.low, self.high))
+        within = [tick for tick in found if self.low - slack <= tick <= self.high + slack]
         return within if len(within) > 1 or not self.is_log else [self.low, self.high]
 
     def marks(self, *, whole: bool = False) -> list[tuple[float, str]]:
@@ -103,16 +103,17 @@ class Line:
     def smoothed(self) -> "Line":
         """Return two passes of a centred mean over 6 % of the values; gaps stay gaps, and are in no mean."""
         is_known = np.isfinite(self.values)
-        width = 1 + 2 * int(_SMOOTHED_SHARE * is_known.sum() / 2)
-        if width == 1:
+        half = int(_SMOOTHED_SHARE * is_known.sum() / 2)
+        if half == 0:
             return self
 
         def window(values: FloatArray) -> FloatArray:
-            return np.asarray(uniform_filter1d(values, width, mode="constant"), dtype=np.float64)
+            sums = np.cumsum(np.pad(values, (half + 1, half)))
+            return np.asarray(sums[2 * half + 1 :] - sums[: -2 * half - 1])
 
-        means, shares = np.where(is_known, self.values, 0.0), window(is_known.astype(np.float64))
+        means, counts = np.where(is_known, self.values, 0.0), window(is_known.astype(np.float64))
         for _ in range(2):
-            means = np.where(is_known, window(means) / np.where(is_known, shares, 1.0), 0.0)
+            means = np.where(is_known, window(means) / np.where(is_known, counts, 1.0), 0.0)
         return Line(self.label, "smooth", self.steps, np.where(is_known, means, math.nan))
 
     def extremes(self, most: int) -> FloatArray:
@@ -147,8 +148,7 @@ def chart(title: str, lines: Sequence[Line], unit: str = "", *, log: bool = Fals
         drawn.append(Line(line.label, line.role, line.steps[is_kept], line.values[is_kept]))
     low, high = float(kept[0]), float(kept[-1])
     across = Axis(low, high if high > low else low + 1, 50, 364)
-    values = np.concatenate([line.values for line in drawn])
-    up = Axis.around(values[np.isfinite(values)].tolist(), 184, 8, is_log=log)
+    up = _axis_of(drawn, 184, 8, is_log=log)
     data = {
         "box": [across.start, across.end, up.end, up.start],
         "xAxis": [across.low, across.high],
@@ -166,6 +166,11 @@ def chart(title: str, lines: Sequence[Line], unit: str = "", *, log: bool = Fals
         "legend": _legend(drawn, labels, high),
     }
     return part("svg.jinja", "chart", figure)
+
+
+def _axis_of(lines: Sequence[Line], start: float, end: float, *, is_log: bool) -> Axis:
+    values = (value for line in lines for value in line.values.tolist() if math.isfinite(value))
+    return Axis.around(values, start, end, is_log=is_log)
 
 
 def _paths(
@@ -217,42 +222,38 @@ def _last_value(line: Line, end: float) -> str:
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart of one or more metrics."""
+    """A chart of one or more metrics on the page, and `in_image`: in training_curves.png."""
 
     title: str
     keys: tuple[str, ...]
+    in_image: bool
     is_log: bool = False
     is_smoothed: bool = True
 
 
-IMAGE_PANELS = (
-    Panel("Loss", ("loss",)),
-    Panel("Accuracy: chosen above rejected", ("rewards/accuracies",)),
-    Panel("Margin of rewards", ("rewards/margins",)),
-    Panel("Rewards", ("rewards/chosen", "rewards/rejected")),
-    Panel("Gradient norm", ("grad_norm",), is_log=True),
-    Panel("Learning rate", ("learning_rate",), is_smoothed=False),
-)
-"""Charts of the page that training_curves.png has too."""
 PANELS = (
-    *IMAGE_PANELS[:4],
-    Panel("Log-prob per token", ("logps/chosen_per_token", "logps/rejected_per_token")),
-    Panel("Distance from the reference", ("distance/chosen", "distance/rejected")),
-    Panel("Length of generated responses", ("samples/length",)),
-    Panel("Generated responses that end", ("samples/finished",)),
-    *IMAGE_PANELS[4:],
+    Panel("Loss", ("loss",), True),
+    Panel("Accuracy: chosen above rejected", ("rewards/accuracies",), True),
+    Panel("Margin of rewards", ("rewards/margins",), True),
+    Panel("Rewards", ("rewards/chosen", "rewards/rejected"), True),
+    Panel("Log-prob per token", ("logps/chosen_per_token", "logps/rejected_per_token"), False),
+    Panel("Distance from the reference", ("distance/chosen", "distance/rejected"), False),
+    Panel("Length of generated responses", ("samples/length",), False),
+    Panel("Generated responses that end", ("samples/finished",), False),
+    Panel("Gradient norm", ("grad_norm",), True, is_log=True),
+    Panel("Learning rate", ("learning_rate",), True, is_smoothed=False),
 )
-"""All charts of the page, in their order."""
 
 
 def charts(rows: Rows, noise: Mapping[str, float]) -> list[Markup]:
     """Return all charts of a run that have a value; `noise` is that of rounding, by metric."""
     figures = (
-        chart(panel.title, lines, METRICS[panel.keys[0]].unit, log=panel.is_log)
+        chart(
+            panel.title, list(panel_lines(panel, rows, noise)), METRICS[panel.keys[0]].unit, log=panel.is_log
+        )
         for panel in PANELS
-        if (lines := list(panel_lines(panel, rows, noise)))
     )
-    return [figure for figure in figures if figure]
+    return list(filter(None, figures))
 
 
 def panel_lines(panel: Panel, rows: Rows, noise: Mapping[str, float]) -> Iterator[Line]:
@@ -296,24 +297,28 @@ _STYLES: Mapping[Role, Mapping[str, Any]] = {
 
 def draw_curves(rows: Rows, path: Path, title: str) -> None:
     """Draw metrics rows to the PNG file `path`, 1600 pixels wide, whole or not at all."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  (slow; only rank 0 draws)
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
     figure = Figure(figsize=(16, 8), dpi=100)
     canvas = FigureCanvasAgg(figure)
     figure.suptitle(printable(title), parse_math=False)
     margins = {"left": 0.05, "right": 0.99, "bottom": 0.05, "top": 0.9, "hspace": 0.25, "wspace": 0.2}
-    for axes, panel in zip(figure.subplots(2, 3, gridspec_kw=margins).flat, IMAGE_PANELS, strict=True):
-        axes.set_title(panel.title, loc="left")
+    panels = [panel for panel in PANELS if panel.in_image]
+    for axes, panel in zip(figure.subplots(2, 3, gridspec_kw=margins).flat, panels, strict=True):
+        axes.set_title(panel.title, loc="left", y=1.0)  # a given place is not looked for, a third of the time
         axes.grid(alpha=0.3)
         lines = list(panel_lines(panel, rows, {}))
+        axis = _axis_of(lines, 0, 1, is_log=panel.is_log)
+        axes.set(yscale="log" if panel.is_log else "linear", ylim=(axis.low, axis.high))
+        axes.set_yticks(axis.ticks(), [text for _, text in axis.marks()])
+        axes.minorticks_off()
         labels = list(dict.fromkeys(line.label for line in lines))
         for line in lines:
             name = None if line.role == "smooth" else line.label
             name = f"{line.label} (evaluation)" if line.role == "evaluation" else name
             color = COLORS[labels.index(line.label)]
             axes.plot(line.steps, line.values, color=color, label=name, **_STYLES[line.role])
-        if panel.is_log:
-            axes.set_yscale("log")
-        else:
-            axes.ticklabel_format(axis="y", scilimits=(-3, 4))
         if lines:
             axes.legend(frameon=False)
     with files.staged_file(path) as temporary:
