@@ -164,7 +164,7 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> Samples | None:
         return None
     settings, model_folder = config.samples, inputs.policy_files.folder
     tokenizer, seed = inputs.tokenizer, config.trainer.seed
-    stop_ids = find_stop_ids(tokenizer, config.data, model_folder)
+    stop_ids = find_stop_ids(tokenizer, config.data, model_folder, "model.path")
     text_config = load_config(model_folder, config.model).get_text_config()
     longest = getattr(text_config, "max_position_embeddings", None)
     if longest is not None:

@@ -115,7 +115,7 @@ def merge_adapter(adapter: Path, folder: Path, config: RunConfig) -> None:
     from dpo_dist.model.load import TORCH_DTYPES  # noqa: PLC0415
     from dpo_dist.model.save import copy_tokenizer, write_merged, writing_errors  # noqa: PLC0415
 
-    source = find_model(str(adapter), config)
+    source = find_model(str(adapter), config, "model.adapter")
     dtype, code = TORCH_DTYPES[config.model.dtype], config.model.trust_remote_code
     with writing_errors(folder), staged_folder(folder) as temporary:
         write_merged(temporary, source.folder, adapter, dtype, trust_remote_code=code)

@@ -18,7 +18,7 @@ from tests.support.alone import ALONE
 from tests.support.records import jsonl
 
 TOKENIZER = tiny.qwen()
-STOPS = find_stop_ids(TOKENIZER, DataConfig())
+STOPS = find_stop_ids(TOKENIZER, DataConfig(), Path(), "model.path")
 ROWS = [
     {"prompt": f"question {'very ' * n}{n // 2}", "chosen": f" right {n}", "rejected": f"wrong {n}"}
     for n in range(12)
