@@ -420,7 +420,7 @@ def make_pairs(config: RunConfig, console: Console) -> None:
             with _only_start(config):
                 pairs_from_scores(config, console.say)
         case PairsMethod.people:
-            label_pairs(config, console.say, console.show)
+            label_pairs(config, console)
         case PairsMethod.samples | PairsMethod.delta:
             with joined_run(config, console, _only_start(config)) as run:
                 pairs_from_models(run)
