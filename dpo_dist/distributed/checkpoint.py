@@ -192,7 +192,7 @@ class SavedSlices:
 
     def load_into(self, slices: Iterable[Slice]) -> None:
         """Fill the parts of `slices`, whatever the ranges of the ranks that saved them."""
-        with _reading_errors(self.folder), contextlib.ExitStack() as stack:
+        with reading_errors(self.folder), contextlib.ExitStack() as stack:
 
             @functools.cache
             def opened(file: str) -> Any:

@@ -13,7 +13,7 @@ import traceback
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -90,12 +90,13 @@ class FunctionJudge:
         return [Judgement(self._scores(question)) for question in questions]
 
     def _scores(self, question: Question) -> list[float | None]:
+        fault = ""
         try:
-            found = list(self._function(question.prompt, list(question.responses)))
-            scores = [None if score is None else float(score) for score in found]
-            fault = "" if len(scores) == len(question.responses) else f"returns {len(scores)} scores"
-            has_other = any(isinstance(score, str | bool) for score in found)
-            if has_other or not all(math.isfinite(score or 0) for score in scores):
+            returned = list(self._function(question.prompt, list(question.responses)))
+            scores = [None if score is None else float(score) for score in returned]
+            if len(scores) != len(question.responses):
+                fault = f"returns {len(scores)} scores"
+            elif any(isinstance(score, str | bool) for score in returned) or not _are_finite(scores):
                 fault = "returns a score that is no finite number"
         except Exception as error:  # the user's code can raise anything; its message could quote a text
             place = traceback.extract_tb(error.__traceback__)[-1]
@@ -112,22 +113,27 @@ class FunctionJudge:
         return scores
 
 
+def _are_finite(scores: Sequence[float | None]) -> bool:
+    return all(score is None or math.isfinite(score) for score in scores)
+
+
+@dataclass
 class RewardModel:
     """Scores each response by the model's output for the whole conversation."""
 
-    def __init__(
-        self, name: str, config: ModelConfig, store: Path, device: torch.device, batch_tokens: int = 32768
-    ):
-        self._name, self._config, self._store, self._device = name, config, store, device
-        self._budget = batch_tokens
+    name: str
+    config: ModelConfig
+    store: Path
+    device: torch.device
+    batch_tokens: int = 32768
 
     def __str__(self) -> str:
-        return f"reward model {self._name}"
+        return f"reward model {self.name}"
 
     def check(self) -> None:
         """Check its configuration and tokenizer."""
-        folder = description_folder(self._name, None, _REWARD_MODEL)
-        model_config = load_config(folder, self._config, _REWARD_MODEL)
+        folder = description_folder(self.name, None, _REWARD_MODEL)
+        model_config = load_config(folder, self.config, _REWARD_MODEL)
         if model_config.num_labels != 1:
             raise ConfigError(
                 "the model is no reward model",
@@ -136,30 +142,30 @@ class RewardModel:
                 expected="a model of AutoModelForSequenceClassification with one output",
                 remedy="name a reward model, or set pairs.function for another kind of score",
             )
-        load_tokenizer(folder, self._config, _REWARD_MODEL)
+        load_tokenizer(folder, self.config, _REWARD_MODEL)
 
     def describe(self) -> dict[str, Any]:
         """Return its name, the digest of its files, and its precision."""
         self.check()
-        files = digest_model(self._folder, self._store, remote_code=self._config.trust_remote_code)
+        files = digest_model(self._folder, self.store, remote_code=self.config.trust_remote_code)
         digest = text_digest(f"{files.digest} {tokenizer_digest(self._folder)}")
-        dtype = str(self._config.dtype)
-        return {"kind": "reward_model", "name": self._name, "digest": digest, "dtype": dtype}
+        dtype = str(self.config.dtype)
+        return {"kind": "reward_model", "name": self.name, "digest": digest, "dtype": dtype}
 
     @cached_property
     def _folder(self) -> Path:
-        return model_folder(self._name, None, _REWARD_MODEL)
+        return model_folder(self.name, None, _REWARD_MODEL)
 
     @cached_property
     def _tokenizer(self) -> Any:
-        return load_tokenizer(self._folder, self._config, _REWARD_MODEL)
+        return load_tokenizer(self._folder, self.config, _REWARD_MODEL)
 
     @cached_property
     def _model(self) -> Any:
-        whole, kind = replace(self._config, quantization=None), AutoModelForSequenceClassification
+        whole, kind = replace(self.config, quantization=None), AutoModelForSequenceClassification
         model_config = load_config(self._folder, whole, _REWARD_MODEL)
-        model = load_weights(self._folder, model_config, whole, self._device, key=_REWARD_MODEL, kind=kind)
-        return model.to(self._device).eval()
+        model = load_weights(self._folder, model_config, whole, self.device, key=_REWARD_MODEL, kind=kind)
+        return model.to(self.device).eval()
 
     def judge(self, questions: Sequence[Question]) -> list[Judgement]:
         """Return the model's scores; None for a conversation too long for it, or rejected by its template."""
@@ -168,7 +174,7 @@ class RewardModel:
         judgements = []
         for question in questions:
             own = [next(scores) for _ in question.responses]
-            if not all(score is None or math.isfinite(score) for score in own):
+            if not _are_finite(own):
                 raise ConfigError(
                     "the reward model computes a score that is not finite",
                     where=f"{_REWARD_MODEL} at the prompt of {question.record.origin}",
@@ -184,13 +190,11 @@ class RewardModel:
         None: the template rejects the conversation, or the tokenizer cannot encode it.
         """
         facts = tokenizer_facts(self._tokenizer, with_tools=bool(record.tools))
-        prompt, chat = record.prompt, facts.chat
-        messages = turns_of(prompt, "user")
+        prompt, chat, messages = record.prompt, facts.chat, turns_of(record.prompt, "user")
         if chat is None:
-            turns = "\n\n".join(turn.content for turn in messages)
-            if isinstance(prompt, Dialogue):
-                turns = prompt.text
-            pair: list[int] = self._tokenizer(turns, response, split_special_tokens=True)["input_ids"]
+            text = "\n\n".join(turn.content for turn in messages)
+            text = prompt.text if isinstance(prompt, Dialogue) else text
+            pair: list[int] = self._tokenizer(text, response, split_special_tokens=True)["input_ids"]
             return pair
         tools = {"tools": list(record.tools)} if record.tools else {}
         whole = tuple(chat.turn(turn) for turn in (*messages, Message("assistant", response)))
@@ -210,10 +214,10 @@ class RewardModel:
         order = sorted(rows, key=lambda at: -len(rows[at]))
         while order:
             # The score is read at the last token that is no padding: without such a token, one row at a time.
-            size = 1 if padding is None else max(1, self._budget // len(rows[order[0]]))
+            size = 1 if padding is None else max(1, self.batch_tokens // len(rows[order[0]]))
             batch, order = order[:size], order[size:]
-            padded = pad_sequence([rows[at] for at in batch], True, padding or 0).to(self._device)
-            mask = pad_sequence([torch.ones_like(rows[at]) for at in batch], True).to(self._device)
+            padded = pad_sequence([rows[at] for at in batch], True, padding or 0).to(self.device)
+            mask = pad_sequence([torch.ones_like(rows[at]) for at in batch], True).to(self.device)
             logits = self._model(input_ids=padded, attention_mask=mask).logits
             for at, score in zip(batch, logits.float()[:, 0].tolist(), strict=True):
                 scores[at] = score
@@ -270,9 +274,9 @@ class EndpointJudge:
         self._options = _OPTIONS
 
     def __str__(self) -> str:
-        config, compares = self._config, self._config.verdicts is Verdicts.compare
+        compares = self._config.verdicts is Verdicts.compare
         verdicts = "each two responses in both positions" if compares else "grades from 1 to 10"
-        return f"{config.model} at {config.url}: {verdicts}"
+        return f"{self._config.model} at {self._config.url}: {verdicts}"
 
     def check(self) -> None:
         """Send a harmless request, which is not to be refused."""
@@ -281,16 +285,10 @@ class EndpointJudge:
             raise self._unusable(f"{refusal}, also for a harmless request")
 
     def describe(self) -> dict[str, Any]:
-        """Return address, model and criterion."""
-        config = self._config
-        return {
-            "kind": "endpoint",
-            "url": config.url,
-            "model": config.model,
-            "verdicts": str(config.verdicts),
-            "criterion": config.criterion,
-            "max_tokens": _MAX_TOKENS,
-        }
+        """Return address, model, kind of verdicts and criterion."""
+        facts = asdict(self._config) | {"verdicts": str(self._config.verdicts), "max_tokens": _MAX_TOKENS}
+        del facts["parallel_requests"]
+        return {"kind": "endpoint", **facts}
 
     def judge(self, questions: Sequence[Question]) -> list[Judgement]:
         """Return scores: grades, or the share of won comparisons, with ties as half.
@@ -302,18 +300,16 @@ class EndpointJudge:
         asked = [(each, order) for each, own in zip(questions, orders, strict=True) for order in own]
         pool = ThreadPoolExecutor(self._config.parallel_requests, "judge")
         try:
-            verdicts = iter(list(pool.map(lambda each: self._verdict(*each), asked)))
+            verdicts = list(pool.map(lambda each: self._verdict(*each), asked))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # after an error, others may wait for long
-        judgements = [
-            _judgement(len(each.responses), dict(zip(own, verdicts, strict=False)))
+        if 0 < len(verdicts) == verdicts.count("refused"):
+            self.check()  # all requests of a short part may be refused for their texts
+        given = iter(verdicts)
+        return [
+            _judgement(len(each.responses), dict(zip(own, given, strict=False)))
             for each, own in zip(questions, orders, strict=True)
         ]
-        counts = sum((judgement.counts for judgement in judgements), Counter[str]())
-        if 0 < counts["requests"] == counts["refused"]:
-            # All requests of a short part may be refused for their texts.
-            self.check()
-        return judgements
 
     def _verdict(self, question: Question, order: tuple[int, ...]) -> str:
         """Return the verdict on one or two responses; without a verdict `refused` or `unreadable`."""

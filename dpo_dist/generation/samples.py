@@ -30,14 +30,10 @@ _OF_RESPONSE = ("text", "tokens", "finished")
 
 @dataclass(frozen=True)
 class SamplePrompt:
-    """A held-out prompt with the fields of its rows: `prompt`, `prompt_id`, `source` and `chosen`.
-
-    `language`: of the chosen response; None if it is not clear.
-    """
+    """A held-out prompt with the fields of its rows: `prompt`, `prompt_id`, `source` and `chosen`."""
 
     request: Request
     fields: Row
-    language: str | None
 
 
 @dataclass
@@ -73,8 +69,7 @@ class Samples:
 
         def write() -> dict[str, float]:
             metrics: dict[str, float] = {}
-            unknown = dict.fromkeys(_OF_RESPONSE)
-            others = self.reference or [unknown] * len(asked)
+            others = self.reference or [dict.fromkeys(_OF_RESPONSE)] * len(asked)
             rows = [
                 {**prompt.fields, "step": step, **_named("policy", own), **_named("reference", other)}
                 for prompt, own, other in zip(self.prompts, asked, others, strict=True)
@@ -123,7 +118,7 @@ class Samples:
         requests = [prompt.request for prompt in self.prompts]
         limits = self.stop_ids, _BATCH_TOKENS, self.run.stops
         try:
-            found = generate_together(model, requests, self.sampling, *limits, of_base=of_base)
+            samples = generate_together(model, requests, self.sampling, *limits, of_base=of_base)
         except NotFiniteError:
             self.run.say("warning: no samples: the model's logits are not finite")
             return None
@@ -133,13 +128,13 @@ class Samples:
                 "tokens": len(sample.ids),
                 "finished": sample.is_finished,
             }
-            for sample, request in zip(found, requests, strict=True)
+            for sample, request in zip(samples, requests, strict=True)
         ]
 
     def _metrics(self, prefix: str, responses: Sequence[Row]) -> dict[str, float]:
         facts = [text_facts(row["text"], row["tokens"], row["finished"]) for row in responses]
-        found = sample_metrics(facts, [prompt.language for prompt in self.prompts])
-        return {prefix + name: value for name, value in found.items()}
+        languages = [language_of(prompt.fields["chosen"]) for prompt in self.prompts]
+        return {prefix + name: value for name, value in sample_metrics(facts, languages).items()}
 
 
 def _named(model: str, response: Row) -> Row:
@@ -159,12 +154,11 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> Samples | None:
     policy cannot give its responses, the reference is loaded for them and freed again: call this before a
     model is loaded.
     """
-    config = run.config
-    if not config.samples.prompts or inputs.eval_set is None:
+    config, settings, tokenizer = run.config, run.config.samples, inputs.tokenizer
+    if not settings.prompts or inputs.eval_set is None:
         return None
-    settings, model_folder = config.samples, inputs.policy_files.folder
-    tokenizer, seed = inputs.tokenizer, config.trainer.seed
-    stop_ids = find_stop_ids(tokenizer, config.data, model_folder)
+    model_folder, seed = inputs.policy_files.folder, config.trainer.seed
+    stop_ids = find_stop_ids(tokenizer, config.data, model_folder, "model.path")
     text_config = load_config(model_folder, config.model).get_text_config()
     longest = getattr(text_config, "max_position_embeddings", None)
     if longest is not None:
@@ -181,13 +175,13 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> Samples | None:
     samples = Samples(run, sampling, prompts, stop_ids, tokenizer)
     files = inputs.reference_files or inputs.policy_files
     same_precision = config.reference.quantization is config.model.quantization
-    samples.starts_as_reference = is_start = (
+    samples.starts_as_reference = (
         inputs.reference_files is None
         or config.reference.mode is ReferenceMode.adapter
         or (files.digest == inputs.policy_files.digest and same_precision)
     )
     samples.reference = run.world.on_main(samples.read_reference)
-    policy_responds = is_start and (step == 0 or config.model.adapter is not None)
+    policy_responds = samples.starts_as_reference and (step == 0 or config.model.adapter is not None)
     if samples.reference is None and not policy_responds:
         run.say("samples: the reference is loaded for its responses")
         engine = load_reference(files, config, run.world)
@@ -212,24 +206,23 @@ def choose_prompts(
     by_hash = sorted(
         (text_digest(f"{seed} {key}"), int(index)) for key, index in zip(keys, indices, strict=True)
     )
+    ends = np.cumsum(dataset.source_pairs)
     found: list[SamplePrompt] = []
     for prompt_hash, index in by_hash:
-        if len(found) == count:
-            break
         tokens = dataset.lengths(index)[0]
         if tokens == 0 or (longest is not None and tokens > longest):
             continue
-        example, prompt_id = dataset.example(index, (0,)), prompt_hash[:16]
+        example = dataset.example(index, (0,))
         chosen_ids, prompt_ids = example.responses[0].tolist(), np.asarray(example.prompt_ids)
         while chosen_ids and chosen_ids[-1] in stop_ids:
             chosen_ids.pop()
-        chosen = texts_after(chosen_ids, prompt_ids, tokenizer)[0]
-        source = int(np.searchsorted(np.cumsum(dataset.source_pairs), index, side="right"))
         fields = {
             "prompt": str(tokenizer.decode(prompt_ids.tolist(), skip_special_tokens=False)),
-            "prompt_id": prompt_id,
-            "source": dataset.source_labels[source],
-            "chosen": chosen,
+            "prompt_id": prompt_hash[:16],
+            "source": dataset.source_labels[int(np.searchsorted(ends, index, side="right"))],
+            "chosen": texts_after(chosen_ids, prompt_ids, tokenizer)[0],
         }
-        found.append(SamplePrompt(Request(prompt_ids, prompt_id, 0), fields, language_of(chosen)))
+        found.append(SamplePrompt(Request(prompt_ids, prompt_hash[:16], 0), fields))
+        if len(found) == count:
+            break
     return tuple(found)

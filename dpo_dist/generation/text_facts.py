@@ -96,7 +96,6 @@ def is_refusal(response: str) -> bool:
     return _REFUSAL.search(_MANNER.sub("", start)) is not None
 
 
-_GRAM = 3
 _BASE = 0x9E3779B97F4A7C15
 _LONGEST_WORD = 40
 """Letters of a word; a longer one is no word but a loop without spaces, an address or a code."""
@@ -123,7 +122,7 @@ def text_facts(text: str, tokens: int, is_finished: bool) -> TextFacts:
     found = WORD.findall(text.casefold())
     # Repetition is to be seen within a word that is too long, too.
     words = [part for word in found for part in (word if len(word) > _LONGEST_WORD else (word,))]
-    grams = list(zip(*(words[start:] for start in range(_GRAM)), strict=False))
+    grams = list(zip(words, words[1:], words[2:], strict=False))
     return TextFacts(
         length=tokens,
         finished=is_finished,

@@ -9,8 +9,8 @@ from typing import Any, TypeAlias
 import dpo_dist
 from dpo_dist.config.keys import as_written
 from dpo_dist.config.schema import DataConfig, RunConfig, SourceConfig
-from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome, check_counts, describe_dropped, in_words
-from dpo_dist.data.records import BadRecord, Dialogue, Messages, PreferenceRecord, Prompt, Response, turns_of
+from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, check_counts, describe_dropped, in_words
+from dpo_dist.data.records import BadRecord, Dialogue, PreferenceRecord, Prompt, Response, turns_of
 from dpo_dist.data.sources import pinned
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import staged_file, text_digest, write_text
@@ -56,16 +56,15 @@ def good_records(
 
     `of_first`: they are the first records of more.
     """
-    outcomes: Counter[Outcome] = Counter()
-    bad: list[BadRecord] = []
+    counts = DataCounts()
     while not enough() and (record := next(records, None)) is not None:
+        counts.read += 1
         if isinstance(record, PreferenceRecord):
-            outcomes[Outcome(pairs=1)] += 1
+            counts.kept += 1
             yield record
         else:
-            outcomes[Outcome(dropped=record.reason)] += 1
-            bad += [record] if len(bad) < SHOWN_EXAMPLES else []
-    counts = DataCounts.of(outcomes, bad)
+            counts.dropped[record.reason] += 1
+            counts.examples += [str(record)] if len(counts.examples) < SHOWN_EXAMPLES else []
     check_counts(counts, source.path, data, of_first=of_first)
     say(f"{source.path}: {counts.kept:,} of {counted(counts.read, 'record')} kept")
     for line in describe_dropped(counts.dropped):
@@ -85,12 +84,11 @@ def pair_fields(
 
     Messages if the prompt is a conversation, else texts: training renders both as it renders `record`.
     """
-    prompt, *sides = as_fields(record.prompt, responses)
-    fields: dict[str, Any] = {} if prompt is None else {"prompt": prompt}
-    fields |= dict(zip(("chosen", "rejected"), sides, strict=True))
-    fields |= context_fields(record)
+    prompt, chosen, rejected = as_fields(record.prompt, responses)
+    fields = {} if prompt is None else {"prompt": prompt}
+    fields |= {"chosen": chosen, "rejected": rejected, **context_fields(record)}
     if scores is not None:
-        fields |= dict(zip(("score_chosen", "score_rejected"), scores, strict=True))
+        fields |= {"score_chosen": scores[0], "score_rejected": scores[1]}
     return fields | {"provenance": dict(provenance)}
 
 
@@ -100,25 +98,21 @@ def as_fields(prompt: Prompt, responses: Sequence[Response]) -> list[Any]:
         return [None, *(f"{prompt.text}{response}" for response in responses)]
     if isinstance(prompt, str):
         return [prompt, *map(str, responses)]
-    return [_messages(turns) for turns in (prompt, *map(turns_of, responses))]
+    return [
+        [
+            {"role": turn.role, "content": turn.content, **turn.fields}
+            | ({} if turn.is_trained is None else {"loss_weight": int(turn.is_trained)})
+            for turn in turns
+        ]
+        for turns in (prompt, *map(turns_of, responses))
+    ]
 
 
 def context_fields(record: PreferenceRecord) -> dict[str, Any]:
     """Return tools and template arguments of a record, if it has any."""
-    fields: dict[str, Any] = {}
-    if record.tools:
-        fields["tools"] = [dict(tool) for tool in record.tools]
-    if record.template_arguments:
-        fields["chat_template_kwargs"] = dict(record.template_arguments)
-    return fields
-
-
-def _messages(messages: Messages) -> list[dict[str, Any]]:
-    return [
-        {"role": turn.role, "content": turn.content, **turn.fields}
-        | ({} if turn.is_trained is None else {"loss_weight": int(turn.is_trained)})
-        for turn in messages
-    ]
+    tools, arguments = [dict(tool) for tool in record.tools], dict(record.template_arguments)
+    fields = {"tools": tools, "chat_template_kwargs": arguments}
+    return {name: value for name, value in fields.items() if value}
 
 
 def prompt_key(record: PreferenceRecord) -> str:
@@ -194,10 +188,13 @@ def write_results(
                     "unfinished within pairs.max_new_tokens; of a file without scores pairs.method=samples "
                     "makes responses and scores them",
                 )
-            found = {name: times for name, times in sorted(counts.items()) if times}
-            facts = {"settings": dict(settings), "version": dpo_dist.__version__}
-            content = json.dumps({"pairs": number, "counts": found, **facts}, indent=1, ensure_ascii=False)
-            write_text(_summary_file(file), content + "\n")
+            summary = {
+                "pairs": number,
+                "counts": {name: times for name, times in sorted(counts.items()) if times},
+                "settings": dict(settings),
+                "version": dpo_dist.__version__,
+            }
+            write_text(_summary_file(file), json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     finally:
         for line in describe_counts(counts):
             say(line)

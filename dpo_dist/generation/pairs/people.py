@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 from socketserver import ThreadingMixIn
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlencode
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
@@ -28,6 +28,7 @@ from dpo_dist.data.counts import in_one_line
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Dialogue, PreferenceRecord
 from dpo_dist.data.values import parse_json
+from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError, first_line
 from dpo_dist.foundation.files import locked, text_digest, write_text
 from dpo_dist.foundation.text import counted
@@ -44,7 +45,6 @@ _MOST_ITEMS = 1000
 _OVERLAP = 0.2
 """Share of the comparisons that every annotator judges, for their agreement."""
 
-Say: TypeAlias = Callable[[str], None]
 TIE, SKIP = "tie", "skip"
 _SIDES = ("first", "second")
 """Verdicts for a response, by its index."""
@@ -68,22 +68,23 @@ def draw_items(
     The keys are digests of prompt and responses, whatever their order. `counts` gets the records that give
     no item, by reason.
     """
-    found: dict[str, PreferenceRecord] = {}
+    items: dict[str, PreferenceRecord] = {}
     for record in records:
         if len(record.responses) < 2:
             counts["one_response"] += 1
             continue
         texts = [json.dumps(part, sort_keys=True) for part in as_fields(record.prompt, record.responses)]
         prompt, *keys = map(text_digest, texts)
-        two = sorted(range(len(keys)), key=lambda index: _fraction(seed, prompt, keys[index]))[:2]
-        first, second = sorted(two, key=lambda index: keys[index])  # unrelated to quality
-        key = text_digest(f"{prompt} {keys[first]} {keys[second]}")[:20]
-        counts["duplicate"] += key in found
-        pair = record.responses[first], record.responses[second]
-        found.setdefault(key, replace(record, responses=pair, scores=None))
-    drawn = sorted(found, key=lambda key: _fraction(seed, "draw", key))[:most]
-    counts["not_drawn"] = len(found) - len(drawn)
-    return {key: found[key] for key in drawn}
+        drawn = sorted(
+            zip(keys, record.responses, strict=True), key=lambda each: _fraction(seed, prompt, each[0])
+        )
+        first, second = sorted(drawn[:2], key=lambda each: each[0])  # unrelated to quality
+        key = text_digest(f"{prompt} {first[0]} {second[0]}")[:20]
+        counts["duplicate"] += key in items
+        items.setdefault(key, replace(record, responses=(first[1], second[1]), scores=None))
+    chosen = sorted(items, key=lambda key: _fraction(seed, "draw", key))[:most]
+    counts["not_drawn"] = len(items) - len(chosen)
+    return {key: items[key] for key in chosen}
 
 
 def _fraction(seed: int, *names: str) -> float:
@@ -121,9 +122,8 @@ class Labelling:
 
     def judge(self, annotator: str, item: str, choice: str) -> None:
         """Write a verdict, `left`, `right`, `tie` or `skip`, to disk before it counts."""
-        left = self.left(annotator, item)
+        left, now = self.left(annotator, item), datetime.now(UTC).isoformat(timespec="seconds")
         verdict = {"left": _SIDES[left], "right": _SIDES[1 - left]}.get(choice, choice)
-        now = datetime.now(UTC).isoformat(timespec="seconds")
         judgement = Judgement(item, annotator, verdict, left, now)
         line = (json.dumps(judgement._asdict(), ensure_ascii=False) + "\n").encode()
         size = os.fstat(self._log).st_size
@@ -150,9 +150,8 @@ class Labelling:
         """Return what the page shows of an item, and the annotator's progress."""
         judged = sum(name == annotator for name, _ in self.given)
         facts = {"annotator": annotator, "judged": judged, "remaining": len(self.remaining(annotator))}
-        if item not in self.items:
+        if (record := self.items.get(item)) is None:
             return facts
-        record = self.items[item]
         prompt = tuple(record.prompt) if isinstance(record.prompt, Dialogue) else record.prompt
         turns, *responses = as_fields(prompt, record.responses)
         left = self.left(annotator, item)
@@ -230,40 +229,29 @@ def agreement(judgements: Iterable[Judgement]) -> dict[str, Any]:
         if one.verdict != SKIP:
             given[one.annotator][one.item] = one
     annotators, between = {}, []
-    for name in sorted(given):
-        lefts = [one.verdict == _SIDES[one.left] for one in given[name].values() if one.verdict != TIE]
-        share = statistics.fmean(lefts) if lefts else None
-        annotators[name] = {"judged": len(given[name]), "left_share": share}
+    for name, own in sorted(given.items()):
+        lefts = [one.verdict == _SIDES[one.left] for one in own.values() if one.verdict != TIE]
+        annotators[name] = {"judged": len(own), "left_share": statistics.fmean(lefts) if lefts else None}
     for names in itertools.combinations(sorted(given), 2):
         from sklearn.metrics import cohen_kappa_score  # noqa: PLC0415  (slow)
 
         first, second = (given[name] for name in names)
         pairs = [(first[key].verdict, second[key].verdict) for key in first if key in second]
-        has_one_verdict = len({verdict for pair in pairs for verdict in pair}) < 2  # chance agreement is 1
-        between.append(
-            {
-                "annotators": list(names),
-                "items": len(pairs),
-                "agreed": statistics.fmean(one == other for one, other in pairs) if pairs else None,
-                "kappa": None if has_one_verdict else float(cohen_kappa_score(*zip(*pairs, strict=True))),
-            }
-        )
+        agreed = statistics.fmean(one == other for one, other in pairs) if pairs else None
+        has_one_verdict = len(set(itertools.chain(*pairs))) < 2  # chance agreement is 1
+        kappa = None if has_one_verdict else float(cohen_kappa_score(*zip(*pairs, strict=True)))
+        between.append({"annotators": list(names), "items": len(pairs), "agreed": agreed, "kappa": kappa})
     return {"annotators": annotators, "between": between}
 
 
-def label_pairs(config: RunConfig, say: Say, show: Say) -> None:
+def label_pairs(config: RunConfig, console: Console) -> None:
     """Serve the page until Ctrl-C or SIGTERM; then write the pairs of all judgements, and their agreement."""
-    folder, pairs, seed = RunFolder.of(config), config.pairs, config.trainer.seed
-    settings = {
-        "method": str(PairsMethod.people),
-        "sources": plain(config.data.train),
-        "limit": pairs.limit,
-        "seed": seed,
-    }
+    folder, seed, limit, say = RunFolder.of(config), config.trainer.seed, config.pairs.limit, console.say
+    settings = {"method": str(PairsMethod.people), "sources": plain(config.data.train)}
+    settings |= {"limit": limit, "seed": seed}
     check_output(folder.pairs_file, settings)
     drawn: Counter[str] = Counter()
-    records = training_records(config, read_records, say)
-    items = draw_items(records, pairs.limit or _MOST_ITEMS, seed, drawn)
+    items = draw_items(training_records(config, read_records, say), limit or _MOST_ITEMS, seed, drawn)
     rest = ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in (+drawn).items())
     say(counted(len(items), "comparison") + (f"; records: {rest}" if rest else ""))
     if not items:
@@ -280,7 +268,7 @@ def label_pairs(config: RunConfig, say: Say, show: Say) -> None:
         if foreign := labelling.read(folder.pairs_judgements):
             say(f"{foreign:,} earlier judgements are of comparisons that are not drawn now: not used")
         with LabelServer(labelling) as server:
-            _serve(server, show)
+            _serve(server, console)
     judgements, counts = list(labelling.given.values()), Counter[str]()
     decided = list(_pairs(items, judgements, counts))
     say(f"{len(judgements):,} judgements: {folder.pairs_agreement}")
@@ -291,14 +279,14 @@ def label_pairs(config: RunConfig, say: Say, show: Say) -> None:
         say(f"no pair is decided yet: {in_one_line(counts)}")
 
 
-def _serve(server: LabelServer, show: Say) -> None:
+def _serve(server: LabelServer, console: Console) -> None:
     """Print the address and serve until SIGINT or SIGTERM."""
     port, before = server.server_port, signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         # The address gives access to the data, so it is in no log file.
-        show(f"open http://{HOST}:{port}{server.path}")
-        show(f"from another machine first: ssh -N -L {port}:{HOST}:{port} {socket.gethostname()}")
-        show("Ctrl-C ends and writes the pairs; the same command continues")
+        console.show(f"open http://{HOST}:{port}{server.path}")
+        console.show(f"from another machine first: ssh -N -L {port}:{HOST}:{port} {socket.gethostname()}")
+        console.show("Ctrl-C ends and writes the pairs; the same command continues")
         server.serve_forever(poll_interval=0.1)
     except KeyboardInterrupt:
         pass

@@ -23,11 +23,7 @@ from dpo_dist.foundation.signals import stop_signals
 from dpo_dist.foundation.streams import output_descriptor
 from dpo_dist.model.folder import model_folder
 
-_EXPERIMENT = "round"
-_BY_SIGNAL = 128
 _REASONS = (ExitCode.invalid, ExitCode.diverged, ExitCode.preempted)
-# Keys of `pairs` that another start may change.
-_FREE = ("rounds", "launcher")
 
 Say: TypeAlias = Callable[[str], None]
 Run: TypeAlias = Callable[[str], int]
@@ -46,7 +42,7 @@ def check_settings(config: RunConfig, folder: RunFolder) -> None:
         return
     before, now = from_yaml(file.read_text(encoding="utf-8")), from_yaml(to_yaml(config))  # without secrets
     changed = differing_keys(before, now)
-    for name in {field.name for field in fields(PairsConfig)} - set(_FREE):
+    for name in {field.name for field in fields(PairsConfig)} - {"rounds", "launcher"}:
         old, new = plain(getattr(before.pairs, name)), plain(getattr(now.pairs, name))
         changed |= {f"pairs.{name}": (old, new)} if old != new else {}
     if changed:
@@ -63,13 +59,13 @@ def command_of(verb: str, config: RunConfig, folder: Path, launcher: str | None)
 
     By default `dpo_dist.launch` starts it, if there are several GPUs.
     """
-    write_text(folder / "experiment" / f"{_EXPERIMENT}.yaml", to_yaml(config))
+    write_text(folder / "experiment" / "round.yaml", to_yaml(config))
     if launcher is None:
         import torch  # noqa: PLC0415  (slow, and only needed here)
 
         several = torch.cuda.device_count() > 1
         launcher = shlex.quote(sys.executable) + (" -m dpo_dist.launch" if several else "")
-    return f"{launcher} -m dpo_dist.{verb} --config-dir {shlex.quote(str(folder))} +experiment={_EXPERIMENT}"
+    return f"{launcher} -m dpo_dist.{verb} --config-dir {shlex.quote(str(folder))} +experiment=round"
 
 
 def run_command(command: str) -> int:
@@ -100,7 +96,7 @@ def run_command(command: str) -> int:
     if signal.SIGINT in received:
         raise KeyboardInterrupt
     if received and code not in _REASONS:
-        raise SystemExit(_BY_SIGNAL + received[0])
+        raise SystemExit(128 + received[0])  # as shells number it
     return code
 
 
@@ -115,7 +111,7 @@ def merge_adapter(adapter: Path, folder: Path, config: RunConfig) -> None:
     from dpo_dist.model.load import TORCH_DTYPES  # noqa: PLC0415
     from dpo_dist.model.save import copy_tokenizer, write_merged, writing_errors  # noqa: PLC0415
 
-    source = find_model(str(adapter), config)
+    source = find_model(str(adapter), config, "model.adapter")
     dtype, code = TORCH_DTYPES[config.model.dtype], config.model.trust_remote_code
     with writing_errors(folder), staged_folder(folder) as temporary:
         write_merged(temporary, source.folder, adapter, dtype, trust_remote_code=code)
@@ -126,14 +122,13 @@ def read_samples(policy: str, file: Path) -> dict[str, Any]:
     """Return counts, the mean score and the largest difference within a prompt of a file of samples."""
     prompts, unscored, widest, scores = 0, 0, 0.0, list[float]()
     with file.open(encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            own = [one.get("score") for one in (*row["responses"], *row["unused"])]
-            known = [score for score in own if score is not None]
-            prompts += bool(known)
-            unscored += len(own) - len(known)
+        for row in map(json.loads, lines):
+            given = [response.get("score") for response in (*row["responses"], *row["unused"])]
+            if known := [score for score in given if score is not None]:
+                prompts += 1
+                widest = max(widest, max(known) - min(known))
+            unscored += len(given) - len(known)
             scores += known
-            widest = max(widest, max(known, default=0.0) - min(known, default=0.0))
     mean = sum(scores) / len(scores) if scores else None
     counts = {"prompts": prompts, "responses": len(scores), "unscored": unscored}
     return {"policy": policy, **counts, "mean_score": mean, "largest_difference": widest}
@@ -232,9 +227,8 @@ def _train(config: RunConfig, number: int, say: Say, run: Run) -> tuple[int, dic
         say(f"round {number}: the adapter is merged into {stage.model.path}")
         merge_adapter(folder.training.model, folder.policy, stage)
     summary = json.loads(folder.training.summary.read_text(encoding="utf-8"))
-    accuracy = summary["final"].get("rewards/accuracies")
-    seconds = summary.get("train_seconds")
-    return code, {"steps": summary["steps"], "accuracy": accuracy, "seconds": seconds}
+    facts = {"steps": summary["steps"], "accuracy": summary["final"].get("rewards/accuracies")}
+    return code, facts | {"seconds": summary.get("train_seconds")}
 
 
 def _policy(config: RunConfig, number: int) -> Path:

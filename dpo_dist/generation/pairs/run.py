@@ -48,31 +48,32 @@ from dpo_dist.generation.pairs.files import (
 from dpo_dist.generation.pairs.people import label_pairs
 from dpo_dist.generation.pairs.start import responding_models
 from dpo_dist.generation.sampling.generate import Sampling
+from dpo_dist.generation.sampling.prompts import (
+    Parts,
+    Prompts,
+    as_asked,
+    find_together,
+    generation_settings,
+    in_parts,
+    joined_run,
+    judge_of,
+)
 from dpo_dist.generation.sampling.respond import (
-    KEY,
-    Answer,
-    Answers,
+    Completion,
+    Completions,
     ModelSource,
     find_model,
     open_generator,
     open_responder,
     usable_prompt,
 )
-from dpo_dist.generation.sampling.stages import (
-    Parts,
-    Prompts,
-    Stages,
-    as_asked,
-    generation_settings,
-    joined_stages,
-)
+from dpo_dist.training.context import Run
 
-MEMORY_REMEDY = (
+_MODELS = "pairs.models"
+_MEMORY_REMEDY = (
     "lower pairs.max_new_tokens; each process loads whole models onto its GPU: "
     "larger ones cannot respond or judge"
 )
-
-
 PART_PROMPTS = 64
 """Prompts of one part of the work: processes share the parts, and finished ones are not repeated."""
 
@@ -127,109 +128,114 @@ def select_pairs(
             return [(best, others[int(random.integers(len(others)))])]
 
 
-def _text(answer: Answer) -> str:
-    """Return what makes responses to a prompt different."""
-    return json.dumps([answer.content.strip(), answer.fields])
+def _text(completion: Completion) -> str:
+    """Return what makes the completions of a prompt different."""
+    return json.dumps([completion.content.strip(), completion.fields])
 
 
-def joined_answers(of_models: Sequence[Answers], pairs: PairsConfig) -> Answers:
-    """Return the answers of all models to a prompt, with the reason why one is part of no pair."""
-    answers: list[Answer] = []
+def joined_completions(of_models: Sequence[Completions], pairs: PairsConfig) -> Completions:
+    """Return the completions of a prompt by all models, with the reason why one is part of no pair."""
+    completions: list[Completion] = []
     seen: set[str] = set()
     for model, row in enumerate(of_models):
-        for answer in row.answers:
-            reason = None
-            if not answer.finished and pairs.unfinished is DropOrKeep.drop:
-                reason = "unfinished"
-            elif not answer.content.strip():
-                reason = "empty"
-            elif _text(answer) in seen:
-                reason = "identical"
+        for completion in row.completions:
+            unused, text = None, _text(completion)
+            if not completion.finished and pairs.unfinished is DropOrKeep.drop:
+                unused = "unfinished"
+            elif not completion.content.strip():
+                unused = "empty"
+            elif text in seen:
+                unused = "identical"
             else:
-                seen.add(_text(answer))
-            answers.append(replace(answer, model=model, unused=reason, ids=[]))
-    return Answers(answers, next((row.dropped for row in of_models if row.dropped is not None), None))
+                seen.add(text)
+            completions.append(replace(completion, model=model, unused=unused, ids=[]))
+    return Completions(completions, next((row.dropped for row in of_models if row.dropped is not None), None))
 
 
-def score(records: Sequence[PreferenceRecord], rows: Sequence[Answers], judge: Judge | None) -> list[Answers]:
-    """Return the answers to each prompt with their scores, if there is a judge, and with its counts.
+def score(
+    records: Sequence[PreferenceRecord], rows: Sequence[Completions], judge: Judge | None
+) -> list[Completions]:
+    """Return the completions of each prompt with their scores and the judge's counts, if there is a judge.
 
-    It is asked about every prompt with an answer, also a single one, so that a mean score is of all. Of equal
-    responses it scores the first, and all get its score.
+    It is asked about every prompt with a completion, also a single one, so that a mean score is of all. Of
+    equal completions it scores the first, and all get its score.
     """
     if judge is None:
         return list(rows)
-    asked = [[answer for answer in row.answers if answer.unused is None] for row in rows]
+    asked = [[completion for completion in row.completions if completion.unused is None] for row in rows]
     questions = [
-        Question(record, tuple(answer.content for answer in own))
+        Question(record, tuple(completion.content for completion in own))
         for record, own in zip(records, asked, strict=True)
         if own
     ]
     judgements = iter(judge.judge(questions))
-    found = []
+    scored = []
     for row, own in zip(rows, asked, strict=True):
         judgement = next(judgements) if own else Judgement([])
         scores = dict(zip(map(_text, own), judgement.scores, strict=True))
-        answers = []
-        for answer in row.answers:
-            value = scores.get(_text(answer))
-            unused = answer.unused or ("without_score" if value is None else None)
-            answers.append(replace(answer, score=value, unused=unused))
-        found.append(replace(row, answers=answers, counts=dict(+judgement.counts)))
-    return found
+        completions = []
+        for completion in row.completions:
+            value = scores.get(_text(completion))
+            unused = completion.unused or ("without_score" if value is None else None)
+            completions.append(replace(completion, score=value, unused=unused))
+        scored.append(replace(row, completions=completions, counts=dict(+judgement.counts)))
+    return scored
 
 
 @dataclass(frozen=True)
 class Results:
-    """Finished answers of all models to the prompts, with scores if there is a judge; `facts`: provenance."""
+    """Finished completions of prompts by all models, scored if there is a judge; `facts`: provenance."""
 
-    pairs: PairsConfig
     prompts: Prompts
     models: Sequence[ModelSource]
-    answers: Parts
+    completions: Parts
     facts: Mapping[str, Any]
-    seed: int = 0
     counts: Counter[str] = field(default_factory=Counter)  # filled by `pairs_of`
 
-    def rows(self) -> Iterator[tuple[PreferenceRecord, Answers]]:
-        """Yield each prompt with its answers."""
+    @property
+    def pairs(self) -> PairsConfig:
+        """The rule that makes the pairs."""
+        return self.prompts.run.config.pairs
+
+    def rows(self) -> Iterator[tuple[PreferenceRecord, Completions]]:
+        """Yield each prompt with its completions."""
         for index, records in enumerate(self.prompts.parts):
-            yield from zip(records, map(Answers.of, self.answers.read(index)), strict=True)
+            yield from zip(records, map(Completions.of, self.completions.read(index)), strict=True)
 
 
 def pairs_of(results: Results) -> Iterator[dict[str, Any]]:
     """Yield the preference records of all prompts, in order; count in `results.counts`."""
-    counts, pairs = results.counts, results.pairs
+    counts, pairs, seed = results.counts, results.pairs, results.prompts.run.config.trainer.seed
     for record, row in results.rows():
         counts["prompts"] += 1
-        counts["samples"] += len(row.answers)
-        counts["encoded_differently"] += sum(not answer.same_ids for answer in row.answers)
+        counts["samples"] += len(row.completions)
+        counts["encoded_differently"] += sum(not each.same_ids for each in row.completions)
         counts.update(row.counts)
         if row.dropped is not None:
             counts[f"prompts_dropped_{row.dropped}"] += 1
             continue
-        counts["samples_unfinished"] += sum(not answer.finished for answer in row.answers)  # kept ones too
-        reasons = (answer.unused for answer in row.answers if answer.unused not in (None, "unfinished"))
-        counts.update(f"samples_{reason}" for reason in reasons)
-        answers = [answer for answer in row.answers if answer.unused is None]
+        counts["samples_unfinished"] += sum(not each.finished for each in row.completions)  # kept ones too
+        unused = (each.unused for each in row.completions)
+        counts.update(f"samples_{reason}" for reason in unused if reason not in (None, "unfinished"))
+        usable = [each for each in row.completions if each.unused is None]
         if pairs.method is PairsMethod.samples:
-            scores, key = [answer.score or 0.0 for answer in answers], prompt_key(record)
-            for better, worse in select_pairs(scores, pairs, results.seed, key, counts):
-                yield _pair(record, row, answers[better], answers[worse], results)
-        elif len(answers) == len(results.models):  # of the stronger and the weaker model (arXiv 2507.06187)
-            yield _pair(record, row, answers[0], answers[1], results)
+            scores = [each.score or 0.0 for each in usable]
+            for better, worse in select_pairs(scores, pairs, seed, prompt_key(record), counts):
+                yield _pair(record, row, usable[better], usable[worse], results)
+        elif len(usable) == len(results.models):  # of the stronger and the weaker model (arXiv 2507.06187)
+            yield _pair(record, row, usable[0], usable[1], results)
         else:
             counts["prompts_too_few_responses"] += 1
 
 
 def _pair(
-    record: PreferenceRecord, row: Answers, chosen: Answer, rejected: Answer, results: Results
+    record: PreferenceRecord, row: Completions, chosen: Completion, rejected: Completion, results: Results
 ) -> dict[str, Any]:
     scores: tuple[float, float] | None = None
     provenance: dict[str, Any] = {"source": str(record.origin), "method": str(results.pairs.method)}
-    for side, answer in (("chosen", chosen), ("rejected", rejected)):
-        model = results.models[answer.model].described()
-        facts = {"number": answer.number, "tokens": answer.tokens, "finished": answer.finished}
+    for side, completion in (("chosen", chosen), ("rejected", rejected)):
+        model = results.models[completion.model].described()
+        facts = {"number": completion.number, "tokens": completion.tokens, "finished": completion.finished}
         provenance[side] = {"model": model, **facts}
     provenance |= results.facts
     if chosen.score is not None and rejected.score is not None:
@@ -246,28 +252,28 @@ def samples_of(results: Results) -> Iterator[dict[str, Any]]:
     """Yield every prompt with its responses as a scored list, which is a format of input records too."""
     has_scores = results.pairs.method is PairsMethod.samples
     names = ["number", "tokens", "finished", "same_ids"] + ["score"] * has_scores
-    for record, answers in results.rows():
+    for record, completions in results.rows():
         row: dict[str, Any] = {"responses": [], "unused": []}
         is_dialogue = isinstance(record.prompt, Dialogue)
         if not is_dialogue:
             row = {"prompt": as_fields(record.prompt, ())[0]} | row
-        for answer in answers.answers:
-            text = as_fields(record.prompt, (answer.content,))[1] if is_dialogue else answer.content
-            facts = {name: getattr(answer, name) for name in names}
-            listed = {"content": text, **answer.fields, **facts, "model": results.models[answer.model].name}
-            row["responses" if answer.unused is None else "unused"].append(listed)
-        provenance = {"source": str(record.origin), "dropped": answers.dropped, **results.facts}
+        for each in completions.completions:
+            text = as_fields(record.prompt, (each.content,))[1] if is_dialogue else each.content
+            facts = {name: getattr(each, name) for name in names}
+            listed = {"content": text, **each.fields, **facts, "model": results.models[each.model].name}
+            row["responses" if each.unused is None else "unused"].append(listed)
+        provenance = {"source": str(record.origin), "dropped": completions.dropped, **results.facts}
         yield row | context_fields(record) | {"provenance": provenance}
 
 
-def pairs_from_models(config: RunConfig, stages: Stages) -> None:
+def pairs_from_models(run: Run) -> None:
     """Write pairs of the responses of `pairs.models` to the prompts of `data.train`. Collective."""
-    world, console, folder, pairs = stages.world, stages.console, RunFolder.of(config), config.pairs
+    config, world, console, folder, pairs = run.config, run.world, run.console, run.folder, run.config.pairs
     with console.heartbeat("reading prompts"):
-        found = world.on_main(lambda: different_prompts(config, console.say))
-    prompts = Prompts.of(folder.pairs_parts, found, PART_PROMPTS)
-    models = [stages.found(name, config) for name in responding_models(config)]
-    judge, described = stages.judge(config)
+        records = world.on_main(lambda: different_prompts(config, console.say))
+    prompts = Prompts(run, folder.pairs_parts, in_parts(records, PART_PROMPTS), _MEMORY_REMEDY)
+    models = [find_together(name, run, _MODELS) for name in responding_models(config)]
+    judge, described = judge_of(run)
     sampling = Sampling(
         pairs.max_new_tokens, pairs.temperature, pairs.top_p, pairs.top_k, config.trainer.seed
     )
@@ -288,20 +294,20 @@ def pairs_from_models(config: RunConfig, stages: Stages) -> None:
     for index, model in enumerate(models):
         opened = cache(partial(open_generator, model, config, world.device))
         numbers = range(index * count, (index + 1) * count)
-        of_models.append(stages.responses(model, prompts, config, sampling, numbers, opened))
+        of_models.append(prompts.responses(model, sampling, numbers, opened))
         opened.cache_clear()  # the next model needs its memory
         return_memory()
 
     def scored(index: int) -> list[dict[str, Any]]:
-        rows = zip(*(map(Answers.of, parts.read(index)) for parts in of_models), strict=True)
-        answers = [joined_answers(row, pairs) for row in rows]
-        return list(map(asdict, score(prompts.parts[index], answers, judge)))
+        rows = zip(*(map(Completions.of, parts.read(index)) for parts in of_models), strict=True)
+        joined = [joined_completions(row, pairs) for row in rows]
+        return list(map(asdict, score(prompts.parts[index], joined, judge)))
 
     names = [parts.folder.name for parts in of_models]
     own = {"responses": names, "unfinished": str(pairs.unfinished), "judge": described}
-    answers = stages.finish("scores", prompts.stage("scores", own), scored)
+    completions = prompts.finish("scores", prompts.stage("scores", own), scored)
     facts = {"sampling": asdict(sampling)} | ({"judge": described} if judge else {})
-    results = Results(pairs, prompts, models, answers, facts, config.trainer.seed)
+    results = Results(prompts, models, completions, facts)
 
     def write() -> None:
         collect_abandoned(folder.pairs)  # of starts that were killed while they wrote
@@ -356,7 +362,7 @@ def rehearse_pairs(config: RunConfig) -> str:
     records = first_records(config.data.train, read, config.data, lines.append)
     if responds:
         for name in responding_models(config):
-            check_model(name, config, pairs.max_new_tokens, records, lines.append)
+            check_model(name, config, pairs.max_new_tokens, records, lines.append, _MODELS)
     if pairs.method is PairsMethod.samples and (judge := open_judge(config)) is not None:
         judge.check()
         lines.append(f"judge: {judge}")
@@ -387,10 +393,10 @@ def check_model(
     new_tokens: int,
     records: Sequence[PreferenceRecord],
     say: Callable[[str], None],
-    key: str = KEY,
+    key: str,
 ) -> None:
     """Check a model without its weights, and that it can be asked one of the records; `say` what is found."""
-    responder = open_responder(find_model(name, config, key, is_check=True), config, key)
+    responder = open_responder(find_model(name, config, key, is_check=True), config)
     ends = responder.tokenizer.convert_ids_to_tokens(sorted(responder.stop_ids))
     folder = responder.source.adapter or responder.source.folder
     say(f"{folder}, {len(responder.tokenizer):,} tokens, a response ends with {' or '.join(ends)}")
@@ -414,10 +420,10 @@ def make_pairs(config: RunConfig, console: Console) -> None:
             with _only_start(config):
                 pairs_from_scores(config, console.say)
         case PairsMethod.people:
-            label_pairs(config, console.say, console.show)
+            label_pairs(config, console)
         case PairsMethod.samples | PairsMethod.delta:
-            with joined_stages(config, console, MEMORY_REMEDY, _only_start(config)) as stages:
-                pairs_from_models(config, stages)
+            with joined_run(config, console, _only_start(config)) as run:
+                pairs_from_models(run)
 
 
 def _only_start(config: RunConfig) -> AbstractContextManager[int]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -45,17 +46,21 @@ class Request:
 
 @dataclass(frozen=True)
 class Sample:
-    """A generated response: its tokens without the ending token, and the ending token, if any."""
+    """A generated response: its tokens without the ending token, and the ending token if it is finished."""
 
     ids: list[int]
-    is_finished: bool
     end: int | None = None
 
     @classmethod
     def of(cls, ids: list[int], stop_ids: Collection[int]) -> "Sample":
         """Return the sample in generated tokens, which may continue after its end."""
-        end = next((at for at, token in enumerate(ids) if token in stop_ids), None)
-        return cls(ids[:end], end is not None, None if end is None else ids[end])
+        length = next((at for at, token in enumerate(ids) if token in stop_ids), None)
+        return cls(ids[:length], None if length is None else ids[length])
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it ended by itself."""
+        return self.end is not None
 
 
 class NotFiniteError(Exception):
@@ -122,12 +127,9 @@ def generate_batch(
     """
     longest = max(len(request.prompt_ids) for request in requests)
     filler = min(stop_ids)
-    ids = torch.full((len(requests), longest), filler, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, request in enumerate(requests):
-        length = len(request.prompt_ids)
-        ids[row, longest - length :] = torch.from_numpy(request.prompt_ids.astype(np.int64))
-        mask[row, longest - length :] = 1
+    prompts = [torch.from_numpy(request.prompt_ids.astype(np.int64)) for request in requests]
+    ids = pad_sequence(prompts, True, filler, padding_side="left")
+    mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, padding_side="left")
     next_token = _NextToken(requests, longest, sampling, stop_ids, device)
 
     def end(ids: Tensor, *_: Any) -> Tensor:
@@ -170,16 +172,17 @@ class _NextToken(LogitsProcessor):  # type: ignore[misc]
     ):
         self._prompt_length = prompt_length
         self._stop_ids = torch.tensor(sorted(stop_ids), device=device)
-        numbers = [random_numbers(sampling, request) for request in requests if sampling.temperature > 0]
-        self._numbers = torch.stack(numbers).to(device) if numbers else None
+        self.is_broken = False
+        self._numbers: Tensor | None = None  # greedy
         self._warpers = LogitsProcessorList()
-        if numbers:
+        if sampling.temperature > 0:
+            numbers = [random_numbers(sampling, request) for request in requests]
+            self._numbers = torch.stack(numbers).to(device)
             self._warpers.append(TemperatureLogitsWarper(float(sampling.temperature)))
         if sampling.top_k:
             self._warpers.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:
             self._warpers.append(TopPLogitsWarper(sampling.top_p))
-        self.is_broken = False
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return logits [rows, vocabulary] that are finite for the drawn token only; greedy: as they are."""

@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from dpo_dist.batching.example import TokenIds
 from dpo_dist.config.schema import DataConfig, RunConfig, Truncation
 from dpo_dist.data.build import tokenizer_digest
-from dpo_dist.data.encode import encode_pair
+from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.records import DIALOGUE_TURN, BadRecord, Dialogue, Message, PreferenceRecord, Response
 from dpo_dist.data.render import THOUGHT_FIELDS, tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError
@@ -34,8 +34,7 @@ from dpo_dist.model.load import load_config, load_tokenizer, load_weights
 from dpo_dist.model.lora import TRAINED, add_saved
 from dpo_dist.reference.digest import digest_model
 
-KEY = "pairs.models"
-"""The configuration key that errors name, unless a caller has another."""
+_UNLIMITED = 2**30
 
 
 @dataclass(frozen=True)
@@ -43,6 +42,7 @@ class ModelSource:
     """The files of a model that responds; `folder` is its base's if it is an adapter."""
 
     name: str  # as configured
+    key: str  # of the configuration, which errors name
     folder: Path
     adapter: Path | None
     revision: str | None
@@ -58,26 +58,25 @@ class ModelSource:
         return {"name": self.name, "revision": self.revision, "digest": self.digest}
 
 
-def find_model(name: str, config: RunConfig, key: str = KEY, *, is_check: bool = False) -> ModelSource:
+def find_model(name: str, config: RunConfig, key: str, *, is_check: bool = False) -> ModelSource:
     """Return the files of a model or adapter by folder or hub name; downloads a hub model.
 
     `model.revision` counts for `model.path` only. `is_check`: without a digest and weights of the hub.
     """
     revision = config.model.revision if name == config.model.path else None
-    adapter = Path(name).expanduser() if is_adapter(Path(name).expanduser()) else None
-    base, base_revision = name, revision
-    if adapter is not None:
+    base, base_revision, adapter = name, revision, None
+    if is_adapter(local := Path(name).expanduser()):
+        adapter = local
         local_model_folder(name, None, key, accepts_adapter=True)  # checks its files
         recorded: dict[str, Any] = read_model_json(adapter / ADAPTER_CONFIG)
         base, base_revision = str(recorded.get("base_model_name_or_path")), recorded.get("revision")
         if Path(base).expanduser().is_dir():
             base_revision = None
     folder = (description_folder if is_check else model_folder)(base, base_revision, key)
-    source = ModelSource(name, folder, adapter, revision, "")
+    source = ModelSource(name, key, folder, adapter, revision, "")
     if is_check:
         return source
-    store = Path(config.reference.store)
-    files = digest_model(folder, store, remote_code=config.model.trust_remote_code)
+    files = digest_model(folder, Path(config.reference.store), remote_code=config.model.trust_remote_code)
     added = [] if adapter is None else sorted(adapter.glob("adapter_*"))
     parts = [files.digest, content_digest(added), tokenizer_digest(source.tokenizer_folder)]
     parts += [f"ends with {token}" for token in sorted(_given_stops(folder))]
@@ -94,35 +93,38 @@ class Responder:
     stop_ids: frozenset[int]
     longest: int | None  # tokens of a prompt and its response; None: no limit is known
 
+    def encode(self, record: PreferenceRecord, response: Response) -> EncodedExample | BadRecord:
+        """Return a prompt and a response as training encodes them, of any length."""
+        limits = replace(self.data, max_length=_UNLIMITED, truncation=Truncation.drop)
+        return encode_pair(replace(record, responses=(response,)), self.tokenizer, limits)
 
-def open_responder(source: ModelSource, config: RunConfig, key: str = KEY) -> Responder:
+
+def open_responder(source: ModelSource, config: RunConfig) -> Responder:
     """Return a model's tokenizer and the tokens that end its responses, without weights."""
     tokenizer = load_tokenizer(source.tokenizer_folder, config.model)
-    stop_ids = find_stop_ids(tokenizer, config.data, source.folder, key)
+    stop_ids = find_stop_ids(tokenizer, config.data, source.folder, source.key)
     model_config = load_config(source.folder, config.model).get_text_config()
     longest = getattr(model_config, "max_position_embeddings", None)
     return Responder(source, tokenizer, config.data, stop_ids, longest)
 
 
 def find_stop_ids(
-    tokenizer: PreTrainedTokenizerBase, data: DataConfig, folder: Path | None = None, key: str = KEY
+    tokenizer: PreTrainedTokenizerBase, data: DataConfig, folder: Path, key: str
 ) -> frozenset[int]:
     """Return every token that ends a response: of the chat template, the tokenizer and the model's folder."""
-    stops: set[int | None] = {tokenizer.eos_token_id}
+    stops = {tokenizer.eos_token_id, *_given_stops(folder)}
     facts = tokenizer_facts(tokenizer, data)
     if facts.chat is not None:
         stops.add(tokenizer.convert_tokens_to_ids(facts.end_of_turn))
-    if folder is not None:
-        stops |= _given_stops(folder)
-    found = frozenset(stop for stop in stops if stop is not None and stop != tokenizer.unk_token_id)
-    if not found:
+    stop_ids = frozenset(stops - {None, tokenizer.unk_token_id})
+    if not stop_ids:
         raise ConfigError(
             "the tokenizer has no token that ends a response",
             where=key,
             got=str(folder),
             remedy="set eos_token in tokenizer_config.json",
         )
-    return found
+    return stop_ids
 
 
 def _given_stops(folder: Path) -> set[int]:
@@ -144,19 +146,16 @@ def open_generator(
 ) -> tuple[Responder, Generate]:
     """Load a model's weights, whole on `device`; return the function that generates with them, too."""
     responder, model_config = open_responder(source, config), load_config(source.folder, config.model)
-    causal_lm: Any = load_weights(source.folder, model_config, config.model, device, key=KEY)
+    causal_lm: Any = load_weights(source.folder, model_config, config.model, device, key=source.key)
     if source.adapter is not None:
-        add_saved(causal_lm, source.adapter, TRAINED, KEY)
+        add_saved(causal_lm, source.adapter, TRAINED, source.key)
     causal_lm.eval()
     return responder, partial(generate, causal_lm, stop_ids=responder.stop_ids, budget=BATCH_TOKENS)
 
 
-_UNLIMITED = 2**30
 # The first ends a thought, so that one is kept which the template opens in the prompt: the model continues
 # it. The second has none, so that one is kept which the template ends in the prompt.
 _PLACEHOLDERS = ("response\n</think>\n\nresponse", "response")
-
-
 _FIELD = THOUGHT_FIELDS[0]
 _THOUGHT, _CONTENT = "probe thought", "probe content"
 _PROBES = re.compile(f"{_THOUGHT}|{_CONTENT}")
@@ -165,8 +164,8 @@ _DECODED_BEFORE = 8
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A response of a model to a prompt."""
+class Completion:
+    """A response of a model to a prompt, as text."""
 
     number: int  # among all samples of the prompt
     content: str  # its text; of a dialogue up to a further turn
@@ -186,18 +185,18 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Answers:
-    """A row of a part: the answers of models to a prompt, or the reason why one cannot be asked."""
+class Completions:
+    """A row of a part: the completions of a prompt, or the reason why a model cannot be asked."""
 
-    answers: list[Answer]
+    completions: list[Completion]
     dropped: str | None = None
     prompt_ids: list[int] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)  # of the judge
 
     @classmethod
-    def of(cls, row: Mapping[str, Any]) -> "Answers":
+    def of(cls, row: Mapping[str, Any]) -> "Completions":
         """Return the row that `asdict` wrote."""
-        return cls(**{**row, "answers": [Answer(**answer) for answer in row["answers"]]})
+        return cls(**{**row, "completions": [Completion(**each) for each in row["completions"]]})
 
 
 def respond(
@@ -206,8 +205,8 @@ def respond(
     generate_samples: Generate,
     sampling: Sampling,
     numbers: range,
-) -> list[Answers]:
-    """Return the answers to each prompt, in their order; `numbers` are those of its samples."""
+) -> list[Completions]:
+    """Return the completions of each prompt, in their order; `numbers` are those of its samples."""
     prompts = [usable_prompt(record, responder, sampling.max_new_tokens) for record in records]
     requests = [
         Request(prompt, prompt_key(record), number)
@@ -227,11 +226,11 @@ def respond(
     rows = []
     for record, prompt in zip(records, prompts, strict=True):
         if isinstance(prompt, str):
-            rows.append(Answers([], dropped=prompt))
-            continue
-        asked = _Asked(record, prompt, responder)
-        answers = [asked.answer(next(samples), number) for number in numbers]
-        rows.append(Answers(answers, prompt_ids=prompt.tolist()))
+            rows.append(Completions([], dropped=prompt))
+        else:
+            decoder = _Decoder(record, prompt, responder)
+            completions = [decoder.completion(next(samples), number) for number in numbers]
+            rows.append(Completions(completions, prompt_ids=prompt.tolist()))
     return rows
 
 
@@ -240,9 +239,8 @@ def usable_prompt(record: PreferenceRecord, responder: Responder, new_tokens: in
 
     They are those of training, with the template's start of a thought.
     """
-    limits = replace(responder.data, max_length=_UNLIMITED, truncation=Truncation.drop)
     for placeholder in _PLACEHOLDERS:
-        encoded = encode_pair(replace(record, responses=(placeholder,)), responder.tokenizer, limits)
+        encoded = responder.encode(record, placeholder)
         if isinstance(encoded, BadRecord):
             return encoded.reason
         prompt = encoded.prompt_ids
@@ -266,14 +264,14 @@ def texts_after(ids: list[int], prompt: TokenIds, tokenizer: PreTrainedTokenizer
 
 
 @dataclass(frozen=True, eq=False)
-class _Asked:
-    """A prompt that a model was asked, by whose encoding its responses become texts."""
+class _Decoder:
+    """Finds the text or message of a response that training encodes as the generated tokens."""
 
     record: PreferenceRecord
     prompt: TokenIds
     responder: Responder
 
-    def answer(self, sample: Sample, number: int) -> Answer:
+    def completion(self, sample: Sample, number: int) -> Completion:
         """Return a sample as text, and whether training would encode it as the same tokens."""
         ids, finished = sample.ids, sample.is_finished
         ends = [] if sample.end is None else [sample.end]
@@ -284,7 +282,7 @@ class _Asked:
             text, finished, ends = text[: turn.start()], True, []
             ids = self._ids_of(text) or []
             same = ids == sample.ids[: len(ids)]
-        return Answer(number, text, len(ids), finished, same, dict(message.fields), ids + ends)
+        return Completion(number, text, len(ids), finished, same, dict(message.fields), ids + ends)
 
     def _decoded(self, ids: list[int]) -> tuple[Message, bool]:
         """Return the first form of a response whose encoding has the generated tokens, and if there is one.
@@ -321,9 +319,7 @@ class _Asked:
 
     def _ids_of(self, response: str | Message) -> list[int] | None:
         """Return the tokens of a response after the prompt, without its end; None if it cannot follow it."""
-        limits = replace(self.responder.data, max_length=_UNLIMITED, truncation=Truncation.drop)
-        whole = response if isinstance(response, str) else (response,)
-        encoded = encode_pair(replace(self.record, responses=(whole,)), self.responder.tokenizer, limits)
+        encoded = self.responder.encode(self.record, response if isinstance(response, str) else (response,))
         if isinstance(encoded, BadRecord) or not np.array_equal(encoded.prompt_ids, self.prompt):
             return None
         return list(map(int, encoded.responses[0][:-1]))

@@ -41,8 +41,16 @@ from dpo_dist.generation.judges import Judge, open_judge
 from dpo_dist.generation.pairs.files import describe_counts, good_records, prompt_key, write_lines
 from dpo_dist.generation.pairs.run import check_model, first_records, passed
 from dpo_dist.generation.sampling.generate import Request, Sample, Sampling, generate
-from dpo_dist.generation.sampling.respond import Answers, ModelSource, Responder, open_responder
-from dpo_dist.generation.sampling.stages import Parts, Prompts, Stages, as_asked, joined_stages
+from dpo_dist.generation.sampling.prompts import (
+    Parts,
+    Prompts,
+    as_asked,
+    find_together,
+    in_parts,
+    joined_run,
+    judge_of,
+)
+from dpo_dist.generation.sampling.respond import Completions, ModelSource, Responder, open_responder
 from dpo_dist.insight.compare.results import compares, comparison, judge_texts
 from dpo_dist.insight.compare.start import KEY, Compared
 from dpo_dist.model.exactness import StartCheck
@@ -51,6 +59,7 @@ from dpo_dist.model.load import load_packed
 from dpo_dist.model.lora import load_adapter
 from dpo_dist.model.packed import PackedCausalLM, packed_logps
 from dpo_dist.reference.engine import scored_model
+from dpo_dist.training.context import Run
 
 Row = dict[str, Any]
 PART_PROMPTS = 16
@@ -104,7 +113,6 @@ class Speaker:
     path: str
     source: ModelSource
     config: RunConfig
-    stages: Stages
     prompts: Prompts
     responses: Parts = field(init=False)
     logps: Parts = field(init=False)
@@ -118,7 +126,7 @@ class Speaker:
     @cached_property
     def responder(self) -> Responder:
         """Its tokenizer and stop tokens."""
-        return open_responder(self.source, self.config, KEY)
+        return open_responder(self.source, self.config)
 
     @cached_property
     def _packed(self) -> PackedCausalLM:
@@ -128,7 +136,7 @@ class Speaker:
         longest = self.config.data.max_length + self.config.compare.max_new_tokens
         if self.responder.longest is not None:
             longest = min(longest, self.responder.longest)
-        world = self.stages.world
+        world = self.prompts.run.world
         with unsharded_loading(world):
             packed = load_packed(self.source.folder, model_config, longest, world.device)
             if self.source.adapter is not None:
@@ -144,10 +152,8 @@ class Speaker:
             with self._packed.unpacked() as causal_lm:
                 return generate(causal_lm, requests, sampling, self.responder.stop_ids, BATCH_TOKENS)
 
-        self.responses = self.stages.responses(
+        self.responses = self.prompts.responses(
             self.source,
-            self.prompts,
-            self.config,
             Sampling(self.config.compare.max_new_tokens, self.config.compare.temperature),
             range(1),
             lambda: (self.responder, samples),
@@ -165,13 +171,13 @@ class Speaker:
         }
 
         def part(index: int) -> list[Row]:
-            rows = [Answers.of(row) for row in other.responses.read(index)]
+            rows = [Completions.of(row) for row in other.responses.read(index)]
             found = response_logps(self._packed, rows, BATCH_TOKENS)
             return [{"logp": logp} for logp in found]
 
         title = f"log-probs of {other.name}"
         title += "" if other is self else f"'s responses under {self.name}"
-        return self.stages.finish(title, self.prompts.stage("logps", settings), part)
+        return self.prompts.finish(title, self.prompts.stage("logps", settings), part)
 
     def free(self) -> None:
         """Forget the weights."""
@@ -183,24 +189,24 @@ class Speaker:
         own = self.logps.read(index)
         of_base = [{"logp": None}] * len(own) if self.base_logps is None else self.base_logps.read(index)
         for row, logp, base_logp in zip(self.responses.read(index), own, of_base, strict=True):
-            answers = Answers.of(row)
+            completions = Completions.of(row)
             response = {}
-            for answer in answers.answers:
+            for completion in completions.completions:
                 response = {
-                    "text": answer.content,
-                    "tokens": answer.tokens,
-                    "finished": answer.finished,
+                    "text": completion.content,
+                    "tokens": completion.tokens,
+                    "finished": completion.finished,
                     **logp,
                     "base_logp": base_logp["logp"],
-                    "logp_tokens": len(answer.ids),
+                    "logp_tokens": len(completion.ids),
                 }
-            yield answers.dropped, response
+            yield completions.dropped, response
 
 
 @torch.inference_mode()
-def response_logps(packed: PackedCausalLM, rows: Sequence[Answers], budget: int) -> list[float | None]:
+def response_logps(packed: PackedCausalLM, rows: Sequence[Completions], budget: int) -> list[float | None]:
     """Return the sum of the log-probs of each row's response, in nats; None without a response."""
-    responses = [row.answers[0].ids if row.answers else None for row in rows]
+    responses = [row.completions[0].ids if row.completions else None for row in rows]
     examples = [
         Example(np.array(row.prompt_ids, dtype=np.int32), (np.array(ids, dtype=np.int32),))
         for row, ids in zip(rows, responses, strict=True)
@@ -217,55 +223,56 @@ def compare_models(config: RunConfig, models: Sequence[Compared], console: Conso
     folder = RunFolder.of(config)
     # Two starts would write the same parts.
     only = locked(folder.comparison / folder.lock.name, "compares models in this run directory")
-    with joined_stages(config, console, _REMEDY, only) as stages:
-        world = stages.world
+    with joined_run(config, console, only) as run:
+        world = run.world
         with console.heartbeat("reading prompts"):
             found, labels = world.on_main(lambda: held_out(config, console.say))
-        prompts = Prompts.of(folder.comparison_parts, found, PART_PROMPTS)
-        judge, described = stages.judge(config)
+        prompts = Prompts(run, folder.comparison_parts, in_parts(found, PART_PROMPTS), _REMEDY)
+        judge, described = judge_of(run)
         speakers = []
         for model in models:
-            source = stages.found(whole_model(model, folder.comparison_models, stages), config, KEY)
+            source = find_together(whole_model(model, folder.comparison_models, run), run, KEY)
             source = replace(source, name=model.name)
-            speakers.append(Speaker(model.path, source, config, stages, prompts))
+            speakers.append(Speaker(model.path, source, config, prompts))
         _speak(speakers, console)
         judged = None
         if judge is not None:
 
             def judgements(index: int) -> list[Row]:
-                own = (map(Answers.of, speaker.responses.read(index)) for speaker in speakers)
+                own = (map(Completions.of, speaker.responses.read(index)) for speaker in speakers)
                 texts = [
-                    [one.answers[0].content for one in row if one.answers] for row in zip(*own, strict=True)
+                    [one.completions[0].content for one in row if one.completions]
+                    for row in zip(*own, strict=True)
                 ]
                 # A prompt that a model cannot be asked is not judged.
                 asked = [each if len(each) == len(speakers) else [] for each in texts]
                 return judge_texts(prompts.parts[index], asked, judge, in_pairs=compares(config.pairs))
 
             settings = {"responses": [one.responses.folder.name for one in speakers], "judge": described}
-            judged = stages.finish("judgements", prompts.stage("judgements", settings), judgements)
+            judged = prompts.finish("judgements", prompts.stage("judgements", settings), judgements)
         with console.heartbeat("writing the comparison"):
             return world.on_main(lambda: _write(speakers, judge, judged, config, labels, console))
 
 
-def whole_model(model: Compared, folder: Path, stages: Stages) -> str:
+def whole_model(model: Compared, folder: Path, run: Run) -> str:
     """Return the folder or hub name of a model; of a checkpoint, a folder with its weights. Collective."""
     if not model.is_checkpoint:
         return model.location
     checkpoint = Path(model.location).resolve()
-    run = checkpoint.parents[1]
+    trained = checkpoint.parents[1]
     digest = content_digest([checkpoint / MANIFEST])[:16]
-    written = folder / f"{run.name}-{checkpoint.name}-{digest}"
+    written = folder / f"{trained.name}-{checkpoint.name}-{digest}"
 
     def write() -> None:
-        found = from_yaml(existing_run(run).config.read_text(encoding="utf-8"))
+        found = from_yaml(existing_run(trained).config.read_text(encoding="utf-8"))
         # The configuration of another run cannot ask for code of the base model.
         own = replace(found, model=replace(found.model, trust_remote_code=False))
         export_checkpoint(checkpoint, written, own)
 
-    if not stages.world.on_main(written.is_dir):
-        stages.console.say(f"{model.name}: writing the weights of {model.path} as a model folder")
-        with stages.console.heartbeat(f"writing {written}"):
-            stages.world.on_main(write)
+    if not run.world.on_main(written.is_dir):
+        run.console.say(f"{model.name}: writing the weights of {model.path} as a model folder")
+        with run.console.heartbeat(f"writing {written}"):
+            run.world.on_main(write)
     return str(written)
 
 

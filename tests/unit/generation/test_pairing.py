@@ -16,12 +16,13 @@ from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import DropOrKeep, PairsConfig, PairSelection, PairsMethod, RunConfig
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Message, PreferenceRecord
+from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.generation.judges import Judgement
 from dpo_dist.generation.pairs.run import (
     Results,
     different_prompts,
-    joined_answers,
+    joined_completions,
     pairs_from_scores,
     pairs_of,
     rehearse_pairs,
@@ -30,8 +31,10 @@ from dpo_dist.generation.pairs.run import (
     select_pairs,
 )
 from dpo_dist.generation.pairs.start import check_judge, check_pairs
-from dpo_dist.generation.sampling.respond import Answer, Answers, ModelSource
-from dpo_dist.generation.sampling.stages import Parts, Prompts, Stages
+from dpo_dist.generation.sampling.prompts import Parts, Prompts
+from dpo_dist.generation.sampling.respond import Completion, Completions, ModelSource
+from dpo_dist.training.context import Run
+from tests.support.alone import ALONE
 from tests.support.judge_server import judge_server
 from tests.support.records import assistant, jsonl, user
 from tests.support.tiny_model import write_model
@@ -151,46 +154,52 @@ def test_no_field_of_a_record_is_lost(tmp_path: Path, records: list[Any]) -> Non
         assert replace(after, origin=before.origin) == before
 
 
-def sample(content: str, number: int = 0, tokens: int = 1, **facts: Any) -> Answer:
-    return Answer(number, content, tokens, **{"finished": True, "same_ids": True} | facts)
+def sample(content: str, number: int = 0, tokens: int = 1, **facts: Any) -> Completion:
+    return Completion(number, content, tokens, **{"finished": True, "same_ids": True} | facts)
 
 
 @pytest.mark.parametrize("unfinished", DropOrKeep)
 def test_samples_that_are_not_used_have_a_reason(unfinished: DropOrKeep) -> None:
     samples = [sample("a"), sample("a "), sample("a", fields={"reasoning_content": "t"}), sample(" ")]
     samples += [sample("b", finished=False), sample("c", same_ids=False)]
-    found = joined_answers([Answers(samples)], PairsConfig(unfinished=unfinished))
+    found = joined_completions([Completions(samples)], PairsConfig(unfinished=unfinished))
     reason = None if unfinished is DropOrKeep.keep else "unfinished"
-    assert [answer.unused for answer in found.answers] == [None, "identical", None, "empty", reason, None]
+    assert [each.unused for each in found.completions] == [None, "identical", None, "empty", reason, None]
 
 
-MODELS = [ModelSource(name, Path(name), None, None, f"digest of {name}") for name in ("one", "other")]
+MODELS = [
+    ModelSource(name, "pairs.models", Path(name), None, None, f"digest of {name}")
+    for name in ("one", "other")
+]
 THOUGHT = {"reasoning_content": "I add."}
 SCORES: list[list[float | None]] = [[3.0, 1.0, 1.0, None], [2.0] * 4, [4.0, 4.0]]
 
 
 def finished(folder: Path) -> Results:
     source = jsonl(folder, *({"prompt": [user(f"question {n}")]} for n in range(3)))
-    config = load_run_config(["model.path=m", f"data.train=[{source}]"])
-    prompts = Prompts.of(folder, different_prompts(config, lambda _: None), 64)
     rule = PairsConfig(method=PairsMethod.samples, select=ALL, unfinished=DropOrKeep.keep)
+    config = replace(load_run_config(["model.path=m", f"data.train=[{source}]"]), pairs=rule)
+    run = Run(config, ALONE, Console(None))
+    prompts = Prompts(run, folder, [different_prompts(config, lambda _: None)], "")
     rows = []
     for prompt in range(3):
         thoughts = [THOUGHT, {}] if prompt == 0 else [{}, {}]
         of_models = [
-            Answers(
+            Completions(
                 [sample(f"{name}{n}", at + n, n + 1, fields=thoughts[n], finished=ends) for n in range(2)]
             )
             for name, at, ends in (("a", 0, True), ("b", 2, False))
         ]
         if prompt == 2:
-            of_models[1] = Answers([], "too_long")
-        rows.append(joined_answers(of_models, rule))
+            of_models[1] = Completions([], "too_long")
+        rows.append(joined_completions(of_models, rule))
     judge: Any = SimpleNamespace(judge=lambda _: [Judgement(own, Counter(unreadable=1)) for own in SCORES])
-    answers = prompts.stage("scores", {})
-    answers.open()
-    answers.write(0, map(asdict, score(prompts.parts[0], rows, judge)))
-    return Results(rule, prompts, MODELS, answers, {"sampling": "facts"})
+    scored = prompts.finish(
+        "scores",
+        prompts.stage("scores", {}),
+        lambda _: list(map(asdict, score(prompts.parts[0], rows, judge))),
+    )
+    return Results(prompts, MODELS, scored, {"sampling": "facts"})
 
 
 def test_scored_samples_have_their_origin_and_are_counted_and_read_again(tmp_path: Path) -> None:
@@ -239,16 +248,18 @@ def test_parts_of_prompts_share_none_and_together_are_all(tmp_path: Path) -> Non
     assert asked("pairs.prompt_parts=3", "pairs.prompt_part=1", "pairs.limit=5") == parts[1][:5]
 
 
-def stage(folder: Path, settings: Any = "a") -> Parts:
-    return Prompts(folder, [[]] * 5).stage("responses", {"setting": settings})
+def prompts_of(folder: Path, parts: int, **world: Any) -> Prompts:
+    run: Any = SimpleNamespace(world=SimpleNamespace(**world), console=Console(None))
+    return Prompts(run, folder, [[]] * parts, "")
+
+
+def stage(folder: Path, setting: str = "a", parts: int = 5) -> Parts:
+    return prompts_of(folder, parts).stage("responses", {"setting": setting})
 
 
 def work(parts: Parts, open_parts: list[int], rank: int, fails: int | None = None) -> list[int]:
     """Do the share of one of two processes, one after the other; return the parts begun."""
-    world: Any = SimpleNamespace(
-        rank=rank, size=2, is_main=False, on_main=lambda *_: open_parts, together=lambda work: work()
-    )
-    screen: Any = SimpleNamespace(heartbeat=lambda _: nullcontext(), progress=lambda *_: nullcontext(print))
+    world = {"rank": rank, "size": 2, "on_main": lambda *_: open_parts, "together": lambda work: work()}
     done = []
 
     def part(index: int) -> list[dict[str, Any]]:
@@ -258,7 +269,7 @@ def work(parts: Parts, open_parts: list[int], rank: int, fails: int | None = Non
         return number(index)
 
     with nullcontext() if fails is None else pytest.raises(ConfigError):
-        Stages(world, screen, "").finish("responses", parts, part)
+        prompts_of(parts.folder, 5, **world).finish("responses", parts, part)
     return done
 
 
@@ -278,8 +289,7 @@ def test_processes_share_the_open_parts_and_stop_at_the_error_of_another_one(tmp
     assert parts.open() == []
     assert [parts.read(index) for index in range(5)] == [number(index) for index in range(5)]
     assert stage(tmp_path, "b").open() == [0, 1, 2, 3, 4], "other settings have other parts"
-    others = Prompts(tmp_path, [[]] * 4).stage("responses", {"setting": "a"})
-    assert others.folder != parts.folder, "other prompts have other parts, too"
+    assert stage(tmp_path, parts=4).folder != parts.folder, "other prompts have other parts, too"
 
 
 PROMPTS = [{"prompt": [user(f"question {n}")]} for n in range(3)]

@@ -18,7 +18,7 @@ from tests.support.alone import ALONE
 from tests.support.records import jsonl
 
 TOKENIZER = tiny.qwen()
-STOPS = find_stop_ids(TOKENIZER, DataConfig())
+STOPS = find_stop_ids(TOKENIZER, DataConfig(), Path(), "model.path")
 ROWS = [
     {"prompt": f"question {'very ' * n}{n // 2}", "chosen": f" right {n}", "rejected": f"wrong {n}"}
     for n in range(12)
@@ -60,7 +60,7 @@ def test_responses_of_the_reference_are_read_for_the_same_prompts_and_settings_o
     run = Run(
         RunConfig(model=ModelConfig("unused"), run=FolderConfig(dir=str(tmp_path))), ALONE, Console(None)
     )
-    prompt = SamplePrompt(Request(np.array([1], np.int32), "id", 0), {"prompt_id": "id"}, None)
+    prompt = SamplePrompt(Request(np.array([1], np.int32), "id", 0), {"prompt_id": "id"})
     opened = Samples(run, Sampling(4, seed=3), (prompt,), STOPS, TOKENIZER)
     assert opened.read_reference() is None
     response = {"text": "a\u2028b", "tokens": 2, "finished": True}

@@ -46,7 +46,7 @@ from dpo_dist.generation.sampling.generate import (
     generate_together,
     random_numbers,
 )
-from dpo_dist.generation.sampling.respond import Answer, Responder, find_model, open_generator, respond
+from dpo_dist.generation.sampling.respond import Completion, Responder, find_model, open_generator, respond
 from tests.support import tiny
 from tests.support.alone import ALONE
 from tests.support.chat_tokenizers import tokenizer_of
@@ -191,13 +191,13 @@ PLAIN.chat_template = None
 
 def answered(
     record: PreferenceRecord, tokenizer: PreTrainedTokenizerFast, *texts: str, finished: bool = True
-) -> tuple[list[Answer], list[list[int]]]:
+) -> tuple[list[Completion], list[list[int]]]:
     ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     source: Any = SimpleNamespace(name="my_model")
     responder = Responder(source, tokenizer, WIDE, frozenset(), None)
-    samples = [Sample(each, finished) for each in ids]
+    samples = [Sample(each, RARE if finished else None) for each in ids]
     (row,) = respond([record], responder, lambda *_: samples, Sampling(50), range(len(texts)))
-    return row.answers, ids
+    return row.completions, ids
 
 
 def trained(folder: Path, record: PreferenceRecord, tokenizer: Any, *sides: Response) -> list[list[int]]:
@@ -253,7 +253,7 @@ def config_of(base: Path) -> RunConfig:
 
 
 def sampled(folder: Path, base: Path) -> tuple[list[Sample], str]:
-    source = find_model(str(folder), config_of(base))
+    source = find_model(str(folder), config_of(base), "pairs.models")
     _, generator = open_generator(source, config_of(base), torch.device("cpu"))
     return generator([REQUEST], Sampling(12)), source.digest
 

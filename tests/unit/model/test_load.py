@@ -216,7 +216,7 @@ def test_pickled_adapters_are_refused(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2)}, adapter / "adapter_model.bin")
     config = load_run_config([f"model.path={base}", "data.train=[a.jsonl]"])
     refused("no weights in safetensors", model_folder, str(adapter), None, accepts_adapter=True)
-    refused("no weights in safetensors", find_model, str(adapter), config)
+    refused("no weights in safetensors", find_model, str(adapter), config, "pairs.models")
 
 
 @pytest.fixture

@@ -13,16 +13,16 @@ from dpo_dist.data.records import turns_of
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.generation.pairs.files import prompt_key
 from dpo_dist.generation.sampling.generate import Sampling
-from dpo_dist.generation.sampling.respond import Answer, Answers
-from dpo_dist.generation.sampling.stages import generation_settings
+from dpo_dist.generation.sampling.prompts import generation_settings
+from dpo_dist.generation.sampling.respond import Completion, Completions
 from dpo_dist.insight.compare.models import held_out, response_logps
 from dpo_dist.model.load import load_packed
 from tests.support.records import assistant, jsonl, user
 from tests.support.tiny_model import write_model
 
 
-def row(prompt: list[int], *ids: list[int]) -> Answers:
-    return Answers([Answer(0, "", 1, True, True, ids=own) for own in ids], prompt_ids=prompt)
+def row(prompt: list[int], *ids: list[int]) -> Completions:
+    return Completions([Completion(0, "", 1, True, True, ids=own) for own in ids], prompt_ids=prompt)
 
 
 ROWS = [
@@ -42,10 +42,10 @@ def test_sums_of_log_probs(tmp_path: Path, budget: int) -> None:
     found = response_logps(packed, ROWS, budget)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for logp, each in zip(found, ROWS, strict=True):
-        if not each.answers:
+        if not each.completions:
             assert logp is None
             continue
-        prompt, ids = each.prompt_ids, each.answers[0].ids
+        prompt, ids = each.prompt_ids, each.completions[0].ids
         with torch.no_grad():
             logps = plain(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
         expected = sum(logps[len(prompt) + at - 1, token].item() for at, token in enumerate(ids))

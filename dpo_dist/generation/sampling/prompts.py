@@ -1,4 +1,4 @@
-"""Stages of work with whole models on every process: finished part by part, resumable."""
+"""Work on prompts with whole models on every process: finished part by part, resumable."""
 
 import contextlib
 import json
@@ -12,14 +12,13 @@ from typing import Any
 from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig, Offload, ParallelismKind, RunConfig
 from dpo_dist.data.records import PreferenceRecord, turns_of
 from dpo_dist.distributed.memory import explain_out_of_memory
-from dpo_dist.distributed.world import World
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.files import collect_abandoned, content_digest, staged_file, text_digest
 from dpo_dist.generation.judges import Judge, open_judge
 from dpo_dist.generation.pairs.files import prompt_key, write_lines
 from dpo_dist.generation.sampling.generate import Sampling
-from dpo_dist.generation.sampling.respond import KEY, Generate, ModelSource, Responder, find_model, respond
-from dpo_dist.training.context import join
+from dpo_dist.generation.sampling.respond import Generate, ModelSource, Responder, find_model, respond
+from dpo_dist.training.context import Run, join
 
 _FAILED = "failed"
 
@@ -54,15 +53,16 @@ class Parts:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Different prompts in parts, which processes share; stages have folders below `root`."""
+    """Different prompts in parts, which the processes of `run` share.
 
+    Each stage of the work, such as responses or scores, has a folder below `root`. `remedy`: what to do if
+    memory runs out. `finish` and `responses` are collective.
+    """
+
+    run: Run
     root: Path
-    parts: list[list[PreferenceRecord]]
-
-    @classmethod
-    def of(cls, root: Path, records: Sequence[PreferenceRecord], size: int) -> "Prompts":
-        """Return the prompts in parts of `size`."""
-        return cls(root, [list(records[start : start + size]) for start in range(0, len(records), size)])
+    parts: Sequence[Sequence[PreferenceRecord]]
+    remedy: str
 
     @cached_property
     def digest(self) -> str:
@@ -73,6 +73,52 @@ class Prompts:
         """Return the parts of a stage; other prompts or settings have another folder."""
         digest = text_digest(json.dumps([self.digest, settings], sort_keys=True))[:16]
         return Parts(self.root / f"{name}-{digest}", len(self.parts))
+
+    def finish(self, title: str, parts: Parts, work: Callable[[int], list[dict[str, Any]]]) -> Parts:
+        """Write the rows that `work` returns for each unfinished part of a stage; return the stage."""
+        world, console, flag = self.run.world, self.run.console, parts.folder / _FAILED
+        with console.heartbeat(f"{title}: looking for parts"):
+            unfinished = world.on_main(parts.open)
+        own = unfinished[world.rank :: world.size]
+
+        def my_parts() -> None:
+            try:
+                for done, index in enumerate(own, start=1):
+                    if flag.exists():
+                        return
+                    with explain_out_of_memory(title, self.remedy):
+                        parts.write(index, work(index))
+                    show(done, len(own))
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    flag.touch()
+                raise
+
+        with console.progress(title, "part") as show:
+            show(0, len(own))
+            world.together(my_parts)
+        return parts
+
+    def responses(
+        self,
+        source: ModelSource,
+        sampling: Sampling,
+        numbers: range,
+        opened: Callable[[], tuple[Responder, Generate]],
+    ) -> Parts:
+        """Return a model's finished responses; `opened` is called by a process with work to do."""
+
+        def part(index: int) -> list[dict[str, Any]]:
+            return list(map(asdict, respond(self.parts[index], *opened(), sampling, numbers)))
+
+        own = {"model": source.digest, "numbers": [numbers.start, len(numbers)]}
+        settings = generation_settings(self.run.config, sampling) | own
+        return self.finish(f"responses of {source.name}", self.stage("responses", settings), part)
+
+
+def in_parts(records: Sequence[PreferenceRecord], size: int) -> list[Sequence[PreferenceRecord]]:
+    """Return records in parts of `size`."""
+    return [records[start : start + size] for start in range(0, len(records), size)]
 
 
 def as_asked(record: PreferenceRecord, data: DataConfig) -> PreferenceRecord:
@@ -100,75 +146,22 @@ def generation_settings(config: RunConfig, sampling: Sampling) -> dict[str, Any]
     }
 
 
-@dataclass(frozen=True)
-class Stages:
-    """The processes that finish stages together; `remedy` if memory runs out. Methods are collective."""
+def judge_of(run: Run) -> tuple[Judge | None, dict[str, Any] | None]:
+    """Return the judge on every rank and its description, if the configuration has one; collective."""
+    judge = run.world.together(lambda: open_judge(run.config, run.world.device))
+    with run.console.heartbeat("looking for the judge"):
+        return judge, None if judge is None else run.world.on_main(judge.describe)
 
-    world: World
-    console: Console
-    remedy: str
 
-    def finish(self, title: str, parts: Parts, work: Callable[[int], list[dict[str, Any]]]) -> Parts:
-        """Finish all parts of a stage, which the processes share, with the progress of one; return them."""
-        world, flag = self.world, parts.folder / _FAILED
-        with self.console.heartbeat(f"{title}: looking for parts"):
-            unfinished = world.on_main(parts.open)
-
-        own = unfinished[world.rank :: world.size]
-
-        def my_parts() -> None:
-            try:
-                for done, index in enumerate(own, start=1):
-                    if flag.exists():
-                        return
-                    with explain_out_of_memory(title, self.remedy):
-                        parts.write(index, work(index))
-                    show(done, len(own))
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    flag.touch()
-                raise
-
-        with self.console.progress(title, "part") as show:
-            show(0, len(own))
-            world.together(my_parts)
-        return parts
-
-    def responses(
-        self,
-        source: ModelSource,
-        prompts: Prompts,
-        config: RunConfig,
-        sampling: Sampling,
-        numbers: range,
-        opened: Callable[[], tuple[Responder, Generate]],
-    ) -> Parts:
-        """Return a model's finished responses to prompts; `opened` is called by a process with work to do."""
-
-        def part(index: int) -> list[dict[str, Any]]:
-            return list(map(asdict, respond(prompts.parts[index], *opened(), sampling, numbers)))
-
-        own = {"model": source.digest, "numbers": [numbers.start, len(numbers)]}
-        settings = generation_settings(config, sampling) | own
-        return self.finish(f"responses of {source.name}", prompts.stage("responses", settings), part)
-
-    def judge(self, config: RunConfig) -> tuple[Judge | None, dict[str, Any] | None]:
-        """Return the judge on every rank and what it is, if there is one."""
-        judge = self.world.together(lambda: open_judge(config, self.world.device))
-        with self.console.heartbeat("looking for the judge"):
-            return judge, None if judge is None else self.world.on_main(judge.describe)
-
-    def found(self, name: str, config: RunConfig, key: str = KEY) -> ModelSource:
-        """Return the files of a model on every rank; rank 0 downloads first."""
-        with self.console.heartbeat(f"reading the files of {name} to identify it"):
-            self.world.on_main(lambda: find_model(name, config, key))
-            return self.world.together(lambda: find_model(name, config, key))
+def find_together(name: str, run: Run, key: str) -> ModelSource:
+    """Return the files of a model on every rank; rank 0 downloads first. Collective."""
+    with run.console.heartbeat(f"reading the files of {name} to identify it"):
+        run.world.on_main(lambda: find_model(name, run.config, key))
+        return run.world.together(lambda: find_model(name, run.config, key))
 
 
 @contextmanager
-def joined_stages(
-    config: RunConfig, console: Console, remedy: str, only: AbstractContextManager[Any]
-) -> Iterator[Stages]:
+def joined_run(config: RunConfig, console: Console, only: AbstractContextManager[Any]) -> Iterator[Run]:
     """Join the processes, each of which loads whole models; rank 0 enters `only`, a lock."""
     whole = replace(
         config.parallelism,
@@ -178,4 +171,4 @@ def joined_stages(
     )
     with ExitStack() as held, join(replace(config, parallelism=whole), console) as world:
         world.on_main(lambda: held.enter_context(only))
-        yield Stages(world, console, remedy)
+        yield Run(config, world, console)
