@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from dpo_dist.config.load import load_run_config
+from dpo_dist.insight.pages.render import TEMPLATES
 
 LATE = (
     "PIL.PngImagePlugin",
@@ -19,6 +20,8 @@ LATE = (
     "deepspeed.utils.pin_memory",
     "dpo_dist.config.command_line",
     "dpo_dist.training.preflight",
+    "pandas",  # which pyarrow imports
+    "pyarrow.pandas_compat",
     "transformers.models.qwen2.tokenization_qwen2",
 )
 """Modules that a run imports when it first needs them."""
@@ -27,6 +30,8 @@ for name in LATE:
     importlib.import_module(name)
 get_checkpoint_conversion_mapping("qwen2")
 load_run_config(["model.path=model", "data.train=[train.jsonl]", "tracking.wandb=off"])
+for template in ("base.jinja", "macros.jinja", "run.jinja", "svg.jinja"):
+    TEMPLATES.get_template(template)
 figure = Figure()
 figure.add_subplot().set_title("0")
 figure.savefig(BytesIO(), format="png")

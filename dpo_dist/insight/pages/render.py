@@ -16,7 +16,7 @@ from markupsafe import Markup
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import counted, duration, number, percent, size
 
-_TEMPLATES = Path(__file__).parent / "templates"
+_FOLDER = Path(__file__).parent / "templates"
 _PLAIN = "\n\t "
 _INVISIBLE_CATEGORIES = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs")
 # Letters and marks without a shape: fillers, the grapheme joiner; and the replacement character.
@@ -84,15 +84,15 @@ def flat(fields: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", text(value)
 
 
-_ENVIRONMENT = Environment(
-    loader=FileSystemLoader(_TEMPLATES),
+TEMPLATES = Environment(
+    loader=FileSystemLoader(_FOLDER),
     autoescape=True,
     finalize=inert,
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_ENVIRONMENT.filters |= {
+TEMPLATES.filters |= {
     "attribute": attribute,
     "counted": counted,
     "duration": duration,
@@ -111,10 +111,10 @@ def page(template: str, title: str, scripts: Sequence[str] = (), **content: Any)
 
     Without its scripts it is complete.
     """
-    style = (_TEMPLATES / "page.css").read_text()
-    script = "\n".join((_TEMPLATES / name).read_text() for name in scripts)
+    style = (_FOLDER / "page.css").read_text()
+    script = "\n".join((_FOLDER / name).read_text() for name in scripts)
     digests = (base64.b64encode(hashlib.sha256(each.encode()).digest()).decode() for each in (style, script))
-    html = _ENVIRONMENT.get_template(template).render(
+    html = TEMPLATES.get_template(template).render(
         title=title,
         style=Markup(style),  # noqa: S704  (own files)
         script=Markup(script),  # noqa: S704
@@ -127,7 +127,7 @@ def page(template: str, title: str, scripts: Sequence[str] = (), **content: Any)
 
 def part(template: str, macro: str, *arguments: Any, **named: Any) -> Markup:
     """Return the HTML of a macro of a template."""
-    found: Markup = getattr(_ENVIRONMENT.get_template(template).module, macro)(*arguments, **named)
+    found: Markup = getattr(TEMPLATES.get_template(template).module, macro)(*arguments, **named)
     return found
 
 
