@@ -275,24 +275,27 @@ def missing_responses(store: LogpStore, dataset: PreferenceDataset, indices: Ind
     return np.sort(distinct[~stored]), int(stored.sum())
 
 
-def count_reused(
-    store: LogpStore, visited: Sequence[tuple[PreferenceDataset, Indices]]
-) -> tuple[dict[str, int], tuple[int, Indices] | None]:
-    """Count the entries of the pairs that a run visits, all of them in `store`.
+class Reuse(NamedTuple):
+    """The stored entries that a run uses."""
 
-    Return the number of distinct responses by difference of their numerics (`OWN_NUMERICS` for none); and the
-    index in `visited` of a dataset, and its pairs with compatible entries; None if none has.
-    """
+    responses: dict[str, int]  # distinct ones, by the difference of their numerics (`OWN_NUMERICS`: none)
+    dataset: int  # index in `visited` of the first dataset with entries of other numerics
+    pairs: Indices  # its pairs that have them; empty: all entries have the run's own numerics
+
+
+def count_reused(store: LogpStore, visited: Sequence[tuple[PreferenceDataset, Indices]]) -> Reuse:
+    """Count the entries of the pairs that a run visits, all of them in `store`."""
     counts = np.zeros(len(store.fingerprints), dtype=np.int64)
-    audited = None
+    number_of_dataset, pairs = 0, np.empty(0, dtype=np.int64)
     for number, (dataset, indices) in enumerate(visited):
         keys = dataset.keys[dataset.response_indices(indices)]
         sources = store.sources(keys)
         firsts = np.unique(keys, axis=0, return_index=True)[1]
         counts += np.bincount(sources[firsts], minlength=len(counts))
-        of_compatible = np.unique(np.repeat(indices, dataset.response_counts(indices))[sources > 0])
-        if audited is None and len(of_compatible):
-            audited = number, of_compatible
+        if not len(pairs):
+            of_others = np.repeat(indices, dataset.response_counts(indices))[sources > 0]
+            number_of_dataset, pairs = number, np.unique(of_others)
     own, *compatible = store.fingerprints
     names = [OWN_NUMERICS, *(difference(own, other) for other in compatible)]
-    return {name: n for name, n in zip(names, counts.tolist(), strict=True) if n}, audited
+    responses = {name: n for name, n in zip(names, counts.tolist(), strict=True) if n}
+    return Reuse(responses, number_of_dataset, pairs)

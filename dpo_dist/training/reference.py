@@ -203,10 +203,10 @@ def _stored(
     provider = ReferenceProvider(store=opened)
     audited, must_score = inputs.visited[0], bool(engines) and not is_checked
     if compatible:
-        reused, with_compatible = world.on_main(lambda: count_reused(opened, inputs.visited))
-        report["served"] = reused
-        if with_compatible is not None:
-            audited = inputs.visited[with_compatible[0]][0], with_compatible[1]
+        reuse = world.on_main(lambda: count_reused(opened, inputs.visited))
+        report["served"] = reuse.responses
+        if len(reuse.pairs):
+            audited = inputs.visited[reuse.dataset][0], reuse.pairs
             must_score = must_score or not is_start
     if must_score:
         objective, score = Objective(config.loss, provider), load_scorer()

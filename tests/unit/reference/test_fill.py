@@ -167,10 +167,9 @@ def test_reused_entries_are_counted_and_their_pairs_audited(
     store = LogpStore.open(tmp_path, [FINGERPRINT, near, far])
 
     def count(*visits: list[int]) -> tuple[dict[str, int], int, list[int]]:
-        reused, found = count_reused(store, [(dataset, np.array(pairs)) for pairs in visits])
-        number, audited = found or (-1, np.array([]))
-        return reused, number, audited.tolist()
+        reuse = count_reused(store, [(dataset, np.array(pairs)) for pairs in visits])
+        return reuse.responses, reuse.dataset, reuse.pairs.tolist()
 
     assert count([0], [0, 1, 2, 4]) == ({"own": 2 + 3, "torch 1": 3, "torch 2": 1}, 1, [2, 4])
     assert count([2], [4]) == ({"own": 1, "torch 1": 3, "torch 2": 1}, 0, [2])
-    assert count([0]) == ({"own": 2}, -1, [])
+    assert count([0]) == ({"own": 2}, 0, [])
