@@ -120,10 +120,6 @@ class PreferenceDataset:
             for start, tokens, trained in zip(starts, lengths, counts, strict=True)
         )
 
-    def mean_chosen_tokens(self, indices: Indices) -> float:
-        """Return the mean number of tokens that the loss counts in the chosen responses of these examples."""
-        return float(self.trained_tokens[self.first_pieces[indices] - indices].mean())
-
     def sizes(
         self,
         indices: Indices,
@@ -260,8 +256,9 @@ def shard_batch(
     """Return the share of `rank` in the global batch `indices`, balanced by compute cost; O(batch)."""
     counts = dataset.response_counts(indices)
     responses = dataset.response_indices(indices)
+    chosen = responses[np.cumsum(counts) - counts]
     if only_chosen:
-        responses, counts = responses[np.cumsum(counts) - counts], np.ones_like(counts)
+        responses, counts = chosen, np.ones_like(counts)
     sizes = dataset.sizes(indices, responses, counts, costs, masked=True)
     plan = plan_micro_batches(sizes, world_size, micro_batch_tokens)
     positions = tuple(tuple(ranks[rank]) for ranks in plan)
@@ -274,7 +271,7 @@ def shard_batch(
         unshared_tokens=int(sizes.unshared_tokens.sum()),
         targets=int(sizes.targets.sum()),
         attended=int(sizes.attended.sum()),
-        mean_chosen_tokens=dataset.mean_chosen_tokens(indices),
+        mean_chosen_tokens=float(dataset.trained_tokens[chosen].mean()),
         sources=dataset.label_numbers(indices) if dataset.labels else None,
         only_chosen=only_chosen,
         forwards=tuple(max(RESPONSES_OF_DUMMY, *(int(counts[own].sum()) for own in ranks)) for ranks in plan),

@@ -16,6 +16,8 @@ from dpo_dist.data.escape import THOUGHT_TAGS, has_reserved
 from dpo_dist.data.lengths import kept_tokens, needed_tokens
 from dpo_dist.data.records import (
     ALL_RECORDS,
+    HELD_OUT,
+    LEFT_IN_TRAIN,
     BadRecord,
     Part,
     PreferenceRecord,
@@ -283,7 +285,7 @@ def encode_records(
             outcome = Outcome(encoded.reason, changed=tuple((f"unread_{name}", 1) for name in encoded.unread))
             values = {"detail": encoded.detail, "lengths": encoded.lengths}
         elif encoded is None:
-            outcome = Outcome(changed=((part.others, 1),))
+            outcome = Outcome(changed=((LEFT_IN_TRAIN if part.is_eval else HELD_OUT, 1),))
         else:
             outcome, values = encoded.outcome, _columns(encoded) | {"prompt": prompt}
         origin = {"file": record.origin.source, "line": record.origin.line}

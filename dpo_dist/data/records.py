@@ -220,11 +220,6 @@ class Part:
     held_out: PromptHashes | None = None
 
     @property
-    def others(self) -> str:
-        """The name under which records of the other part are counted."""
-        return LEFT_IN_TRAIN if self.is_eval else HELD_OUT
-
-    @property
     def identity(self) -> list[str]:
         """A text for each property that selects records; empty if all records belong to this part."""
         split = [f"{'eval' if self.is_eval else 'train'} {self.share!r}"] if self.share else []

@@ -224,8 +224,8 @@ def test_counted_tokens_are_targets_and_the_whole_response_is_computed(
     ]
     assert (sizes.costs - whole.costs).tolist() == (sizes.targets - whole.targets).tolist()
     chosen = [sum(masks_of(data, index)[0]) for index in every]
-    assert data.mean_chosen_tokens(every) == pytest.approx(np.mean(chosen))
     plan = shard_batch(data, every, 0, 1, 64, costs)
+    assert plan.mean_chosen_tokens == pytest.approx(np.mean(chosen))
     batches = list(plan.batches())
     assert plan.targets == sum(trained) == sum(len(batch.targets) for batch in batches)
     assert plan.tokens == sum(batch.tokens for batch in batches)
