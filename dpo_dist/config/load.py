@@ -313,7 +313,7 @@ class _Command:
         """Return the error of an override whose key or form does not exist."""
         key, line = override.key_or_group, str(override.input_line)
         is_choice = self._is_choice(override)
-        if not is_choice and key.partition("[")[0] not in run_keys():
+        if not is_choice and key not in run_keys():
             return unknown_key(key, line.partition("=")[2], where=f"{COMMAND_LINE}: {line}")
         if override.is_delete() or override.is_sweep_override():
             message, remedy = f"{key} has one value", f"write {key}=VALUE, a list in brackets, {key}=[a,b]"
@@ -329,7 +329,7 @@ class _Command:
         read, mistakes = keys_of(verb, trains=trains), []
         for override in self.overrides:
             for name in _keys_of(override):
-                key = "reference.mode" if name == "reference" else name.partition("[")[0]
+                key = "reference.mode" if name == "reference" else name
                 if key in run_keys() and key not in read:
                     where = f"{COMMAND_LINE}: {override.input_line}"
                     remedy = f"remove it: it is read by {' and '.join(readers(key))}"

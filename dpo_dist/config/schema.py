@@ -83,7 +83,7 @@ class SamplesConfig:
     prompts: int = key(0, ge=0)
     """Prompts of the evaluation data that the policy responds to at evaluations; 0: none."""
     max_new_tokens: int = key(256, ge=1)
-    """Most tokens of a response."""
+    """Largest number of tokens in a response."""
     temperature: float = key(0.7, ge=0)
     """Sampling temperature; 0: greedy."""
 
@@ -115,11 +115,11 @@ class OptimConfig:
     betas: list[Annotated[float, Field(strict=True, ge=0, lt=1)]] = key(
         [0.9, 0.999], accepts="two numbers, >= 0 and < 1: [0.9,0.999]", min_length=2, max_length=2
     )
-    """Decay rates of both moments."""
+    """Decay rates of the first and second moments."""
     eps: float = key(1e-8, gt=0)
     """Added to the root of the second moment."""
     max_grad_norm: float = key(1.0, gt=0)
-    """Gradients are clipped to this norm."""
+    """Largest norm of the gradient; a larger one is clipped to it."""
 
 
 AdapterVariant = StrEnum("AdapterVariant", ["lora", "rslora", "dora"])
@@ -198,9 +198,9 @@ class ModelConfig:
     activation_offload: bool = key(False, free=True, verbs="train")
     """Offload the inputs of checkpointed layers to CPU memory until backward (CUDA)."""
     compile: bool = key(False, free=True, verbs="train precompute evaluate")
-    """torch.compile in decoder layers."""
+    """Compile the decoder layers with torch.compile."""
     liger: bool = key(False, free=True, verbs="train precompute evaluate")
-    """Liger's kernels in decoder layers (CUDA, the `liger` extra)."""
+    """Use Liger's kernels in decoder layers (CUDA, the `liger` extra)."""
     adapter: AdapterConfig | None = key(None, verbs=VERBS_WITH_DATA)
     """Train an adapter in place of all weights: `{r: 64, alpha: 128}`."""
     quantization: Quantization | None = key(None, verbs="train precompute evaluate compare pairs")
@@ -279,7 +279,7 @@ class DataConfig:
     """For pairs above `max_length`: `keep_start` cuts responses, `keep_end` the prompt's start, `both` each
     side in proportion to its length; `drop`."""
     on_bad_record: OnBadRecord = key(OnBadRecord.drop)
-    """What a bad record is: `drop` leaves it out, counted and shown; `error` ends the run."""
+    """What happens to a bad record: `drop` leaves it out, counted and shown; `error` ends the run."""
     max_bad_share: float = key(0.05, ge=0, le=1, verbs=VERBS_WITH_DATA)
     """Largest share of records that may be dropped; more is an error."""
     text_as_messages: bool = key(False, verbs=VERBS_WITH_DATA)
@@ -323,7 +323,7 @@ class ReferenceConfig:
     path: Filled | None = key(None, verbs="train precompute evaluate doctor")
     """Folder or hub name of the reference model; null: `model.path`."""
     quantization: Quantization | None = key(None, verbs="train precompute evaluate doctor")
-    """Weights in 8 or 4 bits (bitsandbytes), whole on every device; null: as stored."""
+    """Load its weights in 8 or 4 bits (bitsandbytes), unsharded on every device; null: as stored."""
     offload: Offload = key(Offload.none, free=True)
     """Where its weights are kept: on the device (`none`), `cpu` or `nvme`."""
     numerics: Numerics = key(Numerics.strict)
@@ -349,7 +349,7 @@ class ParallelismConfig:
     sequence_parallel: int = key(1, ge=1)
     """Processes that share the tokens of each micro-batch, for long sequences (DeepSpeed Ulysses)."""
     timeout_seconds: int = key(600, ge=1, le=10**7, verbs="train precompute evaluate compare pairs")
-    """Most seconds to wait for another process."""
+    """How many seconds a process waits for another one before the run ends."""
 
 
 @schema
@@ -359,7 +359,7 @@ class TrainerConfig:
     global_batch_pairs: int = key(64, verbs="train precompute", ge=1)
     """Pairs of an optimizer step, over all processes."""
     micro_batch_tokens: int = key(8192, ge=1, free=True, verbs="train precompute evaluate")
-    """Most tokens of a micro-batch; gradient accumulation follows from it."""
+    """Largest number of tokens in a micro-batch; gradient accumulation follows from it."""
     epochs: float = key(1.0, verbs="train precompute", gt=0, le=1e9)
     """Passes over the training data."""
     max_steps: int | None = key(None, verbs="train precompute", ge=1)
@@ -390,7 +390,7 @@ class TrainerConfig:
 
 @schema
 class EvaluationConfig:
-    """The models that `python -m dpo_dist.evaluate` scores, and the pairs."""
+    """The models and pairs that `python -m dpo_dist.evaluate` scores."""
 
     model: Filled | Names | None = key(None, accepts="a path, or a list of paths")
     """Folder or hub name of a model or of an adapter on `model.path`, folder of a checkpoint of this
@@ -414,7 +414,7 @@ class CompareConfig:
     prompts: int = key(128, ge=1)
     """Number of different prompts, chosen by a hash of the prompt; all if there are fewer."""
     max_new_tokens: int = key(256, ge=1)
-    """Most tokens of a response."""
+    """Largest number of tokens in a response."""
     temperature: float = key(1.0, ge=0)
     """Sampling temperature; 0: greedy. Only at 1 is the KL unbiased."""
 
@@ -463,7 +463,7 @@ class ExportConfig:
     average: list[Member] = key([])
     """In place of a checkpoint, the mean of whole models: their folders, such as `export` writes."""
     merge: bool = key(False)
-    """Write an adapter and its base as one model."""
+    """Merge an adapter into its base, and write one model."""
     dtype: str | None = key(None, accepts="bf16, fp16 or fp32", pattern=r"^(bf16|fp16|fp32)$")
     """Precision of the written weights; null: `model.dtype`, for the weights of a merged base that of its
     files."""
@@ -527,7 +527,7 @@ class PairsConfig:
     samples: int = key(4, ge=1)
     """Responses of each model to a prompt; `delta` takes one."""
     max_new_tokens: int = key(512, ge=1)
-    """Most tokens of a response."""
+    """Largest number of tokens in a response."""
     temperature: float = key(1.0, ge=0)
     """Sampling temperature; 0: greedy."""
     top_p: float = key(1.0, gt=0, le=1)
