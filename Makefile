@@ -1,9 +1,9 @@
 BIN := .venv/bin
 
-.PHONY: help env format lint check test docs golden
+.PHONY: help env format lint check test docs docs-site golden
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1	\2/p' Makefile | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1	\2/p' Makefile | expand -t 12
 
 env: ## make .venv with the pinned packages
 	@./scripts/setup_env.sh dev
@@ -12,7 +12,7 @@ format: env ## format the code and apply ruff's safe fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-lint: ## check format, lint rules, types and spelling
+lint: ## check format, lint rules, types, spelling and links
 	@./scripts/lint.sh
 
 check: lint ## lint, then the unit tests
@@ -23,6 +23,9 @@ test: ## run all tests
 
 docs: env ## write the generated tables of README.md and docs/ again
 	$(BIN)/python scripts/write_key_docs.py
+
+docs-site: env ## build a searchable site of README.md and docs/ in build/site
+	$(BIN)/mkdocs build --strict --quiet
 
 golden: env ## record the golden trajectories again (see CONTRIBUTING.md)
 	$(BIN)/python scripts/record_golden.py

@@ -3,7 +3,7 @@
 The same held-out prompts through every model: responses side by side, style, KL to the first model, and with
 a judge (`pairs.reward_model`, `pairs.function` or `pairs.endpoint`) scores and win rates. `accelerate launch
 -m dpo_dist.compare ...` shares the work among processes. The same command again continues after the finished
-parts. docs/compare.md explains the files.
+parts. docs/evaluate.md explains the files.
 """
 
 from dpo_dist.config.command_line import run_verb

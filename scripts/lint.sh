@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks format, lint rules, types and spelling; changes nothing.
+# Checks format, lint rules, types, spelling, and the links of the pages; of the code it changes nothing.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ./scripts/setup_env.sh dev
@@ -7,3 +7,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 .venv/bin/ruff check .
 .venv/bin/mypy
 .venv/bin/codespell
+.venv/bin/mkdocs build --strict --quiet

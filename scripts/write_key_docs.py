@@ -92,7 +92,7 @@ def _configuration() -> str:
         "Later ones win: defaults, experiments (`+experiment=NAME`), files from left to right, the "
         "command line; in each, keys\nover presets (`loss=ipo`). `loss=NAME` and presets without keys "
         "replace the whole section.\n",
-        "Hydra composes [conf/](../conf): `config.yaml` lists the groups, and a file of a group is a preset "
+        "Hydra composes `conf/`: `config.yaml` lists the groups, and a file of a group is a preset "
         "with the bare keys of\nits section. An experiment is written like a file of your own. Both may have "
         "a list of `defaults`, which names presets\n(`loss: ipo` or Hydra's `override /loss: ipo`) and "
         "experiments that come before. `--config-dir DIR` adds groups, presets and\nexperiments of your own, "

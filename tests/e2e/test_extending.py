@@ -16,7 +16,7 @@ from tests.support import tiny
 from tests.support.families import COMMON, HEADS
 from tests.support.pages import ROOT, blocks_of
 
-EXAMPLES = {block.title: block.text for block in blocks_of("extending.md") if block.language == "diff"}
+EXAMPLES = [block.text for block in blocks_of("extending.md") if block.language == "diff"]
 
 
 def changes(diff: str) -> Iterator[tuple[str, list[str]]]:
@@ -41,7 +41,7 @@ def apply(diff: str, root: Path) -> None:
 def test_the_table_counts_the_files_and_lines_of_each_example() -> None:
     page = (ROOT / "docs" / "extending.md").read_text()
     rows = [line.split("|") for line in page.splitlines() if line.startswith("| a ")]
-    for (_, addition, files, lines, *_), diff in zip(rows, EXAMPLES.values(), strict=True):
+    for (_, addition, files, lines, *_), diff in zip(rows, EXAMPLES, strict=True):
         hunks = list(changes(diff))
         added = sum(line[:1] == "+" and line != "+" for _, hunk in hunks for line in hunk)
         assert files.split(",")[0].strip() == str(len({name for name, _ in hunks})), addition
@@ -69,7 +69,7 @@ def test_the_examples_pass_their_tests_and_train_together(tmp_path: Path) -> Non
     for name in ("dpo_dist", "conf", "docs", "tests"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    for diff in EXAMPLES.values():
+    for diff in EXAMPLES:
         apply(diff, tmp_path)
     tokenizer = tiny.qwen()
     torch.manual_seed(0)

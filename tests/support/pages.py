@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-_BLOCK = re.compile(r"^```(\w+)(?: file=(\S+)| ([^\n]+))?\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+_BLOCK = re.compile(r"^```(\w+)\n(?:# (\S+\.py)\n)?(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block of a page: its language, the file that it is, a title, and its text."""
+    """A fenced block of a page: its language, the file that its first line names, and the rest."""
 
     language: str
     file: str
-    title: str
     text: str
 
 

@@ -61,7 +61,7 @@ def test_public_names_keep_their_place(name: str) -> None:
 
 
 def test_a_command_of_another_verb_than_train_is_read() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "compare.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text()
     first = next(line for line in page.splitlines() if "-m dpo_dist.compare" in line)
     config = api.load_run_config(shlex.split(first)[3:])
     assert config.compare.models == ["base=./base", "output/a", "beta05=output/b"]
