@@ -67,9 +67,9 @@ class Axis:
 
     def ticks(self, *, whole: bool = False) -> list[float]:
         """Return about five round values within the axis; `whole`: integers only."""
-        from matplotlib.ticker import LogLocator, MaxNLocator  # noqa: PLC0415  (slow; only rank 0 draws)
+        from matplotlib.ticker import Locator, LogLocator, MaxNLocator  # noqa: PLC0415  (slow; only rank 0 draws)
 
-        locator = MaxNLocator(_MOST_TICKS, steps=[1, 2, 2.5, 5, 10], integer=whole, min_n_ticks=1)
+        locator: Locator = MaxNLocator(_MOST_TICKS, steps=[1, 2, 2.5, 5, 10], integer=whole, min_n_ticks=1)
         if self.is_log:
             subs = (1.0, 2.0, 5.0) if self.high < _SHORT * self.low else (1.0,)
             locator = LogLocator(subs=subs, numticks=_MOST_TICKS + 1)
