@@ -74,7 +74,6 @@ def check_origin(evaluated: Evaluated, config: RunConfig, inputs: EvaluationInpu
 
 
 def _evaluate(run: Run, evaluated: Evaluated, inputs: EvaluationInputs, objective: Objective) -> Results:
-    """Evaluate one model, write and print its results; return them. Collective."""
     config, world, console = run.config, run.world, run.console
     run.say(f"evaluating {evaluated.path}")
     model, running, commit = load_evaluated(run, evaluated, inputs)

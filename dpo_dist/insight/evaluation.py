@@ -45,8 +45,8 @@ def bootstrap_intervals(
     """Return the lower and upper end of the interval of every metric.
 
     `measured` has values and counts of each pair by metric, float64 [pairs]: the metric is the sum of values
-    divided by the sum of counts. `prompts`, [pairs], are equal for pairs of the same prompt. `lowest`: of
-    outcomes up to 1 (0), and of differences of two such outcomes (-1). A metric is absent if fewer than
+    divided by the sum of counts. `prompts`, [pairs], are equal for pairs of the same prompt. `lowest`: the
+    lower bound of a metric: 0 of a rate, -1 of a difference of rates. A metric is absent if fewer than
     `FEWEST_PROMPTS` have a count, or none in some resample, or if a value is not finite.
     """
     measured = {name: each for name, each in measured.items() if np.isfinite(each[0]).all()}
@@ -112,7 +112,14 @@ def _of_group(
     values: PairValues, prompts: npt.NDArray[np.uint64], plan: MetricPlan, seed: int
 ) -> dict[str, Any]:
     """Return the results of some pairs, as far as the values of single pairs decide them."""
-    measured = _measured(values, plan)
+    every, members = measure_pairs(values.columns), length_members(values.columns)
+    measured: dict[str, tuple[Column, Column]] = {}
+    for name, (metric, group) in plan.rows.items():
+        if metric in every and (not group or group in members):
+            value, count = (each.double() for each in every[metric])
+            inside = members[group] if group else count > 0
+            # A value that is not finite counts in its own group only.
+            measured[name] = torch.where(inside, value, 0.0).numpy(), (count * inside).numpy()
     lowest = {name: 0.0 for name in measured if name.startswith(_SHARES)}
     intervals = bootstrap_intervals(measured, prompts, seed, lowest)
     found: dict[str, Any] = {
@@ -124,20 +131,6 @@ def _of_group(
     found["intervals"] = {f"eval_{name}": list(ends) for name, ends in intervals.items()}
     if not plan.loss.is_one_sided and len(values):
         found |= {f"eval_{name}": value for name, value in values.margin_percentiles().items()}
-    return found
-
-
-def _measured(values: PairValues, plan: MetricPlan) -> dict[str, tuple[Column, Column]]:
-    """Return values and counts of each pair by metric: those of `plan` that values of single pairs decide."""
-    columns = values.columns
-    measured, members = measure_pairs(columns), length_members(columns)
-    found = {}
-    for name, (metric, group) in plan.rows.items():
-        if metric in measured and (not group or group in members):
-            value, count = (each.double() for each in measured[metric])
-            inside = members[group] if group else count > 0
-            # A value that is not finite counts in its own group only.
-            found[name] = torch.where(inside, value, 0.0).numpy(), (count * inside).numpy()
     return found
 
 

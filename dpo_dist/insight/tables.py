@@ -117,7 +117,11 @@ def evaluation_table(results: Mapping[str, Fields]) -> list[str]:
 def comparison_table(results: Fields) -> list[str]:
     """Return the lines of the table of models, with 95 % intervals; the page has all win rates."""
     base = results["base"]
-    of_base = {win["second"]: _of_second(win) for win in results["wins"] if win["first"] == base}
+    of_base = {}
+    for win in results["wins"]:
+        if win["first"] == base:
+            ends = win["interval"] and [1 - end for end in reversed(win["interval"])]
+            of_base[win["second"]] = with_interval(1 - win["rate"], ends, ".3f")
     has_scores = any(model["score"] is not None for model in results["models"])
     titles = ["model", "tokens", "finished", "refusals", f"KL to {base}"]
     titles += ["score"] if has_scores else []
@@ -135,9 +139,3 @@ def comparison_table(results: Fields) -> list[str]:
     if left := sum(results["not_judged"].values()):
         lines.append(f"note: not counted, because without a verdict: {counted(left, 'comparison')}")
     return lines
-
-
-def _of_second(win: Fields) -> str:
-    """Return the win rate of the second model."""
-    ends = win["interval"]
-    return with_interval(1 - win["rate"], ends and [1 - ends[1], 1 - ends[0]], ".3f")

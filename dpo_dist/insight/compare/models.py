@@ -186,9 +186,9 @@ class Speaker:
 
     def rows(self, index: int) -> Iterator[tuple[str | None, Row]]:
         """Yield the response to each prompt of a part as in `answers.jsonl`, or why it cannot be asked."""
-        own = self.logps.read(index)
-        of_base = [{"logp": None}] * len(own) if self.base_logps is None else self.base_logps.read(index)
-        for row, logp, base_logp in zip(self.responses.read(index), own, of_base, strict=True):
+        logps = self.logps.read(index)
+        of_base = [{"logp": None}] * len(logps) if self.base_logps is None else self.base_logps.read(index)
+        for row, logp, base_logp in zip(self.responses.read(index), logps, of_base, strict=True):
             completions = Completions.of(row)
             response = {}
             for completion in completions.completions:
@@ -348,7 +348,6 @@ def _write(
     labels: Mapping[str, str],
     console: Console,
 ) -> dict[str, Any]:
-    """Write both files and print what was dropped; on rank 0."""
     folder, settings, counts = RunFolder.of(config), config.compare, Counter[str]()
     names = [speaker.name for speaker in speakers]
     collect_abandoned(folder.comparison)

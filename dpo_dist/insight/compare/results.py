@@ -24,10 +24,8 @@ _SHARES = {_RATE, "finished", "refusals", "empty"}
 DIFFERENCES = ("score", "kl", "length", "finished", "refusals", "empty")
 """Metrics whose differences between models have intervals."""
 _NO_STYLE = ("kl", "kl_per_token", "score")
-_OUTCOMES = {1.0: "wins", 0.5: "ties", 0.0: "losses", None: "not_judged"}
-
-
 WIN, TIE, LOSS = 1.0, 0.5, 0.0
+_OUTCOMES = {WIN: "wins", TIE: "ties", LOSS: "losses", None: "not_judged"}
 
 
 def compares(pairs: PairsConfig) -> bool:
@@ -75,9 +73,7 @@ def without_judge(first: str, second: str) -> float | None:
     has_first, has_second = bool(first.strip()), bool(second.strip())
     if first == second or not (has_first or has_second):
         return TIE
-    if has_first and has_second:
-        return None
-    return WIN if has_first else LOSS
+    return None if has_first and has_second else WIN if has_first else LOSS
 
 
 def credit(first: tuple[str, float | None], second: tuple[str, float | None]) -> float | None:
@@ -135,7 +131,6 @@ def comparison(rows: Iterable[Row], models: Sequence[str]) -> dict[str, Any]:
 
 
 def _measured(response: Row) -> dict[str, tuple[float, float]]:
-    """Return the values of one response by metric, each with its count."""
     facts = text_facts(response["text"], response["tokens"], response["finished"])
     logp, base = response["logp"], response["base_logp"]
     ratio = None if logp is None or base is None else logp - base

@@ -35,18 +35,18 @@ def near(signatures: Iterable[Signature]) -> Partners:
     `signatures` are uint32 [2, 64] of each record, of prompt and responses.
     """
     table, firsts, found = _table(), dict[int, Signature](), Partners()
-    for index, own in enumerate(signatures):
+    for index, sides in enumerate(signatures):
         # A band has two numbers of each side: a bucket holds records that are alike in both.
-        both = np.stack([side.reshape(-1, 2) for side in own], axis=1).ravel()[:SIGNATURE_NUMBERS]
-        sketch = _sketch(both)
-        alike = [
-            one for one in table.query(sketch) if ((firsts[one] == own).mean(axis=1) >= SIMILARITY).all()
-        ]
+        sketch = _sketch(
+            np.stack([side.reshape(-1, 2) for side in sides], axis=1).ravel()[:SIGNATURE_NUMBERS]
+        )
+        bucket = table.query(sketch)
+        alike = [one for one in bucket if ((firsts[one] == sides).mean(axis=1) >= SIMILARITY).all()]
         if alike:
             found[index] = min(alike)
         else:
             table.insert(index, sketch)
-            firsts[index] = own
+            firsts[index] = sides
     return found
 
 

@@ -81,7 +81,7 @@ def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | Non
         store, findings = compare_with_store(config, found.sources, datasets)
         findings += found.findings
         if _REFUSING_RULES.isdisjoint(one.rule for one in findings):
-            findings = [*map(_refused, refusals), *findings]
+            findings = [*map(_refusal, refusals), *findings]
         found = replace(found, findings=most_serious_first(findings), model=files, store=store)
     if config.doctor.texts:
         found = replace(found, shown=show_pairs(data, tokenizer, found.findings, SHOWN_PAIRS))
@@ -119,18 +119,18 @@ def examine(
     )
 
 
-def _refused(refusal: DpoDistError) -> Finding:
-    text = f"training would stop: {refusal.message}" + (f" ({refusal.got})" if refusal.got else "")
-    examples = tuple(refusal.where.split("; "))
-    return Finding("training_refuses", Level.error, text, examples=examples, remedy=refusal.remedy)
+def _refusal(error: DpoDistError) -> Finding:
+    text = f"training would stop: {error.message}" + (f" ({error.got})" if error.got else "")
+    examples = tuple(error.where.split("; "))
+    return Finding("training_refuses", Level.error, text, examples=examples, remedy=error.remedy)
 
 
 def _labelled(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]:
     """Yield each source with its label in metrics; a label that occurs again is made different."""
     seen, of_train = Counter[str](), source_labels(config.train)
     for is_eval, sources in ((False, config.train), (True, config.eval)):
-        for source, own in zip(sources, source_labels(sources), strict=True):
-            label = f"{own} (eval)" if is_eval and own in of_train else own
+        for source, name in zip(sources, source_labels(sources), strict=True):
+            label = f"{name} (eval)" if is_eval and name in of_train else name
             seen[label] += 1
             yield source, label if seen[label] == 1 else f"{label} ({seen[label]})", is_eval
 

@@ -165,10 +165,12 @@ def leak_findings(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
                 f"the one with {side} {length.feature} is chosen in {percent(length.accuracy)} of the pairs"
             )
             yield from RULES["length_bias"].value(length.accuracy, length.pairs, source, detail)
-    for group, own in groups.items():
-        rule, test = RULES["style_bias" if group in _STYLE else "label_leak"], own[0]
+    for group, of_group in groups.items():
+        rule, test = RULES["style_bias" if group in _STYLE else "label_leak"], of_group[0]
         if test.exceeds(rule.threshold) and test.accuracy > explained:
-            hints = (f" ({one.feature}, {one.detail}, {percent(one.accuracy)})" for one in own if one.detail)
+            hints = (
+                f" ({one.feature}, {one.detail}, {percent(one.accuracy)})" for one in of_group if one.detail
+            )
             detail = (
                 f"by {group}, {percent(test.accuracy)} [{percent(test.low)}, {percent(test.high)}] of "
                 f"held-out pairs are guessed{next(hints, '')}"

@@ -155,14 +155,12 @@ def _segments(
 
 
 def _plain_parts(record: PreferenceRecord) -> list[Part]:
-    """Return the texts of a record that is not encoded."""
     texts = texts_of(record)
     prompt = "\n\n".join(f"{role}: {content}" for role, content in texts.turns)
     named: list[tuple[str, str, float | None]] = [("prompt", prompt, None)]
     named += [(name, texts.responses[index], score) for index, name, score in _names(record)]
-    return [Part(name, _plain(text), score=score) for name, text, score in named]
-
-
-def _plain(text: str) -> list[Segment]:
-    omitted = [("further characters not shown", "omitted")] if len(text) > _MAX_CHARACTERS else []
-    return [(text[:_MAX_CHARACTERS], ""), *omitted]
+    omitted = ("further characters not shown", "omitted")
+    return [
+        Part(name, [(text[:_MAX_CHARACTERS], ""), *[omitted] * (len(text) > _MAX_CHARACTERS)], score=score)
+        for name, text, score in named
+    ]

@@ -280,14 +280,13 @@ def end_service(*, is_dead: bool = False, kills: bool = False) -> None:
 
 
 class InBackground:
-    """A wandb run that `start` opens and a separate thread calls; only `finish` waits.
+    """A wandb run that `start` opens and a thread calls, as a table makes wandb wait; only `finish` waits.
 
-    A table makes wandb wait for its server. Opening waits for the run a little, so that its messages come in
-    order if it is fast.
+    Opening waits a little, so that the messages of a fast start come in order.
     """
 
     def __init__(self, start: Callable[[Say], WandbRun | None], say: Say, folder: RunFolder):
-        self._say, self._folder, self._is_ended = say, folder, False
+        self._say, self._folder = say, folder
         self._run: WandbRun | None = None
         self._calls: queue.SimpleQueue[Callable[[WandbRun], None] | None] = queue.SimpleQueue()
         self._is_open = threading.Event()
@@ -307,18 +306,17 @@ class InBackground:
         self._calls.put(None)
         self._thread.join(seconds)
         if self._thread.is_alive():
-            self._is_ended = True
-            if self._run is not None:
-                self._run.is_over = True
             advice = f"later: {upload_command(self._folder)}"
             _warn(f"wandb has not finished after {seconds:.0f} s and is ended; {advice}", self._say)
+            self._say = lambda _: None  # what the thread says of a service that was ended is no news
+            if self._run is not None:
+                self._run.is_over = True
             end_service(kills=True)
             self._thread.join(_LAST_SECONDS)
 
     def _work(self, start: Callable[[Say], WandbRun | None]) -> None:
         def tell(text: str) -> None:
-            if not self._is_ended:  # what a call says after that is no news
-                self._say(text)
+            self._say(text)
 
         try:
             self._run = start(tell)

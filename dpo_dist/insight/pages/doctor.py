@@ -101,7 +101,6 @@ def overview(sources: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list
 
 
 def _median(side: Mapping[str, Any] | None) -> str:
-    """Return the median length of a side in its best unit; "-" without the side."""
     if side is None:
         return "-"
     values, unit = (side["tokens"], "tokens") if side["tokens"] else (side["characters"], "characters")
@@ -120,7 +119,6 @@ def _shown(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shares(shares: Mapping[str, float]) -> list[tuple[str, float]]:
-    """Return the shares that are neither 0 nor 1, the largest first."""
     found = sorted(shares.items(), key=lambda item: -item[1])
     return [(name, share) for name, share in found if 0 < share < 1][:_MOST_ROWS]
 

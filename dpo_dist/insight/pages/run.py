@@ -40,8 +40,6 @@ _SECTIONS = {
     "repeat": "Repeat this run",
 }
 """Sections of the page with their titles, in their order."""
-
-
 _WORK_NAMES: Mapping[Work, str] = {
     "reference": "reference log-probs",
     "training": "training steps",
@@ -294,7 +292,6 @@ def write_difference(folders: tuple[RunFolder, RunFolder], output: Path | None =
 
 
 def _differing(first: Mapping[str, str], second: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    """Yield the keys with different values."""
     for key in dict.fromkeys([*first, *second]):
         values = first.get(key, _ABSENT), second.get(key, _ABSENT)
         if values[0] != values[1]:
@@ -329,11 +326,11 @@ def _metrics(two: Two) -> Iterator[tuple[object, ...]]:
     by_source = (key for key in rows[0] if key.startswith((f"{ACCURACY}/", f"{MARGIN}/")))
     for key in (*PAIR_METRICS, *ENTROPIES, *samples, *by_source):
         if all(key in row for row in rows):
-            own = [each.get(key) for each in ends]
-            cells = [estimate(row[key], interval) for row, interval in zip(rows, own, strict=True)]
+            first, second = (each.get(key) for each in ends)
+            cells = [estimate(row[key], each.get(key)) for row, each in zip(rows, ends, strict=True)]
             overlap = ""
-            if own[0] and own[1]:
-                is_common = max(own[0][0], own[1][0]) <= min(own[0][1], own[1][1])
+            if first and second:
+                is_common = max(first[0], second[0]) <= min(first[1], second[1])
                 overlap = "overlap" if is_common else "do not overlap"
             yield key, *cells, f"{rows[1][key] - rows[0][key]:+.3g}", overlap
 
@@ -342,6 +339,6 @@ def _intervals(facts: PageFacts) -> Mapping[str, Sequence[float]]:
     """Return the intervals of the last evaluation by metric, also of sources."""
     found = {key.removeprefix("eval_"): ends for key, ends in facts.intervals(ALL).items()}
     for label in facts.by_source:
-        own = facts.intervals(results_name(label))
-        found |= {f"{key.removeprefix('eval_')}/{label}": ends for key, ends in own.items()}
+        of_source = facts.intervals(results_name(label))
+        found |= {f"{key.removeprefix('eval_')}/{label}": ends for key, ends in of_source.items()}
     return found

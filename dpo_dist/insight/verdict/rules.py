@@ -307,9 +307,12 @@ def _learning_rate_too_high(facts: RunFacts) -> Iterator[str]:
 
 
 def _signs_of_rate(facts: RunFacts) -> Iterator[str]:
-    """Yield a clause for each sign; medians of the last quarter, as a spike that recovers is no sign."""
+    """Yield a clause for each sign; of the end by medians, as a spike that recovers is no sign."""
     yield from _rise_of_loss(facts)
-    steps, falls = facts.total_steps, _falls_of_chosen(facts)
+    steps, falls = facts.total_steps, facts.falls(facts.steps)
+    if falls is None:  # without a reference relative to the first rows, which have other responses
+        logps = pooled(facts.steps, "logps/chosen_per_token", _FEWEST_PAIRS)
+        falls = [(step, logps[0][1] - logp) for step, logp in logps]
     early = next(((step, fall) for step, fall in falls if fall > 1 and step <= steps / 4), None)
     recent = [fall for step, fall in falls if step > 0.75 * steps]
     if early and recent and median(recent) > 1:
@@ -333,18 +336,6 @@ def _rise_of_loss(facts: RunFacts) -> Iterator[str]:
         yield f"the loss rose from {early[0]:.3g} to {median(early):.3g} in the first quarter of the steps"
 
 
-def _falls_of_chosen(facts: RunFacts) -> list[tuple[float, float]]:
-    """Return step and fall of the log-prob of chosen responses during training, in nats per token.
-
-    Relative to the reference, or to the first rows if that is not known; these have other responses.
-    """
-    falls = facts.falls(facts.steps)
-    if falls is None:
-        logps = pooled(facts.steps, "logps/chosen_per_token", _FEWEST_PAIRS)
-        falls = [(step, logps[0][1] - logp) for step, logp in logps]
-    return falls
-
-
 @_rule
 def _over_optimised(facts: RunFacts) -> Iterator[str]:
     if symptoms := ", ".join(_worse_samples(facts)):
@@ -353,7 +344,6 @@ def _over_optimised(facts: RunFacts) -> Iterator[str]:
 
 
 def _worse_samples(facts: RunFacts) -> Iterator[str]:
-    """Yield a clause for each metric of the sampled responses that got worse."""
     rows = facts.evaluations
     prompts = last(rows, "samples/prompts") or math.inf
 
@@ -501,14 +491,12 @@ def sample_alarm(rows: Sequence[Row]) -> Finding | None:
 
 
 def _finding(name: str, facts: RunFacts) -> Finding | None:
-    """Return the finding of a rule, if the run breaks it."""
     rule = RULES[name]
     text = "; ".join(rule.find(facts))
     return Finding(name, rule.level, text, remedy=rule.remedy) if text else None
 
 
 def _success(facts: RunFacts) -> str:
-    """Return the sentence about a run without a fault."""
     accuracy = facts.accuracy()
     start, end = first(facts.steps, "loss"), last(facts.steps, "loss")
     if start is None or end is None:
