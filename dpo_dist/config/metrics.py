@@ -1,7 +1,13 @@
-"""The table of metrics: what people see of each one, and which values are the best."""
+"""The table of metrics: what people see of each, which values are the best, and where it appears.
+
+The log, the terminal, trackers, charts, pages and the model card take names, titles and digits from here; the
+formulas of the means over pairs are those of `objective/metrics.py`.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any
 
 from dpo_dist.config.schema import Direction
 from dpo_dist.foundation.text import number, percent
@@ -10,49 +16,79 @@ PREFIX = "eval_"
 """Start of the name of a metric in the row of an evaluation."""
 
 
+class OverPairs(Enum):
+    """In which rows a metric is, if it is a mean over pairs."""
+
+    no = auto()
+    in_all_rows = auto()
+    in_evaluations = auto()
+
+
 @dataclass(frozen=True)
 class Metric:
     """A row of the table.
 
-    `form` writes a value; `best` says which values are the best; None: neither end is.
+    `form` writes a value; `best` says which values are the best; None: neither end is. `by_group`: also of
+    each source and length; `is_share`: between 0 and 1; `chart`: title of the chart that draws it.
     """
 
     title: str
     form: Callable[[float], str] = number
     unit: str = ""
     best: Direction | None = None
+    over_pairs: OverPairs = OverPairs.no
+    by_group: bool = False
+    is_share: bool = False
+    chart: str = ""
 
 
 def _digits(form: str) -> Callable[[float], str]:
     return lambda value: format(value, form)
 
 
+def _of_pairs(
+    title: str, chart: str = "", unit: str = "", best: Direction | None = None, **more: Any
+) -> Metric:
+    return Metric(title, _digits(".3f"), unit, best, OverPairs.in_all_rows, chart=chart, **more)
+
+
+_LOWEST, _HIGHEST = Direction.lowest, Direction.highest
+_REWARDS, _LOGPS, _DISTANCE = "Rewards", "Log-prob per token", "Distance from the reference"
+_ACCURACY, _MARGIN = "Accuracy: chosen above rejected", "Margin of rewards"
+
 METRICS: Mapping[str, Metric] = {
-    "loss": Metric("loss", _digits(".4f"), best=Direction.lowest),
-    "rewards/accuracies": Metric("accuracy", _digits(".3f"), best=Direction.highest),
-    "rewards/margins": Metric("margin", _digits(".3f"), best=Direction.highest),
-    "rewards/chosen": Metric("reward chosen", _digits(".3f"), best=Direction.highest),
-    "rewards/rejected": Metric("reward rejected", _digits(".3f")),
-    "rewards/both_fall": Metric("both fall", _digits(".3f"), best=Direction.lowest),
-    "logps/chosen": Metric("log-prob chosen", _digits(".3f"), "nats"),
-    "logps/rejected": Metric("log-prob rejected", _digits(".3f"), "nats"),
-    "logps/chosen_per_token": Metric("log-prob chosen / token", _digits(".3f"), "nats"),
-    "logps/rejected_per_token": Metric("log-prob rejected / token", _digits(".3f"), "nats"),
-    "distance/chosen": Metric("distance chosen", _digits(".3f"), "nats/token", Direction.lowest),
-    "distance/rejected": Metric("distance rejected", _digits(".3f"), "nats/token", Direction.lowest),
-    "grad_norm": Metric("norm before clipping"),
-    "learning_rate": Metric("learning rate"),
+    "loss": Metric("loss", _digits(".4f"), "", _LOWEST, OverPairs.in_all_rows, chart="Loss"),
+    "rewards/chosen": _of_pairs("reward chosen", _REWARDS, best=_HIGHEST),
+    "rewards/rejected": _of_pairs("reward rejected", _REWARDS),
+    "rewards/accuracies": _of_pairs("accuracy", _ACCURACY, best=_HIGHEST, by_group=True, is_share=True),
+    "rewards/margins": _of_pairs("margin", _MARGIN, best=_HIGHEST, by_group=True),
+    "rewards/both_fall": _of_pairs("both fall", best=_LOWEST, is_share=True),
+    "logps/chosen": _of_pairs("log-prob chosen", unit="nats"),
+    "logps/rejected": _of_pairs("log-prob rejected", unit="nats"),
+    "logps/chosen_per_token": _of_pairs("log-prob chosen / token", _LOGPS, "nats"),
+    "logps/rejected_per_token": _of_pairs("log-prob rejected / token", _LOGPS, "nats"),
+    "distance/chosen": _of_pairs("distance chosen", _DISTANCE, "nats/token", _LOWEST),
+    "distance/rejected": _of_pairs("distance rejected", _DISTANCE, "nats/token", _LOWEST),
+    "tokens/chosen": _of_pairs("tokens chosen", unit="tokens"),
+    "tokens/rejected": _of_pairs("tokens rejected", unit="tokens"),
+    "entropy/chosen": Metric("entropy chosen", unit="nats", over_pairs=OverPairs.in_evaluations),
+    "entropy/rejected": Metric("entropy rejected", unit="nats", over_pairs=OverPairs.in_evaluations),
+    "grad_norm": Metric("norm before clipping", chart="Gradient norm"),
+    "learning_rate": Metric("learning rate", chart="Learning rate"),
     "pairs_per_second": Metric("pairs/s", _digits(",.1f")),
     "mfu": Metric("MFU", percent),
-    "samples/length": Metric("tokens", _digits(",.0f"), "tokens"),
-    "samples/finished": Metric("ended", percent),
+    "samples/length": Metric("tokens", _digits(",.0f"), "tokens", chart="Length of generated responses"),
+    "samples/finished": Metric("ended", percent, chart="Generated responses that end"),
     "samples/distinct_3": Metric("distinct 3-grams", percent),
     "samples/longest_repeat": Metric("longest repeat", percent),
     "samples/language_changed": Metric("language changed", percent),
     "samples/refusals": Metric("refusals", percent),
     "samples/empty": Metric("empty", percent),
 }
-
-
 MAIN = ("loss", "rewards/accuracies", "rewards/margins")
 """The metrics that say first how a run goes: of tables, the terminal and the card."""
+
+
+def over_pairs(rows: OverPairs) -> tuple[str, ...]:
+    """Return the names of the means over pairs that are in these rows."""
+    return tuple(name for name, metric in METRICS.items() if metric.over_pairs is rows)

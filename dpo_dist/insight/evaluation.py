@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dpo_dist.config.metrics import METRICS
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
@@ -33,7 +34,7 @@ LEVEL = 0.95
 FEWEST_PROMPTS = 6
 """Prompts that an interval needs. By an even chance five have the same outcome in 2 * 0.5**5 = 6 % of cases,
 and an interval of one outcome has no width."""
-_SHARES = ("rewards/accuracies", "rewards/both_fall")
+_SHARES = tuple(name for name, metric in METRICS.items() if metric.is_share)
 
 
 def bootstrap_intervals(

@@ -14,29 +14,15 @@ import torch
 from torch import Tensor
 
 from dpo_dist.config.losses import BcoDelta, LossConfig
+from dpo_dist.config.metrics import METRICS, OverPairs, over_pairs
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import BatchFacts, implicit_rewards, log_ratios, margin_of
 from dpo_dist.objective.router import AUX_LOSS, BUSIEST, Z_LOSS
 
-PAIR_METRICS = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "rewards/both_fall",
-    "logps/chosen",
-    "logps/rejected",
-    "logps/chosen_per_token",
-    "logps/rejected_per_token",
-    "distance/chosen",
-    "distance/rejected",
-    "tokens/chosen",
-    "tokens/rejected",
-)
-ENTROPIES = ("entropy/chosen", "entropy/rejected")
-"""Metrics of evaluations only: they need the whole distribution of each token."""
-GROUP_METRICS = ("rewards/accuracies", "rewards/margins")
+PAIR_METRICS = over_pairs(OverPairs.in_all_rows)
+ENTROPIES = over_pairs(OverPairs.in_evaluations)
+"""Metrics that need the whole distribution of each token."""
+GROUP_METRICS = tuple(name for name, metric in METRICS.items() if metric.by_group)
 """Metrics that are also reported for groups of pairs: sources and lengths."""
 BUCKETS = ("1-63", "64-127", "128-255", "256-511", "512-1023", "1024-")
 """Tokens of the longer response of a pair, for metrics by length: `<metric>_by_length/<bucket>`."""

@@ -222,26 +222,30 @@ def _last_value(line: Line, end: float) -> str:
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart of one or more metrics on the page, and `in_image`: in training_curves.png."""
+    """A chart on the page, of the metrics whose row has its title; `in_image`: in training_curves.png."""
 
     title: str
-    keys: tuple[str, ...]
-    in_image: bool
+    in_image: bool = False
     is_log: bool = False
     is_smoothed: bool = True
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The names of its metrics."""
+        return tuple(name for name, metric in METRICS.items() if metric.chart == self.title)
+
 
 PANELS = (
-    Panel("Loss", ("loss",), True),
-    Panel("Accuracy: chosen above rejected", ("rewards/accuracies",), True),
-    Panel("Margin of rewards", ("rewards/margins",), True),
-    Panel("Rewards", ("rewards/chosen", "rewards/rejected"), True),
-    Panel("Log-prob per token", ("logps/chosen_per_token", "logps/rejected_per_token"), False),
-    Panel("Distance from the reference", ("distance/chosen", "distance/rejected"), False),
-    Panel("Length of generated responses", ("samples/length",), False),
-    Panel("Generated responses that end", ("samples/finished",), False),
-    Panel("Gradient norm", ("grad_norm",), True, is_log=True),
-    Panel("Learning rate", ("learning_rate",), True, is_smoothed=False),
+    Panel("Loss", in_image=True),
+    Panel("Accuracy: chosen above rejected", in_image=True),
+    Panel("Margin of rewards", in_image=True),
+    Panel("Rewards", in_image=True),
+    Panel("Log-prob per token"),
+    Panel("Distance from the reference"),
+    Panel("Length of generated responses"),
+    Panel("Generated responses that end"),
+    Panel("Gradient norm", in_image=True, is_log=True),
+    Panel("Learning rate", in_image=True, is_smoothed=False),
 )
 
 
