@@ -134,12 +134,15 @@ def python_says(file: str, cwd: Path) -> str:
     return ended.stdout
 
 
+@pytest.mark.timeout(1800)
 def test_getting_started_trains_answers_and_goes_on_as_its_page_says(model: Path, tmp_path: Path) -> None:
     files, (making, (_, *training), (_, *exporting), asking, (_, *longer)) = getting_started()
     for (_, name), text in zip((making, asking), files, strict=True):
         (tmp_path / name).write_text(text, encoding="utf-8")
     python_says(making[1], tmp_path)
-    ended = run_verb(training[0], [*training[1:], f"model.path={model}", *WITHOUT_BF16], cwd=tmp_path)
+    ended = run_verb(
+        training[0], [*training[1:], f"model.path={model}", *WITHOUT_BF16], cwd=tmp_path, seconds=900
+    )
     assert ended.code == 0, ended.output
 
     (run,) = (argument.partition("=")[2] for argument in training if argument.startswith("run.dir="))
@@ -167,7 +170,9 @@ def test_getting_started_trains_answers_and_goes_on_as_its_page_says(model: Path
     )
     assert python_says(asking[1], tmp_path).startswith(RULE)
 
-    ended = run_verb(longer[0], [*longer[1:], f"model.path={model}", *WITHOUT_BF16], cwd=tmp_path)
+    ended = run_verb(
+        longer[0], [*longer[1:], f"model.path={model}", *WITHOUT_BF16], cwd=tmp_path, seconds=900
+    )
     assert ended.code == 0, ended.output
     assert "step-000012, after step 12" in ended.output
     assert summary(tmp_path / run)["steps"] == 14
