@@ -117,8 +117,8 @@ class Labelling:
                     expected=f"a JSON object with {', '.join(Judgement._fields)}",
                     remedy="correct the line or delete it; the other judgements stay",
                 ) from error
-        self.given = {(one.annotator, one.item): one for one in lines if one.item in self.items}
-        return sum(one.item not in self.items for one in lines)
+        self.given = {(each.annotator, each.item): each for each in lines if each.item in self.items}
+        return sum(each.item not in self.items for each in lines)
 
     def judge(self, annotator: str, item: str, choice: str) -> None:
         """Write a verdict, `left`, `right`, `tie` or `skip`, to disk before it counts."""
@@ -142,7 +142,7 @@ class Labelling:
 
     def remaining(self, annotator: str) -> list[str]:
         """Return the items that the annotator is to judge, shuffled by the annotator's name."""
-        taken = {item for (_, item), one in self.given.items() if one.verdict != SKIP} - self._shared
+        taken = {item for (_, item), each in self.given.items() if each.verdict != SKIP} - self._shared
         items = [key for key in self.items if key not in taken and (annotator, key) not in self.given]
         return sorted(items, key=lambda key: _fraction(self._seed, "order", key, annotator))
 
@@ -210,7 +210,7 @@ class LabelServer(ThreadingMixIn, WSGIServer):
 
 def outcome(judgements: Sequence[Judgement]) -> tuple[int | None, str]:
     """Return the index of the better response by majority, or None, and the name of the count."""
-    verdicts = [one.verdict for one in judgements if one.verdict != SKIP]
+    verdicts = [each.verdict for each in judgements if each.verdict != SKIP]
     votes = verdicts.count("first") - verdicts.count("second")
     if votes:
         return int(votes < 0), "comparisons_decided"
@@ -225,12 +225,12 @@ def agreement(judgements: Iterable[Judgement]) -> dict[str, Any]:
     `items`, `agreed` (share of equal verdicts) and `kappa` (Cohen 1960; null if undefined).
     """
     given: dict[str, dict[str, Judgement]] = defaultdict(dict)
-    for one in judgements:
-        if one.verdict != SKIP:
-            given[one.annotator][one.item] = one
+    for each in judgements:
+        if each.verdict != SKIP:
+            given[each.annotator][each.item] = each
     annotators, between = {}, []
     for name, own in sorted(given.items()):
-        lefts = [one.verdict == _SIDES[one.left] for one in own.values() if one.verdict != TIE]
+        lefts = [each.verdict == _SIDES[each.left] for each in own.values() if each.verdict != TIE]
         annotators[name] = {"judged": len(own), "left_share": statistics.fmean(lefts) if lefts else None}
     for names in itertools.combinations(sorted(given), 2):
         from sklearn.metrics import cohen_kappa_score  # noqa: PLC0415  (slow)
@@ -298,8 +298,8 @@ def _pairs(
     items: Mapping[str, PreferenceRecord], judgements: Sequence[Judgement], counts: Counter[str]
 ) -> Iterator[dict[str, Any]]:
     by_item: dict[str, list[Judgement]] = defaultdict(list)
-    for one in judgements:
-        by_item[one.item].append(one)
+    for each in judgements:
+        by_item[each.item].append(each)
     for key, record in items.items():
         better, name = outcome(by_item[key])
         counts[name] += 1
@@ -308,8 +308,8 @@ def _pairs(
         sides = ("chosen", "rejected") if better == 0 else ("rejected", "chosen")  # by index
         names = dict(zip(_SIDES, sides, strict=True))
         given = [
-            one._asdict() | {"verdict": names.get(one.verdict, one.verdict), "left": sides[one.left]}
-            for one in by_item[key]
+            each._asdict() | {"verdict": names.get(each.verdict, each.verdict), "left": sides[each.left]}
+            for each in by_item[key]
         ]
         facts = {"source": str(record.origin), "method": str(PairsMethod.people), "judgements": given}
         yield pair_fields(record, (record.responses[better], record.responses[1 - better]), None, facts)

@@ -326,7 +326,7 @@ def pairs_from_scores(config: RunConfig, say: Callable[[str], None]) -> None:
     method = {"method": str(pairs.method), **_selection(pairs), "seed": seed}
     settings = method | {"sources": plain(config.data.train), "limit": pairs.limit}
 
-    def found() -> Iterator[dict[str, Any]]:
+    def records() -> Iterator[dict[str, Any]]:
         for record in training_records(config, read_records, say, lambda: counts["prompts"] == pairs.limit):
             counts["prompts"] += 1
             scores = record.scores
@@ -342,17 +342,14 @@ def pairs_from_scores(config: RunConfig, say: Callable[[str], None]) -> None:
                 yield pair_fields(record, responses, (scores[better], scores[worse]), provenance)
 
     check_output(file, settings)
-    write_results(file, found(), settings, counts, say)
+    write_results(file, records(), settings, counts, say)
 
 
 _FIRST_RECORDS = 1024
 
 
 def rehearse_pairs(config: RunConfig) -> str:
-    """Load what `pairs` loads before weights, ask the judge, and read the first records of each source.
-
-    Returns lines for the screen; raises DpoDistError for what cannot be used.
-    """
+    """Load what `pairs` loads before weights, ask the judge and read the first records; return the report."""
     pairs, folder = config.pairs, RunFolder.of(config)
     check_writable(folder.path)
     file = (folder.round(1) if pairs.rounds else folder).pairs_file
@@ -378,13 +375,14 @@ def passed(lines: Sequence[str]) -> str:
 def first_records(
     sources: Sequence[SourceConfig], read: Read, data: DataConfig, say: Callable[[str], None]
 ) -> list[PreferenceRecord]:
-    """Return the usable ones of the first records of all sources; `say` their counts."""
-    records: list[PreferenceRecord] = []
+    """Return the usable records among the first of each source; `say` their counts."""
+    usable: list[PreferenceRecord] = []
     for source in sources:
-        found = list(islice(read(pinned(source)), _FIRST_RECORDS + 1))
-        first, is_more = iter(found[:_FIRST_RECORDS]), len(found) > _FIRST_RECORDS
-        records += good_records(first, source, data, say, of_first=is_more)
-    return records
+        records = read(pinned(source))
+        first = list(islice(records, _FIRST_RECORDS))
+        is_more = next(records, None) is not None
+        usable += good_records(iter(first), source, data, say, of_first=is_more)
+    return usable
 
 
 def check_model(
@@ -395,7 +393,7 @@ def check_model(
     say: Callable[[str], None],
     key: str,
 ) -> None:
-    """Check a model without its weights, and that it can be asked one of the records; `say` what is found."""
+    """Check a model without its weights, and that it can be asked one of the records; `say` the result."""
     responder = open_responder(find_model(name, config, key, is_check=True), config)
     ends = responder.tokenizer.convert_ids_to_tokens(sorted(responder.stop_ids))
     folder = responder.source.adapter or responder.source.folder

@@ -81,11 +81,8 @@ _RULES = (
         "delta pairs need two models",
         "set pairs.models=[STRONGER,WEAKER]",
         lambda c: (
-            not (
-                len(c.pairs.models)
-                == len({Path(name).expanduser().resolve() for name in c.pairs.models})
-                == 2
-            )
+            len(c.pairs.models) != 2
+            or len({Path(name).expanduser().resolve() for name in c.pairs.models}) < 2
         ),
     ),
     Rule(

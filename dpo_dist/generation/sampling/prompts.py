@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig, Offload, ParallelismKind, RunConfig
+from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig, ParallelismConfig, ParallelismKind, RunConfig
 from dpo_dist.data.records import PreferenceRecord, turns_of
 from dpo_dist.distributed.memory import explain_out_of_memory
 from dpo_dist.foundation.console import Console
@@ -163,12 +163,7 @@ def find_together(name: str, run: Run, key: str) -> ModelSource:
 @contextmanager
 def joined_run(config: RunConfig, console: Console, only: AbstractContextManager[Any]) -> Iterator[Run]:
     """Join the processes, each of which loads whole models; rank 0 enters `only`, a lock."""
-    whole = replace(
-        config.parallelism,
-        kind=ParallelismKind.ddp,
-        offload_parameters=Offload.none,
-        offload_optimizer=Offload.none,
-    )
+    whole = ParallelismConfig(ParallelismKind.ddp, timeout_seconds=config.parallelism.timeout_seconds)
     with ExitStack() as held, join(replace(config, parallelism=whole), console) as world:
         world.on_main(lambda: held.enter_context(only))
         yield Run(config, world, console)
