@@ -35,17 +35,13 @@ _STEP = "step"
 class Slice:
     """A range of the elements of one flattened weight.
 
-    Attributes:
-        name: of the weight.
-        shape: of the whole weight.
-        start: index of the first element of the range.
-        parts: weight and optimizer states by name, flat tensors of equal length; views. Without a weight:
-            tensors of any length, which only this rank of as many reads back.
+    `parts`: weight and optimizer states by name, flat tensors of equal length; views. Without a weight:
+    tensors of any length, which only this rank of as many reads back.
     """
 
     name: str
-    shape: tuple[int, ...]
-    start: int
+    shape: tuple[int, ...]  # of the whole weight
+    start: int  # index of the first element of the range
     parts: dict[str, Tensor]
 
     @property

@@ -38,13 +38,13 @@ def run_to_its_end(loop: Loop, position: Position, run_card: Callable[..., str])
         outcome = RunOutcome.completed if loop.train(position) else RunOutcome.preempted
     except DivergedError:
         diverged = RunState(RunOutcome.diverged, position.step, identity)
-        finish(run, diverged, loop.rows.recorder, _summary(loop, position))
+        finish(run, diverged, loop.recorder, _summary(loop, position))
         raise
     summary = _summary(loop, position)
     if outcome is RunOutcome.preempted:
         why = run.stops.agreed
         state = RunState(outcome, position.step, identity, stopped_by=why)
-        finish(run, state, loop.rows.recorder, summary | {"stopped_by": why})
+        finish(run, state, loop.recorder, summary | {"stopped_by": why})
         return ExitCode.preempted
     with run.clock.of("saving"):
         _write_model(loop, position, summary, run_card)
@@ -53,7 +53,7 @@ def run_to_its_end(loop: Loop, position: Position, run_card: Callable[..., str])
     completed = replace(exported, outcome=RunOutcome.completed)
     run.write(lambda: write_state(run.folder, exported))
     run.stops.check("after the model was written, before its report")
-    finish(run, completed, loop.rows.recorder, summary)
+    finish(run, completed, loop.recorder, summary)
     return ExitCode.completed
 
 
@@ -63,7 +63,7 @@ def _summary(loop: Loop, position: Position) -> dict[str, Any]:
     peak_bytes = max(world.gather(peak_memory_bytes(world.device)))
     seconds = position.train_seconds
     return {
-        **final_and_best(loop.rows.recorder.metrics.rows if loop.rows.recorder is not None else []),
+        **final_and_best(loop.recorder.metrics.rows if loop.recorder is not None else []),
         "steps": position.step,
         "pairs_seen": position.pairs_seen,
         "bad_steps": position.health.bad_steps,
@@ -84,14 +84,13 @@ def _summary(loop: Loop, position: Position) -> dict[str, Any]:
 def _write_model(
     loop: Loop, position: Position, summary: dict[str, Any], run_card: Callable[..., str]
 ) -> None:
-    """Write the model from the checkpoint of the last step; collective."""
     run = loop.run
     checkpoint = run.folder.checkpoints / checkpoint_name(position.step)
 
     def card(loader: str) -> str:
-        assert loop.rows.recorder is not None
-        has_eval, ended = loop.inputs.eval_set is not None, {**summary, "exit": RunOutcome.completed.value}
-        rows, versions = loop.rows.recorder.metrics.rows, package_versions()
+        assert loop.recorder is not None
+        rows, ended = loop.recorder.metrics.rows, {**summary, "exit": RunOutcome.completed.value}
+        has_eval, versions = loop.inputs.eval_set is not None, package_versions()
         return run_card(run.config, rows, ended, run.say, versions, loader, is_evaluated=has_eval)
 
     def write() -> None:

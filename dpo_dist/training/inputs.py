@@ -57,20 +57,14 @@ _NO_END = (
 
 @dataclass(frozen=True)
 class EvaluationInputs:
-    """The models of one run before their weights are loaded, and its pairs; the same on every rank.
-
-    Attributes:
-        reference_files: None if the loss uses no reference.
-        weights: number of weights of the policy.
-        router: losses of the policy's routers, which training adds; None: none.
-    """
+    """The models of one run before their weights are loaded, and its pairs; the same on every rank."""
 
     policy_files: ModelFiles
-    reference_files: ModelFiles | None
+    reference_files: ModelFiles | None  # None if the loss uses no reference
     tokenizer: PreTrainedTokenizerBase
     flops: StepFlops
-    weights: int
-    router: RouterLoss | None
+    weights: int  # of the policy
+    router: RouterLoss | None  # losses of the policy's routers, which training adds
     eval_set: PreferenceDataset | None
 
     @property

@@ -10,48 +10,30 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.world import Interrupted
-from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.foundation.background import prefetch
 from dpo_dist.training.clock import StepClock
-from dpo_dist.training.context import Run
 from dpo_dist.training.health import count, ending_error, pair_losses, write_bad_step
-from dpo_dist.training.inputs import Inputs
 from dpo_dist.training.progress import Progress
 from dpo_dist.training.resume import Identity
 from dpo_dist.training.rows import Rows
 from dpo_dist.training.schedule import learning_rate
 from dpo_dist.training.state import LogWindow, Position
-from dpo_dist.training.step import Objective, ReadyStep, StepTotals, reduce_step, train_step
+from dpo_dist.training.step import ReadyStep, StepTotals, reduce_step, train_step
 
 _STEPS_AHEAD = 2
 
 
 @dataclass(frozen=True)
-class Loop:
-    """The parts of one run that its steps use; `training.run` builds them.
+class Loop(Rows):
+    """The steps of one run between its rows; `training.run` builds the parts."""
 
-    Attributes:
-        costs: micro-batches are balanced by these.
-        reference_sync: None unless the reference follows the policy.
-        checkpoints: saves the engines.
-        identity: digests of the run's inputs, written to every checkpoint.
-        reference_report: the section `reference` of summary.json, of the start that scored it.
-    """
-
-    run: Run
-    inputs: Inputs
-    costs: ComputeCosts
-    policy: PolicyEngine
-    objective: Objective
-    reference_sync: ReferenceSync | None
+    reference_sync: ReferenceSync | None  # None unless the reference follows the policy
     checkpoints: CheckpointSaver
-    identity: Identity
-    reference_report: dict[str, Any]
-    rows: Rows
+    identity: Identity  # digests of the run's inputs, written to every checkpoint
+    reference_report: dict[str, Any]  # the section `reference` of summary.json, of the start that scored it
 
     def train(self, position: Position) -> bool:
         """Train from `position` to the last step, or until a rank asks to stop; collective.
@@ -62,14 +44,14 @@ class Loop:
         trainer, steps, eval_set = self.run.config.trainer, self.inputs.sampler.steps, self.inputs.eval_set
         position.owes_evaluation |= eval_set is not None and position.step == 0
         must_stop = False
-        progress = Progress(self.run.console, steps, self.rows.peak, self.run.world.device)
+        progress = Progress(self.run.console, steps, self.peak, self.run.world.device)
         with (
             self.run.stops.request.deferred(),
             self.run.console.until_end(),
             prefetch(self._ready_steps(position.step), _STEPS_AHEAD) as ready_steps,
         ):
             if self._evaluate(position):
-                self.rows.save()  # the new row is not in the checkpoint of this step
+                self.save_rows()  # the new row is not in the checkpoint of this step
                 if position.best_step == position.step:
                     self._save(position, is_last=False)
             if position.owes_evaluation:
@@ -79,7 +61,7 @@ class Loop:
                     must_stop = self._step(position, ready_steps, progress)
                 done = position.step
                 if done == steps or _is_due(done, trainer.log_every):
-                    self.rows.record_steps(position)
+                    self.record_steps(position)
                 if eval_set is not None and (done == steps or _is_due(done, trainer.eval_every)):
                     position.owes_evaluation = True
                     self._evaluate(position)
@@ -101,7 +83,7 @@ class Loop:
         if not position.owes_evaluation:
             return False
         with contextlib.suppress(Interrupted), self.run.clock.of("evaluation"):
-            self.rows.record_evaluation(position)
+            self.record_evaluation(position)
             position.owes_evaluation = False
         return not position.owes_evaluation
 
@@ -162,7 +144,7 @@ class Loop:
         error = ending_error(totals, position, self.inputs.sampler.steps, self.run.folder)
         if error is not None:
             position.window = measures
-            self.rows.record_steps(position)
+            self.record_steps(position)
             self.checkpoints.commit()
             raise error
         return stop_votes > 0
@@ -190,7 +172,7 @@ class Loop:
 
     def _save(self, position: Position, *, is_last: bool) -> None:
         with self.run.clock.of("saving"):
-            self.rows.save()
+            self.save_rows()
             scale = self.policy.loss_scale
             state = {
                 **asdict(position),

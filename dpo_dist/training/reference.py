@@ -121,18 +121,12 @@ def describe_drift(drift: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Reference:
-    """The reference of a run.
-
-    Attributes:
-        is_policys_start: whether the policy starts as this model, in the same precision.
-        audited: a dataset and those of its indices from which the step-0 check takes its sample.
-        report: the section `reference` of summary.json.
-    """
+    """The reference of a run."""
 
     provider: ReferenceProvider
-    is_policys_start: bool
-    audited: tuple[PreferenceDataset, Indices]
-    report: dict[str, Any]
+    is_policys_start: bool  # in the same precision
+    audited: tuple[PreferenceDataset, Indices]  # of which the step-0 check takes its sample
+    report: dict[str, Any]  # the section `reference` of summary.json
 
 
 def prepare_reference(run: Run, inputs: EvaluationInputs, *, step0_follows: bool = False) -> Reference:

@@ -19,24 +19,17 @@ from dpo_dist.training.step import Objective, evaluate
 
 @dataclass(frozen=True)
 class Rows:
-    """Measures and records the rows of one run.
-
-    Attributes:
-        start_is_known: the evaluation before the first step takes the reference's log-probs for the policy's.
-        peak: floating-point operations per second of all devices.
-        recorder: on rank 0; None on the others.
-        samples: at evaluations; None: none.
-    """
+    """The parts of one run, and the rows that are measured and recorded of it."""
 
     run: Run
     inputs: Inputs
-    costs: ComputeCosts
+    costs: ComputeCosts  # by which micro-batches are balanced
     policy: PolicyEngine
     objective: Objective
-    start_is_known: bool
-    peak: float
-    recorder: Recorder | None
-    samples: Samples | None
+    start_is_known: bool  # the evaluation before the first step takes the reference's log-probs
+    peak: float  # floating-point operations per second of all devices
+    recorder: Recorder | None  # on rank 0
+    samples: Samples | None  # at evaluations
 
     def record_evaluation(self, position: Position) -> None:
         """Evaluate, record the row, and update `position.best`; collective. May raise `Interrupted`."""
@@ -92,7 +85,7 @@ class Rows:
         self.recorder.row(row, margins)
         show_row(self.run.console, row, self.inputs.sampler.steps)
 
-    def save(self) -> None:
+    def save_rows(self) -> None:
         """Write the rows so far; on rank 0."""
         if self.recorder is not None:
             self.recorder.metrics.save()

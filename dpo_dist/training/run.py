@@ -40,7 +40,6 @@ from dpo_dist.training.metrics_log import MetricsLog
 from dpo_dist.training.reference import Reference, check_drift, describe_drift, prepare_reference, unstored
 from dpo_dist.training.reporting import Recorder, Reporting
 from dpo_dist.training.resume import RunState, check_identity, describe_change, write_state
-from dpo_dist.training.rows import Rows
 from dpo_dist.training.schedule import check_warmup
 from dpo_dist.training.state import Position
 from dpo_dist.training.step import Objective
@@ -67,8 +66,7 @@ def train(config: RunConfig, console: Console, stop: StopRequest, reporting: Rep
                     with contextlib.suppress(OSError):
                         write_state(run.folder, stopped)
                 raise
-            recorder = loop.rows.recorder
-            with contextlib.nullcontext() if recorder is None else recorder.closed_by_errors():
+            with contextlib.nullcontext() if loop.recorder is None else loop.recorder.closed_by_errors():
                 return run_to_its_end(loop, position, reporting.run_card)
 
 
@@ -154,21 +152,14 @@ def _set_up(
         costs=costs,
         policy=policy,
         objective=objective,
+        start_is_known=reference.is_policys_start and config.loss.weighting is not Weighting.wpo,
+        peak=_peak_flops(run),
+        recorder=_open_recorder(run, position, reporting),
+        samples=samples,
         reference_sync=reference_sync,
         checkpoints=checkpoints,
         identity=state.identity,
         reference_report=report,
-        rows=Rows(
-            run=run,
-            inputs=inputs,
-            costs=costs,
-            policy=policy,
-            objective=objective,
-            start_is_known=reference.is_policys_start and config.loss.weighting is not Weighting.wpo,
-            peak=_peak_flops(run),
-            recorder=_open_recorder(run, position, reporting),
-            samples=samples,
-        ),
     )
     return loop, position
 
@@ -247,7 +238,6 @@ def _resume(run: Run, checkpoint: Checkpoint, sharded: Sequence[Sharded]) -> Pos
 
 
 def _open_recorder(run: Run, position: Position, reporting: Reporting) -> Recorder | None:
-    """Return the recorder of a run that continues at `position`; None on all ranks but 0."""
     if not run.world.is_main:
         return None
     owes = position.owes_evaluation

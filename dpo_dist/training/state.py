@@ -13,21 +13,16 @@ from dpo_dist.objective.metrics import BATCH_MARGIN, BATCH_REWARD, metric_means
 
 @dataclass
 class LogWindow:
-    """Sums over one step, or over the steps since the last row, which every checkpoint has.
-
-    `sums` and `counts` are by metric; `values` are of a step, by name: gradient norm, loss parameters that
-    change, `time/*`. `learning_rate` is of the last step, `tokens` are unique tokens computed, `flops` useful
-    operations on all ranks.
-    """
+    """Sums over one step, or over the steps since the last row, which every checkpoint has."""
 
     steps: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, float] = field(default_factory=dict)  # by metric, as are the counts
     counts: dict[str, float] = field(default_factory=dict)
-    values: dict[str, float] = field(default_factory=dict)
-    learning_rate: float = 0.0
+    values: dict[str, float] = field(default_factory=dict)  # gradient norm, changing loss parameters, time/*
+    learning_rate: float = 0.0  # of the last step
     pairs: int = 0
-    tokens: int = 0
-    flops: float = 0.0
+    tokens: int = 0  # unique tokens computed
+    flops: float = 0.0  # useful operations on all ranks
     seconds: float = 0.0
 
     def add(self, other: "LogWindow") -> None:
@@ -77,40 +72,26 @@ class BestCheckpoint:
 
 @dataclass
 class Health:
-    """Numbers of steps that taught nothing.
+    """Numbers of steps that taught nothing."""
 
-    Attributes:
-        bad_steps: skipped because loss or gradient was not finite.
-        bad_in_a_row: the latest of them, without another step between.
-        collapsed_in_a_row: latest steps of a policy that has collapsed.
-        overflows: skipped because gradients in fp16 were too large for their scale.
-    """
-
-    bad_steps: int = 0
-    bad_in_a_row: int = 0
-    collapsed_in_a_row: int = 0
-    overflows: int = 0
+    bad_steps: int = 0  # skipped because loss or gradient was not finite
+    bad_in_a_row: int = 0  # the latest of them, without another step between
+    collapsed_in_a_row: int = 0  # latest steps of a policy that has collapsed
+    overflows: int = 0  # skipped because gradients in fp16 were too large for their scale
 
 
 @dataclass
 class Position:
-    """The progress of a run; part of every checkpoint.
-
-    Attributes:
-        owes_evaluation: the run was stopped before the evaluation of its last step was complete.
-        running: running means that the loss uses.
-        window: sums since the last metrics row.
-        best: the best checkpoint by `trainer.keep_best`; None before the first evaluation, and without it.
-    """
+    """The progress of a run; part of every checkpoint."""
 
     step: int = 0
     pairs_seen: int = 0
     train_seconds: float = 0.0
-    owes_evaluation: bool = False
-    running: RunningMeans = field(default_factory=RunningMeans)
-    window: LogWindow = field(default_factory=LogWindow)
+    owes_evaluation: bool = False  # stopped before the evaluation of the last step was complete
+    running: RunningMeans = field(default_factory=RunningMeans)  # that the loss uses
+    window: LogWindow = field(default_factory=LogWindow)  # since the last metrics row
     health: Health = field(default_factory=Health)
-    best: BestCheckpoint | None = None
+    best: BestCheckpoint | None = None  # by `trainer.keep_best`, after the first evaluation
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "Position":
