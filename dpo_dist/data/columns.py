@@ -171,7 +171,7 @@ def resolved(source: SourceConfig) -> SourceConfig:
             f"the entry of {_FILE} cannot be read",
             where=f"{source.name} in {file}",
             got=" ".join(str(fault).split()),
-            expected="what docs/coming_from.md lists; losses for unpaired data (kto_tag) are not offered",
+            expected="what docs/data.md lists; losses for unpaired data (kto_tag) are not offered",
             remedy="correct the entry, or set path to its file and columns or reader of the source",
         ) from fault
 

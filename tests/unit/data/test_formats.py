@@ -92,8 +92,7 @@ def test_every_format_and_field_is_on_the_page() -> None:
     assert {name for name, _ in ROWS} == set(DataFormat) - {DataFormat.auto}
     listed = PAGE.split("The fields are ", 1)[1].split(".\n", 1)[0]
     assert sorted(re.findall(r"`([^`]+)`", listed)) == sorted(FIELDS)
-    page = (ROOT / "docs" / "coming_from.md").read_text()
-    written = " ".join(re.findall(r"columns: {(.*?)}", page))
+    written = " ".join(re.findall(r"columns: {(.*?)}", PAGE))
     assert set(re.findall(r"(\w+): (?!null)", written)) <= {*FIELDS, "COLUMN"}
 
 
