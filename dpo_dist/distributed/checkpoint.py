@@ -42,6 +42,7 @@ from dpo_dist.config.run_folder import (
     checkpoint_name,
     step_of,
 )
+from dpo_dist.distributed.deepspeed_internals import whole_shape
 from dpo_dist.distributed.slices import SHARDS, WEIGHT, HostCopy, ModelSlices, Sharded, Slice
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import CheckpointError, first_line
@@ -62,17 +63,12 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _LATEST = "latest"
+# At this size a rank begins another file: of a GPU's tensors, as much host memory is used at a time.
 _FILE_BYTES = 2**28
-"""Size at which a rank begins another file: of a GPU's tensors, as much host memory is used at a time."""
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int8": "I8"}
-"""Types of weights and optimizer states, in the names of safetensors."""
-
+# Digests of a checkpoint's files, by name relative to its folder, as in the manifest. No directory is listed
+# to write or check them: on a network file system a listing may lack files that another node just wrote.
 Entries = dict[str, str]
-"""Digests of a checkpoint's files, by name relative to its folder; the manifest has them as JSON.
-
-No directory is listed to write or check them: on a network file system a listing may lack files that another
-node has just written.
-"""
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> str:
@@ -286,7 +282,7 @@ def checkpoint_state(folder: Path) -> dict[str, Any]:
 def read_weights(folder: Path, trained: Mapping[str, nn.Parameter]) -> SavedSlices:
     """Return the slices of the weights that a run trains, by transformers name, in a checked checkpoint."""
     saved = SavedSlices.find(folder, SHARDS)
-    wanted = {name: tuple(getattr(weight, "ds_shape", weight.shape)) for name, weight in trained.items()}
+    wanted = {name: whole_shape(weight) for name, weight in trained.items()}
     missing = [name for name, shape in wanted.items() if saved.shapes.get(name) != shape]
     if missing:
         raise CheckpointError(
@@ -440,7 +436,6 @@ class CheckpointSaver:
         self._delete_old(pending.folder)  # some file systems need minutes for files of terabytes
 
     def _name(self, folder: Path) -> None:
-        """Name the last and the best checkpoint in their files."""
         with disk_errors(folder):
             write_text(self._root / _LATEST, folder.name)
             if self._best_step is not None:
@@ -452,11 +447,8 @@ class CheckpointSaver:
         """Delete all checkpoints but `committed`, the best, and the newest that are not damaged."""
         others = [folder for folder in checkpoint_folders(self._root) if folder != committed]
         intact = [folder for folder in others if folder not in self._damaged]
-        kept = {
-            *intact[: self._keep_last - 1],
-            *(each for each in intact if step_of(each.name) == self._best_step),
-        }
-        for folder in set(others) - kept:
+        best = [folder for folder in intact if step_of(folder.name) == self._best_step]
+        for folder in set(others) - {*intact[: self._keep_last - 1], *best}:
             shutil.rmtree(folder, ignore_errors=True)
         self._damaged.clear()
 

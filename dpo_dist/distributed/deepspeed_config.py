@@ -18,8 +18,7 @@ from dpo_dist.config.schema import (
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import ConfigError
 
-START = 2.0**16
-"""The loss scale at the start of training in fp16."""
+START = 2.0**16  # the loss scale at the start of training in fp16
 # Weights of a decoder layer over the square of the hidden size: 13 in Llama-3-70B, 19 in Qwen2.5-0.5B.
 _SQUARES_PER_LAYER = 16
 # DeepSpeed's default leaves are the expert blocks of Mixtral, Qwen2-MoE and Qwen3-MoE. Stacked experts, as
@@ -64,10 +63,7 @@ def communication(stage: int, hidden_size: int, *, trains: bool = True) -> dict[
         return {"reduce_bucket_size": layer, "allgather_bucket_size": layer}
     prefetch = {"reduce_bucket_size": square, "stage3_prefetch_bucket_size": int(0.9 * square)}
     if not trains:
-        prefetch = {
-            "stage3_prefetch_bucket_size": layer,
-            "stage3_max_live_parameters": max(10**9, 3 * layer),
-        }
+        prefetch = {"stage3_prefetch_bucket_size": layer, "stage3_max_live_parameters": max(10**9, 3 * layer)}
     return {**prefetch, "stage3_param_persistence_threshold": 10 * hidden_size}
 
 

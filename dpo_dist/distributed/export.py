@@ -36,8 +36,7 @@ from dpo_dist.model.save import (
 )
 
 _PARTS = {ExportedWeights.last: WEIGHT, ExportedWeights.ema: EMA}
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-"""By the values of `export.dtype`."""
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # of `export.dtype`
 
 
 def export_checkpoint(
@@ -111,16 +110,16 @@ def _check_written(
 ) -> None:
     """Load what was written as others will, and compare it with the trained weights of a whole model."""
     if is_adapter(folder):
-        found = load_file(folder / ADAPTER_WEIGHTS)
+        weights = load_file(folder / ADAPTER_WEIGHTS)
     else:
-        found = dict(_loaded(folder, config).named_parameters())
-    wrong = [name for name in trained if not torch.equal(found[name], read(name))]
-    wrong += [name for name, weight in found.items() if not trained and not weight.isfinite().all()]
+        weights = dict(_loaded(folder, config).named_parameters())
+    wrong = [name for name in trained if not torch.equal(weights[name], read(name))]
+    wrong += [name for name, weight in weights.items() if not trained and not weight.isfinite().all()]
     if wrong:
         raise CheckpointError(
             "the written folder has other weights than the trained ones, or some that are not finite",
             where=str(folder),
-            got=f"{len(wrong)} of {len(found)} weights: {wrong[0]}",
+            got=f"{len(wrong)} of {len(weights)} weights: {wrong[0]}",
             remedy="report it with the run's config.yaml; export.check=false writes the folder all the same",
         )
 
@@ -131,7 +130,7 @@ def _untrained(causal_lm: Any, config: RunConfig, dtype: torch.dtype) -> dict[st
     Those that text does not use become `dtype`, the others keep theirs: routers compute in float32.
     """
     others = other_weights(causal_lm)
-    frozen = {name: one in others for name, one in causal_lm.named_parameters() if not one.requires_grad}
+    frozen = {name: w in others for name, w in causal_lm.named_parameters() if not w.requires_grad}
     wanted = frozen.keys() | (dict(causal_lm.named_buffers()).keys() & causal_lm.state_dict().keys())
     if not wanted and not type(causal_lm)._keys_to_ignore_on_load_unexpected:
         return {}

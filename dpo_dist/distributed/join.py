@@ -155,7 +155,6 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
 
 
 def _check_devices() -> None:
-    """Check that the GPUs that were asked for are there, before the processes join."""
     if _is_on("ACCELERATE_USE_CPU"):
         return
     visible, gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.device_count()

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from dpo_dist.foundation.errors import DeviceMemoryError
 
-_KEPT_FREE = 0.1
-"""Share of the memory that is not given away."""
+_KEPT_FREE = 0.1  # share of the memory that is not given away
 _ROOT = Path("/sys/fs/cgroup")
 _OWN = Path("/proc/self/cgroup")
 _CONTROLLERS = {
@@ -46,7 +45,6 @@ def available_memory(root: Path = _ROOT, own: Path = _OWN) -> int:
 
 
 REFERENCE_REMEDY = "lower trainer.micro_batch_tokens, or set reference.offload=cpu"
-"""The settings to change if the reference model runs out of memory."""
 _POLICY_REMEDY = (
     "lower trainer.micro_batch_tokens, which does not change the result, or data.max_length where a "
     "micro-batch is a single pair; set model.gradient_checkpointing=full, use more GPUs (in groups of "

@@ -13,7 +13,7 @@ from torch import nn
 
 from dpo_dist.config.losses import SyncReferenceConfig
 from dpo_dist.distributed.checkpoint import SavedSlices
-from dpo_dist.distributed.deepspeed_internals import release_gathered
+from dpo_dist.distributed.deepspeed_internals import release_gathered, whole_shape
 from dpo_dist.distributed.slices import WEIGHT, ModelSlices, Slice, weight_slices
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine
@@ -71,8 +71,7 @@ class ReferenceSync:
 
 def _check_same_layout(reference: dict[str, nn.Parameter], policy: dict[str, nn.Parameter]) -> None:
     first, second = (
-        {(name, tuple(getattr(weight, "ds_shape", weight.shape))) for name, weight in weights.items()}
-        for weights in (reference, policy)
+        {(name, whole_shape(weight)) for name, weight in weights.items()} for weights in (reference, policy)
     )
     if differing := sorted({name for name, _ in first ^ second}):
         raise ConfigError(

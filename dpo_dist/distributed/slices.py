@@ -17,17 +17,13 @@ from dpo_dist.distributed.deepspeed_internals import (
     restore_powers,
     shard_range,
     whole_shape,
-    write_masters_to_model,
 )
 from dpo_dist.distributed.memory import available_memory, return_host_memory
 from dpo_dist.distributed.world import World
 
-SHARDS = "engine"
-"""The folder of the policy's slices in a checkpoint."""
-WEIGHT = "weight"
-"""The part of a slice that is the weight itself, for a trained one its float32 master weight."""
-EMA = "ema"
-"""The part of a slice that is the moving average of the weight."""
+SHARDS = "engine"  # the folder of the policy's slices in a checkpoint
+WEIGHT = "weight"  # the part that is the weight itself, for a trained one its float32 master weight
+EMA = "ema"  # the part that is the moving average of the weight
 _STEP = "step"
 
 
@@ -130,7 +126,13 @@ class OptimizerSlices:
         inner, names = self._inner, [part for part in parts if part not in (WEIGHT, EMA)]
         if is_eight_bit(inner):
             for flat in self.masters() if step else []:
-                _create_eight_bit_states(inner, flat, step)
+                if not inner.state[flat]:
+                    # As ZeRO-3 does, which has a master tensor in its group for the time of an update only.
+                    group = inner.param_groups[0]
+                    params, group["params"] = group["params"], [flat]
+                    inner.init_state(group, flat, 0, 0)
+                    group["params"] = params
+                inner.state[flat][_STEP] = step
             return
         is_cpu_adam = isinstance(inner, DeepSpeedCPUAdam)
         for flat in self.masters() if names else []:
@@ -141,10 +143,6 @@ class OptimizerSlices:
         if is_cpu_adam and names:
             restore_powers(inner, step)
 
-    def write_to_model(self) -> None:
-        """Set the model's weights to the master weights; collective."""
-        write_masters_to_model(self._optimizer)
-
 
 def _tensor_states(optimizer: Any, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
     states: dict[str, Any] = optimizer.state[flat]
@@ -154,19 +152,6 @@ def _tensor_states(optimizer: Any, flat: Tensor) -> Iterator[tuple[str, Tensor]]
 def is_eight_bit(optimizer: object) -> bool:
     """Return whether an optimizer is one of bitsandbytes."""
     return type(optimizer).__module__.startswith("bitsandbytes")
-
-
-def _create_eight_bit_states(optimizer: Any, master: Tensor, step: int) -> None:
-    """Create the states of a master tensor if there are none, and set the number of updates.
-
-    ZeRO-3 puts a master tensor into its parameter group for the time of an update only, as is done here.
-    """
-    if not optimizer.state[master]:
-        group = optimizer.param_groups[0]
-        params, group["params"] = group["params"], [master]
-        optimizer.init_state(group, master, 0, 0)
-        group["params"] = params
-    optimizer.state[master]["step"] = step
 
 
 def weight_slices(weights: Mapping[str, Any], rank: int) -> Iterator[Slice]:

@@ -23,8 +23,7 @@ from dpo_dist.model.ulysses import TokenExchange
 
 T = TypeVar("T")
 
-_PATIENCE = timedelta(days=1)
-"""Limit of a wait outside of steps, for a host that hangs and whose connections stay."""
+_PATIENCE = timedelta(days=1)  # for a wait outside of steps, if a host hangs and its connections stay
 
 
 @dataclass(frozen=True)
@@ -219,8 +218,8 @@ def with_sequence_groups(world: World, ranks: int) -> World:
         dist.new_group(list(range(first, first + ranks)), timeout=timeout)
         for first in range(0, world.size, ranks)
     ]
-    own = groups[world.rank // ranks]
-    return replace(world, sequence=SequenceGroup(world.rank % ranks, ranks, own))
+    group = groups[world.rank // ranks]
+    return replace(world, sequence=SequenceGroup(world.rank % ranks, ranks, group))
 
 
 @dataclass(frozen=True)

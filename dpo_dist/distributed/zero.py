@@ -30,6 +30,7 @@ from dpo_dist.distributed.deepspeed_internals import (
     record_gather_orders,
     release_nvme_buffers,
     restore_linear,
+    write_masters_to_model,
 )
 from dpo_dist.distributed.memory import (
     REFERENCE_REMEDY,
@@ -179,8 +180,8 @@ class LossScale:
         return LossScale(self.value, self.applied + 1)
 
 
+# Size of the states that an optimizer keeps beside a master weight, in sizes of the master weight.
 STATES_OF_ADAM = {OptimizerKind.adamw: 2.0, OptimizerKind.adamw_8bit: 0.5}
-"""Size of the states that an optimizer keeps beside a master weight, in sizes of the master weight."""
 
 
 def create_optimizer(model: PackedCausalLM, optim: OptimConfig) -> torch.optim.Optimizer:
@@ -332,7 +333,7 @@ class PolicyEngine(Engine):
         slices = self._slices()
         slices.create_states(saved.parts, saved.step)
         self._world.together(lambda: saved.load_into(slices))
-        slices.write_to_model()
+        write_masters_to_model(self._engine.optimizer)
 
     def _slices(self) -> OptimizerSlices:
         names = {weight: name for name, weight in self.causal_lm.named_parameters() if weight.requires_grad}

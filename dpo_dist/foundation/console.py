@@ -31,18 +31,15 @@ from dpo_dist.foundation.text import counted, duration, percent, without_secrets
 Fields = Mapping[str, Any]
 
 WARNING = "warning: "
-LINE_SECONDS = 30.0
-"""Between two lines about progress."""
+LINE_SECONDS = 30.0  # between two lines about progress
 _REFRESH_SECONDS = 0.5
 _FIRST_HEARTBEAT_SECONDS = 15.0
 _HEARTBEAT_SECONDS = 60.0
 _BAR_WIDTH = 20
-_STYLES = {"error": "bold red", "warning": "yellow"}
-"""Styles of a terminal's lines, by the first word."""
+_STYLES = {"error": "bold red", "warning": "yellow"}  # of a terminal's lines, by the first word
+# Kinds of lines that begin with date and time in a scheduler's log file; results do not.
 _TIMED = ("message", "progress", "evaluation", "error")
-"""Kinds of lines that begin with date and time in a scheduler's log file; results do not."""
-TRAINING = "training"
-"""The work whose last state stays on a terminal."""
+TRAINING = "training"  # the work whose last state stays on a terminal
 
 
 class LineScreen:
@@ -52,8 +49,7 @@ class LineScreen:
         self, print_line: Callable[[str], None], seconds: float = LINE_SECONDS, *, has_times: bool = False
     ):
         self.seconds = seconds
-        self.due: float | None = None
-        """When progress is printed again; None: its first line is printed at once."""
+        self.due: float | None = None  # when progress is printed again; None: at once
         self._print, self._has_times = print_line, has_times
 
     def print(self, kind: str, content: Fields, lines: Sequence[str]) -> None:  # noqa: ARG002

@@ -55,13 +55,8 @@ class DpoDistError(Exception):
 
     def __init__(self, message: str, *, where: str = "", got: str = "", expected: str = "", remedy: str = ""):
         super().__init__(message)
-        self.message = message
-        self.where = where
-        self.got = got
-        self.expected = expected
-        self.remedy = remedy
-        self.is_printed_here: bool | None = None
-        """Whether this process prints the error; None before the processes have joined."""
+        self.message, self.where, self.got, self.expected, self.remedy = message, where, got, expected, remedy
+        self.is_printed_here: bool | None = None  # by this process; None before the processes have joined
 
     def block(self) -> str:
         """Return the error as the lines that are printed, without empty parts."""
@@ -71,15 +66,8 @@ class DpoDistError(Exception):
 
     def as_dict(self) -> dict[str, str | int]:
         """Return the error for programs."""
-        return {
-            "title": self.title,
-            "message": self.message,
-            "where": self.where,
-            "got": self.got,
-            "expected": self.expected,
-            "to_do": self.remedy,
-            "exit_code": int(self.exit_code),
-        }
+        texts = {name: getattr(self, name) for name in ("title", "message", "where", "got", "expected")}
+        return {**texts, "to_do": self.remedy, "exit_code": int(self.exit_code)}
 
     def __str__(self) -> str:
         return self.block()

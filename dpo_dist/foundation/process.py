@@ -7,8 +7,8 @@ from pathlib import Path
 
 from dpo_dist.foundation.errors import ConfigError
 
+# Environment variable: a file to which rank 0 adds a line whenever it has saved something.
 PROGRESS = "DPO_DIST_PROGRESS"
-"""Environment variable: a file to which rank 0 adds a line whenever it has saved something."""
 
 
 def note_progress(saved: str) -> None:

@@ -12,7 +12,6 @@ from urllib.parse import quote
 
 _KIBI = 1024
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-_FEW_SECONDS = 10
 _FEW_WORDS = 3
 
 
@@ -57,7 +56,7 @@ def percent(share: float) -> str:
 def duration(seconds: float) -> str:
     """Return "0.4 s", "42 s", "5 min 03 s", "3 h 05 min" or "2 d 04 h"."""
     whole = max(0, round(seconds))
-    if 0 < seconds < _FEW_SECONDS:
+    if 0 < seconds < 10:
         return f"{seconds:.2g} s"
     if whole < 60:
         return f"{whole} s"

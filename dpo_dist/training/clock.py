@@ -9,12 +9,10 @@ from typing import Any, Literal, get_args
 import torch
 
 Phase = Literal["data", "reference", "forward", "backward", "optimizer", "checkpoint", "other"]
-PHASES: tuple[Phase, ...] = get_args(Phase)
-"""Parts of a step, with the key `time/<phase>` in a metrics row."""
+PHASES: tuple[Phase, ...] = get_args(Phase)  # of a step, with the key `time/<phase>` in a metrics row
 
 Work = Literal["starting", "reference", "training", "evaluation", "samples", "saving", "other"]
-WORKS: tuple[Work, ...] = get_args(Work)
-"""Kinds of work of a run, with the key `work.seconds.<work>` in summary.json."""
+WORKS: tuple[Work, ...] = get_args(Work)  # of a run, with the key `work.seconds.<work>` in summary.json
 
 
 class StepClock:

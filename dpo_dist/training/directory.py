@@ -189,13 +189,7 @@ def _command(world_size: int) -> str | None:
 def _git(*arguments: str) -> str | None:
     """Return the output of git in the current folder; None outside a checkout."""
     try:
-        result = subprocess.run(  # noqa: S603
-            ["git", *arguments],  # noqa: S607
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        command = ["git", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()  # noqa: S603
     except (OSError, subprocess.SubprocessError):
         return None
-    return result.stdout.strip()

@@ -73,8 +73,8 @@ def best_after(
 
 
 MOST_BAD_STEPS = 3  # in a row
+# One bad step may come last, by a bad pair; two in a row at the end mean that the policy has diverged.
 _BAD_AT_THE_END = 1
-"""One bad step may come last, by a bad pair; two in a row at the end mean that the policy has diverged."""
 
 
 def count(health: Health, totals: StepTotals, *, overflow: bool) -> None:

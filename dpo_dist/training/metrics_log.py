@@ -24,15 +24,13 @@ Row = dict[str, float]
 _OF_STEP = ("step", "epoch", *PAIR_METRICS, "grad_norm", "learning_rate", "pairs", "tokens")
 _SPEED = ("step_seconds", "pairs_per_second", "tokens_per_second", *(f"time/{phase}" for phase in PHASES))
 _OTHERS = ("mfu", "memory/peak_allocated_bytes", "bad_steps", "loss_spikes")
-COLUMNS = (*_OF_STEP, *_SPEED, *_OTHERS, *(PREFIX + key for key in PAIR_METRICS))
-"""Columns of a new CSV file."""
+COLUMNS = (*_OF_STEP, *_SPEED, *_OTHERS, *(PREFIX + key for key in PAIR_METRICS))  # of a new CSV file
+# Metrics whose best value is in the summary of a tracker; summary.json has two of them.
 BEST = ("loss", *(PREFIX + key for key in MAIN))
-"""Metrics whose best value is in the summary of a tracker; summary.json has two of them."""
 _BEST = ("eval_loss", "eval_rewards/accuracies")
 _SPIKE_ROWS, _FEWEST_ROWS, _EXCURSION = 100, 50, 5.0
 _COLLAPSED_NATS = 50.0
-_EQUAL = 1e-9
-"""Relative difference of means that only rounding makes different."""
+_EQUAL = 1e-9  # relative difference of means that only rounding makes different
 
 
 class MetricsLog:
@@ -151,10 +149,10 @@ def final_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 def best_rows(rows: Sequence[Mapping[str, float]]) -> Iterator[tuple[str, Mapping[str, float]]]:
     """Yield each metric of `BEST` that is finite after a step, with the first row that has its best value."""
     for key in BEST:
-        found = [row for row in rows if row["step"] > 0 and math.isfinite(row.get(key, math.nan))]
-        if found:
+        measured = [row for row in rows if row["step"] > 0 and math.isfinite(row.get(key, math.nan))]
+        if measured:
             sign = 1 if METRICS[key.removeprefix(PREFIX)].best is Direction.lowest else -1
-            yield key, min(found, key=lambda row: sign * row[key])
+            yield key, min(measured, key=lambda row: sign * row[key])
 
 
 def metrics_by_source(rows: Sequence[Mapping[str, float]]) -> dict[str, Row]:
@@ -163,14 +161,14 @@ def metrics_by_source(rows: Sequence[Mapping[str, float]]) -> dict[str, Row]:
     A run with one source has none.
     """
     last = {key: value for row in rows if row["step"] > 0 for key, value in row.items()}
-    found: dict[str, Row] = {}
+    by_source: dict[str, Row] = {}
     for prefix in ("", PREFIX):
         percentiles = {prefix + key for key in MARGIN_PERCENTILES}
         for metric in _grouped(prefix):
             for key, value in last.items():
                 if key.startswith(metric) and key not in percentiles:
-                    found.setdefault(key.removeprefix(metric), {})[metric.removesuffix("/")] = value
-    return found
+                    by_source.setdefault(key.removeprefix(metric), {})[metric.removesuffix("/")] = value
+    return by_source
 
 
 def _grouped(prefix: str) -> tuple[str, ...]:

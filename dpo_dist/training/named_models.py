@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from dpo_dist.training.inputs import EvaluationInputs
 
 EVALUATED = "evaluation.model"
-_CHECKPOINT = "export.checkpoint"
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,9 @@ def _evaluated(named: str | None, run: RunFolder) -> Evaluated:
         pairs = "its name depends on data.eval: name other pairs by evaluation.data"
         raise without_model(run, EVALUATED, f"set run.dir to a complete run ({pairs})")
     path = str(folder) if folder.is_dir() else str(named)
-    if is_checkpoint(folder):
-        return Evaluated(path, is_checkpoint=True)
-    local_model_folder(path, None, EVALUATED, accepts_adapter=True)  # raises for one that is missing
-    return Evaluated(path, is_checkpoint=False)
+    if not is_checkpoint(folder):
+        local_model_folder(path, None, EVALUATED, accepts_adapter=True)  # raises for one that is missing
+    return Evaluated(path, is_checkpoint(folder))
 
 
 def find_exported(config: RunConfig) -> tuple[list[Path], Path]:
@@ -114,13 +112,13 @@ def _checkpoint(run: RunFolder, named: str) -> Path:
     best = best_checkpoint(run.checkpoints) or "best"
     name = {"best": best, "latest": folders[0].name if folders else named}.get(named, named)
     step = step_of(name)
-    folder = next((each for each in folders if step_of(each.name) == step), None)
+    folder = next((path for path in folders if step_of(path.name) == step), None)
     if folder is None:
         raise ConfigError(
             "this run does not have this checkpoint",
-            where=_CHECKPOINT,
+            where="export.checkpoint",
             got=named,
-            expected=", ".join(each.name for each in folders) or f"{run} has no checkpoint",
+            expected=", ".join(path.name for path in folders) or f"{run} has no checkpoint",
             remedy=f"name one of them (with trainer.keep_best there is a `best`), or use {run.model}",
         )
     return folder

@@ -84,7 +84,6 @@ def check_drift(
 
 
 def _check_drifts(drifts: Sequence[tuple[str, Values]], config: RunConfig) -> None:
-    """Check the differences of the tokens of each response, which are given by its name."""
     dtype = config.model.dtype
 
     def tolerance(tokens: int) -> float:
@@ -217,7 +216,6 @@ def _stored(
 
 
 def _fill(run: Run, inputs: EvaluationInputs, filler: StoreFiller) -> FillReport:
-    """Compute and store the missing log-probs of all pairs of the run, and print a summary; collective."""
     filled = FillReport()
     for dataset, indices in inputs.visited:
         with run.console.progress("reference: scoring responses", "pair") as progress:

@@ -5,8 +5,7 @@ import math
 from dpo_dist.config.schema import LearningRateSchedule, OptimConfig
 from dpo_dist.foundation.errors import ConfigError
 
-_STEPS_WITHOUT_WARMUP = 10_000
-"""The time scale of `inverse_sqrt` without warm-up, as in transformers."""
+_STEPS_WITHOUT_WARMUP = 10_000  # the time scale of `inverse_sqrt` without warm-up, as in transformers
 
 
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
