@@ -301,11 +301,8 @@ def load_checkpoint_weights(model: nn.Module, folder: Path, world: World) -> Non
     Rank 0 reads and sends one master weight at a time: a shard may be on a disk. Trained weights require a
     gradient.
     """
-    trained = {
-        name.removeprefix("causal_lm."): weight
-        for name, weight in model.named_parameters()
-        if weight.requires_grad
-    }
+    weights = ((name.removeprefix("causal_lm."), weight) for name, weight in model.named_parameters())
+    trained = {name: weight for name, weight in weights if weight.requires_grad}
     saved = world.on_main(lambda: read_weights(folder, trained))
     for name, weight in trained.items():
         if hasattr(weight, "ds_id"):

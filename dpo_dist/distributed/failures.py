@@ -130,7 +130,6 @@ class FailureRecord:
 
 
 def _connect() -> Store | None:
-    """Return a connection of this process to the store of the rendezvous; None if the store is gone."""
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     with contextlib.suppress(RuntimeError):

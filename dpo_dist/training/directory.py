@@ -187,7 +187,6 @@ def _command(world_size: int) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """Return the output of git in the current folder; None outside a checkout."""
     try:
         command = ["git", *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()  # noqa: S603

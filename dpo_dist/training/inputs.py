@@ -214,7 +214,6 @@ def _counted(run: Run, dataset: PreferenceDataset, **count: Callable[[], int]) -
 
 
 def _digest_models(run: Run, policy_folder: Path, start: Path | None) -> tuple[ModelFiles, ModelFiles | None]:
-    """Digest the files of the policy's start and of the reference, if there is one; collective."""
     config, reference = run.config, run.config.reference
     store, own_code = Path(reference.store), config.model.trust_remote_code
     # Weights that are sharded while they are loaded are read by rank 0 alone.

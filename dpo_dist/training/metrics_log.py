@@ -172,7 +172,6 @@ def metrics_by_source(rows: Sequence[Mapping[str, float]]) -> dict[str, Row]:
 
 
 def _grouped(prefix: str) -> tuple[str, ...]:
-    """Return how the names of metrics by source and of percentiles start."""
     return tuple(f"{prefix}{metric}/" for metric in GROUP_METRICS)
 
 

@@ -41,13 +41,14 @@ class LogWindow:
         Metrics are means over their counts (pairs, tokens), values of a step and `step_seconds` means over
         steps, pairs and tokens totals.
         """
-        row = metric_means(self.sums, self.counts)
-        row |= {name: total / self.steps for name, total in self.values.items()}
-        row["learning_rate"] = self.learning_rate
-        row |= throughput(self.pairs, self.tokens, self.seconds)
-        row["step_seconds"] = self.seconds / self.steps
-        row["mfu"] = self.flops / self.seconds / peak
-        return row
+        return {
+            **metric_means(self.sums, self.counts),
+            **{name: total / self.steps for name, total in self.values.items()},
+            "learning_rate": self.learning_rate,
+            **throughput(self.pairs, self.tokens, self.seconds),
+            "step_seconds": self.seconds / self.steps,
+            "mfu": self.flops / self.seconds / peak,
+        }
 
 
 def throughput(pairs: int, tokens: int, seconds: float) -> dict[str, float]:
