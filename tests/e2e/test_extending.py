@@ -56,10 +56,10 @@ import pytest
 os._exit = sys.exit  # as a verb ends its process
 tests, *commands = json.loads(sys.argv[1])
 assert pytest.main(["-q", "-p", "no:cacheprovider", *tests]) == 0
-for command in commands:
-    sys.argv = ["dpo_dist.train", *command]
+for verb, *command in commands:
+    sys.argv = [f"dpo_dist.{verb}", *command]
     try:
-        runpy.run_module("dpo_dist.train", run_name="__main__", alter_sys=True)
+        runpy.run_module(f"dpo_dist.{verb}", run_name="__main__", alter_sys=True)
     except SystemExit as ended:
         assert not ended.code, command
 """
@@ -91,10 +91,11 @@ def test_the_examples_pass_their_tests_and_train_together(tmp_path: Path) -> Non
         "model/test_architectures",
     )
     tests = ["-k", "sigmoid_margin or by_hand or duel or arcee", *(f"tests/unit/{name}.py" for name in names)]
-    run = "model.path=model model.dtype=fp32 data.train=[duels.jsonl] loss=sigmoid_margin tracking=off "
+    run = "train model.path=model model.dtype=fp32 data.train=[duels.jsonl] loss=sigmoid_margin tracking=off "
     run += "loss.target_margin=0.5 run.dir=run trainer.max_steps=1 trainer.global_batch_pairs=8"
+    commands = ("train --help loss.target_margin", "count data.train=[duels.jsonl]", run)
     ended = subprocess.run(
-        [sys.executable, "-c", TOGETHER, json.dumps([tests, ["--help", "loss.target_margin"], run.split()])],
+        [sys.executable, "-c", TOGETHER, json.dumps([tests, *map(str.split, commands)])],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
@@ -105,6 +106,7 @@ def test_the_examples_pass_their_tests_and_train_together(tmp_path: Path) -> Non
     )
     assert ended.returncode == 0, ended.stdout
     assert "margin between the rewards" in ended.stdout
+    assert "duels.jsonl: 8 records" in ended.stdout
     (row,) = json.loads((tmp_path / "run/dpo_metrics/log_history.json").read_text())
     assert row["loss"] == pytest.approx(0.974077, abs=1e-5), "softplus(0.5) at no margin"
     assert row["logps/margins"] == pytest.approx(row["logps/chosen"] - row["logps/rejected"])
