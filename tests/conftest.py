@@ -19,6 +19,9 @@ LONG = (
     "e2e/test_samples.py",
     "dist/test_checkpoint.py",
     "dist/test_families.py",
+    "dist/test_losses.py",
+    "simulated_cuda/test_gpu_tests.py",
+    "unit/test_api.py",
 )
 """Files of long tests, which start first: at the end of a run a worker would wait for them."""
 
