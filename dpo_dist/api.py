@@ -95,11 +95,11 @@ def read_pairs(
     pairs: list[EncodedExample] = []
     bad: list[BadRecord] = []
     for record in read_records(source):
-        found = record if isinstance(record, BadRecord) else encode_record(record, limits, tokenizer)
-        if isinstance(found, BadRecord):
-            bad.append(found)
+        encoded = record if isinstance(record, BadRecord) else encode_record(record, limits, tokenizer)
+        if isinstance(encoded, BadRecord):
+            bad.append(encoded)
         else:
-            pairs += found.examples()
+            pairs += encoded.examples()
     return pairs, bad
 
 
@@ -133,8 +133,8 @@ def pair_logps(
 def open_stores(folder: str | Path) -> list[tuple[ReferenceFingerprint, LogpStore]]:
     """Open the log-probs below `reference.store` for reading, one store for each model and its numerics."""
     root = Path(folder)
-    found = map(read_fingerprint, fingerprint_folders(root))
-    return [(each, LogpStore(root, [each])) for each in found if each is not None]
+    read = map(read_fingerprint, fingerprint_folders(root))
+    return [(known, LogpStore(root, [known])) for known in read if known is not None]
 
 
 def stored_pair_logps(

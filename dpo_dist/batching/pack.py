@@ -18,8 +18,7 @@ from torch import Tensor
 
 from dpo_dist.batching.example import Example, Keys, Mask, TokenIds
 
-RESPONSES_OF_DUMMY = 2
-"""Responses of a `dummy_batch`."""
+RESPONSES_OF_DUMMY = 2  # of a `dummy_batch`
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def pack(examples: Sequence[Example], keys: Keys) -> PackedBatch:
     start = 0
     for example in examples:
         prompt_tokens = len(example.prompt_ids)
-        lengths = [prompt_tokens]
+        layout.append((prompt_tokens, *(len(response) - 1 for response in example.responses)))
         inputs.append(example.prompt_ids)
         positions.append(np.arange(prompt_tokens))
         boundary, start = start + prompt_tokens - 1, start + prompt_tokens
@@ -128,9 +127,7 @@ def pack(examples: Sequence[Example], keys: Keys) -> PackedBatch:
             inputs.append(response[:-1])
             positions.append(np.arange(prompt_tokens, prompt_tokens + tokens))
             predictors.append(np.concatenate(([boundary], np.arange(start, start + tokens))))
-            lengths.append(tokens)
             start += tokens
-        layout.append(tuple(lengths))
     responses = [response for example in examples for response in example.responses]
     mask = None
     if any(example.trained for example in examples):
@@ -169,10 +166,8 @@ def _ranking(counts: Sequence[int]) -> Tensor | None:
     ranking = np.full((len(counts), max(2, *counts)), -1)
     start = 0
     for pair, count in enumerate(counts):
-        ranking[pair, 0] = start
-        if count > 1:
-            ranking[pair, 1] = start + count - 1
-            ranking[pair, 2:count] = np.arange(start + 1, start + count - 1)
+        best, *others = range(start, start + count)
+        ranking[pair, :count] = [best, *others[-1:], *others[:-1]]
         start += count
     return _int64(ranking)
 

@@ -22,14 +22,7 @@ from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.counts import check_counts, check_split
 from dpo_dist.data.records import Origin
-from dpo_dist.data.store import (
-    Array,
-    EncodedSource,
-    columns_of,
-    counts_of,
-    lengths_of,
-    read_source,
-)
+from dpo_dist.data.store import Array, EncodedSource, columns_of, counts_of, lengths_of, read_source
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import text_digest
 
@@ -56,9 +49,7 @@ class PreferenceDataset:
     piece_starts: Array  # int64 [pieces], offset of each piece in `ids`
     piece_tokens: Array  # int32 [pieces], length of each piece
     first_pieces: Array  # int64 [examples + 1], index of each example's prompt in the pieces; their number
-    keys: (
-        Array  # uint64 [responses, 2], `batching.example.response_key` of each, in the order of the examples
-    )
+    keys: Array  # uint64 [responses, 2], `batching.example.response_key` of each response, in order
     scores: Array  # float64 [responses], nan if a record has no scores
     trained: Array | pa.ChunkedArray  # bool [tokens of responses with a mask], whether the loss counts each
     mask_starts: Array  # int64 [responses], offset in `trained` of the mask of a response that has one
@@ -288,9 +279,8 @@ def collate(dataset: PreferenceDataset, indices: Sequence[int], only_chosen: boo
     examples = [dataset.example(index, selected, masked=True) for index in indices]
     if not np.array_equal(response_keys(examples), keys):
         raise damaged_ids(dataset, indices)
-    packed = pack(examples, keys)
     return replace(
-        packed,
+        pack(examples, keys),
         score_gaps=torch.from_numpy(dataset.score_gaps(indices)),
         sources=torch.from_numpy(dataset.label_numbers(indices)) if dataset.labels else None,
     )

@@ -51,9 +51,8 @@ from dpo_dist.data.sources import local_files, pinned, raw_records
 from dpo_dist.data.values import from_json, has_value, without_nulls
 
 # Faults of the responses of a record; its prompt may be usable.
-_OF_SCORES = {"no_ranking", "all_tied", "invalid_scores"}
-_MISSING = {"unknown_format", "missing_field", "not_one_answer", "empty_response"}
-_OF_RESPONSES = _MISSING | _OF_SCORES | {"identical_responses"}
+_OF_RESPONSES = {"unknown_format", "missing_field", "not_one_answer", "empty_response", "identical_responses"}
+_OF_RESPONSES |= {"no_ranking", "all_tied", "invalid_scores"}
 _MAX_SHOWN_KEYS = 12
 
 
@@ -88,8 +87,7 @@ def parse_prompt(record: Fields, name: DataFormat, origin: Origin) -> Record:
 
 
 def read_records(
-    source: SourceConfig | str,
-    parse: Callable[[Fields, DataFormat, Origin], Record] = parse_record,
+    source: SourceConfig | str, parse: Callable[[Fields, DataFormat, Origin], Record] = parse_record
 ) -> Iterator[Record]:
     """Read the records of a source (a string: its path) in its order; only a .json is read whole.
 

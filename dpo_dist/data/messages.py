@@ -170,9 +170,8 @@ def _tool_calls(value: Any) -> list[Fields]:
         if not isinstance(arguments, Mapping):
             raise UnusableRecordError("invalid_tool_call", "the arguments of a call are not a JSON object")
         kept = {"id": call["id"]} if has_value(call.get("id")) else {}
-        read.append(
-            kept | {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-        )
+        called = {"name": function["name"], "arguments": arguments}
+        read.append({**kept, "type": "function", "function": called})
     return read
 
 

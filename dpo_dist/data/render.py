@@ -335,9 +335,8 @@ class _Conversation:
         Includes text that the template adds to a response (a leading space, an empty thought). None if the
         template renders the prompt differently when a response follows.
         """
-        wholes = [
-            self.chat.render((*self.prompt, self.chat.turn(message)), self.context) for message in messages
-        ]
+        turns = map(self.chat.turn, messages)
+        wholes = [self.chat.render((*self.prompt, turn), self.context) for turn in turns]
         return [
             self.facts.until_end(whole[len(prompt) :]) if whole.startswith(prompt) else None
             for whole in wholes

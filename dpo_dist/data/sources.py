@@ -363,10 +363,11 @@ def _records(values: Iterable[tuple[int, Any]], path: str) -> Iterator[RawRecord
         origin = Origin(path, number)
         if isinstance(value, Mapping):
             yield value, origin
-            continue
-        is_fault = isinstance(value, ValueError)
-        detail = str(value) if is_fault else f"a {type(value).__name__} instead of an object"
-        yield BadRecord("unparsable", origin, detail), origin
+        elif isinstance(value, ValueError):
+            yield BadRecord("unparsable", origin, str(value)), origin
+        else:
+            detail = f"a {type(value).__name__} instead of an object"
+            yield BadRecord("unparsable", origin, detail), origin
 
 
 def _numbered(rows: Iterable[Any]) -> Iterator[tuple[int, Any]]:

@@ -227,23 +227,16 @@ MARGIN_PERCENTILES = tuple(f"rewards/margins/p{percent:02}" for percent in _PERC
 
 @dataclass(frozen=True, eq=False)
 class PairValues:
-    """Values of the pairs of a dataset in its order, float32 [pairs] each; a ranking is its best and worst.
-
-    Attributes:
-        margin: difference of the rewards, taken before they are rounded.
-        logp_chosen: the policy's log-prob of the response, as the loss sums it, in nats.
-        reference_chosen: the reference's; nan without a reference.
-        tokens_chosen: tokens that the loss counts.
-    """
+    """Values of a dataset's pairs in its order, float32 [pairs] each; a ranking is its best and worst."""
 
     reward_chosen: Values
     reward_rejected: Values
-    margin: Values
-    logp_chosen: Values
+    margin: Values  # difference of the rewards, taken before they are rounded
+    logp_chosen: Values  # the policy's log-prob of the response, as the loss sums it, in nats
     logp_rejected: Values
-    reference_chosen: Values
+    reference_chosen: Values  # the reference's log-prob; nan without a reference
     reference_rejected: Values
-    tokens_chosen: Values
+    tokens_chosen: Values  # tokens that the loss counts
     tokens_rejected: Values
 
     def __len__(self) -> int:
