@@ -111,7 +111,8 @@ def parse_overrides(words: Iterable[str]) -> tuple[list[Override], list[str]]:
             elif not set(value) & set("[]{}\"',\\") and value == value.strip():
                 value = f'"{value}"'
             override = _parsed(f"{key}={value}")
-        if override is None or not override.key_or_group:
+        # A package of Hydra, `loss@x=ipo`, would change nothing.
+        if override is None or not override.key_or_group or override.package is not None:
             unread.append(word)
         else:
             parsed.append(override)
