@@ -7,8 +7,8 @@ import pytest
 from dpo_dist.config import load
 from dpo_dist.config.keys import as_written
 from dpo_dist.config.losses import LossKind
-from dpo_dist.config.rules import RULES
-from dpo_dist.config.schema import AdapterConfig, SourceConfig
+from dpo_dist.config.rules import RULES, direction_of
+from dpo_dist.config.schema import AdapterConfig, SourceConfig, TrainerConfig
 from dpo_dist.foundation.errors import ConfigError
 from tests.unit.config.support import configured, error_of
 
@@ -170,3 +170,18 @@ def test_accepted(typed: str) -> None:
 def test_values_are_shown_as_a_user_writes_them() -> None:
     values = [None, True, 0.10, LossKind.ipo, "", SourceConfig("a", limit=3), AdapterConfig(r=8)]
     assert as_written(values) == "[null, true, 0.1, ipo, '', {path: a, limit: 3}, {r: 8}]"
+
+
+@pytest.mark.parametrize(
+    ("metrics", "best"),
+    [
+        ("loss distance/chosen distance/rejected rewards/both_fall", "lowest"),
+        ("rewards/accuracies rewards/accuracies/web rewards/margins rewards/chosen", "highest"),
+        ("rewards/rejected logps/chosen tokens/chosen", None),
+    ],
+)
+def test_the_best_checkpoint_has_the_values_that_are_best_of_its_metric(
+    metrics: str, best: str | None
+) -> None:
+    for metric in metrics.split():
+        assert direction_of(TrainerConfig(keep_best=f"eval_{metric}")) == best, metric

@@ -237,6 +237,8 @@ def test_a_key_depends_on_the_end_of_the_prompt() -> None:
     keys = {response_key(*ids) for ids in ((one, two), (both, empty), (empty, both), (two, one))}
     assert sorted(map(len, keys)) == [16] * 4
     assert response_key(one, two) == response_key(one.astype(np.int64), two.astype(np.int64))
+    # Other bytes would find nothing in the stores that people have.
+    assert response_key(both, np.array([3])).hex() == "b7abc0cbb050379e92e572433910e0a9"
 
 
 # Counts of records by source and by field, errors with their remedies, duplicates.
