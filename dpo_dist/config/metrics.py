@@ -6,7 +6,6 @@ formulas of the means over pairs are those of `objective/metrics.py`.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import Enum, auto
 from typing import Any
 
 from dpo_dist.config.schema import Direction
@@ -16,30 +15,19 @@ PREFIX = "eval_"
 """Start of the name of a metric in the row of an evaluation."""
 
 
-class OverPairs(Enum):
-    """In which rows a metric is, if it is a mean over pairs."""
-
-    no = auto()
-    in_all_rows = auto()
-    in_evaluations = auto()
-
-
 @dataclass(frozen=True)
 class Metric:
-    """A row of the table.
-
-    `form` writes a value; `best` says which values are the best; None: neither end is. `by_group`: also of
-    each source and length; `is_share`: between 0 and 1; `chart`: title of the chart that draws it.
-    """
+    """A row of the table."""
 
     title: str
-    form: Callable[[float], str] = number
+    form: Callable[[float], str] = number  # writes a value
     unit: str = ""
-    best: Direction | None = None
-    over_pairs: OverPairs = OverPairs.no
-    by_group: bool = False
-    is_share: bool = False
-    chart: str = ""
+    best: Direction | None = None  # None: neither end is
+    over_pairs: bool = False  # a mean over pairs, in all rows
+    only_evaluated: bool = False  # a mean over pairs, in evaluations only
+    by_group: bool = False  # also of each source and length
+    is_share: bool = False  # between 0 and 1
+    chart: str = ""  # title of the chart that draws it
 
 
 def _digits(form: str) -> Callable[[float], str]:
@@ -49,7 +37,7 @@ def _digits(form: str) -> Callable[[float], str]:
 def _of_pairs(
     title: str, chart: str = "", unit: str = "", best: Direction | None = None, **more: Any
 ) -> Metric:
-    return Metric(title, _digits(".3f"), unit, best, OverPairs.in_all_rows, chart=chart, **more)
+    return Metric(title, _digits(".3f"), unit, best, over_pairs=True, chart=chart, **more)
 
 
 _LOWEST, _HIGHEST = Direction.lowest, Direction.highest
@@ -57,7 +45,7 @@ _REWARDS, _LOGPS, _DISTANCE = "Rewards", "Log-prob per token", "Distance from th
 _ACCURACY, _MARGIN = "Accuracy: chosen above rejected", "Margin of rewards"
 
 METRICS: Mapping[str, Metric] = {
-    "loss": Metric("loss", _digits(".4f"), "", _LOWEST, OverPairs.in_all_rows, chart="Loss"),
+    "loss": Metric("loss", _digits(".4f"), "", _LOWEST, over_pairs=True, chart="Loss"),
     "rewards/chosen": _of_pairs("reward chosen", _REWARDS, best=_HIGHEST),
     "rewards/rejected": _of_pairs("reward rejected", _REWARDS),
     "rewards/accuracies": _of_pairs("accuracy", _ACCURACY, best=_HIGHEST, by_group=True, is_share=True),
@@ -71,8 +59,8 @@ METRICS: Mapping[str, Metric] = {
     "distance/rejected": _of_pairs("distance rejected", _DISTANCE, "nats/token", _LOWEST),
     "tokens/chosen": _of_pairs("tokens chosen", unit="tokens"),
     "tokens/rejected": _of_pairs("tokens rejected", unit="tokens"),
-    "entropy/chosen": Metric("entropy chosen", unit="nats", over_pairs=OverPairs.in_evaluations),
-    "entropy/rejected": Metric("entropy rejected", unit="nats", over_pairs=OverPairs.in_evaluations),
+    "entropy/chosen": Metric("entropy chosen", unit="nats", only_evaluated=True),
+    "entropy/rejected": Metric("entropy rejected", unit="nats", only_evaluated=True),
     "grad_norm": Metric("norm before clipping", chart="Gradient norm"),
     "learning_rate": Metric("learning rate", chart="Learning rate"),
     "pairs_per_second": Metric("pairs/s", _digits(",.1f")),
@@ -87,8 +75,3 @@ METRICS: Mapping[str, Metric] = {
 }
 MAIN = ("loss", "rewards/accuracies", "rewards/margins")
 """The metrics that say first how a run goes: of tables, the terminal and the card."""
-
-
-def over_pairs(rows: OverPairs) -> tuple[str, ...]:
-    """Return the names of the means over pairs that are in these rows."""
-    return tuple(name for name, metric in METRICS.items() if metric.over_pairs is rows)

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from dpo_dist.config.losses import BcoDelta, LossConfig
-from dpo_dist.config.metrics import METRICS, OverPairs, over_pairs
+from dpo_dist.config.metrics import METRICS
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import BatchFacts, implicit_rewards, log_ratios, margin_of
 from dpo_dist.objective.router import AUX_LOSS, BUSIEST, Z_LOSS
 
-PAIR_METRICS = over_pairs(OverPairs.in_all_rows)
-ENTROPIES = over_pairs(OverPairs.in_evaluations)
+PAIR_METRICS = tuple(name for name, metric in METRICS.items() if metric.over_pairs)
+ENTROPIES = tuple(name for name, metric in METRICS.items() if metric.only_evaluated)
 """Metrics that need the whole distribution of each token."""
 GROUP_METRICS = tuple(name for name, metric in METRICS.items() if metric.by_group)
 """Metrics that are also reported for groups of pairs: sources and lengths."""
