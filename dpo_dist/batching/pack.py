@@ -154,8 +154,8 @@ def dummy_batch() -> PackedBatch:
 
     In rows of one input, weights that carry a state to the next token (RWKV) get no gradient.
     """
-    one = np.zeros(1, dtype=np.int32)
-    batch = pack([Example(np.zeros(2, dtype=np.int32), (one, one))], np.empty((0, 2), dtype=np.uint64))
+    ids = np.zeros(1, dtype=np.int32)
+    batch = pack([Example(np.zeros(2, dtype=np.int32), (ids, ids))], np.empty((0, 2), dtype=np.uint64))
     return replace(batch, weights=torch.zeros(1), score_gaps=torch.ones(1))
 
 

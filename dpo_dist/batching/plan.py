@@ -89,18 +89,18 @@ class ExampleSizes:
 
     def at(self, indices: Counts) -> "ExampleSizes":
         """Return the sizes of the examples at `indices`."""
-        found: dict[str, Any] = {
+        selected: dict[str, Any] = {
             name: None if sizes is None else sizes[indices] for name, sizes in vars(self).items()
         }
-        return ExampleSizes(**found)
+        return ExampleSizes(**selected)
 
 
 def plan_micro_batches(sizes: ExampleSizes, world_size: int, token_budget: int) -> list[list[list[int]]]:
     """Assign the examples of a global batch to micro-batches and ranks.
 
-    As few micro-batches as hold examples that are dealt out by cost, and rarely one more than the tightest
-    packing has: the ranks get work of equal cost in each micro-batch and in the whole step, so that they wait
-    little for each other. An example above the budget is alone in its micro-batch.
+    Examples are dealt out by cost to as few micro-batches as can hold them then, rarely one more than in the
+    tightest packing. The ranks get work of equal cost in each micro-batch and in the whole step, so that they
+    wait little for each other. An example above the budget is alone in its micro-batch.
 
     `token_budget`: tokens that fit in one micro-batch, with their padding. The plan, by micro-batch and rank,
     has indices in `sizes`; none where a rank computes a dummy: all have the same number of micro-batches

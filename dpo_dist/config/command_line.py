@@ -125,11 +125,11 @@ def _unknown_option(name: str, values: Sequence[str]) -> ConfigError:
     if len(values) > 1:
         value = f"[{','.join(values)}]"
     is_foreign = meant(key, "keys") or meant(key, "answers") or len(key) == 1
-    if key in run_keys() and ("." in key or not is_foreign):  # `--optim adamw_torch` is none
+    if key in run_keys() and ("." in key or not is_foreign):  # `--optim adamw_torch` is foreign
         remedy = f"write {assignment(key, value or 'true')}"
     else:
-        found = "" if is_foreign else suggestion(name, re.findall(r"--[\w-]+", _parser().format_help()))
-        remedy = found.rstrip() or unknown_key(key, value or "true").remedy
+        guess = "" if is_foreign else suggestion(name, re.findall(r"--[\w-]+", _parser().format_help()))
+        remedy = guess.rstrip() or unknown_key(key, value or "true").remedy
     where = f"{COMMAND_LINE}: {' '.join([name, *values]).strip()}"
     return ConfigError(f"there is no option {name}", where=where, remedy=remedy)
 
@@ -159,12 +159,12 @@ def former_values(options: argparse.Namespace) -> dict[str, Any] | None:
     return values
 
 
-def usage(command: str, about: str, own: Collection[str], folders: Sequence[Path]) -> str:
+def usage(command: str, about: str, keys: Collection[str], folders: Sequence[Path]) -> str:
     """Return a verb's `--help`: `about`, then the sections and presets of the keys that it reads."""
-    sections = {name: text for name, text in section_meanings().items() if name in own and "." not in name}
+    sections = {name: text for name, text in section_meanings().items() if name in keys and "." not in name}
     chosen = {"experiment": "run", "reference": "reference.mode"}  # a key that tells whether a preset is read
     groups = sorted({path.name for folder in folders for path in folder.iterdir() if path.is_dir()})
-    presets = {group: preset_names(group, folders) for group in groups if chosen.get(group, group) in own}
+    presets = {group: preset_names(group, folders) for group in groups if chosen.get(group, group) in keys}
     text = [
         about.strip(),
         "\nsections (--help SECTION lists its keys, --help KEY explains one, e.g. --help loss.beta):",
@@ -289,7 +289,7 @@ class _Errors:
 
         Before the processes have joined, most errors occur in all of them. The launcher ends the others when
         rank 0 has printed its error and exited; a rank that is not ended has an error that rank 0 does not
-        have. A stop by a signal is printed by rank 0 only, which gets one of the launcher.
+        have. Rank 0 alone prints a stop by a signal: the launcher sends the signal to it, too.
         """
         is_early = error.is_printed_here is None and this_rank() > 0
         if is_early and isinstance(error, StoppedError):
@@ -360,8 +360,8 @@ def _answer(options: argparse.Namespace, verb: str, about: str) -> str | None:
         return json.dumps(SCHEMA.json_schema(), indent=1) + "\n"
     if options.help is None:
         return None
-    folders, own = group_folders(options.config_dir), keys_of(verb, trains=verb == "pairs")
+    folders, keys = group_folders(options.config_dir), keys_of(verb, trains=verb == "pairs")
     if options.help:
         return explain(options.help, folders)
     command = f"{'python' if VERBS[verb].is_one_process else 'accelerate launch'} -m dpo_dist.{verb}"
-    return usage(command, about, own, folders)
+    return usage(command, about, keys, folders)

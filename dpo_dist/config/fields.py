@@ -82,7 +82,7 @@ def _strict(hint: Any, *, is_bounded: bool) -> Any:
     if hint in (int, float, bool):
         return Annotated[hint, Strict()]
     if get_origin(hint) in (UnionType, Union):
-        return reduce(or_, (_strict(one, is_bounded=is_bounded) for one in get_args(hint)))
+        return reduce(or_, (_strict(part, is_bounded=is_bounded) for part in get_args(hint)))
     return hint
 
 
@@ -93,8 +93,8 @@ def as_entry(name: str) -> Callable[[Any], Any]:
 
 def fields_of(kind: Any) -> Mapping[str, FieldInfo]:
     """Return the fields of a schema or of an instance."""
-    found: Mapping[str, FieldInfo] = kind.__pydantic_fields__
-    return found
+    fields: Mapping[str, FieldInfo] = kind.__pydantic_fields__
+    return fields
 
 
 def facts_of(field: FieldInfo) -> Facts:

@@ -35,14 +35,14 @@ def run_dir(config: RunConfig) -> Path:
 def settings(config: RunConfig) -> dict[str, Any]:
     """Return what defines the run's result: the usual settings, an adapter's size, and what is no default."""
     defaults = _values(RunConfig())
-    found = {key: value for key, value in _values(config).items() if key in _ALWAYS or value != defaults[key]}
+    shown = {key: value for key, value in _values(config).items() if key in _ALWAYS or value != defaults[key]}
     if not config.loss.uses("beta"):
-        found.pop("loss.beta", None)
+        shown.pop("loss.beta", None)
     if config.loss.terms:
-        found.pop("loss.kind", None)
+        shown.pop("loss.kind", None)
     if (adapter := config.model.adapter) is not None and adapter.path is None:
-        found["model.adapter"] |= {"r": adapter.r, "alpha": adapter.alpha}
-    return found
+        shown["model.adapter"] |= {"r": adapter.r, "alpha": adapter.alpha}
+    return shown
 
 
 def title(config: RunConfig, run_dir: Path) -> str:
@@ -90,11 +90,11 @@ def plain(value: Any, *, with_defaults: bool = False) -> Any:
         return [plain(item, with_defaults=with_defaults) for item in value]
     if not is_dataclass(value):
         return str(value) if isinstance(value, str) else value
-    found = {}
+    content = {}
     for option, field in fields_of(value).items():
-        own, facts = getattr(value, option), facts_of(field)
+        item, facts = getattr(value, option), facts_of(field)
         if not facts.free and (
-            with_defaults or own not in (field.get_default(call_default_factory=True), facts.null_means)
+            with_defaults or item not in (field.get_default(call_default_factory=True), facts.null_means)
         ):
-            found[option] = plain(facts.null_means if own is None else own, with_defaults=with_defaults)
-    return found
+            content[option] = plain(facts.null_means if item is None else item, with_defaults=with_defaults)
+    return content

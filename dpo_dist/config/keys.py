@@ -55,7 +55,7 @@ def nested(hint: Any) -> type | None:
     """Return the schema that a type is, or has inside of a list or beside null."""
     if isinstance(hint, type) and is_dataclass(hint):
         return hint
-    return next((found for part in get_args(hint) if (found := nested(part))), None)
+    return next((inner for part in get_args(hint) if (inner := nested(part))), None)
 
 
 @cache

@@ -241,16 +241,16 @@ class _Command:
             elif value not in (None, "", [], {}) or "." in str(key) or key in run_keys():
                 # An empty key of another trainer's file says nothing.
                 OmegaConf.update(values, str(key), value, force_add=True)
-        own = _Layer(name, presets, cast(dict[str, Any], OmegaConf.to_container(values)))
+        layer = _Layer(name, presets, cast(dict[str, Any], OmegaConf.to_container(values)))
         for entry in entries if isinstance(entries, list) else [entries]:
             if entry == "_self_":
-                layers.append(own)
+                layers.append(layer)
                 continue
             place, _, file = str(entry).rpartition("/")
             for written, names in entry.items() if isinstance(entry, dict) else [(place or group, file)]:
                 chosen = names if isinstance(names, list) else [names]
                 layers += self._choose(str(written).split()[-1].lstrip("/"), chosen, presets)
-        return layers if own in layers else [*layers, own]
+        return layers if layer in layers else [*layers, layer]
 
     @contextlib.contextmanager
     def _hydra(self) -> Iterator[ConfigLoader]:
@@ -358,10 +358,10 @@ def changed_keys(file: Path, config: RunConfig) -> dict[str, tuple[Any, Any]]:
     Empty if this version cannot read the file, which has no secrets.
     """
     try:
-        found = differing_keys(from_yaml(file.read_text(encoding="utf-8")), config)
+        changed = differing_keys(from_yaml(file.read_text(encoding="utf-8")), config)
     except (OSError, ValueError, ConfigError):
         return {}
-    return {key: (old, new) for key, (old, new) in found.items() if old != without_secrets(new)}
+    return {key: (old, new) for key, (old, new) in changed.items() if old != without_secrets(new)}
 
 
 def _plain(config: RunConfig) -> dict[str, Any]:

@@ -46,11 +46,11 @@ _PRESET_PATHS = {
 def _table(section: str) -> dict[str, tuple[str, ...]]:
     """Return, for each name of a section of names.yaml, what it stands for."""
     content = yaml.safe_load(Path(__file__).with_name("names.yaml").read_text(encoding="utf-8"))
-    found: dict[str, tuple[str, ...]] = {}
+    meanings: dict[str, tuple[str, ...]] = {}
     for meant, names in content[section].items():
         for name in names.split():
-            found[name] = (*found.get(name, ()), meant)
-    return found
+            meanings[name] = (*meanings.get(name, ()), meant)
+    return meanings
 
 
 def meant(name: str, table: str) -> tuple[str, ...]:
@@ -74,11 +74,11 @@ def likely(word: str, known: Collection[str]) -> list[str]:
     section, _, last = word.rpartition(".")
     of_section = [name for name in known if section in ("", name.rpartition(".")[0])]
     last_parts = {name.rpartition(".")[2]: name for name in reversed(of_section)}
-    found = [last_parts[name] for name in get_close_matches(last, last_parts, 1, _SIMILAR)]
-    found += [name for name in known if name.endswith(f".{last}")]  # in another section
+    guesses = [last_parts[name] for name in get_close_matches(last, last_parts, 1, _SIMILAR)]
+    guesses += [name for name in known if name.endswith(f".{last}")]  # in another section
     if not section or not of_section:  # else equal beginnings would count
-        found += get_close_matches(word, known, 1, _SIMILAR)
-    return found[:1]
+        guesses += get_close_matches(word, known, 1, _SIMILAR)
+    return guesses[:1]
 
 
 def suggestion(word: str, known: Collection[str]) -> str:
@@ -106,12 +106,12 @@ def raise_all(mistakes: Sequence[ConfigError]) -> None:
     if len(mistakes) == 1:
         raise mistakes[0]
     lines = []
-    for one in mistakes:
-        where = one.where.removeprefix(COMMAND_LINE).removeprefix(": ")
-        got = f" ({one.got})" if where and one.got and "=" not in where else ""
-        is_said = one.expected in one.remedy or one.remedy.startswith(("did you mean", "write"))
-        expected = "" if is_said else f", expected {one.expected}"
-        lines.append(f"{where or one.got}{got}: {one.message}{expected}; {one.remedy}")
+    for mistake in mistakes:
+        where = mistake.where.removeprefix(COMMAND_LINE).removeprefix(": ")
+        got = f" ({mistake.got})" if where and mistake.got and "=" not in where else ""
+        is_said = mistake.expected in mistake.remedy or mistake.remedy.startswith(("did you mean", "write"))
+        expected = "" if is_said else f", expected {mistake.expected}"
+        lines.append(f"{where or mistake.got}{got}: {mistake.message}{expected}; {mistake.remedy}")
     if lines := list(dict.fromkeys(lines)):
         raise ConfigError(f"this command has {len(lines)} mistakes", remedy=f"\n{' ' * 12}".join(lines))
 
@@ -139,7 +139,7 @@ def _is_accepted(key: str, text: str) -> bool:
     except HydraException:
         return False
     except ValidationError as error:
-        return not any(_key_at(found["loc"]).startswith(key) for found in error.errors())
+        return not any(_key_at(detail["loc"]).startswith(key) for detail in error.errors())
     return True
 
 
@@ -163,14 +163,14 @@ def _in_place_of(key: str, value: str) -> str:
     same: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
     if mapping.endswith("]"):
-        if found := [option for option in meant(name, "sources") if f"{mapping}.{option}" in known]:
-            return f"write {found[0]}: {value or '...'}"
+        if options := [option for option in meant(name, "sources") if f"{mapping}.{option}" in known]:
+            return f"write {options[0]}: {value or '...'}"
     else:
         same, answers = meant(key, "keys"), meant(key, "answers")
         if not same and not answers:  # a key without its section
             inside = [option for option in known if option.startswith(mapping)]
             same = tuple(option for option in inside if option.rpartition(".")[2] == name)
-    if written := [line for one in same if not (line := assignment(one, value)).endswith("=...")]:
+    if written := [line for other in same if not (line := assignment(other, value)).endswith("=...")]:
         return f"write {' or '.join(written)}"
     if answers:  # before `same`: `template: llama3` of LLaMA-Factory is no value of data.template
         return answers[0].replace("{value}", value or "...")
@@ -178,24 +178,24 @@ def _in_place_of(key: str, value: str) -> str:
         return _with_a_value(same[0], value)
     if guess := suggestion(key, known):
         return guess.rstrip()
-    beside = [one.rpartition(".")[2] for one in known if mapping and one.rpartition(".")[0] == mapping]
-    if beside:
+    beside = [option.rpartition(".")[2] for option in known if option.rpartition(".")[0] == mapping]
+    if mapping and beside:
         return f"the keys of {mapping} are {', '.join(beside)}"
-    sections = [one for one in known if "." not in one]
+    sections = [option for option in known if "." not in option]
     return f"a key has a section, such as loss.beta; the sections are {', '.join(sections)}"
 
 
 def _answers_to(key: str, value: str) -> list[str]:
     """Return the answers to a key, or to one of the same meaning, with this value."""
-    found = [found for one in (key, *meant(key, "keys")) for found in meant(f"{one}={value}", "answers")]
-    return [answer.replace("{value}", value) for answer in found]
+    names = (key, *meant(key, "keys"))
+    return [line.replace("{value}", value) for name in names for line in meant(f"{name}={value}", "answers")]
 
 
 def _with_a_value(key: str, value: str) -> str:
     """Return what to write for a value that the key does not accept."""
     row = all_keys().get(key)
-    if found := likely(value, choices(run_keys()["loss.kind" if key == "loss" else key])):
-        return f"did you mean {key}={found[0]}?"
+    if guesses := likely(value, choices(run_keys()["loss.kind" if key == "loss" else key])):
+        return f"did you mean {key}={guesses[0]}?"
     words = row.type_words if row else "a preset; a sum of losses is loss.terms"
     return f"write {key}=..., {words}"
 
@@ -206,8 +206,8 @@ def unknown_preset(group: str, choice: str, folders: Sequence[Path]) -> ConfigEr
     remedy = f"write {plus}{group}={known[0] if len(known) == 1 else 'NAME'}"
     if answers := _answers_to(group, choice):
         remedy = answers[0]
-    elif found := likely(Path(choice).stem if choice.endswith((".yaml", ".yml")) else choice, known):
-        remedy = f"did you mean {plus}{group}={found[0]}?"
+    elif guesses := likely(Path(choice).stem if choice.endswith((".yaml", ".yml")) else choice, known):
+        remedy = f"did you mean {plus}{group}={guesses[0]}?"
     elif group in _PRESET_PATHS:
         written = [assignment(key, choice) for key in _PRESET_PATHS[group]]
         remedy = f"a path is no preset: write {' or '.join(written)}"
@@ -251,15 +251,15 @@ def composition_error(error: Exception, folders: Sequence[Path]) -> ConfigError:
 
 def _key_at(place: Sequence[int | str], *, is_unknown: bool = False) -> str:
     """Return the key at a place of pydantic, which goes on with the parts of types: `data.train[0].path`."""
-    found = ""
+    key = ""
     for index, part in enumerate(place):
-        longer = f"{found}[{part}]" if isinstance(part, int) else f"{found}.{part}".lstrip(".")
+        longer = f"{key}[{part}]" if isinstance(part, int) else f"{key}.{part}".lstrip(".")
         known = entry_of(longer)
         is_last = is_unknown and index == len(place) - 1
         if not is_last and isinstance(part, str) and known not in run_keys() and known not in all_keys():
             break
-        found = longer
-    return found
+        key = longer
+    return key
 
 
 def wrong_values(error: ValidationError, origin: Callable[[str], str]) -> list[ConfigError]:
@@ -267,20 +267,20 @@ def wrong_values(error: ValidationError, origin: Callable[[str], str]) -> list[C
 
     `origin` returns the override or file that gives a key.
     """
-    found: dict[str, ConfigError] = {}
+    mistakes: dict[str, ConfigError] = {}
     # Unknown names come before missing ones: they may be what was meant.
-    for one in sorted(error.errors(), key=lambda one: one["type"] == "missing"):
-        is_unknown = one["type"] == "unexpected_keyword_argument"
-        key, value = _key_at(one["loc"], is_unknown=is_unknown), one["input"]
+    for detail in sorted(error.errors(), key=lambda detail: detail["type"] == "missing"):
+        is_unknown = detail["type"] == "unexpected_keyword_argument"
+        key, value = _key_at(detail["loc"], is_unknown=is_unknown), detail["input"]
         above, _, name = key.rpartition(".")
         if is_unknown:
             text = "" if isinstance(value, dict) else as_written(_as_sources(value))
-            found[key] = unknown_key(key, text, where=origin(key))
-        elif one["type"] != "missing":
-            found.setdefault(key, _wrong_value(key, one, origin(key)))
-        elif all(other.rpartition(".")[0] != above for other in found):
-            found[key] = ConfigError(f"{key} is not set", where=key, remedy=f"write {name}: ...")
-    return list(found.values())
+            mistakes[key] = unknown_key(key, text, where=origin(key))
+        elif detail["type"] != "missing":
+            mistakes.setdefault(key, _wrong_value(key, detail, origin(key)))
+        elif all(other.rpartition(".")[0] != above for other in mistakes):
+            mistakes[key] = ConfigError(f"{key} is not set", where=key, remedy=f"write {name}: ...")
+    return list(mistakes.values())
 
 
 def _as_sources(value: Any) -> Any:
@@ -313,10 +313,10 @@ def _wrong_value(key: str, error: ErrorDetails, where: str) -> ConfigError:
         expected, remedy = "text that is not empty", "remove the key, or write a value"
     elif isinstance(value, bool) and " in " in where and choices(hint):
         remedy = "in YAML a bare on, off, yes or no is true or false: put the word in quotes"
-    elif found := _answers_to(key, got) or [
-        f"did you mean {key}={one}?" for one in likely(got, choices(hint))
+    elif answers := _answers_to(key, got) or [
+        f"did you mean {key}={choice}?" for choice in likely(got, choices(hint))
     ]:
-        remedy = found[0]
+        remedy = answers[0]
     elif get_origin(hint) is list:
         remedy = f"write {assignment(key, got)}"
     elif key == "model.adapter" and "/" in got:

@@ -61,8 +61,8 @@ class Rule:
 
 def _holds(config: RunConfig, part: str) -> bool:
     key, equals, values = part.partition("=")
-    is_one = as_written(at(config, key.rstrip("!"))) in values.split("|") if equals else True
-    return is_one is not key.endswith("!")
+    is_listed = as_written(at(config, key.rstrip("!"))) in values.split("|") if equals else True
+    return is_listed is not key.endswith("!")
 
 
 def unused(key: str, unless: str, remedy: str = "", works: Test = lambda _: False) -> Rule:

@@ -68,26 +68,26 @@ def user_function(written: str | None, key: str = LOSS_FUNCTION) -> Callable[...
 
 
 @cache
-def _executed(found: UserFunction) -> Callable[..., Any]:
-    spec = importlib.util.spec_from_file_location(found.module, found.file)
+def _executed(source: UserFunction) -> Callable[..., Any]:
+    spec = importlib.util.spec_from_file_location(source.module, source.file)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     try:
         if spec.parent:
             importlib.import_module(spec.parent)
-        sys.modules[found.module] = module
+        sys.modules[source.module] = module
         # Not by the loader, which may take older bytecode than the text of the digest.
-        exec(compile(found.text, str(found.file), "exec"), vars(module))  # noqa: S102
-        function: Callable[..., Any] = getattr(module, found.name)
+        exec(compile(source.text, str(source.file), "exec"), vars(module))  # noqa: S102
+        function: Callable[..., Any] = getattr(module, source.name)
         if not callable(function):
-            raise TypeError(f"{found.name} is no function")
+            raise TypeError(f"{source.name} is no function")
     except (Exception, SystemExit) as error:  # the user's code can raise anything, and call sys.exit
-        sys.modules.pop(found.module, None)
+        sys.modules.pop(source.module, None)
         raise ConfigError(
-            f"{found.key} cannot be imported",
-            where=found.key,
-            got=f"{found.file}: {type(error).__name__}: {error}".removesuffix(": "),
-            remedy=f"correct it until python -c 'from {found.module} import {found.name}' works",
+            f"{source.key} cannot be imported",
+            where=source.key,
+            got=f"{source.file}: {type(error).__name__}: {error}".removesuffix(": "),
+            remedy=f"correct it until python -c 'from {source.module} import {source.name}' works",
         ) from error
     return function
 
@@ -103,7 +103,7 @@ _CODE_OF_HYDRA = ("defaults", "hydra")
 
 def _opened(values: Mapping[str, Any]) -> dict[str, str]:
     """Return the options of plain values that run code of others."""
-    found = {}
+    doors = {}
     for key in _DOORS:
         section, _, name = key.partition(".")
         inner = values.get(section)
@@ -112,8 +112,8 @@ def _opened(values: Mapping[str, Any]) -> dict[str, str]:
             readers = [entry.get("reader") for entry in value if isinstance(entry, dict)]
             value = next(filter(None, readers), "")
         if value:
-            found[key] = "true" if value is True else str(value)
-    return found
+            doors[key] = "true" if value is True else str(value)
+    return doors
 
 
 def open_doors(config: RunConfig) -> list[str]:

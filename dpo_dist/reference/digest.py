@@ -117,10 +117,10 @@ def model_label(path: str, folder: Path) -> str:
 
 def _classes(folder: Path, remote_code: bool) -> str:
     """Return the `auto_map` of the folder's own classes if they are trusted and used, else "transformers"."""
-    own = read_model_json(folder / CONFIG_FILE).get("auto_map") if remote_code else None
-    if not own:
+    auto_map = read_model_json(folder / CONFIG_FILE).get("auto_map") if remote_code else None
+    if not auto_map:
         return "transformers"
-    text = json.dumps(own, sort_keys=True)
+    text = json.dumps(auto_map, sort_keys=True)
     if "--" in text:
         raise ConfigError(
             "the model's code is in another repository, where it can change unnoticed",
@@ -139,33 +139,33 @@ def agree_on_numerics(profile: Profile, is_tolerant: bool, world: World) -> Prof
     """
     profiles = world.gather(profile)
     names = sorted({name for each in profiles for name in each})
-    found = {name: sorted({each.get(name, "-") for each in profiles}) for name in names}
-    differing = [name for name, values in found.items() if len(values) > 1]
+    fields = {name: sorted({each.get(name, "-") for each in profiles}) for name in names}
+    differing = [name for name, values in fields.items() if len(values) > 1]
     is_tolerable = TOLERABLE_FIELDS.issuperset(differing)
     others = {world.peers[rank].host for rank, each in enumerate(profiles) if each != profiles[0]}
     if differing and not (is_tolerant and is_tolerable):
         raise ReferenceModelError(
             "the processes of this run compute log-probs with different numerics",
             where=f"{', '.join(sorted(others))} (unlike {world.peers[0].host}, rank 0)",
-            got="; ".join(f"{name}: {' or '.join(found[name])}" for name in differing),
+            got="; ".join(f"{name}: {' or '.join(fields[name])}" for name in differing),
             remedy="run on nodes of one kind with one installation"
             + ("; or set reference.numerics=tolerant" if is_tolerable else ""),
         )
-    return {name: " or ".join(values) for name, values in found.items()}
+    return {name: " or ".join(values) for name, values in fields.items()}
 
 
-def find_compatible(root: Path, own: ReferenceFingerprint) -> list[ReferenceFingerprint]:
+def find_compatible(root: Path, fingerprint: ReferenceFingerprint) -> list[ReferenceFingerprint]:
     """Return the fingerprints in the store `root` that a tolerant run may use, most similar first."""
     compatible = [
         other
         for other in known_fingerprints(root)
-        if other != own
-        and other.reference == own.reference
-        and TOLERABLE_FIELDS.issuperset(own.differing(other))
+        if other != fingerprint
+        and other.reference == fingerprint.reference
+        and TOLERABLE_FIELDS.issuperset(fingerprint.differing(other))
     ]
-    return sorted(compatible, key=lambda other: (len(own.differing(other)), other.name))
+    return sorted(compatible, key=lambda other: (len(fingerprint.differing(other)), other.name))
 
 
-def difference(own: ReferenceFingerprint, other: ReferenceFingerprint) -> str:
-    """Return the numerics of `other` that differ from `own`: "attention sdpa, torch 2.12"."""
-    return ", ".join(f"{name} {value}" for name, value in own.differing(other).items())
+def difference(fingerprint: ReferenceFingerprint, other: ReferenceFingerprint) -> str:
+    """Return the numerics of `other` that differ from `fingerprint`: "attention sdpa, torch 2.12"."""
+    return ", ".join(f"{name} {value}" for name, value in fingerprint.differing(other).items())

@@ -123,15 +123,15 @@ def load_scored(
             model = load().eval()
         engine = Engine(model, model)
     else:
-        own, largest_shard = None, 0
+        nvme, largest_shard = None, 0
         if placement.nvme_path is not None:
-            own = nvme_folder(placement.nvme_path, world)
+            nvme = nvme_folder(placement.nvme_path, world)
             largest_shard = math.ceil(_largest_weight(folder, model_config, world) / world.size)
-        deepspeed_config = frozen_config(placement.offload, config.model.dtype, own, largest_shard)
+        deepspeed_config = frozen_config(placement.offload, config.model.dtype, nvme, largest_shard)
         with sharded_loading(world, deepspeed_config):
             model = load()
         world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
-        engine = FrozenEngine(model, deepspeed_config, own)
+        engine = FrozenEngine(model, deepspeed_config, nvme)
     settle_engine(engine, length, world, key)
     return engine
 

@@ -105,8 +105,8 @@ class StoreFiller:
         def survey() -> tuple[Indices, FillReport, frozenset[str]]:
             store = LogpStore.open(self.store.root, self.store.fingerprints)
             missing, hits = missing_responses(store, dataset, indices)
-            found = FillReport(hits, damaged=frozenset(store.damaged))
-            return missing, found, self.shards.union(store.shards)
+            report = FillReport(hits, damaged=frozenset(store.damaged))
+            return missing, report, self.shards.union(store.shards)
 
         missing, report, self.shards = self.world.on_main(survey)
         if not len(missing):
@@ -166,8 +166,8 @@ class StoreFiller:
             writing: Future[set[str]] = pool.submit(set)
             for of_round, micro_batches in planned:
 
-                def within(share: float, before: int = done, own: int = of_round) -> None:
-                    progress(before + int(share * own), len(pairs))
+                def within(share: float, before: int = done, size: int = of_round) -> None:
+                    progress(before + int(share * size), len(pairs))
 
                 keys, entries, is_stopped = self._score(dataset, micro_batches, score, within)
                 written |= self.world.together(writing.result)
@@ -195,8 +195,8 @@ class StoreFiller:
         mine = np.argsort(-sizes.costs, kind="stable")[self.world.replica :: self.world.replicas]
 
         def part(number: int) -> _Part:
-            own = slice(firsts[number], firsts[number] + counts[number])
-            return _Part(int(pairs[number]), responses[own], which[own])
+            of_pair = slice(firsts[number], firsts[number] + counts[number])
+            return _Part(int(pairs[number]), responses[of_pair], which[of_pair])
 
         plan = plan_micro_batches(sizes.at(mine), 1, self.micro_batch_tokens)
         return len(pairs), [[part(number) for number in mine[numbers]] for (numbers,) in plan]
@@ -214,8 +214,8 @@ class StoreFiller:
         log-probs of its responses, none if it does not lead its replica; and whether the fill has to stop.
         """
         world = self.world
-        own = [sum(len(part.responses) for part in parts) for parts in micro_batches]
-        columns = itertools.zip_longest(*world.gather(own), fillvalue=0)
+        responses = [sum(len(part.responses) for part in parts) for parts in micro_batches]
+        columns = itertools.zip_longest(*world.gather(responses), fillvalue=0)
         forwards = [max(RESPONSES_OF_DUMMY, *column) for column in columns]
         damaged: list[int] = []
         packed = _packed(dataset, micro_batches, forwards, damaged, world.device)
@@ -295,7 +295,7 @@ def count_reused(store: LogpStore, visited: Sequence[tuple[PreferenceDataset, In
         if not len(pairs):
             of_others = np.repeat(indices, dataset.response_counts(indices))[sources > 0]
             number_of_dataset, pairs = number, np.unique(of_others)
-    own, *compatible = store.fingerprints
-    names = [OWN_NUMERICS, *(difference(own, other) for other in compatible)]
+    fingerprint, *compatible = store.fingerprints
+    names = [OWN_NUMERICS, *(difference(fingerprint, other) for other in compatible)]
     responses = {name: n for name, n in zip(names, counts.tolist(), strict=True) if n}
     return Reuse(responses, number_of_dataset, pairs)

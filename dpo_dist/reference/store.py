@@ -87,28 +87,28 @@ def read_fingerprint(folder: Path) -> ReferenceFingerprint | None:
     """Return the fingerprint of a store's folder; None if `space.json` is missing, damaged or another's."""
     try:
         content = json.loads((folder / FINGERPRINT_FILE).read_bytes())
-        found = ReferenceFingerprint(content["reference"], dict(content["profile"]), content["label"])
-        return found if found.as_dict() == content and found.name == folder.name else None
+        fingerprint = ReferenceFingerprint(content["reference"], dict(content["profile"]), content["label"])
+        return fingerprint if fingerprint.as_dict() == content and fingerprint.name == folder.name else None
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
 
 
 def known_fingerprints(root: Path) -> list[ReferenceFingerprint]:
     """Return the fingerprints in a store that have a description; none of a folder that is no store."""
-    return [found for folder in sorted(root.glob("*")) if (found := read_fingerprint(folder)) is not None]
+    return list(filter(None, map(read_fingerprint, sorted(root.glob("*")))))
 
 
 def fingerprint_folders(root: Path) -> list[Path]:
     """Return the folders of all fingerprints in a store; a folder without one is an error."""
     named = [path for path in sorted(root.glob("*")) if _FOLDER_NAME.fullmatch(path.name)]
-    found = [path for path in named if (path / FINGERPRINT_FILE).exists() or any(path.glob("*.safetensors"))]
-    if not found:
+    begun = [path for path in named if (path / FINGERPRINT_FILE).exists() or any(path.glob("*.safetensors"))]
+    if not begun:
         raise ReferenceModelError(
             "no reference store is found in this folder",
             where=str(root),
             remedy="give the folder set as reference.store, by default output/reference",
         )
-    return found
+    return begun
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,8 @@ class Shard:
 
 def list_shards(folder: Path) -> list[str]:
     """Return the names of all shards in the folder of a fingerprint, damaged ones included."""
-    with os.scandir(folder) as entries:
-        return sorted(one.name for one in entries if _SHARD_NAME.fullmatch(one.name) and one.is_file())
+    with os.scandir(folder) as files:
+        return sorted(file.name for file in files if _SHARD_NAME.fullmatch(file.name) and file.is_file())
 
 
 def _name(folder: Path, *arrays: npt.NDArray[np.generic]) -> str:
