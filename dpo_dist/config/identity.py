@@ -84,7 +84,7 @@ def _values(config: RunConfig) -> dict[str, Any]:
 def plain(value: Any, *, with_defaults: bool = False) -> Any:
     """Return `value` without dataclasses and enums; of a dataclass the keys that define the result.
 
-    Those at their default only `with_defaults`; a null that means another value is then that value.
+    Keys at their default are left out unless `with_defaults`; a null becomes the value that it means.
     """
     if isinstance(value, list):
         return [plain(item, with_defaults=with_defaults) for item in value]

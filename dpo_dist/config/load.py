@@ -61,10 +61,10 @@ def load_run_config(
     former: Mapping[str, Any] | None = None,
     mistakes: Iterable[ConfigError] = (),
 ) -> RunConfig:
-    """Compose, type and check one run; what a verb needs of it, such as `data.train`, only with `verb`.
+    """Compose, type and check one run; with `verb`, also what this verb needs, such as `data.train`.
 
     `words` are those of a command: `["my.yaml", "+experiment=qwen7b", "loss.beta=0.2"]`; `own_folder` has
-    further groups, as `--config-dir`. A `verb` reads all keys of the command, and has the keys that it needs.
+    further groups, as `--config-dir`. A `verb` must read all keys of the command.
     `former` are values of a run's config.yaml, which the command changes; `mistakes` were found before.
 
     Raises:

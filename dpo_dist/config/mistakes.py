@@ -250,7 +250,7 @@ def composition_error(error: Exception, folders: Sequence[Path]) -> ConfigError:
 
 
 def _key_at(place: Sequence[int | str], *, is_unknown: bool = False) -> str:
-    """Return the key at a place of pydantic, which goes on with the parts of types: `data.train[0].path`."""
+    """Return the key at a place in pydantic's error, which may name parts of types: `data.train[0].path`."""
     key = ""
     for index, part in enumerate(place):
         longer = f"{key}[{part}]" if isinstance(part, int) else f"{key}.{part}".lstrip(".")

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Verb(NamedTuple):
-    """A program of the package, `python -m dpo_dist.NAME`; which keys it reads, the schema says at each."""
+    """A program of the package, `python -m dpo_dist.NAME`; the schema says which keys it reads."""
 
     help: str
     needs: tuple[str, ...] = ()

@@ -34,8 +34,8 @@ FIRST_RECORDS = 20
 def with_columns(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[RawRecord]:
     """Return records as `reader` and `columns` of their source name their fields.
 
-    Raises ConfigError: one of these keys is wrong; by this call. DataError: no record has one of the columns;
-    after the first records, or for fields that are rare after the last one.
+    Raises ConfigError at once if one of these keys is wrong. Raises DataError if no record has one of the
+    columns: after the first records, or after the last one for fields that are rare.
     """
     for name, path in (source.columns or {}).items():
         if path is not None and name not in FIELDS:
@@ -57,11 +57,11 @@ def _by_reader(records: Iterator[RawRecord], read: Callable[..., Any]) -> Iterat
             yield record, origin
             continue
         try:
-            found = read(dict(record))
-            detail = "" if isinstance(found, Mapping) else f"it returned a {type(found).__name__}"
+            fields = read(dict(record))
+            detail = "" if isinstance(fields, Mapping) else f"it returned a {type(fields).__name__}"
         except Exception as fault:  # the user's code can raise anything
-            found, detail = None, f"it raised {type(fault).__name__}"
-        yield BadRecord("reader_failed", origin, detail) if detail else found, origin
+            fields, detail = None, f"it raised {type(fault).__name__}"
+        yield BadRecord("reader_failed", origin, detail) if detail else fields, origin
 
 
 def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[RawRecord]:
@@ -76,19 +76,19 @@ def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[Raw
         if isinstance(record, BadRecord):
             yield record, origin
             continue
-        found = {
+        values = {
             field: value for field in paths if (value := _value_at(record, paths[field])) is not _MISSING
         }
         if unseen:
-            unseen = {field: path for field, path in unseen.items() if field not in found}
+            unseen = {field: path for field, path in unseen.items() if field not in values}
             seen |= dict.fromkeys(map(shown_key, record))
         if number >= FIRST_RECORDS and seen and not unseen.keys() <= set(_OPTIONAL):
             what = f"none of the first {number} records has"
             break
         rest = {} if _OTHERS in columns else {name: record[name] for name in record if name not in hidden}
-        whole = from_json(found.pop(_WHOLE, None if _WHOLE in paths else {}))
+        whole = from_json(values.pop(_WHOLE, None if _WHOLE in paths else {}))
         if isinstance(whole, Mapping):
-            yield {**rest, **whole, **found}, origin
+            yield {**rest, **whole, **values}, origin
         else:
             yield BadRecord("missing_field", origin, f"{paths[_WHOLE]} is no object"), origin
     if unseen and seen:
@@ -152,10 +152,10 @@ def resolved(source: SourceConfig) -> SourceConfig:
     if not is_described or (source.name is None and file != local):
         return source
     try:
-        found = parse_json(file.read_bytes())
+        content = parse_json(file.read_bytes())
     except ValueError:
-        found = None
-    entries = found if isinstance(found, dict) else {}
+        content = None
+    entries = content if isinstance(content, dict) else {}
     if not isinstance(entries.get(source.name), dict):
         raise ConfigError(
             f"{_FILE} has no such entry",
@@ -185,8 +185,8 @@ def _described(source: SourceConfig, folder: Path, entry: Fields) -> SourceConfi
         {name: value for name, value in dict(entry.get(key, {})).items() if value}
         for key in ("columns", "tags")
     )
-    own = ("format", "columns", "split", "data_dir", "revision")
-    faults = [f"{key} of the source" for key in own if getattr(source, key) not in (None, DataFormat.auto)]
+    keys = ("format", "columns", "split", "data_dir", "revision")
+    faults = [f"{key} of the source" for key in keys if getattr(source, key) not in (None, DataFormat.auto)]
     faults += [] if field_of else [f"formatting {formatting}"]
     faults += [key for key in entry if key not in _KEYS]
     faults += [f"column {name}" for name in named if name not in field_of]
@@ -205,12 +205,12 @@ def _described(source: SourceConfig, folder: Path, entry: Fields) -> SourceConfi
     elif entry.get("ranking") is False:
         columns = dict.fromkeys(_SIDES)
     limits = [limit for limit in (source.limit, entry.get("num_samples")) if limit is not None]
-    found = replace(
+    described = replace(
         source, name=None, columns=columns, limit=min(limits, default=None), split=entry.get("split")
     )
     if hub := entry.get("hf_hub_url"):
         subset, data_dir, revision = map(entry.get, ("subset", "folder", "revision"))
-        return replace(found, path=hub, name=subset, data_dir=data_dir, revision=revision)
+        return replace(described, path=hub, name=subset, data_dir=data_dir, revision=revision)
     # LLaMA-Factory gives every local file the split train.
-    split = None if found.split == "train" else found.split
-    return replace(found, path=str(folder / entry["file_name"]), split=split)
+    split = None if described.split == "train" else described.split
+    return replace(described, path=str(folder / entry["file_name"]), split=split)

@@ -53,7 +53,7 @@ class PreferenceDataset:
     scores: Array  # float64 [responses], nan if a record has no scores
     trained: Array | pa.ChunkedArray  # bool [tokens of responses with a mask], whether the loss counts each
     mask_starts: Array  # int64 [responses], offset in `trained` of the mask of a response that has one
-    trained_tokens: Array  # int32 [responses], tokens that the loss counts; of more, the response has a mask
+    trained_tokens: Array  # int32 [responses], tokens that the loss counts; fewer than all: it has a mask
     truncated: Array  # bool [responses], whether the end of a response was cut, with its end of turn
     prompt_hashes: Array  # uint64 [examples], `records.prompt_hash` of each record
     origins: Array  # int64 [examples, 2], index in `source_paths`, and line
@@ -219,7 +219,7 @@ class RankBatch:
     dataset: PreferenceDataset
     micro_batches: tuple[tuple[int, ...], ...]  # dataset indices of their examples; empty: a dummy
     positions: tuple[tuple[int, ...], ...]  # of these examples in the global batch
-    pairs: int  # examples of the global batch, over all ranks; as are all that follow
+    pairs: int  # examples of the global batch, over all ranks, as in the fields below
     tokens: int
     unshared_tokens: int  # `tokens` with each prompt once for each of its responses
     targets: int  # completion tokens that the loss counts
@@ -265,7 +265,7 @@ def shard_batch(
         mean_chosen_tokens=float(dataset.trained_tokens[chosen].mean()),
         sources=dataset.label_numbers(indices) if dataset.labels else None,
         only_chosen=only_chosen,
-        forwards=tuple(max(RESPONSES_OF_DUMMY, *(int(counts[own].sum()) for own in ranks)) for ranks in plan),
+        forwards=tuple(max(RESPONSES_OF_DUMMY, *(int(counts[at].sum()) for at in ranks)) for ranks in plan),
     )
 
 

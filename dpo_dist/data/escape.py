@@ -58,7 +58,7 @@ class Marks:
 
     def escape(self, text: str, pattern: re.Pattern[str] | None = None) -> str:
         """Return a text with a mark in place of each token of `pattern`, by default `in_text`."""
-        return (pattern or self.in_text).sub(lambda found: self._marks[found[0]], text)
+        return (pattern or self.in_text).sub(lambda match: self._marks[match[0]], text)
 
     def mark_beside(self, value: Any, pattern: re.Pattern[str]) -> Any:
         """Return a value with a mark beside each token of `pattern`: a template still finds the token.
@@ -66,8 +66,8 @@ class Marks:
         The mark follows a token at the start of a text, and precedes any other token.
         """
 
-        def marked(found: re.Match[str]) -> str:
-            return _BEFORE + found[0] if found.string[: found.start()].strip() else found[0] + _AFTER
+        def marked(match: re.Match[str]) -> str:
+            return _BEFORE + match[0] if match.string[: match.start()].strip() else match[0] + _AFTER
 
         def changed(part: Any) -> Any:
             if isinstance(part, str):
@@ -82,22 +82,22 @@ class Marks:
         """Return the output of a template for marked values with marks only in place of tokens."""
         # Some templates write tools by `tojson` in ASCII or as Python would.
         rendered = rendered.replace(_ESCAPED_CHARACTER, RESERVED_CHARACTER)
-        return self._beside.sub(lambda found: self._marks[found[1] or found[2]], rendered)
+        return self._beside.sub(lambda match: self._marks[match[1] or match[2]], rendered)
 
     def spell(self, escaped: str) -> str:
         """Return the text that an escaped text spells."""
-        return self._literal.sub(lambda found: self.tokens[int(found[1])], escaped)
+        return self._literal.sub(lambda match: self.tokens[int(match[1])], escaped)
 
     def with_aliases(self, escaped: str) -> tuple[str, list[Piece]]:
         """Return the text with its control tokens as aliases and spelled tokens as text; its pieces."""
         parts, pieces = list[str](), list[Piece]()
         length = done = 0
-        for found in self._literal_or_token.finditer(escaped):
-            before = escaped[done : found.start()]
-            replaced = self.tokens[int(found[1])] if found[1] else alias_of(found[0])
-            pieces += [(length, done, True), (length + len(before), found.start(), False)]
+        for match in self._literal_or_token.finditer(escaped):
+            before = escaped[done : match.start()]
+            replaced = self.tokens[int(match[1])] if match[1] else alias_of(match[0])
+            pieces += [(length, done, True), (length + len(before), match.start(), False)]
             parts += [before, replaced]
-            length, done = length + len(before) + len(replaced), found.end()
+            length, done = length + len(before) + len(replaced), match.end()
         return "".join([*parts, escaped[done:]]), [*pieces, (length, done, True)]
 
 
@@ -210,7 +210,7 @@ class EscapedEncoder:
         response, with a space of the prompt, has a negative start.
         """
         # From its last special token: later tokens do not depend on the text before it.
-        tail = prompt[max((found.start() for found in self._marks.in_text.finditer(prompt)), default=0) :]
+        tail = prompt[max((match.start() for match in self._marks.in_text.finditer(prompt)), default=0) :]
         texts = [prompt, tail, *(tail + response for response in responses)]
         distinct = list(dict.fromkeys(texts))
         encoded_by_text = dict(zip(distinct, self.encode(distinct, with_starts), strict=True))

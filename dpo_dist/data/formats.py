@@ -102,7 +102,7 @@ def read_records(
 
 
 def read_prompts(source: SourceConfig) -> Iterator[Record]:
-    """Read the records of a source for their prompts: without responses where they have none to be used."""
+    """Read the records of a source for their prompts: without responses where none can be used."""
     return read_records(source, parse=parse_prompt)
 
 
@@ -186,7 +186,7 @@ class Format(NamedTuple):
 
 
 def _check_no_other(record: Fields, content: Content) -> None:
-    """Check that a record has no other responses than those read; copies of them are none."""
+    """Check that a record has no other responses than those read, except copies of them."""
     used = {content.field} if content.field else set(content.responses)
     values = [record.get(name) for name in used]
     others = [
@@ -436,8 +436,8 @@ def is_response(record: Fields, name: str) -> bool:
 
 def has_completion(record: Fields) -> bool:
     """Return whether a record has a single response."""
-    has_one = any(record.get(name) is not None for name in ("completion", *CONVERSATIONS))
-    return (has_one or is_response(record, "output")) and not is_labelled(record)
+    has_field = any(record.get(name) is not None for name in ("completion", *CONVERSATIONS))
+    return (has_field or is_response(record, "output")) and not is_labelled(record)
 
 
 def completion(record: Fields) -> Content:
@@ -520,8 +520,8 @@ def _add_turns_before(turns: list[Message], record: Fields, prompt: Messages) ->
 
 def _tools(value: Any) -> tuple[Fields, ...]:
     """Return definitions of tools, each as `{type: function, function: {name, ...}}` if it has a name."""
-    found = from_json(without_nulls(value))
-    tools = list(map(from_json, found)) if isinstance(found, list) else [found]
+    spelled = from_json(without_nulls(value))
+    tools = list(map(from_json, spelled)) if isinstance(spelled, list) else [spelled]
     for tool in tools:
         function = tool.get("function", tool) if isinstance(tool, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name", ""), str):
@@ -535,10 +535,10 @@ def _tools(value: Any) -> tuple[Fields, ...]:
 def _arguments(record: Fields) -> Fields:
     """Return the arguments of the chat template, an object that may be spelled in JSON."""
     value = record.get(_ARGUMENTS)
-    found = from_json(without_nulls(value)) if has_value(value) else {}
-    if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
+    arguments = from_json(without_nulls(value)) if has_value(value) else {}
+    if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
         raise UnusableRecordError("unread_content", f"{_ARGUMENTS} is not an object", (_ARGUMENTS,))
-    return found
+    return arguments
 
 
 def _is_outside(value: Any, prompt: Prompt) -> bool:
@@ -548,7 +548,7 @@ def _is_outside(value: Any, prompt: Prompt) -> bool:
     whole = [turn.content for turn in turns_of(prompt, "user")]
     whole += [prompt.text] if isinstance(prompt, Dialogue) else []
     texts = [turn.content for turn in messages_of(value, role="user")] if is_messages(value) else [value]
-    return not all(isinstance(one, str) and any(one.strip() in text for text in whole) for one in texts)
+    return not all(isinstance(text, str) and any(text.strip() in part for part in whole) for text in texts)
 
 
 def check_content(record: PreferenceRecord) -> None:

@@ -76,11 +76,11 @@ def fitting_limits(sources: Sequence[SourceLengths], limits: DataConfig) -> str:
         return all(source.accepts(changed) for source in sources)
 
     at = bisect_left(steps, 1, key=lambda step: accepted(replace(limits, max_length=step)))
-    found = {"data.truncation=both": replace(limits, truncation=Truncation.both)}
+    tried = {"data.truncation=both": replace(limits, truncation=Truncation.both)}
     for step in (*steps[at : at + 1], *steps[-1:]):
-        found[f"data.max_length={step}"] = replace(limits, max_length=step)
+        tried[f"data.max_length={step}"] = replace(limits, max_length=step)
     lines = []
-    for written, changed in found.items():
+    for written, changed in tried.items():
         if accepted(changed):
             kept = sum(source.kept(changed) for source in sources)
             cuts = (whole > changed.max_length) | (lengths[:, 0] > (changed.max_prompt_length or longest))

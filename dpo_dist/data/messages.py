@@ -69,11 +69,11 @@ def is_messages(value: Any) -> bool:
 
 def spelled_messages(value: Any) -> Any:
     """Return the messages that a text spells as JSON; else `value`."""
-    found = from_json(value)
-    if not isinstance(value, str) or found is value:
+    spelled = from_json(value)
+    if not isinstance(value, str) or spelled is value:
         return value
     # A response may be an object that has a role.
-    messages = [found] if isinstance(found, Mapping) and set(found) in _BARE_MESSAGES else found
+    messages = [spelled] if isinstance(spelled, Mapping) and set(spelled) in _BARE_MESSAGES else spelled
     is_conversation = isinstance(messages, list) and bool(messages) and is_messages(messages)
     roles = [message.get("role", message.get("from")) for message in messages] if is_conversation else [None]
     return messages if all(role in _ALL_ROLES for role in roles) else value
@@ -156,8 +156,8 @@ def _parts(content: Any) -> Iterator[tuple[str, Any]]:
 
 def _tool_calls(value: Any) -> list[Fields]:
     """Return a call or a list of calls, perhaps in JSON, as chat templates read them."""
-    found = from_json(value)
-    calls = [found] if isinstance(found, Mapping) else found
+    spelled = from_json(value)
+    calls = [spelled] if isinstance(spelled, Mapping) else spelled
     if not isinstance(calls, list) or not calls:
         raise UnusableRecordError("invalid_tool_call", "a tool call is no JSON object and no list of them")
     read: list[Fields] = []
@@ -249,7 +249,7 @@ def read_hh(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]
 def _dialogue(text: str, prompt: Any) -> str:
     """Return a text, with the blank line before its first turn that is missing from some dialogues."""
     start = prompt.strip() if _is_open(prompt) else FIRST_TURN.strip()
-    may_be = prompt is None or _is_open(prompt)  # else it may be a story of one
+    may_be = prompt is None or _is_open(prompt)  # else it may be a text about a dialogue
     if may_be and LAST_TURN in text and text.lstrip().startswith(start):
         return "\n\n" + text.lstrip()
     return text

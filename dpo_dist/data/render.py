@@ -135,7 +135,7 @@ class TokenizerFacts:
 
     def after_last_special(self, escaped: str) -> int:
         """Return the position after the last special token or token around turns, 0 if there is none."""
-        return max((found.end() for found in self._special.finditer(escaped)), default=0)
+        return max((match.end() for match in self._special.finditer(escaped)), default=0)
 
     def with_prefix(self, ids: list[int]) -> tuple[list[int], int]:
         """Return `ids` with the tokenizer's prefix exactly once, and how many of them truncation keeps."""
@@ -277,8 +277,8 @@ def _is_written(text: str, turns: Messages, tools: Iterable[Fields]) -> bool:
 
 def thought_of(message: Message) -> str | None:
     """Return the thought that a field of a message has."""
-    found = (message.fields.get(name) for name in THOUGHT_FIELDS)
-    return next((thought for thought in found if thought and isinstance(thought, str)), None)
+    thoughts = (message.fields.get(name) for name in THOUGHT_FIELDS)
+    return next((thought for thought in thoughts if thought and isinstance(thought, str)), None)
 
 
 @dataclass
@@ -344,9 +344,9 @@ class _Conversation:
 
     def _after(self, messages: Sequence[Message], prompt: str) -> tuple[list[str], bool]:
         """Return the text of each response, and whether all follow the prompt as it is."""
-        found = self._following(messages, prompt)
-        pairs = zip(found, messages, strict=True)
-        return [self._alone(message) if text is None else text for text, message in pairs], None not in found
+        texts = self._following(messages, prompt)
+        pairs = zip(texts, messages, strict=True)
+        return [self._alone(message) if text is None else text for text, message in pairs], None not in texts
 
     def _alone(self, message: Message) -> str:
         """Return a response as the template writes its turn after a prompt that it renders differently."""
@@ -388,7 +388,7 @@ class _Conversation:
         closed = prompt.rstrip().removesuffix(_OPEN)
         if all(_CLOSE in message.content for message in spelled):
             within = [_within_thought(message.content, prompt) for message in spelled]
-            changes = set() if within == [one.content for one in spelled] else {"opened_thought_joined"}
+            changes = set() if within == [turn.content for turn in spelled] else {"opened_thought_joined"}
             pairs = zip(spelled, within, strict=True)
             return prompt, [self._ended(message, text, closed) for message, text in pairs], changes
         rendered, is_prefix = self._after(messages, closed)
@@ -405,7 +405,7 @@ class _Conversation:
         """Return the end of an empty thought with which all responses start: a part of the prompt."""
         if "empty_thoughts" not in self.config.untrained:
             return ""
-        starts = {found.group() if (found := _EMPTY_END.match(text)) else "" for text in responses}
+        starts = {match.group() if (match := _EMPTY_END.match(text)) else "" for text in responses}
         return starts.pop() if len(starts) == 1 else ""
 
     def _ended(self, message: Message, content: str, prompt: str) -> str:
@@ -470,14 +470,14 @@ class _Conversation:
         return trace.text[:first] + turn, starts[0], spans
 
 
-def _common_length(one: str, other: str) -> int:
+def _common_length(first: str, second: str) -> int:
     """Return the length of the common start of two texts, which does not end inside the tag of a thought."""
-    length = len(os.path.commonprefix([one, other]))  # noqa: RUF071  (of characters)
+    length = len(os.path.commonprefix([first, second]))  # noqa: RUF071  (of characters)
     # A generation prompt may open a thought where a turn starts with another tag, such as <tool_call>.
-    last = max(one.rfind("<", 0, length), 0)
+    last = max(first.rfind("<", 0, length), 0)
     is_cut = any(
         text.startswith(tag, last) and last + len(tag) > length
-        for text in (one, other)
+        for text in (first, second)
         for tag in THOUGHT_TAGS
     )
     return last if is_cut else length

@@ -31,7 +31,7 @@ _OWN_VARIABLES = {"messages", "tools", "add_generation_prompt", "strftime_now"}
 def pin_clock(template: str, day: str) -> str:
     """Return the template with the date `day` (ISO 8601) for its calls of a clock with a literal format."""
     moment = datetime.fromisoformat(day)
-    return _CLOCK_CALL.sub(lambda found: json.dumps(moment.strftime(found[2])), template)
+    return _CLOCK_CALL.sub(lambda match: json.dumps(moment.strftime(match[2])), template)
 
 
 @lru_cache(maxsize=8)
@@ -74,15 +74,15 @@ def chosen_template(
     `choice` is a file, the name of one of the tokenizer's templates, or None: its only or default one, or the
     one for tools. Raises ConfigError: there is no such file and no such template.
     """
-    own = tokenizer.chat_template
+    stored = tokenizer.chat_template
     if choice is None:
-        return str(tokenizer.get_chat_template(tools=[{}] if with_tools else None)) if own else None
-    if isinstance(own, dict) and choice in own:
-        return str(own[choice])
+        return str(tokenizer.get_chat_template(tools=[{}] if with_tools else None)) if stored else None
+    if isinstance(stored, dict) and choice in stored:
+        return str(stored[choice])
     try:
         return Path(choice).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as fault:
-        raise _no_such_template(f"{choice}: {fault}", own if isinstance(own, dict) else {}) from fault
+        raise _no_such_template(f"{choice}: {fault}", stored if isinstance(stored, dict) else {}) from fault
 
 
 def check_template_file(choice: str | None) -> None:
@@ -104,9 +104,9 @@ def _no_such_template(got: str, names: Collection[str]) -> ConfigError:
 
 def with_chosen_template(tokenizer: "PreTrainedTokenizerBase", choice: str) -> "PreTrainedTokenizerBase":
     """Return a copy of a tokenizer with the template of `data.chat_template`, to be saved with a model."""
-    changed, own = copy(tokenizer), tokenizer.chat_template
+    changed, stored = copy(tokenizer), tokenizer.chat_template
     chosen = chosen_template(tokenizer, choice)
-    changed.chat_template = {**own, "default": chosen} if isinstance(own, dict) else chosen
+    changed.chat_template = {**stored, "default": chosen} if isinstance(stored, dict) else chosen
     return changed
 
 
@@ -160,18 +160,18 @@ def _with_marks(template: str) -> str:
     """Return the template with marks around the body of each loop."""
     targets: list[str | None] = []
 
-    def marked(found: re.Match[str]) -> str:
-        tag, body, name = found.group(), found["body"], found["target"]
+    def marked(match: re.Match[str]) -> str:
+        tag, body, name = match.group(), match["body"], match["target"]
         if body is None:
             return tag
         # `print` is a statement: the whitespace around it is trimmed as around the tag of the loop.
         if body.startswith("for"):
             targets.append(name)
             start = f"{body} %}}{{% {_print(name, _START)}"
-            return f"{{%{found['open']} {start} {found['close']}%}}" if name else tag
+            return f"{{%{match['open']} {start} {match['close']}%}}" if name else tag
         name = targets.pop() if targets else None
         end = f"{_print(name, _END)} %}}{{% {body}"
-        return f"{{%{found['open']} {end} {found['close']}%}}" if name else tag
+        return f"{{%{match['open']} {end} {match['close']}%}}" if name else tag
 
     return _COMMENT_OR_LOOP.sub(marked, template)
 
@@ -255,8 +255,8 @@ class ChatRenderer:
     def after_response(self) -> str:
         """The output of the template after the last assistant turn."""
         try:
-            _, found, after = self.render(tuple(map(self.data, _PROBES))).rpartition(_PROBE)
-            fault = "" if found else "its output does not contain the response"
+            _, probe, after = self.render(tuple(map(self.data, _PROBES))).rpartition(_PROBE)
+            fault = "" if probe else "its output does not contain the response"
         except UnusableRecordError as error:
             fault = error.detail
         if fault:

@@ -275,8 +275,8 @@ def locked(
 ) -> Iterator[int]:
     """Open or create a file for appending and lock it until the context ends; yield its descriptor.
 
-    `owner` is the other process, as the subject of the error, if it has the lock. On a file system without
-    locks, a second process is not noticed.
+    `owner` completes the error "another process ...", if one has the lock. On a file system without locks, a
+    second process is not noticed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:

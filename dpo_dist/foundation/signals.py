@@ -109,7 +109,7 @@ class StopRequest:
         self.ask(name)
         if not self._is_deferred:
             raise stopped_by(name)
-        if not is_limit:  # echoes are answered here, and not after a long call of C, as a second signal
+        if not is_limit:  # an echo after a long call of C would count as a second signal
             time.sleep(_REPEATED_SECONDS)
 
 

@@ -63,7 +63,7 @@ def printable_lines(text: str) -> str:
 
 
 def print_line(text: str, to: TextIO | None = None) -> None:
-    """Print a line without control characters to a standard stream; one that takes nothing is no error."""
+    """Print a line without control characters to a standard stream; a full or closed one is no error."""
     to = to or sys.stdout
     stream = SafeStream(to)
     stream.write(printable_lines(text) + "\n")

@@ -98,7 +98,7 @@ def without_secrets(value: Any, environment: Mapping[str, str] = os.environ) -> 
 
     Secrets are credentials in addresses, tokens of known shapes, and values of environment variables with
     names like `*_KEY`, `*_TOKEN`, `*_PASSWORD`, from 8 characters on; numbers of tokens and paths
-    of files and folders (`SSH_KEY=/data/key`) are none.
+    of files and folders (`SSH_KEY=/data/key`) are not secret.
     """
     secrets = {
         written

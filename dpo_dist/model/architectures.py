@@ -51,7 +51,7 @@ _FIXED_POSITIONS = frozenset({"codegen", "ctrl", "gptj", "mpt"})
 
 
 def auto_class(model_config: Any, trust_remote_code: bool) -> Any:
-    """Return the auto class of the class that config.json names, the one that others load.
+    """Return the auto class that loads the class that config.json names.
 
     The text class of a model that also reads images has other names of weights, and lacks its other parts.
     """
@@ -59,8 +59,8 @@ def auto_class(model_config: Any, trust_remote_code: bool) -> Any:
     text = MODEL_FOR_CAUSAL_LM_MAPPING.get(kind, None)
     whole = MODEL_FOR_MULTIMODAL_LM_MAPPING.get(kind, None)
     names_text = text not in (None, whole) and text.__name__ in (model_config.architectures or ())
-    own = trust_remote_code and "AutoModelForCausalLM" in (getattr(model_config, "auto_map", None) or ())
-    if whole is None or names_text or own or not kind.__module__.startswith("transformers."):
+    remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(model_config, "auto_map", None) or ())
+    if whole is None or names_text or remote or not kind.__module__.startswith("transformers."):
         return AutoModelForCausalLM
     reads_images = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     return AutoModelForImageTextToText if reads_images else AutoModelForMultimodalLM
@@ -179,10 +179,10 @@ def router_notes(config: RouterConfig | None, causal_lm: Any) -> list[str]:
     if config is None or (coefficient := own_coefficient(causal_lm)) is None:
         return []
     if (added := router_loss(config, causal_lm)) is None:
-        own = f" (its own coefficient is {coefficient:g})" if coefficient else ""
+        hint = f" (its own coefficient is {coefficient:g})" if coefficient else ""
         return [
             "mixture of experts: trained without the router's load-balancing loss; "
-            f"loss.router.aux_coefficient={OF_MODEL} adds it{own}"
+            f"loss.router.aux_coefficient={OF_MODEL} adds it{hint}"
         ]
     terms = {"load-balancing loss": added.aux, "z-loss": added.z}
     parts = [f"{value:g} times the router's {name}" for name, value in terms.items() if value is not None]

@@ -222,16 +222,16 @@ def heads_of_layers(text: Any) -> list[Heads]:
     Keys and values of low rank (DeepSeek-V2, arXiv 2405.04434) are projected up to a head for each query
     head, whose `head_dim` in the configuration is only the part with positions.
     """
-    found = []
+    shapes = []
     for layer in layer_configs(text):
         heads: Any = getattr(layer, "num_attention_heads", None)
         if getattr(layer, "kv_lora_rank", None):
             dim = layer.qk_nope_head_dim + layer.qk_rope_head_dim
-            found.append(Heads(heads, heads, dim, layer.v_head_dim))
+            shapes.append(Heads(heads, heads, dim, layer.v_head_dim))
         elif heads:
             dim = getattr(layer, "head_dim", None) or layer.hidden_size // heads
-            found.append(Heads(heads, getattr(layer, "num_key_value_heads", None) or heads, dim, dim))
-    return found
+            shapes.append(Heads(heads, getattr(layer, "num_key_value_heads", None) or heads, dim, dim))
+    return shapes
 
 
 def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device) -> AttentionBackend:
@@ -303,18 +303,18 @@ def _kernel_fault(
     of_keys = [(heads.key, heads.dim), (heads.key, heads.value_dim)]
     shapes = [(heads.query, heads.dim), *of_keys, (heads.query, heads.value_dim)]
     rounded = [torch.randn(tokens, *shape, generator=generator).to(device, dtype) for shape in shapes]
-    found = []
+    results = []
     try:
         for kernel, precision in ((AttentionBackend.sdpa, torch.float32), (backend, dtype)):
             query, key, value, slopes = (tensor.to(precision, copy=True) for tensor in rounded)
             leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
             with torch.enable_grad():
                 output = packed_attention(_TRIAL, kernel, device)(query, key, value, scores)
-                found.append((output, *torch.autograd.grad(output, leaves, slopes)))
+                results.append((output, *torch.autograd.grad(output, leaves, slopes)))
     except Exception as error:  # a kernel can raise anything
         return first_line(error)
     names = ("output", "gradient of the query", "gradient of the key", "gradient of the value")
-    for name, wanted, got in zip(names, *found, strict=True):
+    for name, wanted, got in zip(names, *results, strict=True):
         difference = float((got - wanted).abs().max() / wanted.abs().max())
         if not difference < _TOLERANCE:
             return f"its {name} differs from sdpa's by {difference:.2g}"

@@ -62,7 +62,7 @@ class StartCheck:
     """
 
     _plain: Tensor  # log-probs by the model's own forward of one row at a time
-    _found: Tensor  # those by the last arrangement that was tried
+    _tried: Tensor  # those by the last arrangement
     _spread: float
 
     def __init__(
@@ -172,7 +172,7 @@ class StartCheck:
 
     def _score_plainly(self) -> str:
         """Compute the plain log-probs and how much rounding explains; return what is not finite, in words."""
-        self._plain = self._found = self._scores_as(Arrangement.single, own_logits=True)
+        self._plain = self._tried = self._scores_as(Arrangement.single, own_logits=True)
         self._spread = float(self._plain.std())
         if not self._is_float32:
             with _rounded_once_more(self._model.causal_lm):
@@ -207,11 +207,11 @@ class StartCheck:
 
     def _fault_of(self, arrangement: Arrangement, own_logits: bool) -> str:
         """Return why this arrangement of the model is not exact; empty: it is. Collective."""
-        self._found = self._scores_as(arrangement, own_logits)
+        self._tried = self._scores_as(arrangement, own_logits)
         neighbours = ""
         if not self._is_float32 and arrangement is not Arrangement.single:
             neighbours = self._effect_of_neighbours()
-        differences = (self._found - self._plain).abs()
+        differences = (self._tried - self._plain).abs()
         largest, mean = float(differences.max()), float(differences.mean())
         is_rounding = largest <= self._exact if self._is_float32 else mean <= self._rounding
         if is_rounding:
@@ -226,7 +226,7 @@ class StartCheck:
         # The prompt predicts the first token.
         near = slice(len(first) + min(1, len(second) - 1), len(first) + min(1 + _NEAR, len(second)))
         effect, repeated = (
-            float((self._scores(batch) - self._found)[near].abs().median())
+            float((self._scores(batch) - self._tried)[near].abs().median())
             for batch in (_packed([other, *self._examples[1:]]), self._batch)
         )
         allowed = max(_REPEATS * repeated, _NEIGHBOUR_NOISES * self._noise)
@@ -235,14 +235,14 @@ class StartCheck:
         return "" if effect <= allowed else f"log-probs change by {effect:.2g} nats with other responses"
 
     def _change_by_training(self) -> str:
-        mean, limit = float((self._scores(self._batch) - self._found).abs().mean()), self._rounding
+        mean, limit = float((self._scores(self._batch) - self._tried).abs().mean()), self._rounding
         if self._is_int8 and self._device.type != "cuda":
             # There, bitsandbytes rounds the inputs of int8 weights in evaluation mode only.
             limit = max(limit, _INT8_OTHERS * self._spread)
         return "" if mean <= limit else f"by {mean:.2g} nats in the mean"
 
     def _sometimes_used(self) -> str:
-        """Return the first weights that one of a long and a short sequence uses; empty: there are none."""
+        """Return the first weights that only a long or only a short sequence uses; empty: there are none."""
         causal_lm, long = self._model.causal_lm, self._examples[0]
         short = Example(long.prompt_ids[:2], (long.responses[0][:1],))
         differing = self._used(long) ^ self._used(short)
@@ -253,15 +253,15 @@ class StartCheck:
         """Return the weights with a gradient from the log-probs of an example."""
         with torch.enable_grad():
             logps = self._score(_packed([example]).to(self._device))
-        seen, found, waiting = set(), set(), [logps.grad_fn]
+        seen, used, waiting = set(), set(), [logps.grad_fn]
         while waiting:
             node = waiting.pop()
             if node is not None and node not in seen:
                 seen.add(node)
                 if hasattr(node, "variable"):  # where a gradient ends
-                    found.add(node.variable)
+                    used.add(node.variable)
                 waiting += [following for following, _ in node.next_functions]
-        return found
+        return used
 
 
 @contextlib.contextmanager
@@ -311,8 +311,8 @@ def trial_examples(causal_lm: Any, max_length: int) -> list[Example]:
 def _named_ids(config: Any) -> set[int]:
     """Return the token ids that a configuration names, of which an option may have several in a list."""
     values = [value for name, value in vars(config).items() if name.endswith(("_id", "_index"))]
-    ids = [one for value in values for one in (value if isinstance(value, list | tuple) else [value])]
-    return {one for one in ids if isinstance(one, int)}
+    ids = [id_ for value in values for id_ in (value if isinstance(value, list | tuple) else [value])]
+    return {id_ for id_ in ids if isinstance(id_, int)}
 
 
 def _packed(examples: Sequence[Example]) -> PackedBatch:

@@ -249,10 +249,10 @@ def modules_on_disk(folder: Path) -> tuple[list[str], list[str]]:
     check_weights([folder / ADAPTER_WEIGHTS], _ADAPTER_KEY)
     with safe_open(folder / ADAPTER_WEIGHTS, "np") as weights:
         names = [name.removeprefix(PEFT_PREFIX) for name in weights.keys() if not is_repeated(name)]  # noqa: SIM118
-    found: Any = read_model_json(folder / ADAPTER_CONFIG)
+    adapter: Any = read_model_json(folder / ADAPTER_CONFIG)
     layers = {name.rpartition(".lora_")[0] for name in names if name.endswith(LORA_WEIGHTS)}
     saved = {name.rpartition(".")[0] for name in names if not name.endswith(LORA_WEIGHTS)}
-    foreign = [module for module in saved if not module.endswith(tuple(found.get("modules_to_save") or ()))]
+    foreign = [module for module in saved if not module.endswith(tuple(adapter.get("modules_to_save") or ()))]
     if foreign or not layers:
         raise _unsupported(folder, f"other weights, of {foreign[0]}" if foreign else "no weights")
     return sorted(layers), sorted(saved)
@@ -280,15 +280,15 @@ def _check_form(folder: Path, config: ModelConfig) -> None:
             got=str(folder),
             remedy=f"write model.path={folder}, and for a new adapter 'model.adapter={{r: 16, alpha: 32}}'",
         )
-    found = read_model_json(folder / ADAPTER_CONFIG)
-    other = [name for name in _OTHER_FORMS if found.get(name)]
-    if found.get("peft_type") != "LORA":
-        other.append(f"peft_type {found.get('peft_type')}")
-    if found.get("ensure_weight_tying") and found.get("modules_to_save"):
+    adapter = read_model_json(folder / ADAPTER_CONFIG)
+    other = [name for name in _OTHER_FORMS if adapter.get(name)]
+    if adapter.get("peft_type") != "LORA":
+        other.append(f"peft_type {adapter.get('peft_type')}")
+    if adapter.get("ensure_weight_tying") and adapter.get("modules_to_save"):
         other.append("modules_to_save with ensure_weight_tying")
-    if found.get("use_dora") and config.quantization is Quantization.int8:
+    if adapter.get("use_dora") and config.quantization is Quantization.int8:
         other.append("DoRA on an 8-bit base, of which peft cannot compute the norms")
-    if (init := str(found.get("init_lora_weights", True)).lower()).startswith(_CHANGES_BASE):
+    if (init := str(adapter.get("init_lora_weights", True)).lower()).startswith(_CHANGES_BASE):
         other.append(f"init_lora_weights: {init}, which has changed the weights of the base")
     if other:
         raise _unsupported(folder, ", ".join(other))
@@ -309,8 +309,8 @@ def base_notes(config: ModelConfig, adapter: Path | None) -> list[str]:
     """Return a warning if an adapter names another base than `model.path`, by the last part of its name."""
     content = {} if adapter is None else read_model_json(adapter / ADAPTER_CONFIG)
     named = str(content.get("base_model_name_or_path") or "")
-    last, own = (Path(path).expanduser().resolve().name.lower() for path in (named, config.path))
-    if not named or last == own:
+    base, current = (Path(path).expanduser().resolve().name.lower() for path in (named, config.path))
+    if not named or base == current:
         return []
     return [
         f"warning: the adapter {adapter} was trained on {named}, model.path is {config.path}; on other "

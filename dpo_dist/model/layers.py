@@ -174,7 +174,7 @@ def use_liger(causal_lm: nn.Module) -> None:
 
 
 def partly_used_blocks(causal_lm: nn.Module) -> list[nn.Module]:
-    """Return the modules whose tokens may use only part of the weights, so that ranks differ in which.
+    """Return the modules whose tokens may use only part of the weights, so that ranks use different ones.
 
     They have a list of equal parts inside of a layer, such as one module per expert (experts that are stacked
     in one tensor, as in transformers' own models, are one part), or make one key of several tokens, as in
@@ -184,13 +184,13 @@ def partly_used_blocks(causal_lm: nn.Module) -> list[nn.Module]:
     layers = set(decoder_layers(causal_lm))
     stacks = [module for module in causal_lm.modules() if isinstance(module, nn.ModuleList)]
     inside = {module for stack in stacks for layer in stack for module in layer.modules()} - layers
-    found = [
+    names = [
         name
         for name, module in causal_lm.named_modules()
         if hasattr(module, "compress_rate")
         or (module in inside and any(map(_is_list_of_equals, module.children())))
     ]
-    outer = [name for name in found if not any(name.startswith(f"{other}.") for other in found)]
+    outer = [name for name in names if not any(name.startswith(f"{other}.") for other in names)]
     return [causal_lm.get_submodule(name) for name in outer]
 
 

@@ -131,8 +131,8 @@ def check_same_vocabulary(
     """
     vocabulary = tokenizer.get_vocab()
     ids = load_config(folder, config).get_text_config().vocab_size
-    own = load_tokenizer(folder, config).get_vocab() if has_tokenizer(folder) else vocabulary
-    differing = [token for token, number in vocabulary.items() if number >= ids or own.get(token) != number]
+    other = load_tokenizer(folder, config).get_vocab() if has_tokenizer(folder) else vocabulary
+    differing = [token for token, number in vocabulary.items() if number >= ids or other.get(token) != number]
     if differing:
         raise ConfigError(
             f"the model of {key} has other token ids than the tokenizer of model.path",
@@ -358,19 +358,19 @@ def check_all_weights_read(causal_lm: Any, unread: list[str], folder: Path, key:
     # Layers that predict further tokens follow the others in the same list (DeepSeek-V3, GLM-4.5).
     predicts_more = bool(getattr(causal_lm.config.get_text_config(), "num_nextn_predict_layers", None))
     foreign: list[str] = []
-    own: list[str] = []
+    missed: list[str] = []
     for name in unread:
         parts = name.split(".")
         depth = next(n for n in range(len(parts), -1, -1) if ".".join(parts[:n]) in modules)
         owner = ".".join(parts[:depth])
         is_layer = isinstance(modules[owner], nn.ModuleList) and parts[depth].isdecimal()
         is_foreign = predicts_more if is_layer else owner in ("", causal_lm.base_model_prefix)
-        (foreign if is_foreign else own).append(name)
-    if own:
+        (foreign if is_foreign else missed).append(name)
+    if missed:
         raise ConfigError(
             f"the weight files have tensors that {type(causal_lm).__name__} does not read",
             where=key,
-            got=f"{folder} with {', '.join(own[:5])} ({len(own)} in all)",
+            got=f"{folder} with {', '.join(missed[:5])} ({len(missed)} in all)",
             expected="weights and config.json of one architecture",
             remedy="check model_type and the options in config.json, such as num_hidden_layers",
         )

@@ -113,9 +113,9 @@ def add_saved(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
             return lora
         # peft looks for modules to train in full by their names before wrapping.
         weights = {
-            one if ".lora_" in one else one.removeprefix(PEFT_PREFIX): weight
-            for one, weight in load_peft_weights(str(folder), device="cpu").items()
-            if not is_repeated(one)
+            entry if ".lora_" in entry else entry.removeprefix(PEFT_PREFIX): weight
+            for entry, weight in load_peft_weights(str(folder), device="cpu").items()
+            if not is_repeated(entry)
         }
         loaded = set_peft_model_state_dict(causal_lm, weights, adapter_name=name)
     except Exception as error:  # peft can raise anything
@@ -123,12 +123,12 @@ def add_saved(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
         raise _foreign_adapter(causal_lm, folder, f"{type(error).__name__}: {reason}", key) from error
     if isinstance(causal_lm.get_output_embeddings(), LoraLayer):
         raise _foreign_adapter(causal_lm, folder, "matrices on the output layer", key)
-    own = [
+    unset = [
         missing
         for missing in loaded.missing_keys
         if (".lora_" in missing or ".modules_to_save." in missing) and f".{name}" in missing
     ]
-    if unread := [*loaded.unexpected_keys, *own]:
+    if unread := [*loaded.unexpected_keys, *unset]:
         raise _foreign_adapter(causal_lm, folder, f"{', '.join(unread[:3])} ({len(unread)} in all)", key)
     return lora
 
@@ -196,8 +196,8 @@ def target_layers(causal_lm: Any, adapter: AdapterConfig) -> list[str]:
 def _is_linear(module: nn.Module) -> bool:
     """Return whether a module computes as a linear layer: architectures derive routers from one, too."""
     kind = type(module)
-    is_own = kind.forward.__module__.startswith("transformers.models.") and kind.__name__ != "FalconLinear"
-    return isinstance(module, nn.Linear | Conv1D) and not is_own
+    derived = kind.forward.__module__.startswith("transformers.models.") and kind.__name__ != "FalconLinear"
+    return isinstance(module, nn.Linear | Conv1D) and not derived
 
 
 def _matches(name: str, target: str) -> bool:
@@ -210,21 +210,21 @@ def find_modules(causal_lm: Any, wanted: list[str]) -> list[str]:
         return []
     plain = []
     for name, module in causal_lm.named_modules():
-        own = list(module.parameters(recurse=False))
+        weights = list(module.parameters(recurse=False))
         is_leaf = next(module.children(), None) is None
-        if is_leaf and own and all(weight.is_floating_point() for weight in own):
+        if is_leaf and weights and all(weight.is_floating_point() for weight in weights):
             plain.append(name)
-    for one in wanted:
-        if not any(_matches(name, one) for name in plain):
+    for ending in wanted:
+        if not any(_matches(name, ending) for name in plain):
             raise ConfigError(
                 "a module to train in full is not one of this model",
                 where=_SAVED_KEY,
-                got=one,
+                got=ending,
                 expected=", ".join(_last_parts(plain)),
                 remedy="name modules that have unquantized weights of their own",
             )
-    found = [name for name in plain if any(_matches(name, one) for one in wanted)]
-    if len(shared := _shared_pair(causal_lm)) == 2 and len(set(found) & set(shared)) == 1:
+    names = [name for name in plain if any(_matches(name, ending) for ending in wanted)]
+    if len(shared := _shared_pair(causal_lm)) == 2 and len(set(names) & set(shared)) == 1:
         raise ConfigError(
             "two modules of this model share their weight, and only one of them is to be trained in full",
             where=_SAVED_KEY,
@@ -232,13 +232,13 @@ def find_modules(causal_lm: Any, wanted: list[str]) -> list[str]:
             expected=" and ".join(shared),
             remedy=f"name both in {_SAVED_KEY}, or neither: they stay one weight",
         )
-    return found
+    return names
 
 
 def _shared_pair(causal_lm: Any) -> tuple[str, ...]:
     """Return the names of embeddings and output layer if they are one weight in the base, else none."""
     pair = causal_lm.get_input_embeddings(), causal_lm.get_output_embeddings()
-    bases = (one.original_module if isinstance(one, ModulesToSaveWrapper) else one for one in pair)
+    bases = (layer.original_module if isinstance(layer, ModulesToSaveWrapper) else layer for layer in pair)
     first, second = (getattr(base, "weight", None) for base in bases)
     if first is None or first is not second:
         return ()
@@ -307,6 +307,6 @@ def _prepare_copies(causal_lm: Any, start: Path | None) -> None:
     # The start may have two different copies, which stay apart. Those in the model may be sharded.
     saved = {} if start is None else load_file(start / ADAPTER_WEIGHTS)
     started = [saved[name] for module in shared if (name := f"{PEFT_PREFIX}{module}.weight") in saved]
-    if all(TRAINED in copies for copies in pair) and all(torch.equal(started[0], one) for one in started):
+    if all(TRAINED in copies for copies in pair) and all(torch.equal(started[0], other) for other in started):
         for copies in pair[1:]:
             copies[TRAINED].weight = pair[0][TRAINED].weight

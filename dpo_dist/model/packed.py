@@ -189,13 +189,13 @@ class PackedCausalLM(nn.Module):
         rows = padded_rows(batch, pad_id if isinstance(pad_id, int) and pad_id >= 0 else 0)
         is_example = float(len(batch.keys) > 0)
         if self.arrangement is Arrangement.padded:
-            found = self._call(with_routing, input_ids=rows.input_ids).at(rows.predictors)
+            outputs = self._call(with_routing, input_ids=rows.input_ids).at(rows.predictors)
             weights = rows.is_token.flatten() * is_example
         else:
-            found = self._one_by_one(rows, batch, with_routing)
-            weights = found.predicting.new_full((sum(rows.lengths),), is_example, dtype=torch.float32)
-        logps = self._logps(found.predicting, batch.targets, statistics)
-        return (logps, self._routing(found, weights)) if with_routing else logps
+            outputs = self._one_by_one(rows, batch, with_routing)
+            weights = outputs.predicting.new_full((sum(rows.lengths),), is_example, dtype=torch.float32)
+        logps = self._logps(outputs.predicting, batch.targets, statistics)
+        return (logps, self._routing(outputs, weights)) if with_routing else logps
 
     def _packed(
         self, batch: PackedBatch, statistics: Sequence[Statistic], with_routing: bool
@@ -209,7 +209,7 @@ class PackedCausalLM(nn.Module):
             attention = ExchangedAttention(attention, self.sequence, len(ids))
             ids, positions = ids[share.tokens], positions[share.tokens]
             predictors, targets = share.predictors, targets[share.targets]
-        found = self._call(
+        outputs = self._call(
             with_routing,
             input_ids=ids[None],
             # All ones: without a mask transformers looks for packed sequences itself, by their positions.
@@ -218,11 +218,11 @@ class PackedCausalLM(nn.Module):
             packed=attention,
             packed_positions=positions,
         ).at(predictors)
-        logps = self._logps(found.predicting, targets, statistics)
+        logps = self._logps(outputs.predicting, targets, statistics)
         if share is None:
-            return (logps, self._routing(found, repeats)) if with_routing else logps
+            return (logps, self._routing(outputs, repeats)) if with_routing else logps
         logps = share.gather(logps)
-        return (logps, share.sum(self._routing(found, share.own(repeats)))) if with_routing else logps
+        return (logps, share.sum(self._routing(outputs, share.local(repeats)))) if with_routing else logps
 
     def _one_by_one(self, rows: PaddedRows, batch: PackedBatch, with_routing: bool) -> "_Outputs":
         """Return the outputs of the predictors, of a forward per row.
@@ -233,10 +233,10 @@ class PackedCausalLM(nn.Module):
         """
         longest, outputs, routers = rows.input_ids.shape[1], [], []
         targets = np.bincount(batch.target_places[0], minlength=len(rows.lengths)).tolist()
-        for row, own in enumerate(torch.split(rows.predictors, targets)):
-            found = self._row_outputs(rows.input_ids[row : row + 1, : rows.lengths[row]], with_routing)
-            outputs.append(found.at(own - row * longest).predicting)
-            routers.append(found.router_logits)
+        for row, predictors in enumerate(torch.split(rows.predictors, targets)):
+            computed = self._row_outputs(rows.input_ids[row : row + 1, : rows.lengths[row]], with_routing)
+            outputs.append(computed.at(predictors - row * longest).predicting)
+            routers.append(computed.router_logits)
         predicting = torch.cat(outputs)
         for _ in range(batch.forwards - len(rows.lengths)):
             unused = self._row_outputs(rows.input_ids[:1, :2]).predicting
@@ -249,8 +249,8 @@ class PackedCausalLM(nn.Module):
         if self._rope_limit is not None:  # the last token of the response counts, which is no input
             forget_lengths(self.causal_lm)
             input_ids = nn.functional.pad(input_ids, (0, 1))
-        found = self._call(with_routing, input_ids=input_ids)
-        return _Outputs(found.predicting[:tokens], tuple(part[:tokens] for part in found.router_logits))
+        outputs = self._call(with_routing, input_ids=input_ids)
+        return _Outputs(outputs.predicting[:tokens], tuple(part[:tokens] for part in outputs.router_logits))
 
     def _call(self, with_routing: bool = False, **inputs: Any) -> "_Outputs":
         """Return the outputs of all tokens in one row after the other; the only call of the model."""
@@ -260,8 +260,8 @@ class PackedCausalLM(nn.Module):
         if _accepted(model, {"use_cache"}):
             inputs["use_cache"] = False
         outputs = model(**inputs)
-        found = outputs.logits if self.own_logits else outputs.last_hidden_state
-        return _Outputs(found.flatten(0, 1), tuple(outputs.router_logits) if with_routing else ())
+        predicting = outputs.logits if self.own_logits else outputs.last_hidden_state
+        return _Outputs(predicting.flatten(0, 1), tuple(outputs.router_logits) if with_routing else ())
 
     def _logps(self, predicting: Tensor, targets: Tensor, statistics: Sequence[Statistic]) -> Tensor:
         """Return log-probs of `targets` from hidden states or logits, [targets, width]."""
@@ -300,11 +300,11 @@ def packed_logps(packed: PackedCausalLM, examples: Sequence[Example], budget: in
     layout = [(len(example.prompt_ids), *(len(ids) - 1 for ids in example.responses)) for example in examples]
     device, logps = next(packed.parameters()).device, list[Tensor]()
     for part in consecutive_batches(layout, budget, packed.arrangement):
-        own = examples[part.start : part.stop]
+        members = examples[part.start : part.stop]
         keys = np.zeros(
-            (sum(len(example.responses) for example in own), 2), dtype=np.uint64
+            (sum(len(example.responses) for example in members), 2), dtype=np.uint64
         )  # nobody looks them up
-        batch = pack(own, keys).to(device)
+        batch = pack(members, keys).to(device)
         logps += packed(batch).split(batch.response_tokens.tolist())
     return logps
 

@@ -78,14 +78,14 @@ def _restore_description(folder: Path, base: Path, dtype: torch.dtype, changes: 
     config.json is the one of transformers with the base's dropout and noise, without files about images.
     """
     file, generation = folder / CONFIG_FILE, folder / GENERATION_CONFIG_NAME
-    written, own = json.loads(file.read_bytes()), json.loads((base / CONFIG_FILE).read_bytes())
+    written, original = json.loads(file.read_bytes()), json.loads((base / CONFIG_FILE).read_bytes())
     kind = written["model_type"]
     # The model's remote code may set a type that config.json does not name.
-    if own.get("model_type", kind) == kind:
-        content = own | {"architectures": written["architectures"]}
+    if original.get("model_type", kind) == kind:
+        content = original | {"architectures": written["architectures"]}
         _copy_files(base, folder, _PROCESSORS)
     else:  # options that the base lacks keep their defaults
-        text = own.get("text_config") or {}
+        text = original.get("text_config") or {}
         content = {name: value for name, value in written.items() if not is_noise(name, value, kind)}
         content |= {name: text[name] for name in written if name not in content and name in text}
     write_description(file, content | changes, dtype)
@@ -185,7 +185,7 @@ def ignored_tensors(causal_lm: Any, base: Path, dtype: torch.dtype) -> dict[str,
     patterns = type(causal_lm)._keys_to_ignore_on_load_unexpected or ()
     if not patterns or causal_lm.config.model_type != read_model_json(base / CONFIG_FILE).get("model_type"):
         return {}
-    found: dict[str, Tensor] = {}
+    unread: dict[str, Tensor] = {}
     prefix = f"{causal_lm.base_model_prefix}."
     modules = {name.removeprefix(prefix) for name, _ in causal_lm.named_modules()}
 
@@ -197,8 +197,8 @@ def ignored_tensors(causal_lm: Any, base: Path, dtype: torch.dtype) -> dict[str,
     for file in weight_files(base):
         if file.suffix != ".json":
             with safe_open(file, "pt") as tensors:
-                found |= {name: tensors.get_tensor(name) for name in filter(is_ignored, tensors.keys())}
-    return {name: one.to(dtype) if one.is_floating_point() else one for name, one in found.items()}
+                unread |= {name: tensors.get_tensor(name) for name in filter(is_ignored, tensors.keys())}
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in unread.items()}
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:
@@ -217,12 +217,12 @@ def write_mean(folder: Path, members: Sequence[tuple[float, Path]], dtype: torch
         local_model_folder(str(member), None, _KEY)
         check_weights(weight_files(member), _KEY)
     kind = _kind(first)
-    own = _tensors(first)
-    mean = {name: weight.float() for name, weight in own.items()}
+    base = _tensors(first)
+    mean = {name: weight.float() for name, weight in base.items()}
     for coefficient, member in others:
         other = _tensors(member)
-        differing = list(own.keys() ^ other.keys())
-        differing += [name for name in own.keys() & other.keys() if own[name].shape != other[name].shape]
+        differing = list(base.keys() ^ other.keys())
+        differing += [name for name in base.keys() & other.keys() if base[name].shape != other[name].shape]
         if differing or _kind(member) != kind:
             raise ConfigError(
                 "a member of the average is a model of another kind or of other sizes",
@@ -231,9 +231,9 @@ def write_mean(folder: Path, members: Sequence[tuple[float, Path]], dtype: torch
                 expected=f"a model as in {first}",
                 remedy="name models that were trained from one model",
             )
-        for name, one in mean.items():  # not in place: of float32 weights it is `own`
-            mean[name] = one + coefficient * (other[name].float() - own[name].float())
-    mean = {name: weight.to(dtype or own[name].dtype) for name, weight in mean.items()}
+        for name, total in mean.items():  # not in place: `base` shares float32 weights
+            mean[name] = total + coefficient * (other[name].float() - base[name].float())
+    mean = {name: weight.to(dtype or base[name].dtype) for name, weight in mean.items()}
     ignored = shutil.ignore_patterns("*.safetensors*", "README.md")
     shutil.copytree(first, folder, ignore=ignored, dirs_exist_ok=True)
     save_torch_state_dict(mean, folder, max_shard_size="5GB")

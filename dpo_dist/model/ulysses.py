@@ -98,7 +98,7 @@ class TokenShare:
     ) -> "TokenShare":
         """Return this rank's share; `predictors` int64 [targets] are the indices that predict each target."""
         ranks = exchange.ranks
-        own = torch.arange(exchange.rank, exchange.rank + -(-tokens // ranks) * ranks, ranks, device=device)
+        mine = torch.arange(exchange.rank, exchange.rank + -(-tokens // ranks) * ranks, ranks, device=device)
         owners = predictors % ranks
         by_owner = np.argsort(owners, kind="stable")
         counts = np.bincount(owners, minlength=ranks)
@@ -108,9 +108,9 @@ class TokenShare:
         numbers = np.empty_like(by_owner)
         numbers[by_owner] = np.arange(len(by_owner))
         gathered = owners * most + numbers - starts[owners]
-        found = (copied_to(device, values) for values in (targets, predictors[targets] // ranks, gathered))
-        own_targets, own_predictors, on_device = found
-        return cls(exchange, own.clamp(max=tokens - 1), own_targets, own_predictors, most, on_device)
+        copies = (copied_to(device, values) for values in (targets, predictors[targets] // ranks, gathered))
+        own_targets, own_predictors, on_device = copies
+        return cls(exchange, mine.clamp(max=tokens - 1), own_targets, own_predictors, most, on_device)
 
     def gather(self, values: Tensor) -> Tensor:
         """Return [..., targets] on all ranks, in their order, of [..., own targets]; collective."""
@@ -118,7 +118,7 @@ class TokenShare:
         rows = self.exchange.all_gather(padded.movedim(-1, 0).contiguous())
         return rows.flatten(0, 1).index_select(0, self._gathered).movedim(0, -1)
 
-    def own(self, values: Tensor) -> Tensor:
+    def local(self, values: Tensor) -> Tensor:
         """Return the values of this rank's tokens of [tokens], zero for another copy of the last token."""
         ranks = self.exchange.ranks
         padded = torch.nn.functional.pad(values, (0, len(self.tokens) * ranks - len(values)))
@@ -149,9 +149,9 @@ class ExchangedAttention:
         parts = [tensor.reshape(len(tensor), ranks, -1) for tensor in (query, key, value)]
         received = self.exchange.all_to_all(torch.cat(parts, dim=-1).transpose(0, 1).contiguous())
         sequence = received.transpose(0, 1).flatten(0, 1)[: self.tokens]
-        own = torch.split(sequence, [part.shape[-1] for part in parts], dim=-1)
+        pieces = torch.split(sequence, [part.shape[-1] for part in parts], dim=-1)
         dims = [tensor.shape[-1] for tensor in (query, key, value)]
-        heads = [tensor.reshape(self.tokens, -1, dim) for tensor, dim in zip(own, dims, strict=True)]
+        heads = [tensor.reshape(self.tokens, -1, dim) for tensor, dim in zip(pieces, dims, strict=True)]
         if scores.sinks is not None:
             scores = replace(scores, sinks=scores.sinks.view(ranks, -1)[self.exchange.rank])
         attended = self.whole(heads[0], heads[1], heads[2], scores).flatten(1)

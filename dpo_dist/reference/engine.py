@@ -28,8 +28,8 @@ from dpo_dist.reference.store import LogpStore
 
 log = logging.getLogger(__name__)
 
-# How long a rank on which a forward has failed waits for the others. They compute the same forward, so they
-# fail at the same time, or come from its end; or they wait for this rank in the forward, and never come.
+# How long a rank whose forward has failed waits for the others. They fail or finish the same forward at about
+# the same time, or wait in it for this rank and never come.
 FAULT_SECONDS = 60.0
 
 

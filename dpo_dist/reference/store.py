@@ -162,7 +162,7 @@ def _name(folder: Path, *arrays: npt.NDArray[np.generic]) -> str:
 
 
 def open_shard(file: Path) -> Shard | None:
-    """Read and verify a shard's keys by its name and folder; None, with a warning, if they are others."""
+    """Read and verify a shard's keys by its name and folder; None, with a warning, if they do not match."""
     try:
         with safe_open(file, "np") as opened:
             keys, ends, checks = (opened.get_tensor(name) for name in ("keys", "ends", "checks"))
