@@ -29,8 +29,8 @@ _EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_ex
 class StepFlops:
     """Useful FLOPs of a training step, without recomputation.
 
-    Of a packed token in the matrices of all layers, of a completion token in the output layer, and in all
-    layers of a token for one that it attends to, itself included. Windows count as full attention.
+    `per_token` in the matrices of all layers, `per_target` in the output layer, `per_attended` in all layers
+    for each query-key pair, also of a token with itself. Windows count as full attention.
     """
 
     per_token: float
@@ -45,9 +45,9 @@ class StepFlops:
 def step_flops(causal_lm: Any) -> StepFlops:
     """Return the FLOPs of a model's training step, from shapes alone.
 
-    A weight with two dimensions or more is multiplied with each token but embeddings, which are looked up,
-    and experts (three dimensions, the first of them the experts), of which a token visits its configuration's
-    number. Frozen weights have no gradient; modules that an adapter trains in full replace the original ones.
+    Each token is multiplied by all weights of two dimensions or more, except embeddings, which are looked up,
+    and experts (three dimensions, the first numbers the experts), of which it visits as many as config.json
+    says. Frozen weights have no gradient; modules that an adapter trains in full replace the original ones.
     Norms, rotations and softmax are not counted.
     """
     text, output = causal_lm.config.get_text_config(), causal_lm.get_output_embeddings().weight

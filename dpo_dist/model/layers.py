@@ -56,7 +56,7 @@ def text_part(causal_lm: Any) -> Any:
 
 
 def other_weights(causal_lm: Any) -> set[nn.Parameter]:
-    """Return the weights that text does not depend on, as of a vision tower: they have no gradient."""
+    """Return the weights that text does not depend on, such as a vision tower's: they have no gradient."""
     unreached = [module for module in causal_lm.modules() if type(module).__name__ in _NOT_OF_TEXT]
     others = {weight for module in unreached for weight in module.parameters()}
     if (text := text_part(causal_lm)) is causal_lm:
@@ -66,7 +66,7 @@ def other_weights(causal_lm: Any) -> set[nn.Parameter]:
 
 
 def keep_text(causal_lm: Any, *, drops: bool = True) -> None:
-    """Freeze the weights that text does not depend on; drop modules without others, such as towers."""
+    """Freeze the weights that text does not depend on; drop modules with no other weights, as towers."""
     others = other_weights(causal_lm)
     for weight in others:
         weight.requires_grad_(False)
