@@ -143,34 +143,34 @@ class Observer:
         self, record: PreferenceRecord, facts: Facts, tokenizer: "PreTrainedTokenizerBase"
     ) -> set[str]:
         """Add the facts about the record's tokens; return the names that they give to a kept one."""
-        whole = found = encode_record(record, self._config, tokenizer)
-        if isinstance(found, BadRecord) or not _CUT.isdisjoint(found.example.changes):
+        whole = encoded = encode_record(record, self._config, tokenizer)
+        if isinstance(encoded, BadRecord) or not _CUT.isdisjoint(encoded.example.changes):
             whole = encode_record(record, self._whole, tokenizer)
         if isinstance(whole, EncodedRecord):
             facts.tokens = _lengths(whole.example)
         if facts.pair is not None:
             facts.pair.differences.pop("characters", None)
-            best = whole if isinstance(found, BadRecord) else found
+            best = whole if isinstance(encoded, BadRecord) else encoded
             counts = [] if isinstance(best, BadRecord) else [int(mask.sum()) for mask in best.example.masks]
             if counts and counts[0] != counts[-1]:
                 facts.pair.differences["tokens"] = float(counts[0] - counts[-1])
-        if isinstance(found, BadRecord):
-            facts.dropped, facts.detail = found.reason, found.detail
+        if isinstance(encoded, BadRecord):
+            facts.dropped, facts.detail = encoded.reason, encoded.detail
             return set()
         assert isinstance(whole, EncodedRecord)
         assert facts.tokens is not None
-        encoded, prompt = found.example, len(found.example.prompt_ids)
-        before, after = facts.tokens, _lengths(encoded)
+        example, prompt = encoded.example, len(encoded.example.prompt_ids)
+        before, after = facts.tokens, _lengths(example)
         facts.cut = before[0] - after[0], before[1] - after[1], before[2] - after[2]
-        facts.changed = dict(found.outcome.changed)
-        responses = list(map(len, encoded.responses))
-        used = list(itertools.chain(*found.ranks))
+        facts.changed = dict(encoded.outcome.changed)
+        responses = list(map(len, example.responses))
+        used = list(itertools.chain(*encoded.ranks))
         facts.sums = {
-            "pairs": len(found.ranks),
+            "pairs": len(encoded.ranks),
             "tokens": prompt * len(responses) + sum(responses),
             "unique_tokens": prompt + sum(responses),
             "response_tokens": sum(responses[index] for index in used),
-            "trained_tokens": sum(int(encoded.masks[index].sum()) for index in used),
+            "trained_tokens": sum(int(example.masks[index].sum()) for index in used),
         }
         start, special = whole.example.prompt_ids[:2], set(tokenizer.all_special_ids)
         ends = [ids[-2:].tolist() for ids in whole.example.responses]
