@@ -15,7 +15,7 @@ from dpo_dist.insight.evaluation import Column, bootstrap_intervals
 
 Row = dict[str, Any]
 Key = tuple[str, ...]
-"""A model and a metric; or two models and a metric, which is then of both."""
+"""A model and a metric, or two models and a metric that compares them."""
 Means = Mapping[Key, tuple[float, list[float] | None]]
 """Means with their intervals; metrics without a value are absent."""
 

@@ -1,4 +1,4 @@
-"""Observe records in a worker process: facts about each one, from which the report is made."""
+"""Observe records in a worker process: the report is made of the facts about each."""
 
 import itertools
 import re
@@ -142,7 +142,7 @@ class Observer:
     def _encode(
         self, record: PreferenceRecord, facts: Facts, tokenizer: "PreTrainedTokenizerBase"
     ) -> set[str]:
-        """Add the facts about the record's tokens; return the names that they give to a kept one."""
+        """Add the facts about the record's tokens; return the names that they give to a kept record."""
         whole = encoded = encode_record(record, self._config, tokenizer)
         if isinstance(encoded, BadRecord) or not _CUT.isdisjoint(encoded.example.changes):
             whole = encode_record(record, self._whole, tokenizer)
@@ -189,7 +189,7 @@ def _lengths(encoded: EncodedExample) -> Lengths:
 
 
 def _ends(responses: Sequence[Sized]) -> tuple[int, int]:
-    """Return the lengths of the first and, of several responses, the last one."""
+    """Return the lengths of the first and of the last response, -1 for a missing last response."""
     return len(responses[0]), len(responses[-1]) if len(responses) > 1 else -1
 
 
@@ -207,7 +207,7 @@ def _preferences(
 ) -> Iterator[tuple[int, int]]:
     """Yield the key of each preference between two responses and of its opposite.
 
-    Texts that differ in case or white space only have the same key; one that a ranking has twice is ignored.
+    Texts that differ only in case or white space have the same key; a text that occurs twice is ignored.
     """
     keys = [text_key(" ".join(response.casefold().split())) for response in responses]
     scores = record.scores or tuple(range(len(keys), 0, -1))

@@ -166,7 +166,7 @@ _EDGE_CHARACTERS = 100
 _SPACES, _LINE_ENDS = (" ", "\u3000", "\u00a0"), ("\n", "\r")
 _ODD = "[\ufffd\u200b\u2060\ufeff\u00a0\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
 Feature = Callable[[str, str], float]
-"""Of a response, and of the response without white space around it."""
+"""A measure of a response; the second argument is the response without white space around it."""
 
 
 def _has(pattern: str) -> Feature:
@@ -272,7 +272,7 @@ class Benchmark:
             self.whole[" ".join(words)] = origin
 
     def item_in(self, prompt: str, *responses: str) -> str | None:
-        """Return the origin of an item that overlaps with a record; a short one has to be the prompt."""
+        """Return the origin of an item that overlaps with a record; a short item has to equal the prompt."""
         if (item := self.whole.get(" ".join(plain_words(prompt)))) is not None:
             return item
         for words in map(plain_words, (prompt, *responses)):

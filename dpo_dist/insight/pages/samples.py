@@ -38,9 +38,9 @@ class Response:
 
 @dataclass(frozen=True)
 class Shown:
-    """A prompt as the model reads it, with responses, of which the others are compared with that `against`.
+    """A prompt as the model reads it, with responses, which are compared with the response `against`.
 
-    `why` is in small letters below the title, `labels` are of filters, the smallest `order` is the first.
+    `why` is in small letters below the title, `labels` are for filters, the smallest `order` comes first.
     """
 
     prompt: str
@@ -61,7 +61,7 @@ class Shown:
 def marked(text: str, other: str) -> tuple[list[Piece], float]:
     """Return the pieces of a text and the share of its words that `other` lacks. White space does not count.
 
-    Letters of scripts without spaces are words. In a long text, frequent words are no anchors.
+    Letters of scripts without spaces are words. In a long text, frequent words do not anchor the comparison.
     """
     words = list(WORD.finditer(text))
     matcher = SequenceMatcher(None, [word.group() for word in words], WORD.findall(other))

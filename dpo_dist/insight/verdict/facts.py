@@ -22,7 +22,7 @@ class Accuracy(NamedTuple):
 
     @property
     def noise(self) -> float:
-        """Three standard errors; of a pair more on each side, so that all right of a few is not certain."""
+        """Three standard errors, with one more pair right and one wrong: a few right pairs prove little."""
         share = (self.value * self.pairs + 1) / (self.pairs + 2)
         return 3 * math.sqrt(share * (1 - share) / self.pairs) if self.pairs else math.inf
 
