@@ -16,19 +16,19 @@ from dpo_dist.foundation.errors import DeviceMemoryError
 
 _KEPT_FREE = 0.1  # share of the memory that is not given away
 _ROOT = Path("/sys/fs/cgroup")
-_OWN = Path("/proc/self/cgroup")
+_PROCESS_CGROUPS = Path("/proc/self/cgroup")
 _CONTROLLERS = {
     "": ("", "memory.max", "memory.current", "inactive_file"),
     "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
-"""Folder, limit, use, and file cache within the use, by the controller in `_OWN`: cgroups 2 and 1."""
+"""Folder, limit, use and file cache in it, by the controller in `_PROCESS_CGROUPS`: cgroups 2 and 1."""
 
 
-def available_memory(root: Path = _ROOT, own: Path = _OWN) -> int:
+def available_memory(root: Path = _ROOT, process_cgroups: Path = _PROCESS_CGROUPS) -> int:
     """Return bytes of host memory, below the limits of this process's cgroups, less a tenth of the memory."""
     memory = psutil.virtual_memory()
     free = [memory.available - _KEPT_FREE * memory.total]
-    lines = own.read_text().splitlines() if own.exists() else []
+    lines = process_cgroups.read_text().splitlines() if process_cgroups.exists() else []
     for _, controller, path in (line.split(":", 2) for line in lines):
         if controller not in _CONTROLLERS:
             continue
@@ -53,7 +53,7 @@ _POLICY_REMEDY = (
 
 
 def wait_for_device() -> None:
-    """Wait until the device has done its work: what one of its streams still uses must not be released."""
+    """Wait until the device is idle: memory that one of its streams still uses must not be released."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

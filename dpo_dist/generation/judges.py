@@ -173,15 +173,15 @@ class RewardModel:
         scores = iter(self._scores(encoded))
         judgements = []
         for question in questions:
-            own = [next(scores) for _ in question.responses]
-            if not _are_finite(own):
+            of_question = [next(scores) for _ in question.responses]
+            if not _are_finite(of_question):
                 raise ConfigError(
                     "the reward model computes a score that is not finite",
                     where=f"{_REWARD_MODEL} at the prompt of {question.record.origin}",
                     got="NaN or infinity",
                     remedy="check its weights, or set model.dtype=fp32; finished parts are kept",
                 )
-            judgements.append(Judgement(own, Counter({"not_scored": own.count(None)})))
+            judgements.append(Judgement(of_question, Counter({"not_scored": of_question.count(None)})))
         return judgements
 
     def _encoded(self, record: PreferenceRecord, response: str) -> list[int] | None:
@@ -297,7 +297,8 @@ class EndpointJudge:
         """
         size = 2 if self._config.verdicts is Verdicts.compare else 1  # two, in both positions
         orders = [list(itertools.permutations(range(len(each.responses)), size)) for each in questions]
-        asked = [(each, order) for each, own in zip(questions, orders, strict=True) for order in own]
+        by_question = list(zip(questions, orders, strict=True))
+        asked = [(question, order) for question, tried in by_question for order in tried]
         pool = ThreadPoolExecutor(self._config.parallel_requests, "judge")
         try:
             verdicts = list(pool.map(lambda each: self._verdict(*each), asked))
@@ -307,8 +308,8 @@ class EndpointJudge:
             self.check()  # all requests of a short part may be refused for their texts
         given = iter(verdicts)
         return [
-            _judgement(len(each.responses), dict(zip(own, given, strict=False)))
-            for each, own in zip(questions, orders, strict=True)
+            _judgement(len(question.responses), dict(zip(tried, given, strict=False)))
+            for question, tried in by_question
         ]
 
     def _verdict(self, question: Question, order: tuple[int, ...]) -> str:
@@ -316,9 +317,9 @@ class EndpointJudge:
         instruction, form, names = _ASKED[len(order)]
         responses = {name: question.responses[index] for name, index in zip(names, order, strict=True)}
         text, refusal = self._ask(self._messages(instruction, question, **responses))
-        found: list[str] = form.findall(text)[-1:]  # those before the last one are thoughts
-        if found and found[0] in _VERDICTS:
-            return found[0]
+        verdicts: list[str] = form.findall(text)[-1:]  # those before the last one are thoughts
+        if verdicts and verdicts[0] in _VERDICTS:
+            return verdicts[0]
         return "refused" if refusal else "unreadable"
 
     def _messages(self, instruction: str, question: Question, **responses: str) -> list[Any]:
@@ -335,7 +336,7 @@ class EndpointJudge:
         """
         options = self._options
         try:
-            found: Any = self._client.chat.completions.create(
+            reply: Any = self._client.chat.completions.create(
                 model=str(self._config.model), messages=messages, **options
             )
         except self._openai.APIStatusError as error:
@@ -352,7 +353,7 @@ class EndpointJudge:
             return "", refusal
         except (self._openai.APIError, ValueError) as error:
             raise self._unusable(type(error).__name__) from None
-        choices = getattr(found, "choices", None)
+        choices = getattr(reply, "choices", None)
         if choices is None:
             raise self._unusable("a reply that is no chat completion")
         if not choices or choices[0].finish_reason == "length":  # the end of a reply has the verdict
@@ -379,22 +380,22 @@ def _judgement(responses: int, verdicts: Mapping[tuple[int, ...], str]) -> Judge
     if (0,) in verdicts:
         return Judgement([float(each) if each in _VERDICTS else None for each in verdicts.values()], counts)
     won: list[list[float]] = [[] for _ in range(responses)]
-    for one, other in itertools.combinations(range(responses), 2):
-        both = verdicts[one, other], verdicts[other, one]
+    for first, second in itertools.combinations(range(responses), 2):
+        both = verdicts[first, second], verdicts[second, first]
         if both[0] in faults or both[1] in faults:
             continue
         # In the second request the positions are swapped.
         credit = {("A", "B"): 1.0, ("B", "A"): 0.0}.get(both, 0.5)
         counts["position_disagreements"] += credit == 0.5 and both != ("tie", "tie")
-        won[one].append(credit)
-        won[other].append(1 - credit)
-    return Judgement([sum(own) / len(own) if own else None for own in won], counts)
+        won[first].append(credit)
+        won[second].append(1 - credit)
+    return Judgement([sum(shares) / len(shares) if shares else None for shares in won], counts)
 
 
 Judge: TypeAlias = RewardModel | FunctionJudge | EndpointJudge
 """Scores responses; its weights are loaded when it is asked first. Its methods raise DpoDistError.
 
-As a text it is its name; `check` checks it without its weights, an endpoint by one request; `describe`
+`str` is its name; `check` needs no weights, and sends an endpoint one harmless request; `describe`
 returns everything that the scores depend on, without secrets; `judge` the judgement of each question.
 """
 

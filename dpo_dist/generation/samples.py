@@ -71,8 +71,8 @@ class Samples:
             metrics: dict[str, float] = {}
             others = self.reference or [dict.fromkeys(_OF_RESPONSE)] * len(asked)
             rows = [
-                {**prompt.fields, "step": step, **_named("policy", own), **_named("reference", other)}
-                for prompt, own, other in zip(self.prompts, asked, others, strict=True)
+                {**prompt.fields, "step": step, **_named("policy", response), **_named("reference", other)}
+                for prompt, response, other in zip(self.prompts, asked, others, strict=True)
             ]
             write_text(self.run.folder.samples_file(step), lines(rows))
             with warn_on_bug("the row of metrics of samples", self.run.say):
@@ -207,7 +207,7 @@ def choose_prompts(
         (text_digest(f"{seed} {key}"), int(index)) for key, index in zip(keys, indices, strict=True)
     )
     ends = np.cumsum(dataset.source_pairs)
-    found: list[SamplePrompt] = []
+    prompts: list[SamplePrompt] = []
     for prompt_hash, index in by_hash:
         tokens = dataset.lengths(index)[0]
         if tokens == 0 or (longest is not None and tokens > longest):
@@ -222,7 +222,7 @@ def choose_prompts(
             "source": dataset.source_labels[int(np.searchsorted(ends, index, side="right"))],
             "chosen": texts_after(chosen_ids, prompt_ids, tokenizer)[0],
         }
-        found.append(SamplePrompt(Request(prompt_ids, prompt_hash[:16], 0), fields))
-        if len(found) == count:
+        prompts.append(SamplePrompt(Request(prompt_ids, prompt_hash[:16], 0), fields))
+        if len(prompts) == count:
             break
-    return tuple(found)
+    return tuple(prompts)

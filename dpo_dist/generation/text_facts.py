@@ -98,7 +98,7 @@ def is_refusal(response: str) -> bool:
 
 _BASE = 0x9E3779B97F4A7C15
 _LONGEST_WORD = 40
-"""Letters of a word; a longer one is no word but a loop without spaces, an address or a code."""
+"""Most letters of a word; what is longer is a loop without spaces, an address or a code."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class TextFacts:
     finished: bool  # by itself
     refusals: bool
     distinct_3: float | None
-    """Share of different ones among its runs of three words (Li et al. 2016, arXiv 1510.03055)."""
+    """Share of different runs among its runs of three words (Li et al. 2016, arXiv 1510.03055)."""
     longest_repeat: float
     """Share of its words in its longest passage that occurs twice, overlapping; near 1 if it repeats one
     phrase to the end."""
@@ -119,9 +119,9 @@ class TextFacts:
 
 def text_facts(text: str, tokens: int, is_finished: bool) -> TextFacts:
     """Return the facts of a response."""
-    found = WORD.findall(text.casefold())
-    # Repetition is to be seen within a word that is too long, too.
-    words = [part for word in found for part in (word if len(word) > _LONGEST_WORD else (word,))]
+    whole_words = WORD.findall(text.casefold())
+    # A word that is too long is split into letters, so that its repetitions count.
+    words = [part for word in whole_words for part in (word if len(word) > _LONGEST_WORD else (word,))]
     grams = list(zip(words, words[1:], words[2:], strict=False))
     return TextFacts(
         length=tokens,
@@ -155,12 +155,12 @@ _OF_SAMPLES = ["length", "finished", "distinct_3", "longest_repeat", "language_c
 def sample_metrics(facts: Sequence[TextFacts], expected: Sequence[str | None]) -> dict[str, float]:
     """Return the means of facts by name; without a measurement a name is absent."""
     changed = [
-        None if found.language is None or language is None else found.language != language
-        for found, language in zip(facts, expected, strict=True)
+        None if response.language is None or language is None else response.language != language
+        for response, language in zip(facts, expected, strict=True)
     ]
     metrics = {}
     for name in _OF_SAMPLES:
-        column = changed if name == "language_changed" else [getattr(found, name) for found in facts]
+        column = changed if name == "language_changed" else [getattr(response, name) for response in facts]
         if known := [value for value in column if value is not None]:
             metrics[name] = sum(known) / len(known)
     return metrics

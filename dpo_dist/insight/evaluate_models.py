@@ -45,9 +45,9 @@ def evaluate_models(config: RunConfig, models: Sequence[Evaluated], console: Con
         for evaluated in models:  # before the reference is computed, which may take hours
             run.world.on_main(partial(check_origin, evaluated, run.config, inputs))
         objective = Objective(config.loss, prepare_reference(run, inputs).provider)
-        found = {each.path: _evaluate(run, each, inputs, objective) for each in models}
-        if len(found) > 1 and run.world.is_main:
-            of_all = {path: results[ALL] for path, results in found.items()}
+        evaluations = {evaluated.path: _evaluate(run, evaluated, inputs, objective) for evaluated in models}
+        if len(evaluations) > 1 and run.world.is_main:
+            of_all = {path: results[ALL] for path, results in evaluations.items()}
             console.result("comparison", of_all, evaluation_table(of_all))
     return ExitCode.completed
 
@@ -84,15 +84,15 @@ def _evaluate(run: Run, evaluated: Evaluated, inputs: EvaluationInputs, objectiv
     def write() -> Results:
         folder = run.folder
         name = evaluated.name(config, inputs)
-        found = write_evaluation(name, evaluated.path, config, means, values, dataset, commit)
-        console.result("results", {"model": evaluated.path, **found}, evaluation_table(found))
+        results = write_evaluation(name, evaluated.path, config, means, values, dataset, commit)
+        console.result("results", {"model": evaluated.path, **results}, evaluation_table(results))
         run.say(f"evaluation: {folder.evaluation.results}   also in {folder.evaluation_of(name).path}")
-        return found
+        return results
 
     with console.heartbeat("computing intervals and writing the scores"):
-        found = world.on_main(write)
+        results = world.on_main(write)
     model.free()
-    return found
+    return results
 
 
 def load_evaluated(
@@ -119,15 +119,15 @@ def load_evaluated(
         finish = load_trained
     else:
         revision = config.model.revision if evaluated.path == config.model.path else None
-        found = shared_model_folder(run, evaluated.path, revision, EVALUATED, accepts_adapter=True)
-        commit = hub_commit(found)
-        if is_adapter(found):
-            for note in base_notes(config.model, found):
+        named = shared_model_folder(run, evaluated.path, revision, EVALUATED, accepts_adapter=True)
+        commit = hub_commit(named)
+        if is_adapter(named):
+            for note in base_notes(config.model, named):
                 run.say(note)
-            finish = partial(load_adapter, folder=found)
+            finish = partial(load_adapter, folder=named)
         else:
-            folder, bits = found, bits if found.resolve() == base.resolve() else None
-            world.on_main(partial(check_same_vocabulary, found, inputs.tokenizer, config.model, EVALUATED))
+            folder, bits = named, bits if named.resolve() == base.resolve() else None
+            world.on_main(partial(check_same_vocabulary, named, inputs.tokenizer, config.model, EVALUATED))
     offload = config.parallelism.offload_parameters
     placement = replace(config.reference, offload=offload, nvme_path=None, quantization=bits)
     model_config = replace(scored_model(config), quantization=bits)

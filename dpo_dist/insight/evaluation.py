@@ -65,17 +65,17 @@ def bootstrap_intervals(
     values, counts = totals[:, ::2], totals[:, 1::2]
     counted = np.count_nonzero(table[:, 1::2], axis=0)
     outside = (1 - LEVEL) / 2
-    found = {}
+    intervals = {}
     for index, name in enumerate(measured):
         if counted[index] >= FEWEST_PROMPTS and (counts[:, index] > 0).all():
             low, high = np.quantile(values[:, index] / counts[:, index], (outside, 1 - outside))
-            found[name] = float(low), float(high)
+            intervals[name] = float(low), float(high)
             if name in lowest and low == high and low in (-1, 0, 1):
                 # Wilson's interval of a share of 0 or 1; of a difference, on both sides within -1 and 1.
                 squared = NormalDist().inv_cdf((1 + LEVEL) / 2) ** 2
                 width = squared / (counted[index] + squared)
-                found[name] = max(float(low - width), lowest[name]), min(float(low + width), 1.0)
-    return found
+                intervals[name] = max(float(low - width), lowest[name]), min(float(low + width), 1.0)
+    return intervals
 
 
 def results_name(label: str) -> str:
@@ -97,16 +97,16 @@ def results(
     of metrics that are means over pairs or tokens. `means` are exact, of all metrics of `plan`; `labels` say
     for each label of the sources whether a pair has it, [pairs]; `prompts` are hashes, [pairs].
     """
-    found = {ALL: _of_group(values, prompts, plan, seed)}
+    by_name = {ALL: _of_group(values, prompts, plan, seed)}
     divided = {f"{name}/{label}" for name in plan.of_pairs for label in plan.labels}
-    found[ALL] |= {f"eval_{name}": value for name, value in means.items() if name not in divided}
+    by_name[ALL] |= {f"eval_{name}": value for name, value in means.items() if name not in divided}
     for label, members in labels.items():
-        own = PairValues(*(vars(values)[field.name][members] for field in fields(values)))
+        selected = PairValues(*(vars(values)[field.name][members] for field in fields(values)))
         suffix = f"/{label}" if plan.labels else ""
-        found[results_name(label)] = _of_group(own, prompts[members], plan, seed) | {
+        by_name[results_name(label)] = _of_group(selected, prompts[members], plan, seed) | {
             f"eval_{metric}": means[metric + suffix] for metric in plan.of_pairs if metric + suffix in means
         }
-    return found
+    return by_name
 
 
 def _of_group(
@@ -123,16 +123,16 @@ def _of_group(
             measured[name] = torch.where(inside, value, 0.0).numpy(), (count * inside).numpy()
     lowest = {name: 0.0 for name in measured if name.startswith(_SHARES)}
     intervals = bootstrap_intervals(measured, prompts, seed, lowest)
-    found: dict[str, Any] = {
+    row: dict[str, Any] = {
         f"eval_{name}": float(column.sum() / counts.sum())
         for name, (column, counts) in measured.items()
         if counts.sum()
     }
-    found |= {"eval_pairs": len(values), "eval_prompts": len(np.unique(prompts))}
-    found["intervals"] = {f"eval_{name}": list(ends) for name, ends in intervals.items()}
+    row |= {"eval_pairs": len(values), "eval_prompts": len(np.unique(prompts))}
+    row["intervals"] = {f"eval_{name}": list(ends) for name, ends in intervals.items()}
     if not plan.loss.is_one_sided and len(values):
-        found |= {f"eval_{name}": value for name, value in values.margin_percentiles().items()}
-    return found
+        row |= {f"eval_{name}": value for name, value in values.margin_percentiles().items()}
+    return row
 
 
 def write_scores(file: Path, values: PairValues, dataset: PreferenceDataset) -> None:
@@ -177,7 +177,7 @@ def write_evaluation(
     for label, pairs in zip(dataset.source_labels, dataset.source_pairs, strict=True):
         members.setdefault(label, np.zeros(len(dataset), dtype=np.bool_))[start : start + pairs] = True
         start += pairs
-    found = results(
+    by_name = results(
         means,
         values,
         members,
@@ -193,13 +193,13 @@ def write_evaluation(
         "pairs": len(dataset),
         "sources": [{"label": source["label"], "path": source["path"]} for source in sources],
     }
-    own, newest = folder.evaluation_of(name), folder.evaluation
-    for written in (own.path, newest.path):
+    named, newest = folder.evaluation_of(name), folder.evaluation
+    for written in (named.path, newest.path):
         collect_abandoned(written)
-    write_text(own.evaluated, json.dumps(evaluated, indent=1) + "\n")
-    write_scores(own.scores, values, dataset)
-    write_text(own.results, json.dumps(for_json(found), indent=1) + "\n")
-    for file, target in zip(own.files, newest.files, strict=True):
+    write_text(named.evaluated, json.dumps(evaluated, indent=1) + "\n")
+    write_scores(named.scores, values, dataset)
+    write_text(named.results, json.dumps(for_json(by_name), indent=1) + "\n")
+    for file, target in zip(named.files, newest.files, strict=True):
         with staged_file(target) as temporary:
             shutil.copyfile(file, temporary)
-    return found
+    return by_name

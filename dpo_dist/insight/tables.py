@@ -56,8 +56,8 @@ def closing_table(folder: RunFolder, rows: Sequence[Fields], summary: Fields) ->
         "run": _OUTCOMES[outcome].format(counted(summary["steps"], "step")),
         "time": _time(rows, summary),
         "best": "".join(
-            f"{folder.checkpoints / checkpoint_name(one['step'])} ({one['metric']} {one['value']:.4f})"
-            for one in filter(None, [summary.get("best_checkpoint")])
+            f"{folder.checkpoints / checkpoint_name(saved['step'])} ({saved['metric']} {saved['value']:.4f})"
+            for saved in filter(None, [summary.get("best_checkpoint")])
         ),
         "data": ", ".join(
             f"{name}: {counts['kept']:,} of {counted(counts['read'], 'record')} kept"

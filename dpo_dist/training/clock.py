@@ -56,7 +56,7 @@ class StepClock:
 
 
 class WorkClock:
-    """Time of a run by kind of work, of which every moment of a start is one; a start begins with `starting`.
+    """Time of a run by kind of work; each moment of a start counts as one kind, at first as `starting`.
 
     `started`: by `time.monotonic`.
     """

@@ -73,9 +73,9 @@ def find_start(run: Run) -> Checkpoint | RunState | None:
 def describe_run(run: Run) -> dict[str, Any]:
     """Return the content of environment.json; collective."""
     config, world = run.config, run.world
-    own_loss = world.together(lambda: check_custom_loss(config.loss, world.device))
+    custom_loss = world.together(lambda: check_custom_loss(config.loss, world.device))
     environment = world.on_main(lambda: describe_environment(world.size))
-    if own_loss is None:
+    if custom_loss is None:
         return environment
     digests = world.gather(find_function(config.loss.function).digest[:8])
     if len(set(digests)) > 1:
@@ -85,7 +85,7 @@ def describe_run(run: Run) -> dict[str, Any]:
             got=", ".join(f"rank {rank}: {digest}" for rank, digest in enumerate(digests)),
             remedy="copy the same module to every node",
         )
-    return environment | {"loss_function": own_loss}
+    return environment | {"loss_function": custom_loss}
 
 
 def check_disk_room(config: RunConfig, weights: int, done: int, steps: int) -> None:

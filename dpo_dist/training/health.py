@@ -27,7 +27,7 @@ from dpo_dist.training.step import Objective, ReadyStep, StepTotals
 
 
 def count_spike(row: Row, rows: Sequence[Row], say: Callable[[str], None]) -> None:
-    """Add `loss_spikes`, their number so far, to the row after `rows`; warn of one."""
+    """Add `loss_spikes`, their number so far, to the row after `rows`; warn of a new spike."""
     last: Row = next((before for before in reversed(rows) if "loss" in before), {})
     row["loss_spikes"] = last.get("loss_spikes", 0)
     usual = usual_loss(rows, row)

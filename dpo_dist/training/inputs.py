@@ -156,8 +156,8 @@ def _load(
     config, world = run.config, run.world
     folder = shared_model_folder(run, config.model.path, config.model.revision, "model.path")
     start = _on_every_rank(run, partial(start_folder, config.model), "looking for the adapter")
-    own_tokenizer = tokenizer_folder(folder, start)
-    tokenizer, digest = load_tokenizer(own_tokenizer, config.model), tokenizer_digest(own_tokenizer)
+    tokenizer_files = tokenizer_folder(folder, start)
+    tokenizer, digest = load_tokenizer(tokenizer_files, config.model), tokenizer_digest(tokenizer_files)
     with unsharded_loading(world):  # a sharded model has no shapes to count
         model_config, causal_lm = checked_model(config, folder, start)
     flops, weights = step_flops(causal_lm), sum(map(torch.numel, causal_lm.parameters()))
@@ -215,19 +215,19 @@ def _counted(run: Run, dataset: PreferenceDataset, **count: Callable[[], int]) -
 
 def _digest_models(run: Run, policy_folder: Path, start: Path | None) -> tuple[ModelFiles, ModelFiles | None]:
     config, reference = run.config, run.config.reference
-    store, own_code = Path(reference.store), config.model.trust_remote_code
+    store, remote_code = Path(reference.store), config.model.trust_remote_code
     # Weights that are sharded while they are loaded are read by rank 0 alone.
     whole = config.model.quantization is not None or config.parallelism.kind is not ParallelismKind.zero3
     if reference.mode is not ReferenceMode.none and reference.path is None:
         whole = whole or reference.quantization is not None
-    policy_files = digest_on_every_node(policy_folder, store, own_code, whole, run.world, start)
+    policy_files = digest_on_every_node(policy_folder, store, remote_code, whole, run.world, start)
     if reference.mode is ReferenceMode.none:
         return policy_files, None
     if reference.path is None:
         return policy_files, policy_files
     folder = shared_model_folder(run, reference.path, None, "reference.path")
     whole = reference.quantization is not None
-    return policy_files, digest_on_every_node(folder, store, own_code, whole, run.world)
+    return policy_files, digest_on_every_node(folder, store, remote_code, whole, run.world)
 
 
 def _on_every_rank(run: Run, find: Callable[[], T], doing: str) -> T:

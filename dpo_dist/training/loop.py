@@ -152,7 +152,7 @@ class Loop(Rows):
     def _say_skipped(
         self, ready: ReadyStep, totals: StepTotals, position: Position, *, overflow: bool
     ) -> None:
-        """Say why a step was skipped; of a bad one, name the pairs. Collective: no weight has changed."""
+        """Say why a step was skipped; of a bad step, name the pairs. Collective: no weight has changed."""
         step, scale, file = position.step, self.policy.loss_scale, self.run.folder.bad_step(position.step)
         if overflow and scale is not None:
             why = f"gradients overflow in fp16; the loss scale falls to {scale.value:g}"

@@ -1,4 +1,4 @@
-"""What looks at a run, which training does not import: the verb `train` passes it in."""
+"""Interfaces of what reports on a run: training does not import it, the verb `train` passes it in."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager

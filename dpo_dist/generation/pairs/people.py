@@ -229,15 +229,15 @@ def agreement(judgements: Iterable[Judgement]) -> dict[str, Any]:
         if each.verdict != SKIP:
             given[each.annotator][each.item] = each
     annotators, between = {}, []
-    for name, own in sorted(given.items()):
-        lefts = [each.verdict == _SIDES[each.left] for each in own.values() if each.verdict != TIE]
-        annotators[name] = {"judged": len(own), "left_share": statistics.fmean(lefts) if lefts else None}
+    for name, by_item in sorted(given.items()):
+        lefts = [each.verdict == _SIDES[each.left] for each in by_item.values() if each.verdict != TIE]
+        annotators[name] = {"judged": len(by_item), "left_share": statistics.fmean(lefts) if lefts else None}
     for names in itertools.combinations(sorted(given), 2):
         from sklearn.metrics import cohen_kappa_score  # noqa: PLC0415  (slow)
 
         first, second = (given[name] for name in names)
         pairs = [(first[key].verdict, second[key].verdict) for key in first if key in second]
-        agreed = statistics.fmean(one == other for one, other in pairs) if pairs else None
+        agreed = statistics.fmean(verdict == other for verdict, other in pairs) if pairs else None
         has_one_verdict = len(set(itertools.chain(*pairs))) < 2  # chance agreement is 1
         kappa = None if has_one_verdict else float(cohen_kappa_score(*zip(*pairs, strict=True)))
         between.append({"annotators": list(names), "items": len(pairs), "agreed": agreed, "kappa": kappa})

@@ -161,7 +161,7 @@ def run_rounds(config: RunConfig, say: Say, run: Run = run_command) -> int:
             if not has_pairs:
                 say(f"round {number}: no two responses to a prompt differ by more than pairs.margin")
                 break
-    last = max(one["number"] for one in results if one["training"] is not None)
+    last = max(result["number"] for result in results if result["training"] is not None)
     say(f"the last policy: {_policy(config, last)}")
     return ExitCode.completed
 
@@ -196,14 +196,14 @@ def _sample(config: RunConfig, number: int, say: Say, run: Run) -> dict[str, Any
     is_learned = number > 1 and samples["responses"] and samples["largest_difference"] <= pairs.margin
     if code != ExitCode.completed and not is_learned:
         raise _failed(f"sampling of round {number}", code, folder)
-    found = None
+    pair_count = None
     if code == ExitCode.completed:
         with folder.pairs_file.open("rb") as lines:
-            found = sum(1 for _ in lines)
+            pair_count = sum(1 for _ in lines)
     mean = samples["mean_score"]
     score = "" if mean is None else f", mean score {mean:.4f}"
-    say(f"round {number}: {samples['responses']:,} responses, {found or 0:,} pairs{score}")
-    return samples | {"pairs": found}
+    say(f"round {number}: {samples['responses']:,} responses, {pair_count or 0:,} pairs{score}")
+    return samples | {"pairs": pair_count}
 
 
 def _train(config: RunConfig, number: int, say: Say, run: Run) -> tuple[int, dict[str, Any] | None]:

@@ -81,20 +81,19 @@ PART_PROMPTS = 64
 def different_prompts(config: RunConfig, say: Callable[[str], None]) -> list[PreferenceRecord]:
     """Return the different prompts of `data.train` that are to be asked, in their order."""
     pairs = config.pairs
-    found: dict[str, PreferenceRecord] = {}
-    counts: Counter[str] = Counter()
-    for record in training_records(config, read_prompts, say, lambda: len(found) == pairs.limit):
+    prompts, counts = dict[str, PreferenceRecord](), Counter[str]()
+    for record in training_records(config, read_prompts, say, lambda: len(prompts) == pairs.limit):
         asked = replace(as_asked(record, config.data), responses=(), scores=None)
         key = prompt_key(asked)
         if int(key[:16], 16) % pairs.prompt_parts != pairs.prompt_part:
             counts["in_other_parts"] += 1
-        elif key in found:
+        elif key in prompts:
             counts["repeated"] += 1
         else:
-            found[key] = asked
+            prompts[key] = asked
     skipped = "".join(f", {number:,} {name.replace('_', ' ')}" for name, number in sorted(counts.items()))
-    say(f"prompts: {counted(len(found), 'different one')}{skipped}")
-    return list(found.values())
+    say(f"prompts: {counted(len(prompts), 'different one')}{skipped}")
+    return list(prompts.values())
 
 
 def select_pairs(
@@ -107,8 +106,8 @@ def select_pairs(
     reason of a prompt without a pair.
     """
     every = list(itertools.combinations(range(len(scores)), 2))
-    counts["tied_pairs"] += sum(scores[one] == scores[other] for one, other in every)
-    ordered = [(one, other) if scores[one] > scores[other] else (other, one) for one, other in every]
+    counts["tied_pairs"] += sum(scores[i] == scores[j] for i, j in every)
+    ordered = [(i, j) if scores[i] > scores[j] else (j, i) for i, j in every]
     possible = [pair for pair in ordered if scores[pair[0]] - scores[pair[1]] > rule.margin]
     if not possible:
         reason = "all_tied" if len(set(scores)) == 1 else "below_margin"
@@ -129,14 +128,13 @@ def select_pairs(
 
 
 def _text(completion: Completion) -> str:
-    """Return what makes the completions of a prompt different."""
+    """Return the text by which completions of a prompt are equal or different."""
     return json.dumps([completion.content.strip(), completion.fields])
 
 
 def joined_completions(of_models: Sequence[Completions], pairs: PairsConfig) -> Completions:
-    """Return the completions of a prompt by all models, with the reason why one is part of no pair."""
-    completions: list[Completion] = []
-    seen: set[str] = set()
+    """Return the completions of a prompt by all models, each with the reason if it is in no pair."""
+    completions, seen = list[Completion](), set[str]()
     for model, row in enumerate(of_models):
         for completion in row.completions:
             unused, text = None, _text(completion)
@@ -157,22 +155,22 @@ def score(
 ) -> list[Completions]:
     """Return the completions of each prompt with their scores and the judge's counts, if there is a judge.
 
-    It is asked about every prompt with a completion, also a single one, so that a mean score is of all. Of
-    equal completions it scores the first, and all get its score.
+    The judge scores also a single completion of a prompt, so that the mean score is of all prompts. Of equal
+    completions it scores the first, and all get this score.
     """
     if judge is None:
         return list(rows)
     asked = [[completion for completion in row.completions if completion.unused is None] for row in rows]
     questions = [
-        Question(record, tuple(completion.content for completion in own))
-        for record, own in zip(records, asked, strict=True)
-        if own
+        Question(record, tuple(completion.content for completion in usable))
+        for record, usable in zip(records, asked, strict=True)
+        if usable
     ]
     judgements = iter(judge.judge(questions))
     scored = []
-    for row, own in zip(rows, asked, strict=True):
-        judgement = next(judgements) if own else Judgement([])
-        scores = dict(zip(map(_text, own), judgement.scores, strict=True))
+    for row, usable in zip(rows, asked, strict=True):
+        judgement = next(judgements) if usable else Judgement([])
+        scores = dict(zip(map(_text, usable), judgement.scores, strict=True))
         completions = []
         for completion in row.completions:
             value = scores.get(_text(completion))
@@ -304,8 +302,8 @@ def pairs_from_models(run: Run) -> None:
         return list(map(asdict, score(prompts.parts[index], joined, judge)))
 
     names = [parts.folder.name for parts in of_models]
-    own = {"responses": names, "unfinished": str(pairs.unfinished), "judge": described}
-    completions = prompts.finish("scores", prompts.stage("scores", own), scored)
+    inputs = {"responses": names, "unfinished": str(pairs.unfinished), "judge": described}
+    completions = prompts.finish("scores", prompts.stage("scores", inputs), scored)
     facts = {"sampling": asdict(sampling)} | ({"judge": described} if judge else {})
     results = Results(prompts, models, completions, facts)
 

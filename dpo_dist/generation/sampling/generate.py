@@ -84,12 +84,12 @@ def batches(
     row may exceed it.
     """
     order = sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt_ids))[rank::size]
-    found = []
+    batched = []
     while order:
         rows = max(1, budget // (len(requests[order[0]].prompt_ids) + new_tokens))
-        found.append(order[:rows])
+        batched.append(order[:rows])
         del order[:rows]
-    return found
+    return batched
 
 
 @torch.inference_mode()
@@ -105,8 +105,8 @@ def generate(
     samples: dict[int, Sample] = {}
     for indices in batches(requests, sampling.max_new_tokens, budget):
         chosen = [requests[index] for index in indices]
-        found = generate_batch(causal_lm, chosen, sampling, stop_ids, causal_lm.device)
-        samples |= zip(indices, found, strict=True)
+        generated = generate_batch(causal_lm, chosen, sampling, stop_ids, causal_lm.device)
+        samples |= zip(indices, generated, strict=True)
     return [samples[index] for index in range(len(requests))]
 
 
@@ -226,21 +226,20 @@ def generate_together(
     shares = [
         batches(requests, sampling.max_new_tokens, budget, rank, world.size) for rank in range(world.size)
     ]
-    own, synchronised = shares[world.rank], engine.is_synchronised
-    samples: dict[int, Sample] = {}
-    is_broken = False
+    share, synchronised = shares[world.rank], engine.is_synchronised
+    samples, is_broken = dict[int, Sample](), False
     with engine.generating(of_base=of_base) as causal_lm:
         for number in range(max(map(len, shares))):
             stops.raise_if_stopping()
-            if number >= len(own) and not synchronised:
+            if number >= len(share) and not synchronised:
                 continue
-            indices = own[number] if number < len(own) else []
+            indices = share[number] if number < len(share) else []
             chosen, settings = [requests[index] for index in indices], sampling
             if not chosen:  # a rank without work takes part in the forwards of the others
                 dummy = np.array([min(stop_ids)], dtype=np.int32)
                 chosen, settings = [Request(dummy, "", 0)], Sampling(max_new_tokens=1, temperature=0)
             try:
-                found = generate_batch(
+                generated = generate_batch(
                     causal_lm,
                     chosen,
                     settings,
@@ -252,10 +251,10 @@ def generate_together(
             except NotFiniteError:  # the other ranks wait in the next batch
                 is_broken = True
             else:
-                samples |= zip(indices, found, strict=False)
+                samples |= zip(indices, generated, strict=False)
     stops.raise_if_stopping()  # the last responses may be cut
     gathered = world.gather((samples, is_broken))
     if any(fault for _, fault in gathered):
         raise NotFiniteError
-    everything = {index: sample for found, _ in gathered for index, sample in found.items()}
+    everything = {index: sample for part, _ in gathered for index, sample in part.items()}
     return [everything[index] for index in range(len(requests))]

@@ -79,23 +79,23 @@ class Prompts:
         world, console, flag = self.run.world, self.run.console, parts.folder / _FAILED
         with console.heartbeat(f"{title}: looking for parts"):
             unfinished = world.on_main(parts.open)
-        own = unfinished[world.rank :: world.size]
+        share = unfinished[world.rank :: world.size]
 
         def my_parts() -> None:
             try:
-                for done, index in enumerate(own, start=1):
+                for done, index in enumerate(share, start=1):
                     if flag.exists():
                         return
                     with explain_out_of_memory(title, self.remedy):
                         parts.write(index, work(index))
-                    show(done, len(own))
+                    show(done, len(share))
             except BaseException:
                 with contextlib.suppress(OSError):
                     flag.touch()
                 raise
 
         with console.progress(title, "part") as show:
-            show(0, len(own))
+            show(0, len(share))
             world.together(my_parts)
         return parts
 
@@ -111,8 +111,8 @@ class Prompts:
         def part(index: int) -> list[dict[str, Any]]:
             return list(map(asdict, respond(self.parts[index], *opened(), sampling, numbers)))
 
-        own = {"model": source.digest, "numbers": [numbers.start, len(numbers)]}
-        settings = generation_settings(self.run.config, sampling) | own
+        settings = generation_settings(self.run.config, sampling)
+        settings |= {"model": source.digest, "numbers": [numbers.start, len(numbers)]}
         return self.finish(f"responses of {source.name}", self.stage("responses", settings), part)
 
 

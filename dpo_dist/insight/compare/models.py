@@ -172,8 +172,8 @@ class Speaker:
 
         def part(index: int) -> list[Row]:
             rows = [Completions.of(row) for row in other.responses.read(index)]
-            found = response_logps(self._packed, rows, BATCH_TOKENS)
-            return [{"logp": logp} for logp in found]
+            logps = response_logps(self._packed, rows, BATCH_TOKENS)
+            return [{"logp": logp} for logp in logps]
 
         title = f"log-probs of {other.name}"
         title += "" if other is self else f"'s responses under {self.name}"
@@ -226,8 +226,8 @@ def compare_models(config: RunConfig, models: Sequence[Compared], console: Conso
     with joined_run(config, console, only) as run:
         world = run.world
         with console.heartbeat("reading prompts"):
-            found, labels = world.on_main(lambda: held_out(config, console.say))
-        prompts = Prompts(run, folder.comparison_parts, in_parts(found, PART_PROMPTS), _REMEDY)
+            records, labels = world.on_main(lambda: held_out(config, console.say))
+        prompts = Prompts(run, folder.comparison_parts, in_parts(records, PART_PROMPTS), _REMEDY)
         judge, described = judge_of(run)
         speakers = []
         for model in models:
@@ -239,16 +239,17 @@ def compare_models(config: RunConfig, models: Sequence[Compared], console: Conso
         if judge is not None:
 
             def judgements(index: int) -> list[Row]:
-                own = (map(Completions.of, speaker.responses.read(index)) for speaker in speakers)
+                answers = (map(Completions.of, speaker.responses.read(index)) for speaker in speakers)
                 texts = [
-                    [one.completions[0].content for one in row if one.completions]
-                    for row in zip(*own, strict=True)
+                    [answer.completions[0].content for answer in row if answer.completions]
+                    for row in zip(*answers, strict=True)
                 ]
                 # A prompt that a model cannot be asked is not judged.
                 asked = [each if len(each) == len(speakers) else [] for each in texts]
                 return judge_texts(prompts.parts[index], asked, judge, in_pairs=compares(config.pairs))
 
-            settings = {"responses": [one.responses.folder.name for one in speakers], "judge": described}
+            folders = [speaker.responses.folder.name for speaker in speakers]
+            settings = {"responses": folders, "judge": described}
             judged = prompts.finish("judgements", prompts.stage("judgements", settings), judgements)
         with console.heartbeat("writing the comparison"):
             return world.on_main(lambda: _write(speakers, judge, judged, config, labels, console))
@@ -264,10 +265,10 @@ def whole_model(model: Compared, folder: Path, run: Run) -> str:
     written = folder / f"{trained.name}-{checkpoint.name}-{digest}"
 
     def write() -> None:
-        found = from_yaml(existing_run(trained).config.read_text(encoding="utf-8"))
+        config = from_yaml(existing_run(trained).config.read_text(encoding="utf-8"))
         # The configuration of another run cannot ask for code of the base model.
-        own = replace(found, model=replace(found.model, trust_remote_code=False))
-        export_checkpoint(checkpoint, written, own)
+        config = replace(config, model=replace(config.model, trust_remote_code=False))
+        export_checkpoint(checkpoint, written, config)
 
     if not run.world.on_main(written.is_dir):
         run.console.say(f"{model.name}: writing the weights of {model.path} as a model folder")
@@ -311,7 +312,7 @@ def _rows(
                 counts[f"prompts_dropped_{dropped}"] += 1
                 continue
             scores, key = judgement.get("scores", [None] * len(speakers)), prompt_key(record)
-            found: Row = {
+            answer: Row = {
                 "prompt_id": key[:16],
                 "prompt": shown_prompt(record.prompt),
                 "source": labels[key],
@@ -323,10 +324,10 @@ def _rows(
             }
             if judged is not None:
                 pairs = zip(itertools.combinations(names, 2), judgement["credits"], strict=True)
-                found["verdicts"] = [
+                answer["verdicts"] = [
                     {"first": first, "second": second, "credit": credit} for (first, second), credit in pairs
                 ]
-            yield found
+            yield answer
 
 
 def shown_prompt(prompt: Prompt) -> str:
@@ -361,8 +362,8 @@ def _write(
                 remedy="raise data.max_length, lower compare.max_new_tokens, or use other data",
             )
         with temporary.open("rb") as lines:
-            found = comparison(map(json.loads, lines), names)
-    for speaker, row in zip(speakers, found["models"], strict=True):
+            sections = comparison(map(json.loads, lines), names)
+    for speaker, row in zip(speakers, sections["models"], strict=True):
         row |= {
             "path": speaker.path,
             "digest": speaker.source.digest,
@@ -372,14 +373,14 @@ def _write(
         "base": names[0],
         "judge": None if judge is None else str(judge),
         "judge_compares": judge is not None and compares(config.pairs),
-        **found,
+        **sections,
         "counts": dict(sorted(counts.items())),
         "sampling": {"temperature": settings.temperature, "max_new_tokens": settings.max_new_tokens},
         "version": dpo_dist.__version__,
     }
     written: dict[str, Any] = for_json(results)
     write_text(folder.comparison_results, json.dumps(written, indent=1, ensure_ascii=False) + "\n")
-    for line in describe_counts(counts + Counter(prompts=found["prompts"])) if +counts else []:
+    for line in describe_counts(counts + Counter(prompts=sections["prompts"])) if +counts else []:
         console.say(line)
     return written
 

@@ -15,7 +15,7 @@ from dpo_dist.insight.evaluation import Column, bootstrap_intervals
 
 Row = dict[str, Any]
 Key = tuple[str, ...]
-"""A model and a metric; or two models and a metric, which is then of both."""
+"""A model and a metric, or two models and a metric that compares them."""
 Means = Mapping[Key, tuple[float, list[float] | None]]
 """Means with their intervals; metrics without a value are absent."""
 
@@ -43,14 +43,14 @@ def judge_texts(
     the order of the credits is that of `itertools.combinations`, the counts are the judge's.
     """
     asked = []
-    for record, own in zip(records, texts, strict=True):
-        groups = [tuple(dict.fromkeys(filter(str.strip, own)))]
+    for record, responses in zip(records, texts, strict=True):
+        groups = [tuple(dict.fromkeys(filter(str.strip, responses)))]
         if in_pairs:
-            pairs = dict.fromkeys(itertools.combinations(own, 2))
+            pairs = dict.fromkeys(itertools.combinations(responses, 2))
             groups = [pair for pair in pairs if without_judge(*pair) is None]
         asked.append([Question(record, group) for group in groups if group])
     judgements, rows = iter(judge.judge(list(itertools.chain(*asked)))), []
-    for own, questions in zip(texts, asked, strict=True):
+    for responses, questions in zip(texts, asked, strict=True):
         scores, verdicts, counts = dict[str, float | None](), dict[Key, float | None](), Counter[str]()
         for question in questions:
             judgement = next(judgements)
@@ -60,10 +60,10 @@ def judge_texts(
             else:
                 scores = dict(zip(question.responses, judgement.scores, strict=True))
         credited = [
-            verdicts.get((one, other), credit((one, scores.get(one)), (other, scores.get(other))))
-            for one, other in itertools.combinations(own, 2)
+            verdicts.get((first, second), credit((first, scores.get(first)), (second, scores.get(second))))
+            for first, second in itertools.combinations(responses, 2)
         ]
-        row = {"scores": [scores.get(text) for text in own], "credits": credited}
+        row = {"scores": [scores.get(text) for text in responses], "credits": credited}
         rows.append({**row, "counts": dict(sorted((+counts).items()))})
     return rows
 
@@ -78,13 +78,13 @@ def without_judge(first: str, second: str) -> float | None:
 
 def credit(first: tuple[str, float | None], second: tuple[str, float | None]) -> float | None:
     """Return the credit of the first response, each with its score; None if one of them has none."""
-    (text, one), (other_text, other) = first, second
+    (text, score), (other_text, other_score) = first, second
     decided = without_judge(text, other_text)
-    if decided is not None or one is None or other is None:
+    if decided is not None or score is None or other_score is None:
         return decided
-    if one == other:
+    if score == other_score:
         return TIE
-    return WIN if one > other else LOSS
+    return WIN if score > other_score else LOSS
 
 
 def comparison(rows: Iterable[Row], models: Sequence[str]) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def comparison(rows: Iterable[Row], models: Sequence[str]) -> dict[str, Any]:
             pair, credit = (verdict["first"], verdict["second"]), verdict["credit"]
             outcomes[pair][_OUTCOMES[credit]] += 1
             values[*pair, _RATE].append((0.0, 0.0) if credit is None else (credit, 1.0))
-    columns = {key: np.array(found, dtype=np.float64).T for key, found in values.items()}
+    columns = {key: np.array(measured, dtype=np.float64).T for key, measured in values.items()}
     lowest = _with_empty_scores(columns, models)
     pairs = list(itertools.combinations(models, 2))
     means = _means(columns, pairs, prompts)
@@ -136,8 +136,8 @@ def _measured(response: Row) -> dict[str, tuple[float, float]]:
     ratio = None if logp is None or base is None else logp - base
     single = {**vars(facts), "kl": ratio, "score": response["score"]}
     del single["language"]
-    found = {name: (0.0, 0.0) if value is None else (float(value), 1.0) for name, value in single.items()}
-    return found | {"kl_per_token": (0.0, 0.0) if ratio is None else (ratio, float(response["logp_tokens"]))}
+    terms = {name: (0.0, 0.0) if value is None else (float(value), 1.0) for name, value in single.items()}
+    return terms | {"kl_per_token": (0.0, 0.0) if ratio is None else (ratio, float(response["logp_tokens"]))}
 
 
 def _with_empty_scores(columns: dict[Key, Column], models: Sequence[str]) -> float | None:
@@ -161,9 +161,9 @@ def _means(columns: Mapping[Key, Column], pairs: Iterable[tuple[str, str]], prom
     differences: dict[Key, Column] = {}
     for first, second in pairs:
         for metric in DIFFERENCES:
-            (one, has_one), (other, has_other) = columns[first, metric], columns[second, metric]
-            has_both = has_one * has_other
-            differences[first, second, metric] = np.stack([(other - one) * has_both, has_both])
+            (value, has_value), (other, has_other) = columns[first, metric], columns[second, metric]
+            has_both = has_value * has_other
+            differences[first, second, metric] = np.stack([(other - value) * has_both, has_both])
     measured = {key: (table[0], table[1]) for each in (columns, differences) for key, table in each.items()}
     lowest = {key: -1.0 if key in differences else 0.0 for key in measured if key[-1] in _SHARES}
     ends = bootstrap_intervals(measured, np.arange(prompts, dtype=np.uint64), lowest=lowest)
@@ -175,7 +175,7 @@ def _means(columns: Mapping[Key, Column], pairs: Iterable[tuple[str, str]], prom
 
 
 def _model(name: str, means: Means) -> Row:
-    style = {key[1]: found for key, found in means.items() if key[:-1] == (name,) and key[1] not in _NO_STYLE}
+    style = {key[1]: mean for key, mean in means.items() if key[:-1] == (name,) and key[1] not in _NO_STYLE}
     return {
         "name": name,
         **_estimates((name,), _NO_STYLE, means),
@@ -186,7 +186,7 @@ def _model(name: str, means: Means) -> Row:
 
 def _estimates(of: Key, metrics: Iterable[str], means: Means) -> Row:
     """Return the means of a model, or the differences of two, with their intervals; null if unknown."""
-    found: Row = {}
+    row: Row = {}
     for metric in metrics:
-        found[metric], found[f"{metric}_interval"] = means.get((*of, metric), (None, None))
-    return found
+        row[metric], row[f"{metric}_interval"] = means.get((*of, metric), (None, None))
+    return row

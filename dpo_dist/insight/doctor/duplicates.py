@@ -34,25 +34,25 @@ def near(signatures: Iterable[Signature]) -> Partners:
 
     `signatures` are uint32 [2, 64] of each record, of prompt and responses.
     """
-    table, firsts, found = _table(), dict[int, Signature](), Partners()
+    table, firsts, partners = _table(), dict[int, Signature](), Partners()
     for index, sides in enumerate(signatures):
         # A band has two numbers of each side: a bucket holds records that are alike in both.
         sketch = _sketch(
             np.stack([side.reshape(-1, 2) for side in sides], axis=1).ravel()[:SIGNATURE_NUMBERS]
         )
         bucket = table.query(sketch)
-        alike = [one for one in bucket if ((firsts[one] == sides).mean(axis=1) >= SIMILARITY).all()]
+        alike = [other for other in bucket if ((firsts[other] == sides).mean(axis=1) >= SIMILARITY).all()]
         if alike:
-            found[index] = min(alike)
+            partners[index] = min(alike)
         else:
             table.insert(index, sketch)
             firsts[index] = sides
-    return found
+    return partners
 
 
 def near_prompts(records: Sequence[Facts], evaluated: Iterable[int], trained: Iterable[int]) -> Partners:
     """Return the evaluation records whose prompt is nearly equal to that of a training record."""
-    table, prompts, found = _table(), [record.signatures[0] for record in records], Partners()
+    table, prompts, partners = _table(), [record.signatures[0] for record in records], Partners()
     for index in evaluated:
         table.insert(index, _sketch(prompts[index]))
     for index in trained:
@@ -60,9 +60,9 @@ def near_prompts(records: Sequence[Facts], evaluated: Iterable[int], trained: It
             break
         for other in table.query(_sketch(prompts[index])):
             if (prompts[other] == prompts[index]).mean() >= SIMILARITY:
-                found[other] = index
+                partners[other] = index
                 table.remove(other)
-    return dict(sorted(found.items()))
+    return dict(sorted(partners.items()))
 
 
 def _table() -> MinHashLSH:
@@ -104,14 +104,15 @@ class Comparison:
     def result(self) -> tuple[dict[str, Any], list[Finding]]:
         """Return the numbers of doctor.json about all sources, and the findings."""
         records = self._records
-        copies, prompts = equal(one.record for one in records), equal(one.prompt for one in records)
-        alike, opposed = near(one.signatures for one in records), opposite(records)
+        copies = equal(record.record for record in records)
+        prompts = equal(record.prompt for record in records)
+        alike, opposed = near(record.signatures for record in records), opposite(records)
         evaluated = [index for index, is_eval in enumerate(self._is_eval) if is_eval]
         trained = [index for index, is_eval in enumerate(self._is_eval) if not is_eval]
         first = {records[index].hash: index for index in reversed(trained)}
         leaked = {index: first[records[index].hash] for index in evaluated if records[index].hash in first}
         only_near = _without(near_prompts(records, evaluated, trained), leaked)
-        hits = {index: str(one.benchmark) for index, one in enumerate(records) if one.benchmark is not None}
+        hits = {index: item for index, record in enumerate(records) if (item := record.benchmark) is not None}
         near_copies = self._within_a_part(_without(alike, copies, opposed))
         overlaps = [f"{records[index].origin}, {item}" for index, item in hits.items()]
         across = {
@@ -134,43 +135,44 @@ class Comparison:
         ]
         return across, findings
 
-    def _leaked(self, rule: str, found: Partners) -> Iterator[Finding]:
+    def _leaked(self, rule: str, partners: Partners) -> Iterator[Finding]:
         """Yield the finding of evaluation records, each with the training record whose prompt it has."""
         is_dropped = rule == "train_eval_leak" and self._drops_eval_prompts
         removed = "data.drop_eval_prompts removes it from the training data"
-        detail = removed if is_dropped else self._other_numbers(found)
-        count = RULES[rule].count
-        for finding in count(len(found), sum(self._is_eval), None, self._origins(found.items()), detail):
+        detail = removed if is_dropped else self._other_numbers(partners)
+        count, origins = RULES[rule].count, self._origins(partners.items())
+        for finding in count(len(partners), sum(self._is_eval), None, origins, detail):
             yield replace(finding, level=Level.note, remedy="none is needed") if is_dropped else finding
 
     def _reported(
-        self, rule: str, found: Partners, examples: Sequence[str] = (), detail: str = ""
+        self, rule: str, partners: Partners, examples: Sequence[str] = (), detail: str = ""
     ) -> Iterator[Finding]:
         """Yield the finding of records with a partner: of their source, or with the count of each source."""
-        found = self._within_a_part(found)
-        examples = examples or self._origins(found.items())
-        counts = Counter(self._source[index] for index in found)
+        partners = self._within_a_part(partners)
+        examples = examples or self._origins(partners.items())
+        counts = Counter(self._source[index] for index in partners)
         of, label = len(self._records), None
         if len(counts) == 1:
             [(of, label)] = ((len(source.readable), source.label) for source in counts)
         else:
             by_source = ", ".join(f"{count} in {source.label}" for source, count in counts.items())
             detail = "; ".join(filter(None, (by_source, detail)))
-        yield from RULES[rule].count(len(found), of, label, examples, detail)
+        yield from RULES[rule].count(len(partners), of, label, examples, detail)
 
-    def _within_a_part(self, found: Partners) -> Partners:
+    def _within_a_part(self, partners: Partners) -> Partners:
         """Leave out records of training and evaluation data in common, which are a leak with its own rule."""
-        return {one: other for one, other in found.items() if self._is_eval[one] == self._is_eval[other]}
+        is_eval = self._is_eval
+        return {index: other for index, other in partners.items() if is_eval[index] == is_eval[other]}
 
-    def _other_numbers(self, found: Mapping[int, int]) -> str:
+    def _other_numbers(self, partners: Mapping[int, int]) -> str:
         """Return how many of the records have other numbers in the prompt than their partner."""
         numbers = [record.numbers for record in self._records]
-        count = sum(numbers[one] != numbers[other] for one, other in found.items())
+        count = sum(numbers[index] != numbers[other] for index, other in partners.items())
         return f"{count} of them with other numbers in the prompt" if count else ""
 
     def _origins(self, groups: Iterable[Iterable[int]]) -> list[str]:
         return [", ".join(str(self._records[index].origin) for index in group) for group in groups]
 
 
-def _without(found: Partners, *others: Partners) -> Partners:
-    return {index: other for index, other in found.items() if not any(index in each for each in others)}
+def _without(partners: Partners, *others: Partners) -> Partners:
+    return {index: other for index, other in partners.items() if not any(index in each for each in others)}

@@ -75,17 +75,17 @@ def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | Non
         prepared = prepare(
             config, tokenizer, files, vocab_size, lambda source: progress(f"encoding {source}", "record")
         )
-    found = examine(data, tokenizer, benchmark, lambda source: progress(f"examining {source}", "record"))
+    diagnosis = examine(data, tokenizer, benchmark, lambda source: progress(f"examining {source}", "record"))
     if prepared is not None:
         datasets, refusals = prepared
-        store, findings = compare_with_store(config, found.sources, datasets)
-        findings += found.findings
-        if _REFUSING_RULES.isdisjoint(one.rule for one in findings):
+        store, findings = compare_with_store(config, diagnosis.sources, datasets)
+        findings += diagnosis.findings
+        if _REFUSING_RULES.isdisjoint(finding.rule for finding in findings):
             findings = [*map(_refusal, refusals), *findings]
-        found = replace(found, findings=most_serious_first(findings), model=files, store=store)
+        diagnosis = replace(diagnosis, findings=most_serious_first(findings), model=files, store=store)
     if config.doctor.texts:
-        found = replace(found, shown=show_pairs(data, tokenizer, found.findings, SHOWN_PAIRS))
-    return found
+        diagnosis = replace(diagnosis, shown=show_pairs(data, tokenizer, diagnosis.findings, SHOWN_PAIRS))
+    return diagnosis
 
 
 def examine(
@@ -101,18 +101,18 @@ def examine(
     observer = Observer(config, tokenizer, benchmark)
     sources: list[Source] = []
     findings: list[Finding] = []
-    for source, label, is_eval in _labelled(config):
-        found = Source(label, source.path, config, is_eval=is_eval, is_encoded=tokenizer is not None)
-        records = read_records(pinned(source))
+    for entry, label, is_eval in _labelled(config):
+        source = Source(label, entry.path, config, is_eval=is_eval, is_encoded=tokenizer is not None)
+        records = read_records(pinned(entry))
         with (
             progress(label) as show,
             closing(in_order(records, observer.observe, config.processes)) as observed,
         ):
             for chunk in observed:
-                found.add(chunk)
-                show(len(found.records))
-        sources.append(found)
-        findings += found.findings()
+                source.add(chunk)
+                show(len(source.records))
+        sources.append(source)
+        findings += source.findings()
     across, compared = Comparison(sources, config).result()
     return Diagnosis(
         [source.report() for source in sources], across, most_serious_first([*findings, *compared])
@@ -151,19 +151,19 @@ def prepare(
     refusals: list[DpoDistError] = []
 
     def prepared(sources: Sequence[SourceConfig], part: Part, side: str) -> list[list[PreferenceDataset]]:
-        def encoded(used: DataConfig) -> tuple[EncodedSource, ...]:
+        def encode(used: DataConfig) -> tuple[EncodedSource, ...]:
             name = f" ({side} part)" if data.eval_share else ""
             return prepare_dataset(sources, used, tokenizer, digest, lambda path: progress(path + name), part)
 
         try:
-            if found := encoded(data):
-                dataset = open_dataset(found, data)
+            if encoded := encode(data):
+                dataset = open_dataset(encoded, data)
                 check_ids_in_vocabulary(dataset, tokenizer, vocab_size)
                 check_fits_loss(dataset, config.loss)
         except (DataError, ConfigError) as refusal:
-            found = encoded(replace(data, on_bad_record=OnBadRecord.drop))
+            encoded = encode(replace(data, on_bad_record=OnBadRecord.drop))
             refusals.append(refusal)
-        return [list(_usable(source, data)) for source in found]
+        return [list(_usable(source, data)) for source in encoded]
 
     of_eval = prepared(data.eval_sources, eval_part(data), "eval")
     prompts = [dataset.prompt_hashes[:] for datasets in of_eval for dataset in datasets]

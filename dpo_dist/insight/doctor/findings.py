@@ -54,7 +54,7 @@ class Finding:
 def most_serious_first(findings: Iterable[Finding]) -> list[Finding]:
     """Return the findings by level, then by share."""
     levels = list(Level)
-    return sorted(findings, key=lambda one: (-levels.index(one.level), -(one.share or 0)))
+    return sorted(findings, key=lambda finding: (-levels.index(finding.level), -(finding.share or 0)))
 
 
 _MAX_EXAMPLES = 20

@@ -168,12 +168,11 @@ def leak_findings(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
     for group, of_group in groups.items():
         rule, test = RULES["style_bias" if group in _STYLE else "label_leak"], of_group[0]
         if test.exceeds(rule.threshold) and test.accuracy > explained:
-            hints = (
-                f" ({one.feature}, {one.detail}, {percent(one.accuracy)})" for one in of_group if one.detail
-            )
+            single = next((member for member in of_group if member.detail), None)
+            hint = f" ({single.feature}, {single.detail}, {percent(single.accuracy)})" if single else ""
             detail = (
                 f"by {group}, {percent(test.accuracy)} [{percent(test.low)}, {percent(test.high)}] of "
-                f"held-out pairs are guessed{next(hints, '')}"
+                f"held-out pairs are guessed{hint}"
             )
             yield from rule.value(test.accuracy, test.pairs, source, detail)
     yield from _one_sided_forms(tests, source)
@@ -182,7 +181,7 @@ def leak_findings(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
 def _one_sided_forms(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
     """Yield the finding of features that few pairs have, and these almost always on the same side."""
     rule, leak = RULES["one_sided_form"], RULES["label_leak"].threshold
-    found = [
+    forms = [
         test
         for test in tests
         if test.detail
@@ -190,13 +189,13 @@ def _one_sided_forms(tests: Sequence[LeakTest], source: str) -> Iterator[Finding
         and not test.exceeds(leak)
         and test.one_sided_share > rule.threshold
     ]
-    found.sort(key=lambda test: -round(test.differs * test.pairs))
+    forms.sort(key=lambda test: -round(test.differs * test.pairs))
     details = [
         f"{test.feature} ({test.detail} in {percent(test.one_sided_share)} of the "
         f"{round(test.differs * test.pairs)} pairs that differ in it)"
-        for test in found[:_SHOWN_FORMS]
+        for test in forms[:_SHOWN_FORMS]
     ]
-    details += [f"and {len(found) - _SHOWN_FORMS} more"] if len(found) > _SHOWN_FORMS else []
-    if found:
-        largest = max(test.one_sided_share for test in found)
-        yield from rule.value(largest, found[0].pairs, source, "; ".join(details))
+    details += [f"and {len(forms) - _SHOWN_FORMS} more"] if len(forms) > _SHOWN_FORMS else []
+    if forms:
+        largest = max(test.one_sided_share for test in forms)
+        yield from rule.value(largest, forms[0].pairs, source, "; ".join(details))

@@ -45,8 +45,8 @@ def compare_with_store(
     for source, of_source in zip(sources, datasets, strict=True):
         table, origins = stored_pairs(store, of_source)
         if origins:
-            margins, source["margins"], found = margin_findings(table, origins, source["label"])
-            findings += found
+            margins, source["margins"], disagreements = margin_findings(table, origins, source["label"])
+            findings += disagreements
             low, high = np.percentile(margins, (0.5, 99.5)) + (np.ptp(margins) == 0) * np.array([-0.5, 0.5])
             use["margins"][source["label"]] = distribution(margins, np.linspace(low, high, _BINS + 1))
             use["stored"] += len(origins)
@@ -74,13 +74,13 @@ def find_stored(config: RunConfig) -> LogpStore | None:
     folder = description_folder(path, revision, key, needs_weights=False)
     model = digest_model(folder, root, remote_code=config.model.trust_remote_code, adapter=adapter)
     bits = config.reference.quantization or ""
-    own = [
+    matching = [
         each
         for each in stored
         if each.reference == model.digest and each.profile.get("quantization", "").split(" ")[0] == bits
     ]
-    own.sort(key=lambda each: (each.profile.get("dtype") != config.model.dtype.value, each.name))
-    store = LogpStore(root, own) if own else None
+    matching.sort(key=lambda each: (each.profile.get("dtype") != config.model.dtype.value, each.name))
+    store = LogpStore(root, matching) if matching else None
     return store or None  # its length counts
 
 
@@ -98,9 +98,9 @@ def stored_pairs(
         for start in range(0, len(dataset), _EXAMPLES_AT_ONCE):
             examples = range(start, min(start + _EXAMPLES_AT_ONCE, len(dataset)))
             responses = [dataset.response_range(index) for index in examples]
-            found = iter(store.find(np.asarray(dataset.keys[responses[0].start : responses[-1].stop])))
+            logps = iter(store.find(np.asarray(dataset.keys[responses[0].start : responses[-1].stop])))
             for index, within in zip(examples, responses, strict=True):
-                values = list(itertools.islice(found, len(within)))
+                values = list(itertools.islice(logps, len(within)))
                 masks = dataset.masks(index) or (slice(None),) * len(values)
                 chosen, rejected = _counted(values[0], masks[0]), _counted(values[-1], masks[-1])
                 if len(values) > 1 and len(chosen) and len(rejected):
@@ -128,16 +128,16 @@ def margin_findings(
     noise = _TOKEN_DEVIATION * np.sqrt(1 / chosen_tokens + 1 / rejected_tokens)
     far = np.maximum(_FAR_NATS, _FAR_DEVIATIONS * noise)
     low, median, high = np.percentile(margins, (5, 50, 95))
-    found = np.flatnonzero(margins <= -far)
+    disagreeing = np.flatnonzero(margins <= -far)
     facts = {
         "pairs": len(margins),
         "prefers_chosen": float((margins > 0).mean()),
         "margin_5": float(low),
         "margin_median": float(median),
         "margin_95": float(high),
-        "reference_disagrees": len(found) / len(margins),
+        "reference_disagrees": len(disagreeing) / len(margins),
         "reference_solved": float((margins >= far).mean()),
     }
-    extreme = found[np.argsort((margins / noise)[found], kind="stable")]
+    extreme = disagreeing[np.argsort((margins / noise)[disagreeing], kind="stable")]
     rule, examples = RULES["reference_disagrees"], [origins[index] for index in extreme]
-    return margins, facts, list(rule.count(len(found), len(margins), source, examples, records="pairs"))
+    return margins, facts, list(rule.count(len(disagreeing), len(margins), source, examples, records="pairs"))

@@ -1,4 +1,4 @@
-"""Observe records in a worker process: facts about each one, from which the report is made."""
+"""Observe records in a worker process: the report is made of the facts about each."""
 
 import itertools
 import re
@@ -142,35 +142,35 @@ class Observer:
     def _encode(
         self, record: PreferenceRecord, facts: Facts, tokenizer: "PreTrainedTokenizerBase"
     ) -> set[str]:
-        """Add the facts about the record's tokens; return the names that they give to a kept one."""
-        whole = found = encode_record(record, self._config, tokenizer)
-        if isinstance(found, BadRecord) or not _CUT.isdisjoint(found.example.changes):
+        """Add the facts about the record's tokens; return the names that they give to a kept record."""
+        whole = encoded = encode_record(record, self._config, tokenizer)
+        if isinstance(encoded, BadRecord) or not _CUT.isdisjoint(encoded.example.changes):
             whole = encode_record(record, self._whole, tokenizer)
         if isinstance(whole, EncodedRecord):
             facts.tokens = _lengths(whole.example)
         if facts.pair is not None:
             facts.pair.differences.pop("characters", None)
-            best = whole if isinstance(found, BadRecord) else found
+            best = whole if isinstance(encoded, BadRecord) else encoded
             counts = [] if isinstance(best, BadRecord) else [int(mask.sum()) for mask in best.example.masks]
             if counts and counts[0] != counts[-1]:
                 facts.pair.differences["tokens"] = float(counts[0] - counts[-1])
-        if isinstance(found, BadRecord):
-            facts.dropped, facts.detail = found.reason, found.detail
+        if isinstance(encoded, BadRecord):
+            facts.dropped, facts.detail = encoded.reason, encoded.detail
             return set()
         assert isinstance(whole, EncodedRecord)
         assert facts.tokens is not None
-        encoded, prompt = found.example, len(found.example.prompt_ids)
-        before, after = facts.tokens, _lengths(encoded)
+        example, prompt = encoded.example, len(encoded.example.prompt_ids)
+        before, after = facts.tokens, _lengths(example)
         facts.cut = before[0] - after[0], before[1] - after[1], before[2] - after[2]
-        facts.changed = dict(found.outcome.changed)
-        responses = list(map(len, encoded.responses))
-        used = list(itertools.chain(*found.ranks))
+        facts.changed = dict(encoded.outcome.changed)
+        responses = list(map(len, example.responses))
+        used = list(itertools.chain(*encoded.ranks))
         facts.sums = {
-            "pairs": len(found.ranks),
+            "pairs": len(encoded.ranks),
             "tokens": prompt * len(responses) + sum(responses),
             "unique_tokens": prompt + sum(responses),
             "response_tokens": sum(responses[index] for index in used),
-            "trained_tokens": sum(int(encoded.masks[index].sum()) for index in used),
+            "trained_tokens": sum(int(example.masks[index].sum()) for index in used),
         }
         start, special = whole.example.prompt_ids[:2], set(tokenizer.all_special_ids)
         ends = [ids[-2:].tolist() for ids in whole.example.responses]
@@ -189,7 +189,7 @@ def _lengths(encoded: EncodedExample) -> Lengths:
 
 
 def _ends(responses: Sequence[Sized]) -> tuple[int, int]:
-    """Return the lengths of the first and, of several responses, the last one."""
+    """Return the lengths of the first and of the last response, -1 for a missing last response."""
     return len(responses[0]), len(responses[-1]) if len(responses) > 1 else -1
 
 
@@ -207,7 +207,7 @@ def _preferences(
 ) -> Iterator[tuple[int, int]]:
     """Yield the key of each preference between two responses and of its opposite.
 
-    Texts that differ in case or white space only have the same key; one that a ranking has twice is ignored.
+    Texts that differ only in case or white space have the same key; a text that occurs twice is ignored.
     """
     keys = [text_key(" ".join(response.casefold().split())) for response in responses]
     scores = record.scores or tuple(range(len(keys), 0, -1))

@@ -58,37 +58,37 @@ class Source:
     def add(self, records: Sequence[Facts]) -> None:
         """Add the facts about the next records; those about the form are kept of a sample of the pairs."""
         self.records += records
-        pairs = [*self._pairs, *(one.pair for one in records if one.pair is not None)]
+        pairs = [*self._pairs, *(record.pair for record in records if record.pair is not None)]
         self._pairs = sorted(pairs, key=lambda pair: pair.record)[:_SAMPLED_PAIRS]
-        for one in records:
-            one.pair = None
+        for record in records:
+            record.pair = None
 
     @cached_property
     def readable(self) -> list[Facts]:
         """The readable records."""
-        return [one for one in self.records if one.is_readable]
+        return [record for record in self.records if record.is_readable]
 
     @cached_property
     def named(self) -> dict[str, list[object]]:
         """Origins of the records that have it, by name."""
-        found = defaultdict[str, list[object]](list)
-        for one in self.readable:
-            for name in one.names:
-                found[name].append(one.origin)
-        return found
+        origins = defaultdict[str, list[object]](list)
+        for record in self.readable:
+            for name in record.names:
+                origins[name].append(record.origin)
+        return origins
 
     @cached_property
     def _kept(self) -> list[Facts]:
-        return [one for one in self.readable if one.dropped is None]
+        return [record for record in self.readable if record.dropped is None]
 
     @cached_property
     def _dropped(self) -> list[tuple[str, list[Facts]]]:
         """The reasons with their records, the most frequent first."""
-        found = defaultdict[str, list[Facts]](list)
-        for one in self.records:
-            if one.dropped is not None:
-                found[one.dropped].append(one)
-        return sorted(found.items(), key=lambda item: -len(item[1]))
+        by_reason = defaultdict[str, list[Facts]](list)
+        for record in self.records:
+            if record.dropped is not None:
+                by_reason[record.dropped].append(record)
+        return sorted(by_reason.items(), key=lambda item: -len(item[1]))
 
     @cached_property
     def leaks(self) -> list[LeakTest]:
@@ -105,15 +105,15 @@ class Source:
 
     def report(self) -> dict[str, Any]:
         """Return the entry of doctor.json; docs/doctor.md describes its fields."""
-        sums, changed = Counter[str](), Counter[str]()
-        for one in self._kept:
-            sums.update(one.sums)
-            changed.update(one.changed)
+        sums, changed, readable = Counter[str](), Counter[str](), self.readable
+        for record in self._kept:
+            sums.update(record.sums)
+            changed.update(record.changed)
         sides: dict[str, dict[str, Any]] = {}
         for at, side in enumerate(SIDES):
-            lengths = [one.tokens[at] for one in self.readable if one.tokens and one.tokens[at] >= 0]
-            cuts = [one.cut[at] for one in self._kept if one.cut[at] > 0]
-            if characters := [one.characters[at] for one in self.readable if one.characters[at] >= 0]:
+            lengths = [record.tokens[at] for record in readable if record.tokens and record.tokens[at] >= 0]
+            cuts = [record.cut[at] for record in self._kept if record.cut[at] > 0]
+            if characters := [record.characters[at] for record in readable if record.characters[at] >= 0]:
                 sides[side] = {"characters": _of_lengths(characters), "tokens": _of_lengths(lengths)}
                 sides[side] |= {"cut": len(cuts), "cut_tokens": sum(cuts)}
         prefix: dict[str, float] | None = None
@@ -129,9 +129,9 @@ class Source:
             "read": len(self.records),
             "kept": len(self._kept),
             "pairs": sums["pairs"] if self._is_encoded else len(self._kept),
-            "held_out": sum(one.is_held_out for one in self._kept) if self._config.eval_share else None,
+            "held_out": sum(record.is_held_out for record in self._kept) if self._config.eval_share else None,
             "dropped": {
-                reason: {"count": len(records), "examples": [str(one.origin) for one in records[:20]]}
+                reason: {"count": len(records), "examples": [str(record.origin) for record in records[:20]]}
                 for reason, records in self._dropped
             },
             "changed": dict(sorted(changed.items())),
@@ -139,7 +139,7 @@ class Source:
             "prefix": prefix,
             "shares": {
                 **({"trained_tokens": sums["trained_tokens"] / sums["response_tokens"]} if tokens else {}),
-                **{name: len(self.named[name]) / len(self.readable) for name in sorted(shown)},
+                **{name: len(self.named[name]) / len(readable) for name in sorted(shown)},
             },
             "languages": shares([prompt for prompt, *_ in self._languages]),
             "margins": {},
@@ -168,13 +168,13 @@ class Source:
         read, dropped = len(self.records), sum(len(records) for _, records in self._dropped)
         if not self._kept:
             remedy = remedy_of(self._dropped[0][0]) if self._dropped else EMPTY_REMEDY
-            found = RULES["no_records"].value(1, read, self.label, f"{read} were read")
-            yield from (replace(finding, remedy=remedy) for finding in found)
+            findings = RULES["no_records"].value(1, read, self.label, f"{read} were read")
+            yield from (replace(finding, remedy=remedy) for finding in findings)
         elif dropped > self._config.max_bad_share * read:
             detail = f"{dropped} of {read} records"
             yield from RULES["too_many_dropped"].value(dropped / read, dropped, self.label, detail)
         for reason, records in self._dropped:
-            first, origins = records[0], [one.origin for one in records]
+            first, origins = records[0], [record.origin for record in records]
             detail = f"{reason} ({first.detail})" if first.detail else reason
             for finding in RULES["dropped"].count(len(records), read, self.label, origins, detail):
                 yield replace(finding, remedy=remedy_of(reason))

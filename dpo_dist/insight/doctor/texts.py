@@ -104,7 +104,7 @@ def signature(text: str) -> Signature:
     signatures estimates the Jaccard similarity of both sets of pairs, with a standard error of at most 0.06.
     """
     words = ["0" if word.isdecimal() else word for word in plain_words(text)] or _WORD.findall(text)
-    pairs = {f"{one} {other}".encode("utf-8", "replace") for one, other in pairwise(words)}
+    pairs = {f"{first} {second}".encode("utf-8", "replace") for first, second in pairwise(words)}
     sketch = EMPTY_SKETCH.copy()
     sketch.update_batch(sorted(pairs or {word.encode("utf-8", "replace") for word in words}))
     return np.asarray(sketch.hashvalues, dtype=np.uint32)
@@ -122,7 +122,7 @@ def text_names(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
     is_dialogue, responses = isinstance(record.prompt, Dialogue), texts.responses
     following = pairwise((*roles, "assistant") if is_dialogue else roles)
     asked = contents[-1].strip()
-    found = {
+    properties = {
         **{name: any(map(kind.search, (*contents, *responses))) for name, kind in _KINDS.items()},
         "tools": bool(record.tools),
         "completion": len(responses) == 1,
@@ -131,13 +131,13 @@ def text_names(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
         "several_turns": len(roles) > 1,
         "system_prompt": roles[0] == "system",
         "system_not_first": "system" in roles[1:],
-        "same_role_twice": any(one == next_ and one not in _REPEATABLE_ROLES for one, next_ in following),
+        "same_role_twice": any(role == next_ and role not in _REPEATABLE_ROLES for role, next_ in following),
         "prompt_ends_with_assistant": roles[-1] == "assistant" and not is_dialogue,
         "empty_turn": any(role in ("user", "assistant") and not text.strip() for role, text in texts.turns),
         "response_repeats_prompt": asked != "" and asked in map(str.strip, responses),
         **(_of_pair(record, responses[0], responses[-1]) if len(responses) > 1 else {}),
     }
-    return (name for name, applies in found.items() if applies)
+    return (name for name, applies in properties.items() if applies)
 
 
 def _of_pair(record: PreferenceRecord, chosen: str, rejected: str) -> dict[str, bool]:
@@ -166,17 +166,17 @@ _EDGE_CHARACTERS = 100
 _SPACES, _LINE_ENDS = (" ", "\u3000", "\u00a0"), ("\n", "\r")
 _ODD = "[\ufffd\u200b\u2060\ufeff\u00a0\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
 Feature = Callable[[str, str], float]
-"""Of a response, and of the response without white space around it."""
+"""A measure of a response; the second argument is the response without white space around it."""
 
 
 def _has(pattern: str) -> Feature:
-    found = re.compile(pattern, re.MULTILINE)
-    return lambda _, bare: found.search(bare) is not None
+    compiled = re.compile(pattern, re.MULTILINE)
+    return lambda _, bare: compiled.search(bare) is not None
 
 
 def _share(pattern: str, most: int | None = None) -> Feature:
-    found = re.compile(pattern)
-    return lambda _, bare: len(found.findall(bare[:most])) / max(len(bare[:most]), 1)
+    compiled = re.compile(pattern)
+    return lambda _, bare: len(compiled.findall(bare[:most])) / max(len(bare[:most]), 1)
 
 
 # All but the length are yes or no, or shares of the characters, so that none measures the length.
@@ -234,20 +234,20 @@ def differences(chosen: str, rejected: str) -> dict[str, float]:
     A word at one of the three first or last places (`last word 'you'`) counts 1; words have their case.
     """
     first, second = _features(chosen), _features(rejected)
-    found = {name: first.get(name, 0.0) - second.get(name, 0.0) for name in {**first, **second}}
-    return {name: difference for name, difference in found.items() if difference}
+    gaps = {name: first.get(name, 0.0) - second.get(name, 0.0) for name in {**first, **second}}
+    return {name: gap for name, gap in gaps.items() if gap}
 
 
 def _features(response: str) -> dict[str, float]:
     bare = response.strip()
-    found = {
+    measured = {
         name: float(feature(response, bare))
         for features in _FEATURES.values()
         for name, feature in features.items()
     }
     starts = zip(_FIRST, _WORD.findall(response[:_EDGE_CHARACTERS]), strict=False)
     ends = zip(_LAST, _WORD.findall(response[-_EDGE_CHARACTERS:])[::-1], strict=False)
-    return found | {f"{place} {word!r}": 1.0 for place, word in (*starts, *ends)}
+    return measured | {f"{place} {word!r}": 1.0 for place, word in (*starts, *ends)}
 
 
 _MOST_RUN, _FEWEST_RUN = 13, 8
@@ -272,7 +272,7 @@ class Benchmark:
             self.whole[" ".join(words)] = origin
 
     def item_in(self, prompt: str, *responses: str) -> str | None:
-        """Return the origin of an item that overlaps with a record; a short one has to be the prompt."""
+        """Return the origin of an item that overlaps with a record; a short item has to equal the prompt."""
         if (item := self.whole.get(" ".join(plain_words(prompt)))) is not None:
             return item
         for words in map(plain_words, (prompt, *responses)):

@@ -100,8 +100,8 @@ def hub_name(path: str) -> str | None:
     if not folder.is_dir():
         return path if _HUB_MODEL.fullmatch(path) else None
     for part in folder.resolve().parts:
-        if found := _SNAPSHOT.fullmatch(part):
-            return f"{found[1]}/{found[2]}" if found[1] else found[2]
+        if match := _SNAPSHOT.fullmatch(part):
+            return f"{match[1]}/{match[2]}" if match[1] else match[2]
     return None
 
 
@@ -146,14 +146,14 @@ def _data(config: RunConfig, summary: Row) -> Iterator[list[object]]:
 
 
 def _training(config: RunConfig) -> list[tuple[Markup, Markup]]:
-    found = {key: value for key, value in settings(config).items() if key not in _PATHS}
+    values = {key: value for key, value in settings(config).items() if key not in _PATHS}
     if config.reference.path is not None:
-        found["reference.path"] = _model_name(config.reference.path)
+        values["reference.path"] = _model_name(config.reference.path)
     if config.data.chat_template is not None:
-        found["data.chat_template"] = Path(config.data.chat_template).name
+        values["data.chat_template"] = Path(config.data.chat_template).name
     if (adapter := config.model.adapter) is not None and adapter.path is not None:
-        found["model.adapter"] = {**found["model.adapter"], "path": _model_name(adapter.path)}
-    return [(code(key), code(value)) for key, value in found.items()]
+        values["model.adapter"] = {**values["model.adapter"], "path": _model_name(adapter.path)}
+    return [(code(key), code(value)) for key, value in values.items()]
 
 
 def run_card(
@@ -187,5 +187,5 @@ def data_findings(folder: RunFolder) -> list[dict[str, Any]]:
     """Return the doctor's findings about the data of this run; none if it was not asked."""
     if not folder.doctor_report.is_file():
         return []
-    found: list[dict[str, Any]] = json.loads(folder.doctor_report.read_text(encoding="utf-8"))["findings"]
-    return found
+    findings: list[dict[str, Any]] = json.loads(folder.doctor_report.read_text(encoding="utf-8"))["findings"]
+    return findings

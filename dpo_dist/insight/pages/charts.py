@@ -50,8 +50,8 @@ class Axis:
     @classmethod
     def around(cls, values: Iterable[float], start: float, end: float, *, is_log: bool = False) -> "Axis":
         """Return the axis of finite values, with some room at both ends."""
-        found = list(values) or ([1.0, 10.0] if is_log else [0.0, 1.0])
-        low, high = min(found), max(found)
+        shown = list(values) or ([1.0, 10.0] if is_log else [0.0, 1.0])
+        low, high = min(shown), max(shown)
         if is_log:
             room = (high / low) ** _PADDING if high > low else 2.0
             return cls(low / room, high * room, start, end, is_log=True)
@@ -74,8 +74,8 @@ class Axis:
             subs = (1.0, 2.0, 5.0) if self.high < _SHORT * self.low else (1.0,)
             locator = LogLocator(subs=subs, numticks=_MOST_TICKS + 1)
         slack = 1e-9 * (self.high - self.low)
-        found = map(float, locator.tick_values(self.low, self.high))
-        within = [tick for tick in found if self.low - slack <= tick <= self.high + slack]
+        candidates = map(float, locator.tick_values(self.low, self.high))
+        within = [tick for tick in candidates if self.low - slack <= tick <= self.high + slack]
         return within if len(within) > 1 or not self.is_log else [self.low, self.high]
 
     def marks(self, *, whole: bool = False) -> list[tuple[float, str]]:
@@ -125,9 +125,9 @@ class Line:
             return self.steps
         kept = {0, len(self.steps) - 1}
         for indices in np.array_split(np.arange(len(self.steps)), max(1, most // 2)):
-            own = self.values[indices]
-            if np.isfinite(own).any():
-                kept |= {int(indices[np.nanargmin(own)]), int(indices[np.nanargmax(own)])}
+            values = self.values[indices]
+            if np.isfinite(values).any():
+                kept |= {int(indices[np.nanargmin(values)]), int(indices[np.nanargmax(values)])}
         return self.steps[sorted(kept)]
 
 
@@ -369,9 +369,9 @@ def histogram(values: Mapping[str, Any], title: str, limit: float | None = None)
     for (low, high), count in zip(pairwise(edges), values["counts"], strict=True):
         if count:
             x, height = axis.place(shape(low)), round(max(1.0, count / largest * bottom), 1)
-            own = round(max(1.0, axis.place(shape(high)) - x - 0.5), 1)
+            bar_width = round(max(1.0, axis.place(shape(high)) - x - 0.5), 1)
             label = f"{number(low, 3)} to {number(high, 3)}: {count:,}"
-            bars.append((x, round(bottom - height, 1), own, height, label))
+            bars.append((x, round(bottom - height, 1), bar_width, height, label))
     ticks: list[tuple[float, str, str]] = []
     for value in (values["smallest"], values["largest"], *(percentiles[each] for each in (50, 95, 25))):
         x = axis.place(shape(value))

@@ -113,12 +113,11 @@ def _qualities(results: Row) -> tuple[str, dict[str, tuple[float, Interval]]]:
     It is the score, or without scores the win rate over the base (the base's is one half).
     """
     models, base = results["models"], results["base"]
-    scores = {
-        one["name"]: (one["score"], one["score_interval"]) for one in models if one["score"] is not None
-    }
+    scored = [model for model in models if model["score"] is not None]
+    scores = {model["name"]: (model["score"], model["score_interval"]) for model in scored}
     if scores:
         return "score", scores
-    rates = {one: rate for (one, other), rate in _rates(results).items() if other == base}
+    rates = {model: rate for (model, other), rate in _rates(results).items() if other == base}
     return f"win rate over {base}", {base: (_HALF, None), **rates} if rates else {}
 
 
@@ -150,12 +149,12 @@ def _scale(metric: str) -> float:
 
 def _differences(results: Row, rates: Rates) -> Table:
     """Return win rates and differences of every two models."""
-    found = {(row["first"], row["second"]): row for row in results["differences"]}
+    by_pair = {(row["first"], row["second"]): row for row in results["differences"]}
     pairs = combinations((model["name"] for model in results["models"]), 2)
-    metrics = [metric for metric in DIFFERENCES if any(row.get(metric) for row in found.values())]
+    metrics = [metric for metric in DIFFERENCES if any(row.get(metric) for row in by_pair.values())]
     rows: list[list[object]] = []
     for first, second in pairs:
-        row, rate = found.get((first, second), {}), rates.get((second, first))
+        row, rate = by_pair.get((first, second), {}), rates.get((second, first))
         win = Markup("")
         if rate is not None:
             kind = ("worse", "open", "better")[1 + _side(rate[1], _HALF)]

@@ -108,7 +108,7 @@ def _median(side: Mapping[str, Any] | None) -> str:
 
 
 def _shown(source: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a source as its section shows it: what says something, the largest first."""
+    """Return a source as its section shows it: the shares and tests that matter, the largest first."""
     return {
         **source,
         "path": without_secrets(source["path"]),
@@ -119,8 +119,8 @@ def _shown(source: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shares(shares: Mapping[str, float]) -> list[tuple[str, float]]:
-    found = sorted(shares.items(), key=lambda item: -item[1])
-    return [(name, share) for name, share in found if 0 < share < 1][:_MOST_ROWS]
+    descending = sorted(shares.items(), key=lambda item: -item[1])
+    return [(name, share) for name, share in descending if 0 < share < 1][:_MOST_ROWS]
 
 
 def diagnosis_lines(diagnosis: Diagnosis, folder: RunFolder) -> list[str]:

@@ -127,8 +127,8 @@ def page(template: str, title: str, scripts: Sequence[str] = (), **content: Any)
 
 def part(template: str, macro: str, *arguments: Any, **named: Any) -> Markup:
     """Return the HTML of a macro of a template."""
-    found: Markup = getattr(TEMPLATES.get_template(template).module, macro)(*arguments, **named)
-    return found
+    html: Markup = getattr(TEMPLATES.get_template(template).module, macro)(*arguments, **named)
+    return html
 
 
 def json_rows(file: Path) -> Iterator[dict[str, Any]]:

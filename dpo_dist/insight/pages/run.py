@@ -87,8 +87,8 @@ def _fields(path: Path, parse: Callable[[str], Any] = json.loads) -> Fields:
     """Return the fields of a file without secrets, because a page is made to be shared; empty without it."""
     if not path.exists():
         return {}
-    found: Fields = without_secrets(parse(path.read_text(encoding="utf-8")) or {})
-    return found
+    fields: Fields = without_secrets(parse(path.read_text(encoding="utf-8")) or {})
+    return fields
 
 
 def write_page(folder: RunFolder, output: Path | None = None) -> Path:
@@ -149,12 +149,12 @@ def verdict_of(facts: PageFacts) -> Mapping[str, Any]:
     if not judged:
         return {}
     findings = []
-    for found in judged["findings"]:
-        fact, _, advice = found["text"].partition(". Try: ")
+    for finding in judged["findings"]:
+        fact, _, advice = finding["text"].partition(". Try: ")
         # The verdict's sentence has the facts of its own finding.
         fact = "" if fact in judged["sentence"] else fact
-        findings.append({"headline": RULES[found["rule"]].text, "fact": fact, "advice": advice})
-    has_faults = any(RULES[found["rule"]].level is not Level.note for found in judged["findings"])
+        findings.append({"headline": RULES[finding["rule"]].text, "fact": fact, "advice": advice})
+    has_faults = any(RULES[finding["rule"]].level is not Level.note for finding in judged["findings"])
     level = "warning" if has_faults else "good"
     if facts.summary["exit"] == RunOutcome.diverged:
         level = "error"
@@ -169,8 +169,8 @@ def _tiles(facts: PageFacts) -> Iterator[tuple[str, str, str]]:
         key: [f"95 %: {number(ends[key][0])} to {number(ends[key][1])}"] if key in ends else []
         for key in (f"eval_{ACCURACY}", f"eval_{MARGIN}", "eval_loss")
     }
-    for key, found in best.items():
-        remarks.setdefault(key, []).append(f"best {number(found['value'])} at step {number(found['step'])}")
+    for key, row in best.items():
+        remarks.setdefault(key, []).append(f"best {number(row['value'])} at step {number(row['step'])}")
     gpus = ", ".join(dict.fromkeys(facts.environment.get("gpus") or ())) or "without GPU"
     pairs, finished = summary.get("pairs_seen"), last(facts.run.evaluations, "samples/finished")
     seconds = facts.section("work").get("device_seconds")
@@ -181,8 +181,8 @@ def _tiles(facts: PageFacts) -> Iterator[tuple[str, str, str]]:
             for key, remark in sorted(remarks.items())
         ),
         *(
-            ("best checkpoint", one["step"], number, f"step; {one['metric']} {number(one['value'])}")
-            for one in filter(None, [summary.get("best_checkpoint")])
+            ("best checkpoint", saved["step"], number, f"step; {saved['metric']} {number(saved['value'])}")
+            for saved in filter(None, [summary.get("best_checkpoint")])
         ),
         ("sampled responses that end", finished, percent, "by themselves, at the last evaluation"),
         ("steps", summary.get("steps"), number, f"{number(pairs)} pairs" if pairs is not None else ""),
@@ -266,7 +266,7 @@ _OF_NO_POLICY = ("samples/reference_", "samples/prompts", "samples/alarms")
 
 def write_difference(folders: tuple[RunFolder, RunFolder], output: Path | None = None) -> Path:
     """Write the page about two runs to `output` or to the working folder, and return its path."""
-    two, names = [PageFacts(one) for one in folders], [one.path.resolve().name for one in folders]
+    two, names = [PageFacts(folder) for folder in folders], [folder.path.resolve().name for folder in folders]
     runs = [
         (label, name, facts.summary.get("exit") or "not ended", verdict_of(facts))
         for label, name, facts in zip("AB", names, two, strict=True)
@@ -337,8 +337,8 @@ def _metrics(two: Two) -> Iterator[tuple[object, ...]]:
 
 def _intervals(facts: PageFacts) -> Mapping[str, Sequence[float]]:
     """Return the intervals of the last evaluation by metric, also of sources."""
-    found = {key.removeprefix("eval_"): ends for key, ends in facts.intervals(ALL).items()}
+    intervals = {key.removeprefix("eval_"): ends for key, ends in facts.intervals(ALL).items()}
     for label in facts.by_source:
         of_source = facts.intervals(results_name(label))
-        found |= {f"{key.removeprefix('eval_')}/{label}": ends for key, ends in of_source.items()}
-    return found
+        intervals |= {f"{key.removeprefix('eval_')}/{label}": ends for key, ends in of_source.items()}
+    return intervals

@@ -38,9 +38,9 @@ class Response:
 
 @dataclass(frozen=True)
 class Shown:
-    """A prompt as the model reads it, with responses, of which the others are compared with that `against`.
+    """A prompt as the model reads it, with responses, which are compared with the response `against`.
 
-    `why` is in small letters below the title, `labels` are of filters, the smallest `order` is the first.
+    `why` is in small letters below the title, `labels` are for filters, the smallest `order` comes first.
     """
 
     prompt: str
@@ -61,19 +61,19 @@ class Shown:
 def marked(text: str, other: str) -> tuple[list[Piece], float]:
     """Return the pieces of a text and the share of its words that `other` lacks. White space does not count.
 
-    Letters of scripts without spaces are words. In a long text, frequent words are no anchors.
+    Letters of scripts without spaces are words. In a long text, frequent words do not anchor the comparison.
     """
-    found = list(WORD.finditer(text))
-    matcher = SequenceMatcher(None, [word.group() for word in found], WORD.findall(other))
+    words = list(WORD.finditer(text))
+    matcher = SequenceMatcher(None, [word.group() for word in words], WORD.findall(other))
     pieces: list[Piece] = []
     new = end = 0
     for kind, start, stop, _, _ in matcher.get_opcodes():
         if start < stop:
-            begin, before, end = found[start].start(), end, found[stop - 1].end()
+            begin, before, end = words[start].start(), end, words[stop - 1].end()
             new += (stop - start) * (kind != "equal")
             pieces += [(text[before:begin], False), (text[begin:end], kind != "equal")]
     pieces.append((text[end:], False))
-    return [piece for piece in pieces if piece[0]], new / len(found) if found else 0.0
+    return [piece for piece in pieces if piece[0]], new / len(words) if words else 0.0
 
 
 def prompt_items(prompts: Iterable[Shown], room: int) -> tuple[list[Markup], int]:
@@ -128,13 +128,13 @@ def faults(row: Row) -> list[str]:
     text, tokens, of_reference = row["policy"], row["policy_tokens"], row["reference_tokens"]
     facts = text_facts(text[:_MEASURED_CHARACTERS], tokens or 0, is_finished=True)
     ratio = tokens / of_reference if tokens and of_reference else 1.0
-    found = {
+    reasons = {
         "is empty": facts.empty,
         "does not end": row["policy_finished"] is False,
         "repeats itself": facts.longest_repeat > REPEATED or (facts.distinct_3 or 1.0) < DISTINCT,
         f"is {ratio:.1f} times as long as the reference's": ratio >= LONGER,
     }
-    return [reason for reason, applies in found.items() if applies]
+    return [reason for reason, applies in reasons.items() if applies]
 
 
 def choose(rows: Sequence[Row]) -> list[tuple[Row, str]]:
@@ -165,7 +165,7 @@ def samples_of(folder: RunFolder) -> Mapping[str, Any]:
     by_prompt = {step: {row["prompt_id"]: row for row in rows} for step, rows in read.items()}
     shown = []
     for row, reason in choose(read[steps[0]]):
-        rows = {step: found.get(row["prompt_id"]) for step, found in sorted(by_prompt.items(), reverse=True)}
+        rows = {step: by_id.get(row["prompt_id"]) for step, by_id in sorted(by_prompt.items(), reverse=True)}
         title = f"{row['source']}: {reason}"
         shown.append(Shown(row["prompt"], tuple(_responses(row, rows)), "reference", title))
     items, omitted = prompt_items(shown, _SECTION_BYTES)

@@ -22,7 +22,7 @@ class Accuracy(NamedTuple):
 
     @property
     def noise(self) -> float:
-        """Three standard errors; of a pair more on each side, so that all right of a few is not certain."""
+        """Three standard errors, with one more pair right and one wrong: a few right pairs prove little."""
         share = (self.value * self.pairs + 1) / (self.pairs + 2)
         return 3 * math.sqrt(share * (1 - share) / self.pairs) if self.pairs else math.inf
 
@@ -87,10 +87,10 @@ class RunFacts:
 
     def sources(self, name: str) -> dict[str, float]:
         """Return "" and, of `train` or `eval`, the "/label" of each source, with the shares of the pairs."""
-        found = Counter[str]()
+        counts = Counter[str]()
         for source in self.counts(name).get("sources") or ():
-            found[f"/{source.get('label')}"] += source.get("pairs", 0)
-        return {"": 1.0} | {label: pairs / found.total() for label, pairs in found.items() if pairs}
+            counts[f"/{source.get('label')}"] += source.get("pairs", 0)
+        return {"": 1.0} | {label: pairs / counts.total() for label, pairs in counts.items() if pairs}
 
     def accuracy(self) -> Accuracy | None:
         """Return the accuracy of the last evaluation; without evaluations `training_accuracy`."""
@@ -133,16 +133,16 @@ def pooled(
     rows: Iterable[Row], key: str, fewest_pairs: float, share: float = 1.0
 ) -> list[tuple[float, float]]:
     """Return the means of `key` over successive rows with at least so many pairs, with the last step."""
-    found, total, pairs = [], 0.0, 0.0
+    means, total, pairs = [], 0.0, 0.0
     for row in rows:
         if finite(row, key) is None:
             continue
         total += row[key] * row.get("pairs", 0)
         pairs += row.get("pairs", 0)
         if pairs and share * pairs >= fewest_pairs:
-            found.append((row["step"], total / pairs))
+            means.append((row["step"], total / pairs))
             total, pairs = 0.0, 0.0
-    return found
+    return means
 
 
 def values(rows: Iterable[Row], key: str) -> list[tuple[float, float]]:

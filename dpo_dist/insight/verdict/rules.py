@@ -154,7 +154,7 @@ def _labels_swapped(facts: RunFacts) -> Iterator[str]:
         # the reference has preferences of its own before it learns.
         ends = (0.25, 0.5, 0.75, 1.0) if facts.falls(facts.steps) else (1.0,)
         quarters = (facts.training_accuracy(source, share, end) for end in ends)
-        below = [one for one in quarters if source and one is not None and one.is_below_half]
+        below = [part for part in quarters if source and part is not None and part.is_below_half]
         if below:
             yield (
                 f"training accuracy of {source[1:]} is {min(below).value:.3f} on the {min(below).pairs:,} "
@@ -200,7 +200,7 @@ def _label_leak(facts: RunFacts) -> Iterator[str]:
     for source, share in facts.sources("train").items():
         of_source = f" of {source[1:]}" if source else ""
         means = pooled(facts.steps, ACCURACY + source, _FEWEST_PAIRS, share)
-        at_once = next((one for one in means if one[0] <= within and one[1] >= 0.95), None)
+        at_once = next(((step, value) for step, value in means if step <= within and value >= 0.95), None)
         by_length = _leak_by_length(facts, source, 1.3)
         if at_once is not None and (evidence := by_length or _leak_by_form(facts, source)):
             yield f"accuracy{of_source} is {at_once[1]:.3f} at step {at_once[0]:.0f} already, {evidence}"
@@ -248,7 +248,7 @@ def _rise_of_evaluation_loss(facts: RunFacts) -> Iterator[str]:
     recent = facts.recent("loss")
     if len(losses) < 2 or not recent:
         return
-    step, lowest = min(losses[:-1], key=lambda one: one[1])
+    step, lowest = min(losses[:-1], key=lambda point: point[1])
     # Before the first step the loss of the training pairs is that of a policy that is the reference, too.
     earlier = [loss for at, loss in values(facts.steps, "loss") if at <= step]
     before, after = earlier[-1] if earlier else lowest, fmean(recent)
@@ -353,22 +353,22 @@ def _worse_samples(facts: RunFacts) -> Iterator[str]:
         start = first(rows, f"samples/{name}") if start is None else start
         return None if start is None or end is None else (start, end)
 
-    if found := ends("length"):
-        start, end = found
+    if lengths := ends("length"):
+        start, end = lengths
         # Lengths of few responses differ by chance; 1.5 times from 36 prompts on.
         least = start * max(1.5, 1 + 3 / math.sqrt(prompts))
         if start and end >= least and end > (last(rows, "tokens/chosen") or 0.0):
             yield f"sampled responses are {end / start:.1f}x longer ({start:.0f} -> {end:.0f} tokens)"
-    if (found := ends("distinct_3")) and found[0] > 0 and found[1] <= 0.7 * found[0]:
-        yield "they repeat themselves (distinct 3-grams {} -> {})".format(*map(percent, found))
+    if (distinct := ends("distinct_3")) and distinct[0] > 0 and distinct[1] <= 0.7 * distinct[0]:
+        yield "they repeat themselves (distinct 3-grams {} -> {})".format(*map(percent, distinct))
     for metric, meaning in (
         ("finished", "do not end by themselves"),
         ("empty", "are empty"),
         ("refusals", "are refusals"),
         ("language_changed", "are in another language than the chosen response"),
     ):
-        if found := ends(metric):
-            start, end = (1 - value if metric == "finished" else value for value in found)
+        if shares := ends(metric):
+            start, end = (1 - value if metric == "finished" else value for value in shares)
             if end - start >= max(0.1, 1 / math.sqrt(prompts)):  # two standard errors of one half
                 yield f"more sampled responses {meaning} ({percent(start)} -> {percent(end)})"
 
@@ -413,10 +413,11 @@ def _responses_cut(facts: RunFacts) -> Iterator[str]:
 
 @_rule
 def _doctor_errors(facts: RunFacts) -> Iterator[str]:
-    names = [str(one.get("rule")) for one in facts.data_findings if one.get("level") == Level.error]
+    findings = facts.data_findings
+    names = [str(finding.get("rule")) for finding in findings if finding.get("level") == Level.error]
     if names:
         yield f"the doctor found errors in the data: {', '.join(dict.fromkeys(names))}"
-    for finding in facts.data_findings:
+    for finding in findings:
         if finding.get("rule") == "reference_disagrees" and (finding.get("share") or 0.0) > 0.2:
             yield (
                 f"the reference prefers the rejected response by far in {percent(finding['share'])} of "
@@ -459,8 +460,8 @@ class Verdict:
         return [
             f"verdict: {self.sentence}",
             *(
-                f"  try: {one.remedy}" if self.sentence.endswith(one.text) else f"  - {one.with_remedy}"
-                for one in self.findings
+                f"  try: {fault.remedy}" if self.sentence.endswith(fault.text) else f"  - {fault.with_remedy}"
+                for fault in self.findings
             ),
         ]
 
@@ -473,12 +474,12 @@ def verdict(
     `rows` are of log_history.json, with nan for null; `exit` need not be in the summary.
     """
     facts = RunFacts(rows, summary, data_findings)
-    found = {name: finding for name in RULES if (finding := _finding(name, facts)) is not None}
+    by_rule = {name: finding for name in RULES if (finding := _finding(name, facts)) is not None}
     is_lost = next(_lost_weights(facts), None) is not None  # else some steps were skipped, no more
-    causes = [name for name in found if name != "diverged" or is_lost]
+    causes = [name for name in by_rule if name != "diverged" or is_lost]
     explained = {other for name in causes for other in RULES[name].explains}
-    findings = [one for name, one in found.items() if name not in explained]
-    worst = next((one for one in findings if one.level is not Level.note), None)
+    findings = [finding for name, finding in by_rule.items() if name not in explained]
+    worst = next((finding for finding in findings if finding.level is not Level.note), None)
     sentence = f"{RULES[worst.rule].text}: {worst.text}" if worst else _success(facts)
     if summary.get("exit") == RunOutcome.preempted:
         sentence = f"stopped after step {facts.total_steps:,}; so far: {sentence}"
@@ -502,11 +503,11 @@ def _success(facts: RunFacts) -> str:
     if start is None or end is None:
         return NOTHING_TO_JUDGE
     fall = f"training loss {start:.3g} -> {end:.3g} in {counted(facts.total_steps, 'step')}"
-    found = "no fault found" if facts.total_steps >= _FEWEST_STEPS else "too short to be judged"
+    result = "no fault found" if facts.total_steps >= _FEWEST_STEPS else "too short to be judged"
     if accuracy is None or last(facts.last_rows, ACCURACY) is None:
-        return f"{found}: {fall}"
+        return f"{result}: {fall}"
     pairs = f" on {counted(accuracy.pairs, 'pair')}" if accuracy.pairs else ""
     margin = number(last(facts.last_rows, "rewards/margins"))
     if not facts.evaluations:
-        found += " (nothing was evaluated after a step)"
-    return f"{found}: {facts.part} accuracy {accuracy.value:.3f}{pairs}, margin {margin}, {fall}"
+        result += " (nothing was evaluated after a step)"
+    return f"{result}: {facts.part} accuracy {accuracy.value:.3f}{pairs}, margin {margin}, {fall}"

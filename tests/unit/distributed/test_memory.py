@@ -163,10 +163,10 @@ def test_the_limit_of_a_job_or_container_counts(
 ) -> None:
     memory = psutil.virtual_memory()._replace(total=1000 * GIB, available=300 * GIB)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
-    own, root = tmp_path / "own", tmp_path / "cgroup"
+    process_cgroups, root = tmp_path / "process", tmp_path / "cgroup"
     lines, *groups = GROUPS[of]
-    own.write_text(lines)
+    process_cgroups.write_text(lines)
     for folder, names, *values in groups:
         group(root / folder, names, *values)  # type: ignore[arg-type]
     # A tenth is kept free: of 10 GiB, 4 of them used; or of the host.
-    assert available_memory(root, own) == (5 if groups else 200) * GIB
+    assert available_memory(root, process_cgroups) == (5 if groups else 200) * GIB
