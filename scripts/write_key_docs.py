@@ -18,7 +18,7 @@ from dpo_dist.config.verbs import EVERY_VERB
 ROOT = Path(__file__).resolve().parents[1]
 IN_README = """
 run.dir model.path model.dtype model.gradient_checkpointing model.adapter data.train data.eval data.max_length
-loss.kind loss.beta reference.mode reference.path optim.lr optim.warmup_ratio
+loss.kind loss.beta reference.mode optim.lr
 trainer.global_batch_pairs trainer.micro_batch_tokens trainer.epochs trainer.max_steps trainer.eval_every
 trainer.save_every parallelism.kind tracking.wandb
 """
