@@ -358,8 +358,11 @@ class TrainerConfig:
 
     global_batch_pairs: int = key(64, verbs="train precompute", ge=1)
     """Pairs of an optimizer step, over all processes."""
-    micro_batch_tokens: int = key(8192, ge=1, free=True, verbs="train precompute evaluate")
-    """Largest number of tokens in a micro-batch; gradient accumulation follows from it."""
+    micro_batch_tokens: Literal["auto"] | Annotated[int, Field(strict=True, ge=1)] = key(
+        "auto", free=True, verbs="train precompute evaluate", accepts="auto, or a whole number, >= 1"
+    )
+    """Largest number of tokens in a micro-batch; gradient accumulation follows from it. `auto`: what fits on
+    the GPUs of a training run, else 8192."""
     epochs: float = key(1.0, verbs="train precompute", gt=0, le=1e9)
     """Passes over the training data."""
     max_steps: int | None = key(None, verbs="train precompute", ge=1)
@@ -475,6 +478,28 @@ class ExportConfig:
     `-merged` after it; of `export.average` `<run.dir>/exported/average`."""
 
 
+@schema
+class PlanConfig:
+    """The machines that `python -m dpo_dist.plan` computes for."""
+
+    gpus: int = key(8, ge=1)
+    """Number of GPUs, 8 to a node."""
+    gpu: Literal["h100-80g", "h200-141g", "b200-180g", "a100-80g", "a100-40g", "l40s-48g", "rtx4090-24g"] = (
+        key("h100-80g")
+    )
+    """Kind of the GPUs."""
+    network: float = key(400.0, gt=0)
+    """Gbit/s between nodes for each GPU."""
+    price: float | None = key(None, gt=0)
+    """Price of a GPU for an hour, in any currency."""
+    pairs: int | None = key(None, ge=1)
+    """Pairs of an epoch; null: counted in `data.train`, if it is encoded or has local files."""
+    tokens_per_pair: float | None = key(None, gt=1)
+    """Tokens of a pair with its prompt once; null: the mean of `data.train`."""
+    suggest: bool = key(False)
+    """Also print the settings that fit with the least work."""
+
+
 PairsMethod = StrEnum("PairsMethod", ["scores", "samples", "delta", "people"])
 PairSelection = StrEnum("PairSelection", ["best_worst", "best_random", "all_pairs"])
 DropOrKeep = StrEnum("DropOrKeep", ["drop", "keep"])
@@ -574,3 +599,4 @@ class RunConfig:
     doctor: DoctorConfig = section(DoctorConfig, free=True, verbs="doctor")
     pairs: PairsConfig = section(PairsConfig, free=True, verbs="pairs")
     export: ExportConfig = section(ExportConfig, free=True, verbs="export")
+    plan: PlanConfig = section(PlanConfig, free=True, verbs="plan")

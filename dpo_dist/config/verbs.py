@@ -33,6 +33,11 @@ VERBS = {
     ),
     "compare": Verb("ask several models the same prompts, side by side", takes_training=False),
     "doctor": Verb("examine the data of a run, and encode them", ("data.train",), is_one_process=True),
+    "plan": Verb(
+        "compute memory and hours of a run on GPUs that one does not have yet",
+        ("model.path",),
+        is_one_process=True,
+    ),
     "pairs": Verb(
         "make preference records, by scores, models and judges, or people",
         ("data.train",),
