@@ -134,7 +134,7 @@ def _keys_of(override: Override) -> list[str]:
 
 def _names(override: Override) -> list[str]:
     value = override.value()
-    return [str(name) for name in value] if isinstance(value, list) else [str(value)]
+    return ["null" if name is None else str(name) for name in (value if isinstance(value, list) else [value])]
 
 
 class _Layer(NamedTuple):
@@ -321,6 +321,8 @@ class _Command:
         elif is_choice and key in run_keys() and isinstance(override.value(), list):
             sum_of_losses = f" or write {assignment(key, line.partition('=')[2])}" if key == "loss" else ""
             message, remedy = f"{key} is one preset", f"choose {key}={_names(override)[0]}{sum_of_losses}"
+        elif not is_choice and "." not in key and not isinstance(override.value(), dict):
+            message, remedy = f"{key} is a section", f"write {key}.KEY=VALUE; --help {key} lists its keys"
         else:
             return None
         return ConfigError(message, where=COMMAND_LINE, got=line, remedy=remedy)

@@ -90,6 +90,8 @@ def unreadable(words: Sequence[str]) -> ConfigError:
     """Return the error for the words of a command line that are no overrides."""
     whole = " ".join(words)
     remedy = "no space is around =, and a value with spaces, commas or brackets needs quotes: 'KEY=\"a, b\"'"
+    if "@" in whole.partition("=")[0]:
+        remedy = "remove @ and the word after it: write loss=ipo"
     if "=" not in whole and Path(whole).expanduser().exists():
         remedy = f"write its key: run.dir={whole}, model.path={whole} or 'data.train=[{whole}]'"
     return ConfigError(

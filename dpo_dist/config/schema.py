@@ -341,7 +341,7 @@ class ParallelismConfig:
     """Distribution of weights, gradients and optimizer states over processes."""
 
     kind: ParallelismKind = key(ParallelismKind.zero3, verbs="train precompute evaluate compare pairs")
-    """ZeRO stage 3 or 2, or `ddp`: weights whole on every process, ZeRO stage 1."""
+    """ZeRO stage 3 or 2, or `ddp`: all weights on every process, optimizer states sharded (stage 1)."""
     offload_parameters: PolicyOffload = key(Offload.none)
     """Where the policy's weights are kept: on the device (`none`) or `cpu`."""
     offload_optimizer: PolicyOffload = key(Offload.none, verbs="train")

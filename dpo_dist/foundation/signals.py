@@ -109,6 +109,9 @@ class StopRequest:
         self.ask(name)
         if not self._is_deferred:
             raise stopped_by(name)
+        if this_rank() == 0:  # a step may take minutes
+            with contextlib.suppress(OSError):
+                os.write(2, f"{name}: saving after the work at hand; a second signal ends at once\n".encode())
         if not is_limit:  # an echo after a long call of C would count as a second signal
             time.sleep(_REPEATED_SECONDS)
 

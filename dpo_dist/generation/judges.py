@@ -79,7 +79,7 @@ class FunctionJudge:
         return f"function {self._name}"
 
     def check(self) -> None:
-        """Check nothing: the function is imported."""
+        """Do nothing: the import has checked the function."""
 
     def describe(self) -> dict[str, Any]:
         """Return its name and the digest of its file."""

@@ -155,7 +155,7 @@ def router_loss(config: RouterConfig | None, causal_lm: Any) -> RouterLoss | Non
     coefficient = own_coefficient(causal_lm)
     if coefficient is None:
         raise ConfigError(
-            "this model defines no load-balancing loss of routers",
+            "transformers has no load-balancing loss for this model",
             where="loss.router",
             got=causal_lm.config.model_type,
             expected="a mixture of experts for which transformers defines one, such as mixtral or qwen3_moe",

@@ -113,7 +113,7 @@ class VarlenAttention:
         return scores.sinks is None and has_cap and has_mask and dim <= _LARGEST_HEAD
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
-        """Return causal `torch.nn.attention.varlen`, which knows groups of heads since torch 2.12."""
+        """Return causal `torch.nn.attention.varlen`, which supports grouped heads since torch 2.12."""
         from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415  (needs a CUDA build)
 
         options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
@@ -277,7 +277,7 @@ def _has_flash_attn() -> bool:
 def check_kernel(backend: AttentionBackend, device: torch.device, text: Any, dtype: torch.dtype) -> None:
     """Check this backend, if it is used, with the heads, windows and caps of the layers of a text model.
 
-    The check at start compares no gradients: one that a kernel computes wrongly would stay unseen.
+    The check at start compares no gradients: one that a kernel computes wrongly would go unnoticed.
     """
     if backend is AttentionBackend.sdpa or recorded_arrangement(text.model_type) is not Arrangement.packed:
         return

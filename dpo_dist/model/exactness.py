@@ -322,7 +322,7 @@ def _packed(examples: Sequence[Example]) -> PackedBatch:
 
 
 def _ladder(model: PackedCausalLM, max_length: int) -> Iterator[tuple[Arrangement, bool]]:
-    """Yield arrangements from the cheapest to the costliest: by the chunked head, then by all logits.
+    """Yield arrangements, the cheapest first: the output layer in chunks, then all logits at once.
 
     Ranks that share the tokens of a batch can share those of a packed one only.
     """

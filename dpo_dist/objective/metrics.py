@@ -27,7 +27,7 @@ GROUP_METRICS = tuple(name for name, metric in METRICS.items() if metric.by_grou
 BUCKETS = ("1-63", "64-127", "128-255", "256-511", "512-1023", "1024-")
 """Tokens of the longer response of a pair, for metrics by length: `<metric>_by_length/<bucket>`."""
 LENGTH_BORDERS = (64, 128, 256, 512, 1024)
-"""Fewest tokens of each bucket but the first."""
+"""Smallest length of each bucket after the first."""
 BATCH_MARGIN = "loss/margin"
 """Mean of `b h`, reported if the loss depends on it."""
 BATCH_REWARD = "loss/reward"

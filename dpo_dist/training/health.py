@@ -68,7 +68,7 @@ def best_after(
     if metric is None or step == 0 or not math.isfinite(row.get(metric, math.nan)):
         return best
     sign = 1 if direction_of(trainer) is Direction.highest else -1
-    is_better = best is None or best.step == step or sign * row[metric] > sign * best.value
+    is_better = best is None or sign * row[metric] > sign * best.value
     return BestCheckpoint(metric, step, row[metric]) if is_better else best
 
 

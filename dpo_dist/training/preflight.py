@@ -70,7 +70,7 @@ def check_start(config: RunConfig, *, trains: bool = False) -> None:
             where="parallelism.sequence_parallel",
             got=f"{ranks}, with {counted(processes, 'process', 'processes')}",
             expected=f"a divisor of {processes}",
-            remedy=f"set it to one, or start a multiple of {ranks} processes",
+            remedy=f"set it to such a number, or start a multiple of {ranks} processes",
         )
     _check_models(config)
     for source in [*config.data.train, *config.data.eval]:

@@ -350,7 +350,7 @@ BCO = Policy(loss=LossConfig(kind=LossKind.bco_pair, bco_delta=BcoDelta.running_
 FP32, BF16 = Dtype.fp32, Dtype.bf16
 WORLDS = {
     "full in bf16, 3 with zero3 to 2 with zero2": (FULL, BF16, 3, ZERO3, 2, ZERO2),
-    "bco and a reference that follows, 2 with zero3 to 1": (BCO, FP32, 2, ZERO3, 1, DDP),
+    "bco and a reference that follows, 2 with zero3 to zero2": (BCO, FP32, 2, ZERO3, 2, ZERO2),
     "DoRA, 1 to 3 with zero2": (DORA, FP32, 1, ZERO2, 3, ZERO2),
     "LoRA on nf4 in fp16, 1 to 2": (NF4_LORA, Dtype.fp16, 1, DDP, 2, DDP),
     "full in bf16, 2 times 2 that share tokens to 4 that do": (FULL, BF16, 4, SHARED_BY_2, 4, SHARED_BY_4),

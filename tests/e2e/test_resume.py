@@ -154,7 +154,7 @@ def test_stops_while_encoding_saving_evaluating_sampling_exporting_and_reporting
     run, whole, cache = tmp_path / "run", tmp_path / "whole", tmp_path / "encoded"
     usual = [f"data.eval=[{assets}/eval.jsonl]", "trainer.eval_every=4", "trainer.save_every=1"]
     samples = ["samples.prompts=2", "samples.max_new_tokens=4", "samples.temperature=0"]
-    command = overrides(*usual, *samples, f"data.cache={cache}")
+    command = overrides(*usual, *samples, f"data.cache={cache}", "trainer.keep_best=eval_loss")
     places = [
         ("dpo_dist.data.build", "in_order", "before the first step"),
         ("dpo_dist.generation.sampling.generate", "generate_batch", "stopped: by SIGTERM before the first"),
@@ -178,6 +178,9 @@ def test_stops_while_encoding_saving_evaluating_sampling_exporting_and_reporting
     )
     assert last.code == 0, last.output
     assert run_state(run)["outcome"] == summary(run)["exit"] == "completed"
+    assert (run / "checkpoints/best").read_text().strip() == "step-000004", (
+        "found by an evaluation that was owed"
+    )
     train([*command, f"run.dir={whole}"])
     assert history(run) == history(whole)
     for file in ("samples/step-000004.jsonl", "model/model.safetensors"):

@@ -81,7 +81,7 @@ def run_command(command: str) -> int:
             "the launcher cannot be started",
             where="pairs.launcher",
             got=f"{command}: {first_line(fault)}",
-            remedy="correct it: the words before -m dpo_dist.train, such as 'python -m dpo_dist.launch'",
+            remedy="set it to the words before -m dpo_dist.train, such as 'python -m dpo_dist.launch'",
         ) from None
 
     def pass_on(number: int, _frame: FrameType | None) -> None:

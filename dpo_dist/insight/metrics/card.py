@@ -54,7 +54,7 @@ def model_card(
     versions: Mapping[str, str],
     loader: str = _CAUSAL,
 ) -> str:
-    """Return the content of the card from those of summary.json, with `verdict`, and evaluation.json.
+    """Return the card of a run from its summary.json (with `verdict`) and evaluation.json.
 
     `loader`: the auto class of the model, or of an adapter's base.
     """

@@ -487,7 +487,7 @@ def verdict(
 
 
 def sample_alarm(rows: Sequence[Row]) -> Finding | None:
-    """Return the fault of the sampled responses by the metrics rows so far."""
+    """Return what is wrong with the sampled responses, by the metrics rows so far."""
     return _finding("over_optimised", RunFacts(rows, {}))
 
 

@@ -88,6 +88,11 @@ def test_ranks_get_equal_costs(world_size: int, budget: int, micro_batches: int)
     assert loads.sum(axis=0).max() < 1.02 * loads.sum(axis=0).mean()
 
 
+def test_the_rank_with_the_least_work_gets_the_costliest_micro_batch() -> None:
+    costs = [10, 8, 6, 4]  # each fills a micro-batch of a rank
+    assert loads_of(plan_micro_batches(sizes(costs), 2, 10), costs).sum(axis=0).tolist() == [14, 14]
+
+
 def test_beside_one_costly_example_the_other_ranks_get_more() -> None:
     """Balancing pairs of cost 1 at 70 in both micro-batches would make all ranks wait for the pair of 100."""
     tokens = [100] + [1] * (4 * 140 - 100)
@@ -285,6 +290,11 @@ def test_weights_are_draws_per_epoch(weight: float, counts: dict[int, int]) -> N
 def test_epochs_may_be_fractions(epochs: float, total: int, steps: int) -> None:
     part = sampler(10, 4, epochs=epochs)
     assert (part.total_pairs, part.steps, len(visited(part))) == (total, steps, total)
+
+
+def test_the_epoch_of_a_step_is_the_share_of_pairs_that_it_has_seen() -> None:
+    of = sampler(10, 4, epochs=2.0)
+    assert [of.epoch(step) for step in (-1, 0, 1, 4)] == [0, 0.4, 0.8, 2]
 
 
 def test_what_is_visited_is_known_without_a_look_at_all_epochs() -> None:

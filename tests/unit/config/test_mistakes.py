@@ -90,7 +90,9 @@ MISTYPED = [
     ("cutoff_len=64", "write data.max_length=64 data.truncation=both"),
     ("loss=simpo reference.path=m", "remove reference.path, or choose a loss with a reference"),
     ("reference.path=", "to do:    remove the key, or write a value"),
-    ("loss@x=ipo", "words that are not KEY=VALUE"),
+    ("loss@x=ipo", "remove @"),
+    ("run=3", "run is a section"),
+    ("loss=null", "no loss named 'null'"),
     ("model.adapter@x=3", "words that are not KEY=VALUE"),
     ("loss@=ipo", "words that are not KEY=VALUE"),
 ]

@@ -1,6 +1,6 @@
 """Results of an evaluation: the same means as the sums, and intervals."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -47,6 +47,18 @@ def test_results_by_label_and_length_with_intervals() -> None:
     table = evaluation_table(found)
     assert len(table) == 4
     assert "7.000 [" in table[1]
+
+
+def test_the_interval_of_a_share_that_all_pairs_have_is_not_a_point() -> None:
+    length = np.full(PAIRS, 150, np.float32)
+    values = replace(
+        invented(), margin=np.ones(PAIRS, np.float32), tokens_chosen=length, tokens_rejected=length
+    )
+    plan = MetricPlan(LossConfig(), (), is_evaluation=True)
+    found = results({}, values, {}, each(PAIRS), plan, 0)["all"]["intervals"]
+    for name in ("eval_rewards/accuracies", "eval_rewards/accuracies_by_length/128-255"):
+        assert found[name][0] < 0.95, name
+        assert found[name][1] == 1.0, name
 
 
 def each(count: int) -> np.ndarray:
