@@ -76,8 +76,8 @@ def make_plan(config: RunConfig, progress: Progress) -> Plan:
     if config.plan.price is not None:
         times.append(["price", " to ".join(f"{end / 3600 * gpus * config.plan.price:,.0f}" for end in ends)])
     lines = [
-        f"{config.model.path}: {estimate.weights / 1e9:.3g}e9 weights, {estimate.trained / 1e9:.3g}e9 trained, "
-        f"on {counted(gpus, 'GPU')} ({config.plan.gpu}), {config.parallelism.kind}",
+        f"{config.model.path}: {estimate.weights / 1e9:.3g}e9 weights, {estimate.trained / 1e9:.3g}e9 "
+        f"trained, on {counted(gpus, 'GPU')} ({config.plan.gpu}), {config.parallelism.kind}",
         *(f"  {line}" for line in aligned([[name, size(part)] for name, part in rows], numbers=(1,))),
         estimate.verdict(),
         f"host memory of a node: {size(estimate.host)}; disk: {size(12.0 * estimate.trained)} a checkpoint, "

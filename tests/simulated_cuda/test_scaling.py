@@ -222,8 +222,8 @@ def test_the_peak_of_the_output_layer_is_as_documented(measured: Any) -> None:
 @pytest.mark.parametrize("kind", SHAPES)
 def test_activations_are_as_computed_from_shapes(kind: str, checkpointing: str, measured: Any) -> None:
     found = measured["activations"][f"{kind} {checkpointing}"]
-    # With all layers checkpointed, what backward holds at once in one layer decides, of which less is known.
-    within = (0.97, 1.03) if checkpointing == "none" else (0.97, 1.2)
+    # With all layers checkpointed, what backward holds at once in one layer decides.
+    within = (0.97, 1.03) if checkpointing == "none" else (0.97, 1.3)
     assert within[0] <= found["computed"] / found["measured"] <= within[1], found
 
 
