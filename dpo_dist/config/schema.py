@@ -373,6 +373,9 @@ class TrainerConfig:
     keep_best: Filled | None = key(None, free=True)
     """Evaluation metric, such as `eval_rewards/accuracies`: a checkpoint is also saved at each new best
     value, and the best are kept beside `keep_last`; null: none."""
+    patience: int | None = key(None, ge=1, free=True)
+    """Evaluations in a row without a new best value of `keep_best` after which the run ends and is complete;
+    null: it ends at its last step."""
     log_every: int = key(1, ge=0, free=True)
     """Steps per metrics row, which is a mean over their pairs; 0: one row at the end."""
     seed: int = key(0, ge=0, verbs="train precompute evaluate pairs")
