@@ -166,8 +166,8 @@ def train(
             below `data.cache`, to a file that their content names, so that the same call resumes the run.
         eval: the same in place of `data.eval`.
         on_row: called on rank 0 with each metrics row of steps and evaluations, once it is recorded. If it
-            returns true, the run stops with a checkpoint after the step that follows; if it raises, too, and
-            the exception is raised here at the end.
+            returns true, the run stops with a checkpoint, after the step that follows at the latest; if it
+            raises, too, and the exception is raised here at the end.
 
     Returns:
         The content of summary.json, and `run_dir`. Its `exit` is `completed` or `preempted`: stopped before

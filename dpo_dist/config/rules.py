@@ -13,7 +13,7 @@ from typing import Any
 from dpo_dist.config.fields import fields_of
 from dpo_dist.config.keys import all_keys, as_written, readers, run_keys
 from dpo_dist.config.losses import LossConfig, LossKind, kinds_using
-from dpo_dist.config.metrics import METRICS, PREFIX
+from dpo_dist.config.metrics import CUSTOM, METRICS, PREFIX
 from dpo_dist.config.mistakes import raise_all
 from dpo_dist.config.schema import (
     NO_MODEL,
@@ -145,7 +145,7 @@ def direction_of(trainer: TrainerConfig) -> Direction | None:
         for name, row in METRICS.items()
         if row.best and f"{metric}/".startswith((f"{PREFIX}{name}/", f"{PREFIX}{name}_by_length/"))
     )
-    return next(known, None)
+    return Direction.highest if metric.startswith(PREFIX + CUSTOM) else next(known, None)
 
 
 RULES = (

@@ -392,6 +392,15 @@ class TrainerConfig:
 
 
 @schema
+class MetricsConfig:
+    """Metrics of your own, beside those of docs/watching.md."""
+
+    function: Filled | None = key(None)
+    """Your own function, as `module:function`: from log-probs to a value of each pair under one or more
+    names; the means are the metrics `custom/NAME`."""
+
+
+@schema
 class EvaluationConfig:
     """The models and pairs that `python -m dpo_dist.evaluate` scores."""
 
@@ -569,6 +578,7 @@ class RunConfig:
     optim: OptimConfig = section(OptimConfig, verbs="train")
     trainer: TrainerConfig = section(TrainerConfig, verbs="train")
     samples: SamplesConfig = section(SamplesConfig, free=True, verbs="train")
+    metrics: MetricsConfig = section(MetricsConfig, free=True, verbs="train evaluate")
     parallelism: ParallelismConfig = section(ParallelismConfig, free=True, verbs="train precompute evaluate")
     tracking: TrackingConfig = section(TrackingConfig, free=True, verbs="train")
     evaluation: EvaluationConfig = section(EvaluationConfig, free=True, verbs="evaluate")
