@@ -162,23 +162,18 @@ def train(
 
     Args:
         words: as of `load_run_config`.
-        train: records in memory, a list or a `datasets.Dataset`, in place of `data.train`. They are written
-            below `data.cache`, to a file that their content names, so that the same call resumes the run.
+        train: a list of records, or a `datasets.Dataset`, in place of `data.train`. They are written below
+            `data.cache`, to a file that their content names: the same call resumes the run.
         eval: the same in place of `data.eval`.
         on_row: called on rank 0 with each metrics row of steps and evaluations, once it is recorded. If it
             returns true, the run stops with a checkpoint, after the step that follows at the latest; if it
-            raises, too, and the exception is raised here at the end.
+            raises, too, and the exception is raised at the end.
 
     Returns:
-        The content of summary.json, and `run_dir`. Its `exit` is `completed` or `preempted`: stopped before
-        its end by `stopped_by`; the same call resumes.
-
-    Raises:
-        DpoDistError: what the command would print.
+        The content of summary.json, and `run_dir`. `exit` is `completed`, or `preempted`, by `stopped_by`.
     """
-    given = {
-        f"data.{name}": records for name, records in (("train", train), ("eval", eval)) if records is not None
-    }
+    named = {"data.train": train, "data.eval": eval}
+    given = {key: records for key, records in named.items() if records is not None}
     cache = Path(load_run_config([*words, *(f"{key}=[records.jsonl]" for key in given)]).data.cache)
     files = {key: write_records(records, cache / "records", key) for key, records in given.items()}
     sources = [f"{key}=[{json.dumps(str(file), ensure_ascii=False)}]" for key, file in files.items()]

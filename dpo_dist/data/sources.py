@@ -400,8 +400,7 @@ def write_records(records: Iterable[Any], folder: Path, name: str) -> Path:
                 "a record cannot be written as JSON",
                 where=f"{name}[{len(lines)}]",
                 got=first_line(error),
-                expected="texts, numbers, true, false, None, and lists and dicts of them",
-                remedy="convert its values, or leave out the fields that no format reads",
+                remedy="convert its values, or leave out fields that no format reads",
             ) from error
     if not lines:
         raise ConfigError("there are no records", where=name, got="0", remedy="give at least one")

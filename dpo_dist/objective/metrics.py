@@ -68,7 +68,6 @@ def custom_metrics(config: RunConfig, device: torch.device | None = None) -> Cus
     function, columns = config.metrics.function, torch.tensor(INVENTED, device=device).double()
     if function is None:
         return CustomMetrics()
-    user_function(function, METRICS_FUNCTION)
 
     def of(pairs: Tensor) -> dict[str, Tensor]:
         policy, reference = PairLogps(*pairs[:2], *pairs[4:]), PairLogps(*pairs[2:4], *pairs[4:])

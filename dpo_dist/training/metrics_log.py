@@ -141,11 +141,8 @@ def final_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
             last = measured[-1]
             final[f"{prefix}step"] = last["step"]
             final |= {prefix + key: last[prefix + key] for key in PAIR_METRICS if prefix + key in last}
-            final |= {
-                key: value
-                for key, value in last.items()
-                if key.startswith((*_grouped(prefix), prefix + CUSTOM))
-            }
+            shown = (*_grouped(prefix), prefix + CUSTOM)
+            final |= {key: value for key, value in last.items() if key.startswith(shown)}
     best = {key: {"value": row[key], "step": row["step"]} for key, row in best_rows(rows) if key in _BEST}
     return {"final": final, "best": best}
 

@@ -81,7 +81,7 @@ def _begin(run: Run, checkpoint: Checkpoint | None, reporting: Reporting) -> tup
     inputs = load_inputs(run, trains=True)
     done, steps = 0, inputs.sampler.steps
     if inputs.eval_set is not None:
-        check_keep_best(config, inputs.eval_set.labels)
+        check_keep_best(config, inputs.eval_set.labels, world.device)
     identity = identify(config, inputs)
     if checkpoint is not None:
         done = int(checkpoint.state["step"])
