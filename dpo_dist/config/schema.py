@@ -376,6 +376,9 @@ class TrainerConfig:
     keep_best: Filled | None = key(None, free=True)
     """Evaluation metric, such as `eval_rewards/accuracies`: a checkpoint is also saved at each new best
     value, and the best are kept beside `keep_last`; null: none."""
+    patience: int | None = key(None, ge=1, free=True)
+    """Evaluations in a row without a new best value of `keep_best` after which the run ends and is complete;
+    null: it ends at its last step."""
     log_every: int = key(1, ge=0, free=True)
     """Steps per metrics row, which is a mean over their pairs; 0: one row at the end."""
     seed: int = key(0, ge=0, verbs="train precompute evaluate pairs")
@@ -389,6 +392,15 @@ class TrainerConfig:
     """Save and exit with code 75 after this many steps of this start."""
     max_seconds: float | None = key(None, gt=0, le=1e9, free=True)
     """Save and exit with code 75 after this many seconds."""
+
+
+@schema
+class MetricsConfig:
+    """Metrics of your own, beside those of docs/watching.md."""
+
+    function: Filled | None = key(None)
+    """Your own function, as `module:function`: from log-probs to a value of each pair under one or more
+    names; the means are the metrics `custom/NAME`."""
 
 
 @schema
@@ -591,6 +603,7 @@ class RunConfig:
     optim: OptimConfig = section(OptimConfig, verbs="train")
     trainer: TrainerConfig = section(TrainerConfig, verbs="train")
     samples: SamplesConfig = section(SamplesConfig, free=True, verbs="train")
+    metrics: MetricsConfig = section(MetricsConfig, free=True, verbs="train evaluate")
     parallelism: ParallelismConfig = section(ParallelismConfig, free=True, verbs="train precompute evaluate")
     tracking: TrackingConfig = section(TrackingConfig, free=True, verbs="train")
     evaluation: EvaluationConfig = section(EvaluationConfig, free=True, verbs="evaluate")

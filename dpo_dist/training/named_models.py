@@ -19,6 +19,7 @@ from dpo_dist.config.run_folder import (
     without_model,
 )
 from dpo_dist.config.schema import ExportedWeights, RunConfig
+from dpo_dist.config.user_code import METRICS_FUNCTION, find_function
 from dpo_dist.data.sources import check_has_evaluation_data
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import text_digest
@@ -41,7 +42,7 @@ class Evaluated:
     def name(self, config: RunConfig, inputs: "EvaluationInputs") -> str:
         """Return a name for the results, such as `step-000100-1a2b3c4d`.
 
-        It differs by model, base, precision, reference, loss, pairs and labels.
+        It differs by model, base, precision, reference, loss, pairs, labels and custom metrics.
         """
         folder = Path(self.path)
         place = str(folder.resolve()) if folder.is_dir() else self.path
@@ -51,6 +52,8 @@ class Evaluated:
         precision = [str(model.dtype), None if model.quantization is None else str(model.quantization)]
         facts = [place, inputs.policy_files.digest, precision, reference, plain(config.loss)]
         facts += [data.fingerprint, list(data.source_labels)]
+        if config.metrics.function is not None:
+            facts.append(find_function(config.metrics.function, METRICS_FUNCTION).digest)
         stem = folder.resolve().name if folder.is_dir() else self.path.replace("/", "-")
         return f"{stem}-{text_digest(json.dumps(facts, sort_keys=True))[:8]}"
 

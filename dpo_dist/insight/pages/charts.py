@@ -15,7 +15,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import ArrayLike, NDArray
 
-from dpo_dist.config.metrics import METRICS, PREFIX
+from dpo_dist.config.metrics import CUSTOM, METRICS, PREFIX, metric_of
 from dpo_dist.foundation import files
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import number
@@ -222,7 +222,10 @@ def _last_value(line: Line, end: float) -> str:
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart on the page, of the metrics whose row has its title; `in_image`: in training_curves.png."""
+    """A chart on the page, of the metrics whose row has its title, or of the custom metric of that name.
+
+    `in_image`: in training_curves.png.
+    """
 
     title: str
     in_image: bool = False
@@ -232,7 +235,8 @@ class Panel:
     @property
     def keys(self) -> tuple[str, ...]:
         """The names of its metrics."""
-        return tuple(name for name, metric in METRICS.items() if metric.chart == self.title)
+        named = tuple(name for name, metric in METRICS.items() if metric.chart == self.title)
+        return named or (self.title,)
 
 
 PANELS = (
@@ -251,11 +255,16 @@ PANELS = (
 
 def charts(rows: Rows, noise: Mapping[str, float]) -> list[Markup]:
     """Return all charts of a run that have a value; `noise` is that of rounding, by metric."""
+    names = {key.removeprefix(PREFIX): None for row in rows for key in row}
+    custom = [Panel(name) for name in names if name.startswith(CUSTOM) and name.count("/") == 1]
     figures = (
         chart(
-            panel.title, list(panel_lines(panel, rows, noise)), METRICS[panel.keys[0]].unit, log=panel.is_log
+            panel.title,
+            list(panel_lines(panel, rows, noise)),
+            metric_of(panel.keys[0]).unit,
+            log=panel.is_log,
         )
-        for panel in PANELS
+        for panel in (*PANELS, *custom)
     )
     return list(filter(None, figures))
 
@@ -269,7 +278,7 @@ def panel_lines(panel: Panel, rows: Rows, noise: Mapping[str, float]) -> Iterato
     known = set().union(*rows)
     labels = {key: key.split("/")[-1].removesuffix("_per_token") for key in panel.keys}
     if len(panel.keys) == 1:
-        labels = {panel.keys[0]: METRICS[panel.keys[0]].title}
+        labels = {panel.keys[0]: metric_of(panel.keys[0]).title}
     for key, label in labels.items():
         if key in known:
             raw = _line(panel, label, "raw", steps, key)

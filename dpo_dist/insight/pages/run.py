@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from dpo_dist.config.metrics import METRICS
+from dpo_dist.config.metrics import CUSTOM, METRICS
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.data.counts import in_words
 from dpo_dist.foundation import files
@@ -323,7 +323,7 @@ def _metrics(two: Two) -> Iterator[tuple[object, ...]]:
         return
     ends = [_intervals(facts) if is_evaluated else {} for facts in two]
     samples = (key for key in rows[0] if key.startswith("samples/") and not key.startswith(_OF_NO_POLICY))
-    by_source = (key for key in rows[0] if key.startswith((f"{ACCURACY}/", f"{MARGIN}/")))
+    by_source = (key for key in rows[0] if key.startswith((f"{ACCURACY}/", f"{MARGIN}/", CUSTOM)))
     for key in (*PAIR_METRICS, *ENTROPIES, *samples, *by_source):
         if all(key in row for row in rows):
             first, second = (each.get(key) for each in ends)

@@ -68,6 +68,7 @@ REFUSED = [
     ("samples.max_new_tokens=9", "samples.max_new_tokens"),
     ("samples.temperature=0", "samples.temperature"),
     ("trainer.keep_best=eval_loss", "trainer.keep_best"),
+    ("trainer.patience=3", "trainer.patience"),
     ("trainer.keep_best=eval_loss data.eval_share=0.1", "trainer.keep_best"),
     (f"{EVALUATED} trainer.keep_best=loss", "trainer.keep_best"),
     (f"{EVALUATED} trainer.keep_best=eval_logps/chosen", "trainer.keep_best"),
