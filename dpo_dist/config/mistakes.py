@@ -31,7 +31,7 @@ from dpo_dist.config.keys import (
     run_keys,
 )
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError, DpoDistError
 
 SCHEMA = TypeAdapter(RunConfig)
 _PRESET_PATHS = {
@@ -101,19 +101,22 @@ def unreadable(words: Sequence[str]) -> ConfigError:
     )
 
 
-def raise_all(mistakes: Sequence[ConfigError]) -> None:
+def raise_all(mistakes: Sequence[DpoDistError]) -> None:
     """Raise the mistake, or one error with a line for each; do nothing if there are none."""
-    if len(mistakes) == 1:
-        raise mistakes[0]
+    every = [part for one in mistakes for part in one.parts or (one,)]
+    if len(different := {one.block(): one for one in every}) == 1:
+        raise every[0]
     lines = []
-    for one in mistakes:
+    for one in different.values():
         where = one.where.removeprefix(COMMAND_LINE).removeprefix(": ")
         got = f" ({one.got})" if where and one.got and "=" not in where else ""
         is_said = one.expected in one.remedy or one.remedy.startswith(("did you mean", "write"))
         expected = "" if is_said else f", expected {one.expected}"
         lines.append(f"{where or one.got}{got}: {one.message}{expected}; {one.remedy}")
     if lines := list(dict.fromkeys(lines)):
-        raise ConfigError(f"this command has {len(lines)} mistakes", remedy=f"\n{' ' * 12}".join(lines))
+        whole = ConfigError(f"this command has {len(lines)} mistakes", remedy=f"\n{' ' * 12}".join(lines))
+        whole.parts = every
+        raise whole
 
 
 def assignment(key: str, value: str) -> str:

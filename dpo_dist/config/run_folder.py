@@ -183,6 +183,25 @@ class RunFolder:
     """The policy after a round that trains an adapter, merged into its base; in the round's folder."""
 
 
+@dataclass(frozen=True)
+class SweepFolder:
+    """The folder of a sweep, beside its runs."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "SweepFolder":
+        """Return the folder of the sweep with this point."""
+        return cls(Path(config.run.root) / f"sweep-{config.run.name}")
+
+    results = At("sweep.json")
+    log = At("sweep.log")
+
+    def screen(self, run: RunFolder) -> Path:
+        """Return the file with what a point would print on the screen."""
+        return self.path / f"{run.path.name}.log"
+
+
 def check_writable(folder: Path, key: str = "run.dir") -> None:
     """Raise ConfigError if a folder, which `key` names, cannot be made or written; create nothing."""
     above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
