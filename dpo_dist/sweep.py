@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 import contextlib
 import gc
+import importlib
 import multiprocessing
 import os
 import shlex
@@ -20,6 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from io import BytesIO
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import FrameType
@@ -49,11 +51,8 @@ def main(points: Points) -> int:
     first = next(iter(points.values()))
     folder = SweepFolder.of(first)
     with open_console(lambda _: folder.log, first.console.style) as console:
-        # A GPU that this process has opened to count it could not be used by its forks.
-        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-        import dpo_dist.insight.recorder  # noqa: PLC0415  (slow, prints; the points import nothing again)
-        import dpo_dist.training.run  # noqa: F401, PLC0415
-        from dpo_dist.insight.sweep import sweep_results, sweep_table  # noqa: PLC0415
+        _warm_up()
+        from dpo_dist.insight.sweep import sweep_results, sweep_table  # noqa: PLC0415  (slow, prints)
 
         job, jobs = (int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", "1")) for name in ("ID", "COUNT"))
         mine = list(points)[job % jobs :: jobs]
@@ -61,7 +60,8 @@ def main(points: Points) -> int:
         share = "" if jobs == 1 else f", {len(mine):,} of them for this job of the array"
         console.say(f"sweep: {counted(len(points), 'point')}{share}, {len(mine) - len(left):,} finished")
         codes, is_stopped = _Trainer(left, folder, console, first.sweep).run()
-        results = sweep_results(points, codes, folder)
+        ends = {words: ending(code) for words, code in codes.items()}
+        results = sweep_results(points, ends, folder)
         console.result("sweep", results, [*sweep_table(results), f"sweep  {folder.results}"])
         write_page([RunFolder.of(config) for config in points.values()])
     failed = [code for code in codes.values() if code not in _STOPPED]
@@ -107,6 +107,25 @@ def _is_finished(config: RunConfig) -> bool:
     return state.identity.get("run_digest") == run_digest(config)
 
 
+def _warm_up() -> None:
+    """Do once what else each point would do at its start: slow imports, and slow first calls of libraries."""
+    # A GPU that this process has opened to count it could not be used by its forks.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    importlib.import_module("pandas")  # as pyarrow does
+    from matplotlib.figure import Figure  # noqa: PLC0415
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: PLC0415
+
+    import dpo_dist.insight.recorder  # noqa: PLC0415
+    import dpo_dist.training.run  # noqa: F401, PLC0415
+    from dpo_dist.insight.pages.render import TEMPLATES  # noqa: PLC0415
+
+    get_checkpoint_conversion_mapping("")
+    for name in ("base.jinja", "macros.jinja", "run.jinja", "svg.jinja"):
+        TEMPLATES.get_template(name)
+    Figure().savefig(BytesIO())
+    gc.freeze()  # else garbage collection in each fork would copy the pages of all modules
+
+
 class _Trainer:
     """Trains points, some at a time, each in a process of its own: a crash of one does not reach the next.
 
@@ -129,12 +148,15 @@ class _Trainer:
         share = len(gpus) // parallel
         self._free = [gpus[share * place : share * (place + 1)] for place in range(parallel)]
         several = f"{shlex.quote(sys.executable)} -m dpo_dist.launch"
-        self._launcher = settings.launcher or (several if share > 1 else None)
+        import torch  # noqa: PLC0415  (imported by now)
+
+        # CUDA does not work in a fork of a process that has used it.
+        alone = shlex.quote(sys.executable) if torch.cuda.is_initialized() else None
+        self._launcher = settings.launcher or (several if share > 1 else alone)
 
     def run(self) -> tuple[dict[tuple[str, ...], int], bool]:
         """Return the exit codes of the points that were started, and whether a signal stopped the sweep."""
         codes, waiting = dict[tuple[str, ...], int](), list(self._points)
-        gc.freeze()  # else each fork would copy the pages of all imported modules
         before = {number: signal.signal(number, self._pass_on) for number in stop_signals()}
         while (waiting and not self._received) or self._running:
             while waiting and self._free and not self._received:
@@ -145,7 +167,7 @@ class _Trainer:
                 codes[words] = process.exitcode
                 self._free.append(gpus)
                 spent = duration(time.monotonic() - began)
-                self._console.say(f"{_label(words)}: ended with {process.exitcode} after {spent}")
+                self._console.say(f"{_label(words)}: {ending(process.exitcode)} after {spent}")
         for number, handler in before.items():
             signal.signal(number, handler)
         return codes, bool(self._received)
@@ -181,6 +203,14 @@ def _gpus() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
     return visible.split(",")[:count] if visible else [str(number) for number in range(count)]
+
+
+def ending(code: int) -> str:
+    """Return an exit code in a word: completed, diverged, invalid, SIGKILL."""
+    if code in set(ExitCode):
+        return ExitCode(code).name
+    number = -code if code < 0 else code - 128
+    return signal.Signals(number).name if number in set(signal.Signals) else f"exit code {code}"
 
 
 def _label(words: Sequence[str]) -> str:

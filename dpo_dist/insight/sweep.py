@@ -2,52 +2,50 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.load import Points
 from dpo_dist.config.metrics import MAIN, METRICS, PREFIX
 from dpo_dist.config.run_folder import RunFolder, SweepFolder
 from dpo_dist.config.schema import Direction
-from dpo_dist.foundation.errors import ExitCode, RunOutcome
+from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.files import for_json, write_text
 from dpo_dist.insight.evaluation import ALL
 from dpo_dist.insight.pages.run import PageFacts
 from dpo_dist.insight.tables import aligned
 
 Fields = dict[str, Any]
-_ENDS = {ExitCode.failed: "bug", ExitCode.invalid: "error", ExitCode.lost: "process lost"}
-_NO_RESULT = "not trained"
 
 
-def sweep_results(points: Points, codes: Mapping[tuple[str, ...], int], folder: SweepFolder) -> Fields:
-    """Return the content of sweep.json, and write it; `codes` are exit codes of points run by this start."""
-    rows = [_point(words, RunFolder.of(points[words]), codes.get(words, 0), folder) for words in points]
+def sweep_results(points: Points, ends: Mapping[tuple[str, ...], str], folder: SweepFolder) -> Fields:
+    """Return the content of sweep.json, and write it; `ends` say how points ended that this start has run."""
+    rows = [_point(words, RunFolder.of(points[words]), ends.get(words), folder) for words in points]
     results = {"points": rows, "best": _best(rows)}
     write_text(folder.results, json.dumps(for_json(results), indent=1) + "\n")
     return results
 
 
-def _point(words: tuple[str, ...], run: RunFolder, code: int, folder: SweepFolder) -> Fields:
+def _point(words: tuple[str, ...], run: RunFolder, end: str | None, folder: SweepFolder) -> Fields:
     facts = PageFacts(run)
-    outcome = str(facts.state.get("outcome", _NO_RESULT)).replace(RunOutcome.started, "not finished")
-    if code not in (ExitCode.completed, ExitCode.preempted, ExitCode.diverged):
-        outcome = _ENDS.get(ExitCode(code), "error") if code in set(ExitCode) else f"exit code {code}"
+    recorded = facts.state.get("outcome", "not trained")
+    unfinished = recorded in (RunOutcome.started, RunOutcome.exported)
+    outcome = end or ("not finished" if unfinished else recorded)
     row: Fields = {"settings": dict(word.lstrip("+").split("=", 1) for word in words)}
     row |= {"run_dir": str(run), "outcome": outcome, "screen": str(folder.screen(run))}
     if outcome == RunOutcome.completed:
-        final = facts.section("final")
-        names = [PREFIX + name for name in MAIN if PREFIX + name in final] or [*MAIN]
+        final, intervals = facts.section("final"), facts.intervals(ALL)
+        names = [PREFIX + name for name in MAIN if PREFIX + name in final] or MAIN
         row["metrics"] = {name: final[name] for name in names if name in final}
-        ends = facts.intervals(ALL)
-        row["intervals"] = {name: ends[name] for name in row["metrics"] if name in ends}
-    elif code != ExitCode.completed:
-        row["error"] = _last_words(folder, run)
+        row["intervals"] = {name: intervals[name] for name in row["metrics"] if name in intervals}
+    elif end is not None and end != RunOutcome.preempted:
+        row["error"] = _last_words(folder.screen(run))
     return row
 
 
-def _last_words(folder: SweepFolder, run: RunFolder) -> str:
+def _last_words(screen: Path) -> str:
     """Return the first line of the last error on the screen of a point."""
-    lines = folder.screen(run).read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = screen.read_text(encoding="utf-8", errors="replace").splitlines()
     return next((line[:160] for line in reversed(lines) if line.strip() and line[0] != " "), "")
 
 
