@@ -12,7 +12,6 @@ if __name__ == "__main__":
 
 import contextlib
 import gc
-import importlib
 import multiprocessing
 import os
 import shlex
@@ -111,7 +110,7 @@ def _warm_up() -> None:
     """Do once what else each point would do at its start: slow imports, and slow first calls of libraries."""
     # A GPU that this process has opened to count it could not be used by its forks.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    importlib.import_module("pandas")  # as pyarrow does
+    import pandas  # type: ignore[import-untyped]  # noqa: F401, PLC0415  (which pyarrow imports)
     from matplotlib.figure import Figure  # noqa: PLC0415
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: PLC0415
 
@@ -151,7 +150,7 @@ class _Trainer:
         import torch  # noqa: PLC0415  (imported by now)
 
         # CUDA does not work in a fork of a process that has used it.
-        alone = shlex.quote(sys.executable) if torch.cuda.is_initialized() else None
+        alone = shlex.quote(sys.executable) if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
         self._launcher = settings.launcher or (several if share > 1 else alone)
 
     def run(self) -> tuple[dict[tuple[str, ...], int], bool]:
