@@ -31,8 +31,7 @@ from dpo_dist.config.command_line import Errors, exit_after, run_verb
 from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import Points
 from dpo_dist.config.mistakes import raise_all
-from dpo_dist.config.rules import check_needs
-from dpo_dist.config.run_folder import RunFolder, SweepFolder
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ConsoleStyle, RunConfig, SweepConfig
 from dpo_dist.foundation.console import Console, open_console
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, RunOutcome
@@ -41,15 +40,15 @@ from dpo_dist.foundation.text import counted, duration
 from dpo_dist.training.preflight import check_start
 from dpo_dist.training.resume import read_state
 
-_STOPPED = (ExitCode.completed, ExitCode.preempted)
+Words = tuple[str, ...]
 
 
 def main(points: Points) -> int:
     """Train the points that are not finished; return the exit code."""
     check_points(points)
     first = next(iter(points.values()))
-    folder = SweepFolder.of(first)
-    with open_console(lambda _: folder.log, first.console.style) as console:
+    folder = RunFolder(Path(first.run.root) / f"sweep-{first.run.name}")
+    with open_console(folder.rank_log, first.console.style) as console:
         _warm_up()
         from dpo_dist.insight.sweep import sweep_results, sweep_table  # noqa: PLC0415  (slow, prints)
 
@@ -59,14 +58,13 @@ def main(points: Points) -> int:
         share = "" if jobs == 1 else f", {len(mine):,} of them for this job of the array"
         console.say(f"sweep: {counted(len(points), 'point')}{share}, {len(mine) - len(left):,} finished")
         codes, is_stopped = _Trainer(left, folder, console, first.sweep).run()
-        ends = {words: ending(code) for words, code in codes.items()}
-        results = sweep_results(points, ends, folder)
-        console.result("sweep", results, [*sweep_table(results), f"sweep  {folder.results}"])
+        results = sweep_results(points, {words: _ending(code) for words, code in codes.items()}, folder)
+        console.result("sweep", results, [*sweep_table(results), f"sweep  {folder.sweep}"])
         write_page([RunFolder.of(config) for config in points.values()])
-    failed = [code for code in codes.values() if code not in _STOPPED]
-    if is_stopped or (ExitCode.preempted in codes.values() and not failed):
-        return ExitCode.preempted
-    return next((code if code in set(ExitCode) else ExitCode.failed for code in failed), ExitCode.completed)
+    failed = [code for code in codes.values() if code not in (ExitCode.completed, ExitCode.preempted)]
+    if failed and not is_stopped:
+        return failed[0] if failed[0] in set(ExitCode) else ExitCode.failed
+    return ExitCode.preempted if is_stopped or any(codes.values()) else ExitCode.completed
 
 
 def check_points(points: Points) -> None:
@@ -81,7 +79,6 @@ def check_points(points: Points) -> None:
     mistakes = list[DpoDistError]()
     for config in points.values():
         try:
-            check_needs(config, "train")
             check_start(config, trains=True)
         except DpoDistError as error:
             mistakes.append(error)
@@ -104,6 +101,11 @@ def _is_finished(config: RunConfig) -> bool:
     if state is None or state.outcome is not RunOutcome.completed:
         return False
     return state.identity.get("run_digest") == run_digest(config)
+
+
+def _ending(code: int) -> str:
+    """Return an exit code in a word or two: completed, diverged, invalid, signal 9."""
+    return ExitCode(code).name if code in set(ExitCode) else f"signal {-code if code < 0 else code - 128}"
 
 
 def _warm_up() -> None:
@@ -131,55 +133,56 @@ class _Trainer:
     The process is a fork of this one, which has imported everything, or becomes a launcher.
     """
 
-    def __init__(self, points: Points, folder: SweepFolder, console: Console, settings: SweepConfig):
+    def __init__(self, points: Points, folder: RunFolder, console: Console, settings: SweepConfig):
+        import torch  # noqa: PLC0415  (imported by now)
+
         self._points, self._folder, self._console = points, folder, console
-        self._running: dict[Any, tuple[tuple[str, ...], Any, list[str], float]] = {}
+        self._running: dict[Any, tuple[Words, Any, list[str], float]] = {}
         self._received: list[int] = []
-        gpus = _gpus()
-        parallel = settings.parallel or len(gpus) or 1
-        if len(gpus) % parallel:
+        visible, count = os.environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.device_count()
+        gpus = visible.split(",")[:count] if visible else [str(number) for number in range(count)]
+        parallel = settings.parallel or count or 1
+        if count % parallel:
             raise ConfigError(
                 "the GPUs cannot be divided among the points",
                 where="sweep.parallel",
-                got=f"{parallel}, with {counted(len(gpus), 'GPU')}",
-                remedy=f"set it to a divisor of {len(gpus)}",
+                got=f"{parallel}, with {counted(count, 'GPU')}",
+                remedy=f"set it to a divisor of {count}",
             )
-        share = len(gpus) // parallel
-        self._free = [gpus[share * place : share * (place + 1)] for place in range(parallel)]
-        several = f"{shlex.quote(sys.executable)} -m dpo_dist.launch"
-        import torch  # noqa: PLC0415  (imported by now)
+        self._free = [gpus[place::parallel] for place in range(parallel)]
+        self._launcher, python = settings.launcher, shlex.quote(sys.executable)
+        if self._launcher is None and count > parallel:
+            self._launcher = f"{python} -m dpo_dist.launch"
+        elif self._launcher is None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            self._launcher = python  # CUDA does not work in a fork of a process that has used it
 
-        # CUDA does not work in a fork of a process that has used it.
-        alone = shlex.quote(sys.executable) if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-        self._launcher = settings.launcher or (several if share > 1 else alone)
-
-    def run(self) -> tuple[dict[tuple[str, ...], int], bool]:
+    def run(self) -> tuple[dict[Words, int], bool]:
         """Return the exit codes of the points that were started, and whether a signal stopped the sweep."""
-        codes, waiting = dict[tuple[str, ...], int](), list(self._points)
+        codes, waiting = dict[Words, int](), list(self._points)
         before = {number: signal.signal(number, self._pass_on) for number in stop_signals()}
         while (waiting and not self._received) or self._running:
             while waiting and self._free and not self._received:
-                self._start(waiting.pop(0))
+                place = f"point {len(self._points) - len(waiting) + 1} of {len(self._points)}"
+                self._start(waiting.pop(0), place)
             for sentinel in wait(list(self._running)):
                 words, process, gpus, began = self._running.pop(sentinel)
                 process.join()
                 codes[words] = process.exitcode
                 self._free.append(gpus)
                 spent = duration(time.monotonic() - began)
-                self._console.say(f"{_label(words)}: {ending(process.exitcode)} after {spent}")
+                self._console.say(f"{' '.join(words)}: {_ending(process.exitcode)} after {spent}")
         for number, handler in before.items():
             signal.signal(number, handler)
         return codes, bool(self._received)
 
-    def _start(self, words: tuple[str, ...]) -> None:
-        config, gpus = replace(self._points[words], sweep=SweepConfig()), self._free.pop(0)
-        screen, command = self._folder.screen(RunFolder.of(config)), None
+    def _start(self, words: Words, place: str) -> None:
+        config, gpus, command = replace(self._points[words], sweep=SweepConfig()), self._free.pop(0), None
+        screen = self._folder.point_screen(RunFolder.of(config))
         if self._launcher is not None:
             from dpo_dist.generation.pairs.rounds import command_of  # noqa: PLC0415
 
             command = command_of("train", config, screen.with_suffix(""), self._launcher)
-        place = list(self._points).index(words) + 1
-        self._console.say(f"{_label(words)}: point {place} of {len(self._points)}, its screen is in {screen}")
+        self._console.say(f"{' '.join(words)}: {place}, its screen is in {screen}")
         fork = multiprocessing.get_context("fork")
         process: Any = fork.Process(target=_be_point, args=(config, command, screen, gpus))
         signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
@@ -194,26 +197,6 @@ class _Trainer:
         for _, process, _, _ in self._running.values():
             with contextlib.suppress(ProcessLookupError):  # it has just ended
                 os.killpg(process.pid, number)
-
-
-def _gpus() -> list[str]:
-    import torch  # noqa: PLC0415  (imported by now)
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    count = torch.cuda.device_count()
-    return visible.split(",")[:count] if visible else [str(number) for number in range(count)]
-
-
-def ending(code: int) -> str:
-    """Return an exit code in a word: completed, diverged, invalid, SIGKILL."""
-    if code in set(ExitCode):
-        return ExitCode(code).name
-    number = -code if code < 0 else code - 128
-    return signal.Signals(number).name if number in set(signal.Signals) else f"exit code {code}"
-
-
-def _label(words: Sequence[str]) -> str:
-    return " ".join(words) or "the only point"
 
 
 def _be_point(config: RunConfig, command: str | None, screen: Path, gpus: Sequence[str]) -> None:

@@ -106,11 +106,9 @@ def load_points(
         if (same := names.setdefault(config.run.dir, swept_words)) != swept_words:
             all_mistakes.append(
                 ConfigError(
-                    "two points of the sweep are the same run",
+                    f"it is the same run as {' '.join(same)}",
                     where=" ".join(swept_words),
-                    got=" ".join(same),
-                    expected="values of keys that define the result of a run, each once",
-                    remedy="remove one of them; or set another run.name for each",
+                    remedy="sweep only keys that define the result of a run, without run.dir",
                 )
             )
         points[swept_words] = config

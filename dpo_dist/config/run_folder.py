@@ -179,27 +179,15 @@ class RunFolder:
         """The run directory of a round's training, in the round's folder."""
         return RunFolder(self.path / "train")
 
+    sweep = At("sweep.json")
+    """The results of a sweep, in its folder."""
+
+    def point_screen(self, run: "RunFolder") -> Path:
+        """Return the file with what a point of the sweep in this folder would print on the screen."""
+        return self.logs / f"{run.path.name}.log"
+
     policy = At("policy")
     """The policy after a round that trains an adapter, merged into its base; in the round's folder."""
-
-
-@dataclass(frozen=True)
-class SweepFolder:
-    """The folder of a sweep, beside its runs."""
-
-    path: Path
-
-    @classmethod
-    def of(cls, config: RunConfig) -> "SweepFolder":
-        """Return the folder of the sweep with this point."""
-        return cls(Path(config.run.root) / f"sweep-{config.run.name}")
-
-    results = At("sweep.json")
-    log = At("sweep.log")
-
-    def screen(self, run: RunFolder) -> Path:
-        """Return the file with what a point would print on the screen."""
-        return self.path / f"{run.path.name}.log"
 
 
 def check_writable(folder: Path, key: str = "run.dir") -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from dpo_dist.config.load import Points
 from dpo_dist.config.metrics import MAIN, METRICS, PREFIX
-from dpo_dist.config.run_folder import RunFolder, SweepFolder
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Direction
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.files import for_json, write_text
@@ -18,28 +18,28 @@ from dpo_dist.insight.tables import aligned
 Fields = dict[str, Any]
 
 
-def sweep_results(points: Points, ends: Mapping[tuple[str, ...], str], folder: SweepFolder) -> Fields:
+def sweep_results(points: Points, ends: Mapping[tuple[str, ...], str], folder: RunFolder) -> Fields:
     """Return the content of sweep.json, and write it; `ends` say how points ended that this start has run."""
     rows = [_point(words, RunFolder.of(points[words]), ends.get(words), folder) for words in points]
     results = {"points": rows, "best": _best(rows)}
-    write_text(folder.results, json.dumps(for_json(results), indent=1) + "\n")
+    write_text(folder.sweep, json.dumps(for_json(results), indent=1) + "\n")
     return results
 
 
-def _point(words: tuple[str, ...], run: RunFolder, end: str | None, folder: SweepFolder) -> Fields:
+def _point(words: tuple[str, ...], run: RunFolder, end: str | None, folder: RunFolder) -> Fields:
     facts = PageFacts(run)
     recorded = facts.state.get("outcome", "not trained")
     unfinished = recorded in (RunOutcome.started, RunOutcome.exported)
     outcome = end or ("not finished" if unfinished else recorded)
     row: Fields = {"settings": dict(word.lstrip("+").split("=", 1) for word in words)}
-    row |= {"run_dir": str(run), "outcome": outcome, "screen": str(folder.screen(run))}
+    row |= {"run_dir": str(run), "outcome": outcome, "screen": str(folder.point_screen(run))}
     if outcome == RunOutcome.completed:
         final, intervals = facts.section("final"), facts.intervals(ALL)
         names = [PREFIX + name for name in MAIN if PREFIX + name in final] or MAIN
         row["metrics"] = {name: final[name] for name in names if name in final}
         row["intervals"] = {name: intervals[name] for name in row["metrics"] if name in intervals}
     elif end is not None and end != RunOutcome.preempted:
-        row["error"] = _last_words(folder.screen(run))
+        row["error"] = _last_words(folder.point_screen(run))
     return row
 
 
