@@ -18,7 +18,7 @@ GRID = ["loss.kind=sigmoid,ipo", "optim.lr=1e-4,1e30"]
 def test_a_grid_is_finished_across_stops_and_equals_runs_by_themselves(assets: Path, tmp_path: Path) -> None:
     root = tmp_path / "root"
     common = [word for word in small_run(assets, tmp_path) if not word.startswith("run.dir=")]
-    common += [f"data.eval=[{assets}/eval.jsonl]", "trainer.epochs=6", "trainer.save_every=2"]
+    common += [f"data.eval=[{assets}/eval.jsonl]", "trainer.epochs=3", "trainer.save_every=2"]
     command = [*common, f"run.root={root}", *GRID]
     points = {words: Path(str(point.run.dir)) for words, point in load_points(command).items()}
     first, diverges, third, _ = points.values()
