@@ -112,7 +112,7 @@ def _warm_up() -> None:
     """Do once what else each point would do at its start: slow imports, and slow first calls of libraries."""
     # A GPU that this process has opened to count it could not be used by its forks.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-    import pandas  # type: ignore[import-untyped]  # noqa: F401, PLC0415  (which pyarrow imports)
+    import pyarrow  # noqa: PLC0415
     from matplotlib.figure import Figure  # noqa: PLC0415
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: PLC0415
 
@@ -120,6 +120,7 @@ def _warm_up() -> None:
     import dpo_dist.training.run  # noqa: F401, PLC0415
     from dpo_dist.insight.pages.render import TEMPLATES  # noqa: PLC0415
 
+    pyarrow.array([0])  # imports pandas
     get_checkpoint_conversion_mapping("")
     for name in ("base.jinja", "macros.jinja", "run.jinja", "svg.jinja"):
         TEMPLATES.get_template(name)
