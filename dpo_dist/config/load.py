@@ -4,14 +4,16 @@ Hydra composes presets, experiments, files and words of the command; pydantic ty
 """
 
 import contextlib
+import copy
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import reduce
+from itertools import product
 from operator import getitem
 from pathlib import Path
-from typing import Any, NamedTuple, cast, get_args, get_origin
+from typing import Any, NamedTuple, TypeAlias, cast, get_args, get_origin
 
 import hydra
 import yaml
@@ -49,6 +51,8 @@ _FAILURES = (
     *(ConfigError, HydraException, OmegaConfBaseException),
     *(yaml.YAMLError, ValueError, RecursionError, OSError),
 )
+Points: TypeAlias = dict[tuple[str, ...], RunConfig]
+"""The runs of a sweep by the overrides in which they differ: `("loss.beta=0.1", "loss.kind=ipo")`."""
 _ROOT = "dpo_dist"
 """The primary configuration of Hydra; the parts of the command are stored in the group of this name."""
 
@@ -71,7 +75,48 @@ def load_run_config(
         ConfigError: a key, value or preset does not exist, or values contradict each other; all mistakes.
     """
     find_function.cache_clear()
-    command = _Command(words, group_folders(own_folder), former, mistakes)
+    return _load(_Command(words, group_folders(own_folder), former, mistakes), verb)
+
+
+def load_points(
+    words: Sequence[str], own_folder: Path | None = None, *, mistakes: Iterable[ConfigError] = ()
+) -> Points:
+    """Compose, type and check each point of the verb `sweep`: all combinations of the swept overrides.
+
+    `loss.beta=0.1,0.2`, `trainer.seed=range(3)` and `loss=choice(ipo,simpo)` are swept: the grammar of Hydra.
+
+    Raises:
+        ConfigError: all mistakes of all points, as of `load_run_config`; or two points are the same run.
+    """
+    find_function.cache_clear()
+    bases, choices, all_mistakes = dict[str, Any](), list[list[str]](), [*mistakes]
+    for word in words:
+        swept = [one for one in parse_overrides([word])[0] if one.is_discrete_sweep()]
+        values = (value for one in swept for value in one.sweep_string_iterator())
+        choices.append([f"{swept[0].get_key_element()}={value}" for value in values] if swept else [word])
+    points: Points = {}
+    names = dict[str | None, tuple[str, ...]]()
+    for point in product(*choices):
+        swept_words = tuple(word for word in point if word not in words)
+        try:
+            config = _load(_Command(point, group_folders(own_folder), None, (), bases), "sweep")
+        except ConfigError as error:
+            all_mistakes.append(error)
+            continue
+        if (same := names.setdefault(config.run.dir, swept_words)) != swept_words:
+            all_mistakes.append(
+                ConfigError(
+                    f"it is the same run as {' '.join(same)}",
+                    where=" ".join(swept_words),
+                    remedy="sweep only keys that define the result of a run, without run.dir",
+                )
+            )
+        points[swept_words] = config
+    raise_all(all_mistakes)
+    return points
+
+
+def _load(command: "_Command", verb: str) -> RunConfig:
     try:
         values = command.composed()
         if verb:
@@ -169,7 +214,9 @@ class _Command:
         folders: Sequence[Path],
         former: Mapping[str, Any] | None,
         mistakes: Iterable[ConfigError],
+        bases: dict[str, Any] | None = None,
     ) -> None:
+        self._bases = {} if bases is None else bases  # what Hydra has composed, by what it was composed of
         files = [word for word in words if "=" not in word and word.endswith((".yaml", ".yml"))]
         parsed, unread = parse_overrides(word for word in words if word not in files)
         self.folders, self.overrides = folders, list[Override]()
@@ -272,8 +319,10 @@ class _Command:
     def composed(self) -> dict[str, Any]:
         """Return the values of the command; without overrides and files that are mistakes."""
         self._list_defaults()
-        with self._hydra():
-            config = OmegaConf.merge(_plain(RunConfig()), hydra.compose(COMMAND_LINE))
+        if (parts := repr((self._entries, self._defaults))) not in self._bases:
+            with self._hydra():
+                self._bases[parts] = OmegaConf.merge(_plain(RunConfig()), hydra.compose(COMMAND_LINE))
+        config = copy.deepcopy(self._bases[parts])
         for override in self.overrides:
             if not self._is_choice(override):
                 key, value = override.key_or_group, override.value()
@@ -318,6 +367,7 @@ class _Command:
             return unknown_key(key, line.partition("=")[2], where=f"{COMMAND_LINE}: {line}")
         if override.is_delete() or override.is_sweep_override():
             message, remedy = f"{key} has one value", f"write {key}=VALUE, a list in brackets, {key}=[a,b]"
+            remedy += "; the verb sweep runs each of several values" if override.is_discrete_sweep() else ""
         elif is_choice and key in run_keys() and isinstance(override.value(), list):
             sum_of_losses = f" or write {assignment(key, line.partition('=')[2])}" if key == "loss" else ""
             message, remedy = f"{key} is one preset", f"choose {key}={_names(override)[0]}{sum_of_losses}"

@@ -31,7 +31,7 @@ from dpo_dist.config.keys import (
     run_keys,
 )
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError, DpoDistError
 
 SCHEMA = TypeAdapter(RunConfig)
 _PRESET_PATHS = {
@@ -103,19 +103,22 @@ def unreadable(words: Sequence[str]) -> ConfigError:
     )
 
 
-def raise_all(mistakes: Sequence[ConfigError]) -> None:
+def raise_all(mistakes: Sequence[DpoDistError]) -> None:
     """Raise the mistake, or one error with a line for each; do nothing if there are none."""
-    if len(mistakes) == 1:
-        raise mistakes[0]
+    every = [part for mistake in mistakes for part in mistake.parts or (mistake,)]
+    if len(different := {mistake.block(): mistake for mistake in every}) == 1:
+        raise every[0]
     lines = []
-    for mistake in mistakes:
+    for mistake in different.values():
         where = mistake.where.removeprefix(COMMAND_LINE).removeprefix(": ")
         got = f" ({mistake.got})" if where and mistake.got and "=" not in where else ""
         is_said = mistake.expected in mistake.remedy or mistake.remedy.startswith(("did you mean", "write"))
         expected = "" if is_said else f", expected {mistake.expected}"
         lines.append(f"{where or mistake.got}{got}: {mistake.message}{expected}; {mistake.remedy}")
     if lines := list(dict.fromkeys(lines)):
-        raise ConfigError(f"this command has {len(lines)} mistakes", remedy=f"\n{' ' * 12}".join(lines))
+        whole = ConfigError(f"this command has {len(lines)} mistakes", remedy=f"\n{' ' * 12}".join(lines))
+        whole.parts = every
+        raise whole
 
 
 def assignment(key: str, value: str) -> str:

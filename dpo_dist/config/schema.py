@@ -592,6 +592,17 @@ class PairsConfig:
 
 
 @schema
+class SweepConfig:
+    """How the points of a sweep are run."""
+
+    parallel: int | None = key(None, ge=1)
+    """Points that train at a time, each on an equal part of the GPUs; null: as many as GPUs, or 1 without."""
+    launcher: Filled | None = key(None)
+    """Command before `-m dpo_dist.train` that starts the processes of a point; null: `python -m
+    dpo_dist.launch` if a point has several GPUs, else one process that imports nothing again."""
+
+
+@schema
 class RunConfig:
     """One run, resolved and frozen."""
 
@@ -613,3 +624,4 @@ class RunConfig:
     pairs: PairsConfig = section(PairsConfig, free=True, verbs="pairs")
     export: ExportConfig = section(ExportConfig, free=True, verbs="export")
     plan: PlanConfig = section(PlanConfig, free=True, verbs="plan")
+    sweep: SweepConfig = section(SweepConfig, free=True, verbs="sweep")

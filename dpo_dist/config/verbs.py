@@ -20,11 +20,16 @@ class Verb(NamedTuple):
     of_former_run: bool = False
     """It may take the configuration of the run in `run.dir`."""
     is_one_process: bool = False
+    takes_points: bool = False
+    """Its keys may have several values each, and it gets all combinations."""
 
 
 _RUN = ("model.path", "data.train")
 VERBS = {
     "train": Verb("train a policy, from its last checkpoint if there is one", _RUN),
+    "sweep": Verb(
+        "train a run for each point of a grid of values", _RUN, is_one_process=True, takes_points=True
+    ),
     "precompute": Verb(
         "score the pairs of a run by the reference model, and store the log-probs", (*_RUN, "reference.mode")
     ),

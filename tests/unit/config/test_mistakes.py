@@ -70,7 +70,7 @@ MISTYPED = [
     ("warmup_steps=0.1", "write optim.warmup_ratio=0.1"),
     ("loss=simpo loss.kind=ipo", "loss=NAME replaces all options of the loss"),
     ("lr_scheduler_type=constant_with_warmup", "write optim.schedule=constant"),
-    ("--multirun", "for each value"),
+    ("--multirun", "the verb sweep runs each of several values"),
     ("--check --cfg job", "argument -c/--cfg: not allowed with argument --check"),
     ("/tmp", "its key: run.dir=/tmp, "),
     # What is not offered has an answer that says what is.
