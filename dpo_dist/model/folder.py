@@ -47,10 +47,17 @@ def model_folder(
 
 
 def description_folder(
-    path: str, revision: str | None, key: str = "model.path", *, needs_weights: bool = True
+    path: str,
+    revision: str | None,
+    key: str = "model.path",
+    *,
+    needs_weights: bool = True,
+    accepts_adapter: bool = False,
 ) -> Path:
     """Return the same as `model_folder`, without downloading weights from the hub."""
-    folder = local_model_folder(path, revision, key, needs_weights=needs_weights)
+    folder = local_model_folder(
+        path, revision, key, needs_weights=needs_weights, accepts_adapter=accepts_adapter
+    )
     ignored = ["*.safetensors", *_FOREIGN_WEIGHTS]
     return _snapshot(path, revision, key, ignored) if folder is None else folder
 

@@ -1,4 +1,4 @@
-"""The models that `evaluate` and `export` are asked for; imports no torch, so that errors appear at once."""
+"""The models that verbs are asked for; imports no torch, so that errors appear at once."""
 
 import json
 import os
@@ -29,6 +29,31 @@ if TYPE_CHECKING:
     from dpo_dist.training.inputs import EvaluationInputs
 
 EVALUATED = "evaluation.model"
+# Names of folders that say nothing without the folder above.
+_USUAL_NAMES = frozenset({RunFolder(Path()).model.name, RunFolder(Path()).checkpoints.name})
+
+
+def located(path: str, key: str) -> str:
+    """Return the folder or hub name of the model at `path`: of a run its trained model, or a checkpoint."""
+    folder = Path(path).expanduser()
+    run = RunFolder(folder)
+    if run.config.is_file() and not (folder / "config.json").is_file():
+        if not run.model.is_dir():
+            raise without_model(run, key, "let the run complete")
+        folder = run.model
+    elif is_checkpoint(folder):
+        return str(folder)
+    location = str(folder) if folder.is_dir() else path
+    local_model_folder(location, None, key, accepts_adapter=True)
+    return location
+
+
+def short_name(path: str) -> str:
+    """Return the last folder of a path, with the run of a checkpoint before it."""
+    parts = [part for part in Path(path).expanduser().resolve().parts if part not in _USUAL_NAMES]
+    if not Path(path).expanduser().exists():  # a hub name
+        return path.rpartition("/")[2]
+    return "/".join(parts[-2:]) if step_of(parts[-1]) is not None else parts[-1]
 
 
 @dataclass(frozen=True)
