@@ -104,7 +104,7 @@ def _evaluated(named: str | None, run: RunFolder) -> Evaluated:
 def find_exported(config: RunConfig) -> tuple[list[Path], Path]:
     """Return a checkpoint, or the model folders of `export.average`; and the folder to write.
 
-    Their files are not checked.
+    Their files are not checked. With `export.push_to` the folder may exist.
     """
     run = existing_run(RunFolder.of(config).path)
     if changed := changed_keys(run.config, config):
@@ -126,7 +126,7 @@ def find_exported(config: RunConfig) -> tuple[list[Path], Path]:
         name += "-merged"
     named = config.export.output
     output = run.exported / name if named is None else Path(named).expanduser()
-    if os.path.lexists(output):
+    if os.path.lexists(output) and config.export.push_to is None:
         remedy = "name another folder, or delete this one"
         raise ConfigError("the folder to write exists", where="export.output", got=str(output), remedy=remedy)
     return sources, output
