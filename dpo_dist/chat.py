@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
-from dpo_dist.foundation.errors import DpoDistError, ExitCode, disk_error
+from dpo_dist.foundation.errors import DpoDistError, ExitCode
 from dpo_dist.foundation.streams import open_closed_streams, print_error, print_line, print_result
 from dpo_dist.training.named_models import located
 
@@ -32,10 +32,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _chat(given)
     except DpoDistError as error:
         return print_error(error)
-    except OSError as error:
-        if (known := disk_error(error)) is None:
-            raise
-        return print_error(known)
     except KeyboardInterrupt:
         print_line("")
         return ExitCode.interrupted

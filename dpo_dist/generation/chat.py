@@ -13,9 +13,7 @@ from dpo_dist.config.load import from_yaml
 from dpo_dist.config.run_folder import RunFolder, is_checkpoint
 from dpo_dist.config.schema import NO_MODEL, Dtype, RunConfig
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
-from dpo_dist.data.render import tokenizer_facts
 from dpo_dist.distributed.export import written_checkpoint
-from dpo_dist.distributed.memory import explain_out_of_memory
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.streams import print_result, printable_lines
 from dpo_dist.generation.sampling.respond import (
@@ -63,15 +61,13 @@ class Speaker:
             raise ConfigError(
                 "the model cannot be asked this",
                 where=self.name,
-                got=f"{prompt}, after {len(self.messages)} turns",
-                expected=f"turns and {most} new tokens within the {responder.longest} of the model",
-                remedy="start again, or lower --max-new-tokens",
+                got=prompt,
+                expected=f"a chat template; {most} more tokens within the model's {responder.longest}",
+                remedy="start again, lower --max-new-tokens, or put chat_template.jinja into its folder",
             )
         ids = torch.tensor([prompt.tolist()], device=causal_lm.device)
         stop_ids = sorted(responder.stop_ids)
-        remedy = "choose a smaller model, model.quantization of the run, or a GPU with more memory"
-        without = adapter_off(causal_lm) if self.of_base else contextlib.nullcontext()
-        with explain_out_of_memory("answering", remedy), without:
+        with adapter_off(causal_lm) if self.of_base else contextlib.nullcontext():
             output = causal_lm.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
@@ -122,16 +118,7 @@ def _open(location: str, key: str, say: Callable[[str], None]) -> Speaker:
     if is_checkpoint(folder) and run is not None:
         location = str(written_checkpoint(folder, run.comparison_models, say))
     source = find_files(location, config, key)
-    responder = open_responder(source, config)
-    if tokenizer_facts(responder.tokenizer, data).chat is None:
-        raise ConfigError(
-            "the tokenizer has no chat template",
-            where=key,
-            got=str(source.tokenizer_folder),
-            remedy="train with data.chat_template=FILE, which is saved with the model, or put "
-            "chat_template.jinja into its folder",
-        )
-    return Speaker(name, responder, load_source(source, config, _device()), config)
+    return Speaker(name, open_responder(source, config), load_source(source, config, _device()), config)
 
 
 def _device() -> torch.device:
