@@ -258,7 +258,7 @@ def test_an_export_is_sent_only_when_its_list_is_confirmed(
     hub.is_open = True
     sent = export("export.confirm=true")
     assert sent.returncode == 0, sent.stderr
-    assert json.loads(hub.sent["api/repos/create"])["private"] is True
+    assert json.loads(hub.sent["api/repos/create"])["visibility"] == "private"
     lines = map(json.loads, hub.sent["api/models/o/model/commit/main"].splitlines())
     files = {line["value"]["path"] for line in lines if line["key"] == "file"}
     folder = tmp_path / "run/exported/step-000001"
