@@ -45,7 +45,7 @@ CASES = [
     Case("chat with a folder that is none", "./nowhere", "neither a local folder", "RUN", "nowhere",
          verb="chat", run="", to_do="check the path"),
     Case("chat with a folder without a model", ".", "no config.json", "RUN", verb="chat", run="",
-         to_do="name the folder"),
+         to_do="write model"),
 ]
 # fmt: on
 
