@@ -383,6 +383,7 @@ RULES = (
     ),
     # Exported models.
     unused("export.merge", "model.adapter!=null", "train an adapter"),
+    unused("export.confirm", "export.push_to!=null", "set export.push_to=ORG/NAME"),
     unused("export.weights", "trainer.ema_decay!=null", "set trainer.ema_decay"),
     unused("export.checkpoint", "export.average=[]", "remove export.average, which names what is exported"),
     *(

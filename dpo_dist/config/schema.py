@@ -488,6 +488,11 @@ class ExportConfig:
     output: Filled | None = key(None)
     """Folder to write, which must not exist; null: `<run.dir>/exported/<checkpoint>`, with `-ema` and
     `-merged` after it; of `export.average` `<run.dir>/exported/average`."""
+    push_to: str | None = key(None, accepts="ORG/NAME", pattern=r"^[\w.-]+/[\w.-]+$")
+    """Repository on the hub to which the folder is uploaded, as it is if it exists; created as a private one.
+    The files are listed first, and sent with `export.confirm` only."""
+    confirm: bool = key(False)
+    """Send the listed files to `export.push_to`."""
 
 
 @schema

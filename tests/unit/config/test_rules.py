@@ -76,6 +76,7 @@ REFUSED = [
     ("parallelism=ddp parallelism.offload_optimizer=cpu", "parallelism.offload_optimizer"),
     ("export.merge=true", "export.merge"),
     ("export.weights=ema", "export.weights"),
+    ("export.confirm=true", "export.confirm"),
     (f"{AVERAGE} export.checkpoint=best", "export.checkpoint"),
     ("export.average=[a]", "export.average"),
     (f"{AVERAGE} export.merge=true model.adapter.r=2", "export.merge"),
