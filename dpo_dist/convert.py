@@ -30,7 +30,10 @@ _KEYS |= {"optim": "optim.kind", "tracking": "tracking.wandb"}
 _SIGNS = {"axolotl": {"base_model"}, "LLaMA-Factory": {"stage", "finetuning_type", "cutoff_len"}}
 _STAGES = {"3": "zero3", "2": "zero2", "1": "ddp", "0": "ddp"}
 _BATCH = "trainer.global_batch_pairs"
-_OF_SOURCES = "path id name config split revision data_dir data_files weight limit type ds_type".split()
+_OF_SOURCES = (
+    *("path", "id", "name", "config", "split", "revision", "data_dir", "data_files", "weight"),
+    *("limit", "type", "ds_type"),
+)
 _LONGEST = 60
 
 
@@ -38,21 +41,23 @@ class Conversion:
     """A file of another trainer: its values by our keys, and comments on what is not translated."""
 
     def __init__(self, content: Mapping[str, Any]) -> None:
-        self._left = dict(content)
+        self._left = {str(key): value for key, value in content.items()}
         for name in ("lr_scheduler_kwargs", "model_init_kwargs"):  # their keys have names of their own
             if isinstance(inner := content.get(name), dict):
                 self._left |= inner
                 del self._left[name]
         self.trainer = next((name for name, keys in _SIGNS.items() if keys & content.keys()), "TRL")
         self.values, self.comments = dict[str, Any](), list[str]()
+        self.batch = ""
         self._origins: dict[str, tuple[str, Any]] = {}
-        for part in (self._data, self._batch, self._adapter, self._machine):
+        for part in (self._data, self._batch, self._adapter, self._machine, self._numbers):
             part()
+        # `save_strategy: no` counts, not the `save_steps` beside it.
         for key in sorted(self._left, key=lambda name: not name.endswith("strategy")):
-            if self._left[key] in _EMPTY:
-                self._comment(key, self._left[key], "empty")
-            else:
+            if self._left[key] not in _EMPTY:
                 self._translate(key, self._left[key])
+        if empty := [key for key, value in self._left.items() if value in _EMPTY]:
+            self.comments.append(f"{', '.join(empty)}: empty")
         self._combine()
         defaults = names()["defaults"][self.trainer]
         self.defaults = [key for key in defaults if key not in self.values]
@@ -66,10 +71,10 @@ class Conversion:
         about = [f"From {name}, read as a file of {self.trainer}."]
         if self.defaults:
             about.append(f"Not in that file, so its defaults: {', '.join(self.defaults)}.")
+        about += [self.batch] if self.batch else []
         comments = [*about, *(["Not translated:"] if self.comments else []), *self.comments]
-        return without_secrets("".join(f"# {line}\n" for line in comments)) + yaml.safe_dump(
-            without_secrets(keys), sort_keys=False, allow_unicode=True
-        )
+        text = "".join(f"# {line}\n" for line in comments)
+        return str(without_secrets(text + yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)))
 
     def _take(self, *keys: str, default: Any = None) -> Any:
         """Return the value of the first of these keys that says something; none of them is left."""
@@ -111,20 +116,16 @@ class Conversion:
     def _written(answer: str) -> dict[str, Any]:
         """Return the keys that an answer says to write; none if it is no whole answer."""
         verb, _, rest = answer.partition(" ")
-        overrides, unread = (
-            parse_overrides(shlex.split(rest.partition(";")[0])) if verb in ("write", "set") else ([], [])
-        )
+        if verb not in ("write", "set"):
+            return {}
+        overrides, unread = parse_overrides(shlex.split(rest.partition(";")[0]))
         found = {_KEYS.get(one.key_or_group, one.key_or_group): one.value() for one in overrides}
-        return (
-            found if not unread and all(key in run_keys() and fits(key, found[key]) for key in found) else {}
-        )
+        is_whole = not unread and all(key in run_keys() and fits(key, one) for key, one in found.items())
+        return found if is_whole else {}
 
     def _data(self) -> None:
-        tests, splits = (
-            self._take("test_datasets", default=[]),
-            self._take("dataset_splits", default=["train"]),
-        )
-        train = self._take("datasets", default=[])
+        train, tests = self._take("datasets", default=[]), self._take("test_datasets", default=[])
+        splits = self._take("dataset_splits", default=["train"])
         if isinstance(mixture := self._take("dataset_mixture"), dict):
             train, self._left["val_size"] = mixture.get("datasets", []), mixture.get("test_split_size")
         for name, share in dict(self._take("dataset_mixer", default={})).items():
@@ -134,8 +135,8 @@ class Conversion:
             source = {"path": name, "name": self._take("dataset_config", "dataset_config_name")}
             train = [source | {"split": self._take("dataset_train_split", default="train")}]
             split = self._take("dataset_test_split", default="test")
-            is_tested = str(self._left.get("eval_strategy") or self._left.get("do_eval") or "no").lower()
-            tests = [source | {"split": split}] if is_tested not in ("no", "false") else []
+            said = [self._left.get(key) for key in ("eval_strategy", "evaluation_strategy", "do_eval")]
+            tests = [source | {"split": split} for one in said if one not in (None, False, "no")][:1]
         if self.trainer == "LLaMA-Factory":
             folder, limit = self._take("dataset_dir", default="data"), self._take("max_samples")
             train, tests = (
@@ -150,10 +151,7 @@ class Conversion:
     def _source(self, place: str, entry: Any) -> list[Any]:
         """Return an entry of `datasets` as sources, one for each file."""
         entry = dict(entry) if isinstance(entry, dict) else {"path": entry}
-        entry |= {
-            "path": entry.get("path") or entry.get("id"),
-            "name": entry.get("name") or entry.get("config"),
-        }
+        entry = {"path": entry.get("id"), "name": entry.get("config")} | entry
         kind = entry.get("type") or {}
         if str(kind).startswith("passthrough"):
             self.values["data.template"] = "applied"
@@ -172,7 +170,7 @@ class Conversion:
         if not any(meant(key, "keys") == (_BATCH,) for key in self._left) and fits(_BATCH, pairs * steps):
             self.values[_BATCH] = pairs * steps
             gpus = f"times the number of GPUs there, which no file says: {8 * pairs * steps} for 8"
-            self.comments.append(f"{_BATCH}: {pairs} pairs x {steps} — {gpus}")
+            self.batch = f"{_BATCH}: {pairs} pairs x {steps}, {gpus}."
 
     def _adapter(self) -> None:
         kind = self._take("finetuning_type", "adapter", "use_peft", "use_lora")
@@ -181,7 +179,7 @@ class Conversion:
         if str(kind).lower() in ("lora", "qlora", "true"):
             ours = 8 if self.trainer == "LLaMA-Factory" else 16
             r = self._take("lora_rank", "lora_r", default=ours)
-            alpha = self._take("lora_alpha", default=2 * r)
+            alpha = self._take("lora_alpha", default=2 * r if ours == 8 else 32)
             self.values |= {"model.adapter.r": r, "model.adapter.alpha": alpha}
             return
         if kind == "freeze":
@@ -190,71 +188,67 @@ class Conversion:
             self._comment(key, self._left.pop(key), "not needed: no adapter is trained")
 
     def _machine(self) -> None:
-        """Translate precision, processes and what is computed from several keys of numbers."""
         half, brain = self._take("fp16"), self._take("bf16")
         if half is True or brain is not None:
             self.values["model.dtype"] = "fp16" if half is True else "bf16" if brain else "fp32"
+        is_quantized = any(map(self._left.get, ("load_in_4bit", "load_in_8bit", "quantization_bit")))
         for key in ("deepspeed", "fsdp", "fsdp_config"):
             value = self._left.get(key)
-            text = "stage3" if key == "fsdp_config" and value else str(value or "")
-            text = text.replace("full_shard", "stage3").replace("shard_grad_op", "stage2")
-            if stage := re.search(r"(?:z|zero|stage)\W{0,4}([0-3])", text.replace("_", " ")):
+            text = "stage3" if key == "fsdp_config" and value else str(value or "").replace("_", " ")
+            text = text.replace("full shard", "stage3").replace("shard grad op", "stage2")
+            if value and is_quantized:
+                self._comment(key, self._left.pop(key), "a quantized base is whole on every GPU")
+            elif stage := re.search(r"(?:z|zero|stage)\W{0,4}([0-3])", text):
                 self._set("parallelism.kind", _STAGES[stage[1]], key, self._left.pop(key))
                 if key == "deepspeed" and "offload" in text and stage[1] in "23":
                     self.values["parallelism.offload_optimizer"] = "cpu"
                     self.values |= {"parallelism.offload_parameters": "cpu"} if stage[1] == "3" else {}
+
+    def _numbers(self) -> None:
+        """Compute what several keys say together."""
         if (low := self._take("min_lr")) is not None:
             self.values["optim.min_lr_ratio"] = low / self._left.get("learning_rate", low)
         if {"adam_beta1", "adam_beta2"} & self._left.keys():
-            self.values["optim.betas"] = [
-                self._take("adam_beta1", default=0.9),
-                self._take("adam_beta2", default=0.999),
-            ]
+            defaults = {"adam_beta1": 0.9, "adam_beta2": 0.999}
+            self.values["optim.betas"] = [self._take(key, default=beta) for key, beta in defaults.items()]
         if isinstance(kinds := self._left.get("loss_type"), list):
-            weights = self._take("loss_weights", default=[1.0] * len(self._left.pop("loss_type")))
-            found = [
-                next((one for one in (kind, *meant(kind, "values")) if fits("loss.kind", one)), kind)
-                for kind in kinds
+            weights = self._take("loss_weights", default=[1.0] * len(kinds))
+            words = [
+                [one for one in (kind, *meant(kind, "values")) if fits("loss.kind", one)] for kind in kinds
             ]
-            terms = [{"kind": kind, "weight": weight} for kind, weight in zip(found, weights, strict=False)]
-            self._set("loss.terms", terms, "loss_type", kinds)
-        self._ratio = self._take("gamma_beta_ratio")
+            if all(words) and len(words) == len(weights):
+                terms = [
+                    {"kind": one[0], "weight": weight} for one, weight in zip(words, weights, strict=True)
+                ]
+                self._set("loss.terms", terms, "loss_type", self._left.pop("loss_type"))
+        if "simpo" in self._left.values() and not {"simpo_gamma", "gamma"} & self._left.keys():
+            beta = next(filter(None, map(self._left.get, ("beta", "pref_beta", "rl_beta"))), 0.1)
+            self.values["loss.simpo_gamma"] = self._take("gamma_beta_ratio", default=0.5 / beta) * beta
 
     def _combine(self) -> None:
         """Correct values that depend on others."""
         values = self.values
         if values.pop("model.attention", None):
             self._comment(*self._origins["model.attention"], "not needed: the fastest kernel is chosen")
-        if values.get("model.quantization") and values.get("parallelism.kind", "ddp") != "ddp":
-            self._comment(*self._origins["parallelism.kind"], "a quantized base is whole on each GPU: ddp")
-            values["parallelism.kind"] = "ddp"
         if values.get("optim.warmup_steps") == 0:  # there it means that the ratio counts
             del values["optim.warmup_steps"]
+        if values.get("loss.kind") == "orpo" and "loss.beta" in values and "loss.orpo_lambda" not in values:
+            values["loss.orpo_lambda"] = values.pop("loss.beta")
         if "loss.terms" in values and "loss.kind" in values:
             values["loss.terms"][0]["kind"] = values.pop("loss.kind")
-        if values.get("loss.kind") == "orpo" and "loss.beta" in values:
-            values["loss.orpo_lambda"] = values.pop("loss.beta")
-        if values.get("loss.kind") == "simpo":
-            gamma = 0.5 if self._ratio is None else self._ratio * values.get("loss.beta", 0.1)
-            values.setdefault("loss.simpo_gamma", gamma)
 
     def _obey_rules(self) -> None:
         """Leave out what the rules between keys refuse, with their reason."""
         while True:
             config = resolve_reference(SCHEMA.validate_python(as_tree(self.values)))
             errors = [rule.error(config) for rule in RULES if rule.broken(config)]
-            parts = [(key, error) for error in errors for key in error.where.split(", ")]
-            known = [
-                (key, error)
-                for key, error in parts
-                if key in self.values and key in {*self._origins, *self.defaults}
-            ]
-            if not known:
+            refused = {key: error.message for error in errors for key in error.where.split(", ")}
+            ours = [key for key in (*self._origins, *self.defaults) if key in self.values]
+            if not (found := [key for key in refused if key in ours]):
                 return
-            key, error = known[0]
-            del self.values[key]
+            del self.values[key := found[0]]
             if key in self._origins:
-                self._comment(*self._origins[key], error.message)
+                self._comment(*self._origins[key], refused[key])
             else:
                 self.defaults.remove(key)
 
@@ -280,7 +274,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return ExitCode.completed
         if given.output.exists():
             raise ConfigError(
-                "this file exists", where=str(given.output), remedy="name another one, or remove it"
+                "this file exists", where=str(given.output), remedy="remove it, or name another"
             )
         write_text(given.output, text)
         print_line(f"written: {given.output}; next: dpo-dist train {shlex.quote(str(given.output))} --check")

@@ -32,6 +32,7 @@ from dpo_dist.config.mistakes import (
     SCHEMA,
     assignment,
     composition_error,
+    foreign_file,
     likely,
     raise_all,
     unknown_key,
@@ -227,7 +228,10 @@ class _Command:
     def _read(self, file: Path, name: str, group: str = "experiment") -> list[_Layer]:
         """Return the layers of a file of a group; none, and a mistake, if it cannot be read."""
         try:
-            return self._layers(read_keys(file), name, group)
+            content = read_keys(file)
+            if error := foreign_file(content, file):
+                raise error
+            return self._layers(content, name, group)
         except FAILURES as error:
             self.mistakes.append(composition_error(error, self.folders))
             return []

@@ -33,6 +33,7 @@ from dpo_dist.config.keys import (
 )
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.text import first_few
 
 SCHEMA = TypeAdapter(RunConfig)
 _PRESET_PATHS = {
@@ -318,6 +319,25 @@ def as_sources(value: Any) -> Any:
         columns = {name: column for name, column in names.items() if name != column}
         sources.append(source | ({"columns": columns} if columns else {}))
     return sources
+
+
+_FOREIGN_KEYS = 5
+"""With fewer, an answer to each is shorter than another file."""
+
+
+def foreign_file(content: Mapping[str, Any], file: Path) -> ConfigError | None:
+    """Return the error for a file of keys of another trainer; None for a file with few of them."""
+    names = [str(key) for key in content if meant(str(key), "keys") or meant(str(key), "answers")]
+    names = [name for name in names if name not in run_keys()]
+    if len(names) < _FOREIGN_KEYS:
+        return None
+    target = shlex.quote(str(file.with_name(f"{file.stem}_converted.yaml")))
+    return ConfigError(
+        f"this file has {len(names)} keys of another trainer",
+        where=str(file),
+        got=first_few(names),
+        remedy=f"dpo-dist convert {shlex.quote(str(file))} {target} translates it; then train {target}",
+    )
 
 
 def _wrong_value(key: str, error: ErrorDetails, where: str) -> ConfigError:
