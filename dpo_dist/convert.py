@@ -17,7 +17,7 @@ from dpo_dist.config.keys import as_written, run_keys
 from dpo_dist.config.load import FAILURES, parse_overrides, read_keys
 from dpo_dist.config.mistakes import SCHEMA, answers_to, as_sources, as_tree, composition_error, fits, meant
 from dpo_dist.config.mistakes import names_of_others as names
-from dpo_dist.config.rules import RULES, resolve_reference
+from dpo_dist.config.rules import RULES, keys_of, resolve_reference
 from dpo_dist.foundation.errors import ConfigError, ExitCode
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.streams import open_closed_streams, print_error, print_line, print_result
@@ -77,9 +77,13 @@ class Conversion:
         return str(without_secrets(text + yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)))
 
     def _take(self, *keys: str, default: Any = None) -> Any:
-        """Return the value of the first of these keys that says something; none of them is left."""
-        said = [value for key in keys if (value := self._left.pop(key, None)) not in _EMPTY]
-        return said[0] if said else default
+        """Return the value of the first of these keys that says something; values of another type stay."""
+        kind: Any = {type(None): object, int: (int, float), float: (int, float)}.get(
+            type(default), type(default)
+        )
+        said = [key for key in keys if key in self._left and isinstance(self._left[key], kind)]
+        values = [value for key in said if (value := self._left.pop(key)) not in _EMPTY]
+        return values[0] if values else default
 
     def _comment(self, key: str, value: Any, reason: str) -> None:
         text = " ".join(as_written(value).split())
@@ -95,9 +99,11 @@ class Conversion:
     def _translate(self, key: str, value: Any) -> None:
         text, name = as_written(value), "optimizer" if key == "optim" else key
         exact, general = answers_to(name, text), meant(name, "answers")
-        unsectioned = [one for one in run_keys() if not general and name in (one, one.rpartition(".")[2])]
+        known = [] if general else [one for one in keys_of("train") if "." in one]
+        unsectioned = [one for one in known if name in (one, one.rpartition(".")[2])]
         targets = [_KEYS.get(one, one) for one in meant(name, "keys") or unsectioned]
         words = (text.lower(), *meant(text, "values"), [word.strip() for word in text.split(",")], [value])
+        words = () if isinstance(value, dict) else words
         fitting = [(to, one) for to in targets for one in (value, *words) if fits(to, one)]
         reason = next(iter((*exact, *general)), "").replace("{value}", text)
         is_said = exact or value is True or "{value}" in "".join(general[:1])
@@ -206,8 +212,9 @@ class Conversion:
 
     def _numbers(self) -> None:
         """Compute what several keys say together."""
-        if (low := self._take("min_lr")) is not None:
-            self.values["optim.min_lr_ratio"] = low / self._left.get("learning_rate", low)
+        rate = self._left.get("learning_rate")
+        if isinstance(rate, float) and (low := self._take("min_lr", default=0.0)):
+            self.values["optim.min_lr_ratio"] = low / rate
         if {"adam_beta1", "adam_beta2"} & self._left.keys():
             defaults = {"adam_beta1": 0.9, "adam_beta2": 0.999}
             self.values["optim.betas"] = [self._take(key, default=beta) for key, beta in defaults.items()]
@@ -222,7 +229,8 @@ class Conversion:
                 ]
                 self._set("loss.terms", terms, "loss_type", self._left.pop("loss_type"))
         if "simpo" in self._left.values() and not {"simpo_gamma", "gamma"} & self._left.keys():
-            beta = next(filter(None, map(self._left.get, ("beta", "pref_beta", "rl_beta"))), 0.1)
+            given = map(self._left.get, ("beta", "pref_beta", "rl_beta"))
+            beta = next((one for one in given if isinstance(one, int | float)), 0.1)
             self.values["loss.simpo_gamma"] = self._take("gamma_beta_ratio", default=0.5 / beta) * beta
 
     def _combine(self) -> None:

@@ -111,7 +111,17 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
         "new_key: 3 — no counterpart is known\n# use_dora: false — not needed",
     ),
     ("{run_name: , logging_dir: ''}", {}, "logging_dir, run_name: empty"),
-    ("{hub_token: hf_abcdefghijklmnopqrstuvwxyz012345}", {}, "hub_token: *** —"),
+    (f"{{hub_token: hf_{'a1' * 17}}}", {}, "hub_token: *** —"),
+    (
+        "{gradient_accumulation_steps: auto}",
+        {},
+        "gradient_accumulation_steps: auto — set trainer.global_batch",
+    ),
+    (
+        "{f_divergence_type: js_divergence, loss: {kind: ipo}}",
+        {"loss.divergence": "js"},
+        "loss: {kind: ipo} — ",
+    ),
     ("{enable_thinking: false}", {"data.template_arguments": {"enable_thinking": False}}, ""),
 ]
 
