@@ -34,6 +34,7 @@ from dpo_dist.config.mistakes import (
     SCHEMA,
     assignment,
     composition_error,
+    foreign_file,
     likely,
     raise_all,
     unknown_key,
@@ -47,7 +48,7 @@ from dpo_dist.config.user_code import find_function, written_values
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import without_secrets
 
-_FAILURES = (
+FAILURES = (
     *(ConfigError, HydraException, OmegaConfBaseException),
     *(yaml.YAMLError, ValueError, RecursionError, OSError),
 )
@@ -126,7 +127,7 @@ def _load(command: "_Command", verb: str) -> RunConfig:
     except ValidationError as error:
         raise_all([*command.mistakes, *wrong_values(error, command.origin)])
         raise
-    except _FAILURES as error:
+    except FAILURES as error:
         raise_all([*command.mistakes, composition_error(error, command.folders)])
         raise
     raise_all(command.mistakes)
@@ -190,7 +191,8 @@ class _Layer(NamedTuple):
     values: Mapping[str, Any]
 
 
-def _content(file: Path) -> dict[str, Any]:
+def read_keys(file: Path) -> dict[str, Any]:
+    """Return the keys of a YAML or JSON file; raise one of `FAILURES` if it has none."""
     with file.open(encoding="utf-8") as stream:
         content = OmegaConf.to_container(OmegaConf.load(stream))
     if not isinstance(content, dict):
@@ -235,13 +237,13 @@ class _Command:
 
     def _list_defaults(self) -> None:
         """Write Hydra's list of defaults: config.yaml, experiments, and files, each above its presets."""
-        _content(self._file("config"))
+        read_keys(self._file("config"))
         parts: list[str | _Layer] = ["config", *self._experiments]
         chosen = {group: layer for layer in self._files for group in layer.presets}
         for layer in self._files:
             for group, name in layer.presets.items():
                 if name is not None and chosen[group] is layer:
-                    if not _content(self._file(f"{group}/{name}")) or group == "loss":
+                    if not read_keys(self._file(f"{group}/{name}")) or group == "loss":
                         # It stands for all options of its group.
                         parts.append(_Layer("", {}, {group: _plain(RunConfig())[group]}))
                     parts.append(f"{group}/{name}")
@@ -273,8 +275,11 @@ class _Command:
     def _read(self, file: Path, name: str, group: str = "experiment") -> list[_Layer]:
         """Return the layers of a file of a group; none, and a mistake, if it cannot be read."""
         try:
-            return self._layers(_content(file), name, group)
-        except _FAILURES as error:
+            content = read_keys(file)
+            if error := foreign_file(content, file):
+                raise error
+            return self._layers(content, name, group)
+        except FAILURES as error:
             self.mistakes.append(composition_error(error, self.folders))
             return []
 
@@ -343,7 +348,7 @@ class _Command:
             path, package = str(entry.config_path), f"{entry.package}." if entry.package else ""
             part, file = self._entries.get(path), self._file(path)
             if not isinstance(part, _Layer):
-                part = _Layer(f"{path}.yaml", {}, _content(file) if file.is_file() else {})
+                part = _Layer(f"{path}.yaml", {}, read_keys(file) if file.is_file() else {})
             if part.name and key.startswith(package):
                 with contextlib.suppress(KeyError, TypeError):
                     reduce(getitem, key.removeprefix(package).partition("[")[0].split("."), part.values)
