@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field
 
 from dpo_dist.config.fields import (
+    MOST,
     Filled,
     as_entry,
     facts_of,
@@ -358,7 +359,7 @@ class TrainerConfig:
 
     global_batch_pairs: int = key(64, verbs="train precompute", ge=1)
     """Pairs of an optimizer step, over all processes."""
-    micro_batch_tokens: Literal["auto"] | Annotated[int, Field(strict=True, ge=1)] = key(
+    micro_batch_tokens: Literal["auto"] | Annotated[int, Field(strict=True, ge=1, le=MOST)] = key(
         "auto", free=True, verbs="train precompute evaluate", accepts="auto, or a whole number, >= 1"
     )
     """Largest number of tokens in a micro-batch; gradient accumulation follows from it. `auto`: what fits on

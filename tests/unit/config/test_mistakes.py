@@ -36,7 +36,7 @@ MISTYPED = [
     ("'data.cache=${run.rot}/x'", "run.rot"),
     ("'loss.terms={kind: sft}'", "write 'loss.terms=[{kind: sft}]'"),
     ("data.train=a.jsonl", "write 'data.train=[a.jsonl]'"),
-    ("trainer.micro_batch_tokens=100000000000000000000", "a whole number, >= 1, <= 9,007,199,254,740,992"),
+    ("trainer.micro_batch_tokens=100000000000000000000", "auto, or a whole number, >= 1"),
     ("trainer.epochs=1e300", "a number, > 0 and <= 1e+09"),
     ("tracking.samples=2000", "a whole number, >= 0 and <= 1000"),
     ("optim.lr=[1e-5]", "set optim.lr to a number"),
