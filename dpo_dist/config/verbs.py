@@ -45,7 +45,7 @@ VERBS = {
         of_former_run=True,
         is_one_process=True,
     ),
-    "report": Verb("write the page of a run again, or of the difference of two", is_configured=False),
+    "report": Verb("write the page of a run again, or compare several runs", is_configured=False),
     "store": Verb("list, verify and clean a store of reference log-probs", is_configured=False),
     "launch": Verb(
         "start a verb on several processes, with the arguments of accelerate launch", is_configured=False

@@ -1,4 +1,4 @@
-"""Prompts with responses side by side, different words marked; the samples of a run that its page shows."""
+"""Prompts with responses side by side, different words marked; the samples of runs that their pages show."""
 
 import random
 import re
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
@@ -155,10 +156,8 @@ def samples_of(folder: RunFolder) -> Mapping[str, Any]:
 
     Responses are those of the reference and of the policy after the last, the previous and the first step.
     """
-    files = {
-        step: file for file in folder.samples.glob("step-*.jsonl") if (step := step_of(file.stem)) is not None
-    }
-    steps = sorted(files, reverse=True)
+    files = _files(folder)
+    steps = list(files)
     read = {step: list(islice(json_rows(files[step]), _MOST_ROWS)) for step in {*steps[:2], *steps[-1:]}}
     if not steps or not read[steps[0]]:
         return {}
@@ -176,6 +175,35 @@ def samples_of(folder: RunFolder) -> Mapping[str, Any]:
         "items": items,
         "omitted": omitted,
     }
+
+
+def _files(folder: RunFolder) -> dict[int, Path]:
+    """Return the files of samples by step, the newest first."""
+    named = ((step_of(file.stem), file) for file in folder.samples.glob("step-*.jsonl"))
+    return dict(sorted(((step, file) for step, file in named if step is not None), reverse=True))
+
+
+def samples_of_runs(runs: Mapping[str, RunFolder]) -> list[Markup]:
+    """Return prompts that several runs have, with the responses after the last step of each."""
+    newest = {label: next(iter(_files(folder).values()), None) for label, folder in runs.items()}
+    by_prompt: dict[str, dict[str, Row]] = {}
+    for label, file in newest.items():
+        for row in islice(json_rows(file), _MOST_ROWS) if file else ():
+            by_prompt.setdefault(row["prompt_id"], {})[label] = row
+    shown = []
+    for rows in by_prompt.values():
+        first, *others = rows
+        if others:
+            notes = {
+                label: end_notes(row["policy_tokens"], row["policy_finished"]) for label, row in rows.items()
+            }
+            responses = [
+                Response(label, row["policy"], f"step {row['step']:,}, {notes[label]}")
+                for label, row in rows.items()
+            ]
+            responses.append(Response("chosen", rows[first]["chosen"]))
+            shown.append(Shown(rows[first]["prompt"], responses, first, rows[first]["source"]))
+    return prompt_items(shown[:_MOST_SHOWN], _SECTION_BYTES)[0]
 
 
 def _responses(last: Row, rows: Mapping[int, Row | None]) -> Iterator[Response]:
