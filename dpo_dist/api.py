@@ -5,7 +5,7 @@ training (law L7).
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -22,6 +22,7 @@ from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, RunConfig, So
 from dpo_dist.data.encode import EncodedExample, encode_record
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord
+from dpo_dist.data.sources import write_records
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model import load
 from dpo_dist.model.exactness import StartCheck, temporarily_packed
@@ -30,6 +31,7 @@ from dpo_dist.model.packed import PackedCausalLM, packed_logps
 from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response
 from dpo_dist.objective.losses import BatchFacts, implicit_rewards, preference_loss
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, fingerprint_folders, read_fingerprint
+from dpo_dist.train import main as train_run
 from dpo_dist.training.metrics_log import read_rows
 
 __all__ = [
@@ -54,6 +56,7 @@ __all__ = [
     "response_keys",
     "stored_pair_logps",
     "token_logps",
+    "train",
 ]
 
 T = TypeVar("T")
@@ -143,6 +146,50 @@ def stored_pair_logps(
     """Return stored log-probs of pairs, summed per response over the tokens that the loss counts."""
     values = [torch.from_numpy(values.copy()) for values in store.read(response_keys(pairs))]
     return _summed(pairs, values, ld_alpha)
+
+
+Records: TypeAlias = Iterable[Mapping[str, Any]]
+
+
+def train(
+    words: Sequence[str],
+    *,
+    train: Records | None = None,
+    eval: Records | None = None,  # noqa: A002  (as the key data.eval)
+    on_row: Callable[[dict[str, float]], bool | None] | None = None,
+) -> dict[str, Any]:
+    """Train as a command with these words does, from the last checkpoint if there is one; return its summary.
+
+    Args:
+        words: as of `load_run_config`.
+        train: a list of records, or a `datasets.Dataset`, in place of `data.train`. They are written below
+            `data.cache`, to a file that their content names: the same call resumes the run.
+        eval: the same in place of `data.eval`.
+        on_row: called on rank 0 with each metrics row of steps and evaluations, once it is recorded. If it
+            returns true, the run stops with a checkpoint, after the step that follows at the latest; if it
+            raises, too, and the exception is raised at the end.
+
+    Returns:
+        The content of summary.json, and `run_dir`. `exit` is `completed`, or `preempted`, by `stopped_by`.
+    """
+    named = {"data.train": train, "data.eval": eval}
+    given = {key: records for key, records in named.items() if records is not None}
+    cache = Path(load_run_config([*words, *(f"{key}=[records.jsonl]" for key in given)]).data.cache)
+    files = {key: write_records(records, cache / "records", key) for key, records in given.items()}
+    sources = [f"{key}=[{json.dumps(str(file), ensure_ascii=False)}]" for key, file in files.items()]
+    config, faults = load_run_config([*words, *sources], verb="train"), list[Exception]()
+
+    def told(row: dict[str, float]) -> bool:
+        try:
+            return bool(faults or (on_row is not None and on_row(row)))
+        except Exception as fault:
+            faults.append(fault)
+            return True
+
+    train_run(config, told)
+    if faults:
+        raise faults[0]
+    return {"run_dir": str(config.run.dir), **read_summary(str(config.run.dir))}
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:

@@ -4,6 +4,10 @@ The same command again resumes the run; `--check` checks that it can start; `--h
 codes: `dpo_dist.foundation.errors.ExitCode`.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
 from dpo_dist.foundation.signals import StopRequest, end_at_signals
 
 if __name__ == "__main__":
@@ -16,16 +20,20 @@ from dpo_dist.foundation.console import print_text, warnings_off
 from dpo_dist.training.preflight import check_start, started
 
 
-def main(config: RunConfig) -> int:
-    """Train `config`, from its last checkpoint if there is one; return the exit code."""
+def main(config: RunConfig, on_row: Callable[[dict[str, float]], bool | None] | None = None) -> int:
+    """Train `config`, from its last checkpoint if there is one; return the exit code.
+
+    `on_row`: see `api.train`; an exception of it ends the run at once.
+    """
     check_needs(config, "train")
     stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
     with stop.listening(), started(config, trains=True) as console:
         # Slow, and what the imports print belongs in the log.
-        from dpo_dist.insight.recorder import REPORTING  # noqa: PLC0415
+        from dpo_dist.insight.recorder import REPORTING, open_recorder  # noqa: PLC0415
         from dpo_dist.training.run import train  # noqa: PLC0415
 
-        return train(config, console, stop, REPORTING)
+        reporting = replace(REPORTING, open_recorder=partial(open_recorder, on_row=on_row))
+        return train(config, console, stop, reporting)
 
 
 def check(config: RunConfig, *, trains: bool = True) -> None:

@@ -27,7 +27,7 @@ from dpo_dist.config.keys import (
     run_keys,
     section_meanings,
 )
-from dpo_dist.config.load import load_run_config, parse_overrides, to_yaml
+from dpo_dist.config.load import Points, load_points, load_run_config, parse_overrides, to_yaml
 from dpo_dist.config.losses import KINDS, kinds_using
 from dpo_dist.config.mistakes import SCHEMA, assignment, meant, suggestion, unknown_key
 from dpo_dist.config.rules import keys_of
@@ -228,19 +228,27 @@ _BY_SIGNAL = 128
 
 
 def run_verb(
-    main: Callable[[RunConfig], int], check: Callable[[RunConfig], None] | None = None, *, verb: str = "train"
+    main: Callable[[Any], int], check: Callable[[Any], None] | None = None, *, verb: str = "train"
 ) -> NoReturn:
-    """Run `main` with the configuration of the command line, and exit with its exit code.
+    """Run `main` with the configuration of the command line, or its points, and exit with its exit code.
 
-    A `DpoDistError` is printed as one block, by one rank only; an interrupt by the user in one line. Other
-    exceptions keep their traceback. `check` is called for `--check`, on the first rank only. The docstring of
-    the module of `main` is a part of `--help`.
+    `check` is called for `--check`, on the first rank only. The docstring of the module of `main` is a part
+    of `--help`.
     """
     open_closed_streams()
     styles = [word.lstrip("+") for word in sys.argv[1:] if word.lstrip("+").startswith("console.style=")]
-    errors = _Errors(is_json=styles[-1:] == [f"console.style={ConsoleStyle.json}"])
+    errors = Errors(is_json=styles[-1:] == [f"console.style={ConsoleStyle.json}"])
+    exit_after(lambda: _run(main, check, verb, errors), errors)
+
+
+def exit_after(work: Callable[[], int], errors: "Errors") -> NoReturn:
+    """Exit with the exit code that `work` returns.
+
+    A `DpoDistError` is printed as one block, by one rank only; an interrupt by the user in one line. Other
+    exceptions keep their traceback.
+    """
     try:
-        exit_code = _run(main, check, verb, errors)
+        exit_code = work()
     except DpoDistError as error:
         exit_code = errors.print_of_this_rank(error)
     except KeyboardInterrupt:
@@ -266,7 +274,7 @@ def run_verb(
 
 
 @dataclass
-class _Errors:
+class Errors:
     """Prints errors without secrets: as text to standard error, or as JSON objects to standard output."""
 
     is_json: bool
@@ -302,17 +310,13 @@ class _Errors:
         return error.exit_code
 
 
-def _run(
-    main: Callable[[RunConfig], int], check: Callable[[RunConfig], None] | None, verb: str, errors: _Errors
-) -> int:
+def _run(main: Callable[[Any], int], check: Callable[[Any], None] | None, verb: str, errors: Errors) -> int:
     options = divide(sys.argv[1:])
     text = _answer(options, verb, sys.modules[main.__module__].__doc__ or "")
     if text is None:
-        former = former_values(options) if VERBS[verb].of_former_run else None
-        config = load_run_config(
-            options.words, options.config_dir, verb=verb, former=former, mistakes=options.mistakes
-        )
-        text = to_yaml(config) if options.cfg else None
+        given = _configurations(options, verb)
+        config = next(iter(given.values()))
+        text = "---\n".join(map(to_yaml, given.values())) if options.cfg else None
     if text is not None:
         if this_rank() == 0:
             print_result(text)
@@ -327,12 +331,21 @@ def _run(
     if VERBS[verb].is_one_process and this_rank() > 0:
         return ExitCode.completed
     if not options.check:
-        return main(config)
+        return main(given if VERBS[verb].takes_points else config)
     if check is None:
         raise ConfigError("this verb has no --check", where=COMMAND_LINE, remedy="remove --check")
     if this_rank() == 0:
-        check(config)
+        check(given if VERBS[verb].takes_points else config)
     return ExitCode.completed
+
+
+def _configurations(options: argparse.Namespace, verb: str) -> Points:
+    """Return the points of a sweep; of another verb its configuration."""
+    words, folder, mistakes = options.words, options.config_dir, options.mistakes
+    if VERBS[verb].takes_points:
+        return load_points(words, folder, mistakes=mistakes)
+    former = former_values(options) if VERBS[verb].of_former_run else None
+    return {(): load_run_config(words, folder, verb=verb, former=former, mistakes=mistakes)}
 
 
 def _repeated(config: RunConfig) -> dict[str, tuple[str, str]]:

@@ -4,14 +4,16 @@ Hydra composes presets, experiments, files and words of the command; pydantic ty
 """
 
 import contextlib
+import copy
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import reduce
+from itertools import product
 from operator import getitem
 from pathlib import Path
-from typing import Any, NamedTuple, cast, get_args, get_origin
+from typing import Any, NamedTuple, TypeAlias, cast, get_args, get_origin
 
 import hydra
 import yaml
@@ -32,6 +34,7 @@ from dpo_dist.config.mistakes import (
     SCHEMA,
     assignment,
     composition_error,
+    foreign_file,
     likely,
     raise_all,
     unknown_key,
@@ -45,10 +48,12 @@ from dpo_dist.config.user_code import find_function, written_values
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import without_secrets
 
-_FAILURES = (
+FAILURES = (
     *(ConfigError, HydraException, OmegaConfBaseException),
     *(yaml.YAMLError, ValueError, RecursionError, OSError),
 )
+Points: TypeAlias = dict[tuple[str, ...], RunConfig]
+"""The runs of a sweep by the overrides in which they differ: `("loss.beta=0.1", "loss.kind=ipo")`."""
 _ROOT = "dpo_dist"
 """The primary configuration of Hydra; the parts of the command are stored in the group of this name."""
 
@@ -71,7 +76,48 @@ def load_run_config(
         ConfigError: a key, value or preset does not exist, or values contradict each other; all mistakes.
     """
     find_function.cache_clear()
-    command = _Command(words, group_folders(own_folder), former, mistakes)
+    return _load(_Command(words, group_folders(own_folder), former, mistakes), verb)
+
+
+def load_points(
+    words: Sequence[str], own_folder: Path | None = None, *, mistakes: Iterable[ConfigError] = ()
+) -> Points:
+    """Compose, type and check each point of the verb `sweep`: all combinations of the swept overrides.
+
+    `loss.beta=0.1,0.2`, `trainer.seed=range(3)` and `loss=choice(ipo,simpo)` are swept: the grammar of Hydra.
+
+    Raises:
+        ConfigError: all mistakes of all points, as of `load_run_config`; or two points are the same run.
+    """
+    find_function.cache_clear()
+    bases, choices, all_mistakes = dict[str, Any](), list[list[str]](), [*mistakes]
+    for word in words:
+        swept = [one for one in parse_overrides([word])[0] if one.is_discrete_sweep()]
+        values = (value for one in swept for value in one.sweep_string_iterator())
+        choices.append([f"{swept[0].get_key_element()}={value}" for value in values] if swept else [word])
+    points: Points = {}
+    names = dict[str | None, tuple[str, ...]]()
+    for point in product(*choices):
+        swept_words = tuple(word for word in point if word not in words)
+        try:
+            config = _load(_Command(point, group_folders(own_folder), None, (), bases), "sweep")
+        except ConfigError as error:
+            all_mistakes.append(error)
+            continue
+        if (same := names.setdefault(config.run.dir, swept_words)) != swept_words:
+            all_mistakes.append(
+                ConfigError(
+                    f"it is the same run as {' '.join(same)}",
+                    where=" ".join(swept_words),
+                    remedy="sweep only keys that define the result of a run, without run.dir",
+                )
+            )
+        points[swept_words] = config
+    raise_all(all_mistakes)
+    return points
+
+
+def _load(command: "_Command", verb: str) -> RunConfig:
     try:
         values = command.composed()
         if verb:
@@ -81,7 +127,7 @@ def load_run_config(
     except ValidationError as error:
         raise_all([*command.mistakes, *wrong_values(error, command.origin)])
         raise
-    except _FAILURES as error:
+    except FAILURES as error:
         raise_all([*command.mistakes, composition_error(error, command.folders)])
         raise
     raise_all(command.mistakes)
@@ -145,7 +191,8 @@ class _Layer(NamedTuple):
     values: Mapping[str, Any]
 
 
-def _content(file: Path) -> dict[str, Any]:
+def read_keys(file: Path) -> dict[str, Any]:
+    """Return the keys of a YAML or JSON file; raise one of `FAILURES` if it has none."""
     with file.open(encoding="utf-8") as stream:
         content = OmegaConf.to_container(OmegaConf.load(stream))
     if not isinstance(content, dict):
@@ -169,7 +216,9 @@ class _Command:
         folders: Sequence[Path],
         former: Mapping[str, Any] | None,
         mistakes: Iterable[ConfigError],
+        bases: dict[str, Any] | None = None,
     ) -> None:
+        self._bases = {} if bases is None else bases  # what Hydra has composed, by what it was composed of
         files = [word for word in words if "=" not in word and word.endswith((".yaml", ".yml"))]
         parsed, unread = parse_overrides(word for word in words if word not in files)
         self.folders, self.overrides = folders, list[Override]()
@@ -188,13 +237,13 @@ class _Command:
 
     def _list_defaults(self) -> None:
         """Write Hydra's list of defaults: config.yaml, experiments, and files, each above its presets."""
-        _content(self._file("config"))
+        read_keys(self._file("config"))
         parts: list[str | _Layer] = ["config", *self._experiments]
         chosen = {group: layer for layer in self._files for group in layer.presets}
         for layer in self._files:
             for group, name in layer.presets.items():
                 if name is not None and chosen[group] is layer:
-                    if not _content(self._file(f"{group}/{name}")) or group == "loss":
+                    if not read_keys(self._file(f"{group}/{name}")) or group == "loss":
                         # It stands for all options of its group.
                         parts.append(_Layer("", {}, {group: _plain(RunConfig())[group]}))
                     parts.append(f"{group}/{name}")
@@ -226,8 +275,11 @@ class _Command:
     def _read(self, file: Path, name: str, group: str = "experiment") -> list[_Layer]:
         """Return the layers of a file of a group; none, and a mistake, if it cannot be read."""
         try:
-            return self._layers(_content(file), name, group)
-        except _FAILURES as error:
+            content = read_keys(file)
+            if error := foreign_file(content, file):
+                raise error
+            return self._layers(content, name, group)
+        except FAILURES as error:
             self.mistakes.append(composition_error(error, self.folders))
             return []
 
@@ -272,8 +324,10 @@ class _Command:
     def composed(self) -> dict[str, Any]:
         """Return the values of the command; without overrides and files that are mistakes."""
         self._list_defaults()
-        with self._hydra():
-            config = OmegaConf.merge(_plain(RunConfig()), hydra.compose(COMMAND_LINE))
+        if (parts := repr((self._entries, self._defaults))) not in self._bases:
+            with self._hydra():
+                self._bases[parts] = OmegaConf.merge(_plain(RunConfig()), hydra.compose(COMMAND_LINE))
+        config = copy.deepcopy(self._bases[parts])
         for override in self.overrides:
             if not self._is_choice(override):
                 key, value = override.key_or_group, override.value()
@@ -294,7 +348,7 @@ class _Command:
             path, package = str(entry.config_path), f"{entry.package}." if entry.package else ""
             part, file = self._entries.get(path), self._file(path)
             if not isinstance(part, _Layer):
-                part = _Layer(f"{path}.yaml", {}, _content(file) if file.is_file() else {})
+                part = _Layer(f"{path}.yaml", {}, read_keys(file) if file.is_file() else {})
             if part.name and key.startswith(package):
                 with contextlib.suppress(KeyError, TypeError):
                     reduce(getitem, key.removeprefix(package).partition("[")[0].split("."), part.values)
@@ -318,6 +372,7 @@ class _Command:
             return unknown_key(key, line.partition("=")[2], where=f"{COMMAND_LINE}: {line}")
         if override.is_delete() or override.is_sweep_override():
             message, remedy = f"{key} has one value", f"write {key}=VALUE, a list in brackets, {key}=[a,b]"
+            remedy += "; the verb sweep runs each of several values" if override.is_discrete_sweep() else ""
         elif is_choice and key in run_keys() and isinstance(override.value(), list):
             sum_of_losses = f" or write {assignment(key, line.partition('=')[2])}" if key == "loss" else ""
             message, remedy = f"{key} is one preset", f"choose {key}={_names(override)[0]}{sum_of_losses}"

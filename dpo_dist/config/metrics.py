@@ -13,6 +13,8 @@ from dpo_dist.foundation.text import number, percent
 
 PREFIX = "eval_"
 """Start of the name of a metric in the row of an evaluation."""
+CUSTOM = "custom/"
+"""Start of the name of a metric of `metrics.function`."""
 
 
 @dataclass(frozen=True)
@@ -73,5 +75,12 @@ METRICS: Mapping[str, Metric] = {
     "samples/refusals": Metric("refusals", percent),
     "samples/empty": Metric("empty", percent),
 }
+
+
+def metric_of(name: str) -> Metric:
+    """Return the row of a metric; of a custom one its name alone."""
+    return METRICS.get(name, Metric(name))
+
+
 MAIN = ("loss", "rewards/accuracies", "rewards/margins")
 """The metrics that say first how a run goes: of tables, the terminal and the card."""

@@ -3,12 +3,13 @@
 An answer knows the names of other trainers (names.yaml), and names that are nearly right.
 """
 
+import re
 import shlex
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, cast, get_args, get_origin
 
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -31,7 +32,8 @@ from dpo_dist.config.keys import (
     run_keys,
 )
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError, DpoDistError
+from dpo_dist.foundation.text import first_few
 
 SCHEMA = TypeAdapter(RunConfig)
 _PRESET_PATHS = {
@@ -43,11 +45,17 @@ _PRESET_PATHS = {
 
 
 @cache
+def names_of_others() -> dict[str, dict[str, Any]]:
+    """Return the sections of names.yaml."""
+    content = Path(__file__).with_name("names.yaml").read_text(encoding="utf-8")
+    return cast(dict[str, dict[str, Any]], yaml.safe_load(content))
+
+
+@cache
 def _table(section: str) -> dict[str, tuple[str, ...]]:
     """Return, for each name of a section of names.yaml, what it stands for."""
-    content = yaml.safe_load(Path(__file__).with_name("names.yaml").read_text(encoding="utf-8"))
     meanings: dict[str, tuple[str, ...]] = {}
-    for meant, names in content[section].items():
+    for meant, names in names_of_others()[section].items():
         for name in names.split():
             meanings[name] = (*meanings.get(name, ()), meant)
     return meanings
@@ -103,19 +111,22 @@ def unreadable(words: Sequence[str]) -> ConfigError:
     )
 
 
-def raise_all(mistakes: Sequence[ConfigError]) -> None:
+def raise_all(mistakes: Sequence[DpoDistError]) -> None:
     """Raise the mistake, or one error with a line for each; do nothing if there are none."""
-    if len(mistakes) == 1:
-        raise mistakes[0]
+    every = [part for mistake in mistakes for part in mistake.parts or (mistake,)]
+    if len(different := {mistake.block(): mistake for mistake in every}) == 1:
+        raise every[0]
     lines = []
-    for mistake in mistakes:
+    for mistake in different.values():
         where = mistake.where.removeprefix(COMMAND_LINE).removeprefix(": ")
         got = f" ({mistake.got})" if where and mistake.got and "=" not in where else ""
         is_said = mistake.expected in mistake.remedy or mistake.remedy.startswith(("did you mean", "write"))
         expected = "" if is_said else f", expected {mistake.expected}"
         lines.append(f"{where or mistake.got}{got}: {mistake.message}{expected}; {mistake.remedy}")
     if lines := list(dict.fromkeys(lines)):
-        raise ConfigError(f"this command has {len(lines)} mistakes", remedy=f"\n{' ' * 12}".join(lines))
+        whole = ConfigError(f"this command has {len(lines)} mistakes", remedy=f"\n{' ' * 12}".join(lines))
+        whole.parts = every
+        raise whole
 
 
 def assignment(key: str, value: str) -> str:
@@ -135,11 +146,24 @@ def _is_accepted(key: str, text: str) -> bool:
         return text in preset_names("loss", group_folders())
     try:
         value = OverridesParser.create().parse_override(f"{key}={text}").value()
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        SCHEMA.validate_python(value)
     except HydraException:
         return False
+    return fits(key, value)
+
+
+def as_tree(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of keys as mappings in mappings: `{loss: {beta: 0.2}}`."""
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        reduce(lambda at, section: at.setdefault(section, {}), sections, tree)[name] = value
+    return tree
+
+
+def fits(key: str, value: Any) -> bool:
+    """Return whether a key accepts a value."""
+    try:
+        SCHEMA.validate_python(as_tree({key: value}))
     except ValidationError as error:
         return not any(_key_at(detail["loc"]).startswith(key) for detail in error.errors())
     return True
@@ -150,7 +174,7 @@ def unknown_key(key: str, value: str = "", *, where: str = "") -> ConfigError:
 
     `value` is as it was written, empty if unknown; `where` the file or override with the key.
     """
-    remedy = (_answers_to(key, value) or [_in_place_of(key, value)])[0]
+    remedy = (answers_to(key, value) or [_in_place_of(key, value)])[0]
     return ConfigError(f"there is no key {key!r}", where=where or key, remedy=remedy)
 
 
@@ -187,7 +211,7 @@ def _in_place_of(key: str, value: str) -> str:
     return f"a key has a section, such as loss.beta; the sections are {', '.join(sections)}"
 
 
-def _answers_to(key: str, value: str) -> list[str]:
+def answers_to(key: str, value: str) -> list[str]:
     """Return the answers to a key, or to one of the same meaning, with this value."""
     names = (key, *meant(key, "keys"))
     return [line.replace("{value}", value) for name in names for line in meant(f"{name}={value}", "answers")]
@@ -206,7 +230,7 @@ def unknown_preset(group: str, choice: str, folders: Sequence[Path]) -> ConfigEr
     """Return the error for a preset that does not exist."""
     known, plus = preset_names(group, folders), "+" if group == "experiment" else ""
     remedy = f"write {plus}{group}={known[0] if len(known) == 1 else 'NAME'}"
-    if answers := _answers_to(group, choice):
+    if answers := answers_to(group, choice):
         remedy = answers[0]
     elif guesses := likely(Path(choice).stem if choice.endswith((".yaml", ".yml")) else choice, known):
         remedy = f"did you mean {plus}{group}={guesses[0]}?"
@@ -276,7 +300,7 @@ def wrong_values(error: ValidationError, origin: Callable[[str], str]) -> list[C
         key, value = _key_at(detail["loc"], is_unknown=is_unknown), detail["input"]
         above, _, name = key.rpartition(".")
         if is_unknown:
-            text = "" if isinstance(value, dict) else as_written(_as_sources(value))
+            text = "" if isinstance(value, dict) else as_written(as_sources(value))
             mistakes[key] = unknown_key(key, text, where=origin(key))
         elif detail["type"] != "missing":
             mistakes.setdefault(key, _wrong_value(key, detail, origin(key)))
@@ -285,20 +309,40 @@ def wrong_values(error: ValidationError, origin: Callable[[str], str]) -> list[C
     return list(mistakes.values())
 
 
-def _as_sources(value: Any) -> Any:
+def as_sources(value: Any) -> Any:
     """Return the `datasets` of another trainer as sources: paths, splits and names of fields."""
     if not isinstance(value, list) or not all(isinstance(entry, dict) and "path" in entry for entry in value):
         return value
     sources = []
     for entry in value:
         path, kind = entry.get("data_files") or entry["path"], entry.get("type")
-        kept = ("name", "data_dir", "revision", *([] if Path(str(path)).suffix else ["split"]))
+        is_file = re.fullmatch(r"\.[a-z]{2,7}", Path(str(path)).suffix)  # org/name-v1.5 has such a suffix
+        kept = ("name", "data_dir", "revision", "weight", "limit", *([] if is_file else ["split"]))
         source = {"path": path} | {name: entry[name] for name in kept if entry.get(name)}
         fields = entry | (kind if isinstance(kind, dict) else {})
         names = {name.removeprefix("field_"): fields[name] for name in fields if name.startswith("field_")}
         columns = {name: column for name, column in names.items() if name != column}
         sources.append(source | ({"columns": columns} if columns else {}))
     return sources
+
+
+_FOREIGN_KEYS = 5
+"""With fewer, an answer to each is shorter than another file."""
+
+
+def foreign_file(content: Mapping[str, Any], file: Path) -> ConfigError | None:
+    """Return the error for a file of keys of another trainer; None for a file with few of them."""
+    names = [str(key) for key in content if meant(str(key), "keys") or meant(str(key), "answers")]
+    names = [name for name in names if name not in run_keys()]
+    if len(names) < _FOREIGN_KEYS:
+        return None
+    target = shlex.quote(str(file.with_name(f"{file.stem}_converted.yaml")))
+    return ConfigError(
+        f"this file has {len(names)} keys of another trainer",
+        where=str(file),
+        got=first_few(names),
+        remedy=f"dpo-dist convert {shlex.quote(str(file))} {target} translates it; then train {target}",
+    )
 
 
 def _wrong_value(key: str, error: ErrorDetails, where: str) -> ConfigError:
@@ -315,7 +359,7 @@ def _wrong_value(key: str, error: ErrorDetails, where: str) -> ConfigError:
         expected, remedy = "text that is not empty", "remove the key, or write a value"
     elif isinstance(value, bool) and " in " in where and choices(hint):
         remedy = "in YAML a bare on, off, yes or no is true or false: put the word in quotes"
-    elif answers := _answers_to(key, got) or [
+    elif answers := answers_to(key, got) or [
         f"did you mean {key}={choice}?" for choice in likely(got, choices(hint))
     ]:
         remedy = answers[0]

@@ -13,7 +13,7 @@ from typing import Any
 from dpo_dist.config.fields import fields_of
 from dpo_dist.config.keys import all_keys, as_written, readers, run_keys
 from dpo_dist.config.losses import LossConfig, LossKind, kinds_using
-from dpo_dist.config.metrics import METRICS, PREFIX
+from dpo_dist.config.metrics import CUSTOM, METRICS, PREFIX
 from dpo_dist.config.mistakes import raise_all
 from dpo_dist.config.schema import (
     NO_MODEL,
@@ -145,7 +145,7 @@ def direction_of(trainer: TrainerConfig) -> Direction | None:
         for name, row in METRICS.items()
         if row.best and f"{metric}/".startswith((f"{PREFIX}{name}/", f"{PREFIX}{name}_by_length/"))
     )
-    return next(known, None)
+    return Direction.highest if metric.startswith(PREFIX + CUSTOM) else next(known, None)
 
 
 RULES = (
@@ -311,6 +311,7 @@ RULES = (
         "set trainer.eval_every=100: the last evaluation is the only one",
         lambda c: not c.data.eval_sources,
     ),
+    unused("trainer.patience", "trainer.keep_best!=null", "set trainer.keep_best=eval_loss"),
     Rule(
         "trainer.keep_best!=null",
         "this is no metric of evaluations whose high or low values are known to be the best",
@@ -382,6 +383,7 @@ RULES = (
     ),
     # Exported models.
     unused("export.merge", "model.adapter!=null", "train an adapter"),
+    unused("export.confirm", "export.push_to!=null", "set export.push_to=ORG/NAME"),
     unused("export.weights", "trainer.ema_decay!=null", "set trainer.ema_decay"),
     unused("export.checkpoint", "export.average=[]", "remove export.average, which names what is exported"),
     *(

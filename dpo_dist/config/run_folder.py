@@ -179,6 +179,13 @@ class RunFolder:
         """The run directory of a round's training, in the round's folder."""
         return RunFolder(self.path / "train")
 
+    sweep = At("sweep.json")
+    """The results of a sweep, in its folder."""
+
+    def point_screen(self, run: "RunFolder") -> Path:
+        """Return the file with what a point of the sweep in this folder would print on the screen."""
+        return self.logs / f"{run.path.name}.log"
+
     policy = At("policy")
     """The policy after a round that trains an adapter, merged into its base; in the round's folder."""
 

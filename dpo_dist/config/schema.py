@@ -358,8 +358,11 @@ class TrainerConfig:
 
     global_batch_pairs: int = key(64, verbs="train precompute", ge=1)
     """Pairs of an optimizer step, over all processes."""
-    micro_batch_tokens: int = key(8192, ge=1, free=True, verbs="train precompute evaluate")
-    """Largest number of tokens in a micro-batch; gradient accumulation follows from it."""
+    micro_batch_tokens: Literal["auto"] | Annotated[int, Field(strict=True, ge=1)] = key(
+        "auto", free=True, verbs="train precompute evaluate", accepts="auto, or a whole number, >= 1"
+    )
+    """Largest number of tokens in a micro-batch; gradient accumulation follows from it. `auto`: what fits on
+    the GPUs of a training run, else 8192."""
     epochs: float = key(1.0, verbs="train precompute", gt=0, le=1e9)
     """Passes over the training data."""
     max_steps: int | None = key(None, verbs="train precompute", ge=1)
@@ -373,6 +376,9 @@ class TrainerConfig:
     keep_best: Filled | None = key(None, free=True)
     """Evaluation metric, such as `eval_rewards/accuracies`: a checkpoint is also saved at each new best
     value, and the best are kept beside `keep_last`; null: none."""
+    patience: int | None = key(None, ge=1, free=True)
+    """Evaluations in a row without a new best value of `keep_best` after which the run ends and is complete;
+    null: it ends at its last step."""
     log_every: int = key(1, ge=0, free=True)
     """Steps per metrics row, which is a mean over their pairs; 0: one row at the end."""
     seed: int = key(0, ge=0, verbs="train precompute evaluate pairs")
@@ -386,6 +392,15 @@ class TrainerConfig:
     """Save and exit with code 75 after this many steps of this start."""
     max_seconds: float | None = key(None, gt=0, le=1e9, free=True)
     """Save and exit with code 75 after this many seconds."""
+
+
+@schema
+class MetricsConfig:
+    """Metrics of your own, beside those of docs/watching.md."""
+
+    function: Filled | None = key(None)
+    """Your own function, as `module:function`: from log-probs to a value of each pair under one or more
+    names; the means are the metrics `custom/NAME`."""
 
 
 @schema
@@ -473,6 +488,33 @@ class ExportConfig:
     output: Filled | None = key(None)
     """Folder to write, which must not exist; null: `<run.dir>/exported/<checkpoint>`, with `-ema` and
     `-merged` after it; of `export.average` `<run.dir>/exported/average`."""
+    push_to: str | None = key(None, accepts="ORG/NAME", pattern=r"^[\w.-]+/[\w.-]+$")
+    """Repository on the hub to which the folder is uploaded, as it is if it exists; created as a private one.
+    The files are listed first, and sent with `export.confirm` only."""
+    confirm: bool = key(False)
+    """Send the listed files to `export.push_to`."""
+
+
+@schema
+class PlanConfig:
+    """The machines that `python -m dpo_dist.plan` computes for."""
+
+    gpus: int = key(8, ge=1)
+    """Number of GPUs, 8 to a node."""
+    gpu: Literal["h100-80g", "h200-141g", "b200-180g", "a100-80g", "a100-40g", "l40s-48g", "rtx4090-24g"] = (
+        key("h100-80g")
+    )
+    """Kind of the GPUs."""
+    network: float = key(400.0, gt=0)
+    """Gbit/s between nodes for each GPU."""
+    price: float | None = key(None, gt=0)
+    """Price of a GPU for an hour, in any currency."""
+    pairs: int | None = key(None, ge=1)
+    """Pairs of an epoch; null: counted in `data.train`, if it is encoded or has local files."""
+    tokens_per_pair: float | None = key(None, gt=1)
+    """Tokens of a pair with its prompt once; null: the mean of `data.train`."""
+    suggest: bool = key(False)
+    """Also print the settings that fit with the least work."""
 
 
 PairsMethod = StrEnum("PairsMethod", ["scores", "samples", "delta", "people"])
@@ -555,6 +597,17 @@ class PairsConfig:
 
 
 @schema
+class SweepConfig:
+    """How the points of a sweep are run."""
+
+    parallel: int | None = key(None, ge=1)
+    """Points that train at a time, each on an equal part of the GPUs; null: as many as GPUs, or 1 without."""
+    launcher: Filled | None = key(None)
+    """Command before `-m dpo_dist.train` that starts the processes of a point; null: `python -m
+    dpo_dist.launch` if a point has several GPUs, else one process that imports nothing again."""
+
+
+@schema
 class RunConfig:
     """One run, resolved and frozen."""
 
@@ -566,6 +619,7 @@ class RunConfig:
     optim: OptimConfig = section(OptimConfig, verbs="train")
     trainer: TrainerConfig = section(TrainerConfig, verbs="train")
     samples: SamplesConfig = section(SamplesConfig, free=True, verbs="train")
+    metrics: MetricsConfig = section(MetricsConfig, free=True, verbs="train evaluate")
     parallelism: ParallelismConfig = section(ParallelismConfig, free=True, verbs="train precompute evaluate")
     tracking: TrackingConfig = section(TrackingConfig, free=True, verbs="train")
     evaluation: EvaluationConfig = section(EvaluationConfig, free=True, verbs="evaluate")
@@ -574,3 +628,5 @@ class RunConfig:
     doctor: DoctorConfig = section(DoctorConfig, free=True, verbs="doctor")
     pairs: PairsConfig = section(PairsConfig, free=True, verbs="pairs")
     export: ExportConfig = section(ExportConfig, free=True, verbs="export")
+    plan: PlanConfig = section(PlanConfig, free=True, verbs="plan")
+    sweep: SweepConfig = section(SweepConfig, free=True, verbs="sweep")

@@ -16,7 +16,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.foundation.files import text_digest
 
-LOSS_FUNCTION = "loss.function"
+LOSS_FUNCTION, METRICS_FUNCTION = "loss.function", "metrics.function"
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ def _executed(source: UserFunction) -> Callable[..., Any]:
 
 _DOORS = {
     "model.trust_remote_code": "Python code of model folders is run",
-    "loss.function": "Python code of the loss is run",
+    LOSS_FUNCTION: "Python code of the loss is run",
+    METRICS_FUNCTION: "Python code of metrics is run",
     "pairs.function": "Python code of the judge is run",
     **dict.fromkeys(("data.train", "data.eval", "evaluation.data"), "Python code of a reader of data is run"),
 }

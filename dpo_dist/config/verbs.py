@@ -20,11 +20,16 @@ class Verb(NamedTuple):
     of_former_run: bool = False
     """It may take the configuration of the run in `run.dir`."""
     is_one_process: bool = False
+    takes_points: bool = False
+    """Its keys may have several values each, and it gets all combinations."""
 
 
 _RUN = ("model.path", "data.train")
 VERBS = {
     "train": Verb("train a policy, from its last checkpoint if there is one", _RUN),
+    "sweep": Verb(
+        "train a run for each point of a grid of values", _RUN, is_one_process=True, takes_points=True
+    ),
     "precompute": Verb(
         "score the pairs of a run by the reference model, and store the log-probs", (*_RUN, "reference.mode")
     ),
@@ -33,6 +38,11 @@ VERBS = {
     ),
     "compare": Verb("ask several models the same prompts, side by side", takes_training=False),
     "doctor": Verb("examine the data of a run, and encode them", ("data.train",), is_one_process=True),
+    "plan": Verb(
+        "compute memory and hours of a run on GPUs that one does not have yet",
+        ("model.path",),
+        is_one_process=True,
+    ),
     "pairs": Verb(
         "make preference records, by scores, models and judges, or people",
         ("data.train",),
@@ -45,7 +55,11 @@ VERBS = {
         of_former_run=True,
         is_one_process=True,
     ),
+    "convert": Verb(
+        "translate a file of keys of TRL, LLaMA-Factory or axolotl", is_configured=False, reads_data=False
+    ),
     "report": Verb("write the page of a run again, or compare several runs", is_configured=False),
+    "chat": Verb("talk to a model in the terminal, also beside its base", is_configured=False),
     "store": Verb("list, verify and clean a store of reference log-probs", is_configured=False),
     "launch": Verb(
         "start a verb on several processes, with the arguments of accelerate launch", is_configured=False

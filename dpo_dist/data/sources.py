@@ -8,6 +8,7 @@ import csv
 import glob
 import io
 import itertools
+import json
 import os
 import re
 from collections import Counter
@@ -24,7 +25,7 @@ from dpo_dist.data.columns import is_saved, resolved, with_columns
 from dpo_dist.data.records import BadRecord, Origin, RawRecord, shown_key
 from dpo_dist.data.values import parse_json, without_nulls
 from dpo_dist.foundation.errors import ConfigError, DataError, dead_link, first_line
-from dpo_dist.foundation.files import remembered_digest, text_digest
+from dpo_dist.foundation.files import remembered_digest, text_digest, write_text
 
 T = TypeVar("T")
 
@@ -383,6 +384,31 @@ def _with_given_arguments(value: Any) -> Any:
             for name, item in value.items()
         }
     return [_with_given_arguments(item) for item in value] if isinstance(value, list) else value
+
+
+def write_records(records: Iterable[Any], folder: Path, name: str) -> Path:
+    """Write records in memory to a .jsonl of `folder` that is named by its content, and return its path.
+
+    `name`: of the argument, for errors. Raises ConfigError: there are none, or one is not of JSON's types.
+    """
+    lines = list[str]()
+    for record in records if isinstance(records, list) else map(_with_given_arguments, records):
+        try:
+            lines.append(json.dumps(record) + "\n")
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ConfigError(
+                "a record cannot be written as JSON",
+                where=f"{name}[{len(lines)}]",
+                got=first_line(error),
+                remedy="convert its values, or leave out fields that no format reads",
+            ) from error
+    if not lines:
+        raise ConfigError("there are no records", where=name, got="0", remedy="give at least one")
+    text = "".join(lines)
+    file = folder / f"records-{text_digest(text)[:16]}.jsonl"
+    if not file.exists():
+        write_text(file, text)
+    return file
 
 
 def _opened(file: Path) -> BinaryIO:

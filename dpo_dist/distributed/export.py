@@ -1,6 +1,7 @@
 """Write a checkpoint as a model folder: at the end of training, and by the verb `export`; in one process."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig
 
+from dpo_dist.config.load import from_yaml
+from dpo_dist.config.run_folder import existing_run
 from dpo_dist.config.schema import ExportedWeights, RunConfig
 from dpo_dist.data.template import with_chosen_template
-from dpo_dist.distributed.checkpoint import damaged_checkpoint, find_faults, read_weights
+from dpo_dist.distributed.checkpoint import MANIFEST, damaged_checkpoint, find_faults, read_weights
 from dpo_dist.distributed.slices import EMA, WEIGHT
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
-from dpo_dist.foundation.files import collect_abandoned, final_name, staged_folder, temporary_folder
+from dpo_dist.foundation.files import (
+    collect_abandoned,
+    content_digest,
+    final_name,
+    staged_folder,
+    temporary_folder,
+)
 from dpo_dist.model.architectures import auto_class
 from dpo_dist.model.folder import (
     ADAPTER_WEIGHTS,
@@ -103,6 +112,22 @@ def export_checkpoint(
             (temporary / "README.md").write_text(text, encoding="utf-8")
         if config.export.check and not is_new:
             _check_written(temporary, list(saved.shapes) if is_whole else [], read, config)
+
+
+def written_checkpoint(checkpoint: Path, below: Path, say: Callable[[str], None]) -> Path:
+    """Return the folder below `below` with the weights of a run's checkpoint; it is written only once."""
+    checkpoint = checkpoint.resolve()
+    trained = checkpoint.parents[1]
+    digest = content_digest([checkpoint / MANIFEST])[:16]
+    written = below / f"{trained.name}-{checkpoint.name}-{digest}"
+    if not written.is_dir():
+        say(f"writing the weights of {checkpoint} as a model folder")
+        config = from_yaml(existing_run(trained).config.read_text(encoding="utf-8"))
+        # The configuration of another run cannot ask for code of the base model.
+        export_checkpoint(
+            checkpoint, written, replace(config, model=replace(config.model, trust_remote_code=False))
+        )
+    return written
 
 
 def _check_written(

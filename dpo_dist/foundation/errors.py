@@ -4,7 +4,7 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum, StrEnum
 from pathlib import Path
 from typing import ClassVar
@@ -57,6 +57,7 @@ class DpoDistError(Exception):
         super().__init__(message)
         self.message, self.where, self.got, self.expected, self.remedy = message, where, got, expected, remedy
         self.is_printed_here: bool | None = None  # by this process; None before the processes have joined
+        self.parts: Sequence[DpoDistError] = ()  # of an error that is several
 
     def block(self) -> str:
         """Return the error as the lines that are printed, without empty parts."""

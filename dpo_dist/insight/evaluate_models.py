@@ -25,6 +25,7 @@ from dpo_dist.model.load import check_same_vocabulary
 from dpo_dist.model.lora import add_adapter, load_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.losses import RunningMeans
+from dpo_dist.objective.metrics import custom_metrics
 from dpo_dist.reference.engine import load_scored, scored_model
 from dpo_dist.training.context import Run, open_run
 from dpo_dist.training.inputs import (
@@ -44,7 +45,8 @@ def evaluate_models(config: RunConfig, models: Sequence[Evaluated], console: Con
         inputs = load_evaluation_inputs(run)
         for evaluated in models:  # before the reference is computed, which may take hours
             run.world.on_main(partial(check_origin, evaluated, run.config, inputs))
-        objective = Objective(config.loss, prepare_reference(run, inputs).provider)
+        custom = run.world.together(lambda: custom_metrics(config, run.world.device))
+        objective = Objective(config.loss, prepare_reference(run, inputs).provider, custom=custom)
         evaluations = {evaluated.path: _evaluate(run, evaluated, inputs, objective) for evaluated in models}
         if len(evaluations) > 1 and run.world.is_main:
             of_all = {path: results[ALL] for path, results in evaluations.items()}

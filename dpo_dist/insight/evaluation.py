@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 from collections.abc import Hashable, Mapping
-from dataclasses import fields
 from itertools import chain, repeat
 from pathlib import Path
 from statistics import NormalDist
@@ -20,7 +19,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.foundation.files import collect_abandoned, for_json, staged_file, write_text
-from dpo_dist.objective.metrics import MetricPlan, PairValues, length_members, measure_pairs
+from dpo_dist.objective.metrics import CustomMetrics, MetricPlan, PairValues, length_members, measure_pairs
 
 Column = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -101,7 +100,7 @@ def results(
     divided = {f"{name}/{label}" for name in plan.of_pairs for label in plan.labels}
     by_name[ALL] |= {f"eval_{name}": value for name, value in means.items() if name not in divided}
     for label, members in labels.items():
-        selected = PairValues(*(vars(values)[field.name][members] for field in fields(values)))
+        selected = PairValues.of({name: column[members] for name, column in values.named.items()})
         suffix = f"/{label}" if plan.labels else ""
         by_name[results_name(label)] = _of_group(selected, prompts[members], plan, seed) | {
             f"eval_{metric}": means[metric + suffix] for metric in plan.of_pairs if metric + suffix in means
@@ -147,7 +146,7 @@ def write_scores(file: Path, values: PairValues, dataset: PreferenceDataset) -> 
         name.replace("reference_", "reference_logp_"): column.astype(
             int if name.startswith("tokens") else float
         )
-        for name, column in vars(values).items()
+        for name, column in values.named.items()
     }
     with staged_file(file) as temporary, temporary.open("w", encoding="utf-8") as lines:
         for index, label in enumerate(labels):
@@ -182,7 +181,7 @@ def write_evaluation(
         values,
         members,
         np.asarray(dataset.prompt_hashes[:], dtype=np.uint64),
-        MetricPlan(config.loss, dataset.labels, is_evaluation=True),
+        MetricPlan(config.loss, dataset.labels, True, CustomMetrics(names=tuple(values.custom))),
         config.trainer.seed,
     )
     evaluated = {

@@ -1,7 +1,7 @@
 """Recorder of a run on rank 0: writes metrics rows to files and trackers, and the report at the end."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +24,9 @@ from dpo_dist.training.context import Run
 from dpo_dist.training.metrics_log import MetricsLog, Row
 from dpo_dist.training.reporting import Reporting
 
+OnRow = Callable[[Row], bool | None]
+"""Called with each metrics row, once it is recorded; true: the run is asked to stop."""
+
 
 @dataclass(frozen=True)
 class Recorder:
@@ -32,6 +35,7 @@ class Recorder:
     run: Run
     metrics: MetricsLog
     trackers: Trackers = field(default_factory=Trackers)
+    on_row: OnRow | None = None
 
     def row(self, row: Row, margins: Values | None = None) -> None:
         """Write and send one metrics row; that of samples with whether they are a fault."""
@@ -46,6 +50,8 @@ class Recorder:
         if alarm is not None and is_new:
             headline = RULES[alarm.rule].text
             self.run.say(f"warning: {headline} after step {row['step']:,.0f}: {alarm.with_remedy}")
+        if self.on_row is not None and self.on_row(dict(row)):
+            self.run.stops.request.ask("on_row")
 
     def evaluation(self, means: dict[str, float], values: PairValues, dataset: PreferenceDataset) -> None:
         """Write the files of the evaluation after the last step."""
@@ -77,14 +83,14 @@ class Recorder:
         return self.trackers.ended_by_errors()
 
 
-def open_recorder(run: Run, metrics: MetricsLog) -> Recorder:
+def open_recorder(run: Run, metrics: MetricsLog, on_row: OnRow | None = None) -> Recorder:
     """Return the recorder of a run that trains, with its trackers; W&B may ask it to stop."""
     ask = partial(run.stops.request.ask, BY_TRACKER)
     environment = json.loads(run.folder.environment.read_bytes())
     trackers = open_trackers(
         run.config, run.folder, ask, rows=metrics.rows, environment=environment, say=run.say
     )
-    return Recorder(run, metrics, trackers)
+    return Recorder(run, metrics, trackers, on_row)
 
 
 REPORTING = Reporting(open_recorder, Recorder, run_card, prepare_samples, write_page)

@@ -68,6 +68,7 @@ def closing_table(folder: RunFolder, rows: Sequence[Fields], summary: Fields) ->
         "model": folder.model if outcome is RunOutcome.completed else "",
         "report": folder.report,
         "metrics": folder.metrics,
+        "talk to it": f"dpo-dist chat {folder}" if outcome is RunOutcome.completed else "",
     }
     table = ["", *aligned(lines, numbers=(1, 2)), ""] if len(lines) > 1 else [""]
     return [*table, *(f"{name:<11}{text}" for name, text in facts.items() if text)]

@@ -54,9 +54,7 @@ def step_flops(causal_lm: Any) -> StepFlops:
     outside = {id(module.weight) for module in causal_lm.modules() if isinstance(module, nn.Embedding)}
     outside |= {id(output), *map(id, other_weights(causal_lm))}
     convolutions = {id(module.weight) for module in causal_lm.modules() if isinstance(module, nn.Conv1d)}
-    of_layers = [value for name in _EXPERTS_OF_A_TOKEN for value in layer_values(text, name)]
-    counts = [count for value in of_layers for count in (value if isinstance(value, list) else [value])]
-    visited_experts = max(filter(None, counts), default=0)  # the most of any layer
+    visited = visited_experts(text)
     per_token = 0.0
     for name, weight in causal_lm.named_parameters():
         # A continued adapter also has a frozen copy.
@@ -64,12 +62,19 @@ def step_flops(causal_lm: Any) -> StepFlops:
         is_bias = weight.dim() < 2 or name.endswith("bias")  # of stacked experts
         if id(weight) in outside or is_unused or is_bias:
             continue
-        is_of_experts = weight.dim() > 2 and visited_experts and id(weight) not in convolutions
-        share = min(1.0, visited_experts / len(weight)) if is_of_experts else 1.0
+        is_of_experts = weight.dim() > 2 and visited and id(weight) not in convolutions
+        share = min(1.0, visited / len(weight)) if is_of_experts else 1.0
         per_token += _per_weight(weight) * share * weight.numel()
     widths = [heads.query * (heads.dim + heads.value_dim) for heads in heads_of_layers(text)]
     attention = text.num_hidden_layers * fmean(widths) if widths else 0.0
     return StepFlops(per_token, _per_weight(output) * output.numel(), _FORWARD_AND_BACKWARD * attention)
+
+
+def visited_experts(text: Any) -> int:
+    """Return how many experts a token visits, the most of any layer; 0 without experts."""
+    of_layers = [value for name in _EXPERTS_OF_A_TOKEN for value in layer_values(text, name)]
+    counts = [count for value in of_layers for count in (value if isinstance(value, list) else [value])]
+    return max(filter(None, counts), default=0)
 
 
 def _per_weight(weight: Tensor) -> int:

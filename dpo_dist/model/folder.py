@@ -46,11 +46,9 @@ def model_folder(
     return folder
 
 
-def description_folder(
-    path: str, revision: str | None, key: str = "model.path", *, needs_weights: bool = True
-) -> Path:
-    """Return the same as `model_folder`, without downloading weights from the hub."""
-    folder = local_model_folder(path, revision, key, needs_weights=needs_weights)
+def description_folder(path: str, revision: str | None, key: str = "model.path", **checks: bool) -> Path:
+    """Return the same as `model_folder`, without weights from the hub; `checks` of `local_model_folder`."""
+    folder = local_model_folder(path, revision, key, **checks)
     ignored = ["*.safetensors", *_FOREIGN_WEIGHTS]
     return _snapshot(path, revision, key, ignored) if folder is None else folder
 

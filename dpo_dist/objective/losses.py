@@ -276,8 +276,8 @@ def implicit_rewards(policy: PairLogps, reference: PairLogps | None, config: Los
     return Rewards(config.beta * ratios.chosen, config.beta * ratios.rejected)
 
 
-# Log-probs of three pairs: chosen and rejected under the policy and the reference, and numbers of tokens.
-_PAIRS = [[-40, -70, -25], [-45, -60, -90], [-42, -66, -25], [-44, -63, -80], [20, 35, 12], [25, 28, 40]]
+INVENTED = [[-40, -70, -25], [-45, -60, -90], [-42, -66, -25], [-44, -63, -80], [20, 35, 12], [25, 28, 40]]
+"""Log-probs of three pairs: chosen and rejected under the policy and the reference, and numbers of tokens."""
 
 
 def check_custom_loss(config: LossConfig, device: torch.device | None = None) -> str | None:
@@ -289,7 +289,7 @@ def check_custom_loss(config: LossConfig, device: torch.device | None = None) ->
         return None
     user_function(config.function)
     alone = replace(config, kind=LossKind.custom, terms=[])
-    columns = torch.tensor(_PAIRS, dtype=torch.float64, device=device)
+    columns = torch.tensor(INVENTED, dtype=torch.float64, device=device)
     try:
         losses, gradients = _try(columns, alone)
         first, _ = _try(columns[:, :1], alone)

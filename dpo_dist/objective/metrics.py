@@ -4,6 +4,7 @@ docs/watching.md explains each metric.
 """
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,9 +15,12 @@ import torch
 from torch import Tensor
 
 from dpo_dist.config.losses import BcoDelta, LossConfig
-from dpo_dist.config.metrics import METRICS
+from dpo_dist.config.metrics import CUSTOM, METRICS
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.user_code import METRICS_FUNCTION, user_function
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.logps import PairLogps
-from dpo_dist.objective.losses import BatchFacts, implicit_rewards, log_ratios, margin_of
+from dpo_dist.objective.losses import INVENTED, BatchFacts, implicit_rewards, log_ratios, margin_of
 from dpo_dist.objective.router import AUX_LOSS, BUSIEST, Z_LOSS
 
 PAIR_METRICS = tuple(name for name, metric in METRICS.items() if metric.over_pairs)
@@ -36,6 +40,67 @@ _LENGTH_GROUPS = tuple(f"_by_length/{bucket}" for bucket in BUCKETS)
 
 
 @dataclass(frozen=True)
+class CustomMetrics:
+    """The metrics of `metrics.function`, with their names in rows, `custom/NAME`; by default none."""
+
+    function: str | None = None
+    names: tuple[str, ...] = ()
+
+    def of(self, policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> dict[str, Tensor]:
+        """Return the values of each pair by name, float64 [pairs]. Raises ConfigError: they are others."""
+        if self.function is None:
+            return {}
+        values = user_function(self.function, METRICS_FUNCTION)(policy, reference, loss)
+        found, place = {CUSTOM + name: values[name].double() for name in values}, policy.chosen
+        is_wrong = any((each.shape, each.device) != (place.shape, place.device) for each in found.values())
+        if is_wrong or not found or set(self.names or found) != set(found):
+            shapes = (f"{name}: {list(each.shape)} on {each.device}" for name, each in found.items())
+            raise _custom_error(f"{', '.join(shapes) or 'nothing'}, of {len(place)} pairs on {place.device}")
+        return {name: found[name] for name in self.names or found}
+
+
+@torch.no_grad()
+def custom_metrics(config: RunConfig, device: torch.device | None = None) -> CustomMetrics:
+    """Return the metrics of `metrics.function`, which is called on three invented pairs on `device`.
+
+    Raises ConfigError: it cannot be used.
+    """
+    function, columns = config.metrics.function, torch.tensor(INVENTED, device=device).double()
+    if function is None:
+        return CustomMetrics()
+
+    def of(pairs: Tensor) -> dict[str, Tensor]:
+        policy, reference = PairLogps(*pairs[:2], *pairs[4:]), PairLogps(*pairs[2:4], *pairs[4:])
+        given = reference if config.loss.needs_reference else None
+        return CustomMetrics(function).of(policy, given, config.loss)
+
+    try:
+        values, first = of(columns), of(columns[:, :1])
+    except ConfigError:
+        raise
+    except (Exception, SystemExit) as error:  # the user's code can raise anything, and call sys.exit
+        raise _custom_error(f"{type(error).__name__}: {error}") from error
+    for name, value in values.items():
+        is_named = re.fullmatch(r"[\w.-]+", name.removeprefix(CUSTOM))
+        if not (is_named and value.isfinite().all() and torch.allclose(value[:1], first[name])):
+            raise _custom_error(
+                f"{name}: {value.tolist()}, and {first[name].tolist()} of the first pair alone"
+            )
+    return CustomMetrics(function, tuple(values))
+
+
+def _custom_error(got: str) -> ConfigError:
+    return ConfigError(
+        "the function of metrics cannot be used",
+        where=METRICS_FUNCTION,
+        got=got,
+        expected="a dict of the same names at each call (letters, digits and _ . -), with tensors [pairs] on "
+        "the device of the log-probs: finite values, each of its pair alone",
+        remedy="correct the function; docs/python.md describes its arguments and what it must return",
+    )
+
+
+@dataclass(frozen=True)
 class MetricPlan:
     """The metrics of the steps, or of the evaluations, of a run.
 
@@ -45,13 +110,15 @@ class MetricPlan:
     loss: LossConfig
     labels: tuple[str, ...] = ()
     is_evaluation: bool = False
+    custom: CustomMetrics = CustomMetrics()
 
     @cached_property
     def of_pairs(self) -> tuple[str, ...]:
         """Metrics of all pairs, without those that only some losses have."""
         names = PAIR_METRICS + ENTROPIES if self.is_evaluation else PAIR_METRICS
         one_sided = self.loss.is_one_sided
-        return tuple(name for name in names if not one_sided or name == "loss" or "/chosen" in name)
+        measured = (name for name in names if not one_sided or name == "loss" or "/chosen" in name)
+        return (*measured, *self.custom.names)
 
     @cached_property
     def rows(self) -> dict[str, tuple[str, str]]:
@@ -148,7 +215,7 @@ def metric_means(sums: Mapping[str, float], counts: Mapping[str, float]) -> dict
 def metric_sums(plan: MetricPlan, losses: Tensor, pairs: ScoredPairs) -> MetricSums:
     """Return the sums of `plan.rows` over these pairs, given their losses; of a ranking, best and worst."""
     loss, policy, zeros = plan.loss, pairs.policy, torch.zeros_like(pairs.policy.chosen)
-    ones, columns = torch.ones_like(zeros), _columns(loss, policy, pairs.reference)
+    ones, columns = torch.ones_like(zeros), _columns(plan, policy, pairs.reference)
     ratios = log_ratios(policy, pairs.reference, loss)
     measured = measure_pairs(columns)
     measured["loss"] = losses.detach(), ones
@@ -164,14 +231,17 @@ def metric_sums(plan: MetricPlan, losses: Tensor, pairs: ScoredPairs) -> MetricS
     rows = [(*measured.get(metric, (zeros, zeros)), group) for metric, group in plan.rows.values()]
     values = torch.stack([row.double() for row, _, _ in rows])
     counts = torch.stack([(row * members.get(group, zeros)).double() for _, row, group in rows])
-    # A value is ignored where its count is 0.
-    summed = torch.cat((torch.where(counts > 0, values, 0.0), counts))
+    # A value is ignored where its count is 0, and of a dummy.
+    summed = torch.cat((torch.where((counts > 0) & (pairs.weights > 0), values, 0.0), counts))
     return MetricSums(tuple(plan.rows), (summed * pairs.weights.double()).sum(dim=1))
 
 
-def _columns(loss: LossConfig, policy: PairLogps, reference: PairLogps | None) -> dict[str, Tensor]:
-    """Return the fields of `PairValues`, [pairs] each, on the device."""
-    rewards, missing = implicit_rewards(policy, reference, loss), torch.full_like(policy.chosen, torch.nan)
+def _columns(plan: MetricPlan, policy: PairLogps, reference: PairLogps | None) -> dict[str, Tensor]:
+    """Return `PairValues.named`, [pairs] each, on the device."""
+    rewards, missing = (
+        implicit_rewards(policy, reference, plan.loss),
+        torch.full_like(policy.chosen, torch.nan),
+    )
     return {
         "reward_chosen": rewards.chosen,
         "reward_rejected": rewards.rejected,
@@ -182,6 +252,7 @@ def _columns(loss: LossConfig, policy: PairLogps, reference: PairLogps | None) -
         "reference_rejected": missing if reference is None else reference.rejected,
         "tokens_chosen": policy.chosen_tokens,
         "tokens_rejected": policy.rejected_tokens,
+        **plan.custom.of(policy, reference, plan.loss),
     }
 
 
@@ -209,7 +280,7 @@ def measure_pairs(columns: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tens
         measured[f"logps/{side}"] = logp, ones
         measured[f"logps/{side}_per_token"] = logp, tokens
         measured[f"tokens/{side}"] = tokens, ones
-    return measured
+    return measured | {name: (value, ones) for name, value in columns.items() if name.startswith(CUSTOM)}
 
 
 def length_members(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -238,6 +309,18 @@ class PairValues:
     reference_rejected: Values
     tokens_chosen: Values  # tokens that the loss counts
     tokens_rejected: Values
+    custom: Mapping[str, Values] = field(default_factory=dict)  # by the names of `CustomMetrics`
+
+    @classmethod
+    def of(cls, columns: Mapping[str, Values]) -> "PairValues":
+        """Return the values of `named` columns."""
+        custom = {name: column for name, column in columns.items() if name.startswith(CUSTOM)}
+        return cls(**{name: columns[name] for name in columns if name not in custom}, custom=custom)
+
+    @property
+    def named(self) -> dict[str, Values]:
+        """All values by name."""
+        return {name: column for name, column in vars(self).items() if name != "custom"} | {**self.custom}
 
     def __len__(self) -> int:
         return len(self.margin)
@@ -245,7 +328,7 @@ class PairValues:
     @property
     def columns(self) -> dict[str, Tensor]:
         """The fields as tensors, for `measure_pairs`."""
-        return {name: torch.from_numpy(column) for name, column in vars(self).items()}
+        return {name: torch.from_numpy(column) for name, column in self.named.items()}
 
     def margin_percentiles(self) -> dict[str, float]:
         """Return `MARGIN_PERCENTILES`, interpolated between neighbours."""
@@ -254,6 +337,6 @@ class PairValues:
 
 
 @torch.no_grad()
-def pair_values(policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> Tensor:
-    """Return float32 [columns, pairs] on the device: the fields of `PairValues`."""
-    return torch.stack([column.float() for column in _columns(loss, policy, reference).values()])
+def pair_values(plan: MetricPlan, policy: PairLogps, reference: PairLogps | None) -> dict[str, Tensor]:
+    """Return `PairValues.named`, float32 [pairs] each on the device."""
+    return {name: column.float() for name, column in _columns(plan, policy, reference).items()}

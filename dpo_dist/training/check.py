@@ -20,6 +20,7 @@ from dpo_dist.model.architectures import router_loss
 from dpo_dist.model.folder import description_folder, is_adapter, start_folder, tokenizer_folder
 from dpo_dist.model.load import check_same_vocabulary, load_tokenizer
 from dpo_dist.objective.losses import check_custom_loss
+from dpo_dist.objective.metrics import custom_metrics
 from dpo_dist.training.inputs import checked_model, with_stored_reference
 from dpo_dist.training.named_models import EVALUATED, Evaluated
 from dpo_dist.training.resume import check_fresh_start, find_finished
@@ -53,6 +54,8 @@ def rehearse(config: RunConfig, models: Sequence[Evaluated] = (), *, trains: boo
         lines.append(("evaluation", evaluated.path))
     if not models:
         lines.append(("loss", check_custom_loss(config.loss) or ", ".join(config.loss.kinds)))
+    if config.metrics.function is not None:
+        lines.append(("metrics", ", ".join(custom_metrics(config).names)))
     lines.append(("reference", _reference(config, tokenizer)))
     for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         for index, source in enumerate(sources):

@@ -29,12 +29,14 @@ from dpo_dist.training.clock import WorkClock
 
 T = TypeVar("T")
 
+_DEFAULT_TOKENS = 8192  # of a micro-batch
+
 
 class Run:
     """One start of a run, or of a verb about one: its configuration on its joined processes.
 
     `stops` is asked after every step; one rank's vote ends the run on all. `clock` has the time by kind of
-    work since `began`, by `time.monotonic`.
+    work since `began`, by `time.monotonic`. `micro_batch_tokens` is chosen when the model's shape is known.
     """
 
     def __init__(
@@ -46,6 +48,8 @@ class Run:
         began: float | None = None,
     ):
         self.config, self.world, self.console = config, world, console
+        tokens = config.trainer.micro_batch_tokens
+        self.micro_batch_tokens = _DEFAULT_TOKENS if tokens == "auto" else tokens
         self.folder = RunFolder.of(config)
         self.stops = Stops(stop or StopRequest(), world)
         self.clock = WorkClock(world.size, time.monotonic() if began is None else began)
@@ -56,9 +60,9 @@ class Run:
 
     def shard(self, dataset: PreferenceDataset, indices: Indices, costs: ComputeCosts) -> RankBatch:
         """Return this rank's micro-batches of a global batch."""
-        world, budget = self.world, self.config.trainer.micro_batch_tokens
-        one_sided = self.config.loss.is_one_sided
-        return shard_batch(dataset, indices, world.replica, world.replicas, budget, costs, one_sided)
+        world, one_sided = self.world, self.config.loss.is_one_sided
+        place = world.replica, world.replicas
+        return shard_batch(dataset, indices, *place, self.micro_batch_tokens, costs, one_sided)
 
     def write(self, work: Callable[[], T]) -> T:
         """Run `work`, which writes files of the run, on rank 0 and return its result on all; collective."""

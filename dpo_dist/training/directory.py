@@ -19,7 +19,7 @@ import torch
 from dpo_dist.config.load import to_yaml
 from dpo_dist.config.run_folder import RunFolder, checkpoint_folders
 from dpo_dist.config.schema import Resume, RunConfig
-from dpo_dist.config.user_code import find_function
+from dpo_dist.config.user_code import LOSS_FUNCTION, METRICS_FUNCTION, find_function
 from dpo_dist.distributed.checkpoint import Checkpoint, latest_checkpoint, remove_unfinished
 from dpo_dist.distributed.zero import STATES_OF_ADAM
 from dpo_dist.foundation.errors import ConfigError, warn_on_bug
@@ -27,6 +27,7 @@ from dpo_dist.foundation.files import collect_abandoned, locked, recover_folder,
 from dpo_dist.foundation.text import size, without_secrets
 from dpo_dist.model.load import TORCH_DTYPES
 from dpo_dist.objective.losses import check_custom_loss
+from dpo_dist.objective.metrics import custom_metrics
 from dpo_dist.training.context import Run
 from dpo_dist.training.resume import (
     RunState,
@@ -74,18 +75,23 @@ def describe_run(run: Run) -> dict[str, Any]:
     """Return the content of environment.json; collective."""
     config, world = run.config, run.world
     custom_loss = world.together(lambda: check_custom_loss(config.loss, world.device))
+    names = world.together(lambda: custom_metrics(config, world.device)).names
     environment = world.on_main(lambda: describe_environment(world.size))
-    if custom_loss is None:
-        return environment
-    digests = world.gather(find_function(config.loss.function).digest[:8])
-    if len(set(digests)) > 1:
-        raise ConfigError(
-            "ranks have different sources of the loss function",
-            where="loss.function",
-            got=", ".join(f"rank {rank}: {digest}" for rank, digest in enumerate(digests)),
-            remedy="copy the same module to every node",
-        )
-    return environment | {"loss_function": custom_loss}
+    for key, written in ((LOSS_FUNCTION, config.loss.function), (METRICS_FUNCTION, config.metrics.function)):
+        if written is None:
+            continue
+        function = find_function(written, key)
+        digests = world.gather(function.digest[:8])
+        if len(set(digests)) > 1:
+            raise ConfigError(
+                f"ranks have different sources of {key}",
+                where=key,
+                got=", ".join(f"rank {rank}: {digest}" for rank, digest in enumerate(digests)),
+                remedy="copy the same module to every node",
+            )
+        described = custom_loss if key == LOSS_FUNCTION else f"{', '.join(names)} by {function}"
+        environment[key.replace(".", "_")] = described
+    return environment
 
 
 def check_disk_room(config: RunConfig, weights: int, done: int, steps: int) -> None:

@@ -16,6 +16,7 @@ from dpo_dist.distributed.zero import unsharded_loading
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError, DivergedError, ExitCode, RunOutcome, first_line
 from dpo_dist.foundation.files import for_json, staged_folder
+from dpo_dist.foundation.text import counted
 from dpo_dist.model.folder import model_folder, start_folder
 from dpo_dist.model.save import write_mean, writing_errors
 from dpo_dist.reference.digest import digest_model
@@ -46,6 +47,13 @@ def run_to_its_end(loop: Loop, position: Position, run_card: Callable[..., str])
         state = RunState(outcome, position.step, identity, stopped_by=why)
         finish(run, state, loop.recorder, summary | {"stopped_by": why})
         return ExitCode.preempted
+    if position.step < loop.inputs.sampler.steps:
+        summary["stopped_by"], best = "trainer.patience", position.best
+        assert best is not None
+        run.say(
+            f"ending after step {position.step}, whose weights are the model: {best.metric} was best at step "
+            f"{best.step} ({best.value:.4g}), {counted(position.stale_evaluations, 'evaluation')} before"
+        )
     with run.clock.of("saving"):
         _write_model(loop, position, summary, run_card)
     summary["work"] = run.clock.read()

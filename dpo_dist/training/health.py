@@ -19,7 +19,7 @@ from dpo_dist.foundation.errors import ConfigError, DivergedError
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.text import first_few
 from dpo_dist.objective.losses import BatchFacts, RunningMeans, preference_loss
-from dpo_dist.objective.metrics import MARGIN_PERCENTILES, MetricPlan
+from dpo_dist.objective.metrics import MARGIN_PERCENTILES, MetricPlan, custom_metrics
 from dpo_dist.training.gather import gather_scored, in_batch_order
 from dpo_dist.training.metrics_log import Row, is_collapsed, usual_loss
 from dpo_dist.training.state import BestCheckpoint, Health, Position
@@ -39,10 +39,10 @@ def count_spike(row: Row, rows: Sequence[Row], say: Callable[[str], None]) -> No
         )
 
 
-def check_keep_best(config: RunConfig, labels: tuple[str, ...]) -> None:
+def check_keep_best(config: RunConfig, labels: tuple[str, ...], device: torch.device | None = None) -> None:
     """Check that every evaluation has the metric `trainer.keep_best`; `labels`: of its sources."""
     metric, loss = config.trainer.keep_best, config.loss
-    measured = MetricPlan(loss, labels, is_evaluation=True).rows
+    measured = MetricPlan(loss, labels, True, custom_metrics(config, device)).rows
     names = [PREFIX + name for name in (*measured, *(() if loss.is_one_sided else MARGIN_PERCENTILES))]
     if metric is not None and metric not in names:
         near = difflib.get_close_matches(metric, names, n=3) or names[:3]

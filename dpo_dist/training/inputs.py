@@ -43,6 +43,7 @@ from dpo_dist.model.ulysses import check_shared_tokens
 from dpo_dist.objective.router import RouterLoss
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
 from dpo_dist.training.context import Run
+from dpo_dist.training.footprint import fit_micro_batches
 from dpo_dist.training.resume import Identity, length_of
 
 T = TypeVar("T")
@@ -170,6 +171,9 @@ def _load(
     notes += base_notes(config.model, start)
     for note in [*text_notes(causal_lm), *router_notes(routers, causal_lm), *notes]:
         run.say(note)
+    if trains:
+        with unsharded_loading(world):
+            fit_micro_batches(run, causal_lm)
     vocabulary = model_config.get_text_config().vocab_size
     with run.console.heartbeat("reading the model's files to identify them"):
         files = _digest_models(run, folder, start)

@@ -36,9 +36,9 @@ class Loop(Rows):
     reference_report: dict[str, Any]  # the section `reference` of summary.json, of the start that scored it
 
     def train(self, position: Position) -> bool:
-        """Train from `position` to the last step, or until a rank asks to stop; collective.
+        """Train from `position` until the run is over, or a rank asks to stop; collective.
 
-        Return whether the last step is done; else the run was stopped, with a checkpoint saved.
+        Return whether it is over; else the run was stopped, with a checkpoint saved.
         """
         self.run.clock.enter("other")
         trainer, steps, eval_set = self.run.config.trainer, self.inputs.sampler.steps, self.inputs.eval_set
@@ -56,7 +56,7 @@ class Loop(Rows):
                     self._save(position, is_last=False)
             if position.owes_evaluation:
                 self._say_why(position)
-            while position.step < steps and not must_stop and not position.owes_evaluation:
+            while not (must_stop or position.owes_evaluation or self.is_over(position)):
                 with self.run.clock.of("training"):
                     must_stop = self._step(position, ready_steps, progress)
                 done = position.step
@@ -65,14 +65,15 @@ class Loop(Rows):
                 if eval_set is not None and (done == steps or _is_due(done, trainer.eval_every)):
                     position.owes_evaluation = True
                     self._evaluate(position)
-                if position.owes_evaluation or (must_stop and done < steps):
+                is_over = self.is_over(position)
+                if position.owes_evaluation or (must_stop and not is_over):
                     self._say_why(position)
-                is_last = done == steps or must_stop or position.owes_evaluation
+                is_last = is_over or must_stop or position.owes_evaluation
                 if is_last or position.best_step == done or _is_due(done, trainer.save_every):
                     self._save(position, is_last=is_last)
         with self.run.clock.of("saving"):
             self.checkpoints.commit()
-        is_done = position.step == steps and not position.owes_evaluation
+        is_done = self.is_over(position) and not position.owes_evaluation
         if is_done and self.run.stops.must_stop():
             self._say_why(position)
             return False

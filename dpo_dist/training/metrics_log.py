@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from dpo_dist.config.metrics import MAIN, METRICS, PREFIX
+from dpo_dist.config.metrics import CUSTOM, MAIN, METRICS, PREFIX
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Direction
 from dpo_dist.foundation import files
@@ -141,7 +141,8 @@ def final_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
             last = measured[-1]
             final[f"{prefix}step"] = last["step"]
             final |= {prefix + key: last[prefix + key] for key in PAIR_METRICS if prefix + key in last}
-            final |= {key: value for key, value in last.items() if key.startswith(_grouped(prefix))}
+            shown = (*_grouped(prefix), prefix + CUSTOM)
+            final |= {key: value for key, value in last.items() if key.startswith(shown)}
     best = {key: {"value": row[key], "step": row["step"]} for key, row in best_rows(rows) if key in _BEST}
     return {"final": final, "best": best}
 

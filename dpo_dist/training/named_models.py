@@ -1,4 +1,4 @@
-"""The models that `evaluate` and `export` are asked for; imports no torch, so that errors appear at once."""
+"""The models that verbs are asked for; imports no torch, so that errors appear at once."""
 
 import json
 import os
@@ -19,6 +19,7 @@ from dpo_dist.config.run_folder import (
     without_model,
 )
 from dpo_dist.config.schema import ExportedWeights, RunConfig
+from dpo_dist.config.user_code import METRICS_FUNCTION, find_function
 from dpo_dist.data.sources import check_has_evaluation_data
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import text_digest
@@ -29,6 +30,31 @@ if TYPE_CHECKING:
     from dpo_dist.training.inputs import EvaluationInputs
 
 EVALUATED = "evaluation.model"
+# Names of folders that say nothing without the folder above.
+_USUAL_NAMES = frozenset({RunFolder(Path()).model.name, RunFolder(Path()).checkpoints.name})
+
+
+def located(path: str, key: str) -> str:
+    """Return the folder or hub name of the model at `path`: of a run its trained model, or a checkpoint."""
+    folder = Path(path).expanduser()
+    run = RunFolder(folder)
+    if run.config.is_file() and not (folder / "config.json").is_file():
+        if not run.model.is_dir():
+            raise without_model(run, key, "let the run complete")
+        folder = run.model
+    elif is_checkpoint(folder):
+        return str(folder)
+    location = str(folder) if folder.is_dir() else path
+    local_model_folder(location, None, key, accepts_adapter=True)
+    return location
+
+
+def short_name(path: str) -> str:
+    """Return the last folder of a path, with the run of a checkpoint before it."""
+    parts = [part for part in Path(path).expanduser().resolve().parts if part not in _USUAL_NAMES]
+    if not Path(path).expanduser().exists():  # a hub name
+        return path.rpartition("/")[2]
+    return "/".join(parts[-2:]) if step_of(parts[-1]) is not None else parts[-1]
 
 
 @dataclass(frozen=True)
@@ -41,7 +67,7 @@ class Evaluated:
     def name(self, config: RunConfig, inputs: "EvaluationInputs") -> str:
         """Return a name for the results, such as `step-000100-1a2b3c4d`.
 
-        It differs by model, base, precision, reference, loss, pairs and labels.
+        It differs by model, base, precision, reference, loss, pairs, labels and custom metrics.
         """
         folder = Path(self.path)
         place = str(folder.resolve()) if folder.is_dir() else self.path
@@ -51,6 +77,8 @@ class Evaluated:
         precision = [str(model.dtype), None if model.quantization is None else str(model.quantization)]
         facts = [place, inputs.policy_files.digest, precision, reference, plain(config.loss)]
         facts += [data.fingerprint, list(data.source_labels)]
+        if config.metrics.function is not None:
+            facts.append(find_function(config.metrics.function, METRICS_FUNCTION).digest)
         stem = folder.resolve().name if folder.is_dir() else self.path.replace("/", "-")
         return f"{stem}-{text_digest(json.dumps(facts, sort_keys=True))[:8]}"
 
@@ -79,7 +107,7 @@ def _evaluated(named: str | None, run: RunFolder) -> Evaluated:
 def find_exported(config: RunConfig) -> tuple[list[Path], Path]:
     """Return a checkpoint, or the model folders of `export.average`; and the folder to write.
 
-    Their files are not checked.
+    Their files are not checked. With `export.push_to` the folder may exist.
     """
     run = existing_run(RunFolder.of(config).path)
     if changed := changed_keys(run.config, config):
@@ -101,7 +129,7 @@ def find_exported(config: RunConfig) -> tuple[list[Path], Path]:
         name += "-merged"
     named = config.export.output
     output = run.exported / name if named is None else Path(named).expanduser()
-    if os.path.lexists(output):
+    if os.path.lexists(output) and config.export.push_to is None:
         remedy = "name another folder, or delete this one"
         raise ConfigError("the folder to write exists", where="export.output", got=str(output), remedy=remedy)
     return sources, output

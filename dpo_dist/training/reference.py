@@ -182,7 +182,7 @@ def _stored(
         return engines[0].token_logps
 
     costs, entries_per_shard = compute_costs(inputs.flops), config.reference.rows_per_shard
-    tokens = SCORING_TOKENS_FACTOR * config.trainer.micro_batch_tokens
+    tokens = SCORING_TOKENS_FACTOR * run.micro_batch_tokens
     filler = StoreFiller(empty, load_scorer, world, tokens, costs, entries_per_shard, run.stops)
     filled = _fill(run, inputs, filler)
     report = {"mode": config.reference.mode.value, **filled.as_dict(), "entries": str(empty.folder)}

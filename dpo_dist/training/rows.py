@@ -1,5 +1,6 @@
 """The metrics rows of a run: of the steps since the last row, and of each evaluation."""
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -42,8 +43,19 @@ class Rows:
             policy, self.objective, rank_batch, world, position.running, self.run.stops.raise_if_stopping
         )
         speed = throughput(rank_batch.pairs, rank_batch.tokens, time.monotonic() - started)
-        trainer, is_last = self.run.config.trainer, position.step == self.inputs.sampler.steps
-        if is_last:
+        trainer, measured, margins = self.run.config.trainer, dict(metrics), None
+        if not self.run.config.loss.is_one_sided:
+            measured |= values.margin_percentiles()
+            margins = values.margin
+        measured |= {"pairs": speed["pairs"]} if policy is None else speed
+        if self.samples is not None:
+            measured |= self.samples.at(position.step, self.policy)
+        named = {f"eval_{name}": value for name, value in measured.items()}
+        position.best = world.on_main(lambda: best_after(trainer, position.best, position.step, named))
+        is_better = position.step in (0, position.best_step)
+        position.stale_evaluations = 0 if is_better else position.stale_evaluations + 1
+        if self.is_over(position):
+            self.record_steps(position)
 
             def write() -> None:
                 assert self.recorder is not None
@@ -52,16 +64,14 @@ class Rows:
             # Before the checkpoint of this step, from which a killed run resumes without another evaluation.
             with self.run.console.heartbeat("computing the intervals of the last evaluation"):
                 self.run.write(write)
-        margins = None
-        if not self.run.config.loss.is_one_sided:
-            metrics |= values.margin_percentiles()
-            margins = values.margin
-        measured = metrics | ({"pairs": speed["pairs"]} if policy is None else speed)
-        if self.samples is not None:
-            measured |= self.samples.at(position.step, self.policy)
-        named = {f"eval_{name}": value for name, value in measured.items()}
         self._record(position, named, margins)
-        position.best = world.on_main(lambda: best_after(trainer, position.best, position.step, named))
+
+    def is_over(self, position: Position) -> bool:
+        """Return whether the run ends after this step: the last one, or that of `trainer.patience`."""
+        trainer, best = self.run.config.trainer, position.best
+        is_known = best is not None and best.metric == trainer.keep_best  # not that of an earlier start
+        is_stale = is_known and position.stale_evaluations >= (trainer.patience or math.inf)
+        return is_stale or position.step == self.inputs.sampler.steps
 
     def record_steps(self, position: Position) -> None:
         """Record the row of the steps since the last row, if any of them was applied."""

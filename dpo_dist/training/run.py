@@ -23,6 +23,7 @@ from dpo_dist.foundation.text import counted
 from dpo_dist.model.flops import compute_costs, matmul_peak
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
 from dpo_dist.model.lora import add_adapter
+from dpo_dist.objective.metrics import custom_metrics
 from dpo_dist.reference.engine import ReferenceProvider, settle_engine
 from dpo_dist.training.context import Run, open_run, say_header
 from dpo_dist.training.directory import (
@@ -74,12 +75,13 @@ def _begin(run: Run, checkpoint: Checkpoint | None, reporting: Reporting) -> tup
     """Read the inputs, check them, then write the files of every start; collective."""
     config, world = run.config, run.world
     environment = describe_run(run)
-    if "loss_function" in environment:
-        run.say(f"loss: {environment['loss_function']}")
+    for name in ("loss", "metrics"):
+        if f"{name}_function" in environment:
+            run.say(f"{name}: {environment[f'{name}_function']}")
     inputs = load_inputs(run, trains=True)
     done, steps = 0, inputs.sampler.steps
     if inputs.eval_set is not None:
-        check_keep_best(config, inputs.eval_set.labels)
+        check_keep_best(config, inputs.eval_set.labels, world.device)
     identity = identify(config, inputs)
     if checkpoint is not None:
         done = int(checkpoint.state["step"])
@@ -114,7 +116,8 @@ def _set_up(
     reference, policy = _load_models(run, inputs, engines, step0_follows=checkpoint is None)
     costs = arranged_costs(run, inputs, policy, reference)
     run.stops.check()
-    objective = Objective(config.loss, reference.provider, inputs.router)
+    custom = custom_metrics(config, world.device)
+    objective = Objective(config.loss, reference.provider, inputs.router, custom)
     sharded: list[Sharded] = [policy]
     reference_sync = None
     if config.loss.sync_reference.every is not None:

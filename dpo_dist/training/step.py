@@ -13,7 +13,7 @@ after the last micro-batch
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -29,6 +29,7 @@ from dpo_dist.foundation.background import prefetch
 from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response, wpo_weights
 from dpo_dist.objective.losses import BatchFacts, RunningMeans, preference_loss
 from dpo_dist.objective.metrics import (
+    CustomMetrics,
     MetricPlan,
     MetricSums,
     PairValues,
@@ -62,6 +63,7 @@ class Objective:
     loss: LossConfig
     reference: ReferenceProvider
     router: RouterLoss | None = None
+    custom: CustomMetrics = field(default_factory=CustomMetrics)
 
     def ready_batches(self, rank_batch: RankBatch, device: torch.device) -> Iterator[PackedBatch]:
         """Yield this rank's micro-batches, with stored reference log-probs attached.
@@ -166,7 +168,7 @@ def train_step(
     """
     rank_batch, device = step.rank_batch, world.device
     facts = BatchFacts(rank_batch.mean_chosen_tokens, running=running)
-    plan = MetricPlan(objective.loss, rank_batch.dataset.labels)
+    plan = MetricPlan(objective.loss, rank_batch.dataset.labels, custom=objective.custom)
     sums, slopes = MetricSums.zeros(plan, device), list[Tensor]()
     known: list[ScoredPairs] = []
     if objective.loss.is_coupled:
@@ -266,9 +268,9 @@ def evaluate(
     `check_stop` is called before each micro-batch, of which all ranks have the same number, and may raise.
     """
     facts = BatchFacts(rank_batch.mean_chosen_tokens, running=running)
-    plan = MetricPlan(objective.loss, rank_batch.dataset.labels, is_evaluation=True)
+    plan = MetricPlan(objective.loss, rank_batch.dataset.labels, True, objective.custom)
     sums = MetricSums.zeros(plan, world.device)
-    values, scored = list[Tensor](), list[ScoredPairs]()
+    values, scored = list[dict[str, Tensor]](), list[ScoredPairs]()
 
     def enter(phase: Phase) -> None:
         if phase == "data":
@@ -276,7 +278,7 @@ def evaluate(
 
     with objective.prefetched(rank_batch, world.device) as batches:
         for pairs in objective.scored(model, batches, facts, world.device, enter, is_evaluation=True):
-            values.append(pair_values(pairs.policy, pairs.reference, objective.loss))
+            values.append(pair_values(plan, pairs.policy, pairs.reference))
             if objective.loss.is_coupled:
                 scored.append(pairs)
             else:
@@ -285,4 +287,6 @@ def evaluate(
         _, of_all = objective.measure(gather_scored(scored, rank_batch, world), plan)
         sums = of_all if world.is_main else sums
     means = MetricSums(sums.names, world.sum_replicas(sums.values)).means()
-    return means, PairValues(*in_batch_order(values, rank_batch, world).float().cpu().numpy())
+    parts = [torch.stack([*part.values()]) for part in values]
+    table = in_batch_order(parts, rank_batch, world).float().cpu().numpy()
+    return means, PairValues.of(dict(zip(values[0], table, strict=True)))

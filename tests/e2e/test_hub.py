@@ -15,6 +15,9 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
+from tests.e2e.conftest import Overrides
+from tests.support.launch import command, train
+
 # Each step is a source to read or to encode; the hub's address is fixed when its library is imported.
 _STEPS = """
 import json, sys
@@ -52,6 +55,8 @@ class Hub(ThreadingHTTPServer):
         self.commits: dict[str, dict[str, Files]] = {}
         self.revisions: dict[str, dict[str, str]] = {}
         self.asked: list[str] = []
+        self.sent: dict[str, bytes] = {}
+        self.is_open = True
 
     def commit(self, repository: str, files: Files, revision: str = "main") -> str:
         """Make `files` what `revision` names; the commit's name."""
@@ -69,6 +74,28 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         self.answer()
+
+    def do_POST(self) -> None:
+        """Take an upload, whose files are all small."""
+        path, body = self.path.strip("/"), self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.sent[path] = body
+        if not self.server.is_open:
+            self.send_error(401)
+            return
+        url = f"{self.server.url}/o/model"
+        answer: dict[str, Any] = {"url": url, "commitUrl": f"{url}/commit/{'0' * 40}", "commitOid": "0" * 40}
+        if path.endswith("preupload/main"):
+            named = [file["path"] for file in json.loads(body)["files"]]
+            answer["files"] = [
+                {"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in named
+            ]
+        content, headers = as_json(answer)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
 
     def answer(self) -> bytes:
         path = unquote(urlsplit(self.path).path).strip("/")
@@ -199,3 +226,41 @@ def test_a_model_stays_at_its_commit_while_a_run_trains(tmp_path: Path, hub: Hub
         assert hub.commit("o/model", files | {"config.json": b'{"changed": 1}'}) != first
         rest, _ = process.communicate("\n")
     assert rest.split() == [first, first]
+
+
+def test_an_export_is_sent_only_when_its_list_is_confirmed(
+    overrides: Overrides, tmp_path: Path, hub: Hub
+) -> None:
+    train(overrides("trainer.max_steps=1", "model.adapter={r: 4}"))
+
+    def export(*words: str) -> subprocess.CompletedProcess[str]:
+        named = [f"run.dir={tmp_path}/run", "export.push_to=o/model", *words]
+        variables = environment_of(tmp_path, hub.url) | {"HF_TOKEN": "hf_of_nobody"}
+        return subprocess.run(
+            command("export", named, 1), env=variables, capture_output=True, text=True, check=False
+        )
+
+    listed = export()
+    assert listed.returncode == 0, listed.stderr
+    assert "private" in listed.stderr
+    assert "  adapter_model.safetensors  " in listed.stderr
+    assert f"run.dir={tmp_path}/run export.push_to=o/model export.confirm=true" in listed.stderr
+    assert not hub.sent
+    assert not hub.asked
+
+    hub.is_open = False
+    refused = export("export.confirm=true")
+    assert refused.returncode == 2, refused.stderr
+    assert "401" in refused.stderr
+    assert "hf auth login" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+    hub.is_open = True
+    sent = export("export.confirm=true")
+    assert sent.returncode == 0, sent.stderr
+    assert json.loads(hub.sent["api/repos/create"])["visibility"] == "private"
+    lines = map(json.loads, hub.sent["api/models/o/model/commit/main"].splitlines())
+    files = {line["value"]["path"] for line in lines if line["key"] == "file"}
+    folder = tmp_path / "run/exported/step-000001"
+    assert files == {file.name for file in folder.iterdir()}
+    assert "README.md" in files

@@ -97,3 +97,25 @@ def test_a_complete_run_that_becomes_longer_is_the_longer_run(
     assert refused.code == 2, refused.output
     assert "a run can be continued to a greater length only" in refused.output
     assert (short / "config.yaml").read_bytes() == before
+
+
+def test_a_run_ends_by_patience_also_if_it_was_stopped_before(
+    assets: Path, run: Path, tmp_path: Path
+) -> None:
+    """Its rows are those of the run without patience up to there; the last row of steps is not lost."""
+    measured = {row["step"]: row[METRIC] for row in history(run) if METRIC in row and row["step"] > 0}
+    best = min(range(1, 5), key=lambda step: (measured[step], step))
+    assert measured[1] == measured[best], "the test needs a best step that two worse ones follow"
+    words = command(assets, tmp_path, "trainer.max_steps=6", "trainer.patience=2", "trainer.log_every=4")
+    stopped = run_verb("train", [*words, "trainer.stop_after_steps=2"])
+    assert stopped.code == 75, stopped.output
+    ended = train(words, processes=2)
+    folder = tmp_path / "run"
+    assert [row["step"] for row in history(folder)] == [0, 1, 2, 3, 3]
+    assert f"ending after step 3, whose weights are the model: {METRIC} was best at step 1" in ended.output
+    facts = summary(folder)
+    assert [facts[key] for key in ("exit", "stopped_by", "steps")] == ["completed", "trainer.patience", 3]
+    assert (folder / "checkpoints/best").read_text() == "step-000001\n"
+    assert (folder / "evaluation/training/scores.jsonl").is_file()
+    assert (folder / "model/model.safetensors").is_file()
+    assert "is complete" in train(words).output

@@ -1,6 +1,7 @@
 """Verbs called from Python, several times in one process."""
 
 import gc
+import json
 import logging
 import os
 import signal
@@ -13,7 +14,7 @@ import psutil
 import pytest
 
 from tests.e2e.conftest import Overrides
-from tests.support.launch import environment, history, train
+from tests.support.launch import environment, history, run_verb, summary, train
 from tests.support.pages import in_process
 from tests.support.warm import ENVIRONMENT
 
@@ -72,3 +73,61 @@ def test_verbs_can_be_called_again_in_one_process(overrides: Overrides, assets: 
     in_process(call_verbs, {**environment(), **ENVIRONMENT}, broken, command)
     train([*command, f"run.dir={tmp_path}/fresh"])
     assert history(tmp_path / "run") == history(tmp_path / "fresh"), "equal to a run in a process of its own"
+
+
+def from_memory(variables: dict[str, str], data: Path, words: list[str], said: Path) -> None:
+    """Train on records in memory: refused, stopped by an exception, stopped by a row, to the end."""
+    os.environ.clear()
+    os.environ.update(variables)
+    from datasets import Dataset
+
+    from dpo_dist import api
+    from dpo_dist.foundation.errors import ConfigError
+
+    train, held_out = (
+        [json.loads(line) for line in (data / f"{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "eval")
+    )
+    for records, where in (([], "data.train"), ([train[0], {"prompt": data}], "data.train[1]")):
+        with pytest.raises(ConfigError) as refused:
+            api.train(words, train=records, eval=held_out)
+        assert refused.value.where == where
+    rows: list[dict[str, float]] = []
+
+    def raise_after_2(row: dict[str, float]) -> bool | None:
+        rows.append(row)
+        if row["step"] == 2:
+            raise ValueError("a bug in on_row")
+        return None
+
+    def stop_at_4(row: dict[str, float]) -> bool | None:
+        rows.append(row)
+        return row["step"] == 4 and "eval_loss" in row
+
+    with pytest.raises(ValueError, match="a bug in on_row"):
+        api.train(words, train=train, eval=held_out, on_row=raise_after_2)
+    folder = words[-1].removeprefix("run.dir=")
+    assert api.read_summary(folder)["steps"] == 2, "the evaluation of step 2 waits"
+    stopped = api.train(words, train=train, eval=Dataset.from_list(held_out), on_row=stop_at_4)
+    assert [stopped[key] for key in ("exit", "stopped_by", "run_dir")] == ["preempted", "on_row", folder]
+    done = api.train(words, train=train, eval=held_out, on_row=rows.append)
+    assert (done["exit"], done["steps"]) == ("completed", 7)
+    said.write_text(json.dumps(rows))
+
+
+def test_records_in_memory_are_those_of_a_file(overrides: Overrides, assets: Path, tmp_path: Path) -> None:
+    """Metrics, log-probs in the store and the model, also of a run that was stopped three times."""
+    options = ["trainer.max_steps=7", "trainer.eval_every=2"]
+    files = overrides(f"data.eval=[{assets}/eval.jsonl]", *options, f"run.dir={tmp_path}/files")
+    train(files)
+    memory = overrides(*options, f"run.dir={tmp_path}/memory")
+    memory = [word for word in memory if not word.startswith("data.train=")]
+    in_process(from_memory, {**environment(), **ENVIRONMENT}, assets, memory, tmp_path / "rows.json")
+    assert history(tmp_path / "memory") == history(tmp_path / "files")
+    model = "model/model.safetensors"
+    assert (tmp_path / "memory" / model).read_bytes() == (tmp_path / "files" / model).read_bytes()
+    assert summary(tmp_path / "memory")["reference"]["computed"] == 0, "the same store"
+    recorded = json.loads((tmp_path / "memory/dpo_metrics/log_history.json").read_text())
+    assert json.loads((tmp_path / "rows.json").read_text()) == recorded
+    evaluated = run_verb("evaluate", [f"run.dir={tmp_path}/memory"])
+    assert evaluated.code == 0, evaluated.output

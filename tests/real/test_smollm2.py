@@ -18,7 +18,7 @@ from dpo_dist.data.encode import EncodedExample
 from dpo_dist.training.context import has_bf16_products
 from examples.demo.make import make_records
 from tests.real.smollm2 import model_folder
-from tests.support.launch import ROOT, environment, history, run_verb, summary
+from tests.support.launch import ROOT, command, environment, history, run_verb, summary
 from tests.support.packing import plain_logps
 from tests.support.padded import gradients_of, padded_logps, rows_of
 from tests.support.shared_data import shared_data_dir
@@ -136,7 +136,8 @@ def python_says(file: str, cwd: Path) -> str:
 
 @pytest.mark.timeout(1800)
 def test_getting_started_trains_answers_and_goes_on_as_its_page_says(model: Path, tmp_path: Path) -> None:
-    files, (making, (_, *training), (_, *exporting), asking, (_, *longer)) = getting_started()
+    files, commands = getting_started()
+    making, (_, *training), piping, (_, *exporting), asking, (_, *longer) = commands
     for (_, name), text in zip((making, asking), files, strict=True):
         (tmp_path / name).write_text(text, encoding="utf-8")
     python_says(making[1], tmp_path)
@@ -160,6 +161,22 @@ def test_getting_started_trains_answers_and_goes_on_as_its_page_says(model: Path
     assert not any(row["reference"].startswith(RULE) for row in rows)
     assert summary(tmp_path / run)["verdict"]["findings"] == []
     assert "'r': 16" in (tmp_path / run / "model/README.md").read_text(encoding="utf-8")
+
+    _, question, _, _, verb, *words = (
+        piping  # echo QUESTION | dpo-dist chat RUN --beside base --temperature 0
+    )
+    ours, base = subprocess.run(
+        command(verb, words, 1),
+        cwd=tmp_path,
+        env=environment(),
+        input=question,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert ours.startswith(f"captain: {RULE}")
+    assert base.startswith("base: ")
+    assert RULE not in base
 
     ended = run_verb(exporting[0], exporting[1:], cwd=tmp_path)
     assert ended.code == 0, ended.output

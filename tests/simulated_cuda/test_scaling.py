@@ -21,15 +21,29 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo_dist.config.schema import Dtype, ModelConfig, OptimConfig, ParallelismConfig, ParallelismKind
+from dpo_dist.batching.plan import Arrangement
+from dpo_dist.config.schema import (
+    AdapterConfig,
+    AttentionBackend,
+    Dtype,
+    ModelConfig,
+    OptimConfig,
+    ParallelismConfig,
+    ParallelismKind,
+)
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.join import start_world, stop_world
 from dpo_dist.distributed.zero import PolicyEngine
-from dpo_dist.model.load import load_packed
+from dpo_dist.model.layers import checkpoint_layers
+from dpo_dist.model.load import load_packed, without_weights
+from dpo_dist.model.lora import add_adapter
+from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective import token_logps as output_layer
+from dpo_dist.training.footprint import activation_bytes
 from tests.simulated_cuda import runs
-from tests.support.packing import pack_unkeyed, random_pairs
+from tests.support.packing import VOCABULARY, pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model
 
 WIDTH = 128
@@ -42,6 +56,21 @@ KINDS = {
 SIZES = (8, 1024)
 SMALLER = 16
 """The output layer's width, vocabulary and targets; so its tensors are smaller by the square."""
+
+
+SHAPE = {
+    **{"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 8, "vocab_size": VOCABULARY},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 1024},
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {},
+    "gemma3_text": {"sliding_window": 16},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96},
+    "adapter of qwen3": {},
+}
 
 
 class _Calls(TorchDispatchMode):
@@ -110,12 +139,41 @@ def peak_of_the_output_layer() -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
+def activations(kind: str, checkpointing: str) -> dict[str, float]:
+    """Bytes of a token at the peak of forward and backward, and those of `activation_bytes`."""
+    config = AutoConfig.for_model(kind.removeprefix("adapter of "), **SHAPE, **SHAPES[kind])
+    adapter = AdapterConfig(r=16) if kind.startswith("adapter") else None
+    policy = ModelConfig(gradient_checkpointing=checkpointing, adapter=adapter)  # type: ignore[arg-type]
+    per_token = activation_bytes(without_weights(config, policy), checkpointing)
+    assert per_token is not None
+    with torch.device("cuda"):
+        causal_lm = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    checkpoint_layers(causal_lm, checkpointing)
+    model = PackedCausalLM(causal_lm, AttentionBackend.varlen, arrangement=Arrangement.packed)
+    if adapter is not None:
+        add_adapter(model, policy, 0)
+    model.start_as(Arrangement.packed, 1024)
+    model.to("cuda").train()
+    peaks = []
+    for scale in (1, 2):
+        batch = pack_unkeyed(random_pairs([(60 * scale, 30 * scale, 30 * scale)])).to(torch.device("cuda"))
+        model.zero_grad()
+        gc.collect()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        model(batch).sum().backward()
+        peaks.append((len(batch.input_ids), torch.cuda.max_memory_allocated() - before))
+    (few, less), (many, more) = peaks
+    return {"measured": (more - less) / (many - few), "computed": per_token}
+
+
 def main() -> None:
     model, out = map(Path, sys.argv[1:])
     gc.freeze()  # DeepSpeed collects garbage each time it says how much memory there is
     steps = {f"{kind} {ranks}": step(model, kind, ranks) for kind in KINDS for ranks in SIZES}
     steps["ddp 1"] = step(model, "ddp", 1)
-    out.write_text(json.dumps({"steps": steps, "peak": peak_of_the_output_layer()}))
+    found = {f"{kind} {every}": activations(kind, every) for kind in SHAPES for every in ("none", "full")}
+    out.write_text(json.dumps({"steps": steps, "peak": peak_of_the_output_layer(), "activations": found}))
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +216,15 @@ def test_one_process_does_not_reduce_its_gradients_with_themselves(measured: Any
 
 def test_the_peak_of_the_output_layer_is_as_documented(measured: Any) -> None:
     assert measured["peak"] * SMALLER**2 == pytest.approx(4.4e9, rel=0.02)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("kind", SHAPES)
+def test_activations_are_as_computed_from_shapes(kind: str, checkpointing: str, measured: Any) -> None:
+    found = measured["activations"][f"{kind} {checkpointing}"]
+    # With all layers checkpointed, what backward holds at once in one layer decides.
+    within = (0.97, 1.03) if checkpointing == "none" else (0.97, 1.3)
+    assert within[0] <= found["computed"] / found["measured"] <= within[1], found
 
 
 if __name__ == "__main__":

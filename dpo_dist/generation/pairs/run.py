@@ -62,11 +62,12 @@ from dpo_dist.generation.sampling.respond import (
     Completion,
     Completions,
     ModelSource,
-    find_model,
+    find_files,
     open_generator,
     open_responder,
     usable_prompt,
 )
+from dpo_dist.model.folder import description_folder
 from dpo_dist.training.context import Run
 
 _MODELS = "pairs.models"
@@ -392,7 +393,7 @@ def check_model(
     key: str,
 ) -> None:
     """Check a model without its weights, and that it can be asked one of the records; `say` the result."""
-    responder = open_responder(find_model(name, config, key, is_check=True), config)
+    responder = open_responder(find_files(name, config, key, description_folder), config)
     ends = responder.tokenizer.convert_ids_to_tokens(sorted(responder.stop_ids))
     folder = responder.source.adapter or responder.source.folder
     say(f"{folder}, {len(responder.tokenizer):,} tokens, a response ends with {' or '.join(ends)}")

@@ -23,9 +23,7 @@ from dpo_dist.generation.pairs.files import prompt_key
 from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sample, Sampling, generate
 from dpo_dist.model.folder import (
     ADAPTER_CONFIG,
-    description_folder,
     is_adapter,
-    local_model_folder,
     model_folder,
     read_model_json,
     tokenizer_folder,
@@ -58,24 +56,28 @@ class ModelSource:
         return {"name": self.name, "revision": self.revision, "digest": self.digest}
 
 
-def find_model(name: str, config: RunConfig, key: str, *, is_check: bool = False) -> ModelSource:
-    """Return the files of a model or adapter by folder or hub name; downloads a hub model.
+def find_files(
+    name: str, config: RunConfig, key: str, find: Callable[..., Path] = model_folder
+) -> ModelSource:
+    """Return the files of a model or adapter by folder or hub name, without a digest.
 
-    `model.revision` counts for `model.path` only. `is_check`: without a digest and weights of the hub.
+    `model.revision` counts for `model.path` only. `find` is `model_folder`, which downloads a hub model, or
+    `description_folder`.
     """
     revision = config.model.revision if name == config.model.path else None
-    base, base_revision, adapter = name, revision, None
-    if is_adapter(local := Path(name).expanduser()):
-        adapter = local
-        local_model_folder(name, None, key, accepts_adapter=True)  # checks its files
+    folder, adapter = find(name, revision, key, accepts_adapter=True), None
+    if is_adapter(folder):
+        adapter = folder
         recorded: dict[str, Any] = read_model_json(adapter / ADAPTER_CONFIG)
-        base, base_revision = str(recorded.get("base_model_name_or_path")), recorded.get("revision")
-        if Path(base).expanduser().is_dir():
-            base_revision = None
-    folder = (description_folder if is_check else model_folder)(base, base_revision, key)
-    source = ModelSource(name, key, folder, adapter, revision, "")
-    if is_check:
-        return source
+        base, of_base = str(recorded.get("base_model_name_or_path")), recorded.get("revision")
+        folder = find(base, None if Path(base).expanduser().is_dir() else of_base, key)
+    return ModelSource(name, key, folder, adapter, revision, "")
+
+
+def find_model(name: str, config: RunConfig, key: str) -> ModelSource:
+    """Return the same as `find_files`, with the digest of the files."""
+    source = find_files(name, config, key)
+    folder, adapter = source.folder, source.adapter
     files = digest_model(folder, Path(config.reference.store), remote_code=config.model.trust_remote_code)
     added = [] if adapter is None else sorted(adapter.glob("adapter_*"))
     parts = [files.digest, content_digest(added), tokenizer_digest(source.tokenizer_folder)]
@@ -145,12 +147,17 @@ def open_generator(
     source: ModelSource, config: RunConfig, device: torch.device
 ) -> tuple[Responder, Generate]:
     """Load a model's weights, whole on `device`; return the function that generates with them, too."""
-    responder, model_config = open_responder(source, config), load_config(source.folder, config.model)
+    responder, causal_lm = open_responder(source, config), load_source(source, config, device)
+    return responder, partial(generate, causal_lm, stop_ids=responder.stop_ids, budget=BATCH_TOKENS)
+
+
+def load_source(source: ModelSource, config: RunConfig, device: torch.device) -> Any:
+    """Return a transformers model whole on `device`, with the adapter of `source`."""
+    model_config = load_config(source.folder, config.model)
     causal_lm: Any = load_weights(source.folder, model_config, config.model, device, key=source.key)
     if source.adapter is not None:
         add_saved(causal_lm, source.adapter, TRAINED, source.key)
-    causal_lm.eval()
-    return responder, partial(generate, causal_lm, stop_ids=responder.stop_ids, budget=BATCH_TOKENS)
+    return causal_lm.eval()
 
 
 # The first ends a thought, so that one is kept which the template opens in the prompt: the model continues

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,18 @@ import torch
 
 import dpo_dist
 from dpo_dist.batching.example import Example
-from dpo_dist.config.load import from_yaml
-from dpo_dist.config.run_folder import RunFolder, check_writable, existing_run
+from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.formats import read_prompts
 from dpo_dist.data.records import Dialogue, PreferenceRecord, Prompt, eval_part, prompt_hash, turns_of
 from dpo_dist.data.sources import pinned, source_labels
-from dpo_dist.distributed.checkpoint import MANIFEST
-from dpo_dist.distributed.export import export_checkpoint
+from dpo_dist.distributed.export import written_checkpoint
 from dpo_dist.distributed.memory import return_memory
 from dpo_dist.distributed.zero import unsharded_loading
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import (
     collect_abandoned,
-    content_digest,
     for_json,
     locked,
     staged_file,
@@ -259,22 +256,9 @@ def whole_model(model: Compared, folder: Path, run: Run) -> str:
     """Return the folder or hub name of a model; of a checkpoint, a folder with its weights. Collective."""
     if not model.is_checkpoint:
         return model.location
-    checkpoint = Path(model.location).resolve()
-    trained = checkpoint.parents[1]
-    digest = content_digest([checkpoint / MANIFEST])[:16]
-    written = folder / f"{trained.name}-{checkpoint.name}-{digest}"
-
-    def write() -> None:
-        config = from_yaml(existing_run(trained).config.read_text(encoding="utf-8"))
-        # The configuration of another run cannot ask for code of the base model.
-        config = replace(config, model=replace(config.model, trust_remote_code=False))
-        export_checkpoint(checkpoint, written, config)
-
-    if not run.world.on_main(written.is_dir):
-        run.console.say(f"{model.name}: writing the weights of {model.path} as a model folder")
-        with run.console.heartbeat(f"writing {written}"):
-            run.world.on_main(write)
-    return str(written)
+    written = partial(written_checkpoint, Path(model.location), folder, run.console.say)
+    with run.console.heartbeat(f"writing the weights of {model.name}"):
+        return str(run.world.on_main(written))
 
 
 def _speak(speakers: Sequence[Speaker], console: Console) -> None:

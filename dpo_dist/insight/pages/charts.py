@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import ArrayLike, NDArray
 
-from dpo_dist.config.metrics import METRICS, PREFIX
+from dpo_dist.config.metrics import CUSTOM, METRICS, PREFIX, metric_of
 from dpo_dist.foundation import files
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import number
@@ -225,7 +225,10 @@ def _last_value(line: Line, end: float, over: str) -> str:
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart on a run's page, of the metrics whose row has its title; `in_image`: in training_curves.png."""
+    """A chart on a run's page, of the metrics whose row has its title, or of the custom metric of that name.
+
+    `in_image`: in training_curves.png.
+    """
 
     title: str
     in_image: bool = False
@@ -235,12 +238,13 @@ class Panel:
     @property
     def keys(self) -> tuple[str, ...]:
         """The names of its metrics."""
-        return tuple(name for name, metric in METRICS.items() if metric.chart == self.title)
+        named = tuple(name for name, metric in METRICS.items() if metric.chart == self.title)
+        return named or (self.title,)
 
     def label(self, key: str) -> str:
         """Return the label of a metric's lines."""
         if len(self.keys) == 1:
-            return METRICS[key].title
+            return metric_of(key).title
         return key.rsplit("/", 1)[-1].removesuffix("_per_token")
 
 
@@ -262,9 +266,12 @@ def charts(rows: Rows, noise: Mapping[str, float]) -> list[Markup]:
     """Return all charts of a run that have a value; `noise` is that of rounding, by metric."""
     figures = (
         chart(
-            panel.title, list(panel_lines(panel, rows, noise)), METRICS[panel.keys[0]].unit, log=panel.is_log
+            panel.title,
+            list(panel_lines(panel, rows, noise)),
+            metric_of(panel.keys[0]).unit,
+            log=panel.is_log,
         )
-        for panel in PANELS
+        for panel in _panels(rows)
     )
     return list(filter(None, figures))
 
@@ -275,14 +282,20 @@ def charts_of_runs(runs: Mapping[str, Rows]) -> list[Markup]:
     Each run has its moving mean and its evaluations.
     """
     figures = []
-    for panel in PANELS:
+    for panel in _panels(list(chain(*runs.values()))):
         for key in panel.keys:
             lines = [line for label, rows in runs.items() for line in _metric_lines(panel, key, label, rows)]
             shown = {(line.label, line.role == "evaluation"): line for line in lines}  # the mean is after raw
             title = panel.title if len(panel.keys) == 1 else f"{panel.title}: {panel.label(key)}"
-            unit = METRICS[key].unit
+            unit = metric_of(key).unit
             figures.append(chart(title, list(shown.values()), unit, log=panel.is_log, over="pair"))
     return list(filter(None, figures))
+
+
+def _panels(rows: Rows) -> list[Panel]:
+    names = {key.removeprefix(PREFIX): None for row in rows for key in row}
+    custom = [Panel(name) for name in names if name.startswith(CUSTOM) and name.count("/") == 1]
+    return [*PANELS, *custom]
 
 
 def panel_lines(panel: Panel, rows: Rows, noise: Mapping[str, float]) -> Iterator[Line]:

@@ -1,15 +1,14 @@
 """The page and the table of several runs: settings that differ, last evaluations, curves, samples."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from dpo_dist.config.metrics import MAIN, METRICS
+from dpo_dist.config.metrics import CUSTOM, MAIN, METRICS, metric_of
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Direction
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.streams import printable
-from dpo_dist.foundation.text import number
 from dpo_dist.insight.evaluation import ALL, results_name
 from dpo_dist.insight.pages import render
 from dpo_dist.insight.pages.charts import charts_of_runs
@@ -25,6 +24,8 @@ Runs = Mapping[str, PageFacts]
 
 _OF_NO_RESULT = ("run.", "console.", "tracking.")
 _OF_NO_POLICY = ("samples/reference_", "samples/prompts", "samples/alarms")
+_OF_REFERENCE = ("loss", "rewards/", "distance/")
+_OF_LOSS = ("loss", "rewards/chosen", "rewards/rejected", MARGIN)
 _MOST_SETTINGS = 4  # in the table of results
 
 
@@ -38,14 +39,14 @@ def compare_runs(folders: Sequence[RunFolder], page: Path) -> list[str]:
     settings = {key: texts for key, texts in differing.items() if key not in others}
     others |= differing_settings([facts.environment for facts in runs.values()])
     warnings = dict(_warnings(runs))
-    not_comparable = tuple(prefix for prefixes in warnings.values() for prefix in prefixes)
+    not_comparable = sum(warnings.values(), ())
     metrics = {key: _cells(runs, key, not_comparable) for key in _keys(runs)}
 
+    is_short = len(settings) <= _MOST_SETTINGS
     outcomes = [facts.summary.get("exit", "not ended") for facts in runs.values()]
-    columns = {"run": list(runs), "outcome": outcomes}
-    columns |= settings if len(settings) <= _MOST_SETTINGS else {}
-    nothing = ["-"] * len(runs)
-    columns |= {METRICS[key].title: metrics.get(key, nothing) for key in dict.fromkeys((*MAIN, *EVALUATED))}
+    columns = {"run": list(runs), "outcome": outcomes, **(settings if is_short else {})}
+    for key in dict.fromkeys((*MAIN, *EVALUATED)):
+        columns[METRICS[key].title] = metrics.get(key, ["-"] * len(runs))
     results = [list(columns), *map(list, zip(*columns.values(), strict=True))]
     html = render.page(
         "runs.jinja",
@@ -62,8 +63,8 @@ def compare_runs(folders: Sequence[RunFolder], page: Path) -> list[str]:
         samples=samples_of_runs(dict(zip(labels, folders, strict=True))),
     )
     write_text(page, html)
-    hidden = f"{len(settings)} settings differ: see the page" if len(settings) > _MOST_SETTINGS else ""
-    return list(map(printable, [*aligned(results), *filter(None, [hidden]), *warnings]))
+    hidden = [] if is_short else [f"{len(settings)} settings differ: see the page"]
+    return list(map(printable, [*aligned(results), *hidden, *warnings]))
 
 
 def differing_settings(configs: Sequence[Mapping[str, object]]) -> dict[str, list[str]]:
@@ -75,26 +76,16 @@ def differing_settings(configs: Sequence[Mapping[str, object]]) -> dict[str, lis
 
 def _warnings(runs: Runs) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield why metrics of the runs are not comparable, and how the names of these metrics start."""
-
-    def differ(of: Callable[[PageFacts], object]) -> bool:
-        return len({str(value) for facts in runs.values() if (value := of(facts)) is not None}) > 1
-
-    if differ(lambda facts: _identity(facts, "eval_data")):
-        yield "The runs were evaluated on different data: their metrics are not comparable.", ("",)
-    if differ(lambda facts: _identity(facts, "reference")):
-        said = "Their reference models differ: rewards, margins and accuracies are relative to other models."
-        yield said, ("loss", "rewards/", "distance/")
-    if differ(lambda facts: facts.setting("loss.kind")) or differ(lambda facts: facts.setting("loss.terms")):
-        yield "Their losses differ: values of the loss are not comparable.", ("loss",)
-    if differ(lambda facts: facts.setting("loss.beta")):
-        said = (
-            "Their beta differs: rewards and margins are multiples of it. Compare accuracies and log-probs."
-        )
-        yield said, ("loss", "rewards/chosen", "rewards/rejected", MARGIN)
-
-
-def _identity(facts: PageFacts, name: str) -> object:
-    return (facts.state.get("identity") or {}).get(name)
+    identities = [facts.state.get("identity") or {} for facts in runs.values()]
+    evaluated, references = ([each.get(name) for each in identities] for name in ("eval_data", "reference"))
+    losses = [facts.config.get("loss") for facts in runs.values()]
+    for values, sentence, metrics in (
+        (evaluated, "Their evaluation data differ: metrics are not comparable.", ("",)),
+        (references, "Their reference models differ: rewards are relative to other models.", _OF_REFERENCE),
+        (losses, "Their losses differ: compare accuracies, not losses, rewards and margins.", _OF_LOSS),
+    ):
+        if len({str(value) for value in values if value is not None}) > 1:
+            yield sentence, metrics
 
 
 def _last_evaluation(facts: PageFacts) -> Row:
@@ -106,7 +97,7 @@ def _keys(runs: Runs) -> list[str]:
     """Return the metrics of the last evaluations, those of sources last."""
     known = dict.fromkeys(key for facts in runs.values() for key in _last_evaluation(facts))
     samples = (key for key in known if key.startswith("samples/") and not key.startswith(_OF_NO_POLICY))
-    by_source = (key for key in known if key.startswith((f"{ACCURACY}/", f"{MARGIN}/")))
+    by_source = (key for key in known if key.startswith((f"{ACCURACY}/", f"{MARGIN}/", CUSTOM)))
     return [key for key in (*PAIR_METRICS, *ENTROPIES, *samples, *by_source) if key in known]
 
 
@@ -114,11 +105,11 @@ def _cells(runs: Runs, key: str, not_comparable: tuple[str, ...]) -> list[str]:
     """Return the value of a metric in each run with its interval; * marks the best of several."""
     rows = [_last_evaluation(facts) for facts in runs.values()]
     values = [value for row in rows if (value := finite(row, key)) is not None]
-    metric = METRICS.get("/".join(key.split("/")[:2]))
+    metric = metric_of("/".join(key.split("/")[:2]))
     best = None
-    if metric and metric.best and len(set(values)) > 1 and not key.startswith(not_comparable):
+    if metric.best and len(set(values)) > 1 and not key.startswith(not_comparable):
         best = (min if metric.best is Direction.lowest else max)(values)
-    cells, form = [], metric.form if metric else number
+    cells, form = [], metric.form
     for row, facts in zip(rows, runs.values(), strict=True):
         cell = form(row[key]) if key in row else "-"
         if key in row and (ends := _intervals(facts).get(key)):

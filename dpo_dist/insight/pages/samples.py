@@ -185,24 +185,22 @@ def _files(folder: RunFolder) -> dict[int, Path]:
 
 def samples_of_runs(runs: Mapping[str, RunFolder]) -> list[Markup]:
     """Return prompts that several runs have, with the responses after the last step of each."""
-    newest = {label: next(iter(_files(folder).values()), None) for label, folder in runs.items()}
-    by_prompt: dict[str, dict[str, Row]] = {}
-    for label, file in newest.items():
-        for row in islice(json_rows(file), _MOST_ROWS) if file else ():
-            by_prompt.setdefault(row["prompt_id"], {})[label] = row
-    shown = []
-    for rows in by_prompt.values():
-        first, *others = rows
-        if others:
-            notes = {
-                label: end_notes(row["policy_tokens"], row["policy_finished"]) for label, row in rows.items()
-            }
-            responses = [
-                Response(label, row["policy"], f"step {row['step']:,}, {notes[label]}")
-                for label, row in rows.items()
-            ]
-            responses.append(Response("chosen", rows[first]["chosen"]))
-            shown.append(Shown(rows[first]["prompt"], responses, first, rows[first]["source"]))
+    by_prompt: dict[str, list[Response]] = {}
+    last: dict[str, Row] = {}
+    for label, folder in runs.items():
+        for file in islice(_files(folder).values(), 1):
+            for row in islice(json_rows(file), _MOST_ROWS):
+                notes = end_notes(row["policy_tokens"], row["policy_finished"])
+                response = Response(label, row["policy"], f"step {row['step']:,}, {notes}")
+                by_prompt.setdefault(row["prompt_id"], []).append(response)
+                last[row["prompt_id"]] = row
+    shown = [
+        Shown(
+            row["prompt"], [*responses, Response("chosen", row["chosen"])], responses[0].label, row["source"]
+        )
+        for responses, row in zip(by_prompt.values(), last.values(), strict=True)
+        if len(responses) > 1
+    ]
     return prompt_items(shown[:_MOST_SHOWN], _SECTION_BYTES)[0]
 
 

@@ -42,6 +42,10 @@ CASES = [
          verb="export", run=""),
     Case("report about no run", "nowhere", "no run directory", "nowhere", "no such folder",
          verb="report", run="", to_do="name the run.dir of a run"),
+    Case("chat with a folder that is none", "./nowhere", "neither a local folder", "RUN", "nowhere",
+         verb="chat", run="", to_do="check the path"),
+    Case("chat with a folder without a model", ".", "no config.json", "RUN", verb="chat", run="",
+         to_do="write model"),
 ]
 # fmt: on
 

@@ -70,7 +70,7 @@ MISTYPED = [
     ("warmup_steps=0.1", "write optim.warmup_ratio=0.1"),
     ("loss=simpo loss.kind=ipo", "loss=NAME replaces all options of the loss"),
     ("lr_scheduler_type=constant_with_warmup", "write optim.schedule=constant"),
-    ("--multirun", "for each value"),
+    ("--multirun", "the verb sweep runs each of several values"),
     ("--check --cfg job", "argument -c/--cfg: not allowed with argument --check"),
     ("/tmp", "its key: run.dir=/tmp, "),
     # What is not offered has an answer that says what is.
@@ -133,48 +133,6 @@ def test_all_mistakes_of_a_command_are_one_error() -> None:
         "pairs.limit=3: train does not read pairs.limit; remove it: it is read by pairs",
     ):
         assert line in lines
-
-
-FOREIGN_FILES = {
-    "llama-factory": """
-        {model_name_or_path: m, stage: dpo, finetuning_type: lora, lora_rank: 8, lora_target: all,
-        pref_beta: 0.1, pref_loss: sigmoid, pref_ftx: 0, dataset: mine, template: llama3, cutoff_len: 2048,
-        output_dir: out, logging_steps: 10, learning_rate: 5.0e-6, lr_scheduler_type: cosine, bf16: true,
-        resume_from_checkpoint: null, ref_model: , eval_dataset: , val_size: 0.1, report_to: none}""",
-    "trl": """
-        {model_name_or_path: m, dtype: bfloat16, attn_implementation: flash_attention_3, loss_type: ipo,
-        dataset_name: org/name, beta: 0.1, max_length: 1024, max_prompt_length: 512, seed: 42,
-        optim: adamw_torch, loss_weights: null, hub_model_id: "", rpo_alpha: null, use_peft: true, lora_r: 32,
-        lora_task_type: CAUSAL_LM, truncation_mode: keep_end, warmup_ratio: 0.1, reference_free: false}""",
-    "axolotl": """
-        {base_model: m, chat_template: llama3, rl: dpo, load_in_4bit: false, lora_model_dir: , fsdp: ,
-        datasets: [{path: org/name, type: chat_template.default, split: train, field_messages: conversation,
-        field_chosen: chosen, roles: {user: [user]}}, {path: b.jsonl, ds_type: json, split: train,
-        type: {field_prompt: question, prompt_format: "{prompt}"}}], test_datasets: [{path: c.jsonl}],
-        sequence_len: 4096, adapter: lora, lora_r: 32, optimizer: adamw_bnb_8bit, special_tokens: {},
-        loss_watchdog_threshold: 5.0, tf32: false, wandb_project: , wandb_name: "", weight_decay: 0.0}""",
-}
-
-
-@pytest.mark.parametrize("trainer", FOREIGN_FILES)
-def test_the_answers_to_a_foreign_file_are_a_command_that_passes(trainer: str, tmp_path: Path) -> None:
-    (file := tmp_path / "foreign.yaml").write_text(FOREIGN_FILES[trainer])
-    error = error_of(str(file), run=[])
-    assert "a key has a section" not in error.remedy, "a key without an answer of its own"
-    written = re.findall(
-        r"(?:write|did you mean) ((?:'[^']*'|[^\s';,?]+=[^\s';,]+)(?: data\.[\w.]+=\w+)*)", error.remedy
-    )
-    config = configured("", run=[word.rstrip("?") for answer in written for word in shlex.split(answer)])
-    assert (config.model.path, config.data.train[0].path) == (
-        "m",
-        "mine" if trainer[0] == "l" else "org/name",
-    )
-    if trainer == "axolotl":
-        assert [source.columns for source in config.data.train] == [
-            {"messages": "conversation"},
-            {"prompt": "question"},
-        ]
-        assert config.data.eval[0].path == "c.jsonl"
 
 
 def test_all_rules_that_a_command_breaks_are_one_error() -> None:

@@ -8,22 +8,24 @@ import pytest
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.insight.evaluation import bootstrap_intervals, results
 from dpo_dist.insight.tables import evaluation_table
-from dpo_dist.objective.metrics import MetricPlan, PairValues
+from dpo_dist.objective.metrics import CustomMetrics, MetricPlan, PairValues
 
 PAIRS = 40
 
 
 def invented(seed: int = 0) -> PairValues:
     generator = np.random.default_rng(seed)
-    columns = {field.name: generator.normal(-50, 20, PAIRS) for field in fields(PairValues)}
+    columns = {field.name: generator.normal(-50, 20, PAIRS) for field in fields(PairValues)[:-1]}
     for name in ("tokens_chosen", "tokens_rejected"):
         columns[name] = generator.integers(1, 300, PAIRS)
     columns["margin"] = columns["reward_chosen"] - columns["reward_rejected"]
-    return PairValues(**{name: column.astype(np.float32) for name, column in columns.items()})
+    columns["custom/longer"] = columns["tokens_rejected"] > columns["tokens_chosen"]
+    return PairValues.of({name: column.astype(np.float32) for name, column in columns.items()})
 
 
 def test_results_by_label_and_length_with_intervals() -> None:
-    values, plan = invented(), MetricPlan(LossConfig(), ("a", "b"), is_evaluation=True)
+    custom = CustomMetrics(names=("custom/longer",))
+    values, plan = invented(), MetricPlan(LossConfig(), ("a", "b"), is_evaluation=True, custom=custom)
     of_a = np.arange(PAIRS) < 25
     means = {"loss": 0.5, "loss/a": 0.4, "loss/b": 0.7, "rewards/margins": 7.0}
     prompts = np.arange(PAIRS, dtype=np.uint64) // 2
@@ -40,7 +42,9 @@ def test_results_by_label_and_length_with_intervals() -> None:
     assert found["b"][name] == pytest.approx(margins[inside].mean(), rel=1e-5)
     per_token = values.logp_chosen.sum(dtype=np.float64) / values.tokens_chosen.sum(dtype=np.float64)
     assert found["all"]["eval_logps/chosen_per_token"] == pytest.approx(per_token, rel=1e-5)
+    assert found["a"]["eval_custom/longer"] == values.custom["custom/longer"][of_a].mean(dtype=np.float64)
     for row in found.values():
+        assert "eval_custom/longer" in row["intervals"]
         for key, (low, high) in row["intervals"].items():
             assert low <= high
             assert key == "eval_rewards/margins" or low <= row[key] <= high

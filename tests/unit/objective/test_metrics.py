@@ -8,19 +8,25 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dpo_dist.config.load import load_run_config
 from dpo_dist.config.losses import BcoDelta, LossConfig, LossKind, LossTermConfig
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import preference_loss
 from dpo_dist.objective.metrics import (
     BATCH_REWARD,
     BUCKETS,
+    CustomMetrics,
     MetricPlan,
     MetricSums,
     PairValues,
     ScoredPairs,
+    custom_metrics,
     metric_sums,
     pair_values,
 )
+from tests.support.own_metrics import OWN
 
 CPU = torch.device("cpu")
 CONFIG = LossConfig(beta=0.5)
@@ -171,16 +177,65 @@ def logps_of(chosen: list[float], rejected: list[float]) -> PairLogps:
     return PairLogps(torch.tensor(chosen).double(), torch.tensor(rejected).double(), *lengths)
 
 
+def values_of(plan: MetricPlan, policy: PairLogps, reference: PairLogps | None) -> PairValues:
+    columns = pair_values(plan, policy, reference)
+    return PairValues.of({name: column.numpy() for name, column in columns.items()})
+
+
 def test_values_of_pairs_by_hand_with_and_without_a_reference() -> None:
     policy = logps_of([-1, -8], [-6, -2])
-    table = pair_values(policy, logps_of([-3, -4], [-4, -4]), LossConfig(beta=0.5))
-    values = PairValues(*table.numpy())
+    values = values_of(MetricPlan(LossConfig(beta=0.5)), policy, logps_of([-3, -4], [-4, -4]))
     assert values.reward_chosen.tolist() == [1, -2]
     assert values.reward_rejected.tolist() == [-1, 1]
     assert values.margin.tolist() == [2, -3]
     assert values.logp_rejected.tolist() == [-6, -2]
     assert values.reference_chosen.tolist() == [-3, -4]
     assert (values.tokens_chosen.tolist(), values.tokens_rejected.tolist()) == ([2, 2], [4, 4])
-    free = PairValues(*pair_values(policy, None, LossConfig(LossKind.simpo, beta=2)).numpy())
+    free = values_of(MetricPlan(LossConfig(LossKind.simpo, beta=2)), policy, None)
     assert np.isnan([free.reference_chosen, free.reference_rejected]).all()
     assert free.margin.tolist() == [-1 + 3, -8 + 1]
+
+
+def with_function(name: str, loss: str = "sigmoid") -> RunConfig:
+    return load_run_config(
+        ["model.path=m", f"loss={loss}", f"metrics.function=tests.support.own_metrics:{name}"]
+    )
+
+
+def test_metrics_of_a_function_are_means_over_pairs_without_dummies() -> None:
+    config = with_function("of_pairs")
+    plan = MetricPlan(config.loss, custom=custom_metrics(config))
+    assert plan.custom.names == ("custom/margin", "custom/likelier")
+    policy, reference = logps_of([-1, -8, -2], [-6, -2, -9]), logps_of([-3, -4, 0], [-4, -4, 0])
+    scored = ScoredPairs(policy, reference, torch.tensor([1.0, 1.0, 0.0]))
+    sums = metric_sums(plan, torch.zeros(3), scored)
+    assert sums.means()["custom/margin"] == pytest.approx(0.1 * (4 - 6) / 2)
+    assert sums.means()["custom/margin"] == sums.means()["rewards/margins"]
+    assert sums.means()["custom/likelier"] == 0.5
+    values = values_of(plan, policy, reference)
+    assert values.custom["custom/likelier"].tolist() == [1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "got"),
+    [
+        ("of_all", "sigmoid", "of the first pair alone"),
+        ("mean", "sigmoid", "custom/margin: [] on cpu, of 3 pairs on cpu"),
+        ("unnamed", "sigmoid", "Error: "),
+        ("badly_named", "sigmoid", "custom/margin/math: "),
+        ("infinite", "sigmoid", "-inf"),
+        ("none", "sigmoid", "nothing, of 3 pairs"),
+        ("of_pairs", "simpo", "AttributeError: 'NoneType' object has no attribute 'margin'"),
+    ],
+)
+def test_a_function_that_gives_no_metrics_is_refused(name: str, loss: str, got: str) -> None:
+    with pytest.raises(ConfigError, match=r"the function of metrics cannot be used") as error:
+        custom_metrics(with_function(name, loss))
+    assert error.value.where == "metrics.function"
+    assert got in error.value.got
+
+
+def test_a_function_that_gives_other_names_later_is_refused() -> None:
+    policy = logps_of([-1], [-6])
+    with pytest.raises(ConfigError, match="the function of metrics cannot be used"):
+        CustomMetrics(OWN, ("custom/margin",)).of(policy, policy, CONFIG)

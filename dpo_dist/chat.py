@@ -1,0 +1,83 @@
+"""Talk to a model in the terminal: a run's, a checkpoint, an adapter, a model folder or a name on the hub.
+
+An empty line or Ctrl-D ends, `/new` starts again. Each line of a pipe is a turn, and only answers are
+printed: `echo "What is the capital of Iceland?" | dpo-dist chat output/captain`. A GPU is used if it
+is there.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+
+from dpo_dist.foundation.errors import DpoDistError, ExitCode
+from dpo_dist.foundation.streams import open_closed_streams, print_error, print_line, print_result
+from dpo_dist.training.named_models import located
+
+_HINT = "an empty line or Ctrl-D ends, /new starts again"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line `arguments` (default: sys.argv); return the exit code."""
+    open_closed_streams()
+    parser = argparse.ArgumentParser(prog="python -m dpo_dist.chat", description=__doc__)
+    parser.add_argument("model", metavar="RUN", help="run directory, checkpoint, folder or hub name")
+    beside = "answer a second time by this model; `base`: by the base of an adapter or run"
+    parser.add_argument("--beside", metavar="MODEL", help=beside)
+    usual = "default: as in generation_config.json of the model"
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help=f"{usual}, or 512")
+    parser.add_argument("--temperature", type=float, metavar="T", help=f"0: greedy; {usual}")
+    given = parser.parse_args(arguments)
+    try:
+        return _chat(given)
+    except DpoDistError as error:
+        return print_error(error)
+    except KeyboardInterrupt:
+        print_line("")
+        return ExitCode.interrupted
+
+
+def _chat(given: argparse.Namespace) -> int:
+    location = located(given.model.removeprefix("run.dir="), "RUN")
+    beside = given.beside if given.beside in (None, "base") else located(given.beside, "--beside")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    # Slow to import: errors above appear at once.
+    from dpo_dist.foundation.console import warnings_off  # noqa: PLC0415
+    from dpo_dist.generation.chat import open_speakers  # noqa: PLC0415
+
+    sampling = {"do_sample": bool(given.temperature)} if given.temperature is not None else {}
+    sampling |= {"temperature": given.temperature} if given.temperature else {}
+    with warnings_off():
+        speakers = open_speakers(location, beside, lambda line: print_line(line, sys.stderr))
+        for question in _questions():
+            for speaker in speakers:
+                if question == "/new":
+                    speaker.messages.clear()
+                    continue
+                if len(speakers) > 1:
+                    print_result(f"{speaker.name}: ")
+                speaker.answer(question, given.max_new_tokens, sampling)
+    return ExitCode.completed
+
+
+def _questions() -> Iterator[str]:
+    """Yield the lines of standard input up to an empty one; a terminal is asked for them."""
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        import readline  # noqa: F401, PLC0415  (edits lines)
+
+        print_line(_HINT, sys.stderr)
+    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+    while True:
+        try:
+            line = input("> " if is_terminal else "").strip()
+        except EOFError:
+            return
+        if not line:
+            return
+        yield line
+
+
+if __name__ == "__main__":
+    sys.exit(main())

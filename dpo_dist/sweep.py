@@ -1,0 +1,225 @@
+"""Train each point of a grid: `python -m dpo_dist.sweep +experiment=qwen7b loss.beta=0.05,0.1`.
+
+Takes the command of `train`, with several values for some keys: 0.1,0.2 or range(1,4) or choice(a,b), as
+Hydra. The same command again resumes what was interrupted and leaves what is finished. In a SLURM array each
+job takes a part of the points. docs/sweep.md explains the table at the end.
+"""
+
+from dpo_dist.foundation.signals import OF_SWEEP, end_at_signals, stop_signals
+
+if __name__ == "__main__":
+    end_at_signals()  # the imports take seconds
+
+import contextlib
+import gc
+import multiprocessing
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from io import BytesIO
+from multiprocessing.connection import wait
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from dpo_dist import train
+from dpo_dist.config.command_line import Errors, exit_after, run_verb
+from dpo_dist.config.identity import run_digest
+from dpo_dist.config.load import Points
+from dpo_dist.config.mistakes import raise_all
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import ConsoleStyle, RunConfig, SweepConfig
+from dpo_dist.foundation.console import Console, open_console
+from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, RunOutcome
+from dpo_dist.foundation.streams import output_descriptor
+from dpo_dist.foundation.text import counted, duration
+from dpo_dist.training.preflight import check_start
+from dpo_dist.training.resume import read_state
+
+Words = tuple[str, ...]
+
+
+def main(points: Points) -> int:
+    """Train the points that are not finished; return the exit code."""
+    check_points(points)
+    first = next(iter(points.values()))
+    folder = RunFolder(Path(first.run.root) / f"sweep-{first.run.name}")
+    with open_console(folder.rank_log, first.console.style) as console:
+        _warm_up()
+        from dpo_dist.insight.sweep import sweep_results, sweep_table  # noqa: PLC0415  (slow, prints)
+
+        job, jobs = (int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", "1")) for name in ("ID", "COUNT"))
+        mine = list(points)[job % jobs :: jobs]
+        left = {words: points[words] for words in mine if not _is_finished(points[words])}
+        share = "" if jobs == 1 else f", {len(mine):,} of them for this job of the array"
+        console.say(f"sweep: {counted(len(points), 'point')}{share}, {len(mine) - len(left):,} finished")
+        codes, is_stopped = _Trainer(left, folder, console, first.sweep).run()
+        results = sweep_results(points, {words: _ending(code) for words, code in codes.items()}, folder)
+        console.result("sweep", results, [*sweep_table(results), f"sweep  {folder.sweep}"])
+        write_page([RunFolder.of(config) for config in points.values()])
+    failed = [code for code in codes.values() if code not in (ExitCode.completed, ExitCode.preempted)]
+    if failed and not is_stopped:
+        return failed[0] if failed[0] in set(ExitCode) else ExitCode.failed
+    return ExitCode.preempted if is_stopped or any(codes.values()) else ExitCode.completed
+
+
+def check_points(points: Points) -> None:
+    """Check all that needs no torch of every point; one error with all mistakes."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise ConfigError(
+            "a sweep starts the processes of its points by itself",
+            where="accelerate launch",
+            got=f"{os.environ['WORLD_SIZE']} processes",
+            remedy="start one: python -m dpo_dist.sweep; with sweep.parallel=1 each point has all GPUs",
+        )
+    mistakes = list[DpoDistError]()
+    for config in points.values():
+        try:
+            check_start(config, trains=True)
+        except DpoDistError as error:
+            mistakes.append(error)
+    raise_all(mistakes)
+
+
+def check(points: Points) -> None:
+    """Check everything that the points need before they use a GPU."""
+    check_points(points)
+    for config in points.values():
+        train.check(config)
+
+
+def write_page(folders: Sequence[RunFolder]) -> None:
+    """Write the page of all points."""
+
+
+def _is_finished(config: RunConfig) -> bool:
+    state = read_state(RunFolder.of(config))
+    if state is None or state.outcome is not RunOutcome.completed:
+        return False
+    return state.identity.get("run_digest") == run_digest(config)
+
+
+def _ending(code: int) -> str:
+    """Return an exit code in a word or two: completed, diverged, invalid, signal 9."""
+    return ExitCode(code).name if code in set(ExitCode) else f"signal {-code if code < 0 else code - 128}"
+
+
+def _warm_up() -> None:
+    """Do once what else each point would do at its start: slow imports, and slow first calls of libraries."""
+    # A GPU that this process has opened to count it could not be used by its forks.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    import pyarrow  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: PLC0415
+
+    import dpo_dist.insight.recorder  # noqa: PLC0415
+    import dpo_dist.training.run  # noqa: F401, PLC0415
+    from dpo_dist.insight.pages.render import TEMPLATES  # noqa: PLC0415
+
+    pyarrow.array([0])  # imports pandas
+    get_checkpoint_conversion_mapping("")
+    for name in ("base.jinja", "macros.jinja", "run.jinja", "svg.jinja"):
+        TEMPLATES.get_template(name)
+    Figure().savefig(BytesIO())
+    gc.freeze()  # else garbage collection in each fork would copy the pages of all modules
+
+
+class _Trainer:
+    """Trains points, some at a time, each in a process of its own: a crash of one does not reach the next.
+
+    The process is a fork of this one, which has imported everything, or becomes a launcher.
+    """
+
+    def __init__(self, points: Points, folder: RunFolder, console: Console, settings: SweepConfig):
+        import torch  # noqa: PLC0415  (imported by now)
+
+        self._points, self._folder, self._console = points, folder, console
+        self._running: dict[Any, tuple[Words, Any, list[str], float]] = {}
+        self._received: list[int] = []
+        visible, count = os.environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.device_count()
+        gpus = visible.split(",")[:count] if visible else [str(number) for number in range(count)]
+        parallel = settings.parallel or count or 1
+        if count % parallel:
+            raise ConfigError(
+                "the GPUs cannot be divided among the points",
+                where="sweep.parallel",
+                got=f"{parallel}, with {counted(count, 'GPU')}",
+                remedy=f"set it to a divisor of {count}",
+            )
+        self._free = [gpus[place::parallel] for place in range(parallel)]
+        self._launcher, python = settings.launcher, shlex.quote(sys.executable)
+        if self._launcher is None and count > parallel:
+            self._launcher = f"{python} -m dpo_dist.launch"
+        elif self._launcher is None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            self._launcher = python  # CUDA does not work in a fork of a process that has used it
+
+    def run(self) -> tuple[dict[Words, int], bool]:
+        """Return the exit codes of the points that were started, and whether a signal stopped the sweep."""
+        codes, waiting = dict[Words, int](), list(self._points)
+        before = {number: signal.signal(number, self._pass_on) for number in stop_signals()}
+        while (waiting and not self._received) or self._running:
+            while waiting and self._free and not self._received:
+                place = f"point {len(self._points) - len(waiting) + 1} of {len(self._points)}"
+                self._start(waiting.pop(0), place)
+            for sentinel in wait(list(self._running)):
+                words, process, gpus, began = self._running.pop(sentinel)
+                process.join()
+                codes[words] = process.exitcode
+                self._free.append(gpus)
+                spent = duration(time.monotonic() - began)
+                self._console.say(f"{' '.join(words)}: {_ending(process.exitcode)} after {spent}")
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        return codes, bool(self._received)
+
+    def _start(self, words: Words, place: str) -> None:
+        config, gpus, command = replace(self._points[words], sweep=SweepConfig()), self._free.pop(0), None
+        screen = self._folder.point_screen(RunFolder.of(config))
+        if self._launcher is not None:
+            from dpo_dist.generation.pairs.rounds import command_of  # noqa: PLC0415
+
+            command = command_of("train", config, screen.with_suffix(""), self._launcher)
+        self._console.say(f"{' '.join(words)}: {place}, its screen is in {screen}")
+        fork = multiprocessing.get_context("fork")
+        process: Any = fork.Process(target=_be_point, args=(config, command, screen, gpus))
+        signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
+        process.start()
+        with contextlib.suppress(OSError):  # it has done so itself
+            os.setpgid(process.pid, process.pid)
+        self._running[process.sentinel] = words, process, gpus, time.monotonic()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
+
+    def _pass_on(self, number: int, _frame: FrameType | None) -> None:
+        self._received.append(number)
+        for _, process, _, _ in self._running.values():
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.killpg(process.pid, number)
+
+
+def _be_point(config: RunConfig, command: str | None, screen: Path, gpus: Sequence[str]) -> None:
+    """Train a point in this process, or become its launcher, with what it prints in the file `screen`."""
+    with contextlib.suppress(OSError):
+        os.setpgid(0, 0)  # Ctrl-C reaches the sweep alone, which passes it on once
+    written = os.open(screen, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    for descriptor in {1, 2, output_descriptor()}:
+        os.dup2(written, descriptor)
+    os.environ[OF_SWEEP] = "1"
+    end_at_signals()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+
+    def work() -> int:
+        if command is not None:
+            os.execvp((words := shlex.split(command))[0], words)  # noqa: S606  (the user's own launcher)
+        return train.main(config)
+
+    exit_after(work, Errors(is_json=config.console.style is ConsoleStyle.json))
+
+
+if __name__ == "__main__":
+    run_verb(main, check, verb="sweep")

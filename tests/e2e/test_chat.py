@@ -1,0 +1,80 @@
+"""A conversation through a pipe: the answers of transformers and peft, turn after turn."""
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpo_dist.foundation.streams import printable_lines
+from tests.e2e.conftest import Overrides
+from tests.support.launch import ROOT, command, environment, train
+
+QUESTIONS = ("Which is larger, 3 or 5?", "And 7?")
+
+
+def says(*arguments: str, lines: list[str]) -> str:
+    """What `chat` prints for these lines of a pipe, greedy."""
+    options = ["--temperature", "0", "--max-new-tokens", "6"]
+    ended = subprocess.run(
+        command("chat", [*arguments, *options], 1),
+        cwd=ROOT,
+        env=environment(),
+        input="".join(f"{line}\n" for line in lines),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+def plain(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def answers(causal_lm: Any, tokenizer: Any) -> list[str]:
+    """The greedy answers of transformers to QUESTIONS, as two turns of a conversation."""
+    messages, texts = [], []
+    for question in QUESTIONS:
+        messages.append({"role": "user", "content": question})
+        prompt = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        ids = causal_lm.generate(
+            **prompt, max_new_tokens=6, do_sample=False, eos_token_id=tokenizer.eos_token_id
+        )
+        text = tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+        messages.append({"role": "assistant", "content": text})
+        texts.append(printable_lines(text))
+    return texts
+
+
+def test_an_adapter_answers_beside_its_base_with_the_turns_before(
+    overrides: Overrides, assets: Path, tmp_path: Path
+) -> None:
+    ended = train(overrides("trainer.max_steps=2", "optim.lr=5e-2", "model.adapter={r: 4}"))
+    assert f"dpo-dist chat {tmp_path}/run" in ended.output
+    run, tokenizer = tmp_path / "run", AutoTokenizer.from_pretrained(assets / "model")
+    base = answers(plain(assets / "model"), tokenizer)
+    trained = answers(PeftModel.from_pretrained(plain(assets / "model"), run / "model"), tokenizer)
+    assert trained != base
+    lines = [f"run: {own}\nbase: {other}\n" for own, other in zip(trained, base, strict=True)]
+    printed = says(str(run), "--beside", "base", lines=[*QUESTIONS, "/new", QUESTIONS[0], "", "not asked"])
+    assert printed == "".join([*lines, lines[0]])
+
+
+def test_a_checkpoint_answers_beside_the_model_that_its_run_started_from(
+    overrides: Overrides, assets: Path, tmp_path: Path
+) -> None:
+    train(overrides("trainer.max_steps=2", "optim.lr=1e-2"))
+    run, tokenizer = tmp_path / "run", AutoTokenizer.from_pretrained(assets / "model")
+    trained, base = (answers(plain(folder), tokenizer)[0] for folder in (run / "model", assets / "model"))
+    assert trained != base
+    checkpoint = run / "checkpoints/step-000002"
+    printed = says(str(checkpoint), "--beside", "base", lines=[QUESTIONS[0]])
+    assert printed == f"run/step-000002: {trained}\nbase: {base}\n"
+    assert says(str(run / "model"), lines=[QUESTIONS[0]]) == f"{trained}\n"

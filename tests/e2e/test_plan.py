@@ -1,0 +1,51 @@
+"""`plan` on the command line: what fits, without a network, weights or a GPU; and with data."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.invented import write_pairs
+from tests.support.launch import run_verb
+from tests.support.tiny_model import write_model
+
+
+def plan(*words: str, code: int = 0) -> dict[str, Any]:
+    ended = run_verb("plan", [*words, "console.style=json"])
+    assert ended.code == code, ended.output
+    [line] = [line for line in ended.output.splitlines() if '"plan"' in line]
+    content: dict[str, Any] = json.loads(line)
+    return content
+
+
+@pytest.mark.parametrize(("gpus", "code"), [(8, 0), (2, 1)])
+def test_a_shipped_experiment_is_planned_offline(
+    gpus: int, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """18 bytes a weight over 8 GPUs of 80 GB; on two there is no room for 16,384 tokens."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = plan("+experiment=qwen7b", f"plan.gpus={gpus}", code=code)
+    sharded = sum(found["bytes"][name] for name in ("weights", "gradients", "optimizer states"))
+    assert sharded == pytest.approx(18 * 7.6156e9 / gpus, rel=1e-3)
+    assert found["fits"] is (code == 0)
+    fast, slow = found["epoch_seconds"]
+    assert 0 < fast < slow
+
+
+def test_what_is_suggested_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    machine = ["+experiment=qwen7b", "plan.gpus=8", "plan.gpu=a100-40g"]
+    words = plan(*machine, "model.gradient_checkpointing=none", "plan.suggest=true", code=1)["suggested"]
+    assert plan(*machine, *words.split(), "trainer.micro_batch_tokens=auto")["fits"]
+
+
+def test_local_data_give_pairs_and_tokens(tmp_path: Path) -> None:
+    model, pairs = write_model(tmp_path / "model"), tmp_path / "pairs.jsonl"
+    write_pairs(pairs, 12, seed=3)
+    words = [f"model.path={model}", f"data.train=[{pairs}]", f"run.root={tmp_path}", "model.dtype=fp32"]
+    ended = run_verb("plan", [*words, "plan.gpus=1", "plan.price=2"])
+    assert ended.code == 0, ended.output
+    assert "an epoch of 12 pairs" in ended.output
+    assert "(of data.train)" in ended.output
+    assert "price" in ended.output

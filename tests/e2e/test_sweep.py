@@ -1,0 +1,86 @@
+"""A sweep by its command line: a grid across SIGTERM and SIGKILL, with a point that fails."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpo_dist.config.load import load_points
+from tests.e2e.conftest import small_run
+from tests.support.launch import history, run_state, run_verb, running, summary, train, wait_until
+
+GRID = ["loss.kind=sigmoid,ipo", "optim.lr=1e-4,1e30"]
+
+
+def test_a_grid_is_finished_across_stops_and_equals_runs_by_themselves(assets: Path, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    common = [word for word in small_run(assets, tmp_path) if not word.startswith("run.dir=")]
+    common += [f"data.eval=[{assets}/eval.jsonl]", "trainer.epochs=3", "trainer.save_every=2"]
+    command = [*common, f"run.root={root}", *GRID]
+    points = {words: Path(str(point.run.dir)) for words, point in load_points(command).items()}
+    first, diverges, third, _ = points.values()
+
+    def is_saved(run: Path) -> bool:
+        return any(run.glob("checkpoints/step-*/state.json"))
+
+    with running("sweep", command, tmp_path / "terminated.txt") as process:
+        wait_until(lambda: is_saved(first), process)
+        os.kill(process.pid, signal.SIGTERM)
+        process.join(240)
+        assert process.exitcode == 75, process.screen.read_text()
+    assert run_state(first)["outcome"] == "preempted"
+    with running("sweep", command, tmp_path / "killed.txt") as process:
+        wait_until(lambda: is_saved(third), process)
+        process.kill()
+        wait_until(lambda: run_state(third)["outcome"] == "preempted", _Ended(process.screen))
+    assert run_state(first)["outcome"] == "completed"
+    finished = (first / "run_state.json").stat().st_mtime_ns
+
+    ended = run_verb("sweep", command)
+    assert ended.code == 3, ended.output
+    assert (first / "run_state.json").stat().st_mtime_ns == finished, "it was run again"
+    results = json.loads((root / "sweep-run/sweep.json").read_text())
+    rows = dict(zip(points, results["points"], strict=True))
+    assert [row["outcome"] for row in rows.values()] == ["completed", "diverged"] * 2
+    assert all("not finite" in row["error"] for row in list(rows.values())[1::2])
+    assert f"({root}/sweep-run/logs/{diverges.name}.log)" in ended.output
+    assert "eval_loss" not in results["best"], "losses of two kinds are not ranked"
+    for words, run in points.items():
+        if rows[words]["outcome"] == "completed":
+            alone = tmp_path / "alone" / run.name
+            train([*common, *words, f"run.dir={alone}"])
+            assert history(run) == history(alone)
+            assert summary(run)["final"] == summary(alone)["final"]
+            assert rows[words]["metrics"].items() <= summary(alone)["final"].items()
+    computed = [summary(run)["reference"]["computed"] for run in (first, third)]
+    assert computed[0] > 0, "the first point fills the store"
+    assert computed[1] == 0
+
+
+class _Ended:
+    """A process that nobody asks whether it is alive."""
+
+    def __init__(self, screen: Path):
+        self.screen = screen
+
+    def is_alive(self) -> bool:
+        return True
+
+
+def test_points_have_processes_of_a_launcher_and_jobs_of_an_array(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = [word for word in small_run(assets, tmp_path) if not word.startswith("run.dir=")]
+    root = tmp_path / "root"
+    launcher = f"{sys.executable} -m dpo_dist.launch --config_file launch/accelerate/cpu_2.yaml"
+    command = [*common, f"run.root={root}", "trainer.seed=range(3)", f"sweep.launcher='{launcher}'"]
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "4")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "3")
+    ended = run_verb("sweep", command)
+    assert ended.code == 0, ended.output
+    results = json.loads((root / "sweep-run/sweep.json").read_text())["points"]
+    assert [row["outcome"] for row in results] == ["not trained", "completed", "not trained"]
+    assert summary(Path(results[1]["run_dir"]))["world_size"] == 2

@@ -1,0 +1,65 @@
+"""The points of a sweep: all combinations of the swept overrides, each as the run that `train` would get."""
+
+from pathlib import Path
+
+import pytest
+
+from dpo_dist.config.identity import run_dir
+from dpo_dist.config.load import load_points, load_run_config
+from dpo_dist.foundation.errors import ConfigError
+
+RUN = ["model.path=m", "data.train=[a.jsonl]"]
+
+
+def error_of(*words: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_points([*RUN, *words])
+    return str(caught.value)
+
+
+def test_the_grid_is_the_product_in_hydras_grammar() -> None:
+    swept = ["loss=choice(ipo,simpo)", "trainer.seed=range(1,4)", "optim.betas=[0.9,0.95],[0.8,0.99]"]
+    points = load_points([*RUN, "loss.beta=0.3", *swept])
+    assert len(points) == 2 * 3 * 2
+    for words, config in points.items():
+        assert [word.partition("=")[0] for word in words] == ["loss", "trainer.seed", "optim.betas"]
+        alone = load_run_config([*RUN, "loss.beta=0.3", *words])
+        assert config == alone
+    assert len({config.run.dir for config in points.values()}) == len(points)
+
+
+def test_experiments_and_files_are_swept_too(tmp_path: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    for name, beta in (("mild", 0.1), ("strong", 0.9)):
+        (tmp_path / f"experiment/{name}.yaml").write_text(f"loss: {{beta: {beta}}}")
+    points = load_points([*RUN, "+experiment=mild,strong", "optim.lr=1e-6,1e-5"], tmp_path)
+    assert [config.loss.beta for config in points.values()] == [0.1, 0.1, 0.9, 0.9]
+
+
+def test_all_mistakes_of_all_points_are_one_error() -> None:
+    text = error_of("loss.kind=sigmoid,ipoo,hinge", "optim.lr=1e-6,fast", "seeds=3", "loss.simpo_gamma=1")
+    assert "loss.kind=ipo" in text
+    assert "optim.lr=fast" in text
+    assert text.count("there is no key 'seeds'") == 1, "of all points, said once"
+
+
+def test_rules_are_checked_at_every_point() -> None:
+    text = error_of("loss.kind=simpo,sigmoid,ipo", "loss.simpo_gamma=1")
+    assert "sigmoid" in text
+    assert "ipo" in text
+
+
+@pytest.mark.parametrize("swept", ["trainer.log_every=1,2", "run.dir=a"])
+def test_points_of_one_run_are_refused(swept: str) -> None:
+    assert "it is the same run as" in error_of(swept, "loss.kind=ipo,hinge")
+
+
+def test_an_interval_has_no_points_and_other_verbs_name_the_sweep() -> None:
+    assert "loss.beta has one value" in error_of("loss.beta=interval(0,1)")
+    with pytest.raises(ConfigError, match="the verb sweep runs each"):
+        load_run_config([*RUN, "loss.beta=0.1,0.2"])
+
+
+def test_a_swept_key_names_the_run_directory_of_the_point() -> None:
+    for config in load_points([*RUN, "loss.beta=0.1,0.2"]).values():
+        assert config.run.dir == str(run_dir(config))
