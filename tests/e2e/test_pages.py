@@ -13,9 +13,11 @@ from dpo_dist.insight.pages.charts import Line, chart
 from dpo_dist.insight.pages.compare import write_comparison_page
 from dpo_dist.insight.pages.doctor import write_doctor_page
 from dpo_dist.insight.pages.render import page
+from tests.e2e.conftest import Overrides, last_evaluation
 from tests.support.browser import Watched, chromium
 from tests.support.comparison_files import answer, model, results, row, write_comparison
 from tests.support.doctor_data import diagnosis
+from tests.support.launch import run_verb, train
 
 HOSTILE = (
     "</figure></style></script><script>alert(1)</script><img src='http://example.com/x.png' onerror=alert(2)>"
@@ -151,6 +153,41 @@ def test_a_comparison(tmp_path: Path, browser: Any, width: int, has_script: bool
         orders = [float(each.get_attribute("data-order")) for each in prompts.all()]
         assert orders == sorted(orders)
     assert_inert(watched, file)
+
+
+def test_three_runs_by_their_verb(overrides: Overrides, assets: Path, tmp_path: Path, browser: Any) -> None:
+    evaluated = (f"data.eval=[{assets}/eval.jsonl]", "trainer.eval_every=2", "samples.prompts=2")
+    extra = {
+        "slow": (*evaluated, "trainer.max_steps=4", "samples.max_new_tokens=8"),
+        "fast": (*evaluated, "trainer.max_steps=8", "samples.max_new_tokens=8", "optim.lr=5e-2",
+                 "trainer.global_batch_pairs=3"),
+        "unseen": ("trainer.max_steps=2",),
+    }  # fmt: skip
+    for name, words in extra.items():
+        train(overrides(*words, f"run.dir={tmp_path}/{name}"))
+    ended = run_verb("report", list(extra), cwd=tmp_path)
+    assert ended.code == 0, ended.output
+    lines = [line.split() for line in ended.output.splitlines()]
+    assert lines[0][:4] == ["run", "outcome", "loss", "accuracy"], "more than four settings differ"
+    last = {name: last_evaluation(tmp_path / name) for name in ("slow", "fast")}
+    for name, line in zip(last, lines[1:], strict=False):
+        assert line[:2] == [name, "completed"]
+        loss = last[name]["eval_loss"]
+        is_best = loss == min(each["eval_loss"] for each in last.values())
+        assert line[2] == f"{loss:.4f}" + ("*" if is_best else "")
+    assert lines[3] == ["unseen", "completed", *"-----"]
+    assert lines[-1] == ["report:", "runs.html"]
+    watched = opened(browser, tmp_path / "runs.html", 700)
+    page = watched.page
+    assert page.get_by_role("row", name="optim.lr 0.0001 0.05 0.0001", exact=True).is_visible()
+    place, *legend = texts(watched)
+    assert place == "pair 24"  # 4 steps of 6 pairs, 8 of 3
+    assert legend[-1].startswith("unseen")
+    assert legend[-1].endswith("at pair 12")
+    hover(watched, 0.0)
+    assert texts(watched)[0] == "pair 3"
+    assert page.locator("#samples .prompt").count() == 2
+    assert_inert(watched, tmp_path / "runs.html")
 
 
 def test_texts_of_the_doctor_are_hidden_until_they_are_asked_for(tmp_path: Path, browser: Any) -> None:
