@@ -184,6 +184,7 @@ def test_three_runs_by_their_verb(overrides: Overrides, assets: Path, tmp_path: 
     assert place == "pair 24"  # 4 steps of 6 pairs, 8 of 3
     assert legend[-1].startswith("unseen")
     assert legend[-1].endswith("at pair 12")
+    page.locator("figure svg").first.scroll_into_view_if_needed()
     hover(watched, 0.0)
     assert texts(watched)[0] == "pair 3"
     assert page.locator("#samples .prompt").count() == 2
