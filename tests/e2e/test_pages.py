@@ -1,5 +1,6 @@
 """Pages in a real browser: charts by hover, keyboard and touch; texts of data, which do nothing."""
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import FolderConfig, RunConfig
+from dpo_dist.foundation.text import number
 from dpo_dist.insight.pages.charts import Line, chart
 from dpo_dist.insight.pages.compare import write_comparison_page
 from dpo_dist.insight.pages.doctor import write_doctor_page
@@ -186,9 +188,26 @@ def test_three_runs_by_their_verb(overrides: Overrides, assets: Path, tmp_path: 
     assert legend[-1].endswith("at pair 12")
     page.locator("figure svg").first.scroll_into_view_if_needed()
     hover(watched, 0.0)
-    assert texts(watched)[0] == "pair 3"
+    assert texts(watched)[0] == "pair 0"
     assert page.locator("#samples .prompt").count() == 2
     assert_inert(watched, tmp_path / "runs.html")
+    scores = [
+        json.loads(line) for line in (tmp_path / "fast/evaluation/scores.jsonl").read_text().splitlines()
+    ]
+    wrong = sorted((each for each in scores if each["margin"] < 0), key=lambda each: each["margin"])
+    assert wrong
+    pairs = (assets / "eval.jsonl").read_text().splitlines()
+    watched = opened(browser, tmp_path / "fast/report.html")
+    worst = watched.page.locator("#accuracy .prompt")
+    assert not worst.first.is_visible(), "texts are hidden until they are asked for"
+    watched.page.get_by_text("Evaluation pairs with the lowest margins").click()
+    for shown, each in zip(worst.all(), wrong, strict=True):
+        shown.evaluate("each => each.open = true")
+        text, pair = " ".join(shown.inner_text().split()), json.loads(pairs[each["line"] - 1])
+        assert f"eval.jsonl:{each['line']}: margin {number(each['margin'], 3)}" in text
+        for side in ("chosen", "rejected"):
+            assert pair[side][-1]["content"][:20] in text
+    assert_inert(watched, tmp_path / "fast/report.html")
 
 
 def test_texts_of_the_doctor_are_hidden_until_they_are_asked_for(tmp_path: Path, browser: Any) -> None:

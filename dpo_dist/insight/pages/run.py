@@ -18,7 +18,7 @@ from dpo_dist.insight.doctor.findings import Level
 from dpo_dist.insight.evaluation import ALL, results_name
 from dpo_dist.insight.pages.charts import charts
 from dpo_dist.insight.pages.render import estimate, flat, page, part
-from dpo_dist.insight.pages.samples import samples_of
+from dpo_dist.insight.pages.samples import samples_of, worst_pairs
 from dpo_dist.insight.tables import describe_reference
 from dpo_dist.insight.verdict.facts import ACCURACY, MARGIN, RunFacts, last
 from dpo_dist.insight.verdict.rules import RULES
@@ -106,6 +106,7 @@ def write_page(folder: RunFolder, output: Path | None = None) -> Path:
         "samples": samples_of(folder),
         "curves": charts(run.rows, run.noise(run.steps)),
         "accuracy": _by_source(facts),
+        "worst": worst_pairs(folder.evaluation_of(LAST_EVALUATION).worst) if facts.evaluation else [],
         "data": [_records(parts[name], counts) for name, counts in facts.section("data").items() if counts],
         "doctor": facts.doctor.get("findings") or [],
         "is_examined": bool(facts.doctor),

@@ -12,7 +12,7 @@ from typing import Any
 from markupsafe import Markup
 
 from dpo_dist.config.run_folder import RunFolder, step_of
-from dpo_dist.foundation.text import counted, percent
+from dpo_dist.foundation.text import counted, number, percent
 from dpo_dist.generation.text_facts import WORD, text_facts
 from dpo_dist.insight.pages.render import json_rows, part
 
@@ -202,6 +202,20 @@ def samples_of_runs(runs: Mapping[str, RunFolder]) -> list[Markup]:
         if len(responses) > 1
     ]
     return prompt_items(shown[:_MOST_SHOWN], _SECTION_BYTES)[0]
+
+
+def worst_pairs(file: Path) -> list[Markup]:
+    """Return the pairs of an evaluation's file of its worst ones."""
+    shown = (
+        Shown(
+            row["prompt"],
+            [Response(side, row[side]) for side in ("chosen", "rejected")],
+            "chosen",
+            f"{row['origin']}: margin {number(row['margin'], 3)}",
+        )
+        for row in json_rows(file)
+    )
+    return prompt_items(shown, _SECTION_BYTES)[0]
 
 
 def _responses(last: Row, rows: Mapping[int, Row | None]) -> Iterator[Response]:
