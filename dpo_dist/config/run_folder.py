@@ -72,10 +72,12 @@ class EvaluationFolder:
     results = At("evaluation.json")
     scores = At("scores.jsonl")
     evaluated = At("evaluated.json")
+    worst = At("worst.jsonl")
+    """Pairs with texts, of the last evaluation of training only."""
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """All of them."""
+        """Those of every evaluation."""
         return self.evaluated, self.scores, self.results
 
 

@@ -58,7 +58,7 @@ VERBS = {
     "convert": Verb(
         "translate a file of keys of TRL, LLaMA-Factory or axolotl", is_configured=False, reads_data=False
     ),
-    "report": Verb("write the page of a run again, or of the difference of two", is_configured=False),
+    "report": Verb("write the page of a run again, or compare several runs", is_configured=False),
     "chat": Verb("talk to a model in the terminal, also beside its base", is_configured=False),
     "store": Verb("list, verify and clean a store of reference log-probs", is_configured=False),
     "launch": Verb(

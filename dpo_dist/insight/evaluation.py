@@ -13,12 +13,14 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.metrics import METRICS
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.foundation.files import collect_abandoned, for_json, staged_file, write_text
+from dpo_dist.foundation.text import without_secrets
 from dpo_dist.objective.metrics import CustomMetrics, MetricPlan, PairValues, length_members, measure_pairs
 
 Column = npt.NDArray[np.float64]
@@ -30,6 +32,7 @@ ALL = "all"
 """The name of the results of all pairs."""
 RESAMPLES = 1000
 LEVEL = 0.95
+_WORST = 8
 FEWEST_PROMPTS = 6
 """Prompts that an interval needs. By an even chance five have the same outcome in 2 * 0.5**5 = 6 % of cases,
 and an interval of one outcome has no width."""
@@ -155,6 +158,22 @@ def write_scores(file: Path, values: PairValues, dataset: PreferenceDataset) -> 
             scores = {name: column[index].item() for name, column in columns.items()}
             record |= {name: score if math.isfinite(score) else None for name, score in scores.items()}
             lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def write_worst(
+    file: Path, values: PairValues, dataset: PreferenceDataset, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Write the pairs with the lowest negative margins and their texts, whole or not at all."""
+    lines = []
+    for index in np.argsort(values.margin, kind="stable")[:_WORST].tolist():
+        if values.margin[index] < 0:
+            example, origin = dataset.example(index), without_secrets(str(dataset.origin(index)))
+            row: dict[str, Any] = {"origin": origin, "margin": float(values.margin[index])}
+            chosen, *_, rejected = example.responses
+            for name, ids in (("prompt", example.prompt_ids), ("chosen", chosen), ("rejected", rejected)):
+                row[name] = str(tokenizer.decode(ids.tolist(), skip_special_tokens=False))
+            lines.append(json.dumps(row) + "\n")
+    write_text(file, "".join(lines))
 
 
 def write_evaluation(

@@ -8,11 +8,10 @@ from functools import partial
 from typing import Any
 
 from dpo_dist.config.run_folder import LAST_EVALUATION
-from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.foundation.errors import RunOutcome, warn_on_bug
 from dpo_dist.foundation.signals import BY_TRACKER
 from dpo_dist.generation.samples import prepare_samples
-from dpo_dist.insight.evaluation import write_evaluation
+from dpo_dist.insight.evaluation import write_evaluation, write_worst
 from dpo_dist.insight.metrics.card import data_findings, run_card
 from dpo_dist.insight.metrics.trackers import Trackers, open_trackers
 from dpo_dist.insight.pages.charts import draw_curves
@@ -21,6 +20,7 @@ from dpo_dist.insight.tables import closing_table
 from dpo_dist.insight.verdict.rules import RULES, sample_alarm, verdict
 from dpo_dist.objective.metrics import PairValues, Values
 from dpo_dist.training.context import Run
+from dpo_dist.training.inputs import Inputs
 from dpo_dist.training.metrics_log import MetricsLog, Row
 from dpo_dist.training.reporting import Reporting
 
@@ -53,11 +53,14 @@ class Recorder:
         if self.on_row is not None and self.on_row(dict(row)):
             self.run.stops.request.ask("on_row")
 
-    def evaluation(self, means: dict[str, float], values: PairValues, dataset: PreferenceDataset) -> None:
+    def evaluation(self, means: dict[str, float], values: PairValues, inputs: Inputs) -> None:
         """Write the files of the evaluation after the last step."""
         with warn_on_bug("the last evaluation's folder", self.run.say):
-            model = str(self.run.folder.model)
+            model, (dataset, _) = str(self.run.folder.model), inputs.visited[-1]
             write_evaluation(LAST_EVALUATION, model, self.run.config, means, values, dataset)
+            if not self.run.config.loss.is_one_sided:
+                file = self.run.folder.evaluation_of(LAST_EVALUATION).worst
+                write_worst(file, values, dataset, inputs.tokenizer)
 
     def close(self, summary: Mapping[str, Any], outcome: RunOutcome) -> None:
         """Write summary, verdict, curves and page, end tracking, and print the closing table and verdict."""

@@ -13,7 +13,7 @@ from dpo_dist.foundation.text import counted, duration, percent, size
 Fields = Mapping[str, Any]
 Ends = Sequence[float] | None
 
-_EVALUATED = ("rewards/accuracies", "rewards/margins", "rewards/both_fall", "logps/chosen_per_token")
+EVALUATED = ("rewards/accuracies", "rewards/margins", "rewards/both_fall", "logps/chosen_per_token")
 _OUTCOMES = {
     RunOutcome.completed: "completed {}",
     RunOutcome.preempted: "stopped after {}; the same command resumes from there",
@@ -112,7 +112,7 @@ def evaluation_cells(results: Mapping[str, Fields], metrics: Sequence[str]) -> l
 
 def evaluation_table(results: Mapping[str, Fields]) -> list[str]:
     """Return the lines of the table about an evaluation."""
-    return aligned(evaluation_cells(results, _EVALUATED))
+    return aligned(evaluation_cells(results, EVALUATED))
 
 
 def comparison_table(results: Fields) -> list[str]:

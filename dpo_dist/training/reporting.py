@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.objective.metrics import PairValues, Values
@@ -25,7 +24,7 @@ class Recorder(Protocol):
     def row(self, row: Row, margins: Values | None = None) -> None:
         """Record one metrics row; of an evaluation with its margins."""
 
-    def evaluation(self, means: dict[str, float], values: PairValues, dataset: PreferenceDataset) -> None:
+    def evaluation(self, means: dict[str, float], values: PairValues, inputs: Inputs) -> None:
         """Write the files of the evaluation after the last step."""
 
     def close(self, summary: Mapping[str, Any], outcome: RunOutcome) -> None:

@@ -59,7 +59,7 @@ class Rows:
 
             def write() -> None:
                 assert self.recorder is not None
-                self.recorder.evaluation(metrics, values, dataset)
+                self.recorder.evaluation(metrics, values, self.inputs)
 
             # Before the checkpoint of this step, from which a killed run resumes without another evaluation.
             with self.run.console.heartbeat("computing the intervals of the last evaluation"):

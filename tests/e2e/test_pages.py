@@ -1,5 +1,6 @@
 """Pages in a real browser: charts by hover, keyboard and touch; texts of data, which do nothing."""
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,13 +10,16 @@ import pytest
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import FolderConfig, RunConfig
+from dpo_dist.foundation.text import number
 from dpo_dist.insight.pages.charts import Line, chart
 from dpo_dist.insight.pages.compare import write_comparison_page
 from dpo_dist.insight.pages.doctor import write_doctor_page
 from dpo_dist.insight.pages.render import page
+from tests.e2e.conftest import Overrides, last_evaluation
 from tests.support.browser import Watched, chromium
 from tests.support.comparison_files import answer, model, results, row, write_comparison
 from tests.support.doctor_data import diagnosis
+from tests.support.launch import run_verb, train
 
 HOSTILE = (
     "</figure></style></script><script>alert(1)</script><img src='http://example.com/x.png' onerror=alert(2)>"
@@ -151,6 +155,59 @@ def test_a_comparison(tmp_path: Path, browser: Any, width: int, has_script: bool
         orders = [float(each.get_attribute("data-order")) for each in prompts.all()]
         assert orders == sorted(orders)
     assert_inert(watched, file)
+
+
+def test_three_runs_by_their_verb(overrides: Overrides, assets: Path, tmp_path: Path, browser: Any) -> None:
+    evaluated = (f"data.eval=[{assets}/eval.jsonl]", "trainer.eval_every=2", "samples.prompts=2")
+    extra = {
+        "slow": (*evaluated, "trainer.max_steps=4", "samples.max_new_tokens=8"),
+        "fast": (*evaluated, "trainer.max_steps=8", "samples.max_new_tokens=8", "optim.lr=5e-2",
+                 "trainer.global_batch_pairs=3"),
+        "unseen": ("trainer.max_steps=2",),
+    }  # fmt: skip
+    for name, words in extra.items():
+        train(overrides(*words, f"run.dir={tmp_path}/{name}"))
+    ended = run_verb("report", list(extra), cwd=tmp_path)
+    assert ended.code == 0, ended.output
+    lines = [line.split() for line in ended.output.splitlines()]
+    assert lines[0][:4] == ["run", "outcome", "loss", "accuracy"], "more than four settings differ"
+    last = {name: last_evaluation(tmp_path / name) for name in ("slow", "fast")}
+    for name, line in zip(last, lines[1:], strict=False):
+        assert line[:2] == [name, "completed"]
+        loss = last[name]["eval_loss"]
+        is_best = loss == min(each["eval_loss"] for each in last.values())
+        assert line[2] == f"{loss:.4f}" + ("*" if is_best else "")
+    assert lines[3] == ["unseen", "completed", *"-----"]
+    assert lines[-1] == ["report:", "runs.html"]
+    watched = opened(browser, tmp_path / "runs.html", 700)
+    page = watched.page
+    assert page.get_by_role("row", name="optim.lr 0.0001 0.05 0.0001", exact=True).is_visible()
+    place, *legend = texts(watched)
+    assert place == "pair 24"  # 4 steps of 6 pairs, 8 of 3
+    assert legend[-1].startswith("unseen")
+    assert legend[-1].endswith("at pair 12")
+    page.locator("figure svg").first.scroll_into_view_if_needed()
+    hover(watched, 0.0)
+    assert texts(watched)[0] == "pair 0"
+    assert page.locator("#samples .prompt").count() == 2
+    assert_inert(watched, tmp_path / "runs.html")
+    scores = [
+        json.loads(line) for line in (tmp_path / "fast/evaluation/scores.jsonl").read_text().splitlines()
+    ]
+    wrong = sorted((each for each in scores if each["margin"] < 0), key=lambda each: each["margin"])
+    assert wrong
+    pairs = (assets / "eval.jsonl").read_text().splitlines()
+    watched = opened(browser, tmp_path / "fast/report.html")
+    worst = watched.page.locator("#accuracy .prompt")
+    assert not worst.first.is_visible(), "texts are hidden until they are asked for"
+    watched.page.get_by_text("Evaluation pairs with the lowest margins").click()
+    for shown, each in zip(worst.all(), wrong, strict=True):
+        shown.evaluate("each => each.open = true")
+        text, pair = " ".join(shown.inner_text().split()), json.loads(pairs[each["line"] - 1])
+        assert f"eval.jsonl:{each['line']}: margin {number(each['margin'], 3)}" in text
+        for side in ("chosen", "rejected"):
+            assert pair[side][-1]["content"][:20] in text
+    assert_inert(watched, tmp_path / "fast/report.html")
 
 
 def test_texts_of_the_doctor_are_hidden_until_they_are_asked_for(tmp_path: Path, browser: Any) -> None:

@@ -1,4 +1,4 @@
-"""Charts: curves of a run on its page and as an image, a scatter, a histogram; complete without a script.
+"""Charts: curves of runs on pages and as an image, a scatter, a histogram; complete without a script.
 
 Matplotlib draws the image only: its SVG takes six times the time, and styles that the pages forbid.
 """
@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -131,8 +131,10 @@ class Line:
         return self.steps[sorted(kept)]
 
 
-def chart(title: str, lines: Sequence[Line], unit: str = "", *, log: bool = False) -> Markup:
-    """Return a `<figure>` with one chart over steps; empty if no line has a point.
+def chart(
+    title: str, lines: Sequence[Line], unit: str = "", *, log: bool = False, over: str = "step"
+) -> Markup:
+    """Return a `<figure>` with one chart over steps, or what `over` names; empty if no line has a point.
 
     A long line is drawn with about 400 points, which include its smallest and largest values.
     """
@@ -150,6 +152,7 @@ def chart(title: str, lines: Sequence[Line], unit: str = "", *, log: bool = Fals
     across = Axis(low, high if high > low else low + 1, 50, 364)
     up = _axis_of(drawn, 184, 8, is_log=log)
     data = {
+        "over": over,
         "box": [across.start, across.end, up.end, up.start],
         "xAxis": [across.low, across.high],
         "yAxis": [up.low, up.high, up.is_log],
@@ -160,10 +163,10 @@ def chart(title: str, lines: Sequence[Line], unit: str = "", *, log: bool = Fals
     }
     labels = list(dict.fromkeys(line.label for line in drawn))
     figure = {
-        **{"title": title, "unit": unit, "across": across, "up": up, "place": number(high)},
+        **{"title": title, "unit": unit, "over": over, "across": across, "up": up, "place": number(high)},
         "json": json.dumps(data, separators=(",", ":")),
         "paths": [path for line in drawn for path in _paths(line, drawn, labels, across, up)],
-        "legend": _legend(drawn, labels, high),
+        "legend": _legend(drawn, labels, high, over),
     }
     return part("svg.jinja", "chart", figure)
 
@@ -196,7 +199,7 @@ def _paths(
     return shown if len(line.steps) <= _FEW_POINTS and line.role != "noise" else shown[:1]
 
 
-def _legend(drawn: Sequence[Line], labels: Sequence[str], end: float) -> list[Mapping[str, Any]]:
+def _legend(drawn: Sequence[Line], labels: Sequence[str], end: float, over: str) -> list[Mapping[str, Any]]:
     """Return an item for each label's curve and for each label's evaluations, with the last values."""
     items: dict[tuple[str, bool], list[int]] = {}
     for index, line in enumerate(drawn):
@@ -208,21 +211,21 @@ def _legend(drawn: Sequence[Line], labels: Sequence[str], end: float) -> list[Ma
             "mark": "ring" if is_evaluation else "stroke",
             "label": label,
             "note": " (evaluation)" if is_evaluation and (label, False) in items else "",
-            "last": " · mean ".join(_last_value(drawn[index], end) for index in indices),
+            "last": " · mean ".join(_last_value(drawn[index], end, over) for index in indices),
         }
         for (label, is_evaluation), indices in items.items()
     ]
 
 
-def _last_value(line: Line, end: float) -> str:
+def _last_value(line: Line, end: float, over: str) -> str:
     step, value = float(line.steps[-1]), float(line.values[-1])
     shown = "no value" if math.isnan(value) else number(value)
-    return shown if step == end else f"{shown} at step {number(step)}"
+    return shown if step == end else f"{shown} at {over} {number(step)}"
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A chart on the page, of the metrics whose row has its title, or of the custom metric of that name.
+    """A chart on a run's page, of the metrics whose row has its title, or of the custom metric of that name.
 
     `in_image`: in training_curves.png.
     """
@@ -237,6 +240,12 @@ class Panel:
         """The names of its metrics."""
         named = tuple(name for name, metric in METRICS.items() if metric.chart == self.title)
         return named or (self.title,)
+
+    def label(self, key: str) -> str:
+        """Return the label of a metric's lines."""
+        if len(self.keys) == 1:
+            return metric_of(key).title
+        return key.rsplit("/", 1)[-1].removesuffix("_per_token")
 
 
 PANELS = (
@@ -255,8 +264,6 @@ PANELS = (
 
 def charts(rows: Rows, noise: Mapping[str, float]) -> list[Markup]:
     """Return all charts of a run that have a value; `noise` is that of rounding, by metric."""
-    names = {key.removeprefix(PREFIX): None for row in rows for key in row}
-    custom = [Panel(name) for name in names if name.startswith(CUSTOM) and name.count("/") == 1]
     figures = (
         chart(
             panel.title,
@@ -264,9 +271,31 @@ def charts(rows: Rows, noise: Mapping[str, float]) -> list[Markup]:
             metric_of(panel.keys[0]).unit,
             log=panel.is_log,
         )
-        for panel in (*PANELS, *custom)
+        for panel in _panels(rows)
     )
     return list(filter(None, figures))
+
+
+def charts_of_runs(runs: Mapping[str, Rows]) -> list[Markup]:
+    """Return a chart over pairs for each metric; `runs`: by label, rows whose `step` is their pairs so far.
+
+    Each run has its moving mean and its evaluations.
+    """
+    figures = []
+    for panel in _panels(list(chain(*runs.values()))):
+        for key in panel.keys:
+            lines = [line for label, rows in runs.items() for line in _metric_lines(panel, key, label, rows)]
+            shown = {(line.label, line.role == "evaluation"): line for line in lines}  # the mean is after raw
+            title = panel.title if len(panel.keys) == 1 else f"{panel.title}: {panel.label(key)}"
+            unit = metric_of(key).unit
+            figures.append(chart(title, list(shown.values()), unit, log=panel.is_log, over="pair"))
+    return list(filter(None, figures))
+
+
+def _panels(rows: Rows) -> list[Panel]:
+    names = {key.removeprefix(PREFIX): None for row in rows for key in row}
+    custom = [Panel(name) for name in names if name.startswith(CUSTOM) and name.count("/") == 1]
+    return [*PANELS, *custom]
 
 
 def panel_lines(panel: Panel, rows: Rows, noise: Mapping[str, float]) -> Iterator[Line]:
@@ -275,24 +304,26 @@ def panel_lines(panel: Panel, rows: Rows, noise: Mapping[str, float]) -> Iterato
     The last line is the noise of the first metric, if it has some.
     """
     steps = [row for row in rows if "loss" in row]
-    known = set().union(*rows)
-    labels = {key: key.split("/")[-1].removesuffix("_per_token") for key in panel.keys}
-    if len(panel.keys) == 1:
-        labels = {panel.keys[0]: metric_of(panel.keys[0]).title}
-    for key, label in labels.items():
-        if key in known:
-            raw = _line(panel, label, "raw", steps, key)
-            mean = raw.smoothed() if panel.is_smoothed else raw
-            yield from [mean] if mean is raw else [raw, mean]
-        if evaluated := [row for row in rows if PREFIX + key in row]:
-            yield _line(panel, label, "evaluation", evaluated, PREFIX + key)
+    for key in panel.keys:
+        yield from _metric_lines(panel, key, panel.label(key), rows)
     if panel.keys == ("loss",):
         counts = accumulate((row.get("loss_spikes", 0.0) for row in steps), max, initial=0.0)
         pairs = zip(steps, counts, strict=False)
         if spikes := [row for row, before in pairs if row.get("loss_spikes", 0.0) > before]:
             yield _line(panel, "spike", "spike", spikes, "loss")
-    if panel.keys[0] in known and (level := noise.get(panel.keys[0])):
+    if (level := noise.get(panel.keys[0])) and any(panel.keys[0] in row for row in steps):
         yield Line("noise of rounding", "noise", [row["step"] for row in steps], [level] * len(steps))
+
+
+def _metric_lines(panel: Panel, key: str, label: str, rows: Rows) -> Iterator[Line]:
+    """Yield the values of a metric, their moving mean and those of evaluations."""
+    steps = [row for row in rows if "loss" in row]
+    if any(key in row for row in steps):
+        raw = _line(panel, label, "raw", steps, key)
+        mean = raw.smoothed() if panel.is_smoothed else raw
+        yield from [mean] if mean is raw else [raw, mean]
+    if evaluated := [row for row in rows if PREFIX + key in row]:
+        yield _line(panel, label, "evaluation", evaluated, PREFIX + key)
 
 
 def _line(panel: Panel, label: str, role: Role, rows: Rows, key: str) -> Line:

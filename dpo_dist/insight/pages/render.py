@@ -106,16 +106,19 @@ TEMPLATES.filters |= {
 }
 
 
-def page(template: str, title: str, scripts: Sequence[str] = (), **content: Any) -> str:
+def page(
+    template: str, title: str, scripts: Sequence[str] = (), *, reloads: bool = False, **content: Any
+) -> str:
     """Return a page that loads nothing and may run nothing but its own style sheet and script files.
 
-    Without its scripts it is complete.
+    Without its scripts it is complete. `reloads`: the browser reads its file again every 30 seconds.
     """
     style = (_FOLDER / "page.css").read_text()
     script = "\n".join((_FOLDER / name).read_text() for name in scripts)
     digests = (base64.b64encode(hashlib.sha256(each.encode()).digest()).decode() for each in (style, script))
     html = TEMPLATES.get_template(template).render(
         title=title,
+        reloads=reloads,
         style=Markup(style),  # noqa: S704  (own files)
         script=Markup(script),  # noqa: S704
         digests=[Markup(f"'sha256-{digest}'") for digest in digests],  # noqa: S704

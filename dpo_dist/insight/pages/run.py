@@ -1,4 +1,4 @@
-"""The page about a run, from its verdict to how to repeat it, and the page about two runs."""
+"""The page about a run, from its verdict to how to repeat it."""
 
 import json
 import math
@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from dpo_dist.config.metrics import CUSTOM, METRICS
+from dpo_dist.config.metrics import METRICS
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.data.counts import in_words
 from dpo_dist.foundation import files
@@ -18,11 +18,10 @@ from dpo_dist.insight.doctor.findings import Level
 from dpo_dist.insight.evaluation import ALL, results_name
 from dpo_dist.insight.pages.charts import charts
 from dpo_dist.insight.pages.render import estimate, flat, page, part
-from dpo_dist.insight.pages.samples import samples_of
+from dpo_dist.insight.pages.samples import samples_of, worst_pairs
 from dpo_dist.insight.tables import describe_reference
 from dpo_dist.insight.verdict.facts import ACCURACY, MARGIN, RunFacts, last
 from dpo_dist.insight.verdict.rules import RULES
-from dpo_dist.objective.metrics import ENTROPIES, PAIR_METRICS
 from dpo_dist.training.clock import WORKS, Work
 from dpo_dist.training.metrics_log import final_and_best, metrics_by_source, read_latest_rows
 
@@ -107,6 +106,7 @@ def write_page(folder: RunFolder, output: Path | None = None) -> Path:
         "samples": samples_of(folder),
         "curves": charts(run.rows, run.noise(run.steps)),
         "accuracy": _by_source(facts),
+        "worst": worst_pairs(folder.evaluation_of(LAST_EVALUATION).worst) if facts.evaluation else [],
         "data": [_records(parts[name], counts) for name, counts in facts.section("data").items() if counts],
         "doctor": facts.doctor.get("findings") or [],
         "is_examined": bool(facts.doctor),
@@ -119,7 +119,8 @@ def write_page(folder: RunFolder, output: Path | None = None) -> Path:
     links = [(name, title) for name, title in _SECTIONS.items() if content[name]]
     scripts = ["charts.js"] if content["curves"] else []
     path = output or folder.report
-    files.write_text(path, page("run.jinja", folder.path.resolve().name, scripts, links=links, **content))
+    name, is_running = folder.path.resolve().name, "exit" not in facts.summary
+    files.write_text(path, page("run.jinja", name, scripts, reloads=is_running, links=links, **content))
     return path
 
 
@@ -254,91 +255,3 @@ def _records(title: str, counts: Fields) -> Mapping[str, Any]:
             for each in counts.get("sources") or []
         ],
     }
-
-
-# Two runs: the settings that differ, and their metrics side by side.
-Two = Sequence[PageFacts]
-
-_ABSENT = "not recorded"
-_OF_NO_RESULT = ("run.", "console.", "tracking.")
-_OF_NO_POLICY = ("samples/reference_", "samples/prompts", "samples/alarms")
-
-
-def write_difference(folders: tuple[RunFolder, RunFolder], output: Path | None = None) -> Path:
-    """Write the page about two runs to `output` or to the working folder, and return its path."""
-    two, names = [PageFacts(folder) for folder in folders], [folder.path.resolve().name for folder in folders]
-    runs = [
-        (label, name, facts.summary.get("exit") or "not ended", verdict_of(facts))
-        for label, name, facts in zip("AB", names, two, strict=True)
-    ]
-    differing = list(_differing(*(dict(flat(facts.config)) for facts in two)))
-    others = [row for row in differing if row[0].startswith(_OF_NO_RESULT)]
-    settings = [row for row in differing if row not in others]
-    others += _differing(*(dict(flat(facts.environment)) for facts in two))
-    is_evaluated = all(facts.run.evaluations for facts in two)
-    html = page(
-        "difference.jinja",
-        " and ".join(names),
-        runs=runs,
-        settings=settings,
-        others=others,
-        warnings=list(_warnings(two)),
-        of="the last evaluation" if is_evaluated else "the last logged steps",
-        results=list(_metrics(two)),
-    )
-    path = output or Path("-".join(["difference", *names]) + ".html")
-    files.write_text(path, html)
-    return path
-
-
-def _differing(first: Mapping[str, str], second: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    for key in dict.fromkeys([*first, *second]):
-        values = first.get(key, _ABSENT), second.get(key, _ABSENT)
-        if values[0] != values[1]:
-            yield key, *values
-
-
-def _warnings(two: Two) -> Iterator[str]:
-    """Yield the reasons for which values of the two runs are not comparable."""
-    identities = [facts.state.get("identity") or {} for facts in two]
-
-    def differ(*values: object) -> bool:
-        return None not in values and values[0] != values[1]
-
-    if differ(*(identity.get("eval_data") for identity in identities)):
-        yield "The runs were evaluated on different data: their metrics are not comparable."
-    if differ(*(identity.get("reference") for identity in identities)):
-        yield "Their reference models differ: rewards, margins and accuracies are relative to other models."
-    if any(differ(*(facts.setting(key) for facts in two)) for key in ("loss.kind", "loss.terms")):
-        yield "Their losses differ: values of the loss are not comparable."
-    if differ(*(facts.setting("loss.beta") for facts in two)):
-        yield "Their beta differs: rewards and margins are multiples of it. Compare accuracies and log-probs."
-
-
-def _metrics(two: Two) -> Iterator[tuple[object, ...]]:
-    """Yield the last metrics of both runs with their difference and whether their intervals overlap."""
-    is_evaluated = all(facts.run.evaluations for facts in two)
-    rows = [row for facts in two for row in (facts.run.evaluations if is_evaluated else facts.run.steps)[-1:]]
-    if len(rows) < len(two):
-        return
-    ends = [_intervals(facts) if is_evaluated else {} for facts in two]
-    samples = (key for key in rows[0] if key.startswith("samples/") and not key.startswith(_OF_NO_POLICY))
-    by_source = (key for key in rows[0] if key.startswith((f"{ACCURACY}/", f"{MARGIN}/", CUSTOM)))
-    for key in (*PAIR_METRICS, *ENTROPIES, *samples, *by_source):
-        if all(key in row for row in rows):
-            first, second = (each.get(key) for each in ends)
-            cells = [estimate(row[key], each.get(key)) for row, each in zip(rows, ends, strict=True)]
-            overlap = ""
-            if first and second:
-                is_common = max(first[0], second[0]) <= min(first[1], second[1])
-                overlap = "overlap" if is_common else "do not overlap"
-            yield key, *cells, f"{rows[1][key] - rows[0][key]:+.3g}", overlap
-
-
-def _intervals(facts: PageFacts) -> Mapping[str, Sequence[float]]:
-    """Return the intervals of the last evaluation by metric, also of sources."""
-    intervals = {key.removeprefix("eval_"): ends for key, ends in facts.intervals(ALL).items()}
-    for label in facts.by_source:
-        of_source = facts.intervals(results_name(label))
-        intervals |= {f"{key.removeprefix('eval_')}/{label}": ends for key, ends in of_source.items()}
-    return intervals

@@ -1,4 +1,4 @@
-"""Prompts with responses side by side, different words marked; the samples of a run that its page shows."""
+"""Prompts with responses side by side, different words marked; the samples of runs that their pages show."""
 
 import random
 import re
@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
 from dpo_dist.config.run_folder import RunFolder, step_of
-from dpo_dist.foundation.text import counted, percent
+from dpo_dist.foundation.text import counted, number, percent
 from dpo_dist.generation.text_facts import WORD, text_facts
 from dpo_dist.insight.pages.render import json_rows, part
 
@@ -155,10 +156,8 @@ def samples_of(folder: RunFolder) -> Mapping[str, Any]:
 
     Responses are those of the reference and of the policy after the last, the previous and the first step.
     """
-    files = {
-        step: file for file in folder.samples.glob("step-*.jsonl") if (step := step_of(file.stem)) is not None
-    }
-    steps = sorted(files, reverse=True)
+    files = _files(folder)
+    steps = list(files)
     read = {step: list(islice(json_rows(files[step]), _MOST_ROWS)) for step in {*steps[:2], *steps[-1:]}}
     if not steps or not read[steps[0]]:
         return {}
@@ -176,6 +175,47 @@ def samples_of(folder: RunFolder) -> Mapping[str, Any]:
         "items": items,
         "omitted": omitted,
     }
+
+
+def _files(folder: RunFolder) -> dict[int, Path]:
+    """Return the files of samples by step, the newest first."""
+    named = ((step_of(file.stem), file) for file in folder.samples.glob("step-*.jsonl"))
+    return dict(sorted(((step, file) for step, file in named if step is not None), reverse=True))
+
+
+def samples_of_runs(runs: Mapping[str, RunFolder]) -> list[Markup]:
+    """Return prompts that several runs have, with the responses after the last step of each."""
+    by_prompt: dict[str, list[Response]] = {}
+    last: dict[str, Row] = {}
+    for label, folder in runs.items():
+        for file in islice(_files(folder).values(), 1):
+            for row in islice(json_rows(file), _MOST_ROWS):
+                notes = end_notes(row["policy_tokens"], row["policy_finished"])
+                response = Response(label, row["policy"], f"step {row['step']:,}, {notes}")
+                by_prompt.setdefault(row["prompt_id"], []).append(response)
+                last[row["prompt_id"]] = row
+    shown = [
+        Shown(
+            row["prompt"], [*responses, Response("chosen", row["chosen"])], responses[0].label, row["source"]
+        )
+        for responses, row in zip(by_prompt.values(), last.values(), strict=True)
+        if len(responses) > 1
+    ]
+    return prompt_items(shown[:_MOST_SHOWN], _SECTION_BYTES)[0]
+
+
+def worst_pairs(file: Path) -> list[Markup]:
+    """Return the pairs of an evaluation's file of its worst ones."""
+    shown = (
+        Shown(
+            row["prompt"],
+            [Response(side, row[side]) for side in ("chosen", "rejected")],
+            "chosen",
+            f"{row['origin']}: margin {number(row['margin'], 3)}",
+        )
+        for row in json_rows(file)
+    )
+    return prompt_items(shown, _SECTION_BYTES)[0]
 
 
 def _responses(last: Row, rows: Mapping[int, Row | None]) -> Iterator[Response]:

@@ -41,7 +41,7 @@
       const point = this.last(line, step);
       if (!point) return "none yet";
       const value = point.value === null ? "no value" : text(point.value);
-      return point.step === step ? value : value + " at step " + text(point.step);
+      return point.step === step ? value : `${value} at ${this.data.over} ${text(point.step)}`;
     }
     show(step) {
       const isEnd = step === null;
@@ -51,7 +51,7 @@
       for (const item of this.items) {
         item.output.textContent = item.lines.map(line => this.describe(line, at)).join(" \u00b7 mean ");
       }
-      this.place.textContent = "step " + text(at);
+      this.place.textContent = this.data.over + " " + text(at);
       this.cursor.replaceChildren(...(isEnd ? [] : this.marks(at)));
     }
     marks(at) {

@@ -126,3 +126,14 @@ def made_run(folder: Path, text: str = "plain", source: str = "math") -> RunFold
         run.path, 30, [sample(1, text, prompt=text, source=text, chosen=text, reference=f"{text} before")]
     )
     return run
+
+
+def change(file: Path, *keys: str, value: Any) -> None:
+    """Set a key of a file of JSON or YAML."""
+    is_json = "json" in file.suffix
+    content = json.loads(file.read_text()) if is_json else yaml.safe_load(file.read_text())
+    place = content
+    for key in keys[:-1]:
+        place = place.setdefault(key, {})
+    place[keys[-1]] = value
+    file.write_text(json.dumps(content) if is_json else yaml.safe_dump(content))

@@ -1,42 +1,29 @@
-"""Pages of a run and of two runs, and their verb: complete, inert, also of a run in training."""
+"""The page of a run and its verb: complete, inert, also of a run in training."""
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 from markupsafe import Markup
 
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.insight.pages.render import inert
-from dpo_dist.insight.pages.run import write_difference, write_page
+from dpo_dist.insight.pages.run import write_page
+from dpo_dist.insight.pages.runs import compare_runs
 from dpo_dist.report import main
-from tests.unit.insight.pages.made_run import HOSTILE, Page, made_run
+from tests.unit.insight.pages.made_run import HOSTILE, Page, change, made_run
 
-Runs = tuple[RunFolder, RunFolder]
-
-
-def page_of(*runs: RunFolder) -> Page:
-    if len(runs) == 2:
-        return Page(write_difference(runs, runs[0].path.parent / "page.html").read_text(encoding="utf-8"))
-    return Page(write_page(runs[0]).read_text(encoding="utf-8"))
+RELOADS = '<meta http-equiv="refresh" content="30">'
 
 
-def change(file: Path, *keys: str, value: Any) -> None:
-    is_json = "json" in file.suffix
-    content = json.loads(file.read_text()) if is_json else yaml.safe_load(file.read_text())
-    place = content
-    for key in keys[:-1]:
-        place = place.setdefault(key, {})
-    place[keys[-1]] = value
-    file.write_text(json.dumps(content) if is_json else yaml.safe_dump(content))
+def page_of(run: RunFolder) -> Page:
+    return Page(write_page(run).read_text(encoding="utf-8"))
 
 
-@pytest.fixture
-def runs(tmp_path: Path) -> Runs:
-    return made_run(tmp_path / "a"), made_run(tmp_path / "b")
+def page_of_several(*runs: RunFolder) -> Page:
+    page = runs[0].path.parent / "page.html"
+    compare_runs(runs, page)
+    return Page(page.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +59,7 @@ def test_texts_add_no_element(tmp_path: Path) -> None:
     tags = [[tag for tag in each.tags if tag not in ("i", "mark")] for each in (plain, shown)]
     assert tags[0] == tags[1]
     assert shown.tags.count("script") == 1
-    for each in (shown, page_of(first, second)):
+    for each in (shown, page_of_several(first, second)):
         assert not {"img", "link", "iframe"} & set(each.tags)
         assert not [name for name, _ in each.attributes if name.startswith("on") or name in ("src", "style")]
         assert all(value.startswith("#") for name, value in each.attributes if name == "href")
@@ -111,6 +98,11 @@ def test_a_run_in_training_has_a_page_of_its_rows_so_far(tmp_path: Path) -> None
     html = run.report.read_text()
     assert "This run has not ended: its last metrics are of step 40." in html
     assert html.count('<figure class="curves') >= 4
+    assert RELOADS in html
+
+
+def test_a_page_of_a_run_that_has_ended_does_not_reload(tmp_path: Path) -> None:
+    assert RELOADS not in write_page(made_run(tmp_path)).read_text()
 
 
 def test_a_page_that_cannot_be_written_is_a_plain_error(
@@ -124,50 +116,6 @@ def test_a_page_that_cannot_be_written_is_a_plain_error(
     errors = capsys.readouterr().err
     assert errors.count("the page cannot be written") == 2
     assert f"such as {run}" in errors
-
-
-def test_a_page_of_two_runs_has_what_differs_and_whether_intervals_overlap(runs: Runs) -> None:
-    equal = page_of(*runs).text
-    assert "All settings of the training are equal." in equal
-    assert "comparable" not in equal
-    change(runs[1].config, "optim", "lr", value=5e-6)
-    change(runs[1].config, "tracking", "project", value="mine")
-    rows = json.loads(runs[1].log_history.read_text())
-    rows[-1]["eval_rewards/accuracies"] = 0.9
-    runs[1].log_history.write_text(json.dumps(rows))
-    results = runs[1].evaluation_of(LAST_EVALUATION).results
-    change(results, "all", "intervals", "eval_rewards/accuracies", value=[0.85, 0.95])
-    for run, digest, beta in zip(runs, "xy", (0.1, 0.5), strict=True):
-        change(run.state, "identity", "eval_data", value=digest)
-        change(run.state, "identity", "reference", value=digest)
-        change(run.config, "loss", "beta", value=beta)
-        change(run.config, "loss", "kind", value=f"loss {digest}")
-    found = page_of(*runs)
-    settings = found.section("Settings").split("Results")[0]
-    assert "setting A B loss.beta 0.1 0.5 loss.kind loss x loss y optim.lr 1e-06 5e-06 Other" in settings
-    assert "tracking.project not recorded mine" in settings
-    assert "model.path" not in settings
-    assert "A: qwen-sigmoid-3fa9c1d2 completed Does not generalise: plain." in " ".join(found.text.split())
-    shown = found.section("Results")
-    assert "rewards/accuracies 0.625 [0.55, 0.7] 0.9 [0.85, 0.95] +0.275 do not overlap" in shown
-    assert "rewards/accuracies/math 0.55 [0.45, 0.65] 0.55 [0.45, 0.65] +0 overlap" in shown
-    warnings = "different data", "Their reference models differ", "Their losses differ", "Their beta differs"
-    assert [said for said in warnings if said not in shown] == []
-
-
-def test_the_verb_writes_a_page_of_two_runs_to_this_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    first, second = made_run(tmp_path / "a"), RunFolder(tmp_path / "empty")
-    second.path.mkdir()
-    second.config.write_text("{}")
-    monkeypatch.chdir(tmp_path)
-    assert main([str(first), str(second)]) == 0
-    name = "difference-qwen-sigmoid-3fa9c1d2-empty.html"
-    assert capsys.readouterr().out == f"report: {name}\n"
-    shown = Page((tmp_path / name).read_text())
-    assert "This run has not ended" in shown.text
-    assert "Results" not in shown.text
 
 
 @pytest.mark.parametrize(
