@@ -50,6 +50,7 @@ def main(points: Points) -> int:
     folder = RunFolder(Path(first.run.root) / f"sweep-{first.run.name}")
     with open_console(folder.rank_log, first.console.style) as console:
         _warm_up()
+        from dpo_dist.insight.pages.runs import compare_runs  # noqa: PLC0415  (slow)
         from dpo_dist.insight.sweep import sweep_results, sweep_table  # noqa: PLC0415  (slow, prints)
 
         job, jobs = (int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", "1")) for name in ("ID", "COUNT"))
@@ -59,8 +60,12 @@ def main(points: Points) -> int:
         console.say(f"sweep: {counted(len(points), 'point')}{share}, {len(mine) - len(left):,} finished")
         codes, is_stopped = _Trainer(left, folder, console, first.sweep).run()
         results = sweep_results(points, {words: _ending(code) for words, code in codes.items()}, folder)
-        console.result("sweep", results, [*sweep_table(results), f"sweep  {folder.sweep}"])
-        write_page([RunFolder.of(config) for config in points.values()])
+        lines = [*sweep_table(results), f"sweep   {folder.sweep}"]
+        begun = [run for run in map(RunFolder.of, points.values()) if run.state.is_file()]
+        if len(begun) > 1:
+            compare_runs(begun, folder.report)
+            lines.append(f"report  {folder.report}")
+        console.result("sweep", results, lines)
     failed = [code for code in codes.values() if code not in (ExitCode.completed, ExitCode.preempted)]
     if failed and not is_stopped:
         return failed[0] if failed[0] in set(ExitCode) else ExitCode.failed
@@ -90,10 +95,6 @@ def check(points: Points) -> None:
     check_points(points)
     for config in points.values():
         train.check(config)
-
-
-def write_page(folders: Sequence[RunFolder]) -> None:
-    """Write the page of all points."""
 
 
 def _is_finished(config: RunConfig) -> bool:

@@ -43,6 +43,7 @@ def test_a_grid_is_finished_across_stops_and_equals_runs_by_themselves(assets: P
     assert ended.code == 3, ended.output
     assert (first / "run_state.json").stat().st_mtime_ns == finished, "it was run again"
     results = json.loads((root / "sweep-run/sweep.json").read_text())
+    assert (root / "sweep-run/report.html").is_file()
     rows = dict(zip(points, results["points"], strict=True))
     assert [row["outcome"] for row in rows.values()] == ["completed", "diverged"] * 2
     assert all("not finite" in row["error"] for row in list(rows.values())[1::2])
