@@ -32,7 +32,7 @@ from dpo_dist.model.sdpa import (
 )
 
 # The kernels are compiled for heads of these sizes.
-_LARGEST_HEAD = 256
+LARGEST_HEAD = 256
 _HEAD_MULTIPLE = 8
 
 
@@ -110,7 +110,7 @@ class VarlenAttention:
         has_cap = scores.softcap is None or self.backend is AttentionBackend.flash_attention_2
         has_mask = rule is None or (scores.window is not None and rule.reach == scores.window)
         dim = max(query.shape[-1], value.shape[-1])
-        return scores.sinks is None and has_cap and has_mask and dim <= _LARGEST_HEAD
+        return scores.sinks is None and has_cap and has_mask and dim <= LARGEST_HEAD
 
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """Return causal `torch.nn.attention.varlen`, which supports grouped heads since torch 2.12."""

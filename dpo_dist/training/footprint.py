@@ -13,11 +13,18 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from dpo_dist.batching.plan import Arrangement
-from dpo_dist.config.schema import ZERO_STAGES, Offload, Quantization, ReferenceMode, RunConfig
+from dpo_dist.config.schema import (
+    ZERO_STAGES,
+    AttentionBackend,
+    Offload,
+    Quantization,
+    ReferenceMode,
+    RunConfig,
+)
 from dpo_dist.distributed.zero import STATES_OF_ADAM
 from dpo_dist.foundation.text import size
 from dpo_dist.model.architectures import recorded_arrangement
-from dpo_dist.model.attention import heads_of_layers
+from dpo_dist.model.attention import LARGEST_HEAD, choose_backend, heads_of_layers
 from dpo_dist.model.flops import visited_experts
 from dpo_dist.model.layers import decoder_layers, layer_values
 from dpo_dist.model.load import TORCH_DTYPES
@@ -70,8 +77,9 @@ def fit_micro_batches(run: Run, causal_lm: Any) -> None:
         return
     memory = min(run.world.gather(torch.cuda.mem_get_info()[0]))
     needs = footprint(run.config, causal_lm, run.world.size)
-    tokens = needs.largest_micro_batch(memory)
-    if tokens is None:
+    tokens, model = needs.largest_micro_batch(memory), run.config.model
+    is_sdpa = choose_backend(model.attention, model.dtype, run.world.device) is AttentionBackend.sdpa
+    if tokens is None or is_sdpa:
         run.say(f"micro-batches: {run.micro_batch_tokens:,} tokens; it is not known what this model takes")
         return
     run.micro_batch_tokens = max(tokens, _STEP)
@@ -175,7 +183,9 @@ def _traced(causal_lm: Any, tokens: int) -> int | None:
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def _attend(_: Any, query: torch.Tensor, *__: Any, **___: Any) -> tuple[torch.Tensor, None]:
+def _attend(_: Any, query: torch.Tensor, *__: Any, **options: Any) -> tuple[torch.Tensor, None]:
+    if query.shape[-1] > LARGEST_HEAD or any(options.get(name) is not None for name in ("s_aux", "softcap")):
+        raise NotImplementedError("a layer that may run on SDPA, which keeps more")
     return query.transpose(1, 2).contiguous(), None
 
 

@@ -141,10 +141,11 @@ def test_an_evaluation_is_that_of_the_cpu(assets: Path, tmp_path: Path) -> None:
 
 
 def test_bf16_drifts_as_on_the_cpu(assets: Path, tmp_path: Path) -> None:
-    """With the variable-length attention of GPUs, which the CPU does not have."""
+    """With the variable-length attention of GPUs, which the CPU does not have, and micro-batches that fit."""
     run = tmp_path / "run"
-    ended = run_train(command(assets, run, "bf16"))
+    ended = run_train(command(assets, run, "bf16", "trainer.micro_batch_tokens=auto"))
     assert_on_cuda(ended)
+    assert "micro-batches: up to 32,768 tokens (about " in ended.output
     exact, rounded = (history(on_cpu(assets, base)) for base in ("full", "bf16"))
     # The few values of one quantity are taken together: a drift of one value may be small by chance.
     for keys in (("loss", "eval_loss"), ("logps/chosen", "logps/rejected"), ("grad_norm",)):

@@ -1,0 +1,52 @@
+"""What training takes on a device, by shapes; the simulated device measures it in tests/simulated_cuda."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from dpo_dist.config.load import load_run_config
+from dpo_dist.config.schema import ModelConfig
+from dpo_dist.model.load import without_weights
+from dpo_dist.training.footprint import activation_bytes, footprint
+
+SHAPE = {
+    **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8, "vocab_size": 128},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
+}
+
+
+def bytes_of(kind: str, checkpointing: Any = "none", **options: Any) -> float | None:
+    config = AutoConfig.for_model(kind, **SHAPE, **options)
+    return activation_bytes(without_weights(config, ModelConfig()), checkpointing)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("lfm2", {}),  # in rows: no packed batch
+        ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2}),  # sinks: on SDPA
+        ("gemma2", {"attn_logit_softcapping": 50.0}),  # as varlen has no caps
+    ],
+)
+def test_what_is_not_known_is_not_guessed(kind: str, options: dict[str, Any]) -> None:
+    assert bytes_of(kind, **options) is None
+
+
+def test_the_more_layers_are_checkpointed_the_less_they_take() -> None:
+    of_none, fourth, half, full = (bytes_of("llama", every) or 0.0 for every in ("none", 4, 2, "full"))
+    assert of_none > fourth > half > full > 0
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_micro_batches_fill_nine_tenths_of_what_is_left(processes: int) -> None:
+    config = load_run_config(["model.path=m", "parallelism.sequence_parallel=1"])
+    config = replace(config, model=replace(config.model, gradient_checkpointing="full"))
+    causal_lm = without_weights(AutoConfig.for_model("llama", **SHAPE), config.model)
+    needs = footprint(config, causal_lm, processes)
+    assert needs.per_token is not None
+    memory = (sum(needs.parts.values()) + 1000 * needs.per_token) / 0.9
+    assert needs.largest_micro_batch(memory) == 768, "a multiple of 256"
+    assert needs.used(1000) == pytest.approx(0.9 * memory)
+    assert needs.largest_micro_batch(0.5 * memory) == 0
