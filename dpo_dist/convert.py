@@ -99,19 +99,19 @@ class Conversion:
     def _translate(self, key: str, value: Any) -> None:
         text, name = as_written(value), "optimizer" if key == "optim" else key
         exact, general = answers_to(name, text), meant(name, "answers")
-        known = [] if general else [one for one in keys_of("train") if "." in one]
-        unsectioned = [one for one in known if name in (one, one.rpartition(".")[2])]
-        targets = [_KEYS.get(one, one) for one in meant(name, "keys") or unsectioned]
+        known = [] if general else [ours for ours in keys_of("train") if "." in ours]
+        unsectioned = [ours for ours in known if name in (ours, ours.rpartition(".")[2])]
+        targets = [_KEYS.get(target, target) for target in meant(name, "keys") or unsectioned]
         words = (text.lower(), *meant(text, "values"), [word.strip() for word in text.split(",")], [value])
         words = () if isinstance(value, dict) else words
-        fitting = [(to, one) for to in targets for one in (value, *words) if fits(to, one)]
+        fitting = [(to, form) for to in targets for form in (value, *words) if fits(to, form)]
         reason = next(iter((*exact, *general)), "").replace("{value}", text)
         is_said = exact or value is True or "{value}" in "".join(general[:1])
         if fitting and not exact:
             self._set(*fitting[0], key, value)
         elif is_said and (written := self._written(reason)):
-            for to, one in written.items():
-                self._set(to, one, key, value)
+            for to, kept in written.items():
+                self._set(to, kept, key, value)
         elif value is False and reason.startswith(("write ", "set ")):
             self._comment(key, value, "not needed: it is off")
         else:
@@ -125,9 +125,14 @@ class Conversion:
         if verb not in ("write", "set"):
             return {}
         overrides, unread = parse_overrides(shlex.split(rest.partition(";")[0]))
-        found = {_KEYS.get(one.key_or_group, one.key_or_group): one.value() for one in overrides}
-        is_whole = not unread and all(key in run_keys() and fits(key, one) for key, one in found.items())
-        return found if is_whole else {}
+        written = {
+            _KEYS.get(override.key_or_group, override.key_or_group): override.value()
+            for override in overrides
+        }
+        is_whole = not unread and all(
+            key in run_keys() and fits(key, value) for key, value in written.items()
+        )
+        return written if is_whole else {}
 
     def _data(self) -> None:
         train, tests = self._take("datasets", default=[]), self._take("test_datasets", default=[])
@@ -135,23 +140,25 @@ class Conversion:
         if isinstance(mixture := self._take("dataset_mixture"), dict):
             train, self._left["val_size"] = mixture.get("datasets", []), mixture.get("test_split_size")
         for name, share in dict(self._take("dataset_mixer", default={})).items():
-            train += [{"path": name, "split": one, "weight": share} for one in splits if "test" not in one]
-            tests += [{"path": name, "split": one} for one in splits if "test" in one]
+            train += [
+                {"path": name, "split": split, "weight": share} for split in splits if "test" not in split
+            ]
+            tests += [{"path": name, "split": split} for split in splits if "test" in split]
         if name := self._take("dataset_name"):
             source = {"path": name, "name": self._take("dataset_config", "dataset_config_name")}
             train = [source | {"split": self._take("dataset_train_split", default="train")}]
             split = self._take("dataset_test_split", default="test")
             said = [self._left.get(key) for key in ("eval_strategy", "evaluation_strategy", "do_eval")]
-            tests = [source | {"split": split} for one in said if one not in (None, False, "no")][:1]
+            tests = [source | {"split": split} for when in said if when not in (None, False, "no")][:1]
         if self.trainer == "LLaMA-Factory":
             folder, limit = self._take("dataset_dir", default="data"), self._take("max_samples")
             train, tests = (
-                [{"path": folder, "name": one, "limit": limit} for one in _listed(self._take(key))]
+                [{"path": folder, "name": entry, "limit": limit} for entry in _listed(self._take(key))]
                 for key in ("dataset", "eval_dataset")
             )
         for target, entries in (("data.train", train), ("data.eval", tests)):
             if entries:
-                sources = [self._source(f"{target}[{at}]", one) for at, one in enumerate(entries)]
+                sources = [self._source(f"{target}[{at}]", entry) for at, entry in enumerate(entries)]
                 self.values[target] = [source for some in sources for source in some]
 
     def _source(self, place: str, entry: Any) -> list[Any]:
@@ -167,7 +174,7 @@ class Conversion:
             if option not in _OF_SOURCES and not option.startswith("field_") and value not in _EMPTY:
                 self._comment(f"{place}.{option}", value, "formats are detected; for others docs/data.md")
         files = _listed(entry.get("data_files")) or [None]
-        return [one for file in files for one in as_sources([entry | {"data_files": file}])]
+        return [source for file in files for source in as_sources([entry | {"data_files": file}])]
 
     def _batch(self) -> None:
         default = 1 if self.trainer == "axolotl" else 8
@@ -221,16 +228,17 @@ class Conversion:
         if isinstance(kinds := self._left.get("loss_type"), list):
             weights = self._take("loss_weights", default=[1.0] * len(kinds))
             words = [
-                [one for one in (kind, *meant(kind, "values")) if fits("loss.kind", one)] for kind in kinds
+                [word for word in (kind, *meant(kind, "values")) if fits("loss.kind", word)] for kind in kinds
             ]
             if all(words) and len(words) == len(weights):
                 terms = [
-                    {"kind": one[0], "weight": weight} for one, weight in zip(words, weights, strict=True)
+                    {"kind": fitting[0], "weight": weight}
+                    for fitting, weight in zip(words, weights, strict=True)
                 ]
                 self._set("loss.terms", terms, "loss_type", self._left.pop("loss_type"))
         if "simpo" in self._left.values() and not {"simpo_gamma", "gamma"} & self._left.keys():
             given = map(self._left.get, ("beta", "pref_beta", "rl_beta"))
-            beta = next((one for one in given if isinstance(one, int | float)), 0.1)
+            beta = next((number for number in given if isinstance(number, int | float)), 0.1)
             self.values["loss.simpo_gamma"] = self._take("gamma_beta_ratio", default=0.5 / beta) * beta
 
     def _combine(self) -> None:
@@ -252,9 +260,9 @@ class Conversion:
             errors = [rule.error(config) for rule in RULES if rule.broken(config)]
             refused = {key: error.message for error in errors for key in error.where.split(", ")}
             ours = [key for key in (*self._origins, *self.defaults) if key in self.values]
-            if not (found := [key for key in refused if key in ours]):
+            if not (wrong := [key for key in refused if key in ours]):
                 return
-            del self.values[key := found[0]]
+            del self.values[key := wrong[0]]
             if key in self._origins:
                 self._comment(*self._origins[key], refused[key])
             else:
@@ -263,7 +271,7 @@ class Conversion:
 
 def _listed(value: Any) -> list[Any]:
     """Return a list, or the names in a text with commas."""
-    return [one.strip() for one in value.split(",")] if isinstance(value, str) else list(value or [])
+    return [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value or [])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

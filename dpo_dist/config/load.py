@@ -92,8 +92,8 @@ def load_points(
     find_function.cache_clear()
     bases, choices, all_mistakes = dict[str, Any](), list[list[str]](), [*mistakes]
     for word in words:
-        swept = [one for one in parse_overrides([word])[0] if one.is_discrete_sweep()]
-        values = (value for one in swept for value in one.sweep_string_iterator())
+        swept = [override for override in parse_overrides([word])[0] if override.is_discrete_sweep()]
+        values = (value for override in swept for value in override.sweep_string_iterator())
         choices.append([f"{swept[0].get_key_element()}={value}" for value in values] if swept else [word])
     points: Points = {}
     names = dict[str | None, tuple[str, ...]]()

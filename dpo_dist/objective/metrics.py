@@ -51,12 +51,14 @@ class CustomMetrics:
         if self.function is None:
             return {}
         values = user_function(self.function, METRICS_FUNCTION)(policy, reference, loss)
-        found, place = {CUSTOM + name: values[name].double() for name in values}, policy.chosen
-        is_wrong = any((each.shape, each.device) != (place.shape, place.device) for each in found.values())
-        if is_wrong or not found or set(self.names or found) != set(found):
-            shapes = (f"{name}: {list(each.shape)} on {each.device}" for name, each in found.items())
+        columns, place = {CUSTOM + name: values[name].double() for name in values}, policy.chosen
+        is_wrong = any(
+            (column.shape, column.device) != (place.shape, place.device) for column in columns.values()
+        )
+        if is_wrong or not columns or set(self.names or columns) != set(columns):
+            shapes = (f"{name}: {list(column.shape)} on {column.device}" for name, column in columns.items())
             raise _custom_error(f"{', '.join(shapes) or 'nothing'}, of {len(place)} pairs on {place.device}")
-        return {name: found[name] for name in self.names or found}
+        return {name: columns[name] for name in self.names or columns}
 
 
 @torch.no_grad()
