@@ -19,15 +19,23 @@ def plan(*words: str, code: int = 0) -> dict[str, Any]:
     return content
 
 
-@pytest.mark.parametrize(("gpus", "code"), [(8, 0), (2, 1)])
+@pytest.mark.parametrize(
+    ("experiment", "weights", "gpus", "code"),
+    [
+        ("qwen7b", 7.616e9, 8, 0),
+        ("qwen7b", 7.616e9, 2, 1),  # no room for 16,384 tokens
+        ("zephyr7b", 7.242e9, 8, 0),
+        ("olmo3_7b", 7.298e9, 16, 0),
+    ],
+)
 def test_a_shipped_experiment_is_planned_offline(
-    gpus: int, code: int, monkeypatch: pytest.MonkeyPatch
+    experiment: str, weights: float, gpus: int, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """18 bytes a weight over 8 GPUs of 80 GB; on two there is no room for 16,384 tokens."""
+    """18 bytes a weight, sharded over all GPUs."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    found = plan("+experiment=qwen7b", f"plan.gpus={gpus}", code=code)
+    found = plan(f"+experiment={experiment}", f"plan.gpus={gpus}", code=code)
     sharded = sum(found["bytes"][name] for name in ("weights", "gradients", "optimizer states"))
-    assert sharded == pytest.approx(18 * 7.6156e9 / gpus, rel=1e-3)
+    assert sharded == pytest.approx(18 * weights / gpus, rel=1e-3)
     assert found["fits"] is (code == 0)
     fast, slow = found["epoch_seconds"]
     assert 0 < fast < slow
