@@ -50,8 +50,7 @@ def main(points: Points) -> int:
     folder = RunFolder(Path(first.run.root) / f"sweep-{first.run.name}")
     with open_console(folder.rank_log, first.console.style) as console:
         _warm_up()
-        from dpo_dist.insight.pages.runs import compare_runs  # noqa: PLC0415  (slow)
-        from dpo_dist.insight.sweep import sweep_results, sweep_table  # noqa: PLC0415  (slow, prints)
+        from dpo_dist.insight.sweep import sweep_lines, sweep_results  # noqa: PLC0415  (slow, prints)
 
         job, jobs = (int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", "1")) for name in ("ID", "COUNT"))
         mine = list(points)[job % jobs :: jobs]
@@ -60,12 +59,8 @@ def main(points: Points) -> int:
         console.say(f"sweep: {counted(len(points), 'point')}{share}, {len(mine) - len(left):,} finished")
         codes, is_stopped = _Trainer(left, folder, console, first.sweep).run()
         results = sweep_results(points, {words: _ending(code) for words, code in codes.items()}, folder)
-        lines = [*sweep_table(results), f"sweep   {folder.sweep}"]
-        begun = [run for run in map(RunFolder.of, points.values()) if run.state.is_file()]
-        if len(begun) > 1:
-            compare_runs(begun, folder.report)
-            lines.append(f"report  {folder.report}")
-        console.result("sweep", results, lines)
+        lines = sweep_lines(results, points, folder.report)
+        console.result("sweep", results, [*lines, f"sweep   {folder.sweep}"])
     failed = [code for code in codes.values() if code not in (ExitCode.completed, ExitCode.preempted)]
     if failed and not is_stopped:
         return failed[0] if failed[0] in set(ExitCode) else ExitCode.failed

@@ -38,9 +38,9 @@ def compare_runs(folders: Sequence[RunFolder], page: Path) -> list[str]:
     others = {key: texts for key, texts in differing.items() if key.startswith(_OF_NO_RESULT)}
     settings = {key: texts for key, texts in differing.items() if key not in others}
     others |= differing_settings([facts.environment for facts in runs.values()])
-    warnings = dict(_warnings(runs))
+    warnings, last = dict(_warnings(runs)), _last_rows(runs)
     not_comparable = sum(warnings.values(), ())
-    metrics = {key: _cells(runs, key, not_comparable) for key in _keys(runs)}
+    metrics = {key: _cells(runs, last, key, not_comparable) for key in _keys(last)}
 
     is_short = len(settings) <= _MOST_SETTINGS
     outcomes = [facts.summary.get("exit", "not ended") for facts in runs.values()]
@@ -79,6 +79,8 @@ def _warnings(runs: Runs) -> Iterator[tuple[str, tuple[str, ...]]]:
     identities = [facts.state.get("identity") or {} for facts in runs.values()]
     evaluated, references = ([each.get(name) for each in identities] for name in ("eval_data", "reference"))
     losses = [facts.config.get("loss") for facts in runs.values()]
+    if not any(facts.run.evaluations for facts in runs.values()):
+        yield "No run has an evaluation: metrics are those of the last logged steps.", ()
     for values, sentence, metrics in (
         (evaluated, "Their evaluation data differ: metrics are not comparable.", ("",)),
         (references, "Their reference models differ: rewards are relative to other models.", _OF_REFERENCE),
@@ -88,22 +90,24 @@ def _warnings(runs: Runs) -> Iterator[tuple[str, tuple[str, ...]]]:
             yield sentence, metrics
 
 
-def _last_evaluation(facts: PageFacts) -> Row:
-    """Return the row of the last evaluation of a run that has ended; empty if there is none."""
-    return facts.run.evaluations[-1] if "exit" in facts.summary and facts.run.evaluations else {}
+def _last_rows(runs: Runs) -> list[Row]:
+    """Return the last evaluation of each run that has ended, or if none has one the last steps; else {}."""
+    has_any = any(facts.run.evaluations for facts in runs.values())
+    rows = (facts.run.evaluations if has_any else facts.run.steps for facts in runs.values())
+    ended = ("exit" in facts.summary for facts in runs.values())
+    return [of_run[-1] if is_over and of_run else {} for of_run, is_over in zip(rows, ended, strict=True)]
 
 
-def _keys(runs: Runs) -> list[str]:
-    """Return the metrics of the last evaluations, those of sources last."""
-    known = dict.fromkeys(key for facts in runs.values() for key in _last_evaluation(facts))
+def _keys(last: Sequence[Row]) -> list[str]:
+    """Return the metrics of the last rows, those of sources last."""
+    known = dict.fromkeys(key for row in last for key in row)
     samples = (key for key in known if key.startswith("samples/") and not key.startswith(_OF_NO_POLICY))
     by_source = (key for key in known if key.startswith((f"{ACCURACY}/", f"{MARGIN}/", CUSTOM)))
     return [key for key in (*PAIR_METRICS, *ENTROPIES, *samples, *by_source) if key in known]
 
 
-def _cells(runs: Runs, key: str, not_comparable: tuple[str, ...]) -> list[str]:
+def _cells(runs: Runs, rows: Sequence[Row], key: str, not_comparable: tuple[str, ...]) -> list[str]:
     """Return the value of a metric in each run with its interval; * marks the best of several."""
-    rows = [_last_evaluation(facts) for facts in runs.values()]
     values = [value for row in rows if (value := finite(row, key)) is not None]
     metric = metric_of("/".join(key.split("/")[:2]))
     best = None
