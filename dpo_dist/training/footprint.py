@@ -90,7 +90,7 @@ def fit_micro_batches(run: Run, causal_lm: Any) -> None:
 
 
 def _parts(config: RunConfig, causal_lm: Any, processes: int) -> dict[str, float]:
-    weights = sum(map(torch.numel, causal_lm.parameters()))
+    weights = _count(causal_lm)
     trained = sum(weight.numel() for weight in causal_lm.parameters() if weight.requires_grad)
     stage, number = ZERO_STAGES[config.parallelism.kind], TORCH_DTYPES[config.model.dtype].itemsize
     master = 4.0 * (1 + STATES_OF_ADAM[config.optim.kind] + (config.trainer.ema_decay is not None))
