@@ -40,9 +40,11 @@ def check(config: RunConfig, *, trains: bool = True) -> None:
     """Check everything that a run which trains, or only scores its pairs, needs before it uses a GPU."""
     check_start(config, trains=trains)
     with warnings_off():
+        from dpo_dist.insight.plan import plan_in_brief  # noqa: PLC0415  (slow)
         from dpo_dist.training.check import rehearse  # noqa: PLC0415  (slow)
 
-        print_text("check", rehearse(config, trains=trains), config.console.style)
+        plan = plan_in_brief if trains else None
+        print_text("check", rehearse(config, trains=trains, plan=plan), config.console.style)
 
 
 if __name__ == "__main__":

@@ -496,25 +496,26 @@ class ExportConfig:
     """Send the listed files to `export.push_to`."""
 
 
+GpuKind = Literal["h100-80g", "h200-141g", "b200-180g", "a100-80g", "a100-40g", "l40s-48g", "rtx4090-24g"]
+
+
 @schema
 class PlanConfig:
-    """The machines that `python -m dpo_dist.plan` computes for."""
+    """The machines that `plan`, and two lines of `train --check`, compute for."""
 
-    gpus: int = key(8, ge=1)
-    """Number of GPUs, 8 to a node."""
-    gpu: Literal["h100-80g", "h200-141g", "b200-180g", "a100-80g", "a100-40g", "l40s-48g", "rtx4090-24g"] = (
-        key("h100-80g")
-    )
-    """Kind of the GPUs."""
+    gpus: int | None = key(None, ge=1)
+    """Number of GPUs, 8 to a node; null: those of this machine, or else 8."""
+    gpu: GpuKind | None = key(None)
+    """Kind of the GPUs; null: that of this machine, measured, or else h100-80g."""
     network: float = key(400.0, gt=0)
     """Gbit/s between nodes for each GPU."""
-    price: float | None = key(None, gt=0)
+    price: float | None = key(None, gt=0, verbs="plan")
     """Price of a GPU for an hour, in any currency."""
     pairs: int | None = key(None, ge=1)
     """Pairs of an epoch; null: counted in `data.train`, if it is encoded or has local files."""
     tokens_per_pair: float | None = key(None, gt=1)
     """Tokens of a pair with its prompt once; null: the mean of `data.train`."""
-    suggest: bool = key(False)
+    suggest: bool = key(False, verbs="plan")
     """Also print the settings that fit with the least work."""
 
 
@@ -629,5 +630,5 @@ class RunConfig:
     doctor: DoctorConfig = section(DoctorConfig, free=True, verbs="doctor")
     pairs: PairsConfig = section(PairsConfig, free=True, verbs="pairs")
     export: ExportConfig = section(ExportConfig, free=True, verbs="export")
-    plan: PlanConfig = section(PlanConfig, free=True, verbs="plan")
+    plan: PlanConfig = section(PlanConfig, free=True, verbs="train plan")
     sweep: SweepConfig = section(SweepConfig, free=True, verbs="sweep")

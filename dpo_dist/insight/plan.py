@@ -12,11 +12,11 @@ import yaml
 from transformers import AutoConfig
 
 from dpo_dist.config.load import load_run_config, to_yaml
-from dpo_dist.config.schema import ZERO_STAGES, Offload, ReferenceMode, RunConfig
+from dpo_dist.config.schema import ZERO_STAGES, Offload, PlanConfig, ReferenceMode, RunConfig
 from dpo_dist.data.sources import local_files
 from dpo_dist.foundation.text import counted, duration, size
 from dpo_dist.insight.tables import aligned
-from dpo_dist.model.flops import step_flops
+from dpo_dist.model.flops import REACHED_SHARES, matmul_peak, recomputed_share, step_flops
 from dpo_dist.model.folder import description_folder, start_folder, tokenizer_folder
 from dpo_dist.model.load import load_config, load_tokenizer, without_weights
 from dpo_dist.training.footprint import Footprint, footprint
@@ -24,22 +24,17 @@ from dpo_dist.training.footprint import Footprint, footprint
 Progress = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
 
 
-class _Gpu(NamedTuple):
-    gib: float  # that programs can use
-    flops: float  # of dense products in bf16, by the datasheet
-
-
-_GPUS = {
-    "h100-80g": _Gpu(79.1, 989e12),
-    "h200-141g": _Gpu(139.8, 989e12),
-    "b200-180g": _Gpu(178.3, 2250e12),
-    "a100-80g": _Gpu(79.2, 312e12),
-    "a100-40g": _Gpu(39.4, 312e12),
-    "l40s-48g": _Gpu(44.4, 362e12),
-    "rtx4090-24g": _Gpu(23.6, 165e12),
+_GPUS = {  # GiB that programs can use, and operations a second of dense products in bf16 by the datasheet
+    "h100-80g": (79.1, 989e12),
+    "h200-141g": (139.8, 989e12),
+    "b200-180g": (178.3, 2250e12),
+    "a100-80g": (79.2, 312e12),
+    "a100-40g": (39.4, 312e12),
+    "l40s-48g": (44.4, 362e12),
+    "rtx4090-24g": (23.6, 165e12),
 }
-# Shares of the datasheet's operations: 35 to 50 % of the 76 % that matrix products alone reach on an H100.
-_REACHED = 0.38, 0.27
+_PRODUCTS_ALONE = 0.76  # the share of the datasheet's operations that matrix products reach on an H100
+_REACHED = tuple(share * _PRODUCTS_ALONE for share in REACHED_SHARES)
 _GPUS_OF_A_NODE = 8
 _NVLINK = 250e9  # bytes a second between the GPUs of a node
 _SENT = {3: 5.8, 2: 4.0, 1: 4.0}  # bytes a weight: under ZeRO-3 in each micro-batch, else in each step
@@ -61,11 +56,31 @@ class Plan(NamedTuple):
     content: dict[str, Any]
 
 
+class _Machine(NamedTuple):
+    gpus: int
+    gpu: str
+    memory: float  # bytes of a GPU
+    flops: float  # operations a second of a GPU by its datasheet
+
+
+def _machine(plan: PlanConfig) -> _Machine:
+    """Return the GPUs that `plan` names, or else those of this machine, or else H100s."""
+    here = torch.cuda.device_count()
+    if plan.gpu is None and here:
+        peak = matmul_peak(torch.device("cuda"), torch.bfloat16)
+        memory = torch.cuda.mem_get_info()[1]
+        name = torch.cuda.get_device_name()
+        return _Machine(plan.gpus or here, name, memory, peak / _PRODUCTS_ALONE)
+    name = plan.gpu or "h100-80g"
+    gib, flops = _GPUS[name]
+    return _Machine(plan.gpus or 8, name, gib * 2**30, flops)
+
+
 def make_plan(config: RunConfig, progress: Progress) -> Plan:
     """Return the plan of training `config` on the GPUs of `config.plan`."""
-    data = _data(config, progress)
-    estimate = _estimate(config, data)
-    needs, memory, gpus = estimate.needs, _GPUS[config.plan.gpu].gib * 2**30, config.plan.gpus
+    data, machine = _data(config, progress), _machine(config.plan)
+    estimate = _estimate(config, data, machine)
+    needs, memory, gpus = estimate.needs, machine.memory, machine.gpus
     used = needs.used(estimate.micro_batch)
     rows = [*needs.parts.items(), (f"{estimate.micro_batch:,} tokens", used - sum(needs.parts.values()))]
     rows.append((f"of {size(memory)}, of which a tenth stays free", used))
@@ -77,7 +92,7 @@ def make_plan(config: RunConfig, progress: Progress) -> Plan:
         times.append(["price", " to ".join(f"{end / 3600 * gpus * config.plan.price:,.0f}" for end in ends)])
     lines = [
         f"{config.model.path}: {estimate.weights / 1e9:.3g}e9 weights, {estimate.trained / 1e9:.3g}e9 "
-        f"trained, on {counted(gpus, 'GPU')} ({config.plan.gpu}), {config.parallelism.kind}",
+        f"trained, on {counted(gpus, 'GPU')} ({machine.gpu}), {config.parallelism.kind}",
         *(f"  {line}" for line in aligned([[name, size(part)] for name, part in rows], numbers=(1,))),
         estimate.verdict(),
         f"host memory of a node: {size(estimate.host)}; disk: {size(12.0 * estimate.trained)} a checkpoint, "
@@ -97,9 +112,21 @@ def make_plan(config: RunConfig, progress: Progress) -> Plan:
         "epoch_seconds": ends,
     }
     if config.plan.suggest:
-        content["suggested"] = suggested = _suggest(config, data)
+        content["suggested"] = suggested = _suggest(config, data, machine)
         lines.append(f"suggested: {suggested}" if suggested else "nothing fits: take more GPUs or an adapter")
     return Plan(estimate.fits, lines, content)
+
+
+def plan_in_brief(config: RunConfig, tokens: float) -> tuple[str, str]:
+    """Return whether training `config` on pairs of so many `tokens` fits, and how long it takes."""
+    plan, machine = config.plan, _machine(config.plan)
+    data = _Data(plan.pairs or 10_000, plan.tokens_per_pair or tokens, "")
+    estimate = _estimate(config, data, machine)
+    ends = (sum(estimate.seconds(reached).values()) for reached in _REACHED)
+    return (
+        f"{estimate.verdict()} ({counted(machine.gpus, 'GPU')}, {machine.gpu})",
+        f"{' to '.join(map(duration, ends))} for {counted(data.pairs, 'pair')} of {data.tokens:,.0f} tokens",
+    )
 
 
 class _Data(NamedTuple):
@@ -140,6 +167,7 @@ class _Estimate:
     """Memory and time of a configuration."""
 
     config: RunConfig
+    machine: _Machine
     weights: int
     trained: int
     needs: Footprint
@@ -158,13 +186,12 @@ class _Estimate:
     @property
     def fits(self) -> bool:
         """Whether the micro-batches fit, and the longest response with its prompt."""
-        most = max(self.micro_batch, self.config.data.max_length)
-        return self.largest is None or self.largest >= most
+        return self.needs.fits(max(self.micro_batch, self.config.data.max_length), self.machine.memory)
 
     @property
     def host(self) -> float:
         """Bytes of host memory on a node of rank 0, which reads the model and writes checkpoints."""
-        here = min(1.0, _GPUS_OF_A_NODE / self.config.plan.gpus)
+        here = min(1.0, _GPUS_OF_A_NODE / self.machine.gpus)
         is_offloaded = self.config.parallelism.offload_optimizer is not Offload.none
         return 2.0 * self.weights + (16.0 if is_offloaded else 12.0) * self.trained * here
 
@@ -179,43 +206,40 @@ class _Estimate:
 
     def verdict(self) -> str:
         """Return in words whether the run fits."""
+        room = f"there is room for micro-batches of {self.largest:,} tokens"
         if self.largest is None:
-            return "what a token of this architecture takes is not known: begin with small micro-batches"
-        fits = "fits" if self.fits else "does not fit"
-        more = "" if self.fits else "; plan.suggest=true looks for settings that fit"
-        return f"{fits}: there is room for micro-batches of {self.largest:,} tokens{more}"
+            room = "what a token of this architecture takes is not known: begin with small micro-batches"
+        if self.fits:
+            return f"fits: {room}"
+        return f"does not fit: {room}; `dpo-dist plan plan.suggest=true` looks for settings that fit"
 
 
-def _estimate(config: RunConfig, data: _Data) -> _Estimate:
-    plan, trainer = config.plan, config.trainer
+def _estimate(config: RunConfig, data: _Data, machine: _Machine) -> _Estimate:
+    gpus, trainer = machine.gpus, config.trainer
     causal_lm = without_weights(_model_config(config), config.model, start_folder(config.model))
     weights = sum(map(torch.numel, causal_lm.parameters()))
     trained = sum(weight.numel() for weight in causal_lm.parameters() if weight.requires_grad)
     prompt, response = _PROMPT_SHARE * data.tokens, data.targets / 2
     attended = prompt**2 / 2 + 2 * response * (prompt + response / 2)
     work = data.pairs * step_flops(causal_lm).of(round(data.tokens), round(data.targets), round(attended))
-    work /= plan.gpus * _GPUS[plan.gpu].flops
-    checkpointing = config.model.gradient_checkpointing
-    recomputed = (
-        {"none": 0.0, "full": 1.0}[checkpointing] if isinstance(checkpointing, str) else 1 / checkpointing
-    )
-    again = recomputed / (3 if config.model.adapter is None else 2)
-    needs = footprint(config, causal_lm, plan.gpus)
-    largest = needs.largest_micro_batch(_GPUS[plan.gpu].gib * 2**30)
+    work /= gpus * machine.flops
+    again = recomputed_share(config.model)
+    needs = footprint(config, causal_lm, gpus)
+    largest = needs.largest_micro_batch(machine.memory)
     tokens = (largest or _TOKENS) if trainer.micro_batch_tokens == "auto" else trainer.micro_batch_tokens
     steps, stage = math.ceil(data.pairs / trainer.global_batch_pairs), ZERO_STAGES[config.parallelism.kind]
-    link = _NVLINK if plan.gpus <= _GPUS_OF_A_NODE else plan.network / 8 * 1e9
+    link = _NVLINK if gpus <= _GPUS_OF_A_NODE else config.plan.network / 8 * 1e9
     sent, times = _SENT[stage] * trained, 1
     if stage == 3:
-        micro_batches = trainer.global_batch_pairs * data.tokens / plan.gpus / tokens
+        micro_batches = trainer.global_batch_pairs * data.tokens / gpus / tokens
         sent, times = _SENT[stage] * weights, math.ceil(micro_batches)
     sampling = 0.0
     if config.samples.prompts and stage == 3:  # which gathers all weights for each token
         evaluations = 1 + (steps // trainer.eval_every if trainer.eval_every else 0)
         sampling = evaluations * config.samples.max_new_tokens * (2 * weights / link + _HOOKS)
     return _Estimate(
-        *(config, weights, trained, needs, largest, work * (1 + again), work / 3),
-        sending=steps * times * sent / link if plan.gpus > 1 else 0.0,
+        *(config, machine, weights, trained, needs, largest, work * (1 + again), work / 3),
+        sending=steps * times * sent / link if gpus > 1 else 0.0,
         sampling=sampling,
     )
 
@@ -229,14 +253,14 @@ def _model_config(config: RunConfig) -> Any:
     return load_config(folder, config.model)
 
 
-def _suggest(config: RunConfig, data: _Data) -> str | None:
+def _suggest(config: RunConfig, data: _Data, machine: _Machine) -> str | None:
     """Return the overrides of the settings that fit with the shortest epoch; None if none fit."""
     seconds: dict[str, float] = {}
     for words in _ALTERNATIVES:
         changed = load_run_config(
             [*words.split(), "trainer.micro_batch_tokens=auto"], former=yaml.safe_load(to_yaml(config))
         )
-        estimate = _estimate(changed, data)
+        estimate = _estimate(changed, data, machine)
         if estimate.fits and estimate.largest:
             slower = 2.0 if "offload" in words else 1.0  # of copies to the host
             seconds[words] = slower * sum(estimate.seconds(_REACHED[0]).values())

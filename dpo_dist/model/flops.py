@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_dist.batching.plan import ComputeCosts
+from dpo_dist.config.schema import ModelConfig
 from dpo_dist.model.attention import heads_of_layers
 from dpo_dist.model.layers import layer_values, other_weights
 
@@ -21,6 +22,8 @@ _FORWARD_AND_INPUT_GRADIENT = 4
 # the times of 10 micro-batches of very different shapes are predicted within 5 %.
 _ATTENTION_SLOWNESS = 1.4
 _HEAD_SLOWNESS = 0.9
+REACHED_SHARES = 0.5, 0.35
+"""Shares of the peak of matrix products that training reached on an H100, the best and the usual."""
 _NOT_OF_A_STEP = (".lora_", ".original_module.", ".modules_to_save.")
 _EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
 
@@ -70,10 +73,18 @@ def step_flops(causal_lm: Any) -> StepFlops:
     return StepFlops(per_token, _per_weight(output) * output.numel(), _FORWARD_AND_BACKWARD * attention)
 
 
+def recomputed_share(model: ModelConfig) -> float:
+    """Return the operations that checkpointing computes again, as a share of a step's useful ones."""
+    checkpointing = model.gradient_checkpointing
+    layers = (
+        {"none": 0.0, "full": 1.0}[checkpointing] if isinstance(checkpointing, str) else 1 / checkpointing
+    )
+    return layers / (3 if model.adapter is None else 2)
+
+
 def visited_experts(text: Any) -> int:
     """Return how many experts a token visits, the most of any layer; 0 without experts."""
-    of_layers = [value for name in _EXPERTS_OF_A_TOKEN for value in layer_values(text, name)]
-    counts = [count for value in of_layers for count in (value if isinstance(value, list) else [value])]
+    counts = (count for name in _EXPERTS_OF_A_TOKEN for count in layer_values(text, name))
     return max(filter(None, counts), default=0)
 
 

@@ -1,5 +1,6 @@
 """Layers of a model: options by layer, the text part, checkpointing, Liger, blocks of experts."""
 
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -41,12 +42,9 @@ def layer_configs(text: Any) -> Sequence[Any]:
 
 def layer_values(text: Any, option: str) -> list[Any]:
     """Return the different values of an option in the layers of a text model, None where there is none."""
-    values: list[Any] = []
-    for layer in layer_configs(text):
-        value = getattr(layer, option, None)
-        if value not in values:
-            values.append(value)
-    return values
+    of_layers = [getattr(layer, option, None) for layer in layer_configs(text)]
+    lists = (value if isinstance(value, list) else [value] for value in of_layers)
+    return list(dict.fromkeys(itertools.chain.from_iterable(lists)))
 
 
 def text_part(causal_lm: Any) -> Any:

@@ -1,8 +1,9 @@
 """`--check`: load what a run loads before weights, and the first records of its data, in one process."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
@@ -28,11 +29,18 @@ from dpo_dist.training.resume import check_fresh_start, find_finished
 _FIRST_RECORDS = 1024
 
 
-def rehearse(config: RunConfig, models: Sequence[Evaluated] = (), *, trains: bool = True) -> str:
+def rehearse(
+    config: RunConfig,
+    models: Sequence[Evaluated] = (),
+    *,
+    trains: bool = True,
+    plan: Callable[[RunConfig, float], tuple[str, str]] | None = None,
+) -> str:
     """Load what a run loads before weights, and encode the first records of each source; return the findings.
 
     Weights are neither read nor, for a model on the hub, downloaded. `models`: of an evaluation, not of a
-    run. `trains`: the run starts from what is in its directory.
+    run. `trains`: the run starts from what is in its directory. `plan` returns whether the run fits,
+    and how long it takes, if its pairs have so many tokens.
     """
     run = RunFolder.of(config)
     start_in_words = f" ({_expected_start(config, run)})" if trains and not models else ""
@@ -57,10 +65,16 @@ def rehearse(config: RunConfig, models: Sequence[Evaluated] = (), *, trains: boo
     if config.metrics.function is not None:
         lines.append(("metrics", ", ".join(custom_metrics(config).names)))
     lines.append(("reference", _reference(config, tokenizer)))
+    tokens: list[float] = []
     for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         for index, source in enumerate(sources):
             name = f"{key}[{index}]"
-            lines.append((name, _first_records(source, name, config, tokenizer)))
+            text, mean = _first_records(source, name, config, tokenizer)
+            lines.append((name, text))
+            tokens.append(mean)
+    if plan is not None:
+        fits, hours = plan(config, fmean(tokens[: len(config.data.train)]))
+        lines += ("plan", fits), ("hours", hours)
     findings = "".join(f"  {label + ':':<15}{text}\n" for label, text in lines)
     doctor = "  python -m dpo_dist.doctor with the same arguments without --check examines all records\n"
     order = ", but the chat template omits tools (below)" if "tools_not_rendered" in findings else ""
@@ -97,8 +111,8 @@ def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _first_records(
     source: SourceConfig, key: str, config: RunConfig, tokenizer: PreTrainedTokenizerBase
-) -> str:
-    """Read, encode and check the first records of a source; return their counts as one line."""
+) -> tuple[str, float]:
+    """Read, encode and check the first records of a source; return counts and mean tokens."""
     source = pinned(source)
     records = list(itertools.islice(read_records(source), _FIRST_RECORDS + 1))
     table = pa.Table.from_batches([encode_records(records[:_FIRST_RECORDS], config.data, tokenizer)])
@@ -114,12 +128,13 @@ def _first_records(
     )
     check_fits_loss(dataset, config.loss)
     name = f" ({source.name})" if source.name else ""
+    tokens = float(dataset.piece_tokens.sum()) / len(dataset)
     rest = " (the others were not looked at)" if has_more else ""
     parts = [
         f"{source.path}{name}, {counts.kept} of the first {counts.read} records kept{rest}",
         f"dropped: {dropped}" if (dropped := in_one_line(counts.dropped)) else "",
         read_in_words(counts.read_as),
         f"changed or particular: {changed}" if (changed := in_one_line(counts.changed)) else "",
-        f"{dataset.piece_tokens.sum() / len(dataset):.0f} tokens per example",
+        f"{tokens:.0f} tokens per example",
     ]
-    return "; ".join(filter(None, parts))
+    return "; ".join(filter(None, parts)), tokens

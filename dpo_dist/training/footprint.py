@@ -52,6 +52,10 @@ class Footprint:
     parts: dict[str, float]
     per_token: float | None
 
+    def fits(self, tokens: int, memory: float) -> bool:
+        """Return whether micro-batches of `tokens` leave a tenth of `memory` bytes free."""
+        return self.used(tokens) <= (1 - _KEPT_FREE) * memory
+
     def largest_micro_batch(self, memory: float) -> int | None:
         """Return the tokens that fit into `memory` bytes less a tenth; None if not known."""
         if self.per_token is None:
@@ -72,8 +76,11 @@ def footprint(config: RunConfig, causal_lm: Any, processes: int) -> Footprint:
 
 
 def fit_micro_batches(run: Run, causal_lm: Any) -> None:
-    """Choose the micro-batches of training with `trainer.micro_batch_tokens=auto`; collective."""
-    if run.config.trainer.micro_batch_tokens != "auto" or run.world.device.type != "cuda":
+    """Choose the micro-batches of training with `trainer.micro_batch_tokens=auto`, and say what they take.
+
+    Collective.
+    """
+    if run.world.device.type != "cuda":
         return
     memory = min(run.world.gather(torch.cuda.mem_get_info()[0]))
     needs = footprint(run.config, causal_lm, run.world.size)
@@ -82,10 +89,13 @@ def fit_micro_batches(run: Run, causal_lm: Any) -> None:
     if tokens is None or is_sdpa:
         run.say(f"micro-batches: {run.micro_batch_tokens:,} tokens; it is not known what this model takes")
         return
-    run.micro_batch_tokens = max(tokens, _STEP)
+    if run.config.trainer.micro_batch_tokens == "auto":
+        run.micro_batch_tokens = max(tokens, _STEP)
     fit = f"about {size(needs.used(run.micro_batch_tokens))} of {size(memory)} on each GPU"
-    if tokens < run.config.data.max_length:
-        fit = f"warning: {fit}, less than the longest pair; `dpo-dist plan plan.suggest=true` says what fits"
+    if not needs.fits(max(run.micro_batch_tokens, run.config.data.max_length), memory):
+        fit = (
+            f"warning: {fit}, too few for the longest pair; `dpo-dist plan plan.suggest=true` says what fits"
+        )
     run.say(f"micro-batches: up to {run.micro_batch_tokens:,} tokens ({fit})")
 
 

@@ -19,8 +19,8 @@ from dpo_dist.distributed.zero import Engine, FrozenEngine, LossScale, PolicyEng
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ExitCode, RunOutcome, StoppedError
 from dpo_dist.foundation.signals import StopRequest
-from dpo_dist.foundation.text import counted
-from dpo_dist.model.flops import compute_costs, matmul_peak
+from dpo_dist.foundation.text import counted, duration, percent
+from dpo_dist.model.flops import REACHED_SHARES, compute_costs, matmul_peak, recomputed_share
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.objective.metrics import custom_metrics
@@ -149,6 +149,9 @@ def _set_up(
     if samples is not None:
         with run.clock.of("samples"):
             samples.open(policy)
+    peak = _peak_flops(run)
+    if world.device.type == "cuda":
+        run.say(_hours(run, inputs, costs, position.step, peak / (1 + recomputed_share(config.model))))
     loop = Loop(
         run=run,
         inputs=inputs,
@@ -156,7 +159,7 @@ def _set_up(
         policy=policy,
         objective=objective,
         start_is_known=reference.is_policys_start and config.loss.weighting is not Weighting.wpo,
-        peak=_peak_flops(run),
+        peak=peak,
         recorder=_open_recorder(run, position, reporting),
         samples=samples,
         reference_sync=reference_sync,
@@ -264,6 +267,18 @@ def _complete(run: Run, finished: RunState, reporting: Reporting) -> int:
     run.say(f"{folder} is complete: model {folder.model}, report {folder.report}")
     run.say(f"to train it longer: run.dir={folder} and a larger trainer.epochs or trainer.max_steps")
     return ExitCode.completed
+
+
+def _hours(run: Run, inputs: Inputs, costs: ComputeCosts, done: int, peak: float) -> str:
+    """Return how long the steps that are left take at shares of `peak`, the FLOP/s of all devices."""
+    sampler = inputs.sampler
+    visited = sampler.visited_indices()
+    some = run.shard(inputs.train_set, visited[:: 1 + len(visited) // 1000], costs)
+    work = inputs.flops.of(some.tokens, some.targets, some.attended) / some.pairs
+    work *= (sampler.steps - done) * sampler.global_batch_pairs
+    ends = (duration(work / peak / share) for share in REACHED_SHARES)
+    shares = " to ".join(map(percent, REACHED_SHARES))
+    return f"training takes about {' to '.join(ends)}, at {shares} of the measured peak of matrix products"
 
 
 def _peak_flops(run: Run) -> float:

@@ -10,6 +10,7 @@ from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import ModelConfig
 from dpo_dist.model.load import without_weights
 from dpo_dist.training.footprint import activation_bytes, footprint
+from tests.support.families import FAMILIES, tiny_config
 
 SHAPE = {
     **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8, "vocab_size": 128},
@@ -34,6 +35,12 @@ def test_what_is_not_known_is_not_guessed(kind: str, options: dict[str, Any]) ->
     assert bytes_of(kind, **options) is None
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_bytes_of_a_token_or_none(family: str) -> None:
+    found = activation_bytes(without_weights(tiny_config(family), ModelConfig()), "none")
+    assert found is None or found > 0
+
+
 def test_the_more_layers_are_checkpointed_the_less_they_take() -> None:
     of_none, fourth, half, full = (bytes_of("llama", every) or 0.0 for every in ("none", 4, 2, "full"))
     assert of_none > fourth > half > full > 0
@@ -50,3 +57,5 @@ def test_micro_batches_fill_nine_tenths_of_what_is_left(processes: int) -> None:
     assert needs.largest_micro_batch(memory) == 768, "a multiple of 256"
     assert needs.used(1000) == pytest.approx(0.9 * memory)
     assert needs.largest_micro_batch(0.5 * memory) == 0
+    assert needs.fits(1000, 1.001 * memory)
+    assert not needs.fits(1001, memory)
