@@ -109,8 +109,13 @@ def copied_to(device: torch.device, array: npt.NDArray[Any]) -> Tensor:
     return source.contiguous().pin_memory().to(device, non_blocking=True)
 
 
-def pack(examples: Sequence[Example], keys: Keys) -> PackedBatch:
-    """Pack examples into one micro-batch; `keys` are the content keys of their whole responses."""
+def pack(
+    examples: Sequence[Example], keys: Keys, is_good: npt.NDArray[np.bool_] | None = None
+) -> PackedBatch:
+    """Pack examples into one micro-batch; `keys` are the content keys of their whole responses.
+
+    `is_good`: labels of examples with one response. A bad one has no best response, but a worst one.
+    """
     inputs: list[TokenIds] = []
     positions: list[npt.NDArray[np.int64]] = []
     predictors: list[npt.NDArray[np.int64]] = []
@@ -144,7 +149,7 @@ def pack(examples: Sequence[Example], keys: Keys) -> PackedBatch:
         response_tokens=_int64(np.bincount(target_places[0], minlength=len(responses))),
         keys=keys,
         weights=torch.ones(len(examples)),
-        ranking=_ranking([len(example.responses) for example in examples]),
+        ranking=_ranking([len(example.responses) for example in examples], is_good),
         mask=mask,
     )
 
@@ -159,7 +164,7 @@ def dummy_batch() -> PackedBatch:
     return replace(batch, weights=torch.zeros(1), score_gaps=torch.ones(1))
 
 
-def _ranking(counts: Sequence[int]) -> Tensor | None:
+def _ranking(counts: Sequence[int], is_good: npt.NDArray[np.bool_] | None) -> Tensor | None:
     """Return `PackedBatch.ranking` of examples with these numbers of responses."""
     if set(counts) == {2}:
         return None
@@ -169,6 +174,8 @@ def _ranking(counts: Sequence[int]) -> Tensor | None:
         best, *others = range(start, start + count)
         ranking[pair, :count] = [best, *others[-1:], *others[:-1]]
         start += count
+    if is_good is not None:
+        ranking = np.where(is_good[:, None], ranking, ranking[:, ::-1])
     return _int64(ranking)
 
 

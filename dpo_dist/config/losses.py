@@ -27,7 +27,7 @@ class RouterConfig:
 LossKind = StrEnum(
     "LossKind",
     "sigmoid robust hinge ipo sigmoid_norm exo_pair nca_pair bco_pair sppo_hard apo_zero apo_down "
-    "discopop dpop odpo simpo orpo cpo sft aot aot_unpaired beta_dpo plackett_luce custom",
+    "discopop dpop odpo simpo orpo cpo sft aot aot_unpaired beta_dpo plackett_luce kto apo_zero_unpaired custom",
 )
 """Names of `loss.kind`."""
 Divergence = StrEnum("Divergence", ["reverse_kl", "forward_kl", "js", "alpha"])
@@ -51,6 +51,10 @@ class KindFacts:
     accepts_rankings: bool = False
     needs_scores: bool = False
     """The chosen response must have a higher score than the rejected one."""
+    is_unpaired: bool = False
+    """A record has one response, labelled as good or bad."""
+    needs_partners: bool = False
+    """A response to another prompt is scored beside that of each record."""
     is_coupled: bool = False
     """The loss of a pair depends on the other pairs of its global batch."""
     length_averaged: bool = False
@@ -62,6 +66,7 @@ class KindFacts:
 
 _PAIR = frozenset({"beta", "ld_alpha", "weighting", "reference_free"})
 _MARGIN = _PAIR | {"divergence"}
+_LABELLED = frozenset({"beta", "desirable_weight", "undesirable_weight"})
 
 KINDS: dict[LossKind, KindFacts] = {
     LossKind.sigmoid: KindFacts(
@@ -168,6 +173,23 @@ KINDS: dict[LossKind, KindFacts] = {
         frozenset({"beta", "ld_alpha", "reference_free"}),
         accepts_rankings=True,
     ),
+    LossKind.kto: KindFacts(
+        "of a good response wd (1 - s(b (D - z))), of a bad one wu (1 - s(b (z - D))); z the mean log-ratio of "
+        "mismatched responses over the global batch, at least 0; wd, wu = `loss.desirable_weight`, "
+        "`loss.undesirable_weight`",
+        "KTO, arXiv 2402.01306",
+        _LABELLED,
+        is_unpaired=True,
+        needs_partners=True,
+        fewest_responses=1,
+    ),
+    LossKind.apo_zero_unpaired: KindFacts(
+        "`kto` with z = 0",
+        "APO, arXiv 2408.06266",
+        _LABELLED,
+        is_unpaired=True,
+        fewest_responses=1,
+    ),
     LossKind.custom: KindFacts(
         "returned by your own `function`",
         "[your own](python.md#a-loss-of-your-own)",
@@ -240,6 +262,10 @@ class LossConfig:
     """`beta_dpo`: how much beta follows the batch's margin."""
     beta_momentum: float = key(0.9, ge=0, lt=1)
     """`beta_dpo`: momentum of the moving average of margins."""
+    desirable_weight: float = key(1.0, gt=0)
+    """`kto`, `apo_zero_unpaired`: weight of good responses."""
+    undesirable_weight: float = key(1.0, gt=0)
+    """`kto`, `apo_zero_unpaired`: weight of bad responses."""
     ld_alpha: float | None = key(None, ge=0, le=1)
     """Weight of tokens beyond the length of the pair's shorter response (arXiv 2409.06411); null: 1."""
     weighting: Weighting = key(Weighting.none)
@@ -280,7 +306,22 @@ class LossConfig:
     @property
     def is_one_sided(self) -> bool:
         """Return whether only the chosen responses occur in the loss."""
-        return all(facts.fewest_responses == 1 for facts in self.facts)
+        return all(facts.fewest_responses == 1 for facts in self.facts) and not self.is_unpaired
+
+    @property
+    def is_unpaired(self) -> bool:
+        """Return whether each record has one response, labelled as good or bad."""
+        return any(facts.is_unpaired for facts in self.facts)
+
+    @property
+    def needs_partners(self) -> bool:
+        """Return whether a response to another prompt is scored beside that of each record."""
+        return any(facts.needs_partners for facts in self.facts)
+
+    @property
+    def compares_pairs(self) -> bool:
+        """Return whether each record has responses of two sides, with a margin between their rewards."""
+        return not (self.is_one_sided or self.is_unpaired)
 
     @property
     def accepts_rankings(self) -> bool:

@@ -52,6 +52,10 @@ METRICS: Mapping[str, Metric] = {
     "rewards/rejected": _of_pairs("reward rejected", _REWARDS),
     "rewards/accuracies": _of_pairs("accuracy", _ACCURACY, best=_HIGHEST, by_group=True, is_share=True),
     "rewards/margins": _of_pairs("margin", _MARGIN, best=_HIGHEST, by_group=True),
+    "rewards/auc": Metric(
+        "AUC", _digits(".3f"), best=_HIGHEST, is_share=True, chart="AUC: good above bad responses"
+    ),
+    "loss/kl": Metric("mismatched log-ratio", unit="nats", chart="Log-ratio of mismatched responses"),
     "rewards/both_fall": _of_pairs("both fall", best=_LOWEST, is_share=True),
     "logps/chosen": _of_pairs("log-prob chosen", unit="nats"),
     "logps/rejected": _of_pairs("log-prob rejected", unit="nats"),

@@ -128,7 +128,7 @@ def _unused_by_loss(option: str) -> Rule:
     has_effect = all if option in ("divergence", "weighting") else any
 
     def is_used(config: RunConfig) -> bool:
-        terms = [facts for facts in config.loss.facts if facts.fewest_responses > 1]
+        terms = [facts for facts in config.loss.facts if facts.fewest_responses > 1 or facts.is_unpaired]
         return bool(terms) and has_effect(option in facts.options for facts in terms)
 
     users = ", ".join(sorted(kinds_using(option)))
@@ -233,6 +233,18 @@ RULES = (
         lambda c: (c.data.max_prompt_length or 0) >= c.data.max_length,
     ),
     # The loss.
+    Rule(
+        LOSS,
+        "a loss of labelled records cannot be summed with losses of pairs",
+        "set loss=kto or loss=apo_zero_unpaired alone",
+        lambda c: c.loss.is_unpaired and len(c.loss.kinds) > 1,
+    ),
+    Rule(
+        "data.unpair=true loss.kind",
+        "pairs that are taken apart have no second response to compare with",
+        "set loss=kto or loss=apo_zero_unpaired, or remove data.unpair",
+        lambda c: not c.loss.is_unpaired,
+    ),
     Rule(
         LOSS,
         "a kind of loss appears twice",

@@ -210,7 +210,7 @@ class ModelConfig:
     """Run Python code from the model's repository."""
 
 
-DataFormat = StrEnum("DataFormat", "auto hh text implicit_prompt messages ranked completion")
+DataFormat = StrEnum("DataFormat", "auto hh text implicit_prompt messages ranked completion labelled")
 Ranked = StrEnum("Ranked", ["whole", "best_worst", "all_pairs"])
 TextTemplate = StrEnum("TextTemplate", ["auto", "applied", "literal"])
 Truncation = StrEnum("Truncation", ["keep_start", "keep_end", "both", "drop"])
@@ -303,6 +303,8 @@ class DataConfig:
     around turns), or the text from one marker to another, as `<note>...</note>`."""
     ranked: Ranked = key(Ranked.whole)
     """Use a ranking of more than two responses as one example, as its best and worst, or as all pairs."""
+    unpair: bool = key(False)
+    """Take pairs apart into a good and a bad response, for `loss=kto` and `apo_zero_unpaired`."""
     cache: Filled = key("${run.root}/encoded", free=True)
     """Folder of encoded data, shared by runs."""
     processes: int | None = key(None, ge=1, free=True)

@@ -38,7 +38,14 @@ Result = TypeVar("Result")
 # Increased when the token ids or the files of the same records change.
 _ENCODING_VERSION = 14
 _LENGTH_KEYS = ("max_length", "max_prompt_length", "truncation")
-_ENCODING_KEYS = (*_LENGTH_KEYS, "text_as_messages", "template_arguments", "ranked", "on_bad_record")
+_ENCODING_KEYS = (
+    *_LENGTH_KEYS,
+    "text_as_messages",
+    "template_arguments",
+    "ranked",
+    "unpair",
+    "on_bad_record",
+)
 _VOCABULARY_FILES = ("tokenizer*", "*.model", "*.tiktoken", "tekken*", "*.py", "vocab*", "merges*")
 _SPECIAL_FILES = ("special_tokens*", "added_tokens*", "chat_template*", "additional_chat_templates/*")
 

@@ -127,7 +127,7 @@ _LOCATIONS = ("file_name", "hf_hub_url")
 _SELECTIONS = ("split", "subset", "folder", "revision", "num_samples")
 _WITHOUT_EFFECT = ("ms_hub_url", "om_hub_url", "file_sha1")
 _KEYS = ("formatting", "ranking", "columns", "tags", *_LOCATIONS, *_SELECTIONS, *_WITHOUT_EFFECT)
-_SHARED = {name: name for name in ("system", "tools", "chosen", "rejected", *_MEDIA)}
+_SHARED = {name: name for name in ("system", "tools", "chosen", "rejected", "kto_tag", *_MEDIA)}
 # The columns of each formatting, and the fields that they name.
 _FORMATTINGS = {
     "alpaca": _SHARED
@@ -171,7 +171,7 @@ def resolved(source: SourceConfig) -> SourceConfig:
             f"the entry of {_FILE} cannot be read",
             where=f"{source.name} in {file}",
             got=" ".join(str(fault).split()),
-            expected="what docs/data.md lists; losses for unpaired data (kto_tag) are not offered",
+            expected="what docs/data.md lists",
             remedy="correct the entry, or set path to its file and columns or reader of the source",
         ) from fault
 

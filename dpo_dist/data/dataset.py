@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 class PreferenceDataset:
     """Encoded examples of one list of sources, in the order of the sources.
 
-    An example has one response (supervised), two (chosen, rejected) or more (a ranking), best first. Its
-    pieces are its prompt, then its responses. Examples of one ranking share the token ids of their pieces. An
+    An example has one response (supervised, or labelled), two (chosen, rejected) or more (a ranking), best
+    first; with `partners.with_partners` its own and a response to another prompt. Its pieces are its prompt,
+    then its responses. Examples of one ranking share the token ids of their pieces. An
     index is an example's position in the dataset; a response index is a response's position in `keys`.
     """
 
@@ -50,7 +51,7 @@ class PreferenceDataset:
     piece_tokens: Array  # int32 [pieces], length of each piece
     first_pieces: Array  # int64 [examples + 1], index of each example's prompt in the pieces; their number
     keys: Array  # uint64 [responses, 2], `batching.example.response_key` of each response, in order
-    scores: Array  # float64 [responses], nan if a record has no scores
+    scores: Array  # float64 [responses], nan if a record has no scores; 1 and 0 of good and bad responses
     trained: Array | pa.ChunkedArray  # bool [tokens of responses with a mask], whether the loss counts each
     mask_starts: Array  # int64 [responses], offset in `trained` of the mask of a response that has one
     trained_tokens: Array  # int32 [responses], tokens that the loss counts; fewer than all: it has a mask
@@ -171,6 +172,12 @@ class PreferenceDataset:
         gaps: npt.NDArray[np.float32] = (self.scores[best] - self.scores[worst]).astype(np.float32)
         return gaps
 
+    def labels_good(self, indices: Indices | Sequence[int]) -> npt.NDArray[np.bool_]:
+        """Return whether the response of each of these labelled examples is good."""
+        indices = np.asarray(indices, dtype=np.int64)
+        good: npt.NDArray[np.bool_] = self.scores[self.first_pieces[indices] - indices] > 0
+        return good
+
     def locate_responses(self, response_indices: Indices) -> tuple[Indices, Indices]:
         """Return the example of each response, and the response's rank in it, int64 each."""
         starts = self.first_pieces[:-1] - np.arange(len(self))
@@ -225,14 +232,19 @@ class RankBatch:
     targets: int  # completion tokens that the loss counts
     attended: int  # query-key pairs of attention in a layer in which tokens see all earlier ones
     mean_chosen_tokens: float  # mean number of targets in the chosen responses
+    is_good: npt.NDArray[np.bool_] | None = None  # [pairs], labels of an unpaired loss
+    partners: "RankBatch | None" = None  # the same examples with their partners' responses
     sources: Indices | None = None  # int64 [pairs], index in `dataset.labels`; None without labels
-    only_chosen: bool = False
+    which: int | None = None  # the only response of each example that is scored; None: all
     forwards: tuple[int, ...] = ()  # for each micro-batch `PackedBatch.forwards`
 
     def batches(self) -> Iterator[PackedBatch]:
         """Collate this rank's micro-batches in order, on the host."""
         for indices, forwards in zip(self.micro_batches, self.forwards, strict=True):
-            yield replace(collate(self.dataset, indices, self.only_chosen), forwards=forwards)
+            yield replace(
+                collate(self.dataset, indices, self.which, is_labelled=self.is_good is not None),
+                forwards=forwards,
+            )
 
 
 def shard_batch(
@@ -242,14 +254,19 @@ def shard_batch(
     world_size: int,
     micro_batch_tokens: int,
     costs: ComputeCosts,
-    only_chosen: bool = False,
+    which: int | None = None,
+    *,
+    is_labelled: bool = False,
 ) -> RankBatch:
-    """Return the share of `rank` in the global batch `indices`, balanced by compute cost; O(batch)."""
+    """Return the share of `rank` in the global batch `indices`, balanced by compute cost; O(batch).
+
+    `which`: the only response of each example that is scored; None: all.
+    """
     counts = dataset.response_counts(indices)
     responses = dataset.response_indices(indices)
     chosen = responses[np.cumsum(counts) - counts]
-    if only_chosen:
-        responses, counts = chosen, np.ones_like(counts)
+    if which is not None:
+        responses, counts = chosen + which, np.ones_like(counts)
     sizes = dataset.sizes(indices, responses, counts, costs, masked=True)
     plan = plan_micro_batches(sizes, world_size, micro_batch_tokens)
     positions = tuple(tuple(ranks[rank]) for ranks in plan)
@@ -264,23 +281,30 @@ def shard_batch(
         attended=int(sizes.attended.sum()),
         mean_chosen_tokens=float(dataset.trained_tokens[chosen].mean()),
         sources=dataset.label_numbers(indices) if dataset.labels else None,
-        only_chosen=only_chosen,
+        is_good=dataset.labels_good(indices) if is_labelled else None,
+        which=which,
         forwards=tuple(max(RESPONSES_OF_DUMMY, *(int(counts[at].sum()) for at in ranks)) for ranks in plan),
     )
 
 
-def collate(dataset: PreferenceDataset, indices: Sequence[int], only_chosen: bool = False) -> PackedBatch:
-    """Pack examples, or only their chosen responses, into one micro-batch; a dummy if there are none."""
+def collate(
+    dataset: PreferenceDataset,
+    indices: Sequence[int],
+    which: int | None = None,
+    *,
+    is_labelled: bool = False,
+) -> PackedBatch:
+    """Pack examples, or only one response of each, into one micro-batch; a dummy if there are none."""
     if not indices:
         return replace(dummy_batch(), sources=torch.zeros(1, dtype=torch.int64) if dataset.labels else None)
-    selected = [0] if only_chosen else None
+    selected = None if which is None else [which]
     ranges = [dataset.response_range(index) for index in indices]
-    keys = dataset.keys[np.concatenate([range_[:1] if only_chosen else range_ for range_ in ranges])]
+    keys = dataset.keys[np.concatenate([r if which is None else r[which : which + 1] for r in ranges])]
     examples = [dataset.example(index, selected, masked=True) for index in indices]
     if not np.array_equal(response_keys(examples), keys):
         raise damaged_ids(dataset, indices)
     return replace(
-        pack(examples, keys),
+        pack(examples, keys, dataset.labels_good(indices) if is_labelled else None),
         score_gaps=torch.from_numpy(dataset.score_gaps(indices)),
         sources=torch.from_numpy(dataset.label_numbers(indices)) if dataset.labels else None,
     )
@@ -341,7 +365,8 @@ def check_ids_in_vocabulary(
 def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
     """Check that every example has the responses and scores that the loss compares. Raises DataError."""
     every = np.arange(len(dataset), dtype=np.int64)
-    counts = dataset.response_counts(every)
+    counts, best = dataset.response_counts(every), dataset.scores[dataset.first_pieces[:-1] - every]
+    is_labelled = (counts == 1) & np.isfinite(best)
 
     def check(misfits: npt.NDArray[np.bool_], got: str, remedy: str) -> None:
         if misfits.any():
@@ -352,6 +377,11 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
                 remedy=remedy,
             )
 
+    if loss.is_unpaired:
+        remedy = "use records with prompt, completion and label; data.unpair=true takes pairs apart"
+        return check(~is_labelled, "no single response with a label", remedy)
+    remedy = "set loss=kto; if the label is no judgement of the response, ignore it: columns: {label: null}"
+    check(is_labelled, "one response with a label, good or bad", remedy)
     if not loss.is_one_sided:
         check(counts < 2, "1 response", "set loss=sft, or use data with two responses")
     if not loss.accepts_rankings:

@@ -254,6 +254,9 @@ def encode_record(
 ) -> EncodedRecord | BadRecord:
     """Encode the training examples of a record; errors and bad records as `encode_pair`."""
     ranks, ties = training_examples(record, config.ranked)
+    if config.unpair and len(record.responses) > 1:
+        record = replace(record, responses=record.responses[:: len(record.responses) - 1], scores=(1.0, 0.0))
+        ranks, ties = [(0,), (1,)], 0
     used = sorted(set().union(*ranks))
     responses = tuple(record.responses[index] for index in used)
     encoded = encode_pair(replace(record, responses=responses), tokenizer, config)

@@ -199,14 +199,9 @@ def _check_no_other(record: Fields, content: Content) -> None:
 
 
 def _unknown_format(record: Fields) -> UnusableRecordError:
-    if is_labelled(record):
-        return UnusableRecordError("unpaired", _UNPAIRED)
     shown = [shown_key(key) for key, value in record.items() if value is not None]
     shown[_MAX_SHOWN_KEYS:] = ["..."] if len(shown) > _MAX_SHOWN_KEYS else []
     return UnusableRecordError("unknown_format", f"fields: {', '.join(shown) or 'none'}")
-
-
-_UNPAIRED = "one response with a good/bad label is neither a pair nor a completion"
 
 
 # The prompt.
@@ -413,15 +408,19 @@ def _number(value: Any) -> float:
 
 
 _LABELS = ("label", "kto_tag")
-_LABEL_NUMBERS = ("0", "1", "-1", "0.0", "1.0", "-1.0", "true", "false")
-_LABEL_WORDS = ("good", "bad", "chosen", "rejected", "desirable", "undesirable")
-_LABEL_VALUES = {*_LABEL_NUMBERS, *_LABEL_WORDS}
+_GOOD = ("1", "1.0", "true", "good", "chosen", "desirable")
+_BAD = ("0", "0.0", "-1", "-1.0", "false", "bad", "rejected", "undesirable")
 
 
 def is_labelled(record: Fields) -> bool:
     """Return whether a record is a single response with a good/bad label, as for KTO."""
-    has_label = any(str(record.get(name)).strip().lower() in _LABEL_VALUES for name in _LABELS)
-    return has_label and not has_pair(record) and not has_ranking(record)
+    return bool(_labels_of(record)) and not has_pair(record) and not has_ranking(record)
+
+
+def _labels_of(record: Fields) -> set[float]:
+    """Return the different labels of a record: 1 for good, 0 for bad."""
+    words = {str(record.get(name)).strip().lower() for name in _LABELS}
+    return {float(word in _GOOD) for word in words.intersection(_GOOD + _BAD)}
 
 
 def is_response(record: Fields, name: str) -> bool:
@@ -437,20 +436,32 @@ def is_response(record: Fields, name: str) -> bool:
 def has_completion(record: Fields) -> bool:
     """Return whether a record has a single response."""
     has_field = any(record.get(name) is not None for name in ("completion", *CONVERSATIONS))
-    return (has_field or is_response(record, "output")) and not is_labelled(record)
+    return has_field or is_response(record, "output")
 
 
 def completion(record: Fields) -> Content:
-    """Return the one response to learn: `completion`, the end of a conversation, `output`, or `chosen`."""
-    if is_labelled(record):
-        raise UnusableRecordError("unpaired", _UNPAIRED)
+    """Return the one response: `completion`, the end of a conversation, `output`, or `chosen`.
+
+    A label, if the record has one, is its score: 1 for good, 0 for bad.
+    """
+    labels = _labels_of(record) if is_labelled(record) else set[float]()
+    if len(labels) > 1:
+        raise UnusableRecordError("invalid_scores", "a good and a bad label")
     for name in ("completion", *CONVERSATIONS, "output", "chosen"):
         value = record.get(name)
         if is_response(record, name) and not (name == "output" and isinstance(value, list)):
-            return Content(prompt_of(record, [value]), {name: value})
+            return Content(prompt_of(record, [value]), {name: value}, tuple(labels) or None)
     if any(record.get(name) is not None for name in CONVERSATIONS):
         raise UnusableRecordError("not_one_answer", "the messages do not end with the assistant's")
     raise UnusableRecordError("missing_field", "completion or messages")
+
+
+def labelled(record: Fields) -> Content:
+    """Return the one response of a record, with its label as score."""
+    if not _labels_of(record):
+        known = f"{', '.join(_GOOD)} or {', '.join(_BAD)}"
+        raise UnusableRecordError("invalid_scores", f"{' or '.join(_LABELS)} is none of {known}")
+    return completion(record)
 
 
 # What a record has beside its responses: system text, history, tools, arguments of the template.
@@ -607,5 +618,6 @@ FORMATS: dict[DataFormat, Format] = {
     # A pair in any of these.
     DataFormat.auto: Format(pair, matches=has_pair),
     DataFormat.ranked: Format(ranking, matches=has_ranking),
+    DataFormat.labelled: Format(labelled, matches=is_labelled),
     DataFormat.completion: Format(completion, matches=has_completion),
 }

@@ -58,7 +58,7 @@ class Recorder:
         with warn_on_bug("the last evaluation's folder", self.run.say):
             model, (dataset, _) = str(self.run.folder.model), inputs.visited[-1]
             write_evaluation(LAST_EVALUATION, model, self.run.config, means, values, dataset)
-            if not self.run.config.loss.is_one_sided:
+            if self.run.config.loss.compares_pairs:
                 file = self.run.folder.evaluation_of(LAST_EVALUATION).worst
                 write_worst(file, values, dataset, inputs.tokenizer)
 

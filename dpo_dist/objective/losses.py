@@ -67,11 +67,13 @@ class BatchFacts:
     `mean_chosen_tokens` is the mean `nw` over the *global* batch: divided by it, `sft` is a token mean over
     that batch; None: the given pairs are the global batch. `score_gaps`, [pairs]: score of chosen minus score
     of rejected (`odpo`). `pair_weights`, [pairs]: factors of the losses (`weighting`), but of `sft`.
+    `mismatch`: mean log-ratio of mismatched responses over the *global* batch (`kto`), a scalar without gradient.
     """
 
     mean_chosen_tokens: Tensor | float | None = None
     score_gaps: Tensor | None = None
     pair_weights: Tensor | None = None
+    mismatch: Tensor | None = None
     running: RunningMeans = field(default_factory=RunningMeans)
 
 
@@ -176,6 +178,12 @@ def _kind_loss(  # noqa: C901, PLR0911, PLR0912, PLR0915  (one branch per kind)
             return _smoothed(batch_beta * margin, smoothing)
         case LossKind.plackett_luce:  # Rafailov et al. 2023, arXiv 2305.18290, appendix A.3
             return _plackett_luce(ratios, beta)
+        case LossKind.kto:  # Ethayarajh et al. 2024, arXiv 2402.01306, equation 7
+            if facts.mismatch is None:
+                raise ValueError("loss kind kto needs the log-ratio of mismatched responses")
+            return _labelled(ratios, config, relu(facts.mismatch))
+        case LossKind.apo_zero_unpaired:  # D'Oosterlinck et al. 2024, arXiv 2408.06266, equation 7
+            return _labelled(ratios, config, 0.0)
         case LossKind.custom:
             return _custom(policy, reference, config)
 
@@ -216,6 +224,13 @@ def _mean_margin(ratios: PairLogps, config: LossConfig) -> Tensor:
 
 def _smoothed(logits: Tensor, smoothing: float) -> Tensor:
     return -(1 - smoothing) * logsigmoid(logits) - smoothing * logsigmoid(-logits)
+
+
+def _labelled(ratios: PairLogps, config: LossConfig, start: Tensor | float) -> Tensor:
+    """Return losses of records of which the chosen side is the good response, or the rejected one the bad."""
+    good = config.desirable_weight * torch.sigmoid(config.beta * (start - ratios.chosen))
+    bad = config.undesirable_weight * torch.sigmoid(config.beta * (ratios.rejected - start))
+    return torch.where(ratios.chosen_tokens > 0, good, bad)
 
 
 def _log_odds(mean_logp: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ docs/watching.md explains each metric.
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -32,10 +32,16 @@ BUCKETS = ("1-63", "64-127", "128-255", "256-511", "512-1023", "1024-")
 """Tokens of the longer response of a pair, for metrics by length: `<metric>_by_length/<bucket>`."""
 LENGTH_BORDERS = (64, 128, 256, 512, 1024)
 """Smallest length of each bucket after the first."""
+AUC, MISMATCH = "rewards/auc", "loss/kl"
+"""Of labelled records: how often a good response has a higher reward than a bad one; mean log-ratio of
+mismatched responses, whose part above 0 is the z of `kto`."""
 BATCH_MARGIN = "loss/margin"
 """Mean of `b h`, reported if the loss depends on it."""
 BATCH_REWARD = "loss/reward"
 """Mean of `b (Dw + Dl) / 2`, reported if the loss depends on it."""
+_WITHIN_PAIRS = ("rewards/accuracies", "rewards/both_fall")
+_MARGIN, _SIDES = "rewards/margins", ("rewards/chosen", "rewards/rejected")
+_OF_LABELS = (*_SIDES, _MARGIN)
 _LENGTH_GROUPS = tuple(f"_by_length/{bucket}" for bucket in BUCKETS)
 
 
@@ -118,8 +124,11 @@ class MetricPlan:
     def of_pairs(self) -> tuple[str, ...]:
         """Metrics of all pairs, without those that only some losses have."""
         names = PAIR_METRICS + ENTROPIES if self.is_evaluation else PAIR_METRICS
-        one_sided = self.loss.is_one_sided
-        measured = (name for name in names if not one_sided or name == "loss" or "/chosen" in name)
+        measured: Iterable[str] = names
+        if self.loss.is_one_sided:
+            measured = (name for name in names if name == "loss" or "/chosen" in name)
+        elif self.loss.is_unpaired:
+            measured = (name for name in names if name not in _WITHIN_PAIRS)
         return (*measured, *self.custom.names)
 
     @cached_property
@@ -132,13 +141,16 @@ class MetricPlan:
         adds_router_losses = not self.is_evaluation
         has_aux = adds_router_losses and router.aux_coefficient is not None
         of_some_losses = {
+            AUC: loss.is_unpaired,
+            MISMATCH: loss.needs_partners,
             BATCH_MARGIN: loss.uses("beta_momentum"),
             BATCH_REWARD: loss.bco_delta is BcoDelta.running_mean,
             AUX_LOSS: has_aux,
             BUSIEST: has_aux,
             Z_LOSS: adds_router_losses and router.z_coefficient is not None,
         }
-        grouped = [metric for metric in GROUP_METRICS if metric in self.of_pairs]
+        of_groups = _OF_LABELS if loss.is_unpaired else GROUP_METRICS
+        grouped = [metric for metric in of_groups if metric in self.of_pairs]
         rows = [(metric, "") for metric in self.of_pairs]
         rows += [(metric, "") for metric, is_measured in of_some_losses.items() if is_measured]
         sources = [f"/{label}" for label in self.labels]
@@ -209,8 +221,33 @@ class MetricSums:
 
 
 def metric_means(sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
-    """Return the mean of every metric that has a count above 0."""
-    return {name: total / counts[name] for name, total in sums.items() if counts[name]}
+    """Return the mean of every metric that has a count above 0.
+
+    Without pairs, as of labelled records, the margin is the difference of the mean rewards of both sides.
+    """
+    means = {name: total / counts[name] for name, total in sums.items() if counts[name]}
+    for name in sums:
+        if name.startswith(_MARGIN) and name not in means:
+            chosen, rejected = (means.get(side + name.removeprefix(_MARGIN)) for side in _SIDES)
+            if chosen is not None and rejected is not None:
+                means[name] = chosen - rejected
+    return means
+
+
+def wins(good: Tensor, bad: Tensor) -> Tensor:
+    """Return how many pairs of a good and a bad value have the good one above, ties a half; nan with nan."""
+    ordered = bad.double().sort().values
+    above = torch.searchsorted(ordered, good.double()) + torch.searchsorted(
+        ordered, good.double(), right=True
+    )
+    return above.sum() / 2 + 0.0 * (good.sum() + bad.sum())
+
+
+@torch.no_grad()
+def label_rewards(pairs: ScoredPairs, loss: LossConfig) -> Tensor:
+    """Return the reward of each labelled record, float64 [pairs]: the side that it lacks has 0."""
+    rewards = implicit_rewards(pairs.policy, pairs.reference, loss)
+    return rewards.chosen + rewards.rejected
 
 
 @torch.no_grad()
@@ -264,13 +301,18 @@ def measure_pairs(columns: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tens
     A metric is the sum of values divided by the sum of counts: pairs, tokens, or pairs with a reference.
     """
     margin, ones = columns["margin"], torch.ones_like(columns["margin"])
+    has = {side: (columns[f"tokens_{side}"] > 0).to(margin) for side in ("chosen", "rejected")}
+    paired = has["chosen"] * has["rejected"]
     falls = (columns["logp_chosen"] < columns["reference_chosen"]) & (
         columns["logp_rejected"] < columns["reference_rejected"]
     )
     measured = {
         # Keep NaN: comparing a NaN margin would silently count as False.
-        "rewards/accuracies": (torch.where(margin.isnan(), margin, (margin > 0) + 0.5 * (margin == 0)), ones),
-        "rewards/margins": (margin, ones),
+        "rewards/accuracies": (
+            torch.where(margin.isnan(), margin, (margin > 0) + 0.5 * (margin == 0)),
+            paired,
+        ),
+        "rewards/margins": (margin, paired),
         "rewards/both_fall": (
             torch.where(margin.isnan(), margin, falls),
             torch.isfinite(columns["reference_chosen"]),
@@ -278,10 +320,10 @@ def measure_pairs(columns: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tens
     }
     for side in ("chosen", "rejected"):
         logp, tokens = columns[f"logp_{side}"], columns[f"tokens_{side}"]
-        measured[f"rewards/{side}"] = columns[f"reward_{side}"], ones
-        measured[f"logps/{side}"] = logp, ones
+        measured[f"rewards/{side}"] = columns[f"reward_{side}"], has[side]
+        measured[f"logps/{side}"] = logp, has[side]
         measured[f"logps/{side}_per_token"] = logp, tokens
-        measured[f"tokens/{side}"] = tokens, ones
+        measured[f"tokens/{side}"] = tokens, has[side]
     return measured | {name: (value, ones) for name, value in columns.items() if name.startswith(CUSTOM)}
 
 

@@ -18,7 +18,7 @@ from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.foundation.errors import ConfigError, DivergedError
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.text import first_few
-from dpo_dist.objective.losses import BatchFacts, RunningMeans, preference_loss
+from dpo_dist.objective.losses import RunningMeans, preference_loss
 from dpo_dist.objective.metrics import MARGIN_PERCENTILES, MetricPlan, custom_metrics
 from dpo_dist.training.gather import gather_scored, in_batch_order
 from dpo_dist.training.metrics_log import Row, is_collapsed, usual_loss
@@ -43,7 +43,7 @@ def check_keep_best(config: RunConfig, labels: tuple[str, ...], device: torch.de
     """Check that every evaluation has the metric `trainer.keep_best`; `labels`: of its sources."""
     metric, loss = config.trainer.keep_best, config.loss
     measured = MetricPlan(loss, labels, True, custom_metrics(config, device)).rows
-    names = [PREFIX + name for name in (*measured, *(() if loss.is_one_sided else MARGIN_PERCENTILES))]
+    names = [PREFIX + name for name in (*measured, *(MARGIN_PERCENTILES if loss.compares_pairs else ()))]
     if metric is not None and metric not in names:
         near = difflib.get_close_matches(metric, names, n=3) or names[:3]
         raise ConfigError(
@@ -149,8 +149,8 @@ def pair_losses(
 ) -> list[float]:
     """Score the pairs of a step again; return their losses in the order of the global batch. Collective."""
     rank_batch, loss = ready.rank_batch, objective.loss
-    facts = BatchFacts(rank_batch.mean_chosen_tokens, running=running)
     policy.train(False)
+    facts = objective.facts(policy, rank_batch, ready.partners, world, running)
     scored = list(objective.scored(policy, ready.batches, facts, world.device))
     if loss.is_coupled:
         scored = [gather_scored(scored, rank_batch, world)]

@@ -26,6 +26,7 @@ from dpo_dist.data.dataset import (
     count_shared_prompts,
     open_dataset,
 )
+from dpo_dist.data.partners import with_partners
 from dpo_dist.data.records import Part, eval_part, train_part
 from dpo_dist.distributed.zero import unsharded_loading
 from dpo_dist.model.architectures import (
@@ -128,6 +129,8 @@ def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
             also_in_train=partial(count_shared, eval_set, train_set),
             prompts_also_in_train=partial(count_shared_prompts, eval_set, train_set),
         )
+    train_set = _with_partners(run, train_set)
+    eval_set = None if eval_set is None else _with_partners(run, eval_set)
     sampler = make_sampler(train_set.spans([source.weight for source in config.data.train]), config.trainer)
     inputs = Inputs(**vars(models) | {"eval_set": eval_set}, train_set=train_set, sampler=sampler)
     for name, dataset in inputs.named.items():
@@ -144,7 +147,14 @@ def load_evaluation_inputs(run: Run) -> EvaluationInputs:
     assert inputs.eval_set is not None, "evaluations have data"
     for line in describe_counts("eval", inputs.eval_set.counts):
         run.say(line)
-    return inputs
+    return replace(inputs, eval_set=_with_partners(run, inputs.eval_set))
+
+
+def _with_partners(run: Run, dataset: PreferenceDataset) -> PreferenceDataset:
+    """Return the dataset with the partners that the loss needs; collective."""
+    if not run.config.loss.needs_partners:
+        return dataset
+    return run.world.together(lambda: with_partners(dataset, run.config.data.max_length))
 
 
 def _load(

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from dpo_dist.data.dataset import RankBatch
 from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.world import Interrupted
@@ -108,6 +109,7 @@ class Loop(Rows):
         clock.enter("data")
         ready = next(ready_steps)
         rank_batch, pairs = ready.rank_batch, ready.rank_batch.pairs
+        partners = rank_batch.partners  # of which there is a forward only
         rate = learning_rate(self.run.config.optim, position.step, self.inputs.sampler.steps)
         sums, norm = train_step(self.policy, self.objective, ready, rate, world, clock, position.running)
         if self.reference_sync is not None:
@@ -129,8 +131,8 @@ class Loop(Rows):
             values={**running, "grad_norm": totals.grad_norm, **times},
             learning_rate=rate,
             pairs=pairs,
-            tokens=rank_batch.tokens,
-            flops=self.inputs.flops.of(rank_batch.tokens, rank_batch.targets, rank_batch.attended),
+            tokens=rank_batch.tokens + (0 if partners is None else partners.tokens),
+            flops=self._flops(rank_batch) + (0.0 if partners is None else self._flops(partners) / 3),
             seconds=sum(times.values()),
         )
         position.step += 1
@@ -149,6 +151,9 @@ class Loop(Rows):
             self.checkpoints.commit()
             raise error
         return stop_votes > 0
+
+    def _flops(self, batch: RankBatch) -> float:
+        return self.inputs.flops.of(batch.tokens, batch.targets, batch.attended)
 
     def _say_skipped(
         self, ready: ReadyStep, totals: StepTotals, position: Position, *, overflow: bool

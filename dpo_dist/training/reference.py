@@ -67,7 +67,8 @@ def check_drift(
                 names = [
                     f"{dataset.origin(index)} response {number}"
                     for index in micro_batch
-                    for number in range(len(dataset.response_range(index)))
+                    for number, _ in enumerate(dataset.response_range(index))
+                    if rank_batch.which in (None, number)
                 ]
                 parts = torch.split((fresh - stored).cpu(), host_batch.response_tokens.tolist())
                 drifts += zip(names, (part.numpy() for part in parts), strict=True)

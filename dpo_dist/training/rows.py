@@ -44,7 +44,7 @@ class Rows:
         )
         speed = throughput(rank_batch.pairs, rank_batch.tokens, time.monotonic() - started)
         trainer, measured, margins = self.run.config.trainer, dict(metrics), None
-        if not self.run.config.loss.is_one_sided:
+        if self.run.config.loss.compares_pairs:
             measured |= values.margin_percentiles()
             margins = values.margin
         measured |= {"pairs": speed["pairs"]} if policy is None else speed

@@ -27,16 +27,20 @@ from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import Engine, PolicyEngine
 from dpo_dist.foundation.background import prefetch
 from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response, wpo_weights
-from dpo_dist.objective.losses import BatchFacts, RunningMeans, preference_loss
+from dpo_dist.objective.losses import BatchFacts, RunningMeans, log_ratios, preference_loss
 from dpo_dist.objective.metrics import (
+    AUC,
+    MISMATCH,
     CustomMetrics,
     MetricPlan,
     MetricSums,
     PairValues,
     ScoredPairs,
+    label_rewards,
     metric_means,
     metric_sums,
     pair_values,
+    wins,
 )
 from dpo_dist.objective.router import RouterLoss
 from dpo_dist.objective.token_logps import Statistic
@@ -54,6 +58,7 @@ class ReadyStep:
 
     rank_batch: RankBatch
     batches: Sequence[PackedBatch]
+    partners: Sequence[PackedBatch] = ()  # of a loss that needs them
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,9 @@ class Objective:
 
     def ready_step(self, rank_batch: RankBatch, device: torch.device) -> ReadyStep:
         """Return all `ready_batches` of a training step."""
-        return ReadyStep(rank_batch, list(self.ready_batches(rank_batch, device)))
+        partners = rank_batch.partners
+        beside = () if partners is None else tuple(self.ready_batches(partners, device))
+        return ReadyStep(rank_batch, list(self.ready_batches(rank_batch, device)), beside)
 
     def prefetched(
         self, rank_batch: RankBatch, device: torch.device
@@ -140,6 +147,26 @@ class Objective:
                 routing=routing,
             )
 
+    @torch.no_grad()
+    def facts(
+        self,
+        model: Engine | None,
+        rank_batch: RankBatch,
+        partners: Iterable[PackedBatch],
+        world: World,
+        running: RunningMeans,
+        enter: Callable[[Phase], None] = lambda _phase: None,
+    ) -> BatchFacts:
+        """Return the facts of a global batch; collective if the loss needs the log-ratios of `partners`."""
+        facts = BatchFacts(rank_batch.mean_chosen_tokens, running=running)
+        if rank_batch.partners is None:
+            return facts
+        unrouted, total = replace(self, router=None), torch.zeros(1, dtype=torch.float64, device=world.device)
+        for scored in unrouted.scored(model, partners, facts, world.device, enter):
+            ratios = log_ratios(scored.policy, scored.reference, self.loss)
+            total += (ratios.chosen * scored.weights).sum()
+        return replace(facts, mismatch=world.sum_replicas(total)[0] / rank_batch.pairs)
+
     def measure(self, pairs: ScoredPairs, plan: MetricPlan) -> tuple[Tensor, MetricSums]:
         """Return the sum of the losses, with a graph if gradients are enabled, and the metric sums.
 
@@ -167,9 +194,11 @@ def train_step(
     all ranks, infinite if the update was skipped.
     """
     rank_batch, device = step.rank_batch, world.device
-    facts = BatchFacts(rank_batch.mean_chosen_tokens, running=running)
+    if objective.loss.needs_partners:
+        policy.train(False)
+    facts = objective.facts(policy, rank_batch, step.partners, world, running, clock.enter)
     plan = MetricPlan(objective.loss, rank_batch.dataset.labels, custom=objective.custom)
-    sums, slopes = MetricSums.zeros(plan, device), list[Tensor]()
+    sums, slopes, rewards = MetricSums.zeros(plan, device), list[Tensor](), list[Tensor]()
     known: list[ScoredPairs] = []
     if objective.loss.is_coupled:
         policy.train(False)
@@ -198,15 +227,36 @@ def train_step(
             loss = (torch.stack([slope[places] * part for slope, part in parts]) * pairs.weights).sum()
         else:
             loss, of_batch = objective.measure(pairs, plan)
-            loss, sums = _nan_unless_finite(loss, pairs.policy.chosen) / rank_batch.pairs, sums + of_batch
+            logps = pairs.policy.chosen + pairs.policy.rejected
+            loss, sums = _nan_unless_finite(loss, logps) / rank_batch.pairs, sums + of_batch
         if routers is not None and pairs.routing is not None:
             loss, sums = routers.add(loss, pairs.routing, sums)
+        if objective.loss.is_unpaired:
+            rewards.append(label_rewards(pairs, objective.loss)[None])
         clock.enter("backward")
         policy.backward(loss, is_last=number == len(step.batches))
     clock.enter("optimizer")
     grad_norm = policy.step(rate)
     clock.enter("other")
+    if rewards:
+        of_all = in_batch_order(rewards, rank_batch, world)[0]
+        sums = _plus_labelled(sums, of_all, rank_batch, facts) if world.is_main else sums
     return sums, grad_norm
+
+
+def _plus_labelled(sums: MetricSums, rewards: Tensor, rank_batch: RankBatch, facts: BatchFacts) -> MetricSums:
+    """Return sums with those metrics that all labelled records of the global batch have together.
+
+    `rewards`: [pairs], in the order of the global batch.
+    """
+    assert rank_batch.is_good is not None
+    good, bad = (
+        on_device(np.flatnonzero(side), rewards.device) for side in (rank_batch.is_good, ~rank_batch.is_good)
+    )
+    sums = sums.plus_values({AUC: wins(rewards[good], rewards[bad])}, len(good) * len(bad))
+    if facts.mismatch is None:
+        return sums
+    return sums.plus_values({MISMATCH: facts.mismatch * rank_batch.pairs}, rank_batch.pairs)
 
 
 def _nan_unless_finite(loss: Tensor, logps: Tensor) -> Tensor:
@@ -267,7 +317,6 @@ def evaluate(
     Collective. `model` is not in training mode; without one, the reference's log-probs are the policy's.
     `check_stop` is called before each micro-batch, of which all ranks have the same number, and may raise.
     """
-    facts = BatchFacts(rank_batch.mean_chosen_tokens, running=running)
     plan = MetricPlan(objective.loss, rank_batch.dataset.labels, True, objective.custom)
     sums = MetricSums.zeros(plan, world.device)
     values, scored = list[dict[str, Tensor]](), list[ScoredPairs]()
@@ -276,6 +325,13 @@ def evaluate(
         if phase == "data":
             check_stop()
 
+    partners = rank_batch.partners
+    with (
+        contextlib.nullcontext(())
+        if partners is None
+        else objective.prefetched(partners, world.device) as batches
+    ):
+        facts = objective.facts(model, rank_batch, batches, world, running, enter)
     with objective.prefetched(rank_batch, world.device) as batches:
         for pairs in objective.scored(model, batches, facts, world.device, enter, is_evaluation=True):
             values.append(pair_values(plan, pairs.policy, pairs.reference))
@@ -286,7 +342,10 @@ def evaluate(
     if objective.loss.is_coupled:
         _, of_all = objective.measure(gather_scored(scored, rank_batch, world), plan)
         sums = of_all if world.is_main else sums
-    means = MetricSums(sums.names, world.sum_replicas(sums.values)).means()
     parts = [torch.stack([*part.values()]) for part in values]
-    table = in_batch_order(parts, rank_batch, world).float().cpu().numpy()
-    return means, PairValues.of(dict(zip(values[0], table, strict=True)))
+    columns = dict(zip(values[0], in_batch_order(parts, rank_batch, world).float(), strict=True))
+    if objective.loss.is_unpaired and world.is_main:
+        rewards = columns["reward_chosen"] + columns["reward_rejected"]
+        sums = _plus_labelled(sums, rewards, rank_batch, facts)
+    means = MetricSums(sums.names, world.sum_replicas(sums.values)).means()
+    return means, PairValues.of({name: column.cpu().numpy() for name, column in columns.items()})
