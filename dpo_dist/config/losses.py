@@ -27,7 +27,8 @@ class RouterConfig:
 LossKind = StrEnum(
     "LossKind",
     "sigmoid robust hinge ipo sigmoid_norm exo_pair nca_pair bco_pair sppo_hard apo_zero apo_down "
-    "discopop dpop odpo simpo orpo cpo sft aot aot_unpaired beta_dpo plackett_luce kto apo_zero_unpaired custom",
+    "discopop dpop odpo simpo orpo cpo sft aot aot_unpaired beta_dpo plackett_luce kto apo_zero_unpaired "
+    "custom",
 )
 """Names of `loss.kind`."""
 Divergence = StrEnum("Divergence", ["reverse_kl", "forward_kl", "js", "alpha"])
@@ -174,9 +175,8 @@ KINDS: dict[LossKind, KindFacts] = {
         accepts_rankings=True,
     ),
     LossKind.kto: KindFacts(
-        "of a good response wd (1 - s(b (D - z))), of a bad one wu (1 - s(b (z - D))); z the mean log-ratio of "
-        "mismatched responses over the global batch, at least 0; wd, wu = `loss.desirable_weight`, "
-        "`loss.undesirable_weight`",
+        "good: wd (1 - s(b (D - z))), bad: wu (1 - s(b (z - D))); z the mean log-ratio of mismatched "
+        "responses over the global batch, at least 0; wd, wu = `loss.desirable_weight`, `loss.undesirable_weight`",
         "KTO, arXiv 2402.01306",
         _LABELLED,
         is_unpaired=True,

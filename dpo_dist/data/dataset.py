@@ -379,7 +379,8 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
 
     if loss.is_unpaired:
         remedy = "use records with prompt, completion and label; data.unpair=true takes pairs apart"
-        return check(~is_labelled, "no single response with a label", remedy)
+        check(~is_labelled, "no single response with a label", remedy)
+        return
     remedy = "set loss=kto; if the label is no judgement of the response, ignore it: columns: {label: null}"
     check(is_labelled, "one response with a label, good or bad", remedy)
     if not loss.is_one_sided:

@@ -1,7 +1,7 @@
 """Partners of labelled records: for each the response to another prompt, by which `kto` measures its z.
 
-The partner of a record is a function of the records of its source alone, so that the store holds its log-probs
-for all epochs and runs: neither seed nor order, batch or number of processes change it.
+The partner of a record is a function of the records of its source alone, so that the store holds its
+log-probs for all epochs and runs: neither seed nor order, batch or number of processes change it.
 """
 
 from dataclasses import replace
@@ -11,6 +11,7 @@ import numpy as np
 from dpo_dist.batching.example import Example, response_key
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.data.dataset import PreferenceDataset
+from dpo_dist.data.store import Array
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import text_digest
 
@@ -39,9 +40,9 @@ def with_partners(dataset: PreferenceDataset, max_length: int) -> PreferenceData
         start = int(dataset.mask_starts[partner[example]])
         trained[example] = np.count_nonzero(dataset.trained[start : start + int(kept[example])])
 
-    def beside(first: Indices, second: Indices) -> Indices:
+    def beside(first: Array, second: Array) -> Array:
         """Return the values of each example's response, and then of its partner's."""
-        both: Indices = np.stack((first, second), axis=1).reshape(-1, *first.shape[1:])
+        both: Array = np.stack((first, second), axis=1).reshape(-1, *first.shape[1:])
         return both
 
     extended = replace(
@@ -71,7 +72,7 @@ def _partners(dataset: PreferenceDataset, start: int, stop: int) -> Indices:
     shift = int(np.unique(prompts, return_counts=True)[1].max(initial=0))
     if 2 * shift > len(order):
         raise DataError(
-            "kto compares each response with one to another prompt, and half of the records have the same prompt",
+            "kto needs for each record a response to another prompt, and most records have the same prompt",
             where=str(dataset.origin(start)) if len(order) else "",
             got=f"{shift} of {len(order)} records of this source have one prompt",
             remedy="join files of one kind, or set loss=apo_zero_unpaired, which needs no other response",

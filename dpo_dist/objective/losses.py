@@ -67,7 +67,7 @@ class BatchFacts:
     `mean_chosen_tokens` is the mean `nw` over the *global* batch: divided by it, `sft` is a token mean over
     that batch; None: the given pairs are the global batch. `score_gaps`, [pairs]: score of chosen minus score
     of rejected (`odpo`). `pair_weights`, [pairs]: factors of the losses (`weighting`), but of `sft`.
-    `mismatch`: mean log-ratio of mismatched responses over the *global* batch (`kto`), a scalar without gradient.
+    `mismatch`: mean log-ratio of mismatched responses over the *global* batch (`kto`), without gradient.
     """
 
     mean_chosen_tokens: Tensor | float | None = None

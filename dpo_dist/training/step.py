@@ -238,22 +238,23 @@ def train_step(
     clock.enter("optimizer")
     grad_norm = policy.step(rate)
     clock.enter("other")
-    if rewards:
-        of_all = in_batch_order(rewards, rank_batch, world)[0]
-        sums = _plus_labelled(sums, of_all, rank_batch, facts) if world.is_main else sums
-    return sums, grad_norm
+    return _with_labels(sums, rewards, rank_batch, facts, world), grad_norm
 
 
-def _plus_labelled(sums: MetricSums, rewards: Tensor, rank_batch: RankBatch, facts: BatchFacts) -> MetricSums:
-    """Return sums with those metrics that all labelled records of the global batch have together.
+def _with_labels(
+    sums: MetricSums, rewards: Sequence[Tensor], rank_batch: RankBatch, facts: BatchFacts, world: World
+) -> MetricSums:
+    """Return sums with the metrics that labelled records of a global batch have together; collective.
 
-    `rewards`: [pairs], in the order of the global batch.
+    `rewards`: [1, pairs] of each micro-batch of this rank. Other records have no such metrics.
     """
-    assert rank_batch.is_good is not None
-    good, bad = (
-        on_device(np.flatnonzero(side), rewards.device) for side in (rank_batch.is_good, ~rank_batch.is_good)
-    )
-    sums = sums.plus_values({AUC: wins(rewards[good], rewards[bad])}, len(good) * len(bad))
+    if rank_batch.is_good is None:
+        return sums
+    of_all, is_good = in_batch_order(rewards, rank_batch, world)[0], rank_batch.is_good
+    if not world.is_main:
+        return sums
+    good, bad = (of_all[on_device(np.flatnonzero(side), of_all.device)] for side in (is_good, ~is_good))
+    sums = sums.plus_values({AUC: wins(good, bad)}, len(good) * len(bad))
     if facts.mismatch is None:
         return sums
     return sums.plus_values({MISMATCH: facts.mismatch * rank_batch.pairs}, rank_batch.pairs)
@@ -343,9 +344,8 @@ def evaluate(
         _, of_all = objective.measure(gather_scored(scored, rank_batch, world), plan)
         sums = of_all if world.is_main else sums
     parts = [torch.stack([*part.values()]) for part in values]
-    columns = dict(zip(values[0], in_batch_order(parts, rank_batch, world).float(), strict=True))
-    if objective.loss.is_unpaired and world.is_main:
-        rewards = columns["reward_chosen"] + columns["reward_rejected"]
-        sums = _plus_labelled(sums, rewards, rank_batch, facts)
+    table = in_batch_order(parts, rank_batch, world).float().cpu().numpy()
+    rewards = [(part["reward_chosen"] + part["reward_rejected"])[None] for part in values]
+    sums = _with_labels(sums, rewards, rank_batch, facts, world)
     means = MetricSums(sums.names, world.sum_replicas(sums.values)).means()
-    return means, PairValues.of({name: column.cpu().numpy() for name, column in columns.items()})
+    return means, PairValues.of(dict(zip(values[0], table, strict=True)))
