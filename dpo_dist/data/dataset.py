@@ -254,14 +254,31 @@ def shard_batch(
     world_size: int,
     micro_batch_tokens: int,
     costs: ComputeCosts,
-    which: int | None = None,
-    *,
-    is_labelled: bool = False,
+    loss: LossConfig | None = None,
 ) -> RankBatch:
     """Return the share of `rank` in the global batch `indices`, balanced by compute cost; O(batch).
 
-    `which`: the only response of each example that is scored; None: all.
+    It has the responses that the `loss` scores, and its partners; by default all responses.
     """
+    shares = rank, world_size, micro_batch_tokens, costs
+    if loss is None or loss.compares_pairs:
+        return _shard(dataset, indices, *shares, which=None)
+    return replace(
+        _shard(dataset, indices, *shares, which=0),
+        is_good=dataset.labels_good(indices) if loss.is_unpaired else None,
+        partners=_shard(dataset, indices, *shares, which=1) if loss.needs_partners else None,
+    )
+
+
+def _shard(
+    dataset: PreferenceDataset,
+    indices: Indices,
+    rank: int,
+    world_size: int,
+    micro_batch_tokens: int,
+    costs: ComputeCosts,
+    which: int | None,
+) -> RankBatch:
     counts = dataset.response_counts(indices)
     responses = dataset.response_indices(indices)
     chosen = responses[np.cumsum(counts) - counts]
@@ -281,7 +298,6 @@ def shard_batch(
         attended=int(sizes.attended.sum()),
         mean_chosen_tokens=float(dataset.trained_tokens[chosen].mean()),
         sources=dataset.label_numbers(indices) if dataset.labels else None,
-        is_good=dataset.labels_good(indices) if is_labelled else None,
         which=which,
         forwards=tuple(max(RESPONSES_OF_DUMMY, *(int(counts[at].sum()) for at in ranks)) for ranks in plan),
     )

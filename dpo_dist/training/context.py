@@ -60,14 +60,8 @@ class Run:
 
     def shard(self, dataset: PreferenceDataset, indices: Indices, costs: ComputeCosts) -> RankBatch:
         """Return this rank's micro-batches of a global batch."""
-        world, loss = self.world, self.config.loss
-        shares = world.replica, world.replicas, self.micro_batch_tokens, costs
-        own = shard_batch(
-            dataset, indices, *shares, None if loss.compares_pairs else 0, is_labelled=loss.is_unpaired
-        )
-        if not loss.needs_partners:
-            return own
-        return replace(own, partners=shard_batch(dataset, indices, *shares, which=1))
+        place, loss = (self.world.replica, self.world.replicas), self.config.loss
+        return shard_batch(dataset, indices, *place, self.micro_batch_tokens, costs, loss)
 
     def write(self, work: Callable[[], T]) -> T:
         """Run `work`, which writes files of the run, on rank 0 and return its result on all; collective."""

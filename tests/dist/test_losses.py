@@ -15,6 +15,7 @@ from dpo_dist.config.losses import BcoDelta, Divergence, LossConfig, LossKind, L
 from dpo_dist.config.schema import DataConfig, ParallelismConfig, ParallelismKind, SourceConfig
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset, shard_batch
+from dpo_dist.data.partners import with_partners
 from dpo_dist.data.store import EncodedSource
 from dpo_dist.distributed.world import World
 from dpo_dist.objective.losses import RunningMeans
@@ -30,6 +31,7 @@ from tests.support.ranks import OPTIM, run_ranks
 
 RECORDS = 11
 # Odd sizes, fewer pairs than ranks, an example twice in a batch.
+BAD = (5, 7, 8, 10)  # of the labelled records; the last two steps have one side only, and both
 STEPS = ((1, 3, 5, 7, 9, 10, 0), (5,), (2, 9, 2))
 
 # What kinds need of a step: pairs alone, the whole batch, one side, no reference, means of earlier steps,
@@ -55,13 +57,18 @@ CASES = {
     "masked simpo": LossConfig(LossKind.simpo, 1.0),
     "masked sft": LossConfig(LossKind.sft),
     "masked plackett_luce": LossConfig(LossKind.plackett_luce, 0.5),
+    "kto": LossConfig(LossKind.kto, 0.5, desirable_weight=1.5),
+    "masked kto": LossConfig(LossKind.kto, 0.5, undesirable_weight=2.0),
 }
 Data = dict[str, tuple[EncodedSource, ...]]
-"""Pairs with scores, plain and masked, and masked rankings of 2 to 5 responses, of two sources each."""
+"""Of two sources each: pairs with scores, plain and masked, masked rankings of 2 to 5 responses, and labelled
+records, of which the first source has good ones only."""
 
 
 def dataset_of(case: str, data: Data) -> PreferenceDataset:
     name = "masked" if case.startswith("masked") else "pairs"
+    if "kto" in case:
+        return with_partners(open_dataset(data[f"labelled {name}"], DataConfig()), max_length=40)
     return open_dataset(data["rankings" if "plackett_luce" in case else name], DataConfig())
 
 
@@ -75,6 +82,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
             f"{rank} " + " ".join(source.choices(["yes", "weather", "Paris"], k=source.randint(1, 20)))
             for rank in range(responses)
         ]
+        if responses == 1:
+            return {"prompt": prompt, "completion": texts[0], "label": number not in BAD}
         return {
             "prompt": prompt,
             "responses": texts,
@@ -92,11 +101,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
         return prepare_dataset(sources, DataConfig(cache=str(folder / cache)), tiny.qwen(), "qwen")
 
     pairs = written("pairs", [2] * RECORDS)
+    labelled = written("labelled", [1] * RECORDS)
     rankings = written("rankings", [2 + n % 4 for n in range(RECORDS)])
-    plain = encoded(pairs, "encoded")
+    plain, of_labels = encoded(pairs, "encoded"), encoded(labelled, "encoded")
     with pytest.MonkeyPatch.context() as patch:
         add_masks(patch)
-        return {"pairs": plain, "masked": encoded(pairs, "masks"), "rankings": encoded(rankings, "masks")}
+        return {
+            "pairs": plain,
+            "masked": encoded(pairs, "masks"),
+            "rankings": encoded(rankings, "masks"),
+            "labelled pairs": of_labels,
+            "labelled masked": encoded(labelled, "masks"),
+        }
 
 
 FORGOTTEN = "loss without running means"
@@ -127,8 +143,7 @@ def _trajectory(
     policy = load_policy(config.model, world)
 
     def plan(indices: Any) -> Any:
-        only = loss.is_one_sided
-        return shard_batch(dataset, np.array(indices), world.replica, world.replicas, budget, COSTS, only)
+        return shard_batch(dataset, np.array(indices), world.replica, world.replicas, budget, COSTS, loss)
 
     def means(sums: MetricSums) -> dict[str, float]:
         return replace(sums, values=world.sum_replicas(sums.values)).means()
@@ -137,7 +152,7 @@ def _trajectory(
         ready, clock = objective.ready_step(plan(indices), world.device), StepClock(world.device)
         sums, norm = train_step(policy, objective, ready, OPTIM.lr, world, clock, running)
         metrics = means(sums)
-        if not loss.is_one_sided:
+        if loss.compares_pairs:
             reward = (metrics["rewards/chosen"] + metrics["rewards/rejected"]) / 2
             running = running.after(loss, metrics.get(BATCH_MARGIN, 0.0), reward, len(indices))
         yield {**metrics, "grad_norm": norm.item()}
@@ -160,6 +175,19 @@ def of_each_pair(values: PairValues) -> dict[str, float]:
     }
 
 
+def assert_labelled(evaluation: dict[str, float]) -> None:
+    """Check the means of both sides, their margin and the AUC, by the rewards of all records."""
+    good, bad = (
+        np.array([evaluation[f"margin of {i}"] for i in range(RECORDS) if (i in BAD) is (side < 0)]) * side
+        for side in (1, -1)
+    )
+    assert evaluation["rewards/chosen"] == pytest.approx(good.mean(), rel=1e-4, abs=1e-6)
+    assert evaluation["rewards/rejected"] == pytest.approx(bad.mean(), rel=1e-4, abs=1e-6)
+    assert evaluation["rewards/margins"] == pytest.approx(good.mean() - bad.mean(), rel=1e-4, abs=1e-6)
+    assert evaluation["rewards/auc"] == np.mean([(g > b) + 0.5 * (g == b) for g in good for b in bad])
+    assert "rewards/rejected/labelled" not in evaluation, "the first source has good records only"
+
+
 def test_losses_train_the_same_on_one_rank_and_on_two(assets: Assets, data: Data, tmp_path: Path) -> None:
     every, some = list(CASES), WITH_SHARED_TOKENS
     (alone,) = run_ranks(partial(trajectories, assets, data, 8192, every), 1, tmp_path / "one", seconds=300)
@@ -176,10 +204,13 @@ def test_losses_train_the_same_on_one_rank_and_on_two(assets: Assets, data: Data
     for name, steps in alone.items():
         assert all(np.isfinite(list(step.values())).all() for step in steps), name
         assert steps[-1]["loss"] != steps[0]["loss"], name
-        if not CASES[name].is_one_sided:
+        if CASES[name].compares_pairs:
             margins = [steps[-1][f"margin of {position}"] for position in range(RECORDS)]
             assert np.mean(margins) == pytest.approx(steps[-1]["rewards/margins"], rel=1e-4, abs=1e-6), name
         by_source = [key for key in steps[-1] if key.startswith("rewards/margins/")]
+        if CASES[name].is_unpaired:
+            assert_labelled(steps[-1])
+            continue
         assert len(by_source) == (0 if CASES[name].is_one_sided else 2), name
         if by_source:  # the first source has the first four records
             assert np.mean(margins[:4]) == pytest.approx(steps[-1][by_source[0]], rel=1e-4, abs=1e-6), name

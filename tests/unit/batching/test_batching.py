@@ -22,6 +22,7 @@ from dpo_dist.batching.plan import (
     plan_micro_batches,
 )
 from dpo_dist.batching.sampler import BatchSampler, SourceSpan, make_sampler
+from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.schema import TrainerConfig
 from dpo_dist.data.dataset import shard_batch
 from dpo_dist.foundation.errors import ConfigError
@@ -145,12 +146,11 @@ def test_padded_rows_fit_the_budget(shapes: list[tuple[int, int, int]], world_si
     assert plan == plan_micro_batches(of, world_size, budget)
 
 
-@pytest.mark.parametrize("only_chosen", [False, True])
-def test_each_micro_batch_knows_the_most_responses_of_a_rank(only_chosen: bool) -> None:
+@pytest.mark.parametrize("kind", [LossKind.plackett_luce, LossKind.sft])
+def test_each_micro_batch_knows_the_most_responses_of_a_rank(kind: LossKind) -> None:
     data = dataset_of(random_pairs([(5, 2, 3), (30, 9, 8, 7), (4, 6), (3, 2, 2)]))
     plans = [
-        shard_batch(data, np.arange(4), rank, 3, 40, SINGLE_COSTS, only_chosen=only_chosen)
-        for rank in range(3)
+        shard_batch(data, np.arange(4), rank, 3, 40, SINGLE_COSTS, LossConfig(kind)) for rank in range(3)
     ]
     for of_ranks in zip(*[list(plan.batches()) for plan in plans], strict=True):
         most = max(len(batch.response_tokens) for batch in of_ranks)

@@ -229,7 +229,7 @@ def test_counted_tokens_are_targets_and_the_whole_response_is_computed(
     batches = list(plan.batches())
     assert plan.targets == sum(trained) == sum(len(batch.targets) for batch in batches)
     assert plan.tokens == sum(batch.tokens for batch in batches)
-    assert collate(data, every.tolist(), only_chosen=True).response_tokens.tolist() == chosen
+    assert collate(data, every.tolist(), 0).response_tokens.tolist() == chosen
 
 
 def test_a_key_depends_on_the_end_of_the_prompt() -> None:

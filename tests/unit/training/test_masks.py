@@ -118,7 +118,7 @@ def pairs_of(loss: LossConfig) -> list[Example]:
 
 
 def plan_of(dataset: PreferenceDataset, loss: LossConfig, budget: int = 60) -> RankBatch:
-    return shard_batch(dataset, np.arange(len(dataset)), 0, 1, budget, COSTS, loss.is_one_sided)
+    return shard_batch(dataset, np.arange(len(dataset)), 0, 1, budget, COSTS, loss)
 
 
 def labelled_logps(causal_lm: torch.nn.Module, pairs: Sequence[Example]) -> tuple[Tensor, Tensor, Tensor]:
