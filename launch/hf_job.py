@@ -8,7 +8,7 @@
 # secrets = ["HF_TOKEN"]
 # volumes = ["./dist:/wheel"]
 # ///
-"""A run on Hugging Face Jobs, kept in a folder of a bucket (its alone): the same command continues it.
+"""Train on Hugging Face Jobs. The folder in the bucket is for this run only; the same command continues it.
 
 python -m pip wheel --no-deps --wheel-dir dist . && hf buckets create dpo-runs --exist-ok
 hf jobs uv run launch/hf_job.py hf://buckets/ME/dpo-runs/first +experiment=qwen7b loss.beta=0.2
