@@ -35,8 +35,8 @@ RUN python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))
         > requirements.txt \
     && pip install --constraint constraints.txt --requirement requirements.txt
 
-# Without it attention runs on torch's own kernels. There is no wheel for this torch and CUDA, and a version that does not
-# compile with them ends the build only after an hour: it is pinned. Each of MAX_JOBS compilers takes about 8 GB of memory.
+# Without it attention runs on torch's own kernels. Compiled from source, which takes long: the version is pinned, as a newer one
+# may not compile with this torch and CUDA. MAX_JOBS compilers run at a time, each of them in gigabytes of memory.
 # FLASH_ATTN_CUDA_ARCHS: 80 for A100, 90 for H100, 100 for B200; flash-attn does not read TORCH_CUDA_ARCH_LIST.
 ARG FLASH_ATTN=0
 ARG FLASH_ATTN_VERSION=2.8.3.post1
