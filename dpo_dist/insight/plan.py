@@ -156,9 +156,13 @@ def _data(config: RunConfig, progress: Progress) -> _Data:
         *(config, tokenizer, tokenizer_files, len(tokenizer)),
         lambda source: progress(f"encoding {source}", "record"),
     )
-    used = [of_source[0] for of_source in datasets[: len(sources)] if of_source]
-    pairs = max(1, sum(map(len, used)))
-    tokens = sum(int(dataset.piece_tokens.sum()) for dataset in used) / pairs
+    used = [
+        (of_source[0], source.weight)
+        for of_source, source in zip(datasets, sources, strict=False)
+        if of_source
+    ]
+    pairs = max(1, round(sum(len(dataset) * weight for dataset, weight in used)))
+    tokens = sum(int(dataset.piece_tokens.sum()) * weight for dataset, weight in used) / pairs
     return _Data(plan.pairs or pairs, plan.tokens_per_pair or tokens, "of data.train")
 
 
