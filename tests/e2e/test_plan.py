@@ -49,13 +49,27 @@ def test_what_is_suggested_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan(*machine, *words.split(), "trainer.micro_batch_tokens=auto")["fits"]
 
 
+def test_a_quantized_base_is_suggested_what_it_can_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    base = ["parallelism=ddp", "model.quantization=nf4", "model.adapter={r: 16}", "plan.gpus=1"]
+    lengths = ["data.max_length=40000", "plan.pairs=100", "plan.tokens_per_pair=500"]
+    found = plan("+experiment=qwen3_0_6b", *base, *lengths, "plan.suggest=true")
+    assert found["fits"], "also above the largest micro-batch that `auto` chooses"
+    assert found["suggested"].startswith("parallelism=ddp")
+
+
 def test_local_data_give_pairs_and_tokens(tmp_path: Path) -> None:
     model, pairs = write_model(tmp_path / "model"), tmp_path / "pairs.jsonl"
     write_pairs(pairs, 12, seed=3)
-    words = [f"model.path={model}", f"data.train=[{pairs}]", f"run.root={tmp_path}", "model.dtype=fp32"]
+    words = [
+        f"model.path={model}",
+        f"data.train=[{{path: {pairs}, weight: 0.5}}]",
+        f"run.root={tmp_path}",
+        "model.dtype=fp32",
+    ]
     ended = run_verb("plan", [*words, "plan.gpus=1", "plan.price=2"])
     assert ended.code == 0, ended.output
-    assert "an epoch of 12 pairs" in ended.output
+    assert "an epoch of 6 pairs" in ended.output
     assert "(of data.train)" in ended.output
     assert "price" in ended.output
     checked = run_verb("train", [*words, "plan.gpus=1", "--check"])

@@ -86,7 +86,7 @@ def test_points_have_processes_of_a_launcher_and_jobs_of_an_array(
     results = json.loads((root / "sweep-run/sweep.json").read_text())["points"]
     assert [row["outcome"] for row in results] == ["not trained", "completed", "not trained"]
     assert summary(Path(results[1]["run_dir"]))["world_size"] == 2
-    monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "9")  # --array=4,6,9
+    monkeypatch.setenv("SLURM_ARRAY_TASK_STEP", "1")  # --array=4,6,8
     irregular = run_verb("sweep", command)
     assert irregular.code == 2
     assert "--array=0-2" in irregular.output
