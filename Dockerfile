@@ -5,6 +5,11 @@
 #             -v "$PWD/output:/workspace/output" -v "$HOME/.cache/huggingface:/home/trainer/.cache/huggingface" \
 #             dpo_dist accelerate launch -m dpo_dist.train +experiment=qwen7b
 #         Local models and data: -v /shared:/shared. Between nodes with InfiniBand: --device=/dev/infiniband --network=host.
+# Check:  a part of the demo on the CPU, from the root of the checkout. It is no HEALTHCHECK: those are for servers, and
+#         would train again and again beside the run.
+#         docker run --rm --env DS_ACCELERATOR=cpu -v "$PWD/examples:/workspace/examples:ro" dpo_dist sh -c \
+#             'python -m examples.demo.make output/demo &&
+#             torchrun --nproc_per_node 2 -m dpo_dist.train +experiment=demo_warmup trainer.max_steps=10'
 #
 # The development image, because DeepSpeed compiles kernels at their first use. Its CUDA version is the one
 # that the pinned torch is built for.
@@ -30,11 +35,16 @@ RUN python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))
         > requirements.txt \
     && pip install --constraint constraints.txt --requirement requirements.txt
 
-# Compiled from source, which takes long; without it attention runs on torch's own kernels.
+# Without it attention runs on torch's own kernels. Compiled from source, which takes long: the version is pinned, as a newer one
+# may not compile with this torch and CUDA. MAX_JOBS compilers run at a time, each of them in gigabytes of memory.
+# FLASH_ATTN_CUDA_ARCHS: 80 for A100, 90 for H100, 100 for B200; flash-attn does not read TORCH_CUDA_ARCH_LIST.
 ARG FLASH_ATTN=0
+ARG FLASH_ATTN_VERSION=2.8.3.post1
+ARG FLASH_ATTN_CUDA_ARCHS="80;90"
+ARG MAX_JOBS=4
 RUN if [ "$FLASH_ATTN" = 1 ]; then \
         pip install --constraint constraints.txt packaging setuptools wheel \
-        && pip install --constraint constraints.txt --no-build-isolation flash-attn; \
+        && pip install --constraint constraints.txt --no-build-isolation "flash-attn==$FLASH_ATTN_VERSION"; \
     fi
 
 # Optional dependencies of pyproject.toml: quantization (bitsandbytes), liger.

@@ -178,9 +178,13 @@ class Conversion:
 
     def _batch(self) -> None:
         default = 1 if self.trainer == "axolotl" else 8
-        pairs = self._take("per_device_train_batch_size", "micro_batch_size", default=default)
-        steps = self._take("gradient_accumulation_steps", default=1)
-        if not any(meant(key, "keys") == (_BATCH,) for key in self._left) and fits(_BATCH, pairs * steps):
+        of_device = ("per_device_train_batch_size", "micro_batch_size", "gradient_accumulation_steps")
+        given = [key for key in of_device if key in self._left]
+        pairs = self._take(*of_device[:2], default=default)
+        steps = self._take(of_device[2], default=1)
+        if any(meant(key, "keys") == (_BATCH,) for key in self._left):
+            self.comments += [f"{key} — not needed: micro-batches are as large as fits" for key in given]
+        elif fits(_BATCH, pairs * steps):
             self.values[_BATCH] = pairs * steps
             gpus = f"times the number of GPUs there, which no file says: {8 * pairs * steps} for 8"
             self.batch = f"{_BATCH}: {pairs} pairs x {steps}, {gpus}."
@@ -194,9 +198,11 @@ class Conversion:
             r = self._take("lora_rank", "lora_r", default=ours)
             alpha = self._take("lora_alpha", default=2 * r if ours == 8 else 32)
             self.values |= {"model.adapter.r": r, "model.adapter.alpha": alpha}
+            if self.trainer == "TRL" and not self._left.get("lora_target_modules"):
+                self.comments.append("lora_target_modules: here all linear layers; peft chooses few of them")
             return
-        if kind == "freeze":
-            self._comment("finetuning_type", kind, "not offered: all weights are trained, or an adapter")
+        if str(kind).lower() not in ("none", "full", "false"):
+            self._comment("adapter", kind, "not offered: all weights are trained, or a LoRA adapter")
         for key in [key for key in self._left if "".join(meant(key, "keys")).startswith("model.adapter.")]:
             self._comment(key, self._left.pop(key), "not needed: no adapter is trained")
 
@@ -240,6 +246,10 @@ class Conversion:
             given = map(self._left.get, ("beta", "pref_beta", "rl_beta"))
             beta = next((number for number in given if isinstance(number, int | float)), 0.1)
             self.values["loss.simpo_gamma"] = self._take("gamma_beta_ratio", default=0.5 / beta) * beta
+            if self.trainer == "TRL" and (weight := self._take("cpo_alpha", default=1.0)):
+                self._comment(
+                    "cpo_alpha", weight, "TRL adds a log-likelihood to simpo with this weight (CPO-SimPO)"
+                )
 
     def _combine(self) -> None:
         """Correct values that depend on others."""

@@ -52,8 +52,8 @@ def main(points: Points) -> int:
         _warm_up()
         from dpo_dist.insight.sweep import sweep_lines, sweep_results  # noqa: PLC0415  (slow, prints)
 
-        job, jobs = (int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", "1")) for name in ("ID", "COUNT"))
-        mine = list(points)[job % jobs :: jobs]
+        job, jobs = _place_in_array()
+        mine = list(points)[job::jobs]
         left = {words: points[words] for words in mine if not _is_finished(points[words])}
         share = "" if jobs == 1 else f", {len(mine):,} of them for this job of the array"
         console.say(f"sweep: {counted(len(points), 'point')}{share}, {len(mine) - len(left):,} finished")
@@ -83,6 +83,20 @@ def check_points(points: Points) -> None:
         except DpoDistError as error:
             mistakes.append(error)
     raise_all(mistakes)
+
+
+def _place_in_array() -> tuple[int, int]:
+    """Return the number of this job in its SLURM array, from 0, and that of all jobs; (0, 1) without one."""
+    names = ("ID", "MIN", "MAX", "STEP", "COUNT")
+    job, first, last, step, jobs = (int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", "1")) for name in names)
+    if (last - first) // step + 1 != jobs:
+        raise ConfigError(
+            "the jobs of a sweep's array have no regular numbers, by which points could be divided",
+            where="sbatch --array",
+            got=f"{jobs} jobs from {first} to {last} in steps of {step}",
+            remedy=f"submit it again with --array=0-{jobs - 1}",
+        )
+    return (job - first) // step, jobs
 
 
 def check(points: Points) -> None:

@@ -330,6 +330,17 @@ RULES = (
         "choose eval_loss, eval_rewards/accuracies or eval_rewards/margins",
         lambda c: direction_of(c.trainer) is None,
     ),
+    Rule(
+        "metrics.bands!=[]",
+        "a band has low above high, or a metric that this run does not log",
+        "correct it, or set metrics.bands=[]; eval_loss and the like need data.eval or data.eval_share",
+        lambda c: any(
+            band.low > band.high
+            or band.metric.removeprefix(PREFIX) not in METRICS
+            or (band.metric.startswith(PREFIX) and not c.data.eval_sources)
+            for band in c.metrics.bands
+        ),
+    ),
     # The reference.
     Rule(
         "reference.mode=none loss",

@@ -398,12 +398,28 @@ class TrainerConfig:
 
 
 @schema
+class BandConfig:
+    """One entry of `metrics.bands`."""
+
+    metric: Filled = key(..., accepts="a name of log_history.json, such as loss or eval_rewards/accuracies")
+    """Metric, by its name in log_history.json: `eval_loss`, `loss`."""
+    step: int | None = key(None, ge=1)
+    """Step whose value is compared, if there is a row of it; null: the last one of a complete run."""
+    low: float = key(...)
+    """Lowest value of a good run."""
+    high: float = key(...)
+    """Highest value of a good run."""
+
+
+@schema
 class MetricsConfig:
-    """Metrics of your own, beside those of docs/watching.md."""
+    """Metrics of your own, beside those of docs/watching.md, and what they are in a good run."""
 
     function: Filled | None = key(None)
     """Your own function, as `module:function`: from log-probs to a value of each pair under one or more
     names; the means are the metrics `custom/NAME`."""
+    bands: list[BandConfig] = key([], verbs="train")
+    """Values that a good run of these settings passes through; the verdict names those that are missed."""
 
 
 @schema

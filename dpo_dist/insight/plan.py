@@ -14,12 +14,13 @@ from transformers import AutoConfig
 from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.schema import ZERO_STAGES, Offload, PlanConfig, ReferenceMode, RunConfig
 from dpo_dist.data.sources import local_files
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import counted, duration, size
 from dpo_dist.insight.tables import aligned
 from dpo_dist.model.flops import REACHED_SHARES, matmul_peak, recomputed_share, step_flops
 from dpo_dist.model.folder import description_folder, start_folder, tokenizer_folder
 from dpo_dist.model.load import load_config, load_tokenizer, without_weights
-from dpo_dist.training.footprint import Footprint, footprint
+from dpo_dist.training.footprint import Footprint, footprint, state_bytes
 
 Progress = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
 
@@ -81,7 +82,7 @@ def make_plan(config: RunConfig, progress: Progress) -> Plan:
     data, machine = _data(config, progress), _machine(config.plan)
     estimate = _estimate(config, data, machine)
     needs, memory, gpus = estimate.needs, machine.memory, machine.gpus
-    used = needs.used(estimate.micro_batch)
+    used, checkpoint = needs.used(estimate.micro_batch), state_bytes(config) * estimate.trained
     rows = [*needs.parts.items(), (f"{estimate.micro_batch:,} tokens", used - sum(needs.parts.values()))]
     rows.append((f"of {size(memory)}, of which a tenth stays free", used))
     fast, slow = (estimate.seconds(reached) for reached in _REACHED)
@@ -95,7 +96,7 @@ def make_plan(config: RunConfig, progress: Progress) -> Plan:
         f"trained, on {counted(gpus, 'GPU')} ({machine.gpu}), {config.parallelism.kind}",
         *(f"  {line}" for line in aligned([[name, size(part)] for name, part in rows], numbers=(1,))),
         estimate.verdict(),
-        f"host memory of a node: {size(estimate.host)}; disk: {size(12.0 * estimate.trained)} a checkpoint, "
+        f"host memory of a node: {size(estimate.host)}; disk: {size(checkpoint)} a checkpoint, "
         f"{size(2.0 * estimate.weights)} the model, {size(data.targets * data.pairs * 4)} the log-probs",
         f"an epoch of {counted(data.pairs, 'pair')} of {data.tokens:,.0f} tokens ({data.basis}):",
         *(f"  {line}" for line in aligned(times, numbers=(1,))),
@@ -156,9 +157,13 @@ def _data(config: RunConfig, progress: Progress) -> _Data:
         *(config, tokenizer, tokenizer_files, len(tokenizer)),
         lambda source: progress(f"encoding {source}", "record"),
     )
-    used = [of_source[0] for of_source in datasets[: len(sources)] if of_source]
-    pairs = max(1, sum(map(len, used)))
-    tokens = sum(int(dataset.piece_tokens.sum()) for dataset in used) / pairs
+    used = [
+        (of_source[0], source.weight)
+        for of_source, source in zip(datasets, sources, strict=False)
+        if of_source
+    ]
+    pairs = max(1, round(sum(len(dataset) * weight for dataset, weight in used)))
+    tokens = sum(int(dataset.piece_tokens.sum()) * weight for dataset, weight in used) / pairs
     return _Data(plan.pairs or pairs, plan.tokens_per_pair or tokens, "of data.train")
 
 
@@ -223,7 +228,7 @@ def _estimate(config: RunConfig, data: _Data, machine: _Machine) -> _Estimate:
     attended = prompt**2 / 2 + 2 * response * (prompt + response / 2)
     work = data.pairs * step_flops(causal_lm).of(round(data.tokens), round(data.targets), round(attended))
     work /= gpus * machine.flops
-    again = recomputed_share(config.model)
+    again, is_full = recomputed_share(config.model), config.model.adapter is None
     needs = footprint(config, causal_lm, gpus)
     largest = needs.largest_micro_batch(machine.memory)
     tokens = (largest or _TOKENS) if trainer.micro_batch_tokens == "auto" else trainer.micro_batch_tokens
@@ -238,7 +243,16 @@ def _estimate(config: RunConfig, data: _Data, machine: _Machine) -> _Estimate:
         evaluations = 1 + (steps // trainer.eval_every if trainer.eval_every else 0)
         sampling = evaluations * config.samples.max_new_tokens * (2 * weights / link + _HOOKS)
     return _Estimate(
-        *(config, machine, weights, trained, needs, largest, work * (1 + again), work / 3),
+        *(
+            config,
+            machine,
+            weights,
+            trained,
+            needs,
+            largest,
+            work * (1 + again),
+            work / (3 if is_full else 2),
+        ),
         sending=steps * times * sent / link if gpus > 1 else 0.0,
         sampling=sampling,
     )
@@ -257,9 +271,11 @@ def _suggest(config: RunConfig, data: _Data, machine: _Machine) -> str | None:
     """Return the overrides of the settings that fit with the shortest epoch; None if none fit."""
     seconds: dict[str, float] = {}
     for words in _ALTERNATIVES:
-        changed = load_run_config(
-            [*words.split(), "trainer.micro_batch_tokens=auto"], former=yaml.safe_load(to_yaml(config))
-        )
+        overrides = [*words.split(), "trainer.micro_batch_tokens=auto"]
+        try:
+            changed = load_run_config(overrides, former=yaml.safe_load(to_yaml(config)))
+        except ConfigError:  # such as ZeRO of a quantized base
+            continue
         estimate = _estimate(changed, data, machine)
         if estimate.fits and estimate.largest:
             slower = 2.0 if "offload" in words else 1.0  # of copies to the host

@@ -21,7 +21,6 @@ from dpo_dist.config.run_folder import RunFolder, checkpoint_folders
 from dpo_dist.config.schema import Resume, RunConfig
 from dpo_dist.config.user_code import LOSS_FUNCTION, METRICS_FUNCTION, find_function
 from dpo_dist.distributed.checkpoint import Checkpoint, latest_checkpoint, remove_unfinished
-from dpo_dist.distributed.zero import STATES_OF_ADAM
 from dpo_dist.foundation.errors import ConfigError, warn_on_bug
 from dpo_dist.foundation.files import collect_abandoned, locked, recover_folder, write_text
 from dpo_dist.foundation.text import size, without_secrets
@@ -29,6 +28,7 @@ from dpo_dist.model.load import TORCH_DTYPES
 from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.metrics import custom_metrics
 from dpo_dist.training.context import Run
+from dpo_dist.training.footprint import state_bytes
 from dpo_dist.training.resume import (
     RunState,
     check_configuration,
@@ -104,8 +104,10 @@ def check_disk_room(config: RunConfig, weights: int, done: int, steps: int) -> N
     disk = shutil.disk_usage(folder.path)
     if config.model.adapter is not None or not disk.total:
         return
-    copies = 1 + STATES_OF_ADAM[config.optim.kind] + (trainer.ema_decay is not None)  # in float32
-    checkpoint, model = int(4 * copies * weights), TORCH_DTYPES[config.model.dtype].itemsize * weights
+    checkpoint, model = (
+        int(state_bytes(config) * weights),
+        TORCH_DTYPES[config.model.dtype].itemsize * weights,
+    )
     # A checkpoint is complete before an older one is deleted; the model, which is smaller, is written then.
     there = len(checkpoint_folders(folder.checkpoints))
     spare = max(1, trainer.keep_last) + bool(trainer.keep_best) - there

@@ -85,6 +85,7 @@ def _summary(loop: Loop, position: Position) -> dict[str, Any]:
         "work": loop.run.clock.read(),
         "world_size": world.size,
         "settings": settings(loop.run.config),
+        "bands": [asdict(band) for band in loop.run.config.metrics.bands],
         "data": loop.inputs.counts,
     }
 
@@ -180,6 +181,7 @@ def export_model(
             "pairs_seen": state["pairs_seen"],
             "reference": state["reference_report"],
             "settings": settings(config),
+            "bands": [asdict(band) for band in config.metrics.bands],
             "data": state["counts"],
         }
         rows = [row for row in read_latest_rows(folder) if row["step"] <= state["step"]]

@@ -75,6 +75,11 @@ def footprint(config: RunConfig, causal_lm: Any, processes: int) -> Footprint:
     return Footprint(_parts(config, causal_lm, processes), None if per_token is None else per_token / shares)
 
 
+def state_bytes(config: RunConfig) -> float:
+    """Return the bytes of a trained weight in master weights and optimizer states, as in a checkpoint."""
+    return 4.0 * (1 + STATES_OF_ADAM[config.optim.kind] + (config.trainer.ema_decay is not None))
+
+
 def fit_micro_batches(run: Run, causal_lm: Any) -> None:
     """Choose the micro-batches of training with `trainer.micro_batch_tokens=auto`, and say what they take.
 
@@ -103,7 +108,7 @@ def _parts(config: RunConfig, causal_lm: Any, processes: int) -> dict[str, float
     weights = _count(causal_lm)
     trained = sum(weight.numel() for weight in causal_lm.parameters() if weight.requires_grad)
     stage, number = ZERO_STAGES[config.parallelism.kind], TORCH_DTYPES[config.model.dtype].itemsize
-    master = 4.0 * (1 + STATES_OF_ADAM[config.optim.kind] + (config.trainer.ema_decay is not None))
+    master = state_bytes(config)
     if config.parallelism.offload_optimizer is not Offload.none:
         master = 0.0
     resident = config.parallelism.offload_parameters is Offload.none

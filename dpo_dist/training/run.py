@@ -265,7 +265,8 @@ def _complete(run: Run, finished: RunState, reporting: Reporting) -> int:
     else:
         run.write(partial(write_lost_files, run, finished, reporting.reopen_recorder))
     run.say(f"{folder} is complete: model {folder.model}, report {folder.report}")
-    run.say(f"to train it longer: run.dir={folder} and a larger trainer.epochs or trainer.max_steps")
+    if run.config.trainer.patience is None:
+        run.say(f"to train it longer: run.dir={folder} and a larger trainer.epochs or trainer.max_steps")
     return ExitCode.completed
 
 

@@ -1,14 +1,18 @@
-"""`plan` on the command line: what fits, without a network, weights or a GPU; and with data."""
+"""`plan` on the command line: what fits, without a network, weights or a GPU; and with data; the recipes."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from tests.support import tiny
+from tests.support.families import tiny_causal_lm, tiny_config
 from tests.support.invented import write_pairs
-from tests.support.launch import run_verb
+from tests.support.launch import ROOT, history, run_verb, train
 from tests.support.tiny_model import write_model
 
 
@@ -26,7 +30,10 @@ def plan(*words: str, code: int = 0) -> dict[str, Any]:
         ("qwen7b", 7.616e9, 8, 0),
         ("qwen7b", 7.616e9, 2, 1),  # no room for 16,384 tokens
         ("zephyr7b", 7.242e9, 8, 0),
+        ("tulu3_8b", 8.03e9, 8, 0),
         ("olmo3_7b", 7.298e9, 16, 0),
+        ("smollm3", 3.075e9, 16, 0),
+        ("qwen3_0_6b", 0.596e9, 1, 0),
     ],
 )
 def test_a_shipped_experiment_is_planned_offline(
@@ -42,6 +49,39 @@ def test_a_shipped_experiment_is_planned_offline(
     assert 0 < fast < slow
 
 
+RECIPES = {
+    "zephyr7b": "mistral",
+    "tulu3_8b": "llama",
+    "olmo3_7b": "olmo3",
+    "smollm3": "smollm3",
+    "qwen3_0_6b": "qwen3",
+}
+
+
+@pytest.mark.parametrize(("recipe", "family"), RECIPES.items())
+def test_a_recipe_trains_a_tiny_model_of_its_architecture(recipe: str, family: str, tmp_path: Path) -> None:
+    """With its own settings but for data, paths, batch and parallelism; README.md has a section about it."""
+    tokenizer, model, pairs = tiny.qwen(), tmp_path / "model", tmp_path / "pairs.jsonl"
+    tiny_causal_lm(tiny_config(family, len(tokenizer), max_position_embeddings=32768)).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    write_pairs(pairs, 16, seed=3)
+    words = [
+        f"+experiment=[{recipe},smoke]",
+        f"model.path={model}",
+        "model.revision=null",
+        "model.dtype=fp32",
+    ]
+    words += [f"data.train=[{pairs}]", "data.eval=[]", "data.eval_share=0.2", "samples.prompts=0"]
+    words += [f"run.root={tmp_path}", f"run.dir={tmp_path}/run", "parallelism=ddp", "tracking=off"]
+    train([*words, "trainer.max_steps=1"])
+    [first] = [row["loss"] for row in history(tmp_path / "run") if "loss" in row]
+    assert first == pytest.approx(1.0 if recipe == "smollm3" else math.log(2), abs=1e-6)
+    shapes = yaml.safe_load((ROOT / "dpo_dist/insight/shapes.yaml").read_text())
+    experiment = yaml.safe_load((ROOT / f"conf/experiment/{recipe}.yaml").read_text())
+    assert shapes[experiment["model"]["path"]]["model_type"] == family
+    assert f"+experiment={recipe}" in (ROOT / "conf/experiment/README.md").read_text()
+
+
 def test_what_is_suggested_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     machine = ["+experiment=qwen7b", "plan.gpus=8", "plan.gpu=a100-40g"]
@@ -49,13 +89,27 @@ def test_what_is_suggested_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan(*machine, *words.split(), "trainer.micro_batch_tokens=auto")["fits"]
 
 
+def test_a_quantized_base_is_suggested_what_it_can_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    base = ["parallelism=ddp", "model.quantization=nf4", "model.adapter={r: 16}", "plan.gpus=1"]
+    lengths = ["data.max_length=40000", "plan.pairs=100", "plan.tokens_per_pair=500"]
+    found = plan("+experiment=qwen3_0_6b", *base, *lengths, "plan.suggest=true")
+    assert found["fits"], "also above the largest micro-batch that `auto` chooses"
+    assert found["suggested"].startswith("parallelism=ddp")
+
+
 def test_local_data_give_pairs_and_tokens(tmp_path: Path) -> None:
     model, pairs = write_model(tmp_path / "model"), tmp_path / "pairs.jsonl"
     write_pairs(pairs, 12, seed=3)
-    words = [f"model.path={model}", f"data.train=[{pairs}]", f"run.root={tmp_path}", "model.dtype=fp32"]
+    words = [
+        f"model.path={model}",
+        f"data.train=[{{path: {pairs}, weight: 0.5}}]",
+        f"run.root={tmp_path}",
+        "model.dtype=fp32",
+    ]
     ended = run_verb("plan", [*words, "plan.gpus=1", "plan.price=2"])
     assert ended.code == 0, ended.output
-    assert "an epoch of 12 pairs" in ended.output
+    assert "an epoch of 6 pairs" in ended.output
     assert "(of data.train)" in ended.output
     assert "price" in ended.output
     checked = run_verb("train", [*words, "plan.gpus=1", "--check"])

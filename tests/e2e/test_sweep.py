@@ -78,10 +78,15 @@ def test_points_have_processes_of_a_launcher_and_jobs_of_an_array(
     root = tmp_path / "root"
     launcher = f"{sys.executable} -m dpo_dist.launch --config_file launch/accelerate/cpu_2.yaml"
     command = [*common, f"run.root={root}", "trainer.seed=range(3)", f"sweep.launcher='{launcher}'"]
-    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "4")
-    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "3")
+    array = {"ID": "6", "MIN": "4", "MAX": "8", "STEP": "2", "COUNT": "3"}  # --array=4-8:2
+    for name, value in array.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
     ended = run_verb("sweep", command)
     assert ended.code == 0, ended.output
     results = json.loads((root / "sweep-run/sweep.json").read_text())["points"]
     assert [row["outcome"] for row in results] == ["not trained", "completed", "not trained"]
     assert summary(Path(results[1]["run_dir"]))["world_size"] == 2
+    monkeypatch.setenv("SLURM_ARRAY_TASK_STEP", "1")  # --array=4,6,8
+    irregular = run_verb("sweep", command)
+    assert irregular.code == 2
+    assert "--array=0-2" in irregular.output

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from dpo_dist import convert
+from dpo_dist.config.losses import LossKind, LossTermConfig
 from dpo_dist.config.schema import RunConfig
 from tests.unit.config.support import configured, error_of
 
@@ -56,8 +57,25 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
     ("{lr_scheduler_type: cosine, lr_scheduler_kwargs: {min_lr_rate: 0.2}}", {"optim.min_lr_ratio": 0.2}, ""),
     ("{warmup_steps: 0, warmup_ratio: 0.05}", {"optim.warmup_steps": None, "optim.warmup_ratio": 0.05}, ""),
     ("{base_model: m, warmup_steps: 7}", {"optim.warmup_steps": 7}, "data.truncation"),
-    ("{loss_type: [sigmoid, bco], loss_weights: [0.8, 0.2]}", {"loss.kinds": ("sigmoid", "bco_pair")}, ""),
-    ("{stage: dpo, pref_loss: ipo, pref_ftx: 0.5}", {"loss.kinds": ("ipo", "sft")}, ""),
+    (
+        "{loss_type: [sigmoid, bco], loss_weights: [0.8, 0.2]}",
+        {"loss.terms": [LossTermConfig(LossKind.sigmoid, 0.8), LossTermConfig(LossKind.bco_pair, 0.2)]},
+        "",
+    ),
+    (
+        "{stage: dpo, pref_loss: ipo, pref_ftx: 0.5}",
+        {"loss.terms": [LossTermConfig(LossKind.ipo, 1.0), LossTermConfig(LossKind.sft, 0.5)]},
+        "",
+    ),
+    ("{base_model: m}", {"trainer.global_batch_pairs": 1}, ""),
+    ("{stage: dpo, finetuning_type: oft}", {"model.adapter": None}, "adapter: oft — not offered"),
+    ("{use_peft: true}", {"model.adapter.target_modules": "all-linear"}, "peft chooses few"),
+    (
+        "{total_batch_size: 64, micro_batch_size: 2}",
+        {"trainer.global_batch_pairs": 64},
+        "micro_batch_size — not",
+    ),
+    ("{loss_type: simpo}", {"loss.kind": "simpo"}, "cpo_alpha: 1"),
     ("{stage: dpo, pref_loss: orpo, pref_beta: 0.3}", {"loss.kind": "orpo", "loss.orpo_lambda": 0.3}, ""),
     ("{loss_type: simpo, beta: 2.5, gamma_beta_ratio: 0.4}", {"loss.beta": 2.5, "loss.simpo_gamma": 1.0}, ""),
     ("{stage: dpo, pref_loss: simpo, simpo_gamma: 0.7}", {"loss.beta": 0.1, "loss.simpo_gamma": 0.7}, ""),

@@ -1,4 +1,4 @@
-"""The verdict about a run: one sentence and at most five findings, by 13 rules; see docs/watching.md."""
+"""The verdict about a run: one sentence and at most five findings, by 14 rules; see docs/watching.md."""
 
 import itertools
 import math
@@ -424,6 +424,17 @@ def _doctor_errors(facts: RunFacts) -> Iterator[str]:
                 f"{finding.get('source') or 'the data'}: labels may be swapped"
             )
             return
+
+
+@_rule
+def _outside_band(facts: RunFacts) -> Iterator[str]:
+    is_whole = facts.summary.get("exit") == RunOutcome.completed and facts.total_steps >= _FEWEST_STEPS
+    for band in facts.summary.get("bands") or ():
+        metric, at, low, high = (band[name] for name in ("metric", "step", "low", "high"))
+        at = facts.total_steps if at is None and is_whole else at
+        for step, value in values(facts.rows, metric):
+            if step == at and not low <= value <= high:
+                yield f"{metric} at step {step:.0f} is {number(value)}, not in the band {low:g} to {high:g}"
 
 
 @_rule

@@ -94,6 +94,14 @@ HALF = {"rewards/accuracies": 0.51, "eval_rewards/accuracies": 0.52, "eval_rewar
 FALLEN = {"eval_rewards/both_fall": 0.6, "logps/chosen_per_token": -1.4}
 WORSE = {"eval_samples/finished": 0.84, "eval_samples/refusals": 0.3}
 OPPOSITE = {"rewards/accuracies": 0.2, "eval_rewards/accuracies": 0.2}
+BANDS = {
+    "bands": [
+        {"metric": "eval_loss", "step": 10, "low": 0.6, "high": 0.7},
+        {"metric": "eval_loss", "step": 11, "low": 0.6, "high": 0.7},  # not evaluated
+        {"metric": "loss", "step": 10, "low": 0.5, "high": 0.6},
+        {"metric": "eval_rewards/margins", "step": None, "low": 0.9, "high": 1.1},
+    ]
+}
 DOUBLED = {"rule": "doubled_bos", "level": "error"}
 
 
@@ -191,6 +199,7 @@ FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
     ("responses_cut", rows(), CUT, "80 of 400 training records (20 %)"),
     ("doctor_errors", rows(), {"findings": [DISAGREES | {"share": 0.1}, DOUBLED]}, "data: doubled_bos"),
     ("doctor_errors", rows(), {"findings": [DISAGREES]}, "by far in 40 % of a"),
+    ("outside_band", rows(), BANDS, "eval_loss at step 10 is 0.57, not in the band 0.6 to 0.7; eval_rewards"),
     ("displacement", rows(late=FALLEN), {}, "-1.00 -> -1.40 nats per token, and in 60 % of the pairs"),
     ("diverged", rows(late=LOST, since=1), {}, "the model gives no finite log-probs from the start"),
     ("diverged", rows(late=LOST, since=12), {}, "an update damaged the weights"),
@@ -247,6 +256,8 @@ def test_a_rule_finds_its_fault_alone(
         (rows(every={"rewards/accuracies": 1.0}), {}, ["does_not_generalise"]),
         (rows(every=FLAT | {"eval_rewards/margins": 1e-3}), {}, ["learnt_nothing"]),
         (rows(every=AT_CHANCE), {"exit": "preempted"}, []),
+        # The end of a run that has not come to it.
+        (rows(), {"bands": BANDS["bands"][1:], "exit": "preempted"}, []),
         # Skipped steps do not explain other faults.
         (rows(late={"loss": 1.2}, since=4), {"bad_steps": 2}, ["diverged", "learning_rate_too_high"]),
         # A loss that a decaying learning rate has healed.
