@@ -127,7 +127,7 @@ _LOCATIONS = ("file_name", "hf_hub_url")
 _SELECTIONS = ("split", "subset", "folder", "revision", "num_samples")
 _WITHOUT_EFFECT = ("ms_hub_url", "om_hub_url", "file_sha1")
 _KEYS = ("formatting", "ranking", "columns", "tags", *_LOCATIONS, *_SELECTIONS, *_WITHOUT_EFFECT)
-_SHARED = {name: name for name in ("system", "tools", "chosen", "rejected", "kto_tag", *_MEDIA)}
+_SHARED = {name: name for name in ("system", "tools", "chosen", "rejected", *_MEDIA)} | {"kto_tag": "label"}
 # The columns of each formatting, and the fields that they name.
 _FORMATTINGS = {
     "alpaca": _SHARED
