@@ -140,7 +140,14 @@ class Objective:
                 policy=of_loss(token_logps),
                 reference=None if reference is None else of_loss(reference),
                 weights=batch.weights,
-                facts=replace(facts, score_gaps=batch.score_gaps, pair_weights=pair_weights),
+                facts=replace(
+                    facts,
+                    score_gaps=batch.score_gaps,
+                    pair_weights=pair_weights,
+                    loss_weight=batch.loss_weight,
+                    soft_label=batch.soft_label,
+                    margin=batch.margin,
+                ),
                 distance=None if reference is None else sums((token_logps.detach() - reference).abs()),
                 entropy=sums(statistics["entropy"]) if "entropy" in statistics else None,
                 sources=batch.sources,
@@ -167,13 +174,21 @@ class Objective:
             total += (ratios.chosen * scored.weights).sum()
         return replace(facts, mismatch=world.sum_replicas(total)[0] / rank_batch.pairs)
 
+    def plan(self, rank_batch: RankBatch, *, is_evaluation: bool = False) -> MetricPlan:
+        """Return the metrics of a global batch: the same on all ranks."""
+        dataset = rank_batch.dataset
+        has_floor = "soft_label" in dataset.numbers
+        return MetricPlan(self.loss, dataset.labels, is_evaluation, self.custom, has_floor)
+
     def measure(self, pairs: ScoredPairs, plan: MetricPlan) -> tuple[Tensor, MetricSums]:
-        """Return the sum of the losses, with a graph if gradients are enabled, and the metric sums.
+        """Return the weighted sum of the losses, with a graph if gradients are enabled, and the metric sums.
 
         `pairs`: of a micro-batch; of the whole global batch for a coupled loss.
         """
         losses = preference_loss(pairs.policy, pairs.reference, self.loss, pairs.facts)
-        return (losses * pairs.weights).sum(), metric_sums(plan, losses, pairs)
+        weight = pairs.facts.loss_weight
+        weighted = losses if weight is None else losses * weight
+        return (weighted * pairs.weights).sum(), metric_sums(plan, losses, pairs)
 
 
 def train_step(
@@ -197,7 +212,7 @@ def train_step(
     if objective.loss.needs_partners:
         policy.train(False)
     facts = objective.facts(policy, rank_batch, step.partners, world, running, clock.enter)
-    plan = MetricPlan(objective.loss, rank_batch.dataset.labels, custom=objective.custom)
+    plan = objective.plan(rank_batch)
     sums, slopes, rewards = MetricSums.zeros(plan, device), list[Tensor](), list[Tensor]()
     known: list[ScoredPairs] = []
     if objective.loss.is_coupled:
@@ -228,7 +243,7 @@ def train_step(
         else:
             loss, of_batch = objective.measure(pairs, plan)
             logps = pairs.policy.chosen + pairs.policy.rejected
-            loss, sums = _nan_unless_finite(loss, logps) / rank_batch.pairs, sums + of_batch
+            loss, sums = _nan_unless_finite(loss, logps) / rank_batch.weight, sums + of_batch
         if routers is not None and pairs.routing is not None:
             loss, sums = routers.add(loss, pairs.routing, sums)
         if objective.loss.is_unpaired:
@@ -318,7 +333,7 @@ def evaluate(
     Collective. `model` is not in training mode; without one, the reference's log-probs are the policy's.
     `check_stop` is called before each micro-batch, of which all ranks have the same number, and may raise.
     """
-    plan = MetricPlan(objective.loss, rank_batch.dataset.labels, True, objective.custom)
+    plan = objective.plan(rank_batch, is_evaluation=True)
     sums = MetricSums.zeros(plan, world.device)
     values, scored = list[dict[str, Tensor]](), list[ScoredPairs]()
 
