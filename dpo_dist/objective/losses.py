@@ -118,9 +118,10 @@ def _kind_loss(  # noqa: C901, PLR0911, PLR0912, PLR0915  (one branch per kind)
             raise ValueError(f"loss kind {kind} needs reference log-probs; pass them or set reference_free")
         reference = policy  # unused by these kinds
     beta, ratios = config.beta, policy.minus(reference)
-    smoothing: Any = KINDS[kind].smoothing if config.label_smoothing is None else config.label_smoothing
+    default = KINDS[kind].smoothing
+    smoothing: float | Tensor = default if config.label_smoothing is None else config.label_smoothing
     if facts.soft_label is not None:
-        smoothing = (1 - facts.soft_label).clamp(min=KINDS[kind].smoothing)
+        smoothing = (1 - facts.soft_label).clamp(min=default)
     match kind:
         case LossKind.sigmoid:  # Rafailov et al. 2023, arXiv 2305.18290; smoothing: Mitchell's cDPO
             return _smoothed(_past(facts, beta * margin_of(ratios, config)), smoothing)
@@ -138,8 +139,9 @@ def _kind_loss(  # noqa: C901, PLR0911, PLR0912, PLR0915  (one branch per kind)
         case LossKind.exo_pair:  # Ji et al. 2024, arXiv 2402.00856, equation 16
             logits = beta * margin_of(ratios, config)
             library: Any = math if facts.soft_label is None else torch
-            first = torch.sigmoid(logits) * (logsigmoid(logits) - library.log1p(-smoothing))
-            return first + torch.sigmoid(-logits) * (logsigmoid(-logits) - library.log(smoothing))
+            right: Tensor = torch.sigmoid(logits) * (logsigmoid(logits) - library.log1p(-smoothing))
+            wrong: Tensor = torch.sigmoid(-logits) * (logsigmoid(-logits) - library.log(smoothing))
+            return right + wrong
         case LossKind.nca_pair:  # Chen et al. 2024, arXiv 2402.05369
             chosen, rejected = beta * ratios.chosen, beta * ratios.rejected
             return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
