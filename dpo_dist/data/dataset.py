@@ -390,10 +390,7 @@ def check_ids_in_vocabulary(
 
 
 def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
-    """Check that every example has what the loss compares, and no number that it does not take.
-
-    Raises DataError.
-    """
+    """Check that examples have what the loss compares, and no number that it ignores. Raises DataError."""
     every = np.arange(len(dataset), dtype=np.int64)
     counts, best = dataset.response_counts(every), dataset.scores[dataset.first_pieces[:-1] - every]
     is_labelled = (counts == 1) & np.isfinite(best)

@@ -482,21 +482,16 @@ def _numbers(record: Fields, responses: int) -> dict[str, float]:
             raise UnusableRecordError("invalid_numbers", f"{name} is no number from {least:g} to {most:g}")
     numbers = {name: value for name, value in read.items() if value != NUMBERS[name]}
     if responses != 2 and (of_pairs := numbers.keys() - {"loss_weight"}):
-        raise UnusableRecordError(
-            "invalid_numbers", f"{min(of_pairs)} of {responses} responses: of pairs only"
-        )
+        raise UnusableRecordError("invalid_numbers", f"{min(of_pairs)} of a record that is no pair")
     return numbers
 
 
 def _exchanged(record: PreferenceRecord) -> PreferenceRecord:
     """Return a pair with its sides exchanged, with the same loss for whatever takes its soft label."""
-    numbers = {**record.numbers, "soft_label": 1 - record.numbers["soft_label"]}
-    if "margin" in numbers:
-        numbers["margin"] *= -1
-    scores = record.scores and record.scores[::-1]
-    return replace(
-        record, responses=record.responses[::-1], scores=scores, numbers=numbers, is_exchanged=True
-    )
+    opposite = {"soft_label": 1 - record.numbers["soft_label"], "margin": -record.numbers.get("margin", 0.0)}
+    responses, scores = record.responses[::-1], record.scores and record.scores[::-1]
+    numbers = {**record.numbers, **opposite}
+    return replace(record, responses=responses, scores=scores, numbers=numbers, is_exchanged=True)
 
 
 # What a record has beside its responses: system text, history, tools, arguments of the template.

@@ -233,16 +233,15 @@ def _mean_margin(ratios: PairLogps, config: LossConfig) -> Tensor:
     return chosen - divergence_score(ratios.rejected, config) / ratios.rejected_tokens
 
 
-def loss_floor(config: LossConfig, facts: BatchFacts) -> Tensor | None:
-    """Return what the soft labels leave of each pair's loss at the best policy, [pairs]; None without them.
+FLOORED = frozenset({LossKind.sigmoid, LossKind.beta_dpo})
+"""Kinds that are a cross-entropy with the soft label."""
 
-    It is the entropy of the label, for each kind that is a cross-entropy with it.
-    """
-    if facts.soft_label is None:
-        return None
+
+def floors(config: LossConfig, facts: BatchFacts) -> Tensor:
+    """Return the least loss of each pair that any policy has: the entropy of its soft label, [pairs]."""
     terms = list(config.terms) or [LossTermConfig(kind=config.kind, weight=1.0)]
-    weight = sum(term.weight for term in terms if term.kind in (LossKind.sigmoid, LossKind.beta_dpo))
-    label = facts.soft_label
+    weight, label = sum(term.weight for term in terms if term.kind in FLOORED), facts.soft_label
+    assert label is not None
     entropy: Tensor = torch.special.entr(label) + torch.special.entr(1 - label)
     return weight * entropy * (1.0 if facts.pair_weights is None else facts.pair_weights)
 

@@ -20,14 +20,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.user_code import METRICS_FUNCTION, user_function
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.logps import PairLogps
-from dpo_dist.objective.losses import (
-    INVENTED,
-    BatchFacts,
-    implicit_rewards,
-    log_ratios,
-    loss_floor,
-    margin_of,
-)
+from dpo_dist.objective.losses import INVENTED, BatchFacts, floors, implicit_rewards, log_ratios, margin_of
 from dpo_dist.objective.router import AUX_LOSS, BUSIEST, Z_LOSS
 
 PAIR_METRICS = tuple(name for name, metric in METRICS.items() if metric.over_pairs)
@@ -43,7 +36,7 @@ AUC, MISMATCH = "rewards/auc", "loss/kl"
 """Of labelled records: how often a good response has a higher reward than a bad one; mean log-ratio of
 mismatched responses, whose part above 0 is the z of `kto`."""
 EXCESS = "loss/excess"
-"""The loss less its least value, which soft labels keep above 0."""
+"""The loss less its `floors`."""
 BATCH_MARGIN = "loss/margin"
 """Mean of `b h`, reported if the loss depends on it."""
 BATCH_REWARD = "loss/reward"
@@ -121,7 +114,7 @@ def _custom_error(got: str) -> ConfigError:
 class MetricPlan:
     """The metrics of the steps, or of the evaluations, of a run.
 
-    `labels`: of the sources of the data; none if there is only one. `has_floor`: the data have soft labels.
+    `labels`: of the sources of the data; none if there is only one. `has_floor`: by soft labels.
     """
 
     loss: LossConfig
@@ -270,9 +263,10 @@ def metric_sums(plan: MetricPlan, losses: Tensor, pairs: ScoredPairs) -> MetricS
     ones, columns = torch.ones_like(zeros), _columns(plan, policy, pairs.reference)
     ratios = log_ratios(policy, pairs.reference, loss)
     measured = measure_pairs(columns)
-    weight, floor = pairs.facts.loss_weight, loss_floor(loss, pairs.facts)
-    measured["loss"] = _weighted(losses.detach(), weight)
-    measured[EXCESS] = _weighted(losses.detach() - (0.0 if floor is None else floor), weight)
+    weight = ones if pairs.facts.loss_weight is None else pairs.facts.loss_weight
+    measured["loss"] = losses.detach() * weight, weight
+    if plan.has_floor:
+        measured[EXCESS] = (losses.detach() - floors(loss, pairs.facts)) * weight, weight
     measured[BATCH_MARGIN] = loss.beta * margin_of(ratios, loss), ones
     measured[BATCH_REWARD] = loss.beta * (ratios.chosen + ratios.rejected) / 2, ones
     for name, sums in (("distance", pairs.distance), ("entropy", pairs.entropy)):
@@ -288,11 +282,6 @@ def metric_sums(plan: MetricPlan, losses: Tensor, pairs: ScoredPairs) -> MetricS
     # A value is ignored where its count is 0, and of a dummy.
     summed = torch.cat((torch.where((counts > 0) & (pairs.weights > 0), values, 0.0), counts))
     return MetricSums(tuple(plan.rows), (summed * pairs.weights.double()).sum(dim=1))
-
-
-def _weighted(losses: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the value and the count of each pair."""
-    return (losses, torch.ones_like(losses)) if weight is None else (losses * weight, weight)
 
 
 def _columns(plan: MetricPlan, policy: PairLogps, reference: PairLogps | None) -> dict[str, Tensor]:

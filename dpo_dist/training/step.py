@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from dpo_dist.batching.pack import PackedBatch, copied_to
-from dpo_dist.config.losses import LossConfig, Weighting
+from dpo_dist.config.losses import NUMBERS, LossConfig, Weighting
 from dpo_dist.data.dataset import RankBatch
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import Engine, PolicyEngine
 from dpo_dist.foundation.background import prefetch
 from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response, wpo_weights
-from dpo_dist.objective.losses import BatchFacts, RunningMeans, log_ratios, preference_loss
+from dpo_dist.objective.losses import FLOORED, BatchFacts, RunningMeans, log_ratios, preference_loss
 from dpo_dist.objective.metrics import (
     AUC,
     MISMATCH,
@@ -136,18 +136,12 @@ class Objective:
             pair_weights = None
             if "collisions" in statistics:
                 pair_weights = wpo_weights(token_logps, statistics["collisions"], sums)
+            numbers = {name: getattr(batch, name) for name in NUMBERS}
             yield ScoredPairs(
                 policy=of_loss(token_logps),
                 reference=None if reference is None else of_loss(reference),
                 weights=batch.weights,
-                facts=replace(
-                    facts,
-                    score_gaps=batch.score_gaps,
-                    pair_weights=pair_weights,
-                    loss_weight=batch.loss_weight,
-                    soft_label=batch.soft_label,
-                    margin=batch.margin,
-                ),
+                facts=replace(facts, score_gaps=batch.score_gaps, pair_weights=pair_weights, **numbers),
                 distance=None if reference is None else sums((token_logps.detach() - reference).abs()),
                 entropy=sums(statistics["entropy"]) if "entropy" in statistics else None,
                 sources=batch.sources,
@@ -175,9 +169,9 @@ class Objective:
         return replace(facts, mismatch=world.sum_replicas(total)[0] / rank_batch.pairs)
 
     def plan(self, rank_batch: RankBatch, *, is_evaluation: bool = False) -> MetricPlan:
-        """Return the metrics of a global batch: the same on all ranks."""
+        """Return the metrics of a global batch, the same on all ranks."""
         dataset = rank_batch.dataset
-        has_floor = "soft_label" in dataset.numbers
+        has_floor = "soft_label" in dataset.numbers and not FLOORED.isdisjoint(self.loss.kinds)
         return MetricPlan(self.loss, dataset.labels, is_evaluation, self.custom, has_floor)
 
     def measure(self, pairs: ScoredPairs, plan: MetricPlan) -> tuple[Tensor, MetricSums]:
@@ -186,9 +180,9 @@ class Objective:
         `pairs`: of a micro-batch; of the whole global batch for a coupled loss.
         """
         losses = preference_loss(pairs.policy, pairs.reference, self.loss, pairs.facts)
-        weight = pairs.facts.loss_weight
-        weighted = losses if weight is None else losses * weight
-        return (weighted * pairs.weights).sum(), metric_sums(plan, losses, pairs)
+        of_records = pairs.facts.loss_weight
+        weights = pairs.weights if of_records is None else pairs.weights * of_records
+        return (losses * weights).sum(), metric_sums(plan, losses, pairs)
 
 
 def train_step(
