@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dpo_dist.config.losses import NUMBERS
 from dpo_dist.config.schema import DataFormat, SourceConfig
 from dpo_dist.config.user_code import user_function
 from dpo_dist.data.messages import CALLING, ROLES
@@ -16,8 +17,9 @@ READER = "reader"
 _SIDES = ("chosen", "rejected")
 _MEDIA = ("images", "videos", "audios")
 _SCORES = ("score_chosen", "score_rejected", "scores")
+VOTES = ("votes_chosen", "votes_rejected")
 _CONTEXT = ("system", "history", "input", "tools", "chat_template_kwargs", "documents")
-_OPTIONAL = (*_CONTEXT, *_MEDIA, *_SCORES, "label")
+_OPTIONAL = (*_CONTEXT, *_MEDIA, *_SCORES, *NUMBERS, *VOTES, "label")
 _PROMPTS = ("prompt", "instruction", "question", "query", "messages", "conversations")
 _OTHER_SIDES = ("chosen_messages", "rejected_messages", "rejected_response")
 _RESPONSES = ("completion", "responses", "output")

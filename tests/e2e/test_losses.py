@@ -177,3 +177,24 @@ def test_a_reference_that_follows_is_restored_on_resume(overrides: Overrides, tm
     assert '"reference/rank-00001-00000.safetensors"' in (checkpoint / "manifest.json").read_text()
     train(command, processes=2)
     assert history(tmp_path / "run") == history(tmp_path / "whole")
+
+
+def test_pairs_with_votes_and_weights_train_above_their_floor(overrides: Overrides, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"question {n}", "chosen": "no" * n, "rejected": "yes" * n, "ups": 1, "downs": 3, "w": n}
+        for n in range(1, 8)
+    ]
+    (tmp_path / "votes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = "columns: {votes_chosen: ups, votes_rejected: downs, loss_weight: w}"
+    data = f"data.train=[{{path: {tmp_path}/votes.jsonl, {columns}}}]"
+    ended = train(overrides(data, "trainer.max_steps=4", "optim.lr=1e-2"), processes=2)
+    assert "7 sides_exchanged" in ended.output
+    steps = history(tmp_path / "run")
+    floor = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert all(row["loss/excess"] == pytest.approx(row["loss"] - floor, abs=1e-6) for row in steps)
+    assert steps[-1]["loss/excess"] < steps[0]["loss/excess"]
+    refused = run_verb("train", overrides(data, "loss=ipo", f"run.dir={tmp_path}/ipo"))
+    assert refused.code == 2, refused.output
+    assert "votes.jsonl:1" in refused.output
+    assert "votes_chosen: null" in refused.output
