@@ -27,8 +27,8 @@ class RouterConfig:
 LossKind = StrEnum(
     "LossKind",
     "sigmoid robust hinge ipo sigmoid_norm exo_pair nca_pair bco_pair sppo_hard apo_zero apo_down "
-    "discopop dpop odpo simpo orpo cpo sft aot aot_unpaired beta_dpo plackett_luce kto apo_zero_unpaired "
-    "custom",
+    "discopop dpop odpo reward_aware simpo orpo cpo sft aot aot_unpaired beta_dpo plackett_luce kto "
+    "apo_zero_unpaired custom",
 )
 """Names of `loss.kind`."""
 Divergence = StrEnum("Divergence", ["reverse_kl", "forward_kl", "js", "alpha"])
@@ -131,6 +131,13 @@ KINDS: dict[LossKind, KindFacts] = {
         "DPO with an offset, arXiv 2402.10571",
         _MARGIN | {"offset_alpha"},
         _WITH_MARGIN,
+        needs_scores=True,
+    ),
+    LossKind.reward_aware: KindFacts(
+        "-p (ls(b h) - log p) - (1-p) (ls(-b h) - log(1-p)), p = s(c (score_w - score_l)), "
+        "c = `loss.reward_scale`; needs scored pairs",
+        "reward-aware preference optimization of Nemotron-4 340B, arXiv 2406.11704",
+        _MARGIN | {"reward_scale"},
         needs_scores=True,
     ),
     LossKind.simpo: KindFacts(
@@ -274,6 +281,8 @@ class LossConfig:
     """`dpop`: weight of the penalty for a chosen response that is less likely than under the reference."""
     offset_alpha: float = key(1.0, ge=0)
     """`odpo`: weight of the score gap's logarithm."""
+    reward_scale: float = key(1.0, gt=0)
+    """`reward_aware`: factor of the score gap, whose sigmoid is the wanted probability."""
     simpo_gamma: float = key(0.5, ge=0)
     """`simpo`: target margin."""
     orpo_lambda: float = key(0.1, ge=0)

@@ -166,6 +166,12 @@ def _kind_loss(  # noqa: C901, PLR0911, PLR0912, PLR0915  (one branch per kind)
                 raise ValueError("loss kind odpo needs the scores of the responses")
             offset = config.offset_alpha * torch.log(facts.score_gaps)
             return -logsigmoid(_past(facts, beta * margin_of(ratios, config) - offset))
+        case LossKind.reward_aware:  # Adler et al. 2024, arXiv 2406.11704, section 3.3.2
+            if facts.score_gaps is None:
+                raise ValueError("loss kind reward_aware needs the scores of the responses")
+            logits, target = beta * margin_of(ratios, config), config.reward_scale * facts.score_gaps
+            better = torch.sigmoid(target) * (logsigmoid(target) - logsigmoid(logits))
+            return better + torch.sigmoid(-target) * (logsigmoid(-target) - logsigmoid(-logits))
         case LossKind.simpo:  # Meng et al. 2024, arXiv 2405.14734
             logits = beta * (policy.mean_chosen - policy.mean_rejected) - config.simpo_gamma
             return -logsigmoid(_past(facts, logits))

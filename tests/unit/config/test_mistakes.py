@@ -76,6 +76,7 @@ MISTYPED = [
     # What is not offered has an answer that says what is.
     *((f"{key}=kto", "write loss=kto") for key in ("loss_type", "stage", "rl")),
     ("pref_loss=kto_pair", "pairs with data.unpair=true"),
+    ("loss=qrpo", "on scored pairs write loss=reward_aware"),
     ("pref_loss=bco_unpaired", "write loss=kto; on pairs loss=bco_pair"),
     ("pref_loss=sigmoid_sft", "write loss=sigmoid_sft"),
     ("rl=simpo", "write loss=simpo"),

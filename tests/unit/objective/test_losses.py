@@ -57,6 +57,11 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
+def divergence(target: float, logit: float) -> float:
+    p, q = sigmoid(target), sigmoid(logit)
+    return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+
+
 def log_odds(mean_logp: float) -> float:
     return mean_logp - math.log(1 - math.exp(mean_logp))
 
@@ -84,6 +89,8 @@ BY_HAND = [
         LossConfig(LossKind.odpo, offset_alpha=1.5),
         (softplus(-2 + 1.5 * math.log(2)), softplus(-0.5 - 1.5 * math.log(2))),
     ),
+    # The distance from a coin of probability s(0.7 gap) to one of s(b h).
+    (LossConfig(LossKind.reward_aware, reward_scale=0.7), (divergence(1.4, 2.0), divergence(0.35, 0.5))),
     # -10/4 + 20/5 = 1.5 and -12/6 + 9/2 = 2.5, times 0.5, less the target margin.
     (LossConfig(LossKind.simpo, simpo_gamma=0.5), (softplus(-0.25), softplus(-0.75))),
     (
@@ -213,7 +220,7 @@ def test_gradients_are_the_slopes_of_the_losses(config: LossConfig) -> None:
 values, tokens = st.floats(-1e4, 1e4, width=32), st.integers(1, 4096).map(float)
 # Kinds that want a certain reward or ratio and turn back beyond it, or that let chosen fall.
 NOT_MONOTONE = {LossKind.ipo, LossKind.sppo_hard, LossKind.nca_pair, LossKind.apo_down, LossKind.exo_pair}
-NOT_MONOTONE |= {LossKind.discopop}  # at its default tau; docs/losses.md
+NOT_MONOTONE |= {LossKind.reward_aware, LossKind.discopop}  # the latter at its default tau; docs/losses.md
 
 
 @given(st.sampled_from(sorted(LossKind)), values, values, tokens, tokens, st.floats(0.01, 5))
