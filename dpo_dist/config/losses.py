@@ -1,5 +1,6 @@
 """The keys of `loss`, and the facts of each kind."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Literal
@@ -199,6 +200,11 @@ KINDS: dict[LossKind, KindFacts] = {
 }
 
 
+def unit_of(kinds: Iterable[str]) -> str:
+    """Return what these kinds of losses compute the loss of: a "record" with one response, or a "pair"."""
+    return "record" if any(kind in KINDS and KINDS[LossKind(kind)].is_unpaired for kind in kinds) else "pair"
+
+
 def kinds_using(option: str) -> list[LossKind]:
     """Return the kinds whose formula depends on the field `option` of `LossConfig`."""
     return [kind for kind, facts in KINDS.items() if option in facts.options]
@@ -313,6 +319,11 @@ class LossConfig:
     def is_unpaired(self) -> bool:
         """Return whether each record has one response, labelled as good or bad."""
         return any(facts.is_unpaired for facts in self.facts)
+
+    @property
+    def unit(self) -> str:
+        """Return `unit_of` its kinds."""
+        return unit_of(self.kinds)
 
     @property
     def needs_partners(self) -> bool:
