@@ -209,11 +209,15 @@ def worst_pairs(file: Path) -> list[Markup]:
     shown = (
         Shown(
             row["prompt"],
-            [Response(side, row[side]) for side in ("chosen", "rejected")],
+            [
+                Response(side if len(sides) > 1 else {"chosen": "good", "rejected": "bad"}[side], row[side])
+                for side in sides
+            ],
             "chosen",
             f"{row['origin']}: margin {number(row['margin'], 3)}",
         )
         for row in json_rows(file)
+        if (sides := [side for side in ("chosen", "rejected") if side in row])  # one of a labelled record
     )
     return prompt_items(shown, _SECTION_BYTES)[0]
 
