@@ -279,7 +279,7 @@ def charts(rows: Rows, noise: Mapping[str, float]) -> list[Markup]:
     return list(filter(None, figures))
 
 
-def charts_of_runs(runs: Mapping[str, Rows], unit: str) -> list[Markup]:
+def charts_of_runs(runs: Mapping[str, Rows], over: str) -> list[Markup]:
     """Return a chart over pairs for each metric; `runs`: by label, rows whose `step` is their pairs so far.
 
     Each run has its moving mean and its evaluations.
@@ -291,7 +291,7 @@ def charts_of_runs(runs: Mapping[str, Rows], unit: str) -> list[Markup]:
             shown = {(line.label, line.role == "evaluation"): line for line in lines}  # the mean is after raw
             title = panel.title if len(panel.keys) == 1 else f"{panel.title}: {panel.label(key)}"
             unit = metric_of(key).unit
-            figures.append(chart(title, list(shown.values()), unit, log=panel.is_log, over=unit))
+            figures.append(chart(title, list(shown.values()), unit, log=panel.is_log, over=over))
     return list(filter(None, figures))
 
 

@@ -195,9 +195,7 @@ def samples_of_runs(runs: Mapping[str, RunFolder]) -> list[Markup]:
                 by_prompt.setdefault(row["prompt_id"], []).append(response)
                 last[row["prompt_id"]] = row
     shown = [
-        Shown(
-            row["prompt"], [*responses, Response("chosen", row["chosen"])], responses[0].label, row["source"]
-        )
+        Shown(row["prompt"], [*responses, response_of_data(row)], responses[0].label, row["source"])
         for responses, row in zip(by_prompt.values(), last.values(), strict=True)
         if len(responses) > 1
     ]
@@ -232,4 +230,10 @@ def _responses(last: Row, rows: Mapping[int, Row | None]) -> Iterator[Response]:
             known.add(row["policy"])
             notes = end_notes(row["policy_tokens"], row["policy_finished"])
             yield Response(f"step {step:,}", row["policy"], notes)
-    yield Response("chosen", last["chosen"])
+    yield response_of_data(last)
+
+
+def response_of_data(row: Row, place: str = "") -> Response:
+    """Return the response that the data have, by its label where they have labels."""
+    name = f"{row['label']} response" if row.get("label") else "chosen"
+    return Response(name + place, row["chosen"])
