@@ -107,8 +107,8 @@ class Rows:
 
 def _auc_by_source(dataset: PreferenceDataset, values: PairValues) -> dict[str, float]:
     """Return the AUC of each source that has good and bad responses; `values` are of the whole dataset."""
-    numbers = dataset.label_numbers(np.arange(len(dataset)))
-    measured = {}
+    measured = dict[str, float]()
+    numbers = dataset.label_numbers(np.arange(len(dataset))) if dataset.labels else None
     for number, label in enumerate(dataset.labels):
         sides = (
             (values.tokens_chosen, values.reward_chosen),
