@@ -107,8 +107,8 @@ def contrasts(
         good, bad = (np.bincount(places, weights * side, len(different)) for side in (is_good, ~is_good))
         if not (good.any() and bad.any()):
             return math.nan, math.nan
-        good, bad = good / good.sum(), bad / bad.sum()
-        return float((good - bad) @ different), float(good @ (np.cumsum(bad) - bad / 2))
+        won = good @ (np.cumsum(bad) - bad / 2) / (good.sum() * bad.sum())
+        return float(good @ different / good.sum() - bad @ different / bad.sum()), float(won)
 
     estimates = measure(np.ones(len(rewards)))
     if not np.isfinite([*estimates, *different]).all():

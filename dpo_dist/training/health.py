@@ -90,11 +90,9 @@ def count(health: Health, totals: StepTotals, *, overflow: bool) -> None:
         health.bad_in_a_row += 1
     else:
         health.bad_in_a_row = 0
-        row = {**totals.means, "grad_norm": totals.grad_norm}
-        if is_collapsed(row):
-            health.collapsed_in_a_row += 1
-        elif totals.grad_norm != 0 or len(logps_by_side(row)) > 1:  # else one label alone does not tell
-            health.collapsed_in_a_row = 0
+        collapsed = is_collapsed({**totals.means, "grad_norm": totals.grad_norm})
+        if collapsed is not None:
+            health.collapsed_in_a_row = health.collapsed_in_a_row + 1 if collapsed else 0
 
 
 def write_bad_step(

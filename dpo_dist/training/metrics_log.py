@@ -216,17 +216,19 @@ def usual_loss(rows: Sequence[Mapping[str, float]], row: Mapping[str, float]) ->
     return usual if loss - usual > least else None
 
 
-def is_collapsed(row: Mapping[str, float]) -> bool:
+def is_collapsed(row: Mapping[str, float]) -> bool | None:
     """Return whether the policy of a step has no gradient, and gives responses no usable probability.
 
     Every token has the same probability, or that of responses is far below any guess. A satisfied loss
-    (hinge, ipo) has no gradient either, but its policy still prefers some tokens.
+    (hinge, ipo) has no gradient either, but its policy still prefers some tokens. None: responses of one label
+    alone do not tell.
     """
     logps = list(logps_by_side(row).values())
     if row.get("grad_norm") != 0 or not logps:
         return False
-    is_uniform = len(logps) > 1 and abs(logps[0] - logps[1]) <= _EQUAL * abs(logps[0])
-    return is_uniform or logps[0] < -_COLLAPSED_NATS
+    if logps[0] < -_COLLAPSED_NATS:
+        return True
+    return abs(logps[0] - logps[1]) <= _EQUAL * abs(logps[0]) if len(logps) > 1 else None
 
 
 def logps_by_side(row: Mapping[str, float]) -> dict[str, float]:

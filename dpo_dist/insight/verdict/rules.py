@@ -93,7 +93,10 @@ def _lost_weights(facts: RunFacts) -> Iterator[str]:
             yield _first_bad_value(facts, index, broken)
             return
     rows = [row for row in facts.steps if finite(row, "loss") is not None]
-    if collapsed := list(itertools.takewhile(is_collapsed, reversed(rows))):
+    collapsed = list(itertools.takewhile(lambda row: is_collapsed(row) is not False, reversed(rows)))
+    while collapsed and not is_collapsed(collapsed[-1]):
+        collapsed.pop()
+    if collapsed:
         row, before = collapsed[-1], rows[: -len(collapsed)]
         side, logp = next(iter(logps_by_side(row).items()))
         yield (
