@@ -40,6 +40,9 @@ class PackedBatch:
     # between them, padded with -1; None if every pair has two responses.
     ranking: Tensor | None = None
     score_gaps: Tensor | None = None  # float32 [pairs], score of the best response minus the worst's, or nan
+    loss_weight: Tensor | None = None  # float64 [pairs], of `NUMBERS` as the two below; None: no effect
+    soft_label: Tensor | None = None
+    margin: Tensor | None = None
     token_weights: Tensor | None = None  # float32 [targets], factors of the log-probs, if the loss has them
     reference_logps: Tensor | None = None  # float32 [targets], if they need no forward pass
     sources: Tensor | None = None  # int64 [pairs], index of each pair's source in the dataset's labels

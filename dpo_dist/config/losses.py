@@ -40,6 +40,11 @@ Weighting = StrEnum("Weighting", ["none", "wpo"])
 """Weight of each pair's loss."""
 
 
+NUMBERS = {"loss_weight": 1.0, "soft_label": 1.0, "margin": 0.0}
+"""Numbers that a record may have for its loss, with the value that has no effect: its weight in the mean, the
+probability that its chosen response is the better one, and what is subtracted from `b h`."""
+
+
 @dataclass(frozen=True)
 class KindFacts:
     """Facts of one kind of loss; formulas in the notation of docs/losses.md."""
@@ -48,6 +53,8 @@ class KindFacts:
     source: str
     options: frozenset[str]
     """The fields of `LossConfig` that the formula depends on."""
+    numbers: frozenset[str] = frozenset({"loss_weight"})
+    """Those of `NUMBERS` that the formula takes."""
     needs_reference: bool = True
     fewest_responses: int = 2
     accepts_rankings: bool = False
@@ -68,6 +75,8 @@ class KindFacts:
 
 _PAIR = frozenset({"beta", "ld_alpha", "weighting", "reference_free"})
 _MARGIN = _PAIR | {"divergence"}
+_WITH_MARGIN = frozenset({"loss_weight", "margin"})
+_WITH_SOFT_LABEL = frozenset({"loss_weight", "soft_label"})
 _LABELLED = frozenset({"beta", "desirable_weight", "undesirable_weight"})
 
 KINDS: dict[LossKind, KindFacts] = {
@@ -75,13 +84,16 @@ KINDS: dict[LossKind, KindFacts] = {
         "-(1-e) ls(b h) - e ls(-b h)",
         "DPO, arXiv 2305.18290; with label smoothing: conservative DPO (Mitchell)",
         _MARGIN | {"label_smoothing"},
+        frozenset(NUMBERS),
     ),
     LossKind.robust: KindFacts(
         "(-(1-e) ls(b h) + e ls(-b h)) / (1 - 2e)",
         "robust DPO, arXiv 2403.00409",
         _MARGIN | {"label_smoothing"},
     ),
-    LossKind.hinge: KindFacts("max(0, 1 - b h)", "SLiC, arXiv 2305.10425; RSO, arXiv 2309.06657", _MARGIN),
+    LossKind.hinge: KindFacts(
+        "max(0, 1 - b h)", "SLiC, arXiv 2305.10425; RSO, arXiv 2309.06657", _MARGIN, _WITH_MARGIN
+    ),
     LossKind.ipo: KindFacts(
         "(Sw/nw - Sl/nl - 1/(2b))^2; with `loss.length_average=false` (h - 1/(2b))^2",
         "IPO, arXiv 2310.12036",
@@ -92,6 +104,7 @@ KINDS: dict[LossKind, KindFacts] = {
         "s(b h) (ls(b h) - log(1-e)) + s(-b h) (ls(-b h) - log e), 0 < e < 0.5, null: 1e-3",
         "EXO, arXiv 2402.00856",
         _MARGIN | {"label_smoothing"},
+        _WITH_SOFT_LABEL,
         smoothing=1e-3,
         smoothing_above_0=True,
     ),
@@ -118,12 +131,14 @@ KINDS: dict[LossKind, KindFacts] = {
         "-ls(b h - a log(score_w - score_l)), a = `loss.offset_alpha`; needs scored pairs",
         "DPO with an offset, arXiv 2402.10571",
         _MARGIN | {"offset_alpha"},
+        _WITH_MARGIN,
         needs_scores=True,
     ),
     LossKind.simpo: KindFacts(
         "-ls(b (pw/nw - pl/nl) - g), g = `loss.simpo_gamma`",
         "SimPO, arXiv 2405.14734",
         frozenset({"beta", "ld_alpha", "weighting", "simpo_gamma"}),
+        _WITH_MARGIN,
         needs_reference=False,
         length_averaged=True,
     ),
@@ -138,6 +153,7 @@ KINDS: dict[LossKind, KindFacts] = {
         "-ls(b (pw - pl)) - c pw/nw, c = `loss.cpo_nll_weight`",
         "CPO, arXiv 2401.08417",
         frozenset({"beta", "ld_alpha", "weighting", "cpo_nll_weight"}),
+        _WITH_MARGIN,
         needs_reference=False,
     ),
     LossKind.sft: KindFacts(
@@ -154,12 +170,14 @@ KINDS: dict[LossKind, KindFacts] = {
         "-(1-e) ls(b D) - e ls(-b D)",
         "AOT, arXiv 2406.05882",
         frozenset({"beta", "ld_alpha", "reference_free", "label_smoothing"}),
+        frozenset(),
         is_coupled=True,
     ),
     LossKind.aot_unpaired: KindFacts(
         "the same with D = sorted Dw - sorted Dl",
         "AOT, arXiv 2406.05882",
         frozenset({"beta", "ld_alpha", "reference_free", "label_smoothing"}),
+        frozenset(),
         is_coupled=True,
     ),
     LossKind.beta_dpo: KindFacts(
@@ -167,6 +185,7 @@ KINDS: dict[LossKind, KindFacts] = {
         "M0 a moving average of M, a = `loss.beta_alpha`",
         "beta-DPO, arXiv 2407.08639",
         _MARGIN | {"label_smoothing", "beta_alpha", "beta_momentum"},
+        frozenset({"soft_label"}),
         is_coupled=True,
     ),
     LossKind.plackett_luce: KindFacts(
@@ -181,6 +200,7 @@ KINDS: dict[LossKind, KindFacts] = {
         "`loss.undesirable_weight`",
         "KTO, arXiv 2402.01306",
         _LABELLED,
+        frozenset(),
         is_unpaired=True,
         needs_partners=True,
         fewest_responses=1,
@@ -196,6 +216,7 @@ KINDS: dict[LossKind, KindFacts] = {
         "returned by your own `function`",
         "[your own](python.md#a-loss-of-your-own)",
         _PAIR | {"function", "label_smoothing"},
+        frozenset(NUMBERS),
     ),
 }
 
@@ -305,6 +326,14 @@ class LossConfig:
     def facts(self) -> list[KindFacts]:
         """The facts of `kinds`, in their order."""
         return [KINDS[kind] for kind in self.kinds]
+
+    def takes(self, number: str) -> bool:
+        """Return whether the loss depends on this one of `NUMBERS`; a sum only if all terms of pairs do."""
+        if number == "loss_weight":  # running means count each pair once
+            is_counted = self.bco_delta is BcoDelta.zero
+            return is_counted and all(number in facts.numbers for facts in self.facts)
+        of_pairs = [facts for facts in self.facts if facts.fewest_responses > 1]
+        return bool(of_pairs) and all(number in facts.numbers for facts in of_pairs)
 
     def uses(self, option: str) -> bool:
         """Return whether the loss depends on the field `option`."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,11 @@ def find_function(written: str | None, key: str = LOSS_FUNCTION) -> UserFunction
 def user_function(written: str | None, key: str = LOSS_FUNCTION) -> Callable[..., Any]:
     """Return the function that is written as `module:function`; its module is executed once for each text."""
     return _executed(find_function(written, key))
+
+
+def accepts_facts(written: str | None) -> bool:
+    """Return whether a loss function has an argument `facts`, for `BatchFacts` with the numbers of pairs."""
+    return "facts" in signature(user_function(written)).parameters
 
 
 @cache

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dpo_dist.config.losses import NUMBERS
 from dpo_dist.config.schema import DataFormat, SourceConfig
 from dpo_dist.config.user_code import user_function
 from dpo_dist.data.messages import CALLING, ROLES
@@ -16,8 +17,9 @@ READER = "reader"
 _SIDES = ("chosen", "rejected")
 _MEDIA = ("images", "videos", "audios")
 _SCORES = ("score_chosen", "score_rejected", "scores")
+VOTES = ("votes_chosen", "votes_rejected")
 _CONTEXT = ("system", "history", "input", "tools", "chat_template_kwargs", "documents")
-_OPTIONAL = (*_CONTEXT, *_MEDIA, *_SCORES, "label")
+_OPTIONAL = (*_CONTEXT, *_MEDIA, *_SCORES, *NUMBERS, *VOTES, "label")
 _PROMPTS = ("prompt", "instruction", "question", "query", "messages", "conversations")
 _OTHER_SIDES = ("chosen_messages", "rejected_messages", "rejected_response")
 _RESPONSES = ("completion", "responses", "output")
@@ -127,7 +129,7 @@ _LOCATIONS = ("file_name", "hf_hub_url")
 _SELECTIONS = ("split", "subset", "folder", "revision", "num_samples")
 _WITHOUT_EFFECT = ("ms_hub_url", "om_hub_url", "file_sha1")
 _KEYS = ("formatting", "ranking", "columns", "tags", *_LOCATIONS, *_SELECTIONS, *_WITHOUT_EFFECT)
-_SHARED = {name: name for name in ("system", "tools", "chosen", "rejected", "kto_tag", *_MEDIA)}
+_SHARED = {name: name for name in ("system", "tools", "chosen", "rejected", *_MEDIA)} | {"kto_tag": "label"}
 # The columns of each formatting, and the fields that they name.
 _FORMATTINGS = {
     "alpaca": _SHARED

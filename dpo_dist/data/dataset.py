@@ -5,8 +5,8 @@ Token ids and masks are never loaded. The other columns are, about 140 bytes a p
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,8 +18,10 @@ from dpo_dist.batching.example import Example, Mask, response_keys
 from dpo_dist.batching.pack import RESPONSES_OF_DUMMY, PackedBatch, dummy_batch, pack
 from dpo_dist.batching.plan import Arrangement, ComputeCosts, ExampleSizes, plan_micro_batches
 from dpo_dist.batching.sampler import Indices, SourceSpan
-from dpo_dist.config.losses import LossConfig
+from dpo_dist.config.losses import KINDS, NUMBERS, LossConfig, LossKind
 from dpo_dist.config.schema import DataConfig
+from dpo_dist.config.user_code import accepts_facts
+from dpo_dist.data.columns import VOTES
 from dpo_dist.data.counts import check_counts, check_split
 from dpo_dist.data.records import Origin
 from dpo_dist.data.store import Array, EncodedSource, columns_of, counts_of, lengths_of, read_source
@@ -59,6 +61,7 @@ class PreferenceDataset:
     prompt_hashes: Array  # uint64 [examples], `records.prompt_hash` of each record
     origins: Array  # int64 [examples, 2], index in `source_paths`, and line
     encoded: tuple[EncodedSource, ...] = ()  # the sources on disk
+    numbers: Mapping[str, Array] = field(default_factory=dict)  # float64 [examples], `NUMBERS` with an effect
 
     def __len__(self) -> int:
         return len(self.first_pieces) - 1
@@ -231,7 +234,8 @@ class RankBatch:
     unshared_tokens: int  # `tokens` with each prompt once for each of its responses
     targets: int  # completion tokens that the loss counts
     attended: int  # query-key pairs of attention in a layer in which tokens see all earlier ones
-    mean_chosen_tokens: float  # mean number of targets in the chosen responses
+    weight: float  # sum of the weights of the pairs in the loss; their number if all are 0
+    mean_chosen_tokens: float  # mean number of targets in the chosen responses, so weighted
     is_good: npt.NDArray[np.bool_] | None = None  # [pairs], labels of an unpaired loss
     partners: "RankBatch | None" = None  # the same examples with their partners' responses
     sources: Indices | None = None  # int64 [pairs], index in `dataset.labels`; None without labels
@@ -284,6 +288,8 @@ def _shard(
     chosen = responses[np.cumsum(counts) - counts]
     if which is not None:
         responses, counts = chosen + which, np.ones_like(counts)
+    weights = dataset.numbers["loss_weight"][indices] if "loss_weight" in dataset.numbers else None
+    weights = None if weights is None or not weights.any() else weights
     sizes = dataset.sizes(indices, responses, counts, costs, masked=True)
     plan = plan_micro_batches(sizes, world_size, micro_batch_tokens)
     positions = tuple(tuple(ranks[rank]) for ranks in plan)
@@ -296,7 +302,8 @@ def _shard(
         unshared_tokens=int(sizes.unshared_tokens.sum()),
         targets=int(sizes.targets.sum()),
         attended=int(sizes.attended.sum()),
-        mean_chosen_tokens=float(dataset.trained_tokens[chosen].mean()),
+        weight=float(len(indices) if weights is None else weights.sum()),
+        mean_chosen_tokens=float(np.average(dataset.trained_tokens[chosen], weights=weights)),
         sources=dataset.label_numbers(indices) if dataset.labels else None,
         which=which,
         forwards=tuple(max(RESPONSES_OF_DUMMY, *(int(counts[at].sum()) for at in ranks)) for ranks in plan),
@@ -312,17 +319,21 @@ def collate(
 ) -> PackedBatch:
     """Pack examples, or only one response of each, into one micro-batch; a dummy if there are none."""
     if not indices:
-        return replace(dummy_batch(), sources=torch.zeros(1, dtype=torch.int64) if dataset.labels else None)
+        numbers: dict[str, Any] = dict.fromkeys(dataset.numbers, torch.ones(1, dtype=torch.float64))
+        sources = torch.zeros(1, dtype=torch.int64) if dataset.labels else None
+        return replace(dummy_batch(), sources=sources, **numbers)
     selected = None if which is None else [which]
     ranges = [dataset.response_range(index) for index in indices]
     keys = dataset.keys[np.concatenate([r if which is None else r[which : which + 1] for r in ranges])]
     examples = [dataset.example(index, selected, masked=True) for index in indices]
     if not np.array_equal(response_keys(examples), keys):
         raise damaged_ids(dataset, indices)
+    numbers = {name: torch.from_numpy(column[[*indices]]) for name, column in dataset.numbers.items()}
     return replace(
         pack(examples, keys, dataset.labels_good(indices) if is_labelled else None),
         score_gaps=torch.from_numpy(dataset.score_gaps(indices)),
         sources=torch.from_numpy(dataset.label_numbers(indices)) if dataset.labels else None,
+        **numbers,
     )
 
 
@@ -379,7 +390,7 @@ def check_ids_in_vocabulary(
 
 
 def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
-    """Check that every example has the responses and scores that the loss compares. Raises DataError."""
+    """Check that examples have what the loss compares, and no number that it ignores. Raises DataError."""
     every = np.arange(len(dataset), dtype=np.int64)
     counts, best = dataset.response_counts(every), dataset.scores[dataset.first_pieces[:-1] - every]
     is_labelled = (counts == 1) & np.isfinite(best)
@@ -393,6 +404,16 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
                 remedy=remedy,
             )
 
+    takes_facts = LossKind.custom not in loss.kinds or accepts_facts(loss.function)
+    for name, column in dataset.numbers.items():
+        misfits = column != NUMBERS[name]
+        if not loss.takes(name) or (name != "loss_weight" and not takes_facts):
+            kinds = ", ".join(kind for kind, facts in KINDS.items() if name in facts.numbers)
+            null = ", ".join(f"{each}: null" for each in (name, *(VOTES if name == "soft_label" else ())))
+            remedy = f"set loss.kind to one of {kinds}; or ignore it: columns: {{{null}}}"
+            check(misfits, f"a {name} of the record", remedy)
+        elif name == "soft_label" and loss.label_smoothing:
+            check(misfits, f"a {name} beside loss.label_smoothing", "remove loss.label_smoothing")
     if loss.is_unpaired:
         remedy = "use records with prompt, completion and label; data.unpair=true takes pairs apart"
         check(~is_labelled, "no single response with a label", remedy)

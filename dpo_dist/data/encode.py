@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from dpo_dist.batching.example import Example, Mask, response_keys
+from dpo_dist.config.losses import NUMBERS
 from dpo_dist.config.schema import MARKER_GAP, UNTRAINED_PARTS, DataConfig, OnBadRecord, Truncation
 from dpo_dist.data.counts import Outcome
 from dpo_dist.data.escape import THOUGHT_TAGS, has_reserved
@@ -80,6 +81,7 @@ def encode_pair(
         "boundary_resplit": is_resplit,
         "prompt_truncated": len(kept_prompt) < len(prompt),
         "response_truncated": any(truncated),
+        "sides_exchanged": record.is_exchanged,
         "partly_trained": bool(trained),
     }
     return EncodedExample(
@@ -224,6 +226,7 @@ class EncodedRecord:
     ranks: list[list[int]]  # for each example the indices of its responses in `example`, best first
     scores: list[float]  # of the responses of `example`, nan if the record has none
     ties: int
+    numbers: list[float]  # a value for each of `NUMBERS`; empty if none has an effect
 
     def examples(self) -> list[EncodedExample]:
         """Return the examples, each with its own responses."""
@@ -264,7 +267,8 @@ def encode_record(
         return encoded
     scores = record.scores or (np.nan,) * len(record.responses)
     new_ranks = [[used.index(index) for index in example] for example in ranks]
-    return EncodedRecord(encoded, new_ranks, [scores[index] for index in used], ties)
+    numbers = list({**NUMBERS, **record.numbers}.values()) if record.numbers else []
+    return EncodedRecord(encoded, new_ranks, [scores[index] for index in used], ties, numbers)
 
 
 def encode_records(
@@ -314,6 +318,7 @@ def _columns(record: EncodedRecord) -> dict[str, Any]:
         "piece_tokens": list(map(len, pieces)),
         "keys": response_keys([example]).ravel(),
         "scores": record.scores,
+        "numbers": record.numbers,
         "truncated": example.truncated,
         "trained_tokens": [int(mask.sum()) for mask in example.masks],
         "trained": np.concatenate([np.empty(0, np.bool_), *(m for m in example.masks if not m.all())]),

@@ -12,8 +12,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+from dpo_dist.config.losses import NUMBERS
 from dpo_dist.config.schema import DataConfig, DataFormat, OnBadRecord, SourceConfig
-from dpo_dist.data.columns import FIRST_RECORDS, resolved, with_columns
+from dpo_dist.data.columns import FIRST_RECORDS, VOTES, resolved, with_columns
 from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome, check_counts
 from dpo_dist.data.messages import (
     MEDIA,
@@ -52,7 +53,7 @@ from dpo_dist.data.values import from_json, has_value, without_nulls
 
 # Faults of the responses of a record; its prompt may be usable.
 _OF_RESPONSES = {"unknown_format", "missing_field", "not_one_answer", "empty_response", "identical_responses"}
-_OF_RESPONSES |= {"no_ranking", "all_tied", "invalid_scores"}
+_OF_RESPONSES |= {"no_ranking", "all_tied", "invalid_scores", "invalid_numbers"}
 _MAX_SHOWN_KEYS = 12
 
 
@@ -155,9 +156,10 @@ def _parse(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord
     prompt, responses = read(content.prompt, content.responses)
     is_plain = row.read in (read_text, read_implicit)
     prompt, tools, arguments = with_context(prompt, record, content.responses, is_plain=is_plain)
-    result = PreferenceRecord(prompt, tuple(responses), origin, content.scores, tools, arguments)
+    numbers = _numbers(record, len(responses))
+    result = PreferenceRecord(prompt, tuple(responses), origin, content.scores, tools, arguments, numbers)
     check_content(result)
-    return result
+    return _exchanged(result) if numbers.get("soft_label", 1.0) < 0.5 else result
 
 
 class Content(NamedTuple):
@@ -215,8 +217,8 @@ _ARGUMENTS = "chat_template_kwargs"
 _OF_PROMPT = ("instruction", *QUESTIONS, "context")
 # A chat template renders these or a model sees them, and no format reads them.
 _UNREAD = ("documents", *MEDIA, *(f"{side}_{name}" for side in ("chosen", "rejected") for name in MEDIA))
-# Weights and margins of a record in the loss, and the value that has no effect.
-_UNREAD_NUMBERS = {"weight": 1.0, "sample_weight": 1.0, "loss_weight": 1.0, "margin": 0.0}
+# Perhaps weights of a record in the loss; a value other than 1 is not read.
+_UNREAD_WEIGHTS = ("weight", "sample_weight")
 
 
 def prompt_of(record: Fields, responses: Iterable[Any]) -> Any:
@@ -464,6 +466,34 @@ def labelled(record: Fields) -> Content:
     return completion(record)
 
 
+def _numbers(record: Fields, responses: int) -> dict[str, float]:
+    """Return those of `NUMBERS` that a record has, other than without effect; votes are a soft label."""
+    given = {name: record[name] for name in (*NUMBERS, *VOTES) if record.get(name) not in (None, "")}
+    read = {name: math.nan if isinstance(given[name], bool) else _number(given[name]) for name in given}
+    if votes := [read.pop(name) for name in VOTES if name in read]:
+        total = sum(votes)
+        if len(votes) < 2 or "soft_label" in read or not 0 <= min(votes) < total < math.inf:
+            detail = f"{' and '.join(VOTES)} are no two numbers, not both 0, in place of soft_label"
+            raise UnusableRecordError("invalid_numbers", detail)
+        read["soft_label"] = votes[0] / total
+    for name, value in read.items():
+        least, most = (-math.inf if name == "margin" else 0.0), (1.0 if name == "soft_label" else math.inf)
+        if not (math.isfinite(value) and least <= value <= most):
+            raise UnusableRecordError("invalid_numbers", f"{name} is no number from {least:g} to {most:g}")
+    numbers = {name: value for name, value in read.items() if value != NUMBERS[name]}
+    if responses != 2 and (of_pairs := numbers.keys() - {"loss_weight"}):
+        raise UnusableRecordError("invalid_numbers", f"{min(of_pairs)} of a record that is no pair")
+    return numbers
+
+
+def _exchanged(record: PreferenceRecord) -> PreferenceRecord:
+    """Return a pair with its sides exchanged, with the same loss for whatever takes its soft label."""
+    opposite = {"soft_label": 1 - record.numbers["soft_label"], "margin": -record.numbers.get("margin", 0.0)}
+    responses, scores = record.responses[::-1], record.scores and record.scores[::-1]
+    numbers = {**record.numbers, **opposite}
+    return replace(record, responses=responses, scores=scores, numbers=numbers, is_exchanged=True)
+
+
 # What a record has beside its responses: system text, history, tools, arguments of the template.
 def with_context(
     prompt: Prompt, record: Fields, responses: Collection[str], *, is_plain: bool
@@ -479,9 +509,7 @@ def with_context(
     unread = [name for name in _UNREAD if has_value(record.get(name))]
     # Also false: it belongs into the arguments of the template.
     unread += ["enable_thinking"] if record.get("enable_thinking") not in (None, "") else []
-    for name, neutral in _UNREAD_NUMBERS.items():
-        if record.get(name) not in (None, "") and _number(record[name]) != neutral:
-            unread.append(name)
+    weights = [w for w in _UNREAD_WEIGHTS if record.get(w) not in (None, "") and _number(record[w]) != 1]
     given = [name for name in (*_TOOLS, _ARGUMENTS) if has_value(record.get(name))]
     turns: list[Message] = []
     if is_plain or is_dialogue:
@@ -495,8 +523,10 @@ def with_context(
         is_response = name in conversations and (name in responses or ends_with_response(record.get(name)))
         if not is_response and _is_outside(record.get(name), prompt):
             unread.append(name)
-    if unread:
-        raise unread_error(f"fields: {', '.join(unread)}", unread)
+    if unread or weights:
+        remedy = f"; of the loss: columns: {{loss_weight: {weights[0]}}}" if weights else ""
+        unread = [*unread, *weights]
+        raise unread_error(f"fields: {', '.join(unread)}{remedy}", unread)
     if not turns and not given:
         return prompt, (), {}
     tools = next((_tools(record[name]) for name in _TOOLS if name in given), ())

@@ -94,7 +94,8 @@ class PreferenceRecord:
     """One prompt and its responses, best first: one to learn, two (chosen, rejected), or a ranking of more.
 
     Responses are messages only after messages. Scores are in their order; those of a ranking never rise, and
-    equal ones are ties. The chat template renders the `tools` and gets the `template_arguments`.
+    equal ones are ties. The chat template renders the `tools` and gets the `template_arguments`. `numbers`
+    are those of `NUMBERS` with an effect; `is_exchanged`: the record's rejected side is the first response.
     """
 
     prompt: Prompt
@@ -103,6 +104,8 @@ class PreferenceRecord:
     scores: tuple[float, ...] | None = None
     tools: tuple[Fields, ...] = ()
     template_arguments: Fields = field(default_factory=dict)
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    is_exchanged: bool = False
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from dpo_dist.config.losses import NUMBERS
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome
 from dpo_dist.data.lengths import SourceLengths
@@ -45,6 +46,8 @@ SCHEMA = pa.schema(
         "piece_tokens": pa.list_(pa.int32()),
         "keys": pa.list_(pa.uint64()),
         "scores": pa.list_(pa.float64()),
+        # A value for each of `NUMBERS`; none if the record has none with an effect.
+        "numbers": pa.list_(pa.float64()),
         "truncated": pa.list_(pa.bool_()),
         "trained_tokens": pa.list_(pa.int32()),
         # Masks of the responses that the loss counts in part.
@@ -201,6 +204,7 @@ def columns_of(table: pa.Table) -> dict[str, Any]:
         "first_pieces": np.insert(np.cumsum(responses_of + 1), 0, 0),
         "keys": flat("keys").reshape(-1, 2)[response],
         "scores": flat("scores")[response],
+        "numbers": _numbers(table["numbers"], record),
         "trained": pc.list_flatten(table["trained"]),
         "mask_starts": (np.cumsum(masked, dtype=np.int64) - masked)[response],
         "trained_tokens": trained_tokens[response],
@@ -208,6 +212,17 @@ def columns_of(table: pa.Table) -> dict[str, Any]:
         "prompt_hashes": table["prompt"].to_numpy()[record],
         "origins": origins[record],
     }
+
+
+def _numbers(lists: pa.ChunkedArray, record: Array) -> dict[str, Array]:
+    """Return the values of each example by name, of those of `NUMBERS` that have an effect."""
+    given = pc.list_flatten(lists).to_numpy().reshape(-1, len(NUMBERS))
+    if not len(given):
+        return {}
+    values = np.tile(np.array([*NUMBERS.values()]), (len(lists), 1))
+    values[_lengths(lists) > 0] = given
+    columns = zip(NUMBERS.items(), values[record].T, strict=True)
+    return {name: column.copy() for (name, neutral), column in columns if (column != neutral).any()}
 
 
 def _lengths(lists: pa.ChunkedArray) -> npt.NDArray[np.int64]:

@@ -8,14 +8,14 @@ gradients, for log-ratios between -1e4 and 1e4.
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
 from dpo_dist.config.losses import KINDS, BcoDelta, Divergence, LossConfig, LossKind, LossTermConfig
-from dpo_dist.config.user_code import find_function, user_function
+from dpo_dist.config.user_code import accepts_facts, find_function, user_function
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.logps import PairLogps
 
@@ -67,12 +67,17 @@ class BatchFacts:
     `mean_chosen_tokens` is the mean `nw` over the *global* batch: divided by it, `sft` is a token mean over
     that batch; None: the given pairs are the global batch. `score_gaps`, [pairs]: score of chosen minus score
     of rejected (`odpo`). `pair_weights`, [pairs]: factors of the losses (`weighting`), but of `sft`.
+    `loss_weight`, `soft_label`, `margin`, [pairs]: `NUMBERS` of the records, None without; the first is the
+    weight of a pair in the mean, which `preference_loss` leaves to its caller.
     `mismatch`: mean log-ratio of mismatched responses over the *global* batch (`kto`), without gradient.
     """
 
     mean_chosen_tokens: Tensor | float | None = None
     score_gaps: Tensor | None = None
     pair_weights: Tensor | None = None
+    loss_weight: Tensor | None = None
+    soft_label: Tensor | None = None
+    margin: Tensor | None = None
     mismatch: Tensor | None = None
     running: RunningMeans = field(default_factory=RunningMeans)
 
@@ -113,16 +118,19 @@ def _kind_loss(  # noqa: C901, PLR0911, PLR0912, PLR0915  (one branch per kind)
             raise ValueError(f"loss kind {kind} needs reference log-probs; pass them or set reference_free")
         reference = policy  # unused by these kinds
     beta, ratios = config.beta, policy.minus(reference)
-    smoothing = KINDS[kind].smoothing if config.label_smoothing is None else config.label_smoothing
+    default = KINDS[kind].smoothing
+    smoothing: float | Tensor = default if config.label_smoothing is None else config.label_smoothing
+    if facts.soft_label is not None:
+        smoothing = (1 - facts.soft_label).clamp(min=default)
     match kind:
         case LossKind.sigmoid:  # Rafailov et al. 2023, arXiv 2305.18290; smoothing: Mitchell's cDPO
-            return _smoothed(beta * margin_of(ratios, config), smoothing)
+            return _smoothed(_past(facts, beta * margin_of(ratios, config)), smoothing)
         case LossKind.robust:  # Chowdhury et al. 2024, arXiv 2403.00409
             logits = beta * margin_of(ratios, config)
             flipped = -(1 - smoothing) * logsigmoid(logits) + smoothing * logsigmoid(-logits)
             return flipped / (1 - 2 * smoothing)
         case LossKind.hinge:  # SLiC, arXiv 2305.10425; RSO, arXiv 2309.06657
-            return relu(1 - beta * margin_of(ratios, config))
+            return relu(1 - _past(facts, beta * margin_of(ratios, config)))
         case LossKind.ipo:  # Azar et al. 2023, arXiv 2310.12036; length-averaged, as its authors confirmed
             margin = (_mean_margin if config.length_average else margin_of)(ratios, config)
             return (margin - 1 / (2 * beta)).clamp(-_LARGEST_ROOT, _LARGEST_ROOT) ** 2
@@ -130,8 +138,10 @@ def _kind_loss(  # noqa: C901, PLR0911, PLR0912, PLR0915  (one branch per kind)
             return -logsigmoid(beta * _mean_margin(ratios, config))
         case LossKind.exo_pair:  # Ji et al. 2024, arXiv 2402.00856, equation 16
             logits = beta * margin_of(ratios, config)
-            first = torch.sigmoid(logits) * (logsigmoid(logits) - math.log1p(-smoothing))
-            return first + torch.sigmoid(-logits) * (logsigmoid(-logits) - math.log(smoothing))
+            library: Any = math if facts.soft_label is None else torch
+            right: Tensor = torch.sigmoid(logits) * (logsigmoid(logits) - library.log1p(-smoothing))
+            wrong: Tensor = torch.sigmoid(-logits) * (logsigmoid(-logits) - library.log(smoothing))
+            return right + wrong
         case LossKind.nca_pair:  # Chen et al. 2024, arXiv 2402.05369
             chosen, rejected = beta * ratios.chosen, beta * ratios.rejected
             return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
@@ -155,14 +165,15 @@ def _kind_loss(  # noqa: C901, PLR0911, PLR0912, PLR0915  (one branch per kind)
             if facts.score_gaps is None:
                 raise ValueError("loss kind odpo needs the scores of the responses")
             offset = config.offset_alpha * torch.log(facts.score_gaps)
-            return -logsigmoid(beta * margin_of(ratios, config) - offset)
+            return -logsigmoid(_past(facts, beta * margin_of(ratios, config) - offset))
         case LossKind.simpo:  # Meng et al. 2024, arXiv 2405.14734
-            return -logsigmoid(beta * (policy.mean_chosen - policy.mean_rejected) - config.simpo_gamma)
+            logits = beta * (policy.mean_chosen - policy.mean_rejected) - config.simpo_gamma
+            return -logsigmoid(_past(facts, logits))
         case LossKind.orpo:  # Hong et al. 2024, arXiv 2403.07691
             log_odds_ratio = _log_odds(policy.mean_chosen) - _log_odds(policy.mean_rejected)
             return -policy.mean_chosen - config.orpo_lambda * logsigmoid(log_odds_ratio)
         case LossKind.cpo:  # Xu et al. 2024, arXiv 2401.08417
-            preference = -logsigmoid(beta * policy.margin)
+            preference = -logsigmoid(_past(facts, beta * policy.margin))
             return preference - config.cpo_nll_weight * policy.mean_chosen
         case LossKind.sft:
             chosen = policy.chosen if policy.whole_chosen is None else policy.whole_chosen
@@ -185,7 +196,7 @@ def _kind_loss(  # noqa: C901, PLR0911, PLR0912, PLR0915  (one branch per kind)
         case LossKind.apo_zero_unpaired:  # D'Oosterlinck et al. 2024, arXiv 2408.06266, equation 7
             return _labelled(ratios, config, 0.0)
         case LossKind.custom:
-            return _custom(policy, reference, config)
+            return _custom(policy, reference, config, facts)
 
 
 def divergence_score(log_ratio: Tensor, config: LossConfig) -> Tensor:
@@ -222,7 +233,25 @@ def _mean_margin(ratios: PairLogps, config: LossConfig) -> Tensor:
     return chosen - divergence_score(ratios.rejected, config) / ratios.rejected_tokens
 
 
-def _smoothed(logits: Tensor, smoothing: float) -> Tensor:
+FLOORED = frozenset({LossKind.sigmoid, LossKind.beta_dpo})
+"""Kinds that are a cross-entropy with the soft label."""
+
+
+def floors(config: LossConfig, facts: BatchFacts) -> Tensor:
+    """Return the least loss of each pair that any policy has: the entropy of its soft label, [pairs]."""
+    terms = list(config.terms) or [LossTermConfig(kind=config.kind, weight=1.0)]
+    weight, label = sum(term.weight for term in terms if term.kind in FLOORED), facts.soft_label
+    assert label is not None
+    entropy: Tensor = torch.special.entr(label) + torch.special.entr(1 - label)
+    return weight * entropy * (1.0 if facts.pair_weights is None else facts.pair_weights)
+
+
+def _past(facts: BatchFacts, logits: Tensor) -> Tensor:
+    """Return logits less the margin that the record asks for."""
+    return logits if facts.margin is None else logits - facts.margin
+
+
+def _smoothed(logits: Tensor, smoothing: float | Tensor) -> Tensor:
     return -(1 - smoothing) * logsigmoid(logits) - smoothing * logsigmoid(-logits)
 
 
@@ -243,8 +272,9 @@ def _sorted_difference(first: Tensor, second: Tensor) -> Tensor:
     return torch.sort(first)[0] - torch.sort(second)[0]
 
 
-def _custom(policy: PairLogps, reference: PairLogps, config: LossConfig) -> Tensor:
-    losses = user_function(config.function)(policy, reference, config)
+def _custom(policy: PairLogps, reference: PairLogps, config: LossConfig, facts: BatchFacts) -> Tensor:
+    more = {"facts": facts} if accepts_facts(config.function) else {}
+    losses = user_function(config.function)(policy, reference, config, **more)
     if not isinstance(losses, Tensor) or losses.shape != policy.chosen.shape:
         raise ConfigError(
             "the loss function does not return one loss per pair",

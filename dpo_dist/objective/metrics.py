@@ -20,7 +20,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.user_code import METRICS_FUNCTION, user_function
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.logps import PairLogps
-from dpo_dist.objective.losses import INVENTED, BatchFacts, implicit_rewards, log_ratios, margin_of
+from dpo_dist.objective.losses import INVENTED, BatchFacts, floors, implicit_rewards, log_ratios, margin_of
 from dpo_dist.objective.router import AUX_LOSS, BUSIEST, Z_LOSS
 
 PAIR_METRICS = tuple(name for name, metric in METRICS.items() if metric.over_pairs)
@@ -35,6 +35,8 @@ LENGTH_BORDERS = (64, 128, 256, 512, 1024)
 AUC, MISMATCH = "rewards/auc", "loss/kl"
 """Of labelled records: how often a good response has a higher reward than a bad one; mean log-ratio of
 mismatched responses, whose part above 0 is the z of `kto`."""
+EXCESS = "loss/excess"
+"""The loss less its `floors`."""
 BATCH_MARGIN = "loss/margin"
 """Mean of `b h`, reported if the loss depends on it."""
 BATCH_REWARD = "loss/reward"
@@ -112,13 +114,14 @@ def _custom_error(got: str) -> ConfigError:
 class MetricPlan:
     """The metrics of the steps, or of the evaluations, of a run.
 
-    `labels`: of the sources of the data; none if there is only one.
+    `labels`: of the sources of the data; none if there is only one. `has_floor`: by soft labels.
     """
 
     loss: LossConfig
     labels: tuple[str, ...] = ()
     is_evaluation: bool = False
     custom: CustomMetrics = CustomMetrics()
+    has_floor: bool = False
 
     @cached_property
     def of_pairs(self) -> tuple[str, ...]:
@@ -143,6 +146,7 @@ class MetricPlan:
         of_some_losses = {
             AUC: loss.is_unpaired,
             MISMATCH: loss.needs_partners,
+            EXCESS: self.has_floor,
             BATCH_MARGIN: loss.uses("beta_momentum"),
             BATCH_REWARD: loss.bco_delta is BcoDelta.running_mean,
             AUX_LOSS: has_aux,
@@ -223,9 +227,11 @@ class MetricSums:
 def metric_means(sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
     """Return the mean of every metric that has a count above 0.
 
-    Without pairs, as of labelled records, the margin is the difference of the mean rewards of both sides.
+    Without pairs, as of labelled records, the margin is the difference of the mean rewards of both sides. The
+    loss of pairs of weight 0 is 0.
     """
     means = {name: total / counts[name] for name, total in sums.items() if counts[name]}
+    means |= {name: 0.0 for name in ("loss", EXCESS) if name in sums and name not in means}
     for name in sums:
         if name.startswith(_MARGIN) and name not in means:
             chosen, rejected = (means.get(side + name.removeprefix(_MARGIN)) for side in _SIDES)
@@ -257,7 +263,10 @@ def metric_sums(plan: MetricPlan, losses: Tensor, pairs: ScoredPairs) -> MetricS
     ones, columns = torch.ones_like(zeros), _columns(plan, policy, pairs.reference)
     ratios = log_ratios(policy, pairs.reference, loss)
     measured = measure_pairs(columns)
-    measured["loss"] = losses.detach(), ones
+    weight = ones if pairs.facts.loss_weight is None else pairs.facts.loss_weight
+    measured["loss"] = losses.detach() * weight, weight
+    if plan.has_floor:
+        measured[EXCESS] = (losses.detach() - floors(loss, pairs.facts)) * weight, weight
     measured[BATCH_MARGIN] = loss.beta * margin_of(ratios, loss), ones
     measured[BATCH_REWARD] = loss.beta * (ratios.chosen + ratios.rejected) / 2, ones
     for name, sums in (("distance", pairs.distance), ("entropy", pairs.entropy)):

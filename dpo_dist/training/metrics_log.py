@@ -220,8 +220,8 @@ def is_collapsed(row: Mapping[str, float]) -> bool | None:
     """Return whether the policy of a step has no gradient, and gives responses no usable probability.
 
     Every token has the same probability, or that of responses is far below any guess. A satisfied loss
-    (hinge, ipo) has no gradient either, but its policy still prefers some tokens. None: responses of one label
-    alone do not tell.
+    (hinge, ipo) has no gradient either, but its policy still prefers some tokens. None: a row with responses
+    of one label alone does not tell.
     """
     logps = list(logps_by_side(row).values())
     if row.get("grad_norm") != 0 or not logps:

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 
 from dpo_dist.batching.pack import PackedBatch, copied_to
-from dpo_dist.config.losses import LossConfig, Weighting
+from dpo_dist.config.losses import NUMBERS, LossConfig, Weighting
 from dpo_dist.data.dataset import RankBatch
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import Engine, PolicyEngine
 from dpo_dist.foundation.background import prefetch
 from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response, wpo_weights
-from dpo_dist.objective.losses import BatchFacts, RunningMeans, log_ratios, preference_loss
+from dpo_dist.objective.losses import FLOORED, BatchFacts, RunningMeans, log_ratios, preference_loss
 from dpo_dist.objective.metrics import (
     AUC,
     MISMATCH,
@@ -136,11 +136,12 @@ class Objective:
             pair_weights = None
             if "collisions" in statistics:
                 pair_weights = wpo_weights(token_logps, statistics["collisions"], sums)
+            numbers = {name: getattr(batch, name) for name in NUMBERS}
             yield ScoredPairs(
                 policy=of_loss(token_logps),
                 reference=None if reference is None else of_loss(reference),
                 weights=batch.weights,
-                facts=replace(facts, score_gaps=batch.score_gaps, pair_weights=pair_weights),
+                facts=replace(facts, score_gaps=batch.score_gaps, pair_weights=pair_weights, **numbers),
                 distance=None if reference is None else sums((token_logps.detach() - reference).abs()),
                 entropy=sums(statistics["entropy"]) if "entropy" in statistics else None,
                 sources=batch.sources,
@@ -167,13 +168,21 @@ class Objective:
             total += (ratios.chosen * scored.weights).sum()
         return replace(facts, mismatch=world.sum_replicas(total)[0] / rank_batch.pairs)
 
+    def plan(self, rank_batch: RankBatch, *, is_evaluation: bool = False) -> MetricPlan:
+        """Return the metrics of a global batch, the same on all ranks."""
+        dataset = rank_batch.dataset
+        has_floor = "soft_label" in dataset.numbers and not FLOORED.isdisjoint(self.loss.kinds)
+        return MetricPlan(self.loss, dataset.labels, is_evaluation, self.custom, has_floor)
+
     def measure(self, pairs: ScoredPairs, plan: MetricPlan) -> tuple[Tensor, MetricSums]:
-        """Return the sum of the losses, with a graph if gradients are enabled, and the metric sums.
+        """Return the weighted sum of the losses, with a graph if gradients are enabled, and the metric sums.
 
         `pairs`: of a micro-batch; of the whole global batch for a coupled loss.
         """
         losses = preference_loss(pairs.policy, pairs.reference, self.loss, pairs.facts)
-        return (losses * pairs.weights).sum(), metric_sums(plan, losses, pairs)
+        of_records = pairs.facts.loss_weight
+        weights = pairs.weights if of_records is None else pairs.weights * of_records
+        return (losses * weights).sum(), metric_sums(plan, losses, pairs)
 
 
 def train_step(
@@ -197,7 +206,7 @@ def train_step(
     if objective.loss.needs_partners:
         policy.train(False)
     facts = objective.facts(policy, rank_batch, step.partners, world, running, clock.enter)
-    plan = MetricPlan(objective.loss, rank_batch.dataset.labels, custom=objective.custom)
+    plan = objective.plan(rank_batch)
     sums, slopes, rewards = MetricSums.zeros(plan, device), list[Tensor](), list[Tensor]()
     known: list[ScoredPairs] = []
     if objective.loss.is_coupled:
@@ -228,7 +237,7 @@ def train_step(
         else:
             loss, of_batch = objective.measure(pairs, plan)
             logps = pairs.policy.chosen + pairs.policy.rejected
-            loss, sums = _nan_unless_finite(loss, logps) / rank_batch.pairs, sums + of_batch
+            loss, sums = _nan_unless_finite(loss, logps) / rank_batch.weight, sums + of_batch
         if routers is not None and pairs.routing is not None:
             loss, sums = routers.add(loss, pairs.routing, sums)
         if objective.loss.is_unpaired:
@@ -318,7 +327,7 @@ def evaluate(
     Collective. `model` is not in training mode; without one, the reference's log-probs are the policy's.
     `check_stop` is called before each micro-batch, of which all ranks have the same number, and may raise.
     """
-    plan = MetricPlan(objective.loss, rank_batch.dataset.labels, True, objective.custom)
+    plan = objective.plan(rank_batch, is_evaluation=True)
     sums = MetricSums.zeros(plan, world.device)
     values, scored = list[dict[str, Tensor]](), list[ScoredPairs]()
 

@@ -59,6 +59,25 @@ CASES = {
     "masked plackett_luce": LossConfig(LossKind.plackett_luce, 0.5),
     "kto": LossConfig(LossKind.kto, 0.5, desirable_weight=1.5),
     "masked kto": LossConfig(LossKind.kto, 0.5, undesirable_weight=2.0),
+    "beta_dpo, soft labels": LossConfig(LossKind.beta_dpo, 0.5),
+    "simpo, margins, none weighs": LossConfig(LossKind.simpo, 1.0),
+}
+WEIGHTED = {
+    "sigmoid, wpo": LossConfig(beta=0.5, weighting=Weighting.wpo),
+    "masked sft": LossConfig(LossKind.sft),
+    "masked plackett_luce": LossConfig(LossKind.plackett_luce, 0.5),
+}
+"""Cases that are the same with weights and with repeated records."""
+for _name, _loss in WEIGHTED.items():
+    CASES |= {f"{_name}, weights": _loss, f"{_name}, repeated": _loss}
+WEIGHTS = np.array([1, 2, 0, 3, 1, 2, 1, 0, 2, 1, 3])
+NUMBERS = {
+    "weights": {"loss_weight": WEIGHTS.astype(float)},
+    "soft labels": {"soft_label": np.linspace(0.5, 1, RECORDS)},
+    "none weighs": {  # in the second step
+        "loss_weight": WEIGHTS * (np.arange(RECORDS) != STEPS[1]).astype(float),
+        "margin": np.linspace(-1, 2, RECORDS),
+    },
 }
 Data = dict[str, tuple[EncodedSource, ...]]
 """Of two sources each: pairs with scores, plain and masked, masked rankings of 2 to 5 responses, and labelled
@@ -69,7 +88,8 @@ def dataset_of(case: str, data: Data) -> PreferenceDataset:
     name = "masked" if case.startswith("masked") else "pairs"
     if "kto" in case:
         return with_partners(open_dataset(data[f"labelled {name}"], DataConfig()), max_length=40)
-    return open_dataset(data["rankings" if "plackett_luce" in case else name], DataConfig())
+    dataset = open_dataset(data["rankings" if "plackett_luce" in case else name], DataConfig())
+    return replace(dataset, numbers=NUMBERS.get(case.rpartition(", ")[2], {}))
 
 
 @pytest.fixture(scope="module")
@@ -124,14 +144,13 @@ def trajectories(
     assets: Assets, data: Data, budget: int, names: Sequence[str], world: World, _folder: Path
 ) -> dict[str, Any]:
     """Return for each case the metrics and gradient norm of each step, and an evaluation at the end."""
-    return {
-        name: list(_trajectory(assets, dataset_of(name, data), CASES[name], budget, world)) for name in names
-    }
+    return {name: list(_trajectory(assets, dataset_of(name, data), name, budget, world)) for name in names}
 
 
 def _trajectory(
-    assets: Assets, dataset: PreferenceDataset, loss: LossConfig, budget: int, world: World
+    assets: Assets, dataset: PreferenceDataset, name: str, budget: int, world: World
 ) -> Iterator[dict[str, float]]:
+    loss, times = CASES[name], WEIGHTS if name.endswith("repeated") else np.ones_like(WEIGHTS)
     config = assets.config(assets.policy)
     free = not loss.needs_reference
     reference = (
@@ -143,7 +162,8 @@ def _trajectory(
     policy = load_policy(config.model, world)
 
     def plan(indices: Any) -> Any:
-        return shard_batch(dataset, np.array(indices), world.replica, world.replicas, budget, COSTS, loss)
+        indices = np.repeat(indices, times[np.array(indices)])
+        return shard_batch(dataset, indices, world.replica, world.replicas, budget, COSTS, loss)
 
     def means(sums: MetricSums) -> dict[str, float]:
         return replace(sums, values=world.sum_replicas(sums.values)).means()
@@ -201,9 +221,18 @@ def test_losses_train_the_same_on_one_rank_and_on_two(assets: Assets, data: Data
                 assert got == pytest.approx(expected, rel=2e-4, abs=2e-5), (name, step)
     remembers = {name for name, steps in alone.items() if steps[-1].get(FORGOTTEN) != steps[-1]["loss"]}
     assert {name for name in CASES if name.startswith("beta_dpo")} <= remembers
+    assert all(alone["simpo, margins, none weighs"][1][key] == 0 for key in ("loss", "grad_norm"))
     for name, steps in alone.items():
         assert all(np.isfinite(list(step.values())).all() for step in steps), name
         assert steps[-1]["loss"] != steps[0]["loss"], name
+        if name.endswith("repeated"):
+            names = ("loss", "grad_norm")
+            got, expected = (
+                [[step[key] for key in names if key in step] for step in alone[case]]
+                for case in (name.replace("repeated", "weights"), name)
+            )
+            assert np.concatenate(got) == pytest.approx(np.concatenate(expected), rel=1e-5, abs=1e-7), name
+            continue
         if CASES[name].compares_pairs:
             margins = [steps[-1][f"margin of {position}"] for position in range(RECORDS)]
             assert np.mean(margins) == pytest.approx(steps[-1]["rewards/margins"], rel=1e-4, abs=1e-6), name

@@ -9,7 +9,7 @@ import pytest
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.training.metrics_log import read_latest_rows
 from tests.e2e.conftest import Overrides
-from tests.support.launch import history, run_verb, train
+from tests.support.launch import history, run_verb, summary, train
 
 RANKINGS = [
     {"prompt": f"question {n}", "responses": [f"answer {n} {rank}" * (rank + 1) for rank in range(2 + n % 3)]}
@@ -24,6 +24,10 @@ SCORED = [
         "score_rejected": n % 5,
     }
     for n in range(9)
+]
+LABELLED = [
+    {"prompt": f"question {n % 9}", "completion": f"answer {n}" * (1 + n % 4), "label": n % 3 > 0}
+    for n in range(11)
 ]
 COMPLETIONS = [{"prompt": f"question {n}", "completion": f"answer {n}"} for n in range(9)]
 
@@ -62,11 +66,37 @@ def test_completions_alone_train_a_model_that_is_then_its_own_reference(
     assert abs(first["rewards/margins"]) < 1e-5
 
 
+def test_labelled_responses_train_the_same_on_two_processes_and_are_scored_once(
+    overrides: Overrides, tmp_path: Path
+) -> None:
+    data = written(tmp_path / "labelled.jsonl", LABELLED)
+    command = [data, "loss=kto", "trainer.epochs=2", "trainer.global_batch_pairs=3", "optim.lr=1e-3"]
+    train(overrides(*command))
+    train(overrides(*command, f"run.dir={tmp_path}/two"), processes=2)
+    alone, two = history(tmp_path / "run"), history(tmp_path / "two")
+    assert [set(row) for row in alone] == [set(row) for row in two], "also of batches that lack a side"
+    for row, other in zip(alone, two, strict=True):
+        for name in set(row) & {"loss", "loss/kl", "rewards/margins", "rewards/auc", "rewards/rejected"}:
+            assert row[name] == pytest.approx(other[name], abs=1e-5), name
+    assert any(row["loss/kl"] < 0 for row in alone) or alone[-1]["loss/kl"] != 0
+    assert "rewards/accuracies" not in alone[0]
+    reference = [summary(tmp_path / name)["reference"] for name in ("run", "two")]
+    assert [report["computed"] for report in reference] == [2 * len(LABELLED), 0]
+    pairs = written(tmp_path / "pairs.jsonl", SCORED)
+    train(overrides(pairs, "loss=apo_zero_unpaired", "data.unpair=true", f"run.dir={tmp_path}/apart"))
+    assert summary(tmp_path / "apart")["data"]["train"]["pairs"] == 2 * len(SCORED)
+
+
 @pytest.mark.parametrize(
     ("rows", "loss", "said"),
     [
         (RANKINGS, "sigmoid", "set loss.kind=plackett_luce"),
         (COMPLETIONS, "sigmoid", "set loss=sft"),
+        (COMPLETIONS, "kto", "prompt, completion and label"),
+        (SCORED, "kto", "data.unpair=true takes pairs apart"),
+        (LABELLED, "sigmoid", "set loss=kto"),
+        (LABELLED, "sft", "set loss=kto"),
+        ([{**row, "prompt": "same"} for row in LABELLED], "kto", "set loss=apo_zero_unpaired"),
         ([{**row, "score_rejected": 5} for row in SCORED], "odpo", "above the rejected"),
     ],
 )
@@ -147,3 +177,24 @@ def test_a_reference_that_follows_is_restored_on_resume(overrides: Overrides, tm
     assert '"reference/rank-00001-00000.safetensors"' in (checkpoint / "manifest.json").read_text()
     train(command, processes=2)
     assert history(tmp_path / "run") == history(tmp_path / "whole")
+
+
+def test_pairs_with_votes_and_weights_train_above_their_floor(overrides: Overrides, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"question {n}", "chosen": "no" * n, "rejected": "yes" * n, "ups": 1, "downs": 3, "w": n}
+        for n in range(1, 8)
+    ]
+    (tmp_path / "votes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = "columns: {votes_chosen: ups, votes_rejected: downs, loss_weight: w}"
+    data = f"data.train=[{{path: {tmp_path}/votes.jsonl, {columns}}}]"
+    ended = train(overrides(data, "trainer.max_steps=4", "optim.lr=1e-2"), processes=2)
+    assert "7 sides_exchanged" in ended.output
+    steps = history(tmp_path / "run")
+    floor = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
+    assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert all(row["loss/excess"] == pytest.approx(row["loss"] - floor, abs=1e-6) for row in steps)
+    assert steps[-1]["loss/excess"] < steps[0]["loss/excess"]
+    refused = run_verb("train", overrides(data, "loss=ipo", f"run.dir={tmp_path}/ipo"))
+    assert refused.code == 2, refused.output
+    assert "votes.jsonl:1" in refused.output
+    assert "votes_chosen: null" in refused.output

@@ -27,7 +27,7 @@ from dpo_dist.insight.verdict.facts import (
     pooled,
     values,
 )
-from dpo_dist.objective.metrics import MISMATCH
+from dpo_dist.objective.metrics import EXCESS, MISMATCH
 from dpo_dist.training.metrics_log import finite, is_collapsed, logps_by_side
 
 MOST_FINDINGS = 5
@@ -302,7 +302,8 @@ def _beta_wrong(facts: RunFacts) -> Iterator[str]:
 
 def _loss_that_stayed(facts: RunFacts) -> str | None:
     """Return the first loss and the mean of the last quarter of the steps if they are alike, or None."""
-    recent, start = facts.recent("loss"), first(facts.steps, "loss")
+    name = "loss" if first(facts.steps, EXCESS) is None else EXCESS  # soft labels keep the loss above 0
+    recent, start = facts.recent(name), first(facts.steps, name)
     if not recent or start is None or abs(fmean(recent) - start) > 0.01 * abs(start):
         return None
     return f"{start:.4g} -> {fmean(recent):.4g}"

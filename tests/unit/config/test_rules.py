@@ -108,6 +108,8 @@ REFUSED = [
     (f"{LIVE} {EVERY} {NVME}", "loss.sync_reference.every"),
     (f"{LIVE} {EVERY} model.adapter.r=8", "loss.sync_reference.every"),
     ("'loss.terms=[{kind:sft,weight:0}]'", "loss.terms"),
+    ("'loss.terms=[{kind:kto},{kind:sft}]'", "loss.terms"),
+    ("data.unpair=true", "data.unpair"),
     # Forms of single values.
     ("run.name=a/b", "run.name"),
     ("run.name=..", "run.name"),

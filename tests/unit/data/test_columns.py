@@ -164,7 +164,6 @@ def test_an_entry_may_name_a_hub_dataset(tmp_path: Path) -> None:
         ({"num_samples": "many"}, {}, ("cannot be read", "many")),
         ({"tags": {"user_tag": "gpt", "assistant_tag": "gpt"}}, {}, ("got:      user_tag gpt\n", "reader")),
         ({"ranking": False}, {}, ('chosen without "ranking": true',)),
-        ({"columns": {"prompt": "q", "kto_tag": "label"}}, {}, ("column kto_tag", "unpaired data")),
         ({"file_name": None, "script_url": "load.py"}, {}, ("script_url", "no file_name or hf_hub_url")),
     ],
 )

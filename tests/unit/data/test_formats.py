@@ -320,8 +320,8 @@ FILES: list[tuple[str, dict[str, Any], int, dict[str, int]]] = [
     ("llama_factory_sharegpt_en.json", {}, 150, {}),
     ("llama_factory_sharegpt_zh.json", {}, 300, {}),
     ("llama_factory_v1_message_pairs.jsonl", {}, 10, {}),
-    ("llama_factory_kto_en.json", {}, 0, {"unpaired": 60}),
-    ("llama_factory_kto_en.json", {"format": DataFormat.completion}, 0, {"unpaired": 60}),
+    ("llama_factory_kto_en.json", {}, 60, {}),
+    ("llama_factory_kto_en.json", {"format": DataFormat.labelled}, 60, {}),
     ("ultrafeedback_plain_scored.jsonl", {}, 293, {"identical_responses": 5, "empty_response": 2}),
     ("ranked_oasst_history_zh.json", {}, 244, RANKED_FAULTS),
     ("system_history_question_zh.jsonl", {}, 150, {}),
@@ -338,6 +338,7 @@ FILES: list[tuple[str, dict[str, Any], int, dict[str, int]]] = [
     ("dataset_info.json", {"name": "ultrafeedback"}, 100, {}),
     ("", {"name": "orca_pairs"}, 60, {}),
     ("", {"name": "oaast_rm_zh"}, 244, RANKED_FAULTS),
+    ("", {"name": "kto_en_demo"}, 60, {}),
 ]
 
 

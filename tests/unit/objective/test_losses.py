@@ -53,12 +53,18 @@ def softplus(x: float) -> float:
     return math.log1p(math.exp(x))
 
 
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
 def log_odds(mean_logp: float) -> float:
     return mean_logp - math.log(1 - math.exp(mean_logp))
 
 
 SCORE_GAPS = torch.tensor([2.0, 0.5])
-FACTS = BatchFacts(score_gaps=SCORE_GAPS, running=RunningMeans(margin=0.25, reward=0.125))
+FACTS = BatchFacts(
+    score_gaps=SCORE_GAPS, mismatch=torch.tensor(1.0), running=RunningMeans(margin=0.25, reward=0.125)
+)
 
 # With beta 0.5: b h is 2 and 0.5, b Dw 1 and 0, b Dl -1 and -0.5, 1 / (2 b) is 1.
 BY_HAND = [
@@ -93,6 +99,9 @@ BY_HAND = [
     # M is 1.25 in the mean, M0 0.25: b' = 0.5 (1 + 0.6).
     (LossConfig(LossKind.beta_dpo), (softplus(-3.2), softplus(-0.8))),
     (LossConfig(LossKind.plackett_luce), (softplus(-2), softplus(-0.5))),
+    # Log-ratios 2 and 0 of good responses, against z = 1, and against 0.
+    (LossConfig(LossKind.kto, desirable_weight=1.5), (1.5 * sigmoid(-0.5), 1.5 * sigmoid(0.5))),
+    (LossConfig(LossKind.apo_zero_unpaired), (sigmoid(-1), sigmoid(0))),
 ]
 BESIDE_TRL = [
     *(LossConfig(LossKind(kind)) for kind in AS_TRL),
@@ -135,6 +144,18 @@ def test_a_ranking_by_hand_beside_shorter_ones() -> None:
     losses = preference_loss(policy, reference, LossConfig(LossKind.plackett_luce, 0.5))
     expected = [by_hand(1, 0.5, -1, 0), by_hand(2, 1, -1), by_hand(3, 1)]
     assert losses.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("mismatch", "z"), [(1.0, 1.0), (-3.0, 0.0)])
+def test_kto_by_hand_for_a_good_and_a_bad_response(mismatch: float, z: float) -> None:
+    """Log-ratios of 2 and -4, beta 0.5; the side that a record lacks has no tokens."""
+    tokens = torch.tensor([3.0, 0.0]), torch.tensor([0.0, 5.0])
+    policy = PairLogps(torch.tensor([-10.0, 0.0]), torch.tensor([0.0, -20.0]), *tokens)
+    reference = PairLogps(torch.tensor([-12.0, 0.0]), torch.tensor([0.0, -16.0]), *tokens)
+    config = LossConfig(LossKind.kto, 0.5, desirable_weight=1.5, undesirable_weight=0.5)
+    losses = preference_loss(policy, reference, config, BatchFacts(mismatch=torch.tensor(mismatch)))
+    expected = [1.5 * (1 - sigmoid(0.5 * (2 - z))), 0.5 * (1 - sigmoid(0.5 * (z + 4)))]
+    assert losses.tolist() == pytest.approx(expected, rel=1e-6)
 
 
 def test_beta_dpo_takes_no_gradient_through_the_beta_of_the_batch() -> None:
@@ -192,6 +213,7 @@ def test_gradients_are_the_slopes_of_the_losses(config: LossConfig) -> None:
 values, tokens = st.floats(-1e4, 1e4, width=32), st.integers(1, 4096).map(float)
 # Kinds that want a certain reward or ratio and turn back beyond it, or that let chosen fall.
 NOT_MONOTONE = {LossKind.ipo, LossKind.sppo_hard, LossKind.nca_pair, LossKind.apo_down, LossKind.exo_pair}
+NOT_MONOTONE |= {LossKind.discopop}  # at its default tau; docs/losses.md
 
 
 @given(st.sampled_from(sorted(LossKind)), values, values, tokens, tokens, st.floats(0.01, 5))
@@ -205,7 +227,7 @@ def test_losses_are_finite_and_raising_chosen_or_lowering_rejected_never_costs(
     columns = [torch.tensor([each]) for each in (chosen, rejected, chosen_tokens, rejected_tokens)]
     leaves = [column.requires_grad_() for column in columns[:2]]
     policy, zeros = PairLogps(*columns), PairLogps(torch.zeros(1), torch.zeros(1), *columns[2:])
-    loss = preference_loss(policy, zeros, config, BatchFacts(score_gaps=torch.ones(1))).sum()
+    loss = preference_loss(policy, zeros, config, replace(FACTS, score_gaps=torch.ones(1))).sum()
     found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
     assert torch.isfinite(torch.stack([loss.detach(), *(slope[0] for slope in found)])).all()
     if kind not in NOT_MONOTONE:
@@ -213,7 +235,7 @@ def test_losses_are_finite_and_raising_chosen_or_lowering_rejected_never_costs(
         assert found[1].item() >= -1e-6
 
 
-@pytest.mark.parametrize("kind", sorted(set(LossKind) - {LossKind.sft}))
+@pytest.mark.parametrize("kind", sorted(kind for kind in LossKind if KINDS[kind].fewest_responses > 1))
 def test_modifiers_of_other_terms_leave_sft_as_it_is(kind: LossKind) -> None:
     """`ld_alpha` has changed the sums, `weighting` weighs the pairs."""
     facts = replace(FACTS, pair_weights=torch.tensor([0.25, 2.0]))
