@@ -204,20 +204,21 @@ def samples_of_runs(runs: Mapping[str, RunFolder]) -> list[Markup]:
 
 def worst_pairs(file: Path) -> list[Markup]:
     """Return the pairs of an evaluation's file of its worst ones."""
-    shown = (
-        Shown(
-            row["prompt"],
-            [
-                Response(side if len(sides) > 1 else {"chosen": "good", "rejected": "bad"}[side], row[side])
-                for side in sides
-            ],
-            "chosen",
-            f"{row['origin']}: margin {number(row['margin'], 3)}",
+    return prompt_items(map(_worst, json_rows(file)), _SECTION_BYTES)[0]
+
+
+def _worst(row: Row) -> Shown:
+    """Return a pair, or a labelled response."""
+    sides, margin = [side for side in ("chosen", "rejected") if side in row], row["margin"]
+    names, measured = sides, f"margin {number(margin, 3)}"
+    if len(sides) == 1:
+        is_good = sides == ["chosen"]
+        names, measured = (
+            ["good" if is_good else "bad"],
+            f"reward {number(margin if is_good else -margin, 3)}",
         )
-        for row in json_rows(file)
-        if (sides := [side for side in ("chosen", "rejected") if side in row])  # one of a labelled record
-    )
-    return prompt_items(shown, _SECTION_BYTES)[0]
+    responses = [Response(name, row[side]) for name, side in zip(names, sides, strict=True)]
+    return Shown(row["prompt"], responses, "chosen", f"{row['origin']}: {measured}")
 
 
 def _responses(last: Row, rows: Mapping[int, Row | None]) -> Iterator[Response]:
