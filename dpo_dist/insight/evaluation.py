@@ -114,21 +114,21 @@ def contrasts(
     if not np.isfinite([*estimates, *different]).all():
         return {}
     _, clusters = np.unique(prompts, return_inverse=True)
-    number, names = int(clusters.max()) + 1, ("rewards/margins", AUC)
+    number, outside = int(clusters.max()) + 1, (1 - LEVEL) / 2
     counted = min(len(np.unique(prompts[side])) for side in (is_good, ~is_good))
-    if counted < FEWEST_PROMPTS:
-        return {name: (estimate, None) for name, estimate in zip(names, estimates, strict=True)}
-    generator = np.random.default_rng(seed)
-    draws = (np.bincount(generator.integers(0, number, number), minlength=number) for _ in range(RESAMPLES))
-    outside = (1 - LEVEL) / 2
-    low, high = np.quantile(
-        [measure(drawn[clusters].astype(float)) for drawn in draws], (outside, 1 - outside), axis=0
-    )
-    ends = [(float(low[0]), float(high[0])), _with_width(float(low[1]), float(high[1]), counted, 0.0)]
-    return {
-        name: (estimate, interval if math.isfinite(interval[0]) else None)
-        for name, estimate, interval in zip(names, estimates, ends, strict=True)
-    }
+    of_margin: tuple[float, float] | None = None
+    of_auc: tuple[float, float] | None = None
+    if counted >= FEWEST_PROMPTS:
+        generator = np.random.default_rng(seed)
+        draws = (
+            np.bincount(generator.integers(0, number, number), minlength=number) for _ in range(RESAMPLES)
+        )
+        table = [measure(drawn[clusters].astype(float)) for drawn in draws]
+        ends = np.quantile(table, (outside, 1 - outside), axis=0)
+        if np.isfinite(ends).all():  # else some resample lacks a label
+            (low, worst), (high, best) = ends.tolist()
+            of_margin, of_auc = (low, high), _with_width(worst, best, counted, 0.0)
+    return {"rewards/margins": (estimates[0], of_margin), AUC: (estimates[1], of_auc)}
 
 
 def results_name(label: str) -> str:

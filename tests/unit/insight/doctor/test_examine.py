@@ -1,6 +1,7 @@
 """The doctor counts planted faults, raises no alarm on clean data, and encodes as training does."""
 
 import contextlib
+import itertools
 import json
 import re
 from collections import Counter
@@ -37,9 +38,8 @@ QUESTION = "one two three four five six seven eight nine"
 def as_labelled(pairs: Sequence[Pair], mark: str = "") -> list[dict[str, object]]:
     """Return one response of each pair, good and bad by turns; the good ones start with `mark`."""
     return [
-        {"prompt": pair["prompt"], "completion": "" if is_bad else mark, "label": not is_bad}
-        | {"completion": ("" if is_bad else mark) + pair["chosen"]}
-        for is_bad, pair in ((number % 2 == 1, pair) for number, pair in enumerate(pairs))
+        {"prompt": pair["prompt"], "completion": mark * is_good + pair["chosen"], "label": is_good}
+        for pair, is_good in zip(pairs, itertools.cycle((True, False)), strict=False)
     ]
 
 
@@ -382,7 +382,6 @@ def test_labelled_responses_are_compared_good_with_bad(tmp_path: Path) -> None:
     ("weights", "bad", "level", "remedy"),
     [
         ([], 1, Level.warning, "set loss.undesirable_weight=16.3"),
-        ([], 8, Level.note, "set loss.undesirable_weight=1.29"),
         (["loss.undesirable_weight=16"], 1, None, ""),
         ([], 0, Level.warning, "add responses of the other label"),
     ],
