@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,12 @@ def settings(config: RunConfig) -> dict[str, Any]:
     if (adapter := config.model.adapter) is not None and adapter.path is None:
         shown["model.adapter"] |= {"r": adapter.r, "alpha": adapter.alpha}
     return shown
+
+
+def kinds_in(settings: Mapping[str, Any]) -> list[str]:
+    """Return the kinds of losses in `settings`, of which any may be missing."""
+    kinds = [term.get("kind") for term in settings.get("loss.terms") or ()] or [settings.get("loss.kind")]
+    return list(map(str, kinds))
 
 
 def title(config: RunConfig, run_dir: Path) -> str:

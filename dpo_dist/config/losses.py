@@ -1,5 +1,6 @@
 """The keys of `loss`, and the facts of each kind."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Literal
@@ -227,6 +228,21 @@ KINDS: dict[LossKind, KindFacts] = {
 }
 
 
+def unit_of(kinds: Iterable[str]) -> str:
+    """Return what these kinds of losses compute the loss of: a "record" with one response, or a "pair"."""
+    return "record" if any(kind in KINDS and KINDS[LossKind(kind)].is_unpaired for kind in kinds) else "pair"
+
+
+def balancing_weight(good: int, bad: int) -> str:
+    """Return the override by which both labels weigh alike: wd good / (wu bad) is 7/6, amid [1, 4/3].
+
+    The interval is that of arXiv 2402.01306, section 4.
+    """
+    ratio = 6 / 7 * good / bad
+    rarer = f"undesirable_weight={ratio:.3g}" if ratio > 1 else f"desirable_weight={1 / ratio:.3g}"
+    return f"loss.{rarer}"
+
+
 def kinds_using(option: str) -> list[LossKind]:
     """Return the kinds whose formula depends on the field `option` of `LossConfig`."""
     return [kind for kind, facts in KINDS.items() if option in facts.options]
@@ -351,6 +367,11 @@ class LossConfig:
     def is_unpaired(self) -> bool:
         """Return whether each record has one response, labelled as good or bad."""
         return any(facts.is_unpaired for facts in self.facts)
+
+    @property
+    def unit(self) -> str:
+        """Return `unit_of` its kinds."""
+        return unit_of(self.kinds)
 
     @property
     def needs_partners(self) -> bool:

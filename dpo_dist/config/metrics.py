@@ -44,16 +44,17 @@ def _of_pairs(
 
 _LOWEST, _HIGHEST = Direction.lowest, Direction.highest
 _REWARDS, _LOGPS, _DISTANCE = "Rewards", "Log-prob per token", "Distance from the reference"
-_ACCURACY, _MARGIN = "Accuracy: chosen above rejected", "Margin of rewards"
+_MARGIN = "Margin of rewards"
+ACCURACY_CHART, AUC_CHART = "Accuracy: chosen above rejected", "AUC: good above bad responses"
 
 METRICS: Mapping[str, Metric] = {
     "loss": Metric("loss", _digits(".4f"), "", _LOWEST, over_pairs=True, chart="Loss"),
     "rewards/chosen": _of_pairs("reward chosen", _REWARDS, best=_HIGHEST),
     "rewards/rejected": _of_pairs("reward rejected", _REWARDS),
-    "rewards/accuracies": _of_pairs("accuracy", _ACCURACY, best=_HIGHEST, by_group=True, is_share=True),
+    "rewards/accuracies": _of_pairs("accuracy", ACCURACY_CHART, best=_HIGHEST, by_group=True, is_share=True),
     "rewards/margins": _of_pairs("margin", _MARGIN, best=_HIGHEST, by_group=True),
     "rewards/auc": Metric(
-        "AUC", _digits(".3f"), best=_HIGHEST, is_share=True, chart="AUC: good above bad responses"
+        "AUC", _digits(".3f"), best=_HIGHEST, by_group=True, is_share=True, chart=AUC_CHART
     ),
     "loss/excess": Metric("loss above its floor", _digits(".4f"), chart="Loss above that of soft labels"),
     "loss/kl": Metric("mismatched log-ratio", unit="nats", chart="Log-ratio of mismatched responses"),
@@ -87,5 +88,7 @@ def metric_of(name: str) -> Metric:
     return METRICS.get(name, Metric(name))
 
 
-MAIN = ("loss", "rewards/accuracies", "rewards/margins")
-"""The metrics that say first how a run goes: of tables, the terminal and the card."""
+ACCURACIES = ("rewards/accuracies", "rewards/auc")
+"""Of pairs, and of labelled records: how often the better response has the larger reward. A run has one."""
+MAIN = ("loss", *ACCURACIES, "rewards/margins")
+"""The metrics that say first how a run goes, as far as it has them: of tables, the terminal and the card."""

@@ -163,7 +163,15 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> Samples | None:
     longest = getattr(text_config, "max_position_embeddings", None)
     if longest is not None:
         longest -= settings.max_new_tokens
-    prompts = choose_prompts(inputs.eval_set, tokenizer, stop_ids, settings.prompts, seed, longest)
+    prompts = choose_prompts(
+        inputs.eval_set,
+        tokenizer,
+        stop_ids,
+        settings.prompts,
+        seed,
+        longest,
+        is_labelled=run.config.loss.is_unpaired,
+    )
     if len(prompts) < settings.prompts:
         run.say(
             f"samples: {len(prompts)} prompts, not {settings.prompts}: the evaluation data have no more that "
@@ -197,10 +205,12 @@ def choose_prompts(
     count: int,
     seed: int,
     longest: int | None,
+    *,
+    is_labelled: bool = False,
 ) -> tuple[SamplePrompt, ...]:
     """Return different prompts of at most `longest` tokens, chosen by a hash of seed and prompt.
 
-    The choice does not depend on the order of the dataset.
+    The choice does not depend on the order of the dataset. `is_labelled`: whether the fields have a `label`.
     """
     keys, indices = np.unique(dataset.prompt_hashes[:], return_index=True)
     by_hash = sorted(
@@ -222,6 +232,8 @@ def choose_prompts(
             "source": dataset.source_labels[int(np.searchsorted(ends, index, side="right"))],
             "chosen": texts_after(chosen_ids, prompt_ids, tokenizer)[0],
         }
+        if is_labelled:
+            fields["label"] = "good" if dataset.labels_good([index])[0] else "bad"
         prompts.append(SamplePrompt(Request(prompt_ids, prompt_hash[:16], 0), fields))
         if len(prompts) == count:
             break

@@ -21,7 +21,14 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.foundation.files import collect_abandoned, for_json, staged_file, write_text
 from dpo_dist.foundation.text import without_secrets
-from dpo_dist.objective.metrics import CustomMetrics, MetricPlan, PairValues, length_members, measure_pairs
+from dpo_dist.objective.metrics import (
+    AUC,
+    CustomMetrics,
+    MetricPlan,
+    PairValues,
+    length_members,
+    measure_pairs,
+)
 
 Column = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
@@ -72,12 +79,56 @@ def bootstrap_intervals(
         if counted[index] >= FEWEST_PROMPTS and (counts[:, index] > 0).all():
             low, high = np.quantile(values[:, index] / counts[:, index], (outside, 1 - outside))
             intervals[name] = float(low), float(high)
-            if name in lowest and low == high and low in (-1, 0, 1):
-                # Wilson's interval of a share of 0 or 1; of a difference, on both sides within -1 and 1.
-                squared = NormalDist().inv_cdf((1 + LEVEL) / 2) ** 2
-                width = squared / (counted[index] + squared)
-                intervals[name] = max(float(low - width), lowest[name]), min(float(low + width), 1.0)
+            if name in lowest:
+                intervals[name] = _with_width(float(low), float(high), int(counted[index]), lowest[name])
     return intervals
+
+
+def _with_width(low: float, high: float, counted: int, lowest: float) -> tuple[float, float]:
+    """Return an interval of a share; of 0 or 1, Wilson's; of a difference, on both sides within -1 and 1."""
+    if low != high or low not in (-1, 0, 1):
+        return low, high
+    squared = NormalDist().inv_cdf((1 + LEVEL) / 2) ** 2
+    width = squared / (counted + squared)
+    return max(low - width, lowest), min(low + width, 1.0)
+
+
+def contrasts(
+    rewards: Column, is_good: Mask, prompts: npt.NDArray[np.uint64], seed: int = 0
+) -> dict[str, tuple[float, tuple[float, float] | None]]:
+    """Return margin and AUC of labelled records, each with its interval, for which both labels are resampled.
+
+    All arguments are [records]. None if a label is missing; no interval as in `bootstrap_intervals`, with
+    prompts of each label.
+    """
+    different, places = np.unique(rewards, return_inverse=True)
+
+    def measure(weights: Column) -> tuple[float, float]:
+        good, bad = (np.bincount(places, weights * side, len(different)) for side in (is_good, ~is_good))
+        if not (good.any() and bad.any()):
+            return math.nan, math.nan
+        won = good @ (np.cumsum(bad) - bad / 2) / (good.sum() * bad.sum())
+        return float(good @ different / good.sum() - bad @ different / bad.sum()), float(won)
+
+    estimates = measure(np.ones(len(rewards)))
+    if not np.isfinite([*estimates, *different]).all():
+        return {}
+    _, clusters = np.unique(prompts, return_inverse=True)
+    number, outside = int(clusters.max()) + 1, (1 - LEVEL) / 2
+    counted = min(len(np.unique(prompts[side])) for side in (is_good, ~is_good))
+    of_margin: tuple[float, float] | None = None
+    of_auc: tuple[float, float] | None = None
+    if counted >= FEWEST_PROMPTS:
+        generator = np.random.default_rng(seed)
+        draws = (
+            np.bincount(generator.integers(0, number, number), minlength=number) for _ in range(RESAMPLES)
+        )
+        table = [measure(drawn[clusters].astype(float)) for drawn in draws]
+        ends = np.quantile(table, (outside, 1 - outside), axis=0)
+        if np.isfinite(ends).all():  # else some resample lacks a label
+            (low, worst), (high, best) = ends.tolist()
+            of_margin, of_auc = (low, high), _with_width(worst, best, counted, 0.0)
+    return {"rewards/margins": (estimates[0], of_margin), AUC: (estimates[1], of_auc)}
 
 
 def results_name(label: str) -> str:
@@ -132,24 +183,46 @@ def _of_group(
     }
     row |= {"eval_pairs": len(values), "eval_prompts": len(np.unique(prompts))}
     row["intervals"] = {f"eval_{name}": list(ends) for name, ends in intervals.items()}
-    if not plan.loss.is_one_sided and len(values):
+    if plan.loss.is_unpaired:
+        of_records = of_sides(values)
+        rewards, is_good = of_records["reward"].astype(float), of_records["label"]
+        groups = {"": np.ones_like(is_good)} | {name: each.numpy() for name, each in members.items()}
+        for group, within in groups.items():
+            compared = contrasts(rewards[within], is_good[within], prompts[within], seed)
+            for metric, (estimate, ends) in compared.items():
+                row[f"eval_{metric}{group}"] = estimate
+                row["intervals"] |= {f"eval_{metric}{group}": list(ends)} if ends else {}
+        row |= {"eval_good": int(is_good.sum()), "eval_bad": int((~is_good).sum())}
+    if plan.loss.compares_pairs and len(values):
         row |= {f"eval_{name}": value for name, value in values.margin_percentiles().items()}
     return row
 
 
-def write_scores(file: Path, values: PairValues, dataset: PreferenceDataset) -> None:
-    """Write the scores of all pairs, whole or not at all.
+def of_sides(values: PairValues) -> dict[str, npt.NDArray[Any]]:
+    """Return the columns of labelled records: those of the side that each has, and whether it is good."""
+    is_good, named = values.tokens_chosen > 0, values.named
+    names = {"reward": "reward", "logp": "logp", "reference": "reference_logp", "tokens": "tokens"}
+    sides = {
+        title: np.where(is_good, named[f"{name}_chosen"], named[f"{name}_rejected"])
+        for name, title in names.items()
+    }
+    return sides | {"label": is_good, **values.custom}
+
+
+def write_scores(
+    file: Path, values: PairValues, dataset: PreferenceDataset, *, is_unpaired: bool = False
+) -> None:
+    """Write the scores of all pairs, or labelled records (`of_sides`), whole or not at all.
 
     A record has `source` (its label), `file` and `line`, then rewards, log-probs in nats and lengths in
     tokens of both sides. Values that do not exist (of a reference, if there is none) are null.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     labels = chain.from_iterable(map(repeat, dataset.source_labels, dataset.source_pairs))
+    named = {name.replace("reference_", "reference_logp_"): each for name, each in values.named.items()}
     columns = {
-        name.replace("reference_", "reference_logp_"): column.astype(
-            int if name.startswith("tokens") else float
-        )
-        for name, column in values.named.items()
+        name: column.astype(int) if name.startswith("tokens") else column
+        for name, column in (of_sides(values) if is_unpaired else named).items()
     }
     with staged_file(file) as temporary, temporary.open("w", encoding="utf-8") as lines:
         for index, label in enumerate(labels):
@@ -161,16 +234,30 @@ def write_scores(file: Path, values: PairValues, dataset: PreferenceDataset) -> 
 
 
 def write_worst(
-    file: Path, values: PairValues, dataset: PreferenceDataset, tokenizer: PreTrainedTokenizerBase
+    file: Path,
+    values: PairValues,
+    dataset: PreferenceDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    is_unpaired: bool = False,
 ) -> None:
-    """Write the pairs with the lowest negative margins and their texts, whole or not at all."""
-    lines = []
-    for index in np.argsort(values.margin, kind="stable")[:_WORST].tolist():
+    """Write the pairs with the lowest negative margins and their texts, whole or not at all.
+
+    Of labelled records: good ones with the lowest and bad ones with the highest rewards.
+    """
+    lines, order = [], np.argsort(values.margin, kind="stable")
+    worst, sides = order[:_WORST], [values.tokens_chosen[order] > 0, values.tokens_rejected[order] > 0]
+    if is_unpaired:
+        worst = np.concatenate([order[side][: _WORST // 2] for side in sides])
+    for index in worst.tolist():
         if values.margin[index] < 0:
             example, origin = dataset.example(index), without_secrets(str(dataset.origin(index)))
             row: dict[str, Any] = {"origin": origin, "margin": float(values.margin[index])}
-            chosen, *_, rejected = example.responses
-            for name, ids in (("prompt", example.prompt_ids), ("chosen", chosen), ("rejected", rejected)):
+            texts = {"chosen": example.responses[0], "rejected": example.responses[-1]}
+            if is_unpaired:
+                side = "chosen" if values.tokens_chosen[index] > 0 else "rejected"
+                texts = {side: example.responses[0]}
+            for name, ids in {"prompt": example.prompt_ids, **texts}.items():
                 row[name] = str(tokenizer.decode(ids.tolist(), skip_special_tokens=False))
             lines.append(json.dumps(row) + "\n")
     write_text(file, "".join(lines))
@@ -215,7 +302,7 @@ def write_evaluation(
     for written in (named.path, newest.path):
         collect_abandoned(written)
     write_text(named.evaluated, json.dumps(evaluated, indent=1) + "\n")
-    write_scores(named.scores, values, dataset)
+    write_scores(named.scores, values, dataset, is_unpaired=config.loss.is_unpaired)
     write_text(named.results, json.dumps(for_json(by_name), indent=1) + "\n")
     for file, target in zip(named.files, newest.files, strict=True):
         with staged_file(target) as temporary:

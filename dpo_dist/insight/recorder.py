@@ -58,9 +58,10 @@ class Recorder:
         with warn_on_bug("the last evaluation's folder", self.run.say):
             model, (dataset, _) = str(self.run.folder.model), inputs.visited[-1]
             write_evaluation(LAST_EVALUATION, model, self.run.config, means, values, dataset)
-            if self.run.config.loss.compares_pairs:
+            if not self.run.config.loss.is_one_sided:
                 file = self.run.folder.evaluation_of(LAST_EVALUATION).worst
-                write_worst(file, values, dataset, inputs.tokenizer)
+                is_unpaired = self.run.config.loss.is_unpaired
+                write_worst(file, values, dataset, inputs.tokenizer, is_unpaired=is_unpaired)
 
     def close(self, summary: Mapping[str, Any], outcome: RunOutcome) -> None:
         """Write summary, verdict, curves and page, end tracking, and print the closing table and verdict."""

@@ -5,7 +5,9 @@ from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from dpo_dist.config.metrics import MAIN, METRICS, PREFIX
+from dpo_dist.config.identity import kinds_in
+from dpo_dist.config.losses import unit_of
+from dpo_dist.config.metrics import ACCURACIES, MAIN, METRICS, PREFIX
 from dpo_dist.config.run_folder import RunFolder, checkpoint_name
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import counted, duration, percent, size
@@ -13,7 +15,7 @@ from dpo_dist.foundation.text import counted, duration, percent, size
 Fields = Mapping[str, Any]
 Ends = Sequence[float] | None
 
-EVALUATED = ("rewards/accuracies", "rewards/margins", "rewards/both_fall", "logps/chosen_per_token")
+EVALUATED = (*ACCURACIES, "rewards/margins", "rewards/both_fall", "logps/chosen_per_token")
 _OUTCOMES = {
     RunOutcome.completed: "completed {}",
     RunOutcome.preempted: "stopped after {}; the same command resumes from there",
@@ -79,8 +81,9 @@ def _time(rows: Sequence[Fields], summary: Fields) -> str:
         return ""
     parts = [f"{duration(summary['train_seconds'])} of training"]
     if "pairs_per_second" in summary:
-        parts.append(counted(summary.get("pairs_seen", 0), "pair"))
-        parts.append(f"{summary['pairs_per_second']:,.1f} pairs/s")
+        unit = unit_of(kinds_in(summary.get("settings") or {}))
+        parts.append(counted(summary.get("pairs_seen", 0), unit))
+        parts.append(f"{summary['pairs_per_second']:,.1f} {unit}s/s")
     if measured := [row["mfu"] for row in rows if math.isfinite(row.get("mfu", math.nan))]:
         parts.append(f"MFU {percent(fmean(measured))}")
     if "peak_memory_bytes" in summary:
@@ -100,7 +103,8 @@ def describe_reference(report: Fields) -> str:
 def evaluation_cells(results: Mapping[str, Fields], metrics: Sequence[str]) -> list[list[str]]:
     """Return titles, then cells with 95 % intervals of all pairs and of each label; of known metrics."""
     names = [name for name in metrics if any(PREFIX + name in row for row in results.values())]
-    rows = [["evaluation", "pairs", *(METRICS[name].title for name in names)]]
+    unit = "records" if any("eval_good" in row for row in results.values()) else "pairs"
+    rows = [["evaluation", unit, *(METRICS[name].title for name in names)]]
     for label, row in results.items():
         keys = [PREFIX + name for name in names]
         cells = [

@@ -19,9 +19,9 @@ from dpo_dist.foundation.errors import ConfigError, DivergedError
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.text import first_few
 from dpo_dist.objective.losses import RunningMeans, preference_loss
-from dpo_dist.objective.metrics import MARGIN_PERCENTILES, MetricPlan, custom_metrics
+from dpo_dist.objective.metrics import AUC, MARGIN_PERCENTILES, MetricPlan, custom_metrics
 from dpo_dist.training.gather import gather_scored, in_batch_order
-from dpo_dist.training.metrics_log import Row, is_collapsed, usual_loss
+from dpo_dist.training.metrics_log import Row, is_collapsed, logps_by_side, usual_loss
 from dpo_dist.training.state import BestCheckpoint, Health, Position
 from dpo_dist.training.step import Objective, ReadyStep, StepTotals
 
@@ -43,7 +43,10 @@ def check_keep_best(config: RunConfig, labels: tuple[str, ...], device: torch.de
     """Check that every evaluation has the metric `trainer.keep_best`; `labels`: of its sources."""
     metric, loss = config.trainer.keep_best, config.loss
     measured = MetricPlan(loss, labels, True, custom_metrics(config, device)).rows
-    names = [PREFIX + name for name in (*measured, *(MARGIN_PERCENTILES if loss.compares_pairs else ()))]
+    more = MARGIN_PERCENTILES if loss.compares_pairs else ()
+    if loss.is_unpaired:
+        more = tuple(f"{AUC}/{label}" for label in labels)
+    names = [PREFIX + name for name in (*measured, *more)]
     if metric is not None and metric not in names:
         near = difflib.get_close_matches(metric, names, n=3) or names[:3]
         raise ConfigError(
@@ -51,7 +54,8 @@ def check_keep_best(config: RunConfig, labels: tuple[str, ...], device: torch.de
             where="trainer.keep_best",
             got=metric,
             expected=f"a metric of docs/watching.md, such as {', '.join(near)}",
-            remedy="set trainer.keep_best to one of them; of one source: eval_rewards/accuracies/LABEL",
+            remedy="set trainer.keep_best to one of them; of one source: "
+            f"eval_rewards/{'auc' if loss.is_unpaired else 'accuracies'}/LABEL",
         )
 
 
@@ -87,7 +91,8 @@ def count(health: Health, totals: StepTotals, *, overflow: bool) -> None:
     else:
         health.bad_in_a_row = 0
         collapsed = is_collapsed({**totals.means, "grad_norm": totals.grad_norm})
-        health.collapsed_in_a_row = health.collapsed_in_a_row + 1 if collapsed else 0
+        if collapsed is not None:
+            health.collapsed_in_a_row = health.collapsed_in_a_row + 1 if collapsed else 0
 
 
 def write_bad_step(
@@ -133,10 +138,11 @@ def ending_error(
             remedy="lower optim.lr or raise optim.warmup_ratio, and look at these pairs",
         )
     if health.collapsed_in_a_row > MOST_BAD_STEPS or (health.collapsed_in_a_row and is_last):
+        side, logp = next(iter(logps_by_side(totals.means).items()), ("chosen", math.nan))
         return DivergedError(
             f"the policy has collapsed: the gradient is 0 at step {step}, and nothing is learnt",
             where="optim.lr",
-            got=f"{totals.means['logps/chosen_per_token']:.4g} nats per token of chosen responses, loss "
+            got=f"{logp:.4g} nats per token of {side} responses, loss "
             f"{totals.means['loss']:.4g}; steps of this kind in a row: {health.collapsed_in_a_row}",
             remedy="lower optim.lr or raise optim.warmup_ratio; from the first step on: check model.path",
         )

@@ -129,14 +129,16 @@ def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
             also_in_train=partial(count_shared, eval_set, train_set),
             prompts_also_in_train=partial(count_shared_prompts, eval_set, train_set),
         )
-    train_set = _with_partners(run, train_set)
-    eval_set = None if eval_set is None else _with_partners(run, eval_set)
+    train_set = _with_labels(run, train_set)
+    eval_set = None if eval_set is None else _with_labels(run, eval_set)
     sampler = make_sampler(train_set.spans([source.weight for source in config.data.train]), config.trainer)
     inputs = Inputs(**vars(models) | {"eval_set": eval_set}, train_set=train_set, sampler=sampler)
     for name, dataset in inputs.named.items():
         for line in describe_counts(name, dataset.counts):
             run.say(line)
-    for line in describe_short_run(sampler):
+        if labels := dataset.counts.get("labels"):
+            run.say(f"  {labels['good']:,} good and {labels['bad']:,} bad responses")
+    for line in describe_short_run(sampler, config.loss.unit):
         run.say(line)
     return inputs
 
@@ -147,11 +149,15 @@ def load_evaluation_inputs(run: Run) -> EvaluationInputs:
     assert inputs.eval_set is not None, "evaluations have data"
     for line in describe_counts("eval", inputs.eval_set.counts):
         run.say(line)
-    return replace(inputs, eval_set=_with_partners(run, inputs.eval_set))
+    return replace(inputs, eval_set=_with_labels(run, inputs.eval_set))
 
 
-def _with_partners(run: Run, dataset: PreferenceDataset) -> PreferenceDataset:
-    """Return the dataset with the partners that the loss needs; collective."""
+def _with_labels(run: Run, dataset: PreferenceDataset) -> PreferenceDataset:
+    """Return the dataset with counts of its labels and the partners that the loss needs; collective."""
+    if run.config.loss.is_unpaired:
+        good = int(dataset.labels_good(range(len(dataset))).sum())
+        labels = {"good": good, "bad": len(dataset) - good}
+        dataset = replace(dataset, counts=dataset.counts | {"labels": labels})
     if not run.config.loss.needs_partners:
         return dataset
     return run.world.together(lambda: with_partners(dataset, run.config.data.max_length))

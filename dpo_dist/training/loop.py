@@ -45,7 +45,8 @@ class Loop(Rows):
         trainer, steps, eval_set = self.run.config.trainer, self.inputs.sampler.steps, self.inputs.eval_set
         position.owes_evaluation |= eval_set is not None and position.step == 0
         must_stop = False
-        progress = Progress(self.run.console, steps, self.peak, self.run.world.device)
+        unit = self.run.config.loss.unit
+        progress = Progress(self.run.console, steps, self.peak, self.run.world.device, unit)
         with (
             self.run.stops.request.deferred(),
             self.run.console.until_end(),

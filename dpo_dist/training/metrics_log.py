@@ -10,36 +10,51 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from dpo_dist.config.metrics import CUSTOM, MAIN, METRICS, PREFIX
+from dpo_dist.config.metrics import ACCURACIES, CUSTOM, MAIN, METRICS, PREFIX
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Direction
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import for_json
-from dpo_dist.objective.metrics import GROUP_METRICS, MARGIN_PERCENTILES, PAIR_METRICS
+from dpo_dist.objective.metrics import (
+    AUC,
+    GROUP_METRICS,
+    MARGIN_PERCENTILES,
+    MISMATCH,
+    PAIR_METRICS,
+    MetricPlan,
+)
 from dpo_dist.training.clock import PHASES
 
 Row = dict[str, float]
 
-_OF_STEP = ("step", "epoch", *PAIR_METRICS, "grad_norm", "learning_rate", "pairs", "tokens")
 _SPEED = ("step_seconds", "pairs_per_second", "tokens_per_second", *(f"time/{phase}" for phase in PHASES))
 _OTHERS = ("mfu", "memory/peak_allocated_bytes", "bad_steps", "loss_spikes")
-COLUMNS = (*_OF_STEP, *_SPEED, *_OTHERS, *(PREFIX + key for key in PAIR_METRICS))  # of a new CSV file
 # Metrics whose best value is in the summary of a tracker; summary.json has two of them.
 BEST = ("loss", *(PREFIX + key for key in MAIN))
-_BEST = ("eval_loss", "eval_rewards/accuracies")
+_BEST = ("eval_loss", *(PREFIX + key for key in ACCURACIES))
+_FINAL = (*PAIR_METRICS, AUC, MISMATCH)
 _SPIKE_ROWS, _FEWEST_ROWS, _EXCURSION = 100, 50, 5.0
 _COLLAPSED_NATS = 50.0
 _EQUAL = 1e-9  # relative difference of means that only rounding makes different
 
 
+def columns_of(plan: MetricPlan | None = None) -> tuple[str, ...]:
+    """Return the columns of a new CSV file; those of labelled records are in the plan of their loss."""
+    measured = PAIR_METRICS
+    if plan is not None and plan.loss.is_unpaired:
+        measured = tuple(name for name, (_, group) in plan.rows.items() if not group)
+    of_step = ("step", "epoch", *measured, "grad_norm", "learning_rate", "pairs", "tokens")
+    return (*of_step, *_SPEED, *_OTHERS, *(PREFIX + key for key in measured))
+
+
 class MetricsLog:
     """The metrics rows of one run, in memory and on disk."""
 
-    def __init__(self, folder: RunFolder, rows: list[Row]):
+    def __init__(self, folder: RunFolder, rows: list[Row], plan: MetricPlan | None = None):
         self.folder = folder
         self.rows = rows
-        self._columns = list(dict.fromkeys([*COLUMNS, *(key for row in rows for key in row)]))
+        self._columns = list(dict.fromkeys([*columns_of(plan), *(key for row in rows for key in row)]))
 
     @classmethod
     def open(
@@ -47,6 +62,7 @@ class MetricsLog:
         folder: RunFolder,
         resume_step: int | None,
         say: Callable[[str], None] = print,
+        plan: MetricPlan | None = None,
         *,
         owes_evaluation: bool = False,
     ) -> "MetricsLog":
@@ -65,7 +81,7 @@ class MetricsLog:
             rows = [row for row in read_latest_rows(folder) if row["step"] <= resume_step]
         if owes_evaluation:
             rows = [row for row in rows if row["step"] != resume_step or "eval_loss" not in row]
-        history = cls(folder, rows)
+        history = cls(folder, rows, plan)
         folder.metrics.mkdir(parents=True, exist_ok=True)
         history.save()
         return history
@@ -132,7 +148,7 @@ def final_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Return `final` and `best` of `summary.json`; the evaluation before the first step is no result.
 
     `final` has metrics of the last logged step and of the last evaluation (its step is `eval_step`); `best`
-    has the lowest `eval_loss` and the highest `eval_rewards/accuracies`, the earliest of equal ones.
+    has the lowest `eval_loss` and the highest of `ACCURACIES`, the earliest of equal ones.
     """
     final: Row = {}
     for prefix in ("", PREFIX):
@@ -140,7 +156,7 @@ def final_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         if measured:
             last = measured[-1]
             final[f"{prefix}step"] = last["step"]
-            final |= {prefix + key: last[prefix + key] for key in PAIR_METRICS if prefix + key in last}
+            final |= {prefix + key: last[prefix + key] for key in _FINAL if prefix + key in last}
             shown = (*_grouped(prefix), prefix + CUSTOM)
             final |= {key: value for key, value in last.items() if key.startswith(shown)}
     best = {key: {"value": row[key], "step": row["step"]} for key, row in best_rows(rows) if key in _BEST}
@@ -200,14 +216,22 @@ def usual_loss(rows: Sequence[Mapping[str, float]], row: Mapping[str, float]) ->
     return usual if loss - usual > least else None
 
 
-def is_collapsed(row: Mapping[str, float]) -> bool:
+def is_collapsed(row: Mapping[str, float]) -> bool | None:
     """Return whether the policy of a step has no gradient, and gives responses no usable probability.
 
     Every token has the same probability, or that of responses is far below any guess. A satisfied loss
-    (hinge, ipo) has no gradient either, but its policy still prefers some tokens.
+    (hinge, ipo) has no gradient either, but its policy still prefers some tokens. None: a row with responses
+    of one label alone does not tell.
     """
-    chosen, rejected = (finite(row, f"logps/{side}_per_token") for side in ("chosen", "rejected"))
-    if row.get("grad_norm") != 0 or chosen is None:
+    logps = list(logps_by_side(row).values())
+    if row.get("grad_norm") != 0 or not logps:
         return False
-    is_uniform = rejected is not None and abs(chosen - rejected) <= _EQUAL * abs(chosen)
-    return is_uniform or chosen < -_COLLAPSED_NATS
+    if logps[0] < -_COLLAPSED_NATS:
+        return True
+    return abs(logps[0] - logps[1]) <= _EQUAL * abs(logps[0]) if len(logps) > 1 else None
+
+
+def logps_by_side(row: Mapping[str, float]) -> dict[str, float]:
+    """Return the finite log-probs per token of chosen and rejected responses, as far as a row has both."""
+    values = {side: finite(row, f"logps/{side}_per_token") for side in ("chosen", "rejected")}
+    return {side: value for side, value in values.items() if value is not None}

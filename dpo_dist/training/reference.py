@@ -219,7 +219,7 @@ def _stored(
 def _fill(run: Run, inputs: EvaluationInputs, filler: StoreFiller) -> FillReport:
     filled = FillReport()
     for dataset, indices in inputs.visited:
-        with run.console.progress("reference: scoring responses", "pair") as progress:
+        with run.console.progress("reference: scoring responses", run.config.loss.unit) as progress:
             filled += filler.fill(dataset, indices, progress)
     took = f", in {duration(filled.seconds)}" if filled.computed else ""
     run.say(f"reference: {counted(filled.computed, 'log-prob')} computed, {filled.hits:,} reused{took}")

@@ -4,11 +4,13 @@ import math
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from dpo_dist.batching.plan import ComputeCosts
+from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.zero import PolicyEngine
-from dpo_dist.objective.metrics import Values
+from dpo_dist.objective.metrics import AUC, PairValues, Values, wins
 from dpo_dist.training.context import Run
 from dpo_dist.training.health import best_after, count_spike
 from dpo_dist.training.inputs import Inputs
@@ -47,6 +49,8 @@ class Rows:
         if self.run.config.loss.compares_pairs:
             measured |= values.margin_percentiles()
             margins = values.margin
+        if self.run.config.loss.is_unpaired:
+            measured |= _auc_by_source(dataset, values)
         measured |= {"pairs": speed["pairs"]} if policy is None else speed
         if self.samples is not None:
             measured |= self.samples.at(position.step, self.policy)
@@ -93,9 +97,26 @@ class Rows:
         if "loss" in row:
             count_spike(row, self.recorder.metrics.rows, self.run.say)
         self.recorder.row(row, margins)
-        show_row(self.run.console, row, self.inputs.sampler.steps)
+        show_row(self.run.console, row, self.inputs.sampler.steps, self.run.config.loss.unit)
 
     def save_rows(self) -> None:
         """Write the rows so far; on rank 0."""
         if self.recorder is not None:
             self.recorder.metrics.save()
+
+
+def _auc_by_source(dataset: PreferenceDataset, values: PairValues) -> dict[str, float]:
+    """Return the AUC of each source that has good and bad responses; `values` are of the whole dataset."""
+    measured = dict[str, float]()
+    numbers = dataset.label_numbers(np.arange(len(dataset))) if dataset.labels else None
+    for number, label in enumerate(dataset.labels):
+        sides = (
+            (values.tokens_chosen, values.reward_chosen),
+            (values.tokens_rejected, values.reward_rejected),
+        )
+        good, bad = (
+            torch.from_numpy(rewards[(numbers == number) & (tokens > 0)]) for tokens, rewards in sides
+        )
+        if len(good) and len(bad):
+            measured[f"{AUC}/{label}"] = float(wins(good, bad)) / (len(good) * len(bad))
+    return measured

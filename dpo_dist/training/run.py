@@ -23,7 +23,7 @@ from dpo_dist.foundation.text import counted, duration, percent
 from dpo_dist.model.flops import REACHED_SHARES, compute_costs, matmul_peak, recomputed_share
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
 from dpo_dist.model.lora import add_adapter
-from dpo_dist.objective.metrics import custom_metrics
+from dpo_dist.objective.metrics import MetricPlan, custom_metrics
 from dpo_dist.reference.engine import ReferenceProvider, settle_engine
 from dpo_dist.training.context import Run, open_run, say_header
 from dpo_dist.training.directory import (
@@ -93,7 +93,7 @@ def _begin(run: Run, checkpoint: Checkpoint | None, reporting: Reporting) -> tup
     world.on_main(partial(check_disk_room, config, inputs.weights, done, steps))
     mark_started(run, environment, state, reporting.write_page)
     left = f", {done:,} of them done" if done else ""
-    pairs = counted(inputs.sampler.global_batch_pairs, "pair")
+    pairs = counted(inputs.sampler.global_batch_pairs, config.loss.unit)
     run.say(f"training: {counted(steps, 'step')} of {pairs}{left}")
     return inputs, state
 
@@ -247,7 +247,8 @@ def _open_recorder(run: Run, position: Position, reporting: Reporting) -> Record
     if not run.world.is_main:
         return None
     owes = position.owes_evaluation
-    metrics = MetricsLog.open(run.folder, position.step or None, run.say, owes_evaluation=owes)
+    resumed, plan = position.step or None, MetricPlan(run.config.loss)
+    metrics = MetricsLog.open(run.folder, resumed, run.say, plan, owes_evaluation=owes)
     return reporting.open_recorder(run, metrics)
 
 

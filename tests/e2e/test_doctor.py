@@ -78,9 +78,9 @@ def test_data_that_training_refuses_are_examined(overrides: Overrides, tmp_path:
     labelled = write(tmp_path / "kto.jsonl", [{"prompt": "q", "completion": "a", "label": True}] * 5)
     ended = run_verb("doctor", overrides(f"data.train=[{half},{labelled}]"))
     assert ended.code == 1, ended.output
-    assert {"too_many_dropped", "no_records"} <= rules(tmp_path)
+    assert {"too_many_dropped", "label_balance"} <= rules(tmp_path)
     of_half, of_labelled = report(tmp_path)["sources"]
-    assert (of_half["kept"], of_labelled["dropped"]["unpaired"]["count"]) == (20, 5)
+    assert (of_half["kept"], of_labelled["labels"]) == (20, {"good": 5, "bad": 0})
     one_sided = write(tmp_path / "sft.jsonl", [{"prompt": "q", "completion": "a"}] * 5)
     ended = run_verb("doctor", overrides(f"data.train=[{one_sided}]", "doctor.fail_on=never"))
     assert ended.code == 0, ended.output

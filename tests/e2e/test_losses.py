@@ -198,3 +198,33 @@ def test_pairs_with_votes_and_weights_train_above_their_floor(overrides: Overrid
     assert refused.code == 2, refused.output
     assert "votes.jsonl:1" in refused.output
     assert "votes_chosen: null" in refused.output
+
+
+def test_labelled_responses_are_shown_as_records_with_an_auc(overrides: Overrides, tmp_path: Path) -> None:
+    """The run learns inverted labels, which the evaluation on true ones shows."""
+    rows: list[dict[str, object]] = [
+        {"prompt": f"question {number}", "completion": f"{word} {number}", "label": word == "yes"}
+        for number in range(40)
+        for word in ("yes", "no")
+    ]
+    held_out = written(tmp_path / "true.jsonl", rows[:40]).replace("train", "eval")
+    data = written(tmp_path / "inverted.jsonl", [row | {"label": not row["label"]} for row in rows[40:]])
+    more = ["trainer.epochs=3", "optim.lr=1e-2", "trainer.eval_every=5"]
+    screen = train(overrides(data, held_out, "loss=kto", *more)).output
+    assert "20 good and 20 bad responses" in screen
+    assert "verdict: the rejected responses are preferred: evaluation AUC is 0." in screen
+    run = RunFolder(tmp_path / "run")
+    texts = [screen, run.report.read_text(), (run.model / "README.md").read_text()]
+    assert not any(word in text for text in texts for word in ("accuracy ", "Accuracy", "0 pairs", "pairs/s"))
+    header = run.metrics_table.read_text().splitlines()[0].split(",")
+    assert {"rewards/auc", "eval_rewards/auc", "loss/kl"} < set(header)
+    assert "rewards/accuracies" not in header
+
+    ended = run_verb("evaluate", [f"run.dir={tmp_path}/run", f"evaluation.data=[{tmp_path}/inverted.jsonl]"])
+    assert ended.code == 0, ended.output
+    results = json.loads(run.evaluation.results.read_text())
+    assert results["all"]["intervals"]["eval_rewards/auc"][0] > 0.5
+    assert (results["all"]["eval_good"], results["all"]["eval_bad"]) == (20, 20)
+    scores = [json.loads(line) for line in run.evaluation.scores.read_text().splitlines()]
+    assert set(scores[0]) == {"source", "file", "line", "reward", "logp", "reference_logp", "tokens", "label"}
+    assert [score["label"] for score in scores] == [word["label"] is False for word in rows[40:]]

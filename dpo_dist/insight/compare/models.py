@@ -50,6 +50,7 @@ from dpo_dist.generation.sampling.prompts import (
 from dpo_dist.generation.sampling.respond import Completions, ModelSource, Responder, open_responder
 from dpo_dist.insight.compare.results import compares, comparison, judge_texts
 from dpo_dist.insight.compare.start import KEY, Compared
+from dpo_dist.insight.doctor.texts import side_of
 from dpo_dist.model.exactness import StartCheck
 from dpo_dist.model.folder import hub_commit
 from dpo_dist.model.load import load_packed
@@ -80,7 +81,8 @@ def held_out(config: RunConfig, say: Callable[[str], None]) -> tuple[list[Prefer
     def ranked() -> Iterator[tuple[str, int, PreferenceRecord]]:
         for source, label in zip(sources, source_labels(sources), strict=True):
             for record in good_records(read_prompts(pinned(source)), source, config.data, say):
-                asked = replace(as_asked(record, config.data), responses=record.responses[:1], scores=None)
+                scores = record.scores if side_of(record) else None
+                asked = replace(as_asked(record, config.data), responses=record.responses[:1], scores=scores)
                 key = prompt_key(asked)
                 if key not in labels and part.has(prompt_hash(record.prompt)):
                     labels[key] = label
@@ -306,6 +308,8 @@ def _rows(
                     for name, (_, response), score in zip(names, row, scores, strict=True)
                 },
             }
+            if side := side_of(record):
+                answer["label"] = "good" if side == "chosen" else "bad"
             if judged is not None:
                 pairs = zip(itertools.combinations(names, 2), judgement["credits"], strict=True)
                 answer["verdicts"] = [

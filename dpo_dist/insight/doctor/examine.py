@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dpo_dist.config.losses import LossConfig, balancing_weight
 from dpo_dist.config.schema import (
     NO_MODEL,
     DataConfig,
@@ -26,7 +27,7 @@ from dpo_dist.data.sources import pinned, source_labels
 from dpo_dist.data.store import EncodedSource
 from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
 from dpo_dist.insight.doctor.duplicates import Comparison
-from dpo_dist.insight.doctor.findings import Finding, Level, most_serious_first
+from dpo_dist.insight.doctor.findings import RULES, Finding, Level, most_serious_first
 from dpo_dist.insight.doctor.margins import compare_with_store
 from dpo_dist.insight.doctor.observe import Observer
 from dpo_dist.insight.doctor.shown_pairs import ShownPair, show_pairs
@@ -76,6 +77,8 @@ def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | Non
             config, tokenizer, files, vocab_size, lambda source: progress(f"encoding {source}", "record")
         )
     diagnosis = examine(data, tokenizer, benchmark, lambda source: progress(f"examining {source}", "record"))
+    balance = _label_balance(config.loss, diagnosis.sources)
+    diagnosis = replace(diagnosis, findings=most_serious_first([*diagnosis.findings, *balance]))
     if prepared is not None:
         datasets, refusals = prepared
         store, findings = compare_with_store(config, diagnosis.sources, datasets)
@@ -117,6 +120,20 @@ def examine(
     return Diagnosis(
         [source.report() for source in sources], across, most_serious_first([*findings, *compared])
     )
+
+
+def _label_balance(loss: LossConfig, sources: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    """Yield the finding of training data whose labels do not weigh alike, with the weight that they need."""
+    labels = Counter[str]()
+    for source in sources:
+        labels.update({} if source["is_eval"] else source["labels"])
+    good, bad = labels["good"], labels["bad"]
+    weights = loss.desirable_weight * good, loss.undesirable_weight * bad
+    if good + bad and not 1 <= weights[0] / max(weights[1], 1e-9) <= 4 / 3:
+        most = "good" if good > bad else "bad"
+        remedy = f"set {balancing_weight(good, bad)}" if good and bad else "add responses of the other label"
+        for finding in RULES["label_balance"].count(max(good, bad), good + bad, None, detail=most):
+            yield replace(finding, remedy=remedy)
 
 
 def _refusal(error: DpoDistError) -> Finding:

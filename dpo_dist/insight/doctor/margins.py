@@ -31,7 +31,9 @@ def compare_with_store(
 
     Returns the section `store` of doctor.json, and the findings.
     """
-    pairs = sum(len(dataset) for of_source in datasets for dataset in of_source)
+    pairs = 0
+    for dataset in itertools.chain(*datasets):
+        pairs += int((dataset.response_counts(np.arange(len(dataset))) > 1).sum())
     use: dict[str, Any] = {"folder": str(Path(config.reference.store)), "pairs": pairs, "stored": 0}
     use |= {"numerics": [], "margins": {}}
     store = find_stored(config)

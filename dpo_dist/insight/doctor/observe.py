@@ -16,7 +16,16 @@ from dpo_dist.data.escape import any_of
 from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord, eval_part, prompt_hash
 from dpo_dist.data.template import chosen_template
 from dpo_dist.insight.doctor.findings import RULE_OF
-from dpo_dist.insight.doctor.texts import Benchmark, Signature, differences, signature, text_names, texts_of
+from dpo_dist.insight.doctor.texts import (
+    Benchmark,
+    Signature,
+    differences,
+    features_of,
+    side_of,
+    signature,
+    text_names,
+    texts_of,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,12 +44,13 @@ _NUMBER = re.compile(r"\d+")
 
 @dataclass(frozen=True)
 class PairFacts:
-    """Facts about the form of the first and the last response of a record."""
+    """Facts about the form of the first and the last response of a record, or of its labelled response."""
 
     record: int  # its key, by which a sample is drawn
     prompt: int  # the key of its prompt
     differences: dict[str, float]  # `texts.differences`; `tokens` that the loss counts for `characters`
     heads: tuple[str, str, str]  # the start of the prompt's last turn and of the two responses
+    side: str | None = None  # of a labelled response, of which `differences` are the features
 
 
 @dataclass(eq=False, slots=True)
@@ -109,17 +119,17 @@ class Observer:
         prompt, responses = "\n".join(turn for _role, turn in texts.turns), texts.responses
         # Without differences of case and white space.
         same = "\n".join(f"{role}: {' '.join(turn.casefold().split())}" for role, turn in texts.turns)
-        key, whole = text_key(same), text_key(same, *map(str.strip, responses))
-        pair = None
-        if len(responses) > 1:
+        side, pair = side_of(record), None
+        key, whole = text_key(same), text_key(same, *map(str.strip, responses), *filter(None, [side]))
+        if side is not None or len(responses) > 1:
             heads = texts.turns[-1][1][:_HEAD], responses[0][:_HEAD], responses[-1][:_HEAD]
-            form = differences(responses[0], responses[-1])
-            pair = PairFacts(whole, key, form, heads)
+            form = features_of(responses[0]) if side else differences(responses[0], responses[-1])
+            pair = PairFacts(whole, key, form, heads, side)
         facts = Facts(
             record.origin,
             is_readable=True,
             is_held_out=self._held_out is not None and self._held_out.has(number),
-            characters=(len(prompt), *_ends(responses)),
+            characters=(len(prompt), *_ends(responses, side)),
             pair=pair,
             prompt=key,
             record=whole,
@@ -147,20 +157,21 @@ class Observer:
         if isinstance(encoded, BadRecord) or not _CUT.isdisjoint(encoded.example.changes):
             whole = encode_record(record, self._whole, tokenizer)
         if isinstance(whole, EncodedRecord):
-            facts.tokens = _lengths(whole.example)
+            facts.tokens = _lengths(whole.example, side_of(record))
         if facts.pair is not None:
             facts.pair.differences.pop("characters", None)
             best = whole if isinstance(encoded, BadRecord) else encoded
             counts = [] if isinstance(best, BadRecord) else [int(mask.sum()) for mask in best.example.masks]
-            if counts and counts[0] != counts[-1]:
-                facts.pair.differences["tokens"] = float(counts[0] - counts[-1])
+            other = 0 if facts.pair.side else counts[-1] if counts else 0
+            if counts and counts[0] != other:
+                facts.pair.differences["tokens"] = float(counts[0] - other)
         if isinstance(encoded, BadRecord):
             facts.dropped, facts.detail = encoded.reason, encoded.detail
             return set()
         assert isinstance(whole, EncodedRecord)
         assert facts.tokens is not None
         example, prompt = encoded.example, len(encoded.example.prompt_ids)
-        before, after = facts.tokens, _lengths(example)
+        before, after = facts.tokens, _lengths(example, side_of(record))
         facts.cut = before[0] - after[0], before[1] - after[1], before[2] - after[2]
         facts.changed = dict(encoded.outcome.changed)
         responses = list(map(len, example.responses))
@@ -184,12 +195,14 @@ class Observer:
         return names
 
 
-def _lengths(encoded: EncodedExample) -> Lengths:
-    return len(encoded.prompt_ids), *_ends(encoded.responses)
+def _lengths(encoded: EncodedExample, side: str | None) -> Lengths:
+    return len(encoded.prompt_ids), *_ends(encoded.responses, side)
 
 
-def _ends(responses: Sequence[Sized]) -> tuple[int, int]:
-    """Return the lengths of the first and of the last response, -1 for a missing last response."""
+def _ends(responses: Sequence[Sized], side: str | None) -> tuple[int, int]:
+    """Return the lengths of the first and of the last response, or the labelled one; -1 of a missing one."""
+    if side == "rejected":
+        return -1, len(responses[0])
     return len(responses[0]), len(responses[-1]) if len(responses) > 1 else -1
 
 
@@ -205,11 +218,14 @@ def text_key(*texts: str) -> int:
 def _preferences(
     record: PreferenceRecord, responses: tuple[str, ...], prompt: int
 ) -> Iterator[tuple[int, int]]:
-    """Yield the key of each preference between two responses and of its opposite.
+    """Yield the key of each preference between two responses, or of a label, and of its opposite.
 
     Texts that differ only in case or white space have the same key; a text that occurs twice is ignored.
     """
     keys = [text_key(" ".join(response.casefold().split())) for response in responses]
+    if side := side_of(record):
+        other = "rejected" if side == "chosen" else "chosen"
+        yield text_key(f"{prompt} {keys[0]} {side}"), text_key(f"{prompt} {keys[0]} {other}")
     scores = record.scores or tuple(range(len(keys), 0, -1))
     once = [index for index, key in enumerate(keys) if keys.count(key) == 1]
     for better, worse in islice(combinations(once, 2), _MAX_PREFERENCES):

@@ -17,7 +17,7 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import BadRecord, PreferenceRecord
 from dpo_dist.data.sources import pinned
 from dpo_dist.insight.doctor.findings import Finding
-from dpo_dist.insight.doctor.texts import texts_of
+from dpo_dist.insight.doctor.texts import side_of, texts_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -128,6 +128,7 @@ def _names(record: PreferenceRecord) -> Iterator[tuple[int, str, float | None]]:
     count = len(record.responses)
     for index in range(min(count, _MAX_RESPONSES)):
         name = ("chosen", "rejected")[index] if count == 2 else f"response {index + 1} of {count}"
+        name = {"chosen": "good response", "rejected": "bad response", None: name}[side_of(record)]
         yield index, name, record.scores[index] if record.scores is not None else None
 
 

@@ -15,6 +15,7 @@ from dpo_dist.generation.text_facts import language_of, shares
 from dpo_dist.insight.doctor.findings import KINDS, RULE_OF, RULES, Finding
 from dpo_dist.insight.doctor.label_leaks import LeakTest, leak_findings, leak_tests
 from dpo_dist.insight.doctor.observe import SIDES, Facts, PairFacts
+from dpo_dist.insight.doctor.texts import gaps_of
 
 PERCENTILES = (1, 5, 25, 50, 75, 90, 95, 99)
 _SAMPLED_PAIRS, _SAMPLED_LANGUAGES = 20_000, 2_000
@@ -82,6 +83,14 @@ class Source:
         return [record for record in self.readable if record.dropped is None]
 
     @cached_property
+    def labels(self) -> dict[str, int]:
+        """The numbers of kept records with a single response that is labelled good or bad."""
+        return {
+            label: sum(f"labelled_{label}" in record.names for record in self._kept)
+            for label in ("good", "bad")
+        }
+
+    @cached_property
     def _dropped(self) -> list[tuple[str, list[Facts]]]:
         """The reasons with their records, the most frequent first."""
         by_reason = defaultdict[str, list[Facts]](list)
@@ -93,10 +102,15 @@ class Source:
     @cached_property
     def leaks(self) -> list[LeakTest]:
         """The tests for label leaks of training data, which are what the policy learns from."""
-        if not self._pairs or self.is_eval:
+        pairs = [pair for pair in self._pairs if pair.side is None]
+        by_prompt = sorted(self._pairs, key=lambda pair: pair.prompt)
+        good, bad = ([pair for pair in by_prompt if pair.side == side] for side in SIDES[1:])
+        for first, second in zip(good, bad, strict=False):  # each labelled response once
+            pairs.append(replace(first, differences=gaps_of(first.differences, second.differences)))
+        if not pairs or self.is_eval:
             return []
-        prompts = np.array([pair.prompt for pair in self._pairs], dtype=np.uint64)
-        return leak_tests([pair.differences for pair in self._pairs], prompts)
+        prompts = np.array([pair.prompt for pair in pairs], dtype=np.uint64)
+        return leak_tests([pair.differences for pair in pairs], prompts)
 
     @cached_property
     def _languages(self) -> list[tuple[str | None, ...]]:
@@ -130,6 +144,7 @@ class Source:
             "kept": len(self._kept),
             "pairs": sums["pairs"] if self._is_encoded else len(self._kept),
             "held_out": sum(record.is_held_out for record in self._kept) if self._config.eval_share else None,
+            "labels": self.labels,
             "dropped": {
                 reason: {"count": len(records), "examples": [str(record.origin) for record in records[:20]]}
                 for reason, records in self._dropped

@@ -92,6 +92,13 @@ def _turn_text(message: Message) -> str:
     return "\n".join(parts)
 
 
+def side_of(record: PreferenceRecord) -> str | None:
+    """Return the side of a single labelled response: chosen if it is good, else rejected; None of others."""
+    if len(record.responses) != 1 or record.scores is None:
+        return None
+    return "chosen" if record.scores[0] > 0 else "rejected"
+
+
 def plain_words(text: str) -> list[str]:
     """Return the words and numbers of a text without case."""
     return _WORD_ONLY.findall(text.casefold())
@@ -125,7 +132,9 @@ def text_names(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
     properties = {
         **{name: any(map(kind.search, (*contents, *responses))) for name, kind in _KINDS.items()},
         "tools": bool(record.tools),
-        "completion": len(responses) == 1,
+        "completion": len(responses) == 1 and record.scores is None,
+        "labelled_good": side_of(record) == "chosen",
+        "labelled_bad": side_of(record) == "rejected",
         "pair_or_ranking": len(responses) > 1,
         "ranking": len(responses) > 2,
         "several_turns": len(roles) > 1,
@@ -136,6 +145,7 @@ def text_names(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
         "empty_turn": any(role in ("user", "assistant") and not text.strip() for role, text in texts.turns),
         "response_repeats_prompt": asked != "" and asked in map(str.strip, responses),
         **(_of_pair(record, responses[0], responses[-1]) if len(responses) > 1 else {}),
+        **_of_sides({side: responses[0]} if (side := side_of(record)) else {}),
     }
     return (name for name, applies in properties.items() if applies)
 
@@ -146,18 +156,24 @@ def _of_pair(record: PreferenceRecord, chosen: str, rejected: str) -> dict[str, 
     # The order of words is ignored: at most the edit distance. Longer responses may share turns of the user.
     nearly_equal = ((words - others) + (others - words)).total() < _NEARLY_EQUAL * (words + others).total()
     best, worst = (record.scores[0], record.scores[-1]) if record.scores else (math.nan, math.nan)
-    sides = {"chosen": chosen, "rejected": rejected}.items()
     return {
         "scored": record.scores is not None,
         "score_ties": best == worst,
         "score_inversions": best < worst,
-        **{f"refusal_{side}": is_refusal(text) for side, text in sides},
-        **{f"model_name_{side}": names_model(text) for side, text in sides},
-        **{f"short_{side}": len(text.strip()) < _SHORT_CHARACTERS for side, text in sides},
+        **_of_sides({"chosen": chosen, "rejected": rejected}),
         "chosen_longer": len(chosen) > len(rejected),
         "one_response_starts_the_other": shorter != "" and longer.startswith(shorter),
         "nearly_equal_sides": nearly_equal
         and all(isinstance(each, str) or len(each) == 1 for each in record.responses),
+    }
+
+
+def _of_sides(texts: Mapping[str, str]) -> dict[str, bool]:
+    sides = texts.items()
+    return {
+        **{f"refusal_{side}": is_refusal(text) for side, text in sides},
+        **{f"model_name_{side}": names_model(text) for side, text in sides},
+        **{f"short_{side}": len(text.strip()) < _SHORT_CHARACTERS for side, text in sides},
     }
 
 
@@ -233,12 +249,17 @@ def differences(chosen: str, rejected: str) -> dict[str, float]:
 
     A word at one of the three first or last places (`last word 'you'`) counts 1; words have their case.
     """
-    first, second = _features(chosen), _features(rejected)
+    return gaps_of(features_of(chosen), features_of(rejected))
+
+
+def gaps_of(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
+    """Return the differences of features that are not 0."""
     gaps = {name: first.get(name, 0.0) - second.get(name, 0.0) for name in {**first, **second}}
     return {name: gap for name, gap in gaps.items() if gap}
 
 
-def _features(response: str) -> dict[str, float]:
+def features_of(response: str) -> dict[str, float]:
+    """Return the features of a response; those that are missing are 0."""
     bare = response.strip()
     measured = {
         name: float(feature(response, bare))

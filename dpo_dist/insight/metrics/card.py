@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from dpo_dist.config.identity import settings
 from dpo_dist.config.losses import KINDS, LossKind
-from dpo_dist.config.metrics import MAIN, PREFIX
+from dpo_dist.config.metrics import ACCURACIES, MAIN, PREFIX
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.config.schema import ExportedWeights, RunConfig, SourceConfig
 from dpo_dist.foundation.errors import warn_on_bug
@@ -65,7 +65,8 @@ def model_card(
     link = Markup(f"[{inert(name)}](https://huggingface.co/{name})")  # noqa: S704
     seen = summary["pairs_seen"]
     pairs = sum(counts["pairs"] for counts in summary["data"]["train"]["sources"])
-    repeated = f"{counted(pairs, 'pair')} ({seen:,} with repetitions)"
+    unit = config.loss.unit
+    repeated = f"{counted(pairs, unit)} ({seen:,} with repetitions)"
     head, *rows = evaluation_cells(evaluation, MAIN)
     is_averaged = config.export.weights is not ExportedWeights.last
     body = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
@@ -76,7 +77,8 @@ def model_card(
         base_name=name,
         quantized=config.model.quantization,
         start=None if adapter is None or adapter.path is None else _model_name(adapter.path),
-        pairs=counted(seen, "pair") if seen <= pairs else Markup(repeated),  # noqa: S704  (digits)
+        unit=unit,
+        pairs=counted(seen, unit) if seen <= pairs else Markup(repeated),  # noqa: S704  (digits)
         steps=counted(summary["steps"], "step"),
         kinds=[(kind, "" if kind is LossKind.custom else KINDS[kind].source) for kind in config.loss.kinds],
         averaged=f"{config.trainer.ema_decay:g}" if is_averaged else "",
@@ -84,7 +86,7 @@ def model_card(
         # peft's has no class of models that read images, but transformers also loads adapters.
         loader=loader if adapter is None or loader != _CAUSAL else "AutoPeftModelForCausalLM",
         evaluation=evaluation and (head, [[code(label), *map(Markup, cells)] for label, *cells in rows]),
-        has_rewards=any(PREFIX + "rewards/accuracies" in row for row in evaluation.values()),
+        has_rewards=any(PREFIX + name in row for row in evaluation.values() for name in ACCURACIES),
         data=_data(config, summary),
         training=_training(config),
         versions=[(code(name), code(version)) for name, version in versions.items()],

@@ -15,11 +15,12 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import ArrayLike, NDArray
 
-from dpo_dist.config.metrics import CUSTOM, METRICS, PREFIX, metric_of
+from dpo_dist.config.metrics import ACCURACY_CHART, AUC_CHART, CUSTOM, METRICS, PREFIX, metric_of
 from dpo_dist.foundation import files
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import number
 from dpo_dist.insight.pages.render import part
+from dpo_dist.objective.metrics import AUC
 
 Rows = Sequence[Mapping[str, float]]
 FloatArray = NDArray[np.float64]
@@ -250,9 +251,11 @@ class Panel:
 
 PANELS = (
     Panel("Loss", in_image=True),
-    Panel("Accuracy: chosen above rejected", in_image=True),
+    Panel(ACCURACY_CHART, in_image=True),
+    Panel(AUC_CHART, in_image=True),
     Panel("Margin of rewards", in_image=True),
     Panel("Rewards", in_image=True),
+    Panel("Log-ratio of mismatched responses"),
     Panel("Log-prob per token"),
     Panel("Distance from the reference"),
     Panel("Length of generated responses"),
@@ -276,7 +279,7 @@ def charts(rows: Rows, noise: Mapping[str, float]) -> list[Markup]:
     return list(filter(None, figures))
 
 
-def charts_of_runs(runs: Mapping[str, Rows]) -> list[Markup]:
+def charts_of_runs(runs: Mapping[str, Rows], over: str) -> list[Markup]:
     """Return a chart over pairs for each metric; `runs`: by label, rows whose `step` is their pairs so far.
 
     Each run has its moving mean and its evaluations.
@@ -288,7 +291,7 @@ def charts_of_runs(runs: Mapping[str, Rows]) -> list[Markup]:
             shown = {(line.label, line.role == "evaluation"): line for line in lines}  # the mean is after raw
             title = panel.title if len(panel.keys) == 1 else f"{panel.title}: {panel.label(key)}"
             unit = metric_of(key).unit
-            figures.append(chart(title, list(shown.values()), unit, log=panel.is_log, over="pair"))
+            figures.append(chart(title, list(shown.values()), unit, log=panel.is_log, over=over))
     return list(filter(None, figures))
 
 
@@ -348,7 +351,8 @@ def draw_curves(rows: Rows, path: Path, title: str) -> None:
     canvas = FigureCanvasAgg(figure)
     figure.suptitle(printable(title), parse_math=False)
     margins = {"left": 0.05, "right": 0.99, "bottom": 0.05, "top": 0.9, "hspace": 0.25, "wspace": 0.2}
-    panels = [panel for panel in PANELS if panel.in_image]
+    absent = ACCURACY_CHART if any(AUC in row for row in rows) else AUC_CHART
+    panels = [panel for panel in PANELS if panel.in_image and panel.title != absent]
     for axes, panel in zip(figure.subplots(2, 3, gridspec_kw=margins).flat, panels, strict=True):
         axes.set_title(panel.title, loc="left", y=1.0)  # a given place is not looked for, a third of the time
         axes.grid(alpha=0.3)

@@ -14,7 +14,7 @@ from dpo_dist.foundation.text import number, without_secrets
 from dpo_dist.insight.compare.results import DIFFERENCES
 from dpo_dist.insight.pages.charts import Interval, Point, scatter
 from dpo_dist.insight.pages.render import estimate, json_rows, page, part
-from dpo_dist.insight.pages.samples import Response, Shown, end_notes, prompt_items
+from dpo_dist.insight.pages.samples import Response, Shown, end_notes, prompt_items, response_of_data
 
 Row = Mapping[str, Any]
 Pair = tuple[str, str]
@@ -207,5 +207,5 @@ def _prompt(row: Row, results: Row) -> Shown:
             notes.append(f"log-ratio {number(response['logp'] - response['base_logp'])} nats")
         shown.append(Response(name, response["text"], "; ".join(notes)))
     if row["chosen"] is not None:
-        shown.append(Response("chosen in the data", row["chosen"]))
+        shown.append(response_of_data(row, " in the data"))
     return Shown(row["prompt"], shown, base, "; ".join(labels), labels, 0.0 - most)

@@ -72,6 +72,8 @@ def write_doctor_page(folder: RunFolder, diagnosis: Diagnosis, config: RunConfig
 
 def store_sentence(use: Mapping[str, Any]) -> str:
     """Return the use of the reference store in one line."""
+    if not use["pairs"]:
+        return "reference: no record has two responses, whose margin could tell that it is mislabelled"
     if not use["stored"]:
         return (
             f"reference: no log-probs of these pairs in {use['folder']}; after dpo_dist.precompute with "

@@ -20,7 +20,7 @@ from dpo_dist.insight.pages.charts import charts
 from dpo_dist.insight.pages.render import estimate, flat, page, part
 from dpo_dist.insight.pages.samples import samples_of, worst_pairs
 from dpo_dist.insight.tables import describe_reference
-from dpo_dist.insight.verdict.facts import ACCURACY, MARGIN, RunFacts, last
+from dpo_dist.insight.verdict.facts import MARGIN, RunFacts, last
 from dpo_dist.insight.verdict.rules import RULES
 from dpo_dist.training.clock import WORKS, Work
 from dpo_dist.training.metrics_log import final_and_best, metrics_by_source, read_latest_rows
@@ -116,7 +116,10 @@ def write_page(folder: RunFolder, output: Path | None = None) -> Path:
         "config": list(flat(facts.config)),
         "environment": list(flat(environment)),
     }
-    links = [(name, title) for name, title in _SECTIONS.items() if content[name]]
+    about_order = f"{run.accuracy_title[0].upper()}{run.accuracy_title[1:]} and margin"
+    sections = {**_SECTIONS, "accuracy": about_order}
+    content |= {"accuracy_title": about_order, "unit": run.unit}
+    links = [(name, title) for name, title in sections.items() if content[name]]
     scripts = ["charts.js"] if content["curves"] else []
     path = output or folder.report
     name, is_running = folder.path.resolve().name, "exit" not in facts.summary
@@ -135,11 +138,14 @@ def _about(facts: PageFacts) -> Iterator[str]:
     beta = facts.section("settings").get("loss.beta")
     yield f"loss {loss}" + (f" with beta {number(beta, 3)}" if beta is not None else "")
     yield f"learning rate {number(facts.setting('optim.lr') or 0, 3)}"
-    for name, noun in (("train", "training pair"), ("eval", "evaluation pair")):
+    unit = facts.run.unit
+    for name, noun in (("train", "training"), ("eval", "evaluation")):
         if pairs := facts.run.counts(name).get("pairs"):
-            yield counted(pairs, noun)
+            labels = facts.run.counts(name).get("labels")
+            of_them = f" ({labels['good']:,} good, {labels['bad']:,} bad)" if labels else ""
+            yield counted(pairs, f"{noun} {unit}") + of_them
     if steps := facts.summary.get("steps"):
-        yield f"{counted(steps, 'step')} of {counted(facts.setting('trainer.global_batch_pairs'), 'pair')}"
+        yield f"{counted(steps, 'step')} of {counted(facts.setting('trainer.global_batch_pairs'), unit)}"
     processes = facts.summary.get("world_size") or facts.environment.get("world_size") or 1
     yield counted(processes, "process", "processes") + "."
 
@@ -168,7 +174,7 @@ def _tiles(facts: PageFacts) -> Iterator[tuple[str, str, str]]:
     ends = facts.intervals(ALL)
     remarks = {
         key: [f"95 %: {number(ends[key][0])} to {number(ends[key][1])}"] if key in ends else []
-        for key in (f"eval_{ACCURACY}", f"eval_{MARGIN}", "eval_loss")
+        for key in (f"eval_{facts.run.accuracy_key}", f"eval_{MARGIN}", "eval_loss")
     }
     for key, row in best.items():
         remarks.setdefault(key, []).append(f"best {number(row['value'])} at step {number(row['step'])}")
@@ -186,9 +192,14 @@ def _tiles(facts: PageFacts) -> Iterator[tuple[str, str, str]]:
             for saved in filter(None, [summary.get("best_checkpoint")])
         ),
         ("sampled responses that end", finished, percent, "by themselves, at the last evaluation"),
-        ("steps", summary.get("steps"), number, f"{number(pairs)} pairs" if pairs is not None else ""),
+        (
+            "steps",
+            summary.get("steps"),
+            number,
+            f"{number(pairs)} {facts.run.unit}s" if pairs is not None else "",
+        ),
         ("training time", summary.get("train_seconds"), duration, "of optimizer steps"),
-        ("pairs per second", summary.get("pairs_per_second"), number, ""),
+        (f"{facts.run.unit}s per second", summary.get("pairs_per_second"), number, ""),
         ("peak memory", summary.get("peak_memory_bytes"), size, f"of the process with the most; {gpus}"),
         ("time of all processes", seconds, duration, "all work of all starts"),
     )
@@ -199,26 +210,27 @@ def _tiles(facts: PageFacts) -> Iterator[tuple[str, str, str]]:
 
 def _by_source(facts: PageFacts) -> Table | None:
     """Return a row for all pairs and one for each source: evaluation with intervals, training."""
+    accuracy, title, unit = facts.run.accuracy_key, facts.run.accuracy_title, facts.run.unit
     whole = {
         prefix + key: value
         for prefix, rows in (("", facts.run.steps), ("eval_", facts.run.evaluations))
-        for key in (ACCURACY, MARGIN)
+        for key in (accuracy, MARGIN)
         if (value := last(rows, key)) is not None
     }
-    rows = [("all pairs", ALL, whole)]
+    rows = [(f"all {unit}s", ALL, whole)]
     rows += [(label, results_name(label), row) for label, row in sorted(facts.by_source.items())]
     titles = {
-        f"eval_{ACCURACY}": "evaluation accuracy",
+        f"eval_{accuracy}": f"evaluation {title}",
         f"eval_{MARGIN}": "evaluation margin",
-        ACCURACY: "training accuracy",
+        accuracy: f"training {title}",
         MARGIN: "training margin",
     }
     keys = [key for key in titles if any(key in row for _, _, row in rows)]
     lines: list[list[object]] = []
     for label, results, row in rows:
         ends, pairs = facts.intervals(results), (facts.evaluation.get(results) or {}).get("eval_pairs")
-        remarks = [counted(pairs, "evaluation pair")] if pairs else []
-        low, high = ends.get(f"eval_{ACCURACY}", (1, 1))
+        remarks = [counted(pairs, f"evaluation {unit}")] if pairs else []
+        low, high = ends.get(f"eval_{accuracy}", (1, 1))
         remarks += ["not better than guessing"] if low <= 1 / 2 <= high else []
         name = part("macros.jinja", "named", label, ", ".join(remarks))
         lines.append([name, *(estimate(row.get(key), ends.get(key)) for key in keys)])

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from dpo_dist.config.metrics import CUSTOM, MAIN, METRICS, metric_of
+from dpo_dist.config.metrics import ACCURACIES, CUSTOM, MAIN, METRICS, metric_of
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Direction
 from dpo_dist.foundation.files import write_text
@@ -15,8 +15,8 @@ from dpo_dist.insight.pages.charts import charts_of_runs
 from dpo_dist.insight.pages.run import PageFacts, verdict_of
 from dpo_dist.insight.pages.samples import samples_of_runs
 from dpo_dist.insight.tables import EVALUATED, aligned
-from dpo_dist.insight.verdict.facts import ACCURACY, MARGIN, Row
-from dpo_dist.objective.metrics import ENTROPIES, PAIR_METRICS
+from dpo_dist.insight.verdict.facts import MARGIN, Row
+from dpo_dist.objective.metrics import AUC, ENTROPIES, MISMATCH, PAIR_METRICS
 from dpo_dist.training.metrics_log import finite
 
 Runs = Mapping[str, PageFacts]
@@ -45,9 +45,13 @@ def compare_runs(folders: Sequence[RunFolder], page: Path) -> list[str]:
     is_short = len(settings) <= _MOST_SETTINGS
     outcomes = [facts.summary.get("exit", "not ended") for facts in runs.values()]
     columns = {"run": list(runs), "outcome": outcomes, **(settings if is_short else {})}
-    for key in dict.fromkeys((*MAIN, *EVALUATED)):
+    has_known = any(key in metrics for key in ACCURACIES)
+    shown = [key for key in ACCURACIES if key in metrics or (key != AUC and not has_known)]
+    for key in dict.fromkeys(key for key in (*MAIN, *EVALUATED) if key in shown or key not in ACCURACIES):
         columns[METRICS[key].title] = metrics.get(key, ["-"] * len(runs))
     results = [list(columns), *map(list, zip(*columns.values(), strict=True))]
+    units = {facts.run.unit for facts in runs.values()}
+    unit = units.pop() if len(units) == 1 else "example"
     html = render.page(
         "runs.jinja",
         f"{len(runs)} runs",
@@ -59,7 +63,8 @@ def compare_runs(folders: Sequence[RunFolder], page: Path) -> list[str]:
         settings=[(key, *texts) for key, texts in settings.items()],
         others=[(key, *texts) for key, texts in others.items()],
         metrics=[(key, *cells) for key, cells in metrics.items()],
-        curves=charts_of_runs({label: _over_pairs(facts) for label, facts in runs.items()}),
+        curves=charts_of_runs({label: _over_pairs(facts) for label, facts in runs.items()}, unit),
+        unit=unit,
         samples=samples_of_runs(dict(zip(labels, folders, strict=True))),
     )
     write_text(page, html)
@@ -102,8 +107,10 @@ def _keys(last: Sequence[Row]) -> list[str]:
     """Return the metrics of the last rows, those of sources last."""
     known = dict.fromkeys(key for row in last for key in row)
     samples = (key for key in known if key.startswith("samples/") and not key.startswith(_OF_NO_POLICY))
-    by_source = (key for key in known if key.startswith((f"{ACCURACY}/", f"{MARGIN}/", CUSTOM)))
-    return [key for key in (*PAIR_METRICS, *ENTROPIES, *samples, *by_source) if key in known]
+    by_source = (
+        key for key in known if key.startswith((*(f"{name}/" for name in (*ACCURACIES, MARGIN)), CUSTOM))
+    )
+    return [key for key in (*PAIR_METRICS, AUC, MISMATCH, *ENTROPIES, *samples, *by_source) if key in known]
 
 
 def _cells(runs: Runs, rows: Sequence[Row], key: str, not_comparable: tuple[str, ...]) -> list[str]:

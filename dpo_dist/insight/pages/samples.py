@@ -195,9 +195,7 @@ def samples_of_runs(runs: Mapping[str, RunFolder]) -> list[Markup]:
                 by_prompt.setdefault(row["prompt_id"], []).append(response)
                 last[row["prompt_id"]] = row
     shown = [
-        Shown(
-            row["prompt"], [*responses, Response("chosen", row["chosen"])], responses[0].label, row["source"]
-        )
+        Shown(row["prompt"], [*responses, response_of_data(row)], responses[0].label, row["source"])
         for responses, row in zip(by_prompt.values(), last.values(), strict=True)
         if len(responses) > 1
     ]
@@ -206,16 +204,21 @@ def samples_of_runs(runs: Mapping[str, RunFolder]) -> list[Markup]:
 
 def worst_pairs(file: Path) -> list[Markup]:
     """Return the pairs of an evaluation's file of its worst ones."""
-    shown = (
-        Shown(
-            row["prompt"],
-            [Response(side, row[side]) for side in ("chosen", "rejected")],
-            "chosen",
-            f"{row['origin']}: margin {number(row['margin'], 3)}",
+    return prompt_items(map(_worst, json_rows(file)), _SECTION_BYTES)[0]
+
+
+def _worst(row: Row) -> Shown:
+    """Return a pair, or a labelled response."""
+    sides, margin = [side for side in ("chosen", "rejected") if side in row], row["margin"]
+    names, measured = sides, f"margin {number(margin, 3)}"
+    if len(sides) == 1:
+        is_good = sides == ["chosen"]
+        names, measured = (
+            ["good" if is_good else "bad"],
+            f"reward {number(margin if is_good else -margin, 3)}",
         )
-        for row in json_rows(file)
-    )
-    return prompt_items(shown, _SECTION_BYTES)[0]
+    responses = [Response(name, row[side]) for name, side in zip(names, sides, strict=True)]
+    return Shown(row["prompt"], responses, "chosen", f"{row['origin']}: {measured}")
 
 
 def _responses(last: Row, rows: Mapping[int, Row | None]) -> Iterator[Response]:
@@ -228,4 +231,10 @@ def _responses(last: Row, rows: Mapping[int, Row | None]) -> Iterator[Response]:
             known.add(row["policy"])
             notes = end_notes(row["policy_tokens"], row["policy_finished"])
             yield Response(f"step {step:,}", row["policy"], notes)
-    yield Response("chosen", last["chosen"])
+    yield response_of_data(last)
+
+
+def response_of_data(row: Row, place: str = "") -> Response:
+    """Return the response that the data have, by its label where they have labels."""
+    name = f"{row['label']} response" if row.get("label") else "chosen"
+    return Response(name + place, row["chosen"])

@@ -5,26 +5,32 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dpo_dist.config.losses import KINDS
+from dpo_dist.config.identity import kinds_in
+from dpo_dist.config.losses import KINDS, LossKind, unit_of
+from dpo_dist.config.metrics import ACCURACIES, METRICS
 from dpo_dist.foundation import text
 from dpo_dist.training.metrics_log import finite
 
 Row = Mapping[str, float]
 Fields = Mapping[str, Any]
-ACCURACY, MARGIN = "rewards/accuracies", "rewards/margins"
+MARGIN = "rewards/margins"
 
 
 class Accuracy(NamedTuple):
-    """An accuracy and its number of pairs."""
+    """An accuracy and its number of pairs, or an AUC and its number of records.
+
+    `weight`: the independent comparisons that each of them is worth.
+    """
 
     value: float
     pairs: int
+    weight: float = 1.0
 
     @property
     def noise(self) -> float:
         """Three standard errors, with one more pair right and one wrong: a few right pairs prove little."""
-        share = (self.value * self.pairs + 1) / (self.pairs + 2)
-        return 3 * math.sqrt(share * (1 - share) / self.pairs) if self.pairs else math.inf
+        share, compared = (self.value * self.pairs + 1) / (self.pairs + 2), self.pairs * self.weight
+        return 3 * math.sqrt(share * (1 - share) / compared) if compared else math.inf
 
     @property
     def is_below_half(self) -> bool:
@@ -36,11 +42,16 @@ class RunFacts:
     """Metrics rows (null as nan), content of summary.json, and findings of doctor.json; any may be empty.
 
     `steps` are the rows of training steps, `evaluations` those after a step, with keys without `eval_`;
-    `last_rows` are the evaluations, or the steps of a run without, `part` is their name.
+    `last_rows` are the evaluations, or the steps of a run without, `part` is their name. `unit` is what the
+    loss is of (`unit_of`), `accuracy_key` the metric of `ACCURACIES` that says how well it orders responses.
     """
 
     def __init__(self, rows: Sequence[Row], summary: Fields, findings: Sequence[Fields] = ()):
         self.rows, self.summary, self.data_findings = rows, summary, findings
+        self.kinds = kinds_in(summary.get("settings") or {})
+        self.unit = unit_of(self.kinds)
+        self.accuracy_key = ACCURACIES[self.unit == "record"]
+        self.accuracy_title = METRICS[self.accuracy_key].title
         self.steps = [row for row in rows if "loss" in row]
         self.evaluations = [row for row in evaluation_rows(rows) if row["step"] > 0]
         self.last_rows = self.evaluations or self.steps
@@ -60,8 +71,7 @@ class RunFacts:
     def margin_nats(self) -> float | None:
         """Return the last margin in nats; where it does not start at 0, its change over training steps."""
         beta, end = self.setting("loss.beta"), last(self.last_rows, MARGIN)
-        kinds = [term.get("kind") for term in self.setting("loss.terms") or ()] or [self.setting("loss.kind")]
-        has_reference = any(kind not in KINDS or KINDS[kind].needs_reference for kind in kinds)
+        has_reference = any(kind not in KINDS or KINDS[LossKind(kind)].needs_reference for kind in self.kinds)
         if not has_reference or self.setting("loss.reference_free") or self.setting("reference.path"):
             start, end = first(self.steps, MARGIN), last(self.steps, MARGIN)
             end = None if start is None or end is None else end - start
@@ -74,7 +84,7 @@ class RunFacts:
         rewards are not beta times a log-ratio.
         """
         beta = self.setting("loss.beta")
-        has_reference = any("rewards/both_fall" in row for row in self.rows)
+        has_reference = self.unit == "record" or any("rewards/both_fall" in row for row in self.rows)
         if not beta or not has_reference or self.setting("reference.path") is not None:
             return None
         tokens = dict(values(rows, "tokens/chosen"))
@@ -84,6 +94,11 @@ class RunFacts:
     def counts(self, name: str) -> Fields:
         """Return the counts of the dataset `train` or `eval`; empty if unknown."""
         return (self.summary.get("data") or {}).get(name) or {}
+
+    def label_share(self, name: str) -> float:
+        """Return the share of good responses in `train` or `eval`; one half if it is not known."""
+        labels = self.counts(name).get("labels") or {"good": 1, "bad": 1}
+        return float(labels["good"] / (labels["good"] + labels["bad"]))
 
     def sources(self, name: str) -> dict[str, float]:
         """Return "" and, of `train` or `eval`, the "/label" of each source, with the shares of the pairs."""
@@ -98,17 +113,22 @@ class RunFacts:
 
     def evaluation_accuracy(self, source: str = "", share: float = 1.0) -> Accuracy | None:
         """Return the accuracy of the last evaluation, also of a source (`sources`)."""
-        value = last(self.evaluations, ACCURACY + source)
-        return None if value is None else Accuracy(value, round(share * self.evaluated_pairs))
+        value = last(self.evaluations, self.accuracy_key + source)
+        return self._accuracy(value, share * self.evaluated_pairs, "eval")
+
+    def _accuracy(self, value: float | None, pairs: float, name: str) -> Accuracy | None:
+        """Return an accuracy, or an AUC: by chance its variance is (n + 1) / (12 good bad), not 1 / 4n."""
+        good = self.label_share(name)
+        weight = 3 * good * (1 - good) if self.unit == "record" else 1.0
+        return None if value is None else Accuracy(value, round(pairs), weight)
 
     def training_accuracy(self, source: str = "", share: float = 1.0, end: float = 1.0) -> Accuracy | None:
         """Return the same of the quarter of the steps up to `end`, a share of them; None if not measured."""
-        measured = [row for row in self.steps if finite(row, ACCURACY + source) is not None]
+        measured = [row for row in self.steps if finite(row, self.accuracy_key + source) is not None]
         until = [row for row in measured if row["step"] <= end * self.total_steps]
         recent = [row for row in until if row["step"] > (end - 0.25) * self.total_steps] or until[-1:]
-        value = mean(recent, ACCURACY + source)
         pairs = sum(row.get("pairs", 0) for row in recent)
-        return None if value is None else Accuracy(value, round(share * pairs))
+        return self._accuracy(mean(recent, self.accuracy_key + source), share * pairs, "train")
 
     def noise(self, rows: Sequence[Row]) -> dict[str, float]:
         """Return what rounding alone makes of metrics, by the drift that was measured before the first step.
@@ -119,7 +139,13 @@ class RunFacts:
         rms, beta, pairs = drift.get("rms_response_drift"), self.setting("loss.beta"), last(rows, "pairs")
         if not rms or not beta or not pairs or self.setting("loss.reference_free"):
             return {}
-        return {MARGIN: 2 * beta * math.sqrt(2 / pairs) * rms, "distance/chosen": drift["mean_token_drift"]}
+        good = self.label_share("eval" if rows is self.evaluations else "train")
+        # Differences of responses of a pair, or of means over both labels.
+        spread = 1 / (good * (1 - good)) if self.unit == "record" and 0 < good < 1 else 2
+        return {
+            MARGIN: 2 * beta * math.sqrt(spread / pairs) * rms,
+            "distance/chosen": drift["mean_token_drift"],
+        }
 
 
 def evaluation_rows(rows: Iterable[Row]) -> list[Row]:

@@ -1,4 +1,4 @@
-"""The verdict about a run: one sentence and at most five findings, by 14 rules; see docs/watching.md."""
+"""The verdict about a run: one sentence and at most five findings, by 17 rules; see docs/watching.md."""
 
 import itertools
 import math
@@ -10,11 +10,11 @@ from typing import Any
 
 import yaml
 
+from dpo_dist.config.losses import balancing_weight
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import counted, percent
 from dpo_dist.insight.doctor.findings import Finding, Level, Rule
 from dpo_dist.insight.verdict.facts import (
-    ACCURACY,
     MARGIN,
     Accuracy,
     Row,
@@ -27,8 +27,8 @@ from dpo_dist.insight.verdict.facts import (
     pooled,
     values,
 )
-from dpo_dist.objective.metrics import EXCESS
-from dpo_dist.training.metrics_log import finite, is_collapsed
+from dpo_dist.objective.metrics import EXCESS, MISMATCH
+from dpo_dist.training.metrics_log import finite, is_collapsed, logps_by_side
 
 MOST_FINDINGS = 5
 NOTHING_TO_JUDGE = "nothing to judge, as no metrics row of a training step was written (trainer.log_every)"
@@ -93,11 +93,15 @@ def _lost_weights(facts: RunFacts) -> Iterator[str]:
             yield _first_bad_value(facts, index, broken)
             return
     rows = [row for row in facts.steps if finite(row, "loss") is not None]
-    if collapsed := list(itertools.takewhile(is_collapsed, reversed(rows))):
+    collapsed = list(itertools.takewhile(lambda row: is_collapsed(row) is not False, reversed(rows)))
+    while collapsed and not is_collapsed(collapsed[-1]):
+        collapsed.pop()
+    if collapsed:
         row, before = collapsed[-1], rows[: -len(collapsed)]
+        side, logp = next(iter(logps_by_side(row).items()))
         yield (
-            f"the policy has collapsed: from step {row['step']:.0f} on the gradient is 0, and chosen "
-            f"responses have {number(row['logps/chosen_per_token'])} nats per token, as if all "
+            f"the policy has collapsed: from step {row['step']:.0f} on the gradient is 0, and {side} "
+            f"responses have {number(logp)} nats per token, as if all "
             f"tokens were alike; before it the loss was {number(last(before, 'loss'))}, with "
             f"optim.lr={number(facts.setting('optim.lr'))}"
         )
@@ -114,7 +118,7 @@ def _first_bad_value(facts: RunFacts, index: int, broken: Sequence[str]) -> str:
     if symptom := next(_signs_of_rate(before), None):
         cause = f"the learning rate is too high: {symptom}"
     elif "loss" not in row:
-        cause = "the evaluation data have pairs for which the policy gives no finite value"
+        cause = f"the evaluation data have {facts.unit}s for which the policy gives no finite value"
     elif not quantity.startswith("logps/"):
         cause = "the log-probs are finite, the loss or its gradient is not"
     elif before.steps:
@@ -131,11 +135,11 @@ def _first_bad_value(facts: RunFacts, index: int, broken: Sequence[str]) -> str:
 
 @_rule
 def _labels_swapped(facts: RunFacts) -> Iterator[str]:
-    training = facts.training_accuracy()
+    training, name = facts.training_accuracy(), facts.accuracy_title
     if training is not None and training.is_below_half:
         yield (
-            f"training accuracy is {training.value:.3f} on {training.pairs:,} pairs: the loss teaches the "
-            "opposite of the labels"
+            f"training {facts.accuracy_title} is {training.value:.3f} on {training.pairs:,} {facts.unit}s: "
+            "the loss teaches the opposite of the labels"
         )
         return
     if facts.total_steps < _FEWEST_STEPS:  # one step moves all pairs together
@@ -144,8 +148,8 @@ def _labels_swapped(facts: RunFacts) -> Iterator[str]:
         accuracy = facts.evaluation_accuracy(source, share)
         if accuracy is not None and accuracy.is_below_half:
             yield (
-                f"evaluation accuracy is {accuracy.value:.3f} on {accuracy.pairs:,} pairs"
-                f"{source.replace('/', ' of ', 1)}, clearly below one half, while training accuracy is "
+                f"evaluation {name} is {accuracy.value:.3f} on {accuracy.pairs:,} {facts.unit}s"
+                f"{source.replace('/', ' of ', 1)}, clearly below one half, while training {name} is "
                 f"{number(training.value if training else None)}: "
                 f"{'its' if source else 'training or evaluation'} labels look swapped"
             )
@@ -158,8 +162,8 @@ def _labels_swapped(facts: RunFacts) -> Iterator[str]:
         below = [part for part in quarters if source and part is not None and part.is_below_half]
         if below:
             yield (
-                f"training accuracy of {source[1:]} is {min(below).value:.3f} on the {min(below).pairs:,} "
-                "pairs of a quarter of the steps, clearly below one half, while that of all is "
+                f"training {name} of {source[1:]} is {min(below).value:.3f} on the {min(below).pairs:,} "
+                f"{facts.unit}s of a quarter of the steps, clearly below one half, while that of all is "
                 f"{number(training.value if training else None)} at the end: its labels look swapped"
             )
             return
@@ -171,8 +175,8 @@ def _evaluation_leak(facts: RunFacts) -> Iterator[str]:
     count, pairs = counts.get("prompts_also_in_train", 0), counts.get("pairs", 0)
     if pairs and count > 0.01 * pairs:
         yield (
-            f"{count:,} of {pairs:,} evaluation pairs ({percent(count / pairs)}) have a prompt that is also "
-            "in the training data: the evaluation measures memory"
+            f"{count:,} of {pairs:,} evaluation {facts.unit}s ({percent(count / pairs)}) have a prompt "
+            "that is also in the training data: the evaluation measures memory"
         )
 
 
@@ -181,9 +185,9 @@ def _evaluation_too_good(facts: RunFacts) -> Iterator[str]:
     for training, accuracy, noise in _accuracies(facts):
         if accuracy.value - training.value > max(0.05, noise):
             yield (
-                f"evaluation accuracy {accuracy.value:.3f} on {accuracy.pairs:,} pairs is above training "
-                f"accuracy {number(training.value)}: the evaluation data are easier, or copies of training "
-                "data, or some training labels are noise"
+                f"evaluation {facts.accuracy_title} {accuracy.value:.3f} on {accuracy.pairs:,} {facts.unit}s "
+                f"is above training {facts.accuracy_title} {number(training.value)}: the "
+                "evaluation data are easier, or copies of training data, or some training labels are noise"
             )
 
 
@@ -200,11 +204,12 @@ def _label_leak(facts: RunFacts) -> Iterator[str]:
     within = max(_FEWEST_STEPS, 0.1 * facts.total_steps)
     for source, share in facts.sources("train").items():
         of_source = f" of {source[1:]}" if source else ""
-        means = pooled(facts.steps, ACCURACY + source, _FEWEST_PAIRS, share)
+        means = pooled(facts.steps, facts.accuracy_key + source, _FEWEST_PAIRS, share)
         at_once = next(((step, value) for step, value in means if step <= within and value >= 0.95), None)
         by_length = _leak_by_length(facts, source, 1.3)
         if at_once is not None and (evidence := by_length or _leak_by_form(facts, source)):
-            yield f"accuracy{of_source} is {at_once[1]:.3f} at step {at_once[0]:.0f} already, {evidence}"
+            step, value = at_once
+            yield f"{facts.accuracy_title}{of_source} is {value:.3f} at step {step:.0f} already, {evidence}"
             return
         if means and by_length and _leak_by_length(facts, source, 2.0):
             yield f"the label{of_source} shows {by_length}"
@@ -226,7 +231,9 @@ def _leak_by_form(facts: RunFacts, source: str) -> str | None:
         is_leak = finding.get("rule") in _LEAKS and finding.get("level") != Level.note
         if is_leak and (not source or finding.get("source") == source[1:]):
             share = finding.get("share")
-            guessed = "" if share is None else f", which alone guesses {percent(share)} of the pairs right"
+            guessed = (
+                "" if share is None else f", which alone guesses {percent(share)} of the {facts.unit}s right"
+            )
             return f"by form: the doctor found {finding['rule']}{guessed}"
     return None
 
@@ -238,8 +245,8 @@ def _does_not_generalise(facts: RunFacts) -> Iterator[str]:
     for training, accuracy, noise in _accuracies(facts):
         if training.value - accuracy.value > max(0.1, noise):
             yield (
-                f"training accuracy {training.value:.3f} is far above evaluation accuracy "
-                f"{accuracy.value:.3f} on {counted(accuracy.pairs, 'pair')}"
+                f"training {facts.accuracy_title} {training.value:.3f} is far above evaluation "
+                f"{facts.accuracy_title} {accuracy.value:.3f} on {counted(accuracy.pairs, facts.unit)}"
             )
 
 
@@ -380,13 +387,13 @@ def _learnt_nothing(facts: RunFacts) -> Iterator[str]:
     is_cut = facts.summary.get("exit") in (RunOutcome.preempted, RunOutcome.diverged)
     if is_cut or facts.summary.get("bad_steps") or facts.total_steps < _FEWEST_STEPS:
         return
-    accuracy, training = facts.accuracy(), facts.training_accuracy()
+    accuracy, training, name = facts.accuracy(), facts.training_accuracy(), facts.accuracy_title
     if accuracy is not None and training is not None and accuracy.pairs >= 30:
         is_chance = abs(accuracy.value - 0.5) <= accuracy.noise
         if is_chance and max(accuracy.value, training.value) < 0.6:
             yield (
-                f"{facts.part} accuracy {accuracy.value:.3f} on {accuracy.pairs:,} pairs is within its noise "
-                f"of one half ({accuracy.noise:.3f}); training accuracy {number(training.value)}"
+                f"{facts.part} {name} {accuracy.value:.3f} on {accuracy.pairs:,} {facts.unit}s is within its "
+                f"noise of one half ({accuracy.noise:.3f}); training {name} {number(training.value)}"
             )
     margin, noise = last(facts.last_rows, MARGIN), facts.noise(facts.last_rows).get(MARGIN)
     if margin is not None and noise is not None and abs(margin) <= noise:
@@ -437,6 +444,43 @@ def _outside_band(facts: RunFacts) -> Iterator[str]:
         for step, value in values(facts.rows, metric):
             if step == at and not low <= value <= high:
                 yield f"{metric} at step {step:.0f} is {number(value)}, not in the band {low:g} to {high:g}"
+
+
+@_rule
+def _mismatch_grows(facts: RunFacts) -> Iterator[str]:
+    beta, ratios = facts.setting("loss.beta"), values(facts.steps, MISMATCH)
+    before, end = (
+        [ratio for step, ratio in ratios if low < step / facts.total_steps <= low + 0.25]
+        for low in (0.5, 0.75)
+    )
+    if beta and before and end and beta * fmean(end) > 3 and fmean(end) > 1.2 * fmean(before):
+        yield (
+            f"the log-ratio of mismatched responses (z) is {number(fmean(end))} nats at the end and still "
+            f"grows, {number(beta * fmean(end))} times 1 / loss.beta: the policy makes any response likelier"
+        )
+
+
+@_rule
+def _good_responses_fall(facts: RunFacts) -> Iterator[str]:
+    falls = facts.falls(facts.last_rows)
+    if facts.unit == "record" and falls and falls[-1][1] >= 0.1:
+        yield (
+            f"good responses lost {falls[-1][1]:.2g} nats per token against the reference, although the loss "
+            f"rewards them ({facts.part} reward {number(last(facts.last_rows, 'rewards/chosen'))})"
+        )
+
+
+@_rule
+def _one_label(facts: RunFacts) -> Iterator[str]:
+    labels = facts.counts("train").get("labels") or {}
+    weights = {facts.setting(f"loss.{name}_weight") or 1.0 for name in ("desirable", "undesirable")}
+    most = max(labels, key=labels.__getitem__, default="")
+    if most and labels[most] > 0.9 * sum(labels.values()) and len(weights) == 1:
+        remedy = f"; {balancing_weight(**labels)} balances them" if all(labels.values()) else ""
+        yield (
+            f"{percent(labels[most] / sum(labels.values()))} of the training responses are {most}, and both "
+            f"labels have the same weight{remedy}"
+        )
 
 
 @_rule
@@ -517,10 +561,12 @@ def _success(facts: RunFacts) -> str:
         return NOTHING_TO_JUDGE
     fall = f"training loss {start:.3g} -> {end:.3g} in {counted(facts.total_steps, 'step')}"
     result = "no fault found" if facts.total_steps >= _FEWEST_STEPS else "too short to be judged"
-    if accuracy is None or last(facts.last_rows, ACCURACY) is None:
+    if accuracy is None or last(facts.last_rows, facts.accuracy_key) is None:
         return f"{result}: {fall}"
-    pairs = f" on {counted(accuracy.pairs, 'pair')}" if accuracy.pairs else ""
+    pairs = f" on {counted(accuracy.pairs, facts.unit)}" if accuracy.pairs else ""
     margin = number(last(facts.last_rows, "rewards/margins"))
     if not facts.evaluations:
         result += " (nothing was evaluated after a step)"
-    return f"{result}: {facts.part} accuracy {accuracy.value:.3f}{pairs}, margin {margin}, {fall}"
+    return (
+        f"{result}: {facts.part} {facts.accuracy_title} {accuracy.value:.3f}{pairs}, margin {margin}, {fall}"
+    )

@@ -155,6 +155,28 @@ def samples(prompts: float, **late: float) -> list[Row]:
 BETA_20 = with_settings(beta=20.0)
 ROUNDED = {"reference": {"drift": {"rms_response_drift": 0.5, "mean_token_drift": 0.03}}}
 LOST = {"logps/chosen": math.nan, "loss": math.nan, "grad_norm": math.nan}
+# Labelled records: AUC in place of accuracy.
+KTO = {
+    "settings": SETTINGS | {"loss.kind": "kto"},
+    "data": {name: counts(labels={"good": 150, "bad": 250}) for name in ("train", "eval")},
+}
+RARE = {**KTO, "data": {"train": counts(labels={"good": 380, "bad": 20})}}
+
+
+def labelled(kl: float = 10.0, auc: float = 0.8, **late: float) -> list[Row]:
+    """Rows of labelled records; now and then those of a step have one label, and lack what compares both."""
+    found = []
+    for row in rows(late=late):
+        kept = {key: value for key, value in row.items() if "accurac" not in key and "both_fall" not in key}
+        prefix = "" if "loss" in row else "eval_"
+        has_both = prefix or row["step"] % 4
+        more = {f"{prefix}loss/kl": kl * row["step"] / STEPS}
+        more |= {f"{prefix}rewards/auc": auc, f"{prefix}rewards/chosen": 0.3} if has_both else {}
+        kept = {key: value for key, value in kept.items() if has_both or "chosen" not in key}
+        found.append(more | kept)
+    return found
+
+
 FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
     (
         "diverged",
@@ -205,6 +227,18 @@ FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
     ("diverged", rows(late=LOST, since=12), {}, "an update damaged the weights"),
     ("diverged", changed(-2, LOST, late={"loss": 2.0}), {}, "rate is too high: the loss rose from 0.66 to 2"),
     ("diverged", rows(late={"eval_loss": math.nan}), {}, "the evaluation data have pairs"),
+    ("labels_swapped", labelled(auc=0.2), KTO, "training AUC is 0.200 on 192 records: the loss teaches the"),
+    ("learnt_nothing", labelled(auc=0.52), KTO, "evaluation AUC 0.520 on 400 records is within its noise"),
+    ("diverged", labelled(**COLLAPSED), KTO, "collapsed: from step 10 on"),
+    ("mismatch_grows", labelled(kl=60.0), KTO, "is 54 nats at the end and still grows"),
+    ("one_label", labelled(), RARE, "95 % of the training responses are good"),
+    ("one_label", labelled(), RARE, "loss.undesirable_weight=16.3 balances them"),
+    (
+        "good_responses_fall",
+        labelled(**{"eval_rewards/chosen": -2.2}),
+        KTO,
+        "good responses lost 0.2 nats per token",
+    ),
 ]
 
 
@@ -222,7 +256,7 @@ def test_a_rule_finds_its_fault_alone(
     assert words in finding.text
     written = f"{finding.text}. Try: {finding.remedy}"
     assert judged.as_dict()["findings"] == [{"rule": rule, "text": written}]
-    is_remark = rule == "displacement"
+    is_remark = rule in ("displacement", "good_responses_fall")
     assert judged.sentence.startswith("no fault found: " if is_remark else RULES[rule].text)
     assert finding.remedy in "".join(judged.lines())
 
@@ -303,6 +337,9 @@ def test_a_rule_finds_its_fault_alone(
         (spoilt(0.66, 2000.0), {}, ["does_not_generalise"]),
         (spoilt(1.5, 2000.0, **{"rewards/accuracies": 0.6}), {}, ["does_not_generalise"]),
         (spoilt(0.66, 8.0, **{"rewards/accuracies": 0.8}), {}, []),
+        # Of labelled records: a healthy run; weights that balance; an AUC of few bad records.
+        (labelled(), KTO, []),
+        (labelled(), {**RARE, "settings": KTO["settings"] | {"loss.undesirable_weight": 16.0}}, []),
     ],
 )
 def test_which_faults_are_found(history: list[Row], ended: dict[str, Any], rules: list[str]) -> None:

@@ -12,7 +12,7 @@ import dpo_dist
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.training.directory import describe_environment
-from dpo_dist.training.metrics_log import COLUMNS, MetricsLog, final_and_best
+from dpo_dist.training.metrics_log import MetricsLog, columns_of, final_and_best
 
 
 def row_of(step: int) -> dict[str, float]:
@@ -40,7 +40,7 @@ def csv_rows(run_dir: Path) -> list[dict[str, str]]:
 def test_the_csv_file_grows_with_every_row_and_new_key_and_saving_changes_no_row(tmp_path: Path) -> None:
     log = log_of(tmp_path)
     log.append(row_of(1))
-    assert tuple(csv_rows(tmp_path)[0]) == COLUMNS
+    assert tuple(csv_rows(tmp_path)[0]) == columns_of()
     log.append({**evaluation_of(1, 0.6, 0.5), "eval_hard/loss": 0.25})
     log.append(row_of(3))
     found = csv_rows(tmp_path)

@@ -1,10 +1,11 @@
 """The doctor counts planted faults, raises no alarm on clean data, and encodes as training does."""
 
 import contextlib
+import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,14 @@ from tests.support.tiny_model import write_model
 SHARED = shared_data_dir()
 Plant = Callable[[Pair], object]
 QUESTION = "one two three four five six seven eight nine"
+
+
+def as_labelled(pairs: Sequence[Pair], mark: str = "") -> list[dict[str, object]]:
+    """Return one response of each pair, good and bad by turns; the good ones start with `mark`."""
+    return [
+        {"prompt": pair["prompt"], "completion": mark * is_good + pair["chosen"], "label": is_good}
+        for pair, is_good in zip(pairs, itertools.cycle((True, False)), strict=False)
+    ]
 
 
 def side(name: str, change: Callable[[str], str]) -> Plant:
@@ -351,3 +360,41 @@ def test_data_are_encoded_by_the_tokenizer_of_the_adapter_that_the_policy_starts
     with pytest.raises(ConfigError, match="no chat template") as raised:
         diagnosed()
     assert "text_as_messages" not in raised.value.remedy  # it is off
+
+
+def test_labelled_responses_are_compared_good_with_bad(tmp_path: Path) -> None:
+    clean = as_labelled(clean_pairs(400))
+    report = examined(tmp_path, clean)
+    assert not alarms(report)
+    source = report.sources[0]
+    assert source["labels"] == {"good": 200, "bad": 200}
+    assert [source["sides"][name]["characters"]["count"] for name in ("chosen", "rejected")] == [200, 200]
+    assert source["leaks"][0]["pairs"] == 200
+    [leak] = of_rule(examined(tmp_path, as_labelled(clean_pairs(400), "Sure: ")), "label_leak")
+    assert "Sure" in leak.text
+    both = [*clean, *(record | {"label": not record["label"]} for record in clean[:4])]
+    [contradiction] = of_rule(examined(tmp_path, both), "contradictions")
+    assert (contradiction.count, contradiction.level) == (8, Level.error)
+    assert not of_rule(examined(tmp_path, both), "duplicates")
+
+
+@pytest.mark.parametrize(
+    ("weights", "bad", "level", "remedy"),
+    [
+        ([], 1, Level.warning, "set loss.undesirable_weight=16.3"),
+        (["loss.undesirable_weight=16"], 1, None, ""),
+        ([], 0, Level.warning, "add responses of the other label"),
+    ],
+)
+def test_labels_that_do_not_weigh_alike_are_a_finding_with_the_weight_that_they_need(
+    tmp_path: Path, weights: list[str], bad: int, level: Level | None, remedy: str
+) -> None:
+    records = [
+        {"prompt": pair["prompt"], "completion": pair["chosen"], "label": number >= bad}
+        for number, pair in enumerate(clean_pairs(20))
+    ]
+    config = load_run_config(
+        [f"data.train=[{write(tmp_path / 'data.jsonl', records)}]", "loss=kto", *weights]
+    )
+    found = of_rule(diagnose(config, lambda *_: contextlib.nullcontext(lambda *_: None)), "label_balance")
+    assert [(finding.level, finding.remedy) for finding in found] == ([(level, remedy)] if level else [])
