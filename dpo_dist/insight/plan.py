@@ -117,6 +117,7 @@ def make_plan(config: RunConfig, progress: Progress) -> Plan:
         "bytes": needs.parts | {"micro-batch": used - sum(needs.parts.values())},
         "micro_batch_tokens": estimate.largest,
         "epoch_seconds": ends,
+        "run_seconds": runs,
     }
     if config.plan.suggest:
         content["suggested"] = suggested = _suggest(config, data, machine)

@@ -4,10 +4,12 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpo_dist import chat
 from dpo_dist.foundation.streams import printable_lines
 from tests.e2e.conftest import Overrides
 from tests.support.launch import ROOT, command, environment, train
@@ -29,6 +31,18 @@ def says(*arguments: str, lines: list[str]) -> str:
     )
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
+
+
+@pytest.mark.parametrize(
+    "option", ["--temperature=-1", "--temperature=nan", "--max-new-tokens=0", "--max-new-tokens=-3"]
+)
+def test_a_number_out_of_bounds_is_refused_before_the_model_is_loaded(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        chat.main(["nothing", option])
+    assert ended.value.code == 2
+    assert "at least" in capsys.readouterr().err
 
 
 def plain(folder: Path) -> Any:
@@ -63,7 +77,9 @@ def test_an_adapter_answers_beside_its_base_with_the_turns_before(
     trained = answers(PeftModel.from_pretrained(plain(assets / "model"), run / "model"), tokenizer)
     assert trained != base
     lines = [f"run: {own}\nbase: {other}\n" for own, other in zip(trained, base, strict=True)]
-    printed = says(str(run), "--beside", "base", lines=[*QUESTIONS, "/new", QUESTIONS[0], "", "not asked"])
+    printed = says(
+        str(run), "--beside", "base", lines=[*QUESTIONS, "/help", "/new", QUESTIONS[0], "", "not asked"]
+    )
     assert printed == "".join([*lines, lines[0]])
 
 
