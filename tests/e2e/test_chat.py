@@ -1,6 +1,10 @@
 """A conversation through a pipe: the answers of transformers and peft, turn after turn."""
 
+import os
+import pty
 import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +47,31 @@ def test_a_number_out_of_bounds_is_refused_before_the_model_is_loaded(
         chat.main(["nothing", option])
     assert ended.value.code == 2
     assert "at least" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_an_answer_and_the_next_question_is_asked(assets: Path) -> None:
+    arguments = [str(assets / "model"), "--temperature", "0", "--max-new-tokens", "1500"]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve(sys.executable, command("chat", arguments, 1), environment())
+    read = partial(read_until, terminal)
+    read(b"> ")
+    for _ in range(2):
+        os.write(terminal, b"Which is larger?\n")
+        read(b"?\r\n")
+        read(b" ")
+        os.write(terminal, b"\x03")
+        assert len(read(b"\n> ")) < 1500, "the answer goes on"
+    os.write(terminal, b"\x04")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    os.close(terminal)
+
+
+def read_until(terminal: int, text: bytes) -> bytes:
+    shown = b""
+    while text not in shown:
+        shown += os.read(terminal, 1)
+    return shown
 
 
 def plain(folder: Path) -> Any:
