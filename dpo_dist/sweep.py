@@ -64,10 +64,10 @@ def main(points: Points) -> int:
         results = sweep_results(points, trainer.ends, folder)
         lines = sweep_lines(results, points, folder.report)
         console.result("sweep", results, [*lines, f"sweep   {folder.sweep}"])
-    failed = [code for code in trainer.codes if code not in (ExitCode.completed, ExitCode.preempted)]
+    failed = [code for code in trainer.codes.values() if code not in (ExitCode.completed, ExitCode.preempted)]
     if failed and not is_stopped:
         return failed[0] if failed[0] in set(ExitCode) else ExitCode.failed
-    return ExitCode.preempted if is_stopped or any(trainer.codes) else ExitCode.completed
+    return ExitCode.preempted if is_stopped or any(trainer.codes.values()) else ExitCode.completed
 
 
 def check_points(points: Points) -> None:
@@ -161,7 +161,7 @@ class _Trainer:
         import torch  # noqa: PLC0415  (imported by now)
 
         self._points, self._folder, self._console = points, folder, console
-        self.codes, self.ends = list[int](), dict[Words, tuple[str, str]]()
+        self.codes, self.ends = dict[Words, int](), dict[Words, tuple[str, str]]()
         self._running: dict[Any, tuple[Words, Any, list[str], float, Callable[[], str]]] = {}
         self._received: list[int] = []
         visible, count = os.environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.device_count()
@@ -199,15 +199,17 @@ class _Trainer:
                 self._console.say(f"{' '.join(words)}: {self.ends[words][0]} after {spent}")
         for number, handler in before.items():
             signal.signal(number, handler)
+        for words in filter(lambda words: _is_finished(self._points[words]), list(self.ends)):
+            self.codes[words], self.ends[words] = ExitCode.completed, (_ending(ExitCode.completed), "")
         return bool(self._received)
 
     def _record(self, words: Words, code: int, said: str) -> None:
-        """Record how a point ended, which another sweep may train or have finished."""
-        code = ExitCode.completed if _is_finished(self._points[words]) else code
-        is_elsewhere = bool(code) and f"another process {IS_TRAINING}" in said
+        """Record how a point ended, which another process may train."""
+        is_error = code in (ExitCode.invalid, ExitCode.failed)
+        is_elsewhere = is_error and f"another process {IS_TRAINING}" in said
         outcome = "trained by another process" if is_elsewhere else _ending(code)
-        self.codes.append(ExitCode.preempted if is_elsewhere else code)
-        is_failed = self.codes[-1] not in (ExitCode.completed, ExitCode.preempted)
+        self.codes[words] = ExitCode.preempted if is_elsewhere else code
+        is_failed = self.codes[words] not in (ExitCode.completed, ExitCode.preempted)
         self.ends[words] = outcome, _last_line(said) if is_failed else ""
 
     def _start(self, words: Words) -> None:
