@@ -174,6 +174,12 @@ def train(
     """
     named = {"data.train": train, "data.eval": eval}
     given = {key: records for key, records in named.items() if records is not None}
+    for key, records in given.items():
+        if isinstance(records, str | Path | Mapping):
+            remedy = f"give a list of mappings; a path is in the words: {key}=[pairs.jsonl]"
+            raise ConfigError("records are a list", where=key, got=type(records).__name__, remedy=remedy)
+    if on_row is not None and not callable(on_row):
+        raise ConfigError("it is no function", where="on_row", got=repr(on_row), remedy="give a function")
     cache = Path(load_run_config([*words, *(f"{key}=[records.jsonl]" for key in given)]).data.cache)
     files = {key: write_records(records, cache / "records", key) for key, records in given.items()}
     sources = [f"{key}=[{json.dumps(str(file), ensure_ascii=False)}]" for key, file in files.items()]

@@ -1,12 +1,14 @@
 """Talk to a model in the terminal: a run's, a checkpoint, an adapter, a model folder or a name on the hub.
 
-An empty line or Ctrl-D ends, `/new` starts again. Each line of a pipe is a turn, and only answers are
-printed: `echo "What is the capital of Iceland?" | dpo-dist chat output/captain`. A GPU is used if it
-is there.
+An empty line or Ctrl-D ends, Ctrl-C ends an answer, `/new` starts again. Each line of a pipe is a turn, and
+only answers are printed: `echo "What is the capital of Iceland?" | dpo-dist chat output/captain`. A GPU is
+used if it is there.
 """
 
 import argparse
+import math
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 
@@ -14,7 +16,7 @@ from dpo_dist.foundation.errors import DpoDistError, ExitCode
 from dpo_dist.foundation.streams import open_closed_streams, print_error, print_line, print_result
 from dpo_dist.training.named_models import located
 
-_HINT = "an empty line or Ctrl-D ends, /new starts again"
+_HINT = "an empty line or Ctrl-D ends, Ctrl-C an answer, /new starts again"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,6 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help=f"{usual}, or 512")
     parser.add_argument("--temperature", type=float, metavar="T", help=f"0: greedy; {usual}")
     given = parser.parse_args(arguments)
+    if given.max_new_tokens is not None and given.max_new_tokens < 1:
+        parser.error(f"--max-new-tokens is at least 1, not {given.max_new_tokens}")
+    if not 0 <= (given.temperature or 0) < math.inf:
+        parser.error(f"--temperature is a number of at least 0, not {given.temperature}")
     try:
         return _chat(given)
     except DpoDistError as error:
@@ -57,7 +63,12 @@ def _chat(given: argparse.Namespace) -> int:
                     continue
                 if len(speakers) > 1:
                     print_result(f"{speaker.name}: ")
-                speaker.answer(question, given.max_new_tokens, sampling)
+                try:
+                    speaker.answer(question, given.max_new_tokens, sampling)
+                except KeyboardInterrupt:
+                    if not sys.stdin.isatty():
+                        raise
+                    print_line("")  # the model has no memory of this turn
     return ExitCode.completed
 
 
@@ -76,7 +87,10 @@ def _questions() -> Iterator[str]:
             return
         if not line:
             return
-        yield line
+        if re.fullmatch(r"/\w*", line) and line != "/new":
+            print_line(f"there is no {line}: {_HINT}", sys.stderr)
+        else:
+            yield line
 
 
 if __name__ == "__main__":

@@ -294,7 +294,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_args(arguments)
     try:
-        text = Conversion(read_keys(given.file)).yaml(given.file.name)
+        if (content := read_keys(given.file)).keys() <= run_keys().keys():
+            remedy = f"dpo-dist train {shlex.quote(str(given.file))} --check"
+            raise ConfigError("this is a file of dpo-dist", where=str(given.file), remedy=remedy)
+        text = Conversion(content).yaml(given.file.name)
         if given.output is None:
             print_result(text)
             return ExitCode.completed

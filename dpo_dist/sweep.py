@@ -18,8 +18,9 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from io import BytesIO
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -37,10 +38,11 @@ from dpo_dist.foundation.console import Console, open_console
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, RunOutcome
 from dpo_dist.foundation.streams import output_descriptor
 from dpo_dist.foundation.text import counted, duration
-from dpo_dist.training.preflight import check_start
+from dpo_dist.training.preflight import IS_TRAINING, check_start
 from dpo_dist.training.resume import read_state
 
 Words = tuple[str, ...]
+_PROGRESS_SECONDS = 60
 
 
 def main(points: Points) -> int:
@@ -54,17 +56,18 @@ def main(points: Points) -> int:
 
         job, jobs = _place_in_array()
         mine = list(points)[job::jobs]
-        left = {words: points[words] for words in mine if not _is_finished(points[words])}
+        left = [words for words in mine if not _is_finished(points[words])]
         share = "" if jobs == 1 else f", {len(mine):,} of them for this job of the array"
         console.say(f"sweep: {counted(len(points), 'point')}{share}, {len(mine) - len(left):,} finished")
-        codes, is_stopped = _Trainer(left, folder, console, first.sweep).run()
-        results = sweep_results(points, {words: _ending(code) for words, code in codes.items()}, folder)
+        trainer = _Trainer({words: points[words] for words in mine}, folder, console, first.sweep)
+        is_stopped = trainer.run(left)
+        results = sweep_results(points, trainer.ends, folder)
         lines = sweep_lines(results, points, folder.report)
         console.result("sweep", results, [*lines, f"sweep   {folder.sweep}"])
-    failed = [code for code in codes.values() if code not in (ExitCode.completed, ExitCode.preempted)]
+    failed = [code for code in trainer.codes.values() if code not in (ExitCode.completed, ExitCode.preempted)]
     if failed and not is_stopped:
         return failed[0] if failed[0] in set(ExitCode) else ExitCode.failed
-    return ExitCode.preempted if is_stopped or any(codes.values()) else ExitCode.completed
+    return ExitCode.preempted if is_stopped or any(trainer.codes.values()) else ExitCode.completed
 
 
 def check_points(points: Points) -> None:
@@ -118,6 +121,16 @@ def _ending(code: int) -> str:
     return ExitCode(code).name if code in set(ExitCode) else f"signal {-code if code < 0 else code - 128}"
 
 
+def _said(screen: Path, start: int) -> str:
+    return screen.read_bytes()[start:].decode(errors="replace")
+
+
+def _last_line(said: str) -> str:
+    """Return the last line on the screen of a point; of an error its first."""
+    lines = reversed(said.splitlines())
+    return next((line[:160] for line in lines if line.strip() and line[0] != " "), "")
+
+
 def _warm_up() -> None:
     """Do once what else each point would do at its start: slow imports, and slow first calls of libraries."""
     # A GPU that this process has opened to count it could not be used by its forks.
@@ -148,7 +161,8 @@ class _Trainer:
         import torch  # noqa: PLC0415  (imported by now)
 
         self._points, self._folder, self._console = points, folder, console
-        self._running: dict[Any, tuple[Words, Any, list[str], float]] = {}
+        self.codes, self.ends = dict[Words, int](), dict[Words, tuple[str, str]]()
+        self._running: dict[Any, tuple[Words, Any, list[str], float, Callable[[], str]]] = {}
         self._received: list[int] = []
         visible, count = os.environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.device_count()
         gpus = visible.split(",")[:count] if visible else [str(number) for number in range(count)]
@@ -167,45 +181,59 @@ class _Trainer:
         elif self._launcher is None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             self._launcher = python  # CUDA does not work in a fork of a process that has used it
 
-    def run(self) -> tuple[dict[Words, int], bool]:
-        """Return the exit codes of the points that were started, and whether a signal stopped the sweep."""
-        codes, waiting = dict[Words, int](), list(self._points)
+    def run(self, waiting: list[Words]) -> bool:
+        """Train these points, which fills `codes` and `ends`; return whether a signal stopped the sweep."""
         before = {number: signal.signal(number, self._pass_on) for number in stop_signals()}
         while (waiting and not self._received) or self._running:
             while waiting and self._free and not self._received:
-                place = f"point {len(self._points) - len(waiting) + 1} of {len(self._points)}"
-                self._start(waiting.pop(0), place)
-            for sentinel in wait(list(self._running)):
-                words, process, gpus, began = self._running.pop(sentinel)
+                self._start(waiting.pop(0))
+            if not (ended := wait(list(self._running), _PROGRESS_SECONDS)):
+                for words, *_, said in self._running.values():
+                    self._console.say(f"{' '.join(words)}: {_last_line(said())}")
+            for sentinel in ended:
+                words, process, gpus, began, said = self._running.pop(sentinel)
                 process.join()
-                codes[words] = process.exitcode
                 self._free.append(gpus)
+                self._record(words, process.exitcode, said())
                 spent = duration(time.monotonic() - began)
-                self._console.say(f"{' '.join(words)}: {_ending(process.exitcode)} after {spent}")
+                self._console.say(f"{' '.join(words)}: {self.ends[words][0]} after {spent}")
         for number, handler in before.items():
             signal.signal(number, handler)
-        return codes, bool(self._received)
+        for words in filter(lambda words: _is_finished(self._points[words]), list(self.ends)):
+            self.codes[words], self.ends[words] = ExitCode.completed, (_ending(ExitCode.completed), "")
+        return bool(self._received)
 
-    def _start(self, words: Words, place: str) -> None:
+    def _record(self, words: Words, code: int, said: str) -> None:
+        """Record how a point ended, which another process may train."""
+        is_error = code in (ExitCode.invalid, ExitCode.failed)
+        is_elsewhere = is_error and f"another process {IS_TRAINING}" in said
+        outcome = "trained by another process" if is_elsewhere else _ending(code)
+        self.codes[words] = ExitCode.preempted if is_elsewhere else code
+        is_failed = self.codes[words] not in (ExitCode.completed, ExitCode.preempted)
+        self.ends[words] = outcome, _last_line(said) if is_failed else ""
+
+    def _start(self, words: Words) -> None:
         config, gpus, command = replace(self._points[words], sweep=SweepConfig()), self._free.pop(0), None
         screen = self._folder.point_screen(RunFolder.of(config))
         if self._launcher is not None:
             from dpo_dist.generation.pairs.rounds import command_of  # noqa: PLC0415
 
             command = command_of("train", config, screen.with_suffix(""), self._launcher)
+        place = f"point {list(self._points).index(words) + 1} of {len(self._points)}"
         self._console.say(f"{' '.join(words)}: {place}, its screen is in {screen}")
         fork = multiprocessing.get_context("fork")
         process: Any = fork.Process(target=_be_point, args=(config, command, screen, gpus))
         signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
+        said = partial(_said, screen, screen.stat().st_size if screen.exists() else 0)
         process.start()
         with contextlib.suppress(OSError):  # it has done so itself
             os.setpgid(process.pid, process.pid)
-        self._running[process.sentinel] = words, process, gpus, time.monotonic()
+        self._running[process.sentinel] = words, process, gpus, time.monotonic(), said
         signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
 
     def _pass_on(self, number: int, _frame: FrameType | None) -> None:
         self._received.append(number)
-        for _, process, _, _ in self._running.values():
+        for _, process, *_ in self._running.values():
             with contextlib.suppress(ProcessLookupError):  # it has just ended
                 os.killpg(process.pid, number)
 

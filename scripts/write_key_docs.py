@@ -91,7 +91,8 @@ def _configuration() -> str:
         "    optim.lr: 1e-6\n",
         "Later ones win: defaults, experiments (`+experiment=NAME`), files from left to right, the "
         "command line; in each, keys\nover presets (`loss=ipo`). `loss=NAME` and presets without keys "
-        "replace the whole section.\n",
+        "replace the whole section. An option\nfrom before that a key of the command line leaves without "
+        "effect (`samples.prompts=0`) is at its default again.\n",
         "Hydra composes `conf/`: `config.yaml` lists the groups, and a file of a group is a preset "
         "with the bare keys of\nits section. An experiment is written like a file of your own. Both may have "
         "a list of `defaults`, which names presets\n(`loss: ipo` or Hydra's `override /loss: ipo`) and "

@@ -42,7 +42,7 @@ from dpo_dist.config.mistakes import (
     unreadable,
     wrong_values,
 )
-from dpo_dist.config.rules import RULES, check, keys_of, needs_of, resolve_reference
+from dpo_dist.config.rules import RULES, check, keys_of, needs_of, resolve_reference, without_unused
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.user_code import find_function, written_values
 from dpo_dist.foundation.errors import ConfigError
@@ -104,7 +104,7 @@ def load_points(
         except ConfigError as error:
             all_mistakes.append(error)
             continue
-        if (same := names.setdefault(config.run.dir, swept_words)) != swept_words:
+        if (same := names.setdefault(config.run.dir, swept_words)) != swept_words or swept_words in points:
             all_mistakes.append(
                 ConfigError(
                     f"it is the same run as {' '.join(same)}",
@@ -113,6 +113,9 @@ def load_points(
                 )
             )
         points[swept_words] = config
+    if () in points:
+        remedy = "write several values, such as loss.beta=0.05,0.1, or train this one: dpo-dist train"
+        all_mistakes.append(ConfigError("no key has several values", where=COMMAND_LINE, remedy=remedy))
     raise_all(all_mistakes)
     return points
 
@@ -137,7 +140,7 @@ def _load(command: "_Command", verb: str) -> RunConfig:
 
 def checked(config: RunConfig, given: Collection[str] = (), verb: str = "") -> RunConfig:
     """Check all rules, and fill in `reference.mode` and `run.dir`; `given`: the keys of the command."""
-    config = resolve_reference(config, given)
+    config = without_unused(resolve_reference(config, given), given)
     check(config, [*needs_of(verb), *RULES])
     return replace(config, run=replace(config.run, dir=str(run_dir(config))))
 
@@ -372,7 +375,11 @@ class _Command:
             return unknown_key(key, line.partition("=")[2], where=f"{COMMAND_LINE}: {line}")
         if override.is_delete() or override.is_sweep_override():
             message, remedy = f"{key} has one value", f"write {key}=VALUE, a list in brackets, {key}=[a,b]"
-            remedy += "; the verb sweep runs each of several values" if override.is_discrete_sweep() else ""
+            if override.is_discrete_sweep():
+                remedy += "; the verb sweep runs each of several values"
+            elif override.is_interval_sweep():
+                message = "an interval has no points to train"
+                remedy = f"name them for the verb sweep: {key}=0.1,0.2 or '{key}=range(1,4)'"
         elif is_choice and key in run_keys() and isinstance(override.value(), list):
             sum_of_losses = f" or write {assignment(key, line.partition('=')[2])}" if key == "loss" else ""
             message, remedy = f"{key} is one preset", f"choose {key}={_names(override)[0]}{sum_of_losses}"
@@ -400,12 +407,12 @@ def to_yaml(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(without_secrets(_plain(config))))
 
 
-def from_yaml(text: str) -> RunConfig:
-    """Return the configuration that `to_yaml` wrote."""
+def from_yaml(text: str, where: str | Path = "config.yaml") -> RunConfig:
+    """Return the configuration that `to_yaml` wrote, to the file `where`."""
     try:
-        return checked(SCHEMA.validate_python(written_values(text)))
+        return checked(SCHEMA.validate_python(written_values(text, str(where))))
     except ValidationError as error:
-        raise_all(wrong_values(error, lambda key: key))
+        raise_all(wrong_values(error, lambda key: f"{key} in {where}"))
         raise
 
 

@@ -98,6 +98,8 @@ def unreadable(words: Sequence[str]) -> ConfigError:
     """Return the error for the words of a command line that are no overrides."""
     whole = " ".join(words)
     remedy = "no space is around =, and a value with spaces, commas or brackets needs quotes: 'KEY=\"a, b\"'"
+    if any(whole.count(opened) != whole.count(closed) for opened, closed in ("()", "[]", "{}")):
+        remedy = "close each bracket, and put the word between quotes: 'KEY=range(1,4)'"
     if "@" in whole.partition("=")[0]:
         remedy = "remove @ and the word after it: write loss=ipo"
     if "=" not in whole and Path(whole).expanduser().exists():

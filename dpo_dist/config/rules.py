@@ -6,15 +6,16 @@ values are in the schema.
 
 import re
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
+from operator import getitem
 from typing import Any
 
 from dpo_dist.config.fields import fields_of
 from dpo_dist.config.keys import all_keys, as_written, readers, run_keys
 from dpo_dist.config.losses import LossConfig, LossKind, kinds_using
 from dpo_dist.config.metrics import CUSTOM, METRICS, PREFIX
-from dpo_dist.config.mistakes import raise_all
+from dpo_dist.config.mistakes import SCHEMA, raise_all, suggestion
 from dpo_dist.config.schema import (
     NO_MODEL,
     DataFormat,
@@ -37,13 +38,15 @@ class Rule:
     """A rule between values, which a configuration breaks if all parts of `when` and `also` hold.
 
     A part is `KEY=VALUE`, `KEY=VALUE|VALUE`, `KEY!=VALUE` or a bare KEY; the keys give an error's `where` and
-    `got`. In `why` and `remedy` `{model.attention}` is replaced by the value of that key.
+    `got`. In `why` and `remedy` `{model.attention}` is replaced by the value of that key. `resets`: the first
+    key is at its default again if the command gives the second and not the first.
     """
 
     when: str
     why: str
-    remedy: str
+    remedy: str | Callable[[RunConfig], str]
     also: Test = lambda _: True
+    resets: bool = False
 
     def broken(self, config: RunConfig) -> bool:
         """Return whether a configuration breaks the rule."""
@@ -55,7 +58,8 @@ class Rule:
         keys = re.findall(r"(?:^| )([\w.]+)", self.when)
         names = [loss_key if key == LOSS else key for key in keys]
         values = ["+".join(config.loss.kinds) if key == LOSS else as_written(at(config, key)) for key in keys]
-        why, remedy = self.why.format(**vars(config)), self.remedy.format(**vars(config))
+        remedy = self.remedy if isinstance(self.remedy, str) else self.remedy(config)
+        why, remedy = self.why.format(**vars(config)), remedy.format(**vars(config))
         return ConfigError(why, where=", ".join(names), got=", ".join(values), remedy=remedy)
 
 
@@ -75,7 +79,19 @@ def unused(key: str, unless: str, remedy: str = "", works: Test = lambda _: Fals
         lambda c: (
             at(c, key, default) != default and not (other != unless and _holds(c, unless)) and not works(c)
         ),
+        resets=other != LOSS,  # loss=NAME gives all options of the loss
     )
+
+
+def without_unused(config: RunConfig, given: Collection[str]) -> RunConfig:
+    """Reset options of presets that a key of the command, `given`, leaves without effect."""
+    for rule in RULES:
+        key, _, other = rule.when.partition(" ")
+        if rule.resets and other in given and key not in given and rule.broken(config):
+            *sections, name = key.split(".")
+            reduce(getitem, sections, values := asdict(config))[name] = all_keys()[key].default
+            config, given = SCHEMA.validate_python(values), {*given, key}
+    return config
 
 
 def check(config: RunConfig, rules: Iterable[Rule]) -> None:
@@ -327,7 +343,10 @@ RULES = (
     Rule(
         "trainer.keep_best!=null",
         "this is no metric of evaluations whose high or low values are known to be the best",
-        "choose eval_loss, eval_rewards/accuracies or eval_rewards/margins",
+        lambda c: (
+            suggestion(c.trainer.keep_best or "", [PREFIX + name for name in METRICS if METRICS[name].best])
+            + "choose eval_loss, eval_rewards/accuracies, eval_rewards/margins or eval_custom/NAME"
+        ),
         lambda c: direction_of(c.trainer) is None,
     ),
     Rule(

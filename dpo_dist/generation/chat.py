@@ -108,7 +108,7 @@ def _open(location: str, key: str, say: Callable[[str], None]) -> Speaker:
     folder = Path(location).expanduser()
     above = map(RunFolder, folder.absolute().parents[:2])
     run = next((run for run in above if folder.is_dir() and run.state.is_file()), None)
-    config = RunConfig() if run is None else from_yaml(run.config.read_text(encoding="utf-8"))
+    config = RunConfig() if run is None else from_yaml(run.config.read_text(encoding="utf-8"), run.config)
     emulated = _device().type == "cpu" and not has_bf16_products() and config.model.dtype is Dtype.bf16
     dtype = Dtype.fp32 if emulated else config.model.dtype
     # A run's configuration cannot ask for code, and its template is saved with its model.

@@ -86,11 +86,17 @@ def make_plan(config: RunConfig, progress: Progress) -> Plan:
     rows = [*needs.parts.items(), (f"{estimate.micro_batch:,} tokens", used - sum(needs.parts.values()))]
     rows.append((f"of {size(memory)}, of which a tenth stays free", used))
     fast, slow = (estimate.seconds(reached) for reached in _REACHED)
-    times = [[name, f"{duration(fast[name])} to {duration(slow[name])}"] for name in fast]
+    times = [[name, _span(fast[name], slow[name])] for name in fast]
     ends = [sum(fast.values()), sum(slow.values())]
-    times.append(["in all, at 38 to 27 % of the datasheet's operations", " to ".join(map(duration, ends))])
+    times.append(["in all, at 38 to 27 % of the datasheet's operations", _span(*ends)])
+    steps, epochs = config.trainer.max_steps, config.trainer.epochs
+    length = f"trainer.epochs={epochs:g}" if steps is None else f"trainer.max_steps={steps}"
+    if steps is not None:
+        epochs = steps * config.trainer.global_batch_pairs / data.pairs
+    runs = [sum(estimate.seconds(reached, epochs).values()) for reached in _REACHED]
+    times.append([f"this run, {length}", _span(*runs)])
     if config.plan.price is not None:
-        times.append(["price", " to ".join(f"{end / 3600 * gpus * config.plan.price:,.0f}" for end in ends)])
+        times.append(["price", " to ".join(f"{end / 3600 * gpus * config.plan.price:,.0f}" for end in runs)])
     lines = [
         f"{config.model.path}: {estimate.weights / 1e9:.3g}e9 weights, {estimate.trained / 1e9:.3g}e9 "
         f"trained, on {counted(gpus, 'GPU')} ({machine.gpu}), {config.parallelism.kind}",
@@ -111,6 +117,7 @@ def make_plan(config: RunConfig, progress: Progress) -> Plan:
         "bytes": needs.parts | {"micro-batch": used - sum(needs.parts.values())},
         "micro_batch_tokens": estimate.largest,
         "epoch_seconds": ends,
+        "run_seconds": runs,
     }
     if config.plan.suggest:
         content["suggested"] = suggested = _suggest(config, data, machine)
@@ -126,8 +133,13 @@ def plan_in_brief(config: RunConfig, tokens: float) -> tuple[str, str]:
     ends = (sum(estimate.seconds(reached).values()) for reached in _REACHED)
     return (
         f"{estimate.verdict()} ({counted(machine.gpus, 'GPU')}, {machine.gpu})",
-        f"{' to '.join(map(duration, ends))} for {counted(data.pairs, 'pair')} of {data.tokens:,.0f} tokens",
+        f"{_span(*ends)} for {counted(data.pairs, 'pair')} of {data.tokens:,.0f} tokens",
     )
+
+
+def _span(fast: float, slow: float) -> str:
+    ends = (duration(end) if end >= 1 else "under 1 s" for end in (fast, slow))
+    return " to ".join(dict.fromkeys(ends))
 
 
 class _Data(NamedTuple):
@@ -200,14 +212,14 @@ class _Estimate:
         is_offloaded = self.config.parallelism.offload_optimizer is not Offload.none
         return 2.0 * self.weights + (16.0 if is_offloaded else 12.0) * self.trained * here
 
-    def seconds(self, reached: float) -> dict[str, float]:
-        """Return the seconds of an epoch by phase, at this share of the operations of the datasheet."""
-        phases = {"training": max(self.computing / reached, self.sending)}
+    def seconds(self, reached: float, epochs: float = 1.0) -> dict[str, float]:
+        """Return the seconds of `epochs` by phase, at this share of the operations of the datasheet."""
+        phases = {"training": epochs * max(self.computing / reached, self.sending)}
         mode = self.config.reference.mode
         if mode is not ReferenceMode.none:
             once = ", once for all runs" if mode is ReferenceMode.cached else ""
-            phases[f"reference{once}"] = self.scoring / reached
-        return phases | ({"samples": self.sampling} if self.sampling else {})
+            phases[f"reference{once}"] = (min(1.0, epochs) if once else epochs) * self.scoring / reached
+        return phases | ({"samples": epochs * self.sampling} if self.sampling else {})
 
     def verdict(self) -> str:
         """Return in words whether the run fits."""

@@ -15,21 +15,22 @@ from dpo_dist.insight.pages.run import PageFacts
 from dpo_dist.insight.pages.runs import compare_runs
 
 Fields = dict[str, Any]
+End = tuple[str, str]  # outcome and error of a point
 
 
-def sweep_results(points: Points, ends: Mapping[tuple[str, ...], str], folder: RunFolder) -> Fields:
-    """Return the content of sweep.json, and write it; `ends` say how points ended that this start has run."""
-    rows = [_point(words, RunFolder.of(points[words]), ends.get(words), folder) for words in points]
+def sweep_results(points: Points, ends: Mapping[tuple[str, ...], End], folder: RunFolder) -> Fields:
+    """Return the content of sweep.json, and write it; `ends` are of the points that this start has run."""
+    rows = [_point(words, RunFolder.of(points[words]), ends.get(words, ("", "")), folder) for words in points]
     results = {"points": rows}
     write_text(folder.sweep, json.dumps(for_json(results), indent=1) + "\n")
     return results
 
 
-def _point(words: tuple[str, ...], run: RunFolder, end: str | None, folder: RunFolder) -> Fields:
+def _point(words: tuple[str, ...], run: RunFolder, end: End, folder: RunFolder) -> Fields:
     facts = PageFacts(run)
     recorded = facts.state.get("outcome", "not trained")
     unfinished = recorded in (RunOutcome.started, RunOutcome.exported)
-    outcome = end or ("not finished" if unfinished else recorded)
+    outcome, error = end[0] or ("not finished" if unfinished else recorded), end[1]
     row: Fields = {"settings": dict(word.lstrip("+").split("=", 1) for word in words)}
     row |= {"run_dir": str(run), "outcome": outcome, "screen": str(folder.point_screen(run))}
     if outcome == RunOutcome.completed:
@@ -37,15 +38,9 @@ def _point(words: tuple[str, ...], run: RunFolder, end: str | None, folder: RunF
         names = [PREFIX + name for name in MAIN if PREFIX + name in final] or MAIN
         row["metrics"] = {name: final[name] for name in names if name in final}
         row["intervals"] = {name: intervals[name] for name in row["metrics"] if name in intervals}
-    elif end is not None and end != RunOutcome.preempted:
-        row["error"] = _last_words(folder.point_screen(run))
+    elif error:
+        row["error"] = error
     return row
-
-
-def _last_words(screen: Path) -> str:
-    """Return the first line of the last error on the screen of a point."""
-    lines = screen.read_text(encoding="utf-8", errors="replace").splitlines()
-    return next((line[:160] for line in reversed(lines) if line.strip() and line[0] != " "), "")
 
 
 def sweep_lines(results: Fields, points: Points, page: Path) -> list[str]:
@@ -56,6 +51,6 @@ def sweep_lines(results: Fields, points: Points, page: Path) -> list[str]:
         words = " ".join(f"{key}={value}" for key, value in row["settings"].items())
         if "error" in row:
             lines.append(f"{words}: {row['outcome']}: {row['error']} ({row['screen']})")
-        elif row["outcome"] == "not trained":
-            lines.append(f"{words}: not trained")
+        elif row["outcome"] in ("not trained", "trained by another process"):
+            lines.append(f"{words}: {row['outcome']}")
     return [*lines, f"report  {page}"] if len(begun) > 1 else lines

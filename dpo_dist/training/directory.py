@@ -29,6 +29,7 @@ from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.metrics import custom_metrics
 from dpo_dist.training.context import Run
 from dpo_dist.training.footprint import state_bytes
+from dpo_dist.training.preflight import IS_TRAINING
 from dpo_dist.training.resume import (
     RunState,
     check_configuration,
@@ -47,8 +48,7 @@ def lock_directory(run: Run) -> Iterator[None]:
     """Lock the run directory until this start ends, and remove what a killed one was writing. Collective."""
     folder, world = run.folder, run.world
     with contextlib.ExitStack() as lock:
-        owner = "is training in this run directory"
-        world.on_main(lambda: lock.enter_context(locked(folder.lock, owner)))
+        world.on_main(lambda: lock.enter_context(locked(folder.lock, IS_TRAINING)))
         for written in (folder.path, folder.metrics, folder.samples, folder.logs, folder.wandb_id.parent):
             world.on_main(partial(collect_abandoned, written))
         world.on_main(partial(remove_unfinished, folder.checkpoints))

@@ -70,8 +70,11 @@ def _summary(loop: Loop, position: Position) -> dict[str, Any]:
     world = loop.run.world
     peak_bytes = max(world.gather(peak_memory_bytes(world.device)))
     seconds = position.train_seconds
+    results = final_and_best(loop.recorder.metrics.rows if loop.recorder is not None else [])
+    if (kept := position.best) is not None:
+        results["best"].setdefault(kept.metric, {"value": kept.value, "step": kept.step})
     return {
-        **final_and_best(loop.recorder.metrics.rows if loop.recorder is not None else []),
+        **results,
         "steps": position.step,
         "pairs_seen": position.pairs_seen,
         "bad_steps": position.health.bad_steps,

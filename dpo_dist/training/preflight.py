@@ -29,6 +29,7 @@ from dpo_dist.model.folder import (
 )
 from dpo_dist.training.resume import check_newest_checkpoint
 
+IS_TRAINING = "is training in this run directory"
 # The extra that installs a package, if it has another name.
 _EXTRAS = {"bitsandbytes": "quantization", "liger-kernel": "liger"}
 

@@ -1,6 +1,7 @@
 """Build the parts of a run and connect them: the only module that does."""
 
 import contextlib
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -255,6 +256,7 @@ def _open_recorder(run: Run, position: Position, reporting: Reporting) -> Record
 def _complete(run: Run, finished: RunState, reporting: Reporting) -> int:
     """Write the report of a run whose model is written, if its inputs are the same; collective."""
     world, folder = run.world, run.folder
+    environment, written = describe_run(run), folder.environment
     identity = identify(run.config, load_inputs(run))
     world.on_main(partial(check_identity, finished.identity, identity, folder.state))
     if finished.outcome is RunOutcome.exported:
@@ -266,6 +268,10 @@ def _complete(run: Run, finished: RunState, reporting: Reporting) -> int:
     else:
         run.write(partial(write_lost_files, run, finished, reporting.reopen_recorder))
     run.say(f"{folder} is complete: model {folder.model}, report {folder.report}")
+    wanted, former = environment.get("metrics_function"), written.read_text() if written.exists() else ""
+    if wanted is not None and json.dumps(wanted) not in former:
+        function = f"metrics.function={run.config.metrics.function}"
+        run.say(f"its metrics are not those of this function: dpo-dist evaluate run.dir={folder} {function}")
     if run.config.trainer.patience is None:
         run.say(f"to train it longer: run.dir={folder} and a larger trainer.epochs or trainer.max_steps")
     return ExitCode.completed

@@ -1,13 +1,19 @@
 """A conversation through a pipe: the answers of transformers and peft, turn after turn."""
 
+import os
+import pty
 import subprocess
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dpo_dist import chat
 from dpo_dist.foundation.streams import printable_lines
 from tests.e2e.conftest import Overrides
 from tests.support.launch import ROOT, command, environment, train
@@ -29,6 +35,43 @@ def says(*arguments: str, lines: list[str]) -> str:
     )
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
+
+
+@pytest.mark.parametrize(
+    "option", ["--temperature=-1", "--temperature=nan", "--max-new-tokens=0", "--max-new-tokens=-3"]
+)
+def test_a_number_out_of_bounds_is_refused_before_the_model_is_loaded(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        chat.main(["nothing", option])
+    assert ended.value.code == 2
+    assert "at least" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_an_answer_and_the_next_question_is_asked(assets: Path) -> None:
+    arguments = [str(assets / "model"), "--temperature", "0", "--max-new-tokens", "1500"]
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve(sys.executable, command("chat", arguments, 1), environment())
+    read = partial(read_until, terminal)
+    read(b"> ")
+    for _ in range(2):
+        os.write(terminal, b"Which is larger?\n")
+        read(b"?\r\n")
+        read(b" ")
+        os.write(terminal, b"\x03")
+        assert len(read(b"\n> ")) < 1500, "the answer goes on"
+    os.write(terminal, b"\x04")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    os.close(terminal)
+
+
+def read_until(terminal: int, text: bytes) -> bytes:
+    shown = b""
+    while text not in shown:
+        shown += os.read(terminal, 1)
+    return shown
 
 
 def plain(folder: Path) -> Any:
@@ -63,7 +106,9 @@ def test_an_adapter_answers_beside_its_base_with_the_turns_before(
     trained = answers(PeftModel.from_pretrained(plain(assets / "model"), run / "model"), tokenizer)
     assert trained != base
     lines = [f"run: {own}\nbase: {other}\n" for own, other in zip(trained, base, strict=True)]
-    printed = says(str(run), "--beside", "base", lines=[*QUESTIONS, "/new", QUESTIONS[0], "", "not asked"])
+    printed = says(
+        str(run), "--beside", "base", lines=[*QUESTIONS, "/help", "/new", QUESTIONS[0], "", "not asked"]
+    )
     assert printed == "".join([*lines, lines[0]])
 
 

@@ -39,6 +39,7 @@ def test_metrics_of_a_function_are_in_rows_scores_charts_and_the_best_checkpoint
     facts = summary(run)
     best = max((row for row in rows[1:] if "eval_loss" in row), key=lambda row: row["eval_custom/margin"])
     assert facts["best_checkpoint"]["value"] == best["eval_custom/margin"]
+    assert facts["best"]["eval_custom/margin"] == {"value": best["eval_custom/margin"], "step": best["step"]}
     assert facts["final"]["eval_custom/likelier"] == last["eval_custom/likelier"]
     page = (run / "report.html").read_text()
     assert all(f">{name}<" in page for name in ("custom/margin", "custom/likelier"))
@@ -56,7 +57,12 @@ def test_a_metric_changes_no_run(overrides: Overrides, tmp_path: Path) -> None:
     words = [word for word in overrides(*options) if not word.startswith("run.dir=")]
     train(words)
     (run,) = tmp_path.glob("run-*")
-    assert "is complete" in train([*words, f"metrics.function={OWN}"]).output
+    again = train([*words, f"metrics.function={OWN}"]).output
+    assert "is complete" in again
+    assert f"dpo-dist evaluate run.dir={run} metrics.function={OWN}\n" in again
+    assert "dpo-dist evaluate" not in train(words).output
+    for wrong in ("nomod:f", OWN.replace(":", "."), f"{OWN}_of_none"):
+        assert run_verb("train", [*words, f"metrics.function={wrong}"]).code == 2
     assert list(tmp_path.glob("run-*")) == [run]
 
 

@@ -41,12 +41,13 @@ def test_a_shipped_experiment_is_planned_offline(
 ) -> None:
     """18 bytes a weight, sharded over all GPUs."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    found = plan(f"+experiment={experiment}", f"plan.gpus={gpus}", code=code)
+    found = plan(f"+experiment={experiment}", f"plan.gpus={gpus}", "trainer.epochs=2", code=code)
     sharded = sum(found["bytes"][name] for name in ("weights", "gradients", "optimizer states"))
     assert sharded == pytest.approx(18 * weights / gpus, rel=1e-3)
     assert found["fits"] is (code == 0)
     fast, slow = found["epoch_seconds"]
     assert 0 < fast < slow
+    assert fast < found["run_seconds"][0] <= 2 * fast, "the reference is scored once"
 
 
 RECIPES = {
@@ -107,11 +108,12 @@ def test_local_data_give_pairs_and_tokens(tmp_path: Path) -> None:
         f"run.root={tmp_path}",
         "model.dtype=fp32",
     ]
-    ended = run_verb("plan", [*words, "plan.gpus=1", "plan.price=2"])
+    ended = run_verb("plan", [*words, "plan.gpus=1", "plan.price=2", "trainer.max_steps=7"])
     assert ended.code == 0, ended.output
     assert "an epoch of 6 pairs" in ended.output
     assert "(of data.train)" in ended.output
     assert "price" in ended.output
+    assert re.search(r"  this run, trainer.max_steps=7 +under 1 s\n", ended.output)
     checked = run_verb("train", [*words, "plan.gpus=1", "--check"])
     assert checked.code == 0, checked.output
     [verdict] = re.findall("fits: there is room for .* tokens", ended.output)

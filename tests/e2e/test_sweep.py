@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.config.load import load_points
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.foundation.files import locked
 from tests.e2e.conftest import small_run
 from tests.support.launch import history, run_state, run_verb, running, summary, train, wait_until
 
@@ -21,7 +23,7 @@ def test_a_grid_is_finished_across_stops_and_equals_runs_by_themselves(assets: P
     common += [f"data.eval=[{assets}/eval.jsonl]", "trainer.epochs=3", "trainer.save_every=2"]
     command = [*common, f"run.root={root}", *GRID]
     points = {words: Path(str(point.run.dir)) for words, point in load_points(command).items()}
-    first, diverges, third, _ = points.values()
+    first, elsewhere, third, diverges = points.values()
 
     def is_saved(run: Path) -> bool:
         return any(run.glob("checkpoints/step-*/state.json"))
@@ -39,14 +41,19 @@ def test_a_grid_is_finished_across_stops_and_equals_runs_by_themselves(assets: P
     assert run_state(first)["outcome"] == "completed"
     finished = (first / "run_state.json").stat().st_mtime_ns
 
-    ended = run_verb("sweep", command)
+    with locked(RunFolder(elsewhere).lock, "trains"):
+        ended = run_verb("sweep", command)
     assert ended.code == 3, ended.output
+    assert "optim.lr=1e+30: trained by another process\n" in ended.output
+    assert "optim.lr=1e+30: point 4 of 4" in ended.output, "the number that it had before"
     assert (first / "run_state.json").stat().st_mtime_ns == finished, "it was run again"
     results = json.loads((root / "sweep-run/sweep.json").read_text())
     assert (root / "sweep-run/report.html").is_file()
     rows = dict(zip(points, results["points"], strict=True))
-    assert [row["outcome"] for row in rows.values()] == ["completed", "diverged"] * 2
-    assert all("not finite" in row["error"] for row in list(rows.values())[1::2])
+    assert [row["outcome"] for row in rows.values()] == [
+        *("completed", "trained by another process", "completed", "diverged")
+    ]
+    assert ["not finite" in row.get("error", "") for row in rows.values()] == [False, False, False, True]
     assert f"({root}/sweep-run/logs/{diverges.name}.log)" in ended.output
     assert "Their losses differ" in ended.output, "they are not ranked"
     for words, run in points.items():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,6 +115,23 @@ def test_what_is_no_run_no_store_no_model_and_no_pair_is_named(tmp_path: Path) -
     assert api.token_logps(model, []) == []
     with pytest.raises(ValueError, match="at least one pair"):
         api.pair_logps(model, [])
+
+
+@pytest.mark.parametrize(
+    ("given", "where"),
+    [
+        ({"train": "pairs.jsonl"}, "data.train"),
+        ({"train": [TEXT], "eval": {"prompt": ["q"]}}, "data.eval"),
+        ({"train": [TEXT], "on_row": 3}, "on_row"),
+    ],
+)
+def test_what_is_no_list_of_records_and_no_function_is_refused_first(
+    given: dict[str, Any], where: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        api.train(["model.path=m", f"data.cache={tmp_path}/cache"], **given)
+    assert raised.value.where == where
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])

@@ -225,3 +225,9 @@ def test_a_file_that_exists_or_cannot_be_read_is_an_error(
         assert text in capsys.readouterr().err
     assert convert.main([str(file)]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["loss"] == {"beta": 0.3}
+
+
+def test_a_file_of_this_program_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (file := tmp_path / "mine.yaml").write_text("{loss: ipo, data: {train: [a.jsonl]}, optim.lr: 1.0e-6}")
+    assert convert.main([str(file)]) == 2
+    assert f"dpo-dist train {file} --check" in capsys.readouterr().err

@@ -176,8 +176,8 @@ def _tiles(facts: PageFacts) -> Iterator[tuple[str, str, str]]:
         key: [f"95 %: {number(ends[key][0])} to {number(ends[key][1])}"] if key in ends else []
         for key in (f"eval_{facts.run.accuracy_key}", f"eval_{MARGIN}", "eval_loss")
     }
-    for key, row in best.items():
-        remarks.setdefault(key, []).append(f"best {number(row['value'])} at step {number(row['step'])}")
+    for key in remarks.keys() & best.keys():
+        remarks[key].append(f"best {number(best[key]['value'])} at step {number(best[key]['step'])}")
     gpus = ", ".join(dict.fromkeys(facts.environment.get("gpus") or ())) or "without GPU"
     pairs, finished = summary.get("pairs_seen"), last(facts.run.evaluations, "samples/finished")
     seconds = facts.section("work").get("device_seconds")

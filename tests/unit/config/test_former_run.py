@@ -84,6 +84,13 @@ def test_nothing_in_a_config_of_a_run_is_evaluated(
         assert "canary" not in str(raised.value)
 
 
+@pytest.mark.parametrize("text", ["loss: [", "loss: {beta: much}"])
+def test_a_config_that_cannot_be_read_is_named_by_its_path(text: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        from_yaml(text, "runs/a/config.yaml")
+    assert raised.value.where.endswith("runs/a/config.yaml")
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -95,6 +95,8 @@ MISTYPED = [
     ("loss=null", "no loss named 'null'"),
     ("model.adapter@x=3", "words that are not KEY=VALUE"),
     ("loss@=ipo", "words that are not KEY=VALUE"),
+    ("loss.beta=range(0.1,0.2", "close each bracket"),
+    ("data.eval_share=0.1 trainer.eval_every=1 trainer.keep_best=eval_lss", "did you mean eval_loss? "),
 ]
 
 

@@ -49,13 +49,18 @@ def test_rules_are_checked_at_every_point() -> None:
     assert "ipo" in text
 
 
-@pytest.mark.parametrize("swept", ["trainer.log_every=1,2", "run.dir=a"])
+@pytest.mark.parametrize("swept", ["trainer.log_every=1,2", "run.dir=a", "loss.beta=0.1,0.1"])
 def test_points_of_one_run_are_refused(swept: str) -> None:
     assert "it is the same run as" in error_of(swept, "loss.kind=ipo,hinge")
 
 
+def test_a_command_without_several_values_is_no_sweep() -> None:
+    assert "no key has several values" in error_of("loss.beta=0.1")
+    assert len(load_points([*RUN, "trainer.seed=range(1)"])) == 1
+
+
 def test_an_interval_has_no_points_and_other_verbs_name_the_sweep() -> None:
-    assert "loss.beta has one value" in error_of("loss.beta=interval(0,1)")
+    assert "loss.beta=0.1,0.2 or 'loss.beta=range(1,4)'" in error_of("loss.beta=interval(0,1)")
     with pytest.raises(ConfigError, match="the verb sweep runs each"):
         load_run_config([*RUN, "loss.beta=0.1,0.2"])
 

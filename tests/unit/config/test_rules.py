@@ -1,6 +1,7 @@
 """Values out of bounds, and values that contradict each other, are an error with a remedy (law L5)."""
 
 import contextlib
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,7 @@ from dpo_dist.config.losses import LossKind
 from dpo_dist.config.rules import RULES, direction_of
 from dpo_dist.config.schema import AdapterConfig, SourceConfig, TrainerConfig
 from dpo_dist.foundation.errors import ConfigError
-from tests.unit.config.support import configured, error_of
+from tests.unit.config.support import RUN, configured, error_of
 
 NVME = "reference.offload=nvme reference.nvme_path=/nvme"
 LIVE = "reference.mode=live"
@@ -172,6 +173,19 @@ def test_every_rule_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_accepted(typed: str) -> None:
     configured(typed)
+
+
+def test_options_of_a_file_are_reset_by_the_key_of_the_command_that_they_need(tmp_path: Path) -> None:
+    """A whole file of its own is still refused, and so is an option beside it in the command."""
+    (file := tmp_path / "my.yaml").write_text(
+        "samples: {prompts: 4, max_new_tokens: 9}\ndata.eval_share: 0.1"
+    )
+    assert configured("samples.prompts=2", run=[*RUN, str(file)]).samples.max_new_tokens == 9
+    assert configured("samples.prompts=0", run=[*RUN, str(file)]) == configured("data.eval_share=0.1")
+    both = "samples.prompts=0 samples.max_new_tokens=9"
+    assert "samples.max_new_tokens" in error_of(both, run=[*RUN, str(file)]).where
+    file.write_text("samples: {max_new_tokens: 9}")
+    assert "samples.max_new_tokens" in error_of("", run=[*RUN, str(file)]).where
 
 
 def test_values_are_shown_as_a_user_writes_them() -> None:
