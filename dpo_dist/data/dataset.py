@@ -38,8 +38,8 @@ class PreferenceDataset:
 
     An example has one response (supervised, or labelled), two (chosen, rejected) or more (a ranking), best
     first; with `partners.with_partners` its own and a response to another prompt. Its pieces are its prompt,
-    then its responses. Examples of one ranking share the token ids of their pieces. An
-    index is an example's position in the dataset; a response index is a response's position in `keys`.
+    then its responses. Examples of one ranking share the token ids of their pieces. An index is an example's
+    position in the dataset; a response index is a response's position in `keys`.
     """
 
     fingerprint: str  # digest of everything that decides the token ids
@@ -259,30 +259,17 @@ def shard_batch(
     micro_batch_tokens: int,
     costs: ComputeCosts,
     loss: LossConfig | None = None,
+    which: int | None = None,
 ) -> RankBatch:
     """Return the share of `rank` in the global batch `indices`, balanced by compute cost; O(batch).
 
-    It has the responses that the `loss` scores, and its partners; by default all responses.
+    It has the responses that the `loss` scores, and its partners; without one all responses, or `which`.
     """
-    shares = rank, world_size, micro_batch_tokens, costs
-    if loss is None or loss.compares_pairs:
-        return _shard(dataset, indices, *shares, which=None)
-    return replace(
-        _shard(dataset, indices, *shares, which=0),
-        is_good=dataset.labels_good(indices) if loss.is_unpaired else None,
-        partners=_shard(dataset, indices, *shares, which=1) if loss.needs_partners else None,
-    )
-
-
-def _shard(
-    dataset: PreferenceDataset,
-    indices: Indices,
-    rank: int,
-    world_size: int,
-    micro_batch_tokens: int,
-    costs: ComputeCosts,
-    which: int | None,
-) -> RankBatch:
+    is_good, partners = None, None
+    if loss is not None and not loss.compares_pairs:
+        which, shares = 0, (rank, world_size, micro_batch_tokens, costs)
+        is_good = dataset.labels_good(indices) if loss.is_unpaired else None
+        partners = shard_batch(dataset, indices, *shares, which=1) if loss.needs_partners else None
     counts = dataset.response_counts(indices)
     responses = dataset.response_indices(indices)
     chosen = responses[np.cumsum(counts) - counts]
@@ -305,6 +292,8 @@ def _shard(
         weight=float(len(indices) if weights is None else weights.sum()),
         mean_chosen_tokens=float(np.average(dataset.trained_tokens[chosen], weights=weights)),
         sources=dataset.label_numbers(indices) if dataset.labels else None,
+        is_good=is_good,
+        partners=partners,
         which=which,
         forwards=tuple(max(RESPONSES_OF_DUMMY, *(int(counts[at].sum()) for at in ranks)) for ranks in plan),
     )
