@@ -75,7 +75,6 @@ def test_no_loss_makes_the_host_wait_and_each_is_that_of_the_cpu(kind: LossKind)
     spread = torch.Generator().manual_seed(1)
     values, known = -3 * torch.rand(2, len(batch.targets), generator=spread)
     batch = replace(batch, reference_logps=known, score_gaps=torch.rand(len(shapes), generator=spread) + 0.5)
-    facts = BatchFacts(3.5, running=RunningMeans(margin=0.1, reward=0.2, pairs=2))
 
     def measured(config: LossConfig, device: torch.device, leaf: Tensor) -> list[Tensor]:
         """The gradient, the loss and the metrics; `leaf` is of the log-probs that a policy would return."""
@@ -84,6 +83,8 @@ def test_no_loss_makes_the_host_wait_and_each_is_that_of_the_cpu(kind: LossKind)
             return torch.stack((leaf, *(leaf.detach() / 2 for _ in statistics))) if statistics else leaf * 1
 
         policy: Any = type("Model", (), {"token_logps": staticmethod(token_logps)})
+        running = RunningMeans(margin=0.1, reward=0.2, pairs=2)
+        facts = BatchFacts(3.5, mismatch=-leaf.detach().mean(), running=running)
         objective = Objective(config, ReferenceProvider())
         rank_batch: Any = type("RankBatch", (), {"batches": lambda: [batch]})
         ready = objective.ready_batches(rank_batch, device)
