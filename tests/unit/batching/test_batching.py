@@ -146,6 +146,14 @@ def test_padded_rows_fit_the_budget(shapes: list[tuple[int, int, int]], world_si
     assert plan == plan_micro_batches(of, world_size, budget)
 
 
+def test_short_and_long_rows_are_not_padded_to_one_length() -> None:
+    of = sizes_of([(3000, 200, 100)] + 30 * [(50, 20, 20)], PADDED_COSTS)
+    plan = [own for own in chain.from_iterable(plan_micro_batches(of, 1, 10**6)) if own]
+    assert of.longest is not None
+    computed = sum(2 * len(own) * int(of.longest[own].max()) for own in plan)
+    assert computed == 2 * of.longest.sum()
+
+
 @pytest.mark.parametrize("kind", [LossKind.plackett_luce, LossKind.sft])
 def test_each_micro_batch_knows_the_most_responses_of_a_rank(kind: LossKind) -> None:
     data = dataset_of(random_pairs([(5, 2, 3), (30, 9, 8, 7), (4, 6), (3, 2, 2)]))
