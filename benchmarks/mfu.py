@@ -27,8 +27,9 @@ OPTIONS = {
     "full": ["model.gradient_checkpointing=full"],
     "every2": ["model.gradient_checkpointing=2"],
     "every4": ["model.gradient_checkpointing=4"],
-    "liger": ["model.liger=true"],
-    "compile": ["model.compile=true"],
+    "none": ["model.fused=none"],
+    "liger": ["model.fused=liger"],
+    "compile": ["model.fused=compile"],
     "zero2": ["parallelism.kind=zero2"],
     "zero3": ["parallelism.kind=zero3"],
     "lora": ["model.adapter.r=64", "model.adapter.target_modules=all-linear", "reference=adapter"],
@@ -62,7 +63,7 @@ def _own_options(parser: ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--warm-up", type=int, default=2, help="first steps, not measured")
-    parser.add_argument("--variants", nargs="+", default=["plain", "liger", "compile", "full", "sdpa"])
+    parser.add_argument("--variants", nargs="+", default=["plain", "none", "compile", "full", "sdpa"])
     parser.add_argument("--offload-optimizer", action="store_true", help="to host memory, by zero2")
     parser.add_argument("--trl", action="store_true", help="measure TRL on the same pairs, too")
 

@@ -355,7 +355,7 @@ def _repeated(config: RunConfig) -> dict[str, tuple[str, str]]:
     return {
         f"{deepspeed}CONFIG_FILE": ("parallelism.kind", ""),
         "ACCELERATE_USE_FSDP": ("parallelism.kind", ""),
-        "ACCELERATE_DYNAMO_BACKEND": ("model.compile", ""),
+        "ACCELERATE_DYNAMO_BACKEND": ("model.fused", ""),
         "ACCELERATE_MIXED_PRECISION": ("model.dtype", config.model.dtype),
         f"{deepspeed}ZERO_STAGE": ("parallelism.kind", str(ZERO_STAGES[kind])),
         f"{deepspeed}OFFLOAD_OPTIMIZER_DEVICE": ("parallelism.offload_optimizer", optimizer),

@@ -167,14 +167,14 @@ def direction_of(trainer: TrainerConfig) -> Direction | None:
 RULES = (
     # The model.
     Rule(
-        "model.attention=flash_attention_2|varlen model.dtype=fp32",
+        "model.attention=flash_attention_2|flash_attention_3|varlen model.dtype=fp32",
         "{model.attention} computes in 16 bits only",
         "set model.attention=sdpa or model.dtype=bf16",
     ),
     Rule(
-        "trainer.deterministic=true model.liger=true",
+        "trainer.deterministic=true model.fused=liger",
         "Liger's kernels may not be deterministic",
-        "set model.liger=false or trainer.deterministic=false",
+        "set model.fused=none or trainer.deterministic=false",
     ),
     unused(
         "model.activation_offload",
@@ -183,12 +183,11 @@ RULES = (
     ),
     *(
         Rule(
-            f"model.compile=true {other}",
+            f"model.fused=compile {other}",
             "torch.compile is not known to be exact with this setting",
-            f"set model.compile=false, or remove {other.partition('=')[0].rstrip('!')}",
+            f"set model.fused=none, or remove {other.partition('=')[0].rstrip('!')}",
         )
         for other in (
-            "model.liger=true",
             "model.quantization!=null",
             "reference.quantization!=null",
             "reference.offload=nvme",

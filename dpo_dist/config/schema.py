@@ -163,7 +163,10 @@ class AdapterConfig:
 
 
 Dtype = StrEnum("Dtype", ["bf16", "fp16", "fp32"])
-AttentionBackend = StrEnum("AttentionBackend", ["auto", "flash_attention_2", "varlen", "sdpa"])
+FusedLayers = StrEnum("FusedLayers", ["auto", "none", "liger", "compile"])
+AttentionBackend = StrEnum(
+    "AttentionBackend", ["auto", "flash_attention_2", "flash_attention_3", "varlen", "sdpa"]
+)
 Quantization = StrEnum("Quantization", ["int8", "nf4"])
 ReferenceMode = StrEnum("ReferenceMode", ["auto", "cached", "live", "adapter", "none"])
 Numerics = StrEnum("Numerics", ["strict", "tolerant"])
@@ -198,10 +201,8 @@ class ModelConfig:
     """Layers that compute their activations again in backward: `none`, `full`, or n: every n-th."""
     activation_offload: bool = key(False, free=True, verbs="train")
     """Offload the inputs of checkpointed layers to CPU memory until backward (CUDA)."""
-    compile: bool = key(False, free=True, verbs="train precompute evaluate")
-    """Compile the decoder layers with torch.compile."""
-    liger: bool = key(False, free=True, verbs="train precompute evaluate")
-    """Use Liger's kernels in decoder layers (CUDA, the `liger` extra)."""
+    fused: FusedLayers = key(FusedLayers.auto, free=True, verbs="train precompute evaluate")
+    """Fused layers: Liger's kernels (CUDA, the `liger` extra) or torch.compile; `auto`: Liger's or none."""
     adapter: AdapterConfig | None = key(None, verbs=VERBS_WITH_DATA)
     """Train an adapter in place of all weights: `{r: 64, alpha: 128}`."""
     quantization: Quantization | None = key(None, verbs="train precompute evaluate compare pairs")

@@ -6,8 +6,9 @@ Adam, a reference that follows the policy), `test_engine.py` (updates that are n
 `test_world.py` (a process group that is left).
 """
 
+import contextlib
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import deepspeed
@@ -143,6 +144,23 @@ def record_gather_orders(engine: Any, offload: Any) -> None:
 
     for module in (engine.module, engine.module.causal_lm):  # before DeepSpeed's hooks, which read the record
         module.register_forward_pre_hook(select, prepend=True)
+
+
+@contextlib.contextmanager
+def gathered_once(engine: Any, offload: Any) -> Iterator[None]:
+    """Keep weights that ZeRO-3 gathers in the block until its end; it would release each after its use.
+
+    Arguments as of `record_gather_orders`.
+    """
+    weights = [weight for weight in engine.module.parameters() if not weight.ds_persist]
+    try:
+        for weight in weights:
+            weight.ds_persist = True
+        yield
+    finally:
+        for weight in weights:
+            weight.ds_persist = False
+        offload.param_coordinator.release_and_reset_all(engine.module)
 
 
 def release_gathered(weights: Iterable[Any]) -> None:

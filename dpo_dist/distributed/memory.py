@@ -44,6 +44,13 @@ def available_memory(root: Path = _ROOT, process_cgroups: Path = _PROCESS_CGROUP
     return max(0, int(min(free)))
 
 
+def free_memory(device: torch.device, processes: int) -> int:
+    """Return bytes that this process can still use on its GPU, or on CPUs, a share of the host's memory."""
+    if device.type != "cuda":
+        return available_memory() // processes
+    return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+
+
 REFERENCE_REMEDY = "lower trainer.micro_batch_tokens, or set reference.offload=cpu"
 _POLICY_REMEDY = (
     "lower trainer.micro_batch_tokens, which does not change the result, or data.max_length where a "

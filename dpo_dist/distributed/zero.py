@@ -3,8 +3,10 @@
 import contextlib
 import math
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.utils import set_z3_leaf_module, set_z3_leaf_modules
+from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import (
     HfDeepSpeedConfig,
@@ -27,6 +29,7 @@ from dpo_dist.distributed.checkpoint import SavedSlices
 from dpo_dist.distributed.deepspeed_config import START, communication
 from dpo_dist.distributed.deepspeed_internals import (
     drop_gradients,
+    gathered_once,
     record_gather_orders,
     release_nvme_buffers,
     restore_linear,
@@ -37,6 +40,7 @@ from dpo_dist.distributed.memory import (
     empty,
     empty_module,
     explain_out_of_memory,
+    free_memory,
     return_memory,
     wait_for_device,
 )
@@ -52,13 +56,15 @@ from dpo_dist.objective.token_logps import Statistic
 def mark_zero3_leaves(model: PackedCausalLM) -> None:
     """Mark the modules whose weights ZeRO-3 gathers together and whose gradients it reduces together.
 
-    Compiled layers, so that compiled code has no hooks; and modules that may use only some of their
-    weights: a rank that skips a part would not gather it, and the others would wait.
+    Decoder layers, as fewer and larger messages are faster, and compiled code has no hooks; and modules that
+    may use only some of their weights: a rank that skips a part would not gather it, and the others would
+    wait. Layers that share weights (Zamba) are no leaves: only the first would reduce their gradients.
     """
-    for module in partly_used_blocks(model.causal_lm):
+    layers = decoder_layers(model.causal_lm)
+    uses = Counter(weight for layer in layers for weight in layer.parameters())
+    whole = [layer for layer in layers if all(uses[weight] == 1 for weight in layer.parameters())]
+    for module in (*partly_used_blocks(model.causal_lm), *whole):
         set_z3_leaf_module(module, True)
-    if model.compiled:
-        set_z3_leaf_modules(model, list({type(layer) for layer in decoder_layers(model.causal_lm)}))
 
 
 def unsharded_loading(world: World) -> contextlib.AbstractContextManager[None]:
@@ -111,7 +117,7 @@ class Engine:
         """Yield the transformers model in a state in which it generates, `of_base` without the adapter.
 
         Training after the block continues as if it had not been. If `is_synchronised`, all ranks make the
-        same number of forwards in the block.
+        same number of forwards in the block, and sharded weights are gathered once where they fit.
         """
         was_training = self._engine.training
         self._engine.eval()
@@ -121,10 +127,14 @@ class Engine:
                 explain_out_of_memory("generating samples", "lower samples.max_new_tokens"),
                 self.model.unpacked() as causal_lm,
                 torch.no_grad(),
+                self._gathered_once(),
             ):
                 yield causal_lm
         finally:
             self._engine.train(was_training)
+
+    def _gathered_once(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def free(self) -> None:
         """Release the memory of the model; it cannot be used afterwards."""
@@ -279,6 +289,18 @@ class PolicyEngine(Engine):
         self._current = f"{work}: {size_in_words(batch.layout, self.model.arrangement)}"
         with explain_out_of_memory(self._current):
             return self._engine(batch, tuple(statistics), **options)
+
+    @cached_property
+    def _fits_whole(self) -> bool:
+        """Whether all weights fit into half of the free memory, on every rank; decided once, collective."""
+        weights: list[Any] = [*self.model.parameters()]
+        size = sum(weight.ds_numel * weight.element_size() for weight in weights)
+        return not self._world.agree(2 * size > free_memory(self._world.device, self._world.size))
+
+    def _gathered_once(self) -> contextlib.AbstractContextManager[None]:
+        if not (self.is_synchronised and self._fits_whole):
+            return contextlib.nullcontext()
+        return gathered_once(self._engine, self._engine.optimizer.parameter_offload)
 
     @torch.no_grad()
     def base_token_logps(self, batch: PackedBatch) -> Tensor:

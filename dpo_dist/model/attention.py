@@ -22,9 +22,9 @@ from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.model.architectures import recorded_arrangement
 from dpo_dist.model.layers import layer_configs, layer_values
+from dpo_dist.model.numerics import FLASH_ATTN
 from dpo_dist.model.sdpa import (
     Layout,
-    MaskRule,
     Scores,
     SegmentAttention,
     mask_rule,
@@ -77,13 +77,15 @@ class VarlenAttention:
         """See `attention.PackedAttention`."""
         cu_query, cu_key, max_query, max_key = self._lengths
         rule = None if scores.rule is None or scores.rule.is_causal(max_key) else scores.rule
-        if not self._computes(query, value, scores, rule):
+        is_other_rule = rule is not None and (scores.window is None or rule.reach != scores.window)
+        dim, has_cap = max(query.shape[-1], value.shape[-1]), scores.softcap is not None
+        if _lacks(self.backend, dim, has_cap, scores.sinks is not None, is_other_rule):
             return self._by_segment(query, key, value, scores)
         window = None if rule is None else scores.window
         key, value = key.index_select(0, self._key_indices), value.index_select(0, self._key_indices)
         dim, scale = value.shape[-1], query.shape[-1] ** -0.5 if scores.scale is None else scores.scale
         query, key, value = with_one_dim(query, key, value, _HEAD_MULTIPLE)
-        if self.backend is AttentionBackend.flash_attention_2:
+        if self.backend in FLASH_ATTN:
             attended: Tensor = _flash_attention_forward(
                 query[None],
                 key[None],
@@ -105,13 +107,6 @@ class VarlenAttention:
             attended = self._varlen(query, key, value, scale, window)
         return attended[..., :dim]
 
-    def _computes(self, query: Tensor, value: Tensor, scores: Scores, rule: MaskRule | None) -> bool:
-        """Return whether the kernel has all that a layer needs."""
-        has_cap = scores.softcap is None or self.backend is AttentionBackend.flash_attention_2
-        has_mask = rule is None or (scores.window is not None and rule.reach == scores.window)
-        dim = max(query.shape[-1], value.shape[-1])
-        return scores.sinks is None and has_cap and has_mask and dim <= LARGEST_HEAD
-
     def _varlen(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
         """Return causal `torch.nn.attention.varlen`, which supports grouped heads since torch 2.12."""
         from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415  (needs a CUDA build)
@@ -125,6 +120,34 @@ class VarlenAttention:
         attended = varlen_attn(query, key, value, *self._lengths, **options)
         assert isinstance(attended, Tensor)
         return attended
+
+
+def _lacks(backend: AttentionBackend, dim: int, has_cap: bool, has_sinks: bool, has_chunks: bool) -> str:
+    """Return what of a layer a variable-length kernel does not compute; empty: nothing."""
+    if has_sinks:
+        return "attention sinks"
+    if has_cap and backend not in FLASH_ATTN:
+        return "capped scores"
+    if has_chunks:
+        return "chunks"
+    return f"heads of {dim} dimensions" if dim > LARGEST_HEAD else ""
+
+
+def computed_by_segment(causal_lm: Any, backend: AttentionBackend) -> str:
+    """Return why layers run on SDPA, a segment at a time, in place of `backend`; empty: none of them do."""
+    text = causal_lm.config.get_text_config()
+    if backend is AttentionBackend.sdpa:
+        return ""
+    has_sinks = any(name.endswith(".sinks") for name, _ in causal_lm.named_parameters())
+    has_cap, has_chunks = (
+        any(map(bool, layer_values(text, name)))
+        for name in ("attn_logit_softcapping", "attention_chunk_size")
+    )
+    reasons = (
+        _lacks(backend, max(heads.dim, heads.value_dim), has_cap, has_sinks, has_chunks)
+        for heads in heads_of_layers(text)
+    )
+    return ", ".join(dict.fromkeys(filter(None, reasons)))
 
 
 PACKED = "dpo_dist_packed"
@@ -243,7 +266,9 @@ def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device)
     if wanted is AttentionBackend.auto:
         if not has_kernels or dtype is Dtype.fp32:  # the variable-length kernels have 16-bit inputs
             return AttentionBackend.sdpa
-        return AttentionBackend.flash_attention_2 if _has_flash_attn() else AttentionBackend.varlen
+        is_hopper = torch.cuda.get_device_capability(device)[0] == 9
+        fastest = [AttentionBackend.flash_attention_3] * is_hopper + [AttentionBackend.flash_attention_2]
+        return next(filter(_is_installed, fastest), AttentionBackend.varlen)
     if wanted is AttentionBackend.sdpa:
         return wanted
     if not has_kernels:
@@ -254,21 +279,22 @@ def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device)
             expected="auto or sdpa",
             remedy="set model.attention=auto",
         )
-    if wanted is AttentionBackend.flash_attention_2 and not _has_flash_attn():
+    if wanted in FLASH_ATTN and not _is_installed(wanted):
+        name = FLASH_ATTN[wanted]
         raise ConfigError(
-            "flash-attn 2 is not installed",
+            f"{name} is not installed",
             where="model.attention",
-            got="flash_attention_2",
-            remedy="set model.attention=auto, or pip install flash-attn --no-build-isolation, "
+            got=wanted,
+            remedy=f"set model.attention=auto, or pip install {name} --no-build-isolation, "
             "which compiles it for the torch that is installed",
         )
     return wanted
 
 
-def _has_flash_attn() -> bool:
-    """Return whether flash-attn 2 is installed; the module of flash-attn-4 has the same name."""
+def _is_installed(backend: AttentionBackend) -> bool:
+    """Return whether a kernel of FlashAttention is installed; flash-attn-4 has a module of the same name."""
     try:
-        importlib.metadata.version("flash-attn")
+        importlib.metadata.version(FLASH_ATTN[backend])
     except importlib.metadata.PackageNotFoundError:
         return False
     return True

@@ -15,7 +15,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.func import functional_call
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from dpo_dist.config.schema import ModelConfig
+from dpo_dist.config.schema import FusedLayers, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import EXACT_WITH_LIGER
 from dpo_dist.model.numerics import check_precision
@@ -129,22 +129,35 @@ def check_device(config: ModelConfig, model_type: str, device: torch.device) -> 
     """Check that options of the model have an effect on `device`, and can run there."""
     check_precision(config.dtype, device)
     on_cuda, fault = device.type == "cuda", ("", "")
-    if config.liger and not (on_cuda and model_type in EXACT_WITH_LIGER):
+    if config.fused is FusedLayers.liger and not (on_cuda and model_type in EXACT_WITH_LIGER):
         known = ", ".join(sorted(EXACT_WITH_LIGER))
-        fault = "liger", f"Liger's kernels are exact on CUDA for {known}"
+        fault = "fused=none", f"Liger's kernels are exact on CUDA for {known}"
     compiler = find_spec("triton") if on_cuda else shutil.which(os.environ.get("CXX", "g++"))
-    if config.compile and compiler is None:
-        fault = "compile", f"torch.compile needs {'Triton' if on_cuda else 'a C++ compiler'}"
+    if config.fused is FusedLayers.compile and compiler is None:
+        fault = "fused=none", f"torch.compile needs {'Triton' if on_cuda else 'a C++ compiler'}"
     if config.activation_offload and not on_cuda:
-        fault = "activation_offload", "activations are in host memory already"
-    key, message = fault
-    if key:
+        fault = "activation_offload=false", "activations are in host memory already"
+    remedy, message = fault
+    if remedy:
+        key = remedy.partition("=")[0]
         raise ConfigError(
             message,
             where=f"model.{key}",
-            got=f"true for {model_type} on {device.type}",
-            remedy=f"set model.{key}=false",
+            got=f"{getattr(config, key)} for {model_type} on {device.type}",
+            remedy=f"set model.{remedy}",
         )
+
+
+def choose_fused(wanted: FusedLayers, model_type: str, device: torch.device) -> FusedLayers:
+    """Return the fused layers to use on `device`: `wanted`, or for `auto` Liger's where they are exact.
+
+    Compiling takes half a minute of each start for the same gain, so it is for those who ask for it.
+    """
+    if wanted is not FusedLayers.auto:
+        return wanted
+    is_exact = device.type == "cuda" and model_type in EXACT_WITH_LIGER
+    is_free = not torch.are_deterministic_algorithms_enabled() and find_spec("liger_kernel") is not None
+    return FusedLayers.liger if is_exact and is_free else FusedLayers.none
 
 
 def offload_inputs(causal_lm: nn.Module) -> None:

@@ -22,7 +22,7 @@ from transformers.core_model_loading import Transpose
 from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
 
 from dpo_dist.batching.plan import Arrangement
-from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig, Quantization
+from dpo_dist.config.schema import AttentionBackend, Dtype, FusedLayers, ModelConfig, Quantization
 from dpo_dist.foundation.errors import ConfigError, disk_error, first_line
 from dpo_dist.model.architectures import (
     SAMPLING_ROUTERS,
@@ -36,6 +36,7 @@ from dpo_dist.model.folder import CONFIG_FILE, check_tokenizer_files, has_tokeni
 from dpo_dist.model.layers import (
     check_device,
     checkpoint_layers,
+    choose_fused,
     keep_text,
     offload_inputs,
     use_liger,
@@ -168,12 +169,13 @@ def load_packed(
     check_kernel(backend, device, text, TORCH_DTYPES[config.dtype])
     check_device(config, model_config.model_type, device)
     causal_lm = load_weights(folder, model_config, config, device, key=key)
-    if config.liger:
+    fused = choose_fused(config.fused, model_config.model_type, device)
+    if fused is FusedLayers.liger:
         use_liger(causal_lm)
     checkpoint_layers(causal_lm, config.gradient_checkpointing)
     if config.activation_offload:
         offload_inputs(causal_lm)
-    model = PackedCausalLM(causal_lm, backend, config.compile, sequence, Arrangement.padded)
+    model = PackedCausalLM(causal_lm, backend, fused, sequence, Arrangement.padded)
     model.start_as(recorded_arrangement(text.model_type), max_length)
     return model
 

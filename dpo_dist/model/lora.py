@@ -12,6 +12,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import load_file
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
 from dpo_dist.config.schema import AdapterConfig, AdapterVariant, ModelConfig
@@ -47,7 +48,7 @@ def add_adapter(model: PackedCausalLM, config: ModelConfig, seed: int, start: Pa
         layer.set_adapter(TRAINED)
     _prepare_copies(causal_lm, start)
     _activate(model, TRAINED)
-    if model.compiled or partly_used_blocks(causal_lm):
+    if is_deepspeed_zero3_enabled() or partly_used_blocks(causal_lm):
         # ZeRO-3 reduces the gradients of its leaves when the gradient of their input exists; without one it
         # would reduce them before they are computed.
         causal_lm.enable_input_require_grads()

@@ -11,9 +11,14 @@ from collections.abc import Iterator
 import torch
 import transformers
 
-from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
+from dpo_dist.config.schema import AttentionBackend, Dtype, FusedLayers, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
 
+FLASH_ATTN = {
+    AttentionBackend.flash_attention_2: "flash-attn",
+    AttentionBackend.flash_attention_3: "flash-attn-3",
+}
+"""The package of each of FlashAttention's kernels."""
 _KERNELS = "attention flash_attn compile liger deterministic device gpu cuda cpu torch transformers"
 TOLERABLE_FIELDS = frozenset(_KERNELS.split())
 """Fields that, when they differ, change the order in which the same numbers are rounded.
@@ -22,8 +27,13 @@ A difference in any other field changes how precise a log-prob is.
 """
 
 
-def numerics_of(config: ModelConfig, backend: AttentionBackend, device: torch.device) -> dict[str, str]:
-    """Return the numerics profile of a model scored on `device`: its fields and their values."""
+def numerics_of(
+    config: ModelConfig, backend: AttentionBackend, fused: FusedLayers, device: torch.device
+) -> dict[str, str]:
+    """Return the numerics profile of a model scored on `device`: its fields and their values.
+
+    `backend` and `fused`: those that are used, not `auto`.
+    """
     profile = {
         "dtype": config.dtype.value,
         "attention": backend.value,
@@ -32,16 +42,16 @@ def numerics_of(config: ModelConfig, backend: AttentionBackend, device: torch.de
         "torch": _minor(torch.__version__),
         "transformers": _minor(transformers.__version__),
     }
-    if backend is AttentionBackend.flash_attention_2:
-        profile["flash_attn"] = _minor(importlib.metadata.version("flash-attn"))
+    if backend in FLASH_ATTN:
+        profile["flash_attn"] = _minor(importlib.metadata.version(FLASH_ATTN[backend]))
     if torch.are_deterministic_algorithms_enabled():
         profile["deterministic"] = "true"
     if config.quantization is not None:
         version = _minor(importlib.metadata.version("bitsandbytes"))
         profile["quantization"] = f"{config.quantization} by bitsandbytes {version}"
-    if config.compile:
+    if fused is FusedLayers.compile:
         profile["compile"] = "inductor"
-    if config.liger:
+    if fused is FusedLayers.liger:
         profile["liger"] = _minor(importlib.metadata.version("liger-kernel"))
     if device.type == "cuda":
         matmul = torch.backends.cuda.matmul

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dpo_dist.batching.example import Example
 from dpo_dist.batching.pack import PackedBatch, PaddedRows, pack, padded_rows
 from dpo_dist.batching.plan import Arrangement, consecutive_batches
-from dpo_dist.config.schema import AttentionBackend
+from dpo_dist.config.schema import AttentionBackend, FusedLayers
 from dpo_dist.model.attention import PACKED, packed_attention
 from dpo_dist.model.layers import decoder_layers, text_part
 from dpo_dist.model.ulysses import ExchangedAttention, TokenExchange, TokenShare
@@ -94,14 +94,14 @@ class PackedCausalLM(nn.Module):
         self,
         causal_lm: Any,
         backend: AttentionBackend,
-        compiled: bool = False,
+        fused: FusedLayers = FusedLayers.none,
         sequence: TokenExchange | None = None,
         arrangement: Arrangement = Arrangement.packed,
     ):
         super().__init__()
         self.causal_lm = causal_lm
         self.backend = backend
-        self.compiled = compiled
+        self.fused = fused
         self.sequence = sequence
         self._rope_limit = rope_limit(causal_lm.config.get_text_config())
         self.arrangement = arrangement
@@ -115,7 +115,9 @@ class PackedCausalLM(nn.Module):
         attention = causal_lm.config._attn_implementation
         plain = "sdpa" if causal_lm._supports_sdpa else "eager"
         self._own_attention = plain if attention == PACKED else attention
-        if compiled:  # not a layer itself: checkpointing is part of its forward, and prevents compilation
+        if (
+            fused is FusedLayers.compile
+        ):  # not a layer itself: checkpointing is part of its forward, and prevents compilation
             for part in (part for layer in decoder_layers(causal_lm) for part in layer.children()):
                 part.compile(dynamic=True)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dpo_dist.config.losses import LossKind
 from dpo_dist.config.run_folder import RunFolder, check_writable
-from dpo_dist.config.schema import OptimizerKind, ParallelismKind, ReferenceMode, RunConfig
+from dpo_dist.config.schema import FusedLayers, OptimizerKind, ParallelismKind, ReferenceMode, RunConfig
 from dpo_dist.config.user_code import find_function
 from dpo_dist.data.formats import check_source
 from dpo_dist.data.template import check_template_file
@@ -105,7 +105,7 @@ def _check_packages(config: RunConfig, *, trains: bool) -> None:
         ("bitsandbytes", "model.quantization", model.quantization, "null"),
         ("bitsandbytes", "reference.quantization", config.reference.quantization, "null"),
         ("bitsandbytes", "optim.kind", config.optim.kind if is_8bit else None, OptimizerKind.adamw),
-        ("liger-kernel", "model.liger", "true" if model.liger else None, "false"),
+        ("liger-kernel", "model.fused", model.fused if model.fused is FusedLayers.liger else None, "none"),
         *((tracker, "tracking.also", tracker, "[]") for tracker in config.tracking.also),
     ]
     for package, key, value, instead in needed:
@@ -118,12 +118,12 @@ def _check_packages(config: RunConfig, *, trains: bool) -> None:
             )
     torch_version, is_sharded = version("torch"), config.parallelism.kind is ParallelismKind.zero3
     is_old = tuple(map(int, torch_version.split(".")[:2])) < (2, 12)
-    if trains and model.compile and is_sharded and is_old:
+    if trains and model.fused is FusedLayers.compile and is_sharded and is_old:
         raise ConfigError(
             "compiled layers lose gradients of sharded weights in torch before 2.12",
-            where="model.compile",
-            got=f"true with parallelism=zero3 and torch {torch_version}",
-            remedy="update torch, or set parallelism=zero2 or model.compile=false",
+            where="model.fused",
+            got=f"compile with parallelism=zero3 and torch {torch_version}",
+            remedy="update torch, or set parallelism=zero2 or model.fused=none",
         )
 
 

@@ -21,7 +21,8 @@ from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.text import counted, duration
 from dpo_dist.model.attention import choose_backend
 from dpo_dist.model.flops import compute_costs
-from dpo_dist.model.load import check_same_vocabulary
+from dpo_dist.model.layers import choose_fused
+from dpo_dist.model.load import check_same_vocabulary, load_config
 from dpo_dist.model.numerics import numerics_of
 from dpo_dist.reference.digest import ModelFiles, agree_on_numerics, difference, find_compatible, model_label
 from dpo_dist.reference.engine import SCORING_TOKENS_FACTOR, ReferenceProvider, load_reference, scored_model
@@ -167,7 +168,9 @@ def _stored(
     """
     config, world, store = run.config, run.world, Path(run.config.reference.store)
     backend = choose_backend(config.model.attention, config.model.dtype, world.device)
-    numerics = numerics_of(scored_model(config), backend, world.device)
+    model_type = load_config(files.folder, config.model).model_type
+    fused = choose_fused(config.model.fused, model_type, world.device)
+    numerics = numerics_of(scored_model(config), backend, fused, world.device)
     profile = agree_on_numerics(numerics, config.reference.numerics is Numerics.tolerant, world)
     label = model_label(config.reference.path or config.model.path, files.folder)
     fingerprint = ReferenceFingerprint(files.digest, profile, label)

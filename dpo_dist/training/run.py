@@ -11,7 +11,7 @@ import torch
 
 from dpo_dist.batching.plan import Arrangement, ComputeCosts
 from dpo_dist.config.losses import Weighting
-from dpo_dist.config.schema import ReferenceMode, RunConfig
+from dpo_dist.config.schema import AttentionBackend, ReferenceMode, RunConfig
 from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver, reading_errors
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.slices import Sharded
@@ -21,6 +21,7 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ExitCode, RunOutcome, StoppedError
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.text import counted, duration, percent
+from dpo_dist.model.attention import computed_by_segment
 from dpo_dist.model.flops import REACHED_SHARES, compute_costs, matmul_peak, recomputed_share
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
 from dpo_dist.model.lora import add_adapter
@@ -206,6 +207,10 @@ def load_policy(run: Run, inputs: Inputs) -> PolicyEngine:
     config, world, files = run.config, run.world, inputs.policy_files
     longest = config.data.max_length
     model = load_packed(files.folder, config.model, longest, world.device, sequence=world.sequence)
+    if world.device.type == "cuda":
+        slow = computed_by_segment(model.causal_lm, model.backend)
+        why = f", but {AttentionBackend.sdpa}, several times slower, for layers with {slow}" if slow else ""
+        run.say(f"kernels: attention by {model.backend}{why}; fused layers: {model.fused}")
     if config.model.adapter is not None:
         add_adapter(model, config.model, config.trainer.seed, files.adapter)
     policy = PolicyEngine(model, config.optim, world, config.trainer.ema_decay)

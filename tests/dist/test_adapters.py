@@ -18,6 +18,7 @@ from dpo_dist.config.schema import (
     AdapterConfig,
     AdapterVariant,
     Dtype,
+    FusedLayers,
     ModelConfig,
     OptimConfig,
     ParallelismKind,
@@ -176,8 +177,8 @@ def first_norms(model: ModelConfig, assets: Assets, world: World, _folder: Path)
     # Layers are gathered and their gradients taken as for compiled ones, without the minute of compiling.
     torch._dynamo.config.disable = True
     found = []
-    for compiled in (False, True):
-        policy = load_policy(replace(model, compile=compiled), world, seed=SEED)
+    for fused in (FusedLayers.none, FusedLayers.compile):
+        policy = load_policy(replace(model, fused=fused), world, seed=SEED)
         objective = Objective(LOSS, ReferenceProvider(policy=policy))
         found.append(all_steps(policy, objective, assets.dataset(), world, STEPS[:1]))
     return found

@@ -16,6 +16,7 @@ from dpo_dist.config.schema import (
     AdapterConfig,
     AttentionBackend,
     Dtype,
+    FusedLayers,
     ModelConfig,
     Offload,
     ParallelismConfig,
@@ -94,7 +95,9 @@ def listed_model() -> Any:
 
 
 def listed_packed(
-    sequence: TokenExchange | None = None, compiled: bool = False, targets: list[str] | None = None
+    sequence: TokenExchange | None = None,
+    fused: FusedLayers = FusedLayers.none,
+    targets: list[str] | None = None,
 ) -> PackedCausalLM:
     """Compiled, the traced graphs run as they are: tracing is at stake, not the kernels of a backend.
 
@@ -103,7 +106,7 @@ def listed_packed(
     causal_lm = listed_model()
     causal_lm.config._attn_implementation = PACKED
     with mock.patch("torch.compile", partial(torch.compile, backend="eager")):
-        model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, compiled, sequence)
+        model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, fused, sequence)
     if targets is not None:
         adapter = AdapterConfig(r=4, alpha=8.0, target_modules=targets)
         add_adapter(model, ModelConfig("tiny", dtype=Dtype.fp32, adapter=adapter), 0)
@@ -119,7 +122,7 @@ def listed_steps(
     assets: Assets,
     targets: list[str] | None,
     checkpointing: str,
-    compiled: bool,
+    fused: FusedLayers,
     world: World,
     folder: Path,
 ) -> dict[str, Any]:
@@ -127,7 +130,7 @@ def listed_steps(
 
     A sharded model of the same kind is the reference.
     """
-    dataset, model = assets.dataset(), listed_packed(world.sequence, compiled, targets)
+    dataset, model = assets.dataset(), listed_packed(world.sequence, fused, targets)
     checkpoint_layers(model.causal_lm, checkpointing)
     if checkpointing == "full":
         offload_inputs(model.causal_lm)
@@ -137,7 +140,7 @@ def listed_steps(
     reference = FrozenEngine(listed_packed(world.sequence), frozen_config(Offload.none, Dtype.fp32))
     norms = all_steps(policy, Objective(LOSS, ReferenceProvider(engine=reference)), dataset, world)
     write_whole(policy, folder / "after.safetensors")
-    assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) is compiled
+    assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0) is (fused is FusedLayers.compile)
     return {"norms": norms, "visited": visits(policy.causal_lm)}
 
 
@@ -175,9 +178,10 @@ def test_ranks_with_tokens_for_different_experts_train_like_one_process(
     assets: Assets,
     tmp_path: Path,
 ) -> None:
-    is_compiled = checkpointing == "compiled"
-    checkpointing = "none" if is_compiled else checkpointing
-    scenario = partial(listed_steps, assets, targets, checkpointing, is_compiled)
+    fused = FusedLayers.none
+    if checkpointing == "compiled":
+        checkpointing, fused = "none", FusedLayers.compile
+    scenario = partial(listed_steps, assets, targets, checkpointing, fused)
     results = run_ranks(scenario, size, tmp_path / "ranks", parallelism, seconds=SECONDS)
     # In the second step one rank has a pair and the others a dummy, which visits one expert of each layer; or
     # each rank has a share of the tokens.

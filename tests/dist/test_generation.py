@@ -155,3 +155,19 @@ def test_ranks_without_prompts_take_part_and_faults_of_one_rank_reach_all(
         assert of_rank["none"] == []
         assert of_rank["mode"]
         assert of_rank["broken"]
+
+
+def sizes_while_generating(model: ModelConfig, world: World, _folder: Path) -> tuple[list[int], list[int]]:
+    policy = load_policy(model, world)
+    weights = [*policy.causal_lm.parameters()]
+    with policy.generating() as causal_lm:
+        causal_lm(torch.tensor([[5, 6]]))
+        inside = [weight.numel() for weight in weights]
+    return inside, [weight.numel() for weight in weights]
+
+
+def test_sharded_weights_are_gathered_once_for_all_tokens(assets: Assets, tmp_path: Path) -> None:
+    model = ModelConfig(str(assets.policy), dtype=Dtype.fp32)
+    for inside, after in run_ranks(partial(sizes_while_generating, model), 2, tmp_path):
+        assert min(inside) > 0
+        assert max(after) == 0

@@ -23,7 +23,7 @@ WAYS = {
     "two processes, ddp, checkpointing": (2, ["parallelism.kind=ddp", "model.gradient_checkpointing=full"]),
     "two processes, compiled, checkpointed": (
         2,
-        ["model.compile=true", "model.gradient_checkpointing=2"],
+        ["model.fused=compile", "model.gradient_checkpointing=2"],
     ),
     "two processes, parameters offloaded": (
         2,

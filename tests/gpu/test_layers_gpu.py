@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dpo_dist.batching.pack import PackedBatch
-from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
+from dpo_dist.config.schema import AttentionBackend, Dtype, FusedLayers, ModelConfig
 from dpo_dist.model.architectures import EXACT_WITH_LIGER
 from dpo_dist.model.flops import matmul_peak
 from dpo_dist.model.layers import use_liger
@@ -25,10 +25,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUD
 CUDA = torch.device("cuda")
 LENGTHS = [(70, 50, 90), (1, 1, 4), (12, 3, 1), (200, 30, 41)]
 KERNELS = [
-    pytest.param({}, id="none"),
-    pytest.param({"compile": True}, id="compile"),
+    pytest.param({"fused": FusedLayers.none}, id="none"),
+    pytest.param({"fused": FusedLayers.compile}, id="compile"),
     pytest.param(
-        {"liger": True},
+        {"fused": FusedLayers.liger},
         id="liger",
         marks=pytest.mark.skipif(
             importlib.util.find_spec("liger_kernel") is None, reason="needs liger-kernel"
@@ -69,7 +69,7 @@ def outcome(folder: Path, batch: PackedBatch, config: ModelConfig) -> list[Tenso
 @pytest.mark.parametrize("options", KERNELS)
 @pytest.mark.parametrize("checkpointing", ["none", 2, "full"])
 def test_float32_equals_the_plain_model(
-    options: dict[str, bool], checkpointing: int | str, folder: Path, batch: PackedBatch
+    options: dict[str, FusedLayers], checkpointing: int | str, folder: Path, batch: PackedBatch
 ) -> None:
     expected = outcome(folder, batch, ModelConfig(dtype=Dtype.fp32))
     config = ModelConfig(dtype=Dtype.fp32, gradient_checkpointing=checkpointing, **options)
@@ -101,7 +101,7 @@ def test_layer_inputs_that_wait_on_the_host_change_no_bit(folder: Path, batch: P
 
 @pytest.mark.parametrize("options", KERNELS)
 def test_bf16_is_as_close_to_float32_as_the_plain_model(
-    options: dict[str, bool], folder: Path, batch: PackedBatch
+    options: dict[str, FusedLayers], folder: Path, batch: PackedBatch
 ) -> None:
     exact = outcome(folder, batch, ModelConfig(dtype=Dtype.fp32))[0]
     plain = outcome(folder, batch, ModelConfig(attention=AttentionBackend.sdpa))[0]

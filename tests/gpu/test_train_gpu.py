@@ -15,10 +15,10 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUD
 WAYS = {
     "zero3": [],
     "zero3, checkpointed": ["model.gradient_checkpointing=2"],
-    "zero3, compiled": ["model.compile=true"],
+    "zero3, compiled": ["model.fused=compile"],
     "zero2": ["parallelism.kind=zero2"],
     "ddp, checkpointed": ["parallelism.kind=ddp", "model.gradient_checkpointing=full"],
-    "ddp, compiled": ["parallelism.kind=ddp", "model.compile=true", "model.gradient_checkpointing=full"],
+    "ddp, compiled": ["parallelism.kind=ddp", "model.fused=compile", "model.gradient_checkpointing=full"],
     "zero3, offloaded": ["parallelism.offload_parameters=cpu", "parallelism.offload_optimizer=cpu"],
 }
 

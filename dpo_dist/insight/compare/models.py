@@ -16,7 +16,7 @@ import torch
 import dpo_dist
 from dpo_dist.batching.example import Example
 from dpo_dist.config.run_folder import RunFolder, check_writable
-from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.schema import FusedLayers, RunConfig
 from dpo_dist.data.formats import read_prompts
 from dpo_dist.data.records import Dialogue, PreferenceRecord, Prompt, eval_part, prompt_hash, turns_of
 from dpo_dist.data.sources import pinned, source_labels
@@ -131,7 +131,7 @@ class Speaker:
     def _packed(self) -> PackedCausalLM:
         scored = scored_model(self.config)
         bits = self.config.model.quantization
-        model_config = replace(scored, quantization=bits, compile=False, liger=False)
+        model_config = replace(scored, quantization=bits, fused=FusedLayers.none)
         longest = self.config.data.max_length + self.config.compare.max_new_tokens
         if self.responder.longest is not None:
             longest = min(longest, self.responder.longest)

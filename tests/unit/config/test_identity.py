@@ -14,7 +14,7 @@ loss=ipo model.adapter={r:8} model.adapter={r:9} reference.quantization=nf4
 """
 FREE = """
 trainer.micro_batch_tokens=100 trainer.stop_after_steps=3 trainer.max_seconds=3 trainer.save_every=7
-model.gradient_checkpointing=full model.compile=true model.liger=true model.attention=sdpa parallelism=zero2
+model.gradient_checkpointing=full model.fused=compile model.attention=sdpa parallelism=zero2
 parallelism.offload_parameters=cpu reference.offload=cpu tracking=off run.resume=must loss.beta=1e-1
 data.train=[{path:a.jsonl,label:math}]
 """

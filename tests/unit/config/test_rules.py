@@ -24,14 +24,13 @@ TERMS = "loss.terms=[{kind:sigmoid},{kind:%s}]"
 # The words of a command, and the first key that the error names.
 REFUSED = [
     ("model.dtype=fp32 model.attention=varlen", "model.attention"),
-    ("model.compile=true model.liger=true", "model.compile"),
     ("model.activation_offload=true", "model.activation_offload"),
-    ("trainer.deterministic=true model.liger=true", "trainer.deterministic"),
-    ("loss.router.z_coefficient=0.1 model.compile=true", "model.compile"),
-    ("loss.router.aux_coefficient=0.1 model.compile=true", "model.compile"),
-    (f"{NF4} model.compile=true", "model.compile"),
-    ("reference.quantization=nf4 model.compile=true", "model.compile"),
-    (f"{NVME} model.compile=true", "model.compile"),
+    ("trainer.deterministic=true model.fused=liger", "trainer.deterministic"),
+    ("loss.router.z_coefficient=0.1 model.fused=compile", "model.fused"),
+    ("loss.router.aux_coefficient=0.1 model.fused=compile", "model.fused"),
+    (f"{NF4} model.fused=compile", "model.fused"),
+    ("reference.quantization=nf4 model.fused=compile", "model.fused"),
+    (f"{NVME} model.fused=compile", "model.fused"),
     (
         "model.adapter.modules_to_save=[norm,q_proj] model.adapter.target_modules=[q_proj]",
         "model.adapter.modules_to_save",
@@ -149,8 +148,8 @@ def test_every_rule_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "typed",
     [
-        "model.gradient_checkpointing=full model.compile=true",
-        "model.gradient_checkpointing=2 model.liger=true",
+        "model.gradient_checkpointing=full model.fused=compile",
+        "model.gradient_checkpointing=2 model.fused=liger",
         "data.train=[{path:a,format:text},b] data.ranked=all_pairs",
         "loss=robust loss.label_smoothing=0.49",
         "loss=exo_pair optim.warmup_steps=10 optim.schedule=constant",

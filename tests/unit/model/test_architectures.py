@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 
 from dpo_dist.batching.example import Example
 from dpo_dist.batching.plan import Arrangement
-from dpo_dist.config.schema import AttentionBackend, ModelConfig
+from dpo_dist.config.schema import AttentionBackend, FusedLayers, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import (
     SAMPLING_ROUTERS,
@@ -158,7 +158,7 @@ def test_compiled_layers_with_windows_caps_and_sinks_are_exact(model_type: str) 
     causal_lm.config._attn_implementation = PACKED
     checkpoint_layers(causal_lm, "full")
     with mock.patch("torch.compile", partial(torch.compile, backend="eager")):
-        model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, compiled=True).train()
+        model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, FusedLayers.compile).train()
     for pairs, plain, plain_gradients in zip(batches, expected, expected_gradients, strict=True):
         logps = model(pack_unkeyed(pairs))
         assert (logps - plain).norm() <= 1e-6 * plain.norm()

@@ -20,8 +20,9 @@ from transformers.masking_utils import (
 
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.attention import check_kernel, choose_backend, packed_attention
+from dpo_dist.model.attention import check_kernel, choose_backend, computed_by_segment, packed_attention
 from dpo_dist.model.sdpa import Layout, MaskRule, Scores, mask_rule, with_one_dim
+from tests.support.families import tiny_causal_lm, tiny_config
 from tests.support.kernels import (
     flash_attn_varlen_func,
     masked_attention,
@@ -40,7 +41,11 @@ TEXTS = {
     "capped": Gemma2Config(**GROUPED, attn_logit_softcapping=0.5),
 }
 EPS = torch.finfo(torch.bfloat16).eps
-KERNELS = [AttentionBackend.varlen, AttentionBackend.flash_attention_2]
+KERNELS = [
+    AttentionBackend.varlen,
+    AttentionBackend.flash_attention_2,
+    AttentionBackend.flash_attention_3,
+]
 
 
 @pytest.fixture(autouse=True)
@@ -133,8 +138,32 @@ def test_flash_attn_2_is_told_from_its_successor_with_the_same_module(
         assert choose_backend(wanted, Dtype.bf16, CUDA) is wanted
         return
     assert choose_backend(AttentionBackend.auto, Dtype.bf16, CUDA) is AttentionBackend.varlen
-    with pytest.raises(ConfigError, match="flash-attn 2 is not installed"):
+    with pytest.raises(ConfigError, match="flash-attn is not installed"):
         choose_backend(wanted, Dtype.bf16, CUDA)
+
+
+def test_flash_attn_3_is_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda _name: "3.0")
+    for capability, chosen in (((9, 0), "flash_attention_3"), ((10, 0), "flash_attention_2")):
+        gpu_of(monkeypatch, capability)
+        assert choose_backend(AttentionBackend.auto, Dtype.bf16, CUDA).value == chosen
+
+
+@pytest.mark.parametrize(
+    ("model_type", "backend", "reason"),
+    [
+        ("gpt_oss", AttentionBackend.flash_attention_2, "attention sinks"),
+        ("gemma2", AttentionBackend.varlen, "capped scores"),
+        ("gemma2", AttentionBackend.flash_attention_2, ""),
+        ("llama4_text", AttentionBackend.varlen, "chunks"),
+        ("mistral", AttentionBackend.varlen, ""),
+        ("gpt_oss", AttentionBackend.sdpa, ""),
+    ],
+)
+def test_layers_that_a_kernel_lacks_are_named(
+    model_type: str, backend: AttentionBackend, reason: str
+) -> None:
+    assert computed_by_segment(tiny_causal_lm(tiny_config(model_type)), backend) == reason
 
 
 HEADS, KEY_HEADS, DIM = 4, 2, 8

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import logging
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,20 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from dpo_dist.batching.plan import Arrangement
-from dpo_dist.config.schema import AdapterConfig, Dtype, ModelConfig
+from dpo_dist.config.schema import AdapterConfig, Dtype, FusedLayers, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.exactness import StartCheck
 from dpo_dist.model.layers import (
     check_device,
     checkpoint_layers,
+    choose_fused,
     decoder_layers,
     offload_inputs,
     without_gradient,
 )
 from dpo_dist.model.load import load_packed, without_weights
 from dpo_dist.model.lora import add_adapter, target_layers
+from dpo_dist.model.numerics import deterministic_kernels
 from dpo_dist.model.packed import PackedCausalLM
 from tests.support.families import tiny_config, tiny_family
 from tests.support.multimodal import IMAGE_MODELS, write_multimodal
@@ -104,21 +107,33 @@ def test_inputs_of_checkpointed_layers_wait_in_host_memory(
 
 
 @pytest.mark.parametrize(
-    ("option", "kind", "device", "fault"),
+    ("fused", "kind", "device", "fault"),
     [
-        ("compile", "qwen2", CPU, r"C\+\+ compiler"),
-        ("liger", "gpt2", CUDA, "Liger's kernels are exact on CUDA"),
+        (FusedLayers.compile, "qwen2", CPU, r"C\+\+ compiler"),
+        (FusedLayers.liger, "gpt2", CUDA, "Liger's kernels are exact on CUDA"),
     ],
 )
 def test_options_that_cannot_run_are_refused(
-    option: str, kind: str, device: torch.device, fault: str, monkeypatch: pytest.MonkeyPatch
+    fused: FusedLayers, kind: str, device: torch.device, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_options: True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(ConfigError, match=fault) as raised:
-        check_device(ModelConfig(**{option: True}), kind, device)
-    assert raised.value.where == f"model.{option}"
+        check_device(ModelConfig(fused=fused), kind, device)
+    assert raised.value.where == "model.fused"
+
+
+def test_auto_takes_liger_where_it_is_installed_and_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(model_type: str, device: torch.device = CUDA) -> str:
+        return choose_fused(FusedLayers.auto, model_type, device).value
+
+    monkeypatch.setitem(sys.modules, "liger_kernel", importlib.import_module("types"))
+    assert (chosen("qwen2"), chosen("gpt2"), chosen("qwen2", CPU)) == ("liger", "none", "none")
+    with deterministic_kernels(True):
+        assert chosen("qwen2") == "none"
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    assert chosen("qwen2") == "none"
 
 
 def load(folder: Path) -> PackedCausalLM:

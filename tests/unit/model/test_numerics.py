@@ -11,7 +11,7 @@ import transformers
 from torch import Tensor
 from transformers import LlamaConfig
 
-from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig, Quantization
+from dpo_dist.config.schema import AttentionBackend, Dtype, FusedLayers, ModelConfig, Quantization
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.attention import check_kernel
 from dpo_dist.model.numerics import (
@@ -27,17 +27,16 @@ FP32 = ModelConfig(dtype=Dtype.fp32)
 
 
 def test_a_profile_differs_where_log_probs_can(monkeypatch: pytest.MonkeyPatch) -> None:
-    fp32 = numerics_of(FP32, AttentionBackend.sdpa, CPU)
+    fp32 = numerics_of(FP32, AttentionBackend.sdpa, FusedLayers.none, CPU)
     assert fp32["cpu"] == torch.backends.cpu.get_cpu_capability()
-    compiled = ModelConfig(dtype=Dtype.fp32, compile=True)
-    assert numerics_of(ModelConfig(), AttentionBackend.sdpa, CPU) != fp32
-    assert numerics_of(FP32, AttentionBackend.varlen, CPU) != fp32
-    assert numerics_of(compiled, AttentionBackend.sdpa, CPU) != fp32
+    assert numerics_of(ModelConfig(), AttentionBackend.sdpa, FusedLayers.none, CPU) != fp32
+    assert numerics_of(FP32, AttentionBackend.varlen, FusedLayers.none, CPU) != fp32
+    assert numerics_of(FP32, AttentionBackend.sdpa, FusedLayers.compile, CPU) != fp32
     checkpointed = ModelConfig(dtype=Dtype.fp32, gradient_checkpointing="full")
-    assert numerics_of(checkpointed, AttentionBackend.sdpa, CPU) == fp32
+    assert numerics_of(checkpointed, AttentionBackend.sdpa, FusedLayers.none, CPU) == fp32
     for package in (torch, transformers):  # a patch release changes nothing
         monkeypatch.setattr(package, "__version__", f"{'.'.join(package.__version__.split('.')[:2])}.99")
-    assert numerics_of(FP32, AttentionBackend.sdpa, CPU) == fp32
+    assert numerics_of(FP32, AttentionBackend.sdpa, FusedLayers.none, CPU) == fp32
 
 
 def test_a_profile_names_every_kernel_of_which_rounding_alone_is_tolerable(
@@ -46,10 +45,16 @@ def test_a_profile_names_every_kernel_of_which_rounding_alone_is_tolerable(
     monkeypatch.setattr("importlib.metadata.version", lambda name: f"{name} 9.1.2")
     h200 = SimpleNamespace(major=9, minor=0, multi_processor_count=132, name="NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: h200)
-    everything = ModelConfig(dtype=Dtype.fp16, quantization=Quantization.int8, compile=True, liger=True)
+    everything = ModelConfig(dtype=Dtype.fp16, quantization=Quantization.int8)
     with deterministic_kernels(True):
-        profiles = [numerics_of(everything, AttentionBackend.flash_attention_2, d) for d in (CPU, CUDA)]
-    found = profiles[0] | profiles[1]
+        found = {
+            name: value
+            for device in (CPU, CUDA)
+            for fused in (FusedLayers.liger, FusedLayers.compile)
+            for name, value in numerics_of(
+                everything, AttentionBackend.flash_attention_2, fused, device
+            ).items()
+        }
     assert found["flash_attn"] == "flash-attn 9.1"
     assert (found["liger"], found["gpu"]) == ("liger-kernel 9.1", "sm_90 with 132 multiprocessors")
     assert found["quantization"] == "int8 by bitsandbytes bitsandbytes 9.1"
@@ -83,7 +88,7 @@ def test_pytorch_cublas_and_flash_attn_use_deterministic_kernels(monkeypatch: py
     with deterministic_kernels(True):
         check_kernel(AttentionBackend.flash_attention_2, CPU, LlamaConfig(), torch.float32)
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-        assert numerics_of(FP32, AttentionBackend.sdpa, CPU)["deterministic"] == "true"
+        assert numerics_of(FP32, AttentionBackend.sdpa, FusedLayers.none, CPU)["deterministic"] == "true"
     assert (asked[0], asked[-1]) == (False, True)
 
 

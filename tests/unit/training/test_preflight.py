@@ -51,7 +51,7 @@ def refused(config: RunConfig) -> DpoDistError:
 @pytest.mark.parametrize(
     ("package", "overrides"),
     [
-        ("liger_kernel", "model.liger=true"),
+        ("liger_kernel", "model.fused=liger"),
         ("bitsandbytes", "model.adapter.r=8 model.quantization=nf4 parallelism=ddp"),
         ("bitsandbytes", "reference.quantization=int8"),
         ("bitsandbytes", "optim=adamw_8bit"),
@@ -89,10 +89,10 @@ def test_compiled_sharded_layers_need_torch_2_12(
     assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dpo_dist.training.preflight.version", lambda _package: "2.11.0+cu130")
-    compiled = run_of(assets, tmp_path, "model.compile=true")
+    compiled = run_of(assets, tmp_path, "model.fused=compile")
     assert "lose gradients" in refused(compiled).message
     check_start(compiled)  # nothing is trained
-    check_start(run_of(assets, tmp_path, "model.compile=true", "parallelism=zero2"), trains=True)
+    check_start(run_of(assets, tmp_path, "model.fused=compile", "parallelism=zero2"), trains=True)
 
 
 # Failed starts
@@ -255,12 +255,12 @@ def test_options_that_no_module_of_the_model_has_are_refused_before_files_are_re
 def test_options_of_gpus_are_refused_without_one_before_files_are_read(
     assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = run_of(assets, tmp_path, "model.liger=true")
+    config = run_of(assets, tmp_path, "model.fused=liger")
     rehearse(config)  # where it is run, there may be a GPU
     start_without_digests(monkeypatch)
     with pytest.raises(ConfigError) as caught:
         load_inputs(Run(config, ALONE, Console(None)), trains=True)
-    assert caught.value.where == "model.liger"
+    assert caught.value.where == "model.fused"
 
 
 @pytest.mark.parametrize(
