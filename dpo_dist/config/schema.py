@@ -350,6 +350,8 @@ class ParallelismConfig:
     """Where the policy's weights are kept: on the device (`none`) or `cpu`."""
     offload_optimizer: PolicyOffload = key(Offload.none, verbs="train")
     """Where the optimizer's states are kept: on the device (`none`) or `cpu`."""
+    reduce_in_float32: bool | None = key(None, verbs="train")
+    """Sum gradients over processes in float32, in place of `model.dtype`; null: with several nodes."""
     sequence_parallel: int = key(1, ge=1)
     """Processes that share the tokens of each micro-batch, for long sequences (DeepSpeed Ulysses)."""
     timeout_seconds: int = key(600, ge=1, le=10**7, verbs="train precompute evaluate compare pairs")

@@ -1,5 +1,6 @@
 """DeepSpeed's configuration of the policy and of a model that is only scored."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,20 @@ def policy_config(parallelism: ParallelismConfig, optim: OptimConfig, dtype: Dty
     return {
         **_shared_config(zero, dtype),
         "gradient_accumulation_steps": 1,
+        "communication_data_type": _reduction(parallelism, dtype).value,
         "gradient_clipping": optim.max_grad_norm,
         "zero_allow_untested_optimizer": True,
         "data_types": {"grad_accum_dtype": "fp32"},
     }
+
+
+def _reduction(parallelism: ParallelismConfig, dtype: Dtype) -> Dtype:
+    """Return the precision in which gradients are summed over processes: in bf16 the error grows with them."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    is_wide = parallelism.reduce_in_float32
+    if is_wide is None:
+        is_wide = int(processes) > int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    return Dtype.fp32 if is_wide else dtype
 
 
 def communication(stage: int, hidden_size: int, *, trains: bool = True) -> dict[str, int]:

@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.config.schema import Dtype, ParallelismConfig, ParallelismKind
+from dpo_dist.config.losses import LossConfig
+from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismConfig, ParallelismKind
 from dpo_dist.data.dataset import PreferenceDataset, shard_batch
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import LossScale, PolicyEngine
 from dpo_dist.model.load import TORCH_DTYPES
-from dpo_dist.reference.engine import load_reference
+from dpo_dist.reference.engine import ReferenceProvider, load_reference
 from dpo_dist.training.step import Objective
 from tests.dist.scenario import (
     LOSS,
@@ -146,3 +147,24 @@ def test_steps_equal_plain_pytorch_up_to_rounding(
         assert of_rank["unchanged"]
         assert of_rank["drift"] < of_drift
         assert of_rank["share"] == pytest.approx(1 / size, abs=0.01)
+
+
+def norm_in_bf16(model: Path, assets: Assets, world: World, _folder: Path) -> float:
+    """Of a step in which each pair is a micro-batch of its own, so that only sums over processes differ."""
+    policy = load_policy(ModelConfig(str(model), dtype=Dtype.bf16), world)
+    objective = Objective(LossConfig(reference_free=True), ReferenceProvider())
+    (norm,) = all_steps(policy, objective, assets.dataset(), world, [((0, 1, 2, 3, 4), 1)])
+    return norm
+
+
+@pytest.mark.parametrize("kind", ParallelismKind)
+def test_gradients_in_bf16_that_are_summed_in_float32_do_not_depend_on_the_number_of_processes(
+    kind: ParallelismKind, assets: Assets, tmp_path: Path
+) -> None:
+    parallelism = ParallelismConfig(kind, reduce_in_float32=True)
+    scenario = partial(norm_in_bf16, assets.policy, assets)
+    # By a power of two nothing is rounded where the loss is multiplied by the number of processes.
+    one, two = (
+        run_ranks(scenario, size, tmp_path / str(size), parallelism, Dtype.bf16)[0] for size in (1, 2)
+    )
+    assert two == pytest.approx(one, rel=1e-6)
