@@ -49,7 +49,7 @@ def policy_config(parallelism: ParallelismConfig, optim: OptimConfig, dtype: Dty
 
 
 def _reduction(parallelism: ParallelismConfig, dtype: Dtype) -> Dtype:
-    """Return the precision in which gradients are summed over processes: in bf16 the error grows with them."""
+    """Return the precision of sums over processes, whose error in bf16 grows with their number."""
     processes = os.environ.get("WORLD_SIZE", "1")
     is_wide = parallelism.reduce_in_float32
     if is_wide is None:

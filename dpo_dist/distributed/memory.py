@@ -101,7 +101,7 @@ def out_of_memory(
     error: torch.OutOfMemoryError, work: str = "", remedy: str = _POLICY_REMEDY
 ) -> DeviceMemoryError:
     """Return PyTorch's error as an error for the user."""
-    got = str(error).partition("\n")[0][:300]
+    got = str(error).partition("\n")[0].partition(" If reserved")[0]  # with what is allocated and reserved
     return DeviceMemoryError("GPU memory is exhausted", where=work, got=got, remedy=remedy)
 
 

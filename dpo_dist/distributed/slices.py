@@ -180,16 +180,16 @@ class HostCopy:
         return all(not of_rank or needed[host] <= available for host, of_rank, available in ranks)
 
     def _bytes(self, models: Sequence[ModelSlices]) -> int:
-        count = sum(_aligned(tensor.nbytes) for model in models for tensor in model.tensors)
-        # As PyTorch's allocator of pinned memory does.
-        return 1 << (count - 1).bit_length() if self.is_cuda and count else count
+        return sum(_aligned(tensor.nbytes) for model in models for tensor in model.tensors)
 
     def of(self, models: Sequence[ModelSlices]) -> list[ModelSlices]:
         """Return the same slices in host memory, valid until the next call."""
         count = self._bytes(models)
         if count > self._buffer.nbytes:
             self.close()
-            self._buffer = torch.empty(count, dtype=torch.uint8, pin_memory=self.is_cuda)
+            self._buffer = torch.empty(count, dtype=torch.uint8)
+            if self.is_cuda:  # PyTorch's own pinned memory is rounded up to a power of two
+                torch.cuda.check_error(_runtime().cudaHostRegister(self._buffer.data_ptr(), count, 0))
         copied, start = [], 0
         for model in models:
             slices = []
@@ -207,8 +207,14 @@ class HostCopy:
 
     def close(self) -> None:
         """Release the memory, as soon as nothing reads the copies any more."""
+        if self.is_cuda and self._buffer.nbytes:
+            torch.cuda.check_error(_runtime().cudaHostUnregister(self._buffer.data_ptr()))
         self._buffer = torch.empty(0, dtype=torch.uint8)
         return_host_memory()
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 def _aligned(count: int) -> int:

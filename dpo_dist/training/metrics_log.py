@@ -29,7 +29,7 @@ from dpo_dist.training.clock import PHASES
 Row = dict[str, float]
 
 _SPEED = ("step_seconds", "pairs_per_second", "tokens_per_second", *(f"time/{phase}" for phase in PHASES))
-_OTHERS = ("mfu", "memory/peak_allocated_bytes", "bad_steps", "loss_spikes")
+_OTHERS = ("mfu", "memory/peak_allocated_bytes", "memory/peak_reserved_bytes", "bad_steps", "loss_spikes")
 # Metrics whose best value is in the summary of a tracker; summary.json has two of them.
 BEST = ("loss", *(PREFIX + key for key in MAIN))
 _BEST = ("eval_loss", *(PREFIX + key for key in ACCURACIES))

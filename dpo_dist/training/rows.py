@@ -84,6 +84,7 @@ class Rows:
         row = position.window.row(self.peak)
         if self.run.world.device.type == "cuda":
             row["memory/peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
+            row["memory/peak_reserved_bytes"] = torch.cuda.max_memory_reserved()
         row["bad_steps"] = position.health.bad_steps
         if self.policy.loss_scale is not None:
             row |= {"loss_scale": self.policy.loss_scale.value, "overflows": position.health.overflows}

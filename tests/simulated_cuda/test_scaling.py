@@ -107,7 +107,8 @@ def step(model: Path, kind: str, ranks: int) -> dict[str, Any]:
     gc.collect()
     before = torch.cuda.memory_allocated()
     with _rank_0_of(ranks):
-        parallelism, optim = ParallelismConfig(ParallelismKind(kind)), OptimConfig()
+        optim = OptimConfig()
+        parallelism = ParallelismConfig(ParallelismKind(kind), reduce_in_float32=False)
         world = start_world(policy_config(parallelism, optim, Dtype.bf16), parallelism.timeout_seconds)
         loaded = load_packed(model, ModelConfig(), 256, world.device)
         policy = PolicyEngine(loaded, optim, world)
