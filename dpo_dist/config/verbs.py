@@ -60,6 +60,7 @@ VERBS = {
     ),
     "report": Verb("write the page of a run again, or compare several runs", is_configured=False),
     "chat": Verb("talk to a model in the terminal, also beside its base", is_configured=False),
+    "selftest": Verb("test this machine: kernels, ways of training, speeds", is_configured=False),
     "store": Verb("list, verify and clean a store of reference log-probs", is_configured=False),
     "launch": Verb(
         "start a verb on several processes, with the arguments of accelerate launch", is_configured=False
