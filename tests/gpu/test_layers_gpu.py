@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,12 @@ KERNELS = [
         ),
     ),
 ]
+
+OF_THEIR_OWN: dict[str, dict[str, Any]] = {
+    "llama4_text": {"num_hidden_layers": 4},  # the last one without positions
+    **{kind: {} for kind in ("gpt_oss", "gemma2", "gemma3n_text", "cohere2", "granite", "deepseek_v3")},
+}
+"""Layers with temperatures, sinks, caps, windows, shared keys, scales, low ranks."""
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +129,19 @@ def test_liger_is_exact_for_every_listed_architecture(model_type: str) -> None:
     largest = max(gradient.norm() for gradient in expected.values())
     for name, gradient in expected.items():
         assert (ours[name] - gradient).norm() <= 1e-5 * max(gradient.norm(), 1e-2 * largest), name
+
+
+@pytest.mark.parametrize("model_type", OF_THEIR_OWN)
+def test_layers_with_code_of_their_own_are_those_of_the_cpu(model_type: str) -> None:
+    results = []
+    for device in (torch.device("cpu"), CUDA):
+        model = packed(tiny_causal_lm(tiny_config(model_type, **OF_THEIR_OWN[model_type]))).to(device)
+        batch = pack_unkeyed(random_pairs([(7, 5, 9), (1, 1, 4), (12, 3, 2)])).to(device)
+        logps = model(batch)
+        results.append({"": logps.detach().cpu(), **gradients(model.causal_lm, logps)})
+    expected, got = results
+    for name, values in expected.items():
+        assert (got[name].cpu() - values).norm() <= 1e-4 * max(values.norm(), 1.0), name
 
 
 def test_the_measured_peak_is_higher_in_bf16() -> None:

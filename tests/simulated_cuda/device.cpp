@@ -238,6 +238,8 @@ struct Hooks final : at::CUDAHooksInterface {
 Tensor over(c10::Storage storage, DispatchKey key, const Tensor& layout) {
   auto tensor = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(key), layout.dtype());
   tensor.unsafeGetTensorImpl()->set_sizes_and_strides(layout.sizes(), layout.strides(), layout.storage_offset());
+  tensor._set_conj(layout.is_conj());
+  tensor._set_neg(layout.is_neg());
   return tensor;
 }
 
