@@ -104,7 +104,7 @@ def make_plan(config: RunConfig, progress: Progress) -> Plan:
         estimate.verdict(),
         f"host memory of a node: {size(estimate.host)}; disk: {size(checkpoint)} a checkpoint, "
         f"{size(2.0 * estimate.weights)} the model, {size(data.targets * data.pairs * 4)} the log-probs",
-        f"an epoch of {counted(data.pairs, 'pair')} of {data.tokens:,.0f} tokens ({data.basis}):",
+        f"an epoch of {counted(data.pairs, config.loss.unit)} of {data.tokens:,.0f} tokens ({data.basis}):",
         *(f"  {line}" for line in aligned(times, numbers=(1,))),
     ]
     if estimate.sending > estimate.computing / _REACHED[0]:
@@ -133,7 +133,7 @@ def plan_in_brief(config: RunConfig, tokens: float) -> tuple[str, str]:
     ends = (sum(estimate.seconds(reached).values()) for reached in _REACHED)
     return (
         f"{estimate.verdict()} ({counted(machine.gpus, 'GPU')}, {machine.gpu})",
-        f"{_span(*ends)} for {counted(data.pairs, 'pair')} of {data.tokens:,.0f} tokens",
+        f"{_span(*ends)} for {counted(data.pairs, config.loss.unit)} of {data.tokens:,.0f} tokens",
     )
 
 
@@ -240,7 +240,8 @@ def _estimate(config: RunConfig, data: _Data, machine: _Machine) -> _Estimate:
     attended = prompt**2 / 2 + 2 * response * (prompt + response / 2)
     work = data.pairs * step_flops(causal_lm).of(round(data.tokens), round(data.targets), round(attended))
     work /= gpus * machine.flops
-    again, is_full = recomputed_share(config.model), config.model.adapter is None
+    again, forward = recomputed_share(config.model), work / (3 if config.model.adapter is None else 2)
+    of_partners = forward if config.loss.needs_partners else 0.0
     needs = footprint(config, causal_lm, gpus)
     largest = needs.largest_micro_batch(machine.memory)
     tokens = (largest or _TOKENS) if trainer.micro_batch_tokens == "auto" else trainer.micro_batch_tokens
@@ -262,8 +263,8 @@ def _estimate(config: RunConfig, data: _Data, machine: _Machine) -> _Estimate:
             trained,
             needs,
             largest,
-            work * (1 + again),
-            work / (3 if is_full else 2),
+            work * (1 + again) + of_partners,
+            forward + of_partners,
         ),
         sending=steps * times * sent / link if gpus > 1 else 0.0,
         sampling=sampling,

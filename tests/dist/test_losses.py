@@ -66,6 +66,7 @@ WEIGHTED = {
     "sigmoid, wpo": LossConfig(beta=0.5, weighting=Weighting.wpo),
     "masked sft": LossConfig(LossKind.sft),
     "masked plackett_luce": LossConfig(LossKind.plackett_luce, 0.5),
+    "masked apo_zero_unpaired": LossConfig(LossKind.apo_zero_unpaired, 0.5, undesirable_weight=2.0),
 }
 """Cases that are the same with weights and with repeated records."""
 for _name, _loss in WEIGHTED.items():
@@ -85,10 +86,12 @@ records, of which the first source has good ones only."""
 
 
 def dataset_of(case: str, data: Data) -> PreferenceDataset:
-    name = "masked" if case.startswith("masked") else "pairs"
-    if "kto" in case:
-        return with_partners(open_dataset(data[f"labelled {name}"], DataConfig()), max_length=40)
+    loss, name = CASES[case], "masked" if case.startswith("masked") else "pairs"
+    if loss.is_unpaired:
+        name = f"labelled {name}"
     dataset = open_dataset(data["rankings" if "plackett_luce" in case else name], DataConfig())
+    if loss.needs_partners:
+        return with_partners(dataset, max_length=40)
     return replace(dataset, numbers=NUMBERS.get(case.rpartition(", ")[2], {}))
 
 
