@@ -144,6 +144,7 @@ UNSURE = {"eval_rewards/accuracies": 0.58, "eval_rewards/margins": 0.1, "rewards
 SAMPLED = {"eval_samples/reference_finished": 10 / 16, "eval_samples/reference_refusals": 2 / 16}
 SAMPLED |= {"eval_samples/prompts": 16.0}
 STILL = {"loss": 0.69, "rewards/margins": 3.0, "eval_rewards/margins": 3.0}
+SOFT = {"loss/excess": 0.13}
 AT_CHANCE = FLAT | {"rewards/accuracies": 0.5, "eval_rewards/accuracies": 0.5, "eval_rewards/margins": 1e-3}
 
 
@@ -201,6 +202,7 @@ FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
     ),
     ("beta_wrong", rows(late={"loss": 6.0}), BETA_20, "loss of wrong pairs grew (0.68 -> 6)"),
     ("beta_wrong", rows(every=FLAT), with_settings(beta=1e-4), "loss.beta=1e-4 is too small"),
+    ("beta_wrong", rows(every=FLAT | SOFT), with_settings(beta=1e-4), "the loss stays at 0.13 -> 0.13"),
     ("learning_rate_too_high", rows(late={"loss": 1.2}, since=8), {}, "the loss rose from 0.66 to 1.2"),
     ("learning_rate_too_high", rows(late={"logps/chosen_per_token": -3.5}, since=4), {}, "fell by 2.5 nats"),
     ("labels_swapped", rows(late={"eval_rewards/accuracies": 0.3}), {}, "0.300 on 400 pairs"),
@@ -266,6 +268,8 @@ def test_a_rule_finds_its_fault_alone(
     [
         # What a loss does by design.
         (rows(late=FALLEN), with_settings(kind="apo_down"), []),
+        # Soft labels keep the loss above a floor, down to which it falls.
+        (rows(every=FLAT | SOFT, late={"loss/excess": 0.01}), with_settings(beta=1e-4), []),
         # Responses as long as the chosen ones.
         (rows(late={"eval_samples/length": 180.0, "eval_tokens/chosen": 200.0}), {}, []),
         # One row by chance.
