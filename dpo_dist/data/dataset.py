@@ -402,7 +402,7 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
             remedy = f"set loss.kind to one of {kinds}; or ignore it: columns: {{{null}}}"
             check(misfits, f"a {name} of the record", remedy)
         elif name == "soft_label" and loss.label_smoothing:
-            check(misfits, f"a {name} beside loss.label_smoothing", "remove loss.label_smoothing")
+            check(misfits, f"a {name} beside loss.label_smoothing", "set loss.label_smoothing=null")
     if loss.is_unpaired:
         remedy = "use records with prompt, completion and label; data.unpair=true takes pairs apart"
         check(~is_labelled, "no single response with a label", remedy)

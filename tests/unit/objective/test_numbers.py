@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dpo_dist.config.load import load_run_config
 from dpo_dist.config.losses import KINDS, BcoDelta, LossConfig, LossKind, LossTermConfig
 from dpo_dist.config.schema import Ranked
 from dpo_dist.data.dataset import check_fits_loss, shard_batch
@@ -159,6 +160,12 @@ def test_a_record_with_a_number_that_it_cannot_have_is_bad(fields: dict[str, Any
     assert bad(TEXT | fields).reason == "invalid_numbers"
 
 
+@pytest.mark.parametrize("preset", ["sigmoid", "exo_pair", "beta_dpo"])
+def test_the_preset_of_a_loss_of_soft_labels_accepts_them(preset: str, tmp_path: Path) -> None:
+    data = opened(tmp_path, jsonl(tmp_path, TEXT | {"soft_label": 0.3}))
+    check_fits_loss(data, load_run_config([f"loss={preset}"]).loss)
+
+
 def summed(*kinds: LossKind) -> LossConfig:
     return LossConfig(terms=[LossTermConfig(kind) for kind in kinds])
 
@@ -170,7 +177,7 @@ def summed(*kinds: LossKind) -> LossConfig:
         (LossConfig(LossKind.bco_pair, bco_delta=BcoDelta.running_mean), 0, "a loss_weight of the record"),
         (LossConfig(LossKind.ipo), 1, "{soft_label: null, votes_chosen: null, votes_rejected: null}"),
         (summed(LossKind.sigmoid, LossKind.ipo), 2, "a soft_label of the record"),
-        (LossConfig(label_smoothing=0.1), 1, "remove loss.label_smoothing"),
+        (LossConfig(label_smoothing=0.1), 1, "set loss.label_smoothing=null"),
         (LossConfig(LossKind.custom, function=OWN), 1, "a soft_label of the record"),
         (LossConfig(LossKind.sft), 1, "a soft_label of the record"),
     ],
