@@ -80,7 +80,8 @@ def _machine(plan: PlanConfig) -> _Machine:
 def make_plan(config: RunConfig, progress: Progress) -> Plan:
     """Return the plan of training `config` on the GPUs of `config.plan`."""
     data, machine = _data(config, progress), _machine(config.plan)
-    estimate = _estimate(config, data, machine)
+    causal_lm = without_weights(_model_config(config), config.model, start_folder(config.model))
+    estimate = _estimate(config, data, machine, causal_lm)
     needs, memory, gpus = estimate.needs, machine.memory, machine.gpus
     used, checkpoint = needs.used(estimate.micro_batch), state_bytes(config) * estimate.trained
     rows = [*needs.parts.items(), (f"{estimate.micro_batch:,} tokens", used - sum(needs.parts.values()))]
@@ -120,7 +121,7 @@ def make_plan(config: RunConfig, progress: Progress) -> Plan:
         "run_seconds": runs,
     }
     if config.plan.suggest:
-        content["suggested"] = suggested = _suggest(config, data, machine)
+        content["suggested"] = suggested = _suggest(config, data, machine, causal_lm)
         lines.append(f"suggested: {suggested}" if suggested else "nothing fits: take more GPUs or an adapter")
     return Plan(estimate.fits, lines, content)
 
@@ -129,7 +130,8 @@ def plan_in_brief(config: RunConfig, tokens: float) -> tuple[str, str]:
     """Return whether training `config` on pairs of so many `tokens` fits, and how long it takes."""
     plan, machine = config.plan, _machine(config.plan)
     data = _Data(plan.pairs or 10_000, plan.tokens_per_pair or tokens, "")
-    estimate = _estimate(config, data, machine)
+    causal_lm = without_weights(_model_config(config), config.model, start_folder(config.model))
+    estimate = _estimate(config, data, machine, causal_lm)
     ends = (sum(estimate.seconds(reached).values()) for reached in _REACHED)
     return (
         f"{estimate.verdict()} ({counted(machine.gpus, 'GPU')}, {machine.gpu})",
@@ -231,9 +233,8 @@ class _Estimate:
         return f"does not fit: {room}; `dpo-dist plan plan.suggest=true` looks for settings that fit"
 
 
-def _estimate(config: RunConfig, data: _Data, machine: _Machine) -> _Estimate:
+def _estimate(config: RunConfig, data: _Data, machine: _Machine, causal_lm: Any) -> _Estimate:
     gpus, trainer = machine.gpus, config.trainer
-    causal_lm = without_weights(_model_config(config), config.model, start_folder(config.model))
     weights = sum(map(torch.numel, causal_lm.parameters()))
     trained = sum(weight.numel() for weight in causal_lm.parameters() if weight.requires_grad)
     prompt, response = _PROMPT_SHARE * data.tokens, data.targets / 2
@@ -280,7 +281,7 @@ def _model_config(config: RunConfig) -> Any:
     return load_config(folder, config.model)
 
 
-def _suggest(config: RunConfig, data: _Data, machine: _Machine) -> str | None:
+def _suggest(config: RunConfig, data: _Data, machine: _Machine, causal_lm: Any) -> str | None:
     """Return the overrides of the settings that fit with the shortest epoch; None if none fit."""
     seconds: dict[str, float] = {}
     for words in _ALTERNATIVES:
@@ -289,7 +290,7 @@ def _suggest(config: RunConfig, data: _Data, machine: _Machine) -> str | None:
             changed = load_run_config(overrides, former=yaml.safe_load(to_yaml(config)))
         except ConfigError:  # such as ZeRO of a quantized base
             continue
-        estimate = _estimate(changed, data, machine)
+        estimate = _estimate(changed, data, machine, causal_lm)
         if estimate.fits and estimate.largest:
             slower = 2.0 if "offload" in words else 1.0  # of copies to the host
             seconds[words] = slower * sum(estimate.seconds(_REACHED[0]).values())

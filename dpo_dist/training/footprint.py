@@ -5,6 +5,7 @@ has the same as a table.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -169,6 +170,7 @@ def activation_bytes(causal_lm: Any, checkpointing: str | int) -> float | None:
     return number * hidden * checkpointed + (len(layers) - checkpointed + 1) * layer + backward
 
 
+@lru_cache(maxsize=1)  # the plan asks for several kinds of checkpointing
 def _kept_bytes(causal_lm: Any) -> float | None:
     """Return the bytes of a token that autograd keeps of a forward of all layers, without attention's."""
     causal_lm.train().to(causal_lm.dtype)  # peft leaves an adapter on the meta device in float32
