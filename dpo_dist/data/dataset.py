@@ -404,7 +404,7 @@ def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
         elif name == "soft_label" and loss.label_smoothing:
             check(misfits, f"a {name} beside loss.label_smoothing", "set loss.label_smoothing=null")
     if loss.is_unpaired:
-        remedy = "give each response a label: true or false, 1 or 0, good or bad; data.unpair=true takes pairs apart"
+        remedy = "give each response a label: true or false, 1 or 0; data.unpair=true takes pairs apart"
         check(~is_labelled, "no single response with a label", remedy)
         return
     remedy = "set loss=kto; if the label is no judgement of the response, ignore it: columns: {label: null}"
