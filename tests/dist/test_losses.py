@@ -139,8 +139,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 
 
 FORGOTTEN = "loss without running means"
-# Coupled and one-sided losses, statistics of the head, weights and masks of tokens, rankings.
-WITH_SHARED_TOKENS = ("beta_dpo, js, wpo", "sigmoid, ld_alpha, wpo", "masked sft", "masked plackett_luce")
+# Coupled and one-sided losses, statistics of the head, weights and masks of tokens, rankings, partners.
+WITH_SHARED_TOKENS = ("beta_dpo, js, wpo", "sigmoid, ld_alpha, wpo", "masked sft")
+WITH_SHARED_TOKENS += ("masked plackett_luce", "masked kto")
 
 
 def trajectories(
