@@ -64,8 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")
     if given.exchange is not None:
         return _exchange(given.exchange)
+    if not os.access(beside := given.output.absolute().parent, os.W_OK):
+        parser.error(f"argument --output: {beside} is no folder that can be written")
     began, checks = time.monotonic(), list[Check]()
-    with tempfile.TemporaryDirectory(prefix="selftest-", dir=given.output.absolute().parent) as folder:
+    with tempfile.TemporaryDirectory(prefix="selftest-", dir=beside) as folder:
         for check in _checks(Path(folder), given.quick):
             print_line(f"{check.outcome:<8}  {check.name:<40}  {check.seen}")
             checks.append(check)
