@@ -25,6 +25,7 @@ from dpo_dist.objective.metrics import (
     custom_metrics,
     metric_sums,
     pair_values,
+    wins,
 )
 from tests.support.own_metrics import OWN
 
@@ -239,3 +240,9 @@ def test_a_function_that_gives_other_names_later_is_refused() -> None:
     policy = logps_of([-1], [-6])
     with pytest.raises(ConfigError, match="the function of metrics cannot be used"):
         CustomMetrics(OWN, ("custom/margin",)).of(policy, policy, CONFIG)
+
+
+def test_a_good_response_wins_over_those_below_it_and_half_over_its_equals() -> None:
+    bad = torch.tensor([0.0, 1.0, 1.0])
+    assert wins(torch.tensor([1.0, 2.0, -1.0]), bad) == (1 + 0.5 + 0.5) + 3 + 0
+    assert wins(torch.tensor([2.0, math.nan]), bad).isnan()
