@@ -202,9 +202,11 @@ def _accuracies(facts: RunFacts) -> Iterator[tuple[Accuracy, Accuracy, float]]:
 @_rule
 def _label_leak(facts: RunFacts) -> Iterator[str]:
     within = max(_FEWEST_STEPS, 0.1 * facts.total_steps)
+    # In later epochs a run may know its data by heart.
+    unseen = [row for row in facts.steps if row.get("epoch", 0) <= 1]
     for source, share in facts.sources("train").items():
         of_source = f" of {source[1:]}" if source else ""
-        means = pooled(facts.steps, facts.accuracy_key + source, _FEWEST_PAIRS, share)
+        means = pooled(unseen, facts.accuracy_key + source, _FEWEST_PAIRS, share)
         at_once = next(((step, value) for step, value in means if step <= within and value >= 0.95), None)
         by_length = _leak_by_length(facts, source, 1.3)
         if at_once is not None and (evidence := by_length or _leak_by_form(facts, source)):

@@ -272,6 +272,8 @@ def test_a_rule_finds_its_fault_alone(
         (rows(every=FLAT | SOFT, late={"loss/excess": 0.01}), with_settings(beta=1e-4), []),
         # Responses as long as the chosen ones.
         (rows(late={"eval_samples/length": 180.0, "eval_tokens/chosen": 200.0}), {}, []),
+        # A short run of several epochs learns its pairs by heart.
+        (rows(late=AT_ONCE | {"epoch": 1.2}, since=3, every={"tokens/chosen": 180.0}), {}, []),
         # One row by chance.
         (changed(0, {"tokens/chosen": 300.0}, every=AT_ONCE), {}, []),
         (changed(19, {"loss": 30.0, "grad_norm": 50.0, "logps/chosen_per_token": -4.0}), {}, []),
