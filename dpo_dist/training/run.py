@@ -2,7 +2,8 @@
 
 import contextlib
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 
 from dpo_dist.batching.plan import Arrangement, ComputeCosts
 from dpo_dist.config.losses import Weighting
-from dpo_dist.config.schema import AttentionBackend, ReferenceMode, RunConfig
+from dpo_dist.config.schema import AttentionBackend, FusedLayers, ReferenceMode, RunConfig
 from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver, reading_errors
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.slices import Sharded
@@ -211,11 +212,30 @@ def load_policy(run: Run, inputs: Inputs) -> PolicyEngine:
         slow = computed_by_segment(model.causal_lm, model.backend)
         why = f", but {AttentionBackend.sdpa}, several times slower, for layers with {slow}" if slow else ""
         run.say(f"kernels: attention by {model.backend}{why}; fused layers: {model.fused}")
+    if model.fused is FusedLayers.compile:
+        logging.getLogger("torch._dynamo").addHandler(RecompileWarning(run.say))
     if config.model.adapter is not None:
         add_adapter(model, config.model, config.trainer.seed, files.adapter)
     policy = PolicyEngine(model, config.optim, world, config.trainer.ema_decay)
     settle_engine(policy, longest, world, trains=True)
     return policy
+
+
+class RecompileWarning(logging.Handler):
+    """Says that layers are not compiled for further kinds of inputs, which torch only logs."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say it once, for the first of the layers."""
+        if "recompile_limit" in record.getMessage():
+            self._say(
+                "warning: layers met more kinds of inputs than torch compiles them for, and are slow for the "
+                "others: set model.fused=auto"
+            )
+            logging.getLogger("torch._dynamo").removeHandler(self)
 
 
 def arranged_costs(run: Run, inputs: Inputs, policy: PolicyEngine, reference: Reference) -> ComputeCosts:

@@ -1,6 +1,7 @@
 """The start of a run: lock, resume point, length, room on the disk; and the last files of a killed run."""
 
 import json
+import logging
 import os
 import shutil
 from collections import namedtuple
@@ -41,6 +42,7 @@ from dpo_dist.training.resume import (
     read_state,
     write_state,
 )
+from dpo_dist.training.run import RecompileWarning
 from tests.support.alone import ALONE
 from tests.support.one_weight import Run as Saves
 from tests.support.own_loss import OWN
@@ -324,3 +326,18 @@ def test_the_room_is_that_of_the_checkpoints_at_a_time(
     check_room(tmp_path, adapter=AdapterConfig(), **trainer)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 0))
     check_room(tmp_path, **trainer)
+
+
+def test_layers_that_torch_stops_compiling_are_named_once() -> None:
+    said = list[str]()
+    logging.getLogger("torch._dynamo").addHandler(RecompileWarning(said.append))
+
+    def times(values: torch.Tensor, factors: list[int]) -> torch.Tensor:
+        return values * factors[0]
+
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for compiled in (torch.compile(times, backend="eager", dynamic=False) for _ in range(2)):
+            for factor in range(4):
+                compiled(torch.ones(2), [factor])
+    [warning] = said
+    assert "set model.fused=auto" in warning
