@@ -19,12 +19,14 @@ from dpo_dist.config.losses import OF_MODEL, RouterConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.router import RouterLoss
 
-# Architectures, by `model_type`, that are exact with Liger's norms, rotary embedding and gated MLP, too
-# (tests/gpu/test_layers_gpu.py).
-_LIGER = """
-exaone4 gemma gemma3_text glm4 granite llama ministral mistral olmo2 olmo3 phi3 qwen2 qwen3 smollm3
+# Text models, by `model_type`, that are exact with Liger's norms, rotary embedding and gated MLP, too
+# (tests/gpu/test_layers_gpu.py), and the activation that Liger computes whatever config.json names.
+_SWIGLU = """
+deepseek_v3 exaone4 glm4 gpt_oss granite llama llama4_text ministral mistral mixtral olmo2 olmo3 phi3 qwen2
+qwen3 qwen3_5_text qwen3_moe smollm3
 """
-EXACT_WITH_LIGER = frozenset(_LIGER.split())
+_GEGLU = "gemma gemma2 gemma3_text"
+EXACT_WITH_LIGER = dict.fromkeys(_SWIGLU.split(), "silu") | dict.fromkeys(_GEGLU.split(), "gelu_pytorch_tanh")
 
 # Architectures that mix tokens outside of attention or do not call the registered attention. The check at
 # start tries others packed first. tests/unit/model/test_architectures.py has one of each.

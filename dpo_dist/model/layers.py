@@ -125,13 +125,20 @@ def checkpoint_layers(causal_lm: Any, every: int | str) -> None:
         layer.gradient_checkpointing = number % distance == 0
 
 
-def check_device(config: ModelConfig, model_type: str, device: torch.device) -> None:
-    """Check that options of the model have an effect on `device`, and can run there."""
+def _suits_liger(text: Any, device: torch.device) -> bool:
+    if device.type != "cuda" or text.model_type not in EXACT_WITH_LIGER:
+        return False
+    activations = {getattr(text, name, None) for name in ("hidden_act", "hidden_activation")} - {None}
+    return activations == {EXACT_WITH_LIGER[text.model_type]}
+
+
+def check_device(config: ModelConfig, text: Any, device: torch.device) -> None:
+    """Check that options of the model, `text` the configuration of its text part, can run on `device`."""
     check_precision(config.dtype, device)
     on_cuda, fault = device.type == "cuda", ("", "")
-    if config.fused is FusedLayers.liger and not (on_cuda and model_type in EXACT_WITH_LIGER):
+    if config.fused is FusedLayers.liger and not _suits_liger(text, device):
         known = ", ".join(sorted(EXACT_WITH_LIGER))
-        fault = "fused=none", f"Liger's kernels are exact on CUDA for {known}"
+        fault = "fused=none", f"Liger's kernels are exact on CUDA, with the usual activation, for {known}"
     compiler = find_spec("triton") if on_cuda else shutil.which(os.environ.get("CXX", "g++"))
     if config.fused is FusedLayers.compile and compiler is None:
         fault = "fused=none", f"torch.compile needs {'Triton' if on_cuda else 'a C++ compiler'}"
@@ -143,21 +150,20 @@ def check_device(config: ModelConfig, model_type: str, device: torch.device) -> 
         raise ConfigError(
             message,
             where=f"model.{key}",
-            got=f"{getattr(config, key)} for {model_type} on {device.type}",
+            got=f"{getattr(config, key)} for {text.model_type} on {device.type}",
             remedy=f"set model.{remedy}",
         )
 
 
-def choose_fused(wanted: FusedLayers, model_type: str, device: torch.device) -> FusedLayers:
+def choose_fused(wanted: FusedLayers, text: Any, device: torch.device) -> FusedLayers:
     """Return the fused layers to use on `device`: `wanted`, or for `auto` Liger's where they are exact.
 
     Compiling takes half a minute of each start for the same gain, so it is for those who ask for it.
     """
     if wanted is not FusedLayers.auto:
         return wanted
-    is_exact = device.type == "cuda" and model_type in EXACT_WITH_LIGER
     is_free = not torch.are_deterministic_algorithms_enabled() and find_spec("liger_kernel") is not None
-    return FusedLayers.liger if is_exact and is_free else FusedLayers.none
+    return FusedLayers.liger if is_free and _suits_liger(text, device) else FusedLayers.none
 
 
 def offload_inputs(causal_lm: nn.Module) -> None:
@@ -178,10 +184,15 @@ def use_liger(causal_lm: nn.Module) -> None:
 
     Liger's losses are not used: the log-prob head never computes all logits. The rotary embedding is a
     function that models of one architecture share, so it is replaced for all of them in this process.
+    Experts in one tensor stay those of transformers: for them Liger tries out kernels at every start.
     """
     from liger_kernel.transformers import _apply_liger_kernel_to_instance  # noqa: PLC0415  (optional extra)
 
-    _apply_liger_kernel_to_instance(causal_lm, cross_entropy=False, fused_linear_cross_entropy=False)
+    text = text_part(causal_lm)
+    others = {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    if text.config.model_type in ("mixtral", "qwen3_moe"):
+        others["swiglu"] = False
+    _apply_liger_kernel_to_instance(text, **others)
 
 
 def partly_used_blocks(causal_lm: nn.Module) -> list[nn.Module]:

@@ -167,9 +167,9 @@ def load_packed(
     if sequence is not None:
         check_shared_tokens(model_config, sequence.ranks)
     check_kernel(backend, device, text, TORCH_DTYPES[config.dtype])
-    check_device(config, model_config.model_type, device)
+    check_device(config, text, device)
     causal_lm = load_weights(folder, model_config, config, device, key=key)
-    fused = choose_fused(config.fused, model_config.model_type, device)
+    fused = choose_fused(config.fused, text, device)
     if fused is FusedLayers.liger:
         use_liger(causal_lm)
     checkpoint_layers(causal_lm, config.gradient_checkpointing)

@@ -179,7 +179,7 @@ def _load(
         model_config, causal_lm = checked_model(config, folder, start)
     flops, weights = step_flops(causal_lm), sum(map(torch.numel, causal_lm.parameters()))
     if trains:
-        world.together(lambda: check_device(config.model, model_config.model_type, world.device))
+        world.together(lambda: check_device(config.model, model_config.get_text_config(), world.device))
     router = router_loss(routers, causal_lm)
     notes = training_notes(model_config, config.data.max_length)
     if not tokenizer.eos_token:

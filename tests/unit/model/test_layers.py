@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AdapterConfig, Dtype, FusedLayers, ModelConfig
@@ -107,29 +107,35 @@ def test_inputs_of_checkpointed_layers_wait_in_host_memory(
 
 
 @pytest.mark.parametrize(
-    ("fused", "kind", "device", "fault"),
+    ("fused", "text", "device", "fault"),
     [
-        (FusedLayers.compile, "qwen2", CPU, r"C\+\+ compiler"),
-        (FusedLayers.liger, "gpt2", CUDA, "Liger's kernels are exact on CUDA"),
+        (FusedLayers.compile, {"model_type": "qwen2"}, CPU, r"C\+\+ compiler"),
+        (FusedLayers.liger, {"model_type": "gpt2"}, CUDA, "Liger's kernels are exact on CUDA"),
+        (FusedLayers.liger, {"model_type": "llama", "hidden_act": "gelu"}, CUDA, "the usual activation"),
     ],
 )
 def test_options_that_cannot_run_are_refused(
-    fused: FusedLayers, kind: str, device: torch.device, fault: str, monkeypatch: pytest.MonkeyPatch
+    fused: FusedLayers,
+    text: dict[str, str],
+    device: torch.device,
+    fault: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_options: True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _name: None)
     with pytest.raises(ConfigError, match=fault) as raised:
-        check_device(ModelConfig(fused=fused), kind, device)
+        check_device(ModelConfig(fused=fused), AutoConfig.for_model(**text), device)
     assert raised.value.where == "model.fused"
 
 
 def test_auto_takes_liger_where_it_is_installed_and_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    def chosen(model_type: str, device: torch.device = CUDA) -> str:
-        return choose_fused(FusedLayers.auto, model_type, device).value
+    def chosen(model_type: str, device: torch.device = CUDA, **options: str) -> str:
+        return choose_fused(FusedLayers.auto, AutoConfig.for_model(model_type, **options), device).value
 
     monkeypatch.setitem(sys.modules, "liger_kernel", importlib.import_module("types"))
     assert (chosen("qwen2"), chosen("gpt2"), chosen("qwen2", CPU)) == ("liger", "none", "none")
+    assert (chosen("gemma2"), chosen("gemma2", hidden_activation="gelu")) == ("liger", "none")
     with deterministic_kernels(True):
         assert chosen("qwen2") == "none"
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
