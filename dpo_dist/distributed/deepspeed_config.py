@@ -33,6 +33,7 @@ def policy_config(parallelism: ParallelismConfig, optim: OptimConfig, dtype: Dty
     zero: dict[str, Any] = {"stage": ZERO_STAGES[parallelism.kind], "overlap_comm": torch.cuda.is_available()}
     if parallelism.kind is ParallelismKind.zero3:
         zero["leaf_module"] = _NO_LEAVES
+        zero["zero_hpz_partition_size"] = parallelism.hpz
         zero["stage3_gather_16bit_weights_on_model_save"] = True
         if parallelism.offload_parameters is not Offload.none:
             zero["offload_param"] = _offload(parallelism.offload_parameters)

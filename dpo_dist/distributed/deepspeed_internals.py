@@ -160,7 +160,8 @@ def gathered_once(engine: Any, offload: Any) -> Iterator[None]:
     finally:
         for weight in weights:
             weight.ds_persist = False
-        offload.param_coordinator.release_and_reset_all(engine.module)
+    # After an error weights may be in flight, which cannot be released: it would hide the error.
+    offload.param_coordinator.release_and_reset_all(engine.module)
 
 
 def release_gathered(weights: Iterable[Any]) -> None:

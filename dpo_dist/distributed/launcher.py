@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 import psutil
+import torch
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -71,6 +72,9 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     is_file = parsed.no_python or Path(parsed.training_script).is_file()
     if not (parsed.module or is_file):
         raise _refused("the program to start is no file; a verb is a module", parsed.training_script)
+    if not parsed.config_file and (parsed.num_processes or 1) > 1 and not torch.accelerator.is_available():
+        parsed.use_deepspeed = parsed.use_cpu = True  # else accelerate starts one process
+        parsed.main_process_port = parsed.main_process_port or 0
     if parsed.log_dir is None and parsed.tee == "0":
         parsed.log_dir = os.devnull  # else each start leaves a folder in the temporary folder
     parsed.quiet = False  # with it accelerate ends with 1; no traceback is printed anyway

@@ -6,7 +6,6 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +52,15 @@ from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.token_logps import Statistic
 
 
-def mark_zero3_leaves(model: PackedCausalLM) -> None:
+def mark_zero3_leaves(model: PackedCausalLM, *, takes_layers: bool = True) -> None:
     """Mark the modules whose weights ZeRO-3 gathers together and whose gradients it reduces together.
 
-    Decoder layers, as fewer and larger messages are faster, and compiled code has no hooks; and modules that
-    may use only some of their weights: a rank that skips a part would not gather it, and the others would
-    wait. Layers that share weights (Zamba) are no leaves: only the first would reduce their gradients.
+    Decoder layers, if `takes_layers`, as fewer and larger messages are faster, and compiled code has no
+    hooks; all matrices of a layer would be read from NVMe at once, into too few buffers. And modules that may
+    use only some of their weights: a rank that skips a part would not gather it, and the others would wait.
+    Layers that share weights (Zamba) are no leaves: only the first would reduce their gradients.
     """
-    layers = decoder_layers(model.causal_lm)
+    layers = decoder_layers(model.causal_lm) if takes_layers else []
     uses = Counter(weight for layer in layers for weight in layer.parameters())
     whole = [layer for layer in layers if all(uses[weight] == 1 for weight in layer.parameters())]
     for module in (*partly_used_blocks(model.causal_lm), *whole):
@@ -147,7 +147,7 @@ class FrozenEngine(Engine):
 
     def __init__(self, model: PackedCausalLM, deepspeed_config: dict[str, Any], folder: Path | None = None):
         model.requires_grad_(False)
-        mark_zero3_leaves(model)
+        mark_zero3_leaves(model, takes_layers=folder is None)
         deepspeed_config["zero_optimization"].update(communication(3, model.hidden_size, trains=False))
         engine, *_ = deepspeed.initialize(model=model, config=deepspeed_config)
         engine.eval()
@@ -290,15 +290,14 @@ class PolicyEngine(Engine):
         with explain_out_of_memory(self._current):
             return self._engine(batch, tuple(statistics), **options)
 
-    @cached_property
     def _fits_whole(self) -> bool:
-        """Whether all weights fit into half of the free memory, on every rank; decided once, collective."""
+        """Return whether all weights fit into half of the free memory, on every rank; collective."""
         weights: list[Any] = [*self.model.parameters()]
         size = sum(weight.ds_numel * weight.element_size() for weight in weights)
         return not self._world.agree(2 * size > free_memory(self._world.device, self._world.size))
 
     def _gathered_once(self) -> contextlib.AbstractContextManager[None]:
-        if not (self.is_synchronised and self._fits_whole):
+        if not (self.is_synchronised and self._fits_whole()):
             return contextlib.nullcontext()
         return gathered_once(self._engine, self._engine.optimizer.parameter_offload)
 

@@ -252,6 +252,8 @@ def _estimate(config: RunConfig, data: _Data, machine: _Machine, causal_lm: Any)
     if stage == 3:
         micro_batches = trainer.global_batch_pairs * data.tokens / gpus / tokens
         sent, times = _SENT[stage] * weights, math.ceil(micro_batches)
+        if config.parallelism.hpz > 1:  # of two gathers and a sum of gradients, the gathers once a step
+            sent *= (1 + 1 / times) / 3
     sampling = 0.0
     if config.samples.prompts and stage == 3:  # which gathers all weights for each token
         evaluations = 1 + (steps // trainer.eval_every if trainer.eval_every else 0)

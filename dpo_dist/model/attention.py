@@ -133,16 +133,17 @@ def _lacks(backend: AttentionBackend, dim: int, has_cap: bool, has_sinks: bool, 
     return f"heads of {dim} dimensions" if dim > LARGEST_HEAD else ""
 
 
-def computed_by_segment(causal_lm: Any, backend: AttentionBackend) -> str:
-    """Return why layers run on SDPA, a segment at a time, in place of `backend`; empty: none of them do."""
+def computed_by_segment(causal_lm: Any, backend: AttentionBackend, longest: int) -> str:
+    """Return why layers run on SDPA, a segment at a time, in place of `backend`; empty: none of them do.
+
+    `longest`: tokens of the longest prompt with a response.
+    """
     text = causal_lm.config.get_text_config()
     if backend is AttentionBackend.sdpa:
         return ""
     has_sinks = any(name.endswith(".sinks") for name, _ in causal_lm.named_parameters())
-    has_cap, has_chunks = (
-        any(map(bool, layer_values(text, name)))
-        for name in ("attn_logit_softcapping", "attention_chunk_size")
-    )
+    has_cap = any(map(bool, layer_values(text, "attn_logit_softcapping")))
+    has_chunks = any(chunk and chunk < longest for chunk in layer_values(text, "attention_chunk_size"))
     reasons = (
         _lacks(backend, max(heads.dim, heads.value_dim), has_cap, has_sinks, has_chunks)
         for heads in heads_of_layers(text)
@@ -337,11 +338,13 @@ def _kernel_fault(
             with torch.enable_grad():
                 output = packed_attention(_TRIAL, kernel, device)(query, key, value, scores)
                 results.append((output, *torch.autograd.grad(output, leaves, slopes)))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a kernel can raise anything
         return first_line(error)
     names = ("output", "gradient of the query", "gradient of the key", "gradient of the value")
     for name, wanted, got in zip(names, *results, strict=True):
-        difference = float((got - wanted).abs().max() / wanted.abs().max())
+        difference = float((got - wanted).detach().abs().max() / wanted.detach().abs().max())
         if not difference < _TOLERANCE:
             return f"its {name} differs from sdpa's by {difference:.2g}"
     return ""

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -100,7 +101,36 @@ def open_run(
     with deterministic_kernels(config.trainer.deterministic), joins as world:
         set_seed(config.trainer.seed % 2**32)
         grouped = with_sequence_groups(world, config.parallelism.sequence_parallel)
-        yield Run(config, grouped, console, stop, began)
+        with recompiles_named(console.say):
+            yield Run(config, grouped, console, stop, began)
+
+
+@contextlib.contextmanager
+def recompiles_named(say: Callable[[str], None]) -> Iterator[None]:
+    """Name layers on the screen that torch stops compiling inside the block."""
+    handler, dynamo = _RecompileWarning(say), logging.getLogger("torch._dynamo")
+    dynamo.addHandler(handler)
+    try:
+        yield
+    finally:
+        dynamo.removeHandler(handler)
+
+
+class _RecompileWarning(logging.Handler):
+    """Says that layers are not compiled for further kinds of inputs, which torch only logs."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say it once, for the first of the layers."""
+        if "recompile_limit" in record.getMessage():
+            self._say(
+                "warning: layers met more kinds of inputs than torch compiles them for, and are slow for the "
+                "others: set model.fused=auto"
+            )
+            logging.getLogger("torch._dynamo").removeHandler(self)
 
 
 def say_header(run: Run) -> None:

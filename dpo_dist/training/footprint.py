@@ -17,6 +17,7 @@ from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import (
     ZERO_STAGES,
     AttentionBackend,
+    Dtype,
     Offload,
     Quantization,
     ReferenceMode,
@@ -115,11 +116,15 @@ def _parts(config: RunConfig, causal_lm: Any, processes: int) -> dict[str, float
     resident = config.parallelism.offload_parameters is Offload.none
     frozen = number if config.model.quantization is None else _BYTES_OF_QUANTIZED[config.model.quantization]
     held = number * trained + frozen * (weights - trained)
-    gradients = 4.0 * trained
+    # With bf16 stage 1 keeps the gradients of a micro-batch, too, beside their sum.
+    has_both = stage == 1 and config.model.dtype is Dtype.bf16
+    gradients = (4.0 + number * has_both) * trained
     output = causal_lm.get_output_embeddings().weight
     head = 2.2e9 + (4.0 * output.numel() if output.requires_grad else 0.0)
     largest = max((_count(layer) for layer in decoder_layers(causal_lm)), default=0)
+    hpz = config.parallelism.hpz
     parts = {
+        "copy of the weights": held / hpz if hpz > 1 else 0.0,
         "weights": resident * held / (processes if stage == 3 else 1),
         "gradients": gradients / (1 if stage == 1 else processes),
         "optimizer states": master * trained / processes,

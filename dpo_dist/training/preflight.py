@@ -10,7 +10,15 @@ from pathlib import Path
 
 from dpo_dist.config.losses import LossKind
 from dpo_dist.config.run_folder import RunFolder, check_writable
-from dpo_dist.config.schema import FusedLayers, OptimizerKind, ParallelismKind, ReferenceMode, RunConfig
+from dpo_dist.config.schema import (
+    AttentionBackend,
+    FusedLayers,
+    OptimizerKind,
+    ParallelismConfig,
+    ParallelismKind,
+    ReferenceMode,
+    RunConfig,
+)
 from dpo_dist.config.user_code import find_function
 from dpo_dist.data.formats import check_source
 from dpo_dist.data.template import check_template_file
@@ -31,7 +39,16 @@ from dpo_dist.training.resume import check_newest_checkpoint
 
 IS_TRAINING = "is training in this run directory"
 # The extra that installs a package, if it has another name.
-_EXTRAS = {"bitsandbytes": "quantization", "liger-kernel": "liger"}
+# What installs a package that has not an extra of its name.
+_REQUIREMENTS = {
+    "bitsandbytes": "'dpo-dist[quantization]'",
+    "liger-kernel": "'dpo-dist[liger]'",
+    "flash-attn-3": "flash-attn-3",
+}
+_FLASH_ATTN = {
+    "flash-attn": AttentionBackend.flash_attention_2,
+    "flash-attn-3": AttentionBackend.flash_attention_3,
+}
 
 
 @contextlib.contextmanager
@@ -64,15 +81,7 @@ def check_start(config: RunConfig, *, trains: bool = False) -> None:
     if LossKind.custom in config.loss.kinds:
         find_function(config.loss.function)
     _check_packages(config, trains=trains)
-    processes, ranks = int(os.environ.get("WORLD_SIZE", "1")), config.parallelism.sequence_parallel
-    if processes % ranks and "WORLD_SIZE" in os.environ:  # `--check` may be alone
-        raise ConfigError(
-            "the processes cannot be divided into groups of this size",
-            where="parallelism.sequence_parallel",
-            got=f"{ranks}, with {counted(processes, 'process', 'processes')}",
-            expected=f"a divisor of {processes}",
-            remedy=f"set it to such a number, or start a multiple of {ranks} processes",
-        )
+    _check_groups(config.parallelism)
     _check_models(config)
     for source in [*config.data.train, *config.data.eval]:
         check_source(source, config.data)
@@ -98,6 +107,20 @@ def check_start(config: RunConfig, *, trains: bool = False) -> None:
         check_writable(folder, key)
 
 
+def _check_groups(parallelism: ParallelismConfig) -> None:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    for key in ("sequence_parallel", "hpz"):
+        ranks = getattr(parallelism, key)
+        if processes % ranks and "WORLD_SIZE" in os.environ:  # `--check` may be alone
+            raise ConfigError(
+                "the processes cannot be divided into groups of this size",
+                where=f"parallelism.{key}",
+                got=f"{ranks}, with {counted(processes, 'process', 'processes')}",
+                expected=f"a divisor of {processes}",
+                remedy=f"set it to such a number, or start a multiple of {ranks} processes",
+            )
+
+
 def _check_packages(config: RunConfig, *, trains: bool) -> None:
     model, is_8bit = config.model, trains and config.optim.kind is OptimizerKind.adamw_8bit
     needed = [
@@ -106,15 +129,20 @@ def _check_packages(config: RunConfig, *, trains: bool) -> None:
         ("bitsandbytes", "reference.quantization", config.reference.quantization, "null"),
         ("bitsandbytes", "optim.kind", config.optim.kind if is_8bit else None, OptimizerKind.adamw),
         ("liger-kernel", "model.fused", model.fused if model.fused is FusedLayers.liger else None, "none"),
+        *(
+            (package, "model.attention", model.attention if model.attention is backend else None, "auto")
+            for package, backend in _FLASH_ATTN.items()
+        ),
         *((tracker, "tracking.also", tracker, "[]") for tracker in config.tracking.also),
     ]
     for package, key, value, instead in needed:
+        extra = f"'dpo-dist[{package}]'"
         if value is not None and importlib.util.find_spec(package.replace("-", "_")) is None:
             raise ConfigError(
                 f"{package} is not installed",
                 where=key,
                 got=value,
-                remedy=f"pip install 'dpo-dist[{_EXTRAS.get(package, package)}]', or set {key}={instead}",
+                remedy=f"pip install {_REQUIREMENTS.get(package, extra)}, or set {key}={instead}",
             )
     torch_version, is_sharded = version("torch"), config.parallelism.kind is ParallelismKind.zero3
     is_old = tuple(map(int, torch_version.split(".")[:2])) < (2, 12)

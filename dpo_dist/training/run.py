@@ -2,8 +2,7 @@
 
 import contextlib
 import json
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 
 from dpo_dist.batching.plan import Arrangement, ComputeCosts
 from dpo_dist.config.losses import Weighting
-from dpo_dist.config.schema import AttentionBackend, FusedLayers, ReferenceMode, RunConfig
+from dpo_dist.config.schema import AttentionBackend, ReferenceMode, RunConfig
 from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver, reading_errors
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.slices import Sharded
@@ -26,6 +25,7 @@ from dpo_dist.model.attention import computed_by_segment
 from dpo_dist.model.flops import REACHED_SHARES, compute_costs, matmul_peak, recomputed_share
 from dpo_dist.model.load import TORCH_DTYPES, load_packed
 from dpo_dist.model.lora import add_adapter
+from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.metrics import MetricPlan, custom_metrics
 from dpo_dist.reference.engine import ReferenceProvider, settle_engine
 from dpo_dist.training.context import Run, open_run, say_header
@@ -208,34 +208,21 @@ def load_policy(run: Run, inputs: Inputs) -> PolicyEngine:
     config, world, files = run.config, run.world, inputs.policy_files
     longest = config.data.max_length
     model = load_packed(files.folder, config.model, longest, world.device, sequence=world.sequence)
-    if world.device.type == "cuda":
-        slow = computed_by_segment(model.causal_lm, model.backend)
-        why = f", but {AttentionBackend.sdpa}, several times slower, for layers with {slow}" if slow else ""
-        run.say(f"kernels: attention by {model.backend}{why}; fused layers: {model.fused}")
-    if model.fused is FusedLayers.compile:
-        logging.getLogger("torch._dynamo").addHandler(RecompileWarning(run.say))
     if config.model.adapter is not None:
         add_adapter(model, config.model, config.trainer.seed, files.adapter)
     policy = PolicyEngine(model, config.optim, world, config.trainer.ema_decay)
     settle_engine(policy, longest, world, trains=True)
+    if world.device.type == "cuda":
+        run.say(f"kernels: attention by {_attention(model, longest)}; fused layers: {model.fused}")
     return policy
 
 
-class RecompileWarning(logging.Handler):
-    """Says that layers are not compiled for further kinds of inputs, which torch only logs."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        super().__init__(logging.WARNING)
-        self._say = say
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Say it once, for the first of the layers."""
-        if "recompile_limit" in record.getMessage():
-            self._say(
-                "warning: layers met more kinds of inputs than torch compiles them for, and are slow for the "
-                "others: set model.fused=auto"
-            )
-            logging.getLogger("torch._dynamo").removeHandler(self)
+def _attention(model: PackedCausalLM, longest: int) -> str:
+    if model.arrangement is not Arrangement.packed:
+        return "the model itself, on padded rows"
+    if slow := computed_by_segment(model.causal_lm, model.backend, longest):
+        return f"{model.backend}, but {AttentionBackend.sdpa}, several times slower, for layers with {slow}"
+    return model.backend
 
 
 def arranged_costs(run: Run, inputs: Inputs, policy: PolicyEngine, reference: Reference) -> ComputeCosts:

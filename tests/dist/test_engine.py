@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from deepspeed.comm import comm
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -108,6 +111,7 @@ WAYS = [
     pytest.param(2, DDP, True, FP32, id="2 ranks, ddp"),
     pytest.param(4, ParallelismConfig(ZERO2, sequence_parallel=2), False, FP32, id="2 x 2, sequence, zero2"),
     pytest.param(4, ParallelismConfig(ZERO3, sequence_parallel=4), True, FP32, id="4, sequence"),
+    pytest.param(4, ParallelismConfig(ZERO3, hpz=2), False, FP32, id="2 x 2, copies of the weights"),
     # Each kind has an optimizer wrapper of its own in 16 bits, with its own way to skip a step.
     pytest.param(2, ZERO3, True, BF16, id="2 ranks, zero3, bf16"),
     pytest.param(2, ZERO2, True, BF16, id="2 ranks, zero2, bf16"),
@@ -168,3 +172,35 @@ def test_gradients_in_bf16_that_are_summed_in_float32_do_not_depend_on_the_numbe
         run_ranks(scenario, size, tmp_path / str(size), parallelism, Dtype.bf16)[0] for size in (1, 2)
     )
     assert two == pytest.approx(one, rel=1e-6)
+
+
+def gathered(assets: Assets, world: World, _folder: Path) -> list[list[int]]:
+    """Calls that gather weights in a second step of two micro-batches: processes and elements of each."""
+    policy = load_policy(assets.config(assets.policy, dtype=Dtype.fp32).model, world)
+    objective = Objective(LossConfig(reference_free=True), ReferenceProvider())
+    calls, gather = list[list[int]](), comm.cdb.all_gather_into_tensor
+
+    def noted(**options: Any) -> Any:
+        calls.append([dist.get_world_size(options["group"]), options["output_tensor"].numel()])
+        return gather(**options)
+
+    for _ in range(2):
+        calls.clear()
+        with mock.patch.object(comm.cdb, "all_gather_into_tensor", noted):
+            all_steps(policy, objective, assets.dataset(), world, [((0, 1, 2, 3, 4), 1)])
+    return calls
+
+
+def test_a_layer_is_gathered_at_once_and_with_copies_over_the_network_once_a_step(
+    assets: Assets, tmp_path: Path
+) -> None:
+    scenario = partial(gathered, assets)
+    plain, copied = (
+        run_ranks(scenario, 4, tmp_path / str(hpz), ParallelismConfig(ZERO3, hpz=hpz))[0] for hpz in (1, 2)
+    )
+    whole = sum(size for _, size in plain)
+    assert {processes for processes, _ in plain} == {4}
+    assert sum(size for _, size in copied) == pytest.approx(whole, rel=0.01)
+    assert sum(size for processes, size in copied if processes == 4) == pytest.approx(whole / 2, rel=0.01)
+    # In each micro-batch the embedding and two layers of six matrices: far fewer calls than 26.
+    assert sum(size >= 1024 for _, size in plain) < 20

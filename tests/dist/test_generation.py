@@ -3,6 +3,7 @@
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import AdapterConfig, Dtype, ModelConfig, ParallelismKind
 from dpo_dist.data.dataset import shard_batch
+from dpo_dist.distributed import zero
 from dpo_dist.distributed.world import Stops, World
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sample, Sampling, generate_together
@@ -157,18 +159,24 @@ def test_ranks_without_prompts_take_part_and_faults_of_one_rank_reach_all(
         assert of_rank["broken"]
 
 
-def sizes_while_generating(model: ModelConfig, world: World, _folder: Path) -> tuple[list[int], list[int]]:
-    policy = load_policy(model, world)
-    weights = [*policy.causal_lm.parameters()]
-    with policy.generating() as causal_lm:
+def sizes_of_weights(assets: Assets, room: list[int], world: World, _folder: Path) -> list[list[int]]:
+    """Sizes of the weights here while samples are generated, and afterwards."""
+    policy = load_policy(ModelConfig(str(assets.policy), dtype=Dtype.fp32), world)
+    weights, found = [*policy.causal_lm.parameters()], []
+    with (
+        mock.patch.object(zero, "free_memory", return_value=room[world.rank]),
+        policy.generating() as causal_lm,
+    ):
         for _ in range(3):  # DeepSpeed records an order in the first ones
             causal_lm(torch.tensor([[5, 6]]))
-        inside = [weight.numel() for weight in weights]
-    return inside, [weight.numel() for weight in weights]
+        found.append([weight.numel() for weight in weights])
+    return [*found, [weight.numel() for weight in weights]]
 
 
-def test_sharded_weights_are_gathered_once_for_all_tokens(assets: Assets, tmp_path: Path) -> None:
-    model = ModelConfig(str(assets.policy), dtype=Dtype.fp32)
-    for inside, after in run_ranks(partial(sizes_while_generating, model), 2, tmp_path / "ranks"):
-        assert min(inside) > 0
+@pytest.mark.parametrize("room", [(10**9, 10**9), (10**9, 0)])
+def test_sharded_weights_are_gathered_once_for_all_tokens_where_every_rank_has_room(
+    room: tuple[int, int], assets: Assets, tmp_path: Path
+) -> None:
+    for inside, after in run_ranks(partial(sizes_of_weights, assets, [*room]), 2, tmp_path / "ranks"):
+        assert (min(inside) > 0) is all(room)
         assert max(after) == 0

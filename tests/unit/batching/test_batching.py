@@ -154,6 +154,11 @@ def test_short_and_long_rows_are_not_padded_to_one_length() -> None:
     assert computed == 2 * of.longest.sum()
 
 
+def test_few_tokens_are_one_micro_batch_whatever_is_padded() -> None:
+    of = sizes_of([(5, length, length) for length in range(1, 30)], PADDED_COSTS)
+    assert len(plan_micro_batches(of, 1, 10**6)) == 1
+
+
 @pytest.mark.parametrize("kind", [LossKind.plackett_luce, LossKind.sft])
 def test_each_micro_batch_knows_the_most_responses_of_a_rank(kind: LossKind) -> None:
     data = dataset_of(random_pairs([(5, 2, 3), (30, 9, 8, 7), (4, 6), (3, 2, 2)]))

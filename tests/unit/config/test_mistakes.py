@@ -165,7 +165,7 @@ def test_every_answer_names_keys_that_exist() -> None:
     for name in yaml.safe_load(text)["keys"]:
         assert name in run_keys()
     for answer in yaml.safe_load(text)["answers"]:
-        named = re.findall(rf"\b(?:{SECTIONS})\.[a-z_.]*[a-z]", answer)
+        named = re.findall(rf"\b(?:{SECTIONS})\.[a-z0-9_.]*[a-z0-9]", answer)
         files = (".jsonl", ".md", ".yaml")
         assert [key for key in named if key not in run_keys() and not key.endswith(files)] == []
 

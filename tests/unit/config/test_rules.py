@@ -25,6 +25,9 @@ TERMS = "loss.terms=[{kind:sigmoid},{kind:%s}]"
 REFUSED = [
     ("model.dtype=fp32 model.attention=varlen", "model.attention"),
     ("model.activation_offload=true", "model.activation_offload"),
+    ("model.dtype=fp32 parallelism.reduce_in_float32=true", "parallelism.reduce_in_float32"),
+    ("parallelism=zero2 parallelism.hpz=2", "parallelism.hpz"),
+    ("parallelism=zero3_offload parallelism.hpz=2", "parallelism.hpz"),
     ("trainer.deterministic=true model.fused=liger", "trainer.deterministic"),
     ("loss.router.z_coefficient=0.1 model.fused=compile", "model.fused"),
     ("loss.router.aux_coefficient=0.1 model.fused=compile", "model.fused"),

@@ -4,6 +4,7 @@ import importlib.metadata
 from collections.abc import Callable
 from functools import wraps
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -122,6 +123,12 @@ def test_a_kernel_that_is_wrong_or_fails_is_refused_before_training(
     assert "model.attention=sdpa" in raised.value.remedy
 
 
+def test_memory_that_somebody_else_has_is_no_fault_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_kernels(monkeypatch, Mock(side_effect=torch.OutOfMemoryError("Tried to allocate 3 GiB")))
+    with pytest.raises(torch.OutOfMemoryError):
+        check_kernel(AttentionBackend.varlen, CPU, TEXTS["grouped"], torch.bfloat16)
+
+
 @pytest.mark.parametrize("installed", [{}, {"flash-attn-4": "4.0"}, {"flash-attn": "2.8"}])
 def test_flash_attn_2_is_told_from_its_successor_with_the_same_module(
     installed: dict[str, str], monkeypatch: pytest.MonkeyPatch
@@ -150,20 +157,21 @@ def test_flash_attn_3_is_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "backend", "reason"),
+    ("model_type", "backend", "longest", "reason"),
     [
-        ("gpt_oss", AttentionBackend.flash_attention_2, "attention sinks"),
-        ("gemma2", AttentionBackend.varlen, "capped scores"),
-        ("gemma2", AttentionBackend.flash_attention_2, ""),
-        ("llama4_text", AttentionBackend.varlen, "chunks"),
-        ("mistral", AttentionBackend.varlen, ""),
-        ("gpt_oss", AttentionBackend.sdpa, ""),
+        ("gpt_oss", AttentionBackend.flash_attention_2, 100, "attention sinks"),
+        ("gemma2", AttentionBackend.varlen, 100, "capped scores"),
+        ("gemma2", AttentionBackend.flash_attention_2, 100, ""),
+        ("llama4_text", AttentionBackend.varlen, 100, "chunks"),
+        ("llama4_text", AttentionBackend.varlen, 5, ""),  # than a chunk
+        ("mistral", AttentionBackend.varlen, 100, ""),
+        ("gpt_oss", AttentionBackend.sdpa, 100, ""),
     ],
 )
 def test_layers_that_a_kernel_lacks_are_named(
-    model_type: str, backend: AttentionBackend, reason: str
+    model_type: str, backend: AttentionBackend, longest: int, reason: str
 ) -> None:
-    assert computed_by_segment(tiny_causal_lm(tiny_config(model_type)), backend) == reason
+    assert computed_by_segment(tiny_causal_lm(tiny_config(model_type)), backend, longest) == reason
 
 
 HEADS, KEY_HEADS, DIM = 4, 2, 8

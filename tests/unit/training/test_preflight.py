@@ -52,6 +52,8 @@ def refused(config: RunConfig) -> DpoDistError:
     ("package", "overrides"),
     [
         ("liger_kernel", "model.fused=liger"),
+        ("flash_attn", "model.attention=flash_attention_2"),
+        ("flash_attn_3", "model.attention=flash_attention_3"),
         ("bitsandbytes", "model.adapter.r=8 model.quantization=nf4 parallelism=ddp"),
         ("bitsandbytes", "reference.quantization=int8"),
         ("bitsandbytes", "optim=adamw_8bit"),

@@ -1,7 +1,6 @@
 """The start of a run: lock, resume point, length, room on the disk; and the last files of a killed run."""
 
 import json
-import logging
 import os
 import shutil
 from collections import namedtuple
@@ -25,7 +24,7 @@ from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome
 from dpo_dist.foundation.files import staged_file, temporary_name, write_text
 from dpo_dist.insight.pages.run import write_page
 from dpo_dist.insight.recorder import Recorder
-from dpo_dist.training.context import Run
+from dpo_dist.training.context import Run, recompiles_named
 from dpo_dist.training.directory import (
     check_disk_room,
     describe_run,
@@ -42,7 +41,6 @@ from dpo_dist.training.resume import (
     read_state,
     write_state,
 )
-from dpo_dist.training.run import RecompileWarning
 from tests.support.alone import ALONE
 from tests.support.one_weight import Run as Saves
 from tests.support.own_loss import OWN
@@ -330,12 +328,11 @@ def test_the_room_is_that_of_the_checkpoints_at_a_time(
 
 def test_layers_that_torch_stops_compiling_are_named_once() -> None:
     said = list[str]()
-    logging.getLogger("torch._dynamo").addHandler(RecompileWarning(said.append))
 
     def times(values: torch.Tensor, factors: list[int]) -> torch.Tensor:
         return values * factors[0]
 
-    with torch._dynamo.config.patch(recompile_limit=1):
+    with recompiles_named(said.append), torch._dynamo.config.patch(recompile_limit=1):
         for compiled in (torch.compile(times, backend="eager", dynamic=False) for _ in range(2)):
             for factor in range(4):
                 compiled(torch.ones(2), [factor])
