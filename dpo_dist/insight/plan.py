@@ -12,7 +12,14 @@ import yaml
 from transformers import AutoConfig
 
 from dpo_dist.config.load import load_run_config, to_yaml
-from dpo_dist.config.schema import ZERO_STAGES, Offload, PlanConfig, ReferenceMode, RunConfig
+from dpo_dist.config.schema import (
+    ZERO_STAGES,
+    Offload,
+    ParallelismKind,
+    PlanConfig,
+    ReferenceMode,
+    RunConfig,
+)
 from dpo_dist.data.sources import local_files
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import counted, duration, size
@@ -46,6 +53,10 @@ _ALTERNATIVES = [
     f"parallelism={kind} model.gradient_checkpointing={checkpointing}"
     for kind in ("ddp", "zero2", "zero3", "zero3_offload")
     for checkpointing in ("none", "4", "2", "full")
+]
+_QUANTIZED = [
+    f"model.quantization=nf4 parallelism=ddp model.gradient_checkpointing={checkpointing}"
+    for checkpointing in ("none", "full")
 ]
 
 
@@ -85,7 +96,7 @@ def make_plan(config: RunConfig, progress: Progress) -> Plan:
     needs, memory, gpus = estimate.needs, machine.memory, machine.gpus
     used, checkpoint = needs.used(estimate.micro_batch), state_bytes(config) * estimate.trained
     rows = [*needs.parts.items(), (f"{estimate.micro_batch:,} tokens", used - sum(needs.parts.values()))]
-    rows.append((f"of {size(memory)}, of which a tenth stays free", used))
+    rows.append((f"in all, of {size(memory)}, of which a tenth stays free", used))
     fast, slow = (estimate.seconds(reached) for reached in _REACHED)
     times = [[name, _span(fast[name], slow[name])] for name in fast]
     ends = [sum(fast.values()), sum(slow.values())]
@@ -216,7 +227,9 @@ class _Estimate:
 
     def seconds(self, reached: float, epochs: float = 1.0) -> dict[str, float]:
         """Return the seconds of `epochs` by phase, at this share of the operations of the datasheet."""
-        phases = {"training": epochs * max(self.computing / reached, self.sending)}
+        # `ddp` sends its gradients after backward; ZeRO-2 and ZeRO-3 send while they compute.
+        together = sum if self.config.parallelism.kind is ParallelismKind.ddp else max
+        phases = {"training": epochs * together((self.computing / reached, self.sending))}
         mode = self.config.reference.mode
         if mode is not ReferenceMode.none:
             once = ", once for all runs" if mode is ReferenceMode.cached else ""
@@ -230,7 +243,8 @@ class _Estimate:
             room = "what a token of this architecture takes is not known: begin with small micro-batches"
         if self.fits:
             return f"fits: {room}"
-        return f"does not fit: {room}; `dpo-dist plan plan.suggest=true` looks for settings that fit"
+        hint = "; `dpo-dist plan plan.suggest=true` looks for settings that fit"
+        return f"does not fit: {room}{'' if self.config.plan.suggest else hint}"
 
 
 def _estimate(config: RunConfig, data: _Data, machine: _Machine, causal_lm: Any) -> _Estimate:
@@ -255,9 +269,11 @@ def _estimate(config: RunConfig, data: _Data, machine: _Machine, causal_lm: Any)
         if config.parallelism.hpz > 1:  # of two gathers and a sum of gradients, the gathers once a step
             sent *= (1 + 1 / times) / 3
     sampling = 0.0
-    if config.samples.prompts and stage == 3:  # which gathers all weights for each token
+    if config.samples.prompts and stage == 3:
         evaluations = 1 + (steps // trainer.eval_every if trainer.eval_every else 0)
-        sampling = evaluations * config.samples.max_new_tokens * (2 * weights / link + _HOOKS)
+        generated, has_room = config.samples.max_new_tokens, 4 * weights < machine.memory - needs.used(0)
+        gathers = 1 if has_room else generated  # of all weights
+        sampling = evaluations * (gathers * 2 * weights / link + generated * _HOOKS)
     return _Estimate(
         *(
             config,
@@ -286,7 +302,8 @@ def _model_config(config: RunConfig) -> Any:
 def _suggest(config: RunConfig, data: _Data, machine: _Machine, causal_lm: Any) -> str | None:
     """Return the overrides of the settings that fit with the shortest epoch; None if none fit."""
     seconds: dict[str, float] = {}
-    for words in _ALTERNATIVES:
+    quantized = [words for words in _QUANTIZED if config.model.adapter is not None]
+    for words in (*_ALTERNATIVES, *quantized):
         overrides = [*words.split(), "trainer.micro_batch_tokens=auto"]
         try:
             changed = load_run_config(overrides, former=yaml.safe_load(to_yaml(config)))
@@ -294,6 +311,7 @@ def _suggest(config: RunConfig, data: _Data, machine: _Machine, causal_lm: Any) 
             continue
         estimate = _estimate(changed, data, machine, causal_lm)
         if estimate.fits and estimate.largest:
-            slower = 2.0 if "offload" in words else 1.0  # of copies to the host
+            # By copies to the host, or by computing weights from 4 bits.
+            slower = 2.0 if "offload" in words else 1.5 if "nf4" in words else 1.0
             seconds[words] = slower * sum(estimate.seconds(_REACHED[0]).values())
     return min(seconds, key=lambda words: seconds[words], default=None)

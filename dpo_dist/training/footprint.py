@@ -101,7 +101,8 @@ def fit_micro_batches(run: Run, causal_lm: Any) -> None:
     fit = f"about {size(needs.used(run.micro_batch_tokens))} of {size(memory)} on each GPU"
     if not needs.fits(max(run.micro_batch_tokens, run.config.data.max_length), memory):
         fit = (
-            f"warning: {fit}, too few for the longest pair; `dpo-dist plan plan.suggest=true` says what fits"
+            f"warning: {fit}, where the longest pair may not fit; `dpo-dist plan plan.suggest=true` says "
+            "what does"
         )
     run.say(f"micro-batches: up to {run.micro_batch_tokens:,} tokens ({fit})")
 

@@ -179,4 +179,4 @@ def test_sharded_weights_are_gathered_once_for_all_tokens_where_every_rank_has_r
 ) -> None:
     for inside, after in run_ranks(partial(sizes_of_weights, assets, [*room]), 2, tmp_path / "ranks"):
         assert (min(inside) > 0) is all(room)
-        assert max(after) == 0
+        assert max(after) == 0 or not all(room)

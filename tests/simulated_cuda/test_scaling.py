@@ -32,6 +32,7 @@ from dpo_dist.config.schema import (
     OptimConfig,
     ParallelismConfig,
     ParallelismKind,
+    RunConfig,
 )
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.join import start_world, stop_world
@@ -41,7 +42,7 @@ from dpo_dist.model.load import load_packed, without_weights
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective import token_logps as output_layer
-from dpo_dist.training.footprint import activation_bytes
+from dpo_dist.training.footprint import activation_bytes, footprint
 from tests.simulated_cuda import runs
 from tests.support.packing import VOCABULARY, pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model
@@ -207,6 +208,18 @@ def test_a_step_is_as_documented_for_any_number_of_ranks(kind: str, measured: An
     few, many = orders
     assert few == many
     assert [name for number, name in enumerate(few) if not number or name != few[number - 1]] == names
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plan_counts_the_bytes_of_weights_that_are_measured(kind: str) -> None:
+    sharded, whole, _ = KINDS[kind]
+    config = RunConfig(model=ModelConfig(), parallelism=ParallelismConfig(ParallelismKind(kind)))
+    causal_lm = without_weights(AutoConfig.for_model("llama", **SHAPE), config.model)
+    weights = sum(weight.numel() for weight in causal_lm.parameters())
+    for ranks in (1, *SIZES):
+        parts = footprint(config, causal_lm, ranks).parts
+        planned = parts["weights"] + parts["gradients"] + parts["optimizer states"]
+        assert planned == pytest.approx((sharded / ranks + whole) * weights)
 
 
 def test_one_process_does_not_reduce_its_gradients_with_themselves(measured: Any) -> None:

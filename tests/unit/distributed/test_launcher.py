@@ -11,6 +11,7 @@ from unittest.mock import Mock
 
 import psutil
 import pytest
+import torch
 from torch.distributed import DistNetworkError
 from torch.distributed.elastic.multiprocessing import PContext
 
@@ -159,6 +160,15 @@ def test_options_and_addresses_that_cannot_be_used_are_one_block(
         monkeypatch.setattr(launcher, "launch_command", Mock(side_effect=error))
     assert launch(options.split()) == code
     assert got in capsys.readouterr().err.split("got: ")[1].splitlines()[0]
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without a GPU")
+def test_as_many_processes_start_as_are_asked_for_without_a_gpu(
+    launch: Callable[[list[str]], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    program = ["--no_python", "bash", "-c", 'test "$WORLD_SIZE" = 2']
+    assert launch(["--num_processes", "2", *program]) == 0
 
 
 def test_a_quiet_launcher_has_the_exit_code_of_the_run(launch: Callable[[list[str]], int]) -> None:
