@@ -332,7 +332,8 @@ RULES = (
     ),
     unused("parallelism.offload_parameters", "parallelism.kind=zero3"),
     unused("parallelism.reduce_in_float32", "model.dtype=bf16|fp16"),
-    unused("parallelism.hpz", "parallelism.kind=zero3 parallelism.offload_parameters=none"),
+    unused("parallelism.hpz", "parallelism.kind=zero3"),
+    unused("parallelism.hpz", "parallelism.offload_parameters=none"),
     unused("parallelism.offload_optimizer", "parallelism.kind=zero3|zero2"),
     unused(
         "trainer.keep_best",

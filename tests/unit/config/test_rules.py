@@ -163,6 +163,7 @@ def test_every_rule_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
         "data.max_prompt_length=63 data.max_length=64 data.untrained=['<note>...</note>',thoughts]",
         "'data.train=[{path:b,label:\"math_2.1+数学-x\"}]'",
         "parallelism=zero2 parallelism.offload_optimizer=cpu",
+        "parallelism.hpz=8 parallelism.offload_optimizer=cpu parallelism.reduce_in_float32=true",
         "parallelism.offload_parameters=cpu parallelism.offload_optimizer=cpu",
         "trainer.eval_every=10 samples.prompts=4 data.eval_share=0.1",
         "data.eval=[b.jsonl] data.drop_eval_prompts=true optim.min_lr_ratio=0.1 optim.schedule=linear",
