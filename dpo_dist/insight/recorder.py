@@ -97,4 +97,4 @@ def open_recorder(run: Run, metrics: MetricsLog, on_row: OnRow | None = None) ->
     return Recorder(run, metrics, trackers, on_row)
 
 
-REPORTING = Reporting(open_recorder, Recorder, run_card, prepare_samples, write_page)
+REPORTING = Reporting(open_recorder, run_card, prepare_samples, write_page)

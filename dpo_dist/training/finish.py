@@ -23,7 +23,7 @@ from dpo_dist.reference.digest import digest_model
 from dpo_dist.training.context import Run
 from dpo_dist.training.directory import package_versions
 from dpo_dist.training.loop import Loop
-from dpo_dist.training.metrics_log import MetricsLog, final_and_best, read_latest_rows
+from dpo_dist.training.metrics_log import final_and_best, read_latest_rows
 from dpo_dist.training.reporting import Recorder
 from dpo_dist.training.resume import RunState, read_state, write_state
 from dpo_dist.training.state import Position
@@ -146,21 +146,6 @@ def finish(run: Run, state: RunState, recorder: Recorder | None, summary: dict[s
 
     with run.console.heartbeat("writing the report"):
         run.write(work)
-
-
-def write_lost_files(
-    run: Run, completed: RunState, reopen_recorder: Callable[[Run, MetricsLog], Recorder]
-) -> None:
-    """Write the report of a completed run again if one of its files was deleted; on rank 0."""
-    folder, summary = run.folder, completed.summary
-    files = (folder.log_history, folder.metrics_table, folder.summary, folder.curves, folder.report)
-    lost = ", ".join(file.name for file in files if not file.exists())
-    if lost and not any(file.exists() for file in files[:2]):  # they have the rows
-        run.say(f"warning: {lost} cannot be written again without {files[0].name}")
-    elif lost and summary is not None:
-        run.say(f"written again: {lost}")
-        recorder = reopen_recorder(run, MetricsLog(folder, read_latest_rows(folder)))
-        recorder.close(summary, completed.outcome)
 
 
 def export_model(

@@ -49,7 +49,6 @@ class Reporting:
     """The functions by which a run is looked at."""
 
     open_recorder: Callable[[Run, MetricsLog], Recorder]
-    reopen_recorder: Callable[[Run, MetricsLog], Recorder]  # of a complete run, without trackers
     run_card: Callable[..., str]  # the model card
     prepare_samples: Callable[[Run, Inputs, int], Samples | None]  # before a model is loaded
     write_page: Callable[[RunFolder], object]

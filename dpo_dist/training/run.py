@@ -36,7 +36,7 @@ from dpo_dist.training.directory import (
     lock_directory,
     mark_started,
 )
-from dpo_dist.training.finish import finish, run_to_its_end, write_lost_files
+from dpo_dist.training.finish import finish, run_to_its_end
 from dpo_dist.training.health import check_keep_best
 from dpo_dist.training.inputs import Inputs, identify, load_inputs
 from dpo_dist.training.loop import Loop
@@ -277,8 +277,6 @@ def _complete(run: Run, finished: RunState, reporting: Reporting) -> int:
         with run.stops.request.deferred():
             completed = replace(finished, outcome=RunOutcome.completed)
             finish(run, completed, recorder, finished.summary)
-    else:
-        run.write(partial(write_lost_files, run, finished, reporting.reopen_recorder))
     run.say(f"{folder} is complete: model {folder.model}, report {folder.report}")
     wanted, former = environment.get("metrics_function"), written.read_text() if written.exists() else ""
     if wanted is not None and json.dumps(wanted) not in former:

@@ -1,9 +1,7 @@
 """Checkpoints of several ranks: complete or absent, and exact (law L4)."""
 
 import contextlib
-import os
 import resource
-import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,7 +28,7 @@ from dpo_dist.config.schema import (
     Quantization,
     ReferenceConfig,
 )
-from dpo_dist.distributed import checkpoint, failures
+from dpo_dist.distributed import checkpoint
 from dpo_dist.distributed.checkpoint import (
     CheckpointSaver,
     Entries,
@@ -289,27 +287,6 @@ def test_a_full_disk_on_one_rank_is_one_error_on_all_and_keeps_checkpoints(
     assert "make room" in results[0]["error"]
     assert results[0]["then"] == ["step-000001", "step-000001"]
     assert results[0]["left"] == ["latest", "step-000001", "step-000003"]
-
-
-def save_and_die(assets: Assets, root: Path, world: World, _folder: Path) -> None:
-    failures.FAREWELL_SECONDS = 1.0
-    trainer = Trainer(assets, world)
-    trainer.save(root, 1)
-    if world.rank == 1:
-        kill = mock.Mock(side_effect=lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-        mock.patch("dpo_dist.distributed.checkpoint.write_tensors", kill).start()
-    trainer.save(root, 2)
-
-
-def test_a_rank_killed_while_saving_is_named_and_the_last_checkpoint_stays(
-    assets: Assets, tmp_path: Path
-) -> None:
-    root = tmp_path / "checkpoints"
-    left, _ = start_ranks(partial(save_and_die, assets, root), 2, tmp_path / "ranks").finish()
-    assert left.error == "PeerLostError", left.log
-    assert "rank 1 of 2 died" in left.message
-    assert (root / "latest").read_text() == "step-000001"
-    assert [path.name for path in root.glob("step-??????")] == ["step-000001"]
 
 
 def go_on(

@@ -37,20 +37,6 @@ def written(file: Path, rows: list[dict[str, object]]) -> str:
     return f"data.train=[{file}]"
 
 
-def test_rankings_of_different_lengths_train_on_two_processes(overrides: Overrides, tmp_path: Path) -> None:
-    data = written(tmp_path / "rankings.jsonl", RANKINGS)
-    train(overrides(data, "loss=plackett_luce", "trainer.epochs=2", "optim.lr=1e-2"), processes=2)
-    rows = history(tmp_path / "run")
-    assert rows[-1]["loss"] < rows[0]["loss"]
-    assert rows[0]["rewards/margins"] == 0
-
-
-def test_scored_pairs_train_with_an_offset(overrides: Overrides, tmp_path: Path) -> None:
-    train(overrides(written(tmp_path / "scored.jsonl", SCORED), "loss=odpo"))
-    # At no margin the loss is above log 2, for gaps above 1.
-    assert history(tmp_path / "run")[0]["loss"] > 0.7
-
-
 def test_completions_alone_train_a_model_that_is_then_its_own_reference(
     overrides: Overrides, tmp_path: Path
 ) -> None:

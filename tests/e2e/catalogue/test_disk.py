@@ -25,8 +25,6 @@ def of_another_configuration(work: Path) -> None:
 CASES = [
     Case("file as run directory", "run.dir=occupied", "run.dir cannot be written", "run.dir", "occupied",
          before=file("occupied"), to_do="set run.dir to another folder"),
-    Case("file above the run directory", "run.dir=occupied/run", "run.dir cannot be written", "run.dir",
-         "is no folder", before=file("occupied"), to_do="set run.dir to another folder"),
     Case("model as run directory", "run.dir=model", "files that are not of a run", "run.dir", "config.json",
          to_do="set run.dir to a new folder"),
     Case("folder of a project as run directory", "run.dir=.", "files that are not of a run", "run.dir",
@@ -37,8 +35,6 @@ CASES = [
          "a" * 300, "too long", to_do="correct the path"),
     Case("file as cache", "data.cache=occupied", "data.cache cannot be written", "data.cache", "occupied",
          before=file("occupied"), to_do="set data.cache to another folder"),
-    Case("file as store", "reference.store=occupied", "reference.store cannot be written", "reference.store",
-         "occupied", before=file("occupied"), to_do="set reference.store to another folder"),
     Case("folder of offload that cannot be", "reference.offload=nvme reference.nvme_path=occupied/x",
          "reference.nvme_path", "reference.nvme_path", "occupied", before=file("occupied"),
          to_do="set reference.nvme_path to another"),
@@ -48,8 +44,6 @@ CASES = [
 READ_ONLY = [
     Case("run directory on a read-only disk", "run.dir=locked/run", "run.dir cannot be written", "run.dir",
          "locked", to_do="set run.dir to another folder"),
-    Case("cache on a read-only disk", "data.cache=locked/cache", "data.cache cannot be written", "data.cache",
-         "locked", to_do="set data.cache to another folder"),
     Case("store on a read-only disk", "reference.store=locked/store", "reference.store cannot be written",
          "reference.store", "locked", to_do="set reference.store to another folder"),
     Case("read-only working folder for pairs",

@@ -26,9 +26,6 @@ CASES = [
             ("LOCAL_RANK=,", {"RANK": "0", "WORLD_SIZE": "2"} | LOCAL),
         )
     ),
-    Case("precision of a launcher", "", "option of the launcher would have no effect", LAUNCHER,
-         "fp16 with model.dtype", "only starts processes", "set model.dtype",
-         place={"ACCELERATE_MIXED_PRECISION": "fp16"}),
     Case("attention kernel without a GPU", "model.dtype=bf16 model.attention=varlen", "runs on CUDA only",
          "model.attention", "varlen on cpu", "sdpa", "model.attention=auto", joins=True),
 ]

@@ -200,7 +200,11 @@ def test_the_verbs_are_the_programs_with_a_configuration() -> None:
     "option",
     [
         *("USE_FSDP=true", "DYNAMO_BACKEND=inductor", "GRADIENT_CLIPPING=9.0", "DEEPSPEED_ZERO_STAGE=2"),
-        *("DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE=cpu", "DEEPSPEED_OFFLOAD_PARAM_DEVICE=cpu"),
+        *(
+            "DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE=cpu",
+            "DEEPSPEED_OFFLOAD_PARAM_DEVICE=cpu",
+            "MIXED_PRECISION=fp16",
+        ),
     ],
 )
 def test_options_of_a_launcher_are_refused(option: str, verb: Verb, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,7 +32,7 @@ from dpo_dist.training.directory import (
     lock_directory,
     mark_started,
 )
-from dpo_dist.training.finish import finish, write_lost_files
+from dpo_dist.training.finish import finish
 from dpo_dist.training.metrics_log import MetricsLog
 from dpo_dist.training.resume import (
     RunState,
@@ -175,7 +175,7 @@ def test_a_step_below_0_is_an_error(folder: RunFolder) -> None:
         find_start(run_in(folder.path))
 
 
-def test_the_report_of_a_complete_run_is_written_and_its_lost_files_again(folder: RunFolder) -> None:
+def test_the_report_of_a_complete_run_is_written(folder: RunFolder) -> None:
     save_checkpoint(folder, 4)
     run = run_in(folder.path, keep_last=0)
     recorder, completed = recorder_of(run), state_of(RunOutcome.completed)
@@ -187,15 +187,6 @@ def test_the_report_of_a_complete_run_is_written_and_its_lost_files_again(folder
     assert folder.report.is_file()
     assert read_state(folder) == completed
     assert list(folder.checkpoints.iterdir()) == []
-    files = [folder.summary, folder.log_history, folder.metrics_table]
-    before = {file: file.read_text() for file in files}
-    for lost in ((folder.log_history, folder.summary, folder.report), (folder.metrics_table,)):
-        for file in lost:
-            file.unlink()
-        write_lost_files(run, replace(completed, summary=SUMMARY), Recorder)
-        assert folder.report.is_file()
-        assert {file: file.read_text() for file in files} == before
-        assert f"written again: {', '.join(file.name for file in lost)}" in lines_of(run)
 
 
 def test_the_verdict_reads_the_findings_of_the_doctor(folder: RunFolder) -> None:
