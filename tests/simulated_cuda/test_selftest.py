@@ -1,6 +1,7 @@
 """`dpo-dist selftest` on the simulated device: its runs without speeds, and runs that are only answers."""
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -166,7 +167,7 @@ def test_faults_are_failed_checks_that_say_what_they_are(tmp_path: Path) -> None
         "steps of bf16": ("passed", "within 0.0e+00 of zero2"),
         "steps of fused layers: compile": ("failed", "of zero2, where 0.001 is allowed"),
         "steps of one GPU": ("passed", "of zero2"),
-        "steps of a run resumed on half of the GPUs": ("failed", "steps [1, 2, 1, 2, 3, 4]"),
+        "steps of a run resumed on half of the GPUs": ("failed", "steps [1, 2, 3, 4], not of [3, 4]"),
         "all-gather of bf16": ("measured", "1 MB: 2.5 GB/s"),
         "sums over GPUs in float32": ("passed", "float64"),
         "speed of 0.5B, fused layers: none": ("measured", "500 ms a step"),
@@ -217,8 +218,34 @@ def test_the_resumed_run_needs_the_interrupted_one_and_sharding_a_gpu(tmp_path: 
     assert "1 of" in ended.output
     ended, checks = _selftest(none, prepare=partial(_answering, _without_checkpoint, 0, {}))
     assert ended.code == 0, ended.output
-    assert "one CPU process: no GPU was there, so no kernel of GPUs and no sharding was tried" in ended.output
+    assert (
+        "one CPU process: there was no GPU, so none of its kernels and no sharding was tried" in ended.output
+    )
     assert "makes the host wait" not in ended.output
+
+
+def _with_wrong_kernel(of_heads: int, longer_than: int) -> None:
+    """Outputs of heads of these dimensions (0: all) are wrong where a segment has more tokens."""
+    from torch.nn.attention import varlen
+
+    right: Any = varlen.varlen_attn
+
+    @functools.wraps(right)
+    def wrong(query: Any, key: Any, value: Any, *lengths: Any, **options: Any) -> Any:
+        is_wrong = query.shape[-1] in (of_heads or query.shape[-1],) and max(lengths[2:4]) > longer_than
+        return right(query, key, value, *lengths, **options) * (1.2 if is_wrong else 1)
+
+    mock.patch.object(varlen, "varlen_attn", wrong).start()
+    _answering(_without_checkpoint, 1, {})
+
+
+@pytest.mark.parametrize("fault", [(128, 0), (256, 0), (0, 200)])
+def test_a_kernel_that_is_wrong_for_some_heads_or_long_segments_is_a_failed_check(
+    fault: tuple[int, int], tmp_path: Path
+) -> None:
+    ended, checks = _selftest(tmp_path, "--quick", prepare=partial(_with_wrong_kernel, *fault))
+    assert ended.code == 1, ended.output
+    assert "its output differs from sdpa's" in checks["attention by varlen"]["seen"]
 
 
 def test_an_output_that_cannot_be_written_is_said_at_once(tmp_path: Path) -> None:
