@@ -157,7 +157,7 @@ def _checks(folder: Path, is_quick: bool) -> Iterator[Check]:
         groups["collective calls"] = _exchanges(folder, gpus)
     if gpus and not is_quick:
         groups |= {f"speed of {shape}": _speeds(folder, gpus, shape) for shape in _SHAPES}
-    groups |= {"device": _devices(gpus, is_quick), "attention": _kernels(device)}
+    groups |= {"GPU": _devices(gpus, is_quick), "attention": _kernels(device)}
     if gpus:
         groups["losses"] = _losses(device)
     for name, checks in groups.items():
@@ -185,22 +185,21 @@ def _versions(gpus: int) -> Iterator[Check]:
 
 
 def _devices(gpus: int, is_quick: bool) -> Iterator[Check]:
-    """Describe the GPUs, and measure products of matrices on each by itself: a slow one shows."""
+    """Describe each GPU, and multiply matrices on it alone: a slow one shows."""
     import torch  # noqa: PLC0415  (slow)
 
     from dpo_dist.model.flops import matmul_peak  # noqa: PLC0415
 
-    found = dict[str, dict[str, Any]]()
+    if not gpus:
+        yield Check("GPU", "measured", "there is none")
     for number in range(gpus):
         gpu = torch.cuda.get_device_properties(number)
-        facts = {"memory_bytes": gpu.total_memory, "capability": gpu.major + gpu.minor / 10}
-        found[f"GPU {number}"] = {"name": gpu.name, **facts}
-    names = {f"{gpu['name']}, {size(gpu['memory_bytes'])}" for gpu in found.values()}
-    yield Check("device", "measured", f"{gpus} x {' and '.join(names)}" if gpus else "no GPU", found)
-    if gpus and not is_quick:
-        peaks = {name: matmul_peak(torch.device("cuda", int(name[4:])), torch.bfloat16) for name in found}
-        seen = ", ".join(f"{peak / 1e12:.0f}" for peak in peaks.values())
-        yield Check("products of matrices in bf16", "measured", f"{seen} TFLOP/s", peaks)
+        values = {"memory_bytes": gpu.total_memory, "capability": gpu.major + gpu.minor / 10}
+        seen = f"{gpu.name}, {size(gpu.total_memory)}, compute capability {gpu.major}.{gpu.minor}"
+        if not is_quick:
+            values["matmul_flops"] = peak = matmul_peak(torch.device("cuda", number), torch.bfloat16)
+            seen += f", {peak / 1e12:.0f} TFLOP/s of products in bf16"
+        yield Check(f"GPU {number}", "measured", seen, {"name": gpu.name, **values})
 
 
 def _write_pairs(file: Path) -> None:
@@ -240,10 +239,7 @@ def _quoted(path: Path) -> str:
 def _train(
     folder: Path, name: str, words: Sequence[str], gpus: int, steps: range, code: int = 0
 ) -> tuple[_Rows, str]:
-    """Train on `gpus` processes, or on one without a GPU; return rows of its steps, and its error, if any.
-
-    A run that ends with `code`, to be resumed, is kept without its rows.
-    """
+    """Return the rows of a training run and its error, if any; one to resume is kept without its rows."""
     run = RunFolder(folder / "run")
     usual = [f"run.dir={_quoted(run.path)}", f"data.train=[{_quoted(folder / 'pairs.jsonl')}]"]
     usual += [f"data.cache={_quoted(folder / 'encoded')}", f"reference.store={_quoted(folder / 'store')}"]
@@ -276,6 +272,8 @@ def _started(name: str, words: Sequence[str], gpus: int, code: int = 0) -> str:
             if isinstance(ended, subprocess.TimeoutExpired):
                 return f"it did not end in {_RUN_SECONDS} s"
             raise
+    if process.returncode < 0:  # of one process, which has no launcher that says so
+        screen += f"\nit was ended by {signal.Signals(-process.returncode).name}"
     return "" if process.returncode == code else f"exit code {process.returncode}: {_cause(screen)}"
 
 
@@ -372,7 +370,7 @@ def _exchanges(folder: Path, gpus: int) -> Iterator[Check]:
     """Measure collective calls of all GPUs, and their sums against float64."""
     out = folder / "exchanged.json"
     if error := _started("collective calls", ["-m", "dpo_dist.selftest", "--exchange", str(out)], gpus):
-        yield Check("collective calls", "failed", error)
+        yield _fault("collective calls", error)
         return
     gathered, error_of_sum = json.loads(out.read_text())
     speeds = ", ".join(f"{size} MB: {speed:.3g} GB/s" for size, speed in gathered.items())

@@ -337,6 +337,8 @@ def _kernel_fault(
             with torch.enable_grad():
                 output = packed_attention(_TRIAL, kernel, device)(query, key, value, scores)
                 results.append((output.detach(), *torch.autograd.grad(output, leaves, slopes)))
+    except torch.OutOfMemoryError:  # no fault of the kernel
+        raise
     except Exception as error:  # a kernel can raise anything
         return first_line(error)
     names = ("output", "gradient of the query", "gradient of the key", "gradient of the value")

@@ -118,7 +118,7 @@ def test_a_sound_device_passes_every_check(tmp_path: Path) -> None:
     assert "not installed" in checks["steps of fused layers: liger"]["seen"]
     assert "needs Triton" in checks["steps of fused layers: compile"]["seen"]
     assert 0 <= checks["steps of bf16"]["values"]["difference"] < 0.05
-    assert checks["device"]["values"]["GPU 0"]["capability"] == 9.0
+    assert checks["GPU 0"]["values"]["capability"] == 9.0
     assert checks["versions"]["values"]["NCCL"] == "2.29.7"
     assert {"date", "host", "seconds"} <= checks["content"].keys()
     assert "on this GPU; sharding over several was not tried" in ended.output
@@ -173,7 +173,7 @@ def test_faults_are_failed_checks_that_say_what_they_are(tmp_path: Path) -> None
         "speed of 0.5B, fused layers: none": ("measured", "500 ms a step"),
         "speed of 7B, 4 layers, fused layers: liger": ("skipped", "exit code 2: out of memory: GPU memory"),
         "speed of 7B, 4 layers, fused layers: compile": ("failed", "exit code 1: ValueError: no"),
-        "products of matrices in bf16": ("measured", "1, 2, 3, 4 TFLOP/s"),
+        "GPU 3": ("measured", "4 TFLOP/s of products in bf16"),
         "attention": ("failed", "RuntimeError: a bug"),
         "losses": ("passed", "none makes the host wait"),
     }
