@@ -52,7 +52,7 @@ _EQUAL, _ROUNDED = 1e-3, 0.05  # relative, of losses and gradient norms in float
 _GATHERED = (1, 33, 512)  # MB of a message; 33 is a matrix of a 7B model on 8 GPUs
 _TINY = {"model_type": "qwen2", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 _TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}
-_STEPS = 4  # of runs that are compared
+_STEPS, _COMPARED = 4, ("loss", "grad_norm")  # of runs that are compared
 _WAYS = {  # of training in float32, without fused layers, and what each changes
     "zero3": "",
     "zero2": "parallelism=zero2",
@@ -246,7 +246,8 @@ def _train(
     usual += ["data.max_length=1024", "tracking=off", f"parallelism.timeout_seconds={_HANGS_SECONDS}"]
     usual += ["trainer.log_every=1", "trainer.save_every=0", "optim.lr=1e-4", "optim.warmup_ratio=0"]
     error = _started(name, ["-m", "dpo_dist.train", *usual, *words], gpus, code)
-    rows: _Rows = [] if error else [row for row in read_latest_rows(run) if "grad_norm" in row]
+    rows: _Rows = [] if error else read_latest_rows(run)
+    rows = [row for row in rows if all(math.isfinite(row.get(key) or math.nan) for key in _COMPARED)]
     shutil.rmtree(run.metrics if code and not error else run.path, ignore_errors=True)
     if not error and (done := [row["step"] for row in rows]) != [*steps]:
         error = f"it has rows of steps {done}, not of {[*steps]}: one is not finite, or it was not resumed"
@@ -298,39 +299,27 @@ def _equal_runs(folder: Path, gpus: int) -> Iterator[Check]:
         keys |= dict(key.split("=") for key in changed.split())
         words, name = [*usual, *map("=".join, keys.items())], f"steps of {way}"
         number = {"one GPU": 1, half: gpus // 2}.get(way, gpus)
-        rows, error = list[Any](), ""
+        rows, error = _Rows(), ""
         if way == half:
             stopped = [*words, "trainer.stop_after_steps=2"]
             rows, error = _train(folder, name, stopped, gpus, range(1, 3), ExitCode.preempted)
         if not error:
-            steps = range(len(rows) + 1, _STEPS + 1)
-            others, error = _train(folder, name, words, number, steps)
+            others, error = _train(folder, name, words, number, range(len(rows) + 1, _STEPS + 1))
             rows += others
         if error:
             yield _fault(name, error)
             continue
-        allowed = _ROUNDED if way == "bf16" else _EQUAL
-        first = first or (way, rows, allowed)
-        difference, allowed = _difference(rows, first[1]), max(allowed, first[2])
-        seen, values = (
-            f"within {difference:.1e} of {first[0]}",
-            {"difference": difference, "allowed": allowed},
-        )
-        if not difference <= allowed:
-            yield Check(name, "failed", f"{seen}, where {allowed:g} is allowed", values)
-        elif way == first[0]:
-            yield Check(name, "measured", "the others are compared with it")
-        else:
-            yield Check(name, "passed", seen, values)
-
-
-def _difference(rows: _Rows, others: _Rows) -> float:
-    """Return the largest relative difference of losses and gradient norms; NaN if a number is not finite."""
-    keys = ("loss", "grad_norm")
-    pairs = [(row[key], of[key]) for row, of in zip(rows, others, strict=True) for key in keys]
-    if not all(number is not None and math.isfinite(number) for pair in pairs for number in pair):
-        return math.nan
-    return float(max(abs(number - other) / max(abs(other), 1e-9) for number, other in pairs))
+        first, is_first = first or (way, rows), first is None
+        allowed = _ROUNDED if "bf16" in (way, first[0]) else _EQUAL
+        pairs = [(row[key], of[key]) for row, of in zip(rows, first[1], strict=True) for key in _COMPARED]
+        difference = max(abs(number / other - 1) for number, other in pairs)
+        outcome, seen = "passed", f"within {difference:.1e} of {first[0]}"
+        if difference > allowed:
+            outcome, seen = "failed", f"{seen}, where {allowed:g} is allowed"
+        values = {"difference": difference, "allowed": allowed}
+        if is_first:
+            outcome, seen, values = "measured", "the others are compared with it", {}
+        yield Check(name, outcome, seen, values)
 
 
 def _speeds(folder: Path, gpus: int, shape: str) -> Iterator[Check]:
