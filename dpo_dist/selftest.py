@@ -72,7 +72,7 @@ _SHAPES = {  # of models of the shipped presets, also with fewer layers, which a
 _MEASURED = ["step_seconds", "mfu", "tokens_per_second", "memory/peak_allocated_bytes"]
 _MEASURED += ["time/forward", "time/backward", "time/optimizer"]
 _NOT_INSTALLED = ("not installed", "needs Triton")
-_NO_ROOM = ("memory is exhausted", "a file cannot be written", "No space left")
+_NO_ROOM = ("memory is exhausted", "has no room", "cannot be written", "No space left")
 _HANGS_SECONDS, _RUN_SECONDS = 120, 900  # of a process that waits for another one, of a whole run
 _Rows = list[dict[str, Any]]
 

@@ -125,7 +125,7 @@ def test_a_sound_device_passes_every_check(tmp_path: Path) -> None:
     assert "running: steps of ddp" in ended.output
 
 
-def _with_faults(keys: dict[str, str], environment: dict[str, str]) -> tuple[int, str]:  # noqa: PLR0911
+def _with_faults(keys: dict[str, str], environment: dict[str, str]) -> tuple[int, str]:  # noqa: PLR0911, C901
     assert not environment.keys() & {"RANK", "WORLD_SIZE", "PET_NNODES"}
     assert int(keys["parallelism.timeout_seconds"]) <= 120
     visible, all_steps = environment["CUDA_VISIBLE_DEVICES"], [1, 2, 3, 4]
@@ -133,7 +133,12 @@ def _with_faults(keys: dict[str, str], environment: dict[str, str]) -> tuple[int
     if keys["trainer.max_steps"] == "6":
         if keys["model.fused"] == "liger":
             return 2, f"{noise}out of memory: GPU memory is exhausted\n  where: here\nbye\n"
-        return (-11, "") if keys["model.fused"] == "compile" else _train(keys, [*range(1, 7)])
+        if keys["model.fused"] == "compile":
+            return -11, ""
+        described = json.loads(Path(keys["model.path"].strip('"'), "config.json").read_text())
+        if described["num_hidden_layers"] == 4:
+            return 2, "configuration error: the disk has no room for the checkpoints\n"
+        return _train(keys, [*range(1, 7)])
     if is_half or "trainer.stop_after_steps" in keys:  # it begins again
         return _train(keys, all_steps if is_half else [1, 2])
     if keys["model.fused"] == "liger":
@@ -173,6 +178,7 @@ def test_faults_are_failed_checks_that_say_what_they_are(tmp_path: Path) -> None
         "all-gather of bf16": ("measured", "1 MB: 2.5 GB/s"),
         "sums over GPUs in float32": ("passed", "float64"),
         "speed of 0.5B, fused layers: none": ("measured", "500 ms a step"),
+        "speed of 7B, 4 layers, fused layers: none": ("skipped", "the disk has no room"),
         "speed of 7B, 4 layers, fused layers: liger": ("skipped", "exit code 2: out of memory: GPU memory"),
         "speed of 7B, 4 layers, fused layers: compile": ("failed", "exit code -11: it was ended by SIGSEGV"),
         "GPU 3": ("measured", "4 TFLOP/s of products in bf16"),
