@@ -24,6 +24,10 @@ def this_rank() -> int:
     return int(text) if text.isdecimal() else 0
 
 
+OF_WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables of a process of a world, by its launcher."""
+OF_LAUNCHERS = ("ACCELERATE_", "TORCHELASTIC_", "PET_")
+"""How launchers' own variables begin."""
 _OFF = ("", "0", "false", "no", "none")
 
 
@@ -43,12 +47,11 @@ def check_launch(environ: Mapping[str, str], repeated: Mapping[str, tuple[str, s
                 expected="a launcher that only starts processes, as with the files of launch/accelerate",
                 remedy=f"set {key}, and remove this option from the launcher's file",
             )
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if not _is_one_process(environ):
         error = ConfigError(
             "the variables of a launcher do not describe one process of a world",
             where="environment",
-            got=", ".join(f"{name}={environ.get(name, '')}" for name in names),
+            got=", ".join(f"{name}={environ.get(name, '')}" for name in OF_WORLD),
             remedy="start with accelerate launch or torchrun, which set them, or unset all of them for one "
             "process",
         )
