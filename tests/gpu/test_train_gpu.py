@@ -2,13 +2,16 @@
 
 import json
 import re
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.golden.scenario import GOLDEN, overrides, write_scenario
-from tests.support.launch import assert_same_history, history, train
+from tests.support.launch import ROOT, assert_same_history, history, train
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
@@ -37,3 +40,18 @@ def test_the_recorded_trajectory_is_reached(way: str, tmp_path: Path) -> None:
             "memory/peak_reserved_bytes"
         )
     assert_same_history(rows, json.loads(GOLDEN.read_text())["sigmoid"], relative=1e-3)
+
+
+def test_speed_and_memory_are_those_of_the_baselines(tmp_path: Path) -> None:
+    """Those of this kind of GPU, in benchmarks/baselines.json; a GPU that is faster than them is no fault."""
+    baselines = json.loads((ROOT / "benchmarks" / "baselines.json").read_text())
+    of_this = baselines.get(torch.cuda.get_device_name()) or pytest.skip("there are none of this GPU")
+    out, lacks_liger = tmp_path / "figures.json", find_spec("liger_kernel") is None
+    for options, variants in of_this.items():
+        expected = {name: at for name, at in variants.items() if "liger" not in name or not lacks_liger}
+        command = [*f"-m benchmarks mfu {options} --out {out} --variants".split(), *expected]
+        subprocess.run([sys.executable, *command], check=True, cwd=ROOT)
+        found = json.loads(out.read_text())["variants"]
+        for name, at in expected.items():
+            assert found[name]["mfu"] >= 0.85 * at["mfu"], (options, name, found[name])
+            assert found[name]["peak_bytes"] / 2**30 == pytest.approx(at["peak_gib"], rel=0.01, abs=0.5)

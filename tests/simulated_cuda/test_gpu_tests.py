@@ -21,6 +21,7 @@ NOT_HERE = {
     "compile": "the stream classes of a CUDA build are not Python's",
     "liger": "Triton's kernels",
     "flash": "the kernels of flash-attn",
+    "baselines": "speeds of a real GPU",
     "higher_in_bf16": "a CPU is not faster in bf16",
     "zero2": "test_runs.py has it",
     "checkpointed": "test_runs.py has it",

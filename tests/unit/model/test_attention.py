@@ -162,8 +162,8 @@ def test_flash_attn_3_is_for_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
         ("gpt_oss", AttentionBackend.flash_attention_2, 100, "attention sinks"),
         ("gemma2", AttentionBackend.varlen, 100, "capped scores"),
         ("gemma2", AttentionBackend.flash_attention_2, 100, ""),
-        ("llama4_text", AttentionBackend.varlen, 100, "chunks"),
-        ("llama4_text", AttentionBackend.varlen, 5, ""),  # than a chunk
+        ("llama4_text", AttentionBackend.varlen, 10_000, "chunks"),
+        ("llama4_text", AttentionBackend.varlen, 100, ""),  # shorter than a chunk of 8,192
         ("mistral", AttentionBackend.varlen, 100, ""),
         ("gpt_oss", AttentionBackend.sdpa, 100, ""),
     ],
