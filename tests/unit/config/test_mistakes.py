@@ -80,7 +80,7 @@ MISTYPED = [
     ("pref_loss=bco_unpaired", "write loss=kto; on pairs loss=bco_pair"),
     ("pref_loss=sigmoid_sft", "write loss=sigmoid_sft"),
     ("rl=simpo", "write loss=simpo"),
-    ("model.attention=flash_attention_4", "FlashAttention 4 is not offered: write model.attention=auto"),
+    ("model.attention=flash_attention_4", "not offered: write model.attention=auto"),
     ("--attn_implementation kernels-community/flash-attn3", "write model.attention=flash_attention_3"),
     ("flash_attn=fa3", "write model.attention=flash_attention_3"),
     ("use_liger_kernel=true", "write model.fused=liger"),

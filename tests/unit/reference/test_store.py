@@ -4,10 +4,11 @@ import json
 import resource
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from dpo_dist.batching.example import Keys
 from dpo_dist.foundation.errors import ReferenceModelError
@@ -167,6 +168,18 @@ def test_a_full_disk_is_an_error_and_leaves_no_partial_file(tmp_path: Path) -> N
 
     with_limit(resource.RLIMIT_FSIZE, 4096, fail)
     assert [file.name for file in store.folder.iterdir()] == ["space.json"]
+
+
+def test_a_shard_is_read_only_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[Entries]()
+
+    def watched(tensors: Any, file: Path) -> None:
+        save_file(tensors, file)
+        seen.append(readable(tmp_path))  # as a run that starts now, or after a kill
+
+    monkeypatch.setattr("dpo_dist.reference.store.save_file", watched)
+    write(tmp_path, ENTRIES)
+    assert (seen, readable(tmp_path)) == ([{}], ENTRIES)
 
 
 def test_a_store_can_have_more_shards_than_the_limit_of_open_files(tmp_path: Path) -> None:
