@@ -125,8 +125,9 @@ def checkpoint_layers(causal_lm: Any, every: int | str) -> None:
         layer.gradient_checkpointing = number % distance == 0
 
 
-def _suits_liger(text: Any, device: torch.device) -> bool:
-    if device.type != "cuda" or text.model_type not in EXACT_WITH_LIGER:
+def _suits_liger(config: ModelConfig, text: Any, device: torch.device) -> bool:
+    has_own_code = config.trust_remote_code and getattr(text, "auto_map", None)
+    if device.type != "cuda" or has_own_code or text.model_type not in EXACT_WITH_LIGER:
         return False
     activations = {getattr(text, name, None) for name in ("hidden_act", "hidden_activation")} - {None}
     return activations == {EXACT_WITH_LIGER[text.model_type]}
@@ -136,7 +137,7 @@ def check_device(config: ModelConfig, text: Any, device: torch.device) -> None:
     """Check that options of the model, `text` the configuration of its text part, can run on `device`."""
     check_precision(config.dtype, device)
     on_cuda, fault = device.type == "cuda", ("", "")
-    if config.fused is FusedLayers.liger and not _suits_liger(text, device):
+    if config.fused is FusedLayers.liger and not _suits_liger(config, text, device):
         known = ", ".join(sorted(EXACT_WITH_LIGER))
         fault = "fused=none", f"Liger's kernels are exact on CUDA, with the usual activation, for {known}"
     compiler = find_spec("triton") if on_cuda else shutil.which(os.environ.get("CXX", "g++"))
@@ -155,15 +156,15 @@ def check_device(config: ModelConfig, text: Any, device: torch.device) -> None:
         )
 
 
-def choose_fused(wanted: FusedLayers, text: Any, device: torch.device) -> FusedLayers:
-    """Return the fused layers to use on `device`: `wanted`, or for `auto` Liger's where they are exact.
+def choose_fused(config: ModelConfig, text: Any, device: torch.device) -> FusedLayers:
+    """Return the fused layers to use on `device`: `model.fused`, or for `auto` Liger's where they are exact.
 
     Compiling takes half a minute of each start for the same gain, so it is for those who ask for it.
     """
-    if wanted is not FusedLayers.auto:
-        return wanted
+    if config.fused is not FusedLayers.auto:
+        return config.fused
     is_free = not torch.are_deterministic_algorithms_enabled() and find_spec("liger_kernel") is not None
-    return FusedLayers.liger if is_free and _suits_liger(text, device) else FusedLayers.none
+    return FusedLayers.liger if is_free and _suits_liger(config, text, device) else FusedLayers.none
 
 
 def offload_inputs(causal_lm: nn.Module) -> None:

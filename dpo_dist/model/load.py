@@ -169,7 +169,7 @@ def load_packed(
     check_kernel(backend, device, text, TORCH_DTYPES[config.dtype])
     check_device(config, text, device)
     causal_lm = load_weights(folder, model_config, config, device, key=key)
-    fused = choose_fused(config.fused, text, device)
+    fused = choose_fused(config, text, device)
     if fused is FusedLayers.liger:
         use_liger(causal_lm)
     checkpoint_layers(causal_lm, config.gradient_checkpointing)

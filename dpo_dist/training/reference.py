@@ -169,7 +169,7 @@ def _stored(
     config, world, store = run.config, run.world, Path(run.config.reference.store)
     backend = choose_backend(config.model.attention, config.model.dtype, world.device)
     text = load_config(files.folder, config.model).get_text_config()
-    fused = choose_fused(config.model.fused, text, world.device)
+    fused = choose_fused(config.model, text, world.device)
     numerics = numerics_of(scored_model(config), backend, fused, world.device)
     profile = agree_on_numerics(numerics, config.reference.numerics is Numerics.tolerant, world)
     label = model_label(config.reference.path or config.model.path, files.folder)

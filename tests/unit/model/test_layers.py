@@ -130,12 +130,14 @@ def test_options_that_cannot_run_are_refused(
 
 
 def test_auto_takes_liger_where_it_is_installed_and_exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    def chosen(model_type: str, device: torch.device = CUDA, **options: str) -> str:
-        return choose_fused(FusedLayers.auto, AutoConfig.for_model(model_type, **options), device).value
+    def chosen(model_type: str, device: torch.device = CUDA, **options: Any) -> str:
+        trusting = ModelConfig(trust_remote_code=True)
+        return choose_fused(trusting, AutoConfig.for_model(model_type, **options), device).value
 
     monkeypatch.setitem(sys.modules, "liger_kernel", importlib.import_module("types"))
     assert (chosen("qwen2"), chosen("gpt2"), chosen("qwen2", CPU)) == ("liger", "none", "none")
     assert (chosen("gemma2"), chosen("gemma2", hidden_activation="gelu")) == ("liger", "none")
+    assert chosen("qwen2", auto_map={"AutoModelForCausalLM": "own.Own"}) == "none"
     with deterministic_kernels(True):
         assert chosen("qwen2") == "none"
     monkeypatch.setitem(sys.modules, "liger_kernel", None)
