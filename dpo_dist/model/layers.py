@@ -139,7 +139,8 @@ def check_device(config: ModelConfig, text: Any, device: torch.device) -> None:
     on_cuda, fault = device.type == "cuda", ("", "")
     if config.fused is FusedLayers.liger and not _suits_liger(config, text, device):
         known = ", ".join(sorted(EXACT_WITH_LIGER))
-        fault = "fused=none", f"Liger's kernels are exact on CUDA, with the usual activation, for {known}"
+        where = f"for transformers' own {known}, with their usual activation"
+        fault = "fused=none", f"Liger's kernels are exact on CUDA {where}"
     compiler = find_spec("triton") if on_cuda else shutil.which(os.environ.get("CXX", "g++"))
     if config.fused is FusedLayers.compile and compiler is None:
         fault = "fused=none", f"torch.compile needs {'Triton' if on_cuda else 'a C++ compiler'}"

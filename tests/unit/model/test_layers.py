@@ -111,7 +111,7 @@ def test_inputs_of_checkpointed_layers_wait_in_host_memory(
     [
         (FusedLayers.compile, {"model_type": "qwen2"}, CPU, r"C\+\+ compiler"),
         (FusedLayers.liger, {"model_type": "gpt2"}, CUDA, "Liger's kernels are exact on CUDA"),
-        (FusedLayers.liger, {"model_type": "llama", "hidden_act": "gelu"}, CUDA, "the usual activation"),
+        (FusedLayers.liger, {"model_type": "llama", "hidden_act": "gelu"}, CUDA, "their usual activation"),
     ],
 )
 def test_options_that_cannot_run_are_refused(
