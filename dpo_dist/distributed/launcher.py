@@ -72,7 +72,8 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     is_file = parsed.no_python or Path(parsed.training_script).is_file()
     if not (parsed.module or is_file):
         raise _refused("the program to start is no file; a verb is a module", parsed.training_script)
-    if not parsed.config_file and (parsed.num_processes or 1) > 1 and not torch.accelerator.is_available():
+    is_here = not parsed.config_file and (parsed.num_machines or 1) == 1
+    if is_here and (parsed.num_processes or 1) > 1 and not torch.accelerator.is_available():
         parsed.use_deepspeed = parsed.use_cpu = True  # else accelerate starts one process
         parsed.main_process_port = parsed.main_process_port or 0
     if parsed.log_dir is None and parsed.tee == "0":

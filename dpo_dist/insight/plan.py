@@ -45,7 +45,7 @@ _PRODUCTS_ALONE = 0.76  # the share of the datasheet's operations that matrix pr
 _REACHED = tuple(share * _PRODUCTS_ALONE for share in REACHED_SHARES)
 _GPUS_OF_A_NODE = 8
 _NVLINK = 250e9  # bytes a second between the GPUs of a node
-_SENT = {3: 5.8, 2: 4.0, 1: 4.0}  # bytes a weight: under ZeRO-3 in each micro-batch, else in each step
+_BY_NODE = f"set parallelism.hpz={_GPUS_OF_A_NODE} with zero3, "
 _HOOKS = 0.03  # seconds a generated token, of ZeRO-3's hooks
 _TOKENS, _PAIRS = 700.0, 60_000  # UltraFeedback's
 _PROMPT_SHARE = 0.3
@@ -122,7 +122,7 @@ def make_plan(config: RunConfig, progress: Progress) -> Plan:
     if estimate.sending > estimate.computing / _REACHED[0]:
         lines.append(
             "communication-bound: exchanging weights takes longer than computing; raise "
-            "trainer.global_batch_pairs, or use fewer GPUs"
+            f"trainer.global_batch_pairs, {_BY_NODE if gpus > _GPUS_OF_A_NODE else ''}or use fewer GPUs"
         )
     content = {
         "fits": estimate.fits,
@@ -262,12 +262,12 @@ def _estimate(config: RunConfig, data: _Data, machine: _Machine, causal_lm: Any)
     tokens = (largest or _TOKENS) if trainer.micro_batch_tokens == "auto" else trainer.micro_batch_tokens
     steps, stage = math.ceil(data.pairs / trainer.global_batch_pairs), ZERO_STAGES[config.parallelism.kind]
     link = _NVLINK if gpus <= _GPUS_OF_A_NODE else config.plan.network / 8 * 1e9
-    sent, times = _SENT[stage] * trained, 1
-    if stage == 3:
-        micro_batches = trainer.global_batch_pairs * data.tokens / gpus / tokens
-        sent, times = _SENT[stage] * weights, math.ceil(micro_batches)
-        if config.parallelism.hpz > 1:  # of two gathers and a sum of gradients, the gathers once a step
-            sent *= (1 + 1 / times) / 3
+    is_wide = config.parallelism.reduce_in_float32
+    gradients = (4.0 if (gpus > _GPUS_OF_A_NODE if is_wide is None else is_wide) else 2.0) * trained
+    sent, times = 2.0 * trained + gradients, 1  # bytes of a step
+    if stage == 3:  # of a micro-batch, in which weights are gathered twice; with copies on nodes once a step
+        times = math.ceil(trainer.global_batch_pairs * data.tokens / gpus / tokens)
+        sent = (2.0 if config.parallelism.hpz == 1 else 1 / times) * 2.0 * weights + gradients
     sampling = 0.0
     if config.samples.prompts and stage == 3:
         evaluations = 1 + (steps // trainer.eval_every if trainer.eval_every else 0)

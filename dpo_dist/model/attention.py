@@ -286,8 +286,8 @@ def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device)
             f"{name} is not installed",
             where="model.attention",
             got=wanted,
-            remedy=f"set model.attention=auto, or pip install {name} --no-build-isolation, "
-            "which compiles it for the torch that is installed",
+            remedy=f"set model.attention=auto, or install {name}, compiled for the torch that is installed "
+            "(pip install with --no-build-isolation)",
         )
     return wanted
 

@@ -96,7 +96,7 @@ def open_run(
         load_async_io(console.say)
     parallelism = config.parallelism
     if not trains:
-        parallelism = replace(parallelism, offload_optimizer=Offload.none)
+        parallelism = replace(parallelism, offload_optimizer=Offload.none, hpz=1)
     joins = join(replace(config, parallelism=parallelism), console)
     with deterministic_kernels(config.trainer.deterministic), joins as world:
         set_seed(config.trainer.seed % 2**32)

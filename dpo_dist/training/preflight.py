@@ -38,12 +38,11 @@ from dpo_dist.model.folder import (
 from dpo_dist.training.resume import check_newest_checkpoint
 
 IS_TRAINING = "is training in this run directory"
-# The extra that installs a package, if it has another name.
-# What installs a package that has not an extra of its name.
-_REQUIREMENTS = {
-    "bitsandbytes": "'dpo-dist[quantization]'",
-    "liger-kernel": "'dpo-dist[liger]'",
-    "flash-attn-3": "flash-attn-3",
+# How to install a package that has not an extra of its name.
+_INSTALLED_BY = {
+    "bitsandbytes": "pip install 'dpo-dist[quantization]'",
+    "liger-kernel": "pip install 'dpo-dist[liger]'",
+    "flash-attn-3": "build it, the folder hopper of FlashAttention's repository",
 }
 _FLASH_ATTN = {
     "flash-attn": AttentionBackend.flash_attention_2,
@@ -81,7 +80,7 @@ def check_start(config: RunConfig, *, trains: bool = False) -> None:
     if LossKind.custom in config.loss.kinds:
         find_function(config.loss.function)
     _check_packages(config, trains=trains)
-    _check_groups(config.parallelism)
+    _check_groups(config.parallelism, trains=trains)
     _check_models(config)
     for source in [*config.data.train, *config.data.eval]:
         check_source(source, config.data)
@@ -107,9 +106,9 @@ def check_start(config: RunConfig, *, trains: bool = False) -> None:
         check_writable(folder, key)
 
 
-def _check_groups(parallelism: ParallelismConfig) -> None:
+def _check_groups(parallelism: ParallelismConfig, *, trains: bool) -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    for key in ("sequence_parallel", "hpz"):
+    for key in ("sequence_parallel", *["hpz"] * trains):
         ranks = getattr(parallelism, key)
         if processes % ranks and "WORLD_SIZE" in os.environ:  # `--check` may be alone
             raise ConfigError(
@@ -136,13 +135,13 @@ def _check_packages(config: RunConfig, *, trains: bool) -> None:
         *((tracker, "tracking.also", tracker, "[]") for tracker in config.tracking.also),
     ]
     for package, key, value, instead in needed:
-        extra = f"'dpo-dist[{package}]'"
+        usual = f"pip install 'dpo-dist[{package}]'"
         if value is not None and importlib.util.find_spec(package.replace("-", "_")) is None:
             raise ConfigError(
                 f"{package} is not installed",
                 where=key,
                 got=value,
-                remedy=f"pip install {_REQUIREMENTS.get(package, extra)}, or set {key}={instead}",
+                remedy=f"{_INSTALLED_BY.get(package, usual)}, or set {key}={instead}",
             )
     torch_version, is_sharded = version("torch"), config.parallelism.kind is ParallelismKind.zero3
     is_old = tuple(map(int, torch_version.split(".")[:2])) < (2, 12)

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from dpo_dist.config.schema import Offload, Quantization, ReferenceConfig
 from dpo_dist.data.dataset import shard_batch
 from dpo_dist.distributed.deepspeed_config import nvme_folder
-from dpo_dist.distributed.join import check_async_io
+from dpo_dist.distributed.join import check_async_io, load_async_io
 from dpo_dist.distributed.world import Peer, World
 from dpo_dist.distributed.zero import FrozenEngine
 from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
@@ -67,6 +67,8 @@ def come_and_go(assets: Assets, offload: Offload, model: Path, world: World, fol
 def test_an_offloaded_reference_scores_and_leaves_nothing_behind(
     offload: Offload, assets: Assets, tmp_path: Path
 ) -> None:
+    if offload is Offload.nvme:
+        load_async_io(print)  # compiled once: ranks that compile it at the same time wait for minutes
     # All matrices of a layer are above 1 MB on each rank, below which DeepSpeed keeps them in memory.
     model = write_model(tmp_path / "model", hidden_size=1536, intermediate_size=2048, layers=1)
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)

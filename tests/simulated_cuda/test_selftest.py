@@ -197,15 +197,15 @@ def _until_signal(keys: dict[str, str], _environment: dict[str, str]) -> tuple[i
         return _train(keys, [1, 2, 3, 4])
     pid = os.posix_spawn("/bin/sleep", ["sleep", "100"], {})
     sys.stderr.write(f"child {pid}\n")
-    os.kill(os.getpid(), signal.SIGHUP)
+    os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(100)
     raise AssertionError
 
 
 def test_a_signal_ends_processes_and_keeps_what_was_measured(tmp_path: Path) -> None:
     ended, checks = _selftest(tmp_path, prepare=partial(_answering, _until_signal, 0, {}))
-    assert ended.code == 128 + signal.SIGHUP, ended.output
-    assert ended.output.endswith("ended by SIGHUP\n")
+    assert ended.code == 128 + signal.SIGTERM, ended.output
+    assert ended.output.endswith("ended by SIGTERM\n")
     assert checks["steps of zero3"]["outcome"] == "measured"
     pid = int(ended.output.partition("child ")[2].split()[0])
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
