@@ -219,7 +219,7 @@ def load_policy(run: Run, inputs: Inputs) -> PolicyEngine:
 
 def _attention(model: PackedCausalLM, longest: int) -> str:
     if model.arrangement is not Arrangement.packed:
-        return "the model itself, on padded rows"
+        return "the model itself"
     if slow := computed_by_segment(model.causal_lm, model.backend, longest):
         return f"{model.backend}, but {AttentionBackend.sdpa}, several times slower, for layers with {slow}"
     return model.backend
