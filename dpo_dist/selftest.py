@@ -65,6 +65,13 @@ _WAYS_ON_GPUS = {
     "fused layers: liger": "model.fused=liger",
     "fused layers: compile": "model.fused=compile",
 }
+_ON_ONE, _ON_HALF = "one GPU", "a run resumed on half of the GPUs"
+_WAYS_ON_SEVERAL = {
+    "zero3 without overlap": "parallelism.overlap=false",
+    "zero2 without overlap": "parallelism=zero2 parallelism.overlap=false",
+    _ON_ONE: "",
+    _ON_HALF: "",
+}
 _SHAPES = {  # of models of the shipped presets, also with fewer layers, which are alike
     "0.5B": ("Qwen/Qwen2.5-0.5B-Instruct", 24),
     "7B, 4 layers": ("Qwen/Qwen2.5-7B", 4),
@@ -109,7 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.exchange is not None:
         return _exchange(given.exchange)
     output: Path = given.output.absolute()
-    if output.is_dir() or not output.parent.is_dir() or not os.access(output.parent, os.W_OK):
+    is_writable = all(os.access(path, os.W_OK) for path in (output.parent, output) if path.exists())
+    if output.is_dir() or not output.parent.is_dir() or not is_writable:
         parser.error(f"argument --output: {output} is no file in a folder that can be written")
     reserve_output()  # what libraries print is not of the table
     for name in [name for name in os.environ if name in OF_WORLD or name.startswith(OF_LAUNCHERS)]:
@@ -138,6 +146,8 @@ def _verdict(checks: Sequence[Check]) -> str:
 
     if failed := [check.name for check in checks if check.outcome == "failed"]:
         return f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}"
+    if not any(check.name.startswith("steps of ") and check.outcome == "passed" for check in checks):
+        return "no two ways of training could be compared"
     gpus, on = torch.cuda.device_count(), "these GPUs"
     if gpus < 2:
         on = "this GPU; sharding over several was not tried"
@@ -291,16 +301,15 @@ def _equal_runs(folder: Path, gpus: int) -> Iterator[Check]:
     _write_pairs(folder / "pairs.jsonl")
     usual = [f"model.path={_quoted(_write_model(folder / 'tiny', _TINY))}", f"trainer.max_steps={_STEPS}"]
     usual += ["trainer.global_batch_pairs=16"]
-    half = "a run resumed on half of the GPUs"
-    ways = _WAYS | (_WAYS_ON_GPUS if gpus else {}) | ({"one GPU": "", half: ""} if gpus > 1 else {})
+    ways = _WAYS | (_WAYS_ON_GPUS if gpus else {}) | (_WAYS_ON_SEVERAL if gpus > 1 else {})
     first = None
     for way, changed in ways.items():
         keys = {"model.dtype": "fp32", "model.fused": "none"}
         keys |= dict(key.split("=") for key in changed.split())
         words, name = [*usual, *map("=".join, keys.items())], f"steps of {way}"
-        number = {"one GPU": 1, half: gpus // 2}.get(way, gpus)
+        number = {_ON_ONE: 1, _ON_HALF: gpus // 2}.get(way, gpus)
         rows, error = _Rows(), ""
-        if way == half:
+        if way == _ON_HALF:
             stopped = [*words, "trainer.stop_after_steps=2"]
             rows, error = _train(folder, name, stopped, gpus, range(1, 3), ExitCode.preempted)
         if not error:
@@ -325,13 +334,16 @@ def _equal_runs(folder: Path, gpus: int) -> Iterator[Check]:
 def _speeds(folder: Path, gpus: int, shape: str) -> Iterator[Check]:
     """Measure steps in bf16 of a shape by each kind of fused layers."""
     shapes = yaml.safe_load(files("dpo_dist.insight").joinpath("shapes.yaml").read_text(encoding="utf-8"))
-    name, layers = _SHAPES[shape]
+    model_name, layers = _SHAPES[shape]
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        model = _write_model(Path(temporary), {**shapes[name], "num_hidden_layers": layers})
+        model = _write_model(Path(temporary), {**shapes[model_name], "num_hidden_layers": layers})
         words = [f"model.path={_quoted(model)}", "parallelism=zero2", "trainer.max_steps=6"]
         words += [f"trainer.global_batch_pairs={64 * gpus}", "trainer.micro_batch_tokens=8192"]
-        for fused in ("none", "liger", "compile"):
-            check, way = f"speed of {shape}, fused layers: {fused}", [*words, f"model.fused={fused}"]
+        ways = {f"fused layers: {fused}": [f"model.fused={fused}"] for fused in ("none", "liger", "compile")}
+        if gpus > 1:
+            ways["without overlap"] = ["model.fused=none", "parallelism.overlap=false"]
+        for name, changed in ways.items():
+            check, way = f"speed of {shape}, {name}", [*words, *changed]
             rows, error = _train(folder, check, way, gpus, range(1, 7))
             if error:
                 yield _fault(check, error)
@@ -417,8 +429,8 @@ def _kernels(device: Any) -> Iterator[Check]:
         for text in texts:
             try:
                 check_kernel(backend, device, text, torch.bfloat16)
-            except DpoDistError as error:
-                faults.append(str(error.got))
+            except Exception as error:  # a kernel can raise anything
+                faults.append(error.got if isinstance(error, DpoDistError) else first_line(error))
         seen = "outputs and gradients are those of float32, of heads of 64, 128 and 256"
         yield _judged(name, faults, seen)
 

@@ -352,6 +352,9 @@ class ParallelismConfig:
     """Where the optimizer's states are kept: on the device (`none`) or `cpu`."""
     reduce_in_float32: bool | None = key(None, verbs="train")
     """Sum gradients over processes in float32, in place of `model.dtype`; null: with several nodes."""
+    overlap: bool = key(True, verbs="train", free=True)
+    """Exchange gradients while backward computes (CUDA; not `ddp` in bf16 or fp16): DeepSpeed's
+    `overlap_comm`. Without it a step has the same numbers, takes longer, and less memory."""
     hpz: int = key(1, ge=1, verbs="train")
     """ZeRO-3 keeps a second copy of the weights on each group of so many processes, those of a node: weights
     are gathered over the network once a step, else within the group (ZeRO++, arXiv 2306.10209). 1: none."""

@@ -30,7 +30,8 @@ _NO_LEAVES: dict[str, list[str]] = {"classes": []}
 
 def policy_config(parallelism: ParallelismConfig, optim: OptimConfig, dtype: Dtype) -> dict[str, Any]:
     """Return DeepSpeed's configuration of the policy, without `communication`."""
-    zero: dict[str, Any] = {"stage": ZERO_STAGES[parallelism.kind], "overlap_comm": torch.cuda.is_available()}
+    overlaps = parallelism.overlap and torch.cuda.is_available()
+    zero: dict[str, Any] = {"stage": ZERO_STAGES[parallelism.kind], "overlap_comm": overlaps}
     if parallelism.kind is ParallelismKind.zero3:
         zero["leaf_module"] = _NO_LEAVES
         zero["zero_hpz_partition_size"] = parallelism.hpz

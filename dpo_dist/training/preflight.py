@@ -55,7 +55,7 @@ def started(config: RunConfig, *, trains: bool = False) -> Iterator[Console]:
     """Check the start and open the console; a start that fails before its first row leaves no directory."""
     folder = RunFolder.of(config)
     is_new = not folder.path.exists()
-    check_start(config, trains=trains)
+    check_start(config, trains=trains, starts=True)
     try:
         with open_console(folder.rank_log, config.console.style) as console:
             yield console
@@ -68,10 +68,11 @@ def started(config: RunConfig, *, trains: bool = False) -> Iterator[Console]:
         raise
 
 
-def check_start(config: RunConfig, *, trains: bool = False) -> None:
+def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False) -> None:
     """Check everything that needs no torch, network or other processes.
 
-    Only processes on the first node check. `trains`: whether the run has an optimizer and may be resumed.
+    Only processes on the first node check. `trains`: whether the run has an optimizer and may be resumed;
+    `starts`: here and now, not by a launcher that is still to come.
     """
     if os.environ.get("RANK", "0") != os.environ.get("LOCAL_RANK", "0"):
         return
@@ -80,7 +81,8 @@ def check_start(config: RunConfig, *, trains: bool = False) -> None:
     if LossKind.custom in config.loss.kinds:
         find_function(config.loss.function)
     _check_packages(config, trains=trains)
-    _check_groups(config.parallelism, trains=trains)
+    if starts or "WORLD_SIZE" in os.environ:
+        _check_groups(config.parallelism, trains=trains)
     _check_models(config)
     for source in [*config.data.train, *config.data.eval]:
         check_source(source, config.data)
@@ -110,7 +112,7 @@ def _check_groups(parallelism: ParallelismConfig, *, trains: bool) -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     for key in ("sequence_parallel", *["hpz"] * trains):
         ranks = getattr(parallelism, key)
-        if processes % ranks and "WORLD_SIZE" in os.environ:  # `--check` may be alone
+        if processes % ranks:
             raise ConfigError(
                 "the processes cannot be divided into groups of this size",
                 where=f"parallelism.{key}",

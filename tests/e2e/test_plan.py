@@ -99,6 +99,20 @@ def test_a_quantized_base_is_suggested_what_it_can_have(monkeypatch: pytest.Monk
     assert found["suggested"].startswith("parallelism=ddp")
 
 
+def test_an_adapter_that_fits_only_on_four_bits_is_suggested_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    small = ["+experiment=qwen7b_lora", "plan.gpus=1", "plan.gpu=rtx4090-24g"]
+    assert "model.quantization=nf4" in plan(*small, "plan.suggest=true", code=1)["suggested"]
+
+
+def test_copies_of_weights_by_node_take_memory_and_spare_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    nodes = ["+experiment=qwen7b", "plan.gpus=64", "plan.network=100"]
+    plain, copied = plan(*nodes), plan(*nodes, "parallelism.hpz=8")
+    assert copied["bytes"]["copy of the weights"] == pytest.approx(2 * 7.616e9 / 8, rel=1e-3)
+    assert copied["epoch_seconds"][0] < plain["epoch_seconds"][0]
+
+
 def test_local_data_give_pairs_and_tokens(tmp_path: Path) -> None:
     model, pairs = write_model(tmp_path / "model"), tmp_path / "pairs.jsonl"
     write_pairs(pairs, 12, seed=3)

@@ -38,8 +38,12 @@ BASES = {
 ACTIVATIONS = "model.gradient_checkpointing=2 model.activation_offload=true"
 WAYS = {
     "full": (
-        (1, "kind=zero3 offload_parameters=cpu offload_optimizer=cpu", "model.gradient_checkpointing=full"),
-        (1, "kind=zero2 offload_optimizer=cpu", f"reference.mode=live {ACTIVATIONS}"),
+        (
+            1,
+            "kind=zero3 offload_parameters=cpu offload_optimizer=cpu overlap=false",
+            "model.gradient_checkpointing=full",
+        ),
+        (1, "kind=zero2 offload_optimizer=cpu overlap=false", f"reference.mode=live {ACTIVATIONS}"),
         (2, "kind=zero3 sequence_parallel=2", "reference.mode=live reference.offload=cpu"),
     ),
     "lora": ((2, "kind=zero2", "reference.mode=adapter model.gradient_checkpointing=full"),),

@@ -182,7 +182,9 @@ def test_faults_are_failed_checks_that_say_what_they_are(tmp_path: Path) -> None
         "speed of 7B, 4 layers, fused layers: liger": ("skipped", "exit code 2: out of memory: GPU memory"),
         "speed of 7B, 4 layers, fused layers: compile": ("failed", "exit code -11: it was ended by SIGSEGV"),
         "GPU 3": ("measured", "4 TFLOP/s of products in bf16"),
-        "attention": ("failed", "RuntimeError: a bug"),
+        "attention by varlen": ("failed", "RuntimeError: a bug"),
+        "steps of zero2 without overlap": ("passed", "of zero2"),
+        "speed of 0.5B, without overlap": ("measured", "500 ms a step"),
         "steps of fused layers: liger": ("failed", "it did not end in 900 s"),
         "losses": ("passed", "none makes the host wait"),
     }

@@ -31,6 +31,15 @@ from tests.support.packing import VOCABULARY
 CONFIG = policy_config(ParallelismConfig(), OptimConfig(), Dtype.fp32)
 
 
+@pytest.mark.parametrize("overlap", [True, False])
+def test_gpus_exchange_gradients_while_backward_computes_if_they_may(
+    overlap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    config = policy_config(ParallelismConfig(overlap=overlap), OptimConfig(), Dtype.bf16)
+    assert config["zero_optimization"]["overlap_comm"] is overlap
+
+
 def test_launchers_need_not_say_how_many_processes_a_host_has() -> None:
     world = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
     check_launch({**world, "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}, {})  # as srun and DeepSpeed

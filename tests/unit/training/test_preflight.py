@@ -140,14 +140,17 @@ def test_only_the_first_node_checks(assets: Path, tmp_path: Path, monkeypatch: p
     check_start(run_of(assets, tmp_path, "data.train=[/only/there.jsonl]"))
 
 
+@pytest.mark.parametrize("key", ["sequence_parallel", "hpz"])
 def test_processes_that_do_not_divide_into_groups_are_an_error(
-    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    key: str, assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = run_of(assets, tmp_path, "parallelism.sequence_parallel=3")
-    check_start(config)  # `--check` before the launch
+    config = run_of(assets, tmp_path, f"parallelism.{key}=3")
+    check_start(config, trains=True)  # `--check` before the launch
+    with pytest.raises(ConfigError, match="cannot be divided into groups"), started(config, trains=True):
+        raise AssertionError  # one process
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="cannot be divided into groups"):
-        check_start(config)
+        check_start(config, trains=True)
 
 
 # --check
