@@ -12,6 +12,7 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import logging
 import math
 import os
 import random
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from datetime import datetime, timedelta
@@ -169,7 +171,7 @@ def _checks(folder: Path, is_quick: bool) -> Iterator[Check]:
         groups |= {f"speed of {shape}": _speeds(folder, gpus, shape) for shape in _SHAPES}
     groups |= {"GPU": _devices(gpus, is_quick), "attention": _kernels(device)}
     if gpus:
-        groups["losses"] = _losses(device)
+        groups |= {"losses": _losses(device), "waits": _waits(folder)}
     for name, checks in groups.items():
         try:
             yield from checks
@@ -251,17 +253,22 @@ def _train(
 ) -> tuple[_Rows, str]:
     """Return the rows of a training run and its error, if any; one to resume is kept without its rows."""
     run = RunFolder(folder / "run")
-    usual = [f"run.dir={_quoted(run.path)}", f"data.train=[{_quoted(folder / 'pairs.jsonl')}]"]
-    usual += [f"data.cache={_quoted(folder / 'encoded')}", f"reference.store={_quoted(folder / 'store')}"]
-    usual += ["data.max_length=1024", "tracking=off", f"parallelism.timeout_seconds={_HANGS_SECONDS}"]
-    usual += ["trainer.log_every=1", "trainer.save_every=0", "optim.lr=1e-4", "optim.warmup_ratio=0"]
-    error = _started(name, ["-m", "dpo_dist.train", *usual, *words], gpus, code)
+    error = _started(name, ["-m", "dpo_dist.train", *_usual(folder, run), *words], gpus, code)
     rows: _Rows = [] if error else read_latest_rows(run)
     rows = [row for row in rows if all(math.isfinite(row.get(key) or math.nan) for key in _COMPARED)]
     shutil.rmtree(run.metrics if code and not error else run.path, ignore_errors=True)
     if not error and (done := [row["step"] for row in rows]) != [*steps]:
         error = f"it has rows of steps {done}, not of {[*steps]}: one is not finite, or it was not resumed"
     return rows, error
+
+
+def _usual(folder: Path, run: RunFolder) -> list[str]:
+    """Return the words of every training run."""
+    words = [f"run.dir={_quoted(run.path)}", f"data.train=[{_quoted(folder / 'pairs.jsonl')}]"]
+    words += [f"data.cache={_quoted(folder / 'encoded')}", f"reference.store={_quoted(folder / 'store')}"]
+    words += ["data.max_length=1024", "tracking=off", f"parallelism.timeout_seconds={_HANGS_SECONDS}"]
+    words += ["trainer.log_every=1", "trainer.save_every=0", "optim.lr=1e-4", "optim.warmup_ratio=0"]
+    return [*words, "trainer.global_batch_pairs=16"]
 
 
 def _started(name: str, words: Sequence[str], gpus: int, code: int = 0) -> str:
@@ -300,7 +307,6 @@ def _equal_runs(folder: Path, gpus: int) -> Iterator[Check]:
     """Compare the steps of every way of training with those of the first that ran."""
     _write_pairs(folder / "pairs.jsonl")
     usual = [f"model.path={_quoted(_write_model(folder / 'tiny', _TINY))}", f"trainer.max_steps={_STEPS}"]
-    usual += ["trainer.global_batch_pairs=16"]
     ways = _WAYS | (_WAYS_ON_GPUS if gpus else {}) | (_WAYS_ON_SEVERAL if gpus > 1 else {})
     first = None
     for way, changed in ways.items():
@@ -471,6 +477,34 @@ def _losses(device: Any) -> Iterator[Check]:
             faults.append(f"{config.kind}: {first_line(error)}")
     seen = f"{len(configs)} losses equal those of the CPU, and none makes the host wait"
     yield _judged("losses", faults, seen)
+
+
+def _waits(folder: Path) -> Iterator[Check]:
+    """Count how often the host waits for the GPU in a step, as far as PyTorch's debug mode sees it."""
+    import torch  # noqa: PLC0415  (slow)
+
+    from dpo_dist.api import train  # noqa: PLC0415
+
+    waits, by_row = 0, list[int]()
+
+    def is_other(record: logging.LogRecord) -> bool:
+        nonlocal waits
+        is_wait = "called a synchronizing CUDA operation" in record.getMessage()
+        waits += is_wait
+        return not is_wait
+
+    words = [*_usual(folder, RunFolder(folder / "waits")), f"model.path={_quoted(folder / 'tiny')}"]
+    words += ["parallelism=ddp", "model.fused=none", f"trainer.max_steps={_STEPS}"]
+    logging.getLogger("py.warnings").addFilter(is_other)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(action="always"):
+            train(words, on_row=lambda _row: by_row.append(waits))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    found = by_row[-1] - by_row[-2]  # its kernels have been chosen
+    seen = f"{found} in a step of ddp on one GPU: one for the row of metrics, the others are DeepSpeed's"
+    yield Check("waits of the host", "measured", seen, {"waits": found})
 
 
 if __name__ == "__main__":

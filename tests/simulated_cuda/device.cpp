@@ -44,12 +44,13 @@ thread_local c10::StreamId current_stream = 0;
 
 using WaitListener = void (*)(const char* kind);
 WaitListener wait_listener = nullptr;
-bool waits_are_errors = false;  // torch.cuda.set_sync_debug_mode("error")
+int sync_mode = 0;  // of torch.cuda.set_sync_debug_mode: 1 "warn", 2 "error"
 
 // `is_checked`: CUDA's debug mode sees this kind of wait.
 void host_waits(const std::string& kind, bool is_checked = true) {
   if (wait_listener != nullptr) wait_listener(kind.c_str());
-  TORCH_CHECK(!is_checked || !waits_are_errors, "called a synchronizing CUDA operation: ", kind);
+  TORCH_CHECK(!is_checked || sync_mode < 2, "called a synchronizing CUDA operation: ", kind);
+  if (is_checked && sync_mode == 1) TORCH_WARN("called a synchronizing CUDA operation");
 }
 
 // ---- memory
@@ -508,7 +509,7 @@ C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, Hooks)
 extern "C" {
 void simulated_listen(WaitListener listener) { wait_listener = listener; }
 void simulated_wait(const char* kind) { host_waits(kind); }
-void simulated_set_sync_mode(int mode) { waits_are_errors = mode == 2; }
+void simulated_set_sync_mode(int mode) { sync_mode = mode; }
 int simulated_register(const void* data, size_t bytes) {
   register_pinned(data, bytes);
   return 0;

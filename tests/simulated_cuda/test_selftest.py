@@ -118,6 +118,7 @@ def test_a_sound_device_passes_every_check(tmp_path: Path) -> None:
     assert "not installed" in checks["steps of fused layers: liger"]["seen"]
     assert "needs Triton" in checks["steps of fused layers: compile"]["seen"]
     assert 0 <= checks["steps of bf16"]["values"]["difference"] < 0.05
+    assert checks["waits of the host"]["values"]["waits"] in range(1, 9)
     assert checks["GPU 0"]["values"]["capability"] == 9.0
     assert checks["versions"]["values"]["NCCL"] == "2.29.7"
     assert {"date", "host", "seconds"} <= checks["content"].keys()
