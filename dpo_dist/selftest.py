@@ -35,15 +35,15 @@ from typing import Any, NamedTuple
 import psutil
 import yaml
 
-from dpo_dist.config.command_line import Errors, exit_after
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.losses import KINDS, Divergence, LossConfig, LossKind
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import DpoDistError, ExitCode, first_line
+from dpo_dist.foundation.exit import exit_after
 from dpo_dist.foundation.files import for_json
 from dpo_dist.foundation.process import OF_LAUNCHERS, OF_WORLD
-from dpo_dist.foundation.streams import open_closed_streams, output_of_objects, print_line, reserve_output
+from dpo_dist.foundation.streams import output_of_objects, print_line, reserve_output
 from dpo_dist.foundation.text import size
 from dpo_dist.training.metrics_log import read_latest_rows
 
@@ -98,7 +98,6 @@ def _judged(name: str, faults: Sequence[str], seen: str) -> Check:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv); return the exit code."""
-    open_closed_streams()
     parser = argparse.ArgumentParser(prog="python -m dpo_dist.selftest", description=__doc__)
     parser.add_argument("--output", type=Path, metavar="FILE", default=Path("selftest.json"))
     parser.add_argument("--quick", action="store_true", help="no speeds; needs no room")
@@ -462,4 +461,4 @@ def _losses(device: Any) -> Iterator[Check]:
 
 
 if __name__ == "__main__":
-    exit_after(main, Errors(is_json=False))
+    exit_after(main)
