@@ -36,7 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--temperature is a number of at least 0, not {given.temperature}")
     location = located(given.model.removeprefix("run.dir="), "RUN")
     beside = given.beside if given.beside in (None, "base") else located(given.beside, "--beside")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     # Slow to import: errors above appear at once.
     from dpo_dist.foundation.console import warnings_off  # noqa: PLC0415

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 def main(config: RunConfig) -> int:
     """Write the folder and print its path, upload it if this is asked; return the exit code."""
     sources, output = find_exported(config)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     # Slow to import: errors above appear at once.
     from dpo_dist.foundation.console import console_on, warnings_off  # noqa: PLC0415

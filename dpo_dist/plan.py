@@ -5,7 +5,6 @@ where training finds them, unless `plan.pairs` and `plan.tokens_per_pair` are gi
 prints the settings that fit with the least work. Exit code 1: the run does not fit.
 """
 
-import logging
 import os
 import sys
 
@@ -17,7 +16,6 @@ from dpo_dist.foundation.errors import ExitCode
 def main(config: RunConfig) -> int:
     """Print the plan of `config`; return the exit code."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     # Slow to import: errors above appear at once.
     from dpo_dist.foundation.console import console_on, warnings_off  # noqa: PLC0415
 

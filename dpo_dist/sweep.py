@@ -103,11 +103,10 @@ def _place_in_array() -> tuple[int, int]:
     return (job - first) // step, jobs
 
 
-def check(points: Points) -> None:
+def check(points: Points) -> str:
     """Check everything that the points need before they use a GPU."""
     check_points(points)
-    for config in points.values():
-        train.check(config)
+    return "".join(map(train.check, points.values()))
 
 
 def _is_finished(config: RunConfig) -> bool:

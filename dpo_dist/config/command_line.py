@@ -29,6 +29,7 @@ from dpo_dist.config.run_folder import existing_run
 from dpo_dist.config.schema import ZERO_STAGES, ConsoleStyle, RunConfig
 from dpo_dist.config.user_code import check_doors, open_doors, written_values
 from dpo_dist.config.verbs import VERBS
+from dpo_dist.foundation.console import console_on, warnings_off
 from dpo_dist.foundation.errors import ConfigError, ExitCode
 from dpo_dist.foundation.exit import Errors, exit_after
 from dpo_dist.foundation.process import check_launch, this_rank
@@ -205,19 +206,19 @@ def _columns(rows: Mapping[str, str]) -> list[str]:
 
 
 def run_verb(
-    main: Callable[[Any], int], check: Callable[[Any], None] | None = None, *, verb: str = "train"
+    main: Callable[[Any], int], check: Callable[[Any], str] | None = None, *, verb: str = "train"
 ) -> NoReturn:
     """Run `main` with the configuration of the command line, or its points, and exit with its exit code.
 
-    `check` is called for `--check`, on the first rank only. The docstring of the module of `main` is a part
-    of `--help`.
+    `check` returns the text of `--check`, on the first rank only. `--help` has the docstring of the module of
+    `main`.
     """
     styles = [word.lstrip("+") for word in sys.argv[1:] if word.lstrip("+").startswith("console.style=")]
     errors = Errors(is_json=styles[-1:] == [f"console.style={ConsoleStyle.json}"])
     exit_after(lambda: _run(main, check, verb, errors), errors)
 
 
-def _run(main: Callable[[Any], int], check: Callable[[Any], None] | None, verb: str, errors: Errors) -> int:
+def _run(main: Callable[[Any], int], check: Callable[[Any], str] | None, verb: str, errors: Errors) -> int:
     options = divide(sys.argv[1:])
     text = _answer(options, verb, sys.modules[main.__module__].__doc__ or "")
     if text is None:
@@ -237,12 +238,15 @@ def _run(main: Callable[[Any], int], check: Callable[[Any], None] | None, verb: 
         sys.stderr.write("".join(f"{printable_lines(line)}\n" for line in doors))
     if VERBS[verb].is_one_process and this_rank() > 0:
         return ExitCode.completed
+    configured = given if VERBS[verb].takes_points else config
     if not options.check:
-        return main(given if VERBS[verb].takes_points else config)
+        return main(configured)
     if check is None:
         raise ConfigError("this verb has no --check", where=COMMAND_LINE, remedy="remove --check")
     if this_rank() == 0:
-        check(given if VERBS[verb].takes_points else config)
+        with warnings_off():
+            text = check(configured)
+        console_on(sys.stdout, config.console.style).result("check", {"text": text}, text.splitlines())
     return ExitCode.completed
 
 
