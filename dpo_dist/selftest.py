@@ -26,7 +26,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from datetime import datetime, timedelta
-from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
@@ -47,7 +46,6 @@ from dpo_dist.foundation.streams import output_of_objects, print_line, reserve_o
 from dpo_dist.foundation.text import size
 from dpo_dist.training.metrics_log import read_latest_rows
 
-_PACKAGES = "dpo-dist torch transformers deepspeed accelerate peft flash-attn flash-attn-3 liger-kernel"
 _EQUAL, _ROUNDED = 1e-3, 0.05  # relative, of losses and gradient norms in float32 and in bf16
 _GATHERED = (1, 33, 512)  # MB of a message; 33 is a matrix of a 7B model on 8 GPUs
 _TINY = {"model_type": "qwen2", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -170,15 +168,14 @@ def _versions(gpus: int) -> Iterator[Check]:
     import torch  # noqa: PLC0415  (slow)
     from torch.utils import collect_env  # noqa: PLC0415
 
+    from dpo_dist.training.directory import PACKAGES, package_versions  # noqa: PLC0415
+
     versions: dict[str, str | None] = {"python": sys.version.split()[0], "CUDA": torch.version.cuda}
     if gpus:
         nccl: tuple[int, ...] = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
         driver = collect_env.get_nvidia_driver_version(collect_env.run)  # type: ignore[no-untyped-call]
         versions |= {"NCCL": ".".join(map(str, nccl)), "driver": driver}
-    for package in (*_PACKAGES.split(), "triton"):
-        versions[package] = None
-        with suppress(PackageNotFoundError):
-            versions[package] = version(package)
+    versions |= dict.fromkeys(PACKAGES) | package_versions()
     installed = (f"{name} {found}" if found else f"no {name}" for name, found in versions.items())
     yield Check("versions", "measured", ", ".join(installed), versions)
 
