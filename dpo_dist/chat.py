@@ -12,6 +12,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 
+from dpo_dist.foundation.console import warnings_off
 from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.foundation.exit import exit_after
 from dpo_dist.foundation.streams import print_line, print_result
@@ -37,9 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     location = located(given.model.removeprefix("run.dir="), "RUN")
     beside = given.beside if given.beside in (None, "base") else located(given.beside, "--beside")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    # Slow to import: errors above appear at once.
-    from dpo_dist.foundation.console import warnings_off  # noqa: PLC0415
-    from dpo_dist.generation.chat import open_speakers  # noqa: PLC0415
+    from dpo_dist.generation.chat import open_speakers  # noqa: PLC0415  (slow: errors above appear at once)
 
     sampling = {"do_sample": bool(given.temperature)} if given.temperature is not None else {}
     sampling |= {"temperature": given.temperature} if given.temperature else {}

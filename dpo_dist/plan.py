@@ -10,17 +10,15 @@ import sys
 
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.foundation.console import console_on, warnings_off
 from dpo_dist.foundation.errors import ExitCode
 
 
 def main(config: RunConfig) -> int:
     """Print the plan of `config`; return the exit code."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Slow to import: errors above appear at once.
-    from dpo_dist.foundation.console import console_on, warnings_off  # noqa: PLC0415
-
     with warnings_off():
-        from dpo_dist.insight.plan import make_plan  # noqa: PLC0415
+        from dpo_dist.insight.plan import make_plan  # noqa: PLC0415  (slow)
 
         plan = make_plan(config, console_on(sys.stderr, config.console.style).progress)
     console_on(sys.stdout, config.console.style).result("plan", plan.content, plan.lines)
