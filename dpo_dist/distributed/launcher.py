@@ -28,6 +28,7 @@ def launch(arguments: Sequence[str]) -> int:
 
     Signals are passed on to the processes, which save and end by themselves: torch's own launcher would kill
     them after 30 seconds. A process that was killed by a signal counts as 128 + its number.
+    Options and addresses that cannot be used are a `DpoDistError`.
     """
     try:
         parsed = _parsed(arguments)
