@@ -12,8 +12,10 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 
-from dpo_dist.foundation.errors import DpoDistError, ExitCode
-from dpo_dist.foundation.streams import open_closed_streams, print_error, print_line, print_result
+from dpo_dist.foundation.console import warnings_off
+from dpo_dist.foundation.errors import ExitCode
+from dpo_dist.foundation.exit import exit_after
+from dpo_dist.foundation.streams import print_line, print_result
 from dpo_dist.training.named_models import located
 
 _HINT = "an empty line or Ctrl-D ends, Ctrl-C an answer, /new starts again"
@@ -21,11 +23,10 @@ _HINT = "an empty line or Ctrl-D ends, Ctrl-C an answer, /new starts again"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv); return the exit code."""
-    open_closed_streams()
     parser = argparse.ArgumentParser(prog="python -m dpo_dist.chat", description=__doc__)
     parser.add_argument("model", metavar="RUN", help="run directory, checkpoint, folder or hub name")
-    beside = "answer a second time by this model; `base`: by the base of an adapter or run"
-    parser.add_argument("--beside", metavar="MODEL", help=beside)
+    second = "answer a second time by this model; `base`: by the base of an adapter or run"
+    parser.add_argument("--beside", metavar="MODEL", help=second)
     usual = "default: as in generation_config.json of the model"
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help=f"{usual}, or 512")
     parser.add_argument("--temperature", type=float, metavar="T", help=f"0: greedy; {usual}")
@@ -34,23 +35,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--max-new-tokens is at least 1, not {given.max_new_tokens}")
     if not 0 <= (given.temperature or 0) < math.inf:
         parser.error(f"--temperature is a number of at least 0, not {given.temperature}")
-    try:
-        return _chat(given)
-    except DpoDistError as error:
-        return print_error(error)
-    except KeyboardInterrupt:
-        print_line("")
-        return ExitCode.interrupted
-
-
-def _chat(given: argparse.Namespace) -> int:
     location = located(given.model.removeprefix("run.dir="), "RUN")
     beside = given.beside if given.beside in (None, "base") else located(given.beside, "--beside")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    # Slow to import: errors above appear at once.
-    from dpo_dist.foundation.console import warnings_off  # noqa: PLC0415
-    from dpo_dist.generation.chat import open_speakers  # noqa: PLC0415
+    from dpo_dist.generation.chat import open_speakers  # noqa: PLC0415  (slow: errors above appear at once)
 
     sampling = {"do_sample": bool(given.temperature)} if given.temperature is not None else {}
     sampling |= {"temperature": given.temperature} if given.temperature else {}
@@ -94,4 +82,4 @@ def _questions() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_after(main)

@@ -9,7 +9,7 @@ parts. docs/evaluate.md explains the files.
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.foundation.console import open_console, print_text, warnings_off
+from dpo_dist.foundation.console import open_console
 from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.insight.compare.start import check_comparison
 from dpo_dist.insight.tables import comparison_table
@@ -30,13 +30,12 @@ def main(config: RunConfig) -> int:
     return ExitCode.completed
 
 
-def check(config: RunConfig) -> None:
+def check(config: RunConfig) -> str:
     """Check everything that needs no weights and no GPU."""
     models = check_comparison(config)
-    with warnings_off():
-        from dpo_dist.insight.compare.models import rehearse_comparison  # noqa: PLC0415  (slow)
+    from dpo_dist.insight.compare.models import rehearse_comparison  # noqa: PLC0415  (slow)
 
-        print_text("check", rehearse_comparison(config, models), config.console.style)
+    return rehearse_comparison(config, models)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Its comments name every key that is not translated, and why.
 import argparse
 import re
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ from dpo_dist.config.mistakes import SCHEMA, answers_to, as_sources, as_tree, co
 from dpo_dist.config.mistakes import names_of_others as names
 from dpo_dist.config.rules import RULES, keys_of, resolve_reference
 from dpo_dist.foundation.errors import ConfigError, ExitCode
+from dpo_dist.foundation.exit import exit_after
 from dpo_dist.foundation.files import write_text
-from dpo_dist.foundation.streams import open_closed_streams, print_error, print_line, print_result
+from dpo_dist.foundation.streams import print_line, print_result
 from dpo_dist.foundation.text import without_secrets
 
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
@@ -286,7 +286,6 @@ def _listed(value: Any) -> list[Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv); return the exit code."""
-    open_closed_streams()
     parser = argparse.ArgumentParser(prog="dpo-dist convert", description=__doc__)
     parser.add_argument("file", type=Path, metavar="FILE", help="YAML or JSON of another trainer")
     parser.add_argument(
@@ -309,8 +308,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_line(f"written: {given.output}; next: dpo-dist train {shlex.quote(str(given.output))} --check")
         return ExitCode.completed
     except FAILURES as error:
-        return print_error(composition_error(error, []))
+        raise composition_error(error, []) from error
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_after(main)

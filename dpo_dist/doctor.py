@@ -15,6 +15,7 @@ from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import NO_MODEL, RunConfig
 from dpo_dist.data.formats import check_source
 from dpo_dist.data.template import check_template_file
+from dpo_dist.foundation.console import console_on
 from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.model.folder import check_tokenizer_files, local_model_folder
 
@@ -38,7 +39,6 @@ def main(config: RunConfig) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels when it is imported
     # Slow to import: errors above appear at once.
-    from dpo_dist.foundation.console import console_on  # noqa: PLC0415
     from dpo_dist.insight.doctor.examine import diagnose  # noqa: PLC0415
     from dpo_dist.insight.pages import doctor as pages  # noqa: PLC0415
 

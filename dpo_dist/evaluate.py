@@ -7,7 +7,6 @@ stored.
 
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.foundation.console import print_text, warnings_off
 from dpo_dist.training.named_models import find_evaluated
 from dpo_dist.training.preflight import check_start, started
 
@@ -21,14 +20,13 @@ def main(config: RunConfig) -> int:
         return evaluate_models(config, models, console)
 
 
-def check(config: RunConfig) -> None:
+def check(config: RunConfig) -> str:
     """Check everything that `main` needs before it uses a GPU."""
     config, models = find_evaluated(config)
     check_start(config)
-    with warnings_off():
-        from dpo_dist.training.check import rehearse  # noqa: PLC0415  (slow)
+    from dpo_dist.training.check import rehearse  # noqa: PLC0415  (slow)
 
-        print_text("check", rehearse(config, models), config.console.style)
+    return rehearse(config, models)
 
 
 if __name__ == "__main__":

@@ -10,28 +10,22 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.foundation.console import Console, console_on, warnings_off
 from dpo_dist.foundation.errors import ConfigError, ExitCode, first_line
 from dpo_dist.foundation.text import size
 from dpo_dist.training.named_models import find_exported
-
-if TYPE_CHECKING:
-    from dpo_dist.foundation.console import Console
 
 
 def main(config: RunConfig) -> int:
     """Write the folder and print its path, upload it if this is asked; return the exit code."""
     sources, output = find_exported(config)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    # Slow to import: errors above appear at once.
-    from dpo_dist.foundation.console import console_on, warnings_off  # noqa: PLC0415
-
     console = console_on(sys.stderr, config.console.style)
     with warnings_off():
+        # Slow to import: errors above appear at once.
         from dpo_dist.insight.metrics.card import run_card  # noqa: PLC0415
         from dpo_dist.training.finish import export_average, export_model  # noqa: PLC0415
 
@@ -48,7 +42,7 @@ def main(config: RunConfig) -> int:
     return ExitCode.completed
 
 
-def _push(folder: Path, repository: str, console: "Console", *, is_confirmed: bool) -> None:
+def _push(folder: Path, repository: str, console: Console, *, is_confirmed: bool) -> None:
     """List the files of a folder, and upload them in one commit if the user has confirmed it."""
     files = {
         str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()

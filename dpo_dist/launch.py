@@ -4,18 +4,13 @@ Takes the arguments of `accelerate launch`. It ends with the exit code of the ru
 gives a run that is stopped the time to save.
 """
 
-import contextlib
-import os
 import sys
 
+from dpo_dist.foundation.exit import exit_after
 from dpo_dist.foundation.signals import end_at_signals
 
 if __name__ == "__main__":
     end_at_signals()  # the import takes seconds
     from dpo_dist.distributed.launcher import launch
 
-    exit_code = launch(sys.argv[1:])
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # the terminal may be closed
-            stream.flush()
-    os._exit(exit_code)
+    exit_after(lambda: launch(sys.argv[1:]))

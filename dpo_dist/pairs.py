@@ -10,7 +10,7 @@ import sys
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import PairsMethod, RunConfig
-from dpo_dist.foundation.console import console_on, open_console, print_text, warnings_off
+from dpo_dist.foundation.console import console_on, open_console
 from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.generation.pairs.rounds import run_rounds
 from dpo_dist.generation.pairs.start import check_pairs
@@ -30,13 +30,12 @@ def main(config: RunConfig) -> int:
     return ExitCode.completed
 
 
-def check(config: RunConfig) -> None:
+def check(config: RunConfig) -> str:
     """Check everything that needs no weights and no GPU."""
     check_pairs(config)
-    with warnings_off():
-        from dpo_dist.generation.pairs.run import rehearse_pairs  # noqa: PLC0415  (slow)
+    from dpo_dist.generation.pairs.run import rehearse_pairs  # noqa: PLC0415  (slow)
 
-        print_text("check", rehearse_pairs(config).rstrip() + "\n", config.console.style)
+    return rehearse_pairs(config)
 
 
 if __name__ == "__main__":

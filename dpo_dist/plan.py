@@ -5,24 +5,20 @@ where training finds them, unless `plan.pairs` and `plan.tokens_per_pair` are gi
 prints the settings that fit with the least work. Exit code 1: the run does not fit.
 """
 
-import logging
 import os
 import sys
 
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.foundation.console import console_on, warnings_off
 from dpo_dist.foundation.errors import ExitCode
 
 
 def main(config: RunConfig) -> int:
     """Print the plan of `config`; return the exit code."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    # Slow to import: errors above appear at once.
-    from dpo_dist.foundation.console import console_on, warnings_off  # noqa: PLC0415
-
     with warnings_off():
-        from dpo_dist.insight.plan import make_plan  # noqa: PLC0415
+        from dpo_dist.insight.plan import make_plan  # noqa: PLC0415  (slow)
 
         plan = make_plan(config, console_on(sys.stderr, config.console.style).progress)
     console_on(sys.stdout, config.console.style).result("plan", plan.content, plan.lines)

@@ -1,13 +1,13 @@
 """Write the report page of a run again, or a page that compares several runs, from their files."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from dpo_dist.config.run_folder import existing_run
-from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
-from dpo_dist.foundation.streams import open_closed_streams, print_error, print_line
+from dpo_dist.foundation.errors import ConfigError, ExitCode
+from dpo_dist.foundation.exit import exit_after
+from dpo_dist.foundation.streams import print_line
 from dpo_dist.insight.pages.charts import draw_curves
 from dpo_dist.insight.pages.run import write_page
 from dpo_dist.insight.pages.runs import compare_runs
@@ -20,7 +20,6 @@ def _run(text: str) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv); return the exit code."""
-    open_closed_streams()
     parser = argparse.ArgumentParser(prog="python -m dpo_dist.report", description=__doc__)
     help_text = "run directory, also of a run that is training; several: compare them"
     parser.add_argument("runs", type=_run, metavar="RUN", nargs="+", help=help_text)
@@ -38,17 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if given.output is None and (rows := read_latest_rows(first)):
                 draw_curves(rows, first.curves, first.path.name)
                 print_line(f"curves: {first.curves}")
-        print_line(f"report: {path}")
-        return ExitCode.completed
-    except DpoDistError as error:
-        return print_error(error)
     except (OSError, ValueError) as error:
         remedy = "check the files of the run, permissions and free space, or set --output page.html"
         where = str(given.output or given.runs[0])
-        return print_error(
-            ConfigError("the page cannot be written", where=where, got=str(error), remedy=remedy)
-        )
+        raise ConfigError("the page cannot be written", where=where, got=str(error), remedy=remedy) from error
+    print_line(f"report: {path}")
+    return ExitCode.completed
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_after(main)

@@ -28,7 +28,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from datetime import datetime, timedelta
-from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
@@ -37,19 +36,18 @@ from typing import Any, NamedTuple
 import psutil
 import yaml
 
-from dpo_dist.config.command_line import Errors, exit_after
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.losses import KINDS, Divergence, LossConfig, LossKind
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import DpoDistError, ExitCode, first_line
+from dpo_dist.foundation.exit import exit_after
 from dpo_dist.foundation.files import for_json
 from dpo_dist.foundation.process import OF_LAUNCHERS, OF_WORLD
-from dpo_dist.foundation.streams import open_closed_streams, output_of_objects, print_line, reserve_output
+from dpo_dist.foundation.streams import output_of_objects, print_line, reserve_output
 from dpo_dist.foundation.text import size
 from dpo_dist.training.metrics_log import read_latest_rows
 
-_PACKAGES = "dpo-dist torch transformers deepspeed accelerate peft flash-attn flash-attn-3 liger-kernel"
 _EQUAL, _ROUNDED = 1e-3, 0.05  # relative, of losses and gradient norms in float32 and in bf16
 _GATHERED = (1, 33, 512)  # MB of a message; 33 is a matrix of a 7B model on 8 GPUs
 _TINY = {"model_type": "qwen2", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -107,7 +105,6 @@ def _judged(name: str, faults: Sequence[str], seen: str) -> Check:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv); return the exit code."""
-    open_closed_streams()
     parser = argparse.ArgumentParser(prog="python -m dpo_dist.selftest", description=__doc__)
     parser.add_argument("--output", type=Path, metavar="FILE", default=Path("selftest.json"))
     parser.add_argument("--quick", action="store_true", help="no speeds; needs no room")
@@ -183,15 +180,14 @@ def _versions(gpus: int) -> Iterator[Check]:
     import torch  # noqa: PLC0415  (slow)
     from torch.utils import collect_env  # noqa: PLC0415
 
+    from dpo_dist.training.directory import PACKAGES, package_versions  # noqa: PLC0415
+
     versions: dict[str, str | None] = {"python": sys.version.split()[0], "CUDA": torch.version.cuda}
     if gpus:
         nccl: tuple[int, ...] = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
         driver = collect_env.get_nvidia_driver_version(collect_env.run)  # type: ignore[no-untyped-call]
         versions |= {"NCCL": ".".join(map(str, nccl)), "driver": driver}
-    for package in (*_PACKAGES.split(), "triton"):
-        versions[package] = None
-        with suppress(PackageNotFoundError):
-            versions[package] = version(package)
+    versions |= dict.fromkeys(PACKAGES) | package_versions()
     installed = (f"{name} {found}" if found else f"no {name}" for name, found in versions.items())
     yield Check("versions", "measured", ", ".join(installed), versions)
 
@@ -508,4 +504,4 @@ def _waits(folder: Path) -> Iterator[Check]:
 
 
 if __name__ == "__main__":
-    exit_after(main, Errors(is_json=False))
+    exit_after(main)

@@ -2,7 +2,6 @@
 
 import argparse
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,9 +9,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, ReferenceModelError
+from dpo_dist.foundation.errors import ConfigError, ExitCode
+from dpo_dist.foundation.exit import exit_after
 from dpo_dist.foundation.files import collect_abandoned, temporary_name
-from dpo_dist.foundation.streams import open_closed_streams, print_error, print_line, print_result
+from dpo_dist.foundation.streams import print_line, print_result
 from dpo_dist.foundation.text import counted, size
 from dpo_dist.reference.store import (
     FINGERPRINT_FILE,
@@ -25,16 +25,8 @@ from dpo_dist.reference.store import (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv); return the exit code."""
-    open_closed_streams()
     given = _parser().parse_args(arguments)
-    try:
-        return int(given.run(given))
-    except DpoDistError as error:
-        return print_error(error)
-    except OSError as error:
-        remedy, where = "check the path, its permissions and the free space", str(given.folder)
-        fault = "the store cannot be read or changed"
-        return print_error(ReferenceModelError(fault, where=where, got=str(error), remedy=remedy))
+    return int(given.run(given))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -170,4 +162,4 @@ def _with_digits(found: Sequence[_Space], digits: str) -> list[_Space]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_after(main)

@@ -28,7 +28,7 @@ from types import FrameType
 from typing import Any
 
 from dpo_dist import train
-from dpo_dist.config.command_line import Errors, exit_after, run_verb
+from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import Points
 from dpo_dist.config.mistakes import raise_all
@@ -36,6 +36,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ConsoleStyle, RunConfig, SweepConfig
 from dpo_dist.foundation.console import Console, open_console
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, RunOutcome
+from dpo_dist.foundation.exit import Errors, exit_after
 from dpo_dist.foundation.streams import output_descriptor
 from dpo_dist.foundation.text import counted, duration
 from dpo_dist.training.preflight import IS_TRAINING, check_start
@@ -102,11 +103,10 @@ def _place_in_array() -> tuple[int, int]:
     return (job - first) // step, jobs
 
 
-def check(points: Points) -> None:
+def check(points: Points) -> str:
     """Check everything that the points need before they use a GPU."""
     check_points(points)
-    for config in points.values():
-        train.check(config)
+    return "".join(map(train.check, points.values()))
 
 
 def _is_finished(config: RunConfig) -> bool:

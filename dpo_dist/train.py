@@ -16,7 +16,6 @@ if __name__ == "__main__":
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.rules import check_needs
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.foundation.console import print_text, warnings_off
 from dpo_dist.training.preflight import check_start, started
 
 
@@ -36,15 +35,13 @@ def main(config: RunConfig, on_row: Callable[[dict[str, float]], bool | None] | 
         return train(config, console, stop, reporting)
 
 
-def check(config: RunConfig, *, trains: bool = True) -> None:
+def check(config: RunConfig, *, trains: bool = True) -> str:
     """Check everything that a run which trains, or only scores its pairs, needs before it uses a GPU."""
     check_start(config, trains=trains)
-    with warnings_off():
-        from dpo_dist.insight.plan import plan_in_brief  # noqa: PLC0415  (slow)
-        from dpo_dist.training.check import rehearse  # noqa: PLC0415  (slow)
+    from dpo_dist.insight.plan import plan_in_brief  # noqa: PLC0415  (slow)
+    from dpo_dist.training.check import rehearse  # noqa: PLC0415  (slow)
 
-        plan = plan_in_brief if trains else None
-        print_text("check", rehearse(config, trains=trains, plan=plan), config.console.style)
+    return rehearse(config, trains=trains, plan=plan_in_brief if trains else None)
 
 
 if __name__ == "__main__":

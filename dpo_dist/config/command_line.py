@@ -1,17 +1,11 @@
 """Run a verb with the configuration of its command line; the text of `--help`."""
 
 import argparse
-import contextlib
 import json
 import os
 import re
-import signal
 import sys
-import time
-import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,23 +29,11 @@ from dpo_dist.config.run_folder import existing_run
 from dpo_dist.config.schema import ZERO_STAGES, ConsoleStyle, RunConfig
 from dpo_dist.config.user_code import check_doors, open_doors, written_values
 from dpo_dist.config.verbs import VERBS
-from dpo_dist.foundation.errors import (
-    ConfigError,
-    DpoDistError,
-    ExitCode,
-    StoppedError,
-    disk_error,
-    first_line,
-)
+from dpo_dist.foundation.console import console_on, warnings_off
+from dpo_dist.foundation.errors import ConfigError, ExitCode
+from dpo_dist.foundation.exit import Errors, exit_after
 from dpo_dist.foundation.process import check_launch, this_rank
-from dpo_dist.foundation.streams import (
-    open_closed_streams,
-    output_of_objects,
-    print_line,
-    print_result,
-    printable_lines,
-    reserve_output,
-)
+from dpo_dist.foundation.streams import print_result, printable_lines, reserve_output
 from dpo_dist.foundation.text import without_secrets
 
 _EXIT_CODES = """exit codes: 0 completed, 1 bug or findings of the doctor, 2 configuration or data error,
@@ -223,94 +205,20 @@ def _columns(rows: Mapping[str, str]) -> list[str]:
     return [f"  {name:<{width}}  {text}" for name, text in rows.items()]
 
 
-_RANK_0_SECONDS = 60
-_BY_SIGNAL = 128
-
-
 def run_verb(
-    main: Callable[[Any], int], check: Callable[[Any], None] | None = None, *, verb: str = "train"
+    main: Callable[[Any], int], check: Callable[[Any], str] | None = None, *, verb: str = "train"
 ) -> NoReturn:
     """Run `main` with the configuration of the command line, or its points, and exit with its exit code.
 
-    `check` is called for `--check`, on the first rank only. The docstring of the module of `main` is a part
-    of `--help`.
+    `check` returns the text of `--check`, on the first rank only. `--help` has the docstring of the module of
+    `main`.
     """
-    open_closed_streams()
     styles = [word.lstrip("+") for word in sys.argv[1:] if word.lstrip("+").startswith("console.style=")]
     errors = Errors(is_json=styles[-1:] == [f"console.style={ConsoleStyle.json}"])
     exit_after(lambda: _run(main, check, verb, errors), errors)
 
 
-def exit_after(work: Callable[[], int], errors: "Errors") -> NoReturn:
-    """Exit with the exit code that `work` returns.
-
-    A `DpoDistError` is printed as one block, by one rank only; an interrupt by the user in one line. Other
-    exceptions keep their traceback.
-    """
-    try:
-        exit_code = work()
-    except DpoDistError as error:
-        exit_code = errors.print_of_this_rank(error)
-    except KeyboardInterrupt:
-        exit_code = errors.print_end(ExitCode.interrupted, "interrupted")
-    except SystemExit as ended:
-        is_text = isinstance(ended.code, str)
-        code, words = (ExitCode.failed, str(ended.code)) if is_text else (int(ended.code or 0), "")
-        if code - _BY_SIGNAL in {*signal.Signals}:
-            words = f"ended by {signal.Signals(code - _BY_SIGNAL).name}"
-        exit_code = errors.print_end(code, words)
-    except Exception as bug:  # any exception: the process must not hang at exit
-        if (error_of_disk := disk_error(bug)) is not None:
-            exit_code = errors.print_of_this_rank(error_of_disk)
-        else:
-            exit_code = ExitCode.failed
-            message = {"title": "bug", "message": first_line(bug), "exit_code": int(exit_code)}
-            errors.print(traceback.format_exc().rstrip(), message)
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):
-            stream.flush()
-    # At interpreter exit, threads of communication libraries could still abort the process.
-    os._exit(exit_code)
-
-
-@dataclass
-class Errors:
-    """Prints errors without secrets: as text to standard error, or as JSON objects to standard output."""
-
-    is_json: bool
-
-    def print(self, text: str, content: Mapping[str, Any]) -> None:
-        """Print one error; `content` is for programs. A stream that fails is ignored."""
-        if self.is_json:
-            now = datetime.now().astimezone().isoformat(timespec="seconds")
-            text = json.dumps({"kind": "error", "time": now, **without_secrets(content)})
-        print_line(text, output_of_objects() if self.is_json else sys.stderr)
-
-    def print_end(self, exit_code: int, words: str) -> int:
-        """Print on rank 0 how the process was ended, if there is something to say; return the exit code."""
-        if words and this_rank() == 0:
-            self.print(words, {"message": words, "exit_code": int(exit_code)})
-        return exit_code
-
-    def print_of_this_rank(self, error: DpoDistError) -> int:
-        """Print `error` if this process is the one that reports it; return its exit code.
-
-        Before the processes have joined, most errors occur in all of them. The launcher ends the others when
-        rank 0 has printed its error and exited; a rank that is not ended has an error that rank 0 does not
-        have. Rank 0 alone prints a stop by a signal: the launcher sends the signal to it, too.
-        """
-        is_early = error.is_printed_here is None and this_rank() > 0
-        if is_early and isinstance(error, StoppedError):
-            return error.exit_code
-        if is_early:
-            signal.signal(signal.SIGTERM, lambda *_: os._exit(error.exit_code))
-            time.sleep(_RANK_0_SECONDS)
-        if error.is_printed_here is not False:
-            self.print(error.block(), error.as_dict())
-        return error.exit_code
-
-
-def _run(main: Callable[[Any], int], check: Callable[[Any], None] | None, verb: str, errors: Errors) -> int:
+def _run(main: Callable[[Any], int], check: Callable[[Any], str] | None, verb: str, errors: Errors) -> int:
     options = divide(sys.argv[1:])
     text = _answer(options, verb, sys.modules[main.__module__].__doc__ or "")
     if text is None:
@@ -330,12 +238,15 @@ def _run(main: Callable[[Any], int], check: Callable[[Any], None] | None, verb: 
         sys.stderr.write("".join(f"{printable_lines(line)}\n" for line in doors))
     if VERBS[verb].is_one_process and this_rank() > 0:
         return ExitCode.completed
+    configured = given if VERBS[verb].takes_points else config
     if not options.check:
-        return main(given if VERBS[verb].takes_points else config)
+        return main(configured)
     if check is None:
         raise ConfigError("this verb has no --check", where=COMMAND_LINE, remedy="remove --check")
     if this_rank() == 0:
-        check(given if VERBS[verb].takes_points else config)
+        with warnings_off():
+            text = check(configured)
+        console_on(sys.stdout, config.console.style).result("check", {"text": text}, text.splitlines())
     return ExitCode.completed
 
 

@@ -43,7 +43,7 @@ from dpo_dist.config.mistakes import (
     wrong_values,
 )
 from dpo_dist.config.rules import RULES, check, keys_of, needs_of, resolve_reference, without_unused
-from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.config.user_code import find_function, written_values
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import without_secrets
@@ -140,7 +140,9 @@ def _load(command: "_Command", verb: str) -> RunConfig:
 
 def checked(config: RunConfig, given: Collection[str] = (), verb: str = "") -> RunConfig:
     """Check all rules, and fill in `reference.mode` and `run.dir`; `given`: the keys of the command."""
-    config = without_unused(resolve_reference(config, given), given)
+    if config.reference.mode is ReferenceMode.auto:  # it follows what the command gives
+        given = {*given, "reference.mode"}
+    config = without_unused(resolve_reference(config), given)
     check(config, [*needs_of(verb), *RULES])
     return replace(config, run=replace(config.run, dir=str(run_dir(config))))
 
@@ -178,6 +180,8 @@ def _parsed(line: str) -> Override | None:
 def _keys_of(override: Override) -> list[str]:
     """Return the keys that an override gives; of a mapping those inside."""
     key, value = override.key_or_group, override.value()
+    if key == "reference" and not isinstance(value, dict):
+        return ["reference.mode"]
     return [key, *(f"{key}.{name}" for name in value)] if isinstance(value, dict) else [key]
 
 
@@ -393,8 +397,7 @@ class _Command:
         """Return an error for each override whose key a verb does not read; files may serve several verbs."""
         read, mistakes = keys_of(verb, trains=trains), []
         for override in self.overrides:
-            for name in _keys_of(override):
-                key = "reference.mode" if name == "reference" else name
+            for key in _keys_of(override):
                 if key in run_keys() and key not in read:
                     where = f"{COMMAND_LINE}: {override.input_line}"
                     remedy = f"remove it: it is read by {' and '.join(readers(key))}"

@@ -20,7 +20,6 @@ from dpo_dist.config.schema import (
     NO_MODEL,
     DataFormat,
     Direction,
-    ReferenceConfig,
     ReferenceMode,
     RunConfig,
     TrainerConfig,
@@ -38,15 +37,15 @@ class Rule:
     """A rule between values, which a configuration breaks if all parts of `when` and `also` hold.
 
     A part is `KEY=VALUE`, `KEY=VALUE|VALUE`, `KEY!=VALUE` or a bare KEY; the keys give an error's `where` and
-    `got`. In `why` and `remedy` `{model.attention}` is replaced by the value of that key. `resets`: the first
-    key is at its default again if the command gives the second and not the first.
+    `got`. In `why` and `remedy` `{model.attention}` is replaced by the value of that key. The first key is at
+    its default again if the command gives the key `resets` and not the first.
     """
 
     when: str
     why: str
     remedy: str | Callable[[RunConfig], str]
     also: Test = lambda _: True
-    resets: bool = False
+    resets: str = ""
 
     def broken(self, config: RunConfig) -> bool:
         """Return whether a configuration breaks the rule."""
@@ -79,15 +78,15 @@ def unused(key: str, unless: str, remedy: str = "", works: Test = lambda _: Fals
         lambda c: (
             at(c, key, default) != default and not (other != unless and _holds(c, unless)) and not works(c)
         ),
-        resets=other != LOSS,  # loss=NAME gives all options of the loss
+        resets="" if other == LOSS else other,  # loss=NAME gives all options of the loss
     )
 
 
 def without_unused(config: RunConfig, given: Collection[str]) -> RunConfig:
     """Reset options of presets that a key of the command, `given`, leaves without effect."""
     for rule in RULES:
-        key, _, other = rule.when.partition(" ")
-        if rule.resets and other in given and key not in given and rule.broken(config):
+        key = rule.when.partition(" ")[0]
+        if rule.resets in given and key not in given and rule.broken(config):
             *sections, name = key.split(".")
             reduce(getitem, sections, values := asdict(config))[name] = all_keys()[key].default
             config, given = SCHEMA.validate_python(values), {*given, key}
@@ -117,7 +116,8 @@ MODES_USING = {
 runs of every mode.
 """
 
-# They define the reference model; the other options only say how it is loaded and scored.
+# They define the reference model. The others only say how it is loaded: an experiment may set them, and the
+# command may choose a loss or a mode that loads none.
 _DEFINING = ("path", "quantization", "numerics")
 
 
@@ -150,6 +150,12 @@ def _unused_by_loss(option: str) -> Rule:
     users = ", ".join(sorted(kinds_using(option)))
     remedy = f"choose a loss that uses it: {users}; loss=NAME replaces all options of the loss"
     return unused(f"loss.{option}", LOSS, remedy, is_used)
+
+
+def _unused_by_reference(key: str, modes: Iterable[str]) -> tuple[Rule, Rule]:
+    """Refuse an option of `reference` in other modes than these, and with a loss that needs no reference."""
+    by_mode = unused(key, f"reference.mode={'|'.join(modes)}", works=lambda c: not c.loss.needs_reference)
+    return by_mode, unused(key, LOSS, "choose a loss with a reference", lambda c: c.loss.needs_reference)
 
 
 def direction_of(trainer: TrainerConfig) -> Direction | None:
@@ -381,18 +387,9 @@ RULES = (
         "set model.adapter={{r: 64, alpha: 128}}, or choose reference=cached",
     ),
     *(
-        unused(
-            f"reference.{option}",
-            f"reference.mode={'|'.join(modes)}",
-            works=lambda c: not c.loss.needs_reference,
-        )
+        replace(rule, resets="" if option in _DEFINING else "reference.mode")
         for option, modes in MODES_USING.items()
-    ),
-    *(
-        unused(
-            f"reference.{option}", LOSS, "choose a loss with a reference", lambda c: c.loss.needs_reference
-        )
-        for option in MODES_USING
+        for rule in _unused_by_reference(f"reference.{option}", modes)
     ),
     Rule(
         "reference.offload=nvme reference.nvme_path=null",
@@ -478,20 +475,13 @@ def keys_of(verb: str, *, trains: bool = False) -> list[str]:
     return [name for name in run_keys() if not verbs.isdisjoint(readers(name))]
 
 
-def resolve_reference(config: RunConfig, given: Collection[str] = ()) -> RunConfig:
-    """Replace `auto` by `none`, `adapter` or `cached`, and reset options without effect.
-
-    An experiment may set how its reference model is loaded, and the command line may choose a loss or a mode
-    that loads none. Options that the command line sets (`given`) are kept, so that a rule refuses them.
-    """
-    reference, mode = config.reference, config.reference.mode
-    if mode is ReferenceMode.auto:
-        base_is_reference = reference.path is None and reference.quantization is None
-        has_adapter = config.model.adapter is not None
-        mode = ReferenceMode.adapter if has_adapter and base_is_reference else ReferenceMode.cached
-        mode = mode if config.loss.needs_reference else ReferenceMode.none
-    elif {"reference", "reference.mode"}.isdisjoint(given):
+def resolve_reference(config: RunConfig) -> RunConfig:
+    """Replace `auto` of `reference.mode` by `none`, `adapter` or `cached`."""
+    reference, mode = config.reference, ReferenceMode.cached
+    if reference.mode is not ReferenceMode.auto:
         return config
-    unused = [opt for opt, modes in MODES_USING.items() if mode not in modes and opt not in _DEFINING]
-    reset = {opt: getattr(ReferenceConfig, opt) for opt in unused if f"reference.{opt}" not in given}
-    return replace(config, reference=replace(reference, mode=mode, **reset))
+    if not config.loss.needs_reference:
+        mode = ReferenceMode.none
+    elif config.model.adapter is not None and reference.path is None and reference.quantization is None:
+        mode = ReferenceMode.adapter
+    return replace(config, reference=replace(reference, mode=mode))

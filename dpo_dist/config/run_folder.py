@@ -13,7 +13,7 @@ from dpo_dist.foundation.errors import ConfigError
 STATE = "state.json"
 """The file of a checkpoint with the state of the training loop."""
 BEST = "best"
-"""The file beside the checkpoints with the names of the best ones by `trainer.keep_best`, the best first."""
+"""The file beside the checkpoints with the name of the best one by `trainer.keep_best`."""
 _NAME = re.compile(r"step-(\d{1,18})")
 
 
@@ -35,11 +35,8 @@ def is_checkpoint(folder: Path) -> bool:
 
 def best_checkpoint(root: Path) -> str | None:
     """Return the name of the best checkpoint below `root`, if one is recorded."""
-    try:
-        name = (root / BEST).read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
-        return None
-    return None if step_of(name) is None else name
+    file = root / BEST
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else None
 
 
 def checkpoint_folders(root: Path) -> list[Path]:

@@ -19,9 +19,8 @@ from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, PeerLostError, first_line
+from dpo_dist.foundation.errors import ConfigError, ExitCode, PeerLostError, first_line
 from dpo_dist.foundation.signals import stop_signals
-from dpo_dist.foundation.streams import print_error
 
 
 def launch(arguments: Sequence[str]) -> int:
@@ -29,8 +28,8 @@ def launch(arguments: Sequence[str]) -> int:
 
     Signals are passed on to the processes, which save and end by themselves: torch's own launcher would kill
     them after 30 seconds. A process that was killed by a signal counts as 128 + its number.
+    Options and addresses that cannot be used are a `DpoDistError`.
     """
-    shown: DpoDistError
     try:
         parsed = _parsed(arguments)
         os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGQUIT")  # of torch's launcher
@@ -44,19 +43,16 @@ def launch(arguments: Sequence[str]) -> int:
         return _code(failure.exitcode, f"rank {rank}")
     except subprocess.CalledProcessError as error:
         return _code(error.returncode, "the process")
-    except DpoDistError as error:
-        shown = error
     except (DistError, RendezvousError) as error:
-        shown = PeerLostError(
+        raise PeerLostError(
             "the launchers of the nodes have not met",
             where=f"{parsed.main_process_ip}, port {parsed.main_process_port}",
             got=first_line(error),
             remedy="see whether every node runs its launcher and reaches this address; then start again",
-        )
+        ) from error
     except (ValueError, OSError) as error:  # no such file; a port that is in use
         fault = " ".join(str(error).split())
-        shown = _refused("accelerate cannot start processes with these options", fault)
-    return print_error(shown)
+        raise _refused("accelerate cannot start processes with these options", fault) from error
 
 
 def _parsed(arguments: Sequence[str]) -> argparse.Namespace:

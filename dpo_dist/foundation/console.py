@@ -254,11 +254,6 @@ def console_on(stream: TextIO, style: str) -> Console:
     return Console(open_screen(SafeStream(stream), SafeStream(output_of_objects()), style))
 
 
-def print_text(kind: str, text: str, style: str) -> None:
-    """Print a text to standard output, as lines or as the field `text` of a JSON object."""
-    console_on(sys.stdout, style).result(kind, {"text": text}, text.splitlines())
-
-
 @contextlib.contextmanager
 def warnings_off() -> Iterator[None]:
     """Log nothing below an error in the block, and show no warnings of Python."""

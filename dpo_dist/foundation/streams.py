@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from typing import TextIO
 
-from dpo_dist.foundation.errors import DpoDistError
 from dpo_dist.foundation.text import without_secrets
 
 _reserved: TextIO | None = None
@@ -70,12 +69,6 @@ def print_line(text: str, to: TextIO | None = None) -> None:
     stream.flush()
     if not stream.is_open:
         _discard(to)
-
-
-def print_error(error: DpoDistError) -> int:
-    """Print an error of the user to standard error; return its exit code."""
-    print_line(error.block(), sys.stderr)
-    return error.exit_code
 
 
 def print_result(text: str) -> None:

@@ -107,30 +107,24 @@ def open_run(
 
 @contextlib.contextmanager
 def recompiles_named(say: Callable[[str], None]) -> Iterator[None]:
-    """Name layers on the screen that torch stops compiling inside the block."""
-    handler, dynamo = _RecompileWarning(say), logging.getLogger("torch._dynamo")
+    """Say once if torch stops compiling layers inside the block, which it only logs."""
+    dynamo, handler = logging.getLogger("torch._dynamo"), logging.Handler(logging.WARNING)
+
+    def look(record: logging.LogRecord) -> bool:
+        if "recompile_limit" in record.getMessage():
+            say(
+                "warning: layers met more kinds of inputs than torch compiles them for, and are slow for the "
+                "others: set model.fused=auto"
+            )
+            dynamo.removeHandler(handler)
+        return False
+
+    handler.addFilter(look)
     dynamo.addHandler(handler)
     try:
         yield
     finally:
         dynamo.removeHandler(handler)
-
-
-class _RecompileWarning(logging.Handler):
-    """Says that layers are not compiled for further kinds of inputs, which torch only logs."""
-
-    def __init__(self, say: Callable[[str], None]) -> None:
-        super().__init__(logging.WARNING)
-        self._say = say
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Say it once, for the first of the layers."""
-        if "recompile_limit" in record.getMessage():
-            self._say(
-                "warning: layers met more kinds of inputs than torch compiles them for, and are slow for the "
-                "others: set model.fused=auto"
-            )
-            logging.getLogger("torch._dynamo").removeHandler(self)
 
 
 def say_header(run: Run) -> None:

@@ -38,8 +38,11 @@ from dpo_dist.training.resume import (
     write_state,
 )
 
-_CORE = ("dpo-dist", "torch", "accelerate", "deepspeed", "transformers", "peft", "datasets")
-_PACKAGES = (*_CORE, "wandb", "hydra-core", "flash-attn", "liger-kernel")
+PACKAGES = (
+    *("dpo-dist", "torch", "accelerate", "deepspeed", "transformers", "peft", "datasets", "wandb"),
+    *("hydra-core", "flash-attn", "flash-attn-3", "liger-kernel", "triton"),
+)
+"""This program, and the libraries that decide its results."""
 _PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 
 
@@ -174,9 +177,9 @@ def describe_environment(world_size: int) -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of this program and of the libraries that decide its results."""
+    """Return the versions of those of `PACKAGES` that are installed."""
     versions = {}
-    for name in _PACKAGES:
+    for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return versions

@@ -291,13 +291,9 @@ def _auc_by_source(dataset: PreferenceDataset, values: PairValues) -> dict[str, 
     measured = dict[str, float]()
     numbers = dataset.label_numbers(np.arange(len(dataset))) if dataset.labels else None
     for number, label in enumerate(dataset.labels):
-        sides = (
-            (values.tokens_chosen, values.reward_chosen),
-            (values.tokens_rejected, values.reward_rejected),
-        )
-        good, bad = (
-            torch.from_numpy(rewards[(numbers == number) & (tokens > 0)]) for tokens, rewards in sides
-        )
+        of_source = numbers == number
+        good = torch.from_numpy(values.reward_chosen[of_source & (values.tokens_chosen > 0)])
+        bad = torch.from_numpy(values.reward_rejected[of_source & (values.tokens_rejected > 0)])
         if len(good) and len(bad):
             measured[f"{AUC}/{label}"] = float(wins(good, bad)) / (len(good) * len(bad))
     return measured

@@ -94,14 +94,11 @@ def find_evaluated(config: RunConfig) -> tuple[RunConfig, list[Evaluated]]:
 
 
 def _evaluated(named: str | None, run: RunFolder) -> Evaluated:
-    folder = run.model if named is None else Path(named).expanduser()
-    if named is None and not folder.is_dir():
+    if named is None and not run.model.is_dir():
         pairs = "its name depends on data.eval: name other pairs by evaluation.data"
         raise without_model(run, EVALUATED, f"set run.dir to a complete run ({pairs})")
-    path = str(folder) if folder.is_dir() else str(named)
-    if not is_checkpoint(folder):
-        local_model_folder(path, None, EVALUATED, accepts_adapter=True)  # raises for one that is missing
-    return Evaluated(path, is_checkpoint(folder))
+    path = located(str(run.model) if named is None else named, EVALUATED)
+    return Evaluated(path, is_checkpoint(Path(path)))
 
 
 def find_exported(config: RunConfig) -> tuple[list[Path], Path]:

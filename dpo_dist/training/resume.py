@@ -16,9 +16,8 @@ from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import STATE, RunFolder, checkpoint_folders
 from dpo_dist.config.schema import Resume, RunConfig
-from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome, dead_link, first_line
+from dpo_dist.foundation.errors import CheckpointError, RunOutcome, dead_link, first_line
 from dpo_dist.foundation.files import write_text
-from dpo_dist.model.folder import check_weights
 
 Identity = dict[str, str | None]
 _DIGESTS = {
@@ -137,17 +136,12 @@ def describe_change(state: Mapping[str, Any], config: RunConfig, steps: int) -> 
 def find_finished(config: RunConfig, folder: RunFolder) -> RunState | None:
     """Return the state of a run that is complete at the length of `config` and has its model, else None.
 
-    It is an error if `config` is another one. A model with a weight file that is cut counts as missing.
+    It is an error if `config` is another one.
     """
     state = read_state(folder)
     if state is None or not state.is_finished or has_other_length(state.identity, config):
         return None
-    weights = list(folder.model.glob("*.safetensors"))
-    try:
-        check_weights(weights, "run.dir")
-    except ConfigError:
-        return None
-    if not weights:
+    if not any(folder.model.glob("*.safetensors")):
         return None
     check_configuration(state.identity, config, folder)
     return state

@@ -70,12 +70,12 @@ class Objective:
     router: RouterLoss | None = None
     custom: CustomMetrics = field(default_factory=CustomMetrics)
 
-    def ready_batches(self, rank_batch: RankBatch, device: torch.device) -> Iterator[PackedBatch]:
-        """Yield this rank's micro-batches, with stored reference log-probs attached.
+    def ready_batches(self, rank_batch: RankBatch | None, device: torch.device) -> Iterator[PackedBatch]:
+        """Yield this rank's micro-batches, with stored reference log-probs attached; none of no batch.
 
         They stay on the host, in pinned memory if `device` is a GPU. Needs no model; thread-safe.
         """
-        for batch in rank_batch.batches():
+        for batch in () if rank_batch is None else rank_batch.batches():
             ready = self.reference.attach(batch)
             if self.loss.ld_alpha is not None:
                 weights = desensitised_weights(batch.pair_tokens, self.loss.ld_alpha)
@@ -84,12 +84,11 @@ class Objective:
 
     def ready_step(self, rank_batch: RankBatch, device: torch.device) -> ReadyStep:
         """Return all `ready_batches` of a training step."""
-        partners = rank_batch.partners
-        beside = () if partners is None else tuple(self.ready_batches(partners, device))
-        return ReadyStep(rank_batch, list(self.ready_batches(rank_batch, device)), beside)
+        partners = list(self.ready_batches(rank_batch.partners, device))
+        return ReadyStep(rank_batch, list(self.ready_batches(rank_batch, device)), partners)
 
     def prefetched(
-        self, rank_batch: RankBatch, device: torch.device
+        self, rank_batch: RankBatch | None, device: torch.device
     ) -> contextlib.AbstractContextManager[Iterator[PackedBatch]]:
         """Return `ready_batches`, made ahead in a background thread."""
         return prefetch(self.ready_batches(rank_batch, device), _BATCHES_AHEAD)
@@ -380,12 +379,7 @@ def evaluate(
         if phase == "data":
             check_stop()
 
-    partners = rank_batch.partners
-    with (
-        contextlib.nullcontext(())
-        if partners is None
-        else objective.prefetched(partners, world.device) as batches
-    ):
+    with objective.prefetched(rank_batch.partners, world.device) as batches:
         facts = objective.facts(model, rank_batch, batches, world, running, enter)
     with objective.prefetched(rank_batch, world.device) as batches:
         for pairs in objective.scored(model, batches, facts, world.device, enter, is_evaluation=True):

@@ -11,6 +11,7 @@ import yaml
 from dpo_dist import convert
 from dpo_dist.config.losses import LossKind, LossTermConfig
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.foundation.errors import ConfigError
 from tests.unit.config.support import configured, error_of
 
 FILES = Path(__file__).parents[1] / "assets" / "foreign"
@@ -221,13 +222,13 @@ def test_a_file_that_exists_or_cannot_be_read_is_an_error(
 ) -> None:
     (file := tmp_path / "foreign.yaml").write_text("beta: 0.3\n")
     for words, text in (([file, file], "this file exists"), ([tmp_path / "gone.yaml"], "cannot be read")):
-        assert convert.main([str(word) for word in words]) == 2
-        assert text in capsys.readouterr().err
+        with pytest.raises(ConfigError, match=text):
+            convert.main([str(word) for word in words])
     assert convert.main([str(file)]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["loss"] == {"beta": 0.3}
 
 
-def test_a_file_of_this_program_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_of_this_program_is_refused(tmp_path: Path) -> None:
     (file := tmp_path / "mine.yaml").write_text("{loss: ipo, data: {train: [a.jsonl]}, optim.lr: 1.0e-6}")
-    assert convert.main([str(file)]) == 2
-    assert f"dpo-dist train {file} --check" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=f"dpo-dist train {file} --check"):
+        convert.main([str(file)])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo_dist.foundation.errors import DpoDistError
 from dpo_dist.foundation.files import staged_file, temporary_name
 from dpo_dist.foundation.text import size
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
@@ -33,9 +34,11 @@ Run = Callable[..., tuple[int, str]]
 @pytest.fixture
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     def run(verb: str, *arguments: str) -> tuple[int, str]:
-        code = main([verb, str(tmp_path), *arguments])
-        printed = capsys.readouterr()
-        return code, printed.out + printed.err
+        try:
+            code = main([verb, str(tmp_path), *arguments])
+        except DpoDistError as error:
+            return error.exit_code, error.block()
+        return code, capsys.readouterr().out
 
     return run
 

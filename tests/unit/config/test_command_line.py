@@ -14,7 +14,6 @@ from typing import NamedTuple, NoReturn
 import pytest
 
 import dpo_dist
-from dpo_dist.config import command_line
 from dpo_dist.config.command_line import explain, run_verb, usage
 from dpo_dist.config.keys import all_keys, group_folders, section_meanings
 from dpo_dist.config.load import load_run_config
@@ -117,8 +116,8 @@ def test_other_ranks_print_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_rank_whose_error_is_its_own_prints_it(verb: Verb, monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(command_line.time, "sleep", waited.append)
-    monkeypatch.setattr(command_line.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     assert "there is no key" in verb(*RUN, "loss.betta=0.2").err
     assert len(waited) == 1
 

@@ -16,6 +16,7 @@ from torch.distributed import DistNetworkError
 from torch.distributed.elastic.multiprocessing import PContext
 
 from dpo_dist.distributed import launcher
+from dpo_dist.foundation.errors import DpoDistError
 from tests.support.launch import TWO_PROCESSES
 from tests.support.warm import ENVIRONMENT, context, start_parent
 
@@ -153,13 +154,14 @@ def test_options_and_addresses_that_cannot_be_used_are_one_block(
     got: str,
     code: int,
     launch: Callable[[list[str]], int],
-    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if error is not None:
         monkeypatch.setattr(launcher, "launch_command", Mock(side_effect=error))
-    assert launch(options.split()) == code
-    assert got in capsys.readouterr().err.split("got: ")[1].splitlines()[0]
+    with pytest.raises(DpoDistError) as refused:
+        launch(options.split())
+    assert refused.value.exit_code == code
+    assert got in refused.value.got
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without a GPU")

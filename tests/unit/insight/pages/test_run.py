@@ -7,6 +7,7 @@ import pytest
 from markupsafe import Markup
 
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.insight.pages.render import inert
 from dpo_dist.insight.pages.run import write_page
 from dpo_dist.insight.pages.runs import compare_runs
@@ -105,17 +106,15 @@ def test_a_page_of_a_run_that_has_ended_does_not_reload(tmp_path: Path) -> None:
     assert RELOADS not in write_page(made_run(tmp_path)).read_text()
 
 
-def test_a_page_that_cannot_be_written_is_a_plain_error(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_page_that_cannot_be_written_is_a_plain_error(tmp_path: Path) -> None:
     run = made_run(tmp_path)
-    assert main([str(run), "--output", str(run.path)]) == 2
+    with pytest.raises(ConfigError, match="the page cannot be written"):
+        main([str(run), "--output", str(run.path)])
     run.summary.write_text("[1,")
-    assert main([str(run)]) == 2
-    assert main([str(run), str(tmp_path)]) == 2
-    errors = capsys.readouterr().err
-    assert errors.count("the page cannot be written") == 2
-    assert f"such as {run}" in errors
+    with pytest.raises(ConfigError, match="the page cannot be written"):
+        main([str(run)])
+    with pytest.raises(ConfigError, match=re.escape(f"such as {run}")):
+        main([str(run), str(tmp_path)])
 
 
 @pytest.mark.parametrize(
