@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dpo_dist.config.schema import DataConfig, OnBadRecord, Truncation
+from dpo_dist.config.schema import DataConfig, OnBadRecord
 from dpo_dist.data.encode import EncodedExample, EncodedRecord, encode_record
 from dpo_dist.data.escape import any_of
+from dpo_dist.data.lengths import without_limits
 from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord, eval_part, prompt_hash
 from dpo_dist.data.template import chosen_template
 from dpo_dist.insight.doctor.findings import RULE_OF
@@ -35,7 +36,6 @@ Lengths = tuple[int, int, int]
 """One number per side of `SIDES`; -1 for a missing rejected response."""
 
 _CUT = {"prompt_truncated", "response_truncated"}
-_NO_LIMIT = 2**31 - 1
 # Most preferences of a ranking that are compared with other records.
 _MAX_PREFERENCES = 64
 _HEAD = 300
@@ -91,9 +91,7 @@ class Observer:
         benchmark: Benchmark | None = None,
     ):
         self._config = replace(config, on_bad_record=OnBadRecord.drop)
-        self._whole = replace(
-            self._config, max_length=_NO_LIMIT, max_prompt_length=None, truncation=Truncation.drop
-        )
+        self._whole = without_limits(self._config)
         self._tokenizer, self._benchmark = tokenizer, benchmark
         self._held_out = eval_part(config) if config.eval_share else None
         template = special = None

@@ -6,14 +6,15 @@ The texts are data: the page shows them inert and hidden.
 import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dpo_dist.batching.example import TokenIds
-from dpo_dist.config.schema import DataConfig, SourceConfig, Truncation
+from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.encode import encode_pair
 from dpo_dist.data.formats import read_records
+from dpo_dist.data.lengths import without_limits
 from dpo_dist.data.records import BadRecord, PreferenceRecord
 from dpo_dist.data.sources import pinned
 from dpo_dist.insight.doctor.findings import Finding
@@ -27,7 +28,6 @@ _SAMPLED_RECORDS = 2000
 _EXAMPLES_OF_A_FINDING = 2
 _MAX_RESPONSES = 4
 _MAX_TOKENS, _MAX_CHARACTERS = 2000, 8000
-_UNLIMITED = 2**30
 
 Segment = tuple[str, str]
 """Consecutive tokens and what they are on the page: words of "special trained cut", or "omitted"."""
@@ -98,10 +98,8 @@ def _parts(
     """Return the reason why a record is dropped, and its parts with every token, also those that are cut."""
     if tokenizer is None:
         return "", _plain_parts(record)
-    unlimited = replace(
-        config, max_length=_UNLIMITED, max_prompt_length=None, truncation=Truncation.keep_start
-    )
-    whole, kept = encode_pair(record, tokenizer, unlimited), encode_pair(record, tokenizer, config)
+    whole = encode_pair(record, tokenizer, without_limits(config))
+    kept = encode_pair(record, tokenizer, config)
     if isinstance(whole, BadRecord):
         return whole.reason, _plain_parts(record)
     note = ""
