@@ -19,7 +19,7 @@ from dpo_dist.config.metrics import METRICS
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.foundation.files import collect_abandoned, for_json, staged_file, write_text
+from dpo_dist.foundation import files
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.objective.metrics import (
     AUC,
@@ -224,13 +224,12 @@ def write_scores(
         name: column.astype(int) if name.startswith("tokens") else column
         for name, column in (of_sides(values) if is_unpaired else named).items()
     }
-    with staged_file(file) as temporary, temporary.open("w", encoding="utf-8") as lines:
+    with files.staged_file(file) as temporary, temporary.open("w", encoding="utf-8") as lines:
         for index, label in enumerate(labels):
             origin = dataset.origin(index)
-            record = {"source": label, "file": origin.source, "line": origin.line}
             scores = {name: column[index].item() for name, column in columns.items()}
-            record |= {name: score if math.isfinite(score) else None for name, score in scores.items()}
-            lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+            record = {"source": label, "file": origin.source, "line": origin.line, **scores}
+            lines.write(files.json_line(files.for_json(record)))
 
 
 def write_worst(
@@ -260,7 +259,7 @@ def write_worst(
             for name, ids in {"prompt": example.prompt_ids, **texts}.items():
                 row[name] = str(tokenizer.decode(ids.tolist(), skip_special_tokens=False))
             lines.append(json.dumps(row) + "\n")
-    write_text(file, "".join(lines))
+    files.write_text(file, "".join(lines))
 
 
 def write_evaluation(
@@ -300,11 +299,11 @@ def write_evaluation(
     }
     named, newest = folder.evaluation_of(name), folder.evaluation
     for written in (named.path, newest.path):
-        collect_abandoned(written)
-    write_text(named.evaluated, json.dumps(evaluated, indent=1) + "\n")
+        files.collect_abandoned(written)
+    files.write_json(named.evaluated, evaluated)
     write_scores(named.scores, values, dataset, is_unpaired=config.loss.is_unpaired)
-    write_text(named.results, json.dumps(for_json(by_name), indent=1) + "\n")
+    files.write_json(named.results, by_name)
     for file, target in zip(named.files, newest.files, strict=True):
-        with staged_file(target) as temporary:
+        with files.staged_file(target) as temporary:
             shutil.copyfile(file, temporary)
     return by_name

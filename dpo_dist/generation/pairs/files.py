@@ -13,7 +13,7 @@ from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, check_counts, descr
 from dpo_dist.data.records import BadRecord, Dialogue, PreferenceRecord, Prompt, Response, turns_of
 from dpo_dist.data.sources import pinned
 from dpo_dist.foundation.errors import ConfigError, DataError
-from dpo_dist.foundation.files import staged_file, text_digest, write_text
+from dpo_dist.foundation.files import staged_file, text_digest, write_json, write_lines
 from dpo_dist.foundation.text import counted
 
 _NOT_ASKED = "prompts_dropped_"
@@ -71,9 +71,6 @@ def good_records(
         say(line)
 
 
-_ESCAPED = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
-
-
 def pair_fields(
     record: PreferenceRecord,
     responses: tuple[Response, Response],
@@ -124,20 +121,6 @@ def prompt_key(record: PreferenceRecord) -> str:
         prompt = [[turn.role, turn.content, dict(turn.fields)] for turn in prompt]
     content = {"prompt": prompt, "tools": list(record.tools), "arguments": dict(record.template_arguments)}
     return text_digest(json.dumps(content, sort_keys=True))
-
-
-def json_line(record: Mapping[str, Any]) -> str:
-    """Return a record as a line; line ends in texts are escaped, also those that only Unicode knows."""
-    return json.dumps(record, ensure_ascii=False, allow_nan=False).translate(_ESCAPED) + "\n"
-
-
-def write_lines(file: Path, records: Iterable[Mapping[str, Any]]) -> int:
-    """Write one JSON object per line; return their number."""
-    number = 0
-    with file.open("w", encoding="utf-8") as stream:
-        for number, record in enumerate(records, start=1):  # noqa: B007  (the last number is the result)
-            stream.write(json_line(record))
-    return number
 
 
 def _summary_file(file: Path) -> Path:
@@ -194,7 +177,7 @@ def write_results(
                 "settings": dict(settings),
                 "version": dpo_dist.__version__,
             }
-            write_text(_summary_file(file), json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+            write_json(_summary_file(file), summary)
     finally:
         for line in describe_counts(counts):
             say(line)

@@ -30,7 +30,7 @@ from dpo_dist.data.sources import pinned
 from dpo_dist.distributed.memory import return_memory
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError
-from dpo_dist.foundation.files import collect_abandoned, locked, staged_file, text_digest
+from dpo_dist.foundation.files import collect_abandoned, locked, staged_file, text_digest, write_lines
 from dpo_dist.foundation.text import counted
 from dpo_dist.generation.judges import Judge, Judgement, Question, open_judge
 from dpo_dist.generation.pairs.files import (
@@ -42,7 +42,6 @@ from dpo_dist.generation.pairs.files import (
     pair_fields,
     prompt_key,
     training_records,
-    write_lines,
     write_results,
 )
 from dpo_dist.generation.pairs.people import label_pairs

@@ -12,10 +12,10 @@ from typing import Any
 from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig, ParallelismConfig, ParallelismKind, RunConfig
 from dpo_dist.data.records import PreferenceRecord, turns_of
 from dpo_dist.distributed.memory import explain_out_of_memory
+from dpo_dist.foundation import files
 from dpo_dist.foundation.console import Console
-from dpo_dist.foundation.files import collect_abandoned, content_digest, staged_file, text_digest
 from dpo_dist.generation.judges import Judge, open_judge
-from dpo_dist.generation.pairs.files import prompt_key, write_lines
+from dpo_dist.generation.pairs.files import prompt_key
 from dpo_dist.generation.sampling.generate import Sampling
 from dpo_dist.generation.sampling.respond import Generate, ModelSource, Responder, find_model, respond
 from dpo_dist.training.context import Run, join
@@ -37,18 +37,18 @@ class Parts:
     def open(self) -> list[int]:
         """Return the indices of unfinished parts; create the folder, remove files of dead writers."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        collect_abandoned(self.folder)
+        files.collect_abandoned(self.folder)
         (self.folder / _FAILED).unlink(missing_ok=True)
         return [index for index in range(self.count) if not self.file(index).is_file()]
 
     def write(self, index: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Write a finished part."""
-        with staged_file(self.file(index)) as temporary:
-            write_lines(temporary, rows)
+        with files.staged_file(self.file(index)) as temporary:
+            files.write_lines(temporary, rows)
 
     def read(self, index: int) -> list[dict[str, Any]]:
         """Return the rows of a finished part."""
-        return [json.loads(line) for line in self.file(index).read_text(encoding="utf-8").splitlines()]
+        return list(files.read_lines(self.file(index)))
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class Prompts:
     @cached_property
     def digest(self) -> str:
         """The digest of all parts."""
-        return text_digest(json.dumps([list(map(prompt_key, part)) for part in self.parts]))
+        return files.text_digest(json.dumps([list(map(prompt_key, part)) for part in self.parts]))
 
     def stage(self, name: str, settings: Mapping[str, Any]) -> Parts:
         """Return the parts of a stage; other prompts or settings have another folder."""
-        digest = text_digest(json.dumps([self.digest, settings], sort_keys=True))[:16]
+        digest = files.text_digest(json.dumps([self.digest, settings], sort_keys=True))[:16]
         return Parts(self.root / f"{name}-{digest}", len(self.parts))
 
     def finish(self, title: str, parts: Parts, work: Callable[[int], list[dict[str, Any]]]) -> Parts:
@@ -131,7 +131,7 @@ def generation_settings(config: RunConfig, sampling: Sampling) -> dict[str, Any]
     data, model = config.data, config.model
     chat_template = data.chat_template
     if chat_template is not None and (file := Path(chat_template).expanduser()).is_file():
-        chat_template = content_digest([file])
+        chat_template = files.content_digest([file])
     return {
         "max_length": data.max_length,
         "max_prompt_length": data.max_prompt_length,

@@ -13,7 +13,7 @@ from dpo_dist.foundation import files
 from dpo_dist.foundation.text import number, without_secrets
 from dpo_dist.insight.compare.results import DIFFERENCES
 from dpo_dist.insight.pages.charts import Interval, Point, scatter
-from dpo_dist.insight.pages.render import estimate, json_rows, page, part
+from dpo_dist.insight.pages.render import estimate, page, part
 from dpo_dist.insight.pages.samples import Response, Shown, end_notes, prompt_items, response_of_data
 
 Row = Mapping[str, Any]
@@ -36,7 +36,7 @@ def write_comparison_page(folder: RunFolder, results: Row) -> None:
     """Write `comparison.html` from the content of `comparison.json`, and from `answers.jsonl`."""
     results = without_secrets(results)
     rates = _rates(results)
-    prompts = [_prompt(row, results) for row in json_rows(folder.comparison_answers) if row]
+    prompts = [_prompt(row, results) for row in files.read_lines(folder.comparison_answers) if row]
     items, omitted = prompt_items(prompts, MOST_BYTES - _FRAME_BYTES)
     labels = Counter(label for shown in prompts[: len(items)] for label in shown.labels)
     styles: list[list[object]] = []
