@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from dpo_dist.config.schema import (
 from dpo_dist.data.build import Progress, in_order, no_progress, prepare_dataset, tokenizer_digest
 from dpo_dist.data.dataset import PreferenceDataset, check_fits_loss, check_ids_in_vocabulary, open_dataset
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.records import Part, eval_part, train_part
+from dpo_dist.data.records import Part, Tokenizer, eval_part, train_part
 from dpo_dist.data.sources import pinned, source_labels
 from dpo_dist.data.store import EncodedSource
 from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
@@ -34,9 +34,6 @@ from dpo_dist.insight.doctor.shown_pairs import ShownPair, show_pairs
 from dpo_dist.insight.doctor.sources import Source
 from dpo_dist.insight.doctor.texts import Benchmark
 from dpo_dist.model.folder import description_folder, start_folder, tokenizer_folder
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 ProgressOf = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
 """From a title and a unit to a context with a progress function: `Console.progress`."""
@@ -93,7 +90,7 @@ def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | Non
 
 def examine(
     config: DataConfig,
-    tokenizer: "PreTrainedTokenizerBase | None",
+    tokenizer: "Tokenizer | None",
     benchmark: Benchmark | None = None,
     progress: Progress = no_progress,
 ) -> Diagnosis:
@@ -154,7 +151,7 @@ def _labelled(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]:
 
 def prepare(
     config: RunConfig,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: Tokenizer,
     folder: Path,
     vocab_size: int,
     progress: Progress = no_progress,

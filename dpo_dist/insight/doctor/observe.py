@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import combinations, islice
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from dpo_dist.config.schema import DataConfig, OnBadRecord
 from dpo_dist.data.encode import EncodedExample, EncodedRecord, encode_record
 from dpo_dist.data.escape import any_of
 from dpo_dist.data.lengths import without_limits
-from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord, eval_part, prompt_hash
+from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord, Tokenizer, eval_part, prompt_hash
 from dpo_dist.data.template import chosen_template
 from dpo_dist.insight.doctor.findings import RULE_OF
 from dpo_dist.insight.doctor.texts import (
@@ -27,9 +26,6 @@ from dpo_dist.insight.doctor.texts import (
     text_names,
     texts_of,
 )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 SIDES = ("prompt", "chosen", "rejected")
 Lengths = tuple[int, int, int]
@@ -87,7 +83,7 @@ class Observer:
     def __init__(
         self,
         config: DataConfig,
-        tokenizer: "PreTrainedTokenizerBase | None",
+        tokenizer: "Tokenizer | None",
         benchmark: Benchmark | None = None,
     ):
         self._config = replace(config, on_bad_record=OnBadRecord.drop)
@@ -147,9 +143,7 @@ class Observer:
         facts.names = tuple(sorted(names | {RULE_OF[name] for name in names if name in RULE_OF}))
         return facts
 
-    def _encode(
-        self, record: PreferenceRecord, facts: Facts, tokenizer: "PreTrainedTokenizerBase"
-    ) -> set[str]:
+    def _encode(self, record: PreferenceRecord, facts: Facts, tokenizer: Tokenizer) -> set[str]:
         """Add the facts about the record's tokens; return the names that they give to a kept record."""
         whole = encoded = encode_record(record, self._config, tokenizer)
         if isinstance(encoded, BadRecord) or not _CUT.isdisjoint(encoded.example.changes):
