@@ -25,8 +25,8 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import counted, duration, size
 from dpo_dist.insight.tables import aligned
 from dpo_dist.model.flops import REACHED_SHARES, matmul_peak, recomputed_share, step_flops
-from dpo_dist.model.folder import description_folder, start_folder, tokenizer_folder
-from dpo_dist.model.load import load_config, load_tokenizer, without_weights
+from dpo_dist.model.folder import description_folder, start_folder
+from dpo_dist.model.load import load_config, without_weights
 from dpo_dist.training.footprint import Footprint, footprint, state_bytes
 
 Progress = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
@@ -175,18 +175,8 @@ def _data(config: RunConfig, progress: Progress) -> _Data:
         return _Data(*given, "assumed; set plan.pairs and plan.tokens_per_pair")
     from dpo_dist.insight.doctor.examine import prepare  # noqa: PLC0415  (slow)
 
-    folder = description_folder(config.model.path, config.model.revision, needs_weights=False)
-    tokenizer_files = tokenizer_folder(folder, start_folder(config.model))
-    tokenizer = load_tokenizer(tokenizer_files, config.model)
-    datasets, _ = prepare(
-        *(config, tokenizer, tokenizer_files, len(tokenizer)),
-        lambda source: progress(f"encoding {source}", "record"),
-    )
-    used = [
-        (of_source[0], source.weight)
-        for of_source, source in zip(datasets, sources, strict=False)
-        if of_source
-    ]
+    of_sources = zip(prepare(config, progress).datasets, sources, strict=False)  # then those of evaluation
+    used = [(datasets[0], source.weight) for datasets, source in of_sources if datasets]
     pairs = max(1, round(sum(len(dataset) * weight for dataset, weight in used)))
     tokens = sum(int(dataset.piece_tokens.sum()) * weight for dataset, weight in used) / pairs
     return _Data(plan.pairs or pairs, plan.tokens_per_pair or tokens, "of data.train")
