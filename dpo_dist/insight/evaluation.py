@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from itertools import chain, repeat
 from pathlib import Path
 from statistics import NormalDist
@@ -39,6 +39,7 @@ ALL = "all"
 """The name of the results of all pairs."""
 RESAMPLES = 1000
 LEVEL = 0.95
+_ENDS = (1 - LEVEL) / 2, 1 - (1 - LEVEL) / 2
 _WORST = 8
 FEWEST_PROMPTS = 6
 """Prompts that an interval needs. By an even chance five have the same outcome in 2 * 0.5**5 = 6 % of cases,
@@ -66,22 +67,24 @@ def bootstrap_intervals(
     number = int(clusters.max()) + 1
     columns = [column for pair in measured.values() for column in pair]
     table = np.stack([np.bincount(clusters, column, number) for column in columns], axis=1)
-    generator = np.random.default_rng(seed)
-    totals = np.empty((RESAMPLES, len(columns)))
-    for resample in range(RESAMPLES):
-        drawn = np.bincount(generator.integers(0, number, number), minlength=number)
-        totals[resample] = drawn @ table
+    totals = np.stack([drawn @ table for drawn in _resamples(number, seed)])
     values, counts = totals[:, ::2], totals[:, 1::2]
     counted = np.count_nonzero(table[:, 1::2], axis=0)
-    outside = (1 - LEVEL) / 2
     intervals = {}
     for index, name in enumerate(measured):
         if counted[index] >= FEWEST_PROMPTS and (counts[:, index] > 0).all():
-            low, high = np.quantile(values[:, index] / counts[:, index], (outside, 1 - outside))
+            low, high = np.quantile(values[:, index] / counts[:, index], _ENDS)
             intervals[name] = float(low), float(high)
             if name in lowest:
                 intervals[name] = _with_width(float(low), float(high), int(counted[index]), lowest[name])
     return intervals
+
+
+def _resamples(number: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield how often each of so many prompts is drawn in a resample."""
+    generator = np.random.default_rng(seed)
+    for _ in range(RESAMPLES):
+        yield np.bincount(generator.integers(0, number, number), minlength=number)
 
 
 def _with_width(low: float, high: float, counted: int, lowest: float) -> tuple[float, float]:
@@ -114,17 +117,13 @@ def contrasts(
     if not np.isfinite([*estimates, *different]).all():
         return {}
     _, clusters = np.unique(prompts, return_inverse=True)
-    number, outside = int(clusters.max()) + 1, (1 - LEVEL) / 2
     counted = min(len(np.unique(prompts[side])) for side in (is_good, ~is_good))
     of_margin: tuple[float, float] | None = None
     of_auc: tuple[float, float] | None = None
     if counted >= FEWEST_PROMPTS:
-        generator = np.random.default_rng(seed)
-        draws = (
-            np.bincount(generator.integers(0, number, number), minlength=number) for _ in range(RESAMPLES)
-        )
+        draws = _resamples(int(clusters.max()) + 1, seed)
         table = [measure(drawn[clusters].astype(float)) for drawn in draws]
-        ends = np.quantile(table, (outside, 1 - outside), axis=0)
+        ends = np.quantile(table, _ENDS, axis=0)
         if np.isfinite(ends).all():  # else some resample lacks a label
             (low, worst), (high, best) = ends.tolist()
             of_margin, of_auc = (low, high), _with_width(worst, best, counted, 0.0)
