@@ -9,26 +9,12 @@ from typing import Any, TypeAlias
 import dpo_dist
 from dpo_dist.config.keys import as_written
 from dpo_dist.config.schema import DataConfig, RunConfig, SourceConfig
-from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, check_counts, describe_dropped, in_words
+from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, check_counts, count_lines, describe_dropped
 from dpo_dist.data.records import BadRecord, Dialogue, PreferenceRecord, Prompt, Response, turns_of
 from dpo_dist.data.sources import pinned
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import staged_file, text_digest, write_json, write_lines
 from dpo_dist.foundation.text import counted
-
-_NOT_ASKED = "prompts_dropped_"
-
-
-def describe_counts(counts: Mapping[str, int]) -> list[str]:
-    """Return a line for each count: its number, name and meaning."""
-    return [
-        f"  {number:,} {name}: "
-        + ("prompts that are not asked: " if name.startswith(_NOT_ASKED) else "")
-        + in_words(name.removeprefix(_NOT_ASKED))
-        for name, number in sorted(counts.items())
-        if number
-    ]
-
 
 Read: TypeAlias = Callable[[SourceConfig], Iterator[PreferenceRecord | BadRecord]]
 """`read_records` or `read_prompts`."""
@@ -179,6 +165,6 @@ def write_results(
             }
             write_json(_summary_file(file), summary)
     finally:
-        for line in describe_counts(counts):
+        for line in count_lines(counts):
             say(line)
     say(f"{counted(number, 'pair')}: {file}")

@@ -16,6 +16,7 @@ import dpo_dist
 from dpo_dist.batching.example import Example
 from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import FusedLayers, RunConfig
+from dpo_dist.data.counts import NOT_ASKED, count_lines
 from dpo_dist.data.formats import read_prompts
 from dpo_dist.data.records import Dialogue, PreferenceRecord, Prompt, eval_part, prompt_hash, turns_of
 from dpo_dist.data.sources import pinned, source_labels
@@ -27,7 +28,7 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.text import counted
 from dpo_dist.generation.judges import Judge, open_judge
-from dpo_dist.generation.pairs.files import describe_counts, good_records, prompt_key
+from dpo_dist.generation.pairs.files import good_records, prompt_key
 from dpo_dist.generation.pairs.run import check_model, first_records, passed
 from dpo_dist.generation.sampling.generate import Request, Sample, Sampling, generate
 from dpo_dist.generation.sampling.prompts import (
@@ -287,7 +288,7 @@ def _rows(
         for record, row, judgement in zip(records, rows, judgements, strict=True):
             counts.update(judgement.get("counts", {}))
             if dropped := next(filter(None, (reason for reason, _ in row)), None):
-                counts[f"prompts_dropped_{dropped}"] += 1
+                counts[NOT_ASKED + dropped] += 1
                 continue
             scores, key = judgement.get("scores", [None] * len(speakers)), prompt_key(record)
             answer: Row = {
@@ -337,7 +338,7 @@ def _write(
             raise DataError(
                 "no prompt can be used with every model",
                 where="data.eval",
-                got="; ".join(line.strip() for line in describe_counts(counts)),
+                got="; ".join(line.strip() for line in count_lines(counts)),
                 remedy="raise data.max_length, lower compare.max_new_tokens, or use other data",
             )
         sections = comparison(files.read_lines(temporary), names)
@@ -358,7 +359,7 @@ def _write(
     }
     written: dict[str, Any] = files.for_json(results)
     files.write_json(folder.comparison_results, written)
-    for line in describe_counts(counts + Counter(prompts=sections["prompts"])) if +counts else []:
+    for line in count_lines(counts + Counter(prompts=sections["prompts"])) if +counts else []:
         console.say(line)
     return written
 
