@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -40,11 +40,6 @@ class Parts:
         files.collect_abandoned(self.folder)
         (self.folder / _FAILED).unlink(missing_ok=True)
         return [index for index in range(self.count) if not self.file(index).is_file()]
-
-    def write(self, index: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write a finished part."""
-        with files.staged_file(self.file(index)) as temporary:
-            files.write_lines(temporary, rows)
 
     def read(self, index: int) -> list[dict[str, Any]]:
         """Return the rows of a finished part."""
@@ -87,7 +82,9 @@ class Prompts:
                     if flag.exists():
                         return
                     with explain_out_of_memory(title, self.remedy):
-                        parts.write(index, work(index))
+                        rows = work(index)
+                    with files.staged_file(parts.file(index)) as temporary:
+                        files.write_lines(temporary, rows)
                     show(done, len(share))
             except BaseException:
                 with contextlib.suppress(OSError):
