@@ -11,7 +11,7 @@ import yaml
 from dpo_dist.batching.sampler import BatchSampler
 from dpo_dist.config.schema import DataConfig, TextTemplate
 from dpo_dist.data.lengths import SourceLengths, fitting_limits
-from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN, BadRecord
+from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN, BadRecord, Record
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.text import counted
 
@@ -94,6 +94,15 @@ class DataCounts:
                 counts.changed[name] += records * times
         counts.read = counts.kept + counts.dropped.total()
         return counts
+
+    def add(self, record: Record) -> None:
+        """Count a record that is not encoded."""
+        self.read += 1
+        if isinstance(record, BadRecord):
+            self.dropped[record.reason] += 1
+            self.examples += [str(record)][: SHOWN_EXAMPLES - len(self.examples)]
+        else:
+            self.kept += 1
 
     def numbers(self) -> dict[str, Any]:
         """Return the counts without examples, for JSON."""

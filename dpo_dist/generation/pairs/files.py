@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import dpo_dist
 from dpo_dist.config.keys import as_written
 from dpo_dist.config.schema import DataConfig, RunConfig, SourceConfig
-from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, check_counts, count_lines, describe_dropped
+from dpo_dist.data.counts import DataCounts, check_counts, count_lines, describe_dropped
 from dpo_dist.data.records import BadRecord, Dialogue, PreferenceRecord, Prompt, Response, turns_of
 from dpo_dist.data.sources import pinned
 from dpo_dist.foundation.errors import ConfigError, DataError
@@ -44,13 +44,9 @@ def good_records(
     """
     counts = DataCounts()
     while not enough() and (record := next(records, None)) is not None:
-        counts.read += 1
+        counts.add(record)
         if isinstance(record, PreferenceRecord):
-            counts.kept += 1
             yield record
-        else:
-            counts.dropped[record.reason] += 1
-            counts.examples += [str(record)] if len(counts.examples) < SHOWN_EXAMPLES else []
     check_counts(counts, source.path, data, of_first=of_first)
     say(f"{source.path}: {counts.kept:,} of {counted(counts.read, 'record')} kept")
     for line in describe_dropped(counts.dropped):
