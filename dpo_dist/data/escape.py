@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import tokenizers
 
-from dpo_dist.data.records import Message, Tokenizer, UnusableRecordError
+from dpo_dist.data.records import Tokenizer, UnusableRecordError
 from dpo_dist.foundation.errors import ConfigError
 
 THOUGHT_TAGS = ("<think>", "</think>")
@@ -104,14 +104,8 @@ def alias_of(token: str) -> str:
 
 def has_reserved(value: Any) -> bool:
     """Return whether a text of messages or of a nested value, or a key of it, has the reserved character."""
-    match value:
-        case str():
-            return RESERVED_CHARACTER in value
-        case Message():
-            return has_reserved((value.content, value.fields))
-        case Mapping():
-            return any(has_reserved(part) for item in value.items() for part in item)
-    return isinstance(value, list | tuple) and any(map(has_reserved, value))
+    plain = json.dumps(value, ensure_ascii=False, default=lambda part: getattr(part, "__dict__", None))
+    return RESERVED_CHARACTER in plain
 
 
 Encoded: TypeAlias = tuple[list[int], list[int]]
