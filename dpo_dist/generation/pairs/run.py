@@ -70,10 +70,6 @@ from dpo_dist.model.folder import description_folder
 from dpo_dist.training.context import Run
 
 _MODELS = "pairs.models"
-_MEMORY_REMEDY = (
-    "lower pairs.max_new_tokens; each process loads whole models onto its GPU: "
-    "larger ones cannot respond or judge"
-)
 PART_PROMPTS = 64
 """Prompts of one part of the work: processes share the parts, and finished ones are not repeated."""
 
@@ -269,7 +265,7 @@ def pairs_from_models(run: Run) -> None:
     config, world, console, folder, pairs = run.config, run.world, run.console, run.folder, run.config.pairs
     with console.heartbeat("reading prompts"):
         records = world.on_main(lambda: different_prompts(config, console.say))
-    prompts = Prompts(run, folder.pairs_parts, in_parts(records, PART_PROMPTS), _MEMORY_REMEDY)
+    prompts = Prompts(run, folder.pairs_parts, in_parts(records, PART_PROMPTS), "pairs.max_new_tokens")
     models = [find_together(name, run, _MODELS) for name in responding_models(config)]
     judge, described = judge_of(run)
     sampling = Sampling(

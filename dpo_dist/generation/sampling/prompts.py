@@ -50,14 +50,14 @@ class Parts:
 class Prompts:
     """Different prompts in parts, which the processes of `run` share.
 
-    Each stage of the work, such as responses or scores, has a folder below `root`. `remedy`: what to do if
+    Each stage of the work, such as responses or scores, has a folder below `root`. `key`: what to lower if
     memory runs out. `finish` and `responses` are collective.
     """
 
     run: Run
     root: Path
     parts: Sequence[Sequence[PreferenceRecord]]
-    remedy: str
+    key: str
 
     @cached_property
     def digest(self) -> str:
@@ -75,13 +75,14 @@ class Prompts:
         with console.heartbeat(f"{title}: looking for parts"):
             unfinished = world.on_main(parts.open)
         share = unfinished[world.rank :: world.size]
+        remedy = f"lower {self.key}; each process loads whole models onto its GPU: larger ones cannot be used"
 
         def my_parts() -> None:
             try:
                 for done, index in enumerate(share, start=1):
                     if flag.exists():
                         return
-                    with explain_out_of_memory(title, self.remedy):
+                    with explain_out_of_memory(title, remedy):
                         rows = work(index)
                     with files.staged_file(parts.file(index)) as temporary:
                         files.write_lines(temporary, rows)

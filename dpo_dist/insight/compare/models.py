@@ -57,10 +57,6 @@ PART_PROMPTS = 16
 """Prompts of one part: processes share the parts, and finished ones are not repeated."""
 BATCH_TOKENS = 16384
 """Most tokens of a batch of one process: its rows times the longest prompt with its response."""
-_REMEDY = (
-    "lower compare.max_new_tokens; each process loads whole models onto its GPU: "
-    "larger ones cannot be compared"
-)
 
 
 def held_out(config: RunConfig, say: Callable[[str], None]) -> tuple[list[PreferenceRecord], dict[str, str]]:
@@ -219,7 +215,8 @@ def compare_models(config: RunConfig, models: Sequence[Compared], console: Conso
         world = run.world
         with console.heartbeat("reading prompts"):
             records, labels = world.on_main(lambda: held_out(config, console.say))
-        prompts = Prompts(run, folder.comparison_parts, in_parts(records, PART_PROMPTS), _REMEDY)
+        parts = in_parts(records, PART_PROMPTS)
+        prompts = Prompts(run, folder.comparison_parts, parts, "compare.max_new_tokens")
         judge, described = judge_of(run)
         speakers = []
         for model in models:
