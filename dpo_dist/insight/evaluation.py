@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 from collections.abc import Hashable, Iterator, Mapping
-from itertools import chain, repeat
 from pathlib import Path
 from statistics import NormalDist
 from types import MappingProxyType
@@ -216,8 +215,7 @@ def write_scores(
     A record has `source` (its label), `file` and `line`, then rewards, log-probs in nats and lengths in
     tokens of both sides. Values that do not exist (of a reference, if there is none) are null.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    labels = chain.from_iterable(map(repeat, dataset.source_labels, dataset.source_pairs))
+    labels = np.repeat(dataset.source_labels, dataset.source_pairs).tolist()
     named = {name.replace("reference_", "reference_logp_"): each for name, each in values.named.items()}
     columns = {
         name: column.astype(int) if name.startswith("tokens") else column
@@ -276,10 +274,8 @@ def write_evaluation(
     `model`: its path; `revision`: its commit, if it is from the hub. `means`: exact, of all metrics.
     """
     folder, sources = RunFolder.of(config), dataset.counts["sources"]
-    members, start = dict[str, Mask](), 0
-    for label, pairs in zip(dataset.source_labels, dataset.source_pairs, strict=True):
-        members.setdefault(label, np.zeros(len(dataset), dtype=np.bool_))[start : start + pairs] = True
-        start += pairs
+    labels = np.repeat(dataset.source_labels, dataset.source_pairs)
+    members = {label: labels == label for label in dataset.source_labels}
     by_name = results(
         means,
         values,
