@@ -12,7 +12,6 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.console import open_console
 from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.insight.compare.start import check_comparison
-from dpo_dist.insight.tables import comparison_table
 
 
 def main(config: RunConfig) -> int:
@@ -20,7 +19,7 @@ def main(config: RunConfig) -> int:
     models, folder = check_comparison(config), RunFolder.of(config)
     with open_console(folder.rank_log, config.console.style) as console:
         from dpo_dist.insight.compare.models import compare_models  # noqa: PLC0415  (slow, prints)
-        from dpo_dist.insight.pages.compare import write_comparison_page  # noqa: PLC0415
+        from dpo_dist.insight.pages.compare import comparison_table, write_comparison_page  # noqa: PLC0415
 
         results = compare_models(config, models, console)
         if results is not None:

@@ -13,7 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import pyarrow as pa
 
@@ -22,15 +22,12 @@ from dpo_dist.config.user_code import find_function
 from dpo_dist.data.columns import READER
 from dpo_dist.data.encode import encode_records
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.records import ALL_RECORDS, Part, Record
+from dpo_dist.data.records import ALL_RECORDS, Part, Record, Tokenizer
 from dpo_dist.data.sources import file_kind, local_files, pinned, source_identity, source_labels
 from dpo_dist.data.store import MEMO_FOLDER, EncodedSource, write_source
 from dpo_dist.data.template import check_template_keys, chosen_template
 from dpo_dist.foundation.errors import DataError, PeerLostError
 from dpo_dist.foundation.files import collect_abandoned, content_digest, file_identity, text_digest
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Records: TypeAlias = Sequence[Record]
 Result = TypeVar("Result")
@@ -62,7 +59,7 @@ def no_progress(_source: str) -> AbstractContextManager[Callable[[int], None]]:
 def prepare_dataset(
     sources: Sequence[SourceConfig],
     config: DataConfig,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: Tokenizer,
     digest: str,
     progress: Progress = no_progress,
     part: Part = ALL_RECORDS,

@@ -11,12 +11,14 @@ import yaml
 from dpo_dist.batching.sampler import BatchSampler
 from dpo_dist.config.schema import DataConfig, TextTemplate
 from dpo_dist.data.lengths import SourceLengths, fitting_limits
-from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN, BadRecord
+from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN, BadRecord, Record
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.text import counted
 
 SHOWN_EXAMPLES = 20
 _NAMED_EXAMPLES = 3
+NOT_ASKED = "prompts_dropped_"
+"""Before the reason for which a prompt is not asked, in the name of a count."""
 EMPTY_REMEDY = "check the path, or remove the source"
 _TABLE: dict[str, dict[str, list[str]]] = yaml.safe_load(
     Path(__file__).with_name("counts.yaml").read_text(encoding="utf-8")
@@ -26,6 +28,8 @@ _ROWS = {name: row for rows in _TABLE.values() for name, row in rows.items()}
 
 def in_words(name: str) -> str:
     """Return the meaning of a count or of a reason; an unknown name with spaces."""
+    if name.startswith(NOT_ASKED):
+        return f"prompts that are not asked: {in_words(name.removeprefix(NOT_ASKED))}"
     if name.startswith("unread_") and name not in _ROWS:
         return f"the field {name.removeprefix('unread_')} is not read"
     return _ROWS[name][0] if name in _ROWS else name.replace("_", " ")
@@ -91,6 +95,15 @@ class DataCounts:
         counts.read = counts.kept + counts.dropped.total()
         return counts
 
+    def add(self, record: Record) -> None:
+        """Count a record that is not encoded."""
+        self.read += 1
+        if isinstance(record, BadRecord):
+            self.dropped[record.reason] += 1
+            self.examples += [str(record)][: SHOWN_EXAMPLES - len(self.examples)]
+        else:
+            self.kept += 1
+
     def numbers(self) -> dict[str, Any]:
         """Return the counts without examples, for JSON."""
         whole = {"read": self.read, "kept": self.kept, "pairs": self.pairs}
@@ -111,14 +124,16 @@ def in_one_line(counts: Mapping[str, int]) -> str:
     )
 
 
+def count_lines(counts: Mapping[str, int]) -> list[str]:
+    """Return a line for each count: its number, name and meaning."""
+    return [f"  {number:,} {name}: {in_words(name)}" for name, number in sorted(counts.items()) if number]
+
+
 def describe_counts(name: str, counts: Mapping[str, Any]) -> list[str]:
     """Return lines for the screen: kept, dropped and changed records; of each source also how it was read."""
     lines = [f"{name} data: {_kept(counts)}", *describe_dropped(counts["dropped"])]
-    lines += [
-        f"  {number:,} {change}: {in_words(change)}"
-        for change, number in sorted(counts.items())
-        if isinstance(number, int) and number and change not in ("read", "kept", "pairs")
-    ]
+    numbers = {change: number for change, number in counts.items() if isinstance(number, int)}
+    lines += count_lines({change: numbers[change] for change in numbers.keys() - {"read", "kept", "pairs"}})
     for source in counts["sources"]:
         shown = f"{source['path']}: {counted(source['kept'], 'record')}"
         if len(counts["sources"]) > 1:

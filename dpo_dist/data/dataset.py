@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,13 +23,10 @@ from dpo_dist.config.schema import DataConfig
 from dpo_dist.config.user_code import accepts_facts
 from dpo_dist.data.columns import VOTES
 from dpo_dist.data.counts import check_counts, check_split
-from dpo_dist.data.records import Origin
+from dpo_dist.data.records import Origin, Tokenizer
 from dpo_dist.data.store import Array, EncodedSource, columns_of, counts_of, lengths_of, read_source
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import text_digest
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -359,9 +356,7 @@ def count_shared_prompts(dataset: PreferenceDataset, other: PreferenceDataset) -
     return int(np.isin(np.asarray(dataset.prompt_hashes[:]), np.asarray(other.prompt_hashes[:])).sum())
 
 
-def check_ids_in_vocabulary(
-    dataset: PreferenceDataset, tokenizer: "PreTrainedTokenizerBase", vocab_size: int
-) -> None:
+def check_ids_in_vocabulary(dataset: PreferenceDataset, tokenizer: Tokenizer, vocab_size: int) -> None:
     """Check that the model has an embedding of every token id in the data. Raises ConfigError.
 
     Tokenizers often have more tokens than their model; these (a padding token) never occur in text.

@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,7 @@ from dpo_dist.data.records import (
     Part,
     PreferenceRecord,
     Record,
+    Tokenizer,
     UnusableRecordError,
     bad_record_error,
     prompt_hash,
@@ -32,9 +33,6 @@ from dpo_dist.data.render import Rendered, TokenizerFacts, render_record, tokeni
 from dpo_dist.data.store import SCHEMA
 from dpo_dist.data.template import Span
 from dpo_dist.foundation.errors import ConfigError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +46,7 @@ class EncodedExample(Example):
 
 
 def encode_pair(
-    record: PreferenceRecord, tokenizer: "PreTrainedTokenizerBase", data_config: DataConfig
+    record: PreferenceRecord, tokenizer: Tokenizer, data_config: DataConfig
 ) -> EncodedExample | BadRecord:
     """Encode one record within the configured lengths; a bad record returns its reason.
 
@@ -253,7 +251,7 @@ class EncodedRecord:
 
 
 def encode_record(
-    record: PreferenceRecord, config: DataConfig, tokenizer: "PreTrainedTokenizerBase"
+    record: PreferenceRecord, config: DataConfig, tokenizer: Tokenizer
 ) -> EncodedRecord | BadRecord:
     """Encode the training examples of a record; errors and bad records as `encode_pair`."""
     ranks, ties = training_examples(record, config.ranked)
@@ -274,7 +272,7 @@ def encode_record(
 def encode_records(
     records: Sequence[Record],
     config: DataConfig,
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: Tokenizer,
     part: Part = ALL_RECORDS,
 ) -> pa.RecordBatch:
     """Encode the `records` of `part` as rows of `store.SCHEMA`; unusable ones are dropped with a reason."""

@@ -7,16 +7,12 @@ from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
-from tokenizers import AddedToken, Tokenizer
+import tokenizers
 
-from dpo_dist.data.records import Message, UnusableRecordError
+from dpo_dist.data.records import Tokenizer, UnusableRecordError
 from dpo_dist.foundation.errors import ConfigError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 
 THOUGHT_TAGS = ("<think>", "</think>")
 
@@ -108,14 +104,8 @@ def alias_of(token: str) -> str:
 
 def has_reserved(value: Any) -> bool:
     """Return whether a text of messages or of a nested value, or a key of it, has the reserved character."""
-    match value:
-        case str():
-            return RESERVED_CHARACTER in value
-        case Message():
-            return has_reserved((value.content, value.fields))
-        case Mapping():
-            return any(has_reserved(part) for item in value.items() for part in item)
-    return isinstance(value, list | tuple) and any(map(has_reserved, value))
+    plain = json.dumps(value, ensure_ascii=False, default=lambda part: getattr(part, "__dict__", None))
+    return RESERVED_CHARACTER in plain
 
 
 Encoded: TypeAlias = tuple[list[int], list[int]]
@@ -123,7 +113,7 @@ Encoded: TypeAlias = tuple[list[int], list[int]]
 
 
 def tokenized(
-    tokenizer: "PreTrainedTokenizerBase",
+    tokenizer: Tokenizer,
     texts: Sequence[str],
     *,
     literal: bool = False,
@@ -154,13 +144,11 @@ def tokenized(
     return [(ids, []) for ids in encoded["input_ids"]]
 
 
-def _with_backend(
-    tokenizer: "PreTrainedTokenizerBase", change: Callable[[dict[str, Any]], Any]
-) -> "PreTrainedTokenizerBase":
+def _with_backend(tokenizer: Tokenizer, change: Callable[[dict[str, Any]], Any]) -> Tokenizer:
     """Return a copy with each object of the tokenizer's description changed."""
     changed = copy.deepcopy(tokenizer)
     described = json.loads(changed.backend_tokenizer.to_str(), object_hook=change)
-    changed._tokenizer = Tokenizer.from_str(json.dumps(described))
+    changed._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(described))
     return changed
 
 
@@ -190,7 +178,7 @@ _ANCHOR = f"{RESERVED_CHARACTER}anchor{RESERVED_CHARACTER}"
 class EscapedEncoder:
     """A tokenizer, and copies of it that encode spelled control tokens as text; a pattern of added tokens."""
 
-    _tokenizer: "PreTrainedTokenizerBase"
+    _tokenizer: Tokenizer
     _marks: Marks
     _added: re.Pattern[str]
 
@@ -239,7 +227,7 @@ class EscapedEncoder:
         return ids[1:] + later, positions
 
     def _encode_literally(
-        self, escaped: Sequence[str], tokenizer: "PreTrainedTokenizerBase", with_starts: bool
+        self, escaped: Sequence[str], tokenizer: Tokenizer, with_starts: bool
     ) -> list[Encoded]:
         aliased = [self._marks.with_aliases(text) for text in escaped]
         spelled = [text for text, _ in aliased]
@@ -257,7 +245,7 @@ class EscapedEncoder:
         ]
 
     @cached_property
-    def _literal_copy(self) -> "PreTrainedTokenizerBase":
+    def _literal_copy(self) -> Tokenizer:
         """Encodes spelled control tokens as text; their aliases are tokens, which strip spaces as they do."""
         tokens = set(self._marks.tokens)
 
@@ -269,15 +257,15 @@ class EscapedEncoder:
         else:
             changed = copy.deepcopy(self._tokenizer)
         added = {str(token): token for token in self._tokenizer.added_tokens_decoder.values()}
-        known = [AddedToken(_ANCHOR, normalized=False, special=False)]
+        known = [tokenizers.AddedToken(_ANCHOR, normalized=False, special=False)]
         for token in self._marks.tokens:
             strip = {"lstrip": added[token].lstrip, "rstrip": added[token].rstrip} if token in added else {}
-            known.append(AddedToken(alias_of(token), normalized=False, special=False, **strip))
+            known.append(tokenizers.AddedToken(alias_of(token), normalized=False, special=False, **strip))
         changed.add_tokens(known)
         return changed
 
     @cached_property
-    def _continuation_copy(self) -> "PreTrainedTokenizerBase":
+    def _continuation_copy(self) -> Tokenizer:
         """The same without a space at the start of a text or after an added token."""
         copied = self._literal_copy
         return _with_backend(copied, _without_first_space) if copied.is_fast else copied

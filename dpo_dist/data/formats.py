@@ -7,7 +7,6 @@ and a row to `FORMATS`. `messages` reads the texts and messages in these fields.
 import itertools
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 from dpo_dist.config.losses import NUMBERS
 from dpo_dist.config.schema import DataConfig, DataFormat, OnBadRecord, SourceConfig
 from dpo_dist.data.columns import FIRST_RECORDS, VOTES, resolved, with_columns
-from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome, check_counts
+from dpo_dist.data.counts import DataCounts, check_counts
 from dpo_dist.data.messages import (
     MEDIA,
     Reader,
@@ -121,20 +120,16 @@ def check_source(source: SourceConfig, config: DataConfig | None = None) -> None
         if constants.HF_HUB_OFFLINE:
             pinned(source)  # its cache must have the dataset
         return
-    is_usable, first = config is None, list[BadRecord]()
-    outcomes = Counter[Outcome]()
+    counts = DataCounts()
     # Sorted data can begin with many records without a response.
-    for number, record in enumerate(read_records(source), start=1):
-        if isinstance(record, BadRecord):
-            if config is not None and config.on_bad_record is OnBadRecord.error:
-                raise bad_record_error(record)
-            first += [record] if len(first) < SHOWN_EXAMPLES else []
-            outcomes[Outcome(dropped=record.reason)] += 1
-        is_usable |= isinstance(record, PreferenceRecord)
-        if is_usable and number > FIRST_RECORDS:
+    for record in read_records(source):
+        if isinstance(record, BadRecord) and config and config.on_bad_record is OnBadRecord.error:
+            raise bad_record_error(record)
+        counts.add(record)
+        if counts.read > FIRST_RECORDS and (config is None or counts.kept):
             return
-    if config is not None and not is_usable:
-        check_counts(DataCounts.of(outcomes, first), source.path, config)
+    if config is not None and not counts.kept:
+        check_counts(counts, source.path, config)
 
 
 def _parse(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from dpo_dist.batching.example import Example, response_key
+from dpo_dist.batching.example import response_keys
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.data.store import Array
@@ -56,13 +56,8 @@ def with_partners(dataset: PreferenceDataset, max_length: int) -> PreferenceData
         trained_tokens=beside(dataset.trained_tokens, trained.astype(dataset.trained_tokens.dtype)),
         truncated=beside(dataset.truncated, dataset.truncated[partner] | is_cut),
     )
-    keys = b"".join(_key(extended.example(index, [1])) for index in range(len(dataset)))
-    partner_keys = np.frombuffer(keys, dtype=np.uint64).reshape(-1, 2)
+    partner_keys = response_keys(extended.example(index, [1]) for index in range(len(dataset)))
     return replace(extended, keys=beside(dataset.keys, partner_keys))
-
-
-def _key(example: Example) -> bytes:
-    return response_key(example.prompt_ids, example.responses[0])
 
 
 def _partners(dataset: PreferenceDataset, start: int, stop: int) -> Indices:

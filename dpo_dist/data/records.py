@@ -9,13 +9,16 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.config.schema import DataConfig, Ranked
 from dpo_dist.foundation.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 FIRST_TURN, LAST_TURN = "\n\nHuman:", "\n\nAssistant:"
 DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -24,7 +27,8 @@ HELD_OUT, LEFT_IN_TRAIN = "held_out_for_eval", "left_in_train"
 _MAX_SHOWN_CHARACTERS = 40
 _MAX_SHOWN_WORDS = 3
 
-
+Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
+"""A name for annotations: transformers takes seconds to import."""
 Fields: TypeAlias = Mapping[str, Any]
 """The fields of an input record, or of a part of it, by name."""
 

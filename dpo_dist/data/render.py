@@ -9,11 +9,18 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING
 
 from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig, TextTemplate
 from dpo_dist.data.escape import THOUGHT_TAGS, EscapedEncoder, Marks, any_of
-from dpo_dist.data.records import Dialogue, Fields, Message, Messages, PreferenceRecord, UnusableRecordError
+from dpo_dist.data.records import (
+    Dialogue,
+    Fields,
+    Message,
+    Messages,
+    PreferenceRecord,
+    Tokenizer,
+    UnusableRecordError,
+)
 from dpo_dist.data.template import (
     ChatRenderer,
     Forms,
@@ -26,9 +33,6 @@ from dpo_dist.data.template import (
     turn_tokens,
 )
 from dpo_dist.foundation.errors import ConfigError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
 CALLS = "tool_calls"
@@ -46,7 +50,7 @@ _FOREIGN_MARKS = (*_FOREIGN_STARTS, "[INST]", "<|im_end|>", "<|eot_id|>")
 class TokenizerFacts:
     """A tokenizer with its probed properties; `chat` is None if it has no chat template."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str | None):
+    def __init__(self, tokenizer: Tokenizer, template: str | None):
         self.tokenizer, chat_template = tokenizer, template and pin_clock(template, TEMPLATE_DATE)
         bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
         whole: list[int] = tokenizer("a")["input_ids"]
@@ -150,7 +154,7 @@ _DEFAULTS = DataConfig()
 
 
 def tokenizer_facts(
-    tokenizer: "PreTrainedTokenizerBase", config: DataConfig = _DEFAULTS, *, with_tools: bool = False
+    tokenizer: Tokenizer, config: DataConfig = _DEFAULTS, *, with_tools: bool = False
 ) -> TokenizerFacts:
     """Return the properties of `tokenizer`, probed once for each chat template.
 

@@ -8,18 +8,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from jinja2 import Environment, TemplateError
 from jinja2.meta import find_undeclared_variables
 
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.escape import RESERVED_CHARACTER, THOUGHT_TAGS, Marks, any_of
-from dpo_dist.data.records import Fields, Message, UnusableRecordError
+from dpo_dist.data.records import Fields, Message, Tokenizer, UnusableRecordError
 from dpo_dist.foundation.errors import ConfigError, first_line
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _CLOCK_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
@@ -50,7 +47,7 @@ def argument_names(template: str) -> frozenset[str]:
     return frozenset(find_undeclared_variables(tree)) - _OWN_VARIABLES
 
 
-def check_template_keys(config: DataConfig, tokenizer: "PreTrainedTokenizerBase") -> None:
+def check_template_keys(config: DataConfig, tokenizer: Tokenizer) -> None:
     """Check that the chosen template exists and names the arguments of the run. Raises ConfigError."""
     templates = [
         chosen_template(tokenizer, config.chat_template, with_tools=given) for given in (False, True)
@@ -66,9 +63,7 @@ def check_template_keys(config: DataConfig, tokenizer: "PreTrainedTokenizerBase"
         )
 
 
-def chosen_template(
-    tokenizer: "PreTrainedTokenizerBase", choice: str | None, *, with_tools: bool = False
-) -> str | None:
+def chosen_template(tokenizer: Tokenizer, choice: str | None, *, with_tools: bool = False) -> str | None:
     """Return the chat template that `data.chat_template` chooses; None if the tokenizer has none.
 
     `choice` is a file, the name of one of the tokenizer's templates, or None: its only or default one, or the
@@ -102,7 +97,7 @@ def _no_such_template(got: str, names: Collection[str]) -> ConfigError:
     )
 
 
-def with_chosen_template(tokenizer: "PreTrainedTokenizerBase", choice: str) -> "PreTrainedTokenizerBase":
+def with_chosen_template(tokenizer: Tokenizer, choice: str) -> Tokenizer:
     """Return a copy of a tokenizer with the template of `data.chat_template`, to be saved with a model."""
     changed, stored = copy(tokenizer), tokenizer.chat_template
     chosen = chosen_template(tokenizer, choice)
@@ -110,7 +105,7 @@ def with_chosen_template(tokenizer: "PreTrainedTokenizerBase", choice: str) -> "
     return changed
 
 
-def turn_tokens(tokenizer: "PreTrainedTokenizerBase", chat_template: str | None) -> set[str]:
+def turn_tokens(tokenizer: Tokenizer, chat_template: str | None) -> set[str]:
     """Return the added tokens that a template writes around turns, special or not.
 
     Without BOS, EOS and the tags of thoughts; empty if the template cannot render a conversation.
@@ -213,7 +208,7 @@ _TEXTS = frozenset({"content", "reasoning_content", "thinking", "reasoning"})
 class ChatRenderer:
     """A chat template, whose properties are found by rendering probes."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: str, marks: Marks):
+    def __init__(self, tokenizer: Tokenizer, template: str, marks: Marks):
         self._tokenizer = tokenizer
         self.template, self._traced = template, _with_marks(template)
         self._marks = marks

@@ -25,6 +25,7 @@ _LEFT = re.compile(r"\.tmp-(replaced-)?[0-9a-f]{12}")
 _CREATED_SECONDS = 1
 _SAMPLE_BYTES = 4096
 _SAMPLES = 16
+_ESCAPED = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
 _UMASK = os.umask(0o022)  # read by setting it, while no thread writes
 os.umask(_UMASK)
 
@@ -35,6 +36,32 @@ def write_text(path: Path, content: str) -> None:
     """Write UTF-8 text to `path`; a reader sees the old file or the new one, never a part."""
     with staged_file(path) as temporary:
         temporary.write_bytes(content.encode("utf-8"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write plain values as JSON, as `write_text` does; numbers that are not finite become null."""
+    write_text(path, json.dumps(for_json(content), indent=1) + "\n")
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """Return a row as a line; line ends in texts are escaped, also those that only Unicode knows."""
+    return json.dumps(row, ensure_ascii=False, allow_nan=False).translate(_ESCAPED) + "\n"
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> int:
+    """Write one JSON object per line to a file of `staged_file`; return their number."""
+    number = 0
+    with path.open("w", encoding="utf-8") as stream:
+        for number, row in enumerate(rows, start=1):  # noqa: B007  (the last number is the result)
+            stream.write(json_line(row))
+    return number
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the objects of a file that this program wrote; a missing file has none."""
+    if path.exists():
+        with path.open("rb") as lines:
+            yield from map(json.loads, lines)
 
 
 @contextlib.contextmanager

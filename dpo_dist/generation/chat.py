@@ -12,6 +12,7 @@ from transformers import TextStreamer
 from dpo_dist.config.load import from_yaml
 from dpo_dist.config.run_folder import RunFolder, is_checkpoint
 from dpo_dist.config.schema import NO_MODEL, Dtype, RunConfig
+from dpo_dist.data.lengths import without_limits
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.distributed.export import written_checkpoint
 from dpo_dist.foundation.errors import ConfigError
@@ -113,7 +114,7 @@ def _open(location: str, key: str, say: Callable[[str], None]) -> Speaker:
     dtype = Dtype.fp32 if emulated else config.model.dtype
     # A run's configuration cannot ask for code, and its template is saved with its model.
     model = replace(config.model, trust_remote_code=False, dtype=dtype)
-    data = replace(config.data, chat_template=None, max_length=2**30, max_prompt_length=None)
+    data = replace(without_limits(config.data), chat_template=None)
     config, name = replace(config, model=model, data=data), short_name(location)
     if is_checkpoint(folder) and run is not None:
         location = str(written_checkpoint(folder, run.comparison_models, say))

@@ -1,6 +1,5 @@
 """Responses of the policy and of the reference to held-out prompts at evaluations."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,8 +12,7 @@ from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.world import Interrupted
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.errors import warn_on_bug
-from dpo_dist.foundation.files import text_digest, write_text
-from dpo_dist.generation.pairs.files import json_line
+from dpo_dist.foundation.files import json_line, read_lines, text_digest, write_text
 from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sampling, generate_together
 from dpo_dist.generation.sampling.respond import find_stop_ids, texts_after
 from dpo_dist.generation.text_facts import language_of, sample_metrics, text_facts
@@ -74,7 +72,7 @@ class Samples:
                 {**prompt.fields, "step": step, **_named("policy", response), **_named("reference", other)}
                 for prompt, response, other in zip(self.prompts, asked, others, strict=True)
             ]
-            write_text(self.run.folder.samples_file(step), lines(rows))
+            write_text(self.run.folder.samples_file(step), "".join(map(json_line, rows)))
             with warn_on_bug("the row of metrics of samples", self.run.say):
                 metrics |= {"samples/prompts": float(len(asked)), **self._metrics("samples/", asked)}
                 if self.reference is not None:
@@ -99,19 +97,16 @@ class Samples:
                 {"prompt_id": prompt.fields["prompt_id"], "sampling": asdict(self.sampling), **response}
                 for prompt, response in zip(self.prompts, self.reference, strict=True)
             ]
-            self.run.write(lambda: write_text(self.run.folder.samples_reference, lines(rows)))
+            text = "".join(map(json_line, rows))
+            self.run.write(lambda: write_text(self.run.folder.samples_reference, text))
 
     def read_reference(self) -> list[Row] | None:
         """Return the reference's responses in its file, if they are to the same prompts and settings."""
-        try:
-            text = self.run.folder.samples_reference.read_text(encoding="utf-8")
-            rows = [json.loads(line) for line in text.splitlines()]
-            wanted = [(prompt.fields["prompt_id"], asdict(self.sampling)) for prompt in self.prompts]
-            if [(row["prompt_id"], row["sampling"]) for row in rows] != wanted:
-                return None
-            return [{name: row[name] for name in _OF_RESPONSE} for row in rows]
-        except (OSError, ValueError, LookupError, TypeError):  # absent or damaged: asked again
+        rows = list(read_lines(self.run.folder.samples_reference))
+        wanted = [(prompt.fields["prompt_id"], asdict(self.sampling)) for prompt in self.prompts]
+        if [(row["prompt_id"], row["sampling"]) for row in rows] != wanted:
             return None
+        return [{name: row[name] for name in _OF_RESPONSE} for row in rows]
 
     def _ask(self, model: Engine, *, of_base: bool = False) -> list[Row] | None:
         """Return a response to each prompt; None, with a warning, if the model's logits are not finite."""
@@ -140,11 +135,6 @@ class Samples:
 def _named(model: str, response: Row) -> Row:
     """Return a response as fields of a row: its text under the model's name."""
     return {model if name == "text" else f"{model}_{name}": response[name] for name in _OF_RESPONSE}
-
-
-def lines(rows: Sequence[Row]) -> str:
-    """Return rows as JSON lines."""
-    return "".join(map(json_line, rows))
 
 
 def prepare_samples(run: Run, inputs: Inputs, step: int) -> Samples | None:

@@ -2,8 +2,7 @@
 
 import bisect
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -33,12 +32,6 @@ def language_of(text: str) -> str | None:
         return None
     language, probability = _identifier().classify(bare)
     return _SAME.get(str(language), str(language)) if probability >= _MIN_PROBABILITY else None
-
-
-def shares(languages: Sequence[str | None]) -> Mapping[str, float]:
-    """Return the share of each language among those known, the largest first."""
-    known = [language for language in languages if language is not None]
-    return {language: count / len(known) for language, count in Counter(known).most_common()}
 
 
 @cache

@@ -3,8 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Hashable, Mapping
-from itertools import chain, repeat
+from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 from statistics import NormalDist
 from types import MappingProxyType
@@ -19,7 +18,7 @@ from dpo_dist.config.metrics import METRICS
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.foundation.files import collect_abandoned, for_json, staged_file, write_text
+from dpo_dist.foundation import files
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.objective.metrics import (
     AUC,
@@ -39,6 +38,7 @@ ALL = "all"
 """The name of the results of all pairs."""
 RESAMPLES = 1000
 LEVEL = 0.95
+_ENDS = (1 - LEVEL) / 2, 1 - (1 - LEVEL) / 2
 _WORST = 8
 FEWEST_PROMPTS = 6
 """Prompts that an interval needs. By an even chance five have the same outcome in 2 * 0.5**5 = 6 % of cases,
@@ -66,22 +66,24 @@ def bootstrap_intervals(
     number = int(clusters.max()) + 1
     columns = [column for pair in measured.values() for column in pair]
     table = np.stack([np.bincount(clusters, column, number) for column in columns], axis=1)
-    generator = np.random.default_rng(seed)
-    totals = np.empty((RESAMPLES, len(columns)))
-    for resample in range(RESAMPLES):
-        drawn = np.bincount(generator.integers(0, number, number), minlength=number)
-        totals[resample] = drawn @ table
+    totals = np.stack([drawn @ table for drawn in _resamples(number, seed)])
     values, counts = totals[:, ::2], totals[:, 1::2]
     counted = np.count_nonzero(table[:, 1::2], axis=0)
-    outside = (1 - LEVEL) / 2
     intervals = {}
     for index, name in enumerate(measured):
         if counted[index] >= FEWEST_PROMPTS and (counts[:, index] > 0).all():
-            low, high = np.quantile(values[:, index] / counts[:, index], (outside, 1 - outside))
+            low, high = np.quantile(values[:, index] / counts[:, index], _ENDS)
             intervals[name] = float(low), float(high)
             if name in lowest:
                 intervals[name] = _with_width(float(low), float(high), int(counted[index]), lowest[name])
     return intervals
+
+
+def _resamples(number: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield how often each of so many prompts is drawn in a resample."""
+    generator = np.random.default_rng(seed)
+    for _ in range(RESAMPLES):
+        yield np.bincount(generator.integers(0, number, number), minlength=number)
 
 
 def _with_width(low: float, high: float, counted: int, lowest: float) -> tuple[float, float]:
@@ -114,17 +116,13 @@ def contrasts(
     if not np.isfinite([*estimates, *different]).all():
         return {}
     _, clusters = np.unique(prompts, return_inverse=True)
-    number, outside = int(clusters.max()) + 1, (1 - LEVEL) / 2
     counted = min(len(np.unique(prompts[side])) for side in (is_good, ~is_good))
     of_margin: tuple[float, float] | None = None
     of_auc: tuple[float, float] | None = None
     if counted >= FEWEST_PROMPTS:
-        generator = np.random.default_rng(seed)
-        draws = (
-            np.bincount(generator.integers(0, number, number), minlength=number) for _ in range(RESAMPLES)
-        )
+        draws = _resamples(int(clusters.max()) + 1, seed)
         table = [measure(drawn[clusters].astype(float)) for drawn in draws]
-        ends = np.quantile(table, (outside, 1 - outside), axis=0)
+        ends = np.quantile(table, _ENDS, axis=0)
         if np.isfinite(ends).all():  # else some resample lacks a label
             (low, worst), (high, best) = ends.tolist()
             of_margin, of_auc = (low, high), _with_width(worst, best, counted, 0.0)
@@ -217,20 +215,18 @@ def write_scores(
     A record has `source` (its label), `file` and `line`, then rewards, log-probs in nats and lengths in
     tokens of both sides. Values that do not exist (of a reference, if there is none) are null.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    labels = chain.from_iterable(map(repeat, dataset.source_labels, dataset.source_pairs))
+    labels = np.repeat(dataset.source_labels, dataset.source_pairs).tolist()
     named = {name.replace("reference_", "reference_logp_"): each for name, each in values.named.items()}
     columns = {
         name: column.astype(int) if name.startswith("tokens") else column
         for name, column in (of_sides(values) if is_unpaired else named).items()
     }
-    with staged_file(file) as temporary, temporary.open("w", encoding="utf-8") as lines:
+    with files.staged_file(file) as temporary, temporary.open("w", encoding="utf-8") as lines:
         for index, label in enumerate(labels):
             origin = dataset.origin(index)
-            record = {"source": label, "file": origin.source, "line": origin.line}
             scores = {name: column[index].item() for name, column in columns.items()}
-            record |= {name: score if math.isfinite(score) else None for name, score in scores.items()}
-            lines.write(json.dumps(record, ensure_ascii=False) + "\n")
+            record = {"source": label, "file": origin.source, "line": origin.line, **scores}
+            lines.write(files.json_line(files.for_json(record)))
 
 
 def write_worst(
@@ -260,7 +256,7 @@ def write_worst(
             for name, ids in {"prompt": example.prompt_ids, **texts}.items():
                 row[name] = str(tokenizer.decode(ids.tolist(), skip_special_tokens=False))
             lines.append(json.dumps(row) + "\n")
-    write_text(file, "".join(lines))
+    files.write_text(file, "".join(lines))
 
 
 def write_evaluation(
@@ -278,10 +274,8 @@ def write_evaluation(
     `model`: its path; `revision`: its commit, if it is from the hub. `means`: exact, of all metrics.
     """
     folder, sources = RunFolder.of(config), dataset.counts["sources"]
-    members, start = dict[str, Mask](), 0
-    for label, pairs in zip(dataset.source_labels, dataset.source_pairs, strict=True):
-        members.setdefault(label, np.zeros(len(dataset), dtype=np.bool_))[start : start + pairs] = True
-        start += pairs
+    labels = np.repeat(dataset.source_labels, dataset.source_pairs)
+    members = {label: labels == label for label in dataset.source_labels}
     by_name = results(
         means,
         values,
@@ -300,11 +294,11 @@ def write_evaluation(
     }
     named, newest = folder.evaluation_of(name), folder.evaluation
     for written in (named.path, newest.path):
-        collect_abandoned(written)
-    write_text(named.evaluated, json.dumps(evaluated, indent=1) + "\n")
+        files.collect_abandoned(written)
+    files.write_json(named.evaluated, evaluated)
     write_scores(named.scores, values, dataset, is_unpaired=config.loss.is_unpaired)
-    write_text(named.results, json.dumps(for_json(by_name), indent=1) + "\n")
+    files.write_json(named.results, by_name)
     for file, target in zip(named.files, newest.files, strict=True):
-        with staged_file(target) as temporary:
+        with files.staged_file(target) as temporary:
             shutil.copyfile(file, temporary)
     return by_name

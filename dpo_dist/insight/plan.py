@@ -25,8 +25,8 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import counted, duration, size
 from dpo_dist.insight.tables import aligned
 from dpo_dist.model.flops import REACHED_SHARES, matmul_peak, recomputed_share, step_flops
-from dpo_dist.model.folder import description_folder, start_folder, tokenizer_folder
-from dpo_dist.model.load import load_config, load_tokenizer, without_weights
+from dpo_dist.model.folder import description_folder, start_folder
+from dpo_dist.model.load import load_config, without_weights
 from dpo_dist.training.footprint import Footprint, footprint, state_bytes
 
 Progress = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
@@ -91,7 +91,7 @@ def _machine(plan: PlanConfig) -> _Machine:
 def make_plan(config: RunConfig, progress: Progress) -> Plan:
     """Return the plan of training `config` on the GPUs of `config.plan`."""
     data, machine = _data(config, progress), _machine(config.plan)
-    causal_lm = without_weights(_model_config(config), config.model, start_folder(config.model))
+    causal_lm = _without_weights(config)
     estimate = _estimate(config, data, machine, causal_lm)
     needs, memory, gpus = estimate.needs, machine.memory, machine.gpus
     used, checkpoint = needs.used(estimate.micro_batch), state_bytes(config) * estimate.trained
@@ -141,7 +141,7 @@ def plan_in_brief(config: RunConfig, tokens: float) -> tuple[str, str]:
     """Return whether training `config` on pairs of so many `tokens` fits, and how long it takes."""
     plan, machine = config.plan, _machine(config.plan)
     data = _Data(plan.pairs or 10_000, plan.tokens_per_pair or tokens, "")
-    causal_lm = without_weights(_model_config(config), config.model, start_folder(config.model))
+    causal_lm = _without_weights(config)
     estimate = _estimate(config, data, machine, causal_lm)
     ends = (sum(estimate.seconds(reached).values()) for reached in _REACHED)
     return (
@@ -175,18 +175,8 @@ def _data(config: RunConfig, progress: Progress) -> _Data:
         return _Data(*given, "assumed; set plan.pairs and plan.tokens_per_pair")
     from dpo_dist.insight.doctor.examine import prepare  # noqa: PLC0415  (slow)
 
-    folder = description_folder(config.model.path, config.model.revision, needs_weights=False)
-    tokenizer_files = tokenizer_folder(folder, start_folder(config.model))
-    tokenizer = load_tokenizer(tokenizer_files, config.model)
-    datasets, _ = prepare(
-        *(config, tokenizer, tokenizer_files, len(tokenizer)),
-        lambda source: progress(f"encoding {source}", "record"),
-    )
-    used = [
-        (of_source[0], source.weight)
-        for of_source, source in zip(datasets, sources, strict=False)
-        if of_source
-    ]
+    of_sources = zip(prepare(config, progress).datasets, sources, strict=False)  # then those of evaluation
+    used = [(datasets[0], source.weight) for datasets, source in of_sources if datasets]
     pairs = max(1, round(sum(len(dataset) * weight for dataset, weight in used)))
     tokens = sum(int(dataset.piece_tokens.sum()) * weight for dataset, weight in used) / pairs
     return _Data(plan.pairs or pairs, plan.tokens_per_pair or tokens, "of data.train")
@@ -275,28 +265,28 @@ def _estimate(config: RunConfig, data: _Data, machine: _Machine, causal_lm: Any)
         gathers = 1 if has_room else generated  # of all weights
         sampling = evaluations * (gathers * 2 * weights / link + generated * _HOOKS)
     return _Estimate(
-        *(
-            config,
-            machine,
-            weights,
-            trained,
-            needs,
-            largest,
-            work * (1 + again) + of_partners,
-            forward + of_partners,
-        ),
+        config,
+        machine,
+        weights,
+        trained,
+        needs,
+        largest,
+        computing=work * (1 + again) + of_partners,
+        scoring=forward + of_partners,
         sending=steps * times * sent / link if gpus > 1 else 0.0,
         sampling=sampling,
     )
 
 
-def _model_config(config: RunConfig) -> Any:
-    """Return the configuration of the model; those of the shipped presets need no network."""
+def _without_weights(config: RunConfig) -> Any:
+    """Return the model without weights; those of the shipped presets need no network."""
     shapes = yaml.safe_load(files("dpo_dist.insight").joinpath("shapes.yaml").read_text(encoding="utf-8"))
     if (shape := shapes.get(config.model.path)) is not None:
-        return AutoConfig.for_model(**shape)
-    folder = description_folder(config.model.path, config.model.revision, needs_weights=False)
-    return load_config(folder, config.model)
+        model_config = AutoConfig.for_model(**shape)
+    else:
+        folder = description_folder(config.model.path, config.model.revision, needs_weights=False)
+        model_config = load_config(folder, config.model)
+    return without_weights(model_config, config.model, start_folder(config.model))
 
 
 def _suggest(config: RunConfig, data: _Data, machine: _Machine, causal_lm: Any) -> str | None:

@@ -1,6 +1,5 @@
 """Results of a sweep: its points with outcomes and final metrics, for programs and as lines."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from dpo_dist.config.load import Points
 from dpo_dist.config.metrics import MAIN, PREFIX
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.errors import RunOutcome
-from dpo_dist.foundation.files import for_json, write_text
+from dpo_dist.foundation.files import write_json
 from dpo_dist.insight.evaluation import ALL
 from dpo_dist.insight.pages.run import PageFacts
 from dpo_dist.insight.pages.runs import compare_runs
@@ -22,7 +21,7 @@ def sweep_results(points: Points, ends: Mapping[tuple[str, ...], End], folder: R
     """Return the content of sweep.json, and write it; `ends` are of the points that this start has run."""
     rows = [_point(words, RunFolder.of(points[words]), ends.get(words, ("", "")), folder) for words in points]
     results = {"points": rows}
-    write_text(folder.sweep, json.dumps(for_json(results), indent=1) + "\n")
+    write_json(folder.sweep, results)
     return results
 
 

@@ -53,14 +53,12 @@ def closing_table(folder: RunFolder, rows: Sequence[Fields], summary: Fields) ->
             if measured:
                 ends = map(metric.form, (measured[0], measured[-1]))
                 lines.append([f"{part} {metric.title}", *ends, at_best])
-    outcome = RunOutcome(summary["exit"])
+    outcome, saved = RunOutcome(summary["exit"]), summary.get("best_checkpoint")
+    kept = folder.checkpoints / checkpoint_name(saved["step"]) if saved else ""
     facts = {
         "run": _OUTCOMES[outcome].format(counted(summary["steps"], "step")),
         "time": _time(rows, summary),
-        "best": "".join(
-            f"{folder.checkpoints / checkpoint_name(saved['step'])} ({saved['metric']} {saved['value']:.4f})"
-            for saved in filter(None, [summary.get("best_checkpoint")])
-        ),
+        "best": f"{kept} ({saved['metric']} {saved['value']:.4f})" if saved else "",
         "data": ", ".join(
             f"{name}: {counts['kept']:,} of {counted(counts['read'], 'record')} kept"
             for name, counts in summary.get("data", {}).items()
@@ -117,30 +115,3 @@ def evaluation_cells(results: Mapping[str, Fields], metrics: Sequence[str]) -> l
 def evaluation_table(results: Mapping[str, Fields]) -> list[str]:
     """Return the lines of the table about an evaluation."""
     return aligned(evaluation_cells(results, EVALUATED))
-
-
-def comparison_table(results: Fields) -> list[str]:
-    """Return the lines of the table of models, with 95 % intervals; the page has all win rates."""
-    base = results["base"]
-    of_base = {}
-    for win in results["wins"]:
-        if win["first"] == base:
-            ends = win["interval"] and [1 - end for end in reversed(win["interval"])]
-            of_base[win["second"]] = with_interval(1 - win["rate"], ends, ".3f")
-    has_scores = any(model["score"] is not None for model in results["models"])
-    titles = ["model", "tokens", "finished", "refusals", f"KL to {base}"]
-    titles += ["score"] if has_scores else []
-    titles += [f"wins over {base}"] if of_base else []
-    rows = [titles]
-    for model in results["models"]:
-        style = model["style"]
-        cells = [model["name"], f"{style['length']:.0f}", percent(style["finished"])]
-        cells += [percent(style["refusals"]), with_interval(model["kl"], model["kl_interval"], ".2f")]
-        cells += [with_interval(model["score"], model["score_interval"], ".3f")] if has_scores else []
-        cells += [of_base.get(model["name"], "")] if of_base else []
-        rows.append(cells)
-    judge = "" if results["judge"] is None else f", judged by {results['judge']}"
-    lines = [f"comparison on {results['prompts']:,} held-out prompts{judge}", *aligned(rows)]
-    if left := sum(results["not_judged"].values()):
-        lines.append(f"note: not counted, because without a verdict: {counted(left, 'comparison')}")
-    return lines

@@ -9,26 +9,12 @@ from typing import Any, TypeAlias
 import dpo_dist
 from dpo_dist.config.keys import as_written
 from dpo_dist.config.schema import DataConfig, RunConfig, SourceConfig
-from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, check_counts, describe_dropped, in_words
+from dpo_dist.data.counts import DataCounts, check_counts, count_lines, describe_dropped
 from dpo_dist.data.records import BadRecord, Dialogue, PreferenceRecord, Prompt, Response, turns_of
 from dpo_dist.data.sources import pinned
 from dpo_dist.foundation.errors import ConfigError, DataError
-from dpo_dist.foundation.files import staged_file, text_digest, write_text
+from dpo_dist.foundation.files import staged_file, text_digest, write_json, write_lines
 from dpo_dist.foundation.text import counted
-
-_NOT_ASKED = "prompts_dropped_"
-
-
-def describe_counts(counts: Mapping[str, int]) -> list[str]:
-    """Return a line for each count: its number, name and meaning."""
-    return [
-        f"  {number:,} {name}: "
-        + ("prompts that are not asked: " if name.startswith(_NOT_ASKED) else "")
-        + in_words(name.removeprefix(_NOT_ASKED))
-        for name, number in sorted(counts.items())
-        if number
-    ]
-
 
 Read: TypeAlias = Callable[[SourceConfig], Iterator[PreferenceRecord | BadRecord]]
 """`read_records` or `read_prompts`."""
@@ -58,20 +44,13 @@ def good_records(
     """
     counts = DataCounts()
     while not enough() and (record := next(records, None)) is not None:
-        counts.read += 1
+        counts.add(record)
         if isinstance(record, PreferenceRecord):
-            counts.kept += 1
             yield record
-        else:
-            counts.dropped[record.reason] += 1
-            counts.examples += [str(record)] if len(counts.examples) < SHOWN_EXAMPLES else []
     check_counts(counts, source.path, data, of_first=of_first)
     say(f"{source.path}: {counts.kept:,} of {counted(counts.read, 'record')} kept")
     for line in describe_dropped(counts.dropped):
         say(line)
-
-
-_ESCAPED = {ord(end): f"\\u{ord(end):04x}" for end in "\u0085\u2028\u2029"}
 
 
 def pair_fields(
@@ -124,20 +103,6 @@ def prompt_key(record: PreferenceRecord) -> str:
         prompt = [[turn.role, turn.content, dict(turn.fields)] for turn in prompt]
     content = {"prompt": prompt, "tools": list(record.tools), "arguments": dict(record.template_arguments)}
     return text_digest(json.dumps(content, sort_keys=True))
-
-
-def json_line(record: Mapping[str, Any]) -> str:
-    """Return a record as a line; line ends in texts are escaped, also those that only Unicode knows."""
-    return json.dumps(record, ensure_ascii=False, allow_nan=False).translate(_ESCAPED) + "\n"
-
-
-def write_lines(file: Path, records: Iterable[Mapping[str, Any]]) -> int:
-    """Write one JSON object per line; return their number."""
-    number = 0
-    with file.open("w", encoding="utf-8") as stream:
-        for number, record in enumerate(records, start=1):  # noqa: B007  (the last number is the result)
-            stream.write(json_line(record))
-    return number
 
 
 def _summary_file(file: Path) -> Path:
@@ -194,8 +159,8 @@ def write_results(
                 "settings": dict(settings),
                 "version": dpo_dist.__version__,
             }
-            write_text(_summary_file(file), json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+            write_json(_summary_file(file), summary)
     finally:
-        for line in describe_counts(counts):
+        for line in count_lines(counts):
             say(line)
     say(f"{counted(number, 'pair')}: {file}")

@@ -30,7 +30,7 @@ from dpo_dist.data.records import Dialogue, PreferenceRecord
 from dpo_dist.data.values import parse_json
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError, first_line
-from dpo_dist.foundation.files import locked, text_digest, write_text
+from dpo_dist.foundation.files import locked, text_digest, write_json
 from dpo_dist.foundation.text import counted
 from dpo_dist.generation.pairs.files import (
     as_fields,
@@ -272,7 +272,7 @@ def label_pairs(config: RunConfig, console: Console) -> None:
     judgements, counts = list(labelling.given.values()), Counter[str]()
     decided = list(_pairs(items, judgements, counts))
     say(f"{len(judgements):,} judgements: {folder.pairs_agreement}")
-    write_text(folder.pairs_agreement, json.dumps(agreement(judgements) | {"items": counts}, indent=2) + "\n")
+    write_json(folder.pairs_agreement, agreement(judgements) | {"items": counts})
     if decided:
         write_results(folder.pairs_file, decided, settings, counts, say)
     else:

@@ -17,8 +17,8 @@ from dpo_dist.config.identity import differing_keys, plain
 from dpo_dist.config.load import from_yaml, to_yaml
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import PairsConfig, ReferenceMode, RoundReference, RunConfig, SourceConfig
+from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, first_line
-from dpo_dist.foundation.files import collect_abandoned, for_json, locked, staged_folder, write_text
 from dpo_dist.foundation.signals import stop_signals
 from dpo_dist.foundation.streams import output_descriptor
 from dpo_dist.model.folder import model_folder
@@ -38,7 +38,7 @@ def check_settings(config: RunConfig, folder: RunFolder) -> None:
     """
     file = folder.rounds_config
     if not file.exists() or not folder.round(1).round_result.exists():
-        write_text(file, to_yaml(config))
+        files.write_text(file, to_yaml(config))
         return
     before, now = from_yaml(file.read_text(encoding="utf-8")), from_yaml(to_yaml(config))  # without secrets
     changed = differing_keys(before, now)
@@ -59,7 +59,7 @@ def command_of(verb: str, config: RunConfig, folder: Path, launcher: str | None)
 
     By default `dpo_dist.launch` starts it, if there are several GPUs.
     """
-    write_text(folder / "experiment" / "round.yaml", to_yaml(config))
+    files.write_text(folder / "experiment" / "round.yaml", to_yaml(config))
     if launcher is None:
         import torch  # noqa: PLC0415  (slow, and only needed here)
 
@@ -105,7 +105,7 @@ def merge_adapter(adapter: Path, folder: Path, config: RunConfig) -> None:
 
     A quantized base is merged without its quantization. The folder is written whole or not at all.
     """
-    collect_abandoned(folder.parent)  # a whole model, if an earlier start was killed while it wrote one
+    files.collect_abandoned(folder.parent)  # a whole model, if an earlier start was killed while it wrote one
     # Slow to import.
     from dpo_dist.generation.sampling.respond import find_model  # noqa: PLC0415
     from dpo_dist.model.load import TORCH_DTYPES  # noqa: PLC0415
@@ -113,7 +113,7 @@ def merge_adapter(adapter: Path, folder: Path, config: RunConfig) -> None:
 
     source = find_model(str(adapter), config, "model.adapter")
     dtype, code = TORCH_DTYPES[config.model.dtype], config.model.trust_remote_code
-    with writing_errors(folder), staged_folder(folder) as temporary:
+    with writing_errors(folder), files.staged_folder(folder) as temporary:
         write_merged(temporary, source.folder, adapter, dtype, trust_remote_code=code)
         copy_tokenizer(source.tokenizer_folder, temporary)
 
@@ -121,14 +121,13 @@ def merge_adapter(adapter: Path, folder: Path, config: RunConfig) -> None:
 def read_samples(policy: str, file: Path) -> dict[str, Any]:
     """Return counts, the mean score and the largest difference within a prompt of a file of samples."""
     prompts, unscored, widest, scores = 0, 0, 0.0, list[float]()
-    with file.open(encoding="utf-8") as lines:
-        for row in map(json.loads, lines):
-            given = [response.get("score") for response in (*row["responses"], *row["unused"])]
-            if known := [score for score in given if score is not None]:
-                prompts += 1
-                widest = max(widest, max(known) - min(known))
-            unscored += len(given) - len(known)
-            scores += known
+    for row in files.read_lines(file):
+        given = [response.get("score") for response in (*row["responses"], *row["unused"])]
+        if known := [score for score in given if score is not None]:
+            prompts += 1
+            widest = max(widest, max(known) - min(known))
+        unscored += len(given) - len(known)
+        scores += known
     mean = sum(scores) / len(scores) if scores else None
     counts = {"prompts": prompts, "responses": len(scores), "unscored": unscored}
     return {"policy": policy, **counts, "mean_score": mean, "largest_difference": widest}
@@ -140,7 +139,7 @@ def run_rounds(config: RunConfig, say: Say, run: Run = run_command) -> int:
     They end early at a preempted training, and at samples without a pair.
     """
     folder, count, results = RunFolder.of(config), config.pairs.rounds, list[Result]()
-    with locked(folder.rounds / folder.lock.name, "does the rounds of this run directory"):
+    with files.locked(folder.rounds / folder.lock.name, "does the rounds of this run directory"):
         check_settings(config, folder)
         os.environ.setdefault("WANDB_RUN_GROUP", config.run.name)  # of the trainings
         for number in range(1, count + 2):
@@ -149,13 +148,13 @@ def run_rounds(config: RunConfig, say: Say, run: Run = run_command) -> int:
                 result = json.loads(file.read_text(encoding="utf-8"))
             else:
                 result = {"number": number, "samples": _sample(config, number, say, run), "training": None}
-                _write(file, result)
+                files.write_json(file, result)
             has_pairs = result["samples"]["pairs"] is not None
             if number <= count and has_pairs and result["training"] is None:
                 code, result["training"] = _train(config, number, say, run)
-                _write(file, result)
+                files.write_json(file, result)
             results.append(result)
-            _write(folder.rounds_summary, for_json({"rounds": results}))
+            files.write_json(folder.rounds_summary, {"rounds": results})
             if code != ExitCode.completed:
                 return code
             if not has_pairs:
@@ -164,10 +163,6 @@ def run_rounds(config: RunConfig, say: Say, run: Run = run_command) -> int:
     last = max(result["number"] for result in results if result["training"] is not None)
     say(f"the last policy: {_policy(config, last)}")
     return ExitCode.completed
-
-
-def _write(file: Path, content: Any) -> None:
-    write_text(file, json.dumps(content, indent=2) + "\n")
 
 
 def _sample(config: RunConfig, number: int, say: Say, run: Run) -> dict[str, Any]:

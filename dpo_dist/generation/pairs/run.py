@@ -23,14 +23,14 @@ from dpo_dist.config.schema import (
     RunConfig,
     SourceConfig,
 )
-from dpo_dist.data.counts import in_one_line
+from dpo_dist.data.counts import NOT_ASKED, in_one_line
 from dpo_dist.data.formats import read_prompts, read_records
 from dpo_dist.data.records import Dialogue, PreferenceRecord
 from dpo_dist.data.sources import pinned
 from dpo_dist.distributed.memory import return_memory
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError
-from dpo_dist.foundation.files import collect_abandoned, locked, staged_file, text_digest
+from dpo_dist.foundation.files import collect_abandoned, locked, staged_file, text_digest, write_lines
 from dpo_dist.foundation.text import counted
 from dpo_dist.generation.judges import Judge, Judgement, Question, open_judge
 from dpo_dist.generation.pairs.files import (
@@ -42,7 +42,6 @@ from dpo_dist.generation.pairs.files import (
     pair_fields,
     prompt_key,
     training_records,
-    write_lines,
     write_results,
 )
 from dpo_dist.generation.pairs.people import label_pairs
@@ -71,10 +70,6 @@ from dpo_dist.model.folder import description_folder
 from dpo_dist.training.context import Run
 
 _MODELS = "pairs.models"
-_MEMORY_REMEDY = (
-    "lower pairs.max_new_tokens; each process loads whole models onto its GPU: "
-    "larger ones cannot respond or judge"
-)
 PART_PROMPTS = 64
 """Prompts of one part of the work: processes share the parts, and finished ones are not repeated."""
 
@@ -211,7 +206,7 @@ def pairs_of(results: Results) -> Iterator[dict[str, Any]]:
         counts["encoded_differently"] += sum(not each.same_ids for each in row.completions)
         counts.update(row.counts)
         if row.dropped is not None:
-            counts[f"prompts_dropped_{row.dropped}"] += 1
+            counts[NOT_ASKED + row.dropped] += 1
             continue
         counts["samples_unfinished"] += sum(not each.finished for each in row.completions)  # kept ones too
         unused = (each.unused for each in row.completions)
@@ -270,7 +265,7 @@ def pairs_from_models(run: Run) -> None:
     config, world, console, folder, pairs = run.config, run.world, run.console, run.folder, run.config.pairs
     with console.heartbeat("reading prompts"):
         records = world.on_main(lambda: different_prompts(config, console.say))
-    prompts = Prompts(run, folder.pairs_parts, in_parts(records, PART_PROMPTS), _MEMORY_REMEDY)
+    prompts = Prompts(run, folder.pairs_parts, in_parts(records, PART_PROMPTS), "pairs.max_new_tokens")
     models = [find_together(name, run, _MODELS) for name in responding_models(config)]
     judge, described = judge_of(run)
     sampling = Sampling(

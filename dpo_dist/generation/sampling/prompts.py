@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -12,10 +12,10 @@ from typing import Any
 from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig, ParallelismConfig, ParallelismKind, RunConfig
 from dpo_dist.data.records import PreferenceRecord, turns_of
 from dpo_dist.distributed.memory import explain_out_of_memory
+from dpo_dist.foundation import files
 from dpo_dist.foundation.console import Console
-from dpo_dist.foundation.files import collect_abandoned, content_digest, staged_file, text_digest
 from dpo_dist.generation.judges import Judge, open_judge
-from dpo_dist.generation.pairs.files import prompt_key, write_lines
+from dpo_dist.generation.pairs.files import prompt_key
 from dpo_dist.generation.sampling.generate import Sampling
 from dpo_dist.generation.sampling.respond import Generate, ModelSource, Responder, find_model, respond
 from dpo_dist.training.context import Run, join
@@ -37,41 +37,36 @@ class Parts:
     def open(self) -> list[int]:
         """Return the indices of unfinished parts; create the folder, remove files of dead writers."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        collect_abandoned(self.folder)
+        files.collect_abandoned(self.folder)
         (self.folder / _FAILED).unlink(missing_ok=True)
         return [index for index in range(self.count) if not self.file(index).is_file()]
 
-    def write(self, index: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write a finished part."""
-        with staged_file(self.file(index)) as temporary:
-            write_lines(temporary, rows)
-
     def read(self, index: int) -> list[dict[str, Any]]:
         """Return the rows of a finished part."""
-        return [json.loads(line) for line in self.file(index).read_text(encoding="utf-8").splitlines()]
+        return list(files.read_lines(self.file(index)))
 
 
 @dataclass(frozen=True)
 class Prompts:
     """Different prompts in parts, which the processes of `run` share.
 
-    Each stage of the work, such as responses or scores, has a folder below `root`. `remedy`: what to do if
+    Each stage of the work, such as responses or scores, has a folder below `root`. `key`: what to lower if
     memory runs out. `finish` and `responses` are collective.
     """
 
     run: Run
     root: Path
     parts: Sequence[Sequence[PreferenceRecord]]
-    remedy: str
+    key: str
 
     @cached_property
     def digest(self) -> str:
         """The digest of all parts."""
-        return text_digest(json.dumps([list(map(prompt_key, part)) for part in self.parts]))
+        return files.text_digest(json.dumps([list(map(prompt_key, part)) for part in self.parts]))
 
     def stage(self, name: str, settings: Mapping[str, Any]) -> Parts:
         """Return the parts of a stage; other prompts or settings have another folder."""
-        digest = text_digest(json.dumps([self.digest, settings], sort_keys=True))[:16]
+        digest = files.text_digest(json.dumps([self.digest, settings], sort_keys=True))[:16]
         return Parts(self.root / f"{name}-{digest}", len(self.parts))
 
     def finish(self, title: str, parts: Parts, work: Callable[[int], list[dict[str, Any]]]) -> Parts:
@@ -80,14 +75,17 @@ class Prompts:
         with console.heartbeat(f"{title}: looking for parts"):
             unfinished = world.on_main(parts.open)
         share = unfinished[world.rank :: world.size]
+        remedy = f"lower {self.key}; each process loads whole models onto its GPU: larger ones cannot be used"
 
         def my_parts() -> None:
             try:
                 for done, index in enumerate(share, start=1):
                     if flag.exists():
                         return
-                    with explain_out_of_memory(title, self.remedy):
-                        parts.write(index, work(index))
+                    with explain_out_of_memory(title, remedy):
+                        rows = work(index)
+                    with files.staged_file(parts.file(index)) as temporary:
+                        files.write_lines(temporary, rows)
                     show(done, len(share))
             except BaseException:
                 with contextlib.suppress(OSError):
@@ -131,7 +129,7 @@ def generation_settings(config: RunConfig, sampling: Sampling) -> dict[str, Any]
     data, model = config.data, config.model
     chat_template = data.chat_template
     if chat_template is not None and (file := Path(chat_template).expanduser()).is_file():
-        chat_template = content_digest([file])
+        chat_template = files.content_digest([file])
     return {
         "max_length": data.max_length,
         "max_prompt_length": data.max_prompt_length,

@@ -12,9 +12,10 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from dpo_dist.batching.example import TokenIds
-from dpo_dist.config.schema import DataConfig, RunConfig, Truncation
+from dpo_dist.config.schema import DataConfig, RunConfig
 from dpo_dist.data.build import tokenizer_digest
 from dpo_dist.data.encode import EncodedExample, encode_pair
+from dpo_dist.data.lengths import without_limits
 from dpo_dist.data.records import DIALOGUE_TURN, BadRecord, Dialogue, Message, PreferenceRecord, Response
 from dpo_dist.data.render import THOUGHT_FIELDS, tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError
@@ -31,8 +32,6 @@ from dpo_dist.model.folder import (
 from dpo_dist.model.load import load_config, load_tokenizer, load_weights
 from dpo_dist.model.lora import TRAINED, add_saved
 from dpo_dist.reference.digest import digest_model
-
-_UNLIMITED = 2**30
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ class Responder:
 
     def encode(self, record: PreferenceRecord, response: Response) -> EncodedExample | BadRecord:
         """Return a prompt and a response as training encodes them, of any length."""
-        limits = replace(self.data, max_length=_UNLIMITED, truncation=Truncation.drop)
+        limits = replace(without_limits(self.data), max_prompt_length=self.data.max_prompt_length)
         return encode_pair(replace(record, responses=(response,)), self.tokenizer, limits)
 
 

@@ -2,7 +2,6 @@
 
 import heapq
 import itertools
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,25 +16,19 @@ import dpo_dist
 from dpo_dist.batching.example import Example
 from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import FusedLayers, RunConfig
+from dpo_dist.data.counts import NOT_ASKED, count_lines
 from dpo_dist.data.formats import read_prompts
 from dpo_dist.data.records import Dialogue, PreferenceRecord, Prompt, eval_part, prompt_hash, turns_of
 from dpo_dist.data.sources import pinned, source_labels
 from dpo_dist.distributed.export import written_checkpoint
 from dpo_dist.distributed.memory import return_memory
 from dpo_dist.distributed.zero import unsharded_loading
+from dpo_dist.foundation import files
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError
-from dpo_dist.foundation.files import (
-    collect_abandoned,
-    for_json,
-    locked,
-    staged_file,
-    text_digest,
-    write_text,
-)
 from dpo_dist.foundation.text import counted
 from dpo_dist.generation.judges import Judge, open_judge
-from dpo_dist.generation.pairs.files import describe_counts, good_records, prompt_key, write_lines
+from dpo_dist.generation.pairs.files import good_records, prompt_key
 from dpo_dist.generation.pairs.run import check_model, first_records, passed
 from dpo_dist.generation.sampling.generate import Request, Sample, Sampling, generate
 from dpo_dist.generation.sampling.prompts import (
@@ -64,10 +57,6 @@ PART_PROMPTS = 16
 """Prompts of one part: processes share the parts, and finished ones are not repeated."""
 BATCH_TOKENS = 16384
 """Most tokens of a batch of one process: its rows times the longest prompt with its response."""
-_REMEDY = (
-    "lower compare.max_new_tokens; each process loads whole models onto its GPU: "
-    "larger ones cannot be compared"
-)
 
 
 def held_out(config: RunConfig, say: Callable[[str], None]) -> tuple[list[PreferenceRecord], dict[str, str]]:
@@ -86,7 +75,7 @@ def held_out(config: RunConfig, say: Callable[[str], None]) -> tuple[list[Prefer
                 key = prompt_key(asked)
                 if key not in labels and part.has(prompt_hash(record.prompt)):
                     labels[key] = label
-                    yield text_digest(f"0 {key}"), len(labels), asked
+                    yield files.text_digest(f"0 {key}"), len(labels), asked
 
     chosen = heapq.nsmallest(wanted, ranked())
     if not chosen:
@@ -221,12 +210,13 @@ def compare_models(config: RunConfig, models: Sequence[Compared], console: Conso
     """Write the responses of all models and the results; return the results on rank 0."""
     folder = RunFolder.of(config)
     # Two starts would write the same parts.
-    only = locked(folder.comparison / folder.lock.name, "compares models in this run directory")
+    only = files.locked(folder.comparison / folder.lock.name, "compares models in this run directory")
     with joined_run(config, console, only) as run:
         world = run.world
         with console.heartbeat("reading prompts"):
             records, labels = world.on_main(lambda: held_out(config, console.say))
-        prompts = Prompts(run, folder.comparison_parts, in_parts(records, PART_PROMPTS), _REMEDY)
+        parts = in_parts(records, PART_PROMPTS)
+        prompts = Prompts(run, folder.comparison_parts, parts, "compare.max_new_tokens")
         judge, described = judge_of(run)
         speakers = []
         for model in models:
@@ -295,7 +285,7 @@ def _rows(
         for record, row, judgement in zip(records, rows, judgements, strict=True):
             counts.update(judgement.get("counts", {}))
             if dropped := next(filter(None, (reason for reason, _ in row)), None):
-                counts[f"prompts_dropped_{dropped}"] += 1
+                counts[NOT_ASKED + dropped] += 1
                 continue
             scores, key = judgement.get("scores", [None] * len(speakers)), prompt_key(record)
             answer: Row = {
@@ -339,18 +329,16 @@ def _write(
 ) -> dict[str, Any]:
     folder, settings, counts = RunFolder.of(config), config.compare, Counter[str]()
     names = [speaker.name for speaker in speakers]
-    collect_abandoned(folder.comparison)
-    with staged_file(folder.comparison_answers) as temporary:
-        write_lines(temporary, _rows(speakers, judged, labels, counts))
-        if not temporary.stat().st_size:  # the files of an earlier comparison stay
+    files.collect_abandoned(folder.comparison)
+    with files.staged_file(folder.comparison_answers) as temporary:  # after an error earlier answers stay
+        if not files.write_lines(temporary, _rows(speakers, judged, labels, counts)):
             raise DataError(
                 "no prompt can be used with every model",
                 where="data.eval",
-                got="; ".join(line.strip() for line in describe_counts(counts)),
+                got="; ".join(line.strip() for line in count_lines(counts)),
                 remedy="raise data.max_length, lower compare.max_new_tokens, or use other data",
             )
-        with temporary.open("rb") as lines:
-            sections = comparison(map(json.loads, lines), names)
+        sections = comparison(files.read_lines(temporary), names)
     for speaker, row in zip(speakers, sections["models"], strict=True):
         row |= {
             "path": speaker.path,
@@ -366,9 +354,9 @@ def _write(
         "sampling": {"temperature": settings.temperature, "max_new_tokens": settings.max_new_tokens},
         "version": dpo_dist.__version__,
     }
-    written: dict[str, Any] = for_json(results)
-    write_text(folder.comparison_results, json.dumps(written, indent=1, ensure_ascii=False) + "\n")
-    for line in describe_counts(counts + Counter(prompts=sections["prompts"])) if +counts else []:
+    written: dict[str, Any] = files.for_json(results)
+    files.write_json(folder.comparison_results, written)
+    for line in count_lines(counts + Counter(prompts=sections["prompts"])) if +counts else []:
         console.say(line)
     return written
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from dpo_dist.config.schema import (
 from dpo_dist.data.build import Progress, in_order, no_progress, prepare_dataset, tokenizer_digest
 from dpo_dist.data.dataset import PreferenceDataset, check_fits_loss, check_ids_in_vocabulary, open_dataset
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.records import Part, eval_part, train_part
+from dpo_dist.data.records import Part, Tokenizer, eval_part, train_part
 from dpo_dist.data.sources import pinned, source_labels
 from dpo_dist.data.store import EncodedSource
 from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
@@ -34,9 +34,6 @@ from dpo_dist.insight.doctor.shown_pairs import ShownPair, show_pairs
 from dpo_dist.insight.doctor.sources import Source
 from dpo_dist.insight.doctor.texts import Benchmark
 from dpo_dist.model.folder import description_folder, start_folder, tokenizer_folder
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 ProgressOf = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
 """From a title and a unit to a context with a progress function: `Console.progress`."""
@@ -65,27 +62,18 @@ class Diagnosis:
 
 def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | None = None) -> Diagnosis:
     """Encode and examine the data of a run; nothing is trained, and no weights are loaded."""
-    data, tokenizer, files, prepared = config.data, None, None, None
-    if config.model.path != NO_MODEL:
-        from dpo_dist.model.load import load_config, load_tokenizer  # noqa: PLC0415  (slow)
-
-        folder = description_folder(config.model.path, config.model.revision, needs_weights=False)
-        files = tokenizer_folder(folder, start_folder(config.model))
-        tokenizer = load_tokenizer(files, config.model)
-        vocab_size = load_config(folder, config.model).get_text_config().vocab_size
-        prepared = prepare(
-            config, tokenizer, files, vocab_size, lambda source: progress(f"encoding {source}", "record")
-        )
+    data = config.data
+    prepared = None if config.model.path == NO_MODEL else prepare(config, progress)
+    tokenizer = None if prepared is None else prepared.tokenizer
     diagnosis = examine(data, tokenizer, benchmark, lambda source: progress(f"examining {source}", "record"))
-    balance = _label_balance(config.loss, diagnosis.sources)
-    diagnosis = replace(diagnosis, findings=most_serious_first([*diagnosis.findings, *balance]))
+    findings = [*diagnosis.findings, *_label_balance(config.loss, diagnosis.sources)]
     if prepared is not None:
-        datasets, refusals = prepared
-        store, findings = compare_with_store(config, diagnosis.sources, datasets)
-        findings += diagnosis.findings
+        store, of_store = compare_with_store(config, diagnosis.sources, prepared.datasets)
+        findings = [*of_store, *findings]
         if _REFUSING_RULES.isdisjoint(finding.rule for finding in findings):
-            findings = [*map(_refusal, refusals), *findings]
-        diagnosis = replace(diagnosis, findings=most_serious_first(findings), model=files, store=store)
+            findings = [*map(_refusal, prepared.refusals), *findings]
+        diagnosis = replace(diagnosis, model=prepared.files, store=store)
+    diagnosis = replace(diagnosis, findings=most_serious_first(findings))
     if config.doctor.texts:
         diagnosis = replace(diagnosis, shown=show_pairs(data, tokenizer, diagnosis.findings, SHOWN_PAIRS))
     return diagnosis
@@ -93,7 +81,7 @@ def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | Non
 
 def examine(
     config: DataConfig,
-    tokenizer: "PreTrainedTokenizerBase | None",
+    tokenizer: "Tokenizer | None",
     benchmark: Benchmark | None = None,
     progress: Progress = no_progress,
 ) -> Diagnosis:
@@ -152,25 +140,33 @@ def _labelled(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]:
             yield source, label if seen[label] == 1 else f"{label} ({seen[label]})", is_eval
 
 
-def prepare(
-    config: RunConfig,
-    tokenizer: "PreTrainedTokenizerBase",
-    folder: Path,
-    vocab_size: int,
-    progress: Progress = no_progress,
-) -> tuple[list[list[PreferenceDataset]], list[DpoDistError]]:
-    """Encode the data as training does, and collect the errors with which training would refuse them.
+class Prepared(NamedTuple):
+    """The data of a run, encoded as training does."""
 
-    Returns the datasets of each source, those of `data.train` first: none if no record can be used, two if
-    evaluation data are split off; and the errors. `folder` has the files of the tokenizer.
-    """
-    data, digest = config.data, tokenizer_digest(folder)
+    files: Path  # the folder of the tokenizer
+    tokenizer: Tokenizer
+    # Of each source, those of `data.train` first: none if no record can be used, two if evaluation data are
+    # split off.
+    datasets: list[list[PreferenceDataset]]
+    refusals: list[DpoDistError]  # with which training would refuse them
+
+
+def prepare(config: RunConfig, progress: ProgressOf) -> Prepared:
+    """Encode the data of a run with the tokenizer of its model."""
+    from dpo_dist.model.load import load_config, load_tokenizer  # noqa: PLC0415  (slow)
+
+    folder = description_folder(config.model.path, config.model.revision, needs_weights=False)
+    files = tokenizer_folder(folder, start_folder(config.model))
+    tokenizer, data, digest = load_tokenizer(files, config.model), config.data, tokenizer_digest(files)
+    vocab_size = load_config(folder, config.model).get_text_config().vocab_size
     refusals: list[DpoDistError] = []
 
     def prepared(sources: Sequence[SourceConfig], part: Part, side: str) -> list[list[PreferenceDataset]]:
         def encode(used: DataConfig) -> tuple[EncodedSource, ...]:
-            name = f" ({side} part)" if data.eval_share else ""
-            return prepare_dataset(sources, used, tokenizer, digest, lambda path: progress(path + name), part)
+            def show(path: str) -> AbstractContextManager[Callable[..., None]]:
+                return progress(f"encoding {path}" + (f" ({side} part)" if data.eval_share else ""), "record")
+
+            return prepare_dataset(sources, used, tokenizer, digest, show, part)
 
         try:
             if encoded := encode(data):
@@ -186,9 +182,10 @@ def prepare(
     prompts = [dataset.prompt_hashes[:] for datasets in of_eval for dataset in datasets]
     of_train = prepared(data.train, train_part(data, np.concatenate(prompts) if prompts else None), "train")
     if data.eval:
-        return [*of_train, *of_eval], refusals
+        return Prepared(files, tokenizer, [*of_train, *of_eval], refusals)
     parts = zip(of_train, of_eval or [[]] * len(of_train), strict=True)
-    return [[*trained, *evaluated] for trained, evaluated in parts], refusals
+    datasets = [[*trained, *evaluated] for trained, evaluated in parts]
+    return Prepared(files, tokenizer, datasets, refusals)
 
 
 def _usable(source: EncodedSource, config: DataConfig) -> Iterator[PreferenceDataset]:

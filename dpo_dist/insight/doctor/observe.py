@@ -6,14 +6,14 @@ from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from itertools import combinations, islice
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dpo_dist.config.schema import DataConfig, OnBadRecord, Truncation
+from dpo_dist.config.schema import DataConfig, OnBadRecord
 from dpo_dist.data.encode import EncodedExample, EncodedRecord, encode_record
 from dpo_dist.data.escape import any_of
-from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord, eval_part, prompt_hash
+from dpo_dist.data.lengths import without_limits
+from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord, Tokenizer, eval_part, prompt_hash
 from dpo_dist.data.template import chosen_template
 from dpo_dist.insight.doctor.findings import RULE_OF
 from dpo_dist.insight.doctor.texts import (
@@ -27,15 +27,11 @@ from dpo_dist.insight.doctor.texts import (
     texts_of,
 )
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 SIDES = ("prompt", "chosen", "rejected")
 Lengths = tuple[int, int, int]
 """One number per side of `SIDES`; -1 for a missing rejected response."""
 
 _CUT = {"prompt_truncated", "response_truncated"}
-_NO_LIMIT = 2**31 - 1
 # Most preferences of a ranking that are compared with other records.
 _MAX_PREFERENCES = 64
 _HEAD = 300
@@ -87,13 +83,11 @@ class Observer:
     def __init__(
         self,
         config: DataConfig,
-        tokenizer: "PreTrainedTokenizerBase | None",
+        tokenizer: "Tokenizer | None",
         benchmark: Benchmark | None = None,
     ):
         self._config = replace(config, on_bad_record=OnBadRecord.drop)
-        self._whole = replace(
-            self._config, max_length=_NO_LIMIT, max_prompt_length=None, truncation=Truncation.drop
-        )
+        self._whole = without_limits(self._config)
         self._tokenizer, self._benchmark = tokenizer, benchmark
         self._held_out = eval_part(config) if config.eval_share else None
         template = special = None
@@ -149,9 +143,7 @@ class Observer:
         facts.names = tuple(sorted(names | {RULE_OF[name] for name in names if name in RULE_OF}))
         return facts
 
-    def _encode(
-        self, record: PreferenceRecord, facts: Facts, tokenizer: "PreTrainedTokenizerBase"
-    ) -> set[str]:
+    def _encode(self, record: PreferenceRecord, facts: Facts, tokenizer: Tokenizer) -> set[str]:
         """Add the facts about the record's tokens; return the names that they give to a kept record."""
         whole = encoded = encode_record(record, self._config, tokenizer)
         if isinstance(encoded, BadRecord) or not _CUT.isdisjoint(encoded.example.changes):

@@ -6,28 +6,24 @@ The texts are data: the page shows them inert and hidden.
 import itertools
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dpo_dist.batching.example import TokenIds
-from dpo_dist.config.schema import DataConfig, SourceConfig, Truncation
+from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.encode import encode_pair
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.records import BadRecord, PreferenceRecord
+from dpo_dist.data.lengths import without_limits
+from dpo_dist.data.records import BadRecord, PreferenceRecord, Tokenizer
 from dpo_dist.data.sources import pinned
 from dpo_dist.insight.doctor.findings import Finding
 from dpo_dist.insight.doctor.texts import side_of, texts_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _SAMPLED_RECORDS = 2000
 """The sample of a source is drawn from this number of its first records."""
 _EXAMPLES_OF_A_FINDING = 2
 _MAX_RESPONSES = 4
 _MAX_TOKENS, _MAX_CHARACTERS = 2000, 8000
-_UNLIMITED = 2**30
 
 Segment = tuple[str, str]
 """Consecutive tokens and what they are on the page: words of "special trained cut", or "omitted"."""
@@ -54,7 +50,7 @@ class ShownPair:
 
 
 def show_pairs(
-    config: DataConfig, tokenizer: "PreTrainedTokenizerBase | None", findings: Sequence[Finding], count: int
+    config: DataConfig, tokenizer: "Tokenizer | None", findings: Sequence[Finding], count: int
 ) -> list[ShownPair]:
     """Return examples of the findings, and of each source a sample of `count` records.
 
@@ -93,15 +89,13 @@ def _chosen(source: SourceConfig, rules: Mapping[str, Sequence[str]], count: int
 
 
 def _parts(
-    record: PreferenceRecord, config: DataConfig, tokenizer: "PreTrainedTokenizerBase | None"
+    record: PreferenceRecord, config: DataConfig, tokenizer: "Tokenizer | None"
 ) -> tuple[str, list[Part]]:
     """Return the reason why a record is dropped, and its parts with every token, also those that are cut."""
     if tokenizer is None:
         return "", _plain_parts(record)
-    unlimited = replace(
-        config, max_length=_UNLIMITED, max_prompt_length=None, truncation=Truncation.keep_start
-    )
-    whole, kept = encode_pair(record, tokenizer, unlimited), encode_pair(record, tokenizer, config)
+    whole = encode_pair(record, tokenizer, without_limits(config))
+    kept = encode_pair(record, tokenizer, config)
     if isinstance(whole, BadRecord):
         return whole.reason, _plain_parts(record)
     note = ""
@@ -133,7 +127,7 @@ def _names(record: PreferenceRecord) -> Iterator[tuple[int, str, float | None]]:
 
 
 def _segments(
-    ids: TokenIds, is_trained: Sequence[bool], cut: range, tokenizer: "PreTrainedTokenizerBase"
+    ids: TokenIds, is_trained: Sequence[bool], cut: range, tokenizer: Tokenizer
 ) -> Iterator[Segment]:
     """Yield runs of tokens that are alike; of a long part, its first ones only."""
     added = {number for number, token in tokenizer.added_tokens_decoder.items() if str(token).strip()}

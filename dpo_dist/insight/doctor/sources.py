@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.counts import EMPTY_REMEDY, remedy_of
-from dpo_dist.generation.text_facts import language_of, shares
+from dpo_dist.generation.text_facts import language_of
 from dpo_dist.insight.doctor.findings import KINDS, RULE_OF, RULES, Finding
 from dpo_dist.insight.doctor.label_leaks import LeakTest, leak_findings, leak_tests
 from dpo_dist.insight.doctor.observe import SIDES, Facts, PairFacts
@@ -135,6 +135,7 @@ class Source:
             unique = sums["unique_tokens"]
             prefix = {"tokens": tokens, "unique_tokens": unique}
             prefix |= {"share": 1 - unique / tokens, "expected_gain": tokens / unique}
+        languages = Counter(prompt for prompt, *_ in self._languages if prompt is not None)
         shown = {name for name in self.named if name not in RULES and name not in RULE_OF}
         return {
             "label": self.label,
@@ -156,7 +157,7 @@ class Source:
                 **({"trained_tokens": sums["trained_tokens"] / sums["response_tokens"]} if tokens else {}),
                 **{name: len(self.named[name]) / len(readable) for name in sorted(shown)},
             },
-            "languages": shares([prompt for prompt, *_ in self._languages]),
+            "languages": {name: count / languages.total() for name, count in languages.most_common()},
             "margins": {},
             "leaks": list(map(asdict, self.leaks)),
         }

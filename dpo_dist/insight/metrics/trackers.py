@@ -162,8 +162,8 @@ class WandbRun:
         if margins is not None and (finite := margins[np.isfinite(margins)].tolist()):
             values[MARGINS] = wandb.Histogram(finite, num_bins=_BINS)
         if self._most_samples and "eval_samples/length" in row:
-            with self._folder.samples_file(int(row["step"])).open(encoding="utf-8") as lines:
-                samples = without_secrets([json.loads(line) for line in islice(lines, self._most_samples)])
+            lines = files.read_lines(self._folder.samples_file(int(row["step"])))
+            samples = without_secrets(list(islice(lines, self._most_samples)))
             cells = [
                 [value[:_MOST_CHARACTERS] if isinstance(value, str) else value for value in sample.values()]
                 for sample in samples

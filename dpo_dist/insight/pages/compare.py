@@ -10,11 +10,12 @@ from markupsafe import Markup
 from dpo_dist.config.metrics import METRICS
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation import files
-from dpo_dist.foundation.text import number, without_secrets
+from dpo_dist.foundation.text import counted, number, percent, without_secrets
 from dpo_dist.insight.compare.results import DIFFERENCES
 from dpo_dist.insight.pages.charts import Interval, Point, scatter
-from dpo_dist.insight.pages.render import estimate, json_rows, page, part
+from dpo_dist.insight.pages.render import estimate, page, part
 from dpo_dist.insight.pages.samples import Response, Shown, end_notes, prompt_items, response_of_data
+from dpo_dist.insight.tables import aligned, with_interval
 
 Row = Mapping[str, Any]
 Pair = tuple[str, str]
@@ -36,7 +37,7 @@ def write_comparison_page(folder: RunFolder, results: Row) -> None:
     """Write `comparison.html` from the content of `comparison.json`, and from `answers.jsonl`."""
     results = without_secrets(results)
     rates = _rates(results)
-    prompts = [_prompt(row, results) for row in json_rows(folder.comparison_answers) if row]
+    prompts = [_prompt(row, results) for row in files.read_lines(folder.comparison_answers) if row]
     items, omitted = prompt_items(prompts, MOST_BYTES - _FRAME_BYTES)
     labels = Counter(label for shown in prompts[: len(items)] for label in shown.labels)
     styles: list[list[object]] = []
@@ -59,6 +60,28 @@ def write_comparison_page(folder: RunFolder, results: Row) -> None:
         labels=dict(sorted(labels.items())),
     )
     files.write_text(folder.comparison_page, html)
+
+
+def comparison_table(results: Row) -> list[str]:
+    """Return the lines of the table of models, with 95 % intervals; the page has all win rates."""
+    base, rates = results["base"], _rates(results)
+    has_scores = any(model["score"] is not None for model in results["models"])
+    titles = ["model", "tokens", "finished", "refusals", f"KL to {base}"]
+    titles += ["score"] if has_scores else []
+    titles += [f"wins over {base}"] if rates else []
+    rows = [titles]
+    for model in results["models"]:
+        style, rate = model["style"], rates.get((model["name"], base))
+        cells = [model["name"], f"{style['length']:.0f}", percent(style["finished"])]
+        cells += [percent(style["refusals"]), with_interval(model["kl"], model["kl_interval"], ".2f")]
+        cells += [with_interval(model["score"], model["score_interval"], ".3f")] if has_scores else []
+        cells += [with_interval(*rate, ".3f") if rate else ""] if rates else []
+        rows.append(cells)
+    judge = "" if results["judge"] is None else f", judged by {results['judge']}"
+    lines = [f"comparison on {results['prompts']:,} held-out prompts{judge}", *aligned(rows)]
+    if left := sum(results["not_judged"].values()):
+        lines.append(f"note: not counted, because without a verdict: {counted(left, 'comparison')}")
+    return lines
 
 
 def headline(results: Row) -> list[str]:

@@ -1,6 +1,5 @@
 """The doctor's report: its page, its summary on the screen, and doctor.json."""
 
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -39,8 +38,7 @@ def write_doctor_report(folder: RunFolder, diagnosis: Diagnosis, exit_code: int)
         "across": diagnosis.across,
         "findings": list(map(asdict, diagnosis.findings)),
     }
-    text = json.dumps(files.for_json(content), indent=1, ensure_ascii=True)
-    files.write_text(folder.doctor_report, text + "\n")
+    files.write_json(folder.doctor_report, content)
 
 
 def write_doctor_page(folder: RunFolder, diagnosis: Diagnosis, config: RunConfig) -> None:

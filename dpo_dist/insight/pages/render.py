@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import json
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -132,10 +131,3 @@ def part(template: str, macro: str, *arguments: Any, **named: Any) -> Markup:
     """Return the HTML of a macro of a template."""
     html: Markup = getattr(TEMPLATES.get_template(template).module, macro)(*arguments, **named)
     return html
-
-
-def json_rows(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a file of JSON lines; a missing file has none."""
-    if file.exists():
-        with file.open("rb") as lines:
-            yield from map(json.loads, lines)

@@ -171,7 +171,7 @@ def verdict_of(facts: PageFacts) -> Mapping[str, Any]:
 def _tiles(facts: PageFacts) -> Iterator[tuple[str, str, str]]:
     """Yield label, value and remark of the main results that were measured."""
     summary, final, best = facts.summary, facts.section("final"), facts.section("best")
-    ends = facts.intervals(ALL)
+    ends, unit = facts.intervals(ALL), facts.run.unit
     remarks = {
         key: [f"95 %: {number(ends[key][0])} to {number(ends[key][1])}"] if key in ends else []
         for key in (f"eval_{facts.run.accuracy_key}", f"eval_{MARGIN}", "eval_loss")
@@ -180,26 +180,20 @@ def _tiles(facts: PageFacts) -> Iterator[tuple[str, str, str]]:
         remarks[key].append(f"best {number(best[key]['value'])} at step {number(best[key]['step'])}")
     gpus = ", ".join(dict.fromkeys(facts.environment.get("gpus") or ())) or "without GPU"
     pairs, finished = summary.get("pairs_seen"), last(facts.run.evaluations, "samples/finished")
+    seen = "" if pairs is None else f"{number(pairs)} {unit}s"
     seconds = facts.section("work").get("device_seconds")
+    saved = facts.section("best_checkpoint") or {"step": None, "metric": "", "value": 0}
     shown: tuple[tuple[str, Any, Callable[[Any], str], str], ...] = (
         ("final loss", final.get("loss"), number, "training, mean of the last logged steps"),
         *(
             (f"eval {METRICS[key.removeprefix('eval_')].title}", final.get(key), number, "; ".join(remark))
             for key, remark in sorted(remarks.items())
         ),
-        *(
-            ("best checkpoint", saved["step"], number, f"step; {saved['metric']} {number(saved['value'])}")
-            for saved in filter(None, [summary.get("best_checkpoint")])
-        ),
+        ("best checkpoint", saved["step"], number, f"step; {saved['metric']} {number(saved['value'])}"),
         ("sampled responses that end", finished, percent, "by themselves, at the last evaluation"),
-        (
-            "steps",
-            summary.get("steps"),
-            number,
-            f"{number(pairs)} {facts.run.unit}s" if pairs is not None else "",
-        ),
+        ("steps", summary.get("steps"), number, seen),
         ("training time", summary.get("train_seconds"), duration, "of optimizer steps"),
-        (f"{facts.run.unit}s per second", summary.get("pairs_per_second"), number, ""),
+        (f"{unit}s per second", summary.get("pairs_per_second"), number, ""),
         ("peak memory", summary.get("peak_memory_bytes"), size, f"of the process with the most; {gpus}"),
         ("time of all processes", seconds, duration, "all work of all starts"),
     )

@@ -12,9 +12,10 @@ from typing import Any
 from markupsafe import Markup
 
 from dpo_dist.config.run_folder import RunFolder, step_of
+from dpo_dist.foundation.files import read_lines
 from dpo_dist.foundation.text import counted, number, percent
 from dpo_dist.generation.text_facts import WORD, text_facts
-from dpo_dist.insight.pages.render import json_rows, part
+from dpo_dist.insight.pages.render import part
 
 Row = Mapping[str, Any]
 Piece = tuple[str, bool]
@@ -158,7 +159,7 @@ def samples_of(folder: RunFolder) -> Mapping[str, Any]:
     """
     files = _files(folder)
     steps = list(files)
-    read = {step: list(islice(json_rows(files[step]), _MOST_ROWS)) for step in {*steps[:2], *steps[-1:]}}
+    read = {step: list(islice(read_lines(files[step]), _MOST_ROWS)) for step in {*steps[:2], *steps[-1:]}}
     if not steps or not read[steps[0]]:
         return {}
     by_prompt = {step: {row["prompt_id"]: row for row in rows} for step, rows in read.items()}
@@ -189,7 +190,7 @@ def samples_of_runs(runs: Mapping[str, RunFolder]) -> list[Markup]:
     last: dict[str, Row] = {}
     for label, folder in runs.items():
         for file in islice(_files(folder).values(), 1):
-            for row in islice(json_rows(file), _MOST_ROWS):
+            for row in islice(read_lines(file), _MOST_ROWS):
                 notes = end_notes(row["policy_tokens"], row["policy_finished"])
                 response = Response(label, row["policy"], f"step {row['step']:,}, {notes}")
                 by_prompt.setdefault(row["prompt_id"], []).append(response)
@@ -204,7 +205,7 @@ def samples_of_runs(runs: Mapping[str, RunFolder]) -> list[Markup]:
 
 def worst_pairs(file: Path) -> list[Markup]:
     """Return the pairs of an evaluation's file of its worst ones."""
-    return prompt_items(map(_worst, json_rows(file)), _SECTION_BYTES)[0]
+    return prompt_items(map(_worst, read_lines(file)), _SECTION_BYTES)[0]
 
 
 def _worst(row: Row) -> Shown:

@@ -9,7 +9,8 @@ from dpo_dist.config.schema import DataConfig, FolderConfig, ModelConfig, RunCon
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.foundation.console import Console
-from dpo_dist.generation.samples import SamplePrompt, Samples, choose_prompts, lines
+from dpo_dist.foundation.files import json_line
+from dpo_dist.generation.samples import SamplePrompt, Samples, choose_prompts
 from dpo_dist.generation.sampling.generate import Request, Sampling
 from dpo_dist.generation.sampling.respond import find_stop_ids
 from dpo_dist.training.context import Run
@@ -67,7 +68,7 @@ def test_responses_of_the_reference_are_read_for_the_same_prompts_and_settings_o
     sampling = {"max_new_tokens": 4, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 3}
     opened.run.folder.samples.mkdir()
     opened.run.folder.samples_reference.write_text(
-        lines([{"prompt_id": "id", "sampling": sampling, **response}]), encoding="utf-8"
+        json_line({"prompt_id": "id", "sampling": sampling, **response}), encoding="utf-8"
     )
     assert opened.read_reference() == [response]
     assert replace(opened, sampling=Sampling(5, seed=3)).read_reference() is None

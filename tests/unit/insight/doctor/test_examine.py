@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -15,7 +16,6 @@ import pytest
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.schema import DataConfig, OnBadRecord, RunConfig, SourceConfig
-from dpo_dist.data.build import Progress
 from dpo_dist.data.records import eval_part, prompt_hash
 from dpo_dist.doctor import main
 from dpo_dist.foundation.errors import ConfigError, DataError
@@ -296,27 +296,21 @@ def run_of(folder: Path, *train: str | Path, **data: Any) -> RunConfig:
     return RunConfig(data=DataConfig(train=sources, cache=str(folder / "encoded"), **data))
 
 
-def prepared(
-    config: RunConfig, model: Path, vocabulary: int = 1000
-) -> tuple[list[list[int]], list[Any], int]:
-    encoded: list[int] = []
-    datasets, refusals = prepare(config, tiny.qwen(), model, vocabulary, counted(encoded))
-    return [list(map(len, of_source)) for of_source in datasets], refusals, sum(encoded)
-
-
-def counted(encoded: list[int]) -> Progress:
-    return lambda _source: contextlib.nullcontext(encoded.append)
+def prepared(config: RunConfig, model: Path) -> tuple[list[list[int]], list[Any]]:
+    of_model = replace(config, model=replace(config.model, path=str(model)))
+    encoded = prepare(of_model, lambda *_: contextlib.nullcontext(lambda _: None))
+    return [list(map(len, of_source)) for of_source in encoded.datasets], encoded.refusals
 
 
 def test_data_with_bad_records_are_encoded_and_refused(tmp_path: Path, model: Path) -> None:
     good = write_pairs(tmp_path / "good.jsonl", 5)
     bad = jsonl(tmp_path, *[{"unknown": 1}] * 3, TEXT)
-    datasets, [refusal], _ = prepared(run_of(tmp_path, good, bad), model)
+    datasets, [refusal] = prepared(run_of(tmp_path, good, bad), model)
     assert (datasets, type(refusal)) == ([[5], [1]], DataError)
     assert refusal.message == "3 of 4 records cannot be used"
-    datasets, [refusal], _ = prepared(run_of(tmp_path, bad, on_bad_record=OnBadRecord.error), model)
+    datasets, [refusal] = prepared(run_of(tmp_path, bad, on_bad_record=OnBadRecord.error), model)
     assert (datasets, refusal.where) == ([[1]], f"{bad}:1")
-    datasets, [_], _ = prepared(run_of(tmp_path, jsonl(tmp_path, {"unknown": 1})), model)
+    datasets, [_] = prepared(run_of(tmp_path, jsonl(tmp_path, {"unknown": 1})), model)
     assert datasets == [[]]
 
 
@@ -326,7 +320,10 @@ def test_data_that_loss_or_model_cannot_use_are_refused(tmp_path: Path, model: P
     assert refusal.remedy.startswith("set loss=sft")
     sft = replace(config, loss=LossConfig(LossKind.sft))
     assert prepared(sft, model)[1] == []
-    [refusal] = prepared(sft, model, 2)[1]
+    described = json.loads((model / "config.json").read_text())
+    small = Path(shutil.copytree(model, tmp_path / "small"))
+    (small / "config.json").write_text(json.dumps(described | {"vocab_size": 2}))
+    [refusal] = prepared(sft, small)[1]
     assert isinstance(refusal, ConfigError)
 
 
