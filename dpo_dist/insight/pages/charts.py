@@ -251,6 +251,7 @@ class Panel:
 
 PANELS = (
     Panel("Loss", in_image=True),
+    Panel("Loss above that of soft labels"),
     Panel(ACCURACY_CHART, in_image=True),
     Panel(AUC_CHART, in_image=True),
     Panel("Margin of rewards", in_image=True),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from dpo_dist.config.metrics import METRICS
 from dpo_dist.insight.pages.charts import PANELS, Axis, Line, chart, charts, draw_curves, panel_lines
 
 
@@ -24,6 +25,12 @@ def data_of(figure: str) -> dict[str, Any]:
 
 def paths(figure: str, role: str) -> list[str]:
     return re.findall(rf'<path class="{role} c\d" d="([^"]*)"', figure)
+
+
+def test_every_metric_that_has_a_chart_is_drawn_in_it() -> None:
+    drawn = {name: metric.chart for name, metric in METRICS.items() if metric.chart}
+    figures = "".join(charts([{"step": step, **dict.fromkeys(drawn, 0.5)} for step in (1, 2)], {}))
+    assert [name for name, title in drawn.items() if html.escape(title) not in figures] == []
 
 
 def test_a_value_that_is_not_finite_is_a_gap_and_a_step_without_point_is_not() -> None:
