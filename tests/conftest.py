@@ -1,10 +1,13 @@
 """The order of the tests, and their properties: the same examples everywhere, none judged by its time."""
 
 import gc
+import os
 
 import pytest
 from hypothesis import settings
 
+# Of torch.compile: by default each process starts others, which import torch, too.
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=50)
 settings.load_profile("repeatable")
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dpo_dist.config.losses import BcoDelta, Divergence, LossConfig, LossKind, LossTermConfig, Weighting
-from dpo_dist.config.schema import DataConfig, ParallelismConfig, ParallelismKind, SourceConfig
+from dpo_dist.config.schema import DataConfig, ParallelismConfig, ParallelismKind, RunConfig, SourceConfig
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset, shard_batch
 from dpo_dist.data.partners import with_partners
@@ -148,22 +148,18 @@ def trajectories(
     assets: Assets, data: Data, budget: int, names: Sequence[str], world: World, _folder: Path
 ) -> dict[str, Any]:
     """Return for each case the metrics and gradient norm of each step, and an evaluation at the end."""
-    return {name: list(_trajectory(assets, dataset_of(name, data), name, budget, world)) for name in names}
+    config = assets.config(assets.policy)
+    reference = ReferenceProvider(engine=load_reference(files_of(assets.reference), config, world))
+    return {name: list(_trajectory(config, reference, name, data, budget, world)) for name in names}
 
 
 def _trajectory(
-    assets: Assets, dataset: PreferenceDataset, name: str, budget: int, world: World
+    config: RunConfig, reference: ReferenceProvider, name: str, data: Data, budget: int, world: World
 ) -> Iterator[dict[str, float]]:
     loss, times = CASES[name], WEIGHTS if name.endswith("repeated") else np.ones_like(WEIGHTS)
-    config = assets.config(assets.policy)
-    free = not loss.needs_reference
-    reference = (
-        ReferenceProvider()
-        if free
-        else ReferenceProvider(engine=load_reference(files_of(assets.reference), config, world))
-    )
-    objective, running = Objective(loss, reference), RunningMeans()
-    policy = load_policy(config.model, world)
+    dataset = dataset_of(name, data)
+    objective = Objective(loss, reference if loss.needs_reference else ReferenceProvider())
+    running, policy = RunningMeans(), load_policy(config.model, world)
 
     def plan(indices: Any) -> Any:
         indices = np.repeat(indices, times[np.array(indices)])

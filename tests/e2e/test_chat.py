@@ -1,8 +1,7 @@
-"""A conversation through a pipe: the answers of transformers and peft, turn after turn."""
+"""A conversation: the answers of transformers and peft, turn after turn."""
 
 import os
 import pty
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -16,25 +15,32 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dpo_dist import chat
 from dpo_dist.foundation.streams import printable_lines
 from tests.e2e.conftest import Overrides
-from tests.support.launch import ROOT, command, environment, train
+from tests.support.launch import command, environment, train
+from tests.support.warm import ENVIRONMENT, run_warm_apart
 
 QUESTIONS = ("Which is larger, 3 or 5?", "And 7?")
 
 
-def says(*arguments: str, lines: list[str]) -> str:
-    """What `chat` prints for these lines of a pipe, greedy."""
+def read_from(file: Path) -> None:
+    """Make a file the standard input of this process."""
+    os.dup2(os.open(file, os.O_RDWR), 0)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+
+
+def says(folder: Path, *arguments: str, lines: list[str]) -> str:
+    """What `chat` prints for these lines, greedy."""
     options = ["--temperature", "0", "--max-new-tokens", "6"]
-    ended = subprocess.run(
-        command("chat", [*arguments, *options], 1),
-        cwd=ROOT,
-        env=environment(),
-        input="".join(f"{line}\n" for line in lines),
-        capture_output=True,
-        text=True,
-        check=False,
+    (folder / "lines").write_text("".join(f"{line}\n" for line in lines))
+    code, output, errors = run_warm_apart(
+        "dpo_dist.chat",
+        [*arguments, *options],
+        environment() | ENVIRONMENT,
+        folder,
+        300,
+        partial(read_from, folder / "lines"),
     )
-    assert ended.returncode == 0, ended.stderr
-    return ended.stdout
+    assert code == 0, errors
+    return output
 
 
 @pytest.mark.parametrize(
@@ -50,6 +56,7 @@ def test_a_number_out_of_bounds_is_refused_before_the_model_is_loaded(
 
 
 def test_ctrl_c_ends_an_answer_and_the_next_question_is_asked(assets: Path) -> None:
+    """By a cold start, which has the terminal for itself."""
     arguments = [str(assets / "model"), "--temperature", "0", "--max-new-tokens", "1500"]
     pid, terminal = pty.fork()
     if pid == 0:
@@ -106,9 +113,8 @@ def test_an_adapter_answers_beside_its_base_with_the_turns_before(
     trained = answers(PeftModel.from_pretrained(plain(assets / "model"), run / "model"), tokenizer)
     assert trained != base
     lines = [f"run: {own}\nbase: {other}\n" for own, other in zip(trained, base, strict=True)]
-    printed = says(
-        str(run), "--beside", "base", lines=[*QUESTIONS, "/help", "/new", QUESTIONS[0], "", "not asked"]
-    )
+    asked = [*QUESTIONS, "/help", "/new", QUESTIONS[0], "", "not asked"]
+    printed = says(tmp_path, str(run), "--beside", "base", lines=asked)
     assert printed == "".join([*lines, lines[0]])
 
 
@@ -120,6 +126,6 @@ def test_a_checkpoint_answers_beside_the_model_that_its_run_started_from(
     trained, base = (answers(plain(folder), tokenizer)[0] for folder in (run / "model", assets / "model"))
     assert trained != base
     checkpoint = run / "checkpoints/step-000002"
-    printed = says(str(checkpoint), "--beside", "base", lines=[QUESTIONS[0]])
+    printed = says(tmp_path, str(checkpoint), "--beside", "base", lines=[QUESTIONS[0]])
     assert printed == f"run/step-000002: {trained}\nbase: {base}\n"
-    assert says(str(run / "model"), lines=[QUESTIONS[0]]) == f"{trained}\n"
+    assert says(tmp_path, str(run / "model"), lines=[QUESTIONS[0]]) == f"{trained}\n"

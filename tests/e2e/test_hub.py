@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from tests.e2e.conftest import Overrides
-from tests.support.launch import command, train
+from tests.support.launch import Finished, constants, run_verb, train
 
 # Each step is a source to read or to encode; the hub's address is fixed when its library is imported.
 _STEPS = """
@@ -229,35 +229,35 @@ def test_a_model_stays_at_its_commit_while_a_run_trains(tmp_path: Path, hub: Hub
 
 
 def test_an_export_is_sent_only_when_its_list_is_confirmed(
-    overrides: Overrides, tmp_path: Path, hub: Hub
+    overrides: Overrides, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(overrides("trainer.max_steps=1", "model.adapter={r: 4}"))
+    monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
+    library = "huggingface_hub.constants."
+    online = constants(**{f"{library}ENDPOINT": hub.url, f"{library}HF_HUB_OFFLINE": False})
 
-    def export(*words: str) -> subprocess.CompletedProcess[str]:
+    def export(*words: str) -> Finished:
         named = [f"run.dir={tmp_path}/run", "export.push_to=o/model", *words]
-        variables = environment_of(tmp_path, hub.url) | {"HF_TOKEN": "hf_of_nobody"}
-        return subprocess.run(
-            command("export", named, 1), env=variables, capture_output=True, text=True, check=False
-        )
+        return run_verb("export", named, prepare=online)
 
     listed = export()
-    assert listed.returncode == 0, listed.stderr
-    assert "private" in listed.stderr
-    assert "  adapter_model.safetensors  " in listed.stderr
-    assert f"run.dir={tmp_path}/run export.push_to=o/model export.confirm=true" in listed.stderr
+    assert listed.code == 0, listed.output
+    assert "private" in listed.output
+    assert "  adapter_model.safetensors  " in listed.output
+    assert f"run.dir={tmp_path}/run export.push_to=o/model export.confirm=true" in listed.output
     assert not hub.sent
     assert not hub.asked
 
     hub.is_open = False
     refused = export("export.confirm=true")
-    assert refused.returncode == 2, refused.stderr
-    assert "401" in refused.stderr
-    assert "hf auth login" in refused.stderr
-    assert "Traceback" not in refused.stderr
+    assert refused.code == 2, refused.output
+    assert "401" in refused.output
+    assert "hf auth login" in refused.output
+    assert "Traceback" not in refused.output
 
     hub.is_open = True
     sent = export("export.confirm=true")
-    assert sent.returncode == 0, sent.stderr
+    assert sent.code == 0, sent.output
     assert json.loads(hub.sent["api/repos/create"])["visibility"] == "private"
     lines = map(json.loads, hub.sent["api/models/o/model/commit/main"].splitlines())
     files = {line["value"]["path"] for line in lines if line["key"] == "file"}

@@ -60,7 +60,7 @@ def signalled(
 
 def test_signals_save_and_the_same_command_resumes_exactly(overrides: Overrides, tmp_path: Path) -> None:
     """One run: a signal to one rank, then to both, as launchers send it; that checkpoint is damaged."""
-    steps = ["trainer.epochs=12", "optim.lr=1e-3", "trainer.save_every=4", "parallelism=zero2"]
+    steps = ["trainer.epochs=6", "optim.lr=1e-3", "trainer.save_every=3", "parallelism=zero2"]
     as_on_gpus = ["model.dtype=bf16", "trainer.deterministic=true"]
     run, whole, command = tmp_path / "run", tmp_path / "whole", overrides(*steps, *as_on_gpus)
     latest, former = run / "checkpoints" / "latest", ""

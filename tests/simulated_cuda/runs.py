@@ -89,7 +89,6 @@ def _parent_with_device() -> Iterator[None]:
 
 
 def _begin(prepare: Prepare | None) -> None:
-    mock.patch("dpo_dist.insight.recorder.draw_curves").start()  # a fifth of a short run, without the device
     mock.patch("dpo_dist.distributed.checkpoint._FILE_BYTES", 2**16).start()  # several files for each rank
     if prepare is not None:
         prepare()
