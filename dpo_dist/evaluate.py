@@ -5,6 +5,8 @@ scored on `data.eval` or `evaluation.data`; reference log-probs come from the st
 stored.
 """
 
+from collections.abc import Iterator
+
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.training.named_models import find_evaluated
@@ -20,13 +22,13 @@ def main(config: RunConfig) -> int:
         return evaluate_models(config, models, console)
 
 
-def check(config: RunConfig) -> str:
+def check(config: RunConfig) -> Iterator[str]:
     """Check everything that `main` needs before it uses a GPU."""
     config, models = find_evaluated(config)
     check_start(config)
     from dpo_dist.training.check import rehearse  # noqa: PLC0415  (slow)
 
-    return rehearse(config, models)
+    yield rehearse(config, models)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Nothing is downloaded: random weights of real shapes, invented pairs. Says which kernels are exact, whether
 every way of training gives the same steps, and how fast they are; writes selftest.json. The speeds need about
-35 GB of disk beside it and 26 GB of memory. Exit code 1: a check failed.
+35 GB of disk beside it and 26 GB of memory. Exit code 1: a check failed, or nothing could be compared.
 """
 
 from dpo_dist.foundation.signals import end_at_signals, raise_terminated, stop_signals
@@ -109,11 +109,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="FILE", default=Path("selftest.json"))
     parser.add_argument("--quick", action="store_true", help="no speeds; needs no room")
     parser.add_argument("--exchange", type=Path, help=argparse.SUPPRESS)  # a process of `_exchanges`
+    parser.add_argument("--waits", type=Path, help=argparse.SUPPRESS)  # a process of `_waits`
     given = parser.parse_args(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
     if given.exchange is not None:
         return _exchange(given.exchange)
+    if given.waits is not None:
+        return _count_waits(given.waits)
     output: Path = given.output.absolute()
     is_writable = all(os.access(path, os.W_OK) for path in (output.parent, output) if path.exists())
     if output.is_dir() or not output.parent.is_dir() or not is_writable:
@@ -123,7 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         del os.environ[name]  # the processes that are started here are a world of their own
     for number in stop_signals():
         signal.signal(number, raise_terminated)
-    began, checks, verdict = time.monotonic(), list[Check](), "stopped before all checks were done"
+    began, checks = time.monotonic(), list[Check]()
+    code, verdict = ExitCode.findings, "stopped before all checks were done"
     now = datetime.now().astimezone().isoformat(timespec="seconds")
     content: dict[str, Any] = {"date": now, "host": socket.gethostname()}
     try:
@@ -131,28 +135,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for check in _checks(Path(folder), given.quick):
                 print_line(f"{check.outcome:<8}  {check.name:<40}  {check.seen}", output_of_objects())
                 checks.append(check)
-        verdict = _verdict(checks)
+        code, verdict = _verdict(checks)
     finally:
         seconds = time.monotonic() - began
         print_line(f"verdict: {verdict} ({seconds:.0f} s; {given.output})", output_of_objects())
         content |= {"seconds": seconds, "verdict": verdict, "checks": [check._asdict() for check in checks]}
         output.write_text(json.dumps(for_json(content), indent=1) + "\n", encoding="utf-8")
-    return ExitCode.findings if any(check.outcome == "failed" for check in checks) else ExitCode.completed
+    return code
 
 
-def _verdict(checks: Sequence[Check]) -> str:
+def _verdict(checks: Sequence[Check]) -> tuple[ExitCode, str]:
     import torch  # noqa: PLC0415  (slow)
 
     if failed := [check.name for check in checks if check.outcome == "failed"]:
-        return f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}"
+        return ExitCode.findings, f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}"
     if not any(check.name.startswith("steps of ") and check.outcome == "passed" for check in checks):
-        return "no two ways of training could be compared"
+        return ExitCode.findings, "no two ways of training could be compared"
     gpus, on = torch.cuda.device_count(), "these GPUs"
     if gpus < 2:
         on = "this GPU; sharding over several was not tried"
     if not gpus:
         on = "one CPU process: there was no GPU, so none of its kernels and no sharding was tried"
-    return f"every way of training that was tried gives the same steps on {on}"
+    return ExitCode.completed, f"every way of training that was tried gives the same steps on {on}"
 
 
 def _checks(folder: Path, is_quick: bool) -> Iterator[Check]:
@@ -162,13 +166,15 @@ def _checks(folder: Path, is_quick: bool) -> Iterator[Check]:
     gpus = torch.cuda.device_count()
     device = torch.device("cuda" if gpus else "cpu")
     groups = {"versions": _versions(gpus), "steps": _equal_runs(folder, gpus)}
+    if gpus:
+        groups["waits of the host"] = _waits(folder)
     if gpus > 1:
         groups["collective calls"] = _exchanges(folder, gpus)
     if gpus and not is_quick:
         groups |= {f"speed of {shape}": _speeds(folder, gpus, shape) for shape in _SHAPES}
     groups |= {"GPU": _devices(gpus, is_quick), "attention": _kernels(device)}
     if gpus:
-        groups |= {"losses": _losses(device), "waits": _waits(folder)}
+        groups["losses"] = _losses(device)
     for name, checks in groups.items():
         try:
             yield from checks
@@ -409,6 +415,38 @@ def _exchange(out: Path) -> int:
     return ExitCode.completed
 
 
+def _waits(folder: Path) -> Iterator[Check]:
+    """Count how often the host waits for the GPU in a step, as far as PyTorch's debug mode sees it."""
+    name, out = "waits of the host", folder / "waits.json"
+    if error := _started(name, ["-m", "dpo_dist.selftest", "--waits", str(out)], 1):
+        yield _fault(name, error)
+        return
+    found = json.loads(out.read_text())
+    yield Check(name, "measured", f"{found} in a step of ddp on one GPU", {"waits": found})
+
+
+def _count_waits(out: Path) -> int:
+    import torch  # noqa: PLC0415  (slow)
+
+    from dpo_dist.api import train  # noqa: PLC0415
+
+    waits, by_row, folder = 0, list[int](), out.parent
+
+    def count(record: logging.LogRecord) -> bool:
+        nonlocal waits
+        waits += "called a synchronizing CUDA operation" in record.getMessage()
+        return True
+
+    words = [*_usual(folder, RunFolder(folder / "waits")), f"model.path={_quoted(folder / 'tiny')}"]
+    words += ["parallelism=ddp", "model.fused=none", f"trainer.max_steps={_STEPS}"]
+    logging.getLogger("py.warnings").addFilter(count)
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(action="always"):
+        train(words, on_row=lambda _row: by_row.append(waits))
+    out.write_text(json.dumps(by_row[-1] - by_row[-2]))  # kernels have been chosen
+    return ExitCode.completed
+
+
 def _kernels(device: Any) -> Iterator[Check]:
     """Check the outputs and gradients of each attention kernel against float32."""
     import torch  # noqa: PLC0415  (slow)
@@ -473,34 +511,6 @@ def _losses(device: Any) -> Iterator[Check]:
             faults.append(f"{config.kind}: {first_line(error)}")
     seen = f"{len(configs)} losses equal those of the CPU, and none makes the host wait"
     yield _judged("losses", faults, seen)
-
-
-def _waits(folder: Path) -> Iterator[Check]:
-    """Count how often the host waits for the GPU in a step, as far as PyTorch's debug mode sees it."""
-    import torch  # noqa: PLC0415  (slow)
-
-    from dpo_dist.api import train  # noqa: PLC0415
-
-    waits, by_row = 0, list[int]()
-
-    def is_other(record: logging.LogRecord) -> bool:
-        nonlocal waits
-        is_wait = "called a synchronizing CUDA operation" in record.getMessage()
-        waits += is_wait
-        return not is_wait
-
-    words = [*_usual(folder, RunFolder(folder / "waits")), f"model.path={_quoted(folder / 'tiny')}"]
-    words += ["parallelism=ddp", "model.fused=none", f"trainer.max_steps={_STEPS}"]
-    logging.getLogger("py.warnings").addFilter(is_other)
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(action="always"):
-            train(words, on_row=lambda _row: by_row.append(waits))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    found = by_row[-1] - by_row[-2]  # its kernels have been chosen
-    seen = f"{found} in a step of ddp on one GPU: one for the row of metrics, the others are DeepSpeed's"
-    yield Check("waits of the host", "measured", seen, {"waits": found})
 
 
 if __name__ == "__main__":

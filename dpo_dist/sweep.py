@@ -18,7 +18,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from io import BytesIO
@@ -103,10 +103,11 @@ def _place_in_array() -> tuple[int, int]:
     return (job - first) // step, jobs
 
 
-def check(points: Points) -> str:
+def check(points: Points) -> Iterator[str]:
     """Check everything that the points need before they use a GPU."""
     check_points(points)
-    return "".join(map(train.check, points.values()))
+    for config in points.values():
+        yield from train.check(config)
 
 
 def _is_finished(config: RunConfig) -> bool:

@@ -4,7 +4,7 @@ The same command again resumes the run; `--check` checks that it can start; `--h
 codes: `dpo_dist.foundation.errors.ExitCode`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -35,13 +35,13 @@ def main(config: RunConfig, on_row: Callable[[dict[str, float]], bool | None] | 
         return train(config, console, stop, reporting)
 
 
-def check(config: RunConfig, *, trains: bool = True) -> str:
+def check(config: RunConfig, *, trains: bool = True) -> Iterator[str]:
     """Check everything that a run which trains, or only scores its pairs, needs before it uses a GPU."""
     check_start(config, trains=trains)
     from dpo_dist.insight.plan import plan_in_brief  # noqa: PLC0415  (slow)
     from dpo_dist.training.check import rehearse  # noqa: PLC0415  (slow)
 
-    return rehearse(config, trains=trains, plan=plan_in_brief if trains else None)
+    yield rehearse(config, trains=trains, plan=plan_in_brief if trains else None)
 
 
 if __name__ == "__main__":

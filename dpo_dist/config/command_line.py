@@ -5,7 +5,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -206,19 +206,21 @@ def _columns(rows: Mapping[str, str]) -> list[str]:
 
 
 def run_verb(
-    main: Callable[[Any], int], check: Callable[[Any], str] | None = None, *, verb: str = "train"
+    main: Callable[[Any], int], check: Callable[[Any], Iterable[str]] | None = None, *, verb: str = "train"
 ) -> NoReturn:
     """Run `main` with the configuration of the command line, or its points, and exit with its exit code.
 
-    `check` returns the text of `--check`, on the first rank only. `--help` has the docstring of the module of
+    `check` yields the texts of `--check`, on the first rank only. `--help` has the docstring of the module of
     `main`.
     """
     styles = [word.lstrip("+") for word in sys.argv[1:] if word.lstrip("+").startswith("console.style=")]
-    errors = Errors(is_json=styles[-1:] == [f"console.style={ConsoleStyle.json}"])
+    errors = Errors(styles[-1:] == [f"console.style={ConsoleStyle.json}"], this_rank())
     exit_after(lambda: _run(main, check, verb, errors), errors)
 
 
-def _run(main: Callable[[Any], int], check: Callable[[Any], str] | None, verb: str, errors: Errors) -> int:
+def _run(
+    main: Callable[[Any], int], check: Callable[[Any], Iterable[str]] | None, verb: str, errors: Errors
+) -> int:
     options = divide(sys.argv[1:])
     text = _answer(options, verb, sys.modules[main.__module__].__doc__ or "")
     if text is None:
@@ -245,9 +247,14 @@ def _run(main: Callable[[Any], int], check: Callable[[Any], str] | None, verb: s
         raise ConfigError("this verb has no --check", where=COMMAND_LINE, remedy="remove --check")
     if this_rank() == 0:
         with warnings_off():
-            text = check(configured)
-        console_on(sys.stdout, config.console.style).result("check", {"text": text}, text.splitlines())
+            _print_checks(check(configured), config.console.style)
     return ExitCode.completed
+
+
+def _print_checks(texts: Iterable[str], style: ConsoleStyle) -> None:
+    console = console_on(sys.stdout, style)
+    for text in texts:
+        console.result("check", {"text": text}, text.splitlines())
 
 
 def _configurations(options: argparse.Namespace, verb: str) -> Points:

@@ -337,6 +337,7 @@ RULES = (
         for option in ("max_new_tokens", "temperature")
     ),
     unused("parallelism.offload_parameters", "parallelism.kind=zero3"),
+    unused("parallelism.overlap", "parallelism.kind=zero3|zero2"),
     unused("parallelism.reduce_in_float32", "model.dtype=bf16|fp16"),
     unused("parallelism.hpz", "parallelism.kind=zero3"),
     unused("parallelism.hpz", "parallelism.offload_parameters=none"),

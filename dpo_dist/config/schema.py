@@ -353,8 +353,8 @@ class ParallelismConfig:
     reduce_in_float32: bool | None = key(None, verbs="train")
     """Sum gradients over processes in float32, in place of `model.dtype`; null: with several nodes."""
     overlap: bool = key(True, verbs="train", free=True)
-    """Exchange gradients while backward computes (CUDA; not `ddp` in bf16 or fp16): DeepSpeed's
-    `overlap_comm`. Without it a step has the same numbers, takes longer, and less memory."""
+    """Exchange gradients while backward computes (`zero3` and `zero2` on GPUs): DeepSpeed's `overlap_comm`.
+    Without it a step has the same numbers, takes longer, and less memory."""
     hpz: int = key(1, ge=1, verbs="train")
     """ZeRO-3 keeps a second copy of the weights on each group of so many processes, those of a node: weights
     are gathered over the network once a step, else within the group (ZeRO++, arXiv 2306.10209). 1: none."""
@@ -374,7 +374,7 @@ class TrainerConfig:
         "auto", free=True, verbs="train precompute evaluate", accepts="auto, or a whole number, >= 1"
     )
     """Largest number of tokens in a micro-batch; gradient accumulation follows from it. `auto`: what fits on
-    the GPUs of a training run, else 8192."""
+    the GPUs of a training run, else 8192, on a CPU 2048."""
     epochs: float = key(1.0, verbs="train precompute", gt=0, le=1e9)
     """Passes over the training data."""
     max_steps: int | None = key(None, verbs="train precompute", ge=1)

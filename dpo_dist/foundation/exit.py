@@ -13,7 +13,6 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 from dpo_dist.foundation.errors import DpoDistError, ExitCode, StoppedError, disk_error, first_line
-from dpo_dist.foundation.process import this_rank
 from dpo_dist.foundation.streams import open_closed_streams, output_of_objects, print_line
 from dpo_dist.foundation.text import without_secrets
 
@@ -23,9 +22,13 @@ _BY_SIGNAL = 128
 
 @dataclass
 class Errors:
-    """Prints errors without secrets: as text to standard error, or as JSON objects to standard output."""
+    """Prints errors without secrets: as text to standard error, or as JSON objects to standard output.
+
+    `rank`: of this process among those that run the program.
+    """
 
     is_json: bool = False
+    rank: int = 0
 
     def print(self, text: str, content: Mapping[str, Any]) -> None:
         """Print one error; `content` is for programs. A stream that fails is ignored."""
@@ -36,7 +39,7 @@ class Errors:
 
     def print_end(self, exit_code: int, words: str) -> int:
         """Print on rank 0 how the process was ended, if there is something to say; return the exit code."""
-        if words and this_rank() == 0:
+        if words and self.rank == 0:
             self.print(words, {"message": words, "exit_code": int(exit_code)})
         return exit_code
 
@@ -47,7 +50,7 @@ class Errors:
         rank 0 has printed its error and exited; a rank that is not ended has an error that rank 0 does not
         have. Rank 0 alone prints a stop by a signal: the launcher sends the signal to it, too.
         """
-        is_early = error.is_printed_here is None and this_rank() > 0
+        is_early = error.is_printed_here is None and self.rank > 0
         if is_early and isinstance(error, StoppedError):
             return error.exit_code
         if is_early:

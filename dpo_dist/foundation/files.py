@@ -1,6 +1,7 @@
 """Files: atomic writes (law L4), content digests, locks."""
 
 import contextlib
+import errno
 import fcntl
 import glob
 import hashlib
@@ -85,7 +86,7 @@ def staged_folder(path: Path, *, replaces: bool = True) -> Iterator[Path]:
     """Yield an empty temporary folder; it becomes `path` on exit, and is removed on an error.
 
     Raises:
-        OSError: `path` exists on exit, has files, and is not to be replaced.
+        FileExistsError: `path` exists on exit, has files, and is not to be replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(path)
@@ -112,24 +113,41 @@ def commit_folder(temporary: Path, path: Path, *, replaces: bool = True) -> None
     A crash between two renames leaves both folders under temporary names, until `recover_folder`.
 
     Raises:
-        OSError: there is an older `path` with files, and it is not to be replaced.
+        FileExistsError: there is an older `path` with files, and it is not to be replaced.
     """
     for below in sorted(temporary.rglob("*")):
         sync(below)
     sync(temporary)
-    aside = path.with_name(f"{path.name}{_TEMPORARY}{_REPLACED}{uuid.uuid4().hex[:12]}")
-    if replaces and path.is_dir():
-        path.rename(aside)
-    temporary.rename(path)
+    replaced = []
+    while not _take(temporary, path):
+        if not replaces:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        aside = path.with_name(f"{path.name}{_TEMPORARY}{_REPLACED}{uuid.uuid4().hex[:12]}")
+        with contextlib.suppress(FileNotFoundError):  # another process has moved it
+            path.rename(aside)
+            replaced.append(aside)
     sync(path.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    for folder in replaced:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def recover_folder(path: Path) -> None:
     """Restore `path` if it is missing and a killed `commit_folder` had moved it aside."""
-    asides = list(path.parent.glob(f"{glob.escape(path.name)}{_TEMPORARY}{_REPLACED}*"))
-    if asides and not path.exists():
-        asides[0].rename(path)
+    if not path.exists():
+        for aside in sorted(path.parent.glob(f"{glob.escape(path.name)}{_TEMPORARY}{_REPLACED}*")):
+            with contextlib.suppress(FileNotFoundError):  # another process has restored or deleted it
+                _take(aside, path)
+
+
+def _take(temporary: Path, path: Path) -> bool:
+    """Rename a folder; return False if another one has the name."""
+    try:
+        temporary.rename(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True
 
 
 def temporary_name(path: Path) -> Path:

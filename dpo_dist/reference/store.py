@@ -173,7 +173,7 @@ def open_shard(file: Path) -> Shard | None:
     except (FileNotFoundError, SafetensorError, ValueError, TypeError) as error:
         fault = str(error)
     except OSError as error:  # to compute its entries again would be expensive, and would not cure the cause
-        raise OSError(f"{file}: {error}") from error
+        raise OSError(error.errno, error.strerror or str(error), str(file)) from error
     log.warning("shard %s is damaged, its entries count as missing: %s", file, fault)
     return None
 

@@ -2,6 +2,7 @@
 
 import os
 import pty
+import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -60,6 +61,7 @@ def test_ctrl_c_ends_an_answer_and_the_next_question_is_asked(assets: Path) -> N
     arguments = [str(assets / "model"), "--temperature", "0", "--max-new-tokens", "1500"]
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # also where the tests run in the background of a shell
         os.execve(sys.executable, command("chat", arguments, 1), environment())
     read = partial(read_until, terminal)
     read(b"> ")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Overrides
-from tests.support.launch import constants, run_verb, train
+from tests.support.launch import constants, environment, run_verb, train
+from tests.support.warm import ENVIRONMENT, run_warm_apart
 
 
 def test_a_broken_line_is_dropped_counted_and_shown(
@@ -37,6 +38,18 @@ def test_two_processes_print_one_block(overrides: Overrides, assets: Path) -> No
     assert ended.output.count("to do:") == 1, ended.output
     assert "absent.jsonl" in ended.output
     assert "Traceback" not in ended.output
+
+
+@pytest.mark.parametrize("words", ["convert gone.yaml", "report gone", "store info gone", "chat gone"])
+def test_a_program_of_one_process_prints_its_error_at_once_whatever_rank_the_shell_has(
+    words: str, tmp_path: Path
+) -> None:
+    verb, *arguments = words.split()
+    variables = environment() | ENVIRONMENT | {"RANK": "1"}
+    code, output, errors = run_warm_apart(f"dpo_dist.{verb}", arguments, variables, tmp_path, 40)
+    assert code == 2, errors
+    assert errors.count("to do:") == 1
+    assert "Traceback" not in errors + output
 
 
 def _unchecked(*_: object) -> None:

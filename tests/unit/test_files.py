@@ -1,9 +1,9 @@
 """Files and folders appear whole or not at all; a cached digest is that of the bytes on disk now."""
 
 import os
-import re
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +65,23 @@ def test_a_folder_appears_with_all_its_files_or_not_and_replaces_all_of_an_older
 def test_the_folder_of_another_process_is_never_replaced_if_asked(tmp_path: Path) -> None:
     path = tmp_path / "folder"
     write_folder(path, text="first")
-    with pytest.raises(OSError, match=re.escape(str(path))), staged_folder(path, replaces=False) as temporary:
+    with pytest.raises(FileExistsError), staged_folder(path, replaces=False) as temporary:
         (temporary / "file").write_text("third")
     assert (path / "file").read_text() == "first"
+    assert names(tmp_path) == ["folder"]
+
+
+def test_concurrent_writers_of_one_folder_all_succeed(tmp_path: Path) -> None:
+    path = tmp_path / "folder"
+
+    def write(number: int) -> None:
+        with staged_folder(path) as temporary:
+            for name in ("one", "two"):
+                (temporary / name).write_text(str(number))
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        list(pool.map(write, range(64)))
+    assert (path / "one").read_text() == (path / "two").read_text()
     assert names(tmp_path) == ["folder"]
 
 

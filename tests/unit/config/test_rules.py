@@ -27,6 +27,7 @@ REFUSED = [
     ("model.activation_offload=true", "model.activation_offload"),
     ("model.dtype=fp32 parallelism.reduce_in_float32=true", "parallelism.reduce_in_float32"),
     ("parallelism=zero2 parallelism.hpz=2", "parallelism.hpz"),
+    ("parallelism=ddp parallelism.overlap=false", "parallelism.overlap"),
     ("parallelism=zero3_offload parallelism.hpz=2", "parallelism.hpz"),
     ("trainer.deterministic=true model.fused=liger", "trainer.deterministic"),
     ("loss.router.z_coefficient=0.1 model.fused=compile", "model.fused"),
