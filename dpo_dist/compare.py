@@ -6,6 +6,8 @@ a judge (`pairs.reward_model`, `pairs.function` or `pairs.endpoint`) scores and 
 parts. docs/evaluate.md explains the files.
 """
 
+from collections.abc import Iterator
+
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
@@ -29,12 +31,12 @@ def main(config: RunConfig) -> int:
     return ExitCode.completed
 
 
-def check(config: RunConfig) -> str:
+def check(config: RunConfig) -> Iterator[str]:
     """Check everything that needs no weights and no GPU."""
     models = check_comparison(config)
     from dpo_dist.insight.compare.models import rehearse_comparison  # noqa: PLC0415  (slow)
 
-    return rehearse_comparison(config, models)
+    yield rehearse_comparison(config, models)
 
 
 if __name__ == "__main__":

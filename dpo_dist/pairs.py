@@ -6,6 +6,7 @@ after the finished parts. docs/pairs.md has a command for each method.
 
 import os
 import sys
+from collections.abc import Iterator
 
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.run_folder import RunFolder
@@ -30,12 +31,12 @@ def main(config: RunConfig) -> int:
     return ExitCode.completed
 
 
-def check(config: RunConfig) -> str:
+def check(config: RunConfig) -> Iterator[str]:
     """Check everything that needs no weights and no GPU."""
     check_pairs(config)
     from dpo_dist.generation.pairs.run import rehearse_pairs  # noqa: PLC0415  (slow)
 
-    return rehearse_pairs(config)
+    yield rehearse_pairs(config)
 
 
 if __name__ == "__main__":

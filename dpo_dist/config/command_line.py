@@ -5,7 +5,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -206,7 +206,7 @@ def _columns(rows: Mapping[str, str]) -> list[str]:
 
 
 def run_verb(
-    main: Callable[[Any], int], check: Callable[[Any], Iterable[str]] | None = None, *, verb: str = "train"
+    main: Callable[[Any], int], check: Callable[[Any], Iterator[str]] | None = None, *, verb: str = "train"
 ) -> NoReturn:
     """Run `main` with the configuration of the command line, or its points, and exit with its exit code.
 
@@ -219,7 +219,7 @@ def run_verb(
 
 
 def _run(
-    main: Callable[[Any], int], check: Callable[[Any], Iterable[str]] | None, verb: str, errors: Errors
+    main: Callable[[Any], int], check: Callable[[Any], Iterator[str]] | None, verb: str, errors: Errors
 ) -> int:
     options = divide(sys.argv[1:])
     text = _answer(options, verb, sys.modules[main.__module__].__doc__ or "")

@@ -24,6 +24,8 @@ def test_a_grid_is_finished_across_stops_and_equals_runs_by_themselves(assets: P
     command = [*common, f"run.root={root}", *GRID]
     points = {words: Path(str(point.run.dir)) for words, point in load_points(command).items()}
     first, elsewhere, third, diverges = points.values()
+    checked = run_verb("sweep", [*command, "--check"]).output
+    assert checked.count("check passed: everything that needs no weights") == 4, checked
 
     def is_saved(run: Path) -> bool:
         return any(run.glob("checkpoints/step-*/state.json"))
