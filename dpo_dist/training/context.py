@@ -30,7 +30,7 @@ from dpo_dist.training.clock import WorkClock
 
 T = TypeVar("T")
 
-_DEFAULT_TOKENS = {"cuda": 8192, "cpu": 2048}  # of a micro-batch; on a CPU more is no faster
+_DEFAULT_TOKENS, _ON_CPU = 8192, 2048  # of a micro-batch; on a CPU more is no faster
 
 
 class Run:
@@ -50,7 +50,8 @@ class Run:
     ):
         self.config, self.world, self.console = config, world, console
         tokens = config.trainer.micro_batch_tokens
-        self.micro_batch_tokens = _DEFAULT_TOKENS[world.device.type] if tokens == "auto" else tokens
+        usual = _ON_CPU if world.device.type == "cpu" else _DEFAULT_TOKENS
+        self.micro_batch_tokens = usual if tokens == "auto" else tokens
         self.folder = RunFolder.of(config)
         self.stops = Stops(stop or StopRequest(), world)
         self.clock = WorkClock(world.size, time.monotonic() if began is None else began)

@@ -8,8 +8,11 @@ from transformers import AutoConfig
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import ModelConfig
+from dpo_dist.foundation.console import Console
 from dpo_dist.model.load import without_weights
+from dpo_dist.training.context import Run
 from dpo_dist.training.footprint import activation_bytes, footprint
+from tests.support.alone import ALONE
 from tests.support.families import FAMILIES, tiny_config
 
 SHAPE = {
@@ -59,3 +62,9 @@ def test_micro_batches_fill_nine_tenths_of_what_is_left(processes: int) -> None:
     assert needs.largest_micro_batch(0.5 * memory) == 0
     assert needs.fits(1000, 1.001 * memory)
     assert not needs.fits(1001, memory)
+
+
+def test_micro_batches_are_small_on_a_cpu_where_larger_ones_are_no_faster() -> None:
+    for given, tokens in (("auto", 2048), ("8192", 8192)):
+        config = load_run_config(["model.path=m", f"trainer.micro_batch_tokens={given}"])
+        assert Run(config, ALONE, Console(None)).micro_batch_tokens == tokens
