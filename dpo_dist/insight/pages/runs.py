@@ -2,16 +2,20 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
 from pathlib import Path
+from statistics import fmean, stdev
 
-from dpo_dist.config.metrics import ACCURACIES, CUSTOM, MAIN, METRICS, metric_of
+from dpo_dist.config.losses import kinds_using
+from dpo_dist.config.metrics import ACCURACIES, CUSTOM, MAIN, METRICS, TERMS, metric_of
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Direction
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.streams import printable
 from dpo_dist.insight.evaluation import ALL, results_name
 from dpo_dist.insight.pages import render
-from dpo_dist.insight.pages.charts import charts_of_runs
+from dpo_dist.insight.pages.charts import Curves, charts_of_runs, color_of
 from dpo_dist.insight.pages.run import PageFacts, verdict_of
 from dpo_dist.insight.pages.samples import samples_of_runs
 from dpo_dist.insight.tables import EVALUATED, aligned
@@ -26,50 +30,161 @@ _OF_NO_RESULT = ("run.", "console.", "tracking.")
 _OF_NO_POLICY = ("samples/reference_", "samples/prompts", "samples/alarms")
 _OF_REFERENCE = ("loss", "rewards/", "distance/")
 _OF_LOSS = ("loss", "rewards/chosen", "rewards/rejected", MARGIN)
-_MOST_SETTINGS = 4  # in the table of results
+_MOST_SETTINGS, _MOST_CHARACTERS = 4, 60  # in the table of results, and of a name made of them
+_SEED = "trainer.seed"
 
 
 def compare_runs(folders: Sequence[RunFolder], page: Path) -> list[str]:
-    """Write the page about runs, also such that still train; return the lines of its table of results."""
+    """Write the page about runs, also such that still train; return the lines of its tables of results."""
+    facts = list(map(PageFacts, folders))
+    settings, others = _differing(facts)
     names = [folder.path.resolve().name for folder in folders]
-    labels = names if len(set(names)) == len(names) else list(map(str, folders))
-    runs = {label: PageFacts(folder) for label, folder in zip(labels, folders, strict=True)}
-    differing = differing_settings([facts.config for facts in runs.values()])
-    others = {key: texts for key, texts in differing.items() if key.startswith(_OF_NO_RESULT)}
-    settings = {key: texts for key, texts in differing.items() if key not in others}
-    others |= differing_settings([facts.environment for facts in runs.values()])
-    warnings, last = dict(_warnings(runs)), _last_rows(runs)
-    not_comparable = sum(warnings.values(), ())
-    metrics = {key: _cells(runs, last, key, not_comparable) for key in _keys(last)}
+    names = names if len(set(names)) == len(names) else list(map(str, folders))
+    described = _described(settings, len(facts))
+    is_described = len(set(described)) == len(facts) and max(map(len, described)) <= _MOST_CHARACTERS
+    labels = described if is_described and len(settings) <= _MOST_SETTINGS else names
+    runs, kinds = dict(zip(labels, facts, strict=True)), ["+".join(_kinds(each)) for each in facts]
+    groups = labels
+    if labels is described and _SEED in settings:
+        groups = _described({key: texts for key, texts in settings.items() if key != _SEED}, len(facts))
 
-    is_short = len(settings) <= _MOST_SETTINGS
-    outcomes = [facts.summary.get("exit", "not ended") for facts in runs.values()]
-    columns = {"run": list(runs), "outcome": outcomes, **(settings if is_short else {})}
-    has_known = any(key in metrics for key in ACCURACIES)
-    shown = [key for key in ACCURACIES if key in metrics or (key != AUC and not has_known)]
-    for key in dict.fromkeys(key for key in (*MAIN, *EVALUATED) if key in shown or key not in ACCURACIES):
-        columns[METRICS[key].title] = metrics.get(key, ["-"] * len(runs))
-    results = [list(columns), *map(list, zip(*columns.values(), strict=True))]
-    units = {facts.run.unit for facts in runs.values()}
+    warnings, last = dict(_warnings(runs)), _last_rows(runs)
+    results = _Results(groups, last, [_intervals(each) for each in facts], sum(warnings.values(), ()))
+    first = {key: texts for key, texts in settings.items() if labels is described}
+    outcomes = [each.summary.get("exit", "not ended") for each in facts]
+    shown = {METRICS[key].title: results.cells(key) for key in _shown(last)}
+    columns = {**first, "outcome": outcomes, **shown, "run": names}
+    if labels is names:
+        columns = {"run": names, **columns}
+    over_seeds = results.over_seeds(_shown(last)) if results.has_seeds else []
+    units = {each.run.unit for each in facts}
     unit = units.pop() if len(units) == 1 else "example"
+    curves = [Curves(*each) for each in zip(groups, kinds, map(_over_pairs, facts), strict=True)]
+    apart = _OF_LOSS if len(set(kinds)) > 1 else ()
+    colors = list(dict.fromkeys(groups))
     html = render.page(
         "runs.jinja",
         f"{len(runs)} runs",
         ["charts.js"],
-        labels=list(runs),
-        results=results,
-        verdicts=[(label, verdict_of(facts).get("sentence", "-")) for label, facts in runs.items()],
+        labels=labels,
+        results=_table(columns),
+        over_seeds=over_seeds,
+        verdicts=[(label, verdict_of(each).get("sentence", "-")) for label, each in runs.items()],
         warnings=list(warnings),
         settings=[(key, *texts) for key, texts in settings.items()],
+        is_described=labels is described,
         others=[(key, *texts) for key, texts in others.items()],
-        metrics=[(key, *cells) for key, cells in metrics.items()],
-        curves=charts_of_runs({label: _over_pairs(facts) for label, facts in runs.items()}, unit),
+        metrics=[(key, *results.cells(key)) for key in _keys(last)],
+        curves=charts_of_runs(curves, unit, apart),
+        legend=[(color_of(colors, label), label, groups.count(label)) for label in colors],
         unit=unit,
         samples=samples_of_runs(dict(zip(labels, folders, strict=True))),
     )
     write_text(page, html)
-    hidden = [] if is_short else [f"{len(settings)} settings differ: see the page"]
-    return list(map(printable, [*aligned(results), *hidden, *warnings]))
+    hidden = f"{len(settings)} settings differ: see the page"
+    lines = [*aligned(_table(columns)), "", *aligned(over_seeds or [[""]])]
+    lines += [hidden] if settings and labels is names else []
+    return list(map(printable, [*lines, *warnings]))
+
+
+def _table(columns: Mapping[str, Sequence[str]]) -> list[list[str]]:
+    return [list(columns), *map(list, zip(*columns.values(), strict=True))]
+
+
+def _differing(facts: Sequence[PageFacts]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Return the settings that differ and can change the result, and what else differs, by key."""
+    differing = differing_settings([each.config for each in facts])
+    others = {key: texts for key, texts in differing.items() if key.startswith(_OF_NO_RESULT)}
+    settings = {key: texts for key, texts in differing.items() if key not in others}
+    for key, texts in settings.items():
+        if users := set(kinds_using(key.removeprefix("loss."))):  # other losses do not depend on it
+            settings[key] = [
+                text if users & set(_kinds(each)) or not _kinds(each) else "-"
+                for text, each in zip(texts, facts, strict=True)
+            ]
+    return settings, others | differing_settings([each.environment for each in facts])
+
+
+def _kinds(facts: PageFacts) -> list[str]:
+    """Return the kinds of a run's loss; none if its configuration is not known."""
+    loss = facts.config.get("loss") or {}
+    return [term["kind"] for term in loss.get("terms") or ()] or [loss[key] for key in loss if key == "kind"]
+
+
+def _described(settings: Mapping[str, Sequence[str]], count: int) -> list[str]:
+    """Return for each run its values of these settings: "beta 0.1, seed 2"; what all share of long ones is cut."""
+    parts: list[list[str]] = [[] for _ in range(count)]
+    names = [key.rpartition(".")[2] for key in settings]
+    for (key, texts), name in zip(settings.items(), names, strict=True):
+        same = 0
+        if max(map(len, texts)) > _MOST_CHARACTERS / 2:
+            same = max(commonprefix(list(texts)).rfind(each) for each in "/ ;") + 1
+        for part, text in zip(parts, texts, strict=True):
+            if text != "-":
+                part.append(f"{name if names.count(name) == 1 else key} {text[same:]}")
+    return [", ".join(part) or "all others" if any(parts) else "all" for part in parts]
+
+
+def _shown(last: Sequence[Row]) -> list[str]:
+    """Return the metrics of the table of results: those that all runs with a row have, and each accuracy."""
+    rows = [row for row in last if row]
+    return [
+        key
+        for key in dict.fromkeys((*MAIN, *EVALUATED))
+        if (any if key in ACCURACIES else all)(key in row for row in rows) and rows
+    ]
+
+
+@dataclass(frozen=True)
+class _Results:
+    """Metrics of the last rows of runs; runs of one group differ in their seeds only."""
+
+    groups: Sequence[str]
+    rows: Sequence[Row]
+    intervals: Sequence[Mapping[str, Sequence[float]]]
+    not_comparable: tuple[str, ...]
+
+    @property
+    def has_seeds(self) -> bool:
+        return len(set(self.groups)) < len(self.groups)
+
+    def cells(self, key: str) -> list[str]:
+        """Return the value of a metric in each run with its interval; * marks the best of several settings."""
+        best = None if self.has_seeds else self._best(key, [finite(row, key) for row in self.rows])
+        cells, form = [], metric_of(key).form
+        for row, intervals in zip(self.rows, self.intervals, strict=True):
+            cell = form(row[key]) if key in row else "-"
+            cell += "*" if row.get(key) == best is not None else ""
+            if key in row and (ends := intervals.get(key)):
+                cell += f" [{form(ends[0])}, {form(ends[1])}]"
+            cells.append(cell)
+        return cells
+
+    def over_seeds(self, keys: Sequence[str]) -> list[list[str]]:
+        """Return titles and a row for each group: its mean and its standard deviation over seeds (n - 1)."""
+        members = {group: [] for group in self.groups}  # type: dict[str, list[Row]]
+        for group, row in zip(self.groups, self.rows, strict=True):
+            members[group] += [row] if row else []
+        columns = {
+            "setting": list(members),
+            "seeds": [f"{len(rows)} of {self.groups.count(group)}" for group, rows in members.items()],
+        }
+        for key in keys:
+            known = [[value for row in rows if (value := finite(row, key)) is not None] for rows in members.values()]
+            means = [fmean(values) if values else None for values in known]
+            best, form = self._best(key, means), metric_of(key).form
+            cells = columns.setdefault(metric_of(key).title, [])
+            for values, mean in zip(known, means, strict=True):
+                cell = "-" if mean is None else form(mean) + "*" * (mean == best)
+                cells.append(cell + (f" \u00b1 {form(stdev(values))}" if len(values) > 1 else ""))
+        return _table(columns)
+
+    def _best(self, key: str, values: Sequence[float | None]) -> float | None:
+        """Return the best of different values; None if they cannot be compared."""
+        known, direction = [value for value in values if value is not None], metric_of(key).best
+        if direction is None or len(set(known)) < 2 or key.startswith(self.not_comparable):
+            return None
+        return (min if direction is Direction.lowest else max)(known)
 
 
 def differing_settings(configs: Sequence[Mapping[str, object]]) -> dict[str, list[str]]:
@@ -110,23 +225,7 @@ def _keys(last: Sequence[Row]) -> list[str]:
     by_source = (
         key for key in known if key.startswith((*(f"{name}/" for name in (*ACCURACIES, MARGIN)), CUSTOM))
     )
-    return [key for key in (*PAIR_METRICS, AUC, MISMATCH, *ENTROPIES, *samples, *by_source) if key in known]
-
-
-def _cells(runs: Runs, rows: Sequence[Row], key: str, not_comparable: tuple[str, ...]) -> list[str]:
-    """Return the value of a metric in each run with its interval; * marks the best of several."""
-    values = [value for row in rows if (value := finite(row, key)) is not None]
-    metric = metric_of("/".join(key.split("/")[:2]))
-    best = None
-    if metric.best and len(set(values)) > 1 and not key.startswith(not_comparable):
-        best = (min if metric.best is Direction.lowest else max)(values)
-    cells, form = [], metric.form
-    for row, facts in zip(rows, runs.values(), strict=True):
-        cell = form(row[key]) if key in row else "-"
-        if key in row and (ends := _intervals(facts).get(key)):
-            cell += f" [{form(ends[0])}, {form(ends[1])}]"
-        cells.append(f"{cell}*" if row.get(key) == best is not None else cell)
-    return cells
+    return [key for key in (*PAIR_METRICS, *TERMS.values(), AUC, MISMATCH, *ENTROPIES, *samples, *by_source) if key in known]
 
 
 def _intervals(facts: PageFacts) -> Mapping[str, Sequence[float]]:
