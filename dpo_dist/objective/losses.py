@@ -103,7 +103,7 @@ def preference_loss(
 def loss_and_terms(
     policy: PairLogps, reference: PairLogps | None, config: LossConfig, facts: BatchFacts
 ) -> tuple[Tensor, dict[LossKind, Tensor]]:
-    """Return `preference_loss`, and without gradient the loss of each of `config.terms`, without its weight."""
+    """Return `preference_loss`, and the loss of each of `config.terms` without its weight and gradient."""
     if config.reference_free:
         with torch.no_grad():
             reference = policy.minus(policy)

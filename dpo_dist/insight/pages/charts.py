@@ -36,6 +36,7 @@ _SHORT = 200.0  # a logarithmic axis has ticks within a decade below this ratio 
 _SMOOTHED_SHARE = 0.06
 _MOST_POINTS = 400
 _FEW_POINTS = 30
+_WIDEST_BAR = 24.0  # a few different values are no solid box
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,11 @@ class Axis:
         slack = 1e-9 * (self.high - self.low)
         candidates = map(float, locator.tick_values(self.low, self.high))
         within = [tick for tick in candidates if self.low - slack <= tick <= self.high + slack]
-        return within if len(within) > 1 or not self.is_log else [self.low, self.high]
+        if len(within) > 1 or not self.is_log:
+            return within
+        return Axis(
+            self.low, self.high, self.start, self.end
+        ).ticks()  # within a decade, without round values
 
     def marks(self, *, whole: bool = False) -> list[tuple[float, str]]:
         """Return coordinate and text of each tick."""
@@ -161,7 +166,7 @@ def chart(
     up = _axis_of(drawn, 184, 8, is_log=log)
     data = {
         "over": over,
-        "joint": " \u00b7 " if names else " \u00b7 mean ",
+        "shared": bool(names),
         "box": [across.start, across.end, up.end, up.start],
         "xAxis": [across.low, across.high],
         "yAxis": [up.low, up.high, up.is_log],
@@ -175,7 +180,7 @@ def chart(
         **{"title": title, "unit": unit, "over": over, "across": across, "up": up, "place": number(high)},
         "json": json.dumps(data, separators=(",", ":")),
         "paths": [path for line in drawn for path in _paths(line, drawn, labels, across, up)],
-        "legend": _legend(drawn, labels, high, over, data["joint"]),
+        "legend": _legend(drawn, labels, high, over, is_shared=bool(names)),
         "is_shared": bool(names),
     }
     return part("svg.jinja", "chart", figure)
@@ -216,12 +221,16 @@ def color_of(labels: Sequence[str], label: str) -> str:
 
 
 def _legend(
-    drawn: Sequence[Line], labels: Sequence[str], end: float, over: str, joint: str
+    drawn: Sequence[Line], labels: Sequence[str], end: float, over: str, *, is_shared: bool
 ) -> list[Mapping[str, Any]]:
-    """Return an item for each label's curve and for each label's evaluations, with the last values."""
+    """Return an item for each label's curve and for each label's evaluations, with the last values.
+
+    Below a chart whose legend is shared, labels with evaluations have those only.
+    """
     items: dict[tuple[str, bool], list[int]] = {}
     for index, line in enumerate(drawn):
         items.setdefault((line.label, line.role == "evaluation"), []).append(index)
+    joint = " \u00b7 " if is_shared else " \u00b7 mean "
     return [
         {
             "color": color_of(labels, label),
@@ -232,6 +241,7 @@ def _legend(
             "last": joint.join(_last_value(drawn[index], end, over) for index in indices),
         }
         for (label, is_evaluation), indices in items.items()
+        if is_evaluation or not is_shared or (label, True) not in items
     ]
 
 
@@ -387,10 +397,11 @@ def draw_curves(rows: Rows, path: Path, title: str) -> None:
     figure = Figure(figsize=(16, 8), dpi=100)
     canvas = FigureCanvasAgg(figure)
     figure.suptitle(printable(title), parse_math=False)
-    margins = {"left": 0.05, "right": 0.99, "bottom": 0.05, "top": 0.9, "hspace": 0.25, "wspace": 0.2}
+    margins = {"left": 0.05, "right": 0.99, "bottom": 0.08, "top": 0.9, "hspace": 0.35, "wspace": 0.2}
     absent = ACCURACY_CHART if any(AUC in row for row in rows) else AUC_CHART
     panels = [panel for panel in PANELS if panel.in_image and panel.title != absent]
     for axes, panel in zip(figure.subplots(2, 3, gridspec_kw=margins).flat, panels, strict=True):
+        axes.set_xlabel("step")
         axes.set_title(panel.title, loc="left", y=1.0)  # a given place is not looked for, a third of the time
         axes.grid(alpha=0.3)
         lines = list(panel_lines(panel, rows, {}))
@@ -450,7 +461,7 @@ def histogram(values: Mapping[str, Any], title: str, limit: float | None = None)
     for (low, high), count in zip(pairwise(edges), values["counts"], strict=True):
         if count:
             x, height = axis.place(shape(low)), round(max(1.0, count / largest * bottom), 1)
-            bar_width = round(max(1.0, axis.place(shape(high)) - x - 0.5), 1)
+            bar_width = round(min(max(1.0, axis.place(shape(high)) - x - 0.5), _WIDEST_BAR), 1)
             label = f"{number(low, 3)} to {number(high, 3)}: {count:,}"
             bars.append((x, round(bottom - height, 1), bar_width, height, label))
     ticks: list[tuple[float, str, str]] = []

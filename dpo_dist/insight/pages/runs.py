@@ -1,11 +1,14 @@
 """The page and the table of several runs: settings that differ, last evaluations, curves, samples."""
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 from statistics import fmean, stdev
+
+from markupsafe import Markup
 
 from dpo_dist.config.losses import kinds_using
 from dpo_dist.config.metrics import ACCURACIES, CUSTOM, MAIN, METRICS, TERMS, metric_of
@@ -36,13 +39,12 @@ _SEED = "trainer.seed"
 
 def compare_runs(folders: Sequence[RunFolder], page: Path) -> list[str]:
     """Write the page about runs, also such that still train; return the lines of its tables of results."""
-    facts = list(map(PageFacts, folders))
-    settings, others = _differing(facts)
-    names = [folder.path.resolve().name for folder in folders]
+    facts, names = list(map(PageFacts, folders)), [folder.path.resolve().name for folder in folders]
     names = names if len(set(names)) == len(names) else list(map(str, folders))
-    described = _described(settings, len(facts))
-    is_described = len(set(described)) == len(facts) and max(map(len, described)) <= _MOST_CHARACTERS
-    labels = described if is_described and len(settings) <= _MOST_SETTINGS else names
+    settings, others = _differing(facts)
+    described, is_short = _described(settings, len(facts)), len(settings) <= _MOST_SETTINGS
+    is_name = len(set(described)) == len(facts) and max(map(len, described)) <= _MOST_CHARACTERS
+    labels = described if is_short and is_name else names
     runs, kinds = dict(zip(labels, facts, strict=True)), ["+".join(_kinds(each)) for each in facts]
     groups = labels
     if labels is described and _SEED in settings:
@@ -50,12 +52,10 @@ def compare_runs(folders: Sequence[RunFolder], page: Path) -> list[str]:
 
     warnings, last = dict(_warnings(runs)), _last_rows(runs)
     results = _Results(groups, last, [_intervals(each) for each in facts], sum(warnings.values(), ()))
-    first = {key: texts for key, texts in settings.items() if labels is described}
     outcomes = [each.summary.get("exit", "not ended") for each in facts]
     shown = {METRICS[key].title: results.cells(key) for key in _shown(last)}
-    columns = {**first, "outcome": outcomes, **shown, "run": names}
-    if labels is names:
-        columns = {"run": names, **columns}
+    columns = {**(settings if is_short else {}), "outcome": outcomes, **shown}
+    columns = {"run": names, **columns} if labels is names else {**columns, "run": names}
     over_seeds = results.over_seeds(_shown(last)) if results.has_seeds else []
     units = {each.run.unit for each in facts}
     unit = units.pop() if len(units) == 1 else "example"
@@ -67,27 +67,33 @@ def compare_runs(folders: Sequence[RunFolder], page: Path) -> list[str]:
         f"{len(runs)} runs",
         ["charts.js"],
         labels=labels,
-        results=_table(columns),
+        results=_table(columns | {title: list(map(_on_two_lines, cells)) for title, cells in shown.items()}),
         over_seeds=over_seeds,
         verdicts=[(label, verdict_of(each).get("sentence", "-")) for label, each in runs.items()],
         warnings=list(warnings),
         settings=[(key, *texts) for key, texts in settings.items()],
-        is_described=labels is described,
+        is_short=is_short,
         others=[(key, *texts) for key, texts in others.items()],
-        metrics=[(key, *results.cells(key)) for key in _keys(last)],
+        metrics=[(key, *map(_on_two_lines, results.cells(key))) for key in _keys(last)],
         curves=charts_of_runs(curves, unit, apart),
         legend=[(color_of(colors, label), label, groups.count(label)) for label in colors],
         unit=unit,
         samples=samples_of_runs(dict(zip(labels, folders, strict=True))),
     )
     write_text(page, html)
-    hidden = f"{len(settings)} settings differ: see the page"
-    lines = [*aligned(_table(columns)), "", *aligned(over_seeds or [[""]])]
-    lines += [hidden] if settings and labels is names else []
-    return list(map(printable, [*lines, *warnings]))
+    hidden = [] if is_short else [f"{len(settings)} settings differ: see the page"]
+    seeds = ["", *aligned(over_seeds)] if over_seeds else []
+    return list(map(printable, [*aligned(_table(columns)), *seeds, *hidden, *warnings]))
+
+
+def _on_two_lines(cell: str) -> Markup:
+    """Return the HTML of a value with its interval below it."""
+    value, bracket, interval = cell.partition(" [")
+    return render.part("macros.jinja", "named", value, bracket.strip() + interval)
 
 
 def _table(columns: Mapping[str, Sequence[str]]) -> list[list[str]]:
+    """Return titles and rows."""
     return [list(columns), *map(list, zip(*columns.values(), strict=True))]
 
 
@@ -112,17 +118,27 @@ def _kinds(facts: PageFacts) -> list[str]:
 
 
 def _described(settings: Mapping[str, Sequence[str]], count: int) -> list[str]:
-    """Return for each run its values of these settings: "beta 0.1, seed 2"; what all share of long ones is cut."""
+    """Return for each run its values of these settings: "beta 0.1, seed 2"."""
     parts: list[list[str]] = [[] for _ in range(count)]
     names = [key.rpartition(".")[2] for key in settings]
     for (key, texts), name in zip(settings.items(), names, strict=True):
-        same = 0
-        if max(map(len, texts)) > _MOST_CHARACTERS / 2:
-            same = max(commonprefix(list(texts)).rfind(each) for each in "/ ;") + 1
-        for part, text in zip(parts, texts, strict=True):
-            if text != "-":
-                part.append(f"{name if names.count(name) == 1 else key} {text[same:]}")
-    return [", ".join(part) or "all others" if any(parts) else "all" for part in parts]
+        for part, text, own in zip(parts, texts, _own_parts(texts), strict=True):
+            part.extend([f"{name if names.count(name) == 1 else key} {own}"] if text != "-" else [])
+    return [", ".join(part) or "all" for part in parts]
+
+
+def _own_parts(texts: Sequence[str]) -> list[str]:
+    """Return texts without the words and folders that all begin or end with, if one is long."""
+    pieces = [re.split(r"(?<=[/ ])", text) for text in texts]
+    for step in (1, -1) if max(map(len, texts)) > _MOST_CHARACTERS / 3 else ():
+        same = sum(
+            1
+            for _ in takewhile(
+                lambda each: len(set(each)) == 1, zip(*(p[::step] for p in pieces), strict=False)
+            )
+        )
+        pieces = [each[::step][same:][::step] for each in pieces]
+    return ["".join(each).strip(" ,") for each in pieces]
 
 
 def _shown(last: Sequence[Row]) -> list[str]:
@@ -149,7 +165,7 @@ class _Results:
         return len(set(self.groups)) < len(self.groups)
 
     def cells(self, key: str) -> list[str]:
-        """Return the value of a metric in each run with its interval; * marks the best of several settings."""
+        """Return the value of a metric in each run with its interval; * marks the best without seeds."""
         best = None if self.has_seeds else self._best(key, [finite(row, key) for row in self.rows])
         cells, form = [], metric_of(key).form
         for row, intervals in zip(self.rows, self.intervals, strict=True):
@@ -162,15 +178,18 @@ class _Results:
 
     def over_seeds(self, keys: Sequence[str]) -> list[list[str]]:
         """Return titles and a row for each group: its mean and its standard deviation over seeds (n - 1)."""
-        members = {group: [] for group in self.groups}  # type: dict[str, list[Row]]
+        members: dict[str, list[Row]] = {group: [] for group in self.groups}
         for group, row in zip(self.groups, self.rows, strict=True):
             members[group] += [row] if row else []
         columns = {
             "setting": list(members),
-            "seeds": [f"{len(rows)} of {self.groups.count(group)}" for group, rows in members.items()],
+            "seeds": [str(len(rows)) for rows in members.values()],
         }
         for key in keys:
-            known = [[value for row in rows if (value := finite(row, key)) is not None] for rows in members.values()]
+            known = [
+                [value for row in rows if (value := finite(row, key)) is not None]
+                for rows in members.values()
+            ]
             means = [fmean(values) if values else None for values in known]
             best, form = self._best(key, means), metric_of(key).form
             cells = columns.setdefault(metric_of(key).title, [])
@@ -225,7 +244,11 @@ def _keys(last: Sequence[Row]) -> list[str]:
     by_source = (
         key for key in known if key.startswith((*(f"{name}/" for name in (*ACCURACIES, MARGIN)), CUSTOM))
     )
-    return [key for key in (*PAIR_METRICS, *TERMS.values(), AUC, MISMATCH, *ENTROPIES, *samples, *by_source) if key in known]
+    return [
+        key
+        for key in (*PAIR_METRICS, *TERMS.values(), AUC, MISMATCH, *ENTROPIES, *samples, *by_source)
+        if key in known
+    ]
 
 
 def _intervals(facts: PageFacts) -> Mapping[str, Sequence[float]]:

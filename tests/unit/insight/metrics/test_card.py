@@ -62,7 +62,7 @@ def test_a_card_of_hub_names_has_everything_that_the_hub_reads() -> None:
         "1,190 pairs (2,380 with repetitions) in 38 steps",
         "AutoPeftModelForCausalLM",
         "`org/base`",
-        "`{'r': 8, 'alpha': 32.0}`",
+        "`{r: 8, alpha: 32.0}`",
     ):
         assert part in once.text, part
     assert "Evaluation" not in once.text
