@@ -60,7 +60,7 @@ METRICS: Mapping[str, Metric] = {
         "AUC", _digits(".3f"), best=_HIGHEST, by_group=True, is_share=True, chart=AUC_CHART
     ),
     **{
-        name: Metric(f"loss term {kind}", _digits(".4f"), best=_LOWEST, chart="Terms of the loss")
+        name: Metric(f"loss term {kind}", _digits(".4f"), best=_LOWEST, chart=f"Loss term: {kind}")
         for kind, name in TERMS.items()
     },
     "loss/excess": Metric("loss above its floor", _digits(".4f"), chart="Loss above that of soft labels"),

@@ -47,9 +47,9 @@ def number(value: float, digits: int = 4) -> str:
 
 
 def as_yaml(value: Any) -> str:
-    """Return a plain value as YAML writes it on one line: true, null, [1, 2]; a number with few digits."""
-    if isinstance(value, float):
-        return f"{value:.12g}"
+    """Return a plain value as YAML writes it on one line: true, null, [1, 2]; a text as it is."""
+    if isinstance(value, float | str):
+        return value if isinstance(value, str) else f"{value:.12g}"
     text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf, allow_unicode=True)
     return str(text).removesuffix("\n").removesuffix("\n...")
 

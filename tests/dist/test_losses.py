@@ -53,11 +53,6 @@ CASES = {
             LossTermConfig(LossKind.sft, 0.1),
         ],
     ),
-    "sigmoid and sft, wpo": LossConfig(
-        beta=0.5,
-        weighting=Weighting.wpo,
-        terms=[LossTermConfig(LossKind.sft, 0.0), LossTermConfig(LossKind.sigmoid, 2.0)],
-    ),
     "masked ipo, ld_alpha": LossConfig(LossKind.ipo, 0.5, ld_alpha=0.4),
     "masked simpo": LossConfig(LossKind.simpo, 1.0),
     "masked sft": LossConfig(LossKind.sft),
@@ -68,6 +63,11 @@ CASES = {
     "simpo, margins, none weighs": LossConfig(LossKind.simpo, 1.0),
 }
 WEIGHTED = {
+    "sigmoid and sft, wpo": LossConfig(
+        beta=0.5,
+        weighting=Weighting.wpo,
+        terms=[LossTermConfig(LossKind.sft, 0.0), LossTermConfig(LossKind.sigmoid, 2.0)],
+    ),
     "sigmoid, wpo": LossConfig(beta=0.5, weighting=Weighting.wpo),
     "masked sft": LossConfig(LossKind.sft),
     "masked plackett_luce": LossConfig(LossKind.plackett_luce, 0.5),

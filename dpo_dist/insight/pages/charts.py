@@ -15,7 +15,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import ArrayLike, NDArray
 
-from dpo_dist.config.metrics import ACCURACY_CHART, AUC_CHART, CUSTOM, METRICS, PREFIX, metric_of
+from dpo_dist.config.metrics import ACCURACY_CHART, AUC_CHART, CUSTOM, METRICS, PREFIX, TERMS, metric_of
 from dpo_dist.foundation import files
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import number
@@ -278,7 +278,7 @@ class Panel:
 
 PANELS = (
     Panel("Loss", in_image=True),
-    Panel("Terms of the loss"),
+    *(Panel(METRICS[name].chart) for name in TERMS.values()),
     Panel("Loss above that of soft labels"),
     Panel(ACCURACY_CHART, in_image=True),
     Panel(AUC_CHART, in_image=True),
@@ -402,6 +402,7 @@ def draw_curves(rows: Rows, path: Path, title: str) -> None:
     panels = [panel for panel in PANELS if panel.in_image and panel.title != absent]
     for axes, panel in zip(figure.subplots(2, 3, gridspec_kw=margins).flat, panels, strict=True):
         axes.set_xlabel("step")
+        axes.locator_params(axis="x", integer=True)
         axes.set_title(panel.title, loc="left", y=1.0)  # a given place is not looked for, a third of the time
         axes.grid(alpha=0.3)
         lines = list(panel_lines(panel, rows, {}))

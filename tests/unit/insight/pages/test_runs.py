@@ -45,7 +45,7 @@ def test_settings_that_differ_are_those_that_are_not_equal_in_all() -> None:
     ]
     assert differing_settings(configs) == {
         "optim.lr": ["1e-06", "1e-06", "5e-06"],
-        "loss.terms": ["none", "-", "none"],
+        "loss.terms": ["[]", "-", "[]"],
     }
     assert differing_settings(configs[:1] * 3) == {}
 
