@@ -169,7 +169,7 @@ def run_rounds(config: RunConfig, say: Say, run: Run = run_command) -> int:
 
 def _table(results: list[Result]) -> list[str]:
     """Return a line for each policy, the first one too: the mean score of its samples, and what they gave."""
-    rows = [("policy", "mean score", "pairs", "accuracy")]
+    rows: list[tuple[str, ...]] = [("policy", "mean score", "pairs", "accuracy")]
     for result in results:
         samples, number = result["samples"], result["number"]
         values = (samples["mean_score"], samples["pairs"], (result["training"] or {}).get("accuracy"))

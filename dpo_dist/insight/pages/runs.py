@@ -2,9 +2,8 @@
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -14,6 +13,7 @@ from dpo_dist.config.losses import kinds_using
 from dpo_dist.config.metrics import ACCURACIES, CUSTOM, MAIN, METRICS, TERMS, metric_of
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Direction
+from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.streams import printable
 from dpo_dist.insight.evaluation import ALL, results_name
@@ -33,7 +33,7 @@ _OF_NO_RESULT = ("run.", "console.", "tracking.")
 _OF_NO_POLICY = ("samples/reference_", "samples/prompts", "samples/alarms")
 _OF_REFERENCE = ("loss", "rewards/", "distance/")
 _OF_LOSS = ("loss", "rewards/chosen", "rewards/rejected", MARGIN)
-_MOST_SETTINGS, _MOST_CHARACTERS = 4, 60  # in the table of results, and of a name made of them
+_MOST_SETTINGS, _MOST_CHARACTERS = 4, 80  # in the table of results, and of a name made of them
 _SEED = "trainer.seed"
 
 
@@ -54,9 +54,11 @@ def compare_runs(folders: Sequence[RunFolder], page: Path) -> list[str]:
     results = _Results(groups, last, [_intervals(each) for each in facts], sum(warnings.values(), ()))
     outcomes = [each.summary.get("exit", "not ended") for each in facts]
     shown = {METRICS[key].title: results.cells(key) for key in _shown(last)}
-    columns = {**(settings if is_short else {}), "outcome": outcomes, **shown}
+    own = {key: _own_parts(texts) for key, texts in settings.items()} if is_short else {}
+    columns = {**own, "outcome": outcomes, **shown}
     columns = {"run": names, **columns} if labels is names else {**columns, "run": names}
-    over_seeds = results.over_seeds(_shown(last)) if results.has_seeds else []
+    completed = [outcome == RunOutcome.completed for outcome in outcomes]
+    over_seeds = results.over_seeds(_shown(last), completed) if results.has_seeds else []
     units = {each.run.unit for each in facts}
     unit = units.pop() if len(units) == 1 else "example"
     curves = [Curves(*each) for each in zip(groups, kinds, map(_over_pairs, facts), strict=True)]
@@ -72,7 +74,7 @@ def compare_runs(folders: Sequence[RunFolder], page: Path) -> list[str]:
         verdicts=[(label, verdict_of(each).get("sentence", "-")) for label, each in runs.items()],
         warnings=list(warnings),
         settings=[(key, *texts) for key, texts in settings.items()],
-        is_short=is_short,
+        is_short=own == settings,
         others=[(key, *texts) for key, texts in others.items()],
         metrics=[(key, *map(_on_two_lines, results.cells(key))) for key in _keys(last)],
         curves=charts_of_runs(curves, unit, apart),
@@ -129,16 +131,15 @@ def _described(settings: Mapping[str, Sequence[str]], count: int) -> list[str]:
 
 def _own_parts(texts: Sequence[str]) -> list[str]:
     """Return texts without the words and folders that all begin or end with, if one is long."""
+    if max(map(len, texts)) <= _MOST_CHARACTERS / 4:
+        return list(texts)
     pieces = [re.split(r"(?<=[/ ])", text) for text in texts]
-    for step in (1, -1) if max(map(len, texts)) > _MOST_CHARACTERS / 3 else ():
-        same = sum(
-            1
-            for _ in takewhile(
-                lambda each: len(set(each)) == 1, zip(*(p[::step] for p in pieces), strict=False)
-            )
-        )
+    for step in (1, -1):
+        columns = zip(*(each[::step] for each in pieces), strict=False)
+        same = next((number for number, column in enumerate(columns) if len(set(column)) > 1), 0)
         pieces = [each[::step][same:][::step] for each in pieces]
-    return ["".join(each).strip(" ,") for each in pieces]
+    own = ["".join(each) for each in pieces]
+    return own if own == list(texts) else [each.strip(" ,[]{}") for each in own]
 
 
 def _shown(last: Sequence[Row]) -> list[str]:
@@ -176,15 +177,13 @@ class _Results:
             cells.append(cell)
         return cells
 
-    def over_seeds(self, keys: Sequence[str]) -> list[list[str]]:
-        """Return titles and a row for each group: its mean and its standard deviation over seeds (n - 1)."""
+    def over_seeds(self, keys: Sequence[str], completed: Sequence[bool]) -> list[list[str]]:
+        """Return titles and a row for each group: means and standard deviations (n - 1) of completed runs."""
         members: dict[str, list[Row]] = {group: [] for group in self.groups}
-        for group, row in zip(self.groups, self.rows, strict=True):
-            members[group] += [row] if row else []
-        columns = {
-            "setting": list(members),
-            "seeds": [str(len(rows)) for rows in members.values()],
-        }
+        for group, row, is_complete in zip(self.groups, self.rows, completed, strict=True):
+            members[group] += [row] if is_complete else []
+        columns = {"setting": list(members)}
+        columns["seeds"] = [f"{len(members[each])} of {self.groups.count(each)}" for each in members]
         for key in keys:
             known = [
                 [value for row in rows if (value := finite(row, key)) is not None]
@@ -192,10 +191,10 @@ class _Results:
             ]
             means = [fmean(values) if values else None for values in known]
             best, form = self._best(key, means), metric_of(key).form
-            cells = columns.setdefault(metric_of(key).title, [])
-            for values, mean in zip(known, means, strict=True):
-                cell = "-" if mean is None else form(mean) + "*" * (mean == best)
-                cells.append(cell + (f" \u00b1 {form(stdev(values))}" if len(values) > 1 else ""))
+            columns[metric_of(key).title] = [
+                "-" if mean is None else form(mean) + "*" * (mean == best) + _spread(values, form)
+                for values, mean in zip(known, means, strict=True)
+            ]
         return _table(columns)
 
     def _best(self, key: str, values: Sequence[float | None]) -> float | None:
@@ -204,6 +203,10 @@ class _Results:
         if direction is None or len(set(known)) < 2 or key.startswith(self.not_comparable):
             return None
         return (min if direction is Direction.lowest else max)(known)
+
+
+def _spread(values: Sequence[float], form: Callable[[float], str]) -> str:
+    return f" \u00b1 {form(stdev(values))}" if len(values) > 1 else ""
 
 
 def differing_settings(configs: Sequence[Mapping[str, object]]) -> dict[str, list[str]]:
