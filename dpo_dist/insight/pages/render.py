@@ -67,7 +67,15 @@ def flat(fields: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, 
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", as_yaml(value)
+            yield f"{prefix}{key}", as_yaml(_short(value))
+
+
+def _short(value: object) -> object:
+    """Return a list without the keys of its entries that are null."""
+    entries = value if isinstance(value, list) else []
+    if not all(isinstance(each, Mapping) for each in entries):
+        return value
+    return [{key: item for key, item in each.items() if item is not None} for each in entries] or value
 
 
 TEMPLATES = Environment(
