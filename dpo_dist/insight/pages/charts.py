@@ -78,11 +78,9 @@ class Axis:
         slack = 1e-9 * (self.high - self.low)
         candidates = map(float, locator.tick_values(self.low, self.high))
         within = [tick for tick in candidates if self.low - slack <= tick <= self.high + slack]
-        if len(within) > 1 or not self.is_log:
-            return within
-        return Axis(
-            self.low, self.high, self.start, self.end
-        ).ticks()  # within a decade, without round values
+        if self.is_log and len(within) < 2:  # the values are too near to each other
+            return Axis(self.low, self.high, self.start, self.end).ticks()
+        return within
 
     def marks(self, *, whole: bool = False) -> list[tuple[float, str]]:
         """Return coordinate and text of each tick."""

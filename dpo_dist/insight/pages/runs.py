@@ -46,9 +46,9 @@ def compare_runs(folders: Sequence[RunFolder], page: Path) -> list[str]:
     is_name = len(set(described)) == len(facts) and max(map(len, described)) <= _MOST_CHARACTERS
     labels = described if is_short and is_name else names
     runs, kinds = dict(zip(labels, facts, strict=True)), ["+".join(_kinds(each)) for each in facts]
-    groups = labels
-    if labels is described and _SEED in settings:
-        groups = _described({key: texts for key, texts in settings.items() if key != _SEED}, len(facts))
+    groups = _described({key: texts for key, texts in settings.items() if key != _SEED}, len(facts))
+    if _SEED not in settings or len(set(groups)) == len(groups):
+        groups = labels
 
     warnings, last = dict(_warnings(runs)), _last_rows(runs)
     results = _Results(groups, last, [_intervals(each) for each in facts], sum(warnings.values(), ()))
@@ -126,7 +126,7 @@ def _described(settings: Mapping[str, Sequence[str]], count: int) -> list[str]:
     for (key, texts), name in zip(settings.items(), names, strict=True):
         for part, text, own in zip(parts, texts, _own_parts(texts), strict=True):
             part.extend([f"{name if names.count(name) == 1 else key} {own}"] if text != "-" else [])
-    return [", ".join(part) or "all" for part in parts]
+    return [", ".join(part) or ("all others" if any(parts) else "all") for part in parts]
 
 
 def _own_parts(texts: Sequence[str]) -> list[str]:
@@ -163,6 +163,7 @@ class _Results:
 
     @property
     def has_seeds(self) -> bool:
+        """Whether some runs differ in their seeds only."""
         return len(set(self.groups)) < len(self.groups)
 
     def cells(self, key: str) -> list[str]:

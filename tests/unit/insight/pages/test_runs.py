@@ -99,6 +99,10 @@ def test_more_settings_than_the_table_has_room_for_are_on_the_page_only(runs: li
         change(runs[0].config, "trainer", key, value=1)
     lines, page = compared(runs)
     assert "5 settings differ: see the page" in lines
+    for run, seed in zip(runs, (1, 1, 2), strict=True):
+        change(run.config, "trainer", "seed", value=seed)
+    lines, page = compared(runs)
+    assert any(line.startswith("all others 2 of 2 0.4100 \u00b1") for line in lines)
     assert "trainer.e 1 - -" in page.section("Settings")
 
 
