@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from dpo_dist.config.losses import LossKind
 from dpo_dist.config.schema import Direction
 from dpo_dist.foundation.text import number, percent
 
@@ -15,6 +16,8 @@ PREFIX = "eval_"
 """Start of the name of a metric in the row of an evaluation."""
 CUSTOM = "custom/"
 """Start of the name of a metric of `metrics.function`."""
+TERMS = {kind: f"loss/terms/{kind}" for kind in LossKind}
+"""The metric of each kind of loss as one of `loss.terms`."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,10 @@ METRICS: Mapping[str, Metric] = {
     "rewards/auc": Metric(
         "AUC", _digits(".3f"), best=_HIGHEST, by_group=True, is_share=True, chart=AUC_CHART
     ),
+    **{
+        name: Metric(f"loss term {kind}", _digits(".4f"), best=_LOWEST, chart=f"Loss term: {kind}")
+        for kind, name in TERMS.items()
+    },
     "loss/excess": Metric("loss above its floor", _digits(".4f"), chart="Loss above that of soft labels"),
     "loss/kl": Metric("mismatched log-ratio", unit="nats", chart="Log-ratio of mismatched responses"),
     "rewards/both_fall": _of_pairs("both fall", best=_LOWEST, is_share=True),
@@ -84,8 +91,9 @@ METRICS: Mapping[str, Metric] = {
 
 
 def metric_of(name: str) -> Metric:
-    """Return the row of a metric; of a custom one its name alone."""
-    return METRICS.get(name, Metric(name))
+    """Return the row of a metric, also of one source; of a custom one its name alone."""
+    whole = max((known for known in METRICS if f"{name}/".startswith(f"{known}/")), key=len, default="")
+    return METRICS.get(whole, Metric(name))
 
 
 ACCURACIES = ("rewards/accuracies", "rewards/auc")

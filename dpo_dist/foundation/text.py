@@ -10,6 +10,8 @@ from functools import cache
 from typing import Any
 from urllib.parse import quote
 
+import yaml
+
 _KIBI = 1024
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 _FEW_WORDS = 3
@@ -42,6 +44,14 @@ def number(value: float, digits: int = 4) -> str:
         mantissa, _, exponent = f"{value:.2e}".partition("e")
         return f"{float(mantissa):g}e{int(exponent)}"
     return f"{float(f'{value:.{digits}g}'):.6g}"
+
+
+def as_yaml(value: Any) -> str:
+    """Return a plain value as YAML writes it on one line: true, null, [1, 2]; a text as it is."""
+    if isinstance(value, float | str):
+        return value if isinstance(value, str) else f"{value:.12g}"
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf, allow_unicode=True)
+    return str(text).removesuffix("\n").removesuffix("\n...")
 
 
 def percent(share: float) -> str:

@@ -97,17 +97,24 @@ def preference_loss(
     Returns:
         [pairs] in the dtype of `policy`, differentiable in it.
     """
-    facts = facts or BatchFacts()
+    return loss_and_terms(policy, reference, config, facts or BatchFacts())[0]
+
+
+def loss_and_terms(
+    policy: PairLogps, reference: PairLogps | None, config: LossConfig, facts: BatchFacts
+) -> tuple[Tensor, dict[LossKind, Tensor]]:
+    """Return `preference_loss`, and the loss of each of `config.terms` without its weight and gradient."""
     if config.reference_free:
         with torch.no_grad():
             reference = policy.minus(policy)
-    total = torch.zeros_like(policy.chosen)
+    total, terms = torch.zeros_like(policy.chosen), {}
     for term in list(config.terms) or [LossTermConfig(kind=config.kind, weight=1.0)]:
-        loss = term.weight * _kind_loss(term.kind, policy, reference, config, facts)
+        of_kind = _kind_loss(term.kind, policy, reference, config, facts)
+        loss, terms[term.kind] = term.weight * of_kind, of_kind.detach()
         if facts.pair_weights is not None and "weighting" in KINDS[term.kind].options:
-            loss = loss * facts.pair_weights
+            loss, terms[term.kind] = loss * facts.pair_weights, terms[term.kind] * facts.pair_weights
         total = total + loss
-    return total
+    return total, terms if config.terms else {}
 
 
 def _kind_loss(  # noqa: C901, PLR0911, PLR0912, PLR0915  (one branch per kind)

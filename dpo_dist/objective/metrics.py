@@ -8,14 +8,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dpo_dist.config.losses import BcoDelta, LossConfig
-from dpo_dist.config.metrics import CUSTOM, METRICS
+from dpo_dist.config.losses import BcoDelta, LossConfig, LossKind
+from dpo_dist.config.metrics import CUSTOM, METRICS, TERMS
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.user_code import METRICS_FUNCTION, user_function
 from dpo_dist.foundation.errors import ConfigError
@@ -132,7 +133,7 @@ class MetricPlan:
             measured = (name for name in names if name == "loss" or "/chosen" in name)
         elif self.loss.is_unpaired:
             measured = (name for name in names if name not in _WITHIN_PAIRS)
-        return (*measured, *self.custom.names)
+        return (*measured, *(TERMS[term.kind] for term in self.loss.terms), *self.custom.names)
 
     @cached_property
     def rows(self) -> dict[str, tuple[str, str]]:
@@ -231,7 +232,7 @@ def metric_means(sums: Mapping[str, float], counts: Mapping[str, float]) -> dict
     loss of pairs of weight 0 is 0.
     """
     means = {name: total / counts[name] for name, total in sums.items() if counts[name]}
-    means |= {name: 0.0 for name in ("loss", EXCESS) if name in sums and name not in means}
+    means |= {name: 0.0 for name in ("loss", EXCESS, *TERMS.values()) if name in sums and name not in means}
     for name in sums:
         if name.startswith(_MARGIN) and name not in means:
             chosen, rejected = (means.get(side + name.removeprefix(_MARGIN)) for side in _SIDES)
@@ -257,14 +258,23 @@ def label_rewards(pairs: ScoredPairs, loss: LossConfig) -> Tensor:
 
 
 @torch.no_grad()
-def metric_sums(plan: MetricPlan, losses: Tensor, pairs: ScoredPairs) -> MetricSums:
-    """Return the sums of `plan.rows` over these pairs, given their losses; of a ranking, best and worst."""
+def metric_sums(
+    plan: MetricPlan,
+    losses: Tensor,
+    pairs: ScoredPairs,
+    terms: Mapping[LossKind, Tensor] = MappingProxyType({}),
+) -> MetricSums:
+    """Return the sums of `plan.rows` over these pairs, given their losses; of a ranking, best and worst.
+
+    `terms`: of `loss_and_terms`.
+    """
     loss, policy, zeros = plan.loss, pairs.policy, torch.zeros_like(pairs.policy.chosen)
     ones, columns = torch.ones_like(zeros), _columns(plan, policy, pairs.reference)
     ratios = log_ratios(policy, pairs.reference, loss)
     measured = measure_pairs(columns)
     weight = ones if pairs.facts.loss_weight is None else pairs.facts.loss_weight
     measured["loss"] = losses.detach() * weight, weight
+    measured |= {TERMS[kind]: (values * weight, weight) for kind, values in terms.items()}
     if plan.has_floor:
         measured[EXCESS] = (losses.detach() - floors(loss, pairs.facts)) * weight, weight
     measured[BATCH_MARGIN] = loss.beta * margin_of(ratios, loss), ones

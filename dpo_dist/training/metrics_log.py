@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from dpo_dist.config.metrics import ACCURACIES, CUSTOM, MAIN, METRICS, PREFIX
+from dpo_dist.config.metrics import ACCURACIES, CUSTOM, MAIN, METRICS, PREFIX, TERMS
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Direction
 from dpo_dist.foundation import files
@@ -33,7 +33,7 @@ _OTHERS = ("mfu", "memory/peak_allocated_bytes", "memory/peak_reserved_bytes", "
 # Metrics whose best value is in the summary of a tracker; summary.json has two of them.
 BEST = ("loss", *(PREFIX + key for key in MAIN))
 _BEST = ("eval_loss", *(PREFIX + key for key in ACCURACIES))
-_FINAL = (*PAIR_METRICS, AUC, MISMATCH)
+_FINAL = (*PAIR_METRICS, *TERMS.values(), AUC, MISMATCH)
 _SPIKE_ROWS, _FEWEST_ROWS, _EXCURSION = 100, 50, 5.0
 _COLLAPSED_NATS = 50.0
 _EQUAL = 1e-9  # relative difference of means that only rounding makes different
@@ -42,6 +42,8 @@ _EQUAL = 1e-9  # relative difference of means that only rounding makes different
 def columns_of(plan: MetricPlan | None = None) -> tuple[str, ...]:
     """Return the columns of a new CSV file; those of labelled records are in the plan of their loss."""
     measured = PAIR_METRICS
+    if plan is not None and plan.loss.terms:
+        measured += tuple(TERMS[kind] for kind in plan.loss.kinds)
     if plan is not None and plan.loss.is_unpaired:
         measured = tuple(name for name, (_, group) in plan.rows.items() if not group)
     of_step = ("step", "epoch", *measured, "grad_norm", "learning_rate", "pairs", "tokens")

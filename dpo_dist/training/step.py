@@ -28,7 +28,7 @@ from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import Engine, PolicyEngine
 from dpo_dist.foundation.background import prefetch
 from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response, wpo_weights
-from dpo_dist.objective.losses import FLOORED, BatchFacts, RunningMeans, log_ratios, preference_loss
+from dpo_dist.objective.losses import FLOORED, BatchFacts, RunningMeans, log_ratios, loss_and_terms
 from dpo_dist.objective.metrics import (
     AUC,
     MISMATCH,
@@ -178,10 +178,10 @@ class Objective:
 
         `pairs`: of a micro-batch; of the whole global batch for a coupled loss.
         """
-        losses = preference_loss(pairs.policy, pairs.reference, self.loss, pairs.facts)
+        losses, terms = loss_and_terms(pairs.policy, pairs.reference, self.loss, pairs.facts)
         of_records = pairs.facts.loss_weight
         weights = pairs.weights if of_records is None else pairs.weights * of_records
-        return (losses * weights).sum(), metric_sums(plan, losses, pairs)
+        return (losses * weights).sum(), metric_sums(plan, losses, pairs, terms)
 
 
 class RouterTerms:

@@ -63,6 +63,11 @@ CASES = {
     "simpo, margins, none weighs": LossConfig(LossKind.simpo, 1.0),
 }
 WEIGHTED = {
+    "sigmoid and sft, wpo": LossConfig(
+        beta=0.5,
+        weighting=Weighting.wpo,
+        terms=[LossTermConfig(LossKind.sft, 0.0), LossTermConfig(LossKind.sigmoid, 2.0)],
+    ),
     "sigmoid, wpo": LossConfig(beta=0.5, weighting=Weighting.wpo),
     "masked sft": LossConfig(LossKind.sft),
     "masked plackett_luce": LossConfig(LossKind.plackett_luce, 0.5),
@@ -225,6 +230,11 @@ def test_losses_train_the_same_on_one_rank_and_on_two(assets: Assets, data: Data
     for name, steps in alone.items():
         assert all(np.isfinite(list(step.values())).all() for step in steps), name
         assert steps[-1]["loss"] != steps[0]["loss"], name
+        if terms := CASES[name].terms:
+            of_terms = [
+                sum(term.weight * step[f"loss/terms/{term.kind}"] for term in terms) for step in steps
+            ]
+            assert of_terms == pytest.approx([step["loss"] for step in steps], rel=1e-5), name
         if name.endswith("repeated"):
             names = ("loss", "grad_norm")
             got, expected = (

@@ -184,7 +184,7 @@ def test_three_runs_by_their_verb(overrides: Overrides, assets: Path, tmp_path: 
     assert page.get_by_role("row", name="optim.lr 0.0001 0.05 0.0001", exact=True).is_visible()
     place, *legend = texts(watched)
     assert place == "pair 24"  # 4 steps of 6 pairs, 8 of 3
-    assert legend[-1].startswith("unseen")
+    assert page.locator(".runs li").all_inner_texts()[-1] == "unseen"
     assert legend[-1].endswith("at pair 12")
     page.locator("figure svg").first.scroll_into_view_if_needed()
     hover(watched, 0.0)

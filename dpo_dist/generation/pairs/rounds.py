@@ -160,9 +160,25 @@ def run_rounds(config: RunConfig, say: Say, run: Run = run_command) -> int:
             if not has_pairs:
                 say(f"round {number}: no two responses to a prompt differ by more than pairs.margin")
                 break
+    for line in _table(results):
+        say(line)
     last = max(result["number"] for result in results if result["training"] is not None)
     say(f"the last policy: {_policy(config, last)}")
     return ExitCode.completed
+
+
+def _table(results: list[Result]) -> list[str]:
+    """Return a line for each policy, the first one too: the mean score of its samples, and what they gave."""
+    rows: list[tuple[str, ...]] = [("policy", "mean score", "pairs", "accuracy")]
+    for result in results:
+        samples, number = result["samples"], result["number"]
+        values = (samples["mean_score"], samples["pairs"], (result["training"] or {}).get("accuracy"))
+        forms = ("{:.4f}", "{:,}", "{:.3f}")
+        cells = (
+            "-" if value is None else form.format(value) for form, value in zip(forms, values, strict=True)
+        )
+        rows.append((f"after round {number - 1}" if number > 1 else "at the start", *cells))
+    return [f"{name:<16}{score:>10}{pairs:>8}{accuracy:>10}" for name, score, pairs, accuracy in rows]
 
 
 def _sample(config: RunConfig, number: int, say: Say, run: Run) -> dict[str, Any]:
@@ -180,7 +196,8 @@ def _sample(config: RunConfig, number: int, say: Say, run: Run) -> dict[str, Any
         ),
         trainer=replace(config.trainer, seed=config.trainer.seed + number - 1),
     )
-    say(f"round {number}: samples of {stage.model.path}")
+    stage_name = f"round {number}" if number <= pairs.rounds else f"after round {number - 1}"
+    say(f"{stage_name}: samples of {stage.model.path}")
     below = folder.path / "sampling"
     folder.pairs_samples.unlink(missing_ok=True)  # of an earlier start
     code = run(command_of("pairs", stage, below, pairs.launcher))
@@ -197,7 +214,7 @@ def _sample(config: RunConfig, number: int, say: Say, run: Run) -> dict[str, Any
             pair_count = sum(1 for _ in lines)
     mean = samples["mean_score"]
     score = "" if mean is None else f", mean score {mean:.4f}"
-    say(f"round {number}: {samples['responses']:,} responses, {pair_count or 0:,} pairs{score}")
+    say(f"{stage_name}: {samples['responses']:,} responses, {pair_count or 0:,} pairs{score}")
     return samples | {"pairs": pair_count}
 
 

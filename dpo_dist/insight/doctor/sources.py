@@ -39,11 +39,10 @@ def distribution(values: npt.NDArray[Any], edges: npt.NDArray[np.float64]) -> di
 
 
 def _of_lengths(lengths: Sequence[int]) -> dict[str, Any] | None:
-    """Return the distribution of lengths, with edges from the smallest to the largest, ever wider."""
+    """Return the distribution of lengths, with edges from the smallest to above the largest, ever wider."""
     if not lengths:
         return None
-    low, high = min(lengths), max(*lengths, min(lengths) + 1)
-    edges = np.unique(np.round(np.geomspace(low + 1, high + 1, _SHOWN_BINS + 1) - 1))
+    edges = np.unique(np.round(np.geomspace(min(lengths) + 1, max(lengths) + 2, _SHOWN_BINS + 1) - 1))
     return distribution(np.array(lengths), edges)
 
 

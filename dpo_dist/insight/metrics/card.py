@@ -12,12 +12,12 @@ from markupsafe import Markup
 
 from dpo_dist.config.identity import settings
 from dpo_dist.config.losses import KINDS, LossKind
-from dpo_dist.config.metrics import ACCURACIES, MAIN, PREFIX
+from dpo_dist.config.metrics import ACCURACIES, MAIN, PREFIX, TERMS
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.config.schema import ExportedWeights, RunConfig, SourceConfig
 from dpo_dist.foundation.errors import warn_on_bug
 from dpo_dist.foundation.streams import printable
-from dpo_dist.foundation.text import counted, without_secrets
+from dpo_dist.foundation.text import as_yaml, counted, without_secrets
 from dpo_dist.insight.tables import evaluation_cells
 from dpo_dist.insight.verdict.rules import verdict
 
@@ -67,7 +67,7 @@ def model_card(
     pairs = sum(counts["pairs"] for counts in summary["data"]["train"]["sources"])
     unit = config.loss.unit
     repeated = f"{counted(pairs, unit)} ({seen:,} with repetitions)"
-    head, *rows = evaluation_cells(evaluation, MAIN)
+    head, *rows = evaluation_cells(evaluation, (*MAIN, *TERMS.values()))
     is_averaged = config.export.weights is not ExportedWeights.last
     body = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         metadata=Markup("METADATA"),
@@ -155,7 +155,7 @@ def _training(config: RunConfig) -> list[tuple[Markup, Markup]]:
         values["data.chat_template"] = Path(config.data.chat_template).name
     if (adapter := config.model.adapter) is not None and adapter.path is not None:
         values["model.adapter"] = {**values["model.adapter"], "path": _model_name(adapter.path)}
-    return [(code(key), code(value)) for key, value in values.items()]
+    return [(code(key), code(as_yaml(value))) for key, value in values.items()]
 
 
 def run_card(

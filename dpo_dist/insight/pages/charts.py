@@ -15,7 +15,7 @@ import numpy as np
 from markupsafe import Markup
 from numpy.typing import ArrayLike, NDArray
 
-from dpo_dist.config.metrics import ACCURACY_CHART, AUC_CHART, CUSTOM, METRICS, PREFIX, metric_of
+from dpo_dist.config.metrics import ACCURACY_CHART, AUC_CHART, CUSTOM, METRICS, PREFIX, TERMS, metric_of
 from dpo_dist.foundation import files
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import number
@@ -36,6 +36,7 @@ _SHORT = 200.0  # a logarithmic axis has ticks within a decade below this ratio 
 _SMOOTHED_SHARE = 0.06
 _MOST_POINTS = 400
 _FEW_POINTS = 30
+_WIDEST_BAR = 24.0  # a few different values are no solid box
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,9 @@ class Axis:
         slack = 1e-9 * (self.high - self.low)
         candidates = map(float, locator.tick_values(self.low, self.high))
         within = [tick for tick in candidates if self.low - slack <= tick <= self.high + slack]
-        return within if len(within) > 1 or not self.is_log else [self.low, self.high]
+        if self.is_log and len(within) < 2:  # the values are too near to each other
+            return Axis(self.low, self.high, self.start, self.end).ticks()
+        return within
 
     def marks(self, *, whole: bool = False) -> list[tuple[float, str]]:
         """Return coordinate and text of each tick."""
@@ -133,11 +136,18 @@ class Line:
 
 
 def chart(
-    title: str, lines: Sequence[Line], unit: str = "", *, log: bool = False, over: str = "step"
+    title: str,
+    lines: Sequence[Line],
+    unit: str = "",
+    *,
+    log: bool = False,
+    over: str = "step",
+    names: Sequence[str] = (),
 ) -> Markup:
     """Return a `<figure>` with one chart over steps, or what `over` names; empty if no line has a point.
 
-    A long line is drawn with about 400 points, which include its smallest and largest values.
+    A long line is drawn with about 400 points, which include its smallest and largest values. `names`: the
+    labels of a legend that several charts share; below the chart are values alone.
     """
     whole = [line for line in lines if line.steps.size]
     if not whole:
@@ -154,6 +164,7 @@ def chart(
     up = _axis_of(drawn, 184, 8, is_log=log)
     data = {
         "over": over,
+        "shared": bool(names),
         "box": [across.start, across.end, up.end, up.start],
         "xAxis": [across.low, across.high],
         "yAxis": [up.low, up.high, up.is_log],
@@ -162,12 +173,13 @@ def chart(
             for line in drawn
         ],
     }
-    labels = list(dict.fromkeys(line.label for line in drawn))
+    labels = names or list(dict.fromkeys(line.label for line in drawn))
     figure = {
         **{"title": title, "unit": unit, "over": over, "across": across, "up": up, "place": number(high)},
         "json": json.dumps(data, separators=(",", ":")),
         "paths": [path for line in drawn for path in _paths(line, drawn, labels, across, up)],
-        "legend": _legend(drawn, labels, high, over),
+        "legend": _legend(drawn, labels, high, over, is_shared=bool(names)),
+        "is_shared": bool(names),
     }
     return part("svg.jinja", "chart", figure)
 
@@ -188,7 +200,7 @@ def _paths(
         else:
             runs[-1].append(f"{across.place(at):g} {up.place(value):g}")
     dots = "".join(f"M{point}h0" for run in runs for point in run)
-    color = f"c{labels.index(line.label) % len(COLORS)}"
+    color = color_of(labels, line.label)
     if line.role == "spike":
         return [(f"spike {color}", dots)]
     is_light = line.role == "raw" and any((each.label, each.role) == (line.label, "smooth") for each in drawn)
@@ -200,21 +212,34 @@ def _paths(
     return shown if len(line.steps) <= _FEW_POINTS and line.role != "noise" else shown[:1]
 
 
-def _legend(drawn: Sequence[Line], labels: Sequence[str], end: float, over: str) -> list[Mapping[str, Any]]:
-    """Return an item for each label's curve and for each label's evaluations, with the last values."""
+def color_of(labels: Sequence[str], label: str) -> str:
+    """Return the classes of a label's colour; after six labels lines of the same colours are dashed."""
+    number = labels.index(label)
+    return f"c{number % len(COLORS)}" + (" again" if number // len(COLORS) % 2 else "")
+
+
+def _legend(
+    drawn: Sequence[Line], labels: Sequence[str], end: float, over: str, *, is_shared: bool
+) -> list[Mapping[str, Any]]:
+    """Return an item for each label's curve and for each label's evaluations, with the last values.
+
+    Below a chart whose legend is shared, labels with evaluations have those only.
+    """
     items: dict[tuple[str, bool], list[int]] = {}
     for index, line in enumerate(drawn):
         items.setdefault((line.label, line.role == "evaluation"), []).append(index)
+    joint = " \u00b7 " if is_shared else " \u00b7 mean "
     return [
         {
-            "color": f"c{labels.index(label) % len(COLORS)}",
+            "color": color_of(labels, label),
             "lines": indices,
             "mark": "ring" if is_evaluation else "stroke",
             "label": label,
             "note": " (evaluation)" if is_evaluation and (label, False) in items else "",
-            "last": " · mean ".join(_last_value(drawn[index], end, over) for index in indices),
+            "last": joint.join(_last_value(drawn[index], end, over) for index in indices),
         }
         for (label, is_evaluation), indices in items.items()
+        if is_evaluation or not is_shared or (label, True) not in items
     ]
 
 
@@ -251,6 +276,7 @@ class Panel:
 
 PANELS = (
     Panel("Loss", in_image=True),
+    *(Panel(METRICS[name].chart) for name in TERMS.values()),
     Panel("Loss above that of soft labels"),
     Panel(ACCURACY_CHART, in_image=True),
     Panel(AUC_CHART, in_image=True),
@@ -280,19 +306,37 @@ def charts(rows: Rows, noise: Mapping[str, float]) -> list[Markup]:
     return list(filter(None, figures))
 
 
-def charts_of_runs(runs: Mapping[str, Rows], over: str) -> list[Markup]:
-    """Return a chart over pairs for each metric; `runs`: by label, rows whose `step` is their pairs so far.
+@dataclass(frozen=True)
+class Curves:
+    """The rows of a run, whose `step` is its pairs so far; runs with the same label share their colour."""
 
-    Each run has its moving mean and its evaluations.
+    label: str
+    kind: str  # of its loss
+    rows: Rows
+
+
+def charts_of_runs(runs: Sequence[Curves], over: str, apart: tuple[str, ...]) -> list[Markup]:
+    """Return a chart over pairs for each metric, with the moving mean and the evaluations of each run.
+
+    Metrics whose names start with one of `apart` have a chart for each kind of loss.
     """
-    figures = []
-    for panel in _panels(list(chain(*runs.values()))):
+    figures, names = [], list(dict.fromkeys(run.label for run in runs))
+    for panel in _panels(list(chain(*(run.rows for run in runs)))):
         for key in panel.keys:
-            lines = [line for label, rows in runs.items() for line in _metric_lines(panel, key, label, rows)]
-            shown = {(line.label, line.role == "evaluation"): line for line in lines}  # the mean is after raw
             title = panel.title if len(panel.keys) == 1 else f"{panel.title}: {panel.label(key)}"
-            unit = metric_of(key).unit
-            figures.append(chart(title, list(shown.values()), unit, log=panel.is_log, over=over))
+            parts: dict[str, list[Line]] = {}
+            for run in runs:
+                part_title = f"{title}, {run.kind}" if key.startswith(apart) else title
+                lines = parts.setdefault(part_title, [])
+                of_run = _metric_lines(panel, key, run.label, run.rows)
+                shown = {line.role == "evaluation": line for line in of_run}  # the mean is after raw
+                for is_evaluation, line in shown.items():
+                    line.role = "evaluation" if is_evaluation else "smooth"
+                    lines.append(line)
+            figures += [
+                chart(name, lines, metric_of(key).unit, log=panel.is_log, over=over, names=names)
+                for name, lines in parts.items()
+            ]
     return list(filter(None, figures))
 
 
@@ -351,10 +395,12 @@ def draw_curves(rows: Rows, path: Path, title: str) -> None:
     figure = Figure(figsize=(16, 8), dpi=100)
     canvas = FigureCanvasAgg(figure)
     figure.suptitle(printable(title), parse_math=False)
-    margins = {"left": 0.05, "right": 0.99, "bottom": 0.05, "top": 0.9, "hspace": 0.25, "wspace": 0.2}
+    margins = {"left": 0.05, "right": 0.99, "bottom": 0.08, "top": 0.9, "hspace": 0.35, "wspace": 0.2}
     absent = ACCURACY_CHART if any(AUC in row for row in rows) else AUC_CHART
     panels = [panel for panel in PANELS if panel.in_image and panel.title != absent]
     for axes, panel in zip(figure.subplots(2, 3, gridspec_kw=margins).flat, panels, strict=True):
+        axes.set_xlabel("step")
+        axes.locator_params(axis="x", integer=True)
         axes.set_title(panel.title, loc="left", y=1.0)  # a given place is not looked for, a third of the time
         axes.grid(alpha=0.3)
         lines = list(panel_lines(panel, rows, {}))
@@ -414,7 +460,7 @@ def histogram(values: Mapping[str, Any], title: str, limit: float | None = None)
     for (low, high), count in zip(pairwise(edges), values["counts"], strict=True):
         if count:
             x, height = axis.place(shape(low)), round(max(1.0, count / largest * bottom), 1)
-            bar_width = round(max(1.0, axis.place(shape(high)) - x - 0.5), 1)
+            bar_width = round(min(max(1.0, axis.place(shape(high)) - x - 0.5), _WIDEST_BAR), 1)
             label = f"{number(low, 3)} to {number(high, 3)}: {count:,}"
             bars.append((x, round(bottom - height, 1), bar_width, height, label))
     ticks: list[tuple[float, str, str]] = []

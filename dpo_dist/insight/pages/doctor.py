@@ -11,9 +11,9 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation import files
 from dpo_dist.foundation.streams import printable
-from dpo_dist.foundation.text import counted, number, without_secrets
+from dpo_dist.foundation.text import as_yaml, counted, number, without_secrets
 from dpo_dist.insight.doctor.examine import Diagnosis
-from dpo_dist.insight.doctor.findings import Finding, Level
+from dpo_dist.insight.doctor.findings import RULES, Finding, Level
 from dpo_dist.insight.pages.charts import histogram
 from dpo_dist.insight.pages.render import page
 from dpo_dist.insight.tables import aligned
@@ -46,7 +46,7 @@ def write_doctor_page(folder: RunFolder, diagnosis: Diagnosis, config: RunConfig
     settings = [("model", str(diagnosis.model or "none"))]
     for name, content in (("data", config.data), ("doctor", config.doctor)):
         for key, value in vars(content).items():
-            settings.append((f"{name}.{key}", str(without_secrets(str(plain(value))))))
+            settings.append((f"{name}.{key}", str(without_secrets(as_yaml(plain(value))))))
     settings.append(("versions", f"dpo_dist {dpo_dist.__version__}, Python {platform.python_version()}"))
     html = page(
         "doctor.jinja",
@@ -64,6 +64,7 @@ def write_doctor_page(folder: RunFolder, diagnosis: Diagnosis, config: RunConfig
         settings=settings,
         max_length=config.data.max_length,
         picture=histogram,
+        leak=RULES["label_leak"].threshold,
     )
     files.write_text(folder.doctor_page, html)
 

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dpo_dist.foundation.streams import printable
-from dpo_dist.foundation.text import counted, duration, number, percent, size
+from dpo_dist.foundation.text import as_yaml, counted, duration, number, percent, size
 
 _FOLDER = Path(__file__).parent / "templates"
 _PLAIN = "\n\t "
@@ -61,26 +61,21 @@ def estimate(value: float | None, ends: Sequence[float] | None = None, scale: fl
     return Markup(f"{shown} <small>[{low}, {high}]</small>")  # noqa: S704
 
 
-def text(value: object) -> str:
-    """Return the text of a value of a configuration."""
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {text(item)}" for key, item in value.items() if item is not None)
-    if isinstance(value, list | tuple):
-        return "; ".join(map(text, value)) or "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    return "none" if value is None else str(value)
-
-
 def flat(fields: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield nested fields as dotted keys with the text of their values."""
+    """Yield nested fields as dotted keys with their values as YAML writes them."""
     for key, value in fields.items():
         if isinstance(value, Mapping):
             yield from flat(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", text(value)
+            yield f"{prefix}{key}", as_yaml(_short(value))
+
+
+def _short(value: object) -> object:
+    """Return a list without the keys of its entries that are null."""
+    entries = value if isinstance(value, list) else []
+    if not all(isinstance(each, Mapping) for each in entries):
+        return value
+    return [{key: item for key, item in each.items() if item is not None} for each in entries] or value
 
 
 TEMPLATES = Environment(

@@ -11,6 +11,7 @@ import yaml
 from dpo_dist.config.metrics import METRICS
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
 from dpo_dist.data.counts import in_words
+from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import counted, duration, number, percent, size, without_secrets
@@ -239,7 +240,8 @@ def _records(title: str, counts: Fields) -> Mapping[str, Any]:
         for name, count in sorted(dropped.items(), key=lambda item: -item[1])
     ]
     rows += [
-        (count, counts["kept"], in_words(name), name)
+        # Records of the other part of a split were not read into this one.
+        (count, read + count if name in (HELD_OUT, LEFT_IN_TRAIN) else counts["kept"], in_words(name), name)
         for name, count in counts.items()
         if isinstance(count, int) and name not in ("read", "kept", "pairs")
     ]
@@ -250,7 +252,7 @@ def _records(title: str, counts: Fields) -> Mapping[str, Any]:
         **counts,
         "rows": [
             (
-                f"{count:,} ({percent(count / total)})",
+                f"{count:,}" + (f" ({percent(count / total)})" if count <= total else ""),
                 part("macros.jinja", "named", words, part("macros.jinja", "code", name)),
             )
             for count, total, words, name in rows

@@ -1,17 +1,24 @@
 """The page and the table of several runs: settings that differ, last evaluations, curves, samples."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, stdev
 
-from dpo_dist.config.metrics import ACCURACIES, CUSTOM, MAIN, METRICS, metric_of
+from markupsafe import Markup
+
+from dpo_dist.config.losses import kinds_using
+from dpo_dist.config.metrics import ACCURACIES, CUSTOM, MAIN, METRICS, TERMS, metric_of
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Direction
+from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.streams import printable
 from dpo_dist.insight.evaluation import ALL, results_name
 from dpo_dist.insight.pages import render
-from dpo_dist.insight.pages.charts import charts_of_runs
+from dpo_dist.insight.pages.charts import Curves, charts_of_runs, color_of
 from dpo_dist.insight.pages.run import PageFacts, verdict_of
 from dpo_dist.insight.pages.samples import samples_of_runs
 from dpo_dist.insight.tables import EVALUATED, aligned
@@ -26,50 +33,181 @@ _OF_NO_RESULT = ("run.", "console.", "tracking.")
 _OF_NO_POLICY = ("samples/reference_", "samples/prompts", "samples/alarms")
 _OF_REFERENCE = ("loss", "rewards/", "distance/")
 _OF_LOSS = ("loss", "rewards/chosen", "rewards/rejected", MARGIN)
-_MOST_SETTINGS = 4  # in the table of results
+_MOST_SETTINGS, _MOST_CHARACTERS = 4, 80  # in the table of results, and of a name made of them
+_SEED = "trainer.seed"
 
 
 def compare_runs(folders: Sequence[RunFolder], page: Path) -> list[str]:
-    """Write the page about runs, also such that still train; return the lines of its table of results."""
-    names = [folder.path.resolve().name for folder in folders]
-    labels = names if len(set(names)) == len(names) else list(map(str, folders))
-    runs = {label: PageFacts(folder) for label, folder in zip(labels, folders, strict=True)}
-    differing = differing_settings([facts.config for facts in runs.values()])
-    others = {key: texts for key, texts in differing.items() if key.startswith(_OF_NO_RESULT)}
-    settings = {key: texts for key, texts in differing.items() if key not in others}
-    others |= differing_settings([facts.environment for facts in runs.values()])
-    warnings, last = dict(_warnings(runs)), _last_rows(runs)
-    not_comparable = sum(warnings.values(), ())
-    metrics = {key: _cells(runs, last, key, not_comparable) for key in _keys(last)}
+    """Write the page about runs, also such that still train; return the lines of its tables of results."""
+    facts, names = list(map(PageFacts, folders)), [folder.path.resolve().name for folder in folders]
+    names = names if len(set(names)) == len(names) else list(map(str, folders))
+    settings, others = _differing(facts)
+    described, is_short = _described(settings, len(facts)), len(settings) <= _MOST_SETTINGS
+    is_name = len(set(described)) == len(facts) and max(map(len, described)) <= _MOST_CHARACTERS
+    labels = described if is_short and is_name else names
+    runs, kinds = dict(zip(labels, facts, strict=True)), ["+".join(_kinds(each)) for each in facts]
+    groups = _described({key: texts for key, texts in settings.items() if key != _SEED}, len(facts))
+    if _SEED not in settings or len(set(groups)) == len(groups):
+        groups = labels
 
-    is_short = len(settings) <= _MOST_SETTINGS
-    outcomes = [facts.summary.get("exit", "not ended") for facts in runs.values()]
-    columns = {"run": list(runs), "outcome": outcomes, **(settings if is_short else {})}
-    has_known = any(key in metrics for key in ACCURACIES)
-    shown = [key for key in ACCURACIES if key in metrics or (key != AUC and not has_known)]
-    for key in dict.fromkeys(key for key in (*MAIN, *EVALUATED) if key in shown or key not in ACCURACIES):
-        columns[METRICS[key].title] = metrics.get(key, ["-"] * len(runs))
-    results = [list(columns), *map(list, zip(*columns.values(), strict=True))]
-    units = {facts.run.unit for facts in runs.values()}
+    warnings, last = dict(_warnings(runs)), _last_rows(runs)
+    results = _Results(groups, last, [_intervals(each) for each in facts], sum(warnings.values(), ()))
+    outcomes = [each.summary.get("exit", "not ended") for each in facts]
+    shown = {METRICS[key].title: results.cells(key) for key in _shown(last)}
+    own = {key: _own_parts(texts) for key, texts in settings.items()} if is_short else {}
+    columns = {**own, "outcome": outcomes, **shown}
+    columns = {"run": names, **columns} if labels is names else {**columns, "run": names}
+    completed = [outcome == RunOutcome.completed for outcome in outcomes]
+    over_seeds = results.over_seeds(_shown(last), completed) if results.has_seeds else []
+    units = {each.run.unit for each in facts}
     unit = units.pop() if len(units) == 1 else "example"
+    curves = [Curves(*each) for each in zip(groups, kinds, map(_over_pairs, facts), strict=True)]
+    apart = _OF_LOSS if len(set(kinds)) > 1 else ()
+    colors = list(dict.fromkeys(groups))
     html = render.page(
         "runs.jinja",
         f"{len(runs)} runs",
         ["charts.js"],
-        labels=list(runs),
-        results=results,
-        verdicts=[(label, verdict_of(facts).get("sentence", "-")) for label, facts in runs.items()],
+        labels=labels,
+        results=_table(columns | {title: list(map(_on_two_lines, cells)) for title, cells in shown.items()}),
+        over_seeds=over_seeds,
+        verdicts=[(label, verdict_of(each).get("sentence", "-")) for label, each in runs.items()],
         warnings=list(warnings),
         settings=[(key, *texts) for key, texts in settings.items()],
+        is_short=own == settings,
         others=[(key, *texts) for key, texts in others.items()],
-        metrics=[(key, *cells) for key, cells in metrics.items()],
-        curves=charts_of_runs({label: _over_pairs(facts) for label, facts in runs.items()}, unit),
+        metrics=[(key, *map(_on_two_lines, results.cells(key))) for key in _keys(last)],
+        curves=charts_of_runs(curves, unit, apart),
+        legend=[(color_of(colors, label), label, groups.count(label)) for label in colors],
         unit=unit,
         samples=samples_of_runs(dict(zip(labels, folders, strict=True))),
     )
     write_text(page, html)
     hidden = [] if is_short else [f"{len(settings)} settings differ: see the page"]
-    return list(map(printable, [*aligned(results), *hidden, *warnings]))
+    seeds = ["", *aligned(over_seeds)] if over_seeds else []
+    return list(map(printable, [*aligned(_table(columns)), *seeds, *hidden, *warnings]))
+
+
+def _on_two_lines(cell: str) -> Markup:
+    """Return the HTML of a value with its interval below it."""
+    value, bracket, interval = cell.partition(" [")
+    return render.part("macros.jinja", "named", value, bracket.strip() + interval)
+
+
+def _table(columns: Mapping[str, Sequence[str]]) -> list[list[str]]:
+    """Return titles and rows."""
+    return [list(columns), *map(list, zip(*columns.values(), strict=True))]
+
+
+def _differing(facts: Sequence[PageFacts]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Return the settings that differ and can change the result, and what else differs, by key."""
+    differing = differing_settings([each.config for each in facts])
+    others = {key: texts for key, texts in differing.items() if key.startswith(_OF_NO_RESULT)}
+    settings = {key: texts for key, texts in differing.items() if key not in others}
+    for key, texts in settings.items():
+        if users := set(kinds_using(key.removeprefix("loss."))):  # other losses do not depend on it
+            settings[key] = [
+                text if users & set(_kinds(each)) or not _kinds(each) else "-"
+                for text, each in zip(texts, facts, strict=True)
+            ]
+    return settings, others | differing_settings([each.environment for each in facts])
+
+
+def _kinds(facts: PageFacts) -> list[str]:
+    """Return the kinds of a run's loss; none if its configuration is not known."""
+    loss = facts.config.get("loss") or {}
+    return [term["kind"] for term in loss.get("terms") or ()] or [loss[key] for key in loss if key == "kind"]
+
+
+def _described(settings: Mapping[str, Sequence[str]], count: int) -> list[str]:
+    """Return for each run its values of these settings: "beta 0.1, seed 2"."""
+    parts: list[list[str]] = [[] for _ in range(count)]
+    names = [key.rpartition(".")[2] for key in settings]
+    for (key, texts), name in zip(settings.items(), names, strict=True):
+        for part, text, own in zip(parts, texts, _own_parts(texts), strict=True):
+            part.extend([f"{name if names.count(name) == 1 else key} {own}"] if text != "-" else [])
+    return [", ".join(part) or ("all others" if any(parts) else "all") for part in parts]
+
+
+def _own_parts(texts: Sequence[str]) -> list[str]:
+    """Return texts without the words and folders that all begin or end with, if one is long."""
+    if max(map(len, texts)) <= _MOST_CHARACTERS / 4:
+        return list(texts)
+    pieces = [re.split(r"(?<=[/ ])", text) for text in texts]
+    for step in (1, -1):
+        columns = zip(*(each[::step] for each in pieces), strict=False)
+        same = next((number for number, column in enumerate(columns) if len(set(column)) > 1), 0)
+        pieces = [each[::step][same:][::step] for each in pieces]
+    own = ["".join(each) for each in pieces]
+    return own if own == list(texts) else [each.strip(" ,[]{}") for each in own]
+
+
+def _shown(last: Sequence[Row]) -> list[str]:
+    """Return the metrics of the table of results: those that all runs with a row have, and each accuracy."""
+    rows = [row for row in last if row]
+    return [
+        key
+        for key in dict.fromkeys((*MAIN, *EVALUATED))
+        if (any if key in ACCURACIES else all)(key in row for row in rows) and rows
+    ]
+
+
+@dataclass(frozen=True)
+class _Results:
+    """Metrics of the last rows of runs; runs of one group differ in their seeds only."""
+
+    groups: Sequence[str]
+    rows: Sequence[Row]
+    intervals: Sequence[Mapping[str, Sequence[float]]]
+    not_comparable: tuple[str, ...]
+
+    @property
+    def has_seeds(self) -> bool:
+        """Whether some runs differ in their seeds only."""
+        return len(set(self.groups)) < len(self.groups)
+
+    def cells(self, key: str) -> list[str]:
+        """Return the value of a metric in each run with its interval; * marks the best without seeds."""
+        best = None if self.has_seeds else self._best(key, [finite(row, key) for row in self.rows])
+        cells, form = [], metric_of(key).form
+        for row, intervals in zip(self.rows, self.intervals, strict=True):
+            cell = form(row[key]) if key in row else "-"
+            cell += "*" if row.get(key) == best is not None else ""
+            if key in row and (ends := intervals.get(key)):
+                cell += f" [{form(ends[0])}, {form(ends[1])}]"
+            cells.append(cell)
+        return cells
+
+    def over_seeds(self, keys: Sequence[str], completed: Sequence[bool]) -> list[list[str]]:
+        """Return titles and a row for each group: means and standard deviations (n - 1) of completed runs."""
+        members: dict[str, list[Row]] = {group: [] for group in self.groups}
+        for group, row, is_complete in zip(self.groups, self.rows, completed, strict=True):
+            members[group] += [row] if is_complete else []
+        columns = {"setting": list(members)}
+        columns["seeds"] = [f"{len(members[each])} of {self.groups.count(each)}" for each in members]
+        for key in keys:
+            known = [
+                [value for row in rows if (value := finite(row, key)) is not None]
+                for rows in members.values()
+            ]
+            means = [fmean(values) if values else None for values in known]
+            best, form = self._best(key, means), metric_of(key).form
+            columns[metric_of(key).title] = [
+                "-" if mean is None else form(mean) + "*" * (mean == best) + _spread(values, form)
+                for values, mean in zip(known, means, strict=True)
+            ]
+        return _table(columns)
+
+    def _best(self, key: str, values: Sequence[float | None]) -> float | None:
+        """Return the best of different values; None if they cannot be compared."""
+        known, direction = [value for value in values if value is not None], metric_of(key).best
+        if direction is None or len(set(known)) < 2 or key.startswith(self.not_comparable):
+            return None
+        return (min if direction is Direction.lowest else max)(known)
+
+
+def _spread(values: Sequence[float], form: Callable[[float], str]) -> str:
+    return f" \u00b1 {form(stdev(values))}" if len(values) > 1 else ""
 
 
 def differing_settings(configs: Sequence[Mapping[str, object]]) -> dict[str, list[str]]:
@@ -110,23 +248,11 @@ def _keys(last: Sequence[Row]) -> list[str]:
     by_source = (
         key for key in known if key.startswith((*(f"{name}/" for name in (*ACCURACIES, MARGIN)), CUSTOM))
     )
-    return [key for key in (*PAIR_METRICS, AUC, MISMATCH, *ENTROPIES, *samples, *by_source) if key in known]
-
-
-def _cells(runs: Runs, rows: Sequence[Row], key: str, not_comparable: tuple[str, ...]) -> list[str]:
-    """Return the value of a metric in each run with its interval; * marks the best of several."""
-    values = [value for row in rows if (value := finite(row, key)) is not None]
-    metric = metric_of("/".join(key.split("/")[:2]))
-    best = None
-    if metric.best and len(set(values)) > 1 and not key.startswith(not_comparable):
-        best = (min if metric.best is Direction.lowest else max)(values)
-    cells, form = [], metric.form
-    for row, facts in zip(rows, runs.values(), strict=True):
-        cell = form(row[key]) if key in row else "-"
-        if key in row and (ends := _intervals(facts).get(key)):
-            cell += f" [{form(ends[0])}, {form(ends[1])}]"
-        cells.append(f"{cell}*" if row.get(key) == best is not None else cell)
-    return cells
+    return [
+        key
+        for key in (*PAIR_METRICS, *TERMS.values(), AUC, MISMATCH, *ENTROPIES, *samples, *by_source)
+        if key in known
+    ]
 
 
 def _intervals(facts: PageFacts) -> Mapping[str, Sequence[float]]:

@@ -88,6 +88,11 @@ def test_each_policy_gives_the_next_samples_and_reference() -> None:
     assert training1["reference"]["store"] == training2["reference"]["store"]
     assert said[-1] == "the last policy: run/rounds/2/train/model"
     assert "round 1: 4 responses, 1 pairs, mean score 0.2500" in said
+    assert "after round 2: samples of run/rounds/2/train/model" in said
+    assert [line.split() for line in said[-5:-1]] == [
+        *(["policy", "mean", "score", "pairs", "accuracy"], ["at", "the", "start", "0.2500", "1", "0.750"]),
+        *(["after", "round", "1", "0.5000", "1", "0.750"], ["after", "round", "2", "0.7500", "1", "-"]),
+    ]
     rows = json.loads(Path("run/rounds/rounds.json").read_text())["rounds"]
     assert [row["samples"]["mean_score"] for row in rows] == [0.25, 0.5, 0.75]
     assert [row["training"] and row["training"]["steps"] for row in rows] == [5, 5, None]
@@ -116,7 +121,7 @@ def test_finished_rounds_are_not_repeated_and_further_ones_end_when_all_scores_a
     assert verbs.order == []
     _, said = do(verbs, "pairs.rounds=6")
     assert verbs.order == ["train3", "pairs4"]
-    assert "round 4: no two responses" in said[-2]
+    assert "round 4: no two responses" in said[-7]
     assert said[-1] == "the last policy: run/rounds/3/train/model"
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 import dpo_dist
+from dpo_dist.config.losses import LossConfig, LossKind, LossTermConfig
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.objective.metrics import MetricPlan
 from dpo_dist.training.directory import describe_environment
 from dpo_dist.training.metrics_log import MetricsLog, columns_of, final_and_best
 
@@ -41,6 +43,8 @@ def test_the_csv_file_grows_with_every_row_and_new_key_and_saving_changes_no_row
     log = log_of(tmp_path)
     log.append(row_of(1))
     assert tuple(csv_rows(tmp_path)[0]) == columns_of()
+    plan = MetricPlan(LossConfig(terms=[LossTermConfig(LossKind.ipo), LossTermConfig(LossKind.sft)]))
+    assert {"loss/terms/ipo", "eval_loss/terms/sft"} <= {*columns_of(plan)} - {*columns_of()}
     log.append({**evaluation_of(1, 0.6, 0.5), "eval_hard/loss": 0.25})
     log.append(row_of(3))
     found = csv_rows(tmp_path)
@@ -97,10 +101,11 @@ def test_values_that_are_not_finite_give_valid_json_and_survive_a_resume(tmp_pat
 
 def test_final_and_best_values() -> None:
     evaluations = [(0, 0.10, 0.99), (1, 0.60, 0.55), (2, 0.40, 0.70), (3, math.nan, 0.70)]
-    rows = [row_of(1), row_of(2), row_of(3), *(evaluation_of(*each) for each in evaluations)]
+    term = {"loss/terms/sft": 0.3}
+    rows = [row_of(1), row_of(2), row_of(3) | term, *(evaluation_of(*each) for each in evaluations)]
     values = final_and_best(rows)
     assert values["final"] | {"eval_loss": 0} == {
-        **{"step": 3, "loss": row_of(3)["loss"]},
+        **{"step": 3, "loss": row_of(3)["loss"], **term},
         **{"eval_step": 3, "eval_loss": 0, "eval_rewards/accuracies": 0.7},
     }
     assert math.isnan(values["final"]["eval_loss"])

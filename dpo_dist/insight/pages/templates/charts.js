@@ -49,7 +49,7 @@
       this.at = isEnd ? null : this.steps.reduce(nearer);
       const at = isEnd ? this.steps[this.steps.length - 1] : this.at;
       for (const item of this.items) {
-        item.output.textContent = item.lines.map(line => this.describe(line, at)).join(" \u00b7 mean ");
+        item.output.textContent = item.lines.map(line => this.describe(line, at)).join(this.data.shared ? " \u00b7 " : " \u00b7 mean ");
       }
       this.place.textContent = this.data.over + " " + text(at);
       this.cursor.replaceChildren(...(isEnd ? [] : this.marks(at)));
@@ -63,12 +63,13 @@
         for (const [key, value] of Object.entries(values)) element.setAttribute(key, value);
         return element;
       };
-      const dots = this.items.map(item => {
-        const point = this.last(item.lines[item.lines.length - 1], at);
+      const shown = item => this.data.shared ? item.lines : item.lines.slice(-1);  // a mean is after its values
+      const dots = this.items.flatMap(item => shown(item).map(line => {
+        const point = this.last(line, at);
         if (!point || point.step !== at || point.value === null) return null;
         const y = between(scale(point.value), [scale(low), scale(high)], bottom, top);
         return made("circle", {cx: x, cy: y, r: 4, class: item.color});
-      });
+      }));
       return [made("line", {x1: x, x2: x, y1: top, y2: bottom}), ...dots.filter(Boolean)];
     }
     move(key) {

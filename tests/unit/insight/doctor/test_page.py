@@ -29,6 +29,9 @@ def test_hostile_text_adds_no_element_and_no_control_character(tmp_path: Path) -
     assert all(value.startswith("#") for name, value in page.attributes if name == "href")
     assert not {"\u202e", "\u200b", "\x1b"} & set(html)
     assert "U+202E" in page.text
+    assert "data.max_prompt_length null" in page.section("Settings")
+    assert "doctor.texts true" in page.section("Settings")
+    assert ("optimum", "0.5") in page.attributes, "a leak has the colour of a fault"
 
 
 def test_json_is_complete_and_has_no_texts(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ OF_ALL = {
     "eval_rewards/accuracies": 0.75,
     "eval_rewards/margins": 1.25,
     "eval_loss": 0.5,
+    "eval_loss/terms/sft": 2.5,
     "intervals": {"eval_rewards/accuracies": [0.7, 0.8]},
 }
 
@@ -50,7 +51,7 @@ def test_a_card_of_hub_names_has_everything_that_the_hub_reads() -> None:
     assert "dpo" in data.tags
     for part in (
         *("[org/base-7B](https://huggingface.co/org/base-7B)", "2,380 pairs in 38 steps", "arXiv"),
-        *("| `held` | 40 | 0.500 | 0.750 [0.700, 0.800] | 1.250 |", "4 too\\_long", "1,190"),
+        *("| `held` | 40 | 0.500 | 0.750 [0.700, 0.800] | 1.250 | 2.500 |", "4 too\\_long", "1,190"),
         *("| `loss.beta` | `0.3` |", "| `optim.lr` | `2e-06` |", "| `torch` | `2.13.0` |"),
         *("AutoModelForCausalLM.from_pretrained", "learnt: accuracy 0.75", "states none"),
     ):
@@ -62,7 +63,7 @@ def test_a_card_of_hub_names_has_everything_that_the_hub_reads() -> None:
         "1,190 pairs (2,380 with repetitions) in 38 steps",
         "AutoPeftModelForCausalLM",
         "`org/base`",
-        "`{'r': 8, 'alpha': 32.0}`",
+        "`{r: 8, alpha: 32.0}`",
     ):
         assert part in once.text, part
     assert "Evaluation" not in once.text

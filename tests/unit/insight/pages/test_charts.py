@@ -13,7 +13,16 @@ import pytest
 from matplotlib.image import imread
 
 from dpo_dist.config.metrics import METRICS
-from dpo_dist.insight.pages.charts import PANELS, Axis, Line, chart, charts, draw_curves, panel_lines
+from dpo_dist.insight.pages.charts import (
+    PANELS,
+    Axis,
+    Line,
+    chart,
+    charts,
+    draw_curves,
+    histogram,
+    panel_lines,
+)
 
 
 def data_of(figure: str) -> dict[str, Any]:
@@ -71,6 +80,17 @@ def test_any_values_have_an_axis_with_ticks(values: list[float], is_log: bool) -
     axis = Axis.around(positive, 100, 0, is_log=is_log)
     assert 2 <= len(axis.ticks()) <= 10
     assert all(-1e-6 <= axis.place(tick) <= 100.001 for tick in axis.ticks())
+
+
+def test_a_logarithmic_axis_within_a_decade_has_round_ticks() -> None:
+    assert Axis.around([0.7099, 1.702], 0, 1, is_log=True).ticks() == [0.75, 1, 1.25, 1.5, 1.75]
+    assert Axis.around([6.2, 8.8], 0, 1, is_log=True).ticks() == [6.5, 7.0, 7.5, 8.0, 8.5]
+
+
+def test_a_few_different_lengths_are_no_solid_box() -> None:
+    values = {"edges": [1, 2, 3], "counts": [4, 4], "smallest": 1, "largest": 2}
+    picture = histogram({**values, "percentiles": dict.fromkeys((25, 50, 95), 1)}, "x")
+    assert re.findall(r'width="(\S+)" height', picture) == ["24.0", "24.0"]
 
 
 def rows(steps: int = 100, every: int = 20) -> list[dict[str, float]]:

@@ -42,11 +42,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Page:
         ("Accuracy and margin", "all pairs 100 evaluation pairs 0.625 [0.55, 0.7]"),
         ("Accuracy and margin", "math 40 evaluation pairs, not better than guessing 0.55 [0.45, 0.65]"),
         ("Training data", "1,920 of 2,000 records kept. records meaning 80 (4 %) dropped: two responses are"),
+        ("Evaluation data", "300 (75 %) in the training part of the split"),
         ("Findings of the doctor", "error label leak plain"),
         ("Time", "training steps 1 h 10 min 95 %"),
         ("Reference model", "cached: 840 log-probs computed, 3,000 reused."),
         ("Repeat this run", "python -m dpo_dist.train plain"),
-        ("Configuration", "loss.beta 0.1"),
+        ("Configuration", "loss.beta 0.1 loss.kind sigmoid loss.terms [] model.adapter null"),
     ],
 )
 def test_the_page_says(made: Page, heading: str, expected: str) -> None:
@@ -60,7 +61,10 @@ def test_texts_add_no_element(tmp_path: Path) -> None:
     tags = [[tag for tag in each.tags if tag not in ("i", "mark")] for each in (plain, shown)]
     assert tags[0] == tags[1]
     assert shown.tags.count("script") == 1
-    for each in (shown, page_of_several(first, second)):
+    named = [made_run(tmp_path / name) for name in "cd"]
+    change(named[0].config, "model", "path", value="<img src=x onerror=alert(4)>")
+    change(named[0].config, "loss", "kind", value="</svg><script>alert(5)</script>")
+    for each in (shown, page_of_several(first, second), page_of_several(*named)):
         assert not {"img", "link", "iframe"} & set(each.tags)
         assert not [name for name, _ in each.attributes if name.startswith("on") or name in ("src", "style")]
         assert all(value.startswith("#") for name, value in each.attributes if name == "href")
@@ -71,6 +75,15 @@ def test_texts_add_no_element(tmp_path: Path) -> None:
     assert "unsafe" not in html
     assert not {"\u202e", "\x1b"} & set(html)
     assert "url(" not in html
+
+
+def test_a_badge_has_the_colour_of_the_worse_of_outcome_and_verdict(tmp_path: Path) -> None:
+    run = made_run(tmp_path)
+    assert '<span class="badge warning">completed</span>' in write_page(run).read_text()
+    change(run.summary, "verdict", "findings", value=[])
+    assert '<span class="badge good">completed</span>' in write_page(run).read_text()
+    change(run.summary, "exit", value="preempted")
+    assert '<span class="badge preempted">preempted</span>' in write_page(run).read_text()
 
 
 def test_sections_without_a_file_are_omitted(tmp_path: Path) -> None:
