@@ -33,7 +33,7 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
     (
         "{per_device_train_batch_size: 2, gradient_accumulation_steps: 8}",
         {"trainer.global_batch_pairs": 16},
-        "2 pairs x 8, times the number of GPUs there, which no file says: 128 for 8",
+        "2 pairs x 8, times the number of GPUs there, which nothing says: 128 for 8",
     ),
     (
         "{}",
@@ -76,7 +76,11 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
         {"trainer.global_batch_pairs": 64},
         "micro_batch_size — not",
     ),
-    ("{loss_type: simpo}", {"loss.kind": "simpo"}, "cpo_alpha: 1"),
+    (
+        "{loss_type: simpo}",
+        {"loss.terms": [LossTermConfig(LossKind.simpo, 1.0), LossTermConfig(LossKind.sft, 1.0)]},
+        "",
+    ),
     ("{stage: dpo, pref_loss: orpo, pref_beta: 0.3}", {"loss.kind": "orpo", "loss.orpo_lambda": 0.3}, ""),
     ("{loss_type: simpo, beta: 2.5, gamma_beta_ratio: 0.4}", {"loss.beta": 2.5, "loss.simpo_gamma": 1.0}, ""),
     ("{stage: dpo, pref_loss: simpo, simpo_gamma: 0.7}", {"loss.beta": 0.1, "loss.simpo_gamma": 0.7}, ""),
@@ -198,7 +202,7 @@ DATA: list[tuple[str, list[dict[str, Any]], list[dict[str, Any]]]] = [
 def test_data_of_other_trainers_are_sources(
     foreign: str, train: list[dict[str, Any]], evaluated: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    content = json.dumps({"model_name_or_path": "m"} | yaml.safe_load(foreign))
+    content = json.dumps({"model_name_or_path": "m", "beta": 0.1} | yaml.safe_load(foreign))
     config, _ = converted(content, tmp_path, "foreign.json")
     for sources, expected in ((config.data.train, train), (config.data.eval, evaluated)):
         options = [{key: value for key, value in asdict(one).items() if value is not None} for one in sources]
@@ -220,12 +224,12 @@ def test_every_key_of_a_recipe_is_translated_or_named(trainer: str, tmp_path: Pa
 def test_a_file_that_exists_or_cannot_be_read_is_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (file := tmp_path / "foreign.yaml").write_text("beta: 0.3\n")
+    (file := tmp_path / "foreign.yaml").write_text("{model_name_or_path: m, loss_type: ipo, beta: 0.3}")
     for words, text in (([file, file], "this file exists"), ([tmp_path / "gone.yaml"], "cannot be read")):
         with pytest.raises(ConfigError, match=text):
             convert.main([str(word) for word in words])
     assert convert.main([str(file)]) == 0
-    assert yaml.safe_load(capsys.readouterr().out)["loss"] == {"beta": 0.3}
+    assert yaml.safe_load(capsys.readouterr().out)["loss"] == {"kind": "ipo", "beta": 0.3}
 
 
 def test_a_file_of_this_program_is_refused(tmp_path: Path) -> None:
