@@ -213,10 +213,10 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
     ("{with_tracking: true, loss_type: wpo}", {"loss.weighting": "wpo", "tracking.wandb": "auto"}, ""),
     # What is not known, is off or says nothing.
     (
-        "{wandb_api_key: q1, env: {HF_TOKEN: q2}, swanlab_lark_secret: [q3], pad_token: q4}",
+        "{wandb_api_key: q1, env: {HF_TOKEN: q2, A: B_KEY=q5}, swanlab_lark_secret: [q3], pad_token: q4}",
         {},
-        "env: {HF_TOKEN: ***} — no counterpart is known\n# swanlab_lark_secret: *** — no counterpart is known"
-        "\n# pad_token: q4",
+        "{HF_TOKEN: ***, A: B_KEY=***} — no counterpart is known\n# swanlab_lark_secret: *** — "
+        "no counterpart is known\n# pad_token: q4",
     ),
     (
         "{new_key: 3, use_dora: false}",
@@ -358,7 +358,7 @@ export SIZE=$(expr 16 / 2) LR="5e-7"  # don't panic
 # swift rlhf --model other
 NPROC_PER_NODE=2 swift rlhf --rlhf_type dpo --model "${MODEL:-m}" \\
     --learning_rate $LR --gradient_accumulation_steps $SIZE \\
-    --dataset 'a#5' b --output_dir $OUT --hub_token abc 2>&1 | tee log; echo done""",
+    --dataset 'a#5' b --output_dir $OUT --hub_token abc "$@" 2>&1 | tee log; echo done""",
         {"model.path": "m", "optim.lr": 5e-7, "trainer.global_batch_pairs": 16, "run.dir": None},
         "output_dir: $OUT — the shell computes it: write its value",
     ),
@@ -398,7 +398,7 @@ REFUSED = [
     ("train.py", "from trl import DPOConfig\nDPOConfig(beta=0.1)", "as keys of a YAML file"),
     ("b.sh", "trl dpo --beta 1\ntrl kto --beta 1", "this script starts 2 runs"),
     ("c.sh", "trl grpo --beta 1", "trains by another method"),
-    ("d.sh", 'open_instruct/dpo_tune_cache.py "$CONFIG"', "whose name only a shell knows"),
+    ("d.sh", 'open_instruct/dpo_tune_cache.py "$CONFIG"', "only a shell knows a word"),
     ("rm.yaml", "{stage: rm, model_name_or_path: m, dataset: a}", "trains by another method"),
     ("broken.yaml", "{stage: dpo", "cannot be composed"),
 ]

@@ -42,6 +42,7 @@ _SECRET = re.compile(
     r"|(?!(pad|eos|bos|unk|stop)_).*token"
 )
 """Names of keys whose values are secret."""
+_ASSIGNED_SECRET = re.compile(r"(?i)(\b\w*(?:key|token|secret|passw\w*)=)\S+")
 
 
 class Foreign(NamedTuple):
@@ -87,8 +88,7 @@ def read(given: str) -> Foreign:
 
 def _started(text: str, folder: Path, where: str) -> Foreign | None:
     """Return the run that a shell script starts, or None; raise a ConfigError if it starts several."""
-    found = [start for words in _commands(text) if (start := _start(words))]
-    if not found:
+    if not (found := [start for words in _commands(text) if (start := _start(words))]):
         return None
     if len(found) > 1:
         raise ConfigError(
@@ -102,10 +102,8 @@ def _started(text: str, folder: Path, where: str) -> Foreign | None:
     files += [str(keys.pop("config"))] if trainer == "TRL" and "config" in keys else []
     for name in files:
         if "$" in name:
-            remedy = "convert that file by its own name"
-            raise ConfigError(
-                "this command reads a file whose name only a shell knows", got=name, remedy=remedy
-            )
+            remedy = "write its words out, or convert the file of keys that it names"
+            raise ConfigError("only a shell knows a word of this command", got=name, remedy=remedy)
         # Paths are relative to where the command is typed, often the folder of the script.
         file = next((place for place in (Path(name), folder / name) if place.exists()), Path(name))
         keys = read_keys(file) | keys
@@ -127,11 +125,7 @@ def _start(words: Sequence[str]) -> tuple[str, list[str], list[str]] | None:
         for trainer, program, verb in _PROGRAMS:
             rest = list(words[at + 1 :])
             if re.fullmatch(program, word) and re.fullmatch(verb, rest[0] if verb and rest else ""):
-                method = (
-                    rest.pop(0)
-                    if verb
-                    else re.split(r"\W", word.removesuffix(".py"))[-1].removeprefix("run_")
-                )
+                method = rest.pop(0) if verb else re.split(r"[/._]", word.removesuffix(".py"))[-1]
                 says = trainer == "TRL" or method == "sft"
                 return trainer, list(words[:at]), [*rest, *([f"--rl={method}"] if says else [])]
     return None
@@ -178,6 +172,8 @@ def _flags(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """Return the values of `--name value ...`, `--name=value` and `name=value`, and the files of keys."""
     texts, files, name = dict[str, list[str]](), list[str](), ""
     for word in words:
+        if word in ("$@", "$*"):  # more words may be given
+            continue
         if flag := re.fullmatch(r"--?([A-Za-z][\w.-]*)(?:=(.*))?", word, re.DOTALL):
             name = flag[1].replace("-", "_")
             texts[name] = [] if flag[2] is None else [flag[2]]
@@ -211,6 +207,8 @@ def _scalar(text: str) -> Any:
 def _without_secrets(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_secrets(entry) for entry in value]
+    if isinstance(value, str):
+        return _ASSIGNED_SECRET.sub(rf"\g<1>{HIDDEN}", value)
     if not isinstance(value, Mapping):
         return value
     return {

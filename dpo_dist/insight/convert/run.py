@@ -31,7 +31,7 @@ class Run:
         """Keys of ours that keep their own default."""
         if isinstance(keys.get("model"), str):
             self.left["model_name_or_path"] = self.left.pop("model")
-        for name in ("lr_scheduler_kwargs", "model_init_kwargs"):  # their keys have names of their own
+        for name in ("lr_scheduler_kwargs", "model_init_kwargs", "trl"):  # their keys have names of their own
             if isinstance(inner := keys.get(name), dict):
                 self.left |= inner
                 del self.left[name]
