@@ -71,7 +71,6 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
         "",
     ),
     ("{stage: dpo, pref_loss: ipo, pref_ftx: 0.5}", {"loss.terms": terms(ipo=1.0, sft=0.5)}, ""),
-    ("{stage: dpo, finetuning_type: oft}", {"model.adapter": None}, "adapter: oft — not offered"),
     ("{use_peft: true}", {"model.adapter.target_modules": "all-linear"}, "peft chooses few"),
     (
         "{total_batch_size: 64, micro_batch_size: 2}",
@@ -381,7 +380,8 @@ def test_commands_are_read_as_files_are(
     (keys := tmp_path / "keys.yaml").write_text("{model_name_or_path: m, learning_rate: 2e-6}")
     command = command.replace("FILE", str(keys))
     (script := tmp_path / "run.sh").write_text(command)
-    for run in [command] if "\n" not in command else [command, script]:
+    runs: list[str | Path] = [command] if "\n" not in command else [command, script]
+    for run in runs:
         config, comments = converted(run)
         assert {key: value_of(config, key) for key in ours if key != "run.dir"} == {
             key: value for key, value in ours.items() if key != "run.dir"
@@ -399,6 +399,12 @@ REFUSED = [
     ("b.sh", "trl dpo --beta 1\ntrl kto --beta 1", "this script starts 2 runs"),
     ("c.sh", "trl grpo --beta 1", "trains by another method"),
     ("d.sh", 'open_instruct/dpo_tune_cache.py "$CONFIG"', "only a shell knows a word"),
+    (
+        "oft.yaml",
+        "{stage: dpo, model_name_or_path: m, finetuning_type: oft}",
+        "trains another kind of adapter",
+    ),
+    ("seq.sh", "swift sft --model m --task_type seq_cls", "trains by another method"),
     ("rm.yaml", "{stage: rm, model_name_or_path: m, dataset: a}", "trains by another method"),
     ("broken.yaml", "{stage: dpo", "cannot be composed"),
 ]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpo_dist.config.keys import as_written
-from dpo_dist.config.mistakes import as_sources
+from dpo_dist.config.mistakes import as_sources, meant
 from dpo_dist.insight.convert.run import EMPTY, Run, listed, number
 
 _OF_SOURCES = (
@@ -95,7 +95,9 @@ def _source(run: Run, place: str, entry: Any) -> list[Any]:
                 "data.text_as_messages=true data.chat_template=FILE (docs/data.md)",
             )
         elif not (option in (*_OF_SOURCES, *_FORMATS) or option.startswith("field_") or value in EMPTY):
-            run.comment(f"{place}.{option}", value, "formats are detected; for others docs/data.md")
+            known = meant(option, "answers") if option == "fraction" else ()
+            reason = known[0] if known else "formats are detected; for others docs/data.md"
+            run.comment(f"{place}.{option}", value, reason)
     files = listed(entry.get("data_files")) or [None]
     return [source for file in files for source in as_sources([entry | {"data_files": file}])]
 

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -52,10 +51,13 @@ def translated(foreign: Foreign) -> str:
 def _method(run: Run) -> str:
     """Return what trains; set its loss, or a weighted sum of losses."""
     method = str(run.take("rlhf_type", "rl", "stage", default=run.facts["method"])).lower()
-    if method not in _METHODS:
+    task = str(run.take("task_type", default="causal_lm")).lower()
+    if True in (run.left.get("reward_model"), run.left.get("process_reward_model")):
+        task = "reward_model"
+    if method not in _METHODS or task != "causal_lm":
         raise ConfigError(
             f"this run of {run.trainer} trains by another method",
-            got=method,
+            got=method if method not in _METHODS else task,
             expected=", ".join(_METHODS),
             remedy="train it there: what is offered here learns from preferences that are given",
         )
@@ -108,7 +110,8 @@ def _batch(run: Run) -> list[str]:
     world = processes if is_known else 1
     if steps is None and isinstance(pairs, int):
         steps = max(1, math.ceil(16 / max(pairs, 1) / world))
-    if steps is None or not fits(_BATCH, total := pairs * steps * world):
+    total = pairs * steps * world if isinstance(pairs, int) and isinstance(steps, int) else None
+    if total is None or not fits(_BATCH, total):
         run.comment("batch", [pairs, steps], f"{_BATCH} cannot have this value")
         return []
     run.values[_BATCH] = total
@@ -137,7 +140,12 @@ def _adapter(run: Run) -> None:
     if str(kind).lower() not in ("lora", "qlora", "true"):
         unread = "not needed: no adapter is trained"
         if str(kind).lower() not in ("none", "full", "false"):
-            run.comment("adapter", kind, "not offered: all weights are trained, or a LoRA adapter")
+            raise ConfigError(
+                f"this run of {run.trainer} trains another kind of adapter, or a part of the weights",
+                got=as_written(kind),
+                expected="lora, qlora or full",
+                remedy="choose one of them there, with the learning rate for it, and convert it again",
+            )
     elif continued and run.left.get("create_new_adapter") is not True:
         unread = "not needed: the adapter that is continued has its own"
         of_adapter = {key: ours for key, ours in of_adapter.items() if key != continued[0]}
@@ -187,11 +195,8 @@ def _machine(run: Run) -> None:
 def _offload(run: Run, value: Any, text: str, stage: str) -> None:
     """Set what DeepSpeed's configuration, or its name, offloads."""
     for part, target, stages in (("optimizer", "optimizer", "23"), ("param", "parameters", "3")):
-        zero = value.get("zero_optimization") if isinstance(value, Mapping) else None
-        inner = zero.get(f"offload_{part}") if isinstance(zero, Mapping) else None
-        device = inner.get("device") if isinstance(inner, Mapping) else None
-        is_named = "offload" in text and not isinstance(value, Mapping)
-        if stage in stages and (is_named or device not in (None, "none")):
+        given = rf"offload {part}: {{[^}}]*device: (?!none)" if isinstance(value, dict) else "offload"
+        if stage in stages and re.search(given, text):
             run.set(f"parallelism.offload_{target}", "cpu", "deepspeed", value)
 
 
