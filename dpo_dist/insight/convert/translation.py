@@ -228,6 +228,8 @@ def _watching(run: Run) -> None:
     is_on = run.take("with_tracking", "use_wandb", default=is_named) or {"wandb", "all"} & set(report)
     if is_on or "wandb_mode" in run.left:
         run.not_default.add("tracking.wandb")
+    elif report:
+        run.values["tracking.wandb"] = "off"
     if run.take("use_tensorboard", default=False) or "tensorboard" in report:
         run.values["tracking.also"] = ["tensorboard"]
     if others := [name for name in report if name not in ("wandb", "tensorboard", "all", "none")]:
