@@ -405,6 +405,8 @@ REFUSED = [
         "trains another kind of adapter",
     ),
     ("seq.sh", "swift sft --model m --task_type seq_cls", "trains by another method"),
+    ("loss.sh", "trl dpo --model_name_or_path m --loss_type sigmoid bar", "this loss is not offered"),
+    ("bco.sh", "trl dpo --model_name_or_path m --loss_type bco_unpaired", "on pairs loss=bco_pair"),
     ("rm.yaml", "{stage: rm, model_name_or_path: m, dataset: a}", "trains by another method"),
     ("broken.yaml", "{stage: dpo", "cannot be composed"),
 ]

@@ -72,10 +72,8 @@ def read(given: str) -> Foreign:
     if (trainer := trainer_of(keys)) is None:
         remedy = "of single keys: dpo-dist train KEY=VALUE says what to write"
         if file.suffix == ".py":
-            remedy = (
-                "write the arguments of its DPOConfig as keys of a YAML file, with model_name_or_path and "
-                "dataset_name, and convert that file"
-            )
+            arguments = "the arguments of its DPOConfig, model_name_or_path and dataset_name"
+            remedy = f"write {arguments} as keys of a YAML file, and convert that"
         raise ConfigError(
             "this is no run of a trainer that is known here",
             where=given,
@@ -91,12 +89,8 @@ def _started(text: str, folder: Path, where: str) -> Foreign | None:
     if not (found := [start for words in _commands(text) if (start := _start(words))]):
         return None
     if len(found) > 1:
-        raise ConfigError(
-            f"this script starts {len(found)} runs",
-            where=where,
-            got=", ".join(trainer for trainer, *_ in found),
-            remedy="write the command of one of them into a file of its own",
-        )
+        remedy = "write the command of one of them into a file of its own"
+        raise ConfigError(f"this script starts {len(found)} runs", where=where, remedy=remedy)
     trainer, launcher, arguments = found[0]
     keys, files = _flags(arguments)
     files += [str(keys.pop("config"))] if trainer == "TRL" and "config" in keys else []

@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from dpo_dist.config.keys import as_written, run_keys
-from dpo_dist.config.mistakes import SCHEMA, as_tree, fits, meant
+from dpo_dist.config.mistakes import SCHEMA, answers_to, as_tree, fits, meant
 from dpo_dist.config.rules import RULES, resolve_reference
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import without_secrets
@@ -63,9 +63,14 @@ def _method(run: Run) -> str:
         )
     kinds = run.take("loss_type", "dpo_loss_type", "pref_loss")
     kinds, weights = listed(kinds), listed(run.take("loss_weights", "dpo_loss_weights"))
+    words = [(kind, *meant(str(kind), "values")) for kind in kinds]
+    known = [next((word for word in forms if fits("loss.kind", word)), None) for forms in words]
+    answers = answers_to("loss_type", as_written(kinds[0])) if len(kinds) == 1 else []
+    if None in known and not any(answer.startswith("write ") for answer in answers):
+        remedy = "train it there, or write the loss as a function: docs/python.md"
+        got = as_written(kinds[known.index(None)])
+        raise ConfigError("this loss is not offered", got=got, remedy=next(iter(answers), remedy))
     if len(kinds) > 1 or weights:
-        words = [(kind, *meant(str(kind), "values")) for kind in kinds]
-        known = [next((word for word in forms if fits("loss.kind", word)), None) for forms in words]
         weights = weights if len(weights) == len(kinds) else [1.0] * len(kinds) if not weights else []
         terms = [{"kind": kind, "weight": weight} for kind, weight in zip(known, weights, strict=False)]
         run.set("loss.terms", terms or None, "loss_type", kinds)
@@ -245,19 +250,15 @@ def _watching(run: Run) -> None:
         run.set("trainer.keep_best", best, "metric_for_best_model", metric)
     if patience:
         run.set("trainer.patience", patience, "early_stopping", patience)
-    if (direction := run.take("greater_is_better")) is not None:
-        run.comment("greater_is_better", direction, "not needed: the direction of each metric is known")
 
 
 def _combine(run: Run) -> None:
     """Correct values that depend on others."""
     values = run.values
-    for key, reason in (
-        ("model.attention", "the fastest kernel is chosen"),
-        ("data.processes", "as many processes encode as there are cores, if there are enough records"),
-    ):
+    chosen = {"model.attention": "the fastest kernel", "data.processes": "a process for each core"}
+    for key, what in chosen.items():
         if values.pop(key, None):
-            run.comment(*run.origins[key], f"not needed: {reason}")
+            run.comment(*run.origins[key], f"not needed: {what} is chosen")
     if values.get("reference.path", "") == values.get("model.path") and "model.adapter.path" not in values:
         run.comment(*run.origins["reference.path"], "not needed: it is the model that is trained")
         del values["reference.path"]
@@ -268,11 +269,9 @@ def _combine(run: Run) -> None:
     if "loss.terms" in values and "loss.kind" in values:
         values["loss.terms"][0]["kind"] = values.pop("loss.kind")
     if "trainer.keep_best" in values and not values.get("trainer.eval_every"):
-        every = values.get("trainer.save_every") or 100
-        values.pop("trainer.eval_every", None)
-        run.set("trainer.eval_every", every, "trainer.eval_every", every)
-        reason = "trainer.keep_best needs steps between evaluations, and none are given"
-        run.comments.append(f"trainer.eval_every: {every}, as {reason}")
+        every = values["trainer.eval_every"] = values.get("trainer.save_every") or 100
+        run.origins["trainer.eval_every"] = ("trainer.eval_every", every)
+        run.comments.append(f"trainer.eval_every: {every}, as trainer.keep_best needs one, and none is given")
 
 
 def _add_defaults(run: Run, is_uncut: bool) -> list[str]:
