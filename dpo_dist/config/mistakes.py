@@ -330,13 +330,25 @@ def as_sources(value: Any) -> Any:
 
 _FOREIGN_KEYS = 5
 """With fewer, an answer to each is shorter than another file."""
+_KEYS_OF_A_TRAINER = 3
+
+
+def trainer_of(keys: Collection[Any]) -> str | None:
+    """Return the trainer of a file with these keys: three that trainers have, one of them its own."""
+    trainers, same = names_of_others()["trainers"], {name.rpartition(".")[2] for name in run_keys()}
+    known = [key for key in map(str, keys) if key in same or meant(key, "keys") or meant(key, "answers")]
+    if len(known) < _KEYS_OF_A_TRAINER:
+        return None
+    return next(
+        (name for name in trainers if not set(known).isdisjoint(trainers[name]["signs"].split())), None
+    )
 
 
 def foreign_file(content: Mapping[str, Any], file: Path) -> ConfigError | None:
     """Return the error for a file of keys of another trainer; None for a file with few of them."""
     names = [str(key) for key in content if meant(str(key), "keys") or meant(str(key), "answers")]
     names = [name for name in names if name not in run_keys()]
-    if len(names) < _FOREIGN_KEYS:
+    if len(names) < _FOREIGN_KEYS or trainer_of(content) is None:
         return None
     target = shlex.quote(str(file.with_name(f"{file.stem}_converted.yaml")))
     return ConfigError(

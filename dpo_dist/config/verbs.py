@@ -56,7 +56,9 @@ VERBS = {
         is_one_process=True,
     ),
     "convert": Verb(
-        "translate a file of keys of TRL, LLaMA-Factory or axolotl", is_configured=False, reads_data=False
+        "translate a run of TRL, LLaMA-Factory, axolotl, ms-swift or open-instruct",
+        is_configured=False,
+        reads_data=False,
     ),
     "report": Verb("write the page of a run again, or compare several runs", is_configured=False),
     "chat": Verb("talk to a model in the terminal, also beside its base", is_configured=False),

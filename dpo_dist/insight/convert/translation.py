@@ -1,0 +1,308 @@
+"""Translate the keys of another trainer's run into those of `train`, and name each that is left out."""
+
+import math
+import re
+from typing import Any
+
+import yaml
+
+from dpo_dist.config.keys import as_written, run_keys
+from dpo_dist.config.mistakes import SCHEMA, answers_to, as_tree, fits, meant
+from dpo_dist.config.rules import RULES, resolve_reference
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.text import without_secrets
+from dpo_dist.insight.convert.reading import Foreign
+from dpo_dist.insight.convert.run import EMPTY, Run, listed, number
+from dpo_dist.insight.convert.sources import set_sources
+
+_METHODS = ("dpo", "ipo", "kto", "orpo", "cpo", "simpo", "sft")
+_STAGES = {"3": "zero3", "2": "zero2", "1": "ddp", "0": "ddp"}
+_FSDP = ("fsdp", "fsdp_config", "fsdp_shard_degree")
+_BATCH, _LENGTH = "trainer.global_batch_pairs", "data.max_length"
+
+
+def translated(foreign: Foreign) -> str:
+    """Return the file for `train`, without secrets; comments at its top name what is not translated."""
+    run = Run(foreign)
+    about = [f"From {run.name}, read as a run of {run.trainer} that trains by {_method(run)}."]
+    set_sources(run)
+    about += _batch(run)
+    for part in (_adapter, _machine, _numbers, _watching):
+        part(run)
+    # `save_strategy: no` counts, not the `save_steps` beside it; the loss, not the method.
+    for key in sorted(run.left, key=lambda name: (name == "rl", not name.endswith("strategy"))):
+        if run.left[key] not in EMPTY:
+            run.translate(key, run.left[key])
+    _combine(run)
+    if empty := [key for key, value in run.left.items() if value in EMPTY]:
+        run.comments.append(f"{', '.join(empty)}: empty")
+    defaults = _add_defaults(run, "max_length" in empty)
+    _obey_rules(run, defaults)
+    if defaults:
+        about.append(f"Not in it, so its defaults: {', '.join(defaults)}.")
+    lines = [*about, *(["Not translated:"] if run.comments else []), *run.comments]
+    comments = "".join(f"# {' '.join(line.split())}\n" for line in lines)
+    comments = "".join(letter for letter in comments if letter.isprintable() or letter == "\n")
+    order = list(run_keys())
+    keys = as_tree({key: run.values[key] for key in sorted(run.values, key=order.index)})
+    return str(without_secrets(comments + yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)))
+
+
+def _method(run: Run) -> str:
+    """Return what trains; set its loss, or a weighted sum of losses."""
+    method = str(run.take("rlhf_type", "rl", "stage", default=run.facts["method"])).lower()
+    task = str(run.take("task_type", default="causal_lm")).lower()
+    if True in (run.left.get("reward_model"), run.left.get("process_reward_model")):
+        task = "reward_model"
+    if method not in _METHODS or task != "causal_lm":
+        raise ConfigError(
+            f"this run of {run.trainer} trains by another method",
+            got=method if method not in _METHODS else task,
+            expected=", ".join(_METHODS),
+            remedy="train it there: what is offered here learns from preferences that are given",
+        )
+    kinds = run.take("loss_type", "dpo_loss_type", "pref_loss")
+    kinds, weights = listed(kinds), listed(run.take("loss_weights", "dpo_loss_weights"))
+    words = [(kind, *meant(str(kind), "values")) for kind in kinds]
+    known = [next((word for word in forms if fits("loss.kind", word)), None) for forms in words]
+    answers = answers_to("loss_type", as_written(kinds[0])) if len(kinds) == 1 else []
+    if None in known and not any(answer.startswith("write ") for answer in answers):
+        remedy = "train it there, or write the loss as a function: docs/python.md"
+        got = as_written(kinds[known.index(None)])
+        raise ConfigError("this loss is not offered", got=got, remedy=next(iter(answers), remedy))
+    if len(kinds) > 1 or weights:
+        weights = weights if len(weights) == len(kinds) else [1.0] * len(kinds) if not weights else []
+        terms = [{"kind": kind, "weight": weight} for kind, weight in zip(known, weights, strict=False)]
+        run.set("loss.terms", terms or None, "loss_type", kinds)
+    elif kinds:
+        run.left["loss_type"] = kinds[0]
+    if method != "dpo":
+        run.left["rl"] = method
+    if "simpo" in (method, *kinds):
+        _simpo(run)
+    return method
+
+
+def _simpo(run: Run) -> None:
+    beta, gamma, likelihood = run.facts["simpo"]
+    beta = run.take("beta", "pref_beta", "rl_beta", "dpo_beta", default=beta)
+    ratio = run.take("gamma_beta_ratio", "dpo_gamma_beta_ratio", default=0.3 if gamma is None else -1.0)
+    gamma = ratio * beta if ratio >= 0 else run.take("simpo_gamma", "gamma", default=gamma)
+    run.set("loss.beta", beta, "beta", beta)
+    run.set("loss.simpo_gamma", gamma, "simpo_gamma", gamma)
+    # The trainer of SimPO's authors has a ratio, and no likelihood.
+    if weight := run.take("cpo_alpha", default=likelihood if ratio < 0 or run.trainer != "TRL" else 0):
+        run.left.pop("rl", None)
+        run.left.pop("loss_type", None)
+        terms = [{"kind": "simpo", "weight": 1.0}, {"kind": "sft", "weight": weight}]
+        run.set("loss.terms", terms, "cpo_alpha", weight)
+
+
+def _batch(run: Run) -> list[str]:
+    """Set the pairs of a step; return a line on how many they are."""
+    of_device = ("per_device_train_batch_size", "micro_batch_size", "gradient_accumulation_steps")
+    processes = run.take("num_processes")
+    if any(meant(key, "keys") == (_BATCH,) for key in run.left):
+        not_needed = " — not needed: micro-batches are as large as fits"
+        run.comments += [f"{key}{not_needed}" for key in of_device if run.left.pop(key, None)]
+        return []
+    pairs, steps = run.facts["batch"]
+    pairs = run.take(*of_device[:2], default=pairs)
+    steps = run.take(of_device[2], default=steps)
+    if run.computed.union(run.left) & set(of_device):  # one of them is not known
+        return []
+    is_known = isinstance(processes, int) and processes > 0
+    world = processes if is_known else 1
+    if steps is None and isinstance(pairs, int):
+        steps = max(1, math.ceil(16 / max(pairs, 1) / world))
+    total = pairs * steps * world if isinstance(pairs, int) and isinstance(steps, int) else None
+    if total is None or not fits(_BATCH, total):
+        run.comment("batch", [pairs, steps], f"{_BATCH} cannot have this value")
+        return []
+    run.values[_BATCH] = total
+    if is_known:
+        return [f"{_BATCH}: {pairs} pairs x {steps} x {world} processes."]
+    gpus = f"times the number of GPUs there, which nothing says: {8 * total} for 8"
+    return [f"{_BATCH}: {pairs} pairs x {steps}, {gpus}."]
+
+
+def _adapter(run: Run) -> None:
+    """Set rank and alpha of an adapter; leave out what describes one that is continued, or not trained."""
+    if run.left.get("use_qlora") is True:
+        run.left["load_in_4bit"] = True
+    kind = run.take(
+        *("tuner_type", "train_type", "finetuning_type", "adapter", "use_peft", "use_qlora", "use_lora")
+    )
+    if kind is None and run.trainer in ("LLaMA-Factory", "ms-swift"):
+        kind = "lora"
+    of_adapter = {
+        key: "".join(meant(key, "keys")) or "".join(meant(key, "answers")).removeprefix("write ")
+        for key in run.left
+    }
+    of_adapter = {key: ours for key, ours in of_adapter.items() if ours.startswith("model.adapter.")}
+    continued = [key for key, ours in of_adapter.items() if ours == "model.adapter.path" and run.left[key]]
+    unread = ""
+    if str(kind).lower() not in ("lora", "qlora", "true"):
+        unread = "not needed: no adapter is trained"
+        if str(kind).lower() not in ("none", "full", "false"):
+            raise ConfigError(
+                f"this run of {run.trainer} trains another kind of adapter, or a part of the weights",
+                got=as_written(kind),
+                expected="lora, qlora or full",
+                remedy="choose one of them there, with the learning rate for it, and convert it again",
+            )
+    elif continued and run.left.get("create_new_adapter") is not True:
+        unread = "not needed: the adapter that is continued has its own"
+        of_adapter = {key: ours for key, ours in of_adapter.items() if key != continued[0]}
+        if run.left.get("ref_adapters") == run.left[continued[0]]:
+            run.comment("ref_adapters", run.left.pop("ref_adapters"), "not needed: it is the reference")
+    else:
+        r, alpha = run.facts["adapter"]
+        r = run.take("lora_rank", "lora_r", default=r)
+        run.set("model.adapter.r", r, "lora_r", r)
+        alpha = run.take("lora_alpha", default=alpha or 2 * r)
+        run.set("model.adapter.alpha", alpha, "lora_alpha", alpha)
+        targets = ("lora_target_modules", "lora_target_linear")
+        if run.trainer in ("TRL", "axolotl") and not any(map(run.left.get, targets)):
+            run.comments.append("lora_target_modules: here all linear layers; peft chooses few of them")
+    for key in of_adapter if unread else ():
+        if run.left[key] not in (*EMPTY, False):
+            run.comment(key, run.left.pop(key), unread)
+
+
+def _machine(run: Run) -> None:
+    """Set the precision, and how weights are distributed."""
+    half, brain = run.take("fp16"), run.take("bf16")
+    if half is True or brain is not None:
+        run.values["model.dtype"] = "fp16" if half is True else "bf16" if brain else "fp32"
+    is_quantized = any(map(run.left.get, ("load_in_4bit", "load_in_8bit", "quantization_bit", "quant_bits")))
+    for key in ("deepspeed", "zero_stage", "accelerate_config", *_FSDP):
+        value = run.left.get(key)
+        if value in EMPTY or value is False:
+            continue
+        text = as_written(value).replace("_", " ").replace("no offload", "")
+        text = f"zero{text}" if key == "zero_stage" else text
+        text = re.sub("full shard|fsdp", "stage3", "fsdp" if key.startswith("fsdp_") else text)
+        text = re.sub(r"shard grad op", "stage2", re.sub(r"(multi|single) gpu|\bddp", "stage0", text))
+        run.not_default.add("parallelism.kind")
+        if is_quantized:
+            run.comment(key, run.left.pop(key), "a quantized base is whole on every GPU")
+            run.not_default.discard("parallelism.kind")
+        elif stage := re.search(r"(?:z|zero|stage)\W{0,4}([0-3])", text):
+            run.set("parallelism.kind", _STAGES[stage[1]], key, run.left.pop(key))
+            if key not in _FSDP:
+                _offload(run, value, text, stage[1])
+    for name, target in (("offload_optimizer", "optimizer"), ("offload_param", "parameters")):
+        if run.take(name, default=False):
+            run.set(f"parallelism.offload_{target}", "cpu", name, True)
+
+
+def _offload(run: Run, value: Any, text: str, stage: str) -> None:
+    """Set what DeepSpeed's configuration, or its name, offloads."""
+    for part, target, stages in (("optimizer", "optimizer", "23"), ("param", "parameters", "3")):
+        given = rf"offload {part}: {{[^}}]*device: (?!none)" if isinstance(value, dict) else "offload"
+        if stage in stages and re.search(given, text):
+            run.set(f"parallelism.offload_{target}", "cpu", "deepspeed", value)
+
+
+def _numbers(run: Run) -> None:
+    """Compute what several keys say together."""
+    rate = number(run.left.get("learning_rate"))
+    if rate and (low := run.take("min_lr", default=0.0)):
+        run.set("optim.min_lr_ratio", low / rate, "min_lr", low)
+    if {"adam_beta1", "adam_beta2"} & run.left.keys():
+        defaults = run.facts["defaults"].get("optim.betas", [0.9, 0.999])
+        betas = [
+            run.take(key, default=beta)
+            for key, beta in zip(("adam_beta1", "adam_beta2"), defaults, strict=True)
+        ]
+        run.set("optim.betas", betas, "adam_beta1, adam_beta2", betas)
+    for key in [key for key in run.left if meant(key, "keys") == ("data.eval_share",)]:
+        if (number(run.left[key]) or 0) >= 1:
+            run.comment(key, run.left.pop(key), "data.eval_share is a share of the prompts: 0.05")
+    if run.left.get("sync_ref_model") is True:
+        run.left.setdefault("ref_model_sync_steps", 512)
+        if run.take("precompute_ref_log_probs"):
+            run.comments.append("precompute_ref_log_probs: not needed: the reference follows the policy")
+
+
+def _watching(run: Run) -> None:
+    """Find out who gets the metrics, which checkpoint is kept, and whether a run ends early."""
+    report = [str(name).lower() for name in listed(run.take("report_to"))]
+    is_named = run.trainer == "axolotl" and bool(run.left.get("wandb_project"))
+    is_on = run.take("with_tracking", "use_wandb", default=is_named) or {"wandb", "all"} & set(report)
+    if is_on or "wandb_mode" in run.left:
+        run.not_default.add("tracking.wandb")
+    elif report:
+        run.values["tracking.wandb"] = "off"
+    if run.take("use_tensorboard", default=False) or "tensorboard" in report:
+        run.values["tracking.also"] = ["tensorboard"]
+    if others := [name for name in report if name not in ("wandb", "tensorboard", "all", "none")]:
+        run.comment("report_to", others, "not offered: wandb and tensorboard are")
+    patience = run.take(
+        *("early_stopping_patience", "early_stopping_steps", "early_stop_interval", "early_stopping"),
+        default=0,
+    )
+    metric = run.take("metric_for_best_model", default="")
+    if run.take("load_best_model_at_end", default=False) or metric or patience:
+        metric = metric or "loss"
+        best = metric if metric.startswith("eval_") else f"eval_{metric}"
+        run.set("trainer.keep_best", best, "metric_for_best_model", metric)
+    if patience:
+        run.set("trainer.patience", patience, "early_stopping", patience)
+
+
+def _combine(run: Run) -> None:
+    """Correct values that depend on others."""
+    values = run.values
+    chosen = {"model.attention": "the fastest kernel", "data.processes": "a process for each core"}
+    for key, what in chosen.items():
+        if values.pop(key, None):
+            run.comment(*run.origins[key], f"not needed: {what} is chosen")
+    if values.get("reference.path", "") == values.get("model.path") and "model.adapter.path" not in values:
+        run.comment(*run.origins["reference.path"], "not needed: it is the model that is trained")
+        del values["reference.path"]
+    if values.get("optim.warmup_steps") == 0:  # there it means that the ratio counts
+        del values["optim.warmup_steps"]
+    if values.get("loss.kind") == "orpo" and "loss.beta" in values and "loss.orpo_lambda" not in values:
+        values["loss.orpo_lambda"] = values.pop("loss.beta")
+    if "loss.terms" in values and "loss.kind" in values:
+        values["loss.terms"][0]["kind"] = values.pop("loss.kind")
+    if "trainer.keep_best" in values and not values.get("trainer.eval_every"):
+        every = values["trainer.eval_every"] = values.get("trainer.save_every") or 100
+        run.origins["trainer.eval_every"] = ("trainer.eval_every", every)
+        run.comments.append(f"trainer.eval_every: {every}, as trainer.keep_best needs one, and none is given")
+
+
+def _add_defaults(run: Run, is_uncut: bool) -> list[str]:
+    """Set the other trainer's defaults where those here are others; return their keys."""
+    has_adapter = any(key.startswith("model.adapter.") for key in run.values)
+    defaults = run.facts["defaults"] | ({} if has_adapter else run.facts.get("full", {}))
+    defaults |= {"parallelism.kind": "ddp", "tracking.wandb": "off"}
+    if is_uncut or _LENGTH not in {**defaults, **run.values}:
+        run.not_default.add(_LENGTH)
+        run.comment(
+            *("max_length", None),
+            "there no text is cut; here those above data.max_length are, by data.truncation: raise it",
+        )
+    if "loss.terms" in run.values:
+        run.not_default.add("loss.kind")
+    added = [key for key in defaults if key not in run.values and key not in run.not_default]
+    run.values |= {key: defaults[key] for key in added}
+    return added
+
+
+def _obey_rules(run: Run, defaults: list[str]) -> None:
+    """Leave out what the rules between keys refuse, with their reason."""
+    while True:
+        config = resolve_reference(SCHEMA.validate_python(as_tree(run.values)))
+        errors = [rule.error(config) for rule in RULES if rule.broken(config)]
+        refused = {key: error.message for error in errors for key in error.where.split(", ")}
+        ours = [key for key in (*run.origins, *defaults) if key in run.values]
+        if not (wrong := [key for key in refused if key in ours]):
+            return
+        del run.values[key := wrong[0]]
+        if key in run.origins:
+            run.comment(*run.origins[key], refused[key])
+        else:
+            defaults.remove(key)
