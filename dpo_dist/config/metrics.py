@@ -56,7 +56,9 @@ METRICS: Mapping[str, Metric] = {
     "rewards/auc": Metric(
         "AUC", _digits(".3f"), best=_HIGHEST, by_group=True, is_share=True, chart=AUC_CHART
     ),
-    "loss/excess": Metric("loss above its floor", _digits(".4f"), chart="Loss above that of soft labels"),
+    "loss/excess": Metric(
+        "loss above its floor", _digits(".4f"), best=_LOWEST, chart="Loss above that of soft labels"
+    ),
     "loss/kl": Metric("mismatched log-ratio", unit="nats", chart="Log-ratio of mismatched responses"),
     "rewards/both_fall": _of_pairs("both fall", best=_LOWEST, is_share=True),
     "logps/chosen": _of_pairs("log-prob chosen", unit="nats"),

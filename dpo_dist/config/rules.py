@@ -161,13 +161,15 @@ def _unused_by_reference(key: str, modes: Iterable[str]) -> tuple[Rule, Rule]:
 def direction_of(trainer: TrainerConfig) -> Direction | None:
     """Return which values of `trainer.keep_best` are the best; None if it is not known."""
     metric = trainer.keep_best or ""
-    # Also of one source, bucket of lengths or percentile.
-    known = (
-        row.best
-        for name, row in METRICS.items()
-        if row.best and f"{metric}/".startswith((f"{PREFIX}{name}/", f"{PREFIX}{name}_by_length/"))
-    )
-    return Direction.highest if metric.startswith(PREFIX + CUSTOM) else next(known, None)
+    if metric.startswith(PREFIX + CUSTOM):
+        return Direction.highest
+    # Also of one source, bucket of lengths or percentile; `loss/kl` is no source of `loss`.
+    named = [
+        name
+        for name in METRICS
+        if f"{metric}/".startswith((f"{PREFIX}{name}/", f"{PREFIX}{name}_by_length/"))
+    ]
+    return METRICS[max(named, key=len)].best if named else None
 
 
 RULES = (

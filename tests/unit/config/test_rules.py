@@ -200,9 +200,9 @@ def test_values_are_shown_as_a_user_writes_them() -> None:
 @pytest.mark.parametrize(
     ("metrics", "best"),
     [
-        ("loss distance/chosen distance/rejected rewards/both_fall", "lowest"),
+        ("loss loss/web loss/excess distance/chosen distance/rejected rewards/both_fall", "lowest"),
         ("rewards/accuracies rewards/accuracies/web rewards/margins rewards/chosen", "highest"),
-        ("rewards/rejected logps/chosen tokens/chosen", None),
+        ("rewards/rejected logps/chosen tokens/chosen loss/kl loss/kl/web entropy/chosen", None),
     ],
 )
 def test_the_best_checkpoint_has_the_values_that_are_best_of_its_metric(
