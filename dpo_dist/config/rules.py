@@ -172,6 +172,7 @@ def direction_of(trainer: TrainerConfig) -> Direction | None:
     return METRICS[max(named, key=len)].best if named else None
 
 
+_OF_SAMPLES = ("samples.max_new_tokens", "samples.temperature")
 RULES = (
     # The model.
     Rule(
@@ -330,14 +331,11 @@ RULES = (
             key,
             "data.eval!=[]",
             "set data.eval_share=0.05 or data.eval=[held_out.jsonl]",
-            lambda c: c.data.eval_share > 0,
+            lambda c, key=key: c.data.eval_share > 0 or (key, at(c, key)) == ("samples.prompts", 0),
         )
-        for key in ("trainer.eval_every", "trainer.keep_best", "samples.prompts")
+        for key in ("trainer.eval_every", "trainer.keep_best", "samples.prompts", *_OF_SAMPLES)
     ),
-    *(
-        unused(f"samples.{option}", "samples.prompts!=0", "set samples.prompts=16")
-        for option in ("max_new_tokens", "temperature")
-    ),
+    *(unused(option, "samples.prompts!=0", "set samples.prompts=16") for option in _OF_SAMPLES),
     unused("parallelism.offload_parameters", "parallelism.kind=zero3"),
     unused("parallelism.overlap", "parallelism.kind=zero3|zero2"),
     unused("parallelism.reduce_in_float32", "model.dtype=bf16|fp16"),
