@@ -172,6 +172,7 @@ def direction_of(trainer: TrainerConfig) -> Direction | None:
     return METRICS[max(named, key=len)].best if named else None
 
 
+_HOLD_OUT = "set data.eval_share=0.05 or data.eval=[held_out.jsonl]"
 _OF_SAMPLES = ("samples.max_new_tokens", "samples.temperature")
 RULES = (
     # The model.
@@ -327,13 +328,14 @@ RULES = (
     ),
     # Training and evaluations.
     *(
-        unused(
-            key,
-            "data.eval!=[]",
-            "set data.eval_share=0.05 or data.eval=[held_out.jsonl]",
-            lambda c, key=key: c.data.eval_share > 0 or (key, at(c, key)) == ("samples.prompts", 0),
-        )
-        for key in ("trainer.eval_every", "trainer.keep_best", "samples.prompts", *_OF_SAMPLES)
+        unused(key, "data.eval!=[]", _HOLD_OUT, lambda c: c.data.eval_share > 0)
+        for key in ("trainer.eval_every", "trainer.keep_best", *_OF_SAMPLES)
+    ),
+    unused(
+        "samples.prompts",
+        "data.eval!=[]",
+        _HOLD_OUT,
+        lambda c: c.data.eval_share > 0 or c.samples.prompts == 0,
     ),
     *(unused(option, "samples.prompts!=0", "set samples.prompts=16") for option in _OF_SAMPLES),
     unused("parallelism.offload_parameters", "parallelism.kind=zero3"),

@@ -528,10 +528,10 @@ def _responses_forgotten(facts: RunFacts) -> Iterator[str]:
     start, end = facts.chosen_logps() or (0.0, 0.0)
     if start - end < _least_fall(start):
         return
-    share = last(facts.last_rows, "rewards/both_fall")
+    share = last(facts.last_rows, "rewards/both_fall") or 0.0
     if facts.unit == "record":
         yield f"good responses became far less likely, {start:.2f} -> {end:.2f} nats per token"
-    elif (share or 0.0) >= 0.5 and facts.setting("loss.kind") != "apo_down":
+    elif share >= 0.5 and facts.setting("loss.kind") != "apo_down":
         yield (
             f"chosen responses became far less likely, {start:.2f} -> {end:.2f} nats per token, and both "
             f"responses did in {percent(share)} of the pairs, at an accuracy of "
