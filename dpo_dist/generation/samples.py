@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from dpo_dist.foundation.files import json_line, read_lines, text_digest, write_
 from dpo_dist.foundation.text import counted, duration
 from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sampling, generate_together
 from dpo_dist.generation.sampling.respond import find_stop_ids, texts_after
-from dpo_dist.generation.text_facts import language_of, sample_metrics, text_facts
+from dpo_dist.generation.text_facts import is_refusal, language_of, sample_metrics, text_facts
 from dpo_dist.model.load import load_config
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.training.context import Run
@@ -142,8 +142,13 @@ class Samples:
         ]
 
     def _metrics(self, prefix: str, responses: Sequence[Row]) -> dict[str, float]:
+        chosen = [str(prompt.fields["chosen"]) for prompt in self.prompts]
         facts = [text_facts(row["text"], row["tokens"], row["finished"]) for row in responses]
-        languages = [language_of(prompt.fields["chosen"]) for prompt in self.prompts]
+        facts = [  # what the data teach to refuse is no fault
+            replace(fact, refusals=fact.refusals and not is_refusal(text))
+            for fact, text in zip(facts, chosen, strict=True)
+        ]
+        languages = list(map(language_of, chosen))
         return {prefix + name: value for name, value in sample_metrics(facts, languages).items()}
 
 

@@ -388,7 +388,9 @@ def _worse_samples(facts: RunFacts) -> Iterator[str]:
     ):
         if shares := ends(metric):
             start, end = (1 - value if metric == "finished" else value for value in shares)
-            if end - start >= max(0.1, 1 / math.sqrt(prompts)):  # two standard errors of one half
+            both = (start + end) / 2
+            # Healthy runs sample, too, and half of their responses may not end: far more than by chance.
+            if end - start >= max(0.1, 2.5 * math.sqrt(2 * both * (1 - both) / prompts)):
                 yield f"more sampled responses {meaning} ({percent(start)} -> {percent(end)})"
 
 
@@ -404,20 +406,23 @@ def _learnt_nothing(facts: RunFacts) -> Iterator[str]:
                 f"{facts.part} {name} {accuracy.value:.3f} on {accuracy.pairs:,} {facts.unit}s is within its "
                 f"noise of one half ({accuracy.noise:.3f}); training {name} {number(training.value)}"
             )
-    if not _tells_pairs_apart(facts):
-        yield from _standstill(facts)
 
 
 @_rule
 def _hardly_moved(facts: RunFacts) -> Iterator[str]:
-    signs = "; ".join(_standstill(facts))
-    if signs and _should_have_learnt(facts) and _tells_pairs_apart(facts):
-        accuracy, lr = facts.accuracy(), facts.setting("optim.lr") or math.inf
-        is_low = facts.setting("model.adapter") and lr <= _ADAPTER_LR / 5
-        usual = f"; {number(_ADAPTER_LR)} is usual for an adapter" if is_low else ""
+    if not _should_have_learnt(facts):
+        return
+    margin, noise = last(facts.last_rows, MARGIN), facts.noise(facts.last_rows).get(MARGIN)
+    if margin is not None and noise is not None and abs(margin) <= noise:
+        yield f"{facts.part} margin {number(margin)} is within the noise of rounding ({number(noise)})"
+    losses, nats, lr = _loss_that_stayed(facts), facts.margin_nats(), facts.setting("optim.lr")
+    # A loss with a large constant part, such as sppo_hard with a small beta, stays while margins grow.
+    if losses and len(values(facts.steps, "loss")) >= 3 and (nats is None or nats < 2):
+        is_low = facts.setting("model.adapter") and lr is not None and lr <= _ADAPTER_LR / 5
         yield (
-            f"{facts.part} {facts.accuracy_title} is {number(accuracy and accuracy.value)}, but "
-            f"{signs}{usual}"
+            f"the training loss stayed at its start, {losses}, in {facts.total_steps:,} steps with "
+            f"optim.lr={number(lr)}"
+            + (f", where an adapter usually has {number(_ADAPTER_LR)}" if is_low else "")
         )
 
 
@@ -425,26 +430,6 @@ def _should_have_learnt(facts: RunFacts) -> bool:
     """Return whether a run reached its end in enough steps, all of them applied."""
     is_cut = facts.summary.get("exit") in (RunOutcome.preempted, RunOutcome.diverged)
     return not is_cut and not facts.summary.get("bad_steps") and facts.total_steps >= _FEWEST_STEPS
-
-
-def _tells_pairs_apart(facts: RunFacts) -> bool:
-    """Return whether the accuracy at the end is clearly above one half."""
-    accuracy = facts.accuracy()
-    return accuracy is not None and accuracy.value - 0.5 > accuracy.noise
-
-
-def _standstill(facts: RunFacts) -> Iterator[str]:
-    """Yield a clause for each sign that the policy is where it started."""
-    margin, noise = last(facts.last_rows, MARGIN), facts.noise(facts.last_rows).get(MARGIN)
-    if margin is not None and noise is not None and abs(margin) <= noise:
-        yield f"{facts.part} margin {number(margin)} is within the noise of rounding ({number(noise)})"
-    losses, nats = _loss_that_stayed(facts), facts.margin_nats()
-    # A loss with a large constant part, such as sppo_hard with a small beta, stays while margins grow.
-    if losses and len(values(facts.steps, "loss")) >= 3 and (nats is None or nats < 2):
-        yield (
-            f"the training loss stayed at its start, {losses}, in {facts.total_steps:,} steps with "
-            f"optim.lr={number(facts.setting('optim.lr'))}"
-        )
 
 
 @_rule

@@ -237,9 +237,9 @@ FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
         "hardly_moved",
         rows(every=FLAT | SURE),
         LOW_RATE,
-        "1, but the training loss stayed at its start, 0.693",
+        "the training loss stayed at its start, 0.693",
     ),
-    ("hardly_moved", rows(every=FLAT | SURE), LOW_RATE, "optim.lr=5e-6; 1e-4 is usual for an adapter"),
+    ("hardly_moved", rows(every=FLAT | SURE), LOW_RATE, "optim.lr=5e-6, where an adapter usually has 1e-4"),
     (
         "responses_forgotten",
         certain(0.9),
@@ -320,6 +320,8 @@ def test_a_rule_finds_its_fault_alone(
         (samples(8.0, refusals=0.15), {}, []),
         (samples(80.0, refusals=0.15), {}, ["over_optimised"]),
         (samples(8.0, length=190.0), {}, []),
+        (samples(8.0, finished=0.625), {}, []),
+        (samples(8.0, finished=0.25), {}, ["over_optimised"]),
         (rows(every=SAMPLED | {"eval_samples/finished": 8 / 16, "eval_samples/refusals": 4 / 16}), {}, []),
         # A resumed run may have shorter samples: then the reference has responded again.
         (rows(late={"eval_samples/finished": 0.5, "eval_samples/reference_finished": 0.52}), {}, []),
