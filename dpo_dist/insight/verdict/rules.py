@@ -1,4 +1,4 @@
-"""The verdict about a run: one sentence and at most five findings, by rules; see docs/watching.md."""
+"""The verdict about a run: one sentence and at most five findings; see docs/watching.md."""
 
 import itertools
 import math
