@@ -356,6 +356,31 @@ def _rise_of_loss(facts: RunFacts) -> Iterator[str]:
 
 
 @_rule
+def _responses_forgotten(facts: RunFacts) -> Iterator[str]:
+    start, end = facts.chosen_logps() or (0.0, 0.0)
+    if start - end < _least_fall(start):
+        return
+    share = last(facts.last_rows, "rewards/both_fall") or 0.0
+    if facts.unit == "record":
+        yield f"good responses became far less likely, {start:.2f} -> {end:.2f} nats per token"
+    elif share >= 0.5 and facts.setting("loss.kind") != "apo_down":
+        yield (
+            f"chosen responses became far less likely, {start:.2f} -> {end:.2f} nats per token, and both "
+            f"responses did in {percent(share)} of the pairs, at an accuracy of "
+            f"{number(last(facts.last_rows, facts.accuracy_key))}"
+        )
+
+
+def _least_fall(start: float) -> float:
+    """Return the fall of chosen responses, in nats per token, that healthy runs do not have at their end.
+
+    Published ones of a 7B model fell by 0.06 to 0.95 times their start near -1 (docs/log.md); responses that
+    are almost certain after an SFT stage break sooner.
+    """
+    return min(max(-start, 0.5), 1.0)
+
+
+@_rule
 def _over_optimised(facts: RunFacts) -> Iterator[str]:
     if symptoms := ", ".join(_worse_samples(facts)):
         is_known = any(key.startswith(_REFERENCE) for row in facts.evaluations for key in row)
@@ -506,31 +531,6 @@ def _one_label(facts: RunFacts) -> Iterator[str]:
             f"{percent(labels[most] / sum(labels.values()))} of the training responses are {most}, and both "
             f"labels have the same weight{remedy}"
         )
-
-
-@_rule
-def _responses_forgotten(facts: RunFacts) -> Iterator[str]:
-    start, end = facts.chosen_logps() or (0.0, 0.0)
-    if start - end < _least_fall(start):
-        return
-    share = last(facts.last_rows, "rewards/both_fall") or 0.0
-    if facts.unit == "record":
-        yield f"good responses became far less likely, {start:.2f} -> {end:.2f} nats per token"
-    elif share >= 0.5 and facts.setting("loss.kind") != "apo_down":
-        yield (
-            f"chosen responses became far less likely, {start:.2f} -> {end:.2f} nats per token, and both "
-            f"responses did in {percent(share)} of the pairs, at an accuracy of "
-            f"{number(last(facts.last_rows, facts.accuracy_key))}"
-        )
-
-
-def _least_fall(start: float) -> float:
-    """Return the fall of chosen responses, in nats per token, that healthy runs do not have at their end.
-
-    Published ones of a 7B model fell by 0.06 to 0.95 times their start near -1 (docs/log.md); responses that
-    are almost certain after an SFT stage break sooner.
-    """
-    return min(max(-start, 0.5), 1.0)
 
 
 @_rule

@@ -178,6 +178,7 @@ def labelled(kl: float = 10.0, auc: float = 0.8, **late: float) -> list[Row]:
     return found
 
 
+ENDLESS = {"eval_samples/finished": 0.0, "eval_samples/reference_finished": 1.0}
 SURE = {"rewards/accuracies": 1.0, "eval_rewards/accuracies": 1.0, "eval_rewards/margins": 0.01}
 LOW_RATE = {"settings": SETTINGS | {"optim.lr": 5e-6, "model.adapter": {"r": 16}}}
 GOOD_FALLEN = {"eval_rewards/chosen": -13.2, "eval_logps/chosen_per_token": -2.4}
@@ -347,6 +348,12 @@ def test_a_rule_finds_its_fault_alone(
         (certain(0.4), {}, ["displacement"]),
         (certain(0.9), with_settings(kind="apo_down"), []),
         (certain(1.05, start=-3.0), {}, ["responses_forgotten"]),
+        # The cause before what the samples show.
+        (
+            [row | (ENDLESS if "eval_loss" in row else {}) for row in certain(0.9)],
+            {},
+            ["responses_forgotten", "over_optimised"],
+        ),
         # On the same responses.
         (fallen(0.02), {}, []),
         (fallen(2.0), {}, ["learning_rate_too_high"]),
