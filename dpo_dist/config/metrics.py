@@ -63,7 +63,9 @@ METRICS: Mapping[str, Metric] = {
         name: Metric(f"loss term {kind}", _digits(".4f"), best=_LOWEST, chart=f"Loss term: {kind}")
         for kind, name in TERMS.items()
     },
-    "loss/excess": Metric("loss above its floor", _digits(".4f"), chart="Loss above that of soft labels"),
+    "loss/excess": Metric(
+        "loss above its floor", _digits(".4f"), best=_LOWEST, chart="Loss above that of soft labels"
+    ),
     "loss/kl": Metric("mismatched log-ratio", unit="nats", chart="Log-ratio of mismatched responses"),
     "rewards/both_fall": _of_pairs("both fall", best=_LOWEST, is_share=True),
     "logps/chosen": _of_pairs("log-prob chosen", unit="nats"),

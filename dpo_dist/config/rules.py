@@ -161,15 +161,19 @@ def _unused_by_reference(key: str, modes: Iterable[str]) -> tuple[Rule, Rule]:
 def direction_of(trainer: TrainerConfig) -> Direction | None:
     """Return which values of `trainer.keep_best` are the best; None if it is not known."""
     metric = trainer.keep_best or ""
-    # Also of one source, bucket of lengths or percentile.
-    known = (
-        row.best
-        for name, row in METRICS.items()
-        if row.best and f"{metric}/".startswith((f"{PREFIX}{name}/", f"{PREFIX}{name}_by_length/"))
-    )
-    return Direction.highest if metric.startswith(PREFIX + CUSTOM) else next(known, None)
+    if metric.startswith(PREFIX + CUSTOM):
+        return Direction.highest
+    # Also of one source, bucket of lengths or percentile; `loss/kl` is no source of `loss`.
+    named = [
+        name
+        for name in METRICS
+        if f"{metric}/".startswith((f"{PREFIX}{name}/", f"{PREFIX}{name}_by_length/"))
+    ]
+    return METRICS[max(named, key=len)].best if named else None
 
 
+_HOLD_OUT = "set data.eval_share=0.05 or data.eval=[held_out.jsonl]"
+_OF_SAMPLES = ("samples.max_new_tokens", "samples.temperature")
 RULES = (
     # The model.
     Rule(
@@ -324,18 +328,16 @@ RULES = (
     ),
     # Training and evaluations.
     *(
-        unused(
-            key,
-            "data.eval!=[]",
-            "set data.eval_share=0.05 or data.eval=[held_out.jsonl]",
-            lambda c: c.data.eval_share > 0,
-        )
-        for key in ("trainer.eval_every", "trainer.keep_best", "samples.prompts")
+        unused(key, "data.eval!=[]", _HOLD_OUT, lambda c: c.data.eval_share > 0)
+        for key in ("trainer.eval_every", "trainer.keep_best", *_OF_SAMPLES)
     ),
-    *(
-        unused(f"samples.{option}", "samples.prompts!=0", "set samples.prompts=16")
-        for option in ("max_new_tokens", "temperature")
+    unused(
+        "samples.prompts",
+        "data.eval!=[]",
+        _HOLD_OUT,
+        lambda c: c.data.eval_share > 0 or c.samples.prompts == 0,
     ),
+    *(unused(option, "samples.prompts!=0", "set samples.prompts=16") for option in _OF_SAMPLES),
     unused("parallelism.offload_parameters", "parallelism.kind=zero3"),
     unused("parallelism.overlap", "parallelism.kind=zero3|zero2"),
     unused("parallelism.reduce_in_float32", "model.dtype=bf16|fp16"),

@@ -81,8 +81,9 @@ class TrackingConfig:
 class SamplesConfig:
     """Responses of the policy to held-out prompts at evaluations."""
 
-    prompts: int = key(0, ge=0)
-    """Prompts of the evaluation data that the policy responds to at evaluations; 0: none."""
+    prompts: int | None = key(None, ge=0)
+    """Prompts of the evaluation data that the policy responds to at every evaluation; null: 8, before the
+    first step and after the last only; 0: none."""
     max_new_tokens: int = key(256, ge=1)
     """Largest number of tokens in a response."""
     temperature: float = key(0.7, ge=0)

@@ -1,7 +1,8 @@
 """Responses of the policy and of the reference to held-out prompts at evaluations."""
 
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,12 @@ from dpo_dist.config.schema import ReferenceMode
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.distributed.world import Interrupted
 from dpo_dist.distributed.zero import Engine
-from dpo_dist.foundation.errors import warn_on_bug
+from dpo_dist.foundation.errors import ConfigError, warn_on_bug
 from dpo_dist.foundation.files import json_line, read_lines, text_digest, write_text
+from dpo_dist.foundation.text import counted, duration
 from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sampling, generate_together
 from dpo_dist.generation.sampling.respond import find_stop_ids, texts_after
-from dpo_dist.generation.text_facts import language_of, sample_metrics, text_facts
+from dpo_dist.generation.text_facts import is_refusal, language_of, sample_metrics, text_facts
 from dpo_dist.model.load import load_config
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.training.context import Run
@@ -23,6 +25,7 @@ from dpo_dist.training.inputs import Inputs
 
 Row = dict[str, Any]
 _BATCH_TOKENS = 16384
+_USUAL_PROMPTS = 8
 _OF_RESPONSE = ("text", "tokens", "finished")
 
 
@@ -42,6 +45,7 @@ class Samples:
 
     Attributes:
         stop_ids: tokens that end a response.
+        at_every_evaluation: whether the policy responds at every evaluation, not at the first and the last.
         starts_as_reference: whether the policy before its first step is the reference.
         reference: responses of the reference, one for each prompt; None: not known.
     """
@@ -51,15 +55,18 @@ class Samples:
     prompts: tuple[SamplePrompt, ...]
     stop_ids: frozenset[int]
     tokenizer: PreTrainedTokenizerBase
+    at_every_evaluation: bool = True
     starts_as_reference: bool = False
     reference: list[Row] | None = None
 
-    def at(self, step: int, policy: Engine) -> dict[str, float]:
+    def at(self, step: int, policy: Engine, *, is_last: bool) -> dict[str, float]:
         """Write the policy's responses after `step`, and return their metrics `samples/...`.
 
         Gives way if the run must stop. There is no file if the model's logits are not finite, and no
-        metrics, with a warning, after a bug in these.
+        metrics, with a warning, after a bug in these. `is_last`: whether the run ends after this step.
         """
+        if not (self.at_every_evaluation or is_last or step == 0):
+            return {}
         known = self.reference if step == 0 and self.starts_as_reference else None
         asked = known or self._ask(policy)
         if asked is None:
@@ -88,6 +95,7 @@ class Samples:
 
     def ask_reference(self, model: Engine, *, of_base: bool = False) -> None:
         """Set the reference's responses to those of a model, and write them; ends the run if it must stop."""
+        started = time.monotonic()
         try:
             self.reference = self._ask(model, of_base=of_base)
         except Interrupted:
@@ -99,6 +107,13 @@ class Samples:
             ]
             text = "".join(map(json_line, rows))
             self.run.write(lambda: write_text(self.run.folder.samples_reference, text))
+            tokens = sum(row["tokens"] for row in self.reference)
+            again = "at every evaluation" if self.at_every_evaluation else "after the last step"
+            self.run.say(
+                f"samples: responses to {counted(len(rows), 'held-out prompt')}, {tokens:,} tokens, took "
+                f"{duration(time.monotonic() - started)}, and take about as long {again}; "
+                "samples.prompts=0 turns them off"
+            )
 
     def read_reference(self) -> list[Row] | None:
         """Return the reference's responses in its file, if they are to the same prompts and settings."""
@@ -127,8 +142,13 @@ class Samples:
         ]
 
     def _metrics(self, prefix: str, responses: Sequence[Row]) -> dict[str, float]:
+        chosen = [str(prompt.fields["chosen"]) for prompt in self.prompts]
         facts = [text_facts(row["text"], row["tokens"], row["finished"]) for row in responses]
-        languages = [language_of(prompt.fields["chosen"]) for prompt in self.prompts]
+        facts = [  # what the data teach to refuse is no fault
+            replace(fact, refusals=fact.refusals and not is_refusal(text))
+            for fact, text in zip(facts, chosen, strict=True)
+        ]
+        languages = list(map(language_of, chosen))
         return {prefix + name: value for name, value in sample_metrics(facts, languages).items()}
 
 
@@ -145,32 +165,39 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> Samples | None:
     model is loaded.
     """
     config, settings, tokenizer = run.config, run.config.samples, inputs.tokenizer
-    if not settings.prompts or inputs.eval_set is None:
+    if settings.prompts == 0 or inputs.eval_set is None:
         return None
     model_folder, seed = inputs.policy_files.folder, config.trainer.seed
-    stop_ids = find_stop_ids(tokenizer, config.data, model_folder, "model.path")
+    try:
+        stop_ids = find_stop_ids(tokenizer, config.data, model_folder, "model.path")
+    except ConfigError as error:
+        if settings.prompts is not None:
+            raise
+        run.say(f"no samples: {error.message}; {error.remedy}")
+        return None
     text_config = load_config(model_folder, config.model).get_text_config()
     longest = getattr(text_config, "max_position_embeddings", None)
     if longest is not None:
         longest -= settings.max_new_tokens
+    wanted = _USUAL_PROMPTS if settings.prompts is None else settings.prompts
     prompts = choose_prompts(
         inputs.eval_set,
         tokenizer,
         stop_ids,
-        settings.prompts,
+        wanted,
         seed,
         longest,
         is_labelled=run.config.loss.is_unpaired,
     )
-    if len(prompts) < settings.prompts:
+    if len(prompts) < wanted:
         run.say(
-            f"samples: {len(prompts)} prompts, not {settings.prompts}: the evaluation data have no more that "
+            f"samples: {len(prompts)} prompts, not {wanted}: the evaluation data have no more that "
             "are different and leave room for samples.max_new_tokens"
         )
     if not prompts:
         return None
     sampling = Sampling(settings.max_new_tokens, settings.temperature, seed=seed)
-    samples = Samples(run, sampling, prompts, stop_ids, tokenizer)
+    samples = Samples(run, sampling, prompts, stop_ids, tokenizer, settings.prompts is not None)
     files = inputs.reference_files or inputs.policy_files
     same_precision = config.reference.quantization is config.model.quantization
     samples.starts_as_reference = (

@@ -19,6 +19,7 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ExitCode, first_line
 from dpo_dist.insight.evaluation import ALL, Results, write_evaluation
 from dpo_dist.insight.tables import evaluation_table
+from dpo_dist.insight.trained_prompts import count_trained
 from dpo_dist.model.flops import compute_costs
 from dpo_dist.model.folder import base_notes, hub_commit, is_adapter
 from dpo_dist.model.load import check_same_vocabulary
@@ -86,12 +87,15 @@ def _evaluate(run: Run, evaluated: Evaluated, inputs: EvaluationInputs, objectiv
     def write() -> Results:
         folder = run.folder
         name = evaluated.name(config, inputs)
-        results = write_evaluation(name, evaluated.path, config, means, values, dataset, commit)
+        hashes = map(int, dataset.prompt_hashes[:])
+        trained = {"prompts_also_in_train": count_trained(evaluated.path, hashes, config.loss.unit, run.say)}
+        counted = replace(dataset, counts=dataset.counts | trained)
+        results = write_evaluation(name, evaluated.path, config, means, values, counted, commit)
         console.result("results", {"model": evaluated.path, **results}, evaluation_table(results))
         run.say(f"evaluation: {folder.evaluation.results}   also in {folder.evaluation_of(name).path}")
         return results
 
-    with console.heartbeat("computing intervals and writing the scores"):
+    with console.heartbeat("reading the prompts of its training, computing intervals, writing the scores"):
         results = world.on_main(write)
     model.free()
     return results

@@ -290,6 +290,7 @@ def write_evaluation(
         "reference": config.reference.path or config.model.path if config.loss.needs_reference else None,
         "loss": "+".join(config.loss.kinds),
         "pairs": len(dataset),
+        "prompts_also_in_train": dataset.counts.get("prompts_also_in_train"),
         "sources": [{"label": source["label"], "path": source["path"]} for source in sources],
     }
     named, newest = folder.evaluation_of(name), folder.evaluation

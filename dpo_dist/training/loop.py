@@ -8,7 +8,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -228,13 +228,16 @@ class Loop:
         if self.run.config.loss.is_unpaired:
             measured |= _auc_by_source(dataset, values)
         measured |= {"pairs": speed["pairs"]} if policy is None else speed
-        if self.samples is not None:
-            measured |= self.samples.at(position.step, self.policy)
         named = {f"eval_{name}": value for name, value in measured.items()}
-        position.best = world.on_main(lambda: best_after(trainer, position.best, position.step, named))
-        is_better = position.step in (0, position.best_step)
-        position.stale_evaluations = 0 if is_better else position.stale_evaluations + 1
-        if self.is_over(position):
+        best = world.on_main(lambda: best_after(trainer, position.best, position.step, named))
+        is_better = position.step == 0 or (best is not None and best.step == position.step)
+        stale = 0 if is_better else position.stale_evaluations + 1
+        is_over = self.is_over(replace(position, best=best, stale_evaluations=stale))
+        if self.samples is not None:
+            sampled = self.samples.at(position.step, self.policy, is_last=is_over)
+            named |= {f"eval_{name}": value for name, value in sampled.items()}
+        position.best, position.stale_evaluations = best, stale
+        if is_over:
             self.record_steps(position)
 
             def write() -> None:

@@ -40,8 +40,8 @@ class Samples(Protocol):
     def open(self, policy: Engine) -> None:
         """Ask the policy, at its start, for what it alone can give."""
 
-    def at(self, step: int, policy: Engine) -> dict[str, float]:
-        """Write the responses after `step`, and return their metrics `samples/...`."""
+    def at(self, step: int, policy: Engine, *, is_last: bool) -> dict[str, float]:
+        """Write the responses after `step`, of a run that ends there if `is_last`; return their metrics."""
 
 
 @dataclass(frozen=True)

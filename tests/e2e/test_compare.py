@@ -66,7 +66,7 @@ def test_two_processes_write_what_one_does_and_equal_models_respond_equally(plac
     for run, processes in (("alone", 1), ("together", 2)):
         ended = compare(place, run, "pairs.function=rule:score", processes=processes)
         assert ended.code == 0, ended.output
-        assert "comparison on 14 held-out prompts, judged by function rule:score" in ended.output
+        assert "comparison on 14 prompts, judged by function rule:score" in ended.output
     assert rows(place, "alone") == rows(place, "together")
     assert results(place, "alone") == results(place, "together")
     found = rows(place, "alone")

@@ -121,9 +121,11 @@ def test_a_model_and_a_checkpoint_score_as_in_the_run(
         assert got == pytest.approx(expected, abs=1e-4)
 
     models = f"evaluation.model=[{run}/model,{assets}/model,{run}/checkpoints/step-000002]"
-    others = [f"run.dir={run}", f"evaluation.data=[{tmp_path}/more.jsonl]"]
-    evaluate([*others, models])
-    assert evaluated(run)["all"]["eval_pairs"] == 6
+    seen = f"{{path: {assets}/train.jsonl, limit: 3, label: seen}}"
+    others = [f"run.dir={run}", f"evaluation.data=[{tmp_path}/more.jsonl,{seen}]"]
+    output = evaluate([*others, models])
+    assert output.count("warning: 3 of 9 pairs are not held out") == 2, "the base has no run"
+    assert evaluated(run)["all"]["eval_pairs"] == 9
     folders = sorted(path for path in (run / "evaluation").iterdir() if path.is_dir())
     names = [path.name.rpartition("-")[0] or path.name for path in folders]
     assert names == ["model", "model", "model", "step-000002", "step-000003", "training"]

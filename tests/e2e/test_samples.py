@@ -71,6 +71,23 @@ def test_samples_are_those_of_one_process_also_after_a_restart(
     assert evaluations[-1]["eval_samples/finished"] == sum(row["policy_finished"] for row in end) / 3
 
 
+def test_without_the_key_8_prompts_are_sampled_before_the_first_step_and_after_the_last(
+    overrides: Overrides, assets: Path, tmp_path: Path
+) -> None:
+    """The last step is that of `trainer.patience`, as the distance only grows."""
+    data = f"data.eval=[{assets}/eval.jsonl,{assets}/train.jsonl]"
+    ends = ["trainer.max_steps=6", "trainer.keep_best=eval_distance/rejected", "trainer.patience=1"]
+    usual = overrides(data, "trainer.eval_every=1", *ends, "samples.prompts=null")
+    screen = train([*usual, "samples.max_new_tokens=2", "optim.lr=5e-3"]).output
+    last = int(history(tmp_path / "run")[-1]["step"])
+    assert last < 6
+    names = ["reference.jsonl", "step-000000.jsonl", f"step-{last:06d}.jsonl"]
+    assert sorted(file.name for file in (tmp_path / "run/samples").iterdir()) == names
+    assert len(rows(tmp_path / "run", last)) == 8
+    assert "samples: responses to 8 held-out prompts, " in screen
+    assert "about as long after the last step; samples.prompts=0 turns them off" in screen
+
+
 def test_the_reference_responds_also_if_the_policy_cannot(
     overrides: Overrides, assets: Path, tmp_path: Path
 ) -> None:

@@ -39,6 +39,7 @@ def overrides(folder: Path, name: str) -> list[str]:
         "trainer.max_steps=6",
         "trainer.eval_every=3",
         "tracking.wandb=off",
+        "samples.prompts=0",
         *reference,
         *SCENARIOS[name],
     ]

@@ -81,6 +81,7 @@ def command(assets: Path, run: Path, base: str, *extra: str) -> list[str]:
         "trainer.global_batch_pairs=5",
         "trainer.micro_batch_tokens=256",
         "tracking.wandb=off",
+        "samples.prompts=0",
         *BASES[base],
         *extra,
     ]

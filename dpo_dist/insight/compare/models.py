@@ -44,6 +44,7 @@ from dpo_dist.generation.sampling.respond import Completions, ModelSource, Respo
 from dpo_dist.insight.compare.results import compares, comparison, judge_texts
 from dpo_dist.insight.compare.start import KEY, Compared
 from dpo_dist.insight.doctor.texts import side_of
+from dpo_dist.insight.trained_prompts import count_trained
 from dpo_dist.model.exactness import StartCheck
 from dpo_dist.model.folder import hub_commit
 from dpo_dist.model.load import load_packed
@@ -345,11 +346,14 @@ def _write(
             "digest": speaker.source.digest,
             "revision": hub_commit(speaker.source.folder),
         }
+    prompts = [prompt_hash(record.prompt) for part in speakers[0].prompts.parts for record in part]
+    trained = {each.name: count_trained(each.path, prompts, "prompt", console.say) for each in speakers}
     results = {
         "base": names[0],
         "judge": None if judge is None else str(judge),
         "judge_compares": judge is not None and compares(config.pairs),
         **sections,
+        "prompts_also_in_train": trained,
         "counts": dict(sorted(counts.items())),
         "sampling": {"temperature": settings.temperature, "max_new_tokens": settings.max_new_tokens},
         "version": dpo_dist.__version__,

@@ -78,7 +78,8 @@ def comparison_table(results: Row) -> list[str]:
         cells += [with_interval(*rate, ".3f") if rate else ""] if rates else []
         rows.append(cells)
     judge = "" if results["judge"] is None else f", judged by {results['judge']}"
-    lines = [f"comparison on {results['prompts']:,} held-out prompts{judge}", *aligned(rows)]
+    lines = [f"comparison on {counted(results['prompts'], 'prompt')}{judge}", *aligned(rows)]
+    lines += [f"note: {sentence}" for sentence in _not_held_out(results)]
     if left := sum(results["not_judged"].values()):
         lines.append(f"note: not counted, because without a verdict: {counted(left, 'comparison')}")
     return lines
@@ -89,6 +90,17 @@ def headline(results: Row) -> list[str]:
 
     A model whose responses never end is not ranked: the judge saw only their beginnings.
     """
+    return _ranked(results) + _not_held_out(results)
+
+
+def _not_held_out(results: Row) -> list[str]:
+    """Return a sentence if a model was trained on prompts of the comparison."""
+    trained = results.get("prompts_also_in_train", {}).items()
+    seen = " and ".join(f"{name} was trained on {count:,} of them" for name, count in trained if count)
+    return [f"Not all prompts are held out: {seen}."] if seen else []
+
+
+def _ranked(results: Row) -> list[str]:
     measure, qualities = _qualities(results)
     models = {model["name"]: model for model in results["models"]}
     ranked = [name for name in qualities if models[name]["style"]["finished"]]

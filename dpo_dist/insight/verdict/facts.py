@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
 from typing import Any, NamedTuple
 
 from dpo_dist.config.identity import kinds_in
@@ -66,7 +67,7 @@ class RunFacts:
 
     def recent(self, metric: str) -> list[float]:
         """Return the values of a metric in the last quarter of the steps."""
-        return [value for step, value in values(self.steps, metric) if step > 0.75 * self.total_steps]
+        return [value for _, value in values(self.recent_rows(), metric)]
 
     def margin_nats(self) -> float | None:
         """Return the last margin in nats; where it does not start at 0, its change over training steps."""
@@ -90,6 +91,27 @@ class RunFacts:
         tokens = dict(values(rows, "tokens/chosen"))
         rewards = values(rows, "rewards/chosen")
         return [(step, -reward / beta / tokens[step]) for step, reward in rewards if tokens.get(step)] or None
+
+    def chosen_logps(self) -> tuple[float, float] | None:
+        """Return the log-probs per token of chosen responses under the reference, and at the end.
+
+        Of the last evaluation; of a run without, medians over the last quarter of the steps. Without the
+        reference's: those of the evaluation before the first step, else of the first row of a step.
+        """
+        key, rows = "logps/chosen_per_token", self.evaluations[-1:] or self.recent_rows()
+        falls = self.falls(rows)
+        ends = [value for _, value in values(rows, key)]
+        if not ends:
+            return None
+        end = median(ends)
+        if falls:
+            return end + median(fall for _, fall in falls), end
+        start = first(evaluation_rows(self.rows) if self.evaluations else self.steps, key)
+        return None if start is None else (start, end)
+
+    def recent_rows(self) -> list[Row]:
+        """Return the rows of the last quarter of the steps."""
+        return [row for row in self.steps if row["step"] > 0.75 * self.total_steps]
 
     def counts(self, name: str) -> Fields:
         """Return the counts of the dataset `train` or `eval`; empty if unknown."""

@@ -1,4 +1,4 @@
-"""The verdict about a run: one sentence and at most five findings, by 17 rules; see docs/watching.md."""
+"""The verdict about a run: one sentence and at most five findings; see docs/watching.md."""
 
 import itertools
 import math
@@ -47,6 +47,7 @@ _LOGISTIC = ("sigmoid", "robust", "dpop", "odpo")
 """Losses that fall to 0 with a growing margin; others have another scale, or grow again."""
 _LEAKS = ("label_leak", "length_bias", "style_bias")
 """Rules of the doctor that name a feature which reveals the chosen response."""
+_ADAPTER_LR = 1e-4
 _REFERENCE = "samples/reference_"
 Find = Callable[[RunFacts], Iterator[str]]
 
@@ -131,6 +132,13 @@ def _first_bad_value(facts: RunFacts, index: int, broken: Sequence[str]) -> str:
         f"{number(last(before.steps, 'grad_norm'))}, with a learning rate of "
         f"{number(last([row, *before.steps], 'learning_rate'))}"
     )
+
+
+@_rule
+def _nothing_trained(facts: RunFacts) -> Iterator[str]:
+    norms = [norm for _, norm in values(facts.steps, "grad_norm")]
+    if norms and not any(norms):
+        yield f"the gradient was exactly 0 in every step of {facts.total_steps:,}"
 
 
 @_rule
@@ -348,6 +356,31 @@ def _rise_of_loss(facts: RunFacts) -> Iterator[str]:
 
 
 @_rule
+def _responses_forgotten(facts: RunFacts) -> Iterator[str]:
+    start, end = facts.chosen_logps() or (0.0, 0.0)
+    if start - end < _least_fall(start):
+        return
+    share = last(facts.last_rows, "rewards/both_fall") or 0.0
+    if facts.unit == "record":
+        yield f"good responses became far less likely, {start:.2f} -> {end:.2f} nats per token"
+    elif share >= 0.5 and facts.setting("loss.kind") != "apo_down":
+        yield (
+            f"chosen responses became far less likely, {start:.2f} -> {end:.2f} nats per token, and both "
+            f"responses did in {percent(share)} of the pairs, at an accuracy of "
+            f"{number(last(facts.last_rows, facts.accuracy_key))}"
+        )
+
+
+def _least_fall(start: float) -> float:
+    """Return the fall of chosen responses, in nats per token, that healthy runs do not have at their end.
+
+    Published ones of a 7B model fell by 0.06 to 0.95 times their start near -1 (docs/log.md); responses that
+    are almost certain after an SFT stage break sooner.
+    """
+    return min(max(-start, 0.5), 1.0)
+
+
+@_rule
 def _over_optimised(facts: RunFacts) -> Iterator[str]:
     if symptoms := ", ".join(_worse_samples(facts)):
         is_known = any(key.startswith(_REFERENCE) for row in facts.evaluations for key in row)
@@ -380,14 +413,15 @@ def _worse_samples(facts: RunFacts) -> Iterator[str]:
     ):
         if shares := ends(metric):
             start, end = (1 - value if metric == "finished" else value for value in shares)
-            if end - start >= max(0.1, 1 / math.sqrt(prompts)):  # two standard errors of one half
+            both = (start + end) / 2
+            # Healthy runs sample, too, and half of their responses may not end: far more than by chance.
+            if end - start >= max(0.1, 2.5 * math.sqrt(2 * both * (1 - both) / prompts)):
                 yield f"more sampled responses {meaning} ({percent(start)} -> {percent(end)})"
 
 
 @_rule
 def _learnt_nothing(facts: RunFacts) -> Iterator[str]:
-    is_cut = facts.summary.get("exit") in (RunOutcome.preempted, RunOutcome.diverged)
-    if is_cut or facts.summary.get("bad_steps") or facts.total_steps < _FEWEST_STEPS:
+    if not _should_have_learnt(facts):
         return
     accuracy, training, name = facts.accuracy(), facts.training_accuracy(), facts.accuracy_title
     if accuracy is not None and training is not None and accuracy.pairs >= 30:
@@ -397,16 +431,30 @@ def _learnt_nothing(facts: RunFacts) -> Iterator[str]:
                 f"{facts.part} {name} {accuracy.value:.3f} on {accuracy.pairs:,} {facts.unit}s is within its "
                 f"noise of one half ({accuracy.noise:.3f}); training {name} {number(training.value)}"
             )
+
+
+@_rule
+def _hardly_moved(facts: RunFacts) -> Iterator[str]:
+    if not _should_have_learnt(facts):
+        return
     margin, noise = last(facts.last_rows, MARGIN), facts.noise(facts.last_rows).get(MARGIN)
     if margin is not None and noise is not None and abs(margin) <= noise:
         yield f"{facts.part} margin {number(margin)} is within the noise of rounding ({number(noise)})"
-    losses, nats = _loss_that_stayed(facts), facts.margin_nats()
+    losses, nats, lr = _loss_that_stayed(facts), facts.margin_nats(), facts.setting("optim.lr")
     # A loss with a large constant part, such as sppo_hard with a small beta, stays while margins grow.
     if losses and len(values(facts.steps, "loss")) >= 3 and (nats is None or nats < 2):
+        is_low = facts.setting("model.adapter") and lr is not None and lr <= _ADAPTER_LR / 5
         yield (
             f"the training loss stayed at its start, {losses}, in {facts.total_steps:,} steps with "
-            f"optim.lr={number(facts.setting('optim.lr'))}"
+            f"optim.lr={number(lr)}"
+            + (f", where an adapter usually has {number(_ADAPTER_LR)}" if is_low else "")
         )
+
+
+def _should_have_learnt(facts: RunFacts) -> bool:
+    """Return whether a run reached its end in enough steps, all of them applied."""
+    is_cut = facts.summary.get("exit") in (RunOutcome.preempted, RunOutcome.diverged)
+    return not is_cut and not facts.summary.get("bad_steps") and facts.total_steps >= _FEWEST_STEPS
 
 
 @_rule
@@ -487,13 +535,10 @@ def _one_label(facts: RunFacts) -> Iterator[str]:
 
 @_rule
 def _displacement(facts: RunFacts) -> Iterator[str]:
-    share, falls = last(facts.last_rows, "rewards/both_fall"), facts.falls(facts.last_rows)
-    # Of the same responses under both models if that is known, else of the first and the last training row.
-    rows = facts.steps if falls is None else facts.last_rows
-    start, end = (which(rows, "logps/chosen_per_token") for which in (first, last))
-    if share is None or start is None or end is None or facts.setting("loss.kind") == "apo_down":  # by design
+    share, logps = last(facts.last_rows, "rewards/both_fall"), facts.chosen_logps()
+    if share is None or logps is None or facts.setting("loss.kind") == "apo_down":  # by design
         return
-    start = end + falls[-1][1] if falls else start
+    start, end = logps
     if share >= 0.5 and start - end >= 0.1:
         yield (
             f"chosen responses became less likely, {start:.2f} -> {end:.2f} nats per token, "
@@ -563,12 +608,14 @@ def _success(facts: RunFacts) -> str:
         return NOTHING_TO_JUDGE
     fall = f"training loss {start:.3g} -> {end:.3g} in {counted(facts.total_steps, 'step')}"
     result = "no fault found" if facts.total_steps >= _FEWEST_STEPS else "too short to be judged"
+    if not facts.evaluations:
+        result += " (nothing was evaluated after a step, or sampled)"
+    elif last(facts.evaluations, "samples/prompts") is None:
+        result += " (nothing was sampled)"
     if accuracy is None or last(facts.last_rows, facts.accuracy_key) is None:
         return f"{result}: {fall}"
     pairs = f" on {counted(accuracy.pairs, facts.unit)}" if accuracy.pairs else ""
     margin = number(last(facts.last_rows, "rewards/margins"))
-    if not facts.evaluations:
-        result += " (nothing was evaluated after a step)"
     return (
         f"{result}: {facts.part} {facts.accuracy_title} {accuracy.value:.3f}{pairs}, margin {margin}, {fall}"
     )

@@ -71,6 +71,9 @@ REFUSED = [
     ("samples.prompts=4", "samples.prompts"),
     ("samples.max_new_tokens=9", "samples.max_new_tokens"),
     ("samples.temperature=0", "samples.temperature"),
+    ("data.eval_share=0.1 samples.prompts=0 samples.max_new_tokens=9", "samples.max_new_tokens"),
+    ("data.eval_share=0.1 samples.prompts=0 samples.temperature=0", "samples.temperature"),
+    ("trainer.eval_every=5 samples.prompts=0", "trainer.eval_every"),
     ("trainer.keep_best=eval_loss", "trainer.keep_best"),
     ("trainer.patience=3", "trainer.patience"),
     ("metrics.bands=[{metric:loss,low:1,high:0}]", "metrics.bands"),
@@ -167,6 +170,8 @@ def test_every_rule_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
         "parallelism.hpz=8 parallelism.offload_optimizer=cpu parallelism.reduce_in_float32=true",
         "parallelism.offload_parameters=cpu parallelism.offload_optimizer=cpu",
         "trainer.eval_every=10 samples.prompts=4 data.eval_share=0.1",
+        "data.eval_share=0.1 samples.max_new_tokens=9",
+        "samples.prompts=0",
         "data.eval=[b.jsonl] data.drop_eval_prompts=true optim.min_lr_ratio=0.1 optim.schedule=linear",
         "optim.warmup_steps=10 optim.warmup_ratio=0 trainer.max_steps=10",
         "optim.betas=[0.0,0.999] optim.warmup_ratio=1.0 data.max_bad_share=1.0",
@@ -185,7 +190,9 @@ def test_options_of_a_file_are_reset_by_the_key_of_the_command_that_they_need(tm
         "samples: {prompts: 4, max_new_tokens: 9}\ndata.eval_share: 0.1"
     )
     assert configured("samples.prompts=2", run=[*RUN, str(file)]).samples.max_new_tokens == 9
-    assert configured("samples.prompts=0", run=[*RUN, str(file)]) == configured("data.eval_share=0.1")
+    assert configured("samples.prompts=0", run=[*RUN, str(file)]) == configured(
+        "data.eval_share=0.1 samples.prompts=0"
+    )
     both = "samples.prompts=0 samples.max_new_tokens=9"
     assert "samples.max_new_tokens" in error_of(both, run=[*RUN, str(file)]).where
     file.write_text("samples: {max_new_tokens: 9}")
@@ -200,9 +207,9 @@ def test_values_are_shown_as_a_user_writes_them() -> None:
 @pytest.mark.parametrize(
     ("metrics", "best"),
     [
-        ("loss distance/chosen distance/rejected rewards/both_fall", "lowest"),
+        ("loss loss/web loss/excess distance/chosen distance/rejected rewards/both_fall", "lowest"),
         ("rewards/accuracies rewards/accuracies/web rewards/margins rewards/chosen", "highest"),
-        ("rewards/rejected logps/chosen tokens/chosen", None),
+        ("rewards/rejected logps/chosen tokens/chosen loss/kl loss/kl/web entropy/chosen", None),
     ],
 )
 def test_the_best_checkpoint_has_the_values_that_are_best_of_its_metric(

@@ -8,6 +8,7 @@ import numpy as np
 from dpo_dist.config.schema import DataConfig, FolderConfig, ModelConfig, RunConfig, SourceConfig
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
+from dpo_dist.distributed.zero import FrozenEngine
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.files import json_line
 from dpo_dist.generation.samples import SamplePrompt, Samples, choose_prompts
@@ -73,3 +74,22 @@ def test_responses_of_the_reference_are_read_for_the_same_prompts_and_settings_o
     assert opened.read_reference() == [response]
     assert replace(opened, sampling=Sampling(5, seed=3)).read_reference() is None
     assert replace(opened, prompts=opened.prompts * 2).read_reference() is None
+
+
+def test_refusals_count_where_the_chosen_response_is_none_and_only_at_the_evaluations_of_the_run(
+    tmp_path: Path,
+) -> None:
+    run = Run(
+        RunConfig(model=ModelConfig("unused"), run=FolderConfig(dir=str(tmp_path))), ALONE, Console(None)
+    )
+    refusal = {"text": "I'm sorry, but I can't help with that.", "tokens": 9, "finished": True}
+    prompts = [
+        SamplePrompt(Request(np.array([1], np.int32), "id", 0), {"prompt_id": "id", "chosen": chosen})
+        for chosen in ("Paris, of course.", "I cannot help with that.")
+    ]
+    usual = Samples(run, Sampling(4), tuple(prompts), STOPS, TOKENIZER, at_every_evaluation=False)
+    usual = replace(usual, starts_as_reference=True, reference=[refusal, refusal])
+    policy = FrozenEngine.__new__(FrozenEngine)  # the reference's responses are those of step 0
+    metrics = usual.at(0, policy, is_last=False)
+    assert (metrics["samples/refusals"], metrics["samples/prompts"]) == (0.5, 2.0)
+    assert usual.at(3, policy, is_last=False) == {}

@@ -91,7 +91,7 @@ CUT = {"data": {"train": counts(response_truncated=80), "eval": counts()}}
 SEEN = {"data": {"train": counts(), "eval": counts(prompts_also_in_train=100)}}
 LONGER = {"eval_samples/length": 180.0, "eval_samples/reference_length": 60.0}
 HALF = {"rewards/accuracies": 0.51, "eval_rewards/accuracies": 0.52, "eval_rewards/margins": 0.01}
-FALLEN = {"eval_rewards/both_fall": 0.6, "logps/chosen_per_token": -1.4}
+FALLEN = {"eval_rewards/both_fall": 0.6, "eval_logps/chosen_per_token": -1.4}
 WORSE = {"eval_samples/finished": 0.84, "eval_samples/refusals": 0.3}
 OPPOSITE = {"rewards/accuracies": 0.2, "eval_rewards/accuracies": 0.2}
 BANDS = {
@@ -178,6 +178,19 @@ def labelled(kl: float = 10.0, auc: float = 0.8, **late: float) -> list[Row]:
     return found
 
 
+ENDLESS = {"eval_samples/finished": 0.0, "eval_samples/reference_finished": 1.0}
+SURE = {"rewards/accuracies": 1.0, "eval_rewards/accuracies": 1.0, "eval_rewards/margins": 0.01}
+LOW_RATE = {"settings": SETTINGS | {"optim.lr": 5e-6, "model.adapter": {"r": 16}}}
+GOOD_FALLEN = {"eval_rewards/chosen": -13.2, "eval_logps/chosen_per_token": -2.4}
+
+
+def certain(nats: float, start: float = -0.08) -> list[Row]:
+    """Rows of a policy that gave chosen responses this log-prob per token, and takes some nats from them."""
+    both = {"rewards/both_fall": 1.0, "logps/chosen_per_token": start - nats}
+    both |= {"rewards/chosen": -nats * 110.0 * 0.1}
+    return rows(late=both | {f"eval_{name}": value for name, value in both.items()}, since=8)
+
+
 FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
     (
         "diverged",
@@ -220,6 +233,27 @@ FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
     ("over_optimised", rows(late=WORSE), {}, "16 %), more sampled responses are refusals (2 % -> 30 %)"),
     ("over_optimised", rows(every=LONGER), {}, "3.0x longer (60 -> 180 tokens) compared with the reference"),
     ("learnt_nothing", rows(every=HALF), {}, "0.520 on 400 pairs is within its noise"),
+    ("nothing_trained", rows(every={"grad_norm": 0.0}), {}, "exactly 0 in every step of 20"),
+    (
+        "hardly_moved",
+        rows(every=FLAT | SURE),
+        LOW_RATE,
+        "the training loss stayed at its start, 0.693",
+    ),
+    ("hardly_moved", rows(every=FLAT | SURE), LOW_RATE, "optim.lr=5e-6, where an adapter usually has 1e-4"),
+    (
+        "responses_forgotten",
+        certain(0.9),
+        {},
+        "-0.08 -> -0.98 nats per token, and both responses did in 100 %",
+    ),
+    ("responses_forgotten", [row for row in certain(0.9) if "loss" in row], {}, "-0.08 -> -0.98 nats"),
+    (
+        "responses_forgotten",
+        labelled(**GOOD_FALLEN),
+        KTO,
+        "good responses became far less likely, -1.20 -> -2.40",
+    ),
     ("responses_cut", rows(), CUT, "80 of 400 training records (20 %)"),
     ("doctor_errors", rows(), {"findings": [DISAGREES | {"share": 0.1}, DOUBLED]}, "data: doubled_bos"),
     ("doctor_errors", rows(), {"findings": [DISAGREES]}, "by far in 40 % of a"),
@@ -287,14 +321,17 @@ def test_a_rule_finds_its_fault_alone(
         (samples(8.0, refusals=0.15), {}, []),
         (samples(80.0, refusals=0.15), {}, ["over_optimised"]),
         (samples(8.0, length=190.0), {}, []),
+        (samples(8.0, finished=0.625), {}, []),
+        (samples(8.0, finished=0.25), {}, ["over_optimised"]),
         (rows(every=SAMPLED | {"eval_samples/finished": 8 / 16, "eval_samples/refusals": 4 / 16}), {}, []),
         # A resumed run may have shorter samples: then the reference has responded again.
         (rows(late={"eval_samples/finished": 0.5, "eval_samples/reference_finished": 0.52}), {}, []),
         # Without a reference, or with another one, a margin at the start is no change.
-        (rows(every=STILL), with_settings(reference_free=True, beta=0.05), ["learnt_nothing"]),
+        (rows(every=STILL), with_settings(reference_free=True, beta=0.05), ["hardly_moved"]),
         # A run that fits its training pairs has learnt something.
         (rows(every={"rewards/accuracies": 1.0}), {}, ["does_not_generalise"]),
-        (rows(every=FLAT | {"eval_rewards/margins": 1e-3}), {}, ["learnt_nothing"]),
+        (rows(every=FLAT | {"eval_rewards/margins": 1e-3}), {}, ["hardly_moved"]),
+        (rows(every=AT_CHANCE), {}, ["learnt_nothing"]),
         (rows(every=AT_CHANCE), {"exit": "preempted"}, []),
         # The end of a run that has not come to it.
         (rows(), {"bands": BANDS["bands"][1:], "exit": "preempted"}, []),
@@ -305,6 +342,17 @@ def test_a_rule_finds_its_fault_alone(
             [row | ({"loss": 2.0} if 2 <= row["step"] <= 5 else {}) for row in HEALED],
             {},
             ["learning_rate_too_high"],
+        ),
+        # Healthy runs lose up to 0.95 times of what their responses had, or little of what was certain.
+        (certain(0.95, start=-1.0), {}, ["displacement"]),
+        (certain(0.4), {}, ["displacement"]),
+        (certain(0.9), with_settings(kind="apo_down"), []),
+        (certain(1.05, start=-3.0), {}, ["responses_forgotten"]),
+        # The cause before what the samples show.
+        (
+            [row | (ENDLESS if "eval_loss" in row else {}) for row in certain(0.9)],
+            {},
+            ["responses_forgotten", "over_optimised"],
         ),
         # On the same responses.
         (fallen(0.02), {}, []),
@@ -329,7 +377,7 @@ def test_a_rule_finds_its_fault_alone(
         (rows(every=NOISY | {"eval_pairs": 12.0}), {}, []),
         (rows(every=NOISY | {"eval_pairs": 64.0}), {}, ["evaluation_too_good"]),
         # What rounding alone makes of a margin, of all pairs and of a hundredth of them.
-        (rows(every={"eval_rewards/margins": 0.004}), ROUNDED, ["learnt_nothing"]),
+        (rows(every={"eval_rewards/margins": 0.004}), ROUNDED, ["hardly_moved"]),
         (rows(every={"eval_rewards/margins": 0.02}), ROUNDED, []),
         # A perfect accuracy at once, and lengths that tell the label.
         (rows(every=AT_ONCE), {}, []),
@@ -398,7 +446,8 @@ def test_noise_of_few_pairs_is_no_sign_of_the_learning_rate() -> None:
 
 
 EVALUATED = "no fault found: evaluation accuracy 0.750 on 400 pairs"
-NOT_EVALUATED = "no fault found (nothing was evaluated after a step): training accuracy 0.72"
+NOT_EVALUATED = "no fault found (nothing was evaluated after a step, or sampled): training accuracy 0.72"
+UNSAMPLED = [{key: value for key, value in row.items() if "samples/" not in key} for row in rows()]
 
 
 @pytest.mark.parametrize(
@@ -408,6 +457,7 @@ NOT_EVALUATED = "no fault found (nothing was evaluated after a step): training a
         (rows()[:18], {"exit": "preempted", "steps": 15}, "stopped after step 15; so far: no fault found: "),
         (steps(every=AT_CHANCE)[:4], {"steps": 4}, "too short to be judged"),
         (steps(), {}, NOT_EVALUATED),
+        (UNSAMPLED, {}, "no fault found (nothing was sampled): evaluation accuracy 0.750 on 400 pairs"),
     ],
 )
 def test_the_sentence_without_a_fault(history: list[Row], ended: dict[str, Any], sentence: str) -> None:
@@ -419,7 +469,7 @@ def test_the_sentence_without_a_fault(history: list[Row], ended: dict[str, Any],
 def test_a_verdict_needs_no_input() -> None:
     bare = {"data": {"train": {"sources": [{"path": "a.jsonl"}]}}, "reference": {"mode": "none"}}
     for ended in ({}, {"data": None, "settings": None, "reference": None}, bare):
-        for history in ([], [{"step": 1, "loss": 2.0, "grad_norm": 0.0}], [{"step": 3, "eval_loss": 1.0}]):
+        for history in ([], [{"step": 1, "loss": 2.0, "grad_norm": 0.5}], [{"step": 3, "eval_loss": 1.0}]):
             assert verdict(history, ended).findings == ()
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.insight.pages import compare
-from dpo_dist.insight.pages.compare import headline, write_comparison_page
+from dpo_dist.insight.pages.compare import comparison_table, headline, write_comparison_page
 from tests.support.comparison_files import answer, model, results, row, win, write_comparison
 from tests.unit.insight.pages.made_run import HOSTILE
 
@@ -56,6 +56,14 @@ def test_the_headline(models: list[dict[str, Any]], rates: list[float], sentence
     pairs = combinations([each["name"] for each in models], 2)
     wins = [win(*names, rate) for names, rate in zip(pairs, rates, strict=False)]
     assert " ".join(headline(results(models, wins))) == sentences
+
+
+def test_a_model_that_was_trained_on_the_prompts_is_named() -> None:
+    trained = {"base": None, "a": 0, "b": 12}
+    seen = results([BASE, ENDED], [], not_judged={}, prompts_also_in_train=trained)
+    sentence = "Not all prompts are held out: b was trained on 12 of them."
+    assert headline(seen)[-1] == sentence
+    assert f"note: {sentence}" in comparison_table(seen)
 
 
 def test_responses_are_side_by_side_with_their_facts_and_labels(tmp_path: Path) -> None:
