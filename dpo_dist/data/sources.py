@@ -23,7 +23,7 @@ import pyarrow.parquet
 from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.columns import is_saved, resolved, with_columns
 from dpo_dist.data.records import BadRecord, Origin, RawRecord, shown_key
-from dpo_dist.data.values import parse_json, without_nulls
+from dpo_dist.data.values import json_parsers, parse_json, with_parsed_json, without_nulls
 from dpo_dist.foundation.errors import ConfigError, DataError, dead_link, first_line
 from dpo_dist.foundation.files import remembered_digest, text_digest, write_text
 
@@ -264,7 +264,12 @@ def _saved_records(folder: Path, source: SourceConfig) -> Iterator[RawRecord]:
     with _as_data_error(source):
         saved = load_from_disk(str(folder))
     splits = {"train": saved} if isinstance(saved, Dataset) else saved
-    return _records(_numbered(_of_split(source, splits)), source.path)
+    return _records(enumerate(_dataset_rows(_of_split(source, splits)), start=1), source.path)
+
+
+def _dataset_rows(dataset: Any) -> Iterator[Any]:
+    # As stored: decoded, images need packages, and nulls in JSON are like those of tables.
+    return _table_rows(dataset.with_format("arrow").iter(_BATCH_RECORDS))
 
 
 # The Hugging Face Hub.
@@ -344,7 +349,7 @@ def read_file(file: Path, path: str) -> Iterator[RawRecord]:
             case ".csv":
                 values = _csv_rows(_opened(file))
             case _:
-                values = _numbered(_parquet_rows(file))
+                values = enumerate(_parquet_rows(file), start=1)
         yield from _records(values, path)
     except (OSError, ValueError, pyarrow.ArrowException, csv.Error) as fault:
         raise DataError(
@@ -371,9 +376,15 @@ def _records(values: Iterable[tuple[int, Any]], path: str) -> Iterator[RawRecord
             yield BadRecord("unparsable", origin, detail), origin
 
 
-def _numbered(rows: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-    """Number the rows of a table, and give tool calls back the arguments that were written."""
-    return enumerate(map(_with_given_arguments, rows), start=1)
+def _table_rows(tables: Iterable[Any]) -> Iterator[Any]:
+    """Yield the rows of Arrow tables as they were before: with JSON parsed, arguments of calls as given."""
+    for table in tables:
+        parsers = json_parsers(table.schema)
+        for row in map(_with_given_arguments, table.to_pylist()):
+            try:
+                yield with_parsed_json(row, parsers) if parsers else row
+            except ValueError as fault:
+                yield ValueError(f"JSON in a column: {fault}")
 
 
 def _with_given_arguments(value: Any) -> Any:
@@ -392,7 +403,9 @@ def write_records(records: Iterable[Any], folder: Path, name: str) -> Path:
     `name`: of the argument, for errors. Raises ConfigError: there are none, or one is not of JSON's types.
     """
     lines = list[str]()
-    for record in records if isinstance(records, list) else map(_with_given_arguments, records):
+    is_dataset = hasattr(records, "with_format")
+    others = _dataset_rows(records) if is_dataset else map(_with_given_arguments, records)
+    for record in records if isinstance(records, list) else others:
         try:
             lines.append(json.dumps(record) + "\n")
         except (TypeError, ValueError, RecursionError) as error:
@@ -451,8 +464,7 @@ def _parquet_rows(file: Path) -> Iterator[Any]:
     # Buffered: else a whole column of a row group is loaded at once.
     table = pyarrow.parquet.ParquetFile(file, buffer_size=_BLOCK_BYTES, pre_buffer=False)
     _check_columns(table.schema_arrow.names)
-    for batch in table.iter_batches(batch_size=_BATCH_RECORDS):
-        yield from batch.to_pylist()
+    yield from _table_rows(table.iter_batches(batch_size=_BATCH_RECORDS))
 
 
 # Labels.

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import pytest
 
 from dpo_dist.config.schema import DataConfig, OnBadRecord, SourceConfig
 from dpo_dist.data.formats import check_source, read_records
-from dpo_dist.data.records import PreferenceRecord
-from dpo_dist.data.sources import source_identity, source_labels
+from dpo_dist.data.records import Origin, PreferenceRecord
+from dpo_dist.data.sources import source_identity, source_labels, write_records
 from dpo_dist.foundation.errors import ConfigError, DataError
-from tests.support.records import TEXT, outcomes
+from tests.support.records import TEXT, assistant, jsonl, outcomes
 
 LINE = json.dumps(TEXT).encode()
 BOM = b"\xef\xbb\xbf"
@@ -195,6 +196,58 @@ def test_a_saved_folder_has_the_configured_split(tmp_path: Path) -> None:
     refused(tmp_path / "splits", "test, train", split="validation")
     refused(tmp_path / "one", "no such split", split="test")
     refused(tmp_path / "one", "name has no effect", ConfigError, name="x")
+
+
+MIXED = [
+    {
+        "prompt": [{"role": "user", "content": [{"type": "text", "text": '"q"'}] if n % 2 else f"q {n}"}],
+        "chosen": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": given}]}],
+        "rejected": [assistant("no")] if n % 2 else 'a "no"\n',
+        "tools": [{"name": "f", "parameters": {"properties": {f"p{n}": {"type": "string"}}}}],
+    }
+    for n, given in enumerate(
+        [{"a": {"b": [n], "c": None}} for n in range(2)] + [{"a": "[text"}, {"b": None}]
+    )
+]
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_values_of_mixed_types_are_those_of_the_same_records_as_lines(tmp_path: Path, deep: bool) -> None:
+    features = datasets.Features(dict.fromkeys(MIXED[0], datasets.Json()))
+    if deep:
+        call = {"name": datasets.Value("string"), "arguments": datasets.Json()}
+        turn = {
+            "role": datasets.Value("string"),
+            "content": datasets.Json(),
+            "tool_calls": datasets.List(call),
+        }
+        features |= {"chosen": datasets.List(turn), "tools": datasets.LargeList(datasets.Json())}
+        features |= {"prompt": datasets.List({"role": datasets.Value("string"), "content": datasets.Json()})}
+    table = datasets.Dataset.from_list(MIXED, features=datasets.Features(features))
+    (tmp_path / "folder/data").mkdir(parents=True)
+    table.to_parquet(tmp_path / "a.parquet")
+    table.to_parquet(tmp_path / "folder/data/train-00000-of-00001.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    lines = jsonl(tmp_path, *MIXED)
+    in_memory = write_records(table, tmp_path / "memory", "data.train")
+    expected = [replace(record, origin=Origin("", 0)) for record in read_records(lines)]
+    assert all(isinstance(record, PreferenceRecord) for record in expected), expected
+    for path in (tmp_path / "a.parquet", tmp_path / "folder", tmp_path / "saved", in_memory):
+        found = read_records(SourceConfig(path=str(path)))
+        assert [replace(record, origin=Origin("", 0)) for record in found] == expected, path
+
+
+def test_json_in_columns_of_types_that_pyarrow_does_not_know(tmp_path: Path) -> None:
+    named = {"ARROW:extension:name": "google:sqlType:json"}
+    fields = [pa.field(name, pa.string(), metadata=named) for name in TEXT]
+    rows = [{name: json.dumps(text) for name, text in TEXT.items()}, dict.fromkeys(TEXT, "[secret")]
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows, pa.schema(fields)), tmp_path / "a.parquet")
+    [good, bad] = read_records(str(tmp_path / "a.parquet"))
+    assert isinstance(good, PreferenceRecord)
+    assert (good.prompt, good.responses) == ("q", ("good", "bad"))
+    assert str(bad).endswith(
+        "a.parquet:2 unparsable (JSON in a column: Expecting value: line 1 column 2 (char 1))"
+    )
 
 
 @pytest.mark.parametrize("file", ["state.json", "dataset_dict.json"])
