@@ -33,6 +33,7 @@ from dpo_dist.data.messages import (
 )
 from dpo_dist.data.records import (
     FIRST_TURN,
+    MAX_RECORD_BYTES,
     BadRecord,
     Dialogue,
     Fields,
@@ -594,9 +595,11 @@ def check_content(record: PreferenceRecord) -> None:
         [(turn.role, turn.content.strip(), turn.fields) for turn in turns] for turns in (prompt, *responses)
     ]
     try:
-        _json([values, record.tools, record.template_arguments]).encode()
+        size = len(_json([values, record.tools, record.template_arguments]).encode())
     except UnicodeEncodeError:
         raise UnusableRecordError("invalid_unicode", "a text has a lone surrogate") from None
+    if size > MAX_RECORD_BYTES:
+        raise UnusableRecordError("unparsable", f"{size:,} bytes, more than {MAX_RECORD_BYTES:,}")
     if not any(map(_has_content, prompt)):
         raise UnusableRecordError("empty_prompt")
     for turns in responses:

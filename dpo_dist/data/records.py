@@ -24,6 +24,8 @@ FIRST_TURN, LAST_TURN = "\n\nHuman:", "\n\nAssistant:"
 DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 HELD_OUT, LEFT_IN_TRAIN = "held_out_for_eval", "left_in_train"
+MAX_RECORD_BYTES = 2**27
+"""Of a record, in a file and as it is read: more is a damaged file, or one that expands without end."""
 _MAX_SHOWN_CHARACTERS = 40
 _MAX_SHOWN_WORDS = 3
 

@@ -89,7 +89,7 @@ DAMAGED = {
         ("a.json", b" [" + LINE + b', "none", 12 ,\n' + LINE + b"] ", "1, 2 unparsable, 3 unparsable, 4"),
         ("a.json", b"[" + b",".join([LONG] * 60) + b"]", ", ".join(map(str, range(1, 61)))),
         ("a.json", b"[ ]", ""),
-        ("a.csv", BOM + CSV, "2, 5 unparsable, 6 missing_field, 7, 8 invalid_unicode, 9"),
+        ("a.csv", BOM + CSV, "2, 5 unparsable, 6 missing_field, 7, 8 unparsable, 9"),
         ("a.parquet", parquet("q", "p"), "1, 2"),
     ],
     ids=lambda value: str(value)[:40],
@@ -111,6 +111,15 @@ def test_bad_records_lose_no_neighbour(tmp_path: Path, name: str, content: bytes
         ("a.parquet", b"PAR1" + bytes(36) + parquet("q")[40:], "to its end"),
         ("a.csv", b'prompt,chosen,rejected\nq,"never closed,b\nq,a,b\n', "to its end"),
         ("a.csv", b"prompt,chosen,chosen\nq,a,b\n", "same name"),
+        ("a.csv", BOM + b'"prompt";"chosen"\nq;a,b\n', "separated by ','(.|\n)*sep=';'"),
+        ("a.csv", b"prompt\tchosen\n", "rename the file to .tsv"),
+        ("a.tsv", b"prompt,chosen\n", "rename the file to .csv"),
+        ("a.csv", "fr\xe4ge,gut\n".encode("cp1252"), "not in UTF-8"),
+        *(
+            (f"a.{kind}", LINE.decode().encode(encoding), f"in {encoding[:6]}, not in UTF-8")
+            for kind in ("jsonl", "json", "csv", "tsv")
+            for encoding in ("UTF-16", "UTF-16-LE", "UTF-16-BE", "UTF-32")
+        ),
         *((name, b"", "this kind of file") for name in ("a.parquet.gz", "a.txt")),
     ],
 )
@@ -126,6 +135,7 @@ def test_compressed_files_are_read(tmp_path: Path) -> None:
         "a.jsonl": lines("one", "two"),
         "a.json": json.dumps(rows).encode(),
         "a.csv": b"prompt,chosen,rejected\none,a,b\ntwo,a,b\n",
+        "a.tsv": b'prompt\tchosen\trejected\none\t"a, ""b""\t\n"\tb\ntwo\ta\tb\n',
     }
     for ending, pack in ((".gz", gzip.compress), (".zst", zstd)):
         for name, content in contents.items():
@@ -133,6 +143,27 @@ def test_compressed_files_are_read(tmp_path: Path) -> None:
             half = len(content) // 2
             write(tmp_path, {name + ending: pack(content[:half]) + pack(content[half:])})
             assert prompts(tmp_path / (name + ending)) == ["one", "two"]
+
+
+WITHOUT_END = {
+    "a.jsonl": LINE + b"\n" + LINE[:-1] + b" " * 2**18 + b"}\n" + LINE,
+    "blank.jsonl": LINE + b"\n" * 2**12 + LINE,
+    "a.json": b"[" + b" " * 2**18 + LINE + b"]",
+    "a.csv": b"prompt,chosen,rejected\nq,a,b\nq,a," + b"b" * 2**18,
+    "cells.csv": b"prompt,chosen,rejected\nq,a,b\n" + b"q," * 2**17,
+    "lines.tsv": b'prompt\tchosen\trejected\nq\ta\tb\nq\ta\t"' + b"b\n" * 2**12 + b'"',
+    "blank.csv": b"prompt,chosen,rejected\nq,a,b\n" + b"\n" * 2**12 + b"q,a,b",
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_END)
+def test_records_without_end_are_an_error_at_a_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    packed = write(tmp_path, {f"{name}.gz": gzip.compress(WITHOUT_END[name])}) / f"{name}.gz"
+    assert read(packed)
+    monkeypatch.setattr("dpo_dist.data.sources.MAX_RECORD_BYTES", 2**17)
+    refused(packed, "expands to more than 131,072 bytes" if name == "a.json" else "over 131,072 bytes")
 
 
 def test_a_pattern_reads_files_in_order(tmp_path: Path) -> None:
