@@ -20,6 +20,7 @@ from dpo_dist.data.messages import (
     Reader,
     check_no_media,
     has_more,
+    is_message,
     is_messages,
     messages_of,
     read_hh,
@@ -621,20 +622,37 @@ def _json(values: Any) -> str:
 
 # Text in these fields may spell out messages.
 _SPELLED = ("prompt", *QUESTIONS, "context", "completion", *SIDE_NAMES, "response")
+# In others a list is written only as such: an `output` can be a text that happens to be JSON.
+_SPELLED_LISTS = ("responses", "completions")
 
 
 def _with_values(record: Fields, name: DataFormat) -> Fields:
     """Return a record with the messages and lists that its texts spell as JSON, as cells of a table do."""
     is_text = name in (DataFormat.text, DataFormat.implicit_prompt, DataFormat.hh)
-    read = dict(record)
+    lists = LISTS if name is DataFormat.ranked else _SPELLED_LISTS
+    read, nested = dict(record), dict[str, str]()
     for field, value in record.items():
         if field in CONVERSATIONS:
             read[field] = from_json(value)
-        elif field in LISTS and isinstance(listed := from_json(value), list):
+        elif field in lists and isinstance(listed := from_json(value), list):
             read[field] = listed
         elif field in _SPELLED and not is_text:
             read[field] = spelled_messages(value)
+            nested |= _nested_conversation(field, read[field])
+    if nested:
+        columns = ", ".join(f"{field}: {path}" for field, path in nested.items())
+        raise UnusableRecordError("unknown_format", f"objects with messages inside: columns: {{{columns}}}")
     return read
+
+
+def _nested_conversation(field: str, value: Any) -> dict[str, str]:
+    """Return the columns of the messages and tools in a field's object, perhaps in JSON; of others none."""
+    whole = from_json(value)
+    if not isinstance(whole, Mapping) or is_message(whole):
+        return {}
+    given = [name for name in CONVERSATIONS if (turns := from_json(whole.get(name))) and is_messages(turns)]
+    columns = {field: f"{field}.{given[0]}"} if given else {}
+    return columns | {name: f"{field}.{name}" for name in _TOOLS if given and has_value(whole.get(name))}
 
 
 # The first that matches is read.
