@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from dpo_dist.config.losses import NUMBERS
 from dpo_dist.config.schema import DataConfig, DataFormat, OnBadRecord, SourceConfig
-from dpo_dist.data.columns import FIRST_RECORDS, VOTES, resolved, with_columns
+from dpo_dist.data.columns import FIRST_RECORDS, OTHERS, VOTES, resolved, with_columns
 from dpo_dist.data.counts import DataCounts, check_counts
 from dpo_dist.data.messages import (
     MEDIA,
@@ -156,6 +156,7 @@ def _parse(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord
     numbers = _numbers(record, len(responses))
     result = PreferenceRecord(prompt, tuple(responses), origin, content.scores, tools, arguments, numbers)
     check_content(result)
+    result = replace(result, unread=_unread_fields(record, content))
     return _exchanged(result) if numbers.get("soft_label", 1.0) < 0.5 else result
 
 
@@ -198,7 +199,7 @@ def _check_no_other(record: Fields, content: Content) -> None:
 
 
 def _unknown_format(record: Fields) -> UnusableRecordError:
-    shown = [shown_key(key) for key, value in record.items() if value is not None]
+    shown = [shown_key(key) for key, value in record.items() if value is not None and key != OTHERS]
     shown[_MAX_SHOWN_KEYS:] = ["..."] if len(shown) > _MAX_SHOWN_KEYS else []
     return UnusableRecordError("unknown_format", f"fields: {', '.join(shown) or 'none'}")
 
@@ -216,6 +217,20 @@ _OF_PROMPT = ("instruction", *QUESTIONS, "context")
 _UNREAD = ("documents", *MEDIA, *(f"{side}_{name}" for side in ("chosen", "rejected") for name in MEDIA))
 # Perhaps weights of a record in the loss; a value other than 1 is not read.
 _UNREAD_WEIGHTS = ("weight", "sample_weight")
+# Tools of one side: both are rendered with those of the record.
+_TOOLS_OF_SIDES = ("chosen_tools", "rejected_tools")
+# Fields of which each value is read, or drops its record.
+_READ = {
+    "prompt",
+    *_OF_PROMPT,
+    *CONVERSATIONS,
+    "conversation",
+    *_SYSTEMS,
+    "history",
+    *_TOOLS,
+    *_TOOLS_OF_SIDES,
+}
+_READ |= {_ARGUMENTS, "enable_thinking", *_UNREAD, *_UNREAD_WEIGHTS, *NUMBERS, *VOTES}
 
 
 def prompt_of(record: Fields, responses: Iterable[Any]) -> Any:
@@ -270,8 +285,9 @@ _PAIR_SCORES = (
     ("chosen_rating", "rejected_rating"),
     ("chosen-rating", "rejected-rating"),
 )
+_OF_PAIR_SCORES = (*itertools.chain(*_PAIR_SCORES), "metadata")
 # Sides that have no other fields beside them contain their prompt.
-_BESIDE_SIDES = frozenset((*SIDE_NAMES, *itertools.chain(*_PAIR_SCORES), "metadata"))
+_BESIDE_SIDES = frozenset((*SIDE_NAMES, *_OF_PAIR_SCORES, OTHERS))
 
 
 def _sides(record: Fields) -> tuple[str, str] | None:
@@ -491,6 +507,16 @@ def _exchanged(record: PreferenceRecord) -> PreferenceRecord:
     return replace(record, responses=responses, scores=scores, numbers=numbers, is_exchanged=True)
 
 
+def _unread_fields(record: Fields, content: Content) -> tuple[str, ...]:
+    """Return the names of fields with a value of which nothing was read."""
+    of_scores = ("scores",) if content.field else _OF_PAIR_SCORES if len(content.responses) == 2 else _LABELS
+    used = {OTHERS, content.field, *content.responses, *(of_scores if content.scores is not None else ())}
+    unread = [
+        name for name, value in record.items() if name not in _READ and name not in used and has_value(value)
+    ]
+    return (*unread, *record.get(OTHERS, ()))
+
+
 # What a record has beside its responses: system text, history, tools, arguments of the template.
 def with_context(
     prompt: Prompt, record: Fields, responses: Collection[str], *, is_plain: bool
@@ -524,9 +550,12 @@ def with_context(
         remedy = f"; of the loss: columns: {{loss_weight: {weights[0]}}}" if weights else ""
         unread = [*unread, *weights]
         raise unread_error(f"fields: {', '.join(unread)}{remedy}", unread)
+    tools = next((_tools(record[name]) for name in _TOOLS if name in given), ())
+    sides = [name for name in _TOOLS_OF_SIDES if has_value(record.get(name))]
+    if differing := [name for name in sides if _tools(record[name]) != tools]:
+        raise unread_error(f"fields: {', '.join(differing)}, other than tools", differing)
     if not turns and not given:
         return prompt, (), {}
-    tools = next((_tools(record[name]) for name in _TOOLS if name in given), ())
     return (*turns, *messages), tools, _arguments(record)
 
 

@@ -102,6 +102,7 @@ class PreferenceRecord:
     Responses are messages only after messages. Scores are in their order; those of a ranking never rise, and
     equal ones are ties. The chat template renders the `tools` and gets the `template_arguments`. `numbers`
     are those of `NUMBERS` with an effect; `is_exchanged`: the record's rejected side is the first response.
+    `unread` are fields with a value of which nothing is read.
     """
 
     prompt: Prompt
@@ -112,6 +113,7 @@ class PreferenceRecord:
     template_arguments: Fields = field(default_factory=dict)
     numbers: Mapping[str, float] = field(default_factory=dict)
     is_exchanged: bool = False
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
