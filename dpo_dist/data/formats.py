@@ -4,6 +4,7 @@ To add a format: add its name to `DataFormat`, a function that returns a record'
 and a row to `FORMATS`. `messages` reads the texts and messages in these fields.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -154,9 +155,10 @@ def _parse(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord
     is_plain = row.read in (read_text, read_implicit)
     prompt, tools, arguments = with_context(prompt, record, content.responses, is_plain=is_plain)
     numbers = _numbers(record, len(responses))
-    result = PreferenceRecord(prompt, tuple(responses), origin, content.scores, tools, arguments, numbers)
+    unread = _unread_fields(record, content)
+    of_record = (tuple(responses), origin, content.scores, tools, arguments, numbers)
+    result = PreferenceRecord(prompt, *of_record, unread=unread)
     check_content(result)
-    result = replace(result, unread=_unread_fields(record, content))
     return _exchanged(result) if numbers.get("soft_label", 1.0) < 0.5 else result
 
 
@@ -509,12 +511,18 @@ def _exchanged(record: PreferenceRecord) -> PreferenceRecord:
 
 def _unread_fields(record: Fields, content: Content) -> tuple[str, ...]:
     """Return the names of fields with a value of which nothing was read."""
-    of_scores = ("scores",) if content.field else _OF_PAIR_SCORES if len(content.responses) == 2 else _LABELS
-    used = {OTHERS, content.field, *content.responses, *(of_scores if content.scores is not None else ())}
-    unread = [
-        name for name, value in record.items() if name not in _READ and name not in used and has_value(value)
-    ]
-    return (*unread, *record.get(OTHERS, ()))
+    names = _unused(tuple(record), content.field, tuple(content.responses), content.scores is not None)
+    return (*[name for name in names if has_value(record[name])], *record.get(OTHERS, ()))
+
+
+@functools.lru_cache
+def _unused(
+    fields: tuple[str, ...], field: str | None, responses: tuple[str, ...], has_scores: bool
+) -> list[str]:
+    """Return the fields that a `Content` is not made of, and that no record is dropped for."""
+    of_scores = ("scores",) if field else _OF_PAIR_SCORES if len(responses) == 2 else _LABELS
+    used = {OTHERS, field, *responses, *(of_scores if has_scores else ())}
+    return [name for name in fields if name not in used and name not in _READ]
 
 
 # What a record has beside its responses: system text, history, tools, arguments of the template.
@@ -550,12 +558,12 @@ def with_context(
         remedy = f"; of the loss: columns: {{loss_weight: {weights[0]}}}" if weights else ""
         unread = [*unread, *weights]
         raise unread_error(f"fields: {', '.join(unread)}{remedy}", unread)
+    sides = [name for name in _TOOLS_OF_SIDES if name in record and has_value(record[name])]
+    if not turns and not given and not sides:
+        return prompt, (), {}
     tools = next((_tools(record[name]) for name in _TOOLS if name in given), ())
-    sides = [name for name in _TOOLS_OF_SIDES if has_value(record.get(name))]
     if differing := [name for name in sides if _tools(record[name]) != tools]:
         raise unread_error(f"fields: {', '.join(differing)}, other than tools", differing)
-    if not turns and not given:
-        return prompt, (), {}
     return (*turns, *messages), tools, _arguments(record)
 
 
@@ -666,8 +674,9 @@ def _with_values(record: Fields, name: DataFormat) -> Fields:
         elif field in lists and isinstance(listed := from_json(value), list):
             read[field] = listed
         elif field in _SPELLED and not is_text:
-            read[field] = spelled_messages(value)
-            nested |= _nested_conversation(field, read[field])
+            read[field] = spelled = spelled_messages(value)
+            if spelled[:1] == "{" if isinstance(spelled, str) else isinstance(spelled, Mapping):
+                nested |= _nested_conversation(field, spelled)
     if nested:
         columns = ", ".join(f"{field}: {path}" for field, path in nested.items())
         raise UnusableRecordError("unknown_format", f"objects with messages inside: columns: {{{columns}}}")
