@@ -127,7 +127,7 @@ def in_one_line(counts: Mapping[str, int]) -> str:
 
 def named_in_one_line(names: Iterable[str]) -> str:
     """Return names of fields: "a, b and 3 more"; empty without any."""
-    shown = list(dict.fromkeys(map(shown_key, names)))
+    shown = list(dict.fromkeys(filter(None, map(shown_key, names))))  # not the index that pandas writes
     more = f" and {len(shown) - _NAMED_FIELDS} more" if len(shown) > _NAMED_FIELDS else ""
     return ", ".join(shown[:_NAMED_FIELDS]) + more
 
