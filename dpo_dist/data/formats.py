@@ -17,13 +17,15 @@ from dpo_dist.config.schema import DataConfig, DataFormat, OnBadRecord, SourceCo
 from dpo_dist.data.columns import FIRST_RECORDS, OTHERS, VOTES, resolved, with_columns
 from dpo_dist.data.counts import DataCounts, check_counts
 from dpo_dist.data.messages import (
+    CONVERSATIONS,
     MEDIA,
+    TOOLS,
     Reader,
     check_no_media,
     has_more,
-    is_message,
     is_messages,
     messages_of,
+    nested_conversation,
     read_hh,
     read_implicit,
     read_messages,
@@ -209,9 +211,7 @@ def _unknown_format(record: Fields) -> UnusableRecordError:
 # The prompt.
 # A question in these fields is a user's turn.
 QUESTIONS = ("question", "query", "input")
-CONVERSATIONS = ("conversations", "messages")
 _SYSTEMS = ("system", "system_prompt")
-_TOOLS = ("tools", "functions")
 _ARGUMENTS = "chat_template_kwargs"
 # Parts of the question in some datasets: they must be in the prompt. No format adds `context` to it.
 _OF_PROMPT = ("instruction", *QUESTIONS, "context")
@@ -229,7 +229,7 @@ _READ = {
     "conversation",
     *_SYSTEMS,
     "history",
-    *_TOOLS,
+    *TOOLS,
     *_TOOLS_OF_SIDES,
 }
 _READ |= {_ARGUMENTS, "enable_thinking", *_UNREAD, *_UNREAD_WEIGHTS, *NUMBERS, *VOTES}
@@ -541,12 +541,12 @@ def with_context(
     # Also false: it belongs into the arguments of the template.
     unread += ["enable_thinking"] if record.get("enable_thinking") not in (None, "") else []
     weights = [w for w in _UNREAD_WEIGHTS if record.get(w) not in (None, "") and _number(record[w]) != 1]
-    given = [name for name in (*_TOOLS, _ARGUMENTS) if has_value(record.get(name))]
+    given = [name for name in (*TOOLS, _ARGUMENTS) if has_value(record.get(name))]
     turns: list[Message] = []
     if is_plain or is_dialogue:
         unread += [*given, *(name for name in (*_SYSTEMS, "history") if has_value(record.get(name)))]
     else:
-        unread += _TOOLS[1:] if set(_TOOLS) <= set(given) else ()
+        unread += TOOLS[1:] if set(TOOLS) <= set(given) else ()
         unread += _add_turns_before(turns, record, messages)
     # A dialogue is read from the responses alone; a conversation may repeat the prompt or a response.
     conversations = (*CONVERSATIONS, "conversation")
@@ -561,7 +561,7 @@ def with_context(
     sides = [name for name in _TOOLS_OF_SIDES if name in record and has_value(record[name])]
     if not turns and not given and not sides:
         return prompt, (), {}
-    tools = next((_tools(record[name]) for name in _TOOLS if name in given), ())
+    tools = next((_tools(record[name]) for name in TOOLS if name in given), ())
     if differing := [name for name in sides if _tools(record[name]) != tools]:
         raise unread_error(f"fields: {', '.join(differing)}, other than tools", differing)
     return (*turns, *messages), tools, _arguments(record)
@@ -676,21 +676,11 @@ def _with_values(record: Fields, name: DataFormat) -> Fields:
         elif field in _SPELLED and not is_text:
             read[field] = spelled = spelled_messages(value)
             if spelled[:1] == "{" if isinstance(spelled, str) else isinstance(spelled, Mapping):
-                nested |= _nested_conversation(field, spelled)
+                nested |= nested_conversation(field, spelled)
     if nested:
         columns = ", ".join(f"{field}: {path}" for field, path in nested.items())
         raise UnusableRecordError("unknown_format", f"objects with messages inside: columns: {{{columns}}}")
     return read
-
-
-def _nested_conversation(field: str, value: Any) -> dict[str, str]:
-    """Return the columns of the messages and tools in a field's object, perhaps in JSON; of others none."""
-    whole = from_json(value)
-    if not isinstance(whole, Mapping) or is_message(whole):
-        return {}
-    given = [name for name in CONVERSATIONS if (turns := from_json(whole.get(name))) and is_messages(turns)]
-    columns = {field: f"{field}.{given[0]}"} if given else {}
-    return columns | {name: f"{field}.{name}" for name in _TOOLS if given and has_value(whole.get(name))}
 
 
 # The first that matches is read.

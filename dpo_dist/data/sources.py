@@ -41,12 +41,6 @@ _BATCH_RECORDS = 64
 _LINE_BYTES = 64
 # More than this expansion is no text that was compressed.
 _MAX_EXPANSION = 100
-_MARKS = {
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
 _ARGUMENTS = ("arguments", "parameters")
 _SUFFIXES = (*_KINDS, *_COMPRESSIONS)
 _GLOB = re.compile(r"[*?\[]")
@@ -440,18 +434,15 @@ def write_records(records: Iterable[Any], folder: Path, name: str) -> Path:
 
 
 def _opened(file: Path, path: str) -> io.BufferedReader:
-    """Open a file, uncompressed. Raises DataError: it is text of 2 or 4 bytes a character."""
+    """Open a file, uncompressed. Raises DataError: it is in UTF-16, with or without its mark."""
     raw = pyarrow.input_stream(file, compression=_COMPRESSIONS.get(file.suffix))
     stream = io.BufferedReader(raw, _BLOCK_BYTES)
-    start = stream.peek(4)[:4]
-    encoding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), None)
-    if encoding is None and start[:2].count(0) == 1:
-        encoding = "UTF-16"  # without its mark
-    if encoding is not None:
+    start = stream.peek(2)[:2]
+    if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or start.count(0) == 1:
         raise DataError(
-            f"the file is in {encoding}, not in UTF-8",
+            "the file is in UTF-16, not in UTF-8",
             where=path,
-            remedy=f"save it as UTF-8 (Excel: CSV UTF-8): iconv -f {encoding} -t UTF-8 OLD > NEW",
+            remedy="save it as UTF-8 (Excel: CSV UTF-8): iconv -f UTF-16 -t UTF-8 OLD > NEW",
         )
     return stream
 
