@@ -667,7 +667,8 @@ def _with_values(record: Fields, name: DataFormat) -> Fields:
     """Return a record with the messages and lists that its texts spell as JSON, as cells of a table do."""
     is_text = name in (DataFormat.text, DataFormat.implicit_prompt, DataFormat.hh)
     lists = LISTS if name is DataFormat.ranked else _SPELLED_LISTS
-    read, nested = dict(record), dict[str, str]()
+    read = dict(record)
+    nested: dict[str, str] = {}
     for field, value in record.items():
         if field in CONVERSATIONS:
             read[field] = from_json(value)

@@ -349,7 +349,9 @@ def read_file(file: Path, path: str) -> Iterator[RawRecord]:
                 values = _lines(_opened(file, path))
             case ".json":
                 limit = max(MAX_RECORD_BYTES, _MAX_EXPANSION * file.stat().st_size)
-                if len(content := _opened(file, path).read(limit + 1)) > limit:
+                blocks = iter(partial(_opened(file, path).read, _BLOCK_BYTES), b"")
+                content = b"".join(itertools.islice(blocks, limit // _BLOCK_BYTES + 2))
+                if len(content) > limit:
                     raise ValueError(f"the file expands to more than {limit:,} bytes")
                 elements = parse_json(content)
                 if not isinstance(elements, list):
@@ -412,7 +414,7 @@ def write_records(records: Iterable[Any], folder: Path, name: str) -> Path:
     `name`: of the argument, for errors. Raises ConfigError: there are none, or one is not of JSON's types.
     """
     lines = list[str]()
-    is_dataset = hasattr(records, "with_format")
+    is_dataset = hasattr(records, "with_format") and hasattr(records, "iter")
     others = _dataset_rows(records) if is_dataset else map(_with_given_arguments, records)
     for record in records if isinstance(records, list) else others:
         try:
