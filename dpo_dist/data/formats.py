@@ -221,7 +221,7 @@ _UNREAD = ("documents", *MEDIA, *(f"{side}_{name}" for side in ("chosen", "rejec
 _UNREAD_WEIGHTS = ("weight", "sample_weight")
 # Tools of one side: both are rendered with those of the record.
 _TOOLS_OF_SIDES = ("chosen_tools", "rejected_tools")
-# Fields of which each value is read, or drops its record.
+# Fields of which each value is read, or drops its record; and how `pairs` made it.
 _READ = {
     "prompt",
     *_OF_PROMPT,
@@ -232,7 +232,7 @@ _READ = {
     *TOOLS,
     *_TOOLS_OF_SIDES,
 }
-_READ |= {_ARGUMENTS, "enable_thinking", *_UNREAD, *_UNREAD_WEIGHTS, *NUMBERS, *VOTES}
+_READ |= {"provenance", _ARGUMENTS, "enable_thinking", *_UNREAD, *_UNREAD_WEIGHTS, *NUMBERS, *VOTES}
 
 
 def prompt_of(record: Fields, responses: Iterable[Any]) -> Any:
