@@ -10,7 +10,7 @@ from dpo_dist.config.schema import DataFormat, SourceConfig
 from dpo_dist.config.user_code import user_function
 from dpo_dist.data.messages import CALLING, ROLES
 from dpo_dist.data.records import BadRecord, Fields, RawRecord, shown_key
-from dpo_dist.data.values import from_json, parse_json
+from dpo_dist.data.values import from_json, has_value, parse_json
 from dpo_dist.foundation.errors import ConfigError, DataError
 
 READER = "reader"
@@ -26,8 +26,8 @@ _RESPONSES = ("completion", "responses", "output")
 _WHOLE = "record"
 # The fields that formats read; `record` is an object with all of them.
 FIELDS = (*_PROMPTS, *_SIDES, *_OTHER_SIDES, *_RESPONSES, *_OPTIONAL, _WHOLE)
-# With null: no column is read except those that are named.
-_OTHERS = "*"
+OTHERS = "*"
+"""With null: no column is read except those that are named. In a record: the names of columns left out."""
 _MAX_SHOWN = 20
 _MISSING = object()
 FIRST_RECORDS = 20
@@ -45,7 +45,7 @@ def with_columns(records: Iterator[RawRecord], source: SourceConfig) -> Iterator
                 "columns has a name that no format reads",
                 where=f"columns.{name} of {source.path}",
                 got=name,
-                expected=", ".join((*FIELDS, f"{_OTHERS} with null")),
+                expected=", ".join((*FIELDS, f"{OTHERS} with null")),
                 remedy="write columns: {prompt: NAME}",
             )
     if source.reader is not None:
@@ -71,7 +71,9 @@ def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[Raw
     paths = {field: path for field, path in columns.items() if path is not None}
     # `metadata` is not a field itself: a pair's scores in it stay.
     outer = {path.split(".")[0] for path in paths.values()} - {"metadata"}
-    hidden = {*columns, *paths.values(), *outer}
+    known, has_others = {*paths.values(), *outer}, OTHERS in columns
+    hidden = {*columns, *known}
+    known |= columns.keys() - paths.keys()
     unseen, seen = dict(paths), dict[str, None]()
     what = "no record has"
     for number, (record, origin) in enumerate(records, start=1):
@@ -87,10 +89,15 @@ def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[Raw
         if number >= FIRST_RECORDS and seen and not unseen.keys() <= set(_OPTIONAL):
             what = f"none of the first {number} records has"
             break
-        rest = {} if _OTHERS in columns else {name: record[name] for name in record if name not in hidden}
+        rest = {} if has_others else {name: record[name] for name in record if name not in hidden}
         whole = from_json(values.pop(_WHOLE, None if _WHOLE in paths else {}))
         if isinstance(whole, Mapping):
-            yield {**rest, **whole, **values}, origin
+            names = [
+                name
+                for name in record
+                if name not in known and (name in paths or has_others) and has_value(record[name])
+            ]
+            yield {**rest, **whole, **values, **({OTHERS: names} if names else {})}, origin
         else:
             yield BadRecord("missing_field", origin, f"{paths[_WHOLE]} is no object"), origin
     if unseen and seen:
@@ -203,7 +210,7 @@ def _described(source: SourceConfig, folder: Path, entry: Fields) -> SourceConfi
         raise ValueError(", ".join(faults))
     columns: dict[str, str | None] | None = None
     if named:  # as in LLaMA-Factory, no other column is read
-        columns = {**{field_of[name]: column for name, column in named.items()}, _OTHERS: None}
+        columns = {**{field_of[name]: column for name, column in named.items()}, OTHERS: None}
     elif entry.get("ranking") is False:
         columns = dict.fromkeys(_SIDES)
     limits = [limit for limit in (source.limit, entry.get("num_samples")) if limit is not None]

@@ -11,12 +11,13 @@ import yaml
 from dpo_dist.batching.sampler import BatchSampler
 from dpo_dist.config.schema import DataConfig, TextTemplate
 from dpo_dist.data.lengths import SourceLengths, fitting_limits
-from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN, BadRecord, Record
+from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN, BadRecord, Record, shown_key
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.text import counted
 
 SHOWN_EXAMPLES = 20
 _NAMED_EXAMPLES = 3
+_NAMED_FIELDS = 12
 NOT_ASKED = "prompts_dropped_"
 """Before the reason for which a prompt is not asked, in the name of a count."""
 EMPTY_REMEDY = "check the path, or remove the source"
@@ -122,6 +123,13 @@ def in_one_line(counts: Mapping[str, int]) -> str:
         for name, number in sorted(counts.items())
         if number
     )
+
+
+def named_in_one_line(names: Iterable[str]) -> str:
+    """Return names of fields: "a, b and 3 more"; empty without any."""
+    shown = list(dict.fromkeys(filter(None, map(shown_key, names))))  # not the index that pandas writes
+    more = f" and {len(shown) - _NAMED_FIELDS} more" if len(shown) > _NAMED_FIELDS else ""
+    return ", ".join(shown[:_NAMED_FIELDS]) + more
 
 
 def count_lines(counts: Mapping[str, int]) -> list[str]:

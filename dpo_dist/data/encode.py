@@ -86,7 +86,7 @@ def encode_pair(
         np.array(kept_prompt, dtype=np.int32),
         tuple(np.array(ids, dtype=np.int32) for ids in kept),
         tuple(trained),
-        rendered.changes.union(name for name, is_so in changes.items() if is_so),
+        rendered.changes.union(record.numbers, (name for name, is_so in changes.items() if is_so)),
         truncated,
         rendered.read_as,
         lengths,

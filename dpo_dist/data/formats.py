@@ -4,6 +4,7 @@ To add a format: add its name to `DataFormat`, a function that returns a record'
 and a row to `FORMATS`. `messages` reads the texts and messages in these fields.
 """
 
+import functools
 import itertools
 import json
 import math
@@ -13,15 +14,18 @@ from typing import Any, NamedTuple
 
 from dpo_dist.config.losses import NUMBERS
 from dpo_dist.config.schema import DataConfig, DataFormat, OnBadRecord, SourceConfig
-from dpo_dist.data.columns import FIRST_RECORDS, VOTES, resolved, with_columns
+from dpo_dist.data.columns import FIRST_RECORDS, OTHERS, VOTES, resolved, with_columns
 from dpo_dist.data.counts import DataCounts, check_counts
 from dpo_dist.data.messages import (
+    CONVERSATIONS,
     MEDIA,
+    TOOLS,
     Reader,
     check_no_media,
     has_more,
     is_messages,
     messages_of,
+    nested_conversation,
     read_hh,
     read_implicit,
     read_messages,
@@ -33,6 +37,7 @@ from dpo_dist.data.messages import (
 )
 from dpo_dist.data.records import (
     FIRST_TURN,
+    MAX_RECORD_BYTES,
     BadRecord,
     Dialogue,
     Fields,
@@ -152,7 +157,9 @@ def _parse(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord
     is_plain = row.read in (read_text, read_implicit)
     prompt, tools, arguments = with_context(prompt, record, content.responses, is_plain=is_plain)
     numbers = _numbers(record, len(responses))
-    result = PreferenceRecord(prompt, tuple(responses), origin, content.scores, tools, arguments, numbers)
+    unread = _unread_fields(record, content)
+    of_record = (tuple(responses), origin, content.scores, tools, arguments, numbers)
+    result = PreferenceRecord(prompt, *of_record, unread=unread)
     check_content(result)
     return _exchanged(result) if numbers.get("soft_label", 1.0) < 0.5 else result
 
@@ -196,7 +203,7 @@ def _check_no_other(record: Fields, content: Content) -> None:
 
 
 def _unknown_format(record: Fields) -> UnusableRecordError:
-    shown = [shown_key(key) for key, value in record.items() if value is not None]
+    shown = [shown_key(key) for key, value in record.items() if value is not None and key != OTHERS]
     shown[_MAX_SHOWN_KEYS:] = ["..."] if len(shown) > _MAX_SHOWN_KEYS else []
     return UnusableRecordError("unknown_format", f"fields: {', '.join(shown) or 'none'}")
 
@@ -204,9 +211,7 @@ def _unknown_format(record: Fields) -> UnusableRecordError:
 # The prompt.
 # A question in these fields is a user's turn.
 QUESTIONS = ("question", "query", "input")
-CONVERSATIONS = ("conversations", "messages")
 _SYSTEMS = ("system", "system_prompt")
-_TOOLS = ("tools", "functions")
 _ARGUMENTS = "chat_template_kwargs"
 # Parts of the question in some datasets: they must be in the prompt. No format adds `context` to it.
 _OF_PROMPT = ("instruction", *QUESTIONS, "context")
@@ -214,6 +219,20 @@ _OF_PROMPT = ("instruction", *QUESTIONS, "context")
 _UNREAD = ("documents", *MEDIA, *(f"{side}_{name}" for side in ("chosen", "rejected") for name in MEDIA))
 # Perhaps weights of a record in the loss; a value other than 1 is not read.
 _UNREAD_WEIGHTS = ("weight", "sample_weight")
+# Tools of one side: both are rendered with those of the record.
+_TOOLS_OF_SIDES = ("chosen_tools", "rejected_tools")
+# Fields of which each value is read, or drops its record; and how `pairs` made it.
+_READ = {
+    "prompt",
+    *_OF_PROMPT,
+    *CONVERSATIONS,
+    "conversation",
+    *_SYSTEMS,
+    "history",
+    *TOOLS,
+    *_TOOLS_OF_SIDES,
+}
+_READ |= {"provenance", _ARGUMENTS, "enable_thinking", *_UNREAD, *_UNREAD_WEIGHTS, *NUMBERS, *VOTES}
 
 
 def prompt_of(record: Fields, responses: Iterable[Any]) -> Any:
@@ -268,8 +287,9 @@ _PAIR_SCORES = (
     ("chosen_rating", "rejected_rating"),
     ("chosen-rating", "rejected-rating"),
 )
+_OF_PAIR_SCORES = (*itertools.chain(*_PAIR_SCORES), "metadata")
 # Sides that have no other fields beside them contain their prompt.
-_BESIDE_SIDES = frozenset((*SIDE_NAMES, *itertools.chain(*_PAIR_SCORES), "metadata"))
+_BESIDE_SIDES = frozenset((*SIDE_NAMES, *_OF_PAIR_SCORES, OTHERS))
 
 
 def _sides(record: Fields) -> tuple[str, str] | None:
@@ -489,6 +509,22 @@ def _exchanged(record: PreferenceRecord) -> PreferenceRecord:
     return replace(record, responses=responses, scores=scores, numbers=numbers, is_exchanged=True)
 
 
+def _unread_fields(record: Fields, content: Content) -> tuple[str, ...]:
+    """Return the names of fields with a value of which nothing was read."""
+    names = _unused(tuple(record), content.field, tuple(content.responses), content.scores is not None)
+    return (*[name for name in names if has_value(record[name])], *record.get(OTHERS, ()))
+
+
+@functools.lru_cache
+def _unused(
+    fields: tuple[str, ...], field: str | None, responses: tuple[str, ...], has_scores: bool
+) -> list[str]:
+    """Return the fields that a `Content` is not made of, and that no record is dropped for."""
+    of_scores = ("scores",) if field else _OF_PAIR_SCORES if len(responses) == 2 else _LABELS
+    used = {OTHERS, field, *responses, *(of_scores if has_scores else ())}
+    return [name for name in fields if name not in used and name not in _READ]
+
+
 # What a record has beside its responses: system text, history, tools, arguments of the template.
 def with_context(
     prompt: Prompt, record: Fields, responses: Collection[str], *, is_plain: bool
@@ -505,12 +541,12 @@ def with_context(
     # Also false: it belongs into the arguments of the template.
     unread += ["enable_thinking"] if record.get("enable_thinking") not in (None, "") else []
     weights = [w for w in _UNREAD_WEIGHTS if record.get(w) not in (None, "") and _number(record[w]) != 1]
-    given = [name for name in (*_TOOLS, _ARGUMENTS) if has_value(record.get(name))]
+    given = [name for name in (*TOOLS, _ARGUMENTS) if has_value(record.get(name))]
     turns: list[Message] = []
     if is_plain or is_dialogue:
         unread += [*given, *(name for name in (*_SYSTEMS, "history") if has_value(record.get(name)))]
     else:
-        unread += _TOOLS[1:] if set(_TOOLS) <= set(given) else ()
+        unread += TOOLS[1:] if set(TOOLS) <= set(given) else ()
         unread += _add_turns_before(turns, record, messages)
     # A dialogue is read from the responses alone; a conversation may repeat the prompt or a response.
     conversations = (*CONVERSATIONS, "conversation")
@@ -522,9 +558,12 @@ def with_context(
         remedy = f"; of the loss: columns: {{loss_weight: {weights[0]}}}" if weights else ""
         unread = [*unread, *weights]
         raise unread_error(f"fields: {', '.join(unread)}{remedy}", unread)
-    if not turns and not given:
+    sides = [name for name in _TOOLS_OF_SIDES if name in record and has_value(record[name])]
+    if not turns and not given and not sides:
         return prompt, (), {}
-    tools = next((_tools(record[name]) for name in _TOOLS if name in given), ())
+    tools = next((_tools(record[name]) for name in TOOLS if name in given), ())
+    if differing := [name for name in sides if _tools(record[name]) != tools]:
+        raise unread_error(f"fields: {', '.join(differing)}, other than tools", differing)
     return (*turns, *messages), tools, _arguments(record)
 
 
@@ -594,9 +633,11 @@ def check_content(record: PreferenceRecord) -> None:
         [(turn.role, turn.content.strip(), turn.fields) for turn in turns] for turns in (prompt, *responses)
     ]
     try:
-        _json([values, record.tools, record.template_arguments]).encode()
+        size = len(_json([values, record.tools, record.template_arguments]).encode())
     except UnicodeEncodeError:
         raise UnusableRecordError("invalid_unicode", "a text has a lone surrogate") from None
+    if size > MAX_RECORD_BYTES:
+        raise UnusableRecordError("unparsable", f"{size:,} bytes, more than {MAX_RECORD_BYTES:,}")
     if not any(map(_has_content, prompt)):
         raise UnusableRecordError("empty_prompt")
     for turns in responses:
@@ -618,19 +659,28 @@ def _json(values: Any) -> str:
 
 # Text in these fields may spell out messages.
 _SPELLED = ("prompt", *QUESTIONS, "context", "completion", *SIDE_NAMES, "response")
+# In others a list is written only as such: an `output` can be a text that happens to be JSON.
+_SPELLED_LISTS = ("responses", "completions")
 
 
 def _with_values(record: Fields, name: DataFormat) -> Fields:
     """Return a record with the messages and lists that its texts spell as JSON, as cells of a table do."""
     is_text = name in (DataFormat.text, DataFormat.implicit_prompt, DataFormat.hh)
+    lists = LISTS if name is DataFormat.ranked else _SPELLED_LISTS
     read = dict(record)
+    nested: dict[str, str] = {}
     for field, value in record.items():
         if field in CONVERSATIONS:
             read[field] = from_json(value)
-        elif field in LISTS and isinstance(listed := from_json(value), list):
+        elif field in lists and isinstance(listed := from_json(value), list):
             read[field] = listed
         elif field in _SPELLED and not is_text:
-            read[field] = spelled_messages(value)
+            read[field] = spelled = spelled_messages(value)
+            if spelled[:1] == "{" if isinstance(spelled, str) else isinstance(spelled, Mapping):
+                nested |= nested_conversation(field, spelled)
+    if nested:
+        columns = ", ".join(f"{field}: {path}" for field, path in nested.items())
+        raise UnusableRecordError("unknown_format", f"objects with messages inside: columns: {{{columns}}}")
     return read
 
 

@@ -19,6 +19,8 @@ from dpo_dist.data.records import (
 )
 from dpo_dist.data.values import from_json, has_value
 
+CONVERSATIONS = ("conversations", "messages")
+TOOLS = ("tools", "functions")
 # Roles as other programs write them, and as chat templates do.
 ROLES = {
     **dict.fromkeys(("human", "User", "Human"), "user"),
@@ -77,6 +79,16 @@ def spelled_messages(value: Any) -> Any:
     is_conversation = isinstance(messages, list) and bool(messages) and is_messages(messages)
     roles = [message.get("role", message.get("from")) for message in messages] if is_conversation else [None]
     return messages if all(role in _ALL_ROLES for role in roles) else value
+
+
+def nested_conversation(field: str, value: Any) -> dict[str, str]:
+    """Return the columns of the messages and tools in a field's object, perhaps in JSON; of others none."""
+    whole = from_json(value)
+    if not isinstance(whole, Mapping) or is_message(whole):
+        return {}
+    given = [name for name in CONVERSATIONS if (turns := from_json(whole.get(name))) and is_messages(turns)]
+    columns = {field: f"{field}.{given[0]}"} if given else {}
+    return columns | {name: f"{field}.{name}" for name in TOOLS if given and has_value(whole.get(name))}
 
 
 def messages_of(value: Any, role: str) -> Messages:

@@ -24,6 +24,8 @@ FIRST_TURN, LAST_TURN = "\n\nHuman:", "\n\nAssistant:"
 DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 HELD_OUT, LEFT_IN_TRAIN = "held_out_for_eval", "left_in_train"
+MAX_RECORD_BYTES = 2**27
+"""Of a record, in a file and as it is read: more is a damaged file, or one that expands without end."""
 _MAX_SHOWN_CHARACTERS = 40
 _MAX_SHOWN_WORDS = 3
 
@@ -100,6 +102,7 @@ class PreferenceRecord:
     Responses are messages only after messages. Scores are in their order; those of a ranking never rise, and
     equal ones are ties. The chat template renders the `tools` and gets the `template_arguments`. `numbers`
     are those of `NUMBERS` with an effect; `is_exchanged`: the record's rejected side is the first response.
+    `unread` are fields with a value of which nothing is read.
     """
 
     prompt: Prompt
@@ -110,6 +113,7 @@ class PreferenceRecord:
     template_arguments: Fields = field(default_factory=dict)
     numbers: Mapping[str, float] = field(default_factory=dict)
     is_exchanged: bool = False
+    unread: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Read the records of a source: a file, a pattern, a folder, or a dataset on the Hugging Face Hub.
 
-Files are JSON lines, JSON, CSV and Parquet.
+Files are JSON lines, JSON, CSV, TSV and Parquet.
 """
 
+import codecs
 import contextlib
 import csv
 import glob
@@ -14,27 +15,32 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO, TypeVar, cast
+from typing import Any, BinaryIO, TypeVar
 
 import pyarrow
 import pyarrow.parquet
 
 from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.columns import is_saved, resolved, with_columns
-from dpo_dist.data.records import BadRecord, Origin, RawRecord, shown_key
-from dpo_dist.data.values import parse_json, without_nulls
+from dpo_dist.data.records import MAX_RECORD_BYTES, BadRecord, Origin, RawRecord, shown_key
+from dpo_dist.data.values import NOT_UTF8, json_parsers, parse_json, with_parsed_json, without_nulls
 from dpo_dist.foundation.errors import ConfigError, DataError, dead_link, first_line
 from dpo_dist.foundation.files import remembered_digest, text_digest, write_text
 
 T = TypeVar("T")
 
-_KINDS = (".jsonl", ".json", ".csv", ".parquet")
-_COMPRESSED_KINDS = (".jsonl", ".json", ".csv")
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_COMPRESSED_KINDS = (".jsonl", ".json", *_SEPARATORS)
+_KINDS = (*_COMPRESSED_KINDS, ".parquet")
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _BLOCK_BYTES = 2**20
 _BATCH_RECORDS = 64
-_MAX_CELL_CHARACTERS = 2**31 - 1
+# For each line between records: reading many empty ones takes minutes.
+_LINE_BYTES = 64
+# More than this expansion is no text that was compressed.
+_MAX_EXPANSION = 100
 _ARGUMENTS = ("arguments", "parameters")
 _SUFFIXES = (*_KINDS, *_COMPRESSIONS)
 _GLOB = re.compile(r"[*?\[]")
@@ -264,7 +270,12 @@ def _saved_records(folder: Path, source: SourceConfig) -> Iterator[RawRecord]:
     with _as_data_error(source):
         saved = load_from_disk(str(folder))
     splits = {"train": saved} if isinstance(saved, Dataset) else saved
-    return _records(_numbered(_of_split(source, splits)), source.path)
+    return _records(enumerate(_dataset_rows(_of_split(source, splits)), start=1), source.path)
+
+
+def _dataset_rows(dataset: Any) -> Iterator[Any]:
+    # As stored: decoded, images need packages, and nulls in JSON are like those of tables.
+    return _table_rows(dataset.with_format("arrow").iter(_BATCH_RECORDS))
 
 
 # The Hugging Face Hub.
@@ -329,22 +340,27 @@ def file_kind(file: Path) -> str | None:
 def read_file(file: Path, path: str) -> Iterator[RawRecord]:
     """Yield the records of a file, or why they cannot be read, in its order; only a .json is read whole.
 
-    Their origin is `path` with the 1-based line of their start in .jsonl and .csv, their number elsewhere.
+    Their origin is `path` with the 1-based line of their start, in .parquet and .json their number.
     Raises DataError: the file cannot be read.
     """
     try:
         match file_kind(file):
             case ".jsonl":
-                values = _lines(_opened(file))
+                values = _lines(_opened(file, path))
             case ".json":
-                elements = parse_json(_opened(file).read())
+                limit = max(MAX_RECORD_BYTES, _MAX_EXPANSION * file.stat().st_size)
+                blocks = iter(partial(_opened(file, path).read, _BLOCK_BYTES), b"")
+                content = b"".join(itertools.islice(blocks, limit // _BLOCK_BYTES + 2))
+                if len(content) > limit:
+                    raise ValueError(f"the file expands to more than {limit:,} bytes")
+                elements = parse_json(content)
                 if not isinstance(elements, list):
                     raise ValueError("the JSON file is not an array")
                 values = enumerate(elements, start=1)
-            case ".csv":
-                values = _csv_rows(_opened(file))
+            case ".csv" | ".tsv" as kind:
+                values = _table_lines(_opened(file, path), path, _SEPARATORS[kind])
             case _:
-                values = _numbered(_parquet_rows(file))
+                values = enumerate(_parquet_rows(file), start=1)
         yield from _records(values, path)
     except (OSError, ValueError, pyarrow.ArrowException, csv.Error) as fault:
         raise DataError(
@@ -354,7 +370,7 @@ def read_file(file: Path, path: str) -> Iterator[RawRecord]:
             got=first_line(fault).partition("\\n")[0].rstrip(),
             expected="a whole file of the kind that its name says; a .json file is one array of objects",
             remedy="if the file is damaged or incomplete, write or download it again; rename a file with one "
-            "object per line to .jsonl",
+            "object per line to .jsonl; save text of another encoding as UTF-8",
         ) from fault
 
 
@@ -371,9 +387,15 @@ def _records(values: Iterable[tuple[int, Any]], path: str) -> Iterator[RawRecord
             yield BadRecord("unparsable", origin, detail), origin
 
 
-def _numbered(rows: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-    """Number the rows of a table, and give tool calls back the arguments that were written."""
-    return enumerate(map(_with_given_arguments, rows), start=1)
+def _table_rows(tables: Iterable[Any]) -> Iterator[Any]:
+    """Yield the rows of Arrow tables as they were before: with JSON parsed, arguments of calls as given."""
+    for table in tables:
+        parsers = json_parsers(table.schema)
+        for row in map(_with_given_arguments, table.to_pylist()):
+            try:
+                yield with_parsed_json(row, parsers) if parsers else row
+            except ValueError as fault:
+                yield ValueError(f"JSON in a column: {fault}")
 
 
 def _with_given_arguments(value: Any) -> Any:
@@ -392,7 +414,9 @@ def write_records(records: Iterable[Any], folder: Path, name: str) -> Path:
     `name`: of the argument, for errors. Raises ConfigError: there are none, or one is not of JSON's types.
     """
     lines = list[str]()
-    for record in records if isinstance(records, list) else map(_with_given_arguments, records):
+    is_dataset = hasattr(records, "with_format") and hasattr(records, "iter")
+    others = _dataset_rows(records) if is_dataset else map(_with_given_arguments, records)
+    for record in records if isinstance(records, list) else others:
         try:
             lines.append(json.dumps(record) + "\n")
         except (TypeError, ValueError, RecursionError) as error:
@@ -411,15 +435,27 @@ def write_records(records: Iterable[Any], folder: Path, name: str) -> Path:
     return file
 
 
-def _opened(file: Path) -> BinaryIO:
-    stream = pyarrow.input_stream(file, compression=_COMPRESSIONS.get(file.suffix))
-    return cast(BinaryIO, io.BufferedReader(stream, _BLOCK_BYTES))
+def _opened(file: Path, path: str) -> io.BufferedReader:
+    """Open a file, uncompressed. Raises DataError: it is in UTF-16, with or without its mark."""
+    raw = pyarrow.input_stream(file, compression=_COMPRESSIONS.get(file.suffix))
+    stream = io.BufferedReader(raw, _BLOCK_BYTES)
+    start = stream.peek(2)[:2]
+    if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or start.count(0) == 1:
+        raise DataError(
+            "the file is in UTF-16, not in UTF-8",
+            where=path,
+            remedy="save it as UTF-8 (Excel: CSV UTF-8): iconv -f UTF-16 -t UTF-8 OLD > NEW",
+        )
+    return stream
 
 
 def _lines(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
     # Lines of bytes end at newlines only, not at Unicode separators.
-    for number, line in enumerate(stream, start=1):
-        if line.strip():
+    blank = 0
+    for number, line in enumerate(iter(partial(stream.readline, MAX_RECORD_BYTES + 1), b""), start=1):
+        blank = blank + len(line) + _LINE_BYTES if line.isspace() else 0
+        _check_size(max(blank, len(line)), number)
+        if not blank:
             try:
                 value = parse_json(line)
             except ValueError as fault:
@@ -427,19 +463,74 @@ def _lines(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
             yield number, value
 
 
-def _csv_rows(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
-    csv.field_size_limit(_MAX_CELL_CHARACTERS)
+def _check_size(size: int, line: int) -> None:
+    if size > MAX_RECORD_BYTES:
+        lines = MAX_RECORD_BYTES // _LINE_BYTES
+        raise ValueError(
+            f"line {line:,}: over {MAX_RECORD_BYTES:,} bytes, or {lines:,} lines, without the end of a record"
+        )
+
+
+def _table_lines(stream: BinaryIO, path: str, separator: str) -> Iterator[tuple[int, Any]]:
     # Bytes that are not UTF-8 become lone surrogates, so that only their own record is bad.
-    rows = csv.reader(io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline=""), strict=True)
+    text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
+    size = 0  # since the last record
+
+    def lines() -> Iterator[str]:
+        nonlocal size
+        for number, line in enumerate(iter(partial(text.readline, MAX_RECORD_BYTES + 1), ""), start=1):
+            if number == 1:
+                _check_header(line, path, separator)
+            size += len(line) + _LINE_BYTES
+            _check_size(size, number)
+            yield line
+
+    csv.field_size_limit(MAX_RECORD_BYTES)
+    rows = csv.reader(lines(), delimiter=separator, strict=True)
     header = next(rows, [])
     _check_columns(header)
     line = rows.line_num + 1
     for cells in rows:
         if len(cells) > len(header):
             yield line, ValueError(f"{len(cells)} cells for {len(header)} columns")
+        elif not _is_utf8("".join(cells)):
+            yield line, ValueError(NOT_UTF8)
         elif cells:
             yield line, dict(zip(header, cells, strict=False))
+        size = 0 if cells else size
         line = rows.line_num + 1
+
+
+def _check_header(header: str, path: str, separator: str) -> None:
+    """Check the first line of a table. Raises DataError: it is not UTF-8, or has another separator."""
+    if not _is_utf8(header):
+        raise DataError(
+            "the table is not in UTF-8",
+            where=path,
+            got="other bytes in its header",
+            remedy="save it as UTF-8 (Excel: CSV UTF-8; of Windows: iconv -f CP1252 -t UTF-8 OLD > NEW)",
+        )
+    other = next((other for other in ("\t", ";", "|", ",") if other in header), None)
+    if other and separator not in header:
+        kind = next((kind for kind, known in _SEPARATORS.items() if other == known), None)
+        read = f"pandas.read_csv('OLD', sep={other!r}, dtype=str, keep_default_na=False)"
+        write = f"write commas: python -c \"import pandas; {read}.to_csv('NEW.csv', index=False)\""
+        raise DataError(
+            f"the columns of the table are not separated by {separator!r}",
+            where=path,
+            got=f"a header with {other!r}",
+            expected=", ".join(f"{known!r} in a {kind}" for kind, known in _SEPARATORS.items()),
+            remedy=f"rename the file to {kind}" if kind else write,
+        )
+
+
+def _is_utf8(text: str) -> bool:
+    """Return whether a text has no bytes that are not UTF-8, as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_columns(names: list[str]) -> None:
@@ -451,8 +542,7 @@ def _parquet_rows(file: Path) -> Iterator[Any]:
     # Buffered: else a whole column of a row group is loaded at once.
     table = pyarrow.parquet.ParquetFile(file, buffer_size=_BLOCK_BYTES, pre_buffer=False)
     _check_columns(table.schema_arrow.names)
-    for batch in table.iter_batches(batch_size=_BATCH_RECORDS):
-        yield from batch.to_pylist()
+    yield from _table_rows(table.iter_batches(batch_size=_BATCH_RECORDS))
 
 
 # Labels.

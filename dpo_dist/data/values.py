@@ -2,16 +2,23 @@
 
 import ast
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
+import pyarrow
+
+_EXTENSION = b"ARROW:extension:name"
 _NO_VALUES: tuple[Any, ...] = (None, "", "[]", "{}", "null", [], {}, ())
+NOT_UTF8 = "not UTF-8"
 
 
-def parse_json(content: bytes) -> Any:
+def parse_json(content: bytes | str) -> Any:
     """Parse JSON in UTF-8. Raises ValueError, which does not quote it: also if a key is there twice."""
     try:
-        return _JSON.decode(content.decode("utf-8-sig"))
+        return _JSON.decode(content if isinstance(content, str) else content.decode("utf-8-sig"))
+    except UnicodeDecodeError as fault:
+        raise ValueError(NOT_UTF8) from fault
     except RecursionError as fault:
         raise ValueError("nested too deeply") from fault
 
@@ -39,6 +46,36 @@ def from_json(value: Any) -> Any:
         return ast.literal_eval(value.strip()) if is_printed else value
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return value
+
+
+def json_parsers(fields: Iterable[pyarrow.Field]) -> dict[str, Callable[[Any], Any]]:
+    """Return by name what parses the values of Arrow fields that store JSON as text, perhaps deep inside.
+
+    Arrow's own type of such texts is that of values of mixed types in `datasets`.
+    """
+    return {field.name: parse for field in fields if (parse := _json_parser(field)) is not None}
+
+
+def _json_parser(field: pyarrow.Field) -> Callable[[Any], Any] | None:
+    kind = field.type
+    # A type that pyarrow does not know is that of its storage, and the field has its name.
+    name = getattr(kind, "extension_name", "") or (field.metadata or {}).get(_EXTENSION, b"").decode()
+    if name.endswith("json"):  # "arrow.json", "google:sqlType:json"
+        return lambda text: None if text is None else parse_json(text)
+    parsers = json_parsers(map(kind.field, range(kind.num_fields)))
+    if not parsers or pyarrow.types.is_map(kind):
+        return None
+    if pyarrow.types.is_struct(kind):
+        return partial(with_parsed_json, parsers=parsers)
+    [parse] = parsers.values()
+    return lambda items: items and list(map(parse, items))
+
+
+def with_parsed_json(fields: Any, parsers: Mapping[str, Callable[[Any], Any]]) -> Any:
+    """Return an object, or None, with the values of `json_parsers`. Raises ValueError: one is no JSON."""
+    if not fields:
+        return fields
+    return {name: parsers[name](value) if name in parsers else value for name, value in fields.items()}
 
 
 def without_nulls(value: Any) -> Any:

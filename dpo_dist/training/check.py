@@ -10,10 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Offload, ReferenceMode, Resume, RunConfig, SourceConfig
-from dpo_dist.data.counts import check_counts, in_one_line, read_in_words
+from dpo_dist.data.counts import check_counts, in_one_line, named_in_one_line, read_in_words
 from dpo_dist.data.dataset import PreferenceDataset, check_fits_loss
 from dpo_dist.data.encode import encode_records
 from dpo_dist.data.formats import read_records
+from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.data.sources import pinned
 from dpo_dist.data.store import columns_of, counts_of, lengths_of
 from dpo_dist.data.template import check_template_keys
@@ -69,8 +70,8 @@ def rehearse(
     for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         for index, source in enumerate(sources):
             name = f"{key}[{index}]"
-            text, mean = _first_records(source, name, config, tokenizer)
-            lines.append((name, text))
+            text, unread, mean = _first_records(source, name, config, tokenizer)
+            lines += [(name, text), *([("  not read", unread)] if unread else [])]
             tokens.append(mean)
     if plan is not None:
         fits, hours = plan(config, fmean(tokens[: len(config.data.train)]))
@@ -111,8 +112,8 @@ def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _first_records(
     source: SourceConfig, key: str, config: RunConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, float]:
-    """Read, encode and check the first records of a source; return counts and mean tokens."""
+) -> tuple[str, str, float]:
+    """Read, encode and check the first records of a source; return counts, unread fields and mean tokens."""
     source = pinned(source)
     records = list(itertools.islice(read_records(source), _FIRST_RECORDS + 1))
     table = pa.Table.from_batches([encode_records(records[:_FIRST_RECORDS], config.data, tokenizer)])
@@ -137,4 +138,6 @@ def _first_records(
         f"changed or particular: {changed}" if (changed := in_one_line(counts.changed)) else "",
         f"{tokens:.0f} tokens per example",
     ]
-    return "; ".join(filter(None, parts)), tokens
+    read = (record for record in records if isinstance(record, PreferenceRecord))
+    unread = named_in_one_line(itertools.chain.from_iterable(record.unread for record in read))
+    return "; ".join(filter(None, parts)), unread, tokens

@@ -66,6 +66,7 @@ class Facts:
     # Examples and tokens: each response with its prompt, each prompt once, responses, those the loss counts.
     sums: dict[str, int] = field(default_factory=dict)
     pair: PairFacts | None = None  # None: a single response
+    unread: tuple[str, ...] = ()  # fields that no format reads
     # Keys, by which records are compared.
     prompt: int = 0  # without differences of case and white space
     record: int = 0  # of prompt and responses
@@ -125,6 +126,7 @@ class Observer:
             is_held_out=self._held_out is not None and self._held_out.has(number),
             characters=(len(prompt), *_ends(responses, side)),
             pair=pair,
+            unread=record.unread,
             prompt=key,
             record=whole,
             numbers=text_key(*_NUMBER.findall(prompt)),
@@ -133,7 +135,11 @@ class Observer:
             signatures=np.stack([signature(prompt), signature("\n".join(responses))]),
             benchmark=None if self._benchmark is None else self._benchmark.item_in(prompt, *responses),
         )
-        names = set(text_names(record, texts))
+        names = {
+            *text_names(record, texts),
+            *record.numbers,
+            *(["columns_not_read"] if record.unread else []),
+        }
         if any(map(self._special.search, (prompt, *responses))):
             names.add("special_token")
         if record.tools and self._omits_tools:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dpo_dist.config.schema import DataConfig
-from dpo_dist.data.counts import EMPTY_REMEDY, remedy_of
+from dpo_dist.data.counts import EMPTY_REMEDY, named_in_one_line, remedy_of
 from dpo_dist.generation.text_facts import language_of
 from dpo_dist.insight.doctor.findings import KINDS, RULE_OF, RULES, Finding
 from dpo_dist.insight.doctor.label_leaks import LeakTest, leak_findings, leak_tests
@@ -20,6 +20,7 @@ from dpo_dist.insight.doctor.texts import gaps_of
 PERCENTILES = (1, 5, 25, 50, 75, 90, 95, 99)
 _SAMPLED_PAIRS, _SAMPLED_LANGUAGES = 20_000, 2_000
 _MIN_LANGUAGES = 20
+_MOST_FIELDS = 1000
 _SHOWN_BINS = 32
 
 
@@ -54,6 +55,7 @@ class Source:
         self._config, self._is_encoded = config, is_encoded
         self.records: list[Facts] = []
         self._pairs: list[PairFacts] = []
+        self._unread = Counter[str]()
 
     def add(self, records: Sequence[Facts]) -> None:
         """Add the facts about the next records; those about the form are kept of a sample of the pairs."""
@@ -61,7 +63,9 @@ class Source:
         pairs = [*self._pairs, *(record.pair for record in records if record.pair is not None)]
         self._pairs = sorted(pairs, key=lambda pair: pair.record)[:_SAMPLED_PAIRS]
         for record in records:
-            record.pair = None
+            if len(self._unread) < _MOST_FIELDS:
+                self._unread.update(record.unread)
+            record.pair, record.unread = None, ()
 
     @cached_property
     def readable(self) -> list[Facts]:
@@ -170,6 +174,7 @@ class Source:
             detail = ", ".join(
                 f"{kind.replace('_', ' ')} in {count}" for kind, count in kinds.items() if count
             )
+            detail = named_in_one_line(self._unread) if name == "columns_not_read" else detail
             yield from RULES[name].count(len(origins), len(self.readable), self.label, origins, detail)
         yield from leak_findings(self.leaks, self.label)
         known = [pair for _, *pair in self._languages if None not in pair]

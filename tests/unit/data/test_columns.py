@@ -65,6 +65,13 @@ def test_unknown_names_are_errors(tmp_path: Path, columns: Any, names: tuple[str
         assert all(name in str(raised.value) for name in names), raised.value
 
 
+def test_columns_that_others_replace_or_leave_out_are_named(tmp_path: Path) -> None:
+    path, columns = jsonl(tmp_path, NESTED | {"prompt": "another", "images": ["a.png"]}), COLUMNS
+    assert good(path, columns=columns | {"images": None}).unread == ("id", "prompt")
+    assert good(path, columns=columns | {"images": None, "*": None}).unread == ("id", "prompt")
+    assert good(path, columns=columns | {"*": None}).unread == ("id", "prompt", "images")
+
+
 def test_a_column_that_no_record_has_is_an_error_with_the_columns_seen(tmp_path: Path) -> None:
     path = jsonl(tmp_path, NESTED, NESTED)
     for limit in (None, 1):
@@ -125,6 +132,7 @@ def test_an_entry_names_file_and_columns(tmp_path: Path) -> None:
     for path in (folder, folder / "dataset_info.json"):
         record = good(path, name="mine")
         assert (record.prompt, record.responses) == ((Message("user", "do\nthis"),), ("yes", "no"))
+        assert record.unread == ("images", "system")
         assert record.origin.source == str(tmp_path / "records.jsonl")
         trained = pinned(SourceConfig(str(path), name="mine", limit=3))
         assert (trained.path, trained.limit) == (record.origin.source, 3)

@@ -145,7 +145,28 @@ def test_fields_without_effect_are_accepted(fields: dict[str, Any], nothing: Any
     assert good(fields | dict.fromkeys(names, nothing) | neutral) == good(fields)
 
 
+@pytest.mark.parametrize(
+    ("fields", "unread"),
+    [
+        (TEXT | {"id": 0, "answer": "2", "empty": "[]", "none": None, "flag": False}, "id answer"),
+        (TEXT | {"loss_weight": 2, "votes_chosen": 3, "votes_rejected": 1, "context": "q"}, ""),
+        (TEXT | {"chosen_score": 3, "metadata": {"a": 1}, "label": 1}, "chosen_score metadata label"),
+        (TEXT | {"chosen_score": 3, "rejected_score": 2, "metadata": {"a": 1}, "scores": [1]}, "scores"),
+        (RANKED | {"scores": [3, 2, 1], "label": "x", "output": "y"}, "label output"),
+        (COMPLETION | {"label": True}, ""),
+        (COMPLETION | {"label": "physics", "score_chosen": 1}, "label score_chosen"),
+        (CHAT | {"tools": [{"name": "f"}], "rejected_tools": '[{"name": "f"}]', "system": "be kind"}, ""),
+        (HH | {"prompt": "q", "idx": 3}, "idx"),
+    ],
+)
+def test_fields_of_which_nothing_is_read_are_named(fields: dict[str, Any], unread: str) -> None:
+    assert good(fields).unread == tuple(unread.split())
+
+
 def test_the_configured_format_decides() -> None:
+    assert good(TEXT, DataFormat.completion).unread == ("rejected",)
+    spelled = {"instruction": "q", "output": json.dumps(["good", "bad"])}
+    assert good(spelled, DataFormat.ranked).responses == ("good", "bad")
     fields: dict[str, Any] = {"prompt": "q", "chosen": H + " a", "rejected": H + " b"}
     assert read(fields, DataFormat.text)[0] == "q"
     assert good(fields, DataFormat.hh).prompt == Dialogue(H)

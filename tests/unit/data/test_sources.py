@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import pytest
 
 from dpo_dist.config.schema import DataConfig, OnBadRecord, SourceConfig
 from dpo_dist.data.formats import check_source, read_records
-from dpo_dist.data.records import PreferenceRecord
-from dpo_dist.data.sources import source_identity, source_labels
+from dpo_dist.data.records import Origin, PreferenceRecord
+from dpo_dist.data.sources import source_identity, source_labels, write_records
 from dpo_dist.foundation.errors import ConfigError, DataError
-from tests.support.records import TEXT, outcomes
+from tests.support.records import TEXT, assistant, jsonl, outcomes
 
 LINE = json.dumps(TEXT).encode()
 BOM = b"\xef\xbb\xbf"
@@ -88,7 +89,7 @@ DAMAGED = {
         ("a.json", b" [" + LINE + b', "none", 12 ,\n' + LINE + b"] ", "1, 2 unparsable, 3 unparsable, 4"),
         ("a.json", b"[" + b",".join([LONG] * 60) + b"]", ", ".join(map(str, range(1, 61)))),
         ("a.json", b"[ ]", ""),
-        ("a.csv", BOM + CSV, "2, 5 unparsable, 6 missing_field, 7, 8 invalid_unicode, 9"),
+        ("a.csv", BOM + CSV, "2, 5 unparsable, 6 missing_field, 7, 8 unparsable, 9"),
         ("a.parquet", parquet("q", "p"), "1, 2"),
     ],
     ids=lambda value: str(value)[:40],
@@ -110,6 +111,15 @@ def test_bad_records_lose_no_neighbour(tmp_path: Path, name: str, content: bytes
         ("a.parquet", b"PAR1" + bytes(36) + parquet("q")[40:], "to its end"),
         ("a.csv", b'prompt,chosen,rejected\nq,"never closed,b\nq,a,b\n', "to its end"),
         ("a.csv", b"prompt,chosen,chosen\nq,a,b\n", "same name"),
+        ("a.csv", BOM + b'"prompt";"chosen"\nq;a,b\n', "separated by ','(.|\n)*sep=';'"),
+        ("a.csv", b"prompt\tchosen\n", "rename the file to .tsv"),
+        ("a.tsv", b"prompt,chosen\n", "rename the file to .csv"),
+        ("a.csv", "fr\xe4ge,gut\n".encode("cp1252"), "not in UTF-8"),
+        *(
+            (f"a.{kind}", LINE.decode().encode(encoding), "in UTF-16, not in UTF-8")
+            for kind in ("jsonl", "json", "csv", "tsv")
+            for encoding in ("UTF-16", "UTF-16-LE", "UTF-16-BE")
+        ),
         *((name, b"", "this kind of file") for name in ("a.parquet.gz", "a.txt")),
     ],
 )
@@ -125,6 +135,7 @@ def test_compressed_files_are_read(tmp_path: Path) -> None:
         "a.jsonl": lines("one", "two"),
         "a.json": json.dumps(rows).encode(),
         "a.csv": b"prompt,chosen,rejected\none,a,b\ntwo,a,b\n",
+        "a.tsv": b'prompt\tchosen\trejected\none\t"a, ""b""\t\n"\tb\ntwo\ta\tb\n',
     }
     for ending, pack in ((".gz", gzip.compress), (".zst", zstd)):
         for name, content in contents.items():
@@ -132,6 +143,37 @@ def test_compressed_files_are_read(tmp_path: Path) -> None:
             half = len(content) // 2
             write(tmp_path, {name + ending: pack(content[:half]) + pack(content[half:])})
             assert prompts(tmp_path / (name + ending)) == ["one", "two"]
+
+
+WITHOUT_END = {
+    "a.jsonl": LINE + b"\n" + LINE[:-1] + b" " * 2**18 + b"}\n" + LINE,
+    "blank.jsonl": LINE + b"\n" * 2**12 + LINE,
+    "a.json": b"[" + b" " * 2**18 + LINE + b"]",
+    "a.csv": b"prompt,chosen,rejected\nq,a,b\nq,a," + b"b" * 2**18,
+    "cells.csv": b"prompt,chosen,rejected\nq,a,b\n" + b"q," * 2**17,
+    "lines.tsv": b'prompt\tchosen\trejected\nq\ta\tb\nq\ta\t"' + b"b\n" * 2**12 + b'"',
+    "blank.csv": b"prompt,chosen,rejected\nq,a,b\n" + b"\n" * 2**12 + b"q,a,b",
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_END)
+def test_records_without_end_are_an_error_at_a_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    packed = write(tmp_path, {f"{name}.gz": gzip.compress(WITHOUT_END[name])}) / f"{name}.gz"
+    assert read(packed)
+    monkeypatch.setattr("dpo_dist.data.sources.MAX_RECORD_BYTES", 2**17)
+    refused(packed, "expands to more than 131,072 bytes" if name == "a.json" else "over 131,072 bytes")
+
+
+def test_a_record_beyond_the_bound_is_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpo_dist.data.formats.MAX_RECORD_BYTES", 1000)
+    content = parquet("q", "q" * 1000, "p")
+    assert read(write(tmp_path, {"a.parquet": content}) / "a.parquet") == [
+        (1, ""),
+        (2, "unparsable"),
+        (3, ""),
+    ]
 
 
 def test_a_pattern_reads_files_in_order(tmp_path: Path) -> None:
@@ -195,6 +237,58 @@ def test_a_saved_folder_has_the_configured_split(tmp_path: Path) -> None:
     refused(tmp_path / "splits", "test, train", split="validation")
     refused(tmp_path / "one", "no such split", split="test")
     refused(tmp_path / "one", "name has no effect", ConfigError, name="x")
+
+
+MIXED = [
+    {
+        "prompt": [{"role": "user", "content": [{"type": "text", "text": '"q"'}] if n % 2 else f"q {n}"}],
+        "chosen": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": given}]}],
+        "rejected": [assistant("no")] if n % 2 else 'a "no"\n',
+        "tools": [{"name": "f", "parameters": {"properties": {f"p{n}": {"type": "string"}}}}],
+    }
+    for n, given in enumerate(
+        [{"a": {"b": [n], "c": None}} for n in range(2)] + [{"a": "[text"}, {"b": None}]
+    )
+]
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_values_of_mixed_types_are_those_of_the_same_records_as_lines(tmp_path: Path, deep: bool) -> None:
+    features = datasets.Features(dict.fromkeys(MIXED[0], datasets.Json()))
+    if deep:
+        call = {"name": datasets.Value("string"), "arguments": datasets.Json()}
+        turn = {
+            "role": datasets.Value("string"),
+            "content": datasets.Json(),
+            "tool_calls": datasets.List(call),
+        }
+        features |= {"chosen": datasets.List(turn), "tools": datasets.LargeList(datasets.Json())}
+        features |= {"prompt": datasets.List({"role": datasets.Value("string"), "content": datasets.Json()})}
+    table = datasets.Dataset.from_list(MIXED, features=datasets.Features(features))
+    (tmp_path / "folder/data").mkdir(parents=True)
+    table.to_parquet(tmp_path / "a.parquet")
+    table.to_parquet(tmp_path / "folder/data/train-00000-of-00001.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    lines = jsonl(tmp_path, *MIXED)
+    in_memory = write_records(table, tmp_path / "memory", "data.train")
+    expected = [replace(record, origin=Origin("", 0)) for record in read_records(lines)]
+    assert all(isinstance(record, PreferenceRecord) for record in expected), expected
+    for path in (tmp_path / "a.parquet", tmp_path / "folder", tmp_path / "saved", in_memory):
+        found = read_records(SourceConfig(path=str(path)))
+        assert [replace(record, origin=Origin("", 0)) for record in found] == expected, path
+
+
+def test_json_in_columns_of_types_that_pyarrow_does_not_know(tmp_path: Path) -> None:
+    named = {"ARROW:extension:name": "google:sqlType:json"}
+    fields = [pa.field(name, pa.string(), metadata=named) for name in TEXT]
+    rows = [{name: json.dumps(text) for name, text in TEXT.items()}, dict.fromkeys(TEXT, "[secret")]
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows, pa.schema(fields)), tmp_path / "a.parquet")
+    [good, bad] = read_records(str(tmp_path / "a.parquet"))
+    assert isinstance(good, PreferenceRecord)
+    assert (good.prompt, good.responses) == ("q", ("good", "bad"))
+    assert str(bad).endswith(
+        "a.parquet:2 unparsable (JSON in a column: Expecting value: line 1 column 2 (char 1))"
+    )
 
 
 @pytest.mark.parametrize("file", ["state.json", "dataset_dict.json"])

@@ -170,6 +170,24 @@ def test_a_check_prints_its_findings_and_leaves_no_files(assets: Path, tmp_path:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_check_names_what_is_not_read_and_counts_numbers_of_the_loss(assets: Path, tmp_path: Path) -> None:
+    others = {f"field_{n}": n for n in range(14)} | {"a text " * 9: 1}
+    record = {"prompt": "q", "chosen": "good", "rejected": "bad", "margin": 1, "votes_chosen": 3, **others}
+    (tmp_path / "data.jsonl").write_text(json.dumps(record | {"votes_rejected": 1}) + "\n")
+    text = rehearse(run_of(assets, tmp_path, f"data.train=[{tmp_path}/data.jsonl]"))
+    [line] = [line for line in text.splitlines() if "not read" in line]
+    assert line.split() == [
+        "not",
+        "read:",
+        *(f"field_{n}," for n in range(11)),
+        "field_11",
+        "and",
+        "3",
+        "more",
+    ]
+    assert "1 margin (a margin in the loss), 1 soft_label (" in text
+
+
 def leave_run(config: RunConfig, outcome: RunOutcome, left: tuple[str, ...]) -> None:
     folder = RunFolder.of(config)
     folder.path.mkdir(parents=True)

@@ -25,7 +25,7 @@ from dpo_dist.insight.doctor.texts import read_benchmarks
 from tests.support import tiny
 from tests.support.doctor_data import Pair, alarms, as_messages, clean_pairs, examined, lines, of_rule, write
 from tests.support.invented import write_pairs
-from tests.support.records import TEXT, assistant, jsonl, user
+from tests.support.records import GOOD, TEXT, assistant, jsonl, user
 from tests.support.sft_adapter import write_sft_adapter
 from tests.support.shared_data import shared_data_dir
 from tests.support.tiny_model import write_model
@@ -102,6 +102,14 @@ def test_a_finding_up_to_the_threshold_is_a_note() -> None:
     for count, level in ((1, Level.note), (2, Level.warning)):
         assert [one.level for one in RULES["dropped"].count(count, 100, "a")] == [level]
     assert [len(list(RULES["label_leak"].value(share, 100, "a", ""))) for share in (0.65, 0.66)] == [0, 1]
+
+
+def test_fields_that_are_not_read_and_numbers_of_the_loss_are_notes(tmp_path: Path) -> None:
+    records = [record | {"prefix": "p", "margin": n % 2, "id": n} for n, record in enumerate(GOOD)]
+    found = {finding.rule: finding for finding in examined(tmp_path, [*records, *GOOD]).findings}
+    assert found["columns_not_read"].text.endswith("fields that no format reads: prefix, id")
+    assert found["numbers_in_loss"].text.endswith(": margin in 3")
+    assert (found["columns_not_read"].count, found["numbers_in_loss"].level) == (7, Level.note)
 
 
 def test_copies_and_contradictions_are_found_within_a_source_and_across(tmp_path: Path) -> None:
@@ -251,8 +259,8 @@ FINDINGS: dict[str, tuple[str, str]] = {
         "broken_text, duplicates",
     ),
     "ultrafeedback_plain_scored.jsonl": (
-        "broken_text 7, dropped 7, language_differs 6, markup_in_text 7, one_response_starts_the_other 6, "
-        "score_ties 30, short_response 15",
+        "broken_text 7, columns_not_read 293, dropped 7, language_differs 6, markup_in_text 7, "
+        "one_response_starts_the_other 6, score_ties 30, short_response 15",
         "broken_text, dropped, markup_in_text, one_response_starts_the_other, score_ties",
     ),
     "ranked_oasst_history_zh.json": (
