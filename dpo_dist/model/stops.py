@@ -78,11 +78,9 @@ def stop_notes(tokenizer: Tokenizer, data: DataConfig, folder: Path) -> list[str
     def named(ids: Collection[int]) -> str:
         return ", ".join(f"{tokenizer.convert_ids_to_tokens(each)} ({each})" for each in ids) or "no token"
 
-    return (
-        []
-        if not missing
-        else [
-            f"the generation_config.json of the base stops at {named(given)}, training ends responses with "
-            f"{named(missing)}: the written one stops at both (an adapter's README.md says how to use it)"
-        ]
-    )
+    if not missing:
+        return []
+    return [
+        f"the base itself stops at {named(given)}, training ends responses with {named(missing)}: "
+        "generation_config.json of the written model has both (for an adapter see its README.md)"
+    ]
