@@ -38,6 +38,7 @@ from dpo_dist.model.load import TORCH_DTYPES, load_config, load_tokenizer, witho
 from dpo_dist.model.save import (
     copy_tokenizer,
     ignored_tensors,
+    save_tokenizer,
     write_adapter,
     write_merged,
     write_weights,
@@ -108,7 +109,7 @@ def export_checkpoint(
         if template is None:
             copy_tokenizer(files, temporary)
         else:
-            with_chosen_template(tokenizer, template).save_pretrained(temporary)
+            save_tokenizer(with_chosen_template(tokenizer, template), temporary)
         write_stops(temporary, base, trained_stops(tokenizer, config.data))
         if card is not None and (text := card(auto_class(model_config, code).__name__)):
             (temporary / "README.md").write_text(text, encoding="utf-8")

@@ -24,6 +24,7 @@ from transformers import (
 from dpo_dist.config.schema import (
     AdapterConfig,
     AdapterVariant,
+    DataConfig,
     Dtype,
     ExportConfig,
     ExportedWeights,
@@ -31,6 +32,7 @@ from dpo_dist.config.schema import (
     RunConfig,
     SourceConfig,
 )
+from dpo_dist.data.template import chosen_template
 from dpo_dist.distributed import export as checkpoint_export
 from dpo_dist.distributed.checkpoint import MANIFEST, Entries, write_slices
 from dpo_dist.distributed.export import export_checkpoint
@@ -445,6 +447,48 @@ def test_an_adapter_of_other_layers_than_those_of_the_class_is_refused_with_what
     for folder, name in ((text, "of_text"), (base, "of_class")):
         assert any(weight.requires_grad for weight in start(folder, name).parameters())
         weights_of(run_of(folder, dtype=Dtype.fp32, adapter=AdapterConfig(path="-")), tmp_path / name)
+
+
+SIMPLE, FOR_TOOLS = tiny.CHATML, "{{ tools | tojson }}" + tiny.CHATML
+
+
+@pytest.mark.parametrize("choice", ["rag", "tool_use", "own.jinja"])
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "additional_chat_templates"])
+def test_with_a_template_of_the_run_the_written_model_has_no_other(
+    place: str, choice: str, tmp_path: Path
+) -> None:
+    base, out, own = write_base(tmp_path / "base", "gemma3"), tmp_path / "out", tmp_path / "own.jinja"
+    own.write_text("OWN " + SIMPLE)
+    stored = {"default": SIMPLE, "tool_use": FOR_TOOLS, "rag": "RAG " + SIMPLE}
+    expected = stored.get(choice, own.read_text())
+    if place == "tokenizer_config.json":
+        (base / "chat_template.jinja").unlink()
+        described = json.loads((base / place).read_text())
+        described["chat_template"] = [{"name": name, "template": text} for name, text in stored.items()]
+        (base / place).write_text(json.dumps(described))
+        (base / "chat_template.json").write_text(json.dumps({"chat_template": FOR_TOOLS}))
+    else:
+        (base / place).mkdir()
+        for name in ("tool_use", "rag"):
+            (base / place / f"{name}.jinja").write_text(stored[name])
+    (base / "processor_config.json").write_text(json.dumps({"chat_template": FOR_TOOLS, "size": 3}))
+    named = choice if choice in stored else str(own)
+    config = replace(run_of(base, dtype=Dtype.fp32), data=DataConfig(chat_template=named))
+    exported(config, out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert {tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[{}])} == {expected}
+    assert chosen_template(tokenizer, named, with_tools=True) == expected  # the same run continues from it
+    assert json.loads((out / "processor_config.json").read_text()) == {"size": 3}
+    written = [
+        text for file in out.rglob("*") if file.suffix in (".json", ".jinja") for text in [file.read_text()]
+    ]
+    others = [text for text in stored.values() if text != expected]
+    assert not any(
+        text in content or json.dumps(text) in content
+        for text in others
+        for content in written
+        if text != SIMPLE
+    )
 
 
 @pytest.mark.parametrize("model_type", ["florence2", "siglip"])
