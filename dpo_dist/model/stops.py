@@ -81,6 +81,6 @@ def stop_notes(tokenizer: Tokenizer, data: DataConfig, folder: Path) -> list[str
     if not missing:
         return []
     return [
-        f"the base itself stops at {named(given)}, training ends responses with {named(missing)}: "
+        f"the base itself stops at {named(given)}, but training ends turns or texts with {named(missing)}: "
         "generation_config.json of the written model has both (for an adapter see its README.md)"
     ]
