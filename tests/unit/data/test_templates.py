@@ -289,7 +289,8 @@ def test_a_response_ends_as_an_earlier_turn_does() -> None:
     closing = tiny.CHATML.replace(
         "{% if", "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}{% if", 1
     )
-    for template in (closing, closing.replace("<|im_end|>\n", "<|im_end|>")):
+    lined = tiny.CHATML.replace("<|im_end|>", "<|im_end|>--")
+    for template in (closing, closing.replace("<|im_end|>\n", "<|im_end|>"), lined):
         tokenizer = tiny.with_template(tiny.qwen(), template)
         assert texts(encode(record(CHAT), tokenizer), tokenizer)[1] == "It is Paris.<|im_end|>"
 
