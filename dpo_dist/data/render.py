@@ -38,6 +38,7 @@ THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
 CALLS = "tool_calls"
 _OPEN, _CLOSE = THOUGHT_TAGS
 _EMPTY_END = re.compile(rf"\s*{_CLOSE}\s*")
+_NO_THOUGHT = re.compile(rf"\s*(?:{_OPEN}\s*)?{_CLOSE}|(?!.*{_CLOSE})", re.DOTALL)
 _ENDED = re.compile(rf"(?:{_OPEN}\s*)?{_CLOSE}\s*\Z")
 
 
@@ -65,6 +66,7 @@ class TokenizerFacts:
         named = {token for token in tags if token in (chat_template or "")}  # of tool calls, for example
         self.marks = Marks(special, named | set(THOUGHT_TAGS).intersection(added))
         self._special = self.marks.in_text
+        self._unspoken = any_of({*special, *THOUGHT_TAGS})
         self.encoder = EscapedEncoder(tokenizer, self.marks, any_of({*added, *special}))
         self.chat = None if chat_template is None else ChatRenderer(tokenizer, chat_template, self.marks)
 
@@ -81,9 +83,24 @@ class TokenizerFacts:
 
     @cached_property
     def end_of_turn(self) -> str:
-        """The special token with which the template ends a response; the end of text if it writes none."""
-        first = None if self.chat is None else self._special.search(self.chat.after_response)
-        return first.group() if first else self.end_of_text
+        """The special tokens with which the template ends a response; the end of text if it writes none.
+
+        It is one, or two that also follow earlier responses (Command R7B).
+        """
+        chat, after = self.chat, "" if self.chat is None else self.chat.after_response
+        first = self._special.search(after)
+        if chat is None or first is None:
+            return self.end_of_text
+        end = first.group() + after[first.end() :].rstrip()
+        is_whole = self._special.sub("", end) == "" and chat.after_earlier_response.strip().startswith(end)
+        return end if is_whole else first.group()
+
+    @property
+    def stops(self) -> set[str]:
+        """The tokens that end a generated response: the last one of a text, of a turn, of a call."""
+        ends = [self.end_of_turn, self.until_end(self.chat.called if self.chat is not None else "")]
+        last = (list(self._special.finditer(end))[-1].group() for end in ends)
+        return {*last, *filter(None, [self.tokenizer.eos_token])}
 
     @cached_property
     def around_turns(self) -> re.Pattern[str]:
@@ -115,14 +132,23 @@ class TokenizerFacts:
 
     def until_end(self, rendered: str) -> str:
         """Return a rendered assistant turn up to its end of turn, which is added if it has none."""
-        end = rendered.rfind(self.end_of_turn)
+        after = "" if self.chat is None else self.chat.after_response
+        ending = self.end_of_turn
+        # Phi-3's template writes an end of text after the last turn, which may be the same token.
+        is_usual = rendered.endswith(after)
+        end = rendered.find(ending, len(rendered) - len(after)) if is_usual else rendered.rfind(ending)
         if end >= 0:
-            return rendered[: end + len(self.end_of_turn)]
+            return rendered[: end + len(ending)]
         # Some turns end with another token, such as calls of tools.
         if last := self._final_special(rendered):
             return rendered[:last]
-        after = "" if self.chat is None else self.chat.after_response
-        return rendered.removesuffix(after) + self.end_of_turn
+        return rendered.removesuffix(after) + ending
+
+    def is_blank(self, turn: str) -> bool:
+        """Return whether a rendered turn has nothing but what the template writes around a content."""
+        assert self.chat is not None
+        text, blank = ("".join(self._unspoken.sub("", part).split()) for part in (turn, self.chat.empty_turn))
+        return text in ("", blank)
 
     def end_of_rendered(self, turn: str, after: str) -> int:
         """Return the position after the special token that ends a rendered turn.
@@ -251,9 +277,14 @@ def _by_template(record: PreferenceRecord, facts: TokenizerFacts, config: DataCo
     changes = set(rendered.changes)
     if len(known) < len(arguments):
         changes.add("unknown_template_argument")
-    spelled = [facts.marks.spell(rendered.prompt) + facts.marks.spell(text) for text in rendered.responses]
+    texts = list(map(facts.marks.spell, rendered.responses))
+    spelled = [facts.marks.spell(rendered.prompt) + text for text in texts]
     conversations = [(*messages, *turns) for turns in responses]
-    if not all(_is_written(*both, record.tools) for both in zip(spelled, conversations, strict=True)):
+    are_written = [
+        _is_written(whole, conversation, record.tools) and all(name in text for name in _called(turns))
+        for whole, conversation, text, turns in zip(spelled, conversations, texts, responses, strict=True)
+    ]
+    if not all(are_written):
         changes.add("content_not_rendered")
     written = [tool["function"]["name"] for tool in record.tools if "name" in tool.get("function", ())]
     # Calls have these names too, in a template that does not read `tools`.
@@ -273,10 +304,14 @@ def _is_written(text: str, turns: Messages, tools: Iterable[Fields]) -> bool:
     parts = [turn.content for turn in turns if _CLOSE not in turn.content]
     parts += filter(None, [thought_of(turns[-1])])
     parts += [tool["function"]["name"] for tool in tools if "name" in tool.get("function", ())]
-    parts += [call["function"]["name"] for turn in turns for call in turn.fields.get(CALLS, ())]
+    parts += _called(turns)
     return all(
         part.strip() in text or json.dumps(part.strip(), ensure_ascii=False)[1:-1] in text for part in parts
     )
+
+
+def _called(turns: Messages) -> list[str]:
+    return [call["function"]["name"] for turn in turns for call in turn.fields.get(CALLS, ())]
 
 
 def thought_of(message: Message) -> str | None:
@@ -319,13 +354,22 @@ class _Conversation:
                     prompt = _ENDED.sub("", prompt)
                     texts, _ = self._after(messages, prompt)
         counted = tuple(
-            ((0, len(text)),) if self._is_counted(turn) else ()
+            ((0, len(text)),) if self._is_counted(turn, text) else ()
             for turn, text in zip(messages, texts, strict=True)
         )
         return Rendered(prompt, tuple(texts), counted, frozenset(changes))
 
-    def _is_counted(self, turn: Message) -> bool:
-        return turn.role in self.config.trained_roles if turn.is_trained is None else turn.is_trained
+    def _is_counted(self, turn: Message, text: str) -> bool:
+        """Return whether the loss counts a turn, rendered as `text`.
+
+        Raises UnusableRecordError: it does, and the template writes nothing of its calls or its thought.
+        """
+        is_counted = turn.role in self.config.trained_roles if turn.is_trained is None else turn.is_trained
+        has_more = turn.role == "assistant" and (turn.fields or _CLOSE in turn.content)
+        is_all = has_more and not turn.content.rpartition(_CLOSE)[2].strip()
+        if is_counted and is_all and self.facts.is_blank(text):
+            raise UnusableRecordError("turn_not_rendered", "of a call or a thought nothing is written")
+        return is_counted
 
     def _ends_thoughts_by_itself(self) -> bool:
         """Return whether the template ends a thought in the prompt without an argument that asks for it."""
@@ -387,7 +431,8 @@ class _Conversation:
         texts = [text or "" for text in self._following(messages, prompt)]
         if all(_CLOSE in text and not text.lstrip().startswith(_OPEN) for text in texts):
             scaffold = self._common_scaffold(texts)
-            return prompt + scaffold, [text.removeprefix(scaffold) for text in texts], set()
+            changes = {"opened_thought_removed"} if any(map(_NO_THOUGHT.match, texts)) else set[str]()
+            return prompt + scaffold, [text.removeprefix(scaffold) for text in texts], changes
         spelled = list(map(_with_spelled_thought, messages))
         closed = prompt.rstrip().removesuffix(_OPEN)
         if all(_CLOSE in message.content for message in spelled):
@@ -426,24 +471,26 @@ class _Conversation:
         """Render responses of several turns, after the prompt as it is in the whole conversation."""
         parts = [self._whole_conversation(response) for response in responses]
         prompts = [text[:start] for text, start, _ in parts]
-        prompt, start = prompts[0], len(prompts[0])
-        is_prefix = len(set(prompts)) == 1
-        if not is_prefix:
+        prompt, start, changes = prompts[0], len(prompts[0]), set[str]()
+        if len(set(prompts)) > 1:
+            changes.add("prompt_not_prefix")
             common = min(_common_length(prompt, other) for other in prompts[1:])
             start = self.facts.after_last_special(prompt[:common])
         elif self.prompt:
             generation = all(turns[0].role == "assistant" for turns in responses)
             alone = self.chat.render(self.prompt, self.context, generation=generation)
-            is_prefix = alone == prompt
+            changes |= {"prompt_not_prefix"} if alone != prompt else set()
             if _opens_thought(alone):
-                start += len(self._common_scaffold(text[start:] for text, start, _ in parts))
+                following = [text[start:] for text, start, _ in parts]
+                changes |= {"opened_thought_removed"} if any(map(_NO_THOUGHT.match, following)) else set()
+                start += len(self._common_scaffold(following))
         return Rendered(
             parts[0][0][:start],
             tuple(text[start:] for text, _, _ in parts),
             tuple(
                 tuple((max(first - start, 0), end - start) for first, end in spans) for _, _, spans in parts
             ),
-            frozenset() if is_prefix else frozenset({"prompt_not_prefix"}),
+            frozenset(changes),
         )
 
     def _whole_conversation(self, response: Messages) -> tuple[str, int, list[Span]]:
@@ -466,9 +513,9 @@ class _Conversation:
             if index == len(turns) - 1:
                 turn = self.facts.until_end(turn)
             starts.append(first + header)
-            if self._is_counted(message):
-                content = header if is_assistant else max(turn.find(message.content.strip()), 0)
-                length = self.facts.end_of_rendered(turn, trace.text[end:])
+            content = header if is_assistant else max(turn.find(message.content.strip()), 0)
+            length = self.facts.end_of_rendered(turn, trace.text[end:])
+            if self._is_counted(message, turn[content:length]):
                 spans.append((first + content, first + length))
             role = message.role
         return trace.text[:first] + turn, starts[0], spans

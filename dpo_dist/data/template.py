@@ -1,5 +1,6 @@
 """Chat templates: chosen, with a fixed date; conversations rendered by them, and where each turn is then."""
 
+import contextlib
 import json
 import re
 from collections.abc import Collection, Sequence
@@ -23,6 +24,11 @@ _CLOCK_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 # Tags of transformers, which Jinja itself does not know.
 _GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 _OWN_VARIABLES = {"messages", "tools", "add_generation_prompt", "strftime_now"}
+
+_PROBE = "probe answer"
+_PROBES = ({"role": "user", "content": "probe question"}, {"role": "assistant", "content": _PROBE})
+_NOTHING = {"role": "assistant", "content": ""}
+_PROBE_CALL = {"type": "function", "id": "probe1234", "function": {"name": "probe", "arguments": {"a": "b"}}}
 
 
 def pin_clock(template: str, day: str) -> str:
@@ -98,10 +104,12 @@ def _no_such_template(got: str, names: Collection[str]) -> ConfigError:
 
 
 def with_chosen_template(tokenizer: Tokenizer, choice: str) -> Tokenizer:
-    """Return a copy of a tokenizer with the template of `data.chat_template`, to be saved with a model."""
+    """Return a copy of a tokenizer with only the template of `data.chat_template`, to save with a model."""
     changed, stored = copy(tokenizer), tokenizer.chat_template
     chosen = chosen_template(tokenizer, choice)
-    changed.chat_template = {**stored, "default": chosen} if isinstance(stored, dict) else chosen
+    # By its name, too: the same configuration continues from the saved model.
+    is_named = isinstance(stored, dict) and choice in stored
+    changed.chat_template = {"default": chosen, choice: chosen} if is_named else chosen
     return changed
 
 
@@ -112,16 +120,47 @@ def turn_tokens(tokenizer: Tokenizer, chat_template: str | None) -> set[str]:
     """
     if chat_template is None:
         return set()
-    roles = ("user", "assistant", "user")
-    turns = [{"role": role, "content": f"probe {number}"} for number, role in enumerate(roles)]
+    in_parts = roles_in_parts(tokenizer, chat_template)
+    rendered = _probed(tokenizer, chat_template, (*_PROBES, _PROBES[0]), in_parts)
+    added = any_of(map(str, tokenizer.added_tokens_decoder.values()))
+    return set(added.findall(rendered)) - {tokenizer.bos_token, tokenizer.eos_token, *THOUGHT_TAGS}
+
+
+def roles_in_parts(tokenizer: Tokenizer, chat_template: str) -> frozenset[str]:
+    """Return the roles, of user and assistant, whose content a template reads as a list of parts only.
+
+    Those of some models that read images are so, and write nothing of a content that is a text.
+    """
+    for roles in ((), ("assistant",), ("user",), ("user", "assistant")):
+        rendered = _probed(tokenizer, chat_template, _PROBES, roles)
+        if all(probe["content"] in rendered for probe in _PROBES):
+            return frozenset(roles)
+    return frozenset()
+
+
+def _probed(
+    tokenizer: Tokenizer, chat_template: str, probes: Sequence[Fields], in_parts: Collection[str]
+) -> str:
+    """Return the output of a template for probes, with a generation prompt; "" if it rejects them."""
+    turns = [in_form(probe, in_parts) for probe in probes]
     try:
-        rendered = tokenizer.apply_chat_template(
-            turns, chat_template=chat_template, tokenize=False, add_generation_prompt=True
+        return str(
+            tokenizer.apply_chat_template(
+                turns, chat_template=chat_template, tokenize=False, add_generation_prompt=True
+            )
         )
     except Exception:  # what its expressions raise, too; every record is rendered again
-        return set()
-    added = any_of(map(str, tokenizer.added_tokens_decoder.values()))
-    return set(added.findall(str(rendered))) - {tokenizer.bos_token, tokenizer.eos_token, *THOUGHT_TAGS}
+        return ""
+
+
+def in_form(turn: Fields, in_parts: Collection[str]) -> dict[str, Any]:
+    """Return a turn with its content as a list of one part, if its role is one `in_parts`.
+
+    Other roles than the assistant's are written as the user's.
+    """
+    role = turn["role"] if turn["role"] == "assistant" else "user"
+    parts = [{"type": "text", "text": turn["content"]}]
+    return {**turn, "content": parts} if role in in_parts else {**turn}
 
 
 Span = tuple[int, int]
@@ -199,9 +238,6 @@ Forms: TypeAlias = tuple[Fields, Fields]
 """A value for the template: plain, and with a mark beside each control token."""
 Turns: TypeAlias = tuple[Forms, ...]
 NO_CONTEXT: Forms = ({}, {})
-_PROBE = "probe answer"
-_PROBES = ({"role": "user", "content": "probe question"}, {"role": "assistant", "content": _PROBE})
-_PROBE_CALL = {"type": "function", "id": "probe1234", "function": {"name": "probe", "arguments": {"a": "b"}}}
 _TEXTS = frozenset({"content", "reasoning_content", "thinking", "reasoning"})
 
 
@@ -211,11 +247,12 @@ class ChatRenderer:
     def __init__(self, tokenizer: Tokenizer, template: str, marks: Marks):
         self._tokenizer = tokenizer
         self.template, self._traced = template, _with_marks(template)
-        self._marks = marks
+        self._marks, self._in_parts = marks, roles_in_parts(tokenizer, template)
 
     def turn(self, message: Message) -> Forms:
         """Return a message as the template gets it."""
-        fields: dict[str, Any] = {"role": message.role, "content": message.content, **message.fields}
+        plain = {"role": message.role, "content": message.content, **message.fields}
+        fields = in_form(plain, self._in_parts)
         if (calls := fields.get("tool_calls")) and not self._takes_objects:
             fields["tool_calls"] = [_with_text_arguments(call) for call in calls]
         if message.role != "assistant":
@@ -250,7 +287,7 @@ class ChatRenderer:
     def after_response(self) -> str:
         """The output of the template after the last assistant turn."""
         try:
-            _, probe, after = self.render(tuple(map(self.data, _PROBES))).rpartition(_PROBE)
+            _, probe, after = self.render(self._probes(*_PROBES)).rpartition(_PROBE)
             fault = "" if probe else "its output does not contain the response"
         except UnusableRecordError as error:
             fault = error.detail
@@ -264,18 +301,41 @@ class ChatRenderer:
         return after
 
     @cached_property
+    def after_earlier_response(self) -> str:
+        """The output of the template after an assistant turn before another turn."""
+        return self._probed(*_PROBES, _PROBES[0]).rpartition(_PROBE)[2]
+
+    @cached_property
+    def called(self) -> str:
+        """The output of the template after the prompt for a call of a tool; "" if it rejects calls."""
+        call = _PROBE_CALL if self._takes_objects else _with_text_arguments(_PROBE_CALL)
+        return self._answered(_NOTHING | {"tool_calls": [call]})
+
+    @cached_property
+    def empty_turn(self) -> str:
+        """The output of the template after the prompt for an assistant turn without content."""
+        return self._answered(_NOTHING)
+
+    @cached_property
     def _takes_objects(self) -> bool:
         """Whether the template takes the arguments of tool calls as objects; DeepSeek's wants JSON text."""
 
         def is_rendered(call: Fields) -> bool:
-            turn = {"role": "assistant", "content": "", "tool_calls": [call]}
-            try:
-                self.render((self.data(_PROBES[0]), self.data(turn)))
-            except UnusableRecordError:
-                return False
-            return True
+            return self._probed(_PROBES[0], _NOTHING | {"tool_calls": [call]}) != ""
 
         return is_rendered(_PROBE_CALL) or not is_rendered(_with_text_arguments(_PROBE_CALL))
+
+    def _answered(self, turn: Fields) -> str:
+        return self._probed(_PROBES[0], turn).removeprefix(self._probed(_PROBES[0], generation=True))
+
+    def _probes(self, *turns: Fields) -> Turns:
+        return tuple(self.data(in_form(turn, self._in_parts)) for turn in turns)
+
+    def _probed(self, *turns: Fields, generation: bool = False) -> str:
+        """Return the output of the template for these turns; "" if it rejects them."""
+        with contextlib.suppress(UnusableRecordError):
+            return self.render(self._probes(*turns), generation=generation)
+        return ""
 
     def _render(
         self, template: str, turns: Sequence[Sequence[Fields]], context: Forms, generation: bool

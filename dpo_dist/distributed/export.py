@@ -38,11 +38,13 @@ from dpo_dist.model.load import TORCH_DTYPES, load_config, load_tokenizer, witho
 from dpo_dist.model.save import (
     copy_tokenizer,
     ignored_tensors,
+    save_tokenizer,
     write_adapter,
     write_merged,
     write_weights,
     writing_errors,
 )
+from dpo_dist.model.stops import trained_stops, write_stops
 
 _PARTS = {ExportedWeights.last: WEIGHT, ExportedWeights.ema: EMA}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # of `export.dtype`
@@ -102,12 +104,13 @@ def export_checkpoint(
                 write_merged(temporary, whole, adapter, named, trust_remote_code=code)
         else:
             write_adapter(temporary, causal_lm, weights, dtype)
-        tokenizer, template = tokenizer_folder(base, start), config.data.chat_template
+        files, template = tokenizer_folder(base, start), config.data.chat_template
+        tokenizer = load_tokenizer(files, config.model)
         if template is None:
-            copy_tokenizer(tokenizer, temporary)
+            copy_tokenizer(files, temporary)
         else:
-            chosen = with_chosen_template(load_tokenizer(tokenizer, config.model), template)
-            chosen.save_pretrained(temporary)
+            save_tokenizer(with_chosen_template(tokenizer, template), temporary)
+        write_stops(temporary, base, trained_stops(tokenizer, config.data))
         if card is not None and (text := card(auto_class(model_config, code).__name__)):
             (temporary / "README.md").write_text(text, encoding="utf-8")
         if config.export.check and not is_new:

@@ -16,9 +16,10 @@ from dpo_dist.foundation.errors import ConfigError, warn_on_bug
 from dpo_dist.foundation.files import json_line, read_lines, text_digest, write_text
 from dpo_dist.foundation.text import counted, duration
 from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sampling, generate_together
-from dpo_dist.generation.sampling.respond import find_stop_ids, texts_after
+from dpo_dist.generation.sampling.respond import texts_after
 from dpo_dist.generation.text_facts import is_refusal, language_of, sample_metrics, text_facts
 from dpo_dist.model.load import load_config
+from dpo_dist.model.stops import find_stop_ids
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.training.context import Run
 from dpo_dist.training.inputs import Inputs

@@ -109,6 +109,15 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     _copy_files(source, folder, *_TOKENIZER_FILES)
 
 
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer to a model folder, which then has no other chat template than the tokenizer's."""
+    tokenizer.save_pretrained(folder)
+    file, name = folder / "processor_config.json", "chat_template"
+    if file.is_file() and name in (content := json.loads(file.read_bytes())):
+        del content[name]  # transformers would prefer it
+        file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def _copy_files(source: Path, folder: Path, *patterns: str) -> None:
     for file in {file for pattern in patterns for file in source.glob(pattern)}:
         target = folder / file.relative_to(source)

@@ -21,6 +21,7 @@ from dpo_dist.data.template import check_template_keys
 from dpo_dist.model.architectures import router_loss
 from dpo_dist.model.folder import description_folder, is_adapter, start_folder, tokenizer_folder
 from dpo_dist.model.load import check_same_vocabulary, load_tokenizer
+from dpo_dist.model.stops import stop_notes
 from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.metrics import custom_metrics
 from dpo_dist.training.inputs import checked_model, with_stored_reference
@@ -63,6 +64,7 @@ def rehearse(
         lines.append(("evaluation", evaluated.path))
     if not models:
         lines.append(("loss", check_custom_loss(config.loss) or ", ".join(config.loss.kinds)))
+        lines += (("end", note) for note in stop_notes(tokenizer, config.data, folder))
     if config.metrics.function is not None:
         lines.append(("metrics", ", ".join(custom_metrics(config).names)))
     lines.append(("reference", _reference(config, tokenizer)))

@@ -17,8 +17,10 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError, DivergedError, ExitCode, RunOutcome, first_line
 from dpo_dist.foundation.files import for_json, staged_folder
 from dpo_dist.foundation.text import counted
-from dpo_dist.model.folder import model_folder, start_folder
+from dpo_dist.model.folder import has_tokenizer, model_folder, start_folder
+from dpo_dist.model.load import load_tokenizer
 from dpo_dist.model.save import write_mean, writing_errors
+from dpo_dist.model.stops import given_stops, trained_stops, write_stops
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.training.context import Run
 from dpo_dist.training.directory import package_versions
@@ -190,3 +192,7 @@ def export_average(config: RunConfig, members: Sequence[Path], output: Path) -> 
         output.parent.mkdir(parents=True, exist_ok=True)
         with staged_folder(output, replaces=False) as temporary:
             write_mean(temporary, shares, dtype)
+            stops = [stop for member in members for stop in given_stops(member)]
+            if has_tokenizer(temporary):
+                stops += trained_stops(load_tokenizer(temporary, config.model), config.data)
+            write_stops(temporary, members[0], stops)

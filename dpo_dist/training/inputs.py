@@ -40,6 +40,7 @@ from dpo_dist.model.flops import StepFlops, step_flops
 from dpo_dist.model.folder import base_notes, model_folder, start_folder, tokenizer_folder
 from dpo_dist.model.layers import check_device, text_notes
 from dpo_dist.model.load import load_config, load_tokenizer, without_weights
+from dpo_dist.model.stops import stop_notes
 from dpo_dist.model.ulysses import check_shared_tokens
 from dpo_dist.objective.router import RouterLoss
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
@@ -185,6 +186,7 @@ def _load(
     if not tokenizer.eos_token:
         notes.append(_NO_END)
     notes += base_notes(config.model, start)
+    notes += stop_notes(tokenizer, config.data, folder) if trains else []
     for note in [*text_notes(causal_lm), *router_notes(routers, causal_lm), *notes]:
         run.say(note)
     if trains:

@@ -35,6 +35,10 @@ _MISTRAL = [
     *("<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
     *("[TOOL_CALLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
 ]
+_COHERE = [
+    *("<BOS_TOKEN>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|SYSTEM_TOKEN|>"),
+    *("<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>"),
+]
 # Special tokens, further added tokens, BOS and EOS of each template.
 _FAMILIES: dict[str, tuple[list[str], list[str], str | None, str]] = {
     "qwen2_5": (_CHATML, _TAGS[2:], None, "<|im_end|>"),
@@ -52,6 +56,11 @@ _FAMILIES: dict[str, tuple[list[str], list[str], str | None, str]] = {
     "nemotron_3_nano": (_CHATML, _TAGS, None, "<|im_end|>"),
     "mistral": (_MISTRAL, [], "<s>", "</s>"),
     "smollm3": (_CHATML, _TAGS[:4], None, "<|im_end|>"),
+    "cohere2": (_COHERE, [], _COHERE[0], _COHERE[2]),
+    "qwen3_5_think": (_CHATML, _TAGS, None, "<|im_end|>"),
+    "llava_next": (_MISTRAL[:4], [], "<s>", "</s>"),
+    "idefics3": (["<|begin_of_text|>", "<end_of_utterance>"], [], "<|begin_of_text|>", "<end_of_utterance>"),
+    "smolvlm": (["<|im_start|>", "<end_of_utterance>"], [], "<|im_start|>", "<end_of_utterance>"),
 }
 FAMILIES = sorted(_FAMILIES)
 

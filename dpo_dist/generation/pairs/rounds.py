@@ -108,14 +108,17 @@ def merge_adapter(adapter: Path, folder: Path, config: RunConfig) -> None:
     files.collect_abandoned(folder.parent)  # a whole model, if an earlier start was killed while it wrote one
     # Slow to import.
     from dpo_dist.generation.sampling.respond import find_model  # noqa: PLC0415
-    from dpo_dist.model.load import TORCH_DTYPES  # noqa: PLC0415
+    from dpo_dist.model.load import TORCH_DTYPES, load_tokenizer  # noqa: PLC0415
     from dpo_dist.model.save import copy_tokenizer, write_merged, writing_errors  # noqa: PLC0415
+    from dpo_dist.model.stops import trained_stops, write_stops  # noqa: PLC0415
 
     source = find_model(str(adapter), config, "model.adapter")
     dtype, code = TORCH_DTYPES[config.model.dtype], config.model.trust_remote_code
     with writing_errors(folder), files.staged_folder(folder) as temporary:
         write_merged(temporary, source.folder, adapter, dtype, trust_remote_code=code)
         copy_tokenizer(source.tokenizer_folder, temporary)
+        stops = trained_stops(load_tokenizer(temporary, config.model), config.data)
+        write_stops(temporary, source.folder, stops)
 
 
 def read_samples(policy: str, file: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.batching.example import TokenIds
 from dpo_dist.config.schema import DataConfig, RunConfig
@@ -17,7 +17,7 @@ from dpo_dist.data.build import tokenizer_digest
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.lengths import without_limits
 from dpo_dist.data.records import DIALOGUE_TURN, BadRecord, Dialogue, Message, PreferenceRecord, Response
-from dpo_dist.data.render import THOUGHT_FIELDS, tokenizer_facts
+from dpo_dist.data.render import THOUGHT_FIELDS
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import content_digest, text_digest
 from dpo_dist.generation.pairs.files import prompt_key
@@ -31,6 +31,7 @@ from dpo_dist.model.folder import (
 )
 from dpo_dist.model.load import load_config, load_tokenizer, load_weights
 from dpo_dist.model.lora import TRAINED, add_saved
+from dpo_dist.model.stops import find_stop_ids, given_stops
 from dpo_dist.reference.digest import digest_model
 
 
@@ -80,7 +81,7 @@ def find_model(name: str, config: RunConfig, key: str) -> ModelSource:
     files = digest_model(folder, Path(config.reference.store), remote_code=config.model.trust_remote_code)
     added = [] if adapter is None else sorted(adapter.glob("adapter_*"))
     parts = [files.digest, content_digest(added), tokenizer_digest(source.tokenizer_folder)]
-    parts += [f"ends with {token}" for token in sorted(_given_stops(folder))]
+    parts += [f"ends with {token}" for token in sorted(given_stops(folder))]
     return replace(source, digest=text_digest(" ".join(parts)))
 
 
@@ -107,33 +108,6 @@ def open_responder(source: ModelSource, config: RunConfig) -> Responder:
     model_config = load_config(source.folder, config.model).get_text_config()
     longest = getattr(model_config, "max_position_embeddings", None)
     return Responder(source, tokenizer, config.data, stop_ids, longest)
-
-
-def find_stop_ids(
-    tokenizer: PreTrainedTokenizerBase, data: DataConfig, folder: Path, key: str
-) -> frozenset[int]:
-    """Return every token that ends a response: of the chat template, the tokenizer and the model's folder."""
-    stops = {tokenizer.eos_token_id, *_given_stops(folder)}
-    facts = tokenizer_facts(tokenizer, data)
-    if facts.chat is not None:
-        stops.add(tokenizer.convert_tokens_to_ids(facts.end_of_turn))
-    stop_ids = frozenset(stops - {None, tokenizer.unk_token_id})
-    if not stop_ids:
-        raise ConfigError(
-            "the tokenizer has no token that ends a response",
-            where=key,
-            got=str(folder),
-            remedy="set eos_token in tokenizer_config.json",
-        )
-    return stop_ids
-
-
-def _given_stops(folder: Path) -> set[int]:
-    """Return the tokens that end a response by the generation_config.json of a model folder."""
-    if not (folder / "generation_config.json").is_file():
-        return set()
-    given = GenerationConfig.from_pretrained(folder).eos_token_id
-    return set(given if isinstance(given, list) else [given]) - {None}
 
 
 BATCH_TOKENS = 32768

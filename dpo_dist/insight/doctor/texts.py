@@ -129,6 +129,8 @@ def text_names(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
     is_dialogue, responses = isinstance(record.prompt, Dialogue), texts.responses
     following = pairwise((*roles, "assistant") if is_dialogue else roles)
     asked = contents[-1].strip()
+    whole = "\n".join(text for role, text in texts.turns if role != "system").strip()
+    starting = [each for each in map(str.strip, responses) if whole and each.startswith(whole)]
     properties = {
         **{name: any(map(kind.search, (*contents, *responses))) for name, kind in _KINDS.items()},
         "tools": bool(record.tools),
@@ -144,6 +146,7 @@ def text_names(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
         "prompt_ends_with_assistant": roles[-1] == "assistant" and not is_dialogue,
         "empty_turn": any(role in ("user", "assistant") and not text.strip() for role, text in texts.turns),
         "response_repeats_prompt": asked != "" and asked in map(str.strip, responses),
+        "response_starts_with_prompt": any(each != whole for each in starting),
         **(_of_pair(record, responses[0], responses[-1]) if len(responses) > 1 else {}),
         **_of_sides({side: responses[0]} if (side := side_of(record)) else {}),
     }

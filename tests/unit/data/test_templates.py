@@ -16,6 +16,7 @@ from trl import DPOTrainer
 from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.records import BadRecord, Message, Origin, PreferenceRecord, Prompt, Response
+from dpo_dist.data.render import tokenizer_facts
 from dpo_dist.data.template import pin_clock
 from dpo_dist.foundation.errors import ConfigError
 from tests.support import tiny
@@ -52,9 +53,12 @@ RECORDS = {
     "turns": pair(TURNS, "I do not know."),
     "thought": pair((Message("assistant", "Rain.", LOOK),), (Message("assistant", "No.", LOOK),)),
 }
-WITHOUT_TOOLS = ["gemma3", "phi3", "deepseek_r1_distill"]
+# Their contents are lists of parts.
+IN_PARTS = ["idefics3", "llava_next", "smolvlm"]
+WITHOUT_TOOLS = ["gemma3", "phi3", "deepseek_r1_distill", "cohere2", *IN_PARTS]
 # These templates write thoughts of a field; DeepSeek's continue the thought that the prompt opens.
 WITH_THOUGHTS = ["qwen3", "qwen3_5_nothink_training", "qwen3_6", "gptoss", "glm4moe", "nemotron_3_nano"]
+WITH_THOUGHTS += ["qwen3_5_think"]
 # These end an empty thought in the prompt if thinking is off.
 ENDING = ["qwen3", "qwen3_6", "glm4moe", "smollm3", "nemotron_3_nano"]
 TURN_ENDS = ("<|eot_id|>", "<end_of_turn>", "<|end|>", "<|return|>", "<|user|>")
@@ -83,9 +87,12 @@ def template_of(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def whole(tokenizer: PreTrainedTokenizerFast, record: PreferenceRecord, side: int, **more: Any) -> list[int]:
+    turns, template = [*map(as_dict, record.prompt), *turns_of(record, side)], template_of(tokenizer)  # type: ignore[arg-type]
+    if "['content'][0]" in template:
+        turns = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
     return tokenizer.apply_chat_template(  # type: ignore[return-value]
-        [*map(as_dict, record.prompt), *turns_of(record, side)],  # type: ignore[arg-type]
-        chat_template=template_of(tokenizer),
+        turns,
+        chat_template=template,
         tools=list(record.tools) or None,
         return_dict=False,
         **more,
@@ -204,6 +211,119 @@ def test_a_thought_of_one_side_is_encoded_alike_on_both(family: str, thinking: R
     assert texts(other, tokenizer) == [prompt, second, first]
     assert one.changes == other.changes
     assert "hm" in first or "<think>" in first or "content_not_rendered" in one.changes
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_think", "qwen3_6", "nemotron_3_nano"])
+@pytest.mark.parametrize(
+    ("sides", "is_counted"),
+    [
+        (("Rain.", "No."), True),
+        ((IN_FIELD, "No."), True),
+        (("No.", SPELLED), True),
+        (((CALL, RESULT, ANSWER), "No."), True),
+        ((IN_FIELD, (Message("assistant", "No.", LOOK),)), False),
+        (((replace(CALL, fields=CALL.fields | LOOK), RESULT, ANSWER), IN_FIELD), False),
+    ],
+)
+def test_responses_without_a_thought_after_an_opened_one_are_counted(
+    family: str, sides: tuple[Response, Response], is_counted: bool
+) -> None:
+    if family == "nemotron_3_nano" and len(sides[0]) == 3:
+        return  # it writes the prompt of several turns without a thought
+    counted = "opened_thought_removed" in encode(pair(*sides), tokenizer_of(family)).changes
+    assert counted is is_counted
+    off = encode(pair("Rain.", "No.", template_arguments=OFF), tokenizer_of(family))
+    assert "opened_thought_removed" not in off.changes
+
+
+THOUGHT = Message("assistant", "", LOOK)
+SAYING = tiny.CHATML.replace("{{ message['content'] }}", "says: {{ message['content'] }}")
+
+
+@pytest.mark.parametrize(
+    ("family", "response"),
+    [
+        ("phi3", (CALL,)),
+        ("smolvlm", (CALL, RESULT, ANSWER)),
+        ("phi3", (THOUGHT,)),
+        ("of a template with words around a content", (CALL,)),
+        ("cohere2", (THOUGHT,)),
+        ("smolvlm", (CALL,)),
+    ],
+)
+def test_a_turn_of_which_the_template_writes_nothing_is_no_response(family: str, response: Response) -> None:
+    tokenizer = tokenizer_of(family) if family in FAMILIES else tiny.with_template(tiny.qwen(), SAYING)
+    for responses in ((response, "No."), ("No.", response), ("No.", "Rain.", response), (response,)):
+        assert reason_against(pair(*responses, tools=(TOOL,)), tokenizer) == "turn_not_rendered"
+    spoken = replace(response[0], content="I look.")
+    found = encode(pair((spoken, *response[1:]), "No.", tools=(TOOL,)), tokenizer)
+    assert "content_not_rendered" in found.changes
+    untrained = replace(CALL, is_trained=False)
+    assert encode(pair((untrained, RESULT, ANSWER), "No."), tokenizer_of("smolvlm")).prompt_ids.size
+
+
+# Ends of turns, and the tokens that end a response, without EOS.
+ENDS = {
+    "cohere2": ("<|END_RESPONSE|><|END_OF_TURN_TOKEN|>", set()),
+    "gptoss": ("<|return|>", {"<|call|>"}),
+    "llama3_1": ("<|eot_id|>", set()),
+    "gemma3": ("<end_of_turn>", {"<end_of_turn>"}),
+    "phi3": ("<|end|>", {"<|end|>"}),
+    "glm4moe": ("<|endoftext|>", set()),
+    "qwen3": ("<|im_end|>", set()),
+}
+
+
+@pytest.mark.parametrize("family", ENDS)
+def test_tokens_that_end_a_response(family: str) -> None:
+    tokenizer = tokenizer_of(family)
+    facts = tokenizer_facts(tokenizer)
+    assert (facts.end_of_turn, facts.stops) == (ENDS[family][0], {tokenizer.eos_token} | ENDS[family][1])
+
+
+def test_a_response_ends_as_an_earlier_turn_does() -> None:
+    """Not with a prompt that a template always writes, nor twice if its end of text is the end of a turn."""
+    always = tiny.LLAMA3.replace("{% if add_generation_prompt %}", "{% if true %}")
+    tokenizer = tiny.with_template(tiny.llama3(), always)
+    assert texts(encode(record(CHAT), tokenizer), tokenizer)[1] == "It is Paris.<|eot_id|>"
+    closing = tiny.CHATML.replace(
+        "{% if", "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}{% if", 1
+    )
+    lined = tiny.CHATML.replace("<|im_end|>", "<|im_end|>--")
+    for template in (closing, closing.replace("<|im_end|>\n", "<|im_end|>"), lined):
+        tokenizer = tiny.with_template(tiny.qwen(), template)
+        assert texts(encode(record(CHAT), tokenizer), tokenizer)[1] == "It is Paris.<|im_end|>"
+
+
+LLAVA = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}{% for content in message['content'] | "
+    "selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' ' }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+MIXED = tiny.CHATML.replace(
+    "{{ message['content'] }}",
+    "{% if message.role == 'user' %}{{ message.content[0].text }}{% else %}{{ message.content }}{% endif %}",
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (LLAVA, ["USER: What is the capital? ASSISTANT:", " It is Paris.<|im_end|>"]),
+        (
+            MIXED,
+            [
+                "<|im_start|>user\nWhat is the capital?<|im_end|>\n<|im_start|>assistant\n",
+                "It is Paris.<|im_end|>",
+            ],
+        ),
+    ],
+)
+def test_contents_are_parts_where_the_template_reads_no_other(template: str, expected: list[str]) -> None:
+    tokenizer = tiny.with_template(tiny.qwen(), template)
+    found = encode(record(CHAT), tokenizer)
+    assert texts(found, tokenizer)[:2] == expected
+    assert found.changes == set()
 
 
 # As DeepSeek-R1's distilled models: thoughts of earlier answers are cut, the prompt opens the next one.

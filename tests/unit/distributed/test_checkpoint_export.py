@@ -14,11 +14,17 @@ from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 
 from dpo_dist.config.schema import (
     AdapterConfig,
     AdapterVariant,
+    DataConfig,
     Dtype,
     ExportConfig,
     ExportedWeights,
@@ -26,6 +32,7 @@ from dpo_dist.config.schema import (
     RunConfig,
     SourceConfig,
 )
+from dpo_dist.data.template import chosen_template
 from dpo_dist.distributed import export as checkpoint_export
 from dpo_dist.distributed.checkpoint import MANIFEST, Entries, write_slices
 from dpo_dist.distributed.export import export_checkpoint
@@ -48,6 +55,7 @@ RANKS = 3
 AUTHORS = {"attention_dropout": 0.1, "transformers_version": "4.41.0", "use_cache": False, "temperature": 0.7}
 AUTHORS |= {"own_note": [1]}
 GENERATION = {"do_sample": False, "temperature": 0.3, "eos_token_id": [3, 4]}
+END = tiny.qwen().eos_token_id
 
 
 def weights_of(config: RunConfig, start: Path | None = None) -> dict[str, Tensor]:
@@ -112,8 +120,8 @@ def test_weights_of_several_ranks_become_a_model_in_its_precision(
     described, own = (json.loads((one / "config.json").read_text()) for one in (tmp_path / "out", base))
     del own["torch_dtype"]
     assert described == own | {"dtype": str(wanted).removeprefix("torch.")}
-    copied, original = (one / "generation_config.json" for one in (tmp_path / "out", base))
-    assert copied.read_bytes() == original.read_bytes()
+    settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert settings == GENERATION | {"eos_token_id": [3, 4, END]}
     assert (tmp_path / "out" / "README.md").read_text() == "A card of AutoModelForCausalLM"
     assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == model.config.vocab_size
 
@@ -216,10 +224,14 @@ def test_a_merged_adapter_is_pefts_merge_with_the_names_of_the_base(
     adapter: AdapterConfig, tied: bool, tmp_path: Path
 ) -> None:
     base = write_model(tmp_path / "base", tied=tied)
-    (base / "generation_config.json").write_text('{"temperature": 0.5, "do_sample": true}')
+    settings = {"temperature": 0.5, "do_sample": True}
+    (base / "generation_config.json").write_text(json.dumps(settings))
     assert_merged_as_by_peft(base, adapter, tmp_path)
-    for file in ("config.json", "generation_config.json"):
-        assert json.loads((tmp_path / "merged" / file).read_text()) == json.loads((base / file).read_text())
+    described, own = (json.loads((one / "config.json").read_text()) for one in (tmp_path / "merged", base))
+    assert described == own
+    for name in ("merged", "adapter"):
+        written = json.loads((tmp_path / name / "generation_config.json").read_text())
+        assert written == settings | {"eos_token_id": [END]}
     for file in base.glob("tokenizer*"):
         assert (tmp_path / "merged" / file.name).read_bytes() == file.read_bytes()
 
@@ -361,7 +373,8 @@ def test_a_model_that_reads_images_is_whole_again(model_type: str, tmp_path: Pat
     assert all(torch.equal(written[name], own[name]) for name in own.keys() & FURTHER.keys())
     for file in ("config.json", *FILES, *PROCESSORS):
         assert json.loads((out / file).read_text()) == json.loads((base / file).read_text())
-    assert not (out / "generation_config.json").exists()
+    stops = model.generation_config.eos_token_id
+    assert END in (stops if isinstance(stops, list) else [stops])
 
 
 @pytest.mark.parametrize(
@@ -400,6 +413,7 @@ def assert_card_loads(folder: Path, config: RunConfig, expected: dict[str, Tenso
     code = text.partition("```python\n")[2].partition("```")[0]
     found: dict[str, Any] = {}
     exec(code.replace("'.'", repr(str(folder))), found)
+    assert END in found["model"].generation_config.eos_token_id
     weights = found["model"].state_dict()
     assert weights.keys() == expected.keys()
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
@@ -433,6 +447,48 @@ def test_an_adapter_of_other_layers_than_those_of_the_class_is_refused_with_what
     for folder, name in ((text, "of_text"), (base, "of_class")):
         assert any(weight.requires_grad for weight in start(folder, name).parameters())
         weights_of(run_of(folder, dtype=Dtype.fp32, adapter=AdapterConfig(path="-")), tmp_path / name)
+
+
+SIMPLE, FOR_TOOLS = tiny.CHATML, "{{ tools | tojson }}" + tiny.CHATML
+
+
+@pytest.mark.parametrize("choice", ["rag", "tool_use", "own.jinja"])
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "additional_chat_templates"])
+def test_with_a_template_of_the_run_the_written_model_has_no_other(
+    place: str, choice: str, tmp_path: Path
+) -> None:
+    base, out, own = write_base(tmp_path / "base", "gemma3"), tmp_path / "out", tmp_path / "own.jinja"
+    own.write_text("OWN " + SIMPLE)
+    stored = {"default": SIMPLE, "tool_use": FOR_TOOLS, "rag": "RAG " + SIMPLE}
+    expected = stored.get(choice, own.read_text())
+    if place == "tokenizer_config.json":
+        (base / "chat_template.jinja").unlink()
+        described = json.loads((base / place).read_text())
+        described["chat_template"] = [{"name": name, "template": text} for name, text in stored.items()]
+        (base / place).write_text(json.dumps(described))
+        (base / "chat_template.json").write_text(json.dumps({"chat_template": FOR_TOOLS}))
+    else:
+        (base / place).mkdir()
+        for name in ("tool_use", "rag"):
+            (base / place / f"{name}.jinja").write_text(stored[name])
+    (base / "processor_config.json").write_text(json.dumps({"chat_template": FOR_TOOLS, "size": 3}))
+    named = choice if choice in stored else str(own)
+    config = replace(run_of(base, dtype=Dtype.fp32), data=DataConfig(chat_template=named))
+    exported(config, out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert {tokenizer.get_chat_template(), tokenizer.get_chat_template(tools=[{}])} == {expected}
+    assert chosen_template(tokenizer, named, with_tools=True) == expected  # the same run continues from it
+    assert json.loads((out / "processor_config.json").read_text()) == {"size": 3}
+    written = [
+        text for file in out.rglob("*") if file.suffix in (".json", ".jinja") for text in [file.read_text()]
+    ]
+    others = [text for text in stored.values() if text != expected]
+    assert not any(
+        text in content or json.dumps(text) in content
+        for text in others
+        for content in written
+        if text != SIMPLE
+    )
 
 
 @pytest.mark.parametrize("model_type", ["florence2", "siglip"])

@@ -13,7 +13,7 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.files import json_line
 from dpo_dist.generation.samples import SamplePrompt, Samples, choose_prompts
 from dpo_dist.generation.sampling.generate import Request, Sampling
-from dpo_dist.generation.sampling.respond import find_stop_ids
+from dpo_dist.model.stops import find_stop_ids
 from dpo_dist.training.context import Run
 from tests.support import tiny
 from tests.support.alone import ALONE

@@ -281,5 +281,8 @@ def test_adapters_also_merged_shards_and_other_ends_of_a_response(tmp_path: Path
     assert not left.exists()
     assert sampled(tmp_path / "merged", base)[0] == adapted
     file = base / "generation_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [2, 5]}))
+    file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [5]}))
     assert sampled(base, base)[1] != digest, "responses of before would be used again"
+    merge_adapter(tmp_path / "adapter", tmp_path / "again", config_of(base))
+    stops = GenerationConfig.from_pretrained(tmp_path / "again").eos_token_id
+    assert stops == [5, tiny.qwen().eos_token_id]

@@ -275,6 +275,22 @@ def test_options_that_no_module_of_the_model_has_are_refused_before_files_are_re
         assert caught.value.where.startswith(option.partition("=")[0])
 
 
+def test_a_base_that_does_not_stop_where_training_ends_turns_is_said_at_start(
+    assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(Run, "say", lambda _, text: said.append(text))
+    start_without_digests(monkeypatch)
+    for tokenizer, is_said in ((tiny.llama3(), True), (tiny.qwen(), False)):
+        folder = write_model(tmp_path / str(is_said), tokenizer)
+        config = run_of(assets, tmp_path, f"model.path={folder}", "model.dtype=fp32")
+        with pytest.raises(TypeError):  # where digests would be made
+            load_inputs(Run(config, ALONE, Console(None)), trains=True)
+        for lines in ("\n".join(said), rehearse(config)):
+            assert ("the base itself stops at <|end_of_text|> (1), but" in lines) is is_said
+        said.clear()
+
+
 def test_options_of_gpus_are_refused_without_one_before_files_are_read(
     assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,6 +70,7 @@ PLANTED: dict[str, Plant] = {
     "one_response_starts_the_other": lambda pair: pair.update(rejected=pair["chosen"][:20]),
     "nearly_equal_sides": lambda pair: pair.update(rejected=pair["chosen"].upper().replace(" ", "  ", 1)),
     "response_repeats_prompt": lambda pair: pair.update(rejected=pair["prompt"]),
+    "response_starts_with_prompt": lambda pair: pair.update(chosen=f"{pair['prompt']} {pair['chosen']}"),
     "score_ties": lambda pair: pair.update(score_chosen=4.0, score_rejected=4.0),
     "score_inversions": lambda pair: pair.update(score_chosen=3.0, score_rejected=4.0),
     "same_role_twice": turns(user("one thing"), user("another thing")),
@@ -251,7 +252,7 @@ def test_benchmark_files_of_several_kinds(name: str, content: str, line: int, tm
 FINDINGS: dict[str, tuple[str, str]] = {
     "hh_rlhf_sample.jsonl": (
         "dropped 9, markup_in_text 45, one_response_starts_the_other 1, repeated_prompts 1, "
-        "response_repeats_prompt 2, short_response 3, turns 4",
+        "response_repeats_prompt 2, response_starts_with_prompt 1, short_response 3, turns 4",
         "markup_in_text",
     ),
     "llama_factory_sharegpt_zh.json": (
@@ -265,7 +266,8 @@ FINDINGS: dict[str, tuple[str, str]] = {
     ),
     "ranked_oasst_history_zh.json": (
         "dropped 6, length_bias 244, markup_in_text 1, nearly_equal_sides 1, "
-        "one_response_starts_the_other 2, repeated_prompts 4, response_repeats_prompt 4, short_response 16",
+        "one_response_starts_the_other 2, repeated_prompts 4, response_repeats_prompt 4, "
+        "response_starts_with_prompt 6, short_response 16",
         "dropped, length_bias, response_repeats_prompt",
     ),
     "orca_system_question.csv": (
