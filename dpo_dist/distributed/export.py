@@ -34,7 +34,13 @@ from dpo_dist.model.folder import (
     tokenizer_folder,
 )
 from dpo_dist.model.layers import other_weights
-from dpo_dist.model.load import TORCH_DTYPES, load_config, load_tokenizer, without_weights
+from dpo_dist.model.load import (
+    TORCH_DTYPES,
+    check_contents_at_hand,
+    load_config,
+    load_tokenizer,
+    without_weights,
+)
 from dpo_dist.model.save import (
     copy_tokenizer,
     ignored_tensors,
@@ -69,8 +75,10 @@ def export_checkpoint(
     start, code = start_folder(config.model), config.model.trust_remote_code
     model_config, is_whole = load_config(base, config.model), config.model.adapter is None
     causal_lm = without_weights(model_config, config.model, start, keeps_others=is_whole)
-    if not is_new and (faults := find_faults(checkpoint, 0, 1)):
-        raise damaged_checkpoint(checkpoint, faults)
+    if not is_new:
+        check_contents_at_hand(base, config.model)
+        if faults := find_faults(checkpoint, 0, 1):
+            raise damaged_checkpoint(checkpoint, faults)
     trained = {name: weight for name, weight in causal_lm.named_parameters() if weight.requires_grad}
     saved, part = read_weights(checkpoint, trained), _PARTS[config.export.weights]
     if part not in saved.parts:

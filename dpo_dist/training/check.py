@@ -19,7 +19,7 @@ from dpo_dist.data.store import columns_of, counts_of, lengths_of
 from dpo_dist.data.template import check_template_keys
 from dpo_dist.model.architectures import router_loss
 from dpo_dist.model.folder import description_folder, is_adapter, start_folder, tokenizer_folder
-from dpo_dist.model.load import check_same_vocabulary, load_tokenizer
+from dpo_dist.model.load import check_contents_at_hand, check_same_vocabulary, load_tokenizer
 from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.metrics import custom_metrics
 from dpo_dist.training.inputs import checked_model, with_stored_reference
@@ -59,6 +59,7 @@ def rehearse(
             model = description_folder(evaluated.path, revision, EVALUATED)
             if not is_adapter(model):
                 check_same_vocabulary(model, tokenizer, config.model, EVALUATED)
+                check_contents_at_hand(model, config.model, EVALUATED)
         lines.append(("evaluation", evaluated.path))
     if not models:
         lines.append(("loss", check_custom_loss(config.loss) or ", ".join(config.loss.kinds)))
@@ -103,6 +104,7 @@ def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
     if reference.path is not None:
         folder = description_folder(reference.path, None, "reference.path")
         check_same_vocabulary(folder, tokenizer, config.model)
+        check_contents_at_hand(folder, config.model, "reference.path")
         parts.append(f"model {folder}")
     if reference.mode is ReferenceMode.cached:
         parts.append(f"store {reference.store}")

@@ -126,7 +126,7 @@ class Speaker:
             longest = min(longest, self.responder.longest)
         world = self.prompts.run.world
         with unsharded_loading(world):
-            packed = load_packed(self.source.folder, model_config, longest, world.device)
+            packed = load_packed(self.source.folder, model_config, longest, world.device, KEY)
             if self.source.adapter is not None:
                 load_adapter(packed, self.source.adapter, KEY)
         packed.eval()
