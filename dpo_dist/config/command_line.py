@@ -116,14 +116,17 @@ def _unknown_option(name: str, values: Sequence[str]) -> ConfigError:
     return ConfigError(f"there is no option {name}", where=where, remedy=remedy)
 
 
-def former_values(options: argparse.Namespace) -> dict[str, Any] | None:
+def former_values(options: argparse.Namespace, verb: str = "evaluate") -> dict[str, Any] | None:
     """Return the values of config.yaml in `run.dir`, for a command that names its run only.
 
-    None if the command chooses a model, an experiment or a file itself, or if the run has no config.yaml.
+    None if the command chooses a model (for the doctor: data), an experiment or a file itself, or if the run
+    has no config.yaml.
     """
     overrides, _ = parse_overrides(word for word in options.words if "=" in word)
     given = {override.key_or_group: override.value() for override in overrides}
-    is_whole = not {"experiment", "model", "model.path"}.isdisjoint(given) or options.config_dir is not None
+    is_whole = (
+        not {"experiment", "model", VERBS[verb].needs[0]}.isdisjoint(given) or options.config_dir is not None
+    )
     if is_whole or any("=" not in word for word in options.words):
         return None
     if "run.dir" not in given:
@@ -262,7 +265,7 @@ def _configurations(options: argparse.Namespace, verb: str) -> Points:
     words, folder, mistakes = options.words, options.config_dir, options.mistakes
     if VERBS[verb].takes_points:
         return load_points(words, folder, mistakes=mistakes)
-    former = former_values(options) if VERBS[verb].of_former_run else None
+    former = former_values(options, verb) if VERBS[verb].of_former_run else None
     return {(): load_run_config(words, folder, verb=verb, former=former, mistakes=mistakes)}
 
 

@@ -122,7 +122,9 @@ def export_checkpoint(
             _check_written(temporary, list(saved.shapes) if is_whole else [], read, config)
 
 
-def written_checkpoint(checkpoint: Path, below: Path, say: Callable[[str], None]) -> Path:
+def written_checkpoint(
+    checkpoint: Path, below: Path, say: Callable[[str], None], trusts_code: bool = False
+) -> Path:
     """Return the folder below `below` with the weights of a run's checkpoint; it is written only once."""
     checkpoint = checkpoint.resolve()
     trained = checkpoint.parents[1]
@@ -133,7 +135,7 @@ def written_checkpoint(checkpoint: Path, below: Path, say: Callable[[str], None]
         config = from_yaml(existing_run(trained).config.read_text(encoding="utf-8"))
         # The configuration of another run cannot ask for code of the base model.
         export_checkpoint(
-            checkpoint, written, replace(config, model=replace(config.model, trust_remote_code=False))
+            checkpoint, written, replace(config, model=replace(config.model, trust_remote_code=trusts_code))
         )
     return written
 

@@ -6,10 +6,11 @@ from pathlib import Path
 from statistics import fmean
 
 import pyarrow as pa
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import Offload, ReferenceMode, Resume, RunConfig, SourceConfig
+from dpo_dist.config.schema import Dtype, Offload, ReferenceMode, Resume, RunConfig, SourceConfig
 from dpo_dist.data.counts import check_counts, in_one_line, read_in_words
 from dpo_dist.data.dataset import PreferenceDataset, check_fits_loss
 from dpo_dist.data.encode import encode_records
@@ -20,6 +21,7 @@ from dpo_dist.data.template import check_template_keys
 from dpo_dist.model.architectures import router_loss
 from dpo_dist.model.folder import description_folder, is_adapter, start_folder, tokenizer_folder
 from dpo_dist.model.load import check_contents_at_hand, check_same_vocabulary, load_tokenizer
+from dpo_dist.model.numerics import has_fp16_products
 from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.metrics import custom_metrics
 from dpo_dist.training.inputs import checked_model, with_stored_reference
@@ -53,6 +55,8 @@ def rehearse(
     check_template_keys(config.data, tokenizer)
     described = f"{folder}, {model_config.model_type}, {len(tokenizer):,} tokens"
     lines = [("run.dir", f"{run}{start_in_words}"), ("model.path", described)]
+    if config.model.dtype is Dtype.fp16 and not (torch.cuda.is_available() or has_fp16_products()):
+        lines.append(("model.dtype", "fp16 needs a GPU: this CPU does not compute in it"))
     for evaluated in models:
         if not (evaluated.is_checkpoint or is_adapter(Path(evaluated.path))):
             revision = config.model.revision if evaluated.path == config.model.path else None

@@ -248,7 +248,9 @@ def whole_model(model: Compared, folder: Path, run: Run) -> str:
     """Return the folder or hub name of a model; of a checkpoint, a folder with its weights. Collective."""
     if not model.is_checkpoint:
         return model.location
-    written = partial(written_checkpoint, Path(model.location), folder, run.console.say)
+    written = partial(
+        written_checkpoint, Path(model.location), folder, run.console.say, run.config.model.trust_remote_code
+    )
     with run.console.heartbeat(f"writing the weights of {model.name}"):
         return str(run.world.on_main(written))
 

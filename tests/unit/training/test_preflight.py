@@ -105,7 +105,7 @@ def fail_late(config: RunConfig, error: Exception) -> None:
         raise error
 
 
-def test_a_users_error_removes_a_run_directory_without_a_row_of_metrics(
+def test_a_users_error_removes_a_run_directory_that_has_not_trained(
     assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not after other errors and earlier starts, nor that of another job, nor on another rank."""
@@ -123,8 +123,8 @@ def test_a_users_error_removes_a_run_directory_without_a_row_of_metrics(
     fail_late(config, ConfigError("of a second start"))
     assert folder.rank_log(0).is_file()
     with pytest.raises(DataError), started(other := run_of(assets, tmp_path / "late")):  # noqa: PT012
-        MetricsLog.open(RunFolder.of(other), None).append({"step": 1, "loss": 0.7})
-        raise DataError("found at a later step, before the first checkpoint")
+        MetricsLog.open(RunFolder.of(other), None)
+        raise DataError("found at a later step, before the first row and the first checkpoint")
     assert RunFolder.of(other).metrics_table.is_file()
     fail_late(other := run_of(assets, tmp_path / "bug"), RuntimeError("a fault of the program"))
     assert RunFolder.of(other).rank_log(0).is_file()
