@@ -249,6 +249,10 @@ def load_weights(
     if kind is None:
         keep_text(causal_lm)
     for module in causal_lm.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = (
+                None  # it takes the gradient from a token that is also an end; nothing is padding
+            )
         # Else bitsandbytes repacks 4-bit weights for CPUs when it scores: they pass no gradients.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

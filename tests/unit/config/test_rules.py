@@ -73,6 +73,7 @@ REFUSED = [
     ("samples.temperature=0", "samples.temperature"),
     ("trainer.keep_best=eval_loss", "trainer.keep_best"),
     ("trainer.patience=3", "trainer.patience"),
+    ("trainer.final=best", "trainer.final"),
     ("metrics.bands=[{metric:loss,low:1,high:0}]", "metrics.bands"),
     ("metrics.bands=[{metric:los,low:0,high:1}]", "metrics.bands"),
     ("metrics.bands=[{metric:eval_loss,low:0,high:1}]", "metrics.bands"),

@@ -79,6 +79,19 @@ def test_a_model_with_noise_in_training_scores_as_it_is_evaluated(model_type: st
     torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
 
 
+def test_a_token_that_also_pads_has_the_gradient_of_its_inputs(tmp_path: Path) -> None:
+    """Many base models name their end as the padding, of which packed sequences have none."""
+    write_model(tmp_path, tied=False)
+    token, gradients = int(PAIRS[0].prompt_ids[0]), []
+    for padding in (None, token):
+        changed(tmp_path / "config.json", pad_token_id=padding)
+        model = load(tmp_path)
+        model(pack_unkeyed(PAIRS)).sum().backward()
+        gradients.append(model.causal_lm.get_input_embeddings().weight.grad)
+    assert gradients[0][token].abs().max() > 0
+    assert torch.equal(*gradients)
+
+
 class FullLog(io.StringIO):
     def write(self, text: str) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
