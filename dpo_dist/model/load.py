@@ -272,8 +272,8 @@ def check_contents(
     """
     with _loading_errors(folder, key):
         with _unsharded():  # ZeRO-3 reports less
-            options = {"device_map": "meta", "ignore_mismatched_sizes": True}
-            causal_lm, report = _load(folder, model_config, config, kind, **options)
+            shapes = {"device_map": "meta", "ignore_mismatched_sizes": True}
+            causal_lm, report = _load(folder, model_config, config, kind, **shapes)
         differing = _differing_ties(causal_lm, folder, TORCH_DTYPES[config.dtype])
     if mismatched := sorted(report["mismatched_keys"]):
         name, *sizes = mismatched[0]

@@ -74,7 +74,8 @@ def _minor(version: str) -> str:
 
 def has_fp16_products() -> bool:
     """Return whether this CPU multiplies matrices in fp16, which DeepSpeed asks, too."""
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    has_mkldnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
 
 
 def check_precision(dtype: Dtype, device: torch.device) -> None:
