@@ -134,7 +134,8 @@ def former_values(options: argparse.Namespace, verb: str = "evaluate") -> dict[s
             "no run is named",
             where="run.dir",
             expected="the directory of a run: run.dir=output/run-1a2b3c4d",
-            remedy="set run.dir; or write the command of the run: model.path=... and its other keys",
+            remedy="set run.dir; or write the command of the run: "
+            f"{VERBS[verb].needs[0]}=... and its other keys",
         )
     file = existing_run(Path(str(given["run.dir"])).expanduser()).config
     if not file.is_file():

@@ -130,11 +130,11 @@ def add_saved(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
         reason = " ".join(str(error).split())[:200]  # the first line of torch's only announces the others
         raise _foreign_adapter(causal_lm, folder, f"{type(error).__name__}: {reason}", key) from error
     if isinstance(head := causal_lm.get_output_embeddings(), LoraLayer):
-        error = _foreign_adapter(causal_lm, folder, "matrices on the output layer", key)
-        error.remedy = MERGE
+        refused = _foreign_adapter(causal_lm, folder, "matrices on the output layer", key)
+        refused.remedy = MERGE
         if head.weight is causal_lm.get_input_embeddings().weight:
-            error.remedy = "name another adapter: merged, they would change the base's embeddings, too"
-        raise error
+            refused.remedy = "name another adapter: merged, they would change the base's embeddings, too"
+        raise refused
     unset = [
         missing
         for missing in loaded.missing_keys
