@@ -20,6 +20,7 @@ from transformers import (
 )
 from transformers.core_model_loading import Transpose, WeightRenaming, rename_source_key
 from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
+from transformers.utils import logging as transformers_logging
 
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, Dtype, FusedLayers, ModelConfig, Quantization
@@ -271,7 +272,7 @@ def check_contents(
     model under ZeRO-3, or for peft, than elsewhere.
     """
     with _loading_errors(folder, key):
-        with _unsharded():  # ZeRO-3 reports less
+        with _unsharded(), _no_progress():  # ZeRO-3 reports less
             shapes = {"device_map": "meta", "ignore_mismatched_sizes": True}
             causal_lm, report = _load(folder, model_config, config, kind, **shapes)
         differing = _differing_ties(causal_lm, folder, TORCH_DTYPES[config.dtype])
@@ -344,6 +345,17 @@ def _loading_errors(folder: Path, key: str) -> Iterator[None]:
             got=f"{folder}: {first_line(error)}",
             remedy=f"download or save the model again, or set {key} to another model",
         ) from error
+
+
+@contextlib.contextmanager
+def _no_progress() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _differing_ties(causal_lm: Any, folder: Path, dtype: torch.dtype) -> tuple[str, str] | None:
