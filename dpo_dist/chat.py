@@ -18,6 +18,7 @@ from dpo_dist.foundation.exit import exit_after
 from dpo_dist.foundation.streams import print_line, print_result
 from dpo_dist.training.named_models import located
 
+_TRUST = "model.trust_remote_code=true"
 _HINT = "an empty line or Ctrl-D ends, Ctrl-C an answer, /new starts again"
 
 
@@ -30,6 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     usual = "default: as in generation_config.json of the model"
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help=f"{usual}, or 512")
     parser.add_argument("--temperature", type=float, metavar="T", help=f"0: greedy; {usual}")
+    meaning = "run Python code that is in the folders of these models: read it first"
+    parser.add_argument("trust", nargs="?", metavar=_TRUST, choices=[_TRUST], help=meaning)
     given = parser.parse_args(arguments)
     if given.max_new_tokens is not None and given.max_new_tokens < 1:
         parser.error(f"--max-new-tokens is at least 1, not {given.max_new_tokens}")
@@ -43,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sampling = {"do_sample": bool(given.temperature)} if given.temperature is not None else {}
     sampling |= {"temperature": given.temperature} if given.temperature else {}
     with warnings_off():
-        speakers = open_speakers(location, beside, lambda line: print_line(line, sys.stderr))
+        trusts = given.trust is not None
+        speakers = open_speakers(location, beside, lambda line: print_line(line, sys.stderr), trusts)
         for question in _questions():
             for speaker in speakers:
                 if question == "/new":

@@ -1,7 +1,8 @@
 """Examine the data of a run before GPUs are spent: `python -m dpo_dist.doctor +experiment=qwen7b`.
 
-Takes the configuration of the training run, or `data.train` alone; one process, no GPU, no weights. The data
-are encoded into `data.cache`, where training finds them. Exit code 1: findings (docs/doctor.md).
+Takes the configuration of the training run, finds it in `run.dir`, or takes `data.train` alone; one process,
+no GPU, no weights. The data are encoded into `data.cache`, where training finds them. Exit code 1: findings
+(docs/doctor.md).
 """
 
 import json

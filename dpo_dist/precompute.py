@@ -1,6 +1,6 @@
 """Fill the reference store and exit: `accelerate launch -m dpo_dist.precompute +experiment=qwen7b`.
 
-Takes the configuration of the training run; only missing log-probs are computed.
+Takes the configuration of the training run, or finds it in `run.dir`; only missing log-probs are computed.
 """
 
 from functools import partial

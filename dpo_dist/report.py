@@ -7,6 +7,7 @@ from pathlib import Path
 from dpo_dist.config.run_folder import existing_run
 from dpo_dist.foundation.errors import ConfigError, ExitCode
 from dpo_dist.foundation.exit import exit_after
+from dpo_dist.foundation.files import collect_abandoned
 from dpo_dist.foundation.streams import print_line
 from dpo_dist.insight.pages.charts import draw_curves
 from dpo_dist.insight.pages.run import write_page
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if given.output is None and (rows := read_latest_rows(first)):
                 draw_curves(rows, first.curves, first.path.name)
                 print_line(f"curves: {first.curves}")
+            collect_abandoned(first.metrics)  # a picture that was being drawn when a start was killed
     except (OSError, ValueError) as error:
         remedy = "check the files of the run, permissions and free space, or set --output page.html"
         where = str(given.output or given.runs[0])

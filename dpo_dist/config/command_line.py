@@ -116,14 +116,17 @@ def _unknown_option(name: str, values: Sequence[str]) -> ConfigError:
     return ConfigError(f"there is no option {name}", where=where, remedy=remedy)
 
 
-def former_values(options: argparse.Namespace) -> dict[str, Any] | None:
+def former_values(options: argparse.Namespace, verb: str = "evaluate") -> dict[str, Any] | None:
     """Return the values of config.yaml in `run.dir`, for a command that names its run only.
 
-    None if the command chooses a model, an experiment or a file itself, or if the run has no config.yaml.
+    None if the command chooses a model (for the doctor: data), an experiment or a file itself, or if the run
+    has no config.yaml.
     """
     overrides, _ = parse_overrides(word for word in options.words if "=" in word)
     given = {override.key_or_group: override.value() for override in overrides}
-    is_whole = not {"experiment", "model", "model.path"}.isdisjoint(given) or options.config_dir is not None
+    is_whole = (
+        not {"experiment", "model", VERBS[verb].needs[0]}.isdisjoint(given) or options.config_dir is not None
+    )
     if is_whole or any("=" not in word for word in options.words):
         return None
     if "run.dir" not in given:
@@ -131,7 +134,8 @@ def former_values(options: argparse.Namespace) -> dict[str, Any] | None:
             "no run is named",
             where="run.dir",
             expected="the directory of a run: run.dir=output/run-1a2b3c4d",
-            remedy="set run.dir; or write the command of the run: model.path=... and its other keys",
+            remedy="set run.dir; or write the command of the run: "
+            f"{VERBS[verb].needs[0]}=... and its other keys",
         )
     file = existing_run(Path(str(given["run.dir"])).expanduser()).config
     if not file.is_file():
@@ -262,7 +266,7 @@ def _configurations(options: argparse.Namespace, verb: str) -> Points:
     words, folder, mistakes = options.words, options.config_dir, options.mistakes
     if VERBS[verb].takes_points:
         return load_points(words, folder, mistakes=mistakes)
-    former = former_values(options) if VERBS[verb].of_former_run else None
+    former = former_values(options, verb) if VERBS[verb].of_former_run else None
     return {(): load_run_config(words, folder, verb=verb, former=former, mistakes=mistakes)}
 
 

@@ -350,7 +350,10 @@ RULES = (
         "set trainer.eval_every=100: the last evaluation is the only one",
         lambda c: not c.data.eval_sources,
     ),
-    unused("trainer.patience", "trainer.keep_best!=null", "set trainer.keep_best=eval_loss"),
+    *(
+        unused(needing, "trainer.keep_best!=null", "set trainer.keep_best=eval_loss")
+        for needing in ("trainer.patience", "trainer.final")
+    ),
     Rule(
         "trainer.keep_best!=null",
         "this is no metric of evaluations whose high or low values are known to be the best",

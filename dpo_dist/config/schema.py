@@ -365,6 +365,9 @@ class ParallelismConfig:
     """How many seconds a process waits for another one before the run ends."""
 
 
+FinalModel = StrEnum("FinalModel", ["last", "best"])
+
+
 @schema
 class TrainerConfig:
     """The training loop. Gradient accumulation is derived, never configured."""
@@ -392,6 +395,8 @@ class TrainerConfig:
     patience: int | None = key(None, ge=1, free=True)
     """Evaluations in a row without a new best value of `keep_best` after which the run ends and is complete;
     null: it ends at its last step."""
+    final: FinalModel = key(FinalModel.last)
+    """Checkpoint that becomes `model/`: `last`, or `best` (by `keep_best`)."""
     log_every: int = key(1, ge=0, free=True)
     """Steps per metrics row, which is a mean over their pairs; 0: one row at the end."""
     seed: int = key(0, ge=0, verbs="train precompute evaluate pairs")

@@ -18,7 +18,7 @@ class Verb(NamedTuple):
     takes_training: bool = True
     """It takes the whole command line of a training run; `pairs` with rounds does, too."""
     of_former_run: bool = False
-    """It may take the configuration of the run in `run.dir`."""
+    """It may take the configuration of the run in `run.dir`, unless a command has the first of `needs`."""
     is_one_process: bool = False
     takes_points: bool = False
     """Its keys may have several values each, and it gets all combinations."""
@@ -31,13 +31,17 @@ VERBS = {
         "train a run for each point of a grid of values", _RUN, is_one_process=True, takes_points=True
     ),
     "precompute": Verb(
-        "score the pairs of a run by the reference model, and store the log-probs", (*_RUN, "reference.mode")
+        "score the pairs of a run by the reference model, and store the log-probs",
+        (*_RUN, "reference.mode"),
+        of_former_run=True,
     ),
     "evaluate": Verb(
         "score pairs with trained models and the reference", ("model.path",), of_former_run=True
     ),
     "compare": Verb("ask several models the same prompts, side by side", takes_training=False),
-    "doctor": Verb("examine the data of a run, and encode them", ("data.train",), is_one_process=True),
+    "doctor": Verb(
+        "examine the data of a run, and encode them", ("data.train",), of_former_run=True, is_one_process=True
+    ),
     "plan": Verb(
         "compute memory and hours of a run on GPUs that one does not have yet",
         ("model.path",),

@@ -33,7 +33,7 @@ Records: TypeAlias = Sequence[Record]
 Result = TypeVar("Result")
 
 # Increased when the token ids or the files of the same records change.
-_ENCODING_VERSION = 17
+_ENCODING_VERSION = 16
 _LENGTH_KEYS = ("max_length", "max_prompt_length", "truncation")
 _ENCODING_KEYS = (
     *_LENGTH_KEYS,

@@ -34,7 +34,13 @@ from dpo_dist.model.folder import (
     tokenizer_folder,
 )
 from dpo_dist.model.layers import other_weights
-from dpo_dist.model.load import TORCH_DTYPES, load_config, load_tokenizer, without_weights
+from dpo_dist.model.load import (
+    TORCH_DTYPES,
+    check_contents_at_hand,
+    load_config,
+    load_tokenizer,
+    without_weights,
+)
 from dpo_dist.model.save import (
     copy_tokenizer,
     ignored_tensors,
@@ -71,8 +77,10 @@ def export_checkpoint(
     start, code = start_folder(config.model), config.model.trust_remote_code
     model_config, is_whole = load_config(base, config.model), config.model.adapter is None
     causal_lm = without_weights(model_config, config.model, start, keeps_others=is_whole)
-    if not is_new and (faults := find_faults(checkpoint, 0, 1)):
-        raise damaged_checkpoint(checkpoint, faults)
+    if not is_new:
+        check_contents_at_hand(base, config.model)
+        if faults := find_faults(checkpoint, 0, 1):
+            raise damaged_checkpoint(checkpoint, faults)
     trained = {name: weight for name, weight in causal_lm.named_parameters() if weight.requires_grad}
     saved, part = read_weights(checkpoint, trained), _PARTS[config.export.weights]
     if part not in saved.parts:
@@ -117,7 +125,9 @@ def export_checkpoint(
             _check_written(temporary, list(saved.shapes) if is_whole else [], read, config)
 
 
-def written_checkpoint(checkpoint: Path, below: Path, say: Callable[[str], None]) -> Path:
+def written_checkpoint(
+    checkpoint: Path, below: Path, say: Callable[[str], None], trusts_code: bool = False
+) -> Path:
     """Return the folder below `below` with the weights of a run's checkpoint; it is written only once."""
     checkpoint = checkpoint.resolve()
     trained = checkpoint.parents[1]
@@ -128,7 +138,7 @@ def written_checkpoint(checkpoint: Path, below: Path, say: Callable[[str], None]
         config = from_yaml(existing_run(trained).config.read_text(encoding="utf-8"))
         # The configuration of another run cannot ask for code of the base model.
         export_checkpoint(
-            checkpoint, written, replace(config, model=replace(config.model, trust_remote_code=False))
+            checkpoint, written, replace(config, model=replace(config.model, trust_remote_code=trusts_code))
         )
     return written
 

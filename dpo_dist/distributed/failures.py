@@ -219,6 +219,8 @@ class Watcher(threading.Thread):
 
         A failure that another process caused becomes a `PeerLostError`.
         """
+        if self._world.size > 1:
+            failure = _origin(failure)
         error = failure if isinstance(failure, DpoDistError) else disk_error(failure)
         if isinstance(failure, torch.OutOfMemoryError):
             error = out_of_memory(failure)
@@ -313,6 +315,19 @@ def write_stacks(file: Path | None, reason: str) -> None:
 def is_of_communication(text: str) -> bool:
     """Return whether the text of an error says that a call waited too long for a rank, or was cut off."""
     return bool(re.search(_OF_COMMUNICATION, text, re.IGNORECASE))
+
+
+def _origin(failure: BaseException) -> BaseException:
+    """Return the error of communication behind `failure`; `failure` itself if there is none.
+
+    What loads a model or reads files takes any error for one of these files, also that of a collective call.
+    """
+    error: BaseException | None = failure
+    while error is not None:
+        if isinstance(error, RuntimeError) and is_of_communication(str(error)):
+            return error
+        error = error.__cause__ or error.__context__
+    return failure
 
 
 @contextlib.contextmanager

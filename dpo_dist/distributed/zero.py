@@ -238,10 +238,8 @@ class PolicyEngine(Engine):
         zero = world.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
         zero.update(communication(zero["stage"], model.hidden_size))
         mark_zero3_leaves(model)
-        for module in partly_used_blocks(model.causal_lm):
-            # ZeRO-3 does so for its leaves, but not where one has no output at all, as a compressor may. And
-            # aliases would keep the weights of each layer gathered until backward.
-            if zero["stage"] < 3 or hasattr(module, "compress_rate"):
+        if zero["stage"] < 3:  # ZeRO-3 does so for its leaves; aliases would keep their weights gathered
+            for module in partly_used_blocks(model.causal_lm):
                 join_gradients(module)
         world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
         engine, _ = world.accelerator.prepare(model, create_optimizer(model, optim))

@@ -25,6 +25,7 @@ from dpo_dist.generation.sampling.respond import (
     usable_prompt,
 )
 from dpo_dist.model.lora import adapter_off
+from dpo_dist.model.numerics import has_fp16_products
 from dpo_dist.training.context import has_bf16_products
 from dpo_dist.training.named_models import short_name
 
@@ -82,11 +83,16 @@ class Speaker:
         self.messages = [*asked, Message("assistant", text)]
 
 
-def open_speakers(location: str, beside: str | None, say: Callable[[str], None]) -> list[Speaker]:
-    """Load the model at `location`, as `located` returns it, and the one beside it, if there is one."""
-    first = _open(location, "RUN", say)
+def open_speakers(
+    location: str, beside: str | None, say: Callable[[str], None], trusts_code: bool = False
+) -> list[Speaker]:
+    """Load the model at `location`, as `located` returns it, and the one beside it, if there is one.
+
+    `trusts_code`: Python code in their folders is run.
+    """
+    first = _open(location, "RUN", say, trusts_code)
     if beside != BASE:
-        return [first] if beside is None else [first, _open(beside, "--beside", say)]
+        return [first] if beside is None else [first, _open(beside, "--beside", say, trusts_code)]
     if first.responder.source.adapter is not None:
         return [first, replace(first, name=BASE, of_base=True, messages=[])]
     if first.config.model.path == NO_MODEL:
@@ -104,20 +110,21 @@ def open_speakers(location: str, beside: str | None, say: Callable[[str], None])
     return [first, replace(first, name=BASE, causal_lm=base, messages=[])]
 
 
-def _open(location: str, key: str, say: Callable[[str], None]) -> Speaker:
+def _open(location: str, key: str, say: Callable[[str], None], trusts_code: bool) -> Speaker:
     """Load a model with the configuration of its run, if it is in the folder of one."""
     folder = Path(location).expanduser()
     above = map(RunFolder, folder.absolute().parents[:2])
     run = next((run for run in above if folder.is_dir() and run.state.is_file()), None)
     config = RunConfig() if run is None else from_yaml(run.config.read_text(encoding="utf-8"), run.config)
-    emulated = _device().type == "cpu" and not has_bf16_products() and config.model.dtype is Dtype.bf16
+    products = {Dtype.bf16: has_bf16_products, Dtype.fp16: has_fp16_products}
+    emulated = _device().type == "cpu" and not products.get(config.model.dtype, lambda: True)()
     dtype = Dtype.fp32 if emulated else config.model.dtype
     # A run's configuration cannot ask for code, and its template is saved with its model.
-    model = replace(config.model, trust_remote_code=False, dtype=dtype)
+    model = replace(config.model, trust_remote_code=trusts_code, dtype=dtype)
     data = replace(without_limits(config.data), chat_template=None)
     config, name = replace(config, model=model, data=data), short_name(location)
     if is_checkpoint(folder) and run is not None:
-        location = str(written_checkpoint(folder, run.comparison_models, say))
+        location = str(written_checkpoint(folder, run.comparison_models, say, trusts_code))
     source = find_files(location, config, key)
     return Speaker(name, open_responder(source, config), load_source(source, config, _device()), config)
 

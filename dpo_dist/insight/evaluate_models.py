@@ -111,7 +111,7 @@ def load_evaluated(
     """
     config, world = run.config, run.world
     base, bits, running = inputs.policy_files.folder, config.model.quantization, RunningMeans()
-    folder, commit = base, None
+    folder, commit, key = base, None, "model.path"
     finish: Callable[[PackedCausalLM], None] | None = None
     if evaluated.is_checkpoint:
         state = open_checkpoint(Path(evaluated.path), world).state
@@ -132,10 +132,11 @@ def load_evaluated(
                 run.say(note)
             finish = partial(load_adapter, folder=named)
         else:
-            folder, bits = named, bits if named.resolve() == base.resolve() else None
+            folder, key, bits = named, EVALUATED, bits if named.resolve() == base.resolve() else None
             world.on_main(partial(check_same_vocabulary, named, inputs.tokenizer, config.model, EVALUATED))
     offload = config.parallelism.offload_parameters
     placement = replace(config.reference, offload=offload, nvme_path=None, quantization=bits)
     model_config = replace(scored_model(config), quantization=bits)
-    model = load_scored(folder, model_config, replace(config, reference=placement), world, finish)
+    placed = replace(config, reference=placement)
+    model = load_scored(folder, model_config, placed, world, finish, key=key)
     return model, running, commit

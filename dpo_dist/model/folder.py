@@ -26,6 +26,16 @@ LORA_WEIGHTS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 # Options of peft by which an adapter of low-rank matrices is more than these on linear layers.
 _OTHER_FORMS = ("alora_invocation_tokens", "layer_replication", "target_parameters", "use_qalora")
+# Of these, and of the kinds of peft, those that it cannot merge into a base.
+_UNMERGED_FORMS = ("alora_invocation_tokens", "layer_replication", "use_qalora")
+_UNMERGED_TYPES = (
+    "ADAPTION_PROMPT CARTRIDGE CPT MULTITASK_PROMPT_TUNING PREFIX_TUNING PROMPT_TUNING P_TUNING XLORA"
+)
+MERGE = (
+    "merge it into its base by peft's merge_and_unload, and set model.path to the result (with "
+    "tie_word_embeddings false in its config.json, if the adapter trains embeddings or output layer in full)"
+)
+"""What to do with an adapter that peft can merge."""
 # The adapter's kind and size, read from an adapter that is continued.
 _FORM = ("r", "alpha", "variant", "target_modules", "modules_to_save")
 _COMMITS: dict[tuple[str, str | None], str] = {}
@@ -168,7 +178,7 @@ def _check_files(
     if accepts_adapter and is_adapter(folder):
         weights = [folder / ADAPTER_WEIGHTS]
     elif (folder / ADAPTER_CONFIG).is_file():
-        remedy = "merge it into its base (export.merge of dpo_dist.export)"
+        remedy = MERGE
         if key == "model.path":
             remedy = f"set model.path to its base and model.adapter.path to it, or {remedy}"
         raise ConfigError(
@@ -289,17 +299,22 @@ def _check_form(folder: Path, config: ModelConfig) -> None:
     if (init := str(adapter.get("init_lora_weights", True)).lower()).startswith(_CHANGES_BASE):
         other.append(f"init_lora_weights: {init}, which has changed the weights of the base")
     if other:
-        raise _unsupported(folder, ", ".join(other))
+        is_merged = adapter.get("peft_type") not in _UNMERGED_TYPES.split() and not any(
+            map(adapter.get, _UNMERGED_FORMS)
+        )
+        raise _unsupported(folder, ", ".join(other), is_merged=is_merged)
 
 
-def _unsupported(folder: Path, got: str) -> ConfigError:
+def _unsupported(folder: Path, got: str, *, is_merged: bool = True) -> ConfigError:
     """Return the error of an adapter from which no training starts."""
     return ConfigError(
         "training cannot start from this kind of adapter",
         where=_ADAPTER_KEY,
         got=f"{folder}: {got}",
         expected="LoRA, rsLoRA or DoRA on linear layers, without biases; modules_to_save",
-        remedy="merge it into its base by peft's merge_and_unload, and set model.path to the result",
+        remedy=MERGE
+        if is_merged
+        else "name another adapter: peft cannot merge this kind into its base, with which it stays apart",
     )
 
 

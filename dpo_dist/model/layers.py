@@ -229,8 +229,7 @@ def join_gradients(block: nn.Module) -> None:
     """Make the gradients of all weights of `block` ready at once, those of parts without tokens as zeros.
 
     ZeRO-1 and ZeRO-2 add up the gradients of the ranks in the order in which they are ready: if ranks use
-    other parts, they would add up those of different weights. ZeRO-3 waits for them where the output of a
-    leaf has a gradient, and a part that makes keys may have no output.
+    other parts, they would add up those of different weights.
     """
     block.forward = partial(_joined, _Block(block, block.forward))
 

@@ -4,12 +4,12 @@ import contextlib
 import logging
 import re
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -18,12 +18,14 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.core_model_loading import Transpose
+from transformers.core_model_loading import Transpose, WeightRenaming, rename_source_key
 from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
+from transformers.utils import logging as transformers_logging
 
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, Dtype, FusedLayers, ModelConfig, Quantization
 from dpo_dist.foundation.errors import ConfigError, disk_error, first_line
+from dpo_dist.foundation.text import counted
 from dpo_dist.model.architectures import (
     SAMPLING_ROUTERS,
     auto_class,
@@ -32,7 +34,13 @@ from dpo_dist.model.architectures import (
     switch_off_noise,
 )
 from dpo_dist.model.attention import check_kernel, choose_backend
-from dpo_dist.model.folder import CONFIG_FILE, check_tokenizer_files, has_tokenizer, read_model_json
+from dpo_dist.model.folder import (
+    CONFIG_FILE,
+    check_tokenizer_files,
+    has_tokenizer,
+    read_model_json,
+    weight_files,
+)
 from dpo_dist.model.layers import (
     check_device,
     checkpoint_layers,
@@ -233,47 +241,19 @@ def load_weights(
     Of a language model, the default `kind`, without the parts that text does not use.
     """
     check_precision(config.dtype, device)
+    check_contents(folder, model_config, config, key=key, kind=kind)
     is_sharded = is_deepspeed_zero3_enabled() and config.quantization is None
-    load = partial(
-        (kind or auto_class(model_config, config.trust_remote_code)).from_pretrained,
-        folder,
-        config=model_config,
-        dtype=TORCH_DTYPES[config.dtype],
-        trust_remote_code=config.trust_remote_code,
-        output_loading_info=True,
-        use_safetensors=True,
-        key_mapping=_RENAMED.get(model_config.model_type),
-    )
-    try:
-        with _whole_shapes():
-            causal_lm, report = load(**placement(config, device))
-        unread = report["unexpected_keys"]
-        if is_sharded:  # ZeRO-3 reports none
-            with _unsharded():
-                unread = load(device_map="meta")[1]["unexpected_keys"]
-    except Exception as error:  # an architecture's constructor can raise anything
-        if getattr(error, "filename", None) is None and (full := disk_error(error)):
-            raise full from error  # of the log file, to which the progress of loading is written
-        unsharded = ", or set parallelism=zero2 or ddp" if is_deepspeed_zero3_enabled() else ""
-        raise ConfigError(
-            "the model cannot be loaded",
-            where=key,
-            got=f"{folder}: {first_line(error)}",
-            remedy=f"download or save the model again, or set {key} to another model{unsharded}",
-        ) from error
-    if missing := sorted(report["missing_keys"]):
-        raise ConfigError(
-            "the model folder lacks weights, which would be initialized to random values",
-            where=key,
-            got=f"{folder} without {', '.join(missing[:5])} ({len(missing)} in all)",
-            remedy=f"set {key} to a complete model folder",
-        )
-    check_all_weights_read(causal_lm, sorted(unread), folder, key)
+    with _loading_errors(folder, key), _whole_shapes():
+        causal_lm, _ = _load(folder, model_config, config, kind, **placement(config, device))
     if not is_sharded and config.quantization is None:
         _freeze_as_defined(causal_lm)
     if kind is None:
         keep_text(causal_lm)
     for module in causal_lm.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = (
+                None  # it takes the gradient from a token that is also an end; nothing is padding
+            )
         # Else bitsandbytes repacks 4-bit weights for CPUs when it scores: they pass no gradients.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -281,6 +261,129 @@ def load_weights(
     if causal_lm.config.model_type != model_config.model_type:
         log.warning("%s: only its text model is loaded (%s)", folder, type(causal_lm).__name__)
     return causal_lm
+
+
+def check_contents(
+    folder: Path, model_config: Any, config: ModelConfig, *, key: str = "model.path", kind: Any = None
+) -> None:
+    """Check that the weight files of a folder are those of the model that its config.json describes.
+
+    Of the tensors only those are read that config.json makes one weight: two different ones would be another
+    model under ZeRO-3, or for peft, than elsewhere.
+    """
+    with _loading_errors(folder, key):
+        with _unsharded(), _no_progress():  # ZeRO-3 reports less
+            shapes = {"device_map": "meta", "ignore_mismatched_sizes": True}
+            causal_lm, report = _load(folder, model_config, config, kind, **shapes)
+        differing = _differing_ties(causal_lm, folder, TORCH_DTYPES[config.dtype])
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, *sizes = mismatched[0]
+        in_files, described = (" x ".join(map(str, size)) for size in sizes)
+        wrong = {ours for theirs, ours in zip(*sizes, strict=False) if ours != theirs}
+        values = vars(model_config.get_text_config()).items()
+        options = [option for option, value in values if not isinstance(value, bool) and value in [*wrong]]
+        raise ConfigError(
+            "the weight files have other sizes than config.json says",
+            where=key,
+            got=f"{folder}: {name}: {in_files} in the files, {described} by config.json"
+            f" ({counted(len(mismatched), 'such tensor')})",
+            remedy=f"correct config.json ({' or '.join(options) or 'the sizes of layers and heads'}), or use "
+            "the weight files that belong to it",
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise ConfigError(
+            "the model folder lacks weights, which would be initialized to random values",
+            where=key,
+            got=f"{folder} without {', '.join(missing[:5])} ({len(missing)} in all)",
+            remedy=f"set {key} to a complete model folder",
+        )
+    check_all_weights_read(causal_lm, sorted(report["unexpected_keys"]), folder, key)
+    if differing:
+        one, other = differing
+        part = "" if causal_lm.config.model_type == model_config.model_type else " (in its text_config)"
+        raise ConfigError(
+            "config.json makes two weights one, and the files have a different tensor for each",
+            where=key,
+            got=f"{folder}: {one} and {other}, with tie_word_embeddings true",
+            expected="one of the two, or two that are equal",
+            remedy=f"set tie_word_embeddings to false in config.json{part}, so that both are used; or remove "
+            f"{one} from the weight files",
+        )
+
+
+def check_contents_at_hand(folder: Path, config: ModelConfig, key: str = "model.path") -> None:
+    """Run `check_contents` if the weights are there: a description from the hub comes without them."""
+    files = weight_files(folder)
+    if files and all(file.is_file() for file in files):
+        check_contents(folder, load_config(folder, config, key), config, key=key)
+
+
+def _load(folder: Path, model_config: Any, config: ModelConfig, kind: Any, **options: Any) -> Any:
+    """Return what `from_pretrained` loads, and its report."""
+    return (kind or auto_class(model_config, config.trust_remote_code)).from_pretrained(
+        folder,
+        config=model_config,
+        dtype=TORCH_DTYPES[config.dtype],
+        trust_remote_code=config.trust_remote_code,
+        output_loading_info=True,
+        use_safetensors=True,
+        key_mapping=_RENAMED.get(model_config.model_type),
+        **options,
+    )
+
+
+@contextlib.contextmanager
+def _loading_errors(folder: Path, key: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # an architecture's constructor can raise anything
+        if getattr(error, "filename", None) is None and (full := disk_error(error)):
+            raise full from error  # of the log file, to which the progress of loading is written
+        raise ConfigError(
+            "the model cannot be loaded",
+            where=key,
+            got=f"{folder}: {first_line(error)}",
+            remedy=f"download or save the model again, or set {key} to another model",
+        ) from error
+
+
+@contextlib.contextmanager
+def _no_progress() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _differing_ties(causal_lm: Any, folder: Path, dtype: torch.dtype) -> tuple[str, str] | None:
+    """Return the names in the files of a weight, and of another one that it is tied to but differs from.
+
+    `causal_lm` is on the meta device, with all tensors of the files: equal ones are not one weight yet.
+    """
+    weight, ties = causal_lm.get_parameter_or_buffer, causal_lm.all_tied_weights_keys
+    apart = [(one, other) for one, other in ties.items() if weight(one) is not weight(other)]
+    if not apart:
+        return None
+    renamings = [entry for entry in causal_lm._weight_conversions if isinstance(entry, WeightRenaming)]
+    prefix, expected = causal_lm.base_model_prefix, causal_lm.state_dict()
+    found: dict[str, tuple[Path, str]] = {}
+    for file in weight_files(folder):
+        if file.suffix != ".json":
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    found[rename_source_key(name, renamings, [], prefix, expected)[0]] = file, name
+
+    def value(name: str) -> torch.Tensor:
+        file, stored = found[name]
+        with safe_open(file, "pt") as tensors:
+            tensor: torch.Tensor = tensors.get_tensor(stored)
+            return tensor.to(dtype)
+
+    differing = (pair for pair in apart if not torch.equal(*map(value, pair)))
+    return next(((found[one][1], found[other][1]) for one, other in differing), None)
 
 
 def placement(config: ModelConfig, device: torch.device) -> dict[str, Any]:

@@ -17,7 +17,14 @@ from transformers.pytorch_utils import Conv1D
 
 from dpo_dist.config.schema import AdapterConfig, AdapterVariant, ModelConfig
 from dpo_dist.foundation.errors import ConfigError, first_line
-from dpo_dist.model.folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX, is_repeated, modules_on_disk
+from dpo_dist.model.folder import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    MERGE,
+    PEFT_PREFIX,
+    is_repeated,
+    modules_on_disk,
+)
 from dpo_dist.model.layers import partly_used_blocks, text_part, without_gradient
 from dpo_dist.model.packed import PackedCausalLM
 
@@ -122,8 +129,12 @@ def add_saved(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
     except Exception as error:  # peft can raise anything
         reason = " ".join(str(error).split())[:200]  # the first line of torch's only announces the others
         raise _foreign_adapter(causal_lm, folder, f"{type(error).__name__}: {reason}", key) from error
-    if isinstance(causal_lm.get_output_embeddings(), LoraLayer):
-        raise _foreign_adapter(causal_lm, folder, "matrices on the output layer", key)
+    if isinstance(head := causal_lm.get_output_embeddings(), LoraLayer):
+        refused = _foreign_adapter(causal_lm, folder, "matrices on the output layer", key)
+        refused.remedy = MERGE
+        if head.weight is causal_lm.get_input_embeddings().weight:
+            refused.remedy = "name another adapter: merged, they would change the base's embeddings, too"
+        raise refused
     unset = [
         missing
         for missing in loaded.missing_keys

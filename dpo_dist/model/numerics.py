@@ -72,8 +72,21 @@ def _minor(version: str) -> str:
     return ".".join(version.split("+", maxsplit=1)[0].split(".")[:2])
 
 
+def has_fp16_products() -> bool:
+    """Return whether this CPU multiplies matrices in fp16, which DeepSpeed asks, too."""
+    has_mkldnn = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
 def check_precision(dtype: Dtype, device: torch.device) -> None:
-    """Check that a GPU computes in this precision, other than by slow emulation."""
+    """Check that a GPU computes in this precision, other than by slow emulation, or a CPU in fp16."""
+    if device.type == "cpu" and dtype is Dtype.fp16 and not has_fp16_products():
+        raise ConfigError(
+            "this CPU does not compute in fp16",
+            where="model.dtype",
+            got=str(dtype),
+            remedy="set model.dtype=fp32, or bf16",
+        )
     if device.type != "cuda" or dtype is not Dtype.bf16:
         return
     if not torch.cuda.is_bf16_supported(including_emulation=False):

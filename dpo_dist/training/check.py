@@ -6,10 +6,11 @@ from pathlib import Path
 from statistics import fmean
 
 import pyarrow as pa
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import Offload, ReferenceMode, Resume, RunConfig, SourceConfig
+from dpo_dist.config.schema import Dtype, Offload, ReferenceMode, Resume, RunConfig, SourceConfig
 from dpo_dist.data.counts import check_counts, in_one_line, named_in_one_line, read_in_words
 from dpo_dist.data.dataset import PreferenceDataset, check_fits_loss
 from dpo_dist.data.encode import encode_records
@@ -20,7 +21,8 @@ from dpo_dist.data.store import columns_of, counts_of, lengths_of
 from dpo_dist.data.template import check_template_keys
 from dpo_dist.model.architectures import router_loss
 from dpo_dist.model.folder import description_folder, is_adapter, start_folder, tokenizer_folder
-from dpo_dist.model.load import check_same_vocabulary, load_tokenizer
+from dpo_dist.model.load import check_contents_at_hand, check_same_vocabulary, load_tokenizer
+from dpo_dist.model.numerics import has_fp16_products
 from dpo_dist.model.stops import stop_notes
 from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.metrics import custom_metrics
@@ -55,12 +57,15 @@ def rehearse(
     check_template_keys(config.data, tokenizer)
     described = f"{folder}, {model_config.model_type}, {len(tokenizer):,} tokens"
     lines = [("run.dir", f"{run}{start_in_words}"), ("model.path", described)]
+    if config.model.dtype is Dtype.fp16 and not (torch.cuda.is_available() or has_fp16_products()):
+        lines.append(("model.dtype", "fp16 needs a GPU: this CPU does not compute in it"))
     for evaluated in models:
         if not (evaluated.is_checkpoint or is_adapter(Path(evaluated.path))):
             revision = config.model.revision if evaluated.path == config.model.path else None
             model = description_folder(evaluated.path, revision, EVALUATED)
             if not is_adapter(model):
                 check_same_vocabulary(model, tokenizer, config.model, EVALUATED)
+                check_contents_at_hand(model, config.model, EVALUATED)
         lines.append(("evaluation", evaluated.path))
     if not models:
         lines.append(("loss", check_custom_loss(config.loss) or ", ".join(config.loss.kinds)))
@@ -106,6 +111,7 @@ def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
     if reference.path is not None:
         folder = description_folder(reference.path, None, "reference.path")
         check_same_vocabulary(folder, tokenizer, config.model)
+        check_contents_at_hand(folder, config.model, "reference.path")
         parts.append(f"model {folder}")
     if reference.mode is ReferenceMode.cached:
         parts.append(f"store {reference.store}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from dpo_dist.config.identity import settings
 from dpo_dist.config.run_folder import RunFolder, checkpoint_name, step_of
-from dpo_dist.config.schema import ExportedWeights, RunConfig
+from dpo_dist.config.schema import ExportedWeights, FinalModel, RunConfig
 from dpo_dist.distributed.checkpoint import checkpoint_state, damaged_checkpoint, drop_checkpoints
 from dpo_dist.distributed.export import DTYPES, export_checkpoint
 from dpo_dist.distributed.memory import peak_memory_bytes
@@ -49,15 +49,25 @@ def run_to_its_end(loop: Loop, position: Position, run_card: Callable[..., str])
         state = RunState(outcome, position.step, identity, stopped_by=why)
         finish(run, state, loop.recorder, summary | {"stopped_by": why})
         return ExitCode.preempted
+    best, takes_best = position.best, run.config.trainer.final is FinalModel.best
+    step = best.step if takes_best and best is not None else position.step
     if position.step < loop.inputs.sampler.steps:
-        summary["stopped_by"], best = "trainer.patience", position.best
+        summary["stopped_by"] = "trainer.patience"
         assert best is not None
+        which = "" if takes_best else ", whose weights are the model"
         run.say(
-            f"ending after step {position.step}, whose weights are the model: {best.metric} was best at step "
+            f"ending after step {position.step}{which}: {best.metric} was best at step "
             f"{best.step} ({best.value:.4g}), {counted(position.stale_evaluations, 'evaluation')} before"
         )
+    if takes_best:
+        summary["model_step"] = step
+        run.say(
+            f"the weights of step {step} of {position.step} are the model, by {run.config.trainer.keep_best}"
+        )
+        if best is None:
+            run.say("warning: this is the last step, as no evaluation had a finite value of it")
     with run.clock.of("saving"):
-        _write_model(loop, position, summary, run_card)
+        _write_model(loop, step, summary, run_card)
     summary["work"] = run.clock.read()
     exported = RunState(RunOutcome.exported, position.step, identity, for_json(summary))
     completed = replace(exported, outcome=RunOutcome.completed)
@@ -95,22 +105,23 @@ def _summary(loop: Loop, position: Position) -> dict[str, Any]:
     }
 
 
-def _write_model(
-    loop: Loop, position: Position, summary: dict[str, Any], run_card: Callable[..., str]
-) -> None:
-    run = loop.run
-    checkpoint = run.folder.checkpoints / checkpoint_name(position.step)
+def _write_model(loop: Loop, step: int, summary: dict[str, Any], run_card: Callable[..., str]) -> None:
+    """Write the checkpoint of `step` as the model of the run; collective."""
+    run, is_last = loop.run, step == summary["steps"]
+    checkpoint = run.folder.checkpoints / checkpoint_name(step)
 
     def card(loader: str) -> str:
         assert loop.recorder is not None
-        rows, ended = loop.recorder.metrics.rows, {**summary, "exit": RunOutcome.completed.value}
-        has_eval, versions = loop.inputs.eval_set is not None, package_versions()
-        return run_card(run.config, rows, ended, run.say, versions, loader, is_evaluated=has_eval)
+        rows = [row for row in loop.recorder.metrics.rows if row["step"] <= step]
+        ended = {**summary, "exit": RunOutcome.completed.value, "steps": step}
+        ended["pairs_seen"] = checkpoint_state(checkpoint)["pairs_seen"]
+        is_evaluated, versions = loop.inputs.eval_set is not None and is_last, package_versions()
+        return run_card(run.config, rows, ended, run.say, versions, loader, is_evaluated=is_evaluated)
 
     def write() -> None:
         check_base(run.config, loop.identity["model"])
         with unsharded_loading(run.world):
-            export_checkpoint(checkpoint, run.folder.model, run.config, card, is_new=True)
+            export_checkpoint(checkpoint, run.folder.model, run.config, card, is_new=is_last)
 
     with run.console.heartbeat("writing the model"):
         run.world.on_main(write)

@@ -39,7 +39,7 @@ from dpo_dist.model.architectures import (
 from dpo_dist.model.flops import StepFlops, step_flops
 from dpo_dist.model.folder import base_notes, model_folder, start_folder, tokenizer_folder
 from dpo_dist.model.layers import check_device, text_notes
-from dpo_dist.model.load import load_config, load_tokenizer, without_weights
+from dpo_dist.model.load import check_contents_at_hand, load_config, load_tokenizer, without_weights
 from dpo_dist.model.stops import stop_notes
 from dpo_dist.model.ulysses import check_shared_tokens
 from dpo_dist.objective.router import RouterLoss
@@ -225,6 +225,7 @@ def checked_model(
     check_causal(model_config)
     check_shared_tokens(model_config, config.parallelism.sequence_parallel)
     causal_lm = without_weights(model_config, config.model, start)
+    check_contents_at_hand(folder, config.model)
     check_positions(causal_lm, config.data.max_length)
     return model_config, causal_lm
 

@@ -52,7 +52,7 @@ _FLASH_ATTN = {
 
 @contextlib.contextmanager
 def started(config: RunConfig, *, trains: bool = False) -> Iterator[Console]:
-    """Check the start and open the console; a start that fails before its first row leaves no directory."""
+    """Check the start and open the console; a start that fails before it trains leaves no directory."""
     folder = RunFolder.of(config)
     is_new = not folder.path.exists()
     check_start(config, trains=trains, starts=True)
@@ -60,9 +60,8 @@ def started(config: RunConfig, *, trains: bool = False) -> Iterator[Console]:
         with open_console(folder.rank_log, config.console.style) as console:
             yield console
     except (ConfigError, DataError, ReferenceModelError, CheckpointError):
-        from dpo_dist.training.metrics_log import read_latest_rows  # noqa: PLC0415  (imports torch)
-
-        if is_new and os.environ.get("RANK", "0") == "0" and not read_latest_rows(folder):
+        # The history is opened, without a row, when the models are loaded and the first step follows.
+        if is_new and os.environ.get("RANK", "0") == "0" and not folder.log_history.exists():
             with contextlib.suppress(ConfigError), locked(folder.lock, "trains", "wait for it"):
                 shutil.rmtree(folder.path, ignore_errors=True)  # not that of another process
         raise

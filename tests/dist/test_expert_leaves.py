@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import (
     AdapterConfig,
     AttentionBackend,
@@ -32,10 +33,11 @@ from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.model.ulysses import TokenExchange
 from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.training.step import Objective
-from tests.dist.scenario import LOSS, Assets, all_steps, entries_of, plain_steps
+from tests.dist.scenario import LOSS, Assets, all_steps, entries_of, load_policy, plain_steps
 from tests.dist.test_engine import write_whole
 from tests.support import tiny
-from tests.support.families import COMMON, HEADS
+from tests.support.families import COMMON, HEADS, tiny_family
+from tests.support.packing import VOCABULARY, pack_unkeyed, random_pairs
 from tests.support.ranks import OPTIM, run_ranks
 
 EXPERTS, UNUSED = 8, 7
@@ -199,3 +201,21 @@ def test_ranks_with_tokens_for_different_experts_train_like_one_process(
         torch.testing.assert_close(
             after[name], tensor.detach(), atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n} {m}"
         )
+
+
+def one_rank_makes_no_keys(model: Path, world: World, folder: Path) -> float:
+    """Norm of a step in which the sequences of rank 1 are too short for a compressed key."""
+    policy = load_policy(ModelConfig(str(model), dtype=Dtype.fp32), world, max_length=64)
+    policy.model.arrange(Arrangement.padded, own_logits=False)
+    policy.train()
+    batch = pack_unkeyed(random_pairs([(1, 1, 1)] if world.rank else [(9, 8, 8)]))
+    policy.backward(policy.token_logps(batch).sum(), is_last=True)
+    return float(policy.step(1e-2))
+
+
+def test_a_rank_without_compressed_keys_does_not_stop_the_others(tmp_path: Path) -> None:
+    tiny_family("deepseek_v4", VOCABULARY).save_pretrained(tmp_path / "model")
+    scenario, norms = partial(one_rank_makes_no_keys, tmp_path / "model"), []
+    for kind in (ParallelismKind.zero3, ParallelismKind.zero2):
+        norms += run_ranks(scenario, 2, tmp_path / kind, kind, seconds=SECONDS)
+    assert norms == pytest.approx([norms[0]] * 4, rel=1e-5)

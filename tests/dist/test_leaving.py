@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,13 +19,21 @@ from torch import nn
 from torch.distributed import distributed_c10d
 
 from dpo_dist.batching.plan import Arrangement
-from dpo_dist.config.schema import FolderConfig, ModelConfig, ParallelismConfig, ParallelismKind, RunConfig
+from dpo_dist.config.schema import (
+    Dtype,
+    FolderConfig,
+    ModelConfig,
+    ParallelismConfig,
+    ParallelismKind,
+    RunConfig,
+)
 from dpo_dist.distributed import failures
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation import background
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, DataError, DpoDistError
 from dpo_dist.foundation.signals import StopRequest
+from dpo_dist.model.load import load_packed
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference import engine
 from dpo_dist.reference.engine import load_reference, settle_engine
@@ -104,6 +113,19 @@ def test_one_survivor_names_the_dead(tmp_path: Path) -> None:
     assert {outcome.error for outcome in survivors} == {"PeerLostError"}, survivors
     (printed,) = [outcome for outcome in survivors if outcome.is_printed_here]
     assert "rank 0 of 3 died" in printed.message
+
+
+def loading_while_one_dies(folder: Path, world: World, _folder: Path) -> None:
+    if world.rank == 1:
+        deepspeed.zero.GatheredParameters.__enter__ = die
+    load_packed(folder, ModelConfig(dtype=Dtype.fp32), 64, world.device)
+
+
+def test_a_rank_that_dies_while_a_sharded_model_loads_is_no_fault_of_the_model(tmp_path: Path) -> None:
+    survivor, dead = outcomes_of(partial(loading_while_one_dies, write_model(tmp_path / "model")), tmp_path)
+    assert dead.exit_code == -signal.SIGKILL
+    assert (survivor.error, survivor.is_printed_here) == ("PeerLostError", True), survivor.log
+    assert "rank 1 of 2 died" in survivor.message
 
 
 def block_in_c(seconds: int, grace_seconds: float = 1.0) -> None:

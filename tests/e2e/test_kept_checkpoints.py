@@ -63,6 +63,26 @@ def test_the_last_checkpoint_is_the_model_that_training_wrote(run: Path, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_the_best_checkpoint_becomes_the_model_of_a_run_that_asks_for_it(
+    assets: Path, run: Path, tmp_path: Path
+) -> None:
+    """Also of one that was stopped after its best step and resumed, and keeps no checkpoint."""
+    words = command(assets, tmp_path, "trainer.max_steps=6", "trainer.final=best", "trainer.keep_last=0")
+    words = [word for word in words if not word.startswith(("trainer.ema", "trainer.keep_last=1"))]
+    best, resumed = summary(run)["best_checkpoint"]["step"], tmp_path / "run"
+    assert run_verb("train", [*words, "trainer.stop_after_steps=5"]).code == 75
+    output = train(words).output
+    assert f"the weights of step {best} of 6 are the model, by {METRIC}" in output
+    assert (summary(resumed)["model_step"], summary(resumed)["steps"]) == (best, 6)
+    ended = run_verb("export", [f"run.dir={run}", "export.checkpoint=best", f"export.output={tmp_path}/out"])
+    assert ended.code == 0, ended.output
+    assert files(resumed / "model")["model.safetensors"] == files(tmp_path / "out")["model.safetensors"]
+    card = (resumed / "model/README.md").read_text()
+    assert f"in {best} step" in card
+    assert f"The weights are those of step {best}, at which the evaluations had the best `{METRIC}`." in card
+    assert "## Evaluation" not in card
+
+
 def test_the_moving_average_is_a_model_folder_too(run: Path) -> None:
     ended = run_verb("export", [f"run.dir={run}", "export.weights=ema"])
     assert ended.code == 0, ended.output

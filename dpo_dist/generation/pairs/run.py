@@ -67,6 +67,7 @@ from dpo_dist.generation.sampling.respond import (
     usable_prompt,
 )
 from dpo_dist.model.folder import description_folder
+from dpo_dist.model.load import check_contents_at_hand
 from dpo_dist.training.context import Run
 
 _MODELS = "pairs.models"
@@ -390,6 +391,7 @@ def check_model(
     """Check a model without its weights, and that it can be asked one of the records; `say` the result."""
     responder = open_responder(find_files(name, config, key, description_folder), config)
     ends = responder.tokenizer.convert_ids_to_tokens(sorted(responder.stop_ids))
+    check_contents_at_hand(responder.source.folder, config.model, key)
     folder = responder.source.adapter or responder.source.folder
     say(f"{folder}, {len(responder.tokenizer):,} tokens, a response ends with {' or '.join(ends)}")
     prompts = [usable_prompt(as_asked(record, config.data), responder, new_tokens) for record in records]

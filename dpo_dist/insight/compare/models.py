@@ -127,7 +127,7 @@ class Speaker:
             longest = min(longest, self.responder.longest)
         world = self.prompts.run.world
         with unsharded_loading(world):
-            packed = load_packed(self.source.folder, model_config, longest, world.device)
+            packed = load_packed(self.source.folder, model_config, longest, world.device, KEY)
             if self.source.adapter is not None:
                 load_adapter(packed, self.source.adapter, KEY)
         packed.eval()
@@ -249,7 +249,9 @@ def whole_model(model: Compared, folder: Path, run: Run) -> str:
     """Return the folder or hub name of a model; of a checkpoint, a folder with its weights. Collective."""
     if not model.is_checkpoint:
         return model.location
-    written = partial(written_checkpoint, Path(model.location), folder, run.console.say)
+    written = partial(
+        written_checkpoint, Path(model.location), folder, run.console.say, run.config.model.trust_remote_code
+    )
     with run.console.heartbeat(f"writing the weights of {model.name}"):
         return str(run.world.on_main(written))
 

@@ -81,6 +81,7 @@ def model_card(
         pairs=counted(seen, unit) if seen <= pairs else Markup(repeated),  # noqa: S704  (digits)
         steps=counted(summary["steps"], "step"),
         kinds=[(kind, "" if kind is LossKind.custom else KINDS[kind].source) for kind in config.loss.kinds],
+        best=summary.get("best_checkpoint") if "model_step" in summary else None,
         averaged=f"{config.trainer.ema_decay:g}" if is_averaged else "",
         verdict=summary["verdict"],
         # peft's has no class of models that read images, but transformers also loads adapters.

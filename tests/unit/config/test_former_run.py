@@ -39,6 +39,22 @@ def test_a_run_directory_stands_for_its_command_whose_keys_and_presets_can_be_ch
     assert (found.model.path, found.loss.kind) == ("other", "sigmoid"), "a command with a model is whole"
 
 
+def test_the_doctor_takes_a_run_or_data_alone(tmp_path: Path) -> None:
+    config = write_run(tmp_path / "run")
+
+    def examined(*words: str) -> RunConfig:
+        arguments = divide(words)
+        former = former_values(arguments, "doctor")
+        return load_run_config(arguments.words, verb="doctor", former=former)
+
+    assert examined(f"run.dir={tmp_path}/run").data == config.data
+    alone = examined("data.train=[b.jsonl]", f"run.dir={tmp_path}/new")
+    assert [source.path for source in alone.data.train] == ["b.jsonl"]
+    with pytest.raises(ConfigError, match="no run is named") as refused:
+        examined("doctor.fail_on=warning")
+    assert "data.train=..." in refused.value.remedy
+
+
 def test_a_mistyped_run_directory_is_named_with_the_runs_beside_it(tmp_path: Path) -> None:
     for name in ("beta01", "beta05", "warmup", "zero"):
         write_run(tmp_path / name)

@@ -76,6 +76,7 @@ REFUSED = [
     ("trainer.eval_every=5 samples.prompts=0", "trainer.eval_every"),
     ("trainer.keep_best=eval_loss", "trainer.keep_best"),
     ("trainer.patience=3", "trainer.patience"),
+    ("trainer.final=best", "trainer.final"),
     ("metrics.bands=[{metric:loss,low:1,high:0}]", "metrics.bands"),
     ("metrics.bands=[{metric:los,low:0,high:1}]", "metrics.bands"),
     ("metrics.bands=[{metric:eval_loss,low:0,high:1}]", "metrics.bands"),

@@ -363,7 +363,7 @@ def test_models_prompts_and_the_endpoint_are_checked(in_folder: Path) -> None:
         keys[1] = f"pairs.endpoint.url={server.url}"
         with pytest.raises(ConfigError, match="harmless request"):
             found(in_folder, PROMPTS, *keys)
-    Qwen2Config(num_labels=2).save_pretrained(in_folder / "model")
+    Qwen2Config.from_pretrained(in_folder / "model", num_labels=2).save_pretrained(in_folder / "model")
     with pytest.raises(ConfigError, match="no reward model"):
         found(in_folder, PROMPTS, "pairs.method=samples", "pairs.models=[]", "pairs.reward_model=model")
 

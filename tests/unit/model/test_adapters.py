@@ -162,18 +162,23 @@ def test_keys_of_an_adapter_that_is_continued_are_refused(base: Path, sft: Path)
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "message", "remedy"),
     [
-        ({"peft_type": "IA3"}, "IA3"),
-        ({"target_parameters": ["experts.down_proj"]}, "target_parameters"),
-        ({"modules_to_save": ["lm_head"], "ensure_weight_tying": True}, "ensure_weight_tying"),
-        ({"init_lora_weights": "pissa_niter_4"}, "has changed the weights of the base"),
+        ({"peft_type": "IA3"}, "IA3", "merge it"),
+        ({"peft_type": "PREFIX_TUNING"}, "PREFIX_TUNING", "peft cannot merge"),
+        ({"alora_invocation_tokens": [5]}, "alora_invocation_tokens", "peft cannot merge"),
+        ({"target_parameters": ["experts.down_proj"]}, "target_parameters", "merge it"),
+        ({"modules_to_save": ["lm_head"], "ensure_weight_tying": True}, "ensure_weight_tying", "merge it"),
+        ({"init_lora_weights": "pissa_niter_4"}, "has changed the weights of the base", "merge it"),
     ],
 )
-def test_other_kinds_are_refused(values: dict[str, Any], message: str, base: Path, sft: Path) -> None:
+def test_other_kinds_are_refused(
+    values: dict[str, Any], message: str, remedy: str, base: Path, sft: Path
+) -> None:
     with pytest.raises(ConfigError, match="this kind of adapter") as refused:
         start_folder(config_of(base, changed(sft, **values)))
     assert message in refused.value.got
+    assert remedy in refused.value.remedy
 
 
 def test_an_adapter_with_other_weights_or_none_is_refused(base: Path, sft: Path, tmp_path: Path) -> None:

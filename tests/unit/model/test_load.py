@@ -20,7 +20,7 @@ from transformers.core_model_loading import Transpose
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.schema import Dtype, ModelConfig
+from dpo_dist.config.schema import Dtype, ModelConfig, Quantization
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.generation.sampling.respond import find_model
 from dpo_dist.model.folder import model_folder, weight_files
@@ -37,7 +37,7 @@ from dpo_dist.model.load import (
 from dpo_dist.model.packed import PackedCausalLM
 from tests.support import tiny
 from tests.support.families import tiny_causal_lm, tiny_config, tiny_family
-from tests.support.multimodal import write_multimodal
+from tests.support.multimodal import IMAGE_MODELS, write_multimodal
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
 from tests.support.tiny_model import write_model
 
@@ -77,6 +77,19 @@ def test_a_model_with_noise_in_training_scores_as_it_is_evaluated(model_type: st
     with torch.no_grad():
         expected, logps = plain_logps(plain, PAIRS), loaded(pack_unkeyed(PAIRS))
     torch.testing.assert_close(logps, expected, rtol=0, atol=1e-5)
+
+
+def test_a_token_that_also_pads_has_the_gradient_of_its_inputs(tmp_path: Path) -> None:
+    """Many base models name their end as the padding, of which packed sequences have none."""
+    write_model(tmp_path, tied=False)
+    token, gradients = int(PAIRS[0].prompt_ids[0]), []
+    for padding in (None, token):
+        changed(tmp_path / "config.json", pad_token_id=padding)
+        model = load(tmp_path)
+        model(pack_unkeyed(PAIRS)).sum().backward()
+        gradients.append(model.causal_lm.get_input_embeddings().weight.grad)
+    assert gradients[0][token].abs().max() > 0
+    assert torch.equal(*gradients)
 
 
 class FullLog(io.StringIO):
@@ -125,6 +138,65 @@ def test_tensors_that_the_architecture_does_not_read_are_refused_or_of_other_mod
     else:
         load(tmp_path)
         assert name in caplog.text
+
+
+def with_another_head(folder: Path, head: str, **change: float) -> Path:
+    """Give a tied model a copy of its embeddings as output layer in a file of its own, with an index."""
+    weights = load_file(folder / "model.safetensors")
+    (name,) = (each for each in weights if each.endswith(("embed_tokens.weight", "wte.weight")))
+    save_file({head: weights[name] + change.get("plus", 0)}, folder / "head.safetensors", {"format": "pt"})
+    files = dict.fromkeys(weights, "model.safetensors") | {head: "head.safetensors"}
+    (folder / INDEX).write_text(json.dumps(SHARDED | {"weight_map": files}))
+    changed(folder / "config.json", transformers_weights=INDEX)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model_type", "head"),
+    [
+        ("smollm3", "lm_head.weight"),
+        ("gpt2", "lm_head.weight"),
+        ("biogpt", "output_projection.weight"),
+        ("gemma3", "lm_head.weight"),  # whose files name the embeddings otherwise than the model does
+    ],
+)
+def test_a_head_of_its_own_beside_tied_embeddings_is_refused_unless_it_is_equal(
+    model_type: str, head: str, tmp_path: Path
+) -> None:
+    def written(name: str, **change: float) -> Path:
+        folder = tmp_path / name
+        if model_type in IMAGE_MODELS:
+            write_multimodal(folder, model_type, 64)
+        else:
+            tiny_causal_lm(tiny_config(model_type)).save_pretrained(folder)
+        return with_another_head(folder, head, **change)
+
+    causal_lm = load(written("equal")).causal_lm
+    assert causal_lm.get_input_embeddings().weight is causal_lm.get_output_embeddings().weight
+    folder = written("other", plus=0.01)
+    for config in (FP32, replace(FP32, quantization=Quantization.nf4)):
+        error = refused("makes two weights one", load, folder, config)
+        assert head in error.got
+        assert error.got.count(".weight") == 2
+    changed(folder / "config.json", tie_word_embeddings=False)  # the remedy
+    own = load(folder).causal_lm.get_output_embeddings().weight
+    assert torch.equal(own, load_file(folder / "head.safetensors")[head])
+
+
+@pytest.mark.parametrize(
+    ("option", "sizes"),
+    [
+        ("vocab_size", "embed_tokens.weight: {tokens} x 32 in the files, 1000 x 32 by config.json"),
+        ("intermediate_size", "down_proj.weight: 32 x 64 in the files, 32 x 1000 by config.json"),
+    ],
+)
+def test_a_size_that_differs_from_config_json_is_named(option: str, sizes: str, tmp_path: Path) -> None:
+    folder = write_model(tmp_path)
+    tokens = load_config(folder, FP32).vocab_size
+    changed(folder / "config.json", **{option: 1000})
+    error = refused("other sizes than config.json says", load, folder)
+    assert sizes.format(tokens=tokens) in error.got
+    assert f"({option})" in error.remedy
 
 
 @pytest.mark.parametrize("is_sharded", [True, False])

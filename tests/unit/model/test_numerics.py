@@ -1,5 +1,6 @@
 """The numerics profile of stored log-probs, and deterministic kernels."""
 
+import contextlib
 import functools
 import os
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from dpo_dist.model.numerics import (
     numerics_of,
 )
 from tests.support.kernels import flash_attn_varlen_func, put_kernels
+from tests.support.precision import HAS_FP16
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 FP32 = ModelConfig(dtype=Dtype.fp32)
@@ -72,6 +74,10 @@ def test_a_precision_that_the_device_lacks_is_an_error_with_another_one(
     assert error.value.remedy == "set model.dtype=fp16, or fp32"
     check_precision(Dtype.fp16, CUDA)
     check_precision(Dtype.bf16, CPU)
+    with (
+        contextlib.nullcontext() if HAS_FP16 else pytest.raises(ConfigError, match="does not compute in fp16")
+    ):
+        check_precision(Dtype.fp16, CPU)
 
 
 def test_pytorch_cublas_and_flash_attn_use_deterministic_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

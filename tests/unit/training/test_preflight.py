@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, DpoDistError, RunOutcome
 from dpo_dist.foundation.files import locked
 from dpo_dist.training.check import rehearse
-from dpo_dist.training.context import Run
+from dpo_dist.training.context import Run, open_run
 from dpo_dist.training.directory import find_start
 from dpo_dist.training.inputs import load_inputs
 from dpo_dist.training.metrics_log import MetricsLog
@@ -105,7 +106,7 @@ def fail_late(config: RunConfig, error: Exception) -> None:
         raise error
 
 
-def test_a_users_error_removes_a_run_directory_without_a_row_of_metrics(
+def test_a_users_error_removes_a_run_directory_that_has_not_trained(
     assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not after other errors and earlier starts, nor that of another job, nor on another rank."""
@@ -123,8 +124,8 @@ def test_a_users_error_removes_a_run_directory_without_a_row_of_metrics(
     fail_late(config, ConfigError("of a second start"))
     assert folder.rank_log(0).is_file()
     with pytest.raises(DataError), started(other := run_of(assets, tmp_path / "late")):  # noqa: PT012
-        MetricsLog.open(RunFolder.of(other), None).append({"step": 1, "loss": 0.7})
-        raise DataError("found at a later step, before the first checkpoint")
+        MetricsLog.open(RunFolder.of(other), None)
+        raise DataError("found at a later step, before the first row and the first checkpoint")
     assert RunFolder.of(other).metrics_table.is_file()
     fail_late(other := run_of(assets, tmp_path / "bug"), RuntimeError("a fault of the program"))
     assert RunFolder.of(other).rank_log(0).is_file()
@@ -132,6 +133,25 @@ def test_a_users_error_removes_a_run_directory_without_a_row_of_metrics(
     monkeypatch.setenv("LOCAL_RANK", "1")
     fail_late(other := run_of(assets, tmp_path / "rank"), ConfigError("on all ranks, of which 0 removes"))
     assert RunFolder.of(other).path.is_dir()
+
+
+@pytest.mark.parametrize(("trains", "ranks"), [(False, 1), (True, 8)])
+def test_only_training_divides_the_processes_into_groups_with_copies(
+    trains: bool, ranks: int, assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process can evaluate a run of eight; nor does it compile the kernel of its optimizer."""
+    joined: list[dict[str, Any]] = []
+
+    def join(deepspeed_config: dict[str, Any], *_: object) -> contextlib.AbstractContextManager[None]:
+        joined.append(deepspeed_config["zero_optimization"])
+        raise ConfigError("joined")
+
+    monkeypatch.setattr("dpo_dist.training.context.joined", join)
+    config = run_of(assets, tmp_path, "parallelism.hpz=8", "parallelism.offload_optimizer=cpu")
+    with pytest.raises(ConfigError, match="joined"), open_run(config, Console(None), trains=trains):
+        pass
+    assert joined[0]["zero_hpz_partition_size"] == ranks
+    assert ("offload_optimizer" in joined[0]) is trains
 
 
 def test_only_the_first_node_checks(assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """The page of a run and its verb: complete, inert, also of a run in training."""
 
+import os
 import re
 from pathlib import Path
 
@@ -94,11 +95,14 @@ def test_sections_without_a_file_are_omitted(tmp_path: Path) -> None:
 
 def test_the_verb_writes_the_page_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = made_run(tmp_path)
+    left = run.curves.with_name(f"{run.curves.name}.tmp-0123456789ab")  # by a start that was killed
+    left.touch()
+    os.utime(left, (0, 0))
     assert main([f"run.dir={run}"]) == main([str(run), "--output", str(tmp_path / "other.html")]) == 0
     written = [f"curves: {run.curves}", f"report: {run.report}", f"report: {tmp_path / 'other.html'}"]
     assert capsys.readouterr().out.splitlines() == written
     assert run.report.read_text() == (tmp_path / "other.html").read_text()
-    assert [file.name for file in run.path.iterdir() if "tmp" in file.name] == []
+    assert [file.name for file in run.path.rglob("*") if "tmp" in file.name] == []
 
 
 def test_a_run_in_training_has_a_page_of_its_rows_so_far(tmp_path: Path) -> None:
