@@ -34,7 +34,7 @@ def rehearse(
     models: Sequence[Evaluated] = (),
     *,
     trains: bool = True,
-    plan: Callable[[RunConfig, float], tuple[str, str]] | None = None,
+    plan: Callable[[RunConfig, float], list[tuple[str, str]]] | None = None,
 ) -> str:
     """Load what a run loads before weights, and encode the first records of each source; return the findings.
 
@@ -73,8 +73,7 @@ def rehearse(
             lines.append((name, text))
             tokens.append(mean)
     if plan is not None:
-        fits, hours = plan(config, fmean(tokens[: len(config.data.train)]))
-        lines += ("plan", fits), ("hours", hours)
+        lines += plan(config, fmean(tokens[: len(config.data.train)]))
     findings = "".join(f"  {label + ':':<15}{text}\n" for label, text in lines)
     doctor = "  python -m dpo_dist.doctor with the same arguments without --check examines all records\n"
     order = ", but the chat template omits tools (below)" if "tools_not_rendered" in findings else ""
