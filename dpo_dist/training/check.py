@@ -43,7 +43,7 @@ def rehearse(
     and how long it takes, if its pairs have so many tokens.
     """
     run = RunFolder.of(config)
-    start_in_words = f" ({_expected_start(config, run)})" if trains and not models else ""
+    start_in_words = f" ({expected_start(config, run)})" if trains and not models else ""
     config = with_stored_reference(config) if models else config
     folder = description_folder(config.model.path, config.model.revision, "model.path")
     start = start_folder(config.model)
@@ -81,7 +81,7 @@ def rehearse(
     return passed + findings + ("" if models else doctor)
 
 
-def _expected_start(config: RunConfig, folder: RunFolder) -> str:
+def expected_start(config: RunConfig, folder: RunFolder) -> str:
     """Return in words what a start finds in the run directory; the checkpoints are not opened."""
     if config.run.resume is not Resume.never:
         if find_finished(config, folder):
