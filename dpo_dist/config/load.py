@@ -47,7 +47,7 @@ from dpo_dist.config.mistakes import (
 from dpo_dist.config.rules import RULES, check, keys_of, needs_of, resolve_reference, without_unused
 from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.config.user_code import find_function, written_values
-from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.errors import ConfigError, DpoDistError
 from dpo_dist.foundation.text import first_few, without_secrets
 
 FAILURES = (
@@ -93,7 +93,7 @@ def load_points(
         ConfigError: all mistakes of all points, as of `load_run_config`; or two points are the same run.
     """
     find_function.cache_clear()
-    bases, all_mistakes, folders = dict[str, Any](), [*mistakes], group_folders(own_folder)
+    bases, all_mistakes, folders = dict[str, Any](), list[DpoDistError](mistakes), group_folders(own_folder)
     choices = _choices(words, folders)
     points: Points = {}
     refused = dict[tuple[str, ...], ConfigError]()
@@ -172,13 +172,13 @@ def _is_in_brackets(override: Override, folders: Sequence[Path]) -> bool:
     return all(str(value) in known if known else fits(key, value) for value in values)
 
 
-def _at_some_points(refused: Mapping[tuple[str, ...], ConfigError], points: Points) -> list[ConfigError]:
+def _at_some_points(refused: Mapping[tuple[str, ...], ConfigError], points: Points) -> list[DpoDistError]:
     """Return the mistakes of points, each once; one of rules that not all points break names the values."""
-    found = dict[tuple[str, str], dict[tuple[str, ...], ConfigError]]()
+    found = dict[tuple[str, str], dict[tuple[str, ...], DpoDistError]]()
     for words, error in refused.items():
         for part in error.parts or (error,):
             found.setdefault((part.message, part.where), {})[words] = part
-    mistakes = list[ConfigError]()
+    mistakes = list[DpoDistError]()
     for (message, where), broken in found.items():
         mistake = next(iter(broken.values()))
         kept = {word for words in (*points, *refused) if words not in broken for word in words}
