@@ -121,9 +121,17 @@ class Estimate:
     trained: int
     quantized: int
     layers: int
+    number: int  # bytes of a weight
+    link: float  # bytes a second between GPUs
+    steps: int  # of an epoch
     micro_batch: int  # tokens
     times: int  # micro-batches of a process in a step
     forward: float  # seconds of an epoch's forwards at all operations of the datasheet
+
+    @property
+    def whole(self) -> float:
+        """Bytes of all weights."""
+        return float(self.number * self.weights)
 
     @property
     def largest(self) -> int | None:
@@ -139,13 +147,13 @@ class Estimate:
     def host(self) -> float:
         """Bytes of host memory on a node of rank 0, which reads the model and writes checkpoints."""
         states = (state_bytes(self.config) + 4 * self._is_optimizer_away) * self.trained
-        return self._whole + self._of_node * (states + self._whole * self._is_policy_away)
+        return self.whole + self._of_node * (states + self.whole * self._is_policy_away)
 
     @property
     def disk(self) -> dict[str, float]:
         """Bytes that a run writes: with an adapter no other weights; log-probs only if they are stored."""
         is_whole = self.config.model.adapter is None
-        model = self._whole if is_whole else float(self._number * self.trained)
+        model = self.whole if is_whole else float(self.number * self.trained)
         taken = {"a checkpoint": state_bytes(self.config) * self.trained, "the model": model}
         if self.config.reference.mode is ReferenceMode.cached:
             taken["the log-probs"] = 4.0 * self.data.targets * self.data.pairs
@@ -156,7 +164,7 @@ class Estimate:
         """The work of training an epoch."""
         parallelism, number, again = (
             self.config.parallelism,
-            self._number,
+            self.number,
             recomputed_share(self.config.model),
         )
         useful = self.forward * (3 if self.config.model.adapter is None else 2)
@@ -167,17 +175,17 @@ class Estimate:
         sent = float(number * self.trained + gradients)  # bytes of a step
         if self._is_sharded:  # weights are gathered twice in a micro-batch; with copies on nodes once a step
             gathers = 2 * self.times if parallelism.hpz == 1 else 2
-            sent = self.times * gradients + gathers * self._whole
+            sent = self.times * gradients + gathers * self.whole
         on_host = 2 * self.times * self._fetching * self._is_policy_away
         if self._is_optimizer_away:  # gradients go to the host, and updated weights come back
             on_host += (4 + number) * self.trained / self.machine.gpus / _PCIE
             moved = 2 * state_bytes(self.config) + 4 + number  # bytes that CPU Adam reads and writes
             on_host += moved * self.trained * self._of_node / _HOST_MEMORY
         return Work(
-            useful * (1 + again) + self._of_partners,
+            useful * (1 + again) + self.forward * self.config.loss.needs_partners,
             self._launching * (1 + again),
-            self._steps * sent / self._link,
-            self._steps * on_host + 2 * (1 + again) * self._dequantizing,
+            self.steps * sent / self.link,
+            self.steps * on_host + 2 * (1 + again) * self._dequantizing,
         )
 
     @property
@@ -185,11 +193,11 @@ class Estimate:
         """The work of the reference: of the policy's engine with its adapter off, or of a sharded one."""
         is_policy = self.config.reference.mode is ReferenceMode.adapter
         is_away = self._is_policy_away if is_policy else self.config.reference.offload is not Offload.none
-        micro_batches = self._steps * self.times
+        micro_batches = self.steps * self.times
         return Work(
-            self.forward + self._of_partners,
+            self.forward * (1 + self.config.loss.needs_partners),
             self._launching / 3,
-            micro_batches * self._whole / self._link * (self._is_sharded or not is_policy),
+            micro_batches * self.whole / self.link * (self._is_sharded or not is_policy),
             micro_batches * self._fetching * is_away + self._dequantizing,
         )
 
@@ -197,11 +205,11 @@ class Estimate:
     def sampling(self) -> float:
         """Seconds of the samples of an epoch."""
         samples, every = self.config.samples, self.config.trainer.eval_every
-        has_room = 2 * self._whole < self.machine.memory - self.needs.used(0)
+        has_room = 2 * self.whole < self.machine.memory - self.needs.used(0)
         gathers = (1 if has_room else samples.max_new_tokens) * self._is_sharded  # of all weights
         launching = samples.max_new_tokens * self.layers * (_LAUNCHES / 3 + _HOOKS * self._is_sharded)
-        evaluations = (1 + (self._steps // every if every else 0)) * (samples.prompts > 0)
-        return evaluations * (gathers * self._whole / self._link + launching)
+        evaluations = (1 + (self.steps // every if every else 0)) * (samples.prompts > 0)
+        return evaluations * (gathers * self.whole / self.link + launching)
 
     def seconds(self, reached: float, epochs: float = 1.0) -> dict[str, float]:
         """Return the seconds of `epochs` by phase, at this share of the operations of the datasheet."""
@@ -227,26 +235,6 @@ class Estimate:
         return {"epoch_seconds": once, "run_seconds": runs, **prices}
 
     @property
-    def _steps(self) -> int:
-        return math.ceil(self.data.pairs / self.config.trainer.global_batch_pairs)
-
-    @property
-    def _number(self) -> int:
-        return TORCH_DTYPES[self.config.model.dtype].itemsize
-
-    @property
-    def _whole(self) -> float:
-        """Bytes of all weights."""
-        return float(self._number * self.weights)
-
-    @property
-    def _link(self) -> float:
-        """Bytes a second between GPUs."""
-        if self.machine.gpus == 1:
-            return math.inf
-        return _NVLINK if self.machine.gpus <= GPUS_OF_A_NODE else self.config.plan.network / 8 * 1e9
-
-    @property
     def _of_node(self) -> float:
         """Share of the GPUs that one node has."""
         return min(1.0, GPUS_OF_A_NODE / self.machine.gpus)
@@ -266,28 +254,25 @@ class Estimate:
     @property
     def _fetching(self) -> float:
         """Seconds in which a GPU copies its part of the weights from the host."""
-        return self._whole / self.machine.gpus / _PCIE
-
-    @property
-    def _of_partners(self) -> float:
-        return self.forward if self.config.loss.needs_partners else 0.0
+        return self.whole / self.machine.gpus / _PCIE
 
     @property
     def _launching(self) -> float:
-        return self._steps * self.times * self.layers * _LAUNCHES
+        return self.steps * self.times * self.layers * _LAUNCHES
 
     @property
     def _dequantizing(self) -> float:
         """Seconds of the forwards of an epoch."""
         if (kind := self.config.model.quantization) is None:
             return 0.0
-        moved = (BYTES_OF_QUANTIZED[kind] + self._number) * self.quantized
-        return self._steps * self.times * moved / (_DEQUANTIZING * self.machine.bandwidth)
+        moved = (BYTES_OF_QUANTIZED[kind] + self.number) * self.quantized
+        return self.steps * self.times * moved / (_DEQUANTIZING * self.machine.bandwidth)
 
 
 def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) -> Estimate:
     """Return the estimate of training `causal_lm`, the policy on the meta device."""
     gpus, text = machine.gpus, causal_lm.config.get_text_config()
+    network = _NVLINK if gpus <= GPUS_OF_A_NODE else config.plan.network / 8 * 1e9
     prompt, response = PROMPT_SHARE * data.tokens, data.targets / 2
     attended = prompt**2 / 2 + 2 * response * (prompt + response / 2)
     work = data.pairs * step_flops(causal_lm).of(round(data.tokens), round(data.targets), round(attended))
@@ -301,6 +286,9 @@ def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) ->
         trained=sum(weight.numel() for weight in causal_lm.parameters() if weight.requires_grad),
         quantized=quantized_weights(causal_lm),
         layers=int(text.num_hidden_layers),
+        number=TORCH_DTYPES[config.model.dtype].itemsize,
+        link=math.inf if gpus == 1 else network,
+        steps=math.ceil(data.pairs / config.trainer.global_batch_pairs),
         micro_batch=(tokens := _micro_batch(config, needs, machine)),
         times=1,
         forward=work / (3 if config.model.adapter is None else 2),
