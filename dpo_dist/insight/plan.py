@@ -193,11 +193,13 @@ def _without_weights(config: RunConfig) -> Any:
 def _suggest(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) -> str | None:
     """Return the overrides of the settings that fit with the shortest epoch; None if none fit."""
     seconds: dict[str, float] = {}
+    former = yaml.safe_load(to_yaml(config))
+    former["parallelism"] |= {"offload_optimizer": "none", "offload_parameters": "none"}  # as words would
     quantized = [words for words in _QUANTIZED if config.model.adapter is not None]
     for words in (*_ALTERNATIVES, *quantized):
         overrides = [*words.split(), "trainer.micro_batch_tokens=auto"]
         try:
-            changed = load_run_config(overrides, former=yaml.safe_load(to_yaml(config)))
+            changed = load_run_config(overrides, former=former)
         except ConfigError:  # such as ZeRO of a quantized base
             continue
         found = estimate(changed, data, machine, causal_lm)

@@ -270,6 +270,9 @@ def test_what_is_suggested_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     content = planned(*machine, "model.gradient_checkpointing=none", "plan.suggest=true")[1]
     assert not content["fits"]
     assert planned(*machine, *content["suggested"].split(), "trainer.micro_batch_tokens=auto")[1]["fits"]
+    alone = ["+experiment=qwen7b", "plan.gpus=1"]
+    offloaded = planned(*alone, "parallelism=zero3_offload", "plan.suggest=true")[1]["suggested"]
+    assert offloaded.startswith("parallelism=zero3_offload"), "without offload it does not fit"
     assert planned(*SMALL)[1]["fits"], "also above the largest micro-batch that `auto` chooses"
     lora = planned("+experiment=qwen7b_lora", "plan.gpus=1", "plan.gpu=rtx4090-24g", "plan.suggest=true")[1]
     assert not lora["fits"]
