@@ -201,6 +201,13 @@ def test_nothing_is_faster_by_more_work(words: list[str], gpus: int, tokens: flo
         assert sum(longer[0]) > sum(less)
 
 
+def test_larger_micro_batches_beside_offloaded_weights_are_no_gain() -> None:
+    plain, offloaded = (estimated("plan.gpu=rtx4090-24g", *words, gpus=2) for words in ([], BOTH))
+    assert plain.fits
+    assert (plain.largest or 0) < (offloaded.largest or 0)
+    assert plain.times == offloaded.times > 1
+
+
 def test_experts_take_longer_than_a_dense_model_of_their_active_size() -> None:
     experts = estimated(kind="mixtral", num_local_experts=8, num_experts_per_tok=1)
     dense = estimated()
