@@ -37,9 +37,10 @@ from dpo_dist.config.schema import ConsoleStyle, RunConfig, SweepConfig
 from dpo_dist.foundation.console import Console, open_console
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, RunOutcome
 from dpo_dist.foundation.exit import Errors, exit_after
+from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.streams import output_descriptor
 from dpo_dist.foundation.text import counted, duration
-from dpo_dist.training.preflight import IS_TRAINING, check_start
+from dpo_dist.training.preflight import check_start
 from dpo_dist.training.resume import read_state
 
 Words = tuple[str, ...]
@@ -63,8 +64,10 @@ def main(points: Points) -> int:
         trainer = _Trainer({words: points[words] for words in mine}, folder, console, first.sweep)
         is_stopped = trainer.run(left)
         results = sweep_results(points, trainer.ends, folder)
-        lines = sweep_lines(results, points, folder.report)
-        console.result("sweep", results, [*lines, f"sweep   {folder.sweep}"])
+        lines = [*sweep_lines(results, points, folder.report), f"sweep   {folder.sweep}"]
+        if is_stopped:
+            lines.append("stopped: the same command goes on with the points that are not finished")
+        console.result("sweep", results, lines)
     failed = [code for code in trainer.codes.values() if code not in (ExitCode.completed, ExitCode.preempted)]
     if failed and not is_stopped:
         return failed[0] if failed[0] in set(ExitCode) else ExitCode.failed
@@ -104,10 +107,22 @@ def _place_in_array() -> tuple[int, int]:
 
 
 def check(points: Points) -> Iterator[str]:
-    """Check everything that the points need before they use a GPU."""
+    """Check everything that the points need before they use a GPU: a line for each, then all about the first.
+
+    Points that load the same are loaded once. A point that loads something else has lines about that.
+    """
     check_points(points)
-    for config in points.values():
-        yield from train.check(config)
+    from dpo_dist.training.check import expected_start  # noqa: PLC0415  (slow)
+
+    loaded = dict[str, list[str]]()
+    for words, config in points.items():
+        key = repr((config.model, config.data, config.reference, config.loss, config.metrics))
+        if key not in loaded:
+            loaded[key] = "".join(train.check(config)).splitlines()
+        run, common = RunFolder.of(config), next(iter(loaded.values()))
+        own = [line for line in loaded[key] if line not in common and "run.dir:" not in line]
+        yield "\n".join([f"{' '.join(words)}: {run} ({expected_start(config, run)})", *own])
+    yield "\n".join(next(iter(loaded.values())))
 
 
 def _is_finished(config: RunConfig) -> bool:
@@ -122,7 +137,22 @@ def _ending(code: int) -> str:
     return ExitCode(code).name if code in set(ExitCode) else f"signal {-code if code < 0 else code - 128}"
 
 
-def _said(screen: Path, start: int) -> str:
+def end_of(run: RunFolder, code: int, said: str) -> tuple[int, tuple[str, str]]:
+    """Return the exit code that counts, and the outcome and error of a point that ended with `code`.
+
+    A point that failed while another process has its run locked is trained by that process.
+    """
+    if code in (ExitCode.invalid, ExitCode.failed) and run.lock.is_file():
+        try:
+            with locked(run.lock, ""):
+                pass
+        except ConfigError:
+            return ExitCode.preempted, ("trained by another process", "")
+    return code, (_ending(code), "" if code in (ExitCode.completed, ExitCode.preempted) else _last_line(said))
+
+
+def screen_since(screen: Path, start: int) -> str:
+    """Return what a point has printed since its start, at this byte of its screen."""
     return screen.read_bytes()[start:].decode(errors="replace")
 
 
@@ -195,7 +225,8 @@ class _Trainer:
                 words, process, gpus, began, said = self._running.pop(sentinel)
                 process.join()
                 self._free.append(gpus)
-                self._record(words, process.exitcode, said())
+                run = RunFolder.of(self._points[words])
+                self.codes[words], self.ends[words] = end_of(run, process.exitcode, said())
                 spent = duration(time.monotonic() - began)
                 self._console.say(f"{' '.join(words)}: {self.ends[words][0]} after {spent}")
         for number, handler in before.items():
@@ -203,15 +234,6 @@ class _Trainer:
         for words in filter(lambda words: _is_finished(self._points[words]), list(self.ends)):
             self.codes[words], self.ends[words] = ExitCode.completed, (_ending(ExitCode.completed), "")
         return bool(self._received)
-
-    def _record(self, words: Words, code: int, said: str) -> None:
-        """Record how a point ended, which another process may train."""
-        is_error = code in (ExitCode.invalid, ExitCode.failed)
-        is_elsewhere = is_error and f"another process {IS_TRAINING}" in said
-        outcome = "trained by another process" if is_elsewhere else _ending(code)
-        self.codes[words] = ExitCode.preempted if is_elsewhere else code
-        is_failed = self.codes[words] not in (ExitCode.completed, ExitCode.preempted)
-        self.ends[words] = outcome, _last_line(said) if is_failed else ""
 
     def _start(self, words: Words) -> None:
         config, gpus, command = replace(self._points[words], sweep=SweepConfig()), self._free.pop(0), None
@@ -225,7 +247,7 @@ class _Trainer:
         fork = multiprocessing.get_context("fork")
         process: Any = fork.Process(target=_be_point, args=(config, command, screen, gpus))
         signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
-        said = partial(_said, screen, screen.stat().st_size if screen.exists() else 0)
+        said = partial(screen_since, screen, screen.stat().st_size if screen.exists() else 0)
         process.start()
         with contextlib.suppress(OSError):  # it has done so itself
             os.setpgid(process.pid, process.pid)

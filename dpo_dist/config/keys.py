@@ -127,6 +127,7 @@ def is_within(key: str, above: str) -> bool:
     return key == above or key.startswith((f"{above}.", f"{above}["))
 
 
+@cache
 def readers(name: str) -> list[str]:
     """Return the verbs that read a key, or any key of a section."""
     rows = [row for key, row in all_keys().items() if is_within(key, name)]

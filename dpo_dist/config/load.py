@@ -10,7 +10,8 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import reduce
-from itertools import product
+from itertools import chain, islice, product
+from math import prod
 from operator import getitem
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, cast, get_args, get_origin
@@ -21,7 +22,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, RangeSweep
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
@@ -34,6 +35,7 @@ from dpo_dist.config.mistakes import (
     SCHEMA,
     assignment,
     composition_error,
+    fits,
     foreign_file,
     likely,
     raise_all,
@@ -45,8 +47,8 @@ from dpo_dist.config.mistakes import (
 from dpo_dist.config.rules import RULES, check, keys_of, needs_of, resolve_reference, without_unused
 from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.config.user_code import find_function, written_values
-from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.foundation.text import without_secrets
+from dpo_dist.foundation.errors import ConfigError, DpoDistError
+from dpo_dist.foundation.text import first_few, without_secrets
 
 FAILURES = (
     *(ConfigError, HydraException, OmegaConfBaseException),
@@ -54,6 +56,7 @@ FAILURES = (
 )
 Points: TypeAlias = dict[tuple[str, ...], RunConfig]
 """The runs of a sweep by the overrides in which they differ: `("loss.beta=0.1", "loss.kind=ipo")`."""
+_MOST_POINTS = 1000
 _ROOT = "dpo_dist"
 """The primary configuration of Hydra; the parts of the command are stored in the group of this name."""
 
@@ -90,34 +93,103 @@ def load_points(
         ConfigError: all mistakes of all points, as of `load_run_config`; or two points are the same run.
     """
     find_function.cache_clear()
-    bases, choices, all_mistakes = dict[str, Any](), list[list[str]](), [*mistakes]
-    for word in words:
-        swept = [override for override in parse_overrides([word])[0] if override.is_discrete_sweep()]
-        values = (value for override in swept for value in override.sweep_string_iterator())
-        choices.append([f"{swept[0].get_key_element()}={value}" for value in values] if swept else [word])
+    bases, all_mistakes, folders = dict[str, Any](), list[DpoDistError](mistakes), group_folders(own_folder)
+    choices = _choices(words, folders)
     points: Points = {}
+    refused = dict[tuple[str, ...], ConfigError]()
     names = dict[str | None, tuple[str, ...]]()
     for point in product(*choices):
         swept_words = tuple(word for word in point if word not in words)
         try:
-            config = _load(_Command(point, group_folders(own_folder), None, (), bases), "sweep")
+            config = _load(_Command(point, folders, None, (), bases), "sweep")
         except ConfigError as error:
-            all_mistakes.append(error)
+            refused[swept_words] = error
             continue
         if (same := names.setdefault(config.run.dir, swept_words)) != swept_words or swept_words in points:
+            if config.run.dir != str(run_dir(replace(config, run=replace(config.run, dir=None)))):
+                message = "run.dir is given, so all points would be one run"
+                remedy = "add run.dir=null: each point has a folder of its own below run.root"
+                all_mistakes.append(
+                    ConfigError(message, where="run.dir", got=config.run.dir or "", remedy=remedy)
+                )
+                break
             all_mistakes.append(
                 ConfigError(
                     f"it is the same run as {' '.join(same)}",
                     where=" ".join(swept_words),
-                    remedy="sweep only keys that define the result of a run, without run.dir",
+                    remedy="sweep only keys that define the result of a run",
                 )
             )
         points[swept_words] = config
+    all_mistakes += _at_some_points(refused, points)
     if () in points:
         remedy = "write several values, such as loss.beta=0.05,0.1, or train this one: dpo-dist train"
         all_mistakes.append(ConfigError("no key has several values", where=COMMAND_LINE, remedy=remedy))
     raise_all(all_mistakes)
     return points
+
+
+def _choices(words: Sequence[str], folders: Sequence[Path]) -> list[list[str]]:
+    """Return the values of each word of a sweep, as words; raise if they cannot be listed."""
+    choices, mistakes = list[list[str]](), list[ConfigError]()
+    for word in words:
+        override = next(iter(parse_overrides([word])[0]), None)
+        values, message, remedy = [word], "", ""
+        if override is not None and override.is_discrete_sweep():
+            value, remedy = override.value(), "write a range with values, such as range(3) or range(0,9,3)"
+            try:  # not all of them: there may be too many
+                few = (
+                    list(islice(value.range(), _MOST_POINTS + 1)) if isinstance(value, RangeSweep) else [None]
+                )
+                message = "" if few else "this range has no values"
+            except (ValueError, HydraException) as error:
+                few, message = [], f"this range has no values: {error}"
+            is_listed = len(few) <= _MOST_POINTS
+            strings = override.sweep_string_iterator() if few and is_listed else map(str, few)
+            values = [f"{override.get_key_element()}={string}" for string in strings]
+        elif override is not None and _is_in_brackets(override, folders):
+            message = "several values of a sweep have no brackets"
+            remedy = f"write {override.key_or_group}={','.join(_names(override))}"
+        if message:
+            mistakes.append(ConfigError(message, where=f"{COMMAND_LINE}: {word}", remedy=remedy))
+        choices.append(values)
+    raise_all(mistakes)
+    if prod(map(len, choices)) > _MOST_POINTS:
+        raise ConfigError(
+            f"a sweep has at most {_MOST_POINTS:,} points",
+            where=COMMAND_LINE,
+            got=" ".join(word for word, values in zip(words, choices, strict=True) if len(values) > 1),
+            remedy="sweep fewer values, or divide them among several sweeps",
+        )
+    return choices
+
+
+def _is_in_brackets(override: Override, folders: Sequence[Path]) -> bool:
+    """Return whether the values of a key that has no list are written as a list."""
+    key, values, known = override.key_or_group, override.value(), preset_names(override.key_or_group, folders)
+    if key not in run_keys() or not isinstance(values, list) or not values or fits(key, values):
+        return False
+    return all(str(value) in known if known else fits(key, value) for value in values)
+
+
+def _at_some_points(refused: Mapping[tuple[str, ...], ConfigError], points: Points) -> list[DpoDistError]:
+    """Return the mistakes of points, each once; one of rules that not all points break names the values."""
+    found = dict[tuple[str, str], dict[tuple[str, ...], DpoDistError]]()
+    for words, error in refused.items():
+        for part in error.parts or (error,):
+            found.setdefault((part.message, part.where), {})[words] = part
+    mistakes = list[DpoDistError]()
+    for (message, where), broken in found.items():
+        mistake = next(iter(broken.values()))
+        kept = {word for words in (*points, *refused) if words not in broken for word in words}
+        if kept and not where.startswith(COMMAND_LINE):
+            alone = [word for word in dict.fromkeys(chain.from_iterable(broken)) if word not in kept]
+            values = first_few(alone or [" ".join(words) for words in broken])
+            what = values if alone else "one of these values"
+            remedy = f"take {what} out of this sweep; in a command of its own {mistake.remedy}"
+            mistake = ConfigError(message, where=values, got=mistake.got, remedy=remedy)
+        mistakes.append(mistake)
+    return mistakes
 
 
 def _load(command: "_Command", verb: str) -> RunConfig:
@@ -225,7 +297,8 @@ class _Command:
         mistakes: Iterable[ConfigError],
         bases: dict[str, Any] | None = None,
     ) -> None:
-        self._bases = {} if bases is None else bases  # what Hydra has composed, by what it was composed of
+        # What Hydra has composed, by what it was composed of, and the keys of files that it has read.
+        self._bases = {} if bases is None else bases
         files = [word for word in words if "=" not in word and word.endswith((".yaml", ".yml"))]
         parsed, unread = parse_overrides(word for word in words if word not in files)
         self.folders, self.overrides = folders, list[Override]()
@@ -244,7 +317,6 @@ class _Command:
 
     def _list_defaults(self) -> None:
         """Write Hydra's list of defaults: config.yaml, experiments, and files, each above its presets."""
-        read_keys(self._file("config"))
         parts: list[str | _Layer] = ["config", *self._experiments]
         chosen = {group: layer for layer in self._files for group in layer.presets}
         for layer in self._files:
@@ -282,7 +354,9 @@ class _Command:
     def _read(self, file: Path, name: str, group: str = "experiment") -> list[_Layer]:
         """Return the layers of a file of a group; none, and a mistake, if it cannot be read."""
         try:
-            content = read_keys(file)
+            if (known := f"keys of {file}") not in self._bases:
+                self._bases[known] = read_keys(file)
+            content = copy.deepcopy(self._bases[known])
             if error := foreign_file(content, file):
                 raise error
             return self._layers(content, name, group)
@@ -332,6 +406,7 @@ class _Command:
         """Return the values of the command; without overrides and files that are mistakes."""
         self._list_defaults()
         if (parts := repr((self._entries, self._defaults))) not in self._bases:
+            read_keys(self._file("config"))
             with self._hydra():
                 self._bases[parts] = OmegaConf.merge(_plain(RunConfig()), hydra.compose(COMMAND_LINE))
         config = copy.deepcopy(self._bases[parts])

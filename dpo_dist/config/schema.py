@@ -545,11 +545,11 @@ class PlanConfig:
     price: float | None = key(None, gt=0, verbs="plan")
     """Price of a GPU for an hour, in any currency."""
     pairs: int | None = key(None, ge=1)
-    """Pairs of an epoch; null: counted in `data.train`, if it is encoded or has local files."""
+    """Pairs of an epoch; null: counted in local `data.train`, or by the cards of the presets' data."""
     tokens_per_pair: float | None = key(None, gt=1)
-    """Tokens of a pair with its prompt once; null: the mean of `data.train`."""
+    """Tokens of a pair with its prompt once; null: as the pairs."""
     suggest: bool = key(False, verbs="plan")
-    """Also print the settings that fit with the least work."""
+    """Also print the settings that fit with the shortest epoch."""
 
 
 PairsMethod = StrEnum("PairsMethod", ["scores", "samples", "delta", "people"])

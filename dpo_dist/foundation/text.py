@@ -78,9 +78,9 @@ def duration(seconds: float) -> str:
 
 
 def size(count: float) -> str:
-    """Return a number of bytes as 64 B, 0.5 KiB or 12.3 GiB."""
+    """Return a number of bytes as 64 B, 0.5 KiB or 12.3 GiB; GiB up to 10,000, as memory is sold."""
     unit = 0
-    while abs(count) >= _KIBI / 10 and unit < len(_UNITS) - 1:
+    while abs(count) >= (10_000 if _UNITS[unit] == "GiB" else _KIBI / 10) and unit < len(_UNITS) - 1:
         count, unit = count / _KIBI, unit + 1
     return f"{count:,.1f} {_UNITS[unit]}" if unit else f"{count:.0f} B"
 

@@ -38,7 +38,7 @@ def rehearse(
     models: Sequence[Evaluated] = (),
     *,
     trains: bool = True,
-    plan: Callable[[RunConfig, float], tuple[str, str]] | None = None,
+    plan: Callable[[RunConfig, float], list[tuple[str, str]]] | None = None,
 ) -> str:
     """Load what a run loads before weights, and encode the first records of each source; return the findings.
 
@@ -47,7 +47,7 @@ def rehearse(
     and how long it takes, if its pairs have so many tokens.
     """
     run = RunFolder.of(config)
-    start_in_words = f" ({_expected_start(config, run)})" if trains and not models else ""
+    start_in_words = f" ({expected_start(config, run)})" if trains and not models else ""
     config = with_stored_reference(config) if models else config
     folder = description_folder(config.model.path, config.model.revision, "model.path")
     start = start_folder(config.model)
@@ -81,8 +81,7 @@ def rehearse(
             lines += [(name, text), *([("  not read", unread)] if unread else [])]
             tokens.append(mean)
     if plan is not None:
-        fits, hours = plan(config, fmean(tokens[: len(config.data.train)]))
-        lines += ("plan", fits), ("hours", hours)
+        lines += plan(config, fmean(tokens[: len(config.data.train)]))
     findings = "".join(f"  {label + ':':<15}{text}\n" for label, text in lines)
     doctor = "  python -m dpo_dist.doctor with the same arguments without --check examines all records\n"
     order = ", but the chat template omits tools (below)" if "tools_not_rendered" in findings else ""
@@ -90,7 +89,7 @@ def rehearse(
     return passed + findings + ("" if models else doctor)
 
 
-def _expected_start(config: RunConfig, folder: RunFolder) -> str:
+def expected_start(config: RunConfig, folder: RunFolder) -> str:
     """Return in words what a start finds in the run directory; the checkpoints are not opened."""
     if config.run.resume is not Resume.never:
         if find_finished(config, folder):

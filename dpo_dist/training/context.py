@@ -30,7 +30,7 @@ from dpo_dist.training.clock import WorkClock
 
 T = TypeVar("T")
 
-_DEFAULT_TOKENS, _ON_CPU = 8192, 2048  # of a micro-batch; on a CPU more is no faster
+DEFAULT_TOKENS, _ON_CPU = 8192, 2048  # of a micro-batch; on a CPU more is no faster
 
 
 class Run:
@@ -50,7 +50,7 @@ class Run:
     ):
         self.config, self.world, self.console = config, world, console
         tokens = config.trainer.micro_batch_tokens
-        usual = _ON_CPU if world.device.type == "cpu" else _DEFAULT_TOKENS
+        usual = _ON_CPU if world.device.type == "cpu" else DEFAULT_TOKENS
         self.micro_batch_tokens = usual if tokens == "auto" else tokens
         self.folder = RunFolder.of(config)
         self.stops = Stops(stop or StopRequest(), world)

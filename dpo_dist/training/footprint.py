@@ -39,7 +39,7 @@ _MOST_TOKENS = 32_768  # more are not faster, and a reference scores several tim
 _STEP = 256  # tokens; a smaller difference is not worth a number that is harder to read
 _CONTEXTS = 2e9  # CUDA's and NCCL's
 _GATHERED = 1e9  # weights that ZeRO-3 gathers at a time, or those of a layer
-_BYTES_OF_QUANTIZED = {Quantization.int8: 1.0, Quantization.nf4: 0.53}
+BYTES_OF_QUANTIZED = {Quantization.int8: 1.0, Quantization.nf4: 0.53}
 _TRACED = 64, 128  # tokens
 _TRACE = "dpo_dist_trace"
 
@@ -115,8 +115,9 @@ def _parts(config: RunConfig, causal_lm: Any, processes: int) -> dict[str, float
     if config.parallelism.offload_optimizer is not Offload.none:
         master = 0.0
     resident = config.parallelism.offload_parameters is Offload.none
-    frozen = number if config.model.quantization is None else _BYTES_OF_QUANTIZED[config.model.quantization]
-    held = number * trained + frozen * (weights - trained)
+    held = float(number * weights)
+    if config.model.quantization is not None:
+        held -= (number - BYTES_OF_QUANTIZED[config.model.quantization]) * quantized_weights(causal_lm)
     # With bf16 stage 1 keeps the gradients of a micro-batch, too, beside their sum.
     has_both = stage == 1 and config.model.dtype is Dtype.bf16
     gradients = (4.0 + number * has_both) * trained
@@ -138,6 +139,13 @@ def _parts(config: RunConfig, causal_lm: Any, processes: int) -> dict[str, float
     if config.reference.mode is ReferenceMode.live and config.reference.offload is Offload.none:
         parts["reference"] = number * weights / processes
     return {name: part for name, part in parts.items() if part}
+
+
+def quantized_weights(causal_lm: Any) -> int:
+    """Return how many weights bitsandbytes quantizes: those of linear layers, without the output layer's."""
+    output = causal_lm.get_output_embeddings().weight
+    linear = (module.weight for module in causal_lm.modules() if isinstance(module, nn.Linear))
+    return sum(weight.numel() for weight in linear if weight is not output and not weight.requires_grad)
 
 
 def _count(module: nn.Module) -> int:

@@ -25,7 +25,9 @@ def test_a_grid_is_finished_across_stops_and_equals_runs_by_themselves(assets: P
     points = {words: Path(str(point.run.dir)) for words, point in load_points(command).items()}
     first, elsewhere, third, diverges = points.values()
     checked = run_verb("sweep", [*command, "--check"]).output
-    assert checked.count("check passed: everything that needs no weights") == 4, checked
+    assert checked.count("check passed: everything that needs no weights") == 1, checked
+    for words, run in points.items():
+        assert checked.count(f"{' '.join(words)}: {run} (new)\n") == 1, checked
 
     def is_saved(run: Path) -> bool:
         return any(run.glob("checkpoints/step-*/state.json"))
@@ -35,6 +37,7 @@ def test_a_grid_is_finished_across_stops_and_equals_runs_by_themselves(assets: P
         os.kill(process.pid, signal.SIGTERM)
         process.join(240)
         assert process.exitcode == 75, process.screen.read_text()
+    assert "stopped: the same command goes on" in process.screen.read_text()
     assert run_state(first)["outcome"] == "preempted"
     with running("sweep", command, tmp_path / "killed.txt") as process:
         wait_until(lambda: is_saved(third), process)

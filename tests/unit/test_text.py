@@ -29,7 +29,14 @@ from dpo_dist.generation.pairs.rounds import check_settings, command_of
         (duration, {11_100: "3 h 05 min", 187_200: "2 d 04 h"}),
         (
             size,
-            {0: "0 B", 64: "64 B", 512: "0.5 KiB", 12.34 * 2**30: "12.3 GiB", 3000 * 2**40: "3,000.0 TiB"},
+            {
+                0: "0 B",
+                64: "64 B",
+                512: "0.5 KiB",
+                12.34 * 2**30: "12.3 GiB",
+                9999 * 2**30: "9,999.0 GiB",
+                3000 * 2**40: "3,000.0 TiB",
+            },
         ),
     ],
 )

@@ -1,9 +1,11 @@
 """The points of a sweep: all combinations of the swept overrides, each as the run that `train` would get."""
 
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
+from dpo_dist.config import load
 from dpo_dist.config.identity import run_dir
 from dpo_dist.config.load import load_points, load_run_config
 from dpo_dist.foundation.errors import ConfigError
@@ -49,9 +51,48 @@ def test_rules_are_checked_at_every_point() -> None:
     assert "ipo" in text
 
 
-@pytest.mark.parametrize("swept", ["trainer.log_every=1,2", "run.dir=a", "loss.beta=0.1,0.1"])
+@pytest.mark.parametrize("swept", ["trainer.log_every=1,2", "loss.beta=0.1,0.1"])
 def test_points_of_one_run_are_refused(swept: str) -> None:
     assert "it is the same run as" in error_of(swept, "loss.kind=ipo,hinge")
+
+
+def test_a_file_with_a_run_directory_is_told_what_to_add(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("run: {dir: runs/mine}")
+    words = [str(tmp_path / "mine.yaml"), "loss.kind=ipo,hinge"]
+    assert "add run.dir=null" in error_of(*words)
+    assert len(load_points([*RUN, *words, "run.dir=null"])) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trainer.seed=range(1000000000)"], "at most 1,000 points"),
+        (["optim.lr=shuffle(range(0.001,9.0,0.001))"], "at most 1,000 points"),
+        (["trainer.seed=range(40)", "optim.lr=range(1,41)"], "at most 1,000 points"),
+        (["trainer.seed=range(5,1)"], "this range has no values"),
+        (["optim.lr=range(0.0,1.0,0.0)"], "this range has no values"),
+        (["loss.beta=[0.1,0.2]"], "write loss.beta=0.1,0.2"),
+        (["loss=[sigmoid,ipo]"], "write loss=sigmoid,ipo"),
+        (["optim.betas=[0.9,0.95]"], "no key has several values"),
+    ],
+)
+def test_what_cannot_be_listed_is_one_error_at_once(words: list[str], said: str) -> None:
+    assert said in error_of(*words)
+
+
+def test_many_points_are_composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = Mock(side_effect=load.read_keys)
+    monkeypatch.setattr(load, "read_keys", read)
+    assert len(load_points([*RUN, "+experiment=zephyr7b", "trainer.seed=range(20)"])) == 20
+    assert read.call_count < 10
+
+
+def test_an_option_that_some_points_do_not_use_names_them_and_a_way_that_works() -> None:
+    text = error_of("loss.kind=sigmoid,ipo,orpo", "loss.beta=0.2,0.3")
+    assert "where:    loss.kind=orpo\n" in text
+    assert "take loss.kind=orpo out of this sweep; in a command of its own remove loss.beta" in text
+    assert len(load_points([*RUN, "loss.kind=sigmoid,ipo", "loss.beta=0.2,0.3"])) == 4
+    assert "where:    loss.beta=0.2 loss.kind=orpo\n" in error_of("loss.beta=0.1,0.2", "loss.kind=ipo,orpo")
 
 
 def test_a_command_without_several_values_is_no_sweep() -> None:
