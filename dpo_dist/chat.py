@@ -5,7 +5,6 @@ only answers are printed: `echo "What is the capital of Iceland?" | dpo-dist cha
 used if it is there.
 """
 
-import argparse
 import math
 import os
 import re
@@ -14,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from dpo_dist.foundation.console import warnings_off
 from dpo_dist.foundation.errors import ExitCode
-from dpo_dist.foundation.exit import exit_after
+from dpo_dist.foundation.exit import Arguments, exit_after
 from dpo_dist.foundation.streams import print_line, print_result
 from dpo_dist.training.named_models import located
 
@@ -23,7 +22,7 @@ _HINT = "an empty line or Ctrl-D ends, Ctrl-C an answer, /new starts again"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv); return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m dpo_dist.chat", description=__doc__)
+    parser = Arguments(prog="python -m dpo_dist.chat", description=__doc__)
     parser.add_argument("model", metavar="RUN", help="run directory, checkpoint, folder or hub name")
     second = "answer a second time by this model; `base`: by the base of an adapter or run"
     parser.add_argument("--beside", metavar="MODEL", help=second)

@@ -3,7 +3,6 @@
 Its comments name every key that is not translated, and why.
 """
 
-import argparse
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from dpo_dist.config.mistakes import SCHEMA, answers_to, as_sources, as_tree, co
 from dpo_dist.config.mistakes import names_of_others as names
 from dpo_dist.config.rules import RULES, keys_of, resolve_reference
 from dpo_dist.foundation.errors import ConfigError, ExitCode
-from dpo_dist.foundation.exit import exit_after
+from dpo_dist.foundation.exit import Arguments, exit_after
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.streams import print_line, print_result
 from dpo_dist.foundation.text import without_secrets
@@ -286,7 +285,7 @@ def _listed(value: Any) -> list[Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv); return the exit code."""
-    parser = argparse.ArgumentParser(prog="dpo-dist convert", description=__doc__)
+    parser = Arguments(prog="dpo-dist convert", description=__doc__)
     parser.add_argument("file", type=Path, metavar="FILE", help="YAML or JSON of another trainer")
     parser.add_argument(
         "output", type=Path, metavar="OUTPUT", nargs="?", help="file to write; default: print it"

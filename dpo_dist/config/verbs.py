@@ -20,6 +20,8 @@ class Verb(NamedTuple):
     of_former_run: bool = False
     """It may take the configuration of the run in `run.dir`."""
     is_one_process: bool = False
+    takes_words: tuple[str, ...] = ("model.path", "data.train")
+    """The keys that a word without a key may be meant for."""
     takes_points: bool = False
     """Its keys may have several values each, and it gets all combinations."""
 
@@ -34,9 +36,16 @@ VERBS = {
         "score the pairs of a run by the reference model, and store the log-probs", (*_RUN, "reference.mode")
     ),
     "evaluate": Verb(
-        "score pairs with trained models and the reference", ("model.path",), of_former_run=True
+        "score pairs with trained models and the reference",
+        ("model.path",),
+        of_former_run=True,
+        takes_words=("run.dir",),
     ),
-    "compare": Verb("ask several models the same prompts, side by side", takes_training=False),
+    "compare": Verb(
+        "ask several models the same prompts, side by side",
+        takes_training=False,
+        takes_words=("compare.models",),
+    ),
     "doctor": Verb("examine the data of a run, and encode them", ("data.train",), is_one_process=True),
     "plan": Verb(
         "compute memory and hours of a run on GPUs that one does not have yet",
@@ -54,6 +63,7 @@ VERBS = {
         reads_data=False,
         of_former_run=True,
         is_one_process=True,
+        takes_words=("run.dir",),
     ),
     "convert": Verb(
         "translate a file of keys of TRL, LLaMA-Factory or axolotl", is_configured=False, reads_data=False

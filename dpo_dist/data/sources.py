@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -24,7 +25,7 @@ from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.columns import is_saved, resolved, with_columns
 from dpo_dist.data.records import BadRecord, Origin, RawRecord, shown_key
 from dpo_dist.data.values import parse_json, without_nulls
-from dpo_dist.foundation.errors import ConfigError, DataError, dead_link, first_line
+from dpo_dist.foundation.errors import ConfigError, DataError, dead_link, first_line, in_one_line
 from dpo_dist.foundation.files import remembered_digest, text_digest, write_text
 
 T = TypeVar("T")
@@ -92,7 +93,8 @@ def local_files(source: SourceConfig) -> list[Path] | None:
             remedy="download the file and set its path; write a Hub dataset as organisation/name",
         )
     local = Path(path).expanduser()
-    looks_local = path.endswith(_SUFFIXES) or path.startswith((".", "/", "~")) or path.count("/") > 1
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or _DATA_NAME.search(path)
+    looks_local = looks_local or path.endswith(_SUFFIXES) or _is_like_a_file(local)
     if not (local.exists() or _GLOB.search(path) or looks_local):
         return None
     unused = {"revision"} if local.is_dir() else {"name", "data_dir", "revision", "split"}
@@ -145,12 +147,19 @@ def _check_kind(file: Path, path: str) -> None:
         )
 
 
+def _is_like_a_file(file: Path) -> bool:
+    """Return whether a name without a folder, or in one that exists, ends as those of files: `table.xlsx`."""
+    return re.fullmatch(r"\.[A-Za-z]{2,7}", file.suffix) is not None and file.parent.is_dir()
+
+
 def _missing(file: Path) -> DataError:
+    beside = [other.name for other in file.parent.iterdir()] if file.parent.is_dir() else []
+    similar = get_close_matches(file.name, beside, 1)
     return DataError(
         "the path is neither a file nor a folder" if file.exists() else "the file does not exist",
         where=str(file),
         got=dead_link(file) or ("" if file.parent.is_dir() else f"no folder {file.parent}"),
-        remedy="check the path of the source",
+        remedy=f"did you mean {file.with_name(similar[0])}?" if similar else "check the path of the source",
     )
 
 
@@ -309,7 +318,7 @@ def _as_data_error(source: SourceConfig) -> Iterator[None]:
         raise DataError(
             "the data of the folder cannot be found" if is_folder else _NOT_FOUND,
             where=source.path,
-            got=" ".join(f"{type(fault).__name__}: {fault}".splitlines()[:2]),
+            got=in_one_line(fault),
             remedy="check path, name, data_dir, revision, split, the network, and access rights of a gated "
             "dataset; HF_HUB_OFFLINE=1 allows only datasets that were downloaded before",
         ) from fault

@@ -51,7 +51,7 @@ def rehearse(
     model_config, causal_lm = checked_model(config, folder, start)
     router_loss(config.loss.router, causal_lm)
     check_template_keys(config.data, tokenizer)
-    described = f"{folder}, {model_config.model_type}, {len(tokenizer):,} tokens"
+    described = f"{folder}, {model_config.model_type}, vocabulary of {len(tokenizer):,}"
     lines = [("run.dir", f"{run}{start_in_words}"), ("model.path", described)]
     for evaluated in models:
         if not (evaluated.is_checkpoint or is_adapter(Path(evaluated.path))):
