@@ -111,8 +111,8 @@ def _custom_error(got: str) -> ConfigError:
         where=METRICS_FUNCTION,
         got=got,
         expected="a dict of the same names at each call (letters, digits and _ . -), with tensors [pairs] on "
-        "the device of the log-probs: finite values, each of its pair alone; a response that a record lacks has "
-        "0 tokens and log-prob 0",
+        "the device of the log-probs: finite values, each of its pair alone; a response that a record lacks "
+        "has 0 tokens and log-prob 0",
         remedy="correct the function; docs/python.md describes its arguments and what it must return",
     )
 
