@@ -93,8 +93,7 @@ def local_files(source: SourceConfig) -> list[Path] | None:
             remedy="download the file and set its path; write a Hub dataset as organisation/name",
         )
     local = Path(path).expanduser()
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or _DATA_NAME.search(path)
-    looks_local = looks_local or path.endswith(_SUFFIXES) or _is_like_a_file(local)
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or _is_like_a_file(local)
     if not (local.exists() or _GLOB.search(path) or looks_local):
         return None
     unused = {"revision"} if local.is_dir() else {"name", "data_dir", "revision", "split"}
@@ -147,9 +146,11 @@ def _check_kind(file: Path, path: str) -> None:
         )
 
 
-def _is_like_a_file(file: Path) -> bool:
-    """Return whether a name without a folder, or in one that exists, ends as those of files: `table.xlsx`."""
-    return re.fullmatch(r"\.[A-Za-z]{2,7}", file.suffix) is not None and file.parent.is_dir()
+def _is_like_a_file(path: Path) -> bool:
+    """Return whether a name ends as data files do, or as any file does whose folder exists: `table.xlsx`."""
+    if path.suffix in _SUFFIXES or _DATA_NAME.search(path.name):
+        return True
+    return re.fullmatch(r"\.[A-Za-z]{2,7}", path.suffix) is not None and path.parent.is_dir()
 
 
 def _missing(file: Path) -> DataError:
