@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 
+from dpo_dist.config.run_folder import without_key
 from dpo_dist.foundation.console import warnings_off
 from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.foundation.exit import Arguments, exit_after
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--max-new-tokens is at least 1, not {given.max_new_tokens}")
     if not 0 <= (given.temperature or 0) < math.inf:
         parser.error(f"--temperature is a number of at least 0, not {given.temperature}")
-    location = located(given.model.removeprefix("run.dir="), "RUN")
+    location = located(without_key(given.model), "RUN")
     beside = given.beside if given.beside in (None, "base") else located(given.beside, "--beside")
     os.environ.setdefault("TQDM_DISABLE", "1")
     from dpo_dist.generation.chat import open_speakers  # noqa: PLC0415  (slow: errors above appear at once)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo_dist.config.run_folder import existing_run
+from dpo_dist.config.run_folder import existing_run, without_key
 from dpo_dist.foundation.errors import ConfigError, ExitCode
 from dpo_dist.foundation.exit import Arguments, exit_after
 from dpo_dist.foundation.streams import print_line
@@ -14,7 +14,7 @@ from dpo_dist.training.metrics_log import read_latest_rows
 
 
 def _run(text: str) -> Path:
-    return Path(text.removeprefix("run.dir=")).expanduser()
+    return Path(without_key(text)).expanduser()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

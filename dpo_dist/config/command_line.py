@@ -122,16 +122,12 @@ def former_values(options: argparse.Namespace) -> dict[str, Any] | None:
     if is_whole or any("=" not in word for word in options.words):
         return None
     if "run.dir" not in given:
-        raise_all(
-            [unknown_key(key, str(value)) for key, value in given.items() if key not in run_keys()]
-            or [
-                ConfigError(
-                    "no run is named",
-                    where="run.dir",
-                    expected="the directory of a run: run.dir=output/run-1a2b3c4d",
-                    remedy="set run.dir; or write the command of the run: model.path=... and its other keys",
-                )
-            ]
+        raise_all([unknown_key(key, str(given[key])) for key in given if key not in run_keys()])
+        raise ConfigError(
+            "no run is named",
+            where="run.dir",
+            expected="the directory of a run: run.dir=output/run-1a2b3c4d",
+            remedy="set run.dir; or write the command of the run: model.path=... and its other keys",
         )
     file = existing_run(Path(str(given["run.dir"])).expanduser()).config
     if not file.is_file():

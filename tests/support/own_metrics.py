@@ -37,13 +37,5 @@ def none(*_: object) -> dict[str, Tensor]:
     return {}
 
 
-def likelier(policy: PairLogps, *_: object) -> dict[str, Tensor]:
-    return {"likelier": policy.mean_chosen > policy.mean_rejected}
-
-
 def by_hand(policy: PairLogps, *_: object) -> dict[str, Tensor]:
     return {"likelihood": policy.chosen / policy.chosen_tokens}
-
-
-def by_hand_of_bad(policy: PairLogps, *_: object) -> dict[str, Tensor]:
-    return {"likelihood": policy.rejected / policy.rejected_tokens}
