@@ -219,6 +219,8 @@ def test_metrics_of_a_function_are_means_over_pairs_without_dummies() -> None:
 
 def test_a_function_of_means_is_accepted_for_labelled_records_too() -> None:
     assert custom_metrics(with_function("of_pairs", "kto")).names == ("custom/margin", "custom/likelier")
+    lacking = PairLogps(*torch.zeros(4, 1))
+    assert lacking.mean_chosen == lacking.mean_rejected == 0
 
 
 @pytest.mark.parametrize(

@@ -406,8 +406,8 @@ def test_labels_count_as_often_as_their_source_is_drawn(tmp_path: Path) -> None:
     [bad, *good] = records
     bad = write(tmp_path / "bad.jsonl", [bad])
     good = write(tmp_path / "good.jsonl", good)
-    for weight, count in ((1, 1), (16, 0)):
-        sources = f"data.train=[{{path: {bad}, weight: {weight}}}, {good}]"
+    for of_bad, of_good, count in ((1, 1, 1), (16, 1, 0), (1, 0.0625, 0)):
+        sources = f"data.train=[{{path: {bad}, weight: {of_bad}}}, {{path: {good}, weight: {of_good}}}]"
         config = load_run_config([sources, "loss=kto"])
         found = diagnose(config, lambda *_: contextlib.nullcontext(lambda *_: None))
         assert len(of_rule(found, "label_balance")) == count
