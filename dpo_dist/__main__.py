@@ -12,7 +12,7 @@ from dpo_dist.foundation.streams import print_line
 
 def main() -> int:
     """Become the program of a verb; else print the verbs and return the exit code."""
-    verb, *arguments = sys.argv[1:] or ["--help"]
+    verb, *arguments = sys.argv[1:] or [""]
     if verb == "help":
         verb, *arguments = [*arguments[:1], "--help"]
     if verb in VERBS:
@@ -21,7 +21,9 @@ def main() -> int:
         print_line(f"dpo_dist {dpo_dist.__version__}")
         return ExitCode.completed
     is_asked = verb in ("-h", "--help")
-    mistake = [] if is_asked else [f"there is no verb {verb!r}; {_in_place_of(verb)}".rstrip("; ")]
+    mistake = (
+        [f"there is no verb {verb!r}; {_in_place_of(verb)}".rstrip("; ")] if verb and not is_asked else []
+    )
     lines = [f"  {name:<12}{row.help}" for name, row in VERBS.items()]
     print_line("\n".join([*mistake, "usage: dpo-dist VERB ...; dpo-dist VERB --help", "", *lines]))
     return ExitCode.completed if is_asked else ExitCode.invalid
@@ -35,8 +37,9 @@ def _in_place_of(verb: str) -> str:
     if answers := meant(verb, "methods"):
         return answers[0]
     losses = [f"train loss={verb}"] if verb in choices(run_keys()["loss.kind"]) else []
-    written = [*meant(verb, "verbs"), *losses, *get_close_matches(verb, VERBS, 1)]
-    return f"write dpo-dist {written[0]}" if written else ""
+    if written := [*meant(verb, "verbs"), *losses]:
+        return f"write dpo-dist {written[0]}"
+    return "".join(f"did you mean {name}?" for name in get_close_matches(verb, VERBS, 1))
 
 
 if __name__ == "__main__":

@@ -228,7 +228,7 @@ def test_a_verb_without_check_refuses_the_option(verb: Verb) -> None:
         ("dpo", "write dpo-dist train"),
         ("orpo", "write dpo-dist train loss=orpo"),
         ("grpo", "not offered: there is no online RL"),
-        ("evluate", "write dpo-dist evaluate"),
+        ("evluate", "did you mean evaluate?"),
         ("xyzzy", "there is no verb 'xyzzy'"),
     ],
 )
