@@ -154,7 +154,8 @@ def _is_like_a_file(path: Path) -> bool:
 
 
 def _missing(file: Path) -> DataError:
-    beside = [other.name for other in file.parent.iterdir()] if file.parent.is_dir() else []
+    is_typed = file.parent.is_dir() and not os.path.lexists(file)
+    beside = [other.name for other in file.parent.iterdir()] if is_typed else []
     similar = get_close_matches(file.name, beside, 1)
     return DataError(
         "the path is neither a file nor a folder" if file.exists() else "the file does not exist",
