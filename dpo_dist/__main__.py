@@ -13,15 +13,33 @@ from dpo_dist.foundation.streams import print_line
 def main() -> int:
     """Become the program of a verb; else print the verbs and return the exit code."""
     verb, *arguments = sys.argv[1:] or [""]
+    if verb == "help":
+        verb, *arguments = [*arguments[:1], "--help"]
     if verb in VERBS:
         os.execv(sys.executable, [sys.executable, "-m", f"dpo_dist.{verb}", *arguments])  # noqa: S606
     if verb == "--version":
         print_line(f"dpo_dist {dpo_dist.__version__}")
         return ExitCode.completed
-    guess = [f"there is no verb {verb!r}; did you mean {name}?" for name in get_close_matches(verb, VERBS, 1)]
+    is_asked = verb in ("-h", "--help")
+    mistake = (
+        [f"there is no verb {verb!r}; {_in_place_of(verb)}".rstrip("; ")] if verb and not is_asked else []
+    )
     lines = [f"  {name:<12}{row.help}" for name, row in VERBS.items()]
-    print_line("\n".join([*guess, "usage: dpo-dist VERB ...; dpo-dist VERB --help", "", *lines]))
-    return ExitCode.completed if verb in ("-h", "--help") else ExitCode.invalid
+    print_line("\n".join([*mistake, "usage: dpo-dist VERB ...; dpo-dist VERB --help", "", *lines]))
+    return ExitCode.completed if is_asked else ExitCode.invalid
+
+
+def _in_place_of(verb: str) -> str:
+    """Return what to write in place of a verb that does not exist; empty if nothing is like it."""
+    from dpo_dist.config.keys import choices, run_keys  # noqa: PLC0415  (slow)
+    from dpo_dist.config.mistakes import meant  # noqa: PLC0415
+
+    if answers := meant(verb, "methods"):
+        return answers[0]
+    losses = [f"train loss={verb}"] if verb in choices(run_keys()["loss.kind"]) else []
+    if written := [*meant(verb, "verbs"), *losses]:
+        return f"write dpo-dist {written[0]}"
+    return "".join(f"did you mean {name}?" for name in get_close_matches(verb, VERBS, 1))
 
 
 if __name__ == "__main__":

@@ -5,16 +5,16 @@ only answers are printed: `echo "What is the capital of Iceland?" | dpo-dist cha
 used if it is there.
 """
 
-import argparse
 import math
 import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
 
+from dpo_dist.config.run_folder import without_key
 from dpo_dist.foundation.console import warnings_off
 from dpo_dist.foundation.errors import ExitCode
-from dpo_dist.foundation.exit import exit_after
+from dpo_dist.foundation.exit import Arguments, exit_after
 from dpo_dist.foundation.streams import print_line, print_result
 from dpo_dist.training.named_models import located
 
@@ -24,7 +24,7 @@ _HINT = "an empty line or Ctrl-D ends, Ctrl-C an answer, /new starts again"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv); return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m dpo_dist.chat", description=__doc__)
+    parser = Arguments(prog="python -m dpo_dist.chat", description=__doc__)
     parser.add_argument("model", metavar="RUN", help="run directory, checkpoint, folder or hub name")
     second = "answer a second time by this model; `base`: by the base of an adapter or run"
     parser.add_argument("--beside", metavar="MODEL", help=second)
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--max-new-tokens is at least 1, not {given.max_new_tokens}")
     if not 0 <= (given.temperature or 0) < math.inf:
         parser.error(f"--temperature is a number of at least 0, not {given.temperature}")
-    location = located(given.model.removeprefix("run.dir="), "RUN")
+    location = located(without_key(given.model), "RUN")
     beside = given.beside if given.beside in (None, "base") else located(given.beside, "--beside")
     os.environ.setdefault("TQDM_DISABLE", "1")
     from dpo_dist.generation.chat import open_speakers  # noqa: PLC0415  (slow: errors above appear at once)

@@ -4,7 +4,6 @@ It is given as a file of keys, YAML or JSON, as a shell script, or as a command 
 the written file name every key that is not translated, and why.
 """
 
-import argparse
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 from dpo_dist.config.load import FAILURES
 from dpo_dist.config.mistakes import composition_error
 from dpo_dist.foundation.errors import ConfigError, ExitCode
-from dpo_dist.foundation.exit import exit_after
+from dpo_dist.foundation.exit import Arguments, exit_after
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.streams import print_line, print_result
 from dpo_dist.insight.convert.reading import read
@@ -21,7 +20,7 @@ from dpo_dist.insight.convert.translation import translated
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv); return the exit code."""
-    parser = argparse.ArgumentParser(prog="dpo-dist convert", description=__doc__)
+    parser = Arguments(prog="dpo-dist convert", description=__doc__)
     parser.add_argument("run", metavar="FILE", help="YAML, JSON or shell script; or a command between quotes")
     parser.add_argument(
         "output", type=Path, metavar="OUTPUT", nargs="?", help="file to write; default: print it"

@@ -14,7 +14,7 @@ from pathlib import Path
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.console import Console, console_on, warnings_off
-from dpo_dist.foundation.errors import ConfigError, ExitCode, first_line
+from dpo_dist.foundation.errors import ConfigError, ExitCode, in_one_line
 from dpo_dist.foundation.text import size
 from dpo_dist.training.named_models import find_exported
 
@@ -67,7 +67,7 @@ def _push(folder: Path, repository: str, console: Console, *, is_confirmed: bool
             raise ConfigError(
                 "the model cannot be uploaded",
                 where="export.push_to",
-                got=f"{repository}: {first_line(error)}",
+                got=f"{repository}: {in_one_line(error)}",
                 expected="a login with a token that may write there, and the network",
                 remedy="run `hf auth login`, unset HF_HUB_OFFLINE, and repeat the command",
             ) from error

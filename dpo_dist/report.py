@@ -1,12 +1,11 @@
 """Write the report page of a run again, or a page that compares several runs, from their files."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo_dist.config.run_folder import existing_run
+from dpo_dist.config.run_folder import existing_run, without_key
 from dpo_dist.foundation.errors import ConfigError, ExitCode
-from dpo_dist.foundation.exit import exit_after
+from dpo_dist.foundation.exit import Arguments, exit_after
 from dpo_dist.foundation.files import collect_abandoned
 from dpo_dist.foundation.streams import print_line
 from dpo_dist.insight.pages.charts import draw_curves
@@ -16,12 +15,12 @@ from dpo_dist.training.metrics_log import read_latest_rows
 
 
 def _run(text: str) -> Path:
-    return Path(text.removeprefix("run.dir=")).expanduser()
+    return Path(without_key(text)).expanduser()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv); return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m dpo_dist.report", description=__doc__)
+    parser = Arguments(prog="python -m dpo_dist.report", description=__doc__)
     help_text = "run directory, also of a run that is training; several: compare them"
     parser.add_argument("runs", type=_run, metavar="RUN", nargs="+", help=help_text)
     output = "page to write; default: report.html in RUN; of several, runs.html in this folder"

@@ -41,7 +41,7 @@ from dpo_dist.config.losses import KINDS, Divergence, LossConfig, LossKind
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import DpoDistError, ExitCode, first_line
-from dpo_dist.foundation.exit import exit_after
+from dpo_dist.foundation.exit import Arguments, exit_after
 from dpo_dist.foundation.files import for_json
 from dpo_dist.foundation.process import OF_LAUNCHERS, OF_WORLD
 from dpo_dist.foundation.streams import output_of_objects, print_line, reserve_output
@@ -105,7 +105,7 @@ def _judged(name: str, faults: Sequence[str], seen: str) -> Check:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: sys.argv); return the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m dpo_dist.selftest", description=__doc__)
+    parser = Arguments(prog="python -m dpo_dist.selftest", description=__doc__)
     parser.add_argument("--output", type=Path, metavar="FILE", default=Path("selftest.json"))
     parser.add_argument("--quick", action="store_true", help="no speeds; needs no room")
     parser.add_argument("--exchange", type=Path, help=argparse.SUPPRESS)  # a process of `_exchanges`

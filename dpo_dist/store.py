@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 
 from dpo_dist.foundation.errors import ConfigError, ExitCode
-from dpo_dist.foundation.exit import exit_after
+from dpo_dist.foundation.exit import Arguments, exit_after
 from dpo_dist.foundation.files import collect_abandoned, temporary_name
 from dpo_dist.foundation.streams import print_line, print_result
 from dpo_dist.foundation.text import counted, size
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m dpo_dist.store", description=__doc__)
+    parser = Arguments(prog="python -m dpo_dist.store", description=__doc__)
     verbs = parser.add_subparsers(required=True)
     for verb, run, text in (
         ("info", _info, "list the references with their entries, sizes and dates of last use"),

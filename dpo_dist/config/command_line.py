@@ -23,7 +23,7 @@ from dpo_dist.config.keys import (
 )
 from dpo_dist.config.load import Points, load_points, load_run_config, parse_overrides, to_yaml
 from dpo_dist.config.losses import KINDS, kinds_using
-from dpo_dist.config.mistakes import SCHEMA, assignment, meant, suggestion, unknown_key
+from dpo_dist.config.mistakes import SCHEMA, assignment, meant, raise_all, suggestion, unknown_key
 from dpo_dist.config.rules import keys_of
 from dpo_dist.config.run_folder import existing_run
 from dpo_dist.config.schema import ZERO_STAGES, ConsoleStyle, RunConfig
@@ -31,7 +31,7 @@ from dpo_dist.config.user_code import check_doors, open_doors, written_values
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.console import console_on, warnings_off
 from dpo_dist.foundation.errors import ConfigError, ExitCode
-from dpo_dist.foundation.exit import Errors, exit_after
+from dpo_dist.foundation.exit import Arguments, Errors, exit_after
 from dpo_dist.foundation.process import check_launch, this_rank
 from dpo_dist.foundation.streams import print_result, printable_lines, reserve_output
 from dpo_dist.foundation.text import without_secrets
@@ -40,13 +40,8 @@ _EXIT_CODES = """exit codes: 0 completed, 1 bug or findings of the doctor, 2 con
 3 diverged; the same command resumes after 69 lost process, 75 stopped with a checkpoint"""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message, where=COMMAND_LINE, remedy="--help lists the options")
-
-
-def _parser(**texts: Any) -> _Parser:
-    parser = _Parser(add_help=False, allow_abbrev=False, **texts)
+def _parser(**texts: Any) -> Arguments:
+    parser = Arguments(**{"add_help": False, "allow_abbrev": False, "usage": argparse.SUPPRESS, **texts})
     one_of = parser.add_mutually_exclusive_group()
     one_of.add_argument(
         "-h",
@@ -130,6 +125,7 @@ def former_values(options: argparse.Namespace, verb: str = "evaluate") -> dict[s
     if is_whole or any("=" not in word for word in options.words):
         return None
     if "run.dir" not in given:
+        raise_all([unknown_key(key, str(given[key])) for key in given if key not in run_keys()])
         raise ConfigError(
             "no run is named",
             where="run.dir",

@@ -38,6 +38,7 @@ from dpo_dist.config.mistakes import (
     fits,
     foreign_file,
     likely,
+    meant,
     raise_all,
     unknown_key,
     unknown_preset,
@@ -79,7 +80,7 @@ def load_run_config(
         ConfigError: a key, value or preset does not exist, or values contradict each other; all mistakes.
     """
     find_function.cache_clear()
-    return _load(_Command(words, group_folders(own_folder), former, mistakes), verb)
+    return _load(_Command(words, group_folders(own_folder), former, mistakes, verb=verb), verb)
 
 
 def load_points(
@@ -101,7 +102,7 @@ def load_points(
     for point in product(*choices):
         swept_words = tuple(word for word in point if word not in words)
         try:
-            config = _load(_Command(point, folders, None, (), bases), "sweep")
+            config = _load(_Command(point, folders, None, (), bases, "sweep"), "sweep")
         except ConfigError as error:
             refused[swept_words] = error
             continue
@@ -296,13 +297,14 @@ class _Command:
         former: Mapping[str, Any] | None,
         mistakes: Iterable[ConfigError],
         bases: dict[str, Any] | None = None,
+        verb: str = "",
     ) -> None:
         # What Hydra has composed, by what it was composed of, and the keys of files that it has read.
         self._bases = {} if bases is None else bases
         files = [word for word in words if "=" not in word and word.endswith((".yaml", ".yml"))]
         parsed, unread = parse_overrides(word for word in words if word not in files)
         self.folders, self.overrides = folders, list[Override]()
-        self.mistakes = [*mistakes, *([unreadable(unread)] if unread else [])]
+        self.mistakes = [*mistakes, *([unreadable(unread, verb)] if unread else [])]
         self._experiments, typed = list[_Layer](), dict[str, str | None]()
         for override in parsed:
             if (mistake := self._mistake(override)) is not None:
@@ -460,8 +462,13 @@ class _Command:
                 message = "an interval has no points to train"
                 remedy = f"name them for the verb sweep: {key}=0.1,0.2 or '{key}=range(1,4)'"
         elif is_choice and key in run_keys() and isinstance(override.value(), list):
+            names, known = _names(override), preset_names(key, self.folders)
+            if unknown := [name for name in names if not {name, *meant(name, "values")} & {*known}]:
+                return unknown_preset(key, unknown[0], self.folders)
             sum_of_losses = f" or write {assignment(key, line.partition('=')[2])}" if key == "loss" else ""
-            message, remedy = f"{key} is one preset", f"choose {key}={_names(override)[0]}{sum_of_losses}"
+            message, remedy = f"{key} is one preset", f"write {key}=NAME: {', '.join(known)}"
+            if names:
+                remedy = f"choose {key}={names[0]}{sum_of_losses}"
         elif not is_choice and "." not in key and not isinstance(override.value(), dict):
             message, remedy = f"{key} is a section", f"write {key}.KEY=VALUE; --help {key} lists its keys"
         else:
@@ -476,6 +483,8 @@ class _Command:
                 if key in run_keys() and key not in read:
                     where = f"{COMMAND_LINE}: {override.input_line}"
                     remedy = f"remove it: it is read by {' and '.join(readers(key))}"
+                    if (own := f"{verb}.{key.partition('.')[2]}") in read:
+                        remedy = f"write {assignment(own, str(override.input_line).partition('=')[2])}"
                     mistakes.append(ConfigError(f"{verb} does not read {key}", where=where, remedy=remedy))
         return mistakes
 

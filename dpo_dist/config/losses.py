@@ -233,14 +233,16 @@ def unit_of(kinds: Iterable[str]) -> str:
     return "record" if any(kind in KINDS and KINDS[LossKind(kind)].is_unpaired for kind in kinds) else "pair"
 
 
-def balancing_weight(good: int, bad: int) -> str:
+def balancing_weight(good: float, bad: float, desirable: float = 1.0, undesirable: float = 1.0) -> str:
     """Return the override by which both labels weigh alike: wd good / (wu bad) is 7/6, amid [1, 4/3].
 
-    The interval is that of arXiv 2402.01306, section 4.
+    The weight of the rarer label is changed, the other one stays. The interval is that of arXiv 2402.01306,
+    section 4.
     """
     ratio = 6 / 7 * good / bad
-    rarer = f"undesirable_weight={ratio:.3g}" if ratio > 1 else f"desirable_weight={1 / ratio:.3g}"
-    return f"loss.{rarer}"
+    if ratio > 1:
+        return f"loss.undesirable_weight={ratio * desirable:.3g}"
+    return f"loss.desirable_weight={undesirable / ratio:.3g}"
 
 
 def kinds_using(option: str) -> list[LossKind]:

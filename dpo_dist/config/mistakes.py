@@ -32,6 +32,7 @@ from dpo_dist.config.keys import (
     run_keys,
 )
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError, DpoDistError
 from dpo_dist.foundation.text import first_few
 
@@ -65,7 +66,8 @@ def meant(name: str, table: str) -> tuple[str, ...]:
     """Return what a name of another trainer, or its last part, stands for in a table of names.yaml.
 
     `keys`: keys of the same meaning; `answers`: what to write in place of it, with `{value}` for its value,
-    also of `name=value`; `sources`: keys of an entry of `data.train`; `values`: words for values.
+    also of `name=value`; `sources`: keys of an entry of `data.train`; `values`: words for values; `methods`:
+    what trains in another way; `verbs`: programs.
     """
     plain = name.lower().replace("-", "_")
     return _table(table).get(plain) or _table(table).get(plain.rpartition(".")[2], ())
@@ -94,16 +96,23 @@ def suggestion(word: str, known: Collection[str]) -> str:
     return "".join(f"did you mean {name}? " for name in likely(word, known))
 
 
-def unreadable(words: Sequence[str]) -> ConfigError:
-    """Return the error for the words of a command line that are no overrides."""
-    whole = " ".join(words)
+def unreadable(words: Sequence[str], verb: str = "") -> ConfigError:
+    """Return the error for the words of a verb's command line that are no overrides."""
+    whole, [first, *rest] = " ".join(words), words
     remedy = "no space is around =, and a value with spaces, commas or brackets needs quotes: 'KEY=\"a, b\"'"
     if any(whole.count(opened) != whole.count(closed) for opened, closed in ("()", "[]", "{}")):
         remedy = "close each bracket, and put the word between quotes: 'KEY=range(1,4)'"
     if "@" in whole.partition("=")[0]:
         remedy = "remove @ and the word after it: write loss=ipo"
-    if "=" not in whole and Path(whole).expanduser().exists():
-        remedy = f"write its key: run.dir={whole}, model.path={whole} or 'data.train=[{whole}]'"
+    if whole == "help":
+        remedy = "write --help"
+    elif rest and first in run_keys() and "=" not in whole:
+        remedy = f"write {assignment(first, rest[0])}"
+    elif all(re.fullmatch(r"[\w./~+-]+", word) for word in words):
+        keys = VERBS[verb].takes_words if verb else ("run.dir", *VERBS["train"].takes_words)
+        lists = {key for key in keys if get_origin(run_keys()[key]) is list}
+        written = (assignment(key, f"[{','.join(words)}]" if key in lists else first) for key in keys)
+        remedy = f"write its key: {' or '.join(written)}"
     return ConfigError(
         "the command has words that are not KEY=VALUE",
         where=COMMAND_LINE,
@@ -137,7 +146,8 @@ def assignment(key: str, value: str) -> str:
         kinds = [kind.strip("[] '\"") for kind in value.split(",")]
         named = (likely(kind, choices(run_keys()["loss.kind"])) or [kind] for kind in kinds)
         return assignment("loss.terms", f"[{', '.join(f'{{kind: {kind}}}' for [kind] in named)}]")
-    for text in (value, *meant(value, "values"), f"[{value}]"):
+    meanings = (word for word in meant(value, "values") if word in choices(run_keys().get(key)))
+    for text in (value, *meanings, f"[{value}]"):
         if text and _is_accepted(key, text):
             return shlex.quote(f"{key}={text}")
     return f"{key}=..."
@@ -213,10 +223,16 @@ def _in_place_of(key: str, value: str) -> str:
     return f"a key has a section, such as loss.beta; the sections are {', '.join(sections)}"
 
 
+_METHODS = {"loss", "loss.kind", "loss.terms[].kind", "stage", "rl", "rlhf_type"}
+"""Keys whose value may be what trains in another way."""
+
+
 def answers_to(key: str, value: str) -> list[str]:
     """Return the answers to a key, or to one of the same meaning, with this value."""
     names = (key, *meant(key, "keys"))
-    return [line.replace("{value}", value) for name in names for line in meant(f"{name}={value}", "answers")]
+    methods = meant(value, "methods") if {*map(entry_of, names)} & _METHODS else ()
+    given = [line for name in names for line in meant(f"{name}={value}", "answers")]
+    return [*methods, *(line.replace("{value}", value) for line in given)]
 
 
 def _with_a_value(key: str, value: str) -> str:
@@ -378,7 +394,8 @@ def _wrong_value(key: str, error: ErrorDetails, where: str) -> ConfigError:
     ]:
         remedy = answers[0]
     elif get_origin(hint) is list:
-        remedy = f"write {assignment(key, got)}"
+        is_known = not (line := assignment(key, got)).endswith("=...")
+        remedy = f"write {line}" if is_known else f"write '{key}=[...]'"
     elif key == "model.adapter" and "/" in got:
         remedy = f"write {key}.path={got}"
     elif inner is not None:

@@ -202,6 +202,11 @@ def check_writable(folder: Path, key: str = "run.dir") -> None:
         )
 
 
+def without_key(word: str) -> str:
+    """Return the path of a word that may be written with a key: `run.dir=output/a`, `model.path=./m`."""
+    return re.sub(r"^(run|model)([._](dir|path))?=", "", word)
+
+
 def existing_run(path: Path) -> RunFolder:
     """Return the run directory at `path`, whose run may still be training; an error if it is none."""
     folder = RunFolder(path)

@@ -98,20 +98,21 @@ def _executed(source: UserFunction) -> Callable[..., Any]:
     return function
 
 
-_DOORS = {
+DOORS = {
     "model.trust_remote_code": "Python code of model folders is run",
     LOSS_FUNCTION: "Python code of the loss is run",
     METRICS_FUNCTION: "Python code of metrics is run",
     "pairs.function": "Python code of the judge is run",
     **dict.fromkeys(("data.train", "data.eval", "evaluation.data"), "Python code of a reader of data is run"),
 }
+"""The keys that run code of others, and what the program says of each; docs/reliability.md lists them."""
 _CODE_OF_HYDRA = ("defaults", "hydra")
 
 
 def _opened(values: Mapping[str, Any]) -> dict[str, str]:
     """Return the options of plain values that run code of others."""
     doors = {}
-    for key in _DOORS:
+    for key in DOORS:
         section, _, name = key.partition(".")
         inner = values.get(section)
         value = inner.get(name) if isinstance(inner, dict) else None
@@ -125,7 +126,7 @@ def _opened(values: Mapping[str, Any]) -> dict[str, str]:
 
 def open_doors(config: RunConfig) -> list[str]:
     """Return a line for each option of `config` that runs code of others."""
-    return [f"warning: {key}={value}: {_DOORS[key]}" for key, value in _opened(asdict(config)).items()]
+    return [f"warning: {key}={value}: {DOORS[key]}" for key, value in _opened(asdict(config)).items()]
 
 
 def written_values(text: str | bytes, where: str = "config.yaml") -> dict[str, Any]:
@@ -157,7 +158,7 @@ def check_doors(content: Mapping[str, Any], given: Collection[str], file: Path) 
     for key, value in _opened(content).items():
         if key not in given:
             raise ConfigError(
-                f"the configuration of this run asks to run code: {_DOORS[key]}",
+                f"the configuration of this run asks to run code: {DOORS[key]}",
                 where=str(file),
                 got=f"{key}={value}",
                 expected="a run directory without code, or the option on the command line",

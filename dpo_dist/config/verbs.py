@@ -20,6 +20,8 @@ class Verb(NamedTuple):
     of_former_run: bool = False
     """It may take the configuration of the run in `run.dir`, unless a command has the first of `needs`."""
     is_one_process: bool = False
+    takes_words: tuple[str, ...] = ("model.path", "data.train")
+    """The keys that a word without a key may be meant for."""
     takes_points: bool = False
     """Its keys may have several values each, and it gets all combinations."""
 
@@ -36,9 +38,16 @@ VERBS = {
         of_former_run=True,
     ),
     "evaluate": Verb(
-        "score pairs with trained models and the reference", ("model.path",), of_former_run=True
+        "score pairs with trained models and the reference",
+        ("model.path",),
+        of_former_run=True,
+        takes_words=("run.dir",),
     ),
-    "compare": Verb("ask several models the same prompts, side by side", takes_training=False),
+    "compare": Verb(
+        "ask several models the same prompts, side by side",
+        takes_training=False,
+        takes_words=("compare.models",),
+    ),
     "doctor": Verb(
         "examine the data of a run, and encode them", ("data.train",), of_former_run=True, is_one_process=True
     ),
@@ -58,6 +67,7 @@ VERBS = {
         reads_data=False,
         of_former_run=True,
         is_one_process=True,
+        takes_words=("run.dir",),
     ),
     "convert": Verb(
         "translate a run of TRL, LLaMA-Factory, axolotl, ms-swift or open-instruct",

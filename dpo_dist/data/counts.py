@@ -1,5 +1,6 @@
 """Counts of kept, dropped and changed records, and checks that enough of a source is left."""
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -225,6 +226,8 @@ def check_counts(
     reason = max(counts.dropped, key=lambda name: counts.dropped[name])
     reasons = ", ".join(f"{name} {number}" for name, number in sorted(counts.dropped.items()))
     remedy = remedy_of(reason)
+    if reason == "unknown_format":
+        remedy = f"{_with_columns(path, counts.examples)}; correct its format, if one is set (docs/data.md)"
     if lengths and "data.max_length" in remedy and (fitting := fitting_limits(lengths, config)):
         remedy = f"set {fitting}"
     elif "data.max_length" in remedy:
@@ -239,6 +242,34 @@ def check_counts(
         expected=f"at most a share of {config.max_bad_share:g} dropped (data.max_bad_share)",
         remedy=remedy,
     )
+
+
+_NAMES = {
+    "prompt": "prompt question query instruction input problem user post request",
+    "chosen": "chosen good better best accepted preferred positive winner correct answer response",
+    "rejected": "rejected bad worse worst dispreferred negative loser incorrect wrong",
+    "completion": "completion answer response output reply text",
+    "label": "label thumb vote feedback is_good liked",
+}
+"""Columns that people name so, for what formats read."""
+
+
+def _with_columns(path: str, examples: Sequence[str]) -> str:
+    """Return the source as a word of the command line that names the columns of its first bad record."""
+    where = "data.eval" if path.startswith("data.eval") else "data.train"
+    seen = (re.search(r"\(fields: (.*)\)$", example) for example in examples)
+    given = next((match.group(1).split(", ") for match in seen if match), [])
+    sides = ("chosen", "rejected") if not _column("label", given) else ("completion", "label")
+    found = {field: _column(field, given) or "COLUMN" for field in ("prompt", *sides)}
+    named = ", ".join(f"{field}: {column}" for field, column in found.items())
+    return f"write '{where}=[{{path: {path.rpartition(': ')[2]}, columns: {{{named}}}}}]'"
+
+
+def _column(field: str, given: Sequence[str]) -> str | None:
+    """Return the first column that is named as a field, or has such a word in its name."""
+    words = _NAMES[field].split()
+    parts = {name: {name.lower(), *re.split(r"[^a-z]+", name.lower())} for name in given}
+    return next((name for word in words for name in given if word in parts[name]), None)
 
 
 def check_split(counts: DataCounts) -> None:

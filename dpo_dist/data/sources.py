@@ -15,6 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, TypeVar
@@ -26,7 +27,7 @@ from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.columns import is_saved, resolved, with_columns
 from dpo_dist.data.records import MAX_RECORD_BYTES, BadRecord, Origin, RawRecord, shown_key
 from dpo_dist.data.values import NOT_UTF8, json_parsers, parse_json, with_parsed_json, without_nulls
-from dpo_dist.foundation.errors import ConfigError, DataError, dead_link, first_line
+from dpo_dist.foundation.errors import ConfigError, DataError, dead_link, first_line, in_one_line
 from dpo_dist.foundation.files import remembered_digest, text_digest, write_text
 
 T = TypeVar("T")
@@ -98,7 +99,7 @@ def local_files(source: SourceConfig) -> list[Path] | None:
             remedy="download the file and set its path; write a Hub dataset as organisation/name",
         )
     local = Path(path).expanduser()
-    looks_local = path.endswith(_SUFFIXES) or path.startswith((".", "/", "~")) or path.count("/") > 1
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1 or _is_like_a_file(local)
     if not (local.exists() or _GLOB.search(path) or looks_local):
         return None
     unused = {"revision"} if local.is_dir() else {"name", "data_dir", "revision", "split"}
@@ -151,12 +152,22 @@ def _check_kind(file: Path, path: str) -> None:
         )
 
 
+def _is_like_a_file(path: Path) -> bool:
+    """Return whether a name ends as data files do, or as any file does whose folder exists: `table.xlsx`."""
+    if path.suffix in _SUFFIXES or _DATA_NAME.search(path.name):
+        return True
+    return re.fullmatch(r"\.[A-Za-z]{2,7}", path.suffix) is not None and path.parent.is_dir()
+
+
 def _missing(file: Path) -> DataError:
+    is_typed = file.parent.is_dir() and not os.path.lexists(file)
+    beside = [other.name for other in file.parent.iterdir()] if is_typed else []
+    similar = get_close_matches(file.name, beside, 1)
     return DataError(
         "the path is neither a file nor a folder" if file.exists() else "the file does not exist",
         where=str(file),
         got=dead_link(file) or ("" if file.parent.is_dir() else f"no folder {file.parent}"),
-        remedy="check the path of the source",
+        remedy=f"did you mean {file.with_name(similar[0])}?" if similar else "check the path of the source",
     )
 
 
@@ -320,7 +331,7 @@ def _as_data_error(source: SourceConfig) -> Iterator[None]:
         raise DataError(
             "the data of the folder cannot be found" if is_folder else _NOT_FOUND,
             where=source.path,
-            got=" ".join(f"{type(fault).__name__}: {fault}".splitlines()[:2]),
+            got=in_one_line(fault),
             remedy="check path, name, data_dir, revision, split, the network, and access rights of a gated "
             "dataset; HF_HUB_OFFLINE=1 allows only datasets that were downloaded before",
         ) from fault

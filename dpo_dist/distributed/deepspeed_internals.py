@@ -1,4 +1,4 @@
-"""What this package uses of DeepSpeed beyond its documented interface; nothing else touches these parts.
+"""What this module alone uses of DeepSpeed beyond its documented interface.
 
 A version that changes them fails tests of two ranks: `test_checkpoint.py` (master weights, states of CPU
 Adam, a reference that follows the policy), `test_engine.py` (updates that are not applied),

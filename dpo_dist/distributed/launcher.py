@@ -19,6 +19,7 @@ from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError
 
+from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError, ExitCode, PeerLostError, first_line
 from dpo_dist.foundation.signals import stop_signals
 
@@ -66,7 +67,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
         fault = usage.getvalue().strip().rpartition("error: ")[2]
         raise _refused("accelerate does not accept these arguments", fault) from None
     is_file = parsed.no_python or Path(parsed.training_script).is_file()
-    if not (parsed.module or is_file):
+    if not is_file and (not parsed.module or parsed.training_script in VERBS):
         raise _refused("the program to start is no file; a verb is a module", parsed.training_script)
     is_here = not parsed.config_file and (parsed.num_machines or 1) == 1
     if is_here and (parsed.num_processes or 1) > 1 and not torch.accelerator.is_available():

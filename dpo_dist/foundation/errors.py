@@ -4,6 +4,7 @@ import contextlib
 import errno
 import logging
 import os
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from enum import IntEnum, StrEnum
 from pathlib import Path
@@ -150,6 +151,11 @@ def dead_link(path: Path) -> str:
 def first_line(error: BaseException) -> str:
     """Return the kind of an error and the first line of its text, at most 200 characters of it."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+
+
+def in_one_line(error: BaseException) -> str:
+    """Return the kind of an error and all of its text, as hubs write it in several sentences and lines."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 600, placeholder=" ...")
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """The end of a program: one printed block for an error of the user, and the exit code."""
 
+import argparse
 import contextlib
 import json
 import os
@@ -12,12 +13,30 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NoReturn
 
-from dpo_dist.foundation.errors import DpoDistError, ExitCode, StoppedError, disk_error, first_line
+from dpo_dist.foundation.errors import (
+    ConfigError,
+    DpoDistError,
+    ExitCode,
+    StoppedError,
+    disk_error,
+    first_line,
+)
 from dpo_dist.foundation.streams import open_closed_streams, output_of_objects, print_line
 from dpo_dist.foundation.text import without_secrets
 
 _RANK_0_SECONDS = 60
 _BY_SIGNAL = 128
+
+
+class Arguments(argparse.ArgumentParser):
+    """A parser whose errors are printed as those of every verb."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise ConfigError with the form of the command."""
+        form = " ".join(self.format_usage().removeprefix("usage:").split())
+        raise ConfigError(
+            message, where="command line", expected=form, remedy="--help explains what it takes"
+        )
 
 
 @dataclass

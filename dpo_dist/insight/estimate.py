@@ -208,7 +208,8 @@ class Estimate:
         has_room = 2 * self.whole < self.machine.memory - self.needs.used(0)
         gathers = (1 if has_room else samples.max_new_tokens) * self._is_sharded  # of all weights
         launching = samples.max_new_tokens * self.layers * (_LAUNCHES / 3 + _HOOKS * self._is_sharded)
-        evaluations = (1 + (self.steps // every if every else 0)) * (samples.prompts > 0)
+        evaluations = 1 + (self.steps // every if every and samples.prompts else 0)
+        evaluations *= samples.prompts != 0 and bool(self.config.data.eval_sources)
         return evaluations * (gathers * self.whole / self.link + launching)
 
     def seconds(self, reached: float, epochs: float = 1.0) -> dict[str, float]:

@@ -14,6 +14,7 @@ from dpo_dist.model.attention import heads_of_layers
 from dpo_dist.model.layers import layer_values, other_weights
 
 # Forward, gradient of the input, gradient of the weight: each a multiplication and an addition.
+_FORWARD = 2
 _FORWARD_AND_BACKWARD = 6
 # A frozen weight has no gradient.
 _FORWARD_AND_INPUT_GRADIENT = 4
@@ -33,16 +34,24 @@ class StepFlops:
     """Useful FLOPs of a training step, without recomputation.
 
     `per_token` in the matrices of all layers, `per_target` in the output layer, `per_attended` in all layers
-    for each query-key pair, also of a token with itself. Windows count as full attention.
+    for each query-key pair, also of a token with itself. Windows count as full attention. Of a forward alone:
+    `forward_per_token` and `forward_per_target`, more than a third where weights are frozen.
     """
 
     per_token: float
     per_target: float
     per_attended: float
+    forward_per_token: float = 0.0
+    forward_per_target: float = 0.0
 
     def of(self, tokens: int, targets: int, attended: int) -> float:
         """Return the FLOPs of a step with these counts."""
         return self.per_token * tokens + self.per_target * targets + self.per_attended * attended
+
+    def of_forward(self, tokens: int, targets: int, attended: int) -> float:
+        """Return the FLOPs of a forward alone with these counts."""
+        of_weights = self.forward_per_token * tokens + self.forward_per_target * targets
+        return of_weights + self.per_attended * attended * _FORWARD / _FORWARD_AND_BACKWARD
 
 
 def step_flops(causal_lm: Any) -> StepFlops:
@@ -58,7 +67,7 @@ def step_flops(causal_lm: Any) -> StepFlops:
     outside |= {id(output), *map(id, other_weights(causal_lm))}
     convolutions = {id(module.weight) for module in causal_lm.modules() if isinstance(module, nn.Conv1d)}
     visited = visited_experts(text)
-    per_token = 0.0
+    per_token, forward = 0.0, 0.0
     for name, weight in causal_lm.named_parameters():
         # A continued adapter also has a frozen copy.
         is_unused = not weight.requires_grad and any(part in name for part in _NOT_OF_A_STEP)
@@ -68,9 +77,16 @@ def step_flops(causal_lm: Any) -> StepFlops:
         is_of_experts = weight.dim() > 2 and visited and id(weight) not in convolutions
         share = min(1.0, visited / len(weight)) if is_of_experts else 1.0
         per_token += _per_weight(weight) * share * weight.numel()
+        forward += _FORWARD * share * weight.numel()
     widths = [heads.query * (heads.dim + heads.value_dim) for heads in heads_of_layers(text)]
     attention = text.num_hidden_layers * fmean(widths) if widths else 0.0
-    return StepFlops(per_token, _per_weight(output) * output.numel(), _FORWARD_AND_BACKWARD * attention)
+    return StepFlops(
+        per_token,
+        _per_weight(output) * output.numel(),
+        _FORWARD_AND_BACKWARD * attention,
+        forward,
+        _FORWARD * output.numel(),
+    )
 
 
 def recomputed_share(model: ModelConfig) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from dpo_dist.config.schema import AdapterConfig, ModelConfig, Quantization
-from dpo_dist.foundation.errors import ConfigError, first_line
+from dpo_dist.foundation.errors import ConfigError, first_line, in_one_line
 
 CONFIG_FILE = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -107,7 +107,7 @@ def _snapshot(path: str, revision: str | None, key: str, ignored: list[str]) -> 
         commit = _COMMITS.get((path, revision), revision)
         folder = Path(snapshot_download(path, revision=commit, ignore_patterns=ignored))
     except (OSError, HFValidationError, ValueError) as error:
-        raise _not_found(path, key, first_line(error)) from None
+        raise _not_found(path, key, in_one_line(error)) from None
     _COMMITS[path, revision] = folder.name
     return folder
 

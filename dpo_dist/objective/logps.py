@@ -35,8 +35,8 @@ class PairLogps:
 
     @property
     def mean_chosen(self) -> Tensor:
-        """[pairs], mean over the tokens of the chosen response."""
-        return self.chosen / self.chosen_tokens
+        """[pairs], mean over the tokens of the chosen response; 0 for a record with a bad response only."""
+        return self.chosen / self.chosen_tokens.clamp(min=1)
 
     @property
     def mean_rejected(self) -> Tensor:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -74,11 +75,16 @@ class CustomMetrics:
 def custom_metrics(config: RunConfig, device: torch.device | None = None) -> CustomMetrics:
     """Return the metrics of `metrics.function`, which is called on three invented pairs on `device`.
 
+    Of a loss of records each has one response, as training gives them: the other side is 0, with 0 tokens.
     Raises ConfigError: it cannot be used.
     """
     function, columns = config.metrics.function, torch.tensor(INVENTED, device=device).double()
     if function is None:
         return CustomMetrics()
+    if config.loss.is_unpaired or config.loss.is_one_sided:
+        is_good = torch.tensor([True, not config.loss.is_unpaired, True], device=device)
+        columns[[0, 2, 4]] *= is_good
+        columns[[1, 3, 5]] *= ~is_good
 
     def of(pairs: Tensor) -> dict[str, Tensor]:
         policy, reference = PairLogps(*pairs[:2], *pairs[4:]), PairLogps(*pairs[2:4], *pairs[4:])
@@ -106,7 +112,8 @@ def _custom_error(got: str) -> ConfigError:
         where=METRICS_FUNCTION,
         got=got,
         expected="a dict of the same names at each call (letters, digits and _ . -), with tensors [pairs] on "
-        "the device of the log-probs: finite values, each of its pair alone",
+        "the device of the log-probs: finite values, each of its pair alone; a response that a record lacks "
+        "has 0 tokens and log-prob 0",
         remedy="correct the function; docs/python.md describes its arguments and what it must return",
     )
 
@@ -397,6 +404,20 @@ class PairValues:
         """Return `MARGIN_PERCENTILES`, interpolated between neighbours."""
         values = np.percentile(self.margin.astype(np.float64), _PERCENTS)
         return dict(zip(MARGIN_PERCENTILES, values.tolist(), strict=True))
+
+    def auc_by_source(self, labels: Sequence[str], numbers: npt.NDArray[np.integer[Any]]) -> dict[str, float]:
+        """Return the AUC of each source, of the `labels`, that has good and bad responses.
+
+        `numbers`, [pairs]: the source of each labelled record, as its place in `labels`.
+        """
+        measured = dict[str, float]()
+        for number, label in enumerate(labels):
+            of_source = numbers == number
+            good = torch.from_numpy(self.reward_chosen[of_source & (self.tokens_chosen > 0)])
+            bad = torch.from_numpy(self.reward_rejected[of_source & (self.tokens_rejected > 0)])
+            if len(good) and len(bad):
+                measured[f"{AUC}/{label}"] = float(wins(good, bad)) / (len(good) * len(bad))
+        return measured
 
 
 @torch.no_grad()

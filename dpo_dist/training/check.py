@@ -55,7 +55,7 @@ def rehearse(
     model_config, causal_lm = checked_model(config, folder, start)
     router_loss(config.loss.router, causal_lm)
     check_template_keys(config.data, tokenizer)
-    described = f"{folder}, {model_config.model_type}, {len(tokenizer):,} tokens"
+    described = f"{folder}, {model_config.model_type}, vocabulary of {len(tokenizer):,}"
     lines = [("run.dir", f"{run}{start_in_words}"), ("model.path", described)]
     if config.model.dtype is Dtype.fp16 and not (torch.cuda.is_available() or has_fp16_products()):
         lines.append(("model.dtype", "fp16 needs a GPU: this CPU does not compute in it"))

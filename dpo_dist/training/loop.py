@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from dpo_dist.batching.plan import ComputeCosts
-from dpo_dist.data.dataset import PreferenceDataset, RankBatch
+from dpo_dist.data.dataset import RankBatch
 from dpo_dist.distributed.checkpoint import CheckpointSaver
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.world import Interrupted
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.foundation.background import prefetch
-from dpo_dist.objective.metrics import AUC, PairValues, Values, wins
+from dpo_dist.objective.metrics import Values
 from dpo_dist.training.clock import StepClock
 from dpo_dist.training.context import Run
 from dpo_dist.training.health import best_after, count, count_spike, ending_error, pair_losses, write_bad_step
@@ -128,7 +128,7 @@ class Loop:
         clock.enter("data")
         ready = next(ready_steps)
         rank_batch, pairs = ready.rank_batch, ready.rank_batch.pairs
-        partners = rank_batch.partners  # of which there is a forward only
+        partners = rank_batch.partners
         rate = learning_rate(self.run.config.optim, position.step, self.inputs.sampler.steps)
         sums, norm = train_step(self.policy, self.objective, ready, rate, world, clock, position.running)
         if self.reference_sync is not None:
@@ -151,7 +151,7 @@ class Loop:
             learning_rate=rate,
             pairs=pairs,
             tokens=rank_batch.tokens + (0 if partners is None else partners.tokens),
-            flops=self._flops(rank_batch) + (0.0 if partners is None else self._flops(partners) / 3),
+            flops=self._flops(rank_batch, partners),
             seconds=sum(times.values()),
         )
         position.step += 1
@@ -171,8 +171,12 @@ class Loop:
             raise error
         return stop_votes > 0
 
-    def _flops(self, batch: RankBatch) -> float:
-        return self.inputs.flops.of(batch.tokens, batch.targets, batch.attended)
+    def _flops(self, batch: RankBatch, partners: RankBatch | None) -> float:
+        flops = self.inputs.flops
+        counted = flops.of(batch.tokens, batch.targets, batch.attended)
+        if partners is not None:
+            counted += flops.of_forward(partners.tokens, partners.targets, partners.attended)
+        return counted
 
     def _say_skipped(
         self, ready: ReadyStep, totals: StepTotals, position: Position, *, overflow: bool
@@ -225,8 +229,9 @@ class Loop:
         if self.run.config.loss.compares_pairs:
             measured |= values.margin_percentiles()
             margins = values.margin
-        if self.run.config.loss.is_unpaired:
-            measured |= _auc_by_source(dataset, values)
+        if self.run.config.loss.is_unpaired and dataset.labels:
+            numbers = dataset.label_numbers(np.arange(len(dataset)))
+            measured |= values.auc_by_source(dataset.labels, numbers)
         measured |= {"pairs": speed["pairs"]} if policy is None else speed
         named = {f"eval_{name}": value for name, value in measured.items()}
         best = world.on_main(lambda: best_after(trainer, position.best, position.step, named))
@@ -287,16 +292,3 @@ class Loop:
 
 def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _auc_by_source(dataset: PreferenceDataset, values: PairValues) -> dict[str, float]:
-    """Return the AUC of each source that has good and bad responses; `values` are of the whole dataset."""
-    measured = dict[str, float]()
-    numbers = dataset.label_numbers(np.arange(len(dataset))) if dataset.labels else None
-    for number, label in enumerate(dataset.labels):
-        of_source = numbers == number
-        good = torch.from_numpy(values.reward_chosen[of_source & (values.tokens_chosen > 0)])
-        bad = torch.from_numpy(values.reward_rejected[of_source & (values.tokens_rejected > 0)])
-        if len(good) and len(bad):
-            measured[f"{AUC}/{label}"] = float(wins(good, bad)) / (len(good) * len(bad))
-    return measured

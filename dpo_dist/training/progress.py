@@ -35,6 +35,8 @@ class Progress:
         first, since = self._first
         left = (time.monotonic() - since) / (step - first) * (self._steps - step) if step > first else None
         row = self._window.row(self._peak) | {"memory/peak_bytes": peak_memory_bytes(self._device)}
+        if self._device.type == "cpu":  # it says little where nobody pays for the device
+            del row["mfu"]
         show_step(self._console, step, self._steps, row, left, self._unit, always=is_first or is_last)
         self._window = LogWindow()
 

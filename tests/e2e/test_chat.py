@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_dist import chat
+from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.streams import printable_lines
 from tests.e2e.conftest import Overrides
 from tests.support.launch import command, environment, train
@@ -47,13 +48,10 @@ def says(folder: Path, *arguments: str, lines: list[str]) -> str:
 @pytest.mark.parametrize(
     "option", ["--temperature=-1", "--temperature=nan", "--max-new-tokens=0", "--max-new-tokens=-3"]
 )
-def test_a_number_out_of_bounds_is_refused_before_the_model_is_loaded(
-    option: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
+def test_a_number_out_of_bounds_is_refused_before_the_model_is_loaded(option: str) -> None:
+    with pytest.raises(ConfigError, match="at least") as raised:
         chat.main(["nothing", option])
-    assert ended.value.code == 2
-    assert "at least" in capsys.readouterr().err
+    assert raised.value.exit_code == 2
 
 
 def test_ctrl_c_ends_an_answer_and_the_next_question_is_asked(assets: Path) -> None:

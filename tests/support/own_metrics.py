@@ -35,3 +35,7 @@ def infinite(policy: PairLogps, *_: object) -> dict[str, Tensor]:
 
 def none(*_: object) -> dict[str, Tensor]:
     return {}
+
+
+def by_hand(policy: PairLogps, *_: object) -> dict[str, Tensor]:
+    return {"likelihood": policy.chosen / policy.chosen_tokens}

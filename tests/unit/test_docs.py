@@ -7,6 +7,7 @@ import pytest
 
 from dpo_dist.config.keys import run_keys
 from dpo_dist.config.losses import LossKind
+from dpo_dist.config.user_code import DOORS
 from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.objective.metrics import ENTROPIES, PAIR_METRICS
 from dpo_dist.objective.router import AUX_LOSS, BUSIEST, Z_LOSS
@@ -71,3 +72,16 @@ def test_named_keys_modules_and_tests_exist(page: Path) -> None:
     assert [test for test in promises if not (ROOT / "tests" / test).exists()] == []
     modules = re.findall(rf"`((?:{ROOMS})/[\w/]+\.py)`", text)
     assert [module for module in modules if not (PACKAGE / module).exists()] == []
+
+
+def test_every_key_that_runs_code_is_on_the_page_about_security() -> None:
+    listed = (ROOT / "docs" / "reliability.md").read_text().partition("### Code runs only if")[2]
+    assert [key for key in DOORS if f"`{key}" not in listed.partition("\n### ")[0]] == []
+
+
+def test_the_readme_begins_with_the_commands_of_users_and_of_developers() -> None:
+    first_screen = (ROOT / "README.md").read_text().splitlines()[:12]
+    assert {"./scripts/quickstart.sh", "./scripts/test.sh"} <= {
+        line.split("#")[0].strip() for line in first_screen
+    }
+    assert (ROOT / ".ci" / "run").read_text().endswith("exec ./scripts/test.sh\n")

@@ -393,7 +393,7 @@ def check_model(
     ends = responder.tokenizer.convert_ids_to_tokens(sorted(responder.stop_ids))
     check_contents_at_hand(responder.source.folder, config.model, key)
     folder = responder.source.adapter or responder.source.folder
-    say(f"{folder}, {len(responder.tokenizer):,} tokens, a response ends with {' or '.join(ends)}")
+    say(f"{folder}, vocabulary of {len(responder.tokenizer):,}, a response ends with {' or '.join(ends)}")
     prompts = [usable_prompt(as_asked(record, config.data), responder, new_tokens) for record in records]
     dropped = Counter(prompt for prompt in prompts if isinstance(prompt, str))
     if dropped.total() == len(prompts):

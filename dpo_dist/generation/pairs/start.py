@@ -4,15 +4,19 @@ import os
 from pathlib import Path
 
 from dpo_dist.config.rules import Rule, check, check_needs, unused
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import NO_MODEL, PairsMethod, RunConfig, SourceConfig
 from dpo_dist.config.user_code import user_function
 from dpo_dist.data.formats import check_source
 from dpo_dist.model.folder import local_model_folder
+from dpo_dist.training.named_models import located
 
 
 def responding_models(config: RunConfig) -> list[str]:
-    """Return the models that respond, as configured."""
-    return list(config.pairs.models) or [config.model.path]
+    """Return the models that respond, as configured; of a run in `pairs.models` its trained model."""
+    names, key = config.pairs.models, "pairs.models"
+    runs = {name for name in names if RunFolder(Path(name).expanduser()).config.is_file()}
+    return [located(name, key) if name in runs else name for name in names] or [config.model.path]
 
 
 def _number_of_judges(config: RunConfig) -> int:

@@ -244,10 +244,13 @@ def _watching(run: Run) -> None:
         default=0,
     )
     metric = run.take("metric_for_best_model", default="")
-    if run.take("load_best_model_at_end", default=False) or metric or patience:
+    is_best = run.take("load_best_model_at_end", default=False)
+    if is_best or metric or patience:
         metric = metric or "loss"
         best = metric if metric.startswith("eval_") else f"eval_{metric}"
         run.set("trainer.keep_best", best, "metric_for_best_model", metric)
+    if is_best:
+        run.set("trainer.final", "best", "load_best_model_at_end", True)
     if patience:
         run.set("trainer.patience", patience, "early_stopping", patience)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_dist.config.losses import LossConfig, balancing_weight
+from dpo_dist.config.losses import balancing_weight
 from dpo_dist.config.schema import (
     NO_MODEL,
     DataConfig,
@@ -66,7 +66,7 @@ def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | Non
     prepared = None if config.model.path == NO_MODEL else prepare(config, progress)
     tokenizer = None if prepared is None else prepared.tokenizer
     diagnosis = examine(data, tokenizer, benchmark, lambda source: progress(f"examining {source}", "record"))
-    findings = [*diagnosis.findings, *_label_balance(config.loss, diagnosis.sources)]
+    findings = [*diagnosis.findings, *_label_balance(config, diagnosis.sources)]
     if prepared is not None:
         store, of_store = compare_with_store(config, diagnosis.sources, prepared.datasets)
         findings = [*of_store, *findings]
@@ -110,17 +110,27 @@ def examine(
     )
 
 
-def _label_balance(loss: LossConfig, sources: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
-    """Yield the finding of training data whose labels do not weigh alike, with the weight that they need."""
-    labels = Counter[str]()
-    for source in sources:
-        labels.update({} if source["is_eval"] else source["labels"])
-    good, bad = labels["good"], labels["bad"]
-    weights = loss.desirable_weight * good, loss.undesirable_weight * bad
+def _label_balance(config: RunConfig, sources: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    """Yield the finding of training data whose labels do not weigh alike, with the weight that they need.
+
+    A source counts as often as it is drawn.
+    """
+    good, bad, loss = 0.0, 0.0, config.loss
+    for source, drawn in zip(sources, config.data.train, strict=False):  # those of evaluation come after them
+        good += drawn.weight * source["labels"].get("good", 0)
+        bad += drawn.weight * source["labels"].get("bad", 0)
+    present = loss.desirable_weight, loss.undesirable_weight
+    weights = present[0] * good, present[1] * bad
     if good + bad and not 1 <= weights[0] / max(weights[1], 1e-9) <= 4 / 3:
         most = "good" if good > bad else "bad"
-        remedy = f"set {balancing_weight(good, bad)}" if good and bad else "add responses of the other label"
-        for finding in RULES["label_balance"].count(max(good, bad), good + bad, None, detail=most):
+        remedy = (
+            f"set {balancing_weight(good, bad, *present)}"
+            if good and bad
+            else "add responses of the other label"
+        )
+        for finding in RULES["label_balance"].count(
+            round(max(good, bad)), round(good + bad), None, detail=most
+        ):
             yield replace(finding, remedy=remedy)
 
 

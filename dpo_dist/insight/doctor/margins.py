@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.data.dataset import PreferenceDataset
 from dpo_dist.insight.doctor.findings import RULES, Finding
 from dpo_dist.insight.doctor.sources import distribution
@@ -35,7 +35,7 @@ def compare_with_store(
     for dataset in itertools.chain(*datasets):
         pairs += int((dataset.response_counts(np.arange(len(dataset))) > 1).sum())
     use: dict[str, Any] = {"folder": str(Path(config.reference.store)), "pairs": pairs, "stored": 0}
-    use |= {"numerics": [], "margins": {}}
+    use |= {"numerics": [], "margins": {}, "filled_with": _filled_with(config)}
     store = find_stored(config)
     findings: list[Finding] = []
     if store is None:
@@ -53,6 +53,16 @@ def compare_with_store(
             use["margins"][source["label"]] = distribution(margins, np.linspace(low, high, _BINS + 1))
             use["stored"] += len(origins)
     return use, findings
+
+
+def _filled_with(config: RunConfig) -> str:
+    """Return what `precompute` needs beside the configuration to store the reference's log-probs."""
+    mode, quantization = config.reference.mode, config.model.quantization
+    words = [] if config.loss.needs_reference else ["loss=sigmoid"]
+    words += [] if mode is ReferenceMode.cached else ["reference=cached"]
+    if mode is ReferenceMode.adapter and quantization is not None:
+        words.append(f"reference.quantization={quantization}")
+    return " ".join(words)
 
 
 def find_stored(config: RunConfig) -> LogpStore | None:

@@ -74,9 +74,10 @@ def store_sentence(use: Mapping[str, Any]) -> str:
     if not use["pairs"]:
         return "reference: no record has two responses, whose margin could tell that it is mislabelled"
     if not use["stored"]:
+        words = f" and {use['filled_with']}" if use["filled_with"] else ""
         return (
             f"reference: no log-probs of these pairs in {use['folder']}; after dpo_dist.precompute with "
-            "this configuration, the doctor finds pairs that are likely mislabelled"
+            f"this configuration{words}, the doctor finds pairs that are likely mislabelled"
         )
     numerics = "; ".join(use["numerics"])
     return f"reference: {use['stored']:,} of {use['pairs']:,} pairs in the store ({numerics})"

@@ -526,7 +526,8 @@ def _one_label(facts: RunFacts) -> Iterator[str]:
     weights = {facts.setting(f"loss.{name}_weight") or 1.0 for name in ("desirable", "undesirable")}
     most = max(labels, key=labels.__getitem__, default="")
     if most and labels[most] > 0.9 * sum(labels.values()) and len(weights) == 1:
-        remedy = f"; {balancing_weight(**labels)} balances them" if all(labels.values()) else ""
+        given = (labels["good"], labels["bad"], *weights, *weights)
+        remedy = f"; {balancing_weight(*given)} balances them" if all(labels.values()) else ""
         yield (
             f"{percent(labels[most] / sum(labels.values()))} of the training responses are {most}, and both "
             f"labels have the same weight{remedy}"

@@ -25,7 +25,7 @@ PAIR = '{"prompt": "a question", "chosen": " yes", "rejected": " no"}\n'
 CASES = [
     # Paths.
     Case("missing file", "data.train=[trian.jsonl]", "the file does not exist", "trian.jsonl",
-         to_do="check the path"),
+         to_do="did you mean train.jsonl?"),
     Case("missing folder", "data.train=[data/a.jsonl]", "the file does not exist", "a.jsonl",
          "no folder data", to_do="check the path of the source"),
     Case("url", 'data.train=["https://example.com/a.jsonl"]', "URLs cannot be read",

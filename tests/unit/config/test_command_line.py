@@ -13,12 +13,14 @@ from typing import NamedTuple, NoReturn
 
 import pytest
 
-import dpo_dist
+import dpo_dist.__main__
+from dpo_dist import chat, convert, report, store
 from dpo_dist.config.command_line import explain, run_verb, usage
 from dpo_dist.config.keys import all_keys, group_folders, section_meanings
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.rules import keys_of
 from dpo_dist.config.verbs import EVERY_VERB
+from dpo_dist.foundation.errors import ConfigError
 from tests.support import tiny_verb
 
 ROOT = Path(__file__).parents[3]
@@ -217,3 +219,28 @@ def test_a_verb_without_check_refuses_the_option(verb: Verb) -> None:
     ended = verb("--check", *RUN)
     assert ended.code == 2
     assert "this verb has no --check" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("verb", "said"),
+    [
+        ("merge", "write dpo-dist export run.dir=RUN export.merge=true"),
+        ("dpo", "write dpo-dist train"),
+        ("orpo", "write dpo-dist train loss=orpo"),
+        ("grpo", "not offered: there is no online RL"),
+        ("evluate", "did you mean evaluate?"),
+        ("xyzzy", "there is no verb 'xyzzy'"),
+    ],
+)
+def test_a_verb_that_is_not_there_names_the_one_that_is(
+    verb: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["dpo-dist", verb])
+    assert dpo_dist.__main__.main() == 2
+    assert said in capsys.readouterr().out.splitlines()[0]
+
+
+def test_a_verb_of_options_prints_its_mistakes_as_the_others_do() -> None:
+    for module in (chat, convert, report, store):
+        with pytest.raises(ConfigError, match="the following arguments are required"):
+            module.main([])

@@ -72,7 +72,9 @@ MISTYPED = [
     ("lr_scheduler_type=constant_with_warmup", "write optim.schedule=constant"),
     ("--multirun", "the verb sweep runs each of several values"),
     ("--check --cfg job", "argument -c/--cfg: not allowed with argument --check"),
-    ("/tmp", "its key: run.dir=/tmp, "),
+    ("/tmp", "its key: run.dir=/tmp or model.path=/tmp or 'data.train=[/tmp]'"),
+    ("loss.beta 0.2", "write loss.beta=0.2"),
+    ("help", "write --help"),
     # What is not offered has an answer that says what is.
     *((f"{key}=kto", "write loss=kto") for key in ("loss_type", "stage", "rl")),
     ("pref_loss=kto_pair", "pairs with data.unpair=true"),
@@ -98,6 +100,20 @@ MISTYPED = [
     ("loss@=ipo", "words that are not KEY=VALUE"),
     ("loss.beta=range(0.1,0.2", "close each bracket"),
     ("data.eval_share=0.1 trainer.eval_every=1 trainer.keep_best=eval_lss", "did you mean eval_loss? "),
+    ("keep_best=true", "write trainer.keep_best=eval_loss"),
+    ("run_name=true", "write run.name=..., "),
+    ("pairs.method=human", "did you mean pairs.method=people?"),
+    ("tracking=tensorboard", "write tracking=off 'tracking.also=[tensorboard]'"),
+    ("tracking=none", "did you mean tracking=off?"),
+    *((f"loss={name}", "there is no online RL") for name in ("grpo", "reinforce++", "[grpo,sft]")),
+    ("'loss.terms=[{kind: ppo}]'", "there is no online RL"),
+    ("stage=rm", "pairs.reward_model=MODEL"),
+    # Values of other types.
+    ("loss=[]", "write loss=NAME: aot, "),
+    ("reference=[]", "write reference=NAME: adapter, "),
+    ("'data.train={}'", "write 'data.train=[...]'"),
+    ("optim=null", "no optim named 'null'"),
+    ("model=7", "a path is no preset"),
 ]
 
 
@@ -150,7 +166,10 @@ def test_all_rules_that_a_command_breaks_are_one_error() -> None:
         ("evaluate", "checkpoint=best", "evaluation.model of evaluate takes the folder of one"),
         ("export", "output=foo", "write run.dir=foo or export.output=foo"),
         ("compare", "reference=none", "compare does not read reference.mode"),
-        ("compare", "samples.prompts=4", "remove it: it is read by train"),
+        ("compare", "samples.prompts=4", "write compare.prompts=4"),
+        ("compare", "samples.temperature=0", "write compare.temperature=0"),
+        ("compare", "A B", "write its key: 'compare.models=[A,B]'"),
+        ("evaluate", "output/a", "write its key: run.dir=output/a"),
         ("train", "'export={checkpoint: best}'", "train does not read export"),
         ("pairs", "loss=ipo", "pairs does not read loss"),
     ],
@@ -164,7 +183,9 @@ def test_every_answer_names_keys_that_exist() -> None:
     text = Path(mistakes.__file__).with_name("names.yaml").read_text()
     for name in yaml.safe_load(text)["keys"]:
         assert name in run_keys()
-    for answer in yaml.safe_load(text)["answers"]:
+    for answer in (
+        line for section in ("answers", "methods", "verbs") for line in yaml.safe_load(text)[section]
+    ):
         named = re.findall(rf"\b(?:{SECTIONS})\.[a-z0-9_.]*[a-z0-9]", answer)
         files = (".jsonl", ".md", ".yaml")
         assert [key for key in named if key not in run_keys() and not key.endswith(files)] == []

@@ -10,6 +10,7 @@ from dpo_dist.config.run_folder import (
     checkpoint_name,
     is_checkpoint,
     step_of,
+    without_key,
 )
 from dpo_dist.config.schema import FolderConfig, RunConfig
 
@@ -51,3 +52,8 @@ def test_checkpoints_are_folders_with_the_name_and_the_state_of_one(tmp_path: Pa
     assert checkpoint_folders(tmp_path / "missing") == []
     assert [path.name for path in tmp_path.iterdir() if is_checkpoint(path)] == ["step-000005"]
     assert (step_of("step-000100"), step_of("step-1000000"), step_of("last")) == (100, 1_000_000, None)
+
+
+def test_a_path_may_be_written_with_its_key() -> None:
+    words = ("output/a=b", "run.dir=output/a=b", "run_dir=output/a=b", "model.path=output/a=b")
+    assert {without_key(word) for word in words} == {"output/a=b"}

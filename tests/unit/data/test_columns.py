@@ -2,17 +2,19 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dpo_dist.config.schema import DataFormat, SourceConfig
+from dpo_dist.config.load import load_run_config
+from dpo_dist.config.schema import DataConfig, DataFormat, SourceConfig
 from dpo_dist.config.user_code import find_function
 from dpo_dist.data.columns import resolved
 from dpo_dist.data.formats import check_source, read_records
 from dpo_dist.data.records import BadRecord, Message, PreferenceRecord
-from dpo_dist.data.sources import pinned, source_labels
+from dpo_dist.data.sources import local_files, pinned, source_labels
 from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support.cache import prepare
 from tests.support.pages import ROOT
@@ -194,3 +196,50 @@ def test_a_description_of_another_program_is_no_registry(tmp_path: Path) -> None
     for path, name in ((tmp_path, "a"), (tmp_path / "dataset_info.json", None)):
         with pytest.raises(ConfigError, match="dataset_info"):
             resolved(SourceConfig(path=str(path), name=name))
+
+
+@pytest.mark.parametrize(
+    ("names", "columns"),
+    [
+        (("question", "good", "bad"), "{prompt: question, chosen: good, rejected: bad}"),
+        (("Id", "user_query", "best_answer", "worst_answer"), None),
+        (
+            ("instruction_text", "reply", "thumb"),
+            "{prompt: instruction_text, completion: reply, label: thumb}",
+        ),
+        (("a", "b", "c"), "{prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}"),
+    ],
+)
+def test_the_remedy_is_the_source_with_its_columns(
+    tmp_path: Path, names: tuple[str, ...], columns: str | None
+) -> None:
+    file = tmp_path / "other.csv"
+    file.write_text("\n".join([",".join(names), *[",".join(["1"] * (len(names) - 1) + ["0"])] * 3]))
+    with pytest.raises(DataError) as raised:
+        check_source(SourceConfig(str(file)), DataConfig())
+    word = shlex.split(raised.value.remedy.removeprefix("write ").partition(";")[0])[0]
+    assert columns is None or columns in word
+    if "COLUMN" not in word:
+        [source] = load_run_config(["model.path=m", word]).data.train
+        assert all(isinstance(record, PreferenceRecord) for record in read_records(source))
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("table.xlsx", "the file does not exist"),
+        ("notes.tsv.zip", "the file does not exist"),
+        ("all.json", "did you mean .*all.jsonl"),
+        ("below/all.xlsx", "the file does not exist"),
+    ],
+)
+def test_a_name_of_a_file_is_not_asked_of_the_hub(
+    path: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "all.jsonl").touch()
+    (tmp_path / "below").mkdir()
+    with pytest.raises(DataError, match=said):
+        local_files(SourceConfig(path))
+    for name in ("org/name-v1.5", "org/data.en-de", "org/cleaned.v2", "imdb"):
+        assert local_files(SourceConfig(name)) is None

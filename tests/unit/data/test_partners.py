@@ -63,6 +63,7 @@ def test_order_and_growth_of_a_file_change_no_other_partners() -> None:
 def test_sources_have_partners_of_their_own() -> None:
     data = replace(labelled([1, 2, 3, 4, 5, 6]), source_pairs=(2, 4))
     assert partners(with_partners(data, LONG), [0] * 6) == [1, 0, 3, 4, 5, 2]
+    assert with_partners(data, LONG).fingerprint not in ("", data.fingerprint)
 
 
 @pytest.mark.parametrize("masked", [False, True])

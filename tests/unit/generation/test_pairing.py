@@ -30,7 +30,7 @@ from dpo_dist.generation.pairs.run import (
     score,
     select_pairs,
 )
-from dpo_dist.generation.pairs.start import check_judge, check_pairs
+from dpo_dist.generation.pairs.start import check_judge, check_pairs, responding_models
 from dpo_dist.generation.sampling.prompts import Parts, Prompts
 from dpo_dist.generation.sampling.respond import Completion, Completions, ModelSource
 from dpo_dist.training.context import Run
@@ -350,13 +350,16 @@ def test_a_comparison_has_at_most_one_judge() -> None:
 
 def test_models_prompts_and_the_endpoint_are_checked(in_folder: Path) -> None:
     write_model(in_folder / "model")
+    write_model(in_folder / "run" / "model")
+    (in_folder / "run" / "config.yaml").touch()
+    assert responding_models(config("pairs.models=[model,run]")) == ["model", "run/model"]
     records = [*PROMPTS, {"prompt": [user("word " * 900)]}, {"no": "prompt"}]
     with judge_server(lambda *_: "[[5]]") as server:
         keys = ["pairs.method=samples", f"pairs.endpoint.url={server.url}", "pairs.endpoint.model=judge"]
         report = found(in_folder, records, *keys, "data.max_bad_share=0.2")
     assert len(server.bodies) == 1
     assert f"judge: judge at {server.url}: each two" in report
-    assert "model, 431 tokens, a response ends with <|im_end|>" in report
+    assert "model, vocabulary of 431, a response ends with <|im_end|>" in report
     assert "records.jsonl: 4 of 5 records kept\n    1 dropped (unknown_format): " in report
     assert "not asked, of the first records: 1 prompt_fills_max_length (" in report
     with judge_server(lambda *_: (400, "{}")) as server:

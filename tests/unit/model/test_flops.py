@@ -75,6 +75,10 @@ def test_flops_of_an_adapter_equal_pytorchs_count(targets: Any) -> None:
         model(BATCH).sum().backward()
     step = step_flops(without_weights(config, ModelConfig(adapter=adapter)))
     assert step.of(len(BATCH.input_ids), len(BATCH.targets), attended=0) == products(counter)
+    with FlopCounterMode(display=False) as counter:
+        model(BATCH)
+    assert step.of_forward(len(BATCH.input_ids), len(BATCH.targets), attended=0) == products(counter)
+    assert step.of_forward(0, 0, attended=3) == step.of(0, 0, attended=1)
 
 
 def test_a_step_by_hand() -> None:

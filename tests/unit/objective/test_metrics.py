@@ -217,6 +217,12 @@ def test_metrics_of_a_function_are_means_over_pairs_without_dummies() -> None:
     assert values.custom["custom/likelier"].tolist() == [1, 0, 1]
 
 
+def test_a_function_of_means_is_accepted_for_labelled_records_too() -> None:
+    assert custom_metrics(with_function("of_pairs", "kto")).names == ("custom/margin", "custom/likelier")
+    lacking = PairLogps(*torch.zeros(4, 1))
+    assert lacking.mean_chosen == lacking.mean_rejected == 0
+
+
 @pytest.mark.parametrize(
     ("name", "loss", "got"),
     [
@@ -225,6 +231,7 @@ def test_metrics_of_a_function_are_means_over_pairs_without_dummies() -> None:
         ("unnamed", "sigmoid", "Error: "),
         ("badly_named", "sigmoid", "custom/margin/math: "),
         ("infinite", "sigmoid", "-inf"),
+        ("by_hand", "kto", "custom/likelihood: [-2.0, nan, "),
         ("none", "sigmoid", "nothing, of 3 pairs"),
         ("of_pairs", "simpo", "AttributeError: 'NoneType' object has no attribute 'margin'"),
     ],
@@ -246,3 +253,13 @@ def test_a_good_response_wins_over_those_below_it_and_half_over_its_equals() -> 
     bad = torch.tensor([0.0, 1.0, 1.0])
     assert wins(torch.tensor([1.0, 2.0, -1.0]), bad) == (1 + 0.5 + 0.5) + 3 + 0
     assert wins(torch.tensor([2.0, math.nan]), bad).isnan()
+
+
+def test_the_auc_of_a_source_is_of_its_own_responses() -> None:
+    good, bad = np.array([3, 0, 5, 0, 1], np.float32), np.array([0, 2, 0, 9, 0], np.float32)
+    plan, zeros = MetricPlan(LossConfig()), np.zeros(5, np.float32)
+    columns = dict.fromkeys(values_of(plan, logps_of([0], [0]), logps_of([0], [0])).named, zeros)
+    columns |= {"reward_chosen": good, "reward_rejected": bad, "tokens_chosen": good, "tokens_rejected": bad}
+    # The second source has a bad response above all good ones, the third one no bad response.
+    found = PairValues.of(columns).auc_by_source(("a", "b", "c"), np.array([0, 0, 1, 1, 2]))
+    assert found == {"rewards/auc/a": 1.0, "rewards/auc/b": 0.0}

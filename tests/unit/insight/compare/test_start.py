@@ -92,7 +92,7 @@ def test_a_check_loads_configurations_and_tokenizers_only_and_writes_nothing(tmp
 
     before = sorted(tmp_path.rglob("*"))
     report = rehearsed("pairs.function=tests.support.own_judge:letter_shares")
-    assert f"{tmp_path}/base, 431 tokens, a response ends with <|im_end|>" in report
+    assert f"{tmp_path}/base, vocabulary of 431, a response ends with <|im_end|>" in report
     assert "function tests.support.own_judge:letter_shares" in report
     assert report.count("not asked, of the first records: 1 prompt_fills_max_length") == 2
     assert "judge: none, so no scores and win rates" in rehearsed()

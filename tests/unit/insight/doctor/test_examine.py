@@ -390,6 +390,7 @@ def test_labelled_responses_are_compared_good_with_bad(tmp_path: Path) -> None:
     [
         ([], 1, Level.warning, "set loss.undesirable_weight=16.3"),
         (["loss.undesirable_weight=16"], 1, None, ""),
+        (["loss.desirable_weight=2"], 1, Level.warning, "set loss.undesirable_weight=32.6"),
         ([], 0, Level.warning, "add responses of the other label"),
     ],
 )
@@ -405,3 +406,18 @@ def test_labels_that_do_not_weigh_alike_are_a_finding_with_the_weight_that_they_
     )
     found = of_rule(diagnose(config, lambda *_: contextlib.nullcontext(lambda *_: None)), "label_balance")
     assert [(finding.level, finding.remedy) for finding in found] == ([(level, remedy)] if level else [])
+
+
+def test_labels_count_as_often_as_their_source_is_drawn(tmp_path: Path) -> None:
+    records = [
+        {"prompt": pair["prompt"], "completion": pair["chosen"], "label": number > 0}
+        for number, pair in enumerate(clean_pairs(20))
+    ]
+    [bad, *good] = records
+    bad = write(tmp_path / "bad.jsonl", [bad])
+    good = write(tmp_path / "good.jsonl", good)
+    for of_bad, of_good, count in ((1, 1, 1), (16, 1, 0), (1, 0.0625, 0)):
+        sources = f"data.train=[{{path: {bad}, weight: {of_bad}}}, {{path: {good}, weight: {of_good}}}]"
+        config = load_run_config([sources, "loss=kto"])
+        found = diagnose(config, lambda *_: contextlib.nullcontext(lambda *_: None))
+        assert len(of_rule(found, "label_balance")) == count

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import (
     DataConfig,
     ModelConfig,
@@ -17,7 +18,7 @@ from dpo_dist.config.schema import (
 )
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
-from dpo_dist.insight.doctor.margins import find_stored, margin_findings, stored_pairs
+from dpo_dist.insight.doctor.margins import compare_with_store, find_stored, margin_findings, stored_pairs
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
 from tests.support import tiny
@@ -114,3 +115,19 @@ def test_pairs_that_the_reference_orders_against_the_labels_by_far() -> None:
     assert (facts["reference_disagrees"], facts["reference_solved"]) == (0.02, 0.01)
     # The margin of a single token is within noise.
     assert margin_findings(np.array([[-5.0], [-0.1], [1], [1]]), ["a:1"], "a")[2] == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["model.adapter={r: 8, alpha: 16}"],
+        ["model.adapter={r: 8, alpha: 16}", "model.quantization=nf4", "parallelism=ddp"],
+        ["loss=simpo"],
+        ["reference=live"],
+    ],
+)
+def test_precompute_takes_the_words_by_which_it_fills_the_store(words: list[str], tmp_path: Path) -> None:
+    run = ["model.path=m", "data.train=[a.jsonl]", f"reference.store={tmp_path}/store", *words]
+    use, _ = compare_with_store(load_run_config(run), [], [])
+    load_run_config([*run, *use["filled_with"].split()], verb="precompute")
