@@ -39,7 +39,9 @@ def _in_place_of(verb: str) -> str:
     losses = [f"train loss={verb}"] if verb in choices(run_keys()["loss.kind"]) else []
     if written := [*meant(verb, "verbs"), *losses]:
         return f"write dpo-dist {written[0]}"
-    return "".join(f"did you mean {name}?" for name in get_close_matches(verb, VERBS, 1))
+    return "".join(
+        f"did you mean {name}?" for name in get_close_matches(verb.removeprefix("dpo_dist."), VERBS, 1)
+    )
 
 
 if __name__ == "__main__":

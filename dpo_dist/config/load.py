@@ -455,12 +455,9 @@ class _Command:
         if not is_choice and key not in run_keys():
             return unknown_key(key, line.partition("=")[2], where=f"{COMMAND_LINE}: {line}")
         if override.is_delete() or override.is_sweep_override():
-            message, remedy = f"{key} has one value", f"write {key}=VALUE, a list in brackets, {key}=[a,b]"
-            if override.is_discrete_sweep():
-                remedy += "; the verb sweep runs each of several values"
-            elif override.is_interval_sweep():
+            message, remedy = f"{key} has one value", _in_place_of_several(override)
+            if override.is_interval_sweep():
                 message = "an interval has no points to train"
-                remedy = f"name them for the verb sweep: {key}=0.1,0.2 or '{key}=range(1,4)'"
         elif is_choice and key in run_keys() and isinstance(override.value(), list):
             names, known = _names(override), preset_names(key, self.folders)
             if unknown := [name for name in names if not {name, *meant(name, "values")} & {*known}]:
@@ -487,6 +484,21 @@ class _Command:
                         remedy = f"write {assignment(own, str(override.input_line).partition('=')[2])}"
                     mistakes.append(ConfigError(f"{verb} does not read {key}", where=where, remedy=remedy))
         return mistakes
+
+
+def _in_place_of_several(override: Override) -> str:
+    """Return what to write in place of several values of a key, or of its removal."""
+    key, value = override.key_or_group, str(override.input_line).partition("=")[2]
+    if override.is_delete():
+        return f"write {key}=VALUE, or leave the word out"
+    if override.is_interval_sweep():
+        return f"name them for the verb sweep: {key}=0.1,0.2 or '{key}=range(1,4)'"
+    remedy = f"write {key}=VALUE with one of them"
+    if not (listed := assignment(key, f"[{value}]")).endswith("=..."):
+        remedy = f"write {listed}"
+    elif re.fullmatch(r"\d+,\d+", value):
+        remedy = f"write {key}={value.replace(',', '.')}: a number has a point, no comma"
+    return f"{remedy}; the verb sweep runs each of several values" if override.is_discrete_sweep() else remedy
 
 
 def to_yaml(config: RunConfig) -> str:

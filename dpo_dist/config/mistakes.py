@@ -81,6 +81,8 @@ def likely(word: str, known: Collection[str]) -> list[str]:
     """Return the name in `known` that the user probably meant, if any."""
     if same := [name for name in (word.lower(), *meant(word, "values")) if name in known]:
         return same[:1]
+    if longer := [name for name in known if name.startswith(f"{word.lower()}-")]:  # h100: h100-80g
+        return longer[:1]
     section, _, last = word.rpartition(".")
     of_section = [name for name in known if section in ("", name.rpartition(".")[0])]
     last_parts = {name.rpartition(".")[2]: name for name in reversed(of_section)}
@@ -96,21 +98,30 @@ def suggestion(word: str, known: Collection[str]) -> str:
     return "".join(f"did you mean {name}? " for name in likely(word, known))
 
 
+_DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet)(\.gz|\.zst)?$")
+
+
 def unreadable(words: Sequence[str], verb: str = "") -> ConfigError:
     """Return the error for the words of a verb's command line that are no overrides."""
     whole, [first, *rest] = " ".join(words), words
-    remedy = "no space is around =, and a value with spaces, commas or brackets needs quotes: 'KEY=\"a, b\"'"
+    remedy = "write no spaces around =, and quotes around a value with spaces or commas: 'KEY=\"a, b\"'"
     if any(whole.count(opened) != whole.count(closed) for opened, closed in ("()", "[]", "{}")):
         remedy = "close each bracket, and put the word between quotes: 'KEY=range(1,4)'"
     if "@" in whole.partition("=")[0]:
         remedy = "remove @ and the word after it: write loss=ipo"
     if whole == "help":
         remedy = "write --help"
-    elif rest and first in run_keys() and "=" not in whole:
-        remedy = f"write {assignment(first, rest[0])}"
+    elif first in run_keys() and "=" not in whole:
+        remedy = f"write {assignment(first, rest[0] if rest else 'true')}"
+    elif (typed := re.fullmatch(r"([\w.]+)(?: *[:=] *)\(?([^()]*)\)?", whole)) and typed[1] in run_keys():
+        remedy = f"write {assignment(typed[1], typed[2])}"
+        if verb == "sweep" and remedy.endswith("=..."):
+            remedy = f"write {typed[1]}={typed[2]}"
     elif all(re.fullmatch(r"[\w./~+-]+", word) for word in words):
         keys = VERBS[verb].takes_words if verb else ("run.dir", *VERBS["train"].takes_words)
         lists = {key for key in keys if get_origin(run_keys()[key]) is list}
+        if lists and all(_DATA_FILE.search(word) for word in words):
+            keys = tuple(key for key in keys if key in lists)
         written = (assignment(key, f"[{','.join(words)}]" if key in lists else first) for key in keys)
         remedy = f"write its key: {' or '.join(written)}"
     return ConfigError(
@@ -375,6 +386,14 @@ def foreign_file(content: Mapping[str, Any], file: Path) -> ConfigError | None:
     )
 
 
+def _as_list(key: str, text: str) -> str:
+    """Return what to write in place of a text for a key that takes a list."""
+    if key == "data.eval" and _is_accepted("data.eval_share", text):
+        return f"data.eval_share={text}"
+    line = assignment(key, text)
+    return f"'{key}=[...]'" if line.endswith("=...") else line
+
+
 def _wrong_value(key: str, error: ErrorDetails, where: str) -> ConfigError:
     row = all_keys().get(entry_of(key)) or all_keys().get(entry_of(key).removesuffix("[]"))
     hint, expected = (row.type, row.type_words) if row else (run_keys().get(key), "")
@@ -394,8 +413,7 @@ def _wrong_value(key: str, error: ErrorDetails, where: str) -> ConfigError:
     ]:
         remedy = answers[0]
     elif get_origin(hint) is list:
-        is_known = not (line := assignment(key, got)).endswith("=...")
-        remedy = f"write {line}" if is_known else f"write '{key}=[...]'"
+        remedy = f"write {_as_list(key, got)}"
     elif key == "model.adapter" and "/" in got:
         remedy = f"write {key}.path={got}"
     elif inner is not None:

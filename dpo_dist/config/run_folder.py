@@ -214,6 +214,8 @@ def existing_run(path: Path) -> RunFolder:
         return folder
     beside = sorted((path if path.is_dir() else path.parent).glob("*/config.yaml"))
     nearest = get_close_matches(str(path), [str(file.parent) for file in beside], 3, cutoff=0)
+    if above := [str(parent) for parent in path.parents if (parent / "config.yaml").is_file()]:
+        nearest = above[:1]  # its model, checkpoint or page
     raise ConfigError(
         "this is no run directory",
         where=str(path),

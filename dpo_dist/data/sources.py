@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -148,7 +149,9 @@ def _check_kind(file: Path, path: str) -> None:
             where=path,
             got=file.suffix or "a name without an extension",
             expected=f"{', '.join(_KINDS)}; {', '.join(_COMPRESSED_KINDS)} also as .gz or .zst",
-            remedy="convert, unpack or rename the file; one with a JSON object per line is a .jsonl",
+            remedy="save a table as .csv (Excel: CSV UTF-8)"
+            if file.suffix in (".xlsx", ".xls", ".ods")
+            else "convert, unpack or rename the file; one with a JSON object per line is a .jsonl",
         )
 
 
@@ -524,8 +527,12 @@ def _check_header(header: str, path: str, separator: str) -> None:
     other = next((other for other in ("\t", ";", "|", ",") if other in header), None)
     if other and separator not in header:
         kind = next((kind for kind, known in _SEPARATORS.items() if other == known), None)
-        read = f"pandas.read_csv('OLD', sep={other!r}, dtype=str, keep_default_na=False)"
-        write = f"write commas: python -c \"import pandas; {read}.to_csv('NEW.csv', index=False)\""
+        new = Path(path).with_name(f"{Path(path).name.partition('.')[0]}_commas.csv")
+        read = (
+            f"pandas.read_csv({json.dumps(path)}, sep={json.dumps(other)}, dtype=str, keep_default_na=False)"
+        )
+        code = shlex.quote(f"import pandas; {read}.to_csv({json.dumps(str(new))}, index=False)")
+        write = f"python -c {code} writes commas; then read {new}"
         raise DataError(
             f"the columns of the table are not separated by {separator!r}",
             where=path,

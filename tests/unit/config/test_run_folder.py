@@ -2,17 +2,21 @@
 
 from pathlib import Path
 
+import pytest
+
 from dpo_dist.config.run_folder import (
     LAST_EVALUATION,
     STATE,
     RunFolder,
     checkpoint_folders,
     checkpoint_name,
+    existing_run,
     is_checkpoint,
     step_of,
     without_key,
 )
 from dpo_dist.config.schema import FolderConfig, RunConfig
+from dpo_dist.foundation.errors import ConfigError
 
 FOLDER = RunFolder.of(RunConfig(run=FolderConfig("output/run")))
 
@@ -57,3 +61,12 @@ def test_checkpoints_are_folders_with_the_name_and_the_state_of_one(tmp_path: Pa
 def test_a_path_may_be_written_with_its_key() -> None:
     words = ("output/a=b", "run.dir=output/a=b", "run_dir=output/a=b", "model.path=output/a=b")
     assert {without_key(word) for word in words} == {"output/a=b"}
+
+
+@pytest.mark.parametrize("inside", ["model", "checkpoints/step-000002", "report.html"])
+def test_a_path_inside_a_run_directory_is_answered_by_the_run(inside: str, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("")
+    with pytest.raises(ConfigError) as caught:
+        existing_run(tmp_path / "run" / inside)
+    assert caught.value.remedy == f"name one run, such as {tmp_path / 'run'}"

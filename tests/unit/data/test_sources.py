@@ -111,7 +111,11 @@ def test_bad_records_lose_no_neighbour(tmp_path: Path, name: str, content: bytes
         ("a.parquet", b"PAR1" + bytes(36) + parquet("q")[40:], "to its end"),
         ("a.csv", b'prompt,chosen,rejected\nq,"never closed,b\nq,a,b\n', "to its end"),
         ("a.csv", b"prompt,chosen,chosen\nq,a,b\n", "same name"),
-        ("a.csv", BOM + b'"prompt";"chosen"\nq;a,b\n', "separated by ','(.|\n)*sep=';'"),
+        (
+            "a.csv",
+            BOM + b'"prompt";"chosen"\nq;a,b\n',
+            "separated by ','(.|\n)*sep=\";\"(.|\n)*a_commas.csv",
+        ),
         ("a.csv", b"prompt\tchosen\n", "rename the file to .tsv"),
         ("a.tsv", b"prompt,chosen\n", "rename the file to .csv"),
         ("a.csv", "fr\xe4ge,gut\n".encode("cp1252"), "not in UTF-8"),
