@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.load import load_run_config, to_yaml
-from dpo_dist.config.schema import ExportConfig, RunConfig
+from dpo_dist.config.schema import ExportConfig, FinalModel, RunConfig
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
 from dpo_dist.insight import evaluate_models as loading
@@ -32,21 +32,29 @@ def config(tmp_path: Path) -> RunConfig:
     return run
 
 
-def named(config: RunConfig, checkpoint: str) -> RunConfig:
+def named(config: RunConfig, checkpoint: str | None) -> RunConfig:
     return replace(config, export=ExportConfig(checkpoint=checkpoint))
 
 
 @pytest.mark.parametrize(
     ("checkpoint", "found"),
-    [("latest", "step-000200"), ("best", "step-000100"), ("step-100", "step-000100")],
+    [(None, "step-000200"), ("latest", "step-000200"), ("best", "step-000100"), ("step-100", "step-000100")],
 )
-def test_a_checkpoint_by_name(checkpoint: str, found: str, config: RunConfig, tmp_path: Path) -> None:
+def test_a_checkpoint_by_name(checkpoint: str | None, found: str, config: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step-000200" / "state.json").unlink()  # its files are checked later
     sources, output = find_exported(named(config, checkpoint))
     assert sources == [tmp_path / "checkpoints" / found]
     assert output == tmp_path / "exported" / found
     merged = replace(config, export=ExportConfig(checkpoint=checkpoint, merge=True))
     assert find_exported(merged)[1] == tmp_path / "exported" / f"{found}-merged"
+
+
+def test_the_checkpoint_that_a_run_takes_as_its_model(config: RunConfig, tmp_path: Path) -> None:
+    config = replace(config, trainer=replace(config.trainer, final=FinalModel.best, keep_best="eval_loss"))
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert find_exported(config)[0] == [tmp_path / "checkpoints" / "step-000100"]
+    (tmp_path / "checkpoints" / "best").unlink()  # of a run that was not evaluated yet
+    assert find_exported(config)[0] == [tmp_path / "checkpoints" / "step-000200"]
 
 
 def test_what_is_missing_is_named(config: RunConfig, tmp_path: Path) -> None:
