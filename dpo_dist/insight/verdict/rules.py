@@ -47,7 +47,6 @@ _LOGISTIC = ("sigmoid", "robust", "dpop", "odpo")
 """Losses that fall to 0 with a growing margin; others have another scale, or grow again."""
 _LEAKS = ("label_leak", "length_bias", "style_bias")
 """Rules of the doctor that name a feature which reveals the chosen response."""
-_ADAPTER_LR = 1e-4
 _REFERENCE = "samples/reference_"
 Find = Callable[[RunFacts], Iterator[str]]
 
@@ -440,14 +439,12 @@ def _hardly_moved(facts: RunFacts) -> Iterator[str]:
     margin, noise = last(facts.last_rows, MARGIN), facts.noise(facts.last_rows).get(MARGIN)
     if margin is not None and noise is not None and abs(margin) <= noise:
         yield f"{facts.part} margin {number(margin)} is within the noise of rounding ({number(noise)})"
-    losses, nats, lr = _loss_that_stayed(facts), facts.margin_nats(), facts.setting("optim.lr")
+    losses, nats = _loss_that_stayed(facts), facts.margin_nats()
     # A loss with a large constant part, such as sppo_hard with a small beta, stays while margins grow.
     if losses and len(values(facts.steps, "loss")) >= 3 and (nats is None or nats < 2):
-        is_low = facts.setting("model.adapter") and lr is not None and lr <= _ADAPTER_LR / 5
         yield (
             f"the training loss stayed at its start, {losses}, in {facts.total_steps:,} steps with "
-            f"optim.lr={number(lr)}"
-            + (f", where an adapter usually has {number(_ADAPTER_LR)}" if is_low else "")
+            f"optim.lr={number(facts.setting('optim.lr'))}"
         )
 
 
