@@ -179,7 +179,8 @@ class Estimate:
             return 0.0
         has_room = 2 * self.whole < self.machine.memory - self.needs.used(0)
         gathers = 1 if has_room else samples.max_new_tokens
-        evaluations = 1 + (self.steps // every if every and samples.prompts else 0)
+        # The reference's, and the policy's at each evaluation or the last alone.
+        evaluations = 1 + (math.ceil(self.steps / every) if every and samples.prompts else 1)
         hooks = samples.max_new_tokens * self.layers * _HOOKS
         return evaluations * (gathers * self.whole / self._link + hooks)
 
