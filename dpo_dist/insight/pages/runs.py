@@ -52,8 +52,7 @@ def compare_runs(folders: Sequence[RunFolder], page: Path) -> list[str]:
     results = _Results(groups, last, [_intervals(each) for each in facts], sum(warnings.values(), ()))
     outcomes = [each.summary.get("exit", "not ended") for each in facts]
     shown = {METRICS[key].title: results.cells(key) for key in _shown(last)}
-    columns = {**(settings if is_short else {}), "outcome": outcomes, **shown}
-    columns = {"run": names, **columns} if labels is names else {**columns, "run": names}
+    columns = {"run": names, **(settings if is_short else {}), "outcome": outcomes, **shown}
     completed = [outcome == RunOutcome.completed for outcome in outcomes]
     over_seeds = results.over_seeds(_shown(last), completed) if results.has_seeds else []
     units = {each.run.unit for each in facts}

@@ -362,7 +362,7 @@ def _responses_forgotten(facts: RunFacts) -> Iterator[str]:
     share = last(facts.last_rows, "rewards/both_fall") or 0.0
     if facts.unit == "record":
         yield f"good responses became far less likely, {start:.2f} -> {end:.2f} nats per token"
-    elif share >= 0.5 and facts.setting("loss.kind") != "apo_down":
+    elif share >= 0.5 and "apo_down" not in facts.kinds:
         yield (
             f"chosen responses became far less likely, {start:.2f} -> {end:.2f} nats per token, and both "
             f"responses did in {percent(share)} of the pairs, at an accuracy of "
@@ -534,7 +534,7 @@ def _one_label(facts: RunFacts) -> Iterator[str]:
 @_rule
 def _displacement(facts: RunFacts) -> Iterator[str]:
     share, logps = last(facts.last_rows, "rewards/both_fall"), facts.chosen_logps()
-    if share is None or logps is None or facts.setting("loss.kind") == "apo_down":  # by design
+    if share is None or logps is None or "apo_down" in facts.kinds:  # by design
         return
     start, end = logps
     if share >= 0.5 and start - end >= 0.1:

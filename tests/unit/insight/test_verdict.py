@@ -342,6 +342,7 @@ def test_a_rule_finds_its_fault_alone(
         (certain(0.95, start=-1.0), {}, ["displacement"]),
         (certain(0.4), {}, ["displacement"]),
         (certain(0.9), with_settings(kind="apo_down"), []),
+        (certain(0.9), with_settings(terms=[{"kind": "apo_down"}, {"kind": "sft"}]), []),
         (certain(1.05, start=-3.0), {}, ["responses_forgotten"]),
         # The cause before what the samples show.
         (

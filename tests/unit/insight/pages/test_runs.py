@@ -150,8 +150,7 @@ def test_runs_are_named_by_what_differs(runs: list[RunFolder]) -> None:
     for run, kind, beta in zip(runs, ("sigmoid", "simpo", "orpo"), (0.1, 2.0, 0.3), strict=True):
         change(run.config, "loss", value={"kind": kind, "beta": beta, "terms": []})
     lines, page = compared(runs)
-    assert lines[3].startswith("0.3 orpo completed 0.4100")
-    assert lines[3].endswith("run-c")
+    assert lines[3].startswith("run-c 0.3 orpo completed 0.4100")
     names = "beta 0.1, kind sigmoid beta 2, kind simpo beta 0.3, kind orpo"
     assert f"{names} Loss " in page.section("Curves")
 
