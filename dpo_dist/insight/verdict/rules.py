@@ -373,7 +373,7 @@ def _responses_forgotten(facts: RunFacts) -> Iterator[str]:
 def _least_fall(start: float) -> float:
     """Return the fall of chosen responses, in nats per token, that healthy runs do not have at their end.
 
-    Published ones of a 7B model fell by 0.06 to 0.95 times their start near -1 (docs/log.md); responses that
+    Published ones of a 7B model fell by 0.06 to 0.95 times their start near -1; responses that
     are almost certain after an SFT stage break sooner.
     """
     return min(max(-start, 0.5), 1.0)
