@@ -2,7 +2,7 @@
 
 Takes the configuration of the run; needs no weights and no GPU. Local data are encoded into `data.cache`,
 where training finds them, unless `plan.pairs` and `plan.tokens_per_pair` are given. `plan.suggest=true`
-prints the settings that fit with the least work. Exit code 1: the run does not fit.
+prints the settings that fit with the shortest epoch. Exit code 1: the run does not fit.
 """
 
 import os

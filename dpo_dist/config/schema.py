@@ -72,7 +72,8 @@ class TrackingConfig:
     project: str | None = key(None)
     """Project of the run; null: WANDB_PROJECT, else `dpo_dist`."""
     samples: int = key(8, ge=0, le=1000)
-    """Rows of W&B's table of samples at each evaluation; 0: no texts of data or responses are sent."""
+    """Rows of W&B's table of samples at each evaluation, if `samples.prompts` is set; 0 or without that: no
+    texts of data or responses are sent."""
     also: list[OtherTracker] = key([])
     """Further programs that get the metrics: `tensorboard`."""
 

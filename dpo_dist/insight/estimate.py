@@ -5,7 +5,6 @@ speeds of links, hosts and quantized weights are those of usual machines.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -20,13 +19,7 @@ from dpo_dist.config.schema import (
     ReferenceMode,
     RunConfig,
 )
-from dpo_dist.model.flops import (
-    REACHED_SHARES,
-    matmul_peak,
-    recomputed_share,
-    step_flops,
-    visited_experts,
-)
+from dpo_dist.model.flops import REACHED_SHARES, matmul_peak, recomputed_share, step_flops, visited_experts
 from dpo_dist.model.load import TORCH_DTYPES
 from dpo_dist.training.context import DEFAULT_TOKENS
 from dpo_dist.training.footprint import (
@@ -84,19 +77,6 @@ class Data(NamedTuple):
         return (1 - PROMPT_SHARE) * self.tokens
 
 
-class Work(NamedTuple):
-    """Seconds of an epoch of training, or of scoring by the reference."""
-
-    computing: float  # at all operations of the datasheet
-    launching: float  # kernels, by the host
-    sending: float  # weights and gradients between GPUs
-    alone: float  # what nothing overlaps with: copies to the host, CPU Adam, weights from fewer bits
-
-    def seconds(self, reached: float, together: Callable[[tuple[float, float]], float] = max) -> float:
-        """Return the seconds in all, at this share of the operations of the datasheet."""
-        return together((max(self.computing / reached, self.launching), self.sending)) + self.alone
-
-
 def machine_of(plan: PlanConfig, dtype: Dtype) -> Machine:
     """Return the GPUs that `plan` names, or else those of this machine, or else H100s."""
     here, kind = torch.cuda.device_count(), plan.gpu or "h100-80g"
@@ -111,7 +91,7 @@ def machine_of(plan: PlanConfig, dtype: Dtype) -> Machine:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Memory and time of a run."""
+    """Memory and time of a run; seconds are those of an epoch."""
 
     config: RunConfig
     data: Data
@@ -119,14 +99,19 @@ class Estimate:
     needs: Footprint
     weights: int
     trained: int
-    quantized: int
     layers: int
-    number: int  # bytes of a weight
-    link: float  # bytes a second between GPUs
-    steps: int  # of an epoch
+    steps: int
     micro_batch: int  # tokens
     times: int  # micro-batches of a process in a step
-    forward: float  # seconds of an epoch's forwards at all operations of the datasheet
+    computing: float  # seconds of training at all operations of the datasheet
+    scoring: float  # the same of the reference
+    launching: float  # seconds in which the host launches kernels
+    dequantizing: float  # seconds in which weights are computed from fewer bits
+
+    @property
+    def number(self) -> int:
+        """Bytes of a weight."""
+        return TORCH_DTYPES[self.config.model.dtype].itemsize
 
     @property
     def whole(self) -> float:
@@ -146,84 +131,72 @@ class Estimate:
     @property
     def host(self) -> float:
         """Bytes of host memory on a node of rank 0, which reads the model and writes checkpoints."""
-        states = (state_bytes(self.config) + 4 * self._is_optimizer_away) * self.trained
-        return self.whole + self._of_node * (states + self.whole * self._is_policy_away)
+        parallelism, states = self.config.parallelism, state_bytes(self.config)
+        if parallelism.offload_optimizer is not Offload.none:
+            states += 4  # gradients
+        policy = 0.0 if parallelism.offload_parameters is Offload.none else self.whole
+        return self.whole + self._of_node * (states * self.trained + policy)
 
     @property
     def disk(self) -> dict[str, float]:
         """Bytes that a run writes: with an adapter no other weights; log-probs only if they are stored."""
-        is_whole = self.config.model.adapter is None
-        model = self.whole if is_whole else float(self.number * self.trained)
+        model = self.whole if self.config.model.adapter is None else float(self.number * self.trained)
         taken = {"a checkpoint": state_bytes(self.config) * self.trained, "the model": model}
         if self.config.reference.mode is ReferenceMode.cached:
             taken["the log-probs"] = 4.0 * self.data.targets * self.data.pairs
         return taken
 
     @property
-    def training(self) -> Work:
-        """The work of training an epoch."""
-        parallelism, number, again = (
-            self.config.parallelism,
-            self.number,
-            recomputed_share(self.config.model),
-        )
-        useful = self.forward * (3 if self.config.model.adapter is None else 2)
-        is_wide = parallelism.reduce_in_float32
+    def sending(self) -> float:
+        """Seconds in which GPUs exchange weights and gradients."""
+        parallelism, is_wide = self.config.parallelism, self.config.parallelism.reduce_in_float32
         if is_wide is None:
             is_wide = self.machine.gpus > GPUS_OF_A_NODE
-        gradients = (4 if is_wide else number) * self.trained
-        sent = float(number * self.trained + gradients)  # bytes of a step
+        gradients = float((4 if is_wide else self.number) * self.trained)
+        sent = self.number * self.trained + gradients  # bytes of a step
         if self._is_sharded:  # weights are gathered twice in a micro-batch; with copies on nodes once a step
             gathers = 2 * self.times if parallelism.hpz == 1 else 2
             sent = self.times * gradients + gathers * self.whole
-        on_host = 2 * self.times * self._fetching * self._is_policy_away
-        if self._is_optimizer_away:  # gradients go to the host, and updated weights come back
-            on_host += (4 + number) * self.trained / self.machine.gpus / _PCIE
-            moved = 2 * state_bytes(self.config) + 4 + number  # bytes that CPU Adam reads and writes
-            on_host += moved * self.trained * self._of_node / _HOST_MEMORY
-        return Work(
-            useful * (1 + again) + self.forward * self.config.loss.needs_partners,
-            self._launching * (1 + again),
-            self.steps * sent / self.link,
-            self.steps * on_host + 2 * (1 + again) * self._dequantizing,
-        )
+        return self.steps * sent / self._link
 
     @property
-    def scoring(self) -> Work:
-        """The work of the reference: of the policy's engine with its adapter off, or of a sharded one."""
-        is_policy = self.config.reference.mode is ReferenceMode.adapter
-        is_away = self._is_policy_away if is_policy else self.config.reference.offload is not Offload.none
-        micro_batches = self.steps * self.times
-        return Work(
-            self.forward * (1 + self.config.loss.needs_partners),
-            self._launching / 3,
-            micro_batches * self.whole / self.link * (self._is_sharded or not is_policy),
-            micro_batches * self._fetching * is_away + self._dequantizing,
-        )
+    def on_host(self) -> float:
+        """Seconds in which GPUs wait for their hosts: copies, and CPU Adam."""
+        parallelism, gpus, seconds = self.config.parallelism, self.machine.gpus, 0.0
+        if parallelism.offload_parameters is not Offload.none:  # weights come for forward and backward
+            seconds += 2 * self.times * self.whole / gpus / _PCIE
+        if parallelism.offload_optimizer is not Offload.none:  # gradients go, updated weights come back
+            seconds += (4 + self.number) * self.trained / gpus / _PCIE
+            moved = 2 * state_bytes(self.config) + 4 + self.number  # bytes that CPU Adam reads and writes
+            seconds += moved * self.trained * self._of_node / _HOST_MEMORY
+        return self.steps * seconds
 
     @property
     def sampling(self) -> float:
-        """Seconds of the samples of an epoch."""
+        """Seconds of the samples under ZeRO-3, which gathers all weights; elsewhere they take little."""
         samples, every = self.config.samples, self.config.trainer.eval_every
+        if not self._is_sharded or samples.prompts == 0 or not self.config.data.eval_sources:
+            return 0.0
         has_room = 2 * self.whole < self.machine.memory - self.needs.used(0)
-        gathers = (1 if has_room else samples.max_new_tokens) * self._is_sharded  # of all weights
-        launching = samples.max_new_tokens * self.layers * (_LAUNCHES / 3 + _HOOKS * self._is_sharded)
-        evaluations = 1 + (self.steps // every if every and samples.prompts else 0)
-        evaluations *= samples.prompts != 0 and bool(self.config.data.eval_sources)
-        return evaluations * (gathers * self.whole / self.link + launching)
+        gathers = 1 if has_room else samples.max_new_tokens
+        # The reference's, and the policy's at each evaluation or the last alone.
+        evaluations = 1 + (math.ceil(self.steps / every) if every and samples.prompts else 1)
+        hooks = samples.max_new_tokens * self.layers * _HOOKS
+        return evaluations * (gathers * self.whole / self._link + hooks)
 
     def seconds(self, reached: float, epochs: float = 1.0) -> dict[str, float]:
         """Return the seconds of `epochs` by phase, at this share of the operations of the datasheet."""
         # `ddp` in bf16 sends its gradients after backward; the others send while they compute.
         is_bf16, kind = self.config.model.dtype is Dtype.bf16, self.config.parallelism.kind
         together = sum if is_bf16 and kind is ParallelismKind.ddp else max
-        phases = {"training": epochs * self.training.seconds(reached, together)}
+        training = together((max(self.computing / reached, self.launching), self.sending)) + self.dequantizing
+        phases = {"training": epochs * (training + self.on_host)}
         mode = self.config.reference.mode
         if mode is not ReferenceMode.none:
             once = ", once for all runs" if mode is ReferenceMode.cached else ""
-            phases[f"reference{once}"] = (min(1.0, epochs) if once else epochs) * self.scoring.seconds(
-                reached
-            )
+            # All else that it does is less by about as much as it computes less.
+            scored = (min(1.0, epochs) if once else epochs) * self.scoring / self.computing
+            phases[f"reference{once}"] = scored * training
         return phases | ({"samples": epochs * self.sampling} if self.sampling else {})
 
     def hours(self) -> dict[str, list[float]]:
@@ -236,73 +209,60 @@ class Estimate:
         return {"epoch_seconds": once, "run_seconds": runs, **prices}
 
     @property
-    def _of_node(self) -> float:
-        """Share of the GPUs that one node has."""
-        return min(1.0, GPUS_OF_A_NODE / self.machine.gpus)
-
-    @property
     def _is_sharded(self) -> bool:
         return ZERO_STAGES[self.config.parallelism.kind] == 3
 
     @property
-    def _is_optimizer_away(self) -> bool:
-        return self.config.parallelism.offload_optimizer is not Offload.none
+    def _link(self) -> float:
+        """Bytes a second between GPUs."""
+        gpus = self.machine.gpus
+        between_nodes = self.config.plan.network / 8 * 1e9
+        return math.inf if gpus == 1 else _NVLINK if gpus <= GPUS_OF_A_NODE else between_nodes
 
     @property
-    def _is_policy_away(self) -> bool:
-        return self.config.parallelism.offload_parameters is not Offload.none
-
-    @property
-    def _fetching(self) -> float:
-        """Seconds in which a GPU copies its part of the weights from the host."""
-        return self.whole / self.machine.gpus / _PCIE
-
-    @property
-    def _launching(self) -> float:
-        return self.steps * self.times * self.layers * _LAUNCHES
-
-    @property
-    def _dequantizing(self) -> float:
-        """Seconds of the forwards of an epoch."""
-        if (kind := self.config.model.quantization) is None:
-            return 0.0
-        moved = (BYTES_OF_QUANTIZED[kind] + self.number) * self.quantized
-        return self.steps * self.times * moved / (_DEQUANTIZING * self.machine.bandwidth)
+    def _of_node(self) -> float:
+        """Share of the GPUs that one node has."""
+        return min(1.0, GPUS_OF_A_NODE / self.machine.gpus)
 
 
 def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) -> Estimate:
     """Return the estimate of training `causal_lm`, the policy on the meta device."""
-    gpus, text = machine.gpus, causal_lm.config.get_text_config()
-    network = _NVLINK if gpus <= GPUS_OF_A_NODE else config.plan.network / 8 * 1e9
+    gpus, model, text = machine.gpus, config.model, causal_lm.config.get_text_config()
     prompt, response = PROMPT_SHARE * data.tokens, data.targets / 2
     attended = prompt**2 / 2 + 2 * response * (prompt + response / 2)
     work = data.pairs * step_flops(causal_lm).of(round(data.tokens), round(data.targets), round(attended))
-    work *= (_EXPERTS if visited_experts(text) else 1.0) / (gpus * machine.flops)
-    found = Estimate(
+    useful, again = work / (gpus * machine.flops), recomputed_share(model)
+    useful *= _EXPERTS if visited_experts(text) else 1.0
+    forward = useful / (3 if model.adapter is None else 2)
+    partners = forward * config.loss.needs_partners
+    needs = footprint(config, causal_lm, gpus)
+    micro_batch = _micro_batch(config, needs, machine)
+    # The larger micro-batches that fit beside offloaded or quantized weights are not counted as a gain.
+    on_device = replace(config.parallelism, offload_optimizer=Offload.none, offload_parameters=Offload.none)
+    plain = replace(config, parallelism=on_device, model=replace(model, quantization=None))
+    without, tokens = footprint(plain, causal_lm, gpus), micro_batch
+    if without.fits(config.data.max_length, machine.memory):
+        tokens = min(tokens, _micro_batch(plain, without, machine))
+    # A pair above the budget has a micro-batch of its own.
+    of_step = config.trainer.global_batch_pairs * data.tokens / gpus
+    times = math.ceil(of_step / max(tokens, data.tokens))
+    steps, layers = math.ceil(data.pairs / config.trainer.global_batch_pairs), int(text.num_hidden_layers)
+    return Estimate(
         config,
         data,
         machine,
-        needs := footprint(config, causal_lm, gpus),
+        needs,
         weights=sum(map(torch.numel, causal_lm.parameters())),
         trained=sum(weight.numel() for weight in causal_lm.parameters() if weight.requires_grad),
-        quantized=quantized_weights(causal_lm),
-        layers=int(text.num_hidden_layers),
-        number=TORCH_DTYPES[config.model.dtype].itemsize,
-        link=math.inf if gpus == 1 else network,
-        steps=math.ceil(data.pairs / config.trainer.global_batch_pairs),
-        micro_batch=(tokens := _micro_batch(config, needs, machine)),
-        times=1,
-        forward=work / (3 if config.model.adapter is None else 2),
+        layers=layers,
+        steps=steps,
+        micro_batch=micro_batch,
+        times=times,
+        computing=useful * (1 + again) + partners,
+        scoring=forward + partners,
+        launching=(1 + again) * steps * times * layers * _LAUNCHES,
+        dequantizing=2 * (1 + again) * steps * times * _seconds_of_dequantizing(config, causal_lm, machine),
     )
-    # The larger micro-batches that fit beside offloaded or quantized weights are not counted as a gain.
-    on_device = replace(config.parallelism, offload_optimizer=Offload.none, offload_parameters=Offload.none)
-    plain = replace(config, parallelism=on_device, model=replace(config.model, quantization=None))
-    without = footprint(plain, causal_lm, gpus)
-    if replace(found, needs=without, micro_batch=(fewer := _micro_batch(plain, without, machine))).fits:
-        tokens = min(tokens, fewer)
-    # A pair above the budget has a micro-batch of its own.
-    of_step = config.trainer.global_batch_pairs * data.tokens / gpus
-    return replace(found, times=math.ceil(of_step / max(tokens, data.tokens)))
 
 
 def _micro_batch(config: RunConfig, needs: Footprint, machine: Machine) -> int:
@@ -310,3 +270,11 @@ def _micro_batch(config: RunConfig, needs: Footprint, machine: Machine) -> int:
         return config.trainer.micro_batch_tokens
     largest = needs.largest_micro_batch(machine.memory)
     return DEFAULT_TOKENS if largest is None else largest
+
+
+def _seconds_of_dequantizing(config: RunConfig, causal_lm: Any, machine: Machine) -> float:
+    """Return the seconds in which all quantized weights are computed once."""
+    if (kind := config.model.quantization) is None:
+        return 0.0
+    moved = BYTES_OF_QUANTIZED[kind] + TORCH_DTYPES[config.model.dtype].itemsize  # of a weight
+    return moved * quantized_weights(causal_lm) / (_DEQUANTIZING * machine.bandwidth)

@@ -127,7 +127,7 @@ def _hours(found: Estimate) -> list[str]:
         f"an epoch of {pairs} of {data.tokens:,.0f} tokens ({data.basis}):",
         *(f"  {line}" for line in aligned(times, numbers=(1,))),
     ]
-    if found.training.sending > found.training.computing / REACHED[0]:
+    if found.sending > found.computing / REACHED[0]:
         is_wide = found.machine.gpus > GPUS_OF_A_NODE
         by_node = f"set parallelism.hpz={GPUS_OF_A_NODE} with zero3, " if is_wide else ""
         lines.append(

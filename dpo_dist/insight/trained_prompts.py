@@ -23,9 +23,8 @@ def count_trained(
     None if it is of no run, or of one whose data cannot be read, which is said. `unit`: what has a prompt.
     """
     place = Path(model).expanduser().resolve()
-    run = next(
-        (RunFolder(each) for each in [place, *place.parents[:2]] if RunFolder(each).state.is_file()), None
-    )
+    folders = map(RunFolder, [place, *place.parents[:2]] if place.exists() else [])  # else a name of the hub
+    run = next((folder for folder in folders if folder.state.is_file()), None)
     if run is None:
         return None
     try:

@@ -33,15 +33,10 @@ def test_a_shipped_experiment_is_planned_offline(
 ) -> None:
     """18 bytes a weight, sharded over all GPUs; 20 by `ddp` on one."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    found = plan(f"+experiment={experiment}", f"plan.gpus={gpus}", "trainer.epochs=2", code=code)
+    found = plan(f"+experiment={experiment}", f"plan.gpus={gpus}", code=code)
     sharded = sum(found["bytes"][name] for name in ("weights", "gradients", "optimizer states"))
     assert sharded == pytest.approx((20 if gpus == 1 else 18) * weights / gpus, rel=1e-3)
     assert found["fits"] is (code == 0)
-    assert ("epoch_seconds" in found) is found["fits"]
-    if found["fits"]:
-        fast, slow = found["epoch_seconds"]
-        assert 0 < fast <= slow
-        assert fast < found["run_seconds"][0] <= 2 * fast, "the reference is scored once"
 
 
 RECIPES = {

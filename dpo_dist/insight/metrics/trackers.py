@@ -94,7 +94,9 @@ class WandbRun:
         rows: Sequence[Row],
         environment: Fields,
     ):
-        self._most_samples, self._folder = config.tracking.samples, folder
+        # Texts of one's data go to a server only where samples were asked for.
+        self._most_samples = config.tracking.samples if config.samples.prompts else 0
+        self._folder = folder
         self._is_offline = mode == "offline"
         if not folder.wandb_id.exists():
             files.write_text(folder.wandb_id, os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12])

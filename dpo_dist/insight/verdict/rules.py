@@ -47,7 +47,6 @@ _LOGISTIC = ("sigmoid", "robust", "dpop", "odpo")
 """Losses that fall to 0 with a growing margin; others have another scale, or grow again."""
 _LEAKS = ("label_leak", "length_bias", "style_bias")
 """Rules of the doctor that name a feature which reveals the chosen response."""
-_ADAPTER_LR = 1e-4
 _REFERENCE = "samples/reference_"
 Find = Callable[[RunFacts], Iterator[str]]
 
@@ -363,7 +362,7 @@ def _responses_forgotten(facts: RunFacts) -> Iterator[str]:
     share = last(facts.last_rows, "rewards/both_fall") or 0.0
     if facts.unit == "record":
         yield f"good responses became far less likely, {start:.2f} -> {end:.2f} nats per token"
-    elif share >= 0.5 and facts.setting("loss.kind") != "apo_down":
+    elif share >= 0.5 and "apo_down" not in facts.kinds:
         yield (
             f"chosen responses became far less likely, {start:.2f} -> {end:.2f} nats per token, and both "
             f"responses did in {percent(share)} of the pairs, at an accuracy of "
@@ -374,7 +373,7 @@ def _responses_forgotten(facts: RunFacts) -> Iterator[str]:
 def _least_fall(start: float) -> float:
     """Return the fall of chosen responses, in nats per token, that healthy runs do not have at their end.
 
-    Published ones of a 7B model fell by 0.06 to 0.95 times their start near -1 (docs/log.md); responses that
+    Published ones of a 7B model fell by 0.06 to 0.95 times their start near -1; responses that
     are almost certain after an SFT stage break sooner.
     """
     return min(max(-start, 0.5), 1.0)
@@ -440,14 +439,12 @@ def _hardly_moved(facts: RunFacts) -> Iterator[str]:
     margin, noise = last(facts.last_rows, MARGIN), facts.noise(facts.last_rows).get(MARGIN)
     if margin is not None and noise is not None and abs(margin) <= noise:
         yield f"{facts.part} margin {number(margin)} is within the noise of rounding ({number(noise)})"
-    losses, nats, lr = _loss_that_stayed(facts), facts.margin_nats(), facts.setting("optim.lr")
+    losses, nats = _loss_that_stayed(facts), facts.margin_nats()
     # A loss with a large constant part, such as sppo_hard with a small beta, stays while margins grow.
     if losses and len(values(facts.steps, "loss")) >= 3 and (nats is None or nats < 2):
-        is_low = facts.setting("model.adapter") and lr is not None and lr <= _ADAPTER_LR / 5
         yield (
             f"the training loss stayed at its start, {losses}, in {facts.total_steps:,} steps with "
-            f"optim.lr={number(lr)}"
-            + (f", where an adapter usually has {number(_ADAPTER_LR)}" if is_low else "")
+            f"optim.lr={number(facts.setting('optim.lr'))}"
         )
 
 
@@ -537,7 +534,7 @@ def _one_label(facts: RunFacts) -> Iterator[str]:
 @_rule
 def _displacement(facts: RunFacts) -> Iterator[str]:
     share, logps = last(facts.last_rows, "rewards/both_fall"), facts.chosen_logps()
-    if share is None or logps is None or facts.setting("loss.kind") == "apo_down":  # by design
+    if share is None or logps is None or "apo_down" in facts.kinds:  # by design
         return
     start, end = logps
     if share >= 0.5 and start - end >= 0.1:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.data.records import prompt_hash
@@ -25,15 +27,20 @@ def run_of(folder: Path, *words: str) -> RunFolder:
     return run
 
 
-def test_prompts_of_training_are_counted_by_the_data_of_the_run(tmp_path: Path) -> None:
+def test_prompts_of_training_are_counted_by_the_data_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, said = run_of(tmp_path), list[str]()
-    for place in (run.path, run.model, run.checkpoints / "step-000001"):
+    checkpoint = run.checkpoints / "step-000001"
+    checkpoint.mkdir(parents=True)
+    for place in (run.path, run.model, checkpoint):
         assert count_trained(str(place), HASHES, "pair", said.append) == 16
     assert said[0] == (
         f"warning: 16 of 20 pairs are not held out: {run} was trained on their prompts, and the results say "
         "little about others"
     )
     assert count_trained(str(run.model), HASHES[16:], "pair", said.append) == 0
+    monkeypatch.chdir(run.path)
     assert count_trained("org/model", HASHES, "pair", said.append) is None
     assert len(said) == 3
 

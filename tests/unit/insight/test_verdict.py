@@ -180,7 +180,7 @@ def labelled(kl: float = 10.0, auc: float = 0.8, **late: float) -> list[Row]:
 
 ENDLESS = {"eval_samples/finished": 0.0, "eval_samples/reference_finished": 1.0}
 SURE = {"rewards/accuracies": 1.0, "eval_rewards/accuracies": 1.0, "eval_rewards/margins": 0.01}
-LOW_RATE = {"settings": SETTINGS | {"optim.lr": 5e-6, "model.adapter": {"r": 16}}}
+LOW_RATE = {"settings": SETTINGS | {"optim.lr": 5e-6}}
 GOOD_FALLEN = {"eval_rewards/chosen": -13.2, "eval_logps/chosen_per_token": -2.4}
 
 
@@ -234,13 +234,8 @@ FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
     ("over_optimised", rows(every=LONGER), {}, "3.0x longer (60 -> 180 tokens) compared with the reference"),
     ("learnt_nothing", rows(every=HALF), {}, "0.520 on 400 pairs is within its noise"),
     ("nothing_trained", rows(every={"grad_norm": 0.0}), {}, "exactly 0 in every step of 20"),
-    (
-        "hardly_moved",
-        rows(every=FLAT | SURE),
-        LOW_RATE,
-        "the training loss stayed at its start, 0.693",
-    ),
-    ("hardly_moved", rows(every=FLAT | SURE), LOW_RATE, "optim.lr=5e-6, where an adapter usually has 1e-4"),
+    ("hardly_moved", rows(every=FLAT | SURE), LOW_RATE, "stayed at its start, 0.693"),
+    ("hardly_moved", rows(every=FLAT | SURE), LOW_RATE, "optim.lr=5e-6"),
     (
         "responses_forgotten",
         certain(0.9),
@@ -347,6 +342,7 @@ def test_a_rule_finds_its_fault_alone(
         (certain(0.95, start=-1.0), {}, ["displacement"]),
         (certain(0.4), {}, ["displacement"]),
         (certain(0.9), with_settings(kind="apo_down"), []),
+        (certain(0.9), with_settings(terms=[{"kind": "apo_down"}, {"kind": "sft"}]), []),
         (certain(1.05, start=-3.0), {}, ["responses_forgotten"]),
         # The cause before what the samples show.
         (

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
@@ -18,7 +19,14 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import ModelConfig, OtherTracker, RunConfig, TrackingConfig, WandbMode
+from dpo_dist.config.schema import (
+    ModelConfig,
+    OtherTracker,
+    RunConfig,
+    SamplesConfig,
+    TrackingConfig,
+    WandbMode,
+)
 from dpo_dist.foundation.files import write_text
 from dpo_dist.insight.metrics.trackers import (
     InBackground,
@@ -152,7 +160,7 @@ def test_a_run_has_tables_histograms_its_verdict_and_values_of_the_environment(
     folder = RunFolder(tmp_path)
     row = {"prompt": "a prompt", "reference": f"by hf_{SECRET}", "policy": "p" * 5000, "policy_tokens": 3}
     write_samples(tmp_path, 2, [row, row, row])
-    config = config_of(samples=2)
+    config = replace(config_of(samples=2), samples=SamplesConfig(prompts=3))
     tracker = open_trackers(config, folder, lambda: None, rows=[], environment={}, say=print)
     assert os.environ["WANDB_DATA_DIR"].startswith(str(tmp_path))
     tracker.log({"step": 1, "loss": 0.7})
@@ -175,6 +183,15 @@ def test_a_run_has_tables_histograms_its_verdict_and_values_of_the_environment(
     artifacts = {record.type: record.manifest.contents for record in records_of(tmp_path, "artifact")}
     staged = [entry.local_path for entries in artifacts.values() for entry in entries]
     assert all(Path(path).is_relative_to(tmp_path) for path in staged)
+
+
+def test_texts_of_samples_that_nobody_asked_for_are_not_sent(tmp_path: Path) -> None:
+    write_samples(tmp_path, 2, [{"prompt": "a private prompt", "policy": "p"}])
+    tracker = open_in(tmp_path)
+    tracker.log({"step": 2, "eval_samples/length": 3.0})
+    tracker.finish("completed", {})
+    assert all_rows(tmp_path)[0]["eval/samples/length"] == 3.0
+    assert media_rows(tmp_path) == [{}]
 
 
 def test_starts_of_a_run_are_one_run_with_every_row_once(tmp_path: Path) -> None:
