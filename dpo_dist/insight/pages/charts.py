@@ -306,24 +306,37 @@ def charts(rows: Rows, noise: Mapping[str, float]) -> list[Markup]:
     return list(filter(None, figures))
 
 
-def charts_of_runs(runs: Sequence[tuple[str, Rows]], over: str) -> list[Markup]:
+@dataclass(frozen=True)
+class Curves:
+    """The rows of a run, whose `step` is its pairs so far; runs with the same label share their colour."""
+
+    label: str
+    kind: str  # of its loss
+    rows: Rows
+
+
+def charts_of_runs(runs: Sequence[Curves], over: str, apart: tuple[str, ...]) -> list[Markup]:
     """Return a chart over pairs for each metric, with the moving mean and the evaluations of each run.
 
-    `runs`: labels, which share a colour where they are equal, and rows whose `step` is their pairs so far.
+    Metrics whose names start with one of `apart` have a chart for each kind of loss.
     """
-    figures, names = [], list(dict.fromkeys(label for label, _ in runs))
-    for panel in _panels(list(chain(*(rows for _, rows in runs)))):
+    figures, names = [], list(dict.fromkeys(run.label for run in runs))
+    for panel in _panels(list(chain(*(run.rows for run in runs)))):
         for key in panel.keys:
             title = panel.title if len(panel.keys) == 1 else f"{panel.title}: {panel.label(key)}"
-            lines: list[Line] = []
-            for label, rows in runs:
-                # The mean is after raw.
-                shown = {line.role == "evaluation": line for line in _metric_lines(panel, key, label, rows)}
+            parts: dict[str, list[Line]] = {}
+            for run in runs:
+                part_title = f"{title}, {run.kind}" if key.startswith(apart) else title
+                lines = parts.setdefault(part_title, [])
+                of_run = _metric_lines(panel, key, run.label, run.rows)
+                shown = {line.role == "evaluation": line for line in of_run}  # the mean is after raw
                 for is_evaluation, line in shown.items():
                     line.role = "evaluation" if is_evaluation else "smooth"
-                lines += shown.values()
-            unit = metric_of(key).unit
-            figures.append(chart(title, lines, unit, log=panel.is_log, over=over, names=names))
+                    lines.append(line)
+            figures += [
+                chart(name, lines, metric_of(key).unit, log=panel.is_log, over=over, names=names)
+                for name, lines in parts.items()
+            ]
     return list(filter(None, figures))
 
 

@@ -1,6 +1,7 @@
 """The page and the table of several runs: settings that differ, last evaluations, curves, samples."""
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ from statistics import fmean, stdev
 
 from markupsafe import Markup
 
+from dpo_dist.config.losses import kinds_using
 from dpo_dist.config.metrics import ACCURACIES, CUSTOM, MAIN, METRICS, TERMS, metric_of
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Direction
@@ -16,7 +18,7 @@ from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.streams import printable
 from dpo_dist.insight.evaluation import ALL, results_name
 from dpo_dist.insight.pages import render
-from dpo_dist.insight.pages.charts import charts_of_runs, color_of
+from dpo_dist.insight.pages.charts import Curves, charts_of_runs, color_of
 from dpo_dist.insight.pages.run import PageFacts, verdict_of
 from dpo_dist.insight.pages.samples import samples_of_runs
 from dpo_dist.insight.tables import EVALUATED, aligned
@@ -43,7 +45,7 @@ def compare_runs(folders: Sequence[RunFolder], page: Path) -> list[str]:
     described, is_short = _described(settings, len(facts)), len(settings) <= _MOST_SETTINGS
     is_name = len(set(described)) == len(facts) and max(map(len, described)) <= _MOST_CHARACTERS
     labels = described if is_short and is_name else names
-    runs = dict(zip(labels, facts, strict=True))
+    runs, kinds = dict(zip(labels, facts, strict=True)), ["+".join(_kinds(each)) for each in facts]
     groups = _described({key: texts for key, texts in settings.items() if key != _SEED}, len(facts))
     if _SEED not in settings or len(set(groups)) == len(groups):
         groups = labels
@@ -52,12 +54,14 @@ def compare_runs(folders: Sequence[RunFolder], page: Path) -> list[str]:
     results = _Results(groups, last, [_intervals(each) for each in facts], sum(warnings.values(), ()))
     outcomes = [each.summary.get("exit", "not ended") for each in facts]
     shown = {METRICS[key].title: results.cells(key) for key in _shown(last)}
-    columns = {"run": names, **(settings if is_short else {}), "outcome": outcomes, **shown}
+    own = {key: _own_parts(texts) for key, texts in settings.items()} if is_short else {}
+    columns = {"run": names, **own, "outcome": outcomes, **shown}
     completed = [outcome == RunOutcome.completed for outcome in outcomes]
     over_seeds = results.over_seeds(_shown(last), completed) if results.has_seeds else []
     units = {each.run.unit for each in facts}
     unit = units.pop() if len(units) == 1 else "example"
-    curves = list(zip(groups, map(_over_pairs, facts), strict=True))
+    curves = [Curves(*each) for each in zip(groups, kinds, map(_over_pairs, facts), strict=True)]
+    apart = _OF_LOSS if len(set(kinds)) > 1 else ()
     colors = list(dict.fromkeys(groups))
     html = render.page(
         "runs.jinja",
@@ -69,10 +73,10 @@ def compare_runs(folders: Sequence[RunFolder], page: Path) -> list[str]:
         verdicts=[(label, verdict_of(each).get("sentence", "-")) for label, each in runs.items()],
         warnings=list(warnings),
         settings=[(key, *texts) for key, texts in settings.items()],
-        is_short=is_short,
+        is_short=own == settings,
         others=[(key, *texts) for key, texts in others.items()],
         metrics=[(key, *map(_on_two_lines, results.cells(key))) for key in _keys(last)],
-        curves=charts_of_runs(curves, unit),
+        curves=charts_of_runs(curves, unit, apart),
         legend=[(color_of(colors, label), label, groups.count(label)) for label in colors],
         unit=unit,
         samples=samples_of_runs(dict(zip(labels, folders, strict=True))),
@@ -99,15 +103,42 @@ def _differing(facts: Sequence[PageFacts]) -> tuple[dict[str, list[str]], dict[s
     differing = differing_settings([each.config for each in facts])
     others = {key: texts for key, texts in differing.items() if key.startswith(_OF_NO_RESULT)}
     settings = {key: texts for key, texts in differing.items() if key not in others}
+    for key, texts in settings.items():
+        if users := set(kinds_using(key.removeprefix("loss."))):  # other losses do not depend on it
+            settings[key] = [
+                text if users & set(_kinds(each)) or not _kinds(each) else "-"
+                for text, each in zip(texts, facts, strict=True)
+            ]
     return settings, others | differing_settings([each.environment for each in facts])
+
+
+def _kinds(facts: PageFacts) -> list[str]:
+    """Return the kinds of a run's loss; none if its configuration is not known."""
+    loss = facts.config.get("loss") or {}
+    return [term["kind"] for term in loss.get("terms") or ()] or [loss[key] for key in loss if key == "kind"]
 
 
 def _described(settings: Mapping[str, Sequence[str]], count: int) -> list[str]:
     """Return for each run its values of these settings: "beta 0.1, seed 2"."""
+    parts: list[list[str]] = [[] for _ in range(count)]
     names = [key.rpartition(".")[2] for key in settings]
-    titles = [name if names.count(name) == 1 else key for key, name in zip(settings, names, strict=True)]
-    of_runs = zip(*settings.values(), strict=True) if settings else [()] * count
-    return [", ".join(map(" ".join, zip(titles, texts, strict=True))) or "all" for texts in of_runs]
+    for (key, texts), name in zip(settings.items(), names, strict=True):
+        for part, text, own in zip(parts, texts, _own_parts(texts), strict=True):
+            part.extend([f"{name if names.count(name) == 1 else key} {own}"] if text != "-" else [])
+    return [", ".join(part) or ("all others" if any(parts) else "all") for part in parts]
+
+
+def _own_parts(texts: Sequence[str]) -> list[str]:
+    """Return texts without the words and folders that all begin or end with, if one is long."""
+    if max(map(len, texts)) <= _MOST_CHARACTERS / 4:
+        return list(texts)
+    pieces = [re.split(r"(?<=[/ ])", text) for text in texts]
+    for step in (1, -1):
+        columns = zip(*(each[::step] for each in pieces), strict=False)
+        same = next((number for number, column in enumerate(columns) if len(set(column)) > 1), 0)
+        pieces = [each[::step][same:][::step] for each in pieces]
+    own = ["".join(each) for each in pieces]
+    return own if own == list(texts) else [each.strip(" ,[]{}") for each in own]
 
 
 def _shown(last: Sequence[Row]) -> list[str]:

@@ -102,7 +102,7 @@ def test_more_settings_than_the_table_has_room_for_are_on_the_page_only(runs: li
     for run, seed in zip(runs, (1, 1, 2), strict=True):
         change(run.config, "trainer", "seed", value=seed)
     lines, page = compared(runs)
-    assert any("e - 2 of 2 0.4100 \u00b1" in line for line in lines)
+    assert any(line.startswith("all others 2 of 2 0.4100 \u00b1") for line in lines)
     assert "trainer.e 1 - -" in page.section("Settings")
 
 
@@ -146,13 +146,16 @@ def test_the_verb_writes_a_page_of_several_runs_to_this_folder(
     assert (tmp_path / "other.html").exists()
 
 
-def test_runs_are_named_by_what_differs(runs: list[RunFolder]) -> None:
+def test_losses_of_other_kinds_name_runs_and_share_no_axis(runs: list[RunFolder]) -> None:
+    """A loss without beta has none, whatever is configured."""
     for run, kind, beta in zip(runs, ("sigmoid", "simpo", "orpo"), (0.1, 2.0, 0.3), strict=True):
         change(run.config, "loss", value={"kind": kind, "beta": beta, "terms": []})
     lines, page = compared(runs)
-    assert lines[3].startswith("run-c 0.3 orpo completed 0.4100")
-    names = "beta 0.1, kind sigmoid beta 2, kind simpo beta 0.3, kind orpo"
-    assert f"{names} Loss " in page.section("Curves")
+    assert lines[3].startswith("run-c - orpo completed 0.4100")
+    assert "beta 0.1, kind sigmoid beta 2, kind simpo kind orpo Loss, sigmoid " in page.section("Curves")
+    assert ("Loss, orpo\n" in page.text, "above rejected, orpo" in page.text) == (True, False)
+    legends = [value for name, value in page.attributes if name == "class" and value == "legend runs"]
+    assert len(legends) == 1
 
 
 def test_runs_that_differ_in_their_seeds_have_a_mean_and_a_spread(runs: list[RunFolder]) -> None:
@@ -160,15 +163,19 @@ def test_runs_that_differ_in_their_seeds_have_a_mean_and_a_spread(runs: list[Run
     for run, beta, seed, accuracy in zip(runs, (0.1, 0.1, 0.2), (1, 2, 1), (0.6, 0.9, 0.7), strict=True):
         change(run.config, "loss", "beta", value=beta)
         change(run.config, "trainer", "seed", value=seed)
+        change(run.config, "data", "train", value=[{"path": f"/data/of/{beta}.jsonl", "weight": 1}])
         end_with(run, accuracy)
     lines, page = compared(runs)
     assert "*" not in "".join(lines[:4])
     assert lines[5] == "setting seeds loss accuracy margin both fall"
-    assert lines[6].startswith("beta 0.1 2 of 2 0.4100 \u00b1 0.0000 0.750* \u00b1 0.212 0.500")
-    assert lines[7].startswith("beta 0.2 1 of 1 0.4100 0.700 0.500")
+    assert lines[6].startswith(
+        "train 0.1.jsonl, beta 0.1 2 of 2 0.4100 \u00b1 0.0000 0.750* \u00b1 0.212 0.500"
+    )
+    assert lines[7].startswith("train 0.2.jsonl, beta 0.2 1 of 1 0.4100 0.700 0.500")
     assert lines[6] in page.section("Mean \u00b1 standard deviation over seeds")
-    assert "beta 0.1 (2 seeds) beta 0.2 Loss" in page.section("Curves")
+    assert "train 0.1.jsonl, beta 0.1 (2 seeds) train 0.2.jsonl, beta 0.2 Loss" in page.section("Curves")
     change(runs[2].config, "loss", "beta", value=0.1)
+    change(runs[2].config, "data", "train", value=[{"path": "/data/of/0.1.jsonl", "weight": 1}])
     change(runs[2].config, "trainer", "seed", value=3)
     lines, _ = compared(runs)
     assert lines[6].startswith("all 3 of 3 0.4100 \u00b1 0.0000 0.733 \u00b1 0.153 0.500"), (
