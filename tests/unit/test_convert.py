@@ -141,7 +141,7 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
     (
         "{sync_ref_model: true, precompute_ref_log_probs: true}",
         {"loss.sync_reference.every": 512, "reference.mode": "live"},
-        "precompute_ref_log_probs: not needed: the reference follows the policy",
+        "",
     ),
     (
         "{early_stopping_patience: 3, metric_for_best_model: rewards/margins, eval_steps: 5, val_size: 0.1}",
@@ -154,11 +154,11 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
         "trainer.eval_every: 100, as",
     ),
     ("{dataset_mixture: {datasets: [{id: a/b}], test_split_size: 0.1}}", {"data.eval_share": 0.1}, ""),
-    ("{val_size: 2000}", {"data.eval_share": 0}, "val_size: 2000 — data.eval_share is a share"),
+    ("{val_size: 2000}", {"data.eval_share": 0}, "val_size: 2000 — data.eval_share cannot"),
     # Other trainers.
     (
         "{stage: dpo, adapter_name_or_path: x, lora_rank: 4, lora_target: all, use_rslora: true}",
-        {"model.adapter.path": "x", "model.adapter.r": None, "model.adapter.target_modules": None},
+        {"model.adapter.path": "x", "model.adapter.r": None, "reference.path": "m"},
         "lora_rank: 4 — not needed: the adapter that is continued",
     ),
     ("{base_model: m}", {"loss.kind": "sft", "trainer.global_batch_pairs": 1}, "trains by sft"),
@@ -190,7 +190,7 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
     ("{rlhf_type: dpo, train_type: full, model: n}", {"model.adapter": None, "optim.lr": 1e-5}, "model"),
     (
         "{tuner_type: lora, adapters: [x], ref_adapters: [x], lora_rank: 8}",
-        {"model.adapter.path": "x", "model.adapter.r": None},
+        {"model.adapter.path": "x", "model.adapter.r": None, "reference.path": None},
         "ref_adapters: [x] — not needed",
     ),
     (
@@ -291,10 +291,10 @@ DATA: list[tuple[str, list[dict[str, Any]], list[dict[str, Any]]]] = [
         [],
     ),
     (
-        "{mixer_list: [a/b, '3.0', c/d, 1, c/d, 1]}",
+        "{mixer_list: [a/b, '3.0', c/d, 1]}",
         [
             {"path": "a/b", "split": "train", "weight": 3},
-            {"path": "c/d", "split": "train", "limit": 1, "weight": 2},
+            {"path": "c/d", "split": "train", "limit": 1},
         ],
         [],
     ),
