@@ -88,14 +88,9 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
         "",
     ),
     (
-        "{deepspeed: {zero_optimization: {stage: 2, offload_optimizer: {device: cpu}}}}",
-        {"parallelism.kind": "zero2", "parallelism.offload_optimizer": "cpu"},
-        "",
-    ),
-    (
-        "{deepspeed: {zero_optimization: {stage: 3, offload_param: {device: none}}}}",
-        {"parallelism.kind": "zero3", "parallelism.offload_parameters": "none"},
-        "",
+        "{deepspeed: {zero_optimization: {stage: 2, stage3_prefetch_bucket_size: 1}}}",
+        {"parallelism.kind": "zero3"},
+        "— choose parallelism=zero3, zero2 or ddp",
     ),
     ("{deepspeed: z2_offload.json}", {"parallelism.offload_optimizer": "cpu"}, ""),
     ("{deepspeed: stage3_no_offloading.conf}", {"parallelism.offload_optimizer": "none"}, ""),

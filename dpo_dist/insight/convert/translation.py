@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Any
+from itertools import zip_longest
 
 import yaml
 
@@ -75,9 +75,10 @@ def _method(run: Run) -> str:
         got = as_written(kinds[known.index(None)])
         raise ConfigError("this loss is not offered", got=got, remedy=next(iter(answers), remedy))
     if len(kinds) > 1 or weights:
-        weights = weights if len(weights) == len(kinds) else [1.0] * len(kinds) if not weights else []
-        terms = [{"kind": kind, "weight": weight} for kind, weight in zip(known, weights, strict=False)]
-        run.set("loss.terms", terms or None, "loss_type", kinds)
+        pairs = zip_longest(known, weights or [1.0] * len(kinds))
+        run.set(
+            "loss.terms", [{"kind": kind, "weight": weight} for kind, weight in pairs], "loss_type", kinds
+        )
     elif kinds:
         run.left["loss_type"] = kinds[0]
     if method != "dpo":
@@ -180,21 +181,17 @@ def _machine(run: Run) -> None:
             run.comment(key, run.left.pop(key), "a quantized base is whole on every GPU")
             continue
         run.not_default.add("parallelism.kind")
-        name = key if key in ("zero_stage", "fsdp_config", "fsdp_shard_degree") else ""
-        text = f"{name} {as_written(value)}".replace("_", " ").replace("no offload", "")
+        # Of a mapping only its name says something: DeepSpeed's has keys of other stages, too.
+        text = key if isinstance(value, dict) else f"{key} {value}".removeprefix("fsdp ")
+        text = text.replace("_", " ").replace("no offload", "")
         for words, stage in _STAGES.items():
             text = re.sub(words, stage, text)
         if found := re.search(r"(?:\bz|zero|stage)\W{0,4}([0-3])", text):
             run.set("parallelism.kind", _KINDS[found[1]], key, run.left.pop(key))
-            _offload(run, value, text, found[1])
-
-
-def _offload(run: Run, value: Any, text: str, stage: str) -> None:
-    """Set what DeepSpeed's configuration, or its name, offloads."""
-    for part, target, stages in (("optimizer", "optimizer", "23"), ("param", "parameters", "3")):
-        given = rf"offload {part}: {{[^}}]*device: (?!none)" if isinstance(value, dict) else "offload"
-        if stage in stages and re.search(given, text):
-            run.set(f"parallelism.offload_{target}", "cpu", "deepspeed", value)
+            if "offload" in text and found[1] in "23":
+                run.set("parallelism.offload_optimizer", "cpu", key, value)
+            if "offload" in text and found[1] == "3":
+                run.set("parallelism.offload_parameters", "cpu", key, value)
 
 
 def _numbers(run: Run) -> None:
