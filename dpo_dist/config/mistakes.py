@@ -104,9 +104,7 @@ def unreadable(words: Sequence[str], verb: str = "") -> ConfigError:
         remedy = "close each bracket, and put the word between quotes: 'KEY=range(1,4)'"
     if "@" in whole.partition("=")[0]:
         remedy = "remove @ and the word after it: write loss=ipo"
-    if whole == "help":
-        remedy = "write --help"
-    elif rest and first in run_keys() and "=" not in whole:
+    if rest and first in run_keys() and "=" not in whole:
         remedy = f"write {assignment(first, rest[0])}"
     elif all(re.fullmatch(r"[\w./~+-]+", word) for word in words):
         keys = VERBS[verb].takes_words if verb else ("run.dir", *VERBS["train"].takes_words)
