@@ -155,7 +155,7 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
         "ref_adapters: [x] — not needed",
     ),
     ("{rlhf_type: simpo}", {"loss.beta": 2.0, "loss.simpo_gamma": 1.0}, ""),
-    ("{rlhf_type: dpo, ref_model: m, tuner_type: full}", {"reference.path": None}, "ref_model: m — not"),
+    ("{rlhf_type: dpo, ref_model: m, tuner_type: full}", {"reference.path": "m"}, ""),
     (
         "{use_lora: true}",
         {"model.adapter.r": 64, "loss.kind": "sigmoid_norm", "loss.beta": 5.0, "optim.max_grad_norm": 1e9},

@@ -28,15 +28,14 @@ def set_sources(run: Run) -> None:
 
 def _entries(run: Run) -> tuple[list[Any], list[Any]]:
     """Return the datasets for training and for evaluation, in the form of TRL and axolotl."""
-    if run.trainer == "LLaMA-Factory":
+    if run.trainer in ("LLaMA-Factory", "ms-swift"):
+        given = listed(run.take("dataset")), listed(run.take("eval_dataset", "val_dataset"))
+        if run.trainer == "ms-swift":
+            run.comments.append("dataset, model: there ModelScope's, if use_hf is not set; here the hub's")
+            train, tests = ([source for name in names for source in _of_swift(name)] for names in given)
+            return train, tests
         folder, limit = run.take("dataset_dir", default="data"), run.take("max_samples")
-        names = listed(run.take("dataset")), listed(run.take("eval_dataset"))
-        train, tests = ([{"path": folder, "name": name, "limit": limit} for name in some] for some in names)
-        return train, tests
-    if run.trainer == "ms-swift":
-        run.comments.append("dataset, model: there ModelScope's, if use_hf is not set; here names of the hub")
-        names = listed(run.take("dataset")), listed(run.take("val_dataset"))
-        train, tests = ([source for name in some for source in _of_swift(name)] for some in names)
+        train, tests = ([{"path": folder, "name": name, "limit": limit} for name in names] for names in given)
         return train, tests
     train, tests = run.take("datasets", default=[]), run.take("test_datasets", default=[])
     if isinstance(mixture := run.take("dataset_mixture"), dict):

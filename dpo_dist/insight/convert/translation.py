@@ -75,10 +75,9 @@ def _method(run: Run) -> str:
         got = as_written(kinds[known.index(None)])
         raise ConfigError("this loss is not offered", got=got, remedy=next(iter(answers), remedy))
     if len(kinds) > 1 or weights:
-        pairs = zip_longest(known, weights or [1.0] * len(kinds))
-        run.set(
-            "loss.terms", [{"kind": kind, "weight": weight} for kind, weight in pairs], "loss_type", kinds
-        )
+        parts = zip_longest(known, weights or [1.0] * len(kinds))
+        terms = [{"kind": kind, "weight": weight} for kind, weight in parts]
+        run.set("loss.terms", terms, "loss_type", kinds)
     elif kinds:
         run.left["loss_type"] = kinds[0]
     if method != "dpo":
@@ -200,11 +199,8 @@ def _numbers(run: Run) -> None:
     if rate and (low := run.take("min_lr", default=0.0)):
         run.set("optim.min_lr_ratio", low / rate, "min_lr", low)
     if {"adam_beta1", "adam_beta2"} & run.left.keys():
-        defaults = run.facts["defaults"].get("optim.betas", [0.9, 0.999])
-        betas = [
-            run.take(key, default=beta)
-            for key, beta in zip(("adam_beta1", "adam_beta2"), defaults, strict=True)
-        ]
+        first, second = run.facts["defaults"].get("optim.betas", [0.9, 0.999])
+        betas = [run.take("adam_beta1", default=first), run.take("adam_beta2", default=second)]
         run.set("optim.betas", betas, "adam_beta1, adam_beta2", betas)
 
 
@@ -240,9 +236,6 @@ def _combine(run: Run) -> None:
     for key, what in chosen.items():
         if values.pop(key, None):
             run.comment(*run.origins[key], f"not needed: {what} is chosen")
-    if values.get("reference.path", "") == values.get("model.path") and "model.adapter.path" not in values:
-        run.comment(*run.origins["reference.path"], "not needed: it is the model that is trained")
-        del values["reference.path"]
     if values.get("optim.warmup_steps") == 0:  # there it means that the ratio counts
         del values["optim.warmup_steps"]
     if values.get("loss.kind") == "orpo" and "loss.beta" in values and "loss.orpo_lambda" not in values:
@@ -257,18 +250,16 @@ def _combine(run: Run) -> None:
 
 def _add_defaults(run: Run, is_uncut: bool) -> list[str]:
     """Set the other trainer's defaults where those here are others; return their keys."""
-    has_adapter = any(key.startswith("model.adapter.") for key in run.values)
-    defaults = run.facts["defaults"] | ({} if has_adapter else run.facts.get("full", {}))
-    defaults |= {"parallelism.kind": "ddp", "tracking.wandb": "off"}
+    defaults = run.facts["defaults"] | {"parallelism.kind": "ddp", "tracking.wandb": "off"}
+    if not any(key.startswith("model.adapter.") for key in run.values):
+        defaults |= run.facts.get("full", {})
     if "model.adapter.path" in run.values and run.trainer in ("LLaMA-Factory", "ms-swift"):
         # There the reference is the base; here it would be the adapter as it starts.
         defaults["reference.path"] = run.values.get("model.path")
     if is_uncut or _LENGTH not in {**defaults, **run.values}:
         run.not_default.add(_LENGTH)
-        run.comment(
-            *("max_length", None),
-            "there no text is cut; here those above data.max_length are, by data.truncation: raise it",
-        )
+        reason = "there no text is cut; here those above data.max_length are, by data.truncation: raise it"
+        run.comment("max_length", None, reason)
     if "loss.terms" in run.values:
         run.not_default.add("loss.kind")
     added = [key for key in defaults if key not in run.values and key not in run.not_default]
