@@ -457,7 +457,7 @@ class _Command:
                 remedy = f"name them for the verb sweep: {key}=0.1,0.2 or '{key}=range(1,4)'"
         elif is_choice and key in run_keys() and isinstance(override.value(), list):
             names, known = _names(override), preset_names(key, self.folders)
-            if unknown := [name for name in names if not {name, *meant(name, "values")} & {*known}]:
+            if unknown := [name for name in names if {name, *meant(name, "values")}.isdisjoint(known)]:
                 return unknown_preset(key, unknown[0], self.folders)
             sum_of_losses = f" or write {assignment(key, line.partition('=')[2])}" if key == "loss" else ""
             message, remedy = f"{key} is one preset", f"write {key}=NAME: {', '.join(known)}"

@@ -25,7 +25,7 @@ _PROGRAMS = (
     ("TRL", r"(.*/)?(run_)?(dpo|kto|orpo|cpo|simpo)\.py|trl\.scripts\.\w+", ""),
 )
 """Trainer, its program, and the word after it."""
-_PROCESSES = re.compile(r"(?i)(?:num_processes|nproc_per_node|num_gpus)[= ](\d+)")
+_PROCESSES = re.compile(r"(?i)(?:num.processes|nproc.per.node|num.gpus)[= ](\d+)")
 """Processes of a node, in the words of accelerate, torchrun, ms-swift and DeepSpeed."""
 _SHELL = re.compile(
     r"""(?P<kept>'[^']*'|"(?:\\.|[^"\\])*"|\\.)|(?P<computed>\$\((?:[^()]|\([^()]*\))*\)|`[^`]*`)"""
@@ -89,7 +89,7 @@ def _started(text: str, where: str) -> tuple[str, dict[str, Any]] | None:
             files.append(str(keys.pop("config")))
         for name in files:
             keys = read_keys(Path(name)) | keys
-        if re.search("config_file|deepspeed|zero|fsdp", launcher):
+        if re.search("config.file|deepspeed|zero|fsdp", launcher):
             keys.setdefault("deepspeed", launcher)
         # Nodes of torchrun have as many processes each.
         if (count := _PROCESSES.search(launcher)) and not re.search(r"(?i)nnodes[= ](?!1\b)", launcher):
@@ -107,7 +107,7 @@ def _start(words: Sequence[str]) -> tuple[str, str, list[str]] | None:
                 method = rest.pop(0) if verb else re.split(r"[/._]", word.removesuffix(".py"))[-1]
                 if trainer == "TRL" or method == "sft":
                     rest.append(f"--rl={method}")
-                return trainer, " ".join(words[:at]).replace("-", "_"), rest
+                return trainer, " ".join(words[:at]), rest
     return None
 
 

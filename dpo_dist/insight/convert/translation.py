@@ -104,7 +104,8 @@ def _simpo(run: Run) -> None:
 
 def _batch(run: Run) -> list[str]:
     """Set the pairs of a step; return a line on how many they are."""
-    world = run.take("num_processes", default=0)
+    processes = run.take("num_processes", default=0)
+    world = processes or 1
     if any(meant(key, "keys") == (_BATCH,) for key in run.left):
         not_needed = " — not needed: micro-batches are as large as fits"
         run.comments += [f"{key}{not_needed}" for key in _OF_DEVICE if run.left.pop(key, None)]
@@ -114,15 +115,13 @@ def _batch(run: Run) -> list[str]:
     if run.computed.union(run.left) & set(_OF_DEVICE):  # one of them is not known
         return []
     if steps is None:
-        steps = (
-            math.ceil(16 / pairs / (world or 1)) if fits(_BATCH, pairs) and fits(_BATCH, world or 1) else 1
-        )
-    total = pairs * steps * (world or 1)
+        steps = math.ceil(16 / pairs / world) if fits(_BATCH, pairs * world) else 1
+    total = pairs * steps * world
     run.set(_BATCH, total, "batch", [pairs, steps])
     gpus = f" x {world} processes"
-    if not world:
+    if not processes:
         gpus = f", times the number of GPUs there, which nothing says: {8 * total} for 8"
-    return [f"{_BATCH}: {pairs} pairs x {steps}{gpus}."]
+    return [f"{_BATCH}: {pairs} pairs x {steps}{gpus}."] if _BATCH in run.values else []
 
 
 def _trains_adapter(run: Run) -> bool:
@@ -208,8 +207,8 @@ def _watching(run: Run) -> None:
     """Find out who gets the metrics, which checkpoint is kept, and whether a run ends early."""
     report = [str(name).lower() for name in listed(run.take("report_to"))]
     is_named = run.trainer == "axolotl" and bool(run.left.get("wandb_project"))
-    is_on = run.take("with_tracking", "use_wandb", default=is_named) or {"wandb", "all"} & set(report)
-    if is_on or "wandb_mode" in run.left:
+    is_on = run.take("with_tracking", "use_wandb", default=is_named)
+    if is_on or "wandb_mode" in run.left or {"wandb", "all"} & set(report):
         run.not_default.add("tracking.wandb")
     elif report:
         run.values["tracking.wandb"] = "off"
