@@ -20,6 +20,7 @@ _KINDS = {"3": "zero3", "2": "zero2", "1": "ddp", "0": "ddp"}
 _STAGES = {"shard grad op": "stage2", "full shard|fsdp": "stage3", "(multi|single) gpu|ddp": "stage0"}
 _OF_DEVICE = ("per_device_train_batch_size", "micro_batch_size", "gradient_accumulation_steps")
 _SHARDING = ("deepspeed", "zero_stage", "accelerate_config", "fsdp", "fsdp_config", "fsdp_shard_degree")
+_QUANTIZED = ("load_in_4bit", "load_in_8bit", "use_qlora", "quantization_bit", "quant_bits")
 _BATCH, _LENGTH = "trainer.global_batch_pairs", "data.max_length"
 
 
@@ -126,14 +127,10 @@ def _batch(run: Run) -> list[str]:
 
 def _trains_adapter(run: Run) -> bool:
     """Return whether an adapter is trained, in place of all weights."""
-    if run.left.get("use_qlora") is True:
-        run.left["load_in_4bit"] = True
     if run.left.get("ref_adapters") not in EMPTY and run.left["ref_adapters"] == run.left.get("adapters"):
         run.comment("ref_adapters", run.left.pop("ref_adapters"), "not needed: it is the reference")
         run.not_default.add("reference.path")
-    kind = run.take(
-        *("tuner_type", "train_type", "finetuning_type", "adapter", "use_peft", "use_qlora", "use_lora")
-    )
+    kind = run.take("tuner_type", "train_type", "finetuning_type", "adapter", "use_peft", "use_lora")
     kind = str(run.facts.get("tuner") if kind is None else kind).lower()
     if kind not in ("lora", "qlora", "true", "none", "full", "false"):
         raise ConfigError(
@@ -170,7 +167,7 @@ def _machine(run: Run) -> None:
     half, brain = run.take("fp16"), run.take("bf16")
     if half is True or brain is not None:
         run.values["model.dtype"] = "fp16" if half is True else "bf16" if brain else "fp32"
-    is_quantized = any(map(run.left.get, ("load_in_4bit", "load_in_8bit", "quantization_bit", "quant_bits")))
+    is_quantized = any(map(run.left.get, _QUANTIZED))
     for key in _SHARDING:
         value = run.left.get(key)
         if value in (*EMPTY, False):
