@@ -119,9 +119,8 @@ def former_values(options: argparse.Namespace, verb: str = "evaluate") -> dict[s
     """
     overrides, _ = parse_overrides(word for word in options.words if "=" in word)
     given = {override.key_or_group: override.value() for override in overrides}
-    is_whole = (
-        not {"experiment", "model", VERBS[verb].needs[0]}.isdisjoint(given) or options.config_dir is not None
-    )
+    needed = VERBS[verb].needs[0]
+    is_whole = not {"experiment", "model", needed}.isdisjoint(given) or options.config_dir is not None
     if is_whole or any("=" not in word for word in options.words):
         return None
     if "run.dir" not in given:
@@ -130,8 +129,7 @@ def former_values(options: argparse.Namespace, verb: str = "evaluate") -> dict[s
             "no run is named",
             where="run.dir",
             expected="the directory of a run: run.dir=output/run-1a2b3c4d",
-            remedy="set run.dir; or write the command of the run: "
-            f"{VERBS[verb].needs[0]}=... and its other keys",
+            remedy=f"set run.dir; or write the command of the run: {needed}=... and its other keys",
         )
     file = existing_run(Path(str(given["run.dir"])).expanduser()).config
     if not file.is_file():

@@ -22,7 +22,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, RangeSweep
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
@@ -108,11 +108,9 @@ def load_points(
             continue
         if (same := names.setdefault(config.run.dir, swept_words)) != swept_words or swept_words in points:
             if config.run.dir != str(run_dir(replace(config, run=replace(config.run, dir=None)))):
-                message = "run.dir is given, so all points would be one run"
                 remedy = "add run.dir=null: each point has a folder of its own below run.root"
-                all_mistakes.append(
-                    ConfigError(message, where="run.dir", got=config.run.dir or "", remedy=remedy)
-                )
+                message = "run.dir is given, so all points would be one run"
+                all_mistakes.append(ConfigError(message, where="run.dir", remedy=remedy))
                 break
             all_mistakes.append(
                 ConfigError(
@@ -137,17 +135,13 @@ def _choices(words: Sequence[str], folders: Sequence[Path]) -> list[list[str]]:
         override = next(iter(parse_overrides([word])[0]), None)
         values, message, remedy = [word], "", ""
         if override is not None and override.is_discrete_sweep():
-            value, remedy = override.value(), "write a range with values, such as range(3) or range(0,9,3)"
+            remedy = "write a range with values, such as range(3) or range(0,9,3)"
             try:  # not all of them: there may be too many
-                few = (
-                    list(islice(value.range(), _MOST_POINTS + 1)) if isinstance(value, RangeSweep) else [None]
-                )
-                message = "" if few else "this range has no values"
-            except (ValueError, HydraException) as error:
-                few, message = [], f"this range has no values: {error}"
-            is_listed = len(few) <= _MOST_POINTS
-            strings = override.sweep_string_iterator() if few and is_listed else map(str, few)
-            values = [f"{override.get_key_element()}={string}" for string in strings]
+                few = islice(override.sweep_string_iterator(), _MOST_POINTS + 1)
+                values = [f"{override.get_key_element()}={string}" for string in few]
+            except (ValueError, HydraException):
+                values = []
+            message = "" if values else "this range has no values"
         elif override is not None and _is_in_brackets(override, folders):
             message = "several values of a sweep have no brackets"
             remedy = f"write {override.key_or_group}={','.join(_names(override))}"
@@ -460,7 +454,7 @@ class _Command:
                 message = "an interval has no points to train"
         elif is_choice and key in run_keys() and isinstance(override.value(), list):
             names, known = _names(override), preset_names(key, self.folders)
-            if unknown := [name for name in names if not {name, *meant(name, "values")} & {*known}]:
+            if unknown := [name for name in names if {name, *meant(name, "values")}.isdisjoint(known)]:
                 return unknown_preset(key, unknown[0], self.folders)
             sum_of_losses = f" or write {assignment(key, line.partition('=')[2])}" if key == "loss" else ""
             message, remedy = f"{key} is one preset", f"write {key}=NAME: {', '.join(known)}"

@@ -109,9 +109,7 @@ def unreadable(words: Sequence[str], verb: str = "") -> ConfigError:
         remedy = "close each bracket, and put the word between quotes: 'KEY=range(1,4)'"
     if "@" in whole.partition("=")[0]:
         remedy = "remove @ and the word after it: write loss=ipo"
-    if whole == "help":
-        remedy = "write --help"
-    elif first in run_keys() and "=" not in whole:
+    if first in run_keys() and "=" not in whole:
         remedy = f"write {assignment(first, rest[0] if rest else 'true')}"
     elif (typed := re.fullmatch(r"([\w.]+)(?: *[:=] *)\(?([^()]*)\)?", whole)) and typed[1] in run_keys():
         remedy = f"write {assignment(typed[1], typed[2])}"
@@ -364,11 +362,8 @@ def trainer_of(keys: Collection[Any]) -> str | None:
     """Return the trainer of a file with these keys: three that trainers have, one of them its own."""
     trainers, same = names_of_others()["trainers"], {name.rpartition(".")[2] for name in run_keys()}
     known = [key for key in map(str, keys) if key in same or meant(key, "keys") or meant(key, "answers")]
-    if len(known) < _KEYS_OF_A_TRAINER:
-        return None
-    return next(
-        (name for name in trainers if not set(known).isdisjoint(trainers[name]["signs"].split())), None
-    )
+    own = (name for name, facts in trainers.items() if not {*facts["signs"].split()}.isdisjoint(known))
+    return next(own, None) if len(known) >= _KEYS_OF_A_TRAINER else None
 
 
 def foreign_file(content: Mapping[str, Any], file: Path) -> ConfigError | None:

@@ -46,9 +46,8 @@ class Run:
 
     def take(self, *keys: str, default: Any = None) -> Any:
         """Return the value of the first of these keys that says something; values of another type stay."""
-        kind: Any = {type(None): object, int: (int, float), float: (int, float)}.get(
-            type(default), type(default)
-        )
+        kind: Any = object if default is None else type(default)
+        kind = (int, float) if kind in (int, float) else kind
         said = [key for key in keys if self.left.get(key) not in EMPTY and isinstance(self.left[key], kind)]
         value = self.left.pop(said[0]) if said else default
         for key in said[1:]:
@@ -104,9 +103,8 @@ def _written(answer: str) -> dict[str, Any]:
         overrides, unread = parse_overrides(shlex.split(rest.partition(";")[0]))
     except ValueError:  # a quote in a value
         return {}
-    written = {
-        _KEYS.get(override.key_or_group, override.key_or_group): override.value() for override in overrides
-    }
+    given = ((override.key_or_group, override.value()) for override in overrides)
+    written = {_KEYS.get(key, key): value for key, value in given}
     is_whole = not unread and all(key in run_keys() and fits(key, value) for key, value in written.items())
     return written if is_whole else {}
 

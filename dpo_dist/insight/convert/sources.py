@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dpo_dist.config.keys import as_written
-from dpo_dist.config.mistakes import as_sources, meant
+from dpo_dist.config.mistakes import as_sources
 from dpo_dist.insight.convert.run import EMPTY, Run, listed, number
 
 _OF_SOURCES = (
@@ -19,14 +19,8 @@ _FORMATS = ("prompt_format", "chosen_format", "rejected_format", "completion_for
 def set_sources(run: Run) -> None:
     """Set `data.train` and `data.eval`."""
     for target, entries in zip(("data.train", "data.eval"), _entries(run), strict=True):
-        sources: list[Any] = []
-        for at, entry in enumerate(entries):
-            for source in _source(run, f"{target}[{at}]", entry):
-                if source not in sources:
-                    sources.append(source)
-                else:  # twice is once with the weight 2
-                    sources[sources.index(source)] = source | {"weight": source.get("weight", 1) + 1}
-        if sources:
+        parts = (_source(run, f"{target}[{at}]", entry) for at, entry in enumerate(entries))
+        if sources := [source for part in parts for source in part]:
             run.set(target, sources, target, entries)
         if run.trainer in ("ms-swift", "open-instruct") and "limit:" in as_written(sources):
             run.comments.append("limit: the first records; there they are drawn, repeated if there are fewer")
@@ -34,15 +28,14 @@ def set_sources(run: Run) -> None:
 
 def _entries(run: Run) -> tuple[list[Any], list[Any]]:
     """Return the datasets for training and for evaluation, in the form of TRL and axolotl."""
-    if run.trainer == "LLaMA-Factory":
+    if run.trainer in ("LLaMA-Factory", "ms-swift"):
+        given = listed(run.take("dataset")), listed(run.take("eval_dataset", "val_dataset"))
+        if run.trainer == "ms-swift":
+            run.comments.append("dataset, model: there ModelScope's, if use_hf is not set; here the hub's")
+            train, tests = ([source for name in names for source in _of_swift(name)] for names in given)
+            return train, tests
         folder, limit = run.take("dataset_dir", default="data"), run.take("max_samples")
-        names = listed(run.take("dataset")), listed(run.take("eval_dataset"))
-        train, tests = ([{"path": folder, "name": name, "limit": limit} for name in some] for some in names)
-        return train, tests
-    if run.trainer == "ms-swift":
-        run.comments.append("dataset, model: there ModelScope's, if use_hf is not set; here names of the hub")
-        names = listed(run.take("dataset")), listed(run.take("val_dataset"))
-        train, tests = ([source for name in some for source in _of_swift(name)] for some in names)
+        train, tests = ([{"path": folder, "name": name, "limit": limit} for name in names] for names in given)
         return train, tests
     train, tests = run.take("datasets", default=[]), run.take("test_datasets", default=[])
     if isinstance(mixture := run.take("dataset_mixture"), dict):
@@ -95,9 +88,7 @@ def _source(run: Run, place: str, entry: Any) -> list[Any]:
                 "data.text_as_messages=true data.chat_template=FILE (docs/data.md)",
             )
         elif not (option in (*_OF_SOURCES, *_FORMATS) or option.startswith("field_") or value in EMPTY):
-            known = meant(option, "answers") if option == "fraction" else ()
-            reason = known[0] if known else "formats are detected; for others docs/data.md"
-            run.comment(f"{place}.{option}", value, reason)
+            run.comment(f"{place}.{option}", value, "formats are detected; for others docs/data.md")
     files = listed(entry.get("data_files")) or [None]
     return [source for file in files for source in as_sources([entry | {"data_files": file}])]
 

@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Any
+from itertools import zip_longest
 
 import yaml
 
@@ -16,8 +16,11 @@ from dpo_dist.insight.convert.run import EMPTY, Run, listed, number
 from dpo_dist.insight.convert.sources import set_sources
 
 _METHODS = ("dpo", "ipo", "kto", "orpo", "cpo", "simpo", "sft")
-_STAGES = {"3": "zero3", "2": "zero2", "1": "ddp", "0": "ddp"}
-_FSDP = ("fsdp", "fsdp_config", "fsdp_shard_degree")
+_KINDS = {"3": "zero3", "2": "zero2", "1": "ddp", "0": "ddp"}
+_STAGES = {"shard grad op": "stage2", "full shard|fsdp": "stage3", "(multi|single) gpu|ddp": "stage0"}
+_OF_DEVICE = ("per_device_train_batch_size", "micro_batch_size", "gradient_accumulation_steps")
+_SHARDING = ("deepspeed", "zero_stage", "accelerate_config", "fsdp", "fsdp_config", "fsdp_shard_degree")
+_QUANTIZED = ("load_in_4bit", "load_in_8bit", "use_qlora", "quantization_bit", "quant_bits")
 _BATCH, _LENGTH = "trainer.global_batch_pairs", "data.max_length"
 
 
@@ -27,12 +30,14 @@ def translated(foreign: Foreign) -> str:
     about = [f"From {run.name}, read as a run of {run.trainer} that trains by {_method(run)}."]
     set_sources(run)
     about += _batch(run)
-    for part in (_adapter, _machine, _numbers, _watching):
+    has_adapter = _trains_adapter(run)
+    for part in (_machine, _numbers, _watching):
         part(run)
     # `save_strategy: no` counts, not the `save_steps` beside it; the loss, not the method.
     for key in sorted(run.left, key=lambda name: (name == "rl", not name.endswith("strategy"))):
         if run.left[key] not in EMPTY:
             run.translate(key, run.left[key])
+    _set_adapter(run, has_adapter)
     _combine(run)
     if empty := [key for key, value in run.left.items() if value in EMPTY]:
         run.comments.append(f"{', '.join(empty)}: empty")
@@ -51,13 +56,13 @@ def translated(foreign: Foreign) -> str:
 def _method(run: Run) -> str:
     """Return what trains; set its loss, or a weighted sum of losses."""
     method = str(run.take("rlhf_type", "rl", "stage", default=run.facts["method"])).lower()
-    task = str(run.take("task_type", default="causal_lm")).lower()
-    if True in (run.left.get("reward_model"), run.left.get("process_reward_model")):
-        task = "reward_model"
-    if method not in _METHODS or task != "causal_lm":
+    for key in ("task_type", "reward_model", "process_reward_model"):  # a head in place of the language model
+        if (task := run.take(key)) not in (None, False, "causal_lm"):
+            method = f"{key}: {as_written(task)}"
+    if method not in _METHODS:
         raise ConfigError(
             f"this run of {run.trainer} trains by another method",
-            got=method if method not in _METHODS else task,
+            got=method,
             expected=", ".join(_METHODS),
             remedy="train it there: what is offered here learns from preferences that are given",
         )
@@ -71,9 +76,9 @@ def _method(run: Run) -> str:
         got = as_written(kinds[known.index(None)])
         raise ConfigError("this loss is not offered", got=got, remedy=next(iter(answers), remedy))
     if len(kinds) > 1 or weights:
-        weights = weights if len(weights) == len(kinds) else [1.0] * len(kinds) if not weights else []
-        terms = [{"kind": kind, "weight": weight} for kind, weight in zip(known, weights, strict=False)]
-        run.set("loss.terms", terms or None, "loss_type", kinds)
+        parts = zip_longest(known, weights or [1.0] * len(kinds))
+        terms = [{"kind": kind, "weight": weight} for kind, weight in parts]
+        run.set("loss.terms", terms, "loss_type", kinds)
     elif kinds:
         run.left["loss_type"] = kinds[0]
     if method != "dpo":
@@ -100,74 +105,61 @@ def _simpo(run: Run) -> None:
 
 def _batch(run: Run) -> list[str]:
     """Set the pairs of a step; return a line on how many they are."""
-    of_device = ("per_device_train_batch_size", "micro_batch_size", "gradient_accumulation_steps")
-    processes = run.take("num_processes")
+    processes = run.take("num_processes", default=0)
+    world = processes or 1
     if any(meant(key, "keys") == (_BATCH,) for key in run.left):
         not_needed = " — not needed: micro-batches are as large as fits"
-        run.comments += [f"{key}{not_needed}" for key in of_device if run.left.pop(key, None)]
+        run.comments += [f"{key}{not_needed}" for key in _OF_DEVICE if run.left.pop(key, None)]
         return []
     pairs, steps = run.facts["batch"]
-    pairs = run.take(*of_device[:2], default=pairs)
-    steps = run.take(of_device[2], default=steps)
-    if run.computed.union(run.left) & set(of_device):  # one of them is not known
+    pairs, steps = run.take(*_OF_DEVICE[:2], default=pairs), run.take(_OF_DEVICE[2], default=steps)
+    if run.computed.union(run.left) & set(_OF_DEVICE):  # one of them is not known
         return []
-    is_known = isinstance(processes, int) and processes > 0
-    world = processes if is_known else 1
-    if steps is None and isinstance(pairs, int):
-        steps = max(1, math.ceil(16 / max(pairs, 1) / world))
-    total = pairs * steps * world if isinstance(pairs, int) and isinstance(steps, int) else None
-    if total is None or not fits(_BATCH, total):
-        run.comment("batch", [pairs, steps], f"{_BATCH} cannot have this value")
-        return []
-    run.values[_BATCH] = total
-    if is_known:
-        return [f"{_BATCH}: {pairs} pairs x {steps} x {world} processes."]
-    gpus = f"times the number of GPUs there, which nothing says: {8 * total} for 8"
-    return [f"{_BATCH}: {pairs} pairs x {steps}, {gpus}."]
+    if steps is None:
+        steps = math.ceil(16 / pairs / world) if fits(_BATCH, pairs * world) else 1
+    total = pairs * steps * world
+    run.set(_BATCH, total, "batch", [pairs, steps])
+    gpus = f" x {world} processes"
+    if not processes:
+        gpus = f", times the number of GPUs there, which nothing says: {8 * total} for 8"
+    return [f"{_BATCH}: {pairs} pairs x {steps}{gpus}."] if _BATCH in run.values else []
 
 
-def _adapter(run: Run) -> None:
+def _trains_adapter(run: Run) -> bool:
+    """Return whether an adapter is trained, in place of all weights."""
+    if run.left.get("ref_adapters") not in EMPTY and run.left["ref_adapters"] == run.left.get("adapters"):
+        run.comment("ref_adapters", run.left.pop("ref_adapters"), "not needed: it is the reference")
+        run.not_default.add("reference.path")
+    kind = run.take("tuner_type", "train_type", "finetuning_type", "adapter", "use_peft", "use_lora")
+    kind = str(run.facts.get("tuner") if kind is None else kind).lower()
+    if kind not in ("lora", "qlora", "true", "none", "full", "false"):
+        raise ConfigError(
+            f"this run of {run.trainer} trains another kind of adapter, or a part of the weights",
+            got=kind,
+            expected="lora, qlora or full",
+            remedy="choose one of them there, with the learning rate for it, and convert it again",
+        )
+    return kind in ("lora", "qlora", "true")
+
+
+def _set_adapter(run: Run, is_trained: bool) -> None:
     """Set rank and alpha of an adapter; leave out what describes one that is continued, or not trained."""
-    if run.left.get("use_qlora") is True:
-        run.left["load_in_4bit"] = True
-    kind = run.take(
-        *("tuner_type", "train_type", "finetuning_type", "adapter", "use_peft", "use_qlora", "use_lora")
-    )
-    if kind is None and run.trainer in ("LLaMA-Factory", "ms-swift"):
-        kind = "lora"
-    of_adapter = {
-        key: "".join(meant(key, "keys")) or "".join(meant(key, "answers")).removeprefix("write ")
-        for key in run.left
-    }
-    of_adapter = {key: ours for key, ours in of_adapter.items() if ours.startswith("model.adapter.")}
-    continued = [key for key, ours in of_adapter.items() if ours == "model.adapter.path" and run.left[key]]
-    unread = ""
-    if str(kind).lower() not in ("lora", "qlora", "true"):
-        unread = "not needed: no adapter is trained"
-        if str(kind).lower() not in ("none", "full", "false"):
-            raise ConfigError(
-                f"this run of {run.trainer} trains another kind of adapter, or a part of the weights",
-                got=as_written(kind),
-                expected="lora, qlora or full",
-                remedy="choose one of them there, with the learning rate for it, and convert it again",
-            )
-    elif continued and run.left.get("create_new_adapter") is not True:
-        unread = "not needed: the adapter that is continued has its own"
-        of_adapter = {key: ours for key, ours in of_adapter.items() if key != continued[0]}
-        if run.left.get("ref_adapters") == run.left[continued[0]]:
-            run.comment("ref_adapters", run.left.pop("ref_adapters"), "not needed: it is the reference")
-    else:
+    values, unread = run.values, "no adapter is trained"
+    of_adapter = [key for key in values if key.startswith("model.adapter.")]
+    if is_trained and "model.adapter.path" not in values:
         r, alpha = run.facts["adapter"]
-        r = run.take("lora_rank", "lora_r", default=r)
-        run.set("model.adapter.r", r, "lora_r", r)
-        alpha = run.take("lora_alpha", default=alpha or 2 * r)
-        run.set("model.adapter.alpha", alpha, "lora_alpha", alpha)
-        targets = ("lora_target_modules", "lora_target_linear")
-        if run.trainer in ("TRL", "axolotl") and not any(map(run.left.get, targets)):
+        r = values.setdefault("model.adapter.r", r)
+        values.setdefault("model.adapter.alpha", alpha or 2 * r)
+        is_said = "model.adapter.target_modules" in values or run.left.get("lora_target_linear")
+        if run.trainer in ("TRL", "axolotl") and not is_said:
             run.comments.append("lora_target_modules: here all linear layers; peft chooses few of them")
-    for key in of_adapter if unread else ():
-        if run.left[key] not in (*EMPTY, False):
-            run.comment(key, run.left.pop(key), unread)
+        return
+    if is_trained:
+        unread = "the adapter that is continued has its own"
+        of_adapter.remove("model.adapter.path")
+    for key in of_adapter:
+        del values[key]
+        run.comment(*run.origins[key], f"not needed: {unread}")
 
 
 def _machine(run: Run) -> None:
@@ -175,34 +167,26 @@ def _machine(run: Run) -> None:
     half, brain = run.take("fp16"), run.take("bf16")
     if half is True or brain is not None:
         run.values["model.dtype"] = "fp16" if half is True else "bf16" if brain else "fp32"
-    is_quantized = any(map(run.left.get, ("load_in_4bit", "load_in_8bit", "quantization_bit", "quant_bits")))
-    for key in ("deepspeed", "zero_stage", "accelerate_config", *_FSDP):
+    is_quantized = any(map(run.left.get, _QUANTIZED))
+    for key in _SHARDING:
         value = run.left.get(key)
-        if value in EMPTY or value is False:
+        if value in (*EMPTY, False):
             continue
-        text = as_written(value).replace("_", " ").replace("no offload", "")
-        text = f"zero{text}" if key == "zero_stage" else text
-        text = re.sub("full shard|fsdp", "stage3", "fsdp" if key.startswith("fsdp_") else text)
-        text = re.sub(r"shard grad op", "stage2", re.sub(r"(multi|single) gpu|\bddp", "stage0", text))
-        run.not_default.add("parallelism.kind")
         if is_quantized:
             run.comment(key, run.left.pop(key), "a quantized base is whole on every GPU")
-            run.not_default.discard("parallelism.kind")
-        elif stage := re.search(r"(?:z|zero|stage)\W{0,4}([0-3])", text):
-            run.set("parallelism.kind", _STAGES[stage[1]], key, run.left.pop(key))
-            if key not in _FSDP:
-                _offload(run, value, text, stage[1])
-    for name, target in (("offload_optimizer", "optimizer"), ("offload_param", "parameters")):
-        if run.take(name, default=False):
-            run.set(f"parallelism.offload_{target}", "cpu", name, True)
-
-
-def _offload(run: Run, value: Any, text: str, stage: str) -> None:
-    """Set what DeepSpeed's configuration, or its name, offloads."""
-    for part, target, stages in (("optimizer", "optimizer", "23"), ("param", "parameters", "3")):
-        given = rf"offload {part}: {{[^}}]*device: (?!none)" if isinstance(value, dict) else "offload"
-        if stage in stages and re.search(given, text):
-            run.set(f"parallelism.offload_{target}", "cpu", "deepspeed", value)
+            continue
+        run.not_default.add("parallelism.kind")
+        # Of a mapping only its name says something: DeepSpeed's has keys of other stages, too.
+        text = key if isinstance(value, dict) else f"{key} {value}".removeprefix("fsdp ")
+        text = text.replace("_", " ").replace("no offload", "")
+        for words, stage in _STAGES.items():
+            text = re.sub(words, stage, text)
+        if found := re.search(r"(?:\bz|zero|stage)\W{0,4}([0-3])", text):
+            run.set("parallelism.kind", _KINDS[found[1]], key, run.left.pop(key))
+            if "offload" in text and found[1] in "23":
+                run.set("parallelism.offload_optimizer", "cpu", key, value)
+            if "offload" in text and found[1] == "3":
+                run.set("parallelism.offload_parameters", "cpu", key, value)
 
 
 def _numbers(run: Run) -> None:
@@ -211,27 +195,17 @@ def _numbers(run: Run) -> None:
     if rate and (low := run.take("min_lr", default=0.0)):
         run.set("optim.min_lr_ratio", low / rate, "min_lr", low)
     if {"adam_beta1", "adam_beta2"} & run.left.keys():
-        defaults = run.facts["defaults"].get("optim.betas", [0.9, 0.999])
-        betas = [
-            run.take(key, default=beta)
-            for key, beta in zip(("adam_beta1", "adam_beta2"), defaults, strict=True)
-        ]
+        first, second = run.facts["defaults"].get("optim.betas", [0.9, 0.999])
+        betas = [run.take("adam_beta1", default=first), run.take("adam_beta2", default=second)]
         run.set("optim.betas", betas, "adam_beta1, adam_beta2", betas)
-    for key in [key for key in run.left if meant(key, "keys") == ("data.eval_share",)]:
-        if (number(run.left[key]) or 0) >= 1:
-            run.comment(key, run.left.pop(key), "data.eval_share is a share of the prompts: 0.05")
-    if run.left.get("sync_ref_model") is True:
-        run.left.setdefault("ref_model_sync_steps", 512)
-        if run.take("precompute_ref_log_probs"):
-            run.comments.append("precompute_ref_log_probs: not needed: the reference follows the policy")
 
 
 def _watching(run: Run) -> None:
     """Find out who gets the metrics, which checkpoint is kept, and whether a run ends early."""
     report = [str(name).lower() for name in listed(run.take("report_to"))]
     is_named = run.trainer == "axolotl" and bool(run.left.get("wandb_project"))
-    is_on = run.take("with_tracking", "use_wandb", default=is_named) or {"wandb", "all"} & set(report)
-    if is_on or "wandb_mode" in run.left:
+    is_on = run.take("with_tracking", "use_wandb", default=is_named)
+    if is_on or "wandb_mode" in run.left or {"wandb", "all"} & set(report):
         run.not_default.add("tracking.wandb")
     elif report:
         run.values["tracking.wandb"] = "off"
@@ -239,20 +213,16 @@ def _watching(run: Run) -> None:
         run.values["tracking.also"] = ["tensorboard"]
     if others := [name for name in report if name not in ("wandb", "tensorboard", "all", "none")]:
         run.comment("report_to", others, "not offered: wandb and tensorboard are")
-    patience = run.take(
-        *("early_stopping_patience", "early_stopping_steps", "early_stop_interval", "early_stopping"),
-        default=0,
-    )
+    patience = run.take("early_stopping_patience", "early_stopping_steps", "early_stop_interval", default=0)
     metric = run.take("metric_for_best_model", default="")
     is_best = run.take("load_best_model_at_end", default=False)
     if is_best or metric or patience:
-        metric = metric or "loss"
-        best = metric if metric.startswith("eval_") else f"eval_{metric}"
+        best = f"eval_{(metric or 'loss').removeprefix('eval_')}"
         run.set("trainer.keep_best", best, "metric_for_best_model", metric)
     if is_best:
-        run.set("trainer.final", "best", "load_best_model_at_end", True)
+        run.set("trainer.final", "best", "load_best_model_at_end", is_best)
     if patience:
-        run.set("trainer.patience", patience, "early_stopping", patience)
+        run.set("trainer.patience", patience, "early_stopping_patience", patience)
 
 
 def _combine(run: Run) -> None:
@@ -262,9 +232,6 @@ def _combine(run: Run) -> None:
     for key, what in chosen.items():
         if values.pop(key, None):
             run.comment(*run.origins[key], f"not needed: {what} is chosen")
-    if values.get("reference.path", "") == values.get("model.path") and "model.adapter.path" not in values:
-        run.comment(*run.origins["reference.path"], "not needed: it is the model that is trained")
-        del values["reference.path"]
     if values.get("optim.warmup_steps") == 0:  # there it means that the ratio counts
         del values["optim.warmup_steps"]
     if values.get("loss.kind") == "orpo" and "loss.beta" in values and "loss.orpo_lambda" not in values:
@@ -279,15 +246,16 @@ def _combine(run: Run) -> None:
 
 def _add_defaults(run: Run, is_uncut: bool) -> list[str]:
     """Set the other trainer's defaults where those here are others; return their keys."""
-    has_adapter = any(key.startswith("model.adapter.") for key in run.values)
-    defaults = run.facts["defaults"] | ({} if has_adapter else run.facts.get("full", {}))
-    defaults |= {"parallelism.kind": "ddp", "tracking.wandb": "off"}
+    defaults = run.facts["defaults"] | {"parallelism.kind": "ddp", "tracking.wandb": "off"}
+    if not any(key.startswith("model.adapter.") for key in run.values):
+        defaults |= run.facts.get("full", {})
+    if "model.adapter.path" in run.values and run.trainer in ("LLaMA-Factory", "ms-swift"):
+        # There the reference is the base; here it would be the adapter as it starts.
+        defaults["reference.path"] = run.values.get("model.path")
     if is_uncut or _LENGTH not in {**defaults, **run.values}:
         run.not_default.add(_LENGTH)
-        run.comment(
-            *("max_length", None),
-            "there no text is cut; here those above data.max_length are, by data.truncation: raise it",
-        )
+        reason = "there no text is cut; here those above data.max_length are, by data.truncation: raise it"
+        run.comment("max_length", None, reason)
     if "loss.terms" in run.values:
         run.not_default.add("loss.kind")
     added = [key for key in defaults if key not in run.values and key not in run.not_default]

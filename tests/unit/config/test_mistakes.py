@@ -85,7 +85,6 @@ MISTYPED = [
     ("--check --cfg job", "argument -c/--cfg: not allowed with argument --check"),
     ("/tmp", "its key: run.dir=/tmp or model.path=/tmp or 'data.train=[/tmp]'"),
     ("loss.beta 0.2", "write loss.beta=0.2"),
-    ("help", "write --help"),
     # What is not offered has an answer that says what is.
     *((f"{key}=kto", "write loss=kto") for key in ("loss_type", "stage", "rl")),
     ("pref_loss=kto_pair", "pairs with data.unpair=true"),
