@@ -410,8 +410,9 @@ class _Conversation:
         if role not in self.generation:
             trace = self.chat.trace(before, self.context, generation=True)
             end = trace.end
-            if not before or trace.spans[-1] is None:
-                # Llama 3.1 writes tools and the first question before its loop over messages.
+            if not before or trace.spans[-1] is None or end == len(trace.text):
+                # Llama 3.1 writes tools and the first question before its loop over messages; Zephyr and
+                # OLMo 2 write the generation prompt in it.
                 end = _common_length(trace.text, self.chat.render(before, self.context))
             self.generation[role] = trace.text[end:]
         generation = self.generation[role]

@@ -324,6 +324,10 @@ def test_json_in_columns_of_types_that_pyarrow_does_not_know(tmp_path: Path) -> 
     rows = [{name: json.dumps(text) for name, text in TEXT.items()}, dict.fromkeys(TEXT, "[secret")]
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows, pa.schema(fields)), tmp_path / "a.parquet")
     [good, bad] = read_records(str(tmp_path / "a.parquet"))
+    responses = pa.list_(pa.field("item", pa.string(), metadata=named))
+    schema = pa.schema({**dict.fromkeys(LABELLED, pa.string()), "responses": responses})
+    pyarrow.parquet.write_table(pa.Table.from_pylist([LABELLED], schema), tmp_path / "null.parquet")
+    assert read(tmp_path / "null.parquet") == [(1, "")]
     assert isinstance(good, PreferenceRecord)
     assert (good.prompt, good.responses) == ("q", ("good", "bad"))
     assert str(bad).endswith(
