@@ -533,17 +533,17 @@ def _check_header(header: str, path: str, separator: str) -> None:
             got="other bytes in its header",
             remedy="save it as UTF-8 (Excel: CSV UTF-8; of Windows: iconv -f CP1252 -t UTF-8 OLD > NEW)",
         )
-    other = next((other for other in ("\t", ";", "|", ",") if other in header), None)
+    other = next((other for other in "\t;|," if other in header), None)
     if other and separator not in header:
-        kind = next((kind for kind, known in _SEPARATORS.items() if other == known), None)
+        kinds = {known: kind for kind, known in _SEPARATORS.items()}
         read = f"pandas.read_csv('OLD', sep={other!r}, dtype=str, keep_default_na=False)"
         write = f"write commas: python -c \"import pandas; {read}.to_csv('NEW.csv', index=False)\""
         raise DataError(
             f"the columns of the table are not separated by {separator!r}",
             where=path,
             got=f"a header with {other!r}",
-            expected=", ".join(f"{known!r} in a {kind}" for kind, known in _SEPARATORS.items()),
-            remedy=f"rename the file to {kind}" if kind else write,
+            expected=", ".join(f"{known!r} in a {kind}" for known, kind in kinds.items()),
+            remedy=f"rename the file to {kinds[other]}" if other in kinds else write,
         )
 
 

@@ -83,21 +83,14 @@ def with_parsed_json(fields: Any, parsers: Mapping[str, Callable[[Any], Any]]) -
 
 def class_parsers(schema: pyarrow.Schema) -> dict[str, Callable[[Any], Any]]:
     """Return by name what gives the words of labels that `datasets` stores as numbers, in any order."""
+    known = {*GOOD, *BAD}
     try:
         features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
         given = {name: feature["names"] for name, feature in features.items() if "names" in feature}
-        words = {name: dict(enumerate(names)) for name, names in given.items() if _is_label(names)}
+        words = {name: dict(enumerate(of)) for name, of in given.items() if known & {*map(str.lower, of)}}
     except (KeyError, TypeError, AttributeError, ValueError):  # a stranger's text, of another kind
         return {}
-    return {name: partial(_word, numbered) for name, numbered in words.items()}
-
-
-def _is_label(names: Iterable[str]) -> bool:
-    return not {*GOOD, *BAD}.isdisjoint(name.lower() for name in names)
-
-
-def _word(numbered: Mapping[Any, str], value: Any) -> Any:
-    return numbered.get(value, value)
+    return {name: numbered.get for name, numbered in words.items()}
 
 
 def without_nulls(value: Any) -> Any:
