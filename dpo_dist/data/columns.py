@@ -27,7 +27,7 @@ _WHOLE = "record"
 # The fields that formats read; `record` is an object with all of them.
 FIELDS = (*_PROMPTS, *_SIDES, *_OTHER_SIDES, *_RESPONSES, *_OPTIONAL, _WHOLE)
 OTHERS = "*"
-"""With null: no column is read except those that are named. In a record: the names of columns left out."""
+"""With null: no column is read except those that are named. In a record: a tuple of those left out."""
 _MAX_SHOWN = 20
 _MISSING = object()
 FIRST_RECORDS = 20
@@ -92,11 +92,8 @@ def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[Raw
         rest = {} if has_others else {name: record[name] for name in record if name not in hidden}
         whole = from_json(values.pop(_WHOLE, None if _WHOLE in paths else {}))
         if isinstance(whole, Mapping):
-            names = [
-                name
-                for name in record
-                if name not in known and (name in paths or has_others) and has_value(record[name])
-            ]
+            left_out = (name for name in record if name not in known and (has_others or name in paths))
+            names = tuple(name for name in left_out if has_value(record[name]))
             yield {**rest, **whole, **values, **({OTHERS: names} if names else {})}, origin
         else:
             yield BadRecord("missing_field", origin, f"{paths[_WHOLE]} is no object"), origin

@@ -227,7 +227,8 @@ def check_counts(
     reasons = ", ".join(f"{name} {number}" for name, number in sorted(counts.dropped.items()))
     remedy = remedy_of(reason)
     if reason == "unknown_format":
-        remedy = f"{_with_columns(path, counts.examples)}; correct its format, if one is set (docs/data.md)"
+        source = _with_columns(path, config, counts.examples)
+        remedy = f"{source}; correct its format, if one is set (docs/data.md)"
     if lengths and "data.max_length" in remedy and (fitting := fitting_limits(lengths, config)):
         remedy = f"set {fitting}"
     elif "data.max_length" in remedy:
@@ -254,15 +255,19 @@ _NAMES = {
 """Columns that people name so, for what formats read."""
 
 
-def _with_columns(path: str, examples: Sequence[str]) -> str:
-    """Return the source as a word of the command line that names the columns of its first bad record."""
-    where = "data.eval" if path.startswith("data.eval") else "data.train"
+def _with_columns(path: str, config: DataConfig, examples: Sequence[str]) -> str:
+    """Return the source with the columns of its first bad record; the only one as a word to write."""
+    path = path.rpartition(": ")[2]
     seen = (re.search(r"\(fields: (.*)\)$", example) for example in examples)
     given = next((match.group(1).split(", ") for match in seen if match), [])
     sides = ("chosen", "rejected") if not _column("label", given) else ("completion", "label")
     found = {field: _column(field, given) or "COLUMN" for field in ("prompt", *sides)}
     named = ", ".join(f"{field}: {column}" for field, column in found.items())
-    return f"write '{where}=[{{path: {path.rpartition(': ')[2]}, columns: {{{named}}}}}]'"
+    source = f"{{path: {path}, columns: {{{named}}}}}"
+    for key, sources in (("data.train", config.train), ("data.eval", config.eval)):
+        if [each.path for each in sources] == [path]:
+            return f"write '{key}=[{source}]'"
+    return f"write the source as {source}"
 
 
 def _column(field: str, given: Sequence[str]) -> str | None:

@@ -4,7 +4,6 @@ To add a format: add its name to `DataFormat`, a function that returns a record'
 and a row to `FORMATS`. `messages` reads the texts and messages in these fields.
 """
 
-import functools
 import itertools
 import json
 import math
@@ -53,7 +52,7 @@ from dpo_dist.data.records import (
     turns_of,
 )
 from dpo_dist.data.sources import local_files, pinned, raw_records
-from dpo_dist.data.values import from_json, has_value, without_nulls
+from dpo_dist.data.values import BAD, GOOD, from_json, has_value, without_nulls
 
 # Faults of the responses of a record; its prompt may be usable.
 _OF_RESPONSES = {"unknown_format", "missing_field", "not_one_answer", "empty_response", "identical_responses"}
@@ -222,17 +221,17 @@ _UNREAD_WEIGHTS = ("weight", "sample_weight")
 # Tools of one side: both are rendered with those of the record.
 _TOOLS_OF_SIDES = ("chosen_tools", "rejected_tools")
 # Fields of which each value is read, or drops its record; and how `pairs` made it.
-_READ = {
-    "prompt",
-    *_OF_PROMPT,
-    *CONVERSATIONS,
-    "conversation",
-    *_SYSTEMS,
-    "history",
+_READ = {"prompt", *_OF_PROMPT, *CONVERSATIONS, "conversation", *_SYSTEMS, "history", _ARGUMENTS}
+_READ |= {
+    "enable_thinking",
     *TOOLS,
     *_TOOLS_OF_SIDES,
+    *_UNREAD,
+    *_UNREAD_WEIGHTS,
+    *NUMBERS,
+    *VOTES,
+    "provenance",
 }
-_READ |= {"provenance", _ARGUMENTS, "enable_thinking", *_UNREAD, *_UNREAD_WEIGHTS, *NUMBERS, *VOTES}
 
 
 def prompt_of(record: Fields, responses: Iterable[Any]) -> Any:
@@ -425,8 +424,6 @@ def _number(value: Any) -> float:
 
 
 _LABELS = ("label", "kto_tag")
-_GOOD = ("1", "1.0", "true", "good", "chosen", "desirable")
-_BAD = ("0", "0.0", "-1", "-1.0", "false", "bad", "rejected", "undesirable")
 
 
 def is_labelled(record: Fields) -> bool:
@@ -437,7 +434,7 @@ def is_labelled(record: Fields) -> bool:
 def _labels_of(record: Fields) -> set[float]:
     """Return the different labels of a record: 1 for good, 0 for bad."""
     words = {str(record.get(name)).strip().lower() for name in _LABELS}
-    return {float(word in _GOOD) for word in words.intersection(_GOOD + _BAD)}
+    return {float(word in GOOD) for word in words.intersection(GOOD + BAD)}
 
 
 def is_response(record: Fields, name: str) -> bool:
@@ -476,7 +473,7 @@ def completion(record: Fields) -> Content:
 def labelled(record: Fields) -> Content:
     """Return the one response of a record, with its label as score."""
     if not _labels_of(record):
-        known = f"{', '.join(_GOOD)} or {', '.join(_BAD)}"
+        known = f"{', '.join(GOOD)} or {', '.join(BAD)}"
         raise UnusableRecordError("invalid_scores", f"{' or '.join(_LABELS)} is none of {known}")
     return completion(record)
 
@@ -505,24 +502,19 @@ def _exchanged(record: PreferenceRecord) -> PreferenceRecord:
     """Return a pair with its sides exchanged, with the same loss for whatever takes its soft label."""
     opposite = {"soft_label": 1 - record.numbers["soft_label"], "margin": -record.numbers.get("margin", 0.0)}
     responses, scores = record.responses[::-1], record.scores and record.scores[::-1]
-    numbers = {**record.numbers, **opposite}
+    given = {**record.numbers, **opposite}
+    numbers = {name: value for name, value in given.items() if value != NUMBERS[name]}
     return replace(record, responses=responses, scores=scores, numbers=numbers, is_exchanged=True)
 
 
 def _unread_fields(record: Fields, content: Content) -> tuple[str, ...]:
     """Return the names of fields with a value of which nothing was read."""
-    names = _unused(tuple(record), content.field, tuple(content.responses), content.scores is not None)
-    return (*[name for name in names if has_value(record[name])], *record.get(OTHERS, ()))
-
-
-@functools.lru_cache
-def _unused(
-    fields: tuple[str, ...], field: str | None, responses: tuple[str, ...], has_scores: bool
-) -> list[str]:
-    """Return the fields that a `Content` is not made of, and that no record is dropped for."""
-    of_scores = ("scores",) if field else _OF_PAIR_SCORES if len(responses) == 2 else _LABELS
-    used = {OTHERS, field, *responses, *(of_scores if has_scores else ())}
-    return [name for name in fields if name not in used and name not in _READ]
+    of_scores = ("scores",) if content.field else _OF_PAIR_SCORES if len(content.responses) == 2 else _LABELS
+    read = _READ.union(content.responses, [content.field], of_scores if content.scores is not None else ())
+    names = tuple(name for name in record if name not in read and has_value(record[name]))
+    if not isinstance(left_out := record.get(OTHERS), tuple):  # else a column of this name
+        return names
+    return (*(name for name in names if name != OTHERS), *left_out)
 
 
 # What a record has beside its responses: system text, history, tools, arguments of the template.

@@ -84,7 +84,7 @@ def spelled_messages(value: Any) -> Any:
 def nested_conversation(field: str, value: Any) -> dict[str, str]:
     """Return the columns of the messages and tools in a field's object, perhaps in JSON; of others none."""
     whole = from_json(value)
-    if not isinstance(whole, Mapping) or is_message(whole):
+    if not isinstance(whole, Mapping):
         return {}
     given = [name for name in CONVERSATIONS if (turns := from_json(whole.get(name))) and is_messages(turns)]
     columns = {field: f"{field}.{given[0]}"} if given else {}

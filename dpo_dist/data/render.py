@@ -279,16 +279,14 @@ def _by_template(record: PreferenceRecord, facts: TokenizerFacts, config: DataCo
         changes.add("unknown_template_argument")
     texts = list(map(facts.marks.spell, rendered.responses))
     spelled = [facts.marks.spell(rendered.prompt) + text for text in texts]
-    conversations = [(*messages, *turns) for turns in responses]
-    are_written = [
-        _is_written(whole, conversation, record.tools) and all(name in text for name in _called(turns))
-        for whole, conversation, text, turns in zip(spelled, conversations, texts, responses, strict=True)
-    ]
-    if not all(are_written):
+    if not all(
+        _is_written(whole, (*messages, *turns), record.tools) and all(name in text for name in _called(turns))
+        for whole, text, turns in zip(spelled, texts, responses, strict=True)
+    ):
         changes.add("content_not_rendered")
-    written = [tool["function"]["name"] for tool in record.tools if "name" in tool.get("function", ())]
     # Calls have these names too, in a template that does not read `tools`.
     is_read = re.search(r"\btools\b", chat.template) is not None
+    written = _names_of(record.tools)
     if record.tools and not (is_read and all(name in text for name in written for text in spelled)):
         changes.add("tools_not_rendered")
     if any(facts.has_turns(turn.content) for turns in (messages, *responses) for turn in turns):
@@ -303,11 +301,14 @@ def _is_written(text: str, turns: Messages, tools: Iterable[Fields]) -> bool:
     """
     parts = [turn.content for turn in turns if _CLOSE not in turn.content]
     parts += filter(None, [thought_of(turns[-1])])
-    parts += [tool["function"]["name"] for tool in tools if "name" in tool.get("function", ())]
-    parts += _called(turns)
+    parts += [*_names_of(tools), *_called(turns)]
     return all(
         part.strip() in text or json.dumps(part.strip(), ensure_ascii=False)[1:-1] in text for part in parts
     )
+
+
+def _names_of(tools: Iterable[Fields]) -> list[str]:
+    return [tool["function"]["name"] for tool in tools if "name" in tool.get("function", ())]
 
 
 def _called(turns: Messages) -> list[str]:
@@ -410,8 +411,9 @@ class _Conversation:
         if role not in self.generation:
             trace = self.chat.trace(before, self.context, generation=True)
             end = trace.end
-            if not before or trace.spans[-1] is None:
-                # Llama 3.1 writes tools and the first question before its loop over messages.
+            if not before or trace.spans[-1] is None or end == len(trace.text):
+                # Llama 3.1 writes tools and the first question before its loop over messages; Zephyr and
+                # OLMo 2 write the generation prompt in it.
                 end = _common_length(trace.text, self.chat.render(before, self.context))
             self.generation[role] = trace.text[end:]
         generation = self.generation[role]

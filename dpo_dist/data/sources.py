@@ -27,7 +27,14 @@ import pyarrow.parquet
 from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.columns import is_saved, resolved, with_columns
 from dpo_dist.data.records import MAX_RECORD_BYTES, BadRecord, Origin, RawRecord, shown_key
-from dpo_dist.data.values import NOT_UTF8, json_parsers, parse_json, with_parsed_json, without_nulls
+from dpo_dist.data.values import (
+    NOT_UTF8,
+    class_parsers,
+    json_parsers,
+    parse_json,
+    with_parsed_json,
+    without_nulls,
+)
 from dpo_dist.foundation.errors import ConfigError, DataError, dead_link, first_line, in_one_line
 from dpo_dist.foundation.files import remembered_digest, text_digest, write_text
 
@@ -288,8 +295,12 @@ def _saved_records(folder: Path, source: SourceConfig) -> Iterator[RawRecord]:
 
 
 def _dataset_rows(dataset: Any) -> Iterator[Any]:
+    form = getattr(dataset, "format", None)  # a stream has none
+    if form and form["type"] == "custom":  # a transform of the user's
+        return map(_with_given_arguments, dataset)
     # As stored: decoded, images need packages, and nulls in JSON are like those of tables.
-    return _table_rows(dataset.with_format("arrow").iter(_BATCH_RECORDS))
+    columns = {"columns": form["columns"]} if form else {}
+    return _table_rows(dataset.with_format("arrow", **columns).iter(_BATCH_RECORDS))
 
 
 # The Hugging Face Hub.
@@ -402,9 +413,9 @@ def _records(values: Iterable[tuple[int, Any]], path: str) -> Iterator[RawRecord
 
 
 def _table_rows(tables: Iterable[Any]) -> Iterator[Any]:
-    """Yield the rows of Arrow tables as they were before: with JSON parsed, arguments of calls as given."""
+    """Yield the rows of Arrow tables as they were: JSON parsed, labels as words, arguments as given."""
     for table in tables:
-        parsers = json_parsers(table.schema)
+        parsers = json_parsers(table.schema) | class_parsers(table.schema)
         for row in map(_with_given_arguments, table.to_pylist()):
             try:
                 yield with_parsed_json(row, parsers) if parsers else row
@@ -488,20 +499,21 @@ def _check_size(size: int, line: int) -> None:
 def _table_lines(stream: BinaryIO, path: str, separator: str) -> Iterator[tuple[int, Any]]:
     # Bytes that are not UTF-8 become lone surrogates, so that only their own record is bad.
     text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
-    size = 0  # since the last record
+    size, has_header = 0, False  # since the last record
 
     def lines() -> Iterator[str]:
-        nonlocal size
+        nonlocal size, has_header
         for number, line in enumerate(iter(partial(text.readline, MAX_RECORD_BYTES + 1), ""), start=1):
-            if number == 1:
+            if not has_header and line.strip():
                 _check_header(line, path, separator)
+                has_header = True
             size += len(line) + _LINE_BYTES
             _check_size(size, number)
             yield line
 
     csv.field_size_limit(MAX_RECORD_BYTES)
     rows = csv.reader(lines(), delimiter=separator, strict=True)
-    header = next(rows, [])
+    header = next(filter(None, rows), [])
     _check_columns(header)
     line = rows.line_num + 1
     for cells in rows:
@@ -524,9 +536,9 @@ def _check_header(header: str, path: str, separator: str) -> None:
             got="other bytes in its header",
             remedy="save it as UTF-8 (Excel: CSV UTF-8; of Windows: iconv -f CP1252 -t UTF-8 OLD > NEW)",
         )
-    other = next((other for other in ("\t", ";", "|", ",") if other in header), None)
+    other = next((other for other in "\t;|," if other in header), None)
     if other and separator not in header:
-        kind = next((kind for kind, known in _SEPARATORS.items() if other == known), None)
+        kinds = {known: kind for kind, known in _SEPARATORS.items()}
         new = Path(path).with_name(f"{Path(path).name.partition('.')[0]}_commas.csv")
         read = (
             f"pandas.read_csv({json.dumps(path)}, sep={json.dumps(other)}, dtype=str, keep_default_na=False)"
@@ -537,8 +549,8 @@ def _check_header(header: str, path: str, separator: str) -> None:
             f"the columns of the table are not separated by {separator!r}",
             where=path,
             got=f"a header with {other!r}",
-            expected=", ".join(f"{known!r} in a {kind}" for kind, known in _SEPARATORS.items()),
-            remedy=f"rename the file to {kind}" if kind else write,
+            expected=", ".join(f"{known!r} in a {kind}" for known, kind in kinds.items()),
+            remedy=f"rename the file to {kinds[other]}" if other in kinds else write,
         )
 
 

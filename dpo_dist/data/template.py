@@ -1,6 +1,5 @@
 """Chat templates: chosen, with a fixed date; conversations rendered by them, and where each turn is then."""
 
-import contextlib
 import json
 import re
 from collections.abc import Collection, Sequence
@@ -139,16 +138,18 @@ def roles_in_parts(tokenizer: Tokenizer, chat_template: str) -> frozenset[str]:
 
 
 def _probed(
-    tokenizer: Tokenizer, chat_template: str, probes: Sequence[Fields], in_parts: Collection[str]
+    tokenizer: Tokenizer,
+    template: str,
+    probes: Sequence[Fields],
+    in_parts: Collection[str],
+    *,
+    generation: bool = True,
 ) -> str:
-    """Return the output of a template for probes, with a generation prompt; "" if it rejects them."""
+    """Return the output of a template for probes; "" if it rejects them."""
     turns = [in_form(probe, in_parts) for probe in probes]
+    options: Any = {"tokenize": False, "add_generation_prompt": generation}
     try:
-        return str(
-            tokenizer.apply_chat_template(
-                turns, chat_template=chat_template, tokenize=False, add_generation_prompt=True
-            )
-        )
+        return str(tokenizer.apply_chat_template(turns, chat_template=template, **options))
     except Exception:  # what its expressions raise, too; every record is rendered again
         return ""
 
@@ -287,7 +288,8 @@ class ChatRenderer:
     def after_response(self) -> str:
         """The output of the template after the last assistant turn."""
         try:
-            _, probe, after = self.render(self._probes(*_PROBES)).rpartition(_PROBE)
+            probes = tuple(self.data(in_form(probe, self._in_parts)) for probe in _PROBES)
+            _, probe, after = self.render(probes).rpartition(_PROBE)
             fault = "" if probe else "its output does not contain the response"
         except UnusableRecordError as error:
             fault = error.detail
@@ -328,14 +330,8 @@ class ChatRenderer:
     def _answered(self, turn: Fields) -> str:
         return self._probed(_PROBES[0], turn).removeprefix(self._probed(_PROBES[0], generation=True))
 
-    def _probes(self, *turns: Fields) -> Turns:
-        return tuple(self.data(in_form(turn, self._in_parts)) for turn in turns)
-
     def _probed(self, *turns: Fields, generation: bool = False) -> str:
-        """Return the output of the template for these turns; "" if it rejects them."""
-        with contextlib.suppress(UnusableRecordError):
-            return self.render(self._probes(*turns), generation=generation)
-        return ""
+        return _probed(self._tokenizer, self.template, turns, self._in_parts, generation=generation)
 
     def _render(
         self, template: str, turns: Sequence[Sequence[Fields]], context: Forms, generation: bool

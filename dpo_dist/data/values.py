@@ -9,7 +9,10 @@ from typing import Any
 import pyarrow
 
 _EXTENSION = b"ARROW:extension:name"
-_NO_VALUES: tuple[Any, ...] = (None, "", "[]", "{}", "null", [], {}, ())
+_EMPTY_TEXTS = ("", "[]", "{}", "null")
+GOOD = ("1", "1.0", "true", "good", "chosen", "desirable")
+BAD = ("0", "0.0", "-1", "-1.0", "false", "bad", "rejected", "undesirable")
+"""Labels of single responses, in lower case."""
 NOT_UTF8 = "not UTF-8"
 
 
@@ -78,6 +81,18 @@ def with_parsed_json(fields: Any, parsers: Mapping[str, Callable[[Any], Any]]) -
     return {name: parsers[name](value) if name in parsers else value for name, value in fields.items()}
 
 
+def class_parsers(schema: pyarrow.Schema) -> dict[str, Callable[[Any], Any]]:
+    """Return by name what gives the words of labels that `datasets` stores as numbers, in any order."""
+    known = {*GOOD, *BAD}
+    try:
+        features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        given = {name: feature["names"] for name, feature in features.items() if "names" in feature}
+        words = {name: dict(enumerate(of)) for name, of in given.items() if known & {*map(str.lower, of)}}
+    except (KeyError, TypeError, AttributeError, ValueError):  # a stranger's text, of another kind
+        return {}
+    return {name: numbered.get for name, numbered in words.items()}
+
+
 def without_nulls(value: Any) -> Any:
     """Return a value without the null fields of objects, with which tables fill what an object lacks."""
     if isinstance(value, Mapping):
@@ -87,6 +102,8 @@ def without_nulls(value: Any) -> Any:
 
 def has_value(value: Any) -> bool:
     """Return whether a field has content: not an empty text, list or object, also in JSON, and not false."""
-    if isinstance(value, int | float):
-        return value is not False
-    return value not in _NO_VALUES and not (isinstance(value, str) and not value.strip())
+    if isinstance(value, str):
+        return value.strip() not in _EMPTY_TEXTS
+    if isinstance(value, list | tuple | Mapping):
+        return len(value) > 0
+    return value is not None and value is not False

@@ -115,22 +115,16 @@ def _label_balance(config: RunConfig, sources: Sequence[Mapping[str, Any]]) -> I
 
     A source counts as often as it is drawn.
     """
-    good, bad, loss = 0.0, 0.0, config.loss
-    for source, drawn in zip(sources, config.data.train, strict=False):  # those of evaluation come after them
-        good += drawn.weight * source["labels"].get("good", 0)
-        bad += drawn.weight * source["labels"].get("bad", 0)
-    present = loss.desirable_weight, loss.undesirable_weight
+    drawn = list(zip(config.data.train, sources, strict=False))  # those of evaluation come after them
+    good, bad = (sum(each.weight * of["labels"][label] for each, of in drawn) for label in ("good", "bad"))
+    present = config.loss.desirable_weight, config.loss.undesirable_weight
     weights = present[0] * good, present[1] * bad
     if good + bad and not 1 <= weights[0] / max(weights[1], 1e-9) <= 4 / 3:
-        most = "good" if good > bad else "bad"
-        remedy = (
-            f"set {balancing_weight(good, bad, *present)}"
-            if good and bad
-            else "add responses of the other label"
-        )
-        for finding in RULES["label_balance"].count(
-            round(max(good, bad)), round(good + bad), None, detail=most
-        ):
+        most, numbers = "good" if good > bad else "bad", (round(max(good, bad)), round(good + bad))
+        remedy = "add responses of the other label"
+        if good and bad:
+            remedy = f"set {balancing_weight(good, bad, *present)}"
+        for finding in RULES["label_balance"].count(*numbers, None, detail=most):
             yield replace(finding, remedy=remedy)
 
 

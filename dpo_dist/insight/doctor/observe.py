@@ -135,11 +135,9 @@ class Observer:
             signatures=np.stack([signature(prompt), signature("\n".join(responses))]),
             benchmark=None if self._benchmark is None else self._benchmark.item_in(prompt, *responses),
         )
-        names = {
-            *text_names(record, texts),
-            *record.numbers,
-            *(["columns_not_read"] if record.unread else []),
-        }
+        names = {*text_names(record, texts), *record.numbers}
+        if record.unread:
+            names.add("columns_not_read")
         if any(map(self._special.search, (prompt, *responses))):
             names.add("special_token")
         if record.tools and self._omits_tools:

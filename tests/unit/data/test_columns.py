@@ -201,27 +201,28 @@ def test_a_description_of_another_program_is_no_registry(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("names", "columns"),
     [
-        (("question", "good", "bad"), "{prompt: question, chosen: good, rejected: bad}"),
-        (("Id", "user_query", "best_answer", "worst_answer"), None),
-        (
-            ("instruction_text", "reply", "thumb"),
-            "{prompt: instruction_text, completion: reply, label: thumb}",
-        ),
-        (("a", "b", "c"), "{prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}"),
+        ("question good bad", "{prompt: question, chosen: good, rejected: bad}"),
+        ("Id user_query best_answer worst_answer", None),
+        ("instruction_text reply thumb", "{prompt: instruction_text, completion: reply, label: thumb}"),
+        ("a b c", "{prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}"),
     ],
 )
+@pytest.mark.parametrize("key", ["train", "eval"])
 def test_the_remedy_is_the_source_with_its_columns(
-    tmp_path: Path, names: tuple[str, ...], columns: str | None
+    tmp_path: Path, names: str, columns: str | None, key: str
 ) -> None:
-    file = tmp_path / "other.csv"
-    file.write_text("\n".join([",".join(names), *[",".join(["1"] * (len(names) - 1) + ["0"])] * 3]))
+    file, header = tmp_path / "other.csv", names.split()
+    file.write_text("\n".join([",".join(header), *[",".join(["1"] * (len(header) - 1) + ["0"])] * 3]))
+    source = SourceConfig(str(file))
     with pytest.raises(DataError) as raised:
-        check_source(SourceConfig(str(file)), DataConfig())
+        check_source(source, DataConfig(**{key: [source]}))
     word = shlex.split(raised.value.remedy.removeprefix("write ").partition(";")[0])[0]
     assert columns is None or columns in word
     if "COLUMN" not in word:
-        [source] = load_run_config(["model.path=m", word]).data.train
-        assert all(isinstance(record, PreferenceRecord) for record in read_records(source))
+        [named] = getattr(load_run_config(["model.path=m", "data.train=[x]", word]).data, key)
+        assert all(isinstance(record, PreferenceRecord) for record in read_records(named))
+    with pytest.raises(DataError, match=f"write the source as .*path: {file}, columns"):
+        check_source(source, DataConfig(train=[source, SourceConfig("another.jsonl")]))
 
 
 @pytest.mark.parametrize(

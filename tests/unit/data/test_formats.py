@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -157,6 +158,8 @@ def test_fields_without_effect_are_accepted(fields: dict[str, Any], nothing: Any
         (COMPLETION | {"label": "physics", "score_chosen": 1}, "label score_chosen"),
         (CHAT | {"tools": [{"name": "f"}], "rejected_tools": '[{"name": "f"}]', "system": "be kind"}, ""),
         (HH | {"prompt": "q", "idx": 3}, "idx"),
+        *((TEXT | {"*": value, "vector": np.zeros(2)}, "* vector") for value in (3, "ab", [{}])),
+        (TEXT | {"*": None}, ""),
     ],
 )
 def test_fields_of_which_nothing_is_read_are_named(fields: dict[str, Any], unread: str) -> None:

@@ -90,6 +90,7 @@ DAMAGED = {
         ("a.json", b"[" + b",".join([LONG] * 60) + b"]", ", ".join(map(str, range(1, 61)))),
         ("a.json", b"[ ]", ""),
         ("a.csv", BOM + CSV, "2, 5 unparsable, 6 missing_field, 7, 8 unparsable, 9"),
+        ("a.csv", BOM + b"\n\r\n" + CSV[:40], "4"),
         ("a.parquet", parquet("q", "p"), "1, 2"),
     ],
     ids=lambda value: str(value)[:40],
@@ -116,7 +117,7 @@ def test_bad_records_lose_no_neighbour(tmp_path: Path, name: str, content: bytes
             BOM + b'"prompt";"chosen"\nq;a,b\n',
             "separated by ','(.|\n)*sep=\";\"(.|\n)*a_commas.csv",
         ),
-        ("a.csv", b"prompt\tchosen\n", "rename the file to .tsv"),
+        ("a.csv", b"\nprompt\tchosen\n", "rename the file to .tsv"),
         ("a.tsv", b"prompt,chosen\n", "rename the file to .csv"),
         ("a.csv", "fr\xe4ge,gut\n".encode("cp1252"), "not in UTF-8"),
         *(
@@ -282,12 +283,55 @@ def test_values_of_mixed_types_are_those_of_the_same_records_as_lines(tmp_path: 
         assert [replace(record, origin=Origin("", 0)) for record in found] == expected, path
 
 
+LABELLED = {"prompt": "q", "completion": "a"}
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["Good", "bad"], [1.0, 0.0]),
+        (["desirable", "neutral", "undesirable"], [1.0, None, 0.0]),
+        (["no", "yes"], [0.0, 1.0]),
+    ],
+)
+def test_labels_that_are_stored_as_numbers_are_read_as_their_words(
+    tmp_path: Path, names: list[str], labels: list[float | None]
+) -> None:
+    rows = [LABELLED | {"label": number} for number in range(len(names))]
+    table = datasets.Dataset.from_list(rows).cast_column("label", datasets.ClassLabel(names=names))
+    table.to_parquet(tmp_path / "a.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    for path in (tmp_path / "a.parquet", tmp_path / "saved", write_records(table, tmp_path, "data.train")):
+        found = [record for record in read_records(str(path)) if isinstance(record, PreferenceRecord)]
+        assert [record.scores and record.scores[0] for record in found] == labels
+
+
+@pytest.mark.parametrize("text", [b"[", b"[]", b'{"info": {"features": {"label": {"names": 3}}}}'])
+def test_descriptions_of_labels_that_are_none_are_not_read(tmp_path: Path, text: bytes) -> None:
+    table = pa.Table.from_pylist([LABELLED | {"label": 1}]).replace_schema_metadata({"huggingface": text})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == [(1, "")]
+
+
+def test_a_dataset_in_memory_is_read_as_its_user_sees_it(tmp_path: Path) -> None:
+    table = datasets.Dataset.from_list([TEXT | {"messages": "none"}])
+    table.set_format(columns=[*TEXT])
+    path = write_records(table, tmp_path, "data.train")
+    assert json.loads(path.read_text()) == TEXT
+    table.set_transform(lambda batch: {"prompt": ["other"], "chosen": ["a"], "rejected": ["b"]})
+    assert prompts(write_records(table, tmp_path, "data.train")) == ["other"]
+
+
 def test_json_in_columns_of_types_that_pyarrow_does_not_know(tmp_path: Path) -> None:
     named = {"ARROW:extension:name": "google:sqlType:json"}
     fields = [pa.field(name, pa.string(), metadata=named) for name in TEXT]
     rows = [{name: json.dumps(text) for name, text in TEXT.items()}, dict.fromkeys(TEXT, "[secret")]
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows, pa.schema(fields)), tmp_path / "a.parquet")
     [good, bad] = read_records(str(tmp_path / "a.parquet"))
+    responses = pa.list_(pa.field("item", pa.string(), metadata=named))
+    schema = pa.schema({**dict.fromkeys(LABELLED, pa.string()), "responses": responses})
+    pyarrow.parquet.write_table(pa.Table.from_pylist([LABELLED], schema), tmp_path / "null.parquet")
+    assert read(tmp_path / "null.parquet") == [(1, "")]
     assert isinstance(good, PreferenceRecord)
     assert (good.prompt, good.responses) == ("q", ("good", "bad"))
     assert str(bad).endswith(

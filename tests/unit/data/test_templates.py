@@ -295,6 +295,19 @@ def test_a_response_ends_as_an_earlier_turn_does() -> None:
         assert texts(encode(record(CHAT), tokenizer), tokenizer)[1] == "It is Paris.<|im_end|>"
 
 
+def test_a_header_that_is_written_in_the_loop_is_not_trained() -> None:
+    """As those of Zephyr, Tulu and OLMo 2."""
+    loop, prompt = tiny.CHATML.split("{% endfor %}")
+    inside = prompt.replace("if add", "if loop.last and add") + "{% endfor %}"
+    usual, found = (
+        encode(RECORDS["turns"], tiny.with_template(tiny.qwen(), template))
+        for template in (tiny.CHATML, loop + inside)
+    )
+    assert texts(found, tiny.qwen()) == texts(usual, tiny.qwen())
+    assert found.masks[0].tolist() == usual.masks[0].tolist()
+    assert found.changes == usual.changes
+
+
 LLAVA = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}{% for content in message['content'] | "
     "selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' ' }}{% endfor %}{% endfor %}"

@@ -16,6 +16,8 @@ from tests.support.tiny_model import write_model
 
 QWEN_BASE = tiny.with_template(tiny.qwen(), tiny.CHATML)
 QWEN_BASE.eos_token = "<|endoftext|>"
+GPT2 = tiny.with_template(tiny.qwen(), None)
+GPT2.unk_token = GPT2.eos_token
 SAMPLING = {"do_sample": True, "temperature": 0.6, "pad_token_id": 0}
 # A tokenizer, the eos of the base's generation_config.json, and the tokens that are added to them.
 BASES = {
@@ -24,6 +26,7 @@ BASES = {
     "Gemma 3 base": (tokenizer_of("gemma3"), 1, ["<end_of_turn>"]),
     "Command R7B of another eos": (tokenizer_of("cohere2"), 0, ["<|END_OF_TURN_TOKEN|>"]),
     "no template": (tiny.with_template(tiny.qwen(), None), [0], ["<|im_end|>"]),
+    "GPT-2, whose unknown token is its end": (GPT2, [0], ["<|im_end|>"]),
     "a template that renders nothing": (
         tiny.with_template(QWEN_BASE, "{{ nothing.of.it }}"),
         [1],

@@ -111,7 +111,8 @@ def test_numbers_reach_the_batches_and_sides_are_exchanged_below_a_half(tmp_path
         "soft_label": [1.0, 0.75, 0.5],
         "margin": [0.5, -0.5, 0.0],
     }
-    assert data.counts["sides_exchanged"] == 1
+    assert [data.counts[name] for name in ("sides_exchanged", "soft_label", "margin")] == [1, 2, 2]
+    assert good(TEXT | {"soft_label": 0.25}).numbers == {"soft_label": 0.75}
     assert good(ROWS[1]).responses == ("bad", "good")
     assert data.scores[2:4].tolist() == [2.0, 1.0]
     ours = (
