@@ -501,12 +501,13 @@ ExportedWeights = StrEnum("ExportedWeights", ["last", "ema"])
 class ExportConfig:
     """The model folder that `python -m dpo_dist.export` writes from checkpoints of `run.dir`."""
 
-    checkpoint: str = key(
-        "latest",
+    checkpoint: str | None = key(
+        None,
         accepts="latest, best, or the name of a folder in checkpoints/, such as step-000100",
         pattern=r"^(latest|best|step-\d{1,18})$",
     )
-    """`latest`, `best` (by `trainer.keep_best`), or the name of one: `step-000100`."""
+    """`latest`, `best` (by `trainer.keep_best`), or the name of one: `step-000100`; null: that of `model/`
+    (`trainer.final`)."""
     weights: ExportedWeights = key(ExportedWeights.last)
     """`last`: the weights of the checkpoint's step; `ema`: their moving average (`trainer.ema_decay`)."""
     average: list[Member] = key([])

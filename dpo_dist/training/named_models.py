@@ -18,7 +18,7 @@ from dpo_dist.config.run_folder import (
     step_of,
     without_model,
 )
-from dpo_dist.config.schema import ExportedWeights, RunConfig
+from dpo_dist.config.schema import ExportedWeights, FinalModel, RunConfig
 from dpo_dist.config.user_code import METRICS_FUNCTION, find_function
 from dpo_dist.data.sources import check_has_evaluation_data
 from dpo_dist.foundation.errors import ConfigError
@@ -118,7 +118,7 @@ def find_exported(config: RunConfig) -> tuple[list[Path], Path]:
     sources = [Path(member.path).expanduser() for member in config.export.average]
     name = "average"
     if not sources:
-        sources = [_checkpoint(run, config.export.checkpoint)]
+        sources = [_checkpoint(run, config)]
         name = sources[0].name
     if config.export.weights is ExportedWeights.ema:
         name += "-ema"
@@ -132,10 +132,11 @@ def find_exported(config: RunConfig) -> tuple[list[Path], Path]:
     return sources, output
 
 
-def _checkpoint(run: RunFolder, named: str) -> Path:
-    folders = checkpoint_folders(run.checkpoints)
-    best = best_checkpoint(run.checkpoints) or "best"
-    name = {"best": best, "latest": folders[0].name if folders else named}.get(named, named)
+def _checkpoint(run: RunFolder, config: RunConfig) -> Path:
+    folders, best = checkpoint_folders(run.checkpoints), best_checkpoint(run.checkpoints)
+    takes_best = config.trainer.final is FinalModel.best and best is not None
+    named = config.export.checkpoint or ("best" if takes_best else "latest")
+    name = {"best": best, "latest": folders[0].name if folders else None}.get(named) or named
     step = step_of(name)
     folder = next((path for path in folders if step_of(path.name) == step), None)
     if folder is None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.load import load_run_config, to_yaml
-from dpo_dist.config.schema import ExportConfig, RunConfig
+from dpo_dist.config.schema import ExportConfig, FinalModel, RunConfig
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
 from dpo_dist.insight import evaluate_models as loading
@@ -47,6 +47,15 @@ def test_a_checkpoint_by_name(checkpoint: str, found: str, config: RunConfig, tm
     assert output == tmp_path / "exported" / found
     merged = replace(config, export=ExportConfig(checkpoint=checkpoint, merge=True))
     assert find_exported(merged)[1] == tmp_path / "exported" / f"{found}-merged"
+
+
+def test_by_default_the_checkpoint_of_the_model_is_exported(config: RunConfig, tmp_path: Path) -> None:
+    assert find_exported(config)[0][0].name == "step-000200"
+    takes_best = replace(config, trainer=replace(config.trainer, final=FinalModel.best))
+    (tmp_path / "config.yaml").write_text(to_yaml(takes_best))
+    assert find_exported(takes_best)[0][0].name == "step-000100"
+    (tmp_path / "checkpoints" / "best").unlink()  # no evaluation had a finite value
+    assert find_exported(takes_best)[0][0].name == "step-000200"
 
 
 def test_what_is_missing_is_named(config: RunConfig, tmp_path: Path) -> None:
