@@ -137,7 +137,7 @@ def test_only_the_base_of_a_quantized_run_is_quantized(
         policy_files=SimpleNamespace(folder=tmp_path / "base"), tokenizer=tiny.qwen()
     )
     monkeypatch.setattr(
-        loading, "load_scored", lambda folder, model, *_: (folder.resolve().name, model.quantization)
+        loading, "load_scored", lambda folder, model, *_, **__: (folder.resolve().name, model.quantization)
     )
 
     run = Run(config, ALONE, Console(None))

@@ -77,12 +77,11 @@ def test_keys_that_contradict_each_other(models: Path) -> None:
             check_comparison(config(models, two, override))
 
 
-def test_a_check_loads_configurations_and_tokenizers_only_and_writes_nothing(tmp_path: Path) -> None:
+def test_a_check_reads_no_weights_but_their_names_and_writes_nothing(tmp_path: Path) -> None:
     prompts = [*({"prompt": [user(f"question {n}")]} for n in range(3)), {"prompt": [user("word " * 900)]}]
     jsonl(tmp_path, *prompts)
     write_model(tmp_path / "base")
     write_model(tmp_path / "other", tiny.zephyr())
-    (tmp_path / "base" / "model.safetensors").write_bytes(b"damaged")
     keys = ["model.path=x", "data.train=[x.jsonl]", f"data.eval=[{tmp_path}/records.jsonl]"]
     keys += [f"compare.models=[{tmp_path}/base,{tmp_path}/other]", f"run.dir={tmp_path}/run"]
 
@@ -99,3 +98,6 @@ def test_a_check_loads_configurations_and_tokenizers_only_and_writes_nothing(tmp
     with pytest.raises(DataError, match="none of the first records"):
         rehearsed("compare.max_new_tokens=4000")
     assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match="the model cannot be loaded"):
+        rehearsed()
