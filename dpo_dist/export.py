@@ -1,10 +1,9 @@
 """Write a checkpoint as a plain model folder: `python -m dpo_dist.export run.dir=output/run-1a2b3c4d`.
 
 Takes the configuration of the run in `run.dir`; one process, no GPU. `export.checkpoint` names the checkpoint
-(default: the latest, or that of `trainer.final`), `export.average` models to average in its place,
-`export.output` the folder, which transformers loads, or peft if it is an adapter. `export.merge=true` adds an
-adapter to its base. `export.push_to=ORG/NAME` lists what an upload to the hub would send; with
-`export.confirm=true` it is sent.
+(default: that of `model/`), `export.average` models to average in its place, `export.output` the folder,
+which transformers loads, or peft if it is an adapter. `export.merge=true` adds an adapter to its base.
+`export.push_to=ORG/NAME` lists what an upload to the hub would send; with `export.confirm=true` it is sent.
 """
 
 import os

@@ -507,8 +507,8 @@ class ExportConfig:
         accepts="latest, best, or the name of a folder in checkpoints/, such as step-000100",
         pattern=r"^(latest|best|step-\d{1,18})$",
     )
-    """`latest`, `best` (by `trainer.keep_best`), or the name of one: `step-000100`; null: that of
-    `trainer.final`."""
+    """`latest`, `best` (by `trainer.keep_best`), or the name of one: `step-000100`; null: that of `model/`
+    (`trainer.final`)."""
     weights: ExportedWeights = key(ExportedWeights.last)
     """`last`: the weights of the checkpoint's step; `ema`: their moving average (`trainer.ema_decay`)."""
     average: list[Member] = key([])

@@ -244,16 +244,17 @@ def load_weights(
     check_contents(folder, model_config, config, key=key, kind=kind)
     is_sharded = is_deepspeed_zero3_enabled() and config.quantization is None
     with _loading_errors(folder, key), _whole_shapes():
-        causal_lm, _ = _load(folder, model_config, config, kind, **placement(config, device))
+        causal_lm, report = _load(folder, model_config, config, kind, **placement(config, device))
+    # transformers maps names in files in another way where it shards.
+    _check_missing(report, folder, key, "; or set parallelism.kind=zero2 or ddp" if is_sharded else "")
     if not is_sharded and config.quantization is None:
         _freeze_as_defined(causal_lm)
     if kind is None:
         keep_text(causal_lm)
     for module in causal_lm.modules():
-        if isinstance(module, nn.Embedding):
-            module.padding_idx = (
-                None  # it takes the gradient from a token that is also an end; nothing is padding
-            )
+        # It takes the gradient from a token that is also an end. Tables of positions begin after it.
+        if isinstance(module, nn.Embedding) and "Position" not in type(module).__name__:
+            module.padding_idx = None
         # Else bitsandbytes repacks 4-bit weights for CPUs when it scores: they pass no gradients.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -290,13 +291,7 @@ def check_contents(
             remedy=f"correct config.json ({' or '.join(options) or 'the sizes of layers and heads'}), or use "
             "the weight files that belong to it",
         )
-    if missing := sorted(report["missing_keys"]):
-        raise ConfigError(
-            "the model folder lacks weights, which would be initialized to random values",
-            where=key,
-            got=f"{folder} without {', '.join(missing[:5])} ({len(missing)} in all)",
-            remedy=f"set {key} to a complete model folder",
-        )
+    _check_missing(report, folder, key)
     check_all_weights_read(causal_lm, sorted(report["unexpected_keys"]), folder, key)
     if differing:
         one, other = differing
@@ -308,6 +303,16 @@ def check_contents(
             expected="one of the two, or two that are equal",
             remedy=f"set tie_word_embeddings to false in config.json{part}, so that both are used; or remove "
             f"{one} from the weight files",
+        )
+
+
+def _check_missing(report: dict[str, Any], folder: Path, key: str, also: str = "") -> None:
+    if missing := sorted(report["missing_keys"]):
+        raise ConfigError(
+            "the model folder lacks weights, which would be initialized to random values",
+            where=key,
+            got=f"{folder} without {', '.join(missing[:5])} ({len(missing)} in all)",
+            remedy=f"set {key} to a complete model folder{also}",
         )
 
 

@@ -61,9 +61,9 @@ def run_to_its_end(loop: Loop, position: Position, run_card: Callable[..., str])
         )
     if takes_best:
         summary["model_step"] = step
-        run.say(
-            f"the weights of step {step} of {position.step} are the model, by {run.config.trainer.keep_best}"
-        )
+        # A start that only writes the model may name another metric than the one that chose the checkpoint.
+        metric = run.config.trainer.keep_best if best is None else best.metric
+        run.say(f"the weights of step {step} of {position.step} are the model, by {metric}")
         if best is None:
             run.say("warning: this is the last step, as no evaluation had a finite value of it")
     with run.clock.of("saving"):

@@ -134,9 +134,9 @@ def find_exported(config: RunConfig) -> tuple[list[Path], Path]:
 
 def _checkpoint(run: RunFolder, config: RunConfig) -> Path:
     folders, best = checkpoint_folders(run.checkpoints), best_checkpoint(run.checkpoints)
-    usual = "best" if config.trainer.final is FinalModel.best and best else "latest"
-    named = config.export.checkpoint or usual
-    name = {"best": best or named, "latest": folders[0].name if folders else named}.get(named, named)
+    takes_best = config.trainer.final is FinalModel.best and best is not None
+    named = config.export.checkpoint or ("best" if takes_best else "latest")
+    name = {"best": best, "latest": folders[0].name if folders else None}.get(named) or named
     step = step_of(name)
     folder = next((path for path in folders if step_of(path.name) == step), None)
     if folder is None:

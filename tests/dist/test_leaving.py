@@ -33,12 +33,14 @@ from dpo_dist.foundation import background
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, DataError, DpoDistError
 from dpo_dist.foundation.signals import StopRequest
+from dpo_dist.model import load
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference import engine
 from dpo_dist.reference.engine import load_reference, settle_engine
 from dpo_dist.training.context import Run
 from tests.dist.scenario import Assets, files_of, load_policy
+from tests.support.families import tiny_family
 from tests.support.ranks import Outcome, run_ranks, start_ranks
 from tests.support.tiny_model import write_model
 
@@ -126,6 +128,18 @@ def test_a_rank_that_dies_while_a_sharded_model_loads_is_no_fault_of_the_model(t
     assert dead.exit_code == -signal.SIGKILL
     assert (survivor.error, survivor.is_printed_here) == ("PeerLostError", True), survivor.log
     assert "rank 1 of 2 died" in survivor.message
+
+
+def misreading(folder: Path, world: World, _folder: Path) -> list[str]:
+    load._RENAMED.clear()
+    return raised_by(lambda: load_packed(folder, ModelConfig(dtype=Dtype.fp32), 64, world.device))
+
+
+def test_a_weight_that_only_sharded_loading_misses_is_not_left_at_random(tmp_path: Path) -> None:
+    tiny_family("deepseek_v4", 64).save_pretrained(tmp_path / "model")
+    for _, message, remedy in run_ranks(partial(misreading, tmp_path / "model"), 2, tmp_path / "ranks"):
+        assert "lacks weights" in message
+        assert "parallelism.kind=zero2" in remedy
 
 
 def block_in_c(seconds: int, grace_seconds: float = 1.0) -> None:

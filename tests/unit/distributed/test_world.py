@@ -18,6 +18,7 @@ from dpo_dist.config.schema import AttentionBackend, Dtype, OptimConfig, Paralle
 from dpo_dist.distributed import join as joined_module
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.failures import Reports, watched
+from dpo_dist.distributed.failures import _origin as origin_of
 from dpo_dist.distributed.join import joined, start_world
 from dpo_dist.distributed.world import Interrupted, Peer, Stops, World
 from dpo_dist.foundation.errors import ConfigError, StoppedError
@@ -169,6 +170,22 @@ def test_a_forward_that_waits_in_vain_is_no_error_of_the_model(
     said = "own forward cannot score" if error is ConfigError else "Timed out"
     with pytest.raises(error, match=said):
         settle_failing(RuntimeError(text), is_synchronised=is_synchronised)
+
+
+@pytest.mark.parametrize("from_cause", [True, False])
+@pytest.mark.parametrize(
+    ("first", "is_of_call"),
+    [(RuntimeError(TIMEOUT), True), (RuntimeError("a bad file"), False), (OSError("timed out"), False)],
+)
+def test_an_error_that_a_call_of_all_ranks_caused_is_told_from_one_of_a_file(
+    first: Exception, is_of_call: bool, from_cause: bool
+) -> None:
+    error = ConfigError("the model cannot be loaded")
+    if from_cause:
+        error.__cause__ = first
+    else:
+        error.__context__ = first
+    assert origin_of(error) is (first if is_of_call else error)
 
 
 def test_a_kernel_that_cannot_be_compiled_is_an_error_before_processes_join(

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import Transpose
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 
@@ -90,6 +90,18 @@ def test_a_token_that_also_pads_has_the_gradient_of_its_inputs(tmp_path: Path) -
         gradients.append(model.causal_lm.get_input_embeddings().weight.grad)
     assert gradients[0][token].abs().max() > 0
     assert torch.equal(*gradients)
+
+
+def test_tables_of_positions_keep_where_they_begin(tmp_path: Path) -> None:
+    """That of ProphetNet is an embedding with a padding."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "decoder_ffn_dim": 64, "num_decoder_attention_heads": 4}
+    config = AutoConfig.for_model(
+        "prophetnet", **sizes, num_decoder_layers=1, is_encoder_decoder=False, add_cross_attention=False
+    )
+    plain = tiny_causal_lm(config)
+    plain.save_pretrained(tmp_path)
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(load(tmp_path).causal_lm(ids).logits, plain(ids).logits)
 
 
 class FullLog(io.StringIO):

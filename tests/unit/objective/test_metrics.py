@@ -13,7 +13,7 @@ from dpo_dist.config.losses import BcoDelta, LossConfig, LossKind, LossTermConfi
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.logps import PairLogps
-from dpo_dist.objective.losses import preference_loss
+from dpo_dist.objective.losses import BatchFacts, preference_loss
 from dpo_dist.objective.metrics import (
     BATCH_REWARD,
     BUCKETS,
@@ -195,6 +195,15 @@ def test_values_of_pairs_by_hand_with_and_without_a_reference() -> None:
     free = values_of(MetricPlan(LossConfig(LossKind.simpo, beta=2)), policy, None)
     assert np.isnan([free.reference_chosen, free.reference_rejected]).all()
     assert free.margin.tolist() == [-1 + 3, -8 + 1]
+
+
+@pytest.mark.parametrize(("weights", "mean"), [([3.0, 1.0], 1.25), ([0.0, 0.0], 0.0)])
+def test_the_mean_of_a_term_has_the_weights_of_records_as_the_loss(weights: list[float], mean: float) -> None:
+    config, values = LossConfig(terms=[LossTermConfig(LossKind.ipo)]), torch.tensor([1.0, 2.0])
+    logps, facts = logps_of([-1, -2], [-3, -4]), BatchFacts(loss_weight=torch.tensor(weights))
+    scored = ScoredPairs(logps, logps, torch.ones(2), facts)
+    means = metric_sums(MetricPlan(config), values, scored, {LossKind.ipo: values}).means()
+    assert means["loss/terms/ipo"] == means["loss"] == mean
 
 
 def with_function(name: str, loss: str = "sigmoid") -> RunConfig:

@@ -49,12 +49,13 @@ def test_a_checkpoint_by_name(checkpoint: str | None, found: str, config: RunCon
     assert find_exported(merged)[1] == tmp_path / "exported" / f"{found}-merged"
 
 
-def test_the_checkpoint_that_a_run_takes_as_its_model(config: RunConfig, tmp_path: Path) -> None:
-    config = replace(config, trainer=replace(config.trainer, final=FinalModel.best, keep_best="eval_loss"))
-    (tmp_path / "config.yaml").write_text(to_yaml(config))
-    assert find_exported(config)[0] == [tmp_path / "checkpoints" / "step-000100"]
-    (tmp_path / "checkpoints" / "best").unlink()  # of a run that was not evaluated yet
-    assert find_exported(config)[0] == [tmp_path / "checkpoints" / "step-000200"]
+def test_by_default_the_checkpoint_of_the_model_is_exported(config: RunConfig, tmp_path: Path) -> None:
+    assert find_exported(config)[0][0].name == "step-000200"
+    takes_best = replace(config, trainer=replace(config.trainer, final=FinalModel.best))
+    (tmp_path / "config.yaml").write_text(to_yaml(takes_best))
+    assert find_exported(takes_best)[0][0].name == "step-000100"
+    (tmp_path / "checkpoints" / "best").unlink()  # no evaluation had a finite value
+    assert find_exported(takes_best)[0][0].name == "step-000200"
 
 
 def test_what_is_missing_is_named(config: RunConfig, tmp_path: Path) -> None:
