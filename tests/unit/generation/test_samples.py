@@ -99,7 +99,7 @@ def test_refusals_count_where_the_chosen_response_is_none_and_only_at_the_evalua
     assert usual.at(3, policy, is_last=False) == {}
 
 
-def test_a_run_says_that_it_samples_while_it_takes_long(
+def test_a_run_says_that_it_samples_while_it_takes_long_and_counts_the_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(background, "_BEAT_SECONDS", 0.01)
@@ -119,5 +119,8 @@ def test_a_run_says_that_it_samples_while_it_takes_long(
     prompt = SamplePrompt(Request(np.array([1], np.int32), "id", 0), {"prompt_id": "id", "chosen": "Yes."})
     asked = Samples(run, Sampling(4), (prompt,), STOPS, TOKENIZER)
     asked.run.folder.samples.mkdir()
-    assert asked.at(3, FrozenEngine.__new__(FrozenEngine), is_last=False)["samples/prompts"] == 1.0
+    with run.clock.of("evaluation"):
+        metrics = asked.at(3, FrozenEngine.__new__(FrozenEngine), is_last=False)
+    assert metrics["samples/prompts"] == 1.0
+    assert run.clock.read()["seconds"]["samples"] > 0
     assert lines[0].startswith("samples: responding to 1 prompt: ")
