@@ -129,7 +129,9 @@ class Samples:
         requests = [prompt.request for prompt in self.prompts]
         limits = self.stop_ids, _BATCH_TOKENS, self.run.stops
         try:
-            samples = generate_together(model, requests, self.sampling, *limits, of_base=of_base)
+            doing = f"samples: responding to {counted(len(requests), 'prompt')}"
+            with self.run.clock.of("samples"), self.run.console.heartbeat(doing):
+                samples = generate_together(model, requests, self.sampling, *limits, of_base=of_base)
         except NotFiniteError:
             self.run.say("warning: no samples: the model's logits are not finite")
             return None

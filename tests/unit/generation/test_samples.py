@@ -1,18 +1,22 @@
 """Choice of the prompts of samples, and the evaluations that have them."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from dpo_dist.config.schema import DataConfig, FolderConfig, ModelConfig, RunConfig, SourceConfig
 from dpo_dist.data.build import prepare_dataset
 from dpo_dist.data.dataset import PreferenceDataset, open_dataset
 from dpo_dist.distributed.zero import FrozenEngine
-from dpo_dist.foundation.console import Console
+from dpo_dist.foundation import background, console
+from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.files import json_line
+from dpo_dist.generation import samples
 from dpo_dist.generation.samples import SamplePrompt, Samples, choose_prompts
-from dpo_dist.generation.sampling.generate import Request, Sampling
+from dpo_dist.generation.sampling.generate import Request, Sample, Sampling
 from dpo_dist.model.stops import find_stop_ids
 from dpo_dist.training.context import Run
 from tests.support import tiny
@@ -93,3 +97,30 @@ def test_refusals_count_where_the_chosen_response_is_none_and_only_at_the_evalua
     metrics = usual.at(0, policy, is_last=False)
     assert (metrics["samples/refusals"], metrics["samples/prompts"]) == (0.5, 2.0)
     assert usual.at(3, policy, is_last=False) == {}
+
+
+def test_a_run_says_that_it_samples_while_it_takes_long_and_counts_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "_BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(console, "_FIRST_HEARTBEAT_SECONDS", 0.0)
+    lines: list[str] = []
+
+    def generate(*_: object, **__: object) -> list[Sample]:
+        for _attempt in range(1000):
+            if lines:
+                break
+            time.sleep(0.01)
+        return [Sample([5], None)]
+
+    monkeypatch.setattr(samples, "generate_together", generate)
+    config = RunConfig(model=ModelConfig("unused"), run=FolderConfig(dir=str(tmp_path)))
+    run = Run(config, ALONE, Console(LineScreen(lines.append)))
+    prompt = SamplePrompt(Request(np.array([1], np.int32), "id", 0), {"prompt_id": "id", "chosen": "Yes."})
+    asked = Samples(run, Sampling(4), (prompt,), STOPS, TOKENIZER)
+    asked.run.folder.samples.mkdir()
+    with run.clock.of("evaluation"):
+        metrics = asked.at(3, FrozenEngine.__new__(FrozenEngine), is_last=False)
+    assert metrics["samples/prompts"] == 1.0
+    assert run.clock.read()["seconds"]["samples"] > 0
+    assert lines[0].startswith("samples: responding to 1 prompt: ")
