@@ -116,7 +116,8 @@ def check(points: Points) -> Iterator[str]:
 
     loaded = dict[str, list[str]]()
     for words, config in points.items():
-        key = repr((config.model, config.data, config.reference, config.loss, config.metrics))
+        loads = config.model, config.data, config.reference, config.loss, config.metrics, config.parallelism
+        key = repr(loads)
         if key not in loaded:
             loaded[key] = "".join(train.check(config)).splitlines()
         run, common = RunFolder.of(config), next(iter(loaded.values()))

@@ -145,7 +145,8 @@ def _set_up(
         position, report = Position(), reference.report
         if reference.is_policys_start:
             policy.train(False)
-            drift = check_drift(run, policy.token_logps, objective, *reference.audited, costs)
+            with run.console.heartbeat("comparing the log-probs of policy and reference"):
+                drift = check_drift(run, policy.token_logps, objective, *reference.audited, costs)
             run.say(f"step-0 check passed: log-probs of policy and reference are {describe_drift(drift)}")
             report = {**report, "drift": drift}
     run.stops.check()

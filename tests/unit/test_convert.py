@@ -119,8 +119,9 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
     ("{val_size: 2000}", {"data.eval_share": 0}, "val_size: 2000 — data.eval_share cannot"),
     # Other trainers.
     (
-        "{stage: dpo, adapter_name_or_path: x, lora_rank: 4, lora_target: all, use_rslora: true}",
-        {"model.adapter.path": "x", "model.adapter.r": None, "reference.path": "m"},
+        "{stage: dpo, adapter_name_or_path: x, lora_rank: 4, lora_target: all, use_rslora: true, quantization_bit: 4}",
+        {"model.adapter.path": "x", "model.adapter.r": None, "reference.path": "m"}
+        | {"model.quantization": "nf4", "reference.quantization": "nf4"},
         "lora_rank: 4 — not needed: the adapter that is continued",
     ),
     ("{base_model: m}", {"loss.kind": "sft", "trainer.global_batch_pairs": 1}, "trains by sft"),
@@ -337,6 +338,11 @@ REFUSED = [
     ("b.sh", "trl dpo --beta 1\ntrl kto --beta 1", "this script starts 2 runs"),
     ("c.sh", "trl grpo --beta 1", "trains by another method"),
     ("d.sh", 'open_instruct/dpo_tune_cache.py "$CONFIG"', "this file of keys cannot be read"),
+    (
+        "new.yaml",
+        "{stage: dpo, model_name_or_path: m, adapter_name_or_path: x, create_new_adapter: true}",
+        "a new adapter above",
+    ),
     ("oft.yaml", "{stage: dpo, model_name_or_path: m, finetuning_type: oft}", "another kind of adapter"),
     ("seq.sh", "swift sft --model m --task_type seq_cls", "trains by another method"),
     ("loss.sh", "trl dpo --model_name_or_path m --loss_type sigmoid bar", "this loss is not offered"),

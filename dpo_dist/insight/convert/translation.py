@@ -139,6 +139,12 @@ def _trains_adapter(run: Run) -> bool:
             expected="lora, qlora or full",
             remedy="choose one of them there, with the learning rate for it, and convert it again",
         )
+    if run.left.get("create_new_adapter") is True:
+        raise ConfigError(
+            f"this run of {run.trainer} trains a new adapter above the one that it names",
+            where="create_new_adapter",
+            remedy="merge the named adapter into its base there, and convert a file that names the result",
+        )
     return kind in ("lora", "qlora", "true")
 
 
@@ -252,6 +258,8 @@ def _add_defaults(run: Run, is_uncut: bool) -> list[str]:
     if "model.adapter.path" in run.values and run.trainer in ("LLaMA-Factory", "ms-swift"):
         # There the reference is the base; here it would be the adapter as it starts.
         defaults["reference.path"] = run.values.get("model.path")
+        if quantization := run.values.get("model.quantization"):
+            defaults["reference.quantization"] = quantization
     if is_uncut or _LENGTH not in {**defaults, **run.values}:
         run.not_default.add(_LENGTH)
         reason = "there no text is cut; here those above data.max_length are, by data.truncation: raise it"
