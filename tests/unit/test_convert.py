@@ -119,7 +119,7 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
     ("{val_size: 2000}", {"data.eval_share": 0}, "val_size: 2000 — data.eval_share cannot"),
     # Other trainers.
     (
-        "{stage: dpo, adapter_name_or_path: x, lora_rank: 4, lora_target: all, use_rslora: true, quantization_bit: 4}",
+        "{stage: dpo, adapter_name_or_path: x, quantization_bit: 4, lora_rank: 4, lora_target: all}",
         {"model.adapter.path": "x", "model.adapter.r": None, "reference.path": "m"}
         | {"model.quantization": "nf4", "reference.quantization": "nf4"},
         "lora_rank: 4 — not needed: the adapter that is continued",
