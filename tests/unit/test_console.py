@@ -221,6 +221,7 @@ def test_the_table_of_a_run() -> None:
         "data       train: 6,403 of 6,410 records kept",
         "model      out/run/model",
     } <= set(closing_table(folder, rows, summary))
+    assert "model      out/run/model (step 5)" in closing_table(folder, rows, summary | {"model_step": 5})
     # A run that ends early has no model.
     assert closing_table(folder, [], {"exit": "preempted", "steps": 1}) == [
         "",

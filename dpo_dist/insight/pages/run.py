@@ -184,13 +184,15 @@ def _tiles(facts: PageFacts) -> Iterator[tuple[str, str, str]]:
     seen = "" if pairs is None else f"{number(pairs)} {unit}s"
     seconds = facts.section("work").get("device_seconds")
     saved = facts.section("best_checkpoint") or {"step": None, "metric": "", "value": 0}
+    chosen_by = f"step; {saved['metric']} {number(saved['value'])}"
+    chosen_by += ", the model" if "model_step" in summary else ""
     shown: tuple[tuple[str, Any, Callable[[Any], str], str], ...] = (
         ("final loss", final.get("loss"), number, "training, mean of the last logged steps"),
         *(
             (f"eval {METRICS[key.removeprefix('eval_')].title}", final.get(key), number, "; ".join(remark))
             for key, remark in sorted(remarks.items())
         ),
-        ("best checkpoint", saved["step"], number, f"step; {saved['metric']} {number(saved['value'])}"),
+        ("best checkpoint", saved["step"], number, chosen_by),
         ("sampled responses that end", finished, percent, "by themselves, at the last evaluation"),
         ("steps", summary.get("steps"), number, seen),
         ("training time", summary.get("train_seconds"), duration, "of optimizer steps"),
