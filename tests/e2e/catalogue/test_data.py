@@ -45,7 +45,7 @@ CASES = [
          before=written("empty.jsonl", ""), to_do="check the path"),
     Case("unknown columns", "data.train=[odd.jsonl]", "5 of 5 records cannot be used", "(fields: frage, gut",
          before=written("odd.jsonl", '{"frage": "a", "gut": "b", "schlecht": "c"}\n' * 5),
-         to_do="name the columns of the source"),
+         to_do="write 'data.train=[{path: odd.jsonl, columns: {prompt: COLUMN"),
     Case("column that no record has", of("columns: {prompt: frage}"),
          "records has a column of the source", "train.jsonl", "frage",
          to_do="correct or remove these columns"),
