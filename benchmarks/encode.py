@@ -25,8 +25,8 @@ from benchmarks.setting import (
     write_synthetic,
 )
 from dpo_dist.config.schema import DataConfig, SourceConfig
-from dpo_dist.data.build import prepare_dataset
-from dpo_dist.data.dataset import open_dataset
+from dpo_dist.data.encoded.build import prepare_dataset
+from dpo_dist.data.encoded.dataset import open_dataset
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"

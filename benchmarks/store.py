@@ -19,7 +19,7 @@ import psutil
 from benchmarks.options import Benchmark, Json, markdown
 from dpo_dist.batching.example import Keys
 from dpo_dist.config.schema import ReferenceConfig
-from dpo_dist.data.dataset import PreferenceDataset
+from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.reference.fill import missing_responses
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
 

@@ -97,9 +97,9 @@ def _train(run: Run, run_dir: Path) -> Measured:
     with open_console(RunFolder(run_dir).rank_log) as console, contextlib.ExitStack() as swaps:
         from dpo_dist.distributed.checkpoint import CheckpointSaver
         from dpo_dist.foundation.signals import StopRequest
-        from dpo_dist.insight.recorder import REPORTING
         from dpo_dist.reference.engine import load_reference
         from dpo_dist.reference.fill import StoreFiller
+        from dpo_dist.tools.report.recorder import REPORTING
         from dpo_dist.training import finish, loop
         from dpo_dist.training import reference as reference_setup
         from dpo_dist.training import run as run_module

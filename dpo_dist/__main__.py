@@ -1,4 +1,4 @@
-"""`dpo-dist VERB ...`, the same as `python -m dpo_dist.VERB ...`; without a verb, the list of verbs."""
+"""`dpo-dist VERB ...`, the same as `python -m dpo_dist VERB ...`; without a verb, the list of verbs."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ def main() -> int:
     if verb == "help":
         verb, *arguments = [*arguments[:1], "--help"]
     if verb in VERBS:
-        os.execv(sys.executable, [sys.executable, "-m", f"dpo_dist.{verb}", *arguments])  # noqa: S606
+        os.execv(sys.executable, [sys.executable, "-m", VERBS[verb].module, *arguments])  # noqa: S606
     if verb == "--version":
         print_line(f"dpo_dist {dpo_dist.__version__}")
         return ExitCode.completed

@@ -440,7 +440,7 @@ class MetricsConfig:
 
 @schema
 class EvaluationConfig:
-    """The models and pairs that `python -m dpo_dist.evaluate` scores."""
+    """The models and pairs that `dpo-dist evaluate` scores."""
 
     model: Filled | Names | None = key(None, accepts="a path, or a list of paths")
     """Folder or hub name of a model or of an adapter on `model.path`, folder of a checkpoint of this
@@ -456,7 +456,7 @@ class EvaluationConfig:
 
 @schema
 class CompareConfig:
-    """Models that `python -m dpo_dist.compare` asks the same prompts of `data.eval`; judge: see `pairs`."""
+    """Models that `dpo-dist compare` asks the same prompts of `data.eval`; judge: see `pairs`."""
 
     models: list[Filled] = key([])
     """Models to compare, each PATH or NAME=PATH: a run directory (its trained model), a checkpoint, a folder
@@ -474,7 +474,7 @@ FailOn = StrEnum("FailOn", ["warning", "error", "never"])
 
 @schema
 class DoctorConfig:
-    """The examination of the data by `python -m dpo_dist.doctor`."""
+    """The examination of the data by `dpo-dist doctor`."""
 
     fail_on: FailOn = key(FailOn.warning)
     """Lowest level of a finding that makes the exit code 1."""
@@ -500,7 +500,7 @@ ExportedWeights = StrEnum("ExportedWeights", ["last", "ema"])
 
 @schema
 class ExportConfig:
-    """The model folder that `python -m dpo_dist.export` writes from checkpoints of `run.dir`."""
+    """The model folder that `dpo-dist export` writes from checkpoints of `run.dir`."""
 
     checkpoint: str | None = key(
         None,
@@ -630,7 +630,7 @@ class PairsConfig:
     """Reference model of a round's training: the `first` one, or the policy of the `previous` round."""
     launcher: Filled | None = key(None)
     """Command before `-m dpo_dist.train` in rounds, which ends with the exit code of its processes; null:
-    `python -m dpo_dist.launch` with several GPUs, else one process."""
+    `dpo-dist launch` with several GPUs, else one process."""
 
 
 @schema
@@ -640,8 +640,8 @@ class SweepConfig:
     parallel: int | None = key(None, ge=1)
     """Points that train at a time, each on an equal part of the GPUs; null: as many as GPUs, or 1 without."""
     launcher: Filled | None = key(None)
-    """Command before `-m dpo_dist.train` that starts the processes of a point; null: `python -m
-    dpo_dist.launch` if a point has several GPUs, else one process that imports nothing again."""
+    """Command before `-m dpo_dist.train` that starts the processes of a point; null:
+    `dpo-dist launch` if a point has several GPUs, else one process that imports nothing again."""
 
 
 @schema

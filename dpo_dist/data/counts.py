@@ -11,8 +11,8 @@ import yaml
 
 from dpo_dist.batching.sampler import BatchSampler
 from dpo_dist.config.schema import DataConfig, TextTemplate
-from dpo_dist.data.lengths import SourceLengths, fitting_limits
 from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN, BadRecord, Record, shown_key
+from dpo_dist.data.text.lengths import SourceLengths, fitting_limits
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.text import counted
 

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from dpo_dist.config.losses import NUMBERS
 from dpo_dist.config.schema import DataConfig, DataFormat, OnBadRecord, SourceConfig
-from dpo_dist.data.columns import FIRST_RECORDS, OTHERS, VOTES, resolved, with_columns
 from dpo_dist.data.counts import DataCounts, check_counts
-from dpo_dist.data.messages import (
+from dpo_dist.data.read.columns import FIRST_RECORDS, OTHERS, VOTES, resolved, with_columns
+from dpo_dist.data.read.messages import (
     CONVERSATIONS,
     MEDIA,
     TOOLS,
@@ -34,6 +34,8 @@ from dpo_dist.data.messages import (
     spelled_messages,
     unread_error,
 )
+from dpo_dist.data.read.sources import local_files, pinned, raw_records
+from dpo_dist.data.read.values import BAD, GOOD, from_json, has_value, without_nulls
 from dpo_dist.data.records import (
     FIRST_TURN,
     MAX_RECORD_BYTES,
@@ -51,8 +53,6 @@ from dpo_dist.data.records import (
     shown_key,
     turns_of,
 )
-from dpo_dist.data.sources import local_files, pinned, raw_records
-from dpo_dist.data.values import BAD, GOOD, from_json, has_value, without_nulls
 
 # Faults of the responses of a record; its prompt may be usable.
 _OF_RESPONSES = {"unknown_format", "missing_field", "not_one_answer", "empty_response", "identical_responses"}

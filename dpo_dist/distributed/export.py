@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from dpo_dist.config.load import from_yaml
 from dpo_dist.config.run_folder import existing_run
 from dpo_dist.config.schema import ExportedWeights, RunConfig
-from dpo_dist.data.template import with_chosen_template
+from dpo_dist.data.text.template import with_chosen_template
 from dpo_dist.distributed.checkpoint import MANIFEST, damaged_checkpoint, find_faults, read_weights
 from dpo_dist.distributed.slices import EMA, WEIGHT
 from dpo_dist.foundation.errors import CheckpointError, ConfigError

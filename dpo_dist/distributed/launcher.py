@@ -67,8 +67,11 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
         fault = usage.getvalue().strip().rpartition("error: ")[2]
         raise _refused("accelerate does not accept these arguments", fault) from None
     is_file = parsed.no_python or Path(parsed.training_script).is_file()
-    if not is_file and (not parsed.module or parsed.training_script in VERBS):
-        raise _refused("the program to start is no file; a verb is a module", parsed.training_script)
+    if not is_file and parsed.training_script in VERBS:
+        parsed.training_script_args.insert(0, parsed.training_script)
+        parsed.module, parsed.training_script = True, "dpo_dist"
+    elif not is_file and not parsed.module:
+        raise _refused("the program to start is no file, no verb and no module", parsed.training_script)
     is_here = not parsed.config_file and (parsed.num_machines or 1) == 1
     if is_here and (parsed.num_processes or 1) > 1 and not torch.accelerator.is_available():
         parsed.use_deepspeed = parsed.use_cpu = True  # else accelerate starts one process
@@ -84,8 +87,8 @@ def _refused(message: str, got: str) -> ConfigError:
         message,
         where="command line",
         got=got,
-        expected="python -m dpo_dist.launch [--config_file FILE] -m dpo_dist.train OVERRIDES",
-        remedy="use a file of launch/accelerate; python -m dpo_dist.launch --help explains the options",
+        expected="dpo-dist launch [--config_file FILE] train OVERRIDES",
+        remedy="use a file of launch/accelerate; dpo-dist launch --help explains the options",
     )
 
 

@@ -15,9 +15,9 @@ from dpo_dist.batching.sampler import BatchSampler, Indices, make_sampler
 from dpo_dist.config.identity import run_digest
 from dpo_dist.config.losses import RouterConfig
 from dpo_dist.config.schema import ParallelismKind, ReferenceMode, RunConfig, SourceConfig
-from dpo_dist.data.build import prepare_dataset, tokenizer_digest
 from dpo_dist.data.counts import describe_counts, describe_short_run
-from dpo_dist.data.dataset import (
+from dpo_dist.data.encoded.build import prepare_dataset, tokenizer_digest
+from dpo_dist.data.encoded.dataset import (
     PreferenceDataset,
     check_fits_loss,
     check_ids_in_vocabulary,
@@ -26,7 +26,7 @@ from dpo_dist.data.dataset import (
     count_shared_prompts,
     open_dataset,
 )
-from dpo_dist.data.partners import with_partners
+from dpo_dist.data.encoded.partners import with_partners
 from dpo_dist.data.records import Part, eval_part, train_part
 from dpo_dist.distributed.zero import unsharded_loading
 from dpo_dist.model.architectures import (

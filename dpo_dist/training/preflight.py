@@ -21,7 +21,7 @@ from dpo_dist.config.schema import (
 )
 from dpo_dist.config.user_code import find_function
 from dpo_dist.data.formats import check_source
-from dpo_dist.data.template import check_template_file
+from dpo_dist.data.text.template import check_template_file
 from dpo_dist.foundation.console import Console, open_console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, ReferenceModelError
 from dpo_dist.foundation.files import locked

@@ -12,7 +12,7 @@ import torch
 from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.config.schema import Dtype, Numerics, ReferenceMode, RunConfig
-from dpo_dist.data.dataset import PreferenceDataset
+from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.console import Console

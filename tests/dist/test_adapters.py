@@ -24,7 +24,7 @@ from dpo_dist.config.schema import (
     ParallelismKind,
     Quantization,
 )
-from dpo_dist.data.dataset import shard_batch
+from dpo_dist.data.encoded.dataset import shard_batch
 from dpo_dist.distributed.world import World
 from dpo_dist.model.load import load_config, load_weights
 from dpo_dist.objective.logps import sum_by_response

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.losses import SyncReferenceConfig
 from dpo_dist.config.schema import AdapterConfig, Dtype, Offload, ParallelismConfig, ParallelismKind
-from dpo_dist.data.dataset import shard_batch
+from dpo_dist.data.encoded.dataset import shard_batch
 from dpo_dist.distributed.checkpoint import SavedSlices
 from dpo_dist.distributed.slices import SHARDS
 from dpo_dist.distributed.world import World

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismConfig, ParallelismKind
-from dpo_dist.data.dataset import PreferenceDataset, shard_batch
+from dpo_dist.data.encoded.dataset import PreferenceDataset, shard_batch
 from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import LossScale, PolicyEngine
 from dpo_dist.model.load import TORCH_DTYPES

@@ -13,10 +13,10 @@ import pytest
 
 from dpo_dist.config.losses import BcoDelta, Divergence, LossConfig, LossKind, LossTermConfig, Weighting
 from dpo_dist.config.schema import DataConfig, ParallelismConfig, ParallelismKind, RunConfig, SourceConfig
-from dpo_dist.data.build import prepare_dataset
-from dpo_dist.data.dataset import PreferenceDataset, open_dataset, shard_batch
-from dpo_dist.data.partners import with_partners
-from dpo_dist.data.store import EncodedSource
+from dpo_dist.data.encoded.build import prepare_dataset
+from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset, shard_batch
+from dpo_dist.data.encoded.partners import with_partners
+from dpo_dist.data.encoded.store import EncodedSource
 from dpo_dist.distributed.world import World
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import BATCH_MARGIN, MetricSums, PairValues

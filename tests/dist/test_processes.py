@@ -15,8 +15,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo_dist.config.schema import DataConfig, OnBadRecord, Ranked, SourceConfig
-from dpo_dist.data import build
-from dpo_dist.data.build import CHUNK_RECORDS, prepare_dataset
+from dpo_dist.data.encoded import build
+from dpo_dist.data.encoded.build import CHUNK_RECORDS, prepare_dataset
 from dpo_dist.data.records import Origin, PreferenceRecord
 from dpo_dist.foundation.errors import DataError, PeerLostError
 from tests.support import tiny

@@ -14,7 +14,7 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.schema import Offload, Quantization, ReferenceConfig
-from dpo_dist.data.dataset import shard_batch
+from dpo_dist.data.encoded.dataset import shard_batch
 from dpo_dist.distributed.deepspeed_config import nvme_folder
 from dpo_dist.distributed.join import check_async_io, load_async_io
 from dpo_dist.distributed.world import Peer, World

@@ -52,14 +52,15 @@ def test_the_table_counts_the_files_and_lines_of_each_example() -> None:
 TOGETHER = """
 import json, os, runpy, sys
 import pytest
+from dpo_dist.config.verbs import VERBS
 
 os._exit = sys.exit  # as a verb ends its process
 tests, *commands = json.loads(sys.argv[1])
 assert pytest.main(["-q", "-p", "no:cacheprovider", *tests]) == 0
 for verb, *command in commands:
-    sys.argv = [f"dpo_dist.{verb}", *command]
+    sys.argv = [verb, *command]
     try:
-        runpy.run_module(f"dpo_dist.{verb}", run_name="__main__", alter_sys=True)
+        runpy.run_module(VERBS[verb].module, run_name="__main__", alter_sys=True)
     except SystemExit as ended:
         assert not ended.code, command
 """

@@ -23,7 +23,7 @@ _STEPS = """
 import json, sys
 from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.sources import pinned
+from dpo_dist.data.read.sources import pinned
 from dpo_dist.foundation.errors import DataError
 results = []
 config = DataConfig(cache=sys.argv[1])
@@ -35,8 +35,8 @@ for verb, options in json.loads(sys.argv[2]):
         elif verb == "pin":
             results.append(pinned(source).revision)
         else:
-            from dpo_dist.data.dataset import open_dataset
-            from dpo_dist.data.build import prepare_dataset
+            from dpo_dist.data.encoded.dataset import open_dataset
+            from dpo_dist.data.encoded.build import prepare_dataset
             from tests.support import tiny
             results.append(len(open_dataset(prepare_dataset([source], config, tiny.qwen(), "qwen"), config)))
     except DataError as error:

@@ -11,10 +11,10 @@ import pytest
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import FolderConfig, RunConfig
 from dpo_dist.foundation.text import number
-from dpo_dist.insight.pages.charts import Line, chart
-from dpo_dist.insight.pages.compare import write_comparison_page
-from dpo_dist.insight.pages.doctor import write_doctor_page
-from dpo_dist.insight.pages.render import page
+from dpo_dist.tools.compare.page import write_comparison_page
+from dpo_dist.tools.doctor.page import write_doctor_page
+from dpo_dist.tools.pages.charts import Line, chart
+from dpo_dist.tools.pages.render import page
 from tests.e2e.conftest import Overrides, last_evaluation
 from tests.support.browser import Watched, chromium
 from tests.support.comparison_files import answer, model, results, row, write_comparison

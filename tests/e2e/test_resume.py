@@ -156,11 +156,11 @@ def test_stops_while_encoding_saving_evaluating_sampling_exporting_and_reporting
     samples = ["samples.prompts=2", "samples.max_new_tokens=4", "samples.temperature=0"]
     command = overrides(*usual, *samples, f"data.cache={cache}", "trainer.keep_best=eval_loss")
     places = [
-        ("dpo_dist.data.build", "in_order", "before the first step"),
-        ("dpo_dist.generation.sampling.generate", "generate_batch", "stopped: by SIGTERM before the first"),
+        ("dpo_dist.data.encoded.build", "in_order", "before the first step"),
+        ("dpo_dist.tools.sampling.generate", "generate_batch", "stopped: by SIGTERM before the first"),
         ("dpo_dist.distributed.checkpoint", "commit_folder", "stopping after step [1-3]"),
         ("dpo_dist.training.loop", "evaluate", "stopping after step 4"),
-        ("dpo_dist.generation.samples", "generate_together", "stopping after step 4"),
+        ("dpo_dist.tools.report.samples", "generate_together", "stopping after step 4"),
         ("dpo_dist.training.finish", "export_checkpoint", "after the model was written"),
     ]
     for module, name, words in places:
@@ -174,7 +174,7 @@ def test_stops_while_encoding_saving_evaluating_sampling_exporting_and_reporting
             assert not (run / "samples").exists(), "responses of the reference that were cut"
     assert run_state(run)["outcome"] == "exported"
     last = run_verb(
-        "train", command, prepare=partial(_stopped_at, "dpo_dist.insight.recorder", "closing_table")
+        "train", command, prepare=partial(_stopped_at, "dpo_dist.tools.report.recorder", "closing_table")
     )
     assert last.code == 0, last.output
     assert run_state(run)["outcome"] == summary(run)["exit"] == "completed"

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.generation.pairs.rounds import run_rounds
+from dpo_dist.tools.pairs.rounds import run_rounds
 from tests.support.invented import write_pairs
 from tests.support.launch import run_verb, running, wait_until
 from tests.support.tiny_model import write_model

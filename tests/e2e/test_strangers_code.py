@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.generation.chat import open_speakers
+from dpo_dist.tools.chat.speakers import open_speakers
 from tests.e2e.conftest import small_run
 from tests.support.launch import run_verb, train
 from tests.support.own_code import ship_code

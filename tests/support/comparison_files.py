@@ -1,4 +1,4 @@
-"""Files of a comparison as `dpo_dist.compare` writes them."""
+"""Files of a comparison as `dpo-dist compare` writes them."""
 
 import json
 from pathlib import Path

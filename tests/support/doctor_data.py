@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.schema import DataConfig, SourceConfig
-from dpo_dist.insight.doctor.examine import Diagnosis, examine
-from dpo_dist.insight.doctor.findings import Finding, Level
-from dpo_dist.insight.doctor.shown_pairs import Part, ShownPair
+from dpo_dist.tools.doctor.examine import Diagnosis, examine
+from dpo_dist.tools.doctor.shown_pairs import Part, ShownPair
+from dpo_dist.tools.findings import Finding, Level
 from tests.support.records import assistant, user
 
 Pair = dict[str, Any]

@@ -15,14 +15,17 @@ import pytest
 import torch
 
 import dpo_dist
-from dpo_dist import api, compare, pairs, precompute, train
+from dpo_dist import api, train
 from dpo_dist.batching.example import Example
 from dpo_dist.config.schema import Ranked, Truncation
 from dpo_dist.config.verbs import VERBS
-from dpo_dist.data.build import prepare_dataset
-from dpo_dist.data.dataset import open_dataset
 from dpo_dist.data.encode import EncodedExample
+from dpo_dist.data.encoded.build import prepare_dataset
+from dpo_dist.data.encoded.dataset import open_dataset
 from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
+from dpo_dist.tools.compare import __main__ as compare
+from dpo_dist.tools.pairs import __main__ as pairs
+from dpo_dist.verbs import precompute
 from tests.support import tiny
 from tests.support.families import tiny_causal_lm, tiny_config, with_rope
 from tests.support.invented import write_pairs
@@ -63,8 +66,8 @@ def test_public_names_keep_their_place(name: str) -> None:
 
 def test_a_command_of_another_verb_than_train_is_read() -> None:
     page = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text()
-    first = next(line for line in page.splitlines() if "-m dpo_dist.compare" in line)
-    config = api.load_run_config(shlex.split(first)[3:])
+    first = next(line for line in page.splitlines() if "compare.models=[base=" in line)
+    config = api.load_run_config([word for word in shlex.split(first) if "=" in word])
     assert config.compare.models == ["base=./base", "output/a", "beta05=output/b"]
     assert [source.path for source in config.data.eval] == ["held_out.jsonl"]
 
@@ -90,9 +93,11 @@ def started(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_verb_is_listed_and_started() -> None:
-    files = Path(dpo_dist.__file__).parent.glob("*.py")
-    programs = {file.stem for file in files if 'if __name__ == "__main__"' in file.read_text()}
-    assert VERBS.keys() == programs - {"__main__"}
+    package = Path(dpo_dist.__file__).parent
+    files = {file for file in package.rglob("*.py") if 'if __name__ == "__main__"' in file.read_text()}
+    names = {".".join(file.relative_to(package.parent).with_suffix("").parts) for file in files}
+    programs = {name.removesuffix(".__main__") for name in names} - {"dpo_dist"}
+    assert {row.module for row in VERBS.values()} == programs
     for arguments, code in ((("--help",), 0), (("trian",), 2)):
         listed = started(*arguments)
         assert (listed.returncode, listed.stderr) == (code, "")

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from dpo_dist.config.verbs import VERBS
+
 PACKAGE = Path(__file__).parents[2] / "dpo_dist"
 MODULES = {
     ".".join(("dpo_dist", *file.relative_to(PACKAGE).with_suffix("").parts)): ast.parse(file.read_text())
@@ -19,12 +21,12 @@ MODULES = {
 }
 LAYERS = (
     *("foundation", "config", "objective", "batching", "data", "model", "distributed", "reference"),
-    *("training", "generation", "insight"),  # what trains, then what makes data or looks at a run
+    *("training", "verbs", "tools"),
 )
 ROOMS = {
-    "accelerate": r"distributed\.|insight\.metrics\.trackers",
+    "accelerate": r"distributed\.|training\.trackers",
     "deepspeed": r"distributed\.",
-    "wandb": r"insight\.metrics\.trackers",
+    "wandb": r"training\.trackers",
     "hydra": r"config\.|\w+$",  # verbs, too
     "omegaconf": r"config\.|\w+$",
     "torch": r"(?!config\.|foundation\.)",
@@ -53,16 +55,24 @@ def run_at_import(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def layer_of(name: str) -> int:
-    """Return the layer of a module's room, the largest number for verbs (files at the top)."""
+    """Return the layer of a module's room; files at the top are verbs."""
     room = name.split(".")[1]
-    return LAYERS.index(room) if room in LAYERS else len(LAYERS)
+    return LAYERS.index(room if room in LAYERS else "verbs")
+
+
+def is_verb(module: str) -> bool:
+    """Return whether a module is a verb of a run, or at the top."""
+    return LAYERS[layer_of(module)] == "verbs"
 
 
 def test_imports_go_down_and_engines_stay_in_their_rooms() -> None:
     for module, tree in MODULES.items():
         for name in imported(ast.walk(tree)):
             if name.startswith("dpo_dist."):
-                assert layer_of(name) <= layer_of(module), f"{module} imports {name} from above"
+                is_passed_in = is_verb(module) and name.startswith("dpo_dist.tools.")
+                assert is_passed_in or layer_of(name) <= layer_of(module), (
+                    f"{module} imports {name} from above"
+                )
             for package, rooms in ROOMS.items():
                 if f"{name}.".startswith(f"{package}."):
                     assert re.match(rooms, module.removeprefix("dpo_dist.")), f"{module} imports {name}"
@@ -92,10 +102,14 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     TopologicalSorter({module: modules_imported_by(module) for module in MODULES}).prepare()
 
 
-@pytest.mark.parametrize("verb", ["compare", "doctor", "evaluate", "export", "pairs", "precompute", "train"])
+CHECK_FIRST = ("compare", "doctor", "evaluate", "export", "pairs", "precompute", "train")
+
+
+@pytest.mark.parametrize("verb", CHECK_FIRST)
 def test_a_verb_checks_paths_before_torch_is_imported(verb: str) -> None:
     """Torch takes seconds to import: a wrong path is an error at once."""
-    seen, to_read = set(), {f"dpo_dist.{verb}"}
+    program = VERBS[verb].module
+    seen, to_read = set(), {program if program in MODULES else f"{program}.__main__"}
     while to_read:
         seen.add(module := to_read.pop())
         packages = {name.partition(".")[0] for name in imported(run_at_import(MODULES[module]))}

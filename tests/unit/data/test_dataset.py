@@ -14,9 +14,9 @@ from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.batching.sampler import SourceSpan, make_sampler
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.schema import OnBadRecord, Ranked, SourceConfig, TrainerConfig
-from dpo_dist.data import build as build_dataset_module
 from dpo_dist.data.counts import describe_counts, describe_short_run
-from dpo_dist.data.dataset import (
+from dpo_dist.data.encoded import build as build_dataset_module
+from dpo_dist.data.encoded.dataset import (
     PreferenceDataset,
     check_fits_loss,
     check_ids_in_vocabulary,

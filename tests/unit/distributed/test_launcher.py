@@ -164,6 +164,18 @@ def test_options_and_addresses_that_cannot_be_used_are_one_block(
     assert got in refused.value.got
 
 
+@pytest.mark.parametrize("program", ["train", "-m dpo_dist train"])
+def test_a_verb_is_started_by_its_name(
+    program: str, launch: Callable[[list[str]], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = Mock()
+    monkeypatch.setattr(launcher, "launch_command", started)
+    launch([*program.split(), "+experiment=demo", "--check"])
+    settings = started.call_args.args[0]
+    assert (settings.module, settings.training_script) == (True, "dpo_dist")
+    assert settings.training_script_args == ["train", "+experiment=demo", "--check"]
+
+
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without a GPU")
 def test_as_many_processes_start_as_are_asked_for_without_a_gpu(
     launch: Callable[[list[str]], int], monkeypatch: pytest.MonkeyPatch

@@ -22,7 +22,6 @@ from transformers.modeling_utils import _get_resolved_checkpoint_files
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import Dtype, ModelConfig, Quantization
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.generation.sampling.respond import find_model
 from dpo_dist.model.folder import model_folder, weight_files
 from dpo_dist.model.load import (
     _whole_shapes,
@@ -35,6 +34,7 @@ from dpo_dist.model.load import (
     without_weights,
 )
 from dpo_dist.model.packed import PackedCausalLM
+from dpo_dist.tools.sampling.respond import find_model
 from tests.support import tiny
 from tests.support.families import tiny_causal_lm, tiny_config, tiny_family
 from tests.support.multimodal import IMAGE_MODELS, write_multimodal

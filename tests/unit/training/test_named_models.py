@@ -11,10 +11,10 @@ from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.schema import ExportConfig, FinalModel, RunConfig
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
-from dpo_dist.insight import evaluate_models as loading
-from dpo_dist.insight.evaluate_models import check_origin, load_evaluated
+from dpo_dist.tools.evaluation import models as loading
+from dpo_dist.tools.evaluation.models import check_origin, load_evaluated
 from dpo_dist.training.context import Run
-from dpo_dist.training.named_models import Evaluated, find_evaluated, find_exported
+from dpo_dist.verbs.named_models import Evaluated, find_evaluated, find_exported
 from tests.support import tiny
 from tests.support.alone import ALONE
 from tests.support.tiny_model import write_model

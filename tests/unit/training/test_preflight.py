@@ -15,13 +15,13 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, DpoDistError, RunOutcome
 from dpo_dist.foundation.files import locked
-from dpo_dist.training.check import rehearse
 from dpo_dist.training.context import Run, open_run
 from dpo_dist.training.directory import find_start
 from dpo_dist.training.inputs import load_inputs
 from dpo_dist.training.metrics_log import MetricsLog
 from dpo_dist.training.preflight import check_start, started
 from dpo_dist.training.resume import RunState, length_of, write_state
+from dpo_dist.verbs.check import rehearse
 from tests.support import tiny
 from tests.support.alone import ALONE
 from tests.support.families import tiny_family

@@ -22,8 +22,8 @@ from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome
 from dpo_dist.foundation.files import staged_file, temporary_name, write_text
-from dpo_dist.insight.pages.run import write_page
-from dpo_dist.insight.recorder import Recorder
+from dpo_dist.tools.report.recorder import Recorder
+from dpo_dist.tools.report.run import write_page
 from dpo_dist.training.context import Run, recompiles_named
 from dpo_dist.training.directory import (
     check_disk_room,

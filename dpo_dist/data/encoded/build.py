@@ -1,0 +1,216 @@
+"""Encode sources to disk on several processes, or reuse them from there by content; on one rank of a run."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, closing, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+import pyarrow as pa
+
+from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig, SourceConfig, TextTemplate
+from dpo_dist.config.user_code import find_function
+from dpo_dist.data.encoded.rows import encode_records
+from dpo_dist.data.encoded.store import MEMO_FOLDER, EncodedSource, write_source
+from dpo_dist.data.formats import read_records
+from dpo_dist.data.read.columns import READER
+from dpo_dist.data.read.sources import file_kind, local_files, pinned, source_identity, source_labels
+from dpo_dist.data.records import ALL_RECORDS, Part, Record, Tokenizer
+from dpo_dist.data.text.template import check_template_keys, chosen_template
+from dpo_dist.foundation.errors import DataError, PeerLostError
+from dpo_dist.foundation.files import collect_abandoned, content_digest, file_identity, text_digest
+
+Records: TypeAlias = Sequence[Record]
+Result = TypeVar("Result")
+
+# Increased when the token ids or the files of the same records change.
+_ENCODING_VERSION = 16
+_LENGTH_KEYS = ("max_length", "max_prompt_length", "truncation")
+_ENCODING_KEYS = (
+    *_LENGTH_KEYS,
+    "text_as_messages",
+    "template_arguments",
+    "ranked",
+    "unpair",
+    "on_bad_record",
+)
+_VOCABULARY_FILES = ("tokenizer*", "*.model", "*.tiktoken", "tekken*", "*.py", "vocab*", "merges*")
+_SPECIAL_FILES = ("special_tokens*", "added_tokens*", "chat_template*", "additional_chat_templates/*")
+
+Progress = Callable[[str], AbstractContextManager[Callable[[int], None]]]
+"""Called with the path of a source that is encoded. The entered function is called with the number of encoded
+records."""
+
+
+def no_progress(_source: str) -> AbstractContextManager[Callable[[int], None]]:
+    """Show no progress."""
+    return nullcontext(lambda _records: None)
+
+
+def prepare_dataset(
+    sources: Sequence[SourceConfig],
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    digest: str,
+    progress: Progress = no_progress,
+    part: Part = ALL_RECORDS,
+) -> tuple[EncodedSource, ...]:
+    """Encode each source into its own file in `config.cache`, unless it is encoded already.
+
+    A file is named by its content: a source is not encoded again if it moved, is in another list, or has
+    another weight. `digest` is the `tokenizer_digest`. Raises DataError; PeerLostError if a
+    process that encodes has died.
+    """
+    check_template_keys(config, tokenizer)
+    digest = text_digest(digest + (chosen_template(tokenizer, config.chat_template) or ""))
+    cache = Path(config.cache)
+    collect_abandoned(cache)
+    all_pinned = [pinned(source) for source in sources]
+    fingerprints = [_fingerprint(source, config, digest, part) for source in all_pinned]
+    encode = partial(encode_records, config=config, tokenizer=tokenizer, part=part)
+    encoded = []
+    for source, fingerprint, label in zip(all_pinned, fingerprints, source_labels(sources), strict=True):
+        wanted = EncodedSource(source.path, cache, fingerprint, source.limit, label)
+        if wanted.table() is None:
+            with (
+                progress(source.path) as show,
+                closing(_encoded(source, encode, config.processes, show)) as batches,
+            ):
+                write_source(wanted, batches)
+        encoded.append(wanted)
+    return tuple(encoded)
+
+
+def _encoded(
+    source: SourceConfig,
+    encode: Callable[[Records], pa.RecordBatch],
+    processes: int | None,
+    show: Callable[[int], None],
+) -> Generator[pa.RecordBatch, None, None]:
+    records, state = 0, _identities(source)
+    with closing(in_order(read_records(source), encode, processes)) as chunks:
+        for chunk in chunks:
+            yield chunk
+            records += len(chunk)
+            show(records)
+    # The fingerprint belongs to the records read only if nothing has changed meanwhile.
+    if _identities(source) != state:
+        raise DataError(
+            "the data changed while they were read",
+            where=source.path,
+            remedy="start again when no other program writes to the files",
+        )
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """Return a digest of the files of a model folder that decide how text becomes token ids."""
+    names = _VOCABULARY_FILES + _SPECIAL_FILES
+    files = sorted({file for name in names for file in folder.glob(name) if file.is_file()})
+    parts = [(str(file.relative_to(folder)), content_digest([file])) for file in files]
+    config_file = folder / "config.json"  # an adapter's folder with a tokenizer has none
+    config = json.loads(config_file.read_bytes()) if config_file.exists() else {}
+    # transformers chooses the tokenizer's class by these.
+    parts += [(key, json.dumps(config.get(key))) for key in ("model_type", "tokenizer_class")]
+    return text_digest(json.dumps(parts))
+
+
+def _identities(source: SourceConfig) -> list[str]:
+    return [file_identity(file) for file in local_files(source) or ()]
+
+
+def _fingerprint(source: SourceConfig, config: DataConfig, digest: str, part: Part) -> str:
+    """Return a digest of everything that decides the ids of a `pinned` source."""
+    content = {
+        "encoding": _ENCODING_VERSION,
+        "tokenizer": digest,
+        **{name: getattr(config, name) for name in _ENCODING_KEYS},
+        "template_applied": config.template is TextTemplate.applied,
+        "template_date": TEMPLATE_DATE,
+        "trained_roles": sorted(set(config.trained_roles)),
+        "untrained": sorted(set(config.untrained)),
+        "content": source_identity(source, Path(config.cache) / MEMO_FOLDER),
+        "kinds": [file_kind(file) for file in local_files(source) or []],
+        **{name: getattr(source, name) for name in ("format", "split", "columns")},
+        "reader": source.reader and find_function(source.reader, READER).digest,
+        "part": part.identity,
+    }
+    return text_digest(json.dumps(content, sort_keys=True))
+
+
+CHUNK_RECORDS = 64
+# One process reads and writes for all others; it limits the speed of more processes than this.
+_MAX_PROCESSES = 16
+# Fewer are encoded before other processes have started.
+_MIN_CHUNKS = 2048 // CHUNK_RECORDS
+_CHUNKS_AHEAD = 2
+
+
+def in_order(
+    records: Iterable[Record], work: Callable[[Records], Result], processes: int | None
+) -> Generator[Result, None, None]:
+    """Yield the result of `work`, which can be pickled, for each chunk of records, in order, on processes.
+
+    Closing the generator ends the processes. At most a few chunks a process are in memory. Without
+    `processes` there is one for each core, if there are enough chunks.
+    """
+    records = iter(records)
+    chunks = iter(lambda: list(itertools.islice(records, CHUNK_RECORDS)), [])
+    first: list[Records] = []
+    if processes is None:
+        first = list(itertools.islice(chunks, _MIN_CHUNKS))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        processes = 1 if len(first) < _MIN_CHUNKS else min(cores, _MAX_PROCESSES)
+    every = itertools.chain(first, chunks)
+    if processes == 1:
+        yield from map(work, every)
+        return
+    ahead: deque[Future[Result]] = deque()
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_process, (work,))
+    try:
+        for chunk in every:
+            ahead.append(pool.submit(_work, chunk))
+            if len(ahead) == _CHUNKS_AHEAD * processes:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    except BrokenProcessPool as error:
+        raise PeerLostError(
+            "a process that encodes data has died",
+            where="data.processes",
+            got=str(error).splitlines()[0],
+            remedy="if memory ran out, lower data.processes (1: no other process); else see logs/rank-0.log",
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_works: list[Callable[[Records], Any]] = []
+"""The work of this process; set in a spawned process."""
+
+
+def _start_process(work: Callable[[Records], Any]) -> None:
+    """Initialise a spawned process: it ignores interrupts, and ends when its parent dies."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process
+    _works.append(work)
+
+
+def _work(records: Records) -> Any:
+    return _works[0](records)
