@@ -47,9 +47,9 @@ RUN if [ "$FLASH_ATTN" = 1 ]; then \
         && pip install --constraint constraints.txt --no-build-isolation "flash-attn==$FLASH_ATTN_VERSION"; \
     fi
 
-# Optional dependencies of pyproject.toml: quantization (bitsandbytes), liger.
+# Optional dependencies of pyproject.toml: those of the tools, and by EXTRAS quantization (bitsandbytes), liger.
 ARG EXTRAS=
-RUN for extra in $EXTRAS; do \
+RUN for extra in tools $EXTRAS; do \
         python -c 'import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]], sep="\n")' \
                 "$extra" > extra.txt \
         && pip install --constraint constraints.txt --requirement extra.txt || exit 1; \
