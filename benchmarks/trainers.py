@@ -100,10 +100,11 @@ def _train(run: Run, run_dir: Path) -> Measured:
         from dpo_dist.reference.engine import load_reference
         from dpo_dist.reference.fill import StoreFiller
         from dpo_dist.tools.report.recorder import REPORTING
-        from dpo_dist.training import finish, loop
+        from dpo_dist.training import finish
         from dpo_dist.training import reference as reference_setup
         from dpo_dist.training import run as run_module
-        from dpo_dist.training.step import train_step
+        from dpo_dist.training.steps import loop
+        from dpo_dist.training.steps.step import train_step
 
         swap = patch.object
         swaps.enter_context(swap(loop, "train_step", measured.training.around(train_step)))

@@ -32,7 +32,7 @@ from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_res
 from dpo_dist.objective.losses import BatchFacts, implicit_rewards, preference_loss
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, fingerprint_folders, read_fingerprint
 from dpo_dist.train import main as train_run
-from dpo_dist.training.metrics_log import read_rows
+from dpo_dist.training.reporting.metrics_log import read_rows
 
 __all__ = [
     "BatchFacts",

@@ -22,13 +22,13 @@ from dpo_dist.model.load import load_tokenizer
 from dpo_dist.model.save import write_mean, writing_errors
 from dpo_dist.model.stops import given_stops, trained_stops, write_stops
 from dpo_dist.reference.digest import digest_model
-from dpo_dist.training.context import Run
-from dpo_dist.training.directory import package_versions
-from dpo_dist.training.loop import Loop
-from dpo_dist.training.metrics_log import final_and_best, read_latest_rows
-from dpo_dist.training.reporting import Recorder
-from dpo_dist.training.resume import RunState, read_state, write_state
-from dpo_dist.training.state import Position
+from dpo_dist.training.reporting.metrics_log import final_and_best, read_latest_rows
+from dpo_dist.training.reporting.protocols import Recorder
+from dpo_dist.training.start.context import Run
+from dpo_dist.training.start.directory import package_versions
+from dpo_dist.training.start.resume import RunState, read_state, write_state
+from dpo_dist.training.steps.loop import Loop
+from dpo_dist.training.steps.state import Position
 
 
 def run_to_its_end(loop: Loop, position: Position, run_card: Callable[..., str]) -> int:

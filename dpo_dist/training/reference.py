@@ -28,9 +28,9 @@ from dpo_dist.reference.digest import ModelFiles, agree_on_numerics, difference,
 from dpo_dist.reference.engine import SCORING_TOKENS_FACTOR, ReferenceProvider, load_reference, scored_model
 from dpo_dist.reference.fill import FillReport, Scorer, StoreFiller, count_reused
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, Values
-from dpo_dist.training.context import Run, open_run, say_header
-from dpo_dist.training.inputs import EvaluationInputs, load_inputs
-from dpo_dist.training.step import Objective
+from dpo_dist.training.start.context import Run, open_run, say_header
+from dpo_dist.training.start.inputs import EvaluationInputs, load_inputs
+from dpo_dist.training.steps.step import Objective
 
 _CHECKED_PAIRS = 16
 # Mean absolute drift of a response per token, in nats.

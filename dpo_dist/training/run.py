@@ -28,25 +28,25 @@ from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.metrics import MetricPlan, custom_metrics
 from dpo_dist.reference.engine import ReferenceProvider, settle_engine
-from dpo_dist.training.context import Run, open_run, say_header
-from dpo_dist.training.directory import (
+from dpo_dist.training.finish import finish, run_to_its_end
+from dpo_dist.training.reference import Reference, check_drift, describe_drift, prepare_reference, unstored
+from dpo_dist.training.reporting.metrics_log import MetricsLog
+from dpo_dist.training.reporting.protocols import Recorder, Reporting
+from dpo_dist.training.start.context import Run, open_run, say_header
+from dpo_dist.training.start.directory import (
     check_disk_room,
     describe_run,
     find_start,
     lock_directory,
     mark_started,
 )
-from dpo_dist.training.finish import finish, run_to_its_end
-from dpo_dist.training.health import check_keep_best
-from dpo_dist.training.inputs import Inputs, identify, load_inputs
-from dpo_dist.training.loop import Loop
-from dpo_dist.training.metrics_log import MetricsLog
-from dpo_dist.training.reference import Reference, check_drift, describe_drift, prepare_reference, unstored
-from dpo_dist.training.reporting import Recorder, Reporting
-from dpo_dist.training.resume import RunState, check_identity, describe_change, write_state
-from dpo_dist.training.schedule import check_warmup
-from dpo_dist.training.state import Position
-from dpo_dist.training.step import Objective
+from dpo_dist.training.start.inputs import Inputs, identify, load_inputs
+from dpo_dist.training.start.resume import RunState, check_identity, describe_change, write_state
+from dpo_dist.training.steps.health import check_keep_best
+from dpo_dist.training.steps.loop import Loop
+from dpo_dist.training.steps.schedule import check_warmup
+from dpo_dist.training.steps.state import Position
+from dpo_dist.training.steps.step import Objective
 
 
 def train(config: RunConfig, console: Console, stop: StopRequest, reporting: Reporting) -> int:

@@ -26,8 +26,8 @@ from dpo_dist.model.numerics import has_fp16_products
 from dpo_dist.model.stops import stop_notes
 from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.metrics import custom_metrics
-from dpo_dist.training.inputs import checked_model, with_stored_reference
-from dpo_dist.training.resume import check_fresh_start, find_finished
+from dpo_dist.training.start.inputs import checked_model, with_stored_reference
+from dpo_dist.training.start.resume import check_fresh_start, find_finished
 from dpo_dist.verbs.named_models import EVALUATED, Evaluated
 
 _FIRST_RECORDS = 1024

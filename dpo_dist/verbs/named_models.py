@@ -27,7 +27,7 @@ from dpo_dist.foundation.text import first_few
 from dpo_dist.model.folder import local_model_folder
 
 if TYPE_CHECKING:
-    from dpo_dist.training.inputs import EvaluationInputs
+    from dpo_dist.training.start.inputs import EvaluationInputs
 
 EVALUATED = "evaluation.model"
 # Names of folders that say nothing without the folder above.

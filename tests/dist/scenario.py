@@ -24,7 +24,7 @@ from dpo_dist.objective.losses import RunningMeans, preference_loss
 from dpo_dist.objective.metrics import MetricSums
 from dpo_dist.reference.digest import ModelFiles
 from dpo_dist.training.clock import StepClock
-from dpo_dist.training.step import Objective, train_step
+from dpo_dist.training.steps.step import Objective, train_step
 from tests.support.packing import COSTS, plain_logps
 from tests.support.ranks import OPTIM
 

@@ -30,7 +30,7 @@ from dpo_dist.model.load import load_config, load_weights
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import preference_loss
 from dpo_dist.reference.engine import ReferenceProvider
-from dpo_dist.training.step import Objective
+from dpo_dist.training.steps.step import Objective
 from tests.dist.scenario import LOSS, Assets, all_steps, load_policy, plain_training
 from tests.support.packing import COSTS, plain_logps
 from tests.support.ranks import run_ranks

@@ -20,7 +20,7 @@ from dpo_dist.distributed.slices import SHARDS
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.losses import RunningMeans
-from dpo_dist.training.step import evaluate
+from dpo_dist.training.steps.step import evaluate
 from tests.dist.scenario import LOSS, Assets
 from tests.dist.test_checkpoint import Trainer, demand_equal, resume
 from tests.dist.test_engine import write_whole

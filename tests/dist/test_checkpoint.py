@@ -41,8 +41,8 @@ from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import CheckpointError
 from dpo_dist.objective.metrics import MetricSums
 from dpo_dist.reference.engine import ReferenceProvider, load_reference
-from dpo_dist.training.state import Position
-from dpo_dist.training.step import Objective
+from dpo_dist.training.steps.state import Position
+from dpo_dist.training.steps.step import Objective
 from tests.dist.scenario import Assets, files_of, load_policy, one_step
 from tests.support.cpu_adam import with_cpu_adam
 from tests.support.precision import NEEDS_FP16

@@ -22,7 +22,7 @@ from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import LossScale, PolicyEngine
 from dpo_dist.model.load import TORCH_DTYPES
 from dpo_dist.reference.engine import ReferenceProvider, load_reference
-from dpo_dist.training.step import Objective
+from dpo_dist.training.steps.step import Objective
 from tests.dist.scenario import (
     LOSS,
     STEPS,

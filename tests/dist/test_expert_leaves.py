@@ -32,7 +32,7 @@ from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.model.ulysses import TokenExchange
 from dpo_dist.reference.engine import ReferenceProvider
-from dpo_dist.training.step import Objective
+from dpo_dist.training.steps.step import Objective
 from tests.dist.scenario import LOSS, Assets, all_steps, entries_of, load_policy, plain_steps
 from tests.dist.test_engine import write_whole
 from tests.support import tiny

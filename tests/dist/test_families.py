@@ -26,7 +26,7 @@ from dpo_dist.distributed.world import World
 from dpo_dist.model.load import load_packed
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.reference.engine import ReferenceProvider, load_reference, settle_engine
-from dpo_dist.training.step import Objective
+from dpo_dist.training.steps.step import Objective
 from tests.dist.scenario import (
     LOSS,
     Assets,

@@ -38,7 +38,7 @@ from dpo_dist.model.load import load_packed
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference import engine
 from dpo_dist.reference.engine import load_reference, settle_engine
-from dpo_dist.training.context import Run
+from dpo_dist.training.start.context import Run
 from tests.dist.scenario import Assets, files_of, load_policy
 from tests.support.families import tiny_family
 from tests.support.ranks import Outcome, run_ranks, start_ranks

@@ -22,7 +22,7 @@ from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import BATCH_MARGIN, MetricSums, PairValues
 from dpo_dist.reference.engine import ReferenceProvider, load_reference
 from dpo_dist.training.clock import StepClock
-from dpo_dist.training.step import Objective, evaluate, train_step
+from dpo_dist.training.steps.step import Objective, evaluate, train_step
 from tests.dist.scenario import Assets, files_of, load_policy
 from tests.support import tiny
 from tests.support.masks import add_masks

@@ -19,7 +19,7 @@ from dpo_dist.distributed.world import World
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import BatchFacts, preference_loss
 from dpo_dist.objective.router import AUX_LOSS, BUSIEST, Z_LOSS, RouterLoss
-from dpo_dist.training.step import Objective, reduce_step
+from dpo_dist.training.steps.step import Objective, reduce_step
 from tests.dist.scenario import Assets, RowsAtHand, load_policy, one_step, plain_training, reference_values
 from tests.support import tiny
 from tests.support.families import tiny_family

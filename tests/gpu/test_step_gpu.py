@@ -20,7 +20,7 @@ from dpo_dist.objective.losses import BatchFacts, RunningMeans
 from dpo_dist.objective.metrics import MetricPlan
 from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.training.clock import StepClock
-from dpo_dist.training.step import Objective
+from dpo_dist.training.steps.step import Objective
 from tests.support.own_loss import function_of
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model

@@ -42,7 +42,7 @@ from dpo_dist.model.load import load_packed, without_weights
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective import token_logps as output_layer
-from dpo_dist.training.footprint import activation_bytes, footprint
+from dpo_dist.training.start.footprint import activation_bytes, footprint
 from tests.simulated_cuda import runs
 from tests.support.packing import VOCABULARY, pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model

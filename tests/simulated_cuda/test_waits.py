@@ -36,7 +36,7 @@ WAYS = {
 }
 """Processes, model and other keys."""
 PLANNED = {
-    ("other", "copy to host, pageable", "dpo_dist/training/step.py reduce_step"): COUNTED,
+    ("other", "copy to host, pageable", "dpo_dist/training/steps/step.py reduce_step"): COUNTED,
     # For an event before that copy, which the device has passed.
     ("stop", "event", "dpo_dist/training/clock.py stop"): COUNTED,
 }

@@ -24,9 +24,9 @@ LAYERS = (
     *("training", "verbs", "tools"),
 )
 ROOMS = {
-    "accelerate": r"distributed\.|training\.trackers",
+    "accelerate": r"distributed\.|training\.reporting\.trackers",
     "deepspeed": r"distributed\.",
-    "wandb": r"training\.trackers",
+    "wandb": r"training\.reporting\.trackers",
     "hydra": r"config\.|\w+$",  # verbs, too
     "omegaconf": r"config\.|\w+$",
     "torch": r"(?!config\.|foundation\.)",

@@ -26,7 +26,7 @@ from dpo_dist.tools.sampling.respond import (
     open_responder,
     usable_prompt,
 )
-from dpo_dist.training.context import has_bf16_products
+from dpo_dist.training.start.context import has_bf16_products
 from dpo_dist.verbs.named_models import short_name
 
 BASE = "base"

@@ -51,7 +51,7 @@ from dpo_dist.tools.sampling.prompts import (
     judge_of,
 )
 from dpo_dist.tools.sampling.respond import Completions, ModelSource, Responder, open_responder
-from dpo_dist.training.context import Run
+from dpo_dist.training.start.context import Run
 
 Row = dict[str, Any]
 PART_PROMPTS = 16

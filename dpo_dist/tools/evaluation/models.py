@@ -28,15 +28,15 @@ from dpo_dist.reference.engine import load_scored, scored_model
 from dpo_dist.tools.evaluation.results import ALL, Results, write_evaluation
 from dpo_dist.tools.evaluation.trained_prompts import count_trained
 from dpo_dist.tools.tables import evaluation_table
-from dpo_dist.training.context import Run, open_run
-from dpo_dist.training.inputs import (
+from dpo_dist.training.reference import prepare_reference
+from dpo_dist.training.start.context import Run, open_run
+from dpo_dist.training.start.inputs import (
     EvaluationInputs,
     load_evaluation_inputs,
     shared_model_folder,
     with_stored_reference,
 )
-from dpo_dist.training.reference import prepare_reference
-from dpo_dist.training.step import Objective, evaluate
+from dpo_dist.training.steps.step import Objective, evaluate
 from dpo_dist.verbs.named_models import EVALUATED, Evaluated
 
 

@@ -68,7 +68,7 @@ from dpo_dist.tools.sampling.respond import (
     open_responder,
     usable_prompt,
 )
-from dpo_dist.training.context import Run
+from dpo_dist.training.start.context import Run
 
 _MODELS = "pairs.models"
 PART_PROMPTS = 64

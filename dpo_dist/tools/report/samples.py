@@ -21,8 +21,8 @@ from dpo_dist.reference.engine import load_reference
 from dpo_dist.tools.sampling.generate import NotFiniteError, Request, Sampling, generate_together
 from dpo_dist.tools.sampling.respond import texts_after
 from dpo_dist.tools.text_facts import is_refusal, language_identifier, language_of, sample_metrics, text_facts
-from dpo_dist.training.context import Run
-from dpo_dist.training.inputs import Inputs
+from dpo_dist.training.start.context import Run
+from dpo_dist.training.start.inputs import Inputs
 
 Row = dict[str, Any]
 _BATCH_TOKENS = 16384

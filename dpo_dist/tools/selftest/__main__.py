@@ -46,7 +46,7 @@ from dpo_dist.foundation.files import for_json
 from dpo_dist.foundation.process import OF_LAUNCHERS, OF_WORLD
 from dpo_dist.foundation.streams import output_of_objects, print_line, reserve_output
 from dpo_dist.foundation.text import size
-from dpo_dist.training.metrics_log import read_latest_rows
+from dpo_dist.training.reporting.metrics_log import read_latest_rows
 
 _EQUAL, _ROUNDED = 1e-3, 0.05  # relative, of losses and gradient norms in float32 and in bf16
 _GATHERED = (1, 33, 512)  # MB of a message; 33 is a matrix of a 7B model on 8 GPUs
@@ -186,7 +186,7 @@ def _versions(gpus: int) -> Iterator[Check]:
     import torch  # noqa: PLC0415  (slow)
     from torch.utils import collect_env  # noqa: PLC0415
 
-    from dpo_dist.training.directory import PACKAGES, package_versions  # noqa: PLC0415
+    from dpo_dist.training.start.directory import PACKAGES, package_versions  # noqa: PLC0415
 
     versions: dict[str, str | None] = {"python": sys.version.split()[0], "CUDA": torch.version.cuda}
     if gpus:

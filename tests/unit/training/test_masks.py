@@ -29,7 +29,7 @@ from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.reference.fill import FillReport, StoreFiller
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
 from dpo_dist.training.clock import StepClock
-from dpo_dist.training.step import Objective, evaluate, train_step
+from dpo_dist.training.steps.step import Objective, evaluate, train_step
 from tests.support.masks import masked
 from tests.support.packing import COSTS, dataset_of, random_pairs
 from tests.support.padded import assert_same_gradients, gradients_of

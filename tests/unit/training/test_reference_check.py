@@ -20,9 +20,9 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ReferenceModelError
 from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
-from dpo_dist.training.context import Run
 from dpo_dist.training.reference import check_drift
-from dpo_dist.training.step import Objective
+from dpo_dist.training.start.context import Run
+from dpo_dist.training.steps.step import Objective
 from tests.support import tiny
 from tests.support.packing import COSTS
 from tests.support.records import jsonl

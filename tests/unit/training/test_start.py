@@ -24,17 +24,17 @@ from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome
 from dpo_dist.foundation.files import staged_file, temporary_name, write_text
 from dpo_dist.tools.report.recorder import Recorder
 from dpo_dist.tools.report.run import write_page
-from dpo_dist.training.context import Run, recompiles_named
-from dpo_dist.training.directory import (
+from dpo_dist.training.finish import finish
+from dpo_dist.training.reporting.metrics_log import MetricsLog
+from dpo_dist.training.start.context import Run, recompiles_named
+from dpo_dist.training.start.directory import (
     check_disk_room,
     describe_run,
     find_start,
     lock_directory,
     mark_started,
 )
-from dpo_dist.training.finish import finish
-from dpo_dist.training.metrics_log import MetricsLog
-from dpo_dist.training.resume import (
+from dpo_dist.training.start.resume import (
     RunState,
     check_identity,
     length_of,

@@ -27,7 +27,7 @@ from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import ExitCode, RunOutcome, StoppedError, first_line
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.objective.metrics import Values
-from dpo_dist.training.metrics_log import best_rows
+from dpo_dist.training.reporting.metrics_log import best_rows
 
 if TYPE_CHECKING:
     import wandb

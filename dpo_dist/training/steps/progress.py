@@ -9,7 +9,7 @@ from dpo_dist.config.metrics import ACCURACIES, MAIN, METRICS, PREFIX
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.foundation.console import TRAINING, Console
 from dpo_dist.foundation.text import duration, percent, size
-from dpo_dist.training.state import LogWindow
+from dpo_dist.training.steps.state import LogWindow
 
 _IN_LINE = ("rewards/margins", "pairs_per_second", "mfu")
 

@@ -9,9 +9,9 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.objective.metrics import PairValues, Values
-from dpo_dist.training.context import Run
-from dpo_dist.training.inputs import Inputs
-from dpo_dist.training.metrics_log import MetricsLog, Row
+from dpo_dist.training.reporting.metrics_log import MetricsLog, Row
+from dpo_dist.training.start.context import Run
+from dpo_dist.training.start.inputs import Inputs
 
 
 class Recorder(Protocol):

@@ -35,7 +35,7 @@ from dpo_dist.model.folder import (
     tokenizer_folder,
     weight_files,
 )
-from dpo_dist.training.resume import check_newest_checkpoint
+from dpo_dist.training.start.resume import check_newest_checkpoint
 
 IS_TRAINING = "is training in this run directory"
 # How to install a package that has not an extra of its name.

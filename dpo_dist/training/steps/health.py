@@ -20,10 +20,10 @@ from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.text import first_few
 from dpo_dist.objective.losses import RunningMeans, preference_loss
 from dpo_dist.objective.metrics import AUC, MARGIN_PERCENTILES, MetricPlan, custom_metrics
-from dpo_dist.training.gather import gather_scored, in_batch_order
-from dpo_dist.training.metrics_log import Row, is_collapsed, logps_by_side, usual_loss
-from dpo_dist.training.state import BestCheckpoint, Health, Position
-from dpo_dist.training.step import Objective, ReadyStep, StepTotals
+from dpo_dist.training.reporting.metrics_log import Row, is_collapsed, logps_by_side, usual_loss
+from dpo_dist.training.steps.gather import gather_scored, in_batch_order
+from dpo_dist.training.steps.state import BestCheckpoint, Health, Position
+from dpo_dist.training.steps.step import Objective, ReadyStep, StepTotals
 
 
 def count_spike(row: Row, rows: Sequence[Row], say: Callable[[str], None]) -> None:

@@ -27,10 +27,10 @@ from dpo_dist.foundation.text import size, without_secrets
 from dpo_dist.model.load import TORCH_DTYPES
 from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.metrics import custom_metrics
-from dpo_dist.training.context import Run
-from dpo_dist.training.footprint import state_bytes
-from dpo_dist.training.preflight import IS_TRAINING
-from dpo_dist.training.resume import (
+from dpo_dist.training.start.context import Run
+from dpo_dist.training.start.footprint import state_bytes
+from dpo_dist.training.start.preflight import IS_TRAINING
+from dpo_dist.training.start.resume import (
     RunState,
     check_configuration,
     check_fresh_start,
@@ -43,7 +43,7 @@ PACKAGES = (
     *("hydra-core", "flash-attn", "flash-attn-3", "liger-kernel", "triton"),
 )
 """This program, and the libraries that decide its results."""
-_PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
+_PACKAGE_FOLDER = Path(__file__).resolve().parents[2]
 
 
 @contextlib.contextmanager

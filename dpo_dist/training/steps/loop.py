@@ -23,15 +23,22 @@ from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.foundation.background import prefetch
 from dpo_dist.objective.metrics import Values
 from dpo_dist.training.clock import StepClock
-from dpo_dist.training.context import Run
-from dpo_dist.training.health import best_after, count, count_spike, ending_error, pair_losses, write_bad_step
-from dpo_dist.training.inputs import Inputs
-from dpo_dist.training.progress import Progress, show_row
-from dpo_dist.training.reporting import Recorder, Samples
-from dpo_dist.training.resume import Identity
-from dpo_dist.training.schedule import learning_rate
-from dpo_dist.training.state import LogWindow, Position, throughput
-from dpo_dist.training.step import Objective, ReadyStep, StepTotals, evaluate, reduce_step, train_step
+from dpo_dist.training.reporting.protocols import Recorder, Samples
+from dpo_dist.training.start.context import Run
+from dpo_dist.training.start.inputs import Inputs
+from dpo_dist.training.start.resume import Identity
+from dpo_dist.training.steps.health import (
+    best_after,
+    count,
+    count_spike,
+    ending_error,
+    pair_losses,
+    write_bad_step,
+)
+from dpo_dist.training.steps.progress import Progress, show_row
+from dpo_dist.training.steps.schedule import learning_rate
+from dpo_dist.training.steps.state import LogWindow, Position, throughput
+from dpo_dist.training.steps.step import Objective, ReadyStep, StepTotals, evaluate, reduce_step, train_step
 
 _STEPS_AHEAD = 2
 

@@ -47,7 +47,7 @@ from dpo_dist.objective.router import BUSIEST, RouterLoss, selections
 from dpo_dist.objective.token_logps import Statistic
 from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.training.clock import Phase, StepClock
-from dpo_dist.training.gather import gather_scored, in_batch_order, on_device
+from dpo_dist.training.steps.gather import gather_scored, in_batch_order, on_device
 
 _BATCHES_AHEAD = 4
 

@@ -44,9 +44,9 @@ from dpo_dist.model.stops import stop_notes
 from dpo_dist.model.ulysses import check_shared_tokens
 from dpo_dist.objective.router import RouterLoss
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
-from dpo_dist.training.context import Run
-from dpo_dist.training.footprint import fit_micro_batches
-from dpo_dist.training.resume import Identity, length_of
+from dpo_dist.training.start.context import Run
+from dpo_dist.training.start.footprint import fit_micro_batches
+from dpo_dist.training.start.resume import Identity, length_of
 
 T = TypeVar("T")
 

@@ -30,7 +30,7 @@ from dpo_dist.model.attention import LARGEST_HEAD, choose_backend, heads_of_laye
 from dpo_dist.model.flops import visited_experts
 from dpo_dist.model.layers import decoder_layers, layer_values
 from dpo_dist.model.load import TORCH_DTYPES
-from dpo_dist.training.context import Run
+from dpo_dist.training.start.context import Run
 
 KEYS_OF_A_TOKEN = 1.6
 """Keys that attention keeps for a token, where responses share prompts: between 1 and this."""
