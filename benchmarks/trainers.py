@@ -95,7 +95,7 @@ def _train(run: Run, run_dir: Path) -> Measured:
     config = load_run_config([*overrides(Setting.read(folder), folder, run_dir, Path(run.store)), *chosen])
     measured, filling, loading = Measured(), Meter(), Meter()
     with open_console(RunFolder(run_dir).rank_log) as console, contextlib.ExitStack() as swaps:
-        from dpo_dist.distributed.checkpoint import CheckpointSaver
+        from dpo_dist.distributed.checkpoint.saver import CheckpointSaver
         from dpo_dist.foundation.signals import StopRequest
         from dpo_dist.reference.engine import load_reference
         from dpo_dist.reference.fill import StoreFiller

@@ -24,9 +24,9 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.sources import write_records
 from dpo_dist.data.records import BadRecord
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model import load
 from dpo_dist.model.exactness import StartCheck, temporarily_packed
-from dpo_dist.model.folder import model_folder
+from dpo_dist.model.files import load
+from dpo_dist.model.files.folder import model_folder
 from dpo_dist.model.packed import PackedCausalLM, packed_logps
 from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response
 from dpo_dist.objective.losses import BatchFacts, implicit_rewards, preference_loss

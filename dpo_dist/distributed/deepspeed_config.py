@@ -16,7 +16,7 @@ from dpo_dist.config.schema import (
     ParallelismConfig,
     ParallelismKind,
 )
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation.errors import ConfigError
 
 START = 2.0**16  # the loss scale at the start of training in fp16

@@ -24,7 +24,8 @@ from transformers.integrations.deepspeed import (
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.batching.plan import size_in_words
 from dpo_dist.config.schema import OptimConfig, OptimizerKind
-from dpo_dist.distributed.checkpoint import SavedSlices
+from dpo_dist.distributed.checkpoint.saver import SavedSlices
+from dpo_dist.distributed.checkpoint.slices import SHARDS, ModelSlices, OptimizerSlices, is_eight_bit
 from dpo_dist.distributed.deepspeed_config import START, communication
 from dpo_dist.distributed.deepspeed_internals import (
     drop_gradients,
@@ -43,8 +44,7 @@ from dpo_dist.distributed.memory import (
     return_memory,
     wait_for_device,
 )
-from dpo_dist.distributed.slices import SHARDS, ModelSlices, OptimizerSlices, is_eight_bit
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.layers import decoder_layers, join_gradients, partly_used_blocks, without_gradient
 from dpo_dist.model.lora import adapter_off

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
 from dpo_dist.foundation.files import remembered_digest, text_digest
-from dpo_dist.model.folder import (
+from dpo_dist.model.files.folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CONFIG_FILE,

@@ -14,13 +14,13 @@ from torch import Tensor
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.config.schema import ModelConfig, RunConfig
 from dpo_dist.distributed.deepspeed_config import frozen_config, nvme_folder
-from dpo_dist.distributed.failures import is_of_communication
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.processes.failures import is_of_communication
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import Engine, FrozenEngine, PolicyEngine, sharded_loading, unsharded_loading
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import auto_class
 from dpo_dist.model.exactness import StartCheck
-from dpo_dist.model.load import load_config, load_packed
+from dpo_dist.model.files.load import load_config, load_packed
 from dpo_dist.model.lora import load_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference.digest import ModelFiles

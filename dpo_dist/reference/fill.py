@@ -18,7 +18,7 @@ from dpo_dist.batching.pack import RESPONSES_OF_DUMMY, PackedBatch, dummy_batch,
 from dpo_dist.batching.plan import ComputeCosts, plan_micro_batches
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.data.encoded.dataset import PreferenceDataset, damaged_ids
-from dpo_dist.distributed.world import Stops, World
+from dpo_dist.distributed.processes.world import Stops, World
 from dpo_dist.foundation.background import prefetch
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import collect_abandoned, locked

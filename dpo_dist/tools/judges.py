@@ -29,8 +29,8 @@ from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord, U
 from dpo_dist.data.text.render import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import text_digest
-from dpo_dist.model.folder import description_folder, model_folder
-from dpo_dist.model.load import load_config, load_tokenizer, load_weights
+from dpo_dist.model.files.folder import description_folder, model_folder
+from dpo_dist.model.files.load import load_config, load_tokenizer, load_weights
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.tools.pairs.files import as_fields, context_fields
 

@@ -19,10 +19,10 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ExitCode, ReferenceModelError
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.text import counted, duration
-from dpo_dist.model.attention import choose_backend
+from dpo_dist.model.attention.kernels import choose_backend
+from dpo_dist.model.files.load import check_same_vocabulary, load_config
 from dpo_dist.model.flops import compute_costs
 from dpo_dist.model.layers import choose_fused
-from dpo_dist.model.load import check_same_vocabulary, load_config
 from dpo_dist.model.numerics import numerics_of
 from dpo_dist.reference.digest import ModelFiles, agree_on_numerics, difference, find_compatible, model_label
 from dpo_dist.reference.engine import SCORING_TOKENS_FACTOR, ReferenceProvider, load_reference, scored_model

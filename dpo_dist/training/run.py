@@ -12,18 +12,18 @@ import torch
 from dpo_dist.batching.plan import Arrangement, ComputeCosts
 from dpo_dist.config.losses import Weighting
 from dpo_dist.config.schema import AttentionBackend, ReferenceMode, RunConfig
-from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver, reading_errors
+from dpo_dist.distributed.checkpoint.saver import Checkpoint, CheckpointSaver, reading_errors
+from dpo_dist.distributed.checkpoint.slices import Sharded
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.reference_sync import ReferenceSync
-from dpo_dist.distributed.slices import Sharded
-from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import Engine, FrozenEngine, LossScale, PolicyEngine
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ExitCode, RunOutcome, StoppedError
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.text import counted, duration, percent
-from dpo_dist.model.attention import computed_by_segment
+from dpo_dist.model.attention.kernels import computed_by_segment
+from dpo_dist.model.files.load import TORCH_DTYPES, load_packed
 from dpo_dist.model.flops import REACHED_SHARES, compute_costs, matmul_peak, recomputed_share
-from dpo_dist.model.load import TORCH_DTYPES, load_packed
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.metrics import MetricPlan, custom_metrics

@@ -20,10 +20,10 @@ from dpo_dist.data.read.sources import pinned
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.data.text.template import check_template_keys
 from dpo_dist.model.architectures import router_loss
-from dpo_dist.model.folder import description_folder, is_adapter, start_folder, tokenizer_folder
-from dpo_dist.model.load import check_contents_at_hand, check_same_vocabulary, load_tokenizer
+from dpo_dist.model.files.folder import description_folder, is_adapter, start_folder, tokenizer_folder
+from dpo_dist.model.files.load import check_contents_at_hand, check_same_vocabulary, load_tokenizer
+from dpo_dist.model.files.stops import stop_notes
 from dpo_dist.model.numerics import has_fp16_products
-from dpo_dist.model.stops import stop_notes
 from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.metrics import custom_metrics
 from dpo_dist.training.start.inputs import checked_model, with_stored_reference
@@ -103,7 +103,7 @@ def expected_start(config: RunConfig, folder: RunFolder) -> str:
 def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
     reference = config.reference
     if reference.offload is Offload.nvme:
-        from dpo_dist.distributed.join import check_async_io  # noqa: PLC0415  (starts DeepSpeed)
+        from dpo_dist.distributed.processes.join import check_async_io  # noqa: PLC0415  (starts DeepSpeed)
 
         check_async_io()
     parts = [reference.mode.value]

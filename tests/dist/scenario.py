@@ -15,9 +15,9 @@ from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, OptimConfig, ReferenceConfig, RunConfig
 from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset, shard_batch
 from dpo_dist.data.encoded.store import EncodedSource
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import PolicyEngine
-from dpo_dist.model.load import load_packed
+from dpo_dist.model.files.load import load_packed
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import RunningMeans, preference_loss

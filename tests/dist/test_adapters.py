@@ -25,8 +25,8 @@ from dpo_dist.config.schema import (
     Quantization,
 )
 from dpo_dist.data.encoded.dataset import shard_batch
-from dpo_dist.distributed.world import World
-from dpo_dist.model.load import load_config, load_weights
+from dpo_dist.distributed.processes.world import World
+from dpo_dist.model.files.load import load_config, load_weights
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import preference_loss
 from dpo_dist.reference.engine import ReferenceProvider

@@ -28,16 +28,16 @@ from dpo_dist.config.schema import (
     Quantization,
     ReferenceConfig,
 )
-from dpo_dist.distributed import checkpoint
-from dpo_dist.distributed.checkpoint import (
+from dpo_dist.distributed.checkpoint import saver as checkpoint
+from dpo_dist.distributed.checkpoint.saver import (
     CheckpointSaver,
     Entries,
     SavedSlices,
     latest_checkpoint,
 )
+from dpo_dist.distributed.checkpoint.slices import SHARDS, Sharded
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.reference_sync import ReferenceSync
-from dpo_dist.distributed.slices import SHARDS, Sharded
-from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import CheckpointError
 from dpo_dist.objective.metrics import MetricSums
 from dpo_dist.reference.engine import ReferenceProvider, load_reference

@@ -15,7 +15,7 @@ from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import AdapterConfig, Dtype, ModelConfig, ParallelismKind
 from dpo_dist.data.encoded.dataset import shard_batch
 from dpo_dist.distributed import zero
-from dpo_dist.distributed.world import Stops, World
+from dpo_dist.distributed.processes.world import Stops, World
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.reference.engine import ReferenceProvider

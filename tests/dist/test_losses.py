@@ -17,7 +17,7 @@ from dpo_dist.data.encoded.build import prepare_dataset
 from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset, shard_batch
 from dpo_dist.data.encoded.partners import with_partners
 from dpo_dist.data.encoded.store import EncodedSource
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import BATCH_MARGIN, MetricSums, PairValues
 from dpo_dist.reference.engine import ReferenceProvider, load_reference

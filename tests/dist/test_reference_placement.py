@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 from dpo_dist.config.schema import Offload, Quantization, ReferenceConfig
 from dpo_dist.data.encoded.dataset import shard_batch
 from dpo_dist.distributed.deepspeed_config import nvme_folder
-from dpo_dist.distributed.join import check_async_io, load_async_io
-from dpo_dist.distributed.world import Peer, World
+from dpo_dist.distributed.processes.join import check_async_io, load_async_io
+from dpo_dist.distributed.processes.world import Peer, World
 from dpo_dist.distributed.zero import FrozenEngine
 from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
 from dpo_dist.reference.digest import digest_model, digest_on_every_node

@@ -158,7 +158,7 @@ def test_stops_while_encoding_saving_evaluating_sampling_exporting_and_reporting
     places = [
         ("dpo_dist.data.encoded.build", "in_order", "before the first step"),
         ("dpo_dist.tools.sampling.generate", "generate_batch", "stopped: by SIGTERM before the first"),
-        ("dpo_dist.distributed.checkpoint", "commit_folder", "stopping after step [1-3]"),
+        ("dpo_dist.distributed.checkpoint.saver", "commit_folder", "stopping after step [1-3]"),
         ("dpo_dist.training.steps.loop", "evaluate", "stopping after step 4"),
         ("dpo_dist.tools.report.samples", "generate_together", "stopping after step 4"),
         ("dpo_dist.training.finish", "export_checkpoint", "after the model was written"),
@@ -196,7 +196,7 @@ def test_a_killed_rank_is_named_and_reference_and_time_are_those_of_all_starts(
     steps = ["trainer.epochs=4", "trainer.save_every=2", "optim.lr=1e-3"]
     command = overrides(*steps, *evaluated, "samples.max_new_tokens=4")
     when = (run / "checkpoints/step-000004").is_dir
-    brief = constants(**{"dpo_dist.distributed.failures.FAREWELL_SECONDS": 1.0})
+    brief = constants(**{"dpo_dist.distributed.processes.failures.FAREWELL_SECONDS": 1.0})
     codes, said = signalled(command, signal.SIGKILL, [0], when, brief)
     assert all(codes), said
     assert "rank 0 of 2 died" in said, said

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dpo_dist.config.losses import KINDS, LossConfig, LossKind
 from dpo_dist.config.schema import Dtype, ModelConfig
-from dpo_dist.model.load import load_packed
+from dpo_dist.model.files.load import load_packed
 from dpo_dist.objective.losses import BatchFacts, RunningMeans
 from dpo_dist.objective.metrics import MetricPlan
 from dpo_dist.reference.engine import ReferenceProvider

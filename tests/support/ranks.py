@@ -16,9 +16,9 @@ from typing import Any
 
 from dpo_dist.config.schema import Dtype, OptimConfig, ParallelismConfig, ParallelismKind
 from dpo_dist.distributed.deepspeed_config import policy_config
-from dpo_dist.distributed.failures import Reports, watched
-from dpo_dist.distributed.join import start_world
-from dpo_dist.distributed.world import World, with_sequence_groups
+from dpo_dist.distributed.processes.failures import Reports, watched
+from dpo_dist.distributed.processes.join import start_world
+from dpo_dist.distributed.processes.world import World, with_sequence_groups
 from tests.support.warm import be_random_anew, context, reserve_port, start_parent
 
 ROOT = Path(__file__).resolve().parents[2]

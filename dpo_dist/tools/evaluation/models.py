@@ -8,7 +8,7 @@ from pathlib import Path
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.distributed.checkpoint import (
+from dpo_dist.distributed.checkpoint.saver import (
     checkpoint_state,
     damaged_checkpoint,
     load_checkpoint_weights,
@@ -17,9 +17,9 @@ from dpo_dist.distributed.checkpoint import (
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ExitCode, first_line
+from dpo_dist.model.files.folder import base_notes, hub_commit, is_adapter
+from dpo_dist.model.files.load import check_same_vocabulary
 from dpo_dist.model.flops import compute_costs
-from dpo_dist.model.folder import base_notes, hub_commit, is_adapter
-from dpo_dist.model.load import check_same_vocabulary
 from dpo_dist.model.lora import add_adapter, load_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.losses import RunningMeans

@@ -8,7 +8,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import NO_MODEL, PairsMethod, RunConfig, SourceConfig
 from dpo_dist.config.user_code import user_function
 from dpo_dist.data.formats import check_source
-from dpo_dist.model.folder import local_model_folder
+from dpo_dist.model.files.folder import local_model_folder
 from dpo_dist.verbs.named_models import located
 
 

@@ -19,8 +19,8 @@ from dpo_dist.config.schema import (
     ReferenceMode,
     RunConfig,
 )
+from dpo_dist.model.files.load import TORCH_DTYPES
 from dpo_dist.model.flops import REACHED_SHARES, matmul_peak, recomputed_share, step_flops, visited_experts
-from dpo_dist.model.load import TORCH_DTYPES
 from dpo_dist.training.start.context import DEFAULT_TOKENS
 from dpo_dist.training.start.footprint import (
     BYTES_OF_QUANTIZED,

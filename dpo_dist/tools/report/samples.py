@@ -10,13 +10,13 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.schema import ReferenceMode
 from dpo_dist.data.encoded.dataset import PreferenceDataset
-from dpo_dist.distributed.world import Interrupted
+from dpo_dist.distributed.processes.world import Interrupted
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.errors import ConfigError, warn_on_bug
 from dpo_dist.foundation.files import json_line, read_lines, text_digest, write_text
 from dpo_dist.foundation.text import counted, duration
-from dpo_dist.model.load import load_config
-from dpo_dist.model.stops import find_stop_ids
+from dpo_dist.model.files.load import load_config
+from dpo_dist.model.files.stops import find_stop_ids
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.tools.sampling.generate import NotFiniteError, Request, Sampling, generate_together
 from dpo_dist.tools.sampling.respond import texts_after

@@ -452,7 +452,7 @@ def _kernels(device: Any) -> Iterator[Check]:
     import torch  # noqa: PLC0415  (slow)
     from transformers import Gemma2Config, MistralConfig  # noqa: PLC0415
 
-    from dpo_dist.model.attention import check_kernel, choose_backend  # noqa: PLC0415
+    from dpo_dist.model.attention.kernels import check_kernel, choose_backend  # noqa: PLC0415
 
     heads = {"num_attention_heads": 14, "num_key_value_heads": 2, "hidden_size": 896}
     texts = [MistralConfig(**heads, head_dim=dim, sliding_window=4096) for dim in (64, 128, 256)]

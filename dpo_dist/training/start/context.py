@@ -19,9 +19,9 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Dtype, Offload, RunConfig
 from dpo_dist.data.encoded.dataset import PreferenceDataset, RankBatch, shard_batch
 from dpo_dist.distributed.deepspeed_config import policy_config
-from dpo_dist.distributed.failures import Reports
-from dpo_dist.distributed.join import joined, load_async_io
-from dpo_dist.distributed.world import Stops, World, with_sequence_groups
+from dpo_dist.distributed.processes.failures import Reports
+from dpo_dist.distributed.processes.join import joined, load_async_io
+from dpo_dist.distributed.processes.world import Stops, World, with_sequence_groups
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.text import counted, first_few

@@ -20,11 +20,11 @@ from dpo_dist.config.load import to_yaml
 from dpo_dist.config.run_folder import RunFolder, checkpoint_folders
 from dpo_dist.config.schema import Resume, RunConfig
 from dpo_dist.config.user_code import LOSS_FUNCTION, METRICS_FUNCTION, find_function
-from dpo_dist.distributed.checkpoint import Checkpoint, latest_checkpoint, remove_unfinished
+from dpo_dist.distributed.checkpoint.saver import Checkpoint, latest_checkpoint, remove_unfinished
 from dpo_dist.foundation.errors import ConfigError, warn_on_bug
 from dpo_dist.foundation.files import collect_abandoned, locked, recover_folder, write_text
 from dpo_dist.foundation.text import size, without_secrets
-from dpo_dist.model.load import TORCH_DTYPES
+from dpo_dist.model.files.load import TORCH_DTYPES
 from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.metrics import custom_metrics
 from dpo_dist.training.start.context import Run

@@ -26,10 +26,10 @@ from dpo_dist.config.schema import (
 from dpo_dist.distributed.zero import STATES_OF_ADAM
 from dpo_dist.foundation.text import size
 from dpo_dist.model.architectures import recorded_arrangement
-from dpo_dist.model.attention import LARGEST_HEAD, choose_backend, heads_of_layers
+from dpo_dist.model.attention.kernels import LARGEST_HEAD, choose_backend, heads_of_layers
+from dpo_dist.model.files.load import TORCH_DTYPES
 from dpo_dist.model.flops import visited_experts
 from dpo_dist.model.layers import decoder_layers, layer_values
-from dpo_dist.model.load import TORCH_DTYPES
 from dpo_dist.training.start.context import Run
 
 KEYS_OF_A_TOKEN = 1.6

@@ -36,12 +36,12 @@ from dpo_dist.model.architectures import (
     router_notes,
     training_notes,
 )
+from dpo_dist.model.attention.ulysses import check_shared_tokens
+from dpo_dist.model.files.folder import base_notes, model_folder, start_folder, tokenizer_folder
+from dpo_dist.model.files.load import check_contents_at_hand, load_config, load_tokenizer, without_weights
+from dpo_dist.model.files.stops import stop_notes
 from dpo_dist.model.flops import StepFlops, step_flops
-from dpo_dist.model.folder import base_notes, model_folder, start_folder, tokenizer_folder
 from dpo_dist.model.layers import check_device, text_notes
-from dpo_dist.model.load import check_contents_at_hand, load_config, load_tokenizer, without_weights
-from dpo_dist.model.stops import stop_notes
-from dpo_dist.model.ulysses import check_shared_tokens
 from dpo_dist.objective.router import RouterLoss
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
 from dpo_dist.training.start.context import Run

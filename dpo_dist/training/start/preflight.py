@@ -26,7 +26,7 @@ from dpo_dist.foundation.console import Console, open_console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, ReferenceModelError
 from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.text import counted
-from dpo_dist.model.folder import (
+from dpo_dist.model.files.folder import (
     CONFIG_FILE,
     check_tokenizer_files,
     check_weights,

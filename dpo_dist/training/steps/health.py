@@ -13,7 +13,7 @@ from dpo_dist.config.rules import direction_of
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Direction, RunConfig, TrainerConfig
 from dpo_dist.data.records import Origin
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.foundation.errors import ConfigError, DivergedError
 from dpo_dist.foundation.files import write_text

@@ -16,9 +16,9 @@ import torch
 
 from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.data.encoded.dataset import RankBatch
-from dpo_dist.distributed.checkpoint import CheckpointSaver
+from dpo_dist.distributed.checkpoint.saver import CheckpointSaver
+from dpo_dist.distributed.processes.world import Interrupted
 from dpo_dist.distributed.reference_sync import ReferenceSync
-from dpo_dist.distributed.world import Interrupted
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.foundation.background import prefetch
 from dpo_dist.objective.metrics import Values

@@ -15,12 +15,12 @@ from deepspeed.ops.op_builder import CPUAdamBuilder
 from deepspeed.ops.op_builder.builder import OpBuilder
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, OptimConfig, ParallelismConfig
-from dpo_dist.distributed import join as joined_module
 from dpo_dist.distributed.deepspeed_config import policy_config
-from dpo_dist.distributed.failures import Reports, watched
-from dpo_dist.distributed.failures import _origin as origin_of
-from dpo_dist.distributed.join import joined, start_world
-from dpo_dist.distributed.world import Interrupted, Peer, Stops, World
+from dpo_dist.distributed.processes import join as joined_module
+from dpo_dist.distributed.processes.failures import Reports, watched
+from dpo_dist.distributed.processes.failures import _origin as origin_of
+from dpo_dist.distributed.processes.join import joined, start_world
+from dpo_dist.distributed.processes.world import Interrupted, Peer, Stops, World
 from dpo_dist.foundation.errors import ConfigError, StoppedError
 from dpo_dist.foundation.process import PROGRESS, check_launch
 from dpo_dist.foundation.signals import BY_STEPS, BY_TRACKER, StopRequest

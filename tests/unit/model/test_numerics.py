@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, FusedLayers, ModelConfig, Quantization
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.attention import check_kernel
+from dpo_dist.model.attention.kernels import check_kernel
 from dpo_dist.model.numerics import (
     TOLERABLE_FIELDS,
     check_precision,

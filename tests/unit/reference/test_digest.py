@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dpo_dist.data.encoded.build import tokenizer_digest
-from dpo_dist.distributed.world import Peer, World
+from dpo_dist.distributed.processes.world import Peer, World
 from dpo_dist.foundation import files as digest_module
 from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
 from dpo_dist.reference.digest import (

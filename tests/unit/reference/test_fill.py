@@ -13,7 +13,7 @@ from torch import Tensor
 from dpo_dist.batching.example import Example
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.data.encoded.dataset import PreferenceDataset
-from dpo_dist.distributed.world import Stops
+from dpo_dist.distributed.processes.world import Stops
 from dpo_dist.foundation.errors import DataError, ReferenceModelError, StoppedError
 from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.signals import StopRequest

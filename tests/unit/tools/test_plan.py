@@ -14,8 +14,8 @@ from transformers import AutoConfig
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.model.files.load import without_weights
 from dpo_dist.model.flops import step_flops
-from dpo_dist.model.load import without_weights
 from dpo_dist.tools.plan.estimate import Data, Estimate, estimate, machine_of
 from dpo_dist.tools.plan.plans import make_plan, plan_in_brief, planned_data
 from tests.support.launch import ROOT

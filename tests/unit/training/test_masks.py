@@ -18,9 +18,9 @@ from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.config.losses import KINDS, LossConfig, LossKind, LossTermConfig, Weighting
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.data.encoded.dataset import PreferenceDataset, RankBatch, collate, shard_batch
-from dpo_dist.distributed.world import Stops, World
+from dpo_dist.distributed.processes.world import Stops, World
 from dpo_dist.foundation.signals import StopRequest
-from dpo_dist.model.load import load_packed
+from dpo_dist.model.files.load import load_packed
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import BatchFacts, RunningMeans, preference_loss

@@ -18,7 +18,7 @@ from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import AdapterConfig, FolderConfig, ModelConfig, Resume, RunConfig, TrainerConfig
-from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver
+from dpo_dist.distributed.checkpoint.saver import Checkpoint, CheckpointSaver
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome
 from dpo_dist.foundation.files import staged_file, temporary_name, write_text

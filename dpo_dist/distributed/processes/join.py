@@ -21,8 +21,8 @@ from torch.distributed import distributed_c10d
 from torch.utils.cpp_extension import _get_build_directory
 
 from dpo_dist.distributed.deepspeed_internals import forget_process_group, restore_linear
-from dpo_dist.distributed.failures import Reports, is_of_communication, watched
-from dpo_dist.distributed.world import Peer, World
+from dpo_dist.distributed.processes.failures import Reports, is_of_communication, watched
+from dpo_dist.distributed.processes.world import Peer, World
 from dpo_dist.foundation.errors import ConfigError, PeerLostError, first_line
 from dpo_dist.foundation.signals import exit_on_signal
 from dpo_dist.foundation.text import counted

@@ -21,15 +21,15 @@ from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.model.architectures import recorded_arrangement
-from dpo_dist.model.layers import layer_configs, layer_values
-from dpo_dist.model.numerics import FLASH_ATTN
-from dpo_dist.model.sdpa import (
+from dpo_dist.model.attention.sdpa import (
     Layout,
     Scores,
     SegmentAttention,
     mask_rule,
     with_one_dim,
 )
+from dpo_dist.model.layers import layer_configs, layer_values
+from dpo_dist.model.numerics import FLASH_ATTN
 
 # The kernels are compiled for heads of these sizes.
 LARGEST_HEAD = 256

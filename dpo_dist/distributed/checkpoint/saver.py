@@ -42,9 +42,9 @@ from dpo_dist.config.run_folder import (
     checkpoint_name,
     step_of,
 )
+from dpo_dist.distributed.checkpoint.slices import SHARDS, WEIGHT, HostCopy, ModelSlices, Sharded, Slice
 from dpo_dist.distributed.deepspeed_internals import whole_shape
-from dpo_dist.distributed.slices import SHARDS, WEIGHT, HostCopy, ModelSlices, Sharded, Slice
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation.errors import CheckpointError, first_line
 from dpo_dist.foundation.files import (
     commit_folder,

@@ -20,7 +20,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
 from dpo_dist.model.architectures import auto_class, is_noise
-from dpo_dist.model.folder import (
+from dpo_dist.model.files.folder import (
     ADAPTER_WEIGHTS,
     CONFIG_FILE,
     LORA_WEIGHTS,

@@ -14,8 +14,8 @@ from dpo_dist.config.load import from_yaml
 from dpo_dist.config.run_folder import existing_run
 from dpo_dist.config.schema import ExportedWeights, RunConfig
 from dpo_dist.data.text.template import with_chosen_template
-from dpo_dist.distributed.checkpoint import MANIFEST, damaged_checkpoint, find_faults, read_weights
-from dpo_dist.distributed.slices import EMA, WEIGHT
+from dpo_dist.distributed.checkpoint.saver import MANIFEST, damaged_checkpoint, find_faults, read_weights
+from dpo_dist.distributed.checkpoint.slices import EMA, WEIGHT
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
 from dpo_dist.foundation.files import (
     collect_abandoned,
@@ -25,7 +25,7 @@ from dpo_dist.foundation.files import (
     temporary_folder,
 )
 from dpo_dist.model.architectures import auto_class
-from dpo_dist.model.folder import (
+from dpo_dist.model.files.folder import (
     ADAPTER_WEIGHTS,
     description_folder,
     is_adapter,
@@ -33,15 +33,14 @@ from dpo_dist.model.folder import (
     start_folder,
     tokenizer_folder,
 )
-from dpo_dist.model.layers import other_weights
-from dpo_dist.model.load import (
+from dpo_dist.model.files.load import (
     TORCH_DTYPES,
     check_contents_at_hand,
     load_config,
     load_tokenizer,
     without_weights,
 )
-from dpo_dist.model.save import (
+from dpo_dist.model.files.save import (
     copy_tokenizer,
     ignored_tensors,
     save_tokenizer,
@@ -50,7 +49,8 @@ from dpo_dist.model.save import (
     write_weights,
     writing_errors,
 )
-from dpo_dist.model.stops import trained_stops, write_stops
+from dpo_dist.model.files.stops import trained_stops, write_stops
+from dpo_dist.model.layers import other_weights
 
 _PARTS = {ExportedWeights.last: WEIGHT, ExportedWeights.ema: EMA}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # of `export.dtype`

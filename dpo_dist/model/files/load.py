@@ -33,8 +33,9 @@ from dpo_dist.model.architectures import (
     recorded_arrangement,
     switch_off_noise,
 )
-from dpo_dist.model.attention import check_kernel, choose_backend
-from dpo_dist.model.folder import (
+from dpo_dist.model.attention.kernels import check_kernel, choose_backend
+from dpo_dist.model.attention.ulysses import TokenExchange, check_shared_tokens
+from dpo_dist.model.files.folder import (
     CONFIG_FILE,
     check_tokenizer_files,
     has_tokenizer,
@@ -52,7 +53,6 @@ from dpo_dist.model.layers import (
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.numerics import check_precision
 from dpo_dist.model.packed import PackedCausalLM
-from dpo_dist.model.ulysses import TokenExchange, check_shared_tokens
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from dpo_dist.foundation.errors import DpoDistError
 from dpo_dist.foundation.process import note_progress
 from dpo_dist.foundation.signals import BY_STEPS, BY_TRACKER, StopRequest, stopped_by
-from dpo_dist.model.ulysses import TokenExchange
+from dpo_dist.model.attention.ulysses import TokenExchange
 
 T = TypeVar("T")
 

@@ -20,8 +20,8 @@ from dpo_dist.batching.pack import copied_to
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import recorded_arrangement
-from dpo_dist.model.attention import PackedAttention, heads_of_layers
-from dpo_dist.model.sdpa import Scores
+from dpo_dist.model.attention.kernels import PackedAttention, heads_of_layers
+from dpo_dist.model.attention.sdpa import Scores
 
 KEY = "parallelism.sequence_parallel"
 

@@ -13,7 +13,7 @@ from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.records import Tokenizer
 from dpo_dist.data.text.render import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.folder import CONFIG_FILE, is_adapter, read_model_json
+from dpo_dist.model.files.folder import CONFIG_FILE, is_adapter, read_model_json
 
 _STOPS = "eos_token_id"
 

@@ -19,7 +19,7 @@ from dpo_dist.distributed.deepspeed_internals import (
     whole_shape,
 )
 from dpo_dist.distributed.memory import available_memory, return_host_memory
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.processes.world import World
 
 SHARDS = "engine"  # the folder of the policy's slices in a checkpoint
 WEIGHT = "weight"  # the part that is the weight itself, for a trained one its float32 master weight

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from dpo_dist.distributed.memory import out_of_memory
-from dpo_dist.distributed.world import Peer, World
+from dpo_dist.distributed.processes.world import Peer, World
 from dpo_dist.foundation.errors import (
     DpoDistError,
     ExitCode,
