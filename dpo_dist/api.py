@@ -21,7 +21,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, RunConfig, SourceConfig
 from dpo_dist.data.encode import EncodedExample, encode_record
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.read.sources import write_records
+from dpo_dist.data.read.files import write_records
 from dpo_dist.data.records import BadRecord
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.exactness import StartCheck, temporarily_packed

@@ -17,7 +17,7 @@ from dpo_dist.batching.example import Keys, response_keys
 from dpo_dist.batching.pack import RESPONSES_OF_DUMMY, PackedBatch, dummy_batch, pack
 from dpo_dist.batching.plan import ComputeCosts, plan_micro_batches
 from dpo_dist.batching.sampler import Indices
-from dpo_dist.data.encoded.dataset import PreferenceDataset, damaged_ids
+from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.distributed.processes.world import Stops, World
 from dpo_dist.foundation.background import prefetch
 from dpo_dist.foundation.errors import ConfigError
@@ -234,7 +234,7 @@ class StoreFiller:
 
         def check() -> None:
             if damaged:
-                raise damaged_ids(dataset, damaged)
+                raise dataset.damaged_ids(damaged)
 
         world.together(check)
         return np.concatenate(keys), entries, is_stopped

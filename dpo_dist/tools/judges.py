@@ -26,7 +26,7 @@ from dpo_dist.config.schema import EndpointConfig, ModelConfig, RunConfig, Verdi
 from dpo_dist.config.user_code import find_function, user_function
 from dpo_dist.data.encoded.build import tokenizer_digest
 from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord, UnusableRecordError, turns_of
-from dpo_dist.data.text.render import tokenizer_facts
+from dpo_dist.data.text.tokenizer import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.model.files.folder import description_folder, model_folder

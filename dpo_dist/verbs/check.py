@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Dtype, Offload, ReferenceMode, Resume, RunConfig, SourceConfig
 from dpo_dist.data.counts import check_counts, in_one_line, named_in_one_line, read_in_words
+from dpo_dist.data.encoded.build import encode_records
 from dpo_dist.data.encoded.dataset import PreferenceDataset, check_fits_loss
-from dpo_dist.data.encoded.rows import encode_records
 from dpo_dist.data.encoded.store import columns_of, counts_of, lengths_of
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.sources import pinned

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.batching.plan import ComputeCosts
+from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, OptimConfig, ReferenceConfig, RunConfig
-from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset, shard_batch
+from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.encoded.store import EncodedSource
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import PolicyEngine

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.schema import (
     AdapterConfig,
     AdapterVariant,
@@ -24,7 +25,6 @@ from dpo_dist.config.schema import (
     ParallelismKind,
     Quantization,
 )
-from dpo_dist.data.encoded.dataset import shard_batch
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.model.files.load import load_config, load_weights
 from dpo_dist.objective.logps import sum_by_response

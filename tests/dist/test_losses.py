@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.losses import BcoDelta, Divergence, LossConfig, LossKind, LossTermConfig, Weighting
 from dpo_dist.config.schema import DataConfig, ParallelismConfig, ParallelismKind, RunConfig, SourceConfig
 from dpo_dist.data.encoded.build import prepare_dataset
-from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset, shard_batch
+from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.encoded.partners import with_partners
 from dpo_dist.data.encoded.store import EncodedSource
 from dpo_dist.distributed.processes.world import World

@@ -13,8 +13,8 @@ import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from transformers import AutoModelForCausalLM
 
+from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.schema import Offload, Quantization, ReferenceConfig
-from dpo_dist.data.encoded.dataset import shard_batch
 from dpo_dist.distributed.deepspeed_config import nvme_folder
 from dpo_dist.distributed.processes.join import check_async_io, load_async_io
 from dpo_dist.distributed.processes.world import Peer, World

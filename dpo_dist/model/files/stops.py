@@ -11,7 +11,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.records import Tokenizer
-from dpo_dist.data.text.render import tokenizer_facts
+from dpo_dist.data.text.tokenizer import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.files.folder import CONFIG_FILE, is_adapter, read_model_json
 

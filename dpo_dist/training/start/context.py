@@ -15,9 +15,10 @@ from transformers import set_seed
 
 from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.batching.sampler import Indices
+from dpo_dist.batching.step_batch import RankBatch, shard_batch
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Dtype, Offload, RunConfig
-from dpo_dist.data.encoded.dataset import PreferenceDataset, RankBatch, shard_batch
+from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.processes.failures import Reports
 from dpo_dist.distributed.processes.join import joined, load_async_io

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dpo_dist.batching.pack import copied_to
 from dpo_dist.batching.sampler import Indices
-from dpo_dist.data.encoded.dataset import RankBatch
+from dpo_dist.batching.step_batch import RankBatch
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.objective.metrics import ScoredPairs
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from dpo_dist.batching.plan import ComputeCosts
-from dpo_dist.data.encoded.dataset import RankBatch
+from dpo_dist.batching.step_batch import RankBatch
 from dpo_dist.distributed.checkpoint.saver import CheckpointSaver
 from dpo_dist.distributed.processes.world import Interrupted
 from dpo_dist.distributed.reference_sync import ReferenceSync

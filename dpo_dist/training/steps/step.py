@@ -22,8 +22,8 @@ from torch import Tensor
 
 from dpo_dist.batching.pack import PackedBatch, copied_to
 from dpo_dist.batching.plan import Arrangement
+from dpo_dist.batching.step_batch import RankBatch
 from dpo_dist.config.losses import NUMBERS, LossConfig, Weighting
-from dpo_dist.data.encoded.dataset import RankBatch
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import Engine, PolicyEngine
 from dpo_dist.foundation.background import prefetch

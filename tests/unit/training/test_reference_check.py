@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpo_dist.batching.pack import PackedBatch
+from dpo_dist.batching.step_batch import collate
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, RunConfig, SourceConfig
 from dpo_dist.data.encoded.build import prepare_dataset
-from dpo_dist.data.encoded.dataset import PreferenceDataset, collate, open_dataset
+from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ReferenceModelError
