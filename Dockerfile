@@ -15,12 +15,11 @@
 # that the pinned torch is built for.
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04
 
-# NCCL reaches InfiniBand and RoCE cards through libibverbs, and without it uses TCP; DeepSpeed's async_io, for
-# reference.offload=nvme, needs libaio.
+# NCCL reaches InfiniBand and RoCE cards through libibverbs, and without it uses TCP.
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
         g++ git python3 python3-dev python3-venv \
-        ibverbs-providers libibverbs1 rdma-core libaio-dev \
+        ibverbs-providers libibverbs1 rdma-core \
     && rm -rf /var/lib/apt/lists/*
 
 RUN python3 -m venv /opt/venv

@@ -146,7 +146,7 @@ def _set_up(
         if reference.is_policys_start:
             policy.train(False)
             with run.console.heartbeat("comparing the log-probs of policy and reference"):
-                drift = check_drift(run, policy.token_logps, objective, *reference.audited, costs)
+                drift = check_drift(run, policy.token_logps, objective, *inputs.visited[0], costs)
             run.say(f"step-0 check passed: log-probs of policy and reference are {describe_drift(drift)}")
             report = {**report, "drift": drift}
     run.stops.check()
@@ -192,7 +192,7 @@ def _load_models(
         run.stops.check()
     policy = load_policy(run, inputs)
     engines.push(partial(_free, policy, run.world))
-    return reference or unstored(run, inputs, ReferenceProvider(policy=policy), is_start=True), policy
+    return reference or unstored(run, ReferenceProvider(policy=policy), is_start=True), policy
 
 
 def _free(engine: Engine, world: World, error: type[BaseException] | None, *_: Any) -> None:

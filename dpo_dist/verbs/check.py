@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import Dtype, Offload, ReferenceMode, Resume, RunConfig, SourceConfig
+from dpo_dist.config.schema import Dtype, ReferenceMode, Resume, RunConfig, SourceConfig
 from dpo_dist.data.counts import check_counts, in_one_line, named_in_one_line, read_in_words
 from dpo_dist.data.encoded.build import encode_records
 from dpo_dist.data.encoded.dataset import PreferenceDataset, check_fits_loss
@@ -102,10 +102,6 @@ def expected_start(config: RunConfig, folder: RunFolder) -> str:
 
 def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
     reference = config.reference
-    if reference.offload is Offload.nvme:
-        from dpo_dist.distributed.processes.join import check_async_io  # noqa: PLC0415  (starts DeepSpeed)
-
-        check_async_io()
     parts = [reference.mode.value]
     if reference.path is not None:
         folder = description_folder(reference.path, None, "reference.path")

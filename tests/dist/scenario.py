@@ -27,7 +27,7 @@ from dpo_dist.reference.digest import ModelFiles
 from dpo_dist.training.clock import StepClock
 from dpo_dist.training.steps.step import Objective, train_step
 from tests.support.packing import COSTS, plain_logps
-from tests.support.ranks import OPTIM
+from tests.support.ranks import EPS, OPTIM
 
 PAIRS = 11
 LOSS = LossConfig(beta=0.5)
@@ -141,7 +141,7 @@ def plain_training(model: Any, losses: Iterable[Callable[[], Tensor]]) -> list[f
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": OPTIM.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=OPTIM.lr, eps=OPTIM.eps)
+    optimizer = torch.optim.AdamW(groups, lr=OPTIM.lr, eps=EPS)
     norms = []
     for loss in losses:
         loss().backward()

@@ -112,10 +112,11 @@ def test_a_fill_stops_with_what_is_scored_and_the_next_start_scores_the_rest(
     overrides: Overrides, tmp_path: Path
 ) -> None:
     write_pairs(tmp_path / "many.jsonl", 300, seed=3)
-    command = overrides(f"data.train=[{tmp_path}/many.jsonl]", "reference.rows_per_shard=16")
+    command = overrides(f"data.train=[{tmp_path}/many.jsonl]")
+    small_shards = constants(**{"dpo_dist.training.reference.ENTRIES_PER_SHARD": 16})
     store = tmp_path / "store"
     codes, said = signalled(
-        command, signal.SIGUSR2, [1], lambda: len(list(store.rglob("*.safetensors"))) >= 4
+        command, signal.SIGUSR2, [1], lambda: len(list(store.rglob("*.safetensors"))) >= 4, small_shards
     )
     found = r"by SIGUSR2 after ([\d,]+) of the ([\d,]+) missing reference log-probs were stored"
     assert codes == [75, 75], said
@@ -126,7 +127,7 @@ def test_a_fill_stops_with_what_is_scored_and_the_next_start_scores_the_rest(
     assert 0 < stored < wanted
     state = run_state(tmp_path / "run")
     assert (state["outcome"], state["step"], state["stopped_by"]) == ("preempted", 0, "SIGUSR2")
-    again = run_verb("precompute", [*command, "reference.rows_per_shard=4096"])
+    again = run_verb("precompute", command)
     assert again.code == 0, again.output
     assert f"{wanted - stored:,} log-probs computed, {stored:,} reused" in again.output
 

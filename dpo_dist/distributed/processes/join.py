@@ -14,7 +14,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
-from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
+from deepspeed.ops.op_builder import CPUAdamBuilder
 from deepspeed.ops.op_builder.builder import OpBuilder
 from torch._C._distributed_c10d import HashStore
 from torch.distributed import distributed_c10d
@@ -56,23 +56,6 @@ def load_kernel(builder: OpBuilder, where: str, remedy: str, say: Callable[[str]
             expected=f"ninja, and a C++ compiler that PyTorch supports: {os.environ.get('CXX', 'c++')}",
             remedy=f"install them, or set CXX to another compiler (its output is in logs/); or {remedy}",
         ) from error
-
-
-def check_async_io() -> None:
-    """Check that DeepSpeed can build its asynchronous file access."""
-    if not AsyncIOBuilder().is_compatible(verbose=False):
-        raise ConfigError(
-            "offload to NVMe needs DeepSpeed's async_io, which cannot be built on this host",
-            where="reference.offload",
-            got="nvme",
-            remedy="install libaio-dev (or libaio-devel) and a C++ compiler, or set reference.offload=cpu",
-        )
-
-
-def load_async_io(say: Callable[[str], None]) -> None:
-    """Load DeepSpeed's asynchronous file access; `say` prints a line."""
-    check_async_io()
-    load_kernel(AsyncIOBuilder(), "reference.offload", "set reference.offload=cpu", say)
 
 
 @contextlib.contextmanager

@@ -103,7 +103,7 @@ def examine(
         records = read_records(pinned(entry))
         with (
             progress(label) as show,
-            closing(in_order(records, observer.observe, config.processes)) as observed,
+            closing(in_order(records, observer.observe)) as observed,
         ):
             for chunk in observed:
                 source.add(chunk)

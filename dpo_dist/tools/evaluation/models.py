@@ -135,7 +135,7 @@ def load_evaluated(
             folder, key, bits = named, EVALUATED, bits if named.resolve() == base.resolve() else None
             world.on_main(partial(check_same_vocabulary, named, inputs.tokenizer, config.model, EVALUATED))
     offload = config.parallelism.offload_parameters
-    placement = replace(config.reference, offload=offload, nvme_path=None, quantization=bits)
+    placement = replace(config.reference, offload=offload, quantization=bits)
     model_config = replace(scored_model(config), quantization=bits)
     placed = replace(config, reference=placement)
     model = load_scored(folder, model_config, placed, world, finish, key=key)

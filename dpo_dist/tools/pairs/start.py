@@ -33,8 +33,7 @@ _EFFECTS = {
     "pairs.method=samples|scores": "select margin",
     "pairs.temperature!=0": "top_p top_k",
     _ROUNDS: "launcher reference",
-    "pairs.endpoint.url!=null": "endpoint.model endpoint.verdicts endpoint.criterion "
-    "endpoint.parallel_requests",
+    "pairs.endpoint.url!=null": "endpoint.model endpoint.verdicts endpoint.criterion",
 }
 _ENDPOINT_HAS_MODEL = Rule(
     "pairs.endpoint.model=null pairs.endpoint.url!=null",

@@ -21,7 +21,7 @@ from dpo_dist.config.schema import Dtype, Offload, RunConfig
 from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.processes.failures import Reports
-from dpo_dist.distributed.processes.join import joined, load_async_io
+from dpo_dist.distributed.processes.join import joined
 from dpo_dist.distributed.processes.world import Stops, World, with_sequence_groups
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.signals import StopRequest
@@ -94,8 +94,6 @@ def open_run(
     `trains`: whether there is an optimizer; without one, no kernel for it is compiled.
     """
     began = time.monotonic()
-    if config.reference.offload is Offload.nvme:
-        load_async_io(console.say)
     parallelism = config.parallelism
     if not trains:
         parallelism = replace(parallelism, offload_optimizer=Offload.none, hpz=1)

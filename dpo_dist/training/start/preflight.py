@@ -101,8 +101,6 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
     store = Path(config.reference.store)
     if config.reference.mode is ReferenceMode.cached and not store.is_dir():
         folders["reference.store"] = store  # a read-only one is enough if it has all log-probs of the run
-    if config.reference.nvme_path is not None:
-        folders["reference.nvme_path"] = Path(config.reference.nvme_path)
     for key, folder in folders.items():
         check_writable(folder, key)
 

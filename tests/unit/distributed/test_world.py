@@ -37,7 +37,8 @@ def test_gpus_exchange_gradients_while_backward_computes_if_they_may(
     overlap: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    config = policy_config(ParallelismConfig(overlap=overlap), OptimConfig(), Dtype.bf16)
+    monkeypatch.setattr("dpo_dist.distributed.deepspeed_config.OVERLAPS", overlap)
+    config = policy_config(ParallelismConfig(), OptimConfig(), Dtype.bf16)
     assert config["zero_optimization"]["overlap_comm"] is overlap
 
 
