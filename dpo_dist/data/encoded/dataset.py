@@ -228,8 +228,9 @@ def count_duplicates(dataset: PreferenceDataset) -> int:
 
 def count_shared(dataset: PreferenceDataset, other: PreferenceDataset) -> int:
     """Return the number of examples of `dataset` with the same token ids as one of `other`."""
-    others = set(_example_keys(other))
-    return sum(key in others for key in _example_keys(dataset))
+    keys = list(_example_keys(dataset))
+    shared = set(keys).intersection(_example_keys(other))  # `other`, the training data, is the larger one
+    return sum(key in shared for key in keys)
 
 
 def _example_keys(dataset: PreferenceDataset) -> Iterator[bytes]:

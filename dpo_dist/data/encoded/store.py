@@ -154,12 +154,12 @@ def counts_of(table: pa.Table) -> DataCounts:
         for drop, pairs, changed, read_as in map(json.loads, coded.dictionary.to_pylist())
     ]
     codes = coded.indices.to_numpy()
-    reasons = np.array([outcome.dropped or "" for outcome in outcomes])[codes] if outcomes else codes
-    shown = np.flatnonzero(reasons != "")[:SHOWN_EXAMPLES] if outcomes else codes
+    is_dropped = np.array([outcome.dropped is not None for outcome in outcomes], dtype=np.bool_)
+    shown = np.flatnonzero(is_dropped[codes])[:SHOWN_EXAMPLES]
     places = table.select(["file", "line", "detail"]).take(shown).to_pylist()
     named = [
-        BadRecord(str(reason), Origin(row["file"], row["line"]), row["detail"])
-        for reason, row in zip(reasons[shown], places, strict=True)
+        BadRecord(str(outcomes[code].dropped), Origin(row["file"], row["line"]), row["detail"])
+        for code, row in zip(codes[shown], places, strict=True)
     ]
     numbers = np.bincount(codes, minlength=len(outcomes)).tolist()
     return DataCounts.of(dict(zip(outcomes, numbers, strict=True)), named)

@@ -26,7 +26,7 @@ from dpo_dist.config.schema import (
 from dpo_dist.data.counts import NOT_ASKED, in_one_line
 from dpo_dist.data.formats import read_prompts, read_records
 from dpo_dist.data.read.sources import pinned
-from dpo_dist.data.records import Dialogue, PreferenceRecord
+from dpo_dist.data.records import Dialogue, PreferenceRecord, as_fields, context_fields, prompt_key
 from dpo_dist.distributed.memory import return_memory
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError
@@ -37,12 +37,9 @@ from dpo_dist.model.load import check_contents_at_hand
 from dpo_dist.tools.judges import Judge, Judgement, Question, open_judge
 from dpo_dist.tools.pairs.files import (
     Read,
-    as_fields,
     check_output,
-    context_fields,
     good_records,
     pair_fields,
-    prompt_key,
     training_records,
     write_results,
 )
