@@ -117,7 +117,7 @@ class DataCounts:
         return self.numbers() | {"examples": self.examples}
 
 
-def in_one_line(counts: Mapping[str, int]) -> str:
+def counts_in_one_line(counts: Mapping[str, int]) -> str:
     """Return counts with their meaning: "1 empty_response (a response is empty), ..."; empty without any."""
     return ", ".join(
         f"{number:,} {name}" + (f" ({in_words(name)})" if name in _ROWS else "")

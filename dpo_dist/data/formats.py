@@ -47,7 +47,6 @@ from dpo_dist.data.read.values import from_json, number_of
 from dpo_dist.data.records import (
     MAX_RECORD_BYTES,
     BadRecord,
-    Fields,
     Message,
     Origin,
     PreferenceRecord,
@@ -57,6 +56,7 @@ from dpo_dist.data.records import (
     shown_key,
     turns_of,
 )
+from dpo_dist.foundation.types import Fields
 
 # Faults of the responses of a record; its prompt may be usable.
 _OF_RESPONSES = {"unknown_format", "missing_field", "not_one_answer", "empty_response", "identical_responses"}

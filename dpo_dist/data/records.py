@@ -18,6 +18,7 @@ import numpy.typing as npt
 from dpo_dist.config.schema import DataConfig, Ranked
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import text_digest
+from dpo_dist.foundation.types import Fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,8 +34,6 @@ _MAX_SHOWN_WORDS = 3
 
 Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
 """A name for annotations: transformers takes seconds to import."""
-Fields: TypeAlias = Mapping[str, Any]
-"""The fields of an input record, or of a part of it, by name."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
-from dpo_dist.foundation.files import remembered_digest, text_digest
+from dpo_dist.foundation.files import MEMO_FOLDER, remembered_digest, text_digest
 from dpo_dist.model.folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -22,7 +22,7 @@ from dpo_dist.model.folder import (
     weight_files,
 )
 from dpo_dist.model.numerics import TOLERABLE_FIELDS
-from dpo_dist.reference.store import MEMO_FOLDER, ReferenceFingerprint, known_fingerprints
+from dpo_dist.reference.store import ReferenceFingerprint, known_fingerprints
 
 Profile = dict[str, str]
 

@@ -20,7 +20,14 @@ from dpo_dist.config.losses import KINDS, NUMBERS, LossConfig, LossKind
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.config.user_code import accepts_facts
 from dpo_dist.data.counts import check_counts, check_split
-from dpo_dist.data.encoded.store import Array, EncodedSource, columns_of, counts_of, lengths_of, read_source
+from dpo_dist.data.encoded.store import (
+    Array,
+    EncodedSource,
+    counts_of,
+    dataset_columns,
+    lengths_of,
+    read_source,
+)
 from dpo_dist.data.read.columns import VOTES
 from dpo_dist.data.records import Origin, Tokenizer
 from dpo_dist.foundation.errors import ConfigError, DataError
@@ -217,7 +224,7 @@ def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> Prefer
         source_pairs=tuple(of_source["pairs"] for of_source in by_source),
         source_labels=tuple(source.label for source in sources),
         encoded=tuple(sources),
-        **columns_of(every),
+        **dataset_columns(every),
     )
 
 

@@ -9,7 +9,8 @@ from dpo_dist.data.read.columns import OTHERS, VOTES
 from dpo_dist.data.read.layouts import LABEL_FIELDS, PAIR_SCORE_FIELDS, QUESTIONS, Content, ends_with_response
 from dpo_dist.data.read.messages import CONVERSATIONS, MEDIA, TOOLS, is_messages, messages_of, unread_error
 from dpo_dist.data.read.values import from_json, has_value, number_of, without_nulls
-from dpo_dist.data.records import Dialogue, Fields, Message, Messages, Prompt, UnusableRecordError, turns_of
+from dpo_dist.data.records import Dialogue, Message, Messages, Prompt, UnusableRecordError, turns_of
+from dpo_dist.foundation.types import Fields
 
 _SYSTEMS = ("system", "system_prompt")
 _ARGUMENTS = "chat_template_kwargs"

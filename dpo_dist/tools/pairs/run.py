@@ -23,7 +23,7 @@ from dpo_dist.config.schema import (
     RunConfig,
     SourceConfig,
 )
-from dpo_dist.data.counts import NOT_ASKED, in_one_line
+from dpo_dist.data.counts import NOT_ASKED, counts_in_one_line
 from dpo_dist.data.formats import read_prompts, read_records
 from dpo_dist.data.read.sources import pinned
 from dpo_dist.data.records import Dialogue, PreferenceRecord, as_fields, context_fields, prompt_key
@@ -397,11 +397,11 @@ def check_model(
         raise DataError(
             "none of the first records can be used",
             where=key,
-            got=f"{name}: {in_one_line(dropped)}",
+            got=f"{name}: {counts_in_one_line(dropped)}",
             remedy="correct the records, or the keys of data; docs/data.md explains the reasons",
         )
     if dropped:
-        say(f"  it is not asked, of the first records: {in_one_line(dropped)}")
+        say(f"  it is not asked, of the first records: {counts_in_one_line(dropped)}")
 
 
 def make_pairs(config: RunConfig, console: Console) -> None:
