@@ -23,7 +23,7 @@ from dpo_dist.config.schema import (
     RunConfig,
     SourceConfig,
 )
-from dpo_dist.data.counts import NOT_ASKED, counts_in_one_line
+from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX, counts_in_one_line
 from dpo_dist.data.formats import read_prompts, read_records
 from dpo_dist.data.read.sources import pinned
 from dpo_dist.data.records import Dialogue, PreferenceRecord, as_fields, context_fields, prompt_key
@@ -204,7 +204,7 @@ def pairs_of(results: Results) -> Iterator[dict[str, Any]]:
         counts["encoded_differently"] += sum(not each.same_ids for each in row.completions)
         counts.update(row.counts)
         if row.dropped is not None:
-            counts[NOT_ASKED + row.dropped] += 1
+            counts[DROPPED_PROMPT_PREFIX + row.dropped] += 1
             continue
         counts["samples_unfinished"] += sum(not each.finished for each in row.completions)  # kept ones too
         unused = (each.unused for each in row.completions)
