@@ -1,9 +1,10 @@
-"""Run a verb with the configuration of its command line; the text of `--help`."""
+"""Run a verb with the configuration of its command line; the text of `--help`; the command of a verb."""
 
 import argparse
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.console import console_on, warnings_off
 from dpo_dist.foundation.errors import ConfigError, ExitCode
 from dpo_dist.foundation.exit import Arguments, Errors, exit_after
+from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.process import check_launch, this_rank
 from dpo_dist.foundation.streams import print_result, printable_lines, reserve_output
 from dpo_dist.foundation.text import without_secrets
@@ -297,3 +299,9 @@ def _answer(options: argparse.Namespace, verb: str, about: str) -> str | None:
     )
     command = f"dpo-dist {verb}" if VERBS[verb].is_one_process else several
     return usage(command, about, keys, folders)
+
+
+def command_of(verb: str, config: RunConfig, folder: Path, launcher: str) -> str:
+    """Write `config`, without secrets, below `folder`; return the command that runs the verb with it."""
+    write_text(folder / "experiment" / "round.yaml", to_yaml(config))
+    return f"{launcher} -m dpo_dist {verb} --config-dir {shlex.quote(str(folder))} +experiment=round"

@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Dtype, ReferenceMode, Resume, RunConfig, SourceConfig
-from dpo_dist.data.counts import check_counts, in_one_line, named_in_one_line, read_in_words
+from dpo_dist.data.counts import check_counts, counts_in_one_line, named_in_one_line, read_in_words
 from dpo_dist.data.encoded.build import encode_records
 from dpo_dist.data.encoded.dataset import PreferenceDataset, check_fits_loss
-from dpo_dist.data.encoded.store import columns_of, counts_of, lengths_of
+from dpo_dist.data.encoded.store import counts_of, dataset_columns, lengths_of
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.sources import pinned
 from dpo_dist.data.records import PreferenceRecord
@@ -128,7 +128,7 @@ def _first_records(
         counts=counts.as_dict(),
         source_pairs=(counts.pairs,),
         source_labels=("",),
-        **columns_of(table),
+        **dataset_columns(table),
     )
     check_fits_loss(dataset, config.loss)
     name = f" ({source.name})" if source.name else ""
@@ -136,9 +136,9 @@ def _first_records(
     rest = " (the others were not looked at)" if has_more else ""
     parts = [
         f"{source.path}{name}, {counts.kept} of the first {counts.read} records kept{rest}",
-        f"dropped: {dropped}" if (dropped := in_one_line(counts.dropped)) else "",
+        f"dropped: {dropped}" if (dropped := counts_in_one_line(counts.dropped)) else "",
         read_in_words(counts.read_as),
-        f"changed or particular: {changed}" if (changed := in_one_line(counts.changed)) else "",
+        f"changed or particular: {changed}" if (changed := counts_in_one_line(counts.changed)) else "",
         f"{tokens:.0f} tokens per example",
     ]
     read = (record for record in records if isinstance(record, PreferenceRecord))

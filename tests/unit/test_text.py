@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from dpo_dist.config.command_line import command_of
 from dpo_dist.config.load import changed_keys, from_yaml, load_run_config, to_yaml
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.console import open_console
 from dpo_dist.foundation.streams import print_line, print_result
 from dpo_dist.foundation.text import counted, duration, first_few, number, percent, size, without_secrets
-from dpo_dist.tools.pairs.rounds import check_settings, command_of
+from dpo_dist.tools.pairs.rounds import check_settings
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,18 @@ import dpo_dist
 from dpo_dist.batching.example import Example
 from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import FusedLayers, RunConfig
-from dpo_dist.data.counts import NOT_ASKED, count_lines
+from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX, count_lines
 from dpo_dist.data.formats import read_prompts
 from dpo_dist.data.read.sources import pinned, source_labels
-from dpo_dist.data.records import Dialogue, PreferenceRecord, Prompt, eval_part, prompt_hash, turns_of
+from dpo_dist.data.records import (
+    Dialogue,
+    PreferenceRecord,
+    Prompt,
+    eval_part,
+    prompt_hash,
+    prompt_key,
+    turns_of,
+)
 from dpo_dist.distributed.checkpoint.export import written_checkpoint
 from dpo_dist.distributed.memory import return_memory
 from dpo_dist.distributed.zero import unsharded_loading
@@ -38,7 +46,7 @@ from dpo_dist.tools.compare.start import KEY, Compared
 from dpo_dist.tools.doctor.texts import side_of
 from dpo_dist.tools.evaluation.trained_prompts import count_trained
 from dpo_dist.tools.judges import Judge, open_judge
-from dpo_dist.tools.pairs.files import good_records, prompt_key
+from dpo_dist.tools.pairs.files import good_records
 from dpo_dist.tools.pairs.run import check_model, first_records, passed
 from dpo_dist.tools.sampling.generate import Request, Sample, Sampling, generate
 from dpo_dist.tools.sampling.prompts import (
@@ -288,7 +296,7 @@ def _rows(
         for record, row, judgement in zip(records, rows, judgements, strict=True):
             counts.update(judgement.get("counts", {}))
             if dropped := next(filter(None, (reason for reason, _ in row)), None):
-                counts[NOT_ASKED + dropped] += 1
+                counts[DROPPED_PROMPT_PREFIX + dropped] += 1
                 continue
             scores, key = judgement.get("scores", [None] * len(speakers)), prompt_key(record)
             answer: Row = {

@@ -12,7 +12,7 @@ from dpo_dist.config.rules import RULES, resolve_reference
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.tools.convert.reading import Foreign
-from dpo_dist.tools.convert.run import EMPTY, Run, listed, number
+from dpo_dist.tools.convert.run import EMPTY, Run, finite_number, listed
 from dpo_dist.tools.convert.sources import set_sources
 
 _METHODS = ("dpo", "ipo", "kto", "orpo", "cpo", "simpo", "sft")
@@ -197,7 +197,7 @@ def _machine(run: Run) -> None:
 
 def _numbers(run: Run) -> None:
     """Compute what several keys say together."""
-    rate = number(run.left.get("learning_rate"))
+    rate = finite_number(run.left.get("learning_rate"))
     if rate and (low := run.take("min_lr", default=0.0)):
         run.set("optim.min_lr_ratio", low / rate, "min_lr", low)
     if {"adam_beta1", "adam_beta2"} & run.left.keys():

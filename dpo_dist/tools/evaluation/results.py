@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dpo_dist.batching.example import Mask
 from dpo_dist.config.metrics import METRICS
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
@@ -30,7 +31,6 @@ from dpo_dist.objective.metrics import (
 )
 
 Column = npt.NDArray[np.float64]
-Mask = npt.NDArray[np.bool_]
 Results = dict[str, dict[str, Any]]
 Name = TypeVar("Name", bound=Hashable)
 

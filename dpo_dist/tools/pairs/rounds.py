@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeAlias
 
+from dpo_dist.config.command_line import command_of
 from dpo_dist.config.identity import differing_keys, plain
 from dpo_dist.config.load import from_yaml, to_yaml
 from dpo_dist.config.run_folder import RunFolder
@@ -54,18 +55,14 @@ def check_settings(config: RunConfig, folder: RunFolder) -> None:
         )
 
 
-def command_of(verb: str, config: RunConfig, folder: Path, launcher: str | None) -> str:
-    """Write `config`, without secrets, below `folder`; return the command that runs the verb with it.
+def _launcher(given: str | None) -> str:
+    """Return the given launcher; by default this Python, or `dpo-dist launch` if there are several GPUs."""
+    if given is not None:
+        return given
+    import torch  # noqa: PLC0415  (slow, and only needed here)
 
-    By default `dpo-dist launch` starts it, if there are several GPUs.
-    """
-    files.write_text(folder / "experiment" / "round.yaml", to_yaml(config))
-    if launcher is None:
-        import torch  # noqa: PLC0415  (slow, and only needed here)
-
-        several = torch.cuda.device_count() > 1
-        launcher = shlex.quote(sys.executable) + (" -m dpo_dist launch" if several else "")
-    return f"{launcher} -m dpo_dist {verb} --config-dir {shlex.quote(str(folder))} +experiment=round"
+    several = torch.cuda.device_count() > 1
+    return shlex.quote(sys.executable) + (" -m dpo_dist launch" if several else "")
 
 
 def run_command(command: str) -> int:
@@ -203,7 +200,7 @@ def _sample(config: RunConfig, number: int, say: Say, run: Run) -> dict[str, Any
     say(f"{stage_name}: samples of {stage.model.path}")
     below = folder.path / "sampling"
     folder.pairs_samples.unlink(missing_ok=True)  # of an earlier start
-    code = run(command_of("pairs", stage, below, pairs.launcher))
+    code = run(command_of("pairs", stage, below, _launcher(pairs.launcher)))
     if code not in (ExitCode.completed, ExitCode.invalid) or not folder.pairs_samples.exists():
         raise _failed(f"sampling of round {number}", code, folder)
     samples = read_samples(stage.model.path, folder.pairs_samples)
@@ -232,7 +229,7 @@ def _train(config: RunConfig, number: int, say: Say, run: Run) -> tuple[int, dic
     )
     say(f"round {number}: training of {stage.model.path}")
     below = folder.path / "training"
-    code = run(command_of("train", stage, below, config.pairs.launcher))
+    code = run(command_of("train", stage, below, _launcher(config.pairs.launcher)))
     if code == ExitCode.preempted:
         say(f"round {number}: the training stopped with a checkpoint; the same command continues")
         return code, None

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig, ParallelismConfig, ParallelismKind, RunConfig
-from dpo_dist.data.records import PreferenceRecord, turns_of
+from dpo_dist.data.records import PreferenceRecord, prompt_key, turns_of
 from dpo_dist.distributed.memory import explain_out_of_memory
 from dpo_dist.foundation import files
 from dpo_dist.foundation.console import Console
 from dpo_dist.tools.judges import Judge, open_judge
-from dpo_dist.tools.pairs.files import prompt_key
 from dpo_dist.tools.sampling.generate import Sampling
 from dpo_dist.tools.sampling.respond import Generate, ModelSource, Responder, find_model, respond
 from dpo_dist.training.start.context import Run, join

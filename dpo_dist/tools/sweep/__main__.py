@@ -28,7 +28,7 @@ from types import FrameType
 from typing import Any
 
 from dpo_dist import train
-from dpo_dist.config.command_line import run_verb
+from dpo_dist.config.command_line import command_of, run_verb
 from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import Points
 from dpo_dist.config.mistakes import raise_all
@@ -240,8 +240,6 @@ class _Trainer:
         config, gpus, command = replace(self._points[words], sweep=SweepConfig()), self._free.pop(0), None
         screen = self._folder.point_screen(RunFolder.of(config))
         if self._launcher is not None:
-            from dpo_dist.tools.pairs.rounds import command_of  # noqa: PLC0415
-
             command = command_of("train", config, screen.with_suffix(""), self._launcher)
         place = f"point {list(self._points).index(words) + 1} of {len(self._points)}"
         self._console.say(f"{' '.join(words)}: {place}, its screen is in {screen}")

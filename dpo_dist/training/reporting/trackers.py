@@ -26,6 +26,7 @@ from dpo_dist.config.schema import DEFAULT_PROJECT, OtherTracker, RunConfig, Wan
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import ExitCode, RunOutcome, StoppedError, first_line
 from dpo_dist.foundation.text import without_secrets
+from dpo_dist.foundation.types import Fields
 from dpo_dist.objective.metrics import Values
 from dpo_dist.training.reporting.metrics_log import best_rows
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     import wandb
 
 Row = Mapping[str, float]
-Fields = Mapping[str, Any]
 Say = Callable[[str], None]
 Stop = Callable[[], None]
 Mode = Literal["online", "offline"]
