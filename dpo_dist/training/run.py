@@ -85,11 +85,11 @@ def _begin(run: Run, checkpoint: Checkpoint | None, reporting: Reporting) -> tup
     done, steps = 0, inputs.sampler.steps
     if inputs.eval_set is not None:
         check_keep_best(config, inputs.eval_set.labels, world.device)
-    identity = identify(config, inputs)
+    identity = identify(config.identity, inputs)
     if checkpoint is not None:
         done = int(checkpoint.state["step"])
         world.on_main(partial(check_identity, checkpoint.state, identity, checkpoint.folder))
-        if change := world.on_main(partial(describe_change, checkpoint.state, config, steps)):
+        if change := world.on_main(partial(describe_change, checkpoint.state, config.trainer, steps)):
             run.say(change)
     check_warmup(config.optim, steps)
     state = RunState(RunOutcome.started, done, identity)
@@ -270,7 +270,7 @@ def _complete(run: Run, finished: RunState, reporting: Reporting) -> int:
     """Write the report of a run whose model is written, if its inputs are the same; collective."""
     world, folder = run.world, run.folder
     environment, written = describe_run(run), folder.environment
-    identity = identify(run.config, load_inputs(run))
+    identity = identify(run.config.identity, load_inputs(run))
     world.on_main(partial(check_identity, finished.identity, identity, folder.state))
     if finished.outcome is RunOutcome.exported:
         assert finished.summary is not None

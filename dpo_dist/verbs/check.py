@@ -9,6 +9,7 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import Dtype, Offload, ReferenceMode, Resume, RunConfig, SourceConfig
 from dpo_dist.data.counts import check_counts, in_one_line, named_in_one_line, read_in_words
@@ -47,7 +48,9 @@ def rehearse(
     and how long it takes, if its pairs have so many tokens.
     """
     run = RunFolder.of(config)
-    start_in_words = f" ({expected_start(config, run)})" if trains and not models else ""
+    start_in_words = (
+        f" ({expected_start(config.identity, config.run.resume, run)})" if trains and not models else ""
+    )
     config = with_stored_reference(config) if models else config
     folder = description_folder(config.model.path, config.model.revision, "model.path")
     start = start_folder(config.model)
@@ -89,14 +92,14 @@ def rehearse(
     return passed + findings + ("" if models else doctor)
 
 
-def expected_start(config: RunConfig, folder: RunFolder) -> str:
+def expected_start(identity: RunIdentity, resume: Resume, folder: RunFolder) -> str:
     """Return in words what a start finds in the run directory; the checkpoints are not opened."""
-    if config.run.resume is not Resume.never:
-        if find_finished(config, folder):
+    if resume is not Resume.never:
+        if find_finished(identity, folder):
             return "complete: nothing is left to train"
         if any(folder.checkpoints.glob("step-*")):
             return "has checkpoints: the run resumes"
-    check_fresh_start(config, folder)
+    check_fresh_start(resume, folder)
     return "new"
 
 

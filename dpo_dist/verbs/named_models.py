@@ -107,7 +107,7 @@ def find_exported(config: RunConfig) -> tuple[list[Path], Path]:
     Their files are not checked. With `export.push_to` the folder may exist.
     """
     run = existing_run(RunFolder.of(config).path)
-    if changed := changed_keys(run.config, config):
+    if changed := changed_keys(run.config, config.identity):
         raise ConfigError(
             "an export has the configuration of its run",
             where=first_few(list(changed), "other"),

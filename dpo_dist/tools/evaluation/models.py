@@ -64,7 +64,7 @@ def check_origin(evaluated: Evaluated, config: RunConfig, inputs: EvaluationInpu
         former, adapter = checkpoint_state(folder)["model"], config.model.adapter
     except (OSError, ValueError) as error:
         raise damaged_checkpoint(folder, [first_line(error)]) from error
-    changed = changed_keys(RunFolder(folder.resolve().parent.parent).config, config)
+    changed = changed_keys(RunFolder(folder.resolve().parent.parent).config, config.identity)
     if former != digest or "model.adapter" in changed:
         before, _ = changed.get("model.adapter", (adapter, adapter))
         raise CheckpointError(

@@ -29,7 +29,6 @@ from typing import Any
 
 from dpo_dist import train
 from dpo_dist.config.command_line import run_verb
-from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import Points
 from dpo_dist.config.mistakes import raise_all
 from dpo_dist.config.run_folder import RunFolder
@@ -122,7 +121,9 @@ def check(points: Points) -> Iterator[str]:
             loaded[key] = "".join(train.check(config)).splitlines()
         run, common = RunFolder.of(config), next(iter(loaded.values()))
         own = [line for line in loaded[key] if line not in common and "run.dir:" not in line]
-        yield "\n".join([f"{' '.join(words)}: {run} ({expected_start(config, run)})", *own])
+        yield "\n".join(
+            [f"{' '.join(words)}: {run} ({expected_start(config.identity, config.run.resume, run)})", *own]
+        )
     yield "\n".join(next(iter(loaded.values())))
 
 
@@ -130,7 +131,7 @@ def _is_finished(config: RunConfig) -> bool:
     state = read_state(RunFolder.of(config))
     if state is None or state.outcome is not RunOutcome.completed:
         return False
-    return state.identity.get("run_digest") == run_digest(config)
+    return state.identity.get("run_digest") == config.identity.digest
 
 
 def _ending(code: int) -> str:

@@ -60,17 +60,17 @@ def lock_directory(run: Run) -> Iterator[None]:
 
 def find_start(run: Run) -> Checkpoint | RunState | None:
     """Return the checkpoint to continue from, or the state of a run whose model is written; collective."""
-    config, folder, world = run.config, run.folder, run.world
+    identity, folder, world, resume = run.config.identity, run.folder, run.world, run.config.run.resume
     checkpoint = None
-    if config.run.resume is not Resume.never:
+    if resume is not Resume.never:
         world.on_main(partial(recover_folder, folder.model))
-        if finished := world.on_main(partial(find_finished, config, folder)):
+        if finished := world.on_main(partial(find_finished, identity, folder)):
             return finished
         checkpoint = latest_checkpoint(folder.checkpoints, world)
     if checkpoint is None:
-        world.on_main(partial(check_fresh_start, config, folder))
+        world.on_main(partial(check_fresh_start, resume, folder))
     else:
-        world.on_main(partial(check_configuration, checkpoint.state, config, folder))
+        world.on_main(partial(check_configuration, checkpoint.state, identity, folder))
     return checkpoint
 
 

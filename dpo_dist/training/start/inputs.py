@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_dist.batching.sampler import BatchSampler, Indices, make_sampler
-from dpo_dist.config.identity import run_digest
+from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.losses import RouterConfig
 from dpo_dist.config.schema import ParallelismKind, ReferenceMode, RunConfig, SourceConfig
 from dpo_dist.data.counts import describe_counts, describe_short_run
@@ -46,7 +46,7 @@ from dpo_dist.objective.router import RouterLoss
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
 from dpo_dist.training.start.context import Run
 from dpo_dist.training.start.footprint import fit_micro_batches
-from dpo_dist.training.start.resume import Identity, length_of
+from dpo_dist.training.start.resume import Identity
 
 T = TypeVar("T")
 
@@ -101,15 +101,14 @@ class Inputs(EvaluationInputs):
         return [(self.train_set, self.sampler.visited_indices()), *super().visited]
 
 
-def identify(config: RunConfig, inputs: Inputs) -> Identity:
+def identify(run: RunIdentity, inputs: Inputs) -> Identity:
     """Return the digests of all inputs that decide a run's result, and its length."""
     return {
-        "run_digest": run_digest(config),
+        **run.recorded,
         "data": inputs.train_set.fingerprint,
         "eval_data": inputs.eval_set.fingerprint if inputs.eval_set is not None else None,
         "model": inputs.policy_files.digest,
         "reference": inputs.reference_files.digest if inputs.reference_files is not None else None,
-        "length": length_of(config),
     }
 
 

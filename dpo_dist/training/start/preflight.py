@@ -17,6 +17,7 @@ from dpo_dist.config.schema import (
     ParallelismConfig,
     ParallelismKind,
     ReferenceMode,
+    Resume,
     RunConfig,
 )
 from dpo_dist.config.user_code import find_function
@@ -75,8 +76,9 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
     """
     if os.environ.get("RANK", "0") != os.environ.get("LOCAL_RANK", "0"):
         return
-    if trains:
-        check_newest_checkpoint(config)
+    run = RunFolder.of(config)
+    if trains and config.run.resume is not Resume.never:
+        check_newest_checkpoint(config.identity, run)
     if LossKind.custom in config.loss.kinds:
         find_function(config.loss.function)
     _check_packages(config, trains=trains)
@@ -86,7 +88,6 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
     for source in [*config.data.train, *config.data.eval]:
         check_source(source, config.data)
     check_template_file(config.data.chat_template)
-    run = RunFolder.of(config)
     is_begun = run.lock.exists() or run.state.exists()
     foreign = [run.path / CONFIG_FILE, *([] if is_begun else [run.config])]  # of a model, or of no run
     if trains and (there := [str(file) for file in foreign if file.is_file()]):

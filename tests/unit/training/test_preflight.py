@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
@@ -20,7 +19,7 @@ from dpo_dist.training.start.context import Run, open_run
 from dpo_dist.training.start.directory import find_start
 from dpo_dist.training.start.inputs import load_inputs
 from dpo_dist.training.start.preflight import check_start, started
-from dpo_dist.training.start.resume import RunState, length_of, write_state
+from dpo_dist.training.start.resume import RunState, write_state
 from dpo_dist.verbs.check import rehearse
 from tests.support import tiny
 from tests.support.alone import ALONE
@@ -211,7 +210,7 @@ def test_a_check_names_what_is_not_read_and_counts_numbers_of_the_loss(assets: P
 def leave_run(config: RunConfig, outcome: RunOutcome, left: tuple[str, ...]) -> None:
     folder = RunFolder.of(config)
     folder.path.mkdir(parents=True)
-    write_state(folder, RunState(outcome, 8, {"run_digest": run_digest(config), "length": length_of(config)}))
+    write_state(folder, RunState(outcome, 8, dict(config.identity.recorded)))
     for name in left:
         (folder.path / name).parent.mkdir(parents=True)
         (folder.path / name).touch()
