@@ -37,9 +37,9 @@ def check(config: RunConfig, *, trains: bool = True) -> Iterator[str]:
     """Check everything that a run which trains, or only scores its pairs, needs before it uses a GPU."""
     check_start(config, trains=trains)
     from dpo_dist.tools.plan.plans import plan_in_brief  # noqa: PLC0415  (slow)
-    from dpo_dist.verbs.check import rehearse  # noqa: PLC0415  (slow)
+    from dpo_dist.verbs.check import dry_run  # noqa: PLC0415  (slow)
 
-    yield rehearse(config, trains=trains, plan=plan_in_brief if trains else None)
+    yield dry_run(config, trains=trains, plan=plan_in_brief if trains else None)
 
 
 if __name__ == "__main__":

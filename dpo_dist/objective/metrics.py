@@ -18,7 +18,6 @@ from torch import Tensor
 
 from dpo_dist.config.losses import BcoDelta, LossConfig, LossKind
 from dpo_dist.config.metrics import CUSTOM, METRICS, TERMS
-from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.user_code import METRICS_FUNCTION, user_function
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.logps import PairLogps
@@ -72,24 +71,26 @@ class CustomMetrics:
 
 
 @torch.no_grad()
-def custom_metrics(config: RunConfig, device: torch.device | None = None) -> CustomMetrics:
-    """Return the metrics of `metrics.function`, which is called on three invented pairs on `device`.
+def custom_metrics(
+    function: str | None, loss: LossConfig, device: torch.device | None = None
+) -> CustomMetrics:
+    """Return the metrics of a user's function, which is called on three invented pairs on `device`.
 
     Of a loss of records each has one response, as training gives them: the other side is 0, with 0 tokens.
     Raises ConfigError: it cannot be used.
     """
-    function, columns = config.metrics.function, torch.tensor(INVENTED, device=device).double()
+    columns = torch.tensor(INVENTED, device=device).double()
     if function is None:
         return CustomMetrics()
-    if config.loss.is_unpaired or config.loss.is_one_sided:
-        is_good = torch.tensor([True, not config.loss.is_unpaired, True], device=device)
+    if loss.is_unpaired or loss.is_one_sided:
+        is_good = torch.tensor([True, not loss.is_unpaired, True], device=device)
         columns[[0, 2, 4]] *= is_good
         columns[[1, 3, 5]] *= ~is_good
 
     def of(pairs: Tensor) -> dict[str, Tensor]:
         policy, reference = PairLogps(*pairs[:2], *pairs[4:]), PairLogps(*pairs[2:4], *pairs[4:])
-        given = reference if config.loss.needs_reference else None
-        return CustomMetrics(function).of(policy, given, config.loss)
+        given = reference if loss.needs_reference else None
+        return CustomMetrics(function).of(policy, given, loss)
 
     try:
         values, first = of(columns), of(columns[:, :1])

@@ -83,8 +83,10 @@ def _begin(run: Run, checkpoint: Checkpoint | None, reporting: Reporting) -> tup
             run.say(f"{name}: {environment[f'{name}_function']}")
     inputs = load_inputs(run, trains=True)
     done, steps = 0, inputs.sampler.steps
-    if inputs.eval_set is not None:
-        check_keep_best(config, inputs.eval_set.labels, world.device)
+    if inputs.eval_set is not None and config.trainer.keep_best is not None:
+        custom = custom_metrics(config.metrics.function, config.loss, world.device)
+        plan = MetricPlan(config.loss, inputs.eval_set.labels, is_evaluation=True, custom=custom)
+        check_keep_best(config.trainer.keep_best, plan)
     identity = identify(config.identity, inputs)
     if checkpoint is not None:
         done = int(checkpoint.state["step"])
@@ -93,7 +95,7 @@ def _begin(run: Run, checkpoint: Checkpoint | None, reporting: Reporting) -> tup
             run.say(change)
     check_warmup(config.optim, steps)
     state = RunState(RunOutcome.started, done, identity)
-    world.on_main(partial(check_disk_room, config, inputs.weights, done, steps))
+    world.on_main(partial(check_disk_room, run, inputs.weights, done, steps))
     mark_started(run, environment, state, reporting.write_page)
     left = f", {done:,} of them done" if done else ""
     pairs = counted(inputs.sampler.global_batch_pairs, config.loss.unit)
@@ -119,7 +121,7 @@ def _set_up(
     reference, policy = _load_models(run, inputs, engines, step0_follows=checkpoint is None)
     costs = arranged_costs(run, inputs, policy, reference)
     run.stops.check()
-    custom = custom_metrics(config, world.device)
+    custom = custom_metrics(config.metrics.function, config.loss, world.device)
     objective = Objective(config.loss, reference.provider, inputs.router, custom)
     sharded: list[Sharded] = [policy]
     reference_sync = None

@@ -21,8 +21,7 @@ from dpo_dist.distributed.world import Peer, World
 from dpo_dist.distributed.zero import FrozenEngine
 from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
 from dpo_dist.reference.digest import digest_model, digest_on_every_node
-from dpo_dist.reference.engine import load_reference
-from tests.dist.scenario import Assets, files_of
+from tests.dist.scenario import Assets, load_reference
 from tests.support.packing import COSTS, plain_logps
 from tests.support.ranks import run_ranks
 from tests.support.tiny_model import write_model
@@ -48,7 +47,7 @@ def come_and_go(assets: Assets, offload: Offload, model: Path, world: World, fol
     found = []
     for _ in range(2):
         before = tensor_bytes()
-        engine = load_reference(files_of(model), config, world)
+        engine = load_reference(model, config, world)
         on_disk = sum(file.stat().st_size for file in nvme.rglob("*.tensor.swp"))
         [batch] = shard_batch(assets.dataset(), np.arange(4), 0, 1, 8192, COSTS).batches()
         # DeepSpeed remembers the order of its first passes.
@@ -111,11 +110,11 @@ def test_each_process_has_its_folder_and_those_of_dead_ones_are_removed(tmp_path
 def quantize(assets: Assets, world: World, _folder: Path) -> list[float]:
     """Drifts of quantized references from the unquantized one."""
     [batch] = shard_batch(assets.dataset(), np.arange(4), 0, 1, 8192, COSTS).batches()
-    in_full = load_reference(files_of(assets.policy), assets.config(assets.policy), world).token_logps(batch)
+    in_full = load_reference(assets.policy, assets.config(assets.policy), world).token_logps(batch)
     drifts = []
     for quantization in Quantization:
         config = assets.config(assets.policy, ReferenceConfig(quantization=quantization))
-        engine = load_reference(files_of(assets.policy), config, world)
+        engine = load_reference(assets.policy, config, world)
         assert not isinstance(engine, FrozenEngine), "whole on every rank"
         drifts.append(float((engine.token_logps(batch) - in_full).abs().mean()))
     return drifts

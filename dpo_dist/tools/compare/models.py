@@ -20,7 +20,6 @@ from dpo_dist.data.counts import NOT_ASKED, count_lines
 from dpo_dist.data.formats import read_prompts
 from dpo_dist.data.read.sources import pinned, source_labels
 from dpo_dist.data.records import Dialogue, PreferenceRecord, Prompt, eval_part, prompt_hash, turns_of
-from dpo_dist.distributed.export import written_checkpoint
 from dpo_dist.distributed.memory import return_memory
 from dpo_dist.distributed.zero import unsharded_loading
 from dpo_dist.foundation import files
@@ -51,6 +50,7 @@ from dpo_dist.tools.sampling.prompts import (
     judge_of,
 )
 from dpo_dist.tools.sampling.respond import Completions, ModelSource, Responder, open_responder
+from dpo_dist.training.export import written_checkpoint
 from dpo_dist.training.start.context import Run
 
 Row = dict[str, Any]
@@ -119,9 +119,8 @@ class Speaker:
 
     @cached_property
     def _packed(self) -> PackedCausalLM:
-        scored = scored_model(self.config)
-        bits = self.config.model.quantization
-        model_config = replace(scored, quantization=bits, fused=FusedLayers.none)
+        model = self.config.model
+        model_config = replace(scored_model(model, model.quantization), fused=FusedLayers.none)
         longest = self.config.data.max_length + self.config.compare.max_new_tokens
         if self.responder.longest is not None:
             longest = min(longest, self.responder.longest)

@@ -19,9 +19,11 @@ from dpo_dist.config.schema import (
     AttentionBackend,
     Dtype,
     Offload,
+    OptimConfig,
     Quantization,
     ReferenceMode,
     RunConfig,
+    TrainerConfig,
 )
 from dpo_dist.distributed.zero import STATES_OF_ADAM
 from dpo_dist.foundation.text import size
@@ -72,46 +74,10 @@ class Footprint:
 
 def footprint(config: RunConfig, causal_lm: Any, processes: int) -> Footprint:
     """Return the footprint of training `causal_lm`, the policy on the meta device, on each of `processes`."""
-    shares = config.parallelism.sequence_parallel
-    per_token = activation_bytes(causal_lm, config.model.gradient_checkpointing)
-    return Footprint(_parts(config, causal_lm, processes), None if per_token is None else per_token / shares)
-
-
-def state_bytes(config: RunConfig) -> float:
-    """Return the bytes of a trained weight in master weights and optimizer states, as in a checkpoint."""
-    return 4.0 * (1 + STATES_OF_ADAM[config.optim.kind] + (config.trainer.ema_decay is not None))
-
-
-def fit_micro_batches(run: Run, causal_lm: Any) -> None:
-    """Choose the micro-batches of training with `trainer.micro_batch_tokens=auto`, and say what they take.
-
-    Collective.
-    """
-    if run.world.device.type != "cuda":
-        return
-    memory = min(run.world.gather(torch.cuda.mem_get_info()[0]))
-    needs = footprint(run.config, causal_lm, run.world.size)
-    tokens, model = needs.largest_micro_batch(memory), run.config.model
-    is_sdpa = choose_backend(model.attention, model.dtype, run.world.device) is AttentionBackend.sdpa
-    if tokens is None or is_sdpa:
-        run.say(f"micro-batches: {run.micro_batch_tokens:,} tokens; it is not known what this model takes")
-        return
-    if run.config.trainer.micro_batch_tokens == "auto":
-        run.micro_batch_tokens = max(tokens, _STEP)
-    fit = f"about {size(needs.used(run.micro_batch_tokens))} of {size(memory)} on each GPU"
-    if not needs.fits(max(run.micro_batch_tokens, run.config.data.max_length), memory):
-        fit = (
-            f"warning: {fit}, where the longest pair may not fit; `dpo-dist plan plan.suggest=true` says "
-            "what does"
-        )
-    run.say(f"micro-batches: up to {run.micro_batch_tokens:,} tokens ({fit})")
-
-
-def _parts(config: RunConfig, causal_lm: Any, processes: int) -> dict[str, float]:
     weights = _count(causal_lm)
     trained = sum(weight.numel() for weight in causal_lm.parameters() if weight.requires_grad)
     stage, number = ZERO_STAGES[config.parallelism.kind], TORCH_DTYPES[config.model.dtype].itemsize
-    master = state_bytes(config)
+    master = state_bytes(config.optim, config.trainer)
     if config.parallelism.offload_optimizer is not Offload.none:
         master = 0.0
     resident = config.parallelism.offload_parameters is Offload.none
@@ -138,7 +104,40 @@ def _parts(config: RunConfig, causal_lm: Any, processes: int) -> dict[str, float
     }
     if config.reference.mode is ReferenceMode.live and config.reference.offload is Offload.none:
         parts["reference"] = number * weights / processes
-    return {name: part for name, part in parts.items() if part}
+    per_token = activation_bytes(causal_lm, config.model.gradient_checkpointing)
+    if per_token is not None:
+        per_token /= config.parallelism.sequence_parallel
+    return Footprint({name: part for name, part in parts.items() if part}, per_token)
+
+
+def state_bytes(optim: OptimConfig, trainer: TrainerConfig) -> float:
+    """Return the bytes of a trained weight in master weights and optimizer states, as in a checkpoint."""
+    return 4.0 * (1 + STATES_OF_ADAM[optim.kind] + (trainer.ema_decay is not None))
+
+
+def fit_micro_batches(run: Run, causal_lm: Any) -> None:
+    """Choose the micro-batches of training with `trainer.micro_batch_tokens=auto`, and say what they take.
+
+    Collective.
+    """
+    if run.world.device.type != "cuda":
+        return
+    memory = min(run.world.gather(torch.cuda.mem_get_info()[0]))
+    needs = footprint(run.config, causal_lm, run.world.size)
+    tokens, model = needs.largest_micro_batch(memory), run.config.model
+    is_sdpa = choose_backend(model.attention, model.dtype, run.world.device) is AttentionBackend.sdpa
+    if tokens is None or is_sdpa:
+        run.say(f"micro-batches: {run.micro_batch_tokens:,} tokens; it is not known what this model takes")
+        return
+    if run.config.trainer.micro_batch_tokens == "auto":
+        run.micro_batch_tokens = max(tokens, _STEP)
+    fit = f"about {size(needs.used(run.micro_batch_tokens))} of {size(memory)} on each GPU"
+    if not needs.fits(max(run.micro_batch_tokens, run.config.data.max_length), memory):
+        fit = (
+            f"warning: {fit}, where the longest pair may not fit; `dpo-dist plan plan.suggest=true` says "
+            "what does"
+        )
+    run.say(f"micro-batches: up to {run.micro_batch_tokens:,} tokens ({fit})")
 
 
 def quantized_weights(causal_lm: Any) -> int:

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from dpo_dist.batching.sampler import BatchSampler, Indices, make_sampler
 from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.losses import RouterConfig
-from dpo_dist.config.schema import ParallelismKind, ReferenceMode, RunConfig, SourceConfig
+from dpo_dist.config.schema import ModelConfig, ParallelismKind, ReferenceMode, SourceConfig
 from dpo_dist.data.counts import describe_counts, describe_short_run
 from dpo_dist.data.encoded.build import prepare_dataset, tokenizer_digest
 from dpo_dist.data.encoded.dataset import (
@@ -171,17 +171,18 @@ def _load(
     `routers`: of a policy.
     """
     config, world = run.config, run.world
+    longest, ranks = config.data.max_length, config.parallelism.sequence_parallel
     folder = shared_model_folder(run, config.model.path, config.model.revision, "model.path")
     start = _on_every_rank(run, partial(start_folder, config.model), "looking for the adapter")
     tokenizer_files = tokenizer_folder(folder, start)
     tokenizer, digest = load_tokenizer(tokenizer_files, config.model), tokenizer_digest(tokenizer_files)
     with unsharded_loading(world):  # a sharded model has no shapes to count
-        model_config, causal_lm = checked_model(config, folder, start)
+        model_config, causal_lm = checked_model(config.model, folder, start, longest, ranks)
     flops, weights = step_flops(causal_lm), sum(map(torch.numel, causal_lm.parameters()))
     if trains:
         world.together(lambda: check_device(config.model, model_config.get_text_config(), world.device))
     router = router_loss(routers, causal_lm)
-    notes = training_notes(model_config, config.data.max_length)
+    notes = training_notes(model_config, longest)
     if not tokenizer.eos_token:
         notes.append(_NO_END)
     notes += base_notes(config.model, start)
@@ -217,15 +218,18 @@ def _load(
 
 
 def checked_model(
-    config: RunConfig, folder: Path, start: Path | None
+    model: ModelConfig, folder: Path, start: Path | None, longest: int, sequence_parallel: int
 ) -> tuple[PreTrainedConfig, PreTrainedModel]:
-    """Return the policy's configuration, and the model with its adapter on the meta device, both checked."""
-    model_config = load_config(folder, config.model)
+    """Return the policy's configuration, and the model with its adapter on the meta device, both checked.
+
+    `longest`: tokens of the longest prompt with its response.
+    """
+    model_config = load_config(folder, model)
     check_causal(model_config)
-    check_shared_tokens(model_config, config.parallelism.sequence_parallel)
-    causal_lm = without_weights(model_config, config.model, start)
-    check_contents_at_hand(folder, config.model)
-    check_positions(causal_lm, config.data.max_length)
+    check_shared_tokens(model_config, sequence_parallel)
+    causal_lm = without_weights(model_config, model, start)
+    check_contents_at_hand(folder, model)
+    check_positions(causal_lm, longest)
     return model_config, causal_lm
 
 
@@ -265,15 +269,3 @@ def shared_model_folder(
     """Return `model_folder` on every rank; collective."""
     find = partial(model_folder, path, revision, key, accepts_adapter=accepts_adapter)
     return _on_every_rank(run, find, f"downloading {path}")
-
-
-def with_stored_reference(config: RunConfig) -> RunConfig:
-    """Return `config` with the reference in the store, unless the loss uses none.
-
-    A reference beside the policy, or its base, is the same model.
-    """
-    former = config.reference
-    if former.mode in (ReferenceMode.none, ReferenceMode.cached):
-        return config
-    bits = config.model.quantization if former.mode is ReferenceMode.adapter else former.quantization
-    return replace(config, reference=replace(former, mode=ReferenceMode.cached, quantization=bits))

@@ -286,7 +286,7 @@ def check_room(
 ) -> None:
     place, model = FolderConfig(dir=str(run_dir)), ModelConfig(path="m", adapter=adapter)
     config = RunConfig(run=place, model=model, trainer=TrainerConfig(**trainer))
-    check_disk_room(config, GIB, steps_done, steps)
+    check_disk_room(Run(config, ALONE, Screen()), GIB, steps_done, steps)
 
 
 @pytest.mark.parametrize(
