@@ -133,7 +133,7 @@ class MetricPlan:
     has_floor: bool = False
 
     @cached_property
-    def of_pairs(self) -> tuple[str, ...]:
+    def pair_metric_names(self) -> tuple[str, ...]:
         """Metrics of all pairs, without those that only some losses have."""
         names = PAIR_METRICS + ENTROPIES if self.is_evaluation else PAIR_METRICS
         measured: Iterable[str] = names
@@ -163,11 +163,11 @@ class MetricPlan:
             Z_LOSS: adds_router_losses and router.z_coefficient is not None,
         }
         of_groups = _OF_LABELS if loss.is_unpaired else GROUP_METRICS
-        grouped = [metric for metric in of_groups if metric in self.of_pairs]
-        rows = [(metric, "") for metric in self.of_pairs]
+        grouped = [metric for metric in of_groups if metric in self.pair_metric_names]
+        rows = [(metric, "") for metric in self.pair_metric_names]
         rows += [(metric, "") for metric, is_measured in of_some_losses.items() if is_measured]
         sources = [f"/{label}" for label in self.labels]
-        rows += itertools.product(self.of_pairs if self.is_evaluation else grouped, sources)
+        rows += itertools.product(self.pair_metric_names if self.is_evaluation else grouped, sources)
         rows += itertools.product(grouped, _LENGTH_GROUPS)
         return {metric + group: (metric, group) for metric, group in rows}
 

@@ -1,4 +1,4 @@
-"""The models that verbs are asked for; imports no torch, so that errors appear at once."""
+"""Resolve the model that a command names: run, checkpoint, adapter, folder or hub name. Imports no torch."""
 
 import json
 import os

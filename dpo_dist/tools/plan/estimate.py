@@ -23,7 +23,7 @@ from dpo_dist.model.flops import REACHED_SHARES, matmul_peak, recomputed_share, 
 from dpo_dist.model.load import TORCH_DTYPES
 from dpo_dist.training.start.context import DEFAULT_TOKENS
 from dpo_dist.training.start.footprint import (
-    BYTES_OF_QUANTIZED,
+    BYTES_PER_QUANTIZED_WEIGHT,
     Footprint,
     footprint,
     quantized_weights,
@@ -281,5 +281,5 @@ def _seconds_of_dequantizing(config: RunConfig, causal_lm: Any, machine: Machine
     """Return the seconds in which all quantized weights are computed once."""
     if (kind := config.model.quantization) is None:
         return 0.0
-    moved = BYTES_OF_QUANTIZED[kind] + TORCH_DTYPES[config.model.dtype].itemsize  # of a weight
+    moved = BYTES_PER_QUANTIZED_WEIGHT[kind] + TORCH_DTYPES[config.model.dtype].itemsize  # of a weight
     return moved * quantized_weights(causal_lm) / (_DEQUANTIZING * machine.bandwidth)

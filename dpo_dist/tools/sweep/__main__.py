@@ -5,7 +5,7 @@ Hydra. The same command again resumes what was interrupted and leaves what is fi
 job takes a part of the points. docs/evaluate.md explains the table at the end.
 """
 
-from dpo_dist.foundation.signals import OF_SWEEP, end_at_signals, stop_signals
+from dpo_dist.foundation.signals import SWEEP_VARIABLE, end_at_signals, stop_signals
 
 if __name__ == "__main__":
     end_at_signals()  # the imports take seconds
@@ -270,7 +270,7 @@ def _be_point(config: RunConfig, command: str | None, screen: Path, gpus: Sequen
     written = os.open(screen, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     for descriptor in {1, 2, output_descriptor()}:
         os.dup2(written, descriptor)
-    os.environ[OF_SWEEP] = "1"
+    os.environ[SWEEP_VARIABLE] = "1"
     end_at_signals()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
     if gpus:

@@ -34,14 +34,14 @@ from dpo_dist.model.layers import decoder_layers, layer_values
 from dpo_dist.model.load import TORCH_DTYPES
 from dpo_dist.training.start.context import Run
 
-KEYS_OF_A_TOKEN = 1.6
+KEYS_PER_TOKEN = 1.6
 """Keys that attention keeps for a token, where responses share prompts: between 1 and this."""
 _KEPT_FREE = 0.1
 _MOST_TOKENS = 32_768  # more are not faster, and a reference scores several times as many at once
 _STEP = 256  # tokens; a smaller difference is not worth a number that is harder to read
 _CONTEXTS = 2e9  # CUDA's and NCCL's
 _GATHERED = 1e9  # weights that ZeRO-3 gathers at a time, or those of a layer
-BYTES_OF_QUANTIZED = {Quantization.int8: 1.0, Quantization.nf4: 0.53}
+BYTES_PER_QUANTIZED_WEIGHT = {Quantization.int8: 1.0, Quantization.nf4: 0.53}
 _TRACED = 64, 128  # tokens
 _TRACE = "dpo_dist_trace"
 
@@ -83,7 +83,9 @@ def footprint(config: RunConfig, causal_lm: Any, processes: int) -> Footprint:
     resident = config.parallelism.offload_parameters is Offload.none
     held = float(number * weights)
     if config.model.quantization is not None:
-        held -= (number - BYTES_OF_QUANTIZED[config.model.quantization]) * quantized_weights(causal_lm)
+        held -= (number - BYTES_PER_QUANTIZED_WEIGHT[config.model.quantization]) * quantized_weights(
+            causal_lm
+        )
     # With bf16 stage 1 keeps the gradients of a micro-batch, too, beside their sum.
     has_both = stage == 1 and config.model.dtype is Dtype.bf16
     gradients = (4.0 + number * has_both) * trained
@@ -166,7 +168,7 @@ def activation_bytes(causal_lm: Any, checkpointing: str | int) -> float | None:
     number, hidden = int(causal_lm.dtype.itemsize), int(text.hidden_size)
     shapes = heads_of_layers(text)
     attention: float = sum(
-        number * (heads.query * heads.dim + KEYS_OF_A_TOKEN * heads.key * (heads.dim + heads.value_dim))
+        number * (heads.query * heads.dim + KEYS_PER_TOKEN * heads.key * (heads.dim + heads.value_dim))
         + 4 * heads.query
         for heads in shapes
     ) / len(shapes)

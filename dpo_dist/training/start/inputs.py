@@ -129,8 +129,8 @@ def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
             also_in_train=partial(count_shared, eval_set, train_set),
             prompts_also_in_train=partial(count_shared_prompts, eval_set, train_set),
         )
-    train_set = _with_labels(run, train_set)
-    eval_set = None if eval_set is None else _with_labels(run, eval_set)
+    train_set = _with_labels_and_partners(run, train_set)
+    eval_set = None if eval_set is None else _with_labels_and_partners(run, eval_set)
     sampler = make_sampler(train_set.spans([source.weight for source in config.data.train]), config.trainer)
     inputs = Inputs(**vars(models) | {"eval_set": eval_set}, train_set=train_set, sampler=sampler)
     for name, dataset in inputs.named.items():
@@ -149,11 +149,11 @@ def load_evaluation_inputs(run: Run) -> EvaluationInputs:
     assert inputs.eval_set is not None, "evaluations have data"
     for line in describe_counts("eval", inputs.eval_set.counts):
         run.say(line)
-    return replace(inputs, eval_set=_with_labels(run, inputs.eval_set))
+    return replace(inputs, eval_set=_with_labels_and_partners(run, inputs.eval_set))
 
 
-def _with_labels(run: Run, dataset: PreferenceDataset) -> PreferenceDataset:
-    """Return the dataset with counts of its labels and the partners that the loss needs; collective."""
+def _with_labels_and_partners(run: Run, dataset: PreferenceDataset) -> PreferenceDataset:
+    """Return the dataset with the counts of its labels, and the partners that a loss needs; collective."""
     if run.config.loss.is_unpaired:
         good = int(dataset.labels_good(range(len(dataset))).sum())
         labels = {"good": good, "bad": len(dataset) - good}
