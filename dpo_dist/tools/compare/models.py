@@ -28,7 +28,6 @@ from dpo_dist.data.records import (
     prompt_key,
     turns_of,
 )
-from dpo_dist.distributed.checkpoint.export import written_checkpoint
 from dpo_dist.distributed.memory import return_memory
 from dpo_dist.distributed.zero import unsharded_loading
 from dpo_dist.foundation import files
@@ -59,6 +58,7 @@ from dpo_dist.tools.sampling.prompts import (
     judge_of,
 )
 from dpo_dist.tools.sampling.respond import Completions, ModelSource, Responder, open_responder
+from dpo_dist.training.export import written_checkpoint
 from dpo_dist.training.start.context import Run
 
 Row = dict[str, Any]
@@ -127,9 +127,8 @@ class Speaker:
 
     @cached_property
     def _packed(self) -> PackedCausalLM:
-        scored = scored_model(self.config)
-        bits = self.config.model.quantization
-        model_config = replace(scored, quantization=bits, fused=FusedLayers.none)
+        model = self.config.model
+        model_config = replace(scored_model(model, model.quantization), fused=FusedLayers.none)
         longest = self.config.data.max_length + self.config.compare.max_new_tokens
         if self.responder.longest is not None:
             longest = min(longest, self.responder.longest)

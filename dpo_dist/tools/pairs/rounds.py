@@ -42,7 +42,7 @@ def check_settings(config: RunConfig, folder: RunFolder) -> None:
         files.write_text(file, to_yaml(config))
         return
     before, now = from_yaml(file.read_text(encoding="utf-8")), from_yaml(to_yaml(config))  # without secrets
-    changed = differing_keys(before, now)
+    changed = differing_keys(before.identity, now.identity)
     for name in {field.name for field in fields(PairsConfig)} - {"rounds", "launcher"}:
         old, new = plain(getattr(before.pairs, name)), plain(getattr(now.pairs, name))
         changed |= {f"pairs.{name}": (old, new)} if old != new else {}
