@@ -51,6 +51,7 @@ from dpo_dist.model.files.save import (
 )
 from dpo_dist.model.files.stops import trained_stops, write_stops
 from dpo_dist.model.layers import other_weights
+from dpo_dist.model.library_internals import ignored_patterns
 
 _PARTS = {ExportedWeights.last: WEIGHT, ExportedWeights.ema: EMA}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # of `export.dtype`
@@ -170,7 +171,7 @@ def _untrained(causal_lm: Any, config: RunConfig, dtype: torch.dtype) -> dict[st
     others = other_weights(causal_lm)
     frozen = {name: w in others for name, w in causal_lm.named_parameters() if not w.requires_grad}
     wanted = frozen.keys() | (dict(causal_lm.named_buffers()).keys() & causal_lm.state_dict().keys())
-    if not wanted and not type(causal_lm)._keys_to_ignore_on_load_unexpected:
+    if not wanted and not ignored_patterns(causal_lm):
         return {}
     folder = model_folder(config.model.path, config.model.revision)
     loaded = _loaded(folder, config).state_dict() if wanted else {}
