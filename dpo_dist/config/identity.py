@@ -79,13 +79,14 @@ def differing_keys(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]
 
 def _values(config: RunConfig) -> dict[str, Any]:
     """Return the plain value of every `section.key` that defines the run's result."""
-    return {
+    values = {
         f"{section}.{option}": plain(getattr(getattr(config, section), option))
         for section, content in fields_of(config).items()
         if not facts_of(content).free
         for option, field in fields_of(getattr(config, section)).items()
         if not facts_of(field).free
     }
+    return values | {"loss.options": values["loss.options"] or None}  # {}: the defaults of the kind
 
 
 def plain(value: Any, *, with_defaults: bool = False) -> Any:
@@ -103,5 +104,7 @@ def plain(value: Any, *, with_defaults: bool = False) -> Any:
         if not facts.free and (
             with_defaults or item not in (field.get_default(call_default_factory=True), facts.null_means)
         ):
-            content[option] = plain(facts.null_means if item is None else item, with_defaults=with_defaults)
+            shown = plain(facts.null_means if item is None else item, with_defaults=with_defaults)
+            if with_defaults or option != "options" or shown:  # {}: the defaults of the kind of loss
+                content[option] = shown
     return content

@@ -11,7 +11,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpo_dist.config.losses import KINDS, BcoDelta, Divergence, LossConfig, LossKind, LossTermConfig
+from dpo_dist.config.losses import (
+    KINDS,
+    BcoDelta,
+    BcoPairOptions,
+    BetaDpoOptions,
+    CpoOptions,
+    Divergence,
+    DpopOptions,
+    IpoOptions,
+    LossConfig,
+    LossKind,
+    LossTermConfig,
+    OdpoOptions,
+    OrpoOptions,
+    RewardAwareOptions,
+    SimpoOptions,
+)
 from dpo_dist.config.user_code import find_function
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.logps import PairLogps
@@ -78,29 +94,35 @@ BY_HAND = [
         (0.9 * softplus(-2) + 0.1 * softplus(2), 0.9 * softplus(-0.5) + 0.1 * softplus(0.5)),
     ),
     (LossConfig(LossKind.custom, function=OWN), (0.0, 0.5)),
-    (LossConfig(LossKind.ipo, length_average=False), (9.0, 0.0)),
+    (LossConfig(LossKind.ipo, options=IpoOptions(length_average=False)), (9.0, 0.0)),
     (
-        LossConfig(LossKind.bco_pair, bco_delta=BcoDelta.running_mean),
+        LossConfig(LossKind.bco_pair, options=BcoPairOptions(BcoDelta.running_mean)),
         (softplus(-0.875) + softplus(-1.125), softplus(0.125) + softplus(-0.625)),
     ),
     (LossConfig(LossKind.dpop), (softplus(-2), softplus(-0.5))),
     # Score gaps of 2 and 1/2.
     (
-        LossConfig(LossKind.odpo, offset_alpha=1.5),
+        LossConfig(LossKind.odpo, options=OdpoOptions(alpha=1.5)),
         (softplus(-2 + 1.5 * math.log(2)), softplus(-0.5 - 1.5 * math.log(2))),
     ),
     # The distance from a coin of probability s(0.7 gap) to one of s(b h).
-    (LossConfig(LossKind.reward_aware, reward_scale=0.7), (divergence(1.4, 2.0), divergence(0.35, 0.5))),
-    # -10/4 + 20/5 = 1.5 and -12/6 + 9/2 = 2.5, times 0.5, less the target margin.
-    (LossConfig(LossKind.simpo, simpo_gamma=0.5), (softplus(-0.25), softplus(-0.75))),
     (
-        LossConfig(LossKind.orpo, orpo_lambda=0.3),
+        LossConfig(LossKind.reward_aware, options=RewardAwareOptions(scale=0.7)),
+        (divergence(1.4, 2.0), divergence(0.35, 0.5)),
+    ),
+    # -10/4 + 20/5 = 1.5 and -12/6 + 9/2 = 2.5, times 0.5, less the target margin.
+    (LossConfig(LossKind.simpo, options=SimpoOptions(gamma=0.5)), (softplus(-0.25), softplus(-0.75))),
+    (
+        LossConfig(LossKind.orpo, options=OrpoOptions(odds_weight=0.3)),
         (
             2.5 + 0.3 * softplus(log_odds(-4) - log_odds(-2.5)),
             2.0 + 0.3 * softplus(log_odds(-4.5) - log_odds(-2)),
         ),
     ),
-    (LossConfig(LossKind.cpo, cpo_nll_weight=0.4), (softplus(-5) + 0.4 * 2.5, softplus(1.5) + 0.4 * 2)),
+    (
+        LossConfig(LossKind.cpo, options=CpoOptions(nll_weight=0.4)),
+        (softplus(-5) + 0.4 * 2.5, softplus(1.5) + 0.4 * 2),
+    ),
     # The chosen responses have 5 tokens in the mean.
     (LossConfig(LossKind.sft), (10 / 5, 12 / 5)),
     # M is 1.25 in the mean, M0 0.25: b' = 0.5 (1 + 0.6).
@@ -126,7 +148,9 @@ def test_losses_by_hand(config: LossConfig, expected: tuple[float, float]) -> No
 
 
 def test_dpop_punishes_a_chosen_response_that_fell_below_the_reference() -> None:
-    losses = preference_loss(REFERENCE, POLICY, LossConfig(LossKind.dpop, 0.5, dpop_lambda=3.0))
+    losses = preference_loss(
+        REFERENCE, POLICY, LossConfig(LossKind.dpop, 0.5, options=DpopOptions(penalty_weight=3.0))
+    )
     # D is -2 and 2, then 0 and 1: -b h is 2 and 0.5, and of the first b 3 max(0, 2) more.
     assert losses.tolist() == pytest.approx([softplus(2 + 3), softplus(0.5)])
 
@@ -175,7 +199,7 @@ def test_beta_dpo_takes_no_gradient_through_the_beta_of_the_batch() -> None:
 
 
 def test_running_means_by_hand() -> None:
-    config = LossConfig(LossKind.beta_dpo, 0.5, beta_momentum=0.75)
+    config = LossConfig(LossKind.beta_dpo, 0.5, options=BetaDpoOptions(momentum=0.75))
     first = RunningMeans().after(config, mean_margin=2.0, mean_reward=1.0, pairs=10)
     assert first == RunningMeans(margin=2.0, reward=1.0, pairs=10)
     second = first.after(config, mean_margin=6.0, mean_reward=4.0, pairs=5)
