@@ -21,7 +21,7 @@ from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, first_line
 from dpo_dist.foundation.signals import stop_signals
 from dpo_dist.foundation.streams import output_descriptor
-from dpo_dist.model.folder import model_folder
+from dpo_dist.model.files.folder import model_folder
 
 _REASONS = (ExitCode.invalid, ExitCode.diverged, ExitCode.preempted)
 
@@ -107,9 +107,9 @@ def merge_adapter(adapter: Path, folder: Path, config: RunConfig) -> None:
     """
     files.collect_abandoned(folder.parent)  # a whole model, if an earlier start was killed while it wrote one
     # Slow to import.
-    from dpo_dist.model.load import TORCH_DTYPES, load_tokenizer  # noqa: PLC0415
-    from dpo_dist.model.save import copy_tokenizer, write_merged, writing_errors  # noqa: PLC0415
-    from dpo_dist.model.stops import trained_stops, write_stops  # noqa: PLC0415
+    from dpo_dist.model.files.load import TORCH_DTYPES, load_tokenizer  # noqa: PLC0415
+    from dpo_dist.model.files.save import copy_tokenizer, write_merged, writing_errors  # noqa: PLC0415
+    from dpo_dist.model.files.stops import trained_stops, write_stops  # noqa: PLC0415
     from dpo_dist.tools.sampling.respond import find_model  # noqa: PLC0415
 
     source = find_model(str(adapter), config, "model.adapter")

@@ -32,8 +32,8 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import collect_abandoned, locked, staged_file, text_digest, write_lines
 from dpo_dist.foundation.text import counted
-from dpo_dist.model.folder import description_folder
-from dpo_dist.model.load import check_contents_at_hand
+from dpo_dist.model.files.folder import description_folder
+from dpo_dist.model.files.load import check_contents_at_hand
 from dpo_dist.tools.judges import Judge, Judgement, Question, open_judge
 from dpo_dist.tools.pairs.files import (
     Read,
@@ -68,7 +68,7 @@ from dpo_dist.tools.sampling.respond import (
     open_responder,
     usable_prompt,
 )
-from dpo_dist.training.context import Run
+from dpo_dist.training.start.context import Run
 
 _MODELS = "pairs.models"
 PART_PROMPTS = 64

@@ -18,7 +18,7 @@ from dpo_dist.tools.judges import Judge, open_judge
 from dpo_dist.tools.pairs.files import prompt_key
 from dpo_dist.tools.sampling.generate import Sampling
 from dpo_dist.tools.sampling.respond import Generate, ModelSource, Responder, find_model, respond
-from dpo_dist.training.context import Run, join
+from dpo_dist.training.start.context import Run, join
 
 _FAILED = "failed"
 

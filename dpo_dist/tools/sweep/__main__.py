@@ -40,8 +40,8 @@ from dpo_dist.foundation.exit import Errors, exit_after
 from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.streams import output_descriptor
 from dpo_dist.foundation.text import counted, duration
-from dpo_dist.training.preflight import check_start
-from dpo_dist.training.resume import read_state
+from dpo_dist.training.start.preflight import check_start
+from dpo_dist.training.start.resume import read_state
 
 Words = tuple[str, ...]
 _PROGRESS_SECONDS = 60
