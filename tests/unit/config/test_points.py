@@ -46,9 +46,9 @@ def test_all_mistakes_of_all_points_are_one_error() -> None:
 
 
 def test_rules_are_checked_at_every_point() -> None:
-    text = error_of("loss.kind=simpo,sigmoid,ipo", "loss.options.gamma=1")
-    assert "sigmoid" in text
-    assert "ipo" in text
+    text = error_of("loss.kind=sigmoid,simpo,nca_pair", "loss.divergence=js")
+    assert "simpo" in text
+    assert "nca_pair" in text
 
 
 @pytest.mark.parametrize("swept", ["trainer.log_every=1,2", "loss.beta=0.1,0.1"])

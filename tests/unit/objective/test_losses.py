@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ from dpo_dist.config.losses import (
     OrpoOptions,
     RewardAwareOptions,
     SimpoOptions,
+    option_names,
 )
 from dpo_dist.config.user_code import find_function
 from dpo_dist.foundation.errors import ConfigError
@@ -175,6 +177,39 @@ def test_a_ranking_by_hand_beside_shorter_ones() -> None:
     losses = preference_loss(policy, reference, LossConfig(LossKind.plackett_luce, 0.5))
     expected = [by_hand(1, 0.5, -1, 0), by_hand(2, 1, -1), by_hand(3, 1)]
     assert losses.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in LossKind if option_names(kind)])
+def test_every_option_changes_what_its_kind_computes(kind: LossKind) -> None:
+    """The momentum of `beta_dpo` the running mean, all others the losses."""
+
+    def computed(config: LossConfig) -> list[float]:
+        losses = [
+            preference_loss(*given, config, FACTS) for given in ((POLICY, REFERENCE), (REFERENCE, POLICY))
+        ]
+        margin = FACTS.running.after(config, 2.0, 0.0, 2).margin if kind is LossKind.beta_dpo else 0.0
+        return [*torch.cat(losses).tolist(), margin or 0.0]
+
+    plain = LossConfig(kind, 0.5)
+    for name, value in asdict(plain.options).items():  # type: ignore[arg-type]
+        others = {"delta": "running_mean", "length_average": False}
+        other: Any = {"options": {name: others[name] if name in others else value / 2}}
+        assert computed(LossConfig(kind, 0.5, **other)) != computed(plain), name
+
+
+def test_each_term_of_a_sum_has_its_own_options() -> None:
+    terms = [
+        LossTermConfig(LossKind.odpo, 2.0, OdpoOptions(alpha=0.3)),
+        LossTermConfig(LossKind.beta_dpo, 1.0, BetaDpoOptions(alpha=0.9)),
+        LossTermConfig(LossKind.cpo, -0.5, CpoOptions(nll_weight=0.2)),
+    ]
+    alone = [
+        term.weight
+        * preference_loss(POLICY, REFERENCE, LossConfig(term.kind, 0.5, options=term.options), FACTS)
+        for term in terms
+    ]
+    losses = preference_loss(POLICY, REFERENCE, LossConfig(beta=0.5, terms=terms), FACTS)
+    torch.testing.assert_close(losses, alone[0] + alone[1] + alone[2])
 
 
 @pytest.mark.parametrize(("mismatch", "z"), [(1.0, 1.0), (-3.0, 0.0)])
