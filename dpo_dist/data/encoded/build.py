@@ -186,8 +186,8 @@ def in_order(records: Iterable[Record], work: Callable[[Records], Result]) -> Ge
             "a process that encodes data has died",
             where="data.train, data.eval",
             got=str(error).splitlines()[0],
-            remedy="if memory ran out, write 'taskset -c 0' before the command, and one process encodes; else "
-            "see logs/rank-0.log",
+            remedy="if memory ran out, write 'taskset -c 0' before the command, and one process encodes; "
+            "else see logs/rank-0.log",
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -100,7 +100,6 @@ REFUSED = [
     ("reference=adapter model.adapter.r=8 reference.offload=cpu", "reference.offload"),
     ("loss=simpo reference.path=other", "reference.path"),
     (f"{NF4} {LIVE}", "reference.quantization"),
-    ("reference.offload=nvme", "reference.offload"),
     ("reference.quantization=int8 reference.offload=cpu", "reference.quantization"),
     (f"{LIVE} loss.sync_reference.mixup=0.5", "loss.sync_reference.mixup"),
     (EVERY, "loss.sync_reference.every"),
