@@ -14,7 +14,8 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.console import open_console
 from dpo_dist.foundation.streams import print_line, print_result
 from dpo_dist.foundation.text import counted, duration, first_few, number, percent, size, without_secrets
-from dpo_dist.tools.pairs.rounds import check_settings, command_of
+from dpo_dist.tools.pairs.rounds import check_settings
+from dpo_dist.tools.shared.commands import command_of
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import torch
 import dpo_dist
 from dpo_dist.batching.example import Example
 from dpo_dist.config.run_folder import RunFolder, check_writable
-from dpo_dist.config.schema import FusedLayers, RunConfig
+from dpo_dist.config.schema import DataConfig, FusedLayers, RunConfig
 from dpo_dist.data.counts import NOT_ASKED, count_lines
 from dpo_dist.data.formats import read_prompts
 from dpo_dist.data.read.sources import pinned, source_labels
@@ -35,13 +35,12 @@ from dpo_dist.model.packed import PackedCausalLM, packed_logps
 from dpo_dist.reference.engine import scored_model
 from dpo_dist.tools.compare.results import compares, comparison, judge_texts
 from dpo_dist.tools.compare.start import KEY, Compared
-from dpo_dist.tools.doctor.texts import side_of
 from dpo_dist.tools.evaluation.trained_prompts import count_trained
-from dpo_dist.tools.judges import Judge, open_judge
-from dpo_dist.tools.pairs.files import good_records, prompt_key
-from dpo_dist.tools.pairs.run import check_model, first_records, passed
-from dpo_dist.tools.sampling.generate import Request, Sample, Sampling, generate
-from dpo_dist.tools.sampling.prompts import (
+from dpo_dist.tools.shared.records import good_records, prompt_key, side_of
+from dpo_dist.tools.shared.sampling.dry_run import check_model, check_report, first_records
+from dpo_dist.tools.shared.sampling.generate import Request, Sample, Sampling, generate
+from dpo_dist.tools.shared.sampling.judges import Judge, open_judge
+from dpo_dist.tools.shared.sampling.prompts import (
     Parts,
     Prompts,
     as_asked,
@@ -50,7 +49,7 @@ from dpo_dist.tools.sampling.prompts import (
     joined_run,
     judge_of,
 )
-from dpo_dist.tools.sampling.respond import Completions, ModelSource, Responder, open_responder
+from dpo_dist.tools.shared.sampling.respond import Completions, ModelSource, Responder, open_responder
 from dpo_dist.training.context import Run
 
 Row = dict[str, Any]
@@ -60,19 +59,20 @@ BATCH_TOKENS = 16384
 """Most tokens of a batch of one process: its rows times the longest prompt with its response."""
 
 
-def held_out(config: RunConfig, say: Callable[[str], None]) -> tuple[list[PreferenceRecord], dict[str, str]]:
-    """Return `compare.prompts` different prompts of the evaluation data, and source labels by `prompt_key`.
+def held_out(
+    data: DataConfig, wanted: int, say: Callable[[str], None]
+) -> tuple[list[PreferenceRecord], dict[str, str]]:
+    """Return `wanted` different prompts of the evaluation data, and source labels by `prompt_key`.
 
     They are chosen by a hash of the prompt, and in the order of the data, with the first response.
     """
-    wanted, labels = config.compare.prompts, dict[str, str]()
-    sources, part = config.data.eval_sources, eval_part(config.data)
+    labels, sources, part = dict[str, str](), data.eval_sources, eval_part(data)
 
     def ranked() -> Iterator[tuple[str, int, PreferenceRecord]]:
         for source, label in zip(sources, source_labels(sources), strict=True):
-            for record in good_records(read_prompts(pinned(source)), source, config.data, say):
+            for record in good_records(read_prompts(pinned(source)), source, data, say):
                 scores = record.scores if side_of(record) else None
-                asked = replace(as_asked(record, config.data), responses=record.responses[:1], scores=scores)
+                asked = replace(as_asked(record, data), responses=record.responses[:1], scores=scores)
                 key = prompt_key(asked)
                 if key not in labels and part.has(prompt_hash(record.prompt)):
                     labels[key] = label
@@ -101,7 +101,6 @@ class Speaker:
 
     path: str
     source: ModelSource
-    config: RunConfig
     prompts: Prompts
     responses: Parts = field(init=False)
     logps: Parts = field(init=False)
@@ -115,14 +114,15 @@ class Speaker:
     @cached_property
     def responder(self) -> Responder:
         """Its tokenizer and stop tokens."""
-        return open_responder(self.source, self.config)
+        config = self.prompts.run.config
+        return open_responder(self.source, config.model, config.data)
 
     @cached_property
     def _packed(self) -> PackedCausalLM:
-        scored = scored_model(self.config)
-        bits = self.config.model.quantization
+        config = self.prompts.run.config
+        scored, bits = scored_model(config), config.model.quantization
         model_config = replace(scored, quantization=bits, fused=FusedLayers.none)
-        longest = self.config.data.max_length + self.config.compare.max_new_tokens
+        longest = config.data.max_length + config.compare.max_new_tokens
         if self.responder.longest is not None:
             longest = min(longest, self.responder.longest)
         world = self.prompts.run.world
@@ -141,9 +141,10 @@ class Speaker:
             with self._packed.unpacked() as causal_lm:
                 return generate(causal_lm, requests, sampling, self.responder.stop_ids, BATCH_TOKENS)
 
+        settings = self.prompts.run.config.compare
         self.responses = self.prompts.responses(
             self.source,
-            Sampling(self.config.compare.max_new_tokens, self.config.compare.temperature),
+            Sampling(settings.max_new_tokens, settings.temperature),
             range(1),
             lambda: (self.responder, samples),
         )
@@ -156,7 +157,7 @@ class Speaker:
         settings = {
             "responses": other.responses.folder.name,
             "model": self.source.digest,
-            "attention": str(self.config.model.attention),
+            "attention": str(self.prompts.run.config.model.attention),
         }
 
         def part(index: int) -> list[Row]:
@@ -214,8 +215,9 @@ def compare_models(config: RunConfig, models: Sequence[Compared], console: Conso
     only = files.locked(folder.comparison / folder.lock.name, "compares models in this run directory")
     with joined_run(config, console, only) as run:
         world = run.world
+        wanted = config.compare.prompts
         with console.heartbeat("reading prompts"):
-            records, labels = world.on_main(lambda: held_out(config, console.say))
+            records, labels = world.on_main(lambda: held_out(config.data, wanted, console.say))
         parts = in_parts(records, PART_PROMPTS)
         prompts = Prompts(run, folder.comparison_parts, parts, "compare.max_new_tokens")
         judge, described = judge_of(run)
@@ -223,7 +225,7 @@ def compare_models(config: RunConfig, models: Sequence[Compared], console: Conso
         for model in models:
             source = find_together(whole_model(model, folder.comparison_models, run), run, KEY)
             source = replace(source, name=model.name)
-            speakers.append(Speaker(model.path, source, config, prompts))
+            speakers.append(Speaker(model.path, source, prompts))
         _speak(speakers, console)
         judged = None
         if judge is not None:
@@ -242,7 +244,7 @@ def compare_models(config: RunConfig, models: Sequence[Compared], console: Conso
             settings = {"responses": folders, "judge": described}
             judged = prompts.finish("judgements", prompts.stage("judgements", settings), judgements)
         with console.heartbeat("writing the comparison"):
-            return world.on_main(lambda: _write(speakers, judge, judged, config, labels, console))
+            return world.on_main(lambda: _write(speakers, judge, judged, labels))
 
 
 def whole_model(model: Compared, folder: Path, run: Run) -> str:
@@ -326,11 +328,10 @@ def _write(
     speakers: Sequence[Speaker],
     judge: Judge | None,
     judged: Parts | None,
-    config: RunConfig,
     labels: Mapping[str, str],
-    console: Console,
 ) -> dict[str, Any]:
-    folder, settings, counts = RunFolder.of(config), config.compare, Counter[str]()
+    run = speakers[0].prompts.run
+    folder, settings, console, counts = run.folder, run.config.compare, run.console, Counter[str]()
     names = [speaker.name for speaker in speakers]
     files.collect_abandoned(folder.comparison)
     with files.staged_file(folder.comparison_answers) as temporary:  # after an error earlier answers stay
@@ -353,7 +354,7 @@ def _write(
     results = {
         "base": names[0],
         "judge": None if judge is None else str(judge),
-        "judge_compares": judge is not None and compares(config.pairs),
+        "judge_compares": judge is not None and compares(run.config.pairs),
         **sections,
         "prompts_also_in_train": trained,
         "counts": dict(sorted(counts.items())),
@@ -367,7 +368,7 @@ def _write(
     return written
 
 
-def rehearse_comparison(config: RunConfig, models: Sequence[Compared]) -> str:
+def dry_run_comparison(config: RunConfig, models: Sequence[Compared]) -> str:
     """Load what `compare` loads before weights, ask the judge, and read the first records of each source."""
     check_writable(RunFolder.of(config).path)
     lines: list[str] = []
@@ -376,9 +377,10 @@ def rehearse_comparison(config: RunConfig, models: Sequence[Compared]) -> str:
         if model.is_checkpoint:
             lines.append(f"{model.location}, a checkpoint")
         else:
-            check_model(model.location, config, config.compare.max_new_tokens, records, lines.append, KEY)
-    judge = open_judge(config)
+            new_tokens = config.compare.max_new_tokens
+            check_model(model.location, config.model, config.data, new_tokens, records, lines.append, KEY)
+    judge = open_judge(config.pairs, config.model, Path(config.reference.store))
     if judge is not None:
         judge.check()
     lines.append(f"judge: {judge or 'none, so no scores and win rates'}")
-    return passed(lines)
+    return check_report(lines)

@@ -12,10 +12,10 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation import files
 from dpo_dist.foundation.text import counted, number, percent, without_secrets
 from dpo_dist.tools.compare.results import DIFFERENCES
-from dpo_dist.tools.pages.charts import Interval, Point, scatter
-from dpo_dist.tools.pages.render import estimate, page, part
-from dpo_dist.tools.pages.samples import Response, Shown, end_notes, prompt_items, response_of_data
-from dpo_dist.tools.tables import aligned, with_interval
+from dpo_dist.tools.shared.pages.charts import Interval, Point, scatter
+from dpo_dist.tools.shared.pages.render import estimate, page, part
+from dpo_dist.tools.shared.pages.samples import Response, Shown, end_notes, prompt_items, response_of_data
+from dpo_dist.tools.shared.tables import aligned, with_interval
 
 Row = Mapping[str, Any]
 Pair = tuple[str, str]

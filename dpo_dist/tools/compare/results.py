@@ -10,8 +10,8 @@ import numpy as np
 from dpo_dist.config.schema import PairsConfig, Verdicts
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.tools.evaluation.results import Column, bootstrap_intervals
-from dpo_dist.tools.judges import Judge, Question
-from dpo_dist.tools.text_facts import text_facts
+from dpo_dist.tools.shared.sampling.judges import Judge, Question
+from dpo_dist.tools.shared.text_facts import text_facts
 
 Row = dict[str, Any]
 Key = tuple[str, ...]

@@ -12,11 +12,14 @@ from dpo_dist.data.formats import check_source
 from dpo_dist.data.read.sources import check_has_evaluation_data
 from dpo_dist.data.text.template import check_template_file
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.tools.pairs.start import check_judge
+from dpo_dist.tools.shared.sampling.judge_rules import ENDPOINT_RULES, JUDGES, check_function, count_judges
 from dpo_dist.verbs.named_models import located, short_name
 
 KEY = "compare.models"
 _NAMED = re.compile(r"([\w.+ -]+)=(.+)", re.DOTALL)
+_ONE_JUDGE = Rule(
+    JUDGES, "a comparison has one judge", "set one of them only", lambda c: count_judges(c.pairs) > 1
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ def check_comparison(config: RunConfig) -> list[Compared]:
         lambda c: c.model.path not in locations,
     )
     check(config, [revision])
-    check_judge(config)
+    check(config, [*ENDPOINT_RULES, _ONE_JUDGE])
+    check_function(config.pairs)
     return models
 
 

@@ -32,14 +32,14 @@ from dpo_dist.data.read.sources import pinned, source_labels
 from dpo_dist.data.records import Part, Tokenizer, eval_part, train_part
 from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
 from dpo_dist.model.folder import description_folder, start_folder, tokenizer_folder
-from dpo_dist.tools.doctor.duplicates import Comparison
-from dpo_dist.tools.doctor.margins import compare_with_store
-from dpo_dist.tools.doctor.observe import Observer
+from dpo_dist.tools.doctor.measures.duplicates import Comparison
+from dpo_dist.tools.doctor.measures.margins import compare_with_store
+from dpo_dist.tools.doctor.measures.observe import Observer
+from dpo_dist.tools.doctor.measures.sources import Source
 from dpo_dist.tools.doctor.rules import RULES
 from dpo_dist.tools.doctor.shown_pairs import ShownPair, show_pairs
-from dpo_dist.tools.doctor.sources import Source
 from dpo_dist.tools.doctor.texts import Benchmark
-from dpo_dist.tools.findings import Finding, Level, most_serious_first
+from dpo_dist.tools.shared.findings import Finding, Level, most_serious_first
 
 ProgressOf = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
 """From a title and a unit to a context with a progress function: `Console.progress`."""

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from dpo_dist.foundation.text import percent
-from dpo_dist.tools.findings import Finding, Level, Rule
+from dpo_dist.tools.shared.findings import Finding, Level, Rule
 
 _MAX_EXAMPLES = 20
 

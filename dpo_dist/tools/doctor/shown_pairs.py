@@ -16,8 +16,9 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.sources import pinned
 from dpo_dist.data.records import BadRecord, PreferenceRecord, Tokenizer
 from dpo_dist.data.text.lengths import without_limits
-from dpo_dist.tools.doctor.texts import side_of, texts_of
-from dpo_dist.tools.findings import Finding
+from dpo_dist.tools.doctor.texts import texts_of
+from dpo_dist.tools.shared.findings import Finding
+from dpo_dist.tools.shared.records import side_of
 
 _SAMPLED_RECORDS = 2000
 """The sample of a source is drawn from this number of its first records."""

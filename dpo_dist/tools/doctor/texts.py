@@ -18,7 +18,8 @@ from datasketch import MinHash
 
 from dpo_dist.data.records import Dialogue, Message, PreferenceRecord, turns_of
 from dpo_dist.foundation.errors import DataError
-from dpo_dist.tools.text_facts import is_refusal
+from dpo_dist.tools.shared.records import side_of
+from dpo_dist.tools.shared.text_facts import is_refusal
 
 SIGNATURE_NUMBERS = 64
 EMPTY_SKETCH = MinHash(SIGNATURE_NUMBERS, seed=1, hashfunc=zlib.crc32)
@@ -90,13 +91,6 @@ def _turn_text(message: Message) -> str:
             json.dumps(message.fields["tool_calls"], ensure_ascii=False, default=str, sort_keys=True)
         )
     return "\n".join(parts)
-
-
-def side_of(record: PreferenceRecord) -> str | None:
-    """Return the side of a single labelled response: chosen if it is good, else rejected; None of others."""
-    if len(record.responses) != 1 or record.scores is None:
-        return None
-    return "chosen" if record.scores[0] > 0 else "rejected"
 
 
 def plain_words(text: str) -> list[str]:

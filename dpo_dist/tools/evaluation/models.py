@@ -27,7 +27,7 @@ from dpo_dist.objective.metrics import custom_metrics
 from dpo_dist.reference.engine import load_scored, scored_model
 from dpo_dist.tools.evaluation.results import ALL, Results, write_evaluation
 from dpo_dist.tools.evaluation.trained_prompts import count_trained
-from dpo_dist.tools.tables import evaluation_table
+from dpo_dist.tools.shared.tables import evaluation_table
 from dpo_dist.training.context import Run, open_run
 from dpo_dist.training.inputs import (
     EvaluationInputs,

@@ -2,55 +2,29 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import dpo_dist
 from dpo_dist.config.keys import as_written
-from dpo_dist.config.schema import DataConfig, RunConfig, SourceConfig
-from dpo_dist.data.counts import DataCounts, check_counts, count_lines, describe_dropped
+from dpo_dist.config.schema import DataConfig
+from dpo_dist.data.counts import count_lines
 from dpo_dist.data.read.sources import pinned
-from dpo_dist.data.records import BadRecord, Dialogue, PreferenceRecord, Prompt, Response, turns_of
+from dpo_dist.data.records import PreferenceRecord, Response
 from dpo_dist.foundation.errors import ConfigError, DataError
-from dpo_dist.foundation.files import staged_file, text_digest, write_json, write_lines
+from dpo_dist.foundation.files import staged_file, write_json, write_lines
 from dpo_dist.foundation.text import counted
-
-Read: TypeAlias = Callable[[SourceConfig], Iterator[PreferenceRecord | BadRecord]]
-"""`read_records` or `read_prompts`."""
+from dpo_dist.tools.shared.records import Read, as_fields, context_fields, good_records
 
 
 def training_records(
-    config: RunConfig, read: Read, say: Callable[[str], None], enough: Callable[[], bool] = lambda: False
+    data: DataConfig, read: Read, say: Callable[[str], None], enough: Callable[[], bool] = lambda: False
 ) -> Iterator[PreferenceRecord]:
     """Yield the usable records of `data.train` until there are `enough`; print the counts of each source."""
-    for source in config.data.train:
+    for source in data.train:
         if not enough():
-            yield from good_records(read(pinned(source)), source, config.data, say, enough)
-
-
-def good_records(
-    records: Iterator[PreferenceRecord | BadRecord],
-    source: SourceConfig,
-    data: DataConfig,
-    say: Callable[[str], None],
-    enough: Callable[[], bool] = lambda: False,
-    *,
-    of_first: bool = False,
-) -> Iterator[PreferenceRecord]:
-    """Yield the usable records of a source until there are `enough`; then print the counts.
-
-    `of_first`: they are the first records of more.
-    """
-    counts = DataCounts()
-    while not enough() and (record := next(records, None)) is not None:
-        counts.add(record)
-        if isinstance(record, PreferenceRecord):
-            yield record
-    check_counts(counts, source.path, data, of_first=of_first)
-    say(f"{source.path}: {counts.kept:,} of {counted(counts.read, 'record')} kept")
-    for line in describe_dropped(counts.dropped):
-        say(line)
+            yield from good_records(read(pinned(source)), source, data, say, enough)
 
 
 def pair_fields(
@@ -69,40 +43,6 @@ def pair_fields(
     if scores is not None:
         fields |= {"score_chosen": scores[0], "score_rejected": scores[1]}
     return fields | {"provenance": dict(provenance)}
-
-
-def as_fields(prompt: Prompt, responses: Sequence[Response]) -> list[Any]:
-    """Return a prompt and responses as values for JSON; a dialogue, part of the responses, is None."""
-    if isinstance(prompt, Dialogue):
-        return [None, *(f"{prompt.text}{response}" for response in responses)]
-    if isinstance(prompt, str):
-        return [prompt, *map(str, responses)]
-    return [
-        [
-            {"role": turn.role, "content": turn.content, **turn.fields}
-            | ({} if turn.is_trained is None else {"loss_weight": int(turn.is_trained)})
-            for turn in turns
-        ]
-        for turns in (prompt, *map(turns_of, responses))
-    ]
-
-
-def context_fields(record: PreferenceRecord) -> dict[str, Any]:
-    """Return tools and template arguments of a record, if it has any."""
-    tools, arguments = [dict(tool) for tool in record.tools], dict(record.template_arguments)
-    fields = {"tools": tools, "chat_template_kwargs": arguments}
-    return {name: value for name, value in fields.items() if value}
-
-
-def prompt_key(record: PreferenceRecord) -> str:
-    """Return 32 hex digits over the prompt, its tools and template arguments: the same for equal prompts."""
-    prompt: Any = record.prompt
-    if isinstance(prompt, Dialogue):
-        prompt = {"dialogue": prompt.text}
-    elif not isinstance(prompt, str):
-        prompt = [[turn.role, turn.content, dict(turn.fields)] for turn in prompt]
-    content = {"prompt": prompt, "tools": list(record.tools), "arguments": dict(record.template_arguments)}
-    return text_digest(json.dumps(content, sort_keys=True))
 
 
 def _summary_file(file: Path) -> Path:

@@ -23,7 +23,7 @@ import jinja2
 
 from dpo_dist.config.identity import plain
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import PairsMethod, RunConfig
+from dpo_dist.config.schema import DataConfig, PairsMethod
 from dpo_dist.data.counts import in_one_line
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.values import parse_json
@@ -32,13 +32,8 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError, first_line
 from dpo_dist.foundation.files import locked, text_digest, write_json
 from dpo_dist.foundation.text import counted
-from dpo_dist.tools.pairs.files import (
-    as_fields,
-    check_output,
-    pair_fields,
-    training_records,
-    write_results,
-)
+from dpo_dist.tools.pairs.files import check_output, pair_fields, training_records, write_results
+from dpo_dist.tools.shared.records import as_fields
 
 HOST = "127.0.0.1"
 _MOST_ITEMS = 1000
@@ -244,14 +239,14 @@ def agreement(judgements: Iterable[Judgement]) -> dict[str, Any]:
     return {"annotators": annotators, "between": between}
 
 
-def label_pairs(config: RunConfig, console: Console) -> None:
+def label_pairs(folder: RunFolder, data: DataConfig, limit: int | None, seed: int, console: Console) -> None:
     """Serve the page until Ctrl-C or SIGTERM; then write the pairs of all judgements, and their agreement."""
-    folder, seed, limit, say = RunFolder.of(config), config.trainer.seed, config.pairs.limit, console.say
-    settings = {"method": str(PairsMethod.people), "sources": plain(config.data.train)}
+    say = console.say
+    settings = {"method": str(PairsMethod.people), "sources": plain(data.train)}
     settings |= {"limit": limit, "seed": seed}
     check_output(folder.pairs_file, settings)
     drawn: Counter[str] = Counter()
-    items = draw_items(training_records(config, read_records, say), limit or _MOST_ITEMS, seed, drawn)
+    items = draw_items(training_records(data, read_records, say), limit or _MOST_ITEMS, seed, drawn)
     rest = ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in (+drawn).items())
     say(counted(len(items), "comparison") + (f"; records: {rest}" if rest else ""))
     if not items:

@@ -1,29 +1,28 @@
 """Rounds of sampling, scoring, pairing and training: a loop over the verbs `pairs` and `train`."""
 
-import contextlib
 import json
 import os
-import shlex
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeAlias
 
 from dpo_dist.config.identity import differing_keys, plain
 from dpo_dist.config.load import from_yaml, to_yaml
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import PairsConfig, ReferenceMode, RoundReference, RunConfig, SourceConfig
+from dpo_dist.config.schema import (
+    DataConfig,
+    ModelConfig,
+    PairsConfig,
+    ReferenceMode,
+    RoundReference,
+    RunConfig,
+    SourceConfig,
+)
 from dpo_dist.foundation import files
-from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, first_line
-from dpo_dist.foundation.signals import stop_signals
-from dpo_dist.foundation.streams import output_descriptor
+from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
 from dpo_dist.model.folder import model_folder
-
-_REASONS = (ExitCode.invalid, ExitCode.diverged, ExitCode.preempted)
+from dpo_dist.tools.shared.commands import command_of, run_command
 
 Say: TypeAlias = Callable[[str], None]
 Run: TypeAlias = Callable[[str], int]
@@ -54,70 +53,25 @@ def check_settings(config: RunConfig, folder: RunFolder) -> None:
         )
 
 
-def command_of(verb: str, config: RunConfig, folder: Path, launcher: str | None) -> str:
-    """Write `config`, without secrets, below `folder`; return the command that runs the verb with it.
+def merge_adapter(adapter: Path, folder: Path, model: ModelConfig, data: DataConfig, store: Path) -> None:
+    """Write the base of an adapter with the adapter's update added to its weights, in the dtype of `model`.
 
-    By default `dpo-dist launch` starts it, if there are several GPUs.
-    """
-    files.write_text(folder / "experiment" / "round.yaml", to_yaml(config))
-    if launcher is None:
-        import torch  # noqa: PLC0415  (slow, and only needed here)
-
-        several = torch.cuda.device_count() > 1
-        launcher = shlex.quote(sys.executable) + (" -m dpo_dist launch" if several else "")
-    return f"{launcher} -m dpo_dist {verb} --config-dir {shlex.quote(str(folder))} +experiment=round"
-
-
-def run_command(command: str) -> int:
-    """Run a command to its end and return its exit code; signals to stop are passed on to it."""
-    received: list[int] = []
-    try:
-        # In a session of its own, Ctrl-C reaches this process alone, which passes it on once.
-        process = subprocess.Popen(  # noqa: S603  (the user's own launcher)
-            shlex.split(command), stdout=output_descriptor(), start_new_session=True
-        )
-    except (OSError, ValueError) as fault:  # no such program; a quote that is not closed
-        raise ConfigError(
-            "the launcher cannot be started",
-            where="pairs.launcher",
-            got=f"{command}: {first_line(fault)}",
-            remedy="set it to the words before -m dpo_dist.train, such as 'dpo-dist launch'",
-        ) from None
-
-    def pass_on(number: int, _frame: FrameType | None) -> None:
-        received.append(number)
-        with contextlib.suppress(ProcessLookupError):  # it has just ended
-            os.killpg(process.pid, number)
-
-    before = {number: signal.signal(number, pass_on) for number in stop_signals()}
-    code = process.wait()
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    if signal.SIGINT in received:
-        raise KeyboardInterrupt
-    if received and code not in _REASONS:
-        raise SystemExit(128 + received[0])  # as shells number it
-    return code
-
-
-def merge_adapter(adapter: Path, folder: Path, config: RunConfig) -> None:
-    """Write the base of an adapter with the adapter's update added to its weights, in `config.model.dtype`.
-
-    A quantized base is merged without its quantization. The folder is written whole or not at all.
+    A quantized base is merged without its quantization. The folder is written whole or not at all. `store`
+    remembers the digests of files.
     """
     files.collect_abandoned(folder.parent)  # a whole model, if an earlier start was killed while it wrote one
     # Slow to import.
     from dpo_dist.model.load import TORCH_DTYPES, load_tokenizer  # noqa: PLC0415
     from dpo_dist.model.save import copy_tokenizer, write_merged, writing_errors  # noqa: PLC0415
     from dpo_dist.model.stops import trained_stops, write_stops  # noqa: PLC0415
-    from dpo_dist.tools.sampling.respond import find_model  # noqa: PLC0415
+    from dpo_dist.tools.shared.sampling.respond import find_model  # noqa: PLC0415
 
-    source = find_model(str(adapter), config, "model.adapter")
-    dtype, code = TORCH_DTYPES[config.model.dtype], config.model.trust_remote_code
+    source = find_model(str(adapter), model, store, "model.adapter")
+    dtype, code = TORCH_DTYPES[model.dtype], model.trust_remote_code
     with writing_errors(folder), files.staged_folder(folder) as temporary:
         write_merged(temporary, source.folder, adapter, dtype, trust_remote_code=code)
         copy_tokenizer(source.tokenizer_folder, temporary)
-        stops = trained_stops(load_tokenizer(temporary, config.model), config.data)
+        stops = trained_stops(load_tokenizer(temporary, model), data)
         write_stops(temporary, source.folder, stops)
 
 
@@ -166,7 +120,7 @@ def run_rounds(config: RunConfig, say: Say, run: Run = run_command) -> int:
     for line in _table(results):
         say(line)
     last = max(result["number"] for result in results if result["training"] is not None)
-    say(f"the last policy: {_policy(config, last)}")
+    say(f"the last policy: {_policy(folder.round(last), config.model)}")
     return ExitCode.completed
 
 
@@ -240,16 +194,16 @@ def _train(config: RunConfig, number: int, say: Say, run: Run) -> tuple[int, dic
         raise _failed(f"training of round {number}", code, folder.training)
     if config.model.adapter is not None and not folder.policy.exists():
         say(f"round {number}: the adapter is merged into {stage.model.path}")
-        merge_adapter(folder.training.model, folder.policy, stage)
+        store = Path(stage.reference.store)
+        merge_adapter(folder.training.model, folder.policy, stage.model, stage.data, store)
     summary = json.loads(folder.training.summary.read_text(encoding="utf-8"))
     facts = {"steps": summary["steps"], "accuracy": summary["final"].get("rewards/accuracies")}
     return code, facts | {"seconds": summary.get("train_seconds")}
 
 
-def _policy(config: RunConfig, number: int) -> Path:
-    """Return the folder of the model that round `number` has trained."""
-    folder = RunFolder.of(config).round(number)
-    return folder.training.model if config.model.adapter is None else folder.policy
+def _policy(folder: RunFolder, model: ModelConfig) -> Path:
+    """Return the folder of the model that the round in `folder` has trained."""
+    return folder.training.model if model.adapter is None else folder.policy
 
 
 def _with_policy(config: RunConfig, number: int) -> RunConfig:
@@ -265,7 +219,7 @@ def _with_policy(config: RunConfig, number: int) -> RunConfig:
         reference = replace(reference, path=path)
         if mode is ReferenceMode.adapter:  # the base of a later adapter is not the first model
             reference = replace(reference, mode=ReferenceMode.cached, quantization=first.quantization)
-    policy = str(_policy(config, number - 1))
+    policy = str(_policy(RunFolder.of(config).round(number - 1), first))
     return replace(config, model=replace(first, path=policy, revision=None), reference=reference)
 
 

@@ -26,7 +26,7 @@ from dpo_dist.tools.plan.estimate import (
     estimate,
     machine_of,
 )
-from dpo_dist.tools.tables import aligned
+from dpo_dist.tools.shared.tables import aligned
 
 Progress = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
 

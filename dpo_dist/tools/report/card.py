@@ -18,8 +18,8 @@ from dpo_dist.config.schema import ExportedWeights, RunConfig, SourceConfig
 from dpo_dist.foundation.errors import warn_on_bug
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import as_yaml, counted, without_secrets
-from dpo_dist.tools.tables import evaluation_cells
-from dpo_dist.tools.verdict.rules import verdict
+from dpo_dist.tools.report.verdict.rules import verdict
+from dpo_dist.tools.shared.tables import evaluation_cells
 
 Row = Mapping[str, Any]
 

@@ -12,12 +12,12 @@ from dpo_dist.foundation.errors import RunOutcome, warn_on_bug
 from dpo_dist.foundation.signals import BY_TRACKER
 from dpo_dist.objective.metrics import PairValues, Values
 from dpo_dist.tools.evaluation.results import write_evaluation, write_worst
-from dpo_dist.tools.pages.charts import draw_curves
 from dpo_dist.tools.report.card import data_findings, run_card
 from dpo_dist.tools.report.run import write_page
 from dpo_dist.tools.report.samples import prepare_samples
-from dpo_dist.tools.tables import closing_table
-from dpo_dist.tools.verdict.rules import RULES, sample_alarm, verdict
+from dpo_dist.tools.report.verdict.rules import RULES, sample_alarm, verdict
+from dpo_dist.tools.shared.pages.charts import draw_curves
+from dpo_dist.tools.shared.tables import closing_table
 from dpo_dist.training.context import Run
 from dpo_dist.training.inputs import Inputs
 from dpo_dist.training.metrics_log import MetricsLog, Row

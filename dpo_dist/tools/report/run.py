@@ -16,13 +16,13 @@ from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import counted, duration, number, percent, size, without_secrets
 from dpo_dist.tools.evaluation.results import ALL, results_name
-from dpo_dist.tools.findings import Level
-from dpo_dist.tools.pages.charts import charts
-from dpo_dist.tools.pages.render import estimate, flat, page, part
-from dpo_dist.tools.pages.samples import samples_of, worst_pairs
-from dpo_dist.tools.tables import describe_reference
-from dpo_dist.tools.verdict.facts import MARGIN, RunFacts, last
-from dpo_dist.tools.verdict.rules import RULES
+from dpo_dist.tools.report.verdict.facts import MARGIN, RunFacts, last
+from dpo_dist.tools.report.verdict.rules import RULES
+from dpo_dist.tools.shared.findings import Level
+from dpo_dist.tools.shared.pages.charts import charts
+from dpo_dist.tools.shared.pages.render import estimate, flat, page, part
+from dpo_dist.tools.shared.pages.samples import samples_of, worst_pairs
+from dpo_dist.tools.shared.tables import describe_reference
 from dpo_dist.training.clock import WORKS, Work
 from dpo_dist.training.metrics_log import final_and_best, metrics_by_source, read_latest_rows
 

@@ -18,12 +18,12 @@ from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.streams import printable
 from dpo_dist.objective.metrics import AUC, ENTROPIES, MISMATCH, PAIR_METRICS
 from dpo_dist.tools.evaluation.results import ALL, results_name
-from dpo_dist.tools.pages import render
-from dpo_dist.tools.pages.charts import Curves, charts_of_runs, color_of
-from dpo_dist.tools.pages.samples import samples_of_runs
 from dpo_dist.tools.report.run import PageFacts, verdict_of
-from dpo_dist.tools.tables import EVALUATED, aligned
-from dpo_dist.tools.verdict.facts import MARGIN, Row
+from dpo_dist.tools.report.verdict.facts import MARGIN, Row
+from dpo_dist.tools.shared.pages import render
+from dpo_dist.tools.shared.pages.charts import Curves, charts_of_runs, color_of
+from dpo_dist.tools.shared.pages.samples import samples_of_runs
+from dpo_dist.tools.shared.tables import EVALUATED, aligned
 from dpo_dist.training.metrics_log import finite
 
 Runs = Mapping[str, PageFacts]

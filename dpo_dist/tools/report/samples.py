@@ -18,9 +18,9 @@ from dpo_dist.foundation.text import counted, duration
 from dpo_dist.model.load import load_config
 from dpo_dist.model.stops import find_stop_ids
 from dpo_dist.reference.engine import load_reference
-from dpo_dist.tools.sampling.generate import NotFiniteError, Request, Sampling, generate_together
-from dpo_dist.tools.sampling.respond import texts_after
-from dpo_dist.tools.text_facts import is_refusal, language_of, sample_metrics, text_facts
+from dpo_dist.tools.shared.sampling.generate import NotFiniteError, Request, Sampling, generate_together
+from dpo_dist.tools.shared.sampling.respond import texts_after
+from dpo_dist.tools.shared.text_facts import is_refusal, language_of, sample_metrics, text_facts
 from dpo_dist.training.context import Run
 from dpo_dist.training.inputs import Inputs
 

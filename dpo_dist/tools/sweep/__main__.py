@@ -173,7 +173,7 @@ def _warm_up() -> None:
 
     import dpo_dist.tools.report.recorder  # noqa: PLC0415
     import dpo_dist.training.run  # noqa: F401, PLC0415
-    from dpo_dist.tools.pages.render import TEMPLATES  # noqa: PLC0415
+    from dpo_dist.tools.shared.pages.render import TEMPLATES  # noqa: PLC0415
 
     pyarrow.array([0])  # imports pandas
     get_checkpoint_conversion_mapping("")
@@ -240,7 +240,7 @@ class _Trainer:
         config, gpus, command = replace(self._points[words], sweep=SweepConfig()), self._free.pop(0), None
         screen = self._folder.point_screen(RunFolder.of(config))
         if self._launcher is not None:
-            from dpo_dist.tools.pairs.rounds import command_of  # noqa: PLC0415
+            from dpo_dist.tools.shared.commands import command_of  # noqa: PLC0415
 
             command = command_of("train", config, screen.with_suffix(""), self._launcher)
         place = f"point {list(self._points).index(words) + 1} of {len(self._points)}"

@@ -14,8 +14,14 @@ from dpo_dist.config.schema import Dtype, EndpointConfig, ModelConfig, Verdicts
 from dpo_dist.config.user_code import find_function
 from dpo_dist.data.records import Message, Origin, PreferenceRecord, Prompt
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.tools import judges
-from dpo_dist.tools.judges import EndpointJudge, FunctionJudge, Judgement, Question, RewardModel
+from dpo_dist.tools.shared.sampling import judges
+from dpo_dist.tools.shared.sampling.judges import (
+    EndpointJudge,
+    FunctionJudge,
+    Judgement,
+    Question,
+    RewardModel,
+)
 from tests.support import tiny
 from tests.support.judge_server import Answer, JudgeServer, judge_server
 from tests.support.tiny_model import write_model

@@ -17,7 +17,7 @@ from dpo_dist.foundation.files import json_line
 from dpo_dist.model.stops import find_stop_ids
 from dpo_dist.tools.report import samples
 from dpo_dist.tools.report.samples import SamplePrompt, Samples, choose_prompts
-from dpo_dist.tools.sampling.generate import Request, Sample, Sampling
+from dpo_dist.tools.shared.sampling.generate import Request, Sample, Sampling
 from dpo_dist.training.context import Run
 from tests.support import tiny
 from tests.support.alone import ALONE

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_dist.tools.verdict.rules import RULES, Verdict, sample_alarm, verdict
+from dpo_dist.tools.report.verdict.rules import RULES, Verdict, sample_alarm, verdict
 from dpo_dist.training.metrics_log import usual_loss
 
 STEPS = 20

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.tools.doctor.label_leaks import LeakTest, leak_findings
-from dpo_dist.tools.findings import Level
+from dpo_dist.tools.doctor.measures.label_leaks import LeakTest, leak_findings
+from dpo_dist.tools.shared.findings import Level
 from tests.support import tiny
 from tests.support.doctor_data import Pair, clean_pairs, examined, of_rule
 

@@ -20,7 +20,12 @@ from dpo_dist.data.encoded.build import prepare_dataset
 from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
-from dpo_dist.tools.doctor.margins import compare_with_store, find_stored, margin_findings, stored_pairs
+from dpo_dist.tools.doctor.measures.margins import (
+    compare_with_store,
+    find_stored,
+    margin_findings,
+    stored_pairs,
+)
 from tests.support import tiny
 from tests.support.invented import write_pairs
 from tests.support.tiny_model import write_model

@@ -10,11 +10,11 @@ import numpy.typing as npt
 from datasketch import MinHash, MinHashLSH
 
 from dpo_dist.config.schema import DataConfig
-from dpo_dist.tools.doctor.observe import Facts
+from dpo_dist.tools.doctor.measures.observe import Facts
+from dpo_dist.tools.doctor.measures.sources import Source
 from dpo_dist.tools.doctor.rules import RULES
-from dpo_dist.tools.doctor.sources import Source
 from dpo_dist.tools.doctor.texts import EMPTY_SKETCH, SIGNATURE_NUMBERS, Signature
-from dpo_dist.tools.findings import Finding, Level
+from dpo_dist.tools.shared.findings import Finding, Level
 
 Partners = dict[int, int]
 """From a record's index to that of a record with which it has something in common, ascending."""

@@ -22,7 +22,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
 
-from dpo_dist.config.schema import EndpointConfig, ModelConfig, RunConfig, Verdicts
+from dpo_dist.config.schema import EndpointConfig, ModelConfig, PairsConfig, Verdicts
 from dpo_dist.config.user_code import find_function, user_function
 from dpo_dist.data.encoded.build import tokenizer_digest
 from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord, UnusableRecordError, turns_of
@@ -32,7 +32,7 @@ from dpo_dist.foundation.files import text_digest
 from dpo_dist.model.folder import description_folder, model_folder
 from dpo_dist.model.load import load_config, load_tokenizer, load_weights
 from dpo_dist.reference.digest import digest_model
-from dpo_dist.tools.pairs.files import as_fields, context_fields
+from dpo_dist.tools.shared.records import as_fields, context_fields
 
 log = logging.getLogger(__name__)
 
@@ -400,11 +400,15 @@ returns everything that the scores depend on, without secrets; `judge` the judge
 """
 
 
-def open_judge(config: RunConfig, device: torch.device = _CPU) -> Judge | None:
-    """Return the judge of the configuration, if it has one."""
-    pairs = config.pairs
+def open_judge(
+    pairs: PairsConfig, model: ModelConfig, store: Path, device: torch.device = _CPU
+) -> Judge | None:
+    """Return the judge of `pairs`, if there is one; a reward model is loaded as `model` says.
+
+    `store` remembers the digests of its files.
+    """
     if pairs.reward_model is not None:
-        return RewardModel(pairs.reward_model, config.model, Path(config.reference.store), device)
+        return RewardModel(pairs.reward_model, model, store, device)
     if pairs.function is not None:
         return FunctionJudge(pairs.function)
     return None if pairs.endpoint.url is None else EndpointJudge(pairs.endpoint)

@@ -14,8 +14,7 @@ from dpo_dist.config.losses import balancing_weight
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import counted, percent
 from dpo_dist.objective.metrics import EXCESS, MISMATCH
-from dpo_dist.tools.findings import Finding, Level, Rule
-from dpo_dist.tools.verdict.facts import (
+from dpo_dist.tools.report.verdict.facts import (
     MARGIN,
     Accuracy,
     Row,
@@ -28,6 +27,7 @@ from dpo_dist.tools.verdict.facts import (
     pooled,
     values,
 )
+from dpo_dist.tools.shared.findings import Finding, Level, Rule
 from dpo_dist.training.metrics_log import finite, is_collapsed, logps_by_side
 
 MOST_FINDINGS = 5

@@ -12,9 +12,9 @@ from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.model.folder import description_folder, start_folder
 from dpo_dist.reference.store import LogpStore, Values, known_fingerprints
+from dpo_dist.tools.doctor.measures.sources import distribution
 from dpo_dist.tools.doctor.rules import RULES
-from dpo_dist.tools.doctor.sources import distribution
-from dpo_dist.tools.findings import Finding
+from dpo_dist.tools.shared.findings import Finding
 
 # A margin is far from 0 if it is at least half a nat per token, and not by chance: log-probs of tokens vary
 # by 1 to 2 nats, so means of n and m tokens differ by about 1.5 sqrt(1/n + 1/m) without a reason.

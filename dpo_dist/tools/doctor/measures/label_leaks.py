@@ -22,7 +22,7 @@ from sklearn.preprocessing import StandardScaler
 from dpo_dist.foundation.text import percent
 from dpo_dist.tools.doctor.rules import RULES
 from dpo_dist.tools.doctor.texts import GROUPS
-from dpo_dist.tools.findings import Finding
+from dpo_dist.tools.shared.findings import Finding
 
 Keys: TypeAlias = npt.NDArray[np.uint64]
 Matrix: TypeAlias = Any

@@ -14,8 +14,8 @@ from markupsafe import Markup
 from dpo_dist.config.run_folder import RunFolder, step_of
 from dpo_dist.foundation.files import read_lines
 from dpo_dist.foundation.text import counted, number, percent
-from dpo_dist.tools.pages.render import part
-from dpo_dist.tools.text_facts import WORD, text_facts
+from dpo_dist.tools.shared.pages.render import part
+from dpo_dist.tools.shared.text_facts import WORD, text_facts
 
 Row = Mapping[str, Any]
 Piece = tuple[str, bool]

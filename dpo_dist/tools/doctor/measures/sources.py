@@ -11,12 +11,12 @@ import numpy.typing as npt
 
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.counts import EMPTY_REMEDY, named_in_one_line, remedy_of
-from dpo_dist.tools.doctor.label_leaks import LeakTest, leak_findings, leak_tests
-from dpo_dist.tools.doctor.observe import SIDES, Facts, PairFacts
+from dpo_dist.tools.doctor.measures.label_leaks import LeakTest, leak_findings, leak_tests
+from dpo_dist.tools.doctor.measures.observe import SIDES, Facts, PairFacts
 from dpo_dist.tools.doctor.rules import KINDS, RULE_OF, RULES
 from dpo_dist.tools.doctor.texts import gaps_of
-from dpo_dist.tools.findings import Finding
-from dpo_dist.tools.text_facts import language_of
+from dpo_dist.tools.shared.findings import Finding
+from dpo_dist.tools.shared.text_facts import language_of
 
 PERCENTILES = (1, 5, 25, 50, 75, 90, 95, 99)
 _SAMPLED_PAIRS, _SAMPLED_LANGUAGES = 20_000, 2_000

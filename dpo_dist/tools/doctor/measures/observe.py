@@ -21,11 +21,11 @@ from dpo_dist.tools.doctor.texts import (
     Signature,
     differences,
     features_of,
-    side_of,
     signature,
     text_names,
     texts_of,
 )
+from dpo_dist.tools.shared.records import side_of
 
 SIDES = ("prompt", "chosen", "rejected")
 Lengths = tuple[int, int, int]

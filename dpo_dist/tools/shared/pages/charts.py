@@ -20,7 +20,7 @@ from dpo_dist.foundation import files
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import number
 from dpo_dist.objective.metrics import AUC
-from dpo_dist.tools.pages.render import part
+from dpo_dist.tools.shared.pages.render import part
 
 Rows = Sequence[Mapping[str, float]]
 FloatArray = NDArray[np.float64]
