@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_dist.config.losses import balancing_weight
+from dpo_dist.config.losses import LossConfig, balancing_weight
 from dpo_dist.config.schema import (
     NO_MODEL,
     DataConfig,
     FailOn,
+    ModelConfig,
     OnBadRecord,
     RunConfig,
     SourceConfig,
@@ -69,12 +70,14 @@ class Diagnosis:
 def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | None = None) -> Diagnosis:
     """Encode and examine the data of a run; nothing is trained, and no weights are loaded."""
     data = config.data
-    prepared = None if config.model.path == NO_MODEL else prepare(config, progress)
+    prepared = None if config.model.path == NO_MODEL else prepare(data, config.model, config.loss, progress)
     tokenizer = None if prepared is None else prepared.tokenizer
     diagnosis = examine(data, tokenizer, benchmark, lambda source: progress(f"examining {source}", "record"))
-    findings = [*diagnosis.findings, *_label_balance(config, diagnosis.sources)]
+    findings = [*diagnosis.findings, *_label_balance(data.train, config.loss, diagnosis.sources)]
     if prepared is not None:
-        store, of_store = compare_with_store(config, diagnosis.sources, prepared.datasets)
+        store, of_store = compare_with_store(
+            config.model, config.reference, config.loss, diagnosis.sources, prepared.datasets
+        )
         findings = [*of_store, *findings]
         if _REFUSING_RULES.isdisjoint(finding.rule for finding in findings):
             findings = [*map(_refusal, prepared.refusals), *findings]
@@ -116,14 +119,16 @@ def examine(
     )
 
 
-def _label_balance(config: RunConfig, sources: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+def _label_balance(
+    train: Sequence[SourceConfig], loss: LossConfig, sources: Sequence[Mapping[str, Any]]
+) -> Iterator[Finding]:
     """Yield the finding of training data whose labels do not weigh alike, with the weight that they need.
 
     A source counts as often as it is drawn.
     """
-    drawn = list(zip(config.data.train, sources, strict=False))  # those of evaluation come after them
+    drawn = list(zip(train, sources, strict=False))  # those of evaluation come after them
     good, bad = (sum(each.weight * of["labels"][label] for each, of in drawn) for label in ("good", "bad"))
-    present = config.loss.desirable_weight, config.loss.undesirable_weight
+    present = loss.desirable_weight, loss.undesirable_weight
     weights = present[0] * good, present[1] * bad
     if good + bad and not 1 <= weights[0] / max(weights[1], 1e-9) <= 4 / 3:
         most, numbers = "good" if good > bad else "bad", (round(max(good, bad)), round(good + bad))
@@ -161,14 +166,14 @@ class Prepared(NamedTuple):
     refusals: list[DpoDistError]  # with which training would refuse them
 
 
-def prepare(config: RunConfig, progress: ProgressOf) -> Prepared:
+def prepare(data: DataConfig, model: ModelConfig, loss: LossConfig, progress: ProgressOf) -> Prepared:
     """Encode the data of a run with the tokenizer of its model."""
     from dpo_dist.model.load import load_config, load_tokenizer  # noqa: PLC0415  (slow)
 
-    folder = description_folder(config.model.path, config.model.revision, needs_weights=False)
-    files = tokenizer_folder(folder, start_folder(config.model))
-    tokenizer, data, digest = load_tokenizer(files, config.model), config.data, tokenizer_digest(files)
-    vocab_size = load_config(folder, config.model).get_text_config().vocab_size
+    folder = description_folder(model.path, model.revision, needs_weights=False)
+    files = tokenizer_folder(folder, start_folder(model))
+    tokenizer, digest = load_tokenizer(files, model), tokenizer_digest(files)
+    vocab_size = load_config(folder, model).get_text_config().vocab_size
     refusals: list[DpoDistError] = []
 
     def prepared(sources: Sequence[SourceConfig], part: Part, side: str) -> list[list[PreferenceDataset]]:
@@ -182,7 +187,7 @@ def prepare(config: RunConfig, progress: ProgressOf) -> Prepared:
             if encoded := encode(data):
                 dataset = open_dataset(encoded, data)
                 check_ids_in_vocabulary(dataset, tokenizer, vocab_size)
-                check_fits_loss(dataset, config.loss)
+                check_fits_loss(dataset, loss)
         except (DataError, ConfigError) as refusal:
             encoded = encode(replace(data, on_bad_record=OnBadRecord.drop))
             refusals.append(refusal)

@@ -14,9 +14,9 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.metrics import METRICS
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation import files
 from dpo_dist.foundation.text import without_secrets
@@ -262,18 +262,23 @@ def write_worst(
 def write_evaluation(
     name: str,
     model: str,
-    config: RunConfig,
     means: dict[str, float],
     values: PairValues,
     dataset: PreferenceDataset,
+    *,
+    run: RunFolder,
+    loss: LossConfig,
+    reference: str,
+    seed: int,
     revision: str | None = None,
 ) -> Results:
     """Write the files of an evaluation, each whole or not at all, to its folder `name` and as those of the
     newest one; return its results.
 
-    `model`: its path; `revision`: its commit, if it is from the hub. `means`: exact, of all metrics.
+    `model`: its path; `revision`: its commit, if it is from the hub. `reference`: the path of the reference
+    model, if `loss` needs one. `means`: exact, of all metrics.
     """
-    folder, sources = RunFolder.of(config), dataset.counts["sources"]
+    sources = dataset.counts["sources"]
     labels = np.repeat(dataset.source_labels, dataset.source_pairs)
     members = {label: labels == label for label in dataset.source_labels}
     by_name = results(
@@ -281,23 +286,23 @@ def write_evaluation(
         values,
         members,
         np.asarray(dataset.prompt_hashes[:], dtype=np.uint64),
-        MetricPlan(config.loss, dataset.labels, True, CustomMetrics(names=tuple(values.custom))),
-        config.trainer.seed,
+        MetricPlan(loss, dataset.labels, True, CustomMetrics(names=tuple(values.custom))),
+        seed,
     )
     evaluated = {
         "model": model,
         "revision": revision,
-        "reference": config.reference.path or config.model.path if config.loss.needs_reference else None,
-        "loss": "+".join(config.loss.kinds),
+        "reference": reference if loss.needs_reference else None,
+        "loss": "+".join(loss.kinds),
         "pairs": len(dataset),
         "prompts_also_in_train": dataset.counts.get("prompts_also_in_train"),
         "sources": [{"label": source["label"], "path": source["path"]} for source in sources],
     }
-    named, newest = folder.evaluation_of(name), folder.evaluation
+    named, newest = run.evaluation_of(name), run.evaluation
     for written in (named.path, newest.path):
         files.collect_abandoned(written)
     files.write_json(named.evaluated, evaluated)
-    write_scores(named.scores, values, dataset, is_unpaired=config.loss.is_unpaired)
+    write_scores(named.scores, values, dataset, is_unpaired=loss.is_unpaired)
     files.write_json(named.results, by_name)
     for file, target in zip(named.files, newest.files, strict=True):
         with files.staged_file(target) as temporary:

@@ -13,11 +13,13 @@ import torch
 from dpo_dist.config.schema import (
     ZERO_STAGES,
     Dtype,
+    ModelConfig,
     Offload,
     ParallelismKind,
     PlanConfig,
     ReferenceMode,
     RunConfig,
+    TrainerConfig,
 )
 from dpo_dist.model.flops import REACHED_SHARES, matmul_peak, recomputed_share, step_flops, visited_experts
 from dpo_dist.model.load import TORCH_DTYPES
@@ -236,13 +238,13 @@ def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) ->
     forward = useful / (3 if model.adapter is None else 2)
     partners = forward * config.loss.needs_partners
     needs = footprint(config, causal_lm, gpus)
-    micro_batch = _micro_batch(config, needs, machine)
+    micro_batch = _micro_batch(config.trainer, needs, machine)
     # The larger micro-batches that fit beside offloaded or quantized weights are not counted as a gain.
     on_device = replace(config.parallelism, offload_optimizer=Offload.none, offload_parameters=Offload.none)
     plain = replace(config, parallelism=on_device, model=replace(model, quantization=None))
     without, tokens = footprint(plain, causal_lm, gpus), micro_batch
     if without.fits(config.data.max_length, machine.memory):
-        tokens = min(tokens, _micro_batch(plain, without, machine))
+        tokens = min(tokens, _micro_batch(config.trainer, without, machine))
     # A pair above the budget has a micro-batch of its own.
     of_step = config.trainer.global_batch_pairs * data.tokens / gpus
     times = math.ceil(of_step / max(tokens, data.tokens))
@@ -261,20 +263,20 @@ def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) ->
         computing=useful * (1 + again) + partners,
         scoring=forward + partners,
         launching=(1 + again) * steps * times * layers * _LAUNCHES,
-        dequantizing=2 * (1 + again) * steps * times * _seconds_of_dequantizing(config, causal_lm, machine),
+        dequantizing=2 * (1 + again) * steps * times * _seconds_of_dequantizing(model, causal_lm, machine),
     )
 
 
-def _micro_batch(config: RunConfig, needs: Footprint, machine: Machine) -> int:
-    if config.trainer.micro_batch_tokens != "auto":
-        return config.trainer.micro_batch_tokens
+def _micro_batch(trainer: TrainerConfig, needs: Footprint, machine: Machine) -> int:
+    if trainer.micro_batch_tokens != "auto":
+        return trainer.micro_batch_tokens
     largest = needs.largest_micro_batch(machine.memory)
     return DEFAULT_TOKENS if largest is None else largest
 
 
-def _seconds_of_dequantizing(config: RunConfig, causal_lm: Any, machine: Machine) -> float:
+def _seconds_of_dequantizing(model: ModelConfig, causal_lm: Any, machine: Machine) -> float:
     """Return the seconds in which all quantized weights are computed once."""
-    if (kind := config.model.quantization) is None:
+    if (kind := model.quantization) is None:
         return 0.0
-    moved = BYTES_OF_QUANTIZED[kind] + TORCH_DTYPES[config.model.dtype].itemsize  # of a weight
+    moved = BYTES_OF_QUANTIZED[kind] + TORCH_DTYPES[model.dtype].itemsize  # of a weight
     return moved * quantized_weights(causal_lm) / (_DEQUANTIZING * machine.bandwidth)

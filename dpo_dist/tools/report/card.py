@@ -11,10 +11,17 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from dpo_dist.config.identity import settings
-from dpo_dist.config.losses import KINDS, LossKind
+from dpo_dist.config.losses import KINDS, LossConfig, LossKind
 from dpo_dist.config.metrics import ACCURACIES, MAIN, PREFIX, TERMS
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
-from dpo_dist.config.schema import ExportedWeights, RunConfig, SourceConfig
+from dpo_dist.config.schema import (
+    DataConfig,
+    ExportedWeights,
+    ModelConfig,
+    ReferenceConfig,
+    RunConfig,
+    SourceConfig,
+)
 from dpo_dist.foundation.errors import warn_on_bug
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import as_yaml, counted, without_secrets
@@ -88,11 +95,11 @@ def model_card(
         loader=loader if adapter is None or loader != _CAUSAL else "AutoPeftModelForCausalLM",
         evaluation=evaluation and (head, [[code(label), *map(Markup, cells)] for label, *cells in rows]),
         has_rewards=any(PREFIX + name in row for row in evaluation.values() for name in ACCURACIES),
-        data=_data(config, summary),
-        training=_training(config),
+        data=_data(config.data, summary),
+        training=_training(settings(config), config.data, config.model, config.reference),
         versions=[(code(name), code(version)) for name, version in versions.items()],
     )
-    metadata = _metadata(config).to_yaml()
+    metadata = _metadata(config.model, config.data, config.loss).to_yaml()
     text: str = without_secrets(re.sub(r"\n{3,}", "\n\n", str(body)))
     return text.replace("METADATA", metadata, 1) + "\n"
 
@@ -120,10 +127,10 @@ def _hub_dataset(source: SourceConfig) -> str | None:
     return source.path if not is_local and _HUB_DATASET.fullmatch(source.path) else None
 
 
-def _metadata(config: RunConfig) -> ModelCardData:
-    base, is_adapter = hub_name(config.model.path), config.model.adapter is not None
-    datasets = [name for source in config.data.train if (name := _hub_dataset(source)) is not None]
-    kind = "dpo" if LossKind.sigmoid in config.loss.kinds else str(config.loss.kinds[0])
+def _metadata(model: ModelConfig, data: DataConfig, loss: LossConfig) -> ModelCardData:
+    base, is_adapter = hub_name(model.path), model.adapter is not None
+    datasets = [name for source in data.train if (name := _hub_dataset(source)) is not None]
+    kind = "dpo" if LossKind.sigmoid in loss.kinds else str(loss.kinds[0])
     metadata = ModelCardData(
         base_model=base,
         datasets=list(dict.fromkeys(datasets)) or None,
@@ -136,9 +143,9 @@ def _metadata(config: RunConfig) -> ModelCardData:
     return metadata
 
 
-def _data(config: RunConfig, summary: Row) -> Iterator[list[object]]:
+def _data(data: DataConfig, summary: Row) -> Iterator[list[object]]:
     for part in summary["data"]:
-        sources = config.data.train if part == "train" else config.data.eval_sources
+        sources = data.train if part == "train" else data.eval_sources
         for counts, source in zip(summary["data"][part]["sources"], sources, strict=True):
             dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(counts["dropped"].items()))
             hub = _hub_dataset(source)
@@ -148,13 +155,16 @@ def _data(config: RunConfig, summary: Row) -> Iterator[list[object]]:
             yield [part, label, *numbers, dropped, f"{counts['pairs']:,}"]
 
 
-def _training(config: RunConfig) -> list[tuple[Markup, Markup]]:
-    values = {key: value for key, value in settings(config).items() if key not in _PATHS}
-    if config.reference.path is not None:
-        values["reference.path"] = _model_name(config.reference.path)
-    if config.data.chat_template is not None:
-        values["data.chat_template"] = Path(config.data.chat_template).name
-    if (adapter := config.model.adapter) is not None and adapter.path is not None:
+def _training(
+    shown: Mapping[str, Any], data: DataConfig, model: ModelConfig, reference: ReferenceConfig
+) -> list[tuple[Markup, Markup]]:
+    """Return the settings of a run as cells; of paths the last names only."""
+    values = {key: value for key, value in shown.items() if key not in _PATHS}
+    if reference.path is not None:
+        values["reference.path"] = _model_name(reference.path)
+    if data.chat_template is not None:
+        values["data.chat_template"] = Path(data.chat_template).name
+    if (adapter := model.adapter) is not None and adapter.path is not None:
         values["model.adapter"] = {**values["model.adapter"], "path": _model_name(adapter.path)}
     return [(code(key), code(as_yaml(value))) for key, value in values.items()]
 

@@ -57,10 +57,21 @@ class Recorder:
         """Write the files of the evaluation after the last step."""
         with warn_on_bug("the last evaluation's folder", self.run.say):
             model, (dataset, _) = str(self.run.folder.model), inputs.visited[-1]
-            write_evaluation(LAST_EVALUATION, model, self.run.config, means, values, dataset)
-            if not self.run.config.loss.is_one_sided:
-                file = self.run.folder.evaluation_of(LAST_EVALUATION).worst
-                is_unpaired = self.run.config.loss.is_unpaired
+            config, folder, loss = self.run.config, self.run.folder, self.run.config.loss
+            reference, seed = config.reference.path or config.model.path, config.trainer.seed
+            write_evaluation(
+                LAST_EVALUATION,
+                model,
+                means,
+                values,
+                dataset,
+                run=folder,
+                loss=loss,
+                reference=reference,
+                seed=seed,
+            )
+            if not loss.is_one_sided:
+                file, is_unpaired = folder.evaluation_of(LAST_EVALUATION).worst, loss.is_unpaired
                 write_worst(file, values, dataset, inputs.tokenizer, is_unpaired=is_unpaired)
 
     def close(self, summary: Mapping[str, Any], outcome: RunOutcome) -> None:
