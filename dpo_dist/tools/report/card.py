@@ -30,7 +30,7 @@ from dpo_dist.tools.shared.tables import evaluation_cells
 
 Row = Mapping[str, Any]
 
-_TEMPLATE = Path(__file__).parents[1] / "pages/templates/card.md.jinja"
+_TEMPLATE = Path(__file__).with_name("card.md.jinja")
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<()#+!|~$@&]|:(?=//)|(?<=[wW]{3})\.)")
 _HUB_MODEL = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _HUB_DATASET = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)

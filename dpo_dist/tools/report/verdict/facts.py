@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -15,6 +15,10 @@ from dpo_dist.training.metrics_log import finite
 Row = Mapping[str, float]
 Fields = Mapping[str, Any]
 MARGIN = "rewards/margins"
+FEWEST_STEPS = 10
+"""A shorter run has learnt too little to be judged by it."""
+FEWEST_PAIRS = 50
+"""Fewest pairs for a mean that is not noise."""
 
 
 class Accuracy(NamedTuple):
@@ -218,3 +222,7 @@ def mean(rows: Iterable[Row], key: str) -> float | None:
 def number(value: float | None) -> str:
     """Return three digits of a number for people; "unknown" of None."""
     return "unknown" if value is None else text.number(value, 3)
+
+
+Find = Callable[[RunFacts], Iterator[str]]
+"""A rule of the verdict: it yields what shows its fault in the facts of a run."""
