@@ -16,7 +16,7 @@ if __name__ == "__main__":
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.rules import check_needs
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.training.preflight import check_start, started
+from dpo_dist.training.start.preflight import check_start, started
 
 
 def main(config: RunConfig, on_row: Callable[[dict[str, float]], bool | None] | None = None) -> int:

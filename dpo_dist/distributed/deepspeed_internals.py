@@ -2,8 +2,7 @@
 
 A version that changes them fails tests of two ranks: `test_checkpoint.py` (master weights, states of CPU
 Adam, a reference that follows the policy), `test_engine.py` (updates that are not applied),
-`test_generation.py` (orders of gathering), `test_reference_placement.py` (NVMe), and of one,
-`test_world.py` (a process group that is left).
+`test_generation.py` (orders of gathering), and of one, `test_world.py` (a process group that is left).
 """
 
 import contextlib
@@ -169,13 +168,6 @@ def release_gathered(weights: Iterable[Any]) -> None:
     for weight in weights:
         if weight.ds_status is ZeroParamStatus.AVAILABLE:
             weight.partition()
-
-
-def release_nvme_buffers(weights: Iterable[Any]) -> None:
-    """Release the host memory through which weights are read from NVMe."""
-    for weight in weights:
-        if weight.nvme_swapper is not None:
-            weight.nvme_swapper.buffers = None
 
 
 def forget_process_group() -> None:

@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from dpo_dist.config.losses import SyncReferenceConfig
-from dpo_dist.distributed.checkpoint import SavedSlices
+from dpo_dist.distributed.checkpoint.saver import SavedSlices
+from dpo_dist.distributed.checkpoint.slices import WEIGHT, ModelSlices, Slice, weight_slices
 from dpo_dist.distributed.deepspeed_internals import release_gathered, whole_shape
-from dpo_dist.distributed.slices import WEIGHT, ModelSlices, Slice, weight_slices
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine
 from dpo_dist.foundation.errors import ConfigError
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,13 +23,13 @@ from transformers.integrations.deepspeed import (
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.batching.plan import size_in_words
 from dpo_dist.config.schema import OptimConfig, OptimizerKind
-from dpo_dist.distributed.checkpoint import SavedSlices
+from dpo_dist.distributed.checkpoint.saver import SavedSlices
+from dpo_dist.distributed.checkpoint.slices import SHARDS, ModelSlices, OptimizerSlices, is_eight_bit
 from dpo_dist.distributed.deepspeed_config import START, communication
 from dpo_dist.distributed.deepspeed_internals import (
     drop_gradients,
     gathered_once,
     record_gather_orders,
-    release_nvme_buffers,
     restore_linear,
     write_masters_to_model,
 )
@@ -43,8 +42,7 @@ from dpo_dist.distributed.memory import (
     return_memory,
     wait_for_device,
 )
-from dpo_dist.distributed.slices import SHARDS, ModelSlices, OptimizerSlices, is_eight_bit
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.layers import decoder_layers, join_gradients, partly_used_blocks, without_gradient
 from dpo_dist.model.lora import adapter_off
@@ -52,15 +50,14 @@ from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.token_logps import Statistic
 
 
-def mark_zero3_leaves(model: PackedCausalLM, *, takes_layers: bool = True) -> None:
+def mark_zero3_leaves(model: PackedCausalLM) -> None:
     """Mark the modules whose weights ZeRO-3 gathers together and whose gradients it reduces together.
 
-    Decoder layers, if `takes_layers`, as fewer and larger messages are faster, and compiled code has no
-    hooks; all matrices of a layer would be read from NVMe at once, into too few buffers. And modules that may
-    use only some of their weights: a rank that skips a part would not gather it, and the others would wait.
-    Layers that share weights (Zamba) are no leaves: only the first would reduce their gradients.
+    Decoder layers, as fewer and larger messages are faster, and compiled code has no hooks. And modules that
+    may use only some of their weights: a rank that skips a part would not gather it, and the others would
+    wait. Layers that share weights (Zamba) are no leaves: only the first would reduce their gradients.
     """
-    layers = decoder_layers(model.causal_lm) if takes_layers else []
+    layers = decoder_layers(model.causal_lm)
     uses = Counter(weight for layer in layers for weight in layer.parameters())
     whole = [layer for layer in layers if all(uses[weight] == 1 for weight in layer.parameters())]
     for module in (*partly_used_blocks(model.causal_lm), *whole):
@@ -143,30 +140,26 @@ class Engine:
 
 
 class FrozenEngine(Engine):
-    """Sharded model that is only scored; `folder` contains its weights if they are on NVMe."""
+    """Sharded model that is only scored."""
 
-    def __init__(self, model: PackedCausalLM, deepspeed_config: dict[str, Any], folder: Path | None = None):
+    def __init__(self, model: PackedCausalLM, deepspeed_config: dict[str, Any]):
         model.requires_grad_(False)
-        mark_zero3_leaves(model, takes_layers=folder is None)
+        mark_zero3_leaves(model)
         deepspeed_config["zero_optimization"].update(communication(3, model.hidden_size, trains=False))
         engine, *_ = deepspeed.initialize(model=model, config=deepspeed_config)
         engine.eval()
         super().__init__(model, engine)
         if self._shards_weights:
             record_gather_orders(engine, engine.optimizer)
-        self._folder = folder
 
     def free(self) -> None:
         """Release the memory of the model; it cannot be used afterwards."""
         wait_for_device()
         self._engine.destroy()
-        release_nvme_buffers(self.model.parameters())
         empty_module(self.model)
         del self._engine
         if not is_deepspeed_zero3_enabled():  # the policy is not sharded
             restore_linear()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
         return_memory()
 
 
@@ -190,6 +183,9 @@ class LossScale:
         return LossScale(self.value, self.applied + 1)
 
 
+ADAM_EPS = 1e-8
+"""Added to the root of the second moment."""
+
 # Size of the states that an optimizer keeps beside a master weight, in sizes of the master weight.
 STATES_OF_ADAM = {OptimizerKind.adamw: 2.0, OptimizerKind.adamw_8bit: 0.5}
 
@@ -198,11 +194,11 @@ def create_optimizer(model: PackedCausalLM, optim: OptimConfig) -> torch.optim.O
     """Return AdamW for the trained weights; Accelerate replaces an offloaded one by DeepSpeed's CPU Adam."""
     groups, betas = _parameter_groups(model, optim.weight_decay), (optim.betas[0], optim.betas[1])
     if optim.kind is OptimizerKind.adamw:
-        return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
+        return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=ADAM_EPS, fused=True)
     from bitsandbytes import optim as bitsandbytes  # noqa: PLC0415  (optional)
 
     adamw: Any = bitsandbytes.AdamW8bit  # type: ignore[attr-defined]
-    eight_bit: torch.optim.Optimizer = adamw(groups, lr=optim.lr, betas=betas, eps=optim.eps)
+    eight_bit: torch.optim.Optimizer = adamw(groups, lr=optim.lr, betas=betas, eps=ADAM_EPS)
     return eight_bit
 
 

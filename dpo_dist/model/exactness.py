@@ -19,10 +19,10 @@ from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import ConfigError, DeviceMemoryError, first_line
 from dpo_dist.foundation.text import first_few
 from dpo_dist.model.architectures import check_positions, recorded_arrangement
-from dpo_dist.model.attention import choose_backend
+from dpo_dist.model.attention.kernels import choose_backend
+from dpo_dist.model.attention.ulysses import cannot_be_shared
 from dpo_dist.model.layers import layer_values, partly_used_blocks
 from dpo_dist.model.packed import PackedCausalLM, forget_lengths
-from dpo_dist.model.ulysses import cannot_be_shared
 
 log = logging.getLogger(__name__)
 

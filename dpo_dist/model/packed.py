@@ -15,9 +15,9 @@ from dpo_dist.batching.example import Example
 from dpo_dist.batching.pack import PackedBatch, PaddedRows, pack, padded_rows
 from dpo_dist.batching.plan import Arrangement, consecutive_batches
 from dpo_dist.config.schema import AttentionBackend, FusedLayers
-from dpo_dist.model.attention import PACKED, packed_attention
+from dpo_dist.model.attention.kernels import PACKED, packed_attention
+from dpo_dist.model.attention.ulysses import ExchangedAttention, TokenExchange, TokenShare
 from dpo_dist.model.layers import decoder_layers, text_part
-from dpo_dist.model.ulysses import ExchangedAttention, TokenExchange, TokenShare
 from dpo_dist.objective.router import routing_sums
 from dpo_dist.objective.token_logps import (
     UNCHANGED,

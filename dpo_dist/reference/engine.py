@@ -1,7 +1,6 @@
 """The reference model, loaded for scoring: sharded, offloaded or quantized; where its log-probs come from."""
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,14 +12,13 @@ from torch import Tensor
 
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.config.schema import ModelConfig, RunConfig
-from dpo_dist.distributed.deepspeed_config import frozen_config, nvme_folder
-from dpo_dist.distributed.failures import is_of_communication
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.deepspeed_config import frozen_config
+from dpo_dist.distributed.processes.failures import is_of_communication
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import Engine, FrozenEngine, PolicyEngine, sharded_loading, unsharded_loading
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.architectures import auto_class
 from dpo_dist.model.exactness import StartCheck
-from dpo_dist.model.load import load_config, load_packed
+from dpo_dist.model.files.load import load_packed
 from dpo_dist.model.lora import load_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference.digest import ModelFiles
@@ -110,7 +108,7 @@ def load_scored(
     `finish` adds an adapter, or replaces the weights of the model, sharded or not; errors name `key`.
     """
     log.info("loading a model to score from %s", folder)
-    placement, length = config.reference, config.data.max_length
+    length = config.data.max_length
 
     def load() -> PackedCausalLM:
         model = load_packed(folder, model_config, length, world.device, key, world.sequence)
@@ -123,28 +121,13 @@ def load_scored(
             model = load().eval()
         engine = Engine(model, model)
     else:
-        nvme, largest_shard = None, 0
-        if placement.nvme_path is not None:
-            nvme = nvme_folder(placement.nvme_path, world)
-            largest_shard = math.ceil(_largest_weight(folder, model_config, world) / world.size)
-        deepspeed_config = frozen_config(placement.offload, config.model.dtype, nvme, largest_shard)
+        deepspeed_config = frozen_config(config.reference.offload, config.model.dtype)
         with sharded_loading(world, deepspeed_config):
             model = load()
         world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
-        engine = FrozenEngine(model, deepspeed_config, nvme)
+        engine = FrozenEngine(model, deepspeed_config)
     settle_engine(engine, length, world, key)
     return engine
-
-
-def _largest_weight(folder: Path, config: ModelConfig, world: World) -> int:
-    """Return the number of elements of the model's largest weight, without reading weights."""
-    model_config = load_config(folder, config)
-    with unsharded_loading(world), torch.device("meta"):
-        causal_lm = auto_class(model_config, config.trust_remote_code).from_config(
-            model_config, trust_remote_code=config.trust_remote_code
-        )
-    sizes: list[int] = [weight.numel() for weight in causal_lm.parameters()]
-    return max(sizes)
 
 
 @dataclass(frozen=True)

@@ -9,26 +9,26 @@ from typing import Any
 from dpo_dist.config.identity import settings
 from dpo_dist.config.run_folder import RunFolder, checkpoint_name, step_of
 from dpo_dist.config.schema import ExportedWeights, FinalModel, RunConfig
-from dpo_dist.distributed.checkpoint import checkpoint_state, damaged_checkpoint, drop_checkpoints
-from dpo_dist.distributed.export import DTYPES, export_checkpoint
+from dpo_dist.distributed.checkpoint.export import DTYPES, export_checkpoint
+from dpo_dist.distributed.checkpoint.saver import checkpoint_state, damaged_checkpoint, drop_checkpoints
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.zero import unsharded_loading
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError, DivergedError, ExitCode, RunOutcome, first_line
 from dpo_dist.foundation.files import for_json, staged_folder
 from dpo_dist.foundation.text import counted
-from dpo_dist.model.folder import has_tokenizer, model_folder, start_folder
-from dpo_dist.model.load import load_tokenizer
-from dpo_dist.model.save import write_mean, writing_errors
-from dpo_dist.model.stops import given_stops, trained_stops, write_stops
+from dpo_dist.model.files.folder import has_tokenizer, model_folder, start_folder
+from dpo_dist.model.files.load import load_tokenizer
+from dpo_dist.model.files.save import write_mean, writing_errors
+from dpo_dist.model.files.stops import given_stops, trained_stops, write_stops
 from dpo_dist.reference.digest import digest_model
-from dpo_dist.training.context import Run
-from dpo_dist.training.directory import package_versions
-from dpo_dist.training.loop import Loop
-from dpo_dist.training.metrics_log import final_and_best, read_latest_rows
-from dpo_dist.training.reporting import Recorder
-from dpo_dist.training.resume import RunState, read_state, write_state
-from dpo_dist.training.state import Position
+from dpo_dist.training.reporting.metrics_log import final_and_best, read_latest_rows
+from dpo_dist.training.reporting.protocols import Recorder
+from dpo_dist.training.start.context import Run
+from dpo_dist.training.start.directory import package_versions
+from dpo_dist.training.start.resume import RunState, read_state, write_state
+from dpo_dist.training.steps.loop import Loop
+from dpo_dist.training.steps.state import Position
 
 
 def run_to_its_end(loop: Loop, position: Position, run_card: Callable[..., str]) -> int:

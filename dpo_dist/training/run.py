@@ -12,41 +12,41 @@ import torch
 from dpo_dist.batching.plan import Arrangement, ComputeCosts
 from dpo_dist.config.losses import Weighting
 from dpo_dist.config.schema import AttentionBackend, ReferenceMode, RunConfig
-from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver, reading_errors
+from dpo_dist.distributed.checkpoint.saver import Checkpoint, CheckpointSaver, reading_errors
+from dpo_dist.distributed.checkpoint.slices import Sharded
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.reference_sync import ReferenceSync
-from dpo_dist.distributed.slices import Sharded
-from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import Engine, FrozenEngine, LossScale, PolicyEngine
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ExitCode, RunOutcome, StoppedError
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.text import counted, duration, percent
-from dpo_dist.model.attention import computed_by_segment
+from dpo_dist.model.attention.kernels import computed_by_segment
+from dpo_dist.model.files.load import TORCH_DTYPES, load_packed
 from dpo_dist.model.flops import REACHED_SHARES, compute_costs, matmul_peak, recomputed_share
-from dpo_dist.model.load import TORCH_DTYPES, load_packed
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.metrics import MetricPlan, custom_metrics
 from dpo_dist.reference.engine import ReferenceProvider, settle_engine
-from dpo_dist.training.context import Run, open_run, say_header
-from dpo_dist.training.directory import (
+from dpo_dist.training.finish import finish, run_to_its_end
+from dpo_dist.training.reference import Reference, check_drift, describe_drift, prepare_reference, unstored
+from dpo_dist.training.reporting.metrics_log import MetricsLog
+from dpo_dist.training.reporting.protocols import Recorder, Reporting
+from dpo_dist.training.start.context import Run, open_run, say_header
+from dpo_dist.training.start.directory import (
     check_disk_room,
     describe_run,
     find_start,
     lock_directory,
     mark_started,
 )
-from dpo_dist.training.finish import finish, run_to_its_end
-from dpo_dist.training.health import check_keep_best
-from dpo_dist.training.inputs import Inputs, identify, load_inputs
-from dpo_dist.training.loop import Loop
-from dpo_dist.training.metrics_log import MetricsLog
-from dpo_dist.training.reference import Reference, check_drift, describe_drift, prepare_reference, unstored
-from dpo_dist.training.reporting import Recorder, Reporting
-from dpo_dist.training.resume import RunState, check_identity, describe_change, write_state
-from dpo_dist.training.schedule import check_warmup
-from dpo_dist.training.state import Position
-from dpo_dist.training.step import Objective
+from dpo_dist.training.start.inputs import Inputs, identify, load_inputs
+from dpo_dist.training.start.resume import RunState, check_identity, describe_change, write_state
+from dpo_dist.training.steps.health import check_keep_best
+from dpo_dist.training.steps.loop import Loop
+from dpo_dist.training.steps.schedule import check_warmup
+from dpo_dist.training.steps.state import Position
+from dpo_dist.training.steps.step import Objective
 
 
 def train(config: RunConfig, console: Console, stop: StopRequest, reporting: Reporting) -> int:
@@ -146,7 +146,7 @@ def _set_up(
         if reference.is_policys_start:
             policy.train(False)
             with run.console.heartbeat("comparing the log-probs of policy and reference"):
-                drift = check_drift(run, policy.token_logps, objective, *reference.audited, costs)
+                drift = check_drift(run, policy.token_logps, objective, *inputs.visited[0], costs)
             run.say(f"step-0 check passed: log-probs of policy and reference are {describe_drift(drift)}")
             report = {**report, "drift": drift}
     run.stops.check()
@@ -192,7 +192,7 @@ def _load_models(
         run.stops.check()
     policy = load_policy(run, inputs)
     engines.push(partial(_free, policy, run.world))
-    return reference or unstored(run, inputs, ReferenceProvider(policy=policy), is_start=True), policy
+    return reference or unstored(run, ReferenceProvider(policy=policy), is_start=True), policy
 
 
 def _free(engine: Engine, world: World, error: type[BaseException] | None, *_: Any) -> None:

@@ -10,24 +10,24 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import Dtype, Offload, ReferenceMode, Resume, RunConfig, SourceConfig
+from dpo_dist.config.schema import Dtype, ReferenceMode, Resume, RunConfig, SourceConfig
 from dpo_dist.data.counts import check_counts, in_one_line, named_in_one_line, read_in_words
+from dpo_dist.data.encoded.build import encode_records
 from dpo_dist.data.encoded.dataset import PreferenceDataset, check_fits_loss
-from dpo_dist.data.encoded.rows import encode_records
 from dpo_dist.data.encoded.store import columns_of, counts_of, lengths_of
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.sources import pinned
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.data.text.template import check_template_keys
 from dpo_dist.model.architectures import router_loss
-from dpo_dist.model.folder import description_folder, is_adapter, start_folder, tokenizer_folder
-from dpo_dist.model.load import check_contents_at_hand, check_same_vocabulary, load_tokenizer
+from dpo_dist.model.files.folder import description_folder, is_adapter, start_folder, tokenizer_folder
+from dpo_dist.model.files.load import check_contents_at_hand, check_same_vocabulary, load_tokenizer
+from dpo_dist.model.files.stops import stop_notes
 from dpo_dist.model.numerics import has_fp16_products
-from dpo_dist.model.stops import stop_notes
 from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.metrics import custom_metrics
-from dpo_dist.training.inputs import checked_model, with_stored_reference
-from dpo_dist.training.resume import check_fresh_start, find_finished
+from dpo_dist.training.start.inputs import checked_model, with_stored_reference
+from dpo_dist.training.start.resume import check_fresh_start, find_finished
 from dpo_dist.verbs.named_models import EVALUATED, Evaluated
 
 _FIRST_RECORDS = 1024
@@ -102,10 +102,6 @@ def expected_start(config: RunConfig, folder: RunFolder) -> str:
 
 def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
     reference = config.reference
-    if reference.offload is Offload.nvme:
-        from dpo_dist.distributed.join import check_async_io  # noqa: PLC0415  (starts DeepSpeed)
-
-        check_async_io()
     parts = [reference.mode.value]
     if reference.path is not None:
         folder = description_folder(reference.path, None, "reference.path")

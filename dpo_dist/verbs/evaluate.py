@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.training.preflight import check_start, started
+from dpo_dist.training.start.preflight import check_start, started
 from dpo_dist.verbs.named_models import find_evaluated
 
 

@@ -24,10 +24,10 @@ from dpo_dist.data.read.sources import check_has_evaluation_data
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.text import first_few
-from dpo_dist.model.folder import local_model_folder
+from dpo_dist.model.files.folder import local_model_folder
 
 if TYPE_CHECKING:
-    from dpo_dist.training.inputs import EvaluationInputs
+    from dpo_dist.training.start.inputs import EvaluationInputs
 
 EVALUATED = "evaluation.model"
 # Names of folders that say nothing without the folder above.

@@ -14,7 +14,7 @@ from dpo_dist import train
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.rules import check_needs
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.training.preflight import started
+from dpo_dist.training.start.preflight import started
 
 
 def main(config: RunConfig) -> int:

@@ -28,21 +28,21 @@ from dpo_dist.config.schema import (
     Quantization,
     ReferenceConfig,
 )
-from dpo_dist.distributed import checkpoint
-from dpo_dist.distributed.checkpoint import (
+from dpo_dist.distributed.checkpoint import saver as checkpoint
+from dpo_dist.distributed.checkpoint.saver import (
     CheckpointSaver,
     Entries,
     SavedSlices,
     latest_checkpoint,
 )
+from dpo_dist.distributed.checkpoint.slices import SHARDS, Sharded
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.reference_sync import ReferenceSync
-from dpo_dist.distributed.slices import SHARDS, Sharded
-from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import CheckpointError
 from dpo_dist.objective.metrics import MetricSums
 from dpo_dist.reference.engine import ReferenceProvider, load_reference
-from dpo_dist.training.state import Position
-from dpo_dist.training.step import Objective
+from dpo_dist.training.steps.state import Position
+from dpo_dist.training.steps.step import Objective
 from tests.dist.scenario import Assets, files_of, load_policy, one_step
 from tests.support.cpu_adam import with_cpu_adam
 from tests.support.precision import NEEDS_FP16

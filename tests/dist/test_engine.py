@@ -15,14 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismConfig, ParallelismKind
-from dpo_dist.data.encoded.dataset import PreferenceDataset, shard_batch
-from dpo_dist.distributed.world import World
+from dpo_dist.data.encoded.dataset import PreferenceDataset
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import LossScale, PolicyEngine
-from dpo_dist.model.load import TORCH_DTYPES
+from dpo_dist.model.files.load import TORCH_DTYPES
 from dpo_dist.reference.engine import ReferenceProvider, load_reference
-from dpo_dist.training.step import Objective
+from dpo_dist.training.steps.step import Objective
 from tests.dist.scenario import (
     LOSS,
     STEPS,

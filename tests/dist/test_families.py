@@ -22,11 +22,11 @@ from dpo_dist.config.schema import (
     ParallelismKind,
     RunConfig,
 )
-from dpo_dist.distributed.world import World
-from dpo_dist.model.load import load_packed
+from dpo_dist.distributed.processes.world import World
+from dpo_dist.model.files.load import load_packed
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.reference.engine import ReferenceProvider, load_reference, settle_engine
-from dpo_dist.training.step import Objective
+from dpo_dist.training.steps.step import Objective
 from tests.dist.scenario import (
     LOSS,
     Assets,

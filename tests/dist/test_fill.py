@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from dpo_dist.batching.pack import PackedBatch
-from dpo_dist.distributed.world import Stops, World
+from dpo_dist.distributed.processes.world import Stops, World
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.reference import store as store_module
 from dpo_dist.reference.engine import load_reference

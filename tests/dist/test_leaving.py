@@ -27,18 +27,18 @@ from dpo_dist.config.schema import (
     ParallelismKind,
     RunConfig,
 )
-from dpo_dist.distributed import failures
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.processes import failures
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation import background
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, DataError, DpoDistError
 from dpo_dist.foundation.signals import StopRequest
-from dpo_dist.model import load
-from dpo_dist.model.load import load_packed
+from dpo_dist.model.files import load
+from dpo_dist.model.files.load import load_packed
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference import engine
 from dpo_dist.reference.engine import load_reference, settle_engine
-from dpo_dist.training.context import Run
+from dpo_dist.training.start.context import Run
 from tests.dist.scenario import Assets, files_of, load_policy
 from tests.support.families import tiny_family
 from tests.support.ranks import Outcome, run_ranks, start_ranks

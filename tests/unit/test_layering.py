@@ -24,9 +24,9 @@ LAYERS = (
     *("training", "verbs", "tools"),
 )
 ROOMS = {
-    "accelerate": r"distributed\.|training\.trackers",
+    "accelerate": r"distributed\.|training\.reporting\.trackers",
     "deepspeed": r"distributed\.",
-    "wandb": r"training\.trackers",
+    "wandb": r"training\.reporting\.trackers",
     "hydra": r"config\.|\w+$",  # verbs, too
     "omegaconf": r"config\.|\w+$",
     "torch": r"(?!config\.|foundation\.)",
@@ -80,7 +80,7 @@ def test_imports_go_down_and_engines_stay_in_their_rooms() -> None:
 
 PRIVATE_OF_DEEPSPEED = (
     *("_hp_mapping", "fp32_partitioned_groups_flat", "averaged_gradients", "param_coordinator"),
-    *("nvme_swapper", "ds_status", "ds_opt_adam", "cdb", "linear_bk", "update_lp_params"),
+    *("ds_status", "ds_opt_adam", "cdb", "linear_bk", "update_lp_params"),
 )
 
 

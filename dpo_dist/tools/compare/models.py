@@ -20,7 +20,7 @@ from dpo_dist.data.counts import NOT_ASKED, count_lines
 from dpo_dist.data.formats import read_prompts
 from dpo_dist.data.read.sources import pinned, source_labels
 from dpo_dist.data.records import Dialogue, PreferenceRecord, Prompt, eval_part, prompt_hash, turns_of
-from dpo_dist.distributed.export import written_checkpoint
+from dpo_dist.distributed.checkpoint.export import written_checkpoint
 from dpo_dist.distributed.memory import return_memory
 from dpo_dist.distributed.zero import unsharded_loading
 from dpo_dist.foundation import files
@@ -28,8 +28,8 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.text import counted
 from dpo_dist.model.exactness import StartCheck
-from dpo_dist.model.folder import hub_commit
-from dpo_dist.model.load import load_packed
+from dpo_dist.model.files.folder import hub_commit
+from dpo_dist.model.files.load import load_packed
 from dpo_dist.model.lora import load_adapter
 from dpo_dist.model.packed import PackedCausalLM, packed_logps
 from dpo_dist.reference.engine import scored_model
@@ -50,7 +50,7 @@ from dpo_dist.tools.shared.sampling.prompts import (
     judge_of,
 )
 from dpo_dist.tools.shared.sampling.respond import Completions, ModelSource, Responder, open_responder
-from dpo_dist.training.context import Run
+from dpo_dist.training.start.context import Run
 
 Row = dict[str, Any]
 PART_PROMPTS = 16

@@ -234,10 +234,8 @@ def _watching(run: Run) -> None:
 def _combine(run: Run) -> None:
     """Correct values that depend on others."""
     values = run.values
-    chosen = {"model.attention": "the fastest kernel", "data.processes": "a process for each core"}
-    for key, what in chosen.items():
-        if values.pop(key, None):
-            run.comment(*run.origins[key], f"not needed: {what} is chosen")
+    if values.pop("model.attention", None):
+        run.comment(*run.origins["model.attention"], "not needed: the fastest kernel is chosen")
     if values.get("optim.warmup_steps") == 0:  # there it means that the ratio counts
         del values["optim.warmup_steps"]
     if values.get("loss.kind") == "orpo" and "loss.beta" in values and "loss.orpo_lambda" not in values:

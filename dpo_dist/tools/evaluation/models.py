@@ -8,7 +8,7 @@ from pathlib import Path
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.distributed.checkpoint import (
+from dpo_dist.distributed.checkpoint.saver import (
     checkpoint_state,
     damaged_checkpoint,
     load_checkpoint_weights,
@@ -17,9 +17,9 @@ from dpo_dist.distributed.checkpoint import (
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ExitCode, first_line
+from dpo_dist.model.files.folder import base_notes, hub_commit, is_adapter
+from dpo_dist.model.files.load import check_same_vocabulary
 from dpo_dist.model.flops import compute_costs
-from dpo_dist.model.folder import base_notes, hub_commit, is_adapter
-from dpo_dist.model.load import check_same_vocabulary
 from dpo_dist.model.lora import add_adapter, load_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.losses import RunningMeans
@@ -28,15 +28,15 @@ from dpo_dist.reference.engine import load_scored, scored_model
 from dpo_dist.tools.evaluation.results import ALL, Results, write_evaluation
 from dpo_dist.tools.evaluation.trained_prompts import count_trained
 from dpo_dist.tools.shared.tables import evaluation_table
-from dpo_dist.training.context import Run, open_run
-from dpo_dist.training.inputs import (
+from dpo_dist.training.reference import prepare_reference
+from dpo_dist.training.start.context import Run, open_run
+from dpo_dist.training.start.inputs import (
     EvaluationInputs,
     load_evaluation_inputs,
     shared_model_folder,
     with_stored_reference,
 )
-from dpo_dist.training.reference import prepare_reference
-from dpo_dist.training.step import Objective, evaluate
+from dpo_dist.training.steps.step import Objective, evaluate
 from dpo_dist.verbs.named_models import EVALUATED, Evaluated
 
 
@@ -147,7 +147,7 @@ def load_evaluated(
             folder, key, bits = named, EVALUATED, bits if named.resolve() == base.resolve() else None
             world.on_main(partial(check_same_vocabulary, named, inputs.tokenizer, config.model, EVALUATED))
     offload = config.parallelism.offload_parameters
-    placement = replace(config.reference, offload=offload, nvme_path=None, quantization=bits)
+    placement = replace(config.reference, offload=offload, quantization=bits)
     model_config = replace(scored_model(config), quantization=bits)
     placed = replace(config, reference=placement)
     model = load_scored(folder, model_config, placed, world, finish, key=key)

@@ -21,7 +21,7 @@ from dpo_dist.config.schema import (
 )
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
-from dpo_dist.model.folder import model_folder
+from dpo_dist.model.files.folder import model_folder
 from dpo_dist.tools.shared.commands import command_of, run_command
 
 Say: TypeAlias = Callable[[str], None]
@@ -61,9 +61,9 @@ def merge_adapter(adapter: Path, folder: Path, model: ModelConfig, data: DataCon
     """
     files.collect_abandoned(folder.parent)  # a whole model, if an earlier start was killed while it wrote one
     # Slow to import.
-    from dpo_dist.model.load import TORCH_DTYPES, load_tokenizer  # noqa: PLC0415
-    from dpo_dist.model.save import copy_tokenizer, write_merged, writing_errors  # noqa: PLC0415
-    from dpo_dist.model.stops import trained_stops, write_stops  # noqa: PLC0415
+    from dpo_dist.model.files.load import TORCH_DTYPES, load_tokenizer  # noqa: PLC0415
+    from dpo_dist.model.files.save import copy_tokenizer, write_merged, writing_errors  # noqa: PLC0415
+    from dpo_dist.model.files.stops import trained_stops, write_stops  # noqa: PLC0415
     from dpo_dist.tools.shared.sampling.respond import find_model  # noqa: PLC0415
 
     source = find_model(str(adapter), model, store, "model.adapter")

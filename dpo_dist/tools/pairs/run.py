@@ -55,7 +55,7 @@ from dpo_dist.tools.shared.sampling.respond import (
     ModelSource,
     open_generator,
 )
-from dpo_dist.training.context import Run
+from dpo_dist.training.start.context import Run
 
 _MODELS = "pairs.models"
 PART_PROMPTS = 64

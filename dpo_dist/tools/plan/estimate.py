@@ -21,10 +21,10 @@ from dpo_dist.config.schema import (
     RunConfig,
     TrainerConfig,
 )
+from dpo_dist.model.files.load import TORCH_DTYPES
 from dpo_dist.model.flops import REACHED_SHARES, matmul_peak, recomputed_share, step_flops, visited_experts
-from dpo_dist.model.load import TORCH_DTYPES
-from dpo_dist.training.context import DEFAULT_TOKENS
-from dpo_dist.training.footprint import (
+from dpo_dist.training.start.context import DEFAULT_TOKENS
+from dpo_dist.training.start.footprint import (
     BYTES_OF_QUANTIZED,
     Footprint,
     footprint,
@@ -48,6 +48,7 @@ _GPUS = {
 _PRODUCTS_ALONE = 0.76  # the share of the datasheet's operations that matrix products reach on an H100
 REACHED = tuple(share * _PRODUCTS_ALONE for share in REACHED_SHARES)
 _NVLINK = 250e9  # bytes a second between the GPUs of a node
+_NETWORK = 50e9  # bytes a second between nodes for each GPU: 400 Gbit/s
 _PCIE = 25e9  # bytes a second between a GPU and its host
 _HOST_MEMORY = 100e9  # bytes a second of a node while CPU Adam updates
 _LAUNCHES = 1.2e-3  # seconds to launch the 240 kernels of a layer, forward and backward
@@ -218,8 +219,7 @@ class Estimate:
     def _link(self) -> float:
         """Bytes a second between GPUs."""
         gpus = self.machine.gpus
-        between_nodes = self.config.plan.network / 8 * 1e9
-        return math.inf if gpus == 1 else _NVLINK if gpus <= GPUS_OF_A_NODE else between_nodes
+        return math.inf if gpus == 1 else _NVLINK if gpus <= GPUS_OF_A_NODE else _NETWORK
 
     @property
     def _of_node(self) -> float:

@@ -18,11 +18,11 @@ from dpo_dist.tools.report.samples import prepare_samples
 from dpo_dist.tools.report.verdict.rules import RULES, sample_alarm, verdict
 from dpo_dist.tools.shared.pages.charts import draw_curves
 from dpo_dist.tools.shared.tables import closing_table
-from dpo_dist.training.context import Run
-from dpo_dist.training.inputs import Inputs
-from dpo_dist.training.metrics_log import MetricsLog, Row
-from dpo_dist.training.reporting import Reporting
-from dpo_dist.training.trackers import Trackers, open_trackers
+from dpo_dist.training.reporting.metrics_log import MetricsLog, Row
+from dpo_dist.training.reporting.protocols import Reporting
+from dpo_dist.training.reporting.trackers import Trackers, open_trackers
+from dpo_dist.training.start.context import Run
+from dpo_dist.training.start.inputs import Inputs
 
 OnRow = Callable[[Row], bool | None]
 """Called with each metrics row, once it is recorded; true: the run is asked to stop."""

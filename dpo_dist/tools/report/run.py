@@ -24,7 +24,7 @@ from dpo_dist.tools.shared.pages.render import estimate, flat, page, part
 from dpo_dist.tools.shared.pages.samples import samples_of, worst_pairs
 from dpo_dist.tools.shared.tables import describe_reference
 from dpo_dist.training.clock import WORKS, Work
-from dpo_dist.training.metrics_log import final_and_best, metrics_by_source, read_latest_rows
+from dpo_dist.training.reporting.metrics_log import final_and_best, metrics_by_source, read_latest_rows
 
 Fields = Mapping[str, Any]
 Table = tuple[list[str], list[list[object]]]

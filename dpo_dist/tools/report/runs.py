@@ -24,7 +24,7 @@ from dpo_dist.tools.shared.pages import render
 from dpo_dist.tools.shared.pages.charts import Curves, charts_of_runs, color_of
 from dpo_dist.tools.shared.pages.samples import samples_of_runs
 from dpo_dist.tools.shared.tables import EVALUATED, aligned
-from dpo_dist.training.metrics_log import finite
+from dpo_dist.training.reporting.metrics_log import finite
 
 Runs = Mapping[str, PageFacts]
 """The runs by their labels."""

@@ -36,6 +36,7 @@ from dpo_dist.tools.selftest.devices import (
     exchange,
     list_versions,
 )
+from dpo_dist.tools.selftest.runs import train_without_overlap
 from dpo_dist.tools.selftest.training import SHAPES, check_waits, compare_ways, count_waits, measure_speeds
 
 
@@ -46,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="no speeds; needs no room")
     parser.add_argument("--exchange", type=Path, help=argparse.SUPPRESS)  # a process of a check
     parser.add_argument("--waits", type=Path, help=argparse.SUPPRESS)  # a process of a check
+    parser.add_argument("--without-overlap", nargs="+", help=argparse.SUPPRESS)  # a process of a run
     given = parser.parse_args(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -53,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exchange(given.exchange)
     if given.waits is not None:
         return count_waits(given.waits)
+    if given.without_overlap is not None:
+        return train_without_overlap(given.without_overlap)
     output: Path = given.output.absolute()
     is_writable = all(os.access(path, os.W_OK) for path in (output.parent, output) if path.exists())
     if output.is_dir() or not output.parent.is_dir() or not is_writable:

@@ -27,7 +27,7 @@ def list_versions(gpus: int) -> Iterator[Check]:
     import torch  # noqa: PLC0415  (slow)
     from torch.utils import collect_env  # noqa: PLC0415
 
-    from dpo_dist.training.directory import PACKAGES, package_versions  # noqa: PLC0415
+    from dpo_dist.training.start.directory import PACKAGES, package_versions  # noqa: PLC0415
 
     versions: dict[str, str | None] = {"python": sys.version.split()[0], "CUDA": torch.version.cuda}
     if gpus:
@@ -103,7 +103,7 @@ def check_attention(device: Any) -> Iterator[Check]:
     import torch  # noqa: PLC0415  (slow)
     from transformers import Gemma2Config, MistralConfig  # noqa: PLC0415
 
-    from dpo_dist.model.attention import check_kernel, choose_backend  # noqa: PLC0415
+    from dpo_dist.model.attention.kernels import check_kernel, choose_backend  # noqa: PLC0415
 
     heads = {"num_attention_heads": 14, "num_key_value_heads": 2, "hidden_size": 896}
     texts = [MistralConfig(**heads, head_dim=dim, sliding_window=4096) for dim in (64, 128, 256)]

@@ -15,12 +15,14 @@ from typing import Any
 
 import psutil
 
+from dpo_dist.config.load import load_run_config
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.errors import DpoDistError
 from dpo_dist.foundation.streams import print_line
-from dpo_dist.training.metrics_log import read_latest_rows
+from dpo_dist.training.reporting.metrics_log import read_latest_rows
 
 HANGS_SECONDS, _RUN_SECONDS = 120, 900  # of a process that waits for another one, of a whole run
+WITHOUT_OVERLAP = "without overlap"
 STEPS, COMPARED = 4, ("loss", "grad_norm")  # of runs that are compared
 Rows = list[dict[str, Any]]
 
@@ -64,14 +66,25 @@ def train_rows(
     folder: Path, name: str, words: Sequence[str], gpus: int, steps: range, code: int = 0
 ) -> tuple[Rows, str]:
     """Return the rows of a training run and its error, if any; one to resume is kept without its rows."""
-    run = RunFolder(folder / "run")
-    error = run_python(name, ["-m", "dpo_dist.train", *usual_words(folder, run), *words], gpus, code)
+    run, program = RunFolder(folder / "run"), ["-m", "dpo_dist.train"]
+    if name.endswith(WITHOUT_OVERLAP):
+        program = ["-m", "dpo_dist", "selftest", "--without-overlap"]
+    error = run_python(name, [*program, *usual_words(folder, run), *words], gpus, code)
     rows: Rows = [] if error else read_latest_rows(run)
     rows = [row for row in rows if all(math.isfinite(row.get(key) or math.nan) for key in COMPARED)]
     shutil.rmtree(run.metrics if code and not error else run.path, ignore_errors=True)
     if not error and (done := [row["step"] for row in rows]) != [*steps]:
         error = f"it has rows of steps {done}, not of {[*steps]}: one is not finite, or it was not resumed"
     return rows, error
+
+
+def train_without_overlap(words: Sequence[str]) -> int:
+    """Train in this process, with exchanges after computing, not beside it; return the exit code."""
+    from dpo_dist.distributed import deepspeed_config  # noqa: PLC0415  (slow)
+    from dpo_dist.train import main as train  # noqa: PLC0415
+
+    deepspeed_config.OVERLAPS = False
+    return train(load_run_config(words, verb="train"))
 
 
 def usual_words(folder: Path, run: RunFolder) -> list[str]:

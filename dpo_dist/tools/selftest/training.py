@@ -20,6 +20,7 @@ from dpo_dist.tools.selftest.checks import Check, fault
 from dpo_dist.tools.selftest.runs import (
     COMPARED,
     STEPS,
+    WITHOUT_OVERLAP,
     Rows,
     quoted,
     run_python,
@@ -46,8 +47,8 @@ _WAYS_ON_GPUS = {
 }
 _ON_ONE, _ON_HALF = "one GPU", "a run resumed on half of the GPUs"
 _WAYS_ON_SEVERAL = {
-    "zero3 without overlap": "parallelism.overlap=false",
-    "zero2 without overlap": "parallelism=zero2 parallelism.overlap=false",
+    f"zero3 {WITHOUT_OVERLAP}": "",
+    f"zero2 {WITHOUT_OVERLAP}": "parallelism=zero2",
     _ON_ONE: "",
     _ON_HALF: "",
 }
@@ -103,7 +104,7 @@ def measure_speeds(folder: Path, gpus: int, shape: str) -> Iterator[Check]:
         words += [f"trainer.global_batch_pairs={64 * gpus}", "trainer.micro_batch_tokens=8192"]
         ways = {f"fused layers: {fused}": [f"model.fused={fused}"] for fused in ("none", "liger", "compile")}
         if gpus > 1:
-            ways["without overlap"] = ["model.fused=none", "parallelism.overlap=false"]
+            ways[WITHOUT_OVERLAP] = ["model.fused=none"]
         for name, changed in ways.items():
             check, way = f"speed of {shape}, {name}", [*words, *changed]
             rows, error = train_rows(folder, check, way, gpus, range(1, 7))

@@ -23,7 +23,7 @@ from dpo_dist.foundation.console import open_console
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
 from dpo_dist.foundation.text import counted
 from dpo_dist.tools.sweep.pool import Pool, is_finished, warm_up
-from dpo_dist.training.preflight import check_start
+from dpo_dist.training.start.preflight import check_start
 
 
 def main(points: Points) -> int:

@@ -30,7 +30,7 @@ from dpo_dist.foundation.signals import OF_SWEEP, end_at_signals, stop_signals
 from dpo_dist.foundation.streams import output_descriptor
 from dpo_dist.foundation.text import counted, duration
 from dpo_dist.tools.shared.commands import command_of
-from dpo_dist.training.resume import read_state
+from dpo_dist.training.start.resume import read_state
 
 Words = tuple[str, ...]
 _PROGRESS_SECONDS = 60

@@ -22,8 +22,8 @@ from transformers.modeling_utils import _get_resolved_checkpoint_files
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import Dtype, ModelConfig, Quantization
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.folder import model_folder, weight_files
-from dpo_dist.model.load import (
+from dpo_dist.model.files.folder import model_folder, weight_files
+from dpo_dist.model.files.load import (
     _whole_shapes,
     check_same_vocabulary,
     load_config,
@@ -215,7 +215,7 @@ def test_a_size_that_differs_from_config_json_is_named(option: str, sizes: str, 
 def test_unsharded_weights_are_loaded_directly_to_a_gpu(
     is_sharded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpo_dist.model.load.is_deepspeed_zero3_enabled", lambda: is_sharded)
+    monkeypatch.setattr("dpo_dist.model.files.load.is_deepspeed_zero3_enabled", lambda: is_sharded)
     config, gpu = ModelConfig("m"), torch.device("cuda", 3)
     assert placement(config, gpu) == ({} if is_sharded else {"device_map": {"": gpu}})
     assert placement(config, CPU) == {}

@@ -17,10 +17,10 @@ from dpo_dist.config.schema import (
     ReferenceConfig,
     RunConfig,
 )
-from dpo_dist.distributed.export import export_checkpoint
+from dpo_dist.distributed.checkpoint.export import export_checkpoint
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.folder import start_folder
+from dpo_dist.model.files.folder import start_folder
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.tools.report.card import run_card
 from dpo_dist.training.finish import export_model

@@ -21,10 +21,10 @@ from dpo_dist.config.load import load_run_config
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import LearningRateSchedule, OptimConfig, TrainerConfig
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.training.health import best_after, check_keep_best, count, ending_error
-from dpo_dist.training.schedule import check_warmup, learning_rate
-from dpo_dist.training.state import BestCheckpoint, Health, Position
-from dpo_dist.training.step import StepTotals
+from dpo_dist.training.steps.health import best_after, check_keep_best, count, ending_error
+from dpo_dist.training.steps.schedule import check_warmup, learning_rate
+from dpo_dist.training.steps.state import BestCheckpoint, Health, Position
+from dpo_dist.training.steps.step import StepTotals
 
 
 def of_transformers(schedule: LearningRateSchedule, floor: float, warmup: int, steps: int) -> list[float]:

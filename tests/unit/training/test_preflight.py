@@ -15,12 +15,12 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, DpoDistError, RunOutcome
 from dpo_dist.foundation.files import locked
-from dpo_dist.training.context import Run, open_run
-from dpo_dist.training.directory import find_start
-from dpo_dist.training.inputs import load_inputs
-from dpo_dist.training.metrics_log import MetricsLog
-from dpo_dist.training.preflight import check_start, started
-from dpo_dist.training.resume import RunState, length_of, write_state
+from dpo_dist.training.reporting.metrics_log import MetricsLog
+from dpo_dist.training.start.context import Run, open_run
+from dpo_dist.training.start.directory import find_start
+from dpo_dist.training.start.inputs import load_inputs
+from dpo_dist.training.start.preflight import check_start, started
+from dpo_dist.training.start.resume import RunState, length_of, write_state
 from dpo_dist.verbs.check import rehearse
 from tests.support import tiny
 from tests.support.alone import ALONE
@@ -91,7 +91,7 @@ def test_a_template_file_that_is_missing_is_an_error(assets: Path, tmp_path: Pat
 def test_compiled_sharded_layers_need_torch_2_12(
     assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpo_dist.training.preflight.version", lambda _package: "2.11.0+cu130")
+    monkeypatch.setattr("dpo_dist.training.start.preflight.version", lambda _package: "2.11.0+cu130")
     compiled = run_of(assets, tmp_path, "model.fused=compile")
     assert "lose gradients" in refused(compiled).message
     check_start(compiled)  # nothing is trained
@@ -146,7 +146,7 @@ def test_only_training_divides_the_processes_into_groups_with_copies(
         joined.append(deepspeed_config["zero_optimization"])
         raise ConfigError("joined")
 
-    monkeypatch.setattr("dpo_dist.training.context.joined", join)
+    monkeypatch.setattr("dpo_dist.training.start.context.joined", join)
     config = run_of(assets, tmp_path, "parallelism.hpz=8", "parallelism.offload_optimizer=cpu")
     with pytest.raises(ConfigError, match="joined"), open_run(config, Console(None), trains=trains):
         pass
@@ -270,8 +270,10 @@ MISFITS = [
 
 def start_without_digests(monkeypatch: pytest.MonkeyPatch) -> None:
     # A world without DeepSpeed loads inputs, as far as the digests of the model's files.
-    monkeypatch.setattr("dpo_dist.training.inputs.digest_on_every_node", None)
-    monkeypatch.setattr("dpo_dist.training.inputs.unsharded_loading", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr("dpo_dist.training.start.inputs.digest_on_every_node", None)
+    monkeypatch.setattr(
+        "dpo_dist.training.start.inputs.unsharded_loading", lambda _: contextlib.nullcontext()
+    )
 
 
 @pytest.mark.parametrize(("family", "option", "named", "told"), MISFITS)

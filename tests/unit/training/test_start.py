@@ -18,23 +18,23 @@ from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import AdapterConfig, FolderConfig, ModelConfig, Resume, RunConfig, TrainerConfig
-from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver
+from dpo_dist.distributed.checkpoint.saver import Checkpoint, CheckpointSaver
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome
 from dpo_dist.foundation.files import staged_file, temporary_name, write_text
 from dpo_dist.tools.report.recorder import Recorder
 from dpo_dist.tools.report.run import write_page
-from dpo_dist.training.context import Run, recompiles_named
-from dpo_dist.training.directory import (
+from dpo_dist.training.finish import finish
+from dpo_dist.training.reporting.metrics_log import MetricsLog
+from dpo_dist.training.start.context import Run, recompiles_named
+from dpo_dist.training.start.directory import (
     check_disk_room,
     describe_run,
     find_start,
     lock_directory,
     mark_started,
 )
-from dpo_dist.training.finish import finish
-from dpo_dist.training.metrics_log import MetricsLog
-from dpo_dist.training.resume import (
+from dpo_dist.training.start.resume import (
     RunState,
     check_identity,
     length_of,

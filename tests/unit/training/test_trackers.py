@@ -28,7 +28,7 @@ from dpo_dist.config.schema import (
     WandbMode,
 )
 from dpo_dist.foundation.files import write_text
-from dpo_dist.training.trackers import (
+from dpo_dist.training.reporting.trackers import (
     InBackground,
     Trackers,
     WandbRun,

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import ModelConfig, ReferenceConfig, ReferenceMode
 from dpo_dist.data.encoded.dataset import PreferenceDataset
-from dpo_dist.model.folder import description_folder, start_folder
+from dpo_dist.model.files.folder import description_folder, start_folder
 from dpo_dist.reference.store import LogpStore, Values, known_fingerprints
 from dpo_dist.tools.doctor.measures.sources import distribution
 from dpo_dist.tools.doctor.rules import RULES

@@ -20,7 +20,7 @@ from dpo_dist.tools.report.verdict.facts import (
     pooled,
     values,
 )
-from dpo_dist.training.metrics_log import finite, is_collapsed, logps_by_side
+from dpo_dist.training.reporting.metrics_log import finite, is_collapsed, logps_by_side
 
 _FIRST_PAIRS = 200
 """Fewest pairs for the mean loss at the start."""

@@ -9,8 +9,8 @@ from dpo_dist.data.counts import in_one_line
 from dpo_dist.data.read.sources import pinned
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.foundation.errors import DataError
-from dpo_dist.model.folder import description_folder
-from dpo_dist.model.load import check_contents_at_hand
+from dpo_dist.model.files.folder import description_folder
+from dpo_dist.model.files.load import check_contents_at_hand
 from dpo_dist.tools.shared.records import Read, good_records
 from dpo_dist.tools.shared.sampling.prompts import as_asked
 from dpo_dist.tools.shared.sampling.respond import find_files, open_responder, usable_prompt

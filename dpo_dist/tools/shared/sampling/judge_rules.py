@@ -8,7 +8,6 @@ JUDGES = "pairs.reward_model pairs.function pairs.endpoint.url"
 _HAS_ENDPOINT = "pairs.endpoint.url!=null"
 ENDPOINT_RULES = (
     *(unused(f"pairs.endpoint.{key}", _HAS_ENDPOINT) for key in ("model", "verdicts", "criterion")),
-    unused("pairs.endpoint.parallel_requests", _HAS_ENDPOINT),
     Rule(
         f"pairs.endpoint.model=null {_HAS_ENDPOINT}",
         "the endpoint's model is not given",

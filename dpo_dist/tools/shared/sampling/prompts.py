@@ -25,7 +25,7 @@ from dpo_dist.tools.shared.records import prompt_key
 from dpo_dist.tools.shared.sampling.generate import Sampling
 from dpo_dist.tools.shared.sampling.judges import Judge, open_judge
 from dpo_dist.tools.shared.sampling.respond import Generate, ModelSource, Responder, find_model, respond
-from dpo_dist.training.context import Run, join
+from dpo_dist.training.start.context import Run, join
 
 _FAILED = "failed"
 
