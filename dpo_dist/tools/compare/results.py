@@ -9,7 +9,7 @@ import numpy as np
 
 from dpo_dist.config.schema import PairsConfig, Verdicts
 from dpo_dist.data.records import PreferenceRecord
-from dpo_dist.tools.evaluation.results import Column, bootstrap_intervals
+from dpo_dist.tools.shared.intervals import Column, bootstrap_intervals
 from dpo_dist.tools.shared.sampling.judges import Judge, Question
 from dpo_dist.tools.shared.text_facts import text_facts
 

@@ -28,7 +28,7 @@ def main(config: RunConfig) -> int:
         check_source(source)
     benchmark = None
     if config.doctor.benchmarks:
-        from dpo_dist.tools.doctor.texts import read_benchmarks  # noqa: PLC0415  (slow)
+        from dpo_dist.tools.doctor.measures.texts import read_benchmarks  # noqa: PLC0415  (slow)
 
         benchmark = read_benchmarks(config.doctor.benchmarks)
     check_template_file(config.data.chat_template)

@@ -37,9 +37,9 @@ from dpo_dist.tools.doctor.measures.duplicates import Comparison
 from dpo_dist.tools.doctor.measures.margins import compare_with_store
 from dpo_dist.tools.doctor.measures.observe import Observer
 from dpo_dist.tools.doctor.measures.sources import Source
+from dpo_dist.tools.doctor.measures.texts import Benchmark
 from dpo_dist.tools.doctor.rules import RULES
 from dpo_dist.tools.doctor.shown_pairs import ShownPair, show_pairs
-from dpo_dist.tools.doctor.texts import Benchmark
 from dpo_dist.tools.shared.findings import Finding, Level, most_serious_first
 
 ProgressOf = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
@@ -83,7 +83,7 @@ def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | Non
             findings = [*map(_refusal, prepared.refusals), *findings]
         diagnosis = replace(diagnosis, model=prepared.files, store=store)
     diagnosis = replace(diagnosis, findings=most_serious_first(findings))
-    if config.doctor.texts:
+    if config.doctor.measures.texts:
         diagnosis = replace(diagnosis, shown=show_pairs(data, tokenizer, diagnosis.findings, SHOWN_PAIRS))
     return diagnosis
 

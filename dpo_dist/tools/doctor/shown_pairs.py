@@ -16,7 +16,7 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.sources import pinned
 from dpo_dist.data.records import BadRecord, PreferenceRecord, Tokenizer
 from dpo_dist.data.text.lengths import without_limits
-from dpo_dist.tools.doctor.texts import texts_of
+from dpo_dist.tools.doctor.measures.texts import texts_of
 from dpo_dist.tools.shared.findings import Finding
 from dpo_dist.tools.shared.records import side_of
 

@@ -3,11 +3,9 @@
 import json
 import math
 import shutil
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from statistics import NormalDist
-from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,71 +26,22 @@ from dpo_dist.objective.metrics import (
     length_members,
     measure_pairs,
 )
+from dpo_dist.tools.shared.intervals import (
+    ENDS,
+    FEWEST_PROMPTS,
+    Column,
+    bootstrap_intervals,
+    resamples,
+    with_width,
+)
 
-Column = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 Results = dict[str, dict[str, Any]]
-Name = TypeVar("Name", bound=Hashable)
 
 ALL = "all"
 """The name of the results of all pairs."""
-RESAMPLES = 1000
-LEVEL = 0.95
-_ENDS = (1 - LEVEL) / 2, 1 - (1 - LEVEL) / 2
 _WORST = 8
-FEWEST_PROMPTS = 6
-"""Prompts that an interval needs. By an even chance five have the same outcome in 2 * 0.5**5 = 6 % of cases,
-and an interval of one outcome has no width."""
 _SHARES = tuple(name for name, metric in METRICS.items() if metric.is_share)
-
-
-def bootstrap_intervals(
-    measured: Mapping[Name, tuple[Column, Column]],
-    prompts: npt.NDArray[np.uint64],
-    seed: int = 0,
-    lowest: Mapping[Name, float] = MappingProxyType({}),
-) -> dict[Name, tuple[float, float]]:
-    """Return the lower and upper end of the interval of every metric.
-
-    `measured` has values and counts of each pair by metric, float64 [pairs]: the metric is the sum of values
-    divided by the sum of counts. `prompts`, [pairs], are equal for pairs of the same prompt. `lowest`: the
-    lower bound of a metric: 0 of a rate, -1 of a difference of rates. A metric is absent if fewer than
-    `FEWEST_PROMPTS` have a count, or none in some resample, or if a value is not finite.
-    """
-    measured = {name: each for name, each in measured.items() if np.isfinite(each[0]).all()}
-    if not measured or not len(prompts):
-        return {}
-    _, clusters = np.unique(prompts, return_inverse=True)
-    number = int(clusters.max()) + 1
-    columns = [column for pair in measured.values() for column in pair]
-    table = np.stack([np.bincount(clusters, column, number) for column in columns], axis=1)
-    totals = np.stack([drawn @ table for drawn in _resamples(number, seed)])
-    values, counts = totals[:, ::2], totals[:, 1::2]
-    counted = np.count_nonzero(table[:, 1::2], axis=0)
-    intervals = {}
-    for index, name in enumerate(measured):
-        if counted[index] >= FEWEST_PROMPTS and (counts[:, index] > 0).all():
-            low, high = np.quantile(values[:, index] / counts[:, index], _ENDS)
-            intervals[name] = float(low), float(high)
-            if name in lowest:
-                intervals[name] = _with_width(float(low), float(high), int(counted[index]), lowest[name])
-    return intervals
-
-
-def _resamples(number: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Yield how often each of so many prompts is drawn in a resample."""
-    generator = np.random.default_rng(seed)
-    for _ in range(RESAMPLES):
-        yield np.bincount(generator.integers(0, number, number), minlength=number)
-
-
-def _with_width(low: float, high: float, counted: int, lowest: float) -> tuple[float, float]:
-    """Return an interval of a share; of 0 or 1, Wilson's; of a difference, on both sides within -1 and 1."""
-    if low != high or low not in (-1, 0, 1):
-        return low, high
-    squared = NormalDist().inv_cdf((1 + LEVEL) / 2) ** 2
-    width = squared / (counted + squared)
-    return max(low - width, lowest), min(low + width, 1.0)
 
 
 def contrasts(
@@ -120,12 +69,12 @@ def contrasts(
     of_margin: tuple[float, float] | None = None
     of_auc: tuple[float, float] | None = None
     if counted >= FEWEST_PROMPTS:
-        draws = _resamples(int(clusters.max()) + 1, seed)
+        draws = resamples(int(clusters.max()) + 1, seed)
         table = [measure(drawn[clusters].astype(float)) for drawn in draws]
-        ends = np.quantile(table, _ENDS, axis=0)
+        ends = np.quantile(table, ENDS, axis=0)
         if np.isfinite(ends).all():  # else some resample lacks a label
             (low, worst), (high, best) = ends.tolist()
-            of_margin, of_auc = (low, high), _with_width(worst, best, counted, 0.0)
+            of_margin, of_auc = (low, high), with_width(worst, best, counted, 0.0)
     return {"rewards/margins": (estimates[0], of_margin), AUC: (estimates[1], of_auc)}
 
 

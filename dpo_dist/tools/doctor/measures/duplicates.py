@@ -12,8 +12,8 @@ from datasketch import MinHash, MinHashLSH
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.tools.doctor.measures.observe import Facts
 from dpo_dist.tools.doctor.measures.sources import Source
+from dpo_dist.tools.doctor.measures.texts import EMPTY_SKETCH, SIGNATURE_NUMBERS, Signature
 from dpo_dist.tools.doctor.rules import RULES
-from dpo_dist.tools.doctor.texts import EMPTY_SKETCH, SIGNATURE_NUMBERS, Signature
 from dpo_dist.tools.shared.findings import Finding, Level
 
 Partners = dict[int, int]

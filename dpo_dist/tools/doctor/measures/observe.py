@@ -15,8 +15,7 @@ from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord, Tokenizer
 from dpo_dist.data.text.escape import any_of
 from dpo_dist.data.text.lengths import without_limits
 from dpo_dist.data.text.template import chosen_template
-from dpo_dist.tools.doctor.rules import RULE_OF
-from dpo_dist.tools.doctor.texts import (
+from dpo_dist.tools.doctor.measures.texts import (
     Benchmark,
     Signature,
     differences,
@@ -25,6 +24,7 @@ from dpo_dist.tools.doctor.texts import (
     text_names,
     texts_of,
 )
+from dpo_dist.tools.doctor.rules import RULE_OF
 from dpo_dist.tools.shared.records import side_of
 
 SIDES = ("prompt", "chosen", "rejected")

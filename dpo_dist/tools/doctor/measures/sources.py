@@ -13,8 +13,8 @@ from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.counts import EMPTY_REMEDY, named_in_one_line, remedy_of
 from dpo_dist.tools.doctor.measures.label_leaks import LeakTest, leak_findings, leak_tests
 from dpo_dist.tools.doctor.measures.observe import SIDES, Facts, PairFacts
+from dpo_dist.tools.doctor.measures.texts import gaps_of
 from dpo_dist.tools.doctor.rules import KINDS, RULE_OF, RULES
-from dpo_dist.tools.doctor.texts import gaps_of
 from dpo_dist.tools.shared.findings import Finding
 from dpo_dist.tools.shared.text_facts import language_of
 

@@ -20,8 +20,8 @@ from dpo_dist.data.records import eval_part, prompt_hash
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.tools.doctor.__main__ import main
 from dpo_dist.tools.doctor.examine import Diagnosis, diagnose, examine, prepare
+from dpo_dist.tools.doctor.measures.texts import read_benchmarks
 from dpo_dist.tools.doctor.rules import RULE_OF, RULES
-from dpo_dist.tools.doctor.texts import read_benchmarks
 from dpo_dist.tools.shared.findings import Level
 from tests.support import tiny
 from tests.support.doctor_data import Pair, alarms, as_messages, clean_pairs, examined, lines, of_rule, write
