@@ -89,7 +89,7 @@ def test_data_that_training_refuses_are_examined(overrides: Overrides, tmp_path:
 
 def test_without_a_model_texts_are_examined(overrides: Overrides, faulty: str, tmp_path: Path) -> None:
     given = [each for each in overrides(f"data.train=[{faulty}]") if not each.startswith("model.")]
-    ended = run_verb("doctor", [*given, "doctor.measures.texts=false"])
+    ended = run_verb("doctor", [*given, "doctor.texts=false"])
     assert ended.code == 1, ended.output
     assert "without a model" in ended.output
     assert report(tmp_path)["model"] is None

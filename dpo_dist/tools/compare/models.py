@@ -34,7 +34,7 @@ from dpo_dist.model.lora import load_adapter
 from dpo_dist.model.packed import PackedCausalLM, packed_logps
 from dpo_dist.reference.engine import scored_model
 from dpo_dist.tools.compare.results import compares, comparison, judge_texts
-from dpo_dist.tools.compare.start import KEY, Compared
+from dpo_dist.tools.compare.start import MODELS_KEY, NamedModel
 from dpo_dist.tools.evaluation.trained_prompts import count_trained
 from dpo_dist.tools.shared.records import good_records, prompt_key, side_of
 from dpo_dist.tools.shared.sampling.dry_run import check_model, check_report, first_records
@@ -52,10 +52,10 @@ from dpo_dist.tools.shared.sampling.prompts import (
 from dpo_dist.tools.shared.sampling.respond import Completions, ModelSource, Responder, open_responder
 from dpo_dist.training.start.context import Run
 
-Row = dict[str, Any]
-PART_PROMPTS = 16
+_Row = dict[str, Any]
+PROMPTS_AT_ONCE = 16
 """Prompts of one part: processes share the parts, and finished ones are not repeated."""
-BATCH_TOKENS = 16384
+_BATCH_TOKENS = 16384
 """Most tokens of a batch of one process: its rows times the longest prompt with its response."""
 
 
@@ -92,7 +92,7 @@ def held_out(
 
 
 @dataclass(eq=False)
-class Speaker:
+class ComparedModel:
     """A model of the comparison; its weights are loaded when a process has its first part to do.
 
     `source` has its name in the results, `path` is as given. `logps` are of its responses under itself,
@@ -127,11 +127,11 @@ class Speaker:
             longest = min(longest, self.responder.longest)
         world = self.prompts.run.world
         with unsharded_loading(world):
-            packed = load_packed(self.source.folder, model_config, longest, world.device, KEY)
+            packed = load_packed(self.source.folder, model_config, longest, world.device, MODELS_KEY)
             if self.source.adapter is not None:
-                load_adapter(packed, self.source.adapter, KEY)
+                load_adapter(packed, self.source.adapter, MODELS_KEY)
         packed.eval()
-        StartCheck(packed, packed, world.device, longest, KEY).choose_arrangement()
+        StartCheck(packed, packed, world.device, longest, MODELS_KEY).choose_arrangement()
         return packed
 
     def respond(self) -> None:
@@ -139,7 +139,7 @@ class Speaker:
 
         def samples(requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
             with self._packed.unpacked() as causal_lm:
-                return generate(causal_lm, requests, sampling, self.responder.stop_ids, BATCH_TOKENS)
+                return generate(causal_lm, requests, sampling, self.responder.stop_ids, _BATCH_TOKENS)
 
         settings = self.prompts.run.config.compare
         self.responses = self.prompts.responses(
@@ -149,7 +149,7 @@ class Speaker:
             lambda: (self.responder, samples),
         )
 
-    def score(self, other: "Speaker") -> Parts:
+    def score(self, other: "ComparedModel") -> Parts:
         """Return the finished log-probs of a model's responses under this model; collective.
 
         Each row is `{"logp": ...}`, the sum over the tokens of the response to that prompt, null without one.
@@ -160,9 +160,9 @@ class Speaker:
             "attention": str(self.prompts.run.config.model.attention),
         }
 
-        def part(index: int) -> list[Row]:
+        def part(index: int) -> list[_Row]:
             rows = [Completions.of(row) for row in other.responses.read(index)]
-            logps = response_logps(self._packed, rows, BATCH_TOKENS)
+            logps = response_logps(self._packed, rows, _BATCH_TOKENS)
             return [{"logp": logp} for logp in logps]
 
         title = f"log-probs of {other.name}"
@@ -174,7 +174,7 @@ class Speaker:
         vars(self).pop("_packed", None)
         return_memory()
 
-    def rows(self, index: int) -> Iterator[tuple[str | None, Row]]:
+    def rows(self, index: int) -> Iterator[tuple[str | None, _Row]]:
         """Yield the response to each prompt of a part as in `answers.jsonl`, or why it cannot be asked."""
         logps = self.logps.read(index)
         of_base = [{"logp": None}] * len(logps) if self.base_logps is None else self.base_logps.read(index)
@@ -208,7 +208,9 @@ def response_logps(packed: PackedCausalLM, rows: Sequence[Completions], budget: 
     return [next(sums) if ids else value for ids, value in zip(responses, without, strict=True)]
 
 
-def compare_models(config: RunConfig, models: Sequence[Compared], console: Console) -> dict[str, Any] | None:
+def compare_models(
+    config: RunConfig, models: Sequence[NamedModel], console: Console
+) -> dict[str, Any] | None:
     """Write the responses of all models and the results; return the results on rank 0."""
     folder = RunFolder.of(config)
     # Two starts would write the same parts.
@@ -218,19 +220,19 @@ def compare_models(config: RunConfig, models: Sequence[Compared], console: Conso
         wanted = config.compare.prompts
         with console.heartbeat("reading prompts"):
             records, labels = world.on_main(lambda: held_out(config.data, wanted, console.say))
-        parts = in_parts(records, PART_PROMPTS)
+        parts = in_parts(records, PROMPTS_AT_ONCE)
         prompts = Prompts(run, folder.comparison_parts, parts, "compare.max_new_tokens")
         judge, described = judge_of(run)
         speakers = []
         for model in models:
-            source = find_together(whole_model(model, folder.comparison_models, run), run, KEY)
+            source = find_together(whole_model(model, folder.comparison_models, run), run, MODELS_KEY)
             source = replace(source, name=model.name)
-            speakers.append(Speaker(model.path, source, prompts))
+            speakers.append(ComparedModel(model.path, source, prompts))
         _speak(speakers, console)
         judged = None
         if judge is not None:
 
-            def judgements(index: int) -> list[Row]:
+            def judgements(index: int) -> list[_Row]:
                 answers = (map(Completions.of, speaker.responses.read(index)) for speaker in speakers)
                 texts = [
                     [answer.completions[0].content for answer in row if answer.completions]
@@ -247,7 +249,7 @@ def compare_models(config: RunConfig, models: Sequence[Compared], console: Conso
             return world.on_main(lambda: _write(speakers, judge, judged, labels))
 
 
-def whole_model(model: Compared, folder: Path, run: Run) -> str:
+def whole_model(model: NamedModel, folder: Path, run: Run) -> str:
     """Return the folder or hub name of a model; of a checkpoint, a folder with its weights. Collective."""
     if not model.is_checkpoint:
         return model.location
@@ -258,7 +260,7 @@ def whole_model(model: Compared, folder: Path, run: Run) -> str:
         return str(run.world.on_main(written))
 
 
-def _speak(speakers: Sequence[Speaker], console: Console) -> None:
+def _speak(speakers: Sequence[ComparedModel], console: Console) -> None:
     """Finish responses and log-probs, one model at a time in memory: the base last, to score the others."""
     base, *others = speakers
     for speaker in (*others, base):
@@ -277,8 +279,8 @@ def _speak(speakers: Sequence[Speaker], console: Console) -> None:
 
 
 def _rows(
-    speakers: Sequence[Speaker], judged: Parts | None, labels: Mapping[str, str], counts: Counter[str]
-) -> Iterator[Row]:
+    speakers: Sequence[ComparedModel], judged: Parts | None, labels: Mapping[str, str], counts: Counter[str]
+) -> Iterator[_Row]:
     """Yield the rows of `answers.jsonl`; count in `counts`.
 
     A prompt that a model cannot be asked has no row: it is counted by its reason.
@@ -293,7 +295,7 @@ def _rows(
                 counts[NOT_ASKED + dropped] += 1
                 continue
             scores, key = judgement.get("scores", [None] * len(speakers)), prompt_key(record)
-            answer: Row = {
+            answer: _Row = {
                 "prompt_id": key[:16],
                 "prompt": shown_prompt(record.prompt),
                 "source": labels[key],
@@ -325,7 +327,7 @@ def shown_prompt(prompt: Prompt) -> str:
 
 
 def _write(
-    speakers: Sequence[Speaker],
+    speakers: Sequence[ComparedModel],
     judge: Judge | None,
     judged: Parts | None,
     labels: Mapping[str, str],
@@ -368,7 +370,7 @@ def _write(
     return written
 
 
-def dry_run_comparison(config: RunConfig, models: Sequence[Compared]) -> str:
+def dry_run_comparison(config: RunConfig, models: Sequence[NamedModel]) -> str:
     """Load what `compare` loads before weights, ask the judge, and read the first records of each source."""
     check_writable(RunFolder.of(config).path)
     lines: list[str] = []
@@ -378,7 +380,9 @@ def dry_run_comparison(config: RunConfig, models: Sequence[Compared]) -> str:
             lines.append(f"{model.location}, a checkpoint")
         else:
             new_tokens = config.compare.max_new_tokens
-            check_model(model.location, config.model, config.data, new_tokens, records, lines.append, KEY)
+            check_model(
+                model.location, config.model, config.data, new_tokens, records, lines.append, MODELS_KEY
+            )
     judge = open_judge(config.pairs, config.model, Path(config.reference.store))
     if judge is not None:
         judge.check()

@@ -24,7 +24,7 @@ _TRAINERS: dict[str, Any] = yaml.safe_load(
 )
 
 
-class Run:
+class Translation:
     """What is known of a run: `left` of their keys, `values` by ours, `comments` on what is left out."""
 
     def __init__(self, foreign: Foreign) -> None:
@@ -123,7 +123,7 @@ def listed(value: Any) -> list[Any]:
     return [entry for entry in values if entry is not None]
 
 
-def number(value: Any) -> float | None:
+def finite_number(value: Any) -> float | None:
     """Return a finite number, also one that is written as a text; None for anything else."""
     try:
         found = math.nan if isinstance(value, bool) else float(value)

@@ -36,9 +36,9 @@ from dpo_dist.model.files.folder import description_folder, start_folder, tokeni
 from dpo_dist.tools.doctor.measures.duplicates import Comparison
 from dpo_dist.tools.doctor.measures.margins import compare_with_store
 from dpo_dist.tools.doctor.measures.observe import Observer
-from dpo_dist.tools.doctor.measures.sources import Source
+from dpo_dist.tools.doctor.measures.sources import ExaminedSource
 from dpo_dist.tools.doctor.measures.texts import Benchmark
-from dpo_dist.tools.doctor.rules import RULES
+from dpo_dist.tools.doctor.rules import DOCTOR_RULES
 from dpo_dist.tools.doctor.shown_pairs import ShownPair, show_pairs
 from dpo_dist.tools.shared.findings import Finding, Level, most_serious_first
 
@@ -83,7 +83,7 @@ def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | Non
             findings = [*map(_refusal, prepared.refusals), *findings]
         diagnosis = replace(diagnosis, model=prepared.files, store=store)
     diagnosis = replace(diagnosis, findings=most_serious_first(findings))
-    if config.doctor.measures.texts:
+    if config.doctor.texts:
         diagnosis = replace(diagnosis, shown=show_pairs(data, tokenizer, diagnosis.findings, SHOWN_PAIRS))
     return diagnosis
 
@@ -99,10 +99,10 @@ def examine(
     Without a tokenizer nothing is counted in tokens. The result does not depend on the number of processes.
     """
     observer = Observer(config, tokenizer, benchmark)
-    sources: list[Source] = []
+    sources: list[ExaminedSource] = []
     findings: list[Finding] = []
     for entry, label, is_eval in _labelled(config):
-        source = Source(label, entry.path, config, is_eval=is_eval, is_encoded=tokenizer is not None)
+        source = ExaminedSource(label, entry.path, config, is_eval=is_eval, is_encoded=tokenizer is not None)
         records = read_records(pinned(entry))
         with (
             progress(label) as show,
@@ -135,7 +135,7 @@ def _label_balance(
         remedy = "add responses of the other label"
         if good and bad:
             remedy = f"set {balancing_weight(good, bad, *present)}"
-        for finding in RULES["label_balance"].count(*numbers, None, detail=most):
+        for finding in DOCTOR_RULES["label_balance"].count(*numbers, None, detail=most):
             yield replace(finding, remedy=remedy)
 
 

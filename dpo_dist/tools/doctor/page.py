@@ -13,7 +13,7 @@ from dpo_dist.foundation import files
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import as_yaml, counted, number, without_secrets
 from dpo_dist.tools.doctor.examine import Diagnosis
-from dpo_dist.tools.doctor.rules import RULES
+from dpo_dist.tools.doctor.rules import DOCTOR_RULES
 from dpo_dist.tools.shared.findings import Finding, Level
 from dpo_dist.tools.shared.pages.charts import histogram
 from dpo_dist.tools.shared.pages.render import page
@@ -67,7 +67,7 @@ def write_doctor_page(
         settings=settings,
         max_length=data.max_length,
         picture=histogram,
-        leak=RULES["label_leak"].threshold,
+        leak=DOCTOR_RULES["label_leak"].threshold,
     )
     files.write_text(folder.doctor_page, html)
 

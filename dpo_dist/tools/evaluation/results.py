@@ -35,7 +35,7 @@ from dpo_dist.tools.shared.intervals import (
     with_width,
 )
 
-Mask = npt.NDArray[np.bool_]
+_Mask = npt.NDArray[np.bool_]
 Results = dict[str, dict[str, Any]]
 
 ALL = "all"
@@ -45,7 +45,7 @@ _SHARES = tuple(name for name, metric in METRICS.items() if metric.is_share)
 
 
 def contrasts(
-    rewards: Column, is_good: Mask, prompts: npt.NDArray[np.uint64], seed: int = 0
+    rewards: Column, is_good: _Mask, prompts: npt.NDArray[np.uint64], seed: int = 0
 ) -> dict[str, tuple[float, tuple[float, float] | None]]:
     """Return margin and AUC of labelled records, each with its interval, for which both labels are resampled.
 
@@ -86,7 +86,7 @@ def results_name(label: str) -> str:
 def results(
     means: Mapping[str, float],
     values: PairValues,
-    labels: Mapping[str, Mask],
+    labels: Mapping[str, _Mask],
     prompts: npt.NDArray[np.uint64],
     plan: MetricPlan,
     seed: int,

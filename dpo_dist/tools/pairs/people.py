@@ -45,7 +45,7 @@ _SIDES = ("first", "second")
 """Verdicts for a response, by its index."""
 
 
-class Judgement(NamedTuple):
+class Annotation(NamedTuple):
     """A line of the log: a verdict on an item; a later one of the same annotator replaces it."""
 
     item: str
@@ -92,7 +92,7 @@ class Labelling:
 
     def __init__(self, items: Mapping[str, PreferenceRecord], log: int, seed: int):
         self.items, self._log, self._seed = items, log, seed
-        self.given: dict[tuple[str, str], Judgement] = {}
+        self.given: dict[tuple[str, str], Annotation] = {}
         self._shared = {key for key in items if _fraction(seed, "shared", key) < _OVERLAP}
 
     def read(self, file: Path) -> int:
@@ -103,13 +103,13 @@ class Labelling:
         lines = []
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
-                lines.append(Judgement(**parse_json(line)))
+                lines.append(Annotation(**parse_json(line)))
             except (ValueError, TypeError) as error:
                 raise DataError(
                     "this line is no judgement",
                     where=f"{file}:{number}",
                     got=first_line(error),
-                    expected=f"a JSON object with {', '.join(Judgement._fields)}",
+                    expected=f"a JSON object with {', '.join(Annotation._fields)}",
                     remedy="correct the line or delete it; the other judgements stay",
                 ) from error
         self.given = {(each.annotator, each.item): each for each in lines if each.item in self.items}
@@ -119,7 +119,7 @@ class Labelling:
         """Write a verdict, `left`, `right`, `tie` or `skip`, to disk before it counts."""
         left, now = self.left(annotator, item), datetime.now(UTC).isoformat(timespec="seconds")
         verdict = {"left": _SIDES[left], "right": _SIDES[1 - left]}.get(choice, choice)
-        judgement = Judgement(item, annotator, verdict, left, now)
+        judgement = Annotation(item, annotator, verdict, left, now)
         line = (json.dumps(judgement._asdict(), ensure_ascii=False) + "\n").encode()
         size = os.fstat(self._log).st_size
         try:
@@ -203,7 +203,7 @@ class LabelServer(ThreadingMixIn, WSGIServer):
         return [body.encode("utf-8", "replace")]
 
 
-def outcome(judgements: Sequence[Judgement]) -> tuple[int | None, str]:
+def outcome(judgements: Sequence[Annotation]) -> tuple[int | None, str]:
     """Return the index of the better response by majority, or None, and the name of the count."""
     verdicts = [each.verdict for each in judgements if each.verdict != SKIP]
     votes = verdicts.count("first") - verdicts.count("second")
@@ -212,14 +212,14 @@ def outcome(judgements: Sequence[Judgement]) -> tuple[int | None, str]:
     return None, "comparisons_without_majority" if verdicts else "comparisons_not_judged"
 
 
-def agreement(judgements: Iterable[Judgement]) -> dict[str, Any]:
+def agreement(judgements: Iterable[Annotation]) -> dict[str, Any]:
     """Return counts and agreement of the judgements, skips aside, as a JSON object.
 
     `annotators`: for each the number of judgements and the share of decided ones for the left side (position
     bias if far from 0.5). `between`: every two annotators on the items that both judged:
     `items`, `agreed` (share of equal verdicts) and `kappa` (Cohen 1960; null if undefined).
     """
-    given: dict[str, dict[str, Judgement]] = defaultdict(dict)
+    given: dict[str, dict[str, Annotation]] = defaultdict(dict)
     for each in judgements:
         if each.verdict != SKIP:
             given[each.annotator][each.item] = each
@@ -290,9 +290,9 @@ def _serve(server: LabelServer, console: Console) -> None:
 
 
 def _pairs(
-    items: Mapping[str, PreferenceRecord], judgements: Sequence[Judgement], counts: Counter[str]
+    items: Mapping[str, PreferenceRecord], judgements: Sequence[Annotation], counts: Counter[str]
 ) -> Iterator[dict[str, Any]]:
-    by_item: dict[str, list[Judgement]] = defaultdict(list)
+    by_item: dict[str, list[Annotation]] = defaultdict(list)
     for each in judgements:
         by_item[each.item].append(each)
     for key, record in items.items():

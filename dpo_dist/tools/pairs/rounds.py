@@ -24,9 +24,9 @@ from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
 from dpo_dist.model.files.folder import model_folder
 from dpo_dist.tools.shared.commands import command_of, run_command
 
-Say: TypeAlias = Callable[[str], None]
-Run: TypeAlias = Callable[[str], int]
-Result: TypeAlias = dict[str, Any]
+_Say: TypeAlias = Callable[[str], None]
+RunCommand: TypeAlias = Callable[[str], int]
+RoundResult: TypeAlias = dict[str, Any]
 """The content of round.json: `number`, `samples` and `training`, each None until the stage is finished."""
 
 
@@ -96,15 +96,15 @@ class _Rounds:
 
     config: RunConfig
     folder: RunFolder
-    say: Say
-    run: Run
+    say: _Say
+    run: RunCommand
 
     def do(self) -> int:
         """Do the rounds, and score the last policy; return the exit code.
 
         They end early at a preempted training, and at samples without a pair.
         """
-        config, folder, results = self.config, self.folder, list[Result]()
+        config, folder, results = self.config, self.folder, list[RoundResult]()
         count = config.pairs.rounds
         with files.locked(folder.rounds / folder.lock.name, "does the rounds of this run directory"):
             check_settings(config, folder)
@@ -217,12 +217,12 @@ class _Rounds:
         return replace(config, model=replace(first, path=policy, revision=None), reference=reference)
 
 
-def run_rounds(config: RunConfig, say: Say, run: Run = run_command) -> int:
+def run_rounds(config: RunConfig, say: _Say, run: RunCommand = run_command) -> int:
     """Do `config.pairs.rounds` rounds, and score the last policy; return the exit code."""
     return _Rounds(config, RunFolder.of(config), say, run).do()
 
 
-def _table(results: list[Result]) -> list[str]:
+def _table(results: list[RoundResult]) -> list[str]:
     """Return a line for each policy, the first one too: the mean score of its samples, and what they gave."""
     rows: list[tuple[str, ...]] = [("policy", "mean score", "pairs", "accuracy")]
     for result in results:

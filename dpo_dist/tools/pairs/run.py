@@ -166,7 +166,7 @@ def score(
 
 
 @dataclass(frozen=True)
-class Results:
+class PairResults:
     """Finished completions of prompts by all models, scored if there is a judge; `facts`: provenance."""
 
     prompts: Prompts
@@ -186,7 +186,7 @@ class Results:
             yield from zip(records, map(Completions.of, self.completions.read(index)), strict=True)
 
 
-def pairs_of(results: Results) -> Iterator[dict[str, Any]]:
+def pairs_of(results: PairResults) -> Iterator[dict[str, Any]]:
     """Yield the preference records of all prompts, in order; count in `results.counts`."""
     counts, pairs, seed = results.counts, results.pairs, results.prompts.run.config.trainer.seed
     for record, row in results.rows():
@@ -212,7 +212,7 @@ def pairs_of(results: Results) -> Iterator[dict[str, Any]]:
 
 
 def _pair(
-    record: PreferenceRecord, row: Completions, chosen: Completion, rejected: Completion, results: Results
+    record: PreferenceRecord, row: Completions, chosen: Completion, rejected: Completion, results: PairResults
 ) -> dict[str, Any]:
     scores: tuple[float, float] | None = None
     provenance: dict[str, Any] = {"source": str(record.origin), "method": str(results.pairs.method)}
@@ -231,7 +231,7 @@ def _selection(pairs: PairsConfig) -> dict[str, Any]:
     return {"select": str(pairs.select), "margin": pairs.margin}
 
 
-def samples_of(results: Results) -> Iterator[dict[str, Any]]:
+def scored_lists(results: PairResults) -> Iterator[dict[str, Any]]:
     """Yield every prompt with its responses as a scored list, which is a format of input records too."""
     has_scores = results.pairs.method is PairsMethod.samples
     names = ["number", "tokens", "finished", "same_ids"] + ["score"] * has_scores
@@ -290,12 +290,12 @@ def pairs_from_models(run: Run) -> None:
     inputs = {"responses": names, "unfinished": str(pairs.unfinished), "judge": described}
     completions = prompts.finish("scores", prompts.stage("scores", inputs), scored)
     facts = {"sampling": asdict(sampling)} | ({"judge": described} if judge else {})
-    results = Results(prompts, models, completions, facts)
+    results = PairResults(prompts, models, completions, facts)
 
     def write() -> None:
         collect_abandoned(folder.pairs)  # of starts that were killed while they wrote
         with staged_file(folder.pairs_samples) as temporary:
-            write_lines(temporary, samples_of(results))
+            write_lines(temporary, scored_lists(results))
         write_results(folder.pairs_file, pairs_of(results), settings, results.counts, console.say)
 
     with console.heartbeat("writing pairs"):

@@ -28,7 +28,7 @@ from dpo_dist.tools.plan.estimate import (
 )
 from dpo_dist.tools.shared.tables import aligned
 
-Progress = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
+_Progress = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
 
 _TOKENS, _PAIRS = 700.0, 60_000  # UltraFeedback's
 _ALTERNATIVES = [
@@ -50,7 +50,7 @@ class Plan(NamedTuple):
     content: dict[str, Any]
 
 
-def make_plan(config: RunConfig, progress: Progress) -> Plan:
+def make_plan(config: RunConfig, progress: _Progress) -> Plan:
     """Return the plan of training `config` on the GPUs of `config.plan`; without hours if it does not fit."""
     data = planned_data(config.plan, config.data, config.model, config.loss, progress)
     machine, causal_lm = machine_of(config.plan, config.model.dtype), _without_weights(config.model)
@@ -142,7 +142,7 @@ def _span(fast: float, slow: float) -> str:
 
 
 def planned_data(
-    plan: PlanConfig, data: DataConfig, model: ModelConfig, loss: LossConfig, progress: Progress
+    plan: PlanConfig, data: DataConfig, model: ModelConfig, loss: LossConfig, progress: _Progress
 ) -> Data:
     """Return the pairs and tokens of an epoch: given, those of local data, or of the cards of hub data."""
     sources = data.train

@@ -28,7 +28,7 @@ from dpo_dist.foundation.text import as_yaml, counted, without_secrets
 from dpo_dist.tools.report.verdict.rules import verdict
 from dpo_dist.tools.shared.tables import evaluation_cells
 
-Row = Mapping[str, Any]
+_Row = Mapping[str, Any]
 
 _TEMPLATE = Path(__file__).with_name("card.md.jinja")
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<()#+!|~$@&]|:(?=//)|(?<=[wW]{3})\.)")
@@ -41,7 +41,7 @@ _CAUSAL = "AutoModelForCausalLM"
 _PATHS = ("model.path", "data.train", "data.eval", "reference.path", "data.chat_template")
 
 
-def inert(value: object) -> Markup:
+def plain_line(value: object) -> Markup:
     """Return a value on one line without markup, links or HTML."""
     if isinstance(value, Markup):
         return value
@@ -56,8 +56,8 @@ def code(value: object) -> Markup:
 
 def model_card(
     config: RunConfig,
-    summary: Row,
-    evaluation: Mapping[str, Row],
+    summary: _Row,
+    evaluation: Mapping[str, _Row],
     versions: Mapping[str, str],
     loader: str = _CAUSAL,
 ) -> str:
@@ -66,10 +66,12 @@ def model_card(
     `loader`: the auto class of the model, or of an adapter's base.
     """
     # As on pages, every text of a template becomes inert.
-    environment = Environment(finalize=inert, undefined=StrictUndefined, trim_blocks=True, autoescape=True)
+    environment = Environment(
+        finalize=plain_line, undefined=StrictUndefined, trim_blocks=True, autoescape=True
+    )
     environment.filters |= {"code": code, "plain": Markup}
     adapter, name = config.model.adapter, _model_name(config.model.path)
-    link = Markup(f"[{inert(name)}](https://huggingface.co/{name})")  # noqa: S704
+    link = Markup(f"[{plain_line(name)}](https://huggingface.co/{name})")  # noqa: S704
     seen = summary["pairs_seen"]
     pairs = sum(counts["pairs"] for counts in summary["data"]["train"]["sources"])
     unit = config.loss.unit
@@ -143,13 +145,13 @@ def _metadata(model: ModelConfig, data: DataConfig, loss: LossConfig) -> ModelCa
     return metadata
 
 
-def _data(data: DataConfig, summary: Row) -> Iterator[list[object]]:
+def _data(data: DataConfig, summary: _Row) -> Iterator[list[object]]:
     for part in summary["data"]:
         sources = data.train if part == "train" else data.eval_sources
         for counts, source in zip(summary["data"][part]["sources"], sources, strict=True):
             dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(counts["dropped"].items()))
             hub = _hub_dataset(source)
-            link = Markup(f"[{inert(hub)}](https://hf.co/datasets/{hub})")  # noqa: S704
+            link = Markup(f"[{plain_line(hub)}](https://hf.co/datasets/{hub})")  # noqa: S704
             label = code(counts["label"]) if hub is None else link
             numbers = [f"{counts[key]:,}" for key in ("read", "kept")]
             yield [part, label, *numbers, dropped, f"{counts['pairs']:,}"]

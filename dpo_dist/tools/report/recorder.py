@@ -15,7 +15,7 @@ from dpo_dist.tools.evaluation.results import write_evaluation, write_worst
 from dpo_dist.tools.report.card import data_findings, run_card
 from dpo_dist.tools.report.run import write_page
 from dpo_dist.tools.report.samples import prepare_samples
-from dpo_dist.tools.report.verdict.rules import RULES, sample_alarm, verdict
+from dpo_dist.tools.report.verdict.rules import RUN_RULES, sample_alarm, verdict
 from dpo_dist.tools.shared.pages.charts import draw_curves
 from dpo_dist.tools.shared.tables import closing_table
 from dpo_dist.training.reporting.metrics_log import MetricsLog, Row
@@ -29,7 +29,7 @@ OnRow = Callable[[Row], bool | None]
 
 
 @dataclass(frozen=True)
-class Recorder:
+class RunRecorder:
     """Metrics files, trackers and reports of one run; see `training.reporting.Recorder`."""
 
     run: Run
@@ -48,7 +48,7 @@ class Recorder:
         self.metrics.append(row)
         self.trackers.log(row, margins)
         if alarm is not None and is_new:
-            headline = RULES[alarm.rule].text
+            headline = RUN_RULES[alarm.rule].text
             self.run.say(f"warning: {headline} after step {row['step']:,.0f}: {alarm.with_remedy}")
         if self.on_row is not None and self.on_row(dict(row)):
             self.run.stops.request.ask("on_row")
@@ -98,14 +98,14 @@ class Recorder:
         return self.trackers.ended_by_errors()
 
 
-def open_recorder(run: Run, metrics: MetricsLog, on_row: OnRow | None = None) -> Recorder:
+def open_recorder(run: Run, metrics: MetricsLog, on_row: OnRow | None = None) -> RunRecorder:
     """Return the recorder of a run that trains, with its trackers; W&B may ask it to stop."""
     ask = partial(run.stops.request.ask, BY_TRACKER)
     environment = json.loads(run.folder.environment.read_bytes())
     trackers = open_trackers(
         run.config, run.folder, ask, rows=metrics.rows, environment=environment, say=run.say
     )
-    return Recorder(run, metrics, trackers, on_row)
+    return RunRecorder(run, metrics, trackers, on_row)
 
 
 REPORTING = Reporting(open_recorder, run_card, prepare_samples, write_page)

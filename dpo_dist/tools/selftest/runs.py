@@ -24,7 +24,7 @@ from dpo_dist.training.reporting.metrics_log import read_latest_rows
 HANGS_SECONDS, _RUN_SECONDS = 120, 900  # of a process that waits for another one, of a whole run
 WITHOUT_OVERLAP = "without overlap"
 STEPS, COMPARED = 4, ("loss", "grad_norm")  # of runs that are compared
-Rows = list[dict[str, Any]]
+RunRows = list[dict[str, Any]]
 
 
 def write_pairs(file: Path) -> None:
@@ -64,13 +64,13 @@ def quoted(path: Path) -> str:
 
 def train_rows(
     folder: Path, name: str, words: Sequence[str], gpus: int, steps: range, code: int = 0
-) -> tuple[Rows, str]:
+) -> tuple[RunRows, str]:
     """Return the rows of a training run and its error, if any; one to resume is kept without its rows."""
     run, program = RunFolder(folder / "run"), ["-m", "dpo_dist.train"]
     if name.endswith(WITHOUT_OVERLAP):
         program = ["-m", "dpo_dist", "selftest", "--without-overlap"]
     error = run_python(name, [*program, *usual_words(folder, run), *words], gpus, code)
-    rows: Rows = [] if error else read_latest_rows(run)
+    rows: RunRows = [] if error else read_latest_rows(run)
     rows = [row for row in rows if all(math.isfinite(row.get(key) or math.nan) for key in COMPARED)]
     shutil.rmtree(run.metrics if code and not error else run.path, ignore_errors=True)
     if not error and (done := [row["step"] for row in rows]) != [*steps]:

@@ -21,7 +21,7 @@ from dpo_dist.tools.selftest.runs import (
     COMPARED,
     STEPS,
     WITHOUT_OVERLAP,
-    Rows,
+    RunRows,
     quoted,
     run_python,
     train_rows,
@@ -71,7 +71,7 @@ def compare_ways(folder: Path, gpus: int) -> Iterator[Check]:
         keys |= dict(key.split("=") for key in changed.split())
         words, name = [*usual, *map("=".join, keys.items())], f"steps of {way}"
         number = {_ON_ONE: 1, _ON_HALF: gpus // 2}.get(way, gpus)
-        rows, error = Rows(), ""
+        rows, error = RunRows(), ""
         if way == _ON_HALF:
             stopped = [*words, "trainer.stop_after_steps=2"]
             rows, error = train_rows(folder, name, stopped, gpus, range(1, 3), ExitCode.preempted)

@@ -180,7 +180,7 @@ def test_files_are_merged_left_to_right_and_the_command_line_wins() -> None:
     Path("preset.yaml").write_text("loss: hinge\ntracking: off\ntrainer: {seed: 4}\ndoctor: {texts: false}\n")
     config = alone("+experiment=qwen7b_sft preset.yaml seed.yml", verb="train")
     assert (config.model.path, config.loss.kind, config.loss.beta) == ("Qwen/Qwen2.5-7B", "hinge", 0.4)
-    assert (config.trainer.seed, config.doctor.measures.texts, config.tracking.wandb) == (3, False, "off")
+    assert (config.trainer.seed, config.doctor.texts, config.tracking.wandb) == (3, False, "off")
 
 
 @pytest.mark.parametrize(

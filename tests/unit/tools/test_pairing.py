@@ -19,14 +19,14 @@ from dpo_dist.data.records import Message, PreferenceRecord
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.tools.pairs.run import (
-    Results,
+    PairResults,
     different_prompts,
     dry_run_pairs,
     joined_completions,
     pairs_from_scores,
     pairs_of,
-    samples_of,
     score,
+    scored_lists,
     select_pairs,
 )
 from dpo_dist.tools.pairs.start import check_pairs, responding_models
@@ -176,7 +176,7 @@ THOUGHT = {"reasoning_content": "I add."}
 SCORES: list[list[float | None]] = [[3.0, 1.0, 1.0, None], [2.0] * 4, [4.0, 4.0]]
 
 
-def finished(folder: Path) -> Results:
+def finished(folder: Path) -> PairResults:
     source = jsonl(folder, *({"prompt": [user(f"question {n}")]} for n in range(3)))
     rule = PairsConfig(method=PairsMethod.samples, select=ALL, unfinished=DropOrKeep.keep)
     config = replace(load_run_config(["model.path=m", f"data.train=[{source}]"]), pairs=rule)
@@ -200,7 +200,7 @@ def finished(folder: Path) -> Results:
         prompts.stage("scores", {}),
         lambda _: list(map(asdict, score(prompts.parts[0], rows, judge))),
     )
-    return Results(prompts, MODELS, scored, {"sampling": "facts"})
+    return PairResults(prompts, MODELS, scored, {"sampling": "facts"})
 
 
 def test_scored_samples_have_their_origin_and_are_counted_and_read_again(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_scored_samples_have_their_origin_and_are_counted_and_read_again(tmp_pat
         **{"tied_pairs": 1 + 6, "prompts_all_tied": 1, "prompts_dropped_too_long": 1},
         "samples_unfinished": 4,
     }
-    found = list(samples_of(results))
+    found = list(scored_lists(results))
     assert [(len(row["responses"]), len(row["unused"])) for row in found] == [(3, 1), (4, 0), (2, 0)]
     assert found[0]["unused"][0]["content"] == "b1"
     assert found[2]["provenance"]["dropped"] == "too_long"

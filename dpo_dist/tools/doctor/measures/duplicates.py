@@ -10,10 +10,10 @@ import numpy.typing as npt
 from datasketch import MinHash, MinHashLSH
 
 from dpo_dist.config.schema import DataConfig
-from dpo_dist.tools.doctor.measures.observe import Facts
-from dpo_dist.tools.doctor.measures.sources import Source
+from dpo_dist.tools.doctor.measures.observe import RecordFacts
+from dpo_dist.tools.doctor.measures.sources import ExaminedSource
 from dpo_dist.tools.doctor.measures.texts import EMPTY_SKETCH, SIGNATURE_NUMBERS, Signature
-from dpo_dist.tools.doctor.rules import RULES
+from dpo_dist.tools.doctor.rules import DOCTOR_RULES
 from dpo_dist.tools.shared.findings import Finding, Level
 
 Partners = dict[int, int]
@@ -51,7 +51,9 @@ def near(signatures: Iterable[Signature]) -> Partners:
     return partners
 
 
-def near_prompts(records: Sequence[Facts], evaluated: Iterable[int], trained: Iterable[int]) -> Partners:
+def near_prompts(
+    records: Sequence[RecordFacts], evaluated: Iterable[int], trained: Iterable[int]
+) -> Partners:
     """Return the evaluation records whose prompt is nearly equal to that of a training record."""
     table, prompts, partners = _table(), [record.signatures[0] for record in records], Partners()
     for index in evaluated:
@@ -76,7 +78,7 @@ def _sketch(numbers: npt.NDArray[np.uint32]) -> MinHash:
     return sketch
 
 
-def opposite(records: Sequence[Facts]) -> Partners:
+def opposite(records: Sequence[RecordFacts]) -> Partners:
     """Return each record whose opposite preference is stated elsewhere, with the first such record."""
     stated: dict[int, int] = {}
     for index, record in enumerate(records):
@@ -93,7 +95,7 @@ def opposite(records: Sequence[Facts]) -> Partners:
 class Comparison:
     """The readable records of all sources, compared."""
 
-    def __init__(self, sources: Sequence[Source], config: DataConfig):
+    def __init__(self, sources: Sequence[ExaminedSource], config: DataConfig):
         self._drops_eval_prompts = config.drop_eval_prompts
         self._records = [record for source in sources for record in source.readable]
         self._source = [source for source in sources for _ in source.readable]
@@ -141,7 +143,7 @@ class Comparison:
         is_dropped = rule == "train_eval_leak" and self._drops_eval_prompts
         removed = "data.drop_eval_prompts removes it from the training data"
         detail = removed if is_dropped else self._other_numbers(partners)
-        count, origins = RULES[rule].count, self._origins(partners.items())
+        count, origins = DOCTOR_RULES[rule].count, self._origins(partners.items())
         for finding in count(len(partners), sum(self._is_eval), None, origins, detail):
             yield replace(finding, level=Level.note, remedy="none is needed") if is_dropped else finding
 
@@ -158,7 +160,7 @@ class Comparison:
         else:
             by_source = ", ".join(f"{count} in {source.label}" for source, count in counts.items())
             detail = "; ".join(filter(None, (by_source, detail)))
-        yield from RULES[rule].count(len(partners), of, label, examples, detail)
+        yield from DOCTOR_RULES[rule].count(len(partners), of, label, examples, detail)
 
     def _within_a_part(self, partners: Partners) -> Partners:
         """Leave out records of training and evaluation data in common, which are a leak with its own rule."""

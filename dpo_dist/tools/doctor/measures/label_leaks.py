@@ -20,11 +20,11 @@ from sklearn.preprocessing import StandardScaler
 
 from dpo_dist.foundation.text import percent
 from dpo_dist.tools.doctor.measures.texts import GROUPS
-from dpo_dist.tools.doctor.rules import RULES
+from dpo_dist.tools.doctor.rules import DOCTOR_RULES
 from dpo_dist.tools.shared.findings import Finding
 from dpo_dist.tools.shared.intervals import wilson_interval
 
-Keys: TypeAlias = npt.NDArray[np.uint64]
+_Keys: TypeAlias = npt.NDArray[np.uint64]
 Matrix: TypeAlias = Any
 """scipy.sparse.csr_matrix [pairs, features]: those of the chosen side minus those of the rejected side."""
 
@@ -73,7 +73,7 @@ class LeakTest:
         return share if low > 0.5 else 0.0
 
 
-def leak_tests(differences: Sequence[Mapping[str, float]], prompts: Keys) -> list[LeakTest]:
+def leak_tests(differences: Sequence[Mapping[str, float]], prompts: _Keys) -> list[LeakTest]:
     """Return the held-out accuracy of each feature and of each group, the most accurate first.
 
     `differences`: `texts.differences` of each pair; `prompts`: keys of their prompts. With fewer than 50
@@ -111,7 +111,7 @@ def _interval(successes: float, trials: int) -> tuple[float, float]:
     return wilson_interval(successes, trials, _STANDARD_ERRORS)
 
 
-def _test(block: Matrix, prompts: Keys, name: str, group: str) -> LeakTest:
+def _test(block: Matrix, prompts: _Keys, name: str, group: str) -> LeakTest:
     """Test a linear classifier of a group, or the direction of a feature: each fold is guessed by the others.
 
     Each pair is learnt in both orders. Pairs of the same prompt are not independent, so the interval counts
@@ -154,15 +154,15 @@ def leak_findings(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
         groups[test.group].append(test)
     explained = 0.0
     for length in groups.pop("length", ()):
-        if length.exceeds(RULES["length_bias"].threshold):
+        if length.exceeds(DOCTOR_RULES["length_bias"].threshold):
             explained = length.accuracy + _ADDS
             side = "fewer" if length.detail == _LESS else "more"
             detail = (
                 f"the one with {side} {length.feature} is chosen in {percent(length.accuracy)} of the pairs"
             )
-            yield from RULES["length_bias"].value(length.accuracy, length.pairs, source, detail)
+            yield from DOCTOR_RULES["length_bias"].value(length.accuracy, length.pairs, source, detail)
     for group, of_group in groups.items():
-        rule, test = RULES["style_bias" if group in _STYLE else "label_leak"], of_group[0]
+        rule, test = DOCTOR_RULES["style_bias" if group in _STYLE else "label_leak"], of_group[0]
         if test.exceeds(rule.threshold) and test.accuracy > explained:
             single = next((member for member in of_group if member.detail), None)
             hint = f" ({single.feature}, {single.detail}, {percent(single.accuracy)})" if single else ""
@@ -176,7 +176,7 @@ def leak_findings(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
 
 def _one_sided_forms(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
     """Yield the finding of features that few pairs have, and these almost always on the same side."""
-    rule, leak = RULES["one_sided_form"], RULES["label_leak"].threshold
+    rule, leak = DOCTOR_RULES["one_sided_form"], DOCTOR_RULES["label_leak"].threshold
     forms = [
         test
         for test in tests

@@ -14,7 +14,7 @@ from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.model.files.folder import description_folder, start_folder
 from dpo_dist.reference.store import LogpStore, Values, known_fingerprints
 from dpo_dist.tools.doctor.measures.sources import distribution
-from dpo_dist.tools.doctor.rules import RULES
+from dpo_dist.tools.doctor.rules import DOCTOR_RULES
 from dpo_dist.tools.shared.findings import Finding
 
 # A margin is far from 0 if it is at least half a nat per token, and not by chance: log-probs of tokens vary
@@ -155,5 +155,5 @@ def margin_findings(
         "reference_solved": float((margins >= far).mean()),
     }
     extreme = disagreeing[np.argsort((margins / noise)[disagreeing], kind="stable")]
-    rule, examples = RULES["reference_disagrees"], [origins[index] for index in extreme]
+    rule, examples = DOCTOR_RULES["reference_disagrees"], [origins[index] for index in extreme]
     return margins, facts, list(rule.count(len(disagreeing), len(margins), source, examples, records="pairs"))

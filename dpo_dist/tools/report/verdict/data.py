@@ -12,9 +12,9 @@ from dpo_dist.tools.report.verdict.facts import (
     Accuracy,
     Find,
     RunFacts,
+    digits,
     evaluation_rows,
     mean,
-    number,
     pooled,
     values,
 )
@@ -40,7 +40,7 @@ def _labels_swapped(facts: RunFacts) -> Iterator[str]:
             yield (
                 f"evaluation {name} is {accuracy.value:.3f} on {accuracy.pairs:,} {facts.unit}s"
                 f"{source.replace('/', ' of ', 1)}, clearly below one half, while training {name} is "
-                f"{number(training.value if training else None)}: "
+                f"{digits(training.value if training else None)}: "
                 f"{'its' if source else 'training or evaluation'} labels look swapped"
             )
             return
@@ -54,7 +54,7 @@ def _labels_swapped(facts: RunFacts) -> Iterator[str]:
             yield (
                 f"training {name} of {source[1:]} is {min(below).value:.3f} on the {min(below).pairs:,} "
                 f"{facts.unit}s of a quarter of the steps, clearly below one half, while that of all is "
-                f"{number(training.value if training else None)} at the end: its labels look swapped"
+                f"{digits(training.value if training else None)} at the end: its labels look swapped"
             )
             return
 
@@ -74,7 +74,7 @@ def _evaluation_too_good(facts: RunFacts) -> Iterator[str]:
         if accuracy.value - training.value > max(0.05, noise):
             yield (
                 f"evaluation {facts.accuracy_title} {accuracy.value:.3f} on {accuracy.pairs:,} {facts.unit}s "
-                f"is above training {facts.accuracy_title} {number(training.value)}: the "
+                f"is above training {facts.accuracy_title} {digits(training.value)}: the "
                 "evaluation data are easier, or copies of training data, or some training labels are noise"
             )
 

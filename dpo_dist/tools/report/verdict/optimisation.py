@@ -14,9 +14,9 @@ from dpo_dist.tools.report.verdict.facts import (
     MARGIN,
     Find,
     RunFacts,
+    digits,
     first,
     last,
-    number,
     pooled,
     values,
 )
@@ -60,9 +60,9 @@ def lost_weights(facts: RunFacts) -> Iterator[str]:
         side, logp = next(iter(logps_by_side(row).items()))
         yield (
             f"the policy has collapsed: from step {row['step']:.0f} on the gradient is 0, and {side} "
-            f"responses have {number(logp)} nats per token, as if all "
-            f"tokens were alike; before it the loss was {number(last(before, 'loss'))}, with "
-            f"optim.lr={number(facts.setting('optim.lr'))}"
+            f"responses have {digits(logp)} nats per token, as if all "
+            f"tokens were alike; before it the loss was {digits(last(before, 'loss'))}, with "
+            f"optim.lr={digits(facts.setting('optim.lr'))}"
         )
 
 
@@ -86,9 +86,9 @@ def _first_bad_value(facts: RunFacts, index: int, broken: Sequence[str]) -> str:
         cause = "the model gives no finite log-probs from the start: damaged weights, or numbers out of range"
     return (
         f"{cause}; the {_QUANTITIES.get(quantity, quantity)} was the first value that is not finite, at step "
-        f"{step}; before it the loss was {number(last(before.steps, 'loss'))} and the gradient norm "
-        f"{number(last(before.steps, 'grad_norm'))}, with a learning rate of "
-        f"{number(last([row, *before.steps], 'learning_rate'))}"
+        f"{step}; before it the loss was {digits(last(before.steps, 'loss'))} and the gradient norm "
+        f"{digits(last(before.steps, 'grad_norm'))}, with a learning rate of "
+        f"{digits(last([row, *before.steps], 'learning_rate'))}"
     )
 
 
@@ -112,17 +112,17 @@ def _beta_wrong(facts: RunFacts) -> Iterator[str]:
         then = RunFacts(facts.steps[:at], facts.summary).margin_nats() or 0.0
         if abs(then) <= 5:
             yield (
-                f"loss.beta={number(beta)} is too large: the loss is used up ({losses}) from step "
+                f"loss.beta={digits(beta)} is too large: the loss is used up ({losses}) from step "
                 f"{facts.steps[at - 1]['step']:.0f} on, when {change} {then:.2g} nats only"
             )
     elif beta >= 1 and end > 1.2 * untrained and abs(nats) <= 10:
         yield (
-            f"loss.beta={number(beta)} is too large: the loss of wrong pairs grew ({losses}) although "
+            f"loss.beta={digits(beta)} is too large: the loss of wrong pairs grew ({losses}) although "
             f"{change} {nats:.2g} nats only"
         )
     elif nats >= 2 and (stayed := _loss_that_stayed(facts)):
         yield (
-            f"loss.beta={number(beta)} is too small: the loss stays at {stayed} although {change} {nats:.2g} "
+            f"loss.beta={digits(beta)} is too small: the loss stays at {stayed} although {change} {nats:.2g} "
             "nats"
         )
 
@@ -138,7 +138,7 @@ def _loss_that_stayed(facts: RunFacts) -> str | None:
 
 def _learning_rate_too_high(facts: RunFacts) -> Iterator[str]:
     if signs := "; ".join(_signs_of_rate(facts)):
-        yield f"{signs}, with optim.lr={number(facts.setting('optim.lr'))}"
+        yield f"{signs}, with optim.lr={digits(facts.setting('optim.lr'))}"
 
 
 def _signs_of_rate(facts: RunFacts) -> Iterator[str]:
@@ -180,7 +180,7 @@ def _learnt_nothing(facts: RunFacts) -> Iterator[str]:
         if is_chance and max(accuracy.value, training.value) < 0.6:
             yield (
                 f"{facts.part} {name} {accuracy.value:.3f} on {accuracy.pairs:,} {facts.unit}s is within its "
-                f"noise of one half ({accuracy.noise:.3f}); training {name} {number(training.value)}"
+                f"noise of one half ({accuracy.noise:.3f}); training {name} {digits(training.value)}"
             )
 
 
@@ -189,13 +189,13 @@ def _hardly_moved(facts: RunFacts) -> Iterator[str]:
         return
     margin, noise = last(facts.last_rows, MARGIN), facts.noise(facts.last_rows).get(MARGIN)
     if margin is not None and noise is not None and abs(margin) <= noise:
-        yield f"{facts.part} margin {number(margin)} is within the noise of rounding ({number(noise)})"
+        yield f"{facts.part} margin {digits(margin)} is within the noise of rounding ({digits(noise)})"
     losses, nats = _loss_that_stayed(facts), facts.margin_nats()
     # A loss with a large constant part, such as sppo_hard with a small beta, stays while margins grow.
     if losses and len(values(facts.steps, "loss")) >= 3 and (nats is None or nats < 2):
         yield (
             f"the training loss stayed at its start, {losses}, in {facts.total_steps:,} steps with "
-            f"optim.lr={number(facts.setting('optim.lr'))}"
+            f"optim.lr={digits(facts.setting('optim.lr'))}"
         )
 
 
@@ -212,7 +212,7 @@ def _outside_band(facts: RunFacts) -> Iterator[str]:
         at = facts.total_steps if at is None and is_whole else at
         for step, value in values(facts.rows, metric):
             if step == at and not low <= value <= high:
-                yield f"{metric} at step {step:.0f} is {number(value)}, not in the band {low:g} to {high:g}"
+                yield f"{metric} at step {step:.0f} is {digits(value)}, not in the band {low:g} to {high:g}"
 
 
 def _mismatch_grows(facts: RunFacts) -> Iterator[str]:
@@ -223,8 +223,8 @@ def _mismatch_grows(facts: RunFacts) -> Iterator[str]:
     )
     if beta and before and end and beta * fmean(end) > 3 and fmean(end) > 1.2 * fmean(before):
         yield (
-            f"the log-ratio of mismatched responses (z) is {number(fmean(end))} nats at the end and still "
-            f"grows, {number(beta * fmean(end))} times 1 / loss.beta: the policy makes any response likelier"
+            f"the log-ratio of mismatched responses (z) is {digits(fmean(end))} nats at the end and still "
+            f"grows, {digits(beta * fmean(end))} times 1 / loss.beta: the policy makes any response likelier"
         )
 
 

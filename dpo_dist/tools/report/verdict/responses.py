@@ -7,9 +7,9 @@ from dpo_dist.foundation.text import percent
 from dpo_dist.tools.report.verdict.facts import (
     Find,
     RunFacts,
+    digits,
     first,
     last,
-    number,
 )
 
 _REFERENCE = "samples/reference_"
@@ -26,7 +26,7 @@ def _responses_forgotten(facts: RunFacts) -> Iterator[str]:
         yield (
             f"chosen responses became far less likely, {start:.2f} -> {end:.2f} nats per token, and both "
             f"responses did in {percent(share)} of the pairs, at an accuracy of "
-            f"{number(last(facts.last_rows, facts.accuracy_key))}"
+            f"{digits(last(facts.last_rows, facts.accuracy_key))}"
         )
 
 
@@ -82,7 +82,7 @@ def _good_responses_fall(facts: RunFacts) -> Iterator[str]:
     if facts.unit == "record" and falls and falls[-1][1] >= 0.1:
         yield (
             f"good responses lost {falls[-1][1]:.2g} nats per token against the reference, although the loss "
-            f"rewards them ({facts.part} reward {number(last(facts.last_rows, 'rewards/chosen'))})"
+            f"rewards them ({facts.part} reward {digits(last(facts.last_rows, 'rewards/chosen'))})"
         )
 
 

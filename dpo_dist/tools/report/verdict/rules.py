@@ -13,22 +13,22 @@ from dpo_dist.tools.report.verdict.data import DATA_RULES
 from dpo_dist.tools.report.verdict.facts import (
     FEWEST_STEPS,
     Find,
-    Row,
+    MetricsRow,
     RunFacts,
+    digits,
     first,
     last,
-    number,
 )
 from dpo_dist.tools.report.verdict.optimisation import OPTIMISATION_RULES, lost_weights
 from dpo_dist.tools.report.verdict.responses import RESPONSES_RULES
-from dpo_dist.tools.shared.findings import Finding, Level, Rule
+from dpo_dist.tools.shared.findings import Finding, FindingRule, Level
 
 MOST_FINDINGS = 5
 NOTHING_TO_JUDGE = "nothing to judge, as no metrics row of a training step was written (trainer.log_every)"
 
 
 @dataclass(frozen=True)
-class RunRule(Rule):
+class RunRule(FindingRule):
     """A rule about a run; its `text` is the fault in two to five words, with which the sentence starts.
 
     `find` yields what shows the fault; rules that this one `explains` are its consequences, not reported.
@@ -40,7 +40,7 @@ class RunRule(Rule):
 
 _TABLE = yaml.safe_load(Path(__file__).with_name("rules.yaml").read_text(encoding="utf-8"))
 _FIND = {find.__name__.strip("_"): find for find in (*OPTIMISATION_RULES, *DATA_RULES, *RESPONSES_RULES)}
-RULES = {
+RUN_RULES = {
     name: RunRule(Level(level), text, remedy, _FIND[name], tuple(explained))
     for name, (level, text, remedy, *explained) in _TABLE.items()
 }
@@ -71,32 +71,32 @@ class Verdict:
 
 
 def verdict(
-    rows: Sequence[Row], summary: Mapping[str, Any], data_findings: Sequence[Mapping[str, Any]] = ()
+    rows: Sequence[MetricsRow], summary: Mapping[str, Any], data_findings: Sequence[Mapping[str, Any]] = ()
 ) -> Verdict:
     """Judge a run by its files; a rule whose inputs are missing finds nothing.
 
     `rows` are of log_history.json, with nan for null; `exit` need not be in the summary.
     """
     facts = RunFacts(rows, summary, data_findings)
-    by_rule = {name: finding for name in RULES if (finding := _finding(name, facts)) is not None}
+    by_rule = {name: finding for name in RUN_RULES if (finding := _finding(name, facts)) is not None}
     is_lost = next(lost_weights(facts), None) is not None  # else some steps were skipped, no more
     causes = [name for name in by_rule if name != "diverged" or is_lost]
-    explained = {other for name in causes for other in RULES[name].explains}
+    explained = {other for name in causes for other in RUN_RULES[name].explains}
     findings = [finding for name, finding in by_rule.items() if name not in explained]
     worst = next((finding for finding in findings if finding.level is not Level.note), None)
-    sentence = f"{RULES[worst.rule].text}: {worst.text}" if worst else _success(facts)
+    sentence = f"{RUN_RULES[worst.rule].text}: {worst.text}" if worst else _success(facts)
     if summary.get("exit") == RunOutcome.preempted:
         sentence = f"stopped after step {facts.total_steps:,}; so far: {sentence}"
     return Verdict(sentence, tuple(findings[:MOST_FINDINGS]))
 
 
-def sample_alarm(rows: Sequence[Row]) -> Finding | None:
+def sample_alarm(rows: Sequence[MetricsRow]) -> Finding | None:
     """Return what is wrong with the sampled responses, by the metrics rows so far."""
     return _finding("over_optimised", RunFacts(rows, {}))
 
 
 def _finding(name: str, facts: RunFacts) -> Finding | None:
-    rule = RULES[name]
+    rule = RUN_RULES[name]
     text = "; ".join(rule.find(facts))
     return Finding(name, rule.level, text, remedy=rule.remedy) if text else None
 
@@ -115,7 +115,7 @@ def _success(facts: RunFacts) -> str:
     if accuracy is None or last(facts.last_rows, facts.accuracy_key) is None:
         return f"{result}: {fall}"
     pairs = f" on {counted(accuracy.pairs, facts.unit)}" if accuracy.pairs else ""
-    margin = number(last(facts.last_rows, "rewards/margins"))
+    margin = digits(last(facts.last_rows, "rewards/margins"))
     return (
         f"{result}: {facts.part} {facts.accuracy_title} {accuracy.value:.3f}{pairs}, margin {margin}, {fall}"
     )

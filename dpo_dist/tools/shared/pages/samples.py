@@ -17,8 +17,8 @@ from dpo_dist.foundation.text import counted, number, percent
 from dpo_dist.tools.shared.pages.render import part
 from dpo_dist.tools.shared.text_facts import WORD, text_facts
 
-Row = Mapping[str, Any]
-Piece = tuple[str, bool]
+_Row = Mapping[str, Any]
+MarkedPiece = tuple[str, bool]
 """A part of a text, and whether its words differ from those of another text."""
 
 _LONGEST_TEXT = 6000
@@ -29,13 +29,13 @@ _ROLE = re.compile(r"\A\s*(system|user|assistant|model)\s*(\n|\Z)")
 
 
 @dataclass(frozen=True)
-class Response:
+class ShownResponse:
     """A response: the label of its model, its text (None: not known), notes behind the label, its pieces."""
 
     label: str
     text: str | None
     notes: str = ""
-    pieces: Sequence[Piece] = ()
+    pieces: Sequence[MarkedPiece] = ()
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Shown:
     """
 
     prompt: str
-    responses: Sequence[Response]
+    responses: Sequence[ShownResponse]
     against: str
     why: str
     labels: Sequence[str] = ()
@@ -60,14 +60,14 @@ class Shown:
         return line if len(line) <= _TITLE_CHARACTERS else line[:_TITLE_CHARACTERS] + "\u2026"
 
 
-def marked(text: str, other: str) -> tuple[list[Piece], float]:
+def marked(text: str, other: str) -> tuple[list[MarkedPiece], float]:
     """Return the pieces of a text and the share of its words that `other` lacks. White space does not count.
 
     Letters of scripts without spaces are words. In a long text, frequent words do not anchor the comparison.
     """
     words = list(WORD.finditer(text))
     matcher = SequenceMatcher(None, [word.group() for word in words], WORD.findall(other))
-    pieces: list[Piece] = []
+    pieces: list[MarkedPiece] = []
     new = end = 0
     for kind, start, stop, _, _ in matcher.get_opcodes():
         if start < stop:
@@ -99,7 +99,7 @@ def _cut(shown: Shown) -> Mapping[str, Any]:
     return {**vars(shown), "title": shown.title, "prompt": shown.prompt[:_LONGEST_TEXT], "responses": columns}
 
 
-def _column(response: Response, other: str | None, against: str) -> Response:
+def _column(response: ShownResponse, other: str | None, against: str) -> ShownResponse:
     text = (response.text or "")[:_LONGEST_TEXT]
     if not text.strip():
         return response
@@ -110,7 +110,7 @@ def _column(response: Response, other: str | None, against: str) -> Response:
         notes.append(f"the same text as {against}" if text == other else differs)
     if len(response.text or "") > _LONGEST_TEXT:
         notes.append(f"first {_LONGEST_TEXT:,} of {len(response.text or ''):,} characters")
-    return Response(response.label, text, "; ".join(filter(None, notes)), pieces)
+    return ShownResponse(response.label, text, "; ".join(filter(None, notes)), pieces)
 
 
 def end_notes(tokens: int | None, is_finished: bool | None) -> str:
@@ -125,7 +125,7 @@ _MEASURED_CHARACTERS = 2000
 _SECTION_BYTES = 900_000
 
 
-def faults(row: Row) -> list[str]:
+def faults(row: _Row) -> list[str]:
     """Return the reasons to look at a policy's response; the first is the worst."""
     text, tokens, of_reference = row["policy"], row["policy_tokens"], row["reference_tokens"]
     facts = text_facts(text[:_MEASURED_CHARACTERS], tokens or 0, is_finished=True)
@@ -139,7 +139,7 @@ def faults(row: Row) -> list[str]:
     return [reason for reason, applies in reasons.items() if applies]
 
 
-def choose(rows: Sequence[Row]) -> list[tuple[Row, str]]:
+def choose(rows: Sequence[_Row]) -> list[tuple[_Row, str]]:
     """Return rows to show with the reasons: those with most faults, the longest first, and some at random."""
     judged = [(row, faults(row)) for row in rows]
     faulty = [each for each in judged if each[1]]
@@ -186,13 +186,13 @@ def _files(folder: RunFolder) -> dict[int, Path]:
 
 def samples_of_runs(runs: Mapping[str, RunFolder]) -> list[Markup]:
     """Return prompts that several runs have, with the responses after the last step of each."""
-    by_prompt: dict[str, list[Response]] = {}
-    last: dict[str, Row] = {}
+    by_prompt: dict[str, list[ShownResponse]] = {}
+    last: dict[str, _Row] = {}
     for label, folder in runs.items():
         for file in islice(_files(folder).values(), 1):
             for row in islice(read_lines(file), _MOST_ROWS):
                 notes = end_notes(row["policy_tokens"], row["policy_finished"])
-                response = Response(label, row["policy"], f"step {row['step']:,}, {notes}")
+                response = ShownResponse(label, row["policy"], f"step {row['step']:,}, {notes}")
                 by_prompt.setdefault(row["prompt_id"], []).append(response)
                 last[row["prompt_id"]] = row
     shown = [
@@ -208,7 +208,7 @@ def worst_pairs(file: Path) -> list[Markup]:
     return prompt_items(map(_worst, read_lines(file)), _SECTION_BYTES)[0]
 
 
-def _worst(row: Row) -> Shown:
+def _worst(row: _Row) -> Shown:
     """Return a pair, or a labelled response."""
     sides, margin = [side for side in ("chosen", "rejected") if side in row], row["margin"]
     names, measured = sides, f"margin {number(margin, 3)}"
@@ -218,24 +218,24 @@ def _worst(row: Row) -> Shown:
             ["good" if is_good else "bad"],
             f"reward {number(margin if is_good else -margin, 3)}",
         )
-    responses = [Response(name, row[side]) for name, side in zip(names, sides, strict=True)]
+    responses = [ShownResponse(name, row[side]) for name, side in zip(names, sides, strict=True)]
     return Shown(row["prompt"], responses, "chosen", f"{row['origin']}: {measured}")
 
 
-def _responses(last: Row, rows: Mapping[int, Row | None]) -> Iterator[Response]:
+def _responses(last: _Row, rows: Mapping[int, _Row | None]) -> Iterator[ShownResponse]:
     """Yield reference, policy after the last step and after earlier ones where it changed since, chosen."""
     notes = end_notes(last["reference_tokens"], last["reference_finished"])
-    yield Response("reference", last["reference"], notes)
+    yield ShownResponse("reference", last["reference"], notes)
     known = {last["reference"]}
     for step, row in rows.items():
         if row is last or (row is not None and row["policy"] not in known):
             known.add(row["policy"])
             notes = end_notes(row["policy_tokens"], row["policy_finished"])
-            yield Response(f"step {step:,}", row["policy"], notes)
+            yield ShownResponse(f"step {step:,}", row["policy"], notes)
     yield response_of_data(last)
 
 
-def response_of_data(row: Row, place: str = "") -> Response:
+def response_of_data(row: _Row, place: str = "") -> ShownResponse:
     """Return the response that the data have, by its label where they have labels."""
     name = f"{row['label']} response" if row.get("label") else "chosen"
-    return Response(name + place, row["chosen"])
+    return ShownResponse(name + place, row["chosen"])

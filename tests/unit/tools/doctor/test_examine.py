@@ -21,7 +21,7 @@ from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.tools.doctor.__main__ import main
 from dpo_dist.tools.doctor.examine import Diagnosis, diagnose, examine, prepare
 from dpo_dist.tools.doctor.measures.texts import read_benchmarks
-from dpo_dist.tools.doctor.rules import RULE_OF, RULES
+from dpo_dist.tools.doctor.rules import DOCTOR_RULES, RULE_BY_KIND
 from dpo_dist.tools.shared.findings import Level
 from tests.support import tiny
 from tests.support.doctor_data import Pair, alarms, as_messages, clean_pairs, examined, lines, of_rule, write
@@ -87,12 +87,12 @@ def test_planted_faults_are_counted_and_located(tmp_path: Path) -> None:
         plant(pairs[2 * number + 1])
     report = examined(tmp_path, pairs)
     for name in PLANTED:
-        rule = RULE_OF.get(name, name)
+        rule = RULE_BY_KIND.get(name, name)
         [finding] = of_rule(report, rule)
-        same = [2 * other for other, one in enumerate(PLANTED) if RULE_OF.get(one, one) == rule]
+        same = [2 * other for other, one in enumerate(PLANTED) if RULE_BY_KIND.get(one, one) == rule]
         assert lines(finding) == sorted(line for first in same for line in (first + 1, first + 2)), name
         assert (finding.count, finding.source) == (2 * len(same), f"{tmp_path.name}-train")
-        assert name not in RULE_OF or f"{name.replace('_', ' ')} in 2" in finding.text
+        assert name not in RULE_BY_KIND or f"{name.replace('_', ' ')} in 2" in finding.text
 
 
 @pytest.mark.parametrize(("count", "seed"), [(12, 0), (300, 3)])
@@ -102,8 +102,11 @@ def test_clean_pairs_raise_no_alarm(count: int, seed: int, tmp_path: Path) -> No
 
 def test_a_finding_up_to_the_threshold_is_a_note() -> None:
     for count, level in ((1, Level.note), (2, Level.warning)):
-        assert [one.level for one in RULES["dropped"].count(count, 100, "a")] == [level]
-    assert [len(list(RULES["label_leak"].value(share, 100, "a", ""))) for share in (0.65, 0.66)] == [0, 1]
+        assert [one.level for one in DOCTOR_RULES["dropped"].count(count, 100, "a")] == [level]
+    assert [len(list(DOCTOR_RULES["label_leak"].value(share, 100, "a", ""))) for share in (0.65, 0.66)] == [
+        0,
+        1,
+    ]
 
 
 def test_fields_that_are_not_read_and_numbers_of_the_loss_are_notes(tmp_path: Path) -> None:

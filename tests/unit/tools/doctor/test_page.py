@@ -30,7 +30,7 @@ def test_hostile_text_adds_no_element_and_no_control_character(tmp_path: Path) -
     assert not {"\u202e", "\u200b", "\x1b"} & set(html)
     assert "U+202E" in page.text
     assert "data.max_prompt_length null" in page.section("Settings")
-    assert "doctor.measures.texts true" in page.section("Settings")
+    assert "doctor.texts true" in page.section("Settings")
     assert ("optimum", "0.5") in page.attributes, "a leak has the colour of a fault"
 
 
