@@ -7,6 +7,7 @@ the run directory.
 
 from copy import copy
 from enum import StrEnum
+from functools import cached_property
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field
@@ -21,6 +22,7 @@ from dpo_dist.config.fields import (
     schema,
     section,
 )
+from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.verbs import EVERY_VERB, VERBS_WITH_DATA
 
@@ -648,3 +650,8 @@ class RunConfig:
     export: ExportConfig = section(ExportConfig, free=True, verbs="export")
     plan: PlanConfig = section(PlanConfig, free=True, verbs="train plan")
     sweep: SweepConfig = section(SweepConfig, free=True, verbs="sweep")
+
+    @cached_property
+    def identity(self) -> RunIdentity:
+        """What defines the run's result."""
+        return RunIdentity(self)

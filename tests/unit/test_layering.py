@@ -1,9 +1,11 @@
 """Imports go down only, without cycles; every third-party engine has one room (law L6)."""
 
 import ast
+import itertools
 import re
 import sys
 import tomllib
+from collections import defaultdict
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
@@ -100,6 +102,54 @@ def modules_imported_by(module: str) -> set[str]:
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
     TopologicalSorter({module: modules_imported_by(module) for module in MODULES}).prepare()
+
+
+REPEATED = {"main", "check", "log", "T"}
+"""What a verb does and checks first; the usual names of a module's log and of a type variable."""
+DOUBLES = {
+    *(
+        "BATCH_TOKENS",
+        "BEST",
+        "EVALUATED",
+        "Facts",
+        "Judgement",
+        "KEY",
+        "KINDS",
+        "Key",
+        "LOSS",
+        "PART_PROMPTS",
+    ),
+    *("Progress", "RULES", "Recorder", "Results", "Role", "Row", "Rule", "Run", "Samples", "Say", "Source"),
+    *("Speaker", "TIE", "Table", "Values", "estimate", "inert", "load_tokenizer", "number", "samples_of"),
+    *("token_logps", "train"),
+}
+"""Names that still have several meanings; none is added."""
+
+
+def public_names(tree: ast.Module) -> Iterator[str]:
+    """Yield the classes, functions, constants and types that a module defines for others."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            names = [node.name]
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            nodes = itertools.chain.from_iterable(map(ast.walk, targets))
+            # Not `a.b = c`, which defines no name.
+            names = [n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+        else:
+            names = []
+        yield from (name for name in names if not name.startswith("_"))
+
+
+def test_a_public_name_has_one_meaning() -> None:
+    homes = defaultdict[str, set[str]](set)
+    for module, tree in MODULES.items():
+        for name in public_names(tree):
+            homes[name].add(module)
+    several = {name: modules for name, modules in homes.items() if len(modules) > 1}
+    assert not several.keys() - REPEATED - DOUBLES, {
+        name: several[name] for name in several.keys() - REPEATED - DOUBLES
+    }
 
 
 CHECK_FIRST = ("compare", "doctor", "evaluate", "export", "pairs", "precompute", "train")

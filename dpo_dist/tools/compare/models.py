@@ -16,11 +16,18 @@ import dpo_dist
 from dpo_dist.batching.example import Example
 from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import DataConfig, FusedLayers, RunConfig
-from dpo_dist.data.counts import NOT_ASKED, count_lines
+from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX, count_lines
 from dpo_dist.data.formats import read_prompts
 from dpo_dist.data.read.sources import pinned, source_labels
-from dpo_dist.data.records import Dialogue, PreferenceRecord, Prompt, eval_part, prompt_hash, turns_of
-from dpo_dist.distributed.checkpoint.export import written_checkpoint
+from dpo_dist.data.records import (
+    Dialogue,
+    PreferenceRecord,
+    Prompt,
+    eval_part,
+    prompt_hash,
+    prompt_key,
+    turns_of,
+)
 from dpo_dist.distributed.memory import return_memory
 from dpo_dist.distributed.zero import unsharded_loading
 from dpo_dist.foundation import files
@@ -36,7 +43,7 @@ from dpo_dist.reference.engine import scored_model
 from dpo_dist.tools.compare.results import compares, comparison, judge_texts
 from dpo_dist.tools.compare.start import MODELS_KEY, NamedModel
 from dpo_dist.tools.evaluation.trained_prompts import count_trained
-from dpo_dist.tools.shared.records import good_records, prompt_key, side_of
+from dpo_dist.tools.shared.records import good_records, side_of
 from dpo_dist.tools.shared.sampling.dry_run import check_model, check_report, first_records
 from dpo_dist.tools.shared.sampling.generate import Request, Sample, Sampling, generate
 from dpo_dist.tools.shared.sampling.judges import Judge, open_judge
@@ -50,6 +57,7 @@ from dpo_dist.tools.shared.sampling.prompts import (
     judge_of,
 )
 from dpo_dist.tools.shared.sampling.respond import Completions, ModelSource, Responder, open_responder
+from dpo_dist.training.export import written_checkpoint
 from dpo_dist.training.start.context import Run
 
 _Row = dict[str, Any]
@@ -120,8 +128,8 @@ class ComparedModel:
     @cached_property
     def _packed(self) -> PackedCausalLM:
         config = self.prompts.run.config
-        scored, bits = scored_model(config), config.model.quantization
-        model_config = replace(scored, quantization=bits, fused=FusedLayers.none)
+        model = config.model
+        model_config = replace(scored_model(model, model.quantization), fused=FusedLayers.none)
         longest = config.data.max_length + config.compare.max_new_tokens
         if self.responder.longest is not None:
             longest = min(longest, self.responder.longest)
@@ -292,7 +300,7 @@ def _rows(
         for record, row, judgement in zip(records, rows, judgements, strict=True):
             counts.update(judgement.get("counts", {}))
             if dropped := next(filter(None, (reason for reason, _ in row)), None):
-                counts[NOT_ASKED + dropped] += 1
+                counts[DROPPED_PROMPT_PREFIX + dropped] += 1
                 continue
             scores, key = judgement.get("scores", [None] * len(speakers)), prompt_key(record)
             answer: _Row = {

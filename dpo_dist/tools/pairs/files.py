@@ -11,11 +11,11 @@ from dpo_dist.config.keys import as_written
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.counts import count_lines
 from dpo_dist.data.read.sources import pinned
-from dpo_dist.data.records import PreferenceRecord, Response
+from dpo_dist.data.records import PreferenceRecord, Response, as_fields, context_fields
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import staged_file, write_json, write_lines
 from dpo_dist.foundation.text import counted
-from dpo_dist.tools.shared.records import Read, as_fields, context_fields, good_records
+from dpo_dist.tools.shared.records import Read, good_records
 
 
 def training_records(

@@ -1,12 +1,19 @@
 """Rounds of sampling, scoring, pairing and training: a loop over the verbs `pairs` and `train`."""
 
+import contextlib
 import json
 import os
+import shlex
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeAlias
 
+from dpo_dist.config.command_line import command_of
 from dpo_dist.config.identity import differing_keys, plain
 from dpo_dist.config.load import from_yaml, to_yaml
 from dpo_dist.config.run_folder import RunFolder
@@ -20,9 +27,12 @@ from dpo_dist.config.schema import (
     SourceConfig,
 )
 from dpo_dist.foundation import files
-from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
+from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, first_line
+from dpo_dist.foundation.signals import stop_signals
+from dpo_dist.foundation.streams import output_descriptor
 from dpo_dist.model.files.folder import model_folder
-from dpo_dist.tools.shared.commands import command_of, run_command
+
+_REASONS = (ExitCode.invalid, ExitCode.diverged, ExitCode.preempted)
 
 _Say: TypeAlias = Callable[[str], None]
 RunCommand: TypeAlias = Callable[[str], int]
@@ -40,7 +50,7 @@ def check_settings(config: RunConfig, folder: RunFolder) -> None:
         files.write_text(file, to_yaml(config))
         return
     before, now = from_yaml(file.read_text(encoding="utf-8")), from_yaml(to_yaml(config))  # without secrets
-    changed = differing_keys(before, now)
+    changed = differing_keys(before.identity, now.identity)
     for name in {field.name for field in fields(PairsConfig)} - {"rounds", "launcher"}:
         old, new = plain(getattr(before.pairs, name)), plain(getattr(now.pairs, name))
         changed |= {f"pairs.{name}": (old, new)} if old != new else {}
@@ -51,6 +61,48 @@ def check_settings(config: RunConfig, folder: RunFolder) -> None:
             got="; ".join(f"{key}: {old} before, {new} now" for key, (old, new) in sorted(changed.items())),
             remedy="set another run.dir; or, to do further rounds with the new settings, delete this file",
         )
+
+
+def _launcher(given: str | None) -> str:
+    """Return the given launcher; by default this Python, or `dpo-dist launch` if there are several GPUs."""
+    if given is not None:
+        return given
+    import torch  # noqa: PLC0415  (slow, and only needed here)
+
+    several = torch.cuda.device_count() > 1
+    return shlex.quote(sys.executable) + (" -m dpo_dist launch" if several else "")
+
+
+def run_command(command: str) -> int:
+    """Run a command to its end and return its exit code; signals to stop are passed on to it."""
+    received: list[int] = []
+    try:
+        # In a session of its own, Ctrl-C reaches this process alone, which passes it on once.
+        process = subprocess.Popen(  # noqa: S603  (the user's own launcher)
+            shlex.split(command), stdout=output_descriptor(), start_new_session=True
+        )
+    except (OSError, ValueError) as fault:  # no such program; a quote that is not closed
+        raise ConfigError(
+            "the launcher cannot be started",
+            where="pairs.launcher",
+            got=f"{command}: {first_line(fault)}",
+            remedy="set it to the words before -m dpo_dist.train, such as 'dpo-dist launch'",
+        ) from None
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.killpg(process.pid, number)
+
+    before = {number: signal.signal(number, pass_on) for number in stop_signals()}
+    code = process.wait()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    if signal.SIGINT in received:
+        raise KeyboardInterrupt
+    if received and code not in _REASONS:
+        raise SystemExit(128 + received[0])  # as shells number it
+    return code
 
 
 def merge_adapter(adapter: Path, folder: Path, model: ModelConfig, data: DataConfig, store: Path) -> None:
@@ -152,7 +204,7 @@ class _Rounds:
         self.say(f"{stage_name}: samples of {stage.model.path}")
         below = folder.path / "sampling"
         folder.pairs_samples.unlink(missing_ok=True)  # of an earlier start
-        code = self.run(command_of("pairs", stage, below, pairs.launcher))
+        code = self.run(command_of("pairs", stage, below, _launcher(pairs.launcher)))
         if code not in (ExitCode.completed, ExitCode.invalid) or not folder.pairs_samples.exists():
             raise _stage_error(f"sampling of round {number}", code, folder)
         samples = read_samples(stage.model.path, folder.pairs_samples)
@@ -180,7 +232,7 @@ class _Rounds:
         )
         self.say(f"round {number}: training of {stage.model.path}")
         below = folder.path / "training"
-        code = self.run(command_of("train", stage, below, self.config.pairs.launcher))
+        code = self.run(command_of("train", stage, below, _launcher(self.config.pairs.launcher)))
         if code == ExitCode.preempted:
             self.say(f"round {number}: the training stopped with a checkpoint; the same command continues")
             return code, None

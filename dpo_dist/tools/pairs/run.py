@@ -21,9 +21,9 @@ from dpo_dist.config.schema import (
     PairsMethod,
     RunConfig,
 )
-from dpo_dist.data.counts import NOT_ASKED
+from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX
 from dpo_dist.data.formats import read_prompts, read_records
-from dpo_dist.data.records import Dialogue, PreferenceRecord
+from dpo_dist.data.records import Dialogue, PreferenceRecord, as_fields, context_fields, prompt_key
 from dpo_dist.distributed.memory import return_memory
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.files import collect_abandoned, locked, staged_file, text_digest, write_lines
@@ -31,11 +31,6 @@ from dpo_dist.foundation.text import counted
 from dpo_dist.tools.pairs.files import check_output, pair_fields, training_records, write_results
 from dpo_dist.tools.pairs.people import label_pairs
 from dpo_dist.tools.pairs.start import responding_models
-from dpo_dist.tools.shared.records import (
-    as_fields,
-    context_fields,
-    prompt_key,
-)
 from dpo_dist.tools.shared.sampling.dry_run import check_model, check_report, first_records
 from dpo_dist.tools.shared.sampling.generate import Sampling
 from dpo_dist.tools.shared.sampling.judges import Judge, Judgement, Question, open_judge
@@ -195,7 +190,7 @@ def pairs_of(results: PairResults) -> Iterator[dict[str, Any]]:
         counts["encoded_differently"] += sum(not each.same_ids for each in row.completions)
         counts.update(row.counts)
         if row.dropped is not None:
-            counts[NOT_ASKED + row.dropped] += 1
+            counts[DROPPED_PROMPT_PREFIX + row.dropped] += 1
             continue
         counts["samples_unfinished"] += sum(not each.finished for each in row.completions)  # kept ones too
         unused = (each.unused for each in row.completions)

@@ -25,7 +25,7 @@ from dpo_dist.model.files.load import TORCH_DTYPES
 from dpo_dist.model.flops import REACHED_SHARES, matmul_peak, recomputed_share, step_flops, visited_experts
 from dpo_dist.training.start.context import DEFAULT_TOKENS
 from dpo_dist.training.start.footprint import (
-    BYTES_OF_QUANTIZED,
+    BYTES_PER_QUANTIZED_WEIGHT,
     Footprint,
     footprint,
     quantized_weights,
@@ -134,7 +134,7 @@ class Estimate:
     @property
     def host(self) -> float:
         """Bytes of host memory on a node of rank 0, which reads the model and writes checkpoints."""
-        parallelism, states = self.config.parallelism, state_bytes(self.config)
+        parallelism, states = self.config.parallelism, state_bytes(self.config.optim, self.config.trainer)
         if parallelism.offload_optimizer is not Offload.none:
             states += 4  # gradients
         policy = 0.0 if parallelism.offload_parameters is Offload.none else self.whole
@@ -144,7 +144,10 @@ class Estimate:
     def disk(self) -> dict[str, float]:
         """Bytes that a run writes: with an adapter no other weights; log-probs only if they are stored."""
         model = self.whole if self.config.model.adapter is None else float(self.number * self.trained)
-        taken = {"a checkpoint": state_bytes(self.config) * self.trained, "the model": model}
+        taken = {
+            "a checkpoint": state_bytes(self.config.optim, self.config.trainer) * self.trained,
+            "the model": model,
+        }
         if self.config.reference.mode is ReferenceMode.cached:
             taken["the log-probs"] = 4.0 * self.data.targets * self.data.pairs
         return taken
@@ -170,7 +173,9 @@ class Estimate:
             seconds += 2 * self.times * self.whole / gpus / _PCIE
         if parallelism.offload_optimizer is not Offload.none:  # gradients go, updated weights come back
             seconds += (4 + self.number) * self.trained / gpus / _PCIE
-            moved = 2 * state_bytes(self.config) + 4 + self.number  # bytes that CPU Adam reads and writes
+            moved = (
+                2 * state_bytes(self.config.optim, self.config.trainer) + 4 + self.number
+            )  # bytes that CPU Adam reads and writes
             seconds += moved * self.trained * self._of_node / _HOST_MEMORY
         return self.steps * seconds
 
@@ -278,5 +283,5 @@ def _seconds_of_dequantizing(model: ModelConfig, causal_lm: Any, machine: Machin
     """Return the seconds in which all quantized weights are computed once."""
     if (kind := model.quantization) is None:
         return 0.0
-    moved = BYTES_OF_QUANTIZED[kind] + TORCH_DTYPES[model.dtype].itemsize  # of a weight
+    moved = BYTES_PER_QUANTIZED_WEIGHT[kind] + TORCH_DTYPES[model.dtype].itemsize  # of a weight
     return moved * quantized_weights(causal_lm) / (_DEQUANTIZING * machine.bandwidth)

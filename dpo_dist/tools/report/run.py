@@ -15,6 +15,7 @@ from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import counted, duration, number, percent, size, without_secrets
+from dpo_dist.foundation.types import Fields
 from dpo_dist.tools.evaluation.results import ALL, results_name
 from dpo_dist.tools.report.verdict.facts import MARGIN, RunFacts, last
 from dpo_dist.tools.report.verdict.rules import RUN_RULES
@@ -26,7 +27,6 @@ from dpo_dist.tools.shared.tables import describe_reference
 from dpo_dist.training.clock import WORKS, Work
 from dpo_dist.training.reporting.metrics_log import final_and_best, metrics_by_source, read_latest_rows
 
-_Fields = Mapping[str, Any]
 _Table = tuple[list[str], list[list[object]]]
 """Titles of the columns, and rows."""
 
@@ -67,14 +67,14 @@ class PageFacts:
         last = self.run.evaluations[-1] if self.run.evaluations else {}
         loss = (evaluation.get("all") or {}).get("eval_loss")
         is_last = loss is not None and math.isclose(loss, last.get("loss", math.nan), rel_tol=1e-6)
-        self.evaluation: _Fields = evaluation if is_last else {}
+        self.evaluation: Fields = evaluation if is_last else {}
 
     def setting(self, key: str) -> Any:
         """Return the value of a key of the configuration; None if it is not known."""
         section, name = key.split(".")
         return (self.config.get(section) or {}).get(name)
 
-    def section(self, name: str) -> _Fields:
+    def section(self, name: str) -> Fields:
         """Return a section of summary.json; empty if it is missing."""
         return self.summary.get(name) or {}
 
@@ -83,11 +83,11 @@ class PageFacts:
         return (self.evaluation.get(name) or {}).get("intervals") or {}
 
 
-def _fields(path: Path, parse: Callable[[str], Any] = json.loads) -> _Fields:
+def _fields(path: Path, parse: Callable[[str], Any] = json.loads) -> Fields:
     """Return the fields of a file without secrets, because a page is made to be shared; empty without it."""
     if not path.exists():
         return {}
-    fields: _Fields = without_secrets(parse(path.read_text(encoding="utf-8")) or {})
+    fields: Fields = without_secrets(parse(path.read_text(encoding="utf-8")) or {})
     return fields
 
 
@@ -153,7 +153,7 @@ def _about(facts: PageFacts) -> Iterator[str]:
 
 def verdict_of(facts: PageFacts) -> Mapping[str, Any]:
     """Return level, sentence and findings of the verdict; empty before the end of a run."""
-    judged: _Fields = facts.summary.get("verdict") or {}
+    judged: Fields = facts.summary.get("verdict") or {}
     if not judged:
         return {}
     findings = []
@@ -234,7 +234,7 @@ def _by_source(facts: PageFacts) -> _Table | None:
     return (["source", *(titles[key] for key in keys)], lines) if keys else None
 
 
-def _records(title: str, counts: _Fields) -> Mapping[str, Any]:
+def _records(title: str, counts: Fields) -> Mapping[str, Any]:
     """Return the numbers of read, kept, dropped and changed records of one of the datasets."""
     read, dropped = counts["read"], counts.get("dropped") or {}
     rows = [

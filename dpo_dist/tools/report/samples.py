@@ -220,7 +220,7 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> RunSamples | None:
     policy_responds = samples.starts_as_reference and (step == 0 or config.model.adapter is not None)
     if samples.reference is None and not policy_responds:
         run.say("samples: the reference is loaded for its responses")
-        engine = load_reference(files, config, run.world)
+        engine = load_reference(files, config.model, config.reference, config.data.max_length, run.world)
         samples.ask_reference(engine)
         engine.free()
     return samples

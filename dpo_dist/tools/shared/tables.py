@@ -3,7 +3,6 @@
 import math
 from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
-from typing import Any
 
 from dpo_dist.config.identity import kinds_in
 from dpo_dist.config.losses import unit_of
@@ -11,8 +10,8 @@ from dpo_dist.config.metrics import ACCURACIES, MAIN, METRICS, PREFIX
 from dpo_dist.config.run_folder import RunFolder, checkpoint_name
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import counted, duration, percent, size
+from dpo_dist.foundation.types import Fields
 
-_Fields = Mapping[str, Any]
 Ends = Sequence[float] | None
 
 EVALUATION_METRICS = (*ACCURACIES, "rewards/margins", "rewards/both_fall", "logps/chosen_per_token")
@@ -42,7 +41,7 @@ def with_interval(value: float | None, ends: Ends, form: str) -> str:
     return f"{value:{form}}" + (f" [{ends[0]:{form}}, {ends[1]:{form}}]" if ends else "")
 
 
-def closing_table(folder: RunFolder, rows: Sequence[_Fields], summary: _Fields) -> list[str]:
+def closing_table(folder: RunFolder, rows: Sequence[Fields], summary: Fields) -> list[str]:
     """Return the lines of the table at the end of a run; what `rows` and `summary` lack is not shown."""
     lines = [["", "first", "last", "best"]]
     for part, prefix in (("training", ""), ("evaluation", "eval_")):
@@ -75,7 +74,7 @@ def closing_table(folder: RunFolder, rows: Sequence[_Fields], summary: _Fields) 
     return [*table, *(f"{name:<11}{text}" for name, text in facts.items() if text)]
 
 
-def _time(rows: Sequence[_Fields], summary: _Fields) -> str:
+def _time(rows: Sequence[Fields], summary: Fields) -> str:
     if "train_seconds" not in summary:
         return ""
     parts = [f"{duration(summary['train_seconds'])} of training"]
@@ -92,14 +91,14 @@ def _time(rows: Sequence[_Fields], summary: _Fields) -> str:
     return ", ".join(parts)
 
 
-def describe_reference(report: _Fields) -> str:
+def describe_reference(report: Fields) -> str:
     """Return the section `reference` of summary.json in words: "cached, 6,403 log-probs computed, ..."."""
     if report.get("mode") != "cached":
         return str(report.get("mode", ""))
     return f"cached: {counted(report['computed'], 'log-prob')} computed, {report['hits']:,} reused"
 
 
-def evaluation_cells(results: Mapping[str, _Fields], metrics: Sequence[str]) -> list[list[str]]:
+def evaluation_cells(results: Mapping[str, Fields], metrics: Sequence[str]) -> list[list[str]]:
     """Return titles, then cells with 95 % intervals of all pairs and of each label; of known metrics."""
     names = [name for name in metrics if any(PREFIX + name in row for row in results.values())]
     unit = "records" if any("eval_good" in row for row in results.values()) else "pairs"
@@ -113,6 +112,6 @@ def evaluation_cells(results: Mapping[str, _Fields], metrics: Sequence[str]) -> 
     return rows
 
 
-def evaluation_table(results: Mapping[str, _Fields]) -> list[str]:
+def evaluation_table(results: Mapping[str, Fields]) -> list[str]:
     """Return the lines of the table about an evaluation."""
     return aligned(evaluation_cells(results, EVALUATION_METRICS))

@@ -101,7 +101,9 @@ def check(points: Points) -> Iterator[str]:
             loaded[key] = "".join(train.check(config)).splitlines()
         run, common = RunFolder.of(config), next(iter(loaded.values()))
         own = [line for line in loaded[key] if line not in common and "run.dir:" not in line]
-        yield "\n".join([f"{' '.join(words)}: {run} ({expected_start(config, run)})", *own])
+        yield "\n".join(
+            [f"{' '.join(words)}: {run} ({expected_start(config.identity, config.run.resume, run)})", *own]
+        )
     yield "\n".join(next(iter(loaded.values())))
 
 

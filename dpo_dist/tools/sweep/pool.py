@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from dpo_dist import train
-from dpo_dist.config.identity import run_digest
+from dpo_dist.config.command_line import command_of
 from dpo_dist.config.load import Points
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import ConsoleStyle, RunConfig, SweepConfig
@@ -26,10 +26,9 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError, ExitCode, RunOutcome
 from dpo_dist.foundation.exit import Errors, exit_after
 from dpo_dist.foundation.files import locked
-from dpo_dist.foundation.signals import OF_SWEEP, end_at_signals, stop_signals
+from dpo_dist.foundation.signals import SWEEP_VARIABLE, end_at_signals, stop_signals
 from dpo_dist.foundation.streams import output_descriptor
 from dpo_dist.foundation.text import counted, duration
-from dpo_dist.tools.shared.commands import command_of
 from dpo_dist.training.start.resume import read_state
 
 Words = tuple[str, ...]
@@ -41,7 +40,7 @@ def is_finished(config: RunConfig) -> bool:
     state = read_state(RunFolder.of(config))
     if state is None or state.outcome is not RunOutcome.completed:
         return False
-    return state.identity.get("run_digest") == run_digest(config)
+    return state.identity.get("run_digest") == config.identity.digest
 
 
 def warm_up() -> None:
@@ -202,7 +201,7 @@ def _run_point(work: Callable[[], int], errors: Errors, screen: Path, gpus: Sequ
     written = os.open(screen, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     for descriptor in {1, 2, output_descriptor()}:
         os.dup2(written, descriptor)
-    os.environ[OF_SWEEP] = "1"
+    os.environ[SWEEP_VARIABLE] = "1"
     end_at_signals()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
     if gpus:

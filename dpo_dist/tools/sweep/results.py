@@ -13,11 +13,10 @@ from dpo_dist.tools.evaluation.results import ALL
 from dpo_dist.tools.report.run import PageFacts
 from dpo_dist.tools.report.runs import compare_runs
 
-_Fields = dict[str, Any]
 End = tuple[str, str]  # outcome and error of a point
 
 
-def sweep_results(points: Points, ends: Mapping[tuple[str, ...], End], folder: RunFolder) -> _Fields:
+def sweep_results(points: Points, ends: Mapping[tuple[str, ...], End], folder: RunFolder) -> dict[str, Any]:
     """Return the content of sweep.json, and write it; `ends` are of the points that this start has run."""
     rows = [_point(words, RunFolder.of(points[words]), ends.get(words, ("", "")), folder) for words in points]
     results = {"points": rows}
@@ -25,12 +24,12 @@ def sweep_results(points: Points, ends: Mapping[tuple[str, ...], End], folder: R
     return results
 
 
-def _point(words: tuple[str, ...], run: RunFolder, end: End, folder: RunFolder) -> _Fields:
+def _point(words: tuple[str, ...], run: RunFolder, end: End, folder: RunFolder) -> dict[str, Any]:
     facts = PageFacts(run)
     recorded = facts.state.get("outcome", "not trained")
     unfinished = recorded in (RunOutcome.started, RunOutcome.exported)
     outcome, error = end[0] or ("not finished" if unfinished else recorded), end[1]
-    row: _Fields = {"settings": dict(word.lstrip("+").split("=", 1) for word in words)}
+    row: dict[str, Any] = {"settings": dict(word.lstrip("+").split("=", 1) for word in words)}
     row |= {"run_dir": str(run), "outcome": outcome, "screen": str(folder.point_screen(run))}
     if outcome == RunOutcome.completed:
         final, intervals = facts.section("final"), facts.intervals(ALL)
@@ -42,7 +41,7 @@ def _point(words: tuple[str, ...], run: RunFolder, end: End, folder: RunFolder) 
     return row
 
 
-def sweep_lines(results: _Fields, points: Points, page: Path) -> list[str]:
+def sweep_lines(results: dict[str, Any], points: Points, page: Path) -> list[str]:
     """Write the page about the points that have begun; return its table, and how the others ended."""
     begun = [run for run in map(RunFolder.of, points.values()) if run.state.is_file()]
     lines = ["", *compare_runs(begun, page), ""] if len(begun) > 1 else []

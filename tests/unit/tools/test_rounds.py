@@ -12,8 +12,7 @@ from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode
 from dpo_dist.foundation.files import write_text
-from dpo_dist.tools.pairs.rounds import run_rounds
-from dpo_dist.tools.shared.commands import run_command
+from dpo_dist.tools.pairs.rounds import run_command, run_rounds
 
 
 @pytest.fixture(autouse=True)

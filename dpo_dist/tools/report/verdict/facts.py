@@ -10,10 +10,10 @@ from dpo_dist.config.identity import kinds_in
 from dpo_dist.config.losses import KINDS, LossKind, unit_of
 from dpo_dist.config.metrics import ACCURACIES, METRICS
 from dpo_dist.foundation import text
+from dpo_dist.foundation.types import Fields
 from dpo_dist.training.reporting.metrics_log import finite
 
 MetricsRow = Mapping[str, float]
-_Fields = Mapping[str, Any]
 MARGIN = "rewards/margins"
 FEWEST_STEPS = 10
 """A shorter run has learnt too little to be judged by it."""
@@ -51,7 +51,7 @@ class RunFacts:
     loss is of (`unit_of`), `accuracy_key` the metric of `ACCURACIES` that says how well it orders responses.
     """
 
-    def __init__(self, rows: Sequence[MetricsRow], summary: _Fields, findings: Sequence[_Fields] = ()):
+    def __init__(self, rows: Sequence[MetricsRow], summary: Fields, findings: Sequence[Fields] = ()):
         self.rows, self.summary, self.data_findings = rows, summary, findings
         self.kinds = kinds_in(summary.get("settings") or {})
         self.unit = unit_of(self.kinds)
@@ -117,7 +117,7 @@ class RunFacts:
         """Return the rows of the last quarter of the steps."""
         return [row for row in self.steps if row["step"] > 0.75 * self.total_steps]
 
-    def counts(self, name: str) -> _Fields:
+    def counts(self, name: str) -> Fields:
         """Return the counts of the dataset `train` or `eval`; empty if unknown."""
         return (self.summary.get("data") or {}).get(name) or {}
 

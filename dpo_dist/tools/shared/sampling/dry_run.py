@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 
 from dpo_dist.config.schema import DataConfig, ModelConfig, SourceConfig
-from dpo_dist.data.counts import in_one_line
+from dpo_dist.data.counts import counts_in_one_line
 from dpo_dist.data.read.sources import pinned
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.foundation.errors import DataError
@@ -52,11 +52,11 @@ def check_model(
         raise DataError(
             "none of the first records can be used",
             where=key,
-            got=f"{name}: {in_one_line(dropped)}",
+            got=f"{name}: {counts_in_one_line(dropped)}",
             remedy="correct the records, or the keys of data; docs/data.md explains the reasons",
         )
     if dropped:
-        say(f"  it is not asked, of the first records: {in_one_line(dropped)}")
+        say(f"  it is not asked, of the first records: {counts_in_one_line(dropped)}")
 
 
 def check_report(lines: Sequence[str]) -> str:
