@@ -51,10 +51,10 @@ from dpo_dist.tools.shared.sampling.prompts import (
     Parts,
     Prompts,
     as_asked,
-    find_together,
+    find_model_together,
     in_parts,
     joined_run,
-    judge_of,
+    open_judge_together,
 )
 from dpo_dist.tools.shared.sampling.respond import Completions, ModelSource, Responder, open_responder
 from dpo_dist.training.export import written_checkpoint
@@ -230,13 +230,13 @@ def compare_models(
             records, labels = world.on_main(lambda: held_out(config.data, wanted, console.say))
         parts = in_parts(records, PROMPTS_AT_ONCE)
         prompts = Prompts(run, folder.comparison_parts, parts, "compare.max_new_tokens")
-        judge, described = judge_of(run)
+        judge, described = open_judge_together(run)
         speakers = []
         for model in models:
-            source = find_together(whole_model(model, folder.comparison_models, run), run, MODELS_KEY)
+            source = find_model_together(whole_model(model, folder.comparison_models, run), run, MODELS_KEY)
             source = replace(source, name=model.name)
             speakers.append(ComparedModel(model.path, source, prompts))
-        _speak(speakers, console)
+        _ask_and_score(speakers, console)
         judged = None
         if judge is not None:
 
@@ -268,7 +268,7 @@ def whole_model(model: NamedModel, folder: Path, run: Run) -> str:
         return str(run.world.on_main(written))
 
 
-def _speak(speakers: Sequence[ComparedModel], console: Console) -> None:
+def _ask_and_score(speakers: Sequence[ComparedModel], console: Console) -> None:
     """Finish responses and log-probs, one model at a time in memory: the base last, to score the others."""
     base, *others = speakers
     for speaker in (*others, base):
@@ -305,7 +305,7 @@ def _rows(
             scores, key = judgement.get("scores", [None] * len(speakers)), prompt_key(record)
             answer: _Row = {
                 "prompt_id": key[:16],
-                "prompt": shown_prompt(record.prompt),
+                "prompt": prompt_text(record.prompt),
                 "source": labels[key],
                 "chosen": next((turns_of(first)[-1].content for first in record.responses), None),
                 "responses": {
@@ -323,7 +323,7 @@ def _rows(
             yield answer
 
 
-def shown_prompt(prompt: Prompt) -> str:
+def prompt_text(prompt: Prompt) -> str:
     """Return a prompt as text: the content of a single user turn, or all turns with their roles."""
     if isinstance(prompt, str):
         return prompt

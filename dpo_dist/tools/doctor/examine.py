@@ -86,7 +86,7 @@ def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | Non
         )
         findings = [*of_store, *findings]
         if _REFUSING_RULES.isdisjoint(finding.rule for finding in findings):
-            findings = [*map(_refusal, prepared.refusals), *findings]
+            findings = [*map(_refusal_finding, prepared.refusals), *findings]
         diagnosis = replace(diagnosis, model=prepared.files, store=store)
     diagnosis = replace(diagnosis, findings=most_serious_first(findings))
     if config.doctor.texts:
@@ -107,7 +107,7 @@ def examine(
     observer = Observer(config, tokenizer, benchmark)
     sources: list[ExaminedSource] = []
     findings: list[Finding] = []
-    for entry, label, is_eval in _labelled(config):
+    for entry, label, is_eval in _with_labels(config):
         source = ExaminedSource(label, entry.path, config, is_eval=is_eval, is_encoded=tokenizer is not None)
         records = read_records(pinned(entry))
         with (
@@ -145,13 +145,13 @@ def _label_balance(
             yield replace(finding, remedy=remedy)
 
 
-def _refusal(error: DpoDistError) -> Finding:
+def _refusal_finding(error: DpoDistError) -> Finding:
     text = f"training would stop: {error.message}" + (f" ({error.got})" if error.got else "")
     examples = tuple(error.where.split("; "))
     return Finding("training_refuses", Level.error, text, examples=examples, remedy=error.remedy)
 
 
-def _labelled(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]:
+def _with_labels(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]:
     """Yield each source with its label in metrics; a label that occurs again is made different."""
     seen, of_train = Counter[str](), source_labels(config.train)
     for is_eval, sources in ((False, config.train), (True, config.eval)):
@@ -197,7 +197,7 @@ def prepare(data: DataConfig, model: ModelConfig, loss: LossConfig, progress: Pr
         except (DataError, ConfigError) as refusal:
             encoded = encode(replace(data, on_bad_record=OnBadRecord.drop))
             refusals.append(refusal)
-        return [list(_usable(source, data)) for source in encoded]
+        return [list(_usable_datasets(source, data)) for source in encoded]
 
     of_eval = prepared(data.eval_sources, eval_part(data), "eval")
     prompts = [dataset.prompt_hashes[:] for datasets in of_eval for dataset in datasets]
@@ -209,7 +209,7 @@ def prepare(data: DataConfig, model: ModelConfig, loss: LossConfig, progress: Pr
     return Prepared(files, tokenizer, datasets, refusals)
 
 
-def _usable(source: EncodedSource, config: DataConfig) -> Iterator[PreferenceDataset]:
+def _usable_datasets(source: EncodedSource, config: DataConfig) -> Iterator[PreferenceDataset]:
     """Yield the examples of a source, also if most of its records are bad; nothing if all are."""
     try:
         yield open_dataset([source], replace(config, max_bad_share=1.0, template=TextTemplate.literal))

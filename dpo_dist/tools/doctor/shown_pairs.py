@@ -64,14 +64,14 @@ def show_pairs(
             rules.setdefault(origin, []).append(finding.rule)
     shown = []
     for source in [*config.train, *config.eval]:
-        for record in _chosen(pinned(source), rules, count):
+        for record in _choose(pinned(source), rules, count):
             origin = str(record.origin)
             names = tuple(dict.fromkeys(rules.get(origin, ())))
             shown.append(ShownPair(origin, names, *_parts(record, config, tokenizer)))
     return shown
 
 
-def _chosen(source: SourceConfig, rules: Mapping[str, Sequence[str]], count: int) -> list[PreferenceRecord]:
+def _choose(source: SourceConfig, rules: Mapping[str, Sequence[str]], count: int) -> list[PreferenceRecord]:
     """Return the records at the origins of `rules`, and a sample of the first ones."""
     examples: list[PreferenceRecord] = []
     others: list[PreferenceRecord] = []

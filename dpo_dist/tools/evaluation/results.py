@@ -97,13 +97,13 @@ def results(
     of metrics that are means over pairs or tokens. `means` are exact, of all metrics of `plan`; `labels` say
     for each label of the sources whether a pair has it, [pairs]; `prompts` are hashes, [pairs].
     """
-    by_name = {ALL: _of_group(values, prompts, plan, seed)}
+    by_name = {ALL: _group_results(values, prompts, plan, seed)}
     divided = {f"{name}/{label}" for name in plan.pair_metric_names for label in plan.labels}
     by_name[ALL] |= {f"eval_{name}": value for name, value in means.items() if name not in divided}
     for label, members in labels.items():
         selected = PairValues.of({name: column[members] for name, column in values.named.items()})
         suffix = f"/{label}" if plan.labels else ""
-        by_name[results_name(label)] = _of_group(selected, prompts[members], plan, seed) | {
+        by_name[results_name(label)] = _group_results(selected, prompts[members], plan, seed) | {
             f"eval_{metric}": means[metric + suffix]
             for metric in plan.pair_metric_names
             if metric + suffix in means
@@ -111,7 +111,7 @@ def results(
     return by_name
 
 
-def _of_group(
+def _group_results(
     values: PairValues, prompts: npt.NDArray[np.uint64], plan: MetricPlan, seed: int
 ) -> dict[str, Any]:
     """Return the results of some pairs, as far as the values of single pairs decide them."""
@@ -133,7 +133,7 @@ def _of_group(
     row |= {"eval_pairs": len(values), "eval_prompts": len(np.unique(prompts))}
     row["intervals"] = {f"eval_{name}": list(ends) for name, ends in intervals.items()}
     if plan.loss.is_unpaired:
-        of_records = of_sides(values)
+        of_records = labelled_columns(values)
         rewards, is_good = of_records["reward"].astype(float), of_records["label"]
         groups = {"": np.ones_like(is_good)} | {name: each.numpy() for name, each in members.items()}
         for group, within in groups.items():
@@ -147,7 +147,7 @@ def _of_group(
     return row
 
 
-def of_sides(values: PairValues) -> dict[str, npt.NDArray[Any]]:
+def labelled_columns(values: PairValues) -> dict[str, npt.NDArray[Any]]:
     """Return the columns of labelled records: those of the side that each has, and whether it is good."""
     is_good, named = values.tokens_chosen > 0, values.named
     names = {"reward": "reward", "logp": "logp", "reference": "reference_logp", "tokens": "tokens"}
@@ -170,7 +170,7 @@ def write_scores(
     named = {name.replace("reference_", "reference_logp_"): each for name, each in values.named.items()}
     columns = {
         name: column.astype(int) if name.startswith("tokens") else column
-        for name, column in (of_sides(values) if is_unpaired else named).items()
+        for name, column in (labelled_columns(values) if is_unpaired else named).items()
     }
     with files.staged_file(file) as temporary, temporary.open("w", encoding="utf-8") as lines:
         for index, label in enumerate(labels):

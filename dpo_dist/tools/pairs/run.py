@@ -38,11 +38,11 @@ from dpo_dist.tools.shared.sampling.prompts import (
     Parts,
     Prompts,
     as_asked,
-    find_together,
+    find_model_together,
     generation_settings,
     in_parts,
     joined_run,
-    judge_of,
+    open_judge_together,
 )
 from dpo_dist.tools.shared.sampling.respond import (
     Completion,
@@ -250,8 +250,8 @@ def pairs_from_models(run: Run) -> None:
     with console.heartbeat("reading prompts"):
         records = world.on_main(lambda: different_prompts(config.data, pairs, console.say))
     prompts = Prompts(run, folder.pairs_parts, in_parts(records, PART_PROMPTS), "pairs.max_new_tokens")
-    models = [find_together(name, run, _MODELS) for name in responding_models(pairs, config.model.path)]
-    judge, described = judge_of(run)
+    models = [find_model_together(name, run, _MODELS) for name in responding_models(pairs, config.model.path)]
+    judge, described = open_judge_together(run)
     sampling = Sampling(
         pairs.max_new_tokens, pairs.temperature, pairs.top_p, pairs.top_k, config.trainer.seed
     )

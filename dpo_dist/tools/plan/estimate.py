@@ -138,7 +138,7 @@ class Estimate:
         if parallelism.offload_optimizer is not Offload.none:
             states += 4  # gradients
         policy = 0.0 if parallelism.offload_parameters is Offload.none else self.whole
-        return self.whole + self._of_node * (states * self.trained + policy)
+        return self.whole + self._node_share * (states * self.trained + policy)
 
     @property
     def disk(self) -> dict[str, float]:
@@ -176,7 +176,7 @@ class Estimate:
             moved = (
                 2 * state_bytes(self.config.optim, self.config.trainer) + 4 + self.number
             )  # bytes that CPU Adam reads and writes
-            seconds += moved * self.trained * self._of_node / _HOST_MEMORY
+            seconds += moved * self.trained * self._node_share / _HOST_MEMORY
         return self.steps * seconds
 
     @property
@@ -227,7 +227,7 @@ class Estimate:
         return math.inf if gpus == 1 else _NVLINK if gpus <= GPUS_OF_A_NODE else _NETWORK
 
     @property
-    def _of_node(self) -> float:
+    def _node_share(self) -> float:
         """Share of the GPUs that one node has."""
         return min(1.0, GPUS_OF_A_NODE / self.machine.gpus)
 

@@ -1,4 +1,4 @@
-"""What a run takes on GPUs that are not there, in words; the settings that fit with the shortest epoch."""
+"""Say what a run takes on GPUs that are not here; suggest the fastest settings that fit."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager

@@ -39,7 +39,7 @@ class RunRecorder:
     on_row: OnRow | None = None
 
     def row(self, row: Row, margins: Values | None = None) -> None:
-        """Write and send one metrics row; that of samples with whether they are a fault."""
+        """Write a metrics row and send it to the trackers; one with samples says whether they look wrong."""
         alarm, is_new = None, False
         if "eval_samples/prompts" in row:
             with warn_on_bug("the comparison of samples with those before", self.run.say):

@@ -27,7 +27,7 @@ from dpo_dist.foundation.exit import Arguments, exit_after
 from dpo_dist.foundation.files import for_json
 from dpo_dist.foundation.process import LAUNCHER_PREFIXES, WORLD_VARIABLES
 from dpo_dist.foundation.streams import output_of_objects, print_line, reserve_output
-from dpo_dist.tools.selftest.checks import Check, fault
+from dpo_dist.tools.selftest.checks import Check, failed_check
 from dpo_dist.tools.selftest.devices import (
     check_attention,
     check_collective_calls,
@@ -121,7 +121,7 @@ def _checks(folder: Path, is_quick: bool) -> Iterator[Check]:
         try:
             yield from checks
         except Exception as error:  # of anything that is broken: it must not hide the other checks
-            yield fault(name, first_line(error))
+            yield failed_check(name, first_line(error))
 
 
 if __name__ == "__main__":

@@ -17,12 +17,12 @@ class Check(NamedTuple):
     values: Mapping[str, Any] = MappingProxyType({})
 
 
-def fault(name: str, error: str) -> Check:
+def failed_check(name: str, error: str) -> Check:
     """Return the check of an error: `skipped` where the machine lacks a package, or room for a speed."""
     lacks = _NOT_INSTALLED + _NO_ROOM * name.startswith("speed")
     return Check(name, "skipped" if any(lack in error for lack in lacks) else "failed", error)
 
 
-def judged(name: str, faults: Sequence[str], seen: str) -> Check:
+def check_without_faults(name: str, faults: Sequence[str], seen: str) -> Check:
     """Return the check that failed by these faults, or passed with what was seen."""
     return Check(name, "failed" if faults else "passed", "; ".join(faults) or seen, {"faults": len(faults)})

@@ -13,7 +13,7 @@ from dpo_dist.config.losses import KINDS, Divergence, LossConfig, LossKind
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import DpoDistError, ExitCode, first_line
 from dpo_dist.foundation.text import size
-from dpo_dist.tools.selftest.checks import Check, fault, judged
+from dpo_dist.tools.selftest.checks import Check, check_without_faults, failed_check
 from dpo_dist.tools.selftest.runs import (
     HANGS_SECONDS,
     run_python,
@@ -61,7 +61,7 @@ def check_collective_calls(folder: Path, gpus: int) -> Iterator[Check]:
     """Measure collective calls of all GPUs, and their sums against float64."""
     out = folder / "exchanged.json"
     if error := run_python("collective calls", ["-m", "dpo_dist", "selftest", "--exchange", str(out)], gpus):
-        yield fault("collective calls", error)
+        yield failed_check("collective calls", error)
         return
     gathered, error_of_sum = json.loads(out.read_text())
     speeds = ", ".join(f"{size} MB: {speed:.3g} GB/s" for size, speed in gathered.items())
@@ -123,7 +123,7 @@ def check_attention(device: Any) -> Iterator[Check]:
             except Exception as error:  # a kernel can raise anything
                 faults.append(error.got if isinstance(error, DpoDistError) else first_line(error))
         seen = "outputs and gradients are those of float32, of heads of 64, 128 and 256"
-        yield judged(name, faults, seen)
+        yield check_without_faults(name, faults, seen)
 
 
 def check_losses(device: Any) -> Iterator[Check]:
@@ -161,4 +161,4 @@ def check_losses(device: Any) -> Iterator[Check]:
         except Exception as error:  # a loss can raise anything
             faults.append(f"{config.kind}: {first_line(error)}")
     seen = f"{len(configs)} losses equal those of the CPU, and none makes the host wait"
-    yield judged("losses", faults, seen)
+    yield check_without_faults("losses", faults, seen)

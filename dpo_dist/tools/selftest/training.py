@@ -16,7 +16,7 @@ from dpo_dist.config.load import load_run_config
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.foundation.text import size
-from dpo_dist.tools.selftest.checks import Check, fault
+from dpo_dist.tools.selftest.checks import Check, failed_check
 from dpo_dist.tools.selftest.runs import (
     COMPARED,
     STEPS,
@@ -79,7 +79,7 @@ def compare_ways(folder: Path, gpus: int) -> Iterator[Check]:
             others, error = train_rows(folder, name, words, number, range(len(rows) + 1, STEPS + 1))
             rows += others
         if error:
-            yield fault(name, error)
+            yield failed_check(name, error)
             continue
         first, is_first = first or (way, rows), first is None
         allowed = _ROUNDED if "bf16" in (way, first[0]) else _EQUAL
@@ -109,7 +109,7 @@ def measure_speeds(folder: Path, gpus: int, shape: str) -> Iterator[Check]:
             check, way = f"speed of {shape}, {name}", [*words, *changed]
             rows, error = train_rows(folder, check, way, gpus, range(1, 7))
             if error:
-                yield fault(check, error)
+                yield failed_check(check, error)
                 continue
             # After kernels are chosen and compiled.
             values = {key: float(statistics.median(row[key] for row in rows[2:])) for key in _MEASURED}
@@ -134,7 +134,7 @@ def check_waits(folder: Path) -> Iterator[Check]:
     """Count how often the host waits for the GPU in a step, as far as PyTorch's debug mode sees it."""
     name, out = "waits of the host", folder / "waits.json"
     if error := run_python(name, ["-m", "dpo_dist", "selftest", "--waits", str(out)], 1):
-        yield fault(name, error)
+        yield failed_check(name, error)
         return
     found = json.loads(out.read_text())
     yield Check(name, "measured", f"{found} in a step of ddp on one GPU", {"waits": found})

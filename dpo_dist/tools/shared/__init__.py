@@ -1,1 +1,1 @@
-"""What several tools use: findings, pages, tables, records, and responses of models with their judges."""
+"""What several tools use: responses of models and judges, pages, tables, findings, intervals, records."""

@@ -24,13 +24,13 @@ SIMILARITY = 0.7
 _BANDS, _BAND_NUMBERS = 16, 4
 
 
-def equal(keys: Iterable[int]) -> Partners:
+def equal_records(keys: Iterable[int]) -> Partners:
     """Return the records whose key also occurs earlier, each with its first occurrence."""
     first: Partners = {}
     return {index: first[key] for index, key in enumerate(keys) if first.setdefault(key, index) != index}
 
 
-def near(signatures: Iterable[Signature]) -> Partners:
+def nearly_equal_records(signatures: Iterable[Signature]) -> Partners:
     """Return the records whose prompt and responses are nearly equal to those of an earlier one.
 
     `signatures` are uint32 [2, 64] of each record, of prompt and responses.
@@ -78,7 +78,7 @@ def _sketch(numbers: npt.NDArray[np.uint32]) -> MinHash:
     return sketch
 
 
-def opposite(records: Sequence[RecordFacts]) -> Partners:
+def contradictions(records: Sequence[RecordFacts]) -> Partners:
     """Return each record whose opposite preference is stated elsewhere, with the first such record."""
     stated: dict[int, int] = {}
     for index, record in enumerate(records):
@@ -107,9 +107,12 @@ class Comparison:
     def result(self) -> tuple[dict[str, Any], list[Finding]]:
         """Return the numbers of doctor.json about all sources, and the findings."""
         records = self._records
-        copies = equal(record.record for record in records)
-        prompts = equal(record.prompt for record in records)
-        alike, opposed = near(record.signatures for record in records), opposite(records)
+        copies = equal_records(record.record for record in records)
+        prompts = equal_records(record.prompt for record in records)
+        alike, opposed = (
+            nearly_equal_records(record.signatures for record in records),
+            contradictions(records),
+        )
         evaluated = [index for index, is_eval in enumerate(self._is_eval) if is_eval]
         trained = [index for index, is_eval in enumerate(self._is_eval) if not is_eval]
         first = {records[index].hash: index for index in reversed(trained)}
@@ -128,17 +131,17 @@ class Comparison:
             "benchmark_hits": len(hits),
         }
         findings = [
-            *self._reported("duplicates", copies),
-            *self._reported("near_duplicates", near_copies, detail=self._other_numbers(near_copies)),
-            *self._reported("contradictions", opposed),
-            *self._reported("repeated_prompts", _without(prompts, alike)),
-            *self._leaked("train_eval_leak", leaked),
-            *self._leaked("near_train_eval_leak", only_near),
-            *self._reported("benchmark_overlap", dict(zip(hits, hits, strict=True)), overlaps),
+            *self._partner_findings("duplicates", copies),
+            *self._partner_findings("near_duplicates", near_copies, detail=self._other_numbers(near_copies)),
+            *self._partner_findings("contradictions", opposed),
+            *self._partner_findings("repeated_prompts", _without(prompts, alike)),
+            *self._leak_findings("train_eval_leak", leaked),
+            *self._leak_findings("near_train_eval_leak", only_near),
+            *self._partner_findings("benchmark_overlap", dict(zip(hits, hits, strict=True)), overlaps),
         ]
         return across, findings
 
-    def _leaked(self, rule: str, partners: Partners) -> Iterator[Finding]:
+    def _leak_findings(self, rule: str, partners: Partners) -> Iterator[Finding]:
         """Yield the finding of evaluation records, each with the training record whose prompt it has."""
         is_dropped = rule == "train_eval_leak" and self._drops_eval_prompts
         removed = "data.drop_eval_prompts removes it from the training data"
@@ -147,7 +150,7 @@ class Comparison:
         for finding in count(len(partners), sum(self._is_eval), None, origins, detail):
             yield replace(finding, level=Level.note, remedy="none is needed") if is_dropped else finding
 
-    def _reported(
+    def _partner_findings(
         self, rule: str, partners: Partners, examples: Sequence[str] = (), detail: str = ""
     ) -> Iterator[Finding]:
         """Yield the finding of records with a partner: of their source, or with the count of each source."""

@@ -41,7 +41,7 @@ def distribution(values: npt.NDArray[Any], edges: npt.NDArray[np.float64]) -> di
     }
 
 
-def _of_lengths(lengths: Sequence[int]) -> dict[str, Any] | None:
+def _spread(lengths: Sequence[int]) -> dict[str, Any] | None:
     """Return the distribution of lengths, with edges from the smallest to above the largest, ever wider."""
     if not lengths:
         return None
@@ -140,7 +140,10 @@ class ExaminedSource:
             lengths = [record.tokens[at] for record in readable if record.tokens and record.tokens[at] >= 0]
             cuts = [record.cut[at] for record in self._kept if record.cut[at] > 0]
             if characters := [record.characters[at] for record in readable if record.characters[at] >= 0]:
-                sides[side] = {"characters": _of_lengths(characters), "tokens": _of_lengths(lengths)}
+                sides[side] = {
+                    "characters": _spread(characters),
+                    "tokens": _spread(lengths),
+                }
                 sides[side] |= {"cut": len(cuts), "cut_tokens": sum(cuts)}
         prefix: dict[str, float] | None = None
         if tokens := sums["tokens"]:
@@ -176,7 +179,7 @@ class ExaminedSource:
 
     def findings(self) -> Iterator[Finding]:
         """Yield the findings about the source, without those that compare records."""
-        yield from self._of_reading()
+        yield from self._reading_findings()
         for name in DOCTOR_RULES:
             origins = self.named.get(name, [])
             kinds = {kind: len(self.named.get(kind, ())) for kind in KINDS_BY_RULE.get(name, ())}
@@ -193,7 +196,7 @@ class ExaminedSource:
                 differing, len(known), self.label, records="sampled records"
             )
 
-    def _of_reading(self) -> Iterator[Finding]:
+    def _reading_findings(self) -> Iterator[Finding]:
         read, dropped = len(self.records), sum(len(records) for _, records in self._dropped)
         if not self._kept:
             remedy = remedy_of(self._dropped[0][0]) if self._dropped else EMPTY_REMEDY

@@ -1,1 +1,1 @@
-"""Ask a model for responses."""
+"""Ask models for responses, and judges for scores."""

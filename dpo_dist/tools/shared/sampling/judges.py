@@ -289,7 +289,7 @@ class EndpointJudge:
         return f"{self._config.model} at {self._config.url}: {verdicts}"
 
     def check(self) -> None:
-        """Send a harmless request, which is not to be refused."""
+        """Send a harmless request; raise if the endpoint refuses it."""
         _, refusal = self._ask(self._messages(_GRADE, _HARMLESS, response="Hello."))
         if refusal:
             raise self._unusable(f"{refusal}, also for a harmless request")

@@ -152,7 +152,7 @@ def generation_settings(data: DataConfig, model: ModelConfig, sampling: Sampling
     }
 
 
-def judge_of(run: Run) -> tuple[Judge | None, dict[str, Any] | None]:
+def open_judge_together(run: Run) -> tuple[Judge | None, dict[str, Any] | None]:
     """Return the judge on every rank and its description, if the configuration has one; collective."""
     pairs, model, store = run.config.pairs, run.config.model, Path(run.config.reference.store)
     judge = run.world.together(lambda: open_judge(pairs, model, store, run.world.device))
@@ -160,7 +160,7 @@ def judge_of(run: Run) -> tuple[Judge | None, dict[str, Any] | None]:
         return judge, None if judge is None else run.world.on_main(judge.describe)
 
 
-def find_together(name: str, run: Run, key: str) -> ModelSource:
+def find_model_together(name: str, run: Run, key: str) -> ModelSource:
     """Return the files of a model on every rank; rank 0 downloads first. Collective."""
     model, store = run.config.model, Path(run.config.reference.store)
     with run.console.heartbeat(f"reading the files of {name} to identify it"):
