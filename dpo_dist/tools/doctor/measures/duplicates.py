@@ -109,10 +109,8 @@ class Comparison:
         records = self._records
         copies = equal_records(record.record for record in records)
         prompts = equal_records(record.prompt for record in records)
-        alike, opposed = (
-            nearly_equal_records(record.signatures for record in records),
-            contradictions(records),
-        )
+        alike = nearly_equal_records(record.signatures for record in records)
+        opposed = contradictions(records)
         evaluated = [index for index, is_eval in enumerate(self._is_eval) if is_eval]
         trained = [index for index, is_eval in enumerate(self._is_eval) if not is_eval]
         first = {records[index].hash: index for index in reversed(trained)}
