@@ -448,7 +448,8 @@ class _Command:
         """Return the error of an override whose key or form does not exist."""
         key, line = override.key_or_group, str(override.input_line)
         is_choice = self._is_choice(override)
-        if not is_choice and key not in run_keys():
+        # Which options there are depends on the kind of loss.
+        if not is_choice and key not in run_keys() and not key.startswith("loss.options."):
             return unknown_key(key, line.partition("=")[2], where=f"{COMMAND_LINE}: {line}")
         if override.is_delete() or override.is_sweep_override():
             message, remedy = f"{key} has one value", _in_place_of_several(override)

@@ -129,7 +129,7 @@ def _unused_by_loss(option: str) -> Rule:
 
     def is_used(config: RunConfig) -> bool:
         terms = [facts for facts in config.loss.facts if facts.fewest_responses > 1 or facts.is_unpaired]
-        return bool(terms) and has_effect(option in facts.options for facts in terms)
+        return bool(terms) and has_effect(option in facts.uses for facts in terms)
 
     users = ", ".join(sorted(kinds_using(option)))
     remedy = f"choose a loss that uses it: {users}; loss=NAME replaces all options of the loss"

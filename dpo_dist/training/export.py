@@ -62,6 +62,7 @@ from dpo_dist.model.files.save import (
 )
 from dpo_dist.model.files.stops import given_stops, trained_stops, write_stops
 from dpo_dist.model.layers import other_weights
+from dpo_dist.model.library_internals import ignored_patterns
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.training.reporting.metrics_log import read_latest_rows
 
@@ -185,7 +186,7 @@ def _untrained(causal_lm: Any, model: ModelConfig, dtype: torch.dtype) -> dict[s
     others = other_weights(causal_lm)
     frozen = {name: w in others for name, w in causal_lm.named_parameters() if not w.requires_grad}
     wanted = frozen.keys() | (dict(causal_lm.named_buffers()).keys() & causal_lm.state_dict().keys())
-    if not wanted and not type(causal_lm)._keys_to_ignore_on_load_unexpected:
+    if not wanted and not ignored_patterns(causal_lm):
         return {}
     folder = model_folder(model.path, model.revision)
     loaded = _loaded(folder, trusts_code=model.trust_remote_code).state_dict() if wanted else {}

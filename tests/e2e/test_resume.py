@@ -227,7 +227,7 @@ def test_a_stopped_run_ends_with_75_refuses_another_base_and_resumes_exactly(
 ) -> None:
     """Between two rows, with a loss that has running means."""
     model = Path(shutil.copytree(assets / "model", tmp_path / "model"))
-    loss = ["loss=bco_pair", "loss.beta=0.5", "loss.bco_delta=running_mean"]
+    loss = ["loss=bco_pair", "loss.beta=0.5", "loss.options.delta=running_mean"]
     steps = ["trainer.epochs=2", "trainer.log_every=2", "optim.lr=1e-2"]
     steps += [f"data.eval=[{assets}/eval.jsonl]", f"model.path={model}", *loss]
     train(overrides(*steps, f"run.dir={tmp_path}/whole"))

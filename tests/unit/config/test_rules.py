@@ -55,7 +55,7 @@ REFUSED = [
     ("loss.terms=[{kind:sigmoid}] loss.kind=ipo", "loss.kind"),
     (f"{TERMS % 'nca_pair'} loss.divergence=js", "loss.divergence"),
     (f"{TERMS % 'aot'} loss.weighting=wpo", "loss.weighting"),
-    ("loss.simpo_gamma=1", "loss.simpo_gamma"),
+    ("loss.options.gamma=1", "loss.options.gamma"),
     ("loss=custom run.dir=here", "loss.function"),
     ("loss.divergence=js loss.alpha_coefficient=0.3", "loss.alpha_coefficient"),
     ("loss=exo_pair loss.label_smoothing=0", "loss.label_smoothing"),
