@@ -1,4 +1,4 @@
-"""Records that tools read: the usable ones of each source, and a record as values for JSON."""
+"""Records that tools read: the usable ones of a source, and the side of a labelled response."""
 
 from collections.abc import Callable, Iterator
 from typing import TypeAlias
