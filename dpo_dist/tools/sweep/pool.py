@@ -33,6 +33,8 @@ from dpo_dist.training.start.resume import read_state
 
 Words = tuple[str, ...]
 _PROGRESS_SECONDS = 60
+ELSEWHERE = "trained by another process"
+"""The outcome of a point whose run another process has locked."""
 
 
 def is_finished(config: RunConfig) -> bool:
@@ -78,7 +80,7 @@ def end_of(run: RunFolder, code: int, printed: str) -> tuple[int, tuple[str, str
             with locked(run.lock, ""):
                 pass
         except ConfigError:
-            return ExitCode.preempted, ("trained by another process", "")
+            return ExitCode.preempted, (ELSEWHERE, "")
     return code, (
         _ending(code),
         "" if code in (ExitCode.completed, ExitCode.preempted) else _last_line(printed),

@@ -12,7 +12,9 @@ from dpo_dist.foundation.files import write_json
 from dpo_dist.tools.evaluation.results import ALL
 from dpo_dist.tools.report.run import PageFacts
 from dpo_dist.tools.report.runs import compare_runs
+from dpo_dist.tools.sweep.pool import ELSEWHERE
 
+_NOT_TRAINED = "not trained"
 End = tuple[str, str]  # outcome and error of a point
 
 
@@ -26,7 +28,7 @@ def sweep_results(points: Points, ends: Mapping[tuple[str, ...], End], folder: R
 
 def _point(words: tuple[str, ...], run: RunFolder, end: End, folder: RunFolder) -> dict[str, Any]:
     facts = PageFacts(run)
-    recorded = facts.state.get("outcome", "not trained")
+    recorded = facts.state.get("outcome", _NOT_TRAINED)
     unfinished = recorded in (RunOutcome.started, RunOutcome.exported)
     outcome, error = end[0] or ("not finished" if unfinished else recorded), end[1]
     row: dict[str, Any] = {"settings": dict(word.lstrip("+").split("=", 1) for word in words)}
@@ -49,6 +51,6 @@ def sweep_lines(results: dict[str, Any], points: Points, page: Path) -> list[str
         words = " ".join(f"{key}={value}" for key, value in row["settings"].items())
         if "error" in row:
             lines.append(f"{words}: {row['outcome']}: {row['error']} ({row['screen']})")
-        elif row["outcome"] in ("not trained", "trained by another process"):
+        elif row["outcome"] in (_NOT_TRAINED, ELSEWHERE):
             lines.append(f"{words}: {row['outcome']}")
     return [*lines, f"report  {page}"] if len(begun) > 1 else lines
