@@ -1,7 +1,7 @@
 """Packed layout of a micro-batch: no padding, each prompt stored once.
 
 A packed micro-batch is one sequence of tokens, an example ``[prompt, response, response, ...]`` in it. The
-position ids of every response start at the prompt's length, and in attention (model/attention.py) a response
+position ids of every response start at the prompt's length, and in attention (model/attention/) a response
 sees its own prompt only. The last token of a response predicts nothing and is not stored. A token that the
 loss does not count is an input, but no target.
 """

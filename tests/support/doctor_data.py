@@ -63,7 +63,7 @@ def examined(
     """Return the report on one training source and, if given, one evaluation source."""
     sources = [SourceConfig(path=write(folder / "train.jsonl", train))]
     eval_sources = [SourceConfig(path=write(folder / "eval.jsonl", evaluation))] if evaluation else []
-    data = DataConfig(train=sources, eval=eval_sources, processes=1, **(config or {}))
+    data = DataConfig(train=sources, eval=eval_sources, **(config or {}))
     return examine(data, tokenizer, **options)
 
 

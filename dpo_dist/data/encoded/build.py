@@ -104,7 +104,7 @@ def prepare_dataset(
         if wanted.table() is None:
             with (
                 progress(source.path) as show,
-                closing(_encoded(source, encode, config.processes, show)) as batches,
+                closing(_encoded(source, encode, show)) as batches,
             ):
                 write_source(wanted, batches)
         encoded.append(wanted)
@@ -114,11 +114,10 @@ def prepare_dataset(
 def _encoded(
     source: SourceConfig,
     encode: Callable[[_Records], pa.RecordBatch],
-    processes: int | None,
     show: Callable[[int], None],
 ) -> Generator[pa.RecordBatch, None, None]:
     records, state = 0, _identities(source)
-    with closing(in_order(read_records(source), encode, processes)) as chunks:
+    with closing(in_order(read_records(source), encode)) as chunks:
         for chunk in chunks:
             yield chunk
             records += len(chunk)
@@ -231,21 +230,23 @@ _MIN_CHUNKS = 2048 // CHUNK_RECORDS
 _CHUNKS_AHEAD = 2
 
 
+def processes_for(chunks: int) -> int:
+    """Return the number of processes that work on so many chunks or more: one per core, of few chunks one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 if chunks < _MIN_CHUNKS else min(cores, _MAX_PROCESSES)
+
+
 def in_order(
-    records: Iterable[Record], work: Callable[[_Records], _Result], processes: int | None
+    records: Iterable[Record], work: Callable[[_Records], _Result]
 ) -> Generator[_Result, None, None]:
     """Yield the result of `work`, which can be pickled, for each chunk of records, in order, on processes.
 
-    Closing the generator ends the processes. At most a few chunks a process are in memory. Without
-    `processes` there is one for each core, if there are enough chunks.
+    Closing the generator ends the processes. At most a few chunks a process are in memory.
     """
     records = iter(records)
     chunks = iter(lambda: list(itertools.islice(records, CHUNK_RECORDS)), [])
-    first: list[_Records] = []
-    if processes is None:
-        first = list(itertools.islice(chunks, _MIN_CHUNKS))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        processes = 1 if len(first) < _MIN_CHUNKS else min(cores, _MAX_PROCESSES)
+    first = list(itertools.islice(chunks, _MIN_CHUNKS))
+    processes = processes_for(len(first))
     every = itertools.chain(first, chunks)
     if processes == 1:
         yield from map(work, every)
@@ -262,9 +263,10 @@ def in_order(
     except BrokenProcessPool as error:
         raise PeerLostError(
             "a process that encodes data has died",
-            where="data.processes",
+            where="data.train, data.eval",
             got=str(error).splitlines()[0],
-            remedy="if memory ran out, lower data.processes (1: no other process); else see logs/rank-0.log",
+            remedy="if memory ran out, write 'taskset -c 0' before the command: one process encodes; else "
+            "see logs/rank-0.log",
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -25,7 +25,7 @@ from dpo_dist.tools.tables import describe_reference
 from dpo_dist.tools.verdict.facts import MARGIN, RunFacts, last
 from dpo_dist.tools.verdict.rules import RULES
 from dpo_dist.training.clock import WORKS, Work
-from dpo_dist.training.metrics_log import final_and_best, metrics_by_source, read_latest_rows
+from dpo_dist.training.reporting.metrics_log import final_and_best, metrics_by_source, read_latest_rows
 
 Table = tuple[list[str], list[list[object]]]
 """Titles of the columns, and rows."""

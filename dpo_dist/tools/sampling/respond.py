@@ -28,18 +28,19 @@ from dpo_dist.data.text.lengths import without_limits
 from dpo_dist.data.text.render import THOUGHT_FIELDS
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import content_digest, text_digest
-from dpo_dist.model.folder import (
+from dpo_dist.model.files.folder import (
     ADAPTER_CONFIG,
     is_adapter,
     model_folder,
     read_model_json,
     tokenizer_folder,
 )
-from dpo_dist.model.load import load_config, load_tokenizer, load_weights
+from dpo_dist.model.files.load import load_config, load_tokenizer, load_weights
+from dpo_dist.model.files.stops import find_stop_ids, given_stops
 from dpo_dist.model.lora import TRAINED, add_saved
-from dpo_dist.model.stops import find_stop_ids, given_stops
 from dpo_dist.reference.digest import digest_model
-from dpo_dist.tools.sampling.generate import NotFiniteError, Request, Sample, Sampling, generate
+from dpo_dist.tools.sampling.generate import NotFiniteError, Request, Sample, generate
+from dpo_dist.tools.sampling.settings import Sampling
 
 
 @dataclass(frozen=True)
