@@ -114,9 +114,7 @@ def test_options_on_the_command_line_in_presets_and_in_files(tmp_path: Path) -> 
         (SIMPO_AND_SFT % -1, "loss.terms[0].options.gamma cannot have this value", "a number, >= 0"),
     ],
 )
-def test_a_wrong_option_is_one_error_with_those_of_the_kind(
-    typed: str, message: str, text: str
-) -> None:
+def test_a_wrong_option_is_one_error_with_those_of_the_kind(typed: str, message: str, text: str) -> None:
     error = error_of(typed)
     assert error.message.startswith(message)
     assert text in error.block()
