@@ -185,14 +185,14 @@ def train(
     sources = [f"{key}=[{json.dumps(str(file), ensure_ascii=False)}]" for key, file in files.items()]
     config, faults = load_run_config([*words, *sources], verb="train"), list[Exception]()
 
-    def told(row: dict[str, float]) -> bool:
+    def stop_requested(row: dict[str, float]) -> bool:
         try:
             return bool(faults or (on_row is not None and on_row(row)))
         except Exception as fault:
             faults.append(fault)
             return True
 
-    train_run(config, told)
+    train_run(config, stop_requested)
     if faults:
         raise faults[0]
     return {"run_dir": str(config.run.dir), **read_summary(str(config.run.dir))}

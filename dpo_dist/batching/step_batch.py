@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from dpo_dist.batching.example import Example, Keys
-from dpo_dist.batching.pack import RESPONSES_OF_DUMMY, PackedBatch, dummy_batch, pack
+from dpo_dist.batching.pack import DUMMY_RESPONSES, PackedBatch, dummy_batch, pack
 from dpo_dist.batching.plan import ComputeCosts, ExampleSizes, plan_micro_batches
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.config.losses import LossConfig
@@ -105,7 +105,8 @@ def shard_batch(
 ) -> RankBatch:
     """Return the share of `rank` in the global batch `indices`, balanced by compute cost; O(batch).
 
-    It has the responses that the `loss` scores, and its partners; without one all responses, or `which`.
+    With a `loss` it has the responses that this loss scores, and their partners; without one all responses,
+    or response `which` of each example.
     """
     is_good, partners = None, None
     if loss is not None and not loss.compares_pairs:
@@ -137,7 +138,7 @@ def shard_batch(
         is_good=is_good,
         partners=partners,
         which=which,
-        forwards=tuple(max(RESPONSES_OF_DUMMY, *(int(counts[at].sum()) for at in ranks)) for ranks in plan),
+        forwards=tuple(max(DUMMY_RESPONSES, *(int(counts[at].sum()) for at in ranks)) for ranks in plan),
     )
 
 

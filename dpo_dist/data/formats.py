@@ -47,7 +47,6 @@ from dpo_dist.data.read.values import from_json, number_of
 from dpo_dist.data.records import (
     MAX_RECORD_BYTES,
     BadRecord,
-    Fields,
     Message,
     Origin,
     PreferenceRecord,
@@ -57,10 +56,17 @@ from dpo_dist.data.records import (
     shown_key,
     turns_of,
 )
+from dpo_dist.foundation.types import Fields
 
-# Faults of the responses of a record; its prompt may be usable.
-_OF_RESPONSES = {"unknown_format", "missing_field", "not_one_answer", "empty_response", "identical_responses"}
-_OF_RESPONSES |= {"no_ranking", "all_tied", "invalid_scores", "invalid_numbers"}
+# With these faults of its responses, a record may still have a usable prompt.
+_RESPONSE_FAULTS = {
+    "unknown_format",
+    "missing_field",
+    "not_one_answer",
+    "empty_response",
+    "identical_responses",
+}
+_RESPONSE_FAULTS |= {"no_ranking", "all_tied", "invalid_scores", "invalid_numbers"}
 _MAX_SHOWN_KEYS = 12
 # Sides that have no other fields beside them contain their prompt.
 _BESIDE_SIDES = frozenset((*SIDE_NAMES, *PAIR_SCORE_FIELDS, OTHERS))
@@ -82,7 +88,7 @@ def parse_record(record: Fields, name: DataFormat, origin: Origin) -> Record:
 def parse_prompt(record: Fields, name: DataFormat, origin: Origin) -> Record:
     """Return a record of format `name`, without responses if it has none that can be used."""
     parsed = parse_record(record, name, origin)
-    if not isinstance(parsed, BadRecord) or parsed.reason not in _OF_RESPONSES:
+    if not isinstance(parsed, BadRecord) or parsed.reason not in _RESPONSE_FAULTS:
         return parsed
     # With a made-up response, the prompt is read as in any completion record.
     turns = record.get("messages")
@@ -92,7 +98,7 @@ def parse_prompt(record: Fields, name: DataFormat, origin: Origin) -> Record:
         invented = {"completion": "response"}
     completed = parse_record({**record, **invented}, DataFormat.completion, origin)
     if isinstance(completed, BadRecord):
-        return parsed if completed.reason in _OF_RESPONSES else completed
+        return parsed if completed.reason in _RESPONSE_FAULTS else completed
     return replace(completed, responses=(), scores=None)
 
 
@@ -117,7 +123,7 @@ def read_prompts(source: SourceConfig) -> Iterator[Record]:
 
 
 def check_source(source: SourceConfig, config: DataConfig | None = None) -> None:
-    """Check the keys of a source and the columns of its first records; with `config`, that one can be used.
+    """Check the keys of a source and the columns of its first records; with `config`, that any can be used.
 
     With `data.on_bad_record=error` all that are read must be usable. Sends no request. Raises DataError or
     ConfigError.
@@ -163,8 +169,9 @@ def _parse(record: Fields, name: DataFormat, origin: Origin) -> PreferenceRecord
     prompt, tools, arguments = with_context(prompt, record, content.responses, is_plain=is_plain)
     numbers = _numbers(record, len(responses))
     unread = unread_fields(record, content)
-    of_record = (tuple(responses), origin, content.scores, tools, arguments, numbers)
-    result = PreferenceRecord(prompt, *of_record, unread=unread)
+    result = PreferenceRecord(
+        prompt, tuple(responses), origin, content.scores, tools, arguments, numbers, unread=unread
+    )
     check_content(result)
     return _exchanged(result) if numbers.get("soft_label", 1.0) < 0.5 else result
 
@@ -201,7 +208,7 @@ def _unknown_format(record: Fields) -> UnusableRecordError:
 
 
 def _numbers(record: Fields, responses: int) -> dict[str, float]:
-    """Return those of `NUMBERS` that a record has, other than without effect; votes are a soft label."""
+    """Return the `NUMBERS` of a record that have an effect; its votes become a soft label."""
     given = {name: record[name] for name in (*NUMBERS, *VOTES) if record.get(name) not in (None, "")}
     read = {name: math.nan if isinstance(given[name], bool) else number_of(given[name]) for name in given}
     if votes := [read.pop(name) for name in VOTES if name in read]:
@@ -221,7 +228,7 @@ def _numbers(record: Fields, responses: int) -> dict[str, float]:
 
 
 def _exchanged(record: PreferenceRecord) -> PreferenceRecord:
-    """Return a pair with its sides exchanged, with the same loss for whatever takes its soft label."""
+    """Return a pair with its sides exchanged, its soft label and its margin too: the loss stays the same."""
     opposite = {"soft_label": 1 - record.numbers["soft_label"], "margin": -record.numbers.get("margin", 0.0)}
     responses, scores = record.responses[::-1], record.scores and record.scores[::-1]
     given = {**record.numbers, **opposite}

@@ -11,7 +11,6 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import (
@@ -29,14 +28,21 @@ from dpo_dist.distributed.deepspeed_config import START, communication
 from dpo_dist.distributed.deepspeed_internals import (
     drop_gradients,
     gathered_once,
+    inner_optimizer,
+    optimizer_tensors,
     record_gather_orders,
+    reduce_in_optimizer_only,
     restore_linear,
+    set_learning_rate,
+    set_loss_scale,
+    shard_of,
+    whole_numel,
+    whole_shape,
     write_masters_to_model,
 )
 from dpo_dist.distributed.memory import (
     REFERENCE_REMEDY,
     empty,
-    empty_module,
     explain_out_of_memory,
     free_memory,
     return_memory,
@@ -72,7 +78,7 @@ def unsharded_loading(world: World) -> contextlib.AbstractContextManager[None]:
 @contextlib.contextmanager
 def sharded_loading(world: World, deepspeed_config: dict[str, Any]) -> Iterator[None]:
     """Make transformers shard weights by this configuration inside the block, not by the policy's."""
-    inner = HfDeepSpeedConfig(deepspeed_config)  # a variable, as transformers keeps a weak reference
+    inner = HfDeepSpeedConfig(deepspeed_config)  # bound to a name: transformers has only a weak reference
     try:
         yield
     finally:
@@ -121,7 +127,7 @@ class Engine:
         try:
             with (
                 adapter_off(self.model) if of_base else contextlib.nullcontext(),
-                explain_out_of_memory("generating samples", "lower samples.max_new_tokens"),
+                explain_out_of_memory("generating samples", "lower sampling.max_new_tokens"),
                 self.model.unpacked() as causal_lm,
                 torch.no_grad(),
                 self._gathered_once(),
@@ -150,17 +156,23 @@ class FrozenEngine(Engine):
         engine.eval()
         super().__init__(model, engine)
         if self._shards_weights:
-            record_gather_orders(engine, engine.optimizer)
+            record_gather_orders(engine)
 
     def free(self) -> None:
         """Release the memory of the model; it cannot be used afterwards."""
         wait_for_device()
         self._engine.destroy()
-        empty_module(self.model)
+        _empty_module(self.model)
         del self._engine
         if not is_deepspeed_zero3_enabled():  # the policy is not sharded
             restore_linear()
         return_memory()
+
+
+def _empty_module(module: nn.Module) -> None:
+    """Release the storage of weights, their shards and gradients, and of buffers."""
+    empty([(weight, weight.grad, shard_of(weight)) for weight in module.parameters()])
+    empty(list(module.buffers()))
 
 
 _LOWEST = 1.0
@@ -206,12 +218,11 @@ def _parameter_groups(model: PackedCausalLM, weight_decay: float) -> list[dict[s
     """Return parameter groups with weight decay for matrices, and without for biases and norms.
 
     Weights without a gradient, as those of a vision tower, are not decayed either: they stay as they are.
-    Under ZeRO-3 only `ds_shape` has the number of dimensions.
     """
     unmoved = without_gradient(model.causal_lm)
 
     def decays(weight: nn.Parameter) -> bool:
-        return len(getattr(weight, "ds_shape", weight.shape)) > 1 and weight not in unmoved
+        return len(whole_shape(weight)) > 1 and weight not in unmoved
 
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     groups = [
@@ -239,19 +250,19 @@ class PolicyEngine(Engine):
                 join_gradients(module)
         world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
         engine, _ = world.accelerator.prepare(model, create_optimizer(model, optim))
-        if world.size == 1 and isinstance(engine.optimizer, BF16_Optimizer):  # other optimizers reduce in it
-            engine.enable_backward_allreduce = False  # it would round them to bf16, 5 % of a step
+        if world.size == 1:
+            reduce_in_optimizer_only(engine)
         super().__init__(model, engine)
         self._world, self._current = world, ""
         if self._shards_weights:
-            record_gather_orders(self._engine, self._engine.optimizer.parameter_offload)
+            record_gather_orders(engine)
         self.loss_scale = LossScale() if self._engine.fp16_enabled() else None
         self.has_overflowed = False
         self._averages: dict[Tensor, Tensor] = {}  # by the flat master tensors that the optimizer updates
         self._ema_decay = ema_decay
         masters = self._slices().masters()
         longest = max(map(torch.numel, masters), default=0)
-        if is_eight_bit(self._engine.optimizer.optimizer) and longest >= 2**31:
+        if is_eight_bit(inner_optimizer(engine)) and longest >= 2**31:
             raise ConfigError(
                 "the kernels of adamw_8bit number the weights of a process by 31 bits",
                 where="optim.kind",
@@ -286,14 +297,13 @@ class PolicyEngine(Engine):
 
     def _fits_whole(self) -> bool:
         """Return whether all weights fit into half of the free memory, on every rank; collective."""
-        weights: list[Any] = [*self.model.parameters()]
-        size = sum(weight.ds_numel * weight.element_size() for weight in weights)
+        size = sum(whole_numel(weight) * weight.element_size() for weight in self.model.parameters())
         return not self._world.agree(2 * size > free_memory(self._world.device, self._world.size))
 
     def _gathered_once(self) -> contextlib.AbstractContextManager[None]:
         if not (self.is_synchronised and self._fits_whole()):
             return contextlib.nullcontext()
-        return gathered_once(self._engine, self._engine.optimizer.parameter_offload)
+        return gathered_once(self._engine)
 
     @torch.no_grad()
     def base_token_logps(self, batch: PackedBatch) -> Tensor:
@@ -315,8 +325,7 @@ class PolicyEngine(Engine):
 
         If the norm is not finite, which it is on all ranks or on none, no weight has changed.
         """
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self._engine, learning_rate)
         with explain_out_of_memory("the optimizer's step"):
             self._engine.step()
         is_applied = self._engine.was_step_applied()
@@ -325,7 +334,7 @@ class PolicyEngine(Engine):
             self.has_overflowed = not is_applied and self.loss_scale.value > _LOWEST
             self.set_loss_scale(self.loss_scale.after(is_applied=is_applied))
         if not is_applied:
-            drop_gradients(self._engine.optimizer)
+            drop_gradients(self._engine)
             return torch.as_tensor(math.inf, device=self._world.device)
         for master, average in self._averages.items():
             average.lerp_(master.detach(), 1 - (self._ema_decay or 0.0))
@@ -335,7 +344,7 @@ class PolicyEngine(Engine):
         """Scale the next losses by `scale`, which is None unless the model is in fp16; on all ranks alike."""
         self.loss_scale = scale
         if scale is not None:
-            self._engine.optimizer.loss_scale = scale.value
+            set_loss_scale(self._engine, scale.value)
 
     def shards(self) -> ModelSlices:
         """Return this rank's slices of master weights and optimizer states; not collective."""
@@ -343,12 +352,12 @@ class PolicyEngine(Engine):
         return ModelSlices(SHARDS, list(slices), slices.step)
 
     def load_shards(self, folder: Path) -> None:
-        """Read what a checkpoint has of `shards`, of any number of ranks, with any kind of parallelism."""
+        """Load the shards from a checkpoint that any number of ranks wrote, with any kind of parallelism."""
         saved = self._world.on_main(lambda: SavedSlices.find(folder, SHARDS))
         slices = self._slices()
         slices.create_states(saved.parts, saved.step)
         self._world.together(lambda: saved.load_into(slices))
-        write_masters_to_model(self._engine.optimizer)
+        write_masters_to_model(self._engine)
 
     def _slices(self) -> OptimizerSlices:
         names = {weight: name for name, weight in self.causal_lm.named_parameters() if weight.requires_grad}
@@ -357,11 +366,9 @@ class PolicyEngine(Engine):
     def free(self) -> None:
         """Release the memory of model, gradients and optimizer; the engine cannot be used afterwards."""
         wait_for_device()
-        optimizer = self._engine.optimizer
+        tensors = optimizer_tensors(self._engine)
         self._engine.destroy()
-        empty(list(self._averages.values()))
-        empty(vars(optimizer))
-        empty(vars(optimizer.optimizer))
-        empty_module(self.model)
+        empty([*self._averages.values(), *tensors])
+        _empty_module(self.model)
         del self._engine
         return_memory()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
-from dpo_dist.foundation.files import remembered_digest, text_digest
+from dpo_dist.foundation.files import MEMO_FOLDER, remembered_digest, text_digest
 from dpo_dist.model.files.folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -21,7 +21,6 @@ from dpo_dist.model.files.folder import (
     read_model_json,
     weight_files,
 )
-from dpo_dist.reference.store import MEMO_FOLDER
 
 Profile = dict[str, str]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dpo_dist.batching.example import Keys, response_keys
-from dpo_dist.batching.pack import RESPONSES_OF_DUMMY, PackedBatch, dummy_batch, pack
+from dpo_dist.batching.pack import DUMMY_RESPONSES, PackedBatch, dummy_batch, pack
 from dpo_dist.batching.plan import ComputeCosts, plan_micro_batches
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.data.encoded.dataset import PreferenceDataset
@@ -216,7 +216,7 @@ class StoreFiller:
         world = self.world
         responses = [sum(len(part.responses) for part in parts) for parts in micro_batches]
         columns = itertools.zip_longest(*world.gather(responses), fillvalue=0)
-        forwards = [max(RESPONSES_OF_DUMMY, *column) for column in columns]
+        forwards = [max(DUMMY_RESPONSES, *column) for column in columns]
         damaged: list[int] = []
         packed = _packed(dataset, micro_batches, forwards, damaged, world.device)
         keys: list[Keys] = [np.empty((0, 2), dtype=np.uint64)]

@@ -48,9 +48,6 @@ STORE_FORMAT = 2
 
 FINGERPRINT_FILE = "space.json"
 
-# Digests of model files, beside the fingerprints' folders.
-MEMO_FOLDER = "file_digests"
-
 _FOLDER_NAME = re.compile(r"[0-9a-f]{32}")
 _SHARD_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 

@@ -25,14 +25,22 @@ from transformers import AutoModelForSequenceClassification
 from dpo_dist.config.schema import EndpointConfig, ModelConfig, RunConfig, Verdicts
 from dpo_dist.config.user_code import find_function, user_function
 from dpo_dist.data.encoded.build import tokenizer_digest
-from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord, UnusableRecordError, turns_of
+from dpo_dist.data.records import (
+    Dialogue,
+    Message,
+    Origin,
+    PreferenceRecord,
+    UnusableRecordError,
+    as_fields,
+    context_fields,
+    turns_of,
+)
 from dpo_dist.data.text.tokenizer import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.model.files.folder import description_folder, model_folder
 from dpo_dist.model.files.load import load_config, load_tokenizer, load_weights
 from dpo_dist.reference.digest import digest_model
-from dpo_dist.tools.pairs.files import as_fields, context_fields
 
 log = logging.getLogger(__name__)
 

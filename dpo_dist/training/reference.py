@@ -74,7 +74,7 @@ def check_drift(
                 parts = torch.split((fresh - stored).cpu(), host_batch.response_tokens.tolist())
                 drifts += zip(names, (part.numpy() for part in parts), strict=True)
     drifts = [drift for part in world.gather(drifts) for drift in part]
-    _check_drifts(drifts, config)
+    _check_drifts(drifts, config.model.dtype)
     sums = np.array([drift.sum() for _, drift in drifts])
     return {
         "responses": len(drifts),
@@ -85,9 +85,7 @@ def check_drift(
     }
 
 
-def _check_drifts(drifts: Sequence[tuple[str, Values]], config: RunConfig) -> None:
-    dtype = config.model.dtype
-
+def _check_drifts(drifts: Sequence[tuple[str, Values]], dtype: Dtype) -> None:
     def tolerance(tokens: int) -> float:
         # A forward in 16 bits depends on the shape of its batch: single tokens move, the mean of many hardly.
         return _TOLERANCE[dtype] * (1.0 if dtype is Dtype.fp32 else max(1.0, 8 / math.sqrt(tokens)))
@@ -142,7 +140,9 @@ def prepare_reference(run: Run, inputs: EvaluationInputs, *, step0_follows: bool
     same_precision = config.reference.quantization is config.model.quantization
     is_start = same_precision and files.digest == inputs.policy_files.digest
     if mode is ReferenceMode.live:
-        provider = ReferenceProvider(engine=load_reference(files, config, world))
+        provider = ReferenceProvider(
+            engine=load_reference(files, config.model, config.reference, config.data.max_length, world)
+        )
         return unstored(run, provider, is_start=is_start)
     return _stored(run, inputs, files, is_start, is_checked=is_start and step0_follows)
 
@@ -164,7 +164,9 @@ def _stored(
     backend = choose_backend(config.model.attention, config.model.dtype, world.device)
     text = load_config(files.folder, config.model).get_text_config()
     fused = choose_fused(config.model, text, world.device)
-    profile = numerics_of(scored_model(config), backend, fused, world.device)
+    profile = numerics_of(
+        scored_model(config.model, config.reference.quantization), backend, fused, world.device
+    )
     check_same_numerics(profile, world)
     label = model_label(config.reference.path or config.model.path, files.folder)
     empty = LogpStore(store, [ReferenceFingerprint(files.digest, profile, label)], [])
@@ -172,7 +174,9 @@ def _stored(
 
     def load_scorer() -> Scorer:
         if not engines:
-            engines.append(load_reference(files, config, world))
+            engines.append(
+                load_reference(files, config.model, config.reference, config.data.max_length, world)
+            )
             filler.costs = replace(filler.costs, arrangement=engines[0].model.arrangement)
         return engines[0].token_logps
 

@@ -83,17 +83,19 @@ def _begin(run: Run, checkpoint: Checkpoint | None, reporting: Reporting) -> tup
             run.say(f"{name}: {environment[f'{name}_function']}")
     inputs = load_inputs(run, trains=True)
     done, steps = 0, inputs.sampler.steps
-    if inputs.eval_set is not None:
-        check_keep_best(config, inputs.eval_set.labels, world.device)
-    identity = identify(config, inputs)
+    if inputs.eval_set is not None and config.trainer.keep_best is not None:
+        custom = custom_metrics(config.metrics.function, config.loss, world.device)
+        plan = MetricPlan(config.loss, inputs.eval_set.labels, is_evaluation=True, custom=custom)
+        check_keep_best(config.trainer.keep_best, plan)
+    identity = identify(config.identity, inputs)
     if checkpoint is not None:
         done = int(checkpoint.state["step"])
         world.on_main(partial(check_identity, checkpoint.state, identity, checkpoint.folder))
-        if change := world.on_main(partial(describe_change, checkpoint.state, config, steps)):
+        if change := world.on_main(partial(describe_change, checkpoint.state, config.trainer, steps)):
             run.say(change)
     check_warmup(config.optim, steps)
     state = RunState(RunOutcome.started, done, identity)
-    world.on_main(partial(check_disk_room, config, inputs.weights, done, steps))
+    world.on_main(partial(check_disk_room, run, inputs.weights, done, steps))
     mark_started(run, environment, state, reporting.write_page)
     left = f", {done:,} of them done" if done else ""
     pairs = counted(inputs.sampler.global_batch_pairs, config.loss.unit)
@@ -119,7 +121,7 @@ def _set_up(
     reference, policy = _load_models(run, inputs, engines, step0_follows=checkpoint is None)
     costs = arranged_costs(run, inputs, policy, reference)
     run.stops.check()
-    custom = custom_metrics(config, world.device)
+    custom = custom_metrics(config.metrics.function, config.loss, world.device)
     objective = Objective(config.loss, reference.provider, inputs.router, custom)
     sharded: list[Sharded] = [policy]
     reference_sync = None
@@ -270,7 +272,7 @@ def _complete(run: Run, finished: RunState, reporting: Reporting) -> int:
     """Write the report of a run whose model is written, if its inputs are the same; collective."""
     world, folder = run.world, run.folder
     environment, written = describe_run(run), folder.environment
-    identity = identify(run.config, load_inputs(run))
+    identity = identify(run.config.identity, load_inputs(run))
     world.on_main(partial(check_identity, finished.identity, identity, folder.state))
     if finished.outcome is RunOutcome.exported:
         assert finished.summary is not None

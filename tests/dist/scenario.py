@@ -17,12 +17,13 @@ from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, OptimConfig, 
 from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.encoded.store import EncodedSource
 from dpo_dist.distributed.processes.world import World
-from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.distributed.zero import Engine, PolicyEngine
 from dpo_dist.model.files.load import load_packed
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import RunningMeans, preference_loss
 from dpo_dist.objective.metrics import MetricSums
+from dpo_dist.reference import engine
 from dpo_dist.reference.digest import ModelFiles
 from dpo_dist.training.clock import StepClock
 from dpo_dist.training.steps.step import Objective, train_step
@@ -60,9 +61,10 @@ class Assets:
         return RunConfig(model=ModelConfig(str(model), dtype=dtype), reference=reference or ReferenceConfig())
 
 
-def files_of(folder: Path) -> ModelFiles:
-    """A model folder as `load_reference` takes it, without digests."""
-    return ModelFiles(folder, {}, {})
+def load_reference(folder: Path, config: RunConfig, world: World) -> Engine:
+    """The model in `folder`, loaded as the reference of a run."""
+    longest = config.data.max_length
+    return engine.load_reference(ModelFiles(folder, {}, {}), config.model, config.reference, longest, world)
 
 
 def load_policy(

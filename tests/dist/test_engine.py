@@ -22,7 +22,7 @@ from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import LossScale, PolicyEngine
 from dpo_dist.model.files.load import TORCH_DTYPES
-from dpo_dist.reference.engine import ReferenceProvider, load_reference
+from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.training.steps.step import Objective
 from tests.dist.scenario import (
     LOSS,
@@ -30,8 +30,8 @@ from tests.dist.scenario import (
     Assets,
     RowsAtHand,
     all_steps,
-    files_of,
     load_policy,
+    load_reference,
     plain_steps,
 )
 from tests.support.packing import COSTS
@@ -85,7 +85,7 @@ def reference_comes_and_goes(
     world: World,
 ) -> dict[str, Any]:
     """Load, score with and free the reference; how far it is off, and the share of it that is held here."""
-    engine = load_reference(files_of(assets.reference), assets.config(model, dtype=dtype), world)
+    engine = load_reference(assets.reference, assets.config(model, dtype=dtype), world)
     parameters = list(engine._engine.module.parameters())
     held = sum(parameter.ds_tensor.numel() for parameter in parameters)
     whole = sum(parameter.ds_numel for parameter in parameters)

@@ -17,8 +17,7 @@ from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import FrozenEngine
 from dpo_dist.foundation.errors import ReferenceModelError
 from dpo_dist.reference.digest import digest_model, digest_on_every_node
-from dpo_dist.reference.engine import load_reference
-from tests.dist.scenario import Assets, files_of
+from tests.dist.scenario import Assets, load_reference
 from tests.support.packing import COSTS, plain_logps
 from tests.support.ranks import run_ranks
 from tests.support.tiny_model import write_model
@@ -39,7 +38,7 @@ def come_and_go(assets: Assets, model: Path, world: World, _folder: Path) -> lis
     found = []
     for _ in range(2):
         before = tensor_bytes()
-        engine = load_reference(files_of(model), config, world)
+        engine = load_reference(model, config, world)
         [batch] = shard_batch(assets.dataset(), np.arange(4), 0, 1, 8192, COSTS).batches()
         # DeepSpeed remembers the order of its first passes.
         scored = [engine.token_logps(batch).tolist() for _ in range(3)]
@@ -69,11 +68,11 @@ def test_an_offloaded_reference_scores_and_leaves_nothing_behind(assets: Assets,
 def quantize(assets: Assets, world: World, _folder: Path) -> list[float]:
     """Drifts of quantized references from the unquantized one."""
     [batch] = shard_batch(assets.dataset(), np.arange(4), 0, 1, 8192, COSTS).batches()
-    in_full = load_reference(files_of(assets.policy), assets.config(assets.policy), world).token_logps(batch)
+    in_full = load_reference(assets.policy, assets.config(assets.policy), world).token_logps(batch)
     drifts = []
     for quantization in Quantization:
         config = assets.config(assets.policy, ReferenceConfig(quantization=quantization))
-        engine = load_reference(files_of(assets.policy), config, world)
+        engine = load_reference(assets.policy, config, world)
         assert not isinstance(engine, FrozenEngine), "whole on every rank"
         drifts.append(float((engine.token_logps(batch) - in_full).abs().mean()))
     return drifts

@@ -24,7 +24,7 @@ from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig, OnBadRecord, Sourc
 from dpo_dist.config.user_code import find_function
 from dpo_dist.data.counts import Outcome
 from dpo_dist.data.encode import EncodedRecord, encode_record
-from dpo_dist.data.encoded.store import MEMO_FOLDER, SCHEMA, EncodedSource, write_source
+from dpo_dist.data.encoded.store import ROW_SCHEMA, EncodedSource, write_source
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.columns import READER
 from dpo_dist.data.read.files import file_kind
@@ -42,10 +42,16 @@ from dpo_dist.data.records import (
 )
 from dpo_dist.data.text.template import check_template_keys, chosen_template
 from dpo_dist.foundation.errors import DataError, PeerLostError
-from dpo_dist.foundation.files import collect_abandoned, content_digest, file_identity, text_digest
+from dpo_dist.foundation.files import (
+    MEMO_FOLDER,
+    collect_abandoned,
+    content_digest,
+    file_identity,
+    text_digest,
+)
 
-Records: TypeAlias = Sequence[Record]
-Result = TypeVar("Result")
+_Records: TypeAlias = Sequence[Record]
+_Result = TypeVar("_Result")
 
 # Increased when the token ids or the files of the same records change.
 _ENCODING_VERSION = 16
@@ -61,7 +67,7 @@ _ENCODING_KEYS = (
 _VOCABULARY_FILES = ("tokenizer*", "*.model", "*.tiktoken", "tekken*", "*.py", "vocab*", "merges*")
 _SPECIAL_FILES = ("special_tokens*", "added_tokens*", "chat_template*", "additional_chat_templates/*")
 
-Progress = Callable[[str], AbstractContextManager[Callable[[int], None]]]
+EncodingProgress = Callable[[str], AbstractContextManager[Callable[[int], None]]]
 """Called with the path of a source that is encoded. The entered function is called with the number of encoded
 records."""
 
@@ -76,7 +82,7 @@ def prepare_dataset(
     config: DataConfig,
     tokenizer: Tokenizer,
     digest: str,
-    progress: Progress = no_progress,
+    progress: EncodingProgress = no_progress,
     part: Part = ALL_RECORDS,
 ) -> tuple[EncodedSource, ...]:
     """Encode each source into its own file in `config.cache`, unless it is encoded already.
@@ -107,7 +113,7 @@ def prepare_dataset(
 
 def _encoded(
     source: SourceConfig,
-    encode: Callable[[Records], pa.RecordBatch],
+    encode: Callable[[_Records], pa.RecordBatch],
     show: Callable[[int], None],
 ) -> Generator[pa.RecordBatch, None, None]:
     records, state = 0, _identities(source)
@@ -131,7 +137,7 @@ def encode_records(
     tokenizer: Tokenizer,
     part: Part = ALL_RECORDS,
 ) -> pa.RecordBatch:
-    """Encode the `records` of `part` as rows of `store.SCHEMA`; unusable ones are dropped with a reason."""
+    """Encode the `records` of `part` as rows of `ROW_SCHEMA`; unusable ones are dropped with a reason."""
     rows = []
     for record in records:
         prompt, values = 0, dict[str, Any]()
@@ -151,14 +157,14 @@ def encode_records(
             outcome, values = encoded.outcome, _columns(encoded) | {"prompt": prompt}
         origin = {"file": record.origin.source, "line": record.origin.line}
         rows.append({**_EMPTY_ROW, **origin, "outcome": json.dumps(astuple(outcome)), **values})
-    return pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
+    return pa.RecordBatch.from_pylist(rows, schema=ROW_SCHEMA)
 
 
 _EMPTY_ROW = {
     "detail": "",
     "prompt": 0,
     "largest_id": -1,
-    **{field.name: () for field in SCHEMA if pa.types.is_list(field.type)},
+    **{field.name: () for field in ROW_SCHEMA if pa.types.is_list(field.type)},
 }
 
 
@@ -230,7 +236,9 @@ def processes_for(chunks: int) -> int:
     return 1 if chunks < _MIN_CHUNKS else min(cores, _MAX_PROCESSES)
 
 
-def in_order(records: Iterable[Record], work: Callable[[Records], Result]) -> Generator[Result, None, None]:
+def in_order(
+    records: Iterable[Record], work: Callable[[_Records], _Result]
+) -> Generator[_Result, None, None]:
     """Yield the result of `work`, which can be pickled, for each chunk of records, in order, on processes.
 
     Closing the generator ends the processes. At most a few chunks a process are in memory.
@@ -243,7 +251,7 @@ def in_order(records: Iterable[Record], work: Callable[[Records], Result]) -> Ge
     if processes == 1:
         yield from map(work, every)
         return
-    ahead: deque[Future[Result]] = deque()
+    ahead: deque[Future[_Result]] = deque()
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_process, (work,))
     try:
         for chunk in every:
@@ -264,11 +272,11 @@ def in_order(records: Iterable[Record], work: Callable[[Records], Result]) -> Ge
         pool.shutdown(cancel_futures=True)
 
 
-_works: list[Callable[[Records], Any]] = []
+_works: list[Callable[[_Records], Any]] = []
 """The work of this process; set in a spawned process."""
 
 
-def _start_process(work: Callable[[Records], Any]) -> None:
+def _start_process(work: Callable[[_Records], Any]) -> None:
     """Initialise a spawned process: it ignores interrupts, and ends when its parent dies."""
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -283,5 +291,5 @@ def _start_process(work: Callable[[Records], Any]) -> None:
     _works.append(work)
 
 
-def _work(records: Records) -> Any:
+def _work(records: _Records) -> Any:
     return _works[0](records)

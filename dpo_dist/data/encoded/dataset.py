@@ -20,7 +20,14 @@ from dpo_dist.config.losses import KINDS, NUMBERS, LossConfig, LossKind
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.config.user_code import accepts_facts
 from dpo_dist.data.counts import check_counts, check_split
-from dpo_dist.data.encoded.store import Array, EncodedSource, columns_of, counts_of, lengths_of, read_source
+from dpo_dist.data.encoded.store import (
+    Array,
+    EncodedSource,
+    counts_of,
+    dataset_columns,
+    lengths_of,
+    read_source,
+)
 from dpo_dist.data.read.columns import VOTES
 from dpo_dist.data.records import Origin, Tokenizer
 from dpo_dist.foundation.errors import ConfigError, DataError
@@ -217,7 +224,7 @@ def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> Prefer
         source_pairs=tuple(of_source["pairs"] for of_source in by_source),
         source_labels=tuple(source.label for source in sources),
         encoded=tuple(sources),
-        **columns_of(every),
+        **dataset_columns(every),
     )
 
 
@@ -228,8 +235,9 @@ def count_duplicates(dataset: PreferenceDataset) -> int:
 
 def count_shared(dataset: PreferenceDataset, other: PreferenceDataset) -> int:
     """Return the number of examples of `dataset` with the same token ids as one of `other`."""
-    others = set(_example_keys(other))
-    return sum(key in others for key in _example_keys(dataset))
+    keys = list(_example_keys(dataset))
+    shared = set(keys).intersection(_example_keys(other))  # `other`, the training data, is the larger one
+    return sum(key in shared for key in keys)
 
 
 def _example_keys(dataset: PreferenceDataset) -> Iterator[bytes]:

@@ -9,12 +9,13 @@ from dpo_dist.data.read.columns import OTHERS, VOTES
 from dpo_dist.data.read.layouts import LABEL_FIELDS, PAIR_SCORE_FIELDS, QUESTIONS, Content, ends_with_response
 from dpo_dist.data.read.messages import CONVERSATIONS, MEDIA, TOOLS, is_messages, messages_of, unread_error
 from dpo_dist.data.read.values import from_json, has_value, number_of, without_nulls
-from dpo_dist.data.records import Dialogue, Fields, Message, Messages, Prompt, UnusableRecordError, turns_of
+from dpo_dist.data.records import Dialogue, Message, Messages, Prompt, UnusableRecordError, turns_of
+from dpo_dist.foundation.types import Fields
 
 _SYSTEMS = ("system", "system_prompt")
 _ARGUMENTS = "chat_template_kwargs"
 # Parts of the question in some datasets: they must be in the prompt. No format adds `context` to it.
-_OF_PROMPT = ("instruction", *QUESTIONS, "context")
+_QUESTION_FIELDS = ("instruction", *QUESTIONS, "context")
 # A chat template renders these or a model sees them, and no format reads them.
 _UNREAD = ("documents", *MEDIA, *(f"{side}_{name}" for side in ("chosen", "rejected") for name in MEDIA))
 # Perhaps weights of a record in the loss; a value other than 1 is not read.
@@ -22,7 +23,7 @@ _UNREAD_WEIGHTS = ("weight", "sample_weight")
 # Tools of one side: both are rendered with those of the record.
 _TOOLS_OF_SIDES = ("chosen_tools", "rejected_tools")
 # Fields of which each value is read, or drops its record; and `provenance`: how `pairs` made it.
-_READ = {"prompt", *_OF_PROMPT, *CONVERSATIONS, "conversation", *_SYSTEMS, "history", _ARGUMENTS}
+_READ = {"prompt", *_QUESTION_FIELDS, *CONVERSATIONS, "conversation", *_SYSTEMS, "history", _ARGUMENTS}
 _READ |= {"enable_thinking", *TOOLS, *_TOOLS_OF_SIDES, *_UNREAD, *_UNREAD_WEIGHTS, *NUMBERS, *VOTES}
 _READ |= {"provenance"}
 
@@ -51,7 +52,7 @@ def with_context(
         unread += _add_turns_before(turns, record, messages)
     # A dialogue is read from the responses alone; a conversation may repeat the prompt or a response.
     conversations = (*CONVERSATIONS, "conversation")
-    for name in (*_OF_PROMPT, *(["prompt"] if is_dialogue else []), *conversations):
+    for name in (*_QUESTION_FIELDS, *(["prompt"] if is_dialogue else []), *conversations):
         is_response = name in conversations and (name in responses or ends_with_response(record.get(name)))
         if not is_response and _is_outside(record.get(name), prompt):
             unread.append(name)
@@ -118,7 +119,7 @@ def _arguments(record: Fields) -> Fields:
 
 
 def _is_outside(value: Any, prompt: Prompt) -> bool:
-    """Return whether a field has a value that the prompt does not contain."""
+    """Return whether a field has a value that is not part of the prompt."""
     if not has_value(value):
         return False
     whole = [turn.content for turn in turns_of(prompt, "user")]

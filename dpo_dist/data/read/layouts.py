@@ -13,7 +13,8 @@ from dpo_dist.data.read.messages import (
     spelled_messages,
 )
 from dpo_dist.data.read.values import BAD, GOOD, finite_numbers, from_json, has_value
-from dpo_dist.data.records import FIRST_TURN, Fields, UnusableRecordError
+from dpo_dist.data.records import FIRST_TURN, UnusableRecordError
+from dpo_dist.foundation.types import Fields
 
 
 class Content(NamedTuple):

@@ -201,7 +201,7 @@ def _data_files(folder: Path, source: SourceConfig, every: Sequence[Path] = ()) 
             expected="files of one kind, with a split in every name or in none",
             remedy="convert or rename them, or select files by a pattern, for example path/*.jsonl",
         )
-    files = _of_split(source, splits)
+    files = _chosen_split(source, splits)
     for file in files:
         check_kind(file, str(file))
     return files
@@ -218,7 +218,7 @@ def _check_below(root: Path, files: Iterable[Path], source: SourceConfig, what: 
         )
 
 
-def _of_split(source: SourceConfig, splits: Mapping[str, T]) -> T:
+def _chosen_split(source: SourceConfig, splits: Mapping[str, T]) -> T:
     split = source.split or "train"
     if split not in splits:
         raise DataError(
@@ -248,7 +248,7 @@ def _saved_records(folder: Path, source: SourceConfig) -> Iterator[RawRecord]:
     with _as_data_error(source):
         saved = load_from_disk(str(folder))
     splits = {"train": saved} if isinstance(saved, Dataset) else saved
-    return numbered_records(enumerate(dataset_rows(_of_split(source, splits)), start=1), source.path)
+    return numbered_records(enumerate(dataset_rows(_chosen_split(source, splits)), start=1), source.path)
 
 
 # The Hugging Face Hub.

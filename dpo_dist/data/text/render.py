@@ -7,14 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from dpo_dist.config.schema import DataConfig, TextTemplate
-from dpo_dist.data.records import (
-    Dialogue,
-    Fields,
-    Message,
-    Messages,
-    PreferenceRecord,
-    UnusableRecordError,
-)
+from dpo_dist.data.records import Dialogue, Message, Messages, PreferenceRecord, UnusableRecordError
 from dpo_dist.data.text.escape import THOUGHT_TAGS
 from dpo_dist.data.text.template import (
     ChatRenderer,
@@ -26,6 +19,7 @@ from dpo_dist.data.text.template import (
 )
 from dpo_dist.data.text.tokenizer import TokenizerFacts
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.types import Fields
 
 THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
 CALLS = "tool_calls"

@@ -43,7 +43,7 @@ from dpo_dist.config.run_folder import (
     step_of,
 )
 from dpo_dist.distributed.checkpoint.slices import SHARDS, WEIGHT, HostCopy, ModelSlices, Sharded, Slice
-from dpo_dist.distributed.deepspeed_internals import whole_shape
+from dpo_dist.distributed.deepspeed_internals import is_sharded, whole_shape
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation.errors import CheckpointError, first_line
 from dpo_dist.foundation.files import (
@@ -305,7 +305,7 @@ def load_checkpoint_weights(model: nn.Module, folder: Path, world: World) -> Non
     trained = {name: weight for name, weight in weights if weight.requires_grad}
     saved = world.on_main(lambda: read_weights(folder, trained))
     for name, weight in trained.items():
-        if hasattr(weight, "ds_id"):
+        if is_sharded(weight):
             with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
                 if world.is_main:
                     weight.copy_(saved.whole(name))

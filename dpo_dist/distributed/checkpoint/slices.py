@@ -14,9 +14,12 @@ from torch import Tensor, nn
 
 from dpo_dist.distributed.deepspeed_internals import (
     flat_masters,
+    inner_optimizer,
     restore_powers,
+    shard_of,
     shard_range,
     whole_shape,
+    zero_kind,
 )
 from dpo_dist.distributed.memory import available_memory, return_host_memory
 from dpo_dist.distributed.processes.world import World
@@ -73,7 +76,7 @@ class Sharded(Protocol):
         ...
 
     def load_shards(self, folder: Path) -> None:
-        """Read what a checkpoint has of `shards`, of any number of ranks; collective."""
+        """Load the shards from a checkpoint that any number of ranks wrote; collective."""
         ...
 
 
@@ -90,13 +93,13 @@ class OptimizerSlices:
         rank: int,
         averages: Mapping[Tensor, Tensor] = MappingProxyType({}),
     ):
-        self._optimizer, self._inner = engine.optimizer, engine.optimizer.optimizer
+        self._engine, self._inner = engine, inner_optimizer(engine)
         self._names, self._rank, self._averages = names, rank, averages
 
     def __iter__(self) -> Iterator[Slice]:
         """Yield the slices; optimizer states exist after the first step, or `create_states`."""
         eight_bit = is_eight_bit(self._inner)
-        for flat, ranges in flat_masters(self._optimizer, self._rank):
+        for flat, ranges in flat_masters(self._engine, self._rank):
             tensors = {WEIGHT: flat.detach()}
             if not eight_bit:
                 tensors |= {k: v for k, v in _tensor_states(self._inner, flat) if v.shape == flat.shape}
@@ -106,15 +109,15 @@ class OptimizerSlices:
                 parts = {part: tensor.narrow(0, start, length) for part, tensor in tensors.items()}
                 yield Slice(self._names[weight], whole_shape(weight), start_in_weight, parts)
         if eight_bit:  # codes and scales of blocks of this rank's flat tensors; all share constant codebooks
-            cut = f"{type(self._optimizer).__name__} {self._rank} of {dist.get_world_size()}"
-            for number, (flat, _) in enumerate(flat_masters(self._optimizer, self._rank)):
+            cut = f"{zero_kind(self._engine)} {self._rank} of {dist.get_world_size()}"
+            for number, (flat, _) in enumerate(flat_masters(self._engine, self._rank)):
                 states = {k: v for k, v in _tensor_states(self._inner, flat) if not k.startswith("qmap")}
                 if states:
                     yield Slice(f"{cut}, group {number}", (), 0, states)
 
     def masters(self) -> list[Tensor]:
         """Return the flat float32 tensors that the optimizer updates, with padding; not copies."""
-        return [flat for flat, _ in flat_masters(self._optimizer, self._rank)]
+        return [flat for flat, _ in flat_masters(self._engine, self._rank)]
 
     @property
     def step(self) -> int:
@@ -159,7 +162,9 @@ def weight_slices(weights: Mapping[str, Any], rank: int) -> Iterator[Slice]:
     for name, weight in weights.items():
         first, length = shard_range(weight, rank)
         if length:
-            part = weight.ds_tensor.detach().view(-1)[:length]
+            shard = shard_of(weight)
+            assert shard is not None, "ZeRO-3 shards these weights"
+            part = shard.detach().view(-1)[:length]
             yield Slice(name, whole_shape(weight), first, {WEIGHT: part})
 
 

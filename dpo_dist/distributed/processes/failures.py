@@ -93,7 +93,7 @@ class FailureRecord:
 
     @property
     def exit_code(self) -> int | None:
-        """That of the first failure; None: there is none, or the store does not answer.
+        """Return the exit code of the first failure; None if no process failed or the store does not answer.
 
         Once read it is known for good: the store may end with the process that failed.
         """

@@ -8,11 +8,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import deepspeed.ops
+import deepspeed
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin
-from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 from deepspeed.ops.op_builder import CPUAdamBuilder
 from deepspeed.ops.op_builder.builder import OpBuilder
@@ -20,7 +19,12 @@ from torch._C._distributed_c10d import HashStore
 from torch.distributed import distributed_c10d
 from torch.utils.cpp_extension import _get_build_directory
 
-from dpo_dist.distributed.deepspeed_internals import forget_process_group, restore_linear
+from dpo_dist.distributed.deepspeed_internals import (
+    forget_accelerate_state,
+    forget_process_group,
+    restore_linear,
+    use_gloo_all_reduce,
+)
 from dpo_dist.distributed.processes.failures import Reports, is_of_communication, watched
 from dpo_dist.distributed.processes.world import Peer, World
 from dpo_dist.foundation.errors import ConfigError, PeerLostError, first_line
@@ -103,15 +107,14 @@ def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World
         os.environ.update(_ALONE)
     # Accelerate prefers this variable to its argument; accumulation varies by step here.
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
-    # DeepSpeed would compile its own all-reduce for CPUs at first use; gloo needs no compiler.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    use_gloo_all_reduce()
     # Also for the groups that DeepSpeed and torch create without a timeout.
     timeout = timedelta(seconds=timeout_seconds)
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         setattr(distributed_c10d, name, timeout)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if not dist.is_initialized():  # a state without a group is of another library in this process
-        AcceleratorState._reset_state(reset_partial_state=True)
+        forget_accelerate_state()
         if os.environ.get("WORLD_SIZE") == "1":  # torch's own store would listen on all interfaces
             dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
     try:

@@ -245,7 +245,7 @@ class SequenceGroup:
 
 
 class _AllToAll(torch.autograd.Function):
-    """Its transpose is itself."""
+    """All-to-all is its own gradient."""
 
     @staticmethod
     def forward(ctx: Any, parts: Tensor, group: Any) -> Tensor:

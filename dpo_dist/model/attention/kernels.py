@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sliding_window_causal_mask_function
-from transformers.modeling_flash_attention_utils import _flash_attention_forward
 
 from dpo_dist.batching.pack import copied_to
 from dpo_dist.batching.plan import Arrangement
@@ -29,6 +28,7 @@ from dpo_dist.model.attention.sdpa import (
     with_one_dim,
 )
 from dpo_dist.model.layers import layer_configs, layer_values
+from dpo_dist.model.library_internals import flash_attention
 from dpo_dist.model.numerics import FLASH_ATTN
 
 # The kernels are compiled for heads of these sizes.
@@ -75,7 +75,7 @@ class VarlenAttention:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
         """See `attention.PackedAttention`."""
-        cu_query, cu_key, max_query, max_key = self._lengths
+        *_, max_key = self._lengths
         rule = None if scores.rule is None or scores.rule.is_causal(max_key) else scores.rule
         is_other_rule = rule is not None and (scores.window is None or rule.reach != scores.window)
         dim, has_cap = max(query.shape[-1], value.shape[-1]), scores.softcap is not None
@@ -86,23 +86,17 @@ class VarlenAttention:
         dim, scale = value.shape[-1], query.shape[-1] ** -0.5 if scores.scale is None else scores.scale
         query, key, value = with_one_dim(query, key, value, _HEAD_MULTIPLE)
         if self.backend in FLASH_ATTN:
-            attended: Tensor = _flash_attention_forward(
-                query[None],
-                key[None],
-                value[None],
-                None,
-                query_length=len(query),
-                is_causal=True,
+            attended = flash_attention(
+                query,
+                key,
+                value,
+                self._lengths,
                 softmax_scale=scale,
                 sliding_window=window,
                 softcap=scores.softcap,
                 deterministic=torch.are_deterministic_algorithms_enabled(),
-                cu_seq_lens_q=cu_query,
-                cu_seq_lens_k=cu_key,
-                max_length_q=max_query,
-                max_length_k=max_key,
                 attn_implementation=self.backend.value,
-            )[0]
+            )
         else:
             attended = self._varlen(query, key, value, scale, window)
         return attended[..., :dim]

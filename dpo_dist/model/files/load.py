@@ -5,7 +5,6 @@ import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,8 +17,7 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.core_model_loading import Transpose, WeightRenaming, rename_source_key
-from transformers.integrations import deepspeed, is_deepspeed_zero3_enabled
+from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils import logging as transformers_logging
 
 from dpo_dist.batching.plan import Arrangement
@@ -50,6 +48,7 @@ from dpo_dist.model.layers import (
     offload_inputs,
     use_liger,
 )
+from dpo_dist.model.library_internals import name_in_model, transposed_by, unsharded
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.numerics import check_precision
 from dpo_dist.model.packed import PackedCausalLM
@@ -241,9 +240,9 @@ def load_weights(
     Of a language model, the default `kind`, without the parts that text does not use.
     """
     check_precision(config.dtype, device)
-    check_contents(folder, model_config, config, key=key, kind=kind)
+    shapes = check_contents(folder, model_config, config, key=key, kind=kind)
     is_sharded = is_deepspeed_zero3_enabled() and config.quantization is None
-    with _loading_errors(folder, key), _whole_shapes():
+    with _loading_errors(folder, key), transposed_by(shapes):
         causal_lm, report = _load(folder, model_config, config, kind, **placement(config, device))
     # transformers maps names in files in another way where it shards.
     _check_missing(report, folder, key, "; or set parallelism.kind=zero2 or ddp" if is_sharded else "")
@@ -266,14 +265,14 @@ def load_weights(
 
 def check_contents(
     folder: Path, model_config: Any, config: ModelConfig, *, key: str = "model.path", kind: Any = None
-) -> None:
-    """Check that the weight files of a folder are those of the model that its config.json describes.
+) -> dict[str, torch.Size]:
+    """Check that a folder has the weights that its config.json describes, and return their shapes by name.
 
     Of the tensors only those are read that config.json makes one weight: two different ones would be another
     model under ZeRO-3, or for peft, than elsewhere.
     """
     with _loading_errors(folder, key):
-        with _unsharded(), _no_progress():  # ZeRO-3 reports less
+        with unsharded(), _no_progress():  # ZeRO-3 reports less
             shapes = {"device_map": "meta", "ignore_mismatched_sizes": True}
             causal_lm, report = _load(folder, model_config, config, kind, **shapes)
         differing = _differing_ties(causal_lm, folder, TORCH_DTYPES[config.dtype])
@@ -304,6 +303,7 @@ def check_contents(
             remedy=f"set tie_word_embeddings to false in config.json{part}, so that both are used; or remove "
             f"{one} from the weight files",
         )
+    return {name: weight.shape for name, weight in causal_lm.named_parameters(remove_duplicate=False)}
 
 
 def _check_missing(report: dict[str, Any], folder: Path, key: str, also: str = "") -> None:
@@ -372,14 +372,13 @@ def _differing_ties(causal_lm: Any, folder: Path, dtype: torch.dtype) -> tuple[s
     apart = [(one, other) for one, other in ties.items() if weight(one) is not weight(other)]
     if not apart:
         return None
-    renamings = [entry for entry in causal_lm._weight_conversions if isinstance(entry, WeightRenaming)]
-    prefix, expected = causal_lm.base_model_prefix, causal_lm.state_dict()
+    renamed = name_in_model(causal_lm)
     found: dict[str, tuple[Path, str]] = {}
     for file in weight_files(folder):
         if file.suffix != ".json":
             with safe_open(file, "pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118
-                    found[rename_source_key(name, renamings, [], prefix, expected)[0]] = file, name
+                    found[renamed(name)] = file, name
 
     def value(name: str) -> torch.Tensor:
         file, stored = found[name]
@@ -426,36 +425,6 @@ def _freeze_as_defined(causal_lm: Any) -> None:
     for name, weight in defined.named_parameters():
         if not weight.requires_grad:
             causal_lm.get_parameter(name).requires_grad_(False)
-
-
-@contextlib.contextmanager
-def _whole_shapes() -> Iterator[None]:
-    """Make transformers (5.23) transpose experts by the shape of the whole weight, which may be sharded."""
-    convert = Transpose.convert
-
-    def convert_whole(self: Transpose, *tensors: Any, model: Any = None, **options: Any) -> Any:
-        def find(name: str) -> Any:
-            weight = model.get_parameter(name)
-            return SimpleNamespace(shape=getattr(weight, "ds_shape", weight.shape))
-
-        return convert(self, *tensors, model=SimpleNamespace(get_parameter=find), **options)
-
-    Transpose.convert = convert_whole
-    try:
-        yield
-    finally:
-        Transpose.convert = convert
-
-
-@contextlib.contextmanager
-def _unsharded() -> Iterator[None]:
-    """Make transformers shard nothing inside the block."""
-    sharding = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = sharding
 
 
 def check_all_weights_read(causal_lm: Any, unread: list[str], folder: Path, key: str = "model.path") -> None:

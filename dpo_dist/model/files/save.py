@@ -30,6 +30,7 @@ from dpo_dist.model.files.folder import (
     read_model_json,
     weight_files,
 )
+from dpo_dist.model.library_internals import ignored_patterns
 from dpo_dist.model.lora import TRAINED
 
 _KEY = "export.average"
@@ -191,7 +192,7 @@ def _is_tied(causal_lm: Any) -> bool:  # not every config.json of a model of sev
 
 def ignored_tensors(causal_lm: Any, base: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the tensors of `base` that the class that config.json names does not read (`mtp` layers)."""
-    patterns = type(causal_lm)._keys_to_ignore_on_load_unexpected or ()
+    patterns = ignored_patterns(causal_lm)
     if not patterns or causal_lm.config.model_type != read_model_json(base / CONFIG_FILE).get("model_type"):
         return {}
     unread: dict[str, Tensor] = {}

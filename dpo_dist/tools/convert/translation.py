@@ -9,11 +9,11 @@ import yaml
 from dpo_dist.config.keys import as_written, run_keys
 from dpo_dist.config.losses import LossKind, kinds_using
 from dpo_dist.config.mistakes import SCHEMA, answers_to, as_tree, fits, meant
-from dpo_dist.config.rules import RULES, resolve_reference
+from dpo_dist.config.rules import resolve_reference, rules_of
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.tools.convert.reading import Foreign
-from dpo_dist.tools.convert.run import EMPTY, Run, listed, number
+from dpo_dist.tools.convert.run import EMPTY, Run, finite_number, listed
 from dpo_dist.tools.convert.sources import set_sources
 
 _METHODS = ("dpo", "ipo", "kto", "orpo", "cpo", "simpo", "sft")
@@ -200,7 +200,7 @@ def _machine(run: Run) -> None:
 
 def _numbers(run: Run) -> None:
     """Compute what several keys say together."""
-    rate = number(run.left.get("learning_rate"))
+    rate = finite_number(run.left.get("learning_rate"))
     if rate and (low := run.take("min_lr", default=0.0)):
         run.set("optim.min_lr_ratio", low / rate, "min_lr", low)
     if {"adam_beta1", "adam_beta2"} & run.left.keys():
@@ -290,7 +290,7 @@ def _obey_rules(run: Run, defaults: list[str]) -> None:
     """Leave out what the rules between keys refuse, with their reason."""
     while True:
         config = resolve_reference(SCHEMA.validate_python(as_tree(run.values)))
-        errors = [rule.error(config) for rule in RULES if rule.broken(config)]
+        errors = [rule.error(config) for rule in rules_of("train") if rule.broken(config)]
         refused = {key: error.message for error in errors for key in error.where.split(", ")}
         ours = [key for key in (*run.origins, *defaults) if key in run.values]
         if not (wrong := [key for key in refused if key in ours]):

@@ -19,7 +19,13 @@ from dpo_dist.config.schema import (
     SourceConfig,
     TextTemplate,
 )
-from dpo_dist.data.encoded.build import Progress, in_order, no_progress, prepare_dataset, tokenizer_digest
+from dpo_dist.data.encoded.build import (
+    EncodingProgress,
+    in_order,
+    no_progress,
+    prepare_dataset,
+    tokenizer_digest,
+)
 from dpo_dist.data.encoded.dataset import (
     PreferenceDataset,
     check_fits_loss,
@@ -89,7 +95,7 @@ def examine(
     config: DataConfig,
     tokenizer: "Tokenizer | None",
     benchmark: Benchmark | None = None,
-    progress: Progress = no_progress,
+    progress: EncodingProgress = no_progress,
 ) -> Diagnosis:
     """Read `config.train` and `config.eval` once, as a stream, and check them.
 

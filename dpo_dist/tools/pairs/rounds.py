@@ -8,15 +8,25 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeAlias
 
+from dpo_dist.config.command_line import command_of
+from dpo_dist.config.fields import fields_of
 from dpo_dist.config.identity import differing_keys, plain
 from dpo_dist.config.load import from_yaml, to_yaml
+from dpo_dist.config.rules import at
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import PairsConfig, ReferenceMode, RoundReference, RunConfig, SourceConfig
+from dpo_dist.config.schema import (
+    PairsConfig,
+    ReferenceMode,
+    RoundReference,
+    RunConfig,
+    SamplingConfig,
+    SourceConfig,
+)
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, first_line
 from dpo_dist.foundation.signals import stop_signals
@@ -41,10 +51,11 @@ def check_settings(config: RunConfig, folder: RunFolder) -> None:
         files.write_text(file, to_yaml(config))
         return
     before, now = from_yaml(file.read_text(encoding="utf-8")), from_yaml(to_yaml(config))  # without secrets
-    changed = differing_keys(before, now)
-    for name in {field.name for field in fields(PairsConfig)} - {"rounds", "launcher"}:
-        old, new = plain(getattr(before.pairs, name)), plain(getattr(now.pairs, name))
-        changed |= {f"pairs.{name}": (old, new)} if old != new else {}
+    changed = differing_keys(before.identity, now.identity)
+    keys = {f"pairs.{name}" for name in fields_of(PairsConfig)} - {"pairs.rounds", "pairs.launcher"}
+    for key in {*keys, *(f"sampling.{name}" for name in fields_of(SamplingConfig))}:
+        old, new = plain(at(before, key)), plain(at(now, key))
+        changed |= {key: (old, new)} if old != new else {}
     if changed:
         raise ConfigError(
             "the rounds in this run directory have other settings",
@@ -54,18 +65,14 @@ def check_settings(config: RunConfig, folder: RunFolder) -> None:
         )
 
 
-def command_of(verb: str, config: RunConfig, folder: Path, launcher: str | None) -> str:
-    """Write `config`, without secrets, below `folder`; return the command that runs the verb with it.
+def _launcher(given: str | None) -> str:
+    """Return the given launcher; by default this Python, or `dpo-dist launch` if there are several GPUs."""
+    if given is not None:
+        return given
+    import torch  # noqa: PLC0415  (slow, and only needed here)
 
-    By default `dpo-dist launch` starts it, if there are several GPUs.
-    """
-    files.write_text(folder / "experiment" / "round.yaml", to_yaml(config))
-    if launcher is None:
-        import torch  # noqa: PLC0415  (slow, and only needed here)
-
-        several = torch.cuda.device_count() > 1
-        launcher = shlex.quote(sys.executable) + (" -m dpo_dist launch" if several else "")
-    return f"{launcher} -m dpo_dist {verb} --config-dir {shlex.quote(str(folder))} +experiment=round"
+    several = torch.cuda.device_count() > 1
+    return shlex.quote(sys.executable) + (" -m dpo_dist launch" if several else "")
 
 
 def run_command(command: str) -> int:
@@ -203,7 +210,7 @@ def _sample(config: RunConfig, number: int, say: Say, run: Run) -> dict[str, Any
     say(f"{stage_name}: samples of {stage.model.path}")
     below = folder.path / "sampling"
     folder.pairs_samples.unlink(missing_ok=True)  # of an earlier start
-    code = run(command_of("pairs", stage, below, pairs.launcher))
+    code = run(command_of("pairs", stage, below, _launcher(pairs.launcher)))
     if code not in (ExitCode.completed, ExitCode.invalid) or not folder.pairs_samples.exists():
         raise _failed(f"sampling of round {number}", code, folder)
     samples = read_samples(stage.model.path, folder.pairs_samples)
@@ -224,15 +231,17 @@ def _sample(config: RunConfig, number: int, say: Say, run: Run) -> dict[str, Any
 def _train(config: RunConfig, number: int, say: Say, run: Run) -> tuple[int, dict[str, Any] | None]:
     """Train in round `number`; return the exit code, and `training` of its result unless it is preempted."""
     folder = RunFolder.of(config).round(number)
+    has_samples = config.data.eval_sources and config.samples.prompts != 0
     stage = replace(
         _with_policy(config, number),
         run=replace(config.run, dir=str(folder.training.path)),
         data=replace(config.data, train=[SourceConfig(path=str(folder.pairs_file))]),
         pairs=PairsConfig(),
+        sampling=config.sampling if has_samples else SamplingConfig(),
     )
     say(f"round {number}: training of {stage.model.path}")
     below = folder.path / "training"
-    code = run(command_of("train", stage, below, config.pairs.launcher))
+    code = run(command_of("train", stage, below, _launcher(config.pairs.launcher)))
     if code == ExitCode.preempted:
         say(f"round {number}: the training stopped with a checkpoint; the same command continues")
         return code, None

@@ -23,10 +23,10 @@ from dpo_dist.config.schema import (
     RunConfig,
     SourceConfig,
 )
-from dpo_dist.data.counts import NOT_ASKED, in_one_line
+from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX, counts_in_one_line
 from dpo_dist.data.formats import read_prompts, read_records
 from dpo_dist.data.read.sources import pinned
-from dpo_dist.data.records import Dialogue, PreferenceRecord
+from dpo_dist.data.records import Dialogue, PreferenceRecord, as_fields, context_fields, prompt_key
 from dpo_dist.distributed.memory import return_memory
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError
@@ -37,18 +37,14 @@ from dpo_dist.model.files.load import check_contents_at_hand
 from dpo_dist.tools.judges import Judge, Judgement, Question, open_judge
 from dpo_dist.tools.pairs.files import (
     Read,
-    as_fields,
     check_output,
-    context_fields,
     good_records,
     pair_fields,
-    prompt_key,
     training_records,
     write_results,
 )
 from dpo_dist.tools.pairs.people import label_pairs
 from dpo_dist.tools.pairs.start import responding_models
-from dpo_dist.tools.sampling.generate import Sampling
 from dpo_dist.tools.sampling.prompts import (
     Parts,
     Prompts,
@@ -68,6 +64,7 @@ from dpo_dist.tools.sampling.respond import (
     open_responder,
     usable_prompt,
 )
+from dpo_dist.tools.sampling.settings import sampling_of
 from dpo_dist.training.start.context import Run
 
 _MODELS = "pairs.models"
@@ -207,7 +204,7 @@ def pairs_of(results: Results) -> Iterator[dict[str, Any]]:
         counts["encoded_differently"] += sum(not each.same_ids for each in row.completions)
         counts.update(row.counts)
         if row.dropped is not None:
-            counts[NOT_ASKED + row.dropped] += 1
+            counts[DROPPED_PROMPT_PREFIX + row.dropped] += 1
             continue
         counts["samples_unfinished"] += sum(not each.finished for each in row.completions)  # kept ones too
         unused = (each.unused for each in row.completions)
@@ -266,12 +263,10 @@ def pairs_from_models(run: Run) -> None:
     config, world, console, folder, pairs = run.config, run.world, run.console, run.folder, run.config.pairs
     with console.heartbeat("reading prompts"):
         records = world.on_main(lambda: different_prompts(config, console.say))
-    prompts = Prompts(run, folder.pairs_parts, in_parts(records, PART_PROMPTS), "pairs.max_new_tokens")
+    prompts = Prompts(run, folder.pairs_parts, in_parts(records, PART_PROMPTS))
     models = [find_together(name, run, _MODELS) for name in responding_models(config)]
     judge, described = judge_of(run)
-    sampling = Sampling(
-        pairs.max_new_tokens, pairs.temperature, pairs.top_p, pairs.top_k, config.trainer.seed
-    )
+    sampling = sampling_of("pairs", config.sampling, config.trainer.seed)
     count = 1 if pairs.method is PairsMethod.delta else pairs.samples
     settings = {
         "method": str(pairs.method),
@@ -353,8 +348,9 @@ def rehearse_pairs(config: RunConfig) -> str:
     read = read_prompts if responds else read_records
     records = first_records(config.data.train, read, config.data, lines.append)
     if responds:
+        tokens = sampling_of("pairs", config.sampling).max_new_tokens
         for name in responding_models(config):
-            check_model(name, config, pairs.max_new_tokens, records, lines.append, _MODELS)
+            check_model(name, config, tokens, records, lines.append, _MODELS)
     if pairs.method is PairsMethod.samples and (judge := open_judge(config)) is not None:
         judge.check()
         lines.append(f"judge: {judge}")
@@ -400,11 +396,11 @@ def check_model(
         raise DataError(
             "none of the first records can be used",
             where=key,
-            got=f"{name}: {in_one_line(dropped)}",
+            got=f"{name}: {counts_in_one_line(dropped)}",
             remedy="correct the records, or the keys of data; docs/data.md explains the reasons",
         )
     if dropped:
-        say(f"  it is not asked, of the first records: {in_one_line(dropped)}")
+        say(f"  it is not asked, of the first records: {counts_in_one_line(dropped)}")
 
 
 def make_pairs(config: RunConfig, console: Console) -> None:

@@ -21,9 +21,10 @@ from dpo_dist.config.schema import (
 )
 from dpo_dist.model.files.load import TORCH_DTYPES
 from dpo_dist.model.flops import REACHED_SHARES, matmul_peak, recomputed_share, step_flops, visited_experts
+from dpo_dist.tools.sampling.settings import sampling_of
 from dpo_dist.training.start.context import DEFAULT_TOKENS
 from dpo_dist.training.start.footprint import (
-    BYTES_OF_QUANTIZED,
+    BYTES_PER_QUANTIZED_WEIGHT,
     Footprint,
     footprint,
     quantized_weights,
@@ -132,7 +133,7 @@ class Estimate:
     @property
     def host(self) -> float:
         """Bytes of host memory on a node of rank 0, which reads the model and writes checkpoints."""
-        parallelism, states = self.config.parallelism, state_bytes(self.config)
+        parallelism, states = self.config.parallelism, state_bytes(self.config.optim, self.config.trainer)
         if parallelism.offload_optimizer is not Offload.none:
             states += 4  # gradients
         policy = 0.0 if parallelism.offload_parameters is Offload.none else self.whole
@@ -142,7 +143,10 @@ class Estimate:
     def disk(self) -> dict[str, float]:
         """Bytes that a run writes: with an adapter no other weights; log-probs only if they are stored."""
         model = self.whole if self.config.model.adapter is None else float(self.number * self.trained)
-        taken = {"a checkpoint": state_bytes(self.config) * self.trained, "the model": model}
+        taken = {
+            "a checkpoint": state_bytes(self.config.optim, self.config.trainer) * self.trained,
+            "the model": model,
+        }
         if self.config.reference.mode is ReferenceMode.cached:
             taken["the log-probs"] = 4.0 * self.data.targets * self.data.pairs
         return taken
@@ -168,7 +172,9 @@ class Estimate:
             seconds += 2 * self.times * self.whole / gpus / _PCIE
         if parallelism.offload_optimizer is not Offload.none:  # gradients go, updated weights come back
             seconds += (4 + self.number) * self.trained / gpus / _PCIE
-            moved = 2 * state_bytes(self.config) + 4 + self.number  # bytes that CPU Adam reads and writes
+            moved = (
+                2 * state_bytes(self.config.optim, self.config.trainer) + 4 + self.number
+            )  # bytes that CPU Adam reads and writes
             seconds += moved * self.trained * self._of_node / _HOST_MEMORY
         return self.steps * seconds
 
@@ -176,13 +182,14 @@ class Estimate:
     def sampling(self) -> float:
         """Seconds of the samples under ZeRO-3, which gathers all weights; elsewhere they take little."""
         samples, every = self.config.samples, self.config.trainer.eval_every
+        tokens = sampling_of("train", self.config.sampling).max_new_tokens
         if not self._is_sharded or samples.prompts == 0 or not self.config.data.eval_sources:
             return 0.0
         has_room = 2 * self.whole < self.machine.memory - self.needs.used(0)
-        gathers = 1 if has_room else samples.max_new_tokens
+        gathers = 1 if has_room else tokens
         # The reference's, and the policy's at each evaluation or the last alone.
         evaluations = 1 + (math.ceil(self.steps / every) if every and samples.prompts else 1)
-        hooks = samples.max_new_tokens * self.layers * _HOOKS
+        hooks = tokens * self.layers * _HOOKS
         return evaluations * (gathers * self.whole / self._link + hooks)
 
     def seconds(self, reached: float, epochs: float = 1.0) -> dict[str, float]:
@@ -276,5 +283,5 @@ def _seconds_of_dequantizing(config: RunConfig, causal_lm: Any, machine: Machine
     """Return the seconds in which all quantized weights are computed once."""
     if (kind := config.model.quantization) is None:
         return 0.0
-    moved = BYTES_OF_QUANTIZED[kind] + TORCH_DTYPES[config.model.dtype].itemsize  # of a weight
+    moved = BYTES_PER_QUANTIZED_WEIGHT[kind] + TORCH_DTYPES[config.model.dtype].itemsize  # of a weight
     return moved * quantized_weights(causal_lm) / (_DEQUANTIZING * machine.bandwidth)

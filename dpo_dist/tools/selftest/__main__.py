@@ -43,7 +43,7 @@ from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import DpoDistError, ExitCode, first_line
 from dpo_dist.foundation.exit import Arguments, exit_after
 from dpo_dist.foundation.files import for_json
-from dpo_dist.foundation.process import OF_LAUNCHERS, OF_WORLD
+from dpo_dist.foundation.process import LAUNCHER_PREFIXES, WORLD_VARIABLES
 from dpo_dist.foundation.streams import output_of_objects, print_line, reserve_output
 from dpo_dist.foundation.text import size
 from dpo_dist.training.reporting.metrics_log import read_latest_rows
@@ -126,7 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if output.is_dir() or not output.parent.is_dir() or not is_writable:
         parser.error(f"argument --output: {output} is no file in a folder that can be written")
     reserve_output()  # what libraries print is not of the table
-    for name in [name for name in os.environ if name in OF_WORLD or name.startswith(OF_LAUNCHERS)]:
+    for name in [
+        name for name in os.environ if name in WORLD_VARIABLES or name.startswith(LAUNCHER_PREFIXES)
+    ]:
         del os.environ[name]  # the processes that are started here are a world of their own
     for number in stop_signals():
         signal.signal(number, raise_terminated)

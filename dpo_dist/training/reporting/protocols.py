@@ -46,7 +46,7 @@ class Samples(Protocol):
 
 @dataclass(frozen=True)
 class Reporting:
-    """The functions by which a run is looked at."""
+    """What a verb passes in so that training can report: recorder, model card, samples, page."""
 
     open_recorder: Callable[[Run, MetricsLog], Recorder]
     run_card: Callable[..., str]  # the model card

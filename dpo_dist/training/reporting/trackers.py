@@ -1,7 +1,6 @@
 """W&B and TensorBoard, which get every metrics row once over all starts of a run; an error is a warning."""
 
 import contextlib
-import dataclasses
 import json
 import logging
 import os
@@ -11,6 +10,7 @@ import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,13 +19,13 @@ import numpy as np
 import psutil
 from accelerate.tracking import TensorBoardTracker
 
-from dpo_dist.config.identity import title
 from dpo_dist.config.metrics import PREFIX
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import DEFAULT_PROJECT, OtherTracker, RunConfig, WandbMode
+from dpo_dist.config.schema import DEFAULT_PROJECT, OtherTracker, TrackingConfig, WandbMode
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import ExitCode, RunOutcome, StoppedError, first_line
 from dpo_dist.foundation.text import without_secrets
+from dpo_dist.foundation.types import Fields
 from dpo_dist.objective.metrics import Values
 from dpo_dist.training.reporting.metrics_log import best_rows
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     import wandb
 
 Row = Mapping[str, float]
-Fields = Mapping[str, Any]
 Say = Callable[[str], None]
 Stop = Callable[[], None]
 Mode = Literal["online", "offline"]
@@ -76,6 +75,18 @@ def wandb_names(row: Row) -> dict[str, float]:
     return dict.fromkeys(axes, row["step"]) | named
 
 
+@dataclass(frozen=True)
+class TrackedRun:
+    """A run as its trackers show it."""
+
+    folder: RunFolder
+    tracking: TrackingConfig
+    title: str
+    settings: Fields  # the whole configuration, and the environment
+    most_samples: int  # rows of the table of samples
+    stop: Stop  # called from another thread if someone stops the run on its W&B page
+
+
 class WandbRun:
     """The wandb run of a run directory, online or offline; its methods raise what wandb raises.
 
@@ -85,26 +96,17 @@ class WandbRun:
     run: "wandb.Run"
     is_over = False  # its service was ended and does not start again
 
-    def __init__(
-        self,
-        config: RunConfig,
-        folder: RunFolder,
-        mode: Mode,
-        stop: Stop,
-        rows: Sequence[Row],
-        environment: Fields,
-    ):
-        # Texts of one's data go to a server only where samples were asked for.
-        self._most_samples = config.tracking.samples if config.samples.prompts else 0
-        self._folder = folder
+    def __init__(self, tracked: TrackedRun, mode: Mode, rows: Sequence[Row]):
+        folder = tracked.folder
+        self._most_samples, self._folder = tracked.most_samples, folder
         self._is_offline = mode == "offline"
         if not folder.wandb_id.exists():
             files.write_text(folder.wandb_id, os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12])
         described: dict[str, Any] = {
-            "project": config.tracking.project or _variable("WANDB_PROJECT") or DEFAULT_PROJECT,
+            "project": tracked.tracking.project or _variable("WANDB_PROJECT") or DEFAULT_PROJECT,
             "notes": _variable("WANDB_NOTES") or None,  # wandb reads the variable of an argument that is None
-            "name": _variable("WANDB_NAME") or title(config, folder.path),
-            "config": {**dataclasses.asdict(config), "environment": dict(environment)},
+            "name": _variable("WANDB_NAME") or tracked.title,
+            "config": dict(tracked.settings),
         }
         self._init = without_secrets(described) | {
             "id": folder.wandb_id.read_text(encoding="utf-8").strip(),
@@ -118,7 +120,7 @@ class WandbRun:
                 console="off",
                 save_code=False,
                 disable_git=True,
-                stop_fn=stop,
+                stop_fn=tracked.stop,
                 x_disable_meta=without_secrets(sys.argv) != sys.argv,  # it has the command line as typed
                 x_transaction_log_flush_interval=1.0,  # seconds of rows that a killed offline run can lose
             ),
@@ -200,30 +202,27 @@ class WandbRun:
             action()
 
 
-def open_wandb(
-    config: RunConfig, folder: RunFolder, stop: Stop, rows: Sequence[Row], environment: Fields, say: Say
-) -> WandbRun | None:
+def open_wandb(tracked: TrackedRun, rows: Sequence[Row], say: Say) -> WandbRun | None:
     """Start or resume the wandb run of a run directory; never raises or prompts. None: off or impossible.
 
     A run that cannot go online is stored in the directory for a later upload; `say` gets the reason and the
     address of the run.
     """
-    for mode in _modes_to_try(wanted_mode(config), say):
+    for mode in _modes_to_try(wanted_mode(tracked.tracking.wandb), say):
         try:
-            tracker = WandbRun(config, folder, mode, stop, rows, environment)
+            tracker = WandbRun(tracked, mode, rows)
         except Exception as error:
             _warn(f"wandb cannot start {mode}: {first_line(error)}", say)
             end_service()
             continue
-        is_offline = f"offline; upload with: {upload_command(folder)}"
+        is_offline = f"offline; upload with: {upload_command(tracked.folder)}"
         say(f"wandb: {is_offline if mode == 'offline' else tracker.run.url}")
         return tracker
     return None
 
 
-def wanted_mode(config: RunConfig) -> WandbMode:
+def wanted_mode(wanted: WandbMode) -> WandbMode:
     """Return `tracking.wandb`; if it is `auto`, the mode of WANDB_MODE if that is set."""
-    wanted = config.tracking.wandb
     return _MODES.get(_variable("WANDB_MODE"), wanted) if wanted is WandbMode.auto else wanted
 
 
@@ -390,18 +389,15 @@ class Trackers:
                 _warn(f"{type(tracker).__name__} stops, training continues: {first_line(error)}", self._say)
 
 
-def open_trackers(
-    config: RunConfig, folder: RunFolder, stop: Stop, rows: Sequence[Row], environment: Fields, say: Say
-) -> Trackers:
+def open_trackers(tracked: TrackedRun, rows: Sequence[Row], say: Say) -> Trackers:
     """Start or resume the trackers of a run; does not wait for a server that is slow.
 
-    `rows` are those up to the checkpoint that training resumes from. `stop`, if someone stops the run on its
-    W&B page, and `say` are also called from other threads.
+    `rows` are those up to the checkpoint that training resumes from. Other threads call `say`, too.
     """
     trackers: list[Tracker] = []
-    if config.tracking.wandb is not WandbMode.off:
-        start = partial(open_wandb, config, folder, stop, list(rows), environment)
-        trackers.append(InBackground(start, say, folder))
-    if OtherTracker.tensorboard in config.tracking.also:
-        trackers.append(TensorBoard(folder, rows))
+    if tracked.tracking.wandb is not WandbMode.off:
+        start = partial(open_wandb, tracked, list(rows))
+        trackers.append(InBackground(start, say, tracked.folder))
+    if OtherTracker.tensorboard in tracked.tracking.also:
+        trackers.append(TensorBoard(tracked.folder, rows))
     return Trackers(trackers, say)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import set_seed
@@ -77,12 +77,12 @@ class Run:
         return self.world.on_main(guarded)
 
 
-def join(config: RunConfig, console: Console) -> AbstractContextManager[World]:
-    """Return the joined processes of this launch, whose failures the console reports."""
-    deepspeed_config = policy_config(config.parallelism, config.optim, config.model.dtype)
-    stacks = RunFolder.of(config).rank_stacks(os.environ.get("RANK", "0"))
-    reports = Reports(console.alarm, console.say, stacks)
-    return joined(deepspeed_config, config.parallelism.timeout_seconds, reports)
+def join(
+    deepspeed_config: dict[str, Any], timeout_seconds: int, folder: RunFolder, console: Console
+) -> AbstractContextManager[World]:
+    """Return the joined processes of this launch, whose failures the console and `folder` report."""
+    reports = Reports(console.alarm, console.say, folder.rank_stacks(os.environ.get("RANK", "0")))
+    return joined(deepspeed_config, timeout_seconds, reports)
 
 
 @contextlib.contextmanager
@@ -97,7 +97,8 @@ def open_run(
     parallelism = config.parallelism
     if not trains:
         parallelism = replace(parallelism, offload_optimizer=Offload.none, hpz=1)
-    joins = join(replace(config, parallelism=parallelism), console)
+    deepspeed_config = policy_config(parallelism, config.optim, config.model.dtype)
+    joins = join(deepspeed_config, parallelism.timeout_seconds, RunFolder.of(config), console)
     with deterministic_kernels(config.trainer.deterministic), joins as world:
         set_seed(config.trainer.seed % 2**32)
         grouped = with_sequence_groups(world, config.parallelism.sequence_parallel)

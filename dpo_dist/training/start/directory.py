@@ -18,7 +18,7 @@ import torch
 
 from dpo_dist.config.load import to_yaml
 from dpo_dist.config.run_folder import RunFolder, checkpoint_folders
-from dpo_dist.config.schema import Resume, RunConfig
+from dpo_dist.config.schema import Resume
 from dpo_dist.config.user_code import LOSS_FUNCTION, METRICS_FUNCTION, find_function
 from dpo_dist.distributed.checkpoint.saver import Checkpoint, latest_checkpoint, remove_unfinished
 from dpo_dist.foundation.errors import ConfigError, warn_on_bug
@@ -60,17 +60,17 @@ def lock_directory(run: Run) -> Iterator[None]:
 
 def find_start(run: Run) -> Checkpoint | RunState | None:
     """Return the checkpoint to continue from, or the state of a run whose model is written; collective."""
-    config, folder, world = run.config, run.folder, run.world
+    identity, folder, world, resume = run.config.identity, run.folder, run.world, run.config.run.resume
     checkpoint = None
-    if config.run.resume is not Resume.never:
+    if resume is not Resume.never:
         world.on_main(partial(recover_folder, folder.model))
-        if finished := world.on_main(partial(find_finished, config, folder)):
+        if finished := world.on_main(partial(find_finished, identity, folder)):
             return finished
         checkpoint = latest_checkpoint(folder.checkpoints, world)
     if checkpoint is None:
-        world.on_main(partial(check_fresh_start, config, folder))
+        world.on_main(partial(check_fresh_start, resume, folder))
     else:
-        world.on_main(partial(check_configuration, checkpoint.state, config, folder))
+        world.on_main(partial(check_configuration, checkpoint.state, identity, folder))
     return checkpoint
 
 
@@ -78,7 +78,7 @@ def describe_run(run: Run) -> dict[str, Any]:
     """Return the content of environment.json; collective."""
     config, world = run.config, run.world
     custom_loss = world.together(lambda: check_custom_loss(config.loss, world.device))
-    names = world.together(lambda: custom_metrics(config, world.device)).names
+    names = world.together(lambda: custom_metrics(config.metrics.function, config.loss, world.device)).names
     environment = world.on_main(lambda: describe_environment(world.size))
     for key, written in ((LOSS_FUNCTION, config.loss.function), (METRICS_FUNCTION, config.metrics.function)):
         if written is None:
@@ -97,18 +97,18 @@ def describe_run(run: Run) -> dict[str, Any]:
     return environment
 
 
-def check_disk_room(config: RunConfig, weights: int, done: int, steps: int) -> None:
-    """Check that the disk of `run.dir` has room for the checkpoints and the model of a run of `steps`.
+def check_disk_room(run: Run, weights: int, done: int, steps: int) -> None:
+    """Check that the disk has room for the checkpoints and the model of a run of `steps`.
 
     Not of an adapter, which is small, and not on a file system that reports no size. `done`: steps before
     this start.
     """
-    folder, trainer = RunFolder.of(config), config.trainer
+    config, folder, trainer = run.config, run.folder, run.config.trainer
     disk = shutil.disk_usage(folder.path)
     if config.model.adapter is not None or not disk.total:
         return
     checkpoint, model = (
-        int(state_bytes(config) * weights),
+        int(state_bytes(config.optim, trainer) * weights),
         TORCH_DTYPES[config.model.dtype].itemsize * weights,
     )
     # A checkpoint is complete before an older one is deleted; the model, which is smaller, is written then.

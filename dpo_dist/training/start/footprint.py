@@ -19,9 +19,11 @@ from dpo_dist.config.schema import (
     AttentionBackend,
     Dtype,
     Offload,
+    OptimConfig,
     Quantization,
     ReferenceMode,
     RunConfig,
+    TrainerConfig,
 )
 from dpo_dist.distributed.zero import STATES_OF_ADAM
 from dpo_dist.foundation.text import size
@@ -32,14 +34,14 @@ from dpo_dist.model.flops import visited_experts
 from dpo_dist.model.layers import decoder_layers, layer_values
 from dpo_dist.training.start.context import Run
 
-KEYS_OF_A_TOKEN = 1.6
+KEYS_PER_TOKEN = 1.6
 """Keys that attention keeps for a token, where responses share prompts: between 1 and this."""
 _KEPT_FREE = 0.1
 _MOST_TOKENS = 32_768  # more are not faster, and a reference scores several times as many at once
 _STEP = 256  # tokens; a smaller difference is not worth a number that is harder to read
 _CONTEXTS = 2e9  # CUDA's and NCCL's
 _GATHERED = 1e9  # weights that ZeRO-3 gathers at a time, or those of a layer
-BYTES_OF_QUANTIZED = {Quantization.int8: 1.0, Quantization.nf4: 0.53}
+BYTES_PER_QUANTIZED_WEIGHT = {Quantization.int8: 1.0, Quantization.nf4: 0.53}
 _TRACED = 64, 128  # tokens
 _TRACE = "dpo_dist_trace"
 
@@ -72,14 +74,47 @@ class Footprint:
 
 def footprint(config: RunConfig, causal_lm: Any, processes: int) -> Footprint:
     """Return the footprint of training `causal_lm`, the policy on the meta device, on each of `processes`."""
-    shares = config.parallelism.sequence_parallel
+    weights = _count(causal_lm)
+    trained = sum(weight.numel() for weight in causal_lm.parameters() if weight.requires_grad)
+    stage, number = ZERO_STAGES[config.parallelism.kind], TORCH_DTYPES[config.model.dtype].itemsize
+    master = state_bytes(config.optim, config.trainer)
+    if config.parallelism.offload_optimizer is not Offload.none:
+        master = 0.0
+    resident = config.parallelism.offload_parameters is Offload.none
+    held = float(number * weights)
+    if config.model.quantization is not None:
+        held -= (number - BYTES_PER_QUANTIZED_WEIGHT[config.model.quantization]) * quantized_weights(
+            causal_lm
+        )
+    # With bf16 stage 1 keeps the gradients of a micro-batch, too, beside their sum.
+    has_both = stage == 1 and config.model.dtype is Dtype.bf16
+    gradients = (4.0 + number * has_both) * trained
+    output = causal_lm.get_output_embeddings().weight
+    head = 2.2e9 + (4.0 * output.numel() if output.requires_grad else 0.0)
+    largest = max((_count(layer) for layer in decoder_layers(causal_lm)), default=0)
+    hpz = config.parallelism.hpz
+    parts = {
+        "copy of the weights": held / hpz if hpz > 1 else 0.0,
+        "weights": resident * held / (processes if stage == 3 else 1),
+        "gradients": gradients / (1 if stage == 1 else processes),
+        "optimizer states": master * trained / processes,
+        "gathered weights": number * max(_GATHERED, largest) if stage == 3 and processes > 1 else 0.0,
+        # DeepSpeed reduces float32 gradients 5e8 at a time.
+        "reduction": 3e9 * min(1.0, trained / 5e8) if stage == 1 and processes > 1 else 0.0,
+        "output layer": head,
+        "CUDA and NCCL": _CONTEXTS,
+    }
+    if config.reference.mode is ReferenceMode.live and config.reference.offload is Offload.none:
+        parts["reference"] = number * weights / processes
     per_token = activation_bytes(causal_lm, config.model.gradient_checkpointing)
-    return Footprint(_parts(config, causal_lm, processes), None if per_token is None else per_token / shares)
+    if per_token is not None:
+        per_token /= config.parallelism.sequence_parallel
+    return Footprint({name: part for name, part in parts.items() if part}, per_token)
 
 
-def state_bytes(config: RunConfig) -> float:
+def state_bytes(optim: OptimConfig, trainer: TrainerConfig) -> float:
     """Return the bytes of a trained weight in master weights and optimizer states, as in a checkpoint."""
-    return 4.0 * (1 + STATES_OF_ADAM[config.optim.kind] + (config.trainer.ema_decay is not None))
+    return 4.0 * (1 + STATES_OF_ADAM[optim.kind] + (trainer.ema_decay is not None))
 
 
 def fit_micro_batches(run: Run, causal_lm: Any) -> None:
@@ -105,40 +140,6 @@ def fit_micro_batches(run: Run, causal_lm: Any) -> None:
             "what does"
         )
     run.say(f"micro-batches: up to {run.micro_batch_tokens:,} tokens ({fit})")
-
-
-def _parts(config: RunConfig, causal_lm: Any, processes: int) -> dict[str, float]:
-    weights = _count(causal_lm)
-    trained = sum(weight.numel() for weight in causal_lm.parameters() if weight.requires_grad)
-    stage, number = ZERO_STAGES[config.parallelism.kind], TORCH_DTYPES[config.model.dtype].itemsize
-    master = state_bytes(config)
-    if config.parallelism.offload_optimizer is not Offload.none:
-        master = 0.0
-    resident = config.parallelism.offload_parameters is Offload.none
-    held = float(number * weights)
-    if config.model.quantization is not None:
-        held -= (number - BYTES_OF_QUANTIZED[config.model.quantization]) * quantized_weights(causal_lm)
-    # With bf16 stage 1 keeps the gradients of a micro-batch, too, beside their sum.
-    has_both = stage == 1 and config.model.dtype is Dtype.bf16
-    gradients = (4.0 + number * has_both) * trained
-    output = causal_lm.get_output_embeddings().weight
-    head = 2.2e9 + (4.0 * output.numel() if output.requires_grad else 0.0)
-    largest = max((_count(layer) for layer in decoder_layers(causal_lm)), default=0)
-    hpz = config.parallelism.hpz
-    parts = {
-        "copy of the weights": held / hpz if hpz > 1 else 0.0,
-        "weights": resident * held / (processes if stage == 3 else 1),
-        "gradients": gradients / (1 if stage == 1 else processes),
-        "optimizer states": master * trained / processes,
-        "gathered weights": number * max(_GATHERED, largest) if stage == 3 and processes > 1 else 0.0,
-        # DeepSpeed reduces float32 gradients 5e8 at a time.
-        "reduction": 3e9 * min(1.0, trained / 5e8) if stage == 1 and processes > 1 else 0.0,
-        "output layer": head,
-        "CUDA and NCCL": _CONTEXTS,
-    }
-    if config.reference.mode is ReferenceMode.live and config.reference.offload is Offload.none:
-        parts["reference"] = number * weights / processes
-    return {name: part for name, part in parts.items() if part}
 
 
 def quantized_weights(causal_lm: Any) -> int:
@@ -167,7 +168,7 @@ def activation_bytes(causal_lm: Any, checkpointing: str | int) -> float | None:
     number, hidden = int(causal_lm.dtype.itemsize), int(text.hidden_size)
     shapes = heads_of_layers(text)
     attention: float = sum(
-        number * (heads.query * heads.dim + KEYS_OF_A_TOKEN * heads.key * (heads.dim + heads.value_dim))
+        number * (heads.query * heads.dim + KEYS_PER_TOKEN * heads.key * (heads.dim + heads.value_dim))
         + 4 * heads.query
         for heads in shapes
     ) / len(shapes)

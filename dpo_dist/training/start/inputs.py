@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from dpo_dist.batching.sampler import BatchSampler, Indices, make_sampler
-from dpo_dist.config.identity import run_digest
+from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.losses import RouterConfig
-from dpo_dist.config.schema import ParallelismKind, ReferenceMode, RunConfig, SourceConfig
+from dpo_dist.config.schema import ModelConfig, ParallelismKind, ReferenceMode, SourceConfig
 from dpo_dist.data.counts import describe_counts, describe_short_run
 from dpo_dist.data.encoded.build import prepare_dataset, tokenizer_digest
 from dpo_dist.data.encoded.dataset import (
@@ -46,7 +46,7 @@ from dpo_dist.objective.router import RouterLoss
 from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
 from dpo_dist.training.start.context import Run
 from dpo_dist.training.start.footprint import fit_micro_batches
-from dpo_dist.training.start.resume import Identity, length_of
+from dpo_dist.training.start.resume import Identity
 
 T = TypeVar("T")
 
@@ -101,15 +101,14 @@ class Inputs(EvaluationInputs):
         return [(self.train_set, self.sampler.visited_indices()), *super().visited]
 
 
-def identify(config: RunConfig, inputs: Inputs) -> Identity:
+def identify(run: RunIdentity, inputs: Inputs) -> Identity:
     """Return the digests of all inputs that decide a run's result, and its length."""
     return {
-        "run_digest": run_digest(config),
+        **run.recorded,
         "data": inputs.train_set.fingerprint,
         "eval_data": inputs.eval_set.fingerprint if inputs.eval_set is not None else None,
         "model": inputs.policy_files.digest,
         "reference": inputs.reference_files.digest if inputs.reference_files is not None else None,
-        "length": length_of(config),
     }
 
 
@@ -130,8 +129,8 @@ def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
             also_in_train=partial(count_shared, eval_set, train_set),
             prompts_also_in_train=partial(count_shared_prompts, eval_set, train_set),
         )
-    train_set = _with_labels(run, train_set)
-    eval_set = None if eval_set is None else _with_labels(run, eval_set)
+    train_set = _with_labels_and_partners(run, train_set)
+    eval_set = None if eval_set is None else _with_labels_and_partners(run, eval_set)
     sampler = make_sampler(train_set.spans([source.weight for source in config.data.train]), config.trainer)
     inputs = Inputs(**vars(models) | {"eval_set": eval_set}, train_set=train_set, sampler=sampler)
     for name, dataset in inputs.named.items():
@@ -150,11 +149,11 @@ def load_evaluation_inputs(run: Run) -> EvaluationInputs:
     assert inputs.eval_set is not None, "evaluations have data"
     for line in describe_counts("eval", inputs.eval_set.counts):
         run.say(line)
-    return replace(inputs, eval_set=_with_labels(run, inputs.eval_set))
+    return replace(inputs, eval_set=_with_labels_and_partners(run, inputs.eval_set))
 
 
-def _with_labels(run: Run, dataset: PreferenceDataset) -> PreferenceDataset:
-    """Return the dataset with counts of its labels and the partners that the loss needs; collective."""
+def _with_labels_and_partners(run: Run, dataset: PreferenceDataset) -> PreferenceDataset:
+    """Return the dataset with the counts of its labels, and the partners that a loss needs; collective."""
     if run.config.loss.is_unpaired:
         good = int(dataset.labels_good(range(len(dataset))).sum())
         labels = {"good": good, "bad": len(dataset) - good}
@@ -172,17 +171,18 @@ def _load(
     `routers`: of a policy.
     """
     config, world = run.config, run.world
+    longest, ranks = config.data.max_length, config.parallelism.sequence_parallel
     folder = shared_model_folder(run, config.model.path, config.model.revision, "model.path")
     start = _on_every_rank(run, partial(start_folder, config.model), "looking for the adapter")
     tokenizer_files = tokenizer_folder(folder, start)
     tokenizer, digest = load_tokenizer(tokenizer_files, config.model), tokenizer_digest(tokenizer_files)
     with unsharded_loading(world):  # a sharded model has no shapes to count
-        model_config, causal_lm = checked_model(config, folder, start)
+        model_config, causal_lm = checked_model(config.model, folder, start, longest, ranks)
     flops, weights = step_flops(causal_lm), sum(map(torch.numel, causal_lm.parameters()))
     if trains:
         world.together(lambda: check_device(config.model, model_config.get_text_config(), world.device))
     router = router_loss(routers, causal_lm)
-    notes = training_notes(model_config, config.data.max_length)
+    notes = training_notes(model_config, longest)
     if not tokenizer.eos_token:
         notes.append(_NO_END)
     notes += base_notes(config.model, start)
@@ -218,15 +218,18 @@ def _load(
 
 
 def checked_model(
-    config: RunConfig, folder: Path, start: Path | None
+    model: ModelConfig, folder: Path, start: Path | None, longest: int, sequence_parallel: int
 ) -> tuple[PreTrainedConfig, PreTrainedModel]:
-    """Return the policy's configuration, and the model with its adapter on the meta device, both checked."""
-    model_config = load_config(folder, config.model)
+    """Return the policy's configuration, and the model with its adapter on the meta device, both checked.
+
+    `longest`: tokens of the longest prompt with its response.
+    """
+    model_config = load_config(folder, model)
     check_causal(model_config)
-    check_shared_tokens(model_config, config.parallelism.sequence_parallel)
-    causal_lm = without_weights(model_config, config.model, start)
-    check_contents_at_hand(folder, config.model)
-    check_positions(causal_lm, config.data.max_length)
+    check_shared_tokens(model_config, sequence_parallel)
+    causal_lm = without_weights(model_config, model, start)
+    check_contents_at_hand(folder, model)
+    check_positions(causal_lm, longest)
     return model_config, causal_lm
 
 
@@ -266,15 +269,3 @@ def shared_model_folder(
     """Return `model_folder` on every rank; collective."""
     find = partial(model_folder, path, revision, key, accepts_adapter=accepts_adapter)
     return _on_every_rank(run, find, f"downloading {path}")
-
-
-def with_stored_reference(config: RunConfig) -> RunConfig:
-    """Return `config` with the reference in the store, unless the loss uses none.
-
-    A reference beside the policy, or its base, is the same model.
-    """
-    former = config.reference
-    if former.mode in (ReferenceMode.none, ReferenceMode.cached):
-        return config
-    bits = config.model.quantization if former.mode is ReferenceMode.adapter else former.quantization
-    return replace(config, reference=replace(former, mode=ReferenceMode.cached, quantization=bits))

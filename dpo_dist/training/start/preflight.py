@@ -13,10 +13,12 @@ from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import (
     AttentionBackend,
     FusedLayers,
+    ModelConfig,
     OptimizerKind,
     ParallelismConfig,
     ParallelismKind,
     ReferenceMode,
+    Resume,
     RunConfig,
 )
 from dpo_dist.config.user_code import find_function
@@ -75,18 +77,18 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
     """
     if os.environ.get("RANK", "0") != os.environ.get("LOCAL_RANK", "0"):
         return
-    if trains:
-        check_newest_checkpoint(config)
+    run = RunFolder.of(config)
+    if trains and config.run.resume is not Resume.never:
+        check_newest_checkpoint(config.identity, run)
     if LossKind.custom in config.loss.kinds:
         find_function(config.loss.function)
     _check_packages(config, trains=trains)
     if starts or "WORLD_SIZE" in os.environ:
         _check_groups(config.parallelism, trains=trains)
-    _check_models(config)
+    _check_models(config.model, config.reference.path)
     for source in [*config.data.train, *config.data.eval]:
         check_source(source, config.data)
     check_template_file(config.data.chat_template)
-    run = RunFolder.of(config)
     is_begun = run.lock.exists() or run.state.exists()
     foreign = [run.path / CONFIG_FILE, *([] if is_begun else [run.config])]  # of a model, or of no run
     if trains and (there := [str(file) for file in foreign if file.is_file()]):
@@ -153,17 +155,17 @@ def _check_packages(config: RunConfig, *, trains: bool) -> None:
         )
 
 
-def _check_models(config: RunConfig) -> None:
+def _check_models(model: ModelConfig, reference_path: str | None) -> None:
     """Check the files of models in local folders; those on the hub are looked for when they are loaded."""
-    start, adapter = None, config.model.adapter
+    start, adapter = None, model.adapter
     if adapter is not None and adapter.path is not None:
         named = local_model_folder(adapter.path, None, "model.adapter.path", accepts_adapter=True)
-        start = None if named is None else start_folder(config.model)
-    policy = local_model_folder(config.model.path, config.model.revision)
+        start = None if named is None else start_folder(model)
+    policy = local_model_folder(model.path, model.revision)
     if policy is not None:
         check_weights(weight_files(policy), "model.path")
         check_tokenizer_files(tokenizer_folder(policy, start))
-    if config.reference.path is not None:
-        reference = local_model_folder(config.reference.path, None, "reference.path")
+    if reference_path is not None:
+        reference = local_model_folder(reference_path, None, "reference.path")
         if reference is not None:
             check_weights(weight_files(reference), "reference.path")

@@ -6,16 +6,16 @@ which also says how far the run has come, and in every checkpoint. Only the leng
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
 
-from dpo_dist.config.identity import run_digest
+from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import STATE, RunFolder, checkpoint_folders
-from dpo_dist.config.schema import Resume, RunConfig
+from dpo_dist.config.schema import Resume, TrainerConfig
 from dpo_dist.foundation.errors import CheckpointError, RunOutcome, dead_link, first_line
 from dpo_dist.foundation.files import write_text
 
@@ -82,90 +82,81 @@ def check_identity(recorded: Mapping[str, Any], identity: Identity, where: Path)
             )
 
 
-def length_of(config: RunConfig) -> str:
-    """Return the keys that say how long a run is, as text for its identity."""
-    return json.dumps({"epochs": config.trainer.epochs, "max_steps": config.trainer.max_steps})
-
-
-def has_other_length(recorded: Mapping[str, Any], config: RunConfig) -> bool:
-    """Return whether `config` is the recorded run with another length.
+def has_other_length(recorded: Mapping[str, Any], identity: RunIdentity) -> bool:
+    """Return whether the recorded run is this one at another length.
 
     `recorded`: the state of a checkpoint, or the identity in the state file.
     """
-    former = replace(config.trainer, **json.loads(recorded.get("length") or length_of(config)))
-    is_same = run_digest(replace(config, trainer=former)) == recorded.get("run_digest")
-    return is_same and former != config.trainer
+    is_same = recorded.get("run_digest_without_length") == identity.digest_without_length
+    return is_same and recorded["length"] != identity.length
 
 
-def check_configuration(recorded: Mapping[str, Any], config: RunConfig, folder: RunFolder) -> None:
-    """Check that a run directory belongs to `config`, or to a run of another length that is the same."""
-    digest = run_digest(config)
-    if recorded.get("run_digest") != digest and not has_other_length(recorded, config):
-        changed = changed_keys(folder.config, config)
-        function = config.loss.function
+def check_configuration(recorded: Mapping[str, Any], identity: RunIdentity, folder: RunFolder) -> None:
+    """Check that a run directory has this run, or the same one at another length."""
+    if recorded.get("run_digest") != identity.digest and not has_other_length(recorded, identity):
+        changed = changed_keys(folder.config, identity)
+        function = identity.config.loss.function
         source = "" if function is None else f", which depends on the source of {function}"
         raise CheckpointError(
             "the run directory belongs to another configuration",
             where=str(folder.config if changed else folder),
-            got=", ".join(f"{key}={new}" for key, (_, new) in changed.items()) or f"digest {digest}{source}",
+            got=", ".join(f"{key}={new}" for key, (_, new) in changed.items())
+            or f"digest {identity.digest}{source}",
             expected=", ".join(f"{key}={old}" for key, (old, _) in changed.items())
             or f"digest {recorded.get('run_digest')}",
             remedy="remove run.dir, which gives each configuration its own run directory, or set another one",
         )
 
 
-def describe_change(state: Mapping[str, Any], config: RunConfig, steps: int) -> str:
+def describe_change(state: Mapping[str, Any], trainer: TrainerConfig, steps: int) -> str:
     """Return a line about a checkpoint whose run continues to more `steps`; "" if its length is the same."""
     former = int(state.get("steps", steps))
     if steps < former:
         raise CheckpointError(
             "a run can be continued to a greater length only",
-            where="trainer.epochs" if config.trainer.max_steps is None else "trainer.max_steps",
+            where="trainer.epochs" if trainer.max_steps is None else "trainer.max_steps",
             got=f"{steps:,} steps",
             expected=f"at least {former:,} steps",
             remedy="set the length that the run had, a greater one, or another run.dir",
         )
     if steps == former:
         return ""
-    skipped = int(state["step"]) * config.trainer.global_batch_pairs - int(state["pairs_seen"])
+    skipped = int(state["step"]) * trainer.global_batch_pairs - int(state["pairs_seen"])
     partial = f"; the next {skipped} pairs of the order are not trained" if skipped else ""
     rate = "the learning rate follows the schedule of the new length"
     return f"training longer: {steps:,} steps in place of {former:,}; {rate}{partial}"
 
 
-def find_finished(config: RunConfig, folder: RunFolder) -> RunState | None:
-    """Return the state of a run that is complete at the length of `config` and has its model, else None.
+def find_finished(identity: RunIdentity, folder: RunFolder) -> RunState | None:
+    """Return the state of a run that is complete at this length and has its model, else None.
 
-    It is an error if `config` is another one.
+    It is an error if the directory has another run.
     """
     state = read_state(folder)
-    if state is None or not state.is_finished or has_other_length(state.identity, config):
+    if state is None or not state.is_finished or has_other_length(state.identity, identity):
         return None
     if not any(folder.model.glob("*.safetensors")):
         return None
-    check_configuration(state.identity, config, folder)
+    check_configuration(state.identity, identity, folder)
     return state
 
 
-def check_newest_checkpoint(config: RunConfig) -> None:
-    """Check that the newest checkpoint in the run directory, if it can be read, is of `config`."""
-    folder = RunFolder.of(config)
-    if config.run.resume is Resume.never:
-        return
+def check_newest_checkpoint(identity: RunIdentity, folder: RunFolder) -> None:
+    """Check that the newest checkpoint in a run directory, if it can be read, is of this run."""
     try:
         newest, *_ = checkpoint_folders(folder.checkpoints)
         state = json.loads((newest / STATE).read_bytes())
     except (OSError, ValueError):
         return
     if "run_digest" in state:
-        check_configuration(state, config, folder)
+        check_configuration(state, identity, folder)
 
 
-def check_fresh_start(config: RunConfig, folder: RunFolder) -> None:
+def check_fresh_start(resume: Resume, folder: RunFolder) -> None:
     """Refuse a start at step 0 where a checkpoint is required, or where it would replace a result."""
     state, has_model = read_state(folder), folder.model.is_dir()
     used = [path.name for path in (folder.checkpoints, folder.metrics, folder.model) if path.exists()]
-    if config.run.resume is Resume.never:
+    if resume is Resume.never:
         if not used:
             return
         fault = f"the run directory has results of a run ({', '.join(used)}), and run.resume=never"
@@ -179,7 +170,7 @@ def check_fresh_start(config: RunConfig, folder: RunFolder) -> None:
     elif dead := dead_link(folder.checkpoints):
         fault = f"the checkpoints of this run directory are {dead}"
         remedy = "mount its disk or make the folder; to train from the beginning delete the link"
-    elif config.run.resume is Resume.must:
+    elif resume is Resume.must:
         fault, remedy = "there is no checkpoint to resume from", "set run.resume=auto to start a new run"
     else:
         return

@@ -11,7 +11,7 @@ import torch
 from dpo_dist.config.metrics import PREFIX
 from dpo_dist.config.rules import direction_of
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import Direction, RunConfig, TrainerConfig
+from dpo_dist.config.schema import Direction, TrainerConfig
 from dpo_dist.data.records import Origin
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import PolicyEngine
@@ -19,7 +19,7 @@ from dpo_dist.foundation.errors import ConfigError, DivergedError
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.text import first_few
 from dpo_dist.objective.losses import RunningMeans, preference_loss
-from dpo_dist.objective.metrics import AUC, MARGIN_PERCENTILES, MetricPlan, custom_metrics
+from dpo_dist.objective.metrics import AUC, MARGIN_PERCENTILES, MetricPlan
 from dpo_dist.training.reporting.metrics_log import Row, is_collapsed, logps_by_side, usual_loss
 from dpo_dist.training.steps.gather import gather_scored, in_batch_order
 from dpo_dist.training.steps.state import BestCheckpoint, Health, Position
@@ -39,15 +39,14 @@ def count_spike(row: Row, rows: Sequence[Row], say: Callable[[str], None]) -> No
         )
 
 
-def check_keep_best(config: RunConfig, labels: tuple[str, ...], device: torch.device | None = None) -> None:
-    """Check that every evaluation has the metric `trainer.keep_best`; `labels`: of its sources."""
-    metric, loss = config.trainer.keep_best, config.loss
-    measured = MetricPlan(loss, labels, True, custom_metrics(config, device)).rows
+def check_keep_best(metric: str, plan: MetricPlan) -> None:
+    """Check that every evaluation has the metric of `trainer.keep_best`."""
+    loss, labels = plan.loss, plan.labels
     more = MARGIN_PERCENTILES if loss.compares_pairs else ()
     if loss.is_unpaired:
         more = tuple(f"{AUC}/{label}" for label in labels)
-    names = [PREFIX + name for name in (*measured, *more)]
-    if metric is not None and metric not in names:
+    names = [PREFIX + name for name in (*plan.rows, *more)]
+    if metric not in names:
         near = difflib.get_close_matches(metric, names, n=3) or names[:3]
         raise ConfigError(
             "the evaluations of this run do not have this metric",

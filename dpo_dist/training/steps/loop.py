@@ -224,8 +224,9 @@ class Loop:
     def record_evaluation(self, position: Position) -> None:
         """Evaluate, record the row, and update `position.best`; collective. May raise `Interrupted`."""
         started, world = time.monotonic(), self.run.world
-        dataset, every = self.inputs.visited[-1]  # the evaluation data
-        rank_batch = self.run.shard(dataset, every, self.costs)
+        dataset = self.inputs.eval_set
+        assert dataset is not None, "evaluations have data"
+        rank_batch = self.run.shard(dataset, np.arange(len(dataset)), self.costs)
         policy = None if self.start_is_known and position.step == 0 else self.policy
         self.policy.train(False)
         metrics, values = evaluate(

@@ -187,8 +187,9 @@ class Objective:
 class RouterTerms:
     """Adds the losses of the routers to the micro-batches of one rank in one step.
 
-    At first the selections of all micro-batches of this rank but the first are counted: from `known`, the
-    `routing_sums` of all, if they are scored already, else by a forward of each. Collective.
+    The losses need the experts' selections of the whole batch before the first backward. The first
+    micro-batch counts its own; those of the others are counted here, from `known`, the `routing_sums` of all
+    micro-batches, if they are scored already, else by a forward of each. Collective.
     `unshared_tokens`: tokens of the global batch, a prompt once for each response.
     """
 
@@ -240,8 +241,8 @@ def train_step(
 ) -> tuple[MetricSums, Tensor]:
     """Update the policy on one global batch; collective.
 
-    A coupled loss is computed before, from all log-probs of the global batch without a graph; then each
-    micro-batch is forwarded again, and what flows back are the derivatives of the loss by its log-probs.
+    A coupled loss needs the log-probs of the whole global batch, so these are computed first, without a
+    graph; a second forward of each micro-batch then backpropagates d loss / d log-prob.
 
     Return this rank's metric sums, and the gradient norm before clipping: a scalar on the device, the same on
     all ranks, infinite if the update was skipped.
@@ -291,10 +292,10 @@ def train_step(
     clock.enter("optimizer")
     grad_norm = policy.step(rate)
     clock.enter("other")
-    return _with_labels(sums, rewards, rank_batch, facts, world), grad_norm
+    return _with_label_metrics(sums, rewards, rank_batch, facts, world), grad_norm
 
 
-def _with_labels(
+def _with_label_metrics(
     sums: MetricSums, rewards: Sequence[Tensor], rank_batch: RankBatch, facts: BatchFacts, world: World
 ) -> MetricSums:
     """Return sums with the metrics that labelled records of a global batch have together; collective.
@@ -394,6 +395,6 @@ def evaluate(
     parts = [torch.stack([*part.values()]) for part in values]
     table = in_batch_order(parts, rank_batch, world).float().cpu().numpy()
     rewards = [(part["reward_chosen"] + part["reward_rejected"])[None] for part in values]
-    sums = _with_labels(sums, rewards, rank_batch, facts, world)
+    sums = _with_label_metrics(sums, rewards, rank_batch, facts, world)
     means = MetricSums(sums.names, world.sum_replicas(sums.values)).means()
     return means, PairValues.of(dict(zip(values[0], table, strict=True)))

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from dpo_dist.config.command_line import explain
 from dpo_dist.config.fields import fields_of
-from dpo_dist.config.identity import differing_keys, run_digest, settings
+from dpo_dist.config.identity import differing_keys, settings
 from dpo_dist.config.keys import all_keys, group_folders
 from dpo_dist.config.load import from_yaml, load_points, to_yaml
 from dpo_dist.config.losses import (
@@ -138,11 +138,11 @@ def test_a_sweep_over_an_option_has_a_run_for_each_value() -> None:
 
 def test_the_digest_has_the_options_of_the_kind_and_defaults_count_as_written() -> None:
     simpo = configured("loss=simpo")
-    assert run_digest(simpo) == run_digest(configured("loss=simpo loss.options.gamma=1"))
-    assert run_digest(simpo) != run_digest(configured("loss=simpo loss.options.gamma=1.1"))
-    assert run_digest(configured(SIMPO_AND_SFT % 1)) != run_digest(configured(SIMPO_AND_SFT % 2))
+    assert simpo.identity.digest == configured("loss=simpo loss.options.gamma=1").identity.digest
+    assert simpo.identity.digest != configured("loss=simpo loss.options.gamma=1.1").identity.digest
+    assert configured(SIMPO_AND_SFT % 1).identity.digest != configured(SIMPO_AND_SFT % 2).identity.digest
     written = configured(SIMPO_AND_SFT % 0.5)
-    assert run_digest(written) == run_digest(configured("loss.terms=[{kind:simpo},{kind:sft}]"))
+    assert written.identity.digest == configured("loss.terms=[{kind:simpo},{kind:sft}]").identity.digest
 
 
 def test_the_settings_of_a_run_have_the_options_that_are_not_at_their_default() -> None:
@@ -154,7 +154,7 @@ def test_the_settings_of_a_run_have_the_options_that_are_not_at_their_default() 
     ]
     assert settings(configured(SIMPO_AND_SFT % 0.5))["loss.terms"] == [{"kind": "simpo"}, {"kind": "sft"}]
     old, new = configured("loss.kind=simpo"), configured("loss.kind=simpo loss.options.gamma=2")
-    assert differing_keys(old, new) == {"loss.options": (None, {"gamma": 2.0})}
+    assert differing_keys(old.identity, new.identity) == {"loss.options": (None, {"gamma": 2.0})}
 
 
 def test_help_of_an_option_has_its_kind_and_paper_twice_if_two_kinds_have_the_name() -> None:

@@ -14,9 +14,7 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.core_model_loading import Transpose
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 
 from dpo_dist.config.load import load_run_config
@@ -24,7 +22,6 @@ from dpo_dist.config.schema import Dtype, ModelConfig, Quantization
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.files.folder import model_folder, weight_files
 from dpo_dist.model.files.load import (
-    _whole_shapes,
     check_same_vocabulary,
     load_config,
     load_packed,
@@ -381,17 +378,3 @@ def test_a_reference_has_the_policys_ids_for_the_same_tokens(tmp_path: Path) -> 
     for file in folder.glob("tokenizer*"):
         file.unlink()
     check_same_vocabulary(folder, tokenizer, FP32)
-
-
-def test_transformers_transposes_by_the_shape_of_a_whole_weight() -> None:
-    """Its private part has this form in the version that is installed: ZeRO-3 leaves an empty shard."""
-    model = nn.Linear(2, 3)
-    model.weight.ds_shape, model.weight.data = model.weight.shape, torch.empty(0)
-    files, names = {"weight": torch.ones(3, 2)}, (["weight"], ["weight"])
-    with _whole_shapes():
-        kept = Transpose(check_dims=True).convert(files, *names, model=model, full_layer_name="weight")
-    assert kept["weight"].shape == (3, 2)
-    (turned,) = (
-        Transpose(check_dims=True).convert(files, *names, model=model, full_layer_name="weight").values()
-    )
-    assert turned.shape == (2, 3), "transformers knows whole shapes by itself: remove _whole_shapes"

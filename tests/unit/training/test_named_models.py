@@ -110,7 +110,9 @@ def test_names_of_results_differ_by_model_pairs_reference_and_loss(tmp_path: Pat
             reference_files=SimpleNamespace(digest=reference),
         )
         config = configured(tmp_path, *overrides)
-        return Evaluated(str(tmp_path / place), is_checkpoint=True).name(config, inputs)
+        return Evaluated(str(tmp_path / place), is_checkpoint=True).name(
+            inputs, config.model, config.loss, config.metrics.function
+        )
 
     for place in ("step-000003", "other/step-000003"):
         (tmp_path / place).mkdir(parents=True)

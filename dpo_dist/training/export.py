@@ -1,7 +1,8 @@
-"""Write a checkpoint as a model folder: at the end of training, and by the verb `export`; in one process."""
+"""Write a checkpoint, or a mean of models, as a model folder: at the end of a run, and by a verb."""
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig
 
+from dpo_dist.config.identity import settings
 from dpo_dist.config.load import from_yaml
-from dpo_dist.config.run_folder import existing_run
-from dpo_dist.config.schema import ExportedWeights, RunConfig
+from dpo_dist.config.run_folder import RunFolder, existing_run, step_of
+from dpo_dist.config.schema import ExportedWeights, ModelConfig, RunConfig
 from dpo_dist.data.text.template import with_chosen_template
-from dpo_dist.distributed.checkpoint.saver import MANIFEST, damaged_checkpoint, find_faults, read_weights
+from dpo_dist.distributed.checkpoint.saver import (
+    MANIFEST,
+    checkpoint_state,
+    damaged_checkpoint,
+    find_faults,
+    read_weights,
+)
 from dpo_dist.distributed.checkpoint.slices import EMA, WEIGHT
-from dpo_dist.foundation.errors import CheckpointError, ConfigError
+from dpo_dist.foundation.console import Console
+from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome, first_line
 from dpo_dist.foundation.files import (
     collect_abandoned,
     content_digest,
@@ -28,6 +37,7 @@ from dpo_dist.model.architectures import auto_class
 from dpo_dist.model.files.folder import (
     ADAPTER_WEIGHTS,
     description_folder,
+    has_tokenizer,
     is_adapter,
     model_folder,
     start_folder,
@@ -45,12 +55,16 @@ from dpo_dist.model.files.save import (
     ignored_tensors,
     save_tokenizer,
     write_adapter,
+    write_mean,
     write_merged,
     write_weights,
     writing_errors,
 )
-from dpo_dist.model.files.stops import trained_stops, write_stops
+from dpo_dist.model.files.stops import given_stops, trained_stops, write_stops
 from dpo_dist.model.layers import other_weights
+from dpo_dist.model.library_internals import ignored_patterns
+from dpo_dist.reference.digest import digest_model
+from dpo_dist.training.reporting.metrics_log import read_latest_rows
 
 _PARTS = {ExportedWeights.last: WEIGHT, ExportedWeights.ema: EMA}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # of `export.dtype`
@@ -101,7 +115,9 @@ def export_checkpoint(
         folder.parent.mkdir(parents=True, exist_ok=True)
         collect_abandoned(folder.parent)  # of exports that were killed
     with writing_errors(folder), staged_folder(folder, replaces=replaces) as temporary:
-        weights = _untrained(causal_lm, config, dtype) if is_whole else {}  # first: it reads the whole base
+        weights = (
+            _untrained(causal_lm, config.model, dtype) if is_whole else {}
+        )  # first: it reads the whole base
         weights |= {name: read(name) for name in saved.shapes}
         if is_whole:
             write_weights(temporary, causal_lm, weights, base)
@@ -122,7 +138,7 @@ def export_checkpoint(
         if card is not None and (text := card(auto_class(model_config, code).__name__)):
             (temporary / "README.md").write_text(text, encoding="utf-8")
         if config.export.check and not is_new:
-            _check_written(temporary, list(saved.shapes) if is_whole else [], read, config)
+            _check_written(temporary, list(saved.shapes) if is_whole else [], read, trusts_code=code)
 
 
 def written_checkpoint(
@@ -144,13 +160,13 @@ def written_checkpoint(
 
 
 def _check_written(
-    folder: Path, trained: Sequence[str], read: Callable[[str], Tensor], config: RunConfig
+    folder: Path, trained: Sequence[str], read: Callable[[str], Tensor], *, trusts_code: bool
 ) -> None:
     """Load what was written as others will, and compare it with the trained weights of a whole model."""
     if is_adapter(folder):
         weights = load_file(folder / ADAPTER_WEIGHTS)
     else:
-        weights = dict(_loaded(folder, config).named_parameters())
+        weights = dict(_loaded(folder, trusts_code=trusts_code).named_parameters())
     wrong = [name for name in trained if not torch.equal(weights[name], read(name))]
     wrong += [name for name, weight in weights.items() if not trained and not weight.isfinite().all()]
     if wrong:
@@ -162,7 +178,7 @@ def _check_written(
         )
 
 
-def _untrained(causal_lm: Any, config: RunConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+def _untrained(causal_lm: Any, model: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return buffers, weights that are not trained, and ignored tensors as in the base's files.
 
     Those that text does not use become `dtype`, the others keep theirs: routers compute in float32.
@@ -170,15 +186,76 @@ def _untrained(causal_lm: Any, config: RunConfig, dtype: torch.dtype) -> dict[st
     others = other_weights(causal_lm)
     frozen = {name: w in others for name, w in causal_lm.named_parameters() if not w.requires_grad}
     wanted = frozen.keys() | (dict(causal_lm.named_buffers()).keys() & causal_lm.state_dict().keys())
-    if not wanted and not type(causal_lm)._keys_to_ignore_on_load_unexpected:
+    if not wanted and not ignored_patterns(causal_lm):
         return {}
-    folder = model_folder(config.model.path, config.model.revision)
-    loaded = _loaded(folder, config).state_dict() if wanted else {}
+    folder = model_folder(model.path, model.revision)
+    loaded = _loaded(folder, trusts_code=model.trust_remote_code).state_dict() if wanted else {}
     kept = {name: loaded[name].to(dtype) if frozen.get(name) else loaded[name] for name in wanted}
     return kept | ignored_tensors(causal_lm, folder, dtype)
 
 
-def _loaded(folder: Path, config: RunConfig) -> Any:
-    code = config.model.trust_remote_code
-    kind = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=code), code)
-    return kind.from_pretrained(folder, dtype="auto", use_safetensors=True, trust_remote_code=code)
+def _loaded(folder: Path, *, trusts_code: bool) -> Any:
+    kind = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=trusts_code), trusts_code)
+    return kind.from_pretrained(folder, dtype="auto", use_safetensors=True, trust_remote_code=trusts_code)
+
+
+def check_base(model: ModelConfig, store: Path, recorded: str | None) -> None:
+    """Check that the files that become part of the result are those that training started from."""
+    base, start = model_folder(model.path, model.revision), start_folder(model)
+    digest = digest_model(base, store, remote_code=model.trust_remote_code, adapter=start).digest
+    if recorded != digest:
+        raise ConfigError(
+            "the model that this run started from has changed since",
+            where="model.path" if start is None else "model.path, model.adapter.path",
+            got=f"digest {digest}",
+            expected=f"digest {recorded}",
+            remedy="restore its files",
+        )
+
+
+def export_model(
+    config: RunConfig, checkpoint: Path, output: Path, console: Console, run_card: Callable[..., str]
+) -> None:
+    """Write `output` from a checkpoint, checked, whole or not at all, with the card of `run_card`."""
+    console.say(f"reading {checkpoint}")
+    try:
+        state = checkpoint_state(checkpoint)
+    except (OSError, ValueError) as error:
+        raise damaged_checkpoint(checkpoint, [first_line(error)]) from error
+    if config.model.adapter is not None and config.export.merge:  # the base is part of the result
+        check_base(config.model, Path(config.reference.store), state.get("model"))
+
+    def card(loader: str) -> str:
+        folder, step = RunFolder.of(config), step_of(checkpoint.name)
+        is_end = step == state["steps"]
+        summary = {
+            "exit": (RunOutcome.completed if is_end else RunOutcome.preempted).value,
+            "steps": step,
+            "pairs_seen": state["pairs_seen"],
+            "reference": state["reference_report"],
+            "settings": settings(config),
+            "bands": [asdict(band) for band in config.metrics.bands],
+            "data": state["counts"],
+        }
+        rows = [row for row in read_latest_rows(folder) if row["step"] <= state["step"]]
+        versions = json.loads(folder.environment.read_bytes())["packages"]
+        is_evaluated = is_end and config.export.weights is ExportedWeights.last
+        merged = replace(config, model=replace(config.model, adapter=None)) if config.export.merge else config
+        return run_card(merged, rows, summary, console.say, versions, loader, is_evaluated=is_evaluated)
+
+    export_checkpoint(checkpoint, output, config, card, replaces=False)
+
+
+def export_average(config: RunConfig, members: Sequence[Path], output: Path) -> None:
+    """Write the weighted mean of whole models, whole or not at all."""
+    given = [member.weight for member in config.export.average]
+    shares = [(weight / sum(given), member) for weight, member in zip(given, members, strict=True)]
+    dtype = None if config.export.dtype is None else DTYPES[config.export.dtype]
+    with writing_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with staged_folder(output, replaces=False) as temporary:
+            write_mean(temporary, shares, dtype)
+            stops = [stop for member in members for stop in given_stops(member)]
+            if has_tokenizer(temporary):
+                stops += trained_stops(load_tokenizer(temporary, config.model), config.data)
+            write_stops(temporary, members[0], stops)
