@@ -12,7 +12,8 @@ from transformers import AutoConfig
 
 from dpo_dist.config.load import from_yaml
 from dpo_dist.config.run_folder import existing_run
-from dpo_dist.config.schema import ExportedWeights, RunConfig
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.verb_sections import ExportedWeights
 from dpo_dist.data.text.template import with_chosen_template
 from dpo_dist.distributed.checkpoint import MANIFEST, damaged_checkpoint, find_faults, read_weights
 from dpo_dist.distributed.slices import EMA, WEIGHT

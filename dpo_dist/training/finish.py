@@ -8,7 +8,8 @@ from typing import Any
 
 from dpo_dist.config.identity import settings
 from dpo_dist.config.run_folder import RunFolder, checkpoint_name, step_of
-from dpo_dist.config.schema import ExportedWeights, FinalModel, RunConfig
+from dpo_dist.config.schema import FinalModel, RunConfig
+from dpo_dist.config.verb_sections import ExportedWeights
 from dpo_dist.distributed.checkpoint import checkpoint_state, damaged_checkpoint, drop_checkpoints
 from dpo_dist.distributed.export import DTYPES, export_checkpoint
 from dpo_dist.distributed.memory import peak_memory_bytes

@@ -10,15 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dpo_dist.config.losses import balancing_weight
-from dpo_dist.config.schema import (
-    NO_MODEL,
-    DataConfig,
-    FailOn,
-    OnBadRecord,
-    RunConfig,
-    SourceConfig,
-    TextTemplate,
-)
+from dpo_dist.config.schema import NO_MODEL, DataConfig, OnBadRecord, RunConfig, SourceConfig, TextTemplate
+from dpo_dist.config.verb_sections import FailOn
 from dpo_dist.data.encoded.build import Progress, in_order, no_progress, prepare_dataset, tokenizer_digest
 from dpo_dist.data.encoded.dataset import (
     PreferenceDataset,

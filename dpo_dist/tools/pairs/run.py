@@ -14,15 +14,8 @@ import numpy as np
 
 from dpo_dist.config.identity import plain
 from dpo_dist.config.run_folder import RunFolder, check_writable
-from dpo_dist.config.schema import (
-    DataConfig,
-    DropOrKeep,
-    PairsConfig,
-    PairSelection,
-    PairsMethod,
-    RunConfig,
-    SourceConfig,
-)
+from dpo_dist.config.schema import DataConfig, RunConfig, SourceConfig
+from dpo_dist.config.verb_sections import DropOrKeep, PairsConfig, PairSelection, PairsMethod
 from dpo_dist.data.counts import NOT_ASKED, in_one_line
 from dpo_dist.data.formats import read_prompts, read_records
 from dpo_dist.data.read.sources import pinned

@@ -6,8 +6,9 @@ from pathlib import Path
 from dpo_dist.config.fields import fields_of
 from dpo_dist.config.rules import Rule, check, check_needs, unused
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import NO_MODEL, PairsMethod, RunConfig, SamplingConfig, SourceConfig
+from dpo_dist.config.schema import NO_MODEL, RunConfig, SourceConfig
 from dpo_dist.config.user_code import user_function
+from dpo_dist.config.verb_sections import PairsMethod, SamplingConfig
 from dpo_dist.data.formats import check_source
 from dpo_dist.model.folder import local_model_folder
 from dpo_dist.verbs.named_models import located
@@ -42,8 +43,8 @@ _ENDPOINT_HAS_MODEL = Rule(
 )
 _NO_ROUNDS = "rounds cannot be done with this setting"
 _RULES = (
-    *(unused(f"pairs.{name}", unless) for unless, names in _EFFECTS.items() for name in names.split()),
     *(unused(f"sampling.{name}", _RESPONDS) for name in fields_of(SamplingConfig)),
+    *(unused(f"pairs.{name}", unless) for unless, names in _EFFECTS.items() for name in names.split()),
     _ENDPOINT_HAS_MODEL,
     Rule(
         "run.resume!=auto",

@@ -10,15 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dpo_dist.config.schema import (
-    ZERO_STAGES,
-    Dtype,
-    Offload,
-    ParallelismKind,
-    PlanConfig,
-    ReferenceMode,
-    RunConfig,
-)
+from dpo_dist.config.schema import ZERO_STAGES, Dtype, Offload, ParallelismKind, ReferenceMode, RunConfig
+from dpo_dist.config.verb_sections import PlanConfig
 from dpo_dist.model.flops import REACHED_SHARES, matmul_peak, recomputed_share, step_flops, visited_experts
 from dpo_dist.model.load import TORCH_DTYPES
 from dpo_dist.tools.sampling.settings import sampling_of

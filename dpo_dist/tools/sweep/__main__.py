@@ -33,7 +33,8 @@ from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import Points
 from dpo_dist.config.mistakes import raise_all
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import ConsoleStyle, RunConfig, SweepConfig
+from dpo_dist.config.schema import ConsoleStyle, RunConfig
+from dpo_dist.config.verb_sections import SweepConfig
 from dpo_dist.foundation.console import Console, open_console
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, RunOutcome
 from dpo_dist.foundation.exit import Errors, exit_after

@@ -19,14 +19,8 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import (
-    ModelConfig,
-    OtherTracker,
-    RunConfig,
-    SamplesConfig,
-    TrackingConfig,
-    WandbMode,
-)
+from dpo_dist.config.schema import ModelConfig, OtherTracker, RunConfig, TrackingConfig, WandbMode
+from dpo_dist.config.verb_sections import SamplesConfig
 from dpo_dist.foundation.files import write_text
 from dpo_dist.training.trackers import (
     InBackground,
