@@ -26,12 +26,11 @@ from dpo_dist.config.schema import (
     AdapterVariant,
     DataConfig,
     Dtype,
-    ExportConfig,
-    ExportedWeights,
     ModelConfig,
     RunConfig,
     SourceConfig,
 )
+from dpo_dist.config.verb_sections import ExportConfig, ExportedWeights
 from dpo_dist.data.text.template import chosen_template
 from dpo_dist.distributed.checkpoint.saver import MANIFEST, Entries, write_slices
 from dpo_dist.distributed.checkpoint.slices import ModelSlices, Slice

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.load import load_run_config, to_yaml
-from dpo_dist.config.schema import ExportConfig, FinalModel, RunConfig
+from dpo_dist.config.schema import FinalModel, RunConfig
+from dpo_dist.config.verb_sections import ExportConfig
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
 from dpo_dist.tools.evaluation import models as loading
