@@ -247,8 +247,9 @@ def test_a_process_group_is_forgotten() -> None:
     start_world(config, 60)
     assert deepspeed.comm.is_initialized()
     deepspeed.comm.destroy_process_group()
+    assert deepspeed.comm.comm.cdb is not None, "DeepSpeed forgets the group by itself: remove its part here"
     forget_process_group()
-    assert not deepspeed.comm.is_initialized()
+    assert deepspeed.comm.comm.cdb is None
     stop_world()
     PartialState(cpu=True)
     forget_accelerate_state()
