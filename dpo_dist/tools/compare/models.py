@@ -4,7 +4,7 @@ import heapq
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ from dpo_dist.tools.compare.start import MODELS_KEY, NamedModel
 from dpo_dist.tools.evaluation.trained_prompts import count_trained
 from dpo_dist.tools.shared.records import good_records, side_of
 from dpo_dist.tools.shared.sampling.dry_run import check_model, check_report, first_records
-from dpo_dist.tools.shared.sampling.generate import Request, Sample, Sampling, generate
+from dpo_dist.tools.shared.sampling.generate import Request, Sample, generate
 from dpo_dist.tools.shared.sampling.judges import Judge, open_judge
 from dpo_dist.tools.shared.sampling.prompts import (
     Parts,
@@ -57,6 +57,7 @@ from dpo_dist.tools.shared.sampling.prompts import (
     open_judge_together,
 )
 from dpo_dist.tools.shared.sampling.respond import Completions, ModelSource, Responder, open_responder
+from dpo_dist.tools.shared.sampling.settings import Sampling, sampling_of
 from dpo_dist.training.export import written_checkpoint
 from dpo_dist.training.start.context import Run
 
@@ -119,6 +120,10 @@ class ComparedModel:
         """Its name in the results."""
         return self.source.name
 
+    @property
+    def _sampling(self) -> Sampling:
+        return sampling_of("compare", self.prompts.run.config.sampling)
+
     @cached_property
     def responder(self) -> Responder:
         """Its tokenizer and stop tokens."""
@@ -130,7 +135,7 @@ class ComparedModel:
         config = self.prompts.run.config
         model = config.model
         model_config = replace(scored_model(model, model.quantization), fused=FusedLayers.none)
-        longest = config.data.max_length + config.compare.max_new_tokens
+        longest = config.data.max_length + self._sampling.max_new_tokens
         if self.responder.longest is not None:
             longest = min(longest, self.responder.longest)
         world = self.prompts.run.world
@@ -149,10 +154,9 @@ class ComparedModel:
             with self._packed.unpacked() as causal_lm:
                 return generate(causal_lm, requests, sampling, self.responder.stop_ids, _BATCH_TOKENS)
 
-        settings = self.prompts.run.config.compare
         self.responses = self.prompts.responses(
             self.source,
-            Sampling(settings.max_new_tokens, settings.temperature),
+            self._sampling,
             range(1),
             lambda: (self.responder, samples),
         )
@@ -229,7 +233,7 @@ def compare_models(
         with console.heartbeat("reading prompts"):
             records, labels = world.on_main(lambda: held_out(config.data, wanted, console.say))
         parts = in_parts(records, PROMPTS_AT_ONCE)
-        prompts = Prompts(run, folder.comparison_parts, parts, "compare.max_new_tokens")
+        prompts = Prompts(run, folder.comparison_parts, parts)
         judge, described = open_judge_together(run)
         speakers = []
         for model in models:
@@ -341,7 +345,8 @@ def _write(
     labels: Mapping[str, str],
 ) -> dict[str, Any]:
     run = speakers[0].prompts.run
-    folder, settings, console, counts = run.folder, run.config.compare, run.console, Counter[str]()
+    folder, console, counts = run.folder, run.console, Counter[str]()
+    sampling = asdict(sampling_of("compare", run.config.sampling))
     names = [speaker.name for speaker in speakers]
     files.collect_abandoned(folder.comparison)
     with files.staged_file(folder.comparison_answers) as temporary:  # after an error earlier answers stay
@@ -350,7 +355,7 @@ def _write(
                 "no prompt can be used with every model",
                 where="data.eval",
                 got="; ".join(line.strip() for line in count_lines(counts)),
-                remedy="raise data.max_length, lower compare.max_new_tokens, or use other data",
+                remedy="raise data.max_length, lower sampling.max_new_tokens, or use other data",
             )
         sections = comparison(files.read_lines(temporary), names)
     for speaker, row in zip(speakers, sections["models"], strict=True):
@@ -368,7 +373,7 @@ def _write(
         **sections,
         "prompts_also_in_train": trained,
         "counts": dict(sorted(counts.items())),
-        "sampling": {"temperature": settings.temperature, "max_new_tokens": settings.max_new_tokens},
+        "sampling": {name: value for name, value in sampling.items() if name != "seed"},
         "version": dpo_dist.__version__,
     }
     written: dict[str, Any] = files.for_json(results)
@@ -383,14 +388,12 @@ def dry_run_comparison(config: RunConfig, models: Sequence[NamedModel]) -> str:
     check_writable(RunFolder.of(config).path)
     lines: list[str] = []
     records = first_records(config.data.eval_sources, read_prompts, config.data, lines.append)
+    tokens = sampling_of("compare", config.sampling).max_new_tokens
     for model in models:
         if model.is_checkpoint:
             lines.append(f"{model.location}, a checkpoint")
         else:
-            new_tokens = config.compare.max_new_tokens
-            check_model(
-                model.location, config.model, config.data, new_tokens, records, lines.append, MODELS_KEY
-            )
+            check_model(model.location, config.model, config.data, tokens, records, lines.append, MODELS_KEY)
     judge = open_judge(config.pairs, config.model, Path(config.reference.store))
     if judge is not None:
         judge.check()

@@ -9,7 +9,7 @@ import yaml
 from dpo_dist.config.keys import as_written, run_keys
 from dpo_dist.config.losses import LossKind, kinds_using
 from dpo_dist.config.mistakes import SCHEMA, answers_to, as_tree, fits, meant
-from dpo_dist.config.rules import RULES, resolve_reference
+from dpo_dist.config.rules import resolve_reference, rules_of
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.tools.convert.reading import Foreign
@@ -290,7 +290,7 @@ def _obey_rules(run: Translation, defaults: list[str]) -> None:
     """Leave out what the rules between keys refuse, with their reason."""
     while True:
         config = resolve_reference(SCHEMA.validate_python(as_tree(run.values)))
-        errors = [rule.error(config) for rule in RULES if rule.broken(config)]
+        errors = [rule.error(config) for rule in rules_of("train") if rule.broken(config)]
         refused = {key: error.message for error in errors for key in error.where.split(", ")}
         ours = [key for key in (*run.origins, *defaults) if key in run.values]
         if not (wrong := [key for key in refused if key in ours]):

@@ -32,7 +32,6 @@ from dpo_dist.tools.pairs.files import check_output, pair_fields, training_recor
 from dpo_dist.tools.pairs.people import label_pairs
 from dpo_dist.tools.pairs.start import responding_models
 from dpo_dist.tools.shared.sampling.dry_run import check_model, check_report, first_records
-from dpo_dist.tools.shared.sampling.generate import Sampling
 from dpo_dist.tools.shared.sampling.judges import Judge, Judgement, Question, open_judge
 from dpo_dist.tools.shared.sampling.prompts import (
     Parts,
@@ -50,6 +49,7 @@ from dpo_dist.tools.shared.sampling.respond import (
     ModelSource,
     open_generator,
 )
+from dpo_dist.tools.shared.sampling.settings import sampling_of
 from dpo_dist.training.start.context import Run
 
 _MODELS = "pairs.models"
@@ -249,12 +249,10 @@ def pairs_from_models(run: Run) -> None:
     config, world, console, folder, pairs = run.config, run.world, run.console, run.folder, run.config.pairs
     with console.heartbeat("reading prompts"):
         records = world.on_main(lambda: different_prompts(config.data, pairs, console.say))
-    prompts = Prompts(run, folder.pairs_parts, in_parts(records, PART_PROMPTS), "pairs.max_new_tokens")
+    prompts = Prompts(run, folder.pairs_parts, in_parts(records, PART_PROMPTS))
     models = [find_model_together(name, run, _MODELS) for name in responding_models(pairs, config.model.path)]
     judge, described = open_judge_together(run)
-    sampling = Sampling(
-        pairs.max_new_tokens, pairs.temperature, pairs.top_p, pairs.top_k, config.trainer.seed
-    )
+    sampling = sampling_of("pairs", config.sampling, config.trainer.seed)
     count = 1 if pairs.method is PairsMethod.delta else pairs.samples
     settings = {
         "method": str(pairs.method),
@@ -334,8 +332,9 @@ def dry_run_pairs(config: RunConfig) -> str:
     read = read_prompts if responds else read_records
     records = first_records(config.data.train, read, config.data, lines.append)
     if responds:
+        tokens = sampling_of("pairs", config.sampling).max_new_tokens
         for name in responding_models(pairs, config.model.path):
-            check_model(name, config.model, config.data, pairs.max_new_tokens, records, lines.append, _MODELS)
+            check_model(name, config.model, config.data, tokens, records, lines.append, _MODELS)
     if (
         pairs.method is PairsMethod.samples
         and (judge := open_judge(pairs, config.model, Path(config.reference.store))) is not None

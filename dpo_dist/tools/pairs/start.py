@@ -3,9 +3,10 @@
 import os
 from pathlib import Path
 
+from dpo_dist.config.fields import fields_of
 from dpo_dist.config.rules import Rule, check, check_needs, unused
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import NO_MODEL, PairsConfig, PairsMethod, RunConfig, SourceConfig
+from dpo_dist.config.schema import NO_MODEL, PairsConfig, PairsMethod, RunConfig, SamplingConfig, SourceConfig
 from dpo_dist.data.formats import check_source
 from dpo_dist.model.files.folder import local_model_folder
 from dpo_dist.tools.shared.sampling.judge_rules import ENDPOINT_RULES, JUDGES, check_function, count_judges
@@ -22,15 +23,15 @@ def responding_models(pairs: PairsConfig, policy: str) -> list[str]:
 _ROUNDS = "pairs.rounds!=0"
 _SAMPLES, _RESPONDS = "pairs.method=samples", "pairs.method=samples|delta"
 _EFFECTS = {
-    _RESPONDS: "models max_new_tokens temperature top_p top_k unfinished prompt_parts prompt_part",
+    _RESPONDS: "models unfinished prompt_parts prompt_part",
     _SAMPLES: "samples reward_model function endpoint.url",
     "pairs.method=samples|scores": "select margin",
-    "pairs.temperature!=0": "top_p top_k",
     _ROUNDS: "launcher reference",
 }
 _NO_ROUNDS = "rounds cannot be done with this setting"
 _RULES = (
     *(unused(f"pairs.{name}", unless) for unless, names in _EFFECTS.items() for name in names.split()),
+    *(unused(f"sampling.{name}", _RESPONDS) for name in fields_of(SamplingConfig)),
     *ENDPOINT_RULES,
     Rule(
         "run.resume!=auto",
@@ -50,9 +51,9 @@ _RULES = (
         lambda c: c.pairs.prompt_part >= c.pairs.prompt_parts,
     ),
     Rule(
-        f"pairs.temperature=0 pairs.samples {_SAMPLES}",
+        f"sampling.temperature=0 pairs.samples {_SAMPLES}",
         "without a temperature every sample of a model is the same",
-        "raise pairs.temperature, or set pairs.samples=1",
+        "raise sampling.temperature, or set pairs.samples=1",
         lambda c: c.pairs.samples > 1,
     ),
     Rule(

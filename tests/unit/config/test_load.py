@@ -28,7 +28,8 @@ data: {train: [a.jsonl, {path: b, limit: 3}]}
 loss: {kind: ipo, beta: 0.3, options: {length_average: false}}
 optim.lr: 2e-6
 parallelism: ddp
-samples: {max_new_tokens: 64, prompts: 4}
+samples: {prompts: 4}
+sampling: {max_new_tokens: 64}
 data.eval_share: 0.1
 """
 
