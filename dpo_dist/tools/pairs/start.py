@@ -6,7 +6,14 @@ from pathlib import Path
 from dpo_dist.config.fields import fields_of
 from dpo_dist.config.rules import Rule, check, check_needs, unused
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import NO_MODEL, PairsConfig, PairsMethod, RunConfig, SamplingConfig, SourceConfig
+from dpo_dist.config.schema import (
+    NO_MODEL,
+    PairsConfig,
+    PairsMethod,
+    RunConfig,
+    SamplingConfig,
+    SourceConfig,
+)
 from dpo_dist.data.formats import check_source
 from dpo_dist.model.files.folder import local_model_folder
 from dpo_dist.tools.shared.sampling.judge_rules import ENDPOINT_RULES, JUDGES, check_function, count_judges
