@@ -225,8 +225,8 @@ class _Rounds:
             self._with_policy(number),
             run=replace(self.config.run, dir=str(folder.training.path)),
             data=replace(self.config.data, train=[SourceConfig(path=str(folder.pairs_file))]),
-            pairs=PairsConfig(),
             sampling=self.config.sampling if has_samples else SamplingConfig(),
+            pairs=PairsConfig(),
         )
         self.say(f"round {number}: training of {stage.model.path}")
         below = folder.path / "training"
