@@ -6,14 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dpo_dist.config.fields import facts_of, fields_of
 from dpo_dist.config.losses import LossKind
 from dpo_dist.config.user_code import find_function
-
-if TYPE_CHECKING:
-    from dpo_dist.config.schema import FolderConfig, RunConfig
 
 # In the settings of every run; other keys only if they differ from their default.
 _OBJECTIVE = ("model.path", "data.train", "loss.kind", "loss.beta", "reference.mode")
@@ -25,7 +22,7 @@ _LENGTH = ("epochs", "max_steps")
 class RunIdentity:
     """What defines the result of a run; `RunConfig.identity` has it, and each part is computed once."""
 
-    config: "RunConfig"
+    config: Any  # RunConfig, whose module imports this one
 
     @cached_property
     def digest(self) -> str:
@@ -77,12 +74,12 @@ def _digest(defining: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:8]
 
 
-def default_dir(run: "FolderConfig", digest: str) -> Path:
+def default_dir(root: str, name: str, digest: str) -> Path:
     """Return the run directory where `run.dir` is null: equal on all ranks and in all starts."""
-    return Path(run.root) / f"{run.name}-{digest}"
+    return Path(root) / f"{name}-{digest}"
 
 
-def settings(config: "RunConfig") -> dict[str, Any]:
+def settings(config: Any) -> dict[str, Any]:
     """Return what defines the run's result: the usual settings, an adapter's size, and what is no default."""
     defaults = type(config)().identity.values
     shown = {
@@ -105,7 +102,7 @@ def kinds_in(settings: Mapping[str, Any]) -> list[str]:
     return list(map(str, kinds))
 
 
-def title(config: "RunConfig", run_dir: Path) -> str:
+def title(config: Any, run_dir: Path) -> str:
     """Return a name with loss, beta, learning rate, adapter and seed.
 
     Example: `qwen7b ipo beta=0.1 lr=1e-06 1a2b3c4d`, in the run directory qwen7b-1a2b3c4d.

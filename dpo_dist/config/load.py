@@ -81,7 +81,7 @@ def load_points(
             refused[swept_words] = error
             continue
         if (same := names.setdefault(config.run.dir, swept_words)) != swept_words or swept_words in points:
-            if config.run.dir != str(default_dir(config.run, config.identity.digest)):
+            if config.run.dir != str(default_dir(config.run.root, config.run.name, config.identity.digest)):
                 remedy = "add run.dir=null: each point has a folder of its own below run.root"
                 message = "run.dir is given, so all points would be one run"
                 all_mistakes.append(ConfigError(message, where="run.dir", remedy=remedy))
@@ -187,7 +187,11 @@ def checked(config: RunConfig, given: Collection[str] = (), verb: str = "") -> R
     config = without_unused(resolve_reference(config), given, rules)
     check(config, rules)
     given_dir = config.run.dir
-    folder = default_dir(config.run, config.identity.digest) if given_dir is None else Path(given_dir)
+    folder = (
+        default_dir(config.run.root, config.run.name, config.identity.digest)
+        if given_dir is None
+        else Path(given_dir)
+    )
     return replace(config, run=replace(config.run, dir=str(folder)))
 
 

@@ -108,4 +108,4 @@ def test_an_interval_has_no_points_and_other_verbs_name_the_sweep() -> None:
 
 def test_a_swept_key_names_the_run_directory_of_the_point() -> None:
     for config in load_points([*RUN, "loss.beta=0.1,0.2"]).values():
-        assert config.run.dir == str(default_dir(config.run, config.identity.digest))
+        assert config.run.dir == str(default_dir(config.run.root, config.run.name, config.identity.digest))
