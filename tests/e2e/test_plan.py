@@ -66,7 +66,7 @@ def test_a_recipe_trains_a_tiny_model_of_its_architecture(recipe: str, family: s
     train([*words, "trainer.max_steps=1"])
     [first] = [row["loss"] for row in history(tmp_path / "run") if "loss" in row]
     assert first == pytest.approx(1.0 if recipe == "smollm3" else math.log(2), abs=1e-6)
-    shapes = yaml.safe_load((ROOT / "dpo_dist/insight/shapes.yaml").read_text())
+    shapes = yaml.safe_load((ROOT / "dpo_dist/tools/plan/shapes.yaml").read_text())
     experiment = yaml.safe_load((ROOT / f"conf/experiment/{recipe}.yaml").read_text())
     assert shapes[experiment["model"]["path"]]["model_type"] == family
     assert f"+experiment={recipe}" in (ROOT / "conf/experiment/README.md").read_text()
