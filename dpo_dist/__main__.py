@@ -24,8 +24,12 @@ def main() -> int:
     mistake = (
         [f"there is no verb {verb!r}; {_in_place_of(verb)}".rstrip("; ")] if verb and not is_asked else []
     )
-    lines = [f"  {name:<12}{row.help}" for name, row in VERBS.items()]
-    print_line("\n".join([*mistake, "usage: dpo-dist VERB ...; dpo-dist VERB --help", "", *lines]))
+    tools = {name: row for name, row in VERBS.items() if ".tools." in row.module}
+    runs = {name: row for name, row in VERBS.items() if name not in tools}
+    lines = ["usage: dpo-dist VERB ...; dpo-dist VERB --help"]
+    for title, verbs in (("train, and what a run needs", runs), ("look at data, models and runs", tools)):
+        lines += ["", f"{title}:", *(f"  {name:<12}{row.help}" for name, row in verbs.items())]
+    print_line("\n".join([*mistake, *lines]))
     return ExitCode.completed if is_asked else ExitCode.invalid
 
 

@@ -105,22 +105,6 @@ def at(config: RunConfig, key: str, absent: Any = None) -> Any:
     return None if key == LOSS else reduce(getattr, key.split("."), config)
 
 
-LOADED = (ReferenceMode.cached, ReferenceMode.live)
-MODES_USING = {
-    **dict.fromkeys(("path", "quantization", "offload", "nvme_path"), LOADED),
-    **dict.fromkeys(("numerics", "rows_per_shard"), (ReferenceMode.cached,)),
-}
-"""Options of `reference` and the modes in which they have an effect.
-
-`store` is not among them: like `data.cache` it names a folder, which scripts and saved configurations set for
-runs of every mode.
-"""
-
-# They define the reference model. The others only say how it is loaded: an experiment may set them, and the
-# command may choose a loss or a mode that loads none.
-_DEFINING = ("path", "quantization", "numerics")
-
-
 def _given_once(key: str) -> Rule:
     return Rule(
         key,
@@ -152,10 +136,11 @@ def _unused_by_loss(option: str) -> Rule:
     return unused(f"loss.{option}", LOSS, remedy, is_used)
 
 
-def _unused_by_reference(key: str, modes: Iterable[str]) -> tuple[Rule, Rule]:
-    """Refuse an option of `reference` in other modes than these, and with a loss that needs no reference."""
-    by_mode = unused(key, f"reference.mode={'|'.join(modes)}", works=lambda c: not c.loss.needs_reference)
-    return by_mode, unused(key, LOSS, "choose a loss with a reference", lambda c: c.loss.needs_reference)
+def _unused_by_reference(key: str, resets: str = "") -> tuple[Rule, Rule]:
+    """Refuse an option of `reference` in modes that load no model, and with a loss that needs none."""
+    by_mode = unused(key, "reference.mode=cached|live", works=lambda c: not c.loss.needs_reference)
+    by_loss = unused(key, LOSS, "choose a loss with a reference", lambda c: c.loss.needs_reference)
+    return replace(by_mode, resets=resets), replace(by_loss, resets=resets)
 
 
 def direction_of(trainer: TrainerConfig) -> Direction | None:
@@ -200,7 +185,6 @@ RULES = (
         for other in (
             "model.quantization!=null",
             "reference.quantization!=null",
-            "reference.offload=nvme",
             "loss.router.aux_coefficient!=null",
             "loss.router.z_coefficient!=null",
         )
@@ -339,7 +323,6 @@ RULES = (
     ),
     *(unused(option, "samples.prompts!=0", "set samples.prompts=16") for option in _OF_SAMPLES),
     unused("parallelism.offload_parameters", "parallelism.kind=zero3"),
-    unused("parallelism.overlap", "parallelism.kind=zero3|zero2"),
     unused("parallelism.reduce_in_float32", "model.dtype=bf16|fp16"),
     unused("parallelism.hpz", "parallelism.kind=zero3"),
     unused("parallelism.hpz", "parallelism.offload_parameters=none"),
@@ -392,17 +375,11 @@ RULES = (
         "reference.mode=adapter switches off the policy's adapter, and the policy has none",
         "set model.adapter={{r: 64, alpha: 128}}, or choose reference=cached",
     ),
-    *(
-        replace(rule, resets="" if option in _DEFINING else "reference.mode")
-        for option, modes in MODES_USING.items()
-        for rule in _unused_by_reference(f"reference.{option}", modes)
-    ),
-    Rule(
-        "reference.offload=nvme reference.nvme_path=null",
-        "offload to NVMe needs a folder on the device",
-        "set reference.nvme_path to a folder on a local disk of every node",
-    ),
-    unused("reference.nvme_path", "reference.offload=nvme", works=lambda c: c.reference.mode not in LOADED),
+    # Not `reference.store`: like `data.cache` it names a folder, which scripts set for runs of every mode.
+    *_unused_by_reference("reference.path"),
+    *_unused_by_reference("reference.quantization"),
+    # How the model is loaded: an experiment may set it, and the command choose a loss or mode without one.
+    *_unused_by_reference("reference.offload", resets="reference.mode"),
     Rule(
         "reference.quantization model.quantization!=null reference.path=null reference.mode=cached|live",
         "the reference model would not have the quantization that the policy starts from",
@@ -425,7 +402,6 @@ RULES = (
             "reference.mode!=live",
             "model.adapter!=null",
             "reference.quantization!=null",
-            "reference.offload=nvme",
         )
     ),
     # Exported models.

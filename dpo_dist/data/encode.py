@@ -19,8 +19,9 @@ from dpo_dist.data.records import (
 )
 from dpo_dist.data.text.escape import THOUGHT_TAGS, has_reserved
 from dpo_dist.data.text.lengths import kept_tokens, needed_tokens
-from dpo_dist.data.text.render import Rendered, TokenizerFacts, render_record, tokenizer_facts
+from dpo_dist.data.text.render import Rendered, render_record
 from dpo_dist.data.text.template import Span
+from dpo_dist.data.text.tokenizer import TokenizerFacts, tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError
 
 

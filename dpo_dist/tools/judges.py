@@ -25,14 +25,22 @@ from transformers import AutoModelForSequenceClassification
 from dpo_dist.config.schema import EndpointConfig, ModelConfig, RunConfig, Verdicts
 from dpo_dist.config.user_code import find_function, user_function
 from dpo_dist.data.encoded.build import tokenizer_digest
-from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord, UnusableRecordError, turns_of
-from dpo_dist.data.text.render import tokenizer_facts
+from dpo_dist.data.records import (
+    Dialogue,
+    Message,
+    Origin,
+    PreferenceRecord,
+    UnusableRecordError,
+    as_fields,
+    context_fields,
+    turns_of,
+)
+from dpo_dist.data.text.tokenizer import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import text_digest
-from dpo_dist.model.folder import description_folder, model_folder
-from dpo_dist.model.load import load_config, load_tokenizer, load_weights
+from dpo_dist.model.files.folder import description_folder, model_folder
+from dpo_dist.model.files.load import load_config, load_tokenizer, load_weights
 from dpo_dist.reference.digest import digest_model
-from dpo_dist.tools.pairs.files import as_fields, context_fields
 
 log = logging.getLogger(__name__)
 
@@ -225,6 +233,8 @@ class RewardModel:
 
 
 TIMEOUT_SECONDS = 120.0
+PARALLEL_REQUESTS = 8
+"""Requests that each process sends at a time."""
 _KEY_VARIABLE = "OPENAI_API_KEY"
 _RETRIES = 6
 # Statuses that refuse a single request for its texts; others mean that the endpoint cannot be used.
@@ -287,7 +297,6 @@ class EndpointJudge:
     def describe(self) -> dict[str, Any]:
         """Return address, model, kind of verdicts and criterion."""
         facts = asdict(self._config) | {"verdicts": str(self._config.verdicts), "max_tokens": _MAX_TOKENS}
-        del facts["parallel_requests"]
         return {"kind": "endpoint", **facts}
 
     def judge(self, questions: Sequence[Question]) -> list[Judgement]:
@@ -299,7 +308,7 @@ class EndpointJudge:
         orders = [list(itertools.permutations(range(len(each.responses)), size)) for each in questions]
         by_question = list(zip(questions, orders, strict=True))
         asked = [(question, order) for question, tried in by_question for order in tried]
-        pool = ThreadPoolExecutor(self._config.parallel_requests, "judge")
+        pool = ThreadPoolExecutor(PARALLEL_REQUESTS, "judge")
         try:
             verdicts = list(pool.map(lambda each: self._verdict(*each), asked))
         finally:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
-from typing import Any
 
 from dpo_dist.config.identity import kinds_in
 from dpo_dist.config.losses import unit_of
@@ -11,8 +10,8 @@ from dpo_dist.config.metrics import ACCURACIES, MAIN, METRICS, PREFIX
 from dpo_dist.config.run_folder import RunFolder, checkpoint_name
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import counted, duration, percent, size
+from dpo_dist.foundation.types import Fields
 
-Fields = Mapping[str, Any]
 Ends = Sequence[float] | None
 
 EVALUATED = (*ACCURACIES, "rewards/margins", "rewards/both_fall", "logps/chosen_per_token")

@@ -5,10 +5,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import Any
 
 import numpy as np
 import regex
-from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
 # In scripts without spaces each letter, with its marks, counts as a word (\X is a grapheme).
 _UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
@@ -25,17 +25,24 @@ _SAME = {"wuu": "zh", "yue": "zh"}
 
 
 def language_of(text: str) -> str | None:
-    """Return the ISO 639-1 code of a text's language; None if it is not clear."""
+    """Return the ISO 639-1 code of a text's language; None if it is not clear, or py3langid is missing."""
     bare = text.strip()
     wide = sum(character > "\u2e7f" for character in bare)
     if len(bare) < _MIN_CHARACTERS and wide < _MIN_WIDE_CHARACTERS:
         return None
-    language, probability = _identifier().classify(bare)
+    if (identifier := language_identifier()) is None:
+        return None
+    language, probability = identifier.classify(bare)
     return _SAME.get(str(language), str(language)) if probability >= _MIN_PROBABILITY else None
 
 
 @cache
-def _identifier() -> LanguageIdentifier:
+def language_identifier() -> Any | None:
+    """Return py3langid's identifier; None without the package, which a node that only trains may lack."""
+    try:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier  # noqa: PLC0415  (optional)
+    except ModuleNotFoundError:
+        return None
     return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
 
 

@@ -9,31 +9,42 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dpo_dist.config.identity import RunIdentity
+from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import Dtype, Offload, ReferenceMode, Resume, RunConfig, SourceConfig
-from dpo_dist.data.counts import check_counts, in_one_line, named_in_one_line, read_in_words
+from dpo_dist.config.schema import (
+    DataConfig,
+    Dtype,
+    ModelConfig,
+    ReferenceConfig,
+    ReferenceMode,
+    Resume,
+    RunConfig,
+    SourceConfig,
+)
+from dpo_dist.data.counts import check_counts, counts_in_one_line, named_in_one_line, read_in_words
+from dpo_dist.data.encoded.build import encode_records
 from dpo_dist.data.encoded.dataset import PreferenceDataset, check_fits_loss
-from dpo_dist.data.encoded.rows import encode_records
-from dpo_dist.data.encoded.store import columns_of, counts_of, lengths_of
+from dpo_dist.data.encoded.store import counts_of, dataset_columns, lengths_of
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.sources import pinned
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.data.text.template import check_template_keys
 from dpo_dist.model.architectures import router_loss
-from dpo_dist.model.folder import description_folder, is_adapter, start_folder, tokenizer_folder
-from dpo_dist.model.load import check_contents_at_hand, check_same_vocabulary, load_tokenizer
+from dpo_dist.model.files.folder import description_folder, is_adapter, start_folder, tokenizer_folder
+from dpo_dist.model.files.load import check_contents_at_hand, check_same_vocabulary, load_tokenizer
+from dpo_dist.model.files.stops import stop_notes
 from dpo_dist.model.numerics import has_fp16_products
-from dpo_dist.model.stops import stop_notes
 from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.metrics import custom_metrics
-from dpo_dist.training.inputs import checked_model, with_stored_reference
-from dpo_dist.training.resume import check_fresh_start, find_finished
+from dpo_dist.training.start.inputs import checked_model
+from dpo_dist.training.start.resume import check_fresh_start, find_finished
 from dpo_dist.verbs.named_models import EVALUATED, Evaluated
 
 _FIRST_RECORDS = 1024
 
 
-def rehearse(
+def dry_run(
     config: RunConfig,
     models: Sequence[Evaluated] = (),
     *,
@@ -47,12 +58,15 @@ def rehearse(
     and how long it takes, if its pairs have so many tokens.
     """
     run = RunFolder.of(config)
-    start_in_words = f" ({expected_start(config, run)})" if trains and not models else ""
-    config = with_stored_reference(config) if models else config
+    start_in_words = (
+        f" ({expected_start(config.identity, config.run.resume, run)})" if trains and not models else ""
+    )
     folder = description_folder(config.model.path, config.model.revision, "model.path")
     start = start_folder(config.model)
     tokenizer = load_tokenizer(tokenizer_folder(folder, start), config.model)
-    model_config, causal_lm = checked_model(config, folder, start)
+    model_config, causal_lm = checked_model(
+        config.model, folder, start, config.data.max_length, config.parallelism.sequence_parallel
+    )
     router_loss(config.loss.router, causal_lm)
     check_template_keys(config.data, tokenizer)
     described = f"{folder}, {model_config.model_type}, vocabulary of {len(tokenizer):,}"
@@ -71,13 +85,13 @@ def rehearse(
         lines.append(("loss", check_custom_loss(config.loss) or ", ".join(config.loss.kinds)))
         lines += (("end", note) for note in stop_notes(tokenizer, config.data, folder))
     if config.metrics.function is not None:
-        lines.append(("metrics", ", ".join(custom_metrics(config).names)))
-    lines.append(("reference", _reference(config, tokenizer)))
+        lines.append(("metrics", ", ".join(custom_metrics(config.metrics.function, config.loss).names)))
+    lines.append(("reference", _reference(config.reference, config.model, tokenizer)))
     tokens: list[float] = []
     for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         for index, source in enumerate(sources):
             name = f"{key}[{index}]"
-            text, unread, mean = _first_records(source, name, config, tokenizer)
+            text, unread, mean = _first_records(source, name, config.data, config.loss, tokenizer)
             lines += [(name, text), *([("  not read", unread)] if unread else [])]
             tokens.append(mean)
     if plan is not None:
@@ -89,28 +103,23 @@ def rehearse(
     return passed + findings + ("" if models else doctor)
 
 
-def expected_start(config: RunConfig, folder: RunFolder) -> str:
+def expected_start(identity: RunIdentity, resume: Resume, folder: RunFolder) -> str:
     """Return in words what a start finds in the run directory; the checkpoints are not opened."""
-    if config.run.resume is not Resume.never:
-        if find_finished(config, folder):
+    if resume is not Resume.never:
+        if find_finished(identity, folder):
             return "complete: nothing is left to train"
         if any(folder.checkpoints.glob("step-*")):
             return "has checkpoints: the run resumes"
-    check_fresh_start(config, folder)
+    check_fresh_start(resume, folder)
     return "new"
 
 
-def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    reference = config.reference
-    if reference.offload is Offload.nvme:
-        from dpo_dist.distributed.join import check_async_io  # noqa: PLC0415  (starts DeepSpeed)
-
-        check_async_io()
+def _reference(reference: ReferenceConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> str:
     parts = [reference.mode.value]
     if reference.path is not None:
         folder = description_folder(reference.path, None, "reference.path")
-        check_same_vocabulary(folder, tokenizer, config.model)
-        check_contents_at_hand(folder, config.model, "reference.path")
+        check_same_vocabulary(folder, tokenizer, model)
+        check_contents_at_hand(folder, model, "reference.path")
         parts.append(f"model {folder}")
     if reference.mode is ReferenceMode.cached:
         parts.append(f"store {reference.store}")
@@ -118,31 +127,31 @@ def _reference(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _first_records(
-    source: SourceConfig, key: str, config: RunConfig, tokenizer: PreTrainedTokenizerBase
+    source: SourceConfig, key: str, data: DataConfig, loss: LossConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, str, float]:
     """Read, encode and check the first records of a source; return counts, unread fields and mean tokens."""
     source = pinned(source)
     records = list(itertools.islice(read_records(source), _FIRST_RECORDS + 1))
-    table = pa.Table.from_batches([encode_records(records[:_FIRST_RECORDS], config.data, tokenizer)])
+    table = pa.Table.from_batches([encode_records(records[:_FIRST_RECORDS], data, tokenizer)])
     counts, has_more = counts_of(table), len(records) > _FIRST_RECORDS
-    lengths = [lengths_of(table, counts, config.data)]
-    check_counts(counts, f"{key}: {source.path}", config.data, of_first=has_more, lengths=lengths)
+    lengths = [lengths_of(table, counts, data)]
+    check_counts(counts, f"{key}: {source.path}", data, of_first=has_more, lengths=lengths)
     dataset = PreferenceDataset(
         fingerprint="",
         counts=counts.as_dict(),
         source_pairs=(counts.pairs,),
         source_labels=("",),
-        **columns_of(table),
+        **dataset_columns(table),
     )
-    check_fits_loss(dataset, config.loss)
+    check_fits_loss(dataset, loss)
     name = f" ({source.name})" if source.name else ""
     tokens = float(dataset.piece_tokens.sum()) / len(dataset)
     rest = " (the others were not looked at)" if has_more else ""
     parts = [
         f"{source.path}{name}, {counts.kept} of the first {counts.read} records kept{rest}",
-        f"dropped: {dropped}" if (dropped := in_one_line(counts.dropped)) else "",
+        f"dropped: {dropped}" if (dropped := counts_in_one_line(counts.dropped)) else "",
         read_in_words(counts.read_as),
-        f"changed or particular: {changed}" if (changed := in_one_line(counts.changed)) else "",
+        f"changed or particular: {changed}" if (changed := counts_in_one_line(counts.changed)) else "",
         f"{tokens:.0f} tokens per example",
     ]
     read = (record for record in records if isinstance(record, PreferenceRecord))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.training.preflight import check_start, started
+from dpo_dist.training.start.preflight import check_start, started
 from dpo_dist.verbs.named_models import find_evaluated
 
 
@@ -26,9 +26,9 @@ def check(config: RunConfig) -> Iterator[str]:
     """Check everything that `main` needs before it uses a GPU."""
     config, models = find_evaluated(config)
     check_start(config)
-    from dpo_dist.verbs.check import rehearse  # noqa: PLC0415  (slow)
+    from dpo_dist.verbs.check import dry_run  # noqa: PLC0415  (slow)
 
-    yield rehearse(config, models)
+    yield dry_run(config, models)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def main(config: RunConfig) -> int:
     with warnings_off():
         # Slow to import: errors above appear at once.
         from dpo_dist.tools.report.card import run_card  # noqa: PLC0415
-        from dpo_dist.training.finish import export_average, export_model  # noqa: PLC0415
+        from dpo_dist.training.export import export_average, export_model  # noqa: PLC0415
 
         if is_there := output.exists():
             pass

@@ -11,6 +11,6 @@ from dpo_dist.foundation.signals import end_at_signals
 
 if __name__ == "__main__":
     end_at_signals()  # the import takes seconds
-    from dpo_dist.distributed.launcher import launch
+    from dpo_dist.distributed.processes.launcher import launch
 
     exit_after(lambda: launch(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""The models that verbs are asked for; imports no torch, so that errors appear at once."""
+"""Resolve the model that a command names: run, checkpoint, adapter, folder or hub name. Imports no torch."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dpo_dist.config.identity import plain
 from dpo_dist.config.keys import as_written
 from dpo_dist.config.load import changed_keys
+from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.run_folder import (
     RunFolder,
     best_checkpoint,
@@ -18,16 +19,22 @@ from dpo_dist.config.run_folder import (
     step_of,
     without_model,
 )
-from dpo_dist.config.schema import ExportedWeights, FinalModel, RunConfig
+from dpo_dist.config.schema import (
+    ExportedWeights,
+    FinalModel,
+    ModelConfig,
+    ReferenceMode,
+    RunConfig,
+)
 from dpo_dist.config.user_code import METRICS_FUNCTION, find_function
 from dpo_dist.data.read.sources import check_has_evaluation_data
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import text_digest
 from dpo_dist.foundation.text import first_few
-from dpo_dist.model.folder import local_model_folder
+from dpo_dist.model.files.folder import local_model_folder
 
 if TYPE_CHECKING:
-    from dpo_dist.training.inputs import EvaluationInputs
+    from dpo_dist.training.start.inputs import EvaluationInputs
 
 EVALUATED = "evaluation.model"
 # Names of folders that say nothing without the folder above.
@@ -64,7 +71,9 @@ class Evaluated:
     path: str
     is_checkpoint: bool
 
-    def name(self, config: RunConfig, inputs: "EvaluationInputs") -> str:
+    def name(
+        self, inputs: "EvaluationInputs", model: ModelConfig, loss: LossConfig, metrics_function: str | None
+    ) -> str:
         """Return a name for the results, such as `step-000100-1a2b3c4d`.
 
         It differs by model, base, precision, reference, loss, pairs, labels and custom metrics.
@@ -72,23 +81,33 @@ class Evaluated:
         folder = Path(self.path)
         place = str(folder.resolve()) if folder.is_dir() else self.path
         reference = inputs.reference_files.digest if inputs.reference_files is not None else None
-        data, model = inputs.eval_set, config.model
+        data = inputs.eval_set
         assert data is not None, "evaluations have data"
         precision = [str(model.dtype), None if model.quantization is None else str(model.quantization)]
-        facts = [place, inputs.policy_files.digest, precision, reference, plain(config.loss)]
+        facts = [place, inputs.policy_files.digest, precision, reference, plain(loss)]
         facts += [data.fingerprint, list(data.source_labels)]
-        if config.metrics.function is not None:
-            facts.append(find_function(config.metrics.function, METRICS_FUNCTION).digest)
+        if metrics_function is not None:
+            facts.append(find_function(metrics_function, METRICS_FUNCTION).digest)
         stem = folder.resolve().name if folder.is_dir() else self.path.replace("/", "-")
         return f"{stem}-{text_digest(json.dumps(facts, sort_keys=True))[:8]}"
 
 
 def find_evaluated(config: RunConfig) -> tuple[RunConfig, list[Evaluated]]:
-    """Return `config` with only the pairs that `evaluate` reads, as its `data.eval`, and the models."""
-    data = config.data
+    """Return `config` as `evaluate` takes it, and the models.
+
+    Its `data.eval` is all that is read. Its reference is in the store, unless the loss uses none: one beside
+    the policy, or the base of the policy's adapter, is the same model.
+    """
+    data, reference = config.data, config.reference
     if config.evaluation.data:
         data = replace(data, eval=config.evaluation.data, eval_share=0.0)
-    config = replace(config, data=replace(data, train=[]) if data.eval else data)
+    if reference.mode in (ReferenceMode.adapter, ReferenceMode.live):
+        bits = (
+            config.model.quantization if reference.mode is ReferenceMode.adapter else reference.quantization
+        )
+        reference = replace(reference, mode=ReferenceMode.cached, quantization=bits)
+    data = replace(data, train=[]) if data.eval else data
+    config = replace(config, data=data, reference=reference)
     check_has_evaluation_data(config.data, "evaluate models on")
     return config, [_evaluated(model, RunFolder.of(config)) for model in config.evaluation.models]
 
@@ -107,7 +126,7 @@ def find_exported(config: RunConfig) -> tuple[list[Path], Path]:
     Their files are not checked. With `export.push_to` the folder may exist.
     """
     run = existing_run(RunFolder.of(config).path)
-    if changed := changed_keys(run.config, config):
+    if changed := changed_keys(run.config, config.identity):
         raise ConfigError(
             "an export has the configuration of its run",
             where=first_few(list(changed), "other"),
@@ -118,7 +137,7 @@ def find_exported(config: RunConfig) -> tuple[list[Path], Path]:
     sources = [Path(member.path).expanduser() for member in config.export.average]
     name = "average"
     if not sources:
-        sources = [_checkpoint(run, config)]
+        sources = [_checkpoint(run, config.export.checkpoint, config.trainer.final)]
         name = sources[0].name
     if config.export.weights is ExportedWeights.ema:
         name += "-ema"
@@ -132,10 +151,10 @@ def find_exported(config: RunConfig) -> tuple[list[Path], Path]:
     return sources, output
 
 
-def _checkpoint(run: RunFolder, config: RunConfig) -> Path:
+def _checkpoint(run: RunFolder, given: str | None, final: FinalModel) -> Path:
     folders, best = checkpoint_folders(run.checkpoints), best_checkpoint(run.checkpoints)
-    takes_best = config.trainer.final is FinalModel.best and best is not None
-    named = config.export.checkpoint or ("best" if takes_best else "latest")
+    takes_best = final is FinalModel.best and best is not None
+    named = given or ("best" if takes_best else "latest")
     name = {"best": best, "latest": folders[0].name if folders else None}.get(named) or named
     step = step_of(name)
     folder = next((path for path in folders if step_of(path.name) == step), None)

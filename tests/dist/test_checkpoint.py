@@ -28,22 +28,22 @@ from dpo_dist.config.schema import (
     Quantization,
     ReferenceConfig,
 )
-from dpo_dist.distributed import checkpoint
-from dpo_dist.distributed.checkpoint import (
+from dpo_dist.distributed.checkpoint import saver as checkpoint
+from dpo_dist.distributed.checkpoint.saver import (
     CheckpointSaver,
     Entries,
     SavedSlices,
     latest_checkpoint,
 )
+from dpo_dist.distributed.checkpoint.slices import SHARDS, Sharded
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.reference_sync import ReferenceSync
-from dpo_dist.distributed.slices import SHARDS, Sharded
-from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import CheckpointError
 from dpo_dist.objective.metrics import MetricSums
-from dpo_dist.reference.engine import ReferenceProvider, load_reference
-from dpo_dist.training.state import Position
-from dpo_dist.training.step import Objective
-from tests.dist.scenario import Assets, files_of, load_policy, one_step
+from dpo_dist.reference.engine import ReferenceProvider
+from dpo_dist.training.steps.state import Position
+from dpo_dist.training.steps.step import Objective
+from tests.dist.scenario import Assets, load_policy, load_reference, one_step
 from tests.support.cpu_adam import with_cpu_adam
 from tests.support.precision import NEEDS_FP16
 from tests.support.ranks import OPTIM, run_ranks, start_ranks
@@ -83,7 +83,7 @@ class Trainer:
         self.objective, self.sync = OBJECTIVE, None
         if loss is not None:
             placed = assets.config(assets.policy, ReferenceConfig(offload=offload), dtype)
-            self.reference = load_reference(files_of(assets.reference), placed, world)
+            self.reference = load_reference(assets.reference, placed, world)
             self.objective = Objective(loss, ReferenceProvider(engine=self.reference))
         self.policy = load_policy(config, world, optim, ema_decay=ema_decay)
         if loss is not None:

@@ -212,7 +212,7 @@ def test_a_hub_dataset_is_pinned_and_downloaded_once(tmp_path: Path, hub: Hub) -
 def test_a_model_stays_at_its_commit_while_a_run_trains(tmp_path: Path, hub: Hub) -> None:
     files = {"config.json": b"{}", "model.safetensors": (8).to_bytes(8, "little") + b"{}      "}
     first = hub.commit("o/model", files)
-    find = "from dpo_dist.model.folder import *; print(model_folder('o/model', None).name, flush=True)"
+    find = "from dpo_dist.model.files.folder import *; print(model_folder('o/model', None).name, flush=True)"
     describe = "print(description_folder('o/model', None).name)"
     with subprocess.Popen(
         [sys.executable, "-c", f"{find}; input(); {find}; {describe}"],

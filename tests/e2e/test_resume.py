@@ -112,10 +112,11 @@ def test_a_fill_stops_with_what_is_scored_and_the_next_start_scores_the_rest(
     overrides: Overrides, tmp_path: Path
 ) -> None:
     write_pairs(tmp_path / "many.jsonl", 300, seed=3)
-    command = overrides(f"data.train=[{tmp_path}/many.jsonl]", "reference.rows_per_shard=16")
+    command = overrides(f"data.train=[{tmp_path}/many.jsonl]")
+    small_shards = constants(**{"dpo_dist.training.reference.ENTRIES_PER_SHARD": 16})
     store = tmp_path / "store"
     codes, said = signalled(
-        command, signal.SIGUSR2, [1], lambda: len(list(store.rglob("*.safetensors"))) >= 4
+        command, signal.SIGUSR2, [1], lambda: len(list(store.rglob("*.safetensors"))) >= 4, small_shards
     )
     found = r"by SIGUSR2 after ([\d,]+) of the ([\d,]+) missing reference log-probs were stored"
     assert codes == [75, 75], said
@@ -126,7 +127,7 @@ def test_a_fill_stops_with_what_is_scored_and_the_next_start_scores_the_rest(
     assert 0 < stored < wanted
     state = run_state(tmp_path / "run")
     assert (state["outcome"], state["step"], state["stopped_by"]) == ("preempted", 0, "SIGUSR2")
-    again = run_verb("precompute", [*command, "reference.rows_per_shard=4096"])
+    again = run_verb("precompute", command)
     assert again.code == 0, again.output
     assert f"{wanted - stored:,} log-probs computed, {stored:,} reused" in again.output
 
@@ -158,8 +159,8 @@ def test_stops_while_encoding_saving_evaluating_sampling_exporting_and_reporting
     places = [
         ("dpo_dist.data.encoded.build", "in_order", "before the first step"),
         ("dpo_dist.tools.sampling.generate", "generate_batch", "stopped: by SIGTERM before the first"),
-        ("dpo_dist.distributed.checkpoint", "commit_folder", "stopping after step [1-3]"),
-        ("dpo_dist.training.loop", "evaluate", "stopping after step 4"),
+        ("dpo_dist.distributed.checkpoint.saver", "commit_folder", "stopping after step [1-3]"),
+        ("dpo_dist.training.steps.loop", "evaluate", "stopping after step 4"),
         ("dpo_dist.tools.report.samples", "generate_together", "stopping after step 4"),
         ("dpo_dist.training.finish", "export_checkpoint", "after the model was written"),
     ]
@@ -196,7 +197,7 @@ def test_a_killed_rank_is_named_and_reference_and_time_are_those_of_all_starts(
     steps = ["trainer.epochs=4", "trainer.save_every=2", "optim.lr=1e-3"]
     command = overrides(*steps, *evaluated, "samples.max_new_tokens=4")
     when = (run / "checkpoints/step-000004").is_dir
-    brief = constants(**{"dpo_dist.distributed.failures.FAREWELL_SECONDS": 1.0})
+    brief = constants(**{"dpo_dist.distributed.processes.failures.FAREWELL_SECONDS": 1.0})
     codes, said = signalled(command, signal.SIGKILL, [0], when, brief)
     assert all(codes), said
     assert "rank 0 of 2 died" in said, said

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from dpo_dist.config.losses import KINDS, LossConfig, LossKind
 from dpo_dist.config.schema import Dtype, ModelConfig
-from dpo_dist.model.load import load_packed
+from dpo_dist.model.files.load import load_packed
 from dpo_dist.objective.losses import BatchFacts, RunningMeans
 from dpo_dist.objective.metrics import MetricPlan
 from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.training.clock import StepClock
-from dpo_dist.training.step import Objective
+from dpo_dist.training.steps.step import Objective
 from tests.support.own_loss import function_of
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model

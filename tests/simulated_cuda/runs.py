@@ -89,7 +89,8 @@ def _parent_with_device() -> Iterator[None]:
 
 
 def _begin(prepare: Prepare | None) -> None:
-    mock.patch("dpo_dist.distributed.checkpoint._FILE_BYTES", 2**16).start()  # several files for each rank
+    # Several files for each rank.
+    mock.patch("dpo_dist.distributed.checkpoint.saver._FILE_BYTES", 2**16).start()
     if prepare is not None:
         prepare()
 

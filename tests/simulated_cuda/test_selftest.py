@@ -163,7 +163,7 @@ def _with_faults(keys: dict[str, str], environment: dict[str, str]) -> tuple[int
 
 def _with_faults_on_four_gpus() -> None:
     _answering(_with_faults, 4, _GIVEN)
-    mock.patch("dpo_dist.model.attention.check_kernel", side_effect=RuntimeError("a bug")).start()
+    mock.patch("dpo_dist.model.attention.kernels.check_kernel", side_effect=RuntimeError("a bug")).start()
 
 
 def test_faults_are_failed_checks_that_say_what_they_are(tmp_path: Path) -> None:

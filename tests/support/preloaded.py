@@ -26,7 +26,7 @@ LATE = (
     "deepspeed.utils.pin_memory",
     "dpo_dist.config.command_line",
     "dpo_dist.verbs.named_models",
-    "dpo_dist.training.preflight",
+    "dpo_dist.training.start.preflight",
     "matplotlib.ticker",
     "pandas",  # which pyarrow imports
     "pyarrow.pandas_compat",

@@ -161,6 +161,24 @@ def test_a_model_in_training_mode_is_an_error_and_one_in_evaluation_mode_is_left
     assert (dict(plain.named_modules()), plain.config._attn_implementation) == (modules, attention)
 
 
+def test_a_model_is_checked_once_and_again_for_longer_pairs() -> None:
+    plain, forwards = tiny_causal_lm(tiny_config("llama")).eval(), list[object]()
+    plain.model.register_forward_hook(lambda *_: forwards.append(None))
+
+    def count(response_tokens: int) -> int:
+        response = np.full(response_tokens, 7, dtype=np.int32)
+        api.token_logps(plain, [EncodedExample(np.arange(5, 9, dtype=np.int32), (response, response))])
+        done = len(forwards)
+        forwards.clear()
+        return done
+
+    assert count(6) > 1
+    assert (count(6), count(5)) == (1, 1)
+    assert count(7) > 1
+    plain.to(torch.float64)
+    assert count(7) > 1
+
+
 @pytest.mark.parametrize("truncation", Truncation)
 @pytest.mark.parametrize("ranked", Ranked)
 def test_pairs_are_those_of_training(ranked: Ranked, truncation: Truncation, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Encoded dataset of a run: the examples of all its sources, memory-mapped by all ranks; its micro-batches.
+"""Encoded dataset of a run: the examples of all its sources, memory-mapped by all ranks.
 
 Token ids and masks are never loaded. The other columns are, about 140 bytes a pair.
 """
@@ -6,23 +6,28 @@ Token ids and masks are never loaded. The other columns are, about 140 bytes a p
 import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import torch
 
-from dpo_dist.batching.example import Example, Mask, response_keys
-from dpo_dist.batching.pack import RESPONSES_OF_DUMMY, PackedBatch, dummy_batch, pack
-from dpo_dist.batching.plan import Arrangement, ComputeCosts, ExampleSizes, plan_micro_batches
+from dpo_dist.batching.example import Example, Keys, Mask, response_keys
+from dpo_dist.batching.plan import ComputeCosts, ExampleSizes, example_sizes
 from dpo_dist.batching.sampler import Indices, SourceSpan
 from dpo_dist.config.losses import KINDS, NUMBERS, LossConfig, LossKind
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.config.user_code import accepts_facts
 from dpo_dist.data.counts import check_counts, check_split
-from dpo_dist.data.encoded.store import Array, EncodedSource, columns_of, counts_of, lengths_of, read_source
+from dpo_dist.data.encoded.store import (
+    Array,
+    EncodedSource,
+    counts_of,
+    dataset_columns,
+    lengths_of,
+    read_source,
+)
 from dpo_dist.data.read.columns import VOTES
 from dpo_dist.data.records import Origin, Tokenizer
 from dpo_dist.foundation.errors import ConfigError, DataError
@@ -128,24 +133,8 @@ class PreferenceDataset:
         pieces = response_indices + np.repeat(indices, counts) + 1
         prompt_tokens = self.piece_tokens[self.first_pieces[indices]].astype(np.int64)
         response_tokens = self.piece_tokens[pieces].astype(np.int64)
-        firsts = np.cumsum(counts) - counts
-        stored, prompts = response_tokens - 1, np.repeat(prompt_tokens, counts)
-        # How often a prompt is computed.
-        copies = np.where(costs.arrangement is Arrangement.packed, 1, counts)
-        tokens = copies * prompt_tokens + np.add.reduceat(stored, firsts)
-        in_responses = _causal_pairs(prompts + stored) - _causal_pairs(prompts)
-        attended = copies * _causal_pairs(prompt_tokens) + np.add.reduceat(in_responses, firsts)
-        response_targets = (
-            self.trained_tokens[response_indices].astype(np.int64) if masked else response_tokens
-        )
-        targets = np.add.reduceat(response_targets, firsts)
-        # Attention of a token to itself is included in the cost of a token.
-        compute = tokens + costs.key * (attended - tokens / 2) + costs.target * targets
-        unshared_tokens = tokens + (counts - copies) * prompt_tokens
-        sizes = ExampleSizes(tokens, unshared_tokens, targets, attended, compute)
-        if costs.arrangement is not Arrangement.padded and not costs.pads:
-            return sizes
-        return replace(sizes, rows=counts, longest=np.maximum.reduceat(prompts + stored, firsts))
+        targets = self.trained_tokens[response_indices].astype(np.int64) if masked else response_tokens
+        return example_sizes(prompt_tokens, response_tokens, targets, counts, costs)
 
     def response_range(self, index: int) -> range:
         """Return the response indices of one example."""
@@ -189,6 +178,31 @@ class PreferenceDataset:
         source, line = self.origins[index]
         return Origin(self.source_paths[int(source)], int(line))
 
+    def examples_with_keys(
+        self, indices: Sequence[int], which: int | None = None
+    ) -> tuple[list[Example], Keys]:
+        """Return examples with their masks, or only response `which` of each, and the keys of the responses.
+
+        Raises DataError: the token ids do not have these keys.
+        """
+        selected = None if which is None else [which]
+        ranges = map(self.response_range, indices)
+        keys: Keys = self.keys[np.concatenate([r if which is None else r[which : which + 1] for r in ranges])]
+        examples = [self.example(index, selected, masked=True) for index in indices]
+        if not np.array_equal(response_keys(examples), keys):
+            raise self.damaged_ids(indices)
+        return examples, keys
+
+    def damaged_ids(self, indices: Sequence[int]) -> DataError:
+        """Return the error of a micro-batch whose token ids have other keys than when they were encoded."""
+        return DataError(
+            "token ids of the encoded data do not match their content key",
+            where="; ".join(str(self.origin(index)) for index in indices[:5]),
+            got=f"{len(indices)} records in micro-batches with such ids",
+            expected="the ids that were encoded: these have other log-probs",
+            remedy="delete the folder data.cache and start again: the data are encoded again",
+        )
+
     def _pieces(self, index: int) -> tuple[int, int]:
         return int(self.first_pieces[index]), int(self.first_pieces[index + 1])
 
@@ -210,127 +224,7 @@ def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> Prefer
         source_pairs=tuple(of_source["pairs"] for of_source in by_source),
         source_labels=tuple(source.label for source in sources),
         encoded=tuple(sources),
-        **columns_of(every),
-    )
-
-
-def _causal_pairs(tokens: Indices) -> Indices:
-    """Return the number of query-key pairs of sequences in which tokens see all earlier tokens."""
-    return tokens * (tokens + 1) // 2
-
-
-@dataclass(frozen=True)
-class RankBatch:
-    """One rank's share of a global batch; every rank has the same number of micro-batches."""
-
-    dataset: PreferenceDataset
-    micro_batches: tuple[tuple[int, ...], ...]  # dataset indices of their examples; empty: a dummy
-    positions: tuple[tuple[int, ...], ...]  # of these examples in the global batch
-    pairs: int  # examples of the global batch, over all ranks, as in the fields below
-    tokens: int
-    unshared_tokens: int  # `tokens` with each prompt once for each of its responses
-    targets: int  # completion tokens that the loss counts
-    attended: int  # query-key pairs of attention in a layer in which tokens see all earlier ones
-    weight: float  # sum of the weights of the pairs in the loss; their number if all are 0
-    mean_chosen_tokens: float  # mean number of targets in the chosen responses, so weighted
-    is_good: npt.NDArray[np.bool_] | None = None  # [pairs], labels of an unpaired loss
-    partners: "RankBatch | None" = None  # the same examples with their partners' responses
-    sources: Indices | None = None  # int64 [pairs], index in `dataset.labels`; None without labels
-    which: int | None = None  # the only response of each example that is scored; None: all
-    forwards: tuple[int, ...] = ()  # for each micro-batch `PackedBatch.forwards`
-
-    def batches(self) -> Iterator[PackedBatch]:
-        """Collate this rank's micro-batches in order, on the host."""
-        for indices, forwards in zip(self.micro_batches, self.forwards, strict=True):
-            yield replace(
-                collate(self.dataset, indices, self.which, is_labelled=self.is_good is not None),
-                forwards=forwards,
-            )
-
-
-def shard_batch(
-    dataset: PreferenceDataset,
-    indices: Indices,
-    rank: int,
-    world_size: int,
-    micro_batch_tokens: int,
-    costs: ComputeCosts,
-    loss: LossConfig | None = None,
-    which: int | None = None,
-) -> RankBatch:
-    """Return the share of `rank` in the global batch `indices`, balanced by compute cost; O(batch).
-
-    It has the responses that the `loss` scores, and its partners; without one all responses, or `which`.
-    """
-    is_good, partners = None, None
-    if loss is not None and not loss.compares_pairs:
-        which, shares = 0, (rank, world_size, micro_batch_tokens, costs)
-        is_good = dataset.labels_good(indices) if loss.is_unpaired else None
-        partners = shard_batch(dataset, indices, *shares, which=1) if loss.needs_partners else None
-    counts = dataset.response_counts(indices)
-    responses = dataset.response_indices(indices)
-    chosen = responses[np.cumsum(counts) - counts]
-    if which is not None:
-        responses, counts = chosen + which, np.ones_like(counts)
-    weights = dataset.numbers["loss_weight"][indices] if "loss_weight" in dataset.numbers else None
-    weights = None if weights is None or not weights.any() else weights
-    sizes = dataset.sizes(indices, responses, counts, costs, masked=True)
-    plan = plan_micro_batches(sizes, world_size, micro_batch_tokens)
-    positions = tuple(tuple(ranks[rank]) for ranks in plan)
-    return RankBatch(
-        dataset=dataset,
-        micro_batches=tuple(tuple(int(indices[i]) for i in micro_batch) for micro_batch in positions),
-        positions=positions,
-        pairs=len(indices),
-        tokens=int(sizes.tokens.sum()),
-        unshared_tokens=int(sizes.unshared_tokens.sum()),
-        targets=int(sizes.targets.sum()),
-        attended=int(sizes.attended.sum()),
-        weight=float(len(indices) if weights is None else weights.sum()),
-        mean_chosen_tokens=float(np.average(dataset.trained_tokens[chosen], weights=weights)),
-        sources=dataset.label_numbers(indices) if dataset.labels else None,
-        is_good=is_good,
-        partners=partners,
-        which=which,
-        forwards=tuple(max(RESPONSES_OF_DUMMY, *(int(counts[at].sum()) for at in ranks)) for ranks in plan),
-    )
-
-
-def collate(
-    dataset: PreferenceDataset,
-    indices: Sequence[int],
-    which: int | None = None,
-    *,
-    is_labelled: bool = False,
-) -> PackedBatch:
-    """Pack examples, or only one response of each, into one micro-batch; a dummy if there are none."""
-    if not indices:
-        numbers: dict[str, Any] = dict.fromkeys(dataset.numbers, torch.ones(1, dtype=torch.float64))
-        sources = torch.zeros(1, dtype=torch.int64) if dataset.labels else None
-        return replace(dummy_batch(), sources=sources, **numbers)
-    selected = None if which is None else [which]
-    ranges = [dataset.response_range(index) for index in indices]
-    keys = dataset.keys[np.concatenate([r if which is None else r[which : which + 1] for r in ranges])]
-    examples = [dataset.example(index, selected, masked=True) for index in indices]
-    if not np.array_equal(response_keys(examples), keys):
-        raise damaged_ids(dataset, indices)
-    numbers = {name: torch.from_numpy(column[[*indices]]) for name, column in dataset.numbers.items()}
-    return replace(
-        pack(examples, keys, dataset.labels_good(indices) if is_labelled else None),
-        score_gaps=torch.from_numpy(dataset.score_gaps(indices)),
-        sources=torch.from_numpy(dataset.label_numbers(indices)) if dataset.labels else None,
-        **numbers,
-    )
-
-
-def damaged_ids(dataset: PreferenceDataset, examples: Sequence[int]) -> DataError:
-    """Return the error of a micro-batch whose token ids have other keys than when they were encoded."""
-    return DataError(
-        "token ids of the encoded data do not match their content key",
-        where="; ".join(str(dataset.origin(example)) for example in examples[:5]),
-        got=f"{len(examples)} records in micro-batches with such ids",
-        expected="the ids that were encoded: these have other log-probs",
-        remedy="delete the folder data.cache and start again: the data are encoded again",
+        **dataset_columns(every),
     )
 
 
@@ -341,8 +235,9 @@ def count_duplicates(dataset: PreferenceDataset) -> int:
 
 def count_shared(dataset: PreferenceDataset, other: PreferenceDataset) -> int:
     """Return the number of examples of `dataset` with the same token ids as one of `other`."""
-    others = set(_example_keys(other))
-    return sum(key in others for key in _example_keys(dataset))
+    keys = list(_example_keys(dataset))
+    shared = set(keys).intersection(_example_keys(other))  # `other`, the training data, is the larger one
+    return sum(key in shared for key in keys)
 
 
 def _example_keys(dataset: PreferenceDataset) -> Iterator[bytes]:

@@ -21,17 +21,23 @@ from dpo_dist.data.read.sources import root_of
 from dpo_dist.data.records import BadRecord, Origin
 from dpo_dist.data.text.lengths import SourceLengths
 from dpo_dist.foundation.errors import ConfigError, DataError
-from dpo_dist.foundation.files import content_digest, file_identity, recall, remember, staged_file
+from dpo_dist.foundation.files import (
+    MEMO_FOLDER,
+    content_digest,
+    file_identity,
+    recall,
+    remember,
+    staged_file,
+)
 
 log = logging.getLogger(__name__)
 
 Array: TypeAlias = npt.NDArray[Any]
 
-MEMO_FOLDER = "file_digests"
 _BATCH_BYTES = 2**24
 _DIGEST_BYTES = 16  # of the blake2b digest behind the Arrow file
 
-SCHEMA = pa.schema(
+ROW_SCHEMA = pa.schema(
     {
         # Relative to the path of the source, which may be moved.
         "file": pa.string(),
@@ -101,7 +107,7 @@ def write_source(source: EncodedSource, batches: Iterable[pa.RecordBatch]) -> No
         log.warning("%s is damaged and is encoded again", final)
     try:
         with staged_file(final) as staged:
-            with pa.OSFile(str(staged), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+            with pa.OSFile(str(staged), "wb") as file, pa.ipc.new_file(file, ROW_SCHEMA) as writer:
                 for batch in _large(batches):
                     names = batch["file"].to_pylist()
                     files = [os.path.relpath(Path(name).expanduser(), root) for name in names]
@@ -154,12 +160,12 @@ def counts_of(table: pa.Table) -> DataCounts:
         for drop, pairs, changed, read_as in map(json.loads, coded.dictionary.to_pylist())
     ]
     codes = coded.indices.to_numpy()
-    reasons = np.array([outcome.dropped or "" for outcome in outcomes])[codes] if outcomes else codes
-    shown = np.flatnonzero(reasons != "")[:SHOWN_EXAMPLES] if outcomes else codes
+    is_dropped = np.array([outcome.dropped is not None for outcome in outcomes], dtype=np.bool_)
+    shown = np.flatnonzero(is_dropped[codes])[:SHOWN_EXAMPLES]
     places = table.select(["file", "line", "detail"]).take(shown).to_pylist()
     named = [
-        BadRecord(str(reason), Origin(row["file"], row["line"]), row["detail"])
-        for reason, row in zip(reasons[shown], places, strict=True)
+        BadRecord(str(outcomes[code].dropped), Origin(row["file"], row["line"]), row["detail"])
+        for code, row in zip(codes[shown], places, strict=True)
     ]
     numbers = np.bincount(codes, minlength=len(outcomes)).tolist()
     return DataCounts.of(dict(zip(outcomes, numbers, strict=True)), named)
@@ -171,7 +177,7 @@ def lengths_of(table: pa.Table, counts: DataCounts, config: DataConfig) -> Sourc
     return SourceLengths(lengths, counts.read - len(lengths), config.max_bad_share * counts.read)
 
 
-def columns_of(table: pa.Table) -> dict[str, Any]:
+def dataset_columns(table: pa.Table) -> dict[str, Any]:
     """Return the columns of `PreferenceDataset`: ids and masks mapped, the others in memory."""
 
     def flat(name: str) -> Array:

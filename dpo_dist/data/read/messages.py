@@ -11,13 +11,13 @@ from dpo_dist.data.records import (
     FIRST_TURN,
     LAST_TURN,
     Dialogue,
-    Fields,
     Message,
     Messages,
     Prompt,
     Response,
     UnusableRecordError,
 )
+from dpo_dist.foundation.types import Fields
 
 CONVERSATIONS = ("conversations", "messages")
 TOOLS = ("tools", "functions")

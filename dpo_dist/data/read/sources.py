@@ -1,57 +1,27 @@
-"""Read the records of a source: a file, a pattern, a folder, or a dataset on the Hugging Face Hub.
+"""The files of a source and their records: a file, a pattern, a folder, or a dataset of the Hub."""
 
-Files are JSON lines, JSON, CSV, TSV and Parquet.
-"""
-
-import codecs
 import contextlib
-import csv
 import glob
-import io
 import itertools
-import json
 import os
 import re
-import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO, TypeVar
-
-import pyarrow
-import pyarrow.parquet
+from typing import TypeVar
 
 from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.read.columns import is_saved, resolved, with_columns
-from dpo_dist.data.read.values import (
-    NOT_UTF8,
-    class_parsers,
-    json_parsers,
-    parse_json,
-    with_parsed_json,
-    without_nulls,
-)
-from dpo_dist.data.records import MAX_RECORD_BYTES, BadRecord, Origin, RawRecord, shown_key
-from dpo_dist.foundation.errors import ConfigError, DataError, dead_link, first_line, in_one_line
-from dpo_dist.foundation.files import remembered_digest, text_digest, write_text
+from dpo_dist.data.read.files import SUFFIXES, check_kind, dataset_rows, numbered_records, read_file
+from dpo_dist.data.read.values import parse_json
+from dpo_dist.data.records import RawRecord
+from dpo_dist.foundation.errors import ConfigError, DataError, dead_link, in_one_line
+from dpo_dist.foundation.files import remembered_digest, text_digest
 
 T = TypeVar("T")
 
-_SEPARATORS = {".csv": ",", ".tsv": "\t"}
-_COMPRESSED_KINDS = (".jsonl", ".json", *_SEPARATORS)
-_KINDS = (*_COMPRESSED_KINDS, ".parquet")
-_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-_BLOCK_BYTES = 2**20
-_BATCH_RECORDS = 64
-# For each line between records: reading many empty ones takes minutes.
-_LINE_BYTES = 64
-# More than this expansion is no text that was compressed.
-_MAX_EXPANSION = 100
-_ARGUMENTS = ("arguments", "parameters")
-_SUFFIXES = (*_KINDS, *_COMPRESSIONS)
 _GLOB = re.compile(r"[*?\[]")
 _DATA_NAME = re.compile(
     r"\.(jsonl|json|csv|parquet|ndjson|jsonlines|tsv|arrow|feather)(\.(gz|zst|bz2|xz|zip|lz4|7z|br))?$",
@@ -128,7 +98,7 @@ def local_files(source: SourceConfig) -> list[Path] | None:
         raise _missing(local)
     files = [local] if local.is_file() else _globbed_files(str(local))
     for file in files:
-        _check_kind(file, path)
+        check_kind(file, path)
     return files
 
 
@@ -149,22 +119,9 @@ def source_identity(source: SourceConfig, memo: Path | None = None) -> str:
     return text_digest("\n".join(f"{name} {digest}" for name, digest in zip(names, digests, strict=True)))
 
 
-def _check_kind(file: Path, path: str) -> None:
-    if file_kind(file) is None:
-        raise DataError(
-            "this kind of file cannot be read",
-            where=path,
-            got=file.suffix or "a name without an extension",
-            expected=f"{', '.join(_KINDS)}; {', '.join(_COMPRESSED_KINDS)} also as .gz or .zst",
-            remedy="save a table as .csv (Excel: CSV UTF-8)"
-            if file.suffix in (".xlsx", ".xls", ".ods")
-            else "convert, unpack or rename the file; one with a JSON object per line is a .jsonl",
-        )
-
-
 def _is_like_a_file(path: Path) -> bool:
     """Return whether a name ends as data files do, or as any file does whose folder exists: `table.xlsx`."""
-    if path.suffix in _SUFFIXES or _DATA_NAME.search(path.name):
+    if path.suffix in SUFFIXES or _DATA_NAME.search(path.name):
         return True
     return re.fullmatch(r"\.[A-Za-z]{2,7}", path.suffix) is not None and path.parent.is_dir()
 
@@ -244,9 +201,9 @@ def _data_files(folder: Path, source: SourceConfig, every: Sequence[Path] = ()) 
             expected="files of one kind, with a split in every name or in none",
             remedy="convert or rename them, or select files by a pattern, for example path/*.jsonl",
         )
-    files = _of_split(source, splits)
+    files = _chosen_split(source, splits)
     for file in files:
-        _check_kind(file, str(file))
+        check_kind(file, str(file))
     return files
 
 
@@ -261,7 +218,7 @@ def _check_below(root: Path, files: Iterable[Path], source: SourceConfig, what: 
         )
 
 
-def _of_split(source: SourceConfig, splits: Mapping[str, T]) -> T:
+def _chosen_split(source: SourceConfig, splits: Mapping[str, T]) -> T:
     split = source.split or "train"
     if split not in splits:
         raise DataError(
@@ -291,16 +248,7 @@ def _saved_records(folder: Path, source: SourceConfig) -> Iterator[RawRecord]:
     with _as_data_error(source):
         saved = load_from_disk(str(folder))
     splits = {"train": saved} if isinstance(saved, Dataset) else saved
-    return _records(enumerate(_dataset_rows(_of_split(source, splits)), start=1), source.path)
-
-
-def _dataset_rows(dataset: Any) -> Iterator[Any]:
-    form = getattr(dataset, "format", None)  # a stream has none
-    if form and form["type"] == "custom":  # a transform of the user's
-        return map(_with_given_arguments, dataset)
-    # As stored: decoded, images need packages, and nulls in JSON are like those of tables.
-    columns = {"columns": form["columns"]} if form else {}
-    return _table_rows(dataset.with_format("arrow", **columns).iter(_BATCH_RECORDS))
+    return numbered_records(enumerate(dataset_rows(_chosen_split(source, splits)), start=1), source.path)
 
 
 # The Hugging Face Hub.
@@ -351,230 +299,6 @@ def _as_data_error(source: SourceConfig) -> Iterator[None]:
         ) from fault
 
 
-# Files.
-
-
-def file_kind(file: Path) -> str | None:
-    """Return a file's extension before the one of its compression; None if it cannot be read."""
-    if file.suffix in _COMPRESSIONS:
-        inner = Path(file.stem).suffix
-        return inner if inner in _COMPRESSED_KINDS else None
-    return file.suffix if file.suffix in _KINDS else None
-
-
-def read_file(file: Path, path: str) -> Iterator[RawRecord]:
-    """Yield the records of a file, or why they cannot be read, in its order; only a .json is read whole.
-
-    Their origin is `path` with the 1-based line of their start, in .parquet and .json their number.
-    Raises DataError: the file cannot be read.
-    """
-    try:
-        match file_kind(file):
-            case ".jsonl":
-                values = _lines(_opened(file, path))
-            case ".json":
-                limit = max(MAX_RECORD_BYTES, _MAX_EXPANSION * file.stat().st_size)
-                blocks = iter(partial(_opened(file, path).read, _BLOCK_BYTES), b"")
-                content = b"".join(itertools.islice(blocks, limit // _BLOCK_BYTES + 2))
-                if len(content) > limit:
-                    raise ValueError(f"the file expands to more than {limit:,} bytes")
-                elements = parse_json(content)
-                if not isinstance(elements, list):
-                    raise ValueError("the JSON file is not an array")
-                values = enumerate(elements, start=1)
-            case ".csv" | ".tsv" as kind:
-                values = _table_lines(_opened(file, path), path, _SEPARATORS[kind])
-            case _:
-                values = enumerate(_parquet_rows(file), start=1)
-        yield from _records(values, path)
-    except (OSError, ValueError, pyarrow.ArrowException, csv.Error) as fault:
-        raise DataError(
-            "the file cannot be read to its end",
-            where=path,
-            # Some texts go on with an excerpt of the file, which is not shown.
-            got=first_line(fault).partition("\\n")[0].rstrip(),
-            expected="a whole file of the kind that its name says; a .json file is one array of objects",
-            remedy="if the file is damaged or incomplete, write or download it again; rename a file with one "
-            "object per line to .jsonl; save text of another encoding as UTF-8",
-        ) from fault
-
-
-def _records(values: Iterable[tuple[int, Any]], path: str) -> Iterator[RawRecord]:
-    """Yield values with the number of their line as records; a ValueError says why there is none."""
-    for number, value in values:
-        origin = Origin(path, number)
-        if isinstance(value, Mapping):
-            yield value, origin
-        elif isinstance(value, ValueError):
-            yield BadRecord("unparsable", origin, str(value)), origin
-        else:
-            detail = f"a {type(value).__name__} instead of an object"
-            yield BadRecord("unparsable", origin, detail), origin
-
-
-def _table_rows(tables: Iterable[Any]) -> Iterator[Any]:
-    """Yield the rows of Arrow tables as they were: JSON parsed, labels as words, arguments as given."""
-    for table in tables:
-        parsers = json_parsers(table.schema) | class_parsers(table.schema)
-        for row in map(_with_given_arguments, table.to_pylist()):
-            try:
-                yield with_parsed_json(row, parsers) if parsers else row
-            except ValueError as fault:
-                yield ValueError(f"JSON in a column: {fault}")
-
-
-def _with_given_arguments(value: Any) -> Any:
-    """Return a value of a table without the nulls with which it fills the arguments of tool calls."""
-    if isinstance(value, Mapping):
-        return {
-            name: without_nulls(item) if name in _ARGUMENTS else _with_given_arguments(item)
-            for name, item in value.items()
-        }
-    return [_with_given_arguments(item) for item in value] if isinstance(value, list) else value
-
-
-def write_records(records: Iterable[Any], folder: Path, name: str) -> Path:
-    """Write records in memory to a .jsonl of `folder` that is named by its content, and return its path.
-
-    `name`: of the argument, for errors. Raises ConfigError: there are none, or one is not of JSON's types.
-    """
-    lines = list[str]()
-    is_dataset = hasattr(records, "with_format") and hasattr(records, "iter")
-    others = _dataset_rows(records) if is_dataset else map(_with_given_arguments, records)
-    for record in records if isinstance(records, list) else others:
-        try:
-            lines.append(json.dumps(record) + "\n")
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ConfigError(
-                "a record cannot be written as JSON",
-                where=f"{name}[{len(lines)}]",
-                got=first_line(error),
-                remedy="convert its values, or leave out fields that no format reads",
-            ) from error
-    if not lines:
-        raise ConfigError("there are no records", where=name, got="0", remedy="give at least one")
-    text = "".join(lines)
-    file = folder / f"records-{text_digest(text)[:16]}.jsonl"
-    if not file.exists():
-        write_text(file, text)
-    return file
-
-
-def _opened(file: Path, path: str) -> io.BufferedReader:
-    """Open a file, uncompressed. Raises DataError: it is in UTF-16, with or without its mark."""
-    raw = pyarrow.input_stream(file, compression=_COMPRESSIONS.get(file.suffix))
-    stream = io.BufferedReader(raw, _BLOCK_BYTES)
-    start = stream.peek(2)[:2]
-    if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or start.count(0) == 1:
-        raise DataError(
-            "the file is in UTF-16, not in UTF-8",
-            where=path,
-            remedy="save it as UTF-8 (Excel: CSV UTF-8): iconv -f UTF-16 -t UTF-8 OLD > NEW",
-        )
-    return stream
-
-
-def _lines(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
-    # Lines of bytes end at newlines only, not at Unicode separators.
-    blank = 0
-    for number, line in enumerate(iter(partial(stream.readline, MAX_RECORD_BYTES + 1), b""), start=1):
-        blank = blank + len(line) + _LINE_BYTES if line.isspace() else 0
-        _check_size(max(blank, len(line)), number)
-        if not blank:
-            try:
-                value = parse_json(line)
-            except ValueError as fault:
-                value = fault
-            yield number, value
-
-
-def _check_size(size: int, line: int) -> None:
-    if size > MAX_RECORD_BYTES:
-        lines = MAX_RECORD_BYTES // _LINE_BYTES
-        raise ValueError(
-            f"line {line:,}: over {MAX_RECORD_BYTES:,} bytes, or {lines:,} lines, without the end of a record"
-        )
-
-
-def _table_lines(stream: BinaryIO, path: str, separator: str) -> Iterator[tuple[int, Any]]:
-    # Bytes that are not UTF-8 become lone surrogates, so that only their own record is bad.
-    text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
-    size, has_header = 0, False  # since the last record
-
-    def lines() -> Iterator[str]:
-        nonlocal size, has_header
-        for number, line in enumerate(iter(partial(text.readline, MAX_RECORD_BYTES + 1), ""), start=1):
-            if not has_header and line.strip():
-                _check_header(line, path, separator)
-                has_header = True
-            size += len(line) + _LINE_BYTES
-            _check_size(size, number)
-            yield line
-
-    csv.field_size_limit(MAX_RECORD_BYTES)
-    rows = csv.reader(lines(), delimiter=separator, strict=True)
-    header = next(filter(None, rows), [])
-    _check_columns(header)
-    line = rows.line_num + 1
-    for cells in rows:
-        if len(cells) > len(header):
-            yield line, ValueError(f"{len(cells)} cells for {len(header)} columns")
-        elif not _is_utf8("".join(cells)):
-            yield line, ValueError(NOT_UTF8)
-        elif cells:
-            yield line, dict(zip(header, cells, strict=False))
-        size = 0 if cells else size
-        line = rows.line_num + 1
-
-
-def _check_header(header: str, path: str, separator: str) -> None:
-    """Check the first line of a table. Raises DataError: it is not UTF-8, or has another separator."""
-    if not _is_utf8(header):
-        raise DataError(
-            "the table is not in UTF-8",
-            where=path,
-            got="other bytes in its header",
-            remedy="save it as UTF-8 (Excel: CSV UTF-8; of Windows: iconv -f CP1252 -t UTF-8 OLD > NEW)",
-        )
-    other = next((other for other in "\t;|," if other in header), None)
-    if other and separator not in header:
-        kinds = {known: kind for kind, known in _SEPARATORS.items()}
-        new = Path(path).with_name(f"{Path(path).name.partition('.')[0]}_commas.csv")
-        read = (
-            f"pandas.read_csv({json.dumps(path)}, sep={json.dumps(other)}, dtype=str, keep_default_na=False)"
-        )
-        code = shlex.quote(f"import pandas; {read}.to_csv({json.dumps(str(new))}, index=False)")
-        write = f"python -c {code} writes commas; then read {new}"
-        raise DataError(
-            f"the columns of the table are not separated by {separator!r}",
-            where=path,
-            got=f"a header with {other!r}",
-            expected=", ".join(f"{known!r} in a {kind}" for known, kind in kinds.items()),
-            remedy=f"rename the file to {kinds[other]}" if other in kinds else write,
-        )
-
-
-def _is_utf8(text: str) -> bool:
-    """Return whether a text has no bytes that are not UTF-8, as lone surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _check_columns(names: list[str]) -> None:
-    if len(set(names)) < len(names):
-        raise ValueError(f"two columns have the same name: {', '.join(map(shown_key, names))}")
-
-
-def _parquet_rows(file: Path) -> Iterator[Any]:
-    # Buffered: else a whole column of a row group is loaded at once.
-    table = pyarrow.parquet.ParquetFile(file, buffer_size=_BLOCK_BYTES, pre_buffer=False)
-    _check_columns(table.schema_arrow.names)
-    yield from _table_rows(table.iter_batches(batch_size=_BATCH_RECORDS))
-
-
 # Labels.
 
 # Names of files and folders that say nothing without the folder above.
@@ -600,7 +324,7 @@ def _name(source: SourceConfig) -> str:
     if source.name is not None and resolved(source) is not source:
         return _safe(source.name)
     file = PurePath(source.path)
-    while file.suffix in _SUFFIXES:
+    while file.suffix in SUFFIXES:
         file = file.with_suffix("")
     parts = [*filter(None, map(_safe, file.parts))] or ["source"]
     shown = parts[-2:] if parts[-1] in _USUAL_NAMES else parts[-1:]

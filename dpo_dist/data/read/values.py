@@ -1,14 +1,13 @@
-"""Values of fields: parsed from JSON, also where a text spells it, without the nulls of tables, or empty."""
+"""Values of fields: JSON, also where a text spells it, without the nulls of tables; numbers; empty values."""
 
 import ast
 import json
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import pyarrow
+from dpo_dist.data.records import UnusableRecordError
 
-_EXTENSION = b"ARROW:extension:name"
 _EMPTY_TEXTS = ("", "[]", "{}", "null")
 GOOD = ("1", "1.0", "true", "good", "chosen", "desirable")
 BAD = ("0", "0.0", "-1", "-1.0", "false", "bad", "rejected", "undesirable")
@@ -51,48 +50,6 @@ def from_json(value: Any) -> Any:
         return value
 
 
-def json_parsers(fields: Iterable[pyarrow.Field]) -> dict[str, Callable[[Any], Any]]:
-    """Return by name what parses the values of Arrow fields that store JSON as text, perhaps deep inside.
-
-    Arrow's own type of such texts is that of values of mixed types in `datasets`.
-    """
-    return {field.name: parse for field in fields if (parse := _json_parser(field)) is not None}
-
-
-def _json_parser(field: pyarrow.Field) -> Callable[[Any], Any] | None:
-    kind = field.type
-    # A type that pyarrow does not know is that of its storage, and the field has its name.
-    name = getattr(kind, "extension_name", "") or (field.metadata or {}).get(_EXTENSION, b"").decode()
-    if name.endswith("json"):  # "arrow.json", "google:sqlType:json"
-        return lambda text: None if text is None else parse_json(text)
-    parsers = json_parsers(map(kind.field, range(kind.num_fields)))
-    if not parsers or pyarrow.types.is_map(kind):
-        return None
-    if pyarrow.types.is_struct(kind):
-        return partial(with_parsed_json, parsers=parsers)
-    [parse] = parsers.values()
-    return lambda items: items and list(map(parse, items))
-
-
-def with_parsed_json(fields: Any, parsers: Mapping[str, Callable[[Any], Any]]) -> Any:
-    """Return an object, or None, with the values of `json_parsers`. Raises ValueError: one is no JSON."""
-    if not fields:
-        return fields
-    return {name: parsers[name](value) if name in parsers else value for name, value in fields.items()}
-
-
-def class_parsers(schema: pyarrow.Schema) -> dict[str, Callable[[Any], Any]]:
-    """Return by name what gives the words of labels that `datasets` stores as numbers, in any order."""
-    known = {*GOOD, *BAD}
-    try:
-        features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        given = {name: feature["names"] for name, feature in features.items() if "names" in feature}
-        words = {name: dict(enumerate(of)) for name, of in given.items() if known & {*map(str.lower, of)}}
-    except (KeyError, TypeError, AttributeError, ValueError):  # a stranger's text, of another kind
-        return {}
-    return {name: numbered.get for name, numbered in words.items()}
-
-
 def without_nulls(value: Any) -> Any:
     """Return a value without the null fields of objects, with which tables fill what an object lacks."""
     if isinstance(value, Mapping):
@@ -107,3 +64,20 @@ def has_value(value: Any) -> bool:
     if isinstance(value, list | tuple | Mapping):
         return len(value) > 0
     return value is not None and value is not False
+
+
+def finite_numbers(values: Iterable[Any]) -> tuple[float, ...]:
+    """Return the values as finite numbers. Raises UnusableRecordError if any is not."""
+    given = values if isinstance(values, Iterable) and not isinstance(values, str | Mapping) else ()
+    numbers = tuple(math.nan if isinstance(value, bool) else number_of(value) for value in given)
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise UnusableRecordError("invalid_scores", "a score is missing or is no finite number")
+    return numbers
+
+
+def number_of(value: Any) -> float:
+    """Return a number, perhaps written as text; nan for anything else."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan

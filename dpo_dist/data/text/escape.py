@@ -30,7 +30,7 @@ def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(tokens, reverse=True))) or r"(?!)")
 
 
-Piece: TypeAlias = tuple[int, int, bool]
+_Piece: TypeAlias = tuple[int, int, bool]
 """A piece's start in the changed and in the original text; whether it is the same in both."""
 
 
@@ -84,9 +84,9 @@ class Marks:
         """Return the text that an escaped text spells."""
         return self._literal.sub(lambda match: self.tokens[int(match[1])], escaped)
 
-    def with_aliases(self, escaped: str) -> tuple[str, list[Piece]]:
+    def with_aliases(self, escaped: str) -> tuple[str, list[_Piece]]:
         """Return the text with its control tokens as aliases and spelled tokens as text; its pieces."""
-        parts, pieces = list[str](), list[Piece]()
+        parts, pieces = list[str](), list[_Piece]()
         length = done = 0
         for match in self._literal_or_token.finditer(escaped):
             before = escaped[done : match.start()]
@@ -165,7 +165,7 @@ def _without_first_space(part: dict[str, Any]) -> dict[str, Any] | None:
     return part
 
 
-def _origin(position: int, pieces: Sequence[Piece]) -> int:
+def _origin(position: int, pieces: Sequence[_Piece]) -> int:
     """Translate a position in the changed text of these pieces to the original text."""
     start, origin, is_same = pieces[bisect_right(pieces, position, key=lambda piece: piece[0]) - 1]
     return origin + (position - start) * is_same

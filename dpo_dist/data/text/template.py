@@ -14,9 +14,10 @@ from jinja2 import Environment, TemplateError
 from jinja2.meta import find_undeclared_variables
 
 from dpo_dist.config.schema import DataConfig
-from dpo_dist.data.records import Fields, Message, Tokenizer, UnusableRecordError
+from dpo_dist.data.records import Message, Tokenizer, UnusableRecordError
 from dpo_dist.data.text.escape import RESERVED_CHARACTER, THOUGHT_TAGS, Marks, any_of
 from dpo_dist.foundation.errors import ConfigError, first_line
+from dpo_dist.foundation.types import Fields
 
 _CLOCK_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 

@@ -14,7 +14,6 @@ from dpo_dist.config.run_folder import RunFolder, is_checkpoint
 from dpo_dist.config.schema import NO_MODEL, Dtype, RunConfig
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.data.text.lengths import without_limits
-from dpo_dist.distributed.export import written_checkpoint
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.streams import print_result, printable_lines
 from dpo_dist.model.lora import adapter_off
@@ -26,7 +25,8 @@ from dpo_dist.tools.sampling.respond import (
     open_responder,
     usable_prompt,
 )
-from dpo_dist.training.context import has_bf16_products
+from dpo_dist.training.export import written_checkpoint
+from dpo_dist.training.start.context import has_bf16_products
 from dpo_dist.verbs.named_models import short_name
 
 BASE = "base"

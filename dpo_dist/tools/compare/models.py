@@ -16,11 +16,18 @@ import dpo_dist
 from dpo_dist.batching.example import Example
 from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import FusedLayers, RunConfig
-from dpo_dist.data.counts import NOT_ASKED, count_lines
+from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX, count_lines
 from dpo_dist.data.formats import read_prompts
 from dpo_dist.data.read.sources import pinned, source_labels
-from dpo_dist.data.records import Dialogue, PreferenceRecord, Prompt, eval_part, prompt_hash, turns_of
-from dpo_dist.distributed.export import written_checkpoint
+from dpo_dist.data.records import (
+    Dialogue,
+    PreferenceRecord,
+    Prompt,
+    eval_part,
+    prompt_hash,
+    prompt_key,
+    turns_of,
+)
 from dpo_dist.distributed.memory import return_memory
 from dpo_dist.distributed.zero import unsharded_loading
 from dpo_dist.foundation import files
@@ -28,8 +35,8 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.text import counted
 from dpo_dist.model.exactness import StartCheck
-from dpo_dist.model.folder import hub_commit
-from dpo_dist.model.load import load_packed
+from dpo_dist.model.files.folder import hub_commit
+from dpo_dist.model.files.load import load_packed
 from dpo_dist.model.lora import load_adapter
 from dpo_dist.model.packed import PackedCausalLM, packed_logps
 from dpo_dist.reference.engine import scored_model
@@ -38,7 +45,7 @@ from dpo_dist.tools.compare.start import KEY, Compared
 from dpo_dist.tools.doctor.texts import side_of
 from dpo_dist.tools.evaluation.trained_prompts import count_trained
 from dpo_dist.tools.judges import Judge, open_judge
-from dpo_dist.tools.pairs.files import good_records, prompt_key
+from dpo_dist.tools.pairs.files import good_records
 from dpo_dist.tools.pairs.run import check_model, first_records, passed
 from dpo_dist.tools.sampling.generate import Request, Sample, Sampling, generate
 from dpo_dist.tools.sampling.prompts import (
@@ -51,7 +58,8 @@ from dpo_dist.tools.sampling.prompts import (
     judge_of,
 )
 from dpo_dist.tools.sampling.respond import Completions, ModelSource, Responder, open_responder
-from dpo_dist.training.context import Run
+from dpo_dist.training.export import written_checkpoint
+from dpo_dist.training.start.context import Run
 
 Row = dict[str, Any]
 PART_PROMPTS = 16
@@ -119,9 +127,8 @@ class Speaker:
 
     @cached_property
     def _packed(self) -> PackedCausalLM:
-        scored = scored_model(self.config)
-        bits = self.config.model.quantization
-        model_config = replace(scored, quantization=bits, fused=FusedLayers.none)
+        model = self.config.model
+        model_config = replace(scored_model(model, model.quantization), fused=FusedLayers.none)
         longest = self.config.data.max_length + self.config.compare.max_new_tokens
         if self.responder.longest is not None:
             longest = min(longest, self.responder.longest)
@@ -288,7 +295,7 @@ def _rows(
         for record, row, judgement in zip(records, rows, judgements, strict=True):
             counts.update(judgement.get("counts", {}))
             if dropped := next(filter(None, (reason for reason, _ in row)), None):
-                counts[NOT_ASKED + dropped] += 1
+                counts[DROPPED_PROMPT_PREFIX + dropped] += 1
                 continue
             scores, key = judgement.get("scores", [None] * len(speakers)), prompt_key(record)
             answer: Row = {

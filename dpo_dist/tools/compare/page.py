@@ -14,7 +14,7 @@ from dpo_dist.foundation.text import counted, number, percent, without_secrets
 from dpo_dist.tools.compare.results import DIFFERENCES
 from dpo_dist.tools.pages.charts import Interval, Point, scatter
 from dpo_dist.tools.pages.render import estimate, page, part
-from dpo_dist.tools.pages.samples import Response, Shown, end_notes, prompt_items, response_of_data
+from dpo_dist.tools.pages.samples import Shown, ShownResponse, end_notes, prompt_items, response_of_data
 from dpo_dist.tools.tables import aligned, with_interval
 
 Row = Mapping[str, Any]
@@ -240,7 +240,7 @@ def _prompt(row: Row, results: Row) -> Shown:
             most = max(most, 0.0 if of_base is None else abs(response["score"] - of_base))
         if name != base and None not in (response["logp"], response["base_logp"]):
             notes.append(f"log-ratio {number(response['logp'] - response['base_logp'])} nats")
-        shown.append(Response(name, response["text"], "; ".join(notes)))
+        shown.append(ShownResponse(name, response["text"], "; ".join(notes)))
     if row["chosen"] is not None:
         shown.append(response_of_data(row, " in the data"))
     return Shown(row["prompt"], shown, base, "; ".join(labels), labels, 0.0 - most)

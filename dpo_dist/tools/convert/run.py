@@ -117,7 +117,7 @@ def listed(value: Any) -> list[Any]:
     return [entry for entry in values if entry is not None]
 
 
-def number(value: Any) -> float | None:
+def finite_number(value: Any) -> float | None:
     """Return a finite number, also one that is written as a text; None for anything else."""
     try:
         found = math.nan if isinstance(value, bool) else float(value)

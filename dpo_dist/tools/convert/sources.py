@@ -7,7 +7,7 @@ from typing import Any
 
 from dpo_dist.config.keys import as_written
 from dpo_dist.config.mistakes import as_sources
-from dpo_dist.tools.convert.run import EMPTY, Run, listed, number
+from dpo_dist.tools.convert.run import EMPTY, Run, finite_number, listed
 
 _OF_SOURCES = (
     *("path", "id", "name", "config", "split", "revision", "data_dir", "data_files", "weight"),
@@ -60,7 +60,7 @@ def _mixture(run: Run) -> list[tuple[str, dict[str, Any]]]:
     shares = run.take("dataset_mixer", default={})
     flat, sources = listed(run.take("mixer_list", "dataset_mixer_list")), []
     for name, written in (*shares.items(), *zip(flat[::2], flat[1::2], strict=False)):
-        amount = number(written) or 0
+        amount = finite_number(written) or 0
         # In a mapping numbers above 1 are counts of records, in a list those without a point.
         is_share = amount <= 1 if shares else "." in str(written)
         if amount > 0:

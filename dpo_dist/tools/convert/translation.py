@@ -12,7 +12,7 @@ from dpo_dist.config.rules import RULES, resolve_reference
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.tools.convert.reading import Foreign
-from dpo_dist.tools.convert.run import EMPTY, Run, listed, number
+from dpo_dist.tools.convert.run import EMPTY, Run, finite_number, listed
 from dpo_dist.tools.convert.sources import set_sources
 
 _METHODS = ("dpo", "ipo", "kto", "orpo", "cpo", "simpo", "sft")
@@ -197,7 +197,7 @@ def _machine(run: Run) -> None:
 
 def _numbers(run: Run) -> None:
     """Compute what several keys say together."""
-    rate = number(run.left.get("learning_rate"))
+    rate = finite_number(run.left.get("learning_rate"))
     if rate and (low := run.take("min_lr", default=0.0)):
         run.set("optim.min_lr_ratio", low / rate, "min_lr", low)
     if {"adam_beta1", "adam_beta2"} & run.left.keys():
@@ -234,10 +234,8 @@ def _watching(run: Run) -> None:
 def _combine(run: Run) -> None:
     """Correct values that depend on others."""
     values = run.values
-    chosen = {"model.attention": "the fastest kernel", "data.processes": "a process for each core"}
-    for key, what in chosen.items():
-        if values.pop(key, None):
-            run.comment(*run.origins[key], f"not needed: {what} is chosen")
+    if values.pop("model.attention", None):
+        run.comment(*run.origins["model.attention"], "not needed: the fastest kernel is chosen")
     if values.get("optim.warmup_steps") == 0:  # there it means that the ratio counts
         del values["optim.warmup_steps"]
     if values.get("loss.kind") == "orpo" and "loss.beta" in values and "loss.orpo_lambda" not in values:

@@ -18,7 +18,7 @@ from dpo_dist.data.formats import check_source
 from dpo_dist.data.text.template import check_template_file
 from dpo_dist.foundation.console import console_on
 from dpo_dist.foundation.errors import ExitCode
-from dpo_dist.model.folder import check_tokenizer_files, local_model_folder
+from dpo_dist.model.files.folder import check_tokenizer_files, local_model_folder
 
 
 def main(config: RunConfig) -> int:

@@ -19,7 +19,13 @@ from dpo_dist.config.schema import (
     SourceConfig,
     TextTemplate,
 )
-from dpo_dist.data.encoded.build import Progress, in_order, no_progress, prepare_dataset, tokenizer_digest
+from dpo_dist.data.encoded.build import (
+    EncodingProgress,
+    in_order,
+    no_progress,
+    prepare_dataset,
+    tokenizer_digest,
+)
 from dpo_dist.data.encoded.dataset import (
     PreferenceDataset,
     check_fits_loss,
@@ -31,7 +37,7 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.sources import pinned, source_labels
 from dpo_dist.data.records import Part, Tokenizer, eval_part, train_part
 from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
-from dpo_dist.model.folder import description_folder, start_folder, tokenizer_folder
+from dpo_dist.model.files.folder import description_folder, start_folder, tokenizer_folder
 from dpo_dist.tools.doctor.duplicates import Comparison
 from dpo_dist.tools.doctor.margins import compare_with_store
 from dpo_dist.tools.doctor.observe import Observer
@@ -89,7 +95,7 @@ def examine(
     config: DataConfig,
     tokenizer: "Tokenizer | None",
     benchmark: Benchmark | None = None,
-    progress: Progress = no_progress,
+    progress: EncodingProgress = no_progress,
 ) -> Diagnosis:
     """Read `config.train` and `config.eval` once, as a stream, and check them.
 
@@ -103,7 +109,7 @@ def examine(
         records = read_records(pinned(entry))
         with (
             progress(label) as show,
-            closing(in_order(records, observer.observe, config.processes)) as observed,
+            closing(in_order(records, observer.observe)) as observed,
         ):
             for chunk in observed:
                 source.add(chunk)
@@ -163,7 +169,7 @@ class Prepared(NamedTuple):
 
 def prepare(config: RunConfig, progress: ProgressOf) -> Prepared:
     """Encode the data of a run with the tokenizer of its model."""
-    from dpo_dist.model.load import load_config, load_tokenizer  # noqa: PLC0415  (slow)
+    from dpo_dist.model.files.load import load_config, load_tokenizer  # noqa: PLC0415  (slow)
 
     folder = description_folder(config.model.path, config.model.revision, needs_weights=False)
     files = tokenizer_folder(folder, start_folder(config.model))

@@ -24,7 +24,7 @@ from dpo_dist.tools.doctor.rules import RULES
 from dpo_dist.tools.doctor.texts import GROUPS
 from dpo_dist.tools.findings import Finding
 
-Keys: TypeAlias = npt.NDArray[np.uint64]
+_Keys: TypeAlias = npt.NDArray[np.uint64]
 Matrix: TypeAlias = Any
 """scipy.sparse.csr_matrix [pairs, features]: those of the chosen side minus those of the rejected side."""
 
@@ -73,7 +73,7 @@ class LeakTest:
         return share if low > 0.5 else 0.0
 
 
-def leak_tests(differences: Sequence[Mapping[str, float]], prompts: Keys) -> list[LeakTest]:
+def leak_tests(differences: Sequence[Mapping[str, float]], prompts: _Keys) -> list[LeakTest]:
     """Return the held-out accuracy of each feature and of each group, the most accurate first.
 
     `differences`: `texts.differences` of each pair; `prompts`: keys of their prompts. With fewer than 50
@@ -107,7 +107,7 @@ def leak_tests(differences: Sequence[Mapping[str, float]], prompts: Keys) -> lis
     return sorted(tests, key=lambda test: -test.accuracy)
 
 
-def _test(block: Matrix, prompts: Keys, name: str, group: str) -> LeakTest:
+def _test(block: Matrix, prompts: _Keys, name: str, group: str) -> LeakTest:
     """Test a linear classifier of a group, or the direction of a feature: each fold is guessed by the others.
 
     Each pair is learnt in both orders. Pairs of the same prompt are not independent, so the interval counts

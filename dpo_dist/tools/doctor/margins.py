@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.data.encoded.dataset import PreferenceDataset
-from dpo_dist.model.folder import description_folder, start_folder
+from dpo_dist.model.files.folder import description_folder, start_folder
 from dpo_dist.reference.store import LogpStore, Values, known_fingerprints
 from dpo_dist.tools.doctor.rules import RULES
 from dpo_dist.tools.doctor.sources import distribution

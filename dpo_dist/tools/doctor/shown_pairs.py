@@ -30,7 +30,7 @@ Segment = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class Part:
+class ShownPart:
     """The prompt or a response of a shown record, with its number of tokens before anything is cut."""
 
     name: str
@@ -46,7 +46,7 @@ class ShownPair:
     origin: str
     rules: tuple[str, ...]  # that it is an example of; empty in the random sample
     note: str  # the reason why it is dropped
-    parts: Sequence[Part]
+    parts: Sequence[ShownPart]
 
 
 def show_pairs(
@@ -90,7 +90,7 @@ def _chosen(source: SourceConfig, rules: Mapping[str, Sequence[str]], count: int
 
 def _parts(
     record: PreferenceRecord, config: DataConfig, tokenizer: "Tokenizer | None"
-) -> tuple[str, list[Part]]:
+) -> tuple[str, list[ShownPart]]:
     """Return the reason why a record is dropped, and its parts with every token, also those that are cut."""
     if tokenizer is None:
         return "", _plain_parts(record)
@@ -108,12 +108,12 @@ def _parts(
         front += 1
     is_trained = [False] * len(prompt)
     cut = range(front, front + missing)
-    parts = [Part("prompt", list(_segments(prompt, is_trained, cut, tokenizer)), len(prompt))]
+    parts = [ShownPart("prompt", list(_segments(prompt, is_trained, cut, tokenizer)), len(prompt))]
     for index, name, score in _names(record):
         ids = whole.responses[index]
         is_trained = whole.trained[index].tolist() if whole.trained else [True] * len(ids)
         cut = range(len(kept.responses[index]), len(ids))
-        parts.append(Part(name, list(_segments(ids, is_trained, cut, tokenizer)), len(ids), score))
+        parts.append(ShownPart(name, list(_segments(ids, is_trained, cut, tokenizer)), len(ids), score))
     return note, parts
 
 
@@ -149,13 +149,15 @@ def _segments(
         yield f"{len(ids) - len(tokens):,} tokens not shown", "omitted"
 
 
-def _plain_parts(record: PreferenceRecord) -> list[Part]:
+def _plain_parts(record: PreferenceRecord) -> list[ShownPart]:
     texts = texts_of(record)
     prompt = "\n\n".join(f"{role}: {content}" for role, content in texts.turns)
     named: list[tuple[str, str, float | None]] = [("prompt", prompt, None)]
     named += [(name, texts.responses[index], score) for index, name, score in _names(record)]
     omitted = ("further characters not shown", "omitted")
     return [
-        Part(name, [(text[:_MAX_CHARACTERS], ""), *[omitted] * (len(text) > _MAX_CHARACTERS)], score=score)
+        ShownPart(
+            name, [(text[:_MAX_CHARACTERS], ""), *[omitted] * (len(text) > _MAX_CHARACTERS)], score=score
+        )
         for name, text, score in named
     ]

@@ -1,5 +1,6 @@
 """Facts and findings about one source, from those about its records."""
 
+import heapq
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -55,18 +56,25 @@ class Source:
         self.label, self.path, self.is_eval = label, path, is_eval
         self._config, self._is_encoded = config, is_encoded
         self.records: list[Facts] = []
-        self._pairs: list[PairFacts] = []
+        self._sample: list[tuple[int, int, PairFacts]] = []  # a heap: the next to leave is first
         self._unread = Counter[str]()
 
     def add(self, records: Sequence[Facts]) -> None:
         """Add the facts about the next records; those about the form are kept of a sample of the pairs."""
+        for number, record in enumerate(records, start=len(self.records)):
+            if record.pair is not None:
+                push = heapq.heappush if len(self._sample) < _SAMPLED_PAIRS else heapq.heappushpop
+                push(self._sample, (-record.pair.record, -number, record.pair))
         self.records += records
-        pairs = [*self._pairs, *(record.pair for record in records if record.pair is not None)]
-        self._pairs = sorted(pairs, key=lambda pair: pair.record)[:_SAMPLED_PAIRS]
         for record in records:
             if len(self._unread) < _MOST_FIELDS:
                 self._unread.update(record.unread)
             record.pair, record.unread = None, ()
+
+    @cached_property
+    def _pairs(self) -> list[PairFacts]:
+        """The sampled pairs: those with the smallest keys, in their order."""
+        return [pair for *_, pair in sorted(self._sample, reverse=True)]
 
     @cached_property
     def readable(self) -> list[Facts]:

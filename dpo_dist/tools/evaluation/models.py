@@ -8,7 +8,7 @@ from pathlib import Path
 from dpo_dist.config.load import changed_keys
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.distributed.checkpoint import (
+from dpo_dist.distributed.checkpoint.saver import (
     checkpoint_state,
     damaged_checkpoint,
     load_checkpoint_weights,
@@ -17,9 +17,9 @@ from dpo_dist.distributed.checkpoint import (
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ExitCode, first_line
+from dpo_dist.model.files.folder import base_notes, hub_commit, is_adapter
+from dpo_dist.model.files.load import check_same_vocabulary
 from dpo_dist.model.flops import compute_costs
-from dpo_dist.model.folder import base_notes, hub_commit, is_adapter
-from dpo_dist.model.load import check_same_vocabulary
 from dpo_dist.model.lora import add_adapter, load_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.losses import RunningMeans
@@ -28,25 +28,26 @@ from dpo_dist.reference.engine import load_scored, scored_model
 from dpo_dist.tools.evaluation.results import ALL, Results, write_evaluation
 from dpo_dist.tools.evaluation.trained_prompts import count_trained
 from dpo_dist.tools.tables import evaluation_table
-from dpo_dist.training.context import Run, open_run
-from dpo_dist.training.inputs import (
+from dpo_dist.training.reference import prepare_reference
+from dpo_dist.training.start.context import Run, open_run
+from dpo_dist.training.start.inputs import (
     EvaluationInputs,
     load_evaluation_inputs,
     shared_model_folder,
-    with_stored_reference,
 )
-from dpo_dist.training.reference import prepare_reference
-from dpo_dist.training.step import Objective, evaluate
+from dpo_dist.training.steps.step import Objective, evaluate
 from dpo_dist.verbs.named_models import EVALUATED, Evaluated
 
 
 def evaluate_models(config: RunConfig, models: Sequence[Evaluated], console: Console) -> int:
     """Evaluate models and write their results; return the exit code."""
-    with open_run(with_stored_reference(config), console) as run:
+    with open_run(config, console) as run:
         inputs = load_evaluation_inputs(run)
         for evaluated in models:  # before the reference is computed, which may take hours
             run.world.on_main(partial(check_origin, evaluated, run.config, inputs))
-        custom = run.world.together(lambda: custom_metrics(config, run.world.device))
+        custom = run.world.together(
+            lambda: custom_metrics(config.metrics.function, config.loss, run.world.device)
+        )
         objective = Objective(config.loss, prepare_reference(run, inputs).provider, custom=custom)
         evaluations = {evaluated.path: _evaluate(run, evaluated, inputs, objective) for evaluated in models}
         if len(evaluations) > 1 and run.world.is_main:
@@ -64,7 +65,7 @@ def check_origin(evaluated: Evaluated, config: RunConfig, inputs: EvaluationInpu
         former, adapter = checkpoint_state(folder)["model"], config.model.adapter
     except (OSError, ValueError) as error:
         raise damaged_checkpoint(folder, [first_line(error)]) from error
-    changed = changed_keys(RunFolder(folder.resolve().parent.parent).config, config)
+    changed = changed_keys(RunFolder(folder.resolve().parent.parent).config, config.identity)
     if former != digest or "model.adapter" in changed:
         before, _ = changed.get("model.adapter", (adapter, adapter))
         raise CheckpointError(
@@ -86,7 +87,7 @@ def _evaluate(run: Run, evaluated: Evaluated, inputs: EvaluationInputs, objectiv
 
     def write() -> Results:
         folder = run.folder
-        name = evaluated.name(config, inputs)
+        name = evaluated.name(inputs, config.model, config.loss, config.metrics.function)
         hashes = map(int, dataset.prompt_hashes[:])
         trained = {"prompts_also_in_train": count_trained(evaluated.path, hashes, config.loss.unit, run.say)}
         counted = replace(dataset, counts=dataset.counts | trained)
@@ -135,8 +136,7 @@ def load_evaluated(
             folder, key, bits = named, EVALUATED, bits if named.resolve() == base.resolve() else None
             world.on_main(partial(check_same_vocabulary, named, inputs.tokenizer, config.model, EVALUATED))
     offload = config.parallelism.offload_parameters
-    placement = replace(config.reference, offload=offload, nvme_path=None, quantization=bits)
-    model_config = replace(scored_model(config), quantization=bits)
-    placed = replace(config, reference=placement)
-    model = load_scored(folder, model_config, placed, world, finish, key=key)
+    placement = replace(config.reference, offload=offload, quantization=bits)
+    longest = config.data.max_length
+    model = load_scored(folder, scored_model(config.model, bits), placement, longest, world, finish, key=key)
     return model, running, commit

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dpo_dist.batching.example import Mask
 from dpo_dist.config.metrics import METRICS
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
@@ -30,7 +31,6 @@ from dpo_dist.objective.metrics import (
 )
 
 Column = npt.NDArray[np.float64]
-Mask = npt.NDArray[np.bool_]
 Results = dict[str, dict[str, Any]]
 Name = TypeVar("Name", bound=Hashable)
 
@@ -149,13 +149,15 @@ def results(
     for each label of the sources whether a pair has it, [pairs]; `prompts` are hashes, [pairs].
     """
     by_name = {ALL: _of_group(values, prompts, plan, seed)}
-    divided = {f"{name}/{label}" for name in plan.of_pairs for label in plan.labels}
+    divided = {f"{name}/{label}" for name in plan.pair_metric_names for label in plan.labels}
     by_name[ALL] |= {f"eval_{name}": value for name, value in means.items() if name not in divided}
     for label, members in labels.items():
         selected = PairValues.of({name: column[members] for name, column in values.named.items()})
         suffix = f"/{label}" if plan.labels else ""
         by_name[results_name(label)] = _of_group(selected, prompts[members], plan, seed) | {
-            f"eval_{metric}": means[metric + suffix] for metric in plan.of_pairs if metric + suffix in means
+            f"eval_{metric}": means[metric + suffix]
+            for metric in plan.pair_metric_names
+            if metric + suffix in means
         }
     return by_name
 

@@ -29,7 +29,7 @@ _ROLE = re.compile(r"\A\s*(system|user|assistant|model)\s*(\n|\Z)")
 
 
 @dataclass(frozen=True)
-class Response:
+class ShownResponse:
     """A response: the label of its model, its text (None: not known), notes behind the label, its pieces."""
 
     label: str
@@ -46,7 +46,7 @@ class Shown:
     """
 
     prompt: str
-    responses: Sequence[Response]
+    responses: Sequence[ShownResponse]
     against: str
     why: str
     labels: Sequence[str] = ()
@@ -99,7 +99,7 @@ def _cut(shown: Shown) -> Mapping[str, Any]:
     return {**vars(shown), "title": shown.title, "prompt": shown.prompt[:_LONGEST_TEXT], "responses": columns}
 
 
-def _column(response: Response, other: str | None, against: str) -> Response:
+def _column(response: ShownResponse, other: str | None, against: str) -> ShownResponse:
     text = (response.text or "")[:_LONGEST_TEXT]
     if not text.strip():
         return response
@@ -110,7 +110,7 @@ def _column(response: Response, other: str | None, against: str) -> Response:
         notes.append(f"the same text as {against}" if text == other else differs)
     if len(response.text or "") > _LONGEST_TEXT:
         notes.append(f"first {_LONGEST_TEXT:,} of {len(response.text or ''):,} characters")
-    return Response(response.label, text, "; ".join(filter(None, notes)), pieces)
+    return ShownResponse(response.label, text, "; ".join(filter(None, notes)), pieces)
 
 
 def end_notes(tokens: int | None, is_finished: bool | None) -> str:
@@ -186,13 +186,13 @@ def _files(folder: RunFolder) -> dict[int, Path]:
 
 def samples_of_runs(runs: Mapping[str, RunFolder]) -> list[Markup]:
     """Return prompts that several runs have, with the responses after the last step of each."""
-    by_prompt: dict[str, list[Response]] = {}
+    by_prompt: dict[str, list[ShownResponse]] = {}
     last: dict[str, Row] = {}
     for label, folder in runs.items():
         for file in islice(_files(folder).values(), 1):
             for row in islice(read_lines(file), _MOST_ROWS):
                 notes = end_notes(row["policy_tokens"], row["policy_finished"])
-                response = Response(label, row["policy"], f"step {row['step']:,}, {notes}")
+                response = ShownResponse(label, row["policy"], f"step {row['step']:,}, {notes}")
                 by_prompt.setdefault(row["prompt_id"], []).append(response)
                 last[row["prompt_id"]] = row
     shown = [
@@ -218,24 +218,24 @@ def _worst(row: Row) -> Shown:
             ["good" if is_good else "bad"],
             f"reward {number(margin if is_good else -margin, 3)}",
         )
-    responses = [Response(name, row[side]) for name, side in zip(names, sides, strict=True)]
+    responses = [ShownResponse(name, row[side]) for name, side in zip(names, sides, strict=True)]
     return Shown(row["prompt"], responses, "chosen", f"{row['origin']}: {measured}")
 
 
-def _responses(last: Row, rows: Mapping[int, Row | None]) -> Iterator[Response]:
+def _responses(last: Row, rows: Mapping[int, Row | None]) -> Iterator[ShownResponse]:
     """Yield reference, policy after the last step and after earlier ones where it changed since, chosen."""
     notes = end_notes(last["reference_tokens"], last["reference_finished"])
-    yield Response("reference", last["reference"], notes)
+    yield ShownResponse("reference", last["reference"], notes)
     known = {last["reference"]}
     for step, row in rows.items():
         if row is last or (row is not None and row["policy"] not in known):
             known.add(row["policy"])
             notes = end_notes(row["policy_tokens"], row["policy_finished"])
-            yield Response(f"step {step:,}", row["policy"], notes)
+            yield ShownResponse(f"step {step:,}", row["policy"], notes)
     yield response_of_data(last)
 
 
-def response_of_data(row: Row, place: str = "") -> Response:
+def response_of_data(row: Row, place: str = "") -> ShownResponse:
     """Return the response that the data have, by its label where they have labels."""
     name = f"{row['label']} response" if row.get("label") else "chosen"
-    return Response(name + place, row["chosen"])
+    return ShownResponse(name + place, row["chosen"])

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,9 +11,9 @@ from dpo_dist.config.keys import as_written
 from dpo_dist.config.schema import DataConfig, RunConfig, SourceConfig
 from dpo_dist.data.counts import DataCounts, check_counts, count_lines, describe_dropped
 from dpo_dist.data.read.sources import pinned
-from dpo_dist.data.records import BadRecord, Dialogue, PreferenceRecord, Prompt, Response, turns_of
+from dpo_dist.data.records import BadRecord, PreferenceRecord, Response, as_fields, context_fields
 from dpo_dist.foundation.errors import ConfigError, DataError
-from dpo_dist.foundation.files import staged_file, text_digest, write_json, write_lines
+from dpo_dist.foundation.files import staged_file, write_json, write_lines
 from dpo_dist.foundation.text import counted
 
 Read: TypeAlias = Callable[[SourceConfig], Iterator[PreferenceRecord | BadRecord]]
@@ -69,40 +69,6 @@ def pair_fields(
     if scores is not None:
         fields |= {"score_chosen": scores[0], "score_rejected": scores[1]}
     return fields | {"provenance": dict(provenance)}
-
-
-def as_fields(prompt: Prompt, responses: Sequence[Response]) -> list[Any]:
-    """Return a prompt and responses as values for JSON; a dialogue, part of the responses, is None."""
-    if isinstance(prompt, Dialogue):
-        return [None, *(f"{prompt.text}{response}" for response in responses)]
-    if isinstance(prompt, str):
-        return [prompt, *map(str, responses)]
-    return [
-        [
-            {"role": turn.role, "content": turn.content, **turn.fields}
-            | ({} if turn.is_trained is None else {"loss_weight": int(turn.is_trained)})
-            for turn in turns
-        ]
-        for turns in (prompt, *map(turns_of, responses))
-    ]
-
-
-def context_fields(record: PreferenceRecord) -> dict[str, Any]:
-    """Return tools and template arguments of a record, if it has any."""
-    tools, arguments = [dict(tool) for tool in record.tools], dict(record.template_arguments)
-    fields = {"tools": tools, "chat_template_kwargs": arguments}
-    return {name: value for name, value in fields.items() if value}
-
-
-def prompt_key(record: PreferenceRecord) -> str:
-    """Return 32 hex digits over the prompt, its tools and template arguments: the same for equal prompts."""
-    prompt: Any = record.prompt
-    if isinstance(prompt, Dialogue):
-        prompt = {"dialogue": prompt.text}
-    elif not isinstance(prompt, str):
-        prompt = [[turn.role, turn.content, dict(turn.fields)] for turn in prompt]
-    content = {"prompt": prompt, "tools": list(record.tools), "arguments": dict(record.template_arguments)}
-    return text_digest(json.dumps(content, sort_keys=True))
 
 
 def _summary_file(file: Path) -> Path:

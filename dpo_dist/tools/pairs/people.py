@@ -24,21 +24,15 @@ import jinja2
 from dpo_dist.config.identity import plain
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import PairsMethod, RunConfig
-from dpo_dist.data.counts import in_one_line
+from dpo_dist.data.counts import counts_in_one_line
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.values import parse_json
-from dpo_dist.data.records import Dialogue, PreferenceRecord
+from dpo_dist.data.records import Dialogue, PreferenceRecord, as_fields
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError, first_line
 from dpo_dist.foundation.files import locked, text_digest, write_json
 from dpo_dist.foundation.text import counted
-from dpo_dist.tools.pairs.files import (
-    as_fields,
-    check_output,
-    pair_fields,
-    training_records,
-    write_results,
-)
+from dpo_dist.tools.pairs.files import check_output, pair_fields, training_records, write_results
 
 HOST = "127.0.0.1"
 _MOST_ITEMS = 1000
@@ -276,7 +270,7 @@ def label_pairs(config: RunConfig, console: Console) -> None:
     if decided:
         write_results(folder.pairs_file, decided, settings, counts, say)
     else:
-        say(f"no pair is decided yet: {in_one_line(counts)}")
+        say(f"no pair is decided yet: {counts_in_one_line(counts)}")
 
 
 def _serve(server: LabelServer, console: Console) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeAlias
 
+from dpo_dist.config.command_line import command_of
 from dpo_dist.config.identity import differing_keys, plain
 from dpo_dist.config.load import from_yaml, to_yaml
 from dpo_dist.config.run_folder import RunFolder
@@ -21,7 +22,7 @@ from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, first_line
 from dpo_dist.foundation.signals import stop_signals
 from dpo_dist.foundation.streams import output_descriptor
-from dpo_dist.model.folder import model_folder
+from dpo_dist.model.files.folder import model_folder
 
 _REASONS = (ExitCode.invalid, ExitCode.diverged, ExitCode.preempted)
 
@@ -41,7 +42,7 @@ def check_settings(config: RunConfig, folder: RunFolder) -> None:
         files.write_text(file, to_yaml(config))
         return
     before, now = from_yaml(file.read_text(encoding="utf-8")), from_yaml(to_yaml(config))  # without secrets
-    changed = differing_keys(before, now)
+    changed = differing_keys(before.identity, now.identity)
     for name in {field.name for field in fields(PairsConfig)} - {"rounds", "launcher"}:
         old, new = plain(getattr(before.pairs, name)), plain(getattr(now.pairs, name))
         changed |= {f"pairs.{name}": (old, new)} if old != new else {}
@@ -54,18 +55,14 @@ def check_settings(config: RunConfig, folder: RunFolder) -> None:
         )
 
 
-def command_of(verb: str, config: RunConfig, folder: Path, launcher: str | None) -> str:
-    """Write `config`, without secrets, below `folder`; return the command that runs the verb with it.
+def _launcher(given: str | None) -> str:
+    """Return the given launcher; by default this Python, or `dpo-dist launch` if there are several GPUs."""
+    if given is not None:
+        return given
+    import torch  # noqa: PLC0415  (slow, and only needed here)
 
-    By default `dpo-dist launch` starts it, if there are several GPUs.
-    """
-    files.write_text(folder / "experiment" / "round.yaml", to_yaml(config))
-    if launcher is None:
-        import torch  # noqa: PLC0415  (slow, and only needed here)
-
-        several = torch.cuda.device_count() > 1
-        launcher = shlex.quote(sys.executable) + (" -m dpo_dist launch" if several else "")
-    return f"{launcher} -m dpo_dist {verb} --config-dir {shlex.quote(str(folder))} +experiment=round"
+    several = torch.cuda.device_count() > 1
+    return shlex.quote(sys.executable) + (" -m dpo_dist launch" if several else "")
 
 
 def run_command(command: str) -> int:
@@ -107,9 +104,9 @@ def merge_adapter(adapter: Path, folder: Path, config: RunConfig) -> None:
     """
     files.collect_abandoned(folder.parent)  # a whole model, if an earlier start was killed while it wrote one
     # Slow to import.
-    from dpo_dist.model.load import TORCH_DTYPES, load_tokenizer  # noqa: PLC0415
-    from dpo_dist.model.save import copy_tokenizer, write_merged, writing_errors  # noqa: PLC0415
-    from dpo_dist.model.stops import trained_stops, write_stops  # noqa: PLC0415
+    from dpo_dist.model.files.load import TORCH_DTYPES, load_tokenizer  # noqa: PLC0415
+    from dpo_dist.model.files.save import copy_tokenizer, write_merged, writing_errors  # noqa: PLC0415
+    from dpo_dist.model.files.stops import trained_stops, write_stops  # noqa: PLC0415
     from dpo_dist.tools.sampling.respond import find_model  # noqa: PLC0415
 
     source = find_model(str(adapter), config, "model.adapter")
@@ -203,7 +200,7 @@ def _sample(config: RunConfig, number: int, say: Say, run: Run) -> dict[str, Any
     say(f"{stage_name}: samples of {stage.model.path}")
     below = folder.path / "sampling"
     folder.pairs_samples.unlink(missing_ok=True)  # of an earlier start
-    code = run(command_of("pairs", stage, below, pairs.launcher))
+    code = run(command_of("pairs", stage, below, _launcher(pairs.launcher)))
     if code not in (ExitCode.completed, ExitCode.invalid) or not folder.pairs_samples.exists():
         raise _failed(f"sampling of round {number}", code, folder)
     samples = read_samples(stage.model.path, folder.pairs_samples)
@@ -232,7 +229,7 @@ def _train(config: RunConfig, number: int, say: Say, run: Run) -> tuple[int, dic
     )
     say(f"round {number}: training of {stage.model.path}")
     below = folder.path / "training"
-    code = run(command_of("train", stage, below, config.pairs.launcher))
+    code = run(command_of("train", stage, below, _launcher(config.pairs.launcher)))
     if code == ExitCode.preempted:
         say(f"round {number}: the training stopped with a checkpoint; the same command continues")
         return code, None

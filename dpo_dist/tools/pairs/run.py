@@ -23,26 +23,23 @@ from dpo_dist.config.schema import (
     RunConfig,
     SourceConfig,
 )
-from dpo_dist.data.counts import NOT_ASKED, in_one_line
+from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX, counts_in_one_line
 from dpo_dist.data.formats import read_prompts, read_records
 from dpo_dist.data.read.sources import pinned
-from dpo_dist.data.records import Dialogue, PreferenceRecord
+from dpo_dist.data.records import Dialogue, PreferenceRecord, as_fields, context_fields, prompt_key
 from dpo_dist.distributed.memory import return_memory
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import collect_abandoned, locked, staged_file, text_digest, write_lines
 from dpo_dist.foundation.text import counted
-from dpo_dist.model.folder import description_folder
-from dpo_dist.model.load import check_contents_at_hand
+from dpo_dist.model.files.folder import description_folder
+from dpo_dist.model.files.load import check_contents_at_hand
 from dpo_dist.tools.judges import Judge, Judgement, Question, open_judge
 from dpo_dist.tools.pairs.files import (
     Read,
-    as_fields,
     check_output,
-    context_fields,
     good_records,
     pair_fields,
-    prompt_key,
     training_records,
     write_results,
 )
@@ -68,7 +65,7 @@ from dpo_dist.tools.sampling.respond import (
     open_responder,
     usable_prompt,
 )
-from dpo_dist.training.context import Run
+from dpo_dist.training.start.context import Run
 
 _MODELS = "pairs.models"
 PART_PROMPTS = 64
@@ -207,7 +204,7 @@ def pairs_of(results: Results) -> Iterator[dict[str, Any]]:
         counts["encoded_differently"] += sum(not each.same_ids for each in row.completions)
         counts.update(row.counts)
         if row.dropped is not None:
-            counts[NOT_ASKED + row.dropped] += 1
+            counts[DROPPED_PROMPT_PREFIX + row.dropped] += 1
             continue
         counts["samples_unfinished"] += sum(not each.finished for each in row.completions)  # kept ones too
         unused = (each.unused for each in row.completions)
@@ -400,11 +397,11 @@ def check_model(
         raise DataError(
             "none of the first records can be used",
             where=key,
-            got=f"{name}: {in_one_line(dropped)}",
+            got=f"{name}: {counts_in_one_line(dropped)}",
             remedy="correct the records, or the keys of data; docs/data.md explains the reasons",
         )
     if dropped:
-        say(f"  it is not asked, of the first records: {in_one_line(dropped)}")
+        say(f"  it is not asked, of the first records: {counts_in_one_line(dropped)}")
 
 
 def make_pairs(config: RunConfig, console: Console) -> None:

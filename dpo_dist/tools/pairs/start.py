@@ -8,7 +8,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import NO_MODEL, PairsMethod, RunConfig, SourceConfig
 from dpo_dist.config.user_code import user_function
 from dpo_dist.data.formats import check_source
-from dpo_dist.model.folder import local_model_folder
+from dpo_dist.model.files.folder import local_model_folder
 from dpo_dist.verbs.named_models import located
 
 
@@ -33,8 +33,7 @@ _EFFECTS = {
     "pairs.method=samples|scores": "select margin",
     "pairs.temperature!=0": "top_p top_k",
     _ROUNDS: "launcher reference",
-    "pairs.endpoint.url!=null": "endpoint.model endpoint.verdicts endpoint.criterion "
-    "endpoint.parallel_requests",
+    "pairs.endpoint.url!=null": "endpoint.model endpoint.verdicts endpoint.criterion",
 }
 _ENDPOINT_HAS_MODEL = Rule(
     "pairs.endpoint.model=null pairs.endpoint.url!=null",

@@ -19,11 +19,11 @@ from dpo_dist.config.schema import (
     ReferenceMode,
     RunConfig,
 )
+from dpo_dist.model.files.load import TORCH_DTYPES
 from dpo_dist.model.flops import REACHED_SHARES, matmul_peak, recomputed_share, step_flops, visited_experts
-from dpo_dist.model.load import TORCH_DTYPES
-from dpo_dist.training.context import DEFAULT_TOKENS
-from dpo_dist.training.footprint import (
-    BYTES_OF_QUANTIZED,
+from dpo_dist.training.start.context import DEFAULT_TOKENS
+from dpo_dist.training.start.footprint import (
+    BYTES_PER_QUANTIZED_WEIGHT,
     Footprint,
     footprint,
     quantized_weights,
@@ -46,6 +46,7 @@ _GPUS = {
 _PRODUCTS_ALONE = 0.76  # the share of the datasheet's operations that matrix products reach on an H100
 REACHED = tuple(share * _PRODUCTS_ALONE for share in REACHED_SHARES)
 _NVLINK = 250e9  # bytes a second between the GPUs of a node
+_NETWORK = 50e9  # bytes a second between nodes for each GPU: 400 Gbit/s
 _PCIE = 25e9  # bytes a second between a GPU and its host
 _HOST_MEMORY = 100e9  # bytes a second of a node while CPU Adam updates
 _LAUNCHES = 1.2e-3  # seconds to launch the 240 kernels of a layer, forward and backward
@@ -131,7 +132,7 @@ class Estimate:
     @property
     def host(self) -> float:
         """Bytes of host memory on a node of rank 0, which reads the model and writes checkpoints."""
-        parallelism, states = self.config.parallelism, state_bytes(self.config)
+        parallelism, states = self.config.parallelism, state_bytes(self.config.optim, self.config.trainer)
         if parallelism.offload_optimizer is not Offload.none:
             states += 4  # gradients
         policy = 0.0 if parallelism.offload_parameters is Offload.none else self.whole
@@ -141,7 +142,10 @@ class Estimate:
     def disk(self) -> dict[str, float]:
         """Bytes that a run writes: with an adapter no other weights; log-probs only if they are stored."""
         model = self.whole if self.config.model.adapter is None else float(self.number * self.trained)
-        taken = {"a checkpoint": state_bytes(self.config) * self.trained, "the model": model}
+        taken = {
+            "a checkpoint": state_bytes(self.config.optim, self.config.trainer) * self.trained,
+            "the model": model,
+        }
         if self.config.reference.mode is ReferenceMode.cached:
             taken["the log-probs"] = 4.0 * self.data.targets * self.data.pairs
         return taken
@@ -167,7 +171,9 @@ class Estimate:
             seconds += 2 * self.times * self.whole / gpus / _PCIE
         if parallelism.offload_optimizer is not Offload.none:  # gradients go, updated weights come back
             seconds += (4 + self.number) * self.trained / gpus / _PCIE
-            moved = 2 * state_bytes(self.config) + 4 + self.number  # bytes that CPU Adam reads and writes
+            moved = (
+                2 * state_bytes(self.config.optim, self.config.trainer) + 4 + self.number
+            )  # bytes that CPU Adam reads and writes
             seconds += moved * self.trained * self._of_node / _HOST_MEMORY
         return self.steps * seconds
 
@@ -216,8 +222,7 @@ class Estimate:
     def _link(self) -> float:
         """Bytes a second between GPUs."""
         gpus = self.machine.gpus
-        between_nodes = self.config.plan.network / 8 * 1e9
-        return math.inf if gpus == 1 else _NVLINK if gpus <= GPUS_OF_A_NODE else between_nodes
+        return math.inf if gpus == 1 else _NVLINK if gpus <= GPUS_OF_A_NODE else _NETWORK
 
     @property
     def _of_node(self) -> float:
@@ -276,5 +281,5 @@ def _seconds_of_dequantizing(config: RunConfig, causal_lm: Any, machine: Machine
     """Return the seconds in which all quantized weights are computed once."""
     if (kind := config.model.quantization) is None:
         return 0.0
-    moved = BYTES_OF_QUANTIZED[kind] + TORCH_DTYPES[config.model.dtype].itemsize  # of a weight
+    moved = BYTES_PER_QUANTIZED_WEIGHT[kind] + TORCH_DTYPES[config.model.dtype].itemsize  # of a weight
     return moved * quantized_weights(causal_lm) / (_DEQUANTIZING * machine.bandwidth)

@@ -14,8 +14,8 @@ from dpo_dist.config.schema import DataFormat, RunConfig, SourceConfig
 from dpo_dist.data.read.sources import local_files
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import counted, duration, size
-from dpo_dist.model.folder import description_folder, start_folder
-from dpo_dist.model.load import load_config, without_weights
+from dpo_dist.model.files.folder import description_folder, start_folder
+from dpo_dist.model.files.load import load_config, without_weights
 from dpo_dist.tools.plan.estimate import (
     GPUS_OF_A_NODE,
     PROMPT_SHARE,

@@ -11,7 +11,7 @@ from dpo_dist.foundation.streams import print_line
 from dpo_dist.tools.pages.charts import draw_curves
 from dpo_dist.tools.report.run import write_page
 from dpo_dist.tools.report.runs import compare_runs
-from dpo_dist.training.metrics_log import read_latest_rows
+from dpo_dist.training.reporting.metrics_log import read_latest_rows
 
 
 def _run(text: str) -> Path:

@@ -3,10 +3,11 @@
 import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
+from dpo_dist.config.identity import title
 from dpo_dist.config.run_folder import LAST_EVALUATION
 from dpo_dist.foundation.errors import RunOutcome, warn_on_bug
 from dpo_dist.foundation.signals import BY_TRACKER
@@ -18,11 +19,11 @@ from dpo_dist.tools.report.run import write_page
 from dpo_dist.tools.report.samples import prepare_samples
 from dpo_dist.tools.tables import closing_table
 from dpo_dist.tools.verdict.rules import RULES, sample_alarm, verdict
-from dpo_dist.training.context import Run
-from dpo_dist.training.inputs import Inputs
-from dpo_dist.training.metrics_log import MetricsLog, Row
-from dpo_dist.training.reporting import Reporting
-from dpo_dist.training.trackers import Trackers, open_trackers
+from dpo_dist.training.reporting.metrics_log import MetricsLog, Row
+from dpo_dist.training.reporting.protocols import Reporting
+from dpo_dist.training.reporting.trackers import TrackedRun, Trackers, open_trackers
+from dpo_dist.training.start.context import Run
+from dpo_dist.training.start.inputs import Inputs
 
 OnRow = Callable[[Row], bool | None]
 """Called with each metrics row, once it is recorded; true: the run is asked to stop."""
@@ -30,7 +31,7 @@ OnRow = Callable[[Row], bool | None]
 
 @dataclass(frozen=True)
 class Recorder:
-    """Metrics files, trackers and reports of one run; see `training.reporting.Recorder`."""
+    """Metrics files, trackers and reports of one run; see `training.reporting.protocols`."""
 
     run: Run
     metrics: MetricsLog
@@ -56,7 +57,8 @@ class Recorder:
     def evaluation(self, means: dict[str, float], values: PairValues, inputs: Inputs) -> None:
         """Write the files of the evaluation after the last step."""
         with warn_on_bug("the last evaluation's folder", self.run.say):
-            model, (dataset, _) = str(self.run.folder.model), inputs.visited[-1]
+            model, dataset = str(self.run.folder.model), inputs.eval_set
+            assert dataset is not None, "evaluations have data"
             write_evaluation(LAST_EVALUATION, model, self.run.config, means, values, dataset)
             if not self.run.config.loss.is_one_sided:
                 file = self.run.folder.evaluation_of(LAST_EVALUATION).worst
@@ -91,10 +93,22 @@ def open_recorder(run: Run, metrics: MetricsLog, on_row: OnRow | None = None) ->
     """Return the recorder of a run that trains, with its trackers; W&B may ask it to stop."""
     ask = partial(run.stops.request.ask, BY_TRACKER)
     environment = json.loads(run.folder.environment.read_bytes())
-    trackers = open_trackers(
-        run.config, run.folder, ask, rows=metrics.rows, environment=environment, say=run.say
-    )
+    trackers = open_trackers(tracked_run(run, environment, ask), metrics.rows, run.say)
     return Recorder(run, metrics, trackers, on_row)
+
+
+def tracked_run(run: Run, environment: Mapping[str, Any], stop: Callable[[], None]) -> TrackedRun:
+    """Return a run as its trackers show it; they call `stop` if someone stops it on its page."""
+    config = run.config
+    return TrackedRun(
+        run.folder,
+        config.tracking,
+        title(config, run.folder.path),
+        settings={**asdict(config), "environment": environment},
+        # Texts of one's data go to a server only where samples were asked for.
+        most_samples=config.tracking.samples if config.samples.prompts else 0,
+        stop=stop,
+    )
 
 
 REPORTING = Reporting(open_recorder, run_card, prepare_samples, write_page)

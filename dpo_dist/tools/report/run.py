@@ -15,6 +15,7 @@ from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import counted, duration, number, percent, size, without_secrets
+from dpo_dist.foundation.types import Fields
 from dpo_dist.tools.evaluation.results import ALL, results_name
 from dpo_dist.tools.findings import Level
 from dpo_dist.tools.pages.charts import charts
@@ -24,9 +25,8 @@ from dpo_dist.tools.tables import describe_reference
 from dpo_dist.tools.verdict.facts import MARGIN, RunFacts, last
 from dpo_dist.tools.verdict.rules import RULES
 from dpo_dist.training.clock import WORKS, Work
-from dpo_dist.training.metrics_log import final_and_best, metrics_by_source, read_latest_rows
+from dpo_dist.training.reporting.metrics_log import final_and_best, metrics_by_source, read_latest_rows
 
-Fields = Mapping[str, Any]
 Table = tuple[list[str], list[list[object]]]
 """Titles of the columns, and rows."""
 

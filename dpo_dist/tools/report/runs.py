@@ -24,7 +24,7 @@ from dpo_dist.tools.pages.samples import samples_of_runs
 from dpo_dist.tools.report.run import PageFacts, verdict_of
 from dpo_dist.tools.tables import EVALUATED, aligned
 from dpo_dist.tools.verdict.facts import MARGIN, Row
-from dpo_dist.training.metrics_log import finite
+from dpo_dist.training.reporting.metrics_log import finite
 
 Runs = Mapping[str, PageFacts]
 """The runs by their labels."""

@@ -10,19 +10,19 @@ from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.config.schema import ReferenceMode
 from dpo_dist.data.encoded.dataset import PreferenceDataset
-from dpo_dist.distributed.world import Interrupted
+from dpo_dist.distributed.processes.world import Interrupted
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.errors import ConfigError, warn_on_bug
 from dpo_dist.foundation.files import json_line, read_lines, text_digest, write_text
 from dpo_dist.foundation.text import counted, duration
-from dpo_dist.model.load import load_config
-from dpo_dist.model.stops import find_stop_ids
+from dpo_dist.model.files.load import load_config
+from dpo_dist.model.files.stops import find_stop_ids
 from dpo_dist.reference.engine import load_reference
 from dpo_dist.tools.sampling.generate import NotFiniteError, Request, Sampling, generate_together
 from dpo_dist.tools.sampling.respond import texts_after
-from dpo_dist.tools.text_facts import is_refusal, language_of, sample_metrics, text_facts
-from dpo_dist.training.context import Run
-from dpo_dist.training.inputs import Inputs
+from dpo_dist.tools.text_facts import is_refusal, language_identifier, language_of, sample_metrics, text_facts
+from dpo_dist.training.start.context import Run
+from dpo_dist.training.start.inputs import Inputs
 
 Row = dict[str, Any]
 _BATCH_TOKENS = 16384
@@ -199,6 +199,8 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> Samples | None:
         )
     if not prompts:
         return None
+    if run.world.is_main and language_identifier() is None:
+        run.say("samples: their language is not examined; for that, pip install 'dpo-dist[tools]'")
     sampling = Sampling(settings.max_new_tokens, settings.temperature, seed=seed)
     samples = Samples(run, sampling, prompts, stop_ids, tokenizer, settings.prompts is not None)
     files = inputs.reference_files or inputs.policy_files
@@ -212,7 +214,7 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> Samples | None:
     policy_responds = samples.starts_as_reference and (step == 0 or config.model.adapter is not None)
     if samples.reference is None and not policy_responds:
         run.say("samples: the reference is loaded for its responses")
-        engine = load_reference(files, config, run.world)
+        engine = load_reference(files, config.model, config.reference, config.data.max_length, run.world)
         samples.ask_reference(engine)
         engine.free()
     return samples

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from dpo_dist.batching.example import TokenIds
-from dpo_dist.distributed.world import Stops
+from dpo_dist.distributed.processes.world import Stops
 from dpo_dist.distributed.zero import Engine
 
 

@@ -9,16 +9,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig, ParallelismConfig, ParallelismKind, RunConfig
-from dpo_dist.data.records import PreferenceRecord, turns_of
+from dpo_dist.data.records import PreferenceRecord, prompt_key, turns_of
+from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.memory import explain_out_of_memory
 from dpo_dist.foundation import files
 from dpo_dist.foundation.console import Console
 from dpo_dist.tools.judges import Judge, open_judge
-from dpo_dist.tools.pairs.files import prompt_key
 from dpo_dist.tools.sampling.generate import Sampling
 from dpo_dist.tools.sampling.respond import Generate, ModelSource, Responder, find_model, respond
-from dpo_dist.training.context import Run, join
+from dpo_dist.training.start.context import Run, join
 
 _FAILED = "failed"
 
@@ -162,6 +163,8 @@ def find_together(name: str, run: Run, key: str) -> ModelSource:
 def joined_run(config: RunConfig, console: Console, only: AbstractContextManager[Any]) -> Iterator[Run]:
     """Join the processes, each of which loads whole models; rank 0 enters `only`, a lock."""
     whole = ParallelismConfig(ParallelismKind.ddp, timeout_seconds=config.parallelism.timeout_seconds)
-    with ExitStack() as held, join(replace(config, parallelism=whole), console) as world:
+    deepspeed_config = policy_config(whole, config.optim, config.model.dtype)
+    joins = join(deepspeed_config, whole.timeout_seconds, RunFolder.of(config), console)
+    with ExitStack() as held, joins as world:
         world.on_main(lambda: held.enter_context(only))
         yield Run(config, world, console)

@@ -15,23 +15,30 @@ from dpo_dist.batching.example import TokenIds
 from dpo_dist.config.schema import DataConfig, RunConfig
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.encoded.build import tokenizer_digest
-from dpo_dist.data.records import DIALOGUE_TURN, BadRecord, Dialogue, Message, PreferenceRecord, Response
+from dpo_dist.data.records import (
+    DIALOGUE_TURN,
+    BadRecord,
+    Dialogue,
+    Message,
+    PreferenceRecord,
+    Response,
+    prompt_key,
+)
 from dpo_dist.data.text.lengths import without_limits
 from dpo_dist.data.text.render import THOUGHT_FIELDS
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import content_digest, text_digest
-from dpo_dist.model.folder import (
+from dpo_dist.model.files.folder import (
     ADAPTER_CONFIG,
     is_adapter,
     model_folder,
     read_model_json,
     tokenizer_folder,
 )
-from dpo_dist.model.load import load_config, load_tokenizer, load_weights
+from dpo_dist.model.files.load import load_config, load_tokenizer, load_weights
+from dpo_dist.model.files.stops import find_stop_ids, given_stops
 from dpo_dist.model.lora import TRAINED, add_saved
-from dpo_dist.model.stops import find_stop_ids, given_stops
 from dpo_dist.reference.digest import digest_model
-from dpo_dist.tools.pairs.files import prompt_key
 from dpo_dist.tools.sampling.generate import NotFiniteError, Request, Sample, Sampling, generate
 
 

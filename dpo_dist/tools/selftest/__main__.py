@@ -43,10 +43,10 @@ from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import DpoDistError, ExitCode, first_line
 from dpo_dist.foundation.exit import Arguments, exit_after
 from dpo_dist.foundation.files import for_json
-from dpo_dist.foundation.process import OF_LAUNCHERS, OF_WORLD
+from dpo_dist.foundation.process import LAUNCHER_PREFIXES, WORLD_VARIABLES
 from dpo_dist.foundation.streams import output_of_objects, print_line, reserve_output
 from dpo_dist.foundation.text import size
-from dpo_dist.training.metrics_log import read_latest_rows
+from dpo_dist.training.reporting.metrics_log import read_latest_rows
 
 _EQUAL, _ROUNDED = 1e-3, 0.05  # relative, of losses and gradient norms in float32 and in bf16
 _GATHERED = (1, 33, 512)  # MB of a message; 33 is a matrix of a 7B model on 8 GPUs
@@ -66,9 +66,10 @@ _WAYS_ON_GPUS = {
     "fused layers: compile": "model.fused=compile",
 }
 _ON_ONE, _ON_HALF = "one GPU", "a run resumed on half of the GPUs"
+_WITHOUT_OVERLAP = "without overlap"
 _WAYS_ON_SEVERAL = {
-    "zero3 without overlap": "parallelism.overlap=false",
-    "zero2 without overlap": "parallelism=zero2 parallelism.overlap=false",
+    f"zero3 {_WITHOUT_OVERLAP}": "",
+    f"zero2 {_WITHOUT_OVERLAP}": "parallelism=zero2",
     _ON_ONE: "",
     _ON_HALF: "",
 }
@@ -110,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="no speeds; needs no room")
     parser.add_argument("--exchange", type=Path, help=argparse.SUPPRESS)  # a process of `_exchanges`
     parser.add_argument("--waits", type=Path, help=argparse.SUPPRESS)  # a process of `_waits`
+    parser.add_argument("--without-overlap", nargs="+", help=argparse.SUPPRESS)  # a process of `_train`
     given = parser.parse_args(arguments)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -117,12 +119,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _exchange(given.exchange)
     if given.waits is not None:
         return _count_waits(given.waits)
+    if given.without_overlap is not None:
+        return _train_without_overlap(given.without_overlap)
     output: Path = given.output.absolute()
     is_writable = all(os.access(path, os.W_OK) for path in (output.parent, output) if path.exists())
     if output.is_dir() or not output.parent.is_dir() or not is_writable:
         parser.error(f"argument --output: {output} is no file in a folder that can be written")
     reserve_output()  # what libraries print is not of the table
-    for name in [name for name in os.environ if name in OF_WORLD or name.startswith(OF_LAUNCHERS)]:
+    for name in [
+        name for name in os.environ if name in WORLD_VARIABLES or name.startswith(LAUNCHER_PREFIXES)
+    ]:
         del os.environ[name]  # the processes that are started here are a world of their own
     for number in stop_signals():
         signal.signal(number, raise_terminated)
@@ -186,7 +192,7 @@ def _versions(gpus: int) -> Iterator[Check]:
     import torch  # noqa: PLC0415  (slow)
     from torch.utils import collect_env  # noqa: PLC0415
 
-    from dpo_dist.training.directory import PACKAGES, package_versions  # noqa: PLC0415
+    from dpo_dist.training.start.directory import PACKAGES, package_versions  # noqa: PLC0415
 
     versions: dict[str, str | None] = {"python": sys.version.split()[0], "CUDA": torch.version.cuda}
     if gpus:
@@ -254,14 +260,24 @@ def _train(
     folder: Path, name: str, words: Sequence[str], gpus: int, steps: range, code: int = 0
 ) -> tuple[_Rows, str]:
     """Return the rows of a training run and its error, if any; one to resume is kept without its rows."""
-    run = RunFolder(folder / "run")
-    error = _started(name, ["-m", "dpo_dist.train", *_usual(folder, run), *words], gpus, code)
+    run, program = RunFolder(folder / "run"), ["-m", "dpo_dist.train"]
+    if name.endswith(_WITHOUT_OVERLAP):
+        program = ["-m", "dpo_dist", "selftest", "--without-overlap"]
+    error = _started(name, [*program, *_usual(folder, run), *words], gpus, code)
     rows: _Rows = [] if error else read_latest_rows(run)
     rows = [row for row in rows if all(math.isfinite(row.get(key) or math.nan) for key in _COMPARED)]
     shutil.rmtree(run.metrics if code and not error else run.path, ignore_errors=True)
     if not error and (done := [row["step"] for row in rows]) != [*steps]:
         error = f"it has rows of steps {done}, not of {[*steps]}: one is not finite, or it was not resumed"
     return rows, error
+
+
+def _train_without_overlap(words: Sequence[str]) -> int:
+    from dpo_dist.distributed import deepspeed_config  # noqa: PLC0415  (slow)
+    from dpo_dist.train import main as train  # noqa: PLC0415
+
+    deepspeed_config.OVERLAPS = False
+    return train(load_run_config(words, verb="train"))
 
 
 def _usual(folder: Path, run: RunFolder) -> list[str]:
@@ -349,7 +365,7 @@ def _speeds(folder: Path, gpus: int, shape: str) -> Iterator[Check]:
         words += [f"trainer.global_batch_pairs={64 * gpus}", "trainer.micro_batch_tokens=8192"]
         ways = {f"fused layers: {fused}": [f"model.fused={fused}"] for fused in ("none", "liger", "compile")}
         if gpus > 1:
-            ways["without overlap"] = ["model.fused=none", "parallelism.overlap=false"]
+            ways[_WITHOUT_OVERLAP] = ["model.fused=none"]
         for name, changed in ways.items():
             check, way = f"speed of {shape}, {name}", [*words, *changed]
             rows, error = _train(folder, check, way, gpus, range(1, 7))
@@ -452,7 +468,7 @@ def _kernels(device: Any) -> Iterator[Check]:
     import torch  # noqa: PLC0415  (slow)
     from transformers import Gemma2Config, MistralConfig  # noqa: PLC0415
 
-    from dpo_dist.model.attention import check_kernel, choose_backend  # noqa: PLC0415
+    from dpo_dist.model.attention.kernels import check_kernel, choose_backend  # noqa: PLC0415
 
     heads = {"num_attention_heads": 14, "num_key_value_heads": 2, "hidden_size": 896}
     texts = [MistralConfig(**heads, head_dim=dim, sliding_window=4096) for dim in (64, 128, 256)]

@@ -5,7 +5,7 @@ Hydra. The same command again resumes what was interrupted and leaves what is fi
 job takes a part of the points. docs/evaluate.md explains the table at the end.
 """
 
-from dpo_dist.foundation.signals import OF_SWEEP, end_at_signals, stop_signals
+from dpo_dist.foundation.signals import SWEEP_VARIABLE, end_at_signals, stop_signals
 
 if __name__ == "__main__":
     end_at_signals()  # the imports take seconds
@@ -28,8 +28,7 @@ from types import FrameType
 from typing import Any
 
 from dpo_dist import train
-from dpo_dist.config.command_line import run_verb
-from dpo_dist.config.identity import run_digest
+from dpo_dist.config.command_line import command_of, run_verb
 from dpo_dist.config.load import Points
 from dpo_dist.config.mistakes import raise_all
 from dpo_dist.config.run_folder import RunFolder
@@ -40,8 +39,8 @@ from dpo_dist.foundation.exit import Errors, exit_after
 from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.streams import output_descriptor
 from dpo_dist.foundation.text import counted, duration
-from dpo_dist.training.preflight import check_start
-from dpo_dist.training.resume import read_state
+from dpo_dist.training.start.preflight import check_start
+from dpo_dist.training.start.resume import read_state
 
 Words = tuple[str, ...]
 _PROGRESS_SECONDS = 60
@@ -122,7 +121,9 @@ def check(points: Points) -> Iterator[str]:
             loaded[key] = "".join(train.check(config)).splitlines()
         run, common = RunFolder.of(config), next(iter(loaded.values()))
         own = [line for line in loaded[key] if line not in common and "run.dir:" not in line]
-        yield "\n".join([f"{' '.join(words)}: {run} ({expected_start(config, run)})", *own])
+        yield "\n".join(
+            [f"{' '.join(words)}: {run} ({expected_start(config.identity, config.run.resume, run)})", *own]
+        )
     yield "\n".join(next(iter(loaded.values())))
 
 
@@ -130,7 +131,7 @@ def _is_finished(config: RunConfig) -> bool:
     state = read_state(RunFolder.of(config))
     if state is None or state.outcome is not RunOutcome.completed:
         return False
-    return state.identity.get("run_digest") == run_digest(config)
+    return state.identity.get("run_digest") == config.identity.digest
 
 
 def _ending(code: int) -> str:
@@ -240,8 +241,6 @@ class _Trainer:
         config, gpus, command = replace(self._points[words], sweep=SweepConfig()), self._free.pop(0), None
         screen = self._folder.point_screen(RunFolder.of(config))
         if self._launcher is not None:
-            from dpo_dist.tools.pairs.rounds import command_of  # noqa: PLC0415
-
             command = command_of("train", config, screen.with_suffix(""), self._launcher)
         place = f"point {list(self._points).index(words) + 1} of {len(self._points)}"
         self._console.say(f"{' '.join(words)}: {place}, its screen is in {screen}")
@@ -269,7 +268,7 @@ def _be_point(config: RunConfig, command: str | None, screen: Path, gpus: Sequen
     written = os.open(screen, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     for descriptor in {1, 2, output_descriptor()}:
         os.dup2(written, descriptor)
-    os.environ[OF_SWEEP] = "1"
+    os.environ[SWEEP_VARIABLE] = "1"
     end_at_signals()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
     if gpus:

@@ -9,11 +9,11 @@ from dpo_dist.config.metrics import MAIN, PREFIX
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.files import write_json
+from dpo_dist.foundation.types import Fields
 from dpo_dist.tools.evaluation.results import ALL
 from dpo_dist.tools.report.run import PageFacts
 from dpo_dist.tools.report.runs import compare_runs
 
-Fields = dict[str, Any]
 End = tuple[str, str]  # outcome and error of a point
 
 
@@ -30,7 +30,7 @@ def _point(words: tuple[str, ...], run: RunFolder, end: End, folder: RunFolder) 
     recorded = facts.state.get("outcome", "not trained")
     unfinished = recorded in (RunOutcome.started, RunOutcome.exported)
     outcome, error = end[0] or ("not finished" if unfinished else recorded), end[1]
-    row: Fields = {"settings": dict(word.lstrip("+").split("=", 1) for word in words)}
+    row: dict[str, Any] = {"settings": dict(word.lstrip("+").split("=", 1) for word in words)}
     row |= {"run_dir": str(run), "outcome": outcome, "screen": str(folder.point_screen(run))}
     if outcome == RunOutcome.completed:
         final, intervals = facts.section("final"), facts.intervals(ALL)

@@ -10,10 +10,10 @@ from dpo_dist.config.identity import kinds_in
 from dpo_dist.config.losses import KINDS, LossKind, unit_of
 from dpo_dist.config.metrics import ACCURACIES, METRICS
 from dpo_dist.foundation import text
-from dpo_dist.training.metrics_log import finite
+from dpo_dist.foundation.types import Fields
+from dpo_dist.training.reporting.metrics_log import finite
 
 Row = Mapping[str, float]
-Fields = Mapping[str, Any]
 MARGIN = "rewards/margins"
 
 

@@ -28,7 +28,7 @@ from dpo_dist.tools.verdict.facts import (
     pooled,
     values,
 )
-from dpo_dist.training.metrics_log import finite, is_collapsed, logps_by_side
+from dpo_dist.training.reporting.metrics_log import finite, is_collapsed, logps_by_side
 
 MOST_FINDINGS = 5
 NOTHING_TO_JUDGE = "nothing to judge, as no metrics row of a training step was written (trainer.log_every)"

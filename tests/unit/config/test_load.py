@@ -6,7 +6,6 @@ from typing import Any
 import hydra
 import pytest
 
-from dpo_dist.config.identity import run_digest
 from dpo_dist.config.keys import config_dir
 from dpo_dist.config.load import from_yaml, to_yaml
 from dpo_dist.config.losses import LossKind, LossTermConfig, SyncReferenceConfig
@@ -148,7 +147,7 @@ def test_the_reference_follows_loss_and_model(typed: str, mode: str) -> None:
     assert from_yaml(to_yaml(config)) == config, "config.yaml has the resolved mode"
     offload = Offload.cpu if mode == "cached" and "+experiment=qwen7b" in typed.split() else Offload.none
     assert config.reference.offload is offload
-    assert run_digest(alone(f"{typed} reference={mode}")) == run_digest(config)
+    assert alone(f"{typed} reference={mode}").identity.digest == config.identity.digest
 
 
 def test_a_verb_can_work_without_a_model() -> None:
@@ -165,7 +164,7 @@ def test_a_file_is_the_same_run_as_its_keys_on_the_command_line() -> None:
     assert (config.parallelism.kind, config.data.train[1].limit) == ("ddp", 3)
     typed = "data.train=[a.jsonl,{path:b,limit:3}] loss=ipo loss.beta=0.3 loss.length_average=false"
     same = configured(f"{typed} optim.lr=2e-6 data.eval_share=0.1")
-    assert run_digest(config) == run_digest(same) != run_digest(alone("mine.yaml loss.beta=0.2"))
+    assert config.identity.digest == same.identity.digest != alone("mine.yaml loss.beta=0.2").identity.digest
 
 
 def test_files_are_merged_left_to_right_and_the_command_line_wins() -> None:

@@ -6,7 +6,7 @@ from unittest.mock import Mock
 import pytest
 
 from dpo_dist.config import load
-from dpo_dist.config.identity import run_dir
+from dpo_dist.config.identity import default_dir
 from dpo_dist.config.load import load_points, load_run_config
 from dpo_dist.foundation.errors import ConfigError
 
@@ -108,4 +108,4 @@ def test_an_interval_has_no_points_and_other_verbs_name_the_sweep() -> None:
 
 def test_a_swept_key_names_the_run_directory_of_the_point() -> None:
     for config in load_points([*RUN, "loss.beta=0.1,0.2"]).values():
-        assert config.run.dir == str(run_dir(config))
+        assert config.run.dir == str(default_dir(config.run, config.identity.digest))

@@ -15,7 +15,7 @@ import torch
 from torch.distributed import DistNetworkError
 from torch.distributed.elastic.multiprocessing import PContext
 
-from dpo_dist.distributed import launcher
+from dpo_dist.distributed.processes import launcher
 from dpo_dist.foundation.errors import DpoDistError
 from tests.support.launch import TWO_PROCESSES
 from tests.support.warm import ENVIRONMENT, context, start_parent

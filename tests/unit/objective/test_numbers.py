@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.losses import KINDS, BcoDelta, LossConfig, LossKind, LossTermConfig
 from dpo_dist.config.schema import Ranked
-from dpo_dist.data.encoded.dataset import check_fits_loss, shard_batch
+from dpo_dist.data.encoded.dataset import check_fits_loss
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import BatchFacts, preference_loss

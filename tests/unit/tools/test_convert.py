@@ -104,7 +104,8 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
     ("{optim: paged_adamw_8bit}", {"optim.kind": "adamw_8bit"}, ""),
     ("{optim: rmsprop}", {"optim.kind": "adamw"}, "optim: rmsprop — "),
     ("{max_length: }", {}, "max_length: null — there no text is cut"),
-    ("{preprocessing_num_workers: 16}", {"data.processes": None}, "16 — not needed"),
+    ("{preprocessing_num_workers: 16}", {}, "16 — not needed"),
+    ("{adam_epsilon: 1.0e-8}", {}, "adam_epsilon: 1e-08 — not offered: the epsilon of AdamW is always 1e-8"),
     ("{sync_ref_model: true}", {"loss.sync_reference.every": 512, "reference.mode": "live"}, ""),
     (
         "{early_stopping_patience: 3, metric_for_best_model: rewards/margins, eval_steps: 5, val_size: 0.1}",

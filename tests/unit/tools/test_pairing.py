@@ -33,7 +33,7 @@ from dpo_dist.tools.pairs.run import (
 from dpo_dist.tools.pairs.start import check_judge, check_pairs, responding_models
 from dpo_dist.tools.sampling.prompts import Parts, Prompts
 from dpo_dist.tools.sampling.respond import Completion, Completions, ModelSource
-from dpo_dist.training.context import Run
+from dpo_dist.training.start.context import Run
 from tests.support.alone import ALONE
 from tests.support.judge_server import judge_server
 from tests.support.records import assistant, jsonl, user

@@ -14,8 +14,8 @@ from transformers import AutoConfig
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.model.files.load import without_weights
 from dpo_dist.model.flops import step_flops
-from dpo_dist.model.load import without_weights
 from dpo_dist.tools.plan.estimate import Data, Estimate, estimate, machine_of
 from dpo_dist.tools.plan.plans import make_plan, plan_in_brief, planned_data
 from tests.support.launch import ROOT
@@ -65,7 +65,6 @@ def estimated(
         ("parallelism=ddp model.dtype=fp32", 8, 8 * P / 250e9),
         ("parallelism=zero2", 16, 6 * P / 50e9),  # gradients in float32
         ("parallelism=zero2 parallelism.reduce_in_float32=false", 16, 4 * P / 50e9),
-        ("parallelism=zero2 plan.network=100", 16, 6 * P / 12.5e9),
         ("parallelism=zero2", 1, 0.0),
         # 16 pairs a GPU, 11,200 tokens: three micro-batches, in each of which weights are gathered twice.
         ("trainer.micro_batch_tokens=4096", 8, 3 * 6 * P / 250e9),

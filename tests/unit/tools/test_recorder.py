@@ -10,9 +10,9 @@ from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.tools.report import recorder as recorder_module
 from dpo_dist.tools.report.recorder import Recorder
-from dpo_dist.training.context import Run
-from dpo_dist.training.metrics_log import MetricsLog
-from dpo_dist.training.trackers import Trackers
+from dpo_dist.training.reporting.metrics_log import MetricsLog
+from dpo_dist.training.reporting.trackers import Trackers
+from dpo_dist.training.start.context import Run
 from tests.support.alone import ALONE
 
 SUMMARY = {"final": {}, "best": {}, "steps": 2}

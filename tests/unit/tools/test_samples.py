@@ -14,11 +14,11 @@ from dpo_dist.distributed.zero import FrozenEngine
 from dpo_dist.foundation import background, console
 from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.files import json_line
-from dpo_dist.model.stops import find_stop_ids
+from dpo_dist.model.files.stops import find_stop_ids
 from dpo_dist.tools.report import samples
 from dpo_dist.tools.report.samples import SamplePrompt, Samples, choose_prompts
 from dpo_dist.tools.sampling.generate import Request, Sample, Sampling
-from dpo_dist.training.context import Run
+from dpo_dist.training.start.context import Run
 from tests.support import tiny
 from tests.support.alone import ALONE
 from tests.support.records import jsonl

@@ -32,7 +32,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord, Response
-from dpo_dist.distributed.world import Interrupted, Stops
+from dpo_dist.distributed.processes.world import Interrupted, Stops
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.tools.pairs.files import pair_fields, write_results
 from dpo_dist.tools.pairs.rounds import merge_adapter

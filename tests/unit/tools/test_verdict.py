@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dpo_dist.tools.verdict.rules import RULES, Verdict, sample_alarm, verdict
-from dpo_dist.training.metrics_log import usual_loss
+from dpo_dist.training.reporting.metrics_log import usual_loss
 
 STEPS = 20
 SETTINGS = {"loss.kind": "sigmoid", "loss.beta": 0.1, "optim.lr": 1e-6}

@@ -5,7 +5,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState
 
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import (
+    FolderConfig,
     ModelConfig,
     OtherTracker,
     RunConfig,
@@ -27,9 +28,12 @@ from dpo_dist.config.schema import (
     TrackingConfig,
     WandbMode,
 )
+from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.files import write_text
-from dpo_dist.training.trackers import (
+from dpo_dist.tools.report.recorder import tracked_run
+from dpo_dist.training.reporting.trackers import (
     InBackground,
+    TrackedRun,
     Trackers,
     WandbRun,
     end_service,
@@ -38,6 +42,8 @@ from dpo_dist.training.trackers import (
     wandb_names,
     wanted_mode,
 )
+from dpo_dist.training.start.context import Run
+from tests.support.alone import ALONE
 from tests.support.sample_files import write_samples
 from tests.support.wandb_file import all_rows, history_rows, media_rows, numbers_of, records_of
 
@@ -67,10 +73,25 @@ def config_of(mode: WandbMode = OFFLINE, **tracking: Any) -> RunConfig:
     return RunConfig(model=ModelConfig(path="org/model"), tracking=TrackingConfig(wandb=mode, **tracking))
 
 
-def open_in(run_dir: Path, config: RunConfig | None = None, **options: Any) -> WandbRun:
+def tracked(
+    run_dir: Path,
+    config: RunConfig | None = None,
+    environment: Mapping[str, Any] | None = None,
+    stop: Callable[[], None] = lambda: None,
+) -> TrackedRun:
+    config = replace(config or config_of(), run=FolderConfig(dir=str(run_dir)))
+    return tracked_run(Run(config, ALONE, Console(None)), environment or {}, stop)
+
+
+def open_in(
+    run_dir: Path,
+    config: RunConfig | None = None,
+    rows: Sequence[Mapping[str, float]] = (),
+    say: Callable[[str], None] = print,
+    **options: Any,
+) -> WandbRun:
     run_dir.mkdir(exist_ok=True)
-    given = {"stop": lambda: None, "rows": (), "environment": {}, "say": print} | options
-    tracker = open_wandb(config or config_of(), RunFolder(run_dir), **given)
+    tracker = open_wandb(tracked(run_dir, config, **options), rows, say)
     assert tracker is not None
     return tracker
 
@@ -135,8 +156,7 @@ def test_tensorboard_has_every_value_once(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     config = config_of(WandbMode.off, also=[OtherTracker.tensorboard])
     for known, computed in ((0, ROWS[:4]), (1, ROWS[1:])):  # resumed from step 1
-        options: dict[str, Any] = {"rows": ROWS[:known], "environment": {}, "say": pytest.fail}
-        trackers = open_trackers(config, RunFolder(tmp_path), lambda: None, **options)
+        trackers = open_trackers(tracked(tmp_path, config), ROWS[:known], pytest.fail)
         for row in computed:
             trackers.log(row)
         trackers.finish("preempted", {})
@@ -157,11 +177,10 @@ def test_a_run_has_tables_histograms_its_verdict_and_values_of_the_environment(
     variables = {"PROJECT": "theirs", "ENTITY": "team", "NAME": "name", "TAGS": "one,two", "NOTES": "notes"}
     for name, value in {**variables, "MODE": "online", "DIR": "/elsewhere"}.items():
         monkeypatch.setenv(f"WANDB_{name}", value)
-    folder = RunFolder(tmp_path)
     row = {"prompt": "a prompt", "reference": f"by hf_{SECRET}", "policy": "p" * 5000, "policy_tokens": 3}
     write_samples(tmp_path, 2, [row, row, row])
     config = replace(config_of(samples=2), samples=SamplesConfig(prompts=3))
-    tracker = open_trackers(config, folder, lambda: None, rows=[], environment={}, say=print)
+    tracker = open_trackers(tracked(tmp_path, config), [], print)
     assert os.environ["WANDB_DATA_DIR"].startswith(str(tmp_path))
     tracker.log({"step": 1, "loss": 0.7})
     margins = np.array([0.0, 1.0, 1.0, np.nan, np.inf], dtype=np.float32)
@@ -382,11 +401,10 @@ def test_a_killed_service_loses_no_later_row(tmp_path: Path, caplog: pytest.LogC
 
 
 def test_tracking_may_be_off_or_fail(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    options: Any = RunFolder(tmp_path), lambda: None, (), {}, print
-    assert open_wandb(config_of(WandbMode.off), *options) is None
+    assert open_wandb(tracked(tmp_path, config_of(WandbMode.off)), (), print) is None
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "wandb").write_text("a file in the way")
-    assert open_wandb(config_of(), *options) is None
+    assert open_wandb(tracked(tmp_path), (), print) is None
     assert "cannot start offline" in caplog.text
 
 
@@ -396,4 +414,4 @@ def test_tracking_may_be_off_or_fail(tmp_path: Path, caplog: pytest.LogCaptureFi
 )
 def test_modes(monkeypatch: pytest.MonkeyPatch, value: str, mode: str) -> None:
     monkeypatch.setenv("WANDB_MODE", value)
-    assert wanted_mode(config_of(WandbMode.auto)) == mode
+    assert wanted_mode(WandbMode.auto) == mode

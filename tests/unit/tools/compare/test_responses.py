@@ -9,11 +9,10 @@ from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import Dtype, ModelConfig
-from dpo_dist.data.records import turns_of
+from dpo_dist.data.records import prompt_key, turns_of
 from dpo_dist.foundation.errors import DataError
-from dpo_dist.model.load import load_packed
+from dpo_dist.model.files.load import load_packed
 from dpo_dist.tools.compare.models import held_out, response_logps
-from dpo_dist.tools.pairs.files import prompt_key
 from dpo_dist.tools.sampling.generate import Sampling
 from dpo_dist.tools.sampling.prompts import generation_settings
 from dpo_dist.tools.sampling.respond import Completion, Completions

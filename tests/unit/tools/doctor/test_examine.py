@@ -120,7 +120,7 @@ def test_copies_and_contradictions_are_found_within_a_source_and_across(tmp_path
     near = pairs[7] | {"chosen": pairs[7]["chosen"] + " 12"}
     first, second = [*pairs, pairs[5], near], [*clean_pairs(10, 1), pairs[9], swapped]
     files = [write(tmp_path / f"{name}.jsonl", records) for name, records in (("a", first), ("b", second))]
-    config = DataConfig(train=[SourceConfig(path=file) for file in files], processes=1)
+    config = DataConfig(train=[SourceConfig(path=file) for file in files])
     report = examine(config, None)
     found = {
         (one.rule, one.source and Path(one.source).stem): one.count
@@ -284,7 +284,7 @@ FINDINGS: dict[str, tuple[str, str]] = {
 def test_the_findings_about_real_data_are_the_known_ones_and_quote_no_text(name: str) -> None:
     assert SHARED is not None
     file, counts = SHARED / name, Counter[str]()
-    report = examine(DataConfig(train=[SourceConfig(path=str(file))], processes=1), None)
+    report = examine(DataConfig(train=[SourceConfig(path=str(file))]), None)
     for finding in report.findings:
         counts[finding.rule] += finding.count
     alarms = {finding.rule for finding in report.findings if finding.level is not Level.note}

@@ -6,12 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from dpo_dist.config.schema import DataConfig
+from dpo_dist.data.records import Origin
 from dpo_dist.tools.doctor.label_leaks import LeakTest, leak_findings
+from dpo_dist.tools.doctor.observe import Facts, PairFacts
+from dpo_dist.tools.doctor.sources import Source
 from dpo_dist.tools.findings import Level
 from tests.support import tiny
 from tests.support.doctor_data import Pair, clean_pairs, examined, of_rule
 
 Change = Callable[[Pair], None]
+HEADS = ("", "", "")
 
 
 def on(side: str, change: Callable[[str], str]) -> Change:
@@ -86,6 +91,22 @@ def test_forms_on_one_side_of_few_pairs_are_found(tmp_path: Path) -> None:
     assert all(shown in finding.text for _, shown in forms), finding.text
     assert finding.level is Level.warning
     assert not of_rule(report, "label_leak")
+
+
+def test_a_large_source_is_judged_by_the_pairs_with_the_smallest_keys() -> None:
+    keys = [*range(20_300)]
+    random.Random(0).shuffle(keys)
+    source = Source("a", "a.jsonl", DataConfig(), is_eval=False, is_encoded=False)
+    facts = [
+        Facts(
+            Origin("a.jsonl", key), pair=PairFacts(key, key, {"characters": 1.0 - 2 * (key >= 20_000)}, HEADS)
+        )
+        for key in keys
+    ]
+    for start in range(0, len(facts), 700):
+        source.add(facts[start : start + 700])
+    [test] = source.leaks
+    assert (test.pairs, test.accuracy) == (20_000, 1.0)
 
 
 def test_words_that_reveal_the_chosen_response_only_together_are_found() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.schema import DataConfig, SourceConfig, Truncation
-from dpo_dist.tools.doctor.shown_pairs import Part, ShownPair, show_pairs
+from dpo_dist.tools.doctor.shown_pairs import ShownPair, ShownPart, show_pairs
 from dpo_dist.tools.findings import Finding, Level
 from tests.support import tiny
 from tests.support.invented import write_pairs
@@ -24,7 +24,7 @@ def shown_one(data: DataConfig, tokenizer: Any) -> ShownPair:
     return pair
 
 
-def text_of(part: Part, *kinds: str) -> str:
+def text_of(part: ShownPart, *kinds: str) -> str:
     return "".join(text for text, kind in part.segments if not kinds or kind in kinds)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
-from dpo_dist.training.metrics_log import MetricsLog, final_and_best
+from dpo_dist.training.reporting.metrics_log import MetricsLog, final_and_best
 from tests.support.sample_files import sample, write_samples
 
 HOSTILE = (
