@@ -28,7 +28,6 @@ LONG = (
     "dist/test_families.py",
     "dist/test_losses.py",
     "simulated_cuda/test_gpu_tests.py",
-    "unit/test_api.py",
 )
 """Files of long tests, which start first: at the end of a run a worker would wait for them."""
 

@@ -52,8 +52,17 @@ def start_parent() -> None:
 
 
 def started_parent() -> str:
-    """Start the warm parent for other processes; its address."""
-    start_parent()
+    """Start the warm parent for other processes; its address. What it and its forks print is not shown."""
+    nowhere, kept = os.open(os.devnull, os.O_WRONLY), [os.dup(number) for number in (1, 2)]
+    for number in (1, 2):
+        os.dup2(nowhere, number)
+    try:
+        start_parent()
+    finally:
+        for number, own in enumerate(kept, 1):
+            os.dup2(own, number)
+            os.close(own)
+        os.close(nowhere)
     return _parent._forkserver_address
 
 
