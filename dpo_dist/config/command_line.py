@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,10 +15,10 @@ import dpo_dist
 from dpo_dist.config.keys import (
     COMMAND_LINE,
     Key,
-    all_keys,
     entry_of,
     group_folders,
     is_within,
+    key_rows,
     preset_names,
     run_keys,
     section_meanings,
@@ -151,7 +151,7 @@ def usage(command: str, about: str, keys: Collection[str], folders: Sequence[Pat
     text = [
         about.strip(),
         "\nsections (--help SECTION lists its keys, --help KEY explains one, e.g. --help loss.beta):",
-        *_columns(sections),
+        *_columns(sections.items()),
         "\npresets (GROUP=PRESET, +experiment=NAME):",
         *(f"  {group}: {', '.join(names)}" for group, names in presets.items() if names),
     ]
@@ -166,19 +166,20 @@ def usage(command: str, about: str, keys: Collection[str], folders: Sequence[Pat
 def explain(key: str, folders: Sequence[Path]) -> str:
     """Return the text of `--help KEY`: `loss.beta`, `loss`, `data.train.weight`, a group of presets."""
     name = entry_of(key.removeprefix("+")).replace("[]", "")
-    keys = {full.replace("[]", ""): row for full, row in all_keys().items()}
-    below = {full: row for full, row in keys.items() if full != name and is_within(full, name)}
+    here, below = list[Key](), list[Key]()
+    for row in key_rows():
+        full = row.name.replace("[]", "")
+        if is_within(full, name):
+            (here if full == name else below).append(row)
     presets = preset_names(name, folders) if re.fullmatch(r"\w+", name) else []
-    if name in keys:
-        lines = _facts(keys[name])
+    if here:
+        lines = [line for row in here for line in _facts(row)]
     elif below or presets:
         lines = [f"{name}: {section_meanings().get(name, 'a group of presets')}"]
     else:
         raise unknown_key(name)
     if below:
-        options = {
-            row.name: f"{row.meaning} ({row.default_words or 'must be set'})" for row in below.values()
-        }
+        options = [(row.name, f"{row.meaning} ({row.default_words or 'must be set'})") for row in below]
         lines += ["", f"keys of {name} (default):", *_columns(options)]
     if presets:
         lines += ["", f"presets: {'+' if name == 'experiment' else ''}{name}={'|'.join(presets)}"]
@@ -195,15 +196,16 @@ def _facts(row: Key) -> list[str]:
         "verbs": ", ".join(row.verbs),
         "digest": part if row.defines_result else free,
     }
-    section, _, option = row.name.rpartition(".")
-    if section == "loss" and (kinds := kinds_using(option)):
+    if own := [kind for kind in KINDS if KINDS[kind].options is row.declared_in]:
+        facts["paper"] = KINDS[own[0]].source
+    if kinds := own or kinds_using(row.name.removeprefix("loss.")):
         facts["kinds"] = "all" if len(kinds) == len(KINDS) else ", ".join(kinds)
     return [row.name, *(f"  {label + ':':<10}{text}" for label, text in facts.items())]
 
 
-def _columns(rows: Mapping[str, str]) -> list[str]:
-    width = max(len(name) for name in rows)
-    return [f"  {name:<{width}}  {text}" for name, text in rows.items()]
+def _columns(lines: Collection[tuple[str, str]]) -> list[str]:
+    width = max(len(name) for name, _ in lines)
+    return [f"  {name:<{width}}  {text}" for name, text in lines]
 
 
 def run_verb(

@@ -55,13 +55,14 @@ class RunIdentity:
     @cached_property
     def values(self) -> dict[str, Any]:
         """The plain value of every `section.key` that defines the result."""
-        return {
+        values = {
             f"{section}.{option}": plain(getattr(getattr(self.config, section), option))
             for section, content in fields_of(self.config).items()
             if not facts_of(content).free
             for option, field in fields_of(getattr(self.config, section)).items()
             if not facts_of(field).free
         }
+        return values | {"loss.options": values["loss.options"] or None}  # {}: the defaults of the kind
 
     @cached_property
     def _defining(self) -> dict[str, Any]:
@@ -143,5 +144,7 @@ def plain(value: Any, *, with_defaults: bool = False) -> Any:
         if not facts.free and (
             with_defaults or item not in (field.get_default(call_default_factory=True), facts.null_means)
         ):
-            content[option] = plain(facts.null_means if item is None else item, with_defaults=with_defaults)
+            shown = plain(facts.null_means if item is None else item, with_defaults=with_defaults)
+            if with_defaults or option != "options" or shown:  # {}: the defaults of the kind of loss
+                content[option] = shown
     return content

@@ -45,7 +45,7 @@ from dpo_dist.config.mistakes import (
     unreadable,
     wrong_values,
 )
-from dpo_dist.config.rules import RULES, check, keys_of, needs_of, resolve_reference, without_unused
+from dpo_dist.config.rules import check, keys_of, resolve_reference, rules_of, without_unused
 from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.config.user_code import find_function, written_values
 from dpo_dist.foundation.errors import ConfigError, DpoDistError
@@ -209,8 +209,9 @@ def checked(config: RunConfig, given: Collection[str] = (), verb: str = "") -> R
     """Check all rules, and fill in `reference.mode` and `run.dir`; `given`: the keys of the command."""
     if config.reference.mode is ReferenceMode.auto:  # it follows what the command gives
         given = {*given, "reference.mode"}
-    config = without_unused(resolve_reference(config), given)
-    check(config, [*needs_of(verb), *RULES])
+    rules = rules_of(verb)
+    config = without_unused(resolve_reference(config), given, rules)
+    check(config, rules)
     given_dir = config.run.dir
     folder = default_dir(config.run, config.identity.digest) if given_dir is None else Path(given_dir)
     return replace(config, run=replace(config.run, dir=str(folder)))
@@ -448,7 +449,8 @@ class _Command:
         """Return the error of an override whose key or form does not exist."""
         key, line = override.key_or_group, str(override.input_line)
         is_choice = self._is_choice(override)
-        if not is_choice and key not in run_keys():
+        # Which options there are depends on the kind of loss.
+        if not is_choice and key not in run_keys() and not key.startswith("loss.options."):
             return unknown_key(key, line.partition("=")[2], where=f"{COMMAND_LINE}: {line}")
         if override.is_delete() or override.is_sweep_override():
             message, remedy = f"{key} has one value", _in_place_of_several(override)

@@ -22,6 +22,7 @@ from dpo_dist.config.schema import (
     Direction,
     ReferenceMode,
     RunConfig,
+    SamplingConfig,
     TrainerConfig,
 )
 from dpo_dist.config.verbs import VERBS
@@ -82,9 +83,9 @@ def unused(key: str, unless: str, remedy: str = "", works: Test = lambda _: Fals
     )
 
 
-def without_unused(config: RunConfig, given: Collection[str]) -> RunConfig:
+def without_unused(config: RunConfig, given: Collection[str], rules: Iterable[Rule]) -> RunConfig:
     """Reset options of presets that a key of the command, `given`, leaves without effect."""
-    for rule in RULES:
+    for rule in rules:
         key = rule.when.partition(" ")[0]
         if rule.resets in given and key not in given and rule.broken(config):
             *sections, name = key.split(".")
@@ -129,7 +130,7 @@ def _unused_by_loss(option: str) -> Rule:
 
     def is_used(config: RunConfig) -> bool:
         terms = [facts for facts in config.loss.facts if facts.fewest_responses > 1 or facts.is_unpaired]
-        return bool(terms) and has_effect(option in facts.options for facts in terms)
+        return bool(terms) and has_effect(option in facts.uses for facts in terms)
 
     users = ", ".join(sorted(kinds_using(option)))
     remedy = f"choose a loss that uses it: {users}; loss=NAME replaces all options of the loss"
@@ -158,7 +159,6 @@ def direction_of(trainer: TrainerConfig) -> Direction | None:
 
 
 _HOLD_OUT = "set data.eval_share=0.05 or data.eval=[held_out.jsonl]"
-_OF_SAMPLES = ("samples.max_new_tokens", "samples.temperature")
 RULES = (
     # The model.
     Rule(
@@ -313,7 +313,7 @@ RULES = (
     # Training and evaluations.
     *(
         unused(key, "data.eval!=[]", _HOLD_OUT, lambda c: c.data.eval_share > 0)
-        for key in ("trainer.eval_every", "trainer.keep_best", *_OF_SAMPLES)
+        for key in ("trainer.eval_every", "trainer.keep_best")
     ),
     unused(
         "samples.prompts",
@@ -321,7 +321,7 @@ RULES = (
         _HOLD_OUT,
         lambda c: c.data.eval_share > 0 or c.samples.prompts == 0,
     ),
-    *(unused(option, "samples.prompts!=0", "set samples.prompts=16") for option in _OF_SAMPLES),
+    *(unused(key, "sampling.temperature!=0") for key in ("sampling.top_p", "sampling.top_k")),
     unused("parallelism.offload_parameters", "parallelism.kind=zero3"),
     unused("parallelism.reduce_in_float32", "model.dtype=bf16|fp16"),
     unused("parallelism.hpz", "parallelism.kind=zero3"),
@@ -420,7 +420,16 @@ RULES = (
         lambda c: len({member.path for member in c.export.average}) < max(2, len(c.export.average)),
     ),
 )
-"""In the order in which they are checked."""
+"""Of every verb, in the order in which they are checked."""
+_SAMPLES_ONLY = tuple(
+    rule
+    for name in fields_of(SamplingConfig)
+    for rule in (
+        unused(f"sampling.{name}", "data.eval!=[]", _HOLD_OUT, lambda c: c.data.eval_share > 0),
+        unused(f"sampling.{name}", "samples.prompts!=0", "set samples.prompts=16"),
+    )
+)
+"""Of verbs that take a training run, whose only responses are samples at evaluations."""
 
 _NEEDED = {
     "model.path": Rule(
@@ -439,6 +448,12 @@ _NEEDED = {
         "set reference=cached, with a loss that uses a reference model",
     ),
 }
+
+
+def rules_of(verb: str) -> list[Rule]:
+    """Return all rules that a configuration for a verb keeps; without a verb those of every verb."""
+    samples = _SAMPLES_ONLY if verb and VERBS[verb].takes_training else ()
+    return [*needs_of(verb), *RULES, *samples]
 
 
 def needs_of(verb: str) -> list[Rule]:

@@ -87,10 +87,21 @@ class SamplesConfig:
     prompts: int | None = key(None, ge=0)
     """Prompts of the evaluation data that the policy responds to at every evaluation; null: 8, before the
     first step and after the last only; 0: none."""
-    max_new_tokens: int = key(256, ge=1)
-    """Largest number of tokens in a response."""
-    temperature: float = key(0.7, ge=0)
-    """Sampling temperature; 0: greedy."""
+
+
+@schema
+class SamplingConfig:
+    """How models respond: at evaluations (`samples`), in `compare` and in `pairs`."""
+
+    max_new_tokens: int | None = key(None, ge=1)
+    """Largest number of tokens in a response; null: 512 in `pairs`, else 256."""
+    temperature: float | None = key(None, ge=0)
+    """Sampling temperature; 0: greedy; null: 0.7 at evaluations, else 1, where alone the KL of `compare` is
+    unbiased."""
+    top_p: float = key(1.0, gt=0, le=1)
+    """Sample from the likeliest tokens whose probabilities add up to this."""
+    top_k: int = key(0, ge=0)
+    """Sample from this many of the likeliest tokens; 0: from all."""
 
 
 LearningRateSchedule = StrEnum("LearningRateSchedule", ["constant", "linear", "cosine", "inverse_sqrt"])
@@ -450,10 +461,6 @@ class CompareConfig:
     of a model or an adapter, or a hub name. The first is the base of KL and win rates."""
     prompts: int = key(128, ge=1)
     """Number of different prompts, chosen by a hash of the prompt; all if there are fewer."""
-    max_new_tokens: int = key(256, ge=1)
-    """Largest number of tokens in a response."""
-    temperature: float = key(1.0, ge=0)
-    """Sampling temperature; 0: greedy. Only at 1 is the KL unbiased."""
 
 
 FailOn = StrEnum("FailOn", ["warning", "error", "never"])
@@ -588,16 +595,8 @@ class PairsConfig:
     weaker one. Empty: `model.path`."""
     samples: int = key(4, ge=1)
     """Responses of each model to a prompt; `delta` takes one."""
-    max_new_tokens: int = key(512, ge=1)
-    """Largest number of tokens in a response."""
-    temperature: float = key(1.0, ge=0)
-    """Sampling temperature; 0: greedy."""
-    top_p: float = key(1.0, gt=0, le=1)
-    """Sample from the likeliest tokens whose probabilities add up to this."""
-    top_k: int = key(0, ge=0)
-    """Sample from this many of the likeliest tokens; 0: from all."""
     unfinished: DropOrKeep = key(DropOrKeep.drop)
-    """What to do with responses that did not end within `max_new_tokens`; they are counted."""
+    """What to do with responses that did not end within `sampling.max_new_tokens`; they are counted."""
     reward_model: Filled | None = key(None, verbs=JUDGING)
     """Judge: folder or hub name of a sequence classification model with one output."""
     function: Filled | None = key(None, verbs=JUDGING)
@@ -639,6 +638,7 @@ class RunConfig:
     optim: OptimConfig = section(OptimConfig, verbs="train")
     trainer: TrainerConfig = section(TrainerConfig, verbs="train")
     samples: SamplesConfig = section(SamplesConfig, free=True, verbs="train")
+    sampling: SamplingConfig = section(SamplingConfig, free=True, verbs="train compare pairs")
     metrics: MetricsConfig = section(MetricsConfig, free=True, verbs="train evaluate")
     parallelism: ParallelismConfig = section(ParallelismConfig, free=True, verbs="train precompute evaluate")
     tracking: TrackingConfig = section(TrackingConfig, free=True, verbs="train")

@@ -127,7 +127,7 @@ class Engine:
         try:
             with (
                 adapter_off(self.model) if of_base else contextlib.nullcontext(),
-                explain_out_of_memory("generating samples", "lower samples.max_new_tokens"),
+                explain_out_of_memory("generating samples", "lower sampling.max_new_tokens"),
                 self.model.unpacked() as causal_lm,
                 torch.no_grad(),
                 self._gathered_once(),

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dpo_dist.config.losses import BcoDelta, LossConfig, LossKind
+from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.metrics import CUSTOM, METRICS, TERMS
 from dpo_dist.config.user_code import METRICS_FUNCTION, user_function
 from dpo_dist.foundation.errors import ConfigError
@@ -156,8 +156,8 @@ class MetricPlan:
             AUC: loss.is_unpaired,
             MISMATCH: loss.needs_partners,
             EXCESS: self.has_floor,
-            BATCH_MARGIN: loss.uses("beta_momentum"),
-            BATCH_REWARD: loss.bco_delta is BcoDelta.running_mean,
+            BATCH_MARGIN: LossKind.beta_dpo in loss.kinds,
+            BATCH_REWARD: loss.has_running_reward,
             AUX_LOSS: has_aux,
             BUSIEST: has_aux,
             Z_LOSS: adds_router_losses and router.z_coefficient is not None,

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dpo_dist.config.losses import BcoDelta, LossConfig, LossKind, SyncReferenceConfig
+from dpo_dist.config.losses import BcoDelta, BcoPairOptions, LossConfig, LossKind, SyncReferenceConfig
 from dpo_dist.config.schema import (
     AdapterConfig,
     AdapterVariant,
@@ -323,7 +323,7 @@ LORA = Policy(AdapterConfig(r=2, alpha=4))
 DORA = Policy(AdapterConfig(r=2, alpha=4, variant=AdapterVariant.dora))
 SHARED_BY_2, SHARED_BY_4 = replace(ZERO2, sequence_parallel=2), replace(ZERO3, sequence_parallel=4)
 NF4_LORA = replace(LORA, quantization=Quantization.nf4)
-BCO = Policy(loss=LossConfig(kind=LossKind.bco_pair, bco_delta=BcoDelta.running_mean))
+BCO = Policy(loss=LossConfig(kind=LossKind.bco_pair, options=BcoPairOptions(BcoDelta.running_mean)))
 FP32, BF16 = Dtype.fp32, Dtype.bf16
 WORLDS = {
     "full in bf16, 3 with zero3 to 2 with zero2": (FULL, BF16, 3, ZERO3, 2, ZERO2),

@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 
 from dpo_dist.batching.step_batch import shard_batch
-from dpo_dist.config.losses import BcoDelta, Divergence, LossConfig, LossKind, LossTermConfig, Weighting
+from dpo_dist.config.losses import (
+    BcoDelta,
+    BcoPairOptions,
+    Divergence,
+    LossConfig,
+    LossKind,
+    LossTermConfig,
+    Weighting,
+)
 from dpo_dist.config.schema import DataConfig, ParallelismConfig, ParallelismKind, RunConfig, SourceConfig
 from dpo_dist.data.encoded.build import prepare_dataset
 from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
@@ -40,7 +48,7 @@ STEPS = ((1, 3, 5, 7, 9, 10, 0), (5,), (2, 9, 2))
 CASES = {
     "sigmoid, forward_kl": LossConfig(beta=0.5, divergence=Divergence.forward_kl),
     "sigmoid, ld_alpha, wpo": LossConfig(beta=0.5, ld_alpha=0.3, weighting=Weighting.wpo),
-    "bco_pair, shifted": LossConfig(LossKind.bco_pair, 0.5, bco_delta=BcoDelta.running_mean),
+    "bco_pair, shifted": LossConfig(LossKind.bco_pair, 0.5, options=BcoPairOptions(BcoDelta.running_mean)),
     "beta_dpo, js, wpo": LossConfig(
         LossKind.beta_dpo, 0.5, divergence=Divergence.js, weighting=Weighting.wpo
     ),

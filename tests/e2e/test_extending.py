@@ -93,8 +93,8 @@ def test_the_examples_pass_their_tests_and_train_together(tmp_path: Path) -> Non
     )
     tests = ["-k", "sigmoid_margin or by_hand or duel or arcee", *(f"tests/unit/{name}.py" for name in names)]
     run = "train model.path=model model.dtype=fp32 data.train=[duels.jsonl] loss=sigmoid_margin tracking=off "
-    run += "loss.target_margin=0.5 run.dir=run trainer.max_steps=1 trainer.global_batch_pairs=8"
-    commands = ("train --help loss.target_margin", "count data.train=[duels.jsonl]", run)
+    run += "loss.options.target=0.5 run.dir=run trainer.max_steps=1 trainer.global_batch_pairs=8"
+    commands = ("train --help loss.options.target", "count data.train=[duels.jsonl]", run)
     ended = subprocess.run(
         [sys.executable, "-c", TOGETHER, json.dumps([tests, *map(str.split, commands)])],
         cwd=tmp_path,

@@ -160,8 +160,8 @@ def test_a_comparison(tmp_path: Path, browser: Any, width: int, has_script: bool
 def test_three_runs_by_their_verb(overrides: Overrides, assets: Path, tmp_path: Path, browser: Any) -> None:
     evaluated = (f"data.eval=[{assets}/eval.jsonl]", "trainer.eval_every=2", "samples.prompts=2")
     extra = {
-        "slow": (*evaluated, "trainer.max_steps=4", "samples.max_new_tokens=8"),
-        "fast": (*evaluated, "trainer.max_steps=8", "samples.max_new_tokens=8", "optim.lr=5e-2",
+        "slow": (*evaluated, "trainer.max_steps=4", "sampling.max_new_tokens=8"),
+        "fast": (*evaluated, "trainer.max_steps=8", "sampling.max_new_tokens=8", "optim.lr=5e-2",
                  "trainer.global_batch_pairs=3"),
         "unseen": ("trainer.max_steps=2",),
     }  # fmt: skip

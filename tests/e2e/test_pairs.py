@@ -37,7 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(place: Path, run: str, *overrides: str) -> list[str]:
     base = [f"model.path={place}/strong", "model.dtype=fp32", f"data.train=[{place}/prompts.jsonl]"]
-    return [*base, "pairs.max_new_tokens=10", "pairs.unfinished=keep", f"run.dir={run}", *overrides]
+    return [*base, "sampling.max_new_tokens=10", "pairs.unfinished=keep", f"run.dir={run}", *overrides]
 
 
 def make(place: Path, run: str, *overrides: str, processes: int = 1, code: int = 0) -> Finished:

@@ -154,7 +154,7 @@ def test_stops_while_encoding_saving_evaluating_sampling_exporting_and_reporting
     """
     run, whole, cache = tmp_path / "run", tmp_path / "whole", tmp_path / "encoded"
     usual = [f"data.eval=[{assets}/eval.jsonl]", "trainer.eval_every=4", "trainer.save_every=1"]
-    samples = ["samples.prompts=2", "samples.max_new_tokens=4", "samples.temperature=0"]
+    samples = ["samples.prompts=2", "sampling.max_new_tokens=4", "sampling.temperature=0"]
     command = overrides(*usual, *samples, f"data.cache={cache}", "trainer.keep_best=eval_loss")
     places = [
         ("dpo_dist.data.encoded.build", "in_order", "before the first step"),
@@ -195,7 +195,7 @@ def test_a_killed_rank_is_named_and_reference_and_time_are_those_of_all_starts(
     run = tmp_path / "run"
     evaluated = [f"data.eval=[{assets}/eval.jsonl]", "trainer.eval_every=2", "samples.prompts=2"]
     steps = ["trainer.epochs=4", "trainer.save_every=2", "optim.lr=1e-3"]
-    command = overrides(*steps, *evaluated, "samples.max_new_tokens=4")
+    command = overrides(*steps, *evaluated, "sampling.max_new_tokens=4")
     when = (run / "checkpoints/step-000004").is_dir
     brief = constants(**{"dpo_dist.distributed.processes.failures.FAREWELL_SECONDS": 1.0})
     codes, said = signalled(command, signal.SIGKILL, [0], when, brief)
@@ -227,7 +227,7 @@ def test_a_stopped_run_ends_with_75_refuses_another_base_and_resumes_exactly(
 ) -> None:
     """Between two rows, with a loss that has running means."""
     model = Path(shutil.copytree(assets / "model", tmp_path / "model"))
-    loss = ["loss=bco_pair", "loss.beta=0.5", "loss.bco_delta=running_mean"]
+    loss = ["loss=bco_pair", "loss.beta=0.5", "loss.options.delta=running_mean"]
     steps = ["trainer.epochs=2", "trainer.log_every=2", "optim.lr=1e-2"]
     steps += [f"data.eval=[{assets}/eval.jsonl]", f"model.path={model}", *loss]
     train(overrides(*steps, f"run.dir={tmp_path}/whole"))

@@ -12,7 +12,7 @@ from tests.support.own_code import ship_code
 from tests.support.tiny_model import write_model
 
 RUN, MODEL, CHECKPOINT = "{at}/run", "{at}/run/model", "{at}/run/checkpoints/step-000001"
-COMPARE = ["data.eval=[{assets}/eval.jsonl]", "run.dir={at}/new", "compare.max_new_tokens=2"]
+COMPARE = ["data.eval=[{assets}/eval.jsonl]", "run.dir={at}/new", "sampling.max_new_tokens=2"]
 PAIRS = [
     "pairs.method=samples",
     "data.train=[{assets}/train.jsonl]",

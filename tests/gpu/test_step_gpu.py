@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_dist.config.losses import KINDS, LossConfig, LossKind
+from dpo_dist.config.losses import KINDS, BcoDelta, BcoPairOptions, IpoOptions, LossConfig, LossKind
 from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.model.files.load import load_packed
 from dpo_dist.objective.losses import BatchFacts, RunningMeans
@@ -60,7 +60,11 @@ def variants(kind: LossKind) -> Iterator[LossConfig]:
     """The loss by its defaults, and with another value of each option that is a choice."""
     plain = LossConfig(kind, function=function_of(kind))
     yield plain
-    for option in sorted(KINDS[kind].options):
+    if kind is LossKind.bco_pair:
+        yield replace(plain, options=BcoPairOptions(BcoDelta.running_mean))
+    if kind is LossKind.ipo:
+        yield replace(plain, options=IpoOptions(length_average=False))
+    for option in sorted(KINDS[kind].uses):
         value = getattr(plain, option)
         if isinstance(value, StrEnum):
             yield from (replace(plain, **{option: other}) for other in type(value) if other is not value)

@@ -25,7 +25,7 @@ from tests.support.tiny_model import write_model
 
 PEAKS = ("memory/peak_allocated_bytes", "memory/peak_reserved_bytes")
 SAMPLED = [
-    *("trainer.eval_every=2", "samples.prompts=2", "samples.max_new_tokens=4", "samples.temperature=0"),
+    *("trainer.eval_every=2", "samples.prompts=2", "sampling.max_new_tokens=4", "sampling.temperature=0"),
     "trainer.max_steps=2",
 ]
 BASES = {

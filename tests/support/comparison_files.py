@@ -34,7 +34,7 @@ def results(models: list[dict[str, Any]], wins: list[dict[str, Any]], **others: 
         "wins": wins,
         "differences": [],
         "counts": {},
-        "sampling": {"temperature": 1.0},
+        "sampling": {"max_new_tokens": 256, "temperature": 1.0, "top_p": 1.0, "top_k": 0},
     }
     return {**told, **found, **others}
 

@@ -4,7 +4,7 @@ import heapq
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ from dpo_dist.tools.evaluation.trained_prompts import count_trained
 from dpo_dist.tools.judges import Judge, open_judge
 from dpo_dist.tools.pairs.files import good_records
 from dpo_dist.tools.pairs.run import check_model, first_records, passed
-from dpo_dist.tools.sampling.generate import Request, Sample, Sampling, generate
+from dpo_dist.tools.sampling.generate import Request, Sample, generate
 from dpo_dist.tools.sampling.prompts import (
     Parts,
     Prompts,
@@ -58,6 +58,7 @@ from dpo_dist.tools.sampling.prompts import (
     judge_of,
 )
 from dpo_dist.tools.sampling.respond import Completions, ModelSource, Responder, open_responder
+from dpo_dist.tools.sampling.settings import Sampling, sampling_of
 from dpo_dist.training.export import written_checkpoint
 from dpo_dist.training.start.context import Run
 
@@ -120,6 +121,10 @@ class Speaker:
         """Its name in the results."""
         return self.source.name
 
+    @property
+    def _sampling(self) -> Sampling:
+        return sampling_of("compare", self.config.sampling)
+
     @cached_property
     def responder(self) -> Responder:
         """Its tokenizer and stop tokens."""
@@ -129,7 +134,7 @@ class Speaker:
     def _packed(self) -> PackedCausalLM:
         model = self.config.model
         model_config = replace(scored_model(model, model.quantization), fused=FusedLayers.none)
-        longest = self.config.data.max_length + self.config.compare.max_new_tokens
+        longest = self.config.data.max_length + self._sampling.max_new_tokens
         if self.responder.longest is not None:
             longest = min(longest, self.responder.longest)
         world = self.prompts.run.world
@@ -150,7 +155,7 @@ class Speaker:
 
         self.responses = self.prompts.responses(
             self.source,
-            Sampling(self.config.compare.max_new_tokens, self.config.compare.temperature),
+            self._sampling,
             range(1),
             lambda: (self.responder, samples),
         )
@@ -224,7 +229,7 @@ def compare_models(config: RunConfig, models: Sequence[Compared], console: Conso
         with console.heartbeat("reading prompts"):
             records, labels = world.on_main(lambda: held_out(config, console.say))
         parts = in_parts(records, PART_PROMPTS)
-        prompts = Prompts(run, folder.comparison_parts, parts, "compare.max_new_tokens")
+        prompts = Prompts(run, folder.comparison_parts, parts)
         judge, described = judge_of(run)
         speakers = []
         for model in models:
@@ -337,7 +342,8 @@ def _write(
     labels: Mapping[str, str],
     console: Console,
 ) -> dict[str, Any]:
-    folder, settings, counts = RunFolder.of(config), config.compare, Counter[str]()
+    folder, counts = RunFolder.of(config), Counter[str]()
+    sampling = asdict(sampling_of("compare", config.sampling))
     names = [speaker.name for speaker in speakers]
     files.collect_abandoned(folder.comparison)
     with files.staged_file(folder.comparison_answers) as temporary:  # after an error earlier answers stay
@@ -346,7 +352,7 @@ def _write(
                 "no prompt can be used with every model",
                 where="data.eval",
                 got="; ".join(line.strip() for line in count_lines(counts)),
-                remedy="raise data.max_length, lower compare.max_new_tokens, or use other data",
+                remedy="raise data.max_length, lower sampling.max_new_tokens, or use other data",
             )
         sections = comparison(files.read_lines(temporary), names)
     for speaker, row in zip(speakers, sections["models"], strict=True):
@@ -364,7 +370,7 @@ def _write(
         **sections,
         "prompts_also_in_train": trained,
         "counts": dict(sorted(counts.items())),
-        "sampling": {"temperature": settings.temperature, "max_new_tokens": settings.max_new_tokens},
+        "sampling": {name: value for name, value in sampling.items() if name != "seed"},
         "version": dpo_dist.__version__,
     }
     written: dict[str, Any] = files.for_json(results)
@@ -379,11 +385,12 @@ def rehearse_comparison(config: RunConfig, models: Sequence[Compared]) -> str:
     check_writable(RunFolder.of(config).path)
     lines: list[str] = []
     records = first_records(config.data.eval_sources, read_prompts, config.data, lines.append)
+    tokens = sampling_of("compare", config.sampling).max_new_tokens
     for model in models:
         if model.is_checkpoint:
             lines.append(f"{model.location}, a checkpoint")
         else:
-            check_model(model.location, config, config.compare.max_new_tokens, records, lines.append, KEY)
+            check_model(model.location, config, tokens, records, lines.append, KEY)
     judge = open_judge(config)
     if judge is not None:
         judge.check()

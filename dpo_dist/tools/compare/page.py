@@ -107,7 +107,7 @@ def _ranked(results: Row) -> list[str]:
     if not qualities:
         return ["Without a judge the models can be compared by KL and style only."]
     if not ranked:
-        return ["No response ends within compare.max_new_tokens: no model is called the best."]
+        return ["No response ends within sampling.max_new_tokens: no model is called the best."]
     best = max(ranked, key=lambda name: (qualities[name][0], -(models[name]["kl"] or 0)))
     sentences = [f"{best} has the highest {measure}, {number(qualities[best][0])}."]
     if best == results["base"] and measure != "score":

@@ -7,8 +7,9 @@ from itertools import zip_longest
 import yaml
 
 from dpo_dist.config.keys import as_written, run_keys
+from dpo_dist.config.losses import LossKind, kinds_using
 from dpo_dist.config.mistakes import SCHEMA, answers_to, as_tree, fits, meant
-from dpo_dist.config.rules import RULES, resolve_reference
+from dpo_dist.config.rules import resolve_reference, rules_of
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.tools.convert.reading import Foreign
@@ -22,6 +23,7 @@ _OF_DEVICE = ("per_device_train_batch_size", "micro_batch_size", "gradient_accum
 _SHARDING = ("deepspeed", "zero_stage", "accelerate_config", "fsdp", "fsdp_config", "fsdp_shard_degree")
 _QUANTIZED = ("load_in_4bit", "load_in_8bit", "use_qlora", "quantization_bit", "quant_bits")
 _BATCH, _LENGTH = "trainer.global_batch_pairs", "data.max_length"
+_ODDS_WEIGHT = "loss.options.odds_weight"
 
 
 def translated(foreign: Foreign) -> str:
@@ -42,6 +44,7 @@ def translated(foreign: Foreign) -> str:
     if empty := [key for key, value in run.left.items() if value in EMPTY]:
         run.comments.append(f"{', '.join(empty)}: empty")
     defaults = _add_defaults(run, "max_length" in empty)
+    _give_options(run)
     _obey_rules(run, defaults)
     if defaults:
         about.append(f"Not in it, so its defaults: {', '.join(defaults)}.")
@@ -94,7 +97,7 @@ def _simpo(run: Run) -> None:
     ratio = run.take("gamma_beta_ratio", "dpo_gamma_beta_ratio", default=0.3 if gamma is None else -1.0)
     gamma = ratio * beta if ratio >= 0 else run.take("simpo_gamma", "gamma", default=gamma)
     run.set("loss.beta", beta, "beta", beta)
-    run.set("loss.simpo_gamma", gamma, "simpo_gamma", gamma)
+    run.set("loss.options.gamma", gamma, "simpo_gamma", gamma)
     # The trainer of SimPO's authors has a ratio, and no likelihood.
     if weight := run.take("cpo_alpha", default=likelihood if ratio < 0 or run.trainer != "TRL" else 0):
         run.left.pop("rl", None)
@@ -238,8 +241,8 @@ def _combine(run: Run) -> None:
         run.comment(*run.origins["model.attention"], "not needed: the fastest kernel is chosen")
     if values.get("optim.warmup_steps") == 0:  # there it means that the ratio counts
         del values["optim.warmup_steps"]
-    if values.get("loss.kind") == "orpo" and "loss.beta" in values and "loss.orpo_lambda" not in values:
-        values["loss.orpo_lambda"] = values.pop("loss.beta")
+    if values.get("loss.kind") == "orpo" and "loss.beta" in values and _ODDS_WEIGHT not in values:
+        values[_ODDS_WEIGHT] = values.pop("loss.beta")
     if "loss.terms" in values and "loss.kind" in values:
         values["loss.terms"][0]["kind"] = values.pop("loss.kind")
     if "trainer.keep_best" in values and not values.get("trainer.eval_every"):
@@ -269,11 +272,25 @@ def _add_defaults(run: Run, is_uncut: bool) -> list[str]:
     return added
 
 
+def _give_options(run: Run) -> None:
+    """Move options of one kind of loss into its term of a sum; leave out those of other kinds."""
+    values, terms = run.values, run.values.get("loss.terms", [])
+    for key in [key for key in values if key.startswith("loss.options.")]:
+        users, name = kinds_using(key.removeprefix("loss.")), key.rpartition(".")[2]
+        if not terms and values.get("loss.kind", LossKind.sigmoid) in users:
+            continue
+        value, own = values.pop(key), [term for term in terms if term["kind"] in users]
+        for term in own:
+            term["options"] = term.get("options", {}) | {name: value}
+        if not own:
+            run.comment(*run.origins[key], f"{key} has no effect with this loss")
+
+
 def _obey_rules(run: Run, defaults: list[str]) -> None:
     """Leave out what the rules between keys refuse, with their reason."""
     while True:
         config = resolve_reference(SCHEMA.validate_python(as_tree(run.values)))
-        errors = [rule.error(config) for rule in RULES if rule.broken(config)]
+        errors = [rule.error(config) for rule in rules_of("train") if rule.broken(config)]
         refused = {key: error.message for error in errors for key in error.where.split(", ")}
         ours = [key for key in (*run.origins, *defaults) if key in run.values]
         if not (wrong := [key for key in refused if key in ours]):

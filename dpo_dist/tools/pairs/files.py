@@ -116,8 +116,8 @@ def write_results(
                     where=str(file),
                     got="no two usable responses of a prompt with different scores",
                     remedy="see the counts: scores can be missing, equal or within pairs.margin, responses "
-                    "unfinished within pairs.max_new_tokens; of a file without scores pairs.method=samples "
-                    "makes responses and scores them",
+                    "unfinished within sampling.max_new_tokens; of a file without scores "
+                    "pairs.method=samples makes responses and scores them",
                 )
             summary = {
                 "pairs": number,

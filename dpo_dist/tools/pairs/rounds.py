@@ -8,16 +8,25 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeAlias
 
 from dpo_dist.config.command_line import command_of
+from dpo_dist.config.fields import fields_of
 from dpo_dist.config.identity import differing_keys, plain
 from dpo_dist.config.load import from_yaml, to_yaml
+from dpo_dist.config.rules import at
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import PairsConfig, ReferenceMode, RoundReference, RunConfig, SourceConfig
+from dpo_dist.config.schema import (
+    PairsConfig,
+    ReferenceMode,
+    RoundReference,
+    RunConfig,
+    SamplingConfig,
+    SourceConfig,
+)
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, first_line
 from dpo_dist.foundation.signals import stop_signals
@@ -43,9 +52,10 @@ def check_settings(config: RunConfig, folder: RunFolder) -> None:
         return
     before, now = from_yaml(file.read_text(encoding="utf-8")), from_yaml(to_yaml(config))  # without secrets
     changed = differing_keys(before.identity, now.identity)
-    for name in {field.name for field in fields(PairsConfig)} - {"rounds", "launcher"}:
-        old, new = plain(getattr(before.pairs, name)), plain(getattr(now.pairs, name))
-        changed |= {f"pairs.{name}": (old, new)} if old != new else {}
+    keys = {f"pairs.{name}" for name in fields_of(PairsConfig)} - {"pairs.rounds", "pairs.launcher"}
+    for key in {*keys, *(f"sampling.{name}" for name in fields_of(SamplingConfig))}:
+        old, new = plain(at(before, key)), plain(at(now, key))
+        changed |= {key: (old, new)} if old != new else {}
     if changed:
         raise ConfigError(
             "the rounds in this run directory have other settings",
@@ -221,11 +231,13 @@ def _sample(config: RunConfig, number: int, say: Say, run: Run) -> dict[str, Any
 def _train(config: RunConfig, number: int, say: Say, run: Run) -> tuple[int, dict[str, Any] | None]:
     """Train in round `number`; return the exit code, and `training` of its result unless it is preempted."""
     folder = RunFolder.of(config).round(number)
+    has_samples = config.data.eval_sources and config.samples.prompts != 0
     stage = replace(
         _with_policy(config, number),
         run=replace(config.run, dir=str(folder.training.path)),
         data=replace(config.data, train=[SourceConfig(path=str(folder.pairs_file))]),
         pairs=PairsConfig(),
+        sampling=config.sampling if has_samples else SamplingConfig(),
     )
     say(f"round {number}: training of {stage.model.path}")
     below = folder.path / "training"

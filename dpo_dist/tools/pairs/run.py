@@ -45,7 +45,6 @@ from dpo_dist.tools.pairs.files import (
 )
 from dpo_dist.tools.pairs.people import label_pairs
 from dpo_dist.tools.pairs.start import responding_models
-from dpo_dist.tools.sampling.generate import Sampling
 from dpo_dist.tools.sampling.prompts import (
     Parts,
     Prompts,
@@ -65,6 +64,7 @@ from dpo_dist.tools.sampling.respond import (
     open_responder,
     usable_prompt,
 )
+from dpo_dist.tools.sampling.settings import sampling_of
 from dpo_dist.training.start.context import Run
 
 _MODELS = "pairs.models"
@@ -263,12 +263,10 @@ def pairs_from_models(run: Run) -> None:
     config, world, console, folder, pairs = run.config, run.world, run.console, run.folder, run.config.pairs
     with console.heartbeat("reading prompts"):
         records = world.on_main(lambda: different_prompts(config, console.say))
-    prompts = Prompts(run, folder.pairs_parts, in_parts(records, PART_PROMPTS), "pairs.max_new_tokens")
+    prompts = Prompts(run, folder.pairs_parts, in_parts(records, PART_PROMPTS))
     models = [find_together(name, run, _MODELS) for name in responding_models(config)]
     judge, described = judge_of(run)
-    sampling = Sampling(
-        pairs.max_new_tokens, pairs.temperature, pairs.top_p, pairs.top_k, config.trainer.seed
-    )
+    sampling = sampling_of("pairs", config.sampling, config.trainer.seed)
     count = 1 if pairs.method is PairsMethod.delta else pairs.samples
     settings = {
         "method": str(pairs.method),
@@ -350,8 +348,9 @@ def rehearse_pairs(config: RunConfig) -> str:
     read = read_prompts if responds else read_records
     records = first_records(config.data.train, read, config.data, lines.append)
     if responds:
+        tokens = sampling_of("pairs", config.sampling).max_new_tokens
         for name in responding_models(config):
-            check_model(name, config, pairs.max_new_tokens, records, lines.append, _MODELS)
+            check_model(name, config, tokens, records, lines.append, _MODELS)
     if pairs.method is PairsMethod.samples and (judge := open_judge(config)) is not None:
         judge.check()
         lines.append(f"judge: {judge}")

@@ -3,9 +3,10 @@
 import os
 from pathlib import Path
 
+from dpo_dist.config.fields import fields_of
 from dpo_dist.config.rules import Rule, check, check_needs, unused
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import NO_MODEL, PairsMethod, RunConfig, SourceConfig
+from dpo_dist.config.schema import NO_MODEL, PairsMethod, RunConfig, SamplingConfig, SourceConfig
 from dpo_dist.config.user_code import user_function
 from dpo_dist.data.formats import check_source
 from dpo_dist.model.files.folder import local_model_folder
@@ -28,10 +29,9 @@ _ROUNDS = "pairs.rounds!=0"
 _SAMPLES, _RESPONDS = "pairs.method=samples", "pairs.method=samples|delta"
 _JUDGES = "pairs.reward_model pairs.function pairs.endpoint.url"
 _EFFECTS = {
-    _RESPONDS: "models max_new_tokens temperature top_p top_k unfinished prompt_parts prompt_part",
+    _RESPONDS: "models unfinished prompt_parts prompt_part",
     _SAMPLES: "samples reward_model function endpoint.url",
     "pairs.method=samples|scores": "select margin",
-    "pairs.temperature!=0": "top_p top_k",
     _ROUNDS: "launcher reference",
     "pairs.endpoint.url!=null": "endpoint.model endpoint.verdicts endpoint.criterion",
 }
@@ -43,6 +43,7 @@ _ENDPOINT_HAS_MODEL = Rule(
 _NO_ROUNDS = "rounds cannot be done with this setting"
 _RULES = (
     *(unused(f"pairs.{name}", unless) for unless, names in _EFFECTS.items() for name in names.split()),
+    *(unused(f"sampling.{name}", _RESPONDS) for name in fields_of(SamplingConfig)),
     _ENDPOINT_HAS_MODEL,
     Rule(
         "run.resume!=auto",
@@ -62,9 +63,9 @@ _RULES = (
         lambda c: c.pairs.prompt_part >= c.pairs.prompt_parts,
     ),
     Rule(
-        f"pairs.temperature=0 pairs.samples {_SAMPLES}",
+        f"sampling.temperature=0 pairs.samples {_SAMPLES}",
         "without a temperature every sample of a model is the same",
-        "raise pairs.temperature, or set pairs.samples=1",
+        "raise sampling.temperature, or set pairs.samples=1",
         lambda c: c.pairs.samples > 1,
     ),
     Rule(

@@ -21,6 +21,7 @@ from dpo_dist.config.schema import (
 )
 from dpo_dist.model.files.load import TORCH_DTYPES
 from dpo_dist.model.flops import REACHED_SHARES, matmul_peak, recomputed_share, step_flops, visited_experts
+from dpo_dist.tools.sampling.settings import sampling_of
 from dpo_dist.training.start.context import DEFAULT_TOKENS
 from dpo_dist.training.start.footprint import (
     BYTES_PER_QUANTIZED_WEIGHT,
@@ -181,13 +182,14 @@ class Estimate:
     def sampling(self) -> float:
         """Seconds of the samples under ZeRO-3, which gathers all weights; elsewhere they take little."""
         samples, every = self.config.samples, self.config.trainer.eval_every
+        tokens = sampling_of("train", self.config.sampling).max_new_tokens
         if not self._is_sharded or samples.prompts == 0 or not self.config.data.eval_sources:
             return 0.0
         has_room = 2 * self.whole < self.machine.memory - self.needs.used(0)
-        gathers = 1 if has_room else samples.max_new_tokens
+        gathers = 1 if has_room else tokens
         # The reference's, and the policy's at each evaluation or the last alone.
         evaluations = 1 + (math.ceil(self.steps / every) if every and samples.prompts else 1)
-        hooks = samples.max_new_tokens * self.layers * _HOOKS
+        hooks = tokens * self.layers * _HOOKS
         return evaluations * (gathers * self.whole / self._link + hooks)
 
     def seconds(self, reached: float, epochs: float = 1.0) -> dict[str, float]:

@@ -18,8 +18,9 @@ from dpo_dist.foundation.text import counted, duration
 from dpo_dist.model.files.load import load_config
 from dpo_dist.model.files.stops import find_stop_ids
 from dpo_dist.reference.engine import load_reference
-from dpo_dist.tools.sampling.generate import NotFiniteError, Request, Sampling, generate_together
+from dpo_dist.tools.sampling.generate import NotFiniteError, Request, generate_together
 from dpo_dist.tools.sampling.respond import texts_after
+from dpo_dist.tools.sampling.settings import Sampling, sampling_of
 from dpo_dist.tools.text_facts import is_refusal, language_identifier, language_of, sample_metrics, text_facts
 from dpo_dist.training.start.context import Run
 from dpo_dist.training.start.inputs import Inputs
@@ -178,10 +179,11 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> Samples | None:
             raise
         run.say(f"no samples: {error.message}; {error.remedy}")
         return None
+    sampling = sampling_of("train", config.sampling, seed)
     text_config = load_config(model_folder, config.model).get_text_config()
     longest = getattr(text_config, "max_position_embeddings", None)
     if longest is not None:
-        longest -= settings.max_new_tokens
+        longest -= sampling.max_new_tokens
     wanted = _USUAL_PROMPTS if settings.prompts is None else settings.prompts
     prompts = choose_prompts(
         inputs.eval_set,
@@ -195,13 +197,12 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> Samples | None:
     if len(prompts) < wanted:
         run.say(
             f"samples: {len(prompts)} prompts, not {wanted}: the evaluation data have no more that "
-            "are different and leave room for samples.max_new_tokens"
+            "are different and leave room for sampling.max_new_tokens"
         )
     if not prompts:
         return None
     if run.world.is_main and language_identifier() is None:
         run.say("samples: their language is not examined; for that, pip install 'dpo-dist[tools]'")
-    sampling = Sampling(settings.max_new_tokens, settings.temperature, seed=seed)
     samples = Samples(run, sampling, prompts, stop_ids, tokenizer, settings.prompts is not None)
     files = inputs.reference_files or inputs.policy_files
     same_precision = config.reference.quantization is config.model.quantization

@@ -22,17 +22,7 @@ from transformers import (
 from dpo_dist.batching.example import TokenIds
 from dpo_dist.distributed.processes.world import Stops
 from dpo_dist.distributed.zero import Engine
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Settings of generation; see `PairsConfig`."""
-
-    max_new_tokens: int  # the end of the turn included
-    temperature: float = 1.0  # 0 is greedy; the next ones have no effect then
-    top_p: float = 1.0  # applied after top_k
-    top_k: int = 0  # 0 is no limit
-    seed: int = 0
+from dpo_dist.tools.sampling.settings import Sampling
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,8 +17,8 @@ from dpo_dist.distributed.memory import explain_out_of_memory
 from dpo_dist.foundation import files
 from dpo_dist.foundation.console import Console
 from dpo_dist.tools.judges import Judge, open_judge
-from dpo_dist.tools.sampling.generate import Sampling
 from dpo_dist.tools.sampling.respond import Generate, ModelSource, Responder, find_model, respond
+from dpo_dist.tools.sampling.settings import Sampling
 from dpo_dist.training.start.context import Run, join
 
 _FAILED = "failed"
@@ -51,14 +51,13 @@ class Parts:
 class Prompts:
     """Different prompts in parts, which the processes of `run` share.
 
-    Each stage of the work, such as responses or scores, has a folder below `root`. `key`: what to lower if
-    memory runs out. `finish` and `responses` are collective.
+    Each stage of the work, such as responses or scores, has a folder below `root`. `finish` and `responses`
+    are collective.
     """
 
     run: Run
     root: Path
     parts: Sequence[Sequence[PreferenceRecord]]
-    key: str
 
     @cached_property
     def digest(self) -> str:
@@ -76,7 +75,10 @@ class Prompts:
         with console.heartbeat(f"{title}: looking for parts"):
             unfinished = world.on_main(parts.open)
         share = unfinished[world.rank :: world.size]
-        remedy = f"lower {self.key}; each process loads whole models onto its GPU: larger ones cannot be used"
+        remedy = (
+            "lower sampling.max_new_tokens; each process loads whole models onto its GPU: larger ones cannot "
+            "be used"
+        )
 
         def my_parts() -> None:
             try:

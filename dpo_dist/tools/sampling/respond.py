@@ -39,7 +39,8 @@ from dpo_dist.model.files.load import load_config, load_tokenizer, load_weights
 from dpo_dist.model.files.stops import find_stop_ids, given_stops
 from dpo_dist.model.lora import TRAINED, add_saved
 from dpo_dist.reference.digest import digest_model
-from dpo_dist.tools.sampling.generate import NotFiniteError, Request, Sample, Sampling, generate
+from dpo_dist.tools.sampling.generate import NotFiniteError, Request, Sample, generate
+from dpo_dist.tools.sampling.settings import Sampling
 
 
 @dataclass(frozen=True)

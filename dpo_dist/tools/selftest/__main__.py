@@ -500,7 +500,7 @@ def _losses(device: Any) -> Iterator[Check]:
 
     values = -30 * torch.rand(5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     configs = [LossConfig(kind) for kind in LossKind if kind is not LossKind.custom]
-    diverging = [config.kind for config in configs if "divergence" in KINDS[config.kind].options]
+    diverging = [config.kind for config in configs if "divergence" in KINDS[config.kind].uses]
     configs += [LossConfig(kind, divergence=other) for kind in diverging for other in list(Divergence)[1:]]
 
     def computed(config: LossConfig, place: Any) -> list[Any]:

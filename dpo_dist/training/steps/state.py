@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from dpo_dist.config.losses import BcoDelta, LossConfig
+from dpo_dist.config.losses import LossConfig
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import BATCH_MARGIN, BATCH_REWARD, metric_means
 
@@ -110,7 +110,7 @@ class Position:
         row = {}
         if BATCH_MARGIN in means:
             row["loss/beta"] = self.running.batch_beta(loss, means[BATCH_MARGIN])
-        if loss.bco_delta is BcoDelta.running_mean:
+        if loss.has_running_reward:
             row["loss/delta"] = self.running.reward
         if row:
             margin, reward = means.get(BATCH_MARGIN, 0.0), means.get(BATCH_REWARD, 0.0)

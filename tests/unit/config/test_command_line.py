@@ -185,7 +185,7 @@ def test_every_key_and_section_is_explained() -> None:
 def test_the_facts_of_some_keys() -> None:
     assert facts("loss.beta")["type"] == "a number, > 0"
     assert facts("trainer.max_steps")["type"] == "a whole number or null, >= 1"
-    assert facts("loss.simpo_gamma")["kinds"] == "simpo"
+    assert facts("loss.options.gamma")["kinds"] == "simpo"
     assert facts("model.path")["default"] == "none, it must be set"
     assert facts("data.train[0].weight") == facts("data.train.weight") == facts("data.train[].weight")
     assert facts("data.train.weight")["verbs"] == "train, precompute"

@@ -37,7 +37,7 @@ def test_settings_are_the_usual_keys_and_those_not_at_their_default() -> None:
         "data.truncation": "drop",
         "loss.kind": "simpo",
         "loss.beta": 2.0,
-        "loss.simpo_gamma": 1.0,
+        "loss.options": {"gamma": 1.0},
         "reference.mode": "none",
         "optim.lr": 5e-7,
         "trainer.epochs": 1.0,

@@ -39,16 +39,16 @@ def test_experiments_and_files_are_swept_too(tmp_path: Path) -> None:
 
 
 def test_all_mistakes_of_all_points_are_one_error() -> None:
-    text = error_of("loss.kind=sigmoid,ipoo,hinge", "optim.lr=1e-6,fast", "seeds=3", "loss.simpo_gamma=1")
+    text = error_of("loss.kind=sigmoid,ipoo,hinge", "optim.lr=1e-6,fast", "seeds=3", "loss.options.gamma=1")
     assert "loss.kind=ipo" in text
     assert "optim.lr=fast" in text
     assert text.count("there is no key 'seeds'") == 1, "of all points, said once"
 
 
 def test_rules_are_checked_at_every_point() -> None:
-    text = error_of("loss.kind=simpo,sigmoid,ipo", "loss.simpo_gamma=1")
-    assert "sigmoid" in text
-    assert "ipo" in text
+    text = error_of("loss.kind=sigmoid,simpo,nca_pair", "loss.divergence=js")
+    assert "simpo" in text
+    assert "nca_pair" in text
 
 
 @pytest.mark.parametrize("swept", ["trainer.log_every=1,2", "loss.beta=0.1,0.1"])

@@ -1,6 +1,7 @@
 """Values out of bounds, and values that contradict each other, are an error with a remedy (law L5)."""
 
 import contextlib
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from dpo_dist.config import load
 from dpo_dist.config.keys import as_written
 from dpo_dist.config.losses import LossKind
-from dpo_dist.config.rules import RULES, direction_of
+from dpo_dist.config.rules import direction_of, rules_of
 from dpo_dist.config.schema import AdapterConfig, SourceConfig, TrainerConfig
 from dpo_dist.foundation.errors import ConfigError
 from tests.unit.config.support import RUN, configured, error_of
@@ -55,7 +56,7 @@ REFUSED = [
     ("loss.terms=[{kind:sigmoid}] loss.kind=ipo", "loss.kind"),
     (f"{TERMS % 'nca_pair'} loss.divergence=js", "loss.divergence"),
     (f"{TERMS % 'aot'} loss.weighting=wpo", "loss.weighting"),
-    ("loss.simpo_gamma=1", "loss.simpo_gamma"),
+    ("loss.options.gamma=1", "loss.options.gamma"),
     ("loss=custom run.dir=here", "loss.function"),
     ("loss.divergence=js loss.alpha_coefficient=0.3", "loss.alpha_coefficient"),
     ("loss=exo_pair loss.label_smoothing=0", "loss.label_smoothing"),
@@ -66,10 +67,8 @@ REFUSED = [
     ("trainer.ema_decay=0.9 trainer.keep_last=0", "trainer.ema_decay"),
     ("trainer.eval_every=10", "trainer.eval_every"),
     ("samples.prompts=4", "samples.prompts"),
-    ("samples.max_new_tokens=9", "samples.max_new_tokens"),
-    ("samples.temperature=0", "samples.temperature"),
-    ("data.eval_share=0.1 samples.prompts=0 samples.max_new_tokens=9", "samples.max_new_tokens"),
-    ("data.eval_share=0.1 samples.prompts=0 samples.temperature=0", "samples.temperature"),
+    ("sampling.temperature=0 sampling.top_p=0.5", "sampling.top_p"),
+    ("sampling.temperature=0 sampling.top_k=5", "sampling.top_k"),
     ("trainer.eval_every=5 samples.prompts=0", "trainer.eval_every"),
     ("trainer.keep_best=eval_loss", "trainer.keep_best"),
     ("trainer.patience=3", "trainer.patience"),
@@ -100,7 +99,6 @@ REFUSED = [
     ("reference=adapter model.adapter.r=8 reference.offload=cpu", "reference.offload"),
     ("loss=simpo reference.path=other", "reference.path"),
     (f"{NF4} {LIVE}", "reference.quantization"),
-    ("reference.offload=nvme", "reference.offload"),
     ("reference.quantization=int8 reference.offload=cpu", "reference.quantization"),
     (f"{LIVE} loss.sync_reference.mixup=0.5", "loss.sync_reference.mixup"),
     (EVERY, "loss.sync_reference.every"),
@@ -140,7 +138,7 @@ def test_every_rule_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     for typed, _ in REFUSED:
         with contextlib.suppress(ConfigError):  # refused by the schema
             configurations.append(configured(typed))
-    unbroken = [rule for rule in RULES if not any(map(rule.broken, configurations))]
+    unbroken = [rule for rule in rules_of("") if not any(map(rule.broken, configurations))]
     assert [rule.when for rule in unbroken if not rule.why.endswith("with this loss")] == []
 
 
@@ -162,7 +160,7 @@ def test_every_rule_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
         "parallelism.hpz=8 parallelism.offload_optimizer=cpu parallelism.reduce_in_float32=true",
         "parallelism.offload_parameters=cpu parallelism.offload_optimizer=cpu",
         "trainer.eval_every=10 samples.prompts=4 data.eval_share=0.1",
-        "data.eval_share=0.1 samples.max_new_tokens=9",
+        "sampling.max_new_tokens=9 sampling.top_p=0.5 sampling.top_k=5",
         "samples.prompts=0",
         "data.eval=[b.jsonl] data.drop_eval_prompts=true optim.min_lr_ratio=0.1 optim.schedule=linear",
         "optim.warmup_steps=10 optim.warmup_ratio=0 trainer.max_steps=10",
@@ -178,16 +176,26 @@ def test_accepted(typed: str) -> None:
 def test_options_of_a_file_are_reset_by_the_key_of_the_command_that_they_need(tmp_path: Path) -> None:
     """A whole file of its own is still refused, and so is an option beside it in the command."""
     (file := tmp_path / "my.yaml").write_text(
-        "samples: {prompts: 4, max_new_tokens: 9}\ndata.eval_share: 0.1"
+        "samples: {prompts: 4}\nsampling: {max_new_tokens: 9}\ndata.eval_share: 0.1"
     )
-    assert configured("samples.prompts=2", run=[*RUN, str(file)]).samples.max_new_tokens == 9
-    assert configured("samples.prompts=0", run=[*RUN, str(file)]) == configured(
-        "data.eval_share=0.1 samples.prompts=0"
-    )
-    both = "samples.prompts=0 samples.max_new_tokens=9"
-    assert "samples.max_new_tokens" in error_of(both, run=[*RUN, str(file)]).where
-    file.write_text("samples: {max_new_tokens: 9}")
-    assert "samples.max_new_tokens" in error_of("", run=[*RUN, str(file)]).where
+    with_file = partial(configured, verb="train", run=[*RUN, str(file)])
+    refused = partial(error_of, verb="train", run=[*RUN, str(file)])
+    assert with_file("samples.prompts=2").sampling.max_new_tokens == 9
+    assert with_file("samples.prompts=0") == configured("data.eval_share=0.1 samples.prompts=0")
+    assert "sampling.max_new_tokens" in refused("samples.prompts=0 sampling.max_new_tokens=9").where
+    file.write_text("sampling: {max_new_tokens: 9}")
+    assert "sampling.max_new_tokens" in refused("").where
+
+
+@pytest.mark.parametrize("setting", ["max_new_tokens=9", "temperature=0", "top_p=0.5", "top_k=5"])
+def test_sampling_needs_a_verb_that_samples_or_samples_at_evaluations(setting: str) -> None:
+    typed, key = f"sampling.{setting}", f"sampling.{setting.partition('=')[0]}"
+    for verb in ("train", "evaluate"):
+        for without in ("", "data.eval_share=0.1 samples.prompts=0"):
+            assert key in error_of(f"{typed} {without}", verb=verb).where
+        configured(f"{typed} data.eval_share=0.1", verb=verb)
+    configured(typed, verb="pairs")
+    configured(typed, verb="compare", run=["compare.models=[a,b]", "data.eval=[b.jsonl]"])
 
 
 def test_values_are_shown_as_a_user_writes_them() -> None:

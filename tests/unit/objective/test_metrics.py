@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.losses import BcoDelta, LossConfig, LossKind, LossTermConfig
+from dpo_dist.config.losses import BcoDelta, BcoPairOptions, LossConfig, LossKind, LossTermConfig
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.logps import PairLogps
@@ -166,8 +166,8 @@ def test_the_reward_shift_of_bco_uses_its_own_rewards() -> None:
     """Reported rewards follow the first kind, which divides by the number of tokens."""
     tokens = torch.tensor([4.0])
     policy = PairLogps(torch.tensor([-8.0]), torch.tensor([-2.0]), tokens, tokens)
-    terms = [LossTermConfig(LossKind.simpo), LossTermConfig(LossKind.bco_pair)]
-    config = LossConfig(beta=0.5, terms=terms, reference_free=True, bco_delta=BcoDelta.running_mean)
+    shifted = LossTermConfig(LossKind.bco_pair, options=BcoPairOptions(BcoDelta.running_mean))
+    config = LossConfig(beta=0.5, terms=[LossTermConfig(LossKind.simpo), shifted], reference_free=True)
     means = means_of(torch.zeros(1), policy, None, MetricPlan(config))
     assert means["rewards/chosen"] == 0.5 * -8 / 4
     assert means[BATCH_REWARD] == 0.5 * (-8 - 2) / 2

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dpo_dist.config.load import checked
-from dpo_dist.config.losses import LossKind, LossTermConfig
+from dpo_dist.config.losses import DiscopopOptions, LossKind, LossTermConfig, SimpoOptions
 from dpo_dist.config.mistakes import SCHEMA, names_of_others
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
@@ -63,9 +63,29 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
     ("{stage: dpo, pref_loss: ipo, pref_ftx: 0.5}", {"loss.terms": terms(ipo=1.0, sft=0.5)}, ""),
     ("{total_batch_size: 64, micro_batch_size: 2}", {"trainer.global_batch_pairs": 64}, "_size — not"),
     ("{loss_type: simpo}", {"loss.terms": terms(simpo=1.0, sft=1.0)}, ""),
-    ("{stage: dpo, pref_loss: orpo, pref_beta: 0.3}", {"loss.kind": "orpo", "loss.orpo_lambda": 0.3}, ""),
-    ("{loss_type: simpo, beta: 2.5, gamma_beta_ratio: 0.4}", {"loss.beta": 2.5, "loss.simpo_gamma": 1.0}, ""),
-    ("{stage: dpo, pref_loss: simpo, simpo_gamma: 0.7}", {"loss.beta": 0.1, "loss.simpo_gamma": 0.7}, ""),
+    (
+        "{stage: dpo, pref_loss: orpo, pref_beta: 0.3}",
+        {"loss.kind": "orpo", "loss.options.odds_weight": 0.3},
+        "",
+    ),
+    (
+        "{loss_type: simpo, beta: 2.5, gamma_beta_ratio: 0.4}",
+        {"loss.beta": 2.5, "loss.options.gamma": 1.0},
+        "",
+    ),
+    ("{stage: dpo, pref_loss: simpo, simpo_gamma: 0.7}", {"loss.beta": 0.1, "loss.options.gamma": 0.7}, ""),
+    ("{loss_type: discopop, discopop_tau: 0.2}", {"loss.options.tau": 0.2}, ""),
+    ("{loss_type: ipo, discopop_tau: 0.2}", {"loss.kind": "ipo"}, "0.2 — loss.options.tau has no effect"),
+    (
+        "{loss_type: [sigmoid, discopop], discopop_tau: 0.2}",
+        {
+            "loss.terms": [
+                *terms(sigmoid=1.0),
+                LossTermConfig(LossKind.discopop, options=DiscopopOptions(0.2)),
+            ]
+        },
+        "",
+    ),
     # Machines and precision.
     (
         "{deepspeed: ds_z3_offload_config.json}",
@@ -156,7 +176,14 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
         {"model.adapter.path": "x", "model.adapter.r": None, "reference.path": None},
         "ref_adapters: [x] — not needed",
     ),
-    ("{rlhf_type: simpo}", {"loss.beta": 2.0, "loss.simpo_gamma": 1.0}, ""),
+    (
+        "{rlhf_type: simpo}",
+        {
+            "loss.beta": 2.0,
+            "loss.terms": [LossTermConfig(LossKind.simpo, options=SimpoOptions(1.0)), *terms(sft=1.0)],
+        },
+        "",
+    ),
     ("{rlhf_type: dpo, ref_model: m, tuner_type: full}", {"reference.path": "m"}, ""),
     (
         "{use_lora: true}",
@@ -165,7 +192,7 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "{use_lora: false, dpo_loss_type: simpo, dpo_gamma_beta_ratio: 0.4, dpo_beta: 10}",
-        {"loss.kind": "simpo", "loss.simpo_gamma": 4.0, "model.adapter": None},
+        {"loss.kind": "simpo", "loss.options.gamma": 4.0, "model.adapter": None},
         "",
     ),
     ("{with_tracking: true, loss_type: wpo}", {"loss.weighting": "wpo", "tracking.wandb": "auto"}, ""),

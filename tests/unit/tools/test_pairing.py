@@ -180,7 +180,7 @@ def finished(folder: Path) -> Results:
     rule = PairsConfig(method=PairsMethod.samples, select=ALL, unfinished=DropOrKeep.keep)
     config = replace(load_run_config(["model.path=m", f"data.train=[{source}]"]), pairs=rule)
     run = Run(config, ALONE, Console(None))
-    prompts = Prompts(run, folder, [different_prompts(config, lambda _: None)], "")
+    prompts = Prompts(run, folder, [different_prompts(config, lambda _: None)])
     rows = []
     for prompt in range(3):
         thoughts = [THOUGHT, {}] if prompt == 0 else [{}, {}]
@@ -250,7 +250,7 @@ def test_parts_of_prompts_share_none_and_together_are_all(tmp_path: Path) -> Non
 
 def prompts_of(folder: Path, parts: int, **world: Any) -> Prompts:
     run: Any = SimpleNamespace(world=SimpleNamespace(**world), console=Console(None))
-    return Prompts(run, folder, [[]] * parts, "")
+    return Prompts(run, folder, [[]] * parts)
 
 
 def stage(folder: Path, setting: str = "a", parts: int = 5) -> Parts:
@@ -322,13 +322,13 @@ def found(folder: Path, records: list[Any], *overrides: str) -> str:
     [
         (["run.resume=must"], "run.resume has no effect"),
         ([*DELTA, "model.revision=x"], "model.revision has no effect"),
-        ([*SAMPLED, "pairs.temperature=0"], "every sample of a model is the same"),
+        ([*SAMPLED, "sampling.temperature=0"], "every sample of a model is the same"),
         ([*SAMPLED, "pairs.function=a:b"], "samples need one judge"),
         (["pairs.method=samples", "model.path=a/b", "pairs.endpoint.url=http://h/v1"], "model is not given"),
         (["pairs.method=delta", "pairs.models=[a,./a]"], "two models"),
         (["pairs.rounds=1"], "rounds cannot be done"),
         (["pairs.rounds=1", *SAMPLED, "pairs.models=[other]"], "rounds cannot be done"),
-        (["pairs.margin=1", "pairs.top_k=3", "pairs.launcher=python"], "(?s)2 mistakes.*top_k.*launcher"),
+        (["pairs.margin=1", "sampling.top_k=3", "pairs.launcher=python"], "(?s)2 mistakes.*top_k.*launcher"),
     ],
 )
 def test_an_option_without_effect_or_sense_is_refused(overrides: list[str], said: str) -> None:

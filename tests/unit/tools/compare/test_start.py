@@ -96,7 +96,7 @@ def test_a_check_reads_no_weights_but_their_names_and_writes_nothing(tmp_path: P
     assert report.count("not asked, of the first records: 1 prompt_fills_max_length") == 2
     assert "judge: none, so no scores and win rates" in rehearsed()
     with pytest.raises(DataError, match="none of the first records"):
-        rehearsed("compare.max_new_tokens=4000")
+        rehearsed("sampling.max_new_tokens=4000")
     assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "base" / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ConfigError, match="the model cannot be loaded"):

@@ -43,7 +43,7 @@ NO_SCORES = [model("base"), model("a")]  # a judge that compares gives none
         (NO_SCORES, [0.3], "a has the highest win rate over base, 0.7. All others are clearly worse."),
         (NO_SCORES, [], "Without a judge the models can be compared by KL and style only."),
         ([BASE, UNENDED], [0.1], "base has the highest score, 0.5. Not ranked, as no response ends: a."),
-        ([UNENDED], [], "No response ends within compare.max_new_tokens: no model is called the best."),
+        ([UNENDED], [], "No response ends within sampling.max_new_tokens: no model is called the best."),
         # Of equal scores the model of least KL is named first.
         (
             [BASE, model("a", 3, 0.9), model("b", 2, 0.9)],
@@ -76,7 +76,7 @@ def test_responses_are_side_by_side_with_their_facts_and_labels(tmp_path: Path) 
     assert "<h4>a <small>2 tokens; score 0.2</small></h4>" in page
     assert "2 tokens; score 0.9; log-ratio 5 nats; 50 % of its words not in a" in page
     assert "one <mark>dog</mark>" in page
-    assert "compare.temperature=0 takes the likeliest" in page
+    assert "sampling.temperature=0 takes the likeliest" in page
     assert "chosen in the data" in page
     assert re.findall(r'data-labels="([^"]*)" data-order="([^"]*)"', page) == [
         ("source code|b wins over a", "-0.7"),
