@@ -1,6 +1,6 @@
 BIN := .venv/bin
 
-.PHONY: help env format lint check test docs docs-site golden
+.PHONY: help env format lint check unit test docs docs-site golden
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1	\2/p' Makefile | expand -t 12
@@ -15,8 +15,11 @@ format: env ## format the code and apply ruff's safe fixes
 lint: ## check format, lint rules, types, spelling and links
 	@./scripts/lint.sh
 
-check: lint ## lint, then the unit tests
-	./scripts/test.sh tests/unit
+check: env ## lint and the unit tests, side by side
+	@$(MAKE) --no-print-directory --jobs 2 lint unit
+
+unit: ## run the unit tests, a process for each core
+	@./scripts/test.sh tests/unit --numprocesses $$(nproc)
 
 test: ## run all tests
 	./scripts/test.sh

@@ -7,4 +7,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ./scripts/setup_env.sh dev
 workers=$(($(nproc) * 3 / 2)) # before the next line, by which nproc would answer 1
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+unset PYTHONDONTWRITEBYTECODE # each process of a test would compile all modules again
 exec .venv/bin/python -m pytest --numprocesses $((workers > 8 ? 8 : workers)) --dist worksteal "$@"

@@ -2,9 +2,13 @@
 
 import gc
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
+
+from tests.support.parent import started_parent, use_parent
 
 # Of torch.compile: by default each process starts others, which import torch, too.
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
@@ -24,9 +28,21 @@ LONG = (
     "dist/test_families.py",
     "dist/test_losses.py",
     "simulated_cuda/test_gpu_tests.py",
-    "unit/test_api.py",
 )
 """Files of long tests, which start first: at the end of a run a worker would wait for them."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Workers of xdist share a warm parent, which unit tests do not need."""
+    chosen = (Path(word.partition("::")[0]) for word in node.config.args)
+    if not all("unit" in path.parts for path in chosen):
+        node.workerinput["parent"] = started_parent()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if address := getattr(config, "workerinput", {}).get("parent"):
+        use_parent(address)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""Verbs called from Python, several times in one process."""
+"""Verbs called from Python, several times in one process; docs/python.md runs as one notebook."""
 
 import gc
 import json
@@ -14,8 +14,10 @@ import psutil
 import pytest
 
 from tests.e2e.conftest import Overrides
+from tests.support.invented import write_pairs
 from tests.support.launch import environment, history, run_verb, summary, train
-from tests.support.pages import in_process
+from tests.support.pages import Block, blocks_of, in_process
+from tests.support.tiny_model import write_model
 from tests.support.warm import ENVIRONMENT
 
 
@@ -131,3 +133,21 @@ def test_records_in_memory_are_those_of_a_file(overrides: Overrides, assets: Pat
     assert json.loads((tmp_path / "rows.json").read_text()) == recorded
     evaluated = run_verb("evaluate", [f"run.dir={tmp_path}/memory"])
     assert evaluated.code == 0, evaluated.output
+
+
+def notebook(folder: Path, blocks: list[Block]) -> None:
+    os.chdir(folder)
+    cells = {"__name__": "notebook"}
+    for block in blocks:
+        if block.file:
+            Path(block.file).write_text(block.text)
+        else:
+            exec(compile(block.text, "docs/python.md", "exec"), cells)
+
+
+def test_every_block_of_the_page_runs(tmp_path: Path) -> None:
+    write_model(tmp_path / "model")
+    write_pairs(tmp_path / "pairs.jsonl", 9, seed=1)
+    blocks = [block for block in blocks_of("python.md") if block.language == "python"]
+    assert len(blocks) == 11
+    in_process(notebook, tmp_path, blocks)

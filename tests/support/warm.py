@@ -5,7 +5,6 @@ command line, environment, working folder and exit code; `launch.run_verb(cold=T
 line.
 """
 
-import multiprocessing
 import os
 import random
 import runpy
@@ -16,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from functools import cache
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,39 +24,14 @@ from accelerate.commands import launch
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
 from dpo_dist.config.verbs import VERBS
-
-ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = {
-    "CUDA_VISIBLE_DEVICES": "",
-    "DS_ACCELERATOR": "cpu",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-    "TOKENIZERS_PARALLELISM": "false",
-}
+from tests.support.parent import ENVIRONMENT, context, start_parent
 
 # A failing rank may have sent its error to the others, which then end too; a killed one has not.
 _GRACE_SECONDS = 10
 GRACE_AFTER_KILL_SECONDS = 3
 _POLL_SECONDS = 0.05
 
-context = multiprocessing.get_context("forkserver")
 _reserved_ports: list[socket.socket] = []
-
-
-def start_parent() -> None:
-    """Start the warm parent of this test session, if it does not run yet."""
-    context.set_forkserver_preload(
-        [
-            "dpo_dist.training.run",
-            "dpo_dist.tools.report.recorder",
-            "tests.support.ranks",
-            "transformers.models.qwen2.modeling_qwen2",
-            "tests.support.preloaded",
-        ]
-    )
-    with mock.patch.dict(os.environ, ENVIRONMENT):
-        forkserver.ensure_running()
 
 
 def reserve_port() -> int:

@@ -14,7 +14,8 @@ from unittest import mock
 from accelerate.commands.launch import launch_command_parser
 
 from tests.support.launch import environment
-from tests.support.warm import ROOT, launcher_variables, run_warm_apart, start_module, wait
+from tests.support.parent import ROOT
+from tests.support.warm import launcher_variables, run_warm_apart, start_module, wait
 
 _ACCELERATE = ["-m", "accelerate.commands.accelerate_cli", "launch"]
 _RUN_SECONDS = 300.0

@@ -1,7 +1,6 @@
-"""The API for scripts and notebooks; docs/python.md runs as one notebook; the list of verbs."""
+"""The API for scripts and notebooks; the list of verbs."""
 
 import copy
-import os
 import pkgutil
 import shlex
 import subprocess
@@ -28,29 +27,8 @@ from dpo_dist.tools.pairs import __main__ as pairs
 from dpo_dist.verbs import precompute
 from tests.support import tiny
 from tests.support.families import tiny_causal_lm, tiny_config, with_rope
-from tests.support.invented import write_pairs
 from tests.support.packing import plain_logps
-from tests.support.pages import Block, blocks_of, in_process
 from tests.support.records import TEXT, jsonl
-from tests.support.tiny_model import write_model
-
-
-def notebook(folder: Path, blocks: list[Block]) -> None:
-    os.chdir(folder)
-    cells = {"__name__": "notebook"}
-    for block in blocks:
-        if block.file:
-            Path(block.file).write_text(block.text)
-        else:
-            exec(compile(block.text, "docs/python.md", "exec"), cells)
-
-
-def test_every_block_of_the_page_runs(tmp_path: Path) -> None:
-    write_model(tmp_path / "model")
-    write_pairs(tmp_path / "pairs.jsonl", 9, seed=1)
-    blocks = [block for block in blocks_of("python.md") if block.language == "python"]
-    assert len(blocks) == 11
-    in_process(notebook, tmp_path, blocks)
 
 
 @pytest.mark.parametrize(

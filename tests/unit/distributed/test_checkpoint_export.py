@@ -43,7 +43,7 @@ from dpo_dist.tools.report.card import model_card
 from dpo_dist.training import export as checkpoint_export
 from dpo_dist.training.export import export_checkpoint
 from tests.support import tiny
-from tests.support.families import COMMON, LOW_RANK, tiny_family
+from tests.support.families import COMMON, LOW_RANK, ROUTED, tiny_family
 from tests.support.multimodal import IMAGE_MODELS, write_multimodal
 from tests.support.precision import DTYPES
 from tests.support.tiny_model import write_model
@@ -273,7 +273,7 @@ def test_a_merged_model_has_the_precision_of_its_base_or_the_one_that_is_named(
 
 def test_biases_of_routers_are_not_rounded_by_a_merge(tmp_path: Path) -> None:
     """Models load them in float32: a rounded one selects other experts."""
-    base = write_family(tmp_path / "base", "deepseek_v3", **LOW_RANK, first_k_dense_replace=1)
+    base = write_family(tmp_path / "base", "deepseek_v3", **LOW_RANK | ROUTED, first_k_dense_replace=1)
     weights = load_file(base / "model.safetensors")
     (name,) = (name for name in weights if "e_score" in name)
     bias = torch.linspace(7, 7.01, len(weights[name]))

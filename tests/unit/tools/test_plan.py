@@ -1,5 +1,6 @@
 """Memory, time, disk and price of runs, each number by hand or by what it must not be below; and in words."""
 
+import json
 import re
 from contextlib import nullcontext
 from dataclasses import replace
@@ -16,6 +17,7 @@ from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.model.files.load import without_weights
 from dpo_dist.model.flops import step_flops
+from dpo_dist.tools.plan import __main__ as plan
 from dpo_dist.tools.plan.estimate import Data, Estimate, estimate, machine_of
 from dpo_dist.tools.plan.plans import make_plan, plan_in_brief, planned_data
 from tests.support.launch import ROOT
@@ -221,8 +223,31 @@ def test_an_unknown_architecture_has_the_usual_micro_batch() -> None:
 
 def planned(*words: str) -> tuple[str, dict[str, Any]]:
     given = ["plan.pairs=12800", "plan.tokens_per_pair=700"]
-    plan = make_plan(load_run_config([*given, "plan.gpu=h100-80g", *words]), lambda *_: nullcontext())
-    return "\n".join(plan.lines), plan.content
+    made = make_plan(load_run_config([*given, "plan.gpu=h100-80g", *words]), lambda *_: nullcontext())
+    return "\n".join(made.lines), made.content
+
+
+@pytest.mark.parametrize(
+    ("experiment", "weights", "gpus", "code"),
+    [("qwen7b", 7.616e9, 2, 1), ("qwen3_0_6b", 0.596e9, 1, 0)],
+)
+def test_a_shipped_experiment_is_planned_offline(
+    experiment: str,
+    weights: float,
+    gpus: int,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """18 bytes a weight, sharded over all GPUs; 20 by `ddp` on one."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = [f"+experiment={experiment}", f"plan.gpus={gpus}", "console.style=json"]
+    assert plan.main(load_run_config(words)) == code
+    [line] = [line for line in capsys.readouterr().out.splitlines() if '"plan"' in line]
+    found = json.loads(line)
+    sharded = sum(found["bytes"][name] for name in ("weights", "gradients", "optimizer states"))
+    assert sharded == pytest.approx((20 if gpus == 1 else 18) * weights / gpus, rel=1e-3)
+    assert found["fits"] is (code == 0)
 
 
 def test_hours_are_told_of_what_fits_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,6 +107,20 @@ def kill_service() -> None:
     service.wait()
 
 
+def wait_for_rows(run_dir: Path, count: int) -> None:
+    """Wait until wandb has written so many rows, which it does once a second."""
+    deadline = time.monotonic() + 10
+    while len(history_rows(run_dir)) < count:
+        assert time.monotonic() < deadline, "rows that a killed run would lose"
+        time.sleep(0.02)
+
+
+def rename_last(run_dir: Path, number: int) -> None:
+    """Rename the folder of the last start: wandb names its folders by the second."""
+    last = (run_dir / "wandb" / "latest-run").resolve()
+    last.rename(last.with_name(f"offline-run-20260102_00000{number}-x"))
+
+
 class Stuck:
     def __init__(self) -> None:
         self.network, self.sent, self.outcome = threading.Event(), list[float](), ""
@@ -223,13 +237,12 @@ def test_starts_of_a_run_are_one_run_with_every_row_once(tmp_path: Path) -> None
         for row in ROWS[known:computed]:
             tracker.log(row)
         if end == "killed":
-            time.sleep(2.0)  # wandb writes its file once a second
+            wait_for_rows(run_dir, computed)
             kill_service()
             end_service(is_dead=True)
         else:
             tracker.finish(end, {"steps": 4, "reference": {"mode": "cached"}})
-        if end != "completed":
-            time.sleep(1.0)  # wandb names its folders by the second
+        rename_last(run_dir, known)
     assert f"upload with: wandb sync {run_dir / 'wandb'}" in said[0]
     assert not killed_at_once.exists(), "wandb sync would upload nothing"
     assert run_ids == {(run_dir / "wandb" / "run_id.txt").read_text()}
@@ -391,7 +404,7 @@ def test_a_server_lost_during_training_delays_the_end_by_a_timeout_only(
 def test_a_killed_service_loses_no_later_row(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tracker = open_in(tmp_path)
     tracker.log(ROWS[0])
-    time.sleep(1.0)
+    wait_for_rows(tmp_path, 1)
     kill_service()
     tracker.log(ROWS[1])
     tracker.finish("preempted", {"steps": 2})

@@ -1,0 +1,73 @@
+"""The warm parent, from which processes of tests are forked: it has imported everything once.
+
+It is started by the first test that needs it; for the workers of xdist once, by the process that starts them.
+"""
+
+import multiprocessing
+import os
+from multiprocessing import forkserver, resource_tracker
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "DS_ACCELERATOR": "cpu",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    "TOKENIZERS_PARALLELISM": "false",
+}
+PRELOADED = [
+    "dpo_dist.training.run",
+    "dpo_dist.tools.report.recorder",
+    "tests.support.ranks",
+    "transformers.models.qwen2.modeling_qwen2",
+    "tests.support.preloaded",
+]
+
+context = multiprocessing.get_context("forkserver")
+
+
+class _OfOtherProcess(forkserver.ForkServer):
+    """A parent that another process has started, and ends."""
+
+    def __init__(self, address: str):
+        super().__init__()
+        self._forkserver_address = address
+        self._forkserver_alive_fd = os.open(os.devnull, os.O_RDONLY)
+
+    def ensure_running(self) -> None:
+        resource_tracker.ensure_running()
+
+
+_parent = forkserver._forkserver
+
+
+def start_parent() -> None:
+    """Start the warm parent of this test session, if it does not run yet."""
+    _parent.set_forkserver_preload(PRELOADED)
+    with mock.patch.dict(os.environ, ENVIRONMENT):
+        _parent.ensure_running()
+
+
+def started_parent() -> str:
+    """Start the warm parent for other processes; its address. What it and its forks print is not shown."""
+    nowhere, kept = os.open(os.devnull, os.O_WRONLY), [os.dup(number) for number in (1, 2)]
+    for number in (1, 2):
+        os.dup2(nowhere, number)
+    try:
+        start_parent()
+    finally:
+        for number, own in enumerate(kept, 1):
+            os.dup2(own, number)
+            os.close(own)
+        os.close(nowhere)
+    return _parent._forkserver_address
+
+
+def use_parent(address: str) -> None:
+    """From now on fork from the parent that another process has started."""
+    global _parent  # noqa: PLW0603
+    _parent = _OfOtherProcess(address)
+    forkserver.connect_to_new_process = _parent.connect_to_new_process
