@@ -5,43 +5,28 @@ codes: `dpo_dist.foundation.errors.ExitCode`.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import partial
 
-from dpo_dist.foundation.signals import StopRequest, end_at_signals
+from dpo_dist.foundation.signals import end_at_signals
 
 if __name__ == "__main__":
     end_at_signals()  # the imports take seconds, on a network file system more
 
 from dpo_dist.config.command_line import run_verb
-from dpo_dist.config.rules import check_needs
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.training.start.preflight import check_start, started
+from dpo_dist.tools.report.training import check_training, train_with_reports
 
 
 def main(config: RunConfig, on_row: Callable[[dict[str, float]], bool | None] | None = None) -> int:
     """Train `config`, from its last checkpoint if there is one; return the exit code.
 
-    `on_row`: see `api.train`; an exception of it ends the run at once.
+    `on_row`: see `api.train`.
     """
-    check_needs(config, "train")
-    stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
-    with stop.listening(), started(config, trains=True) as console:
-        # Slow, and what the imports print belongs in the log.
-        from dpo_dist.tools.report.recorder import REPORTING, open_recorder  # noqa: PLC0415
-        from dpo_dist.training.run import train  # noqa: PLC0415
-
-        reporting = replace(REPORTING, open_recorder=partial(open_recorder, on_row=on_row))
-        return train(config, console, stop, reporting)
+    return train_with_reports(config, on_row)
 
 
-def check(config: RunConfig, *, trains: bool = True) -> Iterator[str]:
-    """Check everything that a run which trains, or only scores its pairs, needs before it uses a GPU."""
-    check_start(config, trains=trains)
-    from dpo_dist.tools.plan.plans import plan_in_brief  # noqa: PLC0415  (slow)
-    from dpo_dist.verbs.check import dry_run  # noqa: PLC0415  (slow)
-
-    yield dry_run(config, trains=trains, plan=plan_in_brief if trains else None)
+def check(config: RunConfig) -> Iterator[str]:
+    """Check everything that a training needs before it uses a GPU."""
+    return check_training(config)
 
 
 if __name__ == "__main__":

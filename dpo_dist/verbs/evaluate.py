@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.training.start.named_models import find_evaluated
 from dpo_dist.training.start.preflight import check_start, started
-from dpo_dist.verbs.named_models import find_evaluated
 
 
 def main(config: RunConfig) -> int:
@@ -26,7 +26,7 @@ def check(config: RunConfig) -> Iterator[str]:
     """Check everything that `main` needs before it uses a GPU."""
     config, models = find_evaluated(config)
     check_start(config)
-    from dpo_dist.verbs.check import dry_run  # noqa: PLC0415  (slow)
+    from dpo_dist.training.start.check import dry_run  # noqa: PLC0415  (slow)
 
     yield dry_run(config, models)
 

@@ -16,7 +16,7 @@ from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.console import Console, console_on, warnings_off
 from dpo_dist.foundation.errors import ConfigError, ExitCode, in_one_line
 from dpo_dist.foundation.text import size
-from dpo_dist.verbs.named_models import find_exported
+from dpo_dist.training.start.named_models import find_exported
 
 
 def main(config: RunConfig) -> int:

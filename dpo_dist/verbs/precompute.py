@@ -10,10 +10,10 @@ from dpo_dist.foundation.signals import StopRequest, end_at_signals
 if __name__ == "__main__":
     end_at_signals()  # the imports take seconds, on a network file system more
 
-from dpo_dist import train
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.rules import check_needs
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.tools.report.training import check_training
 from dpo_dist.training.start.preflight import started
 
 
@@ -28,4 +28,4 @@ def main(config: RunConfig) -> int:
 
 
 if __name__ == "__main__":
-    run_verb(main, partial(train.check, trains=False), verb="precompute")
+    run_verb(main, partial(check_training, trains=False), verb="precompute")

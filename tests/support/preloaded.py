@@ -25,7 +25,7 @@ LATE = (
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "deepspeed.utils.pin_memory",
     "dpo_dist.config.command_line",
-    "dpo_dist.verbs.named_models",
+    "dpo_dist.training.start.named_models",
     "dpo_dist.training.start.preflight",
     "matplotlib.ticker",
     "pandas",  # which pyarrow imports

@@ -16,7 +16,7 @@ from dpo_dist.foundation.console import warnings_off
 from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.foundation.exit import Arguments, exit_after
 from dpo_dist.foundation.streams import print_line, print_result
-from dpo_dist.verbs.named_models import located
+from dpo_dist.training.start.named_models import located
 
 _TRUST = "model.trust_remote_code=true"
 _HINT = "an empty line or Ctrl-D ends, Ctrl-C an answer, /new starts again"

@@ -35,8 +35,8 @@ from dpo_dist.training.start.inputs import (
     load_evaluation_inputs,
     shared_model_folder,
 )
+from dpo_dist.training.start.named_models import EVALUATED, Evaluated
 from dpo_dist.training.steps.step import Objective, evaluate
-from dpo_dist.verbs.named_models import EVALUATED, Evaluated
 
 
 def evaluate_models(config: RunConfig, models: Sequence[Evaluated], console: Console) -> int:

@@ -11,7 +11,7 @@ from dpo_dist.config.verb_sections import PairsConfig, PairsMethod, SamplingConf
 from dpo_dist.data.formats import check_source
 from dpo_dist.model.files.folder import local_model_folder
 from dpo_dist.tools.shared.sampling.judge_rules import ENDPOINT_RULES, JUDGES, check_function, count_judges
-from dpo_dist.verbs.named_models import located
+from dpo_dist.training.start.named_models import located
 
 
 def responding_models(pairs: PairsConfig, policy: str) -> list[str]:

@@ -81,10 +81,10 @@ def train_rows(
 def train_without_overlap(words: Sequence[str]) -> int:
     """Train in this process, with exchanges after computing, not beside it; return the exit code."""
     from dpo_dist.distributed import deepspeed_config  # noqa: PLC0415  (slow)
-    from dpo_dist.train import main as train  # noqa: PLC0415
+    from dpo_dist.tools.report.training import train_with_reports  # noqa: PLC0415
 
     deepspeed_config.OVERLAPS = False
-    return train(load_run_config(words, verb="train"))
+    return train_with_reports(load_run_config(words, verb="train"))
 
 
 def usual_words(folder: Path, run: RunFolder) -> list[str]:

@@ -144,7 +144,7 @@ def count_waits(out: Path) -> int:
     """Train in this process, and write how often the host waited in the last step."""
     import torch  # noqa: PLC0415  (slow)
 
-    from dpo_dist.api import train  # noqa: PLC0415
+    from dpo_dist.tools.report.training import train_with_reports  # noqa: PLC0415
 
     waits, by_row, folder = 0, list[int](), out.parent
 
@@ -158,6 +158,7 @@ def count_waits(out: Path) -> int:
     logging.getLogger("py.warnings").addFilter(count)
     torch.cuda.set_sync_debug_mode("warn")
     with warnings.catch_warnings(action="always"):
-        train(words, on_row=lambda _row: by_row.append(waits))
+        config = load_run_config(words, verb="train")
+        train_with_reports(config, on_row=lambda _row: by_row.append(waits))
     out.write_text(json.dumps(by_row[-1] - by_row[-2]))  # kernels have been chosen
     return ExitCode.completed

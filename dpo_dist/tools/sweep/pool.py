@@ -17,7 +17,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
-from dpo_dist import train
 from dpo_dist.config.command_line import command_of
 from dpo_dist.config.load import Points
 from dpo_dist.config.run_folder import RunFolder
@@ -30,6 +29,7 @@ from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.signals import SWEEP_VARIABLE, end_at_signals, stop_signals
 from dpo_dist.foundation.streams import output_descriptor
 from dpo_dist.foundation.text import counted, duration
+from dpo_dist.tools.report.training import train_with_reports
 from dpo_dist.training.start.resume import read_state
 
 Words = tuple[str, ...]
@@ -174,7 +174,7 @@ class Pool:
     def _start(self, words: Words) -> None:
         config, gpus = replace(self._points[words], sweep=SweepConfig()), self._free.pop(0)
         screen = self._folder.point_screen(RunFolder.of(config))
-        work: Callable[[], int] = partial(train.main, config)
+        work: Callable[[], int] = partial(train_with_reports, config)
         if self._launcher is not None:
             work = partial(_become, command_of("train", config, screen.with_suffix(""), self._launcher))
         place = f"point {list(self._points).index(words) + 1} of {len(self._points)}"

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist import train
 from dpo_dist.config.load import Points, load_points
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
@@ -103,7 +102,7 @@ def test_a_check_has_a_line_for_each_point_and_loads_what_is_equal_once(
         loaded.append(config)
         yield f"check passed\n  run.dir:  {config.run.dir}\n  loss:  {config.loss.kind}\n"
 
-    monkeypatch.setattr(train, "check", check)
+    monkeypatch.setattr(sweep, "check_training", check)
     monkeypatch.setattr(sweep, "check_points", lambda points: None)
     points = points_in(tmp_path, "loss.kind=sigmoid,ipo", "trainer.seed=range(3)")
     *lines, whole = sweep.check(points)

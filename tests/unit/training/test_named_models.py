@@ -15,7 +15,7 @@ from dpo_dist.foundation.errors import CheckpointError, ConfigError
 from dpo_dist.tools.evaluation import models as loading
 from dpo_dist.tools.evaluation.models import check_origin, load_evaluated
 from dpo_dist.training.start.context import Run
-from dpo_dist.verbs.named_models import Evaluated, find_evaluated, find_exported
+from dpo_dist.training.start.named_models import Evaluated, find_evaluated, find_exported
 from tests.support import tiny
 from tests.support.alone import ALONE
 from tests.support.tiny_model import write_model

@@ -15,12 +15,12 @@ from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, DpoDistError, RunOutcome
 from dpo_dist.foundation.files import locked
 from dpo_dist.training.reporting.metrics_log import MetricsLog
+from dpo_dist.training.start.check import dry_run
 from dpo_dist.training.start.context import Run, open_run
 from dpo_dist.training.start.directory import find_start
 from dpo_dist.training.start.inputs import load_inputs
 from dpo_dist.training.start.preflight import check_start, started
 from dpo_dist.training.start.resume import RunState, write_state
-from dpo_dist.verbs.check import dry_run
 from tests.support import tiny
 from tests.support.alone import ALONE
 from tests.support.families import tiny_family

@@ -38,8 +38,8 @@ from dpo_dist.model.numerics import has_fp16_products
 from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.metrics import custom_metrics
 from dpo_dist.training.start.inputs import checked_model
+from dpo_dist.training.start.named_models import EVALUATED, Evaluated
 from dpo_dist.training.start.resume import check_fresh_start, find_finished
-from dpo_dist.verbs.named_models import EVALUATED, Evaluated
 
 _FIRST_RECORDS = 1024
 
