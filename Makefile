@@ -21,7 +21,7 @@ check: lint ## lint, then the unit tests
 test: ## run all tests
 	./scripts/test.sh
 
-docs: env ## write the generated tables of README.md and docs/ again
+docs: env ## write the generated tables of docs/ again
 	$(BIN)/python scripts/write_key_docs.py
 
 docs-site: env ## build a searchable site of README.md and docs/ in build/site

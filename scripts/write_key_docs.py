@@ -1,6 +1,6 @@
-"""Write the tables of keys and of loss kinds in README.md and docs/ from the declarations in dpo_dist/config.
+"""Write the tables of keys and of loss kinds in docs/ from the declarations in dpo_dist/config.
 
-Run it after a change of a key or a kind of loss: `.venv/bin/python scripts/write_key_docs.py`.
+Run it after a change of a key or a kind of loss: `make docs`.
 """
 
 import re
@@ -16,21 +16,14 @@ from dpo_dist.config.losses import KINDS, KindFacts
 from dpo_dist.config.verbs import EVERY_VERB
 
 ROOT = Path(__file__).resolve().parents[1]
-IN_README = """
-run.dir model.path model.dtype model.gradient_checkpointing model.adapter data.train data.eval data.max_length
-loss.kind loss.beta reference.mode optim.lr
-trainer.global_batch_pairs trainer.micro_batch_tokens trainer.epochs trainer.max_steps trainer.eval_every
-trainer.save_every parallelism.kind tracking.wandb
-"""
 MODIFIERS = {"ld_alpha", "weighting", "reference_free"}
 """Options of nearly all kinds; docs/losses.md describes them below its table."""
 
 
 def pages() -> dict[Path, str]:
     """Return the whole text of every page with a table."""
-    readme, docs = ROOT / "README.md", ROOT / "docs"
+    docs = ROOT / "docs"
     return {
-        readme: _with_table(readme, _short_table(all_keys()[name] for name in IN_README.split())),
         docs / "losses.md": _with_table(docs / "losses.md", _loss_table()),
         docs / "configuration.md": _configuration(),
     }
@@ -57,11 +50,6 @@ def _code(text: str) -> str:
     return f"`{text}`" if text else "-"
 
 
-def _short_table(keys: Iterable[Key]) -> str:
-    rows = ((_code(key.name), key.meaning, _code(key.default_words)) for key in keys)
-    return _table(("key", "meaning", "default"), rows)
-
-
 def _loss_table() -> str:
     heading = ("kind", "loss of a pair", "options", "reference", "source")
     return _table(heading, (_loss_row(kind, facts) for kind, facts in KINDS.items()))
@@ -84,7 +72,7 @@ def _configuration() -> str:
         "prints the values\nof a run, `--cfg schema` the JSON schema of all keys, for editors. "
         "All mistakes of a command are one error.\n",
         "A YAML file of your own has any of these keys:\n",
-        "    python -m dpo_dist.train my.yaml loss.beta=0.2\n",
+        "    dpo-dist train my.yaml loss.beta=0.2\n",
         "    # my.yaml\n    model: {path: Qwen/Qwen2.5-0.5B}\n"
         "    data: {train: [pairs.jsonl], eval_share: 0.05}\n"
         "    loss: simpo          # a preset of conf/loss; or keys, {kind: simpo, beta: 2}\n"
