@@ -45,7 +45,7 @@ def notebook(folder: Path, blocks: list[Block]) -> None:
 def test_every_block_of_the_page_runs(tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     write_pairs(tmp_path / "pairs.jsonl", 9, seed=1)
-    blocks = [block for block in blocks_of("python.md") if block.language == "python"]
+    blocks = [block for block in blocks_of("docs/python.md") if block.language == "python"]
     assert len(blocks) == 11
     in_process(notebook, tmp_path, blocks)
 
@@ -63,8 +63,8 @@ def test_public_names_keep_their_place(name: str) -> None:
 
 def test_a_command_of_another_verb_than_train_is_read() -> None:
     page = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text()
-    first = next(line for line in page.splitlines() if "-m dpo_dist.compare" in line)
-    config = api.load_run_config(shlex.split(first)[3:])
+    first = next(line for line in page.splitlines() if "dpo-dist compare" in line)
+    config = api.load_run_config(shlex.split(first)[2:])
     assert config.compare.models == ["base=./base", "output/a", "beta05=output/b"]
     assert [source.path for source in config.data.eval] == ["held_out.jsonl"]
 
