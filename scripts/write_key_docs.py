@@ -16,6 +16,8 @@ from dpo_dist.config.losses import KINDS, KindFacts
 from dpo_dist.config.verbs import EVERY_VERB
 
 ROOT = Path(__file__).resolve().parents[1]
+CELL = 160
+"""Most characters of a cell: a phrase. What is longer goes below the table."""
 MODIFIERS = {"ld_alpha", "weighting", "reference_free"}
 """Options of nearly all kinds; docs/losses.md describes them below its table."""
 
@@ -99,6 +101,8 @@ def _configuration() -> str:
         rows = [key for key in keys if key.name.startswith(f"{section}.")]
         verbs = Counter(key.verbs for key in rows).most_common(1)[0][0]
         parts += [f"## `{section}`\n", f"{meaning} Read by {_verbs(verbs)}.\n", _full_table(rows, verbs)]
+        if notes := [f"- `{key.name}`: {rest}" for key in rows if (rest := _phrase(key.meaning)[1])]:
+            parts.append("\n".join([*notes, ""]))
     return "\n".join(parts)
 
 
@@ -106,14 +110,31 @@ def _verbs(verbs: Sequence[str]) -> str:
     return "all verbs" if list(verbs) == EVERY_VERB.split() else ", ".join(verbs)
 
 
+def _type(key: Key) -> str:
+    kinds = {"loss.kind": "one of the [kinds](losses.md)", "loss.terms[].kind": "as `loss.kind`"}
+    return kinds.get(key.name, key.type_words)
+
+
+def _phrase(meaning: str) -> tuple[str, str]:
+    """Return the beginning of a meaning, of at most `CELL` characters, and what goes below the table."""
+    if len(meaning) <= CELL:
+        return meaning, ""
+    for mark in (". ", "; ", ": "):
+        beginning = meaning[: CELL + 1].rpartition(mark)[0]
+        if beginning:
+            rest = meaning[len(beginning) + len(mark) :]
+            return beginning + ("." if mark == ". " else " ..."), rest
+    raise AssertionError(f"no sentence of this meaning fits into a cell: {meaning}")
+
+
 def _full_table(keys: Iterable[Key], usual_verbs: Sequence[str]) -> str:
     heading = ("key", "type and bounds", "default", "meaning", "verbs", "digest")
     rows = (
         (
             _code(key.name),
-            "as `loss.kind`" if key.name == "loss.terms[].kind" else key.type_words,
+            _type(key),
             _code(key.default_words),
-            key.meaning,
+            _phrase(key.meaning)[0],
             "" if key.verbs == usual_verbs else _verbs(key.verbs),
             "yes" if key.defines_result else "-",
         )

@@ -289,8 +289,8 @@ class DataConfig:
     text_as_messages: bool = key(False, verbs=VERBS_WITH_DATA)
     """Render plain-text prompts by the chat template, as a user turn."""
     template: TextTemplate = key(TextTemplate.auto, verbs=VERBS_WITH_DATA)
-    """Special tokens of the chat template that occur in texts: encode them as tokens (`applied`), as text
-    (`literal`), or as text, with an error if most records have them (`auto`)."""
+    """Encode special tokens of the chat template that occur in texts as tokens (`applied`) or as text
+    (`literal`); `auto`: as text, with an error if most records have them."""
     chat_template: Filled | None = key(None, verbs=VERBS_WITH_DATA)
     """Chat template: a file, or the name of one of the tokenizer's templates; null: the tokenizer's own."""
     template_arguments: dict[str, Any] | None = key(None, accepts="a mapping", verbs=VERBS_WITH_DATA)
@@ -303,7 +303,7 @@ class DataConfig:
         ["empty_thoughts"], accepts=f"a list of {', '.join(UNTRAINED_PARTS)} or BEGIN...END"
     )
     """Parts of these turns to leave out of the loss: `empty_thoughts`, `thoughts`, `formatting` (tokens
-    around turns), or the text from one marker to another, as `<note>...</note>`."""
+    around turns), or text between markers, `<note>...</note>`."""
     ranked: Ranked = key(Ranked.whole)
     """Use a ranking of more than two responses as one example, as its best and worst, or as all pairs."""
     unpair: bool = key(False)
@@ -440,11 +440,11 @@ class MetricsConfig:
 
 @schema
 class EvaluationConfig:
-    """The models and pairs that `python -m dpo_dist.evaluate` scores."""
+    """The models and pairs that `dpo-dist evaluate` scores."""
 
     model: Filled | Names | None = key(None, accepts="a path, or a list of paths")
-    """Folder or hub name of a model or of an adapter on `model.path`, folder of a checkpoint of this
-    configuration (`<run.dir>/checkpoints/step-000100`), or a list of them; null: `<run.dir>/model`."""
+    """Folder or hub name of a model or of an adapter on `model.path`, a checkpoint
+    (`<run.dir>/checkpoints/step-000100`), or a list; null: `<run.dir>/model`."""
     data: list[Source] = key([])
     """Pairs in place of `data.eval`, in the same form; the run directory stays that of the run."""
 
@@ -456,7 +456,7 @@ class EvaluationConfig:
 
 @schema
 class CompareConfig:
-    """Models that `python -m dpo_dist.compare` asks the same prompts of `data.eval`; judge: see `pairs`."""
+    """Models that `dpo-dist compare` asks the same prompts of `data.eval`; judge: see `pairs`."""
 
     models: list[Filled] = key([])
     """Models to compare, each PATH or NAME=PATH: a run directory (its trained model), a checkpoint, a folder
@@ -474,7 +474,7 @@ FailOn = StrEnum("FailOn", ["warning", "error", "never"])
 
 @schema
 class DoctorConfig:
-    """The examination of the data by `python -m dpo_dist.doctor`."""
+    """The examination of the data by `dpo-dist doctor`."""
 
     fail_on: FailOn = key(FailOn.warning)
     """Lowest level of a finding that makes the exit code 1."""
@@ -500,7 +500,7 @@ ExportedWeights = StrEnum("ExportedWeights", ["last", "ema"])
 
 @schema
 class ExportConfig:
-    """The model folder that `python -m dpo_dist.export` writes from checkpoints of `run.dir`."""
+    """The model folder that `dpo-dist export` writes from checkpoints of `run.dir`."""
 
     checkpoint: str | None = key(
         None,
@@ -630,7 +630,7 @@ class PairsConfig:
     """Reference model of a round's training: the `first` one, or the policy of the `previous` round."""
     launcher: Filled | None = key(None)
     """Command before `-m dpo_dist.train` in rounds, which ends with the exit code of its processes; null:
-    `python -m dpo_dist.launch` with several GPUs, else one process."""
+    `dpo-dist launch` with several GPUs, else one process."""
 
 
 @schema
@@ -640,8 +640,8 @@ class SweepConfig:
     parallel: int | None = key(None, ge=1)
     """Points that train at a time, each on an equal part of the GPUs; null: as many as GPUs, or 1 without."""
     launcher: Filled | None = key(None)
-    """Command before `-m dpo_dist.train` that starts the processes of a point; null: `python -m
-    dpo_dist.launch` if a point has several GPUs, else one process that imports nothing again."""
+    """Command before `-m dpo_dist.train` that starts the processes of a point; null: `dpo-dist
+    launch` if a point has several GPUs, else one process that imports nothing again."""
 
 
 @schema
