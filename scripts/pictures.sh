@@ -14,6 +14,6 @@ for name in doctor comparison; do
     if [ -e "$run/$name/$name.html" ]; then shoot "file://$run/$name/$name.html" "$name.png" 1000,720; fi
 done
 case $page in
-    file:*) shoot "$page" runs.png 1000,720 ;;
+    file:*) shoot "$page" runs.png 1000,630 ;;
     http*) shoot "$page?annotator=Ada" people.png 1000,280 ;;
 esac
