@@ -81,8 +81,8 @@ def _configuration() -> str:
         "command are one error.\n",
         "Later values win, in this order: defaults, experiments (`+experiment=NAME`), files from left to "
         "right, the command line.\nIn each of them keys win over presets (`loss=ipo`). `loss=NAME` and "
-        "presets without keys replace the whole section. If a\nkey of the command line leaves an earlier option "
-        "without effect (`samples.prompts=0`), that option is at its default again.\n",
+        "presets without keys replace the whole section. If a\nkey of the command line leaves an earlier "
+        "option without effect (`samples.prompts=0`), that option is at its default again.\n",
         "Hydra composes `conf/`: `config.yaml` lists the groups, and a file of a group is a preset "
         "with the bare keys of\nits section. An experiment is written like a file of your own. Both may have "
         "a list of `defaults`, which names presets\n(`loss: ipo` or Hydra's `override /loss: ipo`) and "
