@@ -15,12 +15,11 @@
 # that the pinned torch is built for.
 FROM nvidia/cuda:13.0.1-devel-ubuntu24.04
 
-# NCCL reaches InfiniBand and RoCE cards through libibverbs, and without it uses TCP; DeepSpeed's async_io, for
-# reference.offload=nvme, needs libaio.
+# NCCL reaches InfiniBand and RoCE cards through libibverbs, and without it uses TCP.
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
         g++ git python3 python3-dev python3-venv \
-        ibverbs-providers libibverbs1 rdma-core libaio-dev \
+        ibverbs-providers libibverbs1 rdma-core \
     && rm -rf /var/lib/apt/lists/*
 
 RUN python3 -m venv /opt/venv
@@ -47,9 +46,9 @@ RUN if [ "$FLASH_ATTN" = 1 ]; then \
         && pip install --constraint constraints.txt --no-build-isolation "flash-attn==$FLASH_ATTN_VERSION"; \
     fi
 
-# Optional dependencies of pyproject.toml: quantization (bitsandbytes), liger.
+# Optional dependencies of pyproject.toml: those of the tools, and by EXTRAS quantization (bitsandbytes), liger.
 ARG EXTRAS=
-RUN for extra in $EXTRAS; do \
+RUN for extra in tools $EXTRAS; do \
         python -c 'import sys, tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]], sep="\n")' \
                 "$extra" > extra.txt \
         && pip install --constraint constraints.txt --requirement extra.txt || exit 1; \

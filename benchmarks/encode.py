@@ -14,6 +14,7 @@ import time
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from benchmarks.options import Benchmark, Json, markdown
 from benchmarks.setting import (
@@ -25,8 +26,9 @@ from benchmarks.setting import (
     write_synthetic,
 )
 from dpo_dist.config.schema import DataConfig, SourceConfig
-from dpo_dist.data.build import prepare_dataset
-from dpo_dist.data.dataset import open_dataset
+from dpo_dist.data.encoded import build
+from dpo_dist.data.encoded.build import prepare_dataset
+from dpo_dist.data.encoded.dataset import open_dataset
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -54,8 +56,8 @@ def run(options: Namespace) -> Json:
     return {**circumstances, "figures": speeds}
 
 
-def _config(cache: Path, processes: int) -> DataConfig:
-    return DataConfig(cache=str(cache), max_length=4096, max_bad_share=1.0, processes=processes)
+def _config(cache: Path) -> DataConfig:
+    return DataConfig(cache=str(cache), max_length=4096, max_bad_share=1.0)
 
 
 def _own_options(parser: ArgumentParser) -> None:
@@ -80,9 +82,10 @@ def _repeated(file: Path | None, records: int, folder: Path) -> Path:
 
 def _measure(file: Path, records: int, processes: int, tokenizer: Any, cache: Path) -> tuple[Json, str]:
     """Return the speed of encoding `file`, and a digest of the written files."""
-    config = _config(cache, processes)
+    config = _config(cache)
     started, main_before, all_before = time.perf_counter(), time.process_time(), _cpu_seconds()
-    encoded = prepare_dataset([SourceConfig(str(file))], config, tokenizer, "trained")
+    with mock.patch.object(build, "processes_for", return_value=processes):
+        encoded = prepare_dataset([SourceConfig(str(file))], config, tokenizer, "trained")
     seconds = time.perf_counter() - started
     main_seconds, all_seconds = time.process_time() - main_before, _cpu_seconds() - all_before
     digest = hashlib.blake2b(encoded[0].file.read_bytes())

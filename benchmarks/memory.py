@@ -28,7 +28,6 @@ MODES = {
     WARM: [],
     "live": [LIVE],
     "live, offload cpu": [LIVE, "reference.offload=cpu"],
-    "live, offload nvme": [LIVE, "reference.offload=nvme"],
     FOLLOWING: [LIVE, "loss.sync_reference={every: 1, mixup: 0.5}"],
     "live, int8": [LIVE, "reference.quantization=int8"],
     "live, nf4": [LIVE, "reference.quantization=nf4"],
@@ -72,10 +71,6 @@ def _own_options(parser: ArgumentParser) -> None:
 
 
 def _is_possible(mode: str) -> bool:
-    if "nvme" in mode:
-        from deepspeed.ops.op_builder import AsyncIOBuilder
-
-        return bool(AsyncIOBuilder().is_compatible(verbose=False))
     if "int8" in mode or "nf4" in mode:
         return importlib.util.find_spec("bitsandbytes") is not None
     return True
@@ -83,8 +78,7 @@ def _is_possible(mode: str) -> bool:
 
 def _measure(mode: str, folder: Path, processes: int) -> Bytes:
     print(f"{mode}, {processes} processes", file=sys.stderr)
-    nvme = [f"reference.nvme_path={folder}/nvme"] if "nvme" in mode else []
-    chosen = ("parallelism=zero3", *MODES[mode], *nvme)
+    chosen = ("parallelism=zero3", *MODES[mode])
     job = Run(str(folder), "dpo_dist", str(folder / "store"), chosen, saves=False, weighs_reference=True)
     memory: Bytes = start(job, processes, threads=processes)["memory"]
     return memory

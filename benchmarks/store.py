@@ -18,9 +18,8 @@ import psutil
 
 from benchmarks.options import Benchmark, Json, markdown
 from dpo_dist.batching.example import Keys
-from dpo_dist.config.schema import ReferenceConfig
-from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.reference.fill import missing_responses
+from dpo_dist.data.encoded.dataset import PreferenceDataset
+from dpo_dist.reference.fill import ENTRIES_PER_SHARD, missing_responses
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
 
 FINGERPRINT = ReferenceFingerprint("invented", {})
@@ -50,7 +49,7 @@ def _measure_large(root: Path, entries: int) -> Figures:
     dataset = _invented_pairs(entries // 2)
     figures: Figures = {}
     with _timed(figures, "write_seconds"):
-        _write(root, dataset, ReferenceConfig().rows_per_shard)
+        _write(root, dataset, ENTRIES_PER_SHARD)
     gc.collect()
     anonymous = _anonymous_bytes()
     cpu = time.process_time()
@@ -105,12 +104,12 @@ def _invented_pairs(pairs: int) -> PreferenceDataset:
     )
 
 
-def _write(root: Path, dataset: PreferenceDataset, rows_per_shard: int) -> None:
+def _write(root: Path, dataset: PreferenceDataset, entries_per_shard: int) -> None:
     """Write an entry for each response, made of its key, so that a wrong entry is noticed."""
     store = LogpStore.open(root, [FINGERPRINT], [])
     lengths = np.asarray(dataset.piece_tokens).reshape(-1, 3)[:, 1:].ravel()
-    for start in range(0, len(dataset.keys), rows_per_shard):
-        keys = dataset.keys[start : start + rows_per_shard]
+    for start in range(0, len(dataset.keys), entries_per_shard):
+        keys = dataset.keys[start : start + entries_per_shard]
         numbers = _marks(keys)
         values = [np.full(n, v) for n, v in zip(lengths[start : start + len(keys)], numbers, strict=True)]
         store.write(keys, values)

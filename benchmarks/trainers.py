@@ -95,15 +95,16 @@ def _train(run: Run, run_dir: Path) -> Measured:
     config = load_run_config([*overrides(Setting.read(folder), folder, run_dir, Path(run.store)), *chosen])
     measured, filling, loading = Measured(), Meter(), Meter()
     with open_console(RunFolder(run_dir).rank_log) as console, contextlib.ExitStack() as swaps:
-        from dpo_dist.distributed.checkpoint import CheckpointSaver
+        from dpo_dist.distributed.checkpoint.saver import CheckpointSaver
         from dpo_dist.foundation.signals import StopRequest
-        from dpo_dist.insight.recorder import REPORTING
         from dpo_dist.reference.engine import load_reference
         from dpo_dist.reference.fill import StoreFiller
-        from dpo_dist.training import finish, loop
+        from dpo_dist.tools.report.recorder import REPORTING
+        from dpo_dist.training import finish
         from dpo_dist.training import reference as reference_setup
         from dpo_dist.training import run as run_module
-        from dpo_dist.training.step import train_step
+        from dpo_dist.training.steps import loop
+        from dpo_dist.training.steps.step import train_step
 
         swap = patch.object
         swaps.enter_context(swap(loop, "train_step", measured.training.around(train_step)))

@@ -1,6 +1,6 @@
 """Distributed DPO training: a ZeRO-3 policy and stored reference log-probs.
 
-Verbs are run as `python -m dpo_dist.train`. The API for scripts and notebooks is `from dpo_dist import api`
+Verbs are run as `dpo-dist train`. The API for scripts and notebooks is `from dpo_dist import api`
 (docs/python.md). Importing this package alone imports no torch.
 """
 

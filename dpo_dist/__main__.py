@@ -1,4 +1,4 @@
-"""`dpo-dist VERB ...`, the same as `python -m dpo_dist.VERB ...`; without a verb, the list of verbs."""
+"""`dpo-dist VERB ...`, the same as `python -m dpo_dist VERB ...`; without a verb, the list of verbs."""
 
 import os
 import sys
@@ -16,7 +16,7 @@ def main() -> int:
     if verb == "help":
         verb, *arguments = [*arguments[:1], "--help"]
     if verb in VERBS:
-        os.execv(sys.executable, [sys.executable, "-m", f"dpo_dist.{verb}", *arguments])  # noqa: S606
+        os.execv(sys.executable, [sys.executable, "-m", VERBS[verb].module, *arguments])  # noqa: S606
     if verb == "--version":
         print_line(f"dpo_dist {dpo_dist.__version__}")
         return ExitCode.completed
@@ -24,8 +24,12 @@ def main() -> int:
     mistake = (
         [f"there is no verb {verb!r}; {_in_place_of(verb)}".rstrip("; ")] if verb and not is_asked else []
     )
-    lines = [f"  {name:<12}{row.help}" for name, row in VERBS.items()]
-    print_line("\n".join([*mistake, "usage: dpo-dist VERB ...; dpo-dist VERB --help", "", *lines]))
+    tools = {name: row for name, row in VERBS.items() if ".tools." in row.module}
+    runs = {name: row for name, row in VERBS.items() if name not in tools}
+    lines = ["usage: dpo-dist VERB ...; dpo-dist VERB --help"]
+    for title, verbs in (("train, and what a run needs", runs), ("look at data, models and runs", tools)):
+        lines += ["", f"{title}:", *(f"  {name:<12}{row.help}" for name, row in verbs.items())]
+    print_line("\n".join([*mistake, *lines]))
     return ExitCode.completed if is_asked else ExitCode.invalid
 
 

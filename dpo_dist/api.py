@@ -21,18 +21,18 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, RunConfig, SourceConfig
 from dpo_dist.data.encode import EncodedExample, encode_record
 from dpo_dist.data.formats import read_records
+from dpo_dist.data.read.files import write_records
 from dpo_dist.data.records import BadRecord
-from dpo_dist.data.sources import write_records
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model import load
 from dpo_dist.model.exactness import StartCheck, temporarily_packed
-from dpo_dist.model.folder import model_folder
+from dpo_dist.model.files import load
+from dpo_dist.model.files.folder import model_folder
 from dpo_dist.model.packed import PackedCausalLM, packed_logps
 from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response
 from dpo_dist.objective.losses import BatchFacts, implicit_rewards, preference_loss
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, fingerprint_folders, read_fingerprint
 from dpo_dist.train import main as train_run
-from dpo_dist.training.metrics_log import read_rows
+from dpo_dist.training.reporting.metrics_log import read_rows
 
 __all__ = [
     "BatchFacts",
@@ -185,14 +185,14 @@ def train(
     sources = [f"{key}=[{json.dumps(str(file), ensure_ascii=False)}]" for key, file in files.items()]
     config, faults = load_run_config([*words, *sources], verb="train"), list[Exception]()
 
-    def told(row: dict[str, float]) -> bool:
+    def stop_requested(row: dict[str, float]) -> bool:
         try:
             return bool(faults or (on_row is not None and on_row(row)))
         except Exception as fault:
             faults.append(fault)
             return True
 
-    train_run(config, told)
+    train_run(config, stop_requested)
     if faults:
         raise faults[0]
     return {"run_dir": str(config.run.dir), **read_summary(str(config.run.dir))}

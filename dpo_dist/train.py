@@ -14,9 +14,8 @@ if __name__ == "__main__":
     end_at_signals()  # the imports take seconds, on a network file system more
 
 from dpo_dist.config.command_line import run_verb
-from dpo_dist.config.rules import check_needs
 from dpo_dist.config.schema import RunConfig
-from dpo_dist.training.preflight import check_start, started
+from dpo_dist.training.start.preflight import check_start, started
 
 
 def main(config: RunConfig, on_row: Callable[[dict[str, float]], bool | None] | None = None) -> int:
@@ -24,11 +23,10 @@ def main(config: RunConfig, on_row: Callable[[dict[str, float]], bool | None] | 
 
     `on_row`: see `api.train`; an exception of it ends the run at once.
     """
-    check_needs(config, "train")
     stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
     with stop.listening(), started(config, trains=True) as console:
         # Slow, and what the imports print belongs in the log.
-        from dpo_dist.insight.recorder import REPORTING, open_recorder  # noqa: PLC0415
+        from dpo_dist.tools.report.recorder import REPORTING, open_recorder  # noqa: PLC0415
         from dpo_dist.training.run import train  # noqa: PLC0415
 
         reporting = replace(REPORTING, open_recorder=partial(open_recorder, on_row=on_row))
@@ -38,10 +36,10 @@ def main(config: RunConfig, on_row: Callable[[dict[str, float]], bool | None] | 
 def check(config: RunConfig, *, trains: bool = True) -> Iterator[str]:
     """Check everything that a run which trains, or only scores its pairs, needs before it uses a GPU."""
     check_start(config, trains=trains)
-    from dpo_dist.insight.plan import plan_in_brief  # noqa: PLC0415  (slow)
-    from dpo_dist.training.check import rehearse  # noqa: PLC0415  (slow)
+    from dpo_dist.tools.plan.plans import plan_in_brief  # noqa: PLC0415  (slow)
+    from dpo_dist.verbs.check import dry_run  # noqa: PLC0415  (slow)
 
-    yield rehearse(config, trains=trains, plan=plan_in_brief if trains else None)
+    yield dry_run(config, trains=trains, plan=plan_in_brief if trains else None)
 
 
 if __name__ == "__main__":

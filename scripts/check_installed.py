@@ -1,6 +1,6 @@
 """Check that this environment has the package and its dependencies, pinned by constraints.txt. Stdlib only.
 
-Run as `check_installed.py [EXTRA]`; exits with 1 if a package is missing or has another version. A torch
+Run as `check_installed.py [EXTRA ...]`; exits with 1 if a package is missing or has another version. A torch
 built for one accelerator has a local version (2.13.0+cu130), which is ignored.
 """
 

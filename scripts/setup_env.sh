@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Creates .venv and installs the packages that constraints.txt pins; with "dev", the tools of the tests as well.
+# Creates .venv and installs the packages that constraints.txt pins, also those of the tools (doctor, compare, ...); with
+# "dev", what the tests need as well.
 # Does nothing if they are installed already. PYTHON selects the interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -24,7 +25,7 @@ find_python() {
     return 1
 }
 
-if [[ -x .venv/bin/python ]] && .venv/bin/python scripts/check_installed.py ${extra:+"$extra"}; then
+if [[ -x .venv/bin/python ]] && .venv/bin/python scripts/check_installed.py tools ${extra:+"$extra"}; then
     exit 0
 fi
 if [[ ! -x .venv/bin/python ]] || ! is_recent .venv/bin/python; then
@@ -34,4 +35,4 @@ if [[ ! -x .venv/bin/python ]] || ! is_recent .venv/bin/python; then
 fi
 echo "installing the packages that constraints.txt pins; the first time takes some minutes" >&2
 .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-    --constraint constraints.txt --editable ".${extra:+[$extra]}"
+    --constraint constraints.txt --editable ".[tools${extra:+,$extra}]"

@@ -11,8 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from dpo_dist.config.keys import Key, all_keys, section_meanings
-from dpo_dist.config.losses import KINDS, KindFacts
+from dpo_dist.config.fields import fields_of
+from dpo_dist.config.keys import Key, all_keys, key_rows, section_meanings
+from dpo_dist.config.losses import KINDS, KindFacts, LossConfig
 from dpo_dist.config.verbs import EVERY_VERB
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,10 +60,12 @@ def _loss_table() -> str:
 
 def _loss_row(kind: str, facts: KindFacts) -> tuple[str, ...]:
     """Return a row, with the default after each option in the formula."""
-    formula = re.sub(
-        r"`(loss\.\w+)`", lambda found: f"{found[0]} ({all_keys()[found[1]].default:g})", facts.formula
-    )
-    options = ", ".join(f"`{option}`" for option in sorted(facts.options - MODIFIERS))
+    defaults = {f"loss.{name}": field.default for name, field in fields_of(LossConfig).items()}
+    own = {} if facts.options is None else fields_of(facts.options)
+    defaults |= {f"loss.options.{name}": field.default for name, field in own.items()}
+    formula = re.sub(r"`(loss[\w.]+)`", lambda found: f"{found[0]} ({defaults[found[1]]:g})", facts.formula)
+    names = [*sorted(facts.uses - MODIFIERS), *(f"options.{name}" for name in own)]
+    options = ", ".join(f"`{name}`" for name in names)
     return f"`{kind}`", formula, options or "-", "yes" if facts.needs_reference else "-", facts.source
 
 
@@ -94,8 +97,9 @@ def _configuration() -> str:
         "`precompute`, `evaluate`,\n`doctor`, `export` and `pairs` with rounds take the command line "
         "of `train`. The column of verbs has those that differ\nfrom the section's.\n",
     ]
-    left_out = ("data.eval[]", "evaluation.data[]")  # they have the keys of data.train[]
-    keys = [key for key in all_keys().values() if not key.name.startswith(left_out)]
+    # They have the keys of data.train[] and of loss.options.
+    left_out = ("data.eval[]", "evaluation.data[]", "loss.terms[].options.")
+    keys = [key for key in key_rows() if not key.name.startswith(left_out)]
     sections = {name: text for name, text in section_meanings().items() if "." not in name}
     for section, meaning in sections.items():
         rows = [key for key in keys if key.name.startswith(f"{section}.")]

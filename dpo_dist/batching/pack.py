@@ -1,7 +1,7 @@
 """Packed layout of a micro-batch: no padding, each prompt stored once.
 
 A packed micro-batch is one sequence of tokens, an example ``[prompt, response, response, ...]`` in it. The
-position ids of every response start at the prompt's length, and in attention (model/attention.py) a response
+position ids of every response start at the prompt's length, and in attention (model/attention/) a response
 sees its own prompt only. The last token of a response predicts nothing and is not stored. A token that the
 loss does not count is an input, but no target.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dpo_dist.batching.example import Example, Keys, Mask, TokenIds
 
-RESPONSES_OF_DUMMY = 2  # of a `dummy_batch`
+DUMMY_RESPONSES = 2  # in a `dummy_batch`
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class PackedBatch:
         return copied_to(self.input_ids.device, counted)
 
     def with_one_target(self) -> "PackedBatch":
-        """Return the batch with its first target only, to be computed, not to be paired."""
+        """Return the batch with its first target only: enough for a forward, but not a pair for the loss."""
         ends = self.response_tokens.cumsum(0).clamp(max=1)
         return replace(
             self,

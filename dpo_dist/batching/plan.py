@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -95,6 +95,36 @@ class ExampleSizes:
             name: None if sizes is None else sizes[indices] for name, sizes in vars(self).items()
         }
         return ExampleSizes(**selected)
+
+
+def example_sizes(
+    prompt_tokens: Counts, response_tokens: Counts, targets: Counts, counts: Counts, costs: ComputeCosts
+) -> ExampleSizes:
+    """Return the sizes of examples for a model with these costs.
+
+    `prompt_tokens` and `counts`, the numbers of responses (at least one), are [examples]; `response_tokens`
+    and `targets`, those that the loss counts, are [responses], example after example.
+    """
+    firsts = np.cumsum(counts) - counts
+    stored, prompts = response_tokens - 1, np.repeat(prompt_tokens, counts)
+    # How often a prompt is computed.
+    copies = np.where(costs.arrangement is Arrangement.packed, 1, counts)
+    tokens = copies * prompt_tokens + np.add.reduceat(stored, firsts)
+    in_responses = _causal_pairs(prompts + stored) - _causal_pairs(prompts)
+    attended = copies * _causal_pairs(prompt_tokens) + np.add.reduceat(in_responses, firsts)
+    targets = np.add.reduceat(targets, firsts)
+    # Attention of a token to itself is included in the cost of a token.
+    compute = tokens + costs.key * (attended - tokens / 2) + costs.target * targets
+    unshared_tokens = tokens + (counts - copies) * prompt_tokens
+    sizes = ExampleSizes(tokens, unshared_tokens, targets, attended, compute)
+    if costs.arrangement is not Arrangement.padded and not costs.pads:
+        return sizes
+    return replace(sizes, rows=counts, longest=np.maximum.reduceat(prompts + stored, firsts))
+
+
+def _causal_pairs(tokens: Counts) -> Counts:
+    """Return the number of query-key pairs of sequences in which tokens see all earlier tokens."""
+    return tokens * (tokens + 1) // 2
 
 
 def plan_micro_batches(sizes: ExampleSizes, world_size: int, token_budget: int) -> list[list[list[int]]]:

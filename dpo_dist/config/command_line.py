@@ -1,11 +1,13 @@
-"""Run a verb with the configuration of its command line; the text of `--help`."""
+"""Run a verb with the configuration of its command line; the text of `--help`; the command of a verb."""
 
 import argparse
 import json
 import os
 import re
+import shlex
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,10 +15,10 @@ import dpo_dist
 from dpo_dist.config.keys import (
     COMMAND_LINE,
     Key,
-    all_keys,
     entry_of,
     group_folders,
     is_within,
+    key_rows,
     preset_names,
     run_keys,
     section_meanings,
@@ -26,12 +28,13 @@ from dpo_dist.config.losses import KINDS, kinds_using
 from dpo_dist.config.mistakes import SCHEMA, assignment, meant, raise_all, suggestion, unknown_key
 from dpo_dist.config.rules import keys_of
 from dpo_dist.config.run_folder import existing_run
-from dpo_dist.config.schema import ZERO_STAGES, ConsoleStyle, RunConfig
+from dpo_dist.config.schema import ZERO_STAGES, ConsoleStyle, Dtype, ParallelismConfig, RunConfig
 from dpo_dist.config.user_code import check_doors, open_doors, written_values
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.console import console_on, warnings_off
 from dpo_dist.foundation.errors import ConfigError, ExitCode
 from dpo_dist.foundation.exit import Arguments, Errors, exit_after
+from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.process import check_launch, this_rank
 from dpo_dist.foundation.streams import print_result, printable_lines, reserve_output
 from dpo_dist.foundation.text import without_secrets
@@ -148,7 +151,7 @@ def usage(command: str, about: str, keys: Collection[str], folders: Sequence[Pat
     text = [
         about.strip(),
         "\nsections (--help SECTION lists its keys, --help KEY explains one, e.g. --help loss.beta):",
-        *_columns(sections),
+        *_columns(sections.items()),
         "\npresets (GROUP=PRESET, +experiment=NAME):",
         *(f"  {group}: {', '.join(names)}" for group, names in presets.items() if names),
     ]
@@ -163,19 +166,20 @@ def usage(command: str, about: str, keys: Collection[str], folders: Sequence[Pat
 def explain(key: str, folders: Sequence[Path]) -> str:
     """Return the text of `--help KEY`: `loss.beta`, `loss`, `data.train.weight`, a group of presets."""
     name = entry_of(key.removeprefix("+")).replace("[]", "")
-    keys = {full.replace("[]", ""): row for full, row in all_keys().items()}
-    below = {full: row for full, row in keys.items() if full != name and is_within(full, name)}
+    here, below = list[Key](), list[Key]()
+    for row in key_rows():
+        full = row.name.replace("[]", "")
+        if is_within(full, name):
+            (here if full == name else below).append(row)
     presets = preset_names(name, folders) if re.fullmatch(r"\w+", name) else []
-    if name in keys:
-        lines = _facts(keys[name])
+    if here:
+        lines = [line for row in here for line in _facts(row)]
     elif below or presets:
         lines = [f"{name}: {section_meanings().get(name, 'a group of presets')}"]
     else:
         raise unknown_key(name)
     if below:
-        options = {
-            row.name: f"{row.meaning} ({row.default_words or 'must be set'})" for row in below.values()
-        }
+        options = [(row.name, f"{row.meaning} ({row.default_words or 'must be set'})") for row in below]
         lines += ["", f"keys of {name} (default):", *_columns(options)]
     if presets:
         lines += ["", f"presets: {'+' if name == 'experiment' else ''}{name}={'|'.join(presets)}"]
@@ -192,15 +196,16 @@ def _facts(row: Key) -> list[str]:
         "verbs": ", ".join(row.verbs),
         "digest": part if row.defines_result else free,
     }
-    section, _, option = row.name.rpartition(".")
-    if section == "loss" and (kinds := kinds_using(option)):
+    if own := [kind for kind in KINDS if KINDS[kind].options is row.declared_in]:
+        facts["paper"] = KINDS[own[0]].source
+    if kinds := own or kinds_using(row.name.removeprefix("loss.")):
         facts["kinds"] = "all" if len(kinds) == len(KINDS) else ", ".join(kinds)
     return [row.name, *(f"  {label + ':':<10}{text}" for label, text in facts.items())]
 
 
-def _columns(rows: Mapping[str, str]) -> list[str]:
-    width = max(len(name) for name in rows)
-    return [f"  {name:<{width}}  {text}" for name, text in rows.items()]
+def _columns(lines: Collection[tuple[str, str]]) -> list[str]:
+    width = max(len(name) for name, _ in lines)
+    return [f"  {name:<{width}}  {text}" for name, text in lines]
 
 
 def run_verb(
@@ -232,9 +237,9 @@ def _run(
     errors.is_json = config.console.style is ConsoleStyle.json
     if errors.is_json:
         reserve_output()
-    check_launch(os.environ, _repeated(config))
+    check_launch(os.environ, _repeated(config.parallelism, config.model.dtype, config.optim.max_grad_norm))
     if this_rank() == 0:
-        doors = without_secrets(open_doors(config))
+        doors = without_secrets(open_doors(asdict(config)))
         sys.stderr.write("".join(f"{printable_lines(line)}\n" for line in doors))
     if VERBS[verb].is_one_process and this_rank() > 0:
         return ExitCode.completed
@@ -264,19 +269,21 @@ def _configurations(options: argparse.Namespace, verb: str) -> Points:
     return {(): load_run_config(words, folder, verb=verb, former=former, mistakes=mistakes)}
 
 
-def _repeated(config: RunConfig) -> dict[str, tuple[str, str]]:
+def _repeated(
+    parallelism: ParallelismConfig, dtype: Dtype, max_grad_norm: float
+) -> dict[str, tuple[str, str]]:
     """Return the keys that accelerate's variables may repeat, with the value that does."""
-    kind, deepspeed = config.parallelism.kind, "ACCELERATE_DEEPSPEED_"
-    optimizer, weights = config.parallelism.offload_optimizer, config.parallelism.offload_parameters
+    kind, deepspeed = parallelism.kind, "ACCELERATE_DEEPSPEED_"
+    optimizer, weights = parallelism.offload_optimizer, parallelism.offload_parameters
     return {
         f"{deepspeed}CONFIG_FILE": ("parallelism.kind", ""),
         "ACCELERATE_USE_FSDP": ("parallelism.kind", ""),
         "ACCELERATE_DYNAMO_BACKEND": ("model.fused", ""),
-        "ACCELERATE_MIXED_PRECISION": ("model.dtype", config.model.dtype),
+        "ACCELERATE_MIXED_PRECISION": ("model.dtype", dtype),
         f"{deepspeed}ZERO_STAGE": ("parallelism.kind", str(ZERO_STAGES[kind])),
         f"{deepspeed}OFFLOAD_OPTIMIZER_DEVICE": ("parallelism.offload_optimizer", optimizer),
         f"{deepspeed}OFFLOAD_PARAM_DEVICE": ("parallelism.offload_parameters", weights),
-        "ACCELERATE_GRADIENT_CLIPPING": ("optim.max_grad_norm", str(config.optim.max_grad_norm)),
+        "ACCELERATE_GRADIENT_CLIPPING": ("optim.max_grad_norm", str(max_grad_norm)),
         "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("trainer.global_batch_pairs", "1"),
     }
 
@@ -292,5 +299,14 @@ def _answer(options: argparse.Namespace, verb: str, about: str) -> str | None:
     folders, keys = group_folders(options.config_dir), keys_of(verb, trains=verb == "pairs")
     if options.help:
         return explain(options.help, folders)
-    command = f"{'python' if VERBS[verb].is_one_process else 'accelerate launch'} -m dpo_dist.{verb}"
+    several = (
+        "accelerate launch -m dpo_dist.train" if verb == "train" else f"accelerate launch -m dpo_dist {verb}"
+    )
+    command = f"dpo-dist {verb}" if VERBS[verb].is_one_process else several
     return usage(command, about, keys, folders)
+
+
+def command_of(verb: str, config: RunConfig, folder: Path, launcher: str) -> str:
+    """Write `config`, without secrets, below `folder`; return the command that runs the verb with it."""
+    write_text(folder / "experiment" / "round.yaml", to_yaml(config))
+    return f"{launcher} -m dpo_dist {verb} --config-dir {shlex.quote(str(folder))} +experiment=round"

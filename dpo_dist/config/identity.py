@@ -1,42 +1,95 @@
-"""Identity of a run: digest, run directory, title, settings, and its difference from another run."""
+"""Identity of a run: its digest, run directory, title and settings, and its difference from another run."""
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dpo_dist.config.fields import facts_of, fields_of
 from dpo_dist.config.losses import LossKind
-from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.user_code import find_function
+
+if TYPE_CHECKING:
+    from dpo_dist.config.schema import FolderConfig, RunConfig
 
 # In the settings of every run; other keys only if they differ from their default.
 _OBJECTIVE = ("model.path", "data.train", "loss.kind", "loss.beta", "reference.mode")
 _ALWAYS = (*_OBJECTIVE, "optim.lr", "trainer.epochs", "trainer.global_batch_pairs", "trainer.seed")
+_LENGTH = ("epochs", "max_steps")
 
 
-def run_digest(config: RunConfig) -> str:
-    """Return 8 hex digits of SHA-256 over the keys that define the run's result; paths count as written."""
-    defining = plain(config, with_defaults=True)
-    if LossKind.custom in config.loss.kinds:
-        defining["loss"]["function_source"] = find_function(config.loss.function).digest
+@dataclass(frozen=True)
+class RunIdentity:
+    """What defines the result of a run; `RunConfig.identity` has it, and each part is computed once."""
+
+    config: "RunConfig"
+
+    @cached_property
+    def digest(self) -> str:
+        """8 hex digits of SHA-256 over the keys that define the result; paths count as written."""
+        return _digest(self._defining)
+
+    @cached_property
+    def digest_without_length(self) -> str:
+        """The digest of the same run at any length."""
+        trainer = {key: value for key, value in self._defining["trainer"].items() if key not in _LENGTH}
+        return _digest(self._defining | {"trainer": trainer})
+
+    @property
+    def length(self) -> str:
+        """The keys that say how long the run is, as JSON."""
+        return json.dumps({key: getattr(self.config.trainer, key) for key in _LENGTH})
+
+    @property
+    def recorded(self) -> dict[str, str]:
+        """What the state file of a run and its checkpoints have of it."""
+        return {
+            "run_digest": self.digest,
+            "run_digest_without_length": self.digest_without_length,
+            "length": self.length,
+        }
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """The plain value of every `section.key` that defines the result."""
+        values = {
+            f"{section}.{option}": plain(getattr(getattr(self.config, section), option))
+            for section, content in fields_of(self.config).items()
+            if not facts_of(content).free
+            for option, field in fields_of(getattr(self.config, section)).items()
+            if not facts_of(field).free
+        }
+        return values | {"loss.options": values["loss.options"] or None}  # {}: the defaults of the kind
+
+    @cached_property
+    def _defining(self) -> dict[str, Any]:
+        defining: dict[str, Any] = plain(self.config, with_defaults=True)
+        if LossKind.custom in self.config.loss.kinds:
+            defining["loss"]["function_source"] = find_function(self.config.loss.function).digest
+        return defining
+
+
+def _digest(defining: Mapping[str, Any]) -> str:
     canonical = json.dumps(defining, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()[:8]
 
 
-def run_dir(config: RunConfig) -> Path:
-    """Return `run.dir`, by default `<run.root>/<run.name>-<digest>`: equal on all ranks and in all starts."""
-    if config.run.dir is not None:
-        return Path(config.run.dir)
-    return Path(config.run.root) / f"{config.run.name}-{run_digest(config)}"
+def default_dir(run: "FolderConfig", digest: str) -> Path:
+    """Return the run directory where `run.dir` is null: equal on all ranks and in all starts."""
+    return Path(run.root) / f"{run.name}-{digest}"
 
 
-def settings(config: RunConfig) -> dict[str, Any]:
+def settings(config: "RunConfig") -> dict[str, Any]:
     """Return what defines the run's result: the usual settings, an adapter's size, and what is no default."""
-    defaults = _values(RunConfig())
-    shown = {key: value for key, value in _values(config).items() if key in _ALWAYS or value != defaults[key]}
+    defaults = type(config)().identity.values
+    shown = {
+        key: value
+        for key, value in config.identity.values.items()
+        if key in _ALWAYS or value != defaults[key]
+    }
     if not config.loss.uses("beta"):
         shown.pop("loss.beta", None)
     if config.loss.terms:
@@ -52,12 +105,12 @@ def kinds_in(settings: Mapping[str, Any]) -> list[str]:
     return list(map(str, kinds))
 
 
-def title(config: RunConfig, run_dir: Path) -> str:
+def title(config: "RunConfig", run_dir: Path) -> str:
     """Return a name with loss, beta, learning rate, adapter and seed.
 
     Example: `qwen7b ipo beta=0.1 lr=1e-06 1a2b3c4d`, in the run directory qwen7b-1a2b3c4d.
     """
-    digest = run_digest(config)
+    digest = config.identity.digest
     is_default = run_dir.name == f"{config.run.name}-{digest}"
     parts = [config.run.name if is_default else run_dir.name, "+".join(config.loss.kinds)]
     if config.loss.uses("beta"):
@@ -71,21 +124,9 @@ def title(config: RunConfig, run_dir: Path) -> str:
     return " ".join([*parts, digest] if is_default else parts)
 
 
-def differing_keys(old: RunConfig, new: RunConfig) -> dict[str, tuple[Any, Any]]:
+def differing_keys(old: RunIdentity, new: RunIdentity) -> dict[str, tuple[Any, Any]]:
     """Return the keys whose values give `old` and `new` different digests: `{"loss.beta": (0.1, 0.2)}`."""
-    before, after = _values(old), _values(new)
-    return {key: (value, after[key]) for key, value in before.items() if value != after[key]}
-
-
-def _values(config: RunConfig) -> dict[str, Any]:
-    """Return the plain value of every `section.key` that defines the run's result."""
-    return {
-        f"{section}.{option}": plain(getattr(getattr(config, section), option))
-        for section, content in fields_of(config).items()
-        if not facts_of(content).free
-        for option, field in fields_of(getattr(config, section)).items()
-        if not facts_of(field).free
-    }
+    return {key: (value, new.values[key]) for key, value in old.values.items() if value != new.values[key]}
 
 
 def plain(value: Any, *, with_defaults: bool = False) -> Any:
@@ -103,5 +144,7 @@ def plain(value: Any, *, with_defaults: bool = False) -> Any:
         if not facts.free and (
             with_defaults or item not in (field.get_default(call_default_factory=True), facts.null_means)
         ):
-            content[option] = plain(facts.null_means if item is None else item, with_defaults=with_defaults)
+            shown = plain(facts.null_means if item is None else item, with_defaults=with_defaults)
+            if with_defaults or option != "options" or shown:  # {}: the defaults of the kind of loss
+                content[option] = shown
     return content

@@ -36,6 +36,7 @@ class Key:
     defines_result: bool
     verbs: tuple[str, ...]
     accepts: str
+    declared_in: Any
 
     @property
     def type_words(self) -> str:
@@ -52,16 +53,21 @@ class Key:
 
 
 def nested(hint: Any) -> type | None:
-    """Return the schema that a type is, or has inside of a list or beside null."""
+    """Return the schema that a type is, or has inside of a list or beside null; None if it has several."""
+    schemas = _schemas_in(hint)
+    return schemas[0] if len(schemas) == 1 else None
+
+
+def _schemas_in(hint: Any) -> list[type]:
     if isinstance(hint, type) and is_dataclass(hint):
-        return hint
-    return next((inner for part in get_args(hint) if (inner := nested(part))), None)
+        return [hint]
+    return [schema for part in get_args(hint) for schema in _schemas_in(part)]
 
 
 @cache
-def _rows() -> dict[str, Key]:
+def _rows() -> list[Key]:
     """Return every key and section, in the order of the schema."""
-    return {row.name: row for row in _rows_of(RunConfig, "", True, "")}
+    return list(_rows_of(RunConfig, "", True, ""))
 
 
 def _rows_of(kind: Any, prefix: str, defines: bool, verbs: str) -> Iterator[Key]:
@@ -80,29 +86,36 @@ def _rows_of(kind: Any, prefix: str, defines: bool, verbs: str) -> Iterator[Key]
             defining,
             tuple(used_by.split()),
             facts.accepts,
+            kind,
         )
         yield row
-        if (inner := nested(hint)) is not None:
-            below = f"{row.name}[]." if get_origin(hint) is list else f"{row.name}."
+        below = f"{row.name}[]." if get_origin(hint) is list else f"{row.name}."
+        for inner in _schemas_in(hint):
             yield from _rows_of(inner, below, defining, used_by)
+
+
+@cache
+def key_rows() -> list[Key]:
+    """Return every key of a run, in the order of the schema; two losses may have an option of one name."""
+    return [row for row in _rows() if not is_dataclass(row.type)]
 
 
 @cache
 def all_keys() -> dict[str, Key]:
     """Return every key of a run by name, in the order of the schema, without sections."""
-    return {name: row for name, row in _rows().items() if not is_dataclass(row.type)}
+    return {row.name: row for row in key_rows()}
 
 
 @cache
 def section_meanings() -> dict[str, str]:
     """Return the meaning of each section, those inside of others too: `{"optim": "AdamW and ...", ...}`."""
-    return {name: row.meaning for name, row in _rows().items() if is_dataclass(row.type)}
+    return {row.name: row.meaning for row in _rows() if is_dataclass(row.type)}
 
 
 @cache
 def run_keys() -> dict[str, Any]:
     """Return every key and section that a command line can set, with its type."""
-    return {name: row.type for name, row in _rows().items() if "[]" not in name}
+    return {row.name: row.type for row in _rows() if "[]" not in row.name}
 
 
 def config_dir() -> Path:

@@ -29,7 +29,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
 
-from dpo_dist.config.identity import differing_keys, run_dir
+from dpo_dist.config.identity import RunIdentity, default_dir, differing_keys
 from dpo_dist.config.keys import COMMAND_LINE, group_folders, is_within, preset_names, readers, run_keys
 from dpo_dist.config.mistakes import (
     SCHEMA,
@@ -45,7 +45,7 @@ from dpo_dist.config.mistakes import (
     unreadable,
     wrong_values,
 )
-from dpo_dist.config.rules import RULES, check, keys_of, needs_of, resolve_reference, without_unused
+from dpo_dist.config.rules import check, keys_of, resolve_reference, rules_of, without_unused
 from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.config.user_code import find_function, written_values
 from dpo_dist.foundation.errors import ConfigError, DpoDistError
@@ -107,7 +107,7 @@ def load_points(
             refused[swept_words] = error
             continue
         if (same := names.setdefault(config.run.dir, swept_words)) != swept_words or swept_words in points:
-            if config.run.dir != str(run_dir(replace(config, run=replace(config.run, dir=None)))):
+            if config.run.dir != str(default_dir(config.run, config.identity.digest)):
                 remedy = "add run.dir=null: each point has a folder of its own below run.root"
                 message = "run.dir is given, so all points would be one run"
                 all_mistakes.append(ConfigError(message, where="run.dir", remedy=remedy))
@@ -209,9 +209,12 @@ def checked(config: RunConfig, given: Collection[str] = (), verb: str = "") -> R
     """Check all rules, and fill in `reference.mode` and `run.dir`; `given`: the keys of the command."""
     if config.reference.mode is ReferenceMode.auto:  # it follows what the command gives
         given = {*given, "reference.mode"}
-    config = without_unused(resolve_reference(config), given)
-    check(config, [*needs_of(verb), *RULES])
-    return replace(config, run=replace(config.run, dir=str(run_dir(config))))
+    rules = rules_of(verb)
+    config = without_unused(resolve_reference(config), given, rules)
+    check(config, rules)
+    given_dir = config.run.dir
+    folder = default_dir(config.run, config.identity.digest) if given_dir is None else Path(given_dir)
+    return replace(config, run=replace(config.run, dir=str(folder)))
 
 
 def parse_overrides(words: Iterable[str]) -> tuple[list[Override], list[str]]:
@@ -320,7 +323,7 @@ class _Command:
                 if name is not None and chosen[group] is layer:
                     if not read_keys(self._file(f"{group}/{name}")) or group == "loss":
                         # It stands for all options of its group.
-                        parts.append(_Layer("", {}, {group: _plain(RunConfig())[group]}))
+                        parts.append(_Layer("", {}, {group: _plain(getattr(RunConfig(), group))}))
                     parts.append(f"{group}/{name}")
             parts.append(layer)
         stored = {f"{_ROOT}/{number}": part for number, part in enumerate(parts)}
@@ -446,7 +449,8 @@ class _Command:
         """Return the error of an override whose key or form does not exist."""
         key, line = override.key_or_group, str(override.input_line)
         is_choice = self._is_choice(override)
-        if not is_choice and key not in run_keys():
+        # Which options there are depends on the kind of loss.
+        if not is_choice and key not in run_keys() and not key.startswith("loss.options."):
             return unknown_key(key, line.partition("=")[2], where=f"{COMMAND_LINE}: {line}")
         if override.is_delete() or override.is_sweep_override():
             message, remedy = f"{key} has one value", _in_place_of_several(override)
@@ -509,19 +513,19 @@ def from_yaml(text: str, where: str | Path = "config.yaml") -> RunConfig:
         raise
 
 
-def changed_keys(file: Path, config: RunConfig) -> dict[str, tuple[Any, Any]]:
-    """Return the keys by which `config` is another run than the config.yaml `file`: `{KEY: (OLD, NEW)}`.
+def changed_keys(file: Path, identity: RunIdentity) -> dict[str, tuple[Any, Any]]:
+    """Return the keys by which a run is another one than the config.yaml `file`: `{KEY: (OLD, NEW)}`.
 
     Empty if this version cannot read the file, which has no secrets.
     """
     try:
-        changed = differing_keys(from_yaml(file.read_text(encoding="utf-8")), config)
+        changed = differing_keys(from_yaml(file.read_text(encoding="utf-8")).identity, identity)
     except (OSError, ValueError, ConfigError):
         return {}
     return {key: (old, new) for key, (old, new) in changed.items() if old != without_secrets(new)}
 
 
-def _plain(config: RunConfig) -> dict[str, Any]:
-    """Return the values of a configuration without enums."""
-    values: dict[str, Any] = json.loads(json.dumps(asdict(config)))
+def _plain(section: Any) -> dict[str, Any]:
+    """Return the values of a section, or of a whole configuration, without enums."""
+    values: dict[str, Any] = json.loads(json.dumps(asdict(section)))
     return values

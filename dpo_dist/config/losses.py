@@ -1,13 +1,16 @@
 """The keys of `loss`, and the facts of each kind."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, ValidationInfo
+from pydantic_core import PydanticCustomError
 
-from dpo_dist.config.fields import as_entry, key, schema, section
+from dpo_dist.config.fields import as_entry, fields_of, key, schema, section
+
+T = TypeVar("T")
 
 OF_MODEL = "model"
 """The value of `loss.router.aux_coefficient` for the coefficient in the model's config.json."""
@@ -40,6 +43,89 @@ Weighting = StrEnum("Weighting", ["none", "wpo"])
 """Weight of each pair's loss."""
 
 
+@schema
+class IpoOptions:
+    """Options of `ipo`."""
+
+    length_average: bool = key(True)
+    """`ipo`: divide log-ratios by the response's tokens."""
+
+
+@schema
+class BcoPairOptions:
+    """Options of `bco_pair`."""
+
+    delta: BcoDelta = key(BcoDelta.zero)
+    """`bco_pair`: reward shift."""
+
+
+@schema
+class DiscopopOptions:
+    """Options of `discopop`."""
+
+    # Above 1 the loss of a pair that is ranked wrongly grows like exp(-b h).
+    tau: float = key(0.05, gt=0, le=1)
+    """`discopop`: temperature of the blend of its two losses."""
+
+
+@schema
+class DpopOptions:
+    """Options of `dpop`."""
+
+    penalty_weight: float = key(50.0, ge=0)
+    """`dpop`: weight of the penalty for a chosen response that is less likely than under the reference."""
+
+
+@schema
+class OdpoOptions:
+    """Options of `odpo`."""
+
+    alpha: float = key(1.0, ge=0)
+    """`odpo`: weight of the score gap's logarithm."""
+
+
+@schema
+class RewardAwareOptions:
+    """Options of `reward_aware`."""
+
+    scale: float = key(1.0, gt=0)
+    """`reward_aware`: factor of the score gap, whose sigmoid is the wanted probability."""
+
+
+@schema
+class SimpoOptions:
+    """Options of `simpo`."""
+
+    gamma: float = key(0.5, ge=0)
+    """`simpo`: target margin."""
+
+
+@schema
+class OrpoOptions:
+    """Options of `orpo`."""
+
+    odds_weight: float = key(0.1, ge=0)
+    """`orpo`: weight of the odds-ratio term, lambda of the paper."""
+
+
+@schema
+class CpoOptions:
+    """Options of `cpo`."""
+
+    nll_weight: float = key(1.0, ge=0)
+    """`cpo`: weight of the chosen response's mean negative log-prob."""
+
+
+@schema
+class BetaDpoOptions:
+    """Options of `beta_dpo`."""
+
+    alpha: float = key(0.6, ge=0)
+    """`beta_dpo`: how much beta follows the batch's margin."""
+    momentum: float = key(0.9, ge=0, lt=1)
+    """`beta_dpo`: momentum of the moving average of margins."""
+
+
 NUMBERS = {"loss_weight": 1.0, "soft_label": 1.0, "margin": 0.0}
 """Numbers that a record may have for its loss, with the value that has no effect: its weight in the mean, the
 probability that its chosen response is the better one, and what is subtracted from `b h`."""
@@ -51,10 +137,12 @@ class KindFacts:
 
     formula: str
     source: str
-    options: frozenset[str]
-    """The fields of `LossConfig` that the formula depends on."""
+    uses: frozenset[str]
+    """The fields of `LossConfig` that the formula depends on, besides `options`."""
     numbers: frozenset[str] = frozenset({"loss_weight"})
     """Those of `NUMBERS` that the formula takes."""
+    options: type[Any] | None = None
+    """The class of its `loss.options`; None for a kind without."""
     needs_reference: bool = True
     fewest_responses: int = 2
     accepts_rankings: bool = False
@@ -95,9 +183,10 @@ KINDS: dict[LossKind, KindFacts] = {
         "max(0, 1 - b h)", "SLiC, arXiv 2305.10425; RSO, arXiv 2309.06657", _MARGIN, _WITH_MARGIN
     ),
     LossKind.ipo: KindFacts(
-        "(Sw/nw - Sl/nl - 1/(2b))^2; with `loss.length_average=false` (h - 1/(2b))^2",
+        "(Sw/nw - Sl/nl - 1/(2b))^2; with `loss.options.length_average=false` (h - 1/(2b))^2",
         "IPO, arXiv 2310.12036",
-        _MARGIN | {"length_average"},
+        _MARGIN,
+        options=IpoOptions,
     ),
     LossKind.sigmoid_norm: KindFacts("-ls(b (Sw/nw - Sl/nl))", "Tulu 3, arXiv 2411.15124", _MARGIN),
     LossKind.exo_pair: KindFacts(
@@ -110,57 +199,67 @@ KINDS: dict[LossKind, KindFacts] = {
     ),
     LossKind.nca_pair: KindFacts("-ls(b Dw) - ls(-b Dw) / 2 - ls(-b Dl) / 2", "NCA, arXiv 2402.05369", _PAIR),
     LossKind.bco_pair: KindFacts(
-        "-ls(b Dw - d) - ls(-(b Dl - d)); d = 0, with `loss.bco_delta=running_mean` the mean reward so far",
+        "-ls(b Dw - d) - ls(-(b Dl - d)); d = 0, with `loss.options.delta=running_mean` "
+        "the mean reward so far",
         "BCO, arXiv 2404.04656",
-        _PAIR | {"bco_delta"},
+        _PAIR,
+        options=BcoPairOptions,
     ),
     LossKind.sppo_hard: KindFacts("(Dw - 1/(2b))^2 + (Dl + 1/(2b))^2", "SPPO, arXiv 2405.00675", _PAIR),
     LossKind.apo_zero: KindFacts("1 - s(b Dw) + s(b Dl)", "APO, arXiv 2408.06266", _PAIR),
     LossKind.apo_down: KindFacts("s(b Dw) + 1 - s(b (Dw - Dl))", "APO, arXiv 2408.06266", _PAIR),
     LossKind.discopop: KindFacts(
-        "-(1-m) ls(b h) + m exp(-b h), m = s(b h / t), t = `loss.discopop_tau`",
+        "-(1-m) ls(b h) + m exp(-b h), m = s(b h / t), t = `loss.options.tau`",
         "DiscoPOP, arXiv 2406.08414",
-        _MARGIN | {"discopop_tau"},
+        _MARGIN,
+        options=DiscopopOptions,
     ),
     LossKind.dpop: KindFacts(
-        "-ls(b (h - l max(0, -Dw))), l = `loss.dpop_lambda`",
+        "-ls(b (h - l max(0, -Dw))), l = `loss.options.penalty_weight`",
         "DPO-positive, arXiv 2402.13228",
-        _MARGIN | {"dpop_lambda"},
+        _MARGIN,
+        options=DpopOptions,
     ),
     LossKind.odpo: KindFacts(
-        "-ls(b h - a log(score_w - score_l)), a = `loss.offset_alpha`; needs scored pairs",
+        "-ls(b h - a log(score_w - score_l)), a = `loss.options.alpha`; needs scored pairs",
         "DPO with an offset, arXiv 2402.10571",
-        _MARGIN | {"offset_alpha"},
+        _MARGIN,
         _WITH_MARGIN,
+        OdpoOptions,
         needs_scores=True,
     ),
     LossKind.reward_aware: KindFacts(
         "-p (ls(b h) - log p) - (1-p) (ls(-b h) - log(1-p)), p = s(c (score_w - score_l)), "
-        "c = `loss.reward_scale`; needs scored pairs",
+        "c = `loss.options.scale`; needs scored pairs",
         "reward-aware preference optimization of Nemotron-4 340B, arXiv 2406.11704",
-        _MARGIN | {"reward_scale"},
+        _MARGIN,
+        options=RewardAwareOptions,
         needs_scores=True,
     ),
     LossKind.simpo: KindFacts(
-        "-ls(b (pw/nw - pl/nl) - g), g = `loss.simpo_gamma`",
+        "-ls(b (pw/nw - pl/nl) - g), g = `loss.options.gamma`",
         "SimPO, arXiv 2405.14734",
-        frozenset({"beta", "ld_alpha", "weighting", "simpo_gamma"}),
+        frozenset({"beta", "ld_alpha", "weighting"}),
         _WITH_MARGIN,
+        SimpoOptions,
         needs_reference=False,
         length_averaged=True,
     ),
     LossKind.orpo: KindFacts(
-        "-pw/nw - c ls(log odds(w) - log odds(l)), odds = P/(1-P), log P = p/n, c = `loss.orpo_lambda`",
+        "-pw/nw - c ls(log odds(w) - log odds(l)), odds = P/(1-P), log P = p/n, "
+        "c = `loss.options.odds_weight`",
         "ORPO, arXiv 2403.07691",
-        frozenset({"ld_alpha", "weighting", "orpo_lambda"}),
+        frozenset({"ld_alpha", "weighting"}),
+        options=OrpoOptions,
         needs_reference=False,
         length_averaged=True,
     ),
     LossKind.cpo: KindFacts(
-        "-ls(b (pw - pl)) - c pw/nw, c = `loss.cpo_nll_weight`",
+        "-ls(b (pw - pl)) - c pw/nw, c = `loss.options.nll_weight`",
         "CPO, arXiv 2401.08417",
-        frozenset({"beta", "ld_alpha", "weighting", "cpo_nll_weight"}),
+        frozenset({"beta", "ld_alpha", "weighting"}),
         _WITH_MARGIN,
+        CpoOptions,
         needs_reference=False,
     ),
     LossKind.sft: KindFacts(
@@ -189,10 +288,11 @@ KINDS: dict[LossKind, KindFacts] = {
     ),
     LossKind.beta_dpo: KindFacts(
         "`sigmoid` with b' = b (1 + a (M - M0)), M the mean of b h over the global batch, "
-        "M0 a moving average of M, a = `loss.beta_alpha`",
+        "M0 a moving average of M, a = `loss.options.alpha`",
         "beta-DPO, arXiv 2407.08639",
-        _MARGIN | {"label_smoothing", "beta_alpha", "beta_momentum"},
+        _MARGIN | {"label_smoothing"},
         frozenset({"soft_label"}),
+        BetaDpoOptions,
         is_coupled=True,
     ),
     LossKind.plackett_luce: KindFacts(
@@ -244,9 +344,61 @@ def balancing_weight(good: float, bad: float, desirable: float = 1.0, undesirabl
     return f"loss.desirable_weight={undesirable / ratio:.3g}"
 
 
+def option_names(kind: LossKind) -> list[str]:
+    """Return the names of the options that a kind has."""
+    options = KINDS[kind].options
+    return [] if options is None else list(fields_of(options))
+
+
 def kinds_using(option: str) -> list[LossKind]:
-    """Return the kinds whose formula depends on the field `option` of `LossConfig`."""
-    return [kind for kind, facts in KINDS.items() if option in facts.options]
+    """Return the kinds whose formula depends on a key of `loss`: `beta`, `options.gamma`."""
+    if (name := option.removeprefix("options.")) != option:
+        return [kind for kind in KINDS if name in option_names(kind)]
+    return [kind for kind, facts in KINDS.items() if option in facts.uses]
+
+
+NO_OPTION = "no_option"
+"""The type of pydantic's error for the `names` of options that a `kind` does not have, beside those that are
+`known`."""
+
+
+def _options_of_kind(given: Any, info: ValidationInfo) -> Any:
+    """Return the options of the kind that is set beside them, at their defaults where `given` has none.
+
+    None for a kind without options, and for a sum, whose terms have their own.
+    """
+    kind, is_sum = info.data.get("kind"), bool(info.data.get("terms"))
+    if kind is None:  # its own error is enough
+        return None
+    values = {} if given is None else vars(given) if is_dataclass(given) else given
+    if not isinstance(values, dict):
+        return values  # which no type of options accepts
+    options, known = KINDS[kind].options, [] if is_sum else option_names(kind)
+    if names := [str(name) for name in values if name not in known]:
+        facts = {"kind": "" if is_sum else str(kind), "known": known, "names": names}
+        raise PydanticCustomError(NO_OPTION, "no options of {kind}: {names}; it has {known}", facts)
+    return options(**values) if known and options is not None else None
+
+
+KindOptions: TypeAlias = Annotated[
+    IpoOptions
+    | BcoPairOptions
+    | DiscopopOptions
+    | DpopOptions
+    | OdpoOptions
+    | RewardAwareOptions
+    | SimpoOptions
+    | OrpoOptions
+    | CpoOptions
+    | BetaDpoOptions
+    | None,
+    BeforeValidator(_options_of_kind),
+]
+
+
+def _options() -> Any:
+    """Return the field of `KindOptions`, which are never missing."""
+    return key(None, accepts="a mapping with options of the kind, or null", validate_default=True)
 
 
 @schema
@@ -257,6 +409,8 @@ class LossTermConfig:
     """Kind of loss."""
     weight: float = key(1.0)
     """Its weight in the sum."""
+    options: KindOptions = _options()
+    """As `loss.options`."""
 
 
 Term = Annotated[LossTermConfig, BeforeValidator(as_entry("kind"))]
@@ -287,29 +441,6 @@ class LossConfig:
     """f-divergence that turns log-ratios into scores."""
     alpha_coefficient: float = key(0.5, ge=-10, le=10)
     """Order of `divergence=alpha`."""
-    length_average: bool = key(True)
-    """`ipo`: divide log-ratios by the response's tokens."""
-    bco_delta: BcoDelta = key(BcoDelta.zero)
-    """`bco_pair`: reward shift."""
-    # Above 1 the loss of a pair that is ranked wrongly grows like exp(-b h).
-    discopop_tau: float = key(0.05, gt=0, le=1)
-    """`discopop`: temperature of the blend of its two losses."""
-    dpop_lambda: float = key(50.0, ge=0)
-    """`dpop`: weight of the penalty for a chosen response that is less likely than under the reference."""
-    offset_alpha: float = key(1.0, ge=0)
-    """`odpo`: weight of the score gap's logarithm."""
-    reward_scale: float = key(1.0, gt=0)
-    """`reward_aware`: factor of the score gap, whose sigmoid is the wanted probability."""
-    simpo_gamma: float = key(0.5, ge=0)
-    """`simpo`: target margin."""
-    orpo_lambda: float = key(0.1, ge=0)
-    """`orpo`: weight of the odds-ratio term."""
-    cpo_nll_weight: float = key(1.0, ge=0)
-    """`cpo`: weight of the chosen response's mean negative log-prob."""
-    beta_alpha: float = key(0.6, ge=0)
-    """`beta_dpo`: how much beta follows the batch's margin."""
-    beta_momentum: float = key(0.9, ge=0, lt=1)
-    """`beta_dpo`: momentum of the moving average of margins."""
     desirable_weight: float = key(1.0, gt=0)
     """`kto`, `apo_zero_unpaired`: weight of good responses."""
     undesirable_weight: float = key(1.0, gt=0)
@@ -322,6 +453,8 @@ class LossConfig:
     """Take the reference's log-probs as 0."""
     terms: list[Term] = key([], verbs="train precompute evaluate doctor")
     """Weighted sum of kinds, in place of `kind`: `[{kind: sigmoid, weight: 1}, ...]`."""
+    options: KindOptions = _options()
+    """Options of the kind alone: `{gamma: 1}`; null: none, or their defaults."""
     sync_reference: SyncReferenceConfig = section(SyncReferenceConfig)
     router: RouterConfig = section(RouterConfig, verbs="train")
     function: str | None = key(None)
@@ -337,17 +470,26 @@ class LossConfig:
         """The facts of `kinds`, in their order."""
         return [KINDS[kind] for kind in self.kinds]
 
+    def options_of(self, kind_options: type[T]) -> T:
+        """Return the options of this class; at their defaults if no kind of this loss has them."""
+        given = [term.options for term in self.terms] or [self.options]
+        return next((each for each in given if isinstance(each, kind_options)), kind_options())
+
+    @property
+    def has_running_reward(self) -> bool:
+        """Return whether the loss depends on the mean reward of the pairs so far."""
+        return self.options_of(BcoPairOptions).delta is BcoDelta.running_mean
+
     def takes(self, number: str) -> bool:
         """Return whether the loss depends on this one of `NUMBERS`; a sum only if all terms of pairs do."""
         if number == "loss_weight":  # running means count each pair once
-            is_counted = self.bco_delta is BcoDelta.zero
-            return is_counted and all(number in facts.numbers for facts in self.facts)
+            return not self.has_running_reward and all(number in facts.numbers for facts in self.facts)
         of_pairs = [facts for facts in self.facts if facts.fewest_responses > 1]
         return bool(of_pairs) and all(number in facts.numbers for facts in of_pairs)
 
     def uses(self, option: str) -> bool:
-        """Return whether the loss depends on the field `option`."""
-        return any(option in facts.options for facts in self.facts)
+        """Return whether the loss depends on the field `option`, which is not one of `options`."""
+        return any(option in facts.uses for facts in self.facts)
 
     @property
     def is_coupled(self) -> bool:
@@ -371,7 +513,7 @@ class LossConfig:
 
     @property
     def unit(self) -> str:
-        """Return `unit_of` its kinds."""
+        """Return what its terms compute the loss of: "record" or "pair"."""
         return unit_of(self.kinds)
 
     @property

@@ -39,7 +39,7 @@ def _digits(form: str) -> Callable[[float], str]:
     return lambda value: format(value, form)
 
 
-def _of_pairs(
+def _pair_metric(
     title: str, chart: str = "", unit: str = "", best: Direction | None = None, **more: Any
 ) -> Metric:
     return Metric(title, _digits(".3f"), unit, best, over_pairs=True, chart=chart, **more)
@@ -52,10 +52,12 @@ ACCURACY_CHART, AUC_CHART = "Accuracy: chosen above rejected", "AUC: good above 
 
 METRICS: Mapping[str, Metric] = {
     "loss": Metric("loss", _digits(".4f"), "", _LOWEST, over_pairs=True, chart="Loss"),
-    "rewards/chosen": _of_pairs("reward chosen", _REWARDS, best=_HIGHEST),
-    "rewards/rejected": _of_pairs("reward rejected", _REWARDS),
-    "rewards/accuracies": _of_pairs("accuracy", ACCURACY_CHART, best=_HIGHEST, by_group=True, is_share=True),
-    "rewards/margins": _of_pairs("margin", _MARGIN, best=_HIGHEST, by_group=True),
+    "rewards/chosen": _pair_metric("reward chosen", _REWARDS, best=_HIGHEST),
+    "rewards/rejected": _pair_metric("reward rejected", _REWARDS),
+    "rewards/accuracies": _pair_metric(
+        "accuracy", ACCURACY_CHART, best=_HIGHEST, by_group=True, is_share=True
+    ),
+    "rewards/margins": _pair_metric("margin", _MARGIN, best=_HIGHEST, by_group=True),
     "rewards/auc": Metric(
         "AUC", _digits(".3f"), best=_HIGHEST, by_group=True, is_share=True, chart=AUC_CHART
     ),
@@ -67,15 +69,15 @@ METRICS: Mapping[str, Metric] = {
         "loss above its floor", _digits(".4f"), best=_LOWEST, chart="Loss above that of soft labels"
     ),
     "loss/kl": Metric("mismatched log-ratio", unit="nats", chart="Log-ratio of mismatched responses"),
-    "rewards/both_fall": _of_pairs("both fall", best=_LOWEST, is_share=True),
-    "logps/chosen": _of_pairs("log-prob chosen", unit="nats"),
-    "logps/rejected": _of_pairs("log-prob rejected", unit="nats"),
-    "logps/chosen_per_token": _of_pairs("log-prob chosen / token", _LOGPS, "nats"),
-    "logps/rejected_per_token": _of_pairs("log-prob rejected / token", _LOGPS, "nats"),
-    "distance/chosen": _of_pairs("distance chosen", _DISTANCE, "nats/token", _LOWEST),
-    "distance/rejected": _of_pairs("distance rejected", _DISTANCE, "nats/token", _LOWEST),
-    "tokens/chosen": _of_pairs("tokens chosen", unit="tokens"),
-    "tokens/rejected": _of_pairs("tokens rejected", unit="tokens"),
+    "rewards/both_fall": _pair_metric("both fall", best=_LOWEST, is_share=True),
+    "logps/chosen": _pair_metric("log-prob chosen", unit="nats"),
+    "logps/rejected": _pair_metric("log-prob rejected", unit="nats"),
+    "logps/chosen_per_token": _pair_metric("log-prob chosen / token", _LOGPS, "nats"),
+    "logps/rejected_per_token": _pair_metric("log-prob rejected / token", _LOGPS, "nats"),
+    "distance/chosen": _pair_metric("distance chosen", _DISTANCE, "nats/token", _LOWEST),
+    "distance/rejected": _pair_metric("distance rejected", _DISTANCE, "nats/token", _LOWEST),
+    "tokens/chosen": _pair_metric("tokens chosen", unit="tokens"),
+    "tokens/rejected": _pair_metric("tokens rejected", unit="tokens"),
     "entropy/chosen": Metric("entropy chosen", unit="nats", only_evaluated=True),
     "entropy/rejected": Metric("entropy rejected", unit="nats", only_evaluated=True),
     "grad_norm": Metric("norm before clipping", chart="Gradient norm"),

@@ -31,6 +31,7 @@ from dpo_dist.config.keys import (
     preset_names,
     run_keys,
 )
+from dpo_dist.config.losses import NO_OPTION, kinds_using
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError, DpoDistError
@@ -183,8 +184,9 @@ def as_tree(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def fits(key: str, value: Any) -> bool:
     """Return whether a key accepts a value."""
+    kinds = kinds_using(key.removeprefix("loss."))
     try:
-        SCHEMA.validate_python(as_tree({key: value}))
+        SCHEMA.validate_python(as_tree({key: value, "loss.kind": kinds[0]} if kinds else {key: value}))
     except ValidationError as error:
         return not any(_key_at(detail["loc"]).startswith(key) for detail in error.errors())
     return True
@@ -326,7 +328,10 @@ def wrong_values(error: ValidationError, origin: Callable[[str], str]) -> list[C
         is_unknown = detail["type"] == "unexpected_keyword_argument"
         key, value = _key_at(detail["loc"], is_unknown=is_unknown), detail["input"]
         above, _, name = key.rpartition(".")
-        if is_unknown:
+        if detail["type"] == NO_OPTION:
+            for option in detail["ctx"]["names"]:
+                mistakes[f"{key}.{option}"] = _no_option(f"{key}.{option}", detail, origin)
+        elif is_unknown:
             text = "" if isinstance(value, dict) else as_written(as_sources(value))
             mistakes[key] = unknown_key(key, text, where=origin(key))
         elif detail["type"] != "missing":
@@ -334,6 +339,31 @@ def wrong_values(error: ValidationError, origin: Callable[[str], str]) -> list[C
         elif all(other.rpartition(".")[0] != above for other in mistakes):
             mistakes[key] = ConfigError(f"{key} is not set", where=key, remedy=f"write {name}: ...")
     return list(mistakes.values())
+
+
+def _no_option(key: str, detail: ErrorDetails, origin: Callable[[str], str]) -> ConfigError:
+    """Return the error for an option that the kind of loss beside it does not have."""
+    place, _, name = key.rpartition(".")
+    kind, known, got = detail["ctx"]["kind"], detail["ctx"]["known"], as_written(detail["input"][name])
+    users, kind_key = kinds_using(f"options.{name}"), f"{place.removesuffix('options')}kind"
+    if not kind:
+        entry = f"{{kind: {users[0] if users else '...'}, options: {{{name}: {got}}}}}"
+        remedy = f"write {entry} as the entry; loss.options=null takes the options of a preset away"
+        return ConfigError(
+            "each entry of loss.terms has its own options", where=f"{key}, loss.terms", got=got, remedy=remedy
+        )
+    expected = f"an option of {kind}: {', '.join(known)}" if known else f"none, as {kind} has no options"
+    if users:
+        remedy = f"remove {key}, or choose a loss that uses it: {', '.join(sorted(users))}"
+        remedy += "; loss=NAME replaces all options of the loss" if place == "loss.options" else ""
+        message, where = f"{key} has no effect with this {kind_key}", f"{key}, {kind_key}"
+        return ConfigError(message, where=where, got=f"{got}, {kind}", expected=expected, remedy=remedy)
+    same = [option for option in known if f"loss.options.{option}" in meant(name, "keys")]
+    remedy = f"write {' or '.join(f'{place}.{option}' for option in known)}" if known else "remove it"
+    if guesses := [*same, *likely(name, known)]:
+        remedy = f"did you mean {place}.{guesses[0]}?"
+    message = f"{kind} has no option {name!r}"
+    return ConfigError(message, where=origin(key), got=got, expected=expected, remedy=remedy)
 
 
 def as_sources(value: Any) -> Any:

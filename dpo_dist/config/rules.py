@@ -22,6 +22,7 @@ from dpo_dist.config.schema import (
     Direction,
     ReferenceMode,
     RunConfig,
+    SamplingConfig,
     TrainerConfig,
 )
 from dpo_dist.config.verbs import VERBS
@@ -82,9 +83,9 @@ def unused(key: str, unless: str, remedy: str = "", works: Test = lambda _: Fals
     )
 
 
-def without_unused(config: RunConfig, given: Collection[str]) -> RunConfig:
+def without_unused(config: RunConfig, given: Collection[str], rules: Iterable[Rule]) -> RunConfig:
     """Reset options of presets that a key of the command, `given`, leaves without effect."""
-    for rule in RULES:
+    for rule in rules:
         key = rule.when.partition(" ")[0]
         if rule.resets in given and key not in given and rule.broken(config):
             *sections, name = key.split(".")
@@ -103,22 +104,6 @@ def at(config: RunConfig, key: str, absent: Any = None) -> Any:
     if key.startswith("model.adapter.") and config.model.adapter is None:
         return absent
     return None if key == LOSS else reduce(getattr, key.split("."), config)
-
-
-LOADED = (ReferenceMode.cached, ReferenceMode.live)
-MODES_USING = {
-    **dict.fromkeys(("path", "quantization", "offload", "nvme_path"), LOADED),
-    **dict.fromkeys(("numerics", "rows_per_shard"), (ReferenceMode.cached,)),
-}
-"""Options of `reference` and the modes in which they have an effect.
-
-`store` is not among them: like `data.cache` it names a folder, which scripts and saved configurations set for
-runs of every mode.
-"""
-
-# They define the reference model. The others only say how it is loaded: an experiment may set them, and the
-# command may choose a loss or a mode that loads none.
-_DEFINING = ("path", "quantization", "numerics")
 
 
 def _given_once(key: str) -> Rule:
@@ -145,17 +130,18 @@ def _unused_by_loss(option: str) -> Rule:
 
     def is_used(config: RunConfig) -> bool:
         terms = [facts for facts in config.loss.facts if facts.fewest_responses > 1 or facts.is_unpaired]
-        return bool(terms) and has_effect(option in facts.options for facts in terms)
+        return bool(terms) and has_effect(option in facts.uses for facts in terms)
 
     users = ", ".join(sorted(kinds_using(option)))
     remedy = f"choose a loss that uses it: {users}; loss=NAME replaces all options of the loss"
     return unused(f"loss.{option}", LOSS, remedy, is_used)
 
 
-def _unused_by_reference(key: str, modes: Iterable[str]) -> tuple[Rule, Rule]:
-    """Refuse an option of `reference` in other modes than these, and with a loss that needs no reference."""
-    by_mode = unused(key, f"reference.mode={'|'.join(modes)}", works=lambda c: not c.loss.needs_reference)
-    return by_mode, unused(key, LOSS, "choose a loss with a reference", lambda c: c.loss.needs_reference)
+def _unused_by_reference(key: str, resets: str = "") -> tuple[Rule, Rule]:
+    """Refuse an option of `reference` in modes that load no model, and with a loss that needs none."""
+    by_mode = unused(key, "reference.mode=cached|live", works=lambda c: not c.loss.needs_reference)
+    by_loss = unused(key, LOSS, "choose a loss with a reference", lambda c: c.loss.needs_reference)
+    return replace(by_mode, resets=resets), replace(by_loss, resets=resets)
 
 
 def direction_of(trainer: TrainerConfig) -> Direction | None:
@@ -173,7 +159,6 @@ def direction_of(trainer: TrainerConfig) -> Direction | None:
 
 
 _HOLD_OUT = "set data.eval_share=0.05 or data.eval=[held_out.jsonl]"
-_OF_SAMPLES = ("samples.max_new_tokens", "samples.temperature")
 RULES = (
     # The model.
     Rule(
@@ -200,7 +185,6 @@ RULES = (
         for other in (
             "model.quantization!=null",
             "reference.quantization!=null",
-            "reference.offload=nvme",
             "loss.router.aux_coefficient!=null",
             "loss.router.z_coefficient!=null",
         )
@@ -329,7 +313,7 @@ RULES = (
     # Training and evaluations.
     *(
         unused(key, "data.eval!=[]", _HOLD_OUT, lambda c: c.data.eval_share > 0)
-        for key in ("trainer.eval_every", "trainer.keep_best", *_OF_SAMPLES)
+        for key in ("trainer.eval_every", "trainer.keep_best")
     ),
     unused(
         "samples.prompts",
@@ -337,9 +321,8 @@ RULES = (
         _HOLD_OUT,
         lambda c: c.data.eval_share > 0 or c.samples.prompts == 0,
     ),
-    *(unused(option, "samples.prompts!=0", "set samples.prompts=16") for option in _OF_SAMPLES),
+    *(unused(key, "sampling.temperature!=0") for key in ("sampling.top_p", "sampling.top_k")),
     unused("parallelism.offload_parameters", "parallelism.kind=zero3"),
-    unused("parallelism.overlap", "parallelism.kind=zero3|zero2"),
     unused("parallelism.reduce_in_float32", "model.dtype=bf16|fp16"),
     unused("parallelism.hpz", "parallelism.kind=zero3"),
     unused("parallelism.hpz", "parallelism.offload_parameters=none"),
@@ -392,17 +375,11 @@ RULES = (
         "reference.mode=adapter switches off the policy's adapter, and the policy has none",
         "set model.adapter={{r: 64, alpha: 128}}, or choose reference=cached",
     ),
-    *(
-        replace(rule, resets="" if option in _DEFINING else "reference.mode")
-        for option, modes in MODES_USING.items()
-        for rule in _unused_by_reference(f"reference.{option}", modes)
-    ),
-    Rule(
-        "reference.offload=nvme reference.nvme_path=null",
-        "offload to NVMe needs a folder on the device",
-        "set reference.nvme_path to a folder on a local disk of every node",
-    ),
-    unused("reference.nvme_path", "reference.offload=nvme", works=lambda c: c.reference.mode not in LOADED),
+    # Not `reference.store`: like `data.cache` it names a folder, which scripts set for runs of every mode.
+    *_unused_by_reference("reference.path"),
+    *_unused_by_reference("reference.quantization"),
+    # How the model is loaded: an experiment may set it, and the command choose a loss or mode without one.
+    *_unused_by_reference("reference.offload", resets="reference.mode"),
     Rule(
         "reference.quantization model.quantization!=null reference.path=null reference.mode=cached|live",
         "the reference model would not have the quantization that the policy starts from",
@@ -425,7 +402,6 @@ RULES = (
             "reference.mode!=live",
             "model.adapter!=null",
             "reference.quantization!=null",
-            "reference.offload=nvme",
         )
     ),
     # Exported models.
@@ -444,7 +420,16 @@ RULES = (
         lambda c: len({member.path for member in c.export.average}) < max(2, len(c.export.average)),
     ),
 )
-"""In the order in which they are checked."""
+"""Of every verb, in the order in which they are checked."""
+_SAMPLES_ONLY = tuple(
+    rule
+    for name in fields_of(SamplingConfig)
+    for rule in (
+        unused(f"sampling.{name}", "data.eval!=[]", _HOLD_OUT, lambda c: c.data.eval_share > 0),
+        unused(f"sampling.{name}", "samples.prompts!=0", "set samples.prompts=16"),
+    )
+)
+"""Of verbs that take a training run, whose only responses are samples at evaluations."""
 
 _NEEDED = {
     "model.path": Rule(
@@ -463,6 +448,12 @@ _NEEDED = {
         "set reference=cached, with a loss that uses a reference model",
     ),
 }
+
+
+def rules_of(verb: str) -> list[Rule]:
+    """Return all rules that a configuration for a verb keeps; without a verb those of every verb."""
+    samples = _SAMPLES_ONLY if verb and VERBS[verb].takes_training else ()
+    return [*needs_of(verb), *RULES, *samples]
 
 
 def needs_of(verb: str) -> list[Rule]:

@@ -49,7 +49,7 @@ LAST_EVALUATION = "training"
 """The name of the last evaluation of training."""
 
 
-class At:
+class PathBelow:
     """A path below the `path` of the instance."""
 
     def __init__(self, below: str) -> None:
@@ -66,10 +66,10 @@ class EvaluationFolder:
 
     path: Path
 
-    results = At("evaluation.json")
-    scores = At("scores.jsonl")
-    evaluated = At("evaluated.json")
-    worst = At("worst.jsonl")
+    results = PathBelow("evaluation.json")
+    scores = PathBelow("scores.jsonl")
+    evaluated = PathBelow("evaluated.json")
+    worst = PathBelow("worst.jsonl")
     """Pairs with texts, of the last evaluation of training only."""
 
     @property
@@ -92,13 +92,13 @@ class RunFolder:
     def __str__(self) -> str:
         return str(self.path)
 
-    config = At("config.yaml")
-    environment = At("environment.json")
-    state = At("run_state.json")
+    config = PathBelow("config.yaml")
+    environment = PathBelow("environment.json")
+    state = PathBelow("run_state.json")
     """Outcome of the last start and digests of its inputs."""
-    lock = At(".lock")
+    lock = PathBelow(".lock")
     """Locked by the start that is running."""
-    logs = At("logs")
+    logs = PathBelow("logs")
     """The folder of the log files."""
 
     def bad_step(self, step: int) -> Path:
@@ -113,26 +113,26 @@ class RunFolder:
         """Return the file with the stacks of a rank's threads, written if a run hangs."""
         return self.logs / f"rank-{rank}.stacks.txt"
 
-    metrics = At("dpo_metrics")
-    log_history = At("dpo_metrics/log_history.json")
-    metrics_table = At("dpo_metrics/training_metrics.csv")
-    summary = At("dpo_metrics/summary.json")
-    curves = At("dpo_metrics/training_curves.png")
-    report = At("report.html")
-    checkpoints = At("checkpoints")
-    model = At("model")
-    exported = At("exported")
+    metrics = PathBelow("dpo_metrics")
+    log_history = PathBelow("dpo_metrics/log_history.json")
+    metrics_table = PathBelow("dpo_metrics/training_metrics.csv")
+    summary = PathBelow("dpo_metrics/summary.json")
+    curves = PathBelow("dpo_metrics/training_curves.png")
+    report = PathBelow("report.html")
+    checkpoints = PathBelow("checkpoints")
+    model = PathBelow("model")
+    exported = PathBelow("exported")
     """The model folders that `export` writes, by the names of checkpoints."""
-    wandb_id = At("wandb/run_id.txt")
+    wandb_id = PathBelow("wandb/run_id.txt")
     """The id of the W&B run; the other files in its folder are wandb's own."""
-    tensorboard = At("tensorboard")
-    samples = At("samples")
+    tensorboard = PathBelow("tensorboard")
+    samples = PathBelow("samples")
 
     def samples_file(self, step: int) -> Path:
         """Return the file of the policy's responses after a step."""
         return self.samples / f"{checkpoint_name(step)}.jsonl"
 
-    samples_reference = At("samples/reference.jsonl")
+    samples_reference = PathBelow("samples/reference.jsonl")
     """The responses of the reference, from which a resumed run reads them."""
 
     @property
@@ -144,33 +144,33 @@ class RunFolder:
         """Return the folder of one evaluation: `LAST_EVALUATION`, or a name that `evaluate` has printed."""
         return EvaluationFolder(self.evaluation.path / name)
 
-    comparison = At("comparison")
-    comparison_answers = At("comparison/answers.jsonl")
-    comparison_results = At("comparison/comparison.json")
-    comparison_page = At("comparison/comparison.html")
-    comparison_parts = At("comparison/parts")
+    comparison = PathBelow("comparison")
+    comparison_answers = PathBelow("comparison/answers.jsonl")
+    comparison_results = PathBelow("comparison/comparison.json")
+    comparison_page = PathBelow("comparison/comparison.html")
+    comparison_parts = PathBelow("comparison/parts")
     """Finished parts of the work, by the digest of the settings that define them."""
-    comparison_models = At("comparison/models")
+    comparison_models = PathBelow("comparison/models")
     """Model folders written from checkpoints."""
-    doctor_report = At("doctor/doctor.json")
-    doctor_page = At("doctor/doctor.html")
-    pairs = At("pairs")
-    pairs_file = At("pairs/pairs.jsonl")
-    pairs_samples = At("pairs/samples.jsonl")
-    pairs_parts = At("pairs/parts")
+    doctor_report = PathBelow("doctor/doctor.json")
+    doctor_page = PathBelow("doctor/doctor.html")
+    pairs = PathBelow("pairs")
+    pairs_file = PathBelow("pairs/pairs.jsonl")
+    pairs_samples = PathBelow("pairs/samples.jsonl")
+    pairs_parts = PathBelow("pairs/parts")
     """Finished parts of the work, by the digest of the settings that define them."""
-    pairs_judgements = At("pairs/judgements.jsonl")
-    pairs_agreement = At("pairs/agreement.json")
-    rounds = At("rounds")
-    rounds_config = At("rounds/config.yaml")
+    pairs_judgements = PathBelow("pairs/judgements.jsonl")
+    pairs_agreement = PathBelow("pairs/agreement.json")
+    rounds = PathBelow("rounds")
+    rounds_config = PathBelow("rounds/config.yaml")
     """The configuration that the rounds share."""
-    rounds_summary = At("rounds/rounds.json")
+    rounds_summary = PathBelow("rounds/rounds.json")
 
     def round(self, number: int) -> "RunFolder":
         """Return the folder of a round, which is the run directory of its sampling."""
         return RunFolder(self.rounds / str(number))
 
-    round_result = At("round.json")
+    round_result = PathBelow("round.json")
     """The finished stages of a round, in its folder."""
 
     @property
@@ -178,14 +178,14 @@ class RunFolder:
         """The run directory of a round's training, in the round's folder."""
         return RunFolder(self.path / "train")
 
-    sweep = At("sweep.json")
+    sweep = PathBelow("sweep.json")
     """The results of a sweep, in its folder."""
 
     def point_screen(self, run: "RunFolder") -> Path:
         """Return the file with what a point of the sweep in this folder would print on the screen."""
         return self.logs / f"{run.path.name}.log"
 
-    policy = At("policy")
+    policy = PathBelow("policy")
     """The policy after a round that trains an adapter, merged into its base; in the round's folder."""
 
 

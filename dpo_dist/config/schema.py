@@ -7,6 +7,7 @@ the run directory.
 
 from copy import copy
 from enum import StrEnum
+from functools import cached_property
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field
@@ -21,6 +22,7 @@ from dpo_dist.config.fields import (
     schema,
     section,
 )
+from dpo_dist.config.identity import RunIdentity
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.verbs import EVERY_VERB, VERBS_WITH_DATA
 
@@ -85,10 +87,21 @@ class SamplesConfig:
     prompts: int | None = key(None, ge=0)
     """Prompts of the evaluation data that the policy responds to at every evaluation; null: 8, before the
     first step and after the last only; 0: none."""
-    max_new_tokens: int = key(256, ge=1)
-    """Largest number of tokens in a response."""
-    temperature: float = key(0.7, ge=0)
-    """Sampling temperature; 0: greedy."""
+
+
+@schema
+class SamplingConfig:
+    """How models respond: at evaluations (`samples`), in `compare` and in `pairs`."""
+
+    max_new_tokens: int | None = key(None, ge=1)
+    """Largest number of tokens in a response; null: 512 in `pairs`, else 256."""
+    temperature: float | None = key(None, ge=0)
+    """Sampling temperature; 0: greedy; null: 0.7 at evaluations, else 1, where alone the KL of `compare` is
+    unbiased."""
+    top_p: float = key(1.0, gt=0, le=1)
+    """Sample from the likeliest tokens whose probabilities add up to this."""
+    top_k: int = key(0, ge=0)
+    """Sample from this many of the likeliest tokens; 0: from all."""
 
 
 LearningRateSchedule = StrEnum("LearningRateSchedule", ["constant", "linear", "cosine", "inverse_sqrt"])
@@ -119,8 +132,6 @@ class OptimConfig:
         [0.9, 0.999], accepts="two numbers, >= 0 and < 1: [0.9,0.999]", min_length=2, max_length=2
     )
     """Decay rates of the first and second moments."""
-    eps: float = key(1e-8, gt=0)
-    """Added to the root of the second moment."""
     max_grad_norm: float = key(1.0, gt=0)
     """Largest norm of the gradient; a larger one is clipped to it."""
 
@@ -171,9 +182,7 @@ AttentionBackend = StrEnum(
 )
 Quantization = StrEnum("Quantization", ["int8", "nf4"])
 ReferenceMode = StrEnum("ReferenceMode", ["auto", "cached", "live", "adapter", "none"])
-Numerics = StrEnum("Numerics", ["strict", "tolerant"])
-Offload = StrEnum("Offload", ["none", "cpu", "nvme"])
-PolicyOffload = Literal[Offload.none, Offload.cpu]
+Offload = StrEnum("Offload", ["none", "cpu"])
 ParallelismKind = StrEnum("ParallelismKind", ["zero3", "zero2", "ddp"])
 ZERO_STAGES = {ParallelismKind.zero3: 3, ParallelismKind.zero2: 2, ParallelismKind.ddp: 1}
 Direction = StrEnum("Direction", ["highest", "lowest"])
@@ -310,8 +319,6 @@ class DataConfig:
     """Take pairs apart into a good and a bad response, for `loss=kto` and `apo_zero_unpaired`."""
     cache: Filled = key("${run.root}/encoded", free=True)
     """Folder of encoded data, shared by runs."""
-    processes: int | None = key(None, ge=1, free=True)
-    """Processes that encode; null: one per core, if there are enough records."""
 
     @property
     def eval_sources(self) -> list[SourceConfig]:
@@ -331,13 +338,7 @@ class ReferenceConfig:
     quantization: Quantization | None = key(None, verbs="train precompute evaluate doctor")
     """Load its weights in 8 or 4 bits (bitsandbytes), unsharded on every device; null: as stored."""
     offload: Offload = key(Offload.none, free=True)
-    """Where its weights are kept: on the device (`none`), `cpu` or `nvme`."""
-    numerics: Numerics = key(Numerics.strict)
-    """`tolerant` reuses log-probs of other kernels or versions and measures their drift."""
-    rows_per_shard: int = key(4096, ge=1, free=True)
-    """Entries per shard file; a kill loses at most one shard."""
-    nvme_path: Filled | None = key(None, free=True)
-    """Folder on a local disk for `offload=nvme`."""
+    """Where its weights are kept: on the device (`none`) or `cpu`."""
     store: Filled = key("${run.root}/reference", free=True, verbs=VERBS_WITH_DATA)
     """Folder of stored log-probs, shared by runs."""
 
@@ -348,15 +349,12 @@ class ParallelismConfig:
 
     kind: ParallelismKind = key(ParallelismKind.zero3, verbs="train precompute evaluate compare pairs")
     """ZeRO stage 3 or 2, or `ddp`: all weights on every process, optimizer states sharded (stage 1)."""
-    offload_parameters: PolicyOffload = key(Offload.none)
+    offload_parameters: Offload = key(Offload.none)
     """Where the policy's weights are kept: on the device (`none`) or `cpu`."""
-    offload_optimizer: PolicyOffload = key(Offload.none, verbs="train")
+    offload_optimizer: Offload = key(Offload.none, verbs="train")
     """Where the optimizer's states are kept: on the device (`none`) or `cpu`."""
     reduce_in_float32: bool | None = key(None, verbs="train")
     """Sum gradients over processes in float32, in place of `model.dtype`; null: with several nodes."""
-    overlap: bool = key(True, verbs="train", free=True)
-    """Exchange gradients while backward computes (`zero3` and `zero2` on GPUs): DeepSpeed's `overlap_comm`.
-    Without it a step has the same numbers, takes longer, and less memory."""
     hpz: int = key(1, ge=1, verbs="train")
     """ZeRO-3 keeps a second copy of the weights on each group of so many processes, those of a node: weights
     are gathered over the network once a step, else within the group (ZeRO++, arXiv 2306.10209). 1: none."""
@@ -463,10 +461,6 @@ class CompareConfig:
     of a model or an adapter, or a hub name. The first is the base of KL and win rates."""
     prompts: int = key(128, ge=1)
     """Number of different prompts, chosen by a hash of the prompt; all if there are fewer."""
-    max_new_tokens: int = key(256, ge=1)
-    """Largest number of tokens in a response."""
-    temperature: float = key(1.0, ge=0)
-    """Sampling temperature; 0: greedy. Only at 1 is the KL unbiased."""
 
 
 FailOn = StrEnum("FailOn", ["warning", "error", "never"])
@@ -542,8 +536,6 @@ class PlanConfig:
     """Number of GPUs, 8 to a node; null: those of this machine, or else 8."""
     gpu: GpuKind | None = key(None)
     """Kind of the GPUs; null: that of this machine, measured, or else h100-80g."""
-    network: float = key(400.0, gt=0)
-    """Gbit/s between nodes for each GPU."""
     price: float | None = key(None, gt=0, verbs="plan")
     """Price of a GPU for an hour, in any currency."""
     pairs: int | None = key(None, ge=1)
@@ -582,8 +574,6 @@ class EndpointConfig:
         "the better response is more helpful, honest and harmless, and follows the instructions"
     )
     """The judge's criterion, in one clause."""
-    parallel_requests: int = key(8, ge=1)
-    """Requests that each process sends at a time."""
 
 
 @schema
@@ -605,16 +595,8 @@ class PairsConfig:
     weaker one. Empty: `model.path`."""
     samples: int = key(4, ge=1)
     """Responses of each model to a prompt; `delta` takes one."""
-    max_new_tokens: int = key(512, ge=1)
-    """Largest number of tokens in a response."""
-    temperature: float = key(1.0, ge=0)
-    """Sampling temperature; 0: greedy."""
-    top_p: float = key(1.0, gt=0, le=1)
-    """Sample from the likeliest tokens whose probabilities add up to this."""
-    top_k: int = key(0, ge=0)
-    """Sample from this many of the likeliest tokens; 0: from all."""
     unfinished: DropOrKeep = key(DropOrKeep.drop)
-    """What to do with responses that did not end within `max_new_tokens`; they are counted."""
+    """What to do with responses that did not end within `sampling.max_new_tokens`; they are counted."""
     reward_model: Filled | None = key(None, verbs=JUDGING)
     """Judge: folder or hub name of a sequence classification model with one output."""
     function: Filled | None = key(None, verbs=JUDGING)
@@ -640,8 +622,8 @@ class SweepConfig:
     parallel: int | None = key(None, ge=1)
     """Points that train at a time, each on an equal part of the GPUs; null: as many as GPUs, or 1 without."""
     launcher: Filled | None = key(None)
-    """Command before `-m dpo_dist.train` that starts the processes of a point; null: `dpo-dist
-    launch` if a point has several GPUs, else one process that imports nothing again."""
+    """Command before `-m dpo_dist.train` that starts the processes of a point; null:
+    `dpo-dist launch` if a point has several GPUs, else one process that imports nothing again."""
 
 
 @schema
@@ -656,6 +638,7 @@ class RunConfig:
     optim: OptimConfig = section(OptimConfig, verbs="train")
     trainer: TrainerConfig = section(TrainerConfig, verbs="train")
     samples: SamplesConfig = section(SamplesConfig, free=True, verbs="train")
+    sampling: SamplingConfig = section(SamplingConfig, free=True, verbs="train compare pairs")
     metrics: MetricsConfig = section(MetricsConfig, free=True, verbs="train evaluate")
     parallelism: ParallelismConfig = section(ParallelismConfig, free=True, verbs="train precompute evaluate")
     tracking: TrackingConfig = section(TrackingConfig, free=True, verbs="train")
@@ -667,3 +650,8 @@ class RunConfig:
     export: ExportConfig = section(ExportConfig, free=True, verbs="export")
     plan: PlanConfig = section(PlanConfig, free=True, verbs="train plan")
     sweep: SweepConfig = section(SweepConfig, free=True, verbs="sweep")
+
+    @cached_property
+    def identity(self) -> RunIdentity:
+        """What defines the run's result."""
+        return RunIdentity(self)

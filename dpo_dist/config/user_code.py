@@ -4,7 +4,7 @@ import importlib.machinery
 import importlib.util
 import sys
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.util import find_spec
 from inspect import signature
@@ -13,7 +13,6 @@ from typing import Any
 
 import yaml
 
-from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError, first_line
 from dpo_dist.foundation.files import text_digest
 
@@ -124,9 +123,9 @@ def _opened(values: Mapping[str, Any]) -> dict[str, str]:
     return doors
 
 
-def open_doors(config: RunConfig) -> list[str]:
-    """Return a line for each option of `config` that runs code of others."""
-    return [f"warning: {key}={value}: {DOORS[key]}" for key, value in _opened(asdict(config)).items()]
+def open_doors(values: Mapping[str, Any]) -> list[str]:
+    """Return a line for each option, in the plain values of a configuration, that runs code of others."""
+    return [f"warning: {key}={value}: {DOORS[key]}" for key, value in _opened(values).items()]
 
 
 def written_values(text: str | bytes, where: str = "config.yaml") -> dict[str, Any]:

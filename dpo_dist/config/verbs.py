@@ -1,14 +1,16 @@
 """The table of verbs: what each does, and what it takes of a configuration.
 
-A new verb is a row here, a file dpo_dist/NAME.py with its `main`, and its name at the keys that it reads.
+A new verb is a row here, the module that runs it, and its name at the keys that it reads.
 """
 
 from typing import NamedTuple
 
 
 class Verb(NamedTuple):
-    """A program of the package, `python -m dpo_dist.NAME`; the schema says which keys it reads."""
+    """A program of the package, `dpo-dist NAME`; the schema says which keys it reads."""
 
+    module: str
+    """`python -m` runs it."""
     help: str
     needs: tuple[str, ...] = ()
     """The keys without which it does nothing."""
@@ -28,40 +30,54 @@ class Verb(NamedTuple):
 
 _RUN = ("model.path", "data.train")
 VERBS = {
-    "train": Verb("train a policy, from its last checkpoint if there is one", _RUN),
+    "train": Verb("dpo_dist.train", "train a policy, from its last checkpoint if there is one", _RUN),
     "sweep": Verb(
-        "train a run for each point of a grid of values", _RUN, is_one_process=True, takes_points=True
+        "dpo_dist.tools.sweep",
+        "train a run for each point of a grid of values",
+        _RUN,
+        is_one_process=True,
+        takes_points=True,
     ),
     "precompute": Verb(
+        "dpo_dist.verbs.precompute",
         "score the pairs of a run by the reference model, and store the log-probs",
         (*_RUN, "reference.mode"),
         of_former_run=True,
     ),
     "evaluate": Verb(
+        "dpo_dist.verbs.evaluate",
         "score pairs with trained models and the reference",
         ("model.path",),
         of_former_run=True,
         takes_words=("run.dir",),
     ),
     "compare": Verb(
+        "dpo_dist.tools.compare",
         "ask several models the same prompts, side by side",
         takes_training=False,
         takes_words=("compare.models",),
     ),
     "doctor": Verb(
-        "examine the data of a run, and encode them", ("data.train",), of_former_run=True, is_one_process=True
+        "dpo_dist.tools.doctor",
+        "examine the data of a run, and encode them",
+        ("data.train",),
+        of_former_run=True,
+        is_one_process=True,
     ),
     "plan": Verb(
+        "dpo_dist.tools.plan",
         "compute memory and hours of a run on GPUs that one does not have yet",
         ("model.path",),
         is_one_process=True,
     ),
     "pairs": Verb(
+        "dpo_dist.tools.pairs",
         "make preference records, by scores, models and judges, or people",
         ("data.train",),
         takes_training=False,
     ),
     "export": Verb(
+        "dpo_dist.verbs.export",
         "write a checkpoint as a model folder; merge an adapter; average models",
         ("model.path",),
         reads_data=False,
@@ -70,16 +86,27 @@ VERBS = {
         takes_words=("run.dir",),
     ),
     "convert": Verb(
+        "dpo_dist.tools.convert",
         "translate a run of TRL, LLaMA-Factory, axolotl, ms-swift or open-instruct",
         is_configured=False,
         reads_data=False,
     ),
-    "report": Verb("write the page of a run again, or compare several runs", is_configured=False),
-    "chat": Verb("talk to a model in the terminal, also beside its base", is_configured=False),
-    "selftest": Verb("test this machine: kernels, ways of training, speeds", is_configured=False),
-    "store": Verb("list, verify and clean a store of reference log-probs", is_configured=False),
+    "report": Verb(
+        "dpo_dist.tools.report", "write the page of a run again, or compare several runs", is_configured=False
+    ),
+    "chat": Verb(
+        "dpo_dist.tools.chat", "talk to a model in the terminal, also beside its base", is_configured=False
+    ),
+    "selftest": Verb(
+        "dpo_dist.tools.selftest", "test this machine: kernels, ways of training, speeds", is_configured=False
+    ),
+    "store": Verb(
+        "dpo_dist.verbs.store", "list, verify and clean a store of reference log-probs", is_configured=False
+    ),
     "launch": Verb(
-        "start a verb on several processes, with the arguments of accelerate launch", is_configured=False
+        "dpo_dist.verbs.launch",
+        "start a verb on several processes, with the arguments of accelerate launch",
+        is_configured=False,
     ),
 }
 EVERY_VERB = " ".join(name for name, verb in VERBS.items() if verb.is_configured)

@@ -11,16 +11,16 @@ import yaml
 
 from dpo_dist.batching.sampler import BatchSampler
 from dpo_dist.config.schema import DataConfig, TextTemplate
-from dpo_dist.data.lengths import SourceLengths, fitting_limits
 from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN, BadRecord, Record, shown_key
+from dpo_dist.data.text.lengths import SourceLengths, fitting_limits
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.text import counted
 
 SHOWN_EXAMPLES = 20
 _NAMED_EXAMPLES = 3
 _NAMED_FIELDS = 12
-NOT_ASKED = "prompts_dropped_"
-"""Before the reason for which a prompt is not asked, in the name of a count."""
+DROPPED_PROMPT_PREFIX = "prompts_dropped_"
+"""How the names of counts begin that count prompts which are not asked; the reason follows."""
 EMPTY_REMEDY = "check the path, or remove the source"
 _TABLE: dict[str, dict[str, list[str]]] = yaml.safe_load(
     Path(__file__).with_name("counts.yaml").read_text(encoding="utf-8")
@@ -30,8 +30,8 @@ _ROWS = {name: row for rows in _TABLE.values() for name, row in rows.items()}
 
 def in_words(name: str) -> str:
     """Return the meaning of a count or of a reason; an unknown name with spaces."""
-    if name.startswith(NOT_ASKED):
-        return f"prompts that are not asked: {in_words(name.removeprefix(NOT_ASKED))}"
+    if name.startswith(DROPPED_PROMPT_PREFIX):
+        return f"prompts that are not asked: {in_words(name.removeprefix(DROPPED_PROMPT_PREFIX))}"
     if name.startswith("unread_") and name not in _ROWS:
         return f"the field {name.removeprefix('unread_')} is not read"
     return _ROWS[name][0] if name in _ROWS else name.replace("_", " ")
@@ -117,7 +117,7 @@ class DataCounts:
         return self.numbers() | {"examples": self.examples}
 
 
-def in_one_line(counts: Mapping[str, int]) -> str:
+def counts_in_one_line(counts: Mapping[str, int]) -> str:
     """Return counts with their meaning: "1 empty_response (a response is empty), ..."; empty without any."""
     return ", ".join(
         f"{number:,} {name}" + (f" ({in_words(name)})" if name in _ROWS else "")

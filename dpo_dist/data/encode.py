@@ -1,37 +1,27 @@
 """Encode a preference record as token ids: one prompt, and each response as its continuation."""
 
-import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
-import pyarrow as pa
 
-from dpo_dist.batching.example import Example, Mask, response_keys
+from dpo_dist.batching.example import Example, Mask
 from dpo_dist.config.losses import NUMBERS
-from dpo_dist.config.schema import MARKER_GAP, UNTRAINED_PARTS, DataConfig, OnBadRecord, Truncation
+from dpo_dist.config.schema import MARKER_GAP, UNTRAINED_PARTS, DataConfig, Truncation
 from dpo_dist.data.counts import Outcome
-from dpo_dist.data.escape import THOUGHT_TAGS, has_reserved
-from dpo_dist.data.lengths import kept_tokens, needed_tokens
 from dpo_dist.data.records import (
-    ALL_RECORDS,
-    HELD_OUT,
-    LEFT_IN_TRAIN,
     BadRecord,
-    Part,
     PreferenceRecord,
-    Record,
     Tokenizer,
     UnusableRecordError,
-    bad_record_error,
-    prompt_hash,
     training_examples,
 )
-from dpo_dist.data.render import Rendered, TokenizerFacts, render_record, tokenizer_facts
-from dpo_dist.data.store import SCHEMA
-from dpo_dist.data.template import Span
+from dpo_dist.data.text.escape import THOUGHT_TAGS, has_reserved
+from dpo_dist.data.text.lengths import kept_tokens, needed_tokens
+from dpo_dist.data.text.render import Rendered, render_record
+from dpo_dist.data.text.template import Span
+from dpo_dist.data.text.tokenizer import TokenizerFacts, tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError
 
 
@@ -267,59 +257,3 @@ def encode_record(
     new_ranks = [[used.index(index) for index in example] for example in ranks]
     numbers = list({**NUMBERS, **record.numbers}.values()) if record.numbers else []
     return EncodedRecord(encoded, new_ranks, [scores[index] for index in used], ties, numbers)
-
-
-def encode_records(
-    records: Sequence[Record],
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    part: Part = ALL_RECORDS,
-) -> pa.RecordBatch:
-    """Encode the `records` of `part` as rows of `store.SCHEMA`; unusable ones are dropped with a reason."""
-    rows = []
-    for record in records:
-        prompt, values = 0, dict[str, Any]()
-        encoded: EncodedRecord | BadRecord | None = None  # of another part
-        if isinstance(record, BadRecord):
-            encoded = None if part.is_eval else record  # it has no prompt
-        elif part.has(prompt := prompt_hash(record.prompt)):
-            encoded = encode_record(record, config, tokenizer)
-        if isinstance(encoded, BadRecord):
-            if config.on_bad_record is OnBadRecord.error:
-                raise bad_record_error(encoded)
-            outcome = Outcome(encoded.reason, changed=tuple((f"unread_{name}", 1) for name in encoded.unread))
-            values = {"detail": encoded.detail, "lengths": encoded.lengths}
-        elif encoded is None:
-            outcome = Outcome(changed=((LEFT_IN_TRAIN if part.is_eval else HELD_OUT, 1),))
-        else:
-            outcome, values = encoded.outcome, _columns(encoded) | {"prompt": prompt}
-        origin = {"file": record.origin.source, "line": record.origin.line}
-        rows.append({**_EMPTY_ROW, **origin, "outcome": json.dumps(astuple(outcome)), **values})
-    return pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
-
-
-_EMPTY_ROW = {
-    "detail": "",
-    "prompt": 0,
-    "largest_id": -1,
-    **{field.name: () for field in SCHEMA if pa.types.is_list(field.type)},
-}
-
-
-def _columns(record: EncodedRecord) -> dict[str, Any]:
-    example = record.example
-    pieces = (example.prompt_ids, *example.responses)
-    ids = np.concatenate(pieces)
-    return {
-        "largest_id": ids.max(),
-        "ids": ids,
-        "piece_tokens": list(map(len, pieces)),
-        "keys": response_keys([example]).ravel(),
-        "scores": record.scores,
-        "numbers": record.numbers,
-        "truncated": example.truncated,
-        "trained_tokens": [int(mask.sum()) for mask in example.masks],
-        "trained": np.concatenate([np.empty(0, np.bool_), *(m for m in example.masks if not m.all())]),
-        "examples": record.ranks,
-        "lengths": example.lengths,
-    }

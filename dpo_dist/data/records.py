@@ -5,9 +5,10 @@ Records belong to the training or to the evaluation data by the hash of their pr
 
 import hashlib
 import itertools
+import json
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -16,6 +17,8 @@ import numpy.typing as npt
 
 from dpo_dist.config.schema import DataConfig, Ranked
 from dpo_dist.foundation.errors import DataError
+from dpo_dist.foundation.files import text_digest
+from dpo_dist.foundation.types import Fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,8 +34,6 @@ _MAX_SHOWN_WORDS = 3
 
 Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
 """A name for annotations: transformers takes seconds to import."""
-Fields: TypeAlias = Mapping[str, Any]
-"""The fields of an input record, or of a part of it, by name."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,40 @@ def training_examples(record: PreferenceRecord, ranked: Ranked) -> tuple[list[Ra
             pairs = list(itertools.combinations(indices, 2))
             untied: list[Ranks] = [pair for pair in pairs if scores[pair[0]] != scores[pair[1]]]
             return untied, len(pairs) - len(untied)
+
+
+def as_fields(prompt: Prompt, responses: Sequence[Response]) -> list[Any]:
+    """Return a prompt and responses as values for JSON; a dialogue, part of the responses, is None."""
+    if isinstance(prompt, Dialogue):
+        return [None, *(f"{prompt.text}{response}" for response in responses)]
+    if isinstance(prompt, str):
+        return [prompt, *map(str, responses)]
+    return [
+        [
+            {"role": turn.role, "content": turn.content, **turn.fields}
+            | ({} if turn.is_trained is None else {"loss_weight": int(turn.is_trained)})
+            for turn in turns
+        ]
+        for turns in (prompt, *map(turns_of, responses))
+    ]
+
+
+def context_fields(record: PreferenceRecord) -> dict[str, Any]:
+    """Return tools and template arguments of a record, if it has any."""
+    tools, arguments = [dict(tool) for tool in record.tools], dict(record.template_arguments)
+    fields = {"tools": tools, "chat_template_kwargs": arguments}
+    return {name: value for name, value in fields.items() if value}
+
+
+def prompt_key(record: PreferenceRecord) -> str:
+    """Return 32 hex digits over the prompt, its tools and template arguments: the same for equal prompts."""
+    prompt: Any = record.prompt
+    if isinstance(prompt, Dialogue):
+        prompt = {"dialogue": prompt.text}
+    elif not isinstance(prompt, str):
+        prompt = [[turn.role, turn.content, dict(turn.fields)] for turn in prompt]
+    content = {"prompt": prompt, "tools": list(record.tools), "arguments": dict(record.template_arguments)}
+    return text_digest(json.dumps(content, sort_keys=True))
 
 
 def shown_key(key: Any) -> str:

@@ -1,11 +1,8 @@
 """DeepSpeed's configuration of the policy and of a model that is only scored."""
 
 import os
-import shutil
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from dpo_dist.config.schema import (
@@ -16,8 +13,6 @@ from dpo_dist.config.schema import (
     ParallelismConfig,
     ParallelismKind,
 )
-from dpo_dist.distributed.world import World
-from dpo_dist.foundation.errors import ConfigError
 
 START = 2.0**16  # the loss scale at the start of training in fp16
 # Weights of a decoder layer over the square of the hidden size: 13 in Llama-3-70B, 19 in Qwen2.5-0.5B.
@@ -28,9 +23,16 @@ _SQUARES_PER_LAYER = 16
 _NO_LEAVES: dict[str, list[str]] = {"classes": []}
 
 
+OVERLAPS = True
+"""Whether ZeRO-2 and ZeRO-3 exchange gradients on GPUs while backward computes (`overlap_comm`).
+
+Only `selftest` changes it: without the overlap a step has the same numbers, takes longer, and less memory.
+"""
+
+
 def policy_config(parallelism: ParallelismConfig, optim: OptimConfig, dtype: Dtype) -> dict[str, Any]:
     """Return DeepSpeed's configuration of the policy, without `communication`."""
-    overlaps = parallelism.overlap and torch.cuda.is_available()
+    overlaps = OVERLAPS and torch.cuda.is_available()
     zero: dict[str, Any] = {"stage": ZERO_STAGES[parallelism.kind], "overlap_comm": overlaps}
     if parallelism.kind is ParallelismKind.zero3:
         zero["leaf_module"] = _NO_LEAVES
@@ -80,19 +82,11 @@ def communication(stage: int, hidden_size: int, *, trains: bool = True) -> dict[
     return {**prefetch, "stage3_param_persistence_threshold": 10 * hidden_size}
 
 
-def frozen_config(
-    offload: Offload, dtype: Dtype, folder: Path | None = None, largest_shard: int = 0
-) -> dict[str, Any]:
-    """Return DeepSpeed's configuration of a model that is only scored: sharded weights, no optimizer.
-
-    With NVMe, its weights are in `folder`, which this process uses alone. DeepSpeed reads shards into a few
-    buffers in host memory, and fails where a shard is larger than a buffer (`largest_shard` elements).
-    """
+def frozen_config(offload: Offload, dtype: Dtype) -> dict[str, Any]:
+    """Return DeepSpeed's configuration of a model that is only scored: sharded weights, no optimizer."""
     zero: dict[str, Any] = {"stage": 3, "leaf_module": _NO_LEAVES}
     if offload is not Offload.none:
         zero["offload_param"] = _offload(offload)
-    if folder is not None:
-        zero["offload_param"] |= {"nvme_path": str(folder), "buffer_size": largest_shard}
     return _shared_config(zero, dtype)
 
 
@@ -109,26 +103,3 @@ def _shared_config(zero: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
 
 def _offload(target: Offload) -> dict[str, Any]:
     return {"device": target.value, "pin_memory": torch.cuda.is_available()}
-
-
-def nvme_folder(nvme_path: str, world: World) -> Path:
-    """Create and return a folder below `nvme_path` for this process; remove those of dead processes.
-
-    DeepSpeed deletes everything in its folder, so processes must not share one.
-    """
-    peer, root = world.peers[world.rank], Path(nvme_path)
-    for left in root.glob(f"dpo_dist-{peer.host}-*"):
-        if not psutil.pid_exists(int(left.name.rpartition("-")[2])):
-            shutil.rmtree(left, ignore_errors=True)
-    folder = root / f"dpo_dist-{peer.host}-{peer.pid}"
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(
-            "the folder for weights on NVMe cannot be created",
-            where="reference.nvme_path",
-            got=f"{folder}: {error.strerror}",
-            remedy="set reference.nvme_path to a folder that is writable on every node",
-        ) from error
-    return folder

@@ -1,9 +1,9 @@
-"""What this module alone uses of DeepSpeed beyond its documented interface.
+"""The wall towards DeepSpeed and Accelerate: no other file uses their undocumented parts.
 
-A version that changes them fails tests of two ranks: `test_checkpoint.py` (master weights, states of CPU
-Adam, a reference that follows the policy), `test_engine.py` (updates that are not applied),
-`test_generation.py` (orders of gathering), `test_reference_placement.py` (NVMe), and of one,
-`test_world.py` (a process group that is left).
+A version that changes one of these parts fails a test in tests/unit/distributed/test_deepspeed_internals.py,
+which calls the functions below on real engines of one rank, or one of two ranks in tests/dist:
+`test_checkpoint.py` (master weights, states of CPU Adam), `test_averages.py` (a reference that follows the
+policy), `test_engine.py`, `test_generation.py` (orders of gathering).
 """
 
 import contextlib
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import deepspeed
+import deepspeed.ops
 import torch
 from accelerate.state import AcceleratorState
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -31,8 +32,65 @@ Flat = tuple[Tensor, list[Range]]
 """A flat tensor of master weights, this rank's part of a group of weights, with their ranges."""
 
 
-def flat_masters(optimizer: Any, rank: int) -> list[Flat]:
-    """Return the flat float32 tensors that an optimizer of DeepSpeed updates, of any ZeRO stage."""
+def is_sharded(weight: Any) -> bool:
+    """Return whether ZeRO-3 shards a weight: outside of forwards the weight itself is empty."""
+    return hasattr(weight, "ds_id")
+
+
+def shard_of(weight: Any) -> Tensor | None:
+    """Return this rank's slice of a weight, flat and with padding; None if the weight is not sharded."""
+    shard: Tensor | None = getattr(weight, "ds_tensor", None)
+    return shard
+
+
+def whole_shape(weight: Any) -> tuple[int, ...]:
+    """Return the shape of a weight, which ZeRO-3 may shard."""
+    return tuple(getattr(weight, "ds_shape", weight.shape))
+
+
+def whole_numel(weight: Any) -> int:
+    """Return the number of elements of a weight, which ZeRO-3 may shard."""
+    return int(getattr(weight, "ds_numel", weight.numel()))
+
+
+def zero_kind(engine: Any) -> str:
+    """Return the name of the class that shards the optimizer of an engine."""
+    return type(engine.optimizer).__name__
+
+
+def inner_optimizer(engine: Any) -> Any:
+    """Return the AdamW in the optimizer of an engine: it has the states and updates the master weights."""
+    return engine.optimizer.optimizer
+
+
+def optimizer_tensors(engine: Any) -> list[dict[str, Any]]:
+    """Return the attributes of both optimizers of an engine, which refer to its tensors."""
+    return [vars(engine.optimizer), vars(engine.optimizer.optimizer)]
+
+
+def set_learning_rate(engine: Any, rate: float) -> None:
+    """Set the learning rate of the next updates."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate
+
+
+def set_loss_scale(engine: Any, scale: float) -> None:
+    """Set the number by which an engine in fp16 multiplies the next losses."""
+    engine.optimizer.loss_scale = scale
+
+
+def reduce_in_optimizer_only(engine: Any) -> None:
+    """Make the one process of an engine in bf16, ZeRO-1, not reduce its gradients to itself after backward.
+
+    It would round them to bf16, which takes 5 % of a step. Optimizers of other stages reduce in backward.
+    """
+    if isinstance(engine.optimizer, BF16_Optimizer):
+        engine.enable_backward_allreduce = False
+
+
+def flat_masters(engine: Any, rank: int) -> list[Flat]:
+    """Return the flat float32 tensors that the optimizer of an engine updates, of any ZeRO stage."""
+    optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         groups = [_ranges_of_stage_3(weights, rank) for weights in optimizer.fp16_groups]
         tensors = optimizer.fp32_partitioned_groups_flat
@@ -73,13 +131,9 @@ def _ranges_of_stage_3(weights: Sequence[Any], rank: int) -> list[Range]:
     return ranges
 
 
-def whole_shape(weight: Any) -> tuple[int, ...]:
-    """Return the shape of a weight, which ZeRO-3 may shard."""
-    return tuple(getattr(weight, "ds_shape", weight.shape))
-
-
-def write_masters_to_model(optimizer: Any) -> None:
+def write_masters_to_model(engine: Any) -> None:
     """Set the weights of the forward to the master weights; collective."""
+    optimizer = engine.optimizer
     if not isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         optimizer.update_lp_params()
         return
@@ -89,11 +143,12 @@ def write_masters_to_model(optimizer: Any) -> None:
     optimizer.checkpoint_event_epilogue()
 
 
-def drop_gradients(optimizer: Any) -> None:
+def drop_gradients(engine: Any) -> None:
     """Forget the gradients of an update that was not applied.
 
     With ZeRO-2, bf16 and offload the next gradients would be added to them.
     """
+    optimizer = engine.optimizer
     if isinstance(optimizer, DeepSpeedZeroOptimizer):
         optimizer.averaged_gradients.update(dict.fromkeys(optimizer.averaged_gradients))
 
@@ -110,7 +165,12 @@ def restore_powers(adam: Any, step: int) -> None:
         adam.ds_opt_adam.adam_update(adam.opt_id, number, 0.0, beta1, beta2, 1.0, 0.0, True, *dummies)
 
 
-def record_gather_orders(engine: Any, offload: Any) -> None:
+def _gathering(engine: Any) -> Any:
+    """Return the part of an engine that gathers weights; in an engine without optimizer it stands for it."""
+    return getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+
+
+def record_gather_orders(engine: Any) -> None:
     """Record one gather order per kind of forward, so that ZeRO-3 always prefetches the right weights.
 
     DeepSpeed records the order in which one forward and the backward after it use modules. A forward in
@@ -118,9 +178,8 @@ def record_gather_orders(engine: Any, offload: Any) -> None:
     collective comparisons. A policy has forwards of different orders: with gradients, without them, without
     its adapter, and in generation. And a layer that reads the weights of its active adapter registers them
     as its own, so orders recorded before are wrong then.
-
-    `offload` is DeepSpeed's part of the `engine` that gathers weights.
     """
+    offload = _gathering(engine)
     unused = offload.param_coordinator
     coordinators: dict[tuple[bool, frozenset[str], bool, int], Any] = {}
     # Collected once: a large model with an adapter has tens of thousands of modules.
@@ -147,11 +206,8 @@ def record_gather_orders(engine: Any, offload: Any) -> None:
 
 
 @contextlib.contextmanager
-def gathered_once(engine: Any, offload: Any) -> Iterator[None]:
-    """Keep weights that ZeRO-3 gathers in the block until its end; it would release each after its use.
-
-    Arguments as of `record_gather_orders`.
-    """
+def gathered_once(engine: Any) -> Iterator[None]:
+    """Keep weights that ZeRO-3 gathers in the block until its end; it would release each after its use."""
     weights = [weight for weight in engine.module.parameters() if not weight.ds_persist]
     try:
         for weight in weights:
@@ -161,7 +217,7 @@ def gathered_once(engine: Any, offload: Any) -> Iterator[None]:
         for weight in weights:
             weight.ds_persist = False
     # After an error weights may be in flight, which cannot be released: it would hide the error.
-    offload.param_coordinator.release_and_reset_all(engine.module)
+    _gathering(engine).param_coordinator.release_and_reset_all(engine.module)
 
 
 def release_gathered(weights: Iterable[Any]) -> None:
@@ -171,17 +227,20 @@ def release_gathered(weights: Iterable[Any]) -> None:
             weight.partition()
 
 
-def release_nvme_buffers(weights: Iterable[Any]) -> None:
-    """Release the host memory through which weights are read from NVMe."""
-    for weight in weights:
-        if weight.nvme_swapper is not None:
-            weight.nvme_swapper.buffers = None
-
-
 def forget_process_group() -> None:
     """Let DeepSpeed and Accelerate join other processes later: they keep the group that was destroyed."""
     deepspeed.comm.comm.cdb = None
+    forget_accelerate_state()
+
+
+def forget_accelerate_state() -> None:
+    """Let Accelerate find its processes anew."""
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def use_gloo_all_reduce() -> None:
+    """Keep DeepSpeed from compiling its own all-reduce for CPUs at first use; gloo needs no compiler."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def restore_linear() -> None:

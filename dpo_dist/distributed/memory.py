@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpo_dist.foundation.errors import DeviceMemoryError
 
@@ -103,12 +103,6 @@ def out_of_memory(
     """Return PyTorch's error as an error for the user."""
     got = str(error).partition("\n")[0].partition(" If reserved")[0]  # with what is allocated and reserved
     return DeviceMemoryError("GPU memory is exhausted", where=work, got=got, remedy=remedy)
-
-
-def empty_module(module: nn.Module) -> None:
-    """Release the storage of weights, their shards and gradients, and of buffers."""
-    empty([(weight, weight.grad, getattr(weight, "ds_tensor", None)) for weight in module.parameters()])
-    empty(list(module.buffers()))
 
 
 def empty(value: Any) -> None:

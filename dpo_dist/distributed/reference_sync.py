@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from dpo_dist.config.losses import SyncReferenceConfig
-from dpo_dist.distributed.checkpoint import SavedSlices
-from dpo_dist.distributed.deepspeed_internals import release_gathered, whole_shape
-from dpo_dist.distributed.slices import WEIGHT, ModelSlices, Slice, weight_slices
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.checkpoint.saver import SavedSlices
+from dpo_dist.distributed.checkpoint.slices import WEIGHT, ModelSlices, Slice, weight_slices
+from dpo_dist.distributed.deepspeed_internals import release_gathered, shard_of, whole_shape
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine
 from dpo_dist.foundation.errors import ConfigError
 
@@ -45,12 +45,12 @@ class ReferenceSync:
         if step % self._every:
             return
         for piece in self._slices():
-            weight, shard = self._policy[piece.name], piece.parts[WEIGHT]
-            is_sharded = hasattr(weight, "ds_tensor")
-            of_policy = weight.ds_tensor.data if is_sharded else weight.data.view(-1)[piece.start :]
-            for start in range(0, len(shard), _CHUNK_ELEMENTS):
-                end = min(start + _CHUNK_ELEMENTS, len(shard))
-                old, new = shard[start:end], of_policy[start:end]
+            weight, slice_ = self._policy[piece.name], piece.parts[WEIGHT]
+            shard = shard_of(weight)
+            of_policy = weight.data.view(-1)[piece.start :] if shard is None else shard.data
+            for start in range(0, len(slice_), _CHUNK_ELEMENTS):
+                end = min(start + _CHUNK_ELEMENTS, len(slice_))
+                old, new = slice_[start:end], of_policy[start:end]
                 old.copy_(old.float().lerp(new.to(old.device, torch.float32), self._mixup))
         release_gathered(self._reference.values())
 
@@ -60,7 +60,7 @@ class ReferenceSync:
 
     @torch.no_grad()
     def load_shards(self, folder: Path) -> None:
-        """Read what a checkpoint has of `shards`, of any number of ranks; collective."""
+        """Load the shards from a checkpoint that any number of ranks wrote; collective."""
         saved = self._world.on_main(lambda: SavedSlices.find(folder, _SHARDS))
         self._world.together(lambda: saved.load_into(self._slices()))
         release_gathered(self._reference.values())

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.utils import set_z3_leaf_module
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import (
@@ -24,27 +22,33 @@ from transformers.integrations.deepspeed import (
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.batching.plan import size_in_words
 from dpo_dist.config.schema import OptimConfig, OptimizerKind
-from dpo_dist.distributed.checkpoint import SavedSlices
+from dpo_dist.distributed.checkpoint.saver import SavedSlices
+from dpo_dist.distributed.checkpoint.slices import SHARDS, ModelSlices, OptimizerSlices, is_eight_bit
 from dpo_dist.distributed.deepspeed_config import START, communication
 from dpo_dist.distributed.deepspeed_internals import (
     drop_gradients,
     gathered_once,
+    inner_optimizer,
+    optimizer_tensors,
     record_gather_orders,
-    release_nvme_buffers,
+    reduce_in_optimizer_only,
     restore_linear,
+    set_learning_rate,
+    set_loss_scale,
+    shard_of,
+    whole_numel,
+    whole_shape,
     write_masters_to_model,
 )
 from dpo_dist.distributed.memory import (
     REFERENCE_REMEDY,
     empty,
-    empty_module,
     explain_out_of_memory,
     free_memory,
     return_memory,
     wait_for_device,
 )
-from dpo_dist.distributed.slices import SHARDS, ModelSlices, OptimizerSlices, is_eight_bit
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.layers import decoder_layers, join_gradients, partly_used_blocks, without_gradient
 from dpo_dist.model.lora import adapter_off
@@ -52,15 +56,14 @@ from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.token_logps import Statistic
 
 
-def mark_zero3_leaves(model: PackedCausalLM, *, takes_layers: bool = True) -> None:
+def mark_zero3_leaves(model: PackedCausalLM) -> None:
     """Mark the modules whose weights ZeRO-3 gathers together and whose gradients it reduces together.
 
-    Decoder layers, if `takes_layers`, as fewer and larger messages are faster, and compiled code has no
-    hooks; all matrices of a layer would be read from NVMe at once, into too few buffers. And modules that may
-    use only some of their weights: a rank that skips a part would not gather it, and the others would wait.
-    Layers that share weights (Zamba) are no leaves: only the first would reduce their gradients.
+    Decoder layers, as fewer and larger messages are faster, and compiled code has no hooks. And modules that
+    may use only some of their weights: a rank that skips a part would not gather it, and the others would
+    wait. Layers that share weights (Zamba) are no leaves: only the first would reduce their gradients.
     """
-    layers = decoder_layers(model.causal_lm) if takes_layers else []
+    layers = decoder_layers(model.causal_lm)
     uses = Counter(weight for layer in layers for weight in layer.parameters())
     whole = [layer for layer in layers if all(uses[weight] == 1 for weight in layer.parameters())]
     for module in (*partly_used_blocks(model.causal_lm), *whole):
@@ -75,7 +78,7 @@ def unsharded_loading(world: World) -> contextlib.AbstractContextManager[None]:
 @contextlib.contextmanager
 def sharded_loading(world: World, deepspeed_config: dict[str, Any]) -> Iterator[None]:
     """Make transformers shard weights by this configuration inside the block, not by the policy's."""
-    inner = HfDeepSpeedConfig(deepspeed_config)  # a variable, as transformers keeps a weak reference
+    inner = HfDeepSpeedConfig(deepspeed_config)  # bound to a name: transformers has only a weak reference
     try:
         yield
     finally:
@@ -124,7 +127,7 @@ class Engine:
         try:
             with (
                 adapter_off(self.model) if of_base else contextlib.nullcontext(),
-                explain_out_of_memory("generating samples", "lower samples.max_new_tokens"),
+                explain_out_of_memory("generating samples", "lower sampling.max_new_tokens"),
                 self.model.unpacked() as causal_lm,
                 torch.no_grad(),
                 self._gathered_once(),
@@ -143,31 +146,33 @@ class Engine:
 
 
 class FrozenEngine(Engine):
-    """Sharded model that is only scored; `folder` contains its weights if they are on NVMe."""
+    """Sharded model that is only scored."""
 
-    def __init__(self, model: PackedCausalLM, deepspeed_config: dict[str, Any], folder: Path | None = None):
+    def __init__(self, model: PackedCausalLM, deepspeed_config: dict[str, Any]):
         model.requires_grad_(False)
-        mark_zero3_leaves(model, takes_layers=folder is None)
+        mark_zero3_leaves(model)
         deepspeed_config["zero_optimization"].update(communication(3, model.hidden_size, trains=False))
         engine, *_ = deepspeed.initialize(model=model, config=deepspeed_config)
         engine.eval()
         super().__init__(model, engine)
         if self._shards_weights:
-            record_gather_orders(engine, engine.optimizer)
-        self._folder = folder
+            record_gather_orders(engine)
 
     def free(self) -> None:
         """Release the memory of the model; it cannot be used afterwards."""
         wait_for_device()
         self._engine.destroy()
-        release_nvme_buffers(self.model.parameters())
-        empty_module(self.model)
+        _empty_module(self.model)
         del self._engine
         if not is_deepspeed_zero3_enabled():  # the policy is not sharded
             restore_linear()
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
         return_memory()
+
+
+def _empty_module(module: nn.Module) -> None:
+    """Release the storage of weights, their shards and gradients, and of buffers."""
+    empty([(weight, weight.grad, shard_of(weight)) for weight in module.parameters()])
+    empty(list(module.buffers()))
 
 
 _LOWEST = 1.0
@@ -190,6 +195,9 @@ class LossScale:
         return LossScale(self.value, self.applied + 1)
 
 
+ADAM_EPS = 1e-8
+"""Added to the root of the second moment."""
+
 # Size of the states that an optimizer keeps beside a master weight, in sizes of the master weight.
 STATES_OF_ADAM = {OptimizerKind.adamw: 2.0, OptimizerKind.adamw_8bit: 0.5}
 
@@ -198,11 +206,11 @@ def create_optimizer(model: PackedCausalLM, optim: OptimConfig) -> torch.optim.O
     """Return AdamW for the trained weights; Accelerate replaces an offloaded one by DeepSpeed's CPU Adam."""
     groups, betas = _parameter_groups(model, optim.weight_decay), (optim.betas[0], optim.betas[1])
     if optim.kind is OptimizerKind.adamw:
-        return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.eps, fused=True)
+        return torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=ADAM_EPS, fused=True)
     from bitsandbytes import optim as bitsandbytes  # noqa: PLC0415  (optional)
 
     adamw: Any = bitsandbytes.AdamW8bit  # type: ignore[attr-defined]
-    eight_bit: torch.optim.Optimizer = adamw(groups, lr=optim.lr, betas=betas, eps=optim.eps)
+    eight_bit: torch.optim.Optimizer = adamw(groups, lr=optim.lr, betas=betas, eps=ADAM_EPS)
     return eight_bit
 
 
@@ -210,12 +218,11 @@ def _parameter_groups(model: PackedCausalLM, weight_decay: float) -> list[dict[s
     """Return parameter groups with weight decay for matrices, and without for biases and norms.
 
     Weights without a gradient, as those of a vision tower, are not decayed either: they stay as they are.
-    Under ZeRO-3 only `ds_shape` has the number of dimensions.
     """
     unmoved = without_gradient(model.causal_lm)
 
     def decays(weight: nn.Parameter) -> bool:
-        return len(getattr(weight, "ds_shape", weight.shape)) > 1 and weight not in unmoved
+        return len(whole_shape(weight)) > 1 and weight not in unmoved
 
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     groups = [
@@ -243,19 +250,19 @@ class PolicyEngine(Engine):
                 join_gradients(module)
         world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
         engine, _ = world.accelerator.prepare(model, create_optimizer(model, optim))
-        if world.size == 1 and isinstance(engine.optimizer, BF16_Optimizer):  # other optimizers reduce in it
-            engine.enable_backward_allreduce = False  # it would round them to bf16, 5 % of a step
+        if world.size == 1:
+            reduce_in_optimizer_only(engine)
         super().__init__(model, engine)
         self._world, self._current = world, ""
         if self._shards_weights:
-            record_gather_orders(self._engine, self._engine.optimizer.parameter_offload)
+            record_gather_orders(engine)
         self.loss_scale = LossScale() if self._engine.fp16_enabled() else None
         self.has_overflowed = False
         self._averages: dict[Tensor, Tensor] = {}  # by the flat master tensors that the optimizer updates
         self._ema_decay = ema_decay
         masters = self._slices().masters()
         longest = max(map(torch.numel, masters), default=0)
-        if is_eight_bit(self._engine.optimizer.optimizer) and longest >= 2**31:
+        if is_eight_bit(inner_optimizer(engine)) and longest >= 2**31:
             raise ConfigError(
                 "the kernels of adamw_8bit number the weights of a process by 31 bits",
                 where="optim.kind",
@@ -290,14 +297,13 @@ class PolicyEngine(Engine):
 
     def _fits_whole(self) -> bool:
         """Return whether all weights fit into half of the free memory, on every rank; collective."""
-        weights: list[Any] = [*self.model.parameters()]
-        size = sum(weight.ds_numel * weight.element_size() for weight in weights)
+        size = sum(whole_numel(weight) * weight.element_size() for weight in self.model.parameters())
         return not self._world.agree(2 * size > free_memory(self._world.device, self._world.size))
 
     def _gathered_once(self) -> contextlib.AbstractContextManager[None]:
         if not (self.is_synchronised and self._fits_whole()):
             return contextlib.nullcontext()
-        return gathered_once(self._engine, self._engine.optimizer.parameter_offload)
+        return gathered_once(self._engine)
 
     @torch.no_grad()
     def base_token_logps(self, batch: PackedBatch) -> Tensor:
@@ -319,8 +325,7 @@ class PolicyEngine(Engine):
 
         If the norm is not finite, which it is on all ranks or on none, no weight has changed.
         """
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self._engine, learning_rate)
         with explain_out_of_memory("the optimizer's step"):
             self._engine.step()
         is_applied = self._engine.was_step_applied()
@@ -329,7 +334,7 @@ class PolicyEngine(Engine):
             self.has_overflowed = not is_applied and self.loss_scale.value > _LOWEST
             self.set_loss_scale(self.loss_scale.after(is_applied=is_applied))
         if not is_applied:
-            drop_gradients(self._engine.optimizer)
+            drop_gradients(self._engine)
             return torch.as_tensor(math.inf, device=self._world.device)
         for master, average in self._averages.items():
             average.lerp_(master.detach(), 1 - (self._ema_decay or 0.0))
@@ -339,7 +344,7 @@ class PolicyEngine(Engine):
         """Scale the next losses by `scale`, which is None unless the model is in fp16; on all ranks alike."""
         self.loss_scale = scale
         if scale is not None:
-            self._engine.optimizer.loss_scale = scale.value
+            set_loss_scale(self._engine, scale.value)
 
     def shards(self) -> ModelSlices:
         """Return this rank's slices of master weights and optimizer states; not collective."""
@@ -347,12 +352,12 @@ class PolicyEngine(Engine):
         return ModelSlices(SHARDS, list(slices), slices.step)
 
     def load_shards(self, folder: Path) -> None:
-        """Read what a checkpoint has of `shards`, of any number of ranks, with any kind of parallelism."""
+        """Load the shards from a checkpoint that any number of ranks wrote, with any kind of parallelism."""
         saved = self._world.on_main(lambda: SavedSlices.find(folder, SHARDS))
         slices = self._slices()
         slices.create_states(saved.parts, saved.step)
         self._world.together(lambda: saved.load_into(slices))
-        write_masters_to_model(self._engine.optimizer)
+        write_masters_to_model(self._engine)
 
     def _slices(self) -> OptimizerSlices:
         names = {weight: name for name, weight in self.causal_lm.named_parameters() if weight.requires_grad}
@@ -361,11 +366,9 @@ class PolicyEngine(Engine):
     def free(self) -> None:
         """Release the memory of model, gradients and optimizer; the engine cannot be used afterwards."""
         wait_for_device()
-        optimizer = self._engine.optimizer
+        tensors = optimizer_tensors(self._engine)
         self._engine.destroy()
-        empty(list(self._averages.values()))
-        empty(vars(optimizer))
-        empty(vars(optimizer.optimizer))
-        empty_module(self.model)
+        empty([*self._averages.values(), *tensors])
+        _empty_module(self.model)
         del self._engine
         return_memory()

@@ -10,11 +10,11 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, TextColumn
@@ -27,8 +27,7 @@ from dpo_dist.foundation.errors import DpoDistError
 from dpo_dist.foundation.files import for_json
 from dpo_dist.foundation.streams import SafeStream, output_descriptor, output_of_objects, printable_lines
 from dpo_dist.foundation.text import counted, duration, percent, without_secrets
-
-Fields = Mapping[str, Any]
+from dpo_dist.foundation.types import Fields
 
 WARNING = "warning: "
 LINE_SECONDS = 30.0  # between two lines about progress

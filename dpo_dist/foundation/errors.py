@@ -142,6 +142,23 @@ def disk_error(error: BaseException) -> ConfigError | None:
     )
 
 
+_OF_TOOLS = {"datasketch", "py3langid", "scipy", "sklearn"}
+"""Packages of the extra `tools`, by the names that Python imports."""
+
+
+def package_error(error: BaseException) -> ConfigError | None:
+    """Return a `ConfigError` if a package of the extra `tools` is missing, else None."""
+    package = error.name.partition(".")[0] if isinstance(error, ModuleNotFoundError) and error.name else ""
+    if package not in _OF_TOOLS:
+        return None
+    return ConfigError(
+        "this verb needs packages that training does without",
+        where="the environment",
+        got=f"no {package}",
+        remedy="pip install 'dpo-dist[tools]'",
+    )
+
+
 def dead_link(path: Path) -> str:
     """Return what a link to a missing file or folder is; "" for another path."""
     is_dead = os.path.islink(path) and not os.path.exists(path)  # noqa: PTH114, PTH110 (no error of long names)

@@ -20,6 +20,7 @@ from dpo_dist.foundation.errors import (
     StoppedError,
     disk_error,
     first_line,
+    package_error,
 )
 from dpo_dist.foundation.streams import open_closed_streams, output_of_objects, print_line
 from dpo_dist.foundation.text import without_secrets
@@ -101,8 +102,8 @@ def exit_after(work: Callable[[], int], errors: Errors | None = None) -> NoRetur
             words = f"ended by {signal.Signals(code - _BY_SIGNAL).name}"
         exit_code = errors.print_end(code, words)
     except Exception as bug:  # any exception: the process must not hang at exit
-        if (error_of_disk := disk_error(bug)) is not None:
-            exit_code = errors.print_of_this_rank(error_of_disk)
+        if (of_user := disk_error(bug) or package_error(bug)) is not None:
+            exit_code = errors.print_of_this_rank(of_user)
         else:
             exit_code = ExitCode.failed
             message = {"title": "bug", "message": first_line(bug), "exit_code": int(exit_code)}

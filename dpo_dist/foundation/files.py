@@ -242,6 +242,10 @@ def file_identity(file: Path) -> str:
     return f"{path}|{status.st_dev}|{status.st_size}|{status.st_ino}|{times}|{samples.hexdigest()}"
 
 
+MEMO_FOLDER = "file_digests"
+"""Name of the folder with cached digests, in the cache of the data and in the reference store."""
+
+
 def remembered_digest(file: Path, memo: Path | None) -> str:
     """Return the `content_digest` of one file; read it only if its `file_identity` has changed.
 

@@ -24,10 +24,10 @@ def this_rank() -> int:
     return int(text) if text.isdecimal() else 0
 
 
-OF_WORLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""Variables of a process of a world, by its launcher."""
-OF_LAUNCHERS = ("ACCELERATE_", "TORCHELASTIC_", "PET_")
-"""How launchers' own variables begin."""
+WORLD_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""The variables by which a launcher tells a process its place in the world."""
+LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "PET_")
+"""The beginnings of the variables that launchers keep for themselves."""
 _OFF = ("", "0", "false", "no", "none")
 
 
@@ -51,7 +51,7 @@ def check_launch(environ: Mapping[str, str], repeated: Mapping[str, tuple[str, s
         error = ConfigError(
             "the variables of a launcher do not describe one process of a world",
             where="environment",
-            got=", ".join(f"{name}={environ.get(name, '')}" for name in OF_WORLD),
+            got=", ".join(f"{name}={environ.get(name, '')}" for name in WORLD_VARIABLES),
             remedy="start with accelerate launch or torchrun, which set them, or unset all of them for one "
             "process",
         )

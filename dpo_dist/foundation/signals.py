@@ -22,9 +22,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signa
 _REPEATED_SECONDS = 2.0
 _EXIT_CALLBACK_SECONDS = 0.3
 _MAIN_THREAD_SECONDS = 1.0
-OF_SWEEP = "DPO_DIST_SWEEP"
-"""Environment variable of the points of a sweep, which is their launcher."""
-_OF_LAUNCHERS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", OF_SWEEP)
+SWEEP_VARIABLE = "DPO_DIST_SWEEP"
+"""The environment variable that a sweep, as their launcher, sets for its points."""
+_LAUNCHER_VARIABLES = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", SWEEP_VARIABLE)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -205,7 +205,7 @@ def ended_with_launcher() -> Iterator[None]:
 
 def _follow_launcher(number: int = signal.SIGTERM) -> None:
     """Have Linux send this process a signal when its launcher, if any, dies (0: none); others cannot."""
-    if any(name in os.environ for name in _OF_LAUNCHERS):
+    if any(name in os.environ for name in _LAUNCHER_VARIABLES):
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(number))
 

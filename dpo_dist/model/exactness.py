@@ -3,9 +3,10 @@
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -19,10 +20,11 @@ from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import ConfigError, DeviceMemoryError, first_line
 from dpo_dist.foundation.text import first_few
 from dpo_dist.model.architectures import check_positions, recorded_arrangement
-from dpo_dist.model.attention import choose_backend
+from dpo_dist.model.attention.kernels import choose_backend
+from dpo_dist.model.attention.ulysses import cannot_be_shared
 from dpo_dist.model.layers import layer_values, partly_used_blocks
+from dpo_dist.model.library_internals import attention_of
 from dpo_dist.model.packed import PackedCausalLM, forget_lengths
-from dpo_dist.model.ulysses import cannot_be_shared
 
 log = logging.getLogger(__name__)
 
@@ -340,9 +342,25 @@ def _ladder(model: PackedCausalLM, max_length: int) -> Iterator[tuple[Arrangemen
                 yield arrangement, own_logits
 
 
+@dataclass(frozen=True)
+class _Checked:
+    """The arrangement that a check found for a model of these facts, of up to `longest` tokens."""
+
+    facts: tuple[torch.dtype, torch.device, str]
+    longest: int
+    arrangement: Arrangement
+    own_logits: bool
+
+
+_CHECKED: WeakKeyDictionary[PreTrainedModel, _Checked] = WeakKeyDictionary()
+
+
 @contextlib.contextmanager
 def temporarily_packed(model: PackedCausalLM | PreTrainedModel, longest: int) -> Iterator[PackedCausalLM]:
-    """Yield `model` as a packed model of up to `longest` tokens; it gets its own attention and head back."""
+    """Yield `model` as a packed model of up to `longest` tokens; it gets its own attention and head back.
+
+    A model is checked once, and again for longer sequences or after a change of precision or device.
+    """
     if isinstance(model, PackedCausalLM):
         yield model
         return
@@ -353,16 +371,22 @@ def temporarily_packed(model: PackedCausalLM | PreTrainedModel, longest: int) ->
             got=type(model).__name__,
             remedy="call model.eval(): dropout makes log-probs random; of a PeftModel pass get_base_model()",
         )
-    head, attention = model.get_output_embeddings(), model.config._attn_implementation
-    dtype = Dtype.fp32 if next(model.parameters()).dtype == torch.float32 else Dtype.bf16
+    head, attention = model.get_output_embeddings(), attention_of(model)
+    facts = next(model.parameters()).dtype, model.device, attention
+    dtype = Dtype.fp32 if facts[0] == torch.float32 else Dtype.bf16
     backend = choose_backend(AttentionBackend.auto, dtype, model.device)
+    known = _CHECKED.get(model)
     try:
         packed = PackedCausalLM(model, backend, arrangement=Arrangement.padded).eval()
-        StartCheck(packed, packed, model.device, longest, "model").choose_arrangement()
+        if known is not None and known.facts == facts and longest <= known.longest:
+            packed.arrange(known.arrangement, own_logits=known.own_logits)
+        else:
+            StartCheck(packed, packed, model.device, longest, "model").choose_arrangement()
+            _CHECKED[model] = _Checked(facts, longest, packed.arrangement, packed.own_logits)
         yield packed
     finally:
         forget_lengths(model)
         if head is not None:
             model.set_output_embeddings(head)
-        if model.config._attn_implementation != attention:
+        if attention_of(model) != attention:
             model.set_attn_implementation(attention)

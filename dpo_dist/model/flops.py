@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.config.schema import ModelConfig
-from dpo_dist.model.attention import heads_of_layers
+from dpo_dist.model.attention.kernels import heads_of_layers
 from dpo_dist.model.layers import layer_values, other_weights
 
 # Forward, gradient of the input, gradient of the weight: each a multiplication and an addition.

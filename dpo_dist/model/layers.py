@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from dpo_dist.config.schema import FusedLayers, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import EXACT_WITH_LIGER
+from dpo_dist.model.library_internals import apply_liger, wrap_checkpointing
 from dpo_dist.model.numerics import check_precision
 
 # Classes of modules inside of a text decoder that text alone does not reach.
@@ -176,9 +177,8 @@ def offload_inputs(causal_lm: nn.Module) -> None:
         with save_on_cpu(pin_memory=True):
             return checkpoint(*arguments)
 
-    layers: list[Any] = decoder_layers(causal_lm)
-    for layer in layers:  # of those that keep their activations the function is not called
-        layer._gradient_checkpointing_func = partial(offloaded, layer._gradient_checkpointing_func)
+    for layer in decoder_layers(causal_lm):  # of those that keep their activations the function is not called
+        wrap_checkpointing(layer, offloaded)
 
 
 def use_liger(causal_lm: nn.Module) -> None:
@@ -188,13 +188,11 @@ def use_liger(causal_lm: nn.Module) -> None:
     function that models of one architecture share, so it is replaced for all of them in this process.
     Experts in one tensor stay those of transformers: for them Liger tries out kernels at every start.
     """
-    from liger_kernel.transformers import _apply_liger_kernel_to_instance  # noqa: PLC0415  (optional extra)
-
     text = text_part(causal_lm)
     others = {"cross_entropy": False, "fused_linear_cross_entropy": False}
     if text.config.model_type in ("mixtral", "qwen3_moe"):
         others["swiglu"] = False
-    _apply_liger_kernel_to_instance(text, **others)
+    apply_liger(text, **others)
 
 
 def partly_used_blocks(causal_lm: nn.Module) -> list[nn.Module]:

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from dpo_dist.config.schema import AdapterConfig, AdapterVariant, ModelConfig
 from dpo_dist.foundation.errors import ConfigError, first_line
-from dpo_dist.model.folder import (
+from dpo_dist.model.files.folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     MERGE,
@@ -26,6 +26,7 @@ from dpo_dist.model.folder import (
     modules_on_disk,
 )
 from dpo_dist.model.layers import partly_used_blocks, text_part, without_gradient
+from dpo_dist.model.library_internals import adapter_state, mark_as_adapted, set_adapter_state
 from dpo_dist.model.packed import PackedCausalLM
 
 TRAINED = "default"
@@ -164,7 +165,7 @@ def _inject(causal_lm: Any, lora: LoraConfig, name: str) -> None:
 
     `add_adapter` of transformers fails if another adapter has modules in full that this one has not.
     """
-    causal_lm._hf_peft_config_loaded = True
+    mark_as_adapted(causal_lm)
     with warnings.catch_warnings():
         # A warning about tied embeddings and output layer, which `_prepare_copies` handles.
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
@@ -271,24 +272,20 @@ def active_adapters(layers: Iterable[LoraLayer]) -> frozenset[str]:
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
     """Make `model` compute its start inside the block: its base, with the adapter that it started from."""
-    former = [(layer, layer._active_adapter, layer._disable_adapters) for layer, _ in _switched(model)]
+    former = [(layer, adapter_state(layer)) for layer, _ in _switched(model)]
     _activate(model, _START)
     try:
         yield
     finally:
-        for layer, names, disabled in former:
-            layer._active_adapter, layer._disable_adapters = names, disabled
+        for layer, state in former:
+            set_adapter_state(layer, state)
 
 
 def _activate(model: nn.Module, name: str) -> None:
-    """Make every layer use the adapter of this name, or none if it has no such adapter.
-
-    peft's own switches also change requires_grad, which breaks DeepSpeed's hooks.
-    """
+    """Make every layer use the adapter of this name, or none if it has no such adapter."""
     for layer, adapters in _switched(model):
-        layer._disable_adapters = name not in adapters
-        if name in adapters:
-            layer._active_adapter = [name]
+        active, _ = adapter_state(layer)
+        set_adapter_state(layer, ([name], False) if name in adapters else (active, True))
 
 
 def _switched(model: nn.Module) -> list[tuple[Any, list[str]]]:

@@ -19,12 +19,6 @@ FLASH_ATTN = {
     AttentionBackend.flash_attention_3: "flash-attn-3",
 }
 """The package of each of FlashAttention's kernels."""
-_KERNELS = "attention flash_attn compile liger deterministic device gpu cuda cpu torch transformers"
-TOLERABLE_FIELDS = frozenset(_KERNELS.split())
-"""Fields that, when they differ, change the order in which the same numbers are rounded.
-
-A difference in any other field changes how precise a log-prob is.
-"""
 
 
 def numerics_of(

@@ -15,9 +15,10 @@ from dpo_dist.batching.example import Example
 from dpo_dist.batching.pack import PackedBatch, PaddedRows, pack, padded_rows
 from dpo_dist.batching.plan import Arrangement, consecutive_batches
 from dpo_dist.config.schema import AttentionBackend, FusedLayers
-from dpo_dist.model.attention import PACKED, packed_attention
+from dpo_dist.model.attention.kernels import PACKED, packed_attention
+from dpo_dist.model.attention.ulysses import ExchangedAttention, TokenExchange, TokenShare
 from dpo_dist.model.layers import decoder_layers, text_part
-from dpo_dist.model.ulysses import ExchangedAttention, TokenExchange, TokenShare
+from dpo_dist.model.library_internals import attention_of, can_choose_attention, plain_attention
 from dpo_dist.objective.router import routing_sums
 from dpo_dist.objective.token_logps import (
     UNCHANGED,
@@ -112,9 +113,8 @@ class PackedCausalLM(nn.Module):
             change = logit_change(causal_lm.config.get_text_config())
             causal_lm.set_output_embeddings(LogpHead.of(head, change))
         self.own_logits = not self.has_chunked_head
-        attention = causal_lm.config._attn_implementation
-        plain = "sdpa" if causal_lm._supports_sdpa else "eager"
-        self._own_attention = plain if attention == PACKED else attention
+        attention = attention_of(causal_lm)
+        self._own_attention = plain_attention(causal_lm) if attention == PACKED else attention
         if (
             fused is FusedLayers.compile
         ):  # not a layer itself: checkpointing is part of its forward, and prevents compilation
@@ -150,7 +150,7 @@ class PackedCausalLM(nn.Module):
         """Return whether the model calls attention by transformers' interface and accepts positions."""
         wanted = {"attention_mask", "position_ids", "packed", "packed_positions"}
         accepted = _accepted(self.causal_lm if own_logits else self.body, wanted)
-        return accepted == wanted and bool(self.causal_lm._can_set_attn_implementation())
+        return accepted == wanted and can_choose_attention(self.causal_lm)
 
     def mixes_lengths(self, longest: int) -> bool:
         """Return whether responses of up to `longest` tokens need forwards of their own (`rope_limit`)."""
@@ -173,7 +173,7 @@ class PackedCausalLM(nn.Module):
         self._compute_by(PACKED if is_packed else self._own_attention, own_logits)
 
     def _compute_by(self, attention: str, is_precise: bool) -> None:
-        if self.causal_lm._can_set_attn_implementation():
+        if can_choose_attention(self.causal_lm):
             self.causal_lm.set_attn_implementation(attention)
         for head in self._heads():
             head.is_precise = is_precise

@@ -14,7 +14,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from dpo_dist.config.losses import KINDS, BcoDelta, Divergence, LossConfig, LossKind, LossTermConfig
+from dpo_dist.config.losses import (
+    KINDS,
+    BetaDpoOptions,
+    CpoOptions,
+    DiscopopOptions,
+    Divergence,
+    DpopOptions,
+    IpoOptions,
+    LossConfig,
+    LossKind,
+    LossTermConfig,
+    OdpoOptions,
+    OrpoOptions,
+    RewardAwareOptions,
+    SimpoOptions,
+)
 from dpo_dist.config.user_code import accepts_facts, find_function, user_function
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.logps import PairLogps
@@ -41,11 +56,11 @@ class RunningMeans:
         Source: arXiv 2407.08639, equation 9.
         """
         start = mean_margin if self.margin is None else self.margin
-        return config.beta * (1 + config.beta_alpha * (mean_margin - start))
+        return config.beta * (1 + config.options_of(BetaDpoOptions).alpha * (mean_margin - start))
 
     def after(self, config: LossConfig, mean_margin: float, mean_reward: float, pairs: int) -> "RunningMeans":
         """Return the means that include one more step: those of `b h`, and of `b D` over both responses."""
-        kept = config.beta_momentum
+        kept = config.options_of(BetaDpoOptions).momentum
         before = mean_margin if self.margin is None else self.margin
         total = self.pairs + pairs
         return RunningMeans(
@@ -62,24 +77,24 @@ _LARGEST_MEAN_LOGP = -1e-6  # of a response; above it the odds of orpo overflow 
 
 @dataclass(frozen=True)
 class BatchFacts:
-    """Inputs of a loss besides log-probs; each is used by some losses only.
-
-    `mean_chosen_tokens` is the mean `nw` over the *global* batch: divided by it, `sft` is a token mean over
-    that batch; None: the given pairs are the global batch. `score_gaps`, [pairs]: score of chosen minus score
-    of rejected (`odpo`). `pair_weights`, [pairs]: factors of the losses (`weighting`), but of `sft`.
-    `loss_weight`, `soft_label`, `margin`, [pairs]: `NUMBERS` of the records, None without; the first is the
-    weight of a pair in the mean, which `preference_loss` leaves to its caller.
-    `mismatch`: mean log-ratio of mismatched responses over the *global* batch (`kto`), without gradient.
-    """
+    """Inputs of a loss besides log-probs; tensors are [pairs], None without. Each serves some kinds only."""
 
     mean_chosen_tokens: Tensor | float | None = None
+    """`sft`: the mean `nw` over the *global* batch; None: the given pairs are that batch."""
     score_gaps: Tensor | None = None
+    """`odpo`, `reward_aware`: score of chosen minus score of rejected."""
     pair_weights: Tensor | None = None
+    """Factors of the losses by `loss.weighting`; `sft` has none."""
     loss_weight: Tensor | None = None
+    """Weight of each pair in the mean of the losses, which the caller of `preference_loss` computes."""
     soft_label: Tensor | None = None
+    """Probability that chosen is the better response."""
     margin: Tensor | None = None
+    """What is subtracted from the logits."""
     mismatch: Tensor | None = None
+    """`kto`: mean log-ratio of mismatched responses over the *global* batch, one number without gradient."""
     running: RunningMeans = field(default_factory=RunningMeans)
+    """`beta_dpo`, `bco_pair`: means over the steps before."""
 
 
 def preference_loss(
@@ -111,7 +126,7 @@ def loss_and_terms(
     for term in list(config.terms) or [LossTermConfig(kind=config.kind, weight=1.0)]:
         of_kind = _kind_loss(term.kind, policy, reference, config, facts)
         loss, terms[term.kind] = term.weight * of_kind, of_kind.detach()
-        if facts.pair_weights is not None and "weighting" in KINDS[term.kind].options:
+        if facts.pair_weights is not None and "weighting" in KINDS[term.kind].uses:
             loss, terms[term.kind] = loss * facts.pair_weights, terms[term.kind] * facts.pair_weights
         total = total + loss
     return total, terms if config.terms else {}
@@ -139,7 +154,8 @@ def _kind_loss(  # noqa: C901, PLR0911, PLR0912, PLR0915  (one branch per kind)
         case LossKind.hinge:  # SLiC, arXiv 2305.10425; RSO, arXiv 2309.06657
             return relu(1 - _past(facts, beta * margin_of(ratios, config)))
         case LossKind.ipo:  # Azar et al. 2023, arXiv 2310.12036; length-averaged, as its authors confirmed
-            margin = (_mean_margin if config.length_average else margin_of)(ratios, config)
+            is_averaged = config.options_of(IpoOptions).length_average
+            margin = (_mean_margin if is_averaged else margin_of)(ratios, config)
             return (margin - 1 / (2 * beta)).clamp(-_LARGEST_ROOT, _LARGEST_ROOT) ** 2
         case LossKind.sigmoid_norm:  # Tulu 3, arXiv 2411.15124
             return -logsigmoid(beta * _mean_margin(ratios, config))
@@ -153,7 +169,7 @@ def _kind_loss(  # noqa: C901, PLR0911, PLR0912, PLR0915  (one branch per kind)
             chosen, rejected = beta * ratios.chosen, beta * ratios.rejected
             return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
         case LossKind.bco_pair:  # Jung et al. 2024, arXiv 2404.04656
-            shift = facts.running.reward if config.bco_delta is BcoDelta.running_mean else 0.0
+            shift = facts.running.reward if config.has_running_reward else 0.0
             return -logsigmoid(beta * ratios.chosen - shift) - logsigmoid(shift - beta * ratios.rejected)
         case LossKind.sppo_hard:  # Wu et al. 2024, arXiv 2405.00675
             return (ratios.chosen - 1 / (2 * beta)) ** 2 + (ratios.rejected + 1 / (2 * beta)) ** 2
@@ -162,32 +178,35 @@ def _kind_loss(  # noqa: C901, PLR0911, PLR0912, PLR0915  (one branch per kind)
         case LossKind.apo_down:  # D'Oosterlinck et al. 2024, arXiv 2408.06266, equation 8
             return torch.sigmoid(beta * ratios.chosen) + torch.sigmoid(-beta * ratios.margin)
         case LossKind.discopop:  # Lu et al. 2024, arXiv 2406.08414, equation 5
-            logits, tau = beta * margin_of(ratios, config), config.discopop_tau
+            logits, tau = beta * margin_of(ratios, config), config.options_of(DiscopopOptions).tau
             # One exponential: the product s(x / t) exp(-x) could be 0 times infinity.
             exponential = torch.exp(logsigmoid(logits / tau) - logits)
             return exponential - torch.sigmoid(-logits / tau) * logsigmoid(logits)
         case LossKind.dpop:  # Pal et al. 2024, arXiv 2402.13228, trained with lambda 50
-            return -logsigmoid(beta * (margin_of(ratios, config) - config.dpop_lambda * relu(-ratios.chosen)))
+            penalty = config.options_of(DpopOptions).penalty_weight * relu(-ratios.chosen)
+            return -logsigmoid(beta * (margin_of(ratios, config) - penalty))
         case LossKind.odpo:  # Amini et al. 2024, arXiv 2402.10571
             if facts.score_gaps is None:
                 raise ValueError("loss kind odpo needs the scores of the responses")
-            offset = config.offset_alpha * torch.log(facts.score_gaps)
+            offset = config.options_of(OdpoOptions).alpha * torch.log(facts.score_gaps)
             return -logsigmoid(_past(facts, beta * margin_of(ratios, config) - offset))
         case LossKind.reward_aware:  # Adler et al. 2024, arXiv 2406.11704, section 3.3.2
             if facts.score_gaps is None:
                 raise ValueError("loss kind reward_aware needs the scores of the responses")
-            logits, target = beta * margin_of(ratios, config), config.reward_scale * facts.score_gaps
+            logits = beta * margin_of(ratios, config)
+            target = config.options_of(RewardAwareOptions).scale * facts.score_gaps
             better = torch.sigmoid(target) * (logsigmoid(target) - logsigmoid(logits))
             return better + torch.sigmoid(-target) * (logsigmoid(-target) - logsigmoid(-logits))
         case LossKind.simpo:  # Meng et al. 2024, arXiv 2405.14734
-            logits = beta * (policy.mean_chosen - policy.mean_rejected) - config.simpo_gamma
-            return -logsigmoid(_past(facts, logits))
+            logits = beta * (policy.mean_chosen - policy.mean_rejected)
+            return -logsigmoid(_past(facts, logits - config.options_of(SimpoOptions).gamma))
         case LossKind.orpo:  # Hong et al. 2024, arXiv 2403.07691
             log_odds_ratio = _log_odds(policy.mean_chosen) - _log_odds(policy.mean_rejected)
-            return -policy.mean_chosen - config.orpo_lambda * logsigmoid(log_odds_ratio)
+            weight = config.options_of(OrpoOptions).odds_weight
+            return -policy.mean_chosen - weight * logsigmoid(log_odds_ratio)
         case LossKind.cpo:  # Xu et al. 2024, arXiv 2401.08417
             preference = -logsigmoid(_past(facts, beta * policy.margin))
-            return preference - config.cpo_nll_weight * policy.mean_chosen
+            return preference - config.options_of(CpoOptions).nll_weight * policy.mean_chosen
         case LossKind.sft:
             chosen = policy.chosen if policy.whole_chosen is None else policy.whole_chosen
             tokens = facts.mean_chosen_tokens
@@ -346,7 +365,7 @@ def check_custom_loss(config: LossConfig, device: torch.device | None = None) ->
     if LossKind.custom not in config.kinds:
         return None
     user_function(config.function)
-    alone = replace(config, kind=LossKind.custom, terms=[])
+    alone = replace(config, kind=LossKind.custom, terms=[], options=None)
     columns = torch.tensor(INVENTED, dtype=torch.float64, device=device)
     try:
         losses, gradients = _try(columns, alone)

@@ -16,9 +16,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dpo_dist.config.losses import BcoDelta, LossConfig, LossKind
+from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.metrics import CUSTOM, METRICS, TERMS
-from dpo_dist.config.schema import RunConfig
 from dpo_dist.config.user_code import METRICS_FUNCTION, user_function
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.logps import PairLogps
@@ -72,24 +71,26 @@ class CustomMetrics:
 
 
 @torch.no_grad()
-def custom_metrics(config: RunConfig, device: torch.device | None = None) -> CustomMetrics:
-    """Return the metrics of `metrics.function`, which is called on three invented pairs on `device`.
+def custom_metrics(
+    function: str | None, loss: LossConfig, device: torch.device | None = None
+) -> CustomMetrics:
+    """Return the metrics of a user's function, which is called on three invented pairs on `device`.
 
     Of a loss of records each has one response, as training gives them: the other side is 0, with 0 tokens.
     Raises ConfigError: it cannot be used.
     """
-    function, columns = config.metrics.function, torch.tensor(INVENTED, device=device).double()
+    columns = torch.tensor(INVENTED, device=device).double()
     if function is None:
         return CustomMetrics()
-    if config.loss.is_unpaired or config.loss.is_one_sided:
-        is_good = torch.tensor([True, not config.loss.is_unpaired, True], device=device)
+    if loss.is_unpaired or loss.is_one_sided:
+        is_good = torch.tensor([True, not loss.is_unpaired, True], device=device)
         columns[[0, 2, 4]] *= is_good
         columns[[1, 3, 5]] *= ~is_good
 
     def of(pairs: Tensor) -> dict[str, Tensor]:
         policy, reference = PairLogps(*pairs[:2], *pairs[4:]), PairLogps(*pairs[2:4], *pairs[4:])
-        given = reference if config.loss.needs_reference else None
-        return CustomMetrics(function).of(policy, given, config.loss)
+        given = reference if loss.needs_reference else None
+        return CustomMetrics(function).of(policy, given, loss)
 
     try:
         values, first = of(columns), of(columns[:, :1])
@@ -132,7 +133,7 @@ class MetricPlan:
     has_floor: bool = False
 
     @cached_property
-    def of_pairs(self) -> tuple[str, ...]:
+    def pair_metric_names(self) -> tuple[str, ...]:
         """Metrics of all pairs, without those that only some losses have."""
         names = PAIR_METRICS + ENTROPIES if self.is_evaluation else PAIR_METRICS
         measured: Iterable[str] = names
@@ -155,18 +156,18 @@ class MetricPlan:
             AUC: loss.is_unpaired,
             MISMATCH: loss.needs_partners,
             EXCESS: self.has_floor,
-            BATCH_MARGIN: loss.uses("beta_momentum"),
-            BATCH_REWARD: loss.bco_delta is BcoDelta.running_mean,
+            BATCH_MARGIN: LossKind.beta_dpo in loss.kinds,
+            BATCH_REWARD: loss.has_running_reward,
             AUX_LOSS: has_aux,
             BUSIEST: has_aux,
             Z_LOSS: adds_router_losses and router.z_coefficient is not None,
         }
         of_groups = _OF_LABELS if loss.is_unpaired else GROUP_METRICS
-        grouped = [metric for metric in of_groups if metric in self.of_pairs]
-        rows = [(metric, "") for metric in self.of_pairs]
+        grouped = [metric for metric in of_groups if metric in self.pair_metric_names]
+        rows = [(metric, "") for metric in self.pair_metric_names]
         rows += [(metric, "") for metric, is_measured in of_some_losses.items() if is_measured]
         sources = [f"/{label}" for label in self.labels]
-        rows += itertools.product(self.of_pairs if self.is_evaluation else grouped, sources)
+        rows += itertools.product(self.pair_metric_names if self.is_evaluation else grouped, sources)
         rows += itertools.product(grouped, _LENGTH_GROUPS)
         return {metric + group: (metric, group) for metric, group in rows}
 

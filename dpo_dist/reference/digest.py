@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
-from dpo_dist.foundation.files import remembered_digest, text_digest
-from dpo_dist.model.folder import (
+from dpo_dist.foundation.files import MEMO_FOLDER, remembered_digest, text_digest
+from dpo_dist.model.files.folder import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     CONFIG_FILE,
@@ -21,8 +21,6 @@ from dpo_dist.model.folder import (
     read_model_json,
     weight_files,
 )
-from dpo_dist.model.numerics import TOLERABLE_FIELDS
-from dpo_dist.reference.store import MEMO_FOLDER, ReferenceFingerprint, known_fingerprints
 
 Profile = dict[str, str]
 
@@ -131,41 +129,17 @@ def _classes(folder: Path, remote_code: bool) -> str:
     return text
 
 
-def agree_on_numerics(profile: Profile, is_tolerant: bool, world: World) -> Profile:
-    """Return the one numerics profile under which all ranks store log-probs; collective.
-
-    Tolerant ranks may differ in `TOLERABLE_FIELDS`. The profile then lists all their values, because a reader
-    of an entry does not know which rank computed it.
-    """
+def check_same_numerics(profile: Profile, world: World) -> None:
+    """Check that all ranks compute log-probs under one numerics profile; collective."""
     profiles = world.gather(profile)
     names = sorted({name for each in profiles for name in each})
     fields = {name: sorted({each.get(name, "-") for each in profiles}) for name in names}
     differing = [name for name, values in fields.items() if len(values) > 1]
-    is_tolerable = TOLERABLE_FIELDS.issuperset(differing)
-    others = {world.peers[rank].host for rank, each in enumerate(profiles) if each != profiles[0]}
-    if differing and not (is_tolerant and is_tolerable):
+    if differing:
+        others = {world.peers[rank].host for rank, each in enumerate(profiles) if each != profiles[0]}
         raise ReferenceModelError(
             "the processes of this run compute log-probs with different numerics",
             where=f"{', '.join(sorted(others))} (unlike {world.peers[0].host}, rank 0)",
             got="; ".join(f"{name}: {' or '.join(fields[name])}" for name in differing),
-            remedy="run on nodes of one kind with one installation"
-            + ("; or set reference.numerics=tolerant" if is_tolerable else ""),
+            remedy="run on nodes of one kind with one installation",
         )
-    return {name: " or ".join(values) for name, values in fields.items()}
-
-
-def find_compatible(root: Path, fingerprint: ReferenceFingerprint) -> list[ReferenceFingerprint]:
-    """Return the fingerprints in the store `root` that a tolerant run may use, most similar first."""
-    compatible = [
-        other
-        for other in known_fingerprints(root)
-        if other != fingerprint
-        and other.reference == fingerprint.reference
-        and TOLERABLE_FIELDS.issuperset(fingerprint.differing(other))
-    ]
-    return sorted(compatible, key=lambda other: (len(fingerprint.differing(other)), other.name))
-
-
-def difference(fingerprint: ReferenceFingerprint, other: ReferenceFingerprint) -> str:
-    """Return the numerics of `other` that differ from `fingerprint`: "attention sdpa, torch 2.12"."""
-    return ", ".join(f"{name} {value}" for name, value in fingerprint.differing(other).items())

@@ -1,7 +1,6 @@
 """The reference model, loaded for scoring: sharded, offloaded or quantized; where its log-probs come from."""
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,15 +11,14 @@ import torch
 from torch import Tensor
 
 from dpo_dist.batching.pack import PackedBatch
-from dpo_dist.config.schema import ModelConfig, RunConfig
-from dpo_dist.distributed.deepspeed_config import frozen_config, nvme_folder
-from dpo_dist.distributed.failures import is_of_communication
-from dpo_dist.distributed.world import World
+from dpo_dist.config.schema import ModelConfig, Quantization, ReferenceConfig
+from dpo_dist.distributed.deepspeed_config import frozen_config
+from dpo_dist.distributed.processes.failures import is_of_communication
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import Engine, FrozenEngine, PolicyEngine, sharded_loading, unsharded_loading
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.architectures import auto_class
 from dpo_dist.model.exactness import StartCheck
-from dpo_dist.model.load import load_config, load_packed
+from dpo_dist.model.files.load import load_packed
 from dpo_dist.model.lora import load_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference.digest import ModelFiles
@@ -77,43 +75,49 @@ def settle_engine(
 SCORING_TOKENS_FACTOR = 4
 
 
-def scored_model(config: RunConfig) -> ModelConfig:
-    """Return the policy's model settings without training options, with the reference's quantization."""
+def scored_model(model: ModelConfig, quantization: Quantization | None) -> ModelConfig:
+    """Return the settings of the policy's model without training options, quantized as it is scored."""
     return replace(
-        config.model,
+        model,
         gradient_checkpointing="none",
         activation_offload=False,
         adapter=None,
-        quantization=config.reference.quantization,
+        quantization=quantization,
     )
 
 
-def load_reference(files: ModelFiles, config: RunConfig, world: World) -> Engine:
-    """Load the reference with its adapter, in the policy's precision unless it is quantized; collective."""
-    key = "model.path" if config.reference.path is None else "reference.path"
+def load_reference(
+    files: ModelFiles, model: ModelConfig, reference: ReferenceConfig, longest: int, world: World
+) -> Engine:
+    """Load the reference with its adapter, in the precision of the policy `model`; collective.
+
+    `longest`: tokens of the longest prompt with its response.
+    """
+    key = "model.path" if reference.path is None else "reference.path"
     adapter = files.adapter
     finish = None if adapter is None else partial(load_adapter, folder=adapter, key="model.adapter.path")
-    return load_scored(files.folder, scored_model(config), config, world, finish, key=key)
+    settings = scored_model(model, reference.quantization)
+    return load_scored(files.folder, settings, reference, longest, world, finish, key=key)
 
 
 def load_scored(
     folder: Path,
     model_config: ModelConfig,
-    config: RunConfig,
+    placement: ReferenceConfig,
+    longest: int,
     world: World,
     finish: Callable[[PackedCausalLM], None] | None = None,
     *,
     key: str = "model.path",
 ) -> Engine:
-    """Load a model that is only scored, placed as `config.reference` says; collective.
+    """Load a model that is only scored, offloaded as `placement` says; collective.
 
     `finish` adds an adapter, or replaces the weights of the model, sharded or not; errors name `key`.
     """
     log.info("loading a model to score from %s", folder)
-    placement, length = config.reference, config.data.max_length
 
     def load() -> PackedCausalLM:
-        model = load_packed(folder, model_config, length, world.device, key, world.sequence)
+        model = load_packed(folder, model_config, longest, world.device, key, world.sequence)
         if finish is not None:
             finish(model)
         return model
@@ -123,28 +127,13 @@ def load_scored(
             model = load().eval()
         engine = Engine(model, model)
     else:
-        nvme, largest_shard = None, 0
-        if placement.nvme_path is not None:
-            nvme = nvme_folder(placement.nvme_path, world)
-            largest_shard = math.ceil(_largest_weight(folder, model_config, world) / world.size)
-        deepspeed_config = frozen_config(placement.offload, config.model.dtype, nvme, largest_shard)
+        deepspeed_config = frozen_config(placement.offload, model_config.dtype)
         with sharded_loading(world, deepspeed_config):
             model = load()
         world.barrier()  # ranks have loaded at unequal speed, and calls of DeepSpeed time out
-        engine = FrozenEngine(model, deepspeed_config, nvme)
-    settle_engine(engine, length, world, key)
+        engine = FrozenEngine(model, deepspeed_config)
+    settle_engine(engine, longest, world, key)
     return engine
-
-
-def _largest_weight(folder: Path, config: ModelConfig, world: World) -> int:
-    """Return the number of elements of the model's largest weight, without reading weights."""
-    model_config = load_config(folder, config)
-    with unsharded_loading(world), torch.device("meta"):
-        causal_lm = auto_class(model_config, config.trust_remote_code).from_config(
-            model_config, trust_remote_code=config.trust_remote_code
-        )
-    sizes: list[int] = [weight.numel() for weight in causal_lm.parameters()]
-    return max(sizes)
 
 
 @dataclass(frozen=True)

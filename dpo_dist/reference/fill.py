@@ -14,17 +14,16 @@ import torch
 from torch import Tensor
 
 from dpo_dist.batching.example import Keys, response_keys
-from dpo_dist.batching.pack import RESPONSES_OF_DUMMY, PackedBatch, dummy_batch, pack
+from dpo_dist.batching.pack import DUMMY_RESPONSES, PackedBatch, dummy_batch, pack
 from dpo_dist.batching.plan import ComputeCosts, plan_micro_batches
 from dpo_dist.batching.sampler import Indices
-from dpo_dist.data.dataset import PreferenceDataset, damaged_ids
-from dpo_dist.distributed.world import Stops, World
+from dpo_dist.data.encoded.dataset import PreferenceDataset
+from dpo_dist.distributed.processes.world import Stops, World
 from dpo_dist.foundation.background import prefetch
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import collect_abandoned, locked
 from dpo_dist.foundation.process import note_progress
 from dpo_dist.foundation.signals import stopped_by
-from dpo_dist.reference.digest import difference
 from dpo_dist.reference.store import LogpStore, Values
 
 log = logging.getLogger(__name__)
@@ -37,7 +36,8 @@ Scorer = Callable[[PackedBatch], Tensor]
 _BATCHES_AHEAD = 2
 _LOCK = "fill.lock"
 _RETRY_SECONDS = 1.0
-OWN_NUMERICS = "own"
+ENTRIES_PER_SHARD = 4096
+"""A killed fill loses at most two shards of each rank."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class StoreFiller:
         world = self.world
         responses = [sum(len(part.responses) for part in parts) for parts in micro_batches]
         columns = itertools.zip_longest(*world.gather(responses), fillvalue=0)
-        forwards = [max(RESPONSES_OF_DUMMY, *column) for column in columns]
+        forwards = [max(DUMMY_RESPONSES, *column) for column in columns]
         damaged: list[int] = []
         packed = _packed(dataset, micro_batches, forwards, damaged, world.device)
         keys: list[Keys] = [np.empty((0, 2), dtype=np.uint64)]
@@ -234,7 +234,7 @@ class StoreFiller:
 
         def check() -> None:
             if damaged:
-                raise damaged_ids(dataset, damaged)
+                raise dataset.damaged_ids(damaged)
 
         world.together(check)
         return np.concatenate(keys), entries, is_stopped
@@ -273,29 +273,3 @@ def missing_responses(store: LogpStore, dataset: PreferenceDataset, indices: Ind
     distinct = responses[np.unique(dataset.keys[responses], axis=0, return_index=True)[1]]
     stored = store.contains(dataset.keys[distinct])
     return np.sort(distinct[~stored]), int(stored.sum())
-
-
-class Reuse(NamedTuple):
-    """The stored entries that a run uses."""
-
-    responses: dict[str, int]  # distinct ones, by the difference of their numerics (`OWN_NUMERICS`: none)
-    dataset: int  # index in `visited` of the first dataset with entries of other numerics
-    pairs: Indices  # its pairs that have them; empty: all entries have the run's own numerics
-
-
-def count_reused(store: LogpStore, visited: Sequence[tuple[PreferenceDataset, Indices]]) -> Reuse:
-    """Count the entries of the pairs that a run visits, all of them in `store`."""
-    counts = np.zeros(len(store.fingerprints), dtype=np.int64)
-    number_of_dataset, pairs = 0, np.empty(0, dtype=np.int64)
-    for number, (dataset, indices) in enumerate(visited):
-        keys = dataset.keys[dataset.response_indices(indices)]
-        sources = store.sources(keys)
-        firsts = np.unique(keys, axis=0, return_index=True)[1]
-        counts += np.bincount(sources[firsts], minlength=len(counts))
-        if not len(pairs):
-            of_others = np.repeat(indices, dataset.response_counts(indices))[sources > 0]
-            number_of_dataset, pairs = number, np.unique(of_others)
-    fingerprint, *compatible = store.fingerprints
-    names = [OWN_NUMERICS, *(difference(fingerprint, other) for other in compatible)]
-    responses = {name: n for name, n in zip(names, counts.tolist(), strict=True) if n}
-    return Reuse(responses, number_of_dataset, pairs)

@@ -48,9 +48,6 @@ STORE_FORMAT = 2
 
 FINGERPRINT_FILE = "space.json"
 
-# Digests of model files, beside the fingerprints' folders.
-MEMO_FOLDER = "file_digests"
-
 _FOLDER_NAME = re.compile(r"[0-9a-f]{32}")
 _SHARD_NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 
@@ -76,11 +73,6 @@ class ReferenceFingerprint:
     def as_dict(self) -> dict[str, Any]:
         """Return the content of `space.json`."""
         return {**vars(self), "logp_path": LOGP_PATH_VERSION, "format": STORE_FORMAT}
-
-    def differing(self, other: "ReferenceFingerprint") -> dict[str, str]:
-        """Return the fields of the profile in which `other` differs, with its values."""
-        names = sorted({name for name, _ in self.profile.items() ^ other.profile.items()})
-        return {name: other.profile.get(name, "-") for name in names}
 
 
 def read_fingerprint(folder: Path) -> ReferenceFingerprint | None:
@@ -179,13 +171,13 @@ def open_shard(file: Path) -> Shard | None:
 
 
 class LogpStore:
-    """Entries of a fingerprint, and of compatible ones where it has none: response key to log-probs.
+    """Entries of a fingerprint, and of others where it has none: response key to log-probs.
 
     An entry has one float32 value per completion token, end-of-turn token included. Keys are uint64 [n, 2]
     (`batching.example.response_key`). Opening reads everything but the values.
 
     Attributes:
-        fingerprints: the store's own, whose `folder` is written, then compatible ones, most similar first.
+        fingerprints: the store's own, whose `folder` is written, then others in the order of preference.
         shards: names below the `root` (`reference.store`) of the shards in this view.
         damaged: names of those that have no entry, or had damaged values when read.
     """
@@ -206,7 +198,6 @@ class LogpStore:
         shards = [shard for shard in opened if shard is not None]
         self.shards = [name for name, shard in zip(names, opened, strict=True) if shard is not None]
         self.damaged = set(names) - set(self.shards)
-        self._sources = [folders.index(name.partition("/")[0]) for name in self.shards]
         self._values = [shard.values for shard in shards]
         keys = np.concatenate([np.empty((0, 2), np.uint64), *(shard.keys for shard in shards)])
         # Stable: of two entries of a key, the earlier shard's comes first.
@@ -267,8 +258,8 @@ class LogpStore:
     def __len__(self) -> int:
         return len(self._first_words)
 
-    def _find(self, keys: Keys) -> Iterator[tuple[Values | None, int]]:
-        """Yield the values of each key and the index of their fingerprint; None and -1 if none is intact."""
+    def _find(self, keys: Keys) -> Iterator[Values | None]:
+        """Yield the values of each key; None if it has no intact entry."""
         starts = np.searchsorted(self._first_words, keys[:, 0])
         stops = np.searchsorted(self._first_words, keys[:, 0], side="right")
         for start, stop, second in zip(starts.tolist(), stops.tolist(), keys[:, 1].tolist(), strict=True):
@@ -278,28 +269,24 @@ class LogpStore:
                 shard, tokens, end, check = (int(column[entry]) for column in self._entries)
                 values = self._values[shard][end - tokens : end]
                 if zlib.crc32(values.data) == check:
-                    yield values, self._sources[shard]
+                    yield values
                     break
                 self.damaged.add(self.shards[shard])
             else:
-                yield None, -1
+                yield None
 
     def find(self, keys: Keys) -> list[Values | None]:
         """Return the log-probs of each key, float32 [completion tokens]; None if missing or damaged."""
-        return [values for values, _ in self._find(keys)]
-
-    def sources(self, keys: Keys) -> _Numbers:
-        """Return the index in `fingerprints` of each key's intact entry, -1 for none; int64 [n]."""
-        return np.fromiter((source for _, source in self._find(keys)), np.int64, len(keys))
+        return list(self._find(keys))
 
     def contains(self, keys: Keys) -> npt.NDArray[np.bool_]:
         """Return which `keys` have an intact entry; bool [n]. Reads and verifies their values."""
-        return self.sources(keys) >= 0
+        return np.fromiter((values is not None for values in self._find(keys)), np.bool_, len(keys))
 
     def read(self, keys: Keys) -> list[Values]:
         """Return the log-probs of each key, float32 [completion tokens]; a missing key is an error."""
         entries = []
-        for key, (values, _) in zip(keys, self._find(keys), strict=True):
+        for key, values in zip(keys, self._find(keys), strict=True):
             if values is None:
                 damaged = f"; damaged: {', '.join(sorted(self.damaged))}" if self.damaged else ""
                 raise ReferenceModelError(

@@ -1,34 +1,27 @@
-"""The end of a run: model, summary, curves, report and the recorded outcome; and the verb `export`."""
+"""The end of a run: model, summary, curves, report and the recorded outcome."""
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.identity import settings
-from dpo_dist.config.run_folder import RunFolder, checkpoint_name, step_of
-from dpo_dist.config.schema import ExportedWeights, FinalModel, RunConfig
-from dpo_dist.distributed.checkpoint import checkpoint_state, damaged_checkpoint, drop_checkpoints
-from dpo_dist.distributed.export import DTYPES, export_checkpoint
+from dpo_dist.config.run_folder import checkpoint_name
+from dpo_dist.config.schema import FinalModel
+from dpo_dist.distributed.checkpoint.saver import checkpoint_state, drop_checkpoints
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.zero import unsharded_loading
-from dpo_dist.foundation.console import Console
-from dpo_dist.foundation.errors import ConfigError, DivergedError, ExitCode, RunOutcome, first_line
-from dpo_dist.foundation.files import for_json, staged_folder
+from dpo_dist.foundation.errors import DivergedError, ExitCode, RunOutcome
+from dpo_dist.foundation.files import for_json
 from dpo_dist.foundation.text import counted
-from dpo_dist.model.folder import has_tokenizer, model_folder, start_folder
-from dpo_dist.model.load import load_tokenizer
-from dpo_dist.model.save import write_mean, writing_errors
-from dpo_dist.model.stops import given_stops, trained_stops, write_stops
-from dpo_dist.reference.digest import digest_model
-from dpo_dist.training.context import Run
-from dpo_dist.training.directory import package_versions
-from dpo_dist.training.loop import Loop
-from dpo_dist.training.metrics_log import final_and_best, read_latest_rows
-from dpo_dist.training.reporting import Recorder
-from dpo_dist.training.resume import RunState, read_state, write_state
-from dpo_dist.training.state import Position
+from dpo_dist.training.export import check_base, export_checkpoint
+from dpo_dist.training.reporting.metrics_log import final_and_best
+from dpo_dist.training.reporting.protocols import Recorder
+from dpo_dist.training.start.context import Run
+from dpo_dist.training.start.directory import package_versions
+from dpo_dist.training.start.resume import RunState, read_state, write_state
+from dpo_dist.training.steps.loop import Loop
+from dpo_dist.training.steps.state import Position
 
 
 def run_to_its_end(loop: Loop, position: Position, run_card: Callable[..., str]) -> int:
@@ -119,27 +112,12 @@ def _write_model(loop: Loop, step: int, summary: dict[str, Any], run_card: Calla
         return run_card(run.config, rows, ended, run.say, versions, loader, is_evaluated=is_evaluated)
 
     def write() -> None:
-        check_base(run.config, loop.identity["model"])
+        check_base(run.config.model, Path(run.config.reference.store), loop.identity["model"])
         with unsharded_loading(run.world):
             export_checkpoint(checkpoint, run.folder.model, run.config, card, is_new=is_last)
 
     with run.console.heartbeat("writing the model"):
         run.world.on_main(write)
-
-
-def check_base(config: RunConfig, recorded: str | None) -> None:
-    """Check that the files that become part of the result are those that training started from."""
-    base, store = model_folder(config.model.path, config.model.revision), Path(config.reference.store)
-    code, start = config.model.trust_remote_code, start_folder(config.model)
-    digest = digest_model(base, store, remote_code=code, adapter=start).digest
-    if recorded != digest:
-        raise ConfigError(
-            "the model that this run started from has changed since",
-            where="model.path" if start is None else "model.path, model.adapter.path",
-            got=f"digest {digest}",
-            expected=f"digest {recorded}",
-            remedy="restore its files",
-        )
 
 
 def finish(run: Run, state: RunState, recorder: Recorder | None, summary: dict[str, Any]) -> None:
@@ -159,51 +137,3 @@ def finish(run: Run, state: RunState, recorder: Recorder | None, summary: dict[s
 
     with run.console.heartbeat("writing the report"):
         run.write(work)
-
-
-def export_model(
-    config: RunConfig, checkpoint: Path, output: Path, console: Console, run_card: Callable[..., str]
-) -> None:
-    """Write `output` from a checkpoint, checked, whole or not at all, with the card of `run_card`."""
-    console.say(f"reading {checkpoint}")
-    try:
-        state = checkpoint_state(checkpoint)
-    except (OSError, ValueError) as error:
-        raise damaged_checkpoint(checkpoint, [first_line(error)]) from error
-    if config.model.adapter is not None and config.export.merge:  # the base is part of the result
-        check_base(config, state.get("model"))
-
-    def card(loader: str) -> str:
-        folder, step = RunFolder.of(config), step_of(checkpoint.name)
-        is_end = step == state["steps"]
-        summary = {
-            "exit": (RunOutcome.completed if is_end else RunOutcome.preempted).value,
-            "steps": step,
-            "pairs_seen": state["pairs_seen"],
-            "reference": state["reference_report"],
-            "settings": settings(config),
-            "bands": [asdict(band) for band in config.metrics.bands],
-            "data": state["counts"],
-        }
-        rows = [row for row in read_latest_rows(folder) if row["step"] <= state["step"]]
-        versions = json.loads(folder.environment.read_bytes())["packages"]
-        is_evaluated = is_end and config.export.weights is ExportedWeights.last
-        merged = replace(config, model=replace(config.model, adapter=None)) if config.export.merge else config
-        return run_card(merged, rows, summary, console.say, versions, loader, is_evaluated=is_evaluated)
-
-    export_checkpoint(checkpoint, output, config, card, replaces=False)
-
-
-def export_average(config: RunConfig, members: Sequence[Path], output: Path) -> None:
-    """Write the weighted mean of whole models, whole or not at all."""
-    given = [member.weight for member in config.export.average]
-    shares = [(weight / sum(given), member) for weight, member in zip(given, members, strict=True)]
-    dtype = None if config.export.dtype is None else DTYPES[config.export.dtype]
-    with writing_errors(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with staged_folder(output, replaces=False) as temporary:
-            write_mean(temporary, shares, dtype)
-            stops = [stop for member in members for stop in given_stops(member)]
-            if has_tokenizer(temporary):
-                stops += trained_stops(load_tokenizer(temporary, config.model), config.data)
-            write_stops(temporary, members[0], stops)

@@ -11,26 +11,26 @@ import torch
 
 from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.batching.sampler import Indices
-from dpo_dist.config.schema import Dtype, Numerics, ReferenceMode, RunConfig
-from dpo_dist.data.dataset import PreferenceDataset
+from dpo_dist.config.schema import Dtype, ReferenceMode, RunConfig
+from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.distributed.memory import peak_memory_bytes
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ExitCode, ReferenceModelError
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.text import counted, duration
-from dpo_dist.model.attention import choose_backend
+from dpo_dist.model.attention.kernels import choose_backend
+from dpo_dist.model.files.load import check_same_vocabulary, load_config
 from dpo_dist.model.flops import compute_costs
 from dpo_dist.model.layers import choose_fused
-from dpo_dist.model.load import check_same_vocabulary, load_config
 from dpo_dist.model.numerics import numerics_of
-from dpo_dist.reference.digest import ModelFiles, agree_on_numerics, difference, find_compatible, model_label
+from dpo_dist.reference.digest import ModelFiles, check_same_numerics, model_label
 from dpo_dist.reference.engine import SCORING_TOKENS_FACTOR, ReferenceProvider, load_reference, scored_model
-from dpo_dist.reference.fill import FillReport, Scorer, StoreFiller, count_reused
+from dpo_dist.reference.fill import ENTRIES_PER_SHARD, FillReport, Scorer, StoreFiller
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, Values
-from dpo_dist.training.context import Run, open_run, say_header
-from dpo_dist.training.inputs import EvaluationInputs, load_inputs
-from dpo_dist.training.step import Objective
+from dpo_dist.training.start.context import Run, open_run, say_header
+from dpo_dist.training.start.inputs import EvaluationInputs, load_inputs
+from dpo_dist.training.steps.step import Objective
 
 _CHECKED_PAIRS = 16
 # Mean absolute drift of a response per token, in nats.
@@ -74,7 +74,7 @@ def check_drift(
                 parts = torch.split((fresh - stored).cpu(), host_batch.response_tokens.tolist())
                 drifts += zip(names, (part.numpy() for part in parts), strict=True)
     drifts = [drift for part in world.gather(drifts) for drift in part]
-    _check_drifts(drifts, config)
+    _check_drifts(drifts, config.model.dtype)
     sums = np.array([drift.sum() for _, drift in drifts])
     return {
         "responses": len(drifts),
@@ -85,9 +85,7 @@ def check_drift(
     }
 
 
-def _check_drifts(drifts: Sequence[tuple[str, Values]], config: RunConfig) -> None:
-    dtype = config.model.dtype
-
+def _check_drifts(drifts: Sequence[tuple[str, Values]], dtype: Dtype) -> None:
     def tolerance(tokens: int) -> float:
         # A forward in 16 bits depends on the shape of its batch: single tokens move, the mean of many hardly.
         return _TOLERANCE[dtype] * (1.0 if dtype is Dtype.fp32 else max(1.0, 8 / math.sqrt(tokens)))
@@ -96,16 +94,13 @@ def _check_drifts(drifts: Sequence[tuple[str, Values]], config: RunConfig) -> No
     # Not "mean > tolerance", which accepts nan.
     failed = [name for name, drift in drifts if not means[name] <= tolerance(len(drift))]
     if failed:
-        is_strict = config.reference.numerics is Numerics.strict
         raise ReferenceModelError(
             f"{len(failed)} of {len(drifts)} sampled reference log-probs differ from a fresh computation",
             where="; ".join(f"{name} ({means[name]:.2g})" for name in failed[:5]),
             got="the mean difference per token in parentheses, in nats",
             expected=f"at most {_TOLERANCE[dtype]:g} with model.dtype={dtype}, more for short responses in "
             "16 bits",
-            remedy="the store belongs to another model or is damaged: set another reference.store"
-            if is_strict
-            else "log-probs of other numerics differ too much: set reference.numerics=strict",
+            remedy="the store belongs to another model or is damaged: set another reference.store",
         )
 
 
@@ -126,7 +121,6 @@ class Reference:
 
     provider: ReferenceProvider
     is_policys_start: bool  # in the same precision
-    audited: tuple[PreferenceDataset, Indices]  # of which the step-0 check takes its sample
     report: dict[str, Any]  # the section `reference` of summary.json
 
 
@@ -139,22 +133,24 @@ def prepare_reference(run: Run, inputs: EvaluationInputs, *, step0_follows: bool
     config, world = run.config, run.world
     mode, files = config.reference.mode, inputs.reference_files
     if mode is ReferenceMode.none:
-        return unstored(run, inputs, ReferenceProvider(), is_start=False)
+        return unstored(run, ReferenceProvider(), is_start=False)
     assert files is not None, "every other mode has a reference model"
     if config.reference.path:
         world.on_main(lambda: check_same_vocabulary(files.folder, inputs.tokenizer, config.model))
     same_precision = config.reference.quantization is config.model.quantization
     is_start = same_precision and files.digest == inputs.policy_files.digest
     if mode is ReferenceMode.live:
-        provider = ReferenceProvider(engine=load_reference(files, config, world))
-        return unstored(run, inputs, provider, is_start=is_start)
+        provider = ReferenceProvider(
+            engine=load_reference(files, config.model, config.reference, config.data.max_length, world)
+        )
+        return unstored(run, provider, is_start=is_start)
     return _stored(run, inputs, files, is_start, is_checked=is_start and step0_follows)
 
 
-def unstored(run: Run, inputs: EvaluationInputs, provider: ReferenceProvider, *, is_start: bool) -> Reference:
+def unstored(run: Run, provider: ReferenceProvider, *, is_start: bool) -> Reference:
     """Return a reference that is computed with each micro-batch, or none."""
     report = {"mode": run.config.reference.mode.value, **FillReport().as_dict()}
-    return Reference(provider, is_start, inputs.visited[0], report)
+    return Reference(provider, is_start, report)
 
 
 def _stored(
@@ -163,51 +159,35 @@ def _stored(
     """Fill the store with all log-probs of the run; then free the reference engine. Collective.
 
     A sample is re-scored while the engine is loaded, unless the step-0 check does it (`is_checked`).
-    Log-probs of other numerics are always re-scored: by the policy in the step-0 check if it starts as the
-    reference (`is_start`), else by an engine loaded for it.
     """
     config, world, store = run.config, run.world, Path(run.config.reference.store)
     backend = choose_backend(config.model.attention, config.model.dtype, world.device)
     text = load_config(files.folder, config.model).get_text_config()
     fused = choose_fused(config.model, text, world.device)
-    numerics = numerics_of(scored_model(config), backend, fused, world.device)
-    profile = agree_on_numerics(numerics, config.reference.numerics is Numerics.tolerant, world)
+    profile = numerics_of(
+        scored_model(config.model, config.reference.quantization), backend, fused, world.device
+    )
+    check_same_numerics(profile, world)
     label = model_label(config.reference.path or config.model.path, files.folder)
-    fingerprint = ReferenceFingerprint(files.digest, profile, label)
-    others = world.on_main(lambda: find_compatible(store, fingerprint))
-    compatible = others if config.reference.numerics is Numerics.tolerant else []
-    empty = LogpStore(store, [fingerprint, *compatible], [])
+    empty = LogpStore(store, [ReferenceFingerprint(files.digest, profile, label)], [])
     engines: list[Engine] = []
 
     def load_scorer() -> Scorer:
         if not engines:
-            engines.append(load_reference(files, config, world))
+            engines.append(
+                load_reference(files, config.model, config.reference, config.data.max_length, world)
+            )
             filler.costs = replace(filler.costs, arrangement=engines[0].model.arrangement)
         return engines[0].token_logps
 
-    costs, entries_per_shard = compute_costs(inputs.flops), config.reference.rows_per_shard
-    tokens = SCORING_TOKENS_FACTOR * run.micro_batch_tokens
-    filler = StoreFiller(empty, load_scorer, world, tokens, costs, entries_per_shard, run.stops)
+    tokens, costs = SCORING_TOKENS_FACTOR * run.micro_batch_tokens, compute_costs(inputs.flops)
+    filler = StoreFiller(empty, load_scorer, world, tokens, costs, ENTRIES_PER_SHARD, run.stops)
     filled = _fill(run, inputs, filler)
     report = {"mode": config.reference.mode.value, **filled.as_dict(), "entries": str(empty.folder)}
-    if others and not compatible and filled.computed:
-        differences = "; ".join(difference(fingerprint, other) for other in others)
-        run.say(
-            f"reference: the store has log-probs of this model of other numerics ({differences}); "
-            "reference.numerics=tolerant uses them"
-        )
-    opened = filler.open_filled()
-    provider = ReferenceProvider(store=opened)
-    audited, must_score = inputs.visited[0], bool(engines) and not is_checked
-    if compatible:
-        reuse = world.on_main(lambda: count_reused(opened, inputs.visited))
-        report["served"] = reuse.responses
-        if len(reuse.pairs):
-            audited = inputs.visited[reuse.dataset][0], reuse.pairs
-            must_score = must_score or not is_start
-    if must_score:
+    provider = ReferenceProvider(store=filler.open_filled())
+    if engines and not is_checked:
         objective, score = Objective(config.loss, provider), load_scorer()
-        report["drift"] = check_drift(run, score, objective, *audited, filler.costs)
+        report["drift"] = check_drift(run, score, objective, *inputs.visited[0], filler.costs)
         drift = describe_drift(report["drift"])
         run.say(f"reference check passed: stored and newly computed log-probs are {drift}")
     for engine in engines:
@@ -216,7 +196,7 @@ def _stored(
         report["peak_memory_bytes"] = max(world.gather(peak_memory_bytes(world.device)))
         if world.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-    return Reference(provider, is_start, audited, report)
+    return Reference(provider, is_start, report)
 
 
 def _fill(run: Run, inputs: EvaluationInputs, filler: StoreFiller) -> FillReport:

@@ -12,41 +12,41 @@ import torch
 from dpo_dist.batching.plan import Arrangement, ComputeCosts
 from dpo_dist.config.losses import Weighting
 from dpo_dist.config.schema import AttentionBackend, ReferenceMode, RunConfig
-from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver, reading_errors
+from dpo_dist.distributed.checkpoint.saver import Checkpoint, CheckpointSaver, reading_errors
+from dpo_dist.distributed.checkpoint.slices import Sharded
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.reference_sync import ReferenceSync
-from dpo_dist.distributed.slices import Sharded
-from dpo_dist.distributed.world import World
 from dpo_dist.distributed.zero import Engine, FrozenEngine, LossScale, PolicyEngine
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ExitCode, RunOutcome, StoppedError
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.foundation.text import counted, duration, percent
-from dpo_dist.model.attention import computed_by_segment
+from dpo_dist.model.attention.kernels import computed_by_segment
+from dpo_dist.model.files.load import TORCH_DTYPES, load_packed
 from dpo_dist.model.flops import REACHED_SHARES, compute_costs, matmul_peak, recomputed_share
-from dpo_dist.model.load import TORCH_DTYPES, load_packed
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.metrics import MetricPlan, custom_metrics
 from dpo_dist.reference.engine import ReferenceProvider, settle_engine
-from dpo_dist.training.context import Run, open_run, say_header
-from dpo_dist.training.directory import (
+from dpo_dist.training.finish import finish, run_to_its_end
+from dpo_dist.training.reference import Reference, check_drift, describe_drift, prepare_reference, unstored
+from dpo_dist.training.reporting.metrics_log import MetricsLog
+from dpo_dist.training.reporting.protocols import Recorder, Reporting
+from dpo_dist.training.start.context import Run, open_run, say_header
+from dpo_dist.training.start.directory import (
     check_disk_room,
     describe_run,
     find_start,
     lock_directory,
     mark_started,
 )
-from dpo_dist.training.finish import finish, run_to_its_end
-from dpo_dist.training.health import check_keep_best
-from dpo_dist.training.inputs import Inputs, identify, load_inputs
-from dpo_dist.training.loop import Loop
-from dpo_dist.training.metrics_log import MetricsLog
-from dpo_dist.training.reference import Reference, check_drift, describe_drift, prepare_reference, unstored
-from dpo_dist.training.reporting import Recorder, Reporting
-from dpo_dist.training.resume import RunState, check_identity, describe_change, write_state
-from dpo_dist.training.schedule import check_warmup
-from dpo_dist.training.state import Position
-from dpo_dist.training.step import Objective
+from dpo_dist.training.start.inputs import Inputs, identify, load_inputs
+from dpo_dist.training.start.resume import RunState, check_identity, describe_change, write_state
+from dpo_dist.training.steps.health import check_keep_best
+from dpo_dist.training.steps.loop import Loop
+from dpo_dist.training.steps.schedule import check_warmup
+from dpo_dist.training.steps.state import Position
+from dpo_dist.training.steps.step import Objective
 
 
 def train(config: RunConfig, console: Console, stop: StopRequest, reporting: Reporting) -> int:
@@ -83,17 +83,19 @@ def _begin(run: Run, checkpoint: Checkpoint | None, reporting: Reporting) -> tup
             run.say(f"{name}: {environment[f'{name}_function']}")
     inputs = load_inputs(run, trains=True)
     done, steps = 0, inputs.sampler.steps
-    if inputs.eval_set is not None:
-        check_keep_best(config, inputs.eval_set.labels, world.device)
-    identity = identify(config, inputs)
+    if inputs.eval_set is not None and config.trainer.keep_best is not None:
+        custom = custom_metrics(config.metrics.function, config.loss, world.device)
+        plan = MetricPlan(config.loss, inputs.eval_set.labels, is_evaluation=True, custom=custom)
+        check_keep_best(config.trainer.keep_best, plan)
+    identity = identify(config.identity, inputs)
     if checkpoint is not None:
         done = int(checkpoint.state["step"])
         world.on_main(partial(check_identity, checkpoint.state, identity, checkpoint.folder))
-        if change := world.on_main(partial(describe_change, checkpoint.state, config, steps)):
+        if change := world.on_main(partial(describe_change, checkpoint.state, config.trainer, steps)):
             run.say(change)
     check_warmup(config.optim, steps)
     state = RunState(RunOutcome.started, done, identity)
-    world.on_main(partial(check_disk_room, config, inputs.weights, done, steps))
+    world.on_main(partial(check_disk_room, run, inputs.weights, done, steps))
     mark_started(run, environment, state, reporting.write_page)
     left = f", {done:,} of them done" if done else ""
     pairs = counted(inputs.sampler.global_batch_pairs, config.loss.unit)
@@ -119,7 +121,7 @@ def _set_up(
     reference, policy = _load_models(run, inputs, engines, step0_follows=checkpoint is None)
     costs = arranged_costs(run, inputs, policy, reference)
     run.stops.check()
-    custom = custom_metrics(config, world.device)
+    custom = custom_metrics(config.metrics.function, config.loss, world.device)
     objective = Objective(config.loss, reference.provider, inputs.router, custom)
     sharded: list[Sharded] = [policy]
     reference_sync = None
@@ -146,7 +148,7 @@ def _set_up(
         if reference.is_policys_start:
             policy.train(False)
             with run.console.heartbeat("comparing the log-probs of policy and reference"):
-                drift = check_drift(run, policy.token_logps, objective, *reference.audited, costs)
+                drift = check_drift(run, policy.token_logps, objective, *inputs.visited[0], costs)
             run.say(f"step-0 check passed: log-probs of policy and reference are {describe_drift(drift)}")
             report = {**report, "drift": drift}
     run.stops.check()
@@ -192,7 +194,7 @@ def _load_models(
         run.stops.check()
     policy = load_policy(run, inputs)
     engines.push(partial(_free, policy, run.world))
-    return reference or unstored(run, inputs, ReferenceProvider(policy=policy), is_start=True), policy
+    return reference or unstored(run, ReferenceProvider(policy=policy), is_start=True), policy
 
 
 def _free(engine: Engine, world: World, error: type[BaseException] | None, *_: Any) -> None:
@@ -270,7 +272,7 @@ def _complete(run: Run, finished: RunState, reporting: Reporting) -> int:
     """Write the report of a run whose model is written, if its inputs are the same; collective."""
     world, folder = run.world, run.folder
     environment, written = describe_run(run), folder.environment
-    identity = identify(run.config, load_inputs(run))
+    identity = identify(run.config.identity, load_inputs(run))
     world.on_main(partial(check_identity, finished.identity, identity, folder.state))
     if finished.outcome is RunOutcome.exported:
         assert finished.summary is not None

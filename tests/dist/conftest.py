@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.schema import DataConfig, SourceConfig
-from dpo_dist.data.build import prepare_dataset
+from dpo_dist.data.encoded.build import prepare_dataset
 from tests.dist.scenario import PAIRS, Assets, entries_of
 from tests.support import tiny
 from tests.support.invented import write_pairs

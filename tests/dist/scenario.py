@@ -11,22 +11,24 @@ from torch import Tensor
 
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.batching.plan import ComputeCosts
+from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, OptimConfig, ReferenceConfig, RunConfig
-from dpo_dist.data.dataset import PreferenceDataset, open_dataset, shard_batch
-from dpo_dist.data.store import EncodedSource
-from dpo_dist.distributed.world import World
-from dpo_dist.distributed.zero import PolicyEngine
-from dpo_dist.model.load import load_packed
+from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
+from dpo_dist.data.encoded.store import EncodedSource
+from dpo_dist.distributed.processes.world import World
+from dpo_dist.distributed.zero import Engine, PolicyEngine
+from dpo_dist.model.files.load import load_packed
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import RunningMeans, preference_loss
 from dpo_dist.objective.metrics import MetricSums
+from dpo_dist.reference import engine
 from dpo_dist.reference.digest import ModelFiles
 from dpo_dist.training.clock import StepClock
-from dpo_dist.training.step import Objective, train_step
+from dpo_dist.training.steps.step import Objective, train_step
 from tests.support.packing import COSTS, plain_logps
-from tests.support.ranks import OPTIM
+from tests.support.ranks import EPS, OPTIM
 
 PAIRS = 11
 LOSS = LossConfig(beta=0.5)
@@ -59,9 +61,10 @@ class Assets:
         return RunConfig(model=ModelConfig(str(model), dtype=dtype), reference=reference or ReferenceConfig())
 
 
-def files_of(folder: Path) -> ModelFiles:
-    """A model folder as `load_reference` takes it, without digests."""
-    return ModelFiles(folder, {}, {})
+def load_reference(folder: Path, config: RunConfig, world: World) -> Engine:
+    """The model in `folder`, loaded as the reference of a run."""
+    longest = config.data.max_length
+    return engine.load_reference(ModelFiles(folder, {}, {}), config.model, config.reference, longest, world)
 
 
 def load_policy(
@@ -140,7 +143,7 @@ def plain_training(model: Any, losses: Iterable[Callable[[], Tensor]]) -> list[f
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": OPTIM.weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=OPTIM.lr, eps=OPTIM.eps)
+    optimizer = torch.optim.AdamW(groups, lr=OPTIM.lr, eps=EPS)
     norms = []
     for loss in losses:
         loss().backward()

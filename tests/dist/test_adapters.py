@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.schema import (
     AdapterConfig,
     AdapterVariant,
@@ -24,13 +25,13 @@ from dpo_dist.config.schema import (
     ParallelismKind,
     Quantization,
 )
-from dpo_dist.data.dataset import shard_batch
-from dpo_dist.distributed.world import World
-from dpo_dist.model.load import load_config, load_weights
+from dpo_dist.distributed import zero
+from dpo_dist.distributed.processes.world import World
+from dpo_dist.model.files.load import load_config, load_weights
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import preference_loss
 from dpo_dist.reference.engine import ReferenceProvider
-from dpo_dist.training.step import Objective
+from dpo_dist.training.steps.step import Objective
 from tests.dist.scenario import LOSS, Assets, all_steps, load_policy, plain_training
 from tests.support.packing import COSTS, plain_logps
 from tests.support.ranks import run_ranks
@@ -191,7 +192,8 @@ def test_compiled_layers_train_every_adapter(assets: Assets, tmp_path: Path) -> 
 
 
 def small_steps(model: ModelConfig, assets: Assets, world: World, folder: Path) -> None:
-    policy = load_policy(model, world, OptimConfig(lr=1e-4, eps=1e-12), seed=SEED)
+    zero.ADAM_EPS = 1e-12
+    policy = load_policy(model, world, OptimConfig(lr=1e-4), seed=SEED)
     write_model(policy, folder / "before", world)
     objective = Objective(LOSS, ReferenceProvider(policy=policy))
     all_steps(policy, objective, assets.dataset(), world, [((0, 1), 128)] * 8, lr=1e-4)

@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.losses import SyncReferenceConfig
 from dpo_dist.config.schema import AdapterConfig, Dtype, Offload, ParallelismConfig, ParallelismKind
-from dpo_dist.data.dataset import shard_batch
-from dpo_dist.distributed.checkpoint import SavedSlices
-from dpo_dist.distributed.slices import SHARDS
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.checkpoint.saver import SavedSlices
+from dpo_dist.distributed.checkpoint.slices import SHARDS
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.losses import RunningMeans
-from dpo_dist.training.step import evaluate
+from dpo_dist.training.steps.step import evaluate
 from tests.dist.scenario import LOSS, Assets
 from tests.dist.test_checkpoint import Trainer, demand_equal, resume
 from tests.dist.test_engine import write_whole

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dpo_dist.config.losses import BcoDelta, LossConfig, LossKind, SyncReferenceConfig
+from dpo_dist.config.losses import BcoDelta, BcoPairOptions, LossConfig, LossKind, SyncReferenceConfig
 from dpo_dist.config.schema import (
     AdapterConfig,
     AdapterVariant,
@@ -28,22 +28,22 @@ from dpo_dist.config.schema import (
     Quantization,
     ReferenceConfig,
 )
-from dpo_dist.distributed import checkpoint
-from dpo_dist.distributed.checkpoint import (
+from dpo_dist.distributed.checkpoint import saver as checkpoint
+from dpo_dist.distributed.checkpoint.saver import (
     CheckpointSaver,
     Entries,
     SavedSlices,
     latest_checkpoint,
 )
+from dpo_dist.distributed.checkpoint.slices import SHARDS, Sharded
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.reference_sync import ReferenceSync
-from dpo_dist.distributed.slices import SHARDS, Sharded
-from dpo_dist.distributed.world import World
 from dpo_dist.foundation.errors import CheckpointError
 from dpo_dist.objective.metrics import MetricSums
-from dpo_dist.reference.engine import ReferenceProvider, load_reference
-from dpo_dist.training.state import Position
-from dpo_dist.training.step import Objective
-from tests.dist.scenario import Assets, files_of, load_policy, one_step
+from dpo_dist.reference.engine import ReferenceProvider
+from dpo_dist.training.steps.state import Position
+from dpo_dist.training.steps.step import Objective
+from tests.dist.scenario import Assets, load_policy, load_reference, one_step
 from tests.support.cpu_adam import with_cpu_adam
 from tests.support.precision import NEEDS_FP16
 from tests.support.ranks import OPTIM, run_ranks, start_ranks
@@ -83,7 +83,7 @@ class Trainer:
         self.objective, self.sync = OBJECTIVE, None
         if loss is not None:
             placed = assets.config(assets.policy, ReferenceConfig(offload=offload), dtype)
-            self.reference = load_reference(files_of(assets.reference), placed, world)
+            self.reference = load_reference(assets.reference, placed, world)
             self.objective = Objective(loss, ReferenceProvider(engine=self.reference))
         self.policy = load_policy(config, world, optim, ema_decay=ema_decay)
         if loss is not None:
@@ -323,7 +323,7 @@ LORA = Policy(AdapterConfig(r=2, alpha=4))
 DORA = Policy(AdapterConfig(r=2, alpha=4, variant=AdapterVariant.dora))
 SHARED_BY_2, SHARED_BY_4 = replace(ZERO2, sequence_parallel=2), replace(ZERO3, sequence_parallel=4)
 NF4_LORA = replace(LORA, quantization=Quantization.nf4)
-BCO = Policy(loss=LossConfig(kind=LossKind.bco_pair, bco_delta=BcoDelta.running_mean))
+BCO = Policy(loss=LossConfig(kind=LossKind.bco_pair, options=BcoPairOptions(BcoDelta.running_mean)))
 FP32, BF16 = Dtype.fp32, Dtype.bf16
 WORLDS = {
     "full in bf16, 3 with zero3 to 2 with zero2": (FULL, BF16, 3, ZERO3, 2, ZERO2),

@@ -15,22 +15,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismConfig, ParallelismKind
-from dpo_dist.data.dataset import PreferenceDataset, shard_batch
-from dpo_dist.distributed.world import World
+from dpo_dist.data.encoded.dataset import PreferenceDataset
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import LossScale, PolicyEngine
-from dpo_dist.model.load import TORCH_DTYPES
-from dpo_dist.reference.engine import ReferenceProvider, load_reference
-from dpo_dist.training.step import Objective
+from dpo_dist.model.files.load import TORCH_DTYPES
+from dpo_dist.reference.engine import ReferenceProvider
+from dpo_dist.training.steps.step import Objective
 from tests.dist.scenario import (
     LOSS,
     STEPS,
     Assets,
     RowsAtHand,
     all_steps,
-    files_of,
     load_policy,
+    load_reference,
     plain_steps,
 )
 from tests.support.packing import COSTS
@@ -84,7 +85,7 @@ def reference_comes_and_goes(
     world: World,
 ) -> dict[str, Any]:
     """Load, score with and free the reference; how far it is off, and the share of it that is held here."""
-    engine = load_reference(files_of(assets.reference), assets.config(model, dtype=dtype), world)
+    engine = load_reference(assets.reference, assets.config(model, dtype=dtype), world)
     parameters = list(engine._engine.module.parameters())
     held = sum(parameter.ds_tensor.numel() for parameter in parameters)
     whole = sum(parameter.ds_numel for parameter in parameters)

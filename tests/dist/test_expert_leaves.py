@@ -24,15 +24,15 @@ from dpo_dist.config.schema import (
     ParallelismKind,
 )
 from dpo_dist.distributed.deepspeed_config import frozen_config
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine
-from dpo_dist.model.attention import PACKED
+from dpo_dist.model.attention.kernels import PACKED
+from dpo_dist.model.attention.ulysses import TokenExchange
 from dpo_dist.model.layers import checkpoint_layers, offload_inputs, partly_used_blocks
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.packed import PackedCausalLM
-from dpo_dist.model.ulysses import TokenExchange
 from dpo_dist.reference.engine import ReferenceProvider
-from dpo_dist.training.step import Objective
+from dpo_dist.training.steps.step import Objective
 from tests.dist.scenario import LOSS, Assets, all_steps, entries_of, load_policy, plain_steps
 from tests.dist.test_engine import write_whole
 from tests.support import tiny

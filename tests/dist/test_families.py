@@ -22,19 +22,19 @@ from dpo_dist.config.schema import (
     ParallelismKind,
     RunConfig,
 )
-from dpo_dist.distributed.world import World
-from dpo_dist.model.load import load_packed
+from dpo_dist.distributed.processes.world import World
+from dpo_dist.model.files.load import load_packed
 from dpo_dist.model.lora import add_adapter
-from dpo_dist.reference.engine import ReferenceProvider, load_reference, settle_engine
-from dpo_dist.training.step import Objective
+from dpo_dist.reference.engine import ReferenceProvider, settle_engine
+from dpo_dist.training.steps.step import Objective
 from tests.dist.scenario import (
     LOSS,
     Assets,
     RowsAtHand,
     all_steps,
     entries_of,
-    files_of,
     load_policy,
+    load_reference,
     plain_steps,
 )
 from tests.dist.test_engine import write_whole
@@ -186,7 +186,7 @@ def train_beside(own: ModelConfig, other: ModelConfig, assets: Assets, world: Wo
     """Arrangements of a policy and its reference, and gradient norms of `STEPS`."""
     policy = load_policy(own, world, max_length=512)
     settle_engine(policy, 512, world)
-    reference = load_reference(files_of(Path(other.path)), RunConfig(model=other), world)
+    reference = load_reference(Path(other.path), RunConfig(model=other), world)
     objective = Objective(LOSS, ReferenceProvider(engine=reference))
     norms = all_steps(policy, objective, assets.dataset(), world, STEPS)
     return [[policy.model.arrangement, reference.model.arrangement], norms]

@@ -12,13 +12,12 @@ import numpy as np
 from torch import Tensor
 
 from dpo_dist.batching.pack import PackedBatch
-from dpo_dist.distributed.world import Stops, World
+from dpo_dist.distributed.processes.world import Stops, World
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.reference import store as store_module
-from dpo_dist.reference.engine import load_reference
 from dpo_dist.reference.fill import Scorer, StoreFiller
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
-from tests.dist.scenario import PAIRS, Assets, files_of
+from tests.dist.scenario import PAIRS, Assets, load_reference
 from tests.support.packing import COSTS
 from tests.support.ranks import run_ranks, start_ranks
 
@@ -39,7 +38,7 @@ def fill(
     scored = {"entries": 0, "dummies": 0}
 
     def load_scorer() -> Scorer:
-        engine = load_reference(files_of(assets.reference), assets.config(assets.policy), world)
+        engine = load_reference(assets.reference, assets.config(assets.policy), world)
 
         def score(batch: PackedBatch) -> Tensor:
             scored["entries"] += len(batch.keys)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dpo_dist.config.schema import Dtype, Offload, ParallelismConfig, ParallelismKind
 from dpo_dist.distributed.deepspeed_config import START
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import LossScale
 from tests.dist.scenario import Assets
 from tests.dist.test_checkpoint import Trainer

@@ -11,16 +11,17 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import AdapterConfig, Dtype, ModelConfig, ParallelismKind
-from dpo_dist.data.dataset import shard_batch
 from dpo_dist.distributed import zero
-from dpo_dist.distributed.world import Stops, World
+from dpo_dist.distributed.processes.world import Stops, World
 from dpo_dist.foundation.signals import StopRequest
-from dpo_dist.generation.sampling.generate import NotFiniteError, Request, Sample, Sampling, generate_together
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.reference.engine import ReferenceProvider
-from dpo_dist.training.step import Objective, evaluate
+from dpo_dist.tools.sampling.generate import NotFiniteError, Request, Sample, generate_together
+from dpo_dist.tools.sampling.settings import Sampling
+from dpo_dist.training.steps.step import Objective, evaluate
 from tests.dist.scenario import Assets, load_policy, one_step
 from tests.support.packing import COSTS
 from tests.support.ranks import run_ranks

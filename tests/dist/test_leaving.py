@@ -27,19 +27,19 @@ from dpo_dist.config.schema import (
     ParallelismKind,
     RunConfig,
 )
-from dpo_dist.distributed import failures
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.processes import failures
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation import background
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, DataError, DpoDistError
 from dpo_dist.foundation.signals import StopRequest
-from dpo_dist.model import load
-from dpo_dist.model.load import load_packed
+from dpo_dist.model.files import load
+from dpo_dist.model.files.load import load_packed
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.reference import engine
-from dpo_dist.reference.engine import load_reference, settle_engine
-from dpo_dist.training.context import Run
-from tests.dist.scenario import Assets, files_of, load_policy
+from dpo_dist.reference.engine import settle_engine
+from dpo_dist.training.start.context import Run
+from tests.dist.scenario import Assets, load_policy, load_reference
 from tests.support.families import tiny_family
 from tests.support.ranks import Outcome, run_ranks, start_ranks
 from tests.support.tiny_model import write_model
@@ -373,7 +373,7 @@ def test_an_arrangement_that_fails_on_all_ranks_is_followed_by_the_next(tmp_path
 
 
 def timeouts_of_all_groups(assets: Assets, world: World, _folder: Path) -> list[float]:
-    load_reference(files_of(assets.reference), assets.config(assets.policy), world)
+    load_reference(assets.reference, assets.config(assets.policy), world)
     load_policy(assets.policy, world)
     groups = list(distributed_c10d._world.pg_map)
     return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.schema import Dtype, ModelConfig, Offload
 from dpo_dist.distributed.deepspeed_config import frozen_config
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import sharded_loading
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.load import load_packed
+from dpo_dist.model.files.load import load_packed
 from tests.dist.scenario import Assets
 from tests.support.families import tiny_config
 from tests.support.ranks import run_ranks

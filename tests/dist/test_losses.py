@@ -11,19 +11,28 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_dist.config.losses import BcoDelta, Divergence, LossConfig, LossKind, LossTermConfig, Weighting
+from dpo_dist.batching.step_batch import shard_batch
+from dpo_dist.config.losses import (
+    BcoDelta,
+    BcoPairOptions,
+    Divergence,
+    LossConfig,
+    LossKind,
+    LossTermConfig,
+    Weighting,
+)
 from dpo_dist.config.schema import DataConfig, ParallelismConfig, ParallelismKind, RunConfig, SourceConfig
-from dpo_dist.data.build import prepare_dataset
-from dpo_dist.data.dataset import PreferenceDataset, open_dataset, shard_batch
-from dpo_dist.data.partners import with_partners
-from dpo_dist.data.store import EncodedSource
-from dpo_dist.distributed.world import World
+from dpo_dist.data.encoded.build import prepare_dataset
+from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
+from dpo_dist.data.encoded.partners import with_partners
+from dpo_dist.data.encoded.store import EncodedSource
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.objective.losses import RunningMeans
 from dpo_dist.objective.metrics import BATCH_MARGIN, MetricSums, PairValues
-from dpo_dist.reference.engine import ReferenceProvider, load_reference
+from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.training.clock import StepClock
-from dpo_dist.training.step import Objective, evaluate, train_step
-from tests.dist.scenario import Assets, files_of, load_policy
+from dpo_dist.training.steps.step import Objective, evaluate, train_step
+from tests.dist.scenario import Assets, load_policy, load_reference
 from tests.support import tiny
 from tests.support.masks import add_masks
 from tests.support.packing import COSTS
@@ -39,7 +48,7 @@ STEPS = ((1, 3, 5, 7, 9, 10, 0), (5,), (2, 9, 2))
 CASES = {
     "sigmoid, forward_kl": LossConfig(beta=0.5, divergence=Divergence.forward_kl),
     "sigmoid, ld_alpha, wpo": LossConfig(beta=0.5, ld_alpha=0.3, weighting=Weighting.wpo),
-    "bco_pair, shifted": LossConfig(LossKind.bco_pair, 0.5, bco_delta=BcoDelta.running_mean),
+    "bco_pair, shifted": LossConfig(LossKind.bco_pair, 0.5, options=BcoPairOptions(BcoDelta.running_mean)),
     "beta_dpo, js, wpo": LossConfig(
         LossKind.beta_dpo, 0.5, divergence=Divergence.js, weighting=Weighting.wpo
     ),
@@ -154,7 +163,7 @@ def trajectories(
 ) -> dict[str, Any]:
     """Return for each case the metrics and gradient norm of each step, and an evaluation at the end."""
     config = assets.config(assets.policy)
-    reference = ReferenceProvider(engine=load_reference(files_of(assets.reference), config, world))
+    reference = ReferenceProvider(engine=load_reference(assets.reference, config, world))
     return {name: list(_trajectory(config, reference, name, data, budget, world)) for name in names}
 
 

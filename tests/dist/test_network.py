@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.distributed import failures
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.processes import failures
+from dpo_dist.distributed.processes.world import World
 from tests.dist.scenario import Assets
 from tests.dist.test_checkpoint import Trainer
 from tests.support.ranks import start_ranks

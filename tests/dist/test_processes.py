@@ -15,8 +15,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dpo_dist.config.schema import DataConfig, OnBadRecord, Ranked, SourceConfig
-from dpo_dist.data import build
-from dpo_dist.data.build import CHUNK_RECORDS, prepare_dataset
+from dpo_dist.data.encoded import build
+from dpo_dist.data.encoded.build import CHUNK_RECORDS, prepare_dataset
 from dpo_dist.data.records import Origin, PreferenceRecord
 from dpo_dist.foundation.errors import DataError, PeerLostError
 from tests.support import tiny
@@ -39,13 +39,14 @@ def source(folder: Path, *rows: Any) -> SourceConfig:
 def prepare(
     folder: Path,
     sources: list[SourceConfig],
-    processes: int | None,
+    processes: int,
     tokenizer: PreTrainedTokenizerBase,
     **data: Any,
 ) -> dict[str, bytes]:
     """The files that `prepare_dataset` writes on this number of processes."""
-    config = DataConfig(cache=str(folder / f"cache {processes}"), processes=processes, **data)
-    encoded = prepare_dataset(sources, config, tokenizer, "tokenizer")
+    config = DataConfig(cache=str(folder / f"cache {processes}"), **data)
+    with mock.patch.object(build, "processes_for", return_value=processes):
+        encoded = prepare_dataset(sources, config, tokenizer, "tokenizer")
     return {f"{place} {one.file.name}": one.file.read_bytes() for place, one in enumerate(encoded)}
 
 
@@ -101,7 +102,7 @@ def test_a_dead_process_is_one_clear_error(tmp_path: Path) -> None:
     tokenizer.chat_template = plain.chat_template
     with pytest.raises(PeerLostError, match="encodes data has died") as raised:
         prepare(tmp_path, [rows], 2, tokenizer)
-    assert "data.processes" in raised.value.where + raised.value.remedy
+    assert "taskset -c 0" in raised.value.remedy
     assert encoded_folders(tmp_path, "cache 2") == []
     assert psutil.wait_procs(encoders(psutil.Process()), timeout=60)[1] == []
 

@@ -14,12 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from dpo_dist.config.losses import LossConfig, LossKind, RouterConfig
 from dpo_dist.config.schema import Dtype, ModelConfig, ParallelismConfig, ParallelismKind
-from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.distributed.world import World
+from dpo_dist.data.encoded.dataset import PreferenceDataset
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.objective.logps import sum_by_response
 from dpo_dist.objective.losses import BatchFacts, preference_loss
 from dpo_dist.objective.router import AUX_LOSS, BUSIEST, Z_LOSS, RouterLoss
-from dpo_dist.training.step import Objective, reduce_step
+from dpo_dist.training.steps.step import Objective, reduce_step
 from tests.dist.scenario import Assets, RowsAtHand, load_policy, one_step, plain_training, reference_values
 from tests.support import tiny
 from tests.support.families import tiny_family

@@ -38,7 +38,7 @@ def prepare(folder: Path, overrides: Overrides, spoilt: range, *extra: str) -> l
 
 
 def bad_steps(most: int) -> Callable[[], None]:
-    return constants(**{"dpo_dist.training.health.MOST_BAD_STEPS": most})
+    return constants(**{"dpo_dist.training.steps.health.MOST_BAD_STEPS": most})
 
 
 def test_bad_steps_are_skipped_named_and_the_run_completes_and_resumes(

@@ -13,9 +13,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_dist import chat
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.streams import printable_lines
+from dpo_dist.tools.chat import __main__ as chat
 from tests.e2e.conftest import Overrides
 from tests.support.launch import command, environment, train
 from tests.support.warm import ENVIRONMENT, run_warm_apart
@@ -34,7 +34,7 @@ def says(folder: Path, *arguments: str, lines: list[str]) -> str:
     options = ["--temperature", "0", "--max-new-tokens", "6"]
     (folder / "lines").write_text("".join(f"{line}\n" for line in lines))
     code, output, errors = run_warm_apart(
-        "dpo_dist.chat",
+        "dpo_dist.tools.chat",
         [*arguments, *options],
         environment() | ENVIRONMENT,
         folder,

@@ -32,7 +32,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-PARTS = constants(**{"dpo_dist.insight.compare.models.PART_PROMPTS": 4})
+PARTS = constants(**{"dpo_dist.tools.compare.models.PART_PROMPTS": 4})
 
 
 def compare(place: Path, run: str, *overrides: str, processes: int = 1) -> Finished:
@@ -41,7 +41,7 @@ def compare(place: Path, run: str, *overrides: str, processes: int = 1) -> Finis
         "data.eval=[records.jsonl]",
         "model.dtype=fp32",
     ]
-    limits = ["compare.max_new_tokens=8", "compare.prompts=14", f"run.dir={run}"]
+    limits = ["sampling.max_new_tokens=8", "compare.prompts=14", f"run.dir={run}"]
     return run_verb("compare", [*base, *limits, *overrides], processes=processes, cwd=place, prepare=PARTS)
 
 
@@ -110,7 +110,7 @@ def test_a_checkpoint_of_two_processes_and_an_adapter_respond_as_their_runs_do(
     write_model(tmp_path / "foreign", tiny.zephyr())
     models = [f"base={assets}/model", "full", "full/checkpoints/step-000002", "lora"]
     models += ["lora/checkpoints/step-000002", "foreign"]
-    limits = ["model.dtype=fp32", "compare.max_new_tokens=6", "compare.temperature=0", "run.dir=compared"]
+    limits = ["model.dtype=fp32", "sampling.max_new_tokens=6", "sampling.temperature=0", "run.dir=compared"]
     command = [f"compare.models=[{','.join(models)}]", f"data.eval=[{assets}/eval.jsonl]", *limits]
     ended = run_verb("compare", command, cwd=tmp_path)
     assert ended.code == 0, ended.output

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo_dist.config.verbs import VERBS
 from tests.e2e.conftest import Overrides
 from tests.support.launch import constants, environment, run_verb, train
 from tests.support.warm import ENVIRONMENT, run_warm_apart
@@ -46,7 +47,7 @@ def test_a_program_of_one_process_prints_its_error_at_once_whatever_rank_the_she
 ) -> None:
     verb, *arguments = words.split()
     variables = environment() | ENVIRONMENT | {"RANK": "1"}
-    code, output, errors = run_warm_apart(f"dpo_dist.{verb}", arguments, variables, tmp_path, 40)
+    code, output, errors = run_warm_apart(VERBS[verb].module, arguments, variables, tmp_path, 40)
     assert code == 2, errors
     assert errors.count("to do:") == 1
     assert "Traceback" not in errors + output

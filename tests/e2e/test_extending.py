@@ -52,14 +52,15 @@ def test_the_table_counts_the_files_and_lines_of_each_example() -> None:
 TOGETHER = """
 import json, os, runpy, sys
 import pytest
+from dpo_dist.config.verbs import VERBS
 
 os._exit = sys.exit  # as a verb ends its process
 tests, *commands = json.loads(sys.argv[1])
 assert pytest.main(["-q", "-p", "no:cacheprovider", *tests]) == 0
 for verb, *command in commands:
-    sys.argv = [f"dpo_dist.{verb}", *command]
+    sys.argv = [verb, *command]
     try:
-        runpy.run_module(f"dpo_dist.{verb}", run_name="__main__", alter_sys=True)
+        runpy.run_module(VERBS[verb].module, run_name="__main__", alter_sys=True)
     except SystemExit as ended:
         assert not ended.code, command
 """
@@ -92,8 +93,8 @@ def test_the_examples_pass_their_tests_and_train_together(tmp_path: Path) -> Non
     )
     tests = ["-k", "sigmoid_margin or by_hand or duel or arcee", *(f"tests/unit/{name}.py" for name in names)]
     run = "train model.path=model model.dtype=fp32 data.train=[duels.jsonl] loss=sigmoid_margin tracking=off "
-    run += "loss.target_margin=0.5 run.dir=run trainer.max_steps=1 trainer.global_batch_pairs=8"
-    commands = ("train --help loss.target_margin", "count data.train=[duels.jsonl]", run)
+    run += "loss.options.target=0.5 run.dir=run trainer.max_steps=1 trainer.global_batch_pairs=8"
+    commands = ("train --help loss.options.target", "count data.train=[duels.jsonl]", run)
     ended = subprocess.run(
         [sys.executable, "-c", TOGETHER, json.dumps([tests, *map(str.split, commands)])],
         cwd=tmp_path,

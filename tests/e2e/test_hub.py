@@ -23,7 +23,7 @@ _STEPS = """
 import json, sys
 from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.sources import pinned
+from dpo_dist.data.read.sources import pinned
 from dpo_dist.foundation.errors import DataError
 results = []
 config = DataConfig(cache=sys.argv[1])
@@ -35,8 +35,8 @@ for verb, options in json.loads(sys.argv[2]):
         elif verb == "pin":
             results.append(pinned(source).revision)
         else:
-            from dpo_dist.data.dataset import open_dataset
-            from dpo_dist.data.build import prepare_dataset
+            from dpo_dist.data.encoded.dataset import open_dataset
+            from dpo_dist.data.encoded.build import prepare_dataset
             from tests.support import tiny
             results.append(len(open_dataset(prepare_dataset([source], config, tiny.qwen(), "qwen"), config)))
     except DataError as error:
@@ -212,7 +212,7 @@ def test_a_hub_dataset_is_pinned_and_downloaded_once(tmp_path: Path, hub: Hub) -
 def test_a_model_stays_at_its_commit_while_a_run_trains(tmp_path: Path, hub: Hub) -> None:
     files = {"config.json": b"{}", "model.safetensors": (8).to_bytes(8, "little") + b"{}      "}
     first = hub.commit("o/model", files)
-    find = "from dpo_dist.model.folder import *; print(model_folder('o/model', None).name, flush=True)"
+    find = "from dpo_dist.model.files.folder import *; print(model_folder('o/model', None).name, flush=True)"
     describe = "print(description_folder('o/model', None).name)"
     with subprocess.Popen(
         [sys.executable, "-c", f"{find}; input(); {find}; {describe}"],

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dpo_dist.distributed.checkpoint import SavedSlices
+from dpo_dist.distributed.checkpoint.saver import SavedSlices
 from tests.e2e.conftest import small_run
 from tests.support.launch import history, run_state, run_verb, summary, train
 

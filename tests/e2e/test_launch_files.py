@@ -29,7 +29,7 @@ def test_the_doctor_gets_its_arguments_on_a_node_without_gpus(tmp_path: Path) ->
     variables = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "DPO_DIST_ENV": ""}
     script = SBATCH.with_name("doctor.sbatch")
     said = subprocess.check_output(["bash", script, *OVERRIDES], cwd=ROOT, env=variables, text=True)
-    assert said.splitlines() == ["1", "-m", "dpo_dist.doctor", *OVERRIDES]
+    assert said.splitlines() == ["1", "-m", "dpo_dist", "doctor", *OVERRIDES]
     assert "--gres" not in script.read_text()
 
 
@@ -101,8 +101,9 @@ def launcher_command(
 def parsed(answer: subprocess.CompletedProcess[str]) -> tuple[dict[str, object], list[str]]:
     """Return accelerate's settings for the command, and the program's arguments."""
     assert answer.returncode == 0, answer.stderr
-    first, module, *options = json.loads(answer.stdout)
-    assert (first, module) == ("-m", "dpo_dist.launch")
+    *module, verb = (found := json.loads(answer.stdout))[:3]
+    assert (module, verb) == (["-m", "dpo_dist"], "launch")
+    options = found[3:]
     validated, _, _ = _validate_launch_command(launch_command_parser().parse_args(options))
     return vars(validated), validated.training_script_args
 
@@ -117,8 +118,8 @@ def test_each_node_launches_its_share(tmp_path: Path, monkeypatch: pytest.Monkey
     assert settings["use_deepspeed"]
     assert settings["deepspeed_multinode_launcher"] == "standard"
     assert settings["module"]
-    assert settings["training_script"] == "dpo_dist.train"
-    assert arguments == OVERRIDES
+    assert settings["training_script"] == "dpo_dist"
+    assert arguments == ["train", *OVERRIDES]
 
 
 @pytest.mark.parametrize("unset", ["SLURM_GPUS_ON_NODE", "SLURM_CPUS_PER_TASK"])
@@ -130,8 +131,8 @@ def test_variables_choose_verb_and_processes(
     activate = tmp_path / "activate"
     activate.write_text("export PATH=$PATH; : $UNSET_AS_IN_REAL_ONES; VERB_OF_ENV=1\n")
     chosen = {"VERB": "precompute", "PROCESSES_PER_NODE": "2", "DPO_DIST_ENV": str(activate)}
-    settings, _ = parsed(launcher_command(tmp_path, unset=unset, **chosen))
-    assert settings["training_script"] == "dpo_dist.precompute"
+    settings, arguments = parsed(launcher_command(tmp_path, unset=unset, **chosen))
+    assert arguments[0] == "precompute"
     assert settings["num_processes"] == 6
 
 

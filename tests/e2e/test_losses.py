@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.training.metrics_log import read_latest_rows
+from dpo_dist.training.reporting.metrics_log import read_latest_rows
 from tests.e2e.conftest import Overrides
 from tests.support.launch import history, run_verb, summary, train
 

@@ -11,10 +11,10 @@ import pytest
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import FolderConfig, RunConfig
 from dpo_dist.foundation.text import number
-from dpo_dist.insight.pages.charts import Line, chart
-from dpo_dist.insight.pages.compare import write_comparison_page
-from dpo_dist.insight.pages.doctor import write_doctor_page
-from dpo_dist.insight.pages.render import page
+from dpo_dist.tools.compare.page import write_comparison_page
+from dpo_dist.tools.doctor.page import write_doctor_page
+from dpo_dist.tools.pages.charts import Line, chart
+from dpo_dist.tools.pages.render import page
 from tests.e2e.conftest import Overrides, last_evaluation
 from tests.support.browser import Watched, chromium
 from tests.support.comparison_files import answer, model, results, row, write_comparison
@@ -160,8 +160,8 @@ def test_a_comparison(tmp_path: Path, browser: Any, width: int, has_script: bool
 def test_three_runs_by_their_verb(overrides: Overrides, assets: Path, tmp_path: Path, browser: Any) -> None:
     evaluated = (f"data.eval=[{assets}/eval.jsonl]", "trainer.eval_every=2", "samples.prompts=2")
     extra = {
-        "slow": (*evaluated, "trainer.max_steps=4", "samples.max_new_tokens=8"),
-        "fast": (*evaluated, "trainer.max_steps=8", "samples.max_new_tokens=8", "optim.lr=5e-2",
+        "slow": (*evaluated, "trainer.max_steps=4", "sampling.max_new_tokens=8"),
+        "fast": (*evaluated, "trainer.max_steps=8", "sampling.max_new_tokens=8", "optim.lr=5e-2",
                  "trainer.global_batch_pairs=3"),
         "unseen": ("trainer.max_steps=2",),
     }  # fmt: skip

@@ -19,7 +19,7 @@ from tests.support.tiny_model import write_model
 RULE = "def score(prompt, responses):\n    return [float(len(text)) for text in responses]\n"
 SLEEPING = "import pathlib, time\ndef score(*_):\n    pathlib.Path('asleep').touch()\n    time.sleep(1000)\n"
 BROKEN = RULE.replace(":\n", ":\n    if '13' in prompt[0]['content']:\n        raise ValueError\n")
-PARTS = constants(**{"dpo_dist.generation.pairs.run.PART_PROMPTS": 4})
+PARTS = constants(**{"dpo_dist.tools.pairs.run.PART_PROMPTS": 4})
 SAMPLES = ("pairs.method=samples", "pairs.function=rule:score", "pairs.samples=3")
 
 
@@ -37,7 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(place: Path, run: str, *overrides: str) -> list[str]:
     base = [f"model.path={place}/strong", "model.dtype=fp32", f"data.train=[{place}/prompts.jsonl]"]
-    return [*base, "pairs.max_new_tokens=10", "pairs.unfinished=keep", f"run.dir={run}", *overrides]
+    return [*base, "sampling.max_new_tokens=10", "pairs.unfinished=keep", f"run.dir={run}", *overrides]
 
 
 def make(place: Path, run: str, *overrides: str, processes: int = 1, code: int = 0) -> Finished:

@@ -25,10 +25,10 @@ def call_verbs(variables: dict[str, str], data: Path, command: list[str]) -> Non
     os.environ.update(variables)
     import torch
 
-    from dpo_dist import precompute
     from dpo_dist import train as verb
     from dpo_dist.config.load import load_run_config
     from dpo_dist.foundation.errors import DataError
+    from dpo_dist.verbs import precompute
 
     def tensor_bytes() -> int:
         gc.collect()

@@ -112,10 +112,11 @@ def test_a_fill_stops_with_what_is_scored_and_the_next_start_scores_the_rest(
     overrides: Overrides, tmp_path: Path
 ) -> None:
     write_pairs(tmp_path / "many.jsonl", 300, seed=3)
-    command = overrides(f"data.train=[{tmp_path}/many.jsonl]", "reference.rows_per_shard=16")
+    command = overrides(f"data.train=[{tmp_path}/many.jsonl]")
+    small_shards = constants(**{"dpo_dist.training.reference.ENTRIES_PER_SHARD": 16})
     store = tmp_path / "store"
     codes, said = signalled(
-        command, signal.SIGUSR2, [1], lambda: len(list(store.rglob("*.safetensors"))) >= 4
+        command, signal.SIGUSR2, [1], lambda: len(list(store.rglob("*.safetensors"))) >= 4, small_shards
     )
     found = r"by SIGUSR2 after ([\d,]+) of the ([\d,]+) missing reference log-probs were stored"
     assert codes == [75, 75], said
@@ -126,7 +127,7 @@ def test_a_fill_stops_with_what_is_scored_and_the_next_start_scores_the_rest(
     assert 0 < stored < wanted
     state = run_state(tmp_path / "run")
     assert (state["outcome"], state["step"], state["stopped_by"]) == ("preempted", 0, "SIGUSR2")
-    again = run_verb("precompute", [*command, "reference.rows_per_shard=4096"])
+    again = run_verb("precompute", command)
     assert again.code == 0, again.output
     assert f"{wanted - stored:,} log-probs computed, {stored:,} reused" in again.output
 
@@ -153,14 +154,14 @@ def test_stops_while_encoding_saving_evaluating_sampling_exporting_and_reporting
     """
     run, whole, cache = tmp_path / "run", tmp_path / "whole", tmp_path / "encoded"
     usual = [f"data.eval=[{assets}/eval.jsonl]", "trainer.eval_every=4", "trainer.save_every=1"]
-    samples = ["samples.prompts=2", "samples.max_new_tokens=4", "samples.temperature=0"]
+    samples = ["samples.prompts=2", "sampling.max_new_tokens=4", "sampling.temperature=0"]
     command = overrides(*usual, *samples, f"data.cache={cache}", "trainer.keep_best=eval_loss")
     places = [
-        ("dpo_dist.data.build", "in_order", "before the first step"),
-        ("dpo_dist.generation.sampling.generate", "generate_batch", "stopped: by SIGTERM before the first"),
-        ("dpo_dist.distributed.checkpoint", "commit_folder", "stopping after step [1-3]"),
-        ("dpo_dist.training.loop", "evaluate", "stopping after step 4"),
-        ("dpo_dist.generation.samples", "generate_together", "stopping after step 4"),
+        ("dpo_dist.data.encoded.build", "in_order", "before the first step"),
+        ("dpo_dist.tools.sampling.generate", "generate_batch", "stopped: by SIGTERM before the first"),
+        ("dpo_dist.distributed.checkpoint.saver", "commit_folder", "stopping after step [1-3]"),
+        ("dpo_dist.training.steps.loop", "evaluate", "stopping after step 4"),
+        ("dpo_dist.tools.report.samples", "generate_together", "stopping after step 4"),
         ("dpo_dist.training.finish", "export_checkpoint", "after the model was written"),
     ]
     for module, name, words in places:
@@ -174,7 +175,7 @@ def test_stops_while_encoding_saving_evaluating_sampling_exporting_and_reporting
             assert not (run / "samples").exists(), "responses of the reference that were cut"
     assert run_state(run)["outcome"] == "exported"
     last = run_verb(
-        "train", command, prepare=partial(_stopped_at, "dpo_dist.insight.recorder", "closing_table")
+        "train", command, prepare=partial(_stopped_at, "dpo_dist.tools.report.recorder", "closing_table")
     )
     assert last.code == 0, last.output
     assert run_state(run)["outcome"] == summary(run)["exit"] == "completed"
@@ -194,9 +195,9 @@ def test_a_killed_rank_is_named_and_reference_and_time_are_those_of_all_starts(
     run = tmp_path / "run"
     evaluated = [f"data.eval=[{assets}/eval.jsonl]", "trainer.eval_every=2", "samples.prompts=2"]
     steps = ["trainer.epochs=4", "trainer.save_every=2", "optim.lr=1e-3"]
-    command = overrides(*steps, *evaluated, "samples.max_new_tokens=4")
+    command = overrides(*steps, *evaluated, "sampling.max_new_tokens=4")
     when = (run / "checkpoints/step-000004").is_dir
-    brief = constants(**{"dpo_dist.distributed.failures.FAREWELL_SECONDS": 1.0})
+    brief = constants(**{"dpo_dist.distributed.processes.failures.FAREWELL_SECONDS": 1.0})
     codes, said = signalled(command, signal.SIGKILL, [0], when, brief)
     assert all(codes), said
     assert "rank 0 of 2 died" in said, said
@@ -226,7 +227,7 @@ def test_a_stopped_run_ends_with_75_refuses_another_base_and_resumes_exactly(
 ) -> None:
     """Between two rows, with a loss that has running means."""
     model = Path(shutil.copytree(assets / "model", tmp_path / "model"))
-    loss = ["loss=bco_pair", "loss.beta=0.5", "loss.bco_delta=running_mean"]
+    loss = ["loss=bco_pair", "loss.beta=0.5", "loss.options.delta=running_mean"]
     steps = ["trainer.epochs=2", "trainer.log_every=2", "optim.lr=1e-2"]
     steps += [f"data.eval=[{assets}/eval.jsonl]", f"model.path={model}", *loss]
     train(overrides(*steps, f"run.dir={tmp_path}/whole"))

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.generation.pairs.rounds import run_rounds
+from dpo_dist.tools.pairs.rounds import run_rounds
 from tests.support.invented import write_pairs
 from tests.support.launch import run_verb, running, wait_until
 from tests.support.tiny_model import write_model
@@ -29,7 +29,7 @@ def test_scores_rise_with_a_round_across_sigterm(tmp_path: Path) -> None:
         *(f"model.path={tmp_path}/model", "model.dtype=fp32", f"data.train=[{tmp_path}/prompts.jsonl]"),
         *(f"run.dir={tmp_path}/run", f"reference.store={tmp_path}/store", f"data.cache={tmp_path}/encoded"),
         *("pairs.method=samples", "pairs.function=tests.support.own_judge:letter_shares", "pairs.rounds=1"),
-        *("pairs.max_new_tokens=8", "pairs.unfinished=keep", "pairs.samples=6"),
+        *("sampling.max_new_tokens=8", "pairs.unfinished=keep", "pairs.samples=6"),
         *("optim.lr=2e-2", "trainer.global_batch_pairs=12", "trainer.epochs=4", "trainer.save_every=0"),
         *("parallelism=ddp", "tracking=off", f"pairs.launcher='{sys.executable}'"),
     ]

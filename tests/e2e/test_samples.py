@@ -8,7 +8,7 @@ from tests.e2e.conftest import Overrides
 from tests.support.launch import TIMINGS, history, run_verb, train
 from tests.support.tiny_model import write_model
 
-SAMPLES = ["samples.prompts=3", "samples.max_new_tokens=8", "samples.temperature=0"]
+SAMPLES = ["samples.prompts=3", "sampling.max_new_tokens=8", "sampling.temperature=0"]
 
 
 def rows(run: Path, step: int) -> list[dict[str, Any]]:
@@ -78,7 +78,7 @@ def test_without_the_key_8_prompts_are_sampled_before_the_first_step_and_after_t
     data = f"data.eval=[{assets}/eval.jsonl,{assets}/train.jsonl]"
     ends = ["trainer.max_steps=6", "trainer.keep_best=eval_distance/rejected", "trainer.patience=1"]
     usual = overrides(data, "trainer.eval_every=1", *ends, "samples.prompts=null")
-    screen = train([*usual, "samples.max_new_tokens=2", "optim.lr=5e-3"]).output
+    screen = train([*usual, "sampling.max_new_tokens=2", "optim.lr=5e-3"]).output
     last = int(history(tmp_path / "run")[-1]["step"])
     assert last < 6
     names = ["reference.jsonl", "step-000000.jsonl", f"step-{last:06d}.jsonl"]

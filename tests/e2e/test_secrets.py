@@ -65,13 +65,13 @@ def test_no_file_no_screen_and_no_argument_of_a_process_has_a_secret(assets: Pat
     compared = [
         f"compare.models=[base={assets}/model,{tmp_path}/exported]",
         "compare.prompts=2",
-        "compare.max_new_tokens=4",
+        "sampling.max_new_tokens=4",
         f"run.dir={tmp_path}/compared",
     ]
     judged = [
         f"data.train=[{assets}/train.jsonl]",
         "pairs.method=samples",
-        "pairs.max_new_tokens=4",
+        "sampling.max_new_tokens=4",
         "pairs.endpoint.model=judge",
         "pairs.limit=2",
         "pairs.unfinished=keep",

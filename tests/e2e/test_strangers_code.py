@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.generation.chat import open_speakers
+from dpo_dist.tools.chat.speakers import open_speakers
 from tests.e2e.conftest import small_run
 from tests.support.launch import run_verb, train
 from tests.support.own_code import ship_code
 from tests.support.tiny_model import write_model
 
 RUN, MODEL, CHECKPOINT = "{at}/run", "{at}/run/model", "{at}/run/checkpoints/step-000001"
-COMPARE = ["data.eval=[{assets}/eval.jsonl]", "run.dir={at}/new", "compare.max_new_tokens=2"]
+COMPARE = ["data.eval=[{assets}/eval.jsonl]", "run.dir={at}/new", "sampling.max_new_tokens=2"]
 PAIRS = [
     "pairs.method=samples",
     "data.train=[{assets}/train.jsonl]",

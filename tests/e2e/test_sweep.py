@@ -88,7 +88,7 @@ def test_points_have_processes_of_a_launcher_and_jobs_of_an_array(
 ) -> None:
     common = [word for word in small_run(assets, tmp_path) if not word.startswith("run.dir=")]
     root = tmp_path / "root"
-    launcher = f"{sys.executable} -m dpo_dist.launch --config_file launch/accelerate/cpu_2.yaml"
+    launcher = f"{sys.executable} -m dpo_dist launch --config_file launch/accelerate/cpu_2.yaml"
     command = [*common, f"run.root={root}", "trainer.seed=range(3)", f"sweep.launcher='{launcher}'"]
     array = {"ID": "6", "MIN": "4", "MAX": "8", "STEP": "2", "COUNT": "3"}  # --array=4-8:2
     for name, value in array.items():

@@ -13,8 +13,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dpo_dist.insight.metrics.trackers import wandb_names
 from dpo_dist.training.clock import PHASES
+from dpo_dist.training.reporting.trackers import wandb_names
 from scripts.wandb_dashboard import SECTIONS
 from tests.e2e.conftest import Overrides, assert_last_log_probs, small_run
 from tests.support.launch import ROOT, history, run_verb, summary, train

@@ -52,8 +52,8 @@ def test_a_model_in_padded_rows_is_trained_and_sampled(
         "trainer.max_steps=1",
         "trainer.eval_every=1",
         "samples.prompts=2",
-        "samples.max_new_tokens=4",
-        "samples.temperature=0",
+        "sampling.max_new_tokens=4",
+        "sampling.temperature=0",
     )
     output = train(command, processes=1).output
     assert f"{TOLD}: one response per row, padded to the longest of the micro-batch" in output

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_dist.batching.example import Example
 from dpo_dist.config.schema import AttentionBackend
-from dpo_dist.model.attention import PACKED
+from dpo_dist.model.attention.kernels import PACKED
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective import token_logps as logps_module
 from tests.support import tiny

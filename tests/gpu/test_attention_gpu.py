@@ -16,9 +16,9 @@ from transformers import (
 from transformers.masking_utils import sliding_window_causal_mask_function
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
-from dpo_dist.model.attention import check_kernel, packed_attention
-from dpo_dist.model.load import load_packed
-from dpo_dist.model.sdpa import Layout, Scores, mask_rule
+from dpo_dist.model.attention.kernels import check_kernel, packed_attention
+from dpo_dist.model.attention.sdpa import Layout, Scores, mask_rule
+from dpo_dist.model.files.load import load_packed
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.config.schema import AttentionBackend, Dtype, FusedLayers, ModelConfig
 from dpo_dist.model.architectures import EXACT_WITH_LIGER
+from dpo_dist.model.files.load import load_packed
 from dpo_dist.model.flops import matmul_peak
 from dpo_dist.model.layers import use_liger
-from dpo_dist.model.load import load_packed
 from tests.support.families import tiny_causal_lm, tiny_config
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model

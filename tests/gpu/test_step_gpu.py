@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_dist.config.losses import KINDS, LossConfig, LossKind
+from dpo_dist.config.losses import KINDS, BcoDelta, BcoPairOptions, IpoOptions, LossConfig, LossKind
 from dpo_dist.config.schema import Dtype, ModelConfig
-from dpo_dist.model.load import load_packed
+from dpo_dist.model.files.load import load_packed
 from dpo_dist.objective.losses import BatchFacts, RunningMeans
 from dpo_dist.objective.metrics import MetricPlan
 from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.training.clock import StepClock
-from dpo_dist.training.step import Objective
+from dpo_dist.training.steps.step import Objective
 from tests.support.own_loss import function_of
 from tests.support.packing import pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model
@@ -60,7 +60,11 @@ def variants(kind: LossKind) -> Iterator[LossConfig]:
     """The loss by its defaults, and with another value of each option that is a choice."""
     plain = LossConfig(kind, function=function_of(kind))
     yield plain
-    for option in sorted(KINDS[kind].options):
+    if kind is LossKind.bco_pair:
+        yield replace(plain, options=BcoPairOptions(BcoDelta.running_mean))
+    if kind is LossKind.ipo:
+        yield replace(plain, options=IpoOptions(length_average=False))
+    for option in sorted(KINDS[kind].uses):
         value = getattr(plain, option)
         if isinstance(value, StrEnum):
             yield from (replace(plain, **{option: other}) for other in type(value) if other is not value)

@@ -34,7 +34,7 @@ class Wait(NamedTuple):
     phase: str
     kind: str
     line: str
-    """The last of the project, as `dpo_dist/training/step.py:115 reduce_step`; else the node of autograd."""
+    """The last of the project, as `dpo_dist/training/steps/step.py:115 f`; else the node of autograd."""
     caller: str
     """The last outside torch and DeepSpeed's layer over it: of the project, or of a library it called."""
 

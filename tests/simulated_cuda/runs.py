@@ -24,7 +24,7 @@ from tests.support.launch import Finished
 SOURCE = Path(__file__).with_name("device.cpp")
 _FLAGS = ("-O1", "-std=c++20", "-fPIC", "-shared", "-w", "-DUSE_DISTRIBUTED")
 _PRELOADED = [
-    *("dpo_dist.training.run", "dpo_dist.insight.recorder", "transformers.models.qwen2.modeling_qwen2"),
+    *("dpo_dist.training.run", "dpo_dist.tools.report.recorder", "transformers.models.qwen2.modeling_qwen2"),
     *("tests.support.kernels", "tests.support.preloaded"),
 ]
 _parent = forkserver.ForkServer()
@@ -89,7 +89,8 @@ def _parent_with_device() -> Iterator[None]:
 
 
 def _begin(prepare: Prepare | None) -> None:
-    mock.patch("dpo_dist.distributed.checkpoint._FILE_BYTES", 2**16).start()  # several files for each rank
+    # Several files for each rank.
+    mock.patch("dpo_dist.distributed.checkpoint.saver._FILE_BYTES", 2**16).start()
     if prepare is not None:
         prepare()
 

@@ -12,19 +12,20 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from dpo_dist.distributed import deepspeed_config, zero
 from tests.e2e.test_evaluate import scores
 from tests.simulated_cuda import device
 from tests.simulated_cuda.runs import run_module, run_train
 from tests.support.cpu_adam import stand_in_for_cpu_adam
 from tests.support.invented import write_pairs
 from tests.support.killed_runs import assert_same_run
-from tests.support.launch import Finished, history, row_name, train
+from tests.support.launch import Finished, history, row_name, run_verb
 from tests.support.own_code import ship_code
 from tests.support.tiny_model import write_model
 
 PEAKS = ("memory/peak_allocated_bytes", "memory/peak_reserved_bytes")
 SAMPLED = [
-    *("trainer.eval_every=2", "samples.prompts=2", "samples.max_new_tokens=4", "samples.temperature=0"),
+    *("trainer.eval_every=2", "samples.prompts=2", "sampling.max_new_tokens=4", "sampling.temperature=0"),
     "trainer.max_steps=2",
 ]
 BASES = {
@@ -40,10 +41,10 @@ WAYS = {
     "full": (
         (
             1,
-            "kind=zero3 offload_parameters=cpu offload_optimizer=cpu overlap=false",
+            "kind=zero3 offload_parameters=cpu offload_optimizer=cpu",
             "model.gradient_checkpointing=full",
         ),
-        (1, "kind=zero2 offload_optimizer=cpu overlap=false", f"reference.mode=live {ACTIVATIONS}"),
+        (1, "kind=zero2 offload_optimizer=cpu", f"reference.mode=live {ACTIVATIONS}"),
         (2, "kind=zero3 sequence_parallel=2", "reference.mode=live reference.offload=cpu"),
     ),
     "lora": ((2, "kind=zero2", "reference.mode=adapter model.gradient_checkpointing=full"),),
@@ -66,6 +67,17 @@ def assets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def smooth() -> None:
+    zero.ADAM_EPS = 1e-4  # smooth where a gradient is only rounding
+
+
+def on_device(overlaps: bool) -> None:
+    """Before a run on the device; without overlap as `selftest` has it."""
+    smooth()
+    stand_in_for_cpu_adam()
+    deepspeed_config.OVERLAPS = overlaps
+
+
 def command(assets: Path, run: Path, base: str, *extra: str) -> list[str]:
     models = {"model": "padded", "reference": "single"} if base == "rows" else {"model": "policy"}
     return [
@@ -77,7 +89,6 @@ def command(assets: Path, run: Path, base: str, *extra: str) -> list[str]:
         f"reference.store={run}_store",
         f"run.dir={run}",
         "optim.lr=1e-3",
-        "optim.eps=1e-4",  # smooth where a gradient is only rounding
         "trainer.global_batch_pairs=5",
         "trainer.micro_batch_tokens=256",
         "tracking.wandb=off",
@@ -91,7 +102,8 @@ def on_cpu(assets: Path, base: str) -> Path:
     """The run folder of a base on the CPU; trained once."""
     run = assets / f"{base}_on_cpu"
     if not run.exists():
-        train(command(assets, run, base))
+        ended = run_verb("train", command(assets, run, base), prepare=smooth)
+        assert ended.code == 0, ended.output
     return run
 
 
@@ -126,7 +138,8 @@ def test_every_way_of_computing_is_that_of_the_cpu(
     wanted, run = on_cpu(assets, base), tmp_path / "run"
     keys = [*(f"parallelism.{key}" for key in parallelism.split()), *others.split()]
     overrides = command(assets, run, base, *keys)
-    assert_on_cuda(run_train(overrides, processes=processes, prepare=stand_in_for_cpu_adam))
+    prepare = partial(on_device, overlaps="offload_optimizer" not in parallelism)
+    assert_on_cuda(run_train(overrides, processes=processes, prepare=prepare))
     assert_as_on_cpu(run, wanted)
     assert samples(run) == samples(wanted)
 
@@ -139,7 +152,7 @@ def test_an_evaluation_is_that_of_the_cpu(assets: Path, tmp_path: Path) -> None:
     run = on_cpu(assets, "full")
     wanted = [numbers(pair) for pair in scores(run)]
     (run / "evaluation" / "scores.jsonl").unlink()
-    ended = run_module("dpo_dist.evaluate", [f"run.dir={run}"], report=tmp_path)
+    ended = run_module("dpo_dist.verbs.evaluate", [f"run.dir={run}"], report=tmp_path)
     assert ended.code == 0, ended.output
     [report] = tmp_path.iterdir()
     assert json.loads(report.read_text())["peak_bytes"] > 0, "on CUDA"
@@ -150,7 +163,7 @@ def test_an_evaluation_is_that_of_the_cpu(assets: Path, tmp_path: Path) -> None:
 def test_bf16_drifts_as_on_the_cpu(assets: Path, tmp_path: Path) -> None:
     """With the variable-length attention of GPUs, which the CPU does not have, and micro-batches that fit."""
     run = tmp_path / "run"
-    ended = run_train(command(assets, run, "bf16", "trainer.micro_batch_tokens=auto"))
+    ended = run_train(command(assets, run, "bf16", "trainer.micro_batch_tokens=auto"), prepare=smooth)
     assert_on_cuda(ended)
     assert "micro-batches: up to 32,768 tokens (about " in ended.output
     assert re.search(r"training takes about .* to .*, at 50 % to 35 % of the measured peak", ended.output)

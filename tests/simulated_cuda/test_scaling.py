@@ -35,14 +35,14 @@ from dpo_dist.config.schema import (
     RunConfig,
 )
 from dpo_dist.distributed.deepspeed_config import policy_config
-from dpo_dist.distributed.join import start_world, stop_world
+from dpo_dist.distributed.processes.join import start_world, stop_world
 from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.model.files.load import load_packed, without_weights
 from dpo_dist.model.layers import checkpoint_layers
-from dpo_dist.model.load import load_packed, without_weights
 from dpo_dist.model.lora import add_adapter
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective import token_logps as output_layer
-from dpo_dist.training.footprint import activation_bytes, footprint
+from dpo_dist.training.start.footprint import activation_bytes, footprint
 from tests.simulated_cuda import runs
 from tests.support.packing import VOCABULARY, pack_unkeyed, random_pairs
 from tests.support.tiny_model import write_model

@@ -101,7 +101,7 @@ def _selftest(
     folder: Path, *options: str, prepare: Callable[[], None] | None = None
 ) -> tuple[Finished, dict[str, Any]]:
     out = folder / "selftest.json"
-    ended = runs.run_module("dpo_dist.selftest", [*options, f"--output={out}"], prepare=prepare)
+    ended = runs.run_module("dpo_dist.tools.selftest", [*options, f"--output={out}"], prepare=prepare)
     content = json.loads(out.read_text(), parse_constant=pytest.fail)
     assert list(folder.iterdir()) == [out]
     assert "Traceback" not in ended.output
@@ -163,7 +163,7 @@ def _with_faults(keys: dict[str, str], environment: dict[str, str]) -> tuple[int
 
 def _with_faults_on_four_gpus() -> None:
     _answering(_with_faults, 4, _GIVEN)
-    mock.patch("dpo_dist.model.attention.check_kernel", side_effect=RuntimeError("a bug")).start()
+    mock.patch("dpo_dist.model.attention.kernels.check_kernel", side_effect=RuntimeError("a bug")).start()
 
 
 def test_faults_are_failed_checks_that_say_what_they_are(tmp_path: Path) -> None:
@@ -266,6 +266,6 @@ def test_a_kernel_that_is_wrong_for_some_heads_or_long_segments_is_a_failed_chec
 def test_an_output_that_cannot_be_written_is_said_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for output in (tmp_path, tmp_path / "file" / "selftest.json"):
-        ended = runs.run_module("dpo_dist.selftest", [f"--output={output}"])
+        ended = runs.run_module("dpo_dist.tools.selftest", [f"--output={output}"])
         assert ended.code == 2
         assert "configuration error: argument --output" in ended.output

@@ -36,7 +36,7 @@ WAYS = {
 }
 """Processes, model and other keys."""
 PLANNED = {
-    ("other", "copy to host, pageable", "dpo_dist/training/step.py reduce_step"): COUNTED,
+    ("other", "copy to host, pageable", "dpo_dist/training/steps/step.py reduce_step"): COUNTED,
     # For an event before that copy, which the device has passed.
     ("stop", "event", "dpo_dist/training/clock.py stop"): COUNTED,
 }
@@ -110,7 +110,7 @@ def test_the_host_waits_for_the_device_once_a_step(way: str, assets: Path, tmp_p
                 after[kind, re.sub(r":\d+ ", " ", line)] += count
         saved = [*run.glob(f"checkpoints/*/*/rank-{int(report['rank'] or 0):05d}-*")]
         assert after == {
-            ("device", "dpo_dist/distributed/slices.py of"): len(saved),  # not one for each tensor
+            ("device", "dpo_dist/distributed/checkpoint/slices.py of"): len(saved),  # not one for each tensor
             ("device", "dpo_dist/distributed/memory.py wait_for_device"): 1 + ("live" in others),
         }
         found: Counter[tuple[str, str, str]] = Counter()

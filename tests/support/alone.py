@@ -6,7 +6,7 @@ from typing import TypeVar, cast
 
 import torch
 
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.processes.world import World
 
 T = TypeVar("T")
 

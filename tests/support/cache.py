@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from dpo_dist.config.schema import DataConfig, SourceConfig
-from dpo_dist.data.build import prepare_dataset
-from dpo_dist.data.dataset import PreferenceDataset, open_dataset
-from dpo_dist.data.store import MEMO_FOLDER, EncodedSource
+from dpo_dist.data.encoded.build import prepare_dataset
+from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
+from dpo_dist.data.encoded.store import EncodedSource
+from dpo_dist.foundation.files import MEMO_FOLDER
 from tests.support import tiny
 
 

@@ -1,4 +1,4 @@
-"""Files of a comparison as `dpo_dist.compare` writes them."""
+"""Files of a comparison as `dpo-dist compare` writes them."""
 
 import json
 from pathlib import Path
@@ -34,7 +34,7 @@ def results(models: list[dict[str, Any]], wins: list[dict[str, Any]], **others: 
         "wins": wins,
         "differences": [],
         "counts": {},
-        "sampling": {"temperature": 1.0},
+        "sampling": {"max_new_tokens": 256, "temperature": 1.0, "top_p": 1.0, "top_k": 0},
     }
     return {**told, **found, **others}
 

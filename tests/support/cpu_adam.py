@@ -10,7 +10,7 @@ import numpy as np
 from deepspeed.ops.op_builder import CPUAdamBuilder
 from torch import Tensor
 
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.processes.world import World
 
 T = TypeVar("T")
 

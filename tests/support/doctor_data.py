@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.schema import DataConfig, SourceConfig
-from dpo_dist.insight.doctor.examine import Diagnosis, examine
-from dpo_dist.insight.doctor.findings import Finding, Level
-from dpo_dist.insight.doctor.shown_pairs import Part, ShownPair
+from dpo_dist.tools.doctor.examine import Diagnosis, examine
+from dpo_dist.tools.doctor.shown_pairs import ShownPair, ShownPart
+from dpo_dist.tools.findings import Finding, Level
 from tests.support.records import assistant, user
 
 Pair = dict[str, Any]
@@ -63,7 +63,7 @@ def examined(
     """Return the report on one training source and, if given, one evaluation source."""
     sources = [SourceConfig(path=write(folder / "train.jsonl", train))]
     eval_sources = [SourceConfig(path=write(folder / "eval.jsonl", evaluation))] if evaluation else []
-    data = DataConfig(train=sources, eval=eval_sources, processes=1, **(config or {}))
+    data = DataConfig(train=sources, eval=eval_sources, **(config or {}))
     return examine(data, tokenizer, **options)
 
 
@@ -112,7 +112,7 @@ def diagnosis(text: str) -> Diagnosis:
         Finding(f"rule_{level}", level, text, text, 3, 0.3, (f"{text}:4",), text)
         for level in (Level.error, Level.warning, Level.note)
     )
-    part = Part("chosen", [(text, "trained"), (text, "special "), (text, "cut")])
-    pair = ShownPair(f"{text}:1", ("rule",), text, [part, Part("prompt", [("9 not shown", "omitted")])])
+    part = ShownPart("chosen", [(text, "trained"), (text, "special "), (text, "cut")])
+    pair = ShownPair(f"{text}:1", ("rule",), text, [part, ShownPart("prompt", [("9 not shown", "omitted")])])
     store = {"folder": text, "pairs": 10, "stored": 4, "numerics": [text], "margins": {text: LENGTHS}}
     return Diagnosis([source], ACROSS, findings, Path(text), store, (pair,))

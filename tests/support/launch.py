@@ -41,9 +41,9 @@ class Finished:
 def command(verb: str, overrides: list[str], processes: int) -> list[str]:
     """The command line of a verb on one process (plain python) or two (accelerate)."""
     if processes == 1:
-        return [sys.executable, "-m", f"dpo_dist.{verb}", *overrides]
+        return [sys.executable, "-m", "dpo_dist", verb, *overrides]
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    return [*launcher, "--config_file", str(TWO_PROCESSES), "-m", f"dpo_dist.{verb}", *overrides]
+    return [*launcher, "--config_file", str(TWO_PROCESSES), "-m", "dpo_dist", verb, *overrides]
 
 
 def environment() -> dict[str, str]:

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dpo_dist.distributed.checkpoint import CheckpointSaver, SavedSlices, latest_checkpoint
-from dpo_dist.distributed.slices import WEIGHT, ModelSlices, Slice
+from dpo_dist.distributed.checkpoint.saver import CheckpointSaver, SavedSlices, latest_checkpoint
+from dpo_dist.distributed.checkpoint.slices import WEIGHT, ModelSlices, Slice
 from tests.support.alone import ALONE
 
 WEIGHTS = Path("engine/rank-00000-00000.safetensors")

@@ -11,7 +11,7 @@ from torch import Tensor
 from dpo_dist.batching.example import Example, TokenIds, response_keys
 from dpo_dist.batching.pack import PackedBatch, pack
 from dpo_dist.batching.plan import ComputeCosts
-from dpo_dist.data.dataset import PreferenceDataset
+from dpo_dist.data.encoded.dataset import PreferenceDataset
 
 VOCABULARY = 97
 # Of a usual model.

@@ -13,7 +13,7 @@ from deepspeed.utils import numa
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.insight.pages.render import TEMPLATES
+from dpo_dist.tools.pages.render import TEMPLATES
 from tests.support.composed import compose_once
 
 LATE = (
@@ -25,8 +25,8 @@ LATE = (
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "deepspeed.utils.pin_memory",
     "dpo_dist.config.command_line",
-    "dpo_dist.training.named_models",
-    "dpo_dist.training.preflight",
+    "dpo_dist.verbs.named_models",
+    "dpo_dist.training.start.preflight",
     "matplotlib.ticker",
     "pandas",  # which pyarrow imports
     "pyarrow.pandas_compat",
@@ -42,7 +42,7 @@ for choices in ((), ("parallelism=ddp",), ("parallelism=zero2",), ("parallelism=
     load_run_config(["model.path=model", "data.train=[train.jsonl]", "tracking.wandb=off", *choices])
 for template in ("base.jinja", "macros.jinja", "run.jinja", "svg.jinja"):
     TEMPLATES.get_template(template)
-mock.patch("dpo_dist.insight.recorder.draw_curves").start()
+mock.patch("dpo_dist.tools.report.recorder.draw_curves").start()
 mock.patch("os.fsync").start()
 mock.patch("deepspeed.utils.numa.get_numa_cores", cache(numa.get_numa_cores)).start()  # 30 processes a run
 # Garbage collection in a forked process skips the million objects of its parent, whose pages stay shared.

@@ -15,15 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.schema import Dtype, OptimConfig, ParallelismConfig, ParallelismKind
+from dpo_dist.distributed import zero
 from dpo_dist.distributed.deepspeed_config import policy_config
-from dpo_dist.distributed.failures import Reports, watched
-from dpo_dist.distributed.join import start_world
-from dpo_dist.distributed.world import World, with_sequence_groups
+from dpo_dist.distributed.processes.failures import Reports, watched
+from dpo_dist.distributed.processes.join import start_world
+from dpo_dist.distributed.processes.world import World, with_sequence_groups
 from tests.support.warm import be_random_anew, context, reserve_port, start_parent
 
 ROOT = Path(__file__).resolve().parents[2]
-# Steps large enough to see, clipped, and smooth where a gradient is only rounding.
-OPTIM = OptimConfig(lr=1e-2, weight_decay=0.1, max_grad_norm=0.5, eps=1e-3)
+# Steps large enough to see, and clipped.
+OPTIM = OptimConfig(lr=1e-2, weight_decay=0.1, max_grad_norm=0.5)
+# Of AdamW on every rank: smooth where a gradient is only rounding.
+EPS = 1e-3
 
 Scenario = Callable[[World, Path], Any]
 
@@ -128,6 +131,7 @@ def _be_rank(
     os.environ.update({name: str(value) for name, value in place.items()})
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     be_random_anew()
+    zero.ADAM_EPS = EPS
     if enter is not None:
         enter(rank)
     outcome: dict[str, Any]

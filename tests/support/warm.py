@@ -25,6 +25,8 @@ import numpy as np
 from accelerate.commands import launch
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
+from dpo_dist.config.verbs import VERBS
+
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
@@ -49,7 +51,7 @@ def start_parent() -> None:
     context.set_forkserver_preload(
         [
             "dpo_dist.training.run",
-            "dpo_dist.insight.recorder",
+            "dpo_dist.tools.report.recorder",
             "tests.support.ranks",
             "transformers.models.qwen2.modeling_qwen2",
             "tests.support.preloaded",
@@ -95,7 +97,7 @@ def run_warm(
     seconds: float,
     prepare: Callable[[], None] | None = None,
 ) -> tuple[int, str]:
-    """Run a verb on `size` processes; exit code and screen as `python -m` or `dpo_dist.launch` give them.
+    """Run a verb on `size` processes; exit code and screen as `python -m` or `dpo-dist launch` give them.
 
     `variables` are the whole environment; `seconds` those after which the test fails; `prepare` is called in
     each process before the verb.
@@ -117,7 +119,7 @@ def start_verb(
 ) -> list[Any]:
     """Start a verb on `size` processes, by rank, which write to the file `screen`; else as `run_warm`."""
     start_parent()
-    return start_module(context, f"dpo_dist.{verb}", overrides, variables, size, folder, screen, prepare)
+    return start_module(context, VERBS[verb].module, overrides, variables, size, folder, screen, prepare)
 
 
 def start_module(
@@ -169,7 +171,7 @@ def run_warm_apart(
 
 
 def wait(processes: list[Any], seconds: float) -> int:
-    """Wait as `dpo_dist.launch` does for several: the first failure ends all, with its exit code."""
+    """Wait as `dpo-dist launch` does for several: the first failure ends all, with its exit code."""
     deadline = time.monotonic() + seconds
     first = None
     while any(process.is_alive() for process in processes):

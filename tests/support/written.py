@@ -5,10 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from dpo_dist.distributed.world import World
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.model.files.save import write_adapter, write_weights
 from dpo_dist.model.lora import adapted_layers
-from dpo_dist.model.save import write_adapter, write_weights
 from tests.support import tiny
 
 

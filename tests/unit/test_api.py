@@ -15,14 +15,17 @@ import pytest
 import torch
 
 import dpo_dist
-from dpo_dist import api, compare, pairs, precompute, train
+from dpo_dist import api, train
 from dpo_dist.batching.example import Example
 from dpo_dist.config.schema import Ranked, Truncation
 from dpo_dist.config.verbs import VERBS
-from dpo_dist.data.build import prepare_dataset
-from dpo_dist.data.dataset import open_dataset
 from dpo_dist.data.encode import EncodedExample
+from dpo_dist.data.encoded.build import prepare_dataset
+from dpo_dist.data.encoded.dataset import open_dataset
 from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
+from dpo_dist.tools.compare import __main__ as compare
+from dpo_dist.tools.pairs import __main__ as pairs
+from dpo_dist.verbs import precompute
 from tests.support import tiny
 from tests.support.families import tiny_causal_lm, tiny_config, with_rope
 from tests.support.invented import write_pairs
@@ -90,9 +93,11 @@ def started(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_verb_is_listed_and_started() -> None:
-    files = Path(dpo_dist.__file__).parent.glob("*.py")
-    programs = {file.stem for file in files if 'if __name__ == "__main__"' in file.read_text()}
-    assert VERBS.keys() == programs - {"__main__"}
+    package = Path(dpo_dist.__file__).parent
+    files = {file for file in package.rglob("*.py") if 'if __name__ == "__main__"' in file.read_text()}
+    names = {".".join(file.relative_to(package.parent).with_suffix("").parts) for file in files}
+    programs = {name.removesuffix(".__main__") for name in names} - {"dpo_dist"}
+    assert {row.module for row in VERBS.values()} == programs
     for arguments, code in ((("--help",), 0), (("trian",), 2)):
         listed = started(*arguments)
         assert (listed.returncode, listed.stderr) == (code, "")
@@ -154,6 +159,24 @@ def test_a_model_in_training_mode_is_an_error_and_one_in_evaluation_mode_is_left
         torch.testing.assert_close(first, plain_logps(plain, [Example(pair.prompt_ids, pair.responses)]))
         assert torch.equal(plain(ids).logits, logits)
     assert (dict(plain.named_modules()), plain.config._attn_implementation) == (modules, attention)
+
+
+def test_a_model_is_checked_once_and_again_for_longer_pairs() -> None:
+    plain, forwards = tiny_causal_lm(tiny_config("llama")).eval(), list[object]()
+    plain.model.register_forward_hook(lambda *_: forwards.append(None))
+
+    def count(response_tokens: int) -> int:
+        response = np.full(response_tokens, 7, dtype=np.int32)
+        api.token_logps(plain, [EncodedExample(np.arange(5, 9, dtype=np.int32), (response, response))])
+        done = len(forwards)
+        forwards.clear()
+        return done
+
+    assert count(6) > 1
+    assert (count(6), count(5)) == (1, 1)
+    assert count(7) > 1
+    plain.to(torch.float64)
+    assert count(7) > 1
 
 
 @pytest.mark.parametrize("truncation", Truncation)

@@ -1,15 +1,25 @@
 """Imports go down only, without cycles; every third-party engine has one room (law L6)."""
 
 import ast
+import functools
+import itertools
 import re
 import sys
+import threading
 import tomllib
+from collections import defaultdict
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+import torch
+from torch import nn
+
+from dpo_dist.config.verbs import VERBS
 
 PACKAGE = Path(__file__).parents[2] / "dpo_dist"
 MODULES = {
@@ -19,12 +29,12 @@ MODULES = {
 }
 LAYERS = (
     *("foundation", "config", "objective", "batching", "data", "model", "distributed", "reference"),
-    *("training", "generation", "insight"),  # what trains, then what makes data or looks at a run
+    *("training", "verbs", "tools"),
 )
 ROOMS = {
-    "accelerate": r"distributed\.|insight\.metrics\.trackers",
+    "accelerate": r"distributed\.|training\.reporting\.trackers",
     "deepspeed": r"distributed\.",
-    "wandb": r"insight\.metrics\.trackers",
+    "wandb": r"training\.reporting\.trackers",
     "hydra": r"config\.|\w+$",  # verbs, too
     "omegaconf": r"config\.|\w+$",
     "torch": r"(?!config\.|foundation\.)",
@@ -53,32 +63,160 @@ def run_at_import(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def layer_of(name: str) -> int:
-    """Return the layer of a module's room, the largest number for verbs (files at the top)."""
+    """Return the layer of a module's room; files at the top are verbs."""
     room = name.split(".")[1]
-    return LAYERS.index(room) if room in LAYERS else len(LAYERS)
+    return LAYERS.index(room if room in LAYERS else "verbs")
+
+
+def is_verb(module: str) -> bool:
+    """Return whether a module is a verb of a run, or at the top."""
+    return LAYERS[layer_of(module)] == "verbs"
 
 
 def test_imports_go_down_and_engines_stay_in_their_rooms() -> None:
     for module, tree in MODULES.items():
         for name in imported(ast.walk(tree)):
             if name.startswith("dpo_dist."):
-                assert layer_of(name) <= layer_of(module), f"{module} imports {name} from above"
+                is_passed_in = is_verb(module) and name.startswith("dpo_dist.tools.")
+                assert is_passed_in or layer_of(name) <= layer_of(module), (
+                    f"{module} imports {name} from above"
+                )
             for package, rooms in ROOMS.items():
                 if f"{name}.".startswith(f"{package}."):
                     assert re.match(rooms, module.removeprefix("dpo_dist.")), f"{module} imports {name}"
 
 
-PRIVATE_OF_DEEPSPEED = (
-    *("_hp_mapping", "fp32_partitioned_groups_flat", "averaged_gradients", "param_coordinator"),
-    *("nvme_swapper", "ds_status", "ds_opt_adam", "cdb", "linear_bk", "update_lp_params"),
-)
+WALLED = ("accelerate", "deepspeed", "liger_kernel", "peft", "transformers")
+"""Packages whose undocumented parts are used in `WALLS` only."""
+WALLS = ("dpo_dist.distributed.deepspeed_internals", "dpo_dist.model.library_internals")
+BY_NAME = ("delattr", "getattr", "hasattr", "setattr")
 
 
-def test_private_parts_of_deepspeed_are_touched_in_one_file() -> None:
+def defined_in(tree: ast.AST) -> Iterator[str]:
+    """Yield the names of functions, classes, fields and attributes of `self` that a module defines."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        if isinstance(node, ast.ClassDef):
+            for entry in node.body:
+                targets = entry.targets if isinstance(entry, ast.Assign) else [getattr(entry, "target", None)]
+                yield from (target.id for target in targets if isinstance(target, ast.Name))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield from [node.attr] * (root_of(node) in ("self", "cls"))
+
+
+@functools.cache
+def known_attributes() -> set[str]:
+    """Return the names of attributes that this package, Python or PyTorch defines."""
+    weight = nn.Parameter(torch.ones(1))
+    values = [
+        weight,
+        weight.untyped_storage(),
+        nn.Linear(1, 1),
+        torch.optim.AdamW([weight]),
+        torch,
+        torch.cuda,
+    ]
+    values += [torch.distributed, NamedTuple("Pair", [("first", int)])(1), Path(), threading.Lock()]
+    values += [threading.Event(), "", {}, []]
+    own = itertools.chain.from_iterable(map(defined_in, MODULES.values()))
+    return {name for value in values for name in dir(value)} | set(own)
+
+
+@functools.cache
+def parts_of_engines() -> set[str]:
+    """Return the names that DeepSpeed sets on engines, optimizers and weights, or defines but for engines."""
+    spec = find_spec("deepspeed")
+    assert spec is not None
+    assert spec.origin is not None
+    parts, of_engine = set[str](), set[str]()
+    for file in (Path(spec.origin).parent / "runtime").rglob("*.py"):
+        tree = ast.parse(file.read_text())
+        defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+        (of_engine if file.name == "engine.py" else parts).update(defined)
+        nodes = (node for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+        parts |= {node.attr for node in nodes if isinstance(node.ctx, ast.Store)}
+    return parts - of_engine
+
+
+def root_of(node: ast.expr) -> str:
+    """Return the name with which a chain of attributes begins; empty: it begins with another expression."""
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def attributes(tree: ast.AST) -> Iterator[tuple[ast.expr, str, bool]]:
+    """Yield each attribute that a module uses, also by a string: of what, its name, whether it is set."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            yield node.value, node.attr, not isinstance(node.ctx, ast.Load)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in BY_NAME:
+            owner, name, *_ = node.args
+            if isinstance(name, ast.Constant):
+                yield owner, str(name.value), ast.unparse(node.func) in ("delattr", "setattr")
+
+
+def undocumented(tree: ast.AST, *, has_engines: bool) -> set[str]:
+    """Return the names that a module uses of `WALLED`, or may use, that these packages do not document.
+
+    These are names with an underscore before them, `ds_` attributes of weights, DeepSpeed's `runtime`, what
+    is set on an imported object, and in a module that `has_engines`, the parts of engines.
+    """
+    package_of: dict[str, str] = {}  # by the name in the module
+    found = set[str]()
+    for node in ast.walk(tree):
+        for alias in node.names if isinstance(node, ast.Import | ast.ImportFrom) else ():
+            path = f"{node.module}.{alias.name}" if isinstance(node, ast.ImportFrom) else alias.name
+            package, *parts = path.split(".")
+            package_of[alias.asname or alias.name.partition(".")[0]] = package
+            if package in WALLED and (parts[:1] == ["runtime"] or any(part[0] == "_" for part in parts)):
+                found.add(path)
+    for owner, name, is_set in attributes(tree):
+        package = package_of.get(root_of(owner))
+        if package in WALLED and (is_set or (name.startswith("_") and name not in dir(torch))):
+            found.add(name)
+        elif package is None and not name.startswith("__") and name not in known_attributes():
+            is_private = name.startswith(("_", "ds_"))
+            found |= {name} if is_private or (has_engines and name in parts_of_engines()) else set()
+    return found
+
+
+def test_undocumented_parts_of_libraries_are_used_in_two_files() -> None:
     for module, tree in MODULES.items():
-        touched = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
-        if not module.endswith(".deepspeed_internals"):
-            assert touched.isdisjoint(PRIVATE_OF_DEEPSPEED), module
+        if module not in WALLS:
+            assert not undocumented(tree, has_engines=module.startswith("dpo_dist.distributed.")), module
+
+
+UNDOCUMENTED_USES = {
+    **{f"x.{name}": name for name in ("_hp_mapping", "ds_shape", "ds_status", "ds_opt_adam", "linear_bk")},
+    **{f"x.y.{name}()": name for name in ("averaged_gradients", "param_coordinator", "parameter_offload")},
+    **{f"x().{name} = 1": name for name in ("fp32_partitioned_groups_flat", "enable_backward_allreduce")},
+    **{f"hasattr(x, '{name}')": name for name in ("ds_tensor", "nvme_swapper", "update_lp_params")},
+    "engine.optimizer.param_groups": "optimizer",
+    "import deepspeed\ndeepspeed.ops.__compatible_ops__['x'] = 1": "__compatible_ops__",
+    "import deepspeed\ndeepspeed.comm.comm.cdb = None": "cdb",
+    "from deepspeed.runtime.engine import X": "deepspeed.runtime.engine.X",
+    "from transformers import utils as y\ny._z()": "_z",
+    "from transformers.utils import _z": "transformers.utils._z",
+    "from peft._z import y": "peft._z.y",
+    "import liger_kernel._z": "liger_kernel._z",
+    "from accelerate.state import AcceleratorState\nAcceleratorState._reset_state()": "_reset_state",
+}
+
+
+@pytest.mark.parametrize("code", UNDOCUMENTED_USES)
+def test_a_use_of_an_undocumented_part_is_found(code: str) -> None:
+    assert undocumented(ast.parse(code), has_engines=True) == {UNDOCUMENTED_USES[code]}
+
+
+@pytest.mark.parametrize("wall", WALLS)
+def test_tests_call_each_function_of_a_wall(wall: str) -> None:
+    """A version that changes the part behind a function fails its test."""
+    tests = [file.read_text() for file in (PACKAGE.parent / "tests/unit").rglob("test_*_internals.py")]
+    called = {name.id for text in tests for name in ast.walk(ast.parse(text)) if isinstance(name, ast.Name)}
+    functions = {node.name for node in MODULES[wall].body if isinstance(node, ast.FunctionDef)}
+    assert {name for name in functions if not name.startswith("_")} <= called
 
 
 def modules_imported_by(module: str) -> set[str]:
@@ -92,10 +230,62 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
     TopologicalSorter({module: modules_imported_by(module) for module in MODULES}).prepare()
 
 
-@pytest.mark.parametrize("verb", ["compare", "doctor", "evaluate", "export", "pairs", "precompute", "train"])
+REPEATED = {"main", "check", "log", "T"}
+"""What a verb does and checks first; the usual names of a module's log and of a type variable."""
+DOUBLES = {
+    *(
+        "BATCH_TOKENS",
+        "BEST",
+        "EVALUATED",
+        "Facts",
+        "Judgement",
+        "KEY",
+        "KINDS",
+        "Key",
+        "LOSS",
+        "PART_PROMPTS",
+    ),
+    *("Progress", "RULES", "Recorder", "Results", "Role", "Row", "Rule", "Run", "Samples", "Say", "Source"),
+    *("Speaker", "TIE", "Table", "Values", "estimate", "inert", "load_tokenizer", "number", "samples_of"),
+    *("token_logps", "train"),
+}
+"""Names that still have several meanings; none is added."""
+
+
+def public_names(tree: ast.Module) -> Iterator[str]:
+    """Yield the classes, functions, constants and types that a module defines for others."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            names = [node.name]
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            nodes = itertools.chain.from_iterable(map(ast.walk, targets))
+            # Not `a.b = c`, which defines no name.
+            names = [n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+        else:
+            names = []
+        yield from (name for name in names if not name.startswith("_"))
+
+
+def test_a_public_name_has_one_meaning() -> None:
+    homes = defaultdict[str, set[str]](set)
+    for module, tree in MODULES.items():
+        for name in public_names(tree):
+            homes[name].add(module)
+    several = {name: modules for name, modules in homes.items() if len(modules) > 1}
+    assert not several.keys() - REPEATED - DOUBLES, {
+        name: several[name] for name in several.keys() - REPEATED - DOUBLES
+    }
+
+
+CHECK_FIRST = ("compare", "doctor", "evaluate", "export", "pairs", "precompute", "train")
+
+
+@pytest.mark.parametrize("verb", CHECK_FIRST)
 def test_a_verb_checks_paths_before_torch_is_imported(verb: str) -> None:
     """Torch takes seconds to import: a wrong path is an error at once."""
-    seen, to_read = set(), {f"dpo_dist.{verb}"}
+    program = VERBS[verb].module
+    seen, to_read = set(), {program if program in MODULES else f"{program}.__main__"}
     while to_read:
         seen.add(module := to_read.pop())
         packages = {name.partition(".")[0] for name in imported(run_at_import(MODULES[module]))}

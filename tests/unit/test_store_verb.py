@@ -1,4 +1,4 @@
-"""`python -m dpo_dist.store`: info, verify and gc."""
+"""`python -m dpo_dist store`: info, verify and gc."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from dpo_dist.foundation.errors import DpoDistError
 from dpo_dist.foundation.files import staged_file, temporary_name
 from dpo_dist.foundation.text import size
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
-from dpo_dist.store import main
+from dpo_dist.verbs.store import main
 from tests.unit.reference.test_store import ENTRIES, keys_of, readable, values, write
 
 FIRST = ReferenceFingerprint("aa" * 16, {"dtype": "fp32"}, "org/first@0123")
@@ -126,6 +126,7 @@ def test_encoded_data_are_never_garbage(tmp_path: Path, shards: list[Path], run:
 
 def test_it_starts_without_torch() -> None:
     check = (
-        "import dpo_dist.store, sys; sys.exit(bool({'torch', 'transformers', 'pyarrow'} & set(sys.modules)))"
+        "import dpo_dist.verbs.store, sys; "
+        "sys.exit(bool({'torch', 'transformers', 'pyarrow'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

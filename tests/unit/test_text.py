@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from dpo_dist.config.command_line import command_of
 from dpo_dist.config.load import changed_keys, from_yaml, load_run_config, to_yaml
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.console import open_console
 from dpo_dist.foundation.streams import print_line, print_result
 from dpo_dist.foundation.text import counted, duration, first_few, number, percent, size, without_secrets
-from dpo_dist.generation.pairs.rounds import check_settings, command_of
+from dpo_dist.tools.pairs.rounds import check_settings
 
 
 @pytest.mark.parametrize(
@@ -142,6 +143,6 @@ def test_a_configuration_with_a_hidden_text_is_the_same_run_and_paths_are_read_b
     file.write_text(to_yaml(config))
     read = from_yaml(file.read_text())
     assert (read.model.path, read.tracking.project) == (str(model), "***")
-    assert changed_keys(file, config) == {}
-    changed = changed_keys(file, load_run_config([*given, "loss.beta=0.3"]))
+    assert changed_keys(file, config.identity) == {}
+    changed = changed_keys(file, load_run_config([*given, "loss.beta=0.3"]).identity)
     assert changed == {"loss.beta": (0.1, 0.3)}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.files import is_temporary
 from tests.support.launch import environment
 from tests.support.warm import ENVIRONMENT, reserve_port, run_warm_apart
@@ -70,7 +71,7 @@ def check_case(case: Case, folder: Path, assets: Path) -> None:
     before = _content(folder)
     arguments = shlex.split(f"{case.run} {case.typed}".replace("FOLDER", str(folder)))
     variables = {**environment(), **ENVIRONMENT, **_place(case)}
-    module = f"dpo_dist.{case.verb}"
+    module = VERBS[case.verb].module
     code, output, errors = run_warm_apart(module, arguments, variables, folder, _SECONDS)
     shown = f"{case.typed}\nexit code {code}\n{output}\n--- stderr\n{errors}"
     assert code == case.code, shown

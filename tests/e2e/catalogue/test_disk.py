@@ -35,9 +35,6 @@ CASES = [
          "a" * 300, "too long", to_do="correct the path"),
     Case("file as cache", "data.cache=occupied", "data.cache cannot be written", "data.cache", "occupied",
          before=file("occupied"), to_do="set data.cache to another folder"),
-    Case("folder of offload that cannot be", "reference.offload=nvme reference.nvme_path=occupied/x",
-         "reference.nvme_path", "reference.nvme_path", "occupied", before=file("occupied"),
-         to_do="set reference.nvme_path to another"),
     Case("run directory of another configuration", "run.dir=other", "belongs to another configuration",
          "other", "digest", "digest of-another", "remove run.dir", before=of_another_configuration),
 ]

@@ -22,9 +22,9 @@ from dpo_dist.batching.plan import (
     plan_micro_batches,
 )
 from dpo_dist.batching.sampler import BatchSampler, SourceSpan, make_sampler
+from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.schema import TrainerConfig
-from dpo_dist.data.dataset import shard_batch
 from dpo_dist.foundation.errors import ConfigError
 from tests.support.packing import dataset_of, pack_unkeyed, packed_tokens, pair_shapes, random_pairs
 

@@ -14,13 +14,16 @@ from typing import NamedTuple, NoReturn
 import pytest
 
 import dpo_dist.__main__
-from dpo_dist import chat, convert, report, store
 from dpo_dist.config.command_line import explain, run_verb, usage
 from dpo_dist.config.keys import all_keys, group_folders, section_meanings
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.rules import keys_of
-from dpo_dist.config.verbs import EVERY_VERB
+from dpo_dist.config.verbs import EVERY_VERB, VERBS
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.tools.chat import __main__ as chat
+from dpo_dist.tools.convert import __main__ as convert
+from dpo_dist.tools.report import __main__ as report
+from dpo_dist.verbs import store
 from tests.support import tiny_verb
 
 ROOT = Path(__file__).parents[3]
@@ -182,7 +185,7 @@ def test_every_key_and_section_is_explained() -> None:
 def test_the_facts_of_some_keys() -> None:
     assert facts("loss.beta")["type"] == "a number, > 0"
     assert facts("trainer.max_steps")["type"] == "a whole number or null, >= 1"
-    assert facts("loss.simpo_gamma")["kinds"] == "simpo"
+    assert facts("loss.options.gamma")["kinds"] == "simpo"
     assert facts("model.path")["default"] == "none, it must be set"
     assert facts("data.train[0].weight") == facts("data.train.weight") == facts("data.train[].weight")
     assert facts("data.train.weight")["verbs"] == "train, precompute"
@@ -191,10 +194,12 @@ def test_the_facts_of_some_keys() -> None:
 
 
 def test_the_verbs_are_the_programs_with_a_configuration() -> None:
-    modules = Path(dpo_dist.__file__).parent.glob("*.py")
-    programs = {module.stem for module in modules if "run_verb(main" in module.read_text()}
-    assert set(EVERY_VERB.split()) == programs
-    assert {verb for row in all_keys().values() for verb in row.verbs} == programs
+    package = Path(dpo_dist.__file__).parent
+    modules = {file for file in package.rglob("*.py") if "\n    run_verb(main" in file.read_text()}
+    names = {".".join(file.relative_to(package.parent).with_suffix("").parts) for file in modules}
+    configured = set(EVERY_VERB.split())
+    assert {VERBS[verb].module for verb in configured} == {name.removesuffix(".__main__") for name in names}
+    assert {verb for row in all_keys().values() for verb in row.verbs} == configured
 
 
 @pytest.mark.parametrize(

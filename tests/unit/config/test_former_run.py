@@ -1,5 +1,6 @@
 """The config.yaml of a run stands in for its command; it evaluates nothing and opens no door."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -127,5 +128,5 @@ def test_a_config_of_a_run_opens_no_door(key: str, value: str, tmp_path: Path) -
 
 
 def test_open_doors_are_named() -> None:
-    lines = open_doors(load_run_config([*RUN, "model.trust_remote_code=true"]))
+    lines = open_doors(asdict(load_run_config([*RUN, "model.trust_remote_code=true"])))
     assert lines == ["warning: model.trust_remote_code=true: Python code of model folders is run"]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.config.identity import differing_keys, run_digest, settings, title
+from dpo_dist.config.identity import differing_keys, settings, title
 from tests.unit.config.support import configured
 
 DEFINING = """
@@ -37,7 +37,7 @@ def test_settings_are_the_usual_keys_and_those_not_at_their_default() -> None:
         "data.truncation": "drop",
         "loss.kind": "simpo",
         "loss.beta": 2.0,
-        "loss.simpo_gamma": 1.0,
+        "loss.options": {"gamma": 1.0},
         "reference.mode": "none",
         "optim.lr": 5e-7,
         "trainer.epochs": 1.0,
@@ -62,15 +62,15 @@ def test_settings_are_the_usual_keys_and_those_not_at_their_default() -> None:
 )
 def test_a_title_has_loss_beta_rate_adapter_and_seed(typed: str, name: str) -> None:
     config = configured(typed)
-    assert title(config, Path(str(config.run.dir))) == name.format(digest=run_digest(config))
+    assert title(config, Path(str(config.run.dir))) == name.format(digest=config.identity.digest)
 
 
 def test_keys_that_define_the_result_differ_with_both_values() -> None:
     old = configured("loss.beta=0.2 model.adapter.r=8")
     new = configured("model.adapter={r:8,alpha:64} run.dir=/x trainer.log_every=7")
     adapters = {"r": 8}, {"r": 8, "alpha": 64.0}
-    assert differing_keys(old, new) == {"loss.beta": (0.2, 0.1), "model.adapter": adapters}
-    assert differing_keys(new, new) == {}
+    assert differing_keys(old.identity, new.identity) == {"loss.beta": (0.2, 0.1), "model.adapter": adapters}
+    assert differing_keys(new.identity, new.identity) == {}
 
 
 def test_null_of_an_adapter_is_a_default_or_the_value_of_the_one_that_is_continued() -> None:
@@ -79,5 +79,5 @@ def test_null_of_an_adapter_is_a_default_or_the_value_of_the_one_that_is_continu
     assert new.model.adapter == whole.model.adapter
     continued, named = configured("model.adapter={path:sft}"), configured("model.adapter={path:sft,r:16}")
     assert (continued.model.adapter.r, named.model.adapter.r) == (None, 16)  # type: ignore[union-attr]
-    assert run_digest(continued) == run_digest(named)
-    assert differing_keys(continued, named) == {}
+    assert continued.identity.digest == named.identity.digest
+    assert differing_keys(continued.identity, named.identity) == {}

@@ -6,10 +6,9 @@ from typing import Any
 import hydra
 import pytest
 
-from dpo_dist.config.identity import run_digest
 from dpo_dist.config.keys import config_dir
 from dpo_dist.config.load import from_yaml, to_yaml
-from dpo_dist.config.losses import LossKind, LossTermConfig, SyncReferenceConfig
+from dpo_dist.config.losses import LossKind, LossTermConfig, SimpoOptions, SyncReferenceConfig
 from dpo_dist.config.schema import (
     NO_MODEL,
     AdapterConfig,
@@ -26,10 +25,11 @@ GROUPS = [(file.parent.name, file.stem) for file in PRESETS if file.parent.name 
 MINE = """
 model: {path: m}
 data: {train: [a.jsonl, {path: b, limit: 3}]}
-loss: {kind: ipo, beta: 0.3, length_average: false}
+loss: {kind: ipo, beta: 0.3, options: {length_average: false}}
 optim.lr: 2e-6
 parallelism: ddp
-samples: {max_new_tokens: 64, prompts: 4}
+samples: {prompts: 4}
+sampling: {max_new_tokens: 64}
 data.eval_share: 0.1
 """
 
@@ -115,8 +115,9 @@ def test_a_preset_of_the_command_line_applies_after_an_experiment() -> None:
     assert alone("+experiment=qwen7b data=hh_rlhf").data.max_length == 1024, "not that of its preset"
     config = alone("+experiment=qwen7b trainer=default trainer.global_batch_pairs=32")
     assert config.trainer == TrainerConfig(global_batch_pairs=32), "one without values restores defaults"
-    config = alone("+experiment=qwen7b_lora loss=simpo loss.simpo_gamma=0.7")
-    assert (config.loss.kind, config.loss.beta, config.loss.simpo_gamma) == (LossKind.simpo, 2.0, 0.7)
+    config = alone("+experiment=qwen7b_lora loss=simpo loss.options.gamma=0.7")
+    assert (config.loss.kind, config.loss.beta) == (LossKind.simpo, 2.0)
+    assert config.loss.options == SimpoOptions(0.7)
 
 
 @pytest.mark.parametrize("typed", ["loss=ipo loss={beta:0.3}", "loss={beta:0.3} loss=ipo"])
@@ -148,7 +149,7 @@ def test_the_reference_follows_loss_and_model(typed: str, mode: str) -> None:
     assert from_yaml(to_yaml(config)) == config, "config.yaml has the resolved mode"
     offload = Offload.cpu if mode == "cached" and "+experiment=qwen7b" in typed.split() else Offload.none
     assert config.reference.offload is offload
-    assert run_digest(alone(f"{typed} reference={mode}")) == run_digest(config)
+    assert alone(f"{typed} reference={mode}").identity.digest == config.identity.digest
 
 
 def test_a_verb_can_work_without_a_model() -> None:
@@ -163,9 +164,9 @@ def test_a_file_is_the_same_run_as_its_keys_on_the_command_line() -> None:
     config = alone("mine.yaml", verb="train")
     assert (config.loss.kind, config.loss.beta, config.optim.lr) == ("ipo", 0.3, 2e-6)
     assert (config.parallelism.kind, config.data.train[1].limit) == ("ddp", 3)
-    typed = "data.train=[a.jsonl,{path:b,limit:3}] loss=ipo loss.beta=0.3 loss.length_average=false"
+    typed = "data.train=[a.jsonl,{path:b,limit:3}] loss=ipo loss.beta=0.3 loss.options.length_average=false"
     same = configured(f"{typed} optim.lr=2e-6 data.eval_share=0.1")
-    assert run_digest(config) == run_digest(same) != run_digest(alone("mine.yaml loss.beta=0.2"))
+    assert config.identity.digest == same.identity.digest != alone("mine.yaml loss.beta=0.2").identity.digest
 
 
 def test_files_are_merged_left_to_right_and_the_command_line_wins() -> None:
@@ -174,7 +175,7 @@ def test_files_are_merged_left_to_right_and_the_command_line_wins() -> None:
     assert (config.loss.beta, config.trainer.seed) == (0.3, 3)
     assert alone("seed.yml mine.yaml loss.beta=0.2").loss.beta == 0.2
     config = alone("mine.yaml loss=simpo")
-    assert (config.loss.kind, config.loss.beta, config.loss.length_average) == ("simpo", 2.0, True)
+    assert (config.loss.kind, config.loss.beta, config.loss.options) == ("simpo", 2.0, SimpoOptions(1.0))
     Path("off.yaml").write_text("defaults: [tracking: off]\n")
     assert alone("mine.yaml off.yaml").tracking.wandb == "off"
     Path("preset.yaml").write_text("loss: hinge\ntracking: off\ntrainer: {seed: 4}\ndoctor: {texts: false}\n")
@@ -188,7 +189,7 @@ def test_files_are_merged_left_to_right_and_the_command_line_wins() -> None:
     [
         (["# @package _global_\nloss: simpo\nloss.beta: 2.5\n"], "simpo", 2.5),
         (["loss.beta: 3\nloss: simpo\n"], "simpo", 3.0),
-        (["loss: {kind: simpo, simpo_gamma: 1.5}\n", "loss: ipo\n"], "ipo", 0.1),
+        (["loss: {kind: simpo, options: {gamma: 1.5}}\n", "loss: ipo\n"], "ipo", 0.1),
         (["loss: {beta: 0.3}\n", "loss: simpo\n"], "simpo", 2.0),
         (["loss: simpo\n", "loss.beta: 2.5\n"], "simpo", 2.5),
         (["# @package _global_\ndefaults:\n- override /loss: simpo\nloss: {beta: 0.7}\n"], "simpo", 0.7),

@@ -36,7 +36,7 @@ MISTYPED = [
     ("+experiment=qwen7", "+experiment=qwen7b?"),
     ("lossbeta=1", "did you mean loss.beta?"),
     ("max_lenght=5", "did you mean data.max_length?"),
-    ("loss.alpha=0.3", "did you mean loss.ld_alpha?"),
+    ("loss.ldalpha=0.3", "did you mean loss.ld_alpha?"),
     ("prompts=3", "write samples.prompts=3 or compare.prompts=3"),
     ("'data.train=[{path: a, format: sharegpt}]'", "did you mean data.train[0].format=auto?"),
     ("data.train.path=a", "'data.train=[{path: a}]'"),
@@ -63,7 +63,12 @@ MISTYPED = [
     # Values of other trainers are kept.
     ("lora_target=[q_proj,v_proj]", "write 'model.adapter.target_modules=[q_proj,v_proj]'"),
     ("loss_weights=[1,0.2]", "write 'loss.terms=[{kind: sigmoid, weight: 1}, {kind: sft, weight: 0.2}]'"),
-    ("loss.gamma_beta_ratio=0.5", "loss.simpo_gamma=..., which is this ratio times loss.beta"),
+    ("loss.alpha=0.3", "write loss.options.alpha=0.3"),
+    ("loss.simpo_gamma=1", "write loss.options.gamma=1"),
+    ("loss.bco_delta=running_mean", "write loss.options.delta=running_mean"),
+    ("loss=dpop loss.options.lambda=3", "did you mean loss.options.penalty_weight?"),
+    ("lambda=3", "write loss.options.penalty_weight=3 or loss.options.odds_weight=3"),
+    ("loss.gamma_beta_ratio=0.5", "loss.options.gamma=..., which is this ratio times loss.beta"),
     ("kto_chosen_weight=2", "write loss=kto loss.desirable_weight=2"),
     ("adam_beta2=0.95", "write 'optim.betas=[0.9,0.95]'"),
     ("lr_scheduler_type=polynomial", "one of constant, linear, cosine, inverse_sqrt"),
@@ -165,9 +170,9 @@ def test_all_mistakes_of_a_command_are_one_error() -> None:
 
 
 def test_all_rules_that_a_command_breaks_are_one_error() -> None:
-    error = error_of("loss.simpo_gamma=1 trainer.eval_every=5 data.max_prompt_length=2000")
+    error = error_of("loss=sft loss.beta=1 trainer.eval_every=5 data.max_prompt_length=2000")
     assert error.message == "this command has 3 mistakes"
-    assert "remove loss.simpo_gamma" in error.remedy
+    assert "remove loss.beta" in error.remedy
 
 
 @pytest.mark.parametrize(
@@ -177,7 +182,8 @@ def test_all_rules_that_a_command_breaks_are_one_error() -> None:
         ("export", "output=foo", "write run.dir=foo or export.output=foo"),
         ("compare", "reference=none", "compare does not read reference.mode"),
         ("compare", "samples.prompts=4", "write compare.prompts=4"),
-        ("compare", "samples.temperature=0", "write compare.temperature=0"),
+        ("compare", "temperature=0", "write sampling.temperature=0"),
+        ("doctor", "max_new_tokens=9", "write sampling.max_new_tokens=9"),
         ("compare", "A B", "write its key: 'compare.models=[A,B]'"),
         ("evaluate", "output/a", "write its key: run.dir=output/a"),
         ("doctor", "a.csv", "write its key: 'data.train=[a.csv]'"),

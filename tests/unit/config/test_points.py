@@ -6,7 +6,7 @@ from unittest.mock import Mock
 import pytest
 
 from dpo_dist.config import load
-from dpo_dist.config.identity import run_dir
+from dpo_dist.config.identity import default_dir
 from dpo_dist.config.load import load_points, load_run_config
 from dpo_dist.foundation.errors import ConfigError
 
@@ -39,16 +39,16 @@ def test_experiments_and_files_are_swept_too(tmp_path: Path) -> None:
 
 
 def test_all_mistakes_of_all_points_are_one_error() -> None:
-    text = error_of("loss.kind=sigmoid,ipoo,hinge", "optim.lr=1e-6,fast", "seeds=3", "loss.simpo_gamma=1")
+    text = error_of("loss.kind=sigmoid,ipoo,hinge", "optim.lr=1e-6,fast", "seeds=3", "loss.options.gamma=1")
     assert "loss.kind=ipo" in text
     assert "optim.lr=fast" in text
     assert text.count("there is no key 'seeds'") == 1, "of all points, said once"
 
 
 def test_rules_are_checked_at_every_point() -> None:
-    text = error_of("loss.kind=simpo,sigmoid,ipo", "loss.simpo_gamma=1")
-    assert "sigmoid" in text
-    assert "ipo" in text
+    text = error_of("loss.kind=sigmoid,simpo,nca_pair", "loss.divergence=js")
+    assert "simpo" in text
+    assert "nca_pair" in text
 
 
 @pytest.mark.parametrize("swept", ["trainer.log_every=1,2", "loss.beta=0.1,0.1"])
@@ -108,4 +108,4 @@ def test_an_interval_has_no_points_and_other_verbs_name_the_sweep() -> None:
 
 def test_a_swept_key_names_the_run_directory_of_the_point() -> None:
     for config in load_points([*RUN, "loss.beta=0.1,0.2"]).values():
-        assert config.run.dir == str(run_dir(config))
+        assert config.run.dir == str(default_dir(config.run, config.identity.digest))

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.user_code import find_function, user_function
 from dpo_dist.foundation.errors import ConfigError
@@ -25,7 +24,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def found() -> tuple[str, float]:
     """The digest of a run with the loss of `own_text`, and the value of that loss."""
     config = load_run_config([*RUN, "loss.function=own_text:mine", "loss.beta=3", "run.dir=here"])
-    return run_digest(config), user_function(config.loss.function)(None, None, config.loss)
+    return config.identity.digest, user_function(config.loss.function)(None, None, config.loss)
 
 
 def test_the_digest_and_what_is_executed_follow_the_text_of_the_module(folder: Path) -> None:

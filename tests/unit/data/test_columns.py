@@ -11,10 +11,10 @@ import pytest
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import DataConfig, DataFormat, SourceConfig
 from dpo_dist.config.user_code import find_function
-from dpo_dist.data.columns import resolved
 from dpo_dist.data.formats import check_source, read_records
+from dpo_dist.data.read.columns import resolved
+from dpo_dist.data.read.sources import local_files, pinned, source_labels
 from dpo_dist.data.records import BadRecord, Message, PreferenceRecord
-from dpo_dist.data.sources import local_files, pinned, source_labels
 from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support.cache import prepare
 from tests.support.pages import ROOT

@@ -12,18 +12,17 @@ import pytest
 from dpo_dist.batching.example import TokenIds, response_key
 from dpo_dist.batching.plan import ComputeCosts
 from dpo_dist.batching.sampler import SourceSpan, make_sampler
+from dpo_dist.batching.step_batch import collate, shard_batch
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.schema import OnBadRecord, Ranked, SourceConfig, TrainerConfig
-from dpo_dist.data import build as build_dataset_module
 from dpo_dist.data.counts import describe_counts, describe_short_run
-from dpo_dist.data.dataset import (
+from dpo_dist.data.encoded import build as build_dataset_module
+from dpo_dist.data.encoded.dataset import (
     PreferenceDataset,
     check_fits_loss,
     check_ids_in_vocabulary,
-    collate,
     count_duplicates,
     count_shared,
-    shard_batch,
 )
 from dpo_dist.data.records import Origin, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError, DataError

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo_dist.config.schema import DataConfig, TextTemplate, Truncation
 from dpo_dist.data.encode import encode_pair
-from dpo_dist.data.escape import tokenized
 from dpo_dist.data.records import Dialogue, Message, Messages, Origin, PreferenceRecord, Prompt
-from dpo_dist.data.render import tokenizer_facts
+from dpo_dist.data.text.escape import tokenized
+from dpo_dist.data.text.tokenizer import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support import tiny
 from tests.support.cache import opened

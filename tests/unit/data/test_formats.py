@@ -17,9 +17,9 @@ import pyarrow.parquet
 import pytest
 
 from dpo_dist.config.schema import DataConfig, DataFormat, SourceConfig, TextTemplate, Truncation
-from dpo_dist.data.columns import FIELDS
-from dpo_dist.data.encode import encode_records
+from dpo_dist.data.encoded.build import encode_records
 from dpo_dist.data.formats import check_source, parse_prompt, parse_record, read_records
+from dpo_dist.data.read.columns import FIELDS
 from dpo_dist.data.records import BadRecord, Dialogue, Message, Origin, PreferenceRecord
 from dpo_dist.foundation.errors import DataError
 from tests.support import tiny

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_dist.batching.example import Example, response_keys
-from dpo_dist.data.dataset import PreferenceDataset, collate
-from dpo_dist.data.partners import with_partners
+from dpo_dist.batching.step_batch import collate
+from dpo_dist.data.encoded.dataset import PreferenceDataset
+from dpo_dist.data.encoded.partners import with_partners
 from dpo_dist.foundation.errors import DataError
 from tests.support.packing import dataset_of
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from dpo_dist.config.schema import DataConfig, SourceConfig
-from dpo_dist.data.build import prepare_dataset
-from dpo_dist.data.dataset import PreferenceDataset, count_shared_prompts, open_dataset
+from dpo_dist.data.encoded.build import prepare_dataset
+from dpo_dist.data.encoded.dataset import PreferenceDataset, count_shared_prompts, open_dataset
 from dpo_dist.data.records import Dialogue, Message, Part, Prompt, eval_part, prompt_hash, train_part
 from dpo_dist.foundation.errors import DataError
 from tests.support import tiny

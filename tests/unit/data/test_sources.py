@@ -14,8 +14,9 @@ import pytest
 
 from dpo_dist.config.schema import DataConfig, OnBadRecord, SourceConfig
 from dpo_dist.data.formats import check_source, read_records
+from dpo_dist.data.read.files import write_records
+from dpo_dist.data.read.sources import source_identity, source_labels
 from dpo_dist.data.records import Origin, PreferenceRecord
-from dpo_dist.data.sources import source_identity, source_labels, write_records
 from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support.records import TEXT, assistant, jsonl, outcomes
 
@@ -167,7 +168,7 @@ def test_records_without_end_are_an_error_at_a_bound(
 ) -> None:
     packed = write(tmp_path, {f"{name}.gz": gzip.compress(WITHOUT_END[name])}) / f"{name}.gz"
     assert read(packed)
-    monkeypatch.setattr("dpo_dist.data.sources.MAX_RECORD_BYTES", 2**17)
+    monkeypatch.setattr("dpo_dist.data.read.files.MAX_RECORD_BYTES", 2**17)
     refused(packed, "expands to more than 131,072 bytes" if name == "a.json" else "over 131,072 bytes")
 
 

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from dpo_dist.config.schema import DataConfig, OnBadRecord, Ranked, SourceConfig, Truncation
-from dpo_dist.data import build as build_dataset_module
 from dpo_dist.data import encode as encode_module
-from dpo_dist.data.dataset import PreferenceDataset, open_dataset
-from dpo_dist.data.lengths import SourceLengths, fitting_limits
+from dpo_dist.data.encoded import build as build_dataset_module
+from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.data.records import Origin
+from dpo_dist.data.text.lengths import SourceLengths, fitting_limits
 from dpo_dist.foundation import files as digests_module
 from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support.cache import encoded_folders, opened, prepare, prepare_all
@@ -91,7 +91,7 @@ def test_no_flipped_bit_is_read(tmp_path: Path) -> None:
 def test_a_verified_file_is_not_read_for_its_digest_again(tmp_path: Path) -> None:
     [source] = prepare_all(tmp_path, jsonl(tmp_path, *GOOD))
     open_dataset([source], DataConfig())
-    with mock.patch("dpo_dist.data.store.content_digest", side_effect=AssertionError):
+    with mock.patch("dpo_dist.data.encoded.store.content_digest", side_effect=AssertionError):
         assert source.table() is not None
 
 
@@ -149,7 +149,7 @@ def test_settings_that_keep_no_record_are_not_named() -> None:
 
 
 def test_a_fault_of_the_disk_names_the_cache(tmp_path: Path) -> None:
-    full = mock.patch("dpo_dist.data.store.staged_file", side_effect=OSError("no space left"))
+    full = mock.patch("dpo_dist.data.encoded.store.staged_file", side_effect=OSError("no space left"))
     with full, pytest.raises(ConfigError, match="cannot be written") as raised:
         prepare(tmp_path, jsonl(tmp_path, *GOOD))
     assert raised.value.where == "data.cache"

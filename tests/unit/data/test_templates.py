@@ -16,8 +16,8 @@ from trl import DPOTrainer
 from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.records import BadRecord, Message, Origin, PreferenceRecord, Prompt, Response
-from dpo_dist.data.render import tokenizer_facts
-from dpo_dist.data.template import pin_clock
+from dpo_dist.data.text.template import pin_clock
+from dpo_dist.data.text.tokenizer import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError
 from tests.support import tiny
 from tests.support.cache import prepare

@@ -18,15 +18,16 @@ import torch
 from safetensors import safe_open
 
 from dpo_dist.config.run_folder import best_checkpoint
-from dpo_dist.distributed import checkpoint, slices
-from dpo_dist.distributed.checkpoint import (
+from dpo_dist.distributed.checkpoint import saver as checkpoint
+from dpo_dist.distributed.checkpoint import slices
+from dpo_dist.distributed.checkpoint.saver import (
     MANIFEST,
     drop_checkpoints,
     find_faults,
     remove_unfinished,
     write_slices,
 )
-from dpo_dist.distributed.slices import ModelSlices, Slice
+from dpo_dist.distributed.checkpoint.slices import ModelSlices, Slice
 from dpo_dist.foundation.errors import CheckpointError
 from dpo_dist.foundation.files import is_temporary
 from tests.support.one_weight import WEIGHTS, Run

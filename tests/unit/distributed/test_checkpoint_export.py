@@ -32,23 +32,23 @@ from dpo_dist.config.schema import (
     RunConfig,
     SourceConfig,
 )
-from dpo_dist.data.template import chosen_template
-from dpo_dist.distributed import export as checkpoint_export
-from dpo_dist.distributed.checkpoint import MANIFEST, Entries, write_slices
-from dpo_dist.distributed.export import export_checkpoint
-from dpo_dist.distributed.slices import ModelSlices, Slice
+from dpo_dist.data.text.template import chosen_template
+from dpo_dist.distributed.checkpoint.saver import MANIFEST, Entries, write_slices
+from dpo_dist.distributed.checkpoint.slices import ModelSlices, Slice
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
-from dpo_dist.insight.metrics.card import model_card
 from dpo_dist.model.architectures import auto_class
-from dpo_dist.model.load import TORCH_DTYPES, load_config, load_packed, without_weights
+from dpo_dist.model.files.load import TORCH_DTYPES, load_config, load_packed, without_weights
+from dpo_dist.model.files.save import write_description, write_mean, write_weights
 from dpo_dist.model.lora import add_adapter
-from dpo_dist.model.save import write_description, write_mean, write_weights
+from dpo_dist.tools.report.card import model_card
+from dpo_dist.training import export as checkpoint_export
+from dpo_dist.training.export import export_checkpoint
 from tests.support import tiny
 from tests.support.families import COMMON, LOW_RANK, tiny_family
 from tests.support.multimodal import IMAGE_MODELS, write_multimodal
 from tests.support.precision import DTYPES
 from tests.support.tiny_model import write_model
-from tests.unit.insight.metrics.test_card import summary
+from tests.unit.tools.test_card import summary
 
 RANKS = 3
 # Dropout, values of another release, options of generation where old ones had them, a name of the authors.

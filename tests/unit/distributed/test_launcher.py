@@ -15,7 +15,7 @@ import torch
 from torch.distributed import DistNetworkError
 from torch.distributed.elastic.multiprocessing import PContext
 
-from dpo_dist.distributed import launcher
+from dpo_dist.distributed.processes import launcher
 from dpo_dist.foundation.errors import DpoDistError
 from tests.support.launch import TWO_PROCESSES
 from tests.support.warm import ENVIRONMENT, context, start_parent
@@ -162,6 +162,18 @@ def test_options_and_addresses_that_cannot_be_used_are_one_block(
         launch(options.split())
     assert refused.value.exit_code == code
     assert got in refused.value.got
+
+
+@pytest.mark.parametrize("program", ["train", "-m dpo_dist train"])
+def test_a_verb_is_started_by_its_name(
+    program: str, launch: Callable[[list[str]], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = Mock()
+    monkeypatch.setattr(launcher, "launch_command", started)
+    launch([*program.split(), "+experiment=demo", "--check"])
+    settings = started.call_args.args[0]
+    assert (settings.module, settings.training_script) == (True, "dpo_dist")
+    assert settings.training_script_args == ["train", "+experiment=demo", "--check"]
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="for machines without a GPU")

@@ -11,9 +11,9 @@ import torch
 
 from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.batching.plan import Arrangement
-from dpo_dist.distributed import slices as host_copy
+from dpo_dist.distributed.checkpoint import slices as host_copy
+from dpo_dist.distributed.checkpoint.slices import HostCopy, ModelSlices, Slice
 from dpo_dist.distributed.memory import available_memory, return_memory
-from dpo_dist.distributed.slices import HostCopy, ModelSlices, Slice
 from dpo_dist.distributed.zero import FrozenEngine, PolicyEngine
 from dpo_dist.foundation.errors import DeviceMemoryError
 from tests.support.alone import ALONE

@@ -15,12 +15,12 @@ from deepspeed.ops.op_builder import CPUAdamBuilder
 from deepspeed.ops.op_builder.builder import OpBuilder
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, OptimConfig, ParallelismConfig
-from dpo_dist.distributed import join as joined_module
 from dpo_dist.distributed.deepspeed_config import policy_config
-from dpo_dist.distributed.failures import Reports, watched
-from dpo_dist.distributed.failures import _origin as origin_of
-from dpo_dist.distributed.join import joined, start_world
-from dpo_dist.distributed.world import Interrupted, Peer, Stops, World
+from dpo_dist.distributed.processes import join as joined_module
+from dpo_dist.distributed.processes.failures import Reports, watched
+from dpo_dist.distributed.processes.failures import _origin as origin_of
+from dpo_dist.distributed.processes.join import joined, start_world
+from dpo_dist.distributed.processes.world import Interrupted, Peer, Stops, World
 from dpo_dist.foundation.errors import ConfigError, StoppedError
 from dpo_dist.foundation.process import PROGRESS, check_launch
 from dpo_dist.foundation.signals import BY_STEPS, BY_TRACKER, StopRequest
@@ -37,7 +37,8 @@ def test_gpus_exchange_gradients_while_backward_computes_if_they_may(
     overlap: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    config = policy_config(ParallelismConfig(overlap=overlap), OptimConfig(), Dtype.bf16)
+    monkeypatch.setattr("dpo_dist.distributed.deepspeed_config.OVERLAPS", overlap)
+    config = policy_config(ParallelismConfig(), OptimConfig(), Dtype.bf16)
     assert config["zero_optimization"]["overlap_comm"] is overlap
 
 

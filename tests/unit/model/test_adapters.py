@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_dist.config.schema import AdapterConfig, AdapterVariant, Dtype, ModelConfig, Quantization
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.folder import base_notes, start_folder, tokenizer_folder
-from dpo_dist.model.load import load_packed, without_weights
+from dpo_dist.model.files.folder import base_notes, start_folder, tokenizer_folder
+from dpo_dist.model.files.load import load_packed, without_weights
 from dpo_dist.model.lora import adapted_layers, adapter_off, add_adapter
 from dpo_dist.model.packed import LogpHead, PackedCausalLM
 from dpo_dist.reference.digest import digest_model

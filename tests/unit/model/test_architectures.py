@@ -26,12 +26,12 @@ from dpo_dist.model.architectures import (
     switch_off_noise,
     training_notes,
 )
-from dpo_dist.model.attention import PACKED
+from dpo_dist.model.attention.kernels import PACKED
+from dpo_dist.model.attention.ulysses import check_shared_tokens
 from dpo_dist.model.exactness import StartCheck
+from dpo_dist.model.files.load import load_config
 from dpo_dist.model.layers import checkpoint_layers
-from dpo_dist.model.load import load_config
 from dpo_dist.model.packed import PackedCausalLM, rope_limit
-from dpo_dist.model.ulysses import check_shared_tokens
 from tests.support.families import FAMILIES, tiny_causal_lm, tiny_config, with_rope
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs
 

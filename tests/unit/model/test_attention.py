@@ -21,8 +21,13 @@ from transformers.masking_utils import (
 
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.attention import check_kernel, choose_backend, computed_by_segment, packed_attention
-from dpo_dist.model.sdpa import Layout, MaskRule, Scores, mask_rule, with_one_dim
+from dpo_dist.model.attention.kernels import (
+    check_kernel,
+    choose_backend,
+    computed_by_segment,
+    packed_attention,
+)
+from dpo_dist.model.attention.sdpa import Layout, MaskRule, Scores, mask_rule, with_one_dim
 from tests.support.families import tiny_causal_lm, tiny_config
 from tests.support.kernels import (
     flash_attn_varlen_func,

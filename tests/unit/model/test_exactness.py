@@ -16,10 +16,10 @@ from dpo_dist.batching.pack import PackedBatch
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, Dtype, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.model.attention.sdpa import Scores, SegmentAttention, mask_rule
 from dpo_dist.model.exactness import StartCheck, trial_examples
-from dpo_dist.model.load import load_packed
+from dpo_dist.model.files.load import load_packed
 from dpo_dist.model.packed import PackedCausalLM
-from dpo_dist.model.sdpa import Scores, SegmentAttention, mask_rule
 from tests.support.families import tiny_causal_lm, tiny_config, tiny_family
 from tests.support.own_code import ship_code
 from tests.support.packing import pack_unkeyed, plain_logps, random_pairs

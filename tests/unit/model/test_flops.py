@@ -8,11 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Gemma4TextConfig, LlamaConfig, MambaConfig
 
 from dpo_dist.config.schema import AdapterConfig, ModelConfig
-from dpo_dist.model.attention import Heads, heads_of_layers
+from dpo_dist.model.attention.kernels import Heads, heads_of_layers
 from dpo_dist.model.exactness import trial_examples
+from dpo_dist.model.files.load import without_weights
 from dpo_dist.model.flops import StepFlops, matmul_peak, step_flops
 from dpo_dist.model.layers import layer_values
-from dpo_dist.model.load import without_weights
 from dpo_dist.model.lora import add_adapter
 from tests.support.families import COMMON, FAMILIES, PACKED, tiny_causal_lm, tiny_config, tiny_family
 from tests.support.packing import pack_unkeyed, random_pairs

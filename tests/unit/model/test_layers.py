@@ -17,6 +17,7 @@ from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AdapterConfig, Dtype, FusedLayers, ModelConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.exactness import StartCheck
+from dpo_dist.model.files.load import load_packed, without_weights
 from dpo_dist.model.layers import (
     check_device,
     checkpoint_layers,
@@ -25,7 +26,6 @@ from dpo_dist.model.layers import (
     offload_inputs,
     without_gradient,
 )
-from dpo_dist.model.load import load_packed, without_weights
 from dpo_dist.model.lora import add_adapter, target_layers
 from dpo_dist.model.numerics import deterministic_kernels
 from dpo_dist.model.packed import PackedCausalLM

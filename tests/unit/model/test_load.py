@@ -14,18 +14,14 @@ import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.core_model_loading import Transpose
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import Dtype, ModelConfig, Quantization
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.generation.sampling.respond import find_model
-from dpo_dist.model.folder import model_folder, weight_files
-from dpo_dist.model.load import (
-    _whole_shapes,
+from dpo_dist.model.files.folder import model_folder, weight_files
+from dpo_dist.model.files.load import (
     check_same_vocabulary,
     load_config,
     load_packed,
@@ -35,6 +31,7 @@ from dpo_dist.model.load import (
     without_weights,
 )
 from dpo_dist.model.packed import PackedCausalLM
+from dpo_dist.tools.sampling.respond import find_model
 from tests.support import tiny
 from tests.support.families import tiny_causal_lm, tiny_config, tiny_family
 from tests.support.multimodal import IMAGE_MODELS, write_multimodal
@@ -215,7 +212,7 @@ def test_a_size_that_differs_from_config_json_is_named(option: str, sizes: str, 
 def test_unsharded_weights_are_loaded_directly_to_a_gpu(
     is_sharded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpo_dist.model.load.is_deepspeed_zero3_enabled", lambda: is_sharded)
+    monkeypatch.setattr("dpo_dist.model.files.load.is_deepspeed_zero3_enabled", lambda: is_sharded)
     config, gpu = ModelConfig("m"), torch.device("cuda", 3)
     assert placement(config, gpu) == ({} if is_sharded else {"device_map": {"": gpu}})
     assert placement(config, CPU) == {}
@@ -381,17 +378,3 @@ def test_a_reference_has_the_policys_ids_for_the_same_tokens(tmp_path: Path) -> 
     for file in folder.glob("tokenizer*"):
         file.unlink()
     check_same_vocabulary(folder, tokenizer, FP32)
-
-
-def test_transformers_transposes_by_the_shape_of_a_whole_weight() -> None:
-    """Its private part has this form in the version that is installed: ZeRO-3 leaves an empty shard."""
-    model = nn.Linear(2, 3)
-    model.weight.ds_shape, model.weight.data = model.weight.shape, torch.empty(0)
-    files, names = {"weight": torch.ones(3, 2)}, (["weight"], ["weight"])
-    with _whole_shapes():
-        kept = Transpose(check_dims=True).convert(files, *names, model=model, full_layer_name="weight")
-    assert kept["weight"].shape == (3, 2)
-    (turned,) = (
-        Transpose(check_dims=True).convert(files, *names, model=model, full_layer_name="weight").values()
-    )
-    assert turned.shape == (2, 3), "transformers knows whole shapes by itself: remove _whole_shapes"

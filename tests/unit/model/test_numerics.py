@@ -14,9 +14,8 @@ from transformers import LlamaConfig
 
 from dpo_dist.config.schema import AttentionBackend, Dtype, FusedLayers, ModelConfig, Quantization
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.model.attention import check_kernel
+from dpo_dist.model.attention.kernels import check_kernel
 from dpo_dist.model.numerics import (
-    TOLERABLE_FIELDS,
     check_precision,
     deterministic_kernels,
     numerics_of,
@@ -41,9 +40,7 @@ def test_a_profile_differs_where_log_probs_can(monkeypatch: pytest.MonkeyPatch) 
     assert numerics_of(FP32, AttentionBackend.sdpa, FusedLayers.none, CPU) == fp32
 
 
-def test_a_profile_names_every_kernel_of_which_rounding_alone_is_tolerable(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_profile_names_every_kernel_and_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda name: f"{name} 9.1.2")
     h200 = SimpleNamespace(major=9, minor=0, multi_processor_count=132, name="NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: h200)
@@ -60,8 +57,9 @@ def test_a_profile_names_every_kernel_of_which_rounding_alone_is_tolerable(
     assert found["flash_attn"] == "flash-attn 9.1"
     assert (found["liger"], found["gpu"]) == ("liger-kernel 9.1", "sm_90 with 132 multiprocessors")
     assert found["quantization"] == "int8 by bitsandbytes bitsandbytes 9.1"
-    precise = {"dtype", "matmul_precision", "bf16_reduction", "fp16_reduction", "quantization"}
-    assert found.keys() == precise | TOLERABLE_FIELDS
+    precisions = "dtype matmul_precision bf16_reduction fp16_reduction quantization"
+    kernels = "attention flash_attn compile liger deterministic device gpu cuda cpu torch transformers"
+    assert found.keys() == {*precisions.split(), *kernels.split()}
 
 
 def test_a_precision_that_the_device_lacks_is_an_error_with_another_one(

@@ -8,8 +8,8 @@ import pytest
 from transformers import GenerationConfig
 
 from dpo_dist.config.schema import DataConfig, ExportConfig, MemberConfig, ModelConfig, RunConfig
-from dpo_dist.model.stops import find_stop_ids, stop_notes, trained_stops, write_stops
-from dpo_dist.training.finish import export_average
+from dpo_dist.model.files.stops import find_stop_ids, stop_notes, trained_stops, write_stops
+from dpo_dist.training.export import export_average
 from tests.support import tiny
 from tests.support.chat_tokenizers import tokenizer_of
 from tests.support.tiny_model import write_model

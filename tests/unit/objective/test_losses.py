@@ -2,8 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dpo_dist.config.losses import KINDS, BcoDelta, Divergence, LossConfig, LossKind, LossTermConfig
+from dpo_dist.config.losses import (
+    KINDS,
+    BcoDelta,
+    BcoPairOptions,
+    BetaDpoOptions,
+    CpoOptions,
+    Divergence,
+    DpopOptions,
+    IpoOptions,
+    LossConfig,
+    LossKind,
+    LossTermConfig,
+    OdpoOptions,
+    OrpoOptions,
+    RewardAwareOptions,
+    SimpoOptions,
+    option_names,
+)
 from dpo_dist.config.user_code import find_function
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.logps import PairLogps
@@ -78,29 +96,35 @@ BY_HAND = [
         (0.9 * softplus(-2) + 0.1 * softplus(2), 0.9 * softplus(-0.5) + 0.1 * softplus(0.5)),
     ),
     (LossConfig(LossKind.custom, function=OWN), (0.0, 0.5)),
-    (LossConfig(LossKind.ipo, length_average=False), (9.0, 0.0)),
+    (LossConfig(LossKind.ipo, options=IpoOptions(length_average=False)), (9.0, 0.0)),
     (
-        LossConfig(LossKind.bco_pair, bco_delta=BcoDelta.running_mean),
+        LossConfig(LossKind.bco_pair, options=BcoPairOptions(BcoDelta.running_mean)),
         (softplus(-0.875) + softplus(-1.125), softplus(0.125) + softplus(-0.625)),
     ),
     (LossConfig(LossKind.dpop), (softplus(-2), softplus(-0.5))),
     # Score gaps of 2 and 1/2.
     (
-        LossConfig(LossKind.odpo, offset_alpha=1.5),
+        LossConfig(LossKind.odpo, options=OdpoOptions(alpha=1.5)),
         (softplus(-2 + 1.5 * math.log(2)), softplus(-0.5 - 1.5 * math.log(2))),
     ),
     # The distance from a coin of probability s(0.7 gap) to one of s(b h).
-    (LossConfig(LossKind.reward_aware, reward_scale=0.7), (divergence(1.4, 2.0), divergence(0.35, 0.5))),
-    # -10/4 + 20/5 = 1.5 and -12/6 + 9/2 = 2.5, times 0.5, less the target margin.
-    (LossConfig(LossKind.simpo, simpo_gamma=0.5), (softplus(-0.25), softplus(-0.75))),
     (
-        LossConfig(LossKind.orpo, orpo_lambda=0.3),
+        LossConfig(LossKind.reward_aware, options=RewardAwareOptions(scale=0.7)),
+        (divergence(1.4, 2.0), divergence(0.35, 0.5)),
+    ),
+    # -10/4 + 20/5 = 1.5 and -12/6 + 9/2 = 2.5, times 0.5, less the target margin.
+    (LossConfig(LossKind.simpo, options=SimpoOptions(gamma=0.5)), (softplus(-0.25), softplus(-0.75))),
+    (
+        LossConfig(LossKind.orpo, options=OrpoOptions(odds_weight=0.3)),
         (
             2.5 + 0.3 * softplus(log_odds(-4) - log_odds(-2.5)),
             2.0 + 0.3 * softplus(log_odds(-4.5) - log_odds(-2)),
         ),
     ),
-    (LossConfig(LossKind.cpo, cpo_nll_weight=0.4), (softplus(-5) + 0.4 * 2.5, softplus(1.5) + 0.4 * 2)),
+    (
+        LossConfig(LossKind.cpo, options=CpoOptions(nll_weight=0.4)),
+        (softplus(-5) + 0.4 * 2.5, softplus(1.5) + 0.4 * 2),
+    ),
     # The chosen responses have 5 tokens in the mean.
     (LossConfig(LossKind.sft), (10 / 5, 12 / 5)),
     # M is 1.25 in the mean, M0 0.25: b' = 0.5 (1 + 0.6).
@@ -126,7 +150,9 @@ def test_losses_by_hand(config: LossConfig, expected: tuple[float, float]) -> No
 
 
 def test_dpop_punishes_a_chosen_response_that_fell_below_the_reference() -> None:
-    losses = preference_loss(REFERENCE, POLICY, LossConfig(LossKind.dpop, 0.5, dpop_lambda=3.0))
+    losses = preference_loss(
+        REFERENCE, POLICY, LossConfig(LossKind.dpop, 0.5, options=DpopOptions(penalty_weight=3.0))
+    )
     # D is -2 and 2, then 0 and 1: -b h is 2 and 0.5, and of the first b 3 max(0, 2) more.
     assert losses.tolist() == pytest.approx([softplus(2 + 3), softplus(0.5)])
 
@@ -153,6 +179,39 @@ def test_a_ranking_by_hand_beside_shorter_ones() -> None:
     assert losses.tolist() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in LossKind if option_names(kind)])
+def test_every_option_changes_what_its_kind_computes(kind: LossKind) -> None:
+    """The momentum of `beta_dpo` the running mean, all others the losses."""
+
+    def computed(config: LossConfig) -> list[float]:
+        losses = [
+            preference_loss(*given, config, FACTS) for given in ((POLICY, REFERENCE), (REFERENCE, POLICY))
+        ]
+        margin = FACTS.running.after(config, 2.0, 0.0, 2).margin if kind is LossKind.beta_dpo else 0.0
+        return [*torch.cat(losses).tolist(), margin or 0.0]
+
+    plain = LossConfig(kind, 0.5)
+    for name, value in asdict(plain.options).items():  # type: ignore[arg-type]
+        others = {"delta": "running_mean", "length_average": False}
+        other: Any = {"options": {name: others[name] if name in others else value / 2}}
+        assert computed(LossConfig(kind, 0.5, **other)) != computed(plain), name
+
+
+def test_each_term_of_a_sum_has_its_own_options() -> None:
+    terms = [
+        LossTermConfig(LossKind.odpo, 2.0, OdpoOptions(alpha=0.3)),
+        LossTermConfig(LossKind.beta_dpo, 1.0, BetaDpoOptions(alpha=0.9)),
+        LossTermConfig(LossKind.cpo, -0.5, CpoOptions(nll_weight=0.2)),
+    ]
+    alone = [
+        term.weight
+        * preference_loss(POLICY, REFERENCE, LossConfig(term.kind, 0.5, options=term.options), FACTS)
+        for term in terms
+    ]
+    losses = preference_loss(POLICY, REFERENCE, LossConfig(beta=0.5, terms=terms), FACTS)
+    torch.testing.assert_close(losses, alone[0] + alone[1] + alone[2])
+
+
 @pytest.mark.parametrize(("mismatch", "z"), [(1.0, 1.0), (-3.0, 0.0)])
 def test_kto_by_hand_for_a_good_and_a_bad_response(mismatch: float, z: float) -> None:
     """Log-ratios of 2 and -4, beta 0.5; the side that a record lacks has no tokens."""
@@ -175,7 +234,7 @@ def test_beta_dpo_takes_no_gradient_through_the_beta_of_the_batch() -> None:
 
 
 def test_running_means_by_hand() -> None:
-    config = LossConfig(LossKind.beta_dpo, 0.5, beta_momentum=0.75)
+    config = LossConfig(LossKind.beta_dpo, 0.5, options=BetaDpoOptions(momentum=0.75))
     first = RunningMeans().after(config, mean_margin=2.0, mean_reward=1.0, pairs=10)
     assert first == RunningMeans(margin=2.0, reward=1.0, pairs=10)
     second = first.after(config, mean_margin=6.0, mean_reward=4.0, pairs=5)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from trl import DPOTrainer
 
-from dpo_dist.config.losses import Divergence, LossConfig, LossKind, Weighting
+from dpo_dist.config.losses import DiscopopOptions, Divergence, LossConfig, LossKind, Weighting
 from dpo_dist.objective.logps import PairLogps, desensitised_weights, wpo_weights
 from dpo_dist.objective.losses import BatchFacts, preference_loss
 
@@ -72,7 +72,7 @@ def trl_loss(batch: Batch, config: LossConfig) -> float:
         accelerator=SimpleNamespace(device="cpu", gather=same, gather_for_metrics=same),
         aux_loss_enabled=False,
         precompute_ref_logps=True,
-        args=SimpleNamespace(discopop_tau=config.discopop_tau),
+        args=SimpleNamespace(discopop_tau=config.options_of(DiscopopOptions).tau),
         f_divergence_type=DIVERGENCES[config.divergence],
         f_alpha_divergence_coef=config.alpha_coefficient,
         ld_alpha=config.ld_alpha,
@@ -122,7 +122,7 @@ CONFIGS = [
             *((Divergence.alpha, coefficient) for coefficient in (0.5, 1.0, 1.7)),
         )
     ),
-    LossConfig(LossKind.discopop, 0.5, discopop_tau=0.4),
+    LossConfig(LossKind.discopop, 0.5, options=DiscopopOptions(tau=0.4)),
     *(LossConfig(label_smoothing=0.0, ld_alpha=alpha) for alpha in (0.0, 0.3, 1.0)),
     *(
         LossConfig(LossKind(kind), 0.1, 0.0, weighting=Weighting.wpo)

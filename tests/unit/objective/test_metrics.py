@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.losses import BcoDelta, LossConfig, LossKind, LossTermConfig
+from dpo_dist.config.losses import BcoDelta, BcoPairOptions, LossConfig, LossKind, LossTermConfig
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.logps import PairLogps
@@ -166,8 +166,8 @@ def test_the_reward_shift_of_bco_uses_its_own_rewards() -> None:
     """Reported rewards follow the first kind, which divides by the number of tokens."""
     tokens = torch.tensor([4.0])
     policy = PairLogps(torch.tensor([-8.0]), torch.tensor([-2.0]), tokens, tokens)
-    terms = [LossTermConfig(LossKind.simpo), LossTermConfig(LossKind.bco_pair)]
-    config = LossConfig(beta=0.5, terms=terms, reference_free=True, bco_delta=BcoDelta.running_mean)
+    shifted = LossTermConfig(LossKind.bco_pair, options=BcoPairOptions(BcoDelta.running_mean))
+    config = LossConfig(beta=0.5, terms=[LossTermConfig(LossKind.simpo), shifted], reference_free=True)
     means = means_of(torch.zeros(1), policy, None, MetricPlan(config))
     assert means["rewards/chosen"] == 0.5 * -8 / 4
     assert means[BATCH_REWARD] == 0.5 * (-8 - 2) / 2
@@ -214,7 +214,7 @@ def with_function(name: str, loss: str = "sigmoid") -> RunConfig:
 
 def test_metrics_of_a_function_are_means_over_pairs_without_dummies() -> None:
     config = with_function("of_pairs")
-    plan = MetricPlan(config.loss, custom=custom_metrics(config))
+    plan = MetricPlan(config.loss, custom=custom_metrics(config.metrics.function, config.loss))
     assert plan.custom.names == ("custom/margin", "custom/likelier")
     policy, reference = logps_of([-1, -8, -2], [-6, -2, -9]), logps_of([-3, -4, 0], [-4, -4, 0])
     scored = ScoredPairs(policy, reference, torch.tensor([1.0, 1.0, 0.0]))
@@ -227,7 +227,9 @@ def test_metrics_of_a_function_are_means_over_pairs_without_dummies() -> None:
 
 
 def test_a_function_of_means_is_accepted_for_labelled_records_too() -> None:
-    assert custom_metrics(with_function("of_pairs", "kto")).names == ("custom/margin", "custom/likelier")
+    config = with_function("of_pairs", "kto")
+    names = custom_metrics(config.metrics.function, config.loss).names
+    assert names == ("custom/margin", "custom/likelier")
     lacking = PairLogps(*torch.zeros(4, 1))
     assert lacking.mean_chosen == lacking.mean_rejected == 0
 
@@ -246,8 +248,9 @@ def test_a_function_of_means_is_accepted_for_labelled_records_too() -> None:
     ],
 )
 def test_a_function_that_gives_no_metrics_is_refused(name: str, loss: str, got: str) -> None:
+    config = with_function(name, loss)
     with pytest.raises(ConfigError, match=r"the function of metrics cannot be used") as error:
-        custom_metrics(with_function(name, loss))
+        custom_metrics(config.metrics.function, config.loss)
     assert error.value.where == "metrics.function"
     assert got in error.value.got
 

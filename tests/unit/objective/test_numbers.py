@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.losses import KINDS, BcoDelta, LossConfig, LossKind, LossTermConfig
+from dpo_dist.config.losses import KINDS, BcoDelta, BcoPairOptions, LossConfig, LossKind, LossTermConfig
 from dpo_dist.config.schema import Ranked
-from dpo_dist.data.dataset import check_fits_loss, shard_batch
+from dpo_dist.data.encoded.dataset import check_fits_loss
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import BatchFacts, preference_loss
@@ -175,7 +176,11 @@ def summed(*kinds: LossKind) -> LossConfig:
     ("loss", "row", "said"),
     [
         (LossConfig(LossKind.aot), 0, "a loss_weight of the record"),
-        (LossConfig(LossKind.bco_pair, bco_delta=BcoDelta.running_mean), 0, "a loss_weight of the record"),
+        (
+            LossConfig(LossKind.bco_pair, options=BcoPairOptions(BcoDelta.running_mean)),
+            0,
+            "a loss_weight of the record",
+        ),
         (LossConfig(LossKind.ipo), 1, "{soft_label: null, votes_chosen: null, votes_rejected: null}"),
         (summed(LossKind.sigmoid, LossKind.ipo), 2, "a soft_label of the record"),
         (LossConfig(label_smoothing=0.1), 1, "set loss.label_smoothing=null"),

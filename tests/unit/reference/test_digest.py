@@ -1,4 +1,4 @@
-"""What identifies a reference: digests of its files, its fingerprint, and those compatible with it."""
+"""What identifies a reference: digests of its files, its fingerprint, and the numerics of all ranks."""
 
 import json
 import shutil
@@ -8,20 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_dist.data.build import tokenizer_digest
-from dpo_dist.distributed.world import Peer, World
+from dpo_dist.data.encoded.build import tokenizer_digest
+from dpo_dist.distributed.processes.world import Peer, World
 from dpo_dist.foundation import files as digest_module
 from dpo_dist.foundation.errors import ConfigError, ReferenceModelError
 from dpo_dist.reference.digest import (
     Profile,
-    agree_on_numerics,
-    difference,
+    check_same_numerics,
     digest_model,
-    find_compatible,
     model_label,
 )
 from dpo_dist.reference.store import ReferenceFingerprint
-from tests.unit.reference.test_store import write
 
 INDEX = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}).encode()
 CONTENT = {
@@ -40,8 +37,6 @@ PROFILE = {
     "gpu": "H200",
 }
 OWN = ReferenceFingerprint("weights", PROFILE)
-SDPA = ReferenceFingerprint("weights", {**PROFILE, "attention": "sdpa"})
-OLD_SDPA = ReferenceFingerprint("weights", {**PROFILE, "attention": "sdpa", "torch": "2.12"})
 
 
 @pytest.fixture
@@ -145,63 +140,19 @@ def test_fingerprints_differ_by_reference_versions_and_every_field_of_the_profil
             assert OWN.name != name
 
 
-COMPATIBLE = "attention torch transformers gpu cuda device compile liger flash_attn"
-
-
-def test_fields_that_only_change_rounding_order_are_compatible(tmp_path: Path) -> None:
-    for name in f"{COMPATIBLE} dtype matmul_precision bf16_reduction quantization anything_new".split():
-        write(tmp_path, {1: [-1.0]}, replace(OWN, profile={**PROFILE, name: "other"}))
-    found = {difference(OWN, other) for other in find_compatible(tmp_path, OWN)}
-    assert found == {f"{name} other" for name in COMPATIBLE.split()}
-
-
-def test_compatible_are_those_of_the_same_weights_and_scoring_code_the_most_similar_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert find_compatible(tmp_path / "none", OWN) == []
-    begun = tmp_path / "begun" / ("a" * 32)  # by a start that was killed, or goes on
-    begun.mkdir(parents=True)
-    assert find_compatible(begun.parent, OWN) == []
-    store = tmp_path / "store"
-    for fingerprint in (OWN, replace(SDPA, reference="others"), OLD_SDPA):
-        write(store, {1: [-1.0]}, fingerprint)
-    with monkeypatch.context() as patch:
-        patch.setattr("dpo_dist.reference.store.LOGP_PATH_VERSION", 0)
-        write(store, {1: [-1.0]}, SDPA)
-    (store / ("0" * 32)).mkdir()
-    assert find_compatible(store, OWN) == [OLD_SDPA]
-    write(store, {1: [-1.0]}, SDPA)
-    assert find_compatible(store, OWN) == [SDPA, OLD_SDPA]
-    assert difference(OWN, OLD_SDPA) == "attention sdpa, torch 2.12"
-
-
-def agreed(monkeypatch: pytest.MonkeyPatch, other: Profile, *, is_tolerant: bool) -> Profile:
-    """The numerics profile of this rank, and one of another host that differs by `other`."""
+def check(monkeypatch: pytest.MonkeyPatch, other: Profile) -> None:
+    """Check the numerics profile of this rank, and of another host one that differs by `other`."""
     monkeypatch.setattr(World, "gather", lambda _self, profile: [profile, {**PROFILE, **other}])
     peers = (Peer(0, "host-a", 1, "a"), Peer(1, "host-b", 2, "b"))
-    return agree_on_numerics(PROFILE, is_tolerant, World(None, 0, 2, torch.device("cpu"), peers))
+    check_same_numerics(PROFILE, World(None, 0, 2, torch.device("cpu"), peers))
 
 
-def test_tolerant_ranks_share_a_profile_with_the_values_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert agreed(monkeypatch, {}, is_tolerant=False) == PROFILE
-    shared = agreed(monkeypatch, {"gpu": "H100", "torch": "2.12"}, is_tolerant=True)
-    assert shared == {**PROFILE, "gpu": "H100 or H200", "torch": "2.12 or 2.13"}
-
-
-@pytest.mark.parametrize(
-    ("is_tolerant", "other", "remedy"),
-    [
-        (False, {"gpu": "H100"}, "reference.numerics=tolerant"),
-        (False, {"dtype": "fp32"}, "one installation"),
-        (True, {"gpu": "H100", "dtype": "fp32"}, "one installation"),
-    ],
-)
-def test_ranks_with_other_numerics_are_an_error(
-    is_tolerant: bool, other: Profile, remedy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(ReferenceModelError, match="different numerics") as raised:
-        agreed(monkeypatch, other, is_tolerant=is_tolerant)
-    assert raised.value.remedy.endswith(remedy)
-    assert "host-b (unlike host-a, rank 0)" in raised.value.where
-    for name, value in other.items():
-        assert f"{name}: {' or '.join(sorted([PROFILE[name], value]))}" in raised.value.got
+def test_ranks_with_other_numerics_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    check(monkeypatch, {})
+    for other in ({"gpu": "H100"}, {"gpu": "H100", "dtype": "fp32"}, {"quantization": "int8"}):
+        with pytest.raises(ReferenceModelError, match="different numerics") as raised:
+            check(monkeypatch, other)
+        assert raised.value.remedy.endswith("one installation")
+        assert raised.value.where == "host-b (unlike host-a, rank 0)"
+        for name, value in other.items():
+            assert f"{name}: {' or '.join(sorted([PROFILE.get(name, '-'), value]))}" in raised.value.got

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from dpo_dist.batching.example import Example
 from dpo_dist.batching.pack import PackedBatch
-from dpo_dist.data.dataset import PreferenceDataset
-from dpo_dist.distributed.world import Stops
+from dpo_dist.data.encoded.dataset import PreferenceDataset
+from dpo_dist.distributed.processes.world import Stops
 from dpo_dist.foundation.errors import DataError, ReferenceModelError, StoppedError
 from dpo_dist.foundation.files import locked
 from dpo_dist.foundation.signals import StopRequest
-from dpo_dist.reference.fill import FillReport, StoreFiller, count_reused
-from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
+from dpo_dist.reference.fill import FillReport, StoreFiller
+from dpo_dist.reference.store import LogpStore
 from tests.support.alone import ALONE
 from tests.support.packing import COSTS, dataset_of
 from tests.support.read_only import read_only
@@ -156,20 +156,3 @@ def test_ids_that_changed_since_encoding_are_not_stored(
     assert not LogpStore.open(tmp_path, [FINGERPRINT]).shards
     fill(tmp_path, dataset, [0, 1, 2])
     assert_filled(tmp_path, dataset, [0, 1, 2])
-
-
-def test_reused_entries_are_counted_and_their_pairs_audited(
-    tmp_path: Path, dataset: PreferenceDataset
-) -> None:
-    near, far = (ReferenceFingerprint("weights", {"dtype": "fp32", "torch": number}) for number in "12")
-    for fingerprint, stored in ((FINGERPRINT, [0, 1, 2]), (near, [2, 3, 4, 5]), (far, [4, 9])):
-        LogpStore.open(tmp_path, [fingerprint]).write(dataset.keys[stored], [-np.ones(1)] * len(stored))
-    store = LogpStore.open(tmp_path, [FINGERPRINT, near, far])
-
-    def count(*visits: list[int]) -> tuple[dict[str, int], int, list[int]]:
-        reuse = count_reused(store, [(dataset, np.array(pairs)) for pairs in visits])
-        return reuse.responses, reuse.dataset, reuse.pairs.tolist()
-
-    assert count([0], [0, 1, 2, 4]) == ({"own": 2 + 3, "torch 1": 3, "torch 2": 1}, 1, [2, 4])
-    assert count([2], [4]) == ({"own": 1, "torch 1": 3, "torch 2": 1}, 0, [2])
-    assert count([0]) == ({"own": 2}, 0, [])

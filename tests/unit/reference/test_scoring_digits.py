@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from dpo_dist.batching.example import Example
 from dpo_dist.batching.pack import pack
 from dpo_dist.config.schema import AttentionBackend
-from dpo_dist.model.attention import PACKED
+from dpo_dist.model.attention.kernels import PACKED
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.token_logps import token_logps
 from dpo_dist.reference.store import LOGP_PATH_VERSION

@@ -119,7 +119,7 @@ def test_a_missing_or_damaged_space_json_is_written_again(tmp_path: Path, conten
     assert json.loads(described.read_text()) == FINGERPRINT.as_dict()
 
 
-def test_compatible_entries_are_used_where_the_own_fingerprint_has_none(tmp_path: Path) -> None:
+def test_entries_of_other_fingerprints_are_used_where_the_own_one_has_none(tmp_path: Path) -> None:
     near, far = (ReferenceFingerprint("weights", {"dtype": "fp32", "torch": number}) for number in "12")
     write(tmp_path, {1: [-1.0]})
     write(tmp_path, {1: [-1.5], 2: [-2.0]}, near)
@@ -127,7 +127,7 @@ def test_compatible_entries_are_used_where_the_own_fingerprint_has_none(tmp_path
     store, keys = LogpStore.open(tmp_path, [FINGERPRINT, near, far]), keys_of([1, 2, 3, 4])
     for view in (store, LogpStore.open(tmp_path, store.fingerprints, reversed(store.shards))):
         assert [entry.tolist() for entry in view.read(keys[:3])] == [[-1.0], [-2.0], [-3.0]]
-        assert view.sources(keys).tolist() == [0, 1, 2, -1]
+        assert view.contains(keys).tolist() == [True, True, True, False]
     # Entries are written under the own fingerprint only.
     store.write(keys[3:], [values(-4.0)])
     assert readable(tmp_path, [1, 2, 3, 4]) == {1: [-1.0], 4: [-4.0]}

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from dpo_dist.batching.plan import Arrangement, computed_tokens
-from dpo_dist.data.dataset import shard_batch
+from dpo_dist.batching.step_batch import shard_batch
 from dpo_dist.model.flops import StepFlops
 from dpo_dist.reference.engine import ReferenceProvider
-from dpo_dist.training.inputs import Inputs
 from dpo_dist.training.run import arranged_costs
+from dpo_dist.training.start.inputs import Inputs
 from tests.support.packing import dataset_of, random_pairs
 
 BUDGET = 200

@@ -17,13 +17,12 @@ from dpo_dist.config.schema import (
     ReferenceConfig,
     RunConfig,
 )
-from dpo_dist.distributed.export import export_checkpoint
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.insight.metrics.card import run_card
-from dpo_dist.model.folder import start_folder
+from dpo_dist.model.files.folder import start_folder
 from dpo_dist.reference.digest import digest_model
-from dpo_dist.training.finish import export_model
+from dpo_dist.tools.report.card import run_card
+from dpo_dist.training.export import export_checkpoint, export_model
 from tests.support import tiny
 from tests.support.families import COMMON, LOW_RANK, ROUTED
 from tests.support.sft_adapter import write_sft_adapter

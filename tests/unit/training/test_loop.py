@@ -21,10 +21,11 @@ from dpo_dist.config.load import load_run_config
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import LearningRateSchedule, OptimConfig, TrainerConfig
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.training.health import best_after, check_keep_best, count, ending_error
-from dpo_dist.training.schedule import check_warmup, learning_rate
-from dpo_dist.training.state import BestCheckpoint, Health, Position
-from dpo_dist.training.step import StepTotals
+from dpo_dist.objective.metrics import MetricPlan
+from dpo_dist.training.steps.health import best_after, check_keep_best, count, ending_error
+from dpo_dist.training.steps.schedule import check_warmup, learning_rate
+from dpo_dist.training.steps.state import BestCheckpoint, Health, Position
+from dpo_dist.training.steps.step import StepTotals
 
 
 def of_transformers(schedule: LearningRateSchedule, floor: float, warmup: int, steps: int) -> list[float]:
@@ -150,5 +151,5 @@ def test_a_metric_that_the_loss_does_not_have_is_refused() -> None:
     data = ["data.train=[a.jsonl]", "data.eval=[b.jsonl]", "trainer.eval_every=5"]
     config = load_run_config(["model.path=org/model", *data, f"trainer.keep_best={ACCURACY}", "loss=sft"])
     with pytest.raises(ConfigError, match="do not have this metric") as error:
-        check_keep_best(config, ("math", "code"))
+        check_keep_best(ACCURACY, MetricPlan(config.loss, ("math", "code"), is_evaluation=True))
     assert "eval_rewards/chosen" in error.value.expected

@@ -15,12 +15,13 @@ from transformers import AutoModelForCausalLM
 
 from dpo_dist.batching.example import Example
 from dpo_dist.batching.pack import PackedBatch
+from dpo_dist.batching.step_batch import RankBatch, collate, shard_batch
 from dpo_dist.config.losses import KINDS, LossConfig, LossKind, LossTermConfig, Weighting
 from dpo_dist.config.schema import Dtype, ModelConfig
-from dpo_dist.data.dataset import PreferenceDataset, RankBatch, collate, shard_batch
-from dpo_dist.distributed.world import Stops, World
+from dpo_dist.data.encoded.dataset import PreferenceDataset
+from dpo_dist.distributed.processes.world import Stops, World
 from dpo_dist.foundation.signals import StopRequest
-from dpo_dist.model.load import load_packed
+from dpo_dist.model.files.load import load_packed
 from dpo_dist.model.packed import PackedCausalLM
 from dpo_dist.objective.logps import PairLogps
 from dpo_dist.objective.losses import BatchFacts, RunningMeans, preference_loss
@@ -29,7 +30,7 @@ from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.reference.fill import FillReport, StoreFiller
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
 from dpo_dist.training.clock import StepClock
-from dpo_dist.training.step import Objective, evaluate, train_step
+from dpo_dist.training.steps.step import Objective, evaluate, train_step
 from tests.support.masks import masked
 from tests.support.packing import COSTS, dataset_of, random_pairs
 from tests.support.padded import assert_same_gradients, gradients_of

@@ -13,8 +13,8 @@ from dpo_dist.config.losses import LossConfig, LossKind, LossTermConfig
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.metrics import MetricPlan
-from dpo_dist.training.directory import describe_environment
-from dpo_dist.training.metrics_log import MetricsLog, columns_of, final_and_best
+from dpo_dist.training.reporting.metrics_log import MetricsLog, columns_of, final_and_best
+from dpo_dist.training.start.directory import describe_environment
 
 
 def row_of(step: int) -> dict[str, float]:

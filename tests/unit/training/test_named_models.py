@@ -11,10 +11,10 @@ from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.schema import ExportConfig, FinalModel, RunConfig
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
-from dpo_dist.insight import evaluate_models as loading
-from dpo_dist.insight.evaluate_models import check_origin, load_evaluated
-from dpo_dist.training.context import Run
-from dpo_dist.training.named_models import Evaluated, find_evaluated, find_exported
+from dpo_dist.tools.evaluation import models as loading
+from dpo_dist.tools.evaluation.models import check_origin, load_evaluated
+from dpo_dist.training.start.context import Run
+from dpo_dist.verbs.named_models import Evaluated, find_evaluated, find_exported
 from tests.support import tiny
 from tests.support.alone import ALONE
 from tests.support.tiny_model import write_model
@@ -110,7 +110,9 @@ def test_names_of_results_differ_by_model_pairs_reference_and_loss(tmp_path: Pat
             reference_files=SimpleNamespace(digest=reference),
         )
         config = configured(tmp_path, *overrides)
-        return Evaluated(str(tmp_path / place), is_checkpoint=True).name(config, inputs)
+        return Evaluated(str(tmp_path / place), is_checkpoint=True).name(
+            inputs, config.model, config.loss, config.metrics.function
+        )
 
     for place in ("step-000003", "other/step-000003"):
         (tmp_path / place).mkdir(parents=True)

@@ -8,20 +8,19 @@ from typing import Any
 
 import pytest
 
-from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, DpoDistError, RunOutcome
 from dpo_dist.foundation.files import locked
-from dpo_dist.training.check import rehearse
-from dpo_dist.training.context import Run, open_run
-from dpo_dist.training.directory import find_start
-from dpo_dist.training.inputs import load_inputs
-from dpo_dist.training.metrics_log import MetricsLog
-from dpo_dist.training.preflight import check_start, started
-from dpo_dist.training.resume import RunState, length_of, write_state
+from dpo_dist.training.reporting.metrics_log import MetricsLog
+from dpo_dist.training.start.context import Run, open_run
+from dpo_dist.training.start.directory import find_start
+from dpo_dist.training.start.inputs import load_inputs
+from dpo_dist.training.start.preflight import check_start, started
+from dpo_dist.training.start.resume import RunState, write_state
+from dpo_dist.verbs.check import dry_run
 from tests.support import tiny
 from tests.support.alone import ALONE
 from tests.support.families import tiny_family
@@ -91,7 +90,7 @@ def test_a_template_file_that_is_missing_is_an_error(assets: Path, tmp_path: Pat
 def test_compiled_sharded_layers_need_torch_2_12(
     assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dpo_dist.training.preflight.version", lambda _package: "2.11.0+cu130")
+    monkeypatch.setattr("dpo_dist.training.start.preflight.version", lambda _package: "2.11.0+cu130")
     compiled = run_of(assets, tmp_path, "model.fused=compile")
     assert "lose gradients" in refused(compiled).message
     check_start(compiled)  # nothing is trained
@@ -146,7 +145,7 @@ def test_only_training_divides_the_processes_into_groups_with_copies(
         joined.append(deepspeed_config["zero_optimization"])
         raise ConfigError("joined")
 
-    monkeypatch.setattr("dpo_dist.training.context.joined", join)
+    monkeypatch.setattr("dpo_dist.training.start.context.joined", join)
     config = run_of(assets, tmp_path, "parallelism.hpz=8", "parallelism.offload_optimizer=cpu")
     with pytest.raises(ConfigError, match="joined"), open_run(config, Console(None), trains=trains):
         pass
@@ -179,7 +178,7 @@ def test_processes_that_do_not_divide_into_groups_are_an_error(
 def test_a_check_prints_its_findings_and_leaves_no_files(assets: Path, tmp_path: Path) -> None:
     config = run_of(assets, tmp_path, f"data.eval=[{{path: {assets}/train.jsonl, limit: 5}}]")
     check_start(config)
-    text = rehearse(config)
+    text = dry_run(config)
     assert "check passed" in text
     assert " (new)\n" in text
     assert "without --check examines all" in text
@@ -194,7 +193,7 @@ def test_a_check_names_what_is_not_read_and_counts_numbers_of_the_loss(assets: P
     others = {f"field_{n}": n for n in range(14)} | {"a text " * 9: 1}
     record = {"prompt": "q", "chosen": "good", "rejected": "bad", "margin": 1, "votes_chosen": 3, **others}
     (tmp_path / "data.jsonl").write_text(json.dumps(record | {"votes_rejected": 1}) + "\n")
-    text = rehearse(run_of(assets, tmp_path, f"data.train=[{tmp_path}/data.jsonl]"))
+    text = dry_run(run_of(assets, tmp_path, f"data.train=[{tmp_path}/data.jsonl]"))
     [line] = [line for line in text.splitlines() if "not read" in line]
     assert line.split() == [
         "not",
@@ -211,7 +210,7 @@ def test_a_check_names_what_is_not_read_and_counts_numbers_of_the_loss(assets: P
 def leave_run(config: RunConfig, outcome: RunOutcome, left: tuple[str, ...]) -> None:
     folder = RunFolder.of(config)
     folder.path.mkdir(parents=True)
-    write_state(folder, RunState(outcome, 8, {"run_digest": run_digest(config), "length": length_of(config)}))
+    write_state(folder, RunState(outcome, 8, dict(config.identity.recorded)))
     for name in left:
         (folder.path / name).parent.mkdir(parents=True)
         (folder.path / name).touch()
@@ -244,16 +243,16 @@ def test_a_check_and_a_start_refuse_run_directories(
     if outcome is not None:
         leave_run(run_of(assets, tmp_path, place), outcome, left)
     config = run_of(assets, tmp_path, place, *overrides)
-    for work in (rehearse, lambda config: find_start(Run(config, ALONE, Console(None)))):
+    for work in (dry_run, lambda config: find_start(Run(config, ALONE, Console(None)))):
         with pytest.raises(CheckpointError, match=text):
             work(config)
-    assert text not in rehearse(config, trains=False), "a verb that does not train"
+    assert text not in dry_run(config, trains=False), "a verb that does not train"
 
 
 def test_a_check_refuses_records_that_the_loss_cannot_use(assets: Path, tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text('{"prompt": "Say hello.", "completion": "Hello!"}')
     with pytest.raises(DataError, match="sigmoid cannot use 1 of 1 examples") as caught:
-        rehearse(run_of(assets, tmp_path, f"data.train=[{tmp_path}/data.jsonl]"))
+        dry_run(run_of(assets, tmp_path, f"data.train=[{tmp_path}/data.jsonl]"))
     assert caught.value.remedy
 
 
@@ -270,8 +269,10 @@ MISFITS = [
 
 def start_without_digests(monkeypatch: pytest.MonkeyPatch) -> None:
     # A world without DeepSpeed loads inputs, as far as the digests of the model's files.
-    monkeypatch.setattr("dpo_dist.training.inputs.digest_on_every_node", None)
-    monkeypatch.setattr("dpo_dist.training.inputs.unsharded_loading", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr("dpo_dist.training.start.inputs.digest_on_every_node", None)
+    monkeypatch.setattr(
+        "dpo_dist.training.start.inputs.unsharded_loading", lambda _: contextlib.nullcontext()
+    )
 
 
 @pytest.mark.parametrize(("family", "option", "named", "told"), MISFITS)
@@ -288,7 +289,7 @@ def test_options_that_no_module_of_the_model_has_are_refused_before_files_are_re
     tiny.qwen().save_pretrained(tmp_path / "model")
     config = run_of(assets, tmp_path, f"model.path={tmp_path}/model", "model.dtype=fp32", option)
     start_without_digests(monkeypatch)
-    for work in (rehearse, lambda run: load_inputs(Run(run, ALONE, Console(None)), trains=True)):
+    for work in (dry_run, lambda run: load_inputs(Run(run, ALONE, Console(None)), trains=True)):
         with pytest.raises(ConfigError, match=named) as caught:
             work(config)
         assert told in str(caught.value)
@@ -306,7 +307,7 @@ def test_a_base_that_does_not_stop_where_training_ends_turns_is_said_at_start(
         config = run_of(assets, tmp_path, f"model.path={folder}", "model.dtype=fp32")
         with pytest.raises(TypeError):  # where digests would be made
             load_inputs(Run(config, ALONE, Console(None)), trains=True)
-        for lines in ("\n".join(said), rehearse(config)):
+        for lines in ("\n".join(said), dry_run(config)):
             assert ("the base itself stops at <|end_of_text|> (1), but" in lines) is is_said
         said.clear()
 
@@ -315,7 +316,7 @@ def test_options_of_gpus_are_refused_without_one_before_files_are_read(
     assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = run_of(assets, tmp_path, "model.fused=liger")
-    rehearse(config)  # where it is run, there may be a GPU
+    dry_run(config)  # where it is run, there may be a GPU
     start_without_digests(monkeypatch)
     with pytest.raises(ConfigError) as caught:
         load_inputs(Run(config, ALONE, Console(None)), trains=True)
@@ -337,4 +338,4 @@ def test_a_check_refuses_a_model_that_is_not_causal(
     file = tmp_path / "model" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changed))
     with pytest.raises(ConfigError, match=named):
-        rehearse(run_of(assets, tmp_path, f"model.path={tmp_path}/model"))
+        dry_run(run_of(assets, tmp_path, f"model.path={tmp_path}/model"))

@@ -11,18 +11,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpo_dist.batching.pack import PackedBatch
+from dpo_dist.batching.step_batch import collate
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import DataConfig, Dtype, ModelConfig, RunConfig, SourceConfig
-from dpo_dist.data.build import prepare_dataset
-from dpo_dist.data.dataset import PreferenceDataset, collate, open_dataset
-from dpo_dist.distributed.world import World
+from dpo_dist.data.encoded.build import prepare_dataset
+from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
+from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ReferenceModelError
 from dpo_dist.reference.engine import ReferenceProvider
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
-from dpo_dist.training.context import Run
 from dpo_dist.training.reference import check_drift
-from dpo_dist.training.step import Objective
+from dpo_dist.training.start.context import Run
+from dpo_dist.training.steps.step import Objective
 from tests.support import tiny
 from tests.support.packing import COSTS
 from tests.support.records import jsonl

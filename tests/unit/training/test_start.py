@@ -13,31 +13,29 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dpo_dist.config.identity import run_digest
 from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import AdapterConfig, FolderConfig, ModelConfig, Resume, RunConfig, TrainerConfig
-from dpo_dist.distributed.checkpoint import Checkpoint, CheckpointSaver
+from dpo_dist.distributed.checkpoint.saver import Checkpoint, CheckpointSaver
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome
 from dpo_dist.foundation.files import staged_file, temporary_name, write_text
-from dpo_dist.insight.pages.run import write_page
-from dpo_dist.insight.recorder import Recorder
-from dpo_dist.training.context import Run, recompiles_named
-from dpo_dist.training.directory import (
+from dpo_dist.tools.report.recorder import Recorder
+from dpo_dist.tools.report.run import write_page
+from dpo_dist.training.finish import finish
+from dpo_dist.training.reporting.metrics_log import MetricsLog
+from dpo_dist.training.start.context import Run, recompiles_named
+from dpo_dist.training.start.directory import (
     check_disk_room,
     describe_run,
     find_start,
     lock_directory,
     mark_started,
 )
-from dpo_dist.training.finish import finish
-from dpo_dist.training.metrics_log import MetricsLog
-from dpo_dist.training.resume import (
+from dpo_dist.training.start.resume import (
     RunState,
     check_identity,
-    length_of,
     read_state,
     write_state,
 )
@@ -46,7 +44,13 @@ from tests.support.one_weight import Run as Saves
 from tests.support.own_loss import OWN
 
 CONFIG = RunConfig(model=ModelConfig("somewhere"))
-IDENTITY = {"run_digest": run_digest(CONFIG), "data": "d", "eval_data": None, "model": "m", "reference": None}
+IDENTITY = {
+    "run_digest": CONFIG.identity.digest,
+    "data": "d",
+    "eval_data": None,
+    "model": "m",
+    "reference": None,
+}
 SUMMARY: dict[str, Any] = {"final": {"loss": 0.5}, "best": {}, "steps": 4, "pairs_seen": 24}
 Usage = namedtuple("Usage", "total used free")
 GIB = 2**30
@@ -238,7 +242,7 @@ def config_of(folder: Path, *options: str) -> RunConfig:
 def complete(config: RunConfig, *, has_checkpoint: bool = True) -> None:
     """A complete run of 8 steps."""
     folder = RunFolder.of(config)
-    identity: dict[str, Any] = {"run_digest": run_digest(config), "length": length_of(config)}
+    identity: dict[str, Any] = dict(config.identity.recorded)
     folder.model.mkdir(parents=True)
     save_file({"weight": torch.ones(2)}, folder.model / "model.safetensors")
     folder.config.write_text(to_yaml(config))
@@ -259,7 +263,7 @@ def test_a_complete_run_continues_to_another_length(former: list[str], new: str,
     assert step_of(start_of(longer)) == 8
     # The config.yaml and the state of a start that was killed before its first checkpoint.
     RunFolder.of(longer).config.write_text(to_yaml(longer))
-    write_state(RunFolder.of(longer), RunState(RunOutcome.started, 8, {"run_digest": run_digest(longer)}))
+    write_state(RunFolder.of(longer), RunState(RunOutcome.started, 8, {"run_digest": longer.identity.digest}))
     assert step_of(start_of(longer)) == 8
 
 
@@ -282,7 +286,7 @@ def check_room(
 ) -> None:
     place, model = FolderConfig(dir=str(run_dir)), ModelConfig(path="m", adapter=adapter)
     config = RunConfig(run=place, model=model, trainer=TrainerConfig(**trainer))
-    check_disk_room(config, GIB, steps_done, steps)
+    check_disk_room(Run(config, ALONE, Screen()), GIB, steps_done, steps)
 
 
 @pytest.mark.parametrize(

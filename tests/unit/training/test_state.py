@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dpo_dist.training.clock import PHASES, StepClock, WorkClock
-from dpo_dist.training.state import LogWindow
+from dpo_dist.training.steps.state import LogWindow
 
 PEAK = 100.0
 

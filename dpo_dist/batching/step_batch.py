@@ -1,0 +1,164 @@
+"""The batch of a step: the micro-batches of each rank, planned, and packed when they are needed."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dpo_dist.batching.example import Example, Keys
+from dpo_dist.batching.pack import DUMMY_RESPONSES, PackedBatch, dummy_batch, pack
+from dpo_dist.batching.plan import ComputeCosts, ExampleSizes, plan_micro_batches
+from dpo_dist.batching.sampler import Indices
+from dpo_dist.config.losses import LossConfig
+
+
+class ExampleSource(Protocol):
+    """The examples that batches are made of, by index; `data.encoded.dataset.PreferenceDataset` is one.
+
+    A response index counts the responses of all examples in their order.
+    """
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The distinct labels of the data's sources; none if there is only one."""
+
+    @property
+    def numbers(self) -> Mapping[str, npt.NDArray[Any]]:
+        """Float64 [examples] by name: those of `NUMBERS` that have an effect."""
+
+    @property
+    def trained_tokens(self) -> npt.NDArray[Any]:
+        """Int32 [responses], tokens that the loss counts."""
+
+    def response_counts(self, indices: Indices) -> Indices:
+        """Return the number of responses of each example."""
+
+    def response_indices(self, indices: Indices) -> Indices:
+        """Return the response indices of all responses of these examples."""
+
+    def sizes(
+        self,
+        indices: Indices,
+        response_indices: Indices,
+        counts: Indices,
+        costs: ComputeCosts,
+        masked: bool = False,
+    ) -> ExampleSizes:
+        """Return the sizes of examples with these responses; `masked`: targets are what the loss counts."""
+
+    def label_numbers(self, indices: Indices | Sequence[int]) -> Indices:
+        """Return the index in `labels` of each example's label."""
+
+    def labels_good(self, indices: Indices | Sequence[int]) -> npt.NDArray[np.bool_]:
+        """Return whether the response of each of these labelled examples is good."""
+
+    def score_gaps(self, indices: Indices | Sequence[int]) -> npt.NDArray[np.float32]:
+        """Return the score of each example's best response minus that of its worst."""
+
+    def examples_with_keys(
+        self, indices: Sequence[int], which: int | None = None
+    ) -> tuple[list[Example], Keys]:
+        """Return examples, or only response `which` of each, and the verified keys of the responses."""
+
+
+@dataclass(frozen=True)
+class RankBatch:
+    """One rank's share of a global batch; every rank has the same number of micro-batches."""
+
+    dataset: ExampleSource
+    micro_batches: tuple[tuple[int, ...], ...]  # dataset indices of their examples; empty: a dummy
+    positions: tuple[tuple[int, ...], ...]  # of these examples in the global batch
+    pairs: int  # examples of the global batch, over all ranks, as in the fields below
+    tokens: int
+    unshared_tokens: int  # `tokens` with each prompt once for each of its responses
+    targets: int  # completion tokens that the loss counts
+    attended: int  # query-key pairs of attention in a layer in which tokens see all earlier ones
+    weight: float  # sum of the weights of the pairs in the loss; their number if all are 0
+    mean_chosen_tokens: float  # mean number of targets in the chosen responses, so weighted
+    is_good: npt.NDArray[np.bool_] | None = None  # [pairs], labels of an unpaired loss
+    partners: "RankBatch | None" = None  # the same examples with their partners' responses
+    sources: Indices | None = None  # int64 [pairs], index in `dataset.labels`; None without labels
+    which: int | None = None  # the only response of each example that is scored; None: all
+    forwards: tuple[int, ...] = ()  # for each micro-batch `PackedBatch.forwards`
+
+    def batches(self) -> Iterator[PackedBatch]:
+        """Collate this rank's micro-batches in order, on the host."""
+        for indices, forwards in zip(self.micro_batches, self.forwards, strict=True):
+            yield replace(
+                collate(self.dataset, indices, self.which, is_labelled=self.is_good is not None),
+                forwards=forwards,
+            )
+
+
+def shard_batch(
+    dataset: ExampleSource,
+    indices: Indices,
+    rank: int,
+    world_size: int,
+    micro_batch_tokens: int,
+    costs: ComputeCosts,
+    loss: LossConfig | None = None,
+    which: int | None = None,
+) -> RankBatch:
+    """Return the share of `rank` in the global batch `indices`, balanced by compute cost; O(batch).
+
+    With a `loss` it has the responses that this loss scores, and their partners; without one all responses,
+    or response `which` of each example.
+    """
+    is_good, partners = None, None
+    if loss is not None and not loss.compares_pairs:
+        which, shares = 0, (rank, world_size, micro_batch_tokens, costs)
+        is_good = dataset.labels_good(indices) if loss.is_unpaired else None
+        partners = shard_batch(dataset, indices, *shares, which=1) if loss.needs_partners else None
+    counts = dataset.response_counts(indices)
+    responses = dataset.response_indices(indices)
+    chosen = responses[np.cumsum(counts) - counts]
+    if which is not None:
+        responses, counts = chosen + which, np.ones_like(counts)
+    weights = dataset.numbers["loss_weight"][indices] if "loss_weight" in dataset.numbers else None
+    weights = None if weights is None or not weights.any() else weights
+    sizes = dataset.sizes(indices, responses, counts, costs, masked=True)
+    plan = plan_micro_batches(sizes, world_size, micro_batch_tokens)
+    positions = tuple(tuple(ranks[rank]) for ranks in plan)
+    return RankBatch(
+        dataset=dataset,
+        micro_batches=tuple(tuple(int(indices[i]) for i in micro_batch) for micro_batch in positions),
+        positions=positions,
+        pairs=len(indices),
+        tokens=int(sizes.tokens.sum()),
+        unshared_tokens=int(sizes.unshared_tokens.sum()),
+        targets=int(sizes.targets.sum()),
+        attended=int(sizes.attended.sum()),
+        weight=float(len(indices) if weights is None else weights.sum()),
+        mean_chosen_tokens=float(np.average(dataset.trained_tokens[chosen], weights=weights)),
+        sources=dataset.label_numbers(indices) if dataset.labels else None,
+        is_good=is_good,
+        partners=partners,
+        which=which,
+        forwards=tuple(max(DUMMY_RESPONSES, *(int(counts[at].sum()) for at in ranks)) for ranks in plan),
+    )
+
+
+def collate(
+    dataset: ExampleSource,
+    indices: Sequence[int],
+    which: int | None = None,
+    *,
+    is_labelled: bool = False,
+) -> PackedBatch:
+    """Pack examples, or only response `which` of each, into one micro-batch; a dummy if there are none."""
+    if not indices:
+        numbers: dict[str, Any] = dict.fromkeys(dataset.numbers, torch.ones(1, dtype=torch.float64))
+        sources = torch.zeros(1, dtype=torch.int64) if dataset.labels else None
+        return replace(dummy_batch(), sources=sources, **numbers)
+    examples, keys = dataset.examples_with_keys(indices, which)
+    numbers = {name: torch.from_numpy(column[[*indices]]) for name, column in dataset.numbers.items()}
+    return replace(
+        pack(examples, keys, dataset.labels_good(indices) if is_labelled else None),
+        score_gaps=torch.from_numpy(dataset.score_gaps(indices)),
+        sources=torch.from_numpy(dataset.label_numbers(indices)) if dataset.labels else None,
+        **numbers,
+    )

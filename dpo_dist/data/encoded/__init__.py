@@ -1,0 +1,1 @@
+"""The encoded data on disk: built once, opened by each run."""

@@ -1,0 +1,295 @@
+"""Encode sources to disk on several processes, or reuse them from there by content; on one rank of a run."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, closing, nullcontext
+from dataclasses import astuple
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from dpo_dist.batching.example import response_keys
+from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig, OnBadRecord, SourceConfig, TextTemplate
+from dpo_dist.config.user_code import find_function
+from dpo_dist.data.counts import Outcome
+from dpo_dist.data.encode import EncodedRecord, encode_record
+from dpo_dist.data.encoded.store import ROW_SCHEMA, EncodedSource, write_source
+from dpo_dist.data.formats import read_records
+from dpo_dist.data.read.columns import READER
+from dpo_dist.data.read.files import file_kind
+from dpo_dist.data.read.sources import local_files, pinned, source_identity, source_labels
+from dpo_dist.data.records import (
+    ALL_RECORDS,
+    HELD_OUT,
+    LEFT_IN_TRAIN,
+    BadRecord,
+    Part,
+    Record,
+    Tokenizer,
+    bad_record_error,
+    prompt_hash,
+)
+from dpo_dist.data.text.template import check_template_keys, chosen_template
+from dpo_dist.foundation.errors import DataError, PeerLostError
+from dpo_dist.foundation.files import (
+    MEMO_FOLDER,
+    collect_abandoned,
+    content_digest,
+    file_identity,
+    text_digest,
+)
+
+_Records: TypeAlias = Sequence[Record]
+_Result = TypeVar("_Result")
+
+# Increased when the token ids or the files of the same records change.
+_ENCODING_VERSION = 16
+_LENGTH_KEYS = ("max_length", "max_prompt_length", "truncation")
+_ENCODING_KEYS = (
+    *_LENGTH_KEYS,
+    "text_as_messages",
+    "template_arguments",
+    "ranked",
+    "unpair",
+    "on_bad_record",
+)
+_VOCABULARY_FILES = ("tokenizer*", "*.model", "*.tiktoken", "tekken*", "*.py", "vocab*", "merges*")
+_SPECIAL_FILES = ("special_tokens*", "added_tokens*", "chat_template*", "additional_chat_templates/*")
+
+EncodingProgress = Callable[[str], AbstractContextManager[Callable[[int], None]]]
+"""Called with the path of a source that is encoded. The entered function is called with the number of encoded
+records."""
+
+
+def no_progress(_source: str) -> AbstractContextManager[Callable[[int], None]]:
+    """Show no progress."""
+    return nullcontext(lambda _records: None)
+
+
+def prepare_dataset(
+    sources: Sequence[SourceConfig],
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    digest: str,
+    progress: EncodingProgress = no_progress,
+    part: Part = ALL_RECORDS,
+) -> tuple[EncodedSource, ...]:
+    """Encode each source into its own file in `config.cache`, unless it is encoded already.
+
+    A file is named by its content: a source is not encoded again if it moved, is in another list, or has
+    another weight. `digest` is the `tokenizer_digest`. Raises DataError; PeerLostError if a
+    process that encodes has died.
+    """
+    check_template_keys(config, tokenizer)
+    digest = text_digest(digest + (chosen_template(tokenizer, config.chat_template) or ""))
+    cache = Path(config.cache)
+    collect_abandoned(cache)
+    all_pinned = [pinned(source) for source in sources]
+    fingerprints = [_fingerprint(source, config, digest, part) for source in all_pinned]
+    encode = partial(encode_records, config=config, tokenizer=tokenizer, part=part)
+    encoded = []
+    for source, fingerprint, label in zip(all_pinned, fingerprints, source_labels(sources), strict=True):
+        wanted = EncodedSource(source.path, cache, fingerprint, source.limit, label)
+        if wanted.table() is None:
+            with (
+                progress(source.path) as show,
+                closing(_encoded(source, encode, show)) as batches,
+            ):
+                write_source(wanted, batches)
+        encoded.append(wanted)
+    return tuple(encoded)
+
+
+def _encoded(
+    source: SourceConfig,
+    encode: Callable[[_Records], pa.RecordBatch],
+    show: Callable[[int], None],
+) -> Generator[pa.RecordBatch, None, None]:
+    records, state = 0, _identities(source)
+    with closing(in_order(read_records(source), encode)) as chunks:
+        for chunk in chunks:
+            yield chunk
+            records += len(chunk)
+            show(records)
+    # The fingerprint belongs to the records read only if nothing has changed meanwhile.
+    if _identities(source) != state:
+        raise DataError(
+            "the data changed while they were read",
+            where=source.path,
+            remedy="start again when no other program writes to the files",
+        )
+
+
+def encode_records(
+    records: Sequence[Record],
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    part: Part = ALL_RECORDS,
+) -> pa.RecordBatch:
+    """Encode the `records` of `part` as rows of `ROW_SCHEMA`; unusable ones are dropped with a reason."""
+    rows = []
+    for record in records:
+        prompt, values = 0, dict[str, Any]()
+        encoded: EncodedRecord | BadRecord | None = None  # of another part
+        if isinstance(record, BadRecord):
+            encoded = None if part.is_eval else record  # it has no prompt
+        elif part.has(prompt := prompt_hash(record.prompt)):
+            encoded = encode_record(record, config, tokenizer)
+        if isinstance(encoded, BadRecord):
+            if config.on_bad_record is OnBadRecord.error:
+                raise bad_record_error(encoded)
+            outcome = Outcome(encoded.reason, changed=tuple((f"unread_{name}", 1) for name in encoded.unread))
+            values = {"detail": encoded.detail, "lengths": encoded.lengths}
+        elif encoded is None:
+            outcome = Outcome(changed=((LEFT_IN_TRAIN if part.is_eval else HELD_OUT, 1),))
+        else:
+            outcome, values = encoded.outcome, _columns(encoded) | {"prompt": prompt}
+        origin = {"file": record.origin.source, "line": record.origin.line}
+        rows.append({**_EMPTY_ROW, **origin, "outcome": json.dumps(astuple(outcome)), **values})
+    return pa.RecordBatch.from_pylist(rows, schema=ROW_SCHEMA)
+
+
+_EMPTY_ROW = {
+    "detail": "",
+    "prompt": 0,
+    "largest_id": -1,
+    **{field.name: () for field in ROW_SCHEMA if pa.types.is_list(field.type)},
+}
+
+
+def _columns(record: EncodedRecord) -> dict[str, Any]:
+    example = record.example
+    pieces = (example.prompt_ids, *example.responses)
+    ids = np.concatenate(pieces)
+    return {
+        "largest_id": ids.max(),
+        "ids": ids,
+        "piece_tokens": list(map(len, pieces)),
+        "keys": response_keys([example]).ravel(),
+        "scores": record.scores,
+        "numbers": record.numbers,
+        "truncated": example.truncated,
+        "trained_tokens": [int(mask.sum()) for mask in example.masks],
+        "trained": np.concatenate([np.empty(0, np.bool_), *(m for m in example.masks if not m.all())]),
+        "examples": record.ranks,
+        "lengths": example.lengths,
+    }
+
+
+def tokenizer_digest(folder: Path) -> str:
+    """Return a digest of the files of a model folder that decide how text becomes token ids."""
+    names = _VOCABULARY_FILES + _SPECIAL_FILES
+    files = sorted({file for name in names for file in folder.glob(name) if file.is_file()})
+    parts = [(str(file.relative_to(folder)), content_digest([file])) for file in files]
+    config_file = folder / "config.json"  # an adapter's folder with a tokenizer has none
+    config = json.loads(config_file.read_bytes()) if config_file.exists() else {}
+    # transformers chooses the tokenizer's class by these.
+    parts += [(key, json.dumps(config.get(key))) for key in ("model_type", "tokenizer_class")]
+    return text_digest(json.dumps(parts))
+
+
+def _identities(source: SourceConfig) -> list[str]:
+    return [file_identity(file) for file in local_files(source) or ()]
+
+
+def _fingerprint(source: SourceConfig, config: DataConfig, digest: str, part: Part) -> str:
+    """Return a digest of everything that decides the ids of a `pinned` source."""
+    content = {
+        "encoding": _ENCODING_VERSION,
+        "tokenizer": digest,
+        **{name: getattr(config, name) for name in _ENCODING_KEYS},
+        "template_applied": config.template is TextTemplate.applied,
+        "template_date": TEMPLATE_DATE,
+        "trained_roles": sorted(set(config.trained_roles)),
+        "untrained": sorted(set(config.untrained)),
+        "content": source_identity(source, Path(config.cache) / MEMO_FOLDER),
+        "kinds": [file_kind(file) for file in local_files(source) or []],
+        **{name: getattr(source, name) for name in ("format", "split", "columns")},
+        "reader": source.reader and find_function(source.reader, READER).digest,
+        "part": part.identity,
+    }
+    return text_digest(json.dumps(content, sort_keys=True))
+
+
+CHUNK_RECORDS = 64
+# One process reads and writes for all others; it limits the speed of more processes than this.
+_MAX_PROCESSES = 16
+# Fewer are encoded before other processes have started.
+_MIN_CHUNKS = 2048 // CHUNK_RECORDS
+_CHUNKS_AHEAD = 2
+
+
+def processes_for(chunks: int) -> int:
+    """Return the number of processes that work on so many chunks or more: one per core, of few chunks one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 if chunks < _MIN_CHUNKS else min(cores, _MAX_PROCESSES)
+
+
+def in_order(
+    records: Iterable[Record], work: Callable[[_Records], _Result]
+) -> Generator[_Result, None, None]:
+    """Yield the result of `work`, which can be pickled, for each chunk of records, in order, on processes.
+
+    Closing the generator ends the processes. At most a few chunks a process are in memory.
+    """
+    records = iter(records)
+    chunks = iter(lambda: list(itertools.islice(records, CHUNK_RECORDS)), [])
+    first = list(itertools.islice(chunks, _MIN_CHUNKS))
+    processes = processes_for(len(first))
+    every = itertools.chain(first, chunks)
+    if processes == 1:
+        yield from map(work, every)
+        return
+    ahead: deque[Future[_Result]] = deque()
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_process, (work,))
+    try:
+        for chunk in every:
+            ahead.append(pool.submit(_work, chunk))
+            if len(ahead) == _CHUNKS_AHEAD * processes:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    except BrokenProcessPool as error:
+        raise PeerLostError(
+            "a process that encodes data has died",
+            where="data.train, data.eval",
+            got=str(error).splitlines()[0],
+            remedy="if memory ran out, write 'taskset -c 0' before the command: one process encodes; else "
+            "see logs/rank-0.log",
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_works: list[Callable[[_Records], Any]] = []
+"""The work of this process; set in a spawned process."""
+
+
+def _start_process(work: Callable[[_Records], Any]) -> None:
+    """Initialise a spawned process: it ignores interrupts, and ends when its parent dies."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # every core has a process
+    _works.append(work)
+
+
+def _work(records: _Records) -> Any:
+    return _works[0](records)

@@ -1,0 +1,309 @@
+"""Encoded dataset of a run: the examples of all its sources, memory-mapped by all ranks.
+
+Token ids and masks are never loaded. The other columns are, about 140 bytes a pair.
+"""
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from dpo_dist.batching.example import Example, Keys, Mask, response_keys
+from dpo_dist.batching.plan import ComputeCosts, ExampleSizes, example_sizes
+from dpo_dist.batching.sampler import Indices, SourceSpan
+from dpo_dist.config.losses import KINDS, NUMBERS, LossConfig, LossKind
+from dpo_dist.config.schema import DataConfig
+from dpo_dist.config.user_code import accepts_facts
+from dpo_dist.data.counts import check_counts, check_split
+from dpo_dist.data.encoded.store import (
+    Array,
+    EncodedSource,
+    counts_of,
+    dataset_columns,
+    lengths_of,
+    read_source,
+)
+from dpo_dist.data.read.columns import VOTES
+from dpo_dist.data.records import Origin, Tokenizer
+from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.files import text_digest
+
+
+@dataclass(frozen=True)
+class PreferenceDataset:
+    """Encoded examples of one list of sources, in the order of the sources.
+
+    An example has one response (supervised, or labelled), two (chosen, rejected) or more (a ranking), best
+    first; with `partners.with_partners` its own and a response to another prompt. Its pieces are its prompt,
+    then its responses. Examples of one ranking share the token ids of their pieces. An index is an example's
+    position in the dataset; a response index is a response's position in `keys`.
+    """
+
+    fingerprint: str  # digest of everything that decides the token ids
+    counts: dict[str, Any]  # of the records (`DataCounts.as_dict`); those of each source under `sources`
+    source_paths: tuple[str, ...]  # the files of the records
+    source_pairs: tuple[int, ...]  # number of examples of each source
+    source_labels: tuple[str, ...]  # sources with the same label are counted together
+    largest_id: int  # upper bound of the token ids in `ids`
+    ids: Array | pa.ChunkedArray  # int32 [tokens]
+    piece_starts: Array  # int64 [pieces], offset of each piece in `ids`
+    piece_tokens: Array  # int32 [pieces], length of each piece
+    first_pieces: Array  # int64 [examples + 1], index of each example's prompt in the pieces; their number
+    keys: Array  # uint64 [responses, 2], `batching.example.response_key` of each response, in order
+    scores: Array  # float64 [responses], nan if a record has no scores; 1 and 0 of good and bad responses
+    trained: Array | pa.ChunkedArray  # bool [tokens of responses with a mask], whether the loss counts each
+    mask_starts: Array  # int64 [responses], offset in `trained` of the mask of a response that has one
+    trained_tokens: Array  # int32 [responses], tokens that the loss counts; fewer than all: it has a mask
+    truncated: Array  # bool [responses], whether the end of a response was cut, with its end of turn
+    prompt_hashes: Array  # uint64 [examples], `records.prompt_hash` of each record
+    origins: Array  # int64 [examples, 2], index in `source_paths`, and line
+    encoded: tuple[EncodedSource, ...] = ()  # the sources on disk
+    numbers: Mapping[str, Array] = field(default_factory=dict)  # float64 [examples], `NUMBERS` with an effect
+
+    def __len__(self) -> int:
+        return len(self.first_pieces) - 1
+
+    def spans(self, weights: Sequence[float]) -> list[SourceSpan]:
+        """Return the index range of each source with its weight."""
+        ends = itertools.accumulate(self.source_pairs)
+        sources = zip(ends, self.source_pairs, weights, strict=True)
+        return [SourceSpan(stop - pairs, stop, weight) for stop, pairs, weight in sources]
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The distinct labels of the sources, by which metrics are divided; none if there is only one."""
+        distinct = tuple(dict.fromkeys(self.source_labels))
+        return distinct if len(distinct) > 1 else ()
+
+    def label_numbers(self, indices: Indices | Sequence[int]) -> Indices:
+        """Return the index in `labels` of each example's label, int64; the dataset has several labels."""
+        sources = np.searchsorted(np.cumsum(self.source_pairs), indices, side="right")
+        return np.array([self.labels.index(label) for label in self.source_labels], dtype=np.int64)[sources]
+
+    def lengths(self, index: int) -> list[int]:
+        """Return the tokens of an example's pieces: prompt, response, response, ..."""
+        first, stop = self._pieces(index)
+        return [int(tokens) for tokens in self.piece_tokens[first:stop]]
+
+    def example(self, index: int, which: Sequence[int] | None = None, masked: bool = False) -> Example:
+        """Return the token ids of an example, or of `which` of its responses; `masked`: with their masks."""
+        first, stop = self._pieces(index)
+        starts = map(int, self.piece_starts[first:stop])
+        pieces = zip(starts, self.lengths(index), strict=True)
+        prompt, *responses = (np.asarray(self.ids[start : start + tokens]) for start, tokens in pieces)
+        masks = self.masks(index) if masked else ()
+        which = range(len(responses)) if which is None else which
+        return Example(prompt, tuple(responses[i] for i in which), tuple(masks[i] for i in which if masks))
+
+    def masks(self, index: int) -> tuple[Mask, ...]:
+        """Return for each response of an example whether the loss counts its tokens; empty: it counts all."""
+        if not len(self.trained):
+            return ()
+        within = self.response_range(index)
+        counts = self.trained_tokens[within.start : within.stop]
+        lengths = self.lengths(index)[1:]
+        if sum(lengths) == counts.sum():
+            return ()
+        starts = map(int, self.mask_starts[within.start : within.stop])
+        return tuple(
+            np.ones(tokens, dtype=np.bool_)
+            if trained == tokens
+            else np.asarray(self.trained[start : start + tokens])
+            for start, tokens, trained in zip(starts, lengths, counts, strict=True)
+        )
+
+    def sizes(
+        self,
+        indices: Indices,
+        response_indices: Indices,
+        counts: Indices,
+        costs: ComputeCosts,
+        masked: bool = False,
+    ) -> ExampleSizes:
+        """Return the sizes of examples with some of their responses, for a model with these costs.
+
+        `response_indices` are those of the first example, of the second, ..., and `counts` how many each has,
+        at least one. With `masked`, only tokens that the loss counts are targets.
+        """
+        pieces = response_indices + np.repeat(indices, counts) + 1
+        prompt_tokens = self.piece_tokens[self.first_pieces[indices]].astype(np.int64)
+        response_tokens = self.piece_tokens[pieces].astype(np.int64)
+        targets = self.trained_tokens[response_indices].astype(np.int64) if masked else response_tokens
+        return example_sizes(prompt_tokens, response_tokens, targets, counts, costs)
+
+    def response_range(self, index: int) -> range:
+        """Return the response indices of one example."""
+        first, stop = self._pieces(index)
+        return range(first - index, stop - index - 1)
+
+    def response_counts(self, indices: Indices) -> Indices:
+        """Return the number of responses of each example, int64."""
+        counts: Indices = self.first_pieces[indices + 1] - self.first_pieces[indices] - 1
+        return counts
+
+    def response_indices(self, indices: Indices) -> Indices:
+        """Return the response indices of all responses of these examples, int64."""
+        counts = self.response_counts(indices)
+        starts_in_result = np.cumsum(counts) - counts
+        starts = self.first_pieces[indices] - indices
+        return np.repeat(starts - starts_in_result, counts) + np.arange(counts.sum())
+
+    def score_gaps(self, indices: Indices | Sequence[int]) -> npt.NDArray[np.float32]:
+        """Return the score of each example's best response minus that of its worst; nan without scores."""
+        indices = np.asarray(indices, dtype=np.int64)
+        best = self.first_pieces[indices] - indices
+        worst = best + self.response_counts(indices) - 1
+        gaps: npt.NDArray[np.float32] = (self.scores[best] - self.scores[worst]).astype(np.float32)
+        return gaps
+
+    def labels_good(self, indices: Indices | Sequence[int]) -> npt.NDArray[np.bool_]:
+        """Return whether the response of each of these labelled examples is good."""
+        indices = np.asarray(indices, dtype=np.int64)
+        good: npt.NDArray[np.bool_] = self.scores[self.first_pieces[indices] - indices] > 0
+        return good
+
+    def locate_responses(self, response_indices: Indices) -> tuple[Indices, Indices]:
+        """Return the example of each response, and the response's rank in it, int64 each."""
+        starts = self.first_pieces[:-1] - np.arange(len(self))
+        examples = np.searchsorted(starts, response_indices, side="right") - 1
+        return examples, response_indices - starts[examples]
+
+    def origin(self, index: int) -> Origin:
+        """Return the file and line of an example's record."""
+        source, line = self.origins[index]
+        return Origin(self.source_paths[int(source)], int(line))
+
+    def examples_with_keys(
+        self, indices: Sequence[int], which: int | None = None
+    ) -> tuple[list[Example], Keys]:
+        """Return examples with their masks, or only response `which` of each, and the keys of the responses.
+
+        Raises DataError: the token ids do not have these keys.
+        """
+        selected = None if which is None else [which]
+        ranges = map(self.response_range, indices)
+        keys: Keys = self.keys[np.concatenate([r if which is None else r[which : which + 1] for r in ranges])]
+        examples = [self.example(index, selected, masked=True) for index in indices]
+        if not np.array_equal(response_keys(examples), keys):
+            raise self.damaged_ids(indices)
+        return examples, keys
+
+    def damaged_ids(self, indices: Sequence[int]) -> DataError:
+        """Return the error of a micro-batch whose token ids have other keys than when they were encoded."""
+        return DataError(
+            "token ids of the encoded data do not match their content key",
+            where="; ".join(str(self.origin(index)) for index in indices[:5]),
+            got=f"{len(indices)} records in micro-batches with such ids",
+            expected="the ids that were encoded: these have other log-probs",
+            remedy="delete the folder data.cache and start again: the data are encoded again",
+        )
+
+    def _pieces(self, index: int) -> tuple[int, int]:
+        return int(self.first_pieces[index]), int(self.first_pieces[index + 1])
+
+
+def open_dataset(sources: Sequence[EncodedSource], config: DataConfig) -> PreferenceDataset:
+    """Map the encoded sources and verify their digests; only files that have changed are read for that."""
+    tables, by_source = list(map(read_source, sources)), []
+    counted = list(map(counts_of, tables))
+    lengths = [lengths_of(table, counts, config) for table, counts in zip(tables, counted, strict=True)]
+    for source, of_source in zip(sources, counted, strict=True):
+        check_counts(of_source, source.path, config, lengths=lengths)
+        by_source.append({"label": source.label, "path": source.path, **of_source.numbers()})
+    every = pa.concat_tables(tables)
+    counts = counts_of(every)
+    check_split(counts)
+    return PreferenceDataset(
+        fingerprint=text_digest(json.dumps([(source.fingerprint, source.limit) for source in sources])),
+        counts=counts.as_dict() | {"sources": by_source},
+        source_pairs=tuple(of_source["pairs"] for of_source in by_source),
+        source_labels=tuple(source.label for source in sources),
+        encoded=tuple(sources),
+        **dataset_columns(every),
+    )
+
+
+def count_duplicates(dataset: PreferenceDataset) -> int:
+    """Return the number of examples with the same token ids as an earlier one."""
+    return len(dataset) - len(set(_example_keys(dataset)))
+
+
+def count_shared(dataset: PreferenceDataset, other: PreferenceDataset) -> int:
+    """Return the number of examples of `dataset` with the same token ids as one of `other`."""
+    keys = list(_example_keys(dataset))
+    shared = set(keys).intersection(_example_keys(other))  # `other`, the training data, is the larger one
+    return sum(key in shared for key in keys)
+
+
+def _example_keys(dataset: PreferenceDataset) -> Iterator[bytes]:
+    """Yield the keys of each example's responses in their order."""
+    for responses in map(dataset.response_range, range(len(dataset))):
+        yield dataset.keys[responses.start : responses.stop].tobytes()
+
+
+def count_shared_prompts(dataset: PreferenceDataset, other: PreferenceDataset) -> int:
+    """Return the number of examples of `dataset` whose prompt also occurs in `other`."""
+    return int(np.isin(np.asarray(dataset.prompt_hashes[:]), np.asarray(other.prompt_hashes[:])).sum())
+
+
+def check_ids_in_vocabulary(dataset: PreferenceDataset, tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Check that the model has an embedding of every token id in the data. Raises ConfigError.
+
+    Tokenizers often have more tokens than their model; these (a padding token) never occur in text.
+    """
+    largest = dataset.largest_id
+    if largest >= vocab_size:
+        raise ConfigError(
+            "the data contain a token without an embedding in the model",
+            where="model.path",
+            got=f"token {tokenizer.convert_ids_to_tokens(largest)!r} with id {largest}",
+            expected=f"ids below the model's vocab_size of {vocab_size}",
+            remedy="use the tokenizer that belongs to the model, or give the model an embedding of "
+            "each of its tokens (docs/scaling.md, new tokens)",
+        )
+
+
+def check_fits_loss(dataset: PreferenceDataset, loss: LossConfig) -> None:
+    """Check that examples have what the loss compares, and no number that it ignores. Raises DataError."""
+    every = np.arange(len(dataset), dtype=np.int64)
+    counts, best = dataset.response_counts(every), dataset.scores[dataset.first_pieces[:-1] - every]
+    is_labelled = (counts == 1) & np.isfinite(best)
+
+    def check(misfits: npt.NDArray[np.bool_], got: str, remedy: str) -> None:
+        if misfits.any():
+            raise DataError(
+                f"{', '.join(loss.kinds)} cannot use {misfits.sum()} of {len(misfits)} examples",
+                where="; ".join(str(dataset.origin(int(index))) for index in np.flatnonzero(misfits)[:5]),
+                got=got,
+                remedy=remedy,
+            )
+
+    takes_facts = LossKind.custom not in loss.kinds or accepts_facts(loss.function)
+    for name, column in dataset.numbers.items():
+        misfits = column != NUMBERS[name]
+        if not loss.takes(name) or (name != "loss_weight" and not takes_facts):
+            kinds = ", ".join(kind for kind, facts in KINDS.items() if name in facts.numbers)
+            null = ", ".join(f"{each}: null" for each in (name, *(VOTES if name == "soft_label" else ())))
+            remedy = f"set loss.kind to one of {kinds}; or ignore it: columns: {{{null}}}"
+            check(misfits, f"a {name} of the record", remedy)
+        elif name == "soft_label" and loss.label_smoothing:
+            check(misfits, f"a {name} beside loss.label_smoothing", "set loss.label_smoothing=null")
+    if loss.is_unpaired:
+        remedy = "give each response a label: true or false, 1 or 0; data.unpair=true takes pairs apart"
+        check(~is_labelled, "no single response with a label", remedy)
+        return
+    remedy = "set loss=kto; if the label is no judgement of the response, ignore it: columns: {label: null}"
+    check(is_labelled, "one response with a label, good or bad", remedy)
+    if not loss.is_one_sided:
+        check(counts < 2, "1 response", "set loss=sft, or use data with two responses")
+    if not loss.accepts_rankings:
+        remedy = "set loss.kind=plackett_luce, or data.ranked=best_worst or all_pairs"
+        check(counts > 2, "a ranking of more than two responses", remedy)
+    if loss.needs_scores:
+        got = "no scores, or a chosen response that is not scored above the rejected one"
+        check(~(dataset.score_gaps(every) > 0), got, "remove these records, or set another loss.kind")

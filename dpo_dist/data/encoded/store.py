@@ -1,0 +1,235 @@
+"""Encoded sources on disk: an Arrow file with a row for each record, and its digest; written once, mapped."""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from dpo_dist.config.losses import NUMBERS
+from dpo_dist.config.schema import DataConfig
+from dpo_dist.data.counts import SHOWN_EXAMPLES, DataCounts, Outcome
+from dpo_dist.data.read.sources import root_of
+from dpo_dist.data.records import BadRecord, Origin
+from dpo_dist.data.text.lengths import SourceLengths
+from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.files import (
+    MEMO_FOLDER,
+    content_digest,
+    file_identity,
+    recall,
+    remember,
+    staged_file,
+)
+
+log = logging.getLogger(__name__)
+
+Array: TypeAlias = npt.NDArray[Any]
+
+_BATCH_BYTES = 2**24
+_DIGEST_BYTES = 16  # of the blake2b digest behind the Arrow file
+
+ROW_SCHEMA = pa.schema(
+    {
+        # Relative to the path of the source, which may be moved.
+        "file": pa.string(),
+        "line": pa.int64(),
+        # `Outcome` in JSON, and the detail of the reason for which a record is dropped.
+        "outcome": pa.string(),
+        "detail": pa.string(),
+        # Kept records. Pieces are the prompt and the responses; examples share them.
+        "prompt": pa.uint64(),
+        "largest_id": pa.int32(),
+        "ids": pa.list_(pa.int32()),
+        "piece_tokens": pa.list_(pa.int32()),
+        "keys": pa.list_(pa.uint64()),
+        "scores": pa.list_(pa.float64()),
+        # A value for each of `NUMBERS`; none if the record has none with an effect.
+        "numbers": pa.list_(pa.float64()),
+        "truncated": pa.list_(pa.bool_()),
+        "trained_tokens": pa.list_(pa.int32()),
+        # Masks of the responses that the loss counts in part.
+        "trained": pa.list_(pa.bool_()),
+        # The indices of the responses of each example, best first.
+        "examples": pa.list_(pa.list_(pa.int32())),
+        # `EncodedExample.lengths`, also of records that are dropped for them.
+        "lengths": pa.list_(pa.int64()),
+    }
+)
+
+
+@dataclass(frozen=True)
+class EncodedSource:
+    """The first `limit` records (None: all) of a source, encoded in a file of the cache; its label."""
+
+    path: str
+    cache: Path
+    fingerprint: str  # digest of everything that decides the ids
+    limit: int | None = None
+    label: str = ""
+
+    @property
+    def file(self) -> Path:
+        """The file with the records."""
+        return self.cache / f"{self.fingerprint}{'' if self.limit is None else f'-first-{self.limit}'}.arrow"
+
+    def table(self) -> pa.Table | None:
+        """Map the records; None if there is no file, or it is damaged.
+
+        A file is read for its digest once; then only if its `file_identity` has changed.
+        """
+        try:
+            identity, memo = file_identity(self.file), self.cache / MEMO_FOLDER
+            whole = pa.memory_map(str(self.file)).read_buffer()
+            end = max(whole.size - _DIGEST_BYTES, 0)
+            records, digest = whole.slice(0, end), whole.slice(end).to_pybytes().hex()
+            if recall(memo, identity) != digest:
+                if hashlib.blake2b(records, digest_size=_DIGEST_BYTES).hexdigest() != digest:
+                    return None
+                remember(memo, identity, digest)
+            return pa.ipc.open_file(records).read_all()
+        except (OSError, pa.ArrowInvalid):
+            return None
+
+
+def write_source(source: EncodedSource, batches: Iterable[pa.RecordBatch]) -> None:
+    """Write the records of a source in constant memory."""
+    final, root = source.file, root_of(source.path).expanduser()
+    if final.exists():
+        log.warning("%s is damaged and is encoded again", final)
+    try:
+        with staged_file(final) as staged:
+            with pa.OSFile(str(staged), "wb") as file, pa.ipc.new_file(file, ROW_SCHEMA) as writer:
+                for batch in _large(batches):
+                    names = batch["file"].to_pylist()
+                    files = [os.path.relpath(Path(name).expanduser(), root) for name in names]
+                    writer.write_batch(batch.set_column(0, "file", pa.array(files, pa.string())))
+            digest = content_digest([staged])
+            with staged.open("ab") as file:
+                file.write(bytes.fromhex(digest))
+    except OSError as error:  # the error of a full disk has no file name
+        raise ConfigError(
+            "the encoded data cannot be written",
+            where="data.cache",
+            got=f"{final}: {error}",
+            remedy="free disk space, or set data.cache to a folder on another disk",
+        ) from error
+
+
+def _large(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Join consecutive batches: reading takes time for each of them."""
+    pending: list[pa.RecordBatch] = []
+    for batch in batches:
+        pending.append(batch)
+        if sum(batch.nbytes for batch in pending) >= _BATCH_BYTES:
+            yield pa.concat_batches(pending)
+            pending = []
+    if pending:
+        yield pa.concat_batches(pending)
+
+
+def read_source(source: EncodedSource) -> pa.Table:
+    """Map the records of an encoded source, with the names of their files. Raises DataError: damaged."""
+    table = source.table()
+    if table is None:
+        raise DataError(
+            "the encoded data are damaged",
+            where=f"data.cache: {source.file}",
+            remedy="start again: damaged data are encoded again",
+        )
+    files = table["file"].dictionary_encode().combine_chunks()
+    root = root_of(source.path)
+    names = [source.path if name == "." else str(root / name) for name in files.dictionary.to_pylist()]
+    shown = pa.DictionaryArray.from_arrays(files.indices, pa.array(names, pa.string()))
+    return table.set_column(0, "file", shown)
+
+
+def counts_of(table: pa.Table) -> DataCounts:
+    """Return the counts of records."""
+    coded = table["outcome"].dictionary_encode().combine_chunks()  # texts of many records overflow an array
+    outcomes = [
+        Outcome(drop, pairs, tuple(map(tuple, changed)), read_as)
+        for drop, pairs, changed, read_as in map(json.loads, coded.dictionary.to_pylist())
+    ]
+    codes = coded.indices.to_numpy()
+    is_dropped = np.array([outcome.dropped is not None for outcome in outcomes], dtype=np.bool_)
+    shown = np.flatnonzero(is_dropped[codes])[:SHOWN_EXAMPLES]
+    places = table.select(["file", "line", "detail"]).take(shown).to_pylist()
+    named = [
+        BadRecord(str(outcomes[code].dropped), Origin(row["file"], row["line"]), row["detail"])
+        for code, row in zip(codes[shown], places, strict=True)
+    ]
+    numbers = np.bincount(codes, minlength=len(outcomes)).tolist()
+    return DataCounts.of(dict(zip(outcomes, numbers, strict=True)), named)
+
+
+def lengths_of(table: pa.Table, counts: DataCounts, config: DataConfig) -> SourceLengths:
+    """Return the lengths of records before they were cut."""
+    lengths = pc.list_flatten(table["lengths"]).to_numpy().reshape(-1, 4)
+    return SourceLengths(lengths, counts.read - len(lengths), config.max_bad_share * counts.read)
+
+
+def dataset_columns(table: pa.Table) -> dict[str, Any]:
+    """Return the columns of `PreferenceDataset`: ids and masks mapped, the others in memory."""
+
+    def flat(name: str) -> Array:
+        values: Array = pc.list_flatten(table[name]).to_numpy()
+        return values
+
+    tokens, trained_tokens = flat("piece_tokens"), flat("trained_tokens")
+    pieces_of, examples_of = _lengths(table["piece_tokens"]), _lengths(table["examples"])
+    examples = pc.list_flatten(table["examples"])
+    responses_of = _lengths(examples)
+    record = np.repeat(np.arange(len(table)), examples_of)
+    # Of each response of an example: its index among all pieces, and among all responses.
+    first_piece = np.cumsum(pieces_of) - pieces_of
+    piece = np.repeat(first_piece[record], responses_of) + 1 + pc.list_flatten(examples).to_numpy()
+    is_response = np.ones(len(tokens), dtype=np.bool_)
+    is_response[first_piece[pieces_of > 0]] = False
+    response = (np.cumsum(is_response) - 1)[piece]
+    response_tokens = tokens[is_response]
+    masked = np.where(trained_tokens < response_tokens, response_tokens, 0)
+    # The prompt of an example is before its first response.
+    pieces = np.insert(piece, np.cumsum(responses_of) - responses_of, first_piece[record])
+    files = table["file"].combine_chunks().dictionary_encode()
+    origins = np.stack([files.indices.to_numpy(), table["line"].to_numpy()], axis=1)
+    return {
+        "source_paths": tuple(files.dictionary.to_pylist()),
+        "largest_id": pc.max(table["largest_id"]).as_py(),
+        "ids": pc.list_flatten(table["ids"]),
+        "piece_starts": (np.cumsum(tokens, dtype=np.int64) - tokens)[pieces],
+        "piece_tokens": tokens[pieces],
+        "first_pieces": np.insert(np.cumsum(responses_of + 1), 0, 0),
+        "keys": flat("keys").reshape(-1, 2)[response],
+        "scores": flat("scores")[response],
+        "numbers": _numbers(table["numbers"], record),
+        "trained": pc.list_flatten(table["trained"]),
+        "mask_starts": (np.cumsum(masked, dtype=np.int64) - masked)[response],
+        "trained_tokens": trained_tokens[response],
+        "truncated": flat("truncated")[response],
+        "prompt_hashes": table["prompt"].to_numpy()[record],
+        "origins": origins[record],
+    }
+
+
+def _numbers(lists: pa.ChunkedArray, record: Array) -> dict[str, Array]:
+    """Return the values of each example by name, of those of `NUMBERS` that have an effect."""
+    given = pc.list_flatten(lists).to_numpy().reshape(-1, len(NUMBERS))
+    if not len(given):
+        return {}
+    values = np.tile(np.array([*NUMBERS.values()]), (len(lists), 1))
+    values[_lengths(lists) > 0] = given
+    columns = zip(NUMBERS.items(), values[record].T, strict=True)
+    return {name: column.copy() for (name, neutral), column in columns if (column != neutral).any()}
+
+
+def _lengths(lists: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+    return np.asarray(pc.list_value_length(lists), dtype=np.int64)

@@ -1,0 +1,1 @@
+"""Read files of records as they are written: sources, columns, messages, values."""

@@ -1,0 +1,223 @@
+"""Other names of a source's fields: `reader`, `columns`, and LLaMA-Factory's `dataset_info.json`."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from dpo_dist.config.losses import NUMBERS
+from dpo_dist.config.schema import DataFormat, SourceConfig
+from dpo_dist.config.user_code import user_function
+from dpo_dist.data.read.messages import CALLING, ROLES
+from dpo_dist.data.read.values import from_json, has_value, parse_json
+from dpo_dist.data.records import BadRecord, RawRecord, shown_key
+from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.types import Fields
+
+READER = "reader"
+_SIDES = ("chosen", "rejected")
+_MEDIA = ("images", "videos", "audios")
+_SCORES = ("score_chosen", "score_rejected", "scores")
+VOTES = ("votes_chosen", "votes_rejected")
+_CONTEXT = ("system", "history", "input", "tools", "chat_template_kwargs", "documents")
+_OPTIONAL = (*_CONTEXT, *_MEDIA, *_SCORES, *NUMBERS, *VOTES, "label")
+_PROMPTS = ("prompt", "instruction", "question", "query", "messages", "conversations")
+_OTHER_SIDES = ("chosen_messages", "rejected_messages", "rejected_response")
+_RESPONSES = ("completion", "responses", "output")
+_WHOLE = "record"
+# The fields that formats read; `record` is an object with all of them.
+FIELDS = (*_PROMPTS, *_SIDES, *_OTHER_SIDES, *_RESPONSES, *_OPTIONAL, _WHOLE)
+OTHERS = "*"
+"""With null: no column is read except those that are named. In a record: a tuple of those left out."""
+_MAX_SHOWN = 20
+_MISSING = object()
+FIRST_RECORDS = 20
+
+
+def with_columns(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[RawRecord]:
+    """Return records as `reader` and `columns` of their source name their fields.
+
+    Raises ConfigError at once if one of these keys is wrong. Raises DataError if no record has one of the
+    columns: after the first records, or after the last one for fields that are rare.
+    """
+    for name, path in (source.columns or {}).items():
+        if path is not None and name not in FIELDS:
+            raise ConfigError(
+                "columns has a name that no format reads",
+                where=f"columns.{name} of {source.path}",
+                got=name,
+                expected=", ".join((*FIELDS, f"{OTHERS} with null")),
+                remedy="write columns: {prompt: NAME}",
+            )
+    if source.reader is not None:
+        records = _by_reader(records, user_function(source.reader, READER))
+    return _renamed(records, source) if source.columns else records
+
+
+def _by_reader(records: Iterator[RawRecord], read: Callable[..., Any]) -> Iterator[RawRecord]:
+    for record, origin in records:
+        if isinstance(record, BadRecord):
+            yield record, origin
+            continue
+        try:
+            fields = read(dict(record))
+            detail = "" if isinstance(fields, Mapping) else f"it returned a {type(fields).__name__}"
+        except Exception as fault:  # the user's code can raise anything
+            fields, detail = None, f"it raised {type(fault).__name__}"
+        yield BadRecord("reader_failed", origin, detail) if detail else fields, origin
+
+
+def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[RawRecord]:
+    columns = source.columns or {}
+    paths = {field: path for field, path in columns.items() if path is not None}
+    # `metadata` is not a field itself: a pair's scores in it stay.
+    outer = {path.split(".")[0] for path in paths.values()} - {"metadata"}
+    known, has_others = {*paths.values(), *outer}, OTHERS in columns
+    hidden = {*columns, *known}
+    known |= columns.keys() - paths.keys()
+    unseen, seen = dict(paths), dict[str, None]()
+    what = "no record has"
+    for number, (record, origin) in enumerate(records, start=1):
+        if isinstance(record, BadRecord):
+            yield record, origin
+            continue
+        values = {
+            field: value for field in paths if (value := _value_at(record, paths[field])) is not _MISSING
+        }
+        if unseen:
+            unseen = {field: path for field, path in unseen.items() if field not in values}
+            seen |= dict.fromkeys(map(shown_key, record))
+        if number >= FIRST_RECORDS and seen and not unseen.keys() <= set(_OPTIONAL):
+            what = f"none of the first {number} records has"
+            break
+        rest = {} if has_others else {name: record[name] for name in record if name not in hidden}
+        whole = from_json(values.pop(_WHOLE, None if _WHOLE in paths else {}))
+        if isinstance(whole, Mapping):
+            left_out = (name for name in record if name not in known and (has_others or name in paths))
+            names = tuple(name for name in left_out if has_value(record[name]))
+            yield {**rest, **whole, **values, **({OTHERS: names} if names else {})}, origin
+        else:
+            yield BadRecord("missing_field", origin, f"{paths[_WHOLE]} is no object"), origin
+    if unseen and seen:
+        raise DataError(
+            f"{what} a column of the source",
+            where=f"columns of {source.path}",
+            got=", ".join(sorted(set(unseen.values()))),
+            expected=", ".join([*seen][:_MAX_SHOWN]) + (", ..." if len(seen) > _MAX_SHOWN else ""),
+            remedy="correct or remove these columns",
+        )
+
+
+def _value_at(record: Any, path: str) -> Any:
+    """Return the value of a column, or at a path of names and indices into nested values, also in JSON."""
+    if path in record:
+        return record[path]
+    value = record
+    for part in path.split("."):
+        value = from_json(value)
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.lstrip("-").isdigit() and -len(value) <= int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return _MISSING
+    return value
+
+
+def is_saved(folder: Path) -> bool:
+    """Return whether `Dataset.save_to_disk` wrote the folder."""
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+_FILE = "dataset_info.json"
+_LOCATIONS = ("file_name", "hf_hub_url")
+_SELECTIONS = ("split", "subset", "folder", "revision", "num_samples")
+_WITHOUT_EFFECT = ("ms_hub_url", "om_hub_url", "file_sha1")
+_KEYS = ("formatting", "ranking", "columns", "tags", *_LOCATIONS, *_SELECTIONS, *_WITHOUT_EFFECT)
+_SHARED = {name: name for name in ("system", "tools", "chosen", "rejected", *_MEDIA)} | {"kto_tag": "label"}
+# The columns of each formatting, and the fields that they name.
+_FORMATTINGS = {
+    "alpaca": _SHARED
+    | {"prompt": "instruction", "query": "input", "response": "output", "history": "history"},
+    "sharegpt": _SHARED | {"messages": "conversations"},
+    "openai": _SHARED | {"messages": "messages"},
+}
+# The names that a turn's fields and calls may have, and the roles that the others must be read as.
+_TAGS = ("from", "role", "value", "content", *CALLING)
+_ROLE_TAGS = {"user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool"}
+
+
+def resolved(source: SourceConfig) -> SourceConfig:
+    """Return the source that an entry of a `dataset_info.json` describes; any other source unchanged.
+
+    `path` is the folder with a dataset_info.json, or this file, and `name` the entry. Raises ConfigError: the
+    file or the entry cannot be read, or has no meaning here.
+    """
+    local = Path(source.path).expanduser()
+    file = local if local.name == _FILE else local / _FILE
+    is_described = "://" not in source.path and file.is_file() and not is_saved(file.parent)
+    if not is_described or (source.name is None and file != local):
+        return source
+    try:
+        content = parse_json(file.read_bytes())
+    except ValueError:
+        content = None
+    entries = content if isinstance(content, dict) else {}
+    if not isinstance(entries.get(source.name), dict):
+        raise ConfigError(
+            f"{_FILE} has no such entry",
+            where=f"name of {source.path}",
+            got=str(source.name),
+            expected=", ".join(sorted(entries)) or "a JSON object of entries",
+            remedy=f"write {{path: {source.path}, name: ENTRY}}, or set path to a data file and its columns",
+        )
+    try:
+        return _described(source, file.parent, entries[source.name])
+    except (TypeError, ValueError) as fault:
+        raise ConfigError(
+            f"the entry of {_FILE} cannot be read",
+            where=f"{source.name} in {file}",
+            got=" ".join(str(fault).split()),
+            expected="what docs/data.md lists",
+            remedy="correct the entry, or set path to its file and columns or reader of the source",
+        ) from fault
+
+
+def _described(source: SourceConfig, folder: Path, entry: Fields) -> SourceConfig:
+    """Return the source that an entry describes, with the weight and limit of `source`."""
+    entry = {key: value for key, value in entry.items() if value is not None}
+    formatting = entry.get("formatting", "alpaca")
+    field_of = _FORMATTINGS.get(formatting, {})
+    named, tags = (
+        {name: value for name, value in dict(entry.get(key, {})).items() if value}
+        for key in ("columns", "tags")
+    )
+    keys = ("format", "columns", "split", "data_dir", "revision")
+    faults = [f"{key} of the source" for key in keys if getattr(source, key) not in (None, DataFormat.auto)]
+    faults += [] if field_of else [f"formatting {formatting}"]
+    faults += [key for key in entry if key not in _KEYS]
+    faults += [f"column {name}" for name in named if name not in field_of]
+    faults += [
+        f"{tag} {name}"
+        for tag, name in tags.items()
+        if name not in _TAGS and ROLES.get(name, name) != _ROLE_TAGS.get(tag, "system")
+    ]
+    faults += [] if entry.get("ranking") else [f'{s} without "ranking": true' for s in _SIDES if s in named]
+    faults += [] if any(map(entry.get, _LOCATIONS)) else ["no file_name or hf_hub_url"]
+    if faults:
+        raise ValueError(", ".join(faults))
+    columns: dict[str, str | None] | None = None
+    if named:  # as in LLaMA-Factory, no other column is read
+        columns = {**{field_of[name]: column for name, column in named.items()}, OTHERS: None}
+    elif entry.get("ranking") is False:
+        columns = dict.fromkeys(_SIDES)
+    limits = [limit for limit in (source.limit, entry.get("num_samples")) if limit is not None]
+    described = replace(
+        source, name=None, columns=columns, limit=min(limits, default=None), split=entry.get("split")
+    )
+    if hub := entry.get("hf_hub_url"):
+        subset, data_dir, revision = map(entry.get, ("subset", "folder", "revision"))
+        return replace(described, path=hub, name=subset, data_dir=data_dir, revision=revision)
+    # LLaMA-Factory gives every local file the split train.
+    split = None if described.split == "train" else described.split
+    return replace(described, path=str(folder / entry["file_name"]), split=split)

@@ -1,0 +1,142 @@
+"""What a record has beside its responses: system text, history, tools; the fields that are not read."""
+
+import itertools
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from dpo_dist.config.losses import NUMBERS
+from dpo_dist.data.read.columns import OTHERS, VOTES
+from dpo_dist.data.read.layouts import LABEL_FIELDS, PAIR_SCORE_FIELDS, QUESTIONS, Content, ends_with_response
+from dpo_dist.data.read.messages import CONVERSATIONS, MEDIA, TOOLS, is_messages, messages_of, unread_error
+from dpo_dist.data.read.values import from_json, has_value, number_of, without_nulls
+from dpo_dist.data.records import Dialogue, Message, Messages, Prompt, UnusableRecordError, turns_of
+from dpo_dist.foundation.types import Fields
+
+_SYSTEMS = ("system", "system_prompt")
+_ARGUMENTS = "chat_template_kwargs"
+# Parts of the question in some datasets: they must be in the prompt. No format adds `context` to it.
+_QUESTION_FIELDS = ("instruction", *QUESTIONS, "context")
+# A chat template renders these or a model sees them, and no format reads them.
+_UNREAD = ("documents", *MEDIA, *(f"{side}_{name}" for side in ("chosen", "rejected") for name in MEDIA))
+# Perhaps weights of a record in the loss; a value other than 1 is not read.
+_UNREAD_WEIGHTS = ("weight", "sample_weight")
+# Tools of one side: both are rendered with those of the record.
+_TOOLS_OF_SIDES = ("chosen_tools", "rejected_tools")
+# Fields of which each value is read, or drops its record; and `provenance`: how `pairs` made it.
+_READ = {"prompt", *_QUESTION_FIELDS, *CONVERSATIONS, "conversation", *_SYSTEMS, "history", _ARGUMENTS}
+_READ |= {"enable_thinking", *TOOLS, *_TOOLS_OF_SIDES, *_UNREAD, *_UNREAD_WEIGHTS, *NUMBERS, *VOTES}
+_READ |= {"provenance"}
+
+
+def with_context(
+    prompt: Prompt, record: Fields, responses: Collection[str], *, is_plain: bool
+) -> tuple[Prompt, tuple[Fields, ...], Fields]:
+    """Return the prompt after the record's system text and `history`, its tools and template arguments.
+
+    A text prompt becomes a user's turn if the record has any of them, unless the configured format says that
+    it `is_plain`. `responses` are the names of the fields that were read. Raises UnusableRecordError:
+    `unread_content` with the names of fields that would be lost, or `invalid_tools`.
+    """
+    is_dialogue = isinstance(prompt, Dialogue)
+    messages = turns_of(prompt, "user")
+    unread = [name for name in _UNREAD if has_value(record.get(name))]
+    # Also false: it belongs into the arguments of the template.
+    unread += ["enable_thinking"] if record.get("enable_thinking") not in (None, "") else []
+    weights = [w for w in _UNREAD_WEIGHTS if record.get(w) not in (None, "") and number_of(record[w]) != 1]
+    given = [name for name in (*TOOLS, _ARGUMENTS) if has_value(record.get(name))]
+    turns: list[Message] = []
+    if is_plain or is_dialogue:
+        unread += [*given, *(name for name in (*_SYSTEMS, "history") if has_value(record.get(name)))]
+    else:
+        unread += TOOLS[1:] if set(TOOLS) <= set(given) else ()
+        unread += _add_turns_before(turns, record, messages)
+    # A dialogue is read from the responses alone; a conversation may repeat the prompt or a response.
+    conversations = (*CONVERSATIONS, "conversation")
+    for name in (*_QUESTION_FIELDS, *(["prompt"] if is_dialogue else []), *conversations):
+        is_response = name in conversations and (name in responses or ends_with_response(record.get(name)))
+        if not is_response and _is_outside(record.get(name), prompt):
+            unread.append(name)
+    if unread or weights:
+        remedy = f"; of the loss: columns: {{loss_weight: {weights[0]}}}" if weights else ""
+        unread = [*unread, *weights]
+        raise unread_error(f"fields: {', '.join(unread)}{remedy}", unread)
+    sides = [name for name in _TOOLS_OF_SIDES if name in record and has_value(record[name])]
+    if not turns and not given and not sides:
+        return prompt, (), {}
+    tools = next((_tools(record[name]) for name in TOOLS if name in given), ())
+    if differing := [name for name in sides if _tools(record[name]) != tools]:
+        raise unread_error(f"fields: {', '.join(differing)}, other than tools", differing)
+    return (*turns, *messages), tools, _arguments(record)
+
+
+def _add_turns_before(turns: list[Message], record: Fields, prompt: Messages) -> list[str]:
+    """Add the turns of a record's system text and history to `turns`; return the ambiguous fields."""
+    unread = []
+    for name in _SYSTEMS:
+        text, first = record.get(name), [*turns, *prompt][:1]
+        if not has_value(text):
+            continue
+        if isinstance(text, str) and (not first or first[0].role != "system"):
+            turns.append(Message("system", text))
+        elif not isinstance(text, str) or first[0].content.strip() != text.strip():
+            unread.append(name)
+    history = from_json(record.get("history"))
+    if not has_value(history):
+        return unread
+    if isinstance(history, list) and all(
+        isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in history
+    ):
+        roles = itertools.cycle(("user", "assistant"))
+        turns += [Message(role, text) for role, text in zip(roles, itertools.chain(*history), strict=False)]
+    elif is_messages(history):
+        turns += messages_of(history, role="user")
+    else:
+        unread.append("history")
+    return unread if [turn.role for turn in prompt] == ["user"] else [*dict.fromkeys([*unread, "history"])]
+
+
+def _tools(value: Any) -> tuple[Fields, ...]:
+    """Return definitions of tools, each as `{type: function, function: {name, ...}}` if it has a name."""
+    spelled = from_json(without_nulls(value))
+    tools = list(map(from_json, spelled)) if isinstance(spelled, list) else [spelled]
+    for tool in tools:
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name", ""), str):
+            raise UnusableRecordError("invalid_tools", "a tool or its name is no JSON of that kind")
+    return tuple(
+        {"type": "function", "function": tool} if "name" in tool and "function" not in tool else tool
+        for tool in tools
+    )
+
+
+def _arguments(record: Fields) -> Fields:
+    """Return the arguments of the chat template, an object that may be spelled in JSON."""
+    value = record.get(_ARGUMENTS)
+    arguments = from_json(without_nulls(value)) if has_value(value) else {}
+    if not isinstance(arguments, Mapping) or not all(isinstance(name, str) for name in arguments):
+        raise UnusableRecordError("unread_content", f"{_ARGUMENTS} is not an object", (_ARGUMENTS,))
+    return arguments
+
+
+def _is_outside(value: Any, prompt: Prompt) -> bool:
+    """Return whether a field has a value that is not part of the prompt."""
+    if not has_value(value):
+        return False
+    whole = [turn.content for turn in turns_of(prompt, "user")]
+    whole += [prompt.text] if isinstance(prompt, Dialogue) else []
+    texts = [turn.content for turn in messages_of(value, role="user")] if is_messages(value) else [value]
+    return not all(isinstance(text, str) and any(text.strip() in part for part in whole) for text in texts)
+
+
+def unread_fields(record: Fields, content: Content) -> tuple[str, ...]:
+    """Return the names of fields with a value of which nothing was read."""
+    scores: tuple[str, ...] = ()
+    if content.scores is not None and content.field:
+        scores = ("scores",)
+    elif content.scores is not None:
+        scores = PAIR_SCORE_FIELDS if len(content.responses) == 2 else LABEL_FIELDS
+    read = _READ.union(content.responses, [content.field], scores)
+    names = tuple(name for name in record if name not in read and has_value(record[name]))
+    if not isinstance(left_out := record.get(OTHERS), tuple):  # else a column of this name
+        return names
+    return (*(name for name in names if name != OTHERS), *left_out)

@@ -1,0 +1,321 @@
+"""Read the records of a file: JSON lines, JSON, CSV, TSV or Parquet; write records as JSON lines."""
+
+import codecs
+import csv
+import io
+import itertools
+import json
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow
+import pyarrow.parquet
+
+from dpo_dist.data.read.values import BAD, GOOD, NOT_UTF8, parse_json, without_nulls
+from dpo_dist.data.records import MAX_RECORD_BYTES, BadRecord, Origin, RawRecord, shown_key
+from dpo_dist.foundation.errors import ConfigError, DataError, first_line
+from dpo_dist.foundation.files import text_digest, write_text
+
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+_COMPRESSED_KINDS = (".jsonl", ".json", *_SEPARATORS)
+_KINDS = (*_COMPRESSED_KINDS, ".parquet")
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_BLOCK_BYTES = 2**20
+_BATCH_RECORDS = 64
+# For each line between records: reading many empty ones takes minutes.
+_LINE_BYTES = 64
+# More than this expansion is no text that was compressed.
+_MAX_EXPANSION = 100
+_ARGUMENTS = ("arguments", "parameters")
+SUFFIXES = (*_KINDS, *_COMPRESSIONS)
+_EXTENSION = b"ARROW:extension:name"
+
+
+def file_kind(file: Path) -> str | None:
+    """Return a file's extension before the one of its compression; None if it cannot be read."""
+    if file.suffix in _COMPRESSIONS:
+        inner = Path(file.stem).suffix
+        return inner if inner in _COMPRESSED_KINDS else None
+    return file.suffix if file.suffix in _KINDS else None
+
+
+def check_kind(file: Path, path: str) -> None:
+    """Check that files of this kind can be read; `path`: of the source. Raises DataError."""
+    if file_kind(file) is None:
+        raise DataError(
+            "this kind of file cannot be read",
+            where=path,
+            got=file.suffix or "a name without an extension",
+            expected=f"{', '.join(_KINDS)}; {', '.join(_COMPRESSED_KINDS)} also as .gz or .zst",
+            remedy="save a table as .csv (Excel: CSV UTF-8)"
+            if file.suffix in (".xlsx", ".xls", ".ods")
+            else "convert, unpack or rename the file; one with a JSON object per line is a .jsonl",
+        )
+
+
+def read_file(file: Path, path: str) -> Iterator[RawRecord]:
+    """Yield the records of a file, or why they cannot be read, in its order; only a .json is read whole.
+
+    Their origin is `path` with the 1-based line of their start, in .parquet and .json their number.
+    Raises DataError: the file cannot be read.
+    """
+    try:
+        match file_kind(file):
+            case ".jsonl":
+                values = _lines(_opened(file, path))
+            case ".json":
+                limit = max(MAX_RECORD_BYTES, _MAX_EXPANSION * file.stat().st_size)
+                blocks = iter(partial(_opened(file, path).read, _BLOCK_BYTES), b"")
+                content = b"".join(itertools.islice(blocks, limit // _BLOCK_BYTES + 2))
+                if len(content) > limit:
+                    raise ValueError(f"the file expands to more than {limit:,} bytes")
+                elements = parse_json(content)
+                if not isinstance(elements, list):
+                    raise ValueError("the JSON file is not an array")
+                values = enumerate(elements, start=1)
+            case ".csv" | ".tsv" as kind:
+                values = _table_lines(_opened(file, path), path, _SEPARATORS[kind])
+            case _:
+                values = enumerate(_parquet_rows(file), start=1)
+        yield from numbered_records(values, path)
+    except (OSError, ValueError, pyarrow.ArrowException, csv.Error) as fault:
+        raise DataError(
+            "the file cannot be read to its end",
+            where=path,
+            # Some texts go on with an excerpt of the file, which is not shown.
+            got=first_line(fault).partition("\\n")[0].rstrip(),
+            expected="a whole file of the kind that its name says; a .json file is one array of objects",
+            remedy="if the file is damaged or incomplete, write or download it again; rename a file with one "
+            "object per line to .jsonl; save text of another encoding as UTF-8",
+        ) from fault
+
+
+def numbered_records(values: Iterable[tuple[int, Any]], path: str) -> Iterator[RawRecord]:
+    """Yield values with the number of their line as records; a ValueError says why there is none."""
+    for number, value in values:
+        origin = Origin(path, number)
+        if isinstance(value, Mapping):
+            yield value, origin
+        elif isinstance(value, ValueError):
+            yield BadRecord("unparsable", origin, str(value)), origin
+        else:
+            detail = f"a {type(value).__name__} instead of an object"
+            yield BadRecord("unparsable", origin, detail), origin
+
+
+def dataset_rows(dataset: Any) -> Iterator[Any]:
+    """Yield the rows of a `datasets.Dataset`, or of its stream, as they are stored."""
+    form = getattr(dataset, "format", None)  # a stream has none
+    if form and form["type"] == "custom":  # a transform of the user's
+        return map(_with_given_arguments, dataset)
+    # As stored: decoded, images need packages, and nulls in JSON are like those of tables.
+    columns = {"columns": form["columns"]} if form else {}
+    return _table_rows(dataset.with_format("arrow", **columns).iter(_BATCH_RECORDS))
+
+
+def _table_rows(tables: Iterable[Any]) -> Iterator[Any]:
+    """Yield the rows of Arrow tables as they were: JSON parsed, labels as words, arguments as given."""
+    for table in tables:
+        parsers = _json_parsers(table.schema) | _class_parsers(table.schema)
+        for row in map(_with_given_arguments, table.to_pylist()):
+            try:
+                yield _with_parsed_json(row, parsers) if parsers else row
+            except ValueError as fault:
+                yield ValueError(f"JSON in a column: {fault}")
+
+
+def _with_given_arguments(value: Any) -> Any:
+    """Return a value of a table without the nulls with which it fills the arguments of tool calls."""
+    if isinstance(value, Mapping):
+        return {
+            name: without_nulls(item) if name in _ARGUMENTS else _with_given_arguments(item)
+            for name, item in value.items()
+        }
+    return [_with_given_arguments(item) for item in value] if isinstance(value, list) else value
+
+
+def write_records(records: Iterable[Any], folder: Path, name: str) -> Path:
+    """Write records in memory to a .jsonl of `folder` that is named by its content, and return its path.
+
+    `name`: of the argument, for errors. Raises ConfigError: there are none, or one is not of JSON's types.
+    """
+    lines = list[str]()
+    is_dataset = hasattr(records, "with_format") and hasattr(records, "iter")
+    others = dataset_rows(records) if is_dataset else map(_with_given_arguments, records)
+    for record in records if isinstance(records, list) else others:
+        try:
+            lines.append(json.dumps(record) + "\n")
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ConfigError(
+                "a record cannot be written as JSON",
+                where=f"{name}[{len(lines)}]",
+                got=first_line(error),
+                remedy="convert its values, or leave out fields that no format reads",
+            ) from error
+    if not lines:
+        raise ConfigError("there are no records", where=name, got="0", remedy="give at least one")
+    text = "".join(lines)
+    file = folder / f"records-{text_digest(text)[:16]}.jsonl"
+    if not file.exists():
+        write_text(file, text)
+    return file
+
+
+def _opened(file: Path, path: str) -> io.BufferedReader:
+    """Open a file, uncompressed. Raises DataError: it is in UTF-16, with or without its mark."""
+    raw = pyarrow.input_stream(file, compression=_COMPRESSIONS.get(file.suffix))
+    stream = io.BufferedReader(raw, _BLOCK_BYTES)
+    start = stream.peek(2)[:2]
+    if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or start.count(0) == 1:
+        raise DataError(
+            "the file is in UTF-16, not in UTF-8",
+            where=path,
+            remedy="save it as UTF-8 (Excel: CSV UTF-8): iconv -f UTF-16 -t UTF-8 OLD > NEW",
+        )
+    return stream
+
+
+def _lines(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
+    # Lines of bytes end at newlines only, not at Unicode separators.
+    blank = 0
+    for number, line in enumerate(iter(partial(stream.readline, MAX_RECORD_BYTES + 1), b""), start=1):
+        blank = blank + len(line) + _LINE_BYTES if line.isspace() else 0
+        _check_size(max(blank, len(line)), number)
+        if not blank:
+            try:
+                value = parse_json(line)
+            except ValueError as fault:
+                value = fault
+            yield number, value
+
+
+def _check_size(size: int, line: int) -> None:
+    if size > MAX_RECORD_BYTES:
+        lines = MAX_RECORD_BYTES // _LINE_BYTES
+        raise ValueError(
+            f"line {line:,}: over {MAX_RECORD_BYTES:,} bytes, or {lines:,} lines, without the end of a record"
+        )
+
+
+def _table_lines(stream: BinaryIO, path: str, separator: str) -> Iterator[tuple[int, Any]]:
+    # Bytes that are not UTF-8 become lone surrogates, so that only their own record is bad.
+    text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
+    size, has_header = 0, False  # since the last record
+
+    def lines() -> Iterator[str]:
+        nonlocal size, has_header
+        for number, line in enumerate(iter(partial(text.readline, MAX_RECORD_BYTES + 1), ""), start=1):
+            if not has_header and line.strip():
+                _check_header(line, path, separator)
+                has_header = True
+            size += len(line) + _LINE_BYTES
+            _check_size(size, number)
+            yield line
+
+    csv.field_size_limit(MAX_RECORD_BYTES)
+    rows = csv.reader(lines(), delimiter=separator, strict=True)
+    header = next(filter(None, rows), [])
+    _check_columns(header)
+    line = rows.line_num + 1
+    for cells in rows:
+        if len(cells) > len(header):
+            yield line, ValueError(f"{len(cells)} cells for {len(header)} columns")
+        elif not _is_utf8("".join(cells)):
+            yield line, ValueError(NOT_UTF8)
+        elif cells:
+            yield line, dict(zip(header, cells, strict=False))
+        size = 0 if cells else size
+        line = rows.line_num + 1
+
+
+def _check_header(header: str, path: str, separator: str) -> None:
+    """Check the first line of a table. Raises DataError: it is not UTF-8, or has another separator."""
+    if not _is_utf8(header):
+        raise DataError(
+            "the table is not in UTF-8",
+            where=path,
+            got="other bytes in its header",
+            remedy="save it as UTF-8 (Excel: CSV UTF-8; of Windows: iconv -f CP1252 -t UTF-8 OLD > NEW)",
+        )
+    other = next((other for other in "\t;|," if other in header), None)
+    if other and separator not in header:
+        kinds = {known: kind for kind, known in _SEPARATORS.items()}
+        new = Path(path).with_name(f"{Path(path).name.partition('.')[0]}_commas.csv")
+        read = (
+            f"pandas.read_csv({json.dumps(path)}, sep={json.dumps(other)}, dtype=str, keep_default_na=False)"
+        )
+        code = shlex.quote(f"import pandas; {read}.to_csv({json.dumps(str(new))}, index=False)")
+        write = f"python -c {code} writes commas; then read {new}"
+        raise DataError(
+            f"the columns of the table are not separated by {separator!r}",
+            where=path,
+            got=f"a header with {other!r}",
+            expected=", ".join(f"{known!r} in a {kind}" for known, kind in kinds.items()),
+            remedy=f"rename the file to {kinds[other]}" if other in kinds else write,
+        )
+
+
+def _is_utf8(text: str) -> bool:
+    """Return whether a text has no bytes that are not UTF-8, as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_columns(names: list[str]) -> None:
+    if len(set(names)) < len(names):
+        raise ValueError(f"two columns have the same name: {', '.join(map(shown_key, names))}")
+
+
+def _parquet_rows(file: Path) -> Iterator[Any]:
+    # Buffered: else a whole column of a row group is loaded at once.
+    table = pyarrow.parquet.ParquetFile(file, buffer_size=_BLOCK_BYTES, pre_buffer=False)
+    _check_columns(table.schema_arrow.names)
+    yield from _table_rows(table.iter_batches(batch_size=_BATCH_RECORDS))
+
+
+def _json_parsers(fields: Iterable[pyarrow.Field]) -> dict[str, Callable[[Any], Any]]:
+    """Return by name what parses the values of Arrow fields that store JSON as text, perhaps deep inside.
+
+    Arrow's own type of such texts is that of values of mixed types in `datasets`.
+    """
+    return {field.name: parse for field in fields if (parse := _json_parser(field)) is not None}
+
+
+def _json_parser(field: pyarrow.Field) -> Callable[[Any], Any] | None:
+    kind = field.type
+    # A type that pyarrow does not know is that of its storage, and the field has its name.
+    name = getattr(kind, "extension_name", "") or (field.metadata or {}).get(_EXTENSION, b"").decode()
+    if name.endswith("json"):  # "arrow.json", "google:sqlType:json"
+        return lambda text: None if text is None else parse_json(text)
+    parsers = _json_parsers(map(kind.field, range(kind.num_fields)))
+    if not parsers or pyarrow.types.is_map(kind):
+        return None
+    if pyarrow.types.is_struct(kind):
+        return partial(_with_parsed_json, parsers=parsers)
+    [parse] = parsers.values()
+    return lambda items: items and list(map(parse, items))
+
+
+def _with_parsed_json(fields: Any, parsers: Mapping[str, Callable[[Any], Any]]) -> Any:
+    """Return an object, or None, with the values of `_json_parsers`. Raises ValueError: one is no JSON."""
+    if not fields:
+        return fields
+    return {name: parsers[name](value) if name in parsers else value for name, value in fields.items()}
+
+
+def _class_parsers(schema: pyarrow.Schema) -> dict[str, Callable[[Any], Any]]:
+    """Return by name what gives the words of labels that `datasets` stores as numbers, in any order."""
+    known = {*GOOD, *BAD}
+    try:
+        features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        given = {name: feature["names"] for name, feature in features.items() if "names" in feature}
+        words = {name: dict(enumerate(of)) for name, of in given.items() if known & {*map(str.lower, of)}}
+    except (KeyError, TypeError, AttributeError, ValueError):  # a stranger's text, of another kind
+        return {}
+    return {name: numbered.get for name, numbered in words.items()}

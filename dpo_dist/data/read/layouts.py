@@ -1,0 +1,259 @@
+"""Layouts of records: where the prompt and the responses are of a pair, a ranking or a single response."""
+
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from dpo_dist.data.read.messages import (
+    CONVERSATIONS,
+    check_no_media,
+    has_more,
+    is_messages,
+    role_of,
+    spelled_messages,
+)
+from dpo_dist.data.read.values import BAD, GOOD, finite_numbers, from_json, has_value
+from dpo_dist.data.records import FIRST_TURN, UnusableRecordError
+from dpo_dist.foundation.types import Fields
+
+
+class Content(NamedTuple):
+    """The prompt and the responses of a record, with values as in the source.
+
+    `prompt` is None if the responses contain it. `responses` are text or messages each, best first, by the
+    names that errors use, `scores` finite. `field` has the responses, if they are a list.
+    """
+
+    prompt: Any
+    responses: Fields
+    scores: tuple[float, ...] | None = None
+    field: str | None = None
+
+
+# A question in these fields is a user's turn.
+QUESTIONS = ("question", "query", "input")
+
+
+def prompt_of(record: Fields, responses: Iterable[Any]) -> Any:
+    """Return a record's prompt: text or messages; None without one, or if responses are conversations."""
+    if record.get("prompt") is not None or any(map(is_conversation, responses)):
+        return record.get("prompt")
+    for turns in map(record.get, CONVERSATIONS):
+        if turns is not None and not ends_with_response(turns):
+            return _asked(turns)
+    if has_value(record.get("instruction")):
+        parts = [record["instruction"], record.get("input")]
+        return _asked("\n".join(part for part in parts if isinstance(part, str) and part))
+    question = next((record[name] for name in QUESTIONS if has_value(record.get(name))), None)
+    return question if question is None or is_messages(question) else [{"role": "user", "content": question}]
+
+
+def _asked(turns: Any) -> Any:
+    return [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
+
+
+def is_conversation(response: Any) -> bool:
+    """Return whether a response includes the turns before it, as messages or as an HH dialogue."""
+    if isinstance(response, str):
+        return response.startswith(FIRST_TURN)
+    is_list = isinstance(response, list) and bool(response) and is_messages(response)
+    return is_list and not ends_with_response(response[:1])
+
+
+def ends_with_response(turns: Any) -> bool:
+    """Return whether the last of a list of messages is the assistant's."""
+    return isinstance(turns, list) and bool(turns) and role_of(turns[-1]) == "assistant"
+
+
+# Pairs: the names of the chosen and the rejected side.
+_PAIRS = (
+    ("chosen", "rejected"),
+    ("chosen_messages", "rejected_messages"),
+    ("response_chosen", "response_rejected"),
+    ("chosen_response", "rejected_response"),
+    ("response", "rejected_response"),
+    ("messages", "rejected_messages"),
+    ("messages", "rejected_response"),
+)
+# Fields of other kinds of records too: by themselves they are no pair.
+_SHARED_NAMES = ("messages", "response")
+SIDE_NAMES = tuple(dict.fromkeys(name for names in _PAIRS for name in names if name not in _SHARED_NAMES))
+_PAIR_SCORES = (
+    ("score_chosen", "score_rejected"),
+    # Read only if both sides have a score: some datasets score the chosen side only.
+    ("chosen_score", "rejected_score"),
+    ("rating_chosen", "rating_rejected"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
+)
+PAIR_SCORE_FIELDS = (*itertools.chain(*_PAIR_SCORES), "metadata")
+
+
+def _sides(record: Fields) -> tuple[str, str] | None:
+    """Return the names of the first complete pair of a record, else of the first with a side."""
+    given = [
+        (chosen, rejected)
+        for chosen, rejected in _PAIRS
+        if record.get(rejected) is not None
+        or (record.get(chosen) is not None and (chosen not in _SHARED_NAMES or rejected in record))
+    ]
+    complete = [names for names in given if None not in map(record.get, names)]
+    return next(iter([*complete, *given]), None)
+
+
+def has_pair(record: Fields) -> bool:
+    """Return whether a record has a side of a pair, or the field of a rejected side beside a chosen one."""
+    return _sides(record) is not None
+
+
+def pair(record: Fields) -> Content:
+    """Return the two sides of a pair, and their scores from the record or its metadata."""
+    chosen, rejected = names = _sides(record) or _PAIRS[0]
+    for name in names:
+        if record.get(name) is None:
+            raise UnusableRecordError("missing_field", name)
+    scores = _pair_scores(record)
+    sides = {name: record[name] for name in names}
+    if chosen == "messages" and not is_conversation(record[rejected]):
+        # The other response to the same question as the last message.
+        turns = record[chosen]
+        if not ends_with_response(turns):
+            raise UnusableRecordError("not_one_answer", "messages does not end with an assistant message")
+        return Content(turns[:-1], sides | {chosen: turns[-1]}, scores)
+    return Content(prompt_of(record, sides.values()), sides, scores)
+
+
+def _pair_scores(record: Fields) -> tuple[float, ...] | None:
+    metadata = from_json(record.get("metadata"))
+    places = [record, metadata] if isinstance(metadata, Mapping) else [record]
+    for fields, names in itertools.product(places, _PAIR_SCORES):
+        scores = [None if fields.get(name) == "" else fields.get(name) for name in names]
+        if None not in scores or (names == _PAIR_SCORES[0] and scores != [None, None]):
+            return finite_numbers(scores)
+    return None
+
+
+# Rankings.
+LISTS = ("responses", "completions", "output")
+_TEXTS = ("content", "text", "response", "answer")
+_SCORES = ("score", "fine-grained_score", "overall_score", "rating", "reward")
+# An order beside the list that no format reads.
+_ORDERS = ("rank", "ranks", "reward", "rewards", "rating", "ratings", "label", "labels", "choice")
+
+
+def has_ranking(record: Fields) -> bool:
+    """Return whether a record has a list of responses."""
+    return any(isinstance(record.get(name), list) for name in LISTS)
+
+
+def ranking(record: Fields) -> Content:
+    """Return a list of responses: best first as given, or sorted by the score inside each of them."""
+    lists = [name for name in LISTS if record.get(name) is not None]
+    if not lists:
+        raise UnusableRecordError("missing_field", "responses")
+    name = next((name for name in lists if isinstance(record[name], list)), lists[0])
+    items = record[name]
+    if not isinstance(items, list):
+        raise UnusableRecordError("unknown_format", f"{name} is not a list")
+    if len(items) < 2:
+        raise UnusableRecordError("no_ranking", f"{name} has {len(items)}, not at least 2")
+    check_no_media([item for item in items if isinstance(item, Mapping)])
+    responses, scores = _sorted(items, from_json(record.get("scores")))
+    if any(response is None for response in responses):
+        raise UnusableRecordError("missing_field", f"a response in {name}")
+    if scores is not None and scores[0] == scores[-1]:
+        raise UnusableRecordError("all_tied", f"all scores are {scores[0]:g}")
+    unread = [field for field in _ORDERS if has_value(record.get(field))]
+    if scores is None and unread:
+        detail = f"an order of the responses in {', '.join(unread)}; write `scores`: higher is better"
+        raise UnusableRecordError("unread_content", detail, tuple(unread))
+    by_rank = {f"rank {rank}": spelled_messages(text) for rank, text in enumerate(responses, start=1)}
+    return Content(prompt_of(record, by_rank.values()), by_rank, scores, name)
+
+
+def _sorted(items: list[Any], scores: Any) -> tuple[list[Any], tuple[float, ...] | None]:
+    """Return the responses, best first, and their scores: those inside of them, or `scores`."""
+    inside = [_own_score(item) if isinstance(item, Mapping) else None for item in items]
+    if any(score is not None for score in inside):
+        numbers = finite_numbers(inside)
+        if scores is not None and finite_numbers(scores) != numbers:
+            raise UnusableRecordError("invalid_scores", "two different scores of a response")
+        best_first = sorted(zip(numbers, items, strict=True), key=lambda scored: -scored[0])
+        texts = [
+            # The whole message if it has tool calls or thoughts.
+            {"role": "assistant", **item, "content": text} if has_more(item) else text
+            for _, item in best_first
+            for text in [_first(item, _TEXTS)]
+        ]
+        return texts, tuple(number for number, _ in best_first)
+    if scores is None:
+        return items, None
+    numbers = finite_numbers(scores)
+    if len(numbers) != len(items) or any(low < high for low, high in itertools.pairwise(numbers)):
+        raise UnusableRecordError("invalid_scores", "not one score for each response, best first")
+    return items, numbers
+
+
+def _own_score(response: Fields) -> Any:
+    """Return the score inside a response; a rank without a score, 1 for the best, is a negative score."""
+    score, rank = _first(response, _SCORES), response.get("rank")
+    return -finite_numbers([rank])[0] if score is None and rank is not None else score
+
+
+def _first(fields: Fields, names: Iterable[str]) -> Any:
+    return next((fields[name] for name in names if fields.get(name) is not None), None)
+
+
+LABEL_FIELDS = ("label", "kto_tag")
+
+
+def is_labelled(record: Fields) -> bool:
+    """Return whether a record is a single response with a good/bad label, as for KTO."""
+    return bool(_labels_of(record)) and not has_pair(record) and not has_ranking(record)
+
+
+def _labels_of(record: Fields) -> set[float]:
+    """Return the different labels of a record: 1 for good, 0 for bad."""
+    words = {str(record.get(name)).strip().lower() for name in LABEL_FIELDS}
+    return {float(word in GOOD) for word in words.intersection(GOOD + BAD)}
+
+
+def is_response(record: Fields, name: str) -> bool:
+    """Return whether a field has a response or several."""
+    value = record.get(name)
+    if name in CONVERSATIONS:
+        return ends_with_response(value)
+    if name == "output" and isinstance(value, str):
+        return record.get("instruction") is not None
+    return isinstance(value, list) if name in LISTS else value is not None
+
+
+def has_completion(record: Fields) -> bool:
+    """Return whether a record has a single response."""
+    has_field = any(record.get(name) is not None for name in ("completion", *CONVERSATIONS))
+    return has_field or is_response(record, "output")
+
+
+def completion(record: Fields) -> Content:
+    """Return the one response: `completion`, the end of a conversation, `output`, or `chosen`.
+
+    A label, if the record has one, is its score: 1 for good, 0 for bad.
+    """
+    labels = _labels_of(record) if is_labelled(record) else set[float]()
+    if len(labels) > 1:
+        raise UnusableRecordError("invalid_scores", "a good and a bad label")
+    for name in ("completion", *CONVERSATIONS, "output", "chosen"):
+        value = record.get(name)
+        if is_response(record, name) and not (name == "output" and isinstance(value, list)):
+            return Content(prompt_of(record, [value]), {name: value}, tuple(labels) or None)
+    if any(record.get(name) is not None for name in CONVERSATIONS):
+        raise UnusableRecordError("not_one_answer", "the messages do not end with the assistant's")
+    raise UnusableRecordError("missing_field", "completion or messages")
+
+
+def labelled(record: Fields) -> Content:
+    """Return the one response of a record, with its label as score."""
+    if not _labels_of(record):
+        known = f"{', '.join(GOOD)} or {', '.join(BAD)}"
+        raise UnusableRecordError("invalid_scores", f"{' or '.join(LABEL_FIELDS)} is none of {known}")
+    return completion(record)

@@ -1,0 +1,329 @@
+"""Read prompts and responses as text or messages: roles, tool calls, thoughts, ShareGPT's and HH's turns."""
+
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeAlias
+
+from dpo_dist.data.read.values import from_json, has_value
+from dpo_dist.data.records import (
+    FIRST_TURN,
+    LAST_TURN,
+    Dialogue,
+    Message,
+    Messages,
+    Prompt,
+    Response,
+    UnusableRecordError,
+)
+from dpo_dist.foundation.types import Fields
+
+CONVERSATIONS = ("conversations", "messages")
+TOOLS = ("tools", "functions")
+# Roles as other programs write them, and as chat templates do.
+ROLES = {
+    **dict.fromkeys(("human", "User", "Human"), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "Assistant"), "assistant"),
+    **dict.fromkeys(("observation", "tool_response", "function"), "tool"),
+}
+# In turns with these roles the content is a tool call, as JSON.
+CALLING = ("function_call", "tool_call")
+_PLAIN_ROLES = (*ROLES, "system", "developer", "user", "assistant", "tool")
+_ALL_ROLES = (*_PLAIN_ROLES, *CALLING)
+_THOUGHTS = {
+    "reasoning_content": "reasoning_content",
+    "reasoning": "reasoning_content",
+    "thinking": "thinking",
+}
+# The fields of a message that a text may spell alone; a response may be an object with more.
+_BARE_MESSAGES = ({"role", "content"}, {"from", "value"})
+_WEIGHTS = ("loss_weight", "loss", "weight", "loss_scale", "train", "training")
+# Weights of the parts of a turn, or of unclear sense.
+_UNREAD_WEIGHTS = ("mask", "train_detail", "training_detail")
+# Thoughts and calls of gpt-oss; a channel of another name is no part of a turn.
+_UNREAD_CHANNELS = ("analysis", "commentary")
+# The kinds of parts of a content.
+_PARTS = ("text", "reasoning", "thinking", "tool_call")
+MEDIA = ("images", "image", "audio", "audios", "video", "videos")
+
+
+def is_message(value: Any) -> bool:
+    """Return whether a value is an object with a role and a content, also as `from` and `value`."""
+    return isinstance(value, Mapping) and (
+        ("role" in value and bool({"content", "tool_calls", "function_call"} & value.keys()))
+        or {"from", "value"} <= value.keys()
+    )
+
+
+def role_of(value: Any) -> str | None:
+    """Return the role of a message; None for another value."""
+    role = value.get("role", value.get("from")) if is_message(value) else None
+    if not isinstance(role, str):
+        return None
+    return "assistant" if role in CALLING else ROLES.get(role, role)
+
+
+def is_messages(value: Any) -> bool:
+    """Return whether a value is one message or a list of messages, perhaps an empty one."""
+    return is_message(value) or (isinstance(value, list) and all(map(is_message, value)))
+
+
+def spelled_messages(value: Any) -> Any:
+    """Return the messages that a text spells as JSON; else `value`."""
+    spelled = from_json(value)
+    if not isinstance(value, str) or spelled is value:
+        return value
+    # A response may be an object that has a role.
+    messages = [spelled] if isinstance(spelled, Mapping) and set(spelled) in _BARE_MESSAGES else spelled
+    is_conversation = isinstance(messages, list) and bool(messages) and is_messages(messages)
+    roles = [message.get("role", message.get("from")) for message in messages] if is_conversation else [None]
+    return messages if all(role in _ALL_ROLES for role in roles) else value
+
+
+def nested_conversation(field: str, value: Any) -> dict[str, str]:
+    """Return the columns of the messages and tools in a field's object, perhaps in JSON; of others none."""
+    whole = from_json(value)
+    if not isinstance(whole, Mapping):
+        return {}
+    given = [name for name in CONVERSATIONS if (turns := from_json(whole.get(name))) and is_messages(turns)]
+    columns = {field: f"{field}.{given[0]}"} if given else {}
+    return columns | {name: f"{field}.{name}" for name in TOOLS if given and has_value(whole.get(name))}
+
+
+def messages_of(value: Any, role: str) -> Messages:
+    """Return messages from a list, one message, or a text, which gets the role `role`."""
+    if isinstance(value, str):
+        return (Message(role, value),)
+    if not is_messages(value):
+        raise UnusableRecordError("unknown_format", "not a list of messages with role and content")
+    messages = [value] if isinstance(value, Mapping) else value
+    return tuple(map(_read_message, messages))
+
+
+def has_more(fields: Fields) -> bool:
+    """Return whether a message has tool calls or thoughts beside its content."""
+    return any(has_value(fields.get(name)) for name in ("tool_calls", "function_call", *_THOUGHTS))
+
+
+def unread_error(detail: str, unread: Sequence[str]) -> UnusableRecordError:
+    """Return the error of a record with fields that no format reads; images and the like have their own."""
+    is_media = any(name.rpartition("_")[2] in MEDIA for name in unread)
+    return UnusableRecordError("media_not_read" if is_media else "unread_content", detail, tuple(unread))
+
+
+def check_no_media(messages: Sequence[Fields]) -> None:
+    """Check that no message has an image, audio, video, or a thought that is no text."""
+    for message in messages:
+        given = [name for name in (*MEDIA, *_THOUGHTS) if has_value(message.get(name))]
+        # Neither a flag nor an empty cell that became a number is a thought.
+        unread = tuple(name for name in given if name in MEDIA or isinstance(message[name], list | Mapping))
+        if unread:
+            raise unread_error(f"a message has {', '.join(unread)}", unread)
+
+
+def _read_message(fields: Fields) -> Message:
+    role, content = map(fields.get, ("role", "content") if "role" in fields else ("from", "value"))
+    if isinstance(role, str) and role in _PLAIN_ROLES and isinstance(content, str) and len(fields) == 2:
+        return Message(ROLES.get(role, role), content)  # most are so
+    check_no_media([fields])
+    if not isinstance(role, str) or ("role" not in fields and role not in _ALL_ROLES):
+        raise UnusableRecordError("unread_content", "a message has a role that is not read", ("role",))
+    if fields.get("channel") in _UNREAD_CHANNELS:
+        raise UnusableRecordError("unread_content", "a message has another channel than final", ("channel",))
+    calls: list[Fields] = []
+    if role in CALLING:
+        role, content, calls = "assistant", "", _tool_calls(content)
+    if content is None and has_more(fields):
+        content = ""
+    for name in ("tool_calls", "function_call"):
+        if has_value(fields.get(name)):
+            calls += _tool_calls(fields[name])
+    parts = list(_parts(content))
+    calls += itertools.chain.from_iterable(_tool_calls(call) for kind, call in parts if kind == "tool_call")
+    extra: dict[str, Any] = {}
+    if thoughts := [thought for kind, thought in parts if kind in ("reasoning", "thinking")]:
+        extra["reasoning_content"] = "".join(thoughts)
+    extra |= {kept: fields[name] for name, kept in _THOUGHTS.items() if isinstance(fields.get(name), str)}
+    extra |= {name: fields[name] for name in ("tool_call_id", "name") if has_value(fields.get(name))}
+    if calls:
+        extra["tool_calls"] = calls
+    text = "".join(text for kind, text in parts if kind == "text")
+    return Message(ROLES.get(role, role), text, extra, _is_trained(fields))
+
+
+def _parts(content: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the kind and the value of the parts of a content: text, a thought or a tool call."""
+    for part in content if isinstance(content, list) and content else [{"text": content}]:
+        fields = part if isinstance(part, Mapping) else {"text": part}
+        kind = fields.get("type", "text")
+        names = (kind, "text", "value") if kind in _PARTS else ()
+        value = next((fields[name] for name in names if fields.get(name) is not None), None)
+        if kind != "tool_call" and not isinstance(value, str):
+            media = [name for name in MEDIA if name in str(kind).split("_")]
+            detail = f"a message has content of type {str(kind)!r} that is no text"
+            raise unread_error(detail, media or ["content"])
+        yield kind, value
+
+
+def _tool_calls(value: Any) -> list[Fields]:
+    """Return a call or a list of calls, perhaps in JSON, as chat templates read them."""
+    spelled = from_json(value)
+    calls = [spelled] if isinstance(spelled, Mapping) else spelled
+    if not isinstance(calls, list) or not calls:
+        raise UnusableRecordError("invalid_tool_call", "a tool call is no JSON object and no list of them")
+    read: list[Fields] = []
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise UnusableRecordError("invalid_tool_call", "a tool call has no name of a function")
+        arguments = function.get("arguments", function.get("parameters"))
+        arguments = from_json(arguments) if has_value(arguments) else {}
+        if not isinstance(arguments, Mapping):
+            raise UnusableRecordError("invalid_tool_call", "the arguments of a call are not a JSON object")
+        kept = {"id": call["id"]} if has_value(call.get("id")) else {}
+        called = {"name": function["name"], "arguments": arguments}
+        read.append({**kept, "type": "function", "function": called})
+    return read
+
+
+def _is_trained(fields: Fields) -> bool | None:
+    """Return the weight of a message in the loss, 0 or 1, as a bool; None without one."""
+    given = {name: fields[name] for name in _WEIGHTS if fields.get(name) is not None}
+    unclear = [name for name in _UNREAD_WEIGHTS if fields.get(name) is not None]
+    unclear += [name for name, weight in given.items() if weight not in (0, 1)]
+    if unclear or len(set(map(bool, given.values()))) > 1:
+        unclear = unclear or list(given)
+        detail = f"a message has {', '.join(unclear)}; write loss_weight, 0 or 1"
+        raise UnusableRecordError("unread_content", detail, tuple(unclear))
+    return bool(next(iter(given.values()))) if given else None
+
+
+Reader: TypeAlias = Callable[[Any, Fields], tuple[Prompt, Sequence[Response]]]
+"""Reads a prompt (None: the responses contain it) and responses by name. May raise UnusableRecordError."""
+
+
+def reader_of(prompt: Any, responses: Fields) -> Reader | None:
+    """Return the reader for the types of the prompt and the responses; None if no reader fits."""
+    sides = list(responses.values())
+    if all(map(is_messages, sides)) or is_messages(prompt):
+        return read_messages
+    if not all(isinstance(side, str) for side in sides):
+        return None
+    dialogues = [_dialogue(side, prompt).startswith(FIRST_TURN) for side in sides]
+    if all(dialogues) or (prompt is None and any(dialogues)) or _is_open(prompt):
+        return read_hh
+    return read_text if isinstance(prompt, str) else None
+
+
+def read_text(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]:
+    """Return prompt and responses that are plain text."""
+    if prompt is None:
+        raise UnusableRecordError("missing_field", "prompt")
+    texts = [prompt, *responses.values()]
+    if not all(isinstance(text, str) for text in texts):
+        raise UnusableRecordError("unknown_format", f"prompt, {', '.join(responses)} must be text")
+    return texts[0], texts[1:]
+
+
+def read_implicit(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]:
+    """Split texts where they part: the prompt is the start that they share, as TRL's `extract_prompt`."""
+    texts = list(responses.values())
+    if prompt is not None or not all(isinstance(text, str) for text in texts):
+        raise UnusableRecordError("unknown_format", f"{', '.join(responses)} alone must be text")
+    # A response is at least a space and one character.
+    shared = os.path.commonprefix(texts)  # noqa: RUF071  (of characters)
+    end = min(len(shared), min(map(len, texts)) - 1)
+    end = max(end - (texts[0][max(end - 1, 0) : end] == " "), 0)
+    return texts[0][:end], [text[end:] for text in texts]
+
+
+def read_hh(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]:
+    """Split dialogues before their last response; the prompt is the part they share (arXiv:2204.05862)."""
+    start = prompt if _is_open(prompt) else ""
+    histories, texts = [], []
+    for name, side in responses.items():
+        dialogue = _dialogue(side, prompt) if isinstance(side, str) else ""
+        if start and isinstance(side, str) and not dialogue.startswith(FIRST_TURN):
+            dialogue = start + side
+        if not dialogue.startswith(FIRST_TURN):
+            raise UnusableRecordError("unknown_format", f"{name} does not start with a Human turn")
+        history, turn, text = dialogue.rpartition(LAST_TURN)
+        if not turn or FIRST_TURN in text:
+            raise UnusableRecordError("not_one_answer", f"{name} does not end with an Assistant turn")
+        histories.append(history + turn)
+        texts.append(text)
+    if len(set(histories)) > 1:
+        raise UnusableRecordError("history_differs", "the dialogues differ before their last response")
+    return Dialogue(histories[0]), texts
+
+
+def _dialogue(text: str, prompt: Any) -> str:
+    """Return a text, with the blank line before its first turn that is missing from some dialogues."""
+    start = prompt.strip() if _is_open(prompt) else FIRST_TURN.strip()
+    may_be = prompt is None or _is_open(prompt)  # else it may be a text about a dialogue
+    if may_be and LAST_TURN in text and text.lstrip().startswith(start):
+        return "\n\n" + text.lstrip()
+    return text
+
+
+def _is_open(prompt: Any) -> bool:
+    """Return whether a prompt is a dialogue that a response completes."""
+    return isinstance(prompt, str) and prompt.startswith(FIRST_TURN) and prompt.rstrip().endswith(LAST_TURN)
+
+
+def read_messages(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]:
+    """Return the messages that all sides share, and each side's messages after they part.
+
+    The prompt is a separate field, or the start of every side, or both.
+    """
+    sides = []
+    for name, value in responses.items():
+        side = messages_of(value, role="assistant")
+        if not side or side[-1].role != "assistant":
+            raise UnusableRecordError("not_one_answer", f"{name} does not end with an assistant message")
+        sides.append(side)
+    whole, given = _with_prompt(prompt, sides)
+    start = max(_parting(whole), given)
+    if any(side[start].role != "assistant" for side in whole):
+        raise UnusableRecordError("history_differs", "the responses follow different messages")
+    shared = tuple(replace(message, is_trained=None) for message in whole[0][:start])
+    return shared, [_response(side[start:]) for side in whole]
+
+
+def _with_prompt(given: Any, sides: list[Messages]) -> tuple[list[Messages], int]:
+    """Return each side with the prompt before it, and the number of turns of a prompt that must be kept."""
+    if given is None:
+        return sides, 0
+    prompt = messages_of(given, role="user")
+    size = len(prompt)
+    if all(len(side) > size and side[:size] == prompt for side in sides):
+        return sides, size
+    if all(side[0].role in ("assistant", "tool") for side in sides):
+        return [(*prompt, *side) for side in sides], size
+    # A question beside whole conversations repeats one of their turns.
+    shared = [message.content.strip() for message in sides[0][: _parting(sides)]]
+    if size == 1 and prompt[0].content.strip() in shared:
+        return sides, 0
+    raise UnusableRecordError("history_differs", "the prompt differs from the messages before the responses")
+
+
+def _parting(sides: list[Messages]) -> int:
+    """Return the number of first turns that all sides share, so that each has a turn left.
+
+    A single side parts before its last turn, or before the first that its data weigh in the loss.
+    """
+    limit = min(map(len, sides)) - 1
+    if len(sides) == 1:
+        trained = (at for at, turn in enumerate(sides[0]) if turn.is_trained and turn.role == "assistant")
+        return next(trained, limit)
+    turns = enumerate(zip(*sides, strict=False))
+    different = (at for at, same in turns if any(turn != same[0] for turn in same))
+    return min(next(different, limit), limit)
+
+
+def _response(turns: Messages) -> Response:
+    """Return the turns after a prompt; the content alone if it is all there is to one assistant turn."""
+    if all(turn.is_trained is False for turn in turns if turn.role == "assistant"):
+        raise UnusableRecordError("untrained_response", "no turn of a response has a weight in the loss")
+    return turns[0].content if len(turns) == 1 and not turns[0].fields else turns

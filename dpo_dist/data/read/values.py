@@ -1,0 +1,83 @@
+"""Values of fields: JSON, also where a text spells it, without the nulls of tables; numbers; empty values."""
+
+import ast
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dpo_dist.data.records import UnusableRecordError
+
+_EMPTY_TEXTS = ("", "[]", "{}", "null")
+GOOD = ("1", "1.0", "true", "good", "chosen", "desirable")
+BAD = ("0", "0.0", "-1", "-1.0", "false", "bad", "rejected", "undesirable")
+"""Labels of single responses, in lower case."""
+NOT_UTF8 = "not UTF-8"
+
+
+def parse_json(content: bytes | str) -> Any:
+    """Parse JSON in UTF-8. Raises ValueError, which does not quote it: also if a key is there twice."""
+    try:
+        return _JSON.decode(content if isinstance(content, str) else content.decode("utf-8-sig"))
+    except UnicodeDecodeError as fault:
+        raise ValueError(NOT_UTF8) from fault
+    except RecursionError as fault:
+        raise ValueError("nested too deeply") from fault
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("an object has a key twice")
+    return fields
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_without_duplicates)
+
+
+def from_json(value: Any) -> Any:
+    """Return the list or object that a text spells in JSON, or as Python prints it; else `value`."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
+    try:
+        return _JSON.decode(value)
+    except (ValueError, RecursionError):
+        pass
+    is_printed = value.lstrip().startswith(("[{'", "{'"))
+    try:
+        return ast.literal_eval(value.strip()) if is_printed else value
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return value
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a value without the null fields of objects, with which tables fill what an object lacks."""
+    if isinstance(value, Mapping):
+        return {name: without_nulls(item) for name, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def has_value(value: Any) -> bool:
+    """Return whether a field has content: not an empty text, list or object, also in JSON, and not false."""
+    if isinstance(value, str):
+        return value.strip() not in _EMPTY_TEXTS
+    if isinstance(value, list | tuple | Mapping):
+        return len(value) > 0
+    return value is not None and value is not False
+
+
+def finite_numbers(values: Iterable[Any]) -> tuple[float, ...]:
+    """Return the values as finite numbers. Raises UnusableRecordError if any is not."""
+    given = values if isinstance(values, Iterable) and not isinstance(values, str | Mapping) else ()
+    numbers = tuple(math.nan if isinstance(value, bool) else number_of(value) for value in given)
+    if not numbers or not all(map(math.isfinite, numbers)):
+        raise UnusableRecordError("invalid_scores", "a score is missing or is no finite number")
+    return numbers
+
+
+def number_of(value: Any) -> float:
+    """Return a number, perhaps written as text; nan for anything else."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan

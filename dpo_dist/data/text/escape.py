@@ -1,0 +1,278 @@
+"""Escaped texts: control tokens that data spell stay text; their encoding as token ids."""
+
+import copy
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import tokenizers
+
+from dpo_dist.data.records import Tokenizer, UnusableRecordError
+from dpo_dist.foundation.errors import ConfigError
+
+THOUGHT_TAGS = ("<think>", "</think>")
+
+# A Unicode noncharacter, never part of interchanged text: it delimits marks.
+RESERVED_CHARACTER = "\ufdd0"
+
+_LITERAL = f"{RESERVED_CHARACTER}literal(\\d+){RESERVED_CHARACTER}"
+_ESCAPED_CHARACTER = "\\ufdd0"
+_BEFORE = f"{RESERVED_CHARACTER}before{RESERVED_CHARACTER}"
+_AFTER = f"{RESERVED_CHARACTER}after{RESERVED_CHARACTER}"
+
+
+def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern that matches any of `tokens`, preferring the longest."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, reverse=True))) or r"(?!)")
+
+
+_Piece: TypeAlias = tuple[int, int, bool]
+"""A piece's start in the changed and in the original text; whether it is the same in both."""
+
+
+class Marks:
+    """The control tokens of a tokenizer and its chat template; marks in their place."""
+
+    def __init__(self, special: Collection[str], written_by_template: Collection[str]):
+        """Args: special tokens and tokens around turns; further added tokens that the template writes."""
+        self.tokens = sorted({*special, *written_by_template})  # the index of each is the number in its mark
+        # Marked in any text; in an assistant turn, where the model itself writes the tags of thoughts and of
+        # tool calls; in all other turns, in tools and in arguments.
+        self.in_text = any_of(special)
+        self.in_response = any_of(set(special) - set(THOUGHT_TAGS))
+        self.anywhere = any_of(self.tokens)
+        token = self.anywhere.pattern
+        numbers = enumerate(self.tokens)
+        self._marks = {name: f"{RESERVED_CHARACTER}literal{n}{RESERVED_CHARACTER}" for n, name in numbers}
+        self._literal = re.compile(_LITERAL)
+        self._literal_or_token = re.compile(f"{_LITERAL}|{token}")
+        self._beside = re.compile(f"{_BEFORE}({token})|({token}){_AFTER}")
+
+    def escape(self, text: str, pattern: re.Pattern[str] | None = None) -> str:
+        """Return a text with a mark in place of each token of `pattern`, by default `in_text`."""
+        return (pattern or self.in_text).sub(lambda match: self._marks[match[0]], text)
+
+    def mark_beside(self, value: Any, pattern: re.Pattern[str]) -> Any:
+        """Return a value with a mark beside each token of `pattern`: a template still finds the token.
+
+        The mark follows a token at the start of a text, and precedes any other token.
+        """
+
+        def marked(match: re.Match[str]) -> str:
+            return _BEFORE + match[0] if match.string[: match.start()].strip() else match[0] + _AFTER
+
+        def changed(part: Any) -> Any:
+            if isinstance(part, str):
+                return pattern.sub(marked, part)
+            if isinstance(part, Mapping):
+                return {changed(name): changed(value) for name, value in part.items()}
+            return list(map(changed, part)) if isinstance(part, list | tuple) else part
+
+        return changed(value)
+
+    def replace_marked(self, rendered: str) -> str:
+        """Return the output of a template for marked values with marks only in place of tokens."""
+        # Some templates write tools by `tojson` in ASCII or as Python would.
+        rendered = rendered.replace(_ESCAPED_CHARACTER, RESERVED_CHARACTER)
+        return self._beside.sub(lambda match: self._marks[match[1] or match[2]], rendered)
+
+    def spell(self, escaped: str) -> str:
+        """Return the text that an escaped text spells."""
+        return self._literal.sub(lambda match: self.tokens[int(match[1])], escaped)
+
+    def with_aliases(self, escaped: str) -> tuple[str, list[_Piece]]:
+        """Return the text with its control tokens as aliases and spelled tokens as text; its pieces."""
+        parts, pieces = list[str](), list[_Piece]()
+        length = done = 0
+        for match in self._literal_or_token.finditer(escaped):
+            before = escaped[done : match.start()]
+            replaced = self.tokens[int(match[1])] if match[1] else alias_of(match[0])
+            pieces += [(length, done, True), (length + len(before), match.start(), False)]
+            parts += [before, replaced]
+            length, done = length + len(before) + len(replaced), match.end()
+        return "".join([*parts, escaped[done:]]), [*pieces, (length, done, True)]
+
+
+def alias_of(token: str) -> str:
+    """Return the text that stands for a control token where the tokenizer encodes tokens as text."""
+    return f"{RESERVED_CHARACTER}{token}{RESERVED_CHARACTER}"
+
+
+def has_reserved(value: Any) -> bool:
+    """Return whether a text of messages or of a nested value, or a key of it, has the reserved character."""
+    plain = json.dumps(value, ensure_ascii=False, default=lambda part: getattr(part, "__dict__", None))
+    return RESERVED_CHARACTER in plain
+
+
+Encoded: TypeAlias = tuple[list[int], list[int]]
+"""The token ids of a text, and the position of the first character of each, or none."""
+
+
+def tokenized(
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    *,
+    literal: bool = False,
+    with_starts: bool = False,
+) -> list[Encoded]:
+    """Return the tokens of each text, without added tokens; `literal`: spelled special tokens are text."""
+    if tokenizer.is_fast:
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = literal
+        if not with_starts:  # in four fifths of the time
+            return [
+                (encoding.ids, [])
+                for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            ]
+        encodings = backend.encode_batch(list(texts), add_special_tokens=False)
+        return [(encoding.ids, [start for start, _ in encoding.offsets]) for encoding in encodings]
+    if with_starts:
+        raise ConfigError(
+            "the loss counts a part of the responses, but the tokenizer returns no positions of tokens",
+            where="tokenizer of model.path",
+            got="a tokenizer without a fast version",
+            expected="a tokenizer with tokenizer.json",
+            remedy="use a fast tokenizer, or set data.untrained=[] for responses of one turn",
+        )
+    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=literal)
+    return [(ids, []) for ids in encoded["input_ids"]]
+
+
+def _with_backend(tokenizer: Tokenizer, change: Callable[[dict[str, Any]], Any]) -> Tokenizer:
+    """Return a copy with each object of the tokenizer's description changed."""
+    changed = copy.deepcopy(tokenizer)
+    described = json.loads(changed.backend_tokenizer.to_str(), object_hook=change)
+    changed._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(described))
+    return changed
+
+
+def _without_first_space(part: dict[str, Any]) -> dict[str, Any] | None:
+    """Change a part of a tokenizer that adds a space before a text; None: it does nothing else."""
+    if part.get("type") == "Prepend":
+        return None
+    for name, value in (("prepend_scheme", "never"), ("add_prefix_space", False)):
+        if name in part and part.get("type"):
+            part[name] = value
+    for steps in ("normalizers", "pretokenizers"):
+        if part.get("type") == "Sequence" and steps in part:
+            part[steps] = [step for step in part[steps] if step is not None]
+    return part
+
+
+def _origin(position: int, pieces: Sequence[_Piece]) -> int:
+    """Translate a position in the changed text of these pieces to the original text."""
+    start, origin, is_same = pieces[bisect_right(pieces, position, key=lambda piece: piece[0]) - 1]
+    return origin + (position - start) * is_same
+
+
+_ANCHOR = f"{RESERVED_CHARACTER}anchor{RESERVED_CHARACTER}"
+
+
+@dataclass(eq=False)
+class EscapedEncoder:
+    """A tokenizer, and copies of it that encode spelled control tokens as text; a pattern of added tokens."""
+
+    _tokenizer: Tokenizer
+    _marks: Marks
+    _added: re.Pattern[str]
+
+    def encode(self, escaped: Sequence[str], with_starts: bool = False) -> list[Encoded]:
+        """Return the tokens of each text, without added tokens. Raises UnusableRecordError."""
+        if any(RESERVED_CHARACTER in text for text in escaped):
+            return self._encode_literally(escaped, self._literal_copy, with_starts)
+        return tokenized(self._tokenizer, escaped, with_starts=with_starts)
+
+    def encode_after(
+        self, prompt: str, responses: Sequence[str], with_starts: bool = False
+    ) -> tuple[list[int], list[Encoded], bool]:
+        """Return the ids of an escaped prompt, the tokens of each response; whether a response was resplit.
+
+        A response is tokenised together with the prompt. If that would change the prompt's own tokens (a
+        token across the boundary), the response is tokenised by itself. A token that starts before its
+        response, with a space of the prompt, has a negative start.
+        """
+        # From its last special token: later tokens do not depend on the text before it.
+        tail = prompt[max((match.start() for match in self._marks.in_text.finditer(prompt)), default=0) :]
+        texts = [prompt, tail, *(tail + response for response in responses)]
+        distinct = list(dict.fromkeys(texts))
+        encoded_by_text = dict(zip(distinct, self.encode(distinct, with_starts), strict=True))
+        (prompt_ids, _), (before, _), *joint = (encoded_by_text[text] for text in texts)
+        cut = len(before)
+        is_whole = [ids[:cut] == before for ids, _ in joint]
+        encoded = [
+            (ids[cut:], [start - len(tail) for start in starts[cut:]])
+            if whole
+            else self._encode_continuation(text, with_starts)
+            for text, (ids, starts), whole in zip(responses, joint, is_whole, strict=True)
+        ]
+        return prompt_ids, encoded, not all(is_whole)
+
+    def _encode_continuation(self, escaped: str, with_starts: bool) -> Encoded:
+        """Return the tokens of a response by itself: no space is added before it.
+
+        Text after an added token is encoded as usual, with a space if the tokenizer adds one.
+        """
+        first = self._added.search(escaped)
+        cut = first.start() if first else len(escaped)
+        anchored = [_ANCHOR + escaped[:cut]]
+        [(ids, starts)] = self._encode_literally(anchored, self._continuation_copy, with_starts)
+        later, later_starts = self.encode([escaped[cut:]], with_starts)[0] if first else ([], [])
+        positions = [start - len(_ANCHOR) for start in starts[1:]] + [cut + start for start in later_starts]
+        return ids[1:] + later, positions
+
+    def _encode_literally(
+        self, escaped: Sequence[str], tokenizer: Tokenizer, with_starts: bool
+    ) -> list[Encoded]:
+        aliased = [self._marks.with_aliases(text) for text in escaped]
+        spelled = [text for text, _ in aliased]
+        encoded = tokenized(tokenizer, spelled, literal=True, with_starts=with_starts)
+        # Some vocabularies have special tokens as ordinary pieces.
+        special_ids = set(self._real_ids.values()) - {self._tokenizer.unk_token_id}
+        if any(not special_ids.isdisjoint(ids) for ids, _ in encoded):
+            raise UnusableRecordError("special_token_in_text", "the tokenizer cannot encode it as text")
+        return [
+            (
+                [self._real_ids.get(token, token) for token in ids],
+                [_origin(start, pieces) for start in starts],
+            )
+            for (ids, starts), (_, pieces) in zip(encoded, aliased, strict=True)
+        ]
+
+    @cached_property
+    def _literal_copy(self) -> Tokenizer:
+        """Encodes spelled control tokens as text; their aliases are tokens, which strip spaces as they do."""
+        tokens = set(self._marks.tokens)
+
+        def with_special(part: dict[str, Any]) -> dict[str, Any]:
+            return {**part, "special": True} if part.get("content") in tokens and "special" in part else part
+
+        if self._tokenizer.is_fast:
+            changed = _with_backend(self._tokenizer, with_special)
+        else:
+            changed = copy.deepcopy(self._tokenizer)
+        added = {str(token): token for token in self._tokenizer.added_tokens_decoder.values()}
+        known = [tokenizers.AddedToken(_ANCHOR, normalized=False, special=False)]
+        for token in self._marks.tokens:
+            strip = {"lstrip": added[token].lstrip, "rstrip": added[token].rstrip} if token in added else {}
+            known.append(tokenizers.AddedToken(alias_of(token), normalized=False, special=False, **strip))
+        changed.add_tokens(known)
+        return changed
+
+    @cached_property
+    def _continuation_copy(self) -> Tokenizer:
+        """The same without a space at the start of a text or after an added token."""
+        copied = self._literal_copy
+        return _with_backend(copied, _without_first_space) if copied.is_fast else copied
+
+    @cached_property
+    def _real_ids(self) -> dict[int, int]:
+        """Ids of special tokens by the ids of their aliases."""
+        alias_ids = self._literal_copy.convert_tokens_to_ids(list(map(alias_of, self._marks.tokens)))
+        real_ids = self._tokenizer.convert_tokens_to_ids(self._marks.tokens)
+        return dict(zip(alias_ids, real_ids, strict=True))

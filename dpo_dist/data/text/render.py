@@ -1,0 +1,408 @@
+"""Render a record as texts to tokenise: a prompt, and its responses with their turns."""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from dpo_dist.config.schema import DataConfig, TextTemplate
+from dpo_dist.data.records import Dialogue, Message, Messages, PreferenceRecord, UnusableRecordError
+from dpo_dist.data.text.escape import THOUGHT_TAGS
+from dpo_dist.data.text.template import (
+    ChatRenderer,
+    Forms,
+    Span,
+    Turns,
+    argument_names,
+    check_template_keys,
+)
+from dpo_dist.data.text.tokenizer import TokenizerFacts
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.types import Fields
+
+THOUGHT_FIELDS = ("reasoning_content", "thinking", "reasoning")
+CALLS = "tool_calls"
+_OPEN, _CLOSE = THOUGHT_TAGS
+_EMPTY_END = re.compile(rf"\s*{_CLOSE}\s*")
+_NO_THOUGHT = re.compile(rf"\s*(?:{_OPEN}\s*)?{_CLOSE}|(?!.*{_CLOSE})", re.DOTALL)
+_ENDED = re.compile(rf"(?:{_OPEN}\s*)?{_CLOSE}\s*\Z")
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Escaped texts to tokenise: a prompt, and each response after it, with its end of turn.
+
+    `counted` are the spans of the turns of each response that the loss counts, without their headers, and
+    `changes` names in counts.yaml.
+    """
+
+    prompt: str
+    responses: tuple[str, ...]
+    counted: tuple[tuple[Span, ...], ...]
+    changes: frozenset[str] = frozenset()
+    read_as: str = ""
+
+
+def render_record(record: PreferenceRecord, facts: TokenizerFacts, config: DataConfig) -> Rendered:
+    """Render a record: messages, and dialogues if the tokenizer has a chat template, by that template."""
+    prompt, responses = record.prompt, record.responses
+    texts = tuple(response for response in responses if isinstance(response, str))
+    is_text = len(texts) == len(responses)
+    if isinstance(prompt, Dialogue):
+        form = "hh (Human/Assistant turns)"
+        if facts.chat is None and is_text:
+            return _as_text(prompt.text, texts, facts, f"{form}, without the chat template")
+        stripped = tuple(text.strip() if isinstance(text, str) else text for text in responses)
+        return _by_template(replace(record, responses=stripped), facts, config, form)
+    if not isinstance(prompt, str):
+        return _by_template(record, facts, config, "messages")
+    as_messages = replace(record, prompt=(Message("user", prompt),))
+    if not is_text:
+        return _by_template(as_messages, facts, config, "text")
+    is_templated, read_as = facts.is_templated(prompt), "text, without the chat template"
+    changes = {"templated_text"} if is_templated or any(map(facts.is_ended, texts)) else set()
+    is_applied = bool(changes) and config.template is TextTemplate.applied
+    if is_applied:
+        read_as, ends = "text, with the template that is in it", [facts.split_end(text) for text in texts]
+        texts = tuple(bare for bare, _ in ends)
+        if is_templated:
+            return _all_counted(prompt, [bare + end for bare, end in ends], read_as, changes)
+    if config.text_as_messages:
+        rendered = _by_template(replace(as_messages, responses=texts), facts, config, "text")
+        return replace(rendered, changes=rendered.changes - {"templated_content"} | changes)
+    if facts.tokenizer.chat_template and not is_applied:
+        changes.add("chat_template_not_applied")
+    return _as_text(prompt, texts, facts, read_as, changes)
+
+
+def _as_text(
+    prompt: str, responses: Sequence[str], facts: TokenizerFacts, read_as: str, changes: Iterable[str] = ()
+) -> Rendered:
+    escape, end = facts.marks.escape, facts.end_of_text
+    return _all_counted(escape(prompt), [escape(response) + end for response in responses], read_as, changes)
+
+
+def _all_counted(prompt: str, responses: Sequence[str], read_as: str, changes: Iterable[str]) -> Rendered:
+    """Return texts whose responses count in the loss as a whole."""
+    counted = tuple(((0, len(response)),) for response in responses)
+    return Rendered(prompt, tuple(responses), counted, frozenset(changes), read_as)
+
+
+def _by_template(record: PreferenceRecord, facts: TokenizerFacts, config: DataConfig, form: str) -> Rendered:
+    """Render a record whose prompt is messages."""
+    chat, messages = facts.chat, record.prompt
+    assert isinstance(messages, tuple)
+    if chat is None:
+        raise ConfigError(
+            "the data are conversations, but the tokenizer has no chat template",
+            where=str(record.origin),
+            got="messages",
+            expected="plain prompt, chosen and rejected texts, or a tokenizer with a chat template",
+            remedy="use the tokenizer of an instruction-tuned model, set data.chat_template, or "
+            + ("data.text_as_messages=false" if config.text_as_messages else "convert them to plain text"),
+        )
+    responses = tuple(
+        (Message("assistant", turns),) if isinstance(turns, str) else turns for turns in record.responses
+    )
+    arguments = record.template_arguments
+    names = argument_names(chat.template)
+    known = {name: value for name, value in arguments.items() if name in names}
+    if not names.issuperset(config.template_arguments or ()):
+        check_template_keys(config, facts.tokenizer)
+    tools = {"tools": list(record.tools)} if record.tools else {}
+    context = chat.data({**(config.template_arguments or {}), **known, **tools})
+    rendered = _Conversation(messages, context, facts, chat, config).render(responses)
+    changes = set(rendered.changes)
+    if len(known) < len(arguments):
+        changes.add("unknown_template_argument")
+    texts = list(map(facts.marks.spell, rendered.responses))
+    spelled = [facts.marks.spell(rendered.prompt) + text for text in texts]
+    if not all(
+        _is_written(whole, (*messages, *turns), record.tools) and all(name in text for name in _called(turns))
+        for whole, text, turns in zip(spelled, texts, responses, strict=True)
+    ):
+        changes.add("content_not_rendered")
+    # Calls have these names too, in a template that does not read `tools`.
+    is_read = re.search(r"\btools\b", chat.template) is not None
+    written = _names_of(record.tools)
+    if record.tools and not (is_read and all(name in text for name in written for text in spelled)):
+        changes.add("tools_not_rendered")
+    if any(facts.has_turns(turn.content) for turns in (messages, *responses) for turn in turns):
+        changes.add("templated_content")
+    return replace(rendered, changes=frozenset(changes), read_as=f"{form}, by the chat template")
+
+
+def _is_written(text: str, turns: Messages, tools: Iterable[Fields]) -> bool:
+    """Return whether a rendered text has the contents of all turns, the last thought, and names of tools.
+
+    Thoughts of earlier turns, and a content with a thought, are the template's to keep or change.
+    """
+    parts = [turn.content for turn in turns if _CLOSE not in turn.content]
+    parts += filter(None, [thought_of(turns[-1])])
+    parts += [*_names_of(tools), *_called(turns)]
+    return all(
+        part.strip() in text or json.dumps(part.strip(), ensure_ascii=False)[1:-1] in text for part in parts
+    )
+
+
+def _names_of(tools: Iterable[Fields]) -> list[str]:
+    return [tool["function"]["name"] for tool in tools if "name" in tool.get("function", ())]
+
+
+def _called(turns: Messages) -> list[str]:
+    return [call["function"]["name"] for turn in turns for call in turn.fields.get(CALLS, ())]
+
+
+def thought_of(message: Message) -> str | None:
+    """Return the thought that a field of a message has."""
+    thoughts = (message.fields.get(name) for name in THOUGHT_FIELDS)
+    return next((thought for thought in thoughts if thought and isinstance(thought, str)), None)
+
+
+@dataclass
+class _Conversation:
+    """The prompt of one record, with the tools and arguments of the template for it."""
+
+    messages: Messages
+    context: Forms
+    facts: TokenizerFacts
+    chat: ChatRenderer
+    config: DataConfig
+
+    def __post_init__(self) -> None:
+        self.prompt: Turns = tuple(map(self.chat.turn, self.messages))
+        self.role = self.messages[-1].role if self.messages else ""
+        self.generation: dict[str, str] = {}
+
+    def render(self, responses: Sequence[Messages]) -> Rendered:
+        """Render the prompt and its responses."""
+        if any(len(turns) != 1 or turns[0].role != "assistant" for turns in responses):
+            return self._render_turns(responses)
+        messages = [turns[0] for turns in responses]
+        prompt = self.chat.render(self.prompt, self.context, generation=True)
+        changes = set[str]()
+        if _opens_thought(prompt):
+            prompt, texts, changes = self._after_opened_thought(messages, prompt)
+        else:
+            texts, is_prefix = self._after(messages, prompt)
+            if not is_prefix:
+                changes.add("prompt_not_prefix")
+            if prompt.rstrip().endswith(_CLOSE) and any(_CLOSE in text for text in texts):
+                changes.add("ended_thought_reopened")
+                if self._ends_thoughts_by_itself():
+                    prompt = _ENDED.sub("", prompt)
+                    texts, _ = self._after(messages, prompt)
+        counted = tuple(
+            ((0, len(text)),) if self._is_counted(turn, text) else ()
+            for turn, text in zip(messages, texts, strict=True)
+        )
+        return Rendered(prompt, tuple(texts), counted, frozenset(changes))
+
+    def _is_counted(self, turn: Message, text: str) -> bool:
+        """Return whether the loss counts a turn, rendered as `text`.
+
+        Raises UnusableRecordError: it does, and the template writes nothing of its calls or its thought.
+        """
+        is_counted = turn.role in self.config.trained_roles if turn.is_trained is None else turn.is_trained
+        has_more = turn.role == "assistant" and (turn.fields or _CLOSE in turn.content)
+        is_all = has_more and not turn.content.rpartition(_CLOSE)[2].strip()
+        if is_counted and is_all and self.facts.is_blank(text):
+            raise UnusableRecordError("turn_not_rendered", "of a call or a thought nothing is written")
+        return is_counted
+
+    def _ends_thoughts_by_itself(self) -> bool:
+        """Return whether the template ends a thought in the prompt without an argument that asks for it."""
+        tools = {name: value for name, value in self.context[0].items() if name == "tools"}
+        prompt = self.chat.render(self.prompt, self.chat.data(tools), generation=True)
+        return prompt.rstrip().endswith(_CLOSE)
+
+    def _following(self, messages: Sequence[Message], prompt: str) -> list[str | None]:
+        """Return the text of each response after the rendered `prompt`, up to its end of turn.
+
+        Includes text that the template adds to a response (a leading space, an empty thought). None if the
+        template renders the prompt differently when a response follows.
+        """
+        turns = map(self.chat.turn, messages)
+        wholes = [self.chat.render((*self.prompt, turn), self.context) for turn in turns]
+        return [
+            self.facts.until_end(whole[len(prompt) :]) if whole.startswith(prompt) else None
+            for whole in wholes
+        ]
+
+    def _after(self, messages: Sequence[Message], prompt: str) -> tuple[list[str], bool]:
+        """Return the text of each response, and whether all follow the prompt as it is."""
+        texts = self._following(messages, prompt)
+        pairs = zip(texts, messages, strict=True)
+        return [self._alone(message) if text is None else text for text, message in pairs], None not in texts
+
+    def _alone(self, message: Message) -> str:
+        """Return a response as the template writes its turn after a prompt that it renders differently."""
+        text, start, _ = self._whole_conversation((message,))
+        # The prompt before it has no opened thought.
+        return text[text.rindex(_OPEN, 0, start) if _opens_thought(text[:start]) else start :]
+
+    def _header_length(self, turn: str, before: Turns, role: str) -> int:
+        """Return the length of a turn's header: what a generation prompt writes after `before`.
+
+        `role` is the role of the last turn of `before`.
+        """
+        if role not in self.generation:
+            trace = self.chat.trace(before, self.context, generation=True)
+            end = trace.end
+            if not before or trace.spans[-1] is None or end == len(trace.text):
+                # Llama 3.1 writes tools and the first question before its loop over messages; Zephyr and
+                # OLMo 2 write the generation prompt in it.
+                end = _common_length(trace.text, self.chat.render(before, self.context))
+            self.generation[role] = trace.text[end:]
+        generation = self.generation[role]
+        header = turn[: _common_length(turn, generation)]
+        before_thought, opened, thought = header.rpartition(_OPEN)
+        # The thought of the turn is the model's if the generation prompt opens none, or ends it.
+        is_models = opened and _CLOSE not in thought and not _opens_thought(generation)
+        return len(before_thought if is_models else header)
+
+    def _after_opened_thought(
+        self, messages: Sequence[Message], prompt: str
+    ) -> tuple[str, list[str], set[str]]:
+        """Return a prompt that opens a thought, its responses and changes.
+
+        Each response ends the thought and none opens it again; else the prompt does not open it.
+        """
+        texts = [text or "" for text in self._following(messages, prompt)]
+        if all(_CLOSE in text and not text.lstrip().startswith(_OPEN) for text in texts):
+            scaffold = self._common_scaffold(texts)
+            changes = {"opened_thought_removed"} if any(map(_NO_THOUGHT.match, texts)) else set[str]()
+            return prompt + scaffold, [text.removeprefix(scaffold) for text in texts], changes
+        spelled = list(map(_with_spelled_thought, messages))
+        closed = prompt.rstrip().removesuffix(_OPEN)
+        if all(_CLOSE in message.content for message in spelled):
+            within = [_within_thought(message.content, prompt) for message in spelled]
+            changes = set() if within == [turn.content for turn in spelled] else {"opened_thought_joined"}
+            pairs = zip(spelled, within, strict=True)
+            return prompt, [self._ended(message, text, closed) for message, text in pairs], changes
+        rendered, is_prefix = self._after(messages, closed)
+        ended = [
+            self._ended(message, message.content, closed)
+            if _CLOSE in message.content
+            and not _has_thought_of(self.facts.marks.spell(whole), message.content)
+            else whole
+            for message, whole in zip(spelled, rendered, strict=True)
+        ]
+        return closed, ended, {"opened_thought_removed", *([] if is_prefix else ["prompt_not_prefix"])}
+
+    def _common_scaffold(self, responses: Iterable[str]) -> str:
+        """Return the end of an empty thought with which all responses start: a part of the prompt."""
+        if "empty_thoughts" not in self.config.untrained:
+            return ""
+        starts = {match.group() if (match := _EMPTY_END.match(text)) else "" for text in responses}
+        return starts.pop() if len(starts) == 1 else ""
+
+    def _ended(self, message: Message, content: str, prompt: str) -> str:
+        """Return a content with its thought and an end of turn; tool calls as the template writes them."""
+        marks = self.facts.marks
+        if not message.fields.get(CALLS):
+            return marks.escape(content, marks.in_response) + self.facts.end_of_turn
+        thought, rest = _split_thought(content)
+        separator = rest[: len(rest) - len(rest.lstrip())]
+        [rendered], _ = self._after([replace(message, content=rest)], prompt)
+        return marks.escape(thought, marks.in_response) + separator + rendered.lstrip()
+
+    def _render_turns(self, responses: Sequence[Messages]) -> Rendered:
+        """Render responses of several turns, after the prompt as it is in the whole conversation."""
+        parts = [self._whole_conversation(response) for response in responses]
+        prompts = [text[:start] for text, start, _ in parts]
+        prompt, start, changes = prompts[0], len(prompts[0]), set[str]()
+        if len(set(prompts)) > 1:
+            changes.add("prompt_not_prefix")
+            common = min(_common_length(prompt, other) for other in prompts[1:])
+            start = self.facts.after_last_special(prompt[:common])
+        elif self.prompt:
+            generation = all(turns[0].role == "assistant" for turns in responses)
+            alone = self.chat.render(self.prompt, self.context, generation=generation)
+            changes |= {"prompt_not_prefix"} if alone != prompt else set()
+            if _opens_thought(alone):
+                following = [text[start:] for text, start, _ in parts]
+                changes |= {"opened_thought_removed"} if any(map(_NO_THOUGHT.match, following)) else set()
+                start += len(self._common_scaffold(following))
+        return Rendered(
+            parts[0][0][:start],
+            tuple(text[start:] for text, _, _ in parts),
+            tuple(
+                tuple((max(first - start, 0), end - start) for first, end in spans) for _, _, spans in parts
+            ),
+            frozenset(changes),
+        )
+
+    def _whole_conversation(self, response: Messages) -> tuple[str, int, list[Span]]:
+        """Return a whole conversation up to the end of its last turn, and in it the start of its response
+        and the spans that the loss counts.
+        """
+        turns = (*self.prompt, *map(self.chat.turn, response))
+        trace = self.chat.trace(turns, self.context)
+        role, first, turn = self.role, 0, ""
+        starts: list[int] = []
+        spans: list[Span] = []
+        for index, message in enumerate(response, start=len(self.prompt)):
+            span = trace.spans[index]
+            if span is None:
+                raise UnusableRecordError("turn_not_rendered", "the chat template does not write a turn")
+            first, end = span
+            turn = trace.text[first:end]
+            is_assistant = message.role == "assistant"
+            header = self._header_length(turn, turns[:index], role) if is_assistant else 0
+            if index == len(turns) - 1:
+                turn = self.facts.until_end(turn)
+            starts.append(first + header)
+            content = header if is_assistant else max(turn.find(message.content.strip()), 0)
+            length = self.facts.end_of_rendered(turn, trace.text[end:])
+            if self._is_counted(message, turn[content:length]):
+                spans.append((first + content, first + length))
+            role = message.role
+        return trace.text[:first] + turn, starts[0], spans
+
+
+def _common_length(first: str, second: str) -> int:
+    """Return the length of the common start of two texts, which does not end inside the tag of a thought."""
+    length = len(os.path.commonprefix([first, second]))  # noqa: RUF071  (of characters)
+    # A generation prompt may open a thought where a turn starts with another tag, such as <tool_call>.
+    last = max(first.rfind("<", 0, length), 0)
+    is_cut = any(
+        text.startswith(tag, last) and last + len(tag) > length
+        for text in (first, second)
+        for tag in THOUGHT_TAGS
+    )
+    return last if is_cut else length
+
+
+def _opens_thought(prompt: str) -> bool:
+    return prompt.rstrip().endswith(_OPEN)
+
+
+def _split_thought(content: str) -> tuple[str, str]:
+    """Return a content up to the end of its thought, and the rest."""
+    end = content.rindex(_CLOSE) + len(_CLOSE)
+    return content[:end], content[end:]
+
+
+def _within_thought(content: str, prompt: str) -> str:
+    """Return a content without the opening of a thought that its prompt has already opened."""
+    start = content.lstrip()
+    if not start.startswith(_OPEN):
+        return content
+    return start.removeprefix(_OPEN).removeprefix(prompt.rpartition(_OPEN)[2])
+
+
+def _has_thought_of(rendered: str, content: str) -> bool:
+    """Return whether a rendered response has the thought of a content, and no other."""
+    thought = _split_thought(content)[0].removesuffix(_CLOSE).rpartition(_OPEN)[2].strip()
+    return rendered.count(_CLOSE) == 1 and thought in rendered
+
+
+def _with_spelled_thought(message: Message) -> Message:
+    """Return a message whose thought is part of its content, if a field has it."""
+    thought = thought_of(message)
+    if thought is None or _CLOSE in message.content:
+        return message
+    fields = {name: part for name, part in message.fields.items() if name not in THOUGHT_FIELDS}
+    return replace(message, content=f"<think>\n{thought}\n</think>\n\n{message.content}", fields=fields)

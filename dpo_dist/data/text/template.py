@@ -1,0 +1,370 @@
+"""Chat templates: chosen, with a fixed date; conversations rendered by them, and where each turn is then."""
+
+import json
+import re
+from collections.abc import Collection, Sequence
+from copy import copy
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from jinja2 import Environment, TemplateError
+from jinja2.meta import find_undeclared_variables
+
+from dpo_dist.config.schema import DataConfig
+from dpo_dist.data.records import Message, Tokenizer, UnusableRecordError
+from dpo_dist.data.text.escape import RESERVED_CHARACTER, THOUGHT_TAGS, Marks, any_of
+from dpo_dist.foundation.errors import ConfigError, first_line
+from dpo_dist.foundation.types import Fields
+
+_CLOCK_CALL = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+
+# Tags of transformers, which Jinja itself does not know.
+_GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
+_OWN_VARIABLES = {"messages", "tools", "add_generation_prompt", "strftime_now"}
+
+_PROBE = "probe answer"
+_PROBES = ({"role": "user", "content": "probe question"}, {"role": "assistant", "content": _PROBE})
+_NOTHING = {"role": "assistant", "content": ""}
+_PROBE_CALL = {"type": "function", "id": "probe1234", "function": {"name": "probe", "arguments": {"a": "b"}}}
+
+
+def pin_clock(template: str, day: str) -> str:
+    """Return the template with the date `day` (ISO 8601) for its calls of a clock with a literal format."""
+    moment = datetime.fromisoformat(day)
+    return _CLOCK_CALL.sub(lambda match: json.dumps(moment.strftime(match[2])), template)
+
+
+@lru_cache(maxsize=8)
+def argument_names(template: str) -> frozenset[str]:
+    """Return the names that a template may read besides messages and tools. Raises ConfigError."""
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False)  # noqa: S701
+    try:
+        tree = environment.parse(_GENERATION.sub("", template))
+    except (TemplateError, RecursionError) as fault:
+        raise ConfigError(
+            "the chat template is not valid Jinja",
+            where="data.chat_template (null: the tokenizer's own)",
+            got=first_line(fault),
+            remedy="correct the template, or name another one: data.chat_template=FILE",
+        ) from fault
+    return frozenset(find_undeclared_variables(tree)) - _OWN_VARIABLES
+
+
+def check_template_keys(config: DataConfig, tokenizer: Tokenizer) -> None:
+    """Check that the chosen template exists and names the arguments of the run. Raises ConfigError."""
+    templates = [
+        chosen_template(tokenizer, config.chat_template, with_tools=given) for given in (False, True)
+    ]
+    known = frozenset[str]().union(*(argument_names(template or "") for template in templates))
+    if unknown := sorted(set(config.template_arguments or ()) - known):
+        raise ConfigError(
+            "the chat template has no such argument",
+            where="data.template_arguments",
+            got=", ".join(unknown),
+            expected=", ".join(sorted(known)) or "no arguments: the template names none",
+            remedy="correct or remove these arguments, or choose another template by data.chat_template",
+        )
+
+
+def chosen_template(tokenizer: Tokenizer, choice: str | None, *, with_tools: bool = False) -> str | None:
+    """Return the chat template that `data.chat_template` chooses; None if the tokenizer has none.
+
+    `choice` is a file, the name of one of the tokenizer's templates, or None: its only or default one, or the
+    one for tools. Raises ConfigError: there is no such file and no such template.
+    """
+    stored = tokenizer.chat_template
+    if choice is None:
+        return str(tokenizer.get_chat_template(tools=[{}] if with_tools else None)) if stored else None
+    if isinstance(stored, dict) and choice in stored:
+        return str(stored[choice])
+    try:
+        return Path(choice).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as fault:
+        raise _no_such_template(f"{choice}: {fault}", stored if isinstance(stored, dict) else {}) from fault
+
+
+def check_template_file(choice: str | None) -> None:
+    """Check that a chosen template that can only be a file exists; needs no tokenizer. Raises ConfigError."""
+    if choice and (choice.endswith(".jinja") or "/" in choice) and not Path(choice).expanduser().exists():
+        raise _no_such_template(choice, [])
+
+
+def _no_such_template(got: str, names: Collection[str]) -> ConfigError:
+    templates = f" or one of the tokenizer's templates ({', '.join(sorted(names))})" if names else ""
+    return ConfigError(
+        "the chat template does not exist, or cannot be read",
+        where="data.chat_template",
+        got=got,
+        expected=f"a file with a Jinja template in UTF-8{templates}",
+        remedy="correct the path, or remove data.chat_template to use the tokenizer's own template",
+    )
+
+
+def with_chosen_template(tokenizer: Tokenizer, choice: str) -> Tokenizer:
+    """Return a copy of a tokenizer with only the template of `data.chat_template`, to save with a model."""
+    changed, stored = copy(tokenizer), tokenizer.chat_template
+    chosen = chosen_template(tokenizer, choice)
+    # By its name, too: the same configuration continues from the saved model.
+    is_named = isinstance(stored, dict) and choice in stored
+    changed.chat_template = {"default": chosen, choice: chosen} if is_named else chosen
+    return changed
+
+
+def turn_tokens(tokenizer: Tokenizer, chat_template: str | None) -> set[str]:
+    """Return the added tokens that a template writes around turns, special or not.
+
+    Without BOS, EOS and the tags of thoughts; empty if the template cannot render a conversation.
+    """
+    if chat_template is None:
+        return set()
+    in_parts = roles_in_parts(tokenizer, chat_template)
+    rendered = _probed(tokenizer, chat_template, (*_PROBES, _PROBES[0]), in_parts)
+    added = any_of(map(str, tokenizer.added_tokens_decoder.values()))
+    return set(added.findall(rendered)) - {tokenizer.bos_token, tokenizer.eos_token, *THOUGHT_TAGS}
+
+
+def roles_in_parts(tokenizer: Tokenizer, chat_template: str) -> frozenset[str]:
+    """Return the roles, of user and assistant, whose content a template reads as a list of parts only.
+
+    Those of some models that read images are so, and write nothing of a content that is a text.
+    """
+    for roles in ((), ("assistant",), ("user",), ("user", "assistant")):
+        rendered = _probed(tokenizer, chat_template, _PROBES, roles)
+        if all(probe["content"] in rendered for probe in _PROBES):
+            return frozenset(roles)
+    return frozenset()
+
+
+def _probed(
+    tokenizer: Tokenizer,
+    template: str,
+    probes: Sequence[Fields],
+    in_parts: Collection[str],
+    *,
+    generation: bool = True,
+) -> str:
+    """Return the output of a template for probes; "" if it rejects them."""
+    turns = [in_form(probe, in_parts) for probe in probes]
+    options: Any = {"tokenize": False, "add_generation_prompt": generation}
+    try:
+        return str(tokenizer.apply_chat_template(turns, chat_template=template, **options))
+    except Exception:  # what its expressions raise, too; every record is rendered again
+        return ""
+
+
+def in_form(turn: Fields, in_parts: Collection[str]) -> dict[str, Any]:
+    """Return a turn with its content as a list of one part, if its role is one `in_parts`.
+
+    Other roles than the assistant's are written as the user's.
+    """
+    role = turn["role"] if turn["role"] == "assistant" else "user"
+    parts = [{"type": "text", "text": turn["content"]}]
+    return {**turn, "content": parts} if role in in_parts else {**turn}
+
+
+Span = tuple[int, int]
+"""Start and end of a part of a text, in characters."""
+
+_START, _END = "dpo_dist_turn_start", "dpo_dist_turn_end"
+_MARK = re.compile(f"{RESERVED_CHARACTER}(start|end)(\\d+){RESERVED_CHARACTER}")
+_COMMENT_OR_LOOP = re.compile(
+    r"(?s)\{#.*?#\}"
+    r"|\{%(?P<open>[-+]?)\s*(?P<body>(?:for(?:\s+(?P<target>\w+)\s+in)?|endfor)\b.*?)(?P<close>[-+]?)%\}"
+)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The output of a template with the span of each turn (None: not written in a loop over messages).
+
+    The generation prompt follows the last turn, at `end`.
+    """
+
+    text: str
+    spans: list[Span | None]
+    end: int
+
+
+def _mark(kind: str, index: int) -> str:
+    return f"{RESERVED_CHARACTER}{kind}{index}{RESERVED_CHARACTER}"
+
+
+def _with_marks(template: str) -> str:
+    """Return the template with marks around the body of each loop."""
+    targets: list[str | None] = []
+
+    def marked(match: re.Match[str]) -> str:
+        tag, body, name = match.group(), match["body"], match["target"]
+        if body is None:
+            return tag
+        # `print` is a statement: the whitespace around it is trimmed as around the tag of the loop.
+        if body.startswith("for"):
+            targets.append(name)
+            start = f"{body} %}}{{% {_print(name, _START)}"
+            return f"{{%{match['open']} {start} {match['close']}%}}" if name else tag
+        name = targets.pop() if targets else None
+        end = f"{_print(name, _END)} %}}{{% {body}"
+        return f"{{%{match['open']} {end} {match['close']}%}}" if name else tag
+
+    return _COMMENT_OR_LOOP.sub(marked, template)
+
+
+def _print(name: str | None, key: str) -> str:
+    return f"print ({name} is mapping and {name}['{key}']) or ''"
+
+
+def _read_trace(rendered: str, turns: int) -> Trace | None:
+    """Return the turns in the output of a template with marks; None if one is written twice or left open."""
+    text, *marks = _MARK.split(rendered)
+    spans: list[Span | None] = [None] * turns
+    opened, end = dict[int, int](), 0
+    for kind, number, following in zip(*[iter(marks)] * 3, strict=True):
+        index = int(number)
+        if kind == "start":
+            opened[index] = len(text)
+        else:
+            start, end = opened.pop(index, len(text)), len(text)
+            # A loop without output only computes.
+            if text[start:].strip():
+                if spans[index] is not None:
+                    return None
+                spans[index] = (start, end)
+        text += following
+    return None if opened else Trace(text, spans, end)
+
+
+Forms: TypeAlias = tuple[Fields, Fields]
+"""A value for the template: plain, and with a mark beside each control token."""
+Turns: TypeAlias = tuple[Forms, ...]
+NO_CONTEXT: Forms = ({}, {})
+_TEXTS = frozenset({"content", "reasoning_content", "thinking", "reasoning"})
+
+
+class ChatRenderer:
+    """A chat template, whose properties are found by rendering probes."""
+
+    def __init__(self, tokenizer: Tokenizer, template: str, marks: Marks):
+        self._tokenizer = tokenizer
+        self.template, self._traced = template, _with_marks(template)
+        self._marks, self._in_parts = marks, roles_in_parts(tokenizer, template)
+
+    def turn(self, message: Message) -> Forms:
+        """Return a message as the template gets it."""
+        plain = {"role": message.role, "content": message.content, **message.fields}
+        fields = in_form(plain, self._in_parts)
+        if (calls := fields.get("tool_calls")) and not self._takes_objects:
+            fields["tool_calls"] = [_with_text_arguments(call) for call in calls]
+        if message.role != "assistant":
+            return self.data(fields)
+        # Calls and names are no text of the model: a template writes the tags around them.
+        marks = self._marks
+        patterns = ((name, marks.in_response if name in _TEXTS else marks.anywhere) for name in fields)
+        return fields, {name: marks.mark_beside(fields[name], pattern) for name, pattern in patterns}
+
+    def data(self, values: Fields) -> Forms:
+        """Return tools or arguments as the template gets them."""
+        return values, self._marks.mark_beside(values, self._marks.anywhere)
+
+    def render(self, turns: Turns, context: Forms = NO_CONTEXT, *, generation: bool = False) -> str:
+        """Render a conversation, escaped; `context` are tools and arguments of the template, of `data`.
+
+        Raises UnusableRecordError: the template rejects it, or marks would change the template's decisions.
+        """
+        return self._render(self.template, turns, context, generation)
+
+    def trace(self, turns: Turns, context: Forms = NO_CONTEXT, *, generation: bool = False) -> Trace:
+        """Render a conversation as `render`, with the position of each turn."""
+        text = self.render(turns, context, generation=generation)
+        marks = ({_START: _mark("start", index), _END: _mark("end", index)} for index in range(len(turns)))
+        numbered = [[{**form, **both} for form in turn] for turn, both in zip(turns, marks, strict=True)]
+        trace = _read_trace(self._render(self._traced, numbered, context, generation), len(turns))
+        if trace is None or trace.text != text:
+            raise UnusableRecordError("turns_not_found", "the chat template does not write turn after turn")
+        return trace
+
+    @cached_property
+    def after_response(self) -> str:
+        """The output of the template after the last assistant turn."""
+        try:
+            probes = tuple(self.data(in_form(probe, self._in_parts)) for probe in _PROBES)
+            _, probe, after = self.render(probes).rpartition(_PROBE)
+            fault = "" if probe else "its output does not contain the response"
+        except UnusableRecordError as error:
+            fault = error.detail
+        if fault:
+            raise ConfigError(
+                "the chat template cannot render a user turn and an assistant turn",
+                where="chat template of model.path",
+                got=fault,
+                remedy="use the chat template of an instruction-tuned model of the same family",
+            )
+        return after
+
+    @cached_property
+    def after_earlier_response(self) -> str:
+        """The output of the template after an assistant turn before another turn."""
+        return self._probed(*_PROBES, _PROBES[0]).rpartition(_PROBE)[2]
+
+    @cached_property
+    def called(self) -> str:
+        """The output of the template after the prompt for a call of a tool; "" if it rejects calls."""
+        call = _PROBE_CALL if self._takes_objects else _with_text_arguments(_PROBE_CALL)
+        return self._answered(_NOTHING | {"tool_calls": [call]})
+
+    @cached_property
+    def empty_turn(self) -> str:
+        """The output of the template after the prompt for an assistant turn without content."""
+        return self._answered(_NOTHING)
+
+    @cached_property
+    def _takes_objects(self) -> bool:
+        """Whether the template takes the arguments of tool calls as objects; DeepSeek's wants JSON text."""
+
+        def is_rendered(call: Fields) -> bool:
+            return self._probed(_PROBES[0], _NOTHING | {"tool_calls": [call]}) != ""
+
+        return is_rendered(_PROBE_CALL) or not is_rendered(_with_text_arguments(_PROBE_CALL))
+
+    def _answered(self, turn: Fields) -> str:
+        return self._probed(_PROBES[0], turn).removeprefix(self._probed(_PROBES[0], generation=True))
+
+    def _probed(self, *turns: Fields, generation: bool = False) -> str:
+        return _probed(self._tokenizer, self.template, turns, self._in_parts, generation=generation)
+
+    def _render(
+        self, template: str, turns: Sequence[Sequence[Fields]], context: Forms, generation: bool
+    ) -> str:
+        def applied(form: int) -> str:
+            try:
+                return str(
+                    self._tokenizer.apply_chat_template(
+                        [turn[form] for turn in turns],
+                        chat_template=template,
+                        tokenize=False,
+                        add_generation_prompt=generation,
+                        **context[form],
+                    )
+                )
+            except TemplateError as fault:
+                raise UnusableRecordError("template_rejected", str(fault)) from fault
+            except Exception as fault:  # its operators, methods and nesting can raise anything
+                raise UnusableRecordError("template_rejected", f"{type(fault).__name__} in it") from fault
+
+        plain = applied(0)
+        if all(part[0] == part[1] for part in (context, *turns)):
+            return plain
+        marked = self._marks.replace_marked(applied(1))
+        if self._marks.spell(marked) != plain:
+            detail = "the chat template changes a text with a special token in it"
+            raise UnusableRecordError("special_token_in_text", detail)
+        return marked
+
+
+def _with_text_arguments(call: Fields) -> Fields:
+    function = call["function"]
+    arguments = function["arguments"]
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": text}}

@@ -1,0 +1,157 @@
+"""Facts about a tokenizer and its chat template, probed once: how texts begin and end, marks of turns."""
+
+import re
+from functools import cached_property, lru_cache
+
+from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig
+from dpo_dist.data.records import Tokenizer
+from dpo_dist.data.text.escape import THOUGHT_TAGS, EscapedEncoder, Marks, any_of
+from dpo_dist.data.text.template import ChatRenderer, chosen_template, pin_clock, turn_tokens
+from dpo_dist.foundation.errors import ConfigError
+
+# Tokens around turns of common model families: a text may come from another tokenizer's template.
+_FOREIGN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
+_FOREIGN_STARTS = ("<|im_start|>", "<|start_header_id|>", "<|user|>", "<|assistant|>", "<start_of_turn>")
+_FOREIGN_MARKS = (*_FOREIGN_STARTS, "[INST]", "<|im_end|>", "<|eot_id|>")
+
+
+class TokenizerFacts:
+    """A tokenizer with its probed properties; `chat` is None if it has no chat template."""
+
+    def __init__(self, tokenizer: Tokenizer, template: str | None):
+        self.tokenizer, chat_template = tokenizer, template and pin_clock(template, TEMPLATE_DATE)
+        bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+        whole: list[int] = tokenizer("a")["input_ids"]
+        starts = (at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
+        self.prefix_ids = whole[: next(starts, 0)]  # BOS, or none
+        added = {str(token): token.special for token in tokenizer.added_tokens_decoder.values()}
+        tags = {token for token in added if not token.isspace() and not token.isalnum()}
+        self._turn_tokens = tags & turn_tokens(tokenizer, chat_template)
+        self._turns = any_of({*self._turn_tokens, *_FOREIGN_MARKS})
+        special = {token for token, is_special in added.items() if is_special}
+        special |= self._turn_tokens | set(tokenizer.all_special_tokens)
+        named = {token for token in tags if token in (chat_template or "")}  # of tool calls, for example
+        self.marks = Marks(special, named | set(THOUGHT_TAGS).intersection(added))
+        self._special = self.marks.in_text
+        self._unspoken = any_of({*special, *THOUGHT_TAGS})
+        self.encoder = EscapedEncoder(tokenizer, self.marks, any_of({*added, *special}))
+        self.chat = None if chat_template is None else ChatRenderer(tokenizer, chat_template, self.marks)
+
+    @cached_property
+    def end_of_text(self) -> str:
+        """The token that ends a plain text."""
+        if not self.tokenizer.eos_token:
+            raise ConfigError(
+                "the tokenizer has no end-of-sequence token",
+                where="tokenizer of model.path",
+                remedy="set eos_token in the model's tokenizer_config.json",
+            )
+        return str(self.tokenizer.eos_token)
+
+    @cached_property
+    def end_of_turn(self) -> str:
+        """The special tokens with which the template ends a response; the end of text if it writes none.
+
+        It is one, or two that also follow earlier responses (Command R7B).
+        """
+        chat, after = self.chat, "" if self.chat is None else self.chat.after_response
+        first = self._special.search(after)
+        if chat is None or first is None:
+            return self.end_of_text
+        end = first.group() + after[first.end() :].rstrip()
+        is_whole = self._special.sub("", end) == "" and chat.after_earlier_response.strip().startswith(end)
+        return end if is_whole else first.group()
+
+    @property
+    def stops(self) -> set[str]:
+        """The tokens that end a generated response: the last one of a text, of a turn, of a call."""
+        ends = [self.end_of_turn, self.until_end(self.chat.called if self.chat is not None else "")]
+        last = (list(self._special.finditer(end))[-1].group() for end in ends)
+        return {*last, *filter(None, [self.tokenizer.eos_token])}
+
+    @cached_property
+    def around_turns(self) -> re.Pattern[str]:
+        """Pattern of the tokens that the template writes around turns, and of those that end a response."""
+        return any_of({*self._turn_tokens, self.end_of_turn, self.end_of_text})
+
+    def has_turns(self, content: str) -> bool:
+        """Return whether a content has tokens that chat templates write, of this or another model family."""
+        return self._turns.search(content) is not None
+
+    def is_templated(self, text: str) -> bool:
+        """Return whether a text seems to be the output of a chat template (turns, or BOS at its start)."""
+        bos = self.tokenizer.bos_token
+        return self.has_turns(text) or (bos is not None and text.startswith(str(bos)))
+
+    def is_ended(self, response: str) -> bool:
+        """Return whether a response ends as in the output of a chat template: with an end of turn or EOS."""
+        eos = self.tokenizer.eos_token
+        return response.rstrip().endswith((*self._turn_tokens, *_FOREIGN_ENDS, *([str(eos)] if eos else [])))
+
+    def split_end(self, response: str) -> tuple[str, str]:
+        """Return a templated response before its end of turn or of text, and that end or the default one."""
+        ends = [self.end_of_text] if self.chat is None else [self.end_of_turn, self.end_of_text]
+        end = ends[0]
+        while (bare := response.rstrip()).endswith(tuple(ends)):
+            end = next(end for end in ends if bare.endswith(end))
+            response = bare.removesuffix(end)
+        return response, end
+
+    def until_end(self, rendered: str) -> str:
+        """Return a rendered assistant turn up to its end of turn, which is added if it has none."""
+        after = "" if self.chat is None else self.chat.after_response
+        ending = self.end_of_turn
+        # Phi-3's template writes an end of text after the last turn, which may be the same token.
+        is_usual = rendered.endswith(after)
+        end = rendered.find(ending, len(rendered) - len(after)) if is_usual else rendered.rfind(ending)
+        if end >= 0:
+            return rendered[: end + len(ending)]
+        # Some turns end with another token, such as calls of tools.
+        if last := self._final_special(rendered):
+            return rendered[:last]
+        return rendered.removesuffix(after) + ending
+
+    def is_blank(self, turn: str) -> bool:
+        """Return whether a rendered turn has nothing but what the template writes around a content."""
+        assert self.chat is not None
+        text, blank = ("".join(self._unspoken.sub("", part).split()) for part in (turn, self.chat.empty_turn))
+        return text in ("", blank)
+
+    def end_of_rendered(self, turn: str, after: str) -> int:
+        """Return the position after the special token that ends a rendered turn.
+
+        In some templates (GLM) the token that starts the text `after` it ends the turn; else the turn's end.
+        """
+        following = self._special.match(after)
+        return self._final_special(turn) or len(turn) + (following.end() if following else 0)
+
+    def _final_special(self, escaped: str) -> int:
+        """Return the position after the last special token if only spaces follow it, else 0."""
+        last = self.after_last_special(escaped)
+        return 0 if escaped[last:].strip() else last
+
+    def after_last_special(self, escaped: str) -> int:
+        """Return the position after the last special token or token around turns, 0 if there is none."""
+        return max((match.end() for match in self._special.finditer(escaped)), default=0)
+
+    def with_prefix(self, ids: list[int]) -> tuple[list[int], int]:
+        """Return `ids` with the tokenizer's prefix exactly once, and how many of them truncation keeps."""
+        if ids[: len(self.prefix_ids)] != self.prefix_ids:
+            return self.prefix_ids + ids, len(self.prefix_ids)
+        starts_with_bos = ids[:1] == [self.tokenizer.bos_token_id]
+        return ids, max(len(self.prefix_ids), int(starts_with_bos))
+
+
+_facts = lru_cache(maxsize=8)(TokenizerFacts)
+_DEFAULTS = DataConfig()
+
+
+def tokenizer_facts(
+    tokenizer: Tokenizer, config: DataConfig = _DEFAULTS, *, with_tools: bool = False
+) -> TokenizerFacts:
+    """Return the properties of `tokenizer`, probed once for each chat template.
+
+    Some tokenizers have a separate template for records `with_tools`. Raises ConfigError:
+    `data.chat_template` is neither a file nor the name of a template.
+    """
+    return _facts(tokenizer, chosen_template(tokenizer, config.chat_template, with_tools=with_tools))

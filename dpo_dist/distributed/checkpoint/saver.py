@@ -1,0 +1,514 @@
+"""Save checkpoints that are complete or absent (law L4), and load them on any number of ranks.
+
+    checkpoints/
+      latest                                  name of the last committed checkpoint
+      best                                    name of the best one (`trainer.keep_best`)
+      step-000100/
+        manifest.json                         digest of every other file
+        state.json                            state of the loop
+        engine/rank-00000-00000.safetensors   slices of weights and optimizer states of rank 0, ...
+        reference/rank-00000-00000...         of a reference that follows the policy
+
+All ranks write a checkpoint under a temporary name, and rank 0 its manifest; then the folder is renamed,
+`latest` and `best` are updated, and after that older checkpoints are deleted. Only files that match a
+manifest are loaded. Training continues while copies of the weights are written in the background.
+"""
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from dpo_dist.config.run_folder import (
+    BEST,
+    STATE,
+    best_checkpoint,
+    checkpoint_folders,
+    checkpoint_name,
+    step_of,
+)
+from dpo_dist.distributed.checkpoint.slices import SHARDS, WEIGHT, HostCopy, ModelSlices, Sharded, Slice
+from dpo_dist.distributed.deepspeed_internals import is_sharded, whole_shape
+from dpo_dist.distributed.processes.world import World
+from dpo_dist.foundation.errors import CheckpointError, first_line
+from dpo_dist.foundation.files import (
+    commit_folder,
+    content_digest,
+    final_name,
+    is_temporary,
+    recover_folder,
+    temporary_name,
+    text_digest,
+    write_text,
+)
+from dpo_dist.foundation.process import note_progress
+from dpo_dist.foundation.text import size
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+_LATEST = "latest"
+# At this size a rank begins another file: of a GPU's tensors, as much host memory is used at a time.
+_FILE_BYTES = 2**28
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int8": "I8"}
+# Digests of a checkpoint's files, by name relative to its folder, as in the manifest. No directory is listed
+# to write or check them: on a network file system a listing may lack files that another node just wrote.
+Entries = dict[str, str]
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> str:
+    """Write a safetensors file from the memory of its tensors to disk; return its digest, made on the way."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    # Larger elements first, so that each tensor begins at a multiple of its own.
+    ordered, end = sorted(tensors.items(), key=lambda named: -named[1].itemsize), 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        dtype = _DTYPES[str(tensor.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    parts: list[bytes | memoryview] = [len(text).to_bytes(8, "little"), text]
+    parts += [tensor.detach().reshape(-1).view(torch.uint8).numpy().data for _, tensor in ordered]
+    digest = hashlib.blake2b(digest_size=16)
+    with file.open("wb") as opened:
+        for part in parts:
+            opened.write(part)
+            digest.update(part)
+        opened.flush()
+        os.fsync(opened.fileno())  # on the node that has written it
+    return digest.hexdigest()
+
+
+def read_manifest(folder: Path) -> Entries:
+    """Return the entries in the manifest of `folder`; ValueError if it has none."""
+    entries: Entries = json.loads((folder / MANIFEST).read_bytes())
+    if not isinstance(entries, dict) or not entries:
+        raise ValueError("it names no file")
+    return entries
+
+
+def find_faults(folder: Path, part: int, parts: int) -> list[str]:
+    """Read every `parts`-th file of the manifest, starting at `part`, and return the faults found."""
+    try:
+        entries = read_manifest(folder)
+    except (OSError, ValueError) as error:
+        return [f"{MANIFEST}: {error}"]
+    faults = []
+    for name in sorted(entries)[part::parts]:
+        try:
+            if content_digest([folder / name]) != entries[name]:
+                faults.append(f"{name} differs from its digest")
+        except OSError as error:
+            faults.append(f"{name} cannot be read: {error.strerror}")
+    return faults
+
+
+def damaged_checkpoint(folder: Path, faults: Sequence[str]) -> CheckpointError:
+    """Return the error of a checkpoint with `faults`."""
+    return CheckpointError(
+        "the checkpoint is damaged, was removed, or is of another model",
+        where=str(folder),
+        got="; ".join(faults[:5]),
+        remedy="restore its files, or name another checkpoint: a run that trains keeps its last ones "
+        "(trainer.keep_last)",
+    )
+
+
+def write_slices(model: ModelSlices, checkpoint: Path, rank: int, copy: HostCopy | None = None) -> Entries:
+    """Write this rank's slices of a model, which nothing changes meanwhile; return its files by name.
+
+    Tensors of a GPU go through `copy`, a file at a time: one wait for all of them.
+    """
+    (checkpoint / model.folder).mkdir(exist_ok=True)
+    entries: Entries = {}
+    ends = itertools.accumulate(piece.bytes for piece in model.slices)
+    files = itertools.groupby(zip(model.slices, ends, strict=True), lambda pair: pair[1] // _FILE_BYTES)
+    for number, (_, group) in enumerate(files):
+        slices: Sequence[Slice] = [piece for piece, _ in group]
+        if copy is not None and copy.is_cuda:
+            slices = copy.of([replace(model, slices=slices)])[0].slices
+        tensors = {f"{part}/{piece.name}": tensor for piece in slices for part, tensor in piece.parts.items()}
+        ranges = {piece.name: [piece.start, *piece.shape] for piece in slices if WEIGHT in piece.parts}
+        name = f"{model.folder}/rank-{rank:05d}-{number:05d}.safetensors"
+        metadata = {"ranges": json.dumps(ranges), "step": str(model.step)}
+        entries[name] = write_tensors(checkpoint / name, tensors, metadata)
+    return entries
+
+
+@dataclass(frozen=True)
+class SavedSlices:
+    """The slices of one model in a checkpoint: shapes of whole weights, names of parts, number of updates.
+
+    `_ranges` has start, end and file of each saved range of elements, by the key of its tensors: part/name.
+    """
+
+    folder: Path
+    shapes: dict[str, tuple[int, ...]]
+    parts: Sequence[str]
+    step: int
+    _ranges: dict[str, list[tuple[int, int, str]]]
+
+    @classmethod
+    def find(cls, folder: Path, name: str) -> "SavedSlices":
+        """Return the slices below `folder / name`, from the headers of their files."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        ranges: dict[str, list[tuple[int, int, str]]] = {}
+        step = 0
+        with reading_errors(folder):
+            files = [file for file in read_manifest(folder) if Path(file).match(f"{name}/*.safetensors")]
+            if not files:
+                raise ValueError(f"it has no {name}/*.safetensors")
+            for file in files:
+                with safe_open(folder / file, "pt") as opened:
+                    header = opened.metadata()
+                    starts, step = json.loads(header["ranges"]), int(header["step"])
+                    shapes |= {weight: tuple(shape) for weight, (_, *shape) in starts.items()}
+                    for key in opened.keys():  # noqa: SIM118  (the file is not iterable)
+                        start, *_ = starts.get(key.partition("/")[2], [0])
+                        end = start + opened.get_slice(key).get_shape()[0]
+                        ranges.setdefault(key, []).append((start, end, file))
+        of_weights = [key.partition("/") for key in ranges]
+        parts = dict.fromkeys(part for part, _, weight in of_weights if weight in shapes)
+        return cls(folder, shapes, list(parts), step, {key: sorted(each) for key, each in ranges.items()})
+
+    def load_into(self, slices: Iterable[Slice]) -> None:
+        """Fill the parts of `slices`, whatever the ranges of the ranks that saved them."""
+        with reading_errors(self.folder), contextlib.ExitStack() as stack:
+
+            @functools.cache
+            def opened(file: str) -> Any:
+                return stack.enter_context(safe_open(self.folder / file, "pt"))
+
+            for piece in slices:
+                if WEIGHT in piece.parts and self.shapes.get(piece.name) != piece.shape:
+                    raise ValueError(f"{piece.name} is missing or has another shape")
+                for part, target in piece.parts.items():
+                    key = f"{part}/{piece.name}"
+                    if WEIGHT not in piece.parts and key not in self._ranges:
+                        raise CheckpointError(
+                            "a checkpoint has 8-bit optimizer states for each process that wrote it",
+                            where=str(self.folder),
+                            got=f"no {key}",
+                            remedy="start as many processes with the parallelism that wrote it; "
+                            "optim.kind=adamw continues on any number",
+                        )
+                    for start, stop, file in self._ranges[key]:
+                        first, last = max(piece.start, start), min(piece.start + target.numel(), stop)
+                        if first < last:
+                            saved = opened(file).get_slice(key)[first - start : last - start]
+                            target[first - piece.start : last - piece.start].copy_(saved)
+
+    def whole(self, name: str, part: str = WEIGHT) -> Tensor:
+        """Return a whole weight or optimizer state in host memory, float32 for a trained weight."""
+        with reading_errors(self.folder):
+            pieces = []
+            for _, _, file in self._ranges[f"{part}/{name}"]:
+                with safe_open(self.folder / file, "pt") as opened:
+                    pieces.append(opened.get_tensor(f"{part}/{name}"))
+            return torch.cat(pieces).view(self.shapes[name])
+
+
+@contextlib.contextmanager
+def reading_errors(folder: Path) -> Iterator[None]:
+    """Raise a `CheckpointError` for a file that cannot be read or is not of a checkpoint."""
+    try:
+        yield
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, RuntimeError) as error:
+        raise damaged_checkpoint(folder, [first_line(error)]) from error
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint: its folder, the loop's state, and names of newer ones that are damaged."""
+
+    folder: Path
+    state: dict[str, Any]
+    damaged: tuple[str, ...] = ()
+
+
+def latest_checkpoint(root: Path, world: World) -> Checkpoint | None:
+    """Return the newest checkpoint whose files match its manifest; None without checkpoints. Collective."""
+    folders = world.on_main(lambda: checkpoint_folders(root))
+    damaged: list[str] = []
+    for folder in folders:
+        faults = _faults_of_all_files(folder, world)
+        if not faults:
+            return Checkpoint(folder, world.on_main(lambda: checkpoint_state(folder)), tuple(damaged))  # noqa: B023
+        log.warning("checkpoint %s is damaged and not used: %s", folder, "; ".join(faults[:5]))
+        damaged.append(folder.name)
+    if folders:
+        raise CheckpointError(
+            "every checkpoint of this run is damaged",
+            where=str(root),
+            got=f"{', '.join(damaged)}; {faults[0]}",
+            remedy="restore the folder, or set another run.dir to start from the beginning",
+        )
+    return None
+
+
+def open_checkpoint(folder: Path, world: World) -> Checkpoint:
+    """Return the checkpoint in a folder; collective."""
+    if faults := _faults_of_all_files(folder, world):
+        raise damaged_checkpoint(folder, faults)
+    return Checkpoint(folder, world.on_main(lambda: checkpoint_state(folder)))
+
+
+def _faults_of_all_files(folder: Path, world: World) -> list[str]:
+    """Return the faults of all files of a checkpoint, divided among the ranks; collective."""
+    return [fault for part in world.gather(find_faults(folder, world.rank, world.size)) for fault in part]
+
+
+def checkpoint_state(folder: Path) -> dict[str, Any]:
+    """Return the state in a checkpoint, whose files are not checked; not collective."""
+    state: dict[str, Any] = json.loads((folder / STATE).read_bytes())
+    return state
+
+
+def read_weights(folder: Path, trained: Mapping[str, nn.Parameter]) -> SavedSlices:
+    """Return the slices of the weights that a run trains, by transformers name, in a checked checkpoint."""
+    saved = SavedSlices.find(folder, SHARDS)
+    wanted = {name: whole_shape(weight) for name, weight in trained.items()}
+    missing = [name for name, shape in wanted.items() if saved.shapes.get(name) != shape]
+    if missing:
+        raise CheckpointError(
+            "the weights of the checkpoint are not those that this configuration trains",
+            where=str(folder),
+            got=f"{len(missing)} of {len(wanted)} weights are missing or have another shape: {missing[0]}",
+            remedy="set model.path and model.adapter as in the config.yaml of its run",
+        )
+    return saved
+
+
+@torch.no_grad()
+def load_checkpoint_weights(model: nn.Module, folder: Path, world: World) -> None:
+    """Replace the trained weights of `model`, sharded by ZeRO-3 or not, by a checkpoint's; collective.
+
+    Rank 0 reads and sends one master weight at a time: a shard may be on a disk. Trained weights require a
+    gradient.
+    """
+    weights = ((name.removeprefix("causal_lm."), weight) for name, weight in model.named_parameters())
+    trained = {name: weight for name, weight in weights if weight.requires_grad}
+    saved = world.on_main(lambda: read_weights(folder, trained))
+    for name, weight in trained.items():
+        if is_sharded(weight):
+            with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
+                if world.is_main:
+                    weight.copy_(saved.whole(name))
+        else:
+            weight.copy_(world.on_main(lambda name=name: saved.whole(name)))  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint that is not committed yet: its size, and the entries of this rank's files."""
+
+    temporary: Path
+    folder: Path
+    state: str
+    bytes: int
+    entries: Future[Entries] = field(default_factory=Future)
+
+    def write(self, models: Sequence[ModelSlices], rank: int, copy: HostCopy | None = None) -> None:
+        """Write slices, which nothing changes meanwhile, and set `entries`."""
+        try:
+            entries: Entries = {}
+            with disk_errors(self.temporary, self.bytes):
+                for model in models:
+                    entries |= write_slices(model, self.temporary, rank, copy)
+            self.entries.set_result(entries)
+        except BaseException as error:  # raised by `entries`, in the main thread
+            self.entries.set_exception(error)
+
+
+class CheckpointSaver:
+    """Save the checkpoints of one run below `root` and keep the newest `keep_last`, at least one.
+
+    `say` is called with a warning on every rank, `committed` on rank 0 with the step of each committed
+    checkpoint.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        keep_last: int,
+        parts: Sequence[Sharded],
+        world: World,
+        *,
+        say: Callable[[str], None] = log.warning,
+        committed: Callable[[int], None] = lambda _step: None,
+    ):
+        self._root, self._keep_last = root, max(1, keep_last)
+        self._parts, self._world = parts, world
+        self._damaged: set[Path] = set()
+        self._copy = HostCopy(world.device)
+        self._say, self._committed = say, committed
+        self._pending: _Pending | None = None
+        self._has_warned = False
+        self._best_step: int | None = None
+
+    def save(
+        self, step: int, state: dict[str, Any], *, best_step: int | None = None, is_last: bool = False
+    ) -> None:
+        """Write `root/step-NNNNNN`, which the next `commit` or `save` commits; collective.
+
+        Training may continue at once, unless it `is_last`. The checkpoint of `best_step`, which may be this
+        one, is kept beside the last ones.
+        """
+        self.commit()
+        self._best_step = best_step
+        world, folder = self._world, self._root / checkpoint_name(step)
+        models = [part.shards() for part in self._parts]
+        needed = sum(world.gather(sum(model.bytes for model in models)))
+
+        def create() -> Path:
+            with disk_errors(folder):
+                remove_unfinished(self._root)  # to make room
+                self._root.mkdir(exist_ok=True)
+                (temporary := temporary_name(folder)).mkdir()
+            return temporary
+
+        text = json.dumps(state, indent=1)
+        self._pending = pending = _Pending(world.on_main(create), folder, text, needed)
+        has_room = is_last or self._copy.has_room(models, world)
+        if not has_room and not self._has_warned:
+            self._say(
+                "training waits while a checkpoint is written: host memory has no room for a copy of it"
+            )
+            self._has_warned = True
+        if has_room and not is_last:
+            arguments = self._copy.of(models), world.rank
+            threading.Thread(target=pending.write, args=arguments, daemon=True).start()
+            return
+        pending.write(models, world.rank, self._copy)
+        self._copy.close()  # host memory is short, or training ends
+        if any(world.gather(pending.entries.exception() is not None)):
+            self.commit()  # which raises the error on all ranks
+
+    @property
+    def is_written(self) -> bool:
+        """Return whether this rank's files of a pending checkpoint are on disk, or failed; not collective.
+
+        When they are on all ranks, the checkpoint can be committed without a wait.
+        """
+        return self._pending is not None and self._pending.entries.done()
+
+    def commit(self) -> None:
+        """Wait for the pending checkpoint, if any, and make it the latest; collective."""
+        pending, self._pending, world = self._pending, None, self._world
+        if pending is None:
+            return
+        try:
+            mine = world.together(pending.entries.result)
+            entries = {name: entry for part in world.gather(mine) for name, entry in part.items()}
+            world.on_main(lambda: self._commit(pending, entries))
+        except CheckpointError:
+            if world.is_main:
+                shutil.rmtree(pending.temporary, ignore_errors=True)
+            raise
+
+    def _commit(self, pending: _Pending, entries: Entries) -> None:
+        with disk_errors(pending.temporary, pending.bytes):
+            (pending.temporary / STATE).write_text(pending.state)
+            entries[STATE] = text_digest(pending.state)
+            (pending.temporary / MANIFEST).write_text(json.dumps(entries, indent=1))
+            commit_folder(pending.temporary, pending.folder)
+        self._name(pending.folder)
+        note_progress(str(pending.folder))
+        self._committed(step_of(pending.folder.name) or 0)
+        self._delete_old(pending.folder)  # some file systems need minutes for files of terabytes
+
+    def _name(self, folder: Path) -> None:
+        with disk_errors(folder):
+            write_text(self._root / _LATEST, folder.name)
+            if self._best_step is not None:
+                write_text(self._root / BEST, f"{checkpoint_name(self._best_step)}\n")
+            else:
+                (self._root / BEST).unlink(missing_ok=True)
+
+    def _delete_old(self, committed: Path) -> None:
+        """Delete all checkpoints but `committed`, the best, and the newest that are not damaged."""
+        others = [folder for folder in checkpoint_folders(self._root) if folder != committed]
+        intact = [folder for folder in others if folder not in self._damaged]
+        best = [folder for folder in intact if step_of(folder.name) == self._best_step]
+        for folder in set(others) - {*intact[: self._keep_last - 1], *best}:
+            shutil.rmtree(folder, ignore_errors=True)
+        self._damaged.clear()
+
+    def resume(self, folder: Path, best_step: int | None) -> None:
+        """Complete what a kill may have cut off after the commit of the resumed checkpoint; collective.
+
+        `best_step` is that of the best checkpoint, if there is one. Newer checkpoints are damaged.
+        """
+        self._best_step = best_step
+
+        def complete() -> None:
+            self._name(folder)
+            folders = checkpoint_folders(self._root)
+            self._damaged = set(folders[: folders.index(folder)])
+            if not self._damaged:  # deleted after the next commit, as are the others then
+                self._delete_old(folder)
+
+        self._world.on_main(complete)
+
+    def close(self) -> None:
+        """End the saver; not collective. After an error, a checkpoint that is not committed is dropped."""
+        self._pending = None
+        self._copy.close()
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path, needed: int = 0) -> Iterator[None]:
+    """Raise a `CheckpointError` for an `OSError` inside the block; a checkpoint needs `needed` bytes."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            "a checkpoint cannot be written",
+            where=str(folder),
+            got=str(error) + (f"; a checkpoint needs {size(needed)}" if needed else ""),
+            remedy="make room and run the same command again: it resumes from the last checkpoint",
+        ) from error
+
+
+def drop_checkpoints(root: Path) -> None:
+    """Delete every checkpoint below `root` but the best; on one rank."""
+    remove_unfinished(root)
+    best, folders = best_checkpoint(root), checkpoint_folders(root)
+    kept = [folder for folder in folders if folder.name == best]
+    for folder in set(folders) - set(kept):
+        shutil.rmtree(folder, ignore_errors=True)
+    if kept:
+        write_text(root / _LATEST, kept[0].name)
+    else:
+        (root / _LATEST).unlink(missing_ok=True)
+
+
+def remove_unfinished(root: Path) -> None:
+    """Remove what killed starts have left below `root`; on one rank, which no other start writes beside.
+
+    A checkpoint that was moved aside, to be replaced by another one of its step, gets its name back.
+    """
+    for left in sorted(filter(is_temporary, root.glob("*"))):
+        final = final_name(left)
+        if step_of(final.name) is None and final.name not in (_LATEST, BEST):
+            continue
+        recover_folder(final)
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)

@@ -1,0 +1,226 @@
+"""Slices of weights and optimizer states: what this rank has of a model, and its copies in host memory."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from torch import Tensor, nn
+
+from dpo_dist.distributed.deepspeed_internals import (
+    flat_masters,
+    inner_optimizer,
+    restore_powers,
+    shard_of,
+    shard_range,
+    whole_shape,
+    zero_kind,
+)
+from dpo_dist.distributed.memory import available_memory, return_host_memory
+from dpo_dist.distributed.processes.world import World
+
+SHARDS = "engine"  # the folder of the policy's slices in a checkpoint
+WEIGHT = "weight"  # the part that is the weight itself, for a trained one its float32 master weight
+EMA = "ema"  # the part that is the moving average of the weight
+_STEP = "step"
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A range of the elements of one flattened weight.
+
+    `parts`: weight and optimizer states by name, flat tensors of equal length; views. Without a weight:
+    tensors of any length, which only this rank of as many reads back.
+    """
+
+    name: str
+    shape: tuple[int, ...]  # of the whole weight
+    start: int  # index of the first element of the range
+    parts: dict[str, Tensor]
+
+    @property
+    def bytes(self) -> int:
+        """Return the size of the parts."""
+        return sum(tensor.nbytes for tensor in self.parts.values())
+
+
+@dataclass(frozen=True)
+class ModelSlices:
+    """This rank's slices of a model, by the name of their folder in a checkpoint, after `step` updates."""
+
+    folder: str
+    slices: Sequence[Slice]
+    step: int = 0
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors of all slices, in their order."""
+        return [tensor for piece in self.slices for tensor in piece.parts.values()]
+
+    @property
+    def bytes(self) -> int:
+        """Return the size of the slices."""
+        return sum(piece.bytes for piece in self.slices)
+
+
+class Sharded(Protocol):
+    """Weights that training changes, saved in slices: the policy, and a reference updated from it."""
+
+    def shards(self) -> ModelSlices:
+        """Return this rank's slices, as views; not collective."""
+        ...
+
+    def load_shards(self, folder: Path) -> None:
+        """Load the shards from a checkpoint that any number of ranks wrote; collective."""
+        ...
+
+
+class OptimizerSlices:
+    """This rank's slices of the weights that a DeepSpeed engine trains, with their optimizer states.
+
+    `names` are those of the trained weights; `averages` those of the `masters`, if there are any.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        names: Mapping[nn.Parameter, str],
+        rank: int,
+        averages: Mapping[Tensor, Tensor] = MappingProxyType({}),
+    ):
+        self._engine, self._inner = engine, inner_optimizer(engine)
+        self._names, self._rank, self._averages = names, rank, averages
+
+    def __iter__(self) -> Iterator[Slice]:
+        """Yield the slices; optimizer states exist after the first step, or `create_states`."""
+        eight_bit = is_eight_bit(self._inner)
+        for flat, ranges in flat_masters(self._engine, self._rank):
+            tensors = {WEIGHT: flat.detach()}
+            if not eight_bit:
+                tensors |= {k: v for k, v in _tensor_states(self._inner, flat) if v.shape == flat.shape}
+            if flat in self._averages:
+                tensors[EMA] = self._averages[flat]
+            for weight, start, start_in_weight, length in ranges:
+                parts = {part: tensor.narrow(0, start, length) for part, tensor in tensors.items()}
+                yield Slice(self._names[weight], whole_shape(weight), start_in_weight, parts)
+        if eight_bit:  # codes and scales of blocks of this rank's flat tensors; all share constant codebooks
+            cut = f"{zero_kind(self._engine)} {self._rank} of {dist.get_world_size()}"
+            for number, (flat, _) in enumerate(flat_masters(self._engine, self._rank)):
+                states = {k: v for k, v in _tensor_states(self._inner, flat) if not k.startswith("qmap")}
+                if states:
+                    yield Slice(f"{cut}, group {number}", (), 0, states)
+
+    def masters(self) -> list[Tensor]:
+        """Return the flat float32 tensors that the optimizer updates, with padding; not copies."""
+        return [flat for flat, _ in flat_masters(self._engine, self._rank)]
+
+    @property
+    def step(self) -> int:
+        """Return the number of updates that the optimizer states are of."""
+        return max((int(self._inner.state[flat].get(_STEP, 0)) for flat in self.masters()), default=0)
+
+    def create_states(self, parts: Sequence[str], step: int) -> None:
+        """Create optimizer states that do not exist yet, to be filled, after `step` updates."""
+        inner, names = self._inner, [part for part in parts if part not in (WEIGHT, EMA)]
+        if is_eight_bit(inner):
+            for flat in self.masters() if step else []:
+                if not inner.state[flat]:
+                    # As ZeRO-3 does, which has a master tensor in its group for the time of an update only.
+                    group = inner.param_groups[0]
+                    params, group["params"] = group["params"], [flat]
+                    inner.init_state(group, flat, 0, 0)
+                    group["params"] = params
+                inner.state[flat][_STEP] = step
+            return
+        is_cpu_adam = isinstance(inner, DeepSpeedCPUAdam)
+        for flat in self.masters() if names else []:
+            states = inner.state[flat]
+            for name in names:
+                states.setdefault(name, torch.zeros_like(flat, requires_grad=False))
+            states[_STEP] = step if is_cpu_adam else torch.tensor(float(step), device=flat.device)
+        if is_cpu_adam and names:
+            restore_powers(inner, step)
+
+
+def _tensor_states(optimizer: Any, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
+    states: dict[str, Any] = optimizer.state[flat]
+    return ((name, state) for name, state in states.items() if isinstance(state, Tensor))
+
+
+def is_eight_bit(optimizer: object) -> bool:
+    """Return whether an optimizer is one of bitsandbytes."""
+    return type(optimizer).__module__.startswith("bitsandbytes")
+
+
+def weight_slices(weights: Mapping[str, Any], rank: int) -> Iterator[Slice]:
+    """Yield this rank's slices of weights that ZeRO-3 shards and no optimizer trains."""
+    for name, weight in weights.items():
+        first, length = shard_range(weight, rank)
+        if length:
+            shard = shard_of(weight)
+            assert shard is not None, "ZeRO-3 shards these weights"
+            part = shard.detach().view(-1)[:length]
+            yield Slice(name, whole_shape(weight), first, {WEIGHT: part})
+
+
+class HostCopy:
+    """Memory of this rank for copies of its slices: allocated once, pinned if `device` is a GPU."""
+
+    def __init__(self, device: torch.device):
+        self.is_cuda = device.type == "cuda"
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+
+    def has_room(self, models: Sequence[ModelSlices], world: World) -> bool:
+        """Return whether every host has memory for the copies of all its ranks; collective."""
+        missing = max(0, self._bytes(models) - self._buffer.nbytes)
+        ranks = world.gather((world.host, missing, available_memory() if missing else 0))
+        needed = Counter[str]()
+        for host, of_rank, _ in ranks:
+            needed[host] += of_rank
+        return all(not of_rank or needed[host] <= available for host, of_rank, available in ranks)
+
+    def _bytes(self, models: Sequence[ModelSlices]) -> int:
+        return sum(_aligned(tensor.nbytes) for model in models for tensor in model.tensors)
+
+    def of(self, models: Sequence[ModelSlices]) -> list[ModelSlices]:
+        """Return the same slices in host memory, valid until the next call."""
+        count = self._bytes(models)
+        if count > self._buffer.nbytes:
+            self.close()
+            self._buffer = torch.empty(count, dtype=torch.uint8)
+            if self.is_cuda:  # PyTorch's own pinned memory is rounded up to a power of two
+                torch.cuda.check_error(_runtime().cudaHostRegister(self._buffer.data_ptr(), count, 0))
+        copied, start = [], 0
+        for model in models:
+            slices = []
+            for piece in model.slices:
+                parts = {}
+                for part, tensor in piece.parts.items():
+                    place = self._buffer[start : start + tensor.nbytes].view(tensor.dtype)
+                    parts[part] = place.copy_(tensor, non_blocking=True)
+                    start += _aligned(tensor.nbytes)
+                slices.append(replace(piece, parts=parts))
+            copied.append(replace(model, slices=slices))
+        if self.is_cuda:
+            torch.cuda.synchronize()
+        return copied
+
+    def close(self) -> None:
+        """Release the memory, as soon as nothing reads the copies any more."""
+        if self.is_cuda and self._buffer.nbytes:
+            _runtime().cudaHostUnregister(self._buffer.data_ptr())  # after a failure of the device in vain
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        return_host_memory()
+
+
+def _runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _aligned(count: int) -> int:
+    return -(-count // 64) * 64

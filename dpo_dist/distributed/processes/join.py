@@ -1,0 +1,182 @@
+"""Join the processes of a run, load the kernels that DeepSpeed compiles for them, and leave at its end."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate.utils import InitProcessGroupKwargs
+from deepspeed.ops.op_builder import CPUAdamBuilder
+from deepspeed.ops.op_builder.builder import OpBuilder
+from torch._C._distributed_c10d import HashStore
+from torch.distributed import distributed_c10d
+from torch.utils.cpp_extension import _get_build_directory
+
+from dpo_dist.distributed.deepspeed_internals import (
+    forget_accelerate_state,
+    forget_process_group,
+    restore_linear,
+    use_gloo_all_reduce,
+)
+from dpo_dist.distributed.processes.failures import Reports, is_of_communication, watched
+from dpo_dist.distributed.processes.world import Peer, World
+from dpo_dist.foundation.errors import ConfigError, PeerLostError, first_line
+from dpo_dist.foundation.signals import exit_on_signal
+from dpo_dist.foundation.text import counted
+
+_ALONE = {
+    "RANK": "0",
+    "WORLD_SIZE": "1",
+    "LOCAL_RANK": "0",
+    "LOCAL_WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "0",  # any free port, chosen when it is opened
+}
+"""Environment of a world of one process, which no launcher has set."""
+
+
+def load_kernel(builder: OpBuilder, where: str, remedy: str, say: Callable[[str], None]) -> None:
+    """Load a kernel of DeepSpeed, which compiles it once for all processes of this host.
+
+    Errors name the key `where` that needs it, and the `remedy`, a value that needs no kernel.
+    """
+    lock = Path(_get_build_directory(builder.name, False)) / "lock"
+    if lock.exists():
+        say(f"waiting for a process that compiles {builder.name}; if that build was killed, delete {lock}")
+    try:
+        builder.load(verbose=False)
+    except Exception as error:  # without nvcc, or with another one than of PyTorch, builders raise anything
+        raise ConfigError(
+            f"DeepSpeed's kernel {builder.name} cannot be compiled",
+            where=where,
+            got=first_line(error),
+            expected=f"ninja, and a C++ compiler that PyTorch supports: {os.environ.get('CXX', 'c++')}",
+            remedy=f"install them, or set CXX to another compiler (its output is in logs/); or {remedy}",
+        ) from error
+
+
+@contextlib.contextmanager
+def joined(deepspeed_config: dict[str, Any], timeout_seconds: int, reports: Reports) -> Iterator[World]:
+    """Yield the processes that the launcher started, and watch them until the end of the block.
+
+    `deepspeed_config` is a `policy_config`, on which loading weights depends; a collective call waits
+    `timeout_seconds`; `reports` are used also if the main thread is blocked.
+    """
+    if (
+        "PYTORCH_ALLOC_CONF" not in os.environ
+    ):  # micro-batches of many sizes would leave holes between segments
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if reports.stacks is not None:  # NCCL's last calls of each rank, written when one times out
+        os.environ.setdefault("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        os.environ.setdefault("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", str(reports.stacks.with_name("nccl-rank-")))
+    if "offload_optimizer" in deepspeed_config["zero_optimization"]:
+        key = "parallelism.offload_optimizer"
+        load_kernel(CPUAdamBuilder(), key, f"set {key}=none", reports.say)
+    hook = sys.excepthook
+    with exit_on_signal():
+        world = start_world(deepspeed_config, timeout_seconds)
+    may_leave = world.size == 1  # with others, leaving after an error could wait for a rank without one
+    try:
+        with watched(world, reports):
+            yield world
+        may_leave = True
+    finally:
+        if may_leave:
+            stop_world()
+            sys.excepthook = hook  # torch's adds "[rank0]: " to each line
+
+
+def start_world(deepspeed_config: dict[str, Any], timeout_seconds: int) -> World:
+    """Join the processes that the launcher started; without a launcher, return a world of one process."""
+    if _is_on("ACCELERATE_USE_CPU") and not _is_on("ACCELERATE_USE_DEEPSPEED"):
+        raise ConfigError(
+            "accelerate launch --cpu starts processes without DeepSpeed",
+            where="accelerate launch",
+            remedy="use --config_file launch/accelerate/cpu_2.yaml, with --num_processes for another number",
+        )
+    _check_devices()
+    if "RANK" not in os.environ:
+        os.environ.update(_ALONE)
+    # Accelerate prefers this variable to its argument; accumulation varies by step here.
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
+    use_gloo_all_reduce()
+    # Also for the groups that DeepSpeed and torch create without a timeout.
+    timeout = timedelta(seconds=timeout_seconds)
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(distributed_c10d, name, timeout)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if not dist.is_initialized():  # a state without a group is of another library in this process
+        forget_accelerate_state()
+        if os.environ.get("WORLD_SIZE") == "1":  # torch's own store would listen on all interfaces
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
+    try:
+        accelerator = Accelerator(
+            mixed_precision="no",  # model.dtype decides, through DeepSpeed; the environment could change it
+            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config),
+            kwargs_handlers=[InitProcessGroupKwargs(backend=backend, timeout=timeout)],
+        )
+        control = dist.new_group(backend="gloo", timeout=timeout)
+        rank, size = accelerator.process_index, accelerator.num_processes
+        peers: list[Any] = [None] * size
+        dist.all_gather_object(peers, Peer.here(rank), group=control)
+    except RuntimeError as failure:
+        is_taken = "EADDRINUSE" in str(failure)  # the port, which torchrun and accelerate choose themselves
+        if not (is_taken or is_of_communication(str(failure))):
+            raise
+        raise PeerLostError(
+            f"not all {os.environ.get('WORLD_SIZE')} processes of the run have joined",
+            where=f"rank {os.environ.get('RANK')}, which waited at "
+            f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}",
+            got=first_line(failure),
+            expected=f"every process within parallelism.timeout_seconds ({timeout_seconds})",
+            remedy="see the messages of all processes (the screen of each node, logs/rank-N.log), and "
+            "whether every node reaches this address and its port is free (MASTER_PORT, --main_process_port: "
+            "choose another); then run the same command again",
+        ) from failure
+    return World(accelerator, rank, size, accelerator.device, tuple(peers), control, timeout_seconds)
+
+
+def _check_devices() -> None:
+    if _is_on("ACCELERATE_USE_CPU"):
+        return
+    visible, gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.device_count()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not torch.cuda.is_available():
+        if visible in ("", "-1", "NoDevFiles"):
+            return
+        raise ConfigError(
+            "GPUs are asked for, and PyTorch finds none",
+            where="environment",
+            got=f"CUDA_VISIBLE_DEVICES={visible}",
+            remedy="see whether nvidia-smi lists it; to train on CPUs, unset CUDA_VISIBLE_DEVICES",
+        )
+    if processes > gpus:
+        raise ConfigError(
+            "there are more processes than GPUs on this host",
+            where="accelerate launch",
+            got=f"{processes} processes, {counted(gpus, 'GPU')}",
+            remedy=f"--num_processes {gpus}, or make more GPUs visible (CUDA_VISIBLE_DEVICES={visible})",
+        )
+
+
+def _is_on(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in ("1", "true", "yes")
+
+
+def stop_world() -> None:
+    """Leave the process group and undo global changes: this process may start another run."""
+    if dist.is_initialized():
+        deepspeed.comm.destroy_process_group()
+    forget_process_group()
+    if os.environ.get("MASTER_PORT") == _ALONE["MASTER_PORT"]:
+        for name in _ALONE:
+            os.environ.pop(name, None)
+    restore_linear()

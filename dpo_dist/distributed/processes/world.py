@@ -1,0 +1,260 @@
+"""The processes of a run: they communicate, agree on errors and stops, and share tokens of a micro-batch."""
+
+import contextlib
+import os
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dpo_dist.foundation.errors import DpoDistError
+from dpo_dist.foundation.process import note_progress
+from dpo_dist.foundation.signals import BY_STEPS, BY_TRACKER, StopRequest, stopped_by
+from dpo_dist.model.attention.ulysses import TokenExchange
+
+T = TypeVar("T")
+
+_PATIENCE = timedelta(days=1)  # for a wait outside of steps, if a host hangs and its connections stay
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Host and process of a rank; `place` differs between hosts, also of one name, and their containers."""
+
+    rank: int
+    host: str
+    pid: int
+    place: str
+
+    @classmethod
+    def here(cls, rank: int) -> "Peer":
+        """Return the peer that this process is."""
+        place = host = socket.gethostname()
+        with contextlib.suppress(OSError):  # Linux only
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            place = f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+        return cls(rank, host, os.getpid(), place)
+
+    @property
+    def status(self) -> str:
+        """Return the state of the process, as psutil names it; only for a peer on this host."""
+        try:
+            return str(psutil.Process(self.pid).status())
+        except psutil.NoSuchProcess:
+            return str(psutil.STATUS_ZOMBIE)
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (process {self.pid} on {self.host})"
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of the run, as one of them sees them. Methods, but properties, are collective.
+
+    `control` is a process group on the host for communication outside of steps. Calls of every group time out
+    after `timeout_seconds`; but `barrier`, `gather`, `on_main` and `together` first wait for ranks
+    that still work. A replica is one rank, or the ranks of `sequence`, which compute the same micro-batches
+    together.
+    """
+
+    accelerator: Any
+    rank: int
+    size: int
+    device: torch.device
+    peers: tuple[Peer, ...]
+    control: Any = None
+    timeout_seconds: int = 600
+    sequence: TokenExchange | None = None
+
+    @property
+    def is_main(self) -> bool:
+        """Return whether this is rank 0, which writes and prints."""
+        return self.rank == 0
+
+    @property
+    def replicas(self) -> int:
+        """Return the number of replicas."""
+        return self.size if self.sequence is None else self.size // self.sequence.ranks
+
+    @property
+    def replica(self) -> int:
+        """Return the number of this rank's replica."""
+        return self.rank if self.sequence is None else self.rank // self.sequence.ranks
+
+    @property
+    def leads(self) -> bool:
+        """Return whether this is the rank that counts and writes for its replica."""
+        return self.sequence is None or self.sequence.rank == 0
+
+    @property
+    def host(self) -> str:
+        """Return the name of this rank's host."""
+        return self.peers[self.rank].host
+
+    def barrier(self, seconds: float | None = None) -> None:
+        """Wait for every rank, also for one that works for long; `TimeoutError` after `seconds`, if given."""
+        if self.size == 1:
+            return
+        options, has_ended = dist.BarrierOptions(), threading.Event()
+        options.device_ids, options.timeout = [], _PATIENCE
+        call = self.control.barrier(options)
+        call.get_future().add_done_callback(lambda _: has_ended.set())
+        if not has_ended.wait(seconds):  # answers signals meanwhile, as a collective call does not
+            raise TimeoutError(f"a rank has not come within {seconds:.0f} s")
+        call.wait()  # raises its error
+
+    def gather(self, value: T) -> list[T]:
+        """Return every rank's `value`, in rank order, on all ranks."""
+        self.barrier()
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0 and return its result on all ranks; all raise its `DpoDistError` (law L2)."""
+        outcome: list[Any] = [None, None]
+        try:
+            if self.is_main:
+                outcome[0] = work()
+        except DpoDistError as error:
+            outcome[1] = error
+        self.barrier()
+        dist.broadcast_object_list(outcome, src=0, group=self.control)
+        if outcome[1] is not None:
+            raise outcome[1]
+        result: T = outcome[0]
+        return result
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Run `work` on every rank; if any raises a `DpoDistError`, all raise that of the lowest rank."""
+        error: DpoDistError | None = None
+        result: T | None = None
+        try:
+            result = work()
+        except DpoDistError as raised:
+            error = raised
+        first = next((e for e in self.gather(error) if e is not None), None)
+        if first is not None:
+            raise first
+        return result  # type: ignore[return-value]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum `tensor` over ranks in place, and return it."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def sum_replicas(self, tensor: Tensor) -> Tensor:
+        """Sum `tensor`, equal on all ranks of a replica, over replicas in place, and return it."""
+        return self.sum(tensor if self.leads else tensor.zero_())
+
+    def agree(self, flag: bool) -> bool:
+        """Return whether `flag` is true on any rank, without use of the device."""
+        if self.size == 1:
+            return flag
+        tensor = torch.tensor(float(flag))
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(tensor.item())
+
+
+class Interrupted(Exception):  # noqa: N818  (no error)
+    """The work ended early because the run must stop."""
+
+
+class Stops:
+    """Every rank's request to stop, on which all ranks agree; methods are collective.
+
+    `agreed` has the reasons of all ranks, once they were gathered.
+    """
+
+    def __init__(self, request: StopRequest, world: World):
+        self.request, self.world = request, world
+        self.agreed = ""
+
+    def must_stop(self) -> bool:
+        """Return whether a rank was asked to stop at once."""
+        return self.world.agree(self.request.is_urgent)
+
+    def raise_if_stopping(self) -> None:
+        """Raise `Interrupted` on all ranks if one was asked to stop at once."""
+        if self.must_stop():
+            raise Interrupted
+
+    def check(self, when: str = "before the first step") -> None:
+        """End the run if a rank was asked to stop at once; waits for ranks that are slower."""
+        self.world.barrier()
+        if self.must_stop():
+            raise stopped_by(self.reasons(), when)
+
+    def reasons(self) -> str:
+        """Return the reasons of all ranks; those of a person are noted for a batch script."""
+        reasons = sorted({reason for reason in self.world.gather(self.request.reason) if reason})
+        self.agreed = ", ".join(reasons)
+        if self.world.is_main and {BY_TRACKER, BY_STEPS} & set(reasons):
+            note_progress(f"stopped by {self.agreed}")  # it is not to be started again by itself
+        return self.agreed
+
+
+def with_sequence_groups(world: World, ranks: int) -> World:
+    """Return `world` in groups of consecutive ranks that share the tokens of a micro-batch; collective.
+
+    ZeRO shards over the whole world as without such groups: each rank has the gradient of its own tokens, and
+    DeepSpeed's sum over all ranks is the gradient of all micro-batches.
+    """
+    if ranks == 1:
+        return world
+    timeout = timedelta(seconds=world.timeout_seconds)
+    # Every rank creates every group, in the same order.
+    groups = [
+        dist.new_group(list(range(first, first + ranks)), timeout=timeout)
+        for first in range(0, world.size, ranks)
+    ]
+    group = groups[world.rank // ranks]
+    return replace(world, sequence=SequenceGroup(world.rank % ranks, ranks, group))
+
+
+@dataclass(frozen=True)
+class SequenceGroup:
+    """The ranks that share the tokens of a micro-batch; a `TokenExchange`."""
+
+    rank: int
+    ranks: int
+    group: Any
+
+    def all_to_all(self, parts: Tensor) -> Tensor:
+        """See `TokenExchange`."""
+        received: Tensor = _AllToAll.apply(parts, self.group)  # type: ignore[no-untyped-call]
+        return received
+
+    def all_gather(self, part: Tensor) -> Tensor:
+        """See `TokenExchange`."""
+        gathered = part.new_empty(self.ranks * part.numel())
+        dist.all_gather_into_tensor(gathered, part.detach().flatten(), group=self.group)
+        gathered = gathered.view(self.ranks, *part.shape)
+        gathered[self.rank] = part  # the gradient is that of this entry: every rank has the whole loss
+        return gathered
+
+
+class _AllToAll(torch.autograd.Function):
+    """All-to-all is its own gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor, group: Any) -> Tensor:
+        ctx.group = group
+        received = torch.empty_like(parts)
+        dist.all_to_all_single(received, parts, group=group)
+        return received
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slopes: Tensor) -> tuple[Tensor, None]:
+        return _AllToAll.forward(ctx, slopes.contiguous(), ctx.group), None

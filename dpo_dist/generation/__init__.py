@@ -1,1 +1,0 @@
-"""Responses of models to prompts, their scores by a judge, and the pairs made of them."""

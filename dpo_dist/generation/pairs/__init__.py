@@ -1,1 +1,0 @@
-"""Preference pairs from scores, models or people; rounds of sampling and training."""

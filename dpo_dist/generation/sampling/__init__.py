@@ -1,1 +1,0 @@
-"""Responses of a model to prompts."""

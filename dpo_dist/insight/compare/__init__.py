@@ -1,1 +1,0 @@
-"""Comparison of models: responses to the same prompts, scores, win rates, KL, style."""

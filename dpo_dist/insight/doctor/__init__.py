@@ -1,1 +1,0 @@
-"""The doctor: checks of preference data before GPUs are spent."""

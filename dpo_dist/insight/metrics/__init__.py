@@ -1,1 +1,0 @@
-"""Metrics of a run: their log, trackers, model card."""

@@ -1,1 +1,0 @@
-"""Pages of a run, a comparison and the doctor: single files that load nothing."""

@@ -1,1 +1,0 @@
-"""The verdict about a run, by rules over its metrics."""

@@ -1,0 +1,1 @@
+"""Attention over packed pairs: the kernels, and tokens shared by ranks."""

@@ -1,0 +1,344 @@
+"""Attention over packed pairs by the kernel of the run, which is checked on the device before training."""
+
+import importlib.metadata
+import inspect
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sliding_window_causal_mask_function
+
+from dpo_dist.batching.pack import copied_to
+from dpo_dist.batching.plan import Arrangement
+from dpo_dist.config.schema import AttentionBackend, Dtype
+from dpo_dist.foundation.errors import ConfigError, first_line
+from dpo_dist.model.architectures import recorded_arrangement
+from dpo_dist.model.attention.sdpa import (
+    Layout,
+    Scores,
+    SegmentAttention,
+    mask_rule,
+    with_one_dim,
+)
+from dpo_dist.model.layers import layer_configs, layer_values
+from dpo_dist.model.library_internals import flash_attention
+from dpo_dist.model.numerics import FLASH_ATTN
+
+# The kernels are compiled for heads of these sizes.
+LARGEST_HEAD = 256
+_HEAD_MULTIPLE = 8
+
+
+@dataclass
+class VarlenAttention:
+    """One kernel call for all segments, with separate cumulative lengths of queries and keys (CUDA)."""
+
+    layout: Layout
+    backend: AttentionBackend
+    device: torch.device
+
+    @cached_property
+    def _lengths(self) -> tuple[Tensor, Tensor, int, int]:
+        """Return cumulative lengths of queries and of keys of segments with queries, and the longest."""
+        segments = []
+        for prompt, first, *rest in self.layout:
+            segments += [(prompt + first, prompt + first), *((n, prompt + n) for n in rest if n)]
+        queries, keys = (np.array(lengths, dtype=np.int32) for lengths in zip(*segments, strict=True))
+        ends = [copied_to(self.device, np.cumsum((0, *part), dtype=np.int32)) for part in (queries, keys)]
+        return ends[0], ends[1], int(queries.max()), int(keys.max())
+
+    @cached_property
+    def _key_indices(self) -> Tensor:
+        """Return the index of each segment's keys in the packed sequence; prompts repeat."""
+        indices: list[npt.NDArray[np.int64]] = []
+        start = 0
+        for prompt, first, *rest in self.layout:
+            end = start + prompt + first
+            indices.append(np.arange(start, end))
+            for tokens in rest:
+                if tokens:
+                    indices += [np.arange(start, start + prompt), np.arange(end, end + tokens)]
+                end += tokens
+            start = end
+        return copied_to(self.device, np.concatenate(indices))
+
+    @cached_property
+    def _by_segment(self) -> SegmentAttention:
+        return SegmentAttention(self.layout, self.device)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+        """See `attention.PackedAttention`."""
+        *_, max_key = self._lengths
+        rule = None if scores.rule is None or scores.rule.is_causal(max_key) else scores.rule
+        is_other_rule = rule is not None and (scores.window is None or rule.reach != scores.window)
+        dim, has_cap = max(query.shape[-1], value.shape[-1]), scores.softcap is not None
+        if _lacks(self.backend, dim, has_cap, scores.sinks is not None, is_other_rule):
+            return self._by_segment(query, key, value, scores)
+        window = None if rule is None else scores.window
+        key, value = key.index_select(0, self._key_indices), value.index_select(0, self._key_indices)
+        dim, scale = value.shape[-1], query.shape[-1] ** -0.5 if scores.scale is None else scores.scale
+        query, key, value = with_one_dim(query, key, value, _HEAD_MULTIPLE)
+        if self.backend in FLASH_ATTN:
+            attended = flash_attention(
+                query,
+                key,
+                value,
+                self._lengths,
+                softmax_scale=scale,
+                sliding_window=window,
+                softcap=scores.softcap,
+                deterministic=torch.are_deterministic_algorithms_enabled(),
+                attn_implementation=self.backend.value,
+            )
+        else:
+            attended = self._varlen(query, key, value, scale, window)
+        return attended[..., :dim]
+
+    def _varlen(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None) -> Tensor:
+        """Return causal `torch.nn.attention.varlen`, which supports grouped heads since torch 2.12."""
+        from torch.nn.attention.varlen import varlen_attn  # noqa: PLC0415  (needs a CUDA build)
+
+        options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1 and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        elif groups > 1:
+            key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
+        attended = varlen_attn(query, key, value, *self._lengths, **options)
+        assert isinstance(attended, Tensor)
+        return attended
+
+
+def _lacks(backend: AttentionBackend, dim: int, has_cap: bool, has_sinks: bool, has_chunks: bool) -> str:
+    """Return what of a layer a variable-length kernel does not compute; empty: nothing."""
+    if has_sinks:
+        return "attention sinks"
+    if has_cap and backend not in FLASH_ATTN:
+        return "capped scores"
+    if has_chunks:
+        return "chunks"
+    return f"heads of {dim} dimensions" if dim > LARGEST_HEAD else ""
+
+
+def computed_by_segment(causal_lm: Any, backend: AttentionBackend, longest: int) -> str:
+    """Return why layers run on SDPA, a segment at a time, in place of `backend`; empty: none of them do.
+
+    `longest`: tokens of the longest prompt with a response.
+    """
+    text = causal_lm.config.get_text_config()
+    if backend is AttentionBackend.sdpa:
+        return ""
+    has_sinks = any(name.endswith(".sinks") for name, _ in causal_lm.named_parameters())
+    has_cap = any(map(bool, layer_values(text, "attn_logit_softcapping")))
+    has_chunks = any(chunk and chunk < longest for chunk in layer_values(text, "attention_chunk_size"))
+    reasons = (
+        _lacks(backend, max(heads.dim, heads.value_dim), has_cap, has_sinks, has_chunks)
+        for heads in heads_of_layers(text)
+    )
+    return ", ".join(dict.fromkeys(filter(None, reasons)))
+
+
+PACKED = "dpo_dist_packed"
+
+
+PackedAttention = Callable[[Tensor, Tensor, Tensor, Scores], Tensor]
+"""Attention of one micro-batch, shared by all layers.
+
+Of query [tokens, heads, dim], key and value [tokens, kv_heads, dim] it returns [tokens, heads, dim].
+"""
+
+
+def packed_attention(layout: Layout, backend: AttentionBackend, device: torch.device) -> PackedAttention:
+    """Return the attention of a micro-batch with this layout."""
+    if backend is AttentionBackend.sdpa:
+        return SegmentAttention(layout, device)
+    return VarlenAttention(layout, backend, device)
+
+
+def _with_temperature(module: Any, query: Tensor, positions: Tensor) -> Tensor:
+    """Return queries [tokens, heads, dim] of Llama 4 with the temperature of positions, not of indices."""
+    if not getattr(module, "attn_temperature_tuning", False) or getattr(module, "use_rope", True):
+        return query
+
+    def factors(places: Tensor) -> Tensor:
+        scale: float = module.attn_scale
+        return torch.log1p(torch.floor((places.float() + 1) / module.floor_scale)) * scale + 1
+
+    indices = torch.arange(len(query), device=query.device)
+    ratios = factors(positions) / factors(indices)  # 1, exactly, below floor_scale
+    return (query * ratios[:, None, None]).to(query.dtype)
+
+
+def _interface(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    packed: PackedAttention | None = None,
+    packed_positions: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention function that transformers calls in every layer; tensors are [1, heads, tokens, dim]."""
+    assert packed is not None, "the model was called without a packed layout"
+    assert packed_positions is not None
+    assert dropout == 0.0, "dropout is switched off when the model is loaded"
+    window = options.get("sliding_window")
+    # Without a rule all earlier tokens are visible: the model's own forward applies masks only (OLMoE).
+    if window is not None and attention_mask is not None and attention_mask.reach != window:
+        raise ValueError(f"a layer has a sliding window of {window} tokens that its mask does not have")
+    scores = Scores(
+        scale=scaling,
+        rule=attention_mask,
+        window=window,
+        softcap=options.get("softcap"),
+        sinks=options.get("s_aux"),
+    )
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    query = _with_temperature(module, query, packed_positions)
+    return packed(query, key, value, scores)[None], None
+
+
+# The layout differs in every batch, and torch.compile would compile code for each.
+AttentionInterface.register(PACKED, torch.compiler.disable(_interface))  # type: ignore[no-untyped-call]
+AttentionMaskInterface.register(PACKED, mask_rule)
+
+
+# The variable-length kernels need Ampere's instructions, as bf16 does.
+_FIRST_CAPABILITY = (8, 0)
+
+# Several segments, a response of one token, another of three; one longer than a kernel's blocks.
+_TRIAL: Layout = ((5, 3, 7), (2, 0, 4), (600, 2, 1))
+_TRIAL_WINDOW = 6
+# Relative to the largest value. In bf16, gradients of keys and values differ by 0.013 of it (SDPA, 32 heads
+# of 128 in 8 groups); with a different mask they differ by about the largest value itself.
+_TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Numbers of query and key heads of a layer, their dimension, and that of a head of values."""
+
+    query: int
+    key: int
+    dim: int
+    value_dim: int
+
+
+def heads_of_layers(text: Any) -> list[Heads]:
+    """Return the attention shape of each layer of a text model, one for all if they are equal.
+
+    Keys and values of low rank (DeepSeek-V2, arXiv 2405.04434) are projected up to a head for each query
+    head, whose `head_dim` in the configuration is only the part with positions.
+    """
+    shapes = []
+    for layer in layer_configs(text):
+        heads: Any = getattr(layer, "num_attention_heads", None)
+        if getattr(layer, "kv_lora_rank", None):
+            dim = layer.qk_nope_head_dim + layer.qk_rope_head_dim
+            shapes.append(Heads(heads, heads, dim, layer.v_head_dim))
+        elif heads:
+            dim = getattr(layer, "head_dim", None) or layer.hidden_size // heads
+            shapes.append(Heads(heads, getattr(layer, "num_key_value_heads", None) or heads, dim, dim))
+    return shapes
+
+
+def choose_backend(wanted: AttentionBackend, dtype: Dtype, device: torch.device) -> AttentionBackend:
+    """Return the backend to use on `device`: `wanted`, or for `auto` the fastest that supports `dtype`."""
+    on_cuda = device.type == "cuda"
+    if on_cuda:  # cuDNN plans anew for each pair of lengths: seconds for each micro-batch of SDPA
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    has_kernels = on_cuda and torch.cuda.get_device_capability(device) >= _FIRST_CAPABILITY
+    if wanted is AttentionBackend.auto:
+        if not has_kernels or dtype is Dtype.fp32:  # the variable-length kernels have 16-bit inputs
+            return AttentionBackend.sdpa
+        is_hopper = torch.cuda.get_device_capability(device)[0] == 9
+        fastest = [AttentionBackend.flash_attention_3] * is_hopper + [AttentionBackend.flash_attention_2]
+        return next(filter(_is_installed, fastest), AttentionBackend.varlen)
+    if wanted is AttentionBackend.sdpa:
+        return wanted
+    if not has_kernels:
+        raise ConfigError(
+            f"attention backend {wanted} runs on CUDA only, on Ampere GPUs and newer",
+            where="model.attention",
+            got=f"{wanted} on {torch.cuda.get_device_name(device) if on_cuda else device.type}",
+            expected="auto or sdpa",
+            remedy="set model.attention=auto",
+        )
+    if wanted in FLASH_ATTN and not _is_installed(wanted):
+        name = FLASH_ATTN[wanted]
+        raise ConfigError(
+            f"{name} is not installed",
+            where="model.attention",
+            got=wanted,
+            remedy=f"set model.attention=auto, or install {name}, compiled for the torch that is installed "
+            "(pip install with --no-build-isolation)",
+        )
+    return wanted
+
+
+def _is_installed(backend: AttentionBackend) -> bool:
+    """Return whether a kernel of FlashAttention is installed; flash-attn-4 has a module of the same name."""
+    try:
+        importlib.metadata.version(FLASH_ATTN[backend])
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def check_kernel(backend: AttentionBackend, device: torch.device, text: Any, dtype: torch.dtype) -> None:
+    """Check this backend, if it is used, with the heads, windows and caps of the layers of a text model.
+
+    The check at start compares no gradients: one that a kernel computes wrongly would go unnoticed.
+    """
+    if backend is AttentionBackend.sdpa or recorded_arrangement(text.model_type) is not Arrangement.packed:
+        return
+    kinds = [Scores(softcap=getattr(text, "attn_logit_softcapping", None))]
+    if any(isinstance(window, int) for window in layer_values(text, "sliding_window")):
+        rule = mask_rule(sliding_window_causal_mask_function(_TRIAL_WINDOW), _TRIAL_WINDOW, device=device)
+        kinds.append(replace(kinds[0], window=_TRIAL_WINDOW, rule=rule))
+    for heads, scores in itertools.product(dict.fromkeys(heads_of_layers(text)), kinds):
+        if fault := _kernel_fault(backend, device, heads, dtype, scores):
+            raise ConfigError(
+                "this attention kernel fails or gives wrong results on this device",
+                where="model.attention",
+                got=f"{backend}, {dtype}, {heads}, window {scores.window}, cap {scores.softcap}: {fault}",
+                remedy="set model.attention=sdpa, or another of its values",
+            )
+
+
+def _kernel_fault(
+    backend: AttentionBackend, device: torch.device, heads: Heads, dtype: torch.dtype, scores: Scores
+) -> str:
+    """Return how outputs and gradients of a small layout differ from SDPA's in float32; empty: rounding."""
+    generator, tokens = torch.Generator().manual_seed(0), sum(map(sum, _TRIAL))
+    of_keys = [(heads.key, heads.dim), (heads.key, heads.value_dim)]
+    shapes = [(heads.query, heads.dim), *of_keys, (heads.query, heads.value_dim)]
+    rounded = [torch.randn(tokens, *shape, generator=generator).to(device, dtype) for shape in shapes]
+    results = []
+    try:
+        for kernel, precision in ((AttentionBackend.sdpa, torch.float32), (backend, dtype)):
+            query, key, value, slopes = (tensor.to(precision, copy=True) for tensor in rounded)
+            leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+            with torch.enable_grad():
+                output = packed_attention(_TRIAL, kernel, device)(query, key, value, scores)
+                results.append((output.detach(), *torch.autograd.grad(output, leaves, slopes)))
+    except torch.OutOfMemoryError:  # no fault of the kernel
+        raise
+    except Exception as error:  # a kernel can raise anything
+        return first_line(error)
+    names = ("output", "gradient of the query", "gradient of the key", "gradient of the value")
+    for name, wanted, got in zip(names, *results, strict=True):
+        difference = float((got - wanted).abs().max() / wanted.abs().max())
+        if not difference < _TOLERANCE:
+            return f"its {name} differs from sdpa's by {difference:.2g}"
+    return ""

@@ -1,0 +1,1 @@
+"""Model folders: find, read and write them."""

@@ -1,0 +1,458 @@
+"""Load a model folder as a packed model, and its tokenizer."""
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils import logging as transformers_logging
+
+from dpo_dist.batching.plan import Arrangement
+from dpo_dist.config.schema import AttentionBackend, Dtype, FusedLayers, ModelConfig, Quantization
+from dpo_dist.foundation.errors import ConfigError, disk_error, first_line
+from dpo_dist.foundation.text import counted
+from dpo_dist.model.architectures import (
+    SAMPLING_ROUTERS,
+    auto_class,
+    check_causal,
+    recorded_arrangement,
+    switch_off_noise,
+)
+from dpo_dist.model.attention.kernels import check_kernel, choose_backend
+from dpo_dist.model.attention.ulysses import TokenExchange, check_shared_tokens
+from dpo_dist.model.files.folder import (
+    CONFIG_FILE,
+    check_tokenizer_files,
+    has_tokenizer,
+    read_model_json,
+    weight_files,
+)
+from dpo_dist.model.layers import (
+    check_device,
+    checkpoint_layers,
+    choose_fused,
+    keep_text,
+    offload_inputs,
+    use_liger,
+)
+from dpo_dist.model.library_internals import name_in_model, transposed_by, unsharded
+from dpo_dist.model.lora import add_adapter
+from dpo_dist.model.numerics import check_precision
+from dpo_dist.model.packed import PackedCausalLM
+
+log = logging.getLogger(__name__)
+
+TORCH_DTYPES = {Dtype.bf16: torch.bfloat16, Dtype.fp16: torch.float16, Dtype.fp32: torch.float32}
+# An implementation with a slash, by itself or by part of the model.
+_KERNEL = re.compile(r'"\w*_implementation"\s*:\s*("[^"]*/[^"]*"|\{[^}]*/[^}]*\})')
+# Names in files that transformers (5.23) mistakes under ZeRO-3, as patterns, and names that it maps right:
+# the final norm of DeepSeek-V4, as transformers saves it, would be that of compressed keys.
+_RENAMED = {"deepseek_v4": {r"^model\.norm\.": r"^norm\."}}
+
+
+def load_config(folder: Path, config: ModelConfig, key: str = "model.path") -> Any:
+    """Return the transformers configuration of a model folder, with all dropout and noise switched off."""
+    try:
+        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        model_config.get_text_config()
+    except Exception as error:  # a configuration's validation can raise anything
+        raise _own_code_error(folder, config, key, CONFIG_FILE) or ConfigError(
+            "the model's config.json cannot be read",
+            where=key,
+            got=f"{folder}: {first_line(error)}",
+            remedy="download or save the model again, or install the transformers release that it needs",
+        ) from error
+    if named := _KERNEL.search((folder / CONFIG_FILE).read_text(encoding="utf-8")):
+        raise ConfigError(
+            "the model's config.json names code on the Hub, which is not run",
+            where=key,
+            got=f"{folder / CONFIG_FILE}: {' '.join(named[0].split())}",
+            expected="an implementation of transformers",
+            remedy="remove it from config.json: model.attention selects the kernel",
+        )
+    quantized = getattr(model_config, "quantization_config", None)
+    if quantized is not None:  # such weights have no gradient: only norms would be trained
+        raise ConfigError(
+            "the weight files of the model are quantized",
+            where=key,
+            got=f"{folder}, quantized by {dict(quantized).get('quant_method')}",
+            expected="weights in bf16, fp16 or fp32",
+            remedy="use the original model; model.quantization=nf4 quantizes it while it is loaded",
+        )
+    switch_off_noise(model_config)
+    return model_config
+
+
+def _own_code_error(folder: Path, config: ModelConfig, key: str, file: str) -> ConfigError | None:
+    """Return the error of a folder that transformers cannot load without the code that `file` names."""
+    is_read = not config.trust_remote_code and (folder / file).is_file()
+    named = read_model_json(folder / file).get("auto_map") if is_read else None
+    if not named:
+        return None
+    return ConfigError(
+        "the model folder names Python code, which is not run",
+        where=key,
+        got=f"{folder / file}: auto_map {named}",
+        expected="classes of transformers",
+        remedy="name a model that transformers knows itself, or read the code first and then set "
+        "model.trust_remote_code=true",
+    )
+
+
+def load_tokenizer(folder: Path, config: ModelConfig, key: str = "model.path") -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model folder."""
+    # Without files, transformers would create an empty tokenizer of the model's class.
+    check_tokenizer_files(folder)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=config.trust_remote_code
+        )
+    except Exception as error:
+        raise _own_code_error(folder, config, key, "tokenizer_config.json") or ConfigError(
+            "the model folder's tokenizer cannot be loaded",
+            where=key,
+            got=f"{folder}: {first_line(error)}",
+            remedy="put the tokenizer's files beside config.json, and correct these files",
+        ) from error
+    return tokenizer
+
+
+def check_same_vocabulary(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, config: ModelConfig, key: str = "reference.path"
+) -> None:
+    """Check that the model of `key` has the policy's token ids, for the same tokens.
+
+    Without a tokenizer in its folder only the number of ids is compared.
+    """
+    vocabulary = tokenizer.get_vocab()
+    ids = load_config(folder, config).get_text_config().vocab_size
+    other = load_tokenizer(folder, config).get_vocab() if has_tokenizer(folder) else vocabulary
+    differing = [token for token, number in vocabulary.items() if number >= ids or other.get(token) != number]
+    if differing:
+        raise ConfigError(
+            f"the model of {key} has other token ids than the tokenizer of model.path",
+            where=key,
+            got=f"{folder} with {ids} token ids: {len(differing)} of {len(vocabulary)} tokens differ, "
+            f"for example {', '.join(map(repr, sorted(differing)[:3]))}",
+            remedy=f"set {key} to a model with the tokenizer of model.path",
+        )
+
+
+def load_packed(
+    folder: Path,
+    config: ModelConfig,
+    max_length: int,
+    device: torch.device,
+    key: str = "model.path",
+    sequence: TokenExchange | None = None,
+) -> PackedCausalLM:
+    """Return the model of `folder` with the chunked head, arranged as the record of its architecture says.
+
+    Whether this is exact is for `exactness.StartCheck` to check. Under a ZeRO-3 loading context every process
+    keeps only its shard. Dropout is off: policy and reference compute the same function (law L7).
+
+    `max_length` is the longest prompt plus response in tokens, `sequence` the ranks that share the tokens of
+    each batch. Errors name `key`.
+    """
+    backend = choose_backend(config.attention, config.dtype, device)
+    model_config = load_config(folder, config, key)
+    check_causal(model_config, key)
+    text = model_config.get_text_config()
+    if sequence is not None:
+        check_shared_tokens(model_config, sequence.ranks)
+    check_kernel(backend, device, text, TORCH_DTYPES[config.dtype])
+    check_device(config, text, device)
+    causal_lm = load_weights(folder, model_config, config, device, key=key)
+    fused = choose_fused(config, text, device)
+    if fused is FusedLayers.liger:
+        use_liger(causal_lm)
+    checkpoint_layers(causal_lm, config.gradient_checkpointing)
+    if config.activation_offload:
+        offload_inputs(causal_lm)
+    model = PackedCausalLM(causal_lm, backend, fused, sequence, Arrangement.padded)
+    model.start_as(recorded_arrangement(text.model_type), max_length)
+    return model
+
+
+def without_weights(
+    model_config: Any, config: ModelConfig, start: Path | None = None, *, keeps_others: bool = False
+) -> Any:
+    """Return the policy's transformers model on the meta device, with the adapter that it trains.
+
+    So the options that name its layers and modules are checked before weights are read. `keeps_others`: with
+    the parts that text does not use, frozen.
+    """
+    kind = auto_class(model_config, config.trust_remote_code)
+    try:
+        with torch.device("meta"):
+            causal_lm = kind.from_config(
+                model_config, dtype=TORCH_DTYPES[config.dtype], trust_remote_code=config.trust_remote_code
+            )
+            causal_lm.tie_weights()  # as loading does: own code may have replaced what was tied
+    except Exception as error:  # an architecture's constructor can raise anything
+        raise _no_text_model(model_config, first_line(error)) from error
+    is_other = model_config.is_encoder_decoder or causal_lm.get_output_embeddings() is None
+    if kind is not AutoModelForCausalLM and is_other:
+        raise _no_text_model(model_config, f"{type(causal_lm).__name__} has no decoder with an output layer")
+    keep_text(causal_lm, drops=not keeps_others)
+    checkpoint_layers(causal_lm, config.gradient_checkpointing)
+    if config.adapter is not None:
+        with torch.device("meta"):
+            packed = PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=Arrangement.padded)
+            add_adapter(packed, config, 0, start)
+    return causal_lm
+
+
+def _no_text_model(model_config: Any, reason: str) -> ConfigError:
+    return ConfigError(
+        "this model has no part that continues text from text alone, or its config.json is wrong",
+        where="model.path",
+        got=f"{model_config.model_type}: {reason}",
+        expected="a causal language model, or a model of images and text with one text decoder",
+        remedy="choose such a model; of one, check config.json against that of the original",
+    )
+
+
+def load_weights(
+    folder: Path,
+    model_config: Any,
+    config: ModelConfig,
+    device: torch.device,
+    *,
+    key: str = "model.path",
+    kind: Any = None,
+) -> Any:
+    """Return the model of `folder`, with every weight read and none left at random.
+
+    Of a language model, the default `kind`, without the parts that text does not use.
+    """
+    check_precision(config.dtype, device)
+    shapes = check_contents(folder, model_config, config, key=key, kind=kind)
+    is_sharded = is_deepspeed_zero3_enabled() and config.quantization is None
+    with _loading_errors(folder, key), transposed_by(shapes):
+        causal_lm, report = _load(folder, model_config, config, kind, **placement(config, device))
+    # transformers maps names in files in another way where it shards.
+    _check_missing(report, folder, key, "; or set parallelism.kind=zero2 or ddp" if is_sharded else "")
+    if not is_sharded and config.quantization is None:
+        _freeze_as_defined(causal_lm)
+    if kind is None:
+        keep_text(causal_lm)
+    for module in causal_lm.modules():
+        # It takes the gradient from a token that is also an end. Tables of positions begin after it.
+        if isinstance(module, nn.Embedding) and "Position" not in type(module).__name__:
+            module.padding_idx = None
+        # Else bitsandbytes repacks 4-bit weights for CPUs when it scores: they pass no gradients.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    _keep_evaluating(causal_lm)
+    if causal_lm.config.model_type != model_config.model_type:
+        log.warning("%s: only its text model is loaded (%s)", folder, type(causal_lm).__name__)
+    return causal_lm
+
+
+def check_contents(
+    folder: Path, model_config: Any, config: ModelConfig, *, key: str = "model.path", kind: Any = None
+) -> dict[str, torch.Size]:
+    """Check that a folder has the weights that its config.json describes, and return their shapes by name.
+
+    Of the tensors only those are read that config.json makes one weight: two different ones would be another
+    model under ZeRO-3, or for peft, than elsewhere.
+    """
+    with _loading_errors(folder, key):
+        with unsharded(), _no_progress():  # ZeRO-3 reports less
+            shapes = {"device_map": "meta", "ignore_mismatched_sizes": True}
+            causal_lm, report = _load(folder, model_config, config, kind, **shapes)
+        differing = _differing_ties(causal_lm, folder, TORCH_DTYPES[config.dtype])
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, *sizes = mismatched[0]
+        in_files, described = (" x ".join(map(str, size)) for size in sizes)
+        wrong = {ours for theirs, ours in zip(*sizes, strict=False) if ours != theirs}
+        values = vars(model_config.get_text_config()).items()
+        options = [option for option, value in values if not isinstance(value, bool) and value in [*wrong]]
+        raise ConfigError(
+            "the weight files have other sizes than config.json says",
+            where=key,
+            got=f"{folder}: {name}: {in_files} in the files, {described} by config.json"
+            f" ({counted(len(mismatched), 'such tensor')})",
+            remedy=f"correct config.json ({' or '.join(options) or 'the sizes of layers and heads'}), or use "
+            "the weight files that belong to it",
+        )
+    _check_missing(report, folder, key)
+    check_all_weights_read(causal_lm, sorted(report["unexpected_keys"]), folder, key)
+    if differing:
+        one, other = differing
+        part = "" if causal_lm.config.model_type == model_config.model_type else " (in its text_config)"
+        raise ConfigError(
+            "config.json makes two weights one, and the files have a different tensor for each",
+            where=key,
+            got=f"{folder}: {one} and {other}, with tie_word_embeddings true",
+            expected="one of the two, or two that are equal",
+            remedy=f"set tie_word_embeddings to false in config.json{part}, so that both are used; or remove "
+            f"{one} from the weight files",
+        )
+    return {name: weight.shape for name, weight in causal_lm.named_parameters(remove_duplicate=False)}
+
+
+def _check_missing(report: dict[str, Any], folder: Path, key: str, also: str = "") -> None:
+    if missing := sorted(report["missing_keys"]):
+        raise ConfigError(
+            "the model folder lacks weights, which would be initialized to random values",
+            where=key,
+            got=f"{folder} without {', '.join(missing[:5])} ({len(missing)} in all)",
+            remedy=f"set {key} to a complete model folder{also}",
+        )
+
+
+def check_contents_at_hand(folder: Path, config: ModelConfig, key: str = "model.path") -> None:
+    """Run `check_contents` if the weights are there: a description from the hub comes without them."""
+    files = weight_files(folder)
+    if files and all(file.is_file() for file in files):
+        check_contents(folder, load_config(folder, config, key), config, key=key)
+
+
+def _load(folder: Path, model_config: Any, config: ModelConfig, kind: Any, **options: Any) -> Any:
+    """Return what `from_pretrained` loads, and its report."""
+    return (kind or auto_class(model_config, config.trust_remote_code)).from_pretrained(
+        folder,
+        config=model_config,
+        dtype=TORCH_DTYPES[config.dtype],
+        trust_remote_code=config.trust_remote_code,
+        output_loading_info=True,
+        use_safetensors=True,
+        key_mapping=_RENAMED.get(model_config.model_type),
+        **options,
+    )
+
+
+@contextlib.contextmanager
+def _loading_errors(folder: Path, key: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # an architecture's constructor can raise anything
+        if getattr(error, "filename", None) is None and (full := disk_error(error)):
+            raise full from error  # of the log file, to which the progress of loading is written
+        raise ConfigError(
+            "the model cannot be loaded",
+            where=key,
+            got=f"{folder}: {first_line(error)}",
+            remedy=f"download or save the model again, or set {key} to another model",
+        ) from error
+
+
+@contextlib.contextmanager
+def _no_progress() -> Iterator[None]:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _differing_ties(causal_lm: Any, folder: Path, dtype: torch.dtype) -> tuple[str, str] | None:
+    """Return the names in the files of a weight, and of another one that it is tied to but differs from.
+
+    `causal_lm` is on the meta device, with all tensors of the files: equal ones are not one weight yet.
+    """
+    weight, ties = causal_lm.get_parameter_or_buffer, causal_lm.all_tied_weights_keys
+    apart = [(one, other) for one, other in ties.items() if weight(one) is not weight(other)]
+    if not apart:
+        return None
+    renamed = name_in_model(causal_lm)
+    found: dict[str, tuple[Path, str]] = {}
+    for file in weight_files(folder):
+        if file.suffix != ".json":
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    found[renamed(name)] = file, name
+
+    def value(name: str) -> torch.Tensor:
+        file, stored = found[name]
+        with safe_open(file, "pt") as tensors:
+            tensor: torch.Tensor = tensors.get_tensor(stored)
+            return tensor.to(dtype)
+
+    differing = (pair for pair in apart if not torch.equal(*map(value, pair)))
+    return next(((found[one][1], found[other][1]) for one, other in differing), None)
+
+
+def placement(config: ModelConfig, device: torch.device) -> dict[str, Any]:
+    """Return arguments of `from_pretrained`: unsharded weights go directly to a GPU, or are quantized."""
+    if config.quantization is not None:
+        nf4 = config.quantization is Quantization.nf4
+        quantized = BitsAndBytesConfig(
+            load_in_8bit=not nf4,
+            load_in_4bit=nf4,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=TORCH_DTYPES[config.dtype],
+        )
+        return {"quantization_config": quantized, "device_map": {"": device}}
+    on_host = device.type == "cpu" or is_deepspeed_zero3_enabled()  # ZeRO-3 moves its shards itself
+    return {} if on_host else {"device_map": {"": device}}
+
+
+def _keep_evaluating(causal_lm: Any) -> None:
+    """Keep routers that sample experts while training in evaluation mode, whatever the model's mode."""
+    router, _ = SAMPLING_ROUTERS.get(causal_lm.config.get_text_config().model_type, ("", ""))
+    for name, module in causal_lm.named_modules():
+        if router and name.endswith(f".{router}"):
+            module.eval()
+            module.train = lambda _mode=True, module=module: module
+
+
+def _freeze_as_defined(causal_lm: Any) -> None:
+    """Freeze the weights that an architecture does not train, such as the biases of ERNIE's routers.
+
+    transformers makes every weight trainable that it reads, except under ZeRO-3.
+    """
+    with torch.device("meta"):
+        defined = type(causal_lm)(causal_lm.config)
+    for name, weight in defined.named_parameters():
+        if not weight.requires_grad:
+            causal_lm.get_parameter(name).requires_grad_(False)
+
+
+def check_all_weights_read(causal_lm: Any, unread: list[str], folder: Path, key: str = "model.path") -> None:
+    """Check that the architecture reads all tensors that the files contain for its modules.
+
+    Tensors of modules that the model does not have (a value head, layers that predict further tokens) are
+    only logged: log-probs do not depend on them. Layers beyond those that config.json counts are an error.
+    """
+    modules = dict(causal_lm.named_modules())
+    # Layers that predict further tokens follow the others in the same list (DeepSeek-V3, GLM-4.5).
+    predicts_more = bool(getattr(causal_lm.config.get_text_config(), "num_nextn_predict_layers", None))
+    foreign: list[str] = []
+    missed: list[str] = []
+    for name in unread:
+        parts = name.split(".")
+        depth = next(n for n in range(len(parts), -1, -1) if ".".join(parts[:n]) in modules)
+        owner = ".".join(parts[:depth])
+        is_layer = isinstance(modules[owner], nn.ModuleList) and parts[depth].isdecimal()
+        is_foreign = predicts_more if is_layer else owner in ("", causal_lm.base_model_prefix)
+        (foreign if is_foreign else missed).append(name)
+    if missed:
+        raise ConfigError(
+            f"the weight files have tensors that {type(causal_lm).__name__} does not read",
+            where=key,
+            got=f"{folder} with {', '.join(missed[:5])} ({len(missed)} in all)",
+            expected="weights and config.json of one architecture",
+            remedy="check model_type and the options in config.json, such as num_hidden_layers",
+        )
+    if foreign:
+        names, kind = ", ".join(foreign[:5]), type(causal_lm).__name__
+        log.warning("%s: not used by %s: %s (%d tensors in all)", folder, kind, names, len(foreign))

@@ -1,0 +1,255 @@
+"""Write model folders: what was trained, an adapter merged into its base, a mean of several models."""
+
+import contextlib
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoConfig
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from dpo_dist.foundation.errors import CheckpointError, ConfigError
+from dpo_dist.model.architectures import auto_class, is_noise
+from dpo_dist.model.files.folder import (
+    ADAPTER_WEIGHTS,
+    CONFIG_FILE,
+    LORA_WEIGHTS,
+    PEFT_PREFIX,
+    check_weights,
+    local_model_folder,
+    read_model_json,
+    weight_files,
+)
+from dpo_dist.model.library_internals import ignored_patterns
+from dpo_dist.model.lora import TRAINED
+
+_KEY = "export.average"
+# How a model reads images and sounds.
+_PROCESSORS = "*processor_config.json"
+_TOKENIZER_FILES = (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.model.v*",
+    "*.tiktoken",
+    "tekken*.json",
+    "chat_template*.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "tokenization_*.py",
+)
+_NAME_OF_ADAPTER = re.compile(r"(\.modules_to_save)?\.default(?=\.|$)")
+_REMEDY = "free disk space, or name another folder; the model of a run is written by the same command"
+
+
+def write_weights(
+    folder: Path,
+    causal_lm: Any,
+    weights: dict[str, Tensor],
+    base: Path | None = None,
+    changes: Mapping[str, object] | None = None,
+) -> None:
+    """Write weights by transformers name in files of at most 5 GB, and a config.json.
+
+    With `base`, keep its config.json, updated by `changes`.
+    """
+    dtype = next(weight.dtype for weight in weights.values() if weight.is_floating_point())
+    causal_lm.save_pretrained(folder, state_dict=weights, max_shard_size="5GB")
+    if base is not None:
+        _restore_description(folder, base, dtype, changes or {})
+
+
+def _restore_description(folder: Path, base: Path, dtype: torch.dtype, changes: Mapping[str, object]) -> None:
+    """Give a model folder that transformers wrote the description of its base.
+
+    Of a base that also reads images or sounds, and of which transformers wrote the text model only,
+    config.json is the one of transformers with the base's dropout and noise, without files about images.
+    """
+    file, generation = folder / CONFIG_FILE, folder / GENERATION_CONFIG_NAME
+    written, original = json.loads(file.read_bytes()), json.loads((base / CONFIG_FILE).read_bytes())
+    kind = written["model_type"]
+    # The model's remote code may set a type that config.json does not name.
+    if original.get("model_type", kind) == kind:
+        content = original | {"architectures": written["architectures"]}
+        _copy_files(base, folder, _PROCESSORS)
+    else:  # options that the base lacks keep their defaults
+        text = original.get("text_config") or {}
+        content = {name: value for name, value in written.items() if not is_noise(name, value, kind)}
+        content |= {name: text[name] for name in written if name not in content and name in text}
+    write_description(file, content | changes, dtype)
+    generation.unlink(missing_ok=True)  # transformers made it from config.json
+    _copy_files(base, folder, GENERATION_CONFIG_NAME)
+
+
+def write_description(file: Path, content: dict[str, Any], dtype: torch.dtype) -> None:
+    """Write config.json; of the configurations of parts, the ones that name a precision get `dtype`, too."""
+    content.pop("transformers_weights", None)  # names a file of the base
+    name = str(dtype).removeprefix("torch.")
+    for part in (content, *(value for value in content.values() if isinstance(value, dict))):
+        former = part.pop("torch_dtype", None)
+        if part is content or former is not None or "dtype" in part:
+            part["dtype"] = name
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the files of a tokenizer with its chat template from the model folder `source`."""
+    _copy_files(source, folder, *_TOKENIZER_FILES)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer to a model folder, which then has no other chat template than the tokenizer's."""
+    tokenizer.save_pretrained(folder)
+    file, name = folder / "processor_config.json", "chat_template"
+    if file.is_file() and name in (content := json.loads(file.read_bytes())):
+        del content[name]  # transformers would prefer it
+        file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _copy_files(source: Path, folder: Path, *patterns: str) -> None:
+    for file in {file for pattern in patterns for file in source.glob(pattern)}:
+        target = folder / file.relative_to(source)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
+
+
+def write_adapter(folder: Path, causal_lm: Any, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Write the trained adapter of a model from its weights by name, as peft reads it.
+
+    A weight of several names is in `weights` by the first, and in the file by each.
+    """
+    first: dict[nn.Parameter, str] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, weight in causal_lm.named_parameters(remove_duplicate=False):
+        if weight.requires_grad:
+            known = first.setdefault(weight, name)
+            tensors[_name_in_file(name)] = weights[known].to(dtype, copy=name != known).contiguous()
+    saved = sorted({name.rpartition(".")[0] for name in tensors if not name.endswith(LORA_WEIGHTS)})
+    config = copy(causal_lm.peft_config[TRAINED])
+    config.inference_mode, config.modules_to_save = True, saved or None
+    config.save_pretrained(folder)
+    prefixed = {PEFT_PREFIX + name: tensor for name, tensor in tensors.items()}
+    save_file(prefixed, folder / ADAPTER_WEIGHTS, {"format": "pt"})
+
+
+def _name_in_file(name: str) -> str:
+    """Return the name in peft's files of a weight of a model: without the adapter's name."""
+    short = _NAME_OF_ADAPTER.sub("", name)
+    return short.removesuffix(".weight") if ".lora_magnitude_vector" in short else short
+
+
+@contextlib.contextmanager
+def writing_errors(folder: Path) -> Iterator[None]:
+    """Raise a `CheckpointError` for a file of `folder` that cannot be written."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            "the trained model cannot be written", where=str(folder), got=str(error), remedy=_REMEDY
+        ) from error
+
+
+def write_merged(
+    folder: Path, base: Path, adapter: Path, dtype: torch.dtype | None, *, trust_remote_code: bool
+) -> None:
+    """Write the model in `base` with the LoRA adapter in `adapter` merged, by default in its own dtype.
+
+    The whole model is in host memory in float32, so that sums are rounded once.
+    """
+    described = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    causal_lm = auto_class(described, trust_remote_code).from_pretrained(
+        base, dtype=torch.float32, trust_remote_code=trust_remote_code, use_safetensors=True
+    )
+    was_tied = _is_tied(causal_lm)
+    merged = PeftModel.from_pretrained(causal_lm, adapter).merge_and_unload()
+    inner, outer = merged.get_input_embeddings().weight, merged.get_output_embeddings().weight
+    if was_tied and inner is not outer and torch.equal(inner, outer):  # peft keeps two copies
+        merged.config.tie_word_embeddings = True
+        merged.tie_weights()
+    written = dtype or described.get_text_config().dtype or described.dtype or torch.float32
+    for weight in merged.parameters():  # not buffers, such as the biases of DeepSeek's routers
+        weight.data = weight.data.to(written)
+    changes = {"tie_word_embeddings": False} if was_tied and not _is_tied(merged) else {}
+    write_weights(folder, merged, merged.state_dict() | ignored_tensors(merged, base, written), base, changes)
+
+
+def _is_tied(causal_lm: Any) -> bool:  # not every config.json of a model of several parts says it
+    return causal_lm.get_input_embeddings().weight is causal_lm.get_output_embeddings().weight
+
+
+def ignored_tensors(causal_lm: Any, base: Path, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the tensors of `base` that the class that config.json names does not read (`mtp` layers)."""
+    patterns = ignored_patterns(causal_lm)
+    if not patterns or causal_lm.config.model_type != read_model_json(base / CONFIG_FILE).get("model_type"):
+        return {}
+    unread: dict[str, Tensor] = {}
+    prefix = f"{causal_lm.base_model_prefix}."
+    modules = {name.removeprefix(prefix) for name, _ in causal_lm.named_modules()}
+
+    def is_ignored(name: str) -> bool:
+        # The patterns also fit weights that are read: `attn.bias` c_attn.bias, `layers.46` that of 92 layers.
+        layer = re.match(r".*?\.\d+(?=\.)", name.removeprefix(prefix))
+        return any(re.search(each, name) for each in patterns) and not (layer and layer[0] in modules)
+
+    for file in weight_files(base):
+        if file.suffix != ".json":
+            with safe_open(file, "pt") as tensors:
+                unread |= {name: tensors.get_tensor(name) for name in filter(is_ignored, tensors.keys())}
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in unread.items()}
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    files = [file for file in weight_files(folder) if file.suffix != ".json"]
+    return {name: weight for file in files for name, weight in load_file(file).items()}
+
+
+def write_mean(folder: Path, members: Sequence[tuple[float, Path]], dtype: torch.dtype | None) -> None:
+    """Write the float32 mean of whole models of one kind, with the other files of the first.
+
+    Equal weights stay what they are. The coefficients of `members` have the sum 1. Without a dtype, weights
+    have the first model's.
+    """
+    (_, first), *others = members
+    for member in (path for _, path in members):
+        local_model_folder(str(member), None, _KEY)
+        check_weights(weight_files(member), _KEY)
+    kind = _kind(first)
+    base = _tensors(first)
+    mean = {name: weight.float() for name, weight in base.items()}
+    for coefficient, member in others:
+        other = _tensors(member)
+        differing = list(base.keys() ^ other.keys())
+        differing += [name for name in base.keys() & other.keys() if base[name].shape != other[name].shape]
+        if differing or _kind(member) != kind:
+            raise ConfigError(
+                "a member of the average is a model of another kind or of other sizes",
+                where=_KEY,
+                got=f"{member}: {min(differing, default=_kind(member))}",
+                expected=f"a model as in {first}",
+                remedy="name models that were trained from one model",
+            )
+        for name, total in mean.items():  # not in place: `base` shares float32 weights
+            mean[name] = total + coefficient * (other[name].float() - base[name].float())
+    mean = {name: weight.to(dtype or base[name].dtype) for name, weight in mean.items()}
+    ignored = shutil.ignore_patterns("*.safetensors*", "README.md")
+    shutil.copytree(first, folder, ignore=ignored, dirs_exist_ok=True)
+    save_torch_state_dict(mean, folder, max_shard_size="5GB")
+    if dtype is not None:
+        write_description(folder / CONFIG_FILE, json.loads((first / CONFIG_FILE).read_bytes()), dtype)
+
+
+def _kind(folder: Path) -> str:
+    return str(json.loads((folder / CONFIG_FILE).read_bytes()).get("model_type"))

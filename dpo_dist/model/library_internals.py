@@ -1,0 +1,152 @@
+"""The wall towards transformers, peft and Liger: no other file uses their undocumented parts.
+
+A version that changes one of these parts fails a test in tests/unit/model/test_library_internals.py, which
+calls the functions below on the real libraries.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.core_model_loading import Transpose, WeightRenaming, rename_source_key
+from transformers.integrations import deepspeed
+from transformers.modeling_flash_attention_utils import _flash_attention_forward
+
+# ---- transformers: loading ----
+
+
+@contextlib.contextmanager
+def unsharded() -> Iterator[None]:
+    """Make transformers shard nothing inside the block."""
+    sharding = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = sharding
+
+
+@contextlib.contextmanager
+def transposed_by(shapes: Mapping[str, Any]) -> Iterator[None]:
+    """Make transformers (5.23) transpose experts by these shapes, of whole weights by name, in the block.
+
+    It takes the shape of the weight in the model, of which ZeRO-3 leaves an empty tensor.
+    """
+    convert = Transpose.convert
+
+    def convert_whole(self: Transpose, *tensors: Any, model: Any = None, **options: Any) -> Any:
+        def find(name: str) -> Any:
+            return SimpleNamespace(shape=shapes[name]) if name in shapes else model.get_parameter(name)
+
+        return convert(self, *tensors, model=SimpleNamespace(get_parameter=find), **options)
+
+    Transpose.convert = convert_whole
+    try:
+        yield
+    finally:
+        Transpose.convert = convert
+
+
+def name_in_model(causal_lm: Any) -> Callable[[str], str]:
+    """Return the function from the name of a tensor in a file to the name in this loaded model."""
+    renamings = [entry for entry in causal_lm._weight_conversions if isinstance(entry, WeightRenaming)]
+    prefix, expected = causal_lm.base_model_prefix, causal_lm.state_dict()
+
+    def renamed(name: str) -> str:
+        return str(rename_source_key(name, renamings, [], prefix, expected)[0])
+
+    return renamed
+
+
+def ignored_patterns(causal_lm: Any) -> Sequence[str]:
+    """Return the patterns of names in weight files that the class of a model does not read, on purpose."""
+    return tuple(type(causal_lm)._keys_to_ignore_on_load_unexpected or ())
+
+
+# ---- transformers: attention and checkpointing ----
+
+
+def attention_of(causal_lm: Any) -> str:
+    """Return the name of the attention function that a model calls."""
+    return str(causal_lm.config._attn_implementation)
+
+
+def plain_attention(causal_lm: Any) -> str:
+    """Return the name of transformers' attention function for a model without any kernel of others."""
+    return "sdpa" if causal_lm._supports_sdpa else "eager"
+
+
+def can_choose_attention(causal_lm: Any) -> bool:
+    """Return whether a model calls the attention function that its configuration names."""
+    return bool(causal_lm._can_set_attn_implementation())
+
+
+def flash_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[Tensor, Tensor, int, int],
+    **options: Any,
+) -> Tensor:
+    """Return causal attention [tokens, heads, dim] by a kernel of FlashAttention.
+
+    `lengths`: cumulative lengths of queries and of keys of the segments, and the longest of each.
+    """
+    cu_query, cu_key, longest_query, longest_key = lengths
+    attended: Tensor = _flash_attention_forward(
+        query[None],
+        key[None],
+        value[None],
+        None,
+        query_length=len(query),
+        is_causal=True,
+        cu_seq_lens_q=cu_query,
+        cu_seq_lens_k=cu_key,
+        max_length_q=longest_query,
+        max_length_k=longest_key,
+        **options,
+    )[0]
+    return attended
+
+
+def wrap_checkpointing(layer: Any, wrapper: Callable[..., Any]) -> None:
+    """Make a checkpointed layer call `wrapper(checkpoint, *arguments)` where it calls `checkpoint`."""
+    layer._gradient_checkpointing_func = partial(wrapper, layer._gradient_checkpointing_func)
+
+
+# ---- peft ----
+
+
+def mark_as_adapted(causal_lm: Any) -> None:
+    """Tell a transformers model that it has an adapter, as its own `add_adapter` does."""
+    causal_lm._hf_peft_config_loaded = True
+
+
+AdapterState = tuple[Any, bool]
+"""The active adapters of a layer, and whether the layer computes without any."""
+
+
+def adapter_state(layer: Any) -> AdapterState:
+    """Return which adapter a layer of peft uses."""
+    return layer._active_adapter, layer._disable_adapters
+
+
+def set_adapter_state(layer: Any, state: AdapterState) -> None:
+    """Set what `adapter_state` returns.
+
+    peft's own switches also change requires_grad, which breaks DeepSpeed's hooks.
+    """
+    layer._active_adapter, layer._disable_adapters = state
+
+
+# ---- Liger ----
+
+
+def apply_liger(text: nn.Module, **options: bool) -> None:
+    """Replace the layers of this model that Liger knows by Liger's, but those that `options` deny."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance  # noqa: PLC0415  (optional extra)
+
+    _apply_liger_kernel_to_instance(text, **options)

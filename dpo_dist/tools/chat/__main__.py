@@ -1,0 +1,89 @@
+"""Talk to a model in the terminal: a run's, a checkpoint, an adapter, a model folder or a name on the hub.
+
+An empty line or Ctrl-D ends, Ctrl-C ends an answer, `/new` starts again. Each line of a pipe is a turn, and
+only answers are printed: `echo "What is the capital of Iceland?" | dpo-dist chat output/captain`. A GPU is
+used if it is there.
+"""
+
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+
+from dpo_dist.config.run_folder import without_key
+from dpo_dist.foundation.console import warnings_off
+from dpo_dist.foundation.errors import ExitCode
+from dpo_dist.foundation.exit import Arguments, exit_after
+from dpo_dist.foundation.streams import print_line, print_result
+from dpo_dist.verbs.named_models import located
+
+_TRUST = "model.trust_remote_code=true"
+_HINT = "an empty line or Ctrl-D ends, Ctrl-C an answer, /new starts again"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line `arguments` (default: sys.argv); return the exit code."""
+    parser = Arguments(prog="dpo-dist chat", description=__doc__)
+    parser.add_argument("model", metavar="RUN", help="run directory, checkpoint, folder or hub name")
+    second = "answer a second time by this model; `base`: by the base of an adapter or run"
+    parser.add_argument("--beside", metavar="MODEL", help=second)
+    usual = "default: as in generation_config.json of the model"
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help=f"{usual}, or 512")
+    parser.add_argument("--temperature", type=float, metavar="T", help=f"0: greedy; {usual}")
+    meaning = "run Python code that is in the folders of these models: read it first"
+    parser.add_argument("trust", nargs="?", metavar=_TRUST, choices=[_TRUST], help=meaning)
+    given = parser.parse_args(arguments)
+    if given.max_new_tokens is not None and given.max_new_tokens < 1:
+        parser.error(f"--max-new-tokens is at least 1, not {given.max_new_tokens}")
+    if not 0 <= (given.temperature or 0) < math.inf:
+        parser.error(f"--temperature is a number of at least 0, not {given.temperature}")
+    location = located(without_key(given.model), "RUN")
+    beside = given.beside if given.beside in (None, "base") else located(given.beside, "--beside")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    from dpo_dist.tools.chat.speakers import open_speakers  # noqa: PLC0415  (slow: errors above appear at once)
+
+    sampling = {"do_sample": bool(given.temperature)} if given.temperature is not None else {}
+    sampling |= {"temperature": given.temperature} if given.temperature else {}
+    with warnings_off():
+        trusts = given.trust is not None
+        speakers = open_speakers(location, beside, lambda line: print_line(line, sys.stderr), trusts)
+        for question in _questions():
+            for speaker in speakers:
+                if question == "/new":
+                    speaker.messages.clear()
+                    continue
+                if len(speakers) > 1:
+                    print_result(f"{speaker.name}: ")
+                try:
+                    speaker.answer(question, given.max_new_tokens, sampling)
+                except KeyboardInterrupt:
+                    if not sys.stdin.isatty():
+                        raise
+                    print_line("")  # the model has no memory of this turn
+    return ExitCode.completed
+
+
+def _questions() -> Iterator[str]:
+    """Yield the lines of standard input up to an empty one; a terminal is asked for them."""
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        import readline  # noqa: F401, PLC0415  (edits lines)
+
+        print_line(_HINT, sys.stderr)
+    sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
+    while True:
+        try:
+            line = input("> " if is_terminal else "").strip()
+        except EOFError:
+            return
+        if not line:
+            return
+        if re.fullmatch(r"/\w*", line) and line != "/new":
+            print_line(f"there is no {line}: {_HINT}", sys.stderr)
+        else:
+            yield line
+
+
+if __name__ == "__main__":
+    exit_after(main)

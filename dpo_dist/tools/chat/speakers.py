@@ -1,0 +1,133 @@
+"""A conversation with a model: its chat template, and transformers' generation, a token at a time."""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from dpo_dist.config.load import from_yaml
+from dpo_dist.config.run_folder import RunFolder, is_checkpoint
+from dpo_dist.config.schema import NO_MODEL, Dtype, RunConfig
+from dpo_dist.data.records import Message, Origin, PreferenceRecord
+from dpo_dist.data.text.lengths import without_limits
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.streams import print_result, printable_lines
+from dpo_dist.model.lora import adapter_off
+from dpo_dist.model.numerics import has_fp16_products
+from dpo_dist.tools.sampling.respond import (
+    Responder,
+    find_files,
+    load_source,
+    open_responder,
+    usable_prompt,
+)
+from dpo_dist.training.export import written_checkpoint
+from dpo_dist.training.start.context import has_bf16_products
+from dpo_dist.verbs.named_models import short_name
+
+BASE = "base"
+"""In place of a path: the base of an adapter, or the model from which a run started."""
+
+
+class _Printer(TextStreamer):  # type: ignore[misc]
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        print_result(printable_lines(text) + "\n" * stream_end)
+
+
+@dataclass(eq=False)
+class Speaker:
+    """A model with the conversation that it has had; `of_base`: with its adapter off."""
+
+    name: str
+    responder: Responder
+    causal_lm: Any
+    config: RunConfig
+    of_base: bool = False
+    messages: list[Message] = field(default_factory=list)
+
+    def answer(self, question: str, max_new_tokens: int | None, sampling: Mapping[str, Any]) -> None:
+        """Print the answer as it comes, and keep both turns.
+
+        `sampling` changes the model's generation_config, which also has the default of `max_new_tokens`, or
+        else it is 512. Raises ConfigError if both turns do not fit.
+        """
+        responder, causal_lm = self.responder, self.causal_lm
+        most = max_new_tokens or causal_lm.generation_config.max_new_tokens or 512
+        asked = [*self.messages, Message("user", question)]
+        prompt = usable_prompt(PreferenceRecord(tuple(asked), (), Origin(self.name, 1)), responder, most)
+        if isinstance(prompt, str):
+            raise ConfigError(
+                "the model cannot be asked this",
+                where=self.name,
+                got=prompt,
+                expected=f"a chat template; {most} more tokens within the model's {responder.longest}",
+                remedy="start again, lower --max-new-tokens, or put chat_template.jinja into its folder",
+            )
+        ids = torch.tensor([prompt.tolist()], device=causal_lm.device)
+        stop_ids = sorted(responder.stop_ids)
+        with adapter_off(causal_lm) if self.of_base else contextlib.nullcontext():
+            output = causal_lm.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                streamer=_Printer(responder.tokenizer, skip_prompt=True, skip_special_tokens=True),
+                max_new_tokens=most,
+                eos_token_id=stop_ids,
+                pad_token_id=stop_ids[0],
+                **sampling,
+            )
+        text = str(responder.tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True))
+        self.messages = [*asked, Message("assistant", text)]
+
+
+def open_speakers(
+    location: str, beside: str | None, say: Callable[[str], None], trusts_code: bool = False
+) -> list[Speaker]:
+    """Load the model at `location`, as `located` returns it, and the one beside it, if there is one.
+
+    `trusts_code`: Python code in their folders is run.
+    """
+    first = _open(location, "RUN", say, trusts_code)
+    if beside != BASE:
+        return [first] if beside is None else [first, _open(beside, "--beside", say, trusts_code)]
+    if first.responder.source.adapter is not None:
+        return [first, replace(first, name=BASE, of_base=True, messages=[])]
+    if first.config.model.path == NO_MODEL:
+        raise ConfigError(
+            "the base of this model is not known",
+            where="--beside base",
+            got=location,
+            expected="a run, its checkpoint or model, or an adapter",
+            remedy="name the base: --beside PATH",
+        )
+    # With the tokenizer and the template of the run, as its reference.
+    base = load_source(
+        find_files(first.config.model.path, first.config, "model.path"), first.config, _device()
+    )
+    return [first, replace(first, name=BASE, causal_lm=base, messages=[])]
+
+
+def _open(location: str, key: str, say: Callable[[str], None], trusts_code: bool) -> Speaker:
+    """Load a model with the configuration of its run, if it is in the folder of one."""
+    folder = Path(location).expanduser()
+    above = map(RunFolder, folder.absolute().parents[:2])
+    run = next((run for run in above if folder.is_dir() and run.state.is_file()), None)
+    config = RunConfig() if run is None else from_yaml(run.config.read_text(encoding="utf-8"), run.config)
+    products = {Dtype.bf16: has_bf16_products, Dtype.fp16: has_fp16_products}
+    emulated = _device().type == "cpu" and not products.get(config.model.dtype, lambda: True)()
+    dtype = Dtype.fp32 if emulated else config.model.dtype
+    # A run's configuration cannot ask for code, and its template is saved with its model.
+    model = replace(config.model, trust_remote_code=trusts_code, dtype=dtype)
+    data = replace(without_limits(config.data), chat_template=None)
+    config, name = replace(config, model=model, data=data), short_name(location)
+    if is_checkpoint(folder) and run is not None:
+        location = str(written_checkpoint(folder, run.comparison_models, say, trusts_code))
+    source = find_files(location, config, key)
+    return Speaker(name, open_responder(source, config), load_source(source, config, _device()), config)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,43 @@
+"""Compare models: `dpo-dist compare 'compare.models=[base=./base,output/a]' data.eval=[FILE]`.
+
+The same held-out prompts through every model: responses side by side, style, KL to the first model, and with
+a judge (`pairs.reward_model`, `pairs.function` or `pairs.endpoint`) scores and win rates. `accelerate launch
+-m dpo_dist compare ...` shares the work among processes. The same command again continues after the finished
+parts. docs/evaluate.md explains the files.
+"""
+
+from collections.abc import Iterator
+
+from dpo_dist.config.command_line import run_verb
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.foundation.console import open_console
+from dpo_dist.foundation.errors import ExitCode
+from dpo_dist.tools.compare.start import check_comparison
+
+
+def main(config: RunConfig) -> int:
+    """Write the comparison of `compare.models`; return the exit code."""
+    models, folder = check_comparison(config), RunFolder.of(config)
+    with open_console(folder.rank_log, config.console.style) as console:
+        from dpo_dist.tools.compare.models import compare_models  # noqa: PLC0415  (slow, prints)
+        from dpo_dist.tools.compare.page import comparison_table, write_comparison_page  # noqa: PLC0415
+
+        results = compare_models(config, models, console)
+        if results is not None:
+            console.result("comparison", results, comparison_table(results))
+            write_comparison_page(folder, results)
+            console.say(f"page: {folder.comparison_page}   responses: {folder.comparison_answers}")
+    return ExitCode.completed
+
+
+def check(config: RunConfig) -> Iterator[str]:
+    """Check everything that needs no weights and no GPU."""
+    models = check_comparison(config)
+    from dpo_dist.tools.compare.models import rehearse_comparison  # noqa: PLC0415  (slow)
+
+    yield rehearse_comparison(config, models)
+
+
+if __name__ == "__main__":
+    run_verb(main, check, verb="compare")

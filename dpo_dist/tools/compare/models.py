@@ -1,0 +1,398 @@
+"""Compare models: from prompts to files; the weights of each model are loaded once."""
+
+import heapq
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import dpo_dist
+from dpo_dist.batching.example import Example
+from dpo_dist.config.run_folder import RunFolder, check_writable
+from dpo_dist.config.schema import FusedLayers, RunConfig
+from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX, count_lines
+from dpo_dist.data.formats import read_prompts
+from dpo_dist.data.read.sources import pinned, source_labels
+from dpo_dist.data.records import (
+    Dialogue,
+    PreferenceRecord,
+    Prompt,
+    eval_part,
+    prompt_hash,
+    prompt_key,
+    turns_of,
+)
+from dpo_dist.distributed.memory import return_memory
+from dpo_dist.distributed.zero import unsharded_loading
+from dpo_dist.foundation import files
+from dpo_dist.foundation.console import Console
+from dpo_dist.foundation.errors import DataError
+from dpo_dist.foundation.text import counted
+from dpo_dist.model.exactness import StartCheck
+from dpo_dist.model.files.folder import hub_commit
+from dpo_dist.model.files.load import load_packed
+from dpo_dist.model.lora import load_adapter
+from dpo_dist.model.packed import PackedCausalLM, packed_logps
+from dpo_dist.reference.engine import scored_model
+from dpo_dist.tools.compare.results import compares, comparison, judge_texts
+from dpo_dist.tools.compare.start import KEY, Compared
+from dpo_dist.tools.doctor.texts import side_of
+from dpo_dist.tools.evaluation.trained_prompts import count_trained
+from dpo_dist.tools.judges import Judge, open_judge
+from dpo_dist.tools.pairs.files import good_records
+from dpo_dist.tools.pairs.run import check_model, first_records, passed
+from dpo_dist.tools.sampling.generate import Request, Sample, generate
+from dpo_dist.tools.sampling.prompts import (
+    Parts,
+    Prompts,
+    as_asked,
+    find_together,
+    in_parts,
+    joined_run,
+    judge_of,
+)
+from dpo_dist.tools.sampling.respond import Completions, ModelSource, Responder, open_responder
+from dpo_dist.tools.sampling.settings import Sampling, sampling_of
+from dpo_dist.training.export import written_checkpoint
+from dpo_dist.training.start.context import Run
+
+Row = dict[str, Any]
+PART_PROMPTS = 16
+"""Prompts of one part: processes share the parts, and finished ones are not repeated."""
+BATCH_TOKENS = 16384
+"""Most tokens of a batch of one process: its rows times the longest prompt with its response."""
+
+
+def held_out(config: RunConfig, say: Callable[[str], None]) -> tuple[list[PreferenceRecord], dict[str, str]]:
+    """Return `compare.prompts` different prompts of the evaluation data, and source labels by `prompt_key`.
+
+    They are chosen by a hash of the prompt, and in the order of the data, with the first response.
+    """
+    wanted, labels = config.compare.prompts, dict[str, str]()
+    sources, part = config.data.eval_sources, eval_part(config.data)
+
+    def ranked() -> Iterator[tuple[str, int, PreferenceRecord]]:
+        for source, label in zip(sources, source_labels(sources), strict=True):
+            for record in good_records(read_prompts(pinned(source)), source, config.data, say):
+                scores = record.scores if side_of(record) else None
+                asked = replace(as_asked(record, config.data), responses=record.responses[:1], scores=scores)
+                key = prompt_key(asked)
+                if key not in labels and part.has(prompt_hash(record.prompt)):
+                    labels[key] = label
+                    yield files.text_digest(f"0 {key}"), len(labels), asked
+
+    chosen = heapq.nsmallest(wanted, ranked())
+    if not chosen:
+        raise DataError(
+            "the evaluation data have no usable prompt",
+            where="data.eval",
+            got=", ".join(source.path for source in sources),
+            remedy="check the counts above, or raise data.eval_share",
+        )
+    fewer = f", fewer than compare.prompts={wanted}" if len(chosen) < wanted else ""
+    say(f"prompts: {len(chosen):,} of {counted(len(labels), 'different one')}{fewer}")
+    return [record for *_, record in sorted(chosen, key=lambda entry: entry[1])], labels
+
+
+@dataclass(eq=False)
+class Speaker:
+    """A model of the comparison; its weights are loaded when a process has its first part to do.
+
+    `source` has its name in the results, `path` is as given. `logps` are of its responses under itself,
+    `base_logps` under the base; None if that has other tokens.
+    """
+
+    path: str
+    source: ModelSource
+    config: RunConfig
+    prompts: Prompts
+    responses: Parts = field(init=False)
+    logps: Parts = field(init=False)
+    base_logps: Parts | None = None
+
+    @property
+    def name(self) -> str:
+        """Its name in the results."""
+        return self.source.name
+
+    @property
+    def _sampling(self) -> Sampling:
+        return sampling_of("compare", self.config.sampling)
+
+    @cached_property
+    def responder(self) -> Responder:
+        """Its tokenizer and stop tokens."""
+        return open_responder(self.source, self.config)
+
+    @cached_property
+    def _packed(self) -> PackedCausalLM:
+        model = self.config.model
+        model_config = replace(scored_model(model, model.quantization), fused=FusedLayers.none)
+        longest = self.config.data.max_length + self._sampling.max_new_tokens
+        if self.responder.longest is not None:
+            longest = min(longest, self.responder.longest)
+        world = self.prompts.run.world
+        with unsharded_loading(world):
+            packed = load_packed(self.source.folder, model_config, longest, world.device, KEY)
+            if self.source.adapter is not None:
+                load_adapter(packed, self.source.adapter, KEY)
+        packed.eval()
+        StartCheck(packed, packed, world.device, longest, KEY).choose_arrangement()
+        return packed
+
+    def respond(self) -> None:
+        """Finish the responses; collective. Models share the random numbers of a prompt."""
+
+        def samples(requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
+            with self._packed.unpacked() as causal_lm:
+                return generate(causal_lm, requests, sampling, self.responder.stop_ids, BATCH_TOKENS)
+
+        self.responses = self.prompts.responses(
+            self.source,
+            self._sampling,
+            range(1),
+            lambda: (self.responder, samples),
+        )
+
+    def score(self, other: "Speaker") -> Parts:
+        """Return the finished log-probs of a model's responses under this model; collective.
+
+        Each row is `{"logp": ...}`, the sum over the tokens of the response to that prompt, null without one.
+        """
+        settings = {
+            "responses": other.responses.folder.name,
+            "model": self.source.digest,
+            "attention": str(self.config.model.attention),
+        }
+
+        def part(index: int) -> list[Row]:
+            rows = [Completions.of(row) for row in other.responses.read(index)]
+            logps = response_logps(self._packed, rows, BATCH_TOKENS)
+            return [{"logp": logp} for logp in logps]
+
+        title = f"log-probs of {other.name}"
+        title += "" if other is self else f"'s responses under {self.name}"
+        return self.prompts.finish(title, self.prompts.stage("logps", settings), part)
+
+    def free(self) -> None:
+        """Forget the weights."""
+        vars(self).pop("_packed", None)
+        return_memory()
+
+    def rows(self, index: int) -> Iterator[tuple[str | None, Row]]:
+        """Yield the response to each prompt of a part as in `answers.jsonl`, or why it cannot be asked."""
+        logps = self.logps.read(index)
+        of_base = [{"logp": None}] * len(logps) if self.base_logps is None else self.base_logps.read(index)
+        for row, logp, base_logp in zip(self.responses.read(index), logps, of_base, strict=True):
+            completions = Completions.of(row)
+            response = {}
+            for completion in completions.completions:
+                response = {
+                    "text": completion.content,
+                    "tokens": completion.tokens,
+                    "finished": completion.finished,
+                    **logp,
+                    "base_logp": base_logp["logp"],
+                    "logp_tokens": len(completion.ids),
+                }
+            yield completions.dropped, response
+
+
+@torch.inference_mode()
+def response_logps(packed: PackedCausalLM, rows: Sequence[Completions], budget: int) -> list[float | None]:
+    """Return the sum of the log-probs of each row's response, in nats; None without a response."""
+    responses = [row.completions[0].ids if row.completions else None for row in rows]
+    examples = [
+        Example(np.array(row.prompt_ids, dtype=np.int32), (np.array(ids, dtype=np.int32),))
+        for row, ids in zip(rows, responses, strict=True)
+        if ids
+    ]
+    sums = (float(logps.cpu().double().sum()) for logps in packed_logps(packed, examples, budget))
+    # A response without tokens has probability 1.
+    without = [None if ids is None else 0.0 for ids in responses]
+    return [next(sums) if ids else value for ids, value in zip(responses, without, strict=True)]
+
+
+def compare_models(config: RunConfig, models: Sequence[Compared], console: Console) -> dict[str, Any] | None:
+    """Write the responses of all models and the results; return the results on rank 0."""
+    folder = RunFolder.of(config)
+    # Two starts would write the same parts.
+    only = files.locked(folder.comparison / folder.lock.name, "compares models in this run directory")
+    with joined_run(config, console, only) as run:
+        world = run.world
+        with console.heartbeat("reading prompts"):
+            records, labels = world.on_main(lambda: held_out(config, console.say))
+        parts = in_parts(records, PART_PROMPTS)
+        prompts = Prompts(run, folder.comparison_parts, parts)
+        judge, described = judge_of(run)
+        speakers = []
+        for model in models:
+            source = find_together(whole_model(model, folder.comparison_models, run), run, KEY)
+            source = replace(source, name=model.name)
+            speakers.append(Speaker(model.path, source, config, prompts))
+        _speak(speakers, console)
+        judged = None
+        if judge is not None:
+
+            def judgements(index: int) -> list[Row]:
+                answers = (map(Completions.of, speaker.responses.read(index)) for speaker in speakers)
+                texts = [
+                    [answer.completions[0].content for answer in row if answer.completions]
+                    for row in zip(*answers, strict=True)
+                ]
+                # A prompt that a model cannot be asked is not judged.
+                asked = [each if len(each) == len(speakers) else [] for each in texts]
+                return judge_texts(prompts.parts[index], asked, judge, in_pairs=compares(config.pairs))
+
+            folders = [speaker.responses.folder.name for speaker in speakers]
+            settings = {"responses": folders, "judge": described}
+            judged = prompts.finish("judgements", prompts.stage("judgements", settings), judgements)
+        with console.heartbeat("writing the comparison"):
+            return world.on_main(lambda: _write(speakers, judge, judged, config, labels, console))
+
+
+def whole_model(model: Compared, folder: Path, run: Run) -> str:
+    """Return the folder or hub name of a model; of a checkpoint, a folder with its weights. Collective."""
+    if not model.is_checkpoint:
+        return model.location
+    written = partial(
+        written_checkpoint, Path(model.location), folder, run.console.say, run.config.model.trust_remote_code
+    )
+    with run.console.heartbeat(f"writing the weights of {model.name}"):
+        return str(run.world.on_main(written))
+
+
+def _speak(speakers: Sequence[Speaker], console: Console) -> None:
+    """Finish responses and log-probs, one model at a time in memory: the base last, to score the others."""
+    base, *others = speakers
+    for speaker in (*others, base):
+        speaker.respond()
+        speaker.logps = speaker.score(speaker)
+        if speaker is not base:
+            speaker.free()
+    base.base_logps = base.logps
+    of_base = base.responder.tokenizer.get_vocab().items()
+    for speaker in others:
+        if speaker.responder.tokenizer.get_vocab().items() <= of_base:  # the same tokens
+            speaker.base_logps = base.score(speaker)
+        else:
+            console.say(f"{speaker.name}: no KL to {base.name}, which has other token ids")
+    base.free()
+
+
+def _rows(
+    speakers: Sequence[Speaker], judged: Parts | None, labels: Mapping[str, str], counts: Counter[str]
+) -> Iterator[Row]:
+    """Yield the rows of `answers.jsonl`; count in `counts`.
+
+    A prompt that a model cannot be asked has no row: it is counted by its reason.
+    """
+    names = [speaker.name for speaker in speakers]
+    for index, records in enumerate(speakers[0].prompts.parts):
+        judgements = [{}] * len(records) if judged is None else judged.read(index)
+        rows = zip(*(speaker.rows(index) for speaker in speakers), strict=True)
+        for record, row, judgement in zip(records, rows, judgements, strict=True):
+            counts.update(judgement.get("counts", {}))
+            if dropped := next(filter(None, (reason for reason, _ in row)), None):
+                counts[DROPPED_PROMPT_PREFIX + dropped] += 1
+                continue
+            scores, key = judgement.get("scores", [None] * len(speakers)), prompt_key(record)
+            answer: Row = {
+                "prompt_id": key[:16],
+                "prompt": shown_prompt(record.prompt),
+                "source": labels[key],
+                "chosen": next((turns_of(first)[-1].content for first in record.responses), None),
+                "responses": {
+                    name: response | {"score": score}
+                    for name, (_, response), score in zip(names, row, scores, strict=True)
+                },
+            }
+            if side := side_of(record):
+                answer["label"] = "good" if side == "chosen" else "bad"
+            if judged is not None:
+                pairs = zip(itertools.combinations(names, 2), judgement["credits"], strict=True)
+                answer["verdicts"] = [
+                    {"first": first, "second": second, "credit": credit} for (first, second), credit in pairs
+                ]
+            yield answer
+
+
+def shown_prompt(prompt: Prompt) -> str:
+    """Return a prompt as text: the content of a single user turn, or all turns with their roles."""
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, Dialogue):
+        return prompt.text
+    if len(prompt) == 1 and prompt[0].role == "user":
+        return prompt[0].content
+    return "\n\n".join(f"{turn.role}: {turn.content}" for turn in prompt)
+
+
+def _write(
+    speakers: Sequence[Speaker],
+    judge: Judge | None,
+    judged: Parts | None,
+    config: RunConfig,
+    labels: Mapping[str, str],
+    console: Console,
+) -> dict[str, Any]:
+    folder, counts = RunFolder.of(config), Counter[str]()
+    sampling = asdict(sampling_of("compare", config.sampling))
+    names = [speaker.name for speaker in speakers]
+    files.collect_abandoned(folder.comparison)
+    with files.staged_file(folder.comparison_answers) as temporary:  # after an error earlier answers stay
+        if not files.write_lines(temporary, _rows(speakers, judged, labels, counts)):
+            raise DataError(
+                "no prompt can be used with every model",
+                where="data.eval",
+                got="; ".join(line.strip() for line in count_lines(counts)),
+                remedy="raise data.max_length, lower sampling.max_new_tokens, or use other data",
+            )
+        sections = comparison(files.read_lines(temporary), names)
+    for speaker, row in zip(speakers, sections["models"], strict=True):
+        row |= {
+            "path": speaker.path,
+            "digest": speaker.source.digest,
+            "revision": hub_commit(speaker.source.folder),
+        }
+    prompts = [prompt_hash(record.prompt) for part in speakers[0].prompts.parts for record in part]
+    trained = {each.name: count_trained(each.path, prompts, "prompt", console.say) for each in speakers}
+    results = {
+        "base": names[0],
+        "judge": None if judge is None else str(judge),
+        "judge_compares": judge is not None and compares(config.pairs),
+        **sections,
+        "prompts_also_in_train": trained,
+        "counts": dict(sorted(counts.items())),
+        "sampling": {name: value for name, value in sampling.items() if name != "seed"},
+        "version": dpo_dist.__version__,
+    }
+    written: dict[str, Any] = files.for_json(results)
+    files.write_json(folder.comparison_results, written)
+    for line in count_lines(counts + Counter(prompts=sections["prompts"])) if +counts else []:
+        console.say(line)
+    return written
+
+
+def rehearse_comparison(config: RunConfig, models: Sequence[Compared]) -> str:
+    """Load what `compare` loads before weights, ask the judge, and read the first records of each source."""
+    check_writable(RunFolder.of(config).path)
+    lines: list[str] = []
+    records = first_records(config.data.eval_sources, read_prompts, config.data, lines.append)
+    tokens = sampling_of("compare", config.sampling).max_new_tokens
+    for model in models:
+        if model.is_checkpoint:
+            lines.append(f"{model.location}, a checkpoint")
+        else:
+            check_model(model.location, config, tokens, records, lines.append, KEY)
+    judge = open_judge(config)
+    if judge is not None:
+        judge.check()
+    lines.append(f"judge: {judge or 'none, so no scores and win rates'}")
+    return passed(lines)

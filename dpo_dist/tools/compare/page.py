@@ -1,0 +1,246 @@
+"""The page of a comparison of models: the result, tables with intervals, responses side by side."""
+
+from collections import Counter
+from collections.abc import Mapping
+from itertools import combinations
+from typing import Any
+
+from markupsafe import Markup
+
+from dpo_dist.config.metrics import METRICS
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.foundation import files
+from dpo_dist.foundation.text import counted, number, percent, without_secrets
+from dpo_dist.tools.compare.results import DIFFERENCES
+from dpo_dist.tools.pages.charts import Interval, Point, scatter
+from dpo_dist.tools.pages.render import estimate, page, part
+from dpo_dist.tools.pages.samples import Shown, ShownResponse, end_notes, prompt_items, response_of_data
+from dpo_dist.tools.tables import aligned, with_interval
+
+Row = Mapping[str, Any]
+Pair = tuple[str, str]
+Rates = Mapping[Pair, tuple[float, Interval]]
+"""Win rate of the first model over the second with its interval, in both orders."""
+Table = tuple[list[str], list[list[object]]]
+
+MOST_BYTES = 5_000_000
+_FRAME_BYTES = 150_000
+_HALF = 0.5
+_STYLE = ("length", "finished", "refusals", "distinct_3", "longest_repeat", "empty")
+_NO_SHARES = {"score": "score", "kl": "KL, nats per response", "length": METRICS["samples/length"].title}
+"""Titles of metrics; the others are shares."""
+_VERDICTS = {1.0: "loses to", 0.5: "ties with", 0.0: "wins over"}
+"""What the other model does, by the base's credit."""
+
+
+def write_comparison_page(folder: RunFolder, results: Row) -> None:
+    """Write `comparison.html` from the content of `comparison.json`, and from `answers.jsonl`."""
+    results = without_secrets(results)
+    rates = _rates(results)
+    prompts = [_prompt(row, results) for row in files.read_lines(folder.comparison_answers) if row]
+    items, omitted = prompt_items(prompts, MOST_BYTES - _FRAME_BYTES)
+    labels = Counter(label for shown in prompts[: len(items)] for label in shown.labels)
+    styles: list[list[object]] = []
+    for model in results["models"]:
+        style, ends = model["style"], model["style_intervals"]
+        cells = [estimate(style.get(each), ends.get(each), _scale(each)) for each in _STYLE]
+        styles.append([model["name"], *cells])
+    html = page(
+        "compare.jinja",
+        "Comparison of models",
+        ["compare.js"],
+        results=results,
+        headline=headline(results),
+        overview=_overview(results, rates),
+        picture=_picture(results),
+        differences=_differences(results, rates),
+        style_of_responses=(["model", *map(_title, _STYLE)], styles),
+        items=items,
+        omitted=omitted,
+        labels=dict(sorted(labels.items())),
+    )
+    files.write_text(folder.comparison_page, html)
+
+
+def comparison_table(results: Row) -> list[str]:
+    """Return the lines of the table of models, with 95 % intervals; the page has all win rates."""
+    base, rates = results["base"], _rates(results)
+    has_scores = any(model["score"] is not None for model in results["models"])
+    titles = ["model", "tokens", "finished", "refusals", f"KL to {base}"]
+    titles += ["score"] if has_scores else []
+    titles += [f"wins over {base}"] if rates else []
+    rows = [titles]
+    for model in results["models"]:
+        style, rate = model["style"], rates.get((model["name"], base))
+        cells = [model["name"], f"{style['length']:.0f}", percent(style["finished"])]
+        cells += [percent(style["refusals"]), with_interval(model["kl"], model["kl_interval"], ".2f")]
+        cells += [with_interval(model["score"], model["score_interval"], ".3f")] if has_scores else []
+        cells += [with_interval(*rate, ".3f") if rate else ""] if rates else []
+        rows.append(cells)
+    judge = "" if results["judge"] is None else f", judged by {results['judge']}"
+    lines = [f"comparison on {counted(results['prompts'], 'prompt')}{judge}", *aligned(rows)]
+    lines += [f"note: {sentence}" for sentence in _not_held_out(results)]
+    if left := sum(results["not_judged"].values()):
+        lines.append(f"note: not counted, because without a verdict: {counted(left, 'comparison')}")
+    return lines
+
+
+def headline(results: Row) -> list[str]:
+    """Return the best model by its mean, then the models that no interval shows to be worse, in sentences.
+
+    A model whose responses never end is not ranked: the judge saw only their beginnings.
+    """
+    return _ranked(results) + _not_held_out(results)
+
+
+def _not_held_out(results: Row) -> list[str]:
+    """Return a sentence if a model was trained on prompts of the comparison."""
+    trained = results.get("prompts_also_in_train", {}).items()
+    seen = " and ".join(f"{name} was trained on {count:,} of them" for name, count in trained if count)
+    return [f"Not all prompts are held out: {seen}."] if seen else []
+
+
+def _ranked(results: Row) -> list[str]:
+    measure, qualities = _qualities(results)
+    models = {model["name"]: model for model in results["models"]}
+    ranked = [name for name in qualities if models[name]["style"]["finished"]]
+    if not qualities:
+        return ["Without a judge the models can be compared by KL and style only."]
+    if not ranked:
+        return ["No response ends within sampling.max_new_tokens: no model is called the best."]
+    best = max(ranked, key=lambda name: (qualities[name][0], -(models[name]["kl"] or 0)))
+    sentences = [f"{best} has the highest {measure}, {number(qualities[best][0])}."]
+    if best == results["base"] and measure != "score":
+        sentences = [f"No model wins over {best} on more than half of the prompts."]
+    if unended := ", ".join(name for name in qualities if name not in ranked):
+        sentences.append(f"Not ranked, as no response ends: {unended}.")
+    rates = _rates(results)
+    others = [name for name in ranked if name != best]
+    as_good = ", ".join(
+        name for name in others if _side(rates.get((name, best), (_HALF, None))[1], _HALF) >= 0
+    )
+    if others:
+        sentences.append(f"Not clearly worse: {as_good}." if as_good else "All others are clearly worse.")
+    return sentences
+
+
+def _title(metric: str) -> str:
+    return _NO_SHARES.get(metric) or METRICS[f"samples/{metric}"].title
+
+
+def _rates(results: Row) -> Rates:
+    rates: dict[Pair, tuple[float, Interval]] = {}
+    for win in results["wins"]:
+        rate, ends = win["rate"], win["interval"]
+        rates[win["first"], win["second"]] = rate, ends
+        rates[win["second"], win["first"]] = 1 - rate, ends and [1 - ends[1], 1 - ends[0]]
+    return rates
+
+
+def _side(ends: Interval, of: float) -> int:
+    """Return 1 if an interval is above a value, -1 if it is below, 0 if it contains it or is not known."""
+    return 0 if not ends else (ends[0] > of) - (ends[1] < of)
+
+
+def _qualities(results: Row) -> tuple[str, dict[str, tuple[float, Interval]]]:
+    """Return what the quality of a model is called, and the qualities with their intervals by model.
+
+    It is the score, or without scores the win rate over the base (the base's is one half).
+    """
+    models, base = results["models"], results["base"]
+    scored = [model for model in models if model["score"] is not None]
+    scores = {model["name"]: (model["score"], model["score_interval"]) for model in scored}
+    if scores:
+        return "score", scores
+    rates = {model: rate for (model, other), rate in _rates(results).items() if other == base}
+    return f"win rate over {base}", {base: (_HALF, None), **rates} if rates else {}
+
+
+def _overview(results: Row, rates: Rates) -> Table:
+    """Return the models with KL, score and win rate over the base, as far as there are any."""
+    base = results["base"]
+    head = ["model", "KL, nats per response", "score", f"win rate over {base}"]
+    rows: list[list[object]] = [
+        [
+            part("macros.jinja", "named", model["name"], model["path"]),
+            estimate(model["kl"], model["kl_interval"]),
+            estimate(model["score"], model["score_interval"]),
+            "base" if model["name"] == base else _rate(rates.get((model["name"], base))),
+        ]
+        for model in results["models"]
+    ]
+    # The base has a KL of 0 and no win rate.
+    kept = [0, *(at for at in range(1, len(head)) if any(row[at] for row in rows[1:]))]
+    return [head[at] for at in kept], [[row[at] for at in kept] for row in rows]
+
+
+def _rate(rate: tuple[float, Interval] | None) -> Markup:
+    return estimate(rate[0], rate[1], 100) if rate else Markup("")
+
+
+def _scale(metric: str) -> float:
+    return 1 if metric in _NO_SHARES else 100
+
+
+def _differences(results: Row, rates: Rates) -> Table:
+    """Return win rates and differences of every two models."""
+    by_pair = {(row["first"], row["second"]): row for row in results["differences"]}
+    pairs = combinations((model["name"] for model in results["models"]), 2)
+    metrics = [metric for metric in DIFFERENCES if any(row.get(metric) for row in by_pair.values())]
+    rows: list[list[object]] = []
+    for first, second in pairs:
+        row, rate = by_pair.get((first, second), {}), rates.get((second, first))
+        win = Markup("")
+        if rate is not None:
+            kind = ("worse", "open", "better")[1 + _side(rate[1], _HALF)]
+            win = Markup('<span class="{}">{}</span>').format(kind, _rate(rate))
+        cells = [win] if rates else []
+        for metric in metrics:
+            value, ends, scale = row.get(metric), row.get(f"{metric}_interval"), _scale(metric)
+            cell = Markup("") if value is None else Markup("{:+.3g}").format(scale * value)
+            if ends:
+                cell += Markup(" <small>[{:+.3g}, {:+.3g}]</small>").format(*(scale * end for end in ends))
+            cells.append(
+                Markup('<span class="{}">{}</span>').format("clear" if _side(ends, 0) else "open", cell)
+            )
+        rows.append([part("macros.jinja", "named", second, f"minus {first}"), *cells])
+    titles = [*(["win rate"] if rates else []), *map(_title, metrics)]
+    return ["models", *titles], rows if titles else []
+
+
+def _picture(results: Row) -> Markup:
+    """Return the picture of quality against KL; the base, whose KL is 0, is a line."""
+    measure, qualities = _qualities(results)
+    points = [
+        Point(model["name"], model["kl"], quality[0], model["kl_interval"], quality[1])
+        for model in results["models"][1:]
+        if (model["kl"] or 0) > 0 and (quality := qualities.get(model["name"]))
+    ]
+    base = results["base"]
+    line = (qualities[base][0], base) if base in qualities else None
+    return scatter(points, f"KL to {base}, nats per response", measure, line)
+
+
+def _prompt(row: Row, results: Row) -> Shown:
+    base, *others = (model["name"] for model in results["models"])
+    labels = [f"source {row['source']}"]
+    if any(not response["finished"] for response in row["responses"].values()):
+        labels.append("a response does not end")
+    if any(not response["text"].strip() for response in row["responses"].values()):
+        labels.append("a response is empty")
+    for verdict in row.get("verdicts") or ():
+        if verdict["first"] == base and verdict["credit"] in _VERDICTS:
+            labels.append(f"{verdict['second']} {_VERDICTS[verdict['credit']]} {base}")
+    shown, most, of_base = [], 0.0, row["responses"][base]["score"]
+    for name in (base, *others):
+        response = row["responses"][name]
+        notes = [end_notes(response["tokens"], response["finished"])]
+        if response["score"] is not None:
+            notes.append(f"score {number(response['score'])}")
+            most = max(most, 0.0 if of_base is None else abs(response["score"] - of_base))
+        if name != base and None not in (response["logp"], response["base_logp"]):
+            notes.append(f"log-ratio {number(response['logp'] - response['base_logp'])} nats")
+        shown.append(ShownResponse(name, response["text"], "; ".join(notes)))
+    if row["chosen"] is not None:
+        shown.append(response_of_data(row, " in the data"))
+    return Shown(row["prompt"], shown, base, "; ".join(labels), labels, 0.0 - most)

@@ -1,0 +1,192 @@
+"""Results of a comparison: judgements, style, KL, scores and win rates, with intervals over prompts."""
+
+import itertools
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dpo_dist.config.schema import PairsConfig, Verdicts
+from dpo_dist.data.records import PreferenceRecord
+from dpo_dist.tools.evaluation.results import Column, bootstrap_intervals
+from dpo_dist.tools.judges import Judge, Question
+from dpo_dist.tools.text_facts import text_facts
+
+Row = dict[str, Any]
+Key = tuple[str, ...]
+"""A model and a metric, or two models and a metric that compares them."""
+Means = Mapping[Key, tuple[float, list[float] | None]]
+"""Means with their intervals; metrics without a value are absent."""
+
+_RATE = "rate"
+_SHARES = {_RATE, "finished", "refusals", "empty"}
+DIFFERENCES = ("score", "kl", "length", "finished", "refusals", "empty")
+"""Metrics whose differences between models have intervals."""
+_NO_STYLE = ("kl", "kl_per_token", "score")
+WIN, TIE, LOSS = 1.0, 0.5, 0.0
+_OUTCOMES = {WIN: "wins", TIE: "ties", LOSS: "losses", None: "not_judged"}
+
+
+def compares(pairs: PairsConfig) -> bool:
+    """Return whether the judge compares two responses, and gives none of them a score."""
+    return pairs.endpoint.url is not None and pairs.endpoint.verdicts is Verdicts.compare
+
+
+def judge_texts(
+    records: Sequence[PreferenceRecord], texts: Sequence[Sequence[str]], judge: Judge, *, in_pairs: bool
+) -> list[Row]:
+    """Return for each prompt `scores` of the texts, `credits` of the first of every two, and `counts`.
+
+    `in_pairs`: the judge compares and gives no scores; else credits follow from the scores. It is asked only
+    about different texts that are not empty, each once. A score or credit is null without a usable verdict;
+    the order of the credits is that of `itertools.combinations`, the counts are the judge's.
+    """
+    asked = []
+    for record, responses in zip(records, texts, strict=True):
+        groups = [tuple(dict.fromkeys(filter(str.strip, responses)))]
+        if in_pairs:
+            pairs = dict.fromkeys(itertools.combinations(responses, 2))
+            groups = [pair for pair in pairs if without_judge(*pair) is None]
+        asked.append([Question(record, group) for group in groups if group])
+    judgements, rows = iter(judge.judge(list(itertools.chain(*asked)))), []
+    for responses, questions in zip(texts, asked, strict=True):
+        scores, verdicts, counts = dict[str, float | None](), dict[Key, float | None](), Counter[str]()
+        for question in questions:
+            judgement = next(judgements)
+            counts += judgement.counts
+            if in_pairs:
+                verdicts[question.responses] = judgement.scores[0]
+            else:
+                scores = dict(zip(question.responses, judgement.scores, strict=True))
+        credited = [
+            verdicts.get((first, second), credit((first, scores.get(first)), (second, scores.get(second))))
+            for first, second in itertools.combinations(responses, 2)
+        ]
+        row = {"scores": [scores.get(text) for text in responses], "credits": credited}
+        rows.append({**row, "counts": dict(sorted((+counts).items()))})
+    return rows
+
+
+def without_judge(first: str, second: str) -> float | None:
+    """Return the first response's credit if no judge is needed: equal responses tie, an empty one loses."""
+    has_first, has_second = bool(first.strip()), bool(second.strip())
+    if first == second or not (has_first or has_second):
+        return TIE
+    return None if has_first and has_second else WIN if has_first else LOSS
+
+
+def credit(first: tuple[str, float | None], second: tuple[str, float | None]) -> float | None:
+    """Return the credit of the first response, each with its score; None if one of them has none."""
+    (text, score), (other_text, other_score) = first, second
+    decided = without_judge(text, other_text)
+    if decided is not None or score is None or other_score is None:
+        return decided
+    if score == other_score:
+        return TIE
+    return WIN if score > other_score else LOSS
+
+
+def comparison(rows: Iterable[Row], models: Sequence[str]) -> dict[str, Any]:
+    """Return the sections of `comparison.json` that follow from the rows of `answers.jsonl`."""
+    # A value and its count for each prompt: a mean is the sum of values divided by the sum of counts.
+    values: dict[Key, list[tuple[float, float]]] = defaultdict(list)
+    outcomes: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    prompts = 0
+    for row in rows:
+        prompts += 1
+        for model in models:
+            for metric, value in _measured(row["responses"][model]).items():
+                values[model, metric].append(value)
+        for verdict in row.get("verdicts") or ():
+            pair, credit = (verdict["first"], verdict["second"]), verdict["credit"]
+            outcomes[pair][_OUTCOMES[credit]] += 1
+            values[*pair, _RATE].append((0.0, 0.0) if credit is None else (credit, 1.0))
+    columns = {key: np.array(measured, dtype=np.float64).T for key, measured in values.items()}
+    lowest = _with_empty_scores(columns, models)
+    pairs = list(itertools.combinations(models, 2))
+    means = _means(columns, pairs, prompts)
+    return {
+        "prompts": prompts,
+        "models": [_model(name, means) for name in models],
+        "wins": [
+            {"first": pair[0], "second": pair[1]}
+            | {name: counts[name] for name in _OUTCOMES.values()}
+            | dict(zip(("rate", "interval"), means[*pair, _RATE], strict=True))
+            for pair, counts in outcomes.items()
+            if (*pair, _RATE) in means
+        ],
+        "differences": [
+            {"first": pair[0], "second": pair[1]}
+            | _estimates(pair, [metric for metric in DIFFERENCES if (*pair, metric) in means], means)
+            for pair in pairs
+        ],
+        "empty_score": lowest,
+        "not_judged": {
+            f"{first} and {second}": counts["not_judged"]
+            for (first, second), counts in outcomes.items()
+            if counts["not_judged"]
+        },
+    }
+
+
+def _measured(response: Row) -> dict[str, tuple[float, float]]:
+    facts = text_facts(response["text"], response["tokens"], response["finished"])
+    logp, base = response["logp"], response["base_logp"]
+    ratio = None if logp is None or base is None else logp - base
+    single = {**vars(facts), "kl": ratio, "score": response["score"]}
+    del single["language"]
+    terms = {name: (0.0, 0.0) if value is None else (float(value), 1.0) for name, value in single.items()}
+    return terms | {"kl_per_token": (0.0, 0.0) if ratio is None else (ratio, float(response["logp_tokens"]))}
+
+
+def _with_empty_scores(columns: dict[Key, Column], models: Sequence[str]) -> float | None:
+    """Give empty responses, which the judge is not asked about, the lowest score of all, and return it."""
+    scores = [columns[model, "score"] for model in models if (model, "score") in columns]
+    lowest = min((float(value[count > 0].min()) for value, count in scores if count.any()), default=None)
+    if lowest is not None:
+        for model in models:
+            scores_of, counts = columns[model, "score"]
+            is_empty = (columns[model, "empty"][0] > 0) & (counts == 0)
+            scores_of[is_empty], counts[is_empty] = lowest, 1.0
+    return lowest
+
+
+def _means(columns: Mapping[Key, Column], pairs: Iterable[tuple[str, str]], prompts: int) -> Means:
+    """Return the mean of every metric that has a count, and of differences of models.
+
+    The difference of two models, the second minus the first, is the mean over prompts where both have a
+    value: as they respond to the same prompts, its interval is smaller than those of both would suggest.
+    """
+    differences: dict[Key, Column] = {}
+    for first, second in pairs:
+        for metric in DIFFERENCES:
+            (value, has_value), (other, has_other) = columns[first, metric], columns[second, metric]
+            has_both = has_value * has_other
+            differences[first, second, metric] = np.stack([(other - value) * has_both, has_both])
+    measured = {key: (table[0], table[1]) for each in (columns, differences) for key, table in each.items()}
+    lowest = {key: -1.0 if key in differences else 0.0 for key in measured if key[-1] in _SHARES}
+    ends = bootstrap_intervals(measured, np.arange(prompts, dtype=np.uint64), lowest=lowest)
+    return {
+        key: (float(values.sum() / counts.sum()), list(ends[key]) if key in ends else None)
+        for key, (values, counts) in measured.items()
+        if counts.sum()
+    }
+
+
+def _model(name: str, means: Means) -> Row:
+    style = {key[1]: mean for key, mean in means.items() if key[:-1] == (name,) and key[1] not in _NO_STYLE}
+    return {
+        "name": name,
+        **_estimates((name,), _NO_STYLE, means),
+        "style": {metric: value for metric, (value, _) in style.items()},
+        "style_intervals": {metric: ends for metric, (_, ends) in style.items() if ends is not None},
+    }
+
+
+def _estimates(of: Key, metrics: Iterable[str], means: Means) -> Row:
+    """Return the means of a model, or the differences of two, with their intervals; null if unknown."""
+    row: Row = {}
+    for metric in metrics:
+        row[metric], row[f"{metric}_interval"] = means.get((*of, metric), (None, None))
+    return row

@@ -1,0 +1,82 @@
+"""Checks of `compare` before torch is imported and processes join: models, data, judge."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpo_dist.config.keys import as_written
+from dpo_dist.config.rules import Rule, check
+from dpo_dist.config.run_folder import is_checkpoint
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.data.formats import check_source
+from dpo_dist.data.read.sources import check_has_evaluation_data
+from dpo_dist.data.text.template import check_template_file
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.tools.pairs.start import check_judge
+from dpo_dist.verbs.named_models import located, short_name
+
+KEY = "compare.models"
+_NAMED = re.compile(r"([\w.+ -]+)=(.+)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A model of the comparison.
+
+    `path` is as given, `location` the folder or hub name of the model itself: of a run, its trained model.
+    """
+
+    name: str
+    path: str
+    location: str
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether it is a checkpoint, whose weights are exported first."""
+        return is_checkpoint(Path(self.location))
+
+
+def check_comparison(config: RunConfig) -> list[Compared]:
+    """Check everything that needs no torch, network or other processes; return the models."""
+    models = compared_models(config.compare.models)
+    check_has_evaluation_data(config.data, "compare models on", "with responses or without")
+    for source in config.data.eval_sources:
+        check_source(source)
+    check_template_file(config.data.chat_template)
+    locations = [model.location for model in models]
+    revision = Rule(
+        "model.revision!=null model.path compare.models",
+        "model.revision has no effect on a comparison without model.path",
+        "set model.revision=null; a revision of another model: download it and name its folder",
+        lambda c: c.model.path not in locations,
+    )
+    check(config, [revision])
+    check_judge(config)
+    return models
+
+
+def compared_models(written: list[str]) -> list[Compared]:
+    """Return the models of `compare.models`."""
+    if len(written) < 2:
+        raise ConfigError(
+            "a comparison needs two models",
+            where=KEY,
+            got=as_written(written),
+            expected="the base and at least one other model",
+            remedy="write 'compare.models=[base=./base,output/a,beta05=output/b]'",
+        )
+    models = []
+    for entry in map(str.strip, written):
+        named = None if Path(entry).expanduser().exists() else _NAMED.fullmatch(entry)
+        name, path = (named[1].strip(), named[2].strip()) if named else ("", entry)
+        models.append(Compared(name or short_name(path), path, located(path, KEY)))
+    names = [model.name for model in models]
+    twice = next((model for model in models if names.count(model.name) > 1), None)
+    if twice is not None:
+        raise ConfigError(
+            "two models have the same name",
+            where=KEY,
+            got=f"{twice.name}: {', '.join(model.path for model in models if model.name == twice.name)}",
+            remedy="name them: 'compare.models=[first=PATH,second=PATH]'",
+        )
+    return models

@@ -1,0 +1,1 @@
+"""Translate the configuration of another trainer."""

@@ -1,0 +1,46 @@
+"""Translate a run of TRL, LLaMA-Factory, axolotl, ms-swift or open-instruct into a file for `dpo-dist train`.
+
+It is given as a file of keys, YAML or JSON, as a shell script, or as a command between quotes. Comments of
+the written file name every key that is not translated, and why.
+"""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from dpo_dist.config.load import FAILURES
+from dpo_dist.config.mistakes import composition_error
+from dpo_dist.foundation.errors import ConfigError, ExitCode
+from dpo_dist.foundation.exit import Arguments, exit_after
+from dpo_dist.foundation.files import write_text
+from dpo_dist.foundation.streams import print_line, print_result
+from dpo_dist.tools.convert.reading import read
+from dpo_dist.tools.convert.translation import translated
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line `arguments` (default: sys.argv); return the exit code."""
+    parser = Arguments(prog="dpo-dist convert", description=__doc__)
+    parser.add_argument("run", metavar="FILE", help="YAML, JSON or shell script; or a command between quotes")
+    parser.add_argument(
+        "output", type=Path, metavar="OUTPUT", nargs="?", help="file to write; default: print it"
+    )
+    given = parser.parse_args(arguments)
+    try:
+        text = translated(read(given.run))
+        if given.output is None:
+            print_result(text)
+            return ExitCode.completed
+        if given.output.exists():
+            raise ConfigError(
+                "this file exists", where=str(given.output), remedy="remove it, or name another"
+            )
+        write_text(given.output, text)
+        print_line(f"written: {given.output}; next: dpo-dist train {shlex.quote(str(given.output))} --check")
+        return ExitCode.completed
+    except FAILURES as error:
+        raise composition_error(error, []) from error
+
+
+if __name__ == "__main__":
+    exit_after(main)

@@ -1,0 +1,126 @@
+"""A run between two trainers: keys of theirs that are not read yet, keys of ours, and comments."""
+
+import math
+import re
+import shlex
+from typing import Any
+
+from dpo_dist.config.keys import as_written, run_keys
+from dpo_dist.config.load import parse_overrides
+from dpo_dist.config.mistakes import answers_to, fits, meant, names_of_others
+from dpo_dist.config.rules import keys_of
+from dpo_dist.tools.convert.reading import Foreign
+
+EMPTY: tuple[Any, ...] = (None, "", [], {})
+_KEYS = {"loss": "loss.kind", "parallelism": "parallelism.kind", "reference": "reference.mode"}
+_KEYS |= {"optim": "optim.kind", "tracking": "tracking.wandb"}
+"""The key that a preset sets; presets of losses set others too, by defaults of their papers."""
+_LONGEST = 60
+
+
+class Run:
+    """What is known of a run: `left` of their keys, `values` by ours, `comments` on what is left out."""
+
+    def __init__(self, foreign: Foreign) -> None:
+        self.trainer, keys, self.name = foreign
+        self.facts = names_of_others()["trainers"][self.trainer]
+        self.left, self.values, self.comments = dict(keys), dict[str, Any](), list[str]()
+        self.origins: dict[str, tuple[str, Any]] = {}
+        """By our keys: theirs, with its value."""
+        self.not_default: set[str] = set()
+        """Keys of ours that keep their own default."""
+        if isinstance(keys.get("model"), str):
+            self.left["model_name_or_path"] = self.left.pop("model")
+        for name in ("lr_scheduler_kwargs", "model_init_kwargs", "trl"):  # their keys have names of their own
+            if isinstance(inner := keys.get(name), dict):
+                self.left |= inner
+                del self.left[name]
+        self.computed = {
+            key
+            for key, value in self.left.items()
+            if re.search(r"\$[\w({]|^`", as_written(value)) and "template" not in key
+        }
+        """Keys of theirs whose values only a shell knows."""
+        for key in sorted(self.computed):
+            self.comment(key, self.left.pop(key), "the shell computes it: write its value")
+
+    def take(self, *keys: str, default: Any = None) -> Any:
+        """Return the value of the first of these keys that says something; values of another type stay."""
+        kind: Any = object if default is None else type(default)
+        kind = (int, float) if kind in (int, float) else kind
+        said = [key for key in keys if self.left.get(key) not in EMPTY and isinstance(self.left[key], kind)]
+        value = self.left.pop(said[0]) if said else default
+        for key in said[1:]:
+            if (other := self.left.pop(key)) != value:
+                self.comment(key, other, f"{said[0]} counts")
+        return value
+
+    def comment(self, key: str, value: Any, reason: str) -> None:
+        """Say why a key of theirs is left out."""
+        text = " ".join(as_written(value).split())
+        text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+        self.comments.append(f"{key}: {text} — {reason}")
+
+    def set(self, target: str, value: Any, key: str, written: Any) -> None:
+        """Set a key of ours to what a key of theirs says, if it fits and is not set yet."""
+        if not fits(target, value):
+            self.comment(key, written, f"{target} cannot have this value")
+        elif target not in self.values:
+            self.values[target], self.origins[target] = value, (key, written)
+        elif self.values[target] != value:
+            self.comment(key, written, f"{target} is already {as_written(self.values[target])}")
+
+    def translate(self, key: str, value: Any) -> None:
+        """Set what names.yaml says of a key and its value, or say why it is left out."""
+        text, name = as_written(value), "optimizer" if key == "optim" else key
+        exact, general = answers_to(name, text), meant(name, "answers")
+        known = [] if general else [ours for ours in keys_of("train") if "." in ours]
+        unsectioned = [ours for ours in known if name in (ours, ours.rpartition(".")[2])]
+        targets = [_KEYS.get(target, target) for target in meant(name, "keys") or unsectioned]
+        words = [text.lower(), *meant(text, "values"), [word.strip() for word in text.split(",")], [value]]
+        words = [] if isinstance(value, dict) else value[:1] if isinstance(value, list) else words
+        fitting = [(to, form) for to in targets for form in (value, *words) if fits(to, form)]
+        reason = next(iter((*exact, *general)), "").replace("{value}", text)
+        is_said = exact or value is True or "{value}" in "".join(general[:1])
+        if fitting and not exact:
+            self.set(*fitting[0], key, value)
+        elif is_said and (written := _written(reason)):
+            for to, kept in written.items():
+                self.set(to, kept, key, value)
+        elif value is False and reason.startswith(("write ", "set ")):
+            self.comment(key, value, "not needed: it is off")
+        else:
+            unfit = f"{targets[0]} cannot have this value" if targets else "no counterpart is known"
+            self.comment(key, value, reason or unfit)
+
+
+def _written(answer: str) -> dict[str, Any]:
+    """Return the keys that an answer says to write; none if it is no whole answer."""
+    verb, _, rest = answer.partition(" ")
+    if verb not in ("write", "set"):
+        return {}
+    try:
+        overrides, unread = parse_overrides(shlex.split(rest.partition(";")[0]))
+    except ValueError:  # a quote in a value
+        return {}
+    given = ((override.key_or_group, override.value()) for override in overrides)
+    written = {_KEYS.get(key, key): value for key, value in given}
+    is_whole = not unread and all(key in run_keys() and fits(key, value) for key, value in written.items())
+    return written if is_whole else {}
+
+
+def listed(value: Any) -> list[Any]:
+    """Return a list, the values of a mapping, or the names in a text with commas."""
+    if isinstance(value, str):
+        return [name.strip() for name in value.split(",") if name.strip()]
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return [entry for entry in values if entry is not None]
+
+
+def finite_number(value: Any) -> float | None:
+    """Return a finite number, also one that is written as a text; None for anything else."""
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return found if math.isfinite(found) else None

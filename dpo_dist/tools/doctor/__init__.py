@@ -1,0 +1,1 @@
+"""Examine the data of a run."""

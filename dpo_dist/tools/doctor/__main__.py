@@ -1,0 +1,59 @@
+"""Examine the data of a run before GPUs are spent: `dpo-dist doctor +experiment=qwen7b`.
+
+Takes the configuration of the training run, finds it in `run.dir`, or takes `data.train` alone; one process,
+no GPU, no weights. The data are encoded into `data.cache`, where training finds them. Exit code 1: findings
+(docs/doctor.md).
+"""
+
+import json
+import logging
+import os
+import sys
+
+from dpo_dist.config.command_line import run_verb
+from dpo_dist.config.rules import check_needs
+from dpo_dist.config.run_folder import RunFolder, check_writable
+from dpo_dist.config.schema import NO_MODEL, RunConfig
+from dpo_dist.data.formats import check_source
+from dpo_dist.data.text.template import check_template_file
+from dpo_dist.foundation.console import console_on
+from dpo_dist.foundation.errors import ExitCode
+from dpo_dist.model.files.folder import check_tokenizer_files, local_model_folder
+
+
+def main(config: RunConfig) -> int:
+    """Examine the data of `config`, write and print the report; return the exit code."""
+    check_needs(config, "doctor")
+    for source in [*config.data.train, *config.data.eval]:
+        check_source(source)
+    benchmark = None
+    if config.doctor.benchmarks:
+        from dpo_dist.tools.doctor.texts import read_benchmarks  # noqa: PLC0415  (slow)
+
+        benchmark = read_benchmarks(config.doctor.benchmarks)
+    check_template_file(config.data.chat_template)
+    if config.model.path != NO_MODEL:
+        policy = local_model_folder(config.model.path, config.model.revision, needs_weights=False)
+        starts_as_base = config.model.adapter is None or config.model.adapter.path is None
+        if policy is not None and starts_as_base:  # an adapter may have its own
+            check_tokenizer_files(policy)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels when it is imported
+    # Slow to import: errors above appear at once.
+    from dpo_dist.tools.doctor import page as pages  # noqa: PLC0415
+    from dpo_dist.tools.doctor.examine import diagnose  # noqa: PLC0415
+
+    folder = RunFolder.of(config)
+    check_writable(folder.path)
+    diagnosis = diagnose(config, console_on(sys.stderr, config.console.style).progress, benchmark)
+    exit_code = ExitCode.findings if diagnosis.fails(config.doctor.fail_on) else ExitCode.completed
+    pages.write_doctor_report(folder, diagnosis, exit_code)
+    pages.write_doctor_page(folder, diagnosis, config)
+    content = json.loads(folder.doctor_report.read_text(encoding="utf-8"))
+    lines = pages.diagnosis_lines(diagnosis, folder)
+    console_on(sys.stdout, config.console.style).result("diagnosis", content, lines)
+    return exit_code
+
+
+if __name__ == "__main__":
+    run_verb(main, verb="doctor")

@@ -1,0 +1,212 @@
+"""Examine preference data: stream all sources, compare their records, and return the doctor's report."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dpo_dist.config.losses import balancing_weight
+from dpo_dist.config.schema import (
+    NO_MODEL,
+    DataConfig,
+    FailOn,
+    OnBadRecord,
+    RunConfig,
+    SourceConfig,
+    TextTemplate,
+)
+from dpo_dist.data.encoded.build import (
+    EncodingProgress,
+    in_order,
+    no_progress,
+    prepare_dataset,
+    tokenizer_digest,
+)
+from dpo_dist.data.encoded.dataset import (
+    PreferenceDataset,
+    check_fits_loss,
+    check_ids_in_vocabulary,
+    open_dataset,
+)
+from dpo_dist.data.encoded.store import EncodedSource
+from dpo_dist.data.formats import read_records
+from dpo_dist.data.read.sources import pinned, source_labels
+from dpo_dist.data.records import Part, Tokenizer, eval_part, train_part
+from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
+from dpo_dist.model.files.folder import description_folder, start_folder, tokenizer_folder
+from dpo_dist.tools.doctor.duplicates import Comparison
+from dpo_dist.tools.doctor.margins import compare_with_store
+from dpo_dist.tools.doctor.observe import Observer
+from dpo_dist.tools.doctor.rules import RULES
+from dpo_dist.tools.doctor.shown_pairs import ShownPair, show_pairs
+from dpo_dist.tools.doctor.sources import Source
+from dpo_dist.tools.doctor.texts import Benchmark
+from dpo_dist.tools.findings import Finding, Level, most_serious_first
+
+ProgressOf = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
+"""From a title and a unit to a context with a progress function: `Console.progress`."""
+
+SHOWN_PAIRS = 4  # of each source, besides examples of findings
+# These rules already say that training would refuse the data.
+_REFUSING_RULES = {"no_records", "too_many_dropped"}
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The results of an examination; most fields are those of doctor.json."""
+
+    sources: Sequence[dict[str, Any]]  # of `data.train`, then of `data.eval`
+    across: Mapping[str, Any]
+    findings: Sequence[Finding]  # the most serious first
+    model: Path | None = None  # folder of the tokenizer; None: data were examined as text
+    store: dict[str, Any] | None = None
+    shown: Sequence[ShownPair] = ()  # for the page
+
+    def fails(self, lowest: FailOn) -> bool:
+        """Return whether there is a finding of at least this level."""
+        failing = {FailOn.error: (Level.error,), FailOn.warning: (Level.error, Level.warning)}
+        return any(finding.level in failing.get(lowest, ()) for finding in self.findings)
+
+
+def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | None = None) -> Diagnosis:
+    """Encode and examine the data of a run; nothing is trained, and no weights are loaded."""
+    data = config.data
+    prepared = None if config.model.path == NO_MODEL else prepare(config, progress)
+    tokenizer = None if prepared is None else prepared.tokenizer
+    diagnosis = examine(data, tokenizer, benchmark, lambda source: progress(f"examining {source}", "record"))
+    findings = [*diagnosis.findings, *_label_balance(config, diagnosis.sources)]
+    if prepared is not None:
+        store, of_store = compare_with_store(config, diagnosis.sources, prepared.datasets)
+        findings = [*of_store, *findings]
+        if _REFUSING_RULES.isdisjoint(finding.rule for finding in findings):
+            findings = [*map(_refusal, prepared.refusals), *findings]
+        diagnosis = replace(diagnosis, model=prepared.files, store=store)
+    diagnosis = replace(diagnosis, findings=most_serious_first(findings))
+    if config.doctor.texts:
+        diagnosis = replace(diagnosis, shown=show_pairs(data, tokenizer, diagnosis.findings, SHOWN_PAIRS))
+    return diagnosis
+
+
+def examine(
+    config: DataConfig,
+    tokenizer: "Tokenizer | None",
+    benchmark: Benchmark | None = None,
+    progress: EncodingProgress = no_progress,
+) -> Diagnosis:
+    """Read `config.train` and `config.eval` once, as a stream, and check them.
+
+    Without a tokenizer nothing is counted in tokens. The result does not depend on the number of processes.
+    """
+    observer = Observer(config, tokenizer, benchmark)
+    sources: list[Source] = []
+    findings: list[Finding] = []
+    for entry, label, is_eval in _labelled(config):
+        source = Source(label, entry.path, config, is_eval=is_eval, is_encoded=tokenizer is not None)
+        records = read_records(pinned(entry))
+        with (
+            progress(label) as show,
+            closing(in_order(records, observer.observe)) as observed,
+        ):
+            for chunk in observed:
+                source.add(chunk)
+                show(len(source.records))
+        sources.append(source)
+        findings += source.findings()
+    across, compared = Comparison(sources, config).result()
+    return Diagnosis(
+        [source.report() for source in sources], across, most_serious_first([*findings, *compared])
+    )
+
+
+def _label_balance(config: RunConfig, sources: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    """Yield the finding of training data whose labels do not weigh alike, with the weight that they need.
+
+    A source counts as often as it is drawn.
+    """
+    drawn = list(zip(config.data.train, sources, strict=False))  # those of evaluation come after them
+    good, bad = (sum(each.weight * of["labels"][label] for each, of in drawn) for label in ("good", "bad"))
+    present = config.loss.desirable_weight, config.loss.undesirable_weight
+    weights = present[0] * good, present[1] * bad
+    if good + bad and not 1 <= weights[0] / max(weights[1], 1e-9) <= 4 / 3:
+        most, numbers = "good" if good > bad else "bad", (round(max(good, bad)), round(good + bad))
+        remedy = "add responses of the other label"
+        if good and bad:
+            remedy = f"set {balancing_weight(good, bad, *present)}"
+        for finding in RULES["label_balance"].count(*numbers, None, detail=most):
+            yield replace(finding, remedy=remedy)
+
+
+def _refusal(error: DpoDistError) -> Finding:
+    text = f"training would stop: {error.message}" + (f" ({error.got})" if error.got else "")
+    examples = tuple(error.where.split("; "))
+    return Finding("training_refuses", Level.error, text, examples=examples, remedy=error.remedy)
+
+
+def _labelled(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]:
+    """Yield each source with its label in metrics; a label that occurs again is made different."""
+    seen, of_train = Counter[str](), source_labels(config.train)
+    for is_eval, sources in ((False, config.train), (True, config.eval)):
+        for source, name in zip(sources, source_labels(sources), strict=True):
+            label = f"{name} (eval)" if is_eval and name in of_train else name
+            seen[label] += 1
+            yield source, label if seen[label] == 1 else f"{label} ({seen[label]})", is_eval
+
+
+class Prepared(NamedTuple):
+    """The data of a run, encoded as training does."""
+
+    files: Path  # the folder of the tokenizer
+    tokenizer: Tokenizer
+    # Of each source, those of `data.train` first: none if no record can be used, two if evaluation data are
+    # split off.
+    datasets: list[list[PreferenceDataset]]
+    refusals: list[DpoDistError]  # with which training would refuse them
+
+
+def prepare(config: RunConfig, progress: ProgressOf) -> Prepared:
+    """Encode the data of a run with the tokenizer of its model."""
+    from dpo_dist.model.files.load import load_config, load_tokenizer  # noqa: PLC0415  (slow)
+
+    folder = description_folder(config.model.path, config.model.revision, needs_weights=False)
+    files = tokenizer_folder(folder, start_folder(config.model))
+    tokenizer, data, digest = load_tokenizer(files, config.model), config.data, tokenizer_digest(files)
+    vocab_size = load_config(folder, config.model).get_text_config().vocab_size
+    refusals: list[DpoDistError] = []
+
+    def prepared(sources: Sequence[SourceConfig], part: Part, side: str) -> list[list[PreferenceDataset]]:
+        def encode(used: DataConfig) -> tuple[EncodedSource, ...]:
+            def show(path: str) -> AbstractContextManager[Callable[..., None]]:
+                return progress(f"encoding {path}" + (f" ({side} part)" if data.eval_share else ""), "record")
+
+            return prepare_dataset(sources, used, tokenizer, digest, show, part)
+
+        try:
+            if encoded := encode(data):
+                dataset = open_dataset(encoded, data)
+                check_ids_in_vocabulary(dataset, tokenizer, vocab_size)
+                check_fits_loss(dataset, config.loss)
+        except (DataError, ConfigError) as refusal:
+            encoded = encode(replace(data, on_bad_record=OnBadRecord.drop))
+            refusals.append(refusal)
+        return [list(_usable(source, data)) for source in encoded]
+
+    of_eval = prepared(data.eval_sources, eval_part(data), "eval")
+    prompts = [dataset.prompt_hashes[:] for datasets in of_eval for dataset in datasets]
+    of_train = prepared(data.train, train_part(data, np.concatenate(prompts) if prompts else None), "train")
+    if data.eval:
+        return Prepared(files, tokenizer, [*of_train, *of_eval], refusals)
+    parts = zip(of_train, of_eval or [[]] * len(of_train), strict=True)
+    datasets = [[*trained, *evaluated] for trained, evaluated in parts]
+    return Prepared(files, tokenizer, datasets, refusals)
+
+
+def _usable(source: EncodedSource, config: DataConfig) -> Iterator[PreferenceDataset]:
+    """Yield the examples of a source, also if most of its records are bad; nothing if all are."""
+    try:
+        yield open_dataset([source], replace(config, max_bad_share=1.0, template=TextTemplate.literal))
+    except DataError:
+        return

@@ -1,0 +1,202 @@
+"""Label leaks: guess the chosen response from its form alone, on held-out pairs.
+
+A pair is the difference of the features of its two sides, so a test needs no balanced labels: a linear
+classifier w guesses right if w (chosen - rejected) > 0. Folds share no prompt. The classifier is a logistic
+regression (a Bradley-Terry model of the features, doi:10.2307/2334029).
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from scipy import sparse
+from sklearn.feature_extraction import DictVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupKFold, cross_val_predict
+from sklearn.preprocessing import StandardScaler
+
+from dpo_dist.foundation.text import percent
+from dpo_dist.tools.doctor.rules import RULES
+from dpo_dist.tools.doctor.texts import GROUPS
+from dpo_dist.tools.findings import Finding
+
+_Keys: TypeAlias = npt.NDArray[np.uint64]
+Matrix: TypeAlias = Any
+"""scipy.sparse.csr_matrix [pairs, features]: those of the chosen side minus those of the rejected side."""
+
+_FEWEST_PROMPTS, _FEWEST_PROMPTS_OF_GROUPS = 10, 50
+# Many features of many sources are tested: an interval of 3 standard errors instead of 2. Of forms, hundreds
+# of words are compared; 17 pairs are enough if all are on one side.
+_STANDARD_ERRORS, _STANDARD_ERRORS_OF_FORMS = 3.0, 4.0
+_MIN_DIFFERS = 0.03
+"""Fewest pairs with a form for it to be reported as one-sided."""
+_MIN_WORD_PAIRS = 5
+_SHOWN_FORMS = 3
+_ADDS = 0.03
+"""A group of features has to be so much better than the length; else it only follows the length."""
+_MORE, _LESS = "the chosen side has more", "the chosen side has less"
+_WORDS = ("first words", "last words")
+_STYLE = ("punctuation", "markdown", "language", "refusal")
+_INTENDED = ("length", "refusal")
+"""Groups that are preferred on purpose, and need no hint if they are one-sided."""
+
+
+@dataclass(frozen=True)
+class LeakTest:
+    """Held-out accuracy of guessing the chosen response from a feature, or a group of them, alone."""
+
+    feature: str
+    group: str
+    accuracy: float  # a tie counts as one half; `low` and `high` are its confidence interval
+    low: float
+    high: float
+    pairs: int
+    differs: float  # share of the pairs whose sides differ in the feature
+    differing_prompts: int
+    detail: str = ""  # the direction; empty for a group
+
+    def exceeds(self, threshold: float) -> bool:
+        """Return whether the accuracy is above the threshold, and above chance beyond its interval."""
+        return self.accuracy > threshold and self.low > 0.5
+
+    @property
+    def one_sided_share(self) -> float:
+        """Held-out share of a form's pairs that have it on the same side; 0 if few or by chance."""
+        if self.differs < _MIN_DIFFERS:
+            return 0.0
+        share, prompts = 0.5 + (self.accuracy - 0.5) / self.differs, self.differing_prompts
+        low, _high = interval(share * prompts, prompts, _STANDARD_ERRORS_OF_FORMS)
+        return share if low > 0.5 else 0.0
+
+
+def leak_tests(differences: Sequence[Mapping[str, float]], prompts: _Keys) -> list[LeakTest]:
+    """Return the held-out accuracy of each feature and of each group, the most accurate first.
+
+    `differences`: `texts.differences` of each pair; `prompts`: keys of their prompts. With fewer than 50
+    different prompts features are tested one by one, with fewer than 10 not at all. Of the first and of the
+    last words the most one-sided one has a test of its own.
+    """
+    different = len(np.unique(prompts))
+    if different < _FEWEST_PROMPTS:
+        return []
+    vectorizer = DictVectorizer()
+    table = vectorizer.fit_transform(differences).tocsc()
+    columns: dict[str, list[int]] = defaultdict(list)
+    for column, name in enumerate(vectorizer.feature_names_):
+        words = "last words" if name.startswith("last word") else "first words"
+        columns[GROUPS.get(name, words)].append(column)
+    tests: list[LeakTest] = []
+    for group, members in columns.items():
+        kept = tested = members
+        if group in _WORDS:
+            block = table[:, members]
+            counts, sums = block.getnnz(axis=0), np.abs(np.asarray(block.sum(axis=0)).ravel())
+            known = [at for at in range(len(members)) if counts[at] >= _MIN_WORD_PAIRS]
+            frequent = [at for at in known if counts[at] >= _MIN_DIFFERS * block.shape[0]]
+            frequent.sort(key=lambda at: -interval((counts[at] + sums[at]) / 2, int(counts[at]))[0])
+            kept, tested = [members[at] for at in known], [members[at] for at in frequent[:1]]
+        if group not in _WORDS or different >= _FEWEST_PROMPTS_OF_GROUPS:
+            names = vectorizer.feature_names_
+            tests += [_test(table[:, [column]], prompts, names[column], group) for column in tested]
+        if len(kept) > 1 and different >= _FEWEST_PROMPTS_OF_GROUPS:
+            tests.append(_test(table[:, kept], prompts, group, group))
+    return sorted(tests, key=lambda test: -test.accuracy)
+
+
+def _test(block: Matrix, prompts: _Keys, name: str, group: str) -> LeakTest:
+    """Test a linear classifier of a group, or the direction of a feature: each fold is guessed by the others.
+
+    Each pair is learnt in both orders. Pairs of the same prompt are not independent, so the interval counts
+    prompts.
+    """
+    block, detail = sparse.csr_matrix(block), ""
+    if block.shape[1] == 1:
+        block = block.sign()
+        if difference := block.sum():
+            detail = _MORE if difference > 0 else _LESS
+    elif group not in _WORDS:
+        block = StandardScaler(with_mean=False).fit(sparse.vstack([block, -block])).transform(block)
+    pairs = block.shape[0]
+    scores = np.zeros(pairs)
+    if block.nnz:
+        scores = cross_val_predict(
+            LogisticRegression(C=0.15, fit_intercept=False, max_iter=200),
+            sparse.vstack([block, -block]).tocsr(),
+            np.repeat([1, -1], pairs),
+            groups=np.tile(prompts, 2),
+            cv=GroupKFold(5, shuffle=True, random_state=0),
+            method="decision_function",
+        )[:pairs]
+    accuracy = float(((np.sign(scores) + 1) / 2).mean())
+    different = len(np.unique(prompts))
+    low, high = interval(accuracy * different, different)
+    differs = block.getnnz(axis=1) > 0
+    differing = len(np.unique(prompts[differs]))
+    return LeakTest(name, group, accuracy, low, high, pairs, float(differs.mean()), differing, detail)
+
+
+def interval(successes: float, trials: int, standard_errors: float = _STANDARD_ERRORS) -> tuple[float, float]:
+    """Return Wilson's interval of a share (doi:10.1080/01621459.1927.10502953)."""
+    share, squared = successes / trials, standard_errors**2
+    centre = (share + squared / (2 * trials)) / (1 + squared / trials)
+    half = standard_errors / (1 + squared / trials)
+    half *= math.sqrt(share * (1 - share) / trials + squared / (4 * trials**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def leak_findings(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
+    """Yield the findings about label leaks.
+
+    A group of features counts if it reveals the chosen response better than the length, which is a finding of
+    its own.
+    """
+    groups: dict[str, list[LeakTest]] = defaultdict(list)
+    for test in tests:  # of each group the most accurate first
+        groups[test.group].append(test)
+    explained = 0.0
+    for length in groups.pop("length", ()):
+        if length.exceeds(RULES["length_bias"].threshold):
+            explained = length.accuracy + _ADDS
+            side = "fewer" if length.detail == _LESS else "more"
+            detail = (
+                f"the one with {side} {length.feature} is chosen in {percent(length.accuracy)} of the pairs"
+            )
+            yield from RULES["length_bias"].value(length.accuracy, length.pairs, source, detail)
+    for group, of_group in groups.items():
+        rule, test = RULES["style_bias" if group in _STYLE else "label_leak"], of_group[0]
+        if test.exceeds(rule.threshold) and test.accuracy > explained:
+            single = next((member for member in of_group if member.detail), None)
+            hint = f" ({single.feature}, {single.detail}, {percent(single.accuracy)})" if single else ""
+            detail = (
+                f"by {group}, {percent(test.accuracy)} [{percent(test.low)}, {percent(test.high)}] of "
+                f"held-out pairs are guessed{hint}"
+            )
+            yield from rule.value(test.accuracy, test.pairs, source, detail)
+    yield from _one_sided_forms(tests, source)
+
+
+def _one_sided_forms(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
+    """Yield the finding of features that few pairs have, and these almost always on the same side."""
+    rule, leak = RULES["one_sided_form"], RULES["label_leak"].threshold
+    forms = [
+        test
+        for test in tests
+        if test.detail
+        and test.group not in _INTENDED
+        and not test.exceeds(leak)
+        and test.one_sided_share > rule.threshold
+    ]
+    forms.sort(key=lambda test: -round(test.differs * test.pairs))
+    details = [
+        f"{test.feature} ({test.detail} in {percent(test.one_sided_share)} of the "
+        f"{round(test.differs * test.pairs)} pairs that differ in it)"
+        for test in forms[:_SHOWN_FORMS]
+    ]
+    details += [f"and {len(forms) - _SHOWN_FORMS} more"] if len(forms) > _SHOWN_FORMS else []
+    if forms:
+        largest = max(test.one_sided_share for test in forms)
+        yield from rule.value(largest, forms[0].pairs, source, "; ".join(details))

@@ -1,0 +1,156 @@
+"""Stored reference log-probs of the data, looked up without the model: pairs that are likely mislabelled."""
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dpo_dist.config.schema import ReferenceMode, RunConfig
+from dpo_dist.data.encoded.dataset import PreferenceDataset
+from dpo_dist.model.files.folder import description_folder, start_folder
+from dpo_dist.reference.store import LogpStore, Values, known_fingerprints
+from dpo_dist.tools.doctor.rules import RULES
+from dpo_dist.tools.doctor.sources import distribution
+from dpo_dist.tools.findings import Finding
+
+# A margin is far from 0 if it is at least half a nat per token, and not by chance: log-probs of tokens vary
+# by 1 to 2 nats, so means of n and m tokens differ by about 1.5 sqrt(1/n + 1/m) without a reason.
+_FAR_NATS, _FAR_DEVIATIONS, _TOKEN_DEVIATION = 0.5, 3.0, 1.5
+_BINS = 40
+_EXAMPLES_AT_ONCE = 1 << 12
+
+
+def compare_with_store(
+    config: RunConfig,
+    sources: Sequence[dict[str, Any]],
+    datasets: Sequence[Sequence[PreferenceDataset]],
+) -> tuple[dict[str, Any], list[Finding]]:
+    """Look up the pairs of all sources in the reference store; set the `margins` of each source's report.
+
+    Returns the section `store` of doctor.json, and the findings.
+    """
+    pairs = 0
+    for dataset in itertools.chain(*datasets):
+        pairs += int((dataset.response_counts(np.arange(len(dataset))) > 1).sum())
+    use: dict[str, Any] = {"folder": str(Path(config.reference.store)), "pairs": pairs, "stored": 0}
+    use |= {"numerics": [], "margins": {}, "filled_with": _filled_with(config)}
+    store = find_stored(config)
+    findings: list[Finding] = []
+    if store is None:
+        return use, findings
+    names = ("quantization", "dtype", "attention", "gpu", "device")
+    profiles = [each.profile for each in store.fingerprints]
+    described = (", ".join(profile[name] for name in names if name in profile) for profile in profiles)
+    use["numerics"] = list(dict.fromkeys(described))
+    for source, of_source in zip(sources, datasets, strict=True):
+        table, origins = stored_pairs(store, of_source)
+        if origins:
+            margins, source["margins"], disagreements = margin_findings(table, origins, source["label"])
+            findings += disagreements
+            low, high = np.percentile(margins, (0.5, 99.5)) + (np.ptp(margins) == 0) * np.array([-0.5, 0.5])
+            use["margins"][source["label"]] = distribution(margins, np.linspace(low, high, _BINS + 1))
+            use["stored"] += len(origins)
+    return use, findings
+
+
+def _filled_with(config: RunConfig) -> str:
+    """Return what `precompute` needs beside the configuration to store the reference's log-probs."""
+    mode, quantization = config.reference.mode, config.model.quantization
+    words = [] if config.loss.needs_reference else ["loss=sigmoid"]
+    words += [] if mode is ReferenceMode.cached else ["reference=cached"]
+    if mode is ReferenceMode.adapter and quantization is not None:
+        words.append(f"reference.quantization={quantization}")
+    return " ".join(words)
+
+
+def find_stored(config: RunConfig) -> LogpStore | None:
+    """Return all stored log-probs of the reference model of `config`; None if there are none.
+
+    Of every numerics profile: they differ by rounding only, which does not matter for statistics of the data.
+    The weight files are digested, unless the store remembers their digests. Nothing is created in a store
+    that does not exist.
+    """
+    root = Path(config.reference.store)
+    stored = known_fingerprints(root)
+    if not stored:
+        return None
+    # Imports DeepSpeed: only if there is a store.
+    from dpo_dist.reference.digest import digest_model  # noqa: PLC0415
+
+    path, revision, key = config.model.path, config.model.revision, "model.path"
+    adapter = start_folder(config.model)
+    if config.reference.path is not None:
+        path, revision, key, adapter = config.reference.path, None, "reference.path", None
+    folder = description_folder(path, revision, key, needs_weights=False)
+    model = digest_model(folder, root, remote_code=config.model.trust_remote_code, adapter=adapter)
+    bits = config.reference.quantization or ""
+    matching = [
+        each
+        for each in stored
+        if each.reference == model.digest and each.profile.get("quantization", "").split(" ")[0] == bits
+    ]
+    matching.sort(key=lambda each: (each.profile.get("dtype") != config.model.dtype.value, each.name))
+    store = LogpStore(root, matching) if matching else None
+    return store or None  # its length counts
+
+
+def stored_pairs(
+    store: LogpStore, datasets: Sequence[PreferenceDataset]
+) -> tuple[npt.NDArray[np.float64], list[str]]:
+    """Return [4, pairs] of the pairs of which both responses are stored, and each origin.
+
+    The rows are log-probs of the first and of the last response, summed over the tokens that the loss counts,
+    and the numbers of these tokens.
+    """
+    columns: list[tuple[float, ...]] = []
+    origins: list[str] = []
+    for dataset in datasets:
+        for start in range(0, len(dataset), _EXAMPLES_AT_ONCE):
+            examples = range(start, min(start + _EXAMPLES_AT_ONCE, len(dataset)))
+            responses = [dataset.response_range(index) for index in examples]
+            logps = iter(store.find(np.asarray(dataset.keys[responses[0].start : responses[-1].stop])))
+            for index, within in zip(examples, responses, strict=True):
+                values = list(itertools.islice(logps, len(within)))
+                masks = dataset.masks(index) or (slice(None),) * len(values)
+                chosen, rejected = _counted(values[0], masks[0]), _counted(values[-1], masks[-1])
+                if len(values) > 1 and len(chosen) and len(rejected):
+                    sums = (float(part.sum(dtype=np.float64)) for part in (chosen, rejected))
+                    columns.append((*sums, len(chosen), len(rejected)))
+                    origins.append(str(dataset.origin(index)))
+    return np.array(columns, dtype=np.float64).reshape(-1, 4).T, origins
+
+
+def _counted(values: Values | None, mask: slice | npt.NDArray[np.bool_]) -> Values:
+    return np.empty(0, dtype=np.float32) if values is None else values[mask]
+
+
+def margin_findings(
+    table: npt.NDArray[np.float64], origins: Sequence[str], source: str
+) -> tuple[npt.NDArray[np.float64], dict[str, float], list[Finding]]:
+    """Judge the pairs of a source by the reference's length-normalised margins.
+
+    `table` is [4, pairs], at least one: log-probs of chosen and rejected responses, and their tokens. Returns
+    the margins in nats per token, their statistics, and the finding of pairs whose margin is far below 0, the
+    most extreme first.
+    """
+    chosen, rejected, chosen_tokens, rejected_tokens = table
+    margins = chosen / chosen_tokens - rejected / rejected_tokens
+    noise = _TOKEN_DEVIATION * np.sqrt(1 / chosen_tokens + 1 / rejected_tokens)
+    far = np.maximum(_FAR_NATS, _FAR_DEVIATIONS * noise)
+    low, median, high = np.percentile(margins, (5, 50, 95))
+    disagreeing = np.flatnonzero(margins <= -far)
+    facts = {
+        "pairs": len(margins),
+        "prefers_chosen": float((margins > 0).mean()),
+        "margin_5": float(low),
+        "margin_median": float(median),
+        "margin_95": float(high),
+        "reference_disagrees": len(disagreeing) / len(margins),
+        "reference_solved": float((margins >= far).mean()),
+    }
+    extreme = disagreeing[np.argsort((margins / noise)[disagreeing], kind="stable")]
+    rule, examples = RULES["reference_disagrees"], [origins[index] for index in extreme]
+    return margins, facts, list(rule.count(len(disagreeing), len(margins), source, examples, records="pairs"))

@@ -1,0 +1,230 @@
+"""Observe records in a worker process: the report is made of the facts about each."""
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence, Sized
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from itertools import combinations, islice
+
+import numpy as np
+
+from dpo_dist.config.schema import DataConfig, OnBadRecord
+from dpo_dist.data.encode import EncodedExample, EncodedRecord, encode_record
+from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord, Tokenizer, eval_part, prompt_hash
+from dpo_dist.data.text.escape import any_of
+from dpo_dist.data.text.lengths import without_limits
+from dpo_dist.data.text.template import chosen_template
+from dpo_dist.tools.doctor.rules import RULE_OF
+from dpo_dist.tools.doctor.texts import (
+    Benchmark,
+    Signature,
+    differences,
+    features_of,
+    side_of,
+    signature,
+    text_names,
+    texts_of,
+)
+
+SIDES = ("prompt", "chosen", "rejected")
+Lengths = tuple[int, int, int]
+"""One number per side of `SIDES`; -1 for a missing rejected response."""
+
+_CUT = {"prompt_truncated", "response_truncated"}
+# Most preferences of a ranking that are compared with other records.
+_MAX_PREFERENCES = 64
+_HEAD = 300
+_NUMBER = re.compile(r"\d+")
+
+
+@dataclass(frozen=True)
+class PairFacts:
+    """Facts about the form of the first and the last response of a record, or of its labelled response."""
+
+    record: int  # its key, by which a sample is drawn
+    prompt: int  # the key of its prompt
+    differences: dict[str, float]  # `texts.differences`; `tokens` that the loss counts for `characters`
+    heads: tuple[str, str, str]  # the start of the prompt's last turn and of the two responses
+    side: str | None = None  # of a labelled response, of which `differences` are the features
+
+
+@dataclass(eq=False, slots=True)
+class Facts:
+    """Facts about a record; those after `detail` need a readable record."""
+
+    origin: Origin
+    dropped: str | None = None  # the reason why no example is made of it
+    detail: str = ""  # of the reason, without texts
+    is_readable: bool = False
+    is_held_out: bool = False  # whether `data.eval_share` draws the record for evaluation
+    names: tuple[str, ...] = ()  # rules that it breaks, kinds of these, and properties
+    characters: Lengths = (0, 0, -1)
+    tokens: Lengths | None = None  # before anything is cut; None: not encoded
+    cut: Lengths = (0, 0, 0)  # tokens that the limits cut from each side of a kept record
+    changed: dict[str, int] = field(default_factory=dict)  # by encoding
+    # Examples and tokens: each response with its prompt, each prompt once, responses, those the loss counts.
+    sums: dict[str, int] = field(default_factory=dict)
+    pair: PairFacts | None = None  # None: a single response
+    unread: tuple[str, ...] = ()  # fields that no format reads
+    # Keys, by which records are compared.
+    prompt: int = 0  # without differences of case and white space
+    record: int = 0  # of prompt and responses
+    numbers: int = 0  # of the prompt's numbers
+    hash: int = 0  # `prompts.prompt_hash`
+    preferences: tuple[tuple[int, int], ...] = ()  # each preference, and the opposite one
+    # uint32 [2, 64], MinHash of the prompt and of all responses
+    signatures: Signature = field(default_factory=lambda: np.empty(0, dtype=np.uint32))
+    benchmark: str | None = None  # origin of an item with which it overlaps
+
+
+class Observer:
+    """Observes records, encoded if there is a tokenizer; can be sent to other processes."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: "Tokenizer | None",
+        benchmark: Benchmark | None = None,
+    ):
+        self._config = replace(config, on_bad_record=OnBadRecord.drop)
+        self._whole = without_limits(self._config)
+        self._tokenizer, self._benchmark = tokenizer, benchmark
+        self._held_out = eval_part(config) if config.eval_share else None
+        template = special = None
+        if tokenizer is not None:
+            template = chosen_template(tokenizer, config.chat_template, with_tools=True)
+            special = tokenizer.all_special_tokens
+        self._omits_tools = template is not None and not re.search(r"\btools\b", template)
+        self._special = any_of(
+            token for token in special or () if not token.isalnum() and not token.isspace()
+        )
+
+    def observe(self, records: Sequence[PreferenceRecord | BadRecord]) -> list[Facts]:
+        """Return the facts about each record. Raises ConfigError as encoding does."""
+        return [
+            Facts(record.origin, record.reason, record.detail)
+            if isinstance(record, BadRecord)
+            else self._facts(record)
+            for record in records
+        ]
+
+    def _facts(self, record: PreferenceRecord) -> Facts:
+        texts, number = texts_of(record), prompt_hash(record.prompt)
+        prompt, responses = "\n".join(turn for _role, turn in texts.turns), texts.responses
+        # Without differences of case and white space.
+        same = "\n".join(f"{role}: {' '.join(turn.casefold().split())}" for role, turn in texts.turns)
+        side, pair = side_of(record), None
+        key, whole = text_key(same), text_key(same, *map(str.strip, responses), *filter(None, [side]))
+        if side is not None or len(responses) > 1:
+            heads = texts.turns[-1][1][:_HEAD], responses[0][:_HEAD], responses[-1][:_HEAD]
+            form = features_of(responses[0]) if side else differences(responses[0], responses[-1])
+            pair = PairFacts(whole, key, form, heads, side)
+        facts = Facts(
+            record.origin,
+            is_readable=True,
+            is_held_out=self._held_out is not None and self._held_out.has(number),
+            characters=(len(prompt), *_ends(responses, side)),
+            pair=pair,
+            unread=record.unread,
+            prompt=key,
+            record=whole,
+            numbers=text_key(*_NUMBER.findall(prompt)),
+            hash=number,
+            preferences=tuple(_preferences(record, responses, key)),
+            signatures=np.stack([signature(prompt), signature("\n".join(responses))]),
+            benchmark=None if self._benchmark is None else self._benchmark.item_in(prompt, *responses),
+        )
+        names = {*text_names(record, texts), *record.numbers}
+        if record.unread:
+            names.add("columns_not_read")
+        if any(map(self._special.search, (prompt, *responses))):
+            names.add("special_token")
+        if record.tools and self._omits_tools:
+            names.add("tools_not_rendered")
+        if self._tokenizer is not None:
+            names |= self._encode(record, facts, self._tokenizer)
+        facts.names = tuple(sorted(names | {RULE_OF[name] for name in names if name in RULE_OF}))
+        return facts
+
+    def _encode(self, record: PreferenceRecord, facts: Facts, tokenizer: Tokenizer) -> set[str]:
+        """Add the facts about the record's tokens; return the names that they give to a kept record."""
+        whole = encoded = encode_record(record, self._config, tokenizer)
+        if isinstance(encoded, BadRecord) or not _CUT.isdisjoint(encoded.example.changes):
+            whole = encode_record(record, self._whole, tokenizer)
+        if isinstance(whole, EncodedRecord):
+            facts.tokens = _lengths(whole.example, side_of(record))
+        if facts.pair is not None:
+            facts.pair.differences.pop("characters", None)
+            best = whole if isinstance(encoded, BadRecord) else encoded
+            counts = [] if isinstance(best, BadRecord) else [int(mask.sum()) for mask in best.example.masks]
+            other = 0 if facts.pair.side else counts[-1] if counts else 0
+            if counts and counts[0] != other:
+                facts.pair.differences["tokens"] = float(counts[0] - other)
+        if isinstance(encoded, BadRecord):
+            facts.dropped, facts.detail = encoded.reason, encoded.detail
+            return set()
+        assert isinstance(whole, EncodedRecord)
+        assert facts.tokens is not None
+        example, prompt = encoded.example, len(encoded.example.prompt_ids)
+        before, after = facts.tokens, _lengths(example, side_of(record))
+        facts.cut = before[0] - after[0], before[1] - after[1], before[2] - after[2]
+        facts.changed = dict(encoded.outcome.changed)
+        responses = list(map(len, example.responses))
+        used = list(itertools.chain(*encoded.ranks))
+        facts.sums = {
+            "pairs": len(encoded.ranks),
+            "tokens": prompt * len(responses) + sum(responses),
+            "unique_tokens": prompt + sum(responses),
+            "response_tokens": sum(responses[index] for index in used),
+            "trained_tokens": sum(int(example.masks[index].sum()) for index in used),
+        }
+        start, special = whole.example.prompt_ids[:2], set(tokenizer.all_special_ids)
+        ends = [ids[-2:].tolist() for ids in whole.example.responses]
+        bos, names = tokenizer.bos_token_id, set(facts.changed)
+        if bos is not None and start.tolist() == [bos, bos]:
+            names.add("doubled_bos")
+        if any(len(end) == 2 and end[0] == end[1] and end[1] in special for end in ends):
+            names.add("doubled_end")
+        if min(map(len, whole.example.responses)) <= 2:  # the last token ends the turn
+            names.add("one_token_response")
+        return names
+
+
+def _lengths(encoded: EncodedExample, side: str | None) -> Lengths:
+    return len(encoded.prompt_ids), *_ends(encoded.responses, side)
+
+
+def _ends(responses: Sequence[Sized], side: str | None) -> tuple[int, int]:
+    """Return the lengths of the first and of the last response, or the labelled one; -1 of a missing one."""
+    if side == "rejected":
+        return -1, len(responses[0])
+    return len(responses[0]), len(responses[-1]) if len(responses) > 1 else -1
+
+
+def text_key(*texts: str) -> int:
+    """Return a 64-bit key of texts; equal texts have equal keys."""
+    digest = blake2b(digest_size=8)
+    for text in texts:
+        content = text.encode("utf-8", "replace")
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def _preferences(
+    record: PreferenceRecord, responses: tuple[str, ...], prompt: int
+) -> Iterator[tuple[int, int]]:
+    """Yield the key of each preference between two responses, or of a label, and of its opposite.
+
+    Texts that differ only in case or white space have the same key; a text that occurs twice is ignored.
+    """
+    keys = [text_key(" ".join(response.casefold().split())) for response in responses]
+    if side := side_of(record):
+        other = "rejected" if side == "chosen" else "chosen"
+        yield text_key(f"{prompt} {keys[0]} {side}"), text_key(f"{prompt} {keys[0]} {other}")
+    scores = record.scores or tuple(range(len(keys), 0, -1))
+    once = [index for index, key in enumerate(keys) if keys.count(key) == 1]
+    for better, worse in islice(combinations(once, 2), _MAX_PREFERENCES):
+        if scores[better] != scores[worse]:
+            preferred = text_key(f"{prompt} {keys[better]} {keys[worse]}")
+            yield preferred, text_key(f"{prompt} {keys[worse]} {keys[better]}")

@@ -1,0 +1,143 @@
+"""The doctor's report: its page, its summary on the screen, and doctor.json."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import dpo_dist
+from dpo_dist.config.identity import plain
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.foundation import files
+from dpo_dist.foundation.streams import printable
+from dpo_dist.foundation.text import as_yaml, counted, number, without_secrets
+from dpo_dist.tools.doctor.examine import Diagnosis
+from dpo_dist.tools.doctor.rules import RULES
+from dpo_dist.tools.findings import Finding, Level
+from dpo_dist.tools.pages.charts import histogram
+from dpo_dist.tools.pages.render import page
+from dpo_dist.tools.tables import aligned
+
+FORMAT = 1
+"""Version of the schema of doctor.json, in docs/doctor.md."""
+
+_MOST_ROWS = 12
+_FEWEST_GUESSED = 0.55
+_SHOWN_EXAMPLES = 3
+
+
+def write_doctor_report(folder: RunFolder, diagnosis: Diagnosis, exit_code: int) -> None:
+    """Write doctor.json; it has no texts of records, except single words that reveal a label."""
+    content: dict[str, Any] = {
+        "format": FORMAT,
+        "exit_code": int(exit_code),
+        "model": str(diagnosis.model) if diagnosis.model is not None else None,
+        "versions": {"dpo_dist": dpo_dist.__version__, "python": platform.python_version()},
+        "store": diagnosis.store,
+        "sources": diagnosis.sources,
+        "across": diagnosis.across,
+        "findings": list(map(asdict, diagnosis.findings)),
+    }
+    files.write_json(folder.doctor_report, content)
+
+
+def write_doctor_page(folder: RunFolder, diagnosis: Diagnosis, config: RunConfig) -> None:
+    """Write doctor.html."""
+    settings = [("model", str(diagnosis.model or "none"))]
+    for name, content in (("data", config.data), ("doctor", config.doctor)):
+        for key, value in vars(content).items():
+            settings.append((f"{name}.{key}", str(without_secrets(as_yaml(plain(value))))))
+    settings.append(("versions", f"dpo_dist {dpo_dist.__version__}, Python {platform.python_version()}"))
+    html = page(
+        "doctor.jinja",
+        f"Data doctor: {folder.path.resolve().name}",
+        badges=counts_by_level(diagnosis.findings) or [("completed", "no findings")],
+        findings=diagnosis.findings,
+        read=sum(source["read"] for source in diagnosis.sources),
+        kept=sum(source["kept"] for source in diagnosis.sources),
+        model=diagnosis.model,
+        overview=overview(diagnosis.sources),
+        sources=list(map(_shown, diagnosis.sources)),
+        store=diagnosis.store,
+        store_sentence=diagnosis.store and store_sentence(diagnosis.store),
+        pairs=diagnosis.shown,
+        settings=settings,
+        max_length=config.data.max_length,
+        picture=histogram,
+        leak=RULES["label_leak"].threshold,
+    )
+    files.write_text(folder.doctor_page, html)
+
+
+def store_sentence(use: Mapping[str, Any]) -> str:
+    """Return the use of the reference store in one line."""
+    if not use["pairs"]:
+        return "reference: no record has two responses, whose margin could tell that it is mislabelled"
+    if not use["stored"]:
+        words = f" and {use['filled_with']}" if use["filled_with"] else ""
+        return (
+            f"reference: no log-probs of these pairs in {use['folder']}; after dpo-dist precompute with "
+            f"this configuration{words}, the doctor finds pairs that are likely mislabelled"
+        )
+    numerics = "; ".join(use["numerics"])
+    return f"reference: {use['stored']:,} of {use['pairs']:,} pairs in the store ({numerics})"
+
+
+def counts_by_level(findings: Sequence[Finding]) -> list[tuple[str, str]]:
+    """Return each level that has findings with their number in words, the most serious first."""
+    counts = {level: sum(finding.level is level for finding in findings) for level in reversed(Level)}
+    return [(level, counted(count, level)) for level, count in counts.items() if count]
+
+
+def overview(sources: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Return titles and rows of the table of all sources."""
+    rows = []
+    for source in sources:
+        read, kept, held_out = (source[key] for key in ("read", "kept", "held_out"))
+        data = "eval" if source["is_eval"] else "train"
+        data = data if held_out is None else f"{kept - held_out:,} train and {held_out:,} eval"
+        numbers = map(number, (read, kept, read - kept, source["pairs"]))
+        lengths = (_median(source["sides"].get(side)) for side in ("chosen", "rejected"))
+        rows.append([source["label"], data, *numbers, *lengths])
+    return ["source", "data", "read", "kept", "dropped", "examples", "chosen", "rejected"], rows
+
+
+def _median(side: Mapping[str, Any] | None) -> str:
+    if side is None:
+        return "-"
+    values, unit = (side["tokens"], "tokens") if side["tokens"] else (side["characters"], "characters")
+    return f"{values['percentiles'][50]:,.0f} {unit}"
+
+
+def _shown(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a source as its section shows it: the shares and tests that matter, the largest first."""
+    return {
+        **source,
+        "path": without_secrets(source["path"]),
+        "leaks": [test for test in source["leaks"] if test["accuracy"] >= _FEWEST_GUESSED][:_MOST_ROWS],
+        "languages": _shares(source["languages"]),
+        "shares": _shares(source["shares"]),
+    }
+
+
+def _shares(shares: Mapping[str, float]) -> list[tuple[str, float]]:
+    descending = sorted(shares.items(), key=lambda item: -item[1])
+    return [(name, share) for name, share in descending if 0 < share < 1][:_MOST_ROWS]
+
+
+def diagnosis_lines(diagnosis: Diagnosis, folder: RunFolder) -> list[str]:
+    """Return the report for a screen, each line without control characters."""
+    titles, rows = overview(diagnosis.sources)
+    lines = [*aligned([titles, *rows], numbers=range(2, len(titles))), ""]
+    if diagnosis.model is None:
+        lines.append("without a model (model.path): only texts are examined, not tokens")
+    if diagnosis.store is not None:
+        lines.append(store_sentence(diagnosis.store))
+    for finding in diagnosis.findings:
+        lines.append(f"{finding.level} {finding.rule} {finding.source or ''}".rstrip())
+        lines += [f"  {finding.text}", f"  to do: {finding.remedy}"]
+        if finding.examples:
+            lines.append(f"  first: {'; '.join(finding.examples[:_SHOWN_EXAMPLES])}")
+    counts = ", ".join(count for _, count in counts_by_level(diagnosis.findings))
+    return list(map(printable, [*lines, counts or "no findings", f"page: {folder.doctor_page}"]))

@@ -1,0 +1,53 @@
+"""The rules about data that the doctor looks for, from rules.yaml beside this file."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpo_dist.foundation.text import percent
+from dpo_dist.tools.findings import Finding, Level, Rule
+
+_MAX_EXAMPLES = 20
+
+
+@dataclass(frozen=True)
+class DataRule(Rule):
+    """A rule about data with its name and threshold."""
+
+    name: str
+    threshold: float
+
+    def count(
+        self,
+        count: int,
+        of: int,
+        source: str | None,
+        examples: Sequence[object] = (),
+        detail: str = "",
+        records: str = "records",
+    ) -> Iterator[Finding]:
+        """Yield the finding if any of `of` records break the rule; up to the threshold it is a note."""
+        if count:
+            level = self.level if count > self.threshold * of else Level.note
+            text = f"{count} of {of} {records} ({percent(count / of)}) {self.text}"
+            text += f": {detail}" if detail else ""
+            shown = tuple(map(str, examples[:_MAX_EXAMPLES]))
+            yield Finding(self.name, level, text, source, count, count / of, shown, self.remedy)
+
+    def value(self, value: float, count: int, source: str | None, detail: str) -> Iterator[Finding]:
+        """Yield the finding if `value` is above the threshold; `count` records were examined."""
+        if value > self.threshold:
+            text = f"{self.text}: {detail}"
+            yield Finding(self.name, self.level, text, source, count, value, (), self.remedy)
+
+
+_TABLE: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("rules.yaml").read_text(encoding="utf-8"))
+KINDS: Mapping[str, list[str]] = _TABLE.pop("kinds")
+RULE_OF = {kind: rule for rule, kinds in KINDS.items() for kind in kinds}
+RULES = {
+    name: DataRule(Level(level), text, remedy, name, threshold)
+    for name, (level, threshold, text, remedy) in _TABLE.items()
+}

@@ -1,0 +1,163 @@
+"""Records for the doctor's page, decoded from token ids: examples of findings, and a sample of each source.
+
+The texts are data: the page shows them inert and hidden.
+"""
+
+import itertools
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpo_dist.batching.example import TokenIds
+from dpo_dist.config.schema import DataConfig, SourceConfig
+from dpo_dist.data.encode import encode_pair
+from dpo_dist.data.formats import read_records
+from dpo_dist.data.read.sources import pinned
+from dpo_dist.data.records import BadRecord, PreferenceRecord, Tokenizer
+from dpo_dist.data.text.lengths import without_limits
+from dpo_dist.tools.doctor.texts import side_of, texts_of
+from dpo_dist.tools.findings import Finding
+
+_SAMPLED_RECORDS = 2000
+"""The sample of a source is drawn from this number of its first records."""
+_EXAMPLES_OF_A_FINDING = 2
+_MAX_RESPONSES = 4
+_MAX_TOKENS, _MAX_CHARACTERS = 2000, 8000
+
+Segment = tuple[str, str]
+"""Consecutive tokens and what they are on the page: words of "special trained cut", or "omitted"."""
+
+
+@dataclass(frozen=True)
+class ShownPart:
+    """The prompt or a response of a shown record, with its number of tokens before anything is cut."""
+
+    name: str
+    segments: Sequence[Segment]
+    tokens: int | None = None
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class ShownPair:
+    """One record of the page: the prompt, then the responses, best first."""
+
+    origin: str
+    rules: tuple[str, ...]  # that it is an example of; empty in the random sample
+    note: str  # the reason why it is dropped
+    parts: Sequence[ShownPart]
+
+
+def show_pairs(
+    config: DataConfig, tokenizer: "Tokenizer | None", findings: Sequence[Finding], count: int
+) -> list[ShownPair]:
+    """Return examples of the findings, and of each source a sample of `count` records.
+
+    Without a tokenizer texts are shown as they are in the record.
+    """
+    rules: dict[str, list[str]] = {}
+    for finding in findings:
+        origins = (origin for example in finding.examples for origin in example.split(", "))
+        for origin in itertools.islice(origins, _EXAMPLES_OF_A_FINDING):
+            rules.setdefault(origin, []).append(finding.rule)
+    shown = []
+    for source in [*config.train, *config.eval]:
+        for record in _chosen(pinned(source), rules, count):
+            origin = str(record.origin)
+            names = tuple(dict.fromkeys(rules.get(origin, ())))
+            shown.append(ShownPair(origin, names, *_parts(record, config, tokenizer)))
+    return shown
+
+
+def _chosen(source: SourceConfig, rules: Mapping[str, Sequence[str]], count: int) -> list[PreferenceRecord]:
+    """Return the records at the origins of `rules`, and a sample of the first ones."""
+    examples: list[PreferenceRecord] = []
+    others: list[PreferenceRecord] = []
+    folder = str(Path(source.path.split("*", 1)[0]).parent)
+    missing = {origin for origin in rules if folder == "." or origin.startswith(folder)}
+    for number, record in enumerate(read_records(source)):
+        missing.discard(str(record.origin))
+        if isinstance(record, PreferenceRecord):
+            if str(record.origin) in rules:
+                examples.append(record)
+            elif number < _SAMPLED_RECORDS:
+                others.append(record)
+        if number >= _SAMPLED_RECORDS and not missing:
+            break
+    return examples + random.Random(0).sample(others, min(count, len(others)))  # noqa: S311
+
+
+def _parts(
+    record: PreferenceRecord, config: DataConfig, tokenizer: "Tokenizer | None"
+) -> tuple[str, list[ShownPart]]:
+    """Return the reason why a record is dropped, and its parts with every token, also those that are cut."""
+    if tokenizer is None:
+        return "", _plain_parts(record)
+    whole = encode_pair(record, tokenizer, without_limits(config))
+    kept = encode_pair(record, tokenizer, config)
+    if isinstance(whole, BadRecord):
+        return whole.reason, _plain_parts(record)
+    note = ""
+    if isinstance(kept, BadRecord):
+        note, kept = kept.reason, whole
+    prompt = whole.prompt_ids
+    # Cut are the tokens after those that stay in front (BOS).
+    missing, front = len(prompt) - len(kept.prompt_ids), 0
+    while missing and (prompt[front + missing :] != kept.prompt_ids[front:]).any():
+        front += 1
+    is_trained = [False] * len(prompt)
+    cut = range(front, front + missing)
+    parts = [ShownPart("prompt", list(_segments(prompt, is_trained, cut, tokenizer)), len(prompt))]
+    for index, name, score in _names(record):
+        ids = whole.responses[index]
+        is_trained = whole.trained[index].tolist() if whole.trained else [True] * len(ids)
+        cut = range(len(kept.responses[index]), len(ids))
+        parts.append(ShownPart(name, list(_segments(ids, is_trained, cut, tokenizer)), len(ids), score))
+    return note, parts
+
+
+def _names(record: PreferenceRecord) -> Iterator[tuple[int, str, float | None]]:
+    """Yield the index, the name and the score of each response that is shown."""
+    count = len(record.responses)
+    for index in range(min(count, _MAX_RESPONSES)):
+        name = ("chosen", "rejected")[index] if count == 2 else f"response {index + 1} of {count}"
+        name = {"chosen": "good response", "rejected": "bad response", None: name}[side_of(record)]
+        yield index, name, record.scores[index] if record.scores is not None else None
+
+
+def _segments(
+    ids: TokenIds, is_trained: Sequence[bool], cut: range, tokenizer: Tokenizer
+) -> Iterator[Segment]:
+    """Yield runs of tokens that are alike; of a long part, its first ones only."""
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if str(token).strip()}
+    special = added | set(tokenizer.all_special_ids)  # added white space is ordinary text
+    tokens, stop, before = ids[:_MAX_TOKENS].tolist(), 0, ""
+    kinds = []
+    for place, token in enumerate(tokens):
+        use = "trained" if is_trained[place] else ""
+        kinds.append(("special " if token in special else "") + ("cut" if place in cut else use))
+    for kind, group in itertools.groupby(kinds):
+        stop += sum(1 for _ in group)
+        # With the tokens before it: alone it would lose its first space in some tokenizers.
+        decoded = str(
+            tokenizer.decode(tokens[:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        )
+        yield decoded[len(before) :], kind
+        before = decoded
+    if len(ids) > len(tokens):
+        yield f"{len(ids) - len(tokens):,} tokens not shown", "omitted"
+
+
+def _plain_parts(record: PreferenceRecord) -> list[ShownPart]:
+    texts = texts_of(record)
+    prompt = "\n\n".join(f"{role}: {content}" for role, content in texts.turns)
+    named: list[tuple[str, str, float | None]] = [("prompt", prompt, None)]
+    named += [(name, texts.responses[index], score) for index, name, score in _names(record)]
+    omitted = ("further characters not shown", "omitted")
+    return [
+        ShownPart(
+            name, [(text[:_MAX_CHARACTERS], ""), *[omitted] * (len(text) > _MAX_CHARACTERS)], score=score
+        )
+        for name, text, score in named
+    ]

@@ -1,0 +1,344 @@
+"""Texts of a record as plain strings: their words, signatures, faults and form, and benchmarks in them."""
+
+import json
+import math
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from datasketch import MinHash
+
+from dpo_dist.data.records import Dialogue, Message, PreferenceRecord, turns_of
+from dpo_dist.foundation.errors import DataError
+from dpo_dist.tools.text_facts import is_refusal
+
+SIGNATURE_NUMBERS = 64
+EMPTY_SKETCH = MinHash(SIGNATURE_NUMBERS, seed=1, hashfunc=zlib.crc32)
+Signature = npt.NDArray[np.uint32]
+
+# A letter of a script without spaces (kana, Chinese, Hangul excluded) is a word of its own.
+_WORD_ONLY = re.compile(r"[^\W\d_\u3040-\u30ff\u3400-\u9fff]+|\d+|[\u3040-\u30ff\u3400-\u9fff]")
+_WORD = re.compile(rf"{_WORD_ONLY.pattern}|[^\w\s]|_")
+_SHORT_CHARACTERS = 3
+_NEARLY_EQUAL = 0.1
+_THOUGHTS = ("reasoning_content", "thinking")
+# Roles that usually have several turns in a row.
+_REPEATABLE_ROLES = {"tool", "function", "observation"}
+
+_KINDS = {
+    "carriage_return": re.compile("\r"),
+    "control_character": re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]"),
+    "template_mark": re.compile(
+        r"<\|(im_start|im_end|endoftext|eot_id|begin_of_text|start_header_id|end_header_id|user|assistant|system"
+        r"|end|channel|message|return)\|>|</?(start|end)_of_turn>|\[/?INST\]|<</?SYS>>|</s>|<s>|<(bos|eos|pad|unk)>"
+        r"|^[ \t]{0,8}#{2,3} ?(Instruction|Response|Human|Assistant|Input):",
+        re.MULTILINE,
+    ),
+    "role_mark": re.compile(r"\b(Human|Assistant|User):|^[ \t]{0,8}(USER|ASSISTANT|SYSTEM):", re.MULTILINE),
+    "html_entity": re.compile(r"&(amp|lt|gt|quot|nbsp|#\d{2,4}|#x[0-9a-fA-F]{2,4});"),
+    "escaped_newline": re.compile(r"\A[^\n]*[^\\\n]\\n(\\n|[^a-zA-Z\\\n])[^\n]*\Z"),
+    "replacement_character": re.compile("\ufffd"),
+    "zero_width_character": re.compile("[\u200b\u2060\ufeff\u180e]"),
+    "bidi_control": re.compile("[\u202a-\u202e\u2066-\u2069]"),
+    "unassigned_character": re.compile("[\ue000-\uf8ff\ufdd0-\ufdef\ufffe\uffff]"),
+    # UTF-8 that was read as Windows-1252 or Latin-1, as ftfy detects it.
+    "wrong_decoding": re.compile(
+        "\u00e2\u20ac[\u2122\u0153\u201c\u201d\u02dc\u00a6\u009d]|\u00c3[\u0080-\u00bf]|\u00ef\u00bb\u00bf"
+    ),
+}
+_MODEL_NAME = re.compile(
+    r"\bas an? (\w+ )?(AI|language model)\b|\bI(\W{0,2}m| am) an? (\w+ )?(AI|language model)\b"
+    r"|\b(Chat)?GPT(-?\d\w*)?\b|\b(OpenAI|Anthropic|Claude|DeepSeek|Qwen|Mistral|LLaMA|Gemini|ERNIE|ChatGLM)\b"
+    "|\u4f5c\u4e3a\u4e00(\u4e2a|\u540d|\u6b3e)?(AI|\u4eba\u5de5\u667a\u80fd|\u8bed\u8a00\u6a21\u578b)",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Role and content of each turn of a prompt, and the responses, their turns joined by newlines."""
+
+    turns: tuple[tuple[str, str], ...]
+    responses: tuple[str, ...]
+
+
+def texts_of(record: PreferenceRecord) -> Texts:
+    """Return the texts of a record."""
+    prompt = record.prompt
+    messages = turns_of(prompt, "user")
+    turns = tuple((message.role, _turn_text(message)) for message in messages)
+    responses = (
+        response if isinstance(response, str) else "\n".join(map(_turn_text, response))
+        for response in record.responses
+    )
+    return Texts(turns, tuple(responses))
+
+
+def _turn_text(message: Message) -> str:
+    parts = [str(message.fields[name]) for name in _THOUGHTS if message.fields.get(name)]
+    parts += [message.content] if message.content else []
+    if message.fields.get("tool_calls"):
+        parts.append(
+            json.dumps(message.fields["tool_calls"], ensure_ascii=False, default=str, sort_keys=True)
+        )
+    return "\n".join(parts)
+
+
+def side_of(record: PreferenceRecord) -> str | None:
+    """Return the side of a single labelled response: chosen if it is good, else rejected; None of others."""
+    if len(record.responses) != 1 or record.scores is None:
+        return None
+    return "chosen" if record.scores[0] > 0 else "rejected"
+
+
+def plain_words(text: str) -> list[str]:
+    """Return the words and numbers of a text without case."""
+    return _WORD_ONLY.findall(text.casefold())
+
+
+def signature(text: str) -> Signature:
+    """Return the MinHash signature, uint32 [64], of a text's pairs of consecutive words (Broder 1997).
+
+    Case and punctuation are ignored; all numbers count as the same word. The share of equal numbers of two
+    signatures estimates the Jaccard similarity of both sets of pairs, with a standard error of at most 0.06.
+    """
+    words = ["0" if word.isdecimal() else word for word in plain_words(text)] or _WORD.findall(text)
+    pairs = {f"{first} {second}".encode("utf-8", "replace") for first, second in pairwise(words)}
+    sketch = EMPTY_SKETCH.copy()
+    sketch.update_batch(sorted(pairs or {word.encode("utf-8", "replace") for word in words}))
+    return np.asarray(sketch.hashvalues, dtype=np.uint32)
+
+
+@lru_cache(maxsize=8)
+def names_model(response: str) -> bool:
+    """Return whether a response names a model or says that an AI wrote it."""
+    return _MODEL_NAME.search(response) is not None
+
+
+def text_names(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
+    """Yield names of rules, of their kinds, and of shares that concern the texts of a record."""
+    roles, contents = zip(*texts.turns, strict=True)
+    is_dialogue, responses = isinstance(record.prompt, Dialogue), texts.responses
+    following = pairwise((*roles, "assistant") if is_dialogue else roles)
+    asked = contents[-1].strip()
+    whole = "\n".join(text for role, text in texts.turns if role != "system").strip()
+    starting = [each for each in map(str.strip, responses) if whole and each.startswith(whole)]
+    properties = {
+        **{name: any(map(kind.search, (*contents, *responses))) for name, kind in _KINDS.items()},
+        "tools": bool(record.tools),
+        "completion": len(responses) == 1 and record.scores is None,
+        "labelled_good": side_of(record) == "chosen",
+        "labelled_bad": side_of(record) == "rejected",
+        "pair_or_ranking": len(responses) > 1,
+        "ranking": len(responses) > 2,
+        "several_turns": len(roles) > 1,
+        "system_prompt": roles[0] == "system",
+        "system_not_first": "system" in roles[1:],
+        "same_role_twice": any(role == next_ and role not in _REPEATABLE_ROLES for role, next_ in following),
+        "prompt_ends_with_assistant": roles[-1] == "assistant" and not is_dialogue,
+        "empty_turn": any(role in ("user", "assistant") and not text.strip() for role, text in texts.turns),
+        "response_repeats_prompt": asked != "" and asked in map(str.strip, responses),
+        "response_starts_with_prompt": any(each != whole for each in starting),
+        **(_of_pair(record, responses[0], responses[-1]) if len(responses) > 1 else {}),
+        **_of_sides({side: responses[0]} if (side := side_of(record)) else {}),
+    }
+    return (name for name, applies in properties.items() if applies)
+
+
+def _of_pair(record: PreferenceRecord, chosen: str, rejected: str) -> dict[str, bool]:
+    shorter, longer = sorted((chosen.strip(), rejected.strip()), key=len)
+    words, others = (Counter(text.casefold().split()) for text in (chosen, rejected))
+    # The order of words is ignored: at most the edit distance. Longer responses may share turns of the user.
+    nearly_equal = ((words - others) + (others - words)).total() < _NEARLY_EQUAL * (words + others).total()
+    best, worst = (record.scores[0], record.scores[-1]) if record.scores else (math.nan, math.nan)
+    return {
+        "scored": record.scores is not None,
+        "score_ties": best == worst,
+        "score_inversions": best < worst,
+        **_of_sides({"chosen": chosen, "rejected": rejected}),
+        "chosen_longer": len(chosen) > len(rejected),
+        "one_response_starts_the_other": shorter != "" and longer.startswith(shorter),
+        "nearly_equal_sides": nearly_equal
+        and all(isinstance(each, str) or len(each) == 1 for each in record.responses),
+    }
+
+
+def _of_sides(texts: Mapping[str, str]) -> dict[str, bool]:
+    sides = texts.items()
+    return {
+        **{f"refusal_{side}": is_refusal(text) for side, text in sides},
+        **{f"model_name_{side}": names_model(text) for side, text in sides},
+        **{f"short_{side}": len(text.strip()) < _SHORT_CHARACTERS for side, text in sides},
+    }
+
+
+_HEAD_CHARACTERS = 400
+_EDGE_CHARACTERS = 100
+_SPACES, _LINE_ENDS = (" ", "\u3000", "\u00a0"), ("\n", "\r")
+_ODD = "[\ufffd\u200b\u2060\ufeff\u00a0\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
+Feature = Callable[[str, str], float]
+"""A measure of a response; the second argument is the response without white space around it."""
+
+
+def _has(pattern: str) -> Feature:
+    compiled = re.compile(pattern, re.MULTILINE)
+    return lambda _, bare: compiled.search(bare) is not None
+
+
+def _share(pattern: str, most: int | None = None) -> Feature:
+    compiled = re.compile(pattern)
+    return lambda _, bare: len(compiled.findall(bare[:most])) / max(len(bare[:most]), 1)
+
+
+# All but the length are yes or no, or shares of the characters, so that none measures the length.
+_FEATURES: Mapping[str, Mapping[str, Feature]] = {
+    "length": {"characters": lambda _, bare: math.log1p(len(bare))},
+    "white space": {
+        "leading space": lambda text, _: text.startswith(_SPACES),
+        "leading newline": lambda text, _: text.startswith(_LINE_ENDS),
+        "trailing space": lambda text, _: text.endswith(_SPACES),
+        "trailing newline": lambda text, _: text.endswith(_LINE_ENDS),
+        "carriage return": lambda text, _: "\r" in text,
+        "two spaces": lambda _, bare: "  " in bare,
+        "tabs": lambda _, bare: "\t" in bare,
+    },
+    "punctuation": {
+        "ends with a full stop": lambda _, bare: bare.endswith((".", "\u3002")),
+        "ends with another mark": lambda _, bare: bare.endswith(tuple('!?:)"\uff01\uff1f')),
+        "starts with a small letter": lambda _, bare: bare[:1].islower(),
+        "share of capitals": _share("[A-Z]", _HEAD_CHARACTERS),
+        "share of commas": _share("[,\uff0c]"),
+        "share of exclamation marks": _share("!"),
+        "share of question marks": _share("[?]"),
+        "share of quotation marks": _share("[\"'\u2019]"),
+        "share of typographic marks": _share("[\u2013\u2014\u2018\u2019\u201c\u201d\u2026]"),
+        "share of digits": _share("[0-9]", _HEAD_CHARACTERS),
+        "share of newlines": _share("\n"),
+        "emoji": _has("[\u2600-\u27bf\U0001f300-\U0001faff]"),
+    },
+    "markdown": {
+        "bold": lambda _, bare: "**" in bare,
+        "bullets": _has(r"^[ \t]{0,16}[-*\u2022] "),
+        "numbered list": _has(r"^[ \t]{0,16}\d{1,4}[.)] "),
+        "headers": _has("^#{1,6} "),
+        "code block": lambda _, bare: "```" in bare,
+        "table": lambda _, bare: "\n|" in bare,
+        "links": lambda _, bare: "](" in bare,
+    },
+    "language": {
+        "share of other scripts": _share("[\u0370-\u1fff\u3040-\ud7ff]"),
+        "share outside ASCII": _share("[^\x00-\x7f]"),
+    },
+    "model names": {"model name": lambda _, bare: names_model(bare)},
+    "refusal": {"refusal": lambda _, bare: is_refusal(bare)},
+    "odd characters": {"odd characters": lambda text, _: re.search(_ODD, text) is not None},
+}
+GROUPS = {name: group for group, features in _FEATURES.items() for name in features} | {"tokens": "length"}
+"""The group of each feature but first and last words; tokens are counted where records are encoded."""
+_FIRST = ("first word", "second word", "third word")
+_LAST = ("last word", "last word but one", "last word but two")
+
+
+def differences(chosen: str, rejected: str) -> dict[str, float]:
+    """Return the chosen response's features minus the rejected one's, where they differ.
+
+    A word at one of the three first or last places (`last word 'you'`) counts 1; words have their case.
+    """
+    return gaps_of(features_of(chosen), features_of(rejected))
+
+
+def gaps_of(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
+    """Return the differences of features that are not 0."""
+    gaps = {name: first.get(name, 0.0) - second.get(name, 0.0) for name in {**first, **second}}
+    return {name: gap for name, gap in gaps.items() if gap}
+
+
+def features_of(response: str) -> dict[str, float]:
+    """Return the features of a response; those that are missing are 0."""
+    bare = response.strip()
+    measured = {
+        name: float(feature(response, bare))
+        for features in _FEATURES.values()
+        for name, feature in features.items()
+    }
+    starts = zip(_FIRST, _WORD.findall(response[:_EDGE_CHARACTERS]), strict=False)
+    ends = zip(_LAST, _WORD.findall(response[-_EDGE_CHARACTERS:])[::-1], strict=False)
+    return measured | {f"{place} {word!r}": 1.0 for place, word in (*starts, *ends)}
+
+
+_MOST_RUN, _FEWEST_RUN = 13, 8
+_QUESTIONS = ("content", "prompt", "question", "problem", "instruction", "input")
+_ITEM_FIELDS = (*_QUESTIONS, "text", "turns", "messages")
+
+
+@dataclass(frozen=True, eq=False)
+class Benchmark:
+    """Runs of words of benchmark items, each with the origin (``file:line``) of its item."""
+
+    runs: dict[int, dict[str, str]] = field(default_factory=dict)  # by number of words, 8 to 13
+    whole: dict[str, str] = field(default_factory=dict)  # the words of shorter items
+
+    def add(self, text: str, origin: str) -> None:
+        """Add an item with its origin."""
+        words = plain_words(text)
+        size = min(len(words), _MOST_RUN)
+        if size >= _FEWEST_RUN:
+            self.runs.setdefault(size, {}).update(dict.fromkeys(_runs(words, size), origin))
+        elif words:
+            self.whole[" ".join(words)] = origin
+
+    def item_in(self, prompt: str, *responses: str) -> str | None:
+        """Return the origin of an item that overlaps with a record; a short item has to equal the prompt."""
+        if (item := self.whole.get(" ".join(plain_words(prompt)))) is not None:
+            return item
+        for words in map(plain_words, (prompt, *responses)):
+            for size, known in self.runs.items():
+                if (run := next((run for run in _runs(words, size) if run in known), None)) is not None:
+                    return known[run]
+        return None
+
+
+def _runs(words: Sequence[str], size: int) -> Iterator[str]:
+    return (" ".join(words[at : at + size]) for at in range(len(words) - size + 1))
+
+
+def read_benchmarks(files: Sequence[str]) -> Benchmark:
+    """Return the items of .jsonl files (texts, or objects with an item field) and of .txt files (lines)."""
+    benchmark = Benchmark()
+    for file in files:
+        try:
+            lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+            if not any(map(str.strip, lines)):
+                raise ValueError("no item")
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    text = _item_text(json.loads(line)) if file.endswith(".jsonl") else line
+                    benchmark.add(text, f"{file}:{number}")
+        except (OSError, ValueError) as error:
+            raise DataError(
+                "a file of benchmark prompts cannot be read",
+                where=f"doctor.benchmarks: {file}",
+                got=getattr(error, "strerror", None) or str(error),
+                expected="UTF-8 text: .jsonl or .txt with one prompt a line",
+                remedy="check the path and the file",
+            ) from error
+    return benchmark
+
+
+def _item_text(content: Any) -> str:
+    """Return the text of an item. Raises ValueError if it has none."""
+    if isinstance(content, list):
+        return "\n".join(map(_item_text, content))
+    if isinstance(content, dict):
+        return _item_text(next((content[name] for name in _ITEM_FIELDS if content.get(name)), None))
+    if not isinstance(content, str):
+        raise ValueError(f"an item has no field {', '.join(_ITEM_FIELDS)}")
+    return content

@@ -1,0 +1,1 @@
+"""Score pairs with trained models, and say how sure the means are."""

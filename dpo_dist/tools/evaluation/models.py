@@ -1,0 +1,142 @@
+"""The verb `evaluate`: models, adapters and checkpoints, scored on pairs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from dpo_dist.config.load import changed_keys
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.distributed.checkpoint.saver import (
+    checkpoint_state,
+    damaged_checkpoint,
+    load_checkpoint_weights,
+    open_checkpoint,
+)
+from dpo_dist.distributed.zero import Engine
+from dpo_dist.foundation.console import Console
+from dpo_dist.foundation.errors import CheckpointError, ExitCode, first_line
+from dpo_dist.model.files.folder import base_notes, hub_commit, is_adapter
+from dpo_dist.model.files.load import check_same_vocabulary
+from dpo_dist.model.flops import compute_costs
+from dpo_dist.model.lora import add_adapter, load_adapter
+from dpo_dist.model.packed import PackedCausalLM
+from dpo_dist.objective.losses import RunningMeans
+from dpo_dist.objective.metrics import custom_metrics
+from dpo_dist.reference.engine import load_scored, scored_model
+from dpo_dist.tools.evaluation.results import ALL, Results, write_evaluation
+from dpo_dist.tools.evaluation.trained_prompts import count_trained
+from dpo_dist.tools.tables import evaluation_table
+from dpo_dist.training.reference import prepare_reference
+from dpo_dist.training.start.context import Run, open_run
+from dpo_dist.training.start.inputs import (
+    EvaluationInputs,
+    load_evaluation_inputs,
+    shared_model_folder,
+)
+from dpo_dist.training.steps.step import Objective, evaluate
+from dpo_dist.verbs.named_models import EVALUATED, Evaluated
+
+
+def evaluate_models(config: RunConfig, models: Sequence[Evaluated], console: Console) -> int:
+    """Evaluate models and write their results; return the exit code."""
+    with open_run(config, console) as run:
+        inputs = load_evaluation_inputs(run)
+        for evaluated in models:  # before the reference is computed, which may take hours
+            run.world.on_main(partial(check_origin, evaluated, run.config, inputs))
+        custom = run.world.together(
+            lambda: custom_metrics(config.metrics.function, config.loss, run.world.device)
+        )
+        objective = Objective(config.loss, prepare_reference(run, inputs).provider, custom=custom)
+        evaluations = {evaluated.path: _evaluate(run, evaluated, inputs, objective) for evaluated in models}
+        if len(evaluations) > 1 and run.world.is_main:
+            of_all = {path: results[ALL] for path, results in evaluations.items()}
+            console.result("comparison", of_all, evaluation_table(of_all))
+    return ExitCode.completed
+
+
+def check_origin(evaluated: Evaluated, config: RunConfig, inputs: EvaluationInputs) -> None:
+    """Check that a checkpoint is of a run that started from the model and adapter of `config`."""
+    if not evaluated.is_checkpoint:
+        return
+    folder, digest = Path(evaluated.path), inputs.policy_files.digest
+    try:
+        former, adapter = checkpoint_state(folder)["model"], config.model.adapter
+    except (OSError, ValueError) as error:
+        raise damaged_checkpoint(folder, [first_line(error)]) from error
+    changed = changed_keys(RunFolder(folder.resolve().parent.parent).config, config.identity)
+    if former != digest or "model.adapter" in changed:
+        before, _ = changed.get("model.adapter", (adapter, adapter))
+        raise CheckpointError(
+            "the checkpoint is of a run with another model or adapter",
+            where=str(folder),
+            got=f"{config.model.path}, digest {digest}, adapter {adapter}",
+            expected=f"digest {former}, adapter {before}",
+            remedy="set model.path and model.adapter as in the config.yaml of its run",
+        )
+
+
+def _evaluate(run: Run, evaluated: Evaluated, inputs: EvaluationInputs, objective: Objective) -> Results:
+    config, world, console = run.config, run.world, run.console
+    run.say(f"evaluating {evaluated.path}")
+    model, running, commit = load_evaluated(run, evaluated, inputs)
+    ((dataset, every),) = inputs.visited
+    costs = replace(compute_costs(inputs.flops), arrangement=model.model.arrangement)
+    means, values = evaluate(model, objective, run.shard(dataset, every, costs), world, running)
+
+    def write() -> Results:
+        folder = run.folder
+        name = evaluated.name(inputs, config.model, config.loss, config.metrics.function)
+        hashes = map(int, dataset.prompt_hashes[:])
+        trained = {"prompts_also_in_train": count_trained(evaluated.path, hashes, config.loss.unit, run.say)}
+        counted = replace(dataset, counts=dataset.counts | trained)
+        results = write_evaluation(name, evaluated.path, config, means, values, counted, commit)
+        console.result("results", {"model": evaluated.path, **results}, evaluation_table(results))
+        run.say(f"evaluation: {folder.evaluation.results}   also in {folder.evaluation_of(name).path}")
+        return results
+
+    with console.heartbeat("reading the prompts of its training, computing intervals, writing the scores"):
+        results = world.on_main(write)
+    model.free()
+    return results
+
+
+def load_evaluated(
+    run: Run, evaluated: Evaluated, inputs: EvaluationInputs
+) -> tuple[Engine, RunningMeans, str | None]:
+    """Return the model, ready to score, running means of its training if known, and its commit on the hub.
+
+    Collective. `model.revision` counts for `model.path` only. The base of an adapter is quantized as
+    `model.quantization` says, and so is `model.path` itself.
+    """
+    config, world = run.config, run.world
+    base, bits, running = inputs.policy_files.folder, config.model.quantization, RunningMeans()
+    folder, commit, key = base, None, "model.path"
+    finish: Callable[[PackedCausalLM], None] | None = None
+    if evaluated.is_checkpoint:
+        state = open_checkpoint(Path(evaluated.path), world).state
+        running = RunningMeans(**state["running"])
+
+        def load_trained(model: PackedCausalLM) -> None:
+            if config.model.adapter is not None:
+                add_adapter(model, config.model, config.trainer.seed, inputs.policy_files.adapter)
+            load_checkpoint_weights(model, Path(evaluated.path), world)
+
+        finish = load_trained
+    else:
+        revision = config.model.revision if evaluated.path == config.model.path else None
+        named = shared_model_folder(run, evaluated.path, revision, EVALUATED, accepts_adapter=True)
+        commit = hub_commit(named)
+        if is_adapter(named):
+            for note in base_notes(config.model, named):
+                run.say(note)
+            finish = partial(load_adapter, folder=named)
+        else:
+            folder, key, bits = named, EVALUATED, bits if named.resolve() == base.resolve() else None
+            world.on_main(partial(check_same_vocabulary, named, inputs.tokenizer, config.model, EVALUATED))
+    offload = config.parallelism.offload_parameters
+    placement = replace(config.reference, offload=offload, quantization=bits)
+    longest = config.data.max_length
+    model = load_scored(folder, scored_model(config.model, bits), placement, longest, world, finish, key=key)
+    return model, running, commit

@@ -1,0 +1,307 @@
+"""Results of an evaluation and their files: metrics with intervals, scores of every pair."""
+
+import json
+import math
+import shutil
+from collections.abc import Hashable, Iterator, Mapping
+from pathlib import Path
+from statistics import NormalDist
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dpo_dist.batching.example import Mask
+from dpo_dist.config.metrics import METRICS
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.data.encoded.dataset import PreferenceDataset
+from dpo_dist.foundation import files
+from dpo_dist.foundation.text import without_secrets
+from dpo_dist.objective.metrics import (
+    AUC,
+    CustomMetrics,
+    MetricPlan,
+    PairValues,
+    length_members,
+    measure_pairs,
+)
+
+Column = npt.NDArray[np.float64]
+Results = dict[str, dict[str, Any]]
+Name = TypeVar("Name", bound=Hashable)
+
+ALL = "all"
+"""The name of the results of all pairs."""
+RESAMPLES = 1000
+LEVEL = 0.95
+_ENDS = (1 - LEVEL) / 2, 1 - (1 - LEVEL) / 2
+_WORST = 8
+FEWEST_PROMPTS = 6
+"""Prompts that an interval needs. By an even chance five have the same outcome in 2 * 0.5**5 = 6 % of cases,
+and an interval of one outcome has no width."""
+_SHARES = tuple(name for name, metric in METRICS.items() if metric.is_share)
+
+
+def bootstrap_intervals(
+    measured: Mapping[Name, tuple[Column, Column]],
+    prompts: npt.NDArray[np.uint64],
+    seed: int = 0,
+    lowest: Mapping[Name, float] = MappingProxyType({}),
+) -> dict[Name, tuple[float, float]]:
+    """Return the lower and upper end of the interval of every metric.
+
+    `measured` has values and counts of each pair by metric, float64 [pairs]: the metric is the sum of values
+    divided by the sum of counts. `prompts`, [pairs], are equal for pairs of the same prompt. `lowest`: the
+    lower bound of a metric: 0 of a rate, -1 of a difference of rates. A metric is absent if fewer than
+    `FEWEST_PROMPTS` have a count, or none in some resample, or if a value is not finite.
+    """
+    measured = {name: each for name, each in measured.items() if np.isfinite(each[0]).all()}
+    if not measured or not len(prompts):
+        return {}
+    _, clusters = np.unique(prompts, return_inverse=True)
+    number = int(clusters.max()) + 1
+    columns = [column for pair in measured.values() for column in pair]
+    table = np.stack([np.bincount(clusters, column, number) for column in columns], axis=1)
+    totals = np.stack([drawn @ table for drawn in _resamples(number, seed)])
+    values, counts = totals[:, ::2], totals[:, 1::2]
+    counted = np.count_nonzero(table[:, 1::2], axis=0)
+    intervals = {}
+    for index, name in enumerate(measured):
+        if counted[index] >= FEWEST_PROMPTS and (counts[:, index] > 0).all():
+            low, high = np.quantile(values[:, index] / counts[:, index], _ENDS)
+            intervals[name] = float(low), float(high)
+            if name in lowest:
+                intervals[name] = _with_width(float(low), float(high), int(counted[index]), lowest[name])
+    return intervals
+
+
+def _resamples(number: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield how often each of so many prompts is drawn in a resample."""
+    generator = np.random.default_rng(seed)
+    for _ in range(RESAMPLES):
+        yield np.bincount(generator.integers(0, number, number), minlength=number)
+
+
+def _with_width(low: float, high: float, counted: int, lowest: float) -> tuple[float, float]:
+    """Return an interval of a share; of 0 or 1, Wilson's; of a difference, on both sides within -1 and 1."""
+    if low != high or low not in (-1, 0, 1):
+        return low, high
+    squared = NormalDist().inv_cdf((1 + LEVEL) / 2) ** 2
+    width = squared / (counted + squared)
+    return max(low - width, lowest), min(low + width, 1.0)
+
+
+def contrasts(
+    rewards: Column, is_good: Mask, prompts: npt.NDArray[np.uint64], seed: int = 0
+) -> dict[str, tuple[float, tuple[float, float] | None]]:
+    """Return margin and AUC of labelled records, each with its interval, for which both labels are resampled.
+
+    All arguments are [records]. None if a label is missing; no interval as in `bootstrap_intervals`, with
+    prompts of each label.
+    """
+    different, places = np.unique(rewards, return_inverse=True)
+
+    def measure(weights: Column) -> tuple[float, float]:
+        good, bad = (np.bincount(places, weights * side, len(different)) for side in (is_good, ~is_good))
+        if not (good.any() and bad.any()):
+            return math.nan, math.nan
+        won = good @ (np.cumsum(bad) - bad / 2) / (good.sum() * bad.sum())
+        return float(good @ different / good.sum() - bad @ different / bad.sum()), float(won)
+
+    estimates = measure(np.ones(len(rewards)))
+    if not np.isfinite([*estimates, *different]).all():
+        return {}
+    _, clusters = np.unique(prompts, return_inverse=True)
+    counted = min(len(np.unique(prompts[side])) for side in (is_good, ~is_good))
+    of_margin: tuple[float, float] | None = None
+    of_auc: tuple[float, float] | None = None
+    if counted >= FEWEST_PROMPTS:
+        draws = _resamples(int(clusters.max()) + 1, seed)
+        table = [measure(drawn[clusters].astype(float)) for drawn in draws]
+        ends = np.quantile(table, _ENDS, axis=0)
+        if np.isfinite(ends).all():  # else some resample lacks a label
+            (low, worst), (high, best) = ends.tolist()
+            of_margin, of_auc = (low, high), _with_width(worst, best, counted, 0.0)
+    return {"rewards/margins": (estimates[0], of_margin), AUC: (estimates[1], of_auc)}
+
+
+def results_name(label: str) -> str:
+    """Return the name of a label's results: the label, but not the name of the results of all pairs."""
+    return f"{ALL} (source)" if label == ALL else label
+
+
+def results(
+    means: Mapping[str, float],
+    values: PairValues,
+    labels: Mapping[str, Mask],
+    prompts: npt.NDArray[np.uint64],
+    plan: MetricPlan,
+    seed: int,
+) -> Results:
+    """Return the results of all pairs under `all`, and of each label under its `results_name`.
+
+    Each has the keys of an evaluation's row in log_history.json, `eval_prompts`, and `intervals`, [low, high]
+    of metrics that are means over pairs or tokens. `means` are exact, of all metrics of `plan`; `labels` say
+    for each label of the sources whether a pair has it, [pairs]; `prompts` are hashes, [pairs].
+    """
+    by_name = {ALL: _of_group(values, prompts, plan, seed)}
+    divided = {f"{name}/{label}" for name in plan.pair_metric_names for label in plan.labels}
+    by_name[ALL] |= {f"eval_{name}": value for name, value in means.items() if name not in divided}
+    for label, members in labels.items():
+        selected = PairValues.of({name: column[members] for name, column in values.named.items()})
+        suffix = f"/{label}" if plan.labels else ""
+        by_name[results_name(label)] = _of_group(selected, prompts[members], plan, seed) | {
+            f"eval_{metric}": means[metric + suffix]
+            for metric in plan.pair_metric_names
+            if metric + suffix in means
+        }
+    return by_name
+
+
+def _of_group(
+    values: PairValues, prompts: npt.NDArray[np.uint64], plan: MetricPlan, seed: int
+) -> dict[str, Any]:
+    """Return the results of some pairs, as far as the values of single pairs decide them."""
+    every, members = measure_pairs(values.columns), length_members(values.columns)
+    measured: dict[str, tuple[Column, Column]] = {}
+    for name, (metric, group) in plan.rows.items():
+        if metric in every and (not group or group in members):
+            value, count = (each.double() for each in every[metric])
+            inside = members[group] if group else count > 0
+            # A value that is not finite counts in its own group only.
+            measured[name] = torch.where(inside, value, 0.0).numpy(), (count * inside).numpy()
+    lowest = {name: 0.0 for name in measured if name.startswith(_SHARES)}
+    intervals = bootstrap_intervals(measured, prompts, seed, lowest)
+    row: dict[str, Any] = {
+        f"eval_{name}": float(column.sum() / counts.sum())
+        for name, (column, counts) in measured.items()
+        if counts.sum()
+    }
+    row |= {"eval_pairs": len(values), "eval_prompts": len(np.unique(prompts))}
+    row["intervals"] = {f"eval_{name}": list(ends) for name, ends in intervals.items()}
+    if plan.loss.is_unpaired:
+        of_records = of_sides(values)
+        rewards, is_good = of_records["reward"].astype(float), of_records["label"]
+        groups = {"": np.ones_like(is_good)} | {name: each.numpy() for name, each in members.items()}
+        for group, within in groups.items():
+            compared = contrasts(rewards[within], is_good[within], prompts[within], seed)
+            for metric, (estimate, ends) in compared.items():
+                row[f"eval_{metric}{group}"] = estimate
+                row["intervals"] |= {f"eval_{metric}{group}": list(ends)} if ends else {}
+        row |= {"eval_good": int(is_good.sum()), "eval_bad": int((~is_good).sum())}
+    if plan.loss.compares_pairs and len(values):
+        row |= {f"eval_{name}": value for name, value in values.margin_percentiles().items()}
+    return row
+
+
+def of_sides(values: PairValues) -> dict[str, npt.NDArray[Any]]:
+    """Return the columns of labelled records: those of the side that each has, and whether it is good."""
+    is_good, named = values.tokens_chosen > 0, values.named
+    names = {"reward": "reward", "logp": "logp", "reference": "reference_logp", "tokens": "tokens"}
+    sides = {
+        title: np.where(is_good, named[f"{name}_chosen"], named[f"{name}_rejected"])
+        for name, title in names.items()
+    }
+    return sides | {"label": is_good, **values.custom}
+
+
+def write_scores(
+    file: Path, values: PairValues, dataset: PreferenceDataset, *, is_unpaired: bool = False
+) -> None:
+    """Write the scores of all pairs, or labelled records (`of_sides`), whole or not at all.
+
+    A record has `source` (its label), `file` and `line`, then rewards, log-probs in nats and lengths in
+    tokens of both sides. Values that do not exist (of a reference, if there is none) are null.
+    """
+    labels = np.repeat(dataset.source_labels, dataset.source_pairs).tolist()
+    named = {name.replace("reference_", "reference_logp_"): each for name, each in values.named.items()}
+    columns = {
+        name: column.astype(int) if name.startswith("tokens") else column
+        for name, column in (of_sides(values) if is_unpaired else named).items()
+    }
+    with files.staged_file(file) as temporary, temporary.open("w", encoding="utf-8") as lines:
+        for index, label in enumerate(labels):
+            origin = dataset.origin(index)
+            scores = {name: column[index].item() for name, column in columns.items()}
+            record = {"source": label, "file": origin.source, "line": origin.line, **scores}
+            lines.write(files.json_line(files.for_json(record)))
+
+
+def write_worst(
+    file: Path,
+    values: PairValues,
+    dataset: PreferenceDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    is_unpaired: bool = False,
+) -> None:
+    """Write the pairs with the lowest negative margins and their texts, whole or not at all.
+
+    Of labelled records: good ones with the lowest and bad ones with the highest rewards.
+    """
+    lines, order = [], np.argsort(values.margin, kind="stable")
+    worst, sides = order[:_WORST], [values.tokens_chosen[order] > 0, values.tokens_rejected[order] > 0]
+    if is_unpaired:
+        worst = np.concatenate([order[side][: _WORST // 2] for side in sides])
+    for index in worst.tolist():
+        if values.margin[index] < 0:
+            example, origin = dataset.example(index), without_secrets(str(dataset.origin(index)))
+            row: dict[str, Any] = {"origin": origin, "margin": float(values.margin[index])}
+            texts = {"chosen": example.responses[0], "rejected": example.responses[-1]}
+            if is_unpaired:
+                side = "chosen" if values.tokens_chosen[index] > 0 else "rejected"
+                texts = {side: example.responses[0]}
+            for name, ids in {"prompt": example.prompt_ids, **texts}.items():
+                row[name] = str(tokenizer.decode(ids.tolist(), skip_special_tokens=False))
+            lines.append(json.dumps(row) + "\n")
+    files.write_text(file, "".join(lines))
+
+
+def write_evaluation(
+    name: str,
+    model: str,
+    config: RunConfig,
+    means: dict[str, float],
+    values: PairValues,
+    dataset: PreferenceDataset,
+    revision: str | None = None,
+) -> Results:
+    """Write the files of an evaluation, each whole or not at all, to its folder `name` and as those of the
+    newest one; return its results.
+
+    `model`: its path; `revision`: its commit, if it is from the hub. `means`: exact, of all metrics.
+    """
+    folder, sources = RunFolder.of(config), dataset.counts["sources"]
+    labels = np.repeat(dataset.source_labels, dataset.source_pairs)
+    members = {label: labels == label for label in dataset.source_labels}
+    by_name = results(
+        means,
+        values,
+        members,
+        np.asarray(dataset.prompt_hashes[:], dtype=np.uint64),
+        MetricPlan(config.loss, dataset.labels, True, CustomMetrics(names=tuple(values.custom))),
+        config.trainer.seed,
+    )
+    evaluated = {
+        "model": model,
+        "revision": revision,
+        "reference": config.reference.path or config.model.path if config.loss.needs_reference else None,
+        "loss": "+".join(config.loss.kinds),
+        "pairs": len(dataset),
+        "prompts_also_in_train": dataset.counts.get("prompts_also_in_train"),
+        "sources": [{"label": source["label"], "path": source["path"]} for source in sources],
+    }
+    named, newest = folder.evaluation_of(name), folder.evaluation
+    for written in (named.path, newest.path):
+        files.collect_abandoned(written)
+    files.write_json(named.evaluated, evaluated)
+    write_scores(named.scores, values, dataset, is_unpaired=config.loss.is_unpaired)
+    files.write_json(named.results, by_name)
+    for file, target in zip(named.files, newest.files, strict=True):
+        with files.staged_file(target) as temporary:
+            shutil.copyfile(file, temporary)
+    return by_name

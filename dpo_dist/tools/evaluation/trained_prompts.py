@@ -1,0 +1,56 @@
+"""The prompts that a model was trained on, by the data of its run: is it evaluated on what it has learnt?"""
+
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from dpo_dist.config.load import from_yaml
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import RunConfig, SourceConfig
+from dpo_dist.data.formats import read_prompts
+from dpo_dist.data.read.sources import pinned
+from dpo_dist.data.records import PreferenceRecord, prompt_hash, train_part
+from dpo_dist.foundation.errors import DpoDistError, first_line
+
+
+def count_trained(
+    model: str, prompts: Iterable[int], unit: str, say: Callable[[str], None] = print
+) -> int | None:
+    """Return how many of these `prompt_hash` the run of a model trained on, and say so.
+
+    None if it is of no run, or of one whose data cannot be read, which is said. `unit`: what has a prompt.
+    """
+    place = Path(model).expanduser().resolve()
+    folders = map(RunFolder, [place, *place.parents[:2]] if place.exists() else [])  # else a name of the hub
+    run = next((folder for folder in folders if folder.state.is_file()), None)
+    if run is None:
+        return None
+    try:
+        trained = _trained(run.config)
+    except (OSError, ValueError, DpoDistError) as error:
+        say(f"note: not known whether {model} was trained on these {unit}s: {first_line(error)}")
+        return None
+    asked = list(prompts)
+    seen = sum(prompt in trained for prompt in asked)
+    if seen:
+        say(
+            f"warning: {seen:,} of {len(asked):,} {unit}s are not held out: {model} was trained on their "
+            "prompts, and the results say little about others"
+        )
+    return seen
+
+
+@cache
+def _trained(file: Path) -> frozenset[int]:
+    config: RunConfig = from_yaml(file.read_text(encoding="utf-8"), file)
+    data = config.data
+    held_out = np.array(sorted(_prompts(data.eval)), np.uint64) if data.drop_eval_prompts else None
+    part = train_part(data, held_out)
+    return frozenset(filter(part.has, _prompts(data.train)))
+
+
+def _prompts(sources: Iterable[SourceConfig]) -> set[int]:
+    records = (record for source in sources for record in read_prompts(pinned(source)))
+    return {prompt_hash(record.prompt) for record in records if isinstance(record, PreferenceRecord)}

@@ -1,0 +1,479 @@
+"""Charts: curves of runs on pages and as an image, a scatter, a histogram; complete without a script.
+
+Matplotlib draws the image only: its SVG takes six times the time, and styles that the pages forbid.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain, pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from markupsafe import Markup
+from numpy.typing import ArrayLike, NDArray
+
+from dpo_dist.config.metrics import ACCURACY_CHART, AUC_CHART, CUSTOM, METRICS, PREFIX, TERMS, metric_of
+from dpo_dist.foundation import files
+from dpo_dist.foundation.streams import printable
+from dpo_dist.foundation.text import number
+from dpo_dist.objective.metrics import AUC
+from dpo_dist.tools.pages.render import part
+
+Rows = Sequence[Mapping[str, float]]
+FloatArray = NDArray[np.float64]
+Interval = Sequence[float] | None
+
+COLORS = ("#0072b2", "#c85200", "#00805c", "#a3478c", "#8f6a00", "#5b6470")
+"""Colours of lines on white that colour-blind people can distinguish: after Okabe and Ito
+(https://jfly.uni-koeln.de/color/), darkened to a contrast of 4 to white. page.css has them too."""
+
+_PADDING = 0.05
+_MOST_TICKS = 5
+_SHORT = 200.0  # a logarithmic axis has ticks within a decade below this ratio of its ends
+_SMOOTHED_SHARE = 0.06
+_MOST_POINTS = 400
+_FEW_POINTS = 30
+_WIDEST_BAR = 24.0  # a few different values are no solid box
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A linear or logarithmic axis: `low` is drawn at the coordinate `start`, `high` at `end`."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    is_log: bool = False
+
+    @classmethod
+    def around(cls, values: Iterable[float], start: float, end: float, *, is_log: bool = False) -> "Axis":
+        """Return the axis of finite values, with some room at both ends."""
+        shown = list(values) or ([1.0, 10.0] if is_log else [0.0, 1.0])
+        low, high = min(shown), max(shown)
+        if is_log:
+            room = (high / low) ** _PADDING if high > low else 2.0
+            return cls(low / room, high * room, start, end, is_log=True)
+        room = _PADDING * (high - low) or 0.1 * abs(high) or 1.0
+        return cls(low - room, high + room, start, end)
+
+    def place(self, value: float) -> float:
+        """Return the coordinate of a value, in tenths; of a logarithmic axis it must be positive."""
+        low, high, at = self.low, self.high, value
+        if self.is_log:
+            low, high, at = map(math.log10, (low, high, at))
+        return round(self.start + (at - low) / ((high - low) or 1.0) * (self.end - self.start), 1)
+
+    def ticks(self, *, whole: bool = False) -> list[float]:
+        """Return about five round values within the axis; `whole`: integers only."""
+        from matplotlib.ticker import Locator, LogLocator, MaxNLocator  # noqa: PLC0415  (slow; only rank 0 draws)
+
+        locator: Locator = MaxNLocator(_MOST_TICKS, steps=[1, 2, 2.5, 5, 10], integer=whole, min_n_ticks=1)
+        if self.is_log:
+            subs = (1.0, 2.0, 5.0) if self.high < _SHORT * self.low else (1.0,)
+            locator = LogLocator(subs=subs, numticks=_MOST_TICKS + 1)
+        slack = 1e-9 * (self.high - self.low)
+        candidates = map(float, locator.tick_values(self.low, self.high))
+        within = [tick for tick in candidates if self.low - slack <= tick <= self.high + slack]
+        if self.is_log and len(within) < 2:  # the values are too near to each other
+            return Axis(self.low, self.high, self.start, self.end).ticks()
+        return within
+
+    def marks(self, *, whole: bool = False) -> list[tuple[float, str]]:
+        """Return coordinate and text of each tick."""
+        return [(self.place(tick), number(tick)) for tick in self.ticks(whole=whole)]
+
+
+Role = Literal["raw", "smooth", "evaluation", "spike", "noise"]
+
+
+class Line:
+    """One line of a chart, with increasing steps; lines with the same label share their colour.
+
+    A value that is not finite, or not positive on a logarithmic axis, is a gap (nan). A "raw" line is light
+    beside a "smooth" one; a "spike" is a mark without a line.
+    """
+
+    def __init__(
+        self, label: str, role: Role, steps: ArrayLike, values: ArrayLike, *, log: bool = False
+    ) -> None:
+        self.label, self.role = label, role
+        self.steps, self.values = np.array(steps, dtype=np.float64), np.array(values, dtype=np.float64)
+        self.values[~np.isfinite(self.values) | ((self.values <= 0) & log)] = math.nan
+
+    def smoothed(self) -> "Line":
+        """Return two passes of a centred mean over 6 % of the values; gaps stay gaps, and are in no mean."""
+        is_known = np.isfinite(self.values)
+        half = int(_SMOOTHED_SHARE * is_known.sum() / 2)
+        if half == 0:
+            return self
+
+        def window(values: FloatArray) -> FloatArray:
+            sums = np.cumsum(np.pad(values, (half + 1, half)))
+            return np.asarray(sums[2 * half + 1 :] - sums[: -2 * half - 1])
+
+        means, counts = np.where(is_known, self.values, 0.0), window(is_known.astype(np.float64))
+        for _ in range(2):
+            means = np.where(is_known, window(means) / np.where(is_known, counts, 1.0), 0.0)
+        return Line(self.label, "smooth", self.steps, np.where(is_known, means, math.nan))
+
+    def extremes(self, most: int) -> FloatArray:
+        """Return at most about `most` steps that show the line's shape.
+
+        They are its ends, and in each of equal parts the steps of the smallest and the largest value.
+        """
+        if len(self.steps) <= most:
+            return self.steps
+        kept = {0, len(self.steps) - 1}
+        for indices in np.array_split(np.arange(len(self.steps)), max(1, most // 2)):
+            values = self.values[indices]
+            if np.isfinite(values).any():
+                kept |= {int(indices[np.nanargmin(values)]), int(indices[np.nanargmax(values)])}
+        return self.steps[sorted(kept)]
+
+
+def chart(
+    title: str,
+    lines: Sequence[Line],
+    unit: str = "",
+    *,
+    log: bool = False,
+    over: str = "step",
+    names: Sequence[str] = (),
+) -> Markup:
+    """Return a `<figure>` with one chart over steps, or what `over` names; empty if no line has a point.
+
+    A long line is drawn with about 400 points, which include its smallest and largest values. `names`: the
+    labels of a legend that several charts share; below the chart are values alone.
+    """
+    whole = [line for line in lines if line.steps.size]
+    if not whole:
+        return Markup("")
+    with_raw = {line.label for line in whole if line.role == "raw"}
+    shapes = [line for line in whole if line.role != "smooth" or line.label not in with_raw]
+    kept = np.unique(np.concatenate([line.extremes(_MOST_POINTS // len(shapes)) for line in shapes]))
+    drawn = []
+    for line in whole:
+        is_kept = np.isin(line.steps, kept)
+        drawn.append(Line(line.label, line.role, line.steps[is_kept], line.values[is_kept]))
+    low, high = float(kept[0]), float(kept[-1])
+    across = Axis(low, high if high > low else low + 1, 50, 364)
+    up = _axis_of(drawn, 184, 8, is_log=log)
+    data = {
+        "over": over,
+        "shared": bool(names),
+        "box": [across.start, across.end, up.end, up.start],
+        "xAxis": [across.low, across.high],
+        "yAxis": [up.low, up.high, up.is_log],
+        "lines": [
+            [line.steps.tolist(), [None if math.isnan(v) else float(f"{v:.6g}") for v in line.values]]
+            for line in drawn
+        ],
+    }
+    labels = names or list(dict.fromkeys(line.label for line in drawn))
+    figure = {
+        **{"title": title, "unit": unit, "over": over, "across": across, "up": up, "place": number(high)},
+        "json": json.dumps(data, separators=(",", ":")),
+        "paths": [path for line in drawn for path in _paths(line, drawn, labels, across, up)],
+        "legend": _legend(drawn, labels, high, over, is_shared=bool(names)),
+        "is_shared": bool(names),
+    }
+    return part("svg.jinja", "chart", figure)
+
+
+def _axis_of(lines: Sequence[Line], start: float, end: float, *, is_log: bool) -> Axis:
+    values = (value for line in lines for value in line.values.tolist() if math.isfinite(value))
+    return Axis.around(values, start, end, is_log=is_log)
+
+
+def _paths(
+    line: Line, drawn: Sequence[Line], labels: Sequence[str], across: Axis, up: Axis
+) -> list[tuple[str, str]]:
+    """Return classes and data of the paths of a line; a gap interrupts it."""
+    runs: list[list[str]] = [[]]
+    for at, value in zip(line.steps.tolist(), line.values.tolist(), strict=True):
+        if math.isnan(value):
+            runs.append([])
+        else:
+            runs[-1].append(f"{across.place(at):g} {up.place(value):g}")
+    dots = "".join(f"M{point}h0" for run in runs for point in run)
+    color = color_of(labels, line.label)
+    if line.role == "spike":
+        return [(f"spike {color}", dots)]
+    is_light = line.role == "raw" and any((each.label, each.role) == (line.label, "smooth") for each in drawn)
+    style = f"{line.role} {'light ' if is_light else ''}{color}"
+    path = "".join(f"M{run[0]}h0" + "".join(f"L{point}" for point in run[1:]) for run in runs if run)
+    if line.role == "evaluation":
+        return [(style, path), (f"mark {color}", dots), ("hole", dots)]
+    shown = [(style, path), (f"dot {style}", dots)]
+    return shown if len(line.steps) <= _FEW_POINTS and line.role != "noise" else shown[:1]
+
+
+def color_of(labels: Sequence[str], label: str) -> str:
+    """Return the classes of a label's colour; after six labels lines of the same colours are dashed."""
+    number = labels.index(label)
+    return f"c{number % len(COLORS)}" + (" again" if number // len(COLORS) % 2 else "")
+
+
+def _legend(
+    drawn: Sequence[Line], labels: Sequence[str], end: float, over: str, *, is_shared: bool
+) -> list[Mapping[str, Any]]:
+    """Return an item for each label's curve and for each label's evaluations, with the last values.
+
+    Below a chart whose legend is shared, labels with evaluations have those only.
+    """
+    items: dict[tuple[str, bool], list[int]] = {}
+    for index, line in enumerate(drawn):
+        items.setdefault((line.label, line.role == "evaluation"), []).append(index)
+    joint = " \u00b7 " if is_shared else " \u00b7 mean "
+    return [
+        {
+            "color": color_of(labels, label),
+            "lines": indices,
+            "mark": "ring" if is_evaluation else "stroke",
+            "label": label,
+            "note": " (evaluation)" if is_evaluation and (label, False) in items else "",
+            "last": joint.join(_last_value(drawn[index], end, over) for index in indices),
+        }
+        for (label, is_evaluation), indices in items.items()
+        if is_evaluation or not is_shared or (label, True) not in items
+    ]
+
+
+def _last_value(line: Line, end: float, over: str) -> str:
+    step, value = float(line.steps[-1]), float(line.values[-1])
+    shown = "no value" if math.isnan(value) else number(value)
+    return shown if step == end else f"{shown} at {over} {number(step)}"
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A chart on a run's page, of the metrics whose row has its title, or of the custom metric of that name.
+
+    `in_image`: in training_curves.png.
+    """
+
+    title: str
+    in_image: bool = False
+    is_log: bool = False
+    is_smoothed: bool = True
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The names of its metrics."""
+        named = tuple(name for name, metric in METRICS.items() if metric.chart == self.title)
+        return named or (self.title,)
+
+    def label(self, key: str) -> str:
+        """Return the label of a metric's lines."""
+        if len(self.keys) == 1:
+            return metric_of(key).title
+        return key.rsplit("/", 1)[-1].removesuffix("_per_token")
+
+
+PANELS = (
+    Panel("Loss", in_image=True),
+    *(Panel(METRICS[name].chart) for name in TERMS.values()),
+    Panel("Loss above that of soft labels"),
+    Panel(ACCURACY_CHART, in_image=True),
+    Panel(AUC_CHART, in_image=True),
+    Panel("Margin of rewards", in_image=True),
+    Panel("Rewards", in_image=True),
+    Panel("Log-ratio of mismatched responses"),
+    Panel("Log-prob per token"),
+    Panel("Distance from the reference"),
+    Panel("Length of generated responses"),
+    Panel("Generated responses that end"),
+    Panel("Gradient norm", in_image=True, is_log=True),
+    Panel("Learning rate", in_image=True, is_smoothed=False),
+)
+
+
+def charts(rows: Rows, noise: Mapping[str, float]) -> list[Markup]:
+    """Return all charts of a run that have a value; `noise` is that of rounding, by metric."""
+    figures = (
+        chart(
+            panel.title,
+            list(panel_lines(panel, rows, noise)),
+            metric_of(panel.keys[0]).unit,
+            log=panel.is_log,
+        )
+        for panel in _panels(rows)
+    )
+    return list(filter(None, figures))
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The rows of a run, whose `step` is its pairs so far; runs with the same label share their colour."""
+
+    label: str
+    kind: str  # of its loss
+    rows: Rows
+
+
+def charts_of_runs(runs: Sequence[Curves], over: str, apart: tuple[str, ...]) -> list[Markup]:
+    """Return a chart over pairs for each metric, with the moving mean and the evaluations of each run.
+
+    Metrics whose names start with one of `apart` have a chart for each kind of loss.
+    """
+    figures, names = [], list(dict.fromkeys(run.label for run in runs))
+    for panel in _panels(list(chain(*(run.rows for run in runs)))):
+        for key in panel.keys:
+            title = panel.title if len(panel.keys) == 1 else f"{panel.title}: {panel.label(key)}"
+            parts: dict[str, list[Line]] = {}
+            for run in runs:
+                part_title = f"{title}, {run.kind}" if key.startswith(apart) else title
+                lines = parts.setdefault(part_title, [])
+                of_run = _metric_lines(panel, key, run.label, run.rows)
+                shown = {line.role == "evaluation": line for line in of_run}  # the mean is after raw
+                for is_evaluation, line in shown.items():
+                    line.role = "evaluation" if is_evaluation else "smooth"
+                    lines.append(line)
+            figures += [
+                chart(name, lines, metric_of(key).unit, log=panel.is_log, over=over, names=names)
+                for name, lines in parts.items()
+            ]
+    return list(filter(None, figures))
+
+
+def _panels(rows: Rows) -> list[Panel]:
+    names = {key.removeprefix(PREFIX): None for row in rows for key in row}
+    custom = [Panel(name) for name in names if name.startswith(CUSTOM) and name.count("/") == 1]
+    return [*PANELS, *custom]
+
+
+def panel_lines(panel: Panel, rows: Rows, noise: Mapping[str, float]) -> Iterator[Line]:
+    """Yield the lines of a panel: of each metric its values, their moving mean and those of evaluations.
+
+    The last line is the noise of the first metric, if it has some.
+    """
+    steps = [row for row in rows if "loss" in row]
+    for key in panel.keys:
+        yield from _metric_lines(panel, key, panel.label(key), rows)
+    if panel.keys == ("loss",):
+        counts = accumulate((row.get("loss_spikes", 0.0) for row in steps), max, initial=0.0)
+        pairs = zip(steps, counts, strict=False)
+        if spikes := [row for row, before in pairs if row.get("loss_spikes", 0.0) > before]:
+            yield _line(panel, "spike", "spike", spikes, "loss")
+    if (level := noise.get(panel.keys[0])) and any(panel.keys[0] in row for row in steps):
+        yield Line("noise of rounding", "noise", [row["step"] for row in steps], [level] * len(steps))
+
+
+def _metric_lines(panel: Panel, key: str, label: str, rows: Rows) -> Iterator[Line]:
+    """Yield the values of a metric, their moving mean and those of evaluations."""
+    steps = [row for row in rows if "loss" in row]
+    if any(key in row for row in steps):
+        raw = _line(panel, label, "raw", steps, key)
+        mean = raw.smoothed() if panel.is_smoothed else raw
+        yield from [mean] if mean is raw else [raw, mean]
+    if evaluated := [row for row in rows if PREFIX + key in row]:
+        yield _line(panel, label, "evaluation", evaluated, PREFIX + key)
+
+
+def _line(panel: Panel, label: str, role: Role, rows: Rows, key: str) -> Line:
+    values = [row.get(key, math.nan) for row in rows]
+    return Line(label, role, [row["step"] for row in rows], values, log=panel.is_log)
+
+
+_STYLES: Mapping[Role, Mapping[str, Any]] = {
+    "raw": {"linewidth": 1.2, "alpha": 0.5},
+    "smooth": {"linewidth": 2.0},
+    "evaluation": {"linewidth": 0.9, "linestyle": "--", "marker": "o", "markerfacecolor": "white"},
+    "spike": {"linestyle": "", "marker": "v", "markersize": 7},
+}
+
+
+def draw_curves(rows: Rows, path: Path, title: str) -> None:
+    """Draw metrics rows to the PNG file `path`, 1600 pixels wide, whole or not at all."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  (slow; only rank 0 draws)
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    figure = Figure(figsize=(16, 8), dpi=100)
+    canvas = FigureCanvasAgg(figure)
+    figure.suptitle(printable(title), parse_math=False)
+    margins = {"left": 0.05, "right": 0.99, "bottom": 0.08, "top": 0.9, "hspace": 0.35, "wspace": 0.2}
+    absent = ACCURACY_CHART if any(AUC in row for row in rows) else AUC_CHART
+    panels = [panel for panel in PANELS if panel.in_image and panel.title != absent]
+    for axes, panel in zip(figure.subplots(2, 3, gridspec_kw=margins).flat, panels, strict=True):
+        axes.set_xlabel("step")
+        axes.locator_params(axis="x", integer=True)
+        axes.set_title(panel.title, loc="left", y=1.0)  # a given place is not looked for, a third of the time
+        axes.grid(alpha=0.3)
+        lines = list(panel_lines(panel, rows, {}))
+        axis = _axis_of(lines, 0, 1, is_log=panel.is_log)
+        axes.set(yscale="log" if panel.is_log else "linear", ylim=(axis.low, axis.high))
+        axes.set_yticks(axis.ticks(), [text for _, text in axis.marks()])
+        axes.minorticks_off()
+        labels = list(dict.fromkeys(line.label for line in lines))
+        for line in lines:
+            name = None if line.role == "smooth" else line.label
+            name = f"{line.label} (evaluation)" if line.role == "evaluation" else name
+            color = COLORS[labels.index(line.label)]
+            axes.plot(line.steps, line.values, color=color, label=name, **_STYLES[line.role])
+        if lines:
+            axes.legend(frameon=False)
+    with files.staged_file(path) as temporary:
+        canvas.print_figure(temporary, format="png")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of a scatter with its intervals."""
+
+    label: str
+    x: float
+    y: float
+    x_ends: Interval
+    y_ends: Interval
+
+
+def scatter(points: Sequence[Point], x_title: str, y_title: str, level: tuple[float, str] | None) -> Markup:
+    """Return numbered points with intervals as bars, and a legend; empty without a point.
+
+    The horizontal axis is logarithmic; `level` is a value on the vertical one of a line with its name.
+    """
+    if not points:
+        return Markup("")
+    widths = [end for point in points for end in (point.x, *(point.x_ends or ())) if end > 0]
+    across = Axis.around(widths, 58, 704, is_log=True)
+    heights = [end for point in points for end in (point.y, *(point.y_ends or ()))]
+    heights += [level[0]] if level else []
+    up = Axis.around(heights, 304, 14)
+    return part("svg.jinja", "scatter", points, across, up, x_title, y_title, level)
+
+
+def histogram(values: Mapping[str, Any], title: str, limit: float | None = None) -> Markup:
+    """Return a histogram of a distribution of doctor.json; its axis is logarithmic for numbers from 0.
+
+    The smallest, the largest and some values between get a label where there is room, the first ones first;
+    `limit` is marked by a line.
+    """
+    width, bottom, room = 360, 92, 44
+    edges, percentiles = values["edges"], values["percentiles"]
+    shape: Callable[[float], float] = math.log1p if edges[0] >= 0 else float
+    axis = Axis(shape(edges[0]), shape(edges[-1]), 0, width)
+    largest, bars = max(values["counts"]) or 1, []
+    for (low, high), count in zip(pairwise(edges), values["counts"], strict=True):
+        if count:
+            x, height = axis.place(shape(low)), round(max(1.0, count / largest * bottom), 1)
+            bar_width = round(min(max(1.0, axis.place(shape(high)) - x - 0.5), _WIDEST_BAR), 1)
+            label = f"{number(low, 3)} to {number(high, 3)}: {count:,}"
+            bars.append((x, round(bottom - height, 1), bar_width, height, label))
+    ticks: list[tuple[float, str, str]] = []
+    for value in (values["smallest"], values["largest"], *(percentiles[each] for each in (50, 95, 25))):
+        x = axis.place(shape(value))
+        if all(abs(x - other) > room for other, *_ in ticks):
+            anchor = "end" if x > width - room / 2 else "middle"
+            anchor = "start" if x < room / 2 else anchor
+            ticks.append((x, number(value, 3), anchor))
+    is_marked = limit is not None and edges[0] <= limit <= edges[-1]
+    plot = {
+        **{"width": width, "height": bottom + 18, "bottom": bottom},
+        **{"title": title, "bars": bars, "ticks": ticks},
+        "limit": (axis.place(shape(limit or 0)), number(limit or 0, 3)) if is_marked else None,
+    }
+    return part("svg.jinja", "histogram", plot)

@@ -1,0 +1,241 @@
+"""Prompts with responses side by side, different words marked; the samples of runs that their pages show."""
+
+import random
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from dpo_dist.config.run_folder import RunFolder, step_of
+from dpo_dist.foundation.files import read_lines
+from dpo_dist.foundation.text import counted, number, percent
+from dpo_dist.tools.pages.render import part
+from dpo_dist.tools.text_facts import WORD, text_facts
+
+Row = Mapping[str, Any]
+Piece = tuple[str, bool]
+"""A part of a text, and whether its words differ from those of another text."""
+
+_LONGEST_TEXT = 6000
+_OPEN = 2
+_TITLE_CHARACTERS = 120
+_TEMPLATE_TOKEN = re.compile(r"<\|[^|<>]{1,40}\|>|\[/?INST\]|</?s>|<(?:start|end)_of_turn>")
+_ROLE = re.compile(r"\A\s*(system|user|assistant|model)\s*(\n|\Z)")
+
+
+@dataclass(frozen=True)
+class ShownResponse:
+    """A response: the label of its model, its text (None: not known), notes behind the label, its pieces."""
+
+    label: str
+    text: str | None
+    notes: str = ""
+    pieces: Sequence[Piece] = ()
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A prompt as the model reads it, with responses, which are compared with the response `against`.
+
+    `why` is in small letters below the title, `labels` are for filters, the smallest `order` comes first.
+    """
+
+    prompt: str
+    responses: Sequence[ShownResponse]
+    against: str
+    why: str
+    labels: Sequence[str] = ()
+    order: float = 0.0
+
+    @property
+    def title(self) -> str:
+        """The beginning of the last turn on one line, without the template's tokens."""
+        turns = [_ROLE.sub("", turn).split() for turn in _TEMPLATE_TOKEN.split(self.prompt)]
+        line = " ".join(next((turn for turn in reversed(turns) if turn), ()))
+        return line if len(line) <= _TITLE_CHARACTERS else line[:_TITLE_CHARACTERS] + "\u2026"
+
+
+def marked(text: str, other: str) -> tuple[list[Piece], float]:
+    """Return the pieces of a text and the share of its words that `other` lacks. White space does not count.
+
+    Letters of scripts without spaces are words. In a long text, frequent words do not anchor the comparison.
+    """
+    words = list(WORD.finditer(text))
+    matcher = SequenceMatcher(None, [word.group() for word in words], WORD.findall(other))
+    pieces: list[Piece] = []
+    new = end = 0
+    for kind, start, stop, _, _ in matcher.get_opcodes():
+        if start < stop:
+            begin, before, end = words[start].start(), end, words[stop - 1].end()
+            new += (stop - start) * (kind != "equal")
+            pieces += [(text[before:begin], False), (text[begin:end], kind != "equal")]
+    pieces.append((text[end:], False))
+    return [piece for piece in pieces if piece[0]], new / len(words) if words else 0.0
+
+
+def prompt_items(prompts: Iterable[Shown], room: int) -> tuple[list[Markup], int]:
+    """Return prompts as HTML as long as they fit into `room` bytes, and the number of those left out."""
+    items: list[Markup] = []
+    left, waiting = room, iter(prompts)
+    for shown in waiting:
+        item = part("macros.jinja", "prompt", _cut(shown), len(items) < _OPEN)
+        left -= len(item.encode("utf-8", "replace"))
+        if left < 0:
+            return items, 1 + sum(1 for _ in waiting)
+        items.append(item)
+    return items, 0
+
+
+def _cut(shown: Shown) -> Mapping[str, Any]:
+    """Return a prompt for its template, with the beginnings of long texts."""
+    base = next((each for each in shown.responses if each.label == shown.against), None)
+    other = base.text[:_LONGEST_TEXT] if base and base.text and base.text.strip() else None
+    columns = [_column(each, other if each is not base else None, shown.against) for each in shown.responses]
+    return {**vars(shown), "title": shown.title, "prompt": shown.prompt[:_LONGEST_TEXT], "responses": columns}
+
+
+def _column(response: ShownResponse, other: str | None, against: str) -> ShownResponse:
+    text = (response.text or "")[:_LONGEST_TEXT]
+    if not text.strip():
+        return response
+    notes, pieces = [response.notes], [(text, False)]
+    if other is not None:
+        pieces, share = marked(text, other)
+        differs = f"{percent(share)} of its words not in {against}"
+        notes.append(f"the same text as {against}" if text == other else differs)
+    if len(response.text or "") > _LONGEST_TEXT:
+        notes.append(f"first {_LONGEST_TEXT:,} of {len(response.text or ''):,} characters")
+    return ShownResponse(response.label, text, "; ".join(filter(None, notes)), pieces)
+
+
+def end_notes(tokens: int | None, is_finished: bool | None) -> str:
+    """Return "184 tokens, did not end"; None is not known."""
+    notes = [] if tokens is None else [counted(tokens, "token")]
+    return ", ".join([*notes, "did not end"] if is_finished is False else notes)
+
+
+REPEATED, DISTINCT, LONGER = 0.5, 0.5, 2.0
+_MOST_ROWS, _MOST_WORST, _MOST_SHOWN = 200, 6, 10
+_MEASURED_CHARACTERS = 2000
+_SECTION_BYTES = 900_000
+
+
+def faults(row: Row) -> list[str]:
+    """Return the reasons to look at a policy's response; the first is the worst."""
+    text, tokens, of_reference = row["policy"], row["policy_tokens"], row["reference_tokens"]
+    facts = text_facts(text[:_MEASURED_CHARACTERS], tokens or 0, is_finished=True)
+    ratio = tokens / of_reference if tokens and of_reference else 1.0
+    reasons = {
+        "is empty": facts.empty,
+        "does not end": row["policy_finished"] is False,
+        "repeats itself": facts.longest_repeat > REPEATED or (facts.distinct_3 or 1.0) < DISTINCT,
+        f"is {ratio:.1f} times as long as the reference's": ratio >= LONGER,
+    }
+    return [reason for reason, applies in reasons.items() if applies]
+
+
+def choose(rows: Sequence[Row]) -> list[tuple[Row, str]]:
+    """Return rows to show with the reasons: those with most faults, the longest first, and some at random."""
+    judged = [(row, faults(row)) for row in rows]
+    faulty = [each for each in judged if each[1]]
+    worst = sorted(faulty, key=lambda each: (-len(each[1]), -(each[0]["policy_tokens"] or 0)))[:_MOST_WORST]
+    others = [each for each in judged if each not in worst]
+    drawn = random.Random(0).sample(others, min(len(others), _MOST_SHOWN - len(worst)))  # noqa: S311
+    return [
+        *((row, f"the response {', '.join(reasons)}") for row, reasons in worst),
+        *((row, "chosen at random") for row, _ in drawn),
+    ]
+
+
+def samples_of(folder: RunFolder) -> Mapping[str, Any]:
+    """Return the content of the section about the samples of a run; empty without samples.
+
+    Responses are those of the reference and of the policy after the last, the previous and the first step.
+    """
+    files = _files(folder)
+    steps = list(files)
+    read = {step: list(islice(read_lines(files[step]), _MOST_ROWS)) for step in {*steps[:2], *steps[-1:]}}
+    if not steps or not read[steps[0]]:
+        return {}
+    by_prompt = {step: {row["prompt_id"]: row for row in rows} for step, rows in read.items()}
+    shown = []
+    for row, reason in choose(read[steps[0]]):
+        rows = {step: by_id.get(row["prompt_id"]) for step, by_id in sorted(by_prompt.items(), reverse=True)}
+        title = f"{row['source']}: {reason}"
+        shown.append(Shown(row["prompt"], tuple(_responses(row, rows)), "reference", title))
+    items, omitted = prompt_items(shown, _SECTION_BYTES)
+    return {
+        "step": steps[0],
+        "prompts": len(read[steps[0]]),
+        "file": files[steps[0]].name,
+        "items": items,
+        "omitted": omitted,
+    }
+
+
+def _files(folder: RunFolder) -> dict[int, Path]:
+    """Return the files of samples by step, the newest first."""
+    named = ((step_of(file.stem), file) for file in folder.samples.glob("step-*.jsonl"))
+    return dict(sorted(((step, file) for step, file in named if step is not None), reverse=True))
+
+
+def samples_of_runs(runs: Mapping[str, RunFolder]) -> list[Markup]:
+    """Return prompts that several runs have, with the responses after the last step of each."""
+    by_prompt: dict[str, list[ShownResponse]] = {}
+    last: dict[str, Row] = {}
+    for label, folder in runs.items():
+        for file in islice(_files(folder).values(), 1):
+            for row in islice(read_lines(file), _MOST_ROWS):
+                notes = end_notes(row["policy_tokens"], row["policy_finished"])
+                response = ShownResponse(label, row["policy"], f"step {row['step']:,}, {notes}")
+                by_prompt.setdefault(row["prompt_id"], []).append(response)
+                last[row["prompt_id"]] = row
+    shown = [
+        Shown(row["prompt"], [*responses, response_of_data(row)], responses[0].label, row["source"])
+        for responses, row in zip(by_prompt.values(), last.values(), strict=True)
+        if len(responses) > 1
+    ]
+    return prompt_items(shown[:_MOST_SHOWN], _SECTION_BYTES)[0]
+
+
+def worst_pairs(file: Path) -> list[Markup]:
+    """Return the pairs of an evaluation's file of its worst ones."""
+    return prompt_items(map(_worst, read_lines(file)), _SECTION_BYTES)[0]
+
+
+def _worst(row: Row) -> Shown:
+    """Return a pair, or a labelled response."""
+    sides, margin = [side for side in ("chosen", "rejected") if side in row], row["margin"]
+    names, measured = sides, f"margin {number(margin, 3)}"
+    if len(sides) == 1:
+        is_good = sides == ["chosen"]
+        names, measured = (
+            ["good" if is_good else "bad"],
+            f"reward {number(margin if is_good else -margin, 3)}",
+        )
+    responses = [ShownResponse(name, row[side]) for name, side in zip(names, sides, strict=True)]
+    return Shown(row["prompt"], responses, "chosen", f"{row['origin']}: {measured}")
+
+
+def _responses(last: Row, rows: Mapping[int, Row | None]) -> Iterator[ShownResponse]:
+    """Yield reference, policy after the last step and after earlier ones where it changed since, chosen."""
+    notes = end_notes(last["reference_tokens"], last["reference_finished"])
+    yield ShownResponse("reference", last["reference"], notes)
+    known = {last["reference"]}
+    for step, row in rows.items():
+        if row is last or (row is not None and row["policy"] not in known):
+            known.add(row["policy"])
+            notes = end_notes(row["policy_tokens"], row["policy_finished"])
+            yield ShownResponse(f"step {step:,}", row["policy"], notes)
+    yield response_of_data(last)
+
+
+def response_of_data(row: Row, place: str = "") -> ShownResponse:
+    """Return the response that the data have, by its label where they have labels."""
+    name = f"{row['label']} response" if row.get("label") else "chosen"
+    return ShownResponse(name + place, row["chosen"])

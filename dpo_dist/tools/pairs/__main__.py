@@ -1,0 +1,43 @@
+"""Make preference records: `dpo-dist pairs pairs.method=scores data.train=[scored.jsonl] ...`.
+
+`accelerate launch -m dpo_dist pairs ...` shares the work among processes. The same command again continues
+after the finished parts. docs/evaluate.md has a command for each method.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+
+from dpo_dist.config.command_line import run_verb
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import PairsMethod, RunConfig
+from dpo_dist.foundation.console import console_on, open_console
+from dpo_dist.foundation.errors import ExitCode
+from dpo_dist.tools.pairs.rounds import run_rounds
+from dpo_dist.tools.pairs.start import check_pairs
+
+
+def main(config: RunConfig) -> int:
+    """Write the preference records of `config.pairs`; return the exit code."""
+    check_pairs(config)
+    if config.pairs.rounds:
+        return run_rounds(config, console_on(sys.stderr, config.console.style).say)
+    is_alone = config.pairs.method in (PairsMethod.scores, PairsMethod.people)  # without a model
+    if not is_alone or os.environ.get("RANK", "0") == "0":
+        with open_console(RunFolder.of(config).rank_log, config.console.style) as console:
+            from dpo_dist.tools.pairs.run import make_pairs  # noqa: PLC0415  (slow, prints)
+
+            make_pairs(config, console)
+    return ExitCode.completed
+
+
+def check(config: RunConfig) -> Iterator[str]:
+    """Check everything that needs no weights and no GPU."""
+    check_pairs(config)
+    from dpo_dist.tools.pairs.run import rehearse_pairs  # noqa: PLC0415  (slow)
+
+    yield rehearse_pairs(config)
+
+
+if __name__ == "__main__":
+    run_verb(main, check, verb="pairs")

@@ -1,0 +1,132 @@
+"""Files of pairs: records with provenance, their summary, counts in words."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import dpo_dist
+from dpo_dist.config.keys import as_written
+from dpo_dist.config.schema import DataConfig, RunConfig, SourceConfig
+from dpo_dist.data.counts import DataCounts, check_counts, count_lines, describe_dropped
+from dpo_dist.data.read.sources import pinned
+from dpo_dist.data.records import BadRecord, PreferenceRecord, Response, as_fields, context_fields
+from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.foundation.files import staged_file, write_json, write_lines
+from dpo_dist.foundation.text import counted
+
+Read: TypeAlias = Callable[[SourceConfig], Iterator[PreferenceRecord | BadRecord]]
+"""`read_records` or `read_prompts`."""
+
+
+def training_records(
+    config: RunConfig, read: Read, say: Callable[[str], None], enough: Callable[[], bool] = lambda: False
+) -> Iterator[PreferenceRecord]:
+    """Yield the usable records of `data.train` until there are `enough`; print the counts of each source."""
+    for source in config.data.train:
+        if not enough():
+            yield from good_records(read(pinned(source)), source, config.data, say, enough)
+
+
+def good_records(
+    records: Iterator[PreferenceRecord | BadRecord],
+    source: SourceConfig,
+    data: DataConfig,
+    say: Callable[[str], None],
+    enough: Callable[[], bool] = lambda: False,
+    *,
+    of_first: bool = False,
+) -> Iterator[PreferenceRecord]:
+    """Yield the usable records of a source until there are `enough`; then print the counts.
+
+    `of_first`: they are the first records of more.
+    """
+    counts = DataCounts()
+    while not enough() and (record := next(records, None)) is not None:
+        counts.add(record)
+        if isinstance(record, PreferenceRecord):
+            yield record
+    check_counts(counts, source.path, data, of_first=of_first)
+    say(f"{source.path}: {counts.kept:,} of {counted(counts.read, 'record')} kept")
+    for line in describe_dropped(counts.dropped):
+        say(line)
+
+
+def pair_fields(
+    record: PreferenceRecord,
+    responses: tuple[Response, Response],
+    scores: tuple[float, float] | None,
+    provenance: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the fields of a preference record: the prompt of `record`, and the chosen and rejected response.
+
+    Messages if the prompt is a conversation, else texts: training renders both as it renders `record`.
+    """
+    prompt, chosen, rejected = as_fields(record.prompt, responses)
+    fields = {} if prompt is None else {"prompt": prompt}
+    fields |= {"chosen": chosen, "rejected": rejected, **context_fields(record)}
+    if scores is not None:
+        fields |= {"score_chosen": scores[0], "score_rejected": scores[1]}
+    return fields | {"provenance": dict(provenance)}
+
+
+def _summary_file(file: Path) -> Path:
+    return file.with_name(f"{file.name}.summary.json")
+
+
+def check_output(file: Path, settings: Mapping[str, Any]) -> None:
+    """Check that an existing file of pairs was made with the same settings; it is then written again."""
+    if not file.exists():
+        return
+    summary = _summary_file(file)
+    old = json.loads(summary.read_text(encoding="utf-8"))["settings"] if summary.exists() else {}
+    now = json.loads(json.dumps(settings))
+    changed = [
+        f"{name}: {as_written(old.get(name))} before, {as_written(now.get(name))} now"
+        for name in sorted({*old, *now})
+        if old.get(name) != now.get(name)
+    ]
+    if changed:
+        raise ConfigError(
+            "the file of pairs exists and was made with other settings",
+            where=str(file),
+            got="; ".join(changed) if old else "a file without a summary of its settings",
+            remedy="set run.dir to another folder, or remove this one",
+        )
+
+
+def write_results(
+    file: Path,
+    records: Iterable[Mapping[str, Any]],
+    settings: Mapping[str, Any],
+    counts: Counter[str],
+    say: Callable[[str], None],
+) -> None:
+    """Write pairs as JSON lines, whole or not at all, and their summary; print the counts.
+
+    `counts` is filled while `records` are read.
+    """
+    try:
+        with staged_file(file) as temporary:
+            number = write_lines(temporary, records)
+            if not number:
+                raise DataError(
+                    "no pair can be made",
+                    where=str(file),
+                    got="no two usable responses of a prompt with different scores",
+                    remedy="see the counts: scores can be missing, equal or within pairs.margin, responses "
+                    "unfinished within sampling.max_new_tokens; of a file without scores "
+                    "pairs.method=samples makes responses and scores them",
+                )
+            summary = {
+                "pairs": number,
+                "counts": {name: times for name, times in sorted(counts.items()) if times},
+                "settings": dict(settings),
+                "version": dpo_dist.__version__,
+            }
+            write_json(_summary_file(file), summary)
+    finally:
+        for line in count_lines(counts):
+            say(line)
+    say(f"{counted(number, 'pair')}: {file}")

@@ -1,0 +1,309 @@
+"""Pairs labelled by people: serve a page until it is interrupted, then write pairs and agreement."""
+
+import itertools
+import json
+import os
+import secrets
+import signal
+import socket
+import statistics
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
+from socketserver import ThreadingMixIn
+from typing import Any, NamedTuple
+from urllib.parse import parse_qsl, urlencode
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+
+import jinja2
+
+from dpo_dist.config.identity import plain
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import PairsMethod, RunConfig
+from dpo_dist.data.counts import counts_in_one_line
+from dpo_dist.data.formats import read_records
+from dpo_dist.data.read.values import parse_json
+from dpo_dist.data.records import Dialogue, PreferenceRecord, as_fields
+from dpo_dist.foundation.console import Console
+from dpo_dist.foundation.errors import DataError, first_line
+from dpo_dist.foundation.files import locked, text_digest, write_json
+from dpo_dist.foundation.text import counted
+from dpo_dist.tools.pairs.files import check_output, pair_fields, training_records, write_results
+
+HOST = "127.0.0.1"
+_MOST_ITEMS = 1000
+_OVERLAP = 0.2
+"""Share of the comparisons that every annotator judges, for their agreement."""
+
+TIE, SKIP = "tie", "skip"
+_SIDES = ("first", "second")
+"""Verdicts for a response, by its index."""
+
+
+class Judgement(NamedTuple):
+    """A line of the log: a verdict on an item; a later one of the same annotator replaces it."""
+
+    item: str
+    annotator: str
+    verdict: str  # first or second, the better response in the item's own order; tie or skip
+    left: int  # index of the response that was shown on the left
+    time: str
+
+
+def draw_items(
+    records: Iterable[PreferenceRecord], most: int, seed: int, counts: Counter[str]
+) -> dict[str, PreferenceRecord]:
+    """Return at most `most` records with two responses each, drawn by the seed and their contents.
+
+    The keys are digests of prompt and responses, whatever their order. `counts` gets the records that give
+    no item, by reason.
+    """
+    items: dict[str, PreferenceRecord] = {}
+    for record in records:
+        if len(record.responses) < 2:
+            counts["one_response"] += 1
+            continue
+        texts = [json.dumps(part, sort_keys=True) for part in as_fields(record.prompt, record.responses)]
+        prompt, *keys = map(text_digest, texts)
+        drawn = sorted(
+            zip(keys, record.responses, strict=True), key=lambda each: _fraction(seed, prompt, each[0])
+        )
+        first, second = sorted(drawn[:2], key=lambda each: each[0])  # unrelated to quality
+        key = text_digest(f"{prompt} {first[0]} {second[0]}")[:20]
+        counts["duplicate"] += key in items
+        items.setdefault(key, replace(record, responses=(first[1], second[1]), scores=None))
+    chosen = sorted(items, key=lambda key: _fraction(seed, "draw", key))[:most]
+    counts["not_drawn"] = len(items) - len(chosen)
+    return {key: items[key] for key in chosen}
+
+
+def _fraction(seed: int, *names: str) -> float:
+    """Return a number in [0, 1) that follows from the seed and the names."""
+    return int(text_digest("\0".join([str(seed), *names]))[:12], 16) / 16**12
+
+
+class Labelling:
+    """The items of a session, and the judgements in force by annotator and item, as in the open log."""
+
+    def __init__(self, items: Mapping[str, PreferenceRecord], log: int, seed: int):
+        self.items, self._log, self._seed = items, log, seed
+        self.given: dict[tuple[str, str], Judgement] = {}
+        self._shared = {key for key in items if _fraction(seed, "shared", key) < _OVERLAP}
+
+    def read(self, file: Path) -> int:
+        """Take the judgements of earlier starts, but for a line that was cut off; count those not used."""
+        content = file.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        os.ftruncate(self._log, len(whole))
+        lines = []
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                lines.append(Judgement(**parse_json(line)))
+            except (ValueError, TypeError) as error:
+                raise DataError(
+                    "this line is no judgement",
+                    where=f"{file}:{number}",
+                    got=first_line(error),
+                    expected=f"a JSON object with {', '.join(Judgement._fields)}",
+                    remedy="correct the line or delete it; the other judgements stay",
+                ) from error
+        self.given = {(each.annotator, each.item): each for each in lines if each.item in self.items}
+        return sum(each.item not in self.items for each in lines)
+
+    def judge(self, annotator: str, item: str, choice: str) -> None:
+        """Write a verdict, `left`, `right`, `tie` or `skip`, to disk before it counts."""
+        left, now = self.left(annotator, item), datetime.now(UTC).isoformat(timespec="seconds")
+        verdict = {"left": _SIDES[left], "right": _SIDES[1 - left]}.get(choice, choice)
+        judgement = Judgement(item, annotator, verdict, left, now)
+        line = (json.dumps(judgement._asdict(), ensure_ascii=False) + "\n").encode()
+        size = os.fstat(self._log).st_size
+        try:
+            while line:  # the last room of a full disk takes a part of it
+                line = line[os.write(self._log, line) :]
+            os.fsync(self._log)
+        except OSError:
+            os.ftruncate(self._log, size)
+            raise
+        self.given[annotator, item] = judgement
+
+    def left(self, annotator: str, item: str) -> int:
+        """Return the index of the response that this annotator sees on the left."""
+        return int(_fraction(self._seed, "left", item, annotator) < 0.5)
+
+    def remaining(self, annotator: str) -> list[str]:
+        """Return the items that the annotator is to judge, shuffled by the annotator's name."""
+        taken = {item for (_, item), each in self.given.items() if each.verdict != SKIP} - self._shared
+        items = [key for key in self.items if key not in taken and (annotator, key) not in self.given]
+        return sorted(items, key=lambda key: _fraction(self._seed, "order", key, annotator))
+
+    def shown(self, annotator: str, item: str) -> dict[str, Any]:
+        """Return what the page shows of an item, and the annotator's progress."""
+        judged = sum(name == annotator for name, _ in self.given)
+        facts = {"annotator": annotator, "judged": judged, "remaining": len(self.remaining(annotator))}
+        if (record := self.items.get(item)) is None:
+            return facts
+        prompt = tuple(record.prompt) if isinstance(record.prompt, Dialogue) else record.prompt
+        turns, *responses = as_fields(prompt, record.responses)
+        left = self.left(annotator, item)
+        sides = {"left": responses[left], "right": responses[1 - left]}
+        return facts | sides | {"item": item, "prompt": turns, "tools": record.tools}
+
+
+class _Request(WSGIRequestHandler):
+    timeout = 2.0  # of a connection that a browser opens in advance
+
+    def log_message(self, *_: Any) -> None:
+        """Print nothing: the address gives access to the data."""
+
+
+class LabelServer(ThreadingMixIn, WSGIServer):
+    """The page on this machine only, below a random address that nobody can guess."""
+
+    daemon_threads = False  # a request is finished before the log is closed
+
+    def __init__(self, labelling: Labelling):
+        self._labelling, self._lock = labelling, threading.Lock()
+        self.path = f"/{secrets.token_urlsafe(24)}/"
+        page = resources.files("dpo_dist.tools.pairs").joinpath("label.html").read_text("utf-8")
+        self._page = jinja2.Environment(autoescape=True).from_string(page)
+        super().__init__((HOST, 0), _Request)  # a free port
+        self.set_app(self._reply)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print nothing: a browser may close a connection at any time."""
+
+    def _reply(self, environ: dict[str, Any], start: Callable[..., Any]) -> list[bytes]:
+        """Store a verdict; send a comparison, the form for the annotator's name, or where to go on."""
+        sent = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0)).decode()
+        fields = dict(parse_qsl(sent or environ["QUERY_STRING"], keep_blank_values=True))
+        annotator, item = fields.get("annotator", "").strip(), fields.get("item", "")
+        if environ["PATH_INFO"] != self.path:
+            start("404 Not Found", [])
+            return []
+        with self._lock:
+            try:
+                if sent:
+                    self._labelling.judge(annotator, item, fields["choice"])
+            except OSError as error:
+                start("507 Insufficient Storage", [("Content-Type", "text/plain; charset=utf-8")])
+                return [f"Not saved: {error.strerror}. Make room, go back and answer again.".encode()]
+            if sent or (annotator and "item" not in fields):
+                # The address of a comparison has its key: the browser can go back to it.
+                item = next(iter(self._labelling.remaining(annotator)), "")
+                query = urlencode({"annotator": annotator, "item": item})
+                start("303 See Other", [("Location", f"{self.path}?{query}")])
+                return []
+            body = self._page.render(self._labelling.shown(annotator, item))
+        start("200 OK", [("Content-Type", "text/html; charset=utf-8"), ("Cache-Control", "no-store")])
+        return [body.encode("utf-8", "replace")]
+
+
+def outcome(judgements: Sequence[Judgement]) -> tuple[int | None, str]:
+    """Return the index of the better response by majority, or None, and the name of the count."""
+    verdicts = [each.verdict for each in judgements if each.verdict != SKIP]
+    votes = verdicts.count("first") - verdicts.count("second")
+    if votes:
+        return int(votes < 0), "comparisons_decided"
+    return None, "comparisons_without_majority" if verdicts else "comparisons_not_judged"
+
+
+def agreement(judgements: Iterable[Judgement]) -> dict[str, Any]:
+    """Return counts and agreement of the judgements, skips aside, as a JSON object.
+
+    `annotators`: for each the number of judgements and the share of decided ones for the left side (position
+    bias if far from 0.5). `between`: every two annotators on the items that both judged:
+    `items`, `agreed` (share of equal verdicts) and `kappa` (Cohen 1960; null if undefined).
+    """
+    given: dict[str, dict[str, Judgement]] = defaultdict(dict)
+    for each in judgements:
+        if each.verdict != SKIP:
+            given[each.annotator][each.item] = each
+    annotators, between = {}, []
+    for name, by_item in sorted(given.items()):
+        lefts = [each.verdict == _SIDES[each.left] for each in by_item.values() if each.verdict != TIE]
+        annotators[name] = {"judged": len(by_item), "left_share": statistics.fmean(lefts) if lefts else None}
+    for names in itertools.combinations(sorted(given), 2):
+        from sklearn.metrics import cohen_kappa_score  # noqa: PLC0415  (slow)
+
+        first, second = (given[name] for name in names)
+        pairs = [(first[key].verdict, second[key].verdict) for key in first if key in second]
+        agreed = statistics.fmean(verdict == other for verdict, other in pairs) if pairs else None
+        has_one_verdict = len(set(itertools.chain(*pairs))) < 2  # chance agreement is 1
+        kappa = None if has_one_verdict else float(cohen_kappa_score(*zip(*pairs, strict=True)))
+        between.append({"annotators": list(names), "items": len(pairs), "agreed": agreed, "kappa": kappa})
+    return {"annotators": annotators, "between": between}
+
+
+def label_pairs(config: RunConfig, console: Console) -> None:
+    """Serve the page until Ctrl-C or SIGTERM; then write the pairs of all judgements, and their agreement."""
+    folder, seed, limit, say = RunFolder.of(config), config.trainer.seed, config.pairs.limit, console.say
+    settings = {"method": str(PairsMethod.people), "sources": plain(config.data.train)}
+    settings |= {"limit": limit, "seed": seed}
+    check_output(folder.pairs_file, settings)
+    drawn: Counter[str] = Counter()
+    items = draw_items(training_records(config, read_records, say), limit or _MOST_ITEMS, seed, drawn)
+    rest = ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in (+drawn).items())
+    say(counted(len(items), "comparison") + (f"; records: {rest}" if rest else ""))
+    if not items:
+        raise DataError(
+            "there is nothing to compare",
+            where="data.train",
+            got=rest or "no record",
+            expected="records with two responses or more",
+            remedy="name other data, or make responses first: pairs.method=samples",
+        )
+    remedy = "open the address that it printed, also for a second annotator; or set another run.dir"
+    with locked(folder.pairs_judgements, "serves this labelling session", remedy) as descriptor:
+        labelling = Labelling(items, descriptor, seed)
+        if foreign := labelling.read(folder.pairs_judgements):
+            say(f"{foreign:,} earlier judgements are of comparisons that are not drawn now: not used")
+        with LabelServer(labelling) as server:
+            _serve(server, console)
+    judgements, counts = list(labelling.given.values()), Counter[str]()
+    decided = list(_pairs(items, judgements, counts))
+    say(f"{len(judgements):,} judgements: {folder.pairs_agreement}")
+    write_json(folder.pairs_agreement, agreement(judgements) | {"items": counts})
+    if decided:
+        write_results(folder.pairs_file, decided, settings, counts, say)
+    else:
+        say(f"no pair is decided yet: {counts_in_one_line(counts)}")
+
+
+def _serve(server: LabelServer, console: Console) -> None:
+    """Print the address and serve until SIGINT or SIGTERM."""
+    port, before = server.server_port, signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        # The address gives access to the data, so it is in no log file.
+        console.show(f"open http://{HOST}:{port}{server.path}")
+        console.show(f"from another machine first: ssh -N -L {port}:{HOST}:{port} {socket.gethostname()}")
+        console.show("Ctrl-C ends and writes the pairs; the same command continues")
+        server.serve_forever(poll_interval=0.1)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _pairs(
+    items: Mapping[str, PreferenceRecord], judgements: Sequence[Judgement], counts: Counter[str]
+) -> Iterator[dict[str, Any]]:
+    by_item: dict[str, list[Judgement]] = defaultdict(list)
+    for each in judgements:
+        by_item[each.item].append(each)
+    for key, record in items.items():
+        better, name = outcome(by_item[key])
+        counts[name] += 1
+        if better is None:
+            continue
+        sides = ("chosen", "rejected") if better == 0 else ("rejected", "chosen")  # by index
+        names = dict(zip(_SIDES, sides, strict=True))
+        given = [
+            each._asdict() | {"verdict": names.get(each.verdict, each.verdict), "left": sides[each.left]}
+            for each in by_item[key]
+        ]
+        facts = {"source": str(record.origin), "method": str(PairsMethod.people), "judgements": given}
+        yield pair_fields(record, (record.responses[better], record.responses[1 - better]), None, facts)

@@ -1,0 +1,422 @@
+"""Preference records of `pairs.method`, from responses or from scores in the data; their `--check`."""
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from dpo_dist.config.identity import plain
+from dpo_dist.config.run_folder import RunFolder, check_writable
+from dpo_dist.config.schema import (
+    DataConfig,
+    DropOrKeep,
+    PairsConfig,
+    PairSelection,
+    PairsMethod,
+    RunConfig,
+    SourceConfig,
+)
+from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX, counts_in_one_line
+from dpo_dist.data.formats import read_prompts, read_records
+from dpo_dist.data.read.sources import pinned
+from dpo_dist.data.records import Dialogue, PreferenceRecord, as_fields, context_fields, prompt_key
+from dpo_dist.distributed.memory import return_memory
+from dpo_dist.foundation.console import Console
+from dpo_dist.foundation.errors import DataError
+from dpo_dist.foundation.files import collect_abandoned, locked, staged_file, text_digest, write_lines
+from dpo_dist.foundation.text import counted
+from dpo_dist.model.files.folder import description_folder
+from dpo_dist.model.files.load import check_contents_at_hand
+from dpo_dist.tools.judges import Judge, Judgement, Question, open_judge
+from dpo_dist.tools.pairs.files import (
+    Read,
+    check_output,
+    good_records,
+    pair_fields,
+    training_records,
+    write_results,
+)
+from dpo_dist.tools.pairs.people import label_pairs
+from dpo_dist.tools.pairs.start import responding_models
+from dpo_dist.tools.sampling.prompts import (
+    Parts,
+    Prompts,
+    as_asked,
+    find_together,
+    generation_settings,
+    in_parts,
+    joined_run,
+    judge_of,
+)
+from dpo_dist.tools.sampling.respond import (
+    Completion,
+    Completions,
+    ModelSource,
+    find_files,
+    open_generator,
+    open_responder,
+    usable_prompt,
+)
+from dpo_dist.tools.sampling.settings import sampling_of
+from dpo_dist.training.start.context import Run
+
+_MODELS = "pairs.models"
+PART_PROMPTS = 64
+"""Prompts of one part of the work: processes share the parts, and finished ones are not repeated."""
+
+
+def different_prompts(config: RunConfig, say: Callable[[str], None]) -> list[PreferenceRecord]:
+    """Return the different prompts of `data.train` that are to be asked, in their order."""
+    pairs = config.pairs
+    prompts, counts = dict[str, PreferenceRecord](), Counter[str]()
+    for record in training_records(config, read_prompts, say, lambda: len(prompts) == pairs.limit):
+        asked = replace(as_asked(record, config.data), responses=(), scores=None)
+        key = prompt_key(asked)
+        if int(key[:16], 16) % pairs.prompt_parts != pairs.prompt_part:
+            counts["in_other_parts"] += 1
+        elif key in prompts:
+            counts["repeated"] += 1
+        else:
+            prompts[key] = asked
+    skipped = "".join(f", {number:,} {name.replace('_', ' ')}" for name, number in sorted(counts.items()))
+    say(f"prompts: {counted(len(prompts), 'different one')}{skipped}")
+    return list(prompts.values())
+
+
+def select_pairs(
+    scores: Sequence[float], rule: PairsConfig, seed: int, key: str, counts: Counter[str]
+) -> list[tuple[int, int]]:
+    """Return pairs of responses of one prompt as indices: (chosen, rejected).
+
+    A pair's scores differ by more than the margin. Among equally good or bad responses the first one counts.
+    The random choice of `best_random` follows from `seed` and `key` alone. `counts` gets tied pairs, and the
+    reason of a prompt without a pair.
+    """
+    every = list(itertools.combinations(range(len(scores)), 2))
+    counts["tied_pairs"] += sum(scores[i] == scores[j] for i, j in every)
+    ordered = [(i, j) if scores[i] > scores[j] else (j, i) for i, j in every]
+    possible = [pair for pair in ordered if scores[pair[0]] - scores[pair[1]] > rule.margin]
+    if not possible:
+        reason = "all_tied" if len(set(scores)) == 1 else "below_margin"
+        if len(scores) < 2:
+            reason = "too_few_responses"
+        counts[f"prompts_{reason}"] += 1
+        return []
+    best = scores.index(max(scores))
+    match rule.select:
+        case PairSelection.all_pairs:
+            return possible
+        case PairSelection.best_worst:
+            return [(best, scores.index(min(scores)))]
+        case PairSelection.best_random:
+            others = [worse for better, worse in possible if better == best]
+            random = np.random.default_rng(int(text_digest(f"{seed} {key}"), 16))
+            return [(best, others[int(random.integers(len(others)))])]
+
+
+def _text(completion: Completion) -> str:
+    """Return the text by which completions of a prompt are equal or different."""
+    return json.dumps([completion.content.strip(), completion.fields])
+
+
+def joined_completions(of_models: Sequence[Completions], pairs: PairsConfig) -> Completions:
+    """Return the completions of a prompt by all models, each with the reason if it is in no pair."""
+    completions, seen = list[Completion](), set[str]()
+    for model, row in enumerate(of_models):
+        for completion in row.completions:
+            unused, text = None, _text(completion)
+            if not completion.finished and pairs.unfinished is DropOrKeep.drop:
+                unused = "unfinished"
+            elif not completion.content.strip():
+                unused = "empty"
+            elif text in seen:
+                unused = "identical"
+            else:
+                seen.add(text)
+            completions.append(replace(completion, model=model, unused=unused, ids=[]))
+    return Completions(completions, next((row.dropped for row in of_models if row.dropped is not None), None))
+
+
+def score(
+    records: Sequence[PreferenceRecord], rows: Sequence[Completions], judge: Judge | None
+) -> list[Completions]:
+    """Return the completions of each prompt with their scores and the judge's counts, if there is a judge.
+
+    The judge scores also a single completion of a prompt, so that the mean score is of all prompts. Of equal
+    completions it scores the first, and all get this score.
+    """
+    if judge is None:
+        return list(rows)
+    asked = [[completion for completion in row.completions if completion.unused is None] for row in rows]
+    questions = [
+        Question(record, tuple(completion.content for completion in usable))
+        for record, usable in zip(records, asked, strict=True)
+        if usable
+    ]
+    judgements = iter(judge.judge(questions))
+    scored = []
+    for row, usable in zip(rows, asked, strict=True):
+        judgement = next(judgements) if usable else Judgement([])
+        scores = dict(zip(map(_text, usable), judgement.scores, strict=True))
+        completions = []
+        for completion in row.completions:
+            value = scores.get(_text(completion))
+            unused = completion.unused or ("without_score" if value is None else None)
+            completions.append(replace(completion, score=value, unused=unused))
+        scored.append(replace(row, completions=completions, counts=dict(+judgement.counts)))
+    return scored
+
+
+@dataclass(frozen=True)
+class Results:
+    """Finished completions of prompts by all models, scored if there is a judge; `facts`: provenance."""
+
+    prompts: Prompts
+    models: Sequence[ModelSource]
+    completions: Parts
+    facts: Mapping[str, Any]
+    counts: Counter[str] = field(default_factory=Counter)  # filled by `pairs_of`
+
+    @property
+    def pairs(self) -> PairsConfig:
+        """The rule that makes the pairs."""
+        return self.prompts.run.config.pairs
+
+    def rows(self) -> Iterator[tuple[PreferenceRecord, Completions]]:
+        """Yield each prompt with its completions."""
+        for index, records in enumerate(self.prompts.parts):
+            yield from zip(records, map(Completions.of, self.completions.read(index)), strict=True)
+
+
+def pairs_of(results: Results) -> Iterator[dict[str, Any]]:
+    """Yield the preference records of all prompts, in order; count in `results.counts`."""
+    counts, pairs, seed = results.counts, results.pairs, results.prompts.run.config.trainer.seed
+    for record, row in results.rows():
+        counts["prompts"] += 1
+        counts["samples"] += len(row.completions)
+        counts["encoded_differently"] += sum(not each.same_ids for each in row.completions)
+        counts.update(row.counts)
+        if row.dropped is not None:
+            counts[DROPPED_PROMPT_PREFIX + row.dropped] += 1
+            continue
+        counts["samples_unfinished"] += sum(not each.finished for each in row.completions)  # kept ones too
+        unused = (each.unused for each in row.completions)
+        counts.update(f"samples_{reason}" for reason in unused if reason not in (None, "unfinished"))
+        usable = [each for each in row.completions if each.unused is None]
+        if pairs.method is PairsMethod.samples:
+            scores = [each.score or 0.0 for each in usable]
+            for better, worse in select_pairs(scores, pairs, seed, prompt_key(record), counts):
+                yield _pair(record, row, usable[better], usable[worse], results)
+        elif len(usable) == len(results.models):  # of the stronger and the weaker model (arXiv 2507.06187)
+            yield _pair(record, row, usable[0], usable[1], results)
+        else:
+            counts["prompts_too_few_responses"] += 1
+
+
+def _pair(
+    record: PreferenceRecord, row: Completions, chosen: Completion, rejected: Completion, results: Results
+) -> dict[str, Any]:
+    scores: tuple[float, float] | None = None
+    provenance: dict[str, Any] = {"source": str(record.origin), "method": str(results.pairs.method)}
+    for side, completion in (("chosen", chosen), ("rejected", rejected)):
+        model = results.models[completion.model].described()
+        facts = {"number": completion.number, "tokens": completion.tokens, "finished": completion.finished}
+        provenance[side] = {"model": model, **facts}
+    provenance |= results.facts
+    if chosen.score is not None and rejected.score is not None:
+        scores = (chosen.score, rejected.score)
+        provenance |= {"judge_counts": row.counts} | _selection(results.pairs)
+    return pair_fields(record, (chosen.response, rejected.response), scores, provenance)
+
+
+def _selection(pairs: PairsConfig) -> dict[str, Any]:
+    return {"select": str(pairs.select), "margin": pairs.margin}
+
+
+def samples_of(results: Results) -> Iterator[dict[str, Any]]:
+    """Yield every prompt with its responses as a scored list, which is a format of input records too."""
+    has_scores = results.pairs.method is PairsMethod.samples
+    names = ["number", "tokens", "finished", "same_ids"] + ["score"] * has_scores
+    for record, completions in results.rows():
+        row: dict[str, Any] = {"responses": [], "unused": []}
+        is_dialogue = isinstance(record.prompt, Dialogue)
+        if not is_dialogue:
+            row = {"prompt": as_fields(record.prompt, ())[0]} | row
+        for each in completions.completions:
+            text = as_fields(record.prompt, (each.content,))[1] if is_dialogue else each.content
+            facts = {name: getattr(each, name) for name in names}
+            listed = {"content": text, **each.fields, **facts, "model": results.models[each.model].name}
+            row["responses" if each.unused is None else "unused"].append(listed)
+        provenance = {"source": str(record.origin), "dropped": completions.dropped, **results.facts}
+        yield row | context_fields(record) | {"provenance": provenance}
+
+
+def pairs_from_models(run: Run) -> None:
+    """Write pairs of the responses of `pairs.models` to the prompts of `data.train`. Collective."""
+    config, world, console, folder, pairs = run.config, run.world, run.console, run.folder, run.config.pairs
+    with console.heartbeat("reading prompts"):
+        records = world.on_main(lambda: different_prompts(config, console.say))
+    prompts = Prompts(run, folder.pairs_parts, in_parts(records, PART_PROMPTS))
+    models = [find_together(name, run, _MODELS) for name in responding_models(config)]
+    judge, described = judge_of(run)
+    sampling = sampling_of("pairs", config.sampling, config.trainer.seed)
+    count = 1 if pairs.method is PairsMethod.delta else pairs.samples
+    settings = {
+        "method": str(pairs.method),
+        "prompts": prompts.digest,
+        **generation_settings(config, sampling),
+        "models": [model.described() for model in models],
+        "samples": count,
+        "unfinished": str(pairs.unfinished),
+        **(_selection(pairs) if judge else {}),
+        "judge": described,
+    }
+    world.on_main(lambda: check_output(folder.pairs_file, settings))
+
+    of_models = []
+    for index, model in enumerate(models):
+        opened = cache(partial(open_generator, model, config, world.device))
+        numbers = range(index * count, (index + 1) * count)
+        of_models.append(prompts.responses(model, sampling, numbers, opened))
+        opened.cache_clear()  # the next model needs its memory
+        return_memory()
+
+    def scored(index: int) -> list[dict[str, Any]]:
+        rows = zip(*(map(Completions.of, parts.read(index)) for parts in of_models), strict=True)
+        joined = [joined_completions(row, pairs) for row in rows]
+        return list(map(asdict, score(prompts.parts[index], joined, judge)))
+
+    names = [parts.folder.name for parts in of_models]
+    inputs = {"responses": names, "unfinished": str(pairs.unfinished), "judge": described}
+    completions = prompts.finish("scores", prompts.stage("scores", inputs), scored)
+    facts = {"sampling": asdict(sampling)} | ({"judge": described} if judge else {})
+    results = Results(prompts, models, completions, facts)
+
+    def write() -> None:
+        collect_abandoned(folder.pairs)  # of starts that were killed while they wrote
+        with staged_file(folder.pairs_samples) as temporary:
+            write_lines(temporary, samples_of(results))
+        write_results(folder.pairs_file, pairs_of(results), settings, results.counts, console.say)
+
+    with console.heartbeat("writing pairs"):
+        world.on_main(write)
+
+
+def pairs_from_scores(config: RunConfig, say: Callable[[str], None]) -> None:
+    """Write the pairs of all scored records of `data.train`, in their order."""
+    counts: Counter[str] = Counter()
+    file, pairs, seed = RunFolder.of(config).pairs_file, config.pairs, config.trainer.seed
+    method = {"method": str(pairs.method), **_selection(pairs), "seed": seed}
+    settings = method | {"sources": plain(config.data.train), "limit": pairs.limit}
+
+    def records() -> Iterator[dict[str, Any]]:
+        for record in training_records(config, read_records, say, lambda: counts["prompts"] == pairs.limit):
+            counts["prompts"] += 1
+            scores = record.scores
+            if scores is None:
+                counts["without_scores"] += 1
+                continue
+            key = text_digest(f"{prompt_key(record)} {record.responses}")
+            for better, worse in select_pairs(scores, pairs, seed, key, counts):
+                counts["order_changed"] += better > worse
+                ranks = {"ranks": [better + 1, worse + 1], "responses": len(record.responses)}
+                provenance = {"source": str(record.origin), **method, **ranks}
+                responses = record.responses[better], record.responses[worse]
+                yield pair_fields(record, responses, (scores[better], scores[worse]), provenance)
+
+    check_output(file, settings)
+    write_results(file, records(), settings, counts, say)
+
+
+_FIRST_RECORDS = 1024
+
+
+def rehearse_pairs(config: RunConfig) -> str:
+    """Load what `pairs` loads before weights, ask the judge and read the first records; return the report."""
+    pairs, folder = config.pairs, RunFolder.of(config)
+    check_writable(folder.path)
+    file = (folder.round(1) if pairs.rounds else folder).pairs_file
+    lines = [f"{pairs.method}: {file}{' (exists)' if file.exists() else ''}"]
+    responds = pairs.method in (PairsMethod.samples, PairsMethod.delta)
+    read = read_prompts if responds else read_records
+    records = first_records(config.data.train, read, config.data, lines.append)
+    if responds:
+        tokens = sampling_of("pairs", config.sampling).max_new_tokens
+        for name in responding_models(config):
+            check_model(name, config, tokens, records, lines.append, _MODELS)
+    if pairs.method is PairsMethod.samples and (judge := open_judge(config)) is not None:
+        judge.check()
+        lines.append(f"judge: {judge}")
+    return passed(lines)
+
+
+def passed(lines: Sequence[str]) -> str:
+    """Return the text of a check without a mistake."""
+    findings = "".join(f"  {line}\n" for line in lines)
+    return f"check passed: everything that needs no weights and no GPU is in order\n{findings}"
+
+
+def first_records(
+    sources: Sequence[SourceConfig], read: Read, data: DataConfig, say: Callable[[str], None]
+) -> list[PreferenceRecord]:
+    """Return the usable records among the first of each source; `say` their counts."""
+    usable: list[PreferenceRecord] = []
+    for source in sources:
+        records = read(pinned(source))
+        first = list(islice(records, _FIRST_RECORDS))
+        is_more = next(records, None) is not None
+        usable += good_records(iter(first), source, data, say, of_first=is_more)
+    return usable
+
+
+def check_model(
+    name: str,
+    config: RunConfig,
+    new_tokens: int,
+    records: Sequence[PreferenceRecord],
+    say: Callable[[str], None],
+    key: str,
+) -> None:
+    """Check a model without its weights, and that it can be asked one of the records; `say` the result."""
+    responder = open_responder(find_files(name, config, key, description_folder), config)
+    ends = responder.tokenizer.convert_ids_to_tokens(sorted(responder.stop_ids))
+    check_contents_at_hand(responder.source.folder, config.model, key)
+    folder = responder.source.adapter or responder.source.folder
+    say(f"{folder}, vocabulary of {len(responder.tokenizer):,}, a response ends with {' or '.join(ends)}")
+    prompts = [usable_prompt(as_asked(record, config.data), responder, new_tokens) for record in records]
+    dropped = Counter(prompt for prompt in prompts if isinstance(prompt, str))
+    if dropped.total() == len(prompts):
+        raise DataError(
+            "none of the first records can be used",
+            where=key,
+            got=f"{name}: {counts_in_one_line(dropped)}",
+            remedy="correct the records, or the keys of data; docs/data.md explains the reasons",
+        )
+    if dropped:
+        say(f"  it is not asked, of the first records: {counts_in_one_line(dropped)}")
+
+
+def make_pairs(config: RunConfig, console: Console) -> None:
+    """Write the preference records of `config.pairs`, and all responses with their scores."""
+    match config.pairs.method:
+        case PairsMethod.scores:
+            with _only_start(config):
+                pairs_from_scores(config, console.say)
+        case PairsMethod.people:
+            label_pairs(config, console)
+        case PairsMethod.samples | PairsMethod.delta:
+            with joined_run(config, console, _only_start(config)) as run:
+                pairs_from_models(run)
+
+
+def _only_start(config: RunConfig) -> AbstractContextManager[int]:
+    """Lock the folder of pairs of the run directory: two starts would write the same parts."""
+    folder = RunFolder.of(config)
+    return locked(folder.pairs / folder.lock.name, "makes pairs in this run directory")

@@ -1,0 +1,1 @@
+"""Memory and hours of a run on GPUs that are not there."""

@@ -1,0 +1,29 @@
+"""Compute memory and hours of a run beforehand: `dpo-dist plan +experiment=qwen7b plan.gpus=8`.
+
+Takes the configuration of the run; needs no weights and no GPU. Local data are encoded into `data.cache`,
+where training finds them, unless `plan.pairs` and `plan.tokens_per_pair` are given. `plan.suggest=true`
+prints the settings that fit with the shortest epoch. Exit code 1: the run does not fit.
+"""
+
+import os
+import sys
+
+from dpo_dist.config.command_line import run_verb
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.foundation.console import console_on, warnings_off
+from dpo_dist.foundation.errors import ExitCode
+
+
+def main(config: RunConfig) -> int:
+    """Print the plan of `config`; return the exit code."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    with warnings_off():
+        from dpo_dist.tools.plan.plans import make_plan  # noqa: PLC0415  (slow)
+
+        plan = make_plan(config, console_on(sys.stderr, config.console.style).progress)
+    console_on(sys.stdout, config.console.style).result("plan", plan.content, plan.lines)
+    return ExitCode.completed if plan.fits else ExitCode.findings
+
+
+if __name__ == "__main__":
+    run_verb(main, verb="plan")

@@ -1,0 +1,287 @@
+"""Memory and time of a run by arithmetic: the shapes of its model, its data, and the datasheet of the GPUs.
+
+Measured on one H100 are the shares of its operations that training reaches, and the kernels of a layer. The
+speeds of links, hosts and quantized weights are those of usual machines.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from dpo_dist.config.schema import (
+    ZERO_STAGES,
+    Dtype,
+    Offload,
+    ParallelismKind,
+    PlanConfig,
+    ReferenceMode,
+    RunConfig,
+)
+from dpo_dist.model.files.load import TORCH_DTYPES
+from dpo_dist.model.flops import REACHED_SHARES, matmul_peak, recomputed_share, step_flops, visited_experts
+from dpo_dist.tools.sampling.settings import sampling_of
+from dpo_dist.training.start.context import DEFAULT_TOKENS
+from dpo_dist.training.start.footprint import (
+    BYTES_PER_QUANTIZED_WEIGHT,
+    Footprint,
+    footprint,
+    quantized_weights,
+    state_bytes,
+)
+
+GPUS_OF_A_NODE = 8
+PROMPT_SHARE = 0.3
+_GPUS = {
+    # GiB that programs can use; by the datasheet operations a second of dense products in 16 bits and in
+    # float32 (without TF32), and bytes a second of the memory.
+    "h100-80g": (79.1, 989e12, 67e12, 3.35e12),
+    "h200-141g": (139.8, 989e12, 67e12, 4.8e12),
+    "b200-180g": (178.3, 2250e12, 75e12, 7.7e12),
+    "a100-80g": (79.2, 312e12, 19.5e12, 2.0e12),
+    "a100-40g": (39.4, 312e12, 19.5e12, 1.55e12),
+    "l40s-48g": (44.4, 362e12, 91.6e12, 0.86e12),
+    "rtx4090-24g": (23.6, 165e12, 82.6e12, 1.0e12),
+}
+_PRODUCTS_ALONE = 0.76  # the share of the datasheet's operations that matrix products reach on an H100
+REACHED = tuple(share * _PRODUCTS_ALONE for share in REACHED_SHARES)
+_NVLINK = 250e9  # bytes a second between the GPUs of a node
+_NETWORK = 50e9  # bytes a second between nodes for each GPU: 400 Gbit/s
+_PCIE = 25e9  # bytes a second between a GPU and its host
+_HOST_MEMORY = 100e9  # bytes a second of a node while CPU Adam updates
+_LAUNCHES = 1.2e-3  # seconds to launch the 240 kernels of a layer, forward and backward
+_HOOKS = 1.1e-3  # seconds of ZeRO-3's hooks of a layer, for each generated token
+_DEQUANTIZING = 0.5  # the share of the memory's speed at which weights are computed from fewer bits
+_EXPERTS = 1.5  # times the work of a dense model: products are smaller, and tokens are sorted by expert
+
+
+class Machine(NamedTuple):
+    """The GPUs of a run."""
+
+    gpus: int
+    gpu: str
+    memory: float  # bytes of a GPU
+    flops: float  # operations a second of a GPU by its datasheet
+    bandwidth: float  # bytes a second of a GPU's memory
+
+
+class Data(NamedTuple):
+    """The pairs of an epoch."""
+
+    pairs: int
+    tokens: float  # of a pair, with its prompt once
+    basis: str  # where both are from
+
+    @property
+    def targets(self) -> float:
+        """Tokens of the responses of a pair."""
+        return (1 - PROMPT_SHARE) * self.tokens
+
+
+def machine_of(plan: PlanConfig, dtype: Dtype) -> Machine:
+    """Return the GPUs that `plan` names, or else those of this machine, or else H100s."""
+    here, kind = torch.cuda.device_count(), plan.gpu or "h100-80g"
+    gib, half, single, bandwidth = _GPUS[kind]
+    if plan.gpu is None and here:
+        peak = matmul_peak(torch.device("cuda"), TORCH_DTYPES[dtype])
+        memory = torch.cuda.mem_get_info()[1]
+        name = torch.cuda.get_device_name()
+        return Machine(plan.gpus or here, name, memory, peak / _PRODUCTS_ALONE, bandwidth)
+    return Machine(plan.gpus or 8, kind, gib * 2**30, single if dtype is Dtype.fp32 else half, bandwidth)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Memory and time of a run; seconds are those of an epoch."""
+
+    config: RunConfig
+    data: Data
+    machine: Machine
+    needs: Footprint
+    weights: int
+    trained: int
+    layers: int
+    steps: int
+    micro_batch: int  # tokens
+    times: int  # micro-batches of a process in a step
+    computing: float  # seconds of training at all operations of the datasheet
+    scoring: float  # the same of the reference
+    launching: float  # seconds in which the host launches kernels
+    dequantizing: float  # seconds in which weights are computed from fewer bits
+
+    @property
+    def number(self) -> int:
+        """Bytes of a weight."""
+        return TORCH_DTYPES[self.config.model.dtype].itemsize
+
+    @property
+    def whole(self) -> float:
+        """Bytes of all weights."""
+        return float(self.number * self.weights)
+
+    @property
+    def largest(self) -> int | None:
+        """Tokens of the largest micro-batch that fits; None if not known."""
+        return self.needs.largest_micro_batch(self.machine.memory)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the micro-batches fit, and the longest response with its prompt."""
+        return self.needs.fits(max(self.micro_batch, self.config.data.max_length), self.machine.memory)
+
+    @property
+    def host(self) -> float:
+        """Bytes of host memory on a node of rank 0, which reads the model and writes checkpoints."""
+        parallelism, states = self.config.parallelism, state_bytes(self.config.optim, self.config.trainer)
+        if parallelism.offload_optimizer is not Offload.none:
+            states += 4  # gradients
+        policy = 0.0 if parallelism.offload_parameters is Offload.none else self.whole
+        return self.whole + self._of_node * (states * self.trained + policy)
+
+    @property
+    def disk(self) -> dict[str, float]:
+        """Bytes that a run writes: with an adapter no other weights; log-probs only if they are stored."""
+        model = self.whole if self.config.model.adapter is None else float(self.number * self.trained)
+        taken = {
+            "a checkpoint": state_bytes(self.config.optim, self.config.trainer) * self.trained,
+            "the model": model,
+        }
+        if self.config.reference.mode is ReferenceMode.cached:
+            taken["the log-probs"] = 4.0 * self.data.targets * self.data.pairs
+        return taken
+
+    @property
+    def sending(self) -> float:
+        """Seconds in which GPUs exchange weights and gradients."""
+        parallelism, is_wide = self.config.parallelism, self.config.parallelism.reduce_in_float32
+        if is_wide is None:
+            is_wide = self.machine.gpus > GPUS_OF_A_NODE
+        gradients = float((4 if is_wide else self.number) * self.trained)
+        sent = self.number * self.trained + gradients  # bytes of a step
+        if self._is_sharded:  # weights are gathered twice in a micro-batch; with copies on nodes once a step
+            gathers = 2 * self.times if parallelism.hpz == 1 else 2
+            sent = self.times * gradients + gathers * self.whole
+        return self.steps * sent / self._link
+
+    @property
+    def on_host(self) -> float:
+        """Seconds in which GPUs wait for their hosts: copies, and CPU Adam."""
+        parallelism, gpus, seconds = self.config.parallelism, self.machine.gpus, 0.0
+        if parallelism.offload_parameters is not Offload.none:  # weights come for forward and backward
+            seconds += 2 * self.times * self.whole / gpus / _PCIE
+        if parallelism.offload_optimizer is not Offload.none:  # gradients go, updated weights come back
+            seconds += (4 + self.number) * self.trained / gpus / _PCIE
+            moved = (
+                2 * state_bytes(self.config.optim, self.config.trainer) + 4 + self.number
+            )  # bytes that CPU Adam reads and writes
+            seconds += moved * self.trained * self._of_node / _HOST_MEMORY
+        return self.steps * seconds
+
+    @property
+    def sampling(self) -> float:
+        """Seconds of the samples under ZeRO-3, which gathers all weights; elsewhere they take little."""
+        samples, every = self.config.samples, self.config.trainer.eval_every
+        tokens = sampling_of("train", self.config.sampling).max_new_tokens
+        if not self._is_sharded or samples.prompts == 0 or not self.config.data.eval_sources:
+            return 0.0
+        has_room = 2 * self.whole < self.machine.memory - self.needs.used(0)
+        gathers = 1 if has_room else tokens
+        # The reference's, and the policy's at each evaluation or the last alone.
+        evaluations = 1 + (math.ceil(self.steps / every) if every and samples.prompts else 1)
+        hooks = tokens * self.layers * _HOOKS
+        return evaluations * (gathers * self.whole / self._link + hooks)
+
+    def seconds(self, reached: float, epochs: float = 1.0) -> dict[str, float]:
+        """Return the seconds of `epochs` by phase, at this share of the operations of the datasheet."""
+        # `ddp` in bf16 sends its gradients after backward; the others send while they compute.
+        is_bf16, kind = self.config.model.dtype is Dtype.bf16, self.config.parallelism.kind
+        together = sum if is_bf16 and kind is ParallelismKind.ddp else max
+        training = together((max(self.computing / reached, self.launching), self.sending)) + self.dequantizing
+        phases = {"training": epochs * (training + self.on_host)}
+        mode = self.config.reference.mode
+        if mode is not ReferenceMode.none:
+            once = ", once for all runs" if mode is ReferenceMode.cached else ""
+            # All else that it does is less by about as much as it computes less.
+            scored = (min(1.0, epochs) if once else epochs) * self.scoring / self.computing
+            phases[f"reference{once}"] = scored * training
+        return phases | ({"samples": epochs * self.sampling} if self.sampling else {})
+
+    def hours(self) -> dict[str, list[float]]:
+        """Return the seconds of an epoch and of the run, and its price: each fast and slow."""
+        trainer, price, epochs = self.config.trainer, self.config.plan.price, self.config.trainer.epochs
+        if trainer.max_steps is not None:
+            epochs = trainer.max_steps * trainer.global_batch_pairs / self.data.pairs
+        once, runs = ([sum(self.seconds(end, n).values()) for end in REACHED] for n in (1.0, epochs))
+        prices = {} if price is None else {"price": [end / 3600 * self.machine.gpus * price for end in runs]}
+        return {"epoch_seconds": once, "run_seconds": runs, **prices}
+
+    @property
+    def _is_sharded(self) -> bool:
+        return ZERO_STAGES[self.config.parallelism.kind] == 3
+
+    @property
+    def _link(self) -> float:
+        """Bytes a second between GPUs."""
+        gpus = self.machine.gpus
+        return math.inf if gpus == 1 else _NVLINK if gpus <= GPUS_OF_A_NODE else _NETWORK
+
+    @property
+    def _of_node(self) -> float:
+        """Share of the GPUs that one node has."""
+        return min(1.0, GPUS_OF_A_NODE / self.machine.gpus)
+
+
+def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) -> Estimate:
+    """Return the estimate of training `causal_lm`, the policy on the meta device."""
+    gpus, model, text = machine.gpus, config.model, causal_lm.config.get_text_config()
+    prompt, response = PROMPT_SHARE * data.tokens, data.targets / 2
+    attended = prompt**2 / 2 + 2 * response * (prompt + response / 2)
+    work = data.pairs * step_flops(causal_lm).of(round(data.tokens), round(data.targets), round(attended))
+    useful, again = work / (gpus * machine.flops), recomputed_share(model)
+    useful *= _EXPERTS if visited_experts(text) else 1.0
+    forward = useful / (3 if model.adapter is None else 2)
+    partners = forward * config.loss.needs_partners
+    needs = footprint(config, causal_lm, gpus)
+    micro_batch = _micro_batch(config, needs, machine)
+    # The larger micro-batches that fit beside offloaded or quantized weights are not counted as a gain.
+    on_device = replace(config.parallelism, offload_optimizer=Offload.none, offload_parameters=Offload.none)
+    plain = replace(config, parallelism=on_device, model=replace(model, quantization=None))
+    without, tokens = footprint(plain, causal_lm, gpus), micro_batch
+    if without.fits(config.data.max_length, machine.memory):
+        tokens = min(tokens, _micro_batch(plain, without, machine))
+    # A pair above the budget has a micro-batch of its own.
+    of_step = config.trainer.global_batch_pairs * data.tokens / gpus
+    times = math.ceil(of_step / max(tokens, data.tokens))
+    steps, layers = math.ceil(data.pairs / config.trainer.global_batch_pairs), int(text.num_hidden_layers)
+    return Estimate(
+        config,
+        data,
+        machine,
+        needs,
+        weights=sum(map(torch.numel, causal_lm.parameters())),
+        trained=sum(weight.numel() for weight in causal_lm.parameters() if weight.requires_grad),
+        layers=layers,
+        steps=steps,
+        micro_batch=micro_batch,
+        times=times,
+        computing=useful * (1 + again) + partners,
+        scoring=forward + partners,
+        launching=(1 + again) * steps * times * layers * _LAUNCHES,
+        dequantizing=2 * (1 + again) * steps * times * _seconds_of_dequantizing(config, causal_lm, machine),
+    )
+
+
+def _micro_batch(config: RunConfig, needs: Footprint, machine: Machine) -> int:
+    if config.trainer.micro_batch_tokens != "auto":
+        return config.trainer.micro_batch_tokens
+    largest = needs.largest_micro_batch(machine.memory)
+    return DEFAULT_TOKENS if largest is None else largest
+
+
+def _seconds_of_dequantizing(config: RunConfig, causal_lm: Any, machine: Machine) -> float:
+    """Return the seconds in which all quantized weights are computed once."""
+    if (kind := config.model.quantization) is None:
+        return 0.0
+    moved = BYTES_PER_QUANTIZED_WEIGHT[kind] + TORCH_DTYPES[config.model.dtype].itemsize  # of a weight
+    return moved * quantized_weights(causal_lm) / (_DEQUANTIZING * machine.bandwidth)

@@ -1,0 +1,208 @@
+"""What a run takes on GPUs that are not there, in words; the settings that fit with the shortest epoch."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from transformers import AutoConfig
+
+from dpo_dist.config.load import load_run_config, to_yaml
+from dpo_dist.config.schema import DataFormat, RunConfig, SourceConfig
+from dpo_dist.data.read.sources import local_files
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.text import counted, duration, size
+from dpo_dist.model.files.folder import description_folder, start_folder
+from dpo_dist.model.files.load import load_config, without_weights
+from dpo_dist.tools.plan.estimate import (
+    GPUS_OF_A_NODE,
+    PROMPT_SHARE,
+    REACHED,
+    Data,
+    Estimate,
+    Machine,
+    estimate,
+    machine_of,
+)
+from dpo_dist.tools.tables import aligned
+
+Progress = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
+
+_TOKENS, _PAIRS = 700.0, 60_000  # UltraFeedback's
+_ALTERNATIVES = [
+    f"parallelism={kind} model.gradient_checkpointing={checkpointing}"
+    for kind in ("ddp", "zero2", "zero3", "zero3_offload")
+    for checkpointing in ("none", "4", "2", "full")
+]
+_QUANTIZED = [
+    f"model.quantization=nf4 parallelism=ddp model.gradient_checkpointing={checkpointing}"
+    for checkpointing in ("none", "full")
+]
+
+
+class Plan(NamedTuple):
+    """The plan of a run: whether it fits, its lines for people, and its content for programs."""
+
+    fits: bool
+    lines: list[str]
+    content: dict[str, Any]
+
+
+def make_plan(config: RunConfig, progress: Progress) -> Plan:
+    """Return the plan of training `config` on the GPUs of `config.plan`; without hours if it does not fit."""
+    data, machine = planned_data(config, progress), machine_of(config.plan, config.model.dtype)
+    causal_lm = _without_weights(config)
+    found = estimate(config, data, machine, causal_lm)
+    parts, used = found.needs.parts, found.needs.used(found.micro_batch)
+    activations = used - sum(parts.values())
+    rows = [*parts.items(), (f"{found.micro_batch:,} tokens", activations)]
+    rows.append((f"in all, of {size(machine.memory)}, of which a tenth stays free", used))
+    lines = [
+        f"{config.model.path}: {found.weights / 1e9:.3g}e9 weights, {found.trained / 1e9:.3g}e9 "
+        f"trained, on {counted(machine.gpus, 'GPU')} ({machine.gpu}), {config.parallelism.kind}",
+        *(f"  {line}" for line in aligned([[name, size(part)] for name, part in rows if part], numbers=(1,))),
+        _verdict(found),
+        f"host memory of a node: {size(found.host)}; disk: "
+        f"{', '.join(f'{size(taken)} {name}' for name, taken in found.disk.items())}",
+        *(_hours(found) if found.fits else []),
+    ]
+    content: dict[str, Any] = {
+        "fits": found.fits,
+        "bytes": parts | {"micro-batch": activations},
+        "host_bytes": found.host,
+        "disk_bytes": found.disk,
+        "micro_batch_tokens": found.largest,
+        **(found.hours() if found.fits else {}),
+    }
+    if config.plan.suggest:
+        content["suggested"] = suggested = _suggest(config, data, machine, causal_lm)
+        lines.append(f"suggested: {suggested}" if suggested else "nothing fits: take more GPUs or an adapter")
+    return Plan(found.fits, lines, content)
+
+
+def plan_in_brief(config: RunConfig, tokens: float) -> list[tuple[str, str]]:
+    """Return whether training `config` on pairs of so many `tokens` fits, and how long it takes.
+
+    Nothing where no GPU is here and `config.plan` names none.
+    """
+    plan = config.plan
+    if plan.gpu is None and plan.gpus is None and not torch.cuda.device_count():
+        return []
+    machine = machine_of(plan, config.model.dtype)
+    data = Data(plan.pairs or 10_000, plan.tokens_per_pair or tokens, "")
+    found = estimate(config, data, machine, _without_weights(config))
+    lines = [("plan", f"{_verdict(found)} ({counted(machine.gpus, 'GPU')}, {machine.gpu})")]
+    if found.fits:
+        pairs = f"{counted(data.pairs, config.loss.unit)} of {data.tokens:,.0f} tokens"
+        lines.append(("hours", f"{_span(*found.hours()['epoch_seconds'])} for {pairs}"))
+    return lines
+
+
+def _verdict(found: Estimate) -> str:
+    room = f"there is room for micro-batches of {found.largest:,} tokens"
+    if found.largest is None:
+        room = "what a token of this architecture takes is not known: begin with small micro-batches"
+    if found.fits:
+        return f"fits: {room}"
+    hint = "; `dpo-dist plan plan.suggest=true` looks for settings that fit"
+    return f"does not fit: {room}{'' if found.config.plan.suggest else hint}"
+
+
+def _hours(found: Estimate) -> list[str]:
+    """Return the lines about the time by phase, and about what decides it."""
+    data, trainer, hours = found.data, found.config.trainer, found.hours()
+    fast, slow = (found.seconds(reached) for reached in REACHED)
+    times = [[name, _span(fast[name], slow[name])] for name in fast]
+    times.append(["in all, at 38 to 27 % of the datasheet's operations", _span(*hours["epoch_seconds"])])
+    length = f"trainer.max_steps={trainer.max_steps}"
+    if trainer.max_steps is None:
+        length = f"trainer.epochs={trainer.epochs:g}"
+    times.append([f"this run, {length}", _span(*hours["run_seconds"])])
+    if "price" in hours:
+        times.append(["price", " to ".join(f"{end:,.2f}" for end in hours["price"])])
+    pairs = counted(data.pairs, found.config.loss.unit)
+    lines = [
+        f"an epoch of {pairs} of {data.tokens:,.0f} tokens ({data.basis}):",
+        *(f"  {line}" for line in aligned(times, numbers=(1,))),
+    ]
+    if found.sending > found.computing / REACHED[0]:
+        is_wide = found.machine.gpus > GPUS_OF_A_NODE
+        by_node = f"set parallelism.hpz={GPUS_OF_A_NODE} with zero3, " if is_wide else ""
+        lines.append(
+            "communication-bound: exchanging weights takes longer than computing; raise "
+            f"trainer.global_batch_pairs, {by_node}or use fewer GPUs"
+        )
+    return lines
+
+
+def _span(fast: float, slow: float) -> str:
+    return " to ".join(dict.fromkeys(map(duration, (fast, slow))))
+
+
+def planned_data(config: RunConfig, progress: Progress) -> Data:
+    """Return the pairs and tokens of an epoch: given, those of local data, or of the cards of hub data."""
+    plan, sources = config.plan, config.data.train
+    if None not in (plan.pairs, plan.tokens_per_pair):
+        return Data(plan.pairs or 0, plan.tokens_per_pair or 0.0, "given")
+    if not sources or any(local_files(source) is None for source in sources):
+        known = [_by_its_card(source) for source in sources]
+        sizes, basis = [entry for entry in known if entry is not None], "by the cards of the data"
+        if not sizes or len(sizes) < len(known):
+            sizes, basis = [(_PAIRS, _TOKENS)], "assumed"
+        whole, tokens = sum(pairs for pairs, _ in sizes), sum(pairs * each for pairs, each in sizes)
+        pairs = plan.pairs or round(whole * (1 - config.data.eval_share))
+        how = f"{basis}; set plan.pairs and plan.tokens_per_pair"
+        return Data(pairs, plan.tokens_per_pair or tokens / whole, how)
+    from dpo_dist.tools.doctor.examine import prepare  # noqa: PLC0415  (slow)
+
+    of_sources = zip(prepare(config, progress).datasets, sources, strict=False)  # then those of evaluation
+    used = [(datasets[0], source.weight) for datasets, source in of_sources if datasets]
+    pairs = max(1, round(sum(len(dataset) * weight for dataset, weight in used)))
+    tokens = sum(int(dataset.piece_tokens.sum()) * weight for dataset, weight in used) / pairs
+    return Data(plan.pairs or pairs, plan.tokens_per_pair or tokens, "of data.train")
+
+
+def _by_its_card(source: SourceConfig) -> tuple[float, float] | None:
+    """Return the pairs of a hub dataset that an epoch has, and their mean tokens; None if not known."""
+    name = "/".join(filter(None, (source.path, source.name, source.split or "train")))
+    pairs, tokens = _read("data_sizes.yaml").get(name, (0, 0.0))
+    if source.format is DataFormat.completion:  # a prompt with one response
+        tokens *= (1 + PROMPT_SHARE) / 2
+    return (min(pairs, source.limit or pairs) * source.weight, tokens) if pairs else None
+
+
+def _read(name: str) -> dict[str, Any]:
+    """Return the content of a table beside this file."""
+    text = files("dpo_dist.tools.plan").joinpath(name).read_text(encoding="utf-8")
+    found: dict[str, Any] = yaml.safe_load(text)
+    return found
+
+
+def _without_weights(config: RunConfig) -> Any:
+    """Return the model without weights; those of the shipped presets need no network."""
+    if (shape := _read("shapes.yaml").get(config.model.path)) is not None:
+        model_config = AutoConfig.for_model(**shape)
+    else:
+        folder = description_folder(config.model.path, config.model.revision, needs_weights=False)
+        model_config = load_config(folder, config.model)
+    return without_weights(model_config, config.model, start_folder(config.model))
+
+
+def _suggest(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) -> str | None:
+    """Return the overrides of the settings that fit with the shortest epoch; None if none fit."""
+    seconds: dict[str, float] = {}
+    former = yaml.safe_load(to_yaml(config))
+    former["parallelism"] |= {"offload_optimizer": "none", "offload_parameters": "none"}  # as words would
+    quantized = [words for words in _QUANTIZED if config.model.adapter is not None]
+    for words in (*_ALTERNATIVES, *quantized):
+        overrides = [*words.split(), "trainer.micro_batch_tokens=auto"]
+        try:
+            changed = load_run_config(overrides, former=former)
+        except ConfigError:  # such as ZeRO of a quantized base
+            continue
+        found = estimate(changed, data, machine, causal_lm)
+        if found.fits and found.largest:
+            seconds[words] = found.hours()["epoch_seconds"][0]
+    return min(seconds, key=lambda words: seconds[words], default=None)

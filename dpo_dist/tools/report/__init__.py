@@ -1,0 +1,1 @@
+"""What is written about a run: rows, samples, closing table, page, model card."""

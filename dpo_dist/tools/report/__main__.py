@@ -1,0 +1,50 @@
+"""Write the report page of a run again, or a page that compares several runs, from their files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from dpo_dist.config.run_folder import existing_run, without_key
+from dpo_dist.foundation.errors import ConfigError, ExitCode
+from dpo_dist.foundation.exit import Arguments, exit_after
+from dpo_dist.foundation.files import collect_abandoned
+from dpo_dist.foundation.streams import print_line
+from dpo_dist.tools.pages.charts import draw_curves
+from dpo_dist.tools.report.run import write_page
+from dpo_dist.tools.report.runs import compare_runs
+from dpo_dist.training.reporting.metrics_log import read_latest_rows
+
+
+def _run(text: str) -> Path:
+    return Path(without_key(text)).expanduser()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line `arguments` (default: sys.argv); return the exit code."""
+    parser = Arguments(prog="dpo-dist report", description=__doc__)
+    help_text = "run directory, also of a run that is training; several: compare them"
+    parser.add_argument("runs", type=_run, metavar="RUN", nargs="+", help=help_text)
+    output = "page to write; default: report.html in RUN; of several, runs.html in this folder"
+    parser.add_argument("--output", type=Path, metavar="FILE", help=output)
+    given = parser.parse_args(arguments)
+    try:
+        first, *others = runs = list(map(existing_run, given.runs))
+        path = given.output or (Path("runs.html") if others else first.report)
+        if others:
+            for line in compare_runs(runs, path):
+                print_line(line)
+        else:
+            write_page(first, path)
+            if given.output is None and (rows := read_latest_rows(first)):
+                draw_curves(rows, first.curves, first.path.name)
+                print_line(f"curves: {first.curves}")
+            collect_abandoned(first.metrics)  # a picture that was being drawn when a start was killed
+    except (OSError, ValueError) as error:
+        remedy = "check the files of the run, permissions and free space, or set --output page.html"
+        where = str(given.output or given.runs[0])
+        raise ConfigError("the page cannot be written", where=where, got=str(error), remedy=remedy) from error
+    print_line(f"report: {path}")
+    return ExitCode.completed
+
+
+if __name__ == "__main__":
+    exit_after(main)

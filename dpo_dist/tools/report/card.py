@@ -1,0 +1,194 @@
+"""README.md of a trained model: metadata for the hub, results, data and settings."""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from dpo_dist.config.identity import settings
+from dpo_dist.config.losses import KINDS, LossKind
+from dpo_dist.config.metrics import ACCURACIES, MAIN, PREFIX, TERMS
+from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
+from dpo_dist.config.schema import ExportedWeights, RunConfig, SourceConfig
+from dpo_dist.foundation.errors import warn_on_bug
+from dpo_dist.foundation.streams import printable
+from dpo_dist.foundation.text import as_yaml, counted, without_secrets
+from dpo_dist.tools.tables import evaluation_cells
+from dpo_dist.tools.verdict.rules import verdict
+
+Row = Mapping[str, Any]
+
+_TEMPLATE = Path(__file__).parents[1] / "pages/templates/card.md.jinja"
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<()#+!|~$@&]|:(?=//)|(?<=[wW]{3})\.)")
+_HUB_MODEL = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_HUB_DATASET = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_SNAPSHOT = re.compile(r"models--(?:([\w.-]+?)--)?([\w.-]+)")
+"""A folder of the hub's cache."""
+_FILE = re.compile(r".*\.(jsonl?|csv|tsv|parquet|arrow|txt|gz|zst|zip)")
+_CAUSAL = "AutoModelForCausalLM"
+_PATHS = ("model.path", "data.train", "data.eval", "reference.path", "data.chat_template")
+
+
+def inert(value: object) -> Markup:
+    """Return a value on one line without markup, links or HTML."""
+    if isinstance(value, Markup):
+        return value
+    return Markup(_SPECIAL.sub(r"\\\1", printable(" ".join(str(value).split()))))  # noqa: S704
+
+
+def code(value: object) -> Markup:
+    """Return a value on one line as a code span, also within a table."""
+    line = printable(" ".join(str(value).split())).replace("|", "\\|").replace("`", "'")
+    return Markup(f"`{line or ' '}`")  # noqa: S704
+
+
+def model_card(
+    config: RunConfig,
+    summary: Row,
+    evaluation: Mapping[str, Row],
+    versions: Mapping[str, str],
+    loader: str = _CAUSAL,
+) -> str:
+    """Return the card of a run from its summary.json (with `verdict`) and evaluation.json.
+
+    `loader`: the auto class of the model, or of an adapter's base.
+    """
+    # As on pages, every text of a template becomes inert.
+    environment = Environment(finalize=inert, undefined=StrictUndefined, trim_blocks=True, autoescape=True)
+    environment.filters |= {"code": code, "plain": Markup}
+    adapter, name = config.model.adapter, _model_name(config.model.path)
+    link = Markup(f"[{inert(name)}](https://huggingface.co/{name})")  # noqa: S704
+    seen = summary["pairs_seen"]
+    pairs = sum(counts["pairs"] for counts in summary["data"]["train"]["sources"])
+    unit = config.loss.unit
+    repeated = f"{counted(pairs, unit)} ({seen:,} with repetitions)"
+    head, *rows = evaluation_cells(evaluation, (*MAIN, *TERMS.values()))
+    is_averaged = config.export.weights is not ExportedWeights.last
+    body = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
+        metadata=Markup("METADATA"),
+        title=f"{name.rpartition('/')[2]}-{'+'.join(config.loss.kinds)}",
+        adapter=adapter,
+        base=code(name) if hub_name(config.model.path) is None else link,
+        base_name=name,
+        quantized=config.model.quantization,
+        start=None if adapter is None or adapter.path is None else _model_name(adapter.path),
+        unit=unit,
+        pairs=counted(seen, unit) if seen <= pairs else Markup(repeated),  # noqa: S704  (digits)
+        steps=counted(summary["steps"], "step"),
+        kinds=[(kind, "" if kind is LossKind.custom else KINDS[kind].source) for kind in config.loss.kinds],
+        best=summary.get("best_checkpoint") if "model_step" in summary else None,
+        averaged=f"{config.trainer.ema_decay:g}" if is_averaged else "",
+        verdict=summary["verdict"],
+        # peft's has no class of models that read images, but transformers also loads adapters.
+        loader=loader if adapter is None or loader != _CAUSAL else "AutoPeftModelForCausalLM",
+        evaluation=evaluation and (head, [[code(label), *map(Markup, cells)] for label, *cells in rows]),
+        has_rewards=any(PREFIX + name in row for row in evaluation.values() for name in ACCURACIES),
+        data=_data(config, summary),
+        training=_training(config),
+        versions=[(code(name), code(version)) for name, version in versions.items()],
+    )
+    metadata = _metadata(config).to_yaml()
+    text: str = without_secrets(re.sub(r"\n{3,}", "\n\n", str(body)))
+    return text.replace("METADATA", metadata, 1) + "\n"
+
+
+def hub_name(path: str) -> str | None:
+    """Return the hub name of a model, also of a folder in the hub's cache; None for another folder."""
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return path if _HUB_MODEL.fullmatch(path) else None
+    for part in folder.resolve().parts:
+        if match := _SNAPSHOT.fullmatch(part):
+            return f"{match[1]}/{match[2]}" if match[1] else match[2]
+    return None
+
+
+def _model_name(path: str) -> str:
+    """Return the hub name of a model, or the name of its folder; of a run's model, the run directory's."""
+    folder = Path(path).expanduser().resolve()
+    run = RunFolder(folder.parent)
+    return hub_name(path) or (run.path.name if folder == run.model and run.config.is_file() else folder.name)
+
+
+def _hub_dataset(source: SourceConfig) -> str | None:
+    is_local = Path(source.path).expanduser().exists() or _FILE.fullmatch(source.path)
+    return source.path if not is_local and _HUB_DATASET.fullmatch(source.path) else None
+
+
+def _metadata(config: RunConfig) -> ModelCardData:
+    base, is_adapter = hub_name(config.model.path), config.model.adapter is not None
+    datasets = [name for source in config.data.train if (name := _hub_dataset(source)) is not None]
+    kind = "dpo" if LossKind.sigmoid in config.loss.kinds else str(config.loss.kinds[0])
+    metadata = ModelCardData(
+        base_model=base,
+        datasets=list(dict.fromkeys(datasets)) or None,
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=["dpo-dist", "preference-optimization", kind, *(["lora"] if is_adapter else [])],
+    )
+    if base is not None:
+        metadata["base_model_relation"] = "adapter" if is_adapter else "finetune"
+    return metadata
+
+
+def _data(config: RunConfig, summary: Row) -> Iterator[list[object]]:
+    for part in summary["data"]:
+        sources = config.data.train if part == "train" else config.data.eval_sources
+        for counts, source in zip(summary["data"][part]["sources"], sources, strict=True):
+            dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(counts["dropped"].items()))
+            hub = _hub_dataset(source)
+            link = Markup(f"[{inert(hub)}](https://hf.co/datasets/{hub})")  # noqa: S704
+            label = code(counts["label"]) if hub is None else link
+            numbers = [f"{counts[key]:,}" for key in ("read", "kept")]
+            yield [part, label, *numbers, dropped, f"{counts['pairs']:,}"]
+
+
+def _training(config: RunConfig) -> list[tuple[Markup, Markup]]:
+    values = {key: value for key, value in settings(config).items() if key not in _PATHS}
+    if config.reference.path is not None:
+        values["reference.path"] = _model_name(config.reference.path)
+    if config.data.chat_template is not None:
+        values["data.chat_template"] = Path(config.data.chat_template).name
+    if (adapter := config.model.adapter) is not None and adapter.path is not None:
+        values["model.adapter"] = {**values["model.adapter"], "path": _model_name(adapter.path)}
+    return [(code(key), code(as_yaml(value))) for key, value in values.items()]
+
+
+def run_card(
+    config: RunConfig,
+    rows: Sequence[Mapping[str, float]],
+    summary: dict[str, Any],
+    say: Callable[[str], None],
+    versions: Mapping[str, str],
+    loader: str,
+    *,
+    is_evaluated: bool,
+) -> str:
+    """Return the content of a model card, with a verdict; "", with a warning, after a bug in it.
+
+    `rows`: of log_history.json, up to the step of the model. `summary`: with `exit`, without `verdict`.
+    `loader`: the auto class of the model.
+    `is_evaluated`: whether the last evaluation of training is one of this model.
+    """
+    folder, evaluation, card = RunFolder.of(config), {}, ""
+    with warn_on_bug("the model card", say):
+        judged = verdict(rows, summary, data_findings(folder))
+        results = folder.evaluation_of(LAST_EVALUATION).results
+        if is_evaluated and results.is_file():
+            evaluation = json.loads(results.read_text(encoding="utf-8"))
+        judged_summary = {**summary, "verdict": judged.as_dict()}
+        card += model_card(config, judged_summary, evaluation, versions, loader)
+    return card
+
+
+def data_findings(folder: RunFolder) -> list[dict[str, Any]]:
+    """Return the doctor's findings about the data of this run; none if it was not asked."""
+    if not folder.doctor_report.is_file():
+        return []
+    findings: list[dict[str, Any]] = json.loads(folder.doctor_report.read_text(encoding="utf-8"))["findings"]
+    return findings

@@ -1,0 +1,114 @@
+"""Recorder of a run on rank 0: writes metrics rows to files and trackers, and the report at the end."""
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+from dpo_dist.config.identity import title
+from dpo_dist.config.run_folder import LAST_EVALUATION
+from dpo_dist.foundation.errors import RunOutcome, warn_on_bug
+from dpo_dist.foundation.signals import BY_TRACKER
+from dpo_dist.objective.metrics import PairValues, Values
+from dpo_dist.tools.evaluation.results import write_evaluation, write_worst
+from dpo_dist.tools.pages.charts import draw_curves
+from dpo_dist.tools.report.card import data_findings, run_card
+from dpo_dist.tools.report.run import write_page
+from dpo_dist.tools.report.samples import prepare_samples
+from dpo_dist.tools.tables import closing_table
+from dpo_dist.tools.verdict.rules import RULES, sample_alarm, verdict
+from dpo_dist.training.reporting.metrics_log import MetricsLog, Row
+from dpo_dist.training.reporting.protocols import Reporting
+from dpo_dist.training.reporting.trackers import TrackedRun, Trackers, open_trackers
+from dpo_dist.training.start.context import Run
+from dpo_dist.training.start.inputs import Inputs
+
+OnRow = Callable[[Row], bool | None]
+"""Called with each metrics row, once it is recorded; true: the run is asked to stop."""
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Metrics files, trackers and reports of one run; see `training.reporting.protocols`."""
+
+    run: Run
+    metrics: MetricsLog
+    trackers: Trackers = field(default_factory=Trackers)
+    on_row: OnRow | None = None
+
+    def row(self, row: Row, margins: Values | None = None) -> None:
+        """Write and send one metrics row; that of samples with whether they are a fault."""
+        alarm, is_new = None, False
+        if "eval_samples/prompts" in row:
+            with warn_on_bug("the comparison of samples with those before", self.run.say):
+                alarm = sample_alarm([*self.metrics.rows, row])
+                is_new = sample_alarm(self.metrics.rows) is None
+            row = {**row, "eval_samples/alarms": float(alarm is not None)}
+        self.metrics.append(row)
+        self.trackers.log(row, margins)
+        if alarm is not None and is_new:
+            headline = RULES[alarm.rule].text
+            self.run.say(f"warning: {headline} after step {row['step']:,.0f}: {alarm.with_remedy}")
+        if self.on_row is not None and self.on_row(dict(row)):
+            self.run.stops.request.ask("on_row")
+
+    def evaluation(self, means: dict[str, float], values: PairValues, inputs: Inputs) -> None:
+        """Write the files of the evaluation after the last step."""
+        with warn_on_bug("the last evaluation's folder", self.run.say):
+            model, dataset = str(self.run.folder.model), inputs.eval_set
+            assert dataset is not None, "evaluations have data"
+            write_evaluation(LAST_EVALUATION, model, self.run.config, means, values, dataset)
+            if not self.run.config.loss.is_one_sided:
+                file = self.run.folder.evaluation_of(LAST_EVALUATION).worst
+                is_unpaired = self.run.config.loss.is_unpaired
+                write_worst(file, values, dataset, inputs.tokenizer, is_unpaired=is_unpaired)
+
+    def close(self, summary: Mapping[str, Any], outcome: RunOutcome) -> None:
+        """Write summary, verdict, curves and page, end tracking, and print the closing table and verdict."""
+        run, rows, folder = self.run, self.metrics.rows, self.run.folder
+        ended = {**summary, "exit": outcome.value}
+        lines: list[str] = []
+        with warn_on_bug("the verdict", run.say):
+            judged = verdict(rows, ended, data_findings(folder))
+            ended["verdict"] = judged.as_dict()
+            lines = judged.lines()
+        self.metrics.save(ended)
+        with warn_on_bug(folder.curves.name, run.say):
+            draw_curves(rows, folder.curves, folder.path.name)
+        with warn_on_bug(folder.report.name, run.say):
+            write_page(folder)
+        self.trackers.finish(outcome.value, ended)
+        with warn_on_bug("the closing table", run.say):
+            lines = [*closing_table(folder, rows, ended), *lines]
+        run.console.result("summary", {"run_dir": str(folder.path), **ended}, lines)
+
+    def closed_by_errors(self) -> AbstractContextManager[None]:
+        """If the block ends in error or is interrupted, end tracking in a few seconds."""
+        return self.trackers.ended_by_errors()
+
+
+def open_recorder(run: Run, metrics: MetricsLog, on_row: OnRow | None = None) -> Recorder:
+    """Return the recorder of a run that trains, with its trackers; W&B may ask it to stop."""
+    ask = partial(run.stops.request.ask, BY_TRACKER)
+    environment = json.loads(run.folder.environment.read_bytes())
+    trackers = open_trackers(tracked_run(run, environment, ask), metrics.rows, run.say)
+    return Recorder(run, metrics, trackers, on_row)
+
+
+def tracked_run(run: Run, environment: Mapping[str, Any], stop: Callable[[], None]) -> TrackedRun:
+    """Return a run as its trackers show it; they call `stop` if someone stops it on its page."""
+    config = run.config
+    return TrackedRun(
+        run.folder,
+        config.tracking,
+        title(config, run.folder.path),
+        settings={**asdict(config), "environment": environment},
+        # Texts of one's data go to a server only where samples were asked for.
+        most_samples=config.tracking.samples if config.samples.prompts else 0,
+        stop=stop,
+    )
+
+
+REPORTING = Reporting(open_recorder, run_card, prepare_samples, write_page)

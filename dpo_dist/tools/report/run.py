@@ -1,0 +1,267 @@
+"""The page about a run, from its verdict to how to repeat it."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpo_dist.config.metrics import METRICS
+from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
+from dpo_dist.data.counts import in_words
+from dpo_dist.data.records import HELD_OUT, LEFT_IN_TRAIN
+from dpo_dist.foundation import files
+from dpo_dist.foundation.errors import RunOutcome
+from dpo_dist.foundation.text import counted, duration, number, percent, size, without_secrets
+from dpo_dist.foundation.types import Fields
+from dpo_dist.tools.evaluation.results import ALL, results_name
+from dpo_dist.tools.findings import Level
+from dpo_dist.tools.pages.charts import charts
+from dpo_dist.tools.pages.render import estimate, flat, page, part
+from dpo_dist.tools.pages.samples import samples_of, worst_pairs
+from dpo_dist.tools.tables import describe_reference
+from dpo_dist.tools.verdict.facts import MARGIN, RunFacts, last
+from dpo_dist.tools.verdict.rules import RULES
+from dpo_dist.training.clock import WORKS, Work
+from dpo_dist.training.reporting.metrics_log import final_and_best, metrics_by_source, read_latest_rows
+
+Table = tuple[list[str], list[list[object]]]
+"""Titles of the columns, and rows."""
+
+_SECTIONS = {
+    "samples": "Samples",
+    "curves": "Curves",
+    "accuracy": "Accuracy and margin",
+    "data": "Data",
+    "speed": "Time",
+    "reference": "Reference model",
+    "repeat": "Repeat this run",
+}
+"""Sections of the page with their titles, in their order."""
+_WORK_NAMES: Mapping[Work, str] = {
+    "reference": "reference log-probs",
+    "training": "training steps",
+    "evaluation": "evaluations",
+    "samples": "generating samples",
+    "other": "the rest",
+}
+
+
+class PageFacts:
+    """The content of the files of a run directory, without secrets; empty where one is missing.
+
+    `evaluation` is that of the last evaluation of training, with intervals.
+    """
+
+    def __init__(self, folder: RunFolder):
+        self.config, self.doctor = _fields(folder.config, yaml.safe_load), _fields(folder.doctor_report)
+        self.environment, self.state = _fields(folder.environment), _fields(folder.state)
+        rows, summary = read_latest_rows(folder), _fields(folder.summary)
+        self.summary = {**final_and_best(rows), **summary}
+        self.run = RunFacts(rows, self.summary, self.doctor.get("findings") or [])
+        self.by_source = metrics_by_source(rows)
+        evaluation = _fields(folder.evaluation_of(LAST_EVALUATION).results)
+        # A run that was continued and stopped has the file of an earlier evaluation.
+        last = self.run.evaluations[-1] if self.run.evaluations else {}
+        loss = (evaluation.get("all") or {}).get("eval_loss")
+        is_last = loss is not None and math.isclose(loss, last.get("loss", math.nan), rel_tol=1e-6)
+        self.evaluation: Fields = evaluation if is_last else {}
+
+    def setting(self, key: str) -> Any:
+        """Return the value of a key of the configuration; None if it is not known."""
+        section, name = key.split(".")
+        return (self.config.get(section) or {}).get(name)
+
+    def section(self, name: str) -> Fields:
+        """Return a section of summary.json; empty if it is missing."""
+        return self.summary.get(name) or {}
+
+    def intervals(self, name: str) -> Mapping[str, Sequence[float]]:
+        """Return the intervals of the last evaluation by metric, of all pairs or of a source."""
+        return (self.evaluation.get(name) or {}).get("intervals") or {}
+
+
+def _fields(path: Path, parse: Callable[[str], Any] = json.loads) -> Fields:
+    """Return the fields of a file without secrets, because a page is made to be shared; empty without it."""
+    if not path.exists():
+        return {}
+    fields: Fields = without_secrets(parse(path.read_text(encoding="utf-8")) or {})
+    return fields
+
+
+def write_page(folder: RunFolder, output: Path | None = None) -> Path:
+    """Write the report page of a run directory, or `output`, and return its path."""
+    facts = PageFacts(folder)
+    environment, run = facts.environment, facts.run
+    spent = facts.section("work").get("seconds", {})
+    works = [(_WORK_NAMES.get(work, work), spent[work]) for work in WORKS if spent.get(work, 0.0) > 0]
+    parts = {"train": "Training data", "eval": "Evaluation data"}
+    content: dict[str, Any] = {
+        "outcome": facts.summary.get("exit"),
+        "about": "; ".join(_about(facts)),
+        "verdict": verdict_of(facts),
+        "last_step": run.rows[-1]["step"] if run.rows and not facts.summary.get("exit") else None,
+        "tiles": list(_tiles(facts)),
+        "samples": samples_of(folder),
+        "curves": charts(run.rows, run.noise(run.steps)),
+        "accuracy": _by_source(facts),
+        "worst": worst_pairs(folder.evaluation_of(LAST_EVALUATION).worst) if facts.evaluation else [],
+        "data": [_records(parts[name], counts) for name, counts in facts.section("data").items() if counts],
+        "doctor": facts.doctor.get("findings") or [],
+        "is_examined": bool(facts.doctor),
+        "speed": [(name, seconds, seconds / sum(spent.values())) for name, seconds in works],
+        "reference": describe_reference(facts.section("reference")),
+        "repeat": environment.get("command"),
+        "config": list(flat(facts.config)),
+        "environment": list(flat(environment)),
+    }
+    about_order = f"{run.accuracy_title[0].upper()}{run.accuracy_title[1:]} and margin"
+    sections = {**_SECTIONS, "accuracy": about_order}
+    content |= {"accuracy_title": about_order, "unit": run.unit}
+    links = [(name, title) for name, title in sections.items() if content[name]]
+    scripts = ["charts.js"] if content["curves"] else []
+    path = output or folder.report
+    name, is_running = folder.path.resolve().name, "exit" not in facts.summary
+    files.write_text(path, page("run.jinja", name, scripts, reloads=is_running, links=links, **content))
+    return path
+
+
+def _about(facts: PageFacts) -> Iterator[str]:
+    """Yield model, method, data and size of the run; nothing without a configuration."""
+    if not facts.config:
+        return
+    weights = "LoRA adapter" if facts.setting("model.adapter") else "all weights"
+    yield f"{facts.setting('model.path')} ({weights}, {facts.setting('model.dtype')})"
+    terms = facts.setting("loss.terms")
+    loss = " + ".join(term["kind"] for term in terms) if terms else facts.setting("loss.kind")
+    beta = facts.section("settings").get("loss.beta")
+    yield f"loss {loss}" + (f" with beta {number(beta, 3)}" if beta is not None else "")
+    yield f"learning rate {number(facts.setting('optim.lr') or 0, 3)}"
+    unit = facts.run.unit
+    for name, noun in (("train", "training"), ("eval", "evaluation")):
+        if pairs := facts.run.counts(name).get("pairs"):
+            labels = facts.run.counts(name).get("labels")
+            of_them = f" ({labels['good']:,} good, {labels['bad']:,} bad)" if labels else ""
+            yield counted(pairs, f"{noun} {unit}") + of_them
+    if steps := facts.summary.get("steps"):
+        yield f"{counted(steps, 'step')} of {counted(facts.setting('trainer.global_batch_pairs'), unit)}"
+    processes = facts.summary.get("world_size") or facts.environment.get("world_size") or 1
+    yield counted(processes, "process", "processes") + "."
+
+
+def verdict_of(facts: PageFacts) -> Mapping[str, Any]:
+    """Return level, sentence and findings of the verdict; empty before the end of a run."""
+    judged: Fields = facts.summary.get("verdict") or {}
+    if not judged:
+        return {}
+    findings = []
+    for finding in judged["findings"]:
+        fact, _, advice = finding["text"].partition(". Try: ")
+        # The verdict's sentence has the facts of its own finding.
+        fact = "" if fact in judged["sentence"] else fact
+        findings.append({"headline": RULES[finding["rule"]].text, "fact": fact, "advice": advice})
+    has_faults = any(RULES[finding["rule"]].level is not Level.note for finding in judged["findings"])
+    level = "warning" if has_faults else "good"
+    if facts.summary["exit"] == RunOutcome.diverged:
+        level = "error"
+    return {"level": level, "sentence": judged["sentence"], "findings": findings}
+
+
+def _tiles(facts: PageFacts) -> Iterator[tuple[str, str, str]]:
+    """Yield label, value and remark of the main results that were measured."""
+    summary, final, best = facts.summary, facts.section("final"), facts.section("best")
+    ends, unit = facts.intervals(ALL), facts.run.unit
+    remarks = {
+        key: [f"95 %: {number(ends[key][0])} to {number(ends[key][1])}"] if key in ends else []
+        for key in (f"eval_{facts.run.accuracy_key}", f"eval_{MARGIN}", "eval_loss")
+    }
+    for key in remarks.keys() & best.keys():
+        remarks[key].append(f"best {number(best[key]['value'])} at step {number(best[key]['step'])}")
+    gpus = ", ".join(dict.fromkeys(facts.environment.get("gpus") or ())) or "without GPU"
+    pairs, finished = summary.get("pairs_seen"), last(facts.run.evaluations, "samples/finished")
+    seen = "" if pairs is None else f"{number(pairs)} {unit}s"
+    seconds = facts.section("work").get("device_seconds")
+    saved = facts.section("best_checkpoint") or {"step": None, "metric": "", "value": 0}
+    chosen_by = f"step; {saved['metric']} {number(saved['value'])}"
+    chosen_by += ", the model" if "model_step" in summary else ""
+    shown: tuple[tuple[str, Any, Callable[[Any], str], str], ...] = (
+        ("final loss", final.get("loss"), number, "training, mean of the last logged steps"),
+        *(
+            (f"eval {METRICS[key.removeprefix('eval_')].title}", final.get(key), number, "; ".join(remark))
+            for key, remark in sorted(remarks.items())
+        ),
+        ("best checkpoint", saved["step"], number, chosen_by),
+        ("sampled responses that end", finished, percent, "by themselves, at the last evaluation"),
+        ("steps", summary.get("steps"), number, seen),
+        ("training time", summary.get("train_seconds"), duration, "of optimizer steps"),
+        (f"{unit}s per second", summary.get("pairs_per_second"), number, ""),
+        ("peak memory", summary.get("peak_memory_bytes"), size, f"of the process with the most; {gpus}"),
+        ("time of all processes", seconds, duration, "all work of all starts"),
+    )
+    for label, value, form, small in shown:
+        if value is not None:
+            yield label, form(value), small
+
+
+def _by_source(facts: PageFacts) -> Table | None:
+    """Return a row for all pairs and one for each source: evaluation with intervals, training."""
+    accuracy, title, unit = facts.run.accuracy_key, facts.run.accuracy_title, facts.run.unit
+    whole = {
+        prefix + key: value
+        for prefix, rows in (("", facts.run.steps), ("eval_", facts.run.evaluations))
+        for key in (accuracy, MARGIN)
+        if (value := last(rows, key)) is not None
+    }
+    rows = [(f"all {unit}s", ALL, whole)]
+    rows += [(label, results_name(label), row) for label, row in sorted(facts.by_source.items())]
+    titles = {
+        f"eval_{accuracy}": f"evaluation {title}",
+        f"eval_{MARGIN}": "evaluation margin",
+        accuracy: f"training {title}",
+        MARGIN: "training margin",
+    }
+    keys = [key for key in titles if any(key in row for _, _, row in rows)]
+    lines: list[list[object]] = []
+    for label, results, row in rows:
+        ends, pairs = facts.intervals(results), (facts.evaluation.get(results) or {}).get("eval_pairs")
+        remarks = [counted(pairs, f"evaluation {unit}")] if pairs else []
+        low, high = ends.get(f"eval_{accuracy}", (1, 1))
+        remarks += ["not better than guessing"] if low <= 1 / 2 <= high else []
+        name = part("macros.jinja", "named", label, ", ".join(remarks))
+        lines.append([name, *(estimate(row.get(key), ends.get(key)) for key in keys)])
+    return (["source", *(titles[key] for key in keys)], lines) if keys else None
+
+
+def _records(title: str, counts: Fields) -> Mapping[str, Any]:
+    """Return the numbers of read, kept, dropped and changed records of one of the datasets."""
+    read, dropped = counts["read"], counts.get("dropped") or {}
+    rows = [
+        (count, read, f"dropped: {in_words(name)}", f"dropped.{name}")
+        for name, count in sorted(dropped.items(), key=lambda item: -item[1])
+    ]
+    rows += [
+        # Records of the other part of a split were not read into this one.
+        (count, read + count if name in (HELD_OUT, LEFT_IN_TRAIN) else counts["kept"], in_words(name), name)
+        for name, count in counts.items()
+        if isinstance(count, int) and name not in ("read", "kept", "pairs")
+    ]
+    return {
+        "title": title,
+        "pairs": None,
+        "examples": [],
+        **counts,
+        "rows": [
+            (
+                f"{count:,}" + (f" ({percent(count / total)})" if count <= total else ""),
+                part("macros.jinja", "named", words, part("macros.jinja", "code", name)),
+            )
+            for count, total, words, name in rows
+            if count
+        ],
+        "sources": [
+            (each["label"], *(number(each[key]) for key in ("kept", "read", "pairs")), each["path"])
+            for each in counts.get("sources") or []
+        ],
+    }

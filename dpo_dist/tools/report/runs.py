@@ -1,0 +1,269 @@
+"""The page and the table of several runs: settings that differ, last evaluations, curves, samples."""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+from markupsafe import Markup
+
+from dpo_dist.config.losses import kinds_using
+from dpo_dist.config.metrics import ACCURACIES, CUSTOM, MAIN, METRICS, TERMS, metric_of
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import Direction
+from dpo_dist.foundation.errors import RunOutcome
+from dpo_dist.foundation.files import write_text
+from dpo_dist.foundation.streams import printable
+from dpo_dist.objective.metrics import AUC, ENTROPIES, MISMATCH, PAIR_METRICS
+from dpo_dist.tools.evaluation.results import ALL, results_name
+from dpo_dist.tools.pages import render
+from dpo_dist.tools.pages.charts import Curves, charts_of_runs, color_of
+from dpo_dist.tools.pages.samples import samples_of_runs
+from dpo_dist.tools.report.run import PageFacts, verdict_of
+from dpo_dist.tools.tables import EVALUATED, aligned
+from dpo_dist.tools.verdict.facts import MARGIN, Row
+from dpo_dist.training.reporting.metrics_log import finite
+
+Runs = Mapping[str, PageFacts]
+"""The runs by their labels."""
+
+_OF_NO_RESULT = ("run.", "console.", "tracking.")
+_OF_NO_POLICY = ("samples/reference_", "samples/prompts", "samples/alarms")
+_OF_REFERENCE = ("loss", "rewards/", "distance/")
+_OF_LOSS = ("loss", "rewards/chosen", "rewards/rejected", MARGIN)
+_MOST_SETTINGS, _MOST_CHARACTERS = 4, 80  # in the table of results, and of a name made of them
+_SEED = "trainer.seed"
+
+
+def compare_runs(folders: Sequence[RunFolder], page: Path) -> list[str]:
+    """Write the page about runs, also such that still train; return the lines of its tables of results."""
+    facts, names = list(map(PageFacts, folders)), [folder.path.resolve().name for folder in folders]
+    names = names if len(set(names)) == len(names) else list(map(str, folders))
+    settings, others = _differing(facts)
+    described, is_short = _described(settings, len(facts)), len(settings) <= _MOST_SETTINGS
+    is_name = len(set(described)) == len(facts) and max(map(len, described)) <= _MOST_CHARACTERS
+    labels = described if is_short and is_name else names
+    runs, kinds = dict(zip(labels, facts, strict=True)), ["+".join(_kinds(each)) for each in facts]
+    groups = _described({key: texts for key, texts in settings.items() if key != _SEED}, len(facts))
+    if _SEED not in settings or len(set(groups)) == len(groups):
+        groups = labels
+
+    warnings, last = dict(_warnings(runs)), _last_rows(runs)
+    results = _Results(groups, last, [_intervals(each) for each in facts], sum(warnings.values(), ()))
+    outcomes = [each.summary.get("exit", "not ended") for each in facts]
+    shown = {METRICS[key].title: results.cells(key) for key in _shown(last)}
+    own = {key: _own_parts(texts) for key, texts in settings.items()} if is_short else {}
+    columns = {"run": names, **own, "outcome": outcomes, **shown}
+    completed = [outcome == RunOutcome.completed for outcome in outcomes]
+    over_seeds = results.over_seeds(_shown(last), completed) if results.has_seeds else []
+    units = {each.run.unit for each in facts}
+    unit = units.pop() if len(units) == 1 else "example"
+    curves = [Curves(*each) for each in zip(groups, kinds, map(_over_pairs, facts), strict=True)]
+    apart = _OF_LOSS if len(set(kinds)) > 1 else ()
+    colors = list(dict.fromkeys(groups))
+    html = render.page(
+        "runs.jinja",
+        f"{len(runs)} runs",
+        ["charts.js"],
+        labels=labels,
+        results=_table(columns | {title: list(map(_on_two_lines, cells)) for title, cells in shown.items()}),
+        over_seeds=over_seeds,
+        verdicts=[(label, verdict_of(each).get("sentence", "-")) for label, each in runs.items()],
+        warnings=list(warnings),
+        settings=[(key, *texts) for key, texts in settings.items()],
+        is_short=own == settings,
+        others=[(key, *texts) for key, texts in others.items()],
+        metrics=[(key, *map(_on_two_lines, results.cells(key))) for key in _keys(last)],
+        curves=charts_of_runs(curves, unit, apart),
+        legend=[(color_of(colors, label), label, groups.count(label)) for label in colors],
+        unit=unit,
+        samples=samples_of_runs(dict(zip(labels, folders, strict=True))),
+    )
+    write_text(page, html)
+    hidden = [] if is_short else [f"{len(settings)} settings differ: see the page"]
+    seeds = ["", *aligned(over_seeds)] if over_seeds else []
+    return list(map(printable, [*aligned(_table(columns)), *seeds, *hidden, *warnings]))
+
+
+def _on_two_lines(cell: str) -> Markup:
+    """Return the HTML of a value with its interval below it."""
+    value, bracket, interval = cell.partition(" [")
+    return render.part("macros.jinja", "named", value, bracket.strip() + interval)
+
+
+def _table(columns: Mapping[str, Sequence[str]]) -> list[list[str]]:
+    """Return titles and rows."""
+    return [list(columns), *map(list, zip(*columns.values(), strict=True))]
+
+
+def _differing(facts: Sequence[PageFacts]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Return the settings that differ and can change the result, and what else differs, by key."""
+    differing = differing_settings([each.config for each in facts])
+    others = {key: texts for key, texts in differing.items() if key.startswith(_OF_NO_RESULT)}
+    settings = {key: texts for key, texts in differing.items() if key not in others}
+    for key, texts in settings.items():
+        if users := set(kinds_using(key.removeprefix("loss."))):  # other losses do not depend on it
+            settings[key] = [
+                text if users & set(_kinds(each)) or not _kinds(each) else "-"
+                for text, each in zip(texts, facts, strict=True)
+            ]
+    return settings, others | differing_settings([each.environment for each in facts])
+
+
+def _kinds(facts: PageFacts) -> list[str]:
+    """Return the kinds of a run's loss; none if its configuration is not known."""
+    loss = facts.config.get("loss") or {}
+    return [term["kind"] for term in loss.get("terms") or ()] or [loss[key] for key in loss if key == "kind"]
+
+
+def _described(settings: Mapping[str, Sequence[str]], count: int) -> list[str]:
+    """Return for each run its values of these settings: "beta 0.1, seed 2"."""
+    parts: list[list[str]] = [[] for _ in range(count)]
+    names = [key.rpartition(".")[2] for key in settings]
+    for (key, texts), name in zip(settings.items(), names, strict=True):
+        for part, text, own in zip(parts, texts, _own_parts(texts), strict=True):
+            part.extend([f"{name if names.count(name) == 1 else key} {own}"] if text != "-" else [])
+    return [", ".join(part) or ("all others" if any(parts) else "all") for part in parts]
+
+
+def _own_parts(texts: Sequence[str]) -> list[str]:
+    """Return texts without the words and folders that all begin or end with, if one is long."""
+    if max(map(len, texts)) <= _MOST_CHARACTERS / 4:
+        return list(texts)
+    pieces = [re.split(r"(?<=[/ ])", text) for text in texts]
+    for step in (1, -1):
+        columns = zip(*(each[::step] for each in pieces), strict=False)
+        same = next((number for number, column in enumerate(columns) if len(set(column)) > 1), 0)
+        pieces = [each[::step][same:][::step] for each in pieces]
+    own = ["".join(each) for each in pieces]
+    return own if own == list(texts) else [each.strip(" ,[]{}") for each in own]
+
+
+def _shown(last: Sequence[Row]) -> list[str]:
+    """Return the metrics of the table of results: those that all runs with a row have, and each accuracy."""
+    rows = [row for row in last if row]
+    return [
+        key
+        for key in dict.fromkeys((*MAIN, *EVALUATED))
+        if (any if key in ACCURACIES else all)(key in row for row in rows) and rows
+    ]
+
+
+@dataclass(frozen=True)
+class _Results:
+    """Metrics of the last rows of runs; runs of one group differ in their seeds only."""
+
+    groups: Sequence[str]
+    rows: Sequence[Row]
+    intervals: Sequence[Mapping[str, Sequence[float]]]
+    not_comparable: tuple[str, ...]
+
+    @property
+    def has_seeds(self) -> bool:
+        """Whether some runs differ in their seeds only."""
+        return len(set(self.groups)) < len(self.groups)
+
+    def cells(self, key: str) -> list[str]:
+        """Return the value of a metric in each run with its interval; * marks the best without seeds."""
+        best = None if self.has_seeds else self._best(key, [finite(row, key) for row in self.rows])
+        cells, form = [], metric_of(key).form
+        for row, intervals in zip(self.rows, self.intervals, strict=True):
+            cell = form(row[key]) if key in row else "-"
+            cell += "*" if row.get(key) == best is not None else ""
+            if key in row and (ends := intervals.get(key)):
+                cell += f" [{form(ends[0])}, {form(ends[1])}]"
+            cells.append(cell)
+        return cells
+
+    def over_seeds(self, keys: Sequence[str], completed: Sequence[bool]) -> list[list[str]]:
+        """Return titles and a row for each group: means and standard deviations (n - 1) of completed runs."""
+        members: dict[str, list[Row]] = {group: [] for group in self.groups}
+        for group, row, is_complete in zip(self.groups, self.rows, completed, strict=True):
+            members[group] += [row] if is_complete else []
+        columns = {"setting": list(members)}
+        columns["seeds"] = [f"{len(members[each])} of {self.groups.count(each)}" for each in members]
+        for key in keys:
+            known = [
+                [value for row in rows if (value := finite(row, key)) is not None]
+                for rows in members.values()
+            ]
+            means = [fmean(values) if values else None for values in known]
+            best, form = self._best(key, means), metric_of(key).form
+            columns[metric_of(key).title] = [
+                "-" if mean is None else form(mean) + "*" * (mean == best) + _spread(values, form)
+                for values, mean in zip(known, means, strict=True)
+            ]
+        return _table(columns)
+
+    def _best(self, key: str, values: Sequence[float | None]) -> float | None:
+        """Return the best of different values; None if they cannot be compared."""
+        known, direction = [value for value in values if value is not None], metric_of(key).best
+        if direction is None or len(set(known)) < 2 or key.startswith(self.not_comparable):
+            return None
+        return (min if direction is Direction.lowest else max)(known)
+
+
+def _spread(values: Sequence[float], form: Callable[[float], str]) -> str:
+    return f" \u00b1 {form(stdev(values))}" if len(values) > 1 else ""
+
+
+def differing_settings(configs: Sequence[Mapping[str, object]]) -> dict[str, list[str]]:
+    """Return, by dotted key, the texts of its values if they are not all equal; "-" where it is missing."""
+    plain = [dict(render.flat(config)) for config in configs]
+    texts = {key: [each.get(key, "-") for each in plain] for each in plain for key in each}
+    return {key: values for key, values in texts.items() if len(set(values)) > 1}
+
+
+def _warnings(runs: Runs) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield why metrics of the runs are not comparable, and how the names of these metrics start."""
+    identities = [facts.state.get("identity") or {} for facts in runs.values()]
+    evaluated, references = ([each.get(name) for each in identities] for name in ("eval_data", "reference"))
+    losses = [facts.config.get("loss") for facts in runs.values()]
+    if not any(facts.run.evaluations for facts in runs.values()):
+        yield "No run has an evaluation: metrics are those of the last logged steps.", ()
+    for values, sentence, metrics in (
+        (evaluated, "Their evaluation data differ: metrics are not comparable.", ("",)),
+        (references, "Their reference models differ: rewards are relative to other models.", _OF_REFERENCE),
+        (losses, "Their losses differ: compare accuracies, not losses, rewards and margins.", _OF_LOSS),
+    ):
+        if len({str(value) for value in values if value is not None}) > 1:
+            yield sentence, metrics
+
+
+def _last_rows(runs: Runs) -> list[Row]:
+    """Return the last evaluation of each run that has ended, or if none has one the last steps; else {}."""
+    has_any = any(facts.run.evaluations for facts in runs.values())
+    rows = (facts.run.evaluations if has_any else facts.run.steps for facts in runs.values())
+    ended = ("exit" in facts.summary for facts in runs.values())
+    return [of_run[-1] if is_over and of_run else {} for of_run, is_over in zip(rows, ended, strict=True)]
+
+
+def _keys(last: Sequence[Row]) -> list[str]:
+    """Return the metrics of the last rows, those of sources last."""
+    known = dict.fromkeys(key for row in last for key in row)
+    samples = (key for key in known if key.startswith("samples/") and not key.startswith(_OF_NO_POLICY))
+    by_source = (
+        key for key in known if key.startswith((*(f"{name}/" for name in (*ACCURACIES, MARGIN)), CUSTOM))
+    )
+    return [
+        key
+        for key in (*PAIR_METRICS, *TERMS.values(), AUC, MISMATCH, *ENTROPIES, *samples, *by_source)
+        if key in known
+    ]
+
+
+def _intervals(facts: PageFacts) -> Mapping[str, Sequence[float]]:
+    """Return the intervals of the last evaluation by metric, also of sources."""
+    intervals = {key.removeprefix("eval_"): ends for key, ends in facts.intervals(ALL).items()}
+    for label in facts.by_source:
+        of_source = facts.intervals(results_name(label))
+        intervals |= {f"{key.removeprefix('eval_')}/{label}": ends for key, ends in of_source.items()}
+    return intervals
+
+
+def _over_pairs(facts: PageFacts) -> list[Row]:
+    """Return the rows of a run with its pairs so far as their step: runs may have other batch sizes."""
+    batch, most = facts.setting("trainer.global_batch_pairs") or 1, facts.summary.get("pairs_seen", math.inf)
+    return [{**row, "step": min(row["step"] * batch, most)} for row in facts.run.rows]

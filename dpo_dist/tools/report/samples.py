@@ -1,0 +1,263 @@
+"""Responses of the policy and of the reference to held-out prompts at evaluations."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from dpo_dist.config.schema import ReferenceMode
+from dpo_dist.data.encoded.dataset import PreferenceDataset
+from dpo_dist.distributed.processes.world import Interrupted
+from dpo_dist.distributed.zero import Engine
+from dpo_dist.foundation.errors import ConfigError, warn_on_bug
+from dpo_dist.foundation.files import json_line, read_lines, text_digest, write_text
+from dpo_dist.foundation.text import counted, duration
+from dpo_dist.model.files.load import load_config
+from dpo_dist.model.files.stops import find_stop_ids
+from dpo_dist.reference.engine import load_reference
+from dpo_dist.tools.sampling.generate import NotFiniteError, Request, generate_together
+from dpo_dist.tools.sampling.respond import texts_after
+from dpo_dist.tools.sampling.settings import Sampling, sampling_of
+from dpo_dist.tools.text_facts import is_refusal, language_identifier, language_of, sample_metrics, text_facts
+from dpo_dist.training.start.context import Run
+from dpo_dist.training.start.inputs import Inputs
+
+Row = dict[str, Any]
+_BATCH_TOKENS = 16384
+_USUAL_PROMPTS = 8
+_OF_RESPONSE = ("text", "tokens", "finished")
+
+
+@dataclass(frozen=True)
+class SamplePrompt:
+    """A held-out prompt with the fields of its rows: `prompt`, `prompt_id`, `source` and `chosen`."""
+
+    request: Request
+    fields: Row
+
+
+@dataclass
+class Samples:
+    """The held-out prompts of a run, the same at every evaluation and in every start. Methods are collective.
+
+    A response is a row with `text`, `tokens` and `finished`.
+
+    Attributes:
+        stop_ids: tokens that end a response.
+        at_every_evaluation: whether the policy responds at every evaluation, not at the first and the last.
+        starts_as_reference: whether the policy before its first step is the reference.
+        reference: responses of the reference, one for each prompt; None: not known.
+    """
+
+    run: Run
+    sampling: Sampling
+    prompts: tuple[SamplePrompt, ...]
+    stop_ids: frozenset[int]
+    tokenizer: PreTrainedTokenizerBase
+    at_every_evaluation: bool = True
+    starts_as_reference: bool = False
+    reference: list[Row] | None = None
+
+    def at(self, step: int, policy: Engine, *, is_last: bool) -> dict[str, float]:
+        """Write the policy's responses after `step`, and return their metrics `samples/...`.
+
+        Gives way if the run must stop. There is no file if the model's logits are not finite, and no
+        metrics, with a warning, after a bug in these. `is_last`: whether the run ends after this step.
+        """
+        if not (self.at_every_evaluation or is_last or step == 0):
+            return {}
+        known = self.reference if step == 0 and self.starts_as_reference else None
+        asked = known or self._ask(policy)
+        if asked is None:
+            return {}
+
+        def write() -> dict[str, float]:
+            metrics: dict[str, float] = {}
+            others = self.reference or [dict.fromkeys(_OF_RESPONSE)] * len(asked)
+            rows = [
+                {**prompt.fields, "step": step, **_named("policy", response), **_named("reference", other)}
+                for prompt, response, other in zip(self.prompts, asked, others, strict=True)
+            ]
+            write_text(self.run.folder.samples_file(step), "".join(map(json_line, rows)))
+            with warn_on_bug("the row of metrics of samples", self.run.say):
+                metrics |= {"samples/prompts": float(len(asked)), **self._metrics("samples/", asked)}
+                if self.reference is not None:
+                    metrics |= self._metrics("samples/reference_", self.reference)
+            return metrics
+
+        return self.run.write(write)
+
+    def open(self, policy: Engine) -> None:
+        """Ask the policy, at its start or without its adapter, for the reference's responses if not known."""
+        if self.reference is None and self.starts_as_reference:
+            self.ask_reference(policy, of_base=self.run.config.model.adapter is not None)
+
+    def ask_reference(self, model: Engine, *, of_base: bool = False) -> None:
+        """Set the reference's responses to those of a model, and write them; ends the run if it must stop."""
+        started = time.monotonic()
+        try:
+            self.reference = self._ask(model, of_base=of_base)
+        except Interrupted:
+            self.run.stops.check()
+        if self.reference is not None:
+            rows = [
+                {"prompt_id": prompt.fields["prompt_id"], "sampling": asdict(self.sampling), **response}
+                for prompt, response in zip(self.prompts, self.reference, strict=True)
+            ]
+            text = "".join(map(json_line, rows))
+            self.run.write(lambda: write_text(self.run.folder.samples_reference, text))
+            tokens = sum(row["tokens"] for row in self.reference)
+            again = "at every evaluation" if self.at_every_evaluation else "after the last step"
+            self.run.say(
+                f"samples: responses to {counted(len(rows), 'held-out prompt')}, {tokens:,} tokens, took "
+                f"{duration(time.monotonic() - started)}, and take about as long {again}; "
+                "samples.prompts=0 turns them off"
+            )
+
+    def read_reference(self) -> list[Row] | None:
+        """Return the reference's responses in its file, if they are to the same prompts and settings."""
+        rows = list(read_lines(self.run.folder.samples_reference))
+        wanted = [(prompt.fields["prompt_id"], asdict(self.sampling)) for prompt in self.prompts]
+        if [(row["prompt_id"], row["sampling"]) for row in rows] != wanted:
+            return None
+        return [{name: row[name] for name in _OF_RESPONSE} for row in rows]
+
+    def _ask(self, model: Engine, *, of_base: bool = False) -> list[Row] | None:
+        """Return a response to each prompt; None, with a warning, if the model's logits are not finite."""
+        requests = [prompt.request for prompt in self.prompts]
+        limits = self.stop_ids, _BATCH_TOKENS, self.run.stops
+        try:
+            doing = f"samples: responding to {counted(len(requests), 'prompt')}"
+            with self.run.clock.of("samples"), self.run.console.heartbeat(doing):
+                samples = generate_together(model, requests, self.sampling, *limits, of_base=of_base)
+        except NotFiniteError:
+            self.run.say("warning: no samples: the model's logits are not finite")
+            return None
+        return [
+            {
+                "text": texts_after(list(sample.ids), request.prompt_ids, self.tokenizer)[0],
+                "tokens": len(sample.ids),
+                "finished": sample.is_finished,
+            }
+            for sample, request in zip(samples, requests, strict=True)
+        ]
+
+    def _metrics(self, prefix: str, responses: Sequence[Row]) -> dict[str, float]:
+        chosen = [str(prompt.fields["chosen"]) for prompt in self.prompts]
+        facts = [text_facts(row["text"], row["tokens"], row["finished"]) for row in responses]
+        facts = [  # what the data teach to refuse is no fault
+            replace(fact, refusals=fact.refusals and not is_refusal(text))
+            for fact, text in zip(facts, chosen, strict=True)
+        ]
+        languages = list(map(language_of, chosen))
+        return {prefix + name: value for name, value in sample_metrics(facts, languages).items()}
+
+
+def _named(model: str, response: Row) -> Row:
+    """Return a response as fields of a row: its text under the model's name."""
+    return {model if name == "text" else f"{model}_{name}": response[name] for name in _OF_RESPONSE}
+
+
+def prepare_samples(run: Run, inputs: Inputs, step: int) -> Samples | None:
+    """Return the samples of a run that continues after `step`; None if it has none. Collective.
+
+    The reference responds once, to a file in the run directory from which a resumed run reads it. If the
+    policy cannot give its responses, the reference is loaded for them and freed again: call this before a
+    model is loaded.
+    """
+    config, settings, tokenizer = run.config, run.config.samples, inputs.tokenizer
+    if settings.prompts == 0 or inputs.eval_set is None:
+        return None
+    model_folder, seed = inputs.policy_files.folder, config.trainer.seed
+    try:
+        stop_ids = find_stop_ids(tokenizer, config.data, model_folder, "model.path")
+    except ConfigError as error:
+        if settings.prompts is not None:
+            raise
+        run.say(f"no samples: {error.message}; {error.remedy}")
+        return None
+    sampling = sampling_of("train", config.sampling, seed)
+    text_config = load_config(model_folder, config.model).get_text_config()
+    longest = getattr(text_config, "max_position_embeddings", None)
+    if longest is not None:
+        longest -= sampling.max_new_tokens
+    wanted = _USUAL_PROMPTS if settings.prompts is None else settings.prompts
+    prompts = choose_prompts(
+        inputs.eval_set,
+        tokenizer,
+        stop_ids,
+        wanted,
+        seed,
+        longest,
+        is_labelled=run.config.loss.is_unpaired,
+    )
+    if len(prompts) < wanted:
+        run.say(
+            f"samples: {len(prompts)} prompts, not {wanted}: the evaluation data have no more that "
+            "are different and leave room for sampling.max_new_tokens"
+        )
+    if not prompts:
+        return None
+    if run.world.is_main and language_identifier() is None:
+        run.say("samples: their language is not examined; for that, pip install 'dpo-dist[tools]'")
+    samples = Samples(run, sampling, prompts, stop_ids, tokenizer, settings.prompts is not None)
+    files = inputs.reference_files or inputs.policy_files
+    same_precision = config.reference.quantization is config.model.quantization
+    samples.starts_as_reference = (
+        inputs.reference_files is None
+        or config.reference.mode is ReferenceMode.adapter
+        or (files.digest == inputs.policy_files.digest and same_precision)
+    )
+    samples.reference = run.world.on_main(samples.read_reference)
+    policy_responds = samples.starts_as_reference and (step == 0 or config.model.adapter is not None)
+    if samples.reference is None and not policy_responds:
+        run.say("samples: the reference is loaded for its responses")
+        engine = load_reference(files, config.model, config.reference, config.data.max_length, run.world)
+        samples.ask_reference(engine)
+        engine.free()
+    return samples
+
+
+def choose_prompts(
+    dataset: PreferenceDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: frozenset[int],
+    count: int,
+    seed: int,
+    longest: int | None,
+    *,
+    is_labelled: bool = False,
+) -> tuple[SamplePrompt, ...]:
+    """Return different prompts of at most `longest` tokens, chosen by a hash of seed and prompt.
+
+    The choice does not depend on the order of the dataset. `is_labelled`: whether the fields have a `label`.
+    """
+    keys, indices = np.unique(dataset.prompt_hashes[:], return_index=True)
+    by_hash = sorted(
+        (text_digest(f"{seed} {key}"), int(index)) for key, index in zip(keys, indices, strict=True)
+    )
+    ends = np.cumsum(dataset.source_pairs)
+    prompts: list[SamplePrompt] = []
+    for prompt_hash, index in by_hash:
+        tokens = dataset.lengths(index)[0]
+        if tokens == 0 or (longest is not None and tokens > longest):
+            continue
+        example = dataset.example(index, (0,))
+        chosen_ids, prompt_ids = example.responses[0].tolist(), np.asarray(example.prompt_ids)
+        while chosen_ids and chosen_ids[-1] in stop_ids:
+            chosen_ids.pop()
+        fields = {
+            "prompt": str(tokenizer.decode(prompt_ids.tolist(), skip_special_tokens=False)),
+            "prompt_id": prompt_hash[:16],
+            "source": dataset.source_labels[int(np.searchsorted(ends, index, side="right"))],
+            "chosen": texts_after(chosen_ids, prompt_ids, tokenizer)[0],
+        }
+        if is_labelled:
+            fields["label"] = "good" if dataset.labels_good([index])[0] else "bad"
+        prompts.append(SamplePrompt(Request(prompt_ids, prompt_hash[:16], 0), fields))
+        if len(prompts) == count:
+            break
+    return tuple(prompts)

@@ -1,0 +1,172 @@
+"""Work on prompts with whole models on every process: finished part by part, resumable."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig, ParallelismConfig, ParallelismKind, RunConfig
+from dpo_dist.data.records import PreferenceRecord, prompt_key, turns_of
+from dpo_dist.distributed.deepspeed_config import policy_config
+from dpo_dist.distributed.memory import explain_out_of_memory
+from dpo_dist.foundation import files
+from dpo_dist.foundation.console import Console
+from dpo_dist.tools.judges import Judge, open_judge
+from dpo_dist.tools.sampling.respond import Generate, ModelSource, Responder, find_model, respond
+from dpo_dist.tools.sampling.settings import Sampling
+from dpo_dist.training.start.context import Run, join
+
+_FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of a stage, in a folder named by the digest of everything that they depend on."""
+
+    folder: Path
+    count: int
+
+    def file(self, index: int) -> Path:
+        """Return the file of a part, which exists if the part is finished."""
+        return self.folder / f"{index:06d}.jsonl"
+
+    def open(self) -> list[int]:
+        """Return the indices of unfinished parts; create the folder, remove files of dead writers."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files.collect_abandoned(self.folder)
+        (self.folder / _FAILED).unlink(missing_ok=True)
+        return [index for index in range(self.count) if not self.file(index).is_file()]
+
+    def read(self, index: int) -> list[dict[str, Any]]:
+        """Return the rows of a finished part."""
+        return list(files.read_lines(self.file(index)))
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Different prompts in parts, which the processes of `run` share.
+
+    Each stage of the work, such as responses or scores, has a folder below `root`. `finish` and `responses`
+    are collective.
+    """
+
+    run: Run
+    root: Path
+    parts: Sequence[Sequence[PreferenceRecord]]
+
+    @cached_property
+    def digest(self) -> str:
+        """The digest of all parts."""
+        return files.text_digest(json.dumps([list(map(prompt_key, part)) for part in self.parts]))
+
+    def stage(self, name: str, settings: Mapping[str, Any]) -> Parts:
+        """Return the parts of a stage; other prompts or settings have another folder."""
+        digest = files.text_digest(json.dumps([self.digest, settings], sort_keys=True))[:16]
+        return Parts(self.root / f"{name}-{digest}", len(self.parts))
+
+    def finish(self, title: str, parts: Parts, work: Callable[[int], list[dict[str, Any]]]) -> Parts:
+        """Write the rows that `work` returns for each unfinished part of a stage; return the stage."""
+        world, console, flag = self.run.world, self.run.console, parts.folder / _FAILED
+        with console.heartbeat(f"{title}: looking for parts"):
+            unfinished = world.on_main(parts.open)
+        share = unfinished[world.rank :: world.size]
+        remedy = (
+            "lower sampling.max_new_tokens; each process loads whole models onto its GPU: larger ones cannot "
+            "be used"
+        )
+
+        def my_parts() -> None:
+            try:
+                for done, index in enumerate(share, start=1):
+                    if flag.exists():
+                        return
+                    with explain_out_of_memory(title, remedy):
+                        rows = work(index)
+                    with files.staged_file(parts.file(index)) as temporary:
+                        files.write_lines(temporary, rows)
+                    show(done, len(share))
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    flag.touch()
+                raise
+
+        with console.progress(title, "part") as show:
+            show(0, len(share))
+            world.together(my_parts)
+        return parts
+
+    def responses(
+        self,
+        source: ModelSource,
+        sampling: Sampling,
+        numbers: range,
+        opened: Callable[[], tuple[Responder, Generate]],
+    ) -> Parts:
+        """Return a model's finished responses; `opened` is called by a process with work to do."""
+
+        def part(index: int) -> list[dict[str, Any]]:
+            return list(map(asdict, respond(self.parts[index], *opened(), sampling, numbers)))
+
+        settings = generation_settings(self.run.config, sampling)
+        settings |= {"model": source.digest, "numbers": [numbers.start, len(numbers)]}
+        return self.finish(f"responses of {source.name}", self.stage("responses", settings), part)
+
+
+def in_parts(records: Sequence[PreferenceRecord], size: int) -> list[Sequence[PreferenceRecord]]:
+    """Return records in parts of `size`."""
+    return [records[start : start + size] for start in range(0, len(records), size)]
+
+
+def as_asked(record: PreferenceRecord, data: DataConfig) -> PreferenceRecord:
+    """Return a prompt as models are asked: a text as a user's message if `data.text_as_messages` is set."""
+    return replace(record, prompt=turns_of(record.prompt, "user")) if data.text_as_messages else record
+
+
+def generation_settings(config: RunConfig, sampling: Sampling) -> dict[str, Any]:
+    """Return what responses depend on but prompt and model; a chat template in a file by its content."""
+    data, model = config.data, config.model
+    chat_template = data.chat_template
+    if chat_template is not None and (file := Path(chat_template).expanduser()).is_file():
+        chat_template = files.content_digest([file])
+    return {
+        "max_length": data.max_length,
+        "max_prompt_length": data.max_prompt_length,
+        "text_as_messages": data.text_as_messages,
+        "template": str(data.template),
+        "template_date": TEMPLATE_DATE,
+        "chat_template": chat_template,
+        "template_arguments": data.template_arguments,
+        **asdict(sampling),
+        "dtype": str(model.dtype),
+        "quantization": None if model.quantization is None else str(model.quantization),
+    }
+
+
+def judge_of(run: Run) -> tuple[Judge | None, dict[str, Any] | None]:
+    """Return the judge on every rank and its description, if the configuration has one; collective."""
+    judge = run.world.together(lambda: open_judge(run.config, run.world.device))
+    with run.console.heartbeat("looking for the judge"):
+        return judge, None if judge is None else run.world.on_main(judge.describe)
+
+
+def find_together(name: str, run: Run, key: str) -> ModelSource:
+    """Return the files of a model on every rank; rank 0 downloads first. Collective."""
+    with run.console.heartbeat(f"reading the files of {name} to identify it"):
+        run.world.on_main(lambda: find_model(name, run.config, key))
+        return run.world.together(lambda: find_model(name, run.config, key))
+
+
+@contextmanager
+def joined_run(config: RunConfig, console: Console, only: AbstractContextManager[Any]) -> Iterator[Run]:
+    """Join the processes, each of which loads whole models; rank 0 enters `only`, a lock."""
+    whole = ParallelismConfig(ParallelismKind.ddp, timeout_seconds=config.parallelism.timeout_seconds)
+    deepspeed_config = policy_config(whole, config.optim, config.model.dtype)
+    joins = join(deepspeed_config, whole.timeout_seconds, RunFolder.of(config), console)
+    with ExitStack() as held, joins as world:
+        world.on_main(lambda: held.enter_context(only))
+        yield Run(config, world, console)

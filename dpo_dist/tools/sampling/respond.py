@@ -1,0 +1,313 @@
+"""Responses of one model to a part of the prompts, as rows: text, number, length, end."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dpo_dist.batching.example import TokenIds
+from dpo_dist.config.schema import DataConfig, RunConfig
+from dpo_dist.data.encode import EncodedExample, encode_pair
+from dpo_dist.data.encoded.build import tokenizer_digest
+from dpo_dist.data.records import (
+    DIALOGUE_TURN,
+    BadRecord,
+    Dialogue,
+    Message,
+    PreferenceRecord,
+    Response,
+    prompt_key,
+)
+from dpo_dist.data.text.lengths import without_limits
+from dpo_dist.data.text.render import THOUGHT_FIELDS
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.files import content_digest, text_digest
+from dpo_dist.model.files.folder import (
+    ADAPTER_CONFIG,
+    is_adapter,
+    model_folder,
+    read_model_json,
+    tokenizer_folder,
+)
+from dpo_dist.model.files.load import load_config, load_tokenizer, load_weights
+from dpo_dist.model.files.stops import find_stop_ids, given_stops
+from dpo_dist.model.lora import TRAINED, add_saved
+from dpo_dist.reference.digest import digest_model
+from dpo_dist.tools.sampling.generate import NotFiniteError, Request, Sample, generate
+from dpo_dist.tools.sampling.settings import Sampling
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """The files of a model that responds; `folder` is its base's if it is an adapter."""
+
+    name: str  # as configured
+    key: str  # of the configuration, which errors name
+    folder: Path
+    adapter: Path | None
+    revision: str | None
+    digest: str  # of all files that determine its responses, tokenizer included
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The adapter's folder if it has a tokenizer, else that of the model."""
+        return tokenizer_folder(self.folder, self.adapter)
+
+    def described(self) -> dict[str, Any]:
+        """Return the facts for provenance."""
+        return {"name": self.name, "revision": self.revision, "digest": self.digest}
+
+
+def find_files(
+    name: str, config: RunConfig, key: str, find: Callable[..., Path] = model_folder
+) -> ModelSource:
+    """Return the files of a model or adapter by folder or hub name, without a digest.
+
+    `model.revision` counts for `model.path` only. `find` is `model_folder`, which downloads a hub model, or
+    `description_folder`.
+    """
+    revision = config.model.revision if name == config.model.path else None
+    folder, adapter = find(name, revision, key, accepts_adapter=True), None
+    if is_adapter(folder):
+        adapter = folder
+        recorded: dict[str, Any] = read_model_json(adapter / ADAPTER_CONFIG)
+        base, of_base = str(recorded.get("base_model_name_or_path")), recorded.get("revision")
+        folder = find(base, None if Path(base).expanduser().is_dir() else of_base, key)
+    return ModelSource(name, key, folder, adapter, revision, "")
+
+
+def find_model(name: str, config: RunConfig, key: str) -> ModelSource:
+    """Return the same as `find_files`, with the digest of the files."""
+    source = find_files(name, config, key)
+    folder, adapter = source.folder, source.adapter
+    files = digest_model(folder, Path(config.reference.store), remote_code=config.model.trust_remote_code)
+    added = [] if adapter is None else sorted(adapter.glob("adapter_*"))
+    parts = [files.digest, content_digest(added), tokenizer_digest(source.tokenizer_folder)]
+    parts += [f"ends with {token}" for token in sorted(given_stops(folder))]
+    return replace(source, digest=text_digest(" ".join(parts)))
+
+
+@dataclass(frozen=True, eq=False)
+class Responder:
+    """A model as it is asked for responses; prompts are rendered by `data`, as in training."""
+
+    source: ModelSource
+    tokenizer: PreTrainedTokenizerBase
+    data: DataConfig
+    stop_ids: frozenset[int]
+    longest: int | None  # tokens of a prompt and its response; None: no limit is known
+
+    def encode(self, record: PreferenceRecord, response: Response) -> EncodedExample | BadRecord:
+        """Return a prompt and a response as training encodes them, of any length."""
+        limits = replace(without_limits(self.data), max_prompt_length=self.data.max_prompt_length)
+        return encode_pair(replace(record, responses=(response,)), self.tokenizer, limits)
+
+
+def open_responder(source: ModelSource, config: RunConfig) -> Responder:
+    """Return a model's tokenizer and the tokens that end its responses, without weights."""
+    tokenizer = load_tokenizer(source.tokenizer_folder, config.model)
+    stop_ids = find_stop_ids(tokenizer, config.data, source.folder, source.key)
+    model_config = load_config(source.folder, config.model).get_text_config()
+    longest = getattr(model_config, "max_position_embeddings", None)
+    return Responder(source, tokenizer, config.data, stop_ids, longest)
+
+
+BATCH_TOKENS = 32768
+"""Most tokens of a batch: its rows times the longest prompt with its response."""
+Generate = Callable[[Sequence[Request], Sampling], list[Sample]]
+"""Returns a sample for each request, in their order."""
+
+
+def open_generator(
+    source: ModelSource, config: RunConfig, device: torch.device
+) -> tuple[Responder, Generate]:
+    """Load a model's weights, whole on `device`; return the function that generates with them, too."""
+    responder, causal_lm = open_responder(source, config), load_source(source, config, device)
+    return responder, partial(generate, causal_lm, stop_ids=responder.stop_ids, budget=BATCH_TOKENS)
+
+
+def load_source(source: ModelSource, config: RunConfig, device: torch.device) -> Any:
+    """Return a transformers model whole on `device`, with the adapter of `source`."""
+    model_config = load_config(source.folder, config.model)
+    causal_lm: Any = load_weights(source.folder, model_config, config.model, device, key=source.key)
+    if source.adapter is not None:
+        add_saved(causal_lm, source.adapter, TRAINED, source.key)
+    return causal_lm.eval()
+
+
+# The first ends a thought, so that one is kept which the template opens in the prompt: the model continues
+# it. The second has none, so that one is kept which the template ends in the prompt.
+_PLACEHOLDERS = ("response\n</think>\n\nresponse", "response")
+_FIELD = THOUGHT_FIELDS[0]
+_THOUGHT, _CONTENT = "probe thought", "probe content"
+_PROBES = re.compile(f"{_THOUGHT}|{_CONTENT}")
+# Tokens before a response with which it is decoded: a space or a character may depend on them.
+_DECODED_BEFORE = 8
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A response of a model to a prompt, as text."""
+
+    number: int  # among all samples of the prompt
+    content: str  # its text; of a dialogue up to a further turn
+    tokens: int  # without the ending token
+    finished: bool  # by itself
+    same_ids: bool  # whether training encodes it as the generated tokens
+    fields: dict[str, Any] = field(default_factory=dict)  # a thought apart from the content
+    ids: list[int] = field(default_factory=list)  # with the ending token
+    model: int = 0  # its index
+    score: float | None = None
+    unused: str | None = None  # the reason why it is part of no pair
+
+    @property
+    def response(self) -> Response:
+        """The text, or the message if a thought is apart from its content."""
+        return (Message("assistant", self.content, self.fields),) if self.fields else self.content
+
+
+@dataclass(frozen=True)
+class Completions:
+    """A row of a part: the completions of a prompt, or the reason why a model cannot be asked."""
+
+    completions: list[Completion]
+    dropped: str | None = None
+    prompt_ids: list[int] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)  # of the judge
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> "Completions":
+        """Return the row that `asdict` wrote."""
+        return cls(**{**row, "completions": [Completion(**each) for each in row["completions"]]})
+
+
+def respond(
+    records: Sequence[PreferenceRecord],
+    responder: Responder,
+    generate_samples: Generate,
+    sampling: Sampling,
+    numbers: range,
+) -> list[Completions]:
+    """Return the completions of each prompt, in their order; `numbers` are those of its samples."""
+    prompts = [usable_prompt(record, responder, sampling.max_new_tokens) for record in records]
+    requests = [
+        Request(prompt, prompt_key(record), number)
+        for record, prompt in zip(records, prompts, strict=True)
+        if not isinstance(prompt, str)
+        for number in numbers
+    ]
+    try:
+        samples = iter(generate_samples(requests, sampling))
+    except NotFiniteError as fault:
+        raise ConfigError(
+            "the model computes logits that are not finite",
+            where=f"{responder.source.name}, among the prompts from {records[0].origin} on",
+            got="NaN or infinity",
+            remedy="check the model's weights, or set model.dtype=fp32; finished parts are kept",
+        ) from fault
+    rows = []
+    for record, prompt in zip(records, prompts, strict=True):
+        if isinstance(prompt, str):
+            rows.append(Completions([], dropped=prompt))
+        else:
+            decoder = _Decoder(record, prompt, responder)
+            completions = [decoder.completion(next(samples), number) for number in numbers]
+            rows.append(Completions(completions, prompt_ids=prompt.tolist()))
+    return rows
+
+
+def usable_prompt(record: PreferenceRecord, responder: Responder, new_tokens: int) -> TokenIds | str:
+    """Return the ids of a prompt before `new_tokens` others, or the reason why it cannot be used.
+
+    They are those of training, with the template's start of a thought.
+    """
+    for placeholder in _PLACEHOLDERS:
+        encoded = responder.encode(record, placeholder)
+        if isinstance(encoded, BadRecord):
+            return encoded.reason
+        prompt = encoded.prompt_ids
+        if "ended_thought_reopened" not in encoded.changes:
+            break
+    if len(prompt) >= responder.data.max_length:
+        return "prompt_fills_max_length"
+    if responder.longest is not None and len(prompt) + new_tokens > responder.longest:
+        return "too_long_for_the_model"
+    return prompt
+
+
+def texts_after(ids: list[int], prompt: TokenIds, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Return the text of tokens after a prompt, and alone; special tokens are in it."""
+    before = prompt[-_DECODED_BEFORE:].tolist()
+    start, whole, alone = (
+        str(tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        for tokens in (before, before + ids, ids)
+    )
+    return whole.removeprefix(start) if whole.startswith(start) else alone, alone
+
+
+@dataclass(frozen=True, eq=False)
+class _Decoder:
+    """Finds the text or message of a response that training encodes as the generated tokens."""
+
+    record: PreferenceRecord
+    prompt: TokenIds
+    responder: Responder
+
+    def completion(self, sample: Sample, number: int) -> Completion:
+        """Return a sample as text, and whether training would encode it as the same tokens."""
+        ids, finished = sample.ids, sample.is_finished
+        ends = [] if sample.end is None else [sample.end]
+        message, same = self._decoded(ids)
+        text = message.content
+        if isinstance(self.record.prompt, Dialogue) and (turn := DIALOGUE_TURN.search(text)):
+            # The model speaks for the other side too: its response ends before that turn.
+            text, finished, ends = text[: turn.start()], True, []
+            ids = self._ids_of(text) or []
+            same = ids == sample.ids[: len(ids)]
+        return Completion(number, text, len(ids), finished, same, dict(message.fields), ids + ends)
+
+    def _decoded(self, ids: list[int]) -> tuple[Message, bool]:
+        """Return the first form of a response whose encoding has the generated tokens, and if there is one.
+
+        A text may start with a space that only the tokens before it show, and a template may add or strip
+        that space. A template may write the content and the thought of a message in another form than they
+        have in a text (the channels of gpt-oss).
+        """
+        continued, alone = texts_after(ids, self.prompt, self.responder.tokenizer)
+        texts = dict.fromkeys((continued, alone, alone.strip()))
+        for form in (*texts, *self._messages_of(continued)):
+            if self._ids_of(form) == ids:
+                return Message("assistant", form) if isinstance(form, str) else form, True
+        return Message("assistant", continued), False
+
+    def _messages_of(self, text: str) -> Iterator[str | Message]:
+        """Yield the contents, with thoughts in fields, of which the template may have written a text."""
+        if isinstance(self.record.prompt, str | Dialogue):
+            return
+        for fields in ({}, {_FIELD: _THOUGHT}):
+            ids = self._ids_of(Message("assistant", _CONTENT, fields))
+            if ids is None:
+                continue
+            around = _PROBES.split(texts_after(ids, self.prompt, self.responder.tokenizer)[0])
+            if len(around) < 2:  # a tokenizer that does not decode to the text that it encoded
+                continue
+            first, *between, last = around
+            rest = text.removeprefix(first).removesuffix(last)
+            if not between:
+                yield rest
+            elif between[0] in rest:
+                thought, _, content = rest.partition(between[0])
+                yield Message("assistant", content, {_FIELD: thought})
+
+    def _ids_of(self, response: str | Message) -> list[int] | None:
+        """Return the tokens of a response after the prompt, without its end; None if it cannot follow it."""
+        encoded = self.responder.encode(self.record, response if isinstance(response, str) else (response,))
+        if isinstance(encoded, BadRecord) or not np.array_equal(encoded.prompt_ids, self.prompt):
+            return None
+        return list(map(int, encoded.responses[0][:-1]))

@@ -1,0 +1,30 @@
+"""How responses are generated: the keys of `sampling`, with each verb's own values where they are null."""
+
+from dataclasses import dataclass
+
+from dpo_dist.config.schema import SamplingConfig
+
+_USUAL = {"train": (256, 0.7), "compare": (256, 1.0), "pairs": (512, 1.0)}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of generation; see `SamplingConfig`."""
+
+    max_new_tokens: int  # the end of the turn included
+    temperature: float = 1.0  # 0 is greedy; the next ones have no effect then
+    top_p: float = 1.0  # applied after top_k
+    top_k: int = 0  # 0 is no limit
+    seed: int = 0
+
+
+def sampling_of(verb: str, given: SamplingConfig, seed: int = 0) -> Sampling:
+    """Return the settings by which a verb samples; `train` samples at evaluations."""
+    tokens, temperature = _USUAL[verb]
+    return Sampling(
+        tokens if given.max_new_tokens is None else given.max_new_tokens,
+        temperature if given.temperature is None else given.temperature,
+        given.top_p,
+        given.top_k,
+        seed,
+    )

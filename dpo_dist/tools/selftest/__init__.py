@@ -1,0 +1,1 @@
+"""Test this machine."""

@@ -1,0 +1,1 @@
+"""Train each point of a grid."""

@@ -1,0 +1,55 @@
+"""Results of a sweep: its points with outcomes and final metrics, for programs and as lines."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dpo_dist.config.load import Points
+from dpo_dist.config.metrics import MAIN, PREFIX
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.foundation.errors import RunOutcome
+from dpo_dist.foundation.files import write_json
+from dpo_dist.foundation.types import Fields
+from dpo_dist.tools.evaluation.results import ALL
+from dpo_dist.tools.report.run import PageFacts
+from dpo_dist.tools.report.runs import compare_runs
+
+End = tuple[str, str]  # outcome and error of a point
+
+
+def sweep_results(points: Points, ends: Mapping[tuple[str, ...], End], folder: RunFolder) -> Fields:
+    """Return the content of sweep.json, and write it; `ends` are of the points that this start has run."""
+    rows = [_point(words, RunFolder.of(points[words]), ends.get(words, ("", "")), folder) for words in points]
+    results = {"points": rows}
+    write_json(folder.sweep, results)
+    return results
+
+
+def _point(words: tuple[str, ...], run: RunFolder, end: End, folder: RunFolder) -> Fields:
+    facts = PageFacts(run)
+    recorded = facts.state.get("outcome", "not trained")
+    unfinished = recorded in (RunOutcome.started, RunOutcome.exported)
+    outcome, error = end[0] or ("not finished" if unfinished else recorded), end[1]
+    row: dict[str, Any] = {"settings": dict(word.lstrip("+").split("=", 1) for word in words)}
+    row |= {"run_dir": str(run), "outcome": outcome, "screen": str(folder.point_screen(run))}
+    if outcome == RunOutcome.completed:
+        final, intervals = facts.section("final"), facts.intervals(ALL)
+        names = [PREFIX + name for name in MAIN if PREFIX + name in final] or MAIN
+        row["metrics"] = {name: final[name] for name in names if name in final}
+        row["intervals"] = {name: intervals[name] for name in row["metrics"] if name in intervals}
+    elif error:
+        row["error"] = error
+    return row
+
+
+def sweep_lines(results: Fields, points: Points, page: Path) -> list[str]:
+    """Write the page about the points that have begun; return its table, and how the others ended."""
+    begun = [run for run in map(RunFolder.of, points.values()) if run.state.is_file()]
+    lines = ["", *compare_runs(begun, page), ""] if len(begun) > 1 else []
+    for row in results["points"]:
+        words = " ".join(f"{key}={value}" for key, value in row["settings"].items())
+        if "error" in row:
+            lines.append(f"{words}: {row['outcome']}: {row['error']} ({row['screen']})")
+        elif row["outcome"] in ("not trained", "trained by another process"):
+            lines.append(f"{words}: {row['outcome']}")
+    return [*lines, f"report  {page}"] if len(begun) > 1 else lines

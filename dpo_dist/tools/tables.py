@@ -1,0 +1,117 @@
+"""Results of runs, evaluations and comparisons as lines and cells of text: for terminals, pages and cards."""
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from statistics import fmean
+
+from dpo_dist.config.identity import kinds_in
+from dpo_dist.config.losses import unit_of
+from dpo_dist.config.metrics import ACCURACIES, MAIN, METRICS, PREFIX
+from dpo_dist.config.run_folder import RunFolder, checkpoint_name
+from dpo_dist.foundation.errors import RunOutcome
+from dpo_dist.foundation.text import counted, duration, percent, size
+from dpo_dist.foundation.types import Fields
+
+Ends = Sequence[float] | None
+
+EVALUATED = (*ACCURACIES, "rewards/margins", "rewards/both_fall", "logps/chosen_per_token")
+_OUTCOMES = {
+    RunOutcome.completed: "completed {}",
+    RunOutcome.preempted: "stopped after {}; the same command resumes from there",
+    RunOutcome.diverged: "diverged after {}",
+}
+
+
+def aligned(rows: Sequence[Sequence[str]], numbers: Collection[int] = ()) -> list[str]:
+    """Return each row as a line, with columns as wide as their widest cell; `numbers` go to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if at in numbers else cell.ljust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def with_interval(value: float | None, ends: Ends, form: str) -> str:
+    """Return "0.512 [0.480, 0.544]"; without `ends` the value only, "-" for None."""
+    if value is None:
+        return "-"
+    return f"{value:{form}}" + (f" [{ends[0]:{form}}, {ends[1]:{form}}]" if ends else "")
+
+
+def closing_table(folder: RunFolder, rows: Sequence[Fields], summary: Fields) -> list[str]:
+    """Return the lines of the table at the end of a run; what `rows` and `summary` lack is not shown."""
+    lines = [["", "first", "last", "best"]]
+    for part, prefix in (("training", ""), ("evaluation", "eval_")):
+        for name in MAIN:
+            metric, measured = METRICS[name], [row[prefix + name] for row in rows if prefix + name in row]
+            best = summary.get("best", {}).get(prefix + name)
+            at_best = f"{metric.form(best['value'])} at step {int(best['step']):,}" if best else ""
+            if measured:
+                ends = map(metric.form, (measured[0], measured[-1]))
+                lines.append([f"{part} {metric.title}", *ends, at_best])
+    outcome, saved = RunOutcome(summary["exit"]), summary.get("best_checkpoint")
+    kept = folder.checkpoints / checkpoint_name(saved["step"]) if saved else ""
+    of_step = f" (step {summary['model_step']:,})" if "model_step" in summary else ""
+    facts = {
+        "run": _OUTCOMES[outcome].format(counted(summary["steps"], "step")),
+        "time": _time(rows, summary),
+        "best": f"{kept} ({saved['metric']} {saved['value']:.4f})" if saved else "",
+        "data": ", ".join(
+            f"{name}: {counts['kept']:,} of {counted(counts['read'], 'record')} kept"
+            for name, counts in summary.get("data", {}).items()
+            if "read" in counts
+        ),
+        "reference": describe_reference(summary.get("reference", {})),
+        "model": f"{folder.model}{of_step}" if outcome is RunOutcome.completed else "",
+        "report": folder.report,
+        "metrics": folder.metrics,
+        "talk to it": f"dpo-dist chat {folder}" if outcome is RunOutcome.completed else "",
+    }
+    table = ["", *aligned(lines, numbers=(1, 2)), ""] if len(lines) > 1 else [""]
+    return [*table, *(f"{name:<11}{text}" for name, text in facts.items() if text)]
+
+
+def _time(rows: Sequence[Fields], summary: Fields) -> str:
+    if "train_seconds" not in summary:
+        return ""
+    parts = [f"{duration(summary['train_seconds'])} of training"]
+    if "pairs_per_second" in summary:
+        unit = unit_of(kinds_in(summary.get("settings") or {}))
+        parts.append(counted(summary.get("pairs_seen", 0), unit))
+        parts.append(f"{summary['pairs_per_second']:,.1f} {unit}s/s")
+    if measured := [row["mfu"] for row in rows if math.isfinite(row.get("mfu", math.nan))]:
+        parts.append(f"MFU {percent(fmean(measured))}")
+    if "peak_memory_bytes" in summary:
+        parts.append(f"peak memory {size(summary['peak_memory_bytes'])}")
+        processes = summary.get("world_size", 1)
+        parts += [counted(processes, "process", "processes")] if processes > 1 else []
+    return ", ".join(parts)
+
+
+def describe_reference(report: Fields) -> str:
+    """Return the section `reference` of summary.json in words: "cached, 6,403 log-probs computed, ..."."""
+    if report.get("mode") != "cached":
+        return str(report.get("mode", ""))
+    return f"cached: {counted(report['computed'], 'log-prob')} computed, {report['hits']:,} reused"
+
+
+def evaluation_cells(results: Mapping[str, Fields], metrics: Sequence[str]) -> list[list[str]]:
+    """Return titles, then cells with 95 % intervals of all pairs and of each label; of known metrics."""
+    names = [name for name in metrics if any(PREFIX + name in row for row in results.values())]
+    unit = "records" if any("eval_good" in row for row in results.values()) else "pairs"
+    rows = [["evaluation", unit, *(METRICS[name].title for name in names)]]
+    for label, row in results.items():
+        keys = [PREFIX + name for name in names]
+        cells = [
+            with_interval(row[key], row["intervals"].get(key), ".3f") if key in row else "" for key in keys
+        ]
+        rows.append([label, f"{row['eval_pairs']:,}", *cells])
+    return rows
+
+
+def evaluation_table(results: Mapping[str, Fields]) -> list[str]:
+    """Return the lines of the table about an evaluation."""
+    return aligned(evaluation_cells(results, EVALUATED))

@@ -1,0 +1,220 @@
+"""Facts of a run that the verdict's rules compare: metrics rows, summary, findings about the data."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+from dpo_dist.config.identity import kinds_in
+from dpo_dist.config.losses import KINDS, LossKind, unit_of
+from dpo_dist.config.metrics import ACCURACIES, METRICS
+from dpo_dist.foundation import text
+from dpo_dist.foundation.types import Fields
+from dpo_dist.training.reporting.metrics_log import finite
+
+Row = Mapping[str, float]
+MARGIN = "rewards/margins"
+
+
+class Accuracy(NamedTuple):
+    """An accuracy and its number of pairs, or an AUC and its number of records.
+
+    `weight`: the independent comparisons that each of them is worth.
+    """
+
+    value: float
+    pairs: int
+    weight: float = 1.0
+
+    @property
+    def noise(self) -> float:
+        """Three standard errors, with one more pair right and one wrong: a few right pairs prove little."""
+        share, compared = (self.value * self.pairs + 1) / (self.pairs + 2), self.pairs * self.weight
+        return 3 * math.sqrt(share * (1 - share) / compared) if compared else math.inf
+
+    @property
+    def is_below_half(self) -> bool:
+        """Whether it is clearly below one half."""
+        return self.value < min(0.45, 0.5 - self.noise)
+
+
+class RunFacts:
+    """Metrics rows (null as nan), content of summary.json, and findings of doctor.json; any may be empty.
+
+    `steps` are the rows of training steps, `evaluations` those after a step, with keys without `eval_`;
+    `last_rows` are the evaluations, or the steps of a run without, `part` is their name. `unit` is what the
+    loss is of (`unit_of`), `accuracy_key` the metric of `ACCURACIES` that says how well it orders responses.
+    """
+
+    def __init__(self, rows: Sequence[Row], summary: Fields, findings: Sequence[Fields] = ()):
+        self.rows, self.summary, self.data_findings = rows, summary, findings
+        self.kinds = kinds_in(summary.get("settings") or {})
+        self.unit = unit_of(self.kinds)
+        self.accuracy_key = ACCURACIES[self.unit == "record"]
+        self.accuracy_title = METRICS[self.accuracy_key].title
+        self.steps = [row for row in rows if "loss" in row]
+        self.evaluations = [row for row in evaluation_rows(rows) if row["step"] > 0]
+        self.last_rows = self.evaluations or self.steps
+        self.part = "evaluation" if self.evaluations else "training"
+        self.total_steps = int(summary.get("steps") or (rows[-1]["step"] if rows else 0))
+        evaluated = last(self.evaluations, "pairs") or self.counts("eval").get("pairs", 0)
+        self.evaluated_pairs = int(evaluated)  # of the last evaluation; 0 if unknown
+
+    def setting(self, key: str) -> Any:
+        """Return a setting of the run, or None if the summary does not name it."""
+        return (self.summary.get("settings") or {}).get(key)
+
+    def recent(self, metric: str) -> list[float]:
+        """Return the values of a metric in the last quarter of the steps."""
+        return [value for _, value in values(self.recent_rows(), metric)]
+
+    def margin_nats(self) -> float | None:
+        """Return the last margin in nats; where it does not start at 0, its change over training steps."""
+        beta, end = self.setting("loss.beta"), last(self.last_rows, MARGIN)
+        has_reference = any(kind not in KINDS or KINDS[LossKind(kind)].needs_reference for kind in self.kinds)
+        if not has_reference or self.setting("loss.reference_free") or self.setting("reference.path"):
+            start, end = first(self.steps, MARGIN), last(self.steps, MARGIN)
+            end = None if start is None or end is None else end - start
+        return end / beta if beta and end is not None else None
+
+    def falls(self, rows: Sequence[Row]) -> list[tuple[float, float]] | None:
+        """Return step and fall of the log-prob of chosen responses below the reference's, in nats per token.
+
+        Both models score the same responses. None if the policy does not start as the reference, or if the
+        rewards are not beta times a log-ratio.
+        """
+        beta = self.setting("loss.beta")
+        has_reference = self.unit == "record" or any("rewards/both_fall" in row for row in self.rows)
+        if not beta or not has_reference or self.setting("reference.path") is not None:
+            return None
+        tokens = dict(values(rows, "tokens/chosen"))
+        rewards = values(rows, "rewards/chosen")
+        return [(step, -reward / beta / tokens[step]) for step, reward in rewards if tokens.get(step)] or None
+
+    def chosen_logps(self) -> tuple[float, float] | None:
+        """Return the log-probs per token of chosen responses under the reference, and at the end.
+
+        Of the last evaluation; of a run without, medians over the last quarter of the steps. Without the
+        reference's: those of the evaluation before the first step, else of the first row of a step.
+        """
+        key, rows = "logps/chosen_per_token", self.evaluations[-1:] or self.recent_rows()
+        falls = self.falls(rows)
+        ends = [value for _, value in values(rows, key)]
+        if not ends:
+            return None
+        end = median(ends)
+        if falls:
+            return end + median(fall for _, fall in falls), end
+        start = first(evaluation_rows(self.rows) if self.evaluations else self.steps, key)
+        return None if start is None else (start, end)
+
+    def recent_rows(self) -> list[Row]:
+        """Return the rows of the last quarter of the steps."""
+        return [row for row in self.steps if row["step"] > 0.75 * self.total_steps]
+
+    def counts(self, name: str) -> Fields:
+        """Return the counts of the dataset `train` or `eval`; empty if unknown."""
+        return (self.summary.get("data") or {}).get(name) or {}
+
+    def label_share(self, name: str) -> float:
+        """Return the share of good responses in `train` or `eval`; one half if it is not known."""
+        labels = self.counts(name).get("labels") or {"good": 1, "bad": 1}
+        return float(labels["good"] / (labels["good"] + labels["bad"]))
+
+    def sources(self, name: str) -> dict[str, float]:
+        """Return "" and, of `train` or `eval`, the "/label" of each source, with the shares of the pairs."""
+        counts = Counter[str]()
+        for source in self.counts(name).get("sources") or ():
+            counts[f"/{source.get('label')}"] += source.get("pairs", 0)
+        return {"": 1.0} | {label: pairs / counts.total() for label, pairs in counts.items() if pairs}
+
+    def accuracy(self) -> Accuracy | None:
+        """Return the accuracy of the last evaluation; without evaluations `training_accuracy`."""
+        return self.evaluation_accuracy() if self.evaluations else self.training_accuracy()
+
+    def evaluation_accuracy(self, source: str = "", share: float = 1.0) -> Accuracy | None:
+        """Return the accuracy of the last evaluation, also of a source (`sources`)."""
+        value = last(self.evaluations, self.accuracy_key + source)
+        return self._accuracy(value, share * self.evaluated_pairs, "eval")
+
+    def _accuracy(self, value: float | None, pairs: float, name: str) -> Accuracy | None:
+        """Return an accuracy, or an AUC: by chance its variance is (n + 1) / (12 good bad), not 1 / 4n."""
+        good = self.label_share(name)
+        weight = 3 * good * (1 - good) if self.unit == "record" else 1.0
+        return None if value is None else Accuracy(value, round(pairs), weight)
+
+    def training_accuracy(self, source: str = "", share: float = 1.0, end: float = 1.0) -> Accuracy | None:
+        """Return the same of the quarter of the steps up to `end`, a share of them; None if not measured."""
+        measured = [row for row in self.steps if finite(row, self.accuracy_key + source) is not None]
+        until = [row for row in measured if row["step"] <= end * self.total_steps]
+        recent = [row for row in until if row["step"] > (end - 0.25) * self.total_steps] or until[-1:]
+        pairs = sum(row.get("pairs", 0) for row in recent)
+        return self._accuracy(mean(recent, self.accuracy_key + source), share * pairs, "train")
+
+    def noise(self, rows: Sequence[Row]) -> dict[str, float]:
+        """Return what rounding alone makes of metrics, by the drift that was measured before the first step.
+
+        For a margin: two standard errors of the mean over the pairs of the last row.
+        """
+        drift = (self.summary.get("reference") or {}).get("drift") or {}
+        rms, beta, pairs = drift.get("rms_response_drift"), self.setting("loss.beta"), last(rows, "pairs")
+        if not rms or not beta or not pairs or self.setting("loss.reference_free"):
+            return {}
+        good = self.label_share("eval" if rows is self.evaluations else "train")
+        # Differences of responses of a pair, or of means over both labels.
+        spread = 1 / (good * (1 - good)) if self.unit == "record" and 0 < good < 1 else 2
+        return {
+            MARGIN: 2 * beta * math.sqrt(spread / pairs) * rms,
+            "distance/chosen": drift["mean_token_drift"],
+        }
+
+
+def evaluation_rows(rows: Iterable[Row]) -> list[Row]:
+    """Return the rows of evaluations, also of that before the first step, with keys without `eval_`."""
+    return [
+        {key.removeprefix("eval_"): value for key, value in row.items()} for row in rows if "eval_loss" in row
+    ]
+
+
+def pooled(
+    rows: Iterable[Row], key: str, fewest_pairs: float, share: float = 1.0
+) -> list[tuple[float, float]]:
+    """Return the means of `key` over successive rows with at least so many pairs, with the last step."""
+    means, total, pairs = [], 0.0, 0.0
+    for row in rows:
+        if finite(row, key) is None:
+            continue
+        total += row[key] * row.get("pairs", 0)
+        pairs += row.get("pairs", 0)
+        if pairs and share * pairs >= fewest_pairs:
+            means.append((row["step"], total / pairs))
+            total, pairs = 0.0, 0.0
+    return means
+
+
+def values(rows: Iterable[Row], key: str) -> list[tuple[float, float]]:
+    """Return step and value of every row with a finite value of `key`."""
+    return [(row["step"], row[key]) for row in rows if finite(row, key) is not None]
+
+
+def first(rows: Sequence[Row], key: str) -> float | None:
+    """Return the first finite value of `key`, or None."""
+    return next((value for row in rows if (value := finite(row, key)) is not None), None)
+
+
+def last(rows: Sequence[Row], key: str) -> float | None:
+    """Return the last finite value of `key`, or None."""
+    return first(rows[::-1], key)
+
+
+def mean(rows: Iterable[Row], key: str) -> float | None:
+    """Return the mean of the finite values of `key` over the pairs of the rows, or None."""
+    rows = [row for row in rows if finite(row, key) is not None]
+    pairs = sum(row.get("pairs", 0) for row in rows)
+    return sum(row[key] * row.get("pairs", 0) for row in rows) / pairs if pairs else None
+
+
+def number(value: float | None) -> str:
+    """Return three digits of a number for people; "unknown" of None."""
+    return "unknown" if value is None else text.number(value, 3)

@@ -1,0 +1,261 @@
+"""Write a checkpoint, or a mean of models, as a model folder: at the end of a run, and by a verb."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig
+
+from dpo_dist.config.identity import settings
+from dpo_dist.config.load import from_yaml
+from dpo_dist.config.run_folder import RunFolder, existing_run, step_of
+from dpo_dist.config.schema import ExportedWeights, ModelConfig, RunConfig
+from dpo_dist.data.text.template import with_chosen_template
+from dpo_dist.distributed.checkpoint.saver import (
+    MANIFEST,
+    checkpoint_state,
+    damaged_checkpoint,
+    find_faults,
+    read_weights,
+)
+from dpo_dist.distributed.checkpoint.slices import EMA, WEIGHT
+from dpo_dist.foundation.console import Console
+from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome, first_line
+from dpo_dist.foundation.files import (
+    collect_abandoned,
+    content_digest,
+    final_name,
+    staged_folder,
+    temporary_folder,
+)
+from dpo_dist.model.architectures import auto_class
+from dpo_dist.model.files.folder import (
+    ADAPTER_WEIGHTS,
+    description_folder,
+    has_tokenizer,
+    is_adapter,
+    model_folder,
+    start_folder,
+    tokenizer_folder,
+)
+from dpo_dist.model.files.load import (
+    TORCH_DTYPES,
+    check_contents_at_hand,
+    load_config,
+    load_tokenizer,
+    without_weights,
+)
+from dpo_dist.model.files.save import (
+    copy_tokenizer,
+    ignored_tensors,
+    save_tokenizer,
+    write_adapter,
+    write_mean,
+    write_merged,
+    write_weights,
+    writing_errors,
+)
+from dpo_dist.model.files.stops import given_stops, trained_stops, write_stops
+from dpo_dist.model.layers import other_weights
+from dpo_dist.model.library_internals import ignored_patterns
+from dpo_dist.reference.digest import digest_model
+from dpo_dist.training.reporting.metrics_log import read_latest_rows
+
+_PARTS = {ExportedWeights.last: WEIGHT, ExportedWeights.ema: EMA}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # of `export.dtype`
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    folder: Path,
+    config: RunConfig,
+    card: Callable[[str], str] | None = None,
+    *,
+    is_new: bool = False,
+    replaces: bool = True,
+) -> None:
+    """Write the trained weights of a checkpoint, of any world, as a model or adapter folder, whole or not.
+
+    Needs no GPU, no other process, and weights of the base only if an adapter is merged or the architecture
+    has tensors that are not trained. The model is in host memory once, a merged one in float32. `config` is
+    that of the run; `card` returns README.md ("": none) for an auto class. Of a checkpoint that `is_new`,
+    just written by this process, neither its files nor the written ones are checked. `replaces`: also a
+    folder of this name that another process has made meanwhile.
+    """
+    base = description_folder(config.model.path, config.model.revision, needs_weights=False)
+    start, code = start_folder(config.model), config.model.trust_remote_code
+    model_config, is_whole = load_config(base, config.model), config.model.adapter is None
+    causal_lm = without_weights(model_config, config.model, start, keeps_others=is_whole)
+    if not is_new:
+        check_contents_at_hand(base, config.model)
+        if faults := find_faults(checkpoint, 0, 1):
+            raise damaged_checkpoint(checkpoint, faults)
+    trained = {name: weight for name, weight in causal_lm.named_parameters() if weight.requires_grad}
+    saved, part = read_weights(checkpoint, trained), _PARTS[config.export.weights]
+    if part not in saved.parts:
+        raise ConfigError(
+            "only checkpoints of runs with trainer.ema_decay have a moving average of the weights",
+            where="export.weights",
+            got=f"ema, {checkpoint}",
+            remedy="name such a checkpoint, or set export.weights=last",
+        )
+    named = None if config.export.dtype is None else DTYPES[config.export.dtype]
+    dtype = named or TORCH_DTYPES[config.model.dtype]
+
+    def read(name: str) -> Tensor:
+        weight = saved.whole(name, part=part)
+        return weight.to(dtype) if is_whole else weight
+
+    with writing_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        collect_abandoned(folder.parent)  # of exports that were killed
+    with writing_errors(folder), staged_folder(folder, replaces=replaces) as temporary:
+        weights = (
+            _untrained(causal_lm, config.model, dtype) if is_whole else {}
+        )  # first: it reads the whole base
+        weights |= {name: read(name) for name in saved.shapes}
+        if is_whole:
+            write_weights(temporary, causal_lm, weights, base)
+        elif config.export.merge:
+            whole = model_folder(config.model.path, config.model.revision)
+            with temporary_folder(final_name(temporary)) as adapter:  # `collect_abandoned` knows this name
+                write_adapter(adapter, causal_lm, weights, torch.float32)
+                write_merged(temporary, whole, adapter, named, trust_remote_code=code)
+        else:
+            write_adapter(temporary, causal_lm, weights, dtype)
+        files, template = tokenizer_folder(base, start), config.data.chat_template
+        tokenizer = load_tokenizer(files, config.model)
+        if template is None:
+            copy_tokenizer(files, temporary)
+        else:
+            save_tokenizer(with_chosen_template(tokenizer, template), temporary)
+        write_stops(temporary, base, trained_stops(tokenizer, config.data))
+        if card is not None and (text := card(auto_class(model_config, code).__name__)):
+            (temporary / "README.md").write_text(text, encoding="utf-8")
+        if config.export.check and not is_new:
+            _check_written(temporary, list(saved.shapes) if is_whole else [], read, trusts_code=code)
+
+
+def written_checkpoint(
+    checkpoint: Path, below: Path, say: Callable[[str], None], trusts_code: bool = False
+) -> Path:
+    """Return the folder below `below` with the weights of a run's checkpoint; it is written only once."""
+    checkpoint = checkpoint.resolve()
+    trained = checkpoint.parents[1]
+    digest = content_digest([checkpoint / MANIFEST])[:16]
+    written = below / f"{trained.name}-{checkpoint.name}-{digest}"
+    if not written.is_dir():
+        say(f"writing the weights of {checkpoint} as a model folder")
+        config = from_yaml(existing_run(trained).config.read_text(encoding="utf-8"))
+        # The configuration of another run cannot ask for code of the base model.
+        export_checkpoint(
+            checkpoint, written, replace(config, model=replace(config.model, trust_remote_code=trusts_code))
+        )
+    return written
+
+
+def _check_written(
+    folder: Path, trained: Sequence[str], read: Callable[[str], Tensor], *, trusts_code: bool
+) -> None:
+    """Load what was written as others will, and compare it with the trained weights of a whole model."""
+    if is_adapter(folder):
+        weights = load_file(folder / ADAPTER_WEIGHTS)
+    else:
+        weights = dict(_loaded(folder, trusts_code=trusts_code).named_parameters())
+    wrong = [name for name in trained if not torch.equal(weights[name], read(name))]
+    wrong += [name for name, weight in weights.items() if not trained and not weight.isfinite().all()]
+    if wrong:
+        raise CheckpointError(
+            "the written folder has other weights than the trained ones, or some that are not finite",
+            where=str(folder),
+            got=f"{len(wrong)} of {len(weights)} weights: {wrong[0]}",
+            remedy="report it with the run's config.yaml; export.check=false writes the folder all the same",
+        )
+
+
+def _untrained(causal_lm: Any, model: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return buffers, weights that are not trained, and ignored tensors as in the base's files.
+
+    Those that text does not use become `dtype`, the others keep theirs: routers compute in float32.
+    """
+    others = other_weights(causal_lm)
+    frozen = {name: w in others for name, w in causal_lm.named_parameters() if not w.requires_grad}
+    wanted = frozen.keys() | (dict(causal_lm.named_buffers()).keys() & causal_lm.state_dict().keys())
+    if not wanted and not ignored_patterns(causal_lm):
+        return {}
+    folder = model_folder(model.path, model.revision)
+    loaded = _loaded(folder, trusts_code=model.trust_remote_code).state_dict() if wanted else {}
+    kept = {name: loaded[name].to(dtype) if frozen.get(name) else loaded[name] for name in wanted}
+    return kept | ignored_tensors(causal_lm, folder, dtype)
+
+
+def _loaded(folder: Path, *, trusts_code: bool) -> Any:
+    kind = auto_class(AutoConfig.from_pretrained(folder, trust_remote_code=trusts_code), trusts_code)
+    return kind.from_pretrained(folder, dtype="auto", use_safetensors=True, trust_remote_code=trusts_code)
+
+
+def check_base(model: ModelConfig, store: Path, recorded: str | None) -> None:
+    """Check that the files that become part of the result are those that training started from."""
+    base, start = model_folder(model.path, model.revision), start_folder(model)
+    digest = digest_model(base, store, remote_code=model.trust_remote_code, adapter=start).digest
+    if recorded != digest:
+        raise ConfigError(
+            "the model that this run started from has changed since",
+            where="model.path" if start is None else "model.path, model.adapter.path",
+            got=f"digest {digest}",
+            expected=f"digest {recorded}",
+            remedy="restore its files",
+        )
+
+
+def export_model(
+    config: RunConfig, checkpoint: Path, output: Path, console: Console, run_card: Callable[..., str]
+) -> None:
+    """Write `output` from a checkpoint, checked, whole or not at all, with the card of `run_card`."""
+    console.say(f"reading {checkpoint}")
+    try:
+        state = checkpoint_state(checkpoint)
+    except (OSError, ValueError) as error:
+        raise damaged_checkpoint(checkpoint, [first_line(error)]) from error
+    if config.model.adapter is not None and config.export.merge:  # the base is part of the result
+        check_base(config.model, Path(config.reference.store), state.get("model"))
+
+    def card(loader: str) -> str:
+        folder, step = RunFolder.of(config), step_of(checkpoint.name)
+        is_end = step == state["steps"]
+        summary = {
+            "exit": (RunOutcome.completed if is_end else RunOutcome.preempted).value,
+            "steps": step,
+            "pairs_seen": state["pairs_seen"],
+            "reference": state["reference_report"],
+            "settings": settings(config),
+            "bands": [asdict(band) for band in config.metrics.bands],
+            "data": state["counts"],
+        }
+        rows = [row for row in read_latest_rows(folder) if row["step"] <= state["step"]]
+        versions = json.loads(folder.environment.read_bytes())["packages"]
+        is_evaluated = is_end and config.export.weights is ExportedWeights.last
+        merged = replace(config, model=replace(config.model, adapter=None)) if config.export.merge else config
+        return run_card(merged, rows, summary, console.say, versions, loader, is_evaluated=is_evaluated)
+
+    export_checkpoint(checkpoint, output, config, card, replaces=False)
+
+
+def export_average(config: RunConfig, members: Sequence[Path], output: Path) -> None:
+    """Write the weighted mean of whole models, whole or not at all."""
+    given = [member.weight for member in config.export.average]
+    shares = [(weight / sum(given), member) for weight, member in zip(given, members, strict=True)]
+    dtype = None if config.export.dtype is None else DTYPES[config.export.dtype]
+    with writing_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with staged_folder(output, replaces=False) as temporary:
+            write_mean(temporary, shares, dtype)
+            stops = [stop for member in members for stop in given_stops(member)]
+            if has_tokenizer(temporary):
+                stops += trained_stops(load_tokenizer(temporary, config.model), config.data)
+            write_stops(temporary, members[0], stops)

@@ -1,0 +1,403 @@
+"""W&B and TensorBoard, which get every metrics row once over all starts of a run; an error is a warning."""
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import shlex
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import psutil
+from accelerate.tracking import TensorBoardTracker
+
+from dpo_dist.config.metrics import PREFIX
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import DEFAULT_PROJECT, OtherTracker, TrackingConfig, WandbMode
+from dpo_dist.foundation import files
+from dpo_dist.foundation.errors import ExitCode, RunOutcome, StoppedError, first_line
+from dpo_dist.foundation.text import without_secrets
+from dpo_dist.foundation.types import Fields
+from dpo_dist.objective.metrics import Values
+from dpo_dist.training.reporting.metrics_log import best_rows
+
+if TYPE_CHECKING:
+    import wandb
+
+Row = Mapping[str, float]
+Say = Callable[[str], None]
+Stop = Callable[[], None]
+Mode = Literal["online", "offline"]
+
+STEP_AXIS = "train/global_step"
+EVALUATED_AT = "eval/global_step"
+MARGINS = "eval/margins_histogram"
+SAMPLES = "eval/samples_table"
+
+_MODES = {
+    "online": WandbMode.online,
+    "run": WandbMode.online,
+    "offline": WandbMode.offline,
+    "dryrun": WandbMode.offline,
+    "disabled": WandbMode.off,
+}
+"""Values of WANDB_MODE, the older two too."""
+_MOST_CHARACTERS = 4000
+_BINS = 64
+_HEADER_BYTES = 7
+_OPEN_SECONDS, _FINISH_SECONDS, _ERROR_SECONDS, _LAST_SECONDS = 10.0, 30.0, 4.0, 2.0
+
+_log = logging.getLogger(__name__)
+
+
+def place_of(row: Row) -> float:
+    """Return the place of a metrics row in the order of logging: a step's metrics, then its evaluation."""
+    return row["step"] + any(key.startswith(PREFIX) for key in row) / 2
+
+
+def wandb_name(key: str) -> str:
+    """Return the name that transformers' and TRL's trainers give a metric in W&B."""
+    return f"eval/{key.removeprefix(PREFIX)}" if key.startswith(PREFIX) else f"train/{key}"
+
+
+def wandb_names(row: Row) -> dict[str, float]:
+    """Return a row under these names; its step is the x axis, of an evaluation also `eval/global_step`."""
+    named = {wandb_name(key): value for key, value in row.items() if key != "step"}
+    axes = (STEP_AXIS, EVALUATED_AT) if place_of(row) > row["step"] else (STEP_AXIS,)
+    return dict.fromkeys(axes, row["step"]) | named
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """A run as its trackers show it."""
+
+    folder: RunFolder
+    tracking: TrackingConfig
+    title: str
+    settings: Fields  # the whole configuration, and the environment
+    most_samples: int  # rows of the table of samples
+    stop: Stop  # called from another thread if someone stops the run on its W&B page
+
+
+class WandbRun:
+    """The wandb run of a run directory, online or offline; its methods raise what wandb raises.
+
+    It sends those of `rows`, of earlier starts, that wandb does not have.
+    """
+
+    run: "wandb.Run"
+    is_over = False  # its service was ended and does not start again
+
+    def __init__(self, tracked: TrackedRun, mode: Mode, rows: Sequence[Row]):
+        folder = tracked.folder
+        self._most_samples, self._folder = tracked.most_samples, folder
+        self._is_offline = mode == "offline"
+        if not folder.wandb_id.exists():
+            files.write_text(folder.wandb_id, os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12])
+        described: dict[str, Any] = {
+            "project": tracked.tracking.project or _variable("WANDB_PROJECT") or DEFAULT_PROJECT,
+            "notes": _variable("WANDB_NOTES") or None,  # wandb reads the variable of an argument that is None
+            "name": _variable("WANDB_NAME") or tracked.title,
+            "config": dict(tracked.settings),
+        }
+        self._init = without_secrets(described) | {
+            "id": folder.wandb_id.read_text(encoding="utf-8").strip(),
+            "resume": "allow",
+            "dir": folder.path,
+            "mode": mode,
+            "allow_val_change": True,
+            "settings": _set_up(mode).Settings(
+                silent=True,
+                reinit="create_new",  # a run that the caller has open stays the caller's
+                console="off",
+                save_code=False,
+                disable_git=True,
+                stop_fn=tracked.stop,
+                x_disable_meta=without_secrets(sys.argv) != sys.argv,  # it has the command line as typed
+                x_transaction_log_flush_interval=1.0,  # seconds of rows that a killed offline run can lose
+            ),
+        }
+        self._sent = folder.wandb_id.with_name(f"sent-{self._init['id']}.json")
+        self._rows, self._received = list(rows), -1.0
+        self._start()
+
+    def _start(self) -> None:
+        """Start or resume the wandb run, and send it the rows that it lacks."""
+        for file in self._sent.parent.glob("*run-*/*.wandb"):
+            if file.stat().st_size <= _HEADER_BYTES:  # of a killed start; `wandb sync` would upload no run
+                file.unlink()
+        self.run = _set_up(self._init["mode"]).init(**self._init)
+        self.run.define_metric(STEP_AXIS)
+        for names in ("train/*", "eval/*"):
+            self.run.define_metric(names, step_metric=STEP_AXIS)
+        if self._is_offline and self._sent.exists():
+            self._received = json.loads(self._sent.read_bytes())
+        else:
+            summary = dict(self.run.summary)
+            step = summary.get(STEP_AXIS, -1)
+            self._received = step + (summary.get(EVALUATED_AT) == step) / 2
+        for number, row in enumerate(self._rows):
+            self._send(row, number)
+
+    def log(self, row: Row, margins: Values | None = None) -> None:
+        """Send a row under the names of `wandb_names`, unless wandb has it: its step was computed twice."""
+        self._rows.append(row)
+        self._do(lambda: self._send(row, len(self._rows) - 1, margins))
+
+    def finish(self, outcome: str, summary: Fields) -> None:
+        """Close the run: verdict, summary (as in `summary.json`), outcome."""
+        self._do(lambda: self._close(outcome, summary))
+        end_service()
+
+    def _send(self, row: Row, number: int, margins: Values | None = None) -> None:
+        if place_of(row) <= self._received:
+            return
+        import wandb  # noqa: PLC0415
+
+        values: dict[str, Any] = {**wandb_names(row)}
+        if margins is not None and (finite := margins[np.isfinite(margins)].tolist()):
+            values[MARGINS] = wandb.Histogram(finite, num_bins=_BINS)
+        if self._most_samples and "eval_samples/length" in row:
+            lines = files.read_lines(self._folder.samples_file(int(row["step"])))
+            samples = without_secrets(list(islice(lines, self._most_samples)))
+            cells = [
+                [value[:_MOST_CHARACTERS] if isinstance(value, str) else value for value in sample.values()]
+                for sample in samples
+            ]
+            values[SAMPLES] = wandb.Table(columns=list(samples[0]), data=cells, allow_mixed_types=True)
+        # Online, wandb knows its number from the server.
+        self.run.log(values, step=number if self._is_offline else None, commit=True)
+        self._received = place_of(row)
+        files.write_text(self._sent, json.dumps(self._received))
+
+    def _close(self, outcome: str, summary: Fields) -> None:
+        # wandb itself knows values of the last start only; the axes are its own: it can be ahead of the rows.
+        last = {wandb_name(key): value for row in self._rows for key, value in row.items() if key != "step"}
+        best = {f"best/{wandb_name(key)}": row[key] for key, row in best_rows(self._rows)}
+        self.run.summary.update({**last, **best, **without_secrets(summary)})
+        if "verdict" in summary:
+            notes = [_variable("WANDB_NOTES"), f"Verdict: {summary['verdict']['sentence']}"]
+            self.run.notes = "\n\n".join(without_secrets(list(filter(None, notes))))
+        if outcome == RunOutcome.preempted:
+            self.run.mark_preempting()
+        self.run.finish(exit_code=ExitCode[outcome])
+
+    def _do(self, action: Callable[[], object]) -> None:
+        """Call `action`; once again if wandb's service, which gets a signal to stop as well, has died."""
+        try:
+            action()
+        except ConnectionError:
+            if self.is_over:
+                raise
+            end_service(is_dead=True)
+            self._start()
+            action()
+
+
+def open_wandb(tracked: TrackedRun, rows: Sequence[Row], say: Say) -> WandbRun | None:
+    """Start or resume the wandb run of a run directory; never raises or prompts. None: off or impossible.
+
+    A run that cannot go online is stored in the directory for a later upload; `say` gets the reason and the
+    address of the run.
+    """
+    for mode in _modes_to_try(wanted_mode(tracked.tracking.wandb), say):
+        try:
+            tracker = WandbRun(tracked, mode, rows)
+        except Exception as error:
+            _warn(f"wandb cannot start {mode}: {first_line(error)}", say)
+            end_service()
+            continue
+        is_offline = f"offline; upload with: {upload_command(tracked.folder)}"
+        say(f"wandb: {is_offline if mode == 'offline' else tracker.run.url}")
+        return tracker
+    return None
+
+
+def wanted_mode(wanted: WandbMode) -> WandbMode:
+    """Return `tracking.wandb`; if it is `auto`, the mode of WANDB_MODE if that is set."""
+    return _MODES.get(_variable("WANDB_MODE"), wanted) if wanted is WandbMode.auto else wanted
+
+
+def _modes_to_try(wanted: WandbMode, say: Say) -> list[Mode]:
+    if wanted in (WandbMode.off, WandbMode.offline):
+        return [] if wanted is WandbMode.off else ["offline"]
+    try:
+        has_key = _set_up("online").login(prompt=False, verify=False)
+    except Exception as error:
+        _warn(f"wandb cannot log in: {first_line(error)}", say)
+        has_key = False
+    if not has_key and wanted is WandbMode.online:
+        _warn("wandb has no usable key, the run is tracked offline; `wandb login` stores a key", say)
+    return ["online", "offline"] if has_key else ["offline"]
+
+
+def _variable(name: str) -> str:
+    return os.environ.get(name, "").strip()
+
+
+def _set_up(mode: Mode) -> Any:
+    """Import wandb and return it, with its console output switched off."""
+    import wandb  # noqa: PLC0415
+
+    wandb.setup(wandb.Settings(silent=True, mode=mode))
+    return wandb
+
+
+def _warn(text: str, say: Say) -> None:
+    _log.warning(text)
+    say(f"warning: {text}")
+
+
+def upload_command(folder: RunFolder) -> str:
+    """Return the command that uploads all starts of a run."""
+    return f"wandb sync {shlex.quote(str(folder.wandb_id.parent))}"
+
+
+def end_service(*, is_dead: bool = False, kills: bool = False) -> None:
+    """End wandb's service, so that it releases the run id and prints nothing when the program ends.
+
+    A service that also has a run of the caller is kept, but not one that `is_dead`. One that is killed ends a
+    call that waits for it; its file has all rows.
+    """
+    # wandb raises SystemExit if its service ended with an error.
+    with contextlib.suppress(Exception, SystemExit):
+        import wandb  # noqa: PLC0415
+
+        if wandb.run is not None and not is_dead:
+            return
+        if not kills:
+            wandb.teardown()
+        for child in psutil.Process().children() if kills else ():
+            if child.name().startswith("wandb-core"):
+                child.kill()
+
+
+class InBackground:
+    """A wandb run that `start` opens and a thread calls, as a table makes wandb wait; only `finish` waits.
+
+    Opening waits a little, so that the messages of a fast start come in order.
+    """
+
+    def __init__(self, start: Callable[[Say], WandbRun | None], say: Say, folder: RunFolder):
+        self._say, self._folder = say, folder
+        self._run: WandbRun | None = None
+        self._calls: queue.SimpleQueue[Callable[[WandbRun], None] | None] = queue.SimpleQueue()
+        self._is_open = threading.Event()
+        # wandb writes the files of tables into the home otherwise, and reads the folder from a variable only.
+        os.environ.setdefault("WANDB_DATA_DIR", str(folder.wandb_id.with_name("staging").absolute()))
+        self._thread = threading.Thread(target=self._work, args=(start,), name="wandb", daemon=True)
+        self._thread.start()
+        self._is_open.wait(_OPEN_SECONDS)
+
+    def log(self, row: Row, margins: Values | None = None) -> None:
+        """Send one metrics row later, in order."""
+        self._calls.put(lambda run: run.log(row, margins))
+
+    def finish(self, outcome: str, summary: Fields, seconds: float) -> None:
+        """Close the run; return after about `seconds` even if a call does not return."""
+        self._calls.put(lambda run: run.finish(outcome, summary))
+        self._calls.put(None)
+        self._thread.join(seconds)
+        if self._thread.is_alive():
+            advice = f"later: {upload_command(self._folder)}"
+            _warn(f"wandb has not finished after {seconds:.0f} s and is ended; {advice}", self._say)
+            self._say = lambda _: None  # what the thread says of a service that was ended is no news
+            if self._run is not None:
+                self._run.is_over = True
+            end_service(kills=True)
+            self._thread.join(_LAST_SECONDS)
+
+    def _work(self, start: Callable[[Say], WandbRun | None]) -> None:
+        def tell(text: str) -> None:
+            self._say(text)
+
+        try:
+            self._run = start(tell)
+            self._is_open.set()
+            while self._run is not None and (call := self._calls.get()) is not None:
+                call(self._run)
+        except Exception as error:
+            end_service()
+            _warn(f"wandb tracking stops, training continues: {first_line(error)}", tell)
+        finally:
+            self._is_open.set()
+
+
+class TensorBoard:
+    """TensorBoard's event files, by accelerate's tracker; a resumed run replaces its later steps."""
+
+    def __init__(self, folder: RunFolder, rows: Sequence[Row]):
+        place = folder.tensorboard
+        self._received = place_of(rows[-1]) if rows and any(place.glob("events.*")) else -1.0
+        self._tracker = TensorBoardTracker(place.name, place.parent, purge_step=int(self._received) + 1)
+        self._tracker.start()
+        for row in rows:
+            self.log(row)
+
+    def log(self, row: Row, margins: Values | None = None) -> None:  # noqa: ARG002
+        """Show a row under its names in W&B."""
+        if place_of(row) > self._received:
+            self._tracker.log(wandb_names(row), step=int(row["step"]))
+            self._received = place_of(row)
+
+    def finish(self, outcome: str, summary: Fields, seconds: float) -> None:  # noqa: ARG002
+        """Close the files."""
+        self._tracker.finish()
+
+
+Tracker = InBackground | TensorBoard
+
+
+class Trackers:
+    """The trackers of a run; none if tracking is off."""
+
+    def __init__(self, trackers: Sequence[Tracker] = (), say: Say = print):
+        self._open, self._say = list(trackers), say
+
+    def log(self, row: Row, margins: Values | None = None) -> None:
+        """Send one metrics row, and the margins of its evaluation; does not wait for a server."""
+        self._each(lambda tracker: tracker.log(row, margins))
+
+    def finish(self, outcome: str, summary: Fields, seconds: float = _FINISH_SECONDS) -> None:
+        """Close all; waits at most `seconds` for each."""
+        self._each(lambda tracker: tracker.finish(outcome, summary, seconds))
+
+    @contextlib.contextmanager
+    def ended_by_errors(self) -> Iterator[None]:
+        """If the block ends in error or is interrupted, close all in a few seconds, with all rows so far."""
+        try:
+            yield
+        except BaseException as error:
+            is_stop = isinstance(error, StoppedError)
+            self.finish(RunOutcome.preempted if is_stop else "failed", {}, _ERROR_SECONDS)
+            raise
+
+    def _each(self, call: Callable[[Tracker], None]) -> None:
+        for tracker in tuple(self._open):
+            try:
+                call(tracker)
+            except Exception as error:
+                self._open.remove(tracker)
+                _warn(f"{type(tracker).__name__} stops, training continues: {first_line(error)}", self._say)
+
+
+def open_trackers(tracked: TrackedRun, rows: Sequence[Row], say: Say) -> Trackers:
+    """Start or resume the trackers of a run; does not wait for a server that is slow.
+
+    `rows` are those up to the checkpoint that training resumes from. Other threads call `say`, too.
+    """
+    trackers: list[Tracker] = []
+    if tracked.tracking.wandb is not WandbMode.off:
+        start = partial(open_wandb, tracked, list(rows))
+        trackers.append(InBackground(start, say, tracked.folder))
+    if OtherTracker.tensorboard in tracked.tracking.also:
+        trackers.append(TensorBoard(tracked.folder, rows))
+    return Trackers(trackers, say)

@@ -1,0 +1,150 @@
+"""One start of a run, or of a verb about one: its configuration, processes, console and files."""
+
+import contextlib
+import errno
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from transformers import set_seed
+
+from dpo_dist.batching.plan import ComputeCosts
+from dpo_dist.batching.sampler import Indices
+from dpo_dist.batching.step_batch import RankBatch, shard_batch
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import Dtype, Offload, RunConfig
+from dpo_dist.data.encoded.dataset import PreferenceDataset
+from dpo_dist.distributed.deepspeed_config import policy_config
+from dpo_dist.distributed.processes.failures import Reports
+from dpo_dist.distributed.processes.join import joined
+from dpo_dist.distributed.processes.world import Stops, World, with_sequence_groups
+from dpo_dist.foundation.console import Console
+from dpo_dist.foundation.signals import StopRequest
+from dpo_dist.foundation.text import counted, first_few
+from dpo_dist.model.numerics import deterministic_kernels
+from dpo_dist.training.clock import WorkClock
+
+T = TypeVar("T")
+
+DEFAULT_TOKENS, _ON_CPU = 8192, 2048  # of a micro-batch; on a CPU more is no faster
+
+
+class Run:
+    """One start of a run, or of a verb about one: its configuration on its joined processes.
+
+    `stops` is asked after every step; one rank's vote ends the run on all. `clock` has the time by kind of
+    work since `began`, by `time.monotonic`. `micro_batch_tokens` is chosen when the model's shape is known.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        console: Console,
+        stop: StopRequest | None = None,
+        began: float | None = None,
+    ):
+        self.config, self.world, self.console = config, world, console
+        tokens = config.trainer.micro_batch_tokens
+        usual = _ON_CPU if world.device.type == "cpu" else DEFAULT_TOKENS
+        self.micro_batch_tokens = usual if tokens == "auto" else tokens
+        self.folder = RunFolder.of(config)
+        self.stops = Stops(stop or StopRequest(), world)
+        self.clock = WorkClock(world.size, time.monotonic() if began is None else began)
+
+    def say(self, text: str) -> None:
+        """Print a line on rank 0."""
+        self.console.say(text)
+
+    def shard(self, dataset: PreferenceDataset, indices: Indices, costs: ComputeCosts) -> RankBatch:
+        """Return this rank's micro-batches of a global batch."""
+        place, loss = (self.world.replica, self.world.replicas), self.config.loss
+        return shard_batch(dataset, indices, *place, self.micro_batch_tokens, costs, loss)
+
+    def write(self, work: Callable[[], T]) -> T:
+        """Run `work`, which writes files of the run, on rank 0 and return its result on all; collective."""
+
+        def guarded() -> T:
+            if not self.folder.path.is_dir():  # moved away or unmounted; no part of it is made again
+                raise FileNotFoundError(errno.ENOENT, "the run directory is missing", str(self.folder))
+            return work()
+
+        return self.world.on_main(guarded)
+
+
+def join(
+    deepspeed_config: dict[str, Any], timeout_seconds: int, folder: RunFolder, console: Console
+) -> AbstractContextManager[World]:
+    """Return the joined processes of this launch, whose failures the console and `folder` report."""
+    reports = Reports(console.alarm, console.say, folder.rank_stacks(os.environ.get("RANK", "0")))
+    return joined(deepspeed_config, timeout_seconds, reports)
+
+
+@contextlib.contextmanager
+def open_run(
+    config: RunConfig, console: Console, stop: StopRequest | None = None, *, trains: bool = False
+) -> Iterator[Run]:
+    """Yield the run on the joined processes of this launch, set up as `config` says; collective.
+
+    `trains`: whether there is an optimizer; without one, no kernel for it is compiled.
+    """
+    began = time.monotonic()
+    parallelism = config.parallelism
+    if not trains:
+        parallelism = replace(parallelism, offload_optimizer=Offload.none, hpz=1)
+    deepspeed_config = policy_config(parallelism, config.optim, config.model.dtype)
+    joins = join(deepspeed_config, parallelism.timeout_seconds, RunFolder.of(config), console)
+    with deterministic_kernels(config.trainer.deterministic), joins as world:
+        set_seed(config.trainer.seed % 2**32)
+        grouped = with_sequence_groups(world, config.parallelism.sequence_parallel)
+        with recompiles_named(console.say):
+            yield Run(config, grouped, console, stop, began)
+
+
+@contextlib.contextmanager
+def recompiles_named(say: Callable[[str], None]) -> Iterator[None]:
+    """Say once if torch stops compiling layers inside the block, which it only logs."""
+    dynamo, handler = logging.getLogger("torch._dynamo"), logging.Handler(logging.WARNING)
+
+    def look(record: logging.LogRecord) -> bool:
+        if "recompile_limit" in record.getMessage():
+            say(
+                "warning: layers met more kinds of inputs than torch compiles them for, and are slow for the "
+                "others: set model.fused=auto"
+            )
+            dynamo.removeHandler(handler)
+        return False
+
+    handler.addFilter(look)
+    dynamo.addHandler(handler)
+    try:
+        yield
+    finally:
+        dynamo.removeHandler(handler)
+
+
+def say_header(run: Run) -> None:
+    """Print everything that is known before the data are read."""
+    config, world = run.config, run.world
+    hosts = len({peer.host for peer in world.peers})
+    processes = counted(world.size, "process", "processes")
+    share = f"{config.data.eval_share:g} of them" if config.data.eval_share else "none"
+    train = first_few([source.path for source in config.data.train])
+    evaluation = first_few([source.path for source in config.data.eval])
+    run.say(f"run directory: {run.folder}")
+    run.say(f"model: {config.model.path}, {config.model.dtype}, {config.parallelism.kind}")
+    if world.device.type == "cpu" and config.model.dtype is Dtype.bf16 and not has_bf16_products():
+        run.say("hint: this CPU has no instructions for bf16: model.dtype=fp32 is several times faster")
+    run.say(f"data: {train}; evaluation: {evaluation or share}")
+    groups = "" if world.sequence is None else f", in groups of {world.sequence.ranks} that share tokens"
+    run.say(f"world: {processes} on {counted(hosts, 'host')}, {world.device.type}{groups}")
+
+
+def has_bf16_products() -> bool:
+    """Return whether this CPU multiplies matrices in bf16; others emulate it, at an eighth of the speed."""
+    return any(is_there and "bf16" in name for name, is_there in torch.cpu.get_capabilities().items())

@@ -1,0 +1,225 @@
+"""Bytes that a run takes on each device, from the shapes of its model: no weights, no device.
+
+Checked against the allocations of a simulated device in tests/simulated_cuda/test_scaling.py; docs/scaling.md
+has the same as a table.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from dpo_dist.batching.plan import Arrangement
+from dpo_dist.config.schema import (
+    ZERO_STAGES,
+    AttentionBackend,
+    Dtype,
+    Offload,
+    OptimConfig,
+    Quantization,
+    ReferenceMode,
+    RunConfig,
+    TrainerConfig,
+)
+from dpo_dist.distributed.zero import STATES_OF_ADAM
+from dpo_dist.foundation.text import size
+from dpo_dist.model.architectures import recorded_arrangement
+from dpo_dist.model.attention.kernels import LARGEST_HEAD, choose_backend, heads_of_layers
+from dpo_dist.model.files.load import TORCH_DTYPES
+from dpo_dist.model.flops import visited_experts
+from dpo_dist.model.layers import decoder_layers, layer_values
+from dpo_dist.training.start.context import Run
+
+KEYS_PER_TOKEN = 1.6
+"""Keys that attention keeps for a token, where responses share prompts: between 1 and this."""
+_KEPT_FREE = 0.1
+_MOST_TOKENS = 32_768  # more are not faster, and a reference scores several times as many at once
+_STEP = 256  # tokens; a smaller difference is not worth a number that is harder to read
+_CONTEXTS = 2e9  # CUDA's and NCCL's
+_GATHERED = 1e9  # weights that ZeRO-3 gathers at a time, or those of a layer
+BYTES_PER_QUANTIZED_WEIGHT = {Quantization.int8: 1.0, Quantization.nf4: 0.53}
+_TRACED = 64, 128  # tokens
+_TRACE = "dpo_dist_trace"
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes on one device: `parts` that do not depend on the micro-batch, and those of a token in one.
+
+    `per_token` is None for a model of which it is not known.
+    """
+
+    parts: dict[str, float]
+    per_token: float | None
+
+    def fits(self, tokens: int, memory: float) -> bool:
+        """Return whether micro-batches of `tokens` leave a tenth of `memory` bytes free."""
+        return self.used(tokens) <= (1 - _KEPT_FREE) * memory
+
+    def largest_micro_batch(self, memory: float) -> int | None:
+        """Return the tokens that fit into `memory` bytes less a tenth; None if not known."""
+        if self.per_token is None:
+            return None
+        room = (1 - _KEPT_FREE) * memory - sum(self.parts.values())
+        return max(0, min(_MOST_TOKENS, int(room / self.per_token) // _STEP * _STEP))
+
+    def used(self, tokens: int) -> float:
+        """Return the bytes that training with micro-batches of `tokens` takes, as far as they are known."""
+        return sum(self.parts.values()) + tokens * (self.per_token or 0.0)
+
+
+def footprint(config: RunConfig, causal_lm: Any, processes: int) -> Footprint:
+    """Return the footprint of training `causal_lm`, the policy on the meta device, on each of `processes`."""
+    weights = _count(causal_lm)
+    trained = sum(weight.numel() for weight in causal_lm.parameters() if weight.requires_grad)
+    stage, number = ZERO_STAGES[config.parallelism.kind], TORCH_DTYPES[config.model.dtype].itemsize
+    master = state_bytes(config.optim, config.trainer)
+    if config.parallelism.offload_optimizer is not Offload.none:
+        master = 0.0
+    resident = config.parallelism.offload_parameters is Offload.none
+    held = float(number * weights)
+    if config.model.quantization is not None:
+        held -= (number - BYTES_PER_QUANTIZED_WEIGHT[config.model.quantization]) * quantized_weights(
+            causal_lm
+        )
+    # With bf16 stage 1 keeps the gradients of a micro-batch, too, beside their sum.
+    has_both = stage == 1 and config.model.dtype is Dtype.bf16
+    gradients = (4.0 + number * has_both) * trained
+    output = causal_lm.get_output_embeddings().weight
+    head = 2.2e9 + (4.0 * output.numel() if output.requires_grad else 0.0)
+    largest = max((_count(layer) for layer in decoder_layers(causal_lm)), default=0)
+    hpz = config.parallelism.hpz
+    parts = {
+        "copy of the weights": held / hpz if hpz > 1 else 0.0,
+        "weights": resident * held / (processes if stage == 3 else 1),
+        "gradients": gradients / (1 if stage == 1 else processes),
+        "optimizer states": master * trained / processes,
+        "gathered weights": number * max(_GATHERED, largest) if stage == 3 and processes > 1 else 0.0,
+        # DeepSpeed reduces float32 gradients 5e8 at a time.
+        "reduction": 3e9 * min(1.0, trained / 5e8) if stage == 1 and processes > 1 else 0.0,
+        "output layer": head,
+        "CUDA and NCCL": _CONTEXTS,
+    }
+    if config.reference.mode is ReferenceMode.live and config.reference.offload is Offload.none:
+        parts["reference"] = number * weights / processes
+    per_token = activation_bytes(causal_lm, config.model.gradient_checkpointing)
+    if per_token is not None:
+        per_token /= config.parallelism.sequence_parallel
+    return Footprint({name: part for name, part in parts.items() if part}, per_token)
+
+
+def state_bytes(optim: OptimConfig, trainer: TrainerConfig) -> float:
+    """Return the bytes of a trained weight in master weights and optimizer states, as in a checkpoint."""
+    return 4.0 * (1 + STATES_OF_ADAM[optim.kind] + (trainer.ema_decay is not None))
+
+
+def fit_micro_batches(run: Run, causal_lm: Any) -> None:
+    """Choose the micro-batches of training with `trainer.micro_batch_tokens=auto`, and say what they take.
+
+    Collective.
+    """
+    if run.world.device.type != "cuda":
+        return
+    memory = min(run.world.gather(torch.cuda.mem_get_info()[0]))
+    needs = footprint(run.config, causal_lm, run.world.size)
+    tokens, model = needs.largest_micro_batch(memory), run.config.model
+    is_sdpa = choose_backend(model.attention, model.dtype, run.world.device) is AttentionBackend.sdpa
+    if tokens is None or is_sdpa:
+        run.say(f"micro-batches: {run.micro_batch_tokens:,} tokens; it is not known what this model takes")
+        return
+    if run.config.trainer.micro_batch_tokens == "auto":
+        run.micro_batch_tokens = max(tokens, _STEP)
+    fit = f"about {size(needs.used(run.micro_batch_tokens))} of {size(memory)} on each GPU"
+    if not needs.fits(max(run.micro_batch_tokens, run.config.data.max_length), memory):
+        fit = (
+            f"warning: {fit}, where the longest pair may not fit; `dpo-dist plan plan.suggest=true` says "
+            "what does"
+        )
+    run.say(f"micro-batches: up to {run.micro_batch_tokens:,} tokens ({fit})")
+
+
+def quantized_weights(causal_lm: Any) -> int:
+    """Return how many weights bitsandbytes quantizes: those of linear layers, without the output layer's."""
+    output = causal_lm.get_output_embeddings().weight
+    linear = (module.weight for module in causal_lm.modules() if isinstance(module, nn.Linear))
+    return sum(weight.numel() for weight in linear if weight is not output and not weight.requires_grad)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(map(torch.numel, module.parameters()))
+
+
+def activation_bytes(causal_lm: Any, checkpointing: str | int) -> float | None:
+    """Return the bytes of a token in a micro-batch while its gradients are computed; None if not known.
+
+    The tensors that autograd keeps of a forward on the meta device, and those of attention, of which the
+    kernels keep queries, keys, values, and the sums of scores in float32. The model cannot be used after it.
+    """
+    text = causal_lm.config.get_text_config()
+    layers = decoder_layers(causal_lm)
+    if recorded_arrangement(text.model_type) is not Arrangement.packed or not layers:
+        return None
+    if (kept := _kept_bytes(causal_lm)) is None:
+        return None
+    number, hidden = int(causal_lm.dtype.itemsize), int(text.hidden_size)
+    shapes = heads_of_layers(text)
+    attention: float = sum(
+        number * (heads.query * heads.dim + KEYS_PER_TOKEN * heads.key * (heads.dim + heads.value_dim))
+        + 4 * heads.query
+        for heads in shapes
+    ) / len(shapes)
+    outside = 3.5 * number * hidden  # of the last norm
+    layer = (kept - outside) / len(layers) + attention
+    experts = visited_experts(text)
+    names = ("moe_intermediate_size", "intermediate_size")[0 if experts else 1 :]
+    of_layers = (max(filter(None, layer_values(text, name)), default=0) for name in names)
+    width = next(filter(None, of_layers), 4 * hidden)
+    backward = number * (4.0 * width * max(1, experts) + (2.5 + 4 * experts) * hidden)
+    if checkpointing == "none":
+        return len(layers) * layer + backward
+    checkpointed = len(layers) if checkpointing == "full" else len(layers) // int(checkpointing)
+    return number * hidden * checkpointed + (len(layers) - checkpointed + 1) * layer + backward
+
+
+@lru_cache(maxsize=1)  # the plan asks for several kinds of checkpointing
+def _kept_bytes(causal_lm: Any) -> float | None:
+    """Return the bytes of a token that autograd keeps of a forward of all layers, without attention's."""
+    causal_lm.train().to(causal_lm.dtype)  # peft leaves an adapter on the meta device in float32
+    causal_lm.set_attn_implementation(_TRACE)
+    for layer in decoder_layers(causal_lm):
+        layer.gradient_checkpointing = False  # type: ignore[assignment]
+    few, many = (_traced(causal_lm, tokens) for tokens in _TRACED)
+    return None if few is None or many is None else (many - few) / (_TRACED[1] - _TRACED[0])
+
+
+def _traced(causal_lm: Any, tokens: int) -> int | None:
+    known = {part.untyped_storage()._cdata for part in (*causal_lm.parameters(), *causal_lm.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in known:
+            kept[storage._cdata] = storage
+        return tensor
+
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
+    try:
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            causal_lm.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    except Exception:  # an architecture's code may ask for values
+        return None
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _attend(_: Any, query: torch.Tensor, *__: Any, **options: Any) -> tuple[torch.Tensor, None]:
+    if query.shape[-1] > LARGEST_HEAD or any(options.get(name) is not None for name in ("s_aux", "softcap")):
+        raise NotImplementedError("a layer that may run on SDPA, which keeps more")
+    return query.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(_TRACE, _attend)
+AttentionMaskInterface.register(_TRACE, lambda *_, **__: None)

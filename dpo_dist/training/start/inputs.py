@@ -1,0 +1,271 @@
+"""The inputs of a run before any weights are loaded: digests of models, tokenizer, encoded data, schedule."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from dpo_dist.batching.sampler import BatchSampler, Indices, make_sampler
+from dpo_dist.config.identity import RunIdentity
+from dpo_dist.config.losses import RouterConfig
+from dpo_dist.config.schema import ModelConfig, ParallelismKind, ReferenceMode, SourceConfig
+from dpo_dist.data.counts import describe_counts, describe_short_run
+from dpo_dist.data.encoded.build import prepare_dataset, tokenizer_digest
+from dpo_dist.data.encoded.dataset import (
+    PreferenceDataset,
+    check_fits_loss,
+    check_ids_in_vocabulary,
+    count_duplicates,
+    count_shared,
+    count_shared_prompts,
+    open_dataset,
+)
+from dpo_dist.data.encoded.partners import with_partners
+from dpo_dist.data.records import Part, eval_part, train_part
+from dpo_dist.distributed.zero import unsharded_loading
+from dpo_dist.model.architectures import (
+    check_causal,
+    check_positions,
+    router_loss,
+    router_notes,
+    training_notes,
+)
+from dpo_dist.model.attention.ulysses import check_shared_tokens
+from dpo_dist.model.files.folder import base_notes, model_folder, start_folder, tokenizer_folder
+from dpo_dist.model.files.load import check_contents_at_hand, load_config, load_tokenizer, without_weights
+from dpo_dist.model.files.stops import stop_notes
+from dpo_dist.model.flops import StepFlops, step_flops
+from dpo_dist.model.layers import check_device, text_notes
+from dpo_dist.objective.router import RouterLoss
+from dpo_dist.reference.digest import ModelFiles, digest_on_every_node
+from dpo_dist.training.start.context import Run
+from dpo_dist.training.start.footprint import fit_micro_batches
+from dpo_dist.training.start.resume import Identity
+
+T = TypeVar("T")
+
+_Encode = Callable[[str, Sequence[SourceConfig], Part], PreferenceDataset]
+
+_NO_END = (
+    "warning: the tokenizer has no end token (eos_token): responses end only as the chat template ends a "
+    "turn, and a model so trained does not stop elsewhere; set eos_token in tokenizer_config.json"
+)
+
+
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """The models of one run before their weights are loaded, and its pairs; the same on every rank."""
+
+    policy_files: ModelFiles
+    reference_files: ModelFiles | None  # None if the loss uses no reference
+    tokenizer: PreTrainedTokenizerBase
+    flops: StepFlops
+    weights: int  # of the policy
+    router: RouterLoss | None  # losses of the policy's routers, which training adds
+    eval_set: PreferenceDataset | None
+
+    @property
+    def visited(self) -> list[tuple[PreferenceDataset, Indices]]:
+        """Each dataset with its indices that are scored; the training dataset is first."""
+        if self.eval_set is None:
+            return []
+        return [(self.eval_set, np.arange(len(self.eval_set), dtype=np.int64))]
+
+
+@dataclass(frozen=True)
+class Inputs(EvaluationInputs):
+    """The inputs of one run; the sampler has the indices of each training step."""
+
+    train_set: PreferenceDataset
+    sampler: BatchSampler
+
+    @property
+    def named(self) -> dict[str, PreferenceDataset]:
+        """The datasets by name: `train`, and `eval` if there is one."""
+        return {"train": self.train_set} | ({} if self.eval_set is None else {"eval": self.eval_set})
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """The counts of each dataset: the section `data` of summary.json."""
+        return {name: dataset.counts for name, dataset in self.named.items()}
+
+    @property
+    def visited(self) -> list[tuple[PreferenceDataset, Indices]]:
+        """Each dataset with its indices that are scored; the training dataset is first."""
+        return [(self.train_set, self.sampler.visited_indices()), *super().visited]
+
+
+def identify(run: RunIdentity, inputs: Inputs) -> Identity:
+    """Return the digests of all inputs that decide a run's result, and its length."""
+    return {
+        **run.recorded,
+        "data": inputs.train_set.fingerprint,
+        "eval_data": inputs.eval_set.fingerprint if inputs.eval_set is not None else None,
+        "model": inputs.policy_files.digest,
+        "reference": inputs.reference_files.digest if inputs.reference_files is not None else None,
+    }
+
+
+def load_inputs(run: Run, *, trains: bool = False) -> Inputs:
+    """Return the inputs of a run; rank 0 reads and encodes the data, all ranks map the result. Collective.
+
+    With `trains`, options of the policy's training are checked before any large file is read.
+    """
+    config = run.config
+    models, encode = _load(run, config.loss.router, trains=trains)
+    eval_set = models.eval_set
+    part = train_part(config.data, None if eval_set is None else eval_set.prompt_hashes[:])
+    train_set = encode("train", config.data.train, part)
+    if eval_set is not None:
+        eval_set = _counted(
+            run,
+            eval_set,
+            also_in_train=partial(count_shared, eval_set, train_set),
+            prompts_also_in_train=partial(count_shared_prompts, eval_set, train_set),
+        )
+    train_set = _with_labels_and_partners(run, train_set)
+    eval_set = None if eval_set is None else _with_labels_and_partners(run, eval_set)
+    sampler = make_sampler(train_set.spans([source.weight for source in config.data.train]), config.trainer)
+    inputs = Inputs(**vars(models) | {"eval_set": eval_set}, train_set=train_set, sampler=sampler)
+    for name, dataset in inputs.named.items():
+        for line in describe_counts(name, dataset.counts):
+            run.say(line)
+        if labels := dataset.counts.get("labels"):
+            run.say(f"  {labels['good']:,} good and {labels['bad']:,} bad responses")
+    for line in describe_short_run(sampler, config.loss.unit):
+        run.say(line)
+    return inputs
+
+
+def load_evaluation_inputs(run: Run) -> EvaluationInputs:
+    """Return the inputs of an evaluation, with the evaluation data of a run; collective."""
+    inputs, _ = _load(run)
+    assert inputs.eval_set is not None, "evaluations have data"
+    for line in describe_counts("eval", inputs.eval_set.counts):
+        run.say(line)
+    return replace(inputs, eval_set=_with_labels_and_partners(run, inputs.eval_set))
+
+
+def _with_labels_and_partners(run: Run, dataset: PreferenceDataset) -> PreferenceDataset:
+    """Return the dataset with the counts of its labels, and the partners that a loss needs; collective."""
+    if run.config.loss.is_unpaired:
+        good = int(dataset.labels_good(range(len(dataset))).sum())
+        labels = {"good": good, "bad": len(dataset) - good}
+        dataset = replace(dataset, counts=dataset.counts | {"labels": labels})
+    if not run.config.loss.needs_partners:
+        return dataset
+    return run.world.together(lambda: with_partners(dataset, run.config.data.max_length))
+
+
+def _load(
+    run: Run, routers: RouterConfig | None = None, *, trains: bool = False
+) -> tuple[EvaluationInputs, _Encode]:
+    """Return models and evaluation data, and a function that encodes data for them; collective.
+
+    `routers`: of a policy.
+    """
+    config, world = run.config, run.world
+    longest, ranks = config.data.max_length, config.parallelism.sequence_parallel
+    folder = shared_model_folder(run, config.model.path, config.model.revision, "model.path")
+    start = _on_every_rank(run, partial(start_folder, config.model), "looking for the adapter")
+    tokenizer_files = tokenizer_folder(folder, start)
+    tokenizer, digest = load_tokenizer(tokenizer_files, config.model), tokenizer_digest(tokenizer_files)
+    with unsharded_loading(world):  # a sharded model has no shapes to count
+        model_config, causal_lm = checked_model(config.model, folder, start, longest, ranks)
+    flops, weights = step_flops(causal_lm), sum(map(torch.numel, causal_lm.parameters()))
+    if trains:
+        world.together(lambda: check_device(config.model, model_config.get_text_config(), world.device))
+    router = router_loss(routers, causal_lm)
+    notes = training_notes(model_config, longest)
+    if not tokenizer.eos_token:
+        notes.append(_NO_END)
+    notes += base_notes(config.model, start)
+    notes += stop_notes(tokenizer, config.data, folder) if trains else []
+    for note in [*text_notes(causal_lm), *router_notes(routers, causal_lm), *notes]:
+        run.say(note)
+    if trains:
+        with unsharded_loading(world):
+            fit_micro_batches(run, causal_lm)
+    vocabulary = model_config.get_text_config().vocab_size
+    with run.console.heartbeat("reading the model's files to identify them"):
+        files = _digest_models(run, folder, start)
+
+    def encode(name: str, sources: Sequence[SourceConfig], part: Part) -> PreferenceDataset:
+        def progress(source: str) -> AbstractContextManager[Callable[..., None]]:
+            return run.console.progress(f"encoding the {name} data: {source}", "record")
+
+        prepare = partial(prepare_dataset, sources, config.data, tokenizer, digest, progress, part)
+        with run.console.heartbeat(f"preparing the {name} data"):
+            encoded = world.on_main(prepare)
+        with run.console.heartbeat(f"verifying the {name} data"):
+            # A node that sees the files on another device verifies them again.
+            dataset = world.together(lambda: open_dataset(encoded, config.data))
+            dataset = _counted(run, dataset, duplicates=partial(count_duplicates, dataset))
+        world.on_main(lambda: check_ids_in_vocabulary(dataset, tokenizer, vocabulary))
+        world.on_main(lambda: check_fits_loss(dataset, config.loss))
+        return dataset
+
+    sources, eval_set = config.data.eval_sources, None
+    if sources:
+        eval_set = encode("eval", sources, eval_part(config.data))
+    return EvaluationInputs(*files, tokenizer, flops, weights, router, eval_set), encode
+
+
+def checked_model(
+    model: ModelConfig, folder: Path, start: Path | None, longest: int, sequence_parallel: int
+) -> tuple[PreTrainedConfig, PreTrainedModel]:
+    """Return the policy's configuration, and the model with its adapter on the meta device, both checked.
+
+    `longest`: tokens of the longest prompt with its response.
+    """
+    model_config = load_config(folder, model)
+    check_causal(model_config)
+    check_shared_tokens(model_config, sequence_parallel)
+    causal_lm = without_weights(model_config, model, start)
+    check_contents_at_hand(folder, model)
+    check_positions(causal_lm, longest)
+    return model_config, causal_lm
+
+
+def _counted(run: Run, dataset: PreferenceDataset, **count: Callable[[], int]) -> PreferenceDataset:
+    """Return the dataset with further counts, which rank 0 computes; collective."""
+    counts = run.world.on_main(lambda: {name: number() for name, number in count.items()})
+    return replace(dataset, counts=dataset.counts | counts)
+
+
+def _digest_models(run: Run, policy_folder: Path, start: Path | None) -> tuple[ModelFiles, ModelFiles | None]:
+    config, reference = run.config, run.config.reference
+    store, remote_code = Path(reference.store), config.model.trust_remote_code
+    # Weights that are sharded while they are loaded are read by rank 0 alone.
+    whole = config.model.quantization is not None or config.parallelism.kind is not ParallelismKind.zero3
+    if reference.mode is not ReferenceMode.none and reference.path is None:
+        whole = whole or reference.quantization is not None
+    policy_files = digest_on_every_node(policy_folder, store, remote_code, whole, run.world, start)
+    if reference.mode is ReferenceMode.none:
+        return policy_files, None
+    if reference.path is None:
+        return policy_files, policy_files
+    folder = shared_model_folder(run, reference.path, None, "reference.path")
+    whole = reference.quantization is not None
+    return policy_files, digest_on_every_node(folder, store, remote_code, whole, run.world)
+
+
+def _on_every_rank(run: Run, find: Callable[[], T], doing: str) -> T:
+    """Return `find()` on every rank; rank 0 downloads first, for all nodes that share its cache."""
+    with run.console.heartbeat(doing):
+        run.world.on_main(find)
+        return run.world.together(find)
+
+
+def shared_model_folder(
+    run: Run, path: str, revision: str | None, key: str, *, accepts_adapter: bool = False
+) -> Path:
+    """Return `model_folder` on every rank; collective."""
+    find = partial(model_folder, path, revision, key, accepts_adapter=accepts_adapter)
+    return _on_every_rank(run, find, f"downloading {path}")

@@ -1,0 +1,171 @@
+"""Checks of a run before torch is imported and processes join: packages, files, folders."""
+
+import contextlib
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+from dpo_dist.config.losses import LossKind
+from dpo_dist.config.run_folder import RunFolder, check_writable
+from dpo_dist.config.schema import (
+    AttentionBackend,
+    FusedLayers,
+    ModelConfig,
+    OptimizerKind,
+    ParallelismConfig,
+    ParallelismKind,
+    ReferenceMode,
+    Resume,
+    RunConfig,
+)
+from dpo_dist.config.user_code import find_function
+from dpo_dist.data.formats import check_source
+from dpo_dist.data.text.template import check_template_file
+from dpo_dist.foundation.console import Console, open_console
+from dpo_dist.foundation.errors import CheckpointError, ConfigError, DataError, ReferenceModelError
+from dpo_dist.foundation.files import locked
+from dpo_dist.foundation.text import counted
+from dpo_dist.model.files.folder import (
+    CONFIG_FILE,
+    check_tokenizer_files,
+    check_weights,
+    local_model_folder,
+    start_folder,
+    tokenizer_folder,
+    weight_files,
+)
+from dpo_dist.training.start.resume import check_newest_checkpoint
+
+IS_TRAINING = "is training in this run directory"
+# How to install a package that has not an extra of its name.
+_INSTALLED_BY = {
+    "bitsandbytes": "pip install 'dpo-dist[quantization]'",
+    "liger-kernel": "pip install 'dpo-dist[liger]'",
+    "flash-attn-3": "build it, the folder hopper of FlashAttention's repository",
+}
+_FLASH_ATTN = {
+    "flash-attn": AttentionBackend.flash_attention_2,
+    "flash-attn-3": AttentionBackend.flash_attention_3,
+}
+
+
+@contextlib.contextmanager
+def started(config: RunConfig, *, trains: bool = False) -> Iterator[Console]:
+    """Check the start and open the console; a start that fails before it trains leaves no directory."""
+    folder = RunFolder.of(config)
+    is_new = not folder.path.exists()
+    check_start(config, trains=trains, starts=True)
+    try:
+        with open_console(folder.rank_log, config.console.style) as console:
+            yield console
+    except (ConfigError, DataError, ReferenceModelError, CheckpointError):
+        # The history is opened, without a row, when the models are loaded and the first step follows.
+        if is_new and os.environ.get("RANK", "0") == "0" and not folder.log_history.exists():
+            with contextlib.suppress(ConfigError), locked(folder.lock, "trains", "wait for it"):
+                shutil.rmtree(folder.path, ignore_errors=True)  # not that of another process
+        raise
+
+
+def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False) -> None:
+    """Check everything that needs no torch, network or other processes.
+
+    Only processes on the first node check. `trains`: whether the run has an optimizer and may be resumed;
+    `starts`: here and now, not by a launcher that is still to come.
+    """
+    if os.environ.get("RANK", "0") != os.environ.get("LOCAL_RANK", "0"):
+        return
+    run = RunFolder.of(config)
+    if trains and config.run.resume is not Resume.never:
+        check_newest_checkpoint(config.identity, run)
+    if LossKind.custom in config.loss.kinds:
+        find_function(config.loss.function)
+    _check_packages(config, trains=trains)
+    if starts or "WORLD_SIZE" in os.environ:
+        _check_groups(config.parallelism, trains=trains)
+    _check_models(config.model, config.reference.path)
+    for source in [*config.data.train, *config.data.eval]:
+        check_source(source, config.data)
+    check_template_file(config.data.chat_template)
+    is_begun = run.lock.exists() or run.state.exists()
+    foreign = [run.path / CONFIG_FILE, *([] if is_begun else [run.config])]  # of a model, or of no run
+    if trains and (there := [str(file) for file in foreign if file.is_file()]):
+        raise ConfigError(
+            "run.dir has files that are not of a run",
+            where="run.dir",
+            got=", ".join(there),
+            expected="a folder for this run alone, in which nothing else is overwritten",
+            remedy="set run.dir to a new folder",
+        )
+    folders = {"run.dir": run.path, "data.cache": Path(config.data.cache)}
+    store = Path(config.reference.store)
+    if config.reference.mode is ReferenceMode.cached and not store.is_dir():
+        folders["reference.store"] = store  # a read-only one is enough if it has all log-probs of the run
+    for key, folder in folders.items():
+        check_writable(folder, key)
+
+
+def _check_groups(parallelism: ParallelismConfig, *, trains: bool) -> None:
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    for key in ("sequence_parallel", *["hpz"] * trains):
+        ranks = getattr(parallelism, key)
+        if processes % ranks:
+            raise ConfigError(
+                "the processes cannot be divided into groups of this size",
+                where=f"parallelism.{key}",
+                got=f"{ranks}, with {counted(processes, 'process', 'processes')}",
+                expected=f"a divisor of {processes}",
+                remedy=f"set it to such a number, or start a multiple of {ranks} processes",
+            )
+
+
+def _check_packages(config: RunConfig, *, trains: bool) -> None:
+    model, is_8bit = config.model, trains and config.optim.kind is OptimizerKind.adamw_8bit
+    needed = [
+        # package, key, value that needs it, value that does not
+        ("bitsandbytes", "model.quantization", model.quantization, "null"),
+        ("bitsandbytes", "reference.quantization", config.reference.quantization, "null"),
+        ("bitsandbytes", "optim.kind", config.optim.kind if is_8bit else None, OptimizerKind.adamw),
+        ("liger-kernel", "model.fused", model.fused if model.fused is FusedLayers.liger else None, "none"),
+        *(
+            (package, "model.attention", model.attention if model.attention is backend else None, "auto")
+            for package, backend in _FLASH_ATTN.items()
+        ),
+        *((tracker, "tracking.also", tracker, "[]") for tracker in config.tracking.also),
+    ]
+    for package, key, value, instead in needed:
+        usual = f"pip install 'dpo-dist[{package}]'"
+        if value is not None and importlib.util.find_spec(package.replace("-", "_")) is None:
+            raise ConfigError(
+                f"{package} is not installed",
+                where=key,
+                got=value,
+                remedy=f"{_INSTALLED_BY.get(package, usual)}, or set {key}={instead}",
+            )
+    torch_version, is_sharded = version("torch"), config.parallelism.kind is ParallelismKind.zero3
+    is_old = tuple(map(int, torch_version.split(".")[:2])) < (2, 12)
+    if trains and model.fused is FusedLayers.compile and is_sharded and is_old:
+        raise ConfigError(
+            "compiled layers lose gradients of sharded weights in torch before 2.12",
+            where="model.fused",
+            got=f"compile with parallelism=zero3 and torch {torch_version}",
+            remedy="update torch, or set parallelism=zero2 or model.fused=none",
+        )
+
+
+def _check_models(model: ModelConfig, reference_path: str | None) -> None:
+    """Check the files of models in local folders; those on the hub are looked for when they are loaded."""
+    start, adapter = None, model.adapter
+    if adapter is not None and adapter.path is not None:
+        named = local_model_folder(adapter.path, None, "model.adapter.path", accepts_adapter=True)
+        start = None if named is None else start_folder(model)
+    policy = local_model_folder(model.path, model.revision)
+    if policy is not None:
+        check_weights(weight_files(policy), "model.path")
+        check_tokenizer_files(tokenizer_folder(policy, start))
+    if reference_path is not None:
+        reference = local_model_folder(reference_path, None, "reference.path")
+        if reference is not None:
+            check_weights(weight_files(reference), "reference.path")

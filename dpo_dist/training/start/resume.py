@@ -1,0 +1,177 @@
+"""What a run directory says about its run, and whether a configuration continues it. Imports no torch.
+
+A run is defined by its identity: the digests of its configuration and inputs. It is in `run_state.json`,
+which also says how far the run has come, and in every checkpoint. Only the length of a run may grow.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter
+
+from dpo_dist.config.identity import RunIdentity
+from dpo_dist.config.load import changed_keys
+from dpo_dist.config.run_folder import STATE, RunFolder, checkpoint_folders
+from dpo_dist.config.schema import Resume, TrainerConfig
+from dpo_dist.foundation.errors import CheckpointError, RunOutcome, dead_link, first_line
+from dpo_dist.foundation.files import write_text
+
+Identity = dict[str, str | None]
+_DIGESTS = {
+    "data": "training data",
+    "eval_data": "evaluation data",
+    "model": "model that the policy starts from",
+    "reference": "reference model",
+}
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Content of the state file.
+
+    `step`: steps done; with `started` and `diverged`, at the last checkpoint. `summary`: content of
+    summary.json of a finished run, else None. `stopped_by`: reasons of a stop: signals, limits, the tracker.
+    """
+
+    outcome: RunOutcome
+    step: Annotated[int, Field(ge=0)]
+    identity: Identity
+    summary: dict[str, Any] | None = None
+    stopped_by: str | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all steps are done and the model was written."""
+        return self.outcome in (RunOutcome.exported, RunOutcome.completed)
+
+
+def read_state(folder: RunFolder) -> RunState | None:
+    """Return the recorded state of the run in `folder`; None if there is none."""
+    try:
+        return TypeAdapter(RunState).validate_json(folder.state.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            "the state of this run cannot be read",
+            where=str(folder.state),
+            got=first_line(error),
+            remedy="restore the file, or delete it to resume from the last checkpoint",
+        ) from error
+
+
+def write_state(folder: RunFolder, state: RunState) -> None:
+    """Write the state file whole."""
+    write_text(folder.state, json.dumps(asdict(state), indent=1) + "\n")
+
+
+def check_identity(recorded: Mapping[str, Any], identity: Identity, where: Path) -> None:
+    """Check that files which the configuration names have not changed since `recorded` was written."""
+    for name, title in _DIGESTS.items():
+        if recorded.get(name) != identity[name]:
+            raise CheckpointError(
+                f"the {title} of this run changed since it was last saved",
+                where=str(where),
+                got=f"digest {identity[name]}",
+                expected=f"digest {recorded.get(name)}",
+                remedy="restore the former files (of data, also those of the tokenizer and in data.cache), "
+                "or start a new run with another run.dir",
+            )
+
+
+def has_other_length(recorded: Mapping[str, Any], identity: RunIdentity) -> bool:
+    """Return whether the recorded run is this one at another length.
+
+    `recorded`: the state of a checkpoint, or the identity in the state file.
+    """
+    is_same = recorded.get("run_digest_without_length") == identity.digest_without_length
+    return is_same and recorded["length"] != identity.length
+
+
+def check_configuration(recorded: Mapping[str, Any], identity: RunIdentity, folder: RunFolder) -> None:
+    """Check that a run directory has this run, or the same one at another length."""
+    if recorded.get("run_digest") != identity.digest and not has_other_length(recorded, identity):
+        changed = changed_keys(folder.config, identity)
+        function = identity.config.loss.function
+        source = "" if function is None else f", which depends on the source of {function}"
+        raise CheckpointError(
+            "the run directory belongs to another configuration",
+            where=str(folder.config if changed else folder),
+            got=", ".join(f"{key}={new}" for key, (_, new) in changed.items())
+            or f"digest {identity.digest}{source}",
+            expected=", ".join(f"{key}={old}" for key, (old, _) in changed.items())
+            or f"digest {recorded.get('run_digest')}",
+            remedy="remove run.dir, which gives each configuration its own run directory, or set another one",
+        )
+
+
+def describe_change(state: Mapping[str, Any], trainer: TrainerConfig, steps: int) -> str:
+    """Return a line about a checkpoint whose run continues to more `steps`; "" if its length is the same."""
+    former = int(state.get("steps", steps))
+    if steps < former:
+        raise CheckpointError(
+            "a run can be continued to a greater length only",
+            where="trainer.epochs" if trainer.max_steps is None else "trainer.max_steps",
+            got=f"{steps:,} steps",
+            expected=f"at least {former:,} steps",
+            remedy="set the length that the run had, a greater one, or another run.dir",
+        )
+    if steps == former:
+        return ""
+    skipped = int(state["step"]) * trainer.global_batch_pairs - int(state["pairs_seen"])
+    partial = f"; the next {skipped} pairs of the order are not trained" if skipped else ""
+    rate = "the learning rate follows the schedule of the new length"
+    return f"training longer: {steps:,} steps in place of {former:,}; {rate}{partial}"
+
+
+def find_finished(identity: RunIdentity, folder: RunFolder) -> RunState | None:
+    """Return the state of a run that is complete at this length and has its model, else None.
+
+    It is an error if the directory has another run.
+    """
+    state = read_state(folder)
+    if state is None or not state.is_finished or has_other_length(state.identity, identity):
+        return None
+    if not any(folder.model.glob("*.safetensors")):
+        return None
+    check_configuration(state.identity, identity, folder)
+    return state
+
+
+def check_newest_checkpoint(identity: RunIdentity, folder: RunFolder) -> None:
+    """Check that the newest checkpoint in a run directory, if it can be read, is of this run."""
+    try:
+        newest, *_ = checkpoint_folders(folder.checkpoints)
+        state = json.loads((newest / STATE).read_bytes())
+    except (OSError, ValueError):
+        return
+    if "run_digest" in state:
+        check_configuration(state, identity, folder)
+
+
+def check_fresh_start(resume: Resume, folder: RunFolder) -> None:
+    """Refuse a start at step 0 where a checkpoint is required, or where it would replace a result."""
+    state, has_model = read_state(folder), folder.model.is_dir()
+    used = [path.name for path in (folder.checkpoints, folder.metrics, folder.model) if path.exists()]
+    if resume is Resume.never:
+        if not used:
+            return
+        fault = f"the run directory has results of a run ({', '.join(used)}), and run.resume=never"
+        remedy = "set run.resume=auto to resume, or another run.dir"
+    elif has_model or (state is not None and (state.is_finished or state.step)):
+        fault = "the run directory has a model or a run that has begun, and its checkpoints are missing"
+        remedy = (
+            "put them back, or mount their disk, and set the length that the run had; to train from the "
+            f"beginning delete {folder.state.name} and {folder.model.name}/, or set another run.dir"
+        )
+    elif dead := dead_link(folder.checkpoints):
+        fault = f"the checkpoints of this run directory are {dead}"
+        remedy = "mount its disk or make the folder; to train from the beginning delete the link"
+    elif resume is Resume.must:
+        fault, remedy = "there is no checkpoint to resume from", "set run.resume=auto to start a new run"
+    else:
+        return
+    raise CheckpointError(fault, where=str(folder.path), remedy=remedy)

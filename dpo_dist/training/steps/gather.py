@@ -1,0 +1,62 @@
+"""Values of the pairs of all ranks in the order of the global batch, for losses that couple them."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpo_dist.batching.pack import copied_to
+from dpo_dist.batching.sampler import Indices
+from dpo_dist.batching.step_batch import RankBatch
+from dpo_dist.distributed.processes.world import World
+from dpo_dist.objective.metrics import ScoredPairs
+
+
+def gather_scored(scored: Sequence[ScoredPairs], rank_batch: RankBatch, world: World) -> ScoredPairs:
+    """Return all pairs of the global batch in its order, the same on every rank; collective.
+
+    `scored`: this rank's micro-batches, without a graph, of a loss that uses no rankings.
+    """
+    parts = [replace(pairs, routing=None, sources=None) for pairs in scored]
+    columns = [torch.stack([column.double() for column in _tensors(part)]) for part in parts]
+    rows = iter(in_batch_order(columns, rank_batch, world))
+    gathered: ScoredPairs = _with_tensors(parts[0], lambda _: next(rows))
+    sources = None if rank_batch.sources is None else on_device(rank_batch.sources, world.device)
+    return replace(gathered, sources=sources)
+
+
+def in_batch_order(columns: Sequence[Tensor], rank_batch: RankBatch, world: World) -> Tensor:
+    """Return values of all pairs in the order of the global batch, float64 [columns, pairs]; collective.
+
+    `columns`: of each micro-batch of this rank, [columns, pairs].
+    """
+    whole = torch.zeros(len(columns[0]), rank_batch.pairs, dtype=torch.float64, device=world.device)
+    for part, positions in zip(columns, rank_batch.positions, strict=True):
+        if positions:  # not a dummy
+            whole[:, on_device(positions, world.device)] = part.double()
+    return world.sum_replicas(whole)
+
+
+def _with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return `value` with every tensor changed, also those in the fields of dataclasses."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    changed = {field.name: _with_tensors(getattr(value, field.name), change) for field in fields(value)}
+    return replace(value, **changed)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """Return the tensors of `value`, in the order in which `_with_tensors` changes them."""
+    tensors: list[Tensor] = []
+    _with_tensors(value, lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return tensors
+
+
+def on_device(numbers: Sequence[int] | Indices, device: torch.device) -> Tensor:
+    """Return `numbers` as int64 [n] on `device`, without waiting for it."""
+    return copied_to(device, np.asarray(numbers, dtype=np.int64))

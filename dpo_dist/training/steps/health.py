@@ -1,0 +1,165 @@
+"""Is a run well? Steps that are not finite or of a collapsed policy, spikes, and the best checkpoint."""
+
+import difflib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from dpo_dist.config.metrics import PREFIX
+from dpo_dist.config.rules import direction_of
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import Direction, TrainerConfig
+from dpo_dist.data.records import Origin
+from dpo_dist.distributed.processes.world import World
+from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.foundation.errors import ConfigError, DivergedError
+from dpo_dist.foundation.files import write_text
+from dpo_dist.foundation.text import first_few
+from dpo_dist.objective.losses import RunningMeans, preference_loss
+from dpo_dist.objective.metrics import AUC, MARGIN_PERCENTILES, MetricPlan
+from dpo_dist.training.reporting.metrics_log import Row, is_collapsed, logps_by_side, usual_loss
+from dpo_dist.training.steps.gather import gather_scored, in_batch_order
+from dpo_dist.training.steps.state import BestCheckpoint, Health, Position
+from dpo_dist.training.steps.step import Objective, ReadyStep, StepTotals
+
+
+def count_spike(row: Row, rows: Sequence[Row], say: Callable[[str], None]) -> None:
+    """Add `loss_spikes`, their number so far, to the row after `rows`; warn of a new spike."""
+    last: Row = next((before for before in reversed(rows) if "loss" in before), {})
+    row["loss_spikes"] = last.get("loss_spikes", 0)
+    usual = usual_loss(rows, row)
+    if usual is not None:
+        row["loss_spikes"] += 1
+        say(
+            f"warning: the loss jumped to {row['loss']:.4g} at step {row['step']:.0f}, "
+            f"from {usual:.4g} before"
+        )
+
+
+def check_keep_best(metric: str, plan: MetricPlan) -> None:
+    """Check that every evaluation has the metric of `trainer.keep_best`."""
+    loss, labels = plan.loss, plan.labels
+    more = MARGIN_PERCENTILES if loss.compares_pairs else ()
+    if loss.is_unpaired:
+        more = tuple(f"{AUC}/{label}" for label in labels)
+    names = [PREFIX + name for name in (*plan.rows, *more)]
+    if metric not in names:
+        near = difflib.get_close_matches(metric, names, n=3) or names[:3]
+        raise ConfigError(
+            "the evaluations of this run do not have this metric",
+            where="trainer.keep_best",
+            got=metric,
+            expected=f"a metric of docs/watching.md, such as {', '.join(near)}",
+            remedy="set trainer.keep_best to one of them; of one source: "
+            f"eval_rewards/{'auc' if loss.is_unpaired else 'accuracies'}/LABEL",
+        )
+
+
+def best_after(
+    trainer: TrainerConfig, best: BestCheckpoint | None, step: int, row: Mapping[str, float]
+) -> BestCheckpoint | None:
+    """Return the best checkpoint after an evaluation; if values are equal, the earlier.
+
+    Ignores a `best` of another metric, step 0, which is never saved, and values that are not finite.
+    """
+    metric = trainer.keep_best
+    if best is not None and best.metric != metric:
+        best = None
+    if metric is None or step == 0 or not math.isfinite(row.get(metric, math.nan)):
+        return best
+    sign = 1 if direction_of(trainer) is Direction.highest else -1
+    is_better = best is None or sign * row[metric] > sign * best.value
+    return BestCheckpoint(metric, step, row[metric]) if is_better else best
+
+
+MOST_BAD_STEPS = 3  # in a row
+# One bad step may come last, by a bad pair; two in a row at the end mean that the policy has diverged.
+_BAD_AT_THE_END = 1
+
+
+def count(health: Health, totals: StepTotals, *, overflow: bool) -> None:
+    """Count a step in `health`."""
+    if overflow:
+        health.overflows += 1
+    elif totals.is_bad:
+        health.bad_steps += 1
+        health.bad_in_a_row += 1
+    else:
+        health.bad_in_a_row = 0
+        collapsed = is_collapsed({**totals.means, "grad_norm": totals.grad_norm})
+        if collapsed is not None:
+            health.collapsed_in_a_row = health.collapsed_in_a_row + 1 if collapsed else 0
+
+
+def write_bad_step(
+    file: Path, step: int, totals: StepTotals, origins: Iterable[Origin], losses: Sequence[float]
+) -> str:
+    """Write the pairs of a bad step with their losses; return the places of those that are not finite."""
+    pairs = [
+        {"source": origin.source, "line": origin.line, "loss": _json_number(loss)}
+        for origin, loss in zip(origins, losses, strict=True)
+    ]
+    of_step = {"loss": totals.means["loss"], "grad_norm": totals.grad_norm}
+    content = {"step": step, **{name: _json_number(value) for name, value in of_step.items()}, "pairs": pairs}
+    write_text(file, json.dumps(content, indent=1) + "\n")
+    named = [f"{pair['source']}:{pair['line']}" for pair in pairs if isinstance(pair["loss"], str)]
+    return first_few(named) or "no pair alone is the cause"
+
+
+def _json_number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+def ending_error(
+    totals: StepTotals, position: Position, steps: int, folder: RunFolder
+) -> DivergedError | None:
+    """Return the error that ends a run of `steps` after this one, if it must; the same on all ranks."""
+    step, health, is_last = position.step, position.health, position.step == steps
+    allowed = _BAD_AT_THE_END if is_last else MOST_BAD_STEPS
+    has_trained_nothing = is_last and health.bad_steps + health.overflows == steps
+    if has_trained_nothing and not health.bad_in_a_row:
+        return DivergedError(
+            "the run has trained nothing: gradients overflow in fp16, and no update was applied",
+            where="model.dtype",
+            got=f"{health.overflows} overflows and {health.bad_steps} bad steps in {step} steps",
+            remedy="train for more steps, as each overflow halves the scale, or set model.dtype=bf16 or fp32",
+        )
+    if health.bad_in_a_row > allowed or has_trained_nothing:
+        return DivergedError(
+            f"loss or gradient is not finite at step {step}; this update was not applied",
+            where=f"the pairs of this step: {folder.bad_step(step)}",
+            got=f"loss {totals.means['loss']}, gradient norm {totals.grad_norm}; bad steps in a row: "
+            f"{health.bad_in_a_row}, of this run: {health.bad_steps}",
+            expected=f"at most {allowed} in a row here ({_BAD_AT_THE_END} at the end)",
+            remedy="lower optim.lr or raise optim.warmup_ratio, and look at these pairs",
+        )
+    if health.collapsed_in_a_row > MOST_BAD_STEPS or (health.collapsed_in_a_row and is_last):
+        side, logp = next(iter(logps_by_side(totals.means).items()), ("chosen", math.nan))
+        return DivergedError(
+            f"the policy has collapsed: the gradient is 0 at step {step}, and nothing is learnt",
+            where="optim.lr",
+            got=f"{logp:.4g} nats per token of {side} responses, loss "
+            f"{totals.means['loss']:.4g}; steps of this kind in a row: {health.collapsed_in_a_row}",
+            remedy="lower optim.lr or raise optim.warmup_ratio; from the first step on: check model.path",
+        )
+    return None
+
+
+@torch.no_grad()
+def pair_losses(
+    policy: PolicyEngine, objective: Objective, ready: ReadyStep, running: RunningMeans, world: World
+) -> list[float]:
+    """Score the pairs of a step again; return their losses in the order of the global batch. Collective."""
+    rank_batch, loss = ready.rank_batch, objective.loss
+    policy.train(False)
+    facts = objective.facts(policy, rank_batch, ready.partners, world, running)
+    scored = list(objective.scored(policy, ready.batches, facts, world.device))
+    if loss.is_coupled:
+        scored = [gather_scored(scored, rank_batch, world)]
+    losses = [preference_loss(pairs.policy, pairs.reference, loss, pairs.facts) for pairs in scored]
+    if loss.is_coupled:
+        return losses[0].tolist()
+    return in_batch_order([values[None] for values in losses], rank_batch, world)[0].tolist()

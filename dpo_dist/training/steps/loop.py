@@ -1,0 +1,302 @@
+"""The training loop: steps, evaluations, metrics rows and checkpoints, in the same order on all ranks.
+
+Steps that teach nothing, because they are not finite or of a collapsed policy, are counted, and named or
+ended. DeepSpeed applies no update whose gradient norm is not finite, and the norm is the same on all ranks.
+"""
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from dpo_dist.batching.plan import ComputeCosts
+from dpo_dist.batching.step_batch import RankBatch
+from dpo_dist.distributed.checkpoint.saver import CheckpointSaver
+from dpo_dist.distributed.processes.world import Interrupted
+from dpo_dist.distributed.reference_sync import ReferenceSync
+from dpo_dist.distributed.zero import PolicyEngine
+from dpo_dist.foundation.background import prefetch
+from dpo_dist.objective.metrics import Values
+from dpo_dist.training.clock import StepClock
+from dpo_dist.training.reporting.protocols import Recorder, Samples
+from dpo_dist.training.start.context import Run
+from dpo_dist.training.start.inputs import Inputs
+from dpo_dist.training.start.resume import Identity
+from dpo_dist.training.steps.health import (
+    best_after,
+    count,
+    count_spike,
+    ending_error,
+    pair_losses,
+    write_bad_step,
+)
+from dpo_dist.training.steps.progress import Progress, show_row
+from dpo_dist.training.steps.schedule import learning_rate
+from dpo_dist.training.steps.state import LogWindow, Position, throughput
+from dpo_dist.training.steps.step import Objective, ReadyStep, StepTotals, evaluate, reduce_step, train_step
+
+_STEPS_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The steps of one run and its rows; `training.run` builds the parts."""
+
+    run: Run
+    inputs: Inputs
+    costs: ComputeCosts  # by which micro-batches are balanced
+    policy: PolicyEngine
+    objective: Objective
+    start_is_known: bool  # the evaluation before the first step takes the reference's log-probs
+    peak: float  # floating-point operations per second of all devices
+    recorder: Recorder | None  # on rank 0
+    samples: Samples | None  # at evaluations
+    reference_sync: ReferenceSync | None  # None unless the reference follows the policy
+    checkpoints: CheckpointSaver
+    identity: Identity  # digests of the run's inputs, written to every checkpoint
+    reference_report: dict[str, Any]  # the section `reference` of summary.json, of the start that scored it
+
+    def train(self, position: Position) -> bool:
+        """Train from `position` until the run is over, or a rank asks to stop; collective.
+
+        Return whether it is over; else the run was stopped, with a checkpoint saved.
+        """
+        self.run.clock.enter("other")
+        trainer, steps, eval_set = self.run.config.trainer, self.inputs.sampler.steps, self.inputs.eval_set
+        position.owes_evaluation |= eval_set is not None and position.step == 0
+        must_stop = False
+        unit = self.run.config.loss.unit
+        progress = Progress(self.run.console, steps, self.peak, self.run.world.device, unit)
+        with (
+            self.run.stops.request.deferred(),
+            self.run.console.until_end(),
+            prefetch(self._ready_steps(position.step), _STEPS_AHEAD) as ready_steps,
+        ):
+            if self._evaluate(position):
+                self.save_rows()  # the new row is not in the checkpoint of this step
+                if position.best_step == position.step:
+                    self._save(position, is_last=False)
+            if position.owes_evaluation:
+                self._say_why(position)
+            while not (must_stop or position.owes_evaluation or self.is_over(position)):
+                with self.run.clock.of("training"):
+                    must_stop = self._step(position, ready_steps, progress)
+                done = position.step
+                if done == steps or _is_due(done, trainer.log_every):
+                    self.record_steps(position)
+                if eval_set is not None and (done == steps or _is_due(done, trainer.eval_every)):
+                    position.owes_evaluation = True
+                    self._evaluate(position)
+                is_over = self.is_over(position)
+                if position.owes_evaluation or (must_stop and not is_over):
+                    self._say_why(position)
+                is_last = is_over or must_stop or position.owes_evaluation
+                if is_last or position.best_step == done or _is_due(done, trainer.save_every):
+                    self._save(position, is_last=is_last)
+        with self.run.clock.of("saving"):
+            self.checkpoints.commit()
+        is_done = self.is_over(position) and not position.owes_evaluation
+        if is_done and self.run.stops.must_stop():
+            self._say_why(position)
+            return False
+        return is_done
+
+    def _evaluate(self, position: Position) -> bool:
+        """Do the evaluation that `position` owes, unless a rank asks to stop; return whether it is done."""
+        if not position.owes_evaluation:
+            return False
+        with contextlib.suppress(Interrupted), self.run.clock.of("evaluation"):
+            self.record_evaluation(position)
+            position.owes_evaluation = False
+        return not position.owes_evaluation
+
+    def _say_why(self, position: Position) -> None:
+        saved = ", with a checkpoint" if position.step else ""
+        self.run.say(f"stopping after step {position.step}{saved}: {self.run.stops.reasons()}")
+
+    def _ready_steps(self, first: int) -> Iterator[ReadyStep]:
+        """Yield every step from `first` on; runs in the prefetch thread."""
+        sampler = self.inputs.sampler
+        for step in range(first, sampler.steps):
+            rank_batch = self.run.shard(self.inputs.train_set, sampler.indices(step), self.costs)
+            yield self.objective.ready_step(rank_batch, self.run.world.device)
+
+    def _step(self, position: Position, ready_steps: Iterator[ReadyStep], progress: Progress) -> bool:
+        """Train one step, advance `position`, and return whether a rank asked to stop.
+
+        The host waits for the device only in DeepSpeed's update and in `reduce_step`.
+        """
+        world, clock = self.run.world, StepClock(self.run.world.device)
+        clock.enter("data")
+        ready = next(ready_steps)
+        rank_batch, pairs = ready.rank_batch, ready.rank_batch.pairs
+        partners = rank_batch.partners
+        rate = learning_rate(self.run.config.optim, position.step, self.inputs.sampler.steps)
+        sums, norm = train_step(self.policy, self.objective, ready, rate, world, clock, position.running)
+        if self.reference_sync is not None:
+            self.reference_sync.after_step(position.step + 1)
+        votes = [self.run.stops.request.vote(), self.checkpoints.is_written]
+        totals = reduce_step(sums, votes, norm, world)
+        stop_votes, written = totals.votes
+        if written == world.size:
+            clock.enter("checkpoint")
+            self.checkpoints.commit()
+            clock.enter("other")
+        overflow = self.policy.has_overflowed and math.isfinite(totals.means["loss"])
+        running = {} if totals.is_bad else position.add_running(self.run.config.loss, totals.means, pairs)
+        times = {f"time/{phase}": seconds for phase, seconds in clock.stop().items()}
+        measures = LogWindow(
+            steps=1,
+            sums=totals.sums,
+            counts=totals.counts,
+            values={**running, "grad_norm": totals.grad_norm, **times},
+            learning_rate=rate,
+            pairs=pairs,
+            tokens=rank_batch.tokens + (0 if partners is None else partners.tokens),
+            flops=self._flops(rank_batch, partners),
+            seconds=sum(times.values()),
+        )
+        position.step += 1
+        position.pairs_seen += pairs
+        position.train_seconds += measures.seconds
+        count(position.health, totals, overflow=overflow)
+        if overflow or totals.is_bad:
+            self._say_skipped(ready, totals, position, overflow=overflow)
+        else:
+            position.window.add(measures)
+            progress.add(position.step, measures, must_stop=stop_votes > 0)
+        error = ending_error(totals, position, self.inputs.sampler.steps, self.run.folder)
+        if error is not None:
+            position.window = measures
+            self.record_steps(position)
+            self.checkpoints.commit()
+            raise error
+        return stop_votes > 0
+
+    def _flops(self, batch: RankBatch, partners: RankBatch | None) -> float:
+        flops = self.inputs.flops
+        counted = flops.of(batch.tokens, batch.targets, batch.attended)
+        if partners is not None:
+            counted += flops.of_forward(partners.tokens, partners.targets, partners.attended)
+        return counted
+
+    def _say_skipped(
+        self, ready: ReadyStep, totals: StepTotals, position: Position, *, overflow: bool
+    ) -> None:
+        """Say why a step was skipped; of a bad step, name the pairs. Collective: no weight has changed."""
+        step, scale, file = position.step, self.policy.loss_scale, self.run.folder.bad_step(position.step)
+        if overflow and scale is not None:
+            why = f"gradients overflow in fp16; the loss scale falls to {scale.value:g}"
+            self.run.say(f"step {step} was skipped: {why}")
+            return
+        losses = pair_losses(self.policy, self.objective, ready, position.running, self.run.world)
+
+        def write() -> str:
+            indices = self.inputs.sampler.indices(step - 1).tolist()
+            return write_bad_step(file, step, totals, map(self.inputs.train_set.origin, indices), losses)
+
+        causes = self.run.write(write)
+        self.run.say(
+            f"warning: step {step} was skipped: loss {totals.means['loss']:.4g}, gradient norm "
+            f"{totals.grad_norm:.4g}; {causes}; all pairs of the step: {file}"
+        )
+
+    def _save(self, position: Position, *, is_last: bool) -> None:
+        with self.run.clock.of("saving"):
+            self.save_rows()
+            scale = self.policy.loss_scale
+            state = {
+                **asdict(position),
+                **self.identity,
+                "steps": self.inputs.sampler.steps,
+                "counts": self.inputs.counts,
+                "reference_report": self.reference_report,
+                "work": self.run.clock.read(),
+                "loss_scale": None if scale is None else asdict(scale),
+            }
+            self.checkpoints.save(position.step, state, best_step=position.best_step, is_last=is_last)
+
+    def record_evaluation(self, position: Position) -> None:
+        """Evaluate, record the row, and update `position.best`; collective. May raise `Interrupted`."""
+        started, world = time.monotonic(), self.run.world
+        dataset = self.inputs.eval_set
+        assert dataset is not None, "evaluations have data"
+        rank_batch = self.run.shard(dataset, np.arange(len(dataset)), self.costs)
+        policy = None if self.start_is_known and position.step == 0 else self.policy
+        self.policy.train(False)
+        metrics, values = evaluate(
+            policy, self.objective, rank_batch, world, position.running, self.run.stops.raise_if_stopping
+        )
+        speed = throughput(rank_batch.pairs, rank_batch.tokens, time.monotonic() - started)
+        trainer, measured, margins = self.run.config.trainer, dict(metrics), None
+        if self.run.config.loss.compares_pairs:
+            measured |= values.margin_percentiles()
+            margins = values.margin
+        if self.run.config.loss.is_unpaired and dataset.labels:
+            numbers = dataset.label_numbers(np.arange(len(dataset)))
+            measured |= values.auc_by_source(dataset.labels, numbers)
+        measured |= {"pairs": speed["pairs"]} if policy is None else speed
+        named = {f"eval_{name}": value for name, value in measured.items()}
+        best = world.on_main(lambda: best_after(trainer, position.best, position.step, named))
+        is_better = position.step == 0 or (best is not None and best.step == position.step)
+        stale = 0 if is_better else position.stale_evaluations + 1
+        is_over = self.is_over(replace(position, best=best, stale_evaluations=stale))
+        if self.samples is not None:
+            sampled = self.samples.at(position.step, self.policy, is_last=is_over)
+            named |= {f"eval_{name}": value for name, value in sampled.items()}
+        position.best, position.stale_evaluations = best, stale
+        if is_over:
+            self.record_steps(position)
+
+            def write() -> None:
+                assert self.recorder is not None
+                self.recorder.evaluation(metrics, values, self.inputs)
+
+            # Before the checkpoint of this step, from which a killed run resumes without another evaluation.
+            with self.run.console.heartbeat("computing the intervals of the last evaluation"):
+                self.run.write(write)
+        self._record(position, named, margins)
+
+    def is_over(self, position: Position) -> bool:
+        """Return whether the run ends after this step: the last one, or that of `trainer.patience`."""
+        trainer, best = self.run.config.trainer, position.best
+        is_known = best is not None and best.metric == trainer.keep_best  # not that of an earlier start
+        is_stale = is_known and position.stale_evaluations >= (trainer.patience or math.inf)
+        return is_stale or position.step == self.inputs.sampler.steps
+
+    def record_steps(self, position: Position) -> None:
+        """Record the row of the steps since the last row, if any of them was applied."""
+        if not position.window.steps:
+            return
+        row = position.window.row(self.peak)
+        if self.run.world.device.type == "cuda":
+            row["memory/peak_allocated_bytes"] = torch.cuda.max_memory_allocated()
+            row["memory/peak_reserved_bytes"] = torch.cuda.max_memory_reserved()
+        row["bad_steps"] = position.health.bad_steps
+        if self.policy.loss_scale is not None:
+            row |= {"loss_scale": self.policy.loss_scale.value, "overflows": position.health.overflows}
+        self._record(position, row)
+        position.window = LogWindow()
+
+    def _record(self, position: Position, values: dict[str, float], margins: Values | None = None) -> None:
+        if self.recorder is None:
+            return
+        row = {"step": position.step, "epoch": self.inputs.sampler.epoch(position.step - 1), **values}
+        if "loss" in row:
+            count_spike(row, self.recorder.metrics.rows, self.run.say)
+        self.recorder.row(row, margins)
+        show_row(self.run.console, row, self.inputs.sampler.steps, self.run.config.loss.unit)
+
+    def save_rows(self) -> None:
+        """Write the rows so far; on rank 0."""
+        if self.recorder is not None:
+            self.recorder.metrics.save()
+
+
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,400 @@
+"""One optimizer step, and one evaluation.
+
+packed micro-batches of this rank (from disk to the host, by `Objective.ready_step`)
+  -> reference log-probs     stored and attached already, or one forward of the reference
+  -> policy log-probs        one forward
+  -> loss, metric sums       objective/losses.py, objective/metrics.py; losses of routers
+  -> backward                gradients of loss / pairs of the global batch add up
+after the last micro-batch
+  -> clip and update         skipped on all ranks if the gradient is not finite on any
+  -> metrics                 one all-reduce of sums and counts
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpo_dist.batching.pack import PackedBatch, copied_to
+from dpo_dist.batching.plan import Arrangement
+from dpo_dist.batching.step_batch import RankBatch
+from dpo_dist.config.losses import NUMBERS, LossConfig, Weighting
+from dpo_dist.distributed.processes.world import World
+from dpo_dist.distributed.zero import Engine, PolicyEngine
+from dpo_dist.foundation.background import prefetch
+from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response, wpo_weights
+from dpo_dist.objective.losses import FLOORED, BatchFacts, RunningMeans, log_ratios, loss_and_terms
+from dpo_dist.objective.metrics import (
+    AUC,
+    MISMATCH,
+    CustomMetrics,
+    MetricPlan,
+    MetricSums,
+    PairValues,
+    ScoredPairs,
+    label_rewards,
+    metric_means,
+    metric_sums,
+    pair_values,
+    wins,
+)
+from dpo_dist.objective.router import BUSIEST, RouterLoss, selections
+from dpo_dist.objective.token_logps import Statistic
+from dpo_dist.reference.engine import ReferenceProvider
+from dpo_dist.training.clock import Phase, StepClock
+from dpo_dist.training.steps.gather import gather_scored, in_batch_order, on_device
+
+_BATCHES_AHEAD = 4
+
+
+@dataclass(frozen=True)
+class ReadyStep:
+    """One rank's share of a global batch, with its micro-batches on the host."""
+
+    rank_batch: RankBatch
+    batches: Sequence[PackedBatch]
+    partners: Sequence[PackedBatch] = ()  # of a loss that needs them
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of a run, its reference, and the losses that training adds for the routers of experts."""
+
+    loss: LossConfig
+    reference: ReferenceProvider
+    router: RouterLoss | None = None
+    custom: CustomMetrics = field(default_factory=CustomMetrics)
+
+    def ready_batches(self, rank_batch: RankBatch | None, device: torch.device) -> Iterator[PackedBatch]:
+        """Yield this rank's micro-batches, with stored reference log-probs attached; none of no batch.
+
+        They stay on the host, in pinned memory if `device` is a GPU. Needs no model; thread-safe.
+        """
+        for batch in () if rank_batch is None else rank_batch.batches():
+            ready = self.reference.attach(batch)
+            if self.loss.ld_alpha is not None:
+                weights = desensitised_weights(batch.pair_tokens, self.loss.ld_alpha)
+                ready = replace(ready, token_weights=weights)
+            yield ready.pinned() if device.type == "cuda" else ready
+
+    def ready_step(self, rank_batch: RankBatch, device: torch.device) -> ReadyStep:
+        """Return all `ready_batches` of a training step."""
+        partners = list(self.ready_batches(rank_batch.partners, device))
+        return ReadyStep(rank_batch, list(self.ready_batches(rank_batch, device)), partners)
+
+    def prefetched(
+        self, rank_batch: RankBatch | None, device: torch.device
+    ) -> contextlib.AbstractContextManager[Iterator[PackedBatch]]:
+        """Return `ready_batches`, made ahead in a background thread."""
+        return prefetch(self.ready_batches(rank_batch, device), _BATCHES_AHEAD)
+
+    def scored(
+        self,
+        model: Engine | None,
+        batches: Iterable[PackedBatch],
+        facts: BatchFacts,
+        device: torch.device,
+        enter: Callable[[Phase], None] = lambda _phase: None,
+        *,
+        is_evaluation: bool = False,
+    ) -> Iterator[ScoredPairs]:
+        """Yield each micro-batch, scored by the reference and then by `model`; collective.
+
+        Without a model, by the reference only. `enter` is called with each phase of a step; an evaluation
+        also has entropies.
+        """
+        wanted: list[Statistic] = []
+        if self.loss.weighting is Weighting.wpo:
+            wanted.append("collisions")
+        if is_evaluation and model is not None:  # entropies need a forward
+            wanted.append("entropy")
+        for host_batch in batches:
+            enter("data")
+            batch = host_batch.to(device)
+            enter("reference")
+            reference = self.reference.token_logps(batch)
+            enter("forward")
+            routing = None
+            if model is None:
+                assert reference is not None
+                values = reference
+            elif self.router is None or is_evaluation:
+                values = model.token_logps(batch, wanted)
+            else:
+                assert isinstance(model, PolicyEngine)
+                values, routing = model.routed_token_logps(batch, wanted)
+            token_logps, *rows = values.view(1 + len(wanted), len(batch.targets))
+            statistics = dict(zip(wanted, rows, strict=True))
+            sums = partial(sum_by_response, response_tokens=batch.response_tokens, ranking=batch.ranking)
+            of_loss = partial(sums, token_weights=batch.token_weights)
+            pair_weights = None
+            if "collisions" in statistics:
+                pair_weights = wpo_weights(token_logps, statistics["collisions"], sums)
+            numbers = {name: getattr(batch, name) for name in NUMBERS}
+            yield ScoredPairs(
+                policy=of_loss(token_logps),
+                reference=None if reference is None else of_loss(reference),
+                weights=batch.weights,
+                facts=replace(facts, score_gaps=batch.score_gaps, pair_weights=pair_weights, **numbers),
+                distance=None if reference is None else sums((token_logps.detach() - reference).abs()),
+                entropy=sums(statistics["entropy"]) if "entropy" in statistics else None,
+                sources=batch.sources,
+                routing=routing,
+            )
+
+    @torch.no_grad()
+    def facts(
+        self,
+        model: Engine | None,
+        rank_batch: RankBatch,
+        partners: Iterable[PackedBatch],
+        world: World,
+        running: RunningMeans,
+        enter: Callable[[Phase], None] = lambda _phase: None,
+    ) -> BatchFacts:
+        """Return the facts of a global batch; collective if the loss needs the log-ratios of `partners`."""
+        facts = BatchFacts(rank_batch.mean_chosen_tokens, running=running)
+        if rank_batch.partners is None:
+            return facts
+        unrouted, total = replace(self, router=None), torch.zeros(1, dtype=torch.float64, device=world.device)
+        for scored in unrouted.scored(model, partners, facts, world.device, enter):
+            ratios = log_ratios(scored.policy, scored.reference, self.loss)
+            total += (ratios.chosen * scored.weights).sum()
+        return replace(facts, mismatch=world.sum_replicas(total)[0] / rank_batch.pairs)
+
+    def plan(self, rank_batch: RankBatch, *, is_evaluation: bool = False) -> MetricPlan:
+        """Return the metrics of a global batch, the same on all ranks."""
+        dataset = rank_batch.dataset
+        has_floor = "soft_label" in dataset.numbers and not FLOORED.isdisjoint(self.loss.kinds)
+        return MetricPlan(self.loss, dataset.labels, is_evaluation, self.custom, has_floor)
+
+    def measure(self, pairs: ScoredPairs, plan: MetricPlan) -> tuple[Tensor, MetricSums]:
+        """Return the weighted sum of the losses, with a graph if gradients are enabled, and the metric sums.
+
+        `pairs`: of a micro-batch; of the whole global batch for a coupled loss.
+        """
+        losses, terms = loss_and_terms(pairs.policy, pairs.reference, self.loss, pairs.facts)
+        of_records = pairs.facts.loss_weight
+        weights = pairs.weights if of_records is None else pairs.weights * of_records
+        return (losses * weights).sum(), metric_sums(plan, losses, pairs, terms)
+
+
+class RouterTerms:
+    """Adds the losses of the routers to the micro-batches of one rank in one step.
+
+    The losses need the experts' selections of the whole batch before the first backward. The first
+    micro-batch counts its own; those of the others are counted here, from `known`, the `routing_sums` of all
+    micro-batches, if they are scored already, else by a forward of each. Collective.
+    `unshared_tokens`: tokens of the global batch, a prompt once for each response.
+    """
+
+    def __init__(
+        self,
+        loss: RouterLoss,
+        policy: PolicyEngine,
+        batches: Sequence[PackedBatch],
+        unshared_tokens: int,
+        known: Sequence[Tensor],
+        world: World,
+    ):
+        self._loss, self._world, self._tokens = loss, world, unshared_tokens
+        self._selected: Tensor | None = None
+        self._count = int(world.is_main)
+        others = list(known[1:])
+        for host_batch in batches[1:] if loss.aux is not None and not known else ():
+            policy.train(False)
+            batch = host_batch.to(world.device)
+            if policy.model.arrangement is Arrangement.packed:
+                # The output layer is used, as in every forward, and computes next to nothing.
+                batch = batch.with_one_target()
+            with torch.no_grad():
+                others.append(policy.routed_token_logps(batch)[1])
+        self._unseen = sum(map(selections, others), start=torch.zeros((), device=world.device))
+
+    def add(self, loss: Tensor, routing: Tensor, sums: MetricSums) -> tuple[Tensor, MetricSums]:
+        """Return the loss of a micro-batch with its part of the routers' losses, and `sums` with theirs.
+
+        The first call of a step is collective. `loss` is divided by the pairs of the global batch.
+        """
+        if self._loss.aux is not None and self._selected is None:
+            self._selected = self._world.sum_replicas(self._unseen + selections(routing))
+        parts = self._loss.parts(routing, self._selected, self._tokens)
+        values, count, self._count = dict(parts), self._count, 0
+        if self._selected is not None:
+            values[BUSIEST] = self._selected.max() / self._tokens * count
+        return loss + self._loss.weighted(parts), sums.plus_values(values, count)
+
+
+def train_step(
+    policy: PolicyEngine,
+    objective: Objective,
+    step: ReadyStep,
+    rate: float,
+    world: World,
+    clock: StepClock,
+    running: RunningMeans,
+) -> tuple[MetricSums, Tensor]:
+    """Update the policy on one global batch; collective.
+
+    A coupled loss needs the log-probs of the whole global batch, so these are computed first, without a
+    graph; a second forward of each micro-batch then backpropagates d loss / d log-prob.
+
+    Return this rank's metric sums, and the gradient norm before clipping: a scalar on the device, the same on
+    all ranks, infinite if the update was skipped.
+    """
+    rank_batch, device = step.rank_batch, world.device
+    if objective.loss.needs_partners:
+        policy.train(False)
+    facts = objective.facts(policy, rank_batch, step.partners, world, running, clock.enter)
+    plan = objective.plan(rank_batch)
+    sums, slopes, rewards = MetricSums.zeros(plan, device), list[Tensor](), list[Tensor]()
+    known: list[ScoredPairs] = []
+    if objective.loss.is_coupled:
+        policy.train(False)
+        with torch.no_grad():
+            known = list(objective.scored(policy, step.batches, facts, device, clock.enter))
+        pairs = gather_scored(known, rank_batch, world)
+        leaves = [leaf.requires_grad_() for leaf in _differentiable(pairs.policy)]
+        loss, of_all = objective.measure(pairs, plan)  # on every rank the whole loss
+        loss = _nan_unless_finite(loss, pairs.policy.chosen) / rank_batch.pairs
+        slopes += torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        sums = of_all if world.is_main else sums
+        objective = replace(objective, reference=ReferenceProvider())  # it is in the slopes
+    clock.enter("forward")
+    routers = None
+    if objective.router is not None:
+        routing = [pairs.routing for pairs in known if pairs.routing is not None]
+        routers = RouterTerms(
+            objective.router, policy, step.batches, rank_batch.unshared_tokens, routing, world
+        )
+    policy.train()
+    scored = objective.scored(policy, step.batches, facts, device, clock.enter)
+    for number, (pairs, positions) in enumerate(zip(scored, rank_batch.positions, strict=True), start=1):
+        if objective.loss.is_coupled:
+            places = on_device(positions or (0,), device)
+            parts = zip(slopes, _differentiable(pairs.policy), strict=True)
+            loss = (torch.stack([slope[places] * part for slope, part in parts]) * pairs.weights).sum()
+        else:
+            loss, of_batch = objective.measure(pairs, plan)
+            logps = pairs.policy.chosen + pairs.policy.rejected
+            loss, sums = _nan_unless_finite(loss, logps) / rank_batch.weight, sums + of_batch
+        if routers is not None and pairs.routing is not None:
+            loss, sums = routers.add(loss, pairs.routing, sums)
+        if objective.loss.is_unpaired:
+            rewards.append(label_rewards(pairs, objective.loss)[None])
+        clock.enter("backward")
+        policy.backward(loss, is_last=number == len(step.batches))
+    clock.enter("optimizer")
+    grad_norm = policy.step(rate)
+    clock.enter("other")
+    return _with_label_metrics(sums, rewards, rank_batch, facts, world), grad_norm
+
+
+def _with_label_metrics(
+    sums: MetricSums, rewards: Sequence[Tensor], rank_batch: RankBatch, facts: BatchFacts, world: World
+) -> MetricSums:
+    """Return sums with the metrics that labelled records of a global batch have together; collective.
+
+    `rewards`: [1, pairs] of each micro-batch of this rank. Other records have no such metrics.
+    """
+    if rank_batch.is_good is None:
+        return sums
+    of_all, is_good = in_batch_order(rewards, rank_batch, world)[0], rank_batch.is_good
+    if not world.is_main:
+        return sums
+    good, bad = (of_all[on_device(np.flatnonzero(side), of_all.device)] for side in (is_good, ~is_good))
+    sums = sums.plus_values({AUC: wins(good, bad)}, len(good) * len(bad))
+    if facts.mismatch is None:
+        return sums
+    return sums.plus_values({MISMATCH: facts.mismatch * rank_batch.pairs}, rank_batch.pairs)
+
+
+def _nan_unless_finite(loss: Tensor, logps: Tensor) -> Tensor:
+    """Return `loss`, whose gradient is not finite if the loss is not, so that no rank applies the update.
+
+    A pair whose loss is infinite may have no gradient of its own. `logps`: those that the gradient flows to.
+    """
+    return loss + torch.where(loss.detach().isfinite(), 0.0, torch.nan) * logps.sum()
+
+
+def _differentiable(logps: PairLogps) -> list[Tensor]:
+    """Return the sums that a coupled loss is differentiated by, [pairs] each."""
+    whole = () if logps.whole_chosen is None else (logps.whole_chosen,)
+    return [logps.chosen, logps.rejected, *whole]
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """The metrics of one step over its global batch, on the host and the same on all ranks.
+
+    `votes`: the number of ranks with each vote. `grad_norm`: before clipping.
+    """
+
+    sums: dict[str, float]
+    counts: dict[str, float]
+    means: dict[str, float]
+    votes: list[int]
+    grad_norm: float
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether the mean loss or the gradient norm is not finite."""
+        return not (math.isfinite(self.means["loss"]) and math.isfinite(self.grad_norm))
+
+
+def reduce_step(sums: MetricSums, votes: Sequence[bool], grad_norm: Tensor, world: World) -> StepTotals:
+    """Sum metrics and votes over all ranks: one all-reduce, one device-to-host copy; collective."""
+    cast = copied_to(sums.values.device, np.array(votes, dtype=np.float64))
+    counted = sums.values if world.leads else torch.zeros_like(sums.values)
+    total = world.sum(torch.cat((counted, cast)))
+    *reduced, norm = torch.cat((total, grad_norm.double().view(1))).tolist()
+    by_metric, counts = sums.named(reduced)
+    ranks = [round(vote) for vote in reduced[len(sums.values) :]]
+    return StepTotals(by_metric, counts, metric_means(by_metric, counts), ranks, norm)
+
+
+@torch.no_grad()
+def evaluate(
+    model: Engine | None,
+    objective: Objective,
+    rank_batch: RankBatch,
+    world: World,
+    running: RunningMeans,
+    check_stop: Callable[[], None] = lambda: None,
+) -> tuple[dict[str, float], PairValues]:
+    """Return the metrics of a dataset, which is one global batch, and the values of every pair.
+
+    Collective. `model` is not in training mode; without one, the reference's log-probs are the policy's.
+    `check_stop` is called before each micro-batch, of which all ranks have the same number, and may raise.
+    """
+    plan = objective.plan(rank_batch, is_evaluation=True)
+    sums = MetricSums.zeros(plan, world.device)
+    values, scored = list[dict[str, Tensor]](), list[ScoredPairs]()
+
+    def enter(phase: Phase) -> None:
+        if phase == "data":
+            check_stop()
+
+    with objective.prefetched(rank_batch.partners, world.device) as batches:
+        facts = objective.facts(model, rank_batch, batches, world, running, enter)
+    with objective.prefetched(rank_batch, world.device) as batches:
+        for pairs in objective.scored(model, batches, facts, world.device, enter, is_evaluation=True):
+            values.append(pair_values(plan, pairs.policy, pairs.reference))
+            if objective.loss.is_coupled:
+                scored.append(pairs)
+            else:
+                sums += objective.measure(pairs, plan)[1]
+    if objective.loss.is_coupled:
+        _, of_all = objective.measure(gather_scored(scored, rank_batch, world), plan)
+        sums = of_all if world.is_main else sums
+    parts = [torch.stack([*part.values()]) for part in values]
+    table = in_batch_order(parts, rank_batch, world).float().cpu().numpy()
+    rewards = [(part["reward_chosen"] + part["reward_rejected"])[None] for part in values]
+    sums = _with_label_metrics(sums, rewards, rank_batch, facts, world)
+    means = MetricSums(sums.names, world.sum_replicas(sums.values)).means()
+    return means, PairValues.of(dict(zip(values[0], table, strict=True)))

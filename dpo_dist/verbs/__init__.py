@@ -1,0 +1,1 @@
+"""The verbs of a run beside `train`: precompute, evaluate, export, store, launch."""

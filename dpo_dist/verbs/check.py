@@ -1,0 +1,159 @@
+"""`--check`: load what a run loads before weights, and the first records of its data, in one process."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+
+import pyarrow as pa
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from dpo_dist.config.identity import RunIdentity
+from dpo_dist.config.losses import LossConfig
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import (
+    DataConfig,
+    Dtype,
+    ModelConfig,
+    ReferenceConfig,
+    ReferenceMode,
+    Resume,
+    RunConfig,
+    SourceConfig,
+)
+from dpo_dist.data.counts import check_counts, counts_in_one_line, named_in_one_line, read_in_words
+from dpo_dist.data.encoded.build import encode_records
+from dpo_dist.data.encoded.dataset import PreferenceDataset, check_fits_loss
+from dpo_dist.data.encoded.store import counts_of, dataset_columns, lengths_of
+from dpo_dist.data.formats import read_records
+from dpo_dist.data.read.sources import pinned
+from dpo_dist.data.records import PreferenceRecord
+from dpo_dist.data.text.template import check_template_keys
+from dpo_dist.model.architectures import router_loss
+from dpo_dist.model.files.folder import description_folder, is_adapter, start_folder, tokenizer_folder
+from dpo_dist.model.files.load import check_contents_at_hand, check_same_vocabulary, load_tokenizer
+from dpo_dist.model.files.stops import stop_notes
+from dpo_dist.model.numerics import has_fp16_products
+from dpo_dist.objective.losses import check_custom_loss
+from dpo_dist.objective.metrics import custom_metrics
+from dpo_dist.training.start.inputs import checked_model
+from dpo_dist.training.start.resume import check_fresh_start, find_finished
+from dpo_dist.verbs.named_models import EVALUATED, Evaluated
+
+_FIRST_RECORDS = 1024
+
+
+def dry_run(
+    config: RunConfig,
+    models: Sequence[Evaluated] = (),
+    *,
+    trains: bool = True,
+    plan: Callable[[RunConfig, float], list[tuple[str, str]]] | None = None,
+) -> str:
+    """Load what a run loads before weights, and encode the first records of each source; return the findings.
+
+    Weights are neither read nor, for a model on the hub, downloaded. `models`: of an evaluation, not of a
+    run. `trains`: the run starts from what is in its directory. `plan` returns whether the run fits,
+    and how long it takes, if its pairs have so many tokens.
+    """
+    run = RunFolder.of(config)
+    start_in_words = (
+        f" ({expected_start(config.identity, config.run.resume, run)})" if trains and not models else ""
+    )
+    folder = description_folder(config.model.path, config.model.revision, "model.path")
+    start = start_folder(config.model)
+    tokenizer = load_tokenizer(tokenizer_folder(folder, start), config.model)
+    model_config, causal_lm = checked_model(
+        config.model, folder, start, config.data.max_length, config.parallelism.sequence_parallel
+    )
+    router_loss(config.loss.router, causal_lm)
+    check_template_keys(config.data, tokenizer)
+    described = f"{folder}, {model_config.model_type}, vocabulary of {len(tokenizer):,}"
+    lines = [("run.dir", f"{run}{start_in_words}"), ("model.path", described)]
+    if config.model.dtype is Dtype.fp16 and not (torch.cuda.is_available() or has_fp16_products()):
+        lines.append(("model.dtype", "fp16 needs a GPU: this CPU does not compute in it"))
+    for evaluated in models:
+        if not (evaluated.is_checkpoint or is_adapter(Path(evaluated.path))):
+            revision = config.model.revision if evaluated.path == config.model.path else None
+            model = description_folder(evaluated.path, revision, EVALUATED)
+            if not is_adapter(model):
+                check_same_vocabulary(model, tokenizer, config.model, EVALUATED)
+                check_contents_at_hand(model, config.model, EVALUATED)
+        lines.append(("evaluation", evaluated.path))
+    if not models:
+        lines.append(("loss", check_custom_loss(config.loss) or ", ".join(config.loss.kinds)))
+        lines += (("end", note) for note in stop_notes(tokenizer, config.data, folder))
+    if config.metrics.function is not None:
+        lines.append(("metrics", ", ".join(custom_metrics(config.metrics.function, config.loss).names)))
+    lines.append(("reference", _reference(config.reference, config.model, tokenizer)))
+    tokens: list[float] = []
+    for key, sources in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        for index, source in enumerate(sources):
+            name = f"{key}[{index}]"
+            text, unread, mean = _first_records(source, name, config.data, config.loss, tokenizer)
+            lines += [(name, text), *([("  not read", unread)] if unread else [])]
+            tokens.append(mean)
+    if plan is not None:
+        lines += plan(config, fmean(tokens[: len(config.data.train)]))
+    findings = "".join(f"  {label + ':':<15}{text}\n" for label, text in lines)
+    doctor = "  dpo-dist doctor with the same arguments without --check examines all records\n"
+    order = ", but the chat template omits tools (below)" if "tools_not_rendered" in findings else ""
+    passed = f"check passed: everything that needs no weights and no GPU is in order{order}\n"
+    return passed + findings + ("" if models else doctor)
+
+
+def expected_start(identity: RunIdentity, resume: Resume, folder: RunFolder) -> str:
+    """Return in words what a start finds in the run directory; the checkpoints are not opened."""
+    if resume is not Resume.never:
+        if find_finished(identity, folder):
+            return "complete: nothing is left to train"
+        if any(folder.checkpoints.glob("step-*")):
+            return "has checkpoints: the run resumes"
+    check_fresh_start(resume, folder)
+    return "new"
+
+
+def _reference(reference: ReferenceConfig, model: ModelConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    parts = [reference.mode.value]
+    if reference.path is not None:
+        folder = description_folder(reference.path, None, "reference.path")
+        check_same_vocabulary(folder, tokenizer, model)
+        check_contents_at_hand(folder, model, "reference.path")
+        parts.append(f"model {folder}")
+    if reference.mode is ReferenceMode.cached:
+        parts.append(f"store {reference.store}")
+    return ", ".join(parts)
+
+
+def _first_records(
+    source: SourceConfig, key: str, data: DataConfig, loss: LossConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, str, float]:
+    """Read, encode and check the first records of a source; return counts, unread fields and mean tokens."""
+    source = pinned(source)
+    records = list(itertools.islice(read_records(source), _FIRST_RECORDS + 1))
+    table = pa.Table.from_batches([encode_records(records[:_FIRST_RECORDS], data, tokenizer)])
+    counts, has_more = counts_of(table), len(records) > _FIRST_RECORDS
+    lengths = [lengths_of(table, counts, data)]
+    check_counts(counts, f"{key}: {source.path}", data, of_first=has_more, lengths=lengths)
+    dataset = PreferenceDataset(
+        fingerprint="",
+        counts=counts.as_dict(),
+        source_pairs=(counts.pairs,),
+        source_labels=("",),
+        **dataset_columns(table),
+    )
+    check_fits_loss(dataset, loss)
+    name = f" ({source.name})" if source.name else ""
+    tokens = float(dataset.piece_tokens.sum()) / len(dataset)
+    rest = " (the others were not looked at)" if has_more else ""
+    parts = [
+        f"{source.path}{name}, {counts.kept} of the first {counts.read} records kept{rest}",
+        f"dropped: {dropped}" if (dropped := counts_in_one_line(counts.dropped)) else "",
+        read_in_words(counts.read_as),
+        f"changed or particular: {changed}" if (changed := counts_in_one_line(counts.changed)) else "",
+        f"{tokens:.0f} tokens per example",
+    ]
+    read = (record for record in records if isinstance(record, PreferenceRecord))
+    unread = named_in_one_line(itertools.chain.from_iterable(record.unread for record in read))
+    return "; ".join(filter(None, parts)), unread, tokens

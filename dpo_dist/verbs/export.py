@@ -1,0 +1,78 @@
+"""Write a checkpoint as a plain model folder: `dpo-dist export run.dir=output/run-1a2b3c4d`.
+
+Takes the configuration of the run in `run.dir`; one process, no GPU. `export.checkpoint` names the checkpoint
+(default: that of `model/`), `export.average` models to average in its place, `export.output` the folder,
+which transformers loads, or peft if it is an adapter. `export.merge=true` adds an adapter to its base.
+`export.push_to=ORG/NAME` lists what an upload to the hub would send; with `export.confirm=true` it is sent.
+"""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from dpo_dist.config.command_line import run_verb
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.foundation.console import Console, console_on, warnings_off
+from dpo_dist.foundation.errors import ConfigError, ExitCode, in_one_line
+from dpo_dist.foundation.text import size
+from dpo_dist.verbs.named_models import find_exported
+
+
+def main(config: RunConfig) -> int:
+    """Write the folder and print its path, upload it if this is asked; return the exit code."""
+    sources, output = find_exported(config)
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    console = console_on(sys.stderr, config.console.style)
+    with warnings_off():
+        # Slow to import: errors above appear at once.
+        from dpo_dist.tools.report.card import run_card  # noqa: PLC0415
+        from dpo_dist.training.export import export_average, export_model  # noqa: PLC0415
+
+        if is_there := output.exists():
+            pass
+        elif config.export.average:
+            export_average(config, sources, output)
+        else:
+            export_model(config, sources[0], output, console, run_card)
+    written = {"checkpoint": ", ".join(map(str, sources)), "output": str(output)}
+    console.result("exported", written, [f"{'as it was' if is_there else 'written'}: {output}"])
+    if config.export.push_to is not None:
+        _push(output, config.export.push_to, console, is_confirmed=config.export.confirm)
+    return ExitCode.completed
+
+
+def _push(folder: Path, repository: str, console: Console, *, is_confirmed: bool) -> None:
+    """List the files of a folder, and upload them in one commit if the user has confirmed it."""
+    files = {
+        str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()
+    }
+    lines = [f"  {name}  {size(stored)}" for name, stored in sorted(files.items())]
+    lines.insert(
+        0, f"to {repository} on the hub, private unless it exists and is public, {size(sum(files.values()))}:"
+    )
+    if not is_confirmed:
+        command = shlex.join(["dpo-dist", "export", *sys.argv[1:], "export.confirm=true"])
+        lines += ["nothing is sent yet; to send these files:", f"  {command}"]
+    console.result("upload", {"repository": repository, "files": files, "sent": is_confirmed}, lines)
+    if is_confirmed:
+        from huggingface_hub import HfApi  # noqa: PLC0415  (slow to import)
+
+        try:
+            HfApi().create_repo(repository, private=True, exist_ok=True)
+            commit = HfApi().upload_folder(
+                repo_id=repository, folder_path=folder, commit_message="Model trained by dpo_dist"
+            )
+        except Exception as error:  # those of the transport have no common class
+            raise ConfigError(
+                "the model cannot be uploaded",
+                where="export.push_to",
+                got=f"{repository}: {in_one_line(error)}",
+                expected="a login with a token that may write there, and the network",
+                remedy="run `hf auth login`, unset HF_HUB_OFFLINE, and repeat the command",
+            ) from error
+        console.say(f"sent: {commit.commit_url}")
+
+
+if __name__ == "__main__":
+    run_verb(main, verb="export")

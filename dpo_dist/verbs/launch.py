@@ -1,0 +1,16 @@
+"""Start a verb on several processes: `dpo-dist launch train +experiment=qwen7b`.
+
+Takes the arguments of `accelerate launch`. It ends with the exit code of the run, without a traceback, and
+gives a run that is stopped the time to save.
+"""
+
+import sys
+
+from dpo_dist.foundation.exit import exit_after
+from dpo_dist.foundation.signals import end_at_signals
+
+if __name__ == "__main__":
+    end_at_signals()  # the import takes seconds
+    from dpo_dist.distributed.processes.launcher import launch
+
+    exit_after(lambda: launch(sys.argv[1:]))

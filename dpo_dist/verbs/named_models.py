@@ -1,0 +1,169 @@
+"""Resolve the model that a command names: run, checkpoint, adapter, folder or hub name. Imports no torch."""
+
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dpo_dist.config.identity import plain
+from dpo_dist.config.keys import as_written
+from dpo_dist.config.load import changed_keys
+from dpo_dist.config.losses import LossConfig
+from dpo_dist.config.run_folder import (
+    RunFolder,
+    best_checkpoint,
+    checkpoint_folders,
+    existing_run,
+    is_checkpoint,
+    step_of,
+    without_model,
+)
+from dpo_dist.config.schema import (
+    ExportedWeights,
+    FinalModel,
+    ModelConfig,
+    ReferenceMode,
+    RunConfig,
+)
+from dpo_dist.config.user_code import METRICS_FUNCTION, find_function
+from dpo_dist.data.read.sources import check_has_evaluation_data
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.foundation.files import text_digest
+from dpo_dist.foundation.text import first_few
+from dpo_dist.model.files.folder import local_model_folder
+
+if TYPE_CHECKING:
+    from dpo_dist.training.start.inputs import EvaluationInputs
+
+EVALUATED = "evaluation.model"
+# Names of folders that say nothing without the folder above.
+_USUAL_NAMES = frozenset({RunFolder(Path()).model.name, RunFolder(Path()).checkpoints.name})
+
+
+def located(path: str, key: str) -> str:
+    """Return the folder or hub name of the model at `path`: of a run its trained model, or a checkpoint."""
+    folder = Path(path).expanduser()
+    run = RunFolder(folder)
+    if run.config.is_file() and not (folder / "config.json").is_file():
+        if not run.model.is_dir():
+            raise without_model(run, key, "let the run complete")
+        folder = run.model
+    elif is_checkpoint(folder):
+        return str(folder)
+    location = str(folder) if folder.is_dir() else path
+    local_model_folder(location, None, key, accepts_adapter=True)
+    return location
+
+
+def short_name(path: str) -> str:
+    """Return the last folder of a path, with the run of a checkpoint before it."""
+    parts = [part for part in Path(path).expanduser().resolve().parts if part not in _USUAL_NAMES]
+    if not Path(path).expanduser().exists():  # a hub name
+        return path.rpartition("/")[2]
+    return "/".join(parts[-2:]) if step_of(parts[-1]) is not None else parts[-1]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A model, adapter or checkpoint to evaluate: its folder, or its name on the hub."""
+
+    path: str
+    is_checkpoint: bool
+
+    def name(
+        self, inputs: "EvaluationInputs", model: ModelConfig, loss: LossConfig, metrics_function: str | None
+    ) -> str:
+        """Return a name for the results, such as `step-000100-1a2b3c4d`.
+
+        It differs by model, base, precision, reference, loss, pairs, labels and custom metrics.
+        """
+        folder = Path(self.path)
+        place = str(folder.resolve()) if folder.is_dir() else self.path
+        reference = inputs.reference_files.digest if inputs.reference_files is not None else None
+        data = inputs.eval_set
+        assert data is not None, "evaluations have data"
+        precision = [str(model.dtype), None if model.quantization is None else str(model.quantization)]
+        facts = [place, inputs.policy_files.digest, precision, reference, plain(loss)]
+        facts += [data.fingerprint, list(data.source_labels)]
+        if metrics_function is not None:
+            facts.append(find_function(metrics_function, METRICS_FUNCTION).digest)
+        stem = folder.resolve().name if folder.is_dir() else self.path.replace("/", "-")
+        return f"{stem}-{text_digest(json.dumps(facts, sort_keys=True))[:8]}"
+
+
+def find_evaluated(config: RunConfig) -> tuple[RunConfig, list[Evaluated]]:
+    """Return `config` as `evaluate` takes it, and the models.
+
+    Its `data.eval` is all that is read. Its reference is in the store, unless the loss uses none: one beside
+    the policy, or the base of the policy's adapter, is the same model.
+    """
+    data, reference = config.data, config.reference
+    if config.evaluation.data:
+        data = replace(data, eval=config.evaluation.data, eval_share=0.0)
+    if reference.mode in (ReferenceMode.adapter, ReferenceMode.live):
+        bits = (
+            config.model.quantization if reference.mode is ReferenceMode.adapter else reference.quantization
+        )
+        reference = replace(reference, mode=ReferenceMode.cached, quantization=bits)
+    data = replace(data, train=[]) if data.eval else data
+    config = replace(config, data=data, reference=reference)
+    check_has_evaluation_data(config.data, "evaluate models on")
+    return config, [_evaluated(model, RunFolder.of(config)) for model in config.evaluation.models]
+
+
+def _evaluated(named: str | None, run: RunFolder) -> Evaluated:
+    if named is None and not run.model.is_dir():
+        pairs = "its name depends on data.eval: name other pairs by evaluation.data"
+        raise without_model(run, EVALUATED, f"set run.dir to a complete run ({pairs})")
+    path = located(str(run.model) if named is None else named, EVALUATED)
+    return Evaluated(path, is_checkpoint(Path(path)))
+
+
+def find_exported(config: RunConfig) -> tuple[list[Path], Path]:
+    """Return a checkpoint, or the model folders of `export.average`; and the folder to write.
+
+    Their files are not checked. With `export.push_to` the folder may exist.
+    """
+    run = existing_run(RunFolder.of(config).path)
+    if changed := changed_keys(run.config, config.identity):
+        raise ConfigError(
+            "an export has the configuration of its run",
+            where=first_few(list(changed), "other"),
+            got=first_few([as_written(new) for _, new in changed.values()], "other"),
+            expected=first_few([as_written(old) for old, _ in changed.values()], "other"),
+            remedy="give run.dir and keys of export only: without model.path, others are those of the run",
+        )
+    sources = [Path(member.path).expanduser() for member in config.export.average]
+    name = "average"
+    if not sources:
+        sources = [_checkpoint(run, config.export.checkpoint, config.trainer.final)]
+        name = sources[0].name
+    if config.export.weights is ExportedWeights.ema:
+        name += "-ema"
+    if config.export.merge:
+        name += "-merged"
+    named = config.export.output
+    output = run.exported / name if named is None else Path(named).expanduser()
+    if os.path.lexists(output) and config.export.push_to is None:
+        remedy = "name another folder, or delete this one"
+        raise ConfigError("the folder to write exists", where="export.output", got=str(output), remedy=remedy)
+    return sources, output
+
+
+def _checkpoint(run: RunFolder, given: str | None, final: FinalModel) -> Path:
+    folders, best = checkpoint_folders(run.checkpoints), best_checkpoint(run.checkpoints)
+    takes_best = final is FinalModel.best and best is not None
+    named = given or ("best" if takes_best else "latest")
+    name = {"best": best, "latest": folders[0].name if folders else None}.get(named) or named
+    step = step_of(name)
+    folder = next((path for path in folders if step_of(path.name) == step), None)
+    if folder is None:
+        raise ConfigError(
+            "this run does not have this checkpoint",
+            where="export.checkpoint",
+            got=named,
+            expected=", ".join(path.name for path in folders) or f"{run} has no checkpoint",
+            remedy=f"name one of them (with trainer.keep_best there is a `best`), or use {run.model}",
+        )
+    return folder

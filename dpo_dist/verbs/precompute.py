@@ -1,0 +1,29 @@
+"""Fill the reference store and exit: `accelerate launch -m dpo_dist precompute +experiment=qwen7b`.
+
+Takes the configuration of the training run, or finds it in `run.dir`; only missing log-probs are computed.
+"""
+
+from functools import partial
+
+from dpo_dist.foundation.signals import StopRequest, end_at_signals
+
+if __name__ == "__main__":
+    end_at_signals()  # the imports take seconds, on a network file system more
+
+from dpo_dist import train
+from dpo_dist.config.command_line import run_verb
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.training.start.preflight import started
+
+
+def main(config: RunConfig) -> int:
+    """Store the reference log-probs that the run of `config` needs; return the exit code."""
+    stop = StopRequest(max_seconds=config.trainer.max_seconds)
+    with stop.listening(), started(config) as console:
+        from dpo_dist.training.reference import precompute  # noqa: PLC0415  (slow)
+
+        return precompute(config, console, stop)
+
+
+if __name__ == "__main__":
+    run_verb(main, partial(train.check, trains=False), verb="precompute")

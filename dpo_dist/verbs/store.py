@@ -1,0 +1,165 @@
+"""Inspect, verify and clean a reference store: `dpo-dist store info|verify|gc [FOLDER]`."""
+
+import argparse
+import shutil
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from dpo_dist.foundation.errors import ConfigError, ExitCode
+from dpo_dist.foundation.exit import Arguments, exit_after
+from dpo_dist.foundation.files import collect_abandoned, temporary_name
+from dpo_dist.foundation.streams import print_line, print_result
+from dpo_dist.foundation.text import counted, size
+from dpo_dist.reference.store import (
+    FINGERPRINT_FILE,
+    fingerprint_folders,
+    list_shards,
+    open_shard,
+    read_fingerprint,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line `arguments` (default: sys.argv); return the exit code."""
+    given = _parser().parse_args(arguments)
+    return int(given.run(given))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Arguments(prog="dpo-dist store", description=__doc__)
+    verbs = parser.add_subparsers(required=True)
+    for verb, run, text in (
+        ("info", _info, "list the references with their entries, sizes and dates of last use"),
+        ("verify", _verify, "read every entry; the exit code is 2 if a file is damaged"),
+        ("gc", _gc, "remove references by name or age, and files that killed jobs have left"),
+    ):
+        own = verbs.add_parser(verb, help=text, description=text)
+        own.add_argument("folder", type=Path, nargs="?", default=Path("output/reference"))
+        own.set_defaults(run=run)
+    gc = verbs.choices["gc"]
+    drop = "references or fingerprints to remove"
+    gc.add_argument("--drop", nargs="+", default=[], metavar="DIGEST", help=drop)
+    gc.add_argument("--unused-days", type=float, metavar="N", help="remove those not used for N days")
+    gc.add_argument("--yes", action="store_true", help="remove them; without it they are only listed")
+    return parser
+
+
+@dataclass(frozen=True)
+class _Space:
+    """A fingerprint's folder, as listed; `digests`: of the fingerprint and of the reference."""
+
+    folder: Path
+    digests: list[str]
+    used: float
+    entries: int
+    bytes: int
+    line: str
+
+
+def _inventory(root: Path) -> list[_Space]:
+    """Return the folders of all fingerprints of a store, the last used first; values are not read."""
+    return sorted(map(_space, fingerprint_folders(root)), key=lambda each: each.used, reverse=True)
+
+
+def _space(folder: Path) -> _Space:
+    files = [folder / name for name in list_shards(folder)]
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        shards = [shard for shard in pool.map(open_shard, files) if shard is not None]
+    known, described = read_fingerprint(folder), folder / FINGERPRINT_FILE
+    used = (described if described.exists() else folder).stat().st_mtime
+    entries = sum(len(shard.keys) for shard in shards)
+    stored = sum(file.stat().st_size for file in folder.iterdir())
+    damaged = f", {len(files) - len(shards)} damaged" if len(files) > len(shards) else ""
+    digests, label = [folder.name], f"no {FINGERPRINT_FILE} of this version"
+    if known is not None:
+        digests, label = [folder.name, known.reference], known.label or "unnamed"
+    line = (
+        f"{label}   reference {known.reference if known else '-'}   fingerprint {folder.name}   "
+        f"{counted(entries, 'entry', 'entries')}, {counted(sum(shard.tokens for shard in shards), 'token')}, "
+        f"{size(stored)}, {counted(len(shards), 'shard')}{damaged}, "
+        f"used {datetime.fromtimestamp(used):%Y-%m-%d %H:%M}"
+    )
+    return _Space(folder, digests, used, entries, stored, line)
+
+
+def _info(given: argparse.Namespace) -> int:
+    found, lines = _inventory(given.folder), []
+    for space in found:
+        lines.append(space.line)
+        if (known := read_fingerprint(space.folder)) is not None:
+            lines.append("    " + ", ".join(f"{name} {value}" for name, value in known.profile.items()))
+    entries = counted(sum(space.entries for space in found), "entry", "entries")
+    stored = size(sum(space.bytes for space in found))
+    lines.append(f"{counted(len(found), 'fingerprint')}, {entries}, {stored}")
+    print_result("\n".join(lines) + "\n")
+    return ExitCode.completed
+
+
+def _verify(given: argparse.Namespace) -> int:
+    folders = fingerprint_folders(given.folder)
+    files = [folder / name for folder in folders for name in list_shards(folder)]
+
+    def check(file: Path) -> tuple[int, str]:
+        """Return the number of intact entries of a shard, and its fault."""
+        if (shard := open_shard(file)) is None:
+            return 0, "no entry can be verified"
+        damaged = shard.count_damaged()
+        fault = f"{damaged} of {len(shard.keys)} entries are damaged" if damaged else ""
+        return len(shard.keys) - damaged, fault
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        checked = list(pool.map(check, files))
+    damage = {file: fault for file, (_, fault) in zip(files, checked, strict=True) if fault}
+    for folder in folders:
+        if read_fingerprint(folder) is None:
+            damage[folder / FINGERPRINT_FILE] = "missing, damaged or of another version"
+    for file, fault in damage.items():
+        print_line(f"damaged: {file}: {fault}")
+    intact = counted(sum(count for count, _ in checked), "valid entry", "valid entries")
+    print_line(f"{counted(len(files), 'shard')}, {intact}, {counted(len(damage), 'damaged file')}")
+    if damage:
+        print_line("runs compute damaged entries again when they need them")
+    return ExitCode.invalid if damage else ExitCode.completed
+
+
+def _gc(given: argparse.Namespace) -> int:
+    found = _inventory(given.folder)
+    unwanted = {space.folder: space for digits in given.drop for space in _with_digits(found, digits)}
+    if given.unused_days is not None:
+        oldest = time.time() - given.unused_days * 24 * 3600
+        unwanted |= {space.folder: space for space in found if space.used < oldest}
+    for space in unwanted.values():
+        print_line(f"drop: {space.line}")
+    freed = size(sum(space.bytes for space in unwanted.values()))
+    what = f"{counted(len(unwanted), 'fingerprint')} ({freed})"
+    if not given.yes:
+        print_line(f"nothing is removed yet; --yes removes {what}, and files that killed jobs have left")
+        return ExitCode.completed
+    for folder in unwanted:  # renamed first, so that no run finds it incomplete
+        shutil.rmtree(folder.rename(temporary_name(folder)), ignore_errors=True)
+    for place in (given.folder, *(space.folder for space in found if space.folder not in unwanted)):
+        for left in collect_abandoned(place):
+            print_line(f"removed: {left}")
+    print_line(f"{what} removed")
+    return ExitCode.completed
+
+
+def _with_digits(found: Sequence[_Space], digits: str) -> list[_Space]:
+    """Return the fingerprints of the one reference, or the fingerprint, whose digest begins with `digits`."""
+    matching = [each for each in found if any(name.startswith(digits) for name in each.digests)]
+    if len({each.digests[-1] for each in matching}) != 1:
+        raise ConfigError(
+            "a digest matches more than one reference" if matching else "a digest matches no reference",
+            where="--drop",
+            got=digits,
+            remedy="dpo-dist store info lists the digests",
+        )
+    return matching
+
+
+if __name__ == "__main__":
+    exit_after(main)

@@ -1,0 +1,258 @@
+"""The parts of DeepSpeed and Accelerate that they do not document do here what this package relies on.
+
+Engines are real, of one process.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from accelerate import PartialState
+from deepspeed.comm.torch import build_shm_op
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.ops.op_builder import CPUAdamBuilder
+from torch import Tensor
+from torch.nn.functional import linear
+
+from dpo_dist.batching.plan import Arrangement
+from dpo_dist.config.schema import AttentionBackend, Dtype, OptimConfig, ParallelismConfig, ParallelismKind
+from dpo_dist.distributed.deepspeed_config import policy_config
+from dpo_dist.distributed.deepspeed_internals import (
+    drop_gradients,
+    flat_masters,
+    forget_accelerate_state,
+    forget_process_group,
+    gathered_once,
+    inner_optimizer,
+    is_sharded,
+    optimizer_tensors,
+    record_gather_orders,
+    reduce_in_optimizer_only,
+    release_gathered,
+    restore_linear,
+    restore_powers,
+    set_learning_rate,
+    set_loss_scale,
+    shard_of,
+    shard_range,
+    use_gloo_all_reduce,
+    whole_numel,
+    whole_shape,
+    write_masters_to_model,
+    zero_kind,
+)
+from dpo_dist.distributed.processes.failures import Reports
+from dpo_dist.distributed.processes.join import joined, start_world, stop_world
+from dpo_dist.model.files.load import TORCH_DTYPES
+from dpo_dist.model.packed import PackedCausalLM
+from tests.support.cpu_adam import CPUAdamInPyTorch
+from tests.support.families import tiny_family
+from tests.support.packing import pack_unkeyed, random_pairs
+from tests.support.precision import NEEDS_FP16
+
+BATCH = pack_unkeyed(random_pairs([(7, 5, 9)]))
+
+
+def tiny() -> Any:
+    torch.manual_seed(0)
+    return tiny_family("llama")
+
+
+@contextlib.contextmanager
+def made(kind: str, dtype: Dtype = Dtype.fp32) -> Iterator[tuple[Any, PackedCausalLM]]:
+    """An engine of a tiny model and AdamW, with the model. ZeRO-3 keeps vectors only gathered."""
+    config = policy_config(ParallelismConfig(kind=ParallelismKind(kind)), OptimConfig(), dtype)
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 100
+    causal_lm = tiny()
+    with joined(config, 60, Reports()) as world:
+        model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=Arrangement.padded)
+        model.to(TORCH_DTYPES[dtype])
+        engine, _ = world.accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
+        yield engine, model
+
+
+def backward(engine: Any) -> None:
+    engine.train()
+    engine.set_gradient_accumulation_boundary(True)
+    engine.backward(-engine(BATCH).sum())
+
+
+def test_zero_3_shards_every_weight_and_the_master_weights_are_slices() -> None:
+    whole = {f"causal_lm.{name}": weight for name, weight in tiny().named_parameters()}
+    with made("zero3") as (engine, model):
+        assert zero_kind(engine) == "DeepSpeedZeroOptimizer_Stage3"
+        weights = dict(model.named_parameters())
+        ranges = {weight: rest for _, each in flat_masters(engine, 0) for weight, *rest in each}
+        flats = {weight: flat for flat, each in flat_masters(engine, 0) for weight, *_ in each}
+        for name, weight in weights.items():
+            assert is_sharded(weight)
+            assert whole_shape(weight) == tuple(whole[name].shape)
+            assert whole_numel(weight) == whole[name].numel()
+            assert shard_range(weight, 0) == (0, whole_numel(weight))
+            shard = shard_of(weight)
+            assert shard is not None
+            assert torch.equal(shard.view(-1)[: whole_numel(weight)], whole[name].view(-1))
+            start, first, length = ranges[weight]
+            assert (first, length) == (0, whole_numel(weight))
+            assert torch.equal(flats[weight].narrow(0, start, length), whole[name].view(-1))
+
+
+def test_a_weight_without_shards_is_itself() -> None:
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    assert (is_sharded(weight), shard_of(weight)) == (False, None)
+    assert (whole_shape(weight), whole_numel(weight)) == ((2, 3), 6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "name"),
+    [
+        ("zero3", Dtype.fp32, "DeepSpeedZeroOptimizer_Stage3"),
+        ("zero2", Dtype.fp32, "DeepSpeedZeroOptimizer"),
+        ("ddp", Dtype.bf16, "BF16_Optimizer"),
+    ],
+)
+def test_the_inner_optimizer_updates_master_weights_which_are_written_to_the_model(
+    kind: str, dtype: Dtype, name: str
+) -> None:
+    with made(kind, dtype) as (engine, model):
+        assert zero_kind(engine) == name
+        inner, masters = inner_optimizer(engine), [flat for flat, _ in flat_masters(engine, 0)]
+        assert type(inner) is torch.optim.AdamW
+        assert all(master.dtype is torch.float32 for master in masters)
+        held = {id(tensor) for tensors in optimizer_tensors(engine) for tensor in tensors_in(tensors)}
+        assert {id(master) for master in masters} <= held
+
+        before = [master.detach().clone() for master in masters]
+        set_learning_rate(engine, 0.0)
+        backward(engine)
+        engine.step()
+        assert all(map(torch.equal, before, masters)), "the learning rate is 0"
+        set_learning_rate(engine, 0.1)
+        backward(engine)
+        engine.step()
+        assert not any(map(torch.equal, before, masters))
+        assert all({"exp_avg", "exp_avg_sq"} <= inner.state[master].keys() for master in masters)
+
+        for master in masters:
+            master.detach().fill_(0.25)
+        write_masters_to_model(engine)
+        for weight in model.parameters():
+            shard = shard_of(weight)
+            assert ((weight if shard is None else shard.view(-1)[: whole_numel(weight)]) == 0.25).all()
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(item)
+
+
+@NEEDS_FP16
+def test_the_next_loss_is_multiplied_by_the_scale() -> None:
+    with made("zero2", Dtype.fp16) as (engine, _):
+        slopes = []
+        for scale in (4.0, 64.0):
+            set_loss_scale(engine, scale)
+            loss = engine(BATCH).sum()
+            loss.register_hook(lambda slope: slopes.append(float(slope)))
+            engine.set_gradient_accumulation_boundary(False)
+            engine.backward(loss)
+        assert slopes == [4.0, 64.0]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "zero2"])
+def test_only_zero_1_in_bf16_reduces_after_backward(kind: str) -> None:
+    with made(kind, Dtype.bf16) as (engine, _):
+        assert engine.enable_backward_allreduce
+        reduce_in_optimizer_only(engine)
+        assert engine.enable_backward_allreduce is (kind == "zero2")
+
+
+def test_gradients_of_zero_2_are_dropped() -> None:
+    with made("zero2", Dtype.bf16) as (engine, _):
+        backward(engine)
+        assert any(map(list, filter(None, engine.optimizer.averaged_gradients.values())))
+        drop_gradients(engine)
+        assert not any(engine.optimizer.averaged_gradients.values())
+
+
+def test_the_powers_of_betas_are_those_after_as_many_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CPUAdamBuilder, "load", lambda *_, **__: CPUAdamInPyTorch())
+
+    def adam() -> tuple[Any, Tensor]:
+        weight = torch.nn.Parameter(torch.ones(8))
+        weight.grad = torch.ones(8)
+        return DeepSpeedCPUAdam([weight], lr=0.1), weight
+
+    trained, first = adam()
+    for _ in range(4):
+        trained.step()
+    resumed, second = adam()
+    second.data.copy_(first)
+    resumed.state[second] = {
+        name: value.clone() if isinstance(value, Tensor) else value
+        for name, value in trained.state[first].items()
+    }
+    restore_powers(resumed, 4)
+    trained.step()
+    resumed.step()
+    assert torch.equal(first, second)
+
+
+def test_gathered_weights_stay_for_the_block_and_each_kind_of_forward_has_its_order() -> None:
+    with made("zero3") as (engine, model):
+        record_gather_orders(engine)
+        large = [weight for weight in model.parameters() if not weight.ds_persist]
+
+        def are_whole() -> set[bool]:
+            return {tuple(weight.shape) == whole_shape(weight) for weight in large}
+
+        engine.eval()
+        with torch.no_grad():
+            expected = engine(BATCH)
+            assert are_whole() == {False}
+            with gathered_once(engine):
+                assert torch.equal(engine(BATCH), expected)
+                assert are_whole() == {True}
+            assert are_whole() == {False}
+        for _ in range(3):  # the first records, the next ones prefetch
+            backward(engine)
+            engine.eval()
+            with torch.no_grad():
+                assert torch.equal(engine(BATCH), expected)
+
+        small = [weight for weight in model.parameters() if weight.ds_persist]
+        assert {tuple(weight.shape) == whole_shape(weight) for weight in small} == {True}
+        release_gathered(small)
+        assert not any(weight.numel() for weight in small)
+
+
+def test_a_sharded_model_replaces_linear_until_it_is_restored() -> None:
+    with made("zero3"):
+        tiny()  # as loading, this makes shards
+        assert torch.nn.functional.linear is not linear
+        restore_linear()
+        assert torch.nn.functional.linear is linear
+
+
+def test_a_process_group_is_forgotten() -> None:
+    config = policy_config(ParallelismConfig(), OptimConfig(), Dtype.fp32)
+    start_world(config, 60)
+    assert deepspeed.comm.is_initialized()
+    deepspeed.comm.destroy_process_group()
+    forget_process_group()
+    assert not deepspeed.comm.is_initialized()
+    stop_world()
+    PartialState(cpu=True)
+    forget_accelerate_state()
+    assert not PartialState._shared_state
+
+
+def test_deepspeed_builds_no_all_reduce_of_its_own() -> None:
+    use_gloo_all_reduce()
+    assert build_shm_op() is None

@@ -1,0 +1,145 @@
+"""The parts of transformers, peft and Liger that they do not document do here what this package relies on."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.core_model_loading import Transpose
+from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from dpo_dist.model.layers import decoder_layers
+from dpo_dist.model.library_internals import (
+    adapter_state,
+    apply_liger,
+    attention_of,
+    can_choose_attention,
+    flash_attention,
+    ignored_patterns,
+    mark_as_adapted,
+    name_in_model,
+    plain_attention,
+    set_adapter_state,
+    transposed_by,
+    unsharded,
+    wrap_checkpointing,
+)
+from tests.support.families import tiny_family
+from tests.support.kernels import put_kernels
+
+IDS = torch.tensor([[3, 5, 7, 11]])
+
+
+def test_nothing_is_sharded_inside_the_block_only() -> None:
+    sharding = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    try:
+        with unsharded():
+            assert not is_deepspeed_zero3_enabled()
+        assert is_deepspeed_zero3_enabled()
+    finally:
+        unset_hf_deepspeed_config()
+        del sharding
+
+
+def test_transformers_transposes_by_the_shape_of_a_whole_weight() -> None:
+    """By itself it takes the shape of the weight in the model, of which ZeRO-3 leaves an empty tensor."""
+    model = nn.Linear(2, 3)
+    shapes, model.weight.data = {"weight": model.weight.shape}, torch.empty(0)
+    files, names = {"weight": torch.ones(3, 2)}, (["weight"], ["weight"])
+    with transposed_by(shapes):
+        kept = Transpose(check_dims=True).convert(files, *names, model=model, full_layer_name="weight")
+    assert kept["weight"].shape == (3, 2)
+    (turned,) = (
+        Transpose(check_dims=True).convert(files, *names, model=model, full_layer_name="weight").values()
+    )
+    assert turned.shape == (2, 3), "transformers knows whole shapes by itself: remove transposed_by"
+
+
+def test_names_in_files_become_names_in_the_model(tmp_path: Path) -> None:
+    tiny_family("mixtral").save_pretrained(tmp_path)
+    renamed = name_in_model(AutoModelForCausalLM.from_pretrained(tmp_path))
+    assert renamed("embed_tokens.weight") == "model.embed_tokens.weight"
+    former = "model.layers.0.block_sparse_moe.gate.weight"
+    assert renamed(former) == "model.layers.0.mlp.gate.weight"
+
+
+def test_a_class_says_which_tensors_it_does_not_read() -> None:
+    assert any("61" in pattern for pattern in ignored_patterns(tiny_family("deepseek_v3")))
+    assert ignored_patterns(tiny_family("llama")) == ()
+
+
+def test_a_model_says_how_it_attends() -> None:
+    llama, own = tiny_family("llama"), tiny_family("bloom")
+    llama.set_attn_implementation("eager")
+    assert attention_of(llama) == "eager"
+    assert (plain_attention(llama), plain_attention(own)) == ("sdpa", "eager")
+    assert (can_choose_attention(llama), can_choose_attention(own)) == (True, False)
+
+
+def test_flash_attention_gets_separate_lengths_of_queries_and_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel is a double, what calls it is transformers."""
+    query, key = torch.randn(3, 2, 8), torch.randn(5, 2, 8)
+    put_kernels(monkeypatch)
+    ends = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([0, 5], dtype=torch.int32)
+    attended = flash_attention(
+        query, key, key, (*ends, 3, 5), softmax_scale=0.5, attn_implementation="flash_attention_2"
+    )
+    heads = [each.transpose(0, 1) for each in (query, key)]
+    later = torch.ones(3, 5).triu(3).bool()
+    scores = (heads[0] @ heads[1].transpose(1, 2) * 0.5).masked_fill(later, -torch.inf)
+    torch.testing.assert_close(attended, (scores.softmax(-1) @ heads[1]).transpose(0, 1))
+
+
+def test_a_checkpointed_layer_is_called_through_the_wrapper() -> None:
+    model = tiny_family("llama").train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    calls: list[object] = []
+
+    def wrapper(checkpoint: Any, *arguments: Any) -> Any:
+        calls.append(checkpoint)
+        return checkpoint(*arguments)
+
+    for layer in decoder_layers(model):
+        wrap_checkpointing(layer, wrapper)
+    model(IDS, use_cache=False).logits.sum().backward()
+    assert len(calls) == len(decoder_layers(model)) > 0
+
+
+def test_an_adapter_is_switched_without_a_change_of_what_is_trained() -> None:
+    model = tiny_family("llama").eval()
+
+    def logits() -> Tensor:
+        with torch.no_grad():
+            scores: Tensor = model(IDS).logits
+        return scores
+
+    base = logits()
+    mark_as_adapted(model)
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj"], init_lora_weights=False), model, "own")
+    assert model.active_adapters() == ["own"], "transformers asks whether the model has an adapter"
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    trained = [weight.requires_grad for weight in model.parameters()]
+    assert [adapter_state(layer) for layer in layers] == [(["own"], False)] * len(layers)
+    adapted = logits()
+    assert not torch.equal(adapted, base)
+    for layer in layers:
+        set_adapter_state(layer, (["own"], True))
+    assert torch.equal(logits(), base)
+    for layer in layers:
+        set_adapter_state(layer, (["own"], False))
+    assert torch.equal(logits(), adapted)
+    assert [weight.requires_grad for weight in model.parameters()] == trained
+
+
+def test_liger_replaces_the_layers_that_are_not_denied() -> None:
+    pytest.importorskip("liger_kernel")
+    model = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=1, vocab_size=64))
+    apply_liger(model, cross_entropy=False, fused_linear_cross_entropy=False, swiglu=False)
+    layer = model.model.layers[0]
+    assert "liger" in layer.input_layernorm.forward.__module__
+    assert "liger" not in layer.mlp.forward.__module__

@@ -1,0 +1,114 @@
+"""Held-out prompts are chosen by content; log-probs of responses are those of a plain forward."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dpo_dist.config.load import load_run_config
+from dpo_dist.config.schema import Dtype, ModelConfig
+from dpo_dist.data.records import prompt_key, turns_of
+from dpo_dist.foundation.errors import DataError
+from dpo_dist.model.files.load import load_packed
+from dpo_dist.tools.compare.models import held_out, response_logps
+from dpo_dist.tools.sampling.prompts import generation_settings
+from dpo_dist.tools.sampling.respond import Completion, Completions
+from dpo_dist.tools.sampling.settings import Sampling
+from tests.support.records import assistant, jsonl, user
+from tests.support.tiny_model import write_model
+
+
+def row(prompt: list[int], *ids: list[int]) -> Completions:
+    return Completions([Completion(0, "", 1, True, True, ids=own) for own in ids], prompt_ids=prompt)
+
+
+ROWS = [
+    row([5, 6, 7], [8, 9, 10]),
+    row([11], [12]),
+    row([20, 21], []),
+    row([3, 4]),
+    row([9] * 12, [7, 8] * 4),
+]
+
+
+@pytest.mark.parametrize("budget", [1, 12])
+def test_sums_of_log_probs(tmp_path: Path, budget: int) -> None:
+    folder = write_model(tmp_path / "model")
+    device = torch.device("cpu")
+    packed = load_packed(folder, ModelConfig(str(folder), dtype=Dtype.fp32), 64, device).eval()
+    found = response_logps(packed, ROWS, budget)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for logp, each in zip(found, ROWS, strict=True):
+        if not each.completions:
+            assert logp is None
+            continue
+        prompt, ids = each.prompt_ids, each.completions[0].ids
+        with torch.no_grad():
+            logps = plain(torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
+        expected = sum(logps[len(prompt) + at - 1, token].item() for at, token in enumerate(ids))
+        assert logp == pytest.approx(expected, abs=1e-4)
+
+
+def test_responses_of_other_settings_are_not_used_again(tmp_path: Path) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("one")
+    keys = [
+        *("model.dtype=fp32", "data.max_length=99", "data.max_prompt_length=9", "data.template=literal"),
+        *("data.template_arguments={a: 1}", f"data.chat_template={template}"),
+    ]
+
+    def settings(*overrides: str) -> dict[str, Any]:
+        lines = ["compare.models=[a,b]", "data.eval=[held.jsonl]", *overrides]
+        return generation_settings(load_run_config(lines, verb="compare"), Sampling(9))
+
+    found = [settings(), *(settings(key) for key in keys)]
+    template.write_text("two")
+    found.append(settings(keys[-1]))
+    assert len({str(each) for each in found}) == len(found)
+    assert settings("compare.prompts=9") == found[0]
+
+
+RECORDS = [
+    {"prompt": [user(f"question {n % 30}")], "chosen": [assistant(f"good {n}")], "rejected": [assistant("x")]}
+    for n in range(40)
+]
+
+
+def chosen(tmp_path: Path, records: list[Any], *overrides: str) -> tuple[list[str], list[str]]:
+    source = jsonl(tmp_path, *records)
+    base = ["model.path=x", "data.train=[x.jsonl]"]
+    if not any(override.startswith("data.") for override in overrides):
+        overrides = (*overrides, f"data.eval=[{{path: {source}, label: held}}]")
+    said: list[str] = []
+    config = load_run_config([*base, *overrides])
+    records, labels = held_out(config, said.append)
+    assert {labels[prompt_key(record)] for record in records} <= {"held", "records"}
+    first = [turns_of(record.responses[0])[-1].content for record in records]
+    return [turns_of(record.prompt)[0].content for record in records], [*said, *first]
+
+
+def test_some_prompts_are_chosen_by_hash_and_kept_in_order(tmp_path: Path) -> None:
+    few, said = chosen(tmp_path, RECORDS, "compare.prompts=7")
+    assert len(few) == 7 == len(set(few))
+    assert few == sorted(few, key=lambda text: int(text.split()[1]))
+    assert "prompts: 7 of 30 different ones" in said
+    assert said[-7:] == [f"good {text.split()[1]}" for text in few]
+    backwards, _ = chosen(tmp_path, RECORDS[::-1], "compare.prompts=7")
+    assert set(backwards) == set(few)
+    more, _ = chosen(tmp_path, RECORDS, "compare.prompts=8")
+    assert set(few) < set(more)
+    every, said = chosen(tmp_path, [*RECORDS, {"no": "prompt"}])
+    assert len(every) == 30
+    assert said[0].endswith("40 of 41 records kept")
+    assert said[1].startswith("  1 dropped (unknown_format): ")
+    assert said[2] == "prompts: 30 of 30 different ones, fewer than compare.prompts=128"
+
+
+def test_a_reserved_share_of_the_training_data_is_held_out(tmp_path: Path) -> None:
+    source = jsonl(tmp_path, *RECORDS)
+    found, _ = chosen(tmp_path, RECORDS, f"data.train=[{source}]", "data.eval_share=0.3")
+    assert 0 < len(found) < 20
+    with pytest.raises(DataError, match="no usable prompt"):
+        chosen(tmp_path, RECORDS, f"data.train=[{source}]", "data.eval_share=1e-9")

@@ -1,0 +1,103 @@
+"""Models, data and judge of a comparison are checked before processes join, and by `--check`."""
+
+from pathlib import Path
+
+import pytest
+
+from dpo_dist.config.load import load_run_config
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.tools.compare.models import rehearse_comparison
+from dpo_dist.tools.compare.start import check_comparison, compared_models
+from tests.support import tiny
+from tests.support.records import TEXT, jsonl, user
+from tests.support.tiny_model import write_model
+
+TWO = "compare.models=[{0}/base,{0}/run]"
+
+
+def folder(path: Path, *files: str) -> Path:
+    for name in files:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text("{}")
+    return path
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    weights = ("config.json", "model.safetensors")
+    folder(tmp_path / "base", *weights)
+    run = folder(tmp_path / "run", "config.yaml", *(f"model/{name}" for name in weights))
+    folder(run / "checkpoints" / "step-000100", "state.json")
+    folder(tmp_path / "lora" / "model", "adapter_config.json", "adapter_model.safetensors")
+    folder(
+        tmp_path / "open",
+        "config.yaml",
+        *(f"checkpoints/step-{n}/state.json" for n in ("000002", "1000000", "999999")),
+    )
+    return tmp_path
+
+
+def config(tmp_path: Path, models: str, *overrides: str) -> RunConfig:
+    data = f"data.eval=[{jsonl(tmp_path, TEXT)}]"
+    return load_run_config(["model.path=x", "data.train=[x.jsonl]", models, data, *overrides])
+
+
+def test_models_are_found_by_path_or_hub_name(models: Path) -> None:
+    paths = ("base", "run", "run/model", "run/checkpoints/step-000100", "lora/model")
+    names = ("", "beta=", "same=", "", "lora 2=")
+    written = [f"{name}{models}/{path}" for name, path in zip(names, paths, strict=True)]
+    found = compared_models([*written, "org/small", "big=org/large"])
+    assert [(model.name, model.is_checkpoint, model.location) for model in found] == [
+        ("base", False, f"{models}/base"),
+        ("beta", False, f"{models}/run/model"),
+        ("same", False, f"{models}/run/model"),
+        ("run/step-000100", True, f"{models}/run/checkpoints/step-000100"),
+        ("lora 2", False, f"{models}/lora/model"),
+        ("small", False, "org/small"),
+        ("big", False, "org/large"),
+    ]
+    assert found[1].path == f"{models}/run"
+    with pytest.raises(ConfigError, match=r"this run directory has no model(?s:.*)step-1000000"):
+        compared_models([f"{models}/base", f"{models}/open"])
+    # On the command line names need no quotes.
+    line = f"compare.models=[a={models}/base, {models}/run,b c={models}/lora/model]"
+    assert [model.name for model in check_comparison(config(models, line))] == ["a", "run", "b c"]
+
+
+def test_keys_that_contradict_each_other(models: Path) -> None:
+    two = TWO.format(models)
+    check_comparison(config(models, two, "pairs.function=json:dumps"))
+    for override, message in (
+        ("pairs.endpoint.criterion=short", "has no effect with this pairs.endpoint.url"),
+        ("pairs.function=json:nothing", "nothing"),
+        ("model.revision=main", "no effect on a comparison without model.path"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_comparison(config(models, two, override))
+
+
+def test_a_check_reads_no_weights_but_their_names_and_writes_nothing(tmp_path: Path) -> None:
+    prompts = [*({"prompt": [user(f"question {n}")]} for n in range(3)), {"prompt": [user("word " * 900)]}]
+    jsonl(tmp_path, *prompts)
+    write_model(tmp_path / "base")
+    write_model(tmp_path / "other", tiny.zephyr())
+    keys = ["model.path=x", "data.train=[x.jsonl]", f"data.eval=[{tmp_path}/records.jsonl]"]
+    keys += [f"compare.models=[{tmp_path}/base,{tmp_path}/other]", f"run.dir={tmp_path}/run"]
+
+    def rehearsed(*overrides: str) -> str:
+        checked = load_run_config([*keys, *overrides])
+        return rehearse_comparison(checked, check_comparison(checked))
+
+    before = sorted(tmp_path.rglob("*"))
+    report = rehearsed("pairs.function=tests.support.own_judge:letter_shares")
+    assert f"{tmp_path}/base, vocabulary of 431, a response ends with <|im_end|>" in report
+    assert "function tests.support.own_judge:letter_shares" in report
+    assert report.count("not asked, of the first records: 1 prompt_fills_max_length") == 2
+    assert "judge: none, so no scores and win rates" in rehearsed()
+    with pytest.raises(DataError, match="none of the first records"):
+        rehearsed("sampling.max_new_tokens=4000")
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match="the model cannot be loaded"):
+        rehearsed()

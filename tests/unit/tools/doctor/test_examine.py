@@ -1,0 +1,424 @@
+"""The doctor counts planted faults, raises no alarm on clean data, and encodes as training does."""
+
+import contextlib
+import itertools
+import json
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_dist.config.load import load_run_config
+from dpo_dist.config.losses import LossConfig, LossKind
+from dpo_dist.config.schema import DataConfig, OnBadRecord, RunConfig, SourceConfig
+from dpo_dist.data.records import eval_part, prompt_hash
+from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.tools.doctor.__main__ import main
+from dpo_dist.tools.doctor.examine import Diagnosis, diagnose, examine, prepare
+from dpo_dist.tools.doctor.rules import RULE_OF, RULES
+from dpo_dist.tools.doctor.texts import read_benchmarks
+from dpo_dist.tools.findings import Level
+from tests.support import tiny
+from tests.support.doctor_data import Pair, alarms, as_messages, clean_pairs, examined, lines, of_rule, write
+from tests.support.invented import write_pairs
+from tests.support.records import GOOD, TEXT, assistant, jsonl, user
+from tests.support.sft_adapter import write_sft_adapter
+from tests.support.shared_data import shared_data_dir
+from tests.support.tiny_model import write_model
+
+SHARED = shared_data_dir()
+Plant = Callable[[Pair], object]
+QUESTION = "one two three four five six seven eight nine"
+
+
+def as_labelled(pairs: Sequence[Pair], mark: str = "") -> list[dict[str, object]]:
+    """Return one response of each pair, good and bad by turns; the good ones start with `mark`."""
+    return [
+        {"prompt": pair["prompt"], "completion": mark * is_good + pair["chosen"], "label": is_good}
+        for pair, is_good in zip(pairs, itertools.cycle((True, False)), strict=False)
+    ]
+
+
+def side(name: str, change: Callable[[str], str]) -> Plant:
+    return lambda pair: pair.update({name: change(pair[name])})
+
+
+def turns(*prompt: dict[str, str]) -> Plant:
+    return lambda pair: pair.update(
+        prompt=[*prompt], chosen=[assistant(pair["chosen"])], rejected=[assistant(pair["rejected"])]
+    )
+
+
+PLANTED: dict[str, Plant] = {
+    "replacement_character": side("chosen", lambda text: text + "\ufffd"),
+    "control_character": side("rejected", lambda text: "\x07" + text),
+    "zero_width_character": side("prompt", lambda text: text.replace(" ", "\u200b ", 1)),
+    "bidi_control": side("chosen", lambda text: "\u202e" + text),
+    "unassigned_character": side("chosen", lambda text: text + "\ue000"),
+    "wrong_decoding": side("rejected", lambda text: text + " caf\u00c3\u00a9"),
+    "carriage_return": side("chosen", lambda text: text.replace(" ", "\r\n", 1)),
+    "html_entity": side("chosen", lambda text: text.replace(" ", " &amp; ", 1)),
+    "escaped_newline": side("chosen", lambda text: text.replace(" ", "\\n\\n", 1)),
+    "template_mark": side("rejected", lambda text: text + "</s> more"),
+    "role_mark": side("rejected", lambda text: text + " Human: more"),
+    "short_chosen": side("chosen", lambda _text: "A"),
+    "short_rejected": side("rejected", lambda _text: "7"),
+    "one_response_starts_the_other": lambda pair: pair.update(rejected=pair["chosen"][:20]),
+    "nearly_equal_sides": lambda pair: pair.update(rejected=pair["chosen"].upper().replace(" ", "  ", 1)),
+    "response_repeats_prompt": lambda pair: pair.update(rejected=pair["prompt"]),
+    "response_starts_with_prompt": lambda pair: pair.update(chosen=f"{pair['prompt']} {pair['chosen']}"),
+    "score_ties": lambda pair: pair.update(score_chosen=4.0, score_rejected=4.0),
+    "score_inversions": lambda pair: pair.update(score_chosen=3.0, score_rejected=4.0),
+    "same_role_twice": turns(user("one thing"), user("another thing")),
+    "system_not_first": turns(user("one thing"), {"role": "system", "content": "Be good."}, user("two")),
+    "empty_turn": turns(user("one thing"), assistant(" "), user("another")),
+}
+
+
+def test_planted_faults_are_counted_and_located(tmp_path: Path) -> None:
+    pairs = clean_pairs(10 + 2 * len(PLANTED))
+    for number, plant in enumerate(PLANTED.values()):
+        plant(pairs[2 * number])
+        plant(pairs[2 * number + 1])
+    report = examined(tmp_path, pairs)
+    for name in PLANTED:
+        rule = RULE_OF.get(name, name)
+        [finding] = of_rule(report, rule)
+        same = [2 * other for other, one in enumerate(PLANTED) if RULE_OF.get(one, one) == rule]
+        assert lines(finding) == sorted(line for first in same for line in (first + 1, first + 2)), name
+        assert (finding.count, finding.source) == (2 * len(same), f"{tmp_path.name}-train")
+        assert name not in RULE_OF or f"{name.replace('_', ' ')} in 2" in finding.text
+
+
+@pytest.mark.parametrize(("count", "seed"), [(12, 0), (300, 3)])
+def test_clean_pairs_raise_no_alarm(count: int, seed: int, tmp_path: Path) -> None:
+    assert alarms(examined(tmp_path, clean_pairs(count, seed), clean_pairs(20, 99))) == []
+
+
+def test_a_finding_up_to_the_threshold_is_a_note() -> None:
+    for count, level in ((1, Level.note), (2, Level.warning)):
+        assert [one.level for one in RULES["dropped"].count(count, 100, "a")] == [level]
+    assert [len(list(RULES["label_leak"].value(share, 100, "a", ""))) for share in (0.65, 0.66)] == [0, 1]
+
+
+def test_fields_that_are_not_read_and_numbers_of_the_loss_are_notes(tmp_path: Path) -> None:
+    records = [record | {"prefix": "p", "margin": n % 2, "id": n} for n, record in enumerate(GOOD)]
+    found = {finding.rule: finding for finding in examined(tmp_path, [*records, *GOOD]).findings}
+    assert found["columns_not_read"].text.endswith("fields that no format reads: prefix, id")
+    assert found["numbers_in_loss"].text.endswith(": margin in 3")
+    assert (found["columns_not_read"].count, found["numbers_in_loss"].level) == (7, Level.note)
+
+
+def test_copies_and_contradictions_are_found_within_a_source_and_across(tmp_path: Path) -> None:
+    pairs = clean_pairs(30)
+    swapped = pairs[3] | {"chosen": pairs[3]["rejected"], "rejected": pairs[3]["chosen"].upper()}
+    near = pairs[7] | {"chosen": pairs[7]["chosen"] + " 12"}
+    first, second = [*pairs, pairs[5], near], [*clean_pairs(10, 1), pairs[9], swapped]
+    files = [write(tmp_path / f"{name}.jsonl", records) for name, records in (("a", first), ("b", second))]
+    config = DataConfig(train=[SourceConfig(path=file) for file in files])
+    report = examine(config, None)
+    found = {
+        (one.rule, one.source and Path(one.source).stem): one.count
+        for one in report.findings
+        if one.rule in ("duplicates", "near_duplicates", "contradictions")
+    }
+    assert found == {("duplicates", None): 2, ("near_duplicates", "a"): 1, ("contradictions", None): 2}
+    [copies] = of_rule(report, "duplicates")
+    assert copies.examples == (f"{files[0]}:31, {files[0]}:6", f"{files[1]}:11, {files[0]}:10")
+    assert copies.text.endswith("1 in a, 1 in b")
+    assert report.across["contradictions"] == 2
+
+
+def test_a_response_that_a_ranking_repeats_contradicts_no_record(tmp_path: Path) -> None:
+    opposite = {"prompt": "Name a colour.", "chosen": "Grey.", "rejected": "Blue."}
+    for added, count in (([], 0), (["Grey."], 2)):
+        responses = ["Red it is.", "Blue.", "RED it is.", *added]
+        scores = list(range(len(responses), 0, -1))
+        ranking = {"prompt": "Name a colour.", "responses": responses, "scores": scores}
+        assert examined(tmp_path, [ranking, opposite]).across["contradictions"] == count
+
+
+def test_near_prompts_in_both_parts_of_a_split_are_found(tmp_path: Path) -> None:
+    pairs = [pair for pair in clean_pairs(60) if len(pair["prompt"].split()) > 20]
+    near = [pair | {"prompt": pair["prompt"] + " Please!"} for pair in clean_pairs(60, 1)]
+    same = [pair | {"prompt": pair["prompt"].upper()} for pair in near]
+    records = [*pairs, *near, *same]
+    report = examined(tmp_path, records, config={"eval_share": 0.3})
+    [finding] = of_rule(report, "near_train_eval_leak")
+    assert finding.level is Level.warning
+    # Equal but for case: a split by hash cannot keep them together.
+    drawn = [eval_part(DataConfig(eval_share=0.3)).has(prompt_hash(one["prompt"])) for one in records]
+    pairs_of_case = range(len(pairs), len(pairs) + len(near))
+    assert finding.count == sum(drawn[index] != drawn[index + len(near)] for index in pairs_of_case) > 10
+    assert f"of {sum(drawn)} records" in finding.text
+    assert (report.sources[0]["kept"], report.sources[0]["held_out"]) == (len(records), sum(drawn))
+    assert not of_rule(report, "train_eval_leak")
+
+
+def test_benchmark_prompts_are_found_by_thirteen_words(tmp_path: Path) -> None:
+    pairs, [item] = clean_pairs(30), clean_pairs(1, 5)
+    question = " ".join(item["chosen"].split()[:16])
+    assert len(question.split()) == 16
+    pairs[4]["prompt"] += " " + question.upper().replace(" ", ", ")
+    pairs[9]["prompt"] = "Tell me more!"
+    pairs[12]["chosen"] += " " + " ".join(question.split()[:12])
+    benchmark = write(tmp_path / "benchmark.jsonl", [{"question": question}, {"question": "tell me more"}])
+    report = examined(tmp_path, pairs, benchmark=read_benchmarks([benchmark]))
+    [finding] = of_rule(report, "benchmark_overlap")
+    assert finding.examples == (
+        f"{tmp_path / 'train.jsonl'}:5, {benchmark}:1",
+        f"{tmp_path / 'train.jsonl'}:10, {benchmark}:2",
+    )
+
+
+def test_lengths_are_those_before_the_cut(tmp_path: Path) -> None:
+    pairs, tokenizer = clean_pairs(40), tiny.qwen()
+    [whole] = examined(tmp_path, pairs, tokenizer=tokenizer, config={"max_length": 4000}).sources
+    cut = examined(tmp_path, pairs, tokenizer=tokenizer, config={"max_length": 200})
+    sides = cut.sources[0]["sides"]
+    for name, of_side in sides.items():
+        assert of_side["tokens"] == whole["sides"][name]["tokens"]
+        assert sum(of_side["tokens"]["counts"]) == of_side["tokens"]["count"] == 40
+    assert (whole["sides"]["chosen"]["cut"], sides["prompt"]["cut"]) == (0, 0)
+    assert sides["chosen"]["cut_tokens"] > sides["chosen"]["cut"] > 0
+    assert of_rule(cut, "response_truncated")
+    assert 1.1 < whole["prefix"]["expected_gain"] < 2
+
+
+def test_a_template_that_writes_bos_twice_is_an_error(tmp_path: Path) -> None:
+    records = list(map(as_messages, clean_pairs(5)))
+    tokenizer = tiny.with_template(tiny.llama3(), "{{ bos_token }}" + tiny.LLAMA3)
+    [finding] = of_rule(examined(tmp_path, records, tokenizer=tokenizer), "doubled_tokens")
+    assert (finding.level, finding.count) == (Level.error, 5)
+    assert not of_rule(examined(tmp_path, records, tokenizer=tiny.llama3()), "doubled_tokens")
+
+
+def test_tools_that_the_template_does_not_render_are_an_error(tmp_path: Path) -> None:
+    parameters = {"type": "object", "properties": {}}
+    records = list(map(as_messages, clean_pairs(20)))
+    records[2]["tools"] = [{"type": "function", "function": {"name": "look", "parameters": parameters}}]
+    report = examined(tmp_path, records, tokenizer=tiny.qwen())
+    assert lines(of_rule(report, "tools_not_rendered")[0]) == [3]
+    template = "{% if tools %}{{ tools | tojson }}{% endif %}" + tiny.CHATML
+    report = examined(tmp_path, records, tokenizer=tiny.with_template(tiny.qwen(), template))
+    assert not of_rule(report, "tools_not_rendered")
+
+
+def test_the_report_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+    path = write(tmp_path / "train.jsonl", clean_pairs(70))
+    one, two = (
+        examine(DataConfig(train=[SourceConfig(path=path)], processes=processes), None)
+        for processes in (1, 2)
+    )
+    assert one == two
+
+
+def test_evaluation_prompts_in_the_training_data_are_found(tmp_path: Path) -> None:
+    train, held_out = clean_pairs(50), clean_pairs(20, 7)
+    held_out[0]["prompt"] = "  " + train[11]["prompt"].upper()
+    at = max(range(50), key=lambda index: len(train[index]["prompt"]))
+    held_out[1]["prompt"] = train[at]["prompt"].replace(" ", ", PLEASE ", 1)
+    held_out[3]["prompt"] = train[7]["prompt"][:3] + "\u200b" + train[7]["prompt"][3:]
+    report = examined(tmp_path, train, held_out)
+    [exact], [similar] = of_rule(report, "train_eval_leak"), of_rule(report, "near_train_eval_leak")
+    of_train = tmp_path / "train.jsonl"
+    assert (exact.level, exact.count, lines(exact)) == (Level.error, 1, [4])
+    assert exact.examples[0].endswith(f", {of_train}:8")
+    # Also one that is equal but for case.
+    assert (similar.count, lines(similar)) == (2, [1, 2])
+    assert [one.split(", ")[1] for one in similar.examples] == [f"{of_train}:12", f"{of_train}:{at + 1}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("a.jsonl", json.dumps({"turns": [QUESTION, "and then"]}), 1),
+        ("c.txt", f"\n{QUESTION}\n", 2),
+    ],
+)
+def test_benchmark_files_of_several_kinds(name: str, content: str, line: int, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    benchmark = read_benchmarks([str(tmp_path / name)])
+    found = benchmark.item_in("nothing", f"{QUESTION.upper()}! and then more")
+    assert found == f"{tmp_path / name}:{line}"
+    assert benchmark.item_in(QUESTION.replace("five", "six")) is None
+
+
+# Findings with their records, each counted by a plain script too; then those above a note.
+FINDINGS: dict[str, tuple[str, str]] = {
+    "hh_rlhf_sample.jsonl": (
+        "dropped 9, markup_in_text 45, one_response_starts_the_other 1, repeated_prompts 1, "
+        "response_repeats_prompt 2, response_starts_with_prompt 1, short_response 3, turns 4",
+        "markup_in_text",
+    ),
+    "llama_factory_sharegpt_zh.json": (
+        "broken_text 8, duplicates 11, markup_in_text 1, one_response_starts_the_other 1, short_response 10",
+        "broken_text, duplicates",
+    ),
+    "ultrafeedback_plain_scored.jsonl": (
+        "broken_text 7, columns_not_read 293, dropped 7, language_differs 6, markup_in_text 7, "
+        "one_response_starts_the_other 6, score_ties 30, short_response 15",
+        "broken_text, dropped, markup_in_text, one_response_starts_the_other, score_ties",
+    ),
+    "ranked_oasst_history_zh.json": (
+        "dropped 6, length_bias 244, markup_in_text 1, nearly_equal_sides 1, "
+        "one_response_starts_the_other 2, repeated_prompts 4, response_repeats_prompt 4, "
+        "response_starts_with_prompt 6, short_response 16",
+        "dropped, length_bias, response_repeats_prompt",
+    ),
+    "orca_system_question.csv": (
+        "label_leak 120, language_differs 1, length_bias 60, style_bias 60",
+        "label_leak, length_bias, style_bias",
+    ),
+    "templated_near_duplicates.jsonl": ("length_bias 40, near_duplicates 37", "length_bias, near_duplicates"),
+}
+
+
+@pytest.mark.skipif(SHARED is None, reason="needs the slices of real data")
+@pytest.mark.parametrize("name", FINDINGS)
+def test_the_findings_about_real_data_are_the_known_ones_and_quote_no_text(name: str) -> None:
+    assert SHARED is not None
+    file, counts = SHARED / name, Counter[str]()
+    report = examine(DataConfig(train=[SourceConfig(path=str(file))]), None)
+    for finding in report.findings:
+        counts[finding.rule] += finding.count
+    alarms = {finding.rule for finding in report.findings if finding.level is not Level.note}
+    shown = ", ".join(f"{rule} {count}" for rule, count in sorted(counts.items()))
+    assert (shown, ", ".join(sorted(alarms))) == FINDINGS[name]
+    texts = re.findall(r'"((?:[^"\\]|\\.){31,})"', file.read_text(encoding="utf-8"))
+    written = json.dumps(asdict(report), ensure_ascii=False)
+    assert len(texts) > 50
+    assert str(file) in written
+    assert not [text for text in texts if text.strip()[:30] in written]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+def run_of(folder: Path, *train: str | Path, **data: Any) -> RunConfig:
+    sources = [SourceConfig(str(path)) for path in train]
+    return RunConfig(data=DataConfig(train=sources, cache=str(folder / "encoded"), **data))
+
+
+def prepared(config: RunConfig, model: Path) -> tuple[list[list[int]], list[Any]]:
+    of_model = replace(config, model=replace(config.model, path=str(model)))
+    encoded = prepare(of_model, lambda *_: contextlib.nullcontext(lambda _: None))
+    return [list(map(len, of_source)) for of_source in encoded.datasets], encoded.refusals
+
+
+def test_data_with_bad_records_are_encoded_and_refused(tmp_path: Path, model: Path) -> None:
+    good = write_pairs(tmp_path / "good.jsonl", 5)
+    bad = jsonl(tmp_path, *[{"unknown": 1}] * 3, TEXT)
+    datasets, [refusal] = prepared(run_of(tmp_path, good, bad), model)
+    assert (datasets, type(refusal)) == ([[5], [1]], DataError)
+    assert refusal.message == "3 of 4 records cannot be used"
+    datasets, [refusal] = prepared(run_of(tmp_path, bad, on_bad_record=OnBadRecord.error), model)
+    assert (datasets, refusal.where) == ([[1]], f"{bad}:1")
+    datasets, [_] = prepared(run_of(tmp_path, jsonl(tmp_path, {"unknown": 1})), model)
+    assert datasets == [[]]
+
+
+def test_data_that_loss_or_model_cannot_use_are_refused(tmp_path: Path, model: Path) -> None:
+    config = run_of(tmp_path, jsonl(tmp_path, {"prompt": "q", "completion": "a"}))
+    [refusal] = prepared(config, model)[1]
+    assert refusal.remedy.startswith("set loss=sft")
+    sft = replace(config, loss=LossConfig(LossKind.sft))
+    assert prepared(sft, model)[1] == []
+    described = json.loads((model / "config.json").read_text())
+    small = Path(shutil.copytree(model, tmp_path / "small"))
+    (small / "config.json").write_text(json.dumps(described | {"vocab_size": 2}))
+    [refusal] = prepared(sft, small)[1]
+    assert isinstance(refusal, ConfigError)
+
+
+def test_a_missing_benchmark_file_is_found_before_anything_is_encoded(tmp_path: Path) -> None:
+    data = write(tmp_path / "a.jsonl", clean_pairs(2))
+    keys = ["model.path=absent_model", f"data.train=[{data}]", "doctor.benchmarks=[absent.jsonl]"]
+    with pytest.raises(DataError, match="benchmark prompts") as found:
+        main(load_run_config(keys))
+    assert (found.value.where, found.value.got) == (
+        "doctor.benchmarks: absent.jsonl",
+        "No such file or directory",
+    )
+
+
+def test_data_are_encoded_by_the_tokenizer_of_the_adapter_that_the_policy_starts_from(tmp_path: Path) -> None:
+    """As training encodes them: the base has no chat template, the adapter's folder has one."""
+    tokenizer = tiny.qwen()
+    model, sft = write_model(tmp_path / "base", tokenizer), tmp_path / "sft"
+    write_sft_adapter(model, sft)
+    tokenizer.save_pretrained(sft)
+    (model / "chat_template.jinja").unlink()
+    data = write(tmp_path / "a.jsonl", map(as_messages, clean_pairs(3)))
+    keys = [f"model.path={model}", f"data.train=[{data}]", f"data.cache={tmp_path}/encoded"]
+
+    def diagnosed(*more: str) -> Diagnosis:
+        return diagnose(
+            load_run_config([*keys, *more]), lambda *_: contextlib.nullcontext(lambda *_, **__: None)
+        )
+
+    assert diagnosed(f"model.adapter={{path: {sft}}}").model == sft
+    with pytest.raises(ConfigError, match="no chat template") as raised:
+        diagnosed()
+    assert "text_as_messages" not in raised.value.remedy  # it is off
+
+
+def test_labelled_responses_are_compared_good_with_bad(tmp_path: Path) -> None:
+    clean = as_labelled(clean_pairs(400))
+    report = examined(tmp_path, clean)
+    assert not alarms(report)
+    source = report.sources[0]
+    assert source["labels"] == {"good": 200, "bad": 200}
+    assert [source["sides"][name]["characters"]["count"] for name in ("chosen", "rejected")] == [200, 200]
+    assert source["leaks"][0]["pairs"] == 200
+    [leak] = of_rule(examined(tmp_path, as_labelled(clean_pairs(400), "Sure: ")), "label_leak")
+    assert "Sure" in leak.text
+    both = [*clean, *(record | {"label": not record["label"]} for record in clean[:4])]
+    [contradiction] = of_rule(examined(tmp_path, both), "contradictions")
+    assert (contradiction.count, contradiction.level) == (8, Level.error)
+    assert not of_rule(examined(tmp_path, both), "duplicates")
+
+
+@pytest.mark.parametrize(
+    ("weights", "bad", "level", "remedy"),
+    [
+        ([], 1, Level.warning, "set loss.undesirable_weight=16.3"),
+        (["loss.undesirable_weight=16"], 1, None, ""),
+        (["loss.desirable_weight=2"], 1, Level.warning, "set loss.undesirable_weight=32.6"),
+        ([], 0, Level.warning, "add responses of the other label"),
+    ],
+)
+def test_labels_that_do_not_weigh_alike_are_a_finding_with_the_weight_that_they_need(
+    tmp_path: Path, weights: list[str], bad: int, level: Level | None, remedy: str
+) -> None:
+    records = [
+        {"prompt": pair["prompt"], "completion": pair["chosen"], "label": number >= bad}
+        for number, pair in enumerate(clean_pairs(20))
+    ]
+    config = load_run_config(
+        [f"data.train=[{write(tmp_path / 'data.jsonl', records)}]", "loss=kto", *weights]
+    )
+    found = of_rule(diagnose(config, lambda *_: contextlib.nullcontext(lambda *_: None)), "label_balance")
+    assert [(finding.level, finding.remedy) for finding in found] == ([(level, remedy)] if level else [])
+
+
+def test_labels_count_as_often_as_their_source_is_drawn(tmp_path: Path) -> None:
+    records = [
+        {"prompt": pair["prompt"], "completion": pair["chosen"], "label": number > 0}
+        for number, pair in enumerate(clean_pairs(20))
+    ]
+    [bad, *good] = records
+    bad = write(tmp_path / "bad.jsonl", [bad])
+    good = write(tmp_path / "good.jsonl", good)
+    for of_bad, of_good, count in ((1, 1, 1), (16, 1, 0), (1, 0.0625, 0)):
+        sources = f"data.train=[{{path: {bad}, weight: {of_bad}}}, {{path: {good}, weight: {of_good}}}]"
+        config = load_run_config([sources, "loss=kto"])
+        found = diagnose(config, lambda *_: contextlib.nullcontext(lambda *_: None))
+        assert len(of_rule(found, "label_balance")) == count

@@ -1,0 +1,155 @@
+"""The page of a run and its verb: complete, inert, also of a run in training."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from markupsafe import Markup
+
+from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.tools.pages.render import inert
+from dpo_dist.tools.report.__main__ import main
+from dpo_dist.tools.report.run import write_page
+from dpo_dist.tools.report.runs import compare_runs
+from tests.unit.tools.pages.made_run import HOSTILE, Page, change, made_run
+
+RELOADS = '<meta http-equiv="refresh" content="30">'
+
+
+def page_of(run: RunFolder) -> Page:
+    return Page(write_page(run).read_text(encoding="utf-8"))
+
+
+def page_of_several(*runs: RunFolder) -> Page:
+    page = runs[0].path.parent / "page.html"
+    compare_runs(runs, page)
+    return Page(page.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    return page_of(made_run(tmp_path_factory.mktemp("page")))
+
+
+@pytest.mark.parametrize(
+    ("heading", "expected"),
+    [
+        ("qwen-sigmoid-3fa9c1d2", "loss sigmoid with beta 0.1; learning rate 1e-6; 1,920 training pairs"),
+        ("final loss", "0.4"),
+        ("eval accuracy", "0.625 95 %: 0.55 to 0.7; best 0.625 at step 1"),
+        ("Curves", "noise of rounding 0.001768"),
+        ("Accuracy and margin", "all pairs 100 evaluation pairs 0.625 [0.55, 0.7]"),
+        ("Accuracy and margin", "math 40 evaluation pairs, not better than guessing 0.55 [0.45, 0.65]"),
+        ("Training data", "1,920 of 2,000 records kept. records meaning 80 (4 %) dropped: two responses are"),
+        ("Evaluation data", "300 (75 %) in the training part of the split"),
+        ("Findings of the doctor", "error label leak plain"),
+        ("Time", "training steps 1 h 10 min 95 %"),
+        ("Reference model", "cached: 840 log-probs computed, 3,000 reused."),
+        ("Repeat this run", "python -m dpo_dist.train plain"),
+        ("Configuration", "loss.beta 0.1 loss.kind sigmoid loss.terms [] model.adapter null"),
+    ],
+)
+def test_the_page_says(made: Page, heading: str, expected: str) -> None:
+    assert expected in made.section(heading)
+
+
+def test_texts_add_no_element(tmp_path: Path) -> None:
+    hostile = tmp_path / "<img src=x onerror=alert(1)>"
+    first, second = made_run(hostile / "a", HOSTILE, HOSTILE), made_run(hostile / "b", f"{HOSTILE}2", HOSTILE)
+    plain, shown = page_of(made_run(tmp_path / "plain")), page_of(first)
+    tags = [[tag for tag in each.tags if tag not in ("i", "mark")] for each in (plain, shown)]
+    assert tags[0] == tags[1]
+    assert shown.tags.count("script") == 1
+    named = [made_run(tmp_path / name) for name in "cd"]
+    change(named[0].config, "model", "path", value="<img src=x onerror=alert(4)>")
+    change(named[0].config, "loss", "kind", value="</svg><script>alert(5)</script>")
+    for each in (shown, page_of_several(first, second), page_of_several(*named)):
+        assert not {"img", "link", "iframe"} & set(each.tags)
+        assert not [name for name, _ in each.attributes if name.startswith("on") or name in ("src", "style")]
+        assert all(value.startswith("#") for name, value in each.attributes if name == "href")
+        assert "onerror" in each.text
+    html = first.report.read_text()
+    assert "default-src 'none'" in html
+    assert re.search(r"style-src 'sha256-[\w+/=]{44}'; script-src 'sha256-[\w+/=]{44}'; ", html)
+    assert "unsafe" not in html
+    assert not {"\u202e", "\x1b"} & set(html)
+    assert "url(" not in html
+
+
+def test_a_badge_has_the_colour_of_the_worse_of_outcome_and_verdict(tmp_path: Path) -> None:
+    run = made_run(tmp_path)
+    assert '<span class="badge warning">completed</span>' in write_page(run).read_text()
+    change(run.summary, "verdict", "findings", value=[])
+    assert '<span class="badge good">completed</span>' in write_page(run).read_text()
+    change(run.summary, "exit", value="preempted")
+    assert '<span class="badge preempted">preempted</span>' in write_page(run).read_text()
+
+
+def test_sections_without_a_file_are_omitted(tmp_path: Path) -> None:
+    found = page_of(RunFolder(tmp_path))
+    assert tmp_path.name in found.text
+    assert not {"h2", "table", "svg", "details", "script"} & set(found.tags)
+
+
+def test_the_verb_writes_the_page_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = made_run(tmp_path)
+    left = run.curves.with_name(f"{run.curves.name}.tmp-0123456789ab")  # by a start that was killed
+    left.touch()
+    os.utime(left, (0, 0))
+    assert main([f"run.dir={run}"]) == main([str(run), "--output", str(tmp_path / "other.html")]) == 0
+    written = [f"curves: {run.curves}", f"report: {run.report}", f"report: {tmp_path / 'other.html'}"]
+    assert capsys.readouterr().out.splitlines() == written
+    assert run.report.read_text() == (tmp_path / "other.html").read_text()
+    assert [file.name for file in run.path.rglob("*") if "tmp" in file.name] == []
+
+
+def test_a_run_in_training_has_a_page_of_its_rows_so_far(tmp_path: Path) -> None:
+    run = made_run(tmp_path)
+    with run.metrics_table.open("a") as table:
+        table.write("40,0.1,12.0\n41,0.1,12.")
+    run.summary.unlink()
+    run.log_history.unlink()
+    assert main([str(run)]) == 0
+    assert run.curves.read_bytes().startswith(b"\x89PNG")
+    html = run.report.read_text()
+    assert "This run has not ended: its last metrics are of step 40." in html
+    assert html.count('<figure class="curves') >= 4
+    assert RELOADS in html
+
+
+def test_a_page_of_a_run_that_has_ended_does_not_reload(tmp_path: Path) -> None:
+    assert RELOADS not in write_page(made_run(tmp_path)).read_text()
+
+
+def test_a_page_that_cannot_be_written_is_a_plain_error(tmp_path: Path) -> None:
+    run = made_run(tmp_path)
+    with pytest.raises(ConfigError, match="the page cannot be written"):
+        main([str(run), "--output", str(run.path)])
+    run.summary.write_text("[1,")
+    with pytest.raises(ConfigError, match="the page cannot be written"):
+        main([str(run)])
+    with pytest.raises(ConfigError, match=re.escape(f"such as {run}")):
+        main([str(run), str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("text", "html"),
+    [
+        ("<b>&\"'</b>", "&lt;b&gt;&amp;&quot;&#x27;&lt;/b&gt;"),
+        ("a\u202eb", 'a<i class="mark" title="RIGHT-TO-LEFT OVERRIDE">U+202E</i>b'),
+        ("\x1b[31m", '<i class="mark" title="U+001B">ESC</i>[31m'),
+        ("\ud800", '<i class="mark" title="U+D800">U+D800</i>'),
+        (Markup("<b>"), "<b>"),
+        (None, ""),
+    ],
+)
+def test_html_has_no_markup_and_no_invisible_character(text: object, html: str) -> None:
+    assert inert(text) == html
+
+
+def test_intervals_of_another_evaluation_are_not_shown(tmp_path: Path) -> None:
+    run = made_run(tmp_path)
+    change(run.evaluation_of(LAST_EVALUATION).results, "all", "eval_loss", value=9.0)
+    assert "[0.55, 0.7]" not in page_of(run).text

@@ -1,0 +1,185 @@
+"""Several runs, on a page and as a table: settings that differ, the best values, what cannot be compared."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
+from dpo_dist.tools.report.__main__ import main
+from dpo_dist.tools.report.runs import compare_runs, differing_settings
+from tests.support.sample_files import sample, write_samples
+from tests.unit.tools.pages.made_run import Page, change, made_run
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[RunFolder]:
+    """Three runs of different names."""
+    for name in "abc":
+        made_run(tmp_path / name).path.rename(tmp_path / f"run-{name}")
+    return [RunFolder(tmp_path / f"run-{name}") for name in "abc"]
+
+
+def compared(runs: list[RunFolder]) -> tuple[list[str], Page]:
+    page = runs[0].path.parent / "page.html"
+    lines = compare_runs(runs, page)
+    return [" ".join(line.split()) for line in lines], Page(page.read_text(encoding="utf-8"))
+
+
+def end_with(run: RunFolder, accuracy: float, *ends: float) -> None:
+    """Give the last evaluation of a run another accuracy."""
+    rows = json.loads(run.log_history.read_text())
+    rows[-1]["eval_rewards/accuracies"] = accuracy
+    run.log_history.write_text(json.dumps(rows))
+    change(
+        run.evaluation_of(LAST_EVALUATION).results, "all", "intervals", "eval_rewards/accuracies", value=ends
+    )
+
+
+def test_settings_that_differ_are_those_that_are_not_equal_in_all() -> None:
+    configs = [
+        {"optim": {"lr": 1e-6, "betas": [0.9, 0.95]}, "model": {"path": "a"}, "loss": {"terms": []}},
+        {"optim": {"lr": 1e-6, "betas": [0.9, 0.95]}, "model": {"path": "a"}},
+        {"optim": {"lr": 5e-6, "betas": [0.9, 0.95]}, "model": {"path": "a"}, "loss": {"terms": []}},
+    ]
+    assert differing_settings(configs) == {
+        "optim.lr": ["1e-06", "1e-06", "5e-06"],
+        "loss.terms": ["[]", "-", "[]"],
+    }
+    assert differing_settings(configs[:1] * 3) == {}
+
+
+def test_the_table_has_what_differs_and_marks_the_best(runs: list[RunFolder]) -> None:
+    lines, page = compared(runs)
+    assert lines[0] == "run outcome loss accuracy margin both fall"
+    assert lines[1] == "run-a completed 0.4100 0.625 [0.550, 0.700] 0.500 [0.400, 0.600] 0.600"
+    assert "All settings of the training are equal." in page.text
+    assert "*" not in "".join(lines)
+    change(runs[1].config, "optim", "lr", value=5e-6)
+    change(runs[1].config, "tracking", "project", value="mine")
+    end_with(runs[1], 0.9, 0.85, 0.95)
+    runs[2].summary.unlink()
+    lines, page = compared(runs)
+    assert lines[0] == "run optim.lr outcome loss accuracy margin both fall"
+    assert "run-b 5e-06 completed 0.4100 0.900* [0.850, 0.950] 0.500 [0.400, 0.600] 0.600" in lines
+    assert "run-c 1e-06 not ended - - - -" in lines
+    assert [line for line in lines if line in page.section("Results")] == lines
+    shown = page.section("Settings").split("Curves")[0]
+    assert "Settings that differ are in the table of results" in shown
+    assert "tracking.project - mine -" in shown
+    assert "model.path" not in shown
+    assert "rewards/accuracies/math 0.550 [0.450, 0.650] 0.550 [0.450, 0.650] -" in page.section(
+        "All metrics"
+    )
+
+
+def test_what_is_not_comparable_has_a_warning_and_no_best(runs: list[RunFolder]) -> None:
+    end_with(runs[1], 0.9, 0.85, 0.95)
+    change(runs[2].config, "loss", "beta", value=0.5)
+    rows = json.loads(runs[2].log_history.read_text())
+    rows[-1] |= {"eval_loss": 0.1, "eval_rewards/margins": 3.0}
+    runs[2].log_history.write_text(json.dumps(rows))
+    lines, page = compared(runs)
+    assert "0.900* [0.850, 0.950]" in lines[2]
+    assert "*" not in lines[3]
+    assert lines[-1] == "Their losses differ: compare accuracies, not losses, rewards and margins."
+    for run, digest in zip(runs, "xxy", strict=True):
+        change(run.state, "identity", "eval_data", value=digest)
+        change(run.state, "identity", "reference", value=digest)
+    lines, page = compared(runs)
+    assert "*" not in "".join(lines)
+    for line in lines[-3:]:
+        assert line.startswith("Their ")
+        assert line in page.text
+
+
+def test_more_settings_than_the_table_has_room_for_are_on_the_page_only(runs: list[RunFolder]) -> None:
+    for key in "abcde":
+        change(runs[0].config, "trainer", key, value=1)
+    lines, page = compared(runs)
+    assert "5 settings differ: see the page" in lines
+    for run, seed in zip(runs, (1, 1, 2), strict=True):
+        change(run.config, "trainer", "seed", value=seed)
+    lines, page = compared(runs)
+    assert any(line.startswith("all others 2 of 2 0.4100 \u00b1") for line in lines)
+    assert "trainer.e 1 - -" in page.section("Settings")
+
+
+def test_curves_are_over_pairs_and_prompts_beside_each_other(runs: list[RunFolder]) -> None:
+    change(runs[1].config, "trainer", "global_batch_pairs", value=32)
+    change(runs[1].summary, "pairs_seen", value=960)
+    for run, word in zip(runs[:2], ("Berlin", "Rome"), strict=True):
+        write_samples(run.path, 60, [sample(2, f"It is {word}.", step=60), sample(3 + len(word), step=60)])
+    runs[2].samples_file(30).unlink()
+    _, page = compared(runs)
+    loss = page.section("Loss").split("Accuracy")[0]
+    assert "pair 1,920 " in loss
+    assert page.section("Curves").split("Loss")[0].endswith("run-a run-b run-c "), "one legend"
+    assert "0.41 0.41 at pair 960 0.41" in loss
+    shown = page.section("Samples")
+    assert page.tags.count("h4") == 4  # the prompt, two runs, chosen
+    assert "run-a step 60, 3 tokens It is Berlin." in shown
+    assert re.search(r"run-b step 60, 3 tokens; \d+ % of its words not in run-a It is Rome \.", shown)
+
+
+def test_runs_of_the_same_name_are_named_by_their_paths(tmp_path: Path) -> None:
+    lines, _ = compared([made_run(tmp_path / "a"), made_run(tmp_path / "b")])
+    assert [line.split()[0] for line in lines[1:3]] == [
+        str(tmp_path / name / "qwen-sigmoid-3fa9c1d2") for name in "ab"
+    ]
+
+
+def test_the_verb_writes_a_page_of_several_runs_to_this_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = made_run(tmp_path / "a"), RunFolder(tmp_path / "empty")
+    second.path.mkdir()
+    second.config.write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert main([str(first), str(second)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[2].split() == ["empty", "not", "ended", *"----"]
+    assert printed[-1] == "report: runs.html"
+    assert "empty not ended" in Page((tmp_path / "runs.html").read_text()).section("Results")
+    assert main([str(first), str(second), "--output", str(tmp_path / "other.html")]) == 0
+    assert (tmp_path / "other.html").exists()
+
+
+def test_losses_of_other_kinds_name_runs_and_share_no_axis(runs: list[RunFolder]) -> None:
+    """A loss without beta has none, whatever is configured."""
+    for run, kind, beta in zip(runs, ("sigmoid", "simpo", "orpo"), (0.1, 2.0, 0.3), strict=True):
+        change(run.config, "loss", value={"kind": kind, "beta": beta, "terms": []})
+    lines, page = compared(runs)
+    assert lines[3].startswith("run-c - orpo completed 0.4100")
+    assert "beta 0.1, kind sigmoid beta 2, kind simpo kind orpo Loss, sigmoid " in page.section("Curves")
+    assert ("Loss, orpo\n" in page.text, "above rejected, orpo" in page.text) == (True, False)
+    legends = [value for name, value in page.attributes if name == "class" and value == "legend runs"]
+    assert len(legends) == 1
+
+
+def test_runs_that_differ_in_their_seeds_have_a_mean_and_a_spread(runs: list[RunFolder]) -> None:
+    """The best is a mean, never one of the seeds."""
+    for run, beta, seed, accuracy in zip(runs, (0.1, 0.1, 0.2), (1, 2, 1), (0.6, 0.9, 0.7), strict=True):
+        change(run.config, "loss", "beta", value=beta)
+        change(run.config, "trainer", "seed", value=seed)
+        change(run.config, "data", "train", value=[{"path": f"/data/of/{beta}.jsonl", "weight": 1}])
+        end_with(run, accuracy)
+    lines, page = compared(runs)
+    assert "*" not in "".join(lines[:4])
+    assert lines[5] == "setting seeds loss accuracy margin both fall"
+    assert lines[6].startswith(
+        "train 0.1.jsonl, beta 0.1 2 of 2 0.4100 \u00b1 0.0000 0.750* \u00b1 0.212 0.500"
+    )
+    assert lines[7].startswith("train 0.2.jsonl, beta 0.2 1 of 1 0.4100 0.700 0.500")
+    assert lines[6] in page.section("Mean \u00b1 standard deviation over seeds")
+    assert "train 0.1.jsonl, beta 0.1 (2 seeds) train 0.2.jsonl, beta 0.2 Loss" in page.section("Curves")
+    change(runs[2].config, "loss", "beta", value=0.1)
+    change(runs[2].config, "data", "train", value=[{"path": "/data/of/0.1.jsonl", "weight": 1}])
+    change(runs[2].config, "trainer", "seed", value=3)
+    lines, _ = compared(runs)
+    assert lines[6].startswith("all 3 of 3 0.4100 \u00b1 0.0000 0.733 \u00b1 0.153 0.500"), (
+        "nothing to be the best of"
+    )
+    change(runs[2].summary, "exit", value="diverged")
+    assert compared(runs)[0][6].startswith("all 2 of 3 0.4100 \u00b1 0.0000 0.750 \u00b1 0.212")

@@ -1,0 +1,63 @@
+"""Responses side by side: different words marked; which samples of a run its page shows."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.tools.pages.samples import choose, marked, samples_of
+from tests.support.sample_files import GOOD, sample, write_samples
+
+
+@pytest.mark.parametrize(
+    ("text", "other", "passages"),
+    [
+        ("A cat stood on a mat", "The cat sat on the mat", ["A", "stood", "a"]),
+        ("a b", "a b c d", []),
+        ("a\n\n    b", "a b", []),
+        # Words of scripts without spaces are compared by character.
+        ("我们今天去北京大学", "我们昨天去清华大学", ["今", "北京"]),
+        # A vowel sign stays with its letter, a family of emoji is one word.
+        ("हिन्दी में", "हिन्दू में", ["हिन्दी"]),
+    ],
+)
+def test_words_that_the_other_lacks_are_marked(text: str, other: str, passages: list[str]) -> None:
+    pieces, _ = marked(text, other)
+    assert [piece for piece, is_different in pieces if is_different] == passages
+    assert "".join(piece for piece, _ in pieces) == text
+
+
+def test_the_worst_and_some_at_random_are_shown() -> None:
+    rows = [sample(number) for number in range(30)]
+    rows[3] = sample(3, "the same again and " * 60)
+    rows[4] = sample(4, policy_finished=False, policy_tokens=20)
+    rows[5] = sample(5, policy_finished=False, policy_tokens=30)
+    rows[6] = sample(6, " \n", policy_finished=False)
+    rows[7] = sample(7, policy_tokens=None, reference=None, reference_tokens=None, chosen=None)
+    chosen = choose(rows)
+    assert [row["prompt_id"] for row, _ in chosen[:4]] == [f"{number:016x}" for number in (3, 6, 5, 4)]
+    assert [reason for _, reason in chosen] == [
+        "the response repeats itself, is 15.0 times as long as the reference's",
+        "the response is empty, does not end",
+        *["the response does not end"] * 2,
+        *["chosen at random"] * 6,
+    ]
+    assert choose(rows) == chosen
+    assert len(choose([sample(number, "") for number in range(99)])) == 10
+
+
+def test_responses_of_the_last_the_previous_and_the_first_step(tmp_path: Path) -> None:
+    for step, word in ((0, "three"), (100, "one"), (200, "four"), (300, "five"), (1000300, "six")):
+        write_samples(tmp_path, step, [sample(1, GOOD.replace("two", word))])
+    found = samples_of(RunFolder(tmp_path))
+    [html] = found["items"]
+    labels = [label.strip() for label in re.findall(r"<h4>([^<]+)", html)]
+    # The response of step 0 is the reference's.
+    assert labels == ["prompt", "reference", "step 1,000,300", "step 300", "chosen"]
+    assert re.findall("<mark>(.*?)</mark>", html)[:2] == ["six", "five"]
+    assert re.findall(r"<summary[^>]*>(.*?) <small>(.*?)</small>", html) == [
+        ("Question 1?", "qa: chosen at random")
+    ]
+    assert (found["step"], found["prompts"], found["file"]) == (1000300, 1, "step-1000300.jsonl")
+    assert samples_of(RunFolder(tmp_path / "none")) == {}

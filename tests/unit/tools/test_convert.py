@@ -1,0 +1,448 @@
+"""Runs of other trainers become files for `train`, with the reason for each key that is left out."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dpo_dist.config.load import checked
+from dpo_dist.config.losses import DiscopopOptions, LossKind, LossTermConfig, SimpoOptions
+from dpo_dist.config.mistakes import SCHEMA, names_of_others
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.foundation.errors import ConfigError
+from dpo_dist.tools.convert import __main__ as convert
+from dpo_dist.tools.convert.reading import Foreign, read
+from dpo_dist.tools.convert.translation import translated
+from tests.unit.config.support import configured, error_of
+
+FILES = Path(__file__).parents[2] / "assets" / "foreign"
+
+
+def converted(run: str | Path) -> tuple[RunConfig, str]:
+    """Return the configuration that a file or command becomes, and its comments."""
+    lines = translated(read(str(run))).splitlines(keepends=True)
+    comments = "".join(line for line in lines if line.startswith("#"))
+    return checked(SCHEMA.validate_python(yaml.safe_load("".join(lines)))), comments
+
+
+def terms(**weights: float) -> list[LossTermConfig]:
+    return [LossTermConfig(LossKind(kind), weight) for kind, weight in weights.items()]
+
+
+# A file's keys, beside a model and data; what our keys are; a part of the comments.
+TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
+    # Several keys together.
+    (
+        "{per_device_train_batch_size: 2, gradient_accumulation_steps: 8}",
+        {"trainer.global_batch_pairs": 16},
+        "2 pairs x 8, times the number of GPUs there, which nothing says: 128 for 8",
+    ),
+    ("{}", {"trainer.global_batch_pairs": 8, "optim.schedule": "linear", "trainer.epochs": 3}, "defaults"),
+    ("{stage: dpo}", {"optim.lr": 5e-5, "model.adapter.r": 8, "model.adapter.alpha": 16}, "optim.lr, "),
+    ("{stage: dpo, finetuning_type: full, lora_rank: 4}", {"model.adapter": None}, "4 — not needed"),
+    ("{use_peft: true, lora_r: 64}", {"model.adapter.r": 64, "model.adapter.alpha": 32}, "peft chooses few"),
+    ("{adam_beta1: 0.8, adam_beta2: 0.95}", {"optim.betas": [0.8, 0.95]}, ""),
+    (
+        "{learning_rate: 1.0e-5, lr_scheduler_type: cosine_with_min_lr, "
+        "lr_scheduler_kwargs: {min_lr: 1.0e-6}}",
+        {"optim.lr": 1e-5, "optim.schedule": "cosine", "optim.min_lr_ratio": pytest.approx(0.1)},
+        "",
+    ),
+    ("{warmup_steps: 0, warmup_ratio: 0.05}", {"optim.warmup_steps": None, "optim.warmup_ratio": 0.05}, ""),
+    ("{base_model: m, warmup_steps: 7}", {"optim.warmup_steps": 7}, "data.truncation"),
+    (
+        "{loss_type: [sigmoid, bco], loss_weights: [0.8, 0.2]}",
+        {"loss.terms": terms(sigmoid=0.8, bco_pair=0.2)},
+        "",
+    ),
+    ("{stage: dpo, pref_loss: ipo, pref_ftx: 0.5}", {"loss.terms": terms(ipo=1.0, sft=0.5)}, ""),
+    ("{total_batch_size: 64, micro_batch_size: 2}", {"trainer.global_batch_pairs": 64}, "_size — not"),
+    ("{loss_type: simpo}", {"loss.terms": terms(simpo=1.0, sft=1.0)}, ""),
+    (
+        "{stage: dpo, pref_loss: orpo, pref_beta: 0.3}",
+        {"loss.kind": "orpo", "loss.options.odds_weight": 0.3},
+        "",
+    ),
+    (
+        "{loss_type: simpo, beta: 2.5, gamma_beta_ratio: 0.4}",
+        {"loss.beta": 2.5, "loss.options.gamma": 1.0},
+        "",
+    ),
+    ("{stage: dpo, pref_loss: simpo, simpo_gamma: 0.7}", {"loss.beta": 0.1, "loss.options.gamma": 0.7}, ""),
+    ("{loss_type: discopop, discopop_tau: 0.2}", {"loss.options.tau": 0.2}, ""),
+    ("{loss_type: ipo, discopop_tau: 0.2}", {"loss.kind": "ipo"}, "0.2 — loss.options.tau has no effect"),
+    (
+        "{loss_type: [sigmoid, discopop], discopop_tau: 0.2}",
+        {
+            "loss.terms": [
+                *terms(sigmoid=1.0),
+                LossTermConfig(LossKind.discopop, options=DiscopopOptions(0.2)),
+            ]
+        },
+        "",
+    ),
+    # Machines and precision.
+    (
+        "{deepspeed: ds_z3_offload_config.json}",
+        {"parallelism.kind": "zero3", "parallelism.offload_parameters": "cpu"},
+        "",
+    ),
+    (
+        "{deepspeed: {zero_optimization: {stage: 2, stage3_prefetch_bucket_size: 1}}}",
+        {"parallelism.kind": "zero3"},
+        "— choose parallelism=zero3, zero2 or ddp",
+    ),
+    ("{deepspeed: stage3_no_offloading.conf}", {"parallelism.offload_optimizer": "none"}, ""),
+    ("{num_processes: 4, deepspeed: }", {"parallelism.kind": "ddp", "tracking.wandb": "off"}, "1 x 4 proc"),
+    ("{deepspeed: my.json}", {"parallelism.kind": "zero3"}, "deepspeed: my.json — choose parallelism=zero3"),
+    ("{fsdp: full_shard auto_wrap, fsdp_config: {x: 1}}", {"parallelism.kind": "zero3"}, ""),
+    (
+        "{stage: dpo, quantization_bit: 4, deepspeed: zero3.json}",
+        {"model.quantization": "nf4", "parallelism.kind": "ddp"},
+        "zero3.json — a quantized base is whole",
+    ),
+    ("{use_peft: true, load_in_8bit: true}", {"model.quantization": "int8"}, ""),
+    ("{bf16: false}", {"model.dtype": "fp32"}, ""),
+    ("{fp16: true, bf16: false}", {"model.dtype": "fp16"}, ""),
+    ("{bf16: true, torch_dtype: float32}", {"model.dtype": "bf16"}, "float32 — model.dtype is already"),
+    (
+        "{model_init_kwargs: {torch_dtype: float32, attn_implementation: sdpa}}",
+        {"model.dtype": "fp32"},
+        "the fastest",
+    ),
+    # Intervals.
+    ("{save_steps: 20, save_strategy: no}", {"trainer.save_every": 0}, "20 — trainer.save_every is"),
+    ("{eval_steps: 5}", {"trainer.eval_every": 0}, "eval_steps: 5 — trainer.eval_every has no effect"),
+    ("{eval_steps: 5, val_size: 0.1}", {"trainer.eval_every": 5, "data.eval_share": 0.1}, ""),
+    ("{max_steps: -1}", {"trainer.max_steps": None}, "max_steps: -1 — not needed"),
+    ("{report_to: [tensorboard]}", {"tracking.wandb": "off", "tracking.also": ["tensorboard"]}, ""),
+    ("{optim: paged_adamw_8bit}", {"optim.kind": "adamw_8bit"}, ""),
+    ("{optim: rmsprop}", {"optim.kind": "adamw"}, "optim: rmsprop — "),
+    ("{max_length: }", {}, "max_length: null — there no text is cut"),
+    ("{preprocessing_num_workers: 16}", {}, "16 — not needed"),
+    ("{adam_epsilon: 1.0e-8}", {}, "adam_epsilon: 1e-08 — not offered: the epsilon of AdamW is always 1e-8"),
+    ("{sync_ref_model: true}", {"loss.sync_reference.every": 512, "reference.mode": "live"}, ""),
+    (
+        "{early_stopping_patience: 3, metric_for_best_model: rewards/margins, eval_steps: 5, val_size: 0.1}",
+        {"trainer.patience": 3, "trainer.keep_best": "eval_rewards/margins", "trainer.eval_every": 5},
+        "",
+    ),
+    (
+        "{base_model: m, rl: dpo, dpo_loss_type: [ipo], early_stopping_patience: 3, val_set_size: 0.1}",
+        {"loss.kind": "ipo", "trainer.patience": 3, "trainer.keep_best": "eval_loss"},
+        "trainer.eval_every: 100, as",
+    ),
+    ("{val_size: 2000}", {"data.eval_share": 0}, "val_size: 2000 — data.eval_share cannot"),
+    # Other trainers.
+    (
+        "{stage: dpo, adapter_name_or_path: x, quantization_bit: 4, lora_rank: 4, lora_target: all}",
+        {"model.adapter.path": "x", "model.adapter.r": None, "reference.path": "m"}
+        | {"model.quantization": "nf4", "reference.quantization": "nf4"},
+        "lora_rank: 4 — not needed: the adapter that is continued",
+    ),
+    ("{base_model: m}", {"loss.kind": "sft", "trainer.global_batch_pairs": 1}, "trains by sft"),
+    (
+        "{base_model: m, rl: dpo, dpo_loss_type: [sigmoid, sft], dpo_loss_weights: [1.0, 0.5]}",
+        {"loss.terms": terms(sigmoid=1.0, sft=0.5)},
+        "",
+    ),
+    (
+        "{base_model: m, rl: kto, kto_desirable_weight: 0.2}",
+        {"loss.kind": "kto", "loss.desirable_weight": 0.2},
+        "",
+    ),
+    (
+        "{rlhf_type: dpo}",
+        {
+            "model.adapter.r": 8,
+            "model.adapter.alpha": 32,
+            "optim.lr": 1e-4,
+            "optim.schedule": "cosine",
+            "optim.weight_decay": 0.1,
+            "optim.betas": [0.9, 0.95],
+            "trainer.global_batch_pairs": 16,
+            "data.truncation": "drop",
+        },
+        "max_length: null",
+    ),
+    ("{rlhf_type: dpo, train_type: full, model: n}", {"model.adapter": None, "optim.lr": 1e-5}, "model"),
+    (
+        "{tuner_type: lora, adapters: [x], ref_adapters: [x], lora_rank: 8}",
+        {"model.adapter.path": "x", "model.adapter.r": None, "reference.path": None},
+        "ref_adapters: [x] — not needed",
+    ),
+    (
+        "{rlhf_type: simpo}",
+        {
+            "loss.beta": 2.0,
+            "loss.terms": [LossTermConfig(LossKind.simpo, options=SimpoOptions(1.0)), *terms(sft=1.0)],
+        },
+        "",
+    ),
+    ("{rlhf_type: dpo, ref_model: m, tuner_type: full}", {"reference.path": "m"}, ""),
+    (
+        "{use_lora: true}",
+        {"model.adapter.r": 64, "loss.kind": "sigmoid_norm", "loss.beta": 5.0, "optim.max_grad_norm": 1e9},
+        "",
+    ),
+    (
+        "{use_lora: false, dpo_loss_type: simpo, dpo_gamma_beta_ratio: 0.4, dpo_beta: 10}",
+        {"loss.kind": "simpo", "loss.options.gamma": 4.0, "model.adapter": None},
+        "",
+    ),
+    ("{with_tracking: true, loss_type: wpo}", {"loss.weighting": "wpo", "tracking.wandb": "auto"}, ""),
+    # What is not known, is off or says nothing.
+    (
+        "{wandb_api_key: q1, env: {HF_TOKEN: q2, A: B_KEY=q5}, swanlab_lark_secret: [q3], pad_token: q4}",
+        {},
+        "{HF_TOKEN: ***, A: B_KEY=***} — no counterpart is known\n# swanlab_lark_secret: *** — "
+        "no counterpart is known\n# pad_token: q4",
+    ),
+    ("{new_key: 3, use_dora: false}", {}, "3 — no counterpart is known\n# use_dora: false — not needed"),
+    ("{run_name: , logging_dir: ''}", {}, "run_name, logging_dir: empty"),
+    ("{gradient_accumulation_steps: auto}", {}, "_steps: auto — set trainer.global_batch"),
+    (
+        "{f_divergence_type: js_divergence, loss: {kind: ipo}}",
+        {"loss.divergence": "js"},
+        "loss: {kind: ipo} — ",
+    ),
+    ("{enable_thinking: false}", {"data.template_arguments": {"enable_thinking": False}}, ""),
+]
+
+
+def value_of(config: RunConfig, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+@pytest.mark.parametrize(("foreign", "ours", "comment"), TRANSLATED, ids=[row[0] for row in TRANSLATED])
+def test_keys_of_other_trainers_are_translated(
+    foreign: str, ours: dict[str, Any], comment: str, tmp_path: Path
+) -> None:
+    content = {"model_name_or_path": "m", "dataset": "a", "dataset_name": "a.jsonl"} | yaml.safe_load(foreign)
+    (file := tmp_path / "foreign.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    config, comments = converted(file)
+    assert {key: value_of(config, key) for key in ours} == ours
+    assert comment in comments
+
+
+DATA: list[tuple[str, list[dict[str, Any]], list[dict[str, Any]]]] = [
+    (
+        "{dataset_name: org/name-v1.5, dataset_config: sub, dataset_train_split: tr, eval_strategy: steps}",
+        [{"path": "org/name-v1.5", "name": "sub", "split": "tr"}],
+        [{"path": "org/name-v1.5", "name": "sub", "split": "test"}],
+    ),
+    (
+        "{dataset_mixer: {a/b: 0.5, c/d: 1}, dataset_splits: [train_prefs, test_prefs]}",
+        [{"path": "a/b", "split": "train_prefs", "weight": 0.5}, {"path": "c/d", "split": "train_prefs"}],
+        [{"path": "a/b", "split": "test_prefs"}, {"path": "c/d", "split": "test_prefs"}],
+    ),
+    (
+        "{dataset_mixture: {datasets: [{id: a/b, config: c, split: s, columns: [chosen]}], "
+        "test_split_size: 0.1}}",
+        [{"path": "a/b", "name": "c", "split": "s"}],
+        [],
+    ),
+    (
+        "{stage: dpo, dataset: 'x, y', dataset_dir: lf, eval_dataset: z, max_samples: 9}",
+        [{"path": "lf", "name": "x", "limit": 9}, {"path": "lf", "name": "y", "limit": 9}],
+        [{"path": "lf", "name": "z", "limit": 9}],
+    ),
+    (
+        """{base_model: m, datasets: [{path: json, ds_type: json, data_files: [a.jsonl, b.jsonl],
+        type: {field_prompt: question, field_chosen: good}}],
+        test_datasets: [{path: c.jsonl, split: train}]}""",
+        [{"path": f"{name}.jsonl", "columns": {"prompt": "question", "chosen": "good"}} for name in "ab"],
+        [{"path": "c.jsonl"}],
+    ),
+    (
+        "{use_lora: false, dataset_mixer: {a/b: 20000, c/d: 0.5, e: 0}}",
+        [{"path": "a/b", "split": "train", "limit": 20000}, {"path": "c/d", "split": "train", "weight": 0.5}],
+        [],
+    ),
+    (
+        "{mixer_list: [a/b, '3.0', c/d, 1]}",
+        [
+            {"path": "a/b", "split": "train", "weight": 3},
+            {"path": "c/d", "split": "train", "limit": 1},
+        ],
+        [],
+    ),
+    (
+        "{rlhf_type: dpo, dataset: ['a/b:x/y#50', HF::c/d, e.jsonl], val_dataset: f#7}",
+        [
+            {"path": "a/b", "name": "x", "limit": 50},
+            {"path": "a/b", "name": "y", "limit": 50},
+            {"path": "c/d"},
+            {"path": "e.jsonl"},
+        ],
+        [{"path": "f", "limit": 7}],
+    ),
+]
+
+
+@pytest.mark.parametrize(("foreign", "train", "evaluated"), DATA)
+def test_data_of_other_trainers_are_sources(
+    foreign: str, train: list[dict[str, Any]], evaluated: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    content = json.dumps({"model_name_or_path": "m", "beta": 0.1} | yaml.safe_load(foreign))
+    (file := tmp_path / "foreign.json").write_text(content)
+    config, _ = converted(file)
+    for sources, expected in ((config.data.train, train), (config.data.eval, evaluated)):
+        options = [{key: value for key, value in asdict(one).items() if value is not None} for one in sources]
+        assert options == [{"format": "auto", "weight": 1.0} | want for want in expected]
+
+
+def test_formats_of_texts_are_named_unless_they_change_nothing(tmp_path: Path) -> None:
+    kind = {"field_prompt": "q", "prompt_format": "{prompt}", "chosen_format": "{chosen}<end>"}
+    content = {"base_model": "m", "rl_beta": 0.2, "datasets": [{"path": "a.jsonl", "type": kind}]}
+    (file := tmp_path / "ax.yml").write_text(yaml.safe_dump(content))
+    config, comments = converted(file)
+    assert config.data.train[0].columns == {"prompt": "q"}
+    assert "data.train[0].chosen_format: {chosen}<end> — texts are read without it: write reader" in comments
+    assert "prompt_format" not in comments
+
+
+COMMANDS: list[tuple[str, dict[str, Any], str]] = [
+    (
+        "trl dpo --model_name_or_path m --beta=0.2 --use_peft --lora_target_modules q_proj v_proj",
+        {"model.path": "m", "loss.beta": 0.2, "model.adapter.target_modules": ["q_proj", "v_proj"]},
+        "From the command, read as a run of TRL that trains by dpo",
+    ),
+    (
+        "accelerate launch --config_file z3.yaml --num_processes 4 -m trl.scripts.kto --config FILE --beta 1",
+        {"parallelism.kind": "zero3", "trainer.global_batch_pairs": 32, "loss.kind": "kto", "loss.beta": 1},
+        "8 pairs x 1 x 4 processes",
+    ),
+    ("llamafactory-cli train FILE pref_beta=0.3 stage=dpo", {"loss.beta": 0.3, "optim.lr": 2e-6}, "Factory"),
+    ("axolotl train FILE --rl orpo --micro-batch-size 3", {"trainer.global_batch_pairs": 3}, "by orpo"),
+    (
+        """#!/bin/sh
+export MODEL=m LR="5e-7"  # don't panic
+# swift rlhf --model other
+NPROC_PER_NODE=2 swift rlhf --rlhf_type dpo --model "${MODEL}" \\
+    --learning_rate $LR --gradient_accumulation_steps 8 \\
+    --dataset 'a#5' b --output_dir out-$(date; echo 1) --hub_token abc "$@" 2>&1 | tee log; echo done""",
+        {"model.path": "m", "optim.lr": 5e-7, "trainer.global_batch_pairs": 16},
+        "output_dir: out-$(...) — the shell computes it: write its value",
+    ),
+    (
+        """accelerate launch --use_deepspeed --deepspeed_config_file stage3_no_offloading_accelerate.conf \\
+     open_instruct/dpo_tune_cache.py --mixer_list a/b 1.0 c/d 300 --learning_rate $LR --loss_type dpo_norm""",
+        {"parallelism.kind": "zero3", "parallelism.offload_parameters": "none"},
+        "learning_rate: $LR — the shell computes it",
+    ),
+]
+
+
+@pytest.mark.parametrize(("command", "ours", "comment"), COMMANDS, ids=[row[0][:20] for row in COMMANDS])
+def test_commands_are_read_as_files_are(
+    command: str, ours: dict[str, Any], comment: str, tmp_path: Path
+) -> None:
+    (keys := tmp_path / "keys.yaml").write_text("{model_name_or_path: m, learning_rate: 2e-6}")
+    command = command.replace("FILE", str(keys))
+    (script := tmp_path / "run.sh").write_text(command)
+    runs: list[str | Path] = [command] if "\n" not in command else [command, script]
+    for run in runs:
+        config, comments = converted(run)
+        assert {key: value_of(config, key) for key in ours} == ours
+        assert comment.replace("the command", getattr(run, "name", "the command")) in comments
+        assert "abc" not in comments
+
+
+REFUSED = [
+    ("one.yaml", "beta: 0.3", "this is no run of a trainer"),
+    ("docker.yaml", "{services: {a: 1}, volumes: {}, model: m}", "this is no run of a trainer"),
+    ("a.sh", "set -e\npython train.py --beta 0.1\n", "this is no run of a trainer"),
+    ("notes.txt", "We trained it with trl, and it isn't bad: see swift.", "this is no run of a trainer"),
+    ("train.py", "from trl import DPOConfig\nDPOConfig(beta=0.1)", "as keys of a YAML file"),
+    ("b.sh", "trl dpo --beta 1\ntrl kto --beta 1", "this script starts 2 runs"),
+    ("c.sh", "trl grpo --beta 1", "trains by another method"),
+    ("d.sh", 'open_instruct/dpo_tune_cache.py "$CONFIG"', "this file of keys cannot be read"),
+    (
+        "new.yaml",
+        "{stage: dpo, model_name_or_path: m, adapter_name_or_path: x, create_new_adapter: true}",
+        "a new adapter above",
+    ),
+    ("oft.yaml", "{stage: dpo, model_name_or_path: m, finetuning_type: oft}", "another kind of adapter"),
+    ("seq.sh", "swift sft --model m --task_type seq_cls", "trains by another method"),
+    ("loss.sh", "trl dpo --model_name_or_path m --loss_type sigmoid bar", "this loss is not offered"),
+    ("bco.sh", "trl dpo --model_name_or_path m --loss_type bco_unpaired", "on pairs loss=bco_pair"),
+    ("rm.yaml", "{stage: rm, model_name_or_path: m, dataset: a}", "trains by another method"),
+    ("broken.yaml", "{stage: dpo", "cannot be composed"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "message"), REFUSED, ids=[row[0] for row in REFUSED])
+def test_what_is_not_known_is_refused(name: str, content: str, message: str, tmp_path: Path) -> None:
+    (file := tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        convert.main([str(file), str(tmp_path / "ours.yaml")])
+    assert not (tmp_path / "ours.yaml").exists()
+
+
+NAMES = sorted(
+    {
+        name
+        for group in ("keys", "answers")
+        for text in names_of_others()[group].values()
+        for name in text.split()
+    }
+)
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+LEAVES |= st.sampled_from(["auto", "dpo", "simpo", "stage3", "1.0", "$X", "a,b", "'", "a#3", "[x]"])
+INNER = st.sampled_from(["path", "type", "zero_optimization", "datasets", "data_files", "device", "weight"])
+VALUES = st.recursive(
+    LEAVES, lambda some: st.lists(some, max_size=3) | st.dictionaries(INNER, some, max_size=3), max_leaves=6
+)
+MORE = ["datasets", "dataset_mixture", "dataset_mixer", "mixer_list", "rl", "num_processes", "loss_type"]
+
+
+@given(
+    st.sampled_from(list(names_of_others()["trainers"])),
+    st.dictionaries(st.sampled_from(NAMES) | st.sampled_from(MORE), VALUES, max_size=6),
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_values_of_odd_types_are_named_or_one_error(trainer: str, keys: dict[str, Any]) -> None:
+    try:
+        text = translated(Foreign(trainer, keys, "file"))
+    except ConfigError:
+        return
+    checked(SCHEMA.validate_python(yaml.safe_load(text)))
+
+
+@pytest.mark.parametrize("trainer", ["llama_factory", "trl", "axolotl"])
+def test_every_key_of_a_recipe_is_translated_or_named(trainer: str, tmp_path: Path) -> None:
+    ours = tmp_path / "ours.yaml"
+    assert convert.main([f"{FILES}/{trainer}.yaml", str(ours)]) == 0
+    config, comments = configured(run=[str(ours)]), ours.read_text()
+    assert "no counterpart is known" not in comments
+    assert "cannot have this value" not in comments
+    remedy = error_of(str(FILES / f"{trainer}.yaml"), run=[]).remedy
+    assert remedy.startswith(f"dpo-dist convert {FILES}/{trainer}.yaml {FILES}/{trainer}_converted.yaml ")
+    shown = {"llama_factory": (5e-6, 0.1, 2048), "trl": (5e-7, 0.01, 1024), "axolotl": (2e-4, 0.1, 4096)}
+    assert (config.optim.lr, config.loss.beta, config.data.max_length) == shown[trainer]
+
+
+def test_a_file_that_exists_or_cannot_be_read_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (file := tmp_path / "foreign.yaml").write_text("{model_name_or_path: m, loss_type: ipo, beta: 0.3}")
+    for words, text in (([file, file], "this file exists"), ([tmp_path / "gone.yaml"], "cannot be read")):
+        with pytest.raises(ConfigError, match=text):
+            convert.main([str(word) for word in words])
+    assert convert.main([str(file)]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["loss"] == {"kind": "ipo", "beta": 0.3}
+
+
+def test_a_file_of_this_program_is_refused(tmp_path: Path) -> None:
+    (file := tmp_path / "mine.yaml").write_text("{loss: ipo, data: {train: [a.jsonl]}, optim.lr: 1.0e-6}")
+    with pytest.raises(ConfigError, match=f"dpo-dist train {file} --check"):
+        convert.main([str(file)])

@@ -1,0 +1,377 @@
+"""Pairs by scores: prompts, selection, records with provenance that the trainer reads, counts; `--check`."""
+
+import itertools
+import json
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import Qwen2Config
+
+from dpo_dist.config.load import load_run_config
+from dpo_dist.config.schema import DropOrKeep, PairsConfig, PairSelection, PairsMethod, RunConfig
+from dpo_dist.data.formats import read_records
+from dpo_dist.data.records import Message, PreferenceRecord
+from dpo_dist.foundation.console import Console
+from dpo_dist.foundation.errors import ConfigError, DataError
+from dpo_dist.tools.judges import Judgement
+from dpo_dist.tools.pairs.run import (
+    Results,
+    different_prompts,
+    joined_completions,
+    pairs_from_scores,
+    pairs_of,
+    rehearse_pairs,
+    samples_of,
+    score,
+    select_pairs,
+)
+from dpo_dist.tools.pairs.start import check_judge, check_pairs, responding_models
+from dpo_dist.tools.sampling.prompts import Parts, Prompts
+from dpo_dist.tools.sampling.respond import Completion, Completions, ModelSource
+from dpo_dist.training.start.context import Run
+from tests.support.alone import ALONE
+from tests.support.judge_server import judge_server
+from tests.support.records import assistant, jsonl, user
+from tests.support.tiny_model import write_model
+
+ALL = PairSelection.all_pairs
+
+
+def select(scores: list[float], key: int = 0, seed: int = 0, **rule: Any) -> tuple[Any, dict[str, int]]:
+    counts: Counter[str] = Counter()
+    return select_pairs(scores, PairsConfig(**rule), seed, str(key), counts), dict(+counts)
+
+
+@pytest.mark.parametrize(
+    ("scores", "rule", "pairs", "counts"),
+    [
+        ([2, 5, 1, 3], {}, [(1, 2)], {}),
+        ([1, 5, 5, 1], {}, [(1, 0)], {"tied_pairs": 2}),
+        ([1, 4, 2, 4], {"select": ALL, "margin": 1}, [(1, 0), (1, 2), (3, 0), (3, 2)], {"tied_pairs": 1}),
+        ([2, 2, 2], {}, [], {"prompts_all_tied": 1, "tied_pairs": 3}),
+        ([2], {}, [], {"prompts_too_few_responses": 1}),
+        *(([3, 1], {"select": s, "margin": 2}, [], {"prompts_below_margin": 1}) for s in PairSelection),
+        *(([3, 0.9], {"select": s, "margin": 2}, [(0, 1)], {}) for s in PairSelection),
+    ],
+)
+def test_pairs_follow_scores_rule_and_margin(scores: Any, rule: Any, pairs: Any, counts: Any) -> None:
+    found, counted = select(scores, **rule)
+    assert (sorted(found), counted) == (pairs, counts)
+
+
+def test_the_random_response_follows_from_seed_and_key_and_is_each_other_one_equally_often() -> None:
+    def drawn(seed: int) -> list[tuple[int, int]]:
+        return [select([3, 2, 1], key, seed, select=PairSelection.best_random)[0][0] for key in range(600)]
+
+    assert drawn(0) == drawn(0) != drawn(1)
+    assert set(drawn(0)) == {(0, 1), (0, 2)}
+    assert 250 < drawn(0).count((0, 1)) < 350
+
+
+SCORED = {
+    "prompt": [user("name a colour")],
+    "responses": [{"content": text, "score": score} for text, score in [("a", 3), ("b", 9), ("c", 1)]],
+}
+PAIR = {
+    "chosen": [user("hi"), assistant("hello")],
+    "rejected": [user("hi"), assistant("no")],
+    "score_chosen": 1,
+    "score_rejected": 4,
+}
+PLAIN = {"prompt": "two and two is", "responses": ["four", "five"], "scores": [1.0, 0.5]}
+
+
+def make(folder: Path, *records: Any, **keys: Any) -> tuple[Path, str]:
+    said: list[str] = []
+    source = jsonl(folder, *records)
+    overrides = [f"pairs.{key}={value}" for key, value in keys.items()]
+    config = load_run_config(["model.path=m", f"data.train=[{source}]", f"run.dir={folder}", *overrides])
+    pairs_from_scores(config, said.append)
+    return folder / "pairs/pairs.jsonl", "\n".join(said)
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_provenance_names_the_line_and_the_rule_and_other_settings_replace_no_file(tmp_path: Path) -> None:
+    without = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    file, said = make(tmp_path, PAIR, SCORED, without, select="all_pairs", margin=3)
+    found = rows(file)
+    assert [(row["score_chosen"], row["score_rejected"]) for row in found] == [(9, 3), (9, 1)]
+    assert found[0]["provenance"] == {
+        **{"source": f"{tmp_path}/records.jsonl:2", "method": "scores", "select": "all_pairs"},
+        **{"margin": 3.0, "seed": 0, "ranks": [1, 2], "responses": 3},
+    }
+    assert "1 prompts_below_margin: prompts without a pair" in said
+    assert "1 without_scores: records without scores" in said
+    summary = json.loads(file.with_name("pairs.jsonl.summary.json").read_text())
+    assert (summary["pairs"], summary["settings"]["margin"]) == (2, 3.0)
+    assert summary["counts"] == {"prompts": 3, "prompts_below_margin": 1, "without_scores": 1}
+    with pytest.raises(ConfigError, match="margin: 3 before, 1 now"):
+        make(tmp_path, PAIR, SCORED, without, select="all_pairs", margin=1)
+    assert rows(file) == found
+
+
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"city": {"type": "string"}}}}
+WITH_TOOLS = {
+    "prompt": [
+        {"role": "system", "content": "be brief"},
+        user("rain?"),
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "yes", "name": "weather"},
+    ],
+    "chosen": [{"role": "assistant", "content": "yes", "reasoning_content": "the tool says so"}],
+    "rejected": [
+        {"role": "assistant", "content": "one moment", "loss_weight": 0},
+        user("well?"),
+        {"role": "assistant", "content": "no", "loss_weight": 1},
+    ],
+    "tools": [WEATHER],
+    "chat_template_kwargs": {"enable_thinking": False},
+    **{"score_chosen": 2, "score_rejected": 1},
+}
+HH = {
+    "chosen": "\n\nHuman: hi\n\nAssistant: yes",
+    "rejected": "\n\nHuman: hi\n\nAssistant: no",
+    **{"score_chosen": 2, "score_rejected": 1},
+}
+
+
+@pytest.mark.parametrize("records", [[PAIR | {"score_chosen": 9}, WITH_TOOLS], [HH, PLAIN]])
+def test_no_field_of_a_record_is_lost(tmp_path: Path, records: list[Any]) -> None:
+    file, _ = make(tmp_path, *records)
+    whole = [list(read_records(str(path))) for path in (tmp_path / "records.jsonl", file)]
+    for before, after in zip(*whole, strict=True):
+        assert isinstance(before, PreferenceRecord)
+        assert isinstance(after, PreferenceRecord)
+        assert replace(after, origin=before.origin) == before
+
+
+def sample(content: str, number: int = 0, tokens: int = 1, **facts: Any) -> Completion:
+    return Completion(number, content, tokens, **{"finished": True, "same_ids": True} | facts)
+
+
+@pytest.mark.parametrize("unfinished", DropOrKeep)
+def test_samples_that_are_not_used_have_a_reason(unfinished: DropOrKeep) -> None:
+    samples = [sample("a"), sample("a "), sample("a", fields={"reasoning_content": "t"}), sample(" ")]
+    samples += [sample("b", finished=False), sample("c", same_ids=False)]
+    found = joined_completions([Completions(samples)], PairsConfig(unfinished=unfinished))
+    reason = None if unfinished is DropOrKeep.keep else "unfinished"
+    assert [each.unused for each in found.completions] == [None, "identical", None, "empty", reason, None]
+
+
+MODELS = [
+    ModelSource(name, "pairs.models", Path(name), None, None, f"digest of {name}")
+    for name in ("one", "other")
+]
+THOUGHT = {"reasoning_content": "I add."}
+SCORES: list[list[float | None]] = [[3.0, 1.0, 1.0, None], [2.0] * 4, [4.0, 4.0]]
+
+
+def finished(folder: Path) -> Results:
+    source = jsonl(folder, *({"prompt": [user(f"question {n}")]} for n in range(3)))
+    rule = PairsConfig(method=PairsMethod.samples, select=ALL, unfinished=DropOrKeep.keep)
+    config = replace(load_run_config(["model.path=m", f"data.train=[{source}]"]), pairs=rule)
+    run = Run(config, ALONE, Console(None))
+    prompts = Prompts(run, folder, [different_prompts(config, lambda _: None)])
+    rows = []
+    for prompt in range(3):
+        thoughts = [THOUGHT, {}] if prompt == 0 else [{}, {}]
+        of_models = [
+            Completions(
+                [sample(f"{name}{n}", at + n, n + 1, fields=thoughts[n], finished=ends) for n in range(2)]
+            )
+            for name, at, ends in (("a", 0, True), ("b", 2, False))
+        ]
+        if prompt == 2:
+            of_models[1] = Completions([], "too_long")
+        rows.append(joined_completions(of_models, rule))
+    judge: Any = SimpleNamespace(judge=lambda _: [Judgement(own, Counter(unreadable=1)) for own in SCORES])
+    scored = prompts.finish(
+        "scores",
+        prompts.stage("scores", {}),
+        lambda _: list(map(asdict, score(prompts.parts[0], rows, judge))),
+    )
+    return Results(prompts, MODELS, scored, {"sampling": "facts"})
+
+
+def test_scored_samples_have_their_origin_and_are_counted_and_read_again(tmp_path: Path) -> None:
+    results = finished(tmp_path)
+    pairs = list(pairs_of(results))
+    a0 = [{"role": "assistant", "content": "a0", **THOUGHT}]
+    assert [(row["chosen"], row["rejected"]) for row in pairs] == [
+        (a0, [{"role": "assistant", "content": "a1"}]),
+        (a0, [{"role": "assistant", "content": "b0", **THOUGHT}]),
+    ]
+    assert {(row["score_chosen"], row["score_rejected"]) for row in pairs} == {(3.0, 1.0)}
+    provenance = pairs[1]["provenance"]
+    assert provenance["rejected"] == {
+        "model": {"name": "other", "revision": None, "digest": "digest of other"},
+        **{"number": 2, "tokens": 1, "finished": False},
+    }
+    assert provenance["source"].endswith("records.jsonl:1")
+    assert (provenance["select"], provenance["sampling"]) == ("all_pairs", "facts")
+    assert +results.counts == {
+        **{"prompts": 3, "samples": 10, "unreadable": 3, "samples_without_score": 1},
+        **{"tied_pairs": 1 + 6, "prompts_all_tied": 1, "prompts_dropped_too_long": 1},
+        "samples_unfinished": 4,
+    }
+    found = list(samples_of(results))
+    assert [(len(row["responses"]), len(row["unused"])) for row in found] == [(3, 1), (4, 0), (2, 0)]
+    assert found[0]["unused"][0]["content"] == "b1"
+    assert found[2]["provenance"]["dropped"] == "too_long"
+    (record,) = read_records(str(jsonl(tmp_path, found[0])))
+    assert isinstance(record, PreferenceRecord)
+    assert record.scores == (3.0, 1.0, 1.0)
+    assert record.responses[0] == (Message("assistant", "a0", THOUGHT),)
+
+
+def test_parts_of_prompts_share_none_and_together_are_all(tmp_path: Path) -> None:
+    source = jsonl(tmp_path, *({"prompt": f"question {n % 50}", "completion": "c"} for n in range(60)))
+
+    def asked(*overrides: str) -> list[str]:
+        config = load_run_config(["model.path=m", f"data.train=[{source}]", *overrides])
+        return [str(record.prompt) for record in different_prompts(config, lambda _: None)]
+
+    whole = asked()
+    parts = [asked("pairs.prompt_parts=3", f"pairs.prompt_part={index}") for index in range(3)]
+    assert len(whole) == 50
+    assert sorted(itertools.chain(*parts)) == sorted(whole)
+    assert all(8 < len(part) < 25 for part in parts)
+    assert asked("pairs.prompt_parts=3", "pairs.prompt_part=1", "pairs.limit=5") == parts[1][:5]
+
+
+def prompts_of(folder: Path, parts: int, **world: Any) -> Prompts:
+    run: Any = SimpleNamespace(world=SimpleNamespace(**world), console=Console(None))
+    return Prompts(run, folder, [[]] * parts)
+
+
+def stage(folder: Path, setting: str = "a", parts: int = 5) -> Parts:
+    return prompts_of(folder, parts).stage("responses", {"setting": setting})
+
+
+def work(parts: Parts, open_parts: list[int], rank: int, fails: int | None = None) -> list[int]:
+    """Do the share of one of two processes, one after the other; return the parts begun."""
+    world = {"rank": rank, "size": 2, "on_main": lambda *_: open_parts, "together": lambda work: work()}
+    done = []
+
+    def part(index: int) -> list[dict[str, Any]]:
+        done.append(index)
+        if index == fails:
+            raise ConfigError("no memory")
+        return number(index)
+
+    with nullcontext() if fails is None else pytest.raises(ConfigError):
+        prompts_of(parts.folder, 5, **world).finish("responses", parts, part)
+    return done
+
+
+def number(index: int) -> list[dict[str, Any]]:
+    return [{"number": index, "text": "é\u2028"}]
+
+
+def test_processes_share_the_open_parts_and_stop_at_the_error_of_another_one(tmp_path: Path) -> None:
+    parts = stage(tmp_path)
+    open_parts = parts.open()
+    assert open_parts == [0, 1, 2, 3, 4]
+    assert work(parts, open_parts, 1, fails=3) == [1, 3]
+    assert work(parts, open_parts, 0) == []
+    open_parts = parts.open()
+    assert open_parts == stage(tmp_path).open() == [0, 2, 3, 4], "1 is finished"
+    assert [work(parts, open_parts, rank) for rank in (0, 1)] == [[0, 3], [2, 4]]
+    assert parts.open() == []
+    assert [parts.read(index) for index in range(5)] == [number(index) for index in range(5)]
+    assert stage(tmp_path, "b").open() == [0, 1, 2, 3, 4], "other settings have other parts"
+    assert stage(tmp_path, parts=4).folder != parts.folder, "other prompts have other parts, too"
+
+
+PROMPTS = [{"prompt": [user(f"question {n}")]} for n in range(3)]
+SAMPLED = ("pairs.method=samples", "pairs.reward_model=r", "pairs.samples=2")
+DELTA = ("pairs.method=delta", "pairs.models=[a/b,c/d]")
+
+
+@pytest.fixture
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("base").mkdir()
+    return tmp_path
+
+
+def config(*overrides: str) -> RunConfig:
+    return load_run_config(["data.train=[records.jsonl]", "run.dir=run", "model.path=base", *overrides])
+
+
+def found(folder: Path, records: list[Any], *overrides: str) -> str:
+    jsonl(folder, *records)
+    before = sorted(folder.rglob("*"))
+    report = rehearse_pairs(config("model.path=model", *overrides))
+    assert sorted(folder.rglob("*")) == before
+    return report
+
+
+@pytest.mark.usefixtures("in_folder")
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["run.resume=must"], "run.resume has no effect"),
+        ([*DELTA, "model.revision=x"], "model.revision has no effect"),
+        ([*SAMPLED, "sampling.temperature=0"], "every sample of a model is the same"),
+        ([*SAMPLED, "pairs.function=a:b"], "samples need one judge"),
+        (["pairs.method=samples", "model.path=a/b", "pairs.endpoint.url=http://h/v1"], "model is not given"),
+        (["pairs.method=delta", "pairs.models=[a,./a]"], "two models"),
+        (["pairs.rounds=1"], "rounds cannot be done"),
+        (["pairs.rounds=1", *SAMPLED, "pairs.models=[other]"], "rounds cannot be done"),
+        (["pairs.margin=1", "sampling.top_k=3", "pairs.launcher=python"], "(?s)2 mistakes.*top_k.*launcher"),
+    ],
+)
+def test_an_option_without_effect_or_sense_is_refused(overrides: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        check_pairs(config(*overrides))
+
+
+@pytest.mark.usefixtures("in_folder")
+def test_rounds_are_done_by_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="one process"):
+        check_pairs(config(*SAMPLED, "pairs.rounds=1"))
+
+
+def test_a_comparison_has_at_most_one_judge() -> None:
+    with pytest.raises(ConfigError, match="a comparison has one judge"):
+        check_judge(config("pairs.reward_model=a", "pairs.function=a:b"))
+
+
+def test_models_prompts_and_the_endpoint_are_checked(in_folder: Path) -> None:
+    write_model(in_folder / "model")
+    write_model(in_folder / "run" / "model")
+    (in_folder / "run" / "config.yaml").touch()
+    assert responding_models(config("pairs.models=[model,run]")) == ["model", "run/model"]
+    records = [*PROMPTS, {"prompt": [user("word " * 900)]}, {"no": "prompt"}]
+    with judge_server(lambda *_: "[[5]]") as server:
+        keys = ["pairs.method=samples", f"pairs.endpoint.url={server.url}", "pairs.endpoint.model=judge"]
+        report = found(in_folder, records, *keys, "data.max_bad_share=0.2")
+    assert len(server.bodies) == 1
+    assert f"judge: judge at {server.url}: each two" in report
+    assert "model, vocabulary of 431, a response ends with <|im_end|>" in report
+    assert "records.jsonl: 4 of 5 records kept\n    1 dropped (unknown_format): " in report
+    assert "not asked, of the first records: 1 prompt_fills_max_length (" in report
+    with judge_server(lambda *_: (400, "{}")) as server:
+        keys[1] = f"pairs.endpoint.url={server.url}"
+        with pytest.raises(ConfigError, match="harmless request"):
+            found(in_folder, PROMPTS, *keys)
+    Qwen2Config.from_pretrained(in_folder / "model", num_labels=2).save_pretrained(in_folder / "model")
+    with pytest.raises(ConfigError, match="no reward model"):
+        found(in_folder, PROMPTS, "pairs.method=samples", "pairs.models=[]", "pairs.reward_model=model")
+
+
+@pytest.mark.parametrize(("records", "said"), [(10, "10 records"), (2000, "the first 1024 records")])
+def test_more_bad_records_than_pairs_accepts_are_an_error(records: int, said: str, in_folder: Path) -> None:
+    with pytest.raises(DataError, match=said):
+        found(in_folder, ([SCORED] * 9 + [{"no": "prompt"}]) * (records // 10))

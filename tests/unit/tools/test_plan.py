@@ -1,0 +1,298 @@
+"""Memory, time, disk and price of runs, each number by hand or by what it must not be below; and in words."""
+
+import re
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoConfig
+
+from dpo_dist.config.load import load_run_config
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.model.files.load import without_weights
+from dpo_dist.model.flops import step_flops
+from dpo_dist.tools.plan.estimate import Data, Estimate, estimate, machine_of
+from dpo_dist.tools.plan.plans import make_plan, plan_in_brief, planned_data
+from tests.support.launch import ROOT
+
+SHAPE = {
+    **{"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 4, "vocab_size": 32000},
+    **{"num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False},
+}
+EMBEDDINGS = 2 * 32000 * 4096
+NORMS = 9 * 4096
+P = 4 * (4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 11008) + EMBEDDINGS + NORMS
+STEPS = 100
+ADAPTER = ["parallelism=ddp", "model.adapter={r: 16}"]
+BOTH = ["parallelism.offload_optimizer=cpu", "parallelism.offload_parameters=cpu"]
+
+
+@cache
+def configured(*words: str) -> RunConfig:
+    given = [
+        "model.path=m",
+        "data.train=[hub/unknown]",
+        "samples.prompts=0",
+        "trainer.global_batch_pairs=128",
+    ]
+    return load_run_config([*given, "plan.gpu=h100-80g", *words])
+
+
+MODELS: dict[str, Any] = {}
+
+
+def estimated(
+    *words: str, gpus: int = 8, tokens: float = 700.0, kind: str = "llama", **options: Any
+) -> Estimate:
+    config, data = configured(*words), Data(128 * STEPS, tokens, "")
+    machine = machine_of(config.plan, config.model.dtype)._replace(gpus=gpus)
+    policy = replace(config.model, gradient_checkpointing="none")
+    if (key := repr((policy, kind, options))) not in MODELS:
+        MODELS[key] = without_weights(AutoConfig.for_model(kind, **SHAPE, **options), policy)
+    return estimate(config, data, machine, MODELS[key])
+
+
+@pytest.mark.parametrize(
+    ("words", "gpus", "seconds"),
+    [
+        ("parallelism=zero2", 8, 4 * P / 250e9),  # gradients and weights
+        ("parallelism=ddp", 8, 4 * P / 250e9),
+        ("parallelism=ddp model.dtype=fp32", 8, 8 * P / 250e9),
+        ("parallelism=zero2", 16, 6 * P / 50e9),  # gradients in float32
+        ("parallelism=zero2 parallelism.reduce_in_float32=false", 16, 4 * P / 50e9),
+        ("parallelism=zero2", 1, 0.0),
+        # 16 pairs a GPU, 11,200 tokens: three micro-batches, in each of which weights are gathered twice.
+        ("trainer.micro_batch_tokens=4096", 8, 3 * 6 * P / 250e9),
+        ("trainer.micro_batch_tokens=100", 8, 16 * 6 * P / 250e9),  # a pair is not divided
+        ("trainer.micro_batch_tokens=4096", 16, 2 * 8 * P / 50e9),
+        ("trainer.micro_batch_tokens=4096 parallelism.hpz=8", 16, (2 * 4 + 4) * P / 50e9),
+    ],
+)
+def test_seconds_of_a_step_in_which_weights_and_gradients_travel(
+    words: str, gpus: int, seconds: float
+) -> None:
+    assert estimated(*words.split(), gpus=gpus).sending == pytest.approx(STEPS * seconds)
+
+
+@pytest.mark.parametrize(
+    ("words", "gpus", "seconds"),
+    [
+        ([], 8, 0.0),
+        # Over PCIe gradients in float32 and weights; then 24 bytes of states, 4 of gradients, 2 of weights.
+        (BOTH[:1], 8, 6 * P / 8 / 25e9 + 30 * P / 100e9),
+        (BOTH, 8, (6 + 4) * P / 8 / 25e9 + 30 * P / 100e9),  # and weights, twice
+        (BOTH, 16, (6 + 4) * P / 16 / 25e9 + 30 * P / 2 / 100e9),  # two hosts
+        (["parallelism=zero2", BOTH[0], "trainer.ema_decay=0.9"], 8, 6 * P / 8 / 25e9 + 38 * P / 100e9),
+    ],
+)
+def test_seconds_of_a_step_in_which_gpus_wait_for_their_host(
+    words: list[str], gpus: int, seconds: float
+) -> None:
+    found = estimated(*words, gpus=gpus)
+    assert found.times == 1
+    assert found.on_host == pytest.approx(STEPS * seconds)
+
+
+def test_training_is_three_forwards_and_what_is_computed_again() -> None:
+    found = estimated("model.gradient_checkpointing=none")
+    causal_lm = without_weights(AutoConfig.for_model("llama", **SHAPE), found.config.model)
+    useful = 12_800 * step_flops(causal_lm).of(700, 490, 210**2 // 2 + 2 * 245 * 210 + 245**2) / (8 * 989e12)
+    assert found.computing == pytest.approx(useful, rel=1e-4)
+    assert found.scoring == pytest.approx(useful / 3, rel=1e-4)
+    assert found.launching == pytest.approx(STEPS * 4 * 1.2e-3)
+    whole = estimated("model.gradient_checkpointing=full")
+    assert whole.computing == pytest.approx(4 / 3 * useful, rel=1e-4)
+    assert whole.launching == pytest.approx(STEPS * 4 * 1.2e-3 * 4 / 3)
+    assert estimated("model.dtype=fp32").computing > 14 * useful, "67 of 989 TFLOP/s"
+    adapter = estimated(*ADAPTER)
+    assert adapter.computing == pytest.approx(2 * adapter.scoring)
+    kto = estimated("model.gradient_checkpointing=none", "loss=kto")
+    for more, less in ((kto.computing, found.computing), (kto.scoring, found.scoring)):
+        assert more == pytest.approx(less + useful / 3, rel=1e-4), "its partners"
+
+
+@pytest.mark.parametrize(("kind", "of_weight"), [("nf4", 2.53), ("int8", 3.0)])
+def test_quantized_weights_are_read_and_written_at_half_the_speed_of_the_memory(
+    kind: str, of_weight: float
+) -> None:
+    """In forward, in backward, and where the forward is computed again."""
+    seconds = of_weight * (P - EMBEDDINGS - NORMS) / 1.675e12
+    for checkpointing, passes in (("none", 2), ("full", 3)):
+        words = [f"model.quantization={kind}", f"model.gradient_checkpointing={checkpointing}"]
+        assert estimated(*ADAPTER, *words).dequantizing == pytest.approx(STEPS * passes * seconds)
+
+
+def test_samples_gather_once_under_zero3_and_are_little_elsewhere() -> None:
+    samples = ["data.eval=[e]", "sampling.max_new_tokens=100", "trainer.eval_every=30", "samples.prompts=8"]
+    once = 2 * P / 250e9 + 100 * 4 * 1.1e-3
+    assert estimated(*samples).sampling == pytest.approx(5 * once), "at the start, and at the end"
+    assert estimated(*samples, "samples.prompts=null").sampling == pytest.approx(2 * once)
+    assert estimated().sampling == estimated("parallelism=ddp", *samples).sampling == 0
+
+
+def test_phases_overlap_but_for_ddp_in_bf16_and_the_reference_is_scored_once() -> None:
+    for words, together in (
+        (["parallelism=ddp"], sum),
+        (["parallelism=ddp", "model.dtype=fp32"], max),
+        ([], max),
+    ):
+        found = estimated(*words)
+        training = 2 * together((found.computing / 0.4, found.sending))
+        assert found.seconds(0.4, 2.0)["training"] == pytest.approx(training)
+        once = found.seconds(0.4)["reference, once for all runs"]
+        assert found.seconds(0.4, 2.0)["reference, once for all runs"] == once > 0
+    adapter = estimated(*ADAPTER)
+    assert adapter.seconds(0.4, 2.0)["reference"] == 2 * adapter.seconds(0.4)["reference"]
+    assert list(estimated("loss=simpo").seconds(0.4)) == ["training"]
+
+
+def test_hours_and_price_of_all_gpus() -> None:
+    found = estimated("trainer.epochs=2", "plan.price=3", "loss=simpo").hours()
+    assert found["run_seconds"] == [2 * end for end in found["epoch_seconds"]]
+    assert found["price"] == [end / 3600 * 8 * 3 for end in found["run_seconds"]]
+    steps = estimated("trainer.max_steps=10", "loss=simpo").hours()
+    assert steps["run_seconds"] == [pytest.approx(end / 10) for end in found["epoch_seconds"]]
+    assert "price" not in steps
+
+
+@pytest.mark.parametrize(("gpus", "tokens"), product((1, 64), (90.0, 9e3)))
+def test_nothing_is_faster_by_more_work(gpus: int, tokens: float) -> None:
+    for base, more in (
+        *(([], offload) for offload in ([BOTH[0]], [BOTH[1]], BOTH, ["model.dtype=fp32"])),
+        (ADAPTER, ["model.quantization=nf4"]),
+    ):
+        found = [estimated(*base, *words, gpus=gpus, tokens=tokens).seconds(0.3) for words in ([], more)]
+        less, longer = map(list, map(dict.values, found))
+        assert all(slow >= 0.999 * fast for slow, fast in zip(longer, less, strict=True))
+        assert sum(longer) > sum(less)
+
+
+def test_larger_micro_batches_beside_offloaded_weights_are_no_gain() -> None:
+    plain, offloaded = (estimated("plan.gpu=rtx4090-24g", *words, gpus=2) for words in ([], BOTH))
+    assert plain.fits
+    assert (plain.largest or 0) < (offloaded.largest or 0)
+    assert plain.times == offloaded.times > 1
+
+
+def test_experts_take_longer_than_a_dense_model_of_their_active_size() -> None:
+    experts = estimated(kind="mixtral", num_local_experts=8, num_experts_per_tok=1)
+    dense = estimated()
+    assert experts.computing == pytest.approx(1.5 * dense.computing, rel=1e-3)
+    assert experts.weights > 4 * dense.weights
+
+
+@pytest.mark.parametrize(
+    ("words", "host", "disk"),
+    [
+        ([], 14 * P, {"a checkpoint": 12 * P, "the model": 2 * P, "the log-probs": 12_800 * 490 * 4}),
+        (["model.dtype=fp32", "loss=simpo"], 16 * P, {"a checkpoint": 12 * P, "the model": 4 * P}),
+        ([*BOTH, "reference=live"], 20 * P, {"a checkpoint": 12 * P, "the model": 2 * P}),
+    ],
+)
+def test_bytes_of_hosts_and_disks(words: list[str], host: float, disk: dict[str, float]) -> None:
+    found = estimated(*words)
+    assert (found.host, found.disk) == (pytest.approx(host), pytest.approx(disk))
+    assert estimated(*words, gpus=16).host < found.host
+
+
+def test_an_adapter_writes_itself_and_a_quantized_base_keeps_what_is_not_linear() -> None:
+    found = estimated(*ADAPTER)
+    assert found.disk == pytest.approx({"a checkpoint": 12 * found.trained, "the model": 2 * found.trained})
+    assert found.weights - found.trained == P
+    quantized = estimated(*ADAPTER, "model.quantization=nf4")
+    expected = 0.53 * (P - EMBEDDINGS - NORMS) + 2 * (EMBEDDINGS + NORMS) + 2 * found.trained
+    assert quantized.needs.parts["weights"] == pytest.approx(expected)
+
+
+def test_an_unknown_architecture_has_the_usual_micro_batch() -> None:
+    found = estimated(kind="gemma2", attn_logit_softcapping=50.0, head_dim=128)
+    assert (found.largest, found.micro_batch, found.times) == (None, 8192, 2)
+
+
+def planned(*words: str) -> tuple[str, dict[str, Any]]:
+    given = ["plan.pairs=12800", "plan.tokens_per_pair=700"]
+    plan = make_plan(load_run_config([*given, "plan.gpu=h100-80g", *words]), lambda *_: nullcontext())
+    return "\n".join(plan.lines), plan.content
+
+
+def test_hours_are_told_of_what_fits_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    text, content = planned("+experiment=qwen7b", "plan.gpus=1", "plan.price=2")
+    assert text.splitlines()[-2].startswith("does not fit: there is room for micro-batches of 0 tokens")
+    assert {"epoch_seconds", "run_seconds", "price"}.isdisjoint(content)
+    text, content = planned(
+        "+experiment=qwen7b", "plan.gpus=8", "plan.price=2", "loss=simpo", "reference=none"
+    )
+    low, high = content["price"]
+    assert re.search(f" price +{low:.2f} to {high:.2f}\n?", text)
+    assert "log-probs" not in text
+    assert "disk: 85.1 GiB a checkpoint, 14.2 GiB the model\n" in text
+    assert "communication-bound" not in text
+    assert "set parallelism.hpz=8 with zero3" in planned("+experiment=qwen7b", "plan.gpus=64")[0]
+
+
+SMALL = [
+    *("+experiment=qwen3_0_6b", "parallelism=ddp", "model.quantization=nf4", "model.adapter={r: 16}"),
+    *("plan.gpus=1", "data.max_length=40000"),
+]
+
+
+def test_what_is_suggested_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    machine = ["+experiment=qwen7b", "plan.gpus=8", "plan.gpu=a100-40g"]
+    content = planned(*machine, "model.gradient_checkpointing=none", "plan.suggest=true")[1]
+    assert not content["fits"]
+    assert planned(*machine, *content["suggested"].split(), "trainer.micro_batch_tokens=auto")[1]["fits"]
+    alone = ["+experiment=qwen7b", "plan.gpus=1"]
+    offloaded = planned(*alone, "parallelism=zero3_offload", "plan.suggest=true")[1]["suggested"]
+    assert offloaded.startswith("parallelism=zero3_offload"), "without offload it does not fit"
+    assert planned(*SMALL)[1]["fits"], "also above the largest micro-batch that `auto` chooses"
+    lora = planned("+experiment=qwen7b_lora", "plan.gpus=1", "plan.gpu=rtx4090-24g", "plan.suggest=true")[1]
+    assert not lora["fits"]
+    assert "model.quantization=nf4" in lora["suggested"]
+
+
+def test_a_check_without_a_gpu_says_nothing_of_gpus() -> None:
+    assert plan_in_brief(configured("model.path=Qwen/Qwen3-0.6B", "plan.gpu=null"), 100) == []
+    named = configured("model.path=Qwen/Qwen3-0.6B", "plan.gpu=null", "plan.gpus=1")
+    assert [name for name, _ in plan_in_brief(named, 100)] == ["plan", "hours"]
+    large = configured("model.path=Qwen/Qwen2.5-7B", "plan.gpu=a100-40g", "plan.gpus=1")
+    assert [name for name, _ in plan_in_brief(large, 100)] == ["plan"]
+
+
+RECIPES = {
+    "olmo3_7b": (258_622, 900),  # but for the evaluated share
+    "qwen3_0_6b": (59_699, 700),
+    "qwen7b": (62_135, 700),
+    "qwen7b_sft": (62_135, 455),  # a prompt with one response
+    "smollm3": (168_500, 2098),  # half of a part, and a quarter of another
+    "tulu3_8b": (270_052, 900),
+    "zephyr7b": (61_135, 700),
+}
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "conf/experiment").glob("*.yaml")), ids=lambda file: file.stem
+)
+def test_recipes_know_the_size_of_their_data(file: Path) -> None:
+    content = yaml.safe_load(file.read_text())
+    if file.stem in RECIPES:
+        data = planned_data(load_run_config([f"+experiment={file.stem}"]), lambda *_: nullcontext())
+        assert (data.pairs, round(data.tokens)) == RECIPES[file.stem]
+        assert data.basis.startswith("by the cards of the data")
+    else:
+        assert file.stem in ("smoke", "qwen7b_lora") or "${run.root}" in str(content["data"]["train"])
+
+
+def test_data_that_no_card_is_known_of_are_assumed() -> None:
+    data = planned_data(
+        load_run_config(["model.path=m", "data.train=[hub/unknown]"]), lambda *_: nullcontext()
+    )
+    assert data == (60_000, 700, "assumed; set plan.pairs and plan.tokens_per_pair")
+    some = ["data.train=[{path: Anthropic/hh-rlhf, limit: 100, weight: 3}]", "plan.tokens_per_pair=50"]
+    assert planned_data(load_run_config(["model.path=m", *some]), lambda *_: nullcontext())[:2] == (300, 50)

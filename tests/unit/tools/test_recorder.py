@@ -1,0 +1,62 @@
+"""Alarms about sampled responses: once on the screen, and counted; bugs end no run."""
+
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from dpo_dist.config.schema import FolderConfig, ModelConfig, RunConfig
+from dpo_dist.foundation.console import Console, LineScreen
+from dpo_dist.foundation.errors import RunOutcome
+from dpo_dist.tools.report import recorder as recorder_module
+from dpo_dist.tools.report.recorder import Recorder
+from dpo_dist.training.reporting.metrics_log import MetricsLog
+from dpo_dist.training.reporting.trackers import Trackers
+from dpo_dist.training.start.context import Run
+from tests.support.alone import ALONE
+
+SUMMARY = {"final": {}, "best": {}, "steps": 2}
+
+
+class Opened:
+    """A recorder with a tracker that keeps its calls."""
+
+    def __init__(self, run: Path) -> None:
+        self.tracker, self.said = mock.Mock(), list[str]()
+        config = RunConfig(model=ModelConfig("somewhere"), run=FolderConfig(str(run)))
+        of_run = Run(config, ALONE, Console(LineScreen(self.said.append)))
+        log = MetricsLog.open(of_run.folder, None, print)
+        self.recorder = Recorder(of_run, log, Trackers([self.tracker]))
+
+
+def sampled(step: int, **values: float) -> dict[str, float]:
+    found = {"length": 20.0, "finished": 1.0, "reference_length": 20.0, "prompts": 8.0} | values
+    return {"step": step, "eval_loss": 0.5} | {f"eval_samples/{name}": one for name, one in found.items()}
+
+
+def test_an_alarm_is_raised_when_samples_begin_to_degrade(tmp_path: Path) -> None:
+    opened = Opened(tmp_path)
+    opened.recorder.row({"step": 1, "loss": 0.6})
+    for step, length in ((2, 20.0), (4, 70.0), (6, 80.0), (8, 20.0), (10, 90.0)):
+        opened.recorder.row(sampled(step, length=length))
+    [first, again] = opened.said
+    assert first.startswith("warning: over-optimised after step 4: sampled responses are 3.5x longer")
+    assert again.startswith("warning: over-optimised after step 10")
+    alarms = [row.get("eval_samples/alarms") for row in opened.recorder.metrics.rows]
+    assert alarms == [None, 0, 1, 1, 0, 1]
+
+
+def test_a_bug_in_a_report_ends_no_run_but_a_full_disk_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("draw_curves", "write_page", "sample_alarm"):
+        monkeypatch.setattr(recorder_module, name, mock.Mock(side_effect=ZeroDivisionError))
+    opened = Opened(tmp_path)
+    opened.recorder.row(sampled(2))
+    opened.recorder.close(SUMMARY, RunOutcome.completed)
+    assert [row["step"] for row in opened.recorder.metrics.rows] == [2]
+    assert ["is missing because of a bug" in text for text in opened.said[:3]] == [True] * 3
+    assert opened.tracker.finish.mock_calls[0].args[0] == "completed"
+    monkeypatch.setattr(recorder_module, "write_page", mock.Mock(side_effect=OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space"):
+        opened.recorder.close(SUMMARY, RunOutcome.completed)

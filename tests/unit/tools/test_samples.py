@@ -1,0 +1,127 @@
+"""Choice of the prompts of samples, and the evaluations that have them."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dpo_dist.config.schema import DataConfig, FolderConfig, ModelConfig, RunConfig, SourceConfig
+from dpo_dist.data.encoded.build import prepare_dataset
+from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
+from dpo_dist.distributed.zero import FrozenEngine
+from dpo_dist.foundation import background, console
+from dpo_dist.foundation.console import Console, LineScreen
+from dpo_dist.foundation.files import json_line
+from dpo_dist.model.files.stops import find_stop_ids
+from dpo_dist.tools.report import samples
+from dpo_dist.tools.report.samples import SamplePrompt, Samples, choose_prompts
+from dpo_dist.tools.sampling.generate import Request, Sample
+from dpo_dist.tools.sampling.settings import Sampling
+from dpo_dist.training.start.context import Run
+from tests.support import tiny
+from tests.support.alone import ALONE
+from tests.support.records import jsonl
+
+TOKENIZER = tiny.qwen()
+STOPS = find_stop_ids(TOKENIZER, DataConfig(), Path(), "model.path")
+ROWS = [
+    {"prompt": f"question {'very ' * n}{n // 2}", "chosen": f" right {n}", "rejected": f"wrong {n}"}
+    for n in range(12)
+]
+# A prompt twice, with other responses.
+ROWS.append({**ROWS[0], "chosen": "another", "rejected": "one"})
+
+
+def dataset(folder: Path, rows: list[dict[str, str]]) -> PreferenceDataset:
+    folder.mkdir()
+    source = SourceConfig(str(jsonl(folder, *rows)), label="held_out")
+    config = DataConfig(cache=str(folder / "encoded"))
+    return open_dataset(prepare_dataset([source], config, TOKENIZER, "tiny"), config)
+
+
+def chosen(data: PreferenceDataset, count: int, seed: int = 0, longest: int | None = None) -> list[str]:
+    prompts = choose_prompts(data, TOKENIZER, STOPS, count, seed, longest)
+    return [prompt.fields["prompt"] for prompt in prompts]
+
+
+def test_prompts_follow_from_seed_and_contents_alone(tmp_path: Path) -> None:
+    data = dataset(tmp_path / "one", ROWS)
+    everything = chosen(data, 100)
+    assert len(everything) == len(set(everything)) == 12
+    assert chosen(data, 5) == everything[:5]
+    assert chosen(dataset(tmp_path / "other", ROWS[::-1]), 100) == everything
+    assert chosen(data, 5, seed=1) != everything[:5]
+
+
+def test_prompts_leave_room_for_the_response(tmp_path: Path) -> None:
+    data = dataset(tmp_path / "one", ROWS)
+    lengths = sorted({data.lengths(index)[0] for index in range(len(data))})
+    fitting = choose_prompts(data, TOKENIZER, STOPS, 100, 0, lengths[2])
+    assert max(len(prompt.request.prompt_ids) for prompt in fitting) == lengths[2]
+    assert 0 < len(fitting) < 12
+
+
+def test_responses_of_the_reference_are_read_for_the_same_prompts_and_settings_only(tmp_path: Path) -> None:
+    run = Run(
+        RunConfig(model=ModelConfig("unused"), run=FolderConfig(dir=str(tmp_path))), ALONE, Console(None)
+    )
+    prompt = SamplePrompt(Request(np.array([1], np.int32), "id", 0), {"prompt_id": "id"})
+    opened = Samples(run, Sampling(4, seed=3), (prompt,), STOPS, TOKENIZER)
+    assert opened.read_reference() is None
+    response = {"text": "a\u2028b", "tokens": 2, "finished": True}
+    sampling = {"max_new_tokens": 4, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 3}
+    opened.run.folder.samples.mkdir()
+    opened.run.folder.samples_reference.write_text(
+        json_line({"prompt_id": "id", "sampling": sampling, **response}), encoding="utf-8"
+    )
+    assert opened.read_reference() == [response]
+    assert replace(opened, sampling=Sampling(5, seed=3)).read_reference() is None
+    assert replace(opened, prompts=opened.prompts * 2).read_reference() is None
+
+
+def test_refusals_count_where_the_chosen_response_is_none_and_only_at_the_evaluations_of_the_run(
+    tmp_path: Path,
+) -> None:
+    run = Run(
+        RunConfig(model=ModelConfig("unused"), run=FolderConfig(dir=str(tmp_path))), ALONE, Console(None)
+    )
+    refusal = {"text": "I'm sorry, but I can't help with that.", "tokens": 9, "finished": True}
+    prompts = [
+        SamplePrompt(Request(np.array([1], np.int32), "id", 0), {"prompt_id": "id", "chosen": chosen})
+        for chosen in ("Paris, of course.", "I cannot help with that.")
+    ]
+    usual = Samples(run, Sampling(4), tuple(prompts), STOPS, TOKENIZER, at_every_evaluation=False)
+    usual = replace(usual, starts_as_reference=True, reference=[refusal, refusal])
+    policy = FrozenEngine.__new__(FrozenEngine)  # the reference's responses are those of step 0
+    metrics = usual.at(0, policy, is_last=False)
+    assert (metrics["samples/refusals"], metrics["samples/prompts"]) == (0.5, 2.0)
+    assert usual.at(3, policy, is_last=False) == {}
+
+
+def test_a_run_says_that_it_samples_while_it_takes_long_and_counts_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "_BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(console, "_FIRST_HEARTBEAT_SECONDS", 0.0)
+    lines: list[str] = []
+
+    def generate(*_: object, **__: object) -> list[Sample]:
+        for _attempt in range(1000):
+            if lines:
+                break
+            time.sleep(0.01)
+        return [Sample([5], None)]
+
+    monkeypatch.setattr(samples, "generate_together", generate)
+    config = RunConfig(model=ModelConfig("unused"), run=FolderConfig(dir=str(tmp_path)))
+    run = Run(config, ALONE, Console(LineScreen(lines.append)))
+    prompt = SamplePrompt(Request(np.array([1], np.int32), "id", 0), {"prompt_id": "id", "chosen": "Yes."})
+    asked = Samples(run, Sampling(4), (prompt,), STOPS, TOKENIZER)
+    asked.run.folder.samples.mkdir()
+    with run.clock.of("evaluation"):
+        metrics = asked.at(3, FrozenEngine.__new__(FrozenEngine), is_last=False)
+    assert metrics["samples/prompts"] == 1.0
+    assert run.clock.read()["seconds"]["samples"] > 0
+    assert lines[0].startswith("samples: responding to 1 prompt: ")

@@ -1,0 +1,96 @@
+"""What a sweep records of its points: how each ended, its metrics with intervals, and a line of a check."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dpo_dist import train
+from dpo_dist.config.load import Points, load_points
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.foundation.files import locked
+from dpo_dist.tools.sweep import __main__ as sweep
+from dpo_dist.tools.sweep.results import sweep_lines, sweep_results
+from tests.unit.tools.pages.made_run import change, made_run
+
+
+def points_in(folder: Path, *words: str) -> Points:
+    return load_points(["model.path=m", "data.train=[a.jsonl]", f"run.root={folder}", *words])
+
+
+def test_results_have_the_metrics_of_finished_points_with_intervals(tmp_path: Path) -> None:
+    points = points_in(tmp_path, "trainer.seed=range(3)")
+    done, failed, _ = points
+    made = made_run(tmp_path / "made")
+    change(made.state, "outcome", value="completed")
+    made.path.rename(RunFolder.of(points[done]).path)
+    folder = RunFolder(tmp_path / "sweep")
+    results = sweep_results(points, {failed: ("diverged", "not finite")}, folder)
+    assert json.loads(folder.sweep.read_text()) == results
+    first, second, third = results["points"]
+    assert first["settings"] == {"trainer.seed": "0"}
+    assert first["outcome"] == "completed"
+    assert first["metrics"]["eval_rewards/accuracies"] == 0.625
+    assert first["intervals"]["eval_rewards/accuracies"] == [0.55, 0.7]
+    assert set(first["intervals"]) <= set(first["metrics"])
+    assert (second["outcome"], second["error"]) == ("diverged", "not finite")
+    assert (third["outcome"], "error" in third, "metrics" in third) == ("not trained", False, False)
+    lines = sweep_lines(results, points, folder.report)
+    assert lines == [
+        f"trainer.seed=1: diverged: not finite ({second['screen']})",
+        "trainer.seed=2: not trained",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("code", "counts", "outcome", "error"),
+    [
+        (0, 0, "completed", ""),
+        (75, 75, "preempted", ""),
+        (2, 2, "invalid", "configuration error: no"),
+        (1, 1, "failed", "configuration error: no"),
+        (3, 3, "diverged", "configuration error: no"),
+        (-9, -9, "signal 9", "configuration error: no"),
+        (143, 143, "signal 15", "configuration error: no"),
+    ],
+)
+def test_a_point_ends_as_its_own_start_says(
+    code: int, counts: int, outcome: str, error: str, tmp_path: Path
+) -> None:
+    run, screen = RunFolder(tmp_path / "run"), tmp_path / "screen"
+    former = "configuration error: another process is training in this run directory\n"
+    screen.write_text(former)
+    assert sweep.end_of(run, code, sweep.screen_since(screen, len(former))) == (counts, (outcome, ""))
+    screen.write_text(f"{former}step 1\nconfiguration error: no\n  to do: x\n\n")
+    assert sweep.end_of(run, code, sweep.screen_since(screen, len(former))) == (counts, (outcome, error))
+
+
+def test_a_point_whose_run_another_process_has_is_trained_by_that(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    with locked(run.lock, "trains"):
+        for code in (1, 2):
+            assert sweep.end_of(run, code, "error: x") == (75, ("trained by another process", ""))
+        assert sweep.end_of(run, 3, "diverged: x") == (3, ("diverged", "diverged: x"))
+    assert sweep.end_of(run, 2, "error: x") == (2, ("invalid", "error: x"))
+
+
+def test_a_check_has_a_line_for_each_point_and_loads_what_is_equal_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = list[RunConfig]()
+
+    def check(config: RunConfig) -> Iterator[str]:
+        loaded.append(config)
+        yield f"check passed\n  run.dir:  {config.run.dir}\n  loss:  {config.loss.kind}\n"
+
+    monkeypatch.setattr(train, "check", check)
+    monkeypatch.setattr(sweep, "check_points", lambda points: None)
+    points = points_in(tmp_path, "loss.kind=sigmoid,ipo", "trainer.seed=range(3)")
+    *lines, whole = sweep.check(points)
+    assert len(loaded) == 2
+    for (words, config), line in zip(points.items(), lines, strict=True):
+        own = "\n  loss:  ipo" if "loss.kind=ipo" in words else ""
+        assert line == f"{' '.join(words)}: {config.run.dir} (new){own}"
+    assert whole == f"check passed\n  run.dir:  {loaded[0].run.dir}\n  loss:  sigmoid"
