@@ -392,7 +392,7 @@ def trainer_of(keys: Collection[Any]) -> str | None:
     """Return the trainer of a file with these keys: three that trainers have, one of them its own."""
     trainers, same = names_of_others()["trainers"], {name.rpartition(".")[2] for name in run_keys()}
     known = [key for key in map(str, keys) if key in same or meant(key, "keys") or meant(key, "answers")]
-    own = (name for name, facts in trainers.items() if not {*facts["signs"].split()}.isdisjoint(known))
+    own = (name for name, signs in trainers.items() if not {*signs.split()}.isdisjoint(known))
     return next(own, None) if len(known) >= _KEYS_OF_A_TRAINER else None
 
 

@@ -1,1 +1,1 @@
-"""What looks at data, models and runs: each tool with its verb. The trainer imports none of it."""
+"""What looks at data, models and runs: a folder for each verb, and what several use in `shared`."""

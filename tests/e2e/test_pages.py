@@ -13,8 +13,8 @@ from dpo_dist.config.schema import FolderConfig, RunConfig
 from dpo_dist.foundation.text import number
 from dpo_dist.tools.compare.page import write_comparison_page
 from dpo_dist.tools.doctor.page import write_doctor_page
-from dpo_dist.tools.pages.charts import Line, chart
-from dpo_dist.tools.pages.render import page
+from dpo_dist.tools.shared.pages.charts import Line, chart
+from dpo_dist.tools.shared.pages.render import page
 from tests.e2e.conftest import Overrides, last_evaluation
 from tests.support.browser import Watched, chromium
 from tests.support.comparison_files import answer, model, results, row, write_comparison
@@ -212,7 +212,7 @@ def test_three_runs_by_their_verb(overrides: Overrides, assets: Path, tmp_path: 
 
 def test_texts_of_the_doctor_are_hidden_until_they_are_asked_for(tmp_path: Path, browser: Any) -> None:
     config = RunConfig(run=FolderConfig(str(tmp_path)))
-    write_doctor_page(RunFolder.of(config), diagnosis(HOSTILE), config)
+    write_doctor_page(RunFolder.of(config), diagnosis(HOSTILE), config.data, config.doctor)
     file = RunFolder.of(config).doctor_page
     watched = opened(browser, file, 390, color_scheme="dark")
     page = watched.page

@@ -13,7 +13,7 @@ from deepspeed.utils import numa
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.tools.pages.render import TEMPLATES
+from dpo_dist.tools.shared.pages.render import TEMPLATES
 from tests.support.composed import compose_once
 
 LATE = (

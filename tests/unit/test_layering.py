@@ -86,6 +86,15 @@ def test_imports_go_down_and_engines_stay_in_their_rooms() -> None:
                     assert re.match(rooms, module.removeprefix("dpo_dist.")), f"{module} imports {name}"
 
 
+def test_sampling_and_judges_know_nothing_of_the_tools_that_use_them() -> None:
+    users = ("chat", "compare", "pairs")
+    below = [module for module in MODULES if re.match(r"dpo_dist\.tools\.(sampling|judges)\b", module)]
+    for module in below:
+        for name in imported(ast.walk(MODULES[module])):
+            assert not re.match(rf"dpo_dist\.tools\.({'|'.join(users)})\b", name), f"{module} imports {name}"
+    assert len(below) > 3
+
+
 WALLED = ("accelerate", "deepspeed", "liger_kernel", "peft", "transformers")
 """Packages whose undocumented parts are used in `WALLS` only."""
 WALLS = ("dpo_dist.distributed.deepspeed_internals", "dpo_dist.model.library_internals")
@@ -219,6 +228,14 @@ def test_tests_call_each_function_of_a_wall(wall: str) -> None:
     assert {name for name in functions if not name.startswith("_")} <= called
 
 
+def test_what_tools_share_knows_no_tool() -> None:
+    shared = [module for module in MODULES if module.startswith("dpo_dist.tools.shared.")]
+    for module in shared:
+        tools = (name for name in imported(ast.walk(MODULES[module])) if name.startswith("dpo_dist.tools."))
+        assert [name for name in tools if not name.startswith("dpo_dist.tools.shared.")] == [], module
+    assert len(shared) > 10
+
+
 def modules_imported_by(module: str) -> set[str]:
     """Return those of this package that a module imports when it is imported itself."""
     # `from dpo_dist.data import dataset` imports the module `dataset`, if there is one of this name.
@@ -232,23 +249,7 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 REPEATED = {"main", "check", "log", "T"}
 """What a verb does and checks first; the usual names of a module's log and of a type variable."""
-DOUBLES = {
-    *(
-        "BATCH_TOKENS",
-        "BEST",
-        "EVALUATED",
-        "Facts",
-        "Judgement",
-        "KEY",
-        "KINDS",
-        "Key",
-        "LOSS",
-        "PART_PROMPTS",
-    ),
-    *("Progress", "RULES", "Recorder", "Results", "Role", "Row", "Rule", "Run", "Samples", "Say", "Source"),
-    *("Speaker", "TIE", "Table", "Values", "estimate", "inert", "load_tokenizer", "number", "samples_of"),
-    *("token_logps", "train"),
-}
+DOUBLES = {"BEST", "Progress", "Row", "Values", "load_tokenizer", "token_logps", "train"}
 """Names that still have several meanings; none is added."""
 
 

@@ -11,14 +11,14 @@ from transformers import TextStreamer
 
 from dpo_dist.config.load import from_yaml
 from dpo_dist.config.run_folder import RunFolder, is_checkpoint
-from dpo_dist.config.schema import NO_MODEL, Dtype, RunConfig
+from dpo_dist.config.schema import NO_MODEL, Dtype, ModelConfig, RunConfig
 from dpo_dist.data.records import Message, Origin, PreferenceRecord
 from dpo_dist.data.text.lengths import without_limits
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.streams import print_result, printable_lines
 from dpo_dist.model.lora import adapter_off
 from dpo_dist.model.numerics import has_fp16_products
-from dpo_dist.tools.sampling.respond import (
+from dpo_dist.tools.shared.sampling.respond import (
     Responder,
     find_files,
     load_source,
@@ -45,7 +45,7 @@ class Speaker:
     name: str
     responder: Responder
     causal_lm: Any
-    config: RunConfig
+    model: ModelConfig
     of_base: bool = False
     messages: list[Message] = field(default_factory=list)
 
@@ -95,7 +95,7 @@ def open_speakers(
         return [first] if beside is None else [first, _open(beside, "--beside", say, trusts_code)]
     if first.responder.source.adapter is not None:
         return [first, replace(first, name=BASE, of_base=True, messages=[])]
-    if first.config.model.path == NO_MODEL:
+    if first.model.path == NO_MODEL:
         raise ConfigError(
             "the base of this model is not known",
             where="--beside base",
@@ -104,9 +104,7 @@ def open_speakers(
             remedy="name the base: --beside PATH",
         )
     # With the tokenizer and the template of the run, as its reference.
-    base = load_source(
-        find_files(first.config.model.path, first.config, "model.path"), first.config, _device()
-    )
+    base = load_source(find_files(first.model.path, first.model, "model.path"), first.model, _device())
     return [first, replace(first, name=BASE, causal_lm=base, messages=[])]
 
 
@@ -122,11 +120,11 @@ def _open(location: str, key: str, say: Callable[[str], None], trusts_code: bool
     # A run's configuration cannot ask for code, and its template is saved with its model.
     model = replace(config.model, trust_remote_code=trusts_code, dtype=dtype)
     data = replace(without_limits(config.data), chat_template=None)
-    config, name = replace(config, model=model, data=data), short_name(location)
+    name = short_name(location)
     if is_checkpoint(folder) and run is not None:
         location = str(written_checkpoint(folder, run.comparison_models, say, trusts_code))
-    source = find_files(location, config, key)
-    return Speaker(name, open_responder(source, config), load_source(source, config, _device()), config)
+    source = find_files(location, model, key)
+    return Speaker(name, open_responder(source, model, data), load_source(source, model, _device()), model)
 
 
 def _device() -> torch.device:

@@ -34,9 +34,9 @@ def main(config: RunConfig) -> int:
 def check(config: RunConfig) -> Iterator[str]:
     """Check everything that needs no weights and no GPU."""
     models = check_comparison(config)
-    from dpo_dist.tools.compare.models import rehearse_comparison  # noqa: PLC0415  (slow)
+    from dpo_dist.tools.compare.models import dry_run_comparison  # noqa: PLC0415  (slow)
 
-    yield rehearse_comparison(config, models)
+    yield dry_run_comparison(config, models)
 
 
 if __name__ == "__main__":

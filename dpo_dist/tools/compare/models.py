@@ -15,7 +15,7 @@ import torch
 import dpo_dist
 from dpo_dist.batching.example import Example
 from dpo_dist.config.run_folder import RunFolder, check_writable
-from dpo_dist.config.schema import FusedLayers, RunConfig
+from dpo_dist.config.schema import DataConfig, FusedLayers, RunConfig
 from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX, count_lines
 from dpo_dist.data.formats import read_prompts
 from dpo_dist.data.read.sources import pinned, source_labels
@@ -41,47 +41,47 @@ from dpo_dist.model.lora import load_adapter
 from dpo_dist.model.packed import PackedCausalLM, packed_logps
 from dpo_dist.reference.engine import scored_model
 from dpo_dist.tools.compare.results import compares, comparison, judge_texts
-from dpo_dist.tools.compare.start import KEY, Compared
-from dpo_dist.tools.doctor.texts import side_of
+from dpo_dist.tools.compare.start import MODELS_KEY, NamedModel
 from dpo_dist.tools.evaluation.trained_prompts import count_trained
-from dpo_dist.tools.judges import Judge, open_judge
-from dpo_dist.tools.pairs.files import good_records
-from dpo_dist.tools.pairs.run import check_model, first_records, passed
-from dpo_dist.tools.sampling.generate import Request, Sample, generate
-from dpo_dist.tools.sampling.prompts import (
+from dpo_dist.tools.shared.records import good_records, side_of
+from dpo_dist.tools.shared.sampling.dry_run import check_model, check_report, first_records
+from dpo_dist.tools.shared.sampling.generate import Request, Sample, generate
+from dpo_dist.tools.shared.sampling.judges import Judge, open_judge
+from dpo_dist.tools.shared.sampling.prompts import (
     Parts,
     Prompts,
     as_asked,
-    find_together,
+    find_model_together,
     in_parts,
     joined_run,
-    judge_of,
+    open_judge_together,
 )
-from dpo_dist.tools.sampling.respond import Completions, ModelSource, Responder, open_responder
-from dpo_dist.tools.sampling.settings import Sampling, sampling_of
+from dpo_dist.tools.shared.sampling.respond import Completions, ModelSource, Responder, open_responder
+from dpo_dist.tools.shared.sampling.settings import Sampling, sampling_of
 from dpo_dist.training.export import written_checkpoint
 from dpo_dist.training.start.context import Run
 
-Row = dict[str, Any]
-PART_PROMPTS = 16
+_Row = dict[str, Any]
+PROMPTS_AT_ONCE = 16
 """Prompts of one part: processes share the parts, and finished ones are not repeated."""
-BATCH_TOKENS = 16384
+_BATCH_TOKENS = 16384
 """Most tokens of a batch of one process: its rows times the longest prompt with its response."""
 
 
-def held_out(config: RunConfig, say: Callable[[str], None]) -> tuple[list[PreferenceRecord], dict[str, str]]:
-    """Return `compare.prompts` different prompts of the evaluation data, and source labels by `prompt_key`.
+def held_out(
+    data: DataConfig, wanted: int, say: Callable[[str], None]
+) -> tuple[list[PreferenceRecord], dict[str, str]]:
+    """Return `wanted` different prompts of the evaluation data, and source labels by `prompt_key`.
 
     They are chosen by a hash of the prompt, and in the order of the data, with the first response.
     """
-    wanted, labels = config.compare.prompts, dict[str, str]()
-    sources, part = config.data.eval_sources, eval_part(config.data)
+    labels, sources, part = dict[str, str](), data.eval_sources, eval_part(data)
 
     def ranked() -> Iterator[tuple[str, int, PreferenceRecord]]:
         for source, label in zip(sources, source_labels(sources), strict=True):
-            for record in good_records(read_prompts(pinned(source)), source, config.data, say):
+            for record in good_records(read_prompts(pinned(source)), source, data, say):
                 scores = record.scores if side_of(record) else None
-                asked = replace(as_asked(record, config.data), responses=record.responses[:1], scores=scores)
+                asked = replace(as_asked(record, data), responses=record.responses[:1], scores=scores)
                 key = prompt_key(asked)
                 if key not in labels and part.has(prompt_hash(record.prompt)):
                     labels[key] = label
@@ -101,7 +101,7 @@ def held_out(config: RunConfig, say: Callable[[str], None]) -> tuple[list[Prefer
 
 
 @dataclass(eq=False)
-class Speaker:
+class ComparedModel:
     """A model of the comparison; its weights are loaded when a process has its first part to do.
 
     `source` has its name in the results, `path` is as given. `logps` are of its responses under itself,
@@ -110,7 +110,6 @@ class Speaker:
 
     path: str
     source: ModelSource
-    config: RunConfig
     prompts: Prompts
     responses: Parts = field(init=False)
     logps: Parts = field(init=False)
@@ -123,27 +122,29 @@ class Speaker:
 
     @property
     def _sampling(self) -> Sampling:
-        return sampling_of("compare", self.config.sampling)
+        return sampling_of("compare", self.prompts.run.config.sampling)
 
     @cached_property
     def responder(self) -> Responder:
         """Its tokenizer and stop tokens."""
-        return open_responder(self.source, self.config)
+        config = self.prompts.run.config
+        return open_responder(self.source, config.model, config.data)
 
     @cached_property
     def _packed(self) -> PackedCausalLM:
-        model = self.config.model
+        config = self.prompts.run.config
+        model = config.model
         model_config = replace(scored_model(model, model.quantization), fused=FusedLayers.none)
-        longest = self.config.data.max_length + self._sampling.max_new_tokens
+        longest = config.data.max_length + self._sampling.max_new_tokens
         if self.responder.longest is not None:
             longest = min(longest, self.responder.longest)
         world = self.prompts.run.world
         with unsharded_loading(world):
-            packed = load_packed(self.source.folder, model_config, longest, world.device, KEY)
+            packed = load_packed(self.source.folder, model_config, longest, world.device, MODELS_KEY)
             if self.source.adapter is not None:
-                load_adapter(packed, self.source.adapter, KEY)
+                load_adapter(packed, self.source.adapter, MODELS_KEY)
         packed.eval()
-        StartCheck(packed, packed, world.device, longest, KEY).choose_arrangement()
+        StartCheck(packed, packed, world.device, longest, MODELS_KEY).choose_arrangement()
         return packed
 
     def respond(self) -> None:
@@ -151,7 +152,7 @@ class Speaker:
 
         def samples(requests: Sequence[Request], sampling: Sampling) -> list[Sample]:
             with self._packed.unpacked() as causal_lm:
-                return generate(causal_lm, requests, sampling, self.responder.stop_ids, BATCH_TOKENS)
+                return generate(causal_lm, requests, sampling, self.responder.stop_ids, _BATCH_TOKENS)
 
         self.responses = self.prompts.responses(
             self.source,
@@ -160,7 +161,7 @@ class Speaker:
             lambda: (self.responder, samples),
         )
 
-    def score(self, other: "Speaker") -> Parts:
+    def score(self, other: "ComparedModel") -> Parts:
         """Return the finished log-probs of a model's responses under this model; collective.
 
         Each row is `{"logp": ...}`, the sum over the tokens of the response to that prompt, null without one.
@@ -168,12 +169,12 @@ class Speaker:
         settings = {
             "responses": other.responses.folder.name,
             "model": self.source.digest,
-            "attention": str(self.config.model.attention),
+            "attention": str(self.prompts.run.config.model.attention),
         }
 
-        def part(index: int) -> list[Row]:
+        def part(index: int) -> list[_Row]:
             rows = [Completions.of(row) for row in other.responses.read(index)]
-            logps = response_logps(self._packed, rows, BATCH_TOKENS)
+            logps = response_logps(self._packed, rows, _BATCH_TOKENS)
             return [{"logp": logp} for logp in logps]
 
         title = f"log-probs of {other.name}"
@@ -185,7 +186,7 @@ class Speaker:
         vars(self).pop("_packed", None)
         return_memory()
 
-    def rows(self, index: int) -> Iterator[tuple[str | None, Row]]:
+    def rows(self, index: int) -> Iterator[tuple[str | None, _Row]]:
         """Yield the response to each prompt of a part as in `answers.jsonl`, or why it cannot be asked."""
         logps = self.logps.read(index)
         of_base = [{"logp": None}] * len(logps) if self.base_logps is None else self.base_logps.read(index)
@@ -219,28 +220,31 @@ def response_logps(packed: PackedCausalLM, rows: Sequence[Completions], budget: 
     return [next(sums) if ids else value for ids, value in zip(responses, without, strict=True)]
 
 
-def compare_models(config: RunConfig, models: Sequence[Compared], console: Console) -> dict[str, Any] | None:
+def compare_models(
+    config: RunConfig, models: Sequence[NamedModel], console: Console
+) -> dict[str, Any] | None:
     """Write the responses of all models and the results; return the results on rank 0."""
     folder = RunFolder.of(config)
     # Two starts would write the same parts.
     only = files.locked(folder.comparison / folder.lock.name, "compares models in this run directory")
     with joined_run(config, console, only) as run:
         world = run.world
+        wanted = config.compare.prompts
         with console.heartbeat("reading prompts"):
-            records, labels = world.on_main(lambda: held_out(config, console.say))
-        parts = in_parts(records, PART_PROMPTS)
+            records, labels = world.on_main(lambda: held_out(config.data, wanted, console.say))
+        parts = in_parts(records, PROMPTS_AT_ONCE)
         prompts = Prompts(run, folder.comparison_parts, parts)
-        judge, described = judge_of(run)
+        judge, described = open_judge_together(run)
         speakers = []
         for model in models:
-            source = find_together(whole_model(model, folder.comparison_models, run), run, KEY)
+            source = find_model_together(whole_model(model, folder.comparison_models, run), run, MODELS_KEY)
             source = replace(source, name=model.name)
-            speakers.append(Speaker(model.path, source, config, prompts))
-        _speak(speakers, console)
+            speakers.append(ComparedModel(model.path, source, prompts))
+        _ask_and_score(speakers, console)
         judged = None
         if judge is not None:
 
-            def judgements(index: int) -> list[Row]:
+            def judgements(index: int) -> list[_Row]:
                 answers = (map(Completions.of, speaker.responses.read(index)) for speaker in speakers)
                 texts = [
                     [answer.completions[0].content for answer in row if answer.completions]
@@ -254,10 +258,10 @@ def compare_models(config: RunConfig, models: Sequence[Compared], console: Conso
             settings = {"responses": folders, "judge": described}
             judged = prompts.finish("judgements", prompts.stage("judgements", settings), judgements)
         with console.heartbeat("writing the comparison"):
-            return world.on_main(lambda: _write(speakers, judge, judged, config, labels, console))
+            return world.on_main(lambda: _write(speakers, judge, judged, labels))
 
 
-def whole_model(model: Compared, folder: Path, run: Run) -> str:
+def whole_model(model: NamedModel, folder: Path, run: Run) -> str:
     """Return the folder or hub name of a model; of a checkpoint, a folder with its weights. Collective."""
     if not model.is_checkpoint:
         return model.location
@@ -268,7 +272,7 @@ def whole_model(model: Compared, folder: Path, run: Run) -> str:
         return str(run.world.on_main(written))
 
 
-def _speak(speakers: Sequence[Speaker], console: Console) -> None:
+def _ask_and_score(speakers: Sequence[ComparedModel], console: Console) -> None:
     """Finish responses and log-probs, one model at a time in memory: the base last, to score the others."""
     base, *others = speakers
     for speaker in (*others, base):
@@ -287,8 +291,8 @@ def _speak(speakers: Sequence[Speaker], console: Console) -> None:
 
 
 def _rows(
-    speakers: Sequence[Speaker], judged: Parts | None, labels: Mapping[str, str], counts: Counter[str]
-) -> Iterator[Row]:
+    speakers: Sequence[ComparedModel], judged: Parts | None, labels: Mapping[str, str], counts: Counter[str]
+) -> Iterator[_Row]:
     """Yield the rows of `answers.jsonl`; count in `counts`.
 
     A prompt that a model cannot be asked has no row: it is counted by its reason.
@@ -303,9 +307,9 @@ def _rows(
                 counts[DROPPED_PROMPT_PREFIX + dropped] += 1
                 continue
             scores, key = judgement.get("scores", [None] * len(speakers)), prompt_key(record)
-            answer: Row = {
+            answer: _Row = {
                 "prompt_id": key[:16],
-                "prompt": shown_prompt(record.prompt),
+                "prompt": prompt_text(record.prompt),
                 "source": labels[key],
                 "chosen": next((turns_of(first)[-1].content for first in record.responses), None),
                 "responses": {
@@ -323,7 +327,7 @@ def _rows(
             yield answer
 
 
-def shown_prompt(prompt: Prompt) -> str:
+def prompt_text(prompt: Prompt) -> str:
     """Return a prompt as text: the content of a single user turn, or all turns with their roles."""
     if isinstance(prompt, str):
         return prompt
@@ -335,15 +339,14 @@ def shown_prompt(prompt: Prompt) -> str:
 
 
 def _write(
-    speakers: Sequence[Speaker],
+    speakers: Sequence[ComparedModel],
     judge: Judge | None,
     judged: Parts | None,
-    config: RunConfig,
     labels: Mapping[str, str],
-    console: Console,
 ) -> dict[str, Any]:
-    folder, counts = RunFolder.of(config), Counter[str]()
-    sampling = asdict(sampling_of("compare", config.sampling))
+    run = speakers[0].prompts.run
+    folder, console, counts = run.folder, run.console, Counter[str]()
+    sampling = asdict(sampling_of("compare", run.config.sampling))
     names = [speaker.name for speaker in speakers]
     files.collect_abandoned(folder.comparison)
     with files.staged_file(folder.comparison_answers) as temporary:  # after an error earlier answers stay
@@ -366,7 +369,7 @@ def _write(
     results = {
         "base": names[0],
         "judge": None if judge is None else str(judge),
-        "judge_compares": judge is not None and compares(config.pairs),
+        "judge_compares": judge is not None and compares(run.config.pairs),
         **sections,
         "prompts_also_in_train": trained,
         "counts": dict(sorted(counts.items())),
@@ -380,7 +383,7 @@ def _write(
     return written
 
 
-def rehearse_comparison(config: RunConfig, models: Sequence[Compared]) -> str:
+def dry_run_comparison(config: RunConfig, models: Sequence[NamedModel]) -> str:
     """Load what `compare` loads before weights, ask the judge, and read the first records of each source."""
     check_writable(RunFolder.of(config).path)
     lines: list[str] = []
@@ -390,9 +393,9 @@ def rehearse_comparison(config: RunConfig, models: Sequence[Compared]) -> str:
         if model.is_checkpoint:
             lines.append(f"{model.location}, a checkpoint")
         else:
-            check_model(model.location, config, tokens, records, lines.append, KEY)
-    judge = open_judge(config)
+            check_model(model.location, config.model, config.data, tokens, records, lines.append, MODELS_KEY)
+    judge = open_judge(config.pairs, config.model, Path(config.reference.store))
     if judge is not None:
         judge.check()
     lines.append(f"judge: {judge or 'none, so no scores and win rates'}")
-    return passed(lines)
+    return check_report(lines)

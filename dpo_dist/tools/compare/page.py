@@ -12,16 +12,22 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation import files
 from dpo_dist.foundation.text import counted, number, percent, without_secrets
 from dpo_dist.tools.compare.results import DIFFERENCES
-from dpo_dist.tools.pages.charts import Interval, Point, scatter
-from dpo_dist.tools.pages.render import estimate, page, part
-from dpo_dist.tools.pages.samples import Shown, ShownResponse, end_notes, prompt_items, response_of_data
-from dpo_dist.tools.tables import aligned, with_interval
+from dpo_dist.tools.shared.pages.charts import Interval, Point, scatter
+from dpo_dist.tools.shared.pages.render import number_above_interval, page, part
+from dpo_dist.tools.shared.pages.samples import (
+    Shown,
+    ShownResponse,
+    end_notes,
+    prompt_items,
+    response_of_data,
+)
+from dpo_dist.tools.shared.tables import aligned, with_interval
 
-Row = Mapping[str, Any]
+_Row = Mapping[str, Any]
 Pair = tuple[str, str]
 Rates = Mapping[Pair, tuple[float, Interval]]
 """Win rate of the first model over the second with its interval, in both orders."""
-Table = tuple[list[str], list[list[object]]]
+_Table = tuple[list[str], list[list[object]]]
 
 MOST_BYTES = 5_000_000
 _FRAME_BYTES = 150_000
@@ -33,7 +39,7 @@ _VERDICTS = {1.0: "loses to", 0.5: "ties with", 0.0: "wins over"}
 """What the other model does, by the base's credit."""
 
 
-def write_comparison_page(folder: RunFolder, results: Row) -> None:
+def write_comparison_page(folder: RunFolder, results: _Row) -> None:
     """Write `comparison.html` from the content of `comparison.json`, and from `answers.jsonl`."""
     results = without_secrets(results)
     rates = _rates(results)
@@ -43,7 +49,7 @@ def write_comparison_page(folder: RunFolder, results: Row) -> None:
     styles: list[list[object]] = []
     for model in results["models"]:
         style, ends = model["style"], model["style_intervals"]
-        cells = [estimate(style.get(each), ends.get(each), _scale(each)) for each in _STYLE]
+        cells = [number_above_interval(style.get(each), ends.get(each), _scale(each)) for each in _STYLE]
         styles.append([model["name"], *cells])
     html = page(
         "compare.jinja",
@@ -62,7 +68,7 @@ def write_comparison_page(folder: RunFolder, results: Row) -> None:
     files.write_text(folder.comparison_page, html)
 
 
-def comparison_table(results: Row) -> list[str]:
+def comparison_table(results: _Row) -> list[str]:
     """Return the lines of the table of models, with 95 % intervals; the page has all win rates."""
     base, rates = results["base"], _rates(results)
     has_scores = any(model["score"] is not None for model in results["models"])
@@ -85,7 +91,7 @@ def comparison_table(results: Row) -> list[str]:
     return lines
 
 
-def headline(results: Row) -> list[str]:
+def headline(results: _Row) -> list[str]:
     """Return the best model by its mean, then the models that no interval shows to be worse, in sentences.
 
     A model whose responses never end is not ranked: the judge saw only their beginnings.
@@ -93,14 +99,14 @@ def headline(results: Row) -> list[str]:
     return _ranked(results) + _not_held_out(results)
 
 
-def _not_held_out(results: Row) -> list[str]:
+def _not_held_out(results: _Row) -> list[str]:
     """Return a sentence if a model was trained on prompts of the comparison."""
     trained = results.get("prompts_also_in_train", {}).items()
     seen = " and ".join(f"{name} was trained on {count:,} of them" for name, count in trained if count)
     return [f"Not all prompts are held out: {seen}."] if seen else []
 
 
-def _ranked(results: Row) -> list[str]:
+def _ranked(results: _Row) -> list[str]:
     measure, qualities = _qualities(results)
     models = {model["name"]: model for model in results["models"]}
     ranked = [name for name in qualities if models[name]["style"]["finished"]]
@@ -128,7 +134,7 @@ def _title(metric: str) -> str:
     return _NO_SHARES.get(metric) or METRICS[f"samples/{metric}"].title
 
 
-def _rates(results: Row) -> Rates:
+def _rates(results: _Row) -> Rates:
     rates: dict[Pair, tuple[float, Interval]] = {}
     for win in results["wins"]:
         rate, ends = win["rate"], win["interval"]
@@ -142,7 +148,7 @@ def _side(ends: Interval, of: float) -> int:
     return 0 if not ends else (ends[0] > of) - (ends[1] < of)
 
 
-def _qualities(results: Row) -> tuple[str, dict[str, tuple[float, Interval]]]:
+def _qualities(results: _Row) -> tuple[str, dict[str, tuple[float, Interval]]]:
     """Return what the quality of a model is called, and the qualities with their intervals by model.
 
     It is the score, or without scores the win rate over the base (the base's is one half).
@@ -156,15 +162,15 @@ def _qualities(results: Row) -> tuple[str, dict[str, tuple[float, Interval]]]:
     return f"win rate over {base}", {base: (_HALF, None), **rates} if rates else {}
 
 
-def _overview(results: Row, rates: Rates) -> Table:
+def _overview(results: _Row, rates: Rates) -> _Table:
     """Return the models with KL, score and win rate over the base, as far as there are any."""
     base = results["base"]
     head = ["model", "KL, nats per response", "score", f"win rate over {base}"]
     rows: list[list[object]] = [
         [
             part("macros.jinja", "named", model["name"], model["path"]),
-            estimate(model["kl"], model["kl_interval"]),
-            estimate(model["score"], model["score_interval"]),
+            number_above_interval(model["kl"], model["kl_interval"]),
+            number_above_interval(model["score"], model["score_interval"]),
             "base" if model["name"] == base else _rate(rates.get((model["name"], base))),
         ]
         for model in results["models"]
@@ -175,14 +181,14 @@ def _overview(results: Row, rates: Rates) -> Table:
 
 
 def _rate(rate: tuple[float, Interval] | None) -> Markup:
-    return estimate(rate[0], rate[1], 100) if rate else Markup("")
+    return number_above_interval(rate[0], rate[1], 100) if rate else Markup("")
 
 
 def _scale(metric: str) -> float:
     return 1 if metric in _NO_SHARES else 100
 
 
-def _differences(results: Row, rates: Rates) -> Table:
+def _differences(results: _Row, rates: Rates) -> _Table:
     """Return win rates and differences of every two models."""
     by_pair = {(row["first"], row["second"]): row for row in results["differences"]}
     pairs = combinations((model["name"] for model in results["models"]), 2)
@@ -208,7 +214,7 @@ def _differences(results: Row, rates: Rates) -> Table:
     return ["models", *titles], rows if titles else []
 
 
-def _picture(results: Row) -> Markup:
+def _picture(results: _Row) -> Markup:
     """Return the picture of quality against KL; the base, whose KL is 0, is a line."""
     measure, qualities = _qualities(results)
     points = [
@@ -221,7 +227,7 @@ def _picture(results: Row) -> Markup:
     return scatter(points, f"KL to {base}, nats per response", measure, line)
 
 
-def _prompt(row: Row, results: Row) -> Shown:
+def _prompt(row: _Row, results: _Row) -> Shown:
     base, *others = (model["name"] for model in results["models"])
     labels = [f"source {row['source']}"]
     if any(not response["finished"] for response in row["responses"].values()):

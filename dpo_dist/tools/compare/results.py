@@ -9,14 +9,14 @@ import numpy as np
 
 from dpo_dist.config.schema import PairsConfig, Verdicts
 from dpo_dist.data.records import PreferenceRecord
-from dpo_dist.tools.evaluation.results import Column, bootstrap_intervals
-from dpo_dist.tools.judges import Judge, Question
-from dpo_dist.tools.text_facts import text_facts
+from dpo_dist.tools.shared.intervals import Column, bootstrap_intervals
+from dpo_dist.tools.shared.sampling.judges import Judge, Question
+from dpo_dist.tools.shared.text_facts import text_facts
 
-Row = dict[str, Any]
-Key = tuple[str, ...]
+_Row = dict[str, Any]
+_Key = tuple[str, ...]
 """A model and a metric, or two models and a metric that compares them."""
-Means = Mapping[Key, tuple[float, list[float] | None]]
+Means = Mapping[_Key, tuple[float, list[float] | None]]
 """Means with their intervals; metrics without a value are absent."""
 
 _RATE = "rate"
@@ -24,8 +24,8 @@ _SHARES = {_RATE, "finished", "refusals", "empty"}
 DIFFERENCES = ("score", "kl", "length", "finished", "refusals", "empty")
 """Metrics whose differences between models have intervals."""
 _NO_STYLE = ("kl", "kl_per_token", "score")
-WIN, TIE, LOSS = 1.0, 0.5, 0.0
-_OUTCOMES = {WIN: "wins", TIE: "ties", LOSS: "losses", None: "not_judged"}
+WON, TIED, LOST = 1.0, 0.5, 0.0
+_OUTCOMES = {WON: "wins", TIED: "ties", LOST: "losses", None: "not_judged"}
 
 
 def compares(pairs: PairsConfig) -> bool:
@@ -35,7 +35,7 @@ def compares(pairs: PairsConfig) -> bool:
 
 def judge_texts(
     records: Sequence[PreferenceRecord], texts: Sequence[Sequence[str]], judge: Judge, *, in_pairs: bool
-) -> list[Row]:
+) -> list[_Row]:
     """Return for each prompt `scores` of the texts, `credits` of the first of every two, and `counts`.
 
     `in_pairs`: the judge compares and gives no scores; else credits follow from the scores. It is asked only
@@ -51,7 +51,7 @@ def judge_texts(
         asked.append([Question(record, group) for group in groups if group])
     judgements, rows = iter(judge.judge(list(itertools.chain(*asked)))), []
     for responses, questions in zip(texts, asked, strict=True):
-        scores, verdicts, counts = dict[str, float | None](), dict[Key, float | None](), Counter[str]()
+        scores, verdicts, counts = dict[str, float | None](), dict[_Key, float | None](), Counter[str]()
         for question in questions:
             judgement = next(judgements)
             counts += judgement.counts
@@ -72,8 +72,8 @@ def without_judge(first: str, second: str) -> float | None:
     """Return the first response's credit if no judge is needed: equal responses tie, an empty one loses."""
     has_first, has_second = bool(first.strip()), bool(second.strip())
     if first == second or not (has_first or has_second):
-        return TIE
-    return None if has_first and has_second else WIN if has_first else LOSS
+        return TIED
+    return None if has_first and has_second else WON if has_first else LOST
 
 
 def credit(first: tuple[str, float | None], second: tuple[str, float | None]) -> float | None:
@@ -83,14 +83,14 @@ def credit(first: tuple[str, float | None], second: tuple[str, float | None]) ->
     if decided is not None or score is None or other_score is None:
         return decided
     if score == other_score:
-        return TIE
-    return WIN if score > other_score else LOSS
+        return TIED
+    return WON if score > other_score else LOST
 
 
-def comparison(rows: Iterable[Row], models: Sequence[str]) -> dict[str, Any]:
+def comparison(rows: Iterable[_Row], models: Sequence[str]) -> dict[str, Any]:
     """Return the sections of `comparison.json` that follow from the rows of `answers.jsonl`."""
     # A value and its count for each prompt: a mean is the sum of values divided by the sum of counts.
-    values: dict[Key, list[tuple[float, float]]] = defaultdict(list)
+    values: dict[_Key, list[tuple[float, float]]] = defaultdict(list)
     outcomes: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
     prompts = 0
     for row in rows:
@@ -130,7 +130,7 @@ def comparison(rows: Iterable[Row], models: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _measured(response: Row) -> dict[str, tuple[float, float]]:
+def _measured(response: _Row) -> dict[str, tuple[float, float]]:
     facts = text_facts(response["text"], response["tokens"], response["finished"])
     logp, base = response["logp"], response["base_logp"]
     ratio = None if logp is None or base is None else logp - base
@@ -140,7 +140,7 @@ def _measured(response: Row) -> dict[str, tuple[float, float]]:
     return terms | {"kl_per_token": (0.0, 0.0) if ratio is None else (ratio, float(response["logp_tokens"]))}
 
 
-def _with_empty_scores(columns: dict[Key, Column], models: Sequence[str]) -> float | None:
+def _with_empty_scores(columns: dict[_Key, Column], models: Sequence[str]) -> float | None:
     """Give empty responses, which the judge is not asked about, the lowest score of all, and return it."""
     scores = [columns[model, "score"] for model in models if (model, "score") in columns]
     lowest = min((float(value[count > 0].min()) for value, count in scores if count.any()), default=None)
@@ -152,13 +152,13 @@ def _with_empty_scores(columns: dict[Key, Column], models: Sequence[str]) -> flo
     return lowest
 
 
-def _means(columns: Mapping[Key, Column], pairs: Iterable[tuple[str, str]], prompts: int) -> Means:
+def _means(columns: Mapping[_Key, Column], pairs: Iterable[tuple[str, str]], prompts: int) -> Means:
     """Return the mean of every metric that has a count, and of differences of models.
 
     The difference of two models, the second minus the first, is the mean over prompts where both have a
     value: as they respond to the same prompts, its interval is smaller than those of both would suggest.
     """
-    differences: dict[Key, Column] = {}
+    differences: dict[_Key, Column] = {}
     for first, second in pairs:
         for metric in DIFFERENCES:
             (value, has_value), (other, has_other) = columns[first, metric], columns[second, metric]
@@ -174,7 +174,7 @@ def _means(columns: Mapping[Key, Column], pairs: Iterable[tuple[str, str]], prom
     }
 
 
-def _model(name: str, means: Means) -> Row:
+def _model(name: str, means: Means) -> _Row:
     style = {key[1]: mean for key, mean in means.items() if key[:-1] == (name,) and key[1] not in _NO_STYLE}
     return {
         "name": name,
@@ -184,9 +184,9 @@ def _model(name: str, means: Means) -> Row:
     }
 
 
-def _estimates(of: Key, metrics: Iterable[str], means: Means) -> Row:
+def _estimates(of: _Key, metrics: Iterable[str], means: Means) -> _Row:
     """Return the means of a model, or the differences of two, with their intervals; null if unknown."""
-    row: Row = {}
+    row: _Row = {}
     for metric in metrics:
         row[metric], row[f"{metric}_interval"] = means.get((*of, metric), (None, None))
     return row

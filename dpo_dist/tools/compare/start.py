@@ -12,15 +12,18 @@ from dpo_dist.data.formats import check_source
 from dpo_dist.data.read.sources import check_has_evaluation_data
 from dpo_dist.data.text.template import check_template_file
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.tools.pairs.start import check_judge
+from dpo_dist.tools.shared.sampling.judge_rules import ENDPOINT_RULES, JUDGES, check_function, count_judges
 from dpo_dist.verbs.named_models import located, short_name
 
-KEY = "compare.models"
+MODELS_KEY = "compare.models"
 _NAMED = re.compile(r"([\w.+ -]+)=(.+)", re.DOTALL)
+_ONE_JUDGE = Rule(
+    JUDGES, "a comparison has one judge", "set one of them only", lambda c: count_judges(c.pairs) > 1
+)
 
 
 @dataclass(frozen=True)
-class Compared:
+class NamedModel:
     """A model of the comparison.
 
     `path` is as given, `location` the folder or hub name of the model itself: of a run, its trained model.
@@ -36,7 +39,7 @@ class Compared:
         return is_checkpoint(Path(self.location))
 
 
-def check_comparison(config: RunConfig) -> list[Compared]:
+def check_comparison(config: RunConfig) -> list[NamedModel]:
     """Check everything that needs no torch, network or other processes; return the models."""
     models = compared_models(config.compare.models)
     check_has_evaluation_data(config.data, "compare models on", "with responses or without")
@@ -51,16 +54,17 @@ def check_comparison(config: RunConfig) -> list[Compared]:
         lambda c: c.model.path not in locations,
     )
     check(config, [revision])
-    check_judge(config)
+    check(config, [*ENDPOINT_RULES, _ONE_JUDGE])
+    check_function(config.pairs)
     return models
 
 
-def compared_models(written: list[str]) -> list[Compared]:
+def compared_models(written: list[str]) -> list[NamedModel]:
     """Return the models of `compare.models`."""
     if len(written) < 2:
         raise ConfigError(
             "a comparison needs two models",
-            where=KEY,
+            where=MODELS_KEY,
             got=as_written(written),
             expected="the base and at least one other model",
             remedy="write 'compare.models=[base=./base,output/a,beta05=output/b]'",
@@ -69,13 +73,13 @@ def compared_models(written: list[str]) -> list[Compared]:
     for entry in map(str.strip, written):
         named = None if Path(entry).expanduser().exists() else _NAMED.fullmatch(entry)
         name, path = (named[1].strip(), named[2].strip()) if named else ("", entry)
-        models.append(Compared(name or short_name(path), path, located(path, KEY)))
+        models.append(NamedModel(name or short_name(path), path, located(path, MODELS_KEY)))
     names = [model.name for model in models]
     twice = next((model for model in models if names.count(model.name) > 1), None)
     if twice is not None:
         raise ConfigError(
             "two models have the same name",
-            where=KEY,
+            where=MODELS_KEY,
             got=f"{twice.name}: {', '.join(model.path for model in models if model.name == twice.name)}",
             remedy="name them: 'compare.models=[first=PATH,second=PATH]'",
         )

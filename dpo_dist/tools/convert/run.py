@@ -3,11 +3,14 @@
 import math
 import re
 import shlex
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from dpo_dist.config.keys import as_written, run_keys
 from dpo_dist.config.load import parse_overrides
-from dpo_dist.config.mistakes import answers_to, fits, meant, names_of_others
+from dpo_dist.config.mistakes import answers_to, fits, meant
 from dpo_dist.config.rules import keys_of
 from dpo_dist.tools.convert.reading import Foreign
 
@@ -16,14 +19,17 @@ _KEYS = {"loss": "loss.kind", "parallelism": "parallelism.kind", "reference": "r
 _KEYS |= {"optim": "optim.kind", "tracking": "tracking.wandb"}
 """The key that a preset sets; presets of losses set others too, by defaults of their papers."""
 _LONGEST = 60
+_TRAINERS: dict[str, Any] = yaml.safe_load(
+    Path(__file__).with_name("trainers.yaml").read_text(encoding="utf-8")
+)
 
 
-class Run:
+class Translation:
     """What is known of a run: `left` of their keys, `values` by ours, `comments` on what is left out."""
 
     def __init__(self, foreign: Foreign) -> None:
         self.trainer, keys, self.name = foreign
-        self.facts = names_of_others()["trainers"][self.trainer]
+        self.facts = _TRAINERS[self.trainer]
         self.left, self.values, self.comments = dict(keys), dict[str, Any](), list[str]()
         self.origins: dict[str, tuple[str, Any]] = {}
         """By our keys: theirs, with its value."""

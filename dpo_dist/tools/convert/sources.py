@@ -7,7 +7,7 @@ from typing import Any
 
 from dpo_dist.config.keys import as_written
 from dpo_dist.config.mistakes import as_sources
-from dpo_dist.tools.convert.run import EMPTY, Run, finite_number, listed
+from dpo_dist.tools.convert.run import EMPTY, Translation, finite_number, listed
 
 _OF_SOURCES = (
     *("path", "id", "name", "config", "split", "revision", "data_dir", "data_files", "weight"),
@@ -16,7 +16,7 @@ _OF_SOURCES = (
 _FORMATS = ("prompt_format", "chosen_format", "rejected_format", "completion_format")
 
 
-def set_sources(run: Run) -> None:
+def set_sources(run: Translation) -> None:
     """Set `data.train` and `data.eval`."""
     for target, entries in zip(("data.train", "data.eval"), _entries(run), strict=True):
         parts = (_source(run, f"{target}[{at}]", entry) for at, entry in enumerate(entries))
@@ -26,7 +26,7 @@ def set_sources(run: Run) -> None:
             run.comments.append("limit: the first records; there they are drawn, repeated if there are fewer")
 
 
-def _entries(run: Run) -> tuple[list[Any], list[Any]]:
+def _entries(run: Translation) -> tuple[list[Any], list[Any]]:
     """Return the datasets for training and for evaluation, in the form of TRL and axolotl."""
     if run.trainer in ("LLaMA-Factory", "ms-swift"):
         given = listed(run.take("dataset")), listed(run.take("eval_dataset", "val_dataset"))
@@ -55,7 +55,7 @@ def _entries(run: Run) -> tuple[list[Any], list[Any]]:
     return train, tests
 
 
-def _mixture(run: Run) -> list[tuple[str, dict[str, Any]]]:
+def _mixture(run: Translation) -> list[tuple[str, dict[str, Any]]]:
     """Return the sources of a mixture, and the limit or weight of each."""
     shares = run.take("dataset_mixer", default={})
     flat, sources = listed(run.take("mixer_list", "dataset_mixer_list")), []
@@ -70,7 +70,7 @@ def _mixture(run: Run) -> list[tuple[str, dict[str, Any]]]:
     return sources
 
 
-def _source(run: Run, place: str, entry: Any) -> list[Any]:
+def _source(run: Translation, place: str, entry: Any) -> list[Any]:
     """Return an entry of `datasets` as sources, one for each file."""
     entry = dict(entry) if isinstance(entry, Mapping) else {"path": entry}
     entry = {"path": entry.get("id"), "name": entry.get("config")} | entry

@@ -13,7 +13,7 @@ from dpo_dist.config.rules import resolve_reference, rules_of
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.tools.convert.reading import Foreign
-from dpo_dist.tools.convert.run import EMPTY, Run, finite_number, listed
+from dpo_dist.tools.convert.run import EMPTY, Translation, finite_number, listed
 from dpo_dist.tools.convert.sources import set_sources
 
 _METHODS = ("dpo", "ipo", "kto", "orpo", "cpo", "simpo", "sft")
@@ -28,7 +28,7 @@ _ODDS_WEIGHT = "loss.options.odds_weight"
 
 def translated(foreign: Foreign) -> str:
     """Return the file for `train`, without secrets; comments at its top name what is not translated."""
-    run = Run(foreign)
+    run = Translation(foreign)
     about = [f"From {run.name}, read as a run of {run.trainer} that trains by {_method(run)}."]
     set_sources(run)
     about += _batch(run)
@@ -56,7 +56,7 @@ def translated(foreign: Foreign) -> str:
     return str(without_secrets(comments + yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)))
 
 
-def _method(run: Run) -> str:
+def _method(run: Translation) -> str:
     """Return what trains; set its loss, or a weighted sum of losses."""
     method = str(run.take("rlhf_type", "rl", "stage", default=run.facts["method"])).lower()
     for key in ("task_type", "reward_model", "process_reward_model"):  # a head in place of the language model
@@ -91,7 +91,7 @@ def _method(run: Run) -> str:
     return method
 
 
-def _simpo(run: Run) -> None:
+def _simpo(run: Translation) -> None:
     beta, gamma, likelihood = run.facts["simpo"]
     beta = run.take("beta", "pref_beta", "rl_beta", "dpo_beta", default=beta)
     ratio = run.take("gamma_beta_ratio", "dpo_gamma_beta_ratio", default=0.3 if gamma is None else -1.0)
@@ -106,7 +106,7 @@ def _simpo(run: Run) -> None:
         run.set("loss.terms", terms, "cpo_alpha", weight)
 
 
-def _batch(run: Run) -> list[str]:
+def _batch(run: Translation) -> list[str]:
     """Set the pairs of a step; return a line on how many they are."""
     processes = run.take("num_processes", default=0)
     world = processes or 1
@@ -128,7 +128,7 @@ def _batch(run: Run) -> list[str]:
     return [f"{_BATCH}: {pairs} pairs x {steps}{gpus}."] if _BATCH in run.values else []
 
 
-def _trains_adapter(run: Run) -> bool:
+def _trains_adapter(run: Translation) -> bool:
     """Return whether an adapter is trained, in place of all weights."""
     if run.left.get("ref_adapters") not in EMPTY and run.left["ref_adapters"] == run.left.get("adapters"):
         run.comment("ref_adapters", run.left.pop("ref_adapters"), "not needed: it is the reference")
@@ -151,7 +151,7 @@ def _trains_adapter(run: Run) -> bool:
     return kind in ("lora", "qlora", "true")
 
 
-def _set_adapter(run: Run, is_trained: bool) -> None:
+def _set_adapter(run: Translation, is_trained: bool) -> None:
     """Set rank and alpha of an adapter; leave out what describes one that is continued, or not trained."""
     values, unread = run.values, "no adapter is trained"
     of_adapter = [key for key in values if key.startswith("model.adapter.")]
@@ -171,7 +171,7 @@ def _set_adapter(run: Run, is_trained: bool) -> None:
         run.comment(*run.origins[key], f"not needed: {unread}")
 
 
-def _machine(run: Run) -> None:
+def _machine(run: Translation) -> None:
     """Set the precision, and how weights are distributed."""
     half, brain = run.take("fp16"), run.take("bf16")
     if half is True or brain is not None:
@@ -198,7 +198,7 @@ def _machine(run: Run) -> None:
                 run.set("parallelism.offload_parameters", "cpu", key, value)
 
 
-def _numbers(run: Run) -> None:
+def _numbers(run: Translation) -> None:
     """Compute what several keys say together."""
     rate = finite_number(run.left.get("learning_rate"))
     if rate and (low := run.take("min_lr", default=0.0)):
@@ -209,7 +209,7 @@ def _numbers(run: Run) -> None:
         run.set("optim.betas", betas, "adam_beta1, adam_beta2", betas)
 
 
-def _watching(run: Run) -> None:
+def _watching(run: Translation) -> None:
     """Find out who gets the metrics, which checkpoint is kept, and whether a run ends early."""
     report = [str(name).lower() for name in listed(run.take("report_to"))]
     is_named = run.trainer == "axolotl" and bool(run.left.get("wandb_project"))
@@ -234,7 +234,7 @@ def _watching(run: Run) -> None:
         run.set("trainer.patience", patience, "early_stopping_patience", patience)
 
 
-def _combine(run: Run) -> None:
+def _combine(run: Translation) -> None:
     """Correct values that depend on others."""
     values = run.values
     if values.pop("model.attention", None):
@@ -251,7 +251,7 @@ def _combine(run: Run) -> None:
         run.comments.append(f"trainer.eval_every: {every}, as trainer.keep_best needs one, and none is given")
 
 
-def _add_defaults(run: Run, is_uncut: bool) -> list[str]:
+def _add_defaults(run: Translation, is_uncut: bool) -> list[str]:
     """Set the other trainer's defaults where those here are others; return their keys."""
     defaults = run.facts["defaults"] | {"parallelism.kind": "ddp", "tracking.wandb": "off"}
     if not any(key.startswith("model.adapter.") for key in run.values):
@@ -272,7 +272,7 @@ def _add_defaults(run: Run, is_uncut: bool) -> list[str]:
     return added
 
 
-def _give_options(run: Run) -> None:
+def _give_options(run: Translation) -> None:
     """Move options of one kind of loss into its term of a sum; leave out those of other kinds."""
     values, terms = run.values, run.values.get("loss.terms", [])
     for key in [key for key in values if key.startswith("loss.options.")]:
@@ -286,7 +286,7 @@ def _give_options(run: Run) -> None:
             run.comment(*run.origins[key], f"{key} has no effect with this loss")
 
 
-def _obey_rules(run: Run, defaults: list[str]) -> None:
+def _obey_rules(run: Translation, defaults: list[str]) -> None:
     """Leave out what the rules between keys refuse, with their reason."""
     while True:
         config = resolve_reference(SCHEMA.validate_python(as_tree(run.values)))

@@ -28,7 +28,7 @@ def main(config: RunConfig) -> int:
         check_source(source)
     benchmark = None
     if config.doctor.benchmarks:
-        from dpo_dist.tools.doctor.texts import read_benchmarks  # noqa: PLC0415  (slow)
+        from dpo_dist.tools.doctor.measures.texts import read_benchmarks  # noqa: PLC0415  (slow)
 
         benchmark = read_benchmarks(config.doctor.benchmarks)
     check_template_file(config.data.chat_template)
@@ -48,7 +48,7 @@ def main(config: RunConfig) -> int:
     diagnosis = diagnose(config, console_on(sys.stderr, config.console.style).progress, benchmark)
     exit_code = ExitCode.findings if diagnosis.fails(config.doctor.fail_on) else ExitCode.completed
     pages.write_doctor_report(folder, diagnosis, exit_code)
-    pages.write_doctor_page(folder, diagnosis, config)
+    pages.write_doctor_page(folder, diagnosis, config.data, config.doctor)
     content = json.loads(folder.doctor_report.read_text(encoding="utf-8"))
     lines = pages.diagnosis_lines(diagnosis, folder)
     console_on(sys.stdout, config.console.style).result("diagnosis", content, lines)

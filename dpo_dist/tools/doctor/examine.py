@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dpo_dist.config.losses import balancing_weight
+from dpo_dist.config.losses import LossConfig, balancing_weight
 from dpo_dist.config.schema import (
     NO_MODEL,
     DataConfig,
     FailOn,
+    ModelConfig,
     OnBadRecord,
     RunConfig,
     SourceConfig,
@@ -38,14 +39,14 @@ from dpo_dist.data.read.sources import pinned, source_labels
 from dpo_dist.data.records import Part, Tokenizer, eval_part, train_part
 from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
 from dpo_dist.model.files.folder import description_folder, start_folder, tokenizer_folder
-from dpo_dist.tools.doctor.duplicates import Comparison
-from dpo_dist.tools.doctor.margins import compare_with_store
-from dpo_dist.tools.doctor.observe import Observer
-from dpo_dist.tools.doctor.rules import RULES
+from dpo_dist.tools.doctor.measures.duplicates import Comparison
+from dpo_dist.tools.doctor.measures.margins import compare_with_store
+from dpo_dist.tools.doctor.measures.observe import Observer
+from dpo_dist.tools.doctor.measures.sources import ExaminedSource
+from dpo_dist.tools.doctor.measures.texts import Benchmark
+from dpo_dist.tools.doctor.rules import DOCTOR_RULES
 from dpo_dist.tools.doctor.shown_pairs import ShownPair, show_pairs
-from dpo_dist.tools.doctor.sources import Source
-from dpo_dist.tools.doctor.texts import Benchmark
-from dpo_dist.tools.findings import Finding, Level, most_serious_first
+from dpo_dist.tools.shared.findings import Finding, Level, most_serious_first
 
 ProgressOf = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
 """From a title and a unit to a context with a progress function: `Console.progress`."""
@@ -75,15 +76,17 @@ class Diagnosis:
 def diagnose(config: RunConfig, progress: ProgressOf, benchmark: Benchmark | None = None) -> Diagnosis:
     """Encode and examine the data of a run; nothing is trained, and no weights are loaded."""
     data = config.data
-    prepared = None if config.model.path == NO_MODEL else prepare(config, progress)
+    prepared = None if config.model.path == NO_MODEL else prepare(data, config.model, config.loss, progress)
     tokenizer = None if prepared is None else prepared.tokenizer
     diagnosis = examine(data, tokenizer, benchmark, lambda source: progress(f"examining {source}", "record"))
-    findings = [*diagnosis.findings, *_label_balance(config, diagnosis.sources)]
+    findings = [*diagnosis.findings, *_label_balance(data.train, config.loss, diagnosis.sources)]
     if prepared is not None:
-        store, of_store = compare_with_store(config, diagnosis.sources, prepared.datasets)
+        store, of_store = compare_with_store(
+            config.model, config.reference, config.loss, diagnosis.sources, prepared.datasets
+        )
         findings = [*of_store, *findings]
         if _REFUSING_RULES.isdisjoint(finding.rule for finding in findings):
-            findings = [*map(_refusal, prepared.refusals), *findings]
+            findings = [*map(_refusal_finding, prepared.refusals), *findings]
         diagnosis = replace(diagnosis, model=prepared.files, store=store)
     diagnosis = replace(diagnosis, findings=most_serious_first(findings))
     if config.doctor.texts:
@@ -102,10 +105,10 @@ def examine(
     Without a tokenizer nothing is counted in tokens. The result does not depend on the number of processes.
     """
     observer = Observer(config, tokenizer, benchmark)
-    sources: list[Source] = []
+    sources: list[ExaminedSource] = []
     findings: list[Finding] = []
-    for entry, label, is_eval in _labelled(config):
-        source = Source(label, entry.path, config, is_eval=is_eval, is_encoded=tokenizer is not None)
+    for entry, label, is_eval in _with_labels(config):
+        source = ExaminedSource(label, entry.path, config, is_eval=is_eval, is_encoded=tokenizer is not None)
         records = read_records(pinned(entry))
         with (
             progress(label) as show,
@@ -122,31 +125,33 @@ def examine(
     )
 
 
-def _label_balance(config: RunConfig, sources: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+def _label_balance(
+    train: Sequence[SourceConfig], loss: LossConfig, sources: Sequence[Mapping[str, Any]]
+) -> Iterator[Finding]:
     """Yield the finding of training data whose labels do not weigh alike, with the weight that they need.
 
     A source counts as often as it is drawn.
     """
-    drawn = list(zip(config.data.train, sources, strict=False))  # those of evaluation come after them
+    drawn = list(zip(train, sources, strict=False))  # those of evaluation come after them
     good, bad = (sum(each.weight * of["labels"][label] for each, of in drawn) for label in ("good", "bad"))
-    present = config.loss.desirable_weight, config.loss.undesirable_weight
+    present = loss.desirable_weight, loss.undesirable_weight
     weights = present[0] * good, present[1] * bad
     if good + bad and not 1 <= weights[0] / max(weights[1], 1e-9) <= 4 / 3:
         most, numbers = "good" if good > bad else "bad", (round(max(good, bad)), round(good + bad))
         remedy = "add responses of the other label"
         if good and bad:
             remedy = f"set {balancing_weight(good, bad, *present)}"
-        for finding in RULES["label_balance"].count(*numbers, None, detail=most):
+        for finding in DOCTOR_RULES["label_balance"].count(*numbers, None, detail=most):
             yield replace(finding, remedy=remedy)
 
 
-def _refusal(error: DpoDistError) -> Finding:
+def _refusal_finding(error: DpoDistError) -> Finding:
     text = f"training would stop: {error.message}" + (f" ({error.got})" if error.got else "")
     examples = tuple(error.where.split("; "))
     return Finding("training_refuses", Level.error, text, examples=examples, remedy=error.remedy)
 
 
-def _labelled(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]:
+def _with_labels(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]:
     """Yield each source with its label in metrics; a label that occurs again is made different."""
     seen, of_train = Counter[str](), source_labels(config.train)
     for is_eval, sources in ((False, config.train), (True, config.eval)):
@@ -167,14 +172,14 @@ class Prepared(NamedTuple):
     refusals: list[DpoDistError]  # with which training would refuse them
 
 
-def prepare(config: RunConfig, progress: ProgressOf) -> Prepared:
+def prepare(data: DataConfig, model: ModelConfig, loss: LossConfig, progress: ProgressOf) -> Prepared:
     """Encode the data of a run with the tokenizer of its model."""
     from dpo_dist.model.files.load import load_config, load_tokenizer  # noqa: PLC0415  (slow)
 
-    folder = description_folder(config.model.path, config.model.revision, needs_weights=False)
-    files = tokenizer_folder(folder, start_folder(config.model))
-    tokenizer, data, digest = load_tokenizer(files, config.model), config.data, tokenizer_digest(files)
-    vocab_size = load_config(folder, config.model).get_text_config().vocab_size
+    folder = description_folder(model.path, model.revision, needs_weights=False)
+    files = tokenizer_folder(folder, start_folder(model))
+    tokenizer, digest = load_tokenizer(files, model), tokenizer_digest(files)
+    vocab_size = load_config(folder, model).get_text_config().vocab_size
     refusals: list[DpoDistError] = []
 
     def prepared(sources: Sequence[SourceConfig], part: Part, side: str) -> list[list[PreferenceDataset]]:
@@ -188,11 +193,11 @@ def prepare(config: RunConfig, progress: ProgressOf) -> Prepared:
             if encoded := encode(data):
                 dataset = open_dataset(encoded, data)
                 check_ids_in_vocabulary(dataset, tokenizer, vocab_size)
-                check_fits_loss(dataset, config.loss)
+                check_fits_loss(dataset, loss)
         except (DataError, ConfigError) as refusal:
             encoded = encode(replace(data, on_bad_record=OnBadRecord.drop))
             refusals.append(refusal)
-        return [list(_usable(source, data)) for source in encoded]
+        return [list(_usable_datasets(source, data)) for source in encoded]
 
     of_eval = prepared(data.eval_sources, eval_part(data), "eval")
     prompts = [dataset.prompt_hashes[:] for datasets in of_eval for dataset in datasets]
@@ -204,7 +209,7 @@ def prepare(config: RunConfig, progress: ProgressOf) -> Prepared:
     return Prepared(files, tokenizer, datasets, refusals)
 
 
-def _usable(source: EncodedSource, config: DataConfig) -> Iterator[PreferenceDataset]:
+def _usable_datasets(source: EncodedSource, config: DataConfig) -> Iterator[PreferenceDataset]:
     """Yield the examples of a source, also if most of its records are bad; nothing if all are."""
     try:
         yield open_dataset([source], replace(config, max_bad_share=1.0, template=TextTemplate.literal))

@@ -8,16 +8,16 @@ from typing import Any
 import dpo_dist
 from dpo_dist.config.identity import plain
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.schema import DataConfig, DoctorConfig
 from dpo_dist.foundation import files
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import as_yaml, counted, number, without_secrets
 from dpo_dist.tools.doctor.examine import Diagnosis
-from dpo_dist.tools.doctor.rules import RULES
-from dpo_dist.tools.findings import Finding, Level
-from dpo_dist.tools.pages.charts import histogram
-from dpo_dist.tools.pages.render import page
-from dpo_dist.tools.tables import aligned
+from dpo_dist.tools.doctor.rules import DOCTOR_RULES
+from dpo_dist.tools.shared.findings import Finding, Level
+from dpo_dist.tools.shared.pages.charts import histogram
+from dpo_dist.tools.shared.pages.render import page
+from dpo_dist.tools.shared.tables import aligned
 
 FORMAT = 1
 """Version of the schema of doctor.json, in docs/doctor.md."""
@@ -42,10 +42,12 @@ def write_doctor_report(folder: RunFolder, diagnosis: Diagnosis, exit_code: int)
     files.write_json(folder.doctor_report, content)
 
 
-def write_doctor_page(folder: RunFolder, diagnosis: Diagnosis, config: RunConfig) -> None:
+def write_doctor_page(
+    folder: RunFolder, diagnosis: Diagnosis, data: DataConfig, doctor: DoctorConfig
+) -> None:
     """Write doctor.html."""
     settings = [("model", str(diagnosis.model or "none"))]
-    for name, content in (("data", config.data), ("doctor", config.doctor)):
+    for name, content in (("data", data), ("doctor", doctor)):
         for key, value in vars(content).items():
             settings.append((f"{name}.{key}", str(without_secrets(as_yaml(plain(value))))))
     settings.append(("versions", f"dpo_dist {dpo_dist.__version__}, Python {platform.python_version()}"))
@@ -63,9 +65,9 @@ def write_doctor_page(folder: RunFolder, diagnosis: Diagnosis, config: RunConfig
         store_sentence=diagnosis.store and store_sentence(diagnosis.store),
         pairs=diagnosis.shown,
         settings=settings,
-        max_length=config.data.max_length,
+        max_length=data.max_length,
         picture=histogram,
-        leak=RULES["label_leak"].threshold,
+        leak=DOCTOR_RULES["label_leak"].threshold,
     )
     files.write_text(folder.doctor_page, html)
 

@@ -8,13 +8,13 @@ from typing import Any
 import yaml
 
 from dpo_dist.foundation.text import percent
-from dpo_dist.tools.findings import Finding, Level, Rule
+from dpo_dist.tools.shared.findings import Finding, FindingRule, Level
 
 _MAX_EXAMPLES = 20
 
 
 @dataclass(frozen=True)
-class DataRule(Rule):
+class DataRule(FindingRule):
     """A rule about data with its name and threshold."""
 
     name: str
@@ -45,9 +45,9 @@ class DataRule(Rule):
 
 
 _TABLE: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("rules.yaml").read_text(encoding="utf-8"))
-KINDS: Mapping[str, list[str]] = _TABLE.pop("kinds")
-RULE_OF = {kind: rule for rule, kinds in KINDS.items() for kind in kinds}
-RULES = {
+KINDS_BY_RULE: Mapping[str, list[str]] = _TABLE.pop("kinds")
+RULE_BY_KIND = {kind: rule for rule, kinds in KINDS_BY_RULE.items() for kind in kinds}
+DOCTOR_RULES = {
     name: DataRule(Level(level), text, remedy, name, threshold)
     for name, (level, threshold, text, remedy) in _TABLE.items()
 }

@@ -16,8 +16,9 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.sources import pinned
 from dpo_dist.data.records import BadRecord, PreferenceRecord, Tokenizer
 from dpo_dist.data.text.lengths import without_limits
-from dpo_dist.tools.doctor.texts import side_of, texts_of
-from dpo_dist.tools.findings import Finding
+from dpo_dist.tools.doctor.measures.texts import texts_of
+from dpo_dist.tools.shared.findings import Finding
+from dpo_dist.tools.shared.records import side_of
 
 _SAMPLED_RECORDS = 2000
 """The sample of a source is drawn from this number of its first records."""
@@ -63,14 +64,14 @@ def show_pairs(
             rules.setdefault(origin, []).append(finding.rule)
     shown = []
     for source in [*config.train, *config.eval]:
-        for record in _chosen(pinned(source), rules, count):
+        for record in _choose(pinned(source), rules, count):
             origin = str(record.origin)
             names = tuple(dict.fromkeys(rules.get(origin, ())))
             shown.append(ShownPair(origin, names, *_parts(record, config, tokenizer)))
     return shown
 
 
-def _chosen(source: SourceConfig, rules: Mapping[str, Sequence[str]], count: int) -> list[PreferenceRecord]:
+def _choose(source: SourceConfig, rules: Mapping[str, Sequence[str]], count: int) -> list[PreferenceRecord]:
     """Return the records at the origins of `rules`, and a sample of the first ones."""
     examples: list[PreferenceRecord] = []
     others: list[PreferenceRecord] = []

@@ -27,7 +27,7 @@ from dpo_dist.objective.metrics import custom_metrics
 from dpo_dist.reference.engine import load_scored, scored_model
 from dpo_dist.tools.evaluation.results import ALL, Results, write_evaluation
 from dpo_dist.tools.evaluation.trained_prompts import count_trained
-from dpo_dist.tools.tables import evaluation_table
+from dpo_dist.tools.shared.tables import evaluation_table
 from dpo_dist.training.reference import prepare_reference
 from dpo_dist.training.start.context import Run, open_run
 from dpo_dist.training.start.inputs import (
@@ -91,7 +91,19 @@ def _evaluate(run: Run, evaluated: Evaluated, inputs: EvaluationInputs, objectiv
         hashes = map(int, dataset.prompt_hashes[:])
         trained = {"prompts_also_in_train": count_trained(evaluated.path, hashes, config.loss.unit, run.say)}
         counted = replace(dataset, counts=dataset.counts | trained)
-        results = write_evaluation(name, evaluated.path, config, means, values, counted, commit)
+        reference, seed = config.reference.path or config.model.path, config.trainer.seed
+        results = write_evaluation(
+            name,
+            evaluated.path,
+            means,
+            values,
+            counted,
+            run=folder,
+            loss=config.loss,
+            reference=reference,
+            seed=seed,
+            revision=commit,
+        )
         console.result("results", {"model": evaluated.path, **results}, evaluation_table(results))
         run.say(f"evaluation: {folder.evaluation.results}   also in {folder.evaluation_of(name).path}")
         return results

@@ -3,21 +3,18 @@
 import json
 import math
 import shutil
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from statistics import NormalDist
-from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dpo_dist.batching.example import Mask
+from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.metrics import METRICS
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.foundation import files
 from dpo_dist.foundation.text import without_secrets
@@ -29,74 +26,26 @@ from dpo_dist.objective.metrics import (
     length_members,
     measure_pairs,
 )
+from dpo_dist.tools.shared.intervals import (
+    ENDS,
+    FEWEST_PROMPTS,
+    Column,
+    bootstrap_intervals,
+    resamples,
+    with_width,
+)
 
-Column = npt.NDArray[np.float64]
+_Mask = npt.NDArray[np.bool_]
 Results = dict[str, dict[str, Any]]
-Name = TypeVar("Name", bound=Hashable)
 
 ALL = "all"
 """The name of the results of all pairs."""
-RESAMPLES = 1000
-LEVEL = 0.95
-_ENDS = (1 - LEVEL) / 2, 1 - (1 - LEVEL) / 2
 _WORST = 8
-FEWEST_PROMPTS = 6
-"""Prompts that an interval needs. By an even chance five have the same outcome in 2 * 0.5**5 = 6 % of cases,
-and an interval of one outcome has no width."""
 _SHARES = tuple(name for name, metric in METRICS.items() if metric.is_share)
 
 
-def bootstrap_intervals(
-    measured: Mapping[Name, tuple[Column, Column]],
-    prompts: npt.NDArray[np.uint64],
-    seed: int = 0,
-    lowest: Mapping[Name, float] = MappingProxyType({}),
-) -> dict[Name, tuple[float, float]]:
-    """Return the lower and upper end of the interval of every metric.
-
-    `measured` has values and counts of each pair by metric, float64 [pairs]: the metric is the sum of values
-    divided by the sum of counts. `prompts`, [pairs], are equal for pairs of the same prompt. `lowest`: the
-    lower bound of a metric: 0 of a rate, -1 of a difference of rates. A metric is absent if fewer than
-    `FEWEST_PROMPTS` have a count, or none in some resample, or if a value is not finite.
-    """
-    measured = {name: each for name, each in measured.items() if np.isfinite(each[0]).all()}
-    if not measured or not len(prompts):
-        return {}
-    _, clusters = np.unique(prompts, return_inverse=True)
-    number = int(clusters.max()) + 1
-    columns = [column for pair in measured.values() for column in pair]
-    table = np.stack([np.bincount(clusters, column, number) for column in columns], axis=1)
-    totals = np.stack([drawn @ table for drawn in _resamples(number, seed)])
-    values, counts = totals[:, ::2], totals[:, 1::2]
-    counted = np.count_nonzero(table[:, 1::2], axis=0)
-    intervals = {}
-    for index, name in enumerate(measured):
-        if counted[index] >= FEWEST_PROMPTS and (counts[:, index] > 0).all():
-            low, high = np.quantile(values[:, index] / counts[:, index], _ENDS)
-            intervals[name] = float(low), float(high)
-            if name in lowest:
-                intervals[name] = _with_width(float(low), float(high), int(counted[index]), lowest[name])
-    return intervals
-
-
-def _resamples(number: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Yield how often each of so many prompts is drawn in a resample."""
-    generator = np.random.default_rng(seed)
-    for _ in range(RESAMPLES):
-        yield np.bincount(generator.integers(0, number, number), minlength=number)
-
-
-def _with_width(low: float, high: float, counted: int, lowest: float) -> tuple[float, float]:
-    """Return an interval of a share; of 0 or 1, Wilson's; of a difference, on both sides within -1 and 1."""
-    if low != high or low not in (-1, 0, 1):
-        return low, high
-    squared = NormalDist().inv_cdf((1 + LEVEL) / 2) ** 2
-    width = squared / (counted + squared)
-    return max(low - width, lowest), min(low + width, 1.0)
-
-
 def contrasts(
-    rewards: Column, is_good: Mask, prompts: npt.NDArray[np.uint64], seed: int = 0
+    rewards: Column, is_good: _Mask, prompts: npt.NDArray[np.uint64], seed: int = 0
 ) -> dict[str, tuple[float, tuple[float, float] | None]]:
     """Return margin and AUC of labelled records, each with its interval, for which both labels are resampled.
 
@@ -120,12 +69,12 @@ def contrasts(
     of_margin: tuple[float, float] | None = None
     of_auc: tuple[float, float] | None = None
     if counted >= FEWEST_PROMPTS:
-        draws = _resamples(int(clusters.max()) + 1, seed)
+        draws = resamples(int(clusters.max()) + 1, seed)
         table = [measure(drawn[clusters].astype(float)) for drawn in draws]
-        ends = np.quantile(table, _ENDS, axis=0)
+        ends = np.quantile(table, ENDS, axis=0)
         if np.isfinite(ends).all():  # else some resample lacks a label
             (low, worst), (high, best) = ends.tolist()
-            of_margin, of_auc = (low, high), _with_width(worst, best, counted, 0.0)
+            of_margin, of_auc = (low, high), with_width(worst, best, counted, 0.0)
     return {"rewards/margins": (estimates[0], of_margin), AUC: (estimates[1], of_auc)}
 
 
@@ -137,7 +86,7 @@ def results_name(label: str) -> str:
 def results(
     means: Mapping[str, float],
     values: PairValues,
-    labels: Mapping[str, Mask],
+    labels: Mapping[str, _Mask],
     prompts: npt.NDArray[np.uint64],
     plan: MetricPlan,
     seed: int,
@@ -148,13 +97,13 @@ def results(
     of metrics that are means over pairs or tokens. `means` are exact, of all metrics of `plan`; `labels` say
     for each label of the sources whether a pair has it, [pairs]; `prompts` are hashes, [pairs].
     """
-    by_name = {ALL: _of_group(values, prompts, plan, seed)}
+    by_name = {ALL: _group_results(values, prompts, plan, seed)}
     divided = {f"{name}/{label}" for name in plan.pair_metric_names for label in plan.labels}
     by_name[ALL] |= {f"eval_{name}": value for name, value in means.items() if name not in divided}
     for label, members in labels.items():
         selected = PairValues.of({name: column[members] for name, column in values.named.items()})
         suffix = f"/{label}" if plan.labels else ""
-        by_name[results_name(label)] = _of_group(selected, prompts[members], plan, seed) | {
+        by_name[results_name(label)] = _group_results(selected, prompts[members], plan, seed) | {
             f"eval_{metric}": means[metric + suffix]
             for metric in plan.pair_metric_names
             if metric + suffix in means
@@ -162,7 +111,7 @@ def results(
     return by_name
 
 
-def _of_group(
+def _group_results(
     values: PairValues, prompts: npt.NDArray[np.uint64], plan: MetricPlan, seed: int
 ) -> dict[str, Any]:
     """Return the results of some pairs, as far as the values of single pairs decide them."""
@@ -184,7 +133,7 @@ def _of_group(
     row |= {"eval_pairs": len(values), "eval_prompts": len(np.unique(prompts))}
     row["intervals"] = {f"eval_{name}": list(ends) for name, ends in intervals.items()}
     if plan.loss.is_unpaired:
-        of_records = of_sides(values)
+        of_records = labelled_columns(values)
         rewards, is_good = of_records["reward"].astype(float), of_records["label"]
         groups = {"": np.ones_like(is_good)} | {name: each.numpy() for name, each in members.items()}
         for group, within in groups.items():
@@ -198,7 +147,7 @@ def _of_group(
     return row
 
 
-def of_sides(values: PairValues) -> dict[str, npt.NDArray[Any]]:
+def labelled_columns(values: PairValues) -> dict[str, npt.NDArray[Any]]:
     """Return the columns of labelled records: those of the side that each has, and whether it is good."""
     is_good, named = values.tokens_chosen > 0, values.named
     names = {"reward": "reward", "logp": "logp", "reference": "reference_logp", "tokens": "tokens"}
@@ -221,7 +170,7 @@ def write_scores(
     named = {name.replace("reference_", "reference_logp_"): each for name, each in values.named.items()}
     columns = {
         name: column.astype(int) if name.startswith("tokens") else column
-        for name, column in (of_sides(values) if is_unpaired else named).items()
+        for name, column in (labelled_columns(values) if is_unpaired else named).items()
     }
     with files.staged_file(file) as temporary, temporary.open("w", encoding="utf-8") as lines:
         for index, label in enumerate(labels):
@@ -264,18 +213,23 @@ def write_worst(
 def write_evaluation(
     name: str,
     model: str,
-    config: RunConfig,
     means: dict[str, float],
     values: PairValues,
     dataset: PreferenceDataset,
+    *,
+    run: RunFolder,
+    loss: LossConfig,
+    reference: str,
+    seed: int,
     revision: str | None = None,
 ) -> Results:
     """Write the files of an evaluation, each whole or not at all, to its folder `name` and as those of the
     newest one; return its results.
 
-    `model`: its path; `revision`: its commit, if it is from the hub. `means`: exact, of all metrics.
+    `model`: its path; `revision`: its commit, if it is from the hub. `reference`: the path of the reference
+    model, if `loss` needs one. `means`: exact, of all metrics.
     """
-    folder, sources = RunFolder.of(config), dataset.counts["sources"]
+    sources = dataset.counts["sources"]
     labels = np.repeat(dataset.source_labels, dataset.source_pairs)
     members = {label: labels == label for label in dataset.source_labels}
     by_name = results(
@@ -283,23 +237,23 @@ def write_evaluation(
         values,
         members,
         np.asarray(dataset.prompt_hashes[:], dtype=np.uint64),
-        MetricPlan(config.loss, dataset.labels, True, CustomMetrics(names=tuple(values.custom))),
-        config.trainer.seed,
+        MetricPlan(loss, dataset.labels, True, CustomMetrics(names=tuple(values.custom))),
+        seed,
     )
     evaluated = {
         "model": model,
         "revision": revision,
-        "reference": config.reference.path or config.model.path if config.loss.needs_reference else None,
-        "loss": "+".join(config.loss.kinds),
+        "reference": reference if loss.needs_reference else None,
+        "loss": "+".join(loss.kinds),
         "pairs": len(dataset),
         "prompts_also_in_train": dataset.counts.get("prompts_also_in_train"),
         "sources": [{"label": source["label"], "path": source["path"]} for source in sources],
     }
-    named, newest = folder.evaluation_of(name), folder.evaluation
+    named, newest = run.evaluation_of(name), run.evaluation
     for written in (named.path, newest.path):
         files.collect_abandoned(written)
     files.write_json(named.evaluated, evaluated)
-    write_scores(named.scores, values, dataset, is_unpaired=config.loss.is_unpaired)
+    write_scores(named.scores, values, dataset, is_unpaired=loss.is_unpaired)
     files.write_json(named.results, by_name)
     for file, target in zip(named.files, newest.files, strict=True):
         with files.staged_file(target) as temporary:

@@ -28,7 +28,7 @@ def count_trained(
     if run is None:
         return None
     try:
-        trained = _trained(run.config)
+        trained = _training_prompts(run.config)
     except (OSError, ValueError, DpoDistError) as error:
         say(f"note: not known whether {model} was trained on these {unit}s: {first_line(error)}")
         return None
@@ -43,7 +43,7 @@ def count_trained(
 
 
 @cache
-def _trained(file: Path) -> frozenset[int]:
+def _training_prompts(file: Path) -> frozenset[int]:
     config: RunConfig = from_yaml(file.read_text(encoding="utf-8"), file)
     data = config.data
     held_out = np.array(sorted(_prompts(data.eval)), np.uint64) if data.drop_eval_prompts else None

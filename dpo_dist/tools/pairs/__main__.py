@@ -34,9 +34,9 @@ def main(config: RunConfig) -> int:
 def check(config: RunConfig) -> Iterator[str]:
     """Check everything that needs no weights and no GPU."""
     check_pairs(config)
-    from dpo_dist.tools.pairs.run import rehearse_pairs  # noqa: PLC0415  (slow)
+    from dpo_dist.tools.pairs.run import dry_run_pairs  # noqa: PLC0415  (slow)
 
-    yield rehearse_pairs(config)
+    yield dry_run_pairs(config)
 
 
 if __name__ == "__main__":

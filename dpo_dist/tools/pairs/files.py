@@ -4,53 +4,27 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import dpo_dist
 from dpo_dist.config.keys import as_written
-from dpo_dist.config.schema import DataConfig, RunConfig, SourceConfig
-from dpo_dist.data.counts import DataCounts, check_counts, count_lines, describe_dropped
+from dpo_dist.config.schema import DataConfig
+from dpo_dist.data.counts import count_lines
 from dpo_dist.data.read.sources import pinned
-from dpo_dist.data.records import BadRecord, PreferenceRecord, Response, as_fields, context_fields
+from dpo_dist.data.records import PreferenceRecord, Response, as_fields, context_fields
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import staged_file, write_json, write_lines
 from dpo_dist.foundation.text import counted
-
-Read: TypeAlias = Callable[[SourceConfig], Iterator[PreferenceRecord | BadRecord]]
-"""`read_records` or `read_prompts`."""
+from dpo_dist.tools.shared.records import Read, good_records
 
 
 def training_records(
-    config: RunConfig, read: Read, say: Callable[[str], None], enough: Callable[[], bool] = lambda: False
+    data: DataConfig, read: Read, say: Callable[[str], None], enough: Callable[[], bool] = lambda: False
 ) -> Iterator[PreferenceRecord]:
     """Yield the usable records of `data.train` until there are `enough`; print the counts of each source."""
-    for source in config.data.train:
+    for source in data.train:
         if not enough():
-            yield from good_records(read(pinned(source)), source, config.data, say, enough)
-
-
-def good_records(
-    records: Iterator[PreferenceRecord | BadRecord],
-    source: SourceConfig,
-    data: DataConfig,
-    say: Callable[[str], None],
-    enough: Callable[[], bool] = lambda: False,
-    *,
-    of_first: bool = False,
-) -> Iterator[PreferenceRecord]:
-    """Yield the usable records of a source until there are `enough`; then print the counts.
-
-    `of_first`: they are the first records of more.
-    """
-    counts = DataCounts()
-    while not enough() and (record := next(records, None)) is not None:
-        counts.add(record)
-        if isinstance(record, PreferenceRecord):
-            yield record
-    check_counts(counts, source.path, data, of_first=of_first)
-    say(f"{source.path}: {counts.kept:,} of {counted(counts.read, 'record')} kept")
-    for line in describe_dropped(counts.dropped):
-        say(line)
+            yield from good_records(read(pinned(source)), source, data, say, enough)
 
 
 def pair_fields(

@@ -23,7 +23,7 @@ import jinja2
 
 from dpo_dist.config.identity import plain
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import PairsMethod, RunConfig
+from dpo_dist.config.schema import DataConfig, PairsMethod
 from dpo_dist.data.counts import counts_in_one_line
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.values import parse_json
@@ -44,7 +44,7 @@ _SIDES = ("first", "second")
 """Verdicts for a response, by its index."""
 
 
-class Judgement(NamedTuple):
+class Annotation(NamedTuple):
     """A line of the log: a verdict on an item; a later one of the same annotator replaces it."""
 
     item: str
@@ -91,7 +91,7 @@ class Labelling:
 
     def __init__(self, items: Mapping[str, PreferenceRecord], log: int, seed: int):
         self.items, self._log, self._seed = items, log, seed
-        self.given: dict[tuple[str, str], Judgement] = {}
+        self.given: dict[tuple[str, str], Annotation] = {}
         self._shared = {key for key in items if _fraction(seed, "shared", key) < _OVERLAP}
 
     def read(self, file: Path) -> int:
@@ -102,13 +102,13 @@ class Labelling:
         lines = []
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
-                lines.append(Judgement(**parse_json(line)))
+                lines.append(Annotation(**parse_json(line)))
             except (ValueError, TypeError) as error:
                 raise DataError(
                     "this line is no judgement",
                     where=f"{file}:{number}",
                     got=first_line(error),
-                    expected=f"a JSON object with {', '.join(Judgement._fields)}",
+                    expected=f"a JSON object with {', '.join(Annotation._fields)}",
                     remedy="correct the line or delete it; the other judgements stay",
                 ) from error
         self.given = {(each.annotator, each.item): each for each in lines if each.item in self.items}
@@ -118,7 +118,7 @@ class Labelling:
         """Write a verdict, `left`, `right`, `tie` or `skip`, to disk before it counts."""
         left, now = self.left(annotator, item), datetime.now(UTC).isoformat(timespec="seconds")
         verdict = {"left": _SIDES[left], "right": _SIDES[1 - left]}.get(choice, choice)
-        judgement = Judgement(item, annotator, verdict, left, now)
+        judgement = Annotation(item, annotator, verdict, left, now)
         line = (json.dumps(judgement._asdict(), ensure_ascii=False) + "\n").encode()
         size = os.fstat(self._log).st_size
         try:
@@ -202,7 +202,7 @@ class LabelServer(ThreadingMixIn, WSGIServer):
         return [body.encode("utf-8", "replace")]
 
 
-def outcome(judgements: Sequence[Judgement]) -> tuple[int | None, str]:
+def outcome(judgements: Sequence[Annotation]) -> tuple[int | None, str]:
     """Return the index of the better response by majority, or None, and the name of the count."""
     verdicts = [each.verdict for each in judgements if each.verdict != SKIP]
     votes = verdicts.count("first") - verdicts.count("second")
@@ -211,14 +211,14 @@ def outcome(judgements: Sequence[Judgement]) -> tuple[int | None, str]:
     return None, "comparisons_without_majority" if verdicts else "comparisons_not_judged"
 
 
-def agreement(judgements: Iterable[Judgement]) -> dict[str, Any]:
+def agreement(judgements: Iterable[Annotation]) -> dict[str, Any]:
     """Return counts and agreement of the judgements, skips aside, as a JSON object.
 
     `annotators`: for each the number of judgements and the share of decided ones for the left side (position
     bias if far from 0.5). `between`: every two annotators on the items that both judged:
     `items`, `agreed` (share of equal verdicts) and `kappa` (Cohen 1960; null if undefined).
     """
-    given: dict[str, dict[str, Judgement]] = defaultdict(dict)
+    given: dict[str, dict[str, Annotation]] = defaultdict(dict)
     for each in judgements:
         if each.verdict != SKIP:
             given[each.annotator][each.item] = each
@@ -238,14 +238,14 @@ def agreement(judgements: Iterable[Judgement]) -> dict[str, Any]:
     return {"annotators": annotators, "between": between}
 
 
-def label_pairs(config: RunConfig, console: Console) -> None:
+def label_pairs(folder: RunFolder, data: DataConfig, limit: int | None, seed: int, console: Console) -> None:
     """Serve the page until Ctrl-C or SIGTERM; then write the pairs of all judgements, and their agreement."""
-    folder, seed, limit, say = RunFolder.of(config), config.trainer.seed, config.pairs.limit, console.say
-    settings = {"method": str(PairsMethod.people), "sources": plain(config.data.train)}
+    say = console.say
+    settings = {"method": str(PairsMethod.people), "sources": plain(data.train)}
     settings |= {"limit": limit, "seed": seed}
     check_output(folder.pairs_file, settings)
     drawn: Counter[str] = Counter()
-    items = draw_items(training_records(config, read_records, say), limit or _MOST_ITEMS, seed, drawn)
+    items = draw_items(training_records(data, read_records, say), limit or _MOST_ITEMS, seed, drawn)
     rest = ", ".join(f"{number:,} {name.replace('_', ' ')}" for name, number in (+drawn).items())
     say(counted(len(items), "comparison") + (f"; records: {rest}" if rest else ""))
     if not items:
@@ -289,9 +289,9 @@ def _serve(server: LabelServer, console: Console) -> None:
 
 
 def _pairs(
-    items: Mapping[str, PreferenceRecord], judgements: Sequence[Judgement], counts: Counter[str]
+    items: Mapping[str, PreferenceRecord], judgements: Sequence[Annotation], counts: Counter[str]
 ) -> Iterator[dict[str, Any]]:
-    by_item: dict[str, list[Judgement]] = defaultdict(list)
+    by_item: dict[str, list[Annotation]] = defaultdict(list)
     for each in judgements:
         by_item[each.item].append(each)
     for key, record in items.items():

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeAlias
@@ -20,6 +20,8 @@ from dpo_dist.config.load import from_yaml, to_yaml
 from dpo_dist.config.rules import at
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import (
+    DataConfig,
+    ModelConfig,
     PairsConfig,
     ReferenceMode,
     RoundReference,
@@ -35,9 +37,9 @@ from dpo_dist.model.files.folder import model_folder
 
 _REASONS = (ExitCode.invalid, ExitCode.diverged, ExitCode.preempted)
 
-Say: TypeAlias = Callable[[str], None]
-Run: TypeAlias = Callable[[str], int]
-Result: TypeAlias = dict[str, Any]
+_Say: TypeAlias = Callable[[str], None]
+RunCommand: TypeAlias = Callable[[str], int]
+RoundResult: TypeAlias = dict[str, Any]
 """The content of round.json: `number`, `samples` and `training`, each None until the stage is finished."""
 
 
@@ -107,24 +109,25 @@ def run_command(command: str) -> int:
     return code
 
 
-def merge_adapter(adapter: Path, folder: Path, config: RunConfig) -> None:
-    """Write the base of an adapter with the adapter's update added to its weights, in `config.model.dtype`.
+def merge_adapter(adapter: Path, folder: Path, model: ModelConfig, data: DataConfig, store: Path) -> None:
+    """Write the base of an adapter with the adapter's update added to its weights, in the dtype of `model`.
 
-    A quantized base is merged without its quantization. The folder is written whole or not at all.
+    A quantized base is merged without its quantization. The folder is written whole or not at all. `store`
+    remembers the digests of files.
     """
     files.collect_abandoned(folder.parent)  # a whole model, if an earlier start was killed while it wrote one
     # Slow to import.
     from dpo_dist.model.files.load import TORCH_DTYPES, load_tokenizer  # noqa: PLC0415
     from dpo_dist.model.files.save import copy_tokenizer, write_merged, writing_errors  # noqa: PLC0415
     from dpo_dist.model.files.stops import trained_stops, write_stops  # noqa: PLC0415
-    from dpo_dist.tools.sampling.respond import find_model  # noqa: PLC0415
+    from dpo_dist.tools.shared.sampling.respond import find_model  # noqa: PLC0415
 
-    source = find_model(str(adapter), config, "model.adapter")
-    dtype, code = TORCH_DTYPES[config.model.dtype], config.model.trust_remote_code
+    source = find_model(str(adapter), model, store, "model.adapter")
+    dtype, code = TORCH_DTYPES[model.dtype], model.trust_remote_code
     with writing_errors(folder), files.staged_folder(folder) as temporary:
         write_merged(temporary, source.folder, adapter, dtype, trust_remote_code=code)
         copy_tokenizer(source.tokenizer_folder, temporary)
-        stops = trained_stops(load_tokenizer(temporary, config.model), config.data)
+        stops = trained_stops(load_tokenizer(temporary, model), data)
         write_stops(temporary, source.folder, stops)
 
 
@@ -143,41 +146,141 @@ def read_samples(policy: str, file: Path) -> dict[str, Any]:
     return {"policy": policy, **counts, "mean_score": mean, "largest_difference": widest}
 
 
-def run_rounds(config: RunConfig, say: Say, run: Run = run_command) -> int:
-    """Do `config.pairs.rounds` rounds, and score the last policy; return the exit code.
+@dataclass(frozen=True)
+class _Rounds:
+    """The loop, in `folder`; `run` starts a command and returns its exit code."""
 
-    They end early at a preempted training, and at samples without a pair.
-    """
-    folder, count, results = RunFolder.of(config), config.pairs.rounds, list[Result]()
-    with files.locked(folder.rounds / folder.lock.name, "does the rounds of this run directory"):
-        check_settings(config, folder)
-        os.environ.setdefault("WANDB_RUN_GROUP", config.run.name)  # of the trainings
-        for number in range(1, count + 2):
-            file, code = folder.round(number).round_result, int(ExitCode.completed)
-            if file.exists():
-                result = json.loads(file.read_text(encoding="utf-8"))
-            else:
-                result = {"number": number, "samples": _sample(config, number, say, run), "training": None}
-                files.write_json(file, result)
-            has_pairs = result["samples"]["pairs"] is not None
-            if number <= count and has_pairs and result["training"] is None:
-                code, result["training"] = _train(config, number, say, run)
-                files.write_json(file, result)
-            results.append(result)
-            files.write_json(folder.rounds_summary, {"rounds": results})
-            if code != ExitCode.completed:
-                return code
-            if not has_pairs:
-                say(f"round {number}: no two responses to a prompt differ by more than pairs.margin")
-                break
-    for line in _table(results):
-        say(line)
-    last = max(result["number"] for result in results if result["training"] is not None)
-    say(f"the last policy: {_policy(config, last)}")
-    return ExitCode.completed
+    config: RunConfig
+    folder: RunFolder
+    say: _Say
+    run: RunCommand
+
+    def do(self) -> int:
+        """Do the rounds, and score the last policy; return the exit code.
+
+        They end early at a preempted training, and at samples without a pair.
+        """
+        config, folder, results = self.config, self.folder, list[RoundResult]()
+        count = config.pairs.rounds
+        with files.locked(folder.rounds / folder.lock.name, "does the rounds of this run directory"):
+            check_settings(config, folder)
+            os.environ.setdefault("WANDB_RUN_GROUP", config.run.name)  # of the trainings
+            for number in range(1, count + 2):
+                file, code = folder.round(number).round_result, int(ExitCode.completed)
+                if file.exists():
+                    result = json.loads(file.read_text(encoding="utf-8"))
+                else:
+                    result = {"number": number, "samples": self._sample(number), "training": None}
+                    files.write_json(file, result)
+                has_pairs = result["samples"]["pairs"] is not None
+                if number <= count and has_pairs and result["training"] is None:
+                    code, result["training"] = self._train(number)
+                    files.write_json(file, result)
+                results.append(result)
+                files.write_json(folder.rounds_summary, {"rounds": results})
+                if code != ExitCode.completed:
+                    return code
+                if not has_pairs:
+                    self.say(f"round {number}: no two responses to a prompt differ by more than pairs.margin")
+                    break
+        for line in _table(results):
+            self.say(line)
+        last = max(result["number"] for result in results if result["training"] is not None)
+        self.say(f"the last policy: {self._policy(last)}")
+        return ExitCode.completed
+
+    def _sample(self, number: int) -> dict[str, Any]:
+        """Sample, score and pair in round `number`; return `samples` of its result."""
+        folder, pairs = self.folder.round(number), self.config.pairs
+        stage = replace(
+            self._with_policy(number),
+            run=replace(self.config.run, dir=str(folder.path)),
+            pairs=replace(
+                pairs,
+                rounds=0,
+                launcher=None,
+                reference=PairsConfig.reference,
+                prompt_part=(pairs.prompt_part + number - 1) % pairs.prompt_parts,
+            ),
+            trainer=replace(self.config.trainer, seed=self.config.trainer.seed + number - 1),
+        )
+        stage_name = f"round {number}" if number <= pairs.rounds else f"after round {number - 1}"
+        self.say(f"{stage_name}: samples of {stage.model.path}")
+        below = folder.path / "sampling"
+        folder.pairs_samples.unlink(missing_ok=True)  # of an earlier start
+        code = self.run(command_of("pairs", stage, below, _launcher(pairs.launcher)))
+        if code not in (ExitCode.completed, ExitCode.invalid) or not folder.pairs_samples.exists():
+            raise _stage_error(f"sampling of round {number}", code, folder)
+        samples = read_samples(stage.model.path, folder.pairs_samples)
+        # From round 2 on, all ties mean that nothing is left to learn. A full disk has the same exit code.
+        is_learned = number > 1 and samples["responses"] and samples["largest_difference"] <= pairs.margin
+        if code != ExitCode.completed and not is_learned:
+            raise _stage_error(f"sampling of round {number}", code, folder)
+        pair_count = None
+        if code == ExitCode.completed:
+            with folder.pairs_file.open("rb") as lines:
+                pair_count = sum(1 for _ in lines)
+        mean = samples["mean_score"]
+        score = "" if mean is None else f", mean score {mean:.4f}"
+        self.say(f"{stage_name}: {samples['responses']:,} responses, {pair_count or 0:,} pairs{score}")
+        return samples | {"pairs": pair_count}
+
+    def _train(self, number: int) -> tuple[int, dict[str, Any] | None]:
+        """Train in round `number`; return the exit code, and `training` of its result, None if preempted."""
+        folder = self.folder.round(number)
+        has_samples = self.config.data.eval_sources and self.config.samples.prompts != 0
+        stage = replace(
+            self._with_policy(number),
+            run=replace(self.config.run, dir=str(folder.training.path)),
+            data=replace(self.config.data, train=[SourceConfig(path=str(folder.pairs_file))]),
+            pairs=PairsConfig(),
+            sampling=self.config.sampling if has_samples else SamplingConfig(),
+        )
+        self.say(f"round {number}: training of {stage.model.path}")
+        below = folder.path / "training"
+        code = self.run(command_of("train", stage, below, _launcher(self.config.pairs.launcher)))
+        if code == ExitCode.preempted:
+            self.say(f"round {number}: the training stopped with a checkpoint; the same command continues")
+            return code, None
+        if code != ExitCode.completed:
+            raise _stage_error(f"training of round {number}", code, folder.training)
+        if self.config.model.adapter is not None and not folder.policy.exists():
+            self.say(f"round {number}: the adapter is merged into {stage.model.path}")
+            store = Path(stage.reference.store)
+            merge_adapter(folder.training.model, folder.policy, stage.model, stage.data, store)
+        summary = json.loads(folder.training.summary.read_text(encoding="utf-8"))
+        facts = {"steps": summary["steps"], "accuracy": summary["final"].get("rewards/accuracies")}
+        return code, facts | {"seconds": summary.get("train_seconds")}
+
+    def _policy(self, number: int) -> Path:
+        """Return the folder of the model that round `number` has trained."""
+        folder = self.folder.round(number)
+        return folder.training.model if self.config.model.adapter is None else folder.policy
+
+    def _with_policy(self, number: int) -> RunConfig:
+        """Return the configuration with the policy from which round `number` starts, and its reference."""
+        if number == 1:
+            return self.config
+        config = self.config
+        first, reference, mode = config.model, config.reference, config.reference.mode
+        if config.pairs.reference is RoundReference.previous:
+            reference = replace(reference, path=None)
+        elif reference.path is None and mode is not ReferenceMode.none:
+            # The name alone is not a revision of the model.
+            path = first.path if first.revision is None else str(model_folder(first.path, first.revision))
+            reference = replace(reference, path=path)
+            if mode is ReferenceMode.adapter:  # the base of a later adapter is not the first model
+                reference = replace(reference, mode=ReferenceMode.cached, quantization=first.quantization)
+        policy = str(self._policy(number - 1))
+        return replace(config, model=replace(first, path=policy, revision=None), reference=reference)
 
 
-def _table(results: list[Result]) -> list[str]:
+def run_rounds(config: RunConfig, say: _Say, run: RunCommand = run_command) -> int:
+    """Do `config.pairs.rounds` rounds, and score the last policy; return the exit code."""
+    return _Rounds(config, RunFolder.of(config), say, run).do()
+
+
+def _table(results: list[RoundResult]) -> list[str]:
     """Return a line for each policy, the first one too: the mean score of its samples, and what they gave."""
     rows: list[tuple[str, ...]] = [("policy", "mean score", "pairs", "accuracy")]
     for result in results:
@@ -191,94 +294,7 @@ def _table(results: list[Result]) -> list[str]:
     return [f"{name:<16}{score:>10}{pairs:>8}{accuracy:>10}" for name, score, pairs, accuracy in rows]
 
 
-def _sample(config: RunConfig, number: int, say: Say, run: Run) -> dict[str, Any]:
-    """Sample, score and pair in round `number`; return `samples` of its result."""
-    folder, pairs = RunFolder.of(config).round(number), config.pairs
-    stage = replace(
-        _with_policy(config, number),
-        run=replace(config.run, dir=str(folder.path)),
-        pairs=replace(
-            pairs,
-            rounds=0,
-            launcher=None,
-            reference=PairsConfig.reference,
-            prompt_part=(pairs.prompt_part + number - 1) % pairs.prompt_parts,
-        ),
-        trainer=replace(config.trainer, seed=config.trainer.seed + number - 1),
-    )
-    stage_name = f"round {number}" if number <= pairs.rounds else f"after round {number - 1}"
-    say(f"{stage_name}: samples of {stage.model.path}")
-    below = folder.path / "sampling"
-    folder.pairs_samples.unlink(missing_ok=True)  # of an earlier start
-    code = run(command_of("pairs", stage, below, _launcher(pairs.launcher)))
-    if code not in (ExitCode.completed, ExitCode.invalid) or not folder.pairs_samples.exists():
-        raise _failed(f"sampling of round {number}", code, folder)
-    samples = read_samples(stage.model.path, folder.pairs_samples)
-    # From round 2 on, all ties mean that nothing is left to learn. A full disk has the same exit code.
-    is_learned = number > 1 and samples["responses"] and samples["largest_difference"] <= pairs.margin
-    if code != ExitCode.completed and not is_learned:
-        raise _failed(f"sampling of round {number}", code, folder)
-    pair_count = None
-    if code == ExitCode.completed:
-        with folder.pairs_file.open("rb") as lines:
-            pair_count = sum(1 for _ in lines)
-    mean = samples["mean_score"]
-    score = "" if mean is None else f", mean score {mean:.4f}"
-    say(f"{stage_name}: {samples['responses']:,} responses, {pair_count or 0:,} pairs{score}")
-    return samples | {"pairs": pair_count}
-
-
-def _train(config: RunConfig, number: int, say: Say, run: Run) -> tuple[int, dict[str, Any] | None]:
-    """Train in round `number`; return the exit code, and `training` of its result unless it is preempted."""
-    folder = RunFolder.of(config).round(number)
-    has_samples = config.data.eval_sources and config.samples.prompts != 0
-    stage = replace(
-        _with_policy(config, number),
-        run=replace(config.run, dir=str(folder.training.path)),
-        data=replace(config.data, train=[SourceConfig(path=str(folder.pairs_file))]),
-        pairs=PairsConfig(),
-        sampling=config.sampling if has_samples else SamplingConfig(),
-    )
-    say(f"round {number}: training of {stage.model.path}")
-    below = folder.path / "training"
-    code = run(command_of("train", stage, below, _launcher(config.pairs.launcher)))
-    if code == ExitCode.preempted:
-        say(f"round {number}: the training stopped with a checkpoint; the same command continues")
-        return code, None
-    if code != ExitCode.completed:
-        raise _failed(f"training of round {number}", code, folder.training)
-    if config.model.adapter is not None and not folder.policy.exists():
-        say(f"round {number}: the adapter is merged into {stage.model.path}")
-        merge_adapter(folder.training.model, folder.policy, stage)
-    summary = json.loads(folder.training.summary.read_text(encoding="utf-8"))
-    facts = {"steps": summary["steps"], "accuracy": summary["final"].get("rewards/accuracies")}
-    return code, facts | {"seconds": summary.get("train_seconds")}
-
-
-def _policy(config: RunConfig, number: int) -> Path:
-    """Return the folder of the model that round `number` has trained."""
-    folder = RunFolder.of(config).round(number)
-    return folder.training.model if config.model.adapter is None else folder.policy
-
-
-def _with_policy(config: RunConfig, number: int) -> RunConfig:
-    """Return the configuration with the policy that round `number` starts from, and its reference model."""
-    if number == 1:
-        return config
-    first, reference, mode = config.model, config.reference, config.reference.mode
-    if config.pairs.reference is RoundReference.previous:
-        reference = replace(reference, path=None)
-    elif reference.path is None and mode is not ReferenceMode.none:
-        # The name alone is not a revision of the model.
-        path = first.path if first.revision is None else str(model_folder(first.path, first.revision))
-        reference = replace(reference, path=path)
-        if mode is ReferenceMode.adapter:  # the base of a later adapter is not the first model
-            reference = replace(reference, mode=ReferenceMode.cached, quantization=first.quantization)
-    policy = str(_policy(config, number - 1))
-    return replace(config, model=replace(first, path=policy, revision=None), reference=reference)
-
-
-def _failed(stage: str, code: int, folder: RunFolder) -> DpoDistError:
+def _stage_error(stage: str, code: int, folder: RunFolder) -> DpoDistError:
     """Return the error of a stage whose command ended with `code`; its own words are already printed."""
     error = ConfigError(
         f"the {stage} has failed",

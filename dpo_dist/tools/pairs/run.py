@@ -4,10 +4,9 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
-from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,50 +20,36 @@ from dpo_dist.config.schema import (
     PairSelection,
     PairsMethod,
     RunConfig,
-    SourceConfig,
 )
-from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX, counts_in_one_line
+from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX
 from dpo_dist.data.formats import read_prompts, read_records
-from dpo_dist.data.read.sources import pinned
 from dpo_dist.data.records import Dialogue, PreferenceRecord, as_fields, context_fields, prompt_key
 from dpo_dist.distributed.memory import return_memory
 from dpo_dist.foundation.console import Console
-from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import collect_abandoned, locked, staged_file, text_digest, write_lines
 from dpo_dist.foundation.text import counted
-from dpo_dist.model.files.folder import description_folder
-from dpo_dist.model.files.load import check_contents_at_hand
-from dpo_dist.tools.judges import Judge, Judgement, Question, open_judge
-from dpo_dist.tools.pairs.files import (
-    Read,
-    check_output,
-    good_records,
-    pair_fields,
-    training_records,
-    write_results,
-)
+from dpo_dist.tools.pairs.files import check_output, pair_fields, training_records, write_results
 from dpo_dist.tools.pairs.people import label_pairs
 from dpo_dist.tools.pairs.start import responding_models
-from dpo_dist.tools.sampling.prompts import (
+from dpo_dist.tools.shared.sampling.dry_run import check_model, check_report, first_records
+from dpo_dist.tools.shared.sampling.judges import Judge, Judgement, Question, open_judge
+from dpo_dist.tools.shared.sampling.prompts import (
     Parts,
     Prompts,
     as_asked,
-    find_together,
+    find_model_together,
     generation_settings,
     in_parts,
     joined_run,
-    judge_of,
+    open_judge_together,
 )
-from dpo_dist.tools.sampling.respond import (
+from dpo_dist.tools.shared.sampling.respond import (
     Completion,
     Completions,
     ModelSource,
-    find_files,
     open_generator,
-    open_responder,
-    usable_prompt,
 )
-from dpo_dist.tools.sampling.settings import sampling_of
+from dpo_dist.tools.shared.sampling.settings import sampling_of
 from dpo_dist.training.start.context import Run
 
 _MODELS = "pairs.models"
@@ -72,12 +57,13 @@ PART_PROMPTS = 64
 """Prompts of one part of the work: processes share the parts, and finished ones are not repeated."""
 
 
-def different_prompts(config: RunConfig, say: Callable[[str], None]) -> list[PreferenceRecord]:
+def different_prompts(
+    data: DataConfig, pairs: PairsConfig, say: Callable[[str], None]
+) -> list[PreferenceRecord]:
     """Return the different prompts of `data.train` that are to be asked, in their order."""
-    pairs = config.pairs
     prompts, counts = dict[str, PreferenceRecord](), Counter[str]()
-    for record in training_records(config, read_prompts, say, lambda: len(prompts) == pairs.limit):
-        asked = replace(as_asked(record, config.data), responses=(), scores=None)
+    for record in training_records(data, read_prompts, say, lambda: len(prompts) == pairs.limit):
+        asked = replace(as_asked(record, data), responses=(), scores=None)
         key = prompt_key(asked)
         if int(key[:16], 16) % pairs.prompt_parts != pairs.prompt_part:
             counts["in_other_parts"] += 1
@@ -175,7 +161,7 @@ def score(
 
 
 @dataclass(frozen=True)
-class Results:
+class PairResults:
     """Finished completions of prompts by all models, scored if there is a judge; `facts`: provenance."""
 
     prompts: Prompts
@@ -195,7 +181,7 @@ class Results:
             yield from zip(records, map(Completions.of, self.completions.read(index)), strict=True)
 
 
-def pairs_of(results: Results) -> Iterator[dict[str, Any]]:
+def pairs_of(results: PairResults) -> Iterator[dict[str, Any]]:
     """Yield the preference records of all prompts, in order; count in `results.counts`."""
     counts, pairs, seed = results.counts, results.pairs, results.prompts.run.config.trainer.seed
     for record, row in results.rows():
@@ -221,7 +207,7 @@ def pairs_of(results: Results) -> Iterator[dict[str, Any]]:
 
 
 def _pair(
-    record: PreferenceRecord, row: Completions, chosen: Completion, rejected: Completion, results: Results
+    record: PreferenceRecord, row: Completions, chosen: Completion, rejected: Completion, results: PairResults
 ) -> dict[str, Any]:
     scores: tuple[float, float] | None = None
     provenance: dict[str, Any] = {"source": str(record.origin), "method": str(results.pairs.method)}
@@ -240,7 +226,7 @@ def _selection(pairs: PairsConfig) -> dict[str, Any]:
     return {"select": str(pairs.select), "margin": pairs.margin}
 
 
-def samples_of(results: Results) -> Iterator[dict[str, Any]]:
+def scored_lists(results: PairResults) -> Iterator[dict[str, Any]]:
     """Yield every prompt with its responses as a scored list, which is a format of input records too."""
     has_scores = results.pairs.method is PairsMethod.samples
     names = ["number", "tokens", "finished", "same_ids"] + ["score"] * has_scores
@@ -262,16 +248,16 @@ def pairs_from_models(run: Run) -> None:
     """Write pairs of the responses of `pairs.models` to the prompts of `data.train`. Collective."""
     config, world, console, folder, pairs = run.config, run.world, run.console, run.folder, run.config.pairs
     with console.heartbeat("reading prompts"):
-        records = world.on_main(lambda: different_prompts(config, console.say))
+        records = world.on_main(lambda: different_prompts(config.data, pairs, console.say))
     prompts = Prompts(run, folder.pairs_parts, in_parts(records, PART_PROMPTS))
-    models = [find_together(name, run, _MODELS) for name in responding_models(config)]
-    judge, described = judge_of(run)
+    models = [find_model_together(name, run, _MODELS) for name in responding_models(pairs, config.model.path)]
+    judge, described = open_judge_together(run)
     sampling = sampling_of("pairs", config.sampling, config.trainer.seed)
     count = 1 if pairs.method is PairsMethod.delta else pairs.samples
     settings = {
         "method": str(pairs.method),
         "prompts": prompts.digest,
-        **generation_settings(config, sampling),
+        **generation_settings(config.data, config.model, sampling),
         "models": [model.described() for model in models],
         "samples": count,
         "unfinished": str(pairs.unfinished),
@@ -282,7 +268,7 @@ def pairs_from_models(run: Run) -> None:
 
     of_models = []
     for index, model in enumerate(models):
-        opened = cache(partial(open_generator, model, config, world.device))
+        opened = cache(partial(open_generator, model, config.model, config.data, world.device))
         numbers = range(index * count, (index + 1) * count)
         of_models.append(prompts.responses(model, sampling, numbers, opened))
         opened.cache_clear()  # the next model needs its memory
@@ -297,27 +283,28 @@ def pairs_from_models(run: Run) -> None:
     inputs = {"responses": names, "unfinished": str(pairs.unfinished), "judge": described}
     completions = prompts.finish("scores", prompts.stage("scores", inputs), scored)
     facts = {"sampling": asdict(sampling)} | ({"judge": described} if judge else {})
-    results = Results(prompts, models, completions, facts)
+    results = PairResults(prompts, models, completions, facts)
 
     def write() -> None:
         collect_abandoned(folder.pairs)  # of starts that were killed while they wrote
         with staged_file(folder.pairs_samples) as temporary:
-            write_lines(temporary, samples_of(results))
+            write_lines(temporary, scored_lists(results))
         write_results(folder.pairs_file, pairs_of(results), settings, results.counts, console.say)
 
     with console.heartbeat("writing pairs"):
         world.on_main(write)
 
 
-def pairs_from_scores(config: RunConfig, say: Callable[[str], None]) -> None:
-    """Write the pairs of all scored records of `data.train`, in their order."""
+def pairs_from_scores(
+    file: Path, data: DataConfig, pairs: PairsConfig, seed: int, say: Callable[[str], None]
+) -> None:
+    """Write the pairs of all scored records of `data.train`, in their order, to `file`."""
     counts: Counter[str] = Counter()
-    file, pairs, seed = RunFolder.of(config).pairs_file, config.pairs, config.trainer.seed
     method = {"method": str(pairs.method), **_selection(pairs), "seed": seed}
-    settings = method | {"sources": plain(config.data.train), "limit": pairs.limit}
+    settings = method | {"sources": plain(data.train), "limit": pairs.limit}
 
     def records() -> Iterator[dict[str, Any]]:
-        for record in training_records(config, read_records, say, lambda: counts["prompts"] == pairs.limit):
+        for record in training_records(data, read_records, say, lambda: counts["prompts"] == pairs.limit):
             counts["prompts"] += 1
             scores = record.scores
             if scores is None:
@@ -335,10 +322,7 @@ def pairs_from_scores(config: RunConfig, say: Callable[[str], None]) -> None:
     write_results(file, records(), settings, counts, say)
 
 
-_FIRST_RECORDS = 1024
-
-
-def rehearse_pairs(config: RunConfig) -> str:
+def dry_run_pairs(config: RunConfig) -> str:
     """Load what `pairs` loads before weights, ask the judge and read the first records; return the report."""
     pairs, folder = config.pairs, RunFolder.of(config)
     check_writable(folder.path)
@@ -349,74 +333,28 @@ def rehearse_pairs(config: RunConfig) -> str:
     records = first_records(config.data.train, read, config.data, lines.append)
     if responds:
         tokens = sampling_of("pairs", config.sampling).max_new_tokens
-        for name in responding_models(config):
-            check_model(name, config, tokens, records, lines.append, _MODELS)
-    if pairs.method is PairsMethod.samples and (judge := open_judge(config)) is not None:
+        for name in responding_models(pairs, config.model.path):
+            check_model(name, config.model, config.data, tokens, records, lines.append, _MODELS)
+    if (
+        pairs.method is PairsMethod.samples
+        and (judge := open_judge(pairs, config.model, Path(config.reference.store))) is not None
+    ):
         judge.check()
         lines.append(f"judge: {judge}")
-    return passed(lines)
-
-
-def passed(lines: Sequence[str]) -> str:
-    """Return the text of a check without a mistake."""
-    findings = "".join(f"  {line}\n" for line in lines)
-    return f"check passed: everything that needs no weights and no GPU is in order\n{findings}"
-
-
-def first_records(
-    sources: Sequence[SourceConfig], read: Read, data: DataConfig, say: Callable[[str], None]
-) -> list[PreferenceRecord]:
-    """Return the usable records among the first of each source; `say` their counts."""
-    usable: list[PreferenceRecord] = []
-    for source in sources:
-        records = read(pinned(source))
-        first = list(islice(records, _FIRST_RECORDS))
-        is_more = next(records, None) is not None
-        usable += good_records(iter(first), source, data, say, of_first=is_more)
-    return usable
-
-
-def check_model(
-    name: str,
-    config: RunConfig,
-    new_tokens: int,
-    records: Sequence[PreferenceRecord],
-    say: Callable[[str], None],
-    key: str,
-) -> None:
-    """Check a model without its weights, and that it can be asked one of the records; `say` the result."""
-    responder = open_responder(find_files(name, config, key, description_folder), config)
-    ends = responder.tokenizer.convert_ids_to_tokens(sorted(responder.stop_ids))
-    check_contents_at_hand(responder.source.folder, config.model, key)
-    folder = responder.source.adapter or responder.source.folder
-    say(f"{folder}, vocabulary of {len(responder.tokenizer):,}, a response ends with {' or '.join(ends)}")
-    prompts = [usable_prompt(as_asked(record, config.data), responder, new_tokens) for record in records]
-    dropped = Counter(prompt for prompt in prompts if isinstance(prompt, str))
-    if dropped.total() == len(prompts):
-        raise DataError(
-            "none of the first records can be used",
-            where=key,
-            got=f"{name}: {counts_in_one_line(dropped)}",
-            remedy="correct the records, or the keys of data; docs/data.md explains the reasons",
-        )
-    if dropped:
-        say(f"  it is not asked, of the first records: {counts_in_one_line(dropped)}")
+    return check_report(lines)
 
 
 def make_pairs(config: RunConfig, console: Console) -> None:
     """Write the preference records of `config.pairs`, and all responses with their scores."""
-    match config.pairs.method:
+    folder, pairs, seed = RunFolder.of(config), config.pairs, config.trainer.seed
+    # Two starts would write the same parts.
+    only_start = locked(folder.pairs / folder.lock.name, "makes pairs in this run directory")
+    match pairs.method:
         case PairsMethod.scores:
-            with _only_start(config):
-                pairs_from_scores(config, console.say)
+            with only_start:
+                pairs_from_scores(folder.pairs_file, config.data, pairs, seed, console.say)
         case PairsMethod.people:
-            label_pairs(config, console)
+            label_pairs(folder, config.data, pairs.limit, seed, console)
         case PairsMethod.samples | PairsMethod.delta:
-            with joined_run(config, console, _only_start(config)) as run:
+            with joined_run(config, console, only_start) as run:
                 pairs_from_models(run)
-
-
-def _only_start(config: RunConfig) -> AbstractContextManager[int]:
-    """Lock the folder of pairs of the run directory: two starts would write the same parts."""
-    folder = RunFolder.of(config)
-    return locked(folder.pairs / folder.lock.name, "makes pairs in this run directory")

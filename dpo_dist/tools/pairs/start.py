@@ -6,45 +6,40 @@ from pathlib import Path
 from dpo_dist.config.fields import fields_of
 from dpo_dist.config.rules import Rule, check, check_needs, unused
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import NO_MODEL, PairsMethod, RunConfig, SamplingConfig, SourceConfig
-from dpo_dist.config.user_code import user_function
+from dpo_dist.config.schema import (
+    NO_MODEL,
+    PairsConfig,
+    PairsMethod,
+    RunConfig,
+    SamplingConfig,
+    SourceConfig,
+)
 from dpo_dist.data.formats import check_source
 from dpo_dist.model.files.folder import local_model_folder
+from dpo_dist.tools.shared.sampling.judge_rules import ENDPOINT_RULES, JUDGES, check_function, count_judges
 from dpo_dist.verbs.named_models import located
 
 
-def responding_models(config: RunConfig) -> list[str]:
-    """Return the models that respond, as configured; of a run in `pairs.models` its trained model."""
-    names, key = config.pairs.models, "pairs.models"
+def responding_models(pairs: PairsConfig, policy: str) -> list[str]:
+    """Return the models that respond, by default the policy; of a run in `pairs.models` its trained model."""
+    names, key = pairs.models, "pairs.models"
     runs = {name for name in names if RunFolder(Path(name).expanduser()).config.is_file()}
-    return [located(name, key) if name in runs else name for name in names] or [config.model.path]
-
-
-def _number_of_judges(config: RunConfig) -> int:
-    pairs = config.pairs
-    return sum(judge is not None for judge in (pairs.reward_model, pairs.function, pairs.endpoint.url))
+    return [located(name, key) if name in runs else name for name in names] or [policy]
 
 
 _ROUNDS = "pairs.rounds!=0"
 _SAMPLES, _RESPONDS = "pairs.method=samples", "pairs.method=samples|delta"
-_JUDGES = "pairs.reward_model pairs.function pairs.endpoint.url"
 _EFFECTS = {
     _RESPONDS: "models unfinished prompt_parts prompt_part",
     _SAMPLES: "samples reward_model function endpoint.url",
     "pairs.method=samples|scores": "select margin",
     _ROUNDS: "launcher reference",
-    "pairs.endpoint.url!=null": "endpoint.model endpoint.verdicts endpoint.criterion",
 }
-_ENDPOINT_HAS_MODEL = Rule(
-    "pairs.endpoint.model=null pairs.endpoint.url!=null",
-    "the endpoint's model is not given",
-    "set it to the name under which the endpoint serves the judge",
-)
 _NO_ROUNDS = "rounds cannot be done with this setting"
 _RULES = (
     *(unused(f"pairs.{name}", unless) for unless, names in _EFFECTS.items() for name in names.split()),
     *(unused(f"sampling.{name}", _RESPONDS) for name in fields_of(SamplingConfig)),
-    _ENDPOINT_HAS_MODEL,
+    *ENDPOINT_RULES,
     Rule(
         "run.resume!=auto",
         "run.resume has no effect on pairs: finished parts are always used again",
@@ -72,13 +67,13 @@ _RULES = (
         f"pairs.models {_RESPONDS}",
         "no model responds to the prompts",
         "set pairs.models=[MODEL], or model.path",
-        lambda c: NO_MODEL in responding_models(c),
+        lambda c: NO_MODEL in responding_models(c.pairs, c.model.path),
     ),
     Rule(
         f"model.revision!=null {_RESPONDS}",
         "model.revision has no effect if model.path is none of pairs.models",
         "remove model.revision",
-        lambda c: c.model.path not in responding_models(c),
+        lambda c: c.model.path not in responding_models(c.pairs, c.model.path),
     ),
     Rule(
         "pairs.models pairs.method=delta",
@@ -93,13 +88,13 @@ _RULES = (
         f"pairs.samples {_SAMPLES}",
         "a pair needs two responses",
         "raise pairs.samples, or name two pairs.models",
-        lambda c: len(responding_models(c)) * c.pairs.samples < 2,
+        lambda c: len(responding_models(c.pairs, c.model.path)) * c.pairs.samples < 2,
     ),
     Rule(
-        f"{_JUDGES} {_SAMPLES}",
+        f"{JUDGES} {_SAMPLES}",
         "samples need one judge",
         "set one of them; pairs.method=delta needs no judge",
-        lambda c: _number_of_judges(c) != 1,
+        lambda c: count_judges(c.pairs) != 1,
     ),
     Rule(f"pairs.method!=samples {_ROUNDS}", _NO_ROUNDS, "set pairs.method=samples"),
     Rule(f"pairs.models!=[] {_ROUNDS}", _NO_ROUNDS, "name the first policy by model.path"),
@@ -118,23 +113,8 @@ def check_pairs(config: RunConfig) -> None:
     check(config, _RULES)
     if config.pairs.method in (PairsMethod.samples, PairsMethod.delta):
         key = "pairs.models" if config.pairs.models else "model.path"
-        for name in responding_models(config):
+        for name in responding_models(config.pairs, config.model.path):
             local_model_folder(name, None, key, accepts_adapter=True)
-    _check_function(config)
+    check_function(config.pairs)
     for source in config.data.train:
         check_source(source)
-
-
-def check_judge(config: RunConfig) -> None:
-    """Check that a comparison has at most one judge, and that it is there."""
-    why, remedy = "a comparison has one judge", "set one of them only"
-    effects = _EFFECTS["pairs.endpoint.url!=null"].split()
-    rules = [unused(f"pairs.{name}", "pairs.endpoint.url!=null") for name in effects]
-    rules += [_ENDPOINT_HAS_MODEL, Rule(_JUDGES, why, remedy, lambda c: _number_of_judges(c) > 1)]
-    check(config, rules)
-    _check_function(config)
-
-
-def _check_function(config: RunConfig) -> None:
-    if config.pairs.function is not None:
-        user_function(config.pairs.function, "pairs.function")

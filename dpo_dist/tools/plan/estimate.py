@@ -13,15 +13,17 @@ import torch
 from dpo_dist.config.schema import (
     ZERO_STAGES,
     Dtype,
+    ModelConfig,
     Offload,
     ParallelismKind,
     PlanConfig,
     ReferenceMode,
     RunConfig,
+    TrainerConfig,
 )
 from dpo_dist.model.files.load import TORCH_DTYPES
 from dpo_dist.model.flops import REACHED_SHARES, matmul_peak, recomputed_share, step_flops, visited_experts
-from dpo_dist.tools.sampling.settings import sampling_of
+from dpo_dist.tools.shared.sampling.settings import sampling_of
 from dpo_dist.training.start.context import DEFAULT_TOKENS
 from dpo_dist.training.start.footprint import (
     BYTES_PER_QUANTIZED_WEIGHT,
@@ -137,7 +139,7 @@ class Estimate:
         if parallelism.offload_optimizer is not Offload.none:
             states += 4  # gradients
         policy = 0.0 if parallelism.offload_parameters is Offload.none else self.whole
-        return self.whole + self._of_node * (states * self.trained + policy)
+        return self.whole + self._node_share * (states * self.trained + policy)
 
     @property
     def disk(self) -> dict[str, float]:
@@ -175,7 +177,7 @@ class Estimate:
             moved = (
                 2 * state_bytes(self.config.optim, self.config.trainer) + 4 + self.number
             )  # bytes that CPU Adam reads and writes
-            seconds += moved * self.trained * self._of_node / _HOST_MEMORY
+            seconds += moved * self.trained * self._node_share / _HOST_MEMORY
         return self.steps * seconds
 
     @property
@@ -227,7 +229,7 @@ class Estimate:
         return math.inf if gpus == 1 else _NVLINK if gpus <= GPUS_OF_A_NODE else _NETWORK
 
     @property
-    def _of_node(self) -> float:
+    def _node_share(self) -> float:
         """Share of the GPUs that one node has."""
         return min(1.0, GPUS_OF_A_NODE / self.machine.gpus)
 
@@ -243,13 +245,13 @@ def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) ->
     forward = useful / (3 if model.adapter is None else 2)
     partners = forward * config.loss.needs_partners
     needs = footprint(config, causal_lm, gpus)
-    micro_batch = _micro_batch(config, needs, machine)
+    micro_batch = _micro_batch(config.trainer, needs, machine)
     # The larger micro-batches that fit beside offloaded or quantized weights are not counted as a gain.
     on_device = replace(config.parallelism, offload_optimizer=Offload.none, offload_parameters=Offload.none)
     plain = replace(config, parallelism=on_device, model=replace(model, quantization=None))
     without, tokens = footprint(plain, causal_lm, gpus), micro_batch
     if without.fits(config.data.max_length, machine.memory):
-        tokens = min(tokens, _micro_batch(plain, without, machine))
+        tokens = min(tokens, _micro_batch(config.trainer, without, machine))
     # A pair above the budget has a micro-batch of its own.
     of_step = config.trainer.global_batch_pairs * data.tokens / gpus
     times = math.ceil(of_step / max(tokens, data.tokens))
@@ -268,20 +270,20 @@ def estimate(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) ->
         computing=useful * (1 + again) + partners,
         scoring=forward + partners,
         launching=(1 + again) * steps * times * layers * _LAUNCHES,
-        dequantizing=2 * (1 + again) * steps * times * _seconds_of_dequantizing(config, causal_lm, machine),
+        dequantizing=2 * (1 + again) * steps * times * _seconds_of_dequantizing(model, causal_lm, machine),
     )
 
 
-def _micro_batch(config: RunConfig, needs: Footprint, machine: Machine) -> int:
-    if config.trainer.micro_batch_tokens != "auto":
-        return config.trainer.micro_batch_tokens
+def _micro_batch(trainer: TrainerConfig, needs: Footprint, machine: Machine) -> int:
+    if trainer.micro_batch_tokens != "auto":
+        return trainer.micro_batch_tokens
     largest = needs.largest_micro_batch(machine.memory)
     return DEFAULT_TOKENS if largest is None else largest
 
 
-def _seconds_of_dequantizing(config: RunConfig, causal_lm: Any, machine: Machine) -> float:
+def _seconds_of_dequantizing(model: ModelConfig, causal_lm: Any, machine: Machine) -> float:
     """Return the seconds in which all quantized weights are computed once."""
-    if (kind := config.model.quantization) is None:
+    if (kind := model.quantization) is None:
         return 0.0
-    moved = BYTES_PER_QUANTIZED_WEIGHT[kind] + TORCH_DTYPES[config.model.dtype].itemsize  # of a weight
+    moved = BYTES_PER_QUANTIZED_WEIGHT[kind] + TORCH_DTYPES[model.dtype].itemsize  # of a weight
     return moved * quantized_weights(causal_lm) / (_DEQUANTIZING * machine.bandwidth)

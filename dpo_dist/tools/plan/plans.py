@@ -1,4 +1,4 @@
-"""What a run takes on GPUs that are not there, in words; the settings that fit with the shortest epoch."""
+"""Say what a run takes on GPUs that are not here; suggest the fastest settings that fit."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -10,7 +10,8 @@ import yaml
 from transformers import AutoConfig
 
 from dpo_dist.config.load import load_run_config, to_yaml
-from dpo_dist.config.schema import DataFormat, RunConfig, SourceConfig
+from dpo_dist.config.losses import LossConfig
+from dpo_dist.config.schema import DataConfig, DataFormat, ModelConfig, PlanConfig, RunConfig, SourceConfig
 from dpo_dist.data.read.sources import local_files
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import counted, duration, size
@@ -22,13 +23,12 @@ from dpo_dist.tools.plan.estimate import (
     REACHED,
     Data,
     Estimate,
-    Machine,
     estimate,
     machine_of,
 )
-from dpo_dist.tools.tables import aligned
+from dpo_dist.tools.shared.tables import aligned
 
-Progress = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
+_Progress = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
 
 _TOKENS, _PAIRS = 700.0, 60_000  # UltraFeedback's
 _ALTERNATIVES = [
@@ -50,10 +50,10 @@ class Plan(NamedTuple):
     content: dict[str, Any]
 
 
-def make_plan(config: RunConfig, progress: Progress) -> Plan:
+def make_plan(config: RunConfig, progress: _Progress) -> Plan:
     """Return the plan of training `config` on the GPUs of `config.plan`; without hours if it does not fit."""
-    data, machine = planned_data(config, progress), machine_of(config.plan, config.model.dtype)
-    causal_lm = _without_weights(config)
+    data = planned_data(config.plan, config.data, config.model, config.loss, progress)
+    machine, causal_lm = machine_of(config.plan, config.model.dtype), _without_weights(config.model)
     found = estimate(config, data, machine, causal_lm)
     parts, used = found.needs.parts, found.needs.used(found.micro_batch)
     activations = used - sum(parts.values())
@@ -77,7 +77,7 @@ def make_plan(config: RunConfig, progress: Progress) -> Plan:
         **(found.hours() if found.fits else {}),
     }
     if config.plan.suggest:
-        content["suggested"] = suggested = _suggest(config, data, machine, causal_lm)
+        content["suggested"] = suggested = _suggest(found, causal_lm)
         lines.append(f"suggested: {suggested}" if suggested else "nothing fits: take more GPUs or an adapter")
     return Plan(found.fits, lines, content)
 
@@ -92,7 +92,7 @@ def plan_in_brief(config: RunConfig, tokens: float) -> list[tuple[str, str]]:
         return []
     machine = machine_of(plan, config.model.dtype)
     data = Data(plan.pairs or 10_000, plan.tokens_per_pair or tokens, "")
-    found = estimate(config, data, machine, _without_weights(config))
+    found = estimate(config, data, machine, _without_weights(config.model))
     lines = [("plan", f"{_verdict(found)} ({counted(machine.gpus, 'GPU')}, {machine.gpu})")]
     if found.fits:
         pairs = f"{counted(data.pairs, config.loss.unit)} of {data.tokens:,.0f} tokens"
@@ -141,9 +141,11 @@ def _span(fast: float, slow: float) -> str:
     return " to ".join(dict.fromkeys(map(duration, (fast, slow))))
 
 
-def planned_data(config: RunConfig, progress: Progress) -> Data:
+def planned_data(
+    plan: PlanConfig, data: DataConfig, model: ModelConfig, loss: LossConfig, progress: _Progress
+) -> Data:
     """Return the pairs and tokens of an epoch: given, those of local data, or of the cards of hub data."""
-    plan, sources = config.plan, config.data.train
+    sources = data.train
     if None not in (plan.pairs, plan.tokens_per_pair):
         return Data(plan.pairs or 0, plan.tokens_per_pair or 0.0, "given")
     if not sources or any(local_files(source) is None for source in sources):
@@ -152,12 +154,14 @@ def planned_data(config: RunConfig, progress: Progress) -> Data:
         if not sizes or len(sizes) < len(known):
             sizes, basis = [(_PAIRS, _TOKENS)], "assumed"
         whole, tokens = sum(pairs for pairs, _ in sizes), sum(pairs * each for pairs, each in sizes)
-        pairs = plan.pairs or round(whole * (1 - config.data.eval_share))
+        pairs = plan.pairs or round(whole * (1 - data.eval_share))
         how = f"{basis}; set plan.pairs and plan.tokens_per_pair"
         return Data(pairs, plan.tokens_per_pair or tokens / whole, how)
     from dpo_dist.tools.doctor.examine import prepare  # noqa: PLC0415  (slow)
 
-    of_sources = zip(prepare(config, progress).datasets, sources, strict=False)  # then those of evaluation
+    of_sources = zip(
+        prepare(data, model, loss, progress).datasets, sources, strict=False
+    )  # then those of evaluation
     used = [(datasets[0], source.weight) for datasets, source in of_sources if datasets]
     pairs = max(1, round(sum(len(dataset) * weight for dataset, weight in used)))
     tokens = sum(int(dataset.piece_tokens.sum()) * weight for dataset, weight in used) / pairs
@@ -180,29 +184,29 @@ def _read(name: str) -> dict[str, Any]:
     return found
 
 
-def _without_weights(config: RunConfig) -> Any:
+def _without_weights(model: ModelConfig) -> Any:
     """Return the model without weights; those of the shipped presets need no network."""
-    if (shape := _read("shapes.yaml").get(config.model.path)) is not None:
+    if (shape := _read("shapes.yaml").get(model.path)) is not None:
         model_config = AutoConfig.for_model(**shape)
     else:
-        folder = description_folder(config.model.path, config.model.revision, needs_weights=False)
-        model_config = load_config(folder, config.model)
-    return without_weights(model_config, config.model, start_folder(config.model))
+        folder = description_folder(model.path, model.revision, needs_weights=False)
+        model_config = load_config(folder, model)
+    return without_weights(model_config, model, start_folder(model))
 
 
-def _suggest(config: RunConfig, data: Data, machine: Machine, causal_lm: Any) -> str | None:
-    """Return the overrides of the settings that fit with the shortest epoch; None if none fit."""
+def _suggest(found: Estimate, causal_lm: Any) -> str | None:
+    """Return the overrides with which this run fits and an epoch is shortest; None if nothing fits."""
     seconds: dict[str, float] = {}
-    former = yaml.safe_load(to_yaml(config))
+    former = yaml.safe_load(to_yaml(found.config))
     former["parallelism"] |= {"offload_optimizer": "none", "offload_parameters": "none"}  # as words would
-    quantized = [words for words in _QUANTIZED if config.model.adapter is not None]
+    quantized = [words for words in _QUANTIZED if found.config.model.adapter is not None]
     for words in (*_ALTERNATIVES, *quantized):
         overrides = [*words.split(), "trainer.micro_batch_tokens=auto"]
         try:
             changed = load_run_config(overrides, former=former)
         except ConfigError:  # such as ZeRO of a quantized base
             continue
-        found = estimate(changed, data, machine, causal_lm)
-        if found.fits and found.largest:
-            seconds[words] = found.hours()["epoch_seconds"][0]
+        tried = estimate(changed, found.data, found.machine, causal_lm)
+        if tried.fits and tried.largest:
+            seconds[words] = tried.hours()["epoch_seconds"][0]
     return min(seconds, key=lambda words: seconds[words], default=None)

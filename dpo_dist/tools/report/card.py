@@ -11,19 +11,26 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from dpo_dist.config.identity import settings
-from dpo_dist.config.losses import KINDS, LossKind
+from dpo_dist.config.losses import KINDS, LossConfig, LossKind
 from dpo_dist.config.metrics import ACCURACIES, MAIN, PREFIX, TERMS
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
-from dpo_dist.config.schema import ExportedWeights, RunConfig, SourceConfig
+from dpo_dist.config.schema import (
+    DataConfig,
+    ExportedWeights,
+    ModelConfig,
+    ReferenceConfig,
+    RunConfig,
+    SourceConfig,
+)
 from dpo_dist.foundation.errors import warn_on_bug
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import as_yaml, counted, without_secrets
-from dpo_dist.tools.tables import evaluation_cells
-from dpo_dist.tools.verdict.rules import verdict
+from dpo_dist.tools.report.verdict.rules import verdict
+from dpo_dist.tools.shared.tables import evaluation_cells
 
-Row = Mapping[str, Any]
+_Row = Mapping[str, Any]
 
-_TEMPLATE = Path(__file__).parents[1] / "pages/templates/card.md.jinja"
+_TEMPLATE = Path(__file__).with_name("card.md.jinja")
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<()#+!|~$@&]|:(?=//)|(?<=[wW]{3})\.)")
 _HUB_MODEL = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 _HUB_DATASET = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
@@ -34,7 +41,7 @@ _CAUSAL = "AutoModelForCausalLM"
 _PATHS = ("model.path", "data.train", "data.eval", "reference.path", "data.chat_template")
 
 
-def inert(value: object) -> Markup:
+def plain_line(value: object) -> Markup:
     """Return a value on one line without markup, links or HTML."""
     if isinstance(value, Markup):
         return value
@@ -49,8 +56,8 @@ def code(value: object) -> Markup:
 
 def model_card(
     config: RunConfig,
-    summary: Row,
-    evaluation: Mapping[str, Row],
+    summary: _Row,
+    evaluation: Mapping[str, _Row],
     versions: Mapping[str, str],
     loader: str = _CAUSAL,
 ) -> str:
@@ -59,10 +66,12 @@ def model_card(
     `loader`: the auto class of the model, or of an adapter's base.
     """
     # As on pages, every text of a template becomes inert.
-    environment = Environment(finalize=inert, undefined=StrictUndefined, trim_blocks=True, autoescape=True)
+    environment = Environment(
+        finalize=plain_line, undefined=StrictUndefined, trim_blocks=True, autoescape=True
+    )
     environment.filters |= {"code": code, "plain": Markup}
     adapter, name = config.model.adapter, _model_name(config.model.path)
-    link = Markup(f"[{inert(name)}](https://huggingface.co/{name})")  # noqa: S704
+    link = Markup(f"[{plain_line(name)}](https://huggingface.co/{name})")  # noqa: S704
     seen = summary["pairs_seen"]
     pairs = sum(counts["pairs"] for counts in summary["data"]["train"]["sources"])
     unit = config.loss.unit
@@ -88,11 +97,11 @@ def model_card(
         loader=loader if adapter is None or loader != _CAUSAL else "AutoPeftModelForCausalLM",
         evaluation=evaluation and (head, [[code(label), *map(Markup, cells)] for label, *cells in rows]),
         has_rewards=any(PREFIX + name in row for row in evaluation.values() for name in ACCURACIES),
-        data=_data(config, summary),
-        training=_training(config),
+        data=_data(config.data, summary),
+        training=_training(settings(config), config.data, config.model, config.reference),
         versions=[(code(name), code(version)) for name, version in versions.items()],
     )
-    metadata = _metadata(config).to_yaml()
+    metadata = _metadata(config.model, config.data, config.loss).to_yaml()
     text: str = without_secrets(re.sub(r"\n{3,}", "\n\n", str(body)))
     return text.replace("METADATA", metadata, 1) + "\n"
 
@@ -120,10 +129,10 @@ def _hub_dataset(source: SourceConfig) -> str | None:
     return source.path if not is_local and _HUB_DATASET.fullmatch(source.path) else None
 
 
-def _metadata(config: RunConfig) -> ModelCardData:
-    base, is_adapter = hub_name(config.model.path), config.model.adapter is not None
-    datasets = [name for source in config.data.train if (name := _hub_dataset(source)) is not None]
-    kind = "dpo" if LossKind.sigmoid in config.loss.kinds else str(config.loss.kinds[0])
+def _metadata(model: ModelConfig, data: DataConfig, loss: LossConfig) -> ModelCardData:
+    base, is_adapter = hub_name(model.path), model.adapter is not None
+    datasets = [name for source in data.train if (name := _hub_dataset(source)) is not None]
+    kind = "dpo" if LossKind.sigmoid in loss.kinds else str(loss.kinds[0])
     metadata = ModelCardData(
         base_model=base,
         datasets=list(dict.fromkeys(datasets)) or None,
@@ -136,25 +145,28 @@ def _metadata(config: RunConfig) -> ModelCardData:
     return metadata
 
 
-def _data(config: RunConfig, summary: Row) -> Iterator[list[object]]:
+def _data(data: DataConfig, summary: _Row) -> Iterator[list[object]]:
     for part in summary["data"]:
-        sources = config.data.train if part == "train" else config.data.eval_sources
+        sources = data.train if part == "train" else data.eval_sources
         for counts, source in zip(summary["data"][part]["sources"], sources, strict=True):
             dropped = ", ".join(f"{count} {reason}" for reason, count in sorted(counts["dropped"].items()))
             hub = _hub_dataset(source)
-            link = Markup(f"[{inert(hub)}](https://hf.co/datasets/{hub})")  # noqa: S704
+            link = Markup(f"[{plain_line(hub)}](https://hf.co/datasets/{hub})")  # noqa: S704
             label = code(counts["label"]) if hub is None else link
             numbers = [f"{counts[key]:,}" for key in ("read", "kept")]
             yield [part, label, *numbers, dropped, f"{counts['pairs']:,}"]
 
 
-def _training(config: RunConfig) -> list[tuple[Markup, Markup]]:
-    values = {key: value for key, value in settings(config).items() if key not in _PATHS}
-    if config.reference.path is not None:
-        values["reference.path"] = _model_name(config.reference.path)
-    if config.data.chat_template is not None:
-        values["data.chat_template"] = Path(config.data.chat_template).name
-    if (adapter := config.model.adapter) is not None and adapter.path is not None:
+def _training(
+    shown: Mapping[str, Any], data: DataConfig, model: ModelConfig, reference: ReferenceConfig
+) -> list[tuple[Markup, Markup]]:
+    """Return the settings of a run as cells; of paths the last names only."""
+    values = {key: value for key, value in shown.items() if key not in _PATHS}
+    if reference.path is not None:
+        values["reference.path"] = _model_name(reference.path)
+    if data.chat_template is not None:
+        values["data.chat_template"] = Path(data.chat_template).name
+    if (adapter := model.adapter) is not None and adapter.path is not None:
         values["model.adapter"] = {**values["model.adapter"], "path": _model_name(adapter.path)}
     return [(code(key), code(as_yaml(value))) for key, value in values.items()]
 

@@ -13,12 +13,12 @@ from dpo_dist.foundation.errors import RunOutcome, warn_on_bug
 from dpo_dist.foundation.signals import BY_TRACKER
 from dpo_dist.objective.metrics import PairValues, Values
 from dpo_dist.tools.evaluation.results import write_evaluation, write_worst
-from dpo_dist.tools.pages.charts import draw_curves
 from dpo_dist.tools.report.card import data_findings, run_card
 from dpo_dist.tools.report.run import write_page
 from dpo_dist.tools.report.samples import prepare_samples
-from dpo_dist.tools.tables import closing_table
-from dpo_dist.tools.verdict.rules import RULES, sample_alarm, verdict
+from dpo_dist.tools.report.verdict.rules import RUN_RULES, sample_alarm, verdict
+from dpo_dist.tools.shared.pages.charts import draw_curves
+from dpo_dist.tools.shared.tables import closing_table
 from dpo_dist.training.reporting.metrics_log import MetricsLog, Row
 from dpo_dist.training.reporting.protocols import Reporting
 from dpo_dist.training.reporting.trackers import TrackedRun, Trackers, open_trackers
@@ -30,7 +30,7 @@ OnRow = Callable[[Row], bool | None]
 
 
 @dataclass(frozen=True)
-class Recorder:
+class RunRecorder:
     """Metrics files, trackers and reports of one run; see `training.reporting.protocols`."""
 
     run: Run
@@ -39,7 +39,7 @@ class Recorder:
     on_row: OnRow | None = None
 
     def row(self, row: Row, margins: Values | None = None) -> None:
-        """Write and send one metrics row; that of samples with whether they are a fault."""
+        """Write a metrics row and send it to the trackers; one with samples says whether they look wrong."""
         alarm, is_new = None, False
         if "eval_samples/prompts" in row:
             with warn_on_bug("the comparison of samples with those before", self.run.say):
@@ -49,7 +49,7 @@ class Recorder:
         self.metrics.append(row)
         self.trackers.log(row, margins)
         if alarm is not None and is_new:
-            headline = RULES[alarm.rule].text
+            headline = RUN_RULES[alarm.rule].text
             self.run.say(f"warning: {headline} after step {row['step']:,.0f}: {alarm.with_remedy}")
         if self.on_row is not None and self.on_row(dict(row)):
             self.run.stops.request.ask("on_row")
@@ -59,10 +59,21 @@ class Recorder:
         with warn_on_bug("the last evaluation's folder", self.run.say):
             model, dataset = str(self.run.folder.model), inputs.eval_set
             assert dataset is not None, "evaluations have data"
-            write_evaluation(LAST_EVALUATION, model, self.run.config, means, values, dataset)
-            if not self.run.config.loss.is_one_sided:
-                file = self.run.folder.evaluation_of(LAST_EVALUATION).worst
-                is_unpaired = self.run.config.loss.is_unpaired
+            config, folder, loss = self.run.config, self.run.folder, self.run.config.loss
+            reference, seed = config.reference.path or config.model.path, config.trainer.seed
+            write_evaluation(
+                LAST_EVALUATION,
+                model,
+                means,
+                values,
+                dataset,
+                run=folder,
+                loss=loss,
+                reference=reference,
+                seed=seed,
+            )
+            if not loss.is_one_sided:
+                file, is_unpaired = folder.evaluation_of(LAST_EVALUATION).worst, loss.is_unpaired
                 write_worst(file, values, dataset, inputs.tokenizer, is_unpaired=is_unpaired)
 
     def close(self, summary: Mapping[str, Any], outcome: RunOutcome) -> None:
@@ -89,12 +100,12 @@ class Recorder:
         return self.trackers.ended_by_errors()
 
 
-def open_recorder(run: Run, metrics: MetricsLog, on_row: OnRow | None = None) -> Recorder:
+def open_recorder(run: Run, metrics: MetricsLog, on_row: OnRow | None = None) -> RunRecorder:
     """Return the recorder of a run that trains, with its trackers; W&B may ask it to stop."""
     ask = partial(run.stops.request.ask, BY_TRACKER)
     environment = json.loads(run.folder.environment.read_bytes())
     trackers = open_trackers(tracked_run(run, environment, ask), metrics.rows, run.say)
-    return Recorder(run, metrics, trackers, on_row)
+    return RunRecorder(run, metrics, trackers, on_row)
 
 
 def tracked_run(run: Run, environment: Mapping[str, Any], stop: Callable[[], None]) -> TrackedRun:

@@ -17,17 +17,17 @@ from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.text import counted, duration, number, percent, size, without_secrets
 from dpo_dist.foundation.types import Fields
 from dpo_dist.tools.evaluation.results import ALL, results_name
-from dpo_dist.tools.findings import Level
-from dpo_dist.tools.pages.charts import charts
-from dpo_dist.tools.pages.render import estimate, flat, page, part
-from dpo_dist.tools.pages.samples import samples_of, worst_pairs
-from dpo_dist.tools.tables import describe_reference
-from dpo_dist.tools.verdict.facts import MARGIN, RunFacts, last
-from dpo_dist.tools.verdict.rules import RULES
+from dpo_dist.tools.report.verdict.facts import MARGIN, RunFacts, last
+from dpo_dist.tools.report.verdict.rules import RUN_RULES
+from dpo_dist.tools.shared.findings import Level
+from dpo_dist.tools.shared.pages.charts import charts
+from dpo_dist.tools.shared.pages.render import flat, number_above_interval, page, part
+from dpo_dist.tools.shared.pages.samples import samples_of, worst_pairs
+from dpo_dist.tools.shared.tables import describe_reference
 from dpo_dist.training.clock import WORKS, Work
 from dpo_dist.training.reporting.metrics_log import final_and_best, metrics_by_source, read_latest_rows
 
-Table = tuple[list[str], list[list[object]]]
+_Table = tuple[list[str], list[list[object]]]
 """Titles of the columns, and rows."""
 
 _SECTIONS = {
@@ -161,8 +161,8 @@ def verdict_of(facts: PageFacts) -> Mapping[str, Any]:
         fact, _, advice = finding["text"].partition(". Try: ")
         # The verdict's sentence has the facts of its own finding.
         fact = "" if fact in judged["sentence"] else fact
-        findings.append({"headline": RULES[finding["rule"]].text, "fact": fact, "advice": advice})
-    has_faults = any(RULES[finding["rule"]].level is not Level.note for finding in judged["findings"])
+        findings.append({"headline": RUN_RULES[finding["rule"]].text, "fact": fact, "advice": advice})
+    has_faults = any(RUN_RULES[finding["rule"]].level is not Level.note for finding in judged["findings"])
     level = "warning" if has_faults else "good"
     if facts.summary["exit"] == RunOutcome.diverged:
         level = "error"
@@ -205,7 +205,7 @@ def _tiles(facts: PageFacts) -> Iterator[tuple[str, str, str]]:
             yield label, form(value), small
 
 
-def _by_source(facts: PageFacts) -> Table | None:
+def _by_source(facts: PageFacts) -> _Table | None:
     """Return a row for all pairs and one for each source: evaluation with intervals, training."""
     accuracy, title, unit = facts.run.accuracy_key, facts.run.accuracy_title, facts.run.unit
     whole = {
@@ -230,7 +230,7 @@ def _by_source(facts: PageFacts) -> Table | None:
         low, high = ends.get(f"eval_{accuracy}", (1, 1))
         remarks += ["not better than guessing"] if low <= 1 / 2 <= high else []
         name = part("macros.jinja", "named", label, ", ".join(remarks))
-        lines.append([name, *(estimate(row.get(key), ends.get(key)) for key in keys)])
+        lines.append([name, *(number_above_interval(row.get(key), ends.get(key)) for key in keys)])
     return (["source", *(titles[key] for key in keys)], lines) if keys else None
 
 

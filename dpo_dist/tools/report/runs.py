@@ -18,12 +18,12 @@ from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.streams import printable
 from dpo_dist.objective.metrics import AUC, ENTROPIES, MISMATCH, PAIR_METRICS
 from dpo_dist.tools.evaluation.results import ALL, results_name
-from dpo_dist.tools.pages import render
-from dpo_dist.tools.pages.charts import Curves, charts_of_runs, color_of
-from dpo_dist.tools.pages.samples import samples_of_runs
 from dpo_dist.tools.report.run import PageFacts, verdict_of
-from dpo_dist.tools.tables import EVALUATED, aligned
-from dpo_dist.tools.verdict.facts import MARGIN, Row
+from dpo_dist.tools.report.verdict.facts import MARGIN, MetricsRow
+from dpo_dist.tools.shared.pages import render
+from dpo_dist.tools.shared.pages.charts import Curves, charts_of_runs, color_of
+from dpo_dist.tools.shared.pages.samples import samples_of_runs
+from dpo_dist.tools.shared.tables import EVALUATION_METRICS, aligned
 from dpo_dist.training.reporting.metrics_log import finite
 
 Runs = Mapping[str, PageFacts]
@@ -101,6 +101,7 @@ def _table(columns: Mapping[str, Sequence[str]]) -> list[list[str]]:
 def _differing(facts: Sequence[PageFacts]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Return the settings that differ and can change the result, and what else differs, by key."""
     differing = differing_settings([each.config for each in facts])
+    differing.pop("loss.options", None)  # null for a kind without; each option has its own row
     others = {key: texts for key, texts in differing.items() if key.startswith(_OF_NO_RESULT)}
     settings = {key: texts for key, texts in differing.items() if key not in others}
     for key, texts in settings.items():
@@ -141,12 +142,12 @@ def _own_parts(texts: Sequence[str]) -> list[str]:
     return own if own == list(texts) else [each.strip(" ,[]{}") for each in own]
 
 
-def _shown(last: Sequence[Row]) -> list[str]:
+def _shown(last: Sequence[MetricsRow]) -> list[str]:
     """Return the metrics of the table of results: those that all runs with a row have, and each accuracy."""
     rows = [row for row in last if row]
     return [
         key
-        for key in dict.fromkeys((*MAIN, *EVALUATED))
+        for key in dict.fromkeys((*MAIN, *EVALUATION_METRICS))
         if (any if key in ACCURACIES else all)(key in row for row in rows) and rows
     ]
 
@@ -156,7 +157,7 @@ class _Results:
     """Metrics of the last rows of runs; runs of one group differ in their seeds only."""
 
     groups: Sequence[str]
-    rows: Sequence[Row]
+    rows: Sequence[MetricsRow]
     intervals: Sequence[Mapping[str, Sequence[float]]]
     not_comparable: tuple[str, ...]
 
@@ -179,7 +180,7 @@ class _Results:
 
     def over_seeds(self, keys: Sequence[str], completed: Sequence[bool]) -> list[list[str]]:
         """Return titles and a row for each group: means and standard deviations (n - 1) of completed runs."""
-        members: dict[str, list[Row]] = {group: [] for group in self.groups}
+        members: dict[str, list[MetricsRow]] = {group: [] for group in self.groups}
         for group, row, is_complete in zip(self.groups, self.rows, completed, strict=True):
             members[group] += [row] if is_complete else []
         columns = {"setting": list(members)}
@@ -232,7 +233,7 @@ def _warnings(runs: Runs) -> Iterator[tuple[str, tuple[str, ...]]]:
             yield sentence, metrics
 
 
-def _last_rows(runs: Runs) -> list[Row]:
+def _last_rows(runs: Runs) -> list[MetricsRow]:
     """Return the last evaluation of each run that has ended, or if none has one the last steps; else {}."""
     has_any = any(facts.run.evaluations for facts in runs.values())
     rows = (facts.run.evaluations if has_any else facts.run.steps for facts in runs.values())
@@ -240,7 +241,7 @@ def _last_rows(runs: Runs) -> list[Row]:
     return [of_run[-1] if is_over and of_run else {} for of_run, is_over in zip(rows, ended, strict=True)]
 
 
-def _keys(last: Sequence[Row]) -> list[str]:
+def _keys(last: Sequence[MetricsRow]) -> list[str]:
     """Return the metrics of the last rows, those of sources last."""
     known = dict.fromkeys(key for row in last for key in row)
     samples = (key for key in known if key.startswith("samples/") and not key.startswith(_OF_NO_POLICY))
@@ -263,7 +264,7 @@ def _intervals(facts: PageFacts) -> Mapping[str, Sequence[float]]:
     return intervals
 
 
-def _over_pairs(facts: PageFacts) -> list[Row]:
+def _over_pairs(facts: PageFacts) -> list[MetricsRow]:
     """Return the rows of a run with its pairs so far as their step: runs may have other batch sizes."""
     batch, most = facts.setting("trainer.global_batch_pairs") or 1, facts.summary.get("pairs_seen", math.inf)
     return [{**row, "step": min(row["step"] * batch, most)} for row in facts.run.rows]

@@ -18,14 +18,20 @@ from dpo_dist.foundation.text import counted, duration
 from dpo_dist.model.files.load import load_config
 from dpo_dist.model.files.stops import find_stop_ids
 from dpo_dist.reference.engine import load_reference
-from dpo_dist.tools.sampling.generate import NotFiniteError, Request, generate_together
-from dpo_dist.tools.sampling.respond import texts_after
-from dpo_dist.tools.sampling.settings import Sampling, sampling_of
-from dpo_dist.tools.text_facts import is_refusal, language_identifier, language_of, sample_metrics, text_facts
+from dpo_dist.tools.shared.sampling.generate import NotFiniteError, Request, generate_together
+from dpo_dist.tools.shared.sampling.respond import texts_after
+from dpo_dist.tools.shared.sampling.settings import Sampling, sampling_of
+from dpo_dist.tools.shared.text_facts import (
+    is_refusal,
+    language_identifier,
+    language_of,
+    sample_metrics,
+    text_facts,
+)
 from dpo_dist.training.start.context import Run
 from dpo_dist.training.start.inputs import Inputs
 
-Row = dict[str, Any]
+_Row = dict[str, Any]
 _BATCH_TOKENS = 16384
 _USUAL_PROMPTS = 8
 _OF_RESPONSE = ("text", "tokens", "finished")
@@ -36,11 +42,11 @@ class SamplePrompt:
     """A held-out prompt with the fields of its rows: `prompt`, `prompt_id`, `source` and `chosen`."""
 
     request: Request
-    fields: Row
+    fields: _Row
 
 
 @dataclass
-class Samples:
+class RunSamples:
     """The held-out prompts of a run, the same at every evaluation and in every start. Methods are collective.
 
     A response is a row with `text`, `tokens` and `finished`.
@@ -59,7 +65,7 @@ class Samples:
     tokenizer: PreTrainedTokenizerBase
     at_every_evaluation: bool = True
     starts_as_reference: bool = False
-    reference: list[Row] | None = None
+    reference: list[_Row] | None = None
 
     def at(self, step: int, policy: Engine, *, is_last: bool) -> dict[str, float]:
         """Write the policy's responses after `step`, and return their metrics `samples/...`.
@@ -117,7 +123,7 @@ class Samples:
                 "samples.prompts=0 turns them off"
             )
 
-    def read_reference(self) -> list[Row] | None:
+    def read_reference(self) -> list[_Row] | None:
         """Return the reference's responses in its file, if they are to the same prompts and settings."""
         rows = list(read_lines(self.run.folder.samples_reference))
         wanted = [(prompt.fields["prompt_id"], asdict(self.sampling)) for prompt in self.prompts]
@@ -125,7 +131,7 @@ class Samples:
             return None
         return [{name: row[name] for name in _OF_RESPONSE} for row in rows]
 
-    def _ask(self, model: Engine, *, of_base: bool = False) -> list[Row] | None:
+    def _ask(self, model: Engine, *, of_base: bool = False) -> list[_Row] | None:
         """Return a response to each prompt; None, with a warning, if the model's logits are not finite."""
         requests = [prompt.request for prompt in self.prompts]
         limits = self.stop_ids, _BATCH_TOKENS, self.run.stops
@@ -145,7 +151,7 @@ class Samples:
             for sample, request in zip(samples, requests, strict=True)
         ]
 
-    def _metrics(self, prefix: str, responses: Sequence[Row]) -> dict[str, float]:
+    def _metrics(self, prefix: str, responses: Sequence[_Row]) -> dict[str, float]:
         chosen = [str(prompt.fields["chosen"]) for prompt in self.prompts]
         facts = [text_facts(row["text"], row["tokens"], row["finished"]) for row in responses]
         facts = [  # what the data teach to refuse is no fault
@@ -156,12 +162,12 @@ class Samples:
         return {prefix + name: value for name, value in sample_metrics(facts, languages).items()}
 
 
-def _named(model: str, response: Row) -> Row:
+def _named(model: str, response: _Row) -> _Row:
     """Return a response as fields of a row: its text under the model's name."""
     return {model if name == "text" else f"{model}_{name}": response[name] for name in _OF_RESPONSE}
 
 
-def prepare_samples(run: Run, inputs: Inputs, step: int) -> Samples | None:
+def prepare_samples(run: Run, inputs: Inputs, step: int) -> RunSamples | None:
     """Return the samples of a run that continues after `step`; None if it has none. Collective.
 
     The reference responds once, to a file in the run directory from which a resumed run reads it. If the
@@ -203,7 +209,7 @@ def prepare_samples(run: Run, inputs: Inputs, step: int) -> Samples | None:
         return None
     if run.world.is_main and language_identifier() is None:
         run.say("samples: their language is not examined; for that, pip install 'dpo-dist[tools]'")
-    samples = Samples(run, sampling, prompts, stop_ids, tokenizer, settings.prompts is not None)
+    samples = RunSamples(run, sampling, prompts, stop_ids, tokenizer, settings.prompts is not None)
     files = inputs.reference_files or inputs.policy_files
     same_precision = config.reference.quantization is config.model.quantization
     samples.starts_as_reference = (

@@ -9,15 +9,16 @@ from dpo_dist.config.metrics import MAIN, PREFIX
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.files import write_json
-from dpo_dist.foundation.types import Fields
 from dpo_dist.tools.evaluation.results import ALL
 from dpo_dist.tools.report.run import PageFacts
 from dpo_dist.tools.report.runs import compare_runs
+from dpo_dist.tools.sweep.pool import ELSEWHERE
 
+_NOT_TRAINED = "not trained"
 End = tuple[str, str]  # outcome and error of a point
 
 
-def sweep_results(points: Points, ends: Mapping[tuple[str, ...], End], folder: RunFolder) -> Fields:
+def sweep_results(points: Points, ends: Mapping[tuple[str, ...], End], folder: RunFolder) -> dict[str, Any]:
     """Return the content of sweep.json, and write it; `ends` are of the points that this start has run."""
     rows = [_point(words, RunFolder.of(points[words]), ends.get(words, ("", "")), folder) for words in points]
     results = {"points": rows}
@@ -25,9 +26,9 @@ def sweep_results(points: Points, ends: Mapping[tuple[str, ...], End], folder: R
     return results
 
 
-def _point(words: tuple[str, ...], run: RunFolder, end: End, folder: RunFolder) -> Fields:
+def _point(words: tuple[str, ...], run: RunFolder, end: End, folder: RunFolder) -> dict[str, Any]:
     facts = PageFacts(run)
-    recorded = facts.state.get("outcome", "not trained")
+    recorded = facts.state.get("outcome", _NOT_TRAINED)
     unfinished = recorded in (RunOutcome.started, RunOutcome.exported)
     outcome, error = end[0] or ("not finished" if unfinished else recorded), end[1]
     row: dict[str, Any] = {"settings": dict(word.lstrip("+").split("=", 1) for word in words)}
@@ -42,7 +43,7 @@ def _point(words: tuple[str, ...], run: RunFolder, end: End, folder: RunFolder) 
     return row
 
 
-def sweep_lines(results: Fields, points: Points, page: Path) -> list[str]:
+def sweep_lines(results: dict[str, Any], points: Points, page: Path) -> list[str]:
     """Write the page about the points that have begun; return its table, and how the others ended."""
     begun = [run for run in map(RunFolder.of, points.values()) if run.state.is_file()]
     lines = ["", *compare_runs(begun, page), ""] if len(begun) > 1 else []
@@ -50,6 +51,6 @@ def sweep_lines(results: Fields, points: Points, page: Path) -> list[str]:
         words = " ".join(f"{key}={value}" for key, value in row["settings"].items())
         if "error" in row:
             lines.append(f"{words}: {row['outcome']}: {row['error']} ({row['screen']})")
-        elif row["outcome"] in ("not trained", "trained by another process"):
+        elif row["outcome"] in (_NOT_TRAINED, ELSEWHERE):
             lines.append(f"{words}: {row['outcome']}")
     return [*lines, f"report  {page}"] if len(begun) > 1 else lines

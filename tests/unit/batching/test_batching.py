@@ -107,6 +107,8 @@ def test_sizes_are_packed_tokens_with_costs_of_keys_and_targets(shapes: Shapes) 
     laid_out = [packed_tokens(prompt, lengths) for prompt, *lengths in shapes]
     of = sizes_of(shapes, ComputeCosts(key=0, target=0))
     assert of.tokens.tolist() == of.costs.tolist() == laid_out
+    unshared = [sum(prompt + tokens - 1 for tokens in lengths) for prompt, *lengths in shapes]
+    assert of.unshared_tokens.tolist() == unshared
     heads = sizes_of(shapes, ComputeCosts(key=0, target=1)).costs - laid_out
     assert heads.tolist() == [sum(lengths) for _, *lengths in shapes]
     keys = sizes_of(shapes, ComputeCosts(key=1, target=0)).costs - laid_out

@@ -265,8 +265,8 @@ def test_duplicates_are_counted(tmp_path: Path) -> None:
         file_of(tmp_path, "b", *GOOD[:5]),
     )
     assert count_duplicates(twice) == 7
-    held_out = opened(tmp_path, file_of(tmp_path, "c", GOOD[0], TEXT, swapped, other_order))
-    assert (count_shared(held_out, once), count_shared(held_out, twice)) == (3, 1)
+    held_out = opened(tmp_path, file_of(tmp_path, "c", GOOD[0], GOOD[0], TEXT, swapped, other_order))
+    assert (count_shared(held_out, once), count_shared(held_out, twice)) == (4, 2)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from dpo_dist.model.files.load import (
     without_weights,
 )
 from dpo_dist.model.packed import PackedCausalLM
-from dpo_dist.tools.sampling.respond import find_model
+from dpo_dist.tools.shared.sampling.respond import find_model
 from tests.support import tiny
 from tests.support.families import tiny_causal_lm, tiny_config, tiny_family
 from tests.support.multimodal import IMAGE_MODELS, write_multimodal
@@ -300,7 +300,7 @@ def test_pickled_adapters_are_refused(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2)}, adapter / "adapter_model.bin")
     config = load_run_config([f"model.path={base}", "data.train=[a.jsonl]"])
     refused("no weights in safetensors", model_folder, str(adapter), None, accepts_adapter=True)
-    refused("no weights in safetensors", find_model, str(adapter), config, "pairs.models")
+    refused("no weights in safetensors", find_model, str(adapter), config.model, tmp_path, "pairs.models")
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ import pytest
 
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.objective.metrics import CustomMetrics, MetricPlan, PairValues
-from dpo_dist.tools.evaluation.results import bootstrap_intervals, of_sides, results
-from dpo_dist.tools.tables import evaluation_table
+from dpo_dist.tools.evaluation.results import labelled_columns, results
+from dpo_dist.tools.shared.intervals import bootstrap_intervals
+from dpo_dist.tools.shared.tables import evaluation_table
 
 PAIRS = 40
 
@@ -176,7 +177,7 @@ def test_results_of_one_label_lack_what_compares_both_and_a_perfect_order_is_no_
 
 
 def test_scores_of_labelled_records_are_those_of_their_side() -> None:
-    columns = of_sides(labelled(np.array([0.5, -2.0]), np.array([True, False])))
+    columns = labelled_columns(labelled(np.array([0.5, -2.0]), np.array([True, False])))
     assert {name: column.tolist() for name, column in columns.items()} == {
         **{"reward": [0.5, -2.0], "logp": [-49.5, -52.0], "reference_logp": [-50.0, -50.0]},
         **{"tokens": [9.0, 9.0], "label": [True, False]},

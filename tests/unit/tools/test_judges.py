@@ -14,8 +14,14 @@ from dpo_dist.config.schema import Dtype, EndpointConfig, ModelConfig, Verdicts
 from dpo_dist.config.user_code import find_function
 from dpo_dist.data.records import Message, Origin, PreferenceRecord, Prompt
 from dpo_dist.foundation.errors import ConfigError
-from dpo_dist.tools import judges
-from dpo_dist.tools.judges import EndpointJudge, FunctionJudge, Judgement, Question, RewardModel
+from dpo_dist.tools.shared.sampling import judges
+from dpo_dist.tools.shared.sampling.judges import (
+    EndpointJudge,
+    FunctionJudge,
+    Judgement,
+    Question,
+    RewardModel,
+)
 from tests.support import tiny
 from tests.support.judge_server import Answer, JudgeServer, judge_server
 from tests.support.tiny_model import write_model
@@ -182,9 +188,12 @@ REFUSAL = {"error": {"code": "bad_parameter", "param": "max_tokens", "message": 
         ((400, json.dumps(REFUSAL)), "status 400, bad_parameter, max_tokens, also for a harmless request"),
     ],
 )
-def test_an_endpoint_that_cannot_be_used_is_an_error(reply: Any, said: str) -> None:
+def test_an_endpoint_that_cannot_be_used_is_an_error(
+    reply: Any, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judges, "PARALLEL_REQUESTS", 1)
     with pytest.raises(ConfigError, match=f"(?s){said}") as caught:
-        judged(always(reply), SHORT, LONG, parallel_requests=1)
+        judged(always(reply), SHORT, LONG)
     assert "a text of the record" not in caught.value.block()
 
 
@@ -206,8 +215,9 @@ def test_an_address_with_a_key_or_without_a_host_is_refused(url: str) -> None:
         load_run_config(["model.path=m", f"pairs.endpoint.url={url}"], verb="pairs")
 
 
-def test_options_that_a_reasoning_model_refuses_are_replaced_once() -> None:
+def test_options_that_a_reasoning_model_refuses_are_replaced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """As OpenAI's: they refuse any temperature but their own, and name the most tokens otherwise."""
+    monkeypatch.setattr(judges, "PARALLEL_REQUESTS", 1)
 
     def answer(content: dict[str, Any]) -> Any:
         sent = server.bodies[-1]
@@ -217,7 +227,7 @@ def test_options_that_a_reasoning_model_refuses_are_replaced_once() -> None:
         return longer_wins(content)
 
     with judge_server(answer) as server:
-        judge = endpoint(server.url, parallel_requests=1)
+        judge = endpoint(server.url)
         (judgement,) = judge.judge([question("Why?", SHORT, LONG)])
     assert (judgement.scores, judgement.counts["refused"]) == ([0.0, 1.0], 0)
     assert len(server.bodies) == 3

@@ -18,21 +18,21 @@ from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Message, PreferenceRecord
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError, DataError
-from dpo_dist.tools.judges import Judgement
 from dpo_dist.tools.pairs.run import (
-    Results,
+    PairResults,
     different_prompts,
+    dry_run_pairs,
     joined_completions,
     pairs_from_scores,
     pairs_of,
-    rehearse_pairs,
-    samples_of,
     score,
+    scored_lists,
     select_pairs,
 )
-from dpo_dist.tools.pairs.start import check_judge, check_pairs, responding_models
-from dpo_dist.tools.sampling.prompts import Parts, Prompts
-from dpo_dist.tools.sampling.respond import Completion, Completions, ModelSource
+from dpo_dist.tools.pairs.start import check_pairs, responding_models
+from dpo_dist.tools.shared.sampling.judges import Judgement
+from dpo_dist.tools.shared.sampling.prompts import Parts, Prompts
+from dpo_dist.tools.shared.sampling.respond import Completion, Completions, ModelSource
 from dpo_dist.training.start.context import Run
 from tests.support.alone import ALONE
 from tests.support.judge_server import judge_server
@@ -91,8 +91,9 @@ def make(folder: Path, *records: Any, **keys: Any) -> tuple[Path, str]:
     source = jsonl(folder, *records)
     overrides = [f"pairs.{key}={value}" for key, value in keys.items()]
     config = load_run_config(["model.path=m", f"data.train=[{source}]", f"run.dir={folder}", *overrides])
-    pairs_from_scores(config, said.append)
-    return folder / "pairs/pairs.jsonl", "\n".join(said)
+    file = folder / "pairs/pairs.jsonl"
+    pairs_from_scores(file, config.data, config.pairs, config.trainer.seed, said.append)
+    return file, "\n".join(said)
 
 
 def rows(file: Path) -> list[dict[str, Any]]:
@@ -175,12 +176,12 @@ THOUGHT = {"reasoning_content": "I add."}
 SCORES: list[list[float | None]] = [[3.0, 1.0, 1.0, None], [2.0] * 4, [4.0, 4.0]]
 
 
-def finished(folder: Path) -> Results:
+def finished(folder: Path) -> PairResults:
     source = jsonl(folder, *({"prompt": [user(f"question {n}")]} for n in range(3)))
     rule = PairsConfig(method=PairsMethod.samples, select=ALL, unfinished=DropOrKeep.keep)
     config = replace(load_run_config(["model.path=m", f"data.train=[{source}]"]), pairs=rule)
     run = Run(config, ALONE, Console(None))
-    prompts = Prompts(run, folder, [different_prompts(config, lambda _: None)])
+    prompts = Prompts(run, folder, [different_prompts(config.data, config.pairs, lambda _: None)])
     rows = []
     for prompt in range(3):
         thoughts = [THOUGHT, {}] if prompt == 0 else [{}, {}]
@@ -199,7 +200,7 @@ def finished(folder: Path) -> Results:
         prompts.stage("scores", {}),
         lambda _: list(map(asdict, score(prompts.parts[0], rows, judge))),
     )
-    return Results(prompts, MODELS, scored, {"sampling": "facts"})
+    return PairResults(prompts, MODELS, scored, {"sampling": "facts"})
 
 
 def test_scored_samples_have_their_origin_and_are_counted_and_read_again(tmp_path: Path) -> None:
@@ -223,7 +224,7 @@ def test_scored_samples_have_their_origin_and_are_counted_and_read_again(tmp_pat
         **{"tied_pairs": 1 + 6, "prompts_all_tied": 1, "prompts_dropped_too_long": 1},
         "samples_unfinished": 4,
     }
-    found = list(samples_of(results))
+    found = list(scored_lists(results))
     assert [(len(row["responses"]), len(row["unused"])) for row in found] == [(3, 1), (4, 0), (2, 0)]
     assert found[0]["unused"][0]["content"] == "b1"
     assert found[2]["provenance"]["dropped"] == "too_long"
@@ -238,7 +239,7 @@ def test_parts_of_prompts_share_none_and_together_are_all(tmp_path: Path) -> Non
 
     def asked(*overrides: str) -> list[str]:
         config = load_run_config(["model.path=m", f"data.train=[{source}]", *overrides])
-        return [str(record.prompt) for record in different_prompts(config, lambda _: None)]
+        return [str(record.prompt) for record in different_prompts(config.data, config.pairs, lambda _: None)]
 
     whole = asked()
     parts = [asked("pairs.prompt_parts=3", f"pairs.prompt_part={index}") for index in range(3)]
@@ -311,7 +312,7 @@ def config(*overrides: str) -> RunConfig:
 def found(folder: Path, records: list[Any], *overrides: str) -> str:
     jsonl(folder, *records)
     before = sorted(folder.rglob("*"))
-    report = rehearse_pairs(config("model.path=model", *overrides))
+    report = dry_run_pairs(config("model.path=model", *overrides))
     assert sorted(folder.rglob("*")) == before
     return report
 
@@ -343,16 +344,12 @@ def test_rounds_are_done_by_one_process(monkeypatch: pytest.MonkeyPatch) -> None
         check_pairs(config(*SAMPLED, "pairs.rounds=1"))
 
 
-def test_a_comparison_has_at_most_one_judge() -> None:
-    with pytest.raises(ConfigError, match="a comparison has one judge"):
-        check_judge(config("pairs.reward_model=a", "pairs.function=a:b"))
-
-
 def test_models_prompts_and_the_endpoint_are_checked(in_folder: Path) -> None:
     write_model(in_folder / "model")
     write_model(in_folder / "run" / "model")
     (in_folder / "run" / "config.yaml").touch()
-    assert responding_models(config("pairs.models=[model,run]")) == ["model", "run/model"]
+    named = config("pairs.models=[model,run]")
+    assert responding_models(named.pairs, named.model.path) == ["model", "run/model"]
     records = [*PROMPTS, {"prompt": [user("word " * 900)]}, {"no": "prompt"}]
     with judge_server(lambda *_: "[[5]]") as server:
         keys = ["pairs.method=samples", f"pairs.endpoint.url={server.url}", "pairs.endpoint.model=judge"]

@@ -12,7 +12,7 @@ import pytest
 from dpo_dist.data.records import Origin, PreferenceRecord, Prompt, Response
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.foundation.files import locked
-from dpo_dist.tools.pairs.people import Judgement, Labelling, agreement, draw_items, outcome
+from dpo_dist.tools.pairs.people import Annotation, Labelling, agreement, draw_items, outcome
 
 
 def record(*responses: Response, prompt: Prompt = "Why?") -> PreferenceRecord:
@@ -103,8 +103,8 @@ def test_a_line_that_is_no_judgement_is_named(damage: bytes, tmp_path: Path) -> 
     assert caught.value.where == f"{log}:4"
 
 
-def given(annotator: str, item: str, verdict: str, left: int = 0) -> Judgement:
-    return Judgement(item, annotator, verdict, left, "2026-01-01T00:00:00+00:00")
+def given(annotator: str, item: str, verdict: str, left: int = 0) -> Annotation:
+    return Annotation(item, annotator, verdict, left, "2026-01-01T00:00:00+00:00")
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,11 @@ def configured(*words: str) -> RunConfig:
     return load_run_config([*given, "plan.gpu=h100-80g", *words])
 
 
+def data_of(*words: str) -> Data:
+    config = load_run_config(words)
+    return planned_data(config.plan, config.data, config.model, config.loss, lambda *_: nullcontext())
+
+
 MODELS: dict[str, Any] = {}
 
 
@@ -282,7 +287,7 @@ RECIPES = {
 def test_recipes_know_the_size_of_their_data(file: Path) -> None:
     content = yaml.safe_load(file.read_text())
     if file.stem in RECIPES:
-        data = planned_data(load_run_config([f"+experiment={file.stem}"]), lambda *_: nullcontext())
+        data = data_of(f"+experiment={file.stem}")
         assert (data.pairs, round(data.tokens)) == RECIPES[file.stem]
         assert data.basis.startswith("by the cards of the data")
     else:
@@ -290,9 +295,7 @@ def test_recipes_know_the_size_of_their_data(file: Path) -> None:
 
 
 def test_data_that_no_card_is_known_of_are_assumed() -> None:
-    data = planned_data(
-        load_run_config(["model.path=m", "data.train=[hub/unknown]"]), lambda *_: nullcontext()
-    )
+    data = data_of("model.path=m", "data.train=[hub/unknown]")
     assert data == (60_000, 700, "assumed; set plan.pairs and plan.tokens_per_pair")
     some = ["data.train=[{path: Anthropic/hh-rlhf, limit: 100, weight: 3}]", "plan.tokens_per_pair=50"]
-    assert planned_data(load_run_config(["model.path=m", *some]), lambda *_: nullcontext())[:2] == (300, 50)
+    assert data_of("model.path=m", *some)[:2] == (300, 50)

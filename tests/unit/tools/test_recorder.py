@@ -9,7 +9,7 @@ from dpo_dist.config.schema import FolderConfig, ModelConfig, RunConfig
 from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.tools.report import recorder as recorder_module
-from dpo_dist.tools.report.recorder import Recorder
+from dpo_dist.tools.report.recorder import RunRecorder
 from dpo_dist.training.reporting.metrics_log import MetricsLog
 from dpo_dist.training.reporting.trackers import Trackers
 from dpo_dist.training.start.context import Run
@@ -26,7 +26,7 @@ class Opened:
         config = RunConfig(model=ModelConfig("somewhere"), run=FolderConfig(str(run)))
         of_run = Run(config, ALONE, Console(LineScreen(self.said.append)))
         log = MetricsLog.open(of_run.folder, None, print)
-        self.recorder = Recorder(of_run, log, Trackers([self.tracker]))
+        self.recorder = RunRecorder(of_run, log, Trackers([self.tracker]))
 
 
 def sampled(step: int, **values: float) -> dict[str, float]:

@@ -151,7 +151,7 @@ ADAPTER = ("model.adapter={r: 2, alpha: 4}",)
 def test_an_adapter_is_merged_before_the_next_round(monkeypatch: pytest.MonkeyPatch) -> None:
     merged: list[tuple[str, str]] = []
 
-    def merge(adapter: Path, folder: Path, _: RunConfig) -> None:
+    def merge(adapter: Path, folder: Path, *_: Any) -> None:
         if not merged:  # killed while it merges
             merged.append(("", ""))
             raise KeyboardInterrupt

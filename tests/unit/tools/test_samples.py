@@ -16,9 +16,9 @@ from dpo_dist.foundation.console import Console, LineScreen
 from dpo_dist.foundation.files import json_line
 from dpo_dist.model.files.stops import find_stop_ids
 from dpo_dist.tools.report import samples
-from dpo_dist.tools.report.samples import SamplePrompt, Samples, choose_prompts
-from dpo_dist.tools.sampling.generate import Request, Sample
-from dpo_dist.tools.sampling.settings import Sampling
+from dpo_dist.tools.report.samples import RunSamples, SamplePrompt, choose_prompts
+from dpo_dist.tools.shared.sampling.generate import Request, Sample
+from dpo_dist.tools.shared.sampling.settings import Sampling
 from dpo_dist.training.start.context import Run
 from tests.support import tiny
 from tests.support.alone import ALONE
@@ -68,7 +68,7 @@ def test_responses_of_the_reference_are_read_for_the_same_prompts_and_settings_o
         RunConfig(model=ModelConfig("unused"), run=FolderConfig(dir=str(tmp_path))), ALONE, Console(None)
     )
     prompt = SamplePrompt(Request(np.array([1], np.int32), "id", 0), {"prompt_id": "id"})
-    opened = Samples(run, Sampling(4, seed=3), (prompt,), STOPS, TOKENIZER)
+    opened = RunSamples(run, Sampling(4, seed=3), (prompt,), STOPS, TOKENIZER)
     assert opened.read_reference() is None
     response = {"text": "a\u2028b", "tokens": 2, "finished": True}
     sampling = {"max_new_tokens": 4, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "seed": 3}
@@ -92,7 +92,7 @@ def test_refusals_count_where_the_chosen_response_is_none_and_only_at_the_evalua
         SamplePrompt(Request(np.array([1], np.int32), "id", 0), {"prompt_id": "id", "chosen": chosen})
         for chosen in ("Paris, of course.", "I cannot help with that.")
     ]
-    usual = Samples(run, Sampling(4), tuple(prompts), STOPS, TOKENIZER, at_every_evaluation=False)
+    usual = RunSamples(run, Sampling(4), tuple(prompts), STOPS, TOKENIZER, at_every_evaluation=False)
     usual = replace(usual, starts_as_reference=True, reference=[refusal, refusal])
     policy = FrozenEngine.__new__(FrozenEngine)  # the reference's responses are those of step 0
     metrics = usual.at(0, policy, is_last=False)
@@ -118,7 +118,7 @@ def test_a_run_says_that_it_samples_while_it_takes_long_and_counts_the_time(
     config = RunConfig(model=ModelConfig("unused"), run=FolderConfig(dir=str(tmp_path)))
     run = Run(config, ALONE, Console(LineScreen(lines.append)))
     prompt = SamplePrompt(Request(np.array([1], np.int32), "id", 0), {"prompt_id": "id", "chosen": "Yes."})
-    asked = Samples(run, Sampling(4), (prompt,), STOPS, TOKENIZER)
+    asked = RunSamples(run, Sampling(4), (prompt,), STOPS, TOKENIZER)
     asked.run.folder.samples.mkdir()
     with run.clock.of("evaluation"):
         metrics = asked.at(3, FrozenEngine.__new__(FrozenEngine), is_last=False)

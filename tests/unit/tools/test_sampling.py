@@ -36,7 +36,7 @@ from dpo_dist.distributed.processes.world import Interrupted, Stops
 from dpo_dist.foundation.signals import StopRequest
 from dpo_dist.tools.pairs.files import pair_fields, write_results
 from dpo_dist.tools.pairs.rounds import merge_adapter
-from dpo_dist.tools.sampling.generate import (
+from dpo_dist.tools.shared.sampling.generate import (
     NotFiniteError,
     Request,
     Sample,
@@ -45,8 +45,8 @@ from dpo_dist.tools.sampling.generate import (
     generate_together,
     random_numbers,
 )
-from dpo_dist.tools.sampling.respond import Completion, Responder, find_model, open_generator, respond
-from dpo_dist.tools.sampling.settings import Sampling
+from dpo_dist.tools.shared.sampling.respond import Completion, Responder, find_model, open_generator, respond
+from dpo_dist.tools.shared.sampling.settings import Sampling
 from tests.support import tiny
 from tests.support.alone import ALONE
 from tests.support.chat_tokenizers import tokenizer_of
@@ -253,8 +253,9 @@ def config_of(base: Path) -> RunConfig:
 
 
 def sampled(folder: Path, base: Path) -> tuple[list[Sample], str]:
-    source = find_model(str(folder), config_of(base), "pairs.models")
-    _, generator = open_generator(source, config_of(base), torch.device("cpu"))
+    config = config_of(base)
+    source = find_model(str(folder), config.model, Path(config.reference.store), "pairs.models")
+    _, generator = open_generator(source, config.model, config.data, torch.device("cpu"))
     return generator([REQUEST], Sampling(12)), source.digest
 
 
@@ -277,12 +278,14 @@ def test_adapters_also_merged_shards_and_other_ends_of_a_response(tmp_path: Path
     left = tmp_path / "merged.tmp-0123456789ab"  # by a start that was killed
     left.mkdir()
     os.utime(left, (0, 0))
-    merge_adapter(tmp_path / "adapter", tmp_path / "merged", config_of(base))
+    config = config_of(base)
+    facts = config.model, config.data, Path(config.reference.store)
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", *facts)
     assert not left.exists()
     assert sampled(tmp_path / "merged", base)[0] == adapted
     file = base / "generation_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [5]}))
     assert sampled(base, base)[1] != digest, "responses of before would be used again"
-    merge_adapter(tmp_path / "adapter", tmp_path / "again", config_of(base))
+    merge_adapter(tmp_path / "adapter", tmp_path / "again", *facts)
     stops = GenerationConfig.from_pretrained(tmp_path / "again").eos_token_id
     assert stops == [5, tiny.qwen().eos_token_id]

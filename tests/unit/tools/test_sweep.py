@@ -12,6 +12,7 @@ from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.files import locked
 from dpo_dist.tools.sweep import __main__ as sweep
+from dpo_dist.tools.sweep.pool import end_of, screen_since
 from dpo_dist.tools.sweep.results import sweep_lines, sweep_results
 from tests.unit.tools.pages.made_run import change, made_run
 
@@ -62,18 +63,18 @@ def test_a_point_ends_as_its_own_start_says(
     run, screen = RunFolder(tmp_path / "run"), tmp_path / "screen"
     former = "configuration error: another process is training in this run directory\n"
     screen.write_text(former)
-    assert sweep.end_of(run, code, sweep.screen_since(screen, len(former))) == (counts, (outcome, ""))
+    assert end_of(run, code, screen_since(screen, len(former))) == (counts, (outcome, ""))
     screen.write_text(f"{former}step 1\nconfiguration error: no\n  to do: x\n\n")
-    assert sweep.end_of(run, code, sweep.screen_since(screen, len(former))) == (counts, (outcome, error))
+    assert end_of(run, code, screen_since(screen, len(former))) == (counts, (outcome, error))
 
 
 def test_a_point_whose_run_another_process_has_is_trained_by_that(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     with locked(run.lock, "trains"):
         for code in (1, 2):
-            assert sweep.end_of(run, code, "error: x") == (75, ("trained by another process", ""))
-        assert sweep.end_of(run, 3, "diverged: x") == (3, ("diverged", "diverged: x"))
-    assert sweep.end_of(run, 2, "error: x") == (2, ("invalid", "error: x"))
+            assert end_of(run, code, "error: x") == (75, ("trained by another process", ""))
+        assert end_of(run, 3, "diverged: x") == (3, ("diverged", "diverged: x"))
+    assert end_of(run, 2, "error: x") == (2, ("invalid", "error: x"))
 
 
 def test_a_check_has_a_line_for_each_point_and_loads_what_is_equal_once(

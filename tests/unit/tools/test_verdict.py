@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dpo_dist.tools.verdict.rules import RULES, Verdict, sample_alarm, verdict
+from dpo_dist.tools.report.verdict.rules import RUN_RULES, Verdict, sample_alarm, verdict
 from dpo_dist.training.reporting.metrics_log import usual_loss
 
 STEPS = 20
@@ -274,7 +274,7 @@ FAULTS: list[tuple[str, list[Row], dict[str, Any], str]] = [
 
 
 def test_every_rule_has_a_case() -> None:
-    assert {rule for rule, *_ in FAULTS} == set(RULES)
+    assert {rule for rule, *_ in FAULTS} == set(RUN_RULES)
 
 
 @pytest.mark.parametrize(("rule", "history", "ended", "words"), FAULTS)
@@ -288,7 +288,7 @@ def test_a_rule_finds_its_fault_alone(
     written = f"{finding.text}. Try: {finding.remedy}"
     assert judged.as_dict()["findings"] == [{"rule": rule, "text": written}]
     is_remark = rule in ("displacement", "good_responses_fall")
-    assert judged.sentence.startswith("no fault found: " if is_remark else RULES[rule].text)
+    assert judged.sentence.startswith("no fault found: " if is_remark else RUN_RULES[rule].text)
     assert finding.remedy in "".join(judged.lines())
 
 

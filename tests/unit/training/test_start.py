@@ -21,7 +21,7 @@ from dpo_dist.distributed.checkpoint.saver import Checkpoint, CheckpointSaver
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError, RunOutcome
 from dpo_dist.foundation.files import staged_file, temporary_name, write_text
-from dpo_dist.tools.report.recorder import Recorder
+from dpo_dist.tools.report.recorder import RunRecorder
 from dpo_dist.tools.report.run import write_page
 from dpo_dist.training.finish import finish
 from dpo_dist.training.reporting.metrics_log import MetricsLog
@@ -99,8 +99,8 @@ def folder(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path)
 
 
-def recorder_of(run: Run) -> Recorder:
-    return Recorder(run, MetricsLog.open(run.folder, 4))
+def recorder_of(run: Run) -> RunRecorder:
+    return RunRecorder(run, MetricsLog.open(run.folder, 4))
 
 
 @pytest.mark.parametrize("content", ["{", '{"outcome": "won", "step": 1, "identity": {}}'])

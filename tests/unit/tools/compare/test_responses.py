@@ -13,9 +13,9 @@ from dpo_dist.data.records import prompt_key, turns_of
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.model.files.load import load_packed
 from dpo_dist.tools.compare.models import held_out, response_logps
-from dpo_dist.tools.sampling.prompts import generation_settings
-from dpo_dist.tools.sampling.respond import Completion, Completions
-from dpo_dist.tools.sampling.settings import Sampling
+from dpo_dist.tools.shared.sampling.prompts import generation_settings
+from dpo_dist.tools.shared.sampling.respond import Completion, Completions
+from dpo_dist.tools.shared.sampling.settings import Sampling
 from tests.support.records import assistant, jsonl, user
 from tests.support.tiny_model import write_model
 
@@ -61,7 +61,8 @@ def test_responses_of_other_settings_are_not_used_again(tmp_path: Path) -> None:
 
     def settings(*overrides: str) -> dict[str, Any]:
         lines = ["compare.models=[a,b]", "data.eval=[held.jsonl]", *overrides]
-        return generation_settings(load_run_config(lines, verb="compare"), Sampling(9))
+        config = load_run_config(lines, verb="compare")
+        return generation_settings(config.data, config.model, Sampling(9))
 
     found = [settings(), *(settings(key) for key in keys)]
     template.write_text("two")
@@ -83,7 +84,7 @@ def chosen(tmp_path: Path, records: list[Any], *overrides: str) -> tuple[list[st
         overrides = (*overrides, f"data.eval=[{{path: {source}, label: held}}]")
     said: list[str] = []
     config = load_run_config([*base, *overrides])
-    records, labels = held_out(config, said.append)
+    records, labels = held_out(config.data, config.compare.prompts, said.append)
     assert {labels[prompt_key(record)] for record in records} <= {"held", "records"}
     first = [turns_of(record.responses[0])[-1].content for record in records]
     return [turns_of(record.prompt)[0].content for record in records], [*said, *first]

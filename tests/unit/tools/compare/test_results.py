@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from dpo_dist.data.records import Origin, PreferenceRecord
-from dpo_dist.tools.compare.results import LOSS, TIE, WIN, comparison, credit, judge_texts
-from dpo_dist.tools.judges import Judgement, Question
+from dpo_dist.tools.compare.results import LOST, TIED, WON, comparison, credit, judge_texts
+from dpo_dist.tools.shared.sampling.judges import Judgement, Question
 
 Row = dict[str, Any]
 OUTCOMES = ("wins", "ties", "losses", "not_judged")
@@ -126,10 +126,10 @@ def test_each_different_text_is_scored_once_and_an_empty_one_never() -> None:
     )
     assert judge.asked == [("aa", "b"), ("why?", "c"), ("aa", "bb")]
     assert rows == [
-        {"scores": [2.0, 1.0, 2.0], "credits": [WIN, TIE, LOSS], "counts": {"requests": 1}},
-        {"scores": [None, None, 1.0], "credits": [LOSS, LOSS, None], "counts": {"requests": 1}},
+        {"scores": [2.0, 1.0, 2.0], "credits": [WON, TIED, LOST], "counts": {"requests": 1}},
+        {"scores": [None, None, 1.0], "credits": [LOST, LOST, None], "counts": {"requests": 1}},
         {"scores": [], "credits": [], "counts": {}},
-        {"scores": [2.0, 2.0, None], "credits": [TIE, WIN, WIN], "counts": {"requests": 1}},
+        {"scores": [2.0, 2.0, None], "credits": [TIED, WON, WON], "counts": {"requests": 1}},
     ]
 
 
@@ -138,5 +138,5 @@ def test_every_two_different_texts_are_compared_once() -> None:
     texts = [["good", "bad", "worse"], ["good", "good", ""], ["why?", "bad", "bad"]]
     rows = judge_texts(RECORDS[:3], texts, judge, in_pairs=True)
     assert judge.asked == [("good", "bad"), ("good", "worse"), ("bad", "worse"), ("why?", "bad")]
-    assert [row["credits"] for row in rows] == [[4.0, 4.0, 3.0], [TIE, WIN, WIN], [None, None, TIE]]
+    assert [row["credits"] for row in rows] == [[4.0, 4.0, 3.0], [TIED, WON, WON], [None, None, TIED]]
     assert [row["counts"] for row in rows] == [{"requests": 3}, {}, {"requests": 1}]

@@ -7,7 +7,7 @@ import pytest
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError, DataError
-from dpo_dist.tools.compare.models import rehearse_comparison
+from dpo_dist.tools.compare.models import dry_run_comparison
 from dpo_dist.tools.compare.start import check_comparison, compared_models
 from tests.support import tiny
 from tests.support.records import TEXT, jsonl, user
@@ -87,7 +87,7 @@ def test_a_check_reads_no_weights_but_their_names_and_writes_nothing(tmp_path: P
 
     def rehearsed(*overrides: str) -> str:
         checked = load_run_config([*keys, *overrides])
-        return rehearse_comparison(checked, check_comparison(checked))
+        return dry_run_comparison(checked, check_comparison(checked))
 
     before = sorted(tmp_path.rglob("*"))
     report = rehearsed("pairs.function=tests.support.own_judge:letter_shares")
@@ -101,3 +101,9 @@ def test_a_check_reads_no_weights_but_their_names_and_writes_nothing(tmp_path: P
     (tmp_path / "base" / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ConfigError, match="the model cannot be loaded"):
         rehearsed()
+
+
+def test_a_comparison_has_at_most_one_judge(models: Path) -> None:
+    two = config(models, TWO.format(models), "pairs.reward_model=a", "pairs.function=a:b")
+    with pytest.raises(ConfigError, match="a comparison has one judge"):
+        check_comparison(two)

@@ -16,13 +16,14 @@ import pytest
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.losses import LossConfig, LossKind
 from dpo_dist.config.schema import DataConfig, OnBadRecord, RunConfig, SourceConfig
+from dpo_dist.data.encoded import build
 from dpo_dist.data.records import eval_part, prompt_hash
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.tools.doctor.__main__ import main
 from dpo_dist.tools.doctor.examine import Diagnosis, diagnose, examine, prepare
-from dpo_dist.tools.doctor.rules import RULE_OF, RULES
-from dpo_dist.tools.doctor.texts import read_benchmarks
-from dpo_dist.tools.findings import Level
+from dpo_dist.tools.doctor.measures.texts import read_benchmarks
+from dpo_dist.tools.doctor.rules import DOCTOR_RULES, RULE_BY_KIND
+from dpo_dist.tools.shared.findings import Level
 from tests.support import tiny
 from tests.support.doctor_data import Pair, alarms, as_messages, clean_pairs, examined, lines, of_rule, write
 from tests.support.invented import write_pairs
@@ -87,12 +88,12 @@ def test_planted_faults_are_counted_and_located(tmp_path: Path) -> None:
         plant(pairs[2 * number + 1])
     report = examined(tmp_path, pairs)
     for name in PLANTED:
-        rule = RULE_OF.get(name, name)
+        rule = RULE_BY_KIND.get(name, name)
         [finding] = of_rule(report, rule)
-        same = [2 * other for other, one in enumerate(PLANTED) if RULE_OF.get(one, one) == rule]
+        same = [2 * other for other, one in enumerate(PLANTED) if RULE_BY_KIND.get(one, one) == rule]
         assert lines(finding) == sorted(line for first in same for line in (first + 1, first + 2)), name
         assert (finding.count, finding.source) == (2 * len(same), f"{tmp_path.name}-train")
-        assert name not in RULE_OF or f"{name.replace('_', ' ')} in 2" in finding.text
+        assert name not in RULE_BY_KIND or f"{name.replace('_', ' ')} in 2" in finding.text
 
 
 @pytest.mark.parametrize(("count", "seed"), [(12, 0), (300, 3)])
@@ -102,8 +103,11 @@ def test_clean_pairs_raise_no_alarm(count: int, seed: int, tmp_path: Path) -> No
 
 def test_a_finding_up_to_the_threshold_is_a_note() -> None:
     for count, level in ((1, Level.note), (2, Level.warning)):
-        assert [one.level for one in RULES["dropped"].count(count, 100, "a")] == [level]
-    assert [len(list(RULES["label_leak"].value(share, 100, "a", ""))) for share in (0.65, 0.66)] == [0, 1]
+        assert [one.level for one in DOCTOR_RULES["dropped"].count(count, 100, "a")] == [level]
+    assert [len(list(DOCTOR_RULES["label_leak"].value(share, 100, "a", ""))) for share in (0.65, 0.66)] == [
+        0,
+        1,
+    ]
 
 
 def test_fields_that_are_not_read_and_numbers_of_the_loss_are_notes(tmp_path: Path) -> None:
@@ -209,13 +213,15 @@ def test_tools_that_the_template_does_not_render_are_an_error(tmp_path: Path) ->
     assert not of_rule(report, "tools_not_rendered")
 
 
-def test_the_report_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
-    path = write(tmp_path / "train.jsonl", clean_pairs(70))
-    one, two = (
-        examine(DataConfig(train=[SourceConfig(path=path)], processes=processes), None)
-        for processes in (1, 2)
-    )
-    assert one == two
+def test_the_report_does_not_depend_on_the_number_of_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = DataConfig(train=[SourceConfig(path=write(tmp_path / "train.jsonl", clean_pairs(70)))])
+    reports = []
+    for processes in (1, 2):
+        monkeypatch.setattr(build, "processes_for", lambda _, count=processes: count)
+        reports.append(examine(data, None))
+    assert reports[0] == reports[1]
 
 
 def test_evaluation_prompts_in_the_training_data_are_found(tmp_path: Path) -> None:
@@ -308,8 +314,8 @@ def run_of(folder: Path, *train: str | Path, **data: Any) -> RunConfig:
 
 
 def prepared(config: RunConfig, model: Path) -> tuple[list[list[int]], list[Any]]:
-    of_model = replace(config, model=replace(config.model, path=str(model)))
-    encoded = prepare(of_model, lambda *_: contextlib.nullcontext(lambda _: None))
+    of_model = replace(config.model, path=str(model))
+    encoded = prepare(config.data, of_model, config.loss, lambda *_: contextlib.nullcontext(lambda _: None))
     return [list(map(len, of_source)) for of_source in encoded.datasets], encoded.refusals
 
 

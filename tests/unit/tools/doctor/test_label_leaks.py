@@ -8,10 +8,10 @@ import pytest
 
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.records import Origin
-from dpo_dist.tools.doctor.label_leaks import LeakTest, leak_findings
-from dpo_dist.tools.doctor.observe import Facts, PairFacts
-from dpo_dist.tools.doctor.sources import Source
-from dpo_dist.tools.findings import Level
+from dpo_dist.tools.doctor.measures.label_leaks import LeakTest, leak_findings
+from dpo_dist.tools.doctor.measures.observe import PairFacts, RecordFacts
+from dpo_dist.tools.doctor.measures.sources import ExaminedSource
+from dpo_dist.tools.shared.findings import Level
 from tests.support import tiny
 from tests.support.doctor_data import Pair, clean_pairs, examined, of_rule
 
@@ -96,9 +96,9 @@ def test_forms_on_one_side_of_few_pairs_are_found(tmp_path: Path) -> None:
 def test_a_large_source_is_judged_by_the_pairs_with_the_smallest_keys() -> None:
     keys = [*range(20_300)]
     random.Random(0).shuffle(keys)
-    source = Source("a", "a.jsonl", DataConfig(), is_eval=False, is_encoded=False)
+    source = ExaminedSource("a", "a.jsonl", DataConfig(), is_eval=False, is_encoded=False)
     facts = [
-        Facts(
+        RecordFacts(
             Origin("a.jsonl", key), pair=PairFacts(key, key, {"characters": 1.0 - 2 * (key >= 20_000)}, HEADS)
         )
         for key in keys

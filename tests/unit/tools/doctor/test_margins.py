@@ -13,14 +13,18 @@ from dpo_dist.config.schema import (
     ModelConfig,
     Quantization,
     ReferenceConfig,
-    RunConfig,
     SourceConfig,
 )
 from dpo_dist.data.encoded.build import prepare_dataset
 from dpo_dist.data.encoded.dataset import PreferenceDataset, open_dataset
 from dpo_dist.reference.digest import digest_model
 from dpo_dist.reference.store import LogpStore, ReferenceFingerprint
-from dpo_dist.tools.doctor.margins import compare_with_store, find_stored, margin_findings, stored_pairs
+from dpo_dist.tools.doctor.measures.margins import (
+    compare_with_store,
+    find_stored,
+    margin_findings,
+    stored_pairs,
+)
 from tests.support import tiny
 from tests.support.invented import write_pairs
 from tests.support.tiny_model import write_model
@@ -40,7 +44,7 @@ def dataset(tmp_path: Path) -> PreferenceDataset:
 
 def stored(folder: Path, model: Path, **reference: Any) -> LogpStore | None:
     settings = ReferenceConfig(store=str(folder / "store"), **reference)
-    return find_stored(RunConfig(model=ModelConfig(path=str(model)), reference=settings))
+    return find_stored(ModelConfig(path=str(model)), settings)
 
 
 def lengths_of(dataset: PreferenceDataset) -> list[int]:
@@ -129,5 +133,6 @@ def test_pairs_that_the_reference_orders_against_the_labels_by_far() -> None:
 )
 def test_precompute_takes_the_words_by_which_it_fills_the_store(words: list[str], tmp_path: Path) -> None:
     run = ["model.path=m", "data.train=[a.jsonl]", f"reference.store={tmp_path}/store", *words]
-    use, _ = compare_with_store(load_run_config(run), [], [])
+    config = load_run_config(run)
+    use, _ = compare_with_store(config.model, config.reference, config.loss, [], [])
     load_run_config([*run, *use["filled_with"].split()], verb="precompute")

@@ -16,7 +16,7 @@ def written(folder: Path, found: Diagnosis) -> str:
     config = RunConfig(
         run=FolderConfig(str(folder / "run")), data=DataConfig(train=[SourceConfig(HOSTILE, name=HOSTILE)])
     )
-    write_doctor_page(RunFolder.of(config), found, config)
+    write_doctor_page(RunFolder.of(config), found, config.data, config.doctor)
     return RunFolder.of(config).doctor_page.read_text(encoding="utf-8")
 
 

@@ -149,10 +149,12 @@ def test_the_verb_writes_a_page_of_several_runs_to_this_folder(
 def test_losses_of_other_kinds_name_runs_and_share_no_axis(runs: list[RunFolder]) -> None:
     """A loss without beta has none, whatever is configured."""
     for run, kind, beta in zip(runs, ("sigmoid", "simpo", "orpo"), (0.1, 2.0, 0.3), strict=True):
-        change(run.config, "loss", value={"kind": kind, "beta": beta, "terms": []})
+        options = {"gamma": 1.0} if kind == "simpo" else None
+        change(run.config, "loss", value={"kind": kind, "beta": beta, "terms": [], "options": options})
     lines, page = compared(runs)
-    assert lines[3].startswith("run-c - orpo completed 0.4100")
-    assert "beta 0.1, kind sigmoid beta 2, kind simpo kind orpo Loss, sigmoid " in page.section("Curves")
+    assert lines[3].startswith("run-c - orpo - completed 0.4100")
+    described = "beta 0.1, kind sigmoid beta 2, kind simpo, gamma 1 kind orpo Loss, sigmoid "
+    assert described in page.section("Curves")
     assert ("Loss, orpo\n" in page.text, "above rejected, orpo" in page.text) == (True, False)
     legends = [value for name, value in page.attributes if name == "class" and value == "legend runs"]
     assert len(legends) == 1

@@ -14,11 +14,11 @@ from markupsafe import Markup
 from dpo_dist.config.run_folder import RunFolder, step_of
 from dpo_dist.foundation.files import read_lines
 from dpo_dist.foundation.text import counted, number, percent
-from dpo_dist.tools.pages.render import part
-from dpo_dist.tools.text_facts import WORD, text_facts
+from dpo_dist.tools.shared.pages.render import part
+from dpo_dist.tools.shared.text_facts import WORD, text_facts
 
-Row = Mapping[str, Any]
-Piece = tuple[str, bool]
+_Row = Mapping[str, Any]
+MarkedPiece = tuple[str, bool]
 """A part of a text, and whether its words differ from those of another text."""
 
 _LONGEST_TEXT = 6000
@@ -35,7 +35,7 @@ class ShownResponse:
     label: str
     text: str | None
     notes: str = ""
-    pieces: Sequence[Piece] = ()
+    pieces: Sequence[MarkedPiece] = ()
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,14 @@ class Shown:
         return line if len(line) <= _TITLE_CHARACTERS else line[:_TITLE_CHARACTERS] + "\u2026"
 
 
-def marked(text: str, other: str) -> tuple[list[Piece], float]:
+def marked(text: str, other: str) -> tuple[list[MarkedPiece], float]:
     """Return the pieces of a text and the share of its words that `other` lacks. White space does not count.
 
     Letters of scripts without spaces are words. In a long text, frequent words do not anchor the comparison.
     """
     words = list(WORD.finditer(text))
     matcher = SequenceMatcher(None, [word.group() for word in words], WORD.findall(other))
-    pieces: list[Piece] = []
+    pieces: list[MarkedPiece] = []
     new = end = 0
     for kind, start, stop, _, _ in matcher.get_opcodes():
         if start < stop:
@@ -125,7 +125,7 @@ _MEASURED_CHARACTERS = 2000
 _SECTION_BYTES = 900_000
 
 
-def faults(row: Row) -> list[str]:
+def faults(row: _Row) -> list[str]:
     """Return the reasons to look at a policy's response; the first is the worst."""
     text, tokens, of_reference = row["policy"], row["policy_tokens"], row["reference_tokens"]
     facts = text_facts(text[:_MEASURED_CHARACTERS], tokens or 0, is_finished=True)
@@ -139,7 +139,7 @@ def faults(row: Row) -> list[str]:
     return [reason for reason, applies in reasons.items() if applies]
 
 
-def choose(rows: Sequence[Row]) -> list[tuple[Row, str]]:
+def choose(rows: Sequence[_Row]) -> list[tuple[_Row, str]]:
     """Return rows to show with the reasons: those with most faults, the longest first, and some at random."""
     judged = [(row, faults(row)) for row in rows]
     faulty = [each for each in judged if each[1]]
@@ -187,7 +187,7 @@ def _files(folder: RunFolder) -> dict[int, Path]:
 def samples_of_runs(runs: Mapping[str, RunFolder]) -> list[Markup]:
     """Return prompts that several runs have, with the responses after the last step of each."""
     by_prompt: dict[str, list[ShownResponse]] = {}
-    last: dict[str, Row] = {}
+    last: dict[str, _Row] = {}
     for label, folder in runs.items():
         for file in islice(_files(folder).values(), 1):
             for row in islice(read_lines(file), _MOST_ROWS):
@@ -208,7 +208,7 @@ def worst_pairs(file: Path) -> list[Markup]:
     return prompt_items(map(_worst, read_lines(file)), _SECTION_BYTES)[0]
 
 
-def _worst(row: Row) -> Shown:
+def _worst(row: _Row) -> Shown:
     """Return a pair, or a labelled response."""
     sides, margin = [side for side in ("chosen", "rejected") if side in row], row["margin"]
     names, measured = sides, f"margin {number(margin, 3)}"
@@ -222,7 +222,7 @@ def _worst(row: Row) -> Shown:
     return Shown(row["prompt"], responses, "chosen", f"{row['origin']}: {measured}")
 
 
-def _responses(last: Row, rows: Mapping[int, Row | None]) -> Iterator[ShownResponse]:
+def _responses(last: _Row, rows: Mapping[int, _Row | None]) -> Iterator[ShownResponse]:
     """Yield reference, policy after the last step and after earlier ones where it changed since, chosen."""
     notes = end_notes(last["reference_tokens"], last["reference_finished"])
     yield ShownResponse("reference", last["reference"], notes)
@@ -235,7 +235,7 @@ def _responses(last: Row, rows: Mapping[int, Row | None]) -> Iterator[ShownRespo
     yield response_of_data(last)
 
 
-def response_of_data(row: Row, place: str = "") -> ShownResponse:
+def response_of_data(row: _Row, place: str = "") -> ShownResponse:
     """Return the response that the data have, by its label where they have labels."""
     name = f"{row['label']} response" if row.get("label") else "chosen"
     return ShownResponse(name + place, row["chosen"])

@@ -10,11 +10,11 @@ import numpy.typing as npt
 from datasketch import MinHash, MinHashLSH
 
 from dpo_dist.config.schema import DataConfig
-from dpo_dist.tools.doctor.observe import Facts
-from dpo_dist.tools.doctor.rules import RULES
-from dpo_dist.tools.doctor.sources import Source
-from dpo_dist.tools.doctor.texts import EMPTY_SKETCH, SIGNATURE_NUMBERS, Signature
-from dpo_dist.tools.findings import Finding, Level
+from dpo_dist.tools.doctor.measures.observe import RecordFacts
+from dpo_dist.tools.doctor.measures.sources import ExaminedSource
+from dpo_dist.tools.doctor.measures.texts import EMPTY_SKETCH, SIGNATURE_NUMBERS, Signature
+from dpo_dist.tools.doctor.rules import DOCTOR_RULES
+from dpo_dist.tools.shared.findings import Finding, Level
 
 Partners = dict[int, int]
 """From a record's index to that of a record with which it has something in common, ascending."""
@@ -24,13 +24,13 @@ SIMILARITY = 0.7
 _BANDS, _BAND_NUMBERS = 16, 4
 
 
-def equal(keys: Iterable[int]) -> Partners:
+def equal_records(keys: Iterable[int]) -> Partners:
     """Return the records whose key also occurs earlier, each with its first occurrence."""
     first: Partners = {}
     return {index: first[key] for index, key in enumerate(keys) if first.setdefault(key, index) != index}
 
 
-def near(signatures: Iterable[Signature]) -> Partners:
+def nearly_equal_records(signatures: Iterable[Signature]) -> Partners:
     """Return the records whose prompt and responses are nearly equal to those of an earlier one.
 
     `signatures` are uint32 [2, 64] of each record, of prompt and responses.
@@ -51,7 +51,9 @@ def near(signatures: Iterable[Signature]) -> Partners:
     return partners
 
 
-def near_prompts(records: Sequence[Facts], evaluated: Iterable[int], trained: Iterable[int]) -> Partners:
+def near_prompts(
+    records: Sequence[RecordFacts], evaluated: Iterable[int], trained: Iterable[int]
+) -> Partners:
     """Return the evaluation records whose prompt is nearly equal to that of a training record."""
     table, prompts, partners = _table(), [record.signatures[0] for record in records], Partners()
     for index in evaluated:
@@ -76,7 +78,7 @@ def _sketch(numbers: npt.NDArray[np.uint32]) -> MinHash:
     return sketch
 
 
-def opposite(records: Sequence[Facts]) -> Partners:
+def contradictions(records: Sequence[RecordFacts]) -> Partners:
     """Return each record whose opposite preference is stated elsewhere, with the first such record."""
     stated: dict[int, int] = {}
     for index, record in enumerate(records):
@@ -93,7 +95,7 @@ def opposite(records: Sequence[Facts]) -> Partners:
 class Comparison:
     """The readable records of all sources, compared."""
 
-    def __init__(self, sources: Sequence[Source], config: DataConfig):
+    def __init__(self, sources: Sequence[ExaminedSource], config: DataConfig):
         self._drops_eval_prompts = config.drop_eval_prompts
         self._records = [record for source in sources for record in source.readable]
         self._source = [source for source in sources for _ in source.readable]
@@ -105,9 +107,10 @@ class Comparison:
     def result(self) -> tuple[dict[str, Any], list[Finding]]:
         """Return the numbers of doctor.json about all sources, and the findings."""
         records = self._records
-        copies = equal(record.record for record in records)
-        prompts = equal(record.prompt for record in records)
-        alike, opposed = near(record.signatures for record in records), opposite(records)
+        copies = equal_records(record.record for record in records)
+        prompts = equal_records(record.prompt for record in records)
+        alike = nearly_equal_records(record.signatures for record in records)
+        opposed = contradictions(records)
         evaluated = [index for index, is_eval in enumerate(self._is_eval) if is_eval]
         trained = [index for index, is_eval in enumerate(self._is_eval) if not is_eval]
         first = {records[index].hash: index for index in reversed(trained)}
@@ -126,26 +129,26 @@ class Comparison:
             "benchmark_hits": len(hits),
         }
         findings = [
-            *self._reported("duplicates", copies),
-            *self._reported("near_duplicates", near_copies, detail=self._other_numbers(near_copies)),
-            *self._reported("contradictions", opposed),
-            *self._reported("repeated_prompts", _without(prompts, alike)),
-            *self._leaked("train_eval_leak", leaked),
-            *self._leaked("near_train_eval_leak", only_near),
-            *self._reported("benchmark_overlap", dict(zip(hits, hits, strict=True)), overlaps),
+            *self._partner_findings("duplicates", copies),
+            *self._partner_findings("near_duplicates", near_copies, detail=self._other_numbers(near_copies)),
+            *self._partner_findings("contradictions", opposed),
+            *self._partner_findings("repeated_prompts", _without(prompts, alike)),
+            *self._leak_findings("train_eval_leak", leaked),
+            *self._leak_findings("near_train_eval_leak", only_near),
+            *self._partner_findings("benchmark_overlap", dict(zip(hits, hits, strict=True)), overlaps),
         ]
         return across, findings
 
-    def _leaked(self, rule: str, partners: Partners) -> Iterator[Finding]:
+    def _leak_findings(self, rule: str, partners: Partners) -> Iterator[Finding]:
         """Yield the finding of evaluation records, each with the training record whose prompt it has."""
         is_dropped = rule == "train_eval_leak" and self._drops_eval_prompts
         removed = "data.drop_eval_prompts removes it from the training data"
         detail = removed if is_dropped else self._other_numbers(partners)
-        count, origins = RULES[rule].count, self._origins(partners.items())
+        count, origins = DOCTOR_RULES[rule].count, self._origins(partners.items())
         for finding in count(len(partners), sum(self._is_eval), None, origins, detail):
             yield replace(finding, level=Level.note, remedy="none is needed") if is_dropped else finding
 
-    def _reported(
+    def _partner_findings(
         self, rule: str, partners: Partners, examples: Sequence[str] = (), detail: str = ""
     ) -> Iterator[Finding]:
         """Yield the finding of records with a partner: of their source, or with the count of each source."""
@@ -158,7 +161,7 @@ class Comparison:
         else:
             by_source = ", ".join(f"{count} in {source.label}" for source, count in counts.items())
             detail = "; ".join(filter(None, (by_source, detail)))
-        yield from RULES[rule].count(len(partners), of, label, examples, detail)
+        yield from DOCTOR_RULES[rule].count(len(partners), of, label, examples, detail)
 
     def _within_a_part(self, partners: Partners) -> Partners:
         """Leave out records of training and evaluation data in common, which are a leak with its own rule."""

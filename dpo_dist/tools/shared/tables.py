@@ -14,7 +14,7 @@ from dpo_dist.foundation.types import Fields
 
 Ends = Sequence[float] | None
 
-EVALUATED = (*ACCURACIES, "rewards/margins", "rewards/both_fall", "logps/chosen_per_token")
+EVALUATION_METRICS = (*ACCURACIES, "rewards/margins", "rewards/both_fall", "logps/chosen_per_token")
 _OUTCOMES = {
     RunOutcome.completed: "completed {}",
     RunOutcome.preempted: "stopped after {}; the same command resumes from there",
@@ -114,4 +114,4 @@ def evaluation_cells(results: Mapping[str, Fields], metrics: Sequence[str]) -> l
 
 def evaluation_table(results: Mapping[str, Fields]) -> list[str]:
     """Return the lines of the table about an evaluation."""
-    return aligned(evaluation_cells(results, EVALUATED))
+    return aligned(evaluation_cells(results, EVALUATION_METRICS))

@@ -20,7 +20,7 @@ from dpo_dist.foundation import files
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import number
 from dpo_dist.objective.metrics import AUC
-from dpo_dist.tools.pages.render import part
+from dpo_dist.tools.shared.pages.render import part
 
 Rows = Sequence[Mapping[str, float]]
 FloatArray = NDArray[np.float64]
@@ -87,7 +87,7 @@ class Axis:
         return [(self.place(tick), number(tick)) for tick in self.ticks(whole=whole)]
 
 
-Role = Literal["raw", "smooth", "evaluation", "spike", "noise"]
+_Role = Literal["raw", "smooth", "evaluation", "spike", "noise"]
 
 
 class Line:
@@ -98,7 +98,7 @@ class Line:
     """
 
     def __init__(
-        self, label: str, role: Role, steps: ArrayLike, values: ArrayLike, *, log: bool = False
+        self, label: str, role: _Role, steps: ArrayLike, values: ArrayLike, *, log: bool = False
     ) -> None:
         self.label, self.role = label, role
         self.steps, self.values = np.array(steps, dtype=np.float64), np.array(values, dtype=np.float64)
@@ -374,12 +374,12 @@ def _metric_lines(panel: Panel, key: str, label: str, rows: Rows) -> Iterator[Li
         yield _line(panel, label, "evaluation", evaluated, PREFIX + key)
 
 
-def _line(panel: Panel, label: str, role: Role, rows: Rows, key: str) -> Line:
+def _line(panel: Panel, label: str, role: _Role, rows: Rows, key: str) -> Line:
     values = [row.get(key, math.nan) for row in rows]
     return Line(label, role, [row["step"] for row in rows], values, log=panel.is_log)
 
 
-_STYLES: Mapping[Role, Mapping[str, Any]] = {
+_STYLES: Mapping[_Role, Mapping[str, Any]] = {
     "raw": {"linewidth": 1.2, "alpha": 0.5},
     "smooth": {"linewidth": 2.0},
     "evaluation": {"linewidth": 0.9, "linestyle": "--", "marker": "o", "markerfacecolor": "white"},

@@ -10,15 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import TEMPLATE_DATE, DataConfig, ParallelismConfig, ParallelismKind, RunConfig
+from dpo_dist.config.schema import (
+    TEMPLATE_DATE,
+    DataConfig,
+    ModelConfig,
+    ParallelismConfig,
+    ParallelismKind,
+    RunConfig,
+)
 from dpo_dist.data.records import PreferenceRecord, prompt_key, turns_of
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.memory import explain_out_of_memory
 from dpo_dist.foundation import files
 from dpo_dist.foundation.console import Console
-from dpo_dist.tools.judges import Judge, open_judge
-from dpo_dist.tools.sampling.respond import Generate, ModelSource, Responder, find_model, respond
-from dpo_dist.tools.sampling.settings import Sampling
+from dpo_dist.tools.shared.sampling.judges import Judge, open_judge
+from dpo_dist.tools.shared.sampling.respond import Generate, ModelSource, Responder, find_model, respond
+from dpo_dist.tools.shared.sampling.settings import Sampling
 from dpo_dist.training.start.context import Run, join
 
 _FAILED = "failed"
@@ -112,7 +119,8 @@ class Prompts:
         def part(index: int) -> list[dict[str, Any]]:
             return list(map(asdict, respond(self.parts[index], *opened(), sampling, numbers)))
 
-        settings = generation_settings(self.run.config, sampling)
+        config = self.run.config
+        settings = generation_settings(config.data, config.model, sampling)
         settings |= {"model": source.digest, "numbers": [numbers.start, len(numbers)]}
         return self.finish(f"responses of {source.name}", self.stage("responses", settings), part)
 
@@ -127,9 +135,8 @@ def as_asked(record: PreferenceRecord, data: DataConfig) -> PreferenceRecord:
     return replace(record, prompt=turns_of(record.prompt, "user")) if data.text_as_messages else record
 
 
-def generation_settings(config: RunConfig, sampling: Sampling) -> dict[str, Any]:
+def generation_settings(data: DataConfig, model: ModelConfig, sampling: Sampling) -> dict[str, Any]:
     """Return what responses depend on but prompt and model; a chat template in a file by its content."""
-    data, model = config.data, config.model
     chat_template = data.chat_template
     if chat_template is not None and (file := Path(chat_template).expanduser()).is_file():
         chat_template = files.content_digest([file])
@@ -147,18 +154,20 @@ def generation_settings(config: RunConfig, sampling: Sampling) -> dict[str, Any]
     }
 
 
-def judge_of(run: Run) -> tuple[Judge | None, dict[str, Any] | None]:
+def open_judge_together(run: Run) -> tuple[Judge | None, dict[str, Any] | None]:
     """Return the judge on every rank and its description, if the configuration has one; collective."""
-    judge = run.world.together(lambda: open_judge(run.config, run.world.device))
+    pairs, model, store = run.config.pairs, run.config.model, Path(run.config.reference.store)
+    judge = run.world.together(lambda: open_judge(pairs, model, store, run.world.device))
     with run.console.heartbeat("looking for the judge"):
         return judge, None if judge is None else run.world.on_main(judge.describe)
 
 
-def find_together(name: str, run: Run, key: str) -> ModelSource:
+def find_model_together(name: str, run: Run, key: str) -> ModelSource:
     """Return the files of a model on every rank; rank 0 downloads first. Collective."""
+    model, store = run.config.model, Path(run.config.reference.store)
     with run.console.heartbeat(f"reading the files of {name} to identify it"):
-        run.world.on_main(lambda: find_model(name, run.config, key))
-        return run.world.together(lambda: find_model(name, run.config, key))
+        run.world.on_main(lambda: find_model(name, model, store, key))
+        return run.world.together(lambda: find_model(name, model, store, key))
 
 
 @contextmanager

@@ -15,17 +15,17 @@ from dpo_dist.data.records import BadRecord, Origin, PreferenceRecord, Tokenizer
 from dpo_dist.data.text.escape import any_of
 from dpo_dist.data.text.lengths import without_limits
 from dpo_dist.data.text.template import chosen_template
-from dpo_dist.tools.doctor.rules import RULE_OF
-from dpo_dist.tools.doctor.texts import (
+from dpo_dist.tools.doctor.measures.texts import (
     Benchmark,
     Signature,
     differences,
     features_of,
-    side_of,
     signature,
     text_names,
     texts_of,
 )
+from dpo_dist.tools.doctor.rules import RULE_BY_KIND
+from dpo_dist.tools.shared.records import side_of
 
 SIDES = ("prompt", "chosen", "rejected")
 Lengths = tuple[int, int, int]
@@ -50,7 +50,7 @@ class PairFacts:
 
 
 @dataclass(eq=False, slots=True)
-class Facts:
+class RecordFacts:
     """Facts about a record; those after `detail` need a readable record."""
 
     origin: Origin
@@ -100,16 +100,16 @@ class Observer:
             token for token in special or () if not token.isalnum() and not token.isspace()
         )
 
-    def observe(self, records: Sequence[PreferenceRecord | BadRecord]) -> list[Facts]:
+    def observe(self, records: Sequence[PreferenceRecord | BadRecord]) -> list[RecordFacts]:
         """Return the facts about each record. Raises ConfigError as encoding does."""
         return [
-            Facts(record.origin, record.reason, record.detail)
+            RecordFacts(record.origin, record.reason, record.detail)
             if isinstance(record, BadRecord)
             else self._facts(record)
             for record in records
         ]
 
-    def _facts(self, record: PreferenceRecord) -> Facts:
+    def _facts(self, record: PreferenceRecord) -> RecordFacts:
         texts, number = texts_of(record), prompt_hash(record.prompt)
         prompt, responses = "\n".join(turn for _role, turn in texts.turns), texts.responses
         # Without differences of case and white space.
@@ -120,7 +120,7 @@ class Observer:
             heads = texts.turns[-1][1][:_HEAD], responses[0][:_HEAD], responses[-1][:_HEAD]
             form = features_of(responses[0]) if side else differences(responses[0], responses[-1])
             pair = PairFacts(whole, key, form, heads, side)
-        facts = Facts(
+        facts = RecordFacts(
             record.origin,
             is_readable=True,
             is_held_out=self._held_out is not None and self._held_out.has(number),
@@ -144,10 +144,10 @@ class Observer:
             names.add("tools_not_rendered")
         if self._tokenizer is not None:
             names |= self._encode(record, facts, self._tokenizer)
-        facts.names = tuple(sorted(names | {RULE_OF[name] for name in names if name in RULE_OF}))
+        facts.names = tuple(sorted(names | {RULE_BY_KIND[name] for name in names if name in RULE_BY_KIND}))
         return facts
 
-    def _encode(self, record: PreferenceRecord, facts: Facts, tokenizer: Tokenizer) -> set[str]:
+    def _encode(self, record: PreferenceRecord, facts: RecordFacts, tokenizer: Tokenizer) -> set[str]:
         """Add the facts about the record's tokens; return the names that they give to a kept record."""
         whole = encoded = encode_record(record, self._config, tokenizer)
         if isinstance(encoded, BadRecord) or not _CUT.isdisjoint(encoded.example.changes):

@@ -22,7 +22,7 @@ from transformers import (
 from dpo_dist.batching.example import TokenIds
 from dpo_dist.distributed.processes.world import Stops
 from dpo_dist.distributed.zero import Engine
-from dpo_dist.tools.sampling.settings import Sampling
+from dpo_dist.tools.shared.sampling.settings import Sampling
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,6 @@ classifier w guesses right if w (chosen - rejected) > 0. Folds share no prompt. 
 regression (a Bradley-Terry model of the features, doi:10.2307/2334029).
 """
 
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,9 +19,10 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 from sklearn.preprocessing import StandardScaler
 
 from dpo_dist.foundation.text import percent
-from dpo_dist.tools.doctor.rules import RULES
-from dpo_dist.tools.doctor.texts import GROUPS
-from dpo_dist.tools.findings import Finding
+from dpo_dist.tools.doctor.measures.texts import GROUPS
+from dpo_dist.tools.doctor.rules import DOCTOR_RULES
+from dpo_dist.tools.shared.findings import Finding
+from dpo_dist.tools.shared.intervals import wilson_interval
 
 _Keys: TypeAlias = npt.NDArray[np.uint64]
 Matrix: TypeAlias = Any
@@ -69,7 +69,7 @@ class LeakTest:
         if self.differs < _MIN_DIFFERS:
             return 0.0
         share, prompts = 0.5 + (self.accuracy - 0.5) / self.differs, self.differing_prompts
-        low, _high = interval(share * prompts, prompts, _STANDARD_ERRORS_OF_FORMS)
+        low, _high = wilson_interval(share * prompts, prompts, _STANDARD_ERRORS_OF_FORMS)
         return share if low > 0.5 else 0.0
 
 
@@ -97,7 +97,7 @@ def leak_tests(differences: Sequence[Mapping[str, float]], prompts: _Keys) -> li
             counts, sums = block.getnnz(axis=0), np.abs(np.asarray(block.sum(axis=0)).ravel())
             known = [at for at in range(len(members)) if counts[at] >= _MIN_WORD_PAIRS]
             frequent = [at for at in known if counts[at] >= _MIN_DIFFERS * block.shape[0]]
-            frequent.sort(key=lambda at: -interval((counts[at] + sums[at]) / 2, int(counts[at]))[0])
+            frequent.sort(key=lambda at: -_interval((counts[at] + sums[at]) / 2, int(counts[at]))[0])
             kept, tested = [members[at] for at in known], [members[at] for at in frequent[:1]]
         if group not in _WORDS or different >= _FEWEST_PROMPTS_OF_GROUPS:
             names = vectorizer.feature_names_
@@ -105,6 +105,10 @@ def leak_tests(differences: Sequence[Mapping[str, float]], prompts: _Keys) -> li
         if len(kept) > 1 and different >= _FEWEST_PROMPTS_OF_GROUPS:
             tests.append(_test(table[:, kept], prompts, group, group))
     return sorted(tests, key=lambda test: -test.accuracy)
+
+
+def _interval(successes: float, trials: int) -> tuple[float, float]:
+    return wilson_interval(successes, trials, _STANDARD_ERRORS)
 
 
 def _test(block: Matrix, prompts: _Keys, name: str, group: str) -> LeakTest:
@@ -133,19 +137,10 @@ def _test(block: Matrix, prompts: _Keys, name: str, group: str) -> LeakTest:
         )[:pairs]
     accuracy = float(((np.sign(scores) + 1) / 2).mean())
     different = len(np.unique(prompts))
-    low, high = interval(accuracy * different, different)
+    low, high = _interval(accuracy * different, different)
     differs = block.getnnz(axis=1) > 0
     differing = len(np.unique(prompts[differs]))
     return LeakTest(name, group, accuracy, low, high, pairs, float(differs.mean()), differing, detail)
-
-
-def interval(successes: float, trials: int, standard_errors: float = _STANDARD_ERRORS) -> tuple[float, float]:
-    """Return Wilson's interval of a share (doi:10.1080/01621459.1927.10502953)."""
-    share, squared = successes / trials, standard_errors**2
-    centre = (share + squared / (2 * trials)) / (1 + squared / trials)
-    half = standard_errors / (1 + squared / trials)
-    half *= math.sqrt(share * (1 - share) / trials + squared / (4 * trials**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def leak_findings(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
@@ -159,15 +154,15 @@ def leak_findings(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
         groups[test.group].append(test)
     explained = 0.0
     for length in groups.pop("length", ()):
-        if length.exceeds(RULES["length_bias"].threshold):
+        if length.exceeds(DOCTOR_RULES["length_bias"].threshold):
             explained = length.accuracy + _ADDS
             side = "fewer" if length.detail == _LESS else "more"
             detail = (
                 f"the one with {side} {length.feature} is chosen in {percent(length.accuracy)} of the pairs"
             )
-            yield from RULES["length_bias"].value(length.accuracy, length.pairs, source, detail)
+            yield from DOCTOR_RULES["length_bias"].value(length.accuracy, length.pairs, source, detail)
     for group, of_group in groups.items():
-        rule, test = RULES["style_bias" if group in _STYLE else "label_leak"], of_group[0]
+        rule, test = DOCTOR_RULES["style_bias" if group in _STYLE else "label_leak"], of_group[0]
         if test.exceeds(rule.threshold) and test.accuracy > explained:
             single = next((member for member in of_group if member.detail), None)
             hint = f" ({single.feature}, {single.detail}, {percent(single.accuracy)})" if single else ""
@@ -181,7 +176,7 @@ def leak_findings(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
 
 def _one_sided_forms(tests: Sequence[LeakTest], source: str) -> Iterator[Finding]:
     """Yield the finding of features that few pairs have, and these almost always on the same side."""
-    rule, leak = RULES["one_sided_form"], RULES["label_leak"].threshold
+    rule, leak = DOCTOR_RULES["one_sided_form"], DOCTOR_RULES["label_leak"].threshold
     forms = [
         test
         for test in tests

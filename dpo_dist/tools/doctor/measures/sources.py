@@ -12,12 +12,12 @@ import numpy.typing as npt
 
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.counts import EMPTY_REMEDY, named_in_one_line, remedy_of
-from dpo_dist.tools.doctor.label_leaks import LeakTest, leak_findings, leak_tests
-from dpo_dist.tools.doctor.observe import SIDES, Facts, PairFacts
-from dpo_dist.tools.doctor.rules import KINDS, RULE_OF, RULES
-from dpo_dist.tools.doctor.texts import gaps_of
-from dpo_dist.tools.findings import Finding
-from dpo_dist.tools.text_facts import language_of
+from dpo_dist.tools.doctor.measures.label_leaks import LeakTest, leak_findings, leak_tests
+from dpo_dist.tools.doctor.measures.observe import SIDES, PairFacts, RecordFacts
+from dpo_dist.tools.doctor.measures.texts import gaps_of
+from dpo_dist.tools.doctor.rules import DOCTOR_RULES, KINDS_BY_RULE, RULE_BY_KIND
+from dpo_dist.tools.shared.findings import Finding
+from dpo_dist.tools.shared.text_facts import language_of
 
 PERCENTILES = (1, 5, 25, 50, 75, 90, 95, 99)
 _SAMPLED_PAIRS, _SAMPLED_LANGUAGES = 20_000, 2_000
@@ -41,7 +41,7 @@ def distribution(values: npt.NDArray[Any], edges: npt.NDArray[np.float64]) -> di
     }
 
 
-def _of_lengths(lengths: Sequence[int]) -> dict[str, Any] | None:
+def _spread(lengths: Sequence[int]) -> dict[str, Any] | None:
     """Return the distribution of lengths, with edges from the smallest to above the largest, ever wider."""
     if not lengths:
         return None
@@ -49,17 +49,17 @@ def _of_lengths(lengths: Sequence[int]) -> dict[str, Any] | None:
     return distribution(np.array(lengths), edges)
 
 
-class Source:
+class ExaminedSource:
     """The records of one source; readable are those that have a prompt and responses."""
 
     def __init__(self, label: str, path: str, config: DataConfig, *, is_eval: bool, is_encoded: bool):
         self.label, self.path, self.is_eval = label, path, is_eval
         self._config, self._is_encoded = config, is_encoded
-        self.records: list[Facts] = []
+        self.records: list[RecordFacts] = []
         self._sample: list[tuple[int, int, PairFacts]] = []  # a heap: the next to leave is first
         self._unread = Counter[str]()
 
-    def add(self, records: Sequence[Facts]) -> None:
+    def add(self, records: Sequence[RecordFacts]) -> None:
         """Add the facts about the next records; those about the form are kept of a sample of the pairs."""
         for number, record in enumerate(records, start=len(self.records)):
             if record.pair is not None:
@@ -77,7 +77,7 @@ class Source:
         return [pair for *_, pair in sorted(self._sample, reverse=True)]
 
     @cached_property
-    def readable(self) -> list[Facts]:
+    def readable(self) -> list[RecordFacts]:
         """The readable records."""
         return [record for record in self.records if record.is_readable]
 
@@ -91,7 +91,7 @@ class Source:
         return origins
 
     @cached_property
-    def _kept(self) -> list[Facts]:
+    def _kept(self) -> list[RecordFacts]:
         return [record for record in self.readable if record.dropped is None]
 
     @cached_property
@@ -103,9 +103,9 @@ class Source:
         }
 
     @cached_property
-    def _dropped(self) -> list[tuple[str, list[Facts]]]:
+    def _dropped(self) -> list[tuple[str, list[RecordFacts]]]:
         """The reasons with their records, the most frequent first."""
-        by_reason = defaultdict[str, list[Facts]](list)
+        by_reason = defaultdict[str, list[RecordFacts]](list)
         for record in self.records:
             if record.dropped is not None:
                 by_reason[record.dropped].append(record)
@@ -140,7 +140,10 @@ class Source:
             lengths = [record.tokens[at] for record in readable if record.tokens and record.tokens[at] >= 0]
             cuts = [record.cut[at] for record in self._kept if record.cut[at] > 0]
             if characters := [record.characters[at] for record in readable if record.characters[at] >= 0]:
-                sides[side] = {"characters": _of_lengths(characters), "tokens": _of_lengths(lengths)}
+                sides[side] = {
+                    "characters": _spread(characters),
+                    "tokens": _spread(lengths),
+                }
                 sides[side] |= {"cut": len(cuts), "cut_tokens": sum(cuts)}
         prefix: dict[str, float] | None = None
         if tokens := sums["tokens"]:
@@ -148,7 +151,7 @@ class Source:
             prefix = {"tokens": tokens, "unique_tokens": unique}
             prefix |= {"share": 1 - unique / tokens, "expected_gain": tokens / unique}
         languages = Counter(prompt for prompt, *_ in self._languages if prompt is not None)
-        shown = {name for name in self.named if name not in RULES and name not in RULE_OF}
+        shown = {name for name in self.named if name not in DOCTOR_RULES and name not in RULE_BY_KIND}
         return {
             "label": self.label,
             "path": self.path,
@@ -176,34 +179,34 @@ class Source:
 
     def findings(self) -> Iterator[Finding]:
         """Yield the findings about the source, without those that compare records."""
-        yield from self._of_reading()
-        for name in RULES:
+        yield from self._reading_findings()
+        for name in DOCTOR_RULES:
             origins = self.named.get(name, [])
-            kinds = {kind: len(self.named.get(kind, ())) for kind in KINDS.get(name, ())}
+            kinds = {kind: len(self.named.get(kind, ())) for kind in KINDS_BY_RULE.get(name, ())}
             detail = ", ".join(
                 f"{kind.replace('_', ' ')} in {count}" for kind, count in kinds.items() if count
             )
             detail = named_in_one_line(self._unread) if name == "columns_not_read" else detail
-            yield from RULES[name].count(len(origins), len(self.readable), self.label, origins, detail)
+            yield from DOCTOR_RULES[name].count(len(origins), len(self.readable), self.label, origins, detail)
         yield from leak_findings(self.leaks, self.label)
         known = [pair for _, *pair in self._languages if None not in pair]
         if len(known) >= _MIN_LANGUAGES:
             differing = sum(chosen != rejected for chosen, rejected in known)
-            yield from RULES["language_differs"].count(
+            yield from DOCTOR_RULES["language_differs"].count(
                 differing, len(known), self.label, records="sampled records"
             )
 
-    def _of_reading(self) -> Iterator[Finding]:
+    def _reading_findings(self) -> Iterator[Finding]:
         read, dropped = len(self.records), sum(len(records) for _, records in self._dropped)
         if not self._kept:
             remedy = remedy_of(self._dropped[0][0]) if self._dropped else EMPTY_REMEDY
-            findings = RULES["no_records"].value(1, read, self.label, f"{read} were read")
+            findings = DOCTOR_RULES["no_records"].value(1, read, self.label, f"{read} were read")
             yield from (replace(finding, remedy=remedy) for finding in findings)
         elif dropped > self._config.max_bad_share * read:
             detail = f"{dropped} of {read} records"
-            yield from RULES["too_many_dropped"].value(dropped / read, dropped, self.label, detail)
+            yield from DOCTOR_RULES["too_many_dropped"].value(dropped / read, dropped, self.label, detail)
         for reason, records in self._dropped:
             first, origins = records[0], [record.origin for record in records]
             detail = f"{reason} ({first.detail})" if first.detail else reason
-            for finding in RULES["dropped"].count(len(records), read, self.label, origins, detail):
+            for finding in DOCTOR_RULES["dropped"].count(len(records), read, self.label, origins, detail):
                 yield replace(finding, remedy=remedy_of(reason))

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from dpo_dist.config.schema import ReferenceMode, RunConfig
+from dpo_dist.config.losses import LossConfig
+from dpo_dist.config.schema import ModelConfig, ReferenceConfig, ReferenceMode
 from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.model.files.folder import description_folder, start_folder
 from dpo_dist.reference.store import LogpStore, Values, known_fingerprints
-from dpo_dist.tools.doctor.rules import RULES
-from dpo_dist.tools.doctor.sources import distribution
-from dpo_dist.tools.findings import Finding
+from dpo_dist.tools.doctor.measures.sources import distribution
+from dpo_dist.tools.doctor.rules import DOCTOR_RULES
+from dpo_dist.tools.shared.findings import Finding
 
 # A margin is far from 0 if it is at least half a nat per token, and not by chance: log-probs of tokens vary
 # by 1 to 2 nats, so means of n and m tokens differ by about 1.5 sqrt(1/n + 1/m) without a reason.
@@ -24,7 +25,9 @@ _EXAMPLES_AT_ONCE = 1 << 12
 
 
 def compare_with_store(
-    config: RunConfig,
+    model: ModelConfig,
+    reference: ReferenceConfig,
+    loss: LossConfig,
     sources: Sequence[dict[str, Any]],
     datasets: Sequence[Sequence[PreferenceDataset]],
 ) -> tuple[dict[str, Any], list[Finding]]:
@@ -35,9 +38,9 @@ def compare_with_store(
     pairs = 0
     for dataset in itertools.chain(*datasets):
         pairs += int((dataset.response_counts(np.arange(len(dataset))) > 1).sum())
-    use: dict[str, Any] = {"folder": str(Path(config.reference.store)), "pairs": pairs, "stored": 0}
-    use |= {"numerics": [], "margins": {}, "filled_with": _filled_with(config)}
-    store = find_stored(config)
+    use: dict[str, Any] = {"folder": str(Path(reference.store)), "pairs": pairs, "stored": 0}
+    use |= {"numerics": [], "margins": {}, "filled_with": _words_for_precompute(model, reference, loss)}
+    store = find_stored(model, reference)
     findings: list[Finding] = []
     if store is None:
         return use, findings
@@ -56,43 +59,43 @@ def compare_with_store(
     return use, findings
 
 
-def _filled_with(config: RunConfig) -> str:
+def _words_for_precompute(model: ModelConfig, reference: ReferenceConfig, loss: LossConfig) -> str:
     """Return what `precompute` needs beside the configuration to store the reference's log-probs."""
-    mode, quantization = config.reference.mode, config.model.quantization
-    words = [] if config.loss.needs_reference else ["loss=sigmoid"]
+    mode, quantization = reference.mode, model.quantization
+    words = [] if loss.needs_reference else ["loss=sigmoid"]
     words += [] if mode is ReferenceMode.cached else ["reference=cached"]
     if mode is ReferenceMode.adapter and quantization is not None:
         words.append(f"reference.quantization={quantization}")
     return " ".join(words)
 
 
-def find_stored(config: RunConfig) -> LogpStore | None:
-    """Return all stored log-probs of the reference model of `config`; None if there are none.
+def find_stored(policy: ModelConfig, reference: ReferenceConfig) -> LogpStore | None:
+    """Return all stored log-probs of the reference model; None if there are none.
 
     Of every numerics profile: they differ by rounding only, which does not matter for statistics of the data.
     The weight files are digested, unless the store remembers their digests. Nothing is created in a store
     that does not exist.
     """
-    root = Path(config.reference.store)
+    root = Path(reference.store)
     stored = known_fingerprints(root)
     if not stored:
         return None
     # Imports DeepSpeed: only if there is a store.
     from dpo_dist.reference.digest import digest_model  # noqa: PLC0415
 
-    path, revision, key = config.model.path, config.model.revision, "model.path"
-    adapter = start_folder(config.model)
-    if config.reference.path is not None:
-        path, revision, key, adapter = config.reference.path, None, "reference.path", None
+    path, revision, key = policy.path, policy.revision, "model.path"
+    adapter = start_folder(policy)
+    if reference.path is not None:
+        path, revision, key, adapter = reference.path, None, "reference.path", None
     folder = description_folder(path, revision, key, needs_weights=False)
-    model = digest_model(folder, root, remote_code=config.model.trust_remote_code, adapter=adapter)
-    bits = config.reference.quantization or ""
+    model = digest_model(folder, root, remote_code=policy.trust_remote_code, adapter=adapter)
+    bits = reference.quantization or ""
     matching = [
         each
         for each in stored
         if each.reference == model.digest and each.profile.get("quantization", "").split(" ")[0] == bits
     ]
-    matching.sort(key=lambda each: (each.profile.get("dtype") != config.model.dtype.value, each.name))
+    matching.sort(key=lambda each: (each.profile.get("dtype") != policy.dtype.value, each.name))
     store = LogpStore(root, matching) if matching else None
     return store or None  # its length counts
 
@@ -152,5 +155,5 @@ def margin_findings(
         "reference_solved": float((margins >= far).mean()),
     }
     extreme = disagreeing[np.argsort((margins / noise)[disagreeing], kind="stable")]
-    rule, examples = RULES["reference_disagrees"], [origins[index] for index in extreme]
+    rule, examples = DOCTOR_RULES["reference_disagrees"], [origins[index] for index in extreme]
     return margins, facts, list(rule.count(len(disagreeing), len(margins), source, examples, records="pairs"))

@@ -22,7 +22,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
 
-from dpo_dist.config.schema import EndpointConfig, ModelConfig, RunConfig, Verdicts
+from dpo_dist.config.schema import EndpointConfig, ModelConfig, PairsConfig, Verdicts
 from dpo_dist.config.user_code import find_function, user_function
 from dpo_dist.data.encoded.build import tokenizer_digest
 from dpo_dist.data.records import (
@@ -289,7 +289,7 @@ class EndpointJudge:
         return f"{self._config.model} at {self._config.url}: {verdicts}"
 
     def check(self) -> None:
-        """Send a harmless request, which is not to be refused."""
+        """Send a harmless request; raise if the endpoint refuses it."""
         _, refusal = self._ask(self._messages(_GRADE, _HARMLESS, response="Hello."))
         if refusal:
             raise self._unusable(f"{refusal}, also for a harmless request")
@@ -409,11 +409,15 @@ returns everything that the scores depend on, without secrets; `judge` the judge
 """
 
 
-def open_judge(config: RunConfig, device: torch.device = _CPU) -> Judge | None:
-    """Return the judge of the configuration, if it has one."""
-    pairs = config.pairs
+def open_judge(
+    pairs: PairsConfig, model: ModelConfig, store: Path, device: torch.device = _CPU
+) -> Judge | None:
+    """Return the judge of `pairs`, if there is one; a reward model is loaded as `model` says.
+
+    `store` remembers the digests of its files.
+    """
     if pairs.reward_model is not None:
-        return RewardModel(pairs.reward_model, config.model, Path(config.reference.store), device)
+        return RewardModel(pairs.reward_model, model, store, device)
     if pairs.function is not None:
         return FunctionJudge(pairs.function)
     return None if pairs.endpoint.url is None else EndpointJudge(pairs.endpoint)

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dpo_dist.batching.example import TokenIds
-from dpo_dist.config.schema import DataConfig, RunConfig
+from dpo_dist.config.schema import DataConfig, ModelConfig
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.encoded.build import tokenizer_digest
 from dpo_dist.data.records import (
@@ -39,8 +39,8 @@ from dpo_dist.model.files.load import load_config, load_tokenizer, load_weights
 from dpo_dist.model.files.stops import find_stop_ids, given_stops
 from dpo_dist.model.lora import TRAINED, add_saved
 from dpo_dist.reference.digest import digest_model
-from dpo_dist.tools.sampling.generate import NotFiniteError, Request, Sample, generate
-from dpo_dist.tools.sampling.settings import Sampling
+from dpo_dist.tools.shared.sampling.generate import NotFiniteError, Request, Sample, generate
+from dpo_dist.tools.shared.sampling.settings import Sampling
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ class ModelSource:
 
 
 def find_files(
-    name: str, config: RunConfig, key: str, find: Callable[..., Path] = model_folder
+    name: str, model: ModelConfig, key: str, find: Callable[..., Path] = model_folder
 ) -> ModelSource:
     """Return the files of a model or adapter by folder or hub name, without a digest.
 
-    `model.revision` counts for `model.path` only. `find` is `model_folder`, which downloads a hub model, or
-    `description_folder`.
+    The revision of `model` counts for its own path only. `find` is `model_folder`, which downloads a hub
+    model, or `description_folder`.
     """
-    revision = config.model.revision if name == config.model.path else None
+    revision = model.revision if name == model.path else None
     folder, adapter = find(name, revision, key, accepts_adapter=True), None
     if is_adapter(folder):
         adapter = folder
@@ -82,11 +82,11 @@ def find_files(
     return ModelSource(name, key, folder, adapter, revision, "")
 
 
-def find_model(name: str, config: RunConfig, key: str) -> ModelSource:
-    """Return the same as `find_files`, with the digest of the files."""
-    source = find_files(name, config, key)
+def find_model(name: str, model: ModelConfig, store: Path, key: str) -> ModelSource:
+    """Return the same as `find_files`, with the digest of the files, which `store` remembers."""
+    source = find_files(name, model, key)
     folder, adapter = source.folder, source.adapter
-    files = digest_model(folder, Path(config.reference.store), remote_code=config.model.trust_remote_code)
+    files = digest_model(folder, store, remote_code=model.trust_remote_code)
     added = [] if adapter is None else sorted(adapter.glob("adapter_*"))
     parts = [files.digest, content_digest(added), tokenizer_digest(source.tokenizer_folder)]
     parts += [f"ends with {token}" for token in sorted(given_stops(folder))]
@@ -109,13 +109,13 @@ class Responder:
         return encode_pair(replace(record, responses=(response,)), self.tokenizer, limits)
 
 
-def open_responder(source: ModelSource, config: RunConfig) -> Responder:
+def open_responder(source: ModelSource, model: ModelConfig, data: DataConfig) -> Responder:
     """Return a model's tokenizer and the tokens that end its responses, without weights."""
-    tokenizer = load_tokenizer(source.tokenizer_folder, config.model)
-    stop_ids = find_stop_ids(tokenizer, config.data, source.folder, source.key)
-    model_config = load_config(source.folder, config.model).get_text_config()
+    tokenizer = load_tokenizer(source.tokenizer_folder, model)
+    stop_ids = find_stop_ids(tokenizer, data, source.folder, source.key)
+    model_config = load_config(source.folder, model).get_text_config()
     longest = getattr(model_config, "max_position_embeddings", None)
-    return Responder(source, tokenizer, config.data, stop_ids, longest)
+    return Responder(source, tokenizer, data, stop_ids, longest)
 
 
 BATCH_TOKENS = 32768
@@ -125,17 +125,17 @@ Generate = Callable[[Sequence[Request], Sampling], list[Sample]]
 
 
 def open_generator(
-    source: ModelSource, config: RunConfig, device: torch.device
+    source: ModelSource, model: ModelConfig, data: DataConfig, device: torch.device
 ) -> tuple[Responder, Generate]:
     """Load a model's weights, whole on `device`; return the function that generates with them, too."""
-    responder, causal_lm = open_responder(source, config), load_source(source, config, device)
+    responder, causal_lm = open_responder(source, model, data), load_source(source, model, device)
     return responder, partial(generate, causal_lm, stop_ids=responder.stop_ids, budget=BATCH_TOKENS)
 
 
-def load_source(source: ModelSource, config: RunConfig, device: torch.device) -> Any:
+def load_source(source: ModelSource, model: ModelConfig, device: torch.device) -> Any:
     """Return a transformers model whole on `device`, with the adapter of `source`."""
-    model_config = load_config(source.folder, config.model)
-    causal_lm: Any = load_weights(source.folder, model_config, config.model, device, key=source.key)
+    model_config = load_config(source.folder, model)
+    causal_lm: Any = load_weights(source.folder, model_config, model, device, key=source.key)
     if source.adapter is not None:
         add_saved(causal_lm, source.adapter, TRAINED, source.key)
     return causal_lm.eval()

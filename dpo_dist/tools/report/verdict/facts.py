@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -13,8 +13,12 @@ from dpo_dist.foundation import text
 from dpo_dist.foundation.types import Fields
 from dpo_dist.training.reporting.metrics_log import finite
 
-Row = Mapping[str, float]
+MetricsRow = Mapping[str, float]
 MARGIN = "rewards/margins"
+FEWEST_STEPS = 10
+"""A shorter run has learnt too little to be judged by it."""
+FEWEST_PAIRS = 50
+"""Fewest pairs for a mean that is not noise."""
 
 
 class Accuracy(NamedTuple):
@@ -47,7 +51,7 @@ class RunFacts:
     loss is of (`unit_of`), `accuracy_key` the metric of `ACCURACIES` that says how well it orders responses.
     """
 
-    def __init__(self, rows: Sequence[Row], summary: Fields, findings: Sequence[Fields] = ()):
+    def __init__(self, rows: Sequence[MetricsRow], summary: Fields, findings: Sequence[Fields] = ()):
         self.rows, self.summary, self.data_findings = rows, summary, findings
         self.kinds = kinds_in(summary.get("settings") or {})
         self.unit = unit_of(self.kinds)
@@ -78,7 +82,7 @@ class RunFacts:
             end = None if start is None or end is None else end - start
         return end / beta if beta and end is not None else None
 
-    def falls(self, rows: Sequence[Row]) -> list[tuple[float, float]] | None:
+    def falls(self, rows: Sequence[MetricsRow]) -> list[tuple[float, float]] | None:
         """Return step and fall of the log-prob of chosen responses below the reference's, in nats per token.
 
         Both models score the same responses. None if the policy does not start as the reference, or if the
@@ -109,7 +113,7 @@ class RunFacts:
         start = first(evaluation_rows(self.rows) if self.evaluations else self.steps, key)
         return None if start is None else (start, end)
 
-    def recent_rows(self) -> list[Row]:
+    def recent_rows(self) -> list[MetricsRow]:
         """Return the rows of the last quarter of the steps."""
         return [row for row in self.steps if row["step"] > 0.75 * self.total_steps]
 
@@ -152,7 +156,7 @@ class RunFacts:
         pairs = sum(row.get("pairs", 0) for row in recent)
         return self._accuracy(mean(recent, self.accuracy_key + source), share * pairs, "train")
 
-    def noise(self, rows: Sequence[Row]) -> dict[str, float]:
+    def noise(self, rows: Sequence[MetricsRow]) -> dict[str, float]:
         """Return what rounding alone makes of metrics, by the drift that was measured before the first step.
 
         For a margin: two standard errors of the mean over the pairs of the last row.
@@ -170,7 +174,7 @@ class RunFacts:
         }
 
 
-def evaluation_rows(rows: Iterable[Row]) -> list[Row]:
+def evaluation_rows(rows: Iterable[MetricsRow]) -> list[MetricsRow]:
     """Return the rows of evaluations, also of that before the first step, with keys without `eval_`."""
     return [
         {key.removeprefix("eval_"): value for key, value in row.items()} for row in rows if "eval_loss" in row
@@ -178,7 +182,7 @@ def evaluation_rows(rows: Iterable[Row]) -> list[Row]:
 
 
 def pooled(
-    rows: Iterable[Row], key: str, fewest_pairs: float, share: float = 1.0
+    rows: Iterable[MetricsRow], key: str, fewest_pairs: float, share: float = 1.0
 ) -> list[tuple[float, float]]:
     """Return the means of `key` over successive rows with at least so many pairs, with the last step."""
     means, total, pairs = [], 0.0, 0.0
@@ -193,28 +197,32 @@ def pooled(
     return means
 
 
-def values(rows: Iterable[Row], key: str) -> list[tuple[float, float]]:
+def values(rows: Iterable[MetricsRow], key: str) -> list[tuple[float, float]]:
     """Return step and value of every row with a finite value of `key`."""
     return [(row["step"], row[key]) for row in rows if finite(row, key) is not None]
 
 
-def first(rows: Sequence[Row], key: str) -> float | None:
+def first(rows: Sequence[MetricsRow], key: str) -> float | None:
     """Return the first finite value of `key`, or None."""
     return next((value for row in rows if (value := finite(row, key)) is not None), None)
 
 
-def last(rows: Sequence[Row], key: str) -> float | None:
+def last(rows: Sequence[MetricsRow], key: str) -> float | None:
     """Return the last finite value of `key`, or None."""
     return first(rows[::-1], key)
 
 
-def mean(rows: Iterable[Row], key: str) -> float | None:
+def mean(rows: Iterable[MetricsRow], key: str) -> float | None:
     """Return the mean of the finite values of `key` over the pairs of the rows, or None."""
     rows = [row for row in rows if finite(row, key) is not None]
     pairs = sum(row.get("pairs", 0) for row in rows)
     return sum(row[key] * row.get("pairs", 0) for row in rows) / pairs if pairs else None
 
 
-def number(value: float | None) -> str:
+def digits(value: float | None) -> str:
     """Return three digits of a number for people; "unknown" of None."""
     return "unknown" if value is None else text.number(value, 3)
+
+
+Find = Callable[[RunFacts], Iterator[str]]
+"""A rule of the verdict: it yields what shows its fault in the facts of a run."""

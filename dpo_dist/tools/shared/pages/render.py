@@ -50,7 +50,9 @@ def attribute(text: object) -> Markup:
     return Markup(escape(printable(str(text))))  # noqa: S704
 
 
-def estimate(value: float | None, ends: Sequence[float] | None = None, scale: float = 1) -> Markup:
+def number_above_interval(
+    value: float | None, ends: Sequence[float] | None = None, scale: float = 1
+) -> Markup:
     """Return a number with its interval below it, "" for None; a `scale` of 100 writes shares in percent."""
     if value is None:
         return Markup("")
@@ -90,7 +92,7 @@ TEMPLATES.filters |= {
     "attribute": attribute,
     "counted": counted,
     "duration": duration,
-    "estimate": estimate,
+    "estimate": number_above_interval,
     "capital": lambda sentence: sentence[:1].upper() + sentence[1:],
     # Names in backticks get the font of code.
     "coded": lambda sentence: Markup(re.sub("`([^`]+)`", r"<code>\1</code>", str(inert(sentence)))),  # noqa: S704

@@ -9,7 +9,7 @@ Level = StrEnum("Level", ["note", "warning", "error"])
 
 
 @dataclass(frozen=True)
-class Rule:
+class FindingRule:
     """A rule about data or about a run: level of its finding, the fault in a few words, and advice."""
 
     level: Level

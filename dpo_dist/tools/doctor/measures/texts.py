@@ -18,7 +18,8 @@ from datasketch import MinHash
 
 from dpo_dist.data.records import Dialogue, Message, PreferenceRecord, turns_of
 from dpo_dist.foundation.errors import DataError
-from dpo_dist.tools.text_facts import is_refusal
+from dpo_dist.tools.shared.records import side_of
+from dpo_dist.tools.shared.text_facts import is_refusal
 
 SIGNATURE_NUMBERS = 64
 EMPTY_SKETCH = MinHash(SIGNATURE_NUMBERS, seed=1, hashfunc=zlib.crc32)
@@ -92,13 +93,6 @@ def _turn_text(message: Message) -> str:
     return "\n".join(parts)
 
 
-def side_of(record: PreferenceRecord) -> str | None:
-    """Return the side of a single labelled response: chosen if it is good, else rejected; None of others."""
-    if len(record.responses) != 1 or record.scores is None:
-        return None
-    return "chosen" if record.scores[0] > 0 else "rejected"
-
-
 def plain_words(text: str) -> list[str]:
     """Return the words and numbers of a text without case."""
     return _WORD_ONLY.findall(text.casefold())
@@ -147,13 +141,13 @@ def text_names(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
         "empty_turn": any(role in ("user", "assistant") and not text.strip() for role, text in texts.turns),
         "response_repeats_prompt": asked != "" and asked in map(str.strip, responses),
         "response_starts_with_prompt": any(each != whole for each in starting),
-        **(_of_pair(record, responses[0], responses[-1]) if len(responses) > 1 else {}),
-        **_of_sides({side: responses[0]} if (side := side_of(record)) else {}),
+        **(_pair_properties(record, responses[0], responses[-1]) if len(responses) > 1 else {}),
+        **_side_properties({side: responses[0]} if (side := side_of(record)) else {}),
     }
     return (name for name, applies in properties.items() if applies)
 
 
-def _of_pair(record: PreferenceRecord, chosen: str, rejected: str) -> dict[str, bool]:
+def _pair_properties(record: PreferenceRecord, chosen: str, rejected: str) -> dict[str, bool]:
     shorter, longer = sorted((chosen.strip(), rejected.strip()), key=len)
     words, others = (Counter(text.casefold().split()) for text in (chosen, rejected))
     # The order of words is ignored: at most the edit distance. Longer responses may share turns of the user.
@@ -163,7 +157,7 @@ def _of_pair(record: PreferenceRecord, chosen: str, rejected: str) -> dict[str, 
         "scored": record.scores is not None,
         "score_ties": best == worst,
         "score_inversions": best < worst,
-        **_of_sides({"chosen": chosen, "rejected": rejected}),
+        **_side_properties({"chosen": chosen, "rejected": rejected}),
         "chosen_longer": len(chosen) > len(rejected),
         "one_response_starts_the_other": shorter != "" and longer.startswith(shorter),
         "nearly_equal_sides": nearly_equal
@@ -171,7 +165,7 @@ def _of_pair(record: PreferenceRecord, chosen: str, rejected: str) -> dict[str, 
     }
 
 
-def _of_sides(texts: Mapping[str, str]) -> dict[str, bool]:
+def _side_properties(texts: Mapping[str, str]) -> dict[str, bool]:
     sides = texts.items()
     return {
         **{f"refusal_{side}": is_refusal(text) for side, text in sides},

@@ -1,0 +1,1 @@
+"""Facts about records and sources, each with the findings that follow from it."""

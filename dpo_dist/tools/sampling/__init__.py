@@ -1,1 +1,0 @@
-"""Ask a model for responses."""

@@ -1,0 +1,128 @@
+"""Runs of Python that a check starts, and the invented model and pairs on which they train."""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from dpo_dist.config.load import load_run_config
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.foundation.errors import DpoDistError
+from dpo_dist.foundation.streams import print_line
+from dpo_dist.training.reporting.metrics_log import read_latest_rows
+
+HANGS_SECONDS, _RUN_SECONDS = 120, 900  # of a process that waits for another one, of a whole run
+WITHOUT_OVERLAP = "without overlap"
+STEPS, COMPARED = 4, ("loss", "grad_norm")  # of runs that are compared
+RunRows = list[dict[str, Any]]
+
+
+def write_pairs(file: Path) -> None:
+    """Write pairs of invented words."""
+    draw = random.Random(0)  # noqa: S311  (no secret)
+
+    def words() -> str:
+        return " ".join("".join(draw.choices("abcdefgh", k=4)) for _ in range(draw.randint(5, 60)))
+
+    pairs = [{"prompt": words(), "chosen": words(), "rejected": words()} for _ in range(384)]
+    file.write_text("".join(f"{json.dumps(pair)}\n" for pair in pairs))
+
+
+def write_model(folder: Path, shape: dict[str, Any]) -> Path:
+    """Write random weights of this shape in bf16, with a tokenizer of bytes; return the folder."""
+    import torch  # noqa: PLC0415  (slow)
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers  # noqa: PLC0415
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast  # noqa: PLC0415
+    from transformers.utils import logging  # noqa: PLC0415
+
+    logging.disable_progress_bar()
+    end, *letters = "<end>", *sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = Tokenizer(models.BPE({word: number for number, word in enumerate((end, *letters))}, []))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token=end).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**shape, eos_token_id=0, pad_token_id=0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def quoted(path: Path) -> str:
+    """Return a path as a value of Hydra's command line, which may have its brackets, commas and quotes."""
+    return '"' + str(path).replace('"', '\\"') + '"'
+
+
+def train_rows(
+    folder: Path, name: str, words: Sequence[str], gpus: int, steps: range, code: int = 0
+) -> tuple[RunRows, str]:
+    """Return the rows of a training run and its error, if any; one to resume is kept without its rows."""
+    run, program = RunFolder(folder / "run"), ["-m", "dpo_dist.train"]
+    if name.endswith(WITHOUT_OVERLAP):
+        program = ["-m", "dpo_dist", "selftest", "--without-overlap"]
+    error = run_python(name, [*program, *usual_words(folder, run), *words], gpus, code)
+    rows: RunRows = [] if error else read_latest_rows(run)
+    rows = [row for row in rows if all(math.isfinite(row.get(key) or math.nan) for key in COMPARED)]
+    shutil.rmtree(run.metrics if code and not error else run.path, ignore_errors=True)
+    if not error and (done := [row["step"] for row in rows]) != [*steps]:
+        error = f"it has rows of steps {done}, not of {[*steps]}: one is not finite, or it was not resumed"
+    return rows, error
+
+
+def train_without_overlap(words: Sequence[str]) -> int:
+    """Train in this process, with exchanges after computing, not beside it; return the exit code."""
+    from dpo_dist.distributed import deepspeed_config  # noqa: PLC0415  (slow)
+    from dpo_dist.train import main as train  # noqa: PLC0415
+
+    deepspeed_config.OVERLAPS = False
+    return train(load_run_config(words, verb="train"))
+
+
+def usual_words(folder: Path, run: RunFolder) -> list[str]:
+    """Return the words of every training run."""
+    words = [f"run.dir={quoted(run.path)}", f"data.train=[{quoted(folder / 'pairs.jsonl')}]"]
+    words += [f"data.cache={quoted(folder / 'encoded')}", f"reference.store={quoted(folder / 'store')}"]
+    words += ["data.max_length=1024", "tracking=off", f"parallelism.timeout_seconds={HANGS_SECONDS}"]
+    words += ["trainer.log_every=1", "trainer.save_every=0", "optim.lr=1e-4", "optim.warmup_ratio=0"]
+    return [*words, "trainer.global_batch_pairs=16"]
+
+
+def run_python(name: str, words: Sequence[str], gpus: int, code: int = 0) -> str:
+    """Run Python with these arguments, on several GPUs by the launcher; return its error, if any."""
+    print_line(f"running: {name}", sys.stderr)
+    launcher = ["-m", "dpo_dist", "launch", "--num_processes", str(gpus)] if gpus > 1 else []
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    visible = given if given[0] else [str(number) for number in range(gpus)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(visible[:gpus])}
+    pipe: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    pipe |= {"text": True, "errors": "replace"}
+    with subprocess.Popen([sys.executable, *launcher, *words], env=environment, **pipe) as process:  # noqa: S603  (this package)
+        try:
+            screen, _ = process.communicate(timeout=_RUN_SECONDS)
+        except BaseException as ended:  # it takes too long, or a signal ends this process
+            for child in psutil.Process().children(recursive=True):
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
+            if isinstance(ended, subprocess.TimeoutExpired):
+                return f"it did not end in {_RUN_SECONDS} s"
+            raise
+    if process.returncode < 0:  # of one process, which has no launcher that says so
+        screen += f"\nit was ended by {signal.Signals(-process.returncode).name}"
+    return "" if process.returncode == code else f"exit code {process.returncode}: {_cause(screen)}"
+
+
+def _cause(screen: str) -> str:
+    """Return the line that says why a process failed: a signal, or an error, or its last."""
+    lines = [line.strip() for line in screen.splitlines() if line.strip()] or ["it said nothing"]
+    titles = ("error: ", *(f"{kind.title}: " for kind in DpoDistError.__subclasses__()))
+    by_signal = [line for line in lines if " was ended by SIG" in line]
+    return (by_signal or [line for line in lines if line.startswith(titles)] or lines[-1:])[0]

@@ -1,0 +1,1 @@
+"""What several tools use: responses of models and judges, pages, tables, findings, intervals, records."""

@@ -1,0 +1,80 @@
+"""Intervals of means and shares: by resampling prompts, and by Wilson's formula."""
+
+import math
+from collections.abc import Hashable, Iterator, Mapping
+from statistics import NormalDist
+from types import MappingProxyType
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+Column = npt.NDArray[np.float64]
+Name = TypeVar("Name", bound=Hashable)
+
+RESAMPLES = 1000
+LEVEL = 0.95
+ENDS = (1 - LEVEL) / 2, 1 - (1 - LEVEL) / 2
+FEWEST_PROMPTS = 6
+"""Prompts that an interval needs. By an even chance five have the same outcome in 2 * 0.5**5 = 6 % of cases,
+and an interval of one outcome has no width."""
+
+
+def bootstrap_intervals(
+    measured: Mapping[Name, tuple[Column, Column]],
+    prompts: npt.NDArray[np.uint64],
+    seed: int = 0,
+    lowest: Mapping[Name, float] = MappingProxyType({}),
+) -> dict[Name, tuple[float, float]]:
+    """Return the lower and upper end of the interval of every metric.
+
+    `measured` has values and counts of each pair by metric, float64 [pairs]: the metric is the sum of values
+    divided by the sum of counts. `prompts`, [pairs], are equal for pairs of the same prompt. `lowest`: the
+    lower bound of a metric: 0 of a rate, -1 of a difference of rates. A metric is absent if fewer than
+    `FEWEST_PROMPTS` have a count, or none in some resample, or if a value is not finite.
+    """
+    measured = {name: each for name, each in measured.items() if np.isfinite(each[0]).all()}
+    if not measured or not len(prompts):
+        return {}
+    _, clusters = np.unique(prompts, return_inverse=True)
+    number = int(clusters.max()) + 1
+    columns = [column for pair in measured.values() for column in pair]
+    table = np.stack([np.bincount(clusters, column, number) for column in columns], axis=1)
+    totals = np.stack([drawn @ table for drawn in resamples(number, seed)])
+    values, counts = totals[:, ::2], totals[:, 1::2]
+    counted = np.count_nonzero(table[:, 1::2], axis=0)
+    intervals = {}
+    for index, name in enumerate(measured):
+        if counted[index] >= FEWEST_PROMPTS and (counts[:, index] > 0).all():
+            low, high = np.quantile(values[:, index] / counts[:, index], ENDS)
+            intervals[name] = float(low), float(high)
+            if name in lowest:
+                intervals[name] = with_width(float(low), float(high), int(counted[index]), lowest[name])
+    return intervals
+
+
+def resamples(number: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield how often each of so many prompts is drawn in a resample."""
+    generator = np.random.default_rng(seed)
+    for _ in range(RESAMPLES):
+        yield np.bincount(generator.integers(0, number, number), minlength=number)
+
+
+def with_width(low: float, high: float, counted: int, lowest: float) -> tuple[float, float]:
+    """Return an interval of a share; of 0 or 1, Wilson's; of a difference, on both sides within -1 and 1."""
+    if low != high or low not in (-1, 0, 1):
+        return low, high
+    width = wilson_interval(0.0, counted, NormalDist().inv_cdf((1 + LEVEL) / 2))[1]
+    return max(low - width, lowest), min(low + width, 1.0)
+
+
+def wilson_interval(successes: float, trials: int, standard_errors: float) -> tuple[float, float]:
+    """Return Wilson's interval of a share (doi:10.1080/01621459.1927.10502953).
+
+    `successes` need not be whole, as SciPy asks: a tie is half of one.
+    """
+    share, squared = successes / trials, standard_errors**2
+    centre = (share + squared / (2 * trials)) / (1 + squared / trials)
+    half = standard_errors / (1 + squared / trials)
+    half *= math.sqrt(share * (1 - share) / trials + squared / (4 * trials**2))
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -1,0 +1,43 @@
+"""Records that tools read: the usable ones of a source, and the side of a labelled response."""
+
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
+
+from dpo_dist.config.schema import DataConfig, SourceConfig
+from dpo_dist.data.counts import DataCounts, check_counts, describe_dropped
+from dpo_dist.data.records import BadRecord, PreferenceRecord
+from dpo_dist.foundation.text import counted
+
+Read: TypeAlias = Callable[[SourceConfig], Iterator[PreferenceRecord | BadRecord]]
+"""`read_records` or `read_prompts`."""
+
+
+def good_records(
+    records: Iterator[PreferenceRecord | BadRecord],
+    source: SourceConfig,
+    data: DataConfig,
+    say: Callable[[str], None],
+    enough: Callable[[], bool] = lambda: False,
+    *,
+    of_first: bool = False,
+) -> Iterator[PreferenceRecord]:
+    """Yield the usable records of a source until there are `enough`; then print the counts.
+
+    `of_first`: they are the first records of more.
+    """
+    counts = DataCounts()
+    while not enough() and (record := next(records, None)) is not None:
+        counts.add(record)
+        if isinstance(record, PreferenceRecord):
+            yield record
+    check_counts(counts, source.path, data, of_first=of_first)
+    say(f"{source.path}: {counts.kept:,} of {counted(counts.read, 'record')} kept")
+    for line in describe_dropped(counts.dropped):
+        say(line)
+
+
+def side_of(record: PreferenceRecord) -> str | None:
+    """Return the side of a single labelled response: chosen if it is good, else rejected; None of others."""
+    if len(record.responses) != 1 or record.scores is None:
+        return None
+    return "chosen" if record.scores[0] > 0 else "rejected"

@@ -1,0 +1,1 @@
+"""Ask models for responses, and judges for scores."""

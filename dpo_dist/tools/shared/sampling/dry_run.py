@@ -1,0 +1,65 @@
+"""The `--check` of verbs that ask models: the first records, and each model without its weights."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import islice
+
+from dpo_dist.config.schema import DataConfig, ModelConfig, SourceConfig
+from dpo_dist.data.counts import counts_in_one_line
+from dpo_dist.data.read.sources import pinned
+from dpo_dist.data.records import PreferenceRecord
+from dpo_dist.foundation.errors import DataError
+from dpo_dist.model.files.folder import description_folder
+from dpo_dist.model.files.load import check_contents_at_hand
+from dpo_dist.tools.shared.records import Read, good_records
+from dpo_dist.tools.shared.sampling.prompts import as_asked
+from dpo_dist.tools.shared.sampling.respond import find_files, open_responder, usable_prompt
+
+_FIRST_RECORDS = 1024
+
+
+def first_records(
+    sources: Sequence[SourceConfig], read: Read, data: DataConfig, say: Callable[[str], None]
+) -> list[PreferenceRecord]:
+    """Return the usable records among the first of each source; `say` their counts."""
+    usable: list[PreferenceRecord] = []
+    for source in sources:
+        records = read(pinned(source))
+        first = list(islice(records, _FIRST_RECORDS))
+        is_more = next(records, None) is not None
+        usable += good_records(iter(first), source, data, say, of_first=is_more)
+    return usable
+
+
+def check_model(
+    name: str,
+    model: ModelConfig,
+    data: DataConfig,
+    new_tokens: int,
+    records: Sequence[PreferenceRecord],
+    say: Callable[[str], None],
+    key: str,
+) -> None:
+    """Check a model without its weights, and that it can be asked one of the records; `say` the result."""
+    responder = open_responder(find_files(name, model, key, description_folder), model, data)
+    ends = responder.tokenizer.convert_ids_to_tokens(sorted(responder.stop_ids))
+    check_contents_at_hand(responder.source.folder, model, key)
+    folder = responder.source.adapter or responder.source.folder
+    say(f"{folder}, vocabulary of {len(responder.tokenizer):,}, a response ends with {' or '.join(ends)}")
+    prompts = [usable_prompt(as_asked(record, data), responder, new_tokens) for record in records]
+    dropped = Counter(prompt for prompt in prompts if isinstance(prompt, str))
+    if dropped.total() == len(prompts):
+        raise DataError(
+            "none of the first records can be used",
+            where=key,
+            got=f"{name}: {counts_in_one_line(dropped)}",
+            remedy="correct the records, or the keys of data; docs/data.md explains the reasons",
+        )
+    if dropped:
+        say(f"  it is not asked, of the first records: {counts_in_one_line(dropped)}")
+
+
+def check_report(lines: Sequence[str]) -> str:
+    """Return the text of a check without a mistake."""
+    findings = "".join(f"  {line}\n" for line in lines)
+    return f"check passed: everything that needs no weights and no GPU is in order\n{findings}"

@@ -1,0 +1,217 @@
+"""Train the points of a sweep, some at a time, each in a process with its own screen and GPUs."""
+
+import contextlib
+import gc
+import multiprocessing
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from io import BytesIO
+from multiprocessing.connection import wait
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+from dpo_dist import train
+from dpo_dist.config.command_line import command_of
+from dpo_dist.config.load import Points
+from dpo_dist.config.run_folder import RunFolder
+from dpo_dist.config.schema import ConsoleStyle, RunConfig, SweepConfig
+from dpo_dist.foundation.console import Console
+from dpo_dist.foundation.errors import ConfigError, ExitCode, RunOutcome
+from dpo_dist.foundation.exit import Errors, exit_after
+from dpo_dist.foundation.files import locked
+from dpo_dist.foundation.signals import SWEEP_VARIABLE, end_at_signals, stop_signals
+from dpo_dist.foundation.streams import output_descriptor
+from dpo_dist.foundation.text import counted, duration
+from dpo_dist.training.start.resume import read_state
+
+Words = tuple[str, ...]
+_PROGRESS_SECONDS = 60
+ELSEWHERE = "trained by another process"
+"""The outcome of a point whose run another process has locked."""
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Return whether the run of a point is complete, with these settings."""
+    state = read_state(RunFolder.of(config))
+    if state is None or state.outcome is not RunOutcome.completed:
+        return False
+    return state.identity.get("run_digest") == config.identity.digest
+
+
+def warm_up() -> None:
+    """Import and initialise libraries once, before the points are forked."""
+    # A GPU that this process has opened to count it could not be used by its forks.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    import pyarrow  # noqa: PLC0415
+    from matplotlib.figure import Figure  # noqa: PLC0415
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping  # noqa: PLC0415
+
+    import dpo_dist.tools.report.recorder  # noqa: PLC0415
+    import dpo_dist.training.run  # noqa: F401, PLC0415
+    from dpo_dist.tools.shared.pages.render import TEMPLATES  # noqa: PLC0415
+
+    pyarrow.array([0])  # imports pandas
+    get_checkpoint_conversion_mapping("")
+    for name in ("base.jinja", "macros.jinja", "run.jinja", "svg.jinja"):
+        TEMPLATES.get_template(name)
+    Figure().savefig(BytesIO())
+    gc.freeze()  # else garbage collection in each fork would copy the pages of all modules
+
+
+def _ending(code: int) -> str:
+    """Return an exit code in a word or two: completed, diverged, invalid, signal 9."""
+    return ExitCode(code).name if code in set(ExitCode) else f"signal {-code if code < 0 else code - 128}"
+
+
+def end_of(run: RunFolder, code: int, printed: str) -> tuple[int, tuple[str, str]]:
+    """Return the exit code that counts, and the outcome and error of a point that ended with `code`.
+
+    A point that failed while another process has its run locked is trained by that process.
+    """
+    if code in (ExitCode.invalid, ExitCode.failed) and run.lock.is_file():
+        try:
+            with locked(run.lock, ""):
+                pass
+        except ConfigError:
+            return ExitCode.preempted, (ELSEWHERE, "")
+    return code, (
+        _ending(code),
+        "" if code in (ExitCode.completed, ExitCode.preempted) else _last_line(printed),
+    )
+
+
+def screen_since(screen: Path, start: int) -> str:
+    """Return what a point has printed since its start, at this byte of its screen."""
+    return screen.read_bytes()[start:].decode(errors="replace")
+
+
+def _last_line(printed: str) -> str:
+    """Return the last line on the screen of a point; of an error its first."""
+    lines = reversed(printed.splitlines())
+    return next((line[:160] for line in lines if line.strip() and line[0] != " "), "")
+
+
+class _Process(NamedTuple):
+    """The process of a point, which writes to `screen` from the byte `start` on."""
+
+    words: Words
+    process: Any
+    gpus: list[str]
+    began: float  # by `time.monotonic`
+    screen: Path
+    start: int
+
+    def printed(self) -> str:
+        """Return what the point has printed."""
+        return screen_since(self.screen, self.start)
+
+
+class Pool:
+    """Trains points, some at a time, each in a process of its own: a crash of one does not reach the next.
+
+    The process is a fork of this one, which has imported everything, or becomes a launcher.
+    """
+
+    def __init__(self, points: Points, folder: RunFolder, console: Console, settings: SweepConfig) -> None:
+        import torch  # noqa: PLC0415  (imported by now)
+
+        self._points, self._folder, self._console = points, folder, console
+        self.codes, self.ends = dict[Words, int](), dict[Words, tuple[str, str]]()
+        self._running: dict[Any, _Process] = {}
+        self._received: list[int] = []
+        visible, count = os.environ.get("CUDA_VISIBLE_DEVICES", ""), torch.cuda.device_count()
+        gpus = visible.split(",")[:count] if visible else [str(number) for number in range(count)]
+        parallel = settings.parallel or count or 1
+        if count % parallel:
+            raise ConfigError(
+                "the GPUs cannot be divided among the points",
+                where="sweep.parallel",
+                got=f"{parallel}, with {counted(count, 'GPU')}",
+                remedy=f"set it to a divisor of {count}",
+            )
+        self._free = [gpus[place::parallel] for place in range(parallel)]
+        self._launcher, python = settings.launcher, shlex.quote(sys.executable)
+        if self._launcher is None and count > parallel:
+            self._launcher = f"{python} -m dpo_dist launch"
+        elif self._launcher is None and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            self._launcher = python  # CUDA does not work in a fork of a process that has used it
+
+    def run(self, waiting: list[Words]) -> bool:
+        """Train these points, which fills `codes` and `ends`; return whether a signal stopped the sweep."""
+        before = {number: signal.signal(number, self._pass_on) for number in stop_signals()}
+        while (waiting and not self._received) or self._running:
+            while waiting and self._free and not self._received:
+                self._start(waiting.pop(0))
+            if not (ended := wait(list(self._running), _PROGRESS_SECONDS)):
+                for running in self._running.values():
+                    self._console.say(f"{' '.join(running.words)}: {_last_line(running.printed())}")
+            for sentinel in ended:
+                self._end(self._running.pop(sentinel))
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for words in filter(lambda words: is_finished(self._points[words]), list(self.ends)):
+            self.codes[words], self.ends[words] = ExitCode.completed, (_ending(ExitCode.completed), "")
+        return bool(self._received)
+
+    def _end(self, ended: _Process) -> None:
+        """Record how the point of a process ended; its GPUs are free."""
+        words = ended.words
+        ended.process.join()
+        self._free.append(ended.gpus)
+        run = RunFolder.of(self._points[words])
+        self.codes[words], self.ends[words] = end_of(run, ended.process.exitcode, ended.printed())
+        spent = duration(time.monotonic() - ended.began)
+        self._console.say(f"{' '.join(words)}: {self.ends[words][0]} after {spent}")
+
+    def _start(self, words: Words) -> None:
+        config, gpus = replace(self._points[words], sweep=SweepConfig()), self._free.pop(0)
+        screen = self._folder.point_screen(RunFolder.of(config))
+        work: Callable[[], int] = partial(train.main, config)
+        if self._launcher is not None:
+            work = partial(_become, command_of("train", config, screen.with_suffix(""), self._launcher))
+        place = f"point {list(self._points).index(words) + 1} of {len(self._points)}"
+        self._console.say(f"{' '.join(words)}: {place}, its screen is in {screen}")
+        fork = multiprocessing.get_context("fork")
+        errors = Errors(is_json=config.console.style is ConsoleStyle.json)
+        process: Any = fork.Process(target=_run_point, args=(work, errors, screen, gpus))
+        signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
+        start = screen.stat().st_size if screen.exists() else 0
+        process.start()
+        with contextlib.suppress(OSError):  # it has done so itself
+            os.setpgid(process.pid, process.pid)
+        self._running[process.sentinel] = _Process(words, process, gpus, time.monotonic(), screen, start)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
+
+    def _pass_on(self, number: int, _frame: FrameType | None) -> None:
+        self._received.append(number)
+        for running in self._running.values():
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.killpg(running.process.pid, number)
+
+
+def _run_point(work: Callable[[], int], errors: Errors, screen: Path, gpus: Sequence[str]) -> None:
+    """Do the work of a point and exit with its code; what it prints goes to the file `screen`."""
+    with contextlib.suppress(OSError):
+        os.setpgid(0, 0)  # Ctrl-C reaches the sweep alone, which passes it on once
+    written = os.open(screen, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    for descriptor in {1, 2, output_descriptor()}:
+        os.dup2(written, descriptor)
+    os.environ[SWEEP_VARIABLE] = "1"
+    end_at_signals()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
+    exit_after(work, errors)
+
+
+def _become(command: str) -> int:
+    """Run a command in place of this process."""
+    words = shlex.split(command)
+    os.execvp(words[0], words)  # noqa: S606  (the user's own launcher)
