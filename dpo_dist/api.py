@@ -114,7 +114,7 @@ def token_logps(
     float32 [completion tokens] each, response after response of the first pair, of the second, and so on.
     Tokens that the loss does not count (`EncodedExample.trained`) are included, as in the store. Gradients
     are recorded unless `torch.no_grad()` is active. A causal language model of transformers, in evaluation
-    mode, is left as it was.
+    mode, is left as it was; its first call checks that packed log-probs are exact.
     """
     longest = max((len(pair.prompt_ids) + max(map(len, pair.responses)) for pair in pairs), default=0)
     examples = [Example(pair.prompt_ids, pair.responses) for pair in pairs]

@@ -14,6 +14,7 @@ if __name__ == "__main__":
     end_at_signals()  # the imports take seconds, on a network file system more
 
 from dpo_dist.config.command_line import run_verb
+from dpo_dist.config.rules import check_needs
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.training.start.preflight import check_start, started
 
@@ -23,6 +24,7 @@ def main(config: RunConfig, on_row: Callable[[dict[str, float]], bool | None] | 
 
     `on_row`: see `api.train`; an exception of it ends the run at once.
     """
+    check_needs(config, "train")
     stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
     with stop.listening(), started(config, trains=True) as console:
         # Slow, and what the imports print belongs in the log.

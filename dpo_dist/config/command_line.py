@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import dpo_dist
+from dpo_dist.config.command import parse_overrides
 from dpo_dist.config.keys import (
     COMMAND_LINE,
     Key,
@@ -23,7 +24,7 @@ from dpo_dist.config.keys import (
     run_keys,
     section_meanings,
 )
-from dpo_dist.config.load import Points, load_points, load_run_config, parse_overrides, to_yaml
+from dpo_dist.config.load import Points, load_points, load_run_config, to_yaml
 from dpo_dist.config.losses import KINDS, kinds_using
 from dpo_dist.config.mistakes import SCHEMA, assignment, meant, raise_all, suggestion, unknown_key
 from dpo_dist.config.rules import keys_of

@@ -16,15 +16,8 @@ from dpo_dist.config.keys import all_keys, as_written, readers, run_keys
 from dpo_dist.config.losses import LossConfig, LossKind, kinds_using
 from dpo_dist.config.metrics import CUSTOM, METRICS, PREFIX
 from dpo_dist.config.mistakes import SCHEMA, raise_all, suggestion
-from dpo_dist.config.schema import (
-    NO_MODEL,
-    DataFormat,
-    Direction,
-    ReferenceMode,
-    RunConfig,
-    SamplingConfig,
-    TrainerConfig,
-)
+from dpo_dist.config.schema import NO_MODEL, DataFormat, Direction, ReferenceMode, RunConfig, TrainerConfig
+from dpo_dist.config.verb_sections import SamplingConfig
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError
 

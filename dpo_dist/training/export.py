@@ -14,7 +14,8 @@ from transformers import AutoConfig
 from dpo_dist.config.identity import settings
 from dpo_dist.config.load import from_yaml
 from dpo_dist.config.run_folder import RunFolder, existing_run, step_of
-from dpo_dist.config.schema import ExportedWeights, ModelConfig, RunConfig
+from dpo_dist.config.schema import ModelConfig, RunConfig
+from dpo_dist.config.verb_sections import ExportedWeights
 from dpo_dist.data.text.template import with_chosen_template
 from dpo_dist.distributed.checkpoint.saver import (
     MANIFEST,

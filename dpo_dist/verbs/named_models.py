@@ -19,14 +19,9 @@ from dpo_dist.config.run_folder import (
     step_of,
     without_model,
 )
-from dpo_dist.config.schema import (
-    ExportedWeights,
-    FinalModel,
-    ModelConfig,
-    ReferenceMode,
-    RunConfig,
-)
+from dpo_dist.config.schema import FinalModel, ModelConfig, ReferenceMode, RunConfig
 from dpo_dist.config.user_code import METRICS_FUNCTION, find_function
+from dpo_dist.config.verb_sections import ExportedWeights
 from dpo_dist.data.read.sources import check_has_evaluation_data
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import text_digest

@@ -12,12 +12,14 @@ if __name__ == "__main__":
 
 from dpo_dist import train
 from dpo_dist.config.command_line import run_verb
+from dpo_dist.config.rules import check_needs
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.training.start.preflight import started
 
 
 def main(config: RunConfig) -> int:
     """Store the reference log-probs that the run of `config` needs; return the exit code."""
+    check_needs(config, "precompute")
     stop = StopRequest(max_seconds=config.trainer.max_seconds)
     with stop.listening(), started(config) as console:
         from dpo_dist.training.reference import precompute  # noqa: PLC0415  (slow)

@@ -29,13 +29,13 @@ from dpo_dist.config.schema import (
     ReferenceConfig,
 )
 from dpo_dist.distributed.checkpoint import saver as checkpoint
+from dpo_dist.distributed.checkpoint import slices
 from dpo_dist.distributed.checkpoint.saver import (
     CheckpointSaver,
-    Entries,
     SavedSlices,
     latest_checkpoint,
 )
-from dpo_dist.distributed.checkpoint.slices import SHARDS, Sharded
+from dpo_dist.distributed.checkpoint.slices import SHARDS, Entries, Sharded
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.foundation.errors import CheckpointError
@@ -296,7 +296,7 @@ def go_on(
 
     Return the gradient norms of the two, and the running means after them.
     """
-    mock.patch.object(checkpoint, "_FILE_BYTES", 2**14).start()  # several files for each rank
+    mock.patch.object(slices, "_FILE_BYTES", 2**14).start()  # several files for each rank
     trainer = Trainer(
         assets, world, policy.adapter, dtype, policy.quantization, policy.loss, optim=policy.optim
     )

@@ -17,7 +17,7 @@ from tests.support.tiny_model import write_model
 def warm(command: str) -> int:
     """Run a round's command on a process forked from the warm parent."""
     words = shlex.split(command)
-    ended = run_verb(words[2].rpartition(".")[2], words[3:])
+    ended = run_verb(words[3], words[4:])
     print(ended.output)
     return ended.code
 

@@ -90,7 +90,7 @@ def _parent_with_device() -> Iterator[None]:
 
 def _begin(prepare: Prepare | None) -> None:
     # Several files for each rank.
-    mock.patch("dpo_dist.distributed.checkpoint.saver._FILE_BYTES", 2**16).start()
+    mock.patch("dpo_dist.distributed.checkpoint.slices._FILE_BYTES", 2**16).start()
     if prepare is not None:
         prepare()
 

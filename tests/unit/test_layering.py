@@ -86,15 +86,6 @@ def test_imports_go_down_and_engines_stay_in_their_rooms() -> None:
                     assert re.match(rooms, module.removeprefix("dpo_dist.")), f"{module} imports {name}"
 
 
-def test_sampling_and_judges_know_nothing_of_the_tools_that_use_them() -> None:
-    users = ("chat", "compare", "pairs")
-    below = [module for module in MODULES if re.match(r"dpo_dist\.tools\.(sampling|judges)\b", module)]
-    for module in below:
-        for name in imported(ast.walk(MODULES[module])):
-            assert not re.match(rf"dpo_dist\.tools\.({'|'.join(users)})\b", name), f"{module} imports {name}"
-    assert len(below) > 3
-
-
 WALLED = ("accelerate", "deepspeed", "liger_kernel", "peft", "transformers")
 """Packages whose undocumented parts are used in `WALLS` only."""
 WALLS = ("dpo_dist.distributed.deepspeed_internals", "dpo_dist.model.library_internals")

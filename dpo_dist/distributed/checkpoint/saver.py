@@ -16,16 +16,13 @@ manifest are loaded. Training continues while copies of the weights are written 
 
 import contextlib
 import functools
-import hashlib
-import itertools
 import json
 import logging
-import os
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +39,16 @@ from dpo_dist.config.run_folder import (
     checkpoint_name,
     step_of,
 )
-from dpo_dist.distributed.checkpoint.slices import SHARDS, WEIGHT, HostCopy, ModelSlices, Sharded, Slice
+from dpo_dist.distributed.checkpoint.slices import (
+    SHARDS,
+    WEIGHT,
+    Entries,
+    HostCopy,
+    ModelSlices,
+    Sharded,
+    Slice,
+    write_slices,
+)
 from dpo_dist.distributed.deepspeed_internals import is_sharded, whole_shape
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.foundation.errors import CheckpointError, first_line
@@ -63,35 +69,6 @@ log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 _LATEST = "latest"
-# At this size a rank begins another file: of a GPU's tensors, as much host memory is used at a time.
-_FILE_BYTES = 2**28
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int8": "I8"}
-# Digests of a checkpoint's files, by name relative to its folder, as in the manifest. No directory is listed
-# to write or check them: on a network file system a listing may lack files that another node just wrote.
-Entries = dict[str, str]
-
-
-def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> str:
-    """Write a safetensors file from the memory of its tensors to disk; return its digest, made on the way."""
-    header: dict[str, Any] = {"__metadata__": metadata}
-    # Larger elements first, so that each tensor begins at a multiple of its own.
-    ordered, end = sorted(tensors.items(), key=lambda named: -named[1].itemsize), 0
-    for name, tensor in ordered:
-        start, end = end, end + tensor.nbytes
-        dtype = _DTYPES[str(tensor.dtype).removeprefix("torch.")]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    parts: list[bytes | memoryview] = [len(text).to_bytes(8, "little"), text]
-    parts += [tensor.detach().reshape(-1).view(torch.uint8).numpy().data for _, tensor in ordered]
-    digest = hashlib.blake2b(digest_size=16)
-    with file.open("wb") as opened:
-        for part in parts:
-            opened.write(part)
-            digest.update(part)
-        opened.flush()
-        os.fsync(opened.fileno())  # on the node that has written it
-    return digest.hexdigest()
 
 
 def read_manifest(folder: Path) -> Entries:
@@ -127,27 +104,6 @@ def damaged_checkpoint(folder: Path, faults: Sequence[str]) -> CheckpointError:
         remedy="restore its files, or name another checkpoint: a run that trains keeps its last ones "
         "(trainer.keep_last)",
     )
-
-
-def write_slices(model: ModelSlices, checkpoint: Path, rank: int, copy: HostCopy | None = None) -> Entries:
-    """Write this rank's slices of a model, which nothing changes meanwhile; return its files by name.
-
-    Tensors of a GPU go through `copy`, a file at a time: one wait for all of them.
-    """
-    (checkpoint / model.folder).mkdir(exist_ok=True)
-    entries: Entries = {}
-    ends = itertools.accumulate(piece.bytes for piece in model.slices)
-    files = itertools.groupby(zip(model.slices, ends, strict=True), lambda pair: pair[1] // _FILE_BYTES)
-    for number, (_, group) in enumerate(files):
-        slices: Sequence[Slice] = [piece for piece, _ in group]
-        if copy is not None and copy.is_cuda:
-            slices = copy.of([replace(model, slices=slices)])[0].slices
-        tensors = {f"{part}/{piece.name}": tensor for piece in slices for part, tensor in piece.parts.items()}
-        ranges = {piece.name: [piece.start, *piece.shape] for piece in slices if WEIGHT in piece.parts}
-        name = f"{model.folder}/rank-{rank:05d}-{number:05d}.safetensors"
-        metadata = {"ranges": json.dumps(ranges), "step": str(model.step)}
-        entries[name] = write_tensors(checkpoint / name, tensors, metadata)
-    return entries
 
 
 @dataclass(frozen=True)

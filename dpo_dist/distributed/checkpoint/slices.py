@@ -1,5 +1,9 @@
-"""Slices of weights and optimizer states: what this rank has of a model, and its copies in host memory."""
+"""Slices of weights and optimizer states: what this rank has of a model, copies in host memory, and files."""
 
+import hashlib
+import itertools
+import json
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +32,12 @@ SHARDS = "engine"  # the folder of the policy's slices in a checkpoint
 WEIGHT = "weight"  # the part that is the weight itself, for a trained one its float32 master weight
 EMA = "ema"  # the part that is the moving average of the weight
 _STEP = "step"
+# At this size a rank begins another file: of a GPU's tensors, as much host memory is used at a time.
+_FILE_BYTES = 2**28
+_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int8": "I8"}
+# Digests of a checkpoint's files, by name relative to its folder, as in the manifest. No directory is listed
+# to write or check them: on a network file system a listing may lack files that another node just wrote.
+Entries = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -224,3 +234,47 @@ def _runtime() -> Any:
 
 def _aligned(count: int) -> int:
     return -(-count // 64) * 64
+
+
+def write_slices(model: ModelSlices, checkpoint: Path, rank: int, copy: HostCopy | None = None) -> Entries:
+    """Write this rank's slices of a model, which nothing changes meanwhile; return its files by name.
+
+    Tensors of a GPU go through `copy`, a file at a time: one wait for all of them.
+    """
+    (checkpoint / model.folder).mkdir(exist_ok=True)
+    entries: Entries = {}
+    ends = itertools.accumulate(piece.bytes for piece in model.slices)
+    files = itertools.groupby(zip(model.slices, ends, strict=True), lambda pair: pair[1] // _FILE_BYTES)
+    for number, (_, group) in enumerate(files):
+        slices: Sequence[Slice] = [piece for piece, _ in group]
+        if copy is not None and copy.is_cuda:
+            slices = copy.of([replace(model, slices=slices)])[0].slices
+        tensors = {f"{part}/{piece.name}": tensor for piece in slices for part, tensor in piece.parts.items()}
+        ranges = {piece.name: [piece.start, *piece.shape] for piece in slices if WEIGHT in piece.parts}
+        name = f"{model.folder}/rank-{rank:05d}-{number:05d}.safetensors"
+        metadata = {"ranges": json.dumps(ranges), "step": str(model.step)}
+        entries[name] = write_tensors(checkpoint / name, tensors, metadata)
+    return entries
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> str:
+    """Write a safetensors file from the memory of its tensors to disk; return its digest, made on the way."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    # Larger elements first, so that each tensor begins at a multiple of its own.
+    ordered, end = sorted(tensors.items(), key=lambda named: -named[1].itemsize), 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        dtype = _DTYPES[str(tensor.dtype).removeprefix("torch.")]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    parts: list[bytes | memoryview] = [len(text).to_bytes(8, "little"), text]
+    parts += [tensor.detach().reshape(-1).view(torch.uint8).numpy().data for _, tensor in ordered]
+    digest = hashlib.blake2b(digest_size=16)
+    with file.open("wb") as opened:
+        for part in parts:
+            opened.write(part)
+            digest.update(part)
+        opened.flush()
+        os.fsync(opened.fileno())  # on the node that has written it
+    return digest.hexdigest()

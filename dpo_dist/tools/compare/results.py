@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dpo_dist.config.schema import PairsConfig, Verdicts
+from dpo_dist.config.verb_sections import PairsConfig, Verdicts
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.tools.shared.intervals import Column, bootstrap_intervals
 from dpo_dist.tools.shared.sampling.judges import Judge, Question

@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
+from dpo_dist.config.command import parse_overrides
 from dpo_dist.config.keys import as_written, run_keys
-from dpo_dist.config.load import parse_overrides
 from dpo_dist.config.mistakes import answers_to, fits, meant
 from dpo_dist.config.rules import keys_of
 from dpo_dist.tools.convert.reading import Foreign

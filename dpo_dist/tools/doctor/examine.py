@@ -13,13 +13,13 @@ from dpo_dist.config.losses import LossConfig, balancing_weight
 from dpo_dist.config.schema import (
     NO_MODEL,
     DataConfig,
-    FailOn,
     ModelConfig,
     OnBadRecord,
     RunConfig,
     SourceConfig,
     TextTemplate,
 )
+from dpo_dist.config.verb_sections import FailOn
 from dpo_dist.data.encoded.build import (
     EncodingProgress,
     in_order,

@@ -8,7 +8,8 @@ from typing import Any
 import dpo_dist
 from dpo_dist.config.identity import plain
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import DataConfig, DoctorConfig
+from dpo_dist.config.schema import DataConfig
+from dpo_dist.config.verb_sections import DoctorConfig
 from dpo_dist.foundation import files
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import as_yaml, counted, number, without_secrets

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import PairsMethod, RunConfig
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.verb_sections import PairsMethod
 from dpo_dist.foundation.console import console_on, open_console
 from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.tools.pairs.rounds import run_rounds

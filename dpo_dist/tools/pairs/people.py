@@ -23,7 +23,8 @@ import jinja2
 
 from dpo_dist.config.identity import plain
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import DataConfig, PairsMethod
+from dpo_dist.config.schema import DataConfig
+from dpo_dist.config.verb_sections import PairsMethod
 from dpo_dist.data.counts import counts_in_one_line
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.values import parse_json

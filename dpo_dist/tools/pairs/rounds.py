@@ -19,16 +19,8 @@ from dpo_dist.config.identity import differing_keys, plain
 from dpo_dist.config.load import from_yaml, to_yaml
 from dpo_dist.config.rules import at
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import (
-    DataConfig,
-    ModelConfig,
-    PairsConfig,
-    ReferenceMode,
-    RoundReference,
-    RunConfig,
-    SamplingConfig,
-    SourceConfig,
-)
+from dpo_dist.config.schema import DataConfig, ModelConfig, ReferenceMode, RunConfig, SourceConfig
+from dpo_dist.config.verb_sections import PairsConfig, RoundReference, SamplingConfig
 from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import ConfigError, DpoDistError, ExitCode, first_line
 from dpo_dist.foundation.signals import stop_signals
@@ -233,8 +225,8 @@ class _Rounds:
             self._with_policy(number),
             run=replace(self.config.run, dir=str(folder.training.path)),
             data=replace(self.config.data, train=[SourceConfig(path=str(folder.pairs_file))]),
-            pairs=PairsConfig(),
             sampling=self.config.sampling if has_samples else SamplingConfig(),
+            pairs=PairsConfig(),
         )
         self.say(f"round {number}: training of {stage.model.path}")
         below = folder.path / "training"

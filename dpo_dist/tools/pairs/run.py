@@ -13,14 +13,8 @@ import numpy as np
 
 from dpo_dist.config.identity import plain
 from dpo_dist.config.run_folder import RunFolder, check_writable
-from dpo_dist.config.schema import (
-    DataConfig,
-    DropOrKeep,
-    PairsConfig,
-    PairSelection,
-    PairsMethod,
-    RunConfig,
-)
+from dpo_dist.config.schema import DataConfig, RunConfig
+from dpo_dist.config.verb_sections import DropOrKeep, PairsConfig, PairSelection, PairsMethod
 from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX
 from dpo_dist.data.formats import read_prompts, read_records
 from dpo_dist.data.records import Dialogue, PreferenceRecord, as_fields, context_fields, prompt_key

@@ -6,14 +6,8 @@ from pathlib import Path
 from dpo_dist.config.fields import fields_of
 from dpo_dist.config.rules import Rule, check, check_needs, unused
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import (
-    NO_MODEL,
-    PairsConfig,
-    PairsMethod,
-    RunConfig,
-    SamplingConfig,
-    SourceConfig,
-)
+from dpo_dist.config.schema import NO_MODEL, RunConfig, SourceConfig
+from dpo_dist.config.verb_sections import PairsConfig, PairsMethod, SamplingConfig
 from dpo_dist.data.formats import check_source
 from dpo_dist.model.files.folder import local_model_folder
 from dpo_dist.tools.shared.sampling.judge_rules import ENDPOINT_RULES, JUDGES, check_function, count_judges
@@ -37,7 +31,6 @@ _EFFECTS = {
 }
 _NO_ROUNDS = "rounds cannot be done with this setting"
 _RULES = (
-    *(unused(f"pairs.{name}", unless) for unless, names in _EFFECTS.items() for name in names.split()),
     *(unused(f"sampling.{name}", _RESPONDS) for name in fields_of(SamplingConfig)),
     *ENDPOINT_RULES,
     Rule(

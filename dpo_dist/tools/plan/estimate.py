@@ -16,11 +16,11 @@ from dpo_dist.config.schema import (
     ModelConfig,
     Offload,
     ParallelismKind,
-    PlanConfig,
     ReferenceMode,
     RunConfig,
     TrainerConfig,
 )
+from dpo_dist.config.verb_sections import PlanConfig
 from dpo_dist.model.files.load import TORCH_DTYPES
 from dpo_dist.model.flops import REACHED_SHARES, matmul_peak, recomputed_share, step_flops, visited_experts
 from dpo_dist.tools.shared.sampling.settings import sampling_of

@@ -11,7 +11,8 @@ from transformers import AutoConfig
 
 from dpo_dist.config.load import load_run_config, to_yaml
 from dpo_dist.config.losses import LossConfig
-from dpo_dist.config.schema import DataConfig, DataFormat, ModelConfig, PlanConfig, RunConfig, SourceConfig
+from dpo_dist.config.schema import DataConfig, DataFormat, ModelConfig, RunConfig, SourceConfig
+from dpo_dist.config.verb_sections import PlanConfig
 from dpo_dist.data.read.sources import local_files
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import counted, duration, size

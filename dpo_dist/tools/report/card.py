@@ -14,14 +14,8 @@ from dpo_dist.config.identity import settings
 from dpo_dist.config.losses import KINDS, LossConfig, LossKind
 from dpo_dist.config.metrics import ACCURACIES, MAIN, PREFIX, TERMS
 from dpo_dist.config.run_folder import LAST_EVALUATION, RunFolder
-from dpo_dist.config.schema import (
-    DataConfig,
-    ExportedWeights,
-    ModelConfig,
-    ReferenceConfig,
-    RunConfig,
-    SourceConfig,
-)
+from dpo_dist.config.schema import DataConfig, ModelConfig, ReferenceConfig, RunConfig, SourceConfig
+from dpo_dist.config.verb_sections import ExportedWeights
 from dpo_dist.foundation.errors import warn_on_bug
 from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import as_yaml, counted, without_secrets

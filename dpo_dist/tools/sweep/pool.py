@@ -21,7 +21,8 @@ from dpo_dist import train
 from dpo_dist.config.command_line import command_of
 from dpo_dist.config.load import Points
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.config.schema import ConsoleStyle, RunConfig, SweepConfig
+from dpo_dist.config.schema import ConsoleStyle, RunConfig
+from dpo_dist.config.verb_sections import SweepConfig
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError, ExitCode, RunOutcome
 from dpo_dist.foundation.exit import Errors, exit_after

@@ -25,9 +25,8 @@ from dpo_dist.distributed.checkpoint.saver import (
     drop_checkpoints,
     find_faults,
     remove_unfinished,
-    write_slices,
 )
-from dpo_dist.distributed.checkpoint.slices import ModelSlices, Slice
+from dpo_dist.distributed.checkpoint.slices import ModelSlices, Slice, write_slices
 from dpo_dist.foundation.errors import CheckpointError
 from dpo_dist.foundation.files import is_temporary
 from tests.support.one_weight import WEIGHTS, Run

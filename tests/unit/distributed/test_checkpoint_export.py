@@ -26,15 +26,14 @@ from dpo_dist.config.schema import (
     AdapterVariant,
     DataConfig,
     Dtype,
-    ExportConfig,
-    ExportedWeights,
     ModelConfig,
     RunConfig,
     SourceConfig,
 )
+from dpo_dist.config.verb_sections import ExportConfig, ExportedWeights
 from dpo_dist.data.text.template import chosen_template
-from dpo_dist.distributed.checkpoint.saver import MANIFEST, Entries, write_slices
-from dpo_dist.distributed.checkpoint.slices import ModelSlices, Slice
+from dpo_dist.distributed.checkpoint.saver import MANIFEST
+from dpo_dist.distributed.checkpoint.slices import Entries, ModelSlices, Slice, write_slices
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
 from dpo_dist.model.architectures import auto_class
 from dpo_dist.model.files.load import TORCH_DTYPES, load_config, load_packed, without_weights

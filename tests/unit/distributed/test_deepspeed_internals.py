@@ -190,15 +190,16 @@ def test_the_powers_of_betas_are_those_after_as_many_updates(monkeypatch: pytest
         return DeepSpeedCPUAdam([weight], lr=0.1), weight
 
     trained, first = adam()
-    for _ in range(4):
+    for _ in range(50):  # after so many, a product of float32 is not the power
         trained.step()
     resumed, second = adam()
-    second.data.copy_(first)
+    first.data.zero_()  # the next update is not rounded to a large weight
+    second.data.zero_()
     resumed.state[second] = {
         name: value.clone() if isinstance(value, Tensor) else value
         for name, value in trained.state[first].items()
     }
-    restore_powers(resumed, 4)
+    restore_powers(resumed, 50)
     trained.step()
     resumed.step()
     assert torch.equal(first, second)
@@ -245,8 +246,9 @@ def test_a_process_group_is_forgotten() -> None:
     start_world(config, 60)
     assert deepspeed.comm.is_initialized()
     deepspeed.comm.destroy_process_group()
+    assert deepspeed.comm.comm.cdb is not None, "DeepSpeed forgets the group by itself: remove its part here"
     forget_process_group()
-    assert not deepspeed.comm.is_initialized()
+    assert deepspeed.comm.comm.cdb is None
     stop_world()
     PartialState(cpu=True)
     forget_accelerate_state()

@@ -21,11 +21,12 @@ from dpo_dist.distributed.processes.failures import Reports, watched
 from dpo_dist.distributed.processes.failures import _origin as origin_of
 from dpo_dist.distributed.processes.join import joined, start_world
 from dpo_dist.distributed.processes.world import Interrupted, Peer, Stops, World
+from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.errors import ConfigError, StoppedError
 from dpo_dist.foundation.process import PROGRESS, check_launch
 from dpo_dist.foundation.signals import BY_STEPS, BY_TRACKER, StopRequest
 from dpo_dist.model.packed import PackedCausalLM
-from dpo_dist.reference.engine import Engine, settle_engine
+from dpo_dist.reference.engine import settle_engine
 from tests.support.families import tiny_family
 from tests.support.packing import VOCABULARY
 

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig
 
-from dpo_dist.config.schema import DataConfig, ExportConfig, MemberConfig, ModelConfig, RunConfig
+from dpo_dist.config.schema import DataConfig, ModelConfig, RunConfig
+from dpo_dist.config.verb_sections import ExportConfig, MemberConfig
 from dpo_dist.model.files.stops import find_stop_ids, stop_notes, trained_stops, write_stops
 from dpo_dist.training.export import export_average
 from tests.support import tiny

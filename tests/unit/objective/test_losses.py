@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dpo_dist.config.load import load_run_config
 from dpo_dist.config.losses import (
     KINDS,
     BcoDelta,
@@ -299,6 +300,17 @@ def test_losses_are_finite_and_raising_chosen_or_lowering_rejected_never_costs(
     if kind not in NOT_MONOTONE:
         assert found[0].item() <= 1e-6
         assert found[1].item() >= -1e-6
+
+
+def test_discopop_falls_with_the_margin_everywhere_by_its_preset() -> None:
+    """At the paper's tau it rises around a margin of 0, where a run starts."""
+    config = load_run_config(["model.path=m", "loss=discopop"]).loss
+    chosen = torch.linspace(-200, 200, 4001, dtype=torch.float64, requires_grad=True)
+    zeros = torch.zeros(4001, dtype=torch.float64)
+    policy, reference = (PairLogps(first, zeros, zeros + 1, zeros + 1) for first in (chosen, zeros))
+    (slopes,) = torch.autograd.grad(preference_loss(policy, reference, config).sum(), chosen)
+    assert (slopes < 0).all()
+    assert slopes[2000] < -0.3 * config.beta
 
 
 @pytest.mark.parametrize("kind", sorted(kind for kind in LossKind if KINDS[kind].fewest_responses > 1))

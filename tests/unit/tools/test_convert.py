@@ -145,6 +145,19 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
         | {"model.quantization": "nf4", "reference.quantization": "nf4"},
         "lora_rank: 4 — not needed: the adapter that is continued",
     ),
+    (
+        "{base_model: m, rl: dpo, adapter: lora}",
+        {"model.adapter.r": 16, "model.adapter.alpha": 32, "data.max_length": 512},
+        "data.truncation",
+    ),
+    (
+        "{base_model: m, rl: simpo}",
+        {
+            "loss.beta": 0.1,
+            "loss.terms": [LossTermConfig(LossKind.simpo, options=SimpoOptions(0.5)), *terms(sft=1.0)],
+        },
+        "",
+    ),
     ("{base_model: m}", {"loss.kind": "sft", "trainer.global_batch_pairs": 1}, "trains by sft"),
     (
         "{base_model: m, rl: dpo, dpo_loss_type: [sigmoid, sft], dpo_loss_weights: [1.0, 0.5]}",
@@ -187,7 +200,8 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
     ("{rlhf_type: dpo, ref_model: m, tuner_type: full}", {"reference.path": "m"}, ""),
     (
         "{use_lora: true}",
-        {"model.adapter.r": 64, "loss.kind": "sigmoid_norm", "loss.beta": 5.0, "optim.max_grad_norm": 1e9},
+        {"model.adapter.r": 64, "model.adapter.alpha": 16, "loss.kind": "sigmoid_norm", "loss.beta": 5.0}
+        | {"optim.max_grad_norm": 1e9},
         "",
     ),
     (

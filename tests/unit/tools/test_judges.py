@@ -10,8 +10,9 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.schema import Dtype, EndpointConfig, ModelConfig, Verdicts
+from dpo_dist.config.schema import Dtype, ModelConfig
 from dpo_dist.config.user_code import find_function
+from dpo_dist.config.verb_sections import EndpointConfig, Verdicts
 from dpo_dist.data.records import Message, Origin, PreferenceRecord, Prompt
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.shared.sampling import judges

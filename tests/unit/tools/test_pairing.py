@@ -13,7 +13,8 @@ import pytest
 from transformers import Qwen2Config
 
 from dpo_dist.config.load import load_run_config
-from dpo_dist.config.schema import DropOrKeep, PairsConfig, PairSelection, PairsMethod, RunConfig
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.verb_sections import DropOrKeep, PairsConfig, PairSelection, PairsMethod
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Message, PreferenceRecord
 from dpo_dist.foundation.console import Console
@@ -329,7 +330,7 @@ def found(folder: Path, records: list[Any], *overrides: str) -> str:
         (["pairs.method=delta", "pairs.models=[a,./a]"], "two models"),
         (["pairs.rounds=1"], "rounds cannot be done"),
         (["pairs.rounds=1", *SAMPLED, "pairs.models=[other]"], "rounds cannot be done"),
-        (["pairs.margin=1", "sampling.top_k=3", "pairs.launcher=python"], "(?s)2 mistakes.*top_k.*launcher"),
+        (["pairs.margin=1", "sampling.top_k=3", "pairs.launcher=python"], "(?s)2 mistakes.*launcher.*top_k"),
     ],
 )
 def test_an_option_without_effect_or_sense_is_refused(overrides: list[str], said: str) -> None:

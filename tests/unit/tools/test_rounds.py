@@ -176,13 +176,26 @@ def test_an_adapter_is_merged_before_the_next_round(monkeypatch: pytest.MonkeyPa
     assert [second[key] for key in ("mode", "path", "quantization")] == ["cached", "base", "nf4"]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "of_training"),
+    [((), None), (("data.eval_share=0.1", "samples.prompts=0"), None), (("data.eval_share=0.1",), 9)],
+)
+def test_trainings_sample_as_the_rounds_do_if_they_sample(
+    overrides: tuple[str, ...], of_training: int | None
+) -> None:
+    verbs = Verbs()
+    assert do(verbs, "sampling.max_new_tokens=9", *overrides)[0] == 0
+    assert {one["sampling"]["max_new_tokens"] for one in verbs.of("pairs")} == {9}
+    assert {one["sampling"]["max_new_tokens"] for one in verbs.of("train")} == {of_training}
+
+
 def test_other_settings_are_refused_once_a_stage_is_finished() -> None:
     with pytest.raises(DpoDistError, match="sampling of round 1"):
         do(Verbs(pairs1=2), "pairs.function=m:mistyped")
     do(Verbs())
-    changed = r"loss\.beta: 0\.1 before, 0\.2 now; pairs\.samples: 4 before"
+    changed = r"loss\.beta: 0\.1 before, 0\.2 now; pairs\.samples: 4 before.*sampling\.top_k: 0"
     with pytest.raises(ConfigError, match=changed):
-        do(Verbs(), "loss.beta=0.2", "pairs.samples=8")
+        do(Verbs(), "loss.beta=0.2", "pairs.samples=8", "sampling.top_k=5")
     assert do(Verbs(), "trainer.save_every=7")[0] == ExitCode.completed
 
 

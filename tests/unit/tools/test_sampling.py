@@ -29,6 +29,7 @@ from transformers import (
 
 from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.config.verb_sections import SamplingConfig
 from dpo_dist.data.encode import EncodedExample, encode_pair
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.records import Dialogue, Message, Origin, PreferenceRecord, Response
@@ -46,7 +47,7 @@ from dpo_dist.tools.shared.sampling.generate import (
     random_numbers,
 )
 from dpo_dist.tools.shared.sampling.respond import Completion, Responder, find_model, open_generator, respond
-from dpo_dist.tools.shared.sampling.settings import Sampling
+from dpo_dist.tools.shared.sampling.settings import Sampling, sampling_of
 from tests.support import tiny
 from tests.support.alone import ALONE
 from tests.support.chat_tokenizers import tokenizer_of
@@ -119,6 +120,14 @@ def test_responses_are_those_of_each_prompt_alone(name: str) -> None:
     assert likeliest == [greedy(model, request) for request in requests()]
     for same in (Sampling(12, top_k=1, seed=1), Sampling(12, temperature=1e-40)):
         assert generate(model, requests(), same, STOPS, 10**6) == likeliest
+
+
+def test_null_is_the_verbs_own_value() -> None:
+    usual = {"train": (256, 0.7), "compare": (256, 1.0), "pairs": (512, 1.0)}
+    given = SamplingConfig(max_new_tokens=9, temperature=0.0, top_p=0.5, top_k=3)
+    for verb, values in usual.items():
+        assert sampling_of(verb, SamplingConfig(), 5) == Sampling(*values, top_p=1.0, top_k=0, seed=5)
+        assert sampling_of(verb, given) == Sampling(9, 0.0, 0.5, 3, 0)
 
 
 def test_samples_of_a_prompt_and_of_two_seeds_differ(model: Any) -> None:

@@ -10,10 +10,12 @@ from dpo_dist import train
 from dpo_dist.config.load import Points, load_points
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import RunConfig
+from dpo_dist.foundation.errors import RunOutcome
 from dpo_dist.foundation.files import locked
 from dpo_dist.tools.sweep import __main__ as sweep
-from dpo_dist.tools.sweep.pool import end_of, screen_since
+from dpo_dist.tools.sweep.pool import end_of, is_finished, screen_since
 from dpo_dist.tools.sweep.results import sweep_lines, sweep_results
+from dpo_dist.training.start.resume import RunState, write_state
 from tests.unit.tools.pages.made_run import change, made_run
 
 
@@ -75,6 +77,21 @@ def test_a_point_whose_run_another_process_has_is_trained_by_that(tmp_path: Path
             assert end_of(run, code, "error: x") == (75, ("trained by another process", ""))
         assert end_of(run, 3, "diverged: x") == (3, ("diverged", "diverged: x"))
     assert end_of(run, 2, "error: x") == (2, ("invalid", "error: x"))
+
+
+def test_a_point_is_finished_if_its_run_is_complete_with_its_settings(tmp_path: Path) -> None:
+    config, other = points_in(tmp_path, "loss.beta=0.1,0.2").values()
+    run = RunFolder.of(config)
+    run.path.mkdir()
+    assert not is_finished(config)
+    same = {"run_digest": config.identity.digest}
+    for outcome, identity, expected in (
+        (RunOutcome.completed, same, True),
+        (RunOutcome.preempted, same, False),
+        (RunOutcome.completed, {"run_digest": other.identity.digest}, False),
+    ):
+        write_state(run, RunState(outcome, 3, identity))
+        assert is_finished(config) is expected
 
 
 def test_a_check_has_a_line_for_each_point_and_loads_what_is_equal_once(

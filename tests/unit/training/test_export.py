@@ -8,15 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo_dist.config.schema import (
-    AdapterConfig,
-    Dtype,
-    ExportConfig,
-    FolderConfig,
-    ModelConfig,
-    ReferenceConfig,
-    RunConfig,
-)
+from dpo_dist.config.schema import AdapterConfig, Dtype, FolderConfig, ModelConfig, ReferenceConfig, RunConfig
+from dpo_dist.config.verb_sections import ExportConfig
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.files.folder import start_folder

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from dpo_dist.config.load import load_run_config, to_yaml
-from dpo_dist.config.schema import ExportConfig, FinalModel, RunConfig
+from dpo_dist.config.schema import FinalModel, RunConfig
+from dpo_dist.config.verb_sections import ExportConfig
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.errors import CheckpointError, ConfigError
 from dpo_dist.tools.evaluation import models as loading
@@ -93,6 +94,25 @@ def test_checkpoints_are_found_by_their_files(tmp_path: Path) -> None:
     assert [one.is_checkpoint for one in found] == [False, False, True, False]
     with pytest.raises(ConfigError, match="this run directory has no model"):
         find_evaluated(configured(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("run", "quantization"),
+    [
+        (
+            ("reference.mode=adapter", "model.adapter={r: 4}", "model.quantization=nf4", "parallelism=ddp"),
+            "nf4",
+        ),
+        (("reference.mode=live", "reference.path=org/other", "reference.quantization=int8"), "int8"),
+    ],
+)
+def test_an_evaluation_takes_the_same_reference_from_the_store(
+    run: tuple[str, ...], quantization: str, tmp_path: Path
+) -> None:
+    config, _ = find_evaluated(configured(tmp_path, "evaluation.model=org/name", *run))
+    assert (config.reference.mode, config.reference.quantization) == ("cached", quantization)
+    without, _ = find_evaluated(configured(tmp_path, "evaluation.model=org/name", "loss=simpo"))
+    assert without.reference.mode == "none"
 
 
 def test_names_of_results_differ_by_model_pairs_reference_and_loss(tmp_path: Path) -> None:

@@ -24,10 +24,10 @@ from dpo_dist.config.schema import (
     ModelConfig,
     OtherTracker,
     RunConfig,
-    SamplesConfig,
     TrackingConfig,
     WandbMode,
 )
+from dpo_dist.config.verb_sections import SamplesConfig
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.files import write_text
 from dpo_dist.tools.report.recorder import tracked_run

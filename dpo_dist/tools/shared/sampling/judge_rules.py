@@ -1,8 +1,8 @@
 """Rules of the judge's settings, checked before torch is imported."""
 
 from dpo_dist.config.rules import Rule, unused
-from dpo_dist.config.schema import PairsConfig
 from dpo_dist.config.user_code import user_function
+from dpo_dist.config.verb_sections import PairsConfig
 
 JUDGES = "pairs.reward_model pairs.function pairs.endpoint.url"
 _HAS_ENDPOINT = "pairs.endpoint.url!=null"

@@ -22,8 +22,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
 
-from dpo_dist.config.schema import EndpointConfig, ModelConfig, PairsConfig, Verdicts
+from dpo_dist.config.schema import ModelConfig
 from dpo_dist.config.user_code import find_function, user_function
+from dpo_dist.config.verb_sections import EndpointConfig, PairsConfig, Verdicts
 from dpo_dist.data.encoded.build import tokenizer_digest
 from dpo_dist.data.records import (
     Dialogue,

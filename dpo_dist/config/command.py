@@ -1,0 +1,336 @@
+"""A command as Hydra composes it: the layers of files and experiments, overrides, and mistakes in them."""
+
+import contextlib
+import copy
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import reduce
+from operator import getitem
+from pathlib import Path
+from typing import Any, NamedTuple, cast, get_args, get_origin
+
+import hydra
+import yaml
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dpo_dist.config.keys import COMMAND_LINE, is_within, preset_names, readers, run_keys
+from dpo_dist.config.mistakes import (
+    assignment,
+    composition_error,
+    foreign_file,
+    likely,
+    meant,
+    unknown_key,
+    unknown_preset,
+    unreadable,
+)
+from dpo_dist.config.rules import keys_of
+from dpo_dist.config.schema import RunConfig
+from dpo_dist.foundation.errors import ConfigError
+
+FAILURES = (
+    *(ConfigError, HydraException, OmegaConfBaseException),
+    *(yaml.YAMLError, ValueError, RecursionError, OSError),
+)
+"""What can go wrong while a command is composed."""
+_ROOT = "dpo_dist"
+"""The primary configuration of Hydra; the parts of the command are stored in the group of this name."""
+
+
+def parse_overrides(words: Iterable[str]) -> tuple[list[Override], list[str]]:
+    """Return the overrides of a command line, and the words that are none."""
+    parsed, unread = [], []
+    for word in words:
+        key, equals, value = word.partition("=")
+        hint, override = run_keys().get(key.lstrip("+")), _parsed(word)
+        kinds = {hint, *get_args(hint)}
+        takes_text = str in kinds and kinds.isdisjoint({int, float})  # `run.name=1e3` is that text
+        if equals and (override is None or (takes_text and type(override.value()) in (int, float))):
+            # Hydra's grammar has no `~/m`, `é` or `NAME=PATH` without quotes.
+            if re.fullmatch(r"\[[^\[\]{}\"']*\]", value):
+                value = "[" + ",".join(f'"{entry.strip()}"' for entry in value[1:-1].split(",")) + "]"
+            elif not set(value) & set("[]{}\"',\\") and value == value.strip():
+                value = f'"{value}"'
+            override = _parsed(f"{key}={value}")
+        # A package of Hydra, `loss@x=ipo`, would change nothing.
+        if override is None or not override.key_or_group or override.package is not None:
+            unread.append(word)
+        else:
+            parsed.append(override)
+    return parsed, unread
+
+
+def _parsed(line: str) -> Override | None:
+    try:
+        return OverridesParser.create().parse_override(line)
+    except HydraException:
+        return None
+
+
+def keys_given(override: Override) -> list[str]:
+    """Return the keys that an override gives; of a mapping those inside."""
+    key, value = override.key_or_group, override.value()
+    if key == "reference" and not isinstance(value, dict):
+        return ["reference.mode"]
+    return [key, *(f"{key}.{name}" for name in value)] if isinstance(value, dict) else [key]
+
+
+def names_chosen(override: Override) -> list[str]:
+    """Return the presets or experiments that an override names: `loss=ipo`, `+experiment=[a,b]`."""
+    value = override.value()
+    return ["null" if name is None else str(name) for name in (value if isinstance(value, list) else [value])]
+
+
+class _Layer(NamedTuple):
+    """Keys of a file or experiment, above the presets that it chooses."""
+
+    name: str
+    presets: dict[str, str | None]
+    values: Mapping[str, Any]
+
+
+def read_keys(file: Path) -> dict[str, Any]:
+    """Return the keys of a YAML or JSON file; raise one of `FAILURES` if it has none."""
+    with file.open(encoding="utf-8") as stream:
+        content = OmegaConf.to_container(OmegaConf.load(stream))
+    if not isinstance(content, dict):
+        raise ConfigError("this file has no keys", where=str(file), remedy="write keys: 'loss: {beta: 0.2}'")
+    if "hydra" in content:
+        raise unknown_key("hydra", where=f"hydra in {file}")
+    return cast(dict[str, Any], content)
+
+
+class Command:
+    """A command: its layers, which Hydra composes, its overrides, and the mistakes in both.
+
+    Layers are for what Hydra cannot do: files and experiments are written as a command, `loss: ipo` and
+    `loss.beta: 0.2`; and `loss=ipo` of a file or command replaces all that comes before it, where Hydra puts
+    presets below every experiment.
+    """
+
+    def __init__(
+        self,
+        words: Sequence[str],
+        folders: Sequence[Path],
+        former: Mapping[str, Any] | None,
+        mistakes: Iterable[ConfigError],
+        bases: dict[str, Any] | None = None,
+        verb: str = "",
+    ) -> None:
+        # What Hydra has composed, by what it was composed of, and the keys of files that it has read.
+        self._bases = {} if bases is None else bases
+        files = [word for word in words if "=" not in word and word.endswith((".yaml", ".yml"))]
+        parsed, unread = parse_overrides(word for word in words if word not in files)
+        self.folders, self.overrides = folders, list[Override]()
+        self.mistakes = [*mistakes, *([unreadable(unread, verb)] if unread else [])]
+        self._experiments, typed = list[_Layer](), dict[str, str | None]()
+        for override in parsed:
+            if (mistake := self._mistake(override)) is not None:
+                self.mistakes.append(mistake)
+            elif self._is_choice(override):
+                self._experiments += self._choose(override.key_or_group, names_chosen(override), typed)
+            if mistake is None:
+                self.overrides.append(override)
+        self._files = [layer for file in files for layer in self._read(Path(file), file)]
+        self._files += [] if former is None else [_Layer("config.yaml", {}, former)]
+        self._files.append(_Layer(COMMAND_LINE, typed, {}))
+
+    def _list_defaults(self) -> None:
+        """Write Hydra's list of defaults: config.yaml, experiments, and files, each above its presets."""
+        parts: list[str | _Layer] = ["config", *self._experiments]
+        chosen = {group: layer for layer in self._files for group in layer.presets}
+        for layer in self._files:
+            for group, name in layer.presets.items():
+                if name is not None and chosen[group] is layer:
+                    if not read_keys(self._file(f"{group}/{name}")) or group == "loss":
+                        # It stands for all options of its group.
+                        parts.append(_Layer("", {}, {group: plain_values(getattr(RunConfig(), group))}))
+                    parts.append(f"{group}/{name}")
+            parts.append(layer)
+        stored = {f"{_ROOT}/{number}": part for number, part in enumerate(parts)}
+        self._entries = {part if isinstance(part, str) else name: part for name, part in stored.items()}
+        presets = {group: name for layer in self._experiments for group, name in layer.presets.items()}
+        self._defaults = [
+            *self._entries,
+            "_self_",
+            # Not at two places: Hydra changes what it merges twice.
+            *({f"override {group}": name} for group, name in (presets | dict.fromkeys(chosen)).items()),
+        ]
+
+    def _choose(self, group: str, names: Iterable[Any], presets: dict[str, str | None]) -> list[_Layer]:
+        """Return the layers of experiments; add the choice of a section to `presets`."""
+        layers, known = list[_Layer](), preset_names(group, self.folders)
+        for name in names:
+            # YAML reads a bare `off` as false.
+            given = likely("false", known)[0] if name is False and likely("false", known) else name
+            if given is not None and str(given) not in known:
+                self.mistakes.append(unknown_preset(group, str(given), self.folders))
+            elif group in run_keys():
+                presets[group] = given
+            elif given is not None:
+                layers += self._read(self._file(f"{group}/{given}"), f"{group}/{given}.yaml", group)
+        return layers
+
+    def _read(self, file: Path, name: str, group: str = "experiment") -> list[_Layer]:
+        """Return the layers of a file of a group; none, and a mistake, if it cannot be read."""
+        try:
+            if (known := f"keys of {file}") not in self._bases:
+                self._bases[known] = read_keys(file)
+            content = copy.deepcopy(self._bases[known])
+            if error := foreign_file(content, file):
+                raise error
+            return self._layers(content, name, group)
+        except FAILURES as error:
+            self.mistakes.append(composition_error(error, self.folders))
+            return []
+
+    def _layers(self, content: dict[str, Any], name: str, group: str) -> list[_Layer]:
+        """Return the files in the list of `defaults` of a file as layers, and its keys as one."""
+        entries, values = content.pop("defaults", []), OmegaConf.create()
+        layers, presets = list[_Layer](), dict[str, str | None]()
+        for key, value in content.items():
+            if isinstance(value, (str, bool)) and key in run_keys() and preset_names(key, self.folders):
+                self._choose(key, [value], presets)
+            elif value not in (None, "", [], {}) or "." in str(key) or key in run_keys():
+                # An empty key of another trainer's file says nothing.
+                OmegaConf.update(values, str(key), value, force_add=True)
+        layer = _Layer(name, presets, cast(dict[str, Any], OmegaConf.to_container(values)))
+        for entry in entries if isinstance(entries, list) else [entries]:
+            if entry == "_self_":
+                layers.append(layer)
+                continue
+            place, _, file = str(entry).rpartition("/")
+            for written, names in entry.items() if isinstance(entry, dict) else [(place or group, file)]:
+                chosen = names if isinstance(names, list) else [names]
+                layers += self._choose(str(written).split()[-1].lstrip("/"), chosen, presets)
+        return layers if layer in layers else [*layers, layer]
+
+    @contextlib.contextmanager
+    def _hydra(self) -> Iterator[ConfigLoader]:
+        """Initialise Hydra with the layers and the folders of groups; on exit, restore that of the caller."""
+        store = ConfigStore.instance()
+        for name, part in self._entries.items():
+            if not isinstance(part, str):
+                store.store(name.rpartition("/")[2], dict(part.values), _ROOT, "_global_")
+        search = {"searchpath": [f"file://{folder}" for folder in self.folders[1:]]}
+        store.store(COMMAND_LINE, {"defaults": self._defaults, "hydra": search})
+        callers = GlobalHydra.instance().hydra
+        GlobalHydra.instance().clear()
+        try:
+            with hydra.initialize_config_dir(version_base="1.3", config_dir=str(self.folders[0])):
+                yield GlobalHydra.instance().config_loader()
+        finally:
+            GlobalHydra.instance().hydra = callers
+
+    def composed(self) -> dict[str, Any]:
+        """Return the values of the command; without overrides and files that are mistakes."""
+        self._list_defaults()
+        if (parts := repr((self._entries, self._defaults))) not in self._bases:
+            read_keys(self._file("config"))
+            with self._hydra():
+                self._bases[parts] = OmegaConf.merge(plain_values(RunConfig()), hydra.compose(COMMAND_LINE))
+        config = copy.deepcopy(self._bases[parts])
+        for override in self.overrides:
+            if not self._is_choice(override):
+                key, value = override.key_or_group, override.value()
+                # Hydra's own update cannot put a mapping in place of a list, for pydantic to refuse it.
+                merges = get_origin(run_keys().get(key)) is not list
+                OmegaConf.update(config, key, value, merge=merges, force_add=True)
+        return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+
+    def origin(self, key: str) -> str:
+        """Return the override, file or experiment that gives a key; the last one counts."""
+        for override in reversed(self.overrides):
+            given = override.key_or_group
+            if not self._is_choice(override) and (is_within(key, given) or is_within(given, key)):
+                return key if len(key) > len(given) else f"{COMMAND_LINE}: {override.input_line}"
+        with self._hydra() as loader:
+            entries = loader.compute_defaults_list(COMMAND_LINE, [], RunMode.RUN).defaults
+        for entry in reversed(entries):
+            path, package = str(entry.config_path), f"{entry.package}." if entry.package else ""
+            part, file = self._entries.get(path), self._file(path)
+            if not isinstance(part, _Layer):
+                part = _Layer(f"{path}.yaml", {}, read_keys(file) if file.is_file() else {})
+            if part.name and key.startswith(package):
+                with contextlib.suppress(KeyError, TypeError):
+                    reduce(getitem, key.removeprefix(package).partition("[")[0].split("."), part.values)
+                    return f"{key} in {part.name}"
+        return key
+
+    def _file(self, name: str) -> Path:
+        """Return the file of a preset or experiment: `loss/simpo`."""
+        files = [folder / f"{name}.yaml" for folder in self.folders]
+        return next(filter(Path.is_file, files), files[-1])
+
+    def _is_choice(self, override: Override) -> bool:
+        is_group = any((folder / override.key_or_group).is_dir() for folder in self.folders)
+        return is_group and not isinstance(override.value(), dict)
+
+    def _mistake(self, override: Override) -> ConfigError | None:
+        """Return the error of an override whose key or form does not exist."""
+        key, line = override.key_or_group, str(override.input_line)
+        is_choice = self._is_choice(override)
+        # Which options there are depends on the kind of loss.
+        if not is_choice and key not in run_keys() and not key.startswith("loss.options."):
+            return unknown_key(key, line.partition("=")[2], where=f"{COMMAND_LINE}: {line}")
+        if override.is_delete() or override.is_sweep_override():
+            message, remedy = f"{key} has one value", _in_place_of_several(override)
+            if override.is_interval_sweep():
+                message = "an interval has no points to train"
+        elif is_choice and key in run_keys() and isinstance(override.value(), list):
+            names, known = names_chosen(override), preset_names(key, self.folders)
+            if unknown := [name for name in names if {name, *meant(name, "values")}.isdisjoint(known)]:
+                return unknown_preset(key, unknown[0], self.folders)
+            sum_of_losses = f" or write {assignment(key, line.partition('=')[2])}" if key == "loss" else ""
+            message, remedy = f"{key} is one preset", f"write {key}=NAME: {', '.join(known)}"
+            if names:
+                remedy = f"choose {key}={names[0]}{sum_of_losses}"
+        elif not is_choice and "." not in key and not isinstance(override.value(), dict):
+            message, remedy = f"{key} is a section", f"write {key}.KEY=VALUE; --help {key} lists its keys"
+        else:
+            return None
+        return ConfigError(message, where=COMMAND_LINE, got=line, remedy=remedy)
+
+    def not_read(self, verb: str, *, trains: bool) -> list[ConfigError]:
+        """Return an error for each override whose key a verb does not read; files may serve several verbs."""
+        read, mistakes = keys_of(verb, trains=trains), []
+        for override in self.overrides:
+            for key in keys_given(override):
+                if key in run_keys() and key not in read:
+                    where = f"{COMMAND_LINE}: {override.input_line}"
+                    remedy = f"remove it: it is read by {' and '.join(readers(key))}"
+                    if (own := f"{verb}.{key.partition('.')[2]}") in read:
+                        remedy = f"write {assignment(own, str(override.input_line).partition('=')[2])}"
+                    mistakes.append(ConfigError(f"{verb} does not read {key}", where=where, remedy=remedy))
+        return mistakes
+
+
+def _in_place_of_several(override: Override) -> str:
+    """Return what to write in place of several values of a key, or of its removal."""
+    key, value = override.key_or_group, str(override.input_line).partition("=")[2]
+    if override.is_delete():
+        return f"write {key}=VALUE, or leave the word out"
+    if override.is_interval_sweep():
+        return f"name them for the verb sweep: {key}=0.1,0.2 or '{key}=range(1,4)'"
+    remedy = f"write {key}=VALUE with one of them"
+    if not (listed := assignment(key, f"[{value}]")).endswith("=..."):
+        remedy = f"write {listed}"
+    elif re.fullmatch(r"\d+,\d+", value):
+        remedy = f"write {key}={value.replace(',', '.')}: a number has a point, no comma"
+    return f"{remedy}; the verb sweep runs each of several values" if override.is_discrete_sweep() else remedy
+
+
+def plain_values(section: Any) -> dict[str, Any]:
+    """Return the values of a section, or of a whole configuration, without enums."""
+    values: dict[str, Any] = json.loads(json.dumps(asdict(section)))
+    return values

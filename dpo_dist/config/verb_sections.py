@@ -1,0 +1,206 @@
+"""Every key of the verbs `compare`, `doctor`, `export`, `pairs`, `plan` and `sweep`, and of samples."""
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
+
+from dpo_dist.config.fields import Filled, as_entry, key, schema, section
+
+
+@schema
+class SamplesConfig:
+    """Responses of the policy to held-out prompts at evaluations."""
+
+    prompts: int | None = key(None, ge=0)
+    """Prompts of the evaluation data that the policy responds to at every evaluation; null: 8, before the
+    first step and after the last only; 0: none."""
+
+
+@schema
+class SamplingConfig:
+    """How models respond: at evaluations (`samples`), in `compare` and in `pairs`."""
+
+    max_new_tokens: int | None = key(None, ge=1)
+    """Largest number of tokens in a response; null: 512 in `pairs`, else 256."""
+    temperature: float | None = key(None, ge=0)
+    """Sampling temperature; 0: greedy; null: 0.7 at evaluations, else 1, where alone the KL of `compare` is
+    unbiased."""
+    top_p: float = key(1.0, gt=0, le=1)
+    """Sample from the likeliest tokens whose probabilities add up to this."""
+    top_k: int = key(0, ge=0)
+    """Sample from this many of the likeliest tokens; 0: from all."""
+
+
+@schema
+class CompareConfig:
+    """Models that `dpo-dist compare` asks the same prompts of `data.eval`; judge: see `pairs`."""
+
+    models: list[Filled] = key([])
+    """Models to compare, each PATH or NAME=PATH: a run directory (its trained model), a checkpoint, a folder
+    of a model or an adapter, or a hub name. The first is the base of KL and win rates."""
+    prompts: int = key(128, ge=1)
+    """Number of different prompts, chosen by a hash of the prompt; all if there are fewer."""
+
+
+FailOn = StrEnum("FailOn", ["warning", "error", "never"])
+
+
+@schema
+class DoctorConfig:
+    """The examination of the data by `dpo-dist doctor`."""
+
+    fail_on: FailOn = key(FailOn.warning)
+    """Lowest level of a finding that makes the exit code 1."""
+    benchmarks: list[str] = key([])
+    """Files of benchmark prompts, .jsonl or .txt, that training data should not contain."""
+    texts: bool = key(True)
+    """Show texts of records on the page; they are hidden until clicked."""
+
+
+@schema
+class MemberConfig:
+    """One entry of `export.average`; a bare string is its `path`."""
+
+    path: Filled = key(...)
+    """Folder of a whole model, such as `export` writes."""
+    weight: float = key(1.0, gt=0)
+    """Weight in the mean; the weights are divided by their sum."""
+
+
+Member = Annotated[MemberConfig, BeforeValidator(as_entry("path"))]
+ExportedWeights = StrEnum("ExportedWeights", ["last", "ema"])
+
+
+@schema
+class ExportConfig:
+    """The model folder that `dpo-dist export` writes from checkpoints of `run.dir`."""
+
+    checkpoint: str | None = key(
+        None,
+        accepts="latest, best, or the name of a folder in checkpoints/, such as step-000100",
+        pattern=r"^(latest|best|step-\d{1,18})$",
+    )
+    """`latest`, `best` (by `trainer.keep_best`), or the name of one: `step-000100`; null: that of `model/`
+    (`trainer.final`)."""
+    weights: ExportedWeights = key(ExportedWeights.last)
+    """`last`: the weights of the checkpoint's step; `ema`: their moving average (`trainer.ema_decay`)."""
+    average: list[Member] = key([])
+    """In place of a checkpoint, the mean of whole models: their folders, such as `export` writes."""
+    merge: bool = key(False)
+    """Merge an adapter into its base, and write one model."""
+    dtype: str | None = key(None, accepts="bf16, fp16 or fp32", pattern=r"^(bf16|fp16|fp32)$")
+    """Precision of the written weights; null: `model.dtype`, for the weights of a merged base that of its
+    files."""
+    check: bool = key(True)
+    """Load the folder by transformers before it gets its name, and compare its weights with the trained ones.
+    """
+    output: Filled | None = key(None)
+    """Folder to write, which must not exist; null: `<run.dir>/exported/<checkpoint>`, with `-ema` and
+    `-merged` after it; of `export.average` `<run.dir>/exported/average`."""
+    push_to: str | None = key(None, accepts="ORG/NAME", pattern=r"^[\w.-]+/[\w.-]+$")
+    """Repository on the hub to which the folder is uploaded, as it is if it exists; created as a private one.
+    The files are listed first, and sent with `export.confirm` only."""
+    confirm: bool = key(False)
+    """Send the listed files to `export.push_to`."""
+
+
+PairsMethod = StrEnum("PairsMethod", ["scores", "samples", "delta", "people"])
+PairSelection = StrEnum("PairSelection", ["best_worst", "best_random", "all_pairs"])
+DropOrKeep = StrEnum("DropOrKeep", ["drop", "keep"])
+RoundReference = StrEnum("RoundReference", ["first", "previous"])
+Verdicts = StrEnum("Verdicts", ["compare", "grade"])
+
+JUDGING = "compare pairs"
+"""The verbs that use a judge."""
+
+
+@schema
+class EndpointConfig:
+    """A judge behind an OpenAI-compatible API; prompts and responses are sent to it."""
+
+    url: str | None = key(
+        None,
+        accepts="http://HOST:PORT/v1 or https://HOST/v1, without a user, key or query",
+        pattern=r"^(?i:https?)://[^\s/@?]+(/[^\s?]*)?$",
+    )
+    """Address up to the version: `http://localhost:8000/v1`; null: no such judge."""
+    model: Filled | None = key(None)
+    """Name of the model, as the endpoint lists it."""
+    verdicts: Verdicts = key(Verdicts.compare)
+    """`compare`: each two responses, in both positions; `grade`: each response by itself, 1 to 10."""
+    criterion: Filled = key(
+        "the better response is more helpful, honest and harmless, and follows the instructions"
+    )
+    """The judge's criterion, in one clause."""
+
+
+@schema
+class PairsConfig:
+    """Preference records made of the prompts of `data.train`, or of the scores in it."""
+
+    method: PairsMethod = key(PairsMethod.scores)
+    """`scores`: from scores in the data; `samples`: responses of models, scored by a judge; `delta`:
+    responses of a stronger model, preferred to those of a weaker one; `people`: labelled by people."""
+    limit: int | None = key(None, ge=1)
+    """Number of different prompts to use; `scores`: of usable records, `people`: of comparisons. null: all,
+    or 1000 for `people`."""
+    select: PairSelection = key(PairSelection.best_worst)
+    """Pairs of a prompt, by scores: best and worst, best and a random one, or all."""
+    margin: float = key(0.0, ge=0)
+    """Make a pair only if its scores differ by more than this; equal scores never make one."""
+    models: list[str] = key([])
+    """Models that respond, as folders (also of adapters) or hub names; `delta`: the stronger one, then the
+    weaker one. Empty: `model.path`."""
+    samples: int = key(4, ge=1)
+    """Responses of each model to a prompt; `delta` takes one."""
+    unfinished: DropOrKeep = key(DropOrKeep.drop)
+    """What to do with responses that did not end within `sampling.max_new_tokens`; they are counted."""
+    reward_model: Filled | None = key(None, verbs=JUDGING)
+    """Judge: folder or hub name of a sequence classification model with one output."""
+    function: Filled | None = key(None, verbs=JUDGING)
+    """Judge: your own function, as `module:function`."""
+    endpoint: EndpointConfig = section(EndpointConfig, verbs=JUDGING)
+    prompt_parts: int = key(1, ge=1)
+    """Divide the prompts into this many parts, by their contents; each round takes the next part."""
+    prompt_part: int = key(0, ge=0)
+    """The part to use, of `prompt_parts`; with rounds, of the first round."""
+    rounds: int = key(0, ge=0)
+    """Rounds of sampling, scoring, pairing and training, by one command; 0: make pairs only."""
+    reference: RoundReference = key(RoundReference.previous)
+    """Reference model of a round's training: the `first` one, or the policy of the `previous` round."""
+    launcher: Filled | None = key(None)
+    """Command before `-m dpo_dist.train` in rounds, which ends with the exit code of its processes; null:
+    `dpo-dist launch` with several GPUs, else one process."""
+
+
+GpuKind = Literal["h100-80g", "h200-141g", "b200-180g", "a100-80g", "a100-40g", "l40s-48g", "rtx4090-24g"]
+
+
+@schema
+class PlanConfig:
+    """The machines that `plan`, and two lines of `train --check`, compute for."""
+
+    gpus: int | None = key(None, ge=1)
+    """Number of GPUs, 8 to a node; null: those of this machine, or else 8."""
+    gpu: GpuKind | None = key(None)
+    """Kind of the GPUs; null: that of this machine, measured, or else h100-80g."""
+    price: float | None = key(None, gt=0, verbs="plan")
+    """Price of a GPU for an hour, in any currency."""
+    pairs: int | None = key(None, ge=1)
+    """Pairs of an epoch; null: counted in local `data.train`, or by the cards of the presets' data."""
+    tokens_per_pair: float | None = key(None, gt=1)
+    """Tokens of a pair with its prompt once; null: as the pairs."""
+    suggest: bool = key(False, verbs="plan")
+    """Also print the settings that fit with the shortest epoch."""
+
+
+@schema
+class SweepConfig:
+    """How the points of a sweep are run."""
+
+    parallel: int | None = key(None, ge=1)
+    """Points that train at a time, each on an equal part of the GPUs; null: as many as GPUs, or 1 without."""
+    launcher: Filled | None = key(None)
+    """Command before `-m dpo_dist.train` that starts the processes of a point; null:
+    `dpo-dist launch` if a point has several GPUs, else one process that imports nothing again."""
