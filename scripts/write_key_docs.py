@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dpo_dist.config.fields import fields_of
-from dpo_dist.config.keys import Key, all_keys, key_rows, section_meanings
+from dpo_dist.config.keys import Key, key_rows, section_meanings
 from dpo_dist.config.losses import KINDS, KindFacts, LossConfig
 from dpo_dist.config.verbs import EVERY_VERB
 
