@@ -24,7 +24,7 @@ unit: ## run the unit tests, a process for each core
 test: ## run all tests
 	./scripts/test.sh
 
-docs: env ## write the generated tables of README.md and docs/ again
+docs: env ## write the generated tables of docs/ again
 	$(BIN)/python scripts/write_key_docs.py
 
 docs-site: env ## build a searchable site of README.md and docs/ in build/site

@@ -1,1 +1,1 @@
-"""Measurements of speed and memory: `python -m benchmarks NAME --help`; results in docs/scaling.md."""
+"""Measurements of speed and memory: `python -m benchmarks NAME --help`; results in benchmarks/log.md."""

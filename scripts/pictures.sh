@@ -1,10 +1,19 @@
 #!/usr/bin/env bash
-# Take the pictures of docs/images from the pages of a run: ./scripts/pictures.sh RUN_DIR (needs Chromium).
+# Take the pictures of docs/images (needs Chromium): ./scripts/pictures.sh RUN_DIR [PAGE]
+# from the pages of a run, and from PAGE: runs.html, or the address that `dpo-dist pairs pairs.method=people` prints.
 set -euo pipefail
 run=$(realpath "$1")
-cd "$(dirname "$0")/../docs/images"
 browser=$(command -v chromium || command -v chromium-browser || command -v google-chrome)
-shoot() { "$browser" --headless --no-sandbox --disable-gpu --hide-scrollbars --screenshot="$2" --window-size="$3" "file://$1"; }
-shoot "$run/report.html" report.png 1000,720
+shoot() { "$browser" --headless --no-sandbox --disable-gpu --hide-scrollbars --screenshot="$2" --window-size="$3" "$1"; }
+page=${2:-}
+if [[ $page == *.html ]]; then page=file://$(realpath "$page"); fi
+cd "$(dirname "$0")/../docs/images"
+shoot "file://$run/report.html" report.png 1000,720
 cp "$run/dpo_metrics/training_curves.png" curves.png
-if [ -e "$run/doctor/doctor.html" ]; then shoot "$run/doctor/doctor.html" doctor.png 1000,720; fi
+for name in doctor comparison; do
+    if [ -e "$run/$name/$name.html" ]; then shoot "file://$run/$name/$name.html" "$name.png" 1000,720; fi
+done
+case $page in
+    file:*) shoot "$page" runs.png 1000,630 ;;
+    http*) shoot "$page?annotator=Ada" people.png 1000,280 ;;
+esac

@@ -1,6 +1,6 @@
-"""Write the tables of keys and of loss kinds in README.md and docs/ from the declarations in dpo_dist/config.
+"""Write the tables of keys and of loss kinds in docs/ from the declarations in dpo_dist/config.
 
-Run it after a change of a key or a kind of loss: `.venv/bin/python scripts/write_key_docs.py`.
+Run it after a change of a key or a kind of loss: `make docs`.
 """
 
 import re
@@ -12,26 +12,21 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from dpo_dist.config.fields import fields_of
-from dpo_dist.config.keys import Key, all_keys, key_rows, section_meanings
+from dpo_dist.config.keys import Key, key_rows, section_meanings
 from dpo_dist.config.losses import KINDS, KindFacts, LossConfig
 from dpo_dist.config.verbs import EVERY_VERB
 
 ROOT = Path(__file__).resolve().parents[1]
-IN_README = """
-run.dir model.path model.dtype model.gradient_checkpointing model.adapter data.train data.eval data.max_length
-loss.kind loss.beta reference.mode optim.lr
-trainer.global_batch_pairs trainer.micro_batch_tokens trainer.epochs trainer.max_steps trainer.eval_every
-trainer.save_every parallelism.kind tracking.wandb
-"""
+CELL = 160
+"""Most characters of a cell: a phrase. What is longer goes below the table."""
 MODIFIERS = {"ld_alpha", "weighting", "reference_free"}
 """Options of nearly all kinds; docs/losses.md describes them below its table."""
 
 
 def pages() -> dict[Path, str]:
     """Return the whole text of every page with a table."""
-    readme, docs = ROOT / "README.md", ROOT / "docs"
+    docs = ROOT / "docs"
     return {
-        readme: _with_table(readme, _short_table(all_keys()[name] for name in IN_README.split())),
         docs / "losses.md": _with_table(docs / "losses.md", _loss_table()),
         docs / "configuration.md": _configuration(),
     }
@@ -58,11 +53,6 @@ def _code(text: str) -> str:
     return f"`{text}`" if text else "-"
 
 
-def _short_table(keys: Iterable[Key]) -> str:
-    rows = ((_code(key.name), key.meaning, _code(key.default_words)) for key in keys)
-    return _table(("key", "meaning", "default"), rows)
-
-
 def _loss_table() -> str:
     heading = ("kind", "loss of a pair", "options", "reference", "source")
     return _table(heading, (_loss_row(kind, facts) for kind, facts in KINDS.items()))
@@ -83,19 +73,19 @@ def _configuration() -> str:
     parts = [
         "# Configuration\n",
         "<!-- written by scripts/write_key_docs.py from dpo_dist/config; edit the declarations there -->\n",
-        "Every key can be set on the command line: `loss.beta=0.2`. `--help KEY` explains one, `--cfg job` "
-        "prints the values\nof a run, `--cfg schema` the JSON schema of all keys, for editors. "
-        "All mistakes of a command are one error.\n",
-        "A YAML file of your own has any of these keys:\n",
-        "    python -m dpo_dist.train my.yaml loss.beta=0.2\n",
+        "    dpo-dist train my.yaml loss.beta=0.2\n",
+        "trains with the keys of a YAML file of your own and of the command line:\n",
         "    # my.yaml\n    model: {path: Qwen/Qwen2.5-0.5B}\n"
         "    data: {train: [pairs.jsonl], eval_share: 0.05}\n"
         "    loss: simpo          # a preset of conf/loss; or keys, {kind: simpo, beta: 2}\n"
         "    optim.lr: 1e-6\n",
-        "Later ones win: defaults, experiments (`+experiment=NAME`), files from left to right, the "
-        "command line; in each, keys\nover presets (`loss=ipo`). `loss=NAME` and presets without keys "
-        "replace the whole section. An option\nfrom before that a key of the command line leaves without "
-        "effect (`samples.prompts=0`) is at its default again.\n",
+        "Every key of this page can be set in both. `--help KEY` explains a key, `--cfg job` prints the "
+        "values of a run,\n`--cfg schema` the JSON schema of all keys, for editors. All mistakes of a "
+        "command are one error.\n",
+        "Later values win, in this order: defaults, experiments (`+experiment=NAME`), files from left to "
+        "right, the command line.\nIn each of them keys win over presets (`loss=ipo`). `loss=NAME` and "
+        "presets without keys replace the whole section. If a\nkey of the command line leaves an earlier "
+        "option without effect (`samples.prompts=0`), that option is at its default again.\n",
         "Hydra composes `conf/`: `config.yaml` lists the groups, and a file of a group is a preset "
         "with the bare keys of\nits section. An experiment is written like a file of your own. Both may have "
         "a list of `defaults`, which names presets\n(`loss: ipo` or Hydra's `override /loss: ipo`) and "
@@ -115,6 +105,8 @@ def _configuration() -> str:
         rows = [key for key in keys if key.name.startswith(f"{section}.")]
         verbs = Counter(key.verbs for key in rows).most_common(1)[0][0]
         parts += [f"## `{section}`\n", f"{meaning} Read by {_verbs(verbs)}.\n", _full_table(rows, verbs)]
+        if notes := [f"- `{key.name}`: {rest}" for key in rows if (rest := _phrase(key.meaning)[1])]:
+            parts.append("\n".join([*notes, ""]))
     return "\n".join(parts)
 
 
@@ -122,14 +114,31 @@ def _verbs(verbs: Sequence[str]) -> str:
     return "all verbs" if list(verbs) == EVERY_VERB.split() else ", ".join(verbs)
 
 
+def _type(key: Key) -> str:
+    kinds = {"loss.kind": "one of the [kinds](losses.md)", "loss.terms[].kind": "as `loss.kind`"}
+    return kinds.get(key.name, key.type_words)
+
+
+def _phrase(meaning: str) -> tuple[str, str]:
+    """Return the beginning of a meaning, of at most `CELL` characters, and what goes below the table."""
+    if len(meaning) <= CELL:
+        return meaning, ""
+    for mark in (". ", "; ", ": "):
+        beginning = meaning[: CELL + 1].rpartition(mark)[0]
+        if beginning:
+            rest = meaning[len(beginning) + len(mark) :]
+            return beginning + ("." if mark == ". " else " ..."), rest
+    raise AssertionError(f"no sentence of this meaning fits into a cell: {meaning}")
+
+
 def _full_table(keys: Iterable[Key], usual_verbs: Sequence[str]) -> str:
     heading = ("key", "type and bounds", "default", "meaning", "verbs", "digest")
     rows = (
         (
             _code(key.name),
-            "as `loss.kind`" if key.name == "loss.terms[].kind" else key.type_words,
+            _type(key),
             _code(key.default_words),
-            key.meaning,
+            _phrase(key.meaning)[0],
             "" if key.verbs == usual_verbs else _verbs(key.verbs),
             "yes" if key.defines_result else "-",
         )

@@ -302,8 +302,7 @@ KINDS: dict[LossKind, KindFacts] = {
         accepts_rankings=True,
     ),
     LossKind.kto: KindFacts(
-        "good: wd (1 - s(b (D - z))), bad: wu (1 - s(b (z - D))); z the mean log-ratio of mismatched "
-        "responses over the global batch, at least 0; wd, wu = `loss.desirable_weight`, "
+        "good: wd (1 - s(b (D - z))), bad: wu (1 - s(b (z - D))); wd, wu = `loss.desirable_weight`, "
         "`loss.undesirable_weight`",
         "KTO, arXiv 2402.01306",
         _LABELLED,

@@ -284,8 +284,8 @@ class DataConfig:
     text_as_messages: bool = key(False, verbs=VERBS_WITH_DATA)
     """Render plain-text prompts by the chat template, as a user turn."""
     template: TextTemplate = key(TextTemplate.auto, verbs=VERBS_WITH_DATA)
-    """Special tokens of the chat template that occur in texts: encode them as tokens (`applied`), as text
-    (`literal`), or as text, with an error if most records have them (`auto`)."""
+    """Encode special tokens of the chat template that occur in texts as tokens (`applied`) or as text
+    (`literal`); `auto`: as text, with an error if most records have them."""
     chat_template: Filled | None = key(None, verbs=VERBS_WITH_DATA)
     """Chat template: a file, or the name of one of the tokenizer's templates; null: the tokenizer's own."""
     template_arguments: dict[str, Any] | None = key(None, accepts="a mapping", verbs=VERBS_WITH_DATA)
@@ -298,7 +298,7 @@ class DataConfig:
         ["empty_thoughts"], accepts=f"a list of {', '.join(UNTRAINED_PARTS)} or BEGIN...END"
     )
     """Parts of these turns to leave out of the loss: `empty_thoughts`, `thoughts`, `formatting` (tokens
-    around turns), or the text from one marker to another, as `<note>...</note>`."""
+    around turns), or text between markers, `<note>...</note>`."""
     ranked: Ranked = key(Ranked.whole)
     """Use a ranking of more than two responses as one example, as its best and worst, or as all pairs."""
     unpair: bool = key(False)
@@ -427,8 +427,8 @@ class EvaluationConfig:
     """The models and pairs that `dpo-dist evaluate` scores."""
 
     model: Filled | Names | None = key(None, accepts="a path, or a list of paths")
-    """Folder or hub name of a model or of an adapter on `model.path`, folder of a checkpoint of this
-    configuration (`<run.dir>/checkpoints/step-000100`), or a list of them; null: `<run.dir>/model`."""
+    """Folder or hub name of a model or of an adapter on `model.path`, a checkpoint
+    (`<run.dir>/checkpoints/step-000100`), or a list; null: `<run.dir>/model`."""
     data: list[Source] = key([])
     """Pairs in place of `data.eval`, in the same form; the run directory stays that of the run."""
 

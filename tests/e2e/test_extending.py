@@ -1,4 +1,4 @@
-"""The worked examples of docs/extending.md: applied to a copy of the project, they do what the page says."""
+"""The worked examples of CONTRIBUTING.md: applied to a copy of the project, they do what the page says."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from tests.support import tiny
 from tests.support.families import COMMON, HEADS
 from tests.support.pages import ROOT, blocks_of
 
-EXAMPLES = [block.text for block in blocks_of("extending.md") if block.language == "diff"]
+EXAMPLES = [block.text for block in blocks_of("CONTRIBUTING.md") if block.language == "diff"]
 
 
 def changes(diff: str) -> Iterator[tuple[str, list[str]]]:
@@ -39,7 +39,7 @@ def apply(diff: str, root: Path) -> None:
 
 
 def test_the_table_counts_the_files_and_lines_of_each_example() -> None:
-    page = (ROOT / "docs" / "extending.md").read_text()
+    page = (ROOT / "CONTRIBUTING.md").read_text()
     rows = [line.split("|") for line in page.splitlines() if line.startswith("| a ")]
     for (_, addition, files, lines, *_), diff in zip(rows, EXAMPLES, strict=True):
         hunks = list(changes(diff))

@@ -148,6 +148,6 @@ def notebook(folder: Path, blocks: list[Block]) -> None:
 def test_every_block_of_the_page_runs(tmp_path: Path) -> None:
     write_model(tmp_path / "model")
     write_pairs(tmp_path / "pairs.jsonl", 9, seed=1)
-    blocks = [block for block in blocks_of("python.md") if block.language == "python"]
+    blocks = [block for block in blocks_of("docs/python.md") if block.language == "python"]
     assert len(blocks) == 11
     in_process(notebook, tmp_path, blocks)

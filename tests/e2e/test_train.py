@@ -57,7 +57,9 @@ def test_a_run_writes_all_files_of_the_contract(trained: Trained) -> None:
     assert {path.name for path in (run / "logs").iterdir()} == {"rank-0.log", "rank-1.log"}
     assert "FutureWarning" not in screen
     optional = {"", "encoding the eval data:"}  # another test may have encoded them
-    documented = beginnings((ROOT / "docs/watching.md").read_text().partition("### JSON objects")[0])
+    page = (ROOT / "docs/watching.md").read_text()
+    shown = page.partition("### A run without a terminal")[2].partition("### JSON objects")[0]
+    documented = beginnings(shown)
     assert len(documented) > 15
     assert documented - optional <= beginnings(textwrap.indent(screen, "    "))
     assert "FutureWarning" in (run / "logs/rank-0.log").read_text()

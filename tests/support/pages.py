@@ -21,8 +21,8 @@ class Block:
 
 
 def blocks_of(page: str) -> list[Block]:
-    """The blocks of a page of docs/ that have a language."""
-    text = (ROOT / "docs" / page).read_text()
+    """The blocks of a page of the project that have a language."""
+    text = (ROOT / page).read_text()
     return [Block(*found) for found in _BLOCK.findall(text)]
 
 

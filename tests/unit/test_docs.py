@@ -11,7 +11,7 @@ from dpo_dist.config.user_code import DOORS
 from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.objective.metrics import ENTROPIES, PAIR_METRICS
 from dpo_dist.objective.router import AUX_LOSS, BUSIEST, Z_LOSS
-from scripts.write_key_docs import pages
+from scripts.write_key_docs import CELL, pages
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,7 +19,7 @@ PACKAGE = ROOT / "dpo_dist"
 PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
-    *(ROOT / name for name in ("launch/README.md", "conf/experiment/README.md")),
+    *(ROOT / name for name in ("launch/README.md", "conf/experiment/README.md", "benchmarks/log.md")),
 ]
 KEYS = run_keys()
 ROOMS = "|".join(path.name for path in PACKAGE.iterdir() if path.is_dir())
@@ -77,6 +77,28 @@ def test_named_keys_modules_and_tests_exist(page: Path) -> None:
 def test_every_key_that_runs_code_is_on_the_page_about_security() -> None:
     listed = (ROOT / "docs" / "reliability.md").read_text().partition("### Code runs only if")[2]
     assert [key for key in DOORS if f"`{key}" not in listed.partition("\n### ")[0]] == []
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if page.stem != "architecture"],
+    ids=lambda page: str(page.relative_to(ROOT)),
+)
+def test_cells_of_tables_are_phrases(page: Path) -> None:
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    seen = re.sub(r"\[([^]]+)\]\([^)]+\)", r"\1", prose)  # links without their addresses
+    rows = [line for line in seen.splitlines() if line.startswith("| ")]
+    cells = [cell.strip() for row in rows for cell in re.split(r"(?<!\\)\|", row)]
+    assert [cell for cell in cells if len(cell) > CELL] == []
+
+
+def test_pages_write_a_verb_in_one_way() -> None:
+    pages = "\n".join(page.read_text() for page in PAGES if page.stem != "CHANGELOG")
+    assert re.findall(r"-m dpo_dist\.(?!train\b)\w+|python -m dpo_dist\.train", pages) == []
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= 1200
 
 
 def test_the_readme_begins_with_the_commands_of_users_and_of_developers() -> None:

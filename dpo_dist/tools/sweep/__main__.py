@@ -2,7 +2,7 @@
 
 Takes the command of `train`, with several values for some keys: 0.1,0.2 or range(1,4) or choice(a,b), as
 Hydra. The same command again resumes what was interrupted and leaves what is finished. In a SLURM array each
-job takes a part of the points. docs/evaluate.md explains the table at the end.
+job takes a part of the points. launch/README.md explains the table at the end.
 """
 
 from dpo_dist.foundation.signals import end_at_signals

@@ -72,11 +72,13 @@ def test_a_record_of_the_corpus_becomes_what_its_row_says(row: dict[str, Any]) -
         assert (seen(with_system.prompt), with_system.responses) == ([KIND, Q], record.responses)
 
 
-# The table of formats in docs/data.md.
+# The examples of formats in docs/data.md, each with the name that stands above it.
 PAGE = (ROOT / "docs" / "data.md").read_text()
-ROWS = re.findall(
-    r"^\| `(\w+)` \| `(\{.+\})` \| ", PAGE.split("| format | example", 1)[1].split("\n\n")[0], re.M
-)
+ROWS = [
+    (name, example.strip())
+    for name, examples in re.findall(r"^\*\*`(\w+)`\*\*(?:.+\n)+\n((?: {4}\{.+\}\n)+)", PAGE, re.MULTILINE)
+    for example in examples.splitlines()
+]
 
 
 @pytest.mark.parametrize(("name", "example"), ROWS)
