@@ -35,8 +35,8 @@ ROOMS = {
     "accelerate": r"distributed\.|training\.reporting\.trackers",
     "deepspeed": r"distributed\.",
     "wandb": r"training\.reporting\.trackers",
-    "hydra": r"config\.|\w+$",  # verbs, too
-    "omegaconf": r"config\.|\w+$",
+    "hydra": r"config\.",
+    "omegaconf": r"config\.",
     "torch": r"(?!config\.|foundation\.)",
     "torch.distributed": r"(?!objective\.)",
     **dict.fromkeys(("benchmarks", "examples", "scripts", "tests"), r"\b\B"),
