@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dpo_dist.config.load import checked
-from dpo_dist.config.losses import DiscopopOptions, LossKind, LossTermConfig, SimpoOptions
+from dpo_dist.config.loss_options import DiscopopOptions, SimpoOptions
+from dpo_dist.config.losses import LossKind, LossTermConfig
 from dpo_dist.config.mistakes import SCHEMA, names_of_others
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
