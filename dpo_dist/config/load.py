@@ -25,7 +25,7 @@ from dpo_dist.config.mistakes import (
     raise_all,
     wrong_values,
 )
-from dpo_dist.config.rules import check, resolve_reference, rules_of, without_unused
+from dpo_dist.config.rules import check_rules, resolve_reference, rules_of, without_unused
 from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.config.user_code import find_function, written_values
 from dpo_dist.foundation.errors import ConfigError, DpoDistError
@@ -185,7 +185,7 @@ def checked(config: RunConfig, given: Collection[str] = (), verb: str = "") -> R
         given = {*given, "reference.mode"}
     rules = rules_of(verb)
     config = without_unused(resolve_reference(config), given, rules)
-    check(config, rules)
+    check_rules(config, rules)
     given_dir = config.run.dir
     folder = (
         default_dir(config.run.root, config.run.name, config.identity.digest)

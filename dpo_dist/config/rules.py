@@ -87,7 +87,7 @@ def without_unused(config: RunConfig, given: Collection[str], rules: Iterable[Ru
     return config
 
 
-def check(config: RunConfig, rules: Iterable[Rule]) -> None:
+def check_rules(config: RunConfig, rules: Iterable[Rule]) -> None:
     """Raise one error with every rule that a configuration breaks."""
     raise_all([rule.error(config) for rule in rules if rule.broken(config)])
 
@@ -456,7 +456,7 @@ def needs_of(verb: str) -> list[Rule]:
 
 def check_needs(config: RunConfig, verb: str) -> None:
     """Check that a configuration that no command line gave has what a verb needs."""
-    check(config, needs_of(verb))
+    check_rules(config, needs_of(verb))
 
 
 def keys_of(verb: str, *, trains: bool = False) -> list[str]:

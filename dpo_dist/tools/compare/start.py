@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_dist.config.keys import as_written
-from dpo_dist.config.rules import Rule, check
+from dpo_dist.config.rules import Rule, check_rules
 from dpo_dist.config.run_folder import is_checkpoint
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.formats import check_source
@@ -53,8 +53,8 @@ def check_comparison(config: RunConfig) -> list[NamedModel]:
         "set model.revision=null; a revision of another model: download it and name its folder",
         lambda c: c.model.path not in locations,
     )
-    check(config, [revision])
-    check(config, [*ENDPOINT_RULES, _ONE_JUDGE])
+    check_rules(config, [revision])
+    check_rules(config, [*ENDPOINT_RULES, _ONE_JUDGE])
     check_function(config.pairs)
     return models
 
