@@ -176,10 +176,10 @@ def _load(command: "Command", verb: str) -> RunConfig:
         raise
     raise_all(command.mistakes)
     given = [key for override in command.overrides for key in keys_given(override)]
-    return checked(config, given, verb)
+    return complete_config(config, given, verb)
 
 
-def checked(config: RunConfig, given: Collection[str] = (), verb: str = "") -> RunConfig:
+def complete_config(config: RunConfig, given: Collection[str] = (), verb: str = "") -> RunConfig:
     """Check all rules, and fill in `reference.mode` and `run.dir`; `given`: the keys of the command."""
     if config.reference.mode is ReferenceMode.auto:  # it follows what the command gives
         given = {*given, "reference.mode"}
@@ -203,7 +203,7 @@ def to_yaml(config: RunConfig) -> str:
 def from_yaml(text: str, where: str | Path = "config.yaml") -> RunConfig:
     """Return the configuration that `to_yaml` wrote, to the file `where`."""
     try:
-        return checked(SCHEMA.validate_python(written_values(text, str(where))))
+        return complete_config(SCHEMA.validate_python(written_values(text, str(where))))
     except ValidationError as error:
         raise_all(wrong_values(error, lambda key: f"{key} in {where}"))
         raise

@@ -25,7 +25,7 @@ from dpo_dist.config.loss_options import (
 
 T = TypeVar("T")
 
-OF_MODEL = "model"
+COEFFICIENT_OF_MODEL = "model"
 """The value of `loss.router.aux_coefficient` for the coefficient in the model's config.json."""
 
 

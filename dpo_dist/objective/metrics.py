@@ -21,7 +21,7 @@ from dpo_dist.config.metrics import CUSTOM, METRICS, TERMS
 from dpo_dist.config.user_code import METRICS_FUNCTION, user_function
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.logps import PairLogps
-from dpo_dist.objective.losses import INVENTED, BatchFacts, floors, implicit_rewards, log_ratios, margin_of
+from dpo_dist.objective.losses import TRIAL_LOGPS, BatchFacts, floors, implicit_rewards, log_ratios, margin_of
 from dpo_dist.objective.router import AUX_LOSS, BUSIEST, Z_LOSS
 
 PAIR_METRICS = tuple(name for name, metric in METRICS.items() if metric.over_pairs)
@@ -79,7 +79,7 @@ def custom_metrics(
     Of a loss of records each has one response, as training gives them: the other side is 0, with 0 tokens.
     Raises ConfigError: it cannot be used.
     """
-    columns = torch.tensor(INVENTED, device=device).double()
+    columns = torch.tensor(TRIAL_LOGPS, device=device).double()
     if function is None:
         return CustomMetrics()
     if loss.is_unpaired or loss.is_one_sided:

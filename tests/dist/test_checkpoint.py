@@ -36,7 +36,7 @@ from dpo_dist.distributed.checkpoint.saver import (
     SavedSlices,
     latest_checkpoint,
 )
-from dpo_dist.distributed.checkpoint.slices import SHARDS, Entries, Sharded
+from dpo_dist.distributed.checkpoint.slices import SHARDS, Entries, SlicedWeights
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.foundation.errors import CheckpointError
@@ -113,7 +113,7 @@ class Trainer:
     def saver(self, root: Path, keep_last: int = 2) -> CheckpointSaver:
         return CheckpointSaver(root, keep_last, self.parts(), self.world)
 
-    def parts(self) -> list[Sharded]:
+    def parts(self) -> list[SlicedWeights]:
         return [self.policy] if self.sync is None else [self.policy, self.sync]
 
     def held(self) -> list[Tensor]:

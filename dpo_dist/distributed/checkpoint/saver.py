@@ -45,8 +45,8 @@ from dpo_dist.distributed.checkpoint.slices import (
     Entries,
     HostCopy,
     ModelSlices,
-    Sharded,
     Slice,
+    SlicedWeights,
     write_slices,
 )
 from dpo_dist.distributed.deepspeed_internals import is_sharded, whole_shape
@@ -302,7 +302,7 @@ class CheckpointSaver:
         self,
         root: Path,
         keep_last: int,
-        parts: Sequence[Sharded],
+        parts: Sequence[SlicedWeights],
         world: World,
         *,
         say: Callable[[str], None] = log.warning,

@@ -11,14 +11,14 @@ from dpo_dist.config.verb_sections import PairsConfig, PairsMethod, SamplingConf
 from dpo_dist.data.formats import check_source
 from dpo_dist.model.files.folder import local_model_folder
 from dpo_dist.tools.shared.sampling.judge_rules import ENDPOINT_RULES, JUDGES, check_function, count_judges
-from dpo_dist.training.start.named_models import located
+from dpo_dist.training.start.named_models import locate_model
 
 
 def responding_models(pairs: PairsConfig, policy: str) -> list[str]:
     """Return the models that respond, by default the policy; of a run in `pairs.models` its trained model."""
     names, key = pairs.models, "pairs.models"
     runs = {name for name in names if RunFolder(Path(name).expanduser()).config.is_file()}
-    return [located(name, key) if name in runs else name for name in names] or [policy]
+    return [locate_model(name, key) if name in runs else name for name in names] or [policy]
 
 
 _ROUNDS = "pairs.rounds!=0"
