@@ -36,12 +36,12 @@ def main() -> int:
 def _in_place_of(verb: str) -> str:
     """Return what to write in place of a verb that does not exist; empty if nothing is like it."""
     from dpo_dist.config.keys import choices, run_keys  # noqa: PLC0415  (slow)
-    from dpo_dist.config.mistakes import meant  # noqa: PLC0415
+    from dpo_dist.config.mistakes import equivalents  # noqa: PLC0415
 
-    if answers := meant(verb, "methods"):
+    if answers := equivalents(verb, "methods"):
         return answers[0]
     losses = [f"train loss={verb}"] if verb in choices(run_keys()["loss.kind"]) else []
-    if written := [*meant(verb, "verbs"), *losses]:
+    if written := [*equivalents(verb, "verbs"), *losses]:
         return f"write dpo-dist {written[0]}"
     return "".join(
         f"did you mean {name}?" for name in get_close_matches(verb.removeprefix("dpo_dist."), VERBS, 1)

@@ -65,7 +65,7 @@ class PackedBatch:
     @property
     def predictors(self) -> Tensor:
         """Return int64 [targets]: the index in `input_ids` of the token that predicts each target."""
-        return copied_to(self.input_ids.device, self.target_places[1])
+        return copy_to_device(self.input_ids.device, self.target_places[1])
 
     @property
     def repeats(self) -> Tensor:
@@ -76,7 +76,7 @@ class PackedBatch:
         lengths = [length for pieces in self.layout for length in pieces]
         counts = [count for pieces in self.layout for count in (len(pieces) - 1, *[1] * (len(pieces) - 1))]
         counted = np.repeat(np.array(counts, dtype=np.float32), lengths) * bool(len(self.keys))
-        return copied_to(self.input_ids.device, counted)
+        return copy_to_device(self.input_ids.device, counted)
 
     def with_one_target(self) -> "PackedBatch":
         """Return the batch with its first target only: enough for a forward, but not a pair for the loss."""
@@ -103,7 +103,7 @@ class PackedBatch:
         return replace(self, **changed)
 
 
-def copied_to(device: torch.device, array: npt.NDArray[Any]) -> Tensor:
+def copy_to_device(device: torch.device, array: npt.NDArray[Any]) -> Tensor:
     """Return the array on `device`: itself on the CPU, else a copy, asynchronous from pinned memory."""
     source = torch.from_numpy(array)
     if device.type != "cuda":
@@ -215,8 +215,8 @@ def padded_rows(batch: PackedBatch, pad_id: int) -> PaddedRows:
     device = batch.input_ids.device
     input_ids = torch.full((len(lengths) * longest,), pad_id, dtype=torch.int64, device=device)
     is_token = torch.zeros_like(input_ids, dtype=torch.bool)
-    on_device = copied_to(device, places)
-    input_ids[on_device] = batch.input_ids[copied_to(device, np.concatenate(indices))]
+    on_device = copy_to_device(device, places)
+    input_ids[on_device] = batch.input_ids[copy_to_device(device, np.concatenate(indices))]
     is_token[on_device] = True
     rows, predictors = batch.target_places
     prompt_starts, prompts, own_starts = np.array(starts)[rows].T
@@ -225,5 +225,5 @@ def padded_rows(batch: PackedBatch, pad_id: int) -> PaddedRows:
         input_ids=input_ids.view(len(lengths), longest),
         lengths=tuple(lengths.tolist()),
         is_token=is_token.view(len(lengths), longest),
-        predictors=copied_to(device, rows * longest + in_rows),
+        predictors=copy_to_device(device, rows * longest + in_rows),
     )

@@ -27,9 +27,9 @@ from dpo_dist.config.keys import COMMAND_LINE, is_within, preset_names, readers,
 from dpo_dist.config.mistakes import (
     assignment,
     composition_error,
+    equivalents,
     foreign_file,
     likely,
-    meant,
     unknown_key,
     unknown_preset,
     unreadable,
@@ -289,7 +289,7 @@ class Command:
                 message = "an interval has no points to train"
         elif is_choice and key in run_keys() and isinstance(override.value(), list):
             names, known = names_chosen(override), preset_names(key, self.folders)
-            if unknown := [name for name in names if {name, *meant(name, "values")}.isdisjoint(known)]:
+            if unknown := [name for name in names if {name, *equivalents(name, "values")}.isdisjoint(known)]:
                 return unknown_preset(key, unknown[0], self.folders)
             sum_of_losses = f" or write {assignment(key, line.partition('=')[2])}" if key == "loss" else ""
             message, remedy = f"{key} is one preset", f"write {key}=NAME: {', '.join(known)}"

@@ -26,7 +26,7 @@ from dpo_dist.config.keys import (
 )
 from dpo_dist.config.load import Points, load_points, load_run_config, to_yaml
 from dpo_dist.config.losses import KINDS, kinds_using
-from dpo_dist.config.mistakes import SCHEMA, assignment, meant, raise_all, suggestion, unknown_key
+from dpo_dist.config.mistakes import SCHEMA, assignment, equivalents, raise_all, suggestion, unknown_key
 from dpo_dist.config.rules import keys_of
 from dpo_dist.config.run_folder import existing_run
 from dpo_dist.config.schema import ZERO_STAGES, ConsoleStyle, Dtype, ParallelismConfig, RunConfig
@@ -105,7 +105,7 @@ def _unknown_option(name: str, values: Sequence[str]) -> ConfigError:
     key, value = name.lstrip("-").replace("-", "_"), "".join(values[:1])
     if len(values) > 1:
         value = f"[{','.join(values)}]"
-    is_foreign = meant(key, "keys") or meant(key, "answers") or len(key) == 1
+    is_foreign = equivalents(key, "keys") or equivalents(key, "answers") or len(key) == 1
     if key in run_keys() and ("." in key or not is_foreign):  # `--optim adamw_torch` is foreign
         remedy = f"write {assignment(key, value or 'true')}"
     else:

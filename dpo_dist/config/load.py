@@ -25,7 +25,7 @@ from dpo_dist.config.mistakes import (
     raise_all,
     wrong_values,
 )
-from dpo_dist.config.rules import check, resolve_reference, rules_of, without_unused
+from dpo_dist.config.rules import check_rules, resolve_reference, rules_of, without_unused
 from dpo_dist.config.schema import ReferenceMode, RunConfig
 from dpo_dist.config.user_code import find_function, written_values
 from dpo_dist.foundation.errors import ConfigError, DpoDistError
@@ -176,16 +176,16 @@ def _load(command: "Command", verb: str) -> RunConfig:
         raise
     raise_all(command.mistakes)
     given = [key for override in command.overrides for key in keys_given(override)]
-    return checked(config, given, verb)
+    return complete_config(config, given, verb)
 
 
-def checked(config: RunConfig, given: Collection[str] = (), verb: str = "") -> RunConfig:
+def complete_config(config: RunConfig, given: Collection[str] = (), verb: str = "") -> RunConfig:
     """Check all rules, and fill in `reference.mode` and `run.dir`; `given`: the keys of the command."""
     if config.reference.mode is ReferenceMode.auto:  # it follows what the command gives
         given = {*given, "reference.mode"}
     rules = rules_of(verb)
     config = without_unused(resolve_reference(config), given, rules)
-    check(config, rules)
+    check_rules(config, rules)
     given_dir = config.run.dir
     folder = (
         default_dir(config.run.root, config.run.name, config.identity.digest)
@@ -203,7 +203,7 @@ def to_yaml(config: RunConfig) -> str:
 def from_yaml(text: str, where: str | Path = "config.yaml") -> RunConfig:
     """Return the configuration that `to_yaml` wrote, to the file `where`."""
     try:
-        return checked(SCHEMA.validate_python(written_values(text, str(where))))
+        return complete_config(SCHEMA.validate_python(written_values(text, str(where))))
     except ValidationError as error:
         raise_all(wrong_values(error, lambda key: f"{key} in {where}"))
         raise

@@ -57,13 +57,13 @@ def names_of_others() -> dict[str, dict[str, Any]]:
 def _table(section: str) -> dict[str, tuple[str, ...]]:
     """Return, for each name of a section of names.yaml, what it stands for."""
     meanings: dict[str, tuple[str, ...]] = {}
-    for meant, names in names_of_others()[section].items():
+    for meaning, names in names_of_others()[section].items():
         for name in names.split():
-            meanings[name] = (*meanings.get(name, ()), meant)
+            meanings[name] = (*meanings.get(name, ()), meaning)
     return meanings
 
 
-def meant(name: str, table: str) -> tuple[str, ...]:
+def equivalents(name: str, table: str) -> tuple[str, ...]:
     """Return what a name of another trainer, or its last part, stands for in a table of names.yaml.
 
     `keys`: keys of the same meaning; `answers`: what to write in place of it, with `{value}` for its value,
@@ -80,7 +80,7 @@ _SIMILAR = 0.75
 
 def likely(word: str, known: Collection[str]) -> list[str]:
     """Return the name in `known` that the user probably meant, if any."""
-    if same := [name for name in (word.lower(), *meant(word, "values")) if name in known]:
+    if same := [name for name in (word.lower(), *equivalents(word, "values")) if name in known]:
         return same[:1]
     if longer := [name for name in known if name.startswith(f"{word.lower()}-")]:  # h100: h100-80g
         return longer[:1]
@@ -156,7 +156,7 @@ def assignment(key: str, value: str) -> str:
         kinds = [kind.strip("[] '\"") for kind in value.split(",")]
         named = (likely(kind, choices(run_keys()["loss.kind"])) or [kind] for kind in kinds)
         return assignment("loss.terms", f"[{', '.join(f'{{kind: {kind}}}' for [kind] in named)}]")
-    meanings = (word for word in meant(value, "values") if word in choices(run_keys().get(key)))
+    meanings = (word for word in equivalents(value, "values") if word in choices(run_keys().get(key)))
     for text in (value, *meanings, f"[{value}]"):
         if text and _is_accepted(key, text):
             return shlex.quote(f"{key}={text}")
@@ -212,10 +212,10 @@ def _in_place_of(key: str, value: str) -> str:
     same: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
     if mapping.endswith("]"):
-        if options := [option for option in meant(name, "sources") if f"{mapping}.{option}" in known]:
+        if options := [option for option in equivalents(name, "sources") if f"{mapping}.{option}" in known]:
             return f"write {options[0]}: {value or '...'}"
     else:
-        same, answers = meant(key, "keys"), meant(key, "answers")
+        same, answers = equivalents(key, "keys"), equivalents(key, "answers")
         if not same and not answers:  # a key without its section
             inside = [option for option in known if option.startswith(mapping)]
             same = tuple(option for option in inside if option.rpartition(".")[2] == name)
@@ -240,9 +240,9 @@ _METHODS = {"loss", "loss.kind", "loss.terms[].kind", "stage", "rl", "rlhf_type"
 
 def answers_to(key: str, value: str) -> list[str]:
     """Return the answers to a key, or to one of the same meaning, with this value."""
-    names = (key, *meant(key, "keys"))
-    methods = meant(value, "methods") if {*map(entry_of, names)} & _METHODS else ()
-    given = [line for name in names for line in meant(f"{name}={value}", "answers")]
+    names = (key, *equivalents(key, "keys"))
+    methods = equivalents(value, "methods") if {*map(entry_of, names)} & _METHODS else ()
+    given = [line for name in names for line in equivalents(f"{name}={value}", "answers")]
     return [*methods, *(line.replace("{value}", value) for line in given)]
 
 
@@ -358,7 +358,7 @@ def _no_option(key: str, detail: ErrorDetails, origin: Callable[[str], str]) -> 
         remedy += "; loss=NAME replaces all options of the loss" if place == "loss.options" else ""
         message, where = f"{key} has no effect with this {kind_key}", f"{key}, {kind_key}"
         return ConfigError(message, where=where, got=f"{got}, {kind}", expected=expected, remedy=remedy)
-    same = [option for option in known if f"loss.options.{option}" in meant(name, "keys")]
+    same = [option for option in known if f"loss.options.{option}" in equivalents(name, "keys")]
     remedy = f"write {' or '.join(f'{place}.{option}' for option in known)}" if known else "remove it"
     if guesses := [*same, *likely(name, known)]:
         remedy = f"did you mean {place}.{guesses[0]}?"
@@ -391,14 +391,18 @@ _KEYS_OF_A_TRAINER = 3
 def trainer_of(keys: Collection[Any]) -> str | None:
     """Return the trainer of a file with these keys: three that trainers have, one of them its own."""
     trainers, same = names_of_others()["trainers"], {name.rpartition(".")[2] for name in run_keys()}
-    known = [key for key in map(str, keys) if key in same or meant(key, "keys") or meant(key, "answers")]
+    known = [
+        key
+        for key in map(str, keys)
+        if key in same or equivalents(key, "keys") or equivalents(key, "answers")
+    ]
     own = (name for name, signs in trainers.items() if not {*signs.split()}.isdisjoint(known))
     return next(own, None) if len(known) >= _KEYS_OF_A_TRAINER else None
 
 
 def foreign_file(content: Mapping[str, Any], file: Path) -> ConfigError | None:
     """Return the error for a file of keys of another trainer; None for a file with few of them."""
-    names = [str(key) for key in content if meant(str(key), "keys") or meant(str(key), "answers")]
+    names = [str(key) for key in content if equivalents(str(key), "keys") or equivalents(str(key), "answers")]
     names = [name for name in names if name not in run_keys()]
     if len(names) < _FOREIGN_KEYS or trainer_of(content) is None:
         return None

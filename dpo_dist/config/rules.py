@@ -21,7 +21,7 @@ from dpo_dist.config.verb_sections import SamplingConfig
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError
 
-Test = Callable[[RunConfig], bool]
+Condition = Callable[[RunConfig], bool]
 LOSS = "loss"
 """As a key of a rule: `loss.kind`, or `loss.terms` if the loss is made of terms."""
 
@@ -38,7 +38,7 @@ class Rule:
     when: str
     why: str
     remedy: str | Callable[[RunConfig], str]
-    also: Test = lambda _: True
+    also: Condition = lambda _: True
     resets: str = ""
 
     def broken(self, config: RunConfig) -> bool:
@@ -50,7 +50,9 @@ class Rule:
         loss_key = "loss.terms" if config.loss.terms else "loss.kind"
         keys = re.findall(r"(?:^| )([\w.]+)", self.when)
         names = [loss_key if key == LOSS else key for key in keys]
-        values = ["+".join(config.loss.kinds) if key == LOSS else as_written(at(config, key)) for key in keys]
+        values = [
+            "+".join(config.loss.kinds) if key == LOSS else as_written(value_at(config, key)) for key in keys
+        ]
         remedy = self.remedy if isinstance(self.remedy, str) else self.remedy(config)
         why, remedy = self.why.format(**vars(config)), remedy.format(**vars(config))
         return ConfigError(why, where=", ".join(names), got=", ".join(values), remedy=remedy)
@@ -58,11 +60,11 @@ class Rule:
 
 def _holds(config: RunConfig, part: str) -> bool:
     key, equals, values = part.partition("=")
-    is_listed = as_written(at(config, key.rstrip("!"))) in values.split("|") if equals else True
+    is_listed = as_written(value_at(config, key.rstrip("!"))) in values.split("|") if equals else True
     return is_listed is not key.endswith("!")
 
 
-def unused(key: str, unless: str, remedy: str = "", works: Test = lambda _: False) -> Rule:
+def unused(key: str, unless: str, remedy: str = "", works: Condition = lambda _: False) -> Rule:
     """Return the rule that a key stays at its default unless the condition `unless`, or `works`, holds."""
     default, other = all_keys()[key].default, unless.partition("=")[0].rstrip("!")
     return Rule(
@@ -70,7 +72,9 @@ def unused(key: str, unless: str, remedy: str = "", works: Test = lambda _: Fals
         f"{key} has no effect with this {other}",
         f"remove {key}, or {remedy or 'set ' + unless.replace('|', ' or ')}",
         lambda c: (
-            at(c, key, default) != default and not (other != unless and _holds(c, unless)) and not works(c)
+            value_at(c, key, default) != default
+            and not (other != unless and _holds(c, unless))
+            and not works(c)
         ),
         resets="" if other == LOSS else other,  # loss=NAME gives all options of the loss
     )
@@ -87,12 +91,12 @@ def without_unused(config: RunConfig, given: Collection[str], rules: Iterable[Ru
     return config
 
 
-def check(config: RunConfig, rules: Iterable[Rule]) -> None:
+def check_rules(config: RunConfig, rules: Iterable[Rule]) -> None:
     """Raise one error with every rule that a configuration breaks."""
     raise_all([rule.error(config) for rule in rules if rule.broken(config)])
 
 
-def at(config: RunConfig, key: str, absent: Any = None) -> Any:
+def value_at(config: RunConfig, key: str, absent: Any = None) -> Any:
     """Return the value of a key; `absent` for a key of the adapter if there is none."""
     if key.startswith("model.adapter.") and config.model.adapter is None:
         return absent
@@ -104,7 +108,9 @@ def _given_once(key: str) -> Rule:
         key,
         f"a source of {key} is given twice",
         "remove one of them; weight: 2 draws each pair of a source of data.train twice per epoch",
-        lambda c: len({str(replace(source, weight=1.0)) for source in at(c, key)}) < len(at(c, key)),
+        lambda c: (
+            len({str(replace(source, weight=1.0)) for source in value_at(c, key)}) < len(value_at(c, key))
+        ),
     )
 
 
@@ -113,7 +119,7 @@ def _unweighted(key: str) -> Rule:
         key,
         "a weight has no effect on evaluation data: every pair counts once",
         "remove the weight, or set limit",
-        lambda c: any(source.weight != 1 for source in at(c, key)),
+        lambda c: any(source.weight != 1 for source in value_at(c, key)),
     )
 
 
@@ -188,7 +194,9 @@ RULES = (
         "a module that is trained in full needs no low-rank matrices",
         "list it in only one of them",
         lambda c: (
-            not set(at(c, "model.adapter.modules_to_save")).isdisjoint(at(c, "model.adapter.target_modules"))
+            not set(value_at(c, "model.adapter.modules_to_save")).isdisjoint(
+                value_at(c, "model.adapter.target_modules")
+            )
         ),
     ),
     Rule(
@@ -456,7 +464,7 @@ def needs_of(verb: str) -> list[Rule]:
 
 def check_needs(config: RunConfig, verb: str) -> None:
     """Check that a configuration that no command line gave has what a verb needs."""
-    check(config, needs_of(verb))
+    check_rules(config, needs_of(verb))
 
 
 def keys_of(verb: str, *, trains: bool = False) -> list[str]:

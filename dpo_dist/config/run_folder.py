@@ -12,7 +12,7 @@ from dpo_dist.foundation.errors import ConfigError
 
 STATE = "state.json"
 """The file of a checkpoint with the state of the training loop."""
-BEST = "best"
+BEST_FILE = "best"
 """The file beside the checkpoints with the name of the best one by `trainer.keep_best`."""
 _NAME = re.compile(r"step-(\d{1,18})")
 
@@ -35,7 +35,7 @@ def is_checkpoint(folder: Path) -> bool:
 
 def best_checkpoint(root: Path) -> str | None:
     """Return the name of the best checkpoint below `root`, if one is recorded."""
-    file = root / BEST
+    file = root / BEST_FILE
     return file.read_text(encoding="utf-8").strip() if file.is_file() else None
 
 

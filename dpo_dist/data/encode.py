@@ -19,7 +19,7 @@ from dpo_dist.data.records import (
 )
 from dpo_dist.data.text.escape import THOUGHT_TAGS, has_reserved
 from dpo_dist.data.text.lengths import kept_tokens, needed_tokens
-from dpo_dist.data.text.render import Rendered, render_record
+from dpo_dist.data.text.render import RenderedRecord, render_record
 from dpo_dist.data.text.template import Span
 from dpo_dist.data.text.tokenizer import TokenizerFacts, tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError
@@ -84,7 +84,7 @@ def encode_pair(
 
 
 def _encoded(
-    rendered: Rendered, facts: TokenizerFacts, config: DataConfig
+    rendered: RenderedRecord, facts: TokenizerFacts, config: DataConfig
 ) -> tuple[list[int], list[list[int]], list[Mask], bool]:
     """Return the ids of the prompt and of each response; masks of the tokens that the loss counts, none if it
     counts all; and whether a response was resplit.

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from dpo_dist.config.losses import NUMBERS
 from dpo_dist.config.schema import DataConfig, DataFormat, OnBadRecord, SourceConfig
 from dpo_dist.data.counts import DataCounts, check_counts
-from dpo_dist.data.read.columns import FIRST_RECORDS, OTHERS, VOTES, resolved, with_columns
+from dpo_dist.data.read.columns import FIRST_RECORDS, OTHERS, VOTES, resolve_source, with_columns
 from dpo_dist.data.read.context import unread_fields, with_context
 from dpo_dist.data.read.layouts import (
     LISTS,
@@ -42,7 +42,7 @@ from dpo_dist.data.read.messages import (
     reader_of,
     spelled_messages,
 )
-from dpo_dist.data.read.sources import local_files, pinned, raw_records
+from dpo_dist.data.read.sources import local_files, pin_source, raw_records
 from dpo_dist.data.read.values import from_json, number_of
 from dpo_dist.data.records import (
     MAX_RECORD_BYTES,
@@ -110,7 +110,7 @@ def read_records(
     One item per record: a pair, a ranking, a completion, or the reason why it cannot be used. DataError and
     ConfigError are raised by this call if they are known then.
     """
-    source = resolved(SourceConfig(path=source) if isinstance(source, str) else source)
+    source = resolve_source(SourceConfig(path=source) if isinstance(source, str) else source)
     return (
         record if isinstance(record, BadRecord) else parse(record, source.format, origin)
         for record, origin in raw_records(source)
@@ -130,11 +130,11 @@ def check_source(source: SourceConfig, config: DataConfig | None = None) -> None
     """
     from huggingface_hub import constants  # noqa: PLC0415  # slow to import
 
-    source = resolved(source)
+    source = resolve_source(source)
     with_columns(iter(()), source)
     if local_files(source) is None:
         if constants.HF_HUB_OFFLINE:
-            pinned(source)  # its cache must have the dataset
+            pin_source(source)  # its cache must have the dataset
         return
     counts = DataCounts()
     # Sorted data can begin with many records without a response.

@@ -142,14 +142,14 @@ def disk_error(error: BaseException) -> ConfigError | None:
     )
 
 
-_OF_TOOLS = {"datasketch", "py3langid", "scipy", "sklearn"}
+_TOOL_PACKAGES = {"datasketch", "py3langid", "scipy", "sklearn"}
 """Packages of the extra `tools`, by the names that Python imports."""
 
 
 def package_error(error: BaseException) -> ConfigError | None:
     """Return a `ConfigError` if a package of the extra `tools` is missing, else None."""
     package = error.name.partition(".")[0] if isinstance(error, ModuleNotFoundError) and error.name else ""
-    if package not in _OF_TOOLS:
+    if package not in _TOOL_PACKAGES:
         return None
     return ConfigError(
         "this verb needs packages that training does without",

@@ -83,7 +83,7 @@ class StopRequest:
         if self._deadline < math.inf:
             signal.setitimer(signal.ITIMER_REAL, max(1e-3, self._deadline - time.monotonic()))
         try:
-            with ended_with_launcher():
+            with end_with_launcher():
                 yield
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
@@ -194,7 +194,7 @@ def _end_now(exit_code: int) -> NoReturn:
 
 
 @contextlib.contextmanager
-def ended_with_launcher() -> Iterator[None]:
+def end_with_launcher() -> Iterator[None]:
     """Get SIGTERM inside the block when the launcher of this process dies, if there is one."""
     _follow_launcher()
     try:

@@ -14,22 +14,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, relu
 
-from dpo_dist.config.losses import (
-    KINDS,
+from dpo_dist.config.loss_options import (
     BetaDpoOptions,
     CpoOptions,
     DiscopopOptions,
-    Divergence,
     DpopOptions,
     IpoOptions,
-    LossConfig,
-    LossKind,
-    LossTermConfig,
     OdpoOptions,
     OrpoOptions,
     RewardAwareOptions,
     SimpoOptions,
 )
+from dpo_dist.config.losses import KINDS, Divergence, LossConfig, LossKind, LossTermConfig
 from dpo_dist.config.user_code import accepts_facts, find_function, user_function
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.logps import PairLogps
@@ -265,14 +261,14 @@ def _mean_margin(ratios: PairLogps, config: LossConfig) -> Tensor:
     return chosen - divergence_score(ratios.rejected, config) / ratios.rejected_tokens
 
 
-FLOORED = frozenset({LossKind.sigmoid, LossKind.beta_dpo})
+KINDS_WITH_FLOOR = frozenset({LossKind.sigmoid, LossKind.beta_dpo})
 """Kinds that are a cross-entropy with the soft label."""
 
 
 def floors(config: LossConfig, facts: BatchFacts) -> Tensor:
     """Return the least loss of each pair that any policy has: the entropy of its soft label, [pairs]."""
     terms = list(config.terms) or [LossTermConfig(kind=config.kind, weight=1.0)]
-    weight, label = sum(term.weight for term in terms if term.kind in FLOORED), facts.soft_label
+    weight, label = sum(term.weight for term in terms if term.kind in KINDS_WITH_FLOOR), facts.soft_label
     assert label is not None
     entropy: Tensor = torch.special.entr(label) + torch.special.entr(1 - label)
     return weight * entropy * (1.0 if facts.pair_weights is None else facts.pair_weights)
@@ -353,7 +349,7 @@ def implicit_rewards(policy: PairLogps, reference: PairLogps | None, config: Los
     return Rewards(config.beta * ratios.chosen, config.beta * ratios.rejected)
 
 
-INVENTED = [[-40, -70, -25], [-45, -60, -90], [-42, -66, -25], [-44, -63, -80], [20, 35, 12], [25, 28, 40]]
+TRIAL_LOGPS = [[-40, -70, -25], [-45, -60, -90], [-42, -66, -25], [-44, -63, -80], [20, 35, 12], [25, 28, 40]]
 """Log-probs of three pairs: chosen and rejected under the policy and the reference, and numbers of tokens."""
 
 
@@ -366,7 +362,7 @@ def check_custom_loss(config: LossConfig, device: torch.device | None = None) ->
         return None
     user_function(config.function)
     alone = replace(config, kind=LossKind.custom, terms=[], options=None)
-    columns = torch.tensor(INVENTED, dtype=torch.float64, device=device)
+    columns = torch.tensor(TRIAL_LOGPS, dtype=torch.float64, device=device)
     try:
         losses, gradients = _try(columns, alone)
         first, _ = _try(columns[:, :1], alone)

@@ -21,7 +21,7 @@ from dpo_dist.config.metrics import CUSTOM, METRICS, TERMS
 from dpo_dist.config.user_code import METRICS_FUNCTION, user_function
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.objective.logps import PairLogps
-from dpo_dist.objective.losses import INVENTED, BatchFacts, floors, implicit_rewards, log_ratios, margin_of
+from dpo_dist.objective.losses import TRIAL_LOGPS, BatchFacts, floors, implicit_rewards, log_ratios, margin_of
 from dpo_dist.objective.router import AUX_LOSS, BUSIEST, Z_LOSS
 
 PAIR_METRICS = tuple(name for name, metric in METRICS.items() if metric.over_pairs)
@@ -79,7 +79,7 @@ def custom_metrics(
     Of a loss of records each has one response, as training gives them: the other side is 0, with 0 tokens.
     Raises ConfigError: it cannot be used.
     """
-    columns = torch.tensor(INVENTED, device=device).double()
+    columns = torch.tensor(TRIAL_LOGPS, device=device).double()
     if function is None:
         return CustomMetrics()
     if loss.is_unpaired or loss.is_one_sided:
@@ -361,7 +361,8 @@ def length_members(columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {group: buckets == number for number, group in enumerate(_LENGTH_GROUPS)}
 
 
-Values = npt.NDArray[np.float32]
+PairColumn = npt.NDArray[np.float32]
+"""A value of each pair: float32 [pairs]."""
 _PERCENTS = (5, 25, 50, 75, 95)
 MARGIN_PERCENTILES = tuple(f"rewards/margins/p{percent:02}" for percent in _PERCENTS)
 """Metrics of evaluations: percentiles of the margin over pairs."""
@@ -371,25 +372,25 @@ MARGIN_PERCENTILES = tuple(f"rewards/margins/p{percent:02}" for percent in _PERC
 class PairValues:
     """Values of a dataset's pairs in its order, float32 [pairs] each; a ranking is its best and worst."""
 
-    reward_chosen: Values
-    reward_rejected: Values
-    margin: Values  # difference of the rewards, taken before they are rounded
-    logp_chosen: Values  # the policy's log-prob of the response, as the loss sums it, in nats
-    logp_rejected: Values
-    reference_chosen: Values  # the reference's log-prob; nan without a reference
-    reference_rejected: Values
-    tokens_chosen: Values  # tokens that the loss counts
-    tokens_rejected: Values
-    custom: Mapping[str, Values] = field(default_factory=dict)  # by the names of `CustomMetrics`
+    reward_chosen: PairColumn
+    reward_rejected: PairColumn
+    margin: PairColumn  # difference of the rewards, taken before they are rounded
+    logp_chosen: PairColumn  # the policy's log-prob of the response, as the loss sums it, in nats
+    logp_rejected: PairColumn
+    reference_chosen: PairColumn  # the reference's log-prob; nan without a reference
+    reference_rejected: PairColumn
+    tokens_chosen: PairColumn  # tokens that the loss counts
+    tokens_rejected: PairColumn
+    custom: Mapping[str, PairColumn] = field(default_factory=dict)  # by the names of `CustomMetrics`
 
     @classmethod
-    def of(cls, columns: Mapping[str, Values]) -> "PairValues":
+    def of(cls, columns: Mapping[str, PairColumn]) -> "PairValues":
         """Return the values of `named` columns."""
         custom = {name: column for name, column in columns.items() if name.startswith(CUSTOM)}
         return cls(**{name: columns[name] for name in columns if name not in custom}, custom=custom)
 
     @property
-    def named(self) -> dict[str, Values]:
+    def named(self) -> dict[str, PairColumn]:
         """All values by name."""
         return {name: column for name, column in vars(self).items() if name != "custom"} | {**self.custom}
 

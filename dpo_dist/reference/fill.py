@@ -24,11 +24,12 @@ from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.files import collect_abandoned, locked
 from dpo_dist.foundation.process import note_progress
 from dpo_dist.foundation.signals import stopped_by
-from dpo_dist.reference.store import LogpStore, Values
+from dpo_dist.reference.store import LogpStore, StoredLogps
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
+FillProgress = Callable[[int, int], None]
+"""Called with pairs done and pairs in all."""
 
 Scorer = Callable[[PackedBatch], Tensor]
 """Per-token log-probs of a batch by the reference model: float32 [targets]."""
@@ -94,12 +95,12 @@ class StoreFiller:
     stops: Stops
     shards: frozenset[str] = frozenset()
 
-    def fill(self, dataset: PreferenceDataset, indices: Indices, progress: Progress) -> FillReport:
+    def fill(self, dataset: PreferenceDataset, indices: Indices, progress: FillProgress) -> FillReport:
         """Compute and store the missing log-probs of the pairs `indices` of `dataset`.
 
         Rank 0 decides what is missing. One job at a time fills a fingerprint; the others wait for it and then
         compute what is still missing. A killed fill loses at most two shards of each rank.
-        `progress` is called with pairs done and pairs in all: at the start, and after each micro-batch.
+        `progress` is called at the start and after each micro-batch.
         """
 
         def survey() -> tuple[Indices, FillReport, frozenset[str]]:
@@ -143,7 +144,7 @@ class StoreFiller:
                 time.sleep(_RETRY_SECONDS)
             yield has_waited
 
-    def _compute(self, dataset: PreferenceDataset, missing: Indices, progress: Progress) -> FillReport:
+    def _compute(self, dataset: PreferenceDataset, missing: Indices, progress: FillProgress) -> FillReport:
         """Score responses in rounds; while one round is scored, the shards of the one before are written."""
         started, done, is_stopped = time.monotonic(), 0, False
         score, written, stored = self.load_scorer(), set[str](), 0
@@ -155,7 +156,7 @@ class StoreFiller:
         def plan(responses: Indices) -> tuple[int, list[list[_Part]]]:
             return self._plan(dataset, responses)
 
-        def write(keys: Keys, entries: list[Values]) -> set[str]:
+        def write(keys: Keys, entries: list[StoredLogps]) -> set[str]:
             if not entries:
                 return set()
             name = self.store.write(keys, entries)
@@ -207,7 +208,7 @@ class StoreFiller:
         micro_batches: Sequence[Sequence[_Part]],
         score: Scorer,
         progress: Callable[[float], None],
-    ) -> tuple[Keys, list[Values], bool]:
+    ) -> tuple[Keys, list[StoredLogps], bool]:
         """Score this rank's micro-batches of a round, the same number on every rank (law L2). Collective.
 
         `progress` is called with the share of the round that is done. Returns keys uint64 [n, 2] and
@@ -220,7 +221,7 @@ class StoreFiller:
         damaged: list[int] = []
         packed = _packed(dataset, micro_batches, forwards, damaged, world.device)
         keys: list[Keys] = [np.empty((0, 2), dtype=np.uint64)]
-        entries: list[Values] = []
+        entries: list[StoredLogps] = []
         is_stopped = False
         with prefetch(packed, _BATCHES_AHEAD) as batches:
             for number, batch in enumerate(batches, start=1):

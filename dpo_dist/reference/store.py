@@ -36,7 +36,8 @@ from dpo_dist.foundation.files import staged_file, text_digest, write_text
 
 log = logging.getLogger(__name__)
 
-Values = npt.NDArray[np.float32]
+StoredLogps = npt.NDArray[np.float32]
+"""Per-token log-probs of a response: float32 [response tokens]."""
 _Numbers = npt.NDArray[np.int64]
 
 # Raised when the code that computes log-probs changes their digits, which
@@ -122,7 +123,7 @@ class Shard:
         return int(self.ends[-1])
 
     @cached_property
-    def values(self) -> Values:
+    def values(self) -> StoredLogps:
         """float32 [tokens]: the last numbers of the file, as safetensors writes narrow numbers last."""
         import torch  # noqa: PLC0415  (statistics of a store need no values)
 
@@ -258,7 +259,7 @@ class LogpStore:
     def __len__(self) -> int:
         return len(self._first_words)
 
-    def _find(self, keys: Keys) -> Iterator[Values | None]:
+    def _find(self, keys: Keys) -> Iterator[StoredLogps | None]:
         """Yield the values of each key; None if it has no intact entry."""
         starts = np.searchsorted(self._first_words, keys[:, 0])
         stops = np.searchsorted(self._first_words, keys[:, 0], side="right")
@@ -275,7 +276,7 @@ class LogpStore:
             else:
                 yield None
 
-    def find(self, keys: Keys) -> list[Values | None]:
+    def find(self, keys: Keys) -> list[StoredLogps | None]:
         """Return the log-probs of each key, float32 [completion tokens]; None if missing or damaged."""
         return list(self._find(keys))
 
@@ -283,7 +284,7 @@ class LogpStore:
         """Return which `keys` have an intact entry; bool [n]. Reads and verifies their values."""
         return np.fromiter((values is not None for values in self._find(keys)), np.bool_, len(keys))
 
-    def read(self, keys: Keys) -> list[Values]:
+    def read(self, keys: Keys) -> list[StoredLogps]:
         """Return the log-probs of each key, float32 [completion tokens]; a missing key is an error."""
         entries = []
         for key, values in zip(keys, self._find(keys), strict=True):
@@ -298,7 +299,7 @@ class LogpStore:
             entries.append(values)
         return entries
 
-    def write(self, keys: Keys, entries: Sequence[Values]) -> str:
+    def write(self, keys: Keys, entries: Sequence[StoredLogps]) -> str:
         """Append entries as one shard, and return its name; stores that are opened later see it."""
         not_finite = sum(not np.isfinite(values).all() for values in entries)
         if not_finite:

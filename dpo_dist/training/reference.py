@@ -27,7 +27,7 @@ from dpo_dist.model.numerics import numerics_of
 from dpo_dist.reference.digest import ModelFiles, check_same_numerics, model_label
 from dpo_dist.reference.engine import SCORING_TOKENS_FACTOR, ReferenceProvider, load_reference, scored_model
 from dpo_dist.reference.fill import ENTRIES_PER_SHARD, FillReport, Scorer, StoreFiller
-from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, Values
+from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, StoredLogps
 from dpo_dist.training.start.context import Run, open_run, say_header
 from dpo_dist.training.start.inputs import EvaluationInputs, load_inputs
 from dpo_dist.training.steps.step import Objective
@@ -57,7 +57,7 @@ def check_drift(
     count = min(_CHECKED_PAIRS, len(visited))
     indices = np.sort(generator.choice(visited, size=count, replace=False))
     rank_batch = run.shard(dataset, indices, costs)
-    drifts: list[tuple[str, Values]] = []
+    drifts: list[tuple[str, StoredLogps]] = []
     with objective.prefetched(rank_batch, world.device) as batches:
         for micro_batch, host_batch in zip(rank_batch.micro_batches, batches, strict=True):
             batch = host_batch.to(world.device)
@@ -85,7 +85,7 @@ def check_drift(
     }
 
 
-def _check_drifts(drifts: Sequence[tuple[str, Values]], dtype: Dtype) -> None:
+def _check_drifts(drifts: Sequence[tuple[str, StoredLogps]], dtype: Dtype) -> None:
     def tolerance(tokens: int) -> float:
         # A forward in 16 bits depends on the shape of its batch: single tokens move, the mean of many hardly.
         return _TOLERANCE[dtype] * (1.0 if dtype is Dtype.fp32 else max(1.0, 8 / math.sqrt(tokens)))

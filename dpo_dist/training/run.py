@@ -13,7 +13,7 @@ from dpo_dist.batching.plan import Arrangement, ComputeCosts
 from dpo_dist.config.losses import Weighting
 from dpo_dist.config.schema import AttentionBackend, ReferenceMode, RunConfig
 from dpo_dist.distributed.checkpoint.saver import Checkpoint, CheckpointSaver, reading_errors
-from dpo_dist.distributed.checkpoint.slices import Sharded
+from dpo_dist.distributed.checkpoint.slices import SlicedWeights
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.zero import Engine, FrozenEngine, LossScale, PolicyEngine
@@ -123,7 +123,7 @@ def _set_up(
     run.stops.check()
     custom = custom_metrics(config.metrics.function, config.loss, world.device)
     objective = Objective(config.loss, reference.provider, inputs.router, custom)
-    sharded: list[Sharded] = [policy]
+    sharded: list[SlicedWeights] = [policy]
     reference_sync = None
     if config.loss.sync_reference.every is not None:
         assert isinstance(reference.provider.engine, FrozenEngine)
@@ -243,7 +243,7 @@ def arranged_costs(run: Run, inputs: Inputs, policy: PolicyEngine, reference: Re
     return replace(compute_costs(inputs.flops), arrangement=arrangement, pads=pads)
 
 
-def _resume(run: Run, checkpoint: Checkpoint, sharded: Sequence[Sharded]) -> Position:
+def _resume(run: Run, checkpoint: Checkpoint, sharded: Sequence[SlicedWeights]) -> Position:
     """Load a checkpoint into the engines and return its position; collective.
 
     The report about the reference stays that of the start which scored it. This start's time is added.

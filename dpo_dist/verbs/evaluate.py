@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.training.start.named_models import find_evaluated
-from dpo_dist.training.start.preflight import check_start, started
+from dpo_dist.training.start.preflight import check_start, checked_start
 
 
 def main(config: RunConfig) -> int:
     """Write metrics with intervals, and the scores of every pair; return the exit code."""
     config, models = find_evaluated(config)
-    with started(config) as console:
+    with checked_start(config) as console:
         from dpo_dist.tools.evaluation.models import evaluate_models  # noqa: PLC0415  (slow, prints into the log)
 
         return evaluate_models(config, models, console)

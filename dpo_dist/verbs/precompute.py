@@ -14,14 +14,14 @@ from dpo_dist.config.command_line import run_verb
 from dpo_dist.config.rules import check_needs
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.tools.report.training import check_training
-from dpo_dist.training.start.preflight import started
+from dpo_dist.training.start.preflight import checked_start
 
 
 def main(config: RunConfig) -> int:
     """Store the reference log-probs that the run of `config` needs; return the exit code."""
     check_needs(config, "precompute")
     stop = StopRequest(max_seconds=config.trainer.max_seconds)
-    with stop.listening(), started(config) as console:
+    with stop.listening(), checked_start(config) as console:
         from dpo_dist.training.reference import precompute  # noqa: PLC0415  (slow)
 
         return precompute(config, console, stop)

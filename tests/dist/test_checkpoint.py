@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dpo_dist.config.losses import BcoDelta, BcoPairOptions, LossConfig, LossKind, SyncReferenceConfig
+from dpo_dist.config.loss_options import BcoDelta, BcoPairOptions
+from dpo_dist.config.losses import LossConfig, LossKind, SyncReferenceConfig
 from dpo_dist.config.schema import (
     AdapterConfig,
     AdapterVariant,
@@ -35,7 +36,7 @@ from dpo_dist.distributed.checkpoint.saver import (
     SavedSlices,
     latest_checkpoint,
 )
-from dpo_dist.distributed.checkpoint.slices import SHARDS, Entries, Sharded
+from dpo_dist.distributed.checkpoint.slices import SHARDS, Entries, SlicedWeights
 from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.foundation.errors import CheckpointError
@@ -112,7 +113,7 @@ class Trainer:
     def saver(self, root: Path, keep_last: int = 2) -> CheckpointSaver:
         return CheckpointSaver(root, keep_last, self.parts(), self.world)
 
-    def parts(self) -> list[Sharded]:
+    def parts(self) -> list[SlicedWeights]:
         return [self.policy] if self.sync is None else [self.policy, self.sync]
 
     def held(self) -> list[Tensor]:

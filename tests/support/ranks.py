@@ -17,7 +17,7 @@ from typing import Any
 from dpo_dist.config.schema import Dtype, OptimConfig, ParallelismConfig, ParallelismKind
 from dpo_dist.distributed import zero
 from dpo_dist.distributed.deepspeed_config import policy_config
-from dpo_dist.distributed.processes.failures import Reports, watched
+from dpo_dist.distributed.processes.failures import Reports, watch_world
 from dpo_dist.distributed.processes.join import start_world
 from dpo_dist.distributed.processes.world import World, with_sequence_groups
 from tests.support.warm import be_random_anew, context, reserve_port, start_parent
@@ -139,7 +139,7 @@ def _be_rank(
     try:
         world = start_world(policy_config(parallelism, OPTIM, dtype), timeout_seconds=timeout)
         world = with_sequence_groups(world, parallelism.sequence_parallel)
-        with watched(world, Reports(stacks=folder / f"rank-{rank}.stacks.txt")):
+        with watch_world(world, Reports(stacks=folder / f"rank-{rank}.stacks.txt")):
             outcome = {"result": scenario(world, folder)}
             world.barrier()
     except BaseException as error:

@@ -28,7 +28,7 @@ from dpo_dist.data.encoded.store import ROW_SCHEMA, EncodedSource, write_source
 from dpo_dist.data.formats import read_records
 from dpo_dist.data.read.columns import READER
 from dpo_dist.data.read.files import file_kind
-from dpo_dist.data.read.sources import local_files, pinned, source_identity, source_labels
+from dpo_dist.data.read.sources import local_files, pin_source, source_identity, source_labels
 from dpo_dist.data.records import (
     ALL_RECORDS,
     HELD_OUT,
@@ -95,7 +95,7 @@ def prepare_dataset(
     digest = text_digest(digest + (chosen_template(tokenizer, config.chat_template) or ""))
     cache = Path(config.cache)
     collect_abandoned(cache)
-    all_pinned = [pinned(source) for source in sources]
+    all_pinned = [pin_source(source) for source in sources]
     fingerprints = [_fingerprint(source, config, digest, part) for source in all_pinned]
     encode = partial(encode_records, config=config, tokenizer=tokenizer, part=part)
     encoded = []
@@ -204,7 +204,7 @@ def _identities(source: SourceConfig) -> list[str]:
 
 
 def _fingerprint(source: SourceConfig, config: DataConfig, digest: str, part: Part) -> str:
-    """Return a digest of everything that decides the ids of a `pinned` source."""
+    """Return a digest of everything that decides the ids of a pinned source."""
     content = {
         "encoding": _ENCODING_VERSION,
         "tokenizer": digest,

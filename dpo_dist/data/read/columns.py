@@ -147,7 +147,7 @@ _TAGS = ("from", "role", "value", "content", *CALLING)
 _ROLE_TAGS = {"user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool"}
 
 
-def resolved(source: SourceConfig) -> SourceConfig:
+def resolve_source(source: SourceConfig) -> SourceConfig:
     """Return the source that an entry of a `dataset_info.json` describes; any other source unchanged.
 
     `path` is the folder with a dataset_info.json, or this file, and `name` the entry. Raises ConfigError: the

@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 from typing import TypeVar
 
 from dpo_dist.config.schema import DataConfig, SourceConfig
-from dpo_dist.data.read.columns import is_saved, resolved, with_columns
+from dpo_dist.data.read.columns import is_saved, resolve_source, with_columns
 from dpo_dist.data.read.files import SUFFIXES, check_kind, dataset_rows, numbered_records, read_file
 from dpo_dist.data.read.values import parse_json
 from dpo_dist.data.records import RawRecord
@@ -34,7 +34,7 @@ _NOT_FOUND = "neither a local file nor a dataset found on the Hugging Face Hub"
 
 
 def raw_records(source: SourceConfig) -> Iterator[RawRecord]:
-    """Return the first `limit` records of a `resolved` source, by its `reader` and `columns`."""
+    """Return the first `limit` records of a resolved source, by its `reader` and `columns`."""
     files, local = local_files(source), Path(source.path).expanduser()
     names: Iterable[str] = map(str, files or ())
     if files is None:
@@ -103,7 +103,7 @@ def local_files(source: SourceConfig) -> list[Path] | None:
 
 
 def source_identity(source: SourceConfig, memo: Path | None = None) -> str:
-    """Return a digest of a source's content: of its files, or the commit of a `pinned` Hub dataset.
+    """Return a digest of a source's content: of its files, or the commit of a pinned Hub dataset.
 
     Digests of files are remembered in the folder `memo`. Raises DataError: the source does not exist.
     """
@@ -254,7 +254,7 @@ def _saved_records(folder: Path, source: SourceConfig) -> Iterator[RawRecord]:
 # The Hugging Face Hub.
 
 
-def pinned(source: SourceConfig) -> SourceConfig:
+def pin_source(source: SourceConfig) -> SourceConfig:
     """Return the source that an entry of a dataset_info.json describes, or the source itself.
 
     A Hub dataset has its commit as `revision` (null: main); if the Hub cannot be reached, the one in its
@@ -262,7 +262,7 @@ def pinned(source: SourceConfig) -> SourceConfig:
     """
     from huggingface_hub import HfApi  # noqa: PLC0415  # slow to import
 
-    source = resolved(source)
+    source = resolve_source(source)
     if local_files(source) is not None:
         return source
     with _as_data_error(source):
@@ -321,7 +321,7 @@ def source_labels(sources: Sequence[SourceConfig]) -> list[str]:
 
 def _name(source: SourceConfig) -> str:
     """Return the name of a source's file, with subset, folder and split."""
-    if source.name is not None and resolved(source) is not source:
+    if source.name is not None and resolve_source(source) is not source:
         return _safe(source.name)
     file = PurePath(source.path)
     while file.suffix in SUFFIXES:

@@ -112,7 +112,7 @@ Encoded: TypeAlias = tuple[list[int], list[int]]
 """The token ids of a text, and the position of the first character of each, or none."""
 
 
-def tokenized(
+def tokenize_texts(
     tokenizer: Tokenizer,
     texts: Sequence[str],
     *,
@@ -186,7 +186,7 @@ class EscapedEncoder:
         """Return the tokens of each text, without added tokens. Raises UnusableRecordError."""
         if any(RESERVED_CHARACTER in text for text in escaped):
             return self._encode_literally(escaped, self._literal_copy, with_starts)
-        return tokenized(self._tokenizer, escaped, with_starts=with_starts)
+        return tokenize_texts(self._tokenizer, escaped, with_starts=with_starts)
 
     def encode_after(
         self, prompt: str, responses: Sequence[str], with_starts: bool = False
@@ -231,7 +231,7 @@ class EscapedEncoder:
     ) -> list[Encoded]:
         aliased = [self._marks.with_aliases(text) for text in escaped]
         spelled = [text for text, _ in aliased]
-        encoded = tokenized(tokenizer, spelled, literal=True, with_starts=with_starts)
+        encoded = tokenize_texts(tokenizer, spelled, literal=True, with_starts=with_starts)
         # Some vocabularies have special tokens as ordinary pieces.
         special_ids = set(self._real_ids.values()) - {self._tokenizer.unk_token_id}
         if any(not special_ids.isdisjoint(ids) for ids, _ in encoded):

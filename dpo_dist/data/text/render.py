@@ -30,7 +30,7 @@ _ENDED = re.compile(rf"(?:{_OPEN}\s*)?{_CLOSE}\s*\Z")
 
 
 @dataclass(frozen=True)
-class Rendered:
+class RenderedRecord:
     """Escaped texts to tokenise: a prompt, and each response after it, with its end of turn.
 
     `counted` are the spans of the turns of each response that the loss counts, without their headers, and
@@ -44,7 +44,7 @@ class Rendered:
     read_as: str = ""
 
 
-def render_record(record: PreferenceRecord, facts: TokenizerFacts, config: DataConfig) -> Rendered:
+def render_record(record: PreferenceRecord, facts: TokenizerFacts, config: DataConfig) -> RenderedRecord:
     """Render a record: messages, and dialogues if the tokenizer has a chat template, by that template."""
     prompt, responses = record.prompt, record.responses
     texts = tuple(response for response in responses if isinstance(response, str))
@@ -78,18 +78,22 @@ def render_record(record: PreferenceRecord, facts: TokenizerFacts, config: DataC
 
 def _as_text(
     prompt: str, responses: Sequence[str], facts: TokenizerFacts, read_as: str, changes: Iterable[str] = ()
-) -> Rendered:
+) -> RenderedRecord:
     escape, end = facts.marks.escape, facts.end_of_text
     return _all_counted(escape(prompt), [escape(response) + end for response in responses], read_as, changes)
 
 
-def _all_counted(prompt: str, responses: Sequence[str], read_as: str, changes: Iterable[str]) -> Rendered:
+def _all_counted(
+    prompt: str, responses: Sequence[str], read_as: str, changes: Iterable[str]
+) -> RenderedRecord:
     """Return texts whose responses count in the loss as a whole."""
     counted = tuple(((0, len(response)),) for response in responses)
-    return Rendered(prompt, tuple(responses), counted, frozenset(changes), read_as)
+    return RenderedRecord(prompt, tuple(responses), counted, frozenset(changes), read_as)
 
 
-def _by_template(record: PreferenceRecord, facts: TokenizerFacts, config: DataConfig, form: str) -> Rendered:
+def _by_template(
+    record: PreferenceRecord, facts: TokenizerFacts, config: DataConfig, form: str
+) -> RenderedRecord:
     """Render a record whose prompt is messages."""
     chat, messages = facts.chat, record.prompt
     assert isinstance(messages, tuple)
@@ -175,7 +179,7 @@ class _Conversation:
         self.role = self.messages[-1].role if self.messages else ""
         self.generation: dict[str, str] = {}
 
-    def render(self, responses: Sequence[Messages]) -> Rendered:
+    def render(self, responses: Sequence[Messages]) -> RenderedRecord:
         """Render the prompt and its responses."""
         if any(len(turns) != 1 or turns[0].role != "assistant" for turns in responses):
             return self._render_turns(responses)
@@ -197,7 +201,7 @@ class _Conversation:
             ((0, len(text)),) if self._is_counted(turn, text) else ()
             for turn, text in zip(messages, texts, strict=True)
         )
-        return Rendered(prompt, tuple(texts), counted, frozenset(changes))
+        return RenderedRecord(prompt, tuple(texts), counted, frozenset(changes))
 
     def _is_counted(self, turn: Message, text: str) -> bool:
         """Return whether the loss counts a turn, rendered as `text`.
@@ -308,7 +312,7 @@ class _Conversation:
         [rendered], _ = self._after([replace(message, content=rest)], prompt)
         return marks.escape(thought, marks.in_response) + separator + rendered.lstrip()
 
-    def _render_turns(self, responses: Sequence[Messages]) -> Rendered:
+    def _render_turns(self, responses: Sequence[Messages]) -> RenderedRecord:
         """Render responses of several turns, after the prompt as it is in the whole conversation."""
         parts = [self._whole_conversation(response) for response in responses]
         prompts = [text[:start] for text, start, _ in parts]
@@ -325,7 +329,7 @@ class _Conversation:
                 following = [text[start:] for text, start, _ in parts]
                 changes |= {"opened_thought_removed"} if any(map(_NO_THOUGHT.match, following)) else set()
                 start += len(self._common_scaffold(following))
-        return Rendered(
+        return RenderedRecord(
             parts[0][0][:start],
             tuple(text[start:] for text, _, _ in parts),
             tuple(

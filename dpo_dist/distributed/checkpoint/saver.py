@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dpo_dist.config.run_folder import (
-    BEST,
+    BEST_FILE,
     STATE,
     best_checkpoint,
     checkpoint_folders,
@@ -45,8 +45,8 @@ from dpo_dist.distributed.checkpoint.slices import (
     Entries,
     HostCopy,
     ModelSlices,
-    Sharded,
     Slice,
+    SlicedWeights,
     write_slices,
 )
 from dpo_dist.distributed.deepspeed_internals import is_sharded, whole_shape
@@ -302,7 +302,7 @@ class CheckpointSaver:
         self,
         root: Path,
         keep_last: int,
-        parts: Sequence[Sharded],
+        parts: Sequence[SlicedWeights],
         world: World,
         *,
         say: Callable[[str], None] = log.warning,
@@ -392,9 +392,9 @@ class CheckpointSaver:
         with disk_errors(folder):
             write_text(self._root / _LATEST, folder.name)
             if self._best_step is not None:
-                write_text(self._root / BEST, f"{checkpoint_name(self._best_step)}\n")
+                write_text(self._root / BEST_FILE, f"{checkpoint_name(self._best_step)}\n")
             else:
-                (self._root / BEST).unlink(missing_ok=True)
+                (self._root / BEST_FILE).unlink(missing_ok=True)
 
     def _delete_old(self, committed: Path) -> None:
         """Delete all checkpoints but `committed`, the best, and the newest that are not damaged."""
@@ -461,7 +461,7 @@ def remove_unfinished(root: Path) -> None:
     """
     for left in sorted(filter(is_temporary, root.glob("*"))):
         final = final_name(left)
-        if step_of(final.name) is None and final.name not in (_LATEST, BEST):
+        if step_of(final.name) is None and final.name not in (_LATEST, BEST_FILE):
             continue
         recover_folder(final)
         if left.is_dir():

@@ -78,7 +78,7 @@ class ModelSlices:
         return sum(piece.bytes for piece in self.slices)
 
 
-class Sharded(Protocol):
+class SlicedWeights(Protocol):
     """Weights that training changes, saved in slices: the policy, and a reference updated from it."""
 
     def shards(self) -> ModelSlices:

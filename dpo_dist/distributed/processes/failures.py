@@ -34,7 +34,7 @@ from dpo_dist.foundation.errors import (
     disk_error,
     first_line,
 )
-from dpo_dist.foundation.signals import ended_with_launcher, exit_callbacks, exit_on_signal, raise_terminated
+from dpo_dist.foundation.signals import end_with_launcher, exit_callbacks, exit_on_signal, raise_terminated
 
 T = TypeVar("T")
 
@@ -331,7 +331,7 @@ def _origin(failure: BaseException) -> BaseException:
 
 
 @contextlib.contextmanager
-def watched(world: World, reports: Reports) -> Iterator[None]:
+def watch_world(world: World, reports: Reports) -> Iterator[None]:
     """End all processes if one of them ends inside the block; exactly one prints the error.
 
     Entry is collective, and so is exit without an error. An error that leaves the block has
@@ -353,7 +353,7 @@ def watched(world: World, reports: Reports) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             if may_end_at_once:
                 stack.enter_context(exit_on_signal())
-                stack.enter_context(ended_with_launcher())
+                stack.enter_context(end_with_launcher())
             yield
         world.barrier()
     except BaseException as failure:

@@ -25,7 +25,7 @@ from dpo_dist.distributed.deepspeed_internals import (
     restore_linear,
     use_gloo_all_reduce,
 )
-from dpo_dist.distributed.processes.failures import Reports, is_of_communication, watched
+from dpo_dist.distributed.processes.failures import Reports, is_of_communication, watch_world
 from dpo_dist.distributed.processes.world import Peer, World
 from dpo_dist.foundation.errors import ConfigError, PeerLostError, first_line
 from dpo_dist.foundation.signals import exit_on_signal
@@ -63,7 +63,7 @@ def load_kernel(builder: OpBuilder, where: str, remedy: str, say: Callable[[str]
 
 
 @contextlib.contextmanager
-def joined(deepspeed_config: dict[str, Any], timeout_seconds: int, reports: Reports) -> Iterator[World]:
+def join_world(deepspeed_config: dict[str, Any], timeout_seconds: int, reports: Reports) -> Iterator[World]:
     """Yield the processes that the launcher started, and watch them until the end of the block.
 
     `deepspeed_config` is a `policy_config`, on which loading weights depends; a collective call waits
@@ -85,7 +85,7 @@ def joined(deepspeed_config: dict[str, Any], timeout_seconds: int, reports: Repo
         world = start_world(deepspeed_config, timeout_seconds)
     may_leave = world.size == 1  # with others, leaving after an error could wait for a rank without one
     try:
-        with watched(world, reports):
+        with watch_world(world, reports):
             yield world
         may_leave = True
     finally:

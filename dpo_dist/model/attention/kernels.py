@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sliding_window_causal_mask_function
 
-from dpo_dist.batching.pack import copied_to
+from dpo_dist.batching.pack import copy_to_device
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.config.schema import AttentionBackend, Dtype
 from dpo_dist.foundation.errors import ConfigError, first_line
@@ -51,7 +51,9 @@ class VarlenAttention:
         for prompt, first, *rest in self.layout:
             segments += [(prompt + first, prompt + first), *((n, prompt + n) for n in rest if n)]
         queries, keys = (np.array(lengths, dtype=np.int32) for lengths in zip(*segments, strict=True))
-        ends = [copied_to(self.device, np.cumsum((0, *part), dtype=np.int32)) for part in (queries, keys)]
+        ends = [
+            copy_to_device(self.device, np.cumsum((0, *part), dtype=np.int32)) for part in (queries, keys)
+        ]
         return ends[0], ends[1], int(queries.max()), int(keys.max())
 
     @cached_property
@@ -67,7 +69,7 @@ class VarlenAttention:
                     indices += [np.arange(start, start + prompt), np.arange(end, end + tokens)]
                 end += tokens
             start = end
-        return copied_to(self.device, np.concatenate(indices))
+        return copy_to_device(self.device, np.concatenate(indices))
 
     @cached_property
     def _by_segment(self) -> SegmentAttention:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dpo_dist.batching.pack import copied_to
+from dpo_dist.batching.pack import copy_to_device
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.model.architectures import recorded_arrangement
@@ -108,7 +108,9 @@ class TokenShare:
         numbers = np.empty_like(by_owner)
         numbers[by_owner] = np.arange(len(by_owner))
         gathered = owners * most + numbers - starts[owners]
-        copies = (copied_to(device, values) for values in (targets, predictors[targets] // ranks, gathered))
+        copies = (
+            copy_to_device(device, values) for values in (targets, predictors[targets] // ranks, gathered)
+        )
         own_targets, own_predictors, on_device = copies
         return cls(exchange, mine.clamp(max=tokens - 1), own_targets, own_predictors, most, on_device)
 

@@ -16,7 +16,7 @@ from dpo_dist.foundation.console import warnings_off
 from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.foundation.exit import Arguments, exit_after
 from dpo_dist.foundation.streams import print_line, print_result
-from dpo_dist.training.start.named_models import located
+from dpo_dist.training.start.named_models import locate_model
 
 _TRUST = "model.trust_remote_code=true"
 _HINT = "an empty line or Ctrl-D ends, Ctrl-C an answer, /new starts again"
@@ -38,8 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--max-new-tokens is at least 1, not {given.max_new_tokens}")
     if not 0 <= (given.temperature or 0) < math.inf:
         parser.error(f"--temperature is a number of at least 0, not {given.temperature}")
-    location = located(without_key(given.model), "RUN")
-    beside = given.beside if given.beside in (None, "base") else located(given.beside, "--beside")
+    location = locate_model(without_key(given.model), "RUN")
+    beside = given.beside if given.beside in (None, "base") else locate_model(given.beside, "--beside")
     os.environ.setdefault("TQDM_DISABLE", "1")
     from dpo_dist.tools.chat.speakers import open_speakers  # noqa: PLC0415  (slow: errors above appear at once)
 

@@ -86,7 +86,7 @@ class Speaker:
 def open_speakers(
     location: str, beside: str | None, say: Callable[[str], None], trusts_code: bool = False
 ) -> list[Speaker]:
-    """Load the model at `location`, as `located` returns it, and the one beside it, if there is one.
+    """Load the model at `location`, as `locate_model` returns it, and the one beside it, if there is one.
 
     `trusts_code`: Python code in their folders is run.
     """

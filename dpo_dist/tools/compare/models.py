@@ -18,7 +18,7 @@ from dpo_dist.config.run_folder import RunFolder, check_writable
 from dpo_dist.config.schema import DataConfig, FusedLayers, RunConfig
 from dpo_dist.data.counts import DROPPED_PROMPT_PREFIX, count_lines
 from dpo_dist.data.formats import read_prompts
-from dpo_dist.data.read.sources import pinned, source_labels
+from dpo_dist.data.read.sources import pin_source, source_labels
 from dpo_dist.data.records import (
     Dialogue,
     PreferenceRecord,
@@ -50,7 +50,7 @@ from dpo_dist.tools.shared.sampling.judges import Judge, open_judge
 from dpo_dist.tools.shared.sampling.prompts import (
     Parts,
     Prompts,
-    as_asked,
+    as_user_message,
     find_model_together,
     in_parts,
     joined_run,
@@ -79,9 +79,9 @@ def held_out(
 
     def ranked() -> Iterator[tuple[str, int, PreferenceRecord]]:
         for source, label in zip(sources, source_labels(sources), strict=True):
-            for record in good_records(read_prompts(pinned(source)), source, data, say):
+            for record in good_records(read_prompts(pin_source(source)), source, data, say):
                 scores = record.scores if side_of(record) else None
-                asked = replace(as_asked(record, data), responses=record.responses[:1], scores=scores)
+                asked = replace(as_user_message(record, data), responses=record.responses[:1], scores=scores)
                 key = prompt_key(asked)
                 if key not in labels and part.has(prompt_hash(record.prompt)):
                     labels[key] = label

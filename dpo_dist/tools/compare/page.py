@@ -15,7 +15,7 @@ from dpo_dist.tools.compare.results import DIFFERENCES
 from dpo_dist.tools.shared.pages.charts import Interval, Point, scatter
 from dpo_dist.tools.shared.pages.render import number_above_interval, page, part
 from dpo_dist.tools.shared.pages.samples import (
-    Shown,
+    ShownPrompt,
     ShownResponse,
     end_notes,
     prompt_items,
@@ -227,7 +227,7 @@ def _picture(results: _Row) -> Markup:
     return scatter(points, f"KL to {base}, nats per response", measure, line)
 
 
-def _prompt(row: _Row, results: _Row) -> Shown:
+def _prompt(row: _Row, results: _Row) -> ShownPrompt:
     base, *others = (model["name"] for model in results["models"])
     labels = [f"source {row['source']}"]
     if any(not response["finished"] for response in row["responses"].values()):
@@ -249,4 +249,4 @@ def _prompt(row: _Row, results: _Row) -> Shown:
         shown.append(ShownResponse(name, response["text"], "; ".join(notes)))
     if row["chosen"] is not None:
         shown.append(response_of_data(row, " in the data"))
-    return Shown(row["prompt"], shown, base, "; ".join(labels), labels, 0.0 - most)
+    return ShownPrompt(row["prompt"], shown, base, "; ".join(labels), labels, 0.0 - most)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_dist.config.keys import as_written
-from dpo_dist.config.rules import Rule, check
+from dpo_dist.config.rules import Rule, check_rules
 from dpo_dist.config.run_folder import is_checkpoint
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.data.formats import check_source
@@ -13,7 +13,7 @@ from dpo_dist.data.read.sources import check_has_evaluation_data
 from dpo_dist.data.text.template import check_template_file
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.shared.sampling.judge_rules import ENDPOINT_RULES, JUDGES, check_function, count_judges
-from dpo_dist.training.start.named_models import located, short_name
+from dpo_dist.training.start.named_models import locate_model, short_name
 
 MODELS_KEY = "compare.models"
 _NAMED = re.compile(r"([\w.+ -]+)=(.+)", re.DOTALL)
@@ -53,8 +53,8 @@ def check_comparison(config: RunConfig) -> list[NamedModel]:
         "set model.revision=null; a revision of another model: download it and name its folder",
         lambda c: c.model.path not in locations,
     )
-    check(config, [revision])
-    check(config, [*ENDPOINT_RULES, _ONE_JUDGE])
+    check_rules(config, [revision])
+    check_rules(config, [*ENDPOINT_RULES, _ONE_JUDGE])
     check_function(config.pairs)
     return models
 
@@ -73,7 +73,7 @@ def compared_models(written: list[str]) -> list[NamedModel]:
     for entry in map(str.strip, written):
         named = None if Path(entry).expanduser().exists() else _NAMED.fullmatch(entry)
         name, path = (named[1].strip(), named[2].strip()) if named else ("", entry)
-        models.append(NamedModel(name or short_name(path), path, located(path, MODELS_KEY)))
+        models.append(NamedModel(name or short_name(path), path, locate_model(path, MODELS_KEY)))
     names = [model.name for model in models]
     twice = next((model for model in models if names.count(model.name) > 1), None)
     if twice is not None:

@@ -15,7 +15,7 @@ from dpo_dist.foundation.exit import Arguments, exit_after
 from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.streams import print_line, print_result
 from dpo_dist.tools.convert.reading import read
-from dpo_dist.tools.convert.translation import translated
+from dpo_dist.tools.convert.translation import translate_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_args(arguments)
     try:
-        text = translated(read(given.run))
+        text = translate_run(read(given.run))
         if given.output is None:
             print_result(text)
             return ExitCode.completed

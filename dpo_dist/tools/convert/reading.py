@@ -41,7 +41,7 @@ _SECRET = re.compile(
 _ASSIGNED_SECRET = re.compile(r"(?i)(\b\w*(?:key|token|secret|passw\w*)=)\S+")
 
 
-class Foreign(NamedTuple):
+class ForeignRun(NamedTuple):
     """A run of another trainer, by its own keys, without values of secret ones; `name` says what was read."""
 
     trainer: str
@@ -49,7 +49,7 @@ class Foreign(NamedTuple):
     name: str
 
 
-def read(given: str) -> Foreign:
+def read(given: str) -> ForeignRun:
     """Return what a file or a command, given as one text, says; raise one of `FAILURES` if unknown."""
     file, name = Path(given), Path(given).name
     if " " in given and not os.path.exists(given):  # noqa: PTH110 (no error: a command is long)
@@ -74,7 +74,7 @@ def read(given: str) -> Foreign:
             "convert that; of single ones dpo-dist train KEY=VALUE says what to write",
         )
     trainer, keys = found
-    return Foreign(trainer, _without_secrets(keys), name)
+    return ForeignRun(trainer, _without_secrets(keys), name)
 
 
 def _started(text: str, where: str) -> tuple[str, dict[str, Any]] | None:

@@ -10,9 +10,9 @@ import yaml
 
 from dpo_dist.config.command import parse_overrides
 from dpo_dist.config.keys import as_written, run_keys
-from dpo_dist.config.mistakes import answers_to, fits, meant
+from dpo_dist.config.mistakes import answers_to, equivalents, fits
 from dpo_dist.config.rules import keys_of
-from dpo_dist.tools.convert.reading import Foreign
+from dpo_dist.tools.convert.reading import ForeignRun
 
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 _KEYS = {"loss": "loss.kind", "parallelism": "parallelism.kind", "reference": "reference.mode"}
@@ -27,7 +27,7 @@ _TRAINERS: dict[str, Any] = yaml.safe_load(
 class Translation:
     """What is known of a run: `left` of their keys, `values` by ours, `comments` on what is left out."""
 
-    def __init__(self, foreign: Foreign) -> None:
+    def __init__(self, foreign: ForeignRun) -> None:
         self.trainer, keys, self.name = foreign
         self.facts = _TRAINERS[self.trainer]
         self.left, self.values, self.comments = dict(keys), dict[str, Any](), list[str]()
@@ -79,11 +79,16 @@ class Translation:
     def translate(self, key: str, value: Any) -> None:
         """Set what names.yaml says of a key and its value, or say why it is left out."""
         text, name = as_written(value), "optimizer" if key == "optim" else key
-        exact, general = answers_to(name, text), meant(name, "answers")
+        exact, general = answers_to(name, text), equivalents(name, "answers")
         known = [] if general else [ours for ours in keys_of("train") if "." in ours]
         unsectioned = [ours for ours in known if name in (ours, ours.rpartition(".")[2])]
-        targets = [_KEYS.get(target, target) for target in meant(name, "keys") or unsectioned]
-        words = [text.lower(), *meant(text, "values"), [word.strip() for word in text.split(",")], [value]]
+        targets = [_KEYS.get(target, target) for target in equivalents(name, "keys") or unsectioned]
+        words = [
+            text.lower(),
+            *equivalents(text, "values"),
+            [word.strip() for word in text.split(",")],
+            [value],
+        ]
         words = [] if isinstance(value, dict) else value[:1] if isinstance(value, list) else words
         fitting = [(to, form) for to in targets for form in (value, *words) if fits(to, form)]
         reason = next(iter((*exact, *general)), "").replace("{value}", text)
@@ -115,7 +120,7 @@ def _written(answer: str) -> dict[str, Any]:
     return written if is_whole else {}
 
 
-def listed(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
     """Return a list, the values of a mapping, or the names in a text with commas."""
     if isinstance(value, str):
         return [name.strip() for name in value.split(",") if name.strip()]

@@ -7,7 +7,7 @@ from typing import Any
 
 from dpo_dist.config.keys import as_written
 from dpo_dist.config.mistakes import as_sources
-from dpo_dist.tools.convert.run import EMPTY, Translation, finite_number, listed
+from dpo_dist.tools.convert.run import EMPTY, Translation, as_list, finite_number
 
 _OF_SOURCES = (
     *("path", "id", "name", "config", "split", "revision", "data_dir", "data_files", "weight"),
@@ -29,7 +29,7 @@ def set_sources(run: Translation) -> None:
 def _entries(run: Translation) -> tuple[list[Any], list[Any]]:
     """Return the datasets for training and for evaluation, in the form of TRL and axolotl."""
     if run.trainer in ("LLaMA-Factory", "ms-swift"):
-        given = listed(run.take("dataset")), listed(run.take("eval_dataset", "val_dataset"))
+        given = as_list(run.take("dataset")), as_list(run.take("eval_dataset", "val_dataset"))
         if run.trainer == "ms-swift":
             run.comments.append("dataset, model: there ModelScope's, if use_hf is not set; here the hub's")
             train, tests = ([source for name in names for source in _of_swift(name)] for names in given)
@@ -39,10 +39,10 @@ def _entries(run: Translation) -> tuple[list[Any], list[Any]]:
         return train, tests
     train, tests = run.take("datasets", default=[]), run.take("test_datasets", default=[])
     if isinstance(mixture := run.take("dataset_mixture"), dict):
-        train = listed(mixture.get("datasets"))
+        train = as_list(mixture.get("datasets"))
         run.left |= {key: value for key, value in mixture.items() if key not in ("datasets", "seed")}
     splits = run.take("dataset_splits", "mixer_list_splits", "dataset_mixer_list_splits")
-    splits = [str(split) for split in listed(splits)] or ["train"]
+    splits = [str(split) for split in as_list(splits)] or ["train"]
     for name, parts in _mixture(run):
         train += [{"path": name, "split": split} | parts for split in splits if "test" not in split]
         tests += [{"path": name, "split": split} for split in splits if "test" in split]
@@ -58,7 +58,7 @@ def _entries(run: Translation) -> tuple[list[Any], list[Any]]:
 def _mixture(run: Translation) -> list[tuple[str, dict[str, Any]]]:
     """Return the sources of a mixture, and the limit or weight of each."""
     shares = run.take("dataset_mixer", default={})
-    flat, sources = listed(run.take("mixer_list", "dataset_mixer_list")), []
+    flat, sources = as_list(run.take("mixer_list", "dataset_mixer_list")), []
     for name, written in (*shares.items(), *zip(flat[::2], flat[1::2], strict=False)):
         amount = finite_number(written) or 0
         # In a mapping numbers above 1 are counts of records, in a list those without a point.
@@ -89,7 +89,7 @@ def _source(run: Translation, place: str, entry: Any) -> list[Any]:
             )
         elif not (option in (*_OF_SOURCES, *_FORMATS) or option.startswith("field_") or value in EMPTY):
             run.comment(f"{place}.{option}", value, "formats are detected; for others docs/data.md")
-    files = listed(entry.get("data_files")) or [None]
+    files = as_list(entry.get("data_files")) or [None]
     return [source for file in files for source in as_sources([entry | {"data_files": file}])]
 
 

@@ -8,12 +8,12 @@ import yaml
 
 from dpo_dist.config.keys import as_written, run_keys
 from dpo_dist.config.losses import LossKind, kinds_using
-from dpo_dist.config.mistakes import SCHEMA, answers_to, as_tree, fits, meant
+from dpo_dist.config.mistakes import SCHEMA, answers_to, as_tree, equivalents, fits
 from dpo_dist.config.rules import resolve_reference, rules_of
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.foundation.text import without_secrets
-from dpo_dist.tools.convert.reading import Foreign
-from dpo_dist.tools.convert.run import EMPTY, Translation, finite_number, listed
+from dpo_dist.tools.convert.reading import ForeignRun
+from dpo_dist.tools.convert.run import EMPTY, Translation, as_list, finite_number
 from dpo_dist.tools.convert.sources import set_sources
 
 _METHODS = ("dpo", "ipo", "kto", "orpo", "cpo", "simpo", "sft")
@@ -26,7 +26,7 @@ _BATCH, _LENGTH = "trainer.global_batch_pairs", "data.max_length"
 _ODDS_WEIGHT = "loss.options.odds_weight"
 
 
-def translated(foreign: Foreign) -> str:
+def translate_run(foreign: ForeignRun) -> str:
     """Return the file for `train`, without secrets; comments at its top name what is not translated."""
     run = Translation(foreign)
     about = [f"From {run.name}, read as a run of {run.trainer} that trains by {_method(run)}."]
@@ -70,8 +70,8 @@ def _method(run: Translation) -> str:
             remedy="train it there: what is offered here learns from preferences that are given",
         )
     kinds = run.take("loss_type", "dpo_loss_type", "pref_loss")
-    kinds, weights = listed(kinds), listed(run.take("loss_weights", "dpo_loss_weights"))
-    words = [(kind, *meant(str(kind), "values")) for kind in kinds]
+    kinds, weights = as_list(kinds), as_list(run.take("loss_weights", "dpo_loss_weights"))
+    words = [(kind, *equivalents(str(kind), "values")) for kind in kinds]
     known = [next((word for word in forms if fits("loss.kind", word)), None) for forms in words]
     answers = answers_to("loss_type", as_written(kinds[0])) if len(kinds) == 1 else []
     if None in known and not any(answer.startswith("write ") for answer in answers):
@@ -110,7 +110,7 @@ def _batch(run: Translation) -> list[str]:
     """Set the pairs of a step; return a line on how many they are."""
     processes = run.take("num_processes", default=0)
     world = processes or 1
-    if any(meant(key, "keys") == (_BATCH,) for key in run.left):
+    if any(equivalents(key, "keys") == (_BATCH,) for key in run.left):
         not_needed = " — not needed: micro-batches are as large as fits"
         run.comments += [f"{key}{not_needed}" for key in _OF_DEVICE if run.left.pop(key, None)]
         return []
@@ -211,7 +211,7 @@ def _numbers(run: Translation) -> None:
 
 def _watching(run: Translation) -> None:
     """Find out who gets the metrics, which checkpoint is kept, and whether a run ends early."""
-    report = [str(name).lower() for name in listed(run.take("report_to"))]
+    report = [str(name).lower() for name in as_list(run.take("report_to"))]
     is_named = run.trainer == "axolotl" and bool(run.left.get("wandb_project"))
     is_on = run.take("with_tracking", "use_wandb", default=is_named)
     if is_on or "wandb_mode" in run.left or {"wandb", "all"} & set(report):

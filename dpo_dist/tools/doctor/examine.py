@@ -35,7 +35,7 @@ from dpo_dist.data.encoded.dataset import (
 )
 from dpo_dist.data.encoded.store import EncodedSource
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.read.sources import pinned, source_labels
+from dpo_dist.data.read.sources import pin_source, source_labels
 from dpo_dist.data.records import Part, Tokenizer, eval_part, train_part
 from dpo_dist.foundation.errors import ConfigError, DataError, DpoDistError
 from dpo_dist.model.files.folder import description_folder, start_folder, tokenizer_folder
@@ -109,7 +109,7 @@ def examine(
     findings: list[Finding] = []
     for entry, label, is_eval in _with_labels(config):
         source = ExaminedSource(label, entry.path, config, is_eval=is_eval, is_encoded=tokenizer is not None)
-        records = read_records(pinned(entry))
+        records = read_records(pin_source(entry))
         with (
             progress(label) as show,
             closing(in_order(records, observer.observe)) as observed,
@@ -161,7 +161,7 @@ def _with_labels(config: DataConfig) -> Iterator[tuple[SourceConfig, str, bool]]
             yield source, label if seen[label] == 1 else f"{label} ({seen[label]})", is_eval
 
 
-class Prepared(NamedTuple):
+class PreparedData(NamedTuple):
     """The data of a run, encoded as training does."""
 
     files: Path  # the folder of the tokenizer
@@ -172,7 +172,7 @@ class Prepared(NamedTuple):
     refusals: list[DpoDistError]  # with which training would refuse them
 
 
-def prepare(data: DataConfig, model: ModelConfig, loss: LossConfig, progress: ProgressOf) -> Prepared:
+def prepare(data: DataConfig, model: ModelConfig, loss: LossConfig, progress: ProgressOf) -> PreparedData:
     """Encode the data of a run with the tokenizer of its model."""
     from dpo_dist.model.files.load import load_config, load_tokenizer  # noqa: PLC0415  (slow)
 
@@ -203,10 +203,10 @@ def prepare(data: DataConfig, model: ModelConfig, loss: LossConfig, progress: Pr
     prompts = [dataset.prompt_hashes[:] for datasets in of_eval for dataset in datasets]
     of_train = prepared(data.train, train_part(data, np.concatenate(prompts) if prompts else None), "train")
     if data.eval:
-        return Prepared(files, tokenizer, [*of_train, *of_eval], refusals)
+        return PreparedData(files, tokenizer, [*of_train, *of_eval], refusals)
     parts = zip(of_train, of_eval or [[]] * len(of_train), strict=True)
     datasets = [[*trained, *evaluated] for trained, evaluated in parts]
-    return Prepared(files, tokenizer, datasets, refusals)
+    return PreparedData(files, tokenizer, datasets, refusals)
 
 
 def _usable_datasets(source: EncodedSource, config: DataConfig) -> Iterator[PreferenceDataset]:

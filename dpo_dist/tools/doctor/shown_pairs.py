@@ -13,7 +13,7 @@ from dpo_dist.batching.example import TokenIds
 from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.encode import encode_pair
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.read.sources import pinned
+from dpo_dist.data.read.sources import pin_source
 from dpo_dist.data.records import BadRecord, PreferenceRecord, Tokenizer
 from dpo_dist.data.text.lengths import without_limits
 from dpo_dist.tools.doctor.measures.texts import texts_of
@@ -64,7 +64,7 @@ def show_pairs(
             rules.setdefault(origin, []).append(finding.rule)
     shown = []
     for source in [*config.train, *config.eval]:
-        for record in _choose(pinned(source), rules, count):
+        for record in _choose(pin_source(source), rules, count):
             origin = str(record.origin)
             names = tuple(dict.fromkeys(rules.get(origin, ())))
             shown.append(ShownPair(origin, names, *_parts(record, config, tokenizer)))

@@ -35,11 +35,11 @@ from dpo_dist.training.start.inputs import (
     load_evaluation_inputs,
     shared_model_folder,
 )
-from dpo_dist.training.start.named_models import EVALUATED, Evaluated
+from dpo_dist.training.start.named_models import EVALUATION_MODEL_KEY, EvaluatedModel
 from dpo_dist.training.steps.step import Objective, evaluate
 
 
-def evaluate_models(config: RunConfig, models: Sequence[Evaluated], console: Console) -> int:
+def evaluate_models(config: RunConfig, models: Sequence[EvaluatedModel], console: Console) -> int:
     """Evaluate models and write their results; return the exit code."""
     with open_run(config, console) as run:
         inputs = load_evaluation_inputs(run)
@@ -56,7 +56,7 @@ def evaluate_models(config: RunConfig, models: Sequence[Evaluated], console: Con
     return ExitCode.completed
 
 
-def check_origin(evaluated: Evaluated, config: RunConfig, inputs: EvaluationInputs) -> None:
+def check_origin(evaluated: EvaluatedModel, config: RunConfig, inputs: EvaluationInputs) -> None:
     """Check that a checkpoint is of a run that started from the model and adapter of `config`."""
     if not evaluated.is_checkpoint:
         return
@@ -77,7 +77,7 @@ def check_origin(evaluated: Evaluated, config: RunConfig, inputs: EvaluationInpu
         )
 
 
-def _evaluate(run: Run, evaluated: Evaluated, inputs: EvaluationInputs, objective: Objective) -> Results:
+def _evaluate(run: Run, evaluated: EvaluatedModel, inputs: EvaluationInputs, objective: Objective) -> Results:
     config, world, console = run.config, run.world, run.console
     run.say(f"evaluating {evaluated.path}")
     model, running, commit = load_evaluated(run, evaluated, inputs)
@@ -115,7 +115,7 @@ def _evaluate(run: Run, evaluated: Evaluated, inputs: EvaluationInputs, objectiv
 
 
 def load_evaluated(
-    run: Run, evaluated: Evaluated, inputs: EvaluationInputs
+    run: Run, evaluated: EvaluatedModel, inputs: EvaluationInputs
 ) -> tuple[Engine, RunningMeans, str | None]:
     """Return the model, ready to score, running means of its training if known, and its commit on the hub.
 
@@ -138,15 +138,21 @@ def load_evaluated(
         finish = load_trained
     else:
         revision = config.model.revision if evaluated.path == config.model.path else None
-        named = shared_model_folder(run, evaluated.path, revision, EVALUATED, accepts_adapter=True)
+        named = shared_model_folder(run, evaluated.path, revision, EVALUATION_MODEL_KEY, accepts_adapter=True)
         commit = hub_commit(named)
         if is_adapter(named):
             for note in base_notes(config.model, named):
                 run.say(note)
             finish = partial(load_adapter, folder=named)
         else:
-            folder, key, bits = named, EVALUATED, bits if named.resolve() == base.resolve() else None
-            world.on_main(partial(check_same_vocabulary, named, inputs.tokenizer, config.model, EVALUATED))
+            folder, key, bits = (
+                named,
+                EVALUATION_MODEL_KEY,
+                bits if named.resolve() == base.resolve() else None,
+            )
+            world.on_main(
+                partial(check_same_vocabulary, named, inputs.tokenizer, config.model, EVALUATION_MODEL_KEY)
+            )
     offload = config.parallelism.offload_parameters
     placement = replace(config.reference, offload=offload, quantization=bits)
     longest = config.data.max_length

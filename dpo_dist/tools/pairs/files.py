@@ -10,7 +10,7 @@ import dpo_dist
 from dpo_dist.config.keys import as_written
 from dpo_dist.config.schema import DataConfig
 from dpo_dist.data.counts import count_lines
-from dpo_dist.data.read.sources import pinned
+from dpo_dist.data.read.sources import pin_source
 from dpo_dist.data.records import PreferenceRecord, Response, as_fields, context_fields
 from dpo_dist.foundation.errors import ConfigError, DataError
 from dpo_dist.foundation.files import staged_file, write_json, write_lines
@@ -24,7 +24,7 @@ def training_records(
     """Yield the usable records of `data.train` until there are `enough`; print the counts of each source."""
     for source in data.train:
         if not enough():
-            yield from good_records(read(pinned(source)), source, data, say, enough)
+            yield from good_records(read(pin_source(source)), source, data, say, enough)
 
 
 def pair_fields(

@@ -17,7 +17,7 @@ from dpo_dist.config.command_line import command_of
 from dpo_dist.config.fields import fields_of
 from dpo_dist.config.identity import differing_keys, plain
 from dpo_dist.config.load import from_yaml, to_yaml
-from dpo_dist.config.rules import at
+from dpo_dist.config.rules import value_at
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import DataConfig, ModelConfig, ReferenceMode, RunConfig, SourceConfig
 from dpo_dist.config.verb_sections import PairsConfig, RoundReference, SamplingConfig
@@ -48,7 +48,7 @@ def check_settings(config: RunConfig, folder: RunFolder) -> None:
     changed = differing_keys(before.identity, now.identity)
     keys = {f"pairs.{name}" for name in fields_of(PairsConfig)} - {"pairs.rounds", "pairs.launcher"}
     for key in {*keys, *(f"sampling.{name}" for name in fields_of(SamplingConfig))}:
-        old, new = plain(at(before, key)), plain(at(now, key))
+        old, new = plain(value_at(before, key)), plain(value_at(now, key))
         changed |= {key: (old, new)} if old != new else {}
     if changed:
         raise ConfigError(

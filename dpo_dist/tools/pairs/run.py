@@ -30,7 +30,7 @@ from dpo_dist.tools.shared.sampling.judges import Judge, Judgement, Question, op
 from dpo_dist.tools.shared.sampling.prompts import (
     Parts,
     Prompts,
-    as_asked,
+    as_user_message,
     find_model_together,
     generation_settings,
     in_parts,
@@ -57,7 +57,7 @@ def different_prompts(
     """Return the different prompts of `data.train` that are to be asked, in their order."""
     prompts, counts = dict[str, PreferenceRecord](), Counter[str]()
     for record in training_records(data, read_prompts, say, lambda: len(prompts) == pairs.limit):
-        asked = replace(as_asked(record, data), responses=(), scores=None)
+        asked = replace(as_user_message(record, data), responses=(), scores=None)
         key = prompt_key(asked)
         if int(key[:16], 16) % pairs.prompt_parts != pairs.prompt_part:
             counts["in_other_parts"] += 1

@@ -4,21 +4,21 @@ import os
 from pathlib import Path
 
 from dpo_dist.config.fields import fields_of
-from dpo_dist.config.rules import Rule, check, check_needs, unused
+from dpo_dist.config.rules import Rule, check_needs, check_rules, unused
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.config.schema import NO_MODEL, RunConfig, SourceConfig
 from dpo_dist.config.verb_sections import PairsConfig, PairsMethod, SamplingConfig
 from dpo_dist.data.formats import check_source
 from dpo_dist.model.files.folder import local_model_folder
 from dpo_dist.tools.shared.sampling.judge_rules import ENDPOINT_RULES, JUDGES, check_function, count_judges
-from dpo_dist.training.start.named_models import located
+from dpo_dist.training.start.named_models import locate_model
 
 
 def responding_models(pairs: PairsConfig, policy: str) -> list[str]:
     """Return the models that respond, by default the policy; of a run in `pairs.models` its trained model."""
     names, key = pairs.models, "pairs.models"
     runs = {name for name in names if RunFolder(Path(name).expanduser()).config.is_file()}
-    return [located(name, key) if name in runs else name for name in names] or [policy]
+    return [locate_model(name, key) if name in runs else name for name in names] or [policy]
 
 
 _ROUNDS = "pairs.rounds!=0"
@@ -103,7 +103,7 @@ _RULES = (
 def check_pairs(config: RunConfig) -> None:
     """Check everything that needs no torch, network or other processes; raises DpoDistError."""
     check_needs(config, "pairs")
-    check(config, _RULES)
+    check_rules(config, _RULES)
     if config.pairs.method in (PairsMethod.samples, PairsMethod.delta):
         key = "pairs.models" if config.pairs.models else "model.path"
         for name in responding_models(config.pairs, config.model.path):

@@ -47,7 +47,7 @@ _GPUS = {
     "rtx4090-24g": (23.6, 165e12, 82.6e12, 1.0e12),
 }
 _PRODUCTS_ALONE = 0.76  # the share of the datasheet's operations that matrix products reach on an H100
-REACHED = tuple(share * _PRODUCTS_ALONE for share in REACHED_SHARES)
+MFU_RANGE = tuple(share * _PRODUCTS_ALONE for share in REACHED_SHARES)
 _NVLINK = 250e9  # bytes a second between the GPUs of a node
 _NETWORK = 50e9  # bytes a second between nodes for each GPU: 400 Gbit/s
 _PCIE = 25e9  # bytes a second between a GPU and its host
@@ -214,7 +214,7 @@ class Estimate:
         trainer, price, epochs = self.config.trainer, self.config.plan.price, self.config.trainer.epochs
         if trainer.max_steps is not None:
             epochs = trainer.max_steps * trainer.global_batch_pairs / self.data.pairs
-        once, runs = ([sum(self.seconds(end, n).values()) for end in REACHED] for n in (1.0, epochs))
+        once, runs = ([sum(self.seconds(end, n).values()) for end in MFU_RANGE] for n in (1.0, epochs))
         prices = {} if price is None else {"price": [end / 3600 * self.machine.gpus * price for end in runs]}
         return {"epoch_seconds": once, "run_seconds": runs, **prices}
 

@@ -20,8 +20,8 @@ from dpo_dist.model.files.folder import description_folder, start_folder
 from dpo_dist.model.files.load import load_config, without_weights
 from dpo_dist.tools.plan.estimate import (
     GPUS_OF_A_NODE,
+    MFU_RANGE,
     PROMPT_SHARE,
-    REACHED,
     Data,
     Estimate,
     estimate,
@@ -114,7 +114,7 @@ def _verdict(found: Estimate) -> str:
 def _hours(found: Estimate) -> list[str]:
     """Return the lines about the time by phase, and about what decides it."""
     data, trainer, hours = found.data, found.config.trainer, found.hours()
-    fast, slow = (found.seconds(reached) for reached in REACHED)
+    fast, slow = (found.seconds(reached) for reached in MFU_RANGE)
     times = [[name, _span(fast[name], slow[name])] for name in fast]
     times.append(["in all, at 38 to 27 % of the datasheet's operations", _span(*hours["epoch_seconds"])])
     length = f"trainer.max_steps={trainer.max_steps}"
@@ -128,7 +128,7 @@ def _hours(found: Estimate) -> list[str]:
         f"an epoch of {pairs} of {data.tokens:,.0f} tokens ({data.basis}):",
         *(f"  {line}" for line in aligned(times, numbers=(1,))),
     ]
-    if found.sending > found.computing / REACHED[0]:
+    if found.sending > found.computing / MFU_RANGE[0]:
         is_wide = found.machine.gpus > GPUS_OF_A_NODE
         by_node = f"set parallelism.hpz={GPUS_OF_A_NODE} with zero3, " if is_wide else ""
         lines.append(

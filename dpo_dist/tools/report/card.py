@@ -21,6 +21,7 @@ from dpo_dist.foundation.streams import printable
 from dpo_dist.foundation.text import as_yaml, counted, without_secrets
 from dpo_dist.tools.report.verdict.rules import verdict
 from dpo_dist.tools.shared.tables import evaluation_cells
+from dpo_dist.training.reporting.metrics_log import MetricsRow
 
 _Row = Mapping[str, Any]
 
@@ -167,7 +168,7 @@ def _training(
 
 def run_card(
     config: RunConfig,
-    rows: Sequence[Mapping[str, float]],
+    rows: Sequence[MetricsRow],
     summary: dict[str, Any],
     say: Callable[[str], None],
     versions: Mapping[str, str],

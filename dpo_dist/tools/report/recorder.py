@@ -11,7 +11,7 @@ from dpo_dist.config.identity import title
 from dpo_dist.config.run_folder import LAST_EVALUATION
 from dpo_dist.foundation.errors import RunOutcome, warn_on_bug
 from dpo_dist.foundation.signals import BY_TRACKER
-from dpo_dist.objective.metrics import PairValues, Values
+from dpo_dist.objective.metrics import PairColumn, PairValues
 from dpo_dist.tools.evaluation.results import write_evaluation, write_worst
 from dpo_dist.tools.report.card import data_findings, run_card
 from dpo_dist.tools.report.run import write_page
@@ -19,13 +19,13 @@ from dpo_dist.tools.report.samples import prepare_samples
 from dpo_dist.tools.report.verdict.rules import RUN_RULES, sample_alarm, verdict
 from dpo_dist.tools.shared.pages.charts import draw_curves
 from dpo_dist.tools.shared.tables import closing_table
-from dpo_dist.training.reporting.metrics_log import MetricsLog, Row
+from dpo_dist.training.reporting.metrics_log import MetricsLog, MetricsRow
 from dpo_dist.training.reporting.protocols import Reporting
 from dpo_dist.training.reporting.trackers import TrackedRun, Trackers, open_trackers
 from dpo_dist.training.start.context import Run
 from dpo_dist.training.start.inputs import Inputs
 
-OnRow = Callable[[Row], bool | None]
+OnRow = Callable[[MetricsRow], bool | None]
 """Called with each metrics row, once it is recorded; true: the run is asked to stop."""
 
 
@@ -38,7 +38,7 @@ class RunRecorder:
     trackers: Trackers = field(default_factory=Trackers)
     on_row: OnRow | None = None
 
-    def row(self, row: Row, margins: Values | None = None) -> None:
+    def row(self, row: MetricsRow, margins: PairColumn | None = None) -> None:
         """Write a metrics row and send it to the trackers; one with samples says whether they look wrong."""
         alarm, is_new = None, False
         if "eval_samples/prompts" in row:

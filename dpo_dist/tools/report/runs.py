@@ -19,12 +19,12 @@ from dpo_dist.foundation.streams import printable
 from dpo_dist.objective.metrics import AUC, ENTROPIES, MISMATCH, PAIR_METRICS
 from dpo_dist.tools.evaluation.results import ALL, results_name
 from dpo_dist.tools.report.run import PageFacts, verdict_of
-from dpo_dist.tools.report.verdict.facts import MARGIN, MetricsRow
+from dpo_dist.tools.report.verdict.facts import MARGIN
 from dpo_dist.tools.shared.pages import render
 from dpo_dist.tools.shared.pages.charts import Curves, charts_of_runs, color_of
 from dpo_dist.tools.shared.pages.samples import samples_of_runs
 from dpo_dist.tools.shared.tables import EVALUATION_METRICS, aligned
-from dpo_dist.training.reporting.metrics_log import finite
+from dpo_dist.training.reporting.metrics_log import MetricsRow, finite
 
 Runs = Mapping[str, PageFacts]
 """The runs by their labels."""

@@ -7,7 +7,7 @@ from functools import partial
 from dpo_dist.config.rules import check_needs
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.signals import StopRequest
-from dpo_dist.training.start.preflight import check_start, started
+from dpo_dist.training.start.preflight import check_start, checked_start
 
 
 def train_with_reports(
@@ -19,7 +19,7 @@ def train_with_reports(
     """
     check_needs(config, "train")
     stop = StopRequest(config.trainer.stop_after_steps, config.trainer.max_seconds)
-    with stop.listening(), started(config, trains=True) as console:
+    with stop.listening(), checked_start(config, trains=True) as console:
         # Slow, and what the imports print belongs in the log.
         from dpo_dist.tools.report.recorder import REPORTING, open_recorder  # noqa: PLC0415
         from dpo_dist.training.run import train  # noqa: PLC0415

@@ -23,7 +23,7 @@ from dpo_dist.training.reporting.metrics_log import read_latest_rows
 
 HANGS_SECONDS, _RUN_SECONDS = 120, 900  # of a process that waits for another one, of a whole run
 WITHOUT_OVERLAP = "without overlap"
-STEPS, COMPARED = 4, ("loss", "grad_norm")  # of runs that are compared
+STEPS, COMPARED_METRICS = 4, ("loss", "grad_norm")  # of runs that are compared
 RunRows = list[dict[str, Any]]
 
 
@@ -71,7 +71,7 @@ def train_rows(
         program = ["-m", "dpo_dist", "selftest", "--without-overlap"]
     error = run_python(name, [*program, *usual_words(folder, run), *words], gpus, code)
     rows: RunRows = [] if error else read_latest_rows(run)
-    rows = [row for row in rows if all(math.isfinite(row.get(key) or math.nan) for key in COMPARED)]
+    rows = [row for row in rows if all(math.isfinite(row.get(key) or math.nan) for key in COMPARED_METRICS)]
     shutil.rmtree(run.metrics if code and not error else run.path, ignore_errors=True)
     if not error and (done := [row["step"] for row in rows]) != [*steps]:
         error = f"it has rows of steps {done}, not of {[*steps]}: one is not finite, or it was not resumed"

@@ -18,7 +18,7 @@ from dpo_dist.foundation.errors import ExitCode
 from dpo_dist.foundation.text import size
 from dpo_dist.tools.selftest.checks import Check, failed_check
 from dpo_dist.tools.selftest.runs import (
-    COMPARED,
+    COMPARED_METRICS,
     STEPS,
     WITHOUT_OVERLAP,
     RunRows,
@@ -83,7 +83,9 @@ def compare_ways(folder: Path, gpus: int) -> Iterator[Check]:
             continue
         first, is_first = first or (way, rows), first is None
         allowed = _ROUNDED if "bf16" in (way, first[0]) else _EQUAL
-        pairs = [(row[key], of[key]) for row, of in zip(rows, first[1], strict=True) for key in COMPARED]
+        pairs = [
+            (row[key], of[key]) for row, of in zip(rows, first[1], strict=True) for key in COMPARED_METRICS
+        ]
         difference = max(abs(number / other - 1) for number, other in pairs)
         outcome, seen = "passed", f"within {difference:.1e} of {first[0]}"
         if difference > allowed:

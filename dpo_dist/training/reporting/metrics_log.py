@@ -26,12 +26,13 @@ from dpo_dist.objective.metrics import (
 )
 from dpo_dist.training.clock import PHASES
 
-Row = dict[str, float]
+MetricsRow = dict[str, float]
+"""The metrics of a logged step or of an evaluation by name, as in log_history.json."""
 
 _SPEED = ("step_seconds", "pairs_per_second", "tokens_per_second", *(f"time/{phase}" for phase in PHASES))
 _OTHERS = ("mfu", "memory/peak_allocated_bytes", "memory/peak_reserved_bytes", "bad_steps", "loss_spikes")
 # Metrics whose best value is in the summary of a tracker; summary.json has two of them.
-BEST = ("loss", *(PREFIX + key for key in MAIN))
+METRICS_WITH_BEST = ("loss", *(PREFIX + key for key in MAIN))
 _BEST = ("eval_loss", *(PREFIX + key for key in ACCURACIES))
 _FINAL = (*PAIR_METRICS, *TERMS.values(), AUC, MISMATCH)
 _SPIKE_ROWS, _FEWEST_ROWS, _EXCURSION = 100, 50, 5.0
@@ -53,7 +54,7 @@ def columns_of(plan: MetricPlan | None = None) -> tuple[str, ...]:
 class MetricsLog:
     """The metrics rows of one run, in memory and on disk."""
 
-    def __init__(self, folder: RunFolder, rows: list[Row], plan: MetricPlan | None = None):
+    def __init__(self, folder: RunFolder, rows: list[MetricsRow], plan: MetricPlan | None = None):
         self.folder = folder
         self.rows = rows
         self._columns = list(dict.fromkeys([*columns_of(plan), *(key for row in rows for key in row)]))
@@ -74,7 +75,7 @@ class MetricsLog:
         evaluation after it, too. `say` gets a warning if there is no file of the existing rows, or if they
         are replaced.
         """
-        rows: list[Row] = []
+        rows: list[MetricsRow] = []
         if resume_step is None and read_latest_rows(folder):
             say("warning: training starts again: an earlier start left no checkpoint; its rows are replaced")
         elif resume_step is not None:
@@ -119,7 +120,7 @@ class MetricsLog:
         files.write_text(self.folder.metrics_table, text.getvalue())
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[MetricsRow]:
     """Read the rows of a `log_history.json`; null becomes nan."""
     return [
         {key: math.nan if value is None else value for key, value in row.items()}
@@ -127,7 +128,7 @@ def read_rows(path: Path) -> list[Row]:
     ]
 
 
-def read_latest_rows(folder: RunFolder) -> list[Row]:
+def read_latest_rows(folder: RunFolder) -> list[MetricsRow]:
     """Return the rows of a run, also those that are only in the CSV file, which grows during the run."""
     try:
         rows = read_rows(folder.log_history) if folder.log_history.exists() else []
@@ -152,7 +153,7 @@ def final_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     `final` has metrics of the last logged step and of the last evaluation (its step is `eval_step`); `best`
     has the lowest `eval_loss` and the highest of `ACCURACIES`, the earliest of equal ones.
     """
-    final: Row = {}
+    final: MetricsRow = {}
     for prefix in ("", PREFIX):
         measured = [row for row in rows if row["step"] > 0 and f"{prefix}loss" in row]
         if measured:
@@ -166,21 +167,21 @@ def final_and_best(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 
 def best_rows(rows: Sequence[Mapping[str, float]]) -> Iterator[tuple[str, Mapping[str, float]]]:
-    """Yield each metric of `BEST` that is finite after a step, with the first row that has its best value."""
-    for key in BEST:
+    """Yield each of `METRICS_WITH_BEST` that is finite after a step, with the first row of its best value."""
+    for key in METRICS_WITH_BEST:
         measured = [row for row in rows if row["step"] > 0 and math.isfinite(row.get(key, math.nan))]
         if measured:
             sign = 1 if METRICS[key.removeprefix(PREFIX)].best is Direction.lowest else -1
             yield key, min(measured, key=lambda row: sign * row[key])
 
 
-def metrics_by_source(rows: Sequence[Mapping[str, float]]) -> dict[str, Row]:
+def metrics_by_source(rows: Sequence[Mapping[str, float]]) -> dict[str, MetricsRow]:
     """Return, by source, the last value of each metric of `GROUP_METRICS`, those of evaluations with `eval_`.
 
     A run with one source has none.
     """
     last = {key: value for row in rows if row["step"] > 0 for key, value in row.items()}
-    by_source: dict[str, Row] = {}
+    by_source: dict[str, MetricsRow] = {}
     for prefix in ("", PREFIX):
         percentiles = {prefix + key for key in MARGIN_PERCENTILES}
         for metric in _grouped(prefix):

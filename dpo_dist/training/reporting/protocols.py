@@ -8,8 +8,8 @@ from typing import Any, Protocol
 from dpo_dist.config.run_folder import RunFolder
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.errors import RunOutcome
-from dpo_dist.objective.metrics import PairValues, Values
-from dpo_dist.training.reporting.metrics_log import MetricsLog, Row
+from dpo_dist.objective.metrics import PairColumn, PairValues
+from dpo_dist.training.reporting.metrics_log import MetricsLog, MetricsRow
 from dpo_dist.training.start.context import Run
 from dpo_dist.training.start.inputs import Inputs
 
@@ -21,7 +21,7 @@ class Recorder(Protocol):
     def metrics(self) -> MetricsLog:
         """The rows so far."""
 
-    def row(self, row: Row, margins: Values | None = None) -> None:
+    def row(self, row: MetricsRow, margins: PairColumn | None = None) -> None:
         """Record one metrics row; of an evaluation with its margins."""
 
     def evaluation(self, means: dict[str, float], values: PairValues, inputs: Inputs) -> None:

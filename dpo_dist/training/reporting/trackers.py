@@ -9,7 +9,7 @@ import shlex
 import sys
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -26,13 +26,12 @@ from dpo_dist.foundation import files
 from dpo_dist.foundation.errors import ExitCode, RunOutcome, StoppedError, first_line
 from dpo_dist.foundation.text import without_secrets
 from dpo_dist.foundation.types import Fields
-from dpo_dist.objective.metrics import Values
-from dpo_dist.training.reporting.metrics_log import best_rows
+from dpo_dist.objective.metrics import PairColumn
+from dpo_dist.training.reporting.metrics_log import MetricsRow, best_rows
 
 if TYPE_CHECKING:
     import wandb
 
-Row = Mapping[str, float]
 Say = Callable[[str], None]
 Stop = Callable[[], None]
 Mode = Literal["online", "offline"]
@@ -58,7 +57,7 @@ _OPEN_SECONDS, _FINISH_SECONDS, _ERROR_SECONDS, _LAST_SECONDS = 10.0, 30.0, 4.0,
 _log = logging.getLogger(__name__)
 
 
-def place_of(row: Row) -> float:
+def place_of(row: MetricsRow) -> float:
     """Return the place of a metrics row in the order of logging: a step's metrics, then its evaluation."""
     return row["step"] + any(key.startswith(PREFIX) for key in row) / 2
 
@@ -68,7 +67,7 @@ def wandb_name(key: str) -> str:
     return f"eval/{key.removeprefix(PREFIX)}" if key.startswith(PREFIX) else f"train/{key}"
 
 
-def wandb_names(row: Row) -> dict[str, float]:
+def wandb_names(row: MetricsRow) -> dict[str, float]:
     """Return a row under these names; its step is the x axis, of an evaluation also `eval/global_step`."""
     named = {wandb_name(key): value for key, value in row.items() if key != "step"}
     axes = (STEP_AXIS, EVALUATED_AT) if place_of(row) > row["step"] else (STEP_AXIS,)
@@ -96,7 +95,7 @@ class WandbRun:
     run: "wandb.Run"
     is_over = False  # its service was ended and does not start again
 
-    def __init__(self, tracked: TrackedRun, mode: Mode, rows: Sequence[Row]):
+    def __init__(self, tracked: TrackedRun, mode: Mode, rows: Sequence[MetricsRow]):
         folder = tracked.folder
         self._most_samples, self._folder = tracked.most_samples, folder
         self._is_offline = mode == "offline"
@@ -147,7 +146,7 @@ class WandbRun:
         for number, row in enumerate(self._rows):
             self._send(row, number)
 
-    def log(self, row: Row, margins: Values | None = None) -> None:
+    def log(self, row: MetricsRow, margins: PairColumn | None = None) -> None:
         """Send a row under the names of `wandb_names`, unless wandb has it: its step was computed twice."""
         self._rows.append(row)
         self._do(lambda: self._send(row, len(self._rows) - 1, margins))
@@ -157,7 +156,7 @@ class WandbRun:
         self._do(lambda: self._close(outcome, summary))
         end_service()
 
-    def _send(self, row: Row, number: int, margins: Values | None = None) -> None:
+    def _send(self, row: MetricsRow, number: int, margins: PairColumn | None = None) -> None:
         if place_of(row) <= self._received:
             return
         import wandb  # noqa: PLC0415
@@ -202,7 +201,7 @@ class WandbRun:
             action()
 
 
-def open_wandb(tracked: TrackedRun, rows: Sequence[Row], say: Say) -> WandbRun | None:
+def open_wandb(tracked: TrackedRun, rows: Sequence[MetricsRow], say: Say) -> WandbRun | None:
     """Start or resume the wandb run of a run directory; never raises or prompts. None: off or impossible.
 
     A run that cannot go online is stored in the directory for a later upload; `say` gets the reason and the
@@ -297,7 +296,7 @@ class InBackground:
         self._thread.start()
         self._is_open.wait(_OPEN_SECONDS)
 
-    def log(self, row: Row, margins: Values | None = None) -> None:
+    def log(self, row: MetricsRow, margins: PairColumn | None = None) -> None:
         """Send one metrics row later, in order."""
         self._calls.put(lambda run: run.log(row, margins))
 
@@ -334,7 +333,7 @@ class InBackground:
 class TensorBoard:
     """TensorBoard's event files, by accelerate's tracker; a resumed run replaces its later steps."""
 
-    def __init__(self, folder: RunFolder, rows: Sequence[Row]):
+    def __init__(self, folder: RunFolder, rows: Sequence[MetricsRow]):
         place = folder.tensorboard
         self._received = place_of(rows[-1]) if rows and any(place.glob("events.*")) else -1.0
         self._tracker = TensorBoardTracker(place.name, place.parent, purge_step=int(self._received) + 1)
@@ -342,7 +341,7 @@ class TensorBoard:
         for row in rows:
             self.log(row)
 
-    def log(self, row: Row, margins: Values | None = None) -> None:  # noqa: ARG002
+    def log(self, row: MetricsRow, margins: PairColumn | None = None) -> None:  # noqa: ARG002
         """Show a row under its names in W&B."""
         if place_of(row) > self._received:
             self._tracker.log(wandb_names(row), step=int(row["step"]))
@@ -362,7 +361,7 @@ class Trackers:
     def __init__(self, trackers: Sequence[Tracker] = (), say: Say = print):
         self._open, self._say = list(trackers), say
 
-    def log(self, row: Row, margins: Values | None = None) -> None:
+    def log(self, row: MetricsRow, margins: PairColumn | None = None) -> None:
         """Send one metrics row, and the margins of its evaluation; does not wait for a server."""
         self._each(lambda tracker: tracker.log(row, margins))
 
@@ -389,7 +388,7 @@ class Trackers:
                 _warn(f"{type(tracker).__name__} stops, training continues: {first_line(error)}", self._say)
 
 
-def open_trackers(tracked: TrackedRun, rows: Sequence[Row], say: Say) -> Trackers:
+def open_trackers(tracked: TrackedRun, rows: Sequence[MetricsRow], say: Say) -> Trackers:
     """Start or resume the trackers of a run; does not wait for a server that is slow.
 
     `rows` are those up to the checkpoint that training resumes from. Other threads call `say`, too.

@@ -27,7 +27,7 @@ from dpo_dist.data.encoded.build import encode_records
 from dpo_dist.data.encoded.dataset import PreferenceDataset, check_fits_loss
 from dpo_dist.data.encoded.store import counts_of, dataset_columns, lengths_of
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.read.sources import pinned
+from dpo_dist.data.read.sources import pin_source
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.data.text.template import check_template_keys
 from dpo_dist.model.architectures import router_loss
@@ -38,7 +38,7 @@ from dpo_dist.model.numerics import has_fp16_products
 from dpo_dist.objective.losses import check_custom_loss
 from dpo_dist.objective.metrics import custom_metrics
 from dpo_dist.training.start.inputs import checked_model
-from dpo_dist.training.start.named_models import EVALUATED, Evaluated
+from dpo_dist.training.start.named_models import EVALUATION_MODEL_KEY, EvaluatedModel
 from dpo_dist.training.start.resume import check_fresh_start, find_finished
 
 _FIRST_RECORDS = 1024
@@ -46,7 +46,7 @@ _FIRST_RECORDS = 1024
 
 def dry_run(
     config: RunConfig,
-    models: Sequence[Evaluated] = (),
+    models: Sequence[EvaluatedModel] = (),
     *,
     trains: bool = True,
     plan: Callable[[RunConfig, float], list[tuple[str, str]]] | None = None,
@@ -76,10 +76,10 @@ def dry_run(
     for evaluated in models:
         if not (evaluated.is_checkpoint or is_adapter(Path(evaluated.path))):
             revision = config.model.revision if evaluated.path == config.model.path else None
-            model = description_folder(evaluated.path, revision, EVALUATED)
+            model = description_folder(evaluated.path, revision, EVALUATION_MODEL_KEY)
             if not is_adapter(model):
-                check_same_vocabulary(model, tokenizer, config.model, EVALUATED)
-                check_contents_at_hand(model, config.model, EVALUATED)
+                check_same_vocabulary(model, tokenizer, config.model, EVALUATION_MODEL_KEY)
+                check_contents_at_hand(model, config.model, EVALUATION_MODEL_KEY)
         lines.append(("evaluation", evaluated.path))
     if not models:
         lines.append(("loss", check_custom_loss(config.loss) or ", ".join(config.loss.kinds)))
@@ -130,7 +130,7 @@ def _first_records(
     source: SourceConfig, key: str, data: DataConfig, loss: LossConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, str, float]:
     """Read, encode and check the first records of a source; return counts, unread fields and mean tokens."""
-    source = pinned(source)
+    source = pin_source(source)
     records = list(itertools.islice(read_records(source), _FIRST_RECORDS + 1))
     table = pa.Table.from_batches([encode_records(records[:_FIRST_RECORDS], data, tokenizer)])
     counts, has_more = counts_of(table), len(records) > _FIRST_RECORDS

@@ -21,7 +21,7 @@ from dpo_dist.config.schema import Dtype, Offload, RunConfig
 from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.processes.failures import Reports
-from dpo_dist.distributed.processes.join import joined
+from dpo_dist.distributed.processes.join import join_world
 from dpo_dist.distributed.processes.world import Stops, World, with_sequence_groups
 from dpo_dist.foundation.console import Console
 from dpo_dist.foundation.signals import StopRequest
@@ -82,7 +82,7 @@ def join(
 ) -> AbstractContextManager[World]:
     """Return the joined processes of this launch, whose failures the console and `folder` report."""
     reports = Reports(console.alarm, console.say, folder.rank_stacks(os.environ.get("RANK", "0")))
-    return joined(deepspeed_config, timeout_seconds, reports)
+    return join_world(deepspeed_config, timeout_seconds, reports)
 
 
 @contextlib.contextmanager

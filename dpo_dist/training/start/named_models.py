@@ -31,12 +31,12 @@ from dpo_dist.model.files.folder import local_model_folder
 if TYPE_CHECKING:
     from dpo_dist.training.start.inputs import EvaluationInputs
 
-EVALUATED = "evaluation.model"
+EVALUATION_MODEL_KEY = "evaluation.model"
 # Names of folders that say nothing without the folder above.
 _USUAL_NAMES = frozenset({RunFolder(Path()).model.name, RunFolder(Path()).checkpoints.name})
 
 
-def located(path: str, key: str) -> str:
+def locate_model(path: str, key: str) -> str:
     """Return the folder or hub name of the model at `path`: of a run its trained model, or a checkpoint."""
     folder = Path(path).expanduser()
     run = RunFolder(folder)
@@ -60,7 +60,7 @@ def short_name(path: str) -> str:
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class EvaluatedModel:
     """A model, adapter or checkpoint to evaluate: its folder, or its name on the hub."""
 
     path: str
@@ -87,7 +87,7 @@ class Evaluated:
         return f"{stem}-{text_digest(json.dumps(facts, sort_keys=True))[:8]}"
 
 
-def find_evaluated(config: RunConfig) -> tuple[RunConfig, list[Evaluated]]:
+def find_evaluated(config: RunConfig) -> tuple[RunConfig, list[EvaluatedModel]]:
     """Return `config` as `evaluate` takes it, and the models.
 
     Its `data.eval` is all that is read. Its reference is in the store, unless the loss uses none: one beside
@@ -107,12 +107,12 @@ def find_evaluated(config: RunConfig) -> tuple[RunConfig, list[Evaluated]]:
     return config, [_evaluated(model, RunFolder.of(config)) for model in config.evaluation.models]
 
 
-def _evaluated(named: str | None, run: RunFolder) -> Evaluated:
+def _evaluated(named: str | None, run: RunFolder) -> EvaluatedModel:
     if named is None and not run.model.is_dir():
         pairs = "its name depends on data.eval: name other pairs by evaluation.data"
-        raise without_model(run, EVALUATED, f"set run.dir to a complete run ({pairs})")
-    path = located(str(run.model) if named is None else named, EVALUATED)
-    return Evaluated(path, is_checkpoint(Path(path)))
+        raise without_model(run, EVALUATION_MODEL_KEY, f"set run.dir to a complete run ({pairs})")
+    path = locate_model(str(run.model) if named is None else named, EVALUATION_MODEL_KEY)
+    return EvaluatedModel(path, is_checkpoint(Path(path)))
 
 
 def find_exported(config: RunConfig) -> tuple[list[Path], Path]:

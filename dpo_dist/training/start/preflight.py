@@ -53,7 +53,7 @@ _FLASH_ATTN = {
 
 
 @contextlib.contextmanager
-def started(config: RunConfig, *, trains: bool = False) -> Iterator[Console]:
+def checked_start(config: RunConfig, *, trains: bool = False) -> Iterator[Console]:
     """Check the start and open the console; a start that fails before it trains leaves no directory."""
     folder = RunFolder.of(config)
     is_new = not folder.path.exists()

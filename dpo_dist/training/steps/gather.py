@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_dist.batching.pack import copied_to
+from dpo_dist.batching.pack import copy_to_device
 from dpo_dist.batching.sampler import Indices
 from dpo_dist.batching.step_batch import RankBatch
 from dpo_dist.distributed.processes.world import World
@@ -59,4 +59,4 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def on_device(numbers: Sequence[int] | Indices, device: torch.device) -> Tensor:
     """Return `numbers` as int64 [n] on `device`, without waiting for it."""
-    return copied_to(device, np.asarray(numbers, dtype=np.int64))
+    return copy_to_device(device, np.asarray(numbers, dtype=np.int64))

@@ -20,15 +20,15 @@ from dpo_dist.foundation.files import write_text
 from dpo_dist.foundation.text import first_few
 from dpo_dist.objective.losses import RunningMeans, preference_loss
 from dpo_dist.objective.metrics import AUC, MARGIN_PERCENTILES, MetricPlan
-from dpo_dist.training.reporting.metrics_log import Row, is_collapsed, logps_by_side, usual_loss
+from dpo_dist.training.reporting.metrics_log import MetricsRow, is_collapsed, logps_by_side, usual_loss
 from dpo_dist.training.steps.gather import gather_scored, in_batch_order
 from dpo_dist.training.steps.state import BestCheckpoint, Health, Position
 from dpo_dist.training.steps.step import Objective, ReadyStep, StepTotals
 
 
-def count_spike(row: Row, rows: Sequence[Row], say: Callable[[str], None]) -> None:
+def count_spike(row: MetricsRow, rows: Sequence[MetricsRow], say: Callable[[str], None]) -> None:
     """Add `loss_spikes`, their number so far, to the row after `rows`; warn of a new spike."""
-    last: Row = next((before for before in reversed(rows) if "loss" in before), {})
+    last: MetricsRow = next((before for before in reversed(rows) if "loss" in before), {})
     row["loss_spikes"] = last.get("loss_spikes", 0)
     usual = usual_loss(rows, row)
     if usual is not None:

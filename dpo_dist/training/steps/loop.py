@@ -21,7 +21,7 @@ from dpo_dist.distributed.processes.world import Interrupted
 from dpo_dist.distributed.reference_sync import ReferenceSync
 from dpo_dist.distributed.zero import PolicyEngine
 from dpo_dist.foundation.background import prefetch
-from dpo_dist.objective.metrics import Values
+from dpo_dist.objective.metrics import PairColumn
 from dpo_dist.training.clock import StepClock
 from dpo_dist.training.reporting.protocols import Recorder, Samples
 from dpo_dist.training.start.context import Run
@@ -283,7 +283,9 @@ class Loop:
         self._record(position, row)
         position.window = LogWindow()
 
-    def _record(self, position: Position, values: dict[str, float], margins: Values | None = None) -> None:
+    def _record(
+        self, position: Position, values: dict[str, float], margins: PairColumn | None = None
+    ) -> None:
         if self.recorder is None:
             return
         row = {"step": position.step, "epoch": self.inputs.sampler.epoch(position.step - 1), **values}

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpo_dist.batching.pack import PackedBatch, copied_to
+from dpo_dist.batching.pack import PackedBatch, copy_to_device
 from dpo_dist.batching.plan import Arrangement
 from dpo_dist.batching.step_batch import RankBatch
 from dpo_dist.config.losses import NUMBERS, LossConfig, Weighting
@@ -28,7 +28,7 @@ from dpo_dist.distributed.processes.world import World
 from dpo_dist.distributed.zero import Engine, PolicyEngine
 from dpo_dist.foundation.background import prefetch
 from dpo_dist.objective.logps import PairLogps, desensitised_weights, sum_by_response, wpo_weights
-from dpo_dist.objective.losses import FLOORED, BatchFacts, RunningMeans, log_ratios, loss_and_terms
+from dpo_dist.objective.losses import KINDS_WITH_FLOOR, BatchFacts, RunningMeans, log_ratios, loss_and_terms
 from dpo_dist.objective.metrics import (
     AUC,
     MISMATCH,
@@ -170,7 +170,7 @@ class Objective:
     def plan(self, rank_batch: RankBatch, *, is_evaluation: bool = False) -> MetricPlan:
         """Return the metrics of a global batch, the same on all ranks."""
         dataset = rank_batch.dataset
-        has_floor = "soft_label" in dataset.numbers and not FLOORED.isdisjoint(self.loss.kinds)
+        has_floor = "soft_label" in dataset.numbers and not KINDS_WITH_FLOOR.isdisjoint(self.loss.kinds)
         return MetricPlan(self.loss, dataset.labels, is_evaluation, self.custom, has_floor)
 
     def measure(self, pairs: ScoredPairs, plan: MetricPlan) -> tuple[Tensor, MetricSums]:
@@ -349,7 +349,7 @@ class StepTotals:
 
 def reduce_step(sums: MetricSums, votes: Sequence[bool], grad_norm: Tensor, world: World) -> StepTotals:
     """Sum metrics and votes over all ranks: one all-reduce, one device-to-host copy; collective."""
-    cast = copied_to(sums.values.device, np.array(votes, dtype=np.float64))
+    cast = copy_to_device(sums.values.device, np.array(votes, dtype=np.float64))
     counted = sums.values if world.leads else torch.zeros_like(sums.values)
     total = world.sum(torch.cat((counted, cast)))
     *reduced, norm = torch.cat((total, grad_norm.double().view(1))).tolist()

@@ -12,8 +12,8 @@ from dpo_dist.config.load import load_run_config
 from dpo_dist.config.schema import DataConfig, DataFormat, SourceConfig
 from dpo_dist.config.user_code import find_function
 from dpo_dist.data.formats import check_source, read_records
-from dpo_dist.data.read.columns import resolved
-from dpo_dist.data.read.sources import local_files, pinned, source_labels
+from dpo_dist.data.read.columns import resolve_source
+from dpo_dist.data.read.sources import local_files, pin_source, source_labels
 from dpo_dist.data.records import BadRecord, Message, PreferenceRecord
 from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support.cache import prepare
@@ -136,7 +136,7 @@ def test_an_entry_names_file_and_columns(tmp_path: Path) -> None:
         assert (record.prompt, record.responses) == ((Message("user", "do\nthis"),), ("yes", "no"))
         assert record.unread == ("images", "system")
         assert record.origin.source == str(tmp_path / "records.jsonl")
-        trained = pinned(SourceConfig(str(path), name="mine", limit=3))
+        trained = pin_source(SourceConfig(str(path), name="mine", limit=3))
         assert (trained.path, trained.limit) == (record.origin.source, 3)
     assert source_labels([SourceConfig(str(folder), name="mine")]) == ["mine"]
 
@@ -160,7 +160,7 @@ def test_an_entry_may_name_a_hub_dataset(tmp_path: Path) -> None:
     columns = {"instruction": "q", "input": "more", "chosen": "good", "rejected": "bad", "*": None}
     part: dict[str, Any] = {"name": "en", "data_dir": "data", "split": "test", "revision": "v1"}
     expected = SourceConfig("org/pairs", columns=columns, weight=0.5, **part)
-    assert resolved(SourceConfig(path=str(tmp_path), name="mine", weight=0.5)) == expected
+    assert resolve_source(SourceConfig(path=str(tmp_path), name="mine", weight=0.5)) == expected
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_a_description_of_another_program_is_no_registry(tmp_path: Path) -> None
     assert len(read(tmp_path)) == 1
     for path, name in ((tmp_path, "a"), (tmp_path / "dataset_info.json", None)):
         with pytest.raises(ConfigError, match="dataset_info"):
-            resolved(SourceConfig(path=str(path), name=name))
+            resolve_source(SourceConfig(path=str(path), name=name))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from dpo_dist.config.schema import DataConfig, TextTemplate, Truncation
 from dpo_dist.data.encode import encode_pair
 from dpo_dist.data.records import Dialogue, Message, Messages, Origin, PreferenceRecord, Prompt
-from dpo_dist.data.text.escape import tokenized
+from dpo_dist.data.text.escape import tokenize_texts
 from dpo_dist.data.text.tokenizer import tokenizer_facts
 from dpo_dist.foundation.errors import ConfigError, DataError
 from tests.support import tiny
@@ -308,10 +308,10 @@ def test_a_turn_ends_with_the_token_of_the_template_special_or_not() -> None:
 
 def test_limits_that_a_tokenizer_file_sets_do_not_cut() -> None:
     tokenizer = copy.deepcopy(tiny.qwen())
-    expected = tokenized(tokenizer, ["hello there, the weather"])
+    expected = tokenize_texts(tokenizer, ["hello there, the weather"])
     tokenizer.backend_tokenizer.enable_truncation(2)
     tokenizer.backend_tokenizer.enable_padding(length=64)
-    assert tokenized(tokenizer, ["hello there, the weather"]) == expected
+    assert tokenize_texts(tokenizer, ["hello there, the weather"]) == expected
 
 
 # The tokens that the loss counts: roles, markers, formatting, and what a record says itself.

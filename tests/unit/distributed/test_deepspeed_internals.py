@@ -45,7 +45,7 @@ from dpo_dist.distributed.deepspeed_internals import (
     zero_kind,
 )
 from dpo_dist.distributed.processes.failures import Reports
-from dpo_dist.distributed.processes.join import joined, start_world, stop_world
+from dpo_dist.distributed.processes.join import join_world, start_world, stop_world
 from dpo_dist.model.files.load import TORCH_DTYPES
 from dpo_dist.model.packed import PackedCausalLM
 from tests.support.cpu_adam import CPUAdamInPyTorch
@@ -67,7 +67,7 @@ def made(kind: str, dtype: Dtype = Dtype.fp32) -> Iterator[tuple[Any, PackedCaus
     config = policy_config(ParallelismConfig(kind=ParallelismKind(kind)), OptimConfig(), dtype)
     config["zero_optimization"]["stage3_param_persistence_threshold"] = 100
     causal_lm = tiny()
-    with joined(config, 60, Reports()) as world:
+    with join_world(config, 60, Reports()) as world:
         model = PackedCausalLM(causal_lm, AttentionBackend.sdpa, arrangement=Arrangement.padded)
         model.to(TORCH_DTYPES[dtype])
         engine, _ = world.accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))

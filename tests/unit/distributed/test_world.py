@@ -17,9 +17,9 @@ from deepspeed.ops.op_builder.builder import OpBuilder
 from dpo_dist.config.schema import AttentionBackend, Dtype, OptimConfig, ParallelismConfig
 from dpo_dist.distributed.deepspeed_config import policy_config
 from dpo_dist.distributed.processes import join as joined_module
-from dpo_dist.distributed.processes.failures import Reports, watched
+from dpo_dist.distributed.processes.failures import Reports, watch_world
 from dpo_dist.distributed.processes.failures import _origin as origin_of
-from dpo_dist.distributed.processes.join import joined, start_world
+from dpo_dist.distributed.processes.join import join_world, start_world
 from dpo_dist.distributed.processes.world import Interrupted, Peer, Stops, World
 from dpo_dist.distributed.zero import Engine
 from dpo_dist.foundation.errors import ConfigError, StoppedError
@@ -54,7 +54,7 @@ def alone() -> World:
 
 def test_a_run_outside_of_the_main_thread_changes_no_handler() -> None:
     def watch() -> str:
-        with watched(alone(), Reports()):
+        with watch_world(alone(), Reports()):
             return "left"
 
     handler = signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -103,7 +103,7 @@ def test_a_process_without_a_launcher_is_a_world_of_one_for_a_while(monkeypatch:
     before = dict(os.environ)
     PartialState(cpu=True)  # of another library in this process
     for _ in range(2):
-        with joined(CONFIG, 60, Reports()) as world:
+        with join_world(CONFIG, 60, Reports()) as world:
             assert (world.size, world.gather("here"), os.environ["MASTER_PORT"]) == (1, ["here"], "0")
         assert {name for name in os.environ if name not in before and "RANK" in name} == set()
         assert "MASTER_PORT" not in os.environ
@@ -200,7 +200,7 @@ def test_a_kernel_that_cannot_be_compiled_is_an_error_before_processes_join(
     offload = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
     with (
         pytest.raises(ConfigError, match="cpu_adam cannot be compiled") as found,
-        joined(offload, 60, Reports()),
+        join_world(offload, 60, Reports()),
     ):
         pass
     assert found.value.where == "parallelism.offload_optimizer"

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from dpo_dist.batching.example import Keys
 from dpo_dist.foundation.errors import ReferenceModelError
-from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, Values
+from dpo_dist.reference.store import LogpStore, ReferenceFingerprint, StoredLogps
 
 FINGERPRINT = ReferenceFingerprint("weights", {"dtype": "fp32"})
 Entries: TypeAlias = dict[int, list[float]]
@@ -24,7 +24,7 @@ def keys_of(names: Sequence[int]) -> Keys:
     return np.array([(name % 3, name) for name in names], dtype=np.uint64).reshape(-1, 2)
 
 
-def values(*numbers: float) -> Values:
+def values(*numbers: float) -> StoredLogps:
     return np.array(numbers, dtype=np.float32)
 
 

@@ -10,14 +10,15 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dpo_dist.config.load import checked
-from dpo_dist.config.losses import DiscopopOptions, LossKind, LossTermConfig, SimpoOptions
+from dpo_dist.config.load import complete_config
+from dpo_dist.config.loss_options import DiscopopOptions, SimpoOptions
+from dpo_dist.config.losses import LossKind, LossTermConfig
 from dpo_dist.config.mistakes import SCHEMA, names_of_others
 from dpo_dist.config.schema import RunConfig
 from dpo_dist.foundation.errors import ConfigError
 from dpo_dist.tools.convert import __main__ as convert
-from dpo_dist.tools.convert.reading import Foreign, read
-from dpo_dist.tools.convert.translation import translated
+from dpo_dist.tools.convert.reading import ForeignRun, read
+from dpo_dist.tools.convert.translation import translate_run
 from tests.unit.config.support import configured, error_of
 
 FILES = Path(__file__).parents[2] / "assets" / "foreign"
@@ -25,9 +26,9 @@ FILES = Path(__file__).parents[2] / "assets" / "foreign"
 
 def converted(run: str | Path) -> tuple[RunConfig, str]:
     """Return the configuration that a file or command becomes, and its comments."""
-    lines = translated(read(str(run))).splitlines(keepends=True)
+    lines = translate_run(read(str(run))).splitlines(keepends=True)
     comments = "".join(line for line in lines if line.startswith("#"))
-    return checked(SCHEMA.validate_python(yaml.safe_load("".join(lines)))), comments
+    return complete_config(SCHEMA.validate_python(yaml.safe_load("".join(lines)))), comments
 
 
 def terms(**weights: float) -> list[LossTermConfig]:
@@ -426,10 +427,10 @@ MORE = ["datasets", "dataset_mixture", "dataset_mixer", "mixer_list", "rl", "num
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_values_of_odd_types_are_named_or_one_error(trainer: str, keys: dict[str, Any]) -> None:
     try:
-        text = translated(Foreign(trainer, keys, "file"))
+        text = translate_run(ForeignRun(trainer, keys, "file"))
     except ConfigError:
         return
-    checked(SCHEMA.validate_python(yaml.safe_load(text)))
+    complete_config(SCHEMA.validate_python(yaml.safe_load(text)))
 
 
 @pytest.mark.parametrize("trainer", ["llama_factory", "trl", "axolotl"])

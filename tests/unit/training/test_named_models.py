@@ -15,7 +15,7 @@ from dpo_dist.foundation.errors import CheckpointError, ConfigError
 from dpo_dist.tools.evaluation import models as loading
 from dpo_dist.tools.evaluation.models import check_origin, load_evaluated
 from dpo_dist.training.start.context import Run
-from dpo_dist.training.start.named_models import Evaluated, find_evaluated, find_exported
+from dpo_dist.training.start.named_models import EvaluatedModel, find_evaluated, find_exported
 from tests.support import tiny
 from tests.support.alone import ALONE
 from tests.support.tiny_model import write_model
@@ -130,7 +130,7 @@ def test_names_of_results_differ_by_model_pairs_reference_and_loss(tmp_path: Pat
             reference_files=SimpleNamespace(digest=reference),
         )
         config = configured(tmp_path, *overrides)
-        return Evaluated(str(tmp_path / place), is_checkpoint=True).name(
+        return EvaluatedModel(str(tmp_path / place), is_checkpoint=True).name(
             inputs, config.model, config.loss, config.metrics.function
         )
 
@@ -165,7 +165,7 @@ def test_only_the_base_of_a_quantized_run_is_quantized(
     run = Run(config, ALONE, Console(None))
 
     def loaded(name: str) -> Any:
-        return load_evaluated(run, Evaluated(str(tmp_path / name), is_checkpoint=False), inputs)[0]
+        return load_evaluated(run, EvaluatedModel(str(tmp_path / name), is_checkpoint=False), inputs)[0]
 
     assert loaded("base") == ("base", "nf4")
     assert loaded("link") == ("base", "nf4")
@@ -185,9 +185,9 @@ def test_a_checkpoint_of_another_run_is_refused_before_it_is_loaded(
     config = configured(tmp_path, *([f"model.adapter={adapter}"] if adapter else []))
     inputs: Any = SimpleNamespace(policy_files=SimpleNamespace(digest=base))
     with pytest.raises(CheckpointError, match="of a run with another model or adapter"):
-        check_origin(Evaluated(str(folder), is_checkpoint=True), config, inputs)
+        check_origin(EvaluatedModel(str(folder), is_checkpoint=True), config, inputs)
     inputs.policy_files.digest = "m"
-    check_origin(Evaluated(str(folder), is_checkpoint=True), configured(tmp_path), inputs)
+    check_origin(EvaluatedModel(str(folder), is_checkpoint=True), configured(tmp_path), inputs)
     (folder / "state.json").write_text("{")
     with pytest.raises(CheckpointError, match="is damaged"):
-        check_origin(Evaluated(str(folder), is_checkpoint=True), config, inputs)
+        check_origin(EvaluatedModel(str(folder), is_checkpoint=True), config, inputs)

@@ -19,7 +19,7 @@ from dpo_dist.training.start.check import dry_run
 from dpo_dist.training.start.context import Run, open_run
 from dpo_dist.training.start.directory import find_start
 from dpo_dist.training.start.inputs import load_inputs
-from dpo_dist.training.start.preflight import check_start, started
+from dpo_dist.training.start.preflight import check_start, checked_start
 from dpo_dist.training.start.resume import RunState, write_state
 from tests.support import tiny
 from tests.support.alone import ALONE
@@ -101,7 +101,7 @@ def test_compiled_sharded_layers_need_torch_2_12(
 
 
 def fail_late(config: RunConfig, error: Exception) -> None:
-    with pytest.raises(type(error)), started(config):
+    with pytest.raises(type(error)), checked_start(config):
         raise error
 
 
@@ -116,13 +116,13 @@ def test_a_users_error_removes_a_run_directory_that_has_not_trained(
     refused(run_of(assets, tmp_path, "data.eval=[/nowhere/a.jsonl]"))
     assert not folder.path.exists()
     with contextlib.ExitStack() as other_job:
-        with pytest.raises(ConfigError), started(config):  # noqa: PT012
+        with pytest.raises(ConfigError), checked_start(config):  # noqa: PT012
             other_job.enter_context(locked(folder.lock, "trains", "wait"))
             raise ConfigError("another process trains", remedy="wait")
         assert folder.lock.exists()
     fail_late(config, ConfigError("of a second start"))
     assert folder.rank_log(0).is_file()
-    with pytest.raises(DataError), started(other := run_of(assets, tmp_path / "late")):  # noqa: PT012
+    with pytest.raises(DataError), checked_start(other := run_of(assets, tmp_path / "late")):  # noqa: PT012
         MetricsLog.open(RunFolder.of(other), None)
         raise DataError("found at a later step, before the first row and the first checkpoint")
     assert RunFolder.of(other).metrics_table.is_file()
@@ -145,7 +145,7 @@ def test_only_training_divides_the_processes_into_groups_with_copies(
         joined.append(deepspeed_config["zero_optimization"])
         raise ConfigError("joined")
 
-    monkeypatch.setattr("dpo_dist.training.start.context.joined", join)
+    monkeypatch.setattr("dpo_dist.training.start.context.join_world", join)
     config = run_of(assets, tmp_path, "parallelism.hpz=8", "parallelism.offload_optimizer=cpu")
     with pytest.raises(ConfigError, match="joined"), open_run(config, Console(None), trains=trains):
         pass
@@ -165,7 +165,10 @@ def test_processes_that_do_not_divide_into_groups_are_an_error(
 ) -> None:
     config = run_of(assets, tmp_path, f"parallelism.{key}=3")
     check_start(config, trains=True)  # `--check` before the launch
-    with pytest.raises(ConfigError, match="cannot be divided into groups"), started(config, trains=True):
+    with (
+        pytest.raises(ConfigError, match="cannot be divided into groups"),
+        checked_start(config, trains=True),
+    ):
         raise AssertionError  # one process
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="cannot be divided into groups"):

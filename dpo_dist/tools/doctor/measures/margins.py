@@ -12,7 +12,7 @@ from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import ModelConfig, ReferenceConfig, ReferenceMode
 from dpo_dist.data.encoded.dataset import PreferenceDataset
 from dpo_dist.model.files.folder import description_folder, start_folder
-from dpo_dist.reference.store import LogpStore, Values, known_fingerprints
+from dpo_dist.reference.store import LogpStore, StoredLogps, known_fingerprints
 from dpo_dist.tools.doctor.measures.sources import distribution
 from dpo_dist.tools.doctor.rules import DOCTOR_RULES
 from dpo_dist.tools.shared.findings import Finding
@@ -126,7 +126,7 @@ def stored_pairs(
     return np.array(columns, dtype=np.float64).reshape(-1, 4).T, origins
 
 
-def _counted(values: Values | None, mask: slice | npt.NDArray[np.bool_]) -> Values:
+def _counted(values: StoredLogps | None, mask: slice | npt.NDArray[np.bool_]) -> StoredLogps:
     return np.empty(0, dtype=np.float32) if values is None else values[mask]
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -11,9 +11,8 @@ from dpo_dist.config.losses import KINDS, LossKind, unit_of
 from dpo_dist.config.metrics import ACCURACIES, METRICS
 from dpo_dist.foundation import text
 from dpo_dist.foundation.types import Fields
-from dpo_dist.training.reporting.metrics_log import finite
+from dpo_dist.training.reporting.metrics_log import MetricsRow, finite
 
-MetricsRow = Mapping[str, float]
 MARGIN = "rewards/margins"
 FEWEST_STEPS = 10
 """A shorter run has learnt too little to be judged by it."""

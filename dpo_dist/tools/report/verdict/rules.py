@@ -13,7 +13,6 @@ from dpo_dist.tools.report.verdict.data import DATA_RULES
 from dpo_dist.tools.report.verdict.facts import (
     FEWEST_STEPS,
     Find,
-    MetricsRow,
     RunFacts,
     digits,
     first,
@@ -22,6 +21,7 @@ from dpo_dist.tools.report.verdict.facts import (
 from dpo_dist.tools.report.verdict.optimisation import OPTIMISATION_RULES, lost_weights
 from dpo_dist.tools.report.verdict.responses import RESPONSES_RULES
 from dpo_dist.tools.shared.findings import Finding, FindingRule, Level
+from dpo_dist.training.reporting.metrics_log import MetricsRow
 
 MOST_FINDINGS = 5
 NOTHING_TO_JUDGE = "nothing to judge, as no metrics row of a training step was written (trainer.log_every)"

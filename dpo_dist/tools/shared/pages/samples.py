@@ -39,7 +39,7 @@ class ShownResponse:
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownPrompt:
     """A prompt as the model reads it, with responses, which are compared with the response `against`.
 
     `why` is in small letters below the title, `labels` are for filters, the smallest `order` comes first.
@@ -60,7 +60,7 @@ class Shown:
         return line if len(line) <= _TITLE_CHARACTERS else line[:_TITLE_CHARACTERS] + "\u2026"
 
 
-def marked(text: str, other: str) -> tuple[list[MarkedPiece], float]:
+def mark_differences(text: str, other: str) -> tuple[list[MarkedPiece], float]:
     """Return the pieces of a text and the share of its words that `other` lacks. White space does not count.
 
     Letters of scripts without spaces are words. In a long text, frequent words do not anchor the comparison.
@@ -78,7 +78,7 @@ def marked(text: str, other: str) -> tuple[list[MarkedPiece], float]:
     return [piece for piece in pieces if piece[0]], new / len(words) if words else 0.0
 
 
-def prompt_items(prompts: Iterable[Shown], room: int) -> tuple[list[Markup], int]:
+def prompt_items(prompts: Iterable[ShownPrompt], room: int) -> tuple[list[Markup], int]:
     """Return prompts as HTML as long as they fit into `room` bytes, and the number of those left out."""
     items: list[Markup] = []
     left, waiting = room, iter(prompts)
@@ -91,7 +91,7 @@ def prompt_items(prompts: Iterable[Shown], room: int) -> tuple[list[Markup], int
     return items, 0
 
 
-def _cut(shown: Shown) -> Mapping[str, Any]:
+def _cut(shown: ShownPrompt) -> Mapping[str, Any]:
     """Return a prompt for its template, with the beginnings of long texts."""
     base = next((each for each in shown.responses if each.label == shown.against), None)
     other = base.text[:_LONGEST_TEXT] if base and base.text and base.text.strip() else None
@@ -105,7 +105,7 @@ def _column(response: ShownResponse, other: str | None, against: str) -> ShownRe
         return response
     notes, pieces = [response.notes], [(text, False)]
     if other is not None:
-        pieces, share = marked(text, other)
+        pieces, share = mark_differences(text, other)
         differs = f"{percent(share)} of its words not in {against}"
         notes.append(f"the same text as {against}" if text == other else differs)
     if len(response.text or "") > _LONGEST_TEXT:
@@ -167,7 +167,7 @@ def samples_of(folder: RunFolder) -> Mapping[str, Any]:
     for row, reason in choose(read[steps[0]]):
         rows = {step: by_id.get(row["prompt_id"]) for step, by_id in sorted(by_prompt.items(), reverse=True)}
         title = f"{row['source']}: {reason}"
-        shown.append(Shown(row["prompt"], tuple(_responses(row, rows)), "reference", title))
+        shown.append(ShownPrompt(row["prompt"], tuple(_responses(row, rows)), "reference", title))
     items, omitted = prompt_items(shown, _SECTION_BYTES)
     return {
         "step": steps[0],
@@ -196,7 +196,7 @@ def samples_of_runs(runs: Mapping[str, RunFolder]) -> list[Markup]:
                 by_prompt.setdefault(row["prompt_id"], []).append(response)
                 last[row["prompt_id"]] = row
     shown = [
-        Shown(row["prompt"], [*responses, response_of_data(row)], responses[0].label, row["source"])
+        ShownPrompt(row["prompt"], [*responses, response_of_data(row)], responses[0].label, row["source"])
         for responses, row in zip(by_prompt.values(), last.values(), strict=True)
         if len(responses) > 1
     ]
@@ -208,7 +208,7 @@ def worst_pairs(file: Path) -> list[Markup]:
     return prompt_items(map(_worst, read_lines(file)), _SECTION_BYTES)[0]
 
 
-def _worst(row: _Row) -> Shown:
+def _worst(row: _Row) -> ShownPrompt:
     """Return a pair, or a labelled response."""
     sides, margin = [side for side in ("chosen", "rejected") if side in row], row["margin"]
     names, measured = sides, f"margin {number(margin, 3)}"
@@ -219,7 +219,7 @@ def _worst(row: _Row) -> Shown:
             f"reward {number(margin if is_good else -margin, 3)}",
         )
     responses = [ShownResponse(name, row[side]) for name, side in zip(names, sides, strict=True)]
-    return Shown(row["prompt"], responses, "chosen", f"{row['origin']}: {measured}")
+    return ShownPrompt(row["prompt"], responses, "chosen", f"{row['origin']}: {measured}")
 
 
 def _responses(last: _Row, rows: Mapping[int, _Row | None]) -> Iterator[ShownResponse]:

@@ -6,13 +6,13 @@ from itertools import islice
 
 from dpo_dist.config.schema import DataConfig, ModelConfig, SourceConfig
 from dpo_dist.data.counts import counts_in_one_line
-from dpo_dist.data.read.sources import pinned
+from dpo_dist.data.read.sources import pin_source
 from dpo_dist.data.records import PreferenceRecord
 from dpo_dist.foundation.errors import DataError
 from dpo_dist.model.files.folder import description_folder
 from dpo_dist.model.files.load import check_contents_at_hand
 from dpo_dist.tools.shared.records import Read, good_records
-from dpo_dist.tools.shared.sampling.prompts import as_asked
+from dpo_dist.tools.shared.sampling.prompts import as_user_message
 from dpo_dist.tools.shared.sampling.respond import find_files, open_responder, usable_prompt
 
 _FIRST_RECORDS = 1024
@@ -24,7 +24,7 @@ def first_records(
     """Return the usable records among the first of each source; `say` their counts."""
     usable: list[PreferenceRecord] = []
     for source in sources:
-        records = read(pinned(source))
+        records = read(pin_source(source))
         first = list(islice(records, _FIRST_RECORDS))
         is_more = next(records, None) is not None
         usable += good_records(iter(first), source, data, say, of_first=is_more)
@@ -46,7 +46,7 @@ def check_model(
     check_contents_at_hand(responder.source.folder, model, key)
     folder = responder.source.adapter or responder.source.folder
     say(f"{folder}, vocabulary of {len(responder.tokenizer):,}, a response ends with {' or '.join(ends)}")
-    prompts = [usable_prompt(as_asked(record, data), responder, new_tokens) for record in records]
+    prompts = [usable_prompt(as_user_message(record, data), responder, new_tokens) for record in records]
     dropped = Counter(prompt for prompt in prompts if isinstance(prompt, str))
     if dropped.total() == len(prompts):
         raise DataError(

@@ -130,7 +130,7 @@ def in_parts(records: Sequence[PreferenceRecord], size: int) -> list[Sequence[Pr
     return [records[start : start + size] for start in range(0, len(records), size)]
 
 
-def as_asked(record: PreferenceRecord, data: DataConfig) -> PreferenceRecord:
+def as_user_message(record: PreferenceRecord, data: DataConfig) -> PreferenceRecord:
     """Return a prompt as models are asked: a text as a user's message if `data.text_as_messages` is set."""
     return replace(record, prompt=turns_of(record.prompt, "user")) if data.text_as_messages else record
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dpo_dist.config.run_folder import RunFolder
-from dpo_dist.tools.shared.pages.samples import choose, marked, samples_of
+from dpo_dist.tools.shared.pages.samples import choose, mark_differences, samples_of
 from tests.support.sample_files import GOOD, sample, write_samples
 
 
@@ -23,7 +23,7 @@ from tests.support.sample_files import GOOD, sample, write_samples
     ],
 )
 def test_words_that_the_other_lacks_are_marked(text: str, other: str, passages: list[str]) -> None:
-    pieces, _ = marked(text, other)
+    pieces, _ = mark_differences(text, other)
     assert [piece for piece, is_different in pieces if is_different] == passages
     assert "".join(piece for piece, _ in pieces) == text
 
