@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 
 class Arrangement(StrEnum):
-    """Arrangement of the responses of a micro-batch in a forward, from the cheapest to the costliest.
+    """How a forward arranges the responses of a micro-batch, from the cheapest way to the costliest.
 
     `packed`: one sequence, each prompt computed once. `padded`: one response per row, as long as the longest.
     `single`: one forward per response.
@@ -224,7 +224,7 @@ def _fill_rows(rows: Counts, longest: Counts, world_size: int, budget: int) -> t
 
 
 def _fill_rows_alike(rows: Counts, longest: Counts, world_size: int, budget: int) -> tuple[Bins, int]:
-    """Return the fewest micro-batches, and bins as small as a few trials find possible: ranks are even."""
+    """Return the fewest micro-batches, and the smallest bins that a few trials find: ranks get equal work."""
     bins = _cut_rows(rows, longest, budget)
     micro_batches = -(-int(bins.max() + 1) // world_size)
     too_small = 0

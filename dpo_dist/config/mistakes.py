@@ -389,7 +389,7 @@ _KEYS_OF_A_TRAINER = 3
 
 
 def trainer_of(keys: Collection[Any]) -> str | None:
-    """Return the trainer of a file with these keys: three that trainers have, one of them its own."""
+    """Return the trainer whose file has these keys: three known keys, and one of only this trainer."""
     trainers, same = names_of_others()["trainers"], {name.rpartition(".")[2] for name in run_keys()}
     known = [key for key in map(str, keys) if key in same or meant(key, "keys") or meant(key, "answers")]
     own = (name for name, signs in trainers.items() if not {*signs.split()}.isdisjoint(known))
@@ -397,7 +397,7 @@ def trainer_of(keys: Collection[Any]) -> str | None:
 
 
 def foreign_file(content: Mapping[str, Any], file: Path) -> ConfigError | None:
-    """Return the error for a file of keys of another trainer; None for a file with few of them."""
+    """Return the error for another trainer's file of keys; None if it has only a few of them."""
     names = [str(key) for key in content if meant(str(key), "keys") or meant(str(key), "answers")]
     names = [name for name in names if name not in run_keys()]
     if len(names) < _FOREIGN_KEYS or trainer_of(content) is None:

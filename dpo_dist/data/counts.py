@@ -256,7 +256,7 @@ _NAMES = {
 
 
 def _with_columns(path: str, config: DataConfig, examples: Sequence[str]) -> str:
-    """Return the source with the columns of its first bad record; the only one as a word to write."""
+    """Return the source with `columns` guessed from its first bad record, as a word to write if possible."""
     path = path.rpartition(": ")[2]
     seen = (re.search(r"\(fields: (.*)\)$", example) for example in examples)
     given = next((match.group(1).split(", ") for match in seen if match), [])

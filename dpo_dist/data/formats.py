@@ -123,7 +123,7 @@ def read_prompts(source: SourceConfig) -> Iterator[Record]:
 
 
 def check_source(source: SourceConfig, config: DataConfig | None = None) -> None:
-    """Check the keys of a source and the columns of its first records; with `config`, that any can be used.
+    """Check the keys of a source and the columns of its first records; with `config`, that some are usable.
 
     With `data.on_bad_record=error` all that are read must be usable. Sends no request. Raises DataError or
     ConfigError.

@@ -223,7 +223,7 @@ def prompt_key(record: PreferenceRecord) -> str:
 
 
 def shown_key(key: Any) -> str:
-    """Return a field's name for a message; the length of a name that may be a text of the record."""
+    """Return a field's name for a message, or its length if the name may be a text of the record."""
     name = str(key)
     if len(name) > _MAX_SHOWN_CHARACTERS or len(name.split()) > _MAX_SHOWN_WORDS or not name.isprintable():
         return f"a name of {len(name)} characters"

@@ -177,7 +177,7 @@ def offload_inputs(causal_lm: nn.Module) -> None:
         with save_on_cpu(pin_memory=True):
             return checkpoint(*arguments)
 
-    for layer in decoder_layers(causal_lm):  # of those that keep their activations the function is not called
+    for layer in decoder_layers(causal_lm):  # a layer that keeps its activations does not call it
         wrap_checkpointing(layer, offloaded)
 
 
@@ -233,7 +233,7 @@ def join_gradients(block: nn.Module) -> None:
 
 
 class _Block(nn.Module):
-    """A block as the only child of a module that computes as the block does."""
+    """A module that computes as its only child, a block, does."""
 
     def __init__(self, block: nn.Module, compute: Callable[..., Any]):
         super().__init__()

@@ -108,7 +108,7 @@ class PackedCausalLM(nn.Module):
         self.arrangement = arrangement
         self.is_generating = False
         head = causal_lm.get_output_embeddings()
-        # A layer that overrides forward computes something else than its weight says.
+        # A layer with its own forward may not be the product with its weight.
         if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
             change = logit_change(causal_lm.config.get_text_config())
             causal_lm.set_output_embeddings(LogpHead.of(head, change))
@@ -227,7 +227,7 @@ class PackedCausalLM(nn.Module):
         return (logps, share.sum(self._routing(outputs, share.local(repeats)))) if with_routing else logps
 
     def _one_by_one(self, rows: PaddedRows, batch: PackedBatch, with_routing: bool) -> "_Outputs":
-        """Return the outputs of the predictors, of a forward per row.
+        """Return the outputs at the predictors, by one forward per row.
 
         A rank with fewer rows than `batch.forwards` computes two tokens again, as in `dummy_batch`, so that
         ranks gather the same weights (law L2). Their sum in fp16 can be infinite, and 0 times that is no
@@ -337,7 +337,7 @@ _ORIGINAL = "original_inv_freq"
 
 
 def rope_limit(model_config: Any) -> int | None:
-    """Return the longest sequence with the frequencies of short ones, in tokens; None: they are fixed."""
+    """Return up to how many tokens RoPE has the frequencies of short sequences; None: always."""
     if not getattr(model_config, "rope_parameters", None):
         return None
     model_config.standardize_rope_params()  # as the model does; it may replace the original length

@@ -56,7 +56,7 @@ class CustomMetrics:
     names: tuple[str, ...] = ()
 
     def of(self, policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> dict[str, Tensor]:
-        """Return the values of each pair by name, float64 [pairs]. Raises ConfigError: they are others."""
+        """Return the values of each pair by name, float64 [pairs]. ConfigError: wrong names or shapes."""
         if self.function is None:
             return {}
         values = user_function(self.function, METRICS_FUNCTION)(policy, reference, loss)
@@ -76,7 +76,7 @@ def custom_metrics(
 ) -> CustomMetrics:
     """Return the metrics of a user's function, which is called on three invented pairs on `device`.
 
-    Of a loss of records each has one response, as training gives them: the other side is 0, with 0 tokens.
+    For a loss of records each pair has one response, as in training: the other side is 0, with 0 tokens.
     Raises ConfigError: it cannot be used.
     """
     columns = torch.tensor(INVENTED, device=device).double()
@@ -123,7 +123,7 @@ def _custom_error(got: str) -> ConfigError:
 class MetricPlan:
     """The metrics of the steps, or of the evaluations, of a run.
 
-    `labels`: of the sources of the data; none if there is only one. `has_floor`: by soft labels.
+    `labels`: the sources' labels; none if there is only one. `has_floor`: soft labels keep the loss above 0.
     """
 
     loss: LossConfig
@@ -250,7 +250,7 @@ def metric_means(sums: Mapping[str, float], counts: Mapping[str, float]) -> dict
 
 
 def wins(good: Tensor, bad: Tensor) -> Tensor:
-    """Return how many pairs of a good and a bad value have the good one above, ties a half; nan with nan."""
+    """Count how often a good value is above a bad one; a tie counts half. nan if any value is."""
     ordered = bad.double().sort().values
     above = torch.searchsorted(ordered, good.double()) + torch.searchsorted(
         ordered, good.double(), right=True
@@ -297,7 +297,7 @@ def metric_sums(
     rows = [(*measured.get(metric, (zeros, zeros)), group) for metric, group in plan.rows.values()]
     values = torch.stack([row.double() for row, _, _ in rows])
     counts = torch.stack([(row * members.get(group, zeros)).double() for _, row, group in rows])
-    # A value is ignored where its count is 0, and of a dummy.
+    # A value is ignored where its count is 0, and in a dummy.
     summed = torch.cat((torch.where((counts > 0) & (pairs.weights > 0), values, 0.0), counts))
     return MetricSums(tuple(plan.rows), (summed * pairs.weights.double()).sum(dim=1))
 

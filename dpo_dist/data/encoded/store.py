@@ -221,7 +221,7 @@ def dataset_columns(table: pa.Table) -> dict[str, Any]:
 
 
 def _numbers(lists: pa.ChunkedArray, record: Array) -> dict[str, Array]:
-    """Return the values of each example by name, of those of `NUMBERS` that have an effect."""
+    """Return each example's values by name, for the `NUMBERS` that have an effect."""
     given = pc.list_flatten(lists).to_numpy().reshape(-1, len(NUMBERS))
     if not len(given):
         return {}

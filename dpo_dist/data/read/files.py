@@ -25,9 +25,9 @@ _KINDS = (*_COMPRESSED_KINDS, ".parquet")
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _BLOCK_BYTES = 2**20
 _BATCH_RECORDS = 64
-# For each line between records: reading many empty ones takes minutes.
+# Counted for each line between records: reading many empty lines takes minutes.
 _LINE_BYTES = 64
-# More than this expansion is no text that was compressed.
+# Compressed text does not expand more than this.
 _MAX_EXPANSION = 100
 _ARGUMENTS = ("arguments", "parameters")
 SUFFIXES = (*_KINDS, *_COMPRESSIONS)
@@ -94,7 +94,7 @@ def read_file(file: Path, path: str) -> Iterator[RawRecord]:
 
 
 def numbered_records(values: Iterable[tuple[int, Any]], path: str) -> Iterator[RawRecord]:
-    """Yield values with the number of their line as records; a ValueError says why there is none."""
+    """Yield numbered values as records; a ValueError in place of a value becomes a bad record."""
     for number, value in values:
         origin = Origin(path, number)
         if isinstance(value, Mapping):
@@ -238,7 +238,7 @@ def _check_header(header: str, path: str, separator: str) -> None:
             "the table is not in UTF-8",
             where=path,
             got="other bytes in its header",
-            remedy="save it as UTF-8 (Excel: CSV UTF-8; of Windows: iconv -f CP1252 -t UTF-8 OLD > NEW)",
+            remedy="save it as UTF-8 (Excel: CSV UTF-8; from Windows: iconv -f CP1252 -t UTF-8 OLD > NEW)",
         )
     other = next((other for other in "\t;|," if other in header), None)
     if other and separator not in header:
@@ -280,7 +280,7 @@ def _parquet_rows(file: Path) -> Iterator[Any]:
 
 
 def _json_parsers(fields: Iterable[pyarrow.Field]) -> dict[str, Callable[[Any], Any]]:
-    """Return by name what parses the values of Arrow fields that store JSON as text, perhaps deep inside.
+    """Return parsers by name for the Arrow fields that store JSON as text, perhaps deep inside.
 
     Arrow's own type of such texts is that of values of mixed types in `datasets`.
     """
@@ -310,7 +310,7 @@ def _with_parsed_json(fields: Any, parsers: Mapping[str, Callable[[Any], Any]]) 
 
 
 def _class_parsers(schema: pyarrow.Schema) -> dict[str, Callable[[Any], Any]]:
-    """Return by name what gives the words of labels that `datasets` stores as numbers, in any order."""
+    """Return by name a function from a label's number in `datasets`, in any order, to its word."""
     known = {*GOOD, *BAD}
     try:
         features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]

@@ -88,7 +88,7 @@ def local_files(source: SourceConfig) -> list[Path] | None:
                 where=f"{key} of {path}",
                 got=value,
                 expected="null",
-                remedy=f"remove {key}: it is of Hub datasets" + (" and folders" * (key != "revision")),
+                remedy=f"remove {key}: it is for Hub datasets" + (" and folders" * (key != "revision")),
             )
     if local.is_dir():
         if is_saved(local):
@@ -142,7 +142,7 @@ def _missing(file: Path) -> DataError:
 
 
 def root_of(path: str) -> Path:
-    """Return the folder to which names of a source's files are relative; of a pattern the part before it."""
+    """Return the folder to which a source's file names are relative: for a pattern, the part before it."""
     return Path(*itertools.takewhile(lambda part: not _GLOB.search(part), Path(path).parts))
 
 

@@ -35,7 +35,7 @@ _Piece: TypeAlias = tuple[int, int, bool]
 
 
 class Marks:
-    """The control tokens of a tokenizer and its chat template; marks in their place."""
+    """The control tokens of a tokenizer and its chat template, and the marks that stand for them."""
 
     def __init__(self, special: Collection[str], written_by_template: Collection[str]):
         """Args: special tokens and tokens around turns; further added tokens that the template writes."""
@@ -153,7 +153,7 @@ def _with_backend(tokenizer: Tokenizer, change: Callable[[dict[str, Any]], Any])
 
 
 def _without_first_space(part: dict[str, Any]) -> dict[str, Any] | None:
-    """Change a part of a tokenizer that adds a space before a text; None: it does nothing else."""
+    """Return a tokenizer's part without the space that it adds; None if it does nothing else."""
     if part.get("type") == "Prepend":
         return None
     for name, value in (("prepend_scheme", "never"), ("add_prefix_space", False)):
@@ -246,7 +246,7 @@ class EscapedEncoder:
 
     @cached_property
     def _literal_copy(self) -> Tokenizer:
-        """Encodes spelled control tokens as text; their aliases are tokens, which strip spaces as they do."""
+        """Encodes spelled control tokens as text; their aliases are tokens, and strip spaces as these do."""
         tokens = set(self._marks.tokens)
 
         def with_special(part: dict[str, Any]) -> dict[str, Any]:
@@ -266,7 +266,7 @@ class EscapedEncoder:
 
     @cached_property
     def _continuation_copy(self) -> Tokenizer:
-        """The same without a space at the start of a text or after an added token."""
+        """`_literal_copy`, but it adds no space at the start of a text or after an added token."""
         copied = self._literal_copy
         return _with_backend(copied, _without_first_space) if copied.is_fast else copied
 

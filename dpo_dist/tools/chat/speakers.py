@@ -52,8 +52,8 @@ class Speaker:
     def answer(self, question: str, max_new_tokens: int | None, sampling: Mapping[str, Any]) -> None:
         """Print the answer as it comes, and keep both turns.
 
-        `sampling` changes the model's generation_config, which also has the default of `max_new_tokens`, or
-        else it is 512. Raises ConfigError if both turns do not fit.
+        `sampling` changes the model's generation_config. The default of `max_new_tokens` is the one there, or
+        512. Raises ConfigError if both turns do not fit.
         """
         responder, causal_lm = self.responder, self.causal_lm
         most = max_new_tokens or causal_lm.generation_config.max_new_tokens or 512

@@ -25,7 +25,7 @@ _TRAINERS: dict[str, Any] = yaml.safe_load(
 
 
 class Translation:
-    """What is known of a run: `left` of their keys, `values` by ours, `comments` on what is left out."""
+    """A run in translation: their keys still `left`, `values` of our keys, `comments` on what is left out."""
 
     def __init__(self, foreign: Foreign) -> None:
         self.trainer, keys, self.name = foreign

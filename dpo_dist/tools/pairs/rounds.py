@@ -124,7 +124,7 @@ def merge_adapter(adapter: Path, folder: Path, model: ModelConfig, data: DataCon
 
 
 def read_samples(policy: str, file: Path) -> dict[str, Any]:
-    """Return counts, the mean score and the largest difference within a prompt of a file of samples."""
+    """Return the counts of a samples file, its mean score, and the largest difference within a prompt."""
     prompts, unscored, widest, scores = 0, 0, 0.0, list[float]()
     for row in files.read_lines(file):
         given = [response.get("score") for response in (*row["responses"], *row["unused"])]
@@ -258,7 +258,7 @@ class _Rounds:
         if config.pairs.reference is RoundReference.previous:
             reference = replace(reference, path=None)
         elif reference.path is None and mode is not ReferenceMode.none:
-            # The name alone is not a revision of the model.
+            # A name alone would not fix the revision.
             path = first.path if first.revision is None else str(model_folder(first.path, first.revision))
             reference = replace(reference, path=path)
             if mode is ReferenceMode.adapter:  # the base of a later adapter is not the first model

@@ -1,4 +1,4 @@
-"""Say what a run takes on GPUs that are not here; suggest the fastest settings that fit."""
+"""Estimate what a run takes on GPUs that you do not have; suggest the fastest settings that fit."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager

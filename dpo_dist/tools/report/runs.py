@@ -38,7 +38,7 @@ _SEED = "trainer.seed"
 
 
 def compare_runs(folders: Sequence[RunFolder], page: Path) -> list[str]:
-    """Write the page about runs, also such that still train; return the lines of its tables of results."""
+    """Write the page about runs, which may still train; return the lines of its tables of results."""
     facts, names = list(map(PageFacts, folders)), [folder.path.resolve().name for folder in folders]
     names = names if len(set(names)) == len(names) else list(map(str, folders))
     settings, others = _differing(facts)

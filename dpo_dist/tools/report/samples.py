@@ -53,7 +53,7 @@ class RunSamples:
 
     Attributes:
         stop_ids: tokens that end a response.
-        at_every_evaluation: whether the policy responds at every evaluation, not at the first and the last.
+        at_every_evaluation: whether the policy responds at every evaluation, not only the first and the last.
         starts_as_reference: whether the policy before its first step is the reference.
         reference: responses of the reference, one for each prompt; None: not known.
     """

@@ -148,7 +148,7 @@ class WandbRun:
             self._send(row, number)
 
     def log(self, row: Row, margins: Values | None = None) -> None:
-        """Send a row under the names of `wandb_names`, unless wandb has it: its step was computed twice."""
+        """Send a row under the names of `wandb_names`; skip one that wandb has from a step computed twice."""
         self._rows.append(row)
         self._do(lambda: self._send(row, len(self._rows) - 1, margins))
 
@@ -281,7 +281,7 @@ def end_service(*, is_dead: bool = False, kills: bool = False) -> None:
 
 
 class InBackground:
-    """A wandb run that `start` opens and a thread calls, as a table makes wandb wait; only `finish` waits.
+    """A wandb run in a thread, as a table makes wandb wait. `start` opens the run; only `finish` waits.
 
     Opening waits a little, so that the messages of a fast start come in order.
     """
@@ -309,7 +309,7 @@ class InBackground:
         if self._thread.is_alive():
             advice = f"later: {upload_command(self._folder)}"
             _warn(f"wandb has not finished after {seconds:.0f} s and is ended; {advice}", self._say)
-            self._say = lambda _: None  # what the thread says of a service that was ended is no news
+            self._say = lambda _: None  # the thread would only warn that the service has ended
             if self._run is not None:
                 self._run.is_over = True
             end_service(kills=True)

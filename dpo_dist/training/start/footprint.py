@@ -156,8 +156,8 @@ def _count(module: nn.Module) -> int:
 def activation_bytes(causal_lm: Any, checkpointing: str | int) -> float | None:
     """Return the bytes of a token in a micro-batch while its gradients are computed; None if not known.
 
-    The tensors that autograd keeps of a forward on the meta device, and those of attention, of which the
-    kernels keep queries, keys, values, and the sums of scores in float32. The model cannot be used after it.
+    Counted are the tensors that autograd keeps in a forward on the meta device, and what attention's
+    kernels keep: queries, keys, values, and the sums of scores in float32. The model is unusable afterwards.
     """
     text = causal_lm.config.get_text_config()
     layers = decoder_layers(causal_lm)
@@ -187,7 +187,7 @@ def activation_bytes(causal_lm: Any, checkpointing: str | int) -> float | None:
 
 @lru_cache(maxsize=1)  # the plan asks for several kinds of checkpointing
 def _kept_bytes(causal_lm: Any) -> float | None:
-    """Return the bytes of a token that autograd keeps of a forward of all layers, without attention's."""
+    """Return the bytes that autograd keeps per token in a forward of all layers, attention excluded."""
     causal_lm.train().to(causal_lm.dtype)  # peft leaves an adapter on the meta device in float32
     causal_lm.set_attn_implementation(_TRACE)
     for layer in decoder_layers(causal_lm):

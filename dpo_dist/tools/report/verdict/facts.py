@@ -149,7 +149,7 @@ class RunFacts:
         return None if value is None else Accuracy(value, round(pairs), weight)
 
     def training_accuracy(self, source: str = "", share: float = 1.0, end: float = 1.0) -> Accuracy | None:
-        """Return the same of the quarter of the steps up to `end`, a share of them; None if not measured."""
+        """Return the accuracy in the quarter of the steps before `end`, a share of all; None if unknown."""
         measured = [row for row in self.steps if finite(row, self.accuracy_key + source) is not None]
         until = [row for row in measured if row["step"] <= end * self.total_steps]
         recent = [row for row in until if row["step"] > (end - 0.25) * self.total_steps] or until[-1:]
@@ -157,7 +157,7 @@ class RunFacts:
         return self._accuracy(mean(recent, self.accuracy_key + source), share * pairs, "train")
 
     def noise(self, rows: Sequence[MetricsRow]) -> dict[str, float]:
-        """Return what rounding alone makes of metrics, by the drift that was measured before the first step.
+        """Return how far rounding alone moves metrics, by the drift measured before the first step.
 
         For a margin: two standard errors of the mean over the pairs of the last row.
         """

@@ -147,7 +147,7 @@ _PLACEHOLDERS = ("response\n</think>\n\nresponse", "response")
 _FIELD = THOUGHT_FIELDS[0]
 _THOUGHT, _CONTENT = "probe thought", "probe content"
 _PROBES = re.compile(f"{_THOUGHT}|{_CONTENT}")
-# Tokens before a response with which it is decoded: a space or a character may depend on them.
+# A response is decoded with so many tokens before it: a space or a character may depend on them.
 _DECODED_BEFORE = 8
 
 
