@@ -25,7 +25,7 @@ class Arrangement(StrEnum):
 def computed_tokens(layout: Sequence[Sequence[int]], arrangement: Arrangement) -> int:
     """Return the tokens that the forwards of a micro-batch compute, with their padding.
 
-    `layout`: as `PackedBatch.layout`: of each example, tokens of the prompt and then of each response.
+    `layout`, as in `PackedBatch`: for each example, the tokens of its prompt and of each response.
     """
     if arrangement is Arrangement.packed:
         return sum(map(sum, layout))
@@ -63,7 +63,7 @@ Costs = npt.NDArray[np.float64]
 Bins = npt.NDArray[np.int64]
 
 _ROW_TRIALS = 12
-_LESS_PADDING = 0.9  # tokens of smaller micro-batches, relative to those of the larger ones
+_LESS_PADDING = 0.9  # smaller micro-batches have to compute at most this share of the larger ones' tokens
 _ENOUGH_TOKENS = 2048  # of a micro-batch that keeps a device busy
 
 

@@ -195,7 +195,7 @@ class Command:
             return []
 
     def _layers(self, content: dict[str, Any], name: str, group: str) -> list[_Layer]:
-        """Return the files in the list of `defaults` of a file as layers, and its keys as one."""
+        """Return a layer for each file in the list `defaults` of a file, and one for its own keys."""
         entries, values = content.pop("defaults", []), OmegaConf.create()
         layers, presets = list[_Layer](), dict[str, str | None]()
         for key, value in content.items():
@@ -243,7 +243,7 @@ class Command:
         for override in self.overrides:
             if not self._is_choice(override):
                 key, value = override.key_or_group, override.value()
-                # Hydra's own update cannot put a mapping in place of a list, for pydantic to refuse it.
+                # Hydra cannot replace a list by a mapping; here it is replaced, and pydantic refuses it.
                 merges = get_origin(run_keys().get(key)) is not list
                 OmegaConf.update(config, key, value, merge=merges, force_add=True)
         return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))

@@ -518,7 +518,7 @@ class LossConfig:
 
     @property
     def needs_partners(self) -> bool:
-        """Return whether a response to another prompt is scored beside that of each record."""
+        """Return whether each record also needs the score of a response to another prompt."""
         return any(facts.needs_partners for facts in self.facts)
 
     @property

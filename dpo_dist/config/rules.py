@@ -460,7 +460,7 @@ def check_needs(config: RunConfig, verb: str) -> None:
 
 
 def keys_of(verb: str, *, trains: bool = False) -> list[str]:
-    """Return the keys that a verb reads, and their sections; `trains`: with those of a training run."""
+    """Return the keys that a verb reads, and their sections; `trains`: also the keys of a training run."""
     verbs = {verb, "train"} if trains or VERBS[verb].takes_training else {verb}
     return [name for name in run_keys() if not verbs.isdisjoint(readers(name))]
 

@@ -73,7 +73,7 @@ _BESIDE_SIDES = frozenset((*SIDE_NAMES, *PAIR_SCORE_FIELDS, OTHERS))
 
 
 def parse_record(record: Fields, name: DataFormat, origin: Origin) -> Record:
-    """Return the preference in a record of format `name`; `auto`: of the first format that matches.
+    """Return the preference in a record, read in the format `name` (`auto`: the first that matches).
 
     Details of a bad record never quote its texts, which may be offensive or personal.
     """
@@ -269,7 +269,7 @@ def _json(values: Any) -> str:
 
 # Text in these fields may spell out messages.
 _SPELLED = ("prompt", *QUESTIONS, "context", "completion", *SIDE_NAMES, "response")
-# In others a list is written only as such: an `output` can be a text that happens to be JSON.
+# Other fields spell no lists: an `output` can be a text that happens to be JSON.
 _SPELLED_LISTS = ("responses", "completions")
 
 

@@ -189,7 +189,7 @@ def training_examples(record: PreferenceRecord, ranked: Ranked) -> tuple[list[Ra
 
 
 def as_fields(prompt: Prompt, responses: Sequence[Response]) -> list[Any]:
-    """Return a prompt and responses as values for JSON; a dialogue, part of the responses, is None."""
+    """Return a prompt and responses as values for JSON; a dialogue is None: the responses contain it."""
     if isinstance(prompt, Dialogue):
         return [None, *(f"{prompt.text}{response}" for response in responses)]
     if isinstance(prompt, str):

@@ -64,7 +64,7 @@ class StartCheck:
     """
 
     _plain: Tensor  # log-probs by the model's own forward of one row at a time
-    _tried: Tensor  # those by the last arrangement
+    _tried: Tensor  # log-probs by the last arrangement
     _spread: float
 
     def __init__(
@@ -289,7 +289,7 @@ def trial_examples(causal_lm: Any, max_length: int) -> list[Example]:
     """Return two invented examples of two responses each, within `max_length` tokens.
 
     The first is longer than the model's sliding window, if that is short. The responses of the second have
-    one length, and begin alike. The ids are those of text: none that the configuration names.
+    one length, and begin alike. The ids are ordinary text: none that the configuration names.
     """
     config = causal_lm.config.get_text_config()
     limits = [*layer_values(config, "sliding_window"), *layer_values(config, "attention_chunk_size")]
@@ -326,7 +326,7 @@ def _packed(examples: Sequence[Example]) -> PackedBatch:
 def _ladder(model: PackedCausalLM, max_length: int) -> Iterator[tuple[Arrangement, bool]]:
     """Yield arrangements, the cheapest first: the output layer in chunks, then all logits at once.
 
-    Ranks that share the tokens of a batch can share those of a packed one only.
+    Ranks can share the tokens of a packed batch only.
     """
     is_alone = model.mixes_lengths(max_length)
     if model.sequence is not None:

@@ -112,7 +112,7 @@ def add_saved(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
     try:
         lora = LoraConfig.from_pretrained(folder)
         lora.inference_mode, lora.lora_dropout, lora.init_lora_weights = True, 0.0, True
-        if not _saved_modules(causal_lm):  # of the same folder
+        if not _saved_modules(causal_lm):  # from the same folder
             find_modules(causal_lm, modules_on_disk(folder)[1])
         _inject(causal_lm, lora, name)
         if next(causal_lm.parameters()).is_meta:  # only its shapes are used

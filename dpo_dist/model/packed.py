@@ -131,7 +131,7 @@ class PackedCausalLM(nn.Module):
 
     @property
     def hidden_size(self) -> int:
-        """Return the width of the hidden states; for a model in parts (BLT), of its last part."""
+        """Return the width of the hidden states; a model in parts (BLT) has the width of its last part."""
         config, head = self.causal_lm.config.get_text_config(), self.causal_lm.get_output_embeddings()
         return int(getattr(config, "hidden_size", None) or head.in_features)
 
@@ -360,6 +360,6 @@ def forget_lengths(causal_lm: nn.Module) -> None:
         for name, original in list(module.named_buffers(recurse=False, remove_duplicate=False)):
             prefix = name.removesuffix(_ORIGINAL)
             longest = getattr(module, f"{prefix}max_seq_len_cached", None)
-            if name.endswith(_ORIGINAL) and isinstance(longest, Tensor):  # of a long sequence
+            if name.endswith(_ORIGINAL) and isinstance(longest, Tensor):  # frequencies of a long sequence
                 setattr(module, f"{prefix}inv_freq", original)
                 setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)

@@ -59,7 +59,7 @@ class RunningMeans:
         return config.beta * (1 + config.options_of(BetaDpoOptions).alpha * (mean_margin - start))
 
     def after(self, config: LossConfig, mean_margin: float, mean_reward: float, pairs: int) -> "RunningMeans":
-        """Return the means that include one more step: those of `b h`, and of `b D` over both responses."""
+        """Return the means after one more step, given its means: `b h`, and `b D` over both responses."""
         kept = config.options_of(BetaDpoOptions).momentum
         before = mean_margin if self.margin is None else self.margin
         total = self.pairs + pairs

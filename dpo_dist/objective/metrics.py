@@ -211,7 +211,7 @@ class MetricSums:
     def plus_values(self, values: Mapping[str, Tensor], count: int) -> "MetricSums":
         """Return these sums with scalars of the whole step added, each counted `count` times.
 
-        Parts of a scalar add up over micro-batches and ranks, one of which counts it.
+        Parts of a scalar add up over micro-batches and ranks; only one of them counts it.
         """
         added = torch.zeros_like(self.values)
         for name, value in values.items():
@@ -272,7 +272,7 @@ def metric_sums(
     pairs: ScoredPairs,
     terms: Mapping[LossKind, Tensor] = MappingProxyType({}),
 ) -> MetricSums:
-    """Return the sums of `plan.rows` over these pairs, given their losses; of a ranking, best and worst.
+    """Return the sums of `plan.rows` over these pairs, given their losses; a ranking is its best and worst.
 
     `terms`: of `loss_and_terms`.
     """
@@ -407,7 +407,7 @@ class PairValues:
         return dict(zip(MARGIN_PERCENTILES, values.tolist(), strict=True))
 
     def auc_by_source(self, labels: Sequence[str], numbers: npt.NDArray[np.integer[Any]]) -> dict[str, float]:
-        """Return the AUC of each source, of the `labels`, that has good and bad responses.
+        """Return the AUC of each source that has good and bad responses, by its label in `labels`.
 
         `numbers`, [pairs]: the source of each labelled record, as its place in `labels`.
         """

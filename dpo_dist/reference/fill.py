@@ -63,7 +63,7 @@ class FillReport:
 
 
 class _Part(NamedTuple):
-    """A pair, and those of its responses to score: indices in the dataset's `keys`, and in the pair."""
+    """A pair with its responses that are to be scored: indices in the dataset's `keys`, and in the pair."""
 
     pair: int
     responses: Indices

@@ -114,7 +114,7 @@ def export_checkpoint(
 
     with writing_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        collect_abandoned(folder.parent)  # of exports that were killed
+        collect_abandoned(folder.parent)  # killed exports left it
     with writing_errors(folder), staged_folder(folder, replaces=replaces) as temporary:
         weights = (
             _untrained(causal_lm, config.model, dtype) if is_whole else {}

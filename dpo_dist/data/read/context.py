@@ -20,7 +20,7 @@ _QUESTION_FIELDS = ("instruction", *QUESTIONS, "context")
 _UNREAD = ("documents", *MEDIA, *(f"{side}_{name}" for side in ("chosen", "rejected") for name in MEDIA))
 # Perhaps weights of a record in the loss; a value other than 1 is not read.
 _UNREAD_WEIGHTS = ("weight", "sample_weight")
-# Tools of one side: both are rendered with those of the record.
+# Tools of one side: both sides are rendered with the record's own tools.
 _TOOLS_OF_SIDES = ("chosen_tools", "rejected_tools")
 # Each value of these fields is read, or drops its record; `provenance` says how `pairs` made it.
 _READ = {"prompt", *_QUESTION_FIELDS, *CONVERSATIONS, "conversation", *_SYSTEMS, "history", _ARGUMENTS}

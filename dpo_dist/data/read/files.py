@@ -43,7 +43,7 @@ def file_kind(file: Path) -> str | None:
 
 
 def check_kind(file: Path, path: str) -> None:
-    """Check that files of this kind can be read; `path`: of the source. Raises DataError."""
+    """Check that files of this kind can be read; `path` names the source. Raises DataError."""
     if file_kind(file) is None:
         raise DataError(
             "this kind of file cannot be read",
@@ -111,7 +111,7 @@ def dataset_rows(dataset: Any) -> Iterator[Any]:
     form = getattr(dataset, "format", None)  # a stream has none
     if form and form["type"] == "custom":  # a transform of the user's
         return map(_with_given_arguments, dataset)
-    # As stored: decoded, images need packages, and nulls in JSON are like those of tables.
+    # As stored: decoding images needs packages, and decoded JSON has a table's nulls.
     columns = {"columns": form["columns"]} if form else {}
     return _table_rows(dataset.with_format("arrow", **columns).iter(_BATCH_RECORDS))
 
@@ -140,7 +140,7 @@ def _with_given_arguments(value: Any) -> Any:
 def write_records(records: Iterable[Any], folder: Path, name: str) -> Path:
     """Write records in memory to a .jsonl of `folder` that is named by its content, and return its path.
 
-    `name`: of the argument, for errors. Raises ConfigError: there are none, or one is not of JSON's types.
+    `name`: the argument's name, for errors. Raises ConfigError: no records, or one is not of JSON's types.
     """
     lines = list[str]()
     is_dataset = hasattr(records, "with_format") and hasattr(records, "iter")
@@ -259,7 +259,7 @@ def _check_header(header: str, path: str, separator: str) -> None:
 
 
 def _is_utf8(text: str) -> bool:
-    """Return whether a text has no bytes that are not UTF-8, as lone surrogates."""
+    """Return whether a text was UTF-8: other bytes have become lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -282,14 +282,14 @@ def _parquet_rows(file: Path) -> Iterator[Any]:
 def _json_parsers(fields: Iterable[pyarrow.Field]) -> dict[str, Callable[[Any], Any]]:
     """Return parsers by name for the Arrow fields that store JSON as text, perhaps deep inside.
 
-    Arrow's own type of such texts is that of values of mixed types in `datasets`.
+    `datasets` stores values of mixed types in Arrow's own type for such texts.
     """
     return {field.name: parse for field in fields if (parse := _json_parser(field)) is not None}
 
 
 def _json_parser(field: pyarrow.Field) -> Callable[[Any], Any] | None:
     kind = field.type
-    # A type that pyarrow does not know is that of its storage, and the field has its name.
+    # A type that pyarrow does not know is read as its storage type; the field names it.
     name = getattr(kind, "extension_name", "") or (field.metadata or {}).get(_EXTENSION, b"").decode()
     if name.endswith("json"):  # "arrow.json", "google:sqlType:json"
         return lambda text: None if text is None else parse_json(text)
@@ -316,6 +316,6 @@ def _class_parsers(schema: pyarrow.Schema) -> dict[str, Callable[[Any], Any]]:
         features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
         given = {name: feature["names"] for name, feature in features.items() if "names" in feature}
         words = {name: dict(enumerate(of)) for name, of in given.items() if known & {*map(str.lower, of)}}
-    except (KeyError, TypeError, AttributeError, ValueError):  # a stranger's text, of another kind
+    except (KeyError, TypeError, AttributeError, ValueError):  # a stranger may write anything there
         return {}
     return {name: numbered.get for name, numbered in words.items()}

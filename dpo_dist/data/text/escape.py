@@ -125,7 +125,7 @@ def tokenized(
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = literal
-        if not with_starts:  # in four fifths of the time
+        if not with_starts:  # without positions it takes a fifth less time
             return [
                 (encoding.ids, [])
                 for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)

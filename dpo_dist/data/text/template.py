@@ -1,4 +1,4 @@
-"""Chat templates: chosen, with a fixed date; conversations rendered by them, and where each turn is then."""
+"""Chat templates: choose one, fix its date, render conversations, and find each turn in the output."""
 
 import json
 import re

@@ -93,7 +93,7 @@ class Sharded(Protocol):
 class OptimizerSlices:
     """This rank's slices of the weights that a DeepSpeed engine trains, with their optimizer states.
 
-    `names` are those of the trained weights; `averages` those of the `masters`, if there are any.
+    `names` has the names of the trained weights, `averages` the moving averages of the `masters`, if any.
     """
 
     def __init__(

@@ -57,7 +57,7 @@ _OF_COMMUNICATION = (
 
 @dataclass(frozen=True)
 class Reports:
-    """Outputs, from any thread: of an error, on any rank; of a line, on rank 0; a file for stacks."""
+    """How any thread prints: an error, on any rank; a line, on rank 0; stacks of threads, to a file."""
 
     show: Callable[[str], None] = print
     say: Callable[[str], None] = print
@@ -141,7 +141,7 @@ def _connect() -> Store | None:
 class Watcher(threading.Thread):
     """Thread that ends this process if another one failed, died or is stopped, and this one does not notice.
 
-    The world's `timeout_seconds` is that of a collective call, and of a process of this host that is stopped.
+    After the world's `timeout_seconds` it ends a collective call, or a stopped process of this host.
     """
 
     def __init__(self, world: World, reports: Reports):

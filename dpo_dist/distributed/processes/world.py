@@ -135,7 +135,7 @@ class World:
         return result
 
     def together(self, work: Callable[[], T]) -> T:
-        """Run `work` on every rank; if any raises a `DpoDistError`, all raise that of the lowest rank."""
+        """Run `work` on every rank; if any raises a `DpoDistError`, all raise the lowest rank's."""
         error: DpoDistError | None = None
         result: T | None = None
         try:
@@ -240,7 +240,7 @@ class SequenceGroup:
         gathered = part.new_empty(self.ranks * part.numel())
         dist.all_gather_into_tensor(gathered, part.detach().flatten(), group=self.group)
         gathered = gathered.view(self.ranks, *part.shape)
-        gathered[self.rank] = part  # the gradient is that of this entry: every rank has the whole loss
+        gathered[self.rank] = part  # only this entry has a gradient: every rank has the whole loss
         return gathered
 
 

@@ -164,7 +164,7 @@ class SegmentAttention:
             return attended
         if not query.is_cuda and query.dtype is torch.bfloat16 and length <= _CPU_FLOAT32_KEYS:
             return self._attend(query.float(), key.float(), value.float(), scores).to(query.dtype)
-        if not query.is_cuda:  # of values with another dimension PyTorch would store all scores on a CPU
+        if not query.is_cuda:  # a CPU would store all scores if values have another dimension
             query, key, value = with_one_dim(query, key, value)
         if scores.sinks is not None:
             query, key, value = _with_sink(query, key, value, scores.sinks / scale)

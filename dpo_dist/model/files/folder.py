@@ -189,7 +189,7 @@ def _check_files(
             remedy=remedy,
         )
     elif not (folder / CONFIG_FILE).is_file():
-        inner = folder / "model"  # of a run directory
+        inner = folder / "model"  # `folder` may be a run directory
         remedy = "name the folder that save_pretrained wrote or that was downloaded from the hub"
         if (inner / CONFIG_FILE).is_file() or is_adapter(inner):
             remedy = f"write {inner}"
@@ -253,7 +253,7 @@ def start_folder(config: ModelConfig) -> Path | None:
 
 
 def modules_on_disk(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the names of the layers for which an adapter folder has matrices, and of its modules in full."""
+    """Return the names of an adapter's layers with matrices, and of its modules in full, from its files."""
     check_weights([folder / ADAPTER_WEIGHTS], _ADAPTER_KEY)
     with safe_open(folder / ADAPTER_WEIGHTS, "np") as weights:
         names = [name.removeprefix(PEFT_PREFIX) for name in weights.keys() if not is_repeated(name)]  # noqa: SIM118

@@ -237,7 +237,7 @@ def load_weights(
 ) -> Any:
     """Return the model of `folder`, with every weight read and none left at random.
 
-    Of a language model, the default `kind`, without the parts that text does not use.
+    A language model, the default `kind`, is without the parts that text does not use.
     """
     check_precision(config.dtype, device)
     shapes = check_contents(folder, model_config, config, key=key, kind=kind)
@@ -343,7 +343,7 @@ def _loading_errors(folder: Path, key: str) -> Iterator[None]:
         yield
     except Exception as error:  # an architecture's constructor can raise anything
         if getattr(error, "filename", None) is None and (full := disk_error(error)):
-            raise full from error  # of the log file, to which the progress of loading is written
+            raise full from error  # the log file, which the progress of loading fills, is full
         raise ConfigError(
             "the model cannot be loaded",
             where=key,

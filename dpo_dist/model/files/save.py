@@ -186,7 +186,7 @@ def write_merged(
     write_weights(folder, merged, merged.state_dict() | ignored_tensors(merged, base, written), base, changes)
 
 
-def _is_tied(causal_lm: Any) -> bool:  # not every config.json of a model of several parts says it
+def _is_tied(causal_lm: Any) -> bool:  # config.json does not always say it
     return causal_lm.get_input_embeddings().weight is causal_lm.get_output_embeddings().weight
 
 

@@ -262,7 +262,7 @@ def compare_models(
 
 
 def whole_model(model: NamedModel, folder: Path, run: Run) -> str:
-    """Return the folder or hub name of a model; of a checkpoint, a folder with its weights. Collective."""
+    """Return a model's folder or hub name; a checkpoint is written to a folder first. Collective."""
     if not model.is_checkpoint:
         return model.location
     written = partial(

@@ -1,4 +1,4 @@
-"""Translate the keys of another trainer's run into those of `train`, and name each that is left out."""
+"""Translate another trainer's keys into keys of `train`, and name each key that is left out."""
 
 import math
 import re
@@ -185,7 +185,7 @@ def _machine(run: Translation) -> None:
             run.comment(key, run.left.pop(key), "a quantized base is whole on every GPU")
             continue
         run.not_default.add("parallelism.kind")
-        # Of a mapping only its name says something: DeepSpeed's has keys of other stages, too.
+        # A mapping counts by its name only: DeepSpeed's has keys of other stages, too.
         text = key if isinstance(value, dict) else f"{key} {value}".removeprefix("fsdp ")
         text = text.replace("_", " ").replace("no offload", "")
         for words, stage in _STAGES.items():
@@ -252,7 +252,7 @@ def _combine(run: Translation) -> None:
 
 
 def _add_defaults(run: Translation, is_uncut: bool) -> list[str]:
-    """Set the other trainer's defaults where those here are others; return their keys."""
+    """Set the other trainer's defaults where ours differ; return their keys."""
     defaults = run.facts["defaults"] | {"parallelism.kind": "ddp", "tracking.wandb": "off"}
     if not any(key.startswith("model.adapter.") for key in run.values):
         defaults |= run.facts.get("full", {})
@@ -273,7 +273,7 @@ def _add_defaults(run: Translation, is_uncut: bool) -> list[str]:
 
 
 def _give_options(run: Translation) -> None:
-    """Move options of one kind of loss into its term of a sum; leave out those of other kinds."""
+    """Move options of one kind of loss into its term of a sum; leave out options of other kinds."""
     values, terms = run.values, run.values.get("loss.terms", [])
     for key in [key for key in values if key.startswith("loss.options.")]:
         users, name = kinds_using(key.removeprefix("loss.")), key.rpartition(".")[2]

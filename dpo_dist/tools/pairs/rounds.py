@@ -156,7 +156,7 @@ class _Rounds:
         count = config.pairs.rounds
         with files.locked(folder.rounds / folder.lock.name, "does the rounds of this run directory"):
             check_settings(config, folder)
-            os.environ.setdefault("WANDB_RUN_GROUP", config.run.name)  # of the trainings
+            os.environ.setdefault("WANDB_RUN_GROUP", config.run.name)  # groups the rounds' trainings
             for number in range(1, count + 2):
                 file, code = folder.round(number).round_result, int(ExitCode.completed)
                 if file.exists():
@@ -199,7 +199,7 @@ class _Rounds:
         stage_name = f"round {number}" if number <= pairs.rounds else f"after round {number - 1}"
         self.say(f"{stage_name}: samples of {stage.model.path}")
         below = folder.path / "sampling"
-        folder.pairs_samples.unlink(missing_ok=True)  # of an earlier start
+        folder.pairs_samples.unlink(missing_ok=True)  # an earlier start wrote it
         code = self.run(command_of("pairs", stage, below, _launcher(pairs.launcher)))
         if code not in (ExitCode.completed, ExitCode.invalid) or not folder.pairs_samples.exists():
             raise _stage_error(f"sampling of round {number}", code, folder)

@@ -82,7 +82,7 @@ class Data(NamedTuple):
 
 
 def machine_of(plan: PlanConfig, dtype: Dtype) -> Machine:
-    """Return the GPUs that `plan` names, or else those of this machine, or else H100s."""
+    """Return the GPUs that `plan` names, else this machine's GPUs, else H100s."""
     here, kind = torch.cuda.device_count(), plan.gpu or "h100-80g"
     gib, half, single, bandwidth = _GPUS[kind]
     if plan.gpu is None and here:
@@ -95,7 +95,7 @@ def machine_of(plan: PlanConfig, dtype: Dtype) -> Machine:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Memory and time of a run; seconds are those of an epoch."""
+    """Memory and time of a run; seconds count one epoch."""
 
     config: RunConfig
     data: Data

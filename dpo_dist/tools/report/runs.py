@@ -33,7 +33,7 @@ _OF_NO_RESULT = ("run.", "console.", "tracking.")
 _OF_NO_POLICY = ("samples/reference_", "samples/prompts", "samples/alarms")
 _OF_REFERENCE = ("loss", "rewards/", "distance/")
 _OF_LOSS = ("loss", "rewards/chosen", "rewards/rejected", MARGIN)
-_MOST_SETTINGS, _MOST_CHARACTERS = 4, 80  # in the table of results, and of a name made of them
+_MOST_SETTINGS, _MOST_CHARACTERS = 4, 80  # in the table of results, and in a run's name made from settings
 _SEED = "trainer.seed"
 
 

@@ -102,7 +102,7 @@ class RunSamples:
             self.ask_reference(policy, of_base=self.run.config.model.adapter is not None)
 
     def ask_reference(self, model: Engine, *, of_base: bool = False) -> None:
-        """Set the reference's responses to those of a model, and write them; ends the run if it must stop."""
+        """Let a model give the reference's responses, and write them; ends the run if it must stop."""
         started = time.monotonic()
         try:
             self.reference = self._ask(model, of_base=of_base)

@@ -41,7 +41,7 @@ class Samples(Protocol):
         """Ask the policy, at its start, for the reference's responses if they are not known."""
 
     def at(self, step: int, policy: Engine, *, is_last: bool) -> dict[str, float]:
-        """Write the responses after `step`, of a run that ends there if `is_last`; return their metrics."""
+        """Write the responses after `step`, the run's last one if `is_last`; return their metrics."""
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class TrackedRun:
 class WandbRun:
     """The wandb run of a run directory, online or offline; its methods raise what wandb raises.
 
-    It sends those of `rows`, of earlier starts, that wandb does not have.
+    It sends the `rows` of earlier starts that wandb does not have.
     """
 
     run: "wandb.Run"
@@ -121,7 +121,8 @@ class WandbRun:
                 save_code=False,
                 disable_git=True,
                 stop_fn=tracked.stop,
-                x_disable_meta=without_secrets(sys.argv) != sys.argv,  # it has the command line as typed
+                x_disable_meta=without_secrets(sys.argv)
+                != sys.argv,  # the metadata have the command as typed
                 x_transaction_log_flush_interval=1.0,  # seconds of rows that a killed offline run can lose
             ),
         }
@@ -132,7 +133,7 @@ class WandbRun:
     def _start(self) -> None:
         """Start or resume the wandb run, and send it the rows that it lacks."""
         for file in self._sent.parent.glob("*run-*/*.wandb"):
-            if file.stat().st_size <= _HEADER_BYTES:  # of a killed start; `wandb sync` would upload no run
+            if file.stat().st_size <= _HEADER_BYTES:  # from a killed start; `wandb sync` would upload no run
                 file.unlink()
         self.run = _set_up(self._init["mode"]).init(**self._init)
         self.run.define_metric(STEP_AXIS)

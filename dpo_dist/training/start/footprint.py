@@ -40,7 +40,7 @@ _KEPT_FREE = 0.1
 _MOST_TOKENS = 32_768  # more are not faster, and a reference scores several times as many at once
 _STEP = 256  # tokens; a smaller difference is not worth a number that is harder to read
 _CONTEXTS = 2e9  # CUDA's and NCCL's
-_GATHERED = 1e9  # weights that ZeRO-3 gathers at a time, or those of a layer
+_GATHERED = 1e9  # weights that ZeRO-3 gathers at a time; a larger layer counts whole
 BYTES_PER_QUANTIZED_WEIGHT = {Quantization.int8: 1.0, Quantization.nf4: 0.53}
 _TRACED = 64, 128  # tokens
 _TRACE = "dpo_dist_trace"
@@ -48,7 +48,7 @@ _TRACE = "dpo_dist_trace"
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes on one device: `parts` that do not depend on the micro-batch, and those of a token in one.
+    """Bytes on one device: `parts` that do not depend on the micro-batch, and bytes `per_token` in it.
 
     `per_token` is None for a model of which it is not known.
     """

@@ -37,7 +37,7 @@ _USUAL_NAMES = frozenset({RunFolder(Path()).model.name, RunFolder(Path()).checkp
 
 
 def located(path: str, key: str) -> str:
-    """Return the folder or hub name of the model at `path`: of a run its trained model, or a checkpoint."""
+    """Return the folder or hub name of the model at `path`; for a run, its trained model or a checkpoint."""
     folder = Path(path).expanduser()
     run = RunFolder(folder)
     if run.config.is_file() and not (folder / "config.json").is_file():

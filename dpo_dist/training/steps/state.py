@@ -93,7 +93,7 @@ class Position:
     window: LogWindow = field(default_factory=LogWindow)  # since the last metrics row
     health: Health = field(default_factory=Health)
     best: BestCheckpoint | None = None  # by `trainer.keep_best`, after the first evaluation
-    stale_evaluations: int = 0  # since that of `best`
+    stale_evaluations: int = 0  # since the evaluation of `best`
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "Position":

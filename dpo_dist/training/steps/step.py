@@ -176,7 +176,7 @@ class Objective:
     def measure(self, pairs: ScoredPairs, plan: MetricPlan) -> tuple[Tensor, MetricSums]:
         """Return the weighted sum of the losses, with a graph if gradients are enabled, and the metric sums.
 
-        `pairs`: of a micro-batch; of the whole global batch for a coupled loss.
+        `pairs` are a micro-batch, or for a coupled loss the whole global batch.
         """
         losses, terms = loss_and_terms(pairs.policy, pairs.reference, self.loss, pairs.facts)
         of_records = pairs.facts.loss_weight

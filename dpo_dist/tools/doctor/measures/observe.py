@@ -69,7 +69,7 @@ class RecordFacts:
     unread: tuple[str, ...] = ()  # fields that no format reads
     # Keys, by which records are compared.
     prompt: int = 0  # without differences of case and white space
-    record: int = 0  # of prompt and responses
+    record: int = 0  # of the prompt and all responses
     numbers: int = 0  # of the prompt's numbers
     hash: int = 0  # `prompts.prompt_hash`
     preferences: tuple[tuple[int, int], ...] = ()  # each preference, and the opposite one

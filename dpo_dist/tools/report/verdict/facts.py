@@ -99,8 +99,8 @@ class RunFacts:
     def chosen_logps(self) -> tuple[float, float] | None:
         """Return the log-probs per token of chosen responses under the reference, and at the end.
 
-        Of the last evaluation; of a run without, medians over the last quarter of the steps. Without the
-        reference's: those of the evaluation before the first step, else of the first row of a step.
+        They are from the last evaluation, or else medians over the last quarter of the steps. A run without a
+        reference takes the evaluation before the first step, or else the first row of a step, in its place.
         """
         key, rows = "logps/chosen_per_token", self.evaluations[-1:] or self.recent_rows()
         falls = self.falls(rows)

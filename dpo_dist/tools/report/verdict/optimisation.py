@@ -142,7 +142,7 @@ def _learning_rate_too_high(facts: RunFacts) -> Iterator[str]:
 
 
 def _signs_of_rate(facts: RunFacts) -> Iterator[str]:
-    """Yield a clause for each sign; of the end by medians, as a spike that recovers is no sign."""
+    """Yield a clause for each sign; the end is judged by medians, as a spike that recovers is no sign."""
     yield from _rise_of_loss(facts)
     steps, falls = facts.total_steps, facts.falls(facts.steps)
     if falls is None:  # without a reference relative to the first rows, which have other responses

@@ -61,7 +61,7 @@ class Axis:
         return cls(low - room, high + room, start, end)
 
     def place(self, value: float) -> float:
-        """Return the coordinate of a value, in tenths; of a logarithmic axis it must be positive."""
+        """Return the coordinate of a value, in tenths; a logarithmic axis needs a positive value."""
         low, high, at = self.low, self.high, value
         if self.is_log:
             low, high, at = map(math.log10, (low, high, at))
@@ -347,7 +347,7 @@ def _panels(rows: Rows) -> list[Panel]:
 
 
 def panel_lines(panel: Panel, rows: Rows, noise: Mapping[str, float]) -> Iterator[Line]:
-    """Yield the lines of a panel: of each metric its values, their moving mean and those of evaluations.
+    """Yield a panel's lines: each metric's values, their moving mean, and the values of evaluations.
 
     The last line is the noise of the first metric, if it has some.
     """
@@ -364,7 +364,7 @@ def panel_lines(panel: Panel, rows: Rows, noise: Mapping[str, float]) -> Iterato
 
 
 def _metric_lines(panel: Panel, key: str, label: str, rows: Rows) -> Iterator[Line]:
-    """Yield the values of a metric, their moving mean and those of evaluations."""
+    """Yield lines of a metric: its values, their moving mean, and the values of evaluations."""
     steps = [row for row in rows if "loss" in row]
     if any(key in row for row in steps):
         raw = _line(panel, label, "raw", steps, key)

@@ -194,7 +194,7 @@ def respond(
     sampling: Sampling,
     numbers: range,
 ) -> list[Completions]:
-    """Return the completions of each prompt, in their order; `numbers` are those of its samples."""
+    """Return the completions of each prompt, in their order; `numbers` says which samples of a prompt."""
     prompts = [usable_prompt(record, responder, sampling.max_new_tokens) for record in records]
     requests = [
         Request(prompt, prompt_key(record), number)
@@ -225,7 +225,7 @@ def respond(
 def usable_prompt(record: PreferenceRecord, responder: Responder, new_tokens: int) -> TokenIds | str:
     """Return the ids of a prompt before `new_tokens` others, or the reason why it cannot be used.
 
-    They are those of training, with the template's start of a thought.
+    The ids are the same as in training, with the template's start of a thought.
     """
     for placeholder in _PLACEHOLDERS:
         encoded = responder.encode(record, placeholder)
