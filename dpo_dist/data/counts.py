@@ -204,7 +204,7 @@ def check_counts(
             was already applied to most texts and `data.template` is not set.
     """
     if counts.changed[LEFT_IN_TRAIN] or (counts.changed[HELD_OUT] and not counts.read):
-        return  # a part too small for a share; the training data are checked
+        return  # a small part of a split: the training data are checked
     templated = counts.changed["templated_text"]
     # A share among the first records is no estimate; all of them is a clear sign.
     is_templated = templated == counts.kept > 0 if of_first else templated > counts.kept / 2

@@ -75,7 +75,7 @@ class Marks:
         return changed(value)
 
     def replace_marked(self, rendered: str) -> str:
-        """Return the output of a template for marked values with marks only in place of tokens."""
+        """Replace each marked token in a template's output by the mark that stands for it."""
         # Some templates write tools by `tojson` in ASCII or as Python would.
         rendered = rendered.replace(_ESCAPED_CHARACTER, RESERVED_CHARACTER)
         return self._beside.sub(lambda match: self._marks[match[1] or match[2]], rendered)

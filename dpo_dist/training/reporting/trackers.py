@@ -104,7 +104,7 @@ class WandbRun:
             files.write_text(folder.wandb_id, os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12])
         described: dict[str, Any] = {
             "project": tracked.tracking.project or _variable("WANDB_PROJECT") or DEFAULT_PROJECT,
-            "notes": _variable("WANDB_NOTES") or None,  # wandb reads the variable of an argument that is None
+            "notes": _variable("WANDB_NOTES") or None,  # None: wandb reads the variable itself
             "name": _variable("WANDB_NAME") or tracked.title,
             "config": dict(tracked.settings),
         }
