@@ -53,7 +53,7 @@ class PackedBatch:
 
     @property
     def pair_tokens(self) -> list[tuple[int, ...]]:
-        """Number of targets of the responses of each example, of a batch on the host."""
+        """Number of targets of each example's responses; the batch is on the host."""
         tokens = iter(self.response_tokens.tolist())
         return [tuple(itertools.islice(tokens, len(pieces) - 1)) for pieces in self.layout]
 

@@ -103,7 +103,7 @@ _DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet)(\.gz|\.zst)?$")
 
 
 def unreadable(words: Sequence[str], verb: str = "") -> ConfigError:
-    """Return the error for the words of a verb's command line that are no overrides."""
+    """Return the error for words of a verb's command line that are not overrides."""
     whole, [first, *rest] = " ".join(words), words
     remedy = "write no spaces around =, and quotes around a value with spaces or commas: 'KEY=\"a, b\"'"
     if any(whole.count(opened) != whole.count(closed) for opened, closed in ("()", "[]", "{}")):

@@ -142,7 +142,7 @@ def direction_of(trainer: TrainerConfig) -> Direction | None:
     metric = trainer.keep_best or ""
     if metric.startswith(PREFIX + CUSTOM):
         return Direction.highest
-    # Also of one source, bucket of lengths or percentile; `loss/kl` is no source of `loss`.
+    # A metric may be for one source, bucket of lengths or percentile; `loss/kl` is not a source's `loss`.
     named = [
         name
         for name in METRICS

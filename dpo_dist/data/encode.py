@@ -1,4 +1,4 @@
-"""Encode a preference record as token ids: one prompt, and each response as its continuation."""
+"""Encode a preference record as token ids: one prompt, and the responses that continue it."""
 
 import re
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""Formats of input records: one table, and how a record is read by its row.
+"""Formats of input records: one table with a row for each, and the functions that read a record by its row.
 
 To add a format: add its name to `DataFormat`, a function that returns a record's `Content`, and a row to
 `FORMATS`. `read/layouts` has these functions, `read/messages` reads the texts and messages that they return.

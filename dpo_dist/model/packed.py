@@ -157,7 +157,7 @@ class PackedCausalLM(nn.Module):
         return self._rope_limit is not None and longest > self._rope_limit
 
     def start_as(self, recorded: Arrangement, longest: int) -> None:
-        """Arrange the model as its architecture is recorded, as far as it can be packed.
+        """Arrange the model in the way recorded for its architecture, if it can be packed so.
 
         `longest` is the largest prompt plus response, in tokens.
         """
@@ -248,7 +248,7 @@ class PackedCausalLM(nn.Module):
     def _row_outputs(self, input_ids: Tensor, with_routing: bool = False) -> "_Outputs":
         """Return the outputs of one row, [1, tokens]."""
         tokens = input_ids.shape[1]
-        if self._rope_limit is not None:  # the last token of the response counts, which is no input
+        if self._rope_limit is not None:  # the response's last token counts, though it is not an input
             forget_lengths(self.causal_lm)
             input_ids = nn.functional.pad(input_ids, (0, 1))
         outputs = self._call(with_routing, input_ids=input_ids)

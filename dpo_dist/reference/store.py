@@ -86,7 +86,7 @@ def read_fingerprint(folder: Path) -> ReferenceFingerprint | None:
 
 
 def known_fingerprints(root: Path) -> list[ReferenceFingerprint]:
-    """Return the fingerprints in a store that have a description; none of a folder that is no store."""
+    """Return the fingerprints in a store that have a description; none if the folder is not a store."""
     return list(filter(None, map(read_fingerprint, sorted(root.glob("*")))))
 
 

@@ -103,7 +103,7 @@ def open_speakers(
             expected="a run, its checkpoint or model, or an adapter",
             remedy="name the base: --beside PATH",
         )
-    # With the tokenizer and the template of the run, as its reference.
+    # The base gets the run's tokenizer and template, as its reference did.
     base = load_source(find_files(first.model.path, first.model, "model.path"), first.model, _device())
     return [first, replace(first, name=BASE, causal_lm=base, messages=[])]
 

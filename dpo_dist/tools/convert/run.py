@@ -101,7 +101,7 @@ class Translation:
 
 
 def _written(answer: str) -> dict[str, Any]:
-    """Return the keys that an answer says to write; none if it is no whole answer."""
+    """Return the keys that an answer says to write; none unless all of them are known and fit."""
     verb, _, rest = answer.partition(" ")
     if verb not in ("write", "set"):
         return {}

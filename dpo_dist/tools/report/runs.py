@@ -101,7 +101,7 @@ def _table(columns: Mapping[str, Sequence[str]]) -> list[list[str]]:
 def _differing(facts: Sequence[PageFacts]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Return the settings that differ and can change the result, and what else differs, by key."""
     differing = differing_settings([each.config for each in facts])
-    differing.pop("loss.options", None)  # null for a kind without; each option has its own row
+    differing.pop("loss.options", None)  # null for a kind without options; each option has its own row
     others = {key: texts for key, texts in differing.items() if key.startswith(_OF_NO_RESULT)}
     settings = {key: texts for key, texts in differing.items() if key not in others}
     for key, texts in settings.items():

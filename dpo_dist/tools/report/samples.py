@@ -154,7 +154,7 @@ class RunSamples:
     def _metrics(self, prefix: str, responses: Sequence[_Row]) -> dict[str, float]:
         chosen = [str(prompt.fields["chosen"]) for prompt in self.prompts]
         facts = [text_facts(row["text"], row["tokens"], row["finished"]) for row in responses]
-        facts = [  # what the data teach to refuse is no fault
+        facts = [  # refusals that the data teach are no fault
             replace(fact, refusals=fact.refusals and not is_refusal(text))
             for fact, text in zip(facts, chosen, strict=True)
         ]

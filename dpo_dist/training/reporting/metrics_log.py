@@ -89,7 +89,7 @@ class MetricsLog:
         return history
 
     def append(self, row: Mapping[str, float]) -> None:
-        """Add a row, which has its `step`, to the CSV file, which is written anew for a new column."""
+        """Add a row with its `step` to the CSV file; a new column makes it write the file anew."""
         self.rows.append(dict(row))
         if new := [key for key in row if key not in self._columns]:
             self._columns += new

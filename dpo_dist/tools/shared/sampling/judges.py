@@ -222,7 +222,7 @@ class RewardModel:
         rows = {at: torch.tensor(ids) for at, ids in enumerate(encoded) if ids and len(ids) <= longest}
         order = sorted(rows, key=lambda at: -len(rows[at]))
         while order:
-            # The score is read at the last token that is no padding: without such a token, one row at a time.
+            # The score is read at the last token before padding: without padding, one row at a time.
             size = 1 if padding is None else max(1, self.batch_tokens // len(rows[order[0]]))
             batch, order = order[:size], order[size:]
             padded = pad_sequence([rows[at] for at in batch], True, padding or 0).to(self.device)

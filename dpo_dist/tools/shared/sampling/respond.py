@@ -156,7 +156,7 @@ class Completion:
     """A response of a model to a prompt, as text."""
 
     number: int  # among all samples of the prompt
-    content: str  # its text; of a dialogue up to a further turn
+    content: str  # its text; a dialogue ends before a further turn
     tokens: int  # without the ending token
     finished: bool  # by itself
     same_ids: bool  # whether training encodes it as the generated tokens
