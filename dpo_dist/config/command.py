@@ -54,7 +54,7 @@ def parse_overrides(words: Iterable[str]) -> tuple[list[Override], list[str]]:
         key, equals, value = word.partition("=")
         hint, override = run_keys().get(key.lstrip("+")), _parsed(word)
         kinds = {hint, *get_args(hint)}
-        takes_text = str in kinds and kinds.isdisjoint({int, float})  # `run.name=1e3` is that text
+        takes_text = str in kinds and kinds.isdisjoint({int, float})  # `run.name=1e3` is a text
         if equals and (override is None or (takes_text and type(override.value()) in (int, float))):
             # Hydra's grammar has no `~/m`, `é` or `NAME=PATH` without quotes.
             if re.fullmatch(r"\[[^\[\]{}\"']*\]", value):

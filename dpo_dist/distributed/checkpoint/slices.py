@@ -260,7 +260,7 @@ def write_slices(model: ModelSlices, checkpoint: Path, rank: int, copy: HostCopy
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> str:
     """Write a safetensors file from the memory of its tensors to disk; return its digest, made on the way."""
     header: dict[str, Any] = {"__metadata__": metadata}
-    # Larger elements first, so that each tensor begins at a multiple of its own.
+    # Larger elements first, so that each tensor begins at a multiple of its element size.
     ordered, end = sorted(tensors.items(), key=lambda named: -named[1].itemsize), 0
     for name, tensor in ordered:
         start, end = end, end + tensor.nbytes

@@ -47,8 +47,8 @@ class RunFacts:
     """Metrics rows (null as nan), content of summary.json, and findings of doctor.json; any may be empty.
 
     `steps` are the rows of training steps, `evaluations` those after a step, with keys without `eval_`;
-    `last_rows` are the evaluations, or the steps of a run without, `part` is their name. `unit` is what the
-    loss is of (`unit_of`), `accuracy_key` the metric of `ACCURACIES` that says how well it orders responses.
+    `last_rows` are the evaluations, or the steps of a run without, `part` is their name. `unit` is what one
+    loss is about (`unit_of`), `accuracy_key` the metric of `ACCURACIES` that says how well it orders responses.
     """
 
     def __init__(self, rows: Sequence[MetricsRow], summary: Fields, findings: Sequence[Fields] = ()):
