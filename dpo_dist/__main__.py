@@ -34,7 +34,7 @@ def main() -> int:
 
 
 def _in_place_of(verb: str) -> str:
-    """Return what to write in place of a verb that does not exist; empty if nothing is like it."""
+    """Suggest a verb in place of one that does not exist; empty if no verb is similar."""
     from dpo_dist.config.keys import choices, run_keys  # noqa: PLC0415  (slow)
     from dpo_dist.config.mistakes import equivalents  # noqa: PLC0415
 

@@ -129,7 +129,7 @@ def pair_logps(
     *,
     ld_alpha: float | None = None,
 ) -> PairLogps:
-    """Return `token_logps` summed per response over the tokens that the loss counts; of at least one pair."""
+    """Sum `token_logps` per response, over the tokens that the loss counts; needs at least one pair."""
     return _summed(pairs, token_logps(model, pairs, micro_batch_tokens), ld_alpha)
 
 
@@ -166,8 +166,8 @@ def train(
             `data.cache`, to a file that their content names: the same call resumes the run.
         eval: the same in place of `data.eval`.
         on_row: called on rank 0 with each metrics row of steps and evaluations, once it is recorded. If it
-            returns true, the run stops with a checkpoint, after the step that follows at the latest; if it
-            raises, too, and the exception is raised at the end.
+            returns true, the run stops with a checkpoint, after the next step at the latest. If it
+            raises, the run stops in the same way, and the exception is raised at the end.
 
     Returns:
         The content of summary.json, and `run_dir`. `exit` is `completed`, or `preempted`, by `stopped_by`.
@@ -223,7 +223,7 @@ def _read(file: Path, read: Callable[[Path], T]) -> T:
 def _summed(pairs: Sequence[EncodedExample], logps: Sequence[Tensor], ld_alpha: float | None) -> PairLogps:
     """Sum the log-probs of whole responses over the tokens that the loss counts."""
     if not pairs:
-        raise ValueError("log-probs can be summed of at least one pair")
+        raise ValueError("log-probs of at least one pair are needed")
     batch, values = pack(pairs, response_keys(pairs)), torch.cat(list(logps))
     device = values.device
     if batch.mask is not None:

@@ -23,7 +23,7 @@ class Example:
 
     @property
     def masks(self) -> tuple[Mask, ...]:
-        """`trained`, also if all tokens count."""
+        """The masks `trained`, with one for each response even if all tokens count."""
         return self.trained or tuple(np.ones(len(ids), dtype=np.bool_) for ids in self.responses)
 
 

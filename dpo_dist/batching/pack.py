@@ -40,11 +40,11 @@ class PackedBatch:
     # between them, padded with -1; None if every pair has two responses.
     ranking: Tensor | None = None
     score_gaps: Tensor | None = None  # float32 [pairs], score of the best response minus the worst's, or nan
-    loss_weight: Tensor | None = None  # float64 [pairs], of `NUMBERS` as the two below; None: no effect
+    loss_weight: Tensor | None = None  # float64 [pairs], one of `NUMBERS`, as the next two; None: no effect
     soft_label: Tensor | None = None
     margin: Tensor | None = None
     token_weights: Tensor | None = None  # float32 [targets], factors of the log-probs, if the loss has them
-    reference_logps: Tensor | None = None  # float32 [targets], if they need no forward pass
+    reference_logps: Tensor | None = None  # float32 [targets]; None: a forward pass computes them
     sources: Tensor | None = None  # int64 [pairs], index of each pair's source in the dataset's labels
     mask: Mask | None = None  # bool [completion tokens], which are targets, on the host; None: all
     # The most responses that a rank has in this micro-batch: a model that computes each response in a forward
@@ -53,7 +53,7 @@ class PackedBatch:
 
     @property
     def pair_tokens(self) -> list[tuple[int, ...]]:
-        """Number of targets of the responses of each example, of a batch on the host."""
+        """Number of targets of each example's responses; the batch is on the host."""
         tokens = iter(self.response_tokens.tolist())
         return [tuple(itertools.islice(tokens, len(pieces) - 1)) for pieces in self.layout]
 
@@ -160,7 +160,7 @@ def pack(
 def dummy_batch() -> PackedBatch:
     """Return the smallest batch whose backward gives all weights a gradient, with weight 0.
 
-    In rows of one input, weights that carry a state to the next token (RWKV) get no gradient.
+    Rows of one input would give no gradient to weights that carry a state to the next token (RWKV).
     """
     ids = np.zeros(1, dtype=np.int32)
     batch = pack([Example(np.zeros(2, dtype=np.int32), (ids, ids))], np.empty((0, 2), dtype=np.uint64))
@@ -199,7 +199,7 @@ class PaddedRows:
 def padded_rows(batch: PackedBatch, pad_id: int) -> PaddedRows:
     """Return `batch` as rows, in the order of its responses; on any device, without a synchronization."""
     indices: list[npt.NDArray[np.int64]] = []
-    starts: list[tuple[int, int, int]] = []  # of each response: its prompt, the prompt's length, itself
+    starts: list[tuple[int, int, int]] = []  # starts of prompt and response, and prompt length
     start = 0
     for prompt, *responses in batch.layout:
         prompt_start, start = start, start + prompt
@@ -209,7 +209,7 @@ def padded_rows(batch: PackedBatch, pad_id: int) -> PaddedRows:
             start += tokens
     lengths = np.array([prompt + tokens for prompt, *responses in batch.layout for tokens in responses])
     longest = int(lengths.max())
-    # From a token's index in the rows one after the other to that in the padded rows.
+    # Added to a token's index in the concatenated rows, a shift gives its index in the padded rows.
     shifts = np.arange(len(lengths)) * longest - (np.cumsum(lengths) - lengths)
     places = np.arange(lengths.sum()) + np.repeat(shifts, lengths)
     device = batch.input_ids.device

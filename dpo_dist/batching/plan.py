@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 
 class Arrangement(StrEnum):
-    """Arrangement of the responses of a micro-batch in a forward, from the cheapest to the costliest.
+    """How a forward arranges the responses of a micro-batch, from the cheapest way to the costliest.
 
     `packed`: one sequence, each prompt computed once. `padded`: one response per row, as long as the longest.
     `single`: one forward per response.
@@ -25,7 +25,7 @@ class Arrangement(StrEnum):
 def computed_tokens(layout: Sequence[Sequence[int]], arrangement: Arrangement) -> int:
     """Return the tokens that the forwards of a micro-batch compute, with their padding.
 
-    `layout`: as `PackedBatch.layout`: of each example, tokens of the prompt and then of each response.
+    `layout`, as in `PackedBatch`: for each example, the tokens of its prompt and of each response.
     """
     if arrangement is Arrangement.packed:
         return sum(map(sum, layout))
@@ -63,7 +63,7 @@ Costs = npt.NDArray[np.float64]
 Bins = npt.NDArray[np.int64]
 
 _ROW_TRIALS = 12
-_LESS_PADDING = 0.9  # tokens of smaller micro-batches, relative to those of the larger ones
+_LESS_PADDING = 0.9  # smaller micro-batches have to compute at most this share of the larger ones' tokens
 _ENOUGH_TOKENS = 2048  # of a micro-batch that keeps a device busy
 
 
@@ -224,7 +224,7 @@ def _fill_rows(rows: Counts, longest: Counts, world_size: int, budget: int) -> t
 
 
 def _fill_rows_alike(rows: Counts, longest: Counts, world_size: int, budget: int) -> tuple[Bins, int]:
-    """Return the fewest micro-batches, and bins as small as a few trials find possible: ranks are even."""
+    """Return the fewest micro-batches, and the smallest bins that a few trials find: ranks get equal work."""
     bins = _cut_rows(rows, longest, budget)
     micro_batches = -(-int(bins.max() + 1) // world_size)
     too_small = 0

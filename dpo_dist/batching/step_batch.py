@@ -27,7 +27,7 @@ class ExampleSource(Protocol):
 
     @property
     def numbers(self) -> Mapping[str, npt.NDArray[Any]]:
-        """Float64 [examples] by name: those of `NUMBERS` that have an effect."""
+        """Float64 [examples] by name, for the `NUMBERS` that have an effect."""
 
     @property
     def trained_tokens(self) -> npt.NDArray[Any]:

@@ -1,4 +1,4 @@
-"""A command as Hydra composes it: the layers of files and experiments, overrides, and mistakes in them."""
+"""Compose a command by Hydra: layers of files and experiments, then overrides; collect their mistakes."""
 
 import contextlib
 import copy
@@ -48,13 +48,13 @@ _ROOT = "dpo_dist"
 
 
 def parse_overrides(words: Iterable[str]) -> tuple[list[Override], list[str]]:
-    """Return the overrides of a command line, and the words that are none."""
+    """Divide the words of a command line into overrides and other words."""
     parsed, unread = [], []
     for word in words:
         key, equals, value = word.partition("=")
         hint, override = run_keys().get(key.lstrip("+")), _parsed(word)
         kinds = {hint, *get_args(hint)}
-        takes_text = str in kinds and kinds.isdisjoint({int, float})  # `run.name=1e3` is that text
+        takes_text = str in kinds and kinds.isdisjoint({int, float})  # `run.name=1e3` is a text
         if equals and (override is None or (takes_text and type(override.value()) in (int, float))):
             # Hydra's grammar has no `~/m`, `é` or `NAME=PATH` without quotes.
             if re.fullmatch(r"\[[^\[\]{}\"']*\]", value):
@@ -78,7 +78,7 @@ def _parsed(line: str) -> Override | None:
 
 
 def keys_given(override: Override) -> list[str]:
-    """Return the keys that an override gives; of a mapping those inside."""
+    """Return the keys that an override sets; a mapping sets the keys inside it."""
     key, value = override.key_or_group, override.value()
     if key == "reference" and not isinstance(value, dict):
         return ["reference.mode"]
@@ -182,7 +182,7 @@ class Command:
         return layers
 
     def _read(self, file: Path, name: str, group: str = "experiment") -> list[_Layer]:
-        """Return the layers of a file of a group; none, and a mistake, if it cannot be read."""
+        """Return the layers of a group's file; note a mistake if it cannot be read."""
         try:
             if (known := f"keys of {file}") not in self._bases:
                 self._bases[known] = read_keys(file)
@@ -195,7 +195,7 @@ class Command:
             return []
 
     def _layers(self, content: dict[str, Any], name: str, group: str) -> list[_Layer]:
-        """Return the files in the list of `defaults` of a file as layers, and its keys as one."""
+        """Return a layer for each file in the list `defaults` of a file, and one for its own keys."""
         entries, values = content.pop("defaults", []), OmegaConf.create()
         layers, presets = list[_Layer](), dict[str, str | None]()
         for key, value in content.items():
@@ -217,7 +217,7 @@ class Command:
 
     @contextlib.contextmanager
     def _hydra(self) -> Iterator[ConfigLoader]:
-        """Initialise Hydra with the layers and the folders of groups; on exit, restore that of the caller."""
+        """Initialise Hydra with the layers and the folders of groups; on exit, restore the caller's Hydra."""
         store = ConfigStore.instance()
         for name, part in self._entries.items():
             if not isinstance(part, str):
@@ -233,7 +233,7 @@ class Command:
             GlobalHydra.instance().hydra = callers
 
     def composed(self) -> dict[str, Any]:
-        """Return the values of the command; without overrides and files that are mistakes."""
+        """Return the values of the command, leaving out overrides and files with mistakes."""
         self._list_defaults()
         if (parts := repr((self._entries, self._defaults))) not in self._bases:
             read_keys(self._file("config"))
@@ -243,7 +243,7 @@ class Command:
         for override in self.overrides:
             if not self._is_choice(override):
                 key, value = override.key_or_group, override.value()
-                # Hydra's own update cannot put a mapping in place of a list, for pydantic to refuse it.
+                # Hydra cannot replace a list by a mapping; here it is replaced, and pydantic refuses it.
                 merges = get_origin(run_keys().get(key)) is not list
                 OmegaConf.update(config, key, value, merge=merges, force_add=True)
         return cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
@@ -316,7 +316,7 @@ class Command:
 
 
 def _in_place_of_several(override: Override) -> str:
-    """Return what to write in place of several values of a key, or of its removal."""
+    """Suggest an override in place of one that gives a key several values, or removes it."""
     key, value = override.key_or_group, str(override.input_line).partition("=")[2]
     if override.is_delete():
         return f"write {key}=VALUE, or leave the word out"

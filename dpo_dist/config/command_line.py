@@ -262,7 +262,7 @@ def _print_checks(texts: Iterable[str], style: ConsoleStyle) -> None:
 
 
 def _configurations(options: argparse.Namespace, verb: str) -> Points:
-    """Return the points of a sweep; of another verb its configuration."""
+    """Return the points of a sweep, or any other verb's one configuration."""
     words, folder, mistakes = options.words, options.config_dir, options.mistakes
     if VERBS[verb].takes_points:
         return load_points(words, folder, mistakes=mistakes)
@@ -273,7 +273,7 @@ def _configurations(options: argparse.Namespace, verb: str) -> Points:
 def _repeated(
     parallelism: ParallelismConfig, dtype: Dtype, max_grad_norm: float
 ) -> dict[str, tuple[str, str]]:
-    """Return the keys that accelerate's variables may repeat, with the value that does."""
+    """Return the variables of accelerate that may repeat a key: the key, and the value that repeats it."""
     kind, deepspeed = parallelism.kind, "ACCELERATE_DEEPSPEED_"
     optimizer, weights = parallelism.offload_optimizer, parallelism.offload_parameters
     return {

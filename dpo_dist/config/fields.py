@@ -76,7 +76,7 @@ def schema(cls: type[T]) -> type[T]:
 
 
 def _strict(hint: Any, *, is_bounded: bool) -> Any:
-    """Return a type by which true is no number, 1.5 no whole number, and no text a number or a switch."""
+    """Return the strict type: true is not a number, 1.5 not an integer, "1" and "true" are only texts."""
     if hint is int and not is_bounded:
         return Annotated[int, Strict(), Field(le=MOST)]
     if hint in (int, float, bool):
@@ -87,7 +87,7 @@ def _strict(hint: Any, *, is_bounded: bool) -> Any:
 
 
 def as_entry(name: str) -> Callable[[Any], Any]:
-    """Return what makes a bare text of a list the entry whose key `name` it is."""
+    """Return a function that turns a bare text into an entry: the text is the value of the key `name`."""
     return lambda entry: {name: entry} if isinstance(entry, str) else entry
 
 

@@ -42,7 +42,7 @@ class RunIdentity:
 
     @property
     def recorded(self) -> dict[str, str]:
-        """What the state file of a run and its checkpoints have of it."""
+        """The part that a run's state file and checkpoints record."""
         return {
             "run_digest": self.digest,
             "run_digest_without_length": self.digest_without_length,
@@ -127,7 +127,7 @@ def differing_keys(old: RunIdentity, new: RunIdentity) -> dict[str, tuple[Any, A
 
 
 def plain(value: Any, *, with_defaults: bool = False) -> Any:
-    """Return `value` without dataclasses and enums; of a dataclass the keys that define the result.
+    """Return `value` without dataclasses and enums; a dataclass becomes its keys that define the result.
 
     Keys at their default are left out unless `with_defaults`; a null becomes the value that it means.
     """

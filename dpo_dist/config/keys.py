@@ -119,7 +119,7 @@ def run_keys() -> dict[str, Any]:
 
 
 def config_dir() -> Path:
-    """Return the folder of config.yaml and the groups of presets, of a wheel or a source checkout."""
+    """Return the folder with config.yaml and the groups of presets, in a wheel or a source checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"

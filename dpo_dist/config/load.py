@@ -134,7 +134,7 @@ def _choices(words: Sequence[str], folders: Sequence[Path]) -> list[list[str]]:
 
 
 def _is_in_brackets(override: Override, folders: Sequence[Path]) -> bool:
-    """Return whether the values of a key that has no list are written as a list."""
+    """Return whether a list is written for a key that takes none."""
     key, values, known = override.key_or_group, override.value(), preset_names(override.key_or_group, folders)
     if key not in run_keys() or not isinstance(values, list) or not values or fits(key, values):
         return False
@@ -142,7 +142,7 @@ def _is_in_brackets(override: Override, folders: Sequence[Path]) -> bool:
 
 
 def _at_some_points(refused: Mapping[tuple[str, ...], ConfigError], points: Points) -> list[DpoDistError]:
-    """Return the mistakes of points, each once; one of rules that not all points break names the values."""
+    """Return the points' mistakes, each once; if not all points break a rule, its error names the values."""
     found = dict[tuple[str, str], dict[tuple[str, ...], DpoDistError]]()
     for words, error in refused.items():
         for part in error.parts or (error,):
@@ -210,7 +210,7 @@ def from_yaml(text: str, where: str | Path = "config.yaml") -> RunConfig:
 
 
 def changed_keys(file: Path, identity: RunIdentity) -> dict[str, tuple[Any, Any]]:
-    """Return the keys by which a run is another one than the config.yaml `file`: `{KEY: (OLD, NEW)}`.
+    """Return the keys in which a run differs from the config.yaml `file`: `{KEY: (OLD, NEW)}`.
 
     Empty if this version cannot read the file, which has no secrets.
     """

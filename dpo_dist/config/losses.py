@@ -256,12 +256,12 @@ KINDS: dict[LossKind, KindFacts] = {
 
 
 def unit_of(kinds: Iterable[str]) -> str:
-    """Return what these kinds of losses compute the loss of: a "record" with one response, or a "pair"."""
+    """Return what one loss of these kinds is about: a "record" with one response, or a "pair"."""
     return "record" if any(kind in KINDS and KINDS[LossKind(kind)].is_unpaired for kind in kinds) else "pair"
 
 
 def balancing_weight(good: float, bad: float, desirable: float = 1.0, undesirable: float = 1.0) -> str:
-    """Return the override by which both labels weigh alike: wd good / (wu bad) is 7/6, amid [1, 4/3].
+    """Return the override that makes labels weigh alike: wd good / (wu bad) = 7/6, the middle of [1, 4/3].
 
     The weight of the rarer label is changed, the other one stays. The interval is that of arXiv 2402.01306,
     section 4.
@@ -296,11 +296,11 @@ def _options_of_kind(given: Any, info: ValidationInfo) -> Any:
     None for a kind without options, and for a sum, whose terms have their own.
     """
     kind, is_sum = info.data.get("kind"), bool(info.data.get("terms"))
-    if kind is None:  # its own error is enough
+    if kind is None:  # the wrong kind is already an error
         return None
     values = {} if given is None else vars(given) if is_dataclass(given) else given
     if not isinstance(values, dict):
-        return values  # which no type of options accepts
+        return values  # pydantic refuses them
     options, known = KINDS[kind].options, [] if is_sum else option_names(kind)
     if names := [str(name) for name in values if name not in known]:
         facts = {"kind": "" if is_sum else str(kind), "known": known, "names": names}
@@ -325,7 +325,7 @@ KindOptions: TypeAlias = Annotated[
 
 
 def _options() -> Any:
-    """Return the field of `KindOptions`, which are never missing."""
+    """Return the field `options`, which is filled in where a configuration has none."""
     return key(None, accepts="a mapping with options of the kind, or null", validate_default=True)
 
 
@@ -409,7 +409,7 @@ class LossConfig:
         return self.options_of(BcoPairOptions).delta is BcoDelta.running_mean
 
     def takes(self, number: str) -> bool:
-        """Return whether the loss depends on this one of `NUMBERS`; a sum only if all terms of pairs do."""
+        """Return whether the loss depends on this `NUMBERS` entry; a sum does if all its pair losses do."""
         if number == "loss_weight":  # running means count each pair once
             return not self.has_running_reward and all(number in facts.numbers for facts in self.facts)
         of_pairs = [facts for facts in self.facts if facts.fewest_responses > 1]
@@ -441,12 +441,12 @@ class LossConfig:
 
     @property
     def unit(self) -> str:
-        """Return what its terms compute the loss of: "record" or "pair"."""
+        """Return what one loss is about: a "record" or a "pair"."""
         return unit_of(self.kinds)
 
     @property
     def needs_partners(self) -> bool:
-        """Return whether a response to another prompt is scored beside that of each record."""
+        """Return whether each record also needs the score of a response to another prompt."""
         return any(facts.needs_partners for facts in self.facts)
 
     @property

@@ -95,7 +95,7 @@ METRICS: Mapping[str, Metric] = {
 
 
 def metric_of(name: str) -> Metric:
-    """Return the row of a metric, also of one source; of a custom one its name alone."""
+    """Return the row of a metric, also of one source; a custom metric has only its name."""
     whole = max((known for known in METRICS if f"{name}/".startswith(f"{known}/")), key=len, default="")
     return METRICS.get(whole, Metric(name))
 

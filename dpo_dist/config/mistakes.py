@@ -103,7 +103,7 @@ _DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|parquet)(\.gz|\.zst)?$")
 
 
 def unreadable(words: Sequence[str], verb: str = "") -> ConfigError:
-    """Return the error for the words of a verb's command line that are no overrides."""
+    """Return the error for words of a verb's command line that are not overrides."""
     whole, [first, *rest] = " ".join(words), words
     remedy = "write no spaces around =, and quotes around a value with spaces or commas: 'KEY=\"a, b\"'"
     if any(whole.count(opened) != whole.count(closed) for opened, closed in ("()", "[]", "{}")):
@@ -389,7 +389,7 @@ _KEYS_OF_A_TRAINER = 3
 
 
 def trainer_of(keys: Collection[Any]) -> str | None:
-    """Return the trainer of a file with these keys: three that trainers have, one of them its own."""
+    """Return the trainer whose file has these keys: three known keys, and one of only this trainer."""
     trainers, same = names_of_others()["trainers"], {name.rpartition(".")[2] for name in run_keys()}
     known = [
         key
@@ -401,7 +401,7 @@ def trainer_of(keys: Collection[Any]) -> str | None:
 
 
 def foreign_file(content: Mapping[str, Any], file: Path) -> ConfigError | None:
-    """Return the error for a file of keys of another trainer; None for a file with few of them."""
+    """Return the error for another trainer's file of keys; None if it has only a few of them."""
     names = [str(key) for key in content if equivalents(str(key), "keys") or equivalents(str(key), "answers")]
     names = [name for name in names if name not in run_keys()]
     if len(names) < _FOREIGN_KEYS or trainer_of(content) is None:

@@ -124,7 +124,7 @@ def _unweighted(key: str) -> Rule:
 
 
 def _unused_by_loss(option: str) -> Rule:
-    """Refuse an option that no preference loss among the terms uses, or not all if it applies to all."""
+    """Refuse an option unless a preference loss in the sum uses it, or every one if it applies to all."""
     has_effect = all if option in ("divergence", "weighting") else any
 
     def is_used(config: RunConfig) -> bool:
@@ -148,7 +148,7 @@ def direction_of(trainer: TrainerConfig) -> Direction | None:
     metric = trainer.keep_best or ""
     if metric.startswith(PREFIX + CUSTOM):
         return Direction.highest
-    # Also of one source, bucket of lengths or percentile; `loss/kl` is no source of `loss`.
+    # A metric may be for one source, bucket of lengths or percentile; `loss/kl` is not a source's `loss`.
     named = [
         name
         for name in METRICS
@@ -379,7 +379,7 @@ RULES = (
     # Not `reference.store`: like `data.cache` it names a folder, which scripts set for runs of every mode.
     *_unused_by_reference("reference.path"),
     *_unused_by_reference("reference.quantization"),
-    # How the model is loaded: an experiment may set it, and the command choose a loss or mode without one.
+    # An experiment may say how to load the reference, and the command choose a loss or mode without one.
     *_unused_by_reference("reference.offload", resets="reference.mode"),
     Rule(
         "reference.quantization model.quantization!=null reference.path=null reference.mode=cached|live",
@@ -452,23 +452,23 @@ _NEEDED = {
 
 
 def rules_of(verb: str) -> list[Rule]:
-    """Return all rules that a configuration for a verb keeps; without a verb those of every verb."""
+    """Return all rules for a verb's configuration; without a verb, the rules for every verb."""
     samples = _SAMPLES_ONLY if verb and VERBS[verb].takes_training else ()
     return [*needs_of(verb), *RULES, *samples]
 
 
 def needs_of(verb: str) -> list[Rule]:
-    """Return the rules that are broken by a configuration without a key that a verb needs."""
+    """Return the rules about the keys that a verb needs: a configuration without one breaks a rule."""
     return [_NEEDED[key] for key in VERBS[verb].needs] if verb else []
 
 
 def check_needs(config: RunConfig, verb: str) -> None:
-    """Check that a configuration that no command line gave has what a verb needs."""
+    """Check that a configuration made without a command line has what a verb needs."""
     check_rules(config, needs_of(verb))
 
 
 def keys_of(verb: str, *, trains: bool = False) -> list[str]:
-    """Return the keys that a verb reads, and their sections; `trains`: with those of a training run."""
+    """Return the keys that a verb reads, and their sections; `trains`: also the keys of a training run."""
     verbs = {verb, "train"} if trains or VERBS[verb].takes_training else {verb}
     return [name for name in run_keys() if not verbs.isdisjoint(readers(name))]
 

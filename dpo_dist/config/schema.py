@@ -1,6 +1,6 @@
 """Every key of a run: type, default, bounds, meaning. A key is declared once, and nowhere else.
 
-Those of `loss` are in `losses`, those of other verbs than `train` in `verb_sections`, rules between keys in
+Keys of `loss` are in `losses`, keys of other verbs than `train` in `verb_sections`, rules between keys in
 `rules`. A key declared `free` does not define the run's result (hardware, placement, how often something is
 written): it is not part of the digest that names the run directory.
 """
@@ -248,7 +248,7 @@ class SourceConfig:
     )
     """Fields whose column has another name, or is a path into nested objects; null: ignore the field."""
     reader: str | None = key(None)
-    """Your own function, as `module:function`: from a record's fields to those of a format."""
+    """Your own function, as `module:function`: it turns a record's fields into those of a format."""
     label: str | None = key(None, free=True, accepts="letters, digits and . _ + -", pattern=r"^[\w.+-]+$")
     """Name of the source in metrics and counts; null: a name from its path, unique in the list."""
 
@@ -342,8 +342,8 @@ class ParallelismConfig:
     reduce_in_float32: bool | None = key(None, verbs="train")
     """Sum gradients over processes in float32, in place of `model.dtype`; null: with several nodes."""
     hpz: int = key(1, ge=1, verbs="train")
-    """ZeRO-3 keeps a second copy of the weights on each group of so many processes, those of a node: weights
-    are gathered over the network once a step, else within the group (ZeRO++, arXiv 2306.10209). 1: none."""
+    """ZeRO-3 keeps a second copy of the weights on each group of so many processes, usually a node: weights
+    cross the network once a step, and otherwise stay in the group (ZeRO++, arXiv 2306.10209). 1: no copy."""
     sequence_parallel: int = key(1, ge=1)
     """Processes that share the tokens of each micro-batch, for long sequences (DeepSpeed Ulysses)."""
     timeout_seconds: int = key(600, ge=1, le=10**7, verbs="train precompute evaluate compare pairs")
@@ -416,8 +416,8 @@ class MetricsConfig:
     """Metrics of your own, beside those of docs/watching.md, and what they are in a good run."""
 
     function: Filled | None = key(None)
-    """Your own function, as `module:function`: from log-probs to a value of each pair under one or more
-    names; the means are the metrics `custom/NAME`."""
+    """Your own function, as `module:function`: it returns values of each pair by name from
+    the log-probs; their means are the metrics `custom/NAME`."""
     bands: list[BandConfig] = key([], verbs="train")
     """Values that a good run of these settings passes through; the verdict names those that are missed."""
 

@@ -38,7 +38,7 @@ class UserFunction:
 def find_function(written: str | None, key: str = LOSS_FUNCTION) -> UserFunction:
     """Return the source of a function, `module:function`, without executing it.
 
-    `load_run_config` clears the cache, so that every configuration has the text of its time.
+    `load_run_config` clears the cache, so that every configuration reads the file anew.
     """
     module, _, name = (written or "").partition(":")
     if str(Path.cwd()) not in sys.path:
@@ -81,7 +81,7 @@ def _executed(source: UserFunction) -> Callable[..., Any]:
         if spec.parent:
             importlib.import_module(spec.parent)
         sys.modules[source.module] = module
-        # Not by the loader, which may take older bytecode than the text of the digest.
+        # Not by the loader: it may run bytecode that is older than the text in the digest.
         exec(compile(source.text, str(source.file), "exec"), vars(module))  # noqa: S102
         function: Callable[..., Any] = getattr(module, source.name)
         if not callable(function):

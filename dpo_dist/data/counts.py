@@ -45,7 +45,7 @@ def remedy_of(reason: str) -> str:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of one record: the reason why it was `dropped`, or the number of its `pairs` (0: other part).
+    """Result of one record: the reason why it was `dropped`, or its number of `pairs` (0: in the other part).
 
     `changed`: number of changes of each kind; for a dropped record the fields that no format reads.
     `read_as`: form of the prompt, and how it is rendered; empty for a record that was not kept.
@@ -128,7 +128,7 @@ def counts_in_one_line(counts: Mapping[str, int]) -> str:
 
 def named_in_one_line(names: Iterable[str]) -> str:
     """Return names of fields: "a, b and 3 more"; empty without any."""
-    shown = list(dict.fromkeys(filter(None, map(shown_key, names))))  # not the index that pandas writes
+    shown = list(dict.fromkeys(filter(None, map(shown_key, names))))  # leave out the index that pandas writes
     more = f" and {len(shown) - _NAMED_FIELDS} more" if len(shown) > _NAMED_FIELDS else ""
     return ", ".join(shown[:_NAMED_FIELDS]) + more
 
@@ -139,7 +139,7 @@ def count_lines(counts: Mapping[str, int]) -> list[str]:
 
 
 def describe_counts(name: str, counts: Mapping[str, Any]) -> list[str]:
-    """Return lines for the screen: kept, dropped and changed records; of each source also how it was read."""
+    """Return lines for the screen: kept, dropped and changed records, and how each source was read."""
     lines = [f"{name} data: {_kept(counts)}", *describe_dropped(counts["dropped"])]
     numbers = {change: number for change, number in counts.items() if isinstance(number, int)}
     lines += count_lines({change: numbers[change] for change in numbers.keys() - {"read", "kept", "pairs"}})
@@ -204,7 +204,7 @@ def check_counts(
             was already applied to most texts and `data.template` is not set.
     """
     if counts.changed[LEFT_IN_TRAIN] or (counts.changed[HELD_OUT] and not counts.read):
-        return  # a part too small for a share; the training data are checked
+        return  # a small part of a split: the training data are checked
     templated = counts.changed["templated_text"]
     # A share among the first records is no estimate; all of them is a clear sign.
     is_templated = templated == counts.kept > 0 if of_first else templated > counts.kept / 2
@@ -256,7 +256,7 @@ _NAMES = {
 
 
 def _with_columns(path: str, config: DataConfig, examples: Sequence[str]) -> str:
-    """Return the source with the columns of its first bad record; the only one as a word to write."""
+    """Return the source with `columns` guessed from its first bad record, as a word to write if possible."""
     path = path.rpartition(": ")[2]
     seen = (re.search(r"\(fields: (.*)\)$", example) for example in examples)
     given = next((match.group(1).split(", ") for match in seen if match), [])

@@ -1,4 +1,4 @@
-"""Encode a preference record as token ids: one prompt, and each response as its continuation."""
+"""Encode a preference record as token ids: one prompt, and the responses that continue it."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -210,7 +210,7 @@ def _cut_left(prompt: list[int], length: int, prefix_length: int) -> list[int]:
 class EncodedRecord:
     """The examples of one record. They share one encoding, so each response is stored and scored once."""
 
-    example: EncodedExample  # with all responses that an example uses; others count for no limit
+    example: EncodedExample  # with all responses that some example uses: only these count for limits
     ranks: list[list[int]]  # for each example the indices of its responses in `example`, best first
     scores: list[float]  # of the responses of `example`, nan if the record has none
     ties: int

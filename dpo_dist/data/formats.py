@@ -1,4 +1,4 @@
-"""Formats of input records: one table, and how a record is read by its row.
+"""Formats of input records: one table with a row for each, and the functions that read a record by its row.
 
 To add a format: add its name to `DataFormat`, a function that returns a record's `Content`, and a row to
 `FORMATS`. `read/layouts` has these functions, `read/messages` reads the texts and messages that they return.
@@ -73,7 +73,7 @@ _BESIDE_SIDES = frozenset((*SIDE_NAMES, *PAIR_SCORE_FIELDS, OTHERS))
 
 
 def parse_record(record: Fields, name: DataFormat, origin: Origin) -> Record:
-    """Return the preference in a record of format `name`; `auto`: of the first format that matches.
+    """Return the preference in a record, read in the format `name` (`auto`: the first that matches).
 
     Details of a bad record never quote its texts, which may be offensive or personal.
     """
@@ -123,7 +123,7 @@ def read_prompts(source: SourceConfig) -> Iterator[Record]:
 
 
 def check_source(source: SourceConfig, config: DataConfig | None = None) -> None:
-    """Check the keys of a source and the columns of its first records; with `config`, that any can be used.
+    """Check the keys of a source and the columns of its first records; with `config`, that some are usable.
 
     With `data.on_bad_record=error` all that are read must be usable. Sends no request. Raises DataError or
     ConfigError.
@@ -269,7 +269,7 @@ def _json(values: Any) -> str:
 
 # Text in these fields may spell out messages.
 _SPELLED = ("prompt", *QUESTIONS, "context", "completion", *SIDE_NAMES, "response")
-# In others a list is written only as such: an `output` can be a text that happens to be JSON.
+# Other fields spell no lists: an `output` can be a text that happens to be JSON.
 _SPELLED_LISTS = ("responses", "completions")
 
 

@@ -189,7 +189,7 @@ def training_examples(record: PreferenceRecord, ranked: Ranked) -> tuple[list[Ra
 
 
 def as_fields(prompt: Prompt, responses: Sequence[Response]) -> list[Any]:
-    """Return a prompt and responses as values for JSON; a dialogue, part of the responses, is None."""
+    """Return a prompt and responses as values for JSON; a dialogue is None: the responses contain it."""
     if isinstance(prompt, Dialogue):
         return [None, *(f"{prompt.text}{response}" for response in responses)]
     if isinstance(prompt, str):
@@ -223,7 +223,7 @@ def prompt_key(record: PreferenceRecord) -> str:
 
 
 def shown_key(key: Any) -> str:
-    """Return a field's name for a message; the length of a name that may be a text of the record."""
+    """Return a field's name for a message, or its length if the name may be a text of the record."""
     name = str(key)
     if len(name) > _MAX_SHOWN_CHARACTERS or len(name.split()) > _MAX_SHOWN_WORDS or not name.isprintable():
         return f"a name of {len(name)} characters"

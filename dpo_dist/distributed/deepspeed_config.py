@@ -97,7 +97,7 @@ def _shared_config(zero: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
         "bf16": {"enabled": dtype is Dtype.bf16},
         "fp16": {"enabled": dtype is Dtype.fp16, "loss_scale": START},  # `LossScale` changes it
         "steps_per_print": 2**31,
-        "timers": {"throughput": {"enabled": False}},  # it waits for the device in every forward and step
+        "timers": {"throughput": {"enabled": False}},  # they wait for the device in every step
     }
 
 

@@ -64,7 +64,7 @@ def inner_optimizer(engine: Any) -> Any:
 
 
 def optimizer_tensors(engine: Any) -> list[dict[str, Any]]:
-    """Return the attributes of both optimizers of an engine, which refer to its tensors."""
+    """Return the attributes of an engine's two optimizers: they refer to its tensors."""
     return [vars(engine.optimizer), vars(engine.optimizer.optimizer)]
 
 
@@ -80,7 +80,7 @@ def set_loss_scale(engine: Any, scale: float) -> None:
 
 
 def reduce_in_optimizer_only(engine: Any) -> None:
-    """Make the one process of an engine in bf16, ZeRO-1, not reduce its gradients to itself after backward.
+    """Keep a ZeRO-1 engine in bf16 with one process from reducing gradients to itself after backward.
 
     It would round them to bf16, which takes 5 % of a step. Optimizers of other stages reduce in backward.
     """
@@ -166,7 +166,7 @@ def restore_powers(adam: Any, step: int) -> None:
 
 
 def _gathering(engine: Any) -> Any:
-    """Return the part of an engine that gathers weights; in an engine without optimizer it stands for it."""
+    """Return the part of an engine that gathers weights: it replaces the optimizer where there is none."""
     return getattr(engine.optimizer, "parameter_offload", engine.optimizer)
 
 
@@ -190,7 +190,7 @@ def record_gather_orders(engine: Any) -> None:
 
     def select(module: nn.Module, _: Any) -> None:
         generates = module is not engine.module
-        if generates and not engine.module.is_generating:  # its own logits: it is called as a whole
+        if generates and not engine.module.is_generating:  # a forward of its own logits, not a generation
             return
         kind = torch.is_grad_enabled(), active_adapters(layers), generates, sum(map(len, added))
         if kind not in coordinators:

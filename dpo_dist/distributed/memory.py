@@ -34,7 +34,7 @@ def available_memory(root: Path = _ROOT, process_cgroups: Path = _PROCESS_CGROUP
             continue
         folder, limit, use, cache = _CONTROLLERS[controller]
         inner = root / folder / path.lstrip("/")
-        # In a container, the path may be that outside of it, which does not exist inside.
+        # In a container this may be the host's path, which does not exist inside.
         for group in (inner, *(parent for parent in inner.parents if parent.is_relative_to(root / folder))):
             with contextlib.suppress(OSError, ValueError, KeyError):  # "max": without a limit
                 most = int((group / limit).read_text())

@@ -59,9 +59,10 @@ from dpo_dist.objective.token_logps import Statistic
 def mark_zero3_leaves(model: PackedCausalLM) -> None:
     """Mark the modules whose weights ZeRO-3 gathers together and whose gradients it reduces together.
 
-    Decoder layers, as fewer and larger messages are faster, and compiled code has no hooks. And modules that
-    may use only some of their weights: a rank that skips a part would not gather it, and the others would
-    wait. Layers that share weights (Zamba) are no leaves: only the first would reduce their gradients.
+    These are decoder layers: fewer and larger messages are faster, and compiled code has no hooks. They are
+    also modules that may use only some of their weights: a rank that skips a part would not gather it, and
+    the others would wait. Layers that share weights (Zamba) are no leaves: only the first would reduce their
+    gradients.
     """
     layers = decoder_layers(model.causal_lm)
     uses = Counter(weight for layer in layers for weight in layer.parameters())

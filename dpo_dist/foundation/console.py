@@ -191,7 +191,7 @@ class Console:
         return time.monotonic() >= min(screen.due or 0.0 for screen in self._shown)
 
     def show_progress(self, content: Fields, line: str, *, always: bool = False) -> None:
-        """Show the state of a work where it is due, or `always`.
+        """Show the state of a work when that is due, or `always`.
 
         `content`: `work`, `unit`, `done`, `total`, `share` (None: not known) and `seconds_left`.
         """

@@ -160,7 +160,7 @@ def package_error(error: BaseException) -> ConfigError | None:
 
 
 def dead_link(path: Path) -> str:
-    """Return what a link to a missing file or folder is; "" for another path."""
+    """Describe a link to a missing file or folder; "" for another path."""
     is_dead = os.path.islink(path) and not os.path.exists(path)  # noqa: PTH114, PTH110 (no error of long names)
     return f"a link to {path.readlink()}, which does not exist" if is_dead else ""
 

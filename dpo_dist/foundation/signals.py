@@ -39,7 +39,7 @@ exit_callbacks: list[Callable[[int], object]] = []
 
 
 class StopRequest:
-    """Vote on whether to save a checkpoint and stop before the schedule ends; limits are of this start."""
+    """Vote on whether to save a checkpoint and stop before the schedule ends; limits are for this start."""
 
     def __init__(self, stop_after_steps: int | None = None, max_seconds: float | None = None):
         self._steps_left = math.inf if stop_after_steps is None else stop_after_steps

@@ -74,7 +74,7 @@ def recorded_arrangement(model_type: str) -> Arrangement:
 
 
 def check_causal(model_config: Any, key: str = "model.path") -> None:
-    """Check that by config.json no token attends to later ones; the check at start tries the model."""
+    """Check that config.json describes a causal model; the check at start tries the model itself."""
     text = model_config.get_text_config()
     # Gemma 4 has a value by which only tokens of images see later ones.
     is_one_way = getattr(text, "use_bidirectional_attention", None) in (None, False, "vision")
@@ -138,7 +138,7 @@ _PARAMETERS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
 
 
 def own_coefficient(causal_lm: Any) -> float | None:
-    """Return the coefficient of the load-balancing loss by config.json, 0 without; None: no such loss."""
+    """Return config.json's coefficient of the load-balancing loss, by default 0; None: no such loss."""
     function = getattr(sys.modules[type(causal_lm).__module__], "load_balancing_loss_func", None)
     text, facts = causal_lm.config.get_text_config(), vars(causal_lm)
     if text is not causal_lm.config:  # a model of several parts has no such attributes of its own

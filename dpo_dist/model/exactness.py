@@ -1,4 +1,4 @@
-"""The check at start: log-probs of a model as training computes them, against its own plain forward."""
+"""The check at start compares training's log-probs of a model with those of its own plain forward."""
 
 import contextlib
 import logging
@@ -64,7 +64,7 @@ class StartCheck:
     """
 
     _plain: Tensor  # log-probs by the model's own forward of one row at a time
-    _tried: Tensor  # those by the last arrangement
+    _tried: Tensor  # log-probs by the last arrangement
     _spread: float
 
     def __init__(
@@ -92,7 +92,7 @@ class StartCheck:
         self._refuse(
             self._score_plainly,
             "the model's own forward cannot score a sequence of tokens",
-            "choose a causal language model; of one, check the weights, or set model.dtype=fp32",
+            "choose a causal language model; if it is one, check the weights, or set model.dtype=fp32",
         )
         self._refuse(
             self._effect_of_later_tokens,
@@ -128,8 +128,8 @@ class StartCheck:
         self._model.train()
         self._refuse(
             self._change_by_training,
-            "the forward of this model is another in training mode",
-            "remove dropout, noise and what else is only for training from the model's own code",
+            "this model computes other log-probs in training mode",
+            "remove from the model's own code dropout, noise and what else works in training only",
         )
 
     def check_use(self) -> None:
@@ -260,7 +260,7 @@ class StartCheck:
             node = waiting.pop()
             if node is not None and node not in seen:
                 seen.add(node)
-                if hasattr(node, "variable"):  # where a gradient ends
+                if hasattr(node, "variable"):  # a leaf of the graph
                     used.add(node.variable)
                 waiting += [following for following, _ in node.next_functions]
         return used
@@ -289,7 +289,7 @@ def trial_examples(causal_lm: Any, max_length: int) -> list[Example]:
     """Return two invented examples of two responses each, within `max_length` tokens.
 
     The first is longer than the model's sliding window, if that is short. The responses of the second have
-    one length, and begin alike. The ids are those of text: none that the configuration names.
+    one length, and begin alike. The ids are ordinary text: none that the configuration names.
     """
     config = causal_lm.config.get_text_config()
     limits = [*layer_values(config, "sliding_window"), *layer_values(config, "attention_chunk_size")]
@@ -326,7 +326,7 @@ def _packed(examples: Sequence[Example]) -> PackedBatch:
 def _ladder(model: PackedCausalLM, max_length: int) -> Iterator[tuple[Arrangement, bool]]:
     """Yield arrangements, the cheapest first: the output layer in chunks, then all logits at once.
 
-    Ranks that share the tokens of a batch can share those of a packed one only.
+    Ranks can share the tokens of a packed batch only.
     """
     is_alone = model.mixes_lengths(max_length)
     if model.sequence is not None:
@@ -344,7 +344,7 @@ def _ladder(model: PackedCausalLM, max_length: int) -> Iterator[tuple[Arrangemen
 
 @dataclass(frozen=True)
 class _Checked:
-    """The arrangement that a check found for a model of these facts, of up to `longest` tokens."""
+    """The arrangement that a check found for these facts of a model, up to `longest` tokens."""
 
     facts: tuple[torch.dtype, torch.device, str]
     longest: int
@@ -369,7 +369,7 @@ def temporarily_packed(model: PackedCausalLM | PreTrainedModel, longest: int) ->
             "this is not a causal language model of transformers in evaluation mode",
             where="model",
             got=type(model).__name__,
-            remedy="call model.eval(): dropout makes log-probs random; of a PeftModel pass get_base_model()",
+            remedy="call model.eval(): dropout makes log-probs random; for a PeftModel pass get_base_model()",
         )
     head, attention = model.get_output_embeddings(), attention_of(model)
     facts = next(model.parameters()).dtype, model.device, attention

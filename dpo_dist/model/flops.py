@@ -71,7 +71,7 @@ def step_flops(causal_lm: Any) -> StepFlops:
     for name, weight in causal_lm.named_parameters():
         # A continued adapter also has a frozen copy.
         is_unused = not weight.requires_grad and any(part in name for part in _NOT_OF_A_STEP)
-        is_bias = weight.dim() < 2 or name.endswith("bias")  # of stacked experts
+        is_bias = weight.dim() < 2 or name.endswith("bias")  # biases of stacked experts
         if id(weight) in outside or is_unused or is_bias:
             continue
         is_of_experts = weight.dim() > 2 and visited and id(weight) not in convolutions

@@ -34,7 +34,7 @@ _INDEXER = "indexer"
 def layer_configs(text: Any) -> Sequence[Any]:
     """Return the configuration of each layer of a text model; a single one if all are equal.
 
-    Of a configuration whose layers differ (Gemma 4, or `per_layer_config` in config.json), transformers
+    If a configuration's layers differ (Gemma 4, or `per_layer_config` in config.json), transformers
     refuses to read an option that they do not share.
     """
     layers: Sequence[Any] = text.per_layer_config if text.is_heterogeneous else [text]
@@ -177,7 +177,7 @@ def offload_inputs(causal_lm: nn.Module) -> None:
         with save_on_cpu(pin_memory=True):
             return checkpoint(*arguments)
 
-    for layer in decoder_layers(causal_lm):  # of those that keep their activations the function is not called
+    for layer in decoder_layers(causal_lm):  # a layer that keeps its activations does not call it
         wrap_checkpointing(layer, offloaded)
 
 
@@ -224,16 +224,16 @@ def _is_list_of_equals(module: nn.Module) -> bool:
 
 
 def join_gradients(block: nn.Module) -> None:
-    """Make the gradients of all weights of `block` ready at once, those of parts without tokens as zeros.
+    """Make the gradients of all weights of `block` ready at once; parts without tokens have zeros.
 
     ZeRO-1 and ZeRO-2 add up the gradients of the ranks in the order in which they are ready: if ranks use
-    other parts, they would add up those of different weights.
+    other parts, they would add up gradients of different weights.
     """
     block.forward = partial(_joined, _Block(block, block.forward))
 
 
 class _Block(nn.Module):
-    """A block as the only child of a module that computes as the block does."""
+    """A module that computes as its only child, a block, does."""
 
     def __init__(self, block: nn.Module, compute: Callable[..., Any]):
         super().__init__()
@@ -252,7 +252,7 @@ def _joined(block: _Block, *args: Any, **kwargs: Any) -> Any:
     # If no trained weight is used, all of them get zeros; hooks of backward wait for the gradients of inputs.
     touched = [aliases[0], *(arg for arg in args if isinstance(arg, Tensor) and arg.requires_grad)]
     touch = torch.stack([0.0 * tensor.flatten()[0].float() for tensor in touched]).sum()
-    if isinstance(output, tuple):  # with what the router computed
+    if isinstance(output, tuple):  # the router's output is in it, too
         return (output[0] + touch.to(output[0].dtype), *output[1:])
     return output + touch.to(output.dtype)
 

@@ -31,9 +31,9 @@ def unsharded() -> Iterator[None]:
 
 @contextlib.contextmanager
 def transposed_by(shapes: Mapping[str, Any]) -> Iterator[None]:
-    """Make transformers (5.23) transpose experts by these shapes, of whole weights by name, in the block.
+    """Inside the block, make transformers (5.23) transpose experts by `shapes`: of whole weights, by name.
 
-    It takes the shape of the weight in the model, of which ZeRO-3 leaves an empty tensor.
+    transformers takes the shape from the weight in the model, which is empty under ZeRO-3.
     """
     convert = Transpose.convert
 
@@ -62,7 +62,7 @@ def name_in_model(causal_lm: Any) -> Callable[[str], str]:
 
 
 def ignored_patterns(causal_lm: Any) -> Sequence[str]:
-    """Return the patterns of names in weight files that the class of a model does not read, on purpose."""
+    """Return the patterns of names in weight files that the class of a model ignores on purpose."""
     return tuple(type(causal_lm)._keys_to_ignore_on_load_unexpected or ())
 
 
@@ -75,7 +75,7 @@ def attention_of(causal_lm: Any) -> str:
 
 
 def plain_attention(causal_lm: Any) -> str:
-    """Return the name of transformers' attention function for a model without any kernel of others."""
+    """Return the attention function that transformers uses for a model without third-party kernels."""
     return "sdpa" if causal_lm._supports_sdpa else "eager"
 
 
@@ -146,7 +146,7 @@ def set_adapter_state(layer: Any, state: AdapterState) -> None:
 
 
 def apply_liger(text: nn.Module, **options: bool) -> None:
-    """Replace the layers of this model that Liger knows by Liger's, but those that `options` deny."""
+    """Replace the layers of this model that Liger knows by Liger's, except those that `options` deny."""
     from liger_kernel.transformers import _apply_liger_kernel_to_instance  # noqa: PLC0415  (optional extra)
 
     _apply_liger_kernel_to_instance(text, **options)

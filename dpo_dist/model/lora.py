@@ -98,10 +98,10 @@ def _add_new(causal_lm: Any, adapter: AdapterConfig, seed: int) -> LoraConfig:
         refused = {*_last_parts(differing), *_OF_EXPERTS, "out_proj"}
         kept = [name for name in _last_parts(targets) if name not in refused]
         raise ConfigError(
-            "peft adapts other layers of this architecture than these",
+            "peft would adapt other layers of this architecture than the named ones",
             where="model.adapter.target_modules",
             got=fault or ", ".join(_last_parts(differing)),
-            expected="no layers of the names of fused experts, no out_proj of state-space models",
+            expected="other layers than fused experts, and than out_proj of state-space models",
             remedy=f"set model.adapter.target_modules=[{','.join(kept)}]" if kept else "name other layers",
         )
     return lora
@@ -112,7 +112,7 @@ def add_saved(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
     try:
         lora = LoraConfig.from_pretrained(folder)
         lora.inference_mode, lora.lora_dropout, lora.init_lora_weights = True, 0.0, True
-        if not _saved_modules(causal_lm):  # of the same folder
+        if not _saved_modules(causal_lm):  # from the same folder
             find_modules(causal_lm, modules_on_disk(folder)[1])
         _inject(causal_lm, lora, name)
         if next(causal_lm.parameters()).is_meta:  # only its shapes are used
@@ -128,7 +128,7 @@ def add_saved(causal_lm: Any, folder: Path, name: str, key: str) -> LoraConfig:
         }
         loaded = set_peft_model_state_dict(causal_lm, weights, adapter_name=name)
     except Exception as error:  # peft can raise anything
-        reason = " ".join(str(error).split())[:200]  # the first line of torch's only announces the others
+        reason = " ".join(str(error).split())[:200]  # torch's first line only announces the others
         raise _foreign_adapter(causal_lm, folder, f"{type(error).__name__}: {reason}", key) from error
     if isinstance(head := causal_lm.get_output_embeddings(), LoraLayer):
         refused = _foreign_adapter(causal_lm, folder, "matrices on the output layer", key)
@@ -313,7 +313,7 @@ def _prepare_copies(causal_lm: Any, start: Path | None) -> None:
             module.requires_grad_(name == TRAINED)
     shared = _shared_pair(causal_lm) if wrappers else ()
     pair = [wrappers[name].modules_to_save for name in shared if name in wrappers]
-    # The start may have two different copies, which stay apart. Those in the model may be sharded.
+    # Two different copies in the start's file stay apart. The model's may be sharded: the file is read.
     saved = {} if start is None else load_file(start / ADAPTER_WEIGHTS)
     started = [saved[name] for module in shared if (name := f"{PEFT_PREFIX}{module}.weight") in saved]
     if all(TRAINED in copies for copies in pair) and all(torch.equal(started[0], other) for other in started):

@@ -73,7 +73,7 @@ def has_fp16_products() -> bool:
 
 
 def check_precision(dtype: Dtype, device: torch.device) -> None:
-    """Check that a GPU computes in this precision, other than by slow emulation, or a CPU in fp16."""
+    """Check that a GPU computes in this precision without slow emulation, and a CPU in fp16 if that is it."""
     if device.type == "cpu" and dtype is Dtype.fp16 and not has_fp16_products():
         raise ConfigError(
             "this CPU does not compute in fp16",

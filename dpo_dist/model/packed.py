@@ -108,7 +108,7 @@ class PackedCausalLM(nn.Module):
         self.arrangement = arrangement
         self.is_generating = False
         head = causal_lm.get_output_embeddings()
-        # A layer that overrides forward computes something else than its weight says.
+        # A layer with its own forward may not be the product with its weight.
         if isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward:
             change = logit_change(causal_lm.config.get_text_config())
             causal_lm.set_output_embeddings(LogpHead.of(head, change))
@@ -131,7 +131,7 @@ class PackedCausalLM(nn.Module):
 
     @property
     def hidden_size(self) -> int:
-        """Return the width of the hidden states; for a model in parts (BLT), of its last part."""
+        """Return the width of the hidden states; a model in parts (BLT) has the width of its last part."""
         config, head = self.causal_lm.config.get_text_config(), self.causal_lm.get_output_embeddings()
         return int(getattr(config, "hidden_size", None) or head.in_features)
 
@@ -157,7 +157,7 @@ class PackedCausalLM(nn.Module):
         return self._rope_limit is not None and longest > self._rope_limit
 
     def start_as(self, recorded: Arrangement, longest: int) -> None:
-        """Arrange the model as its architecture is recorded, as far as it can be packed.
+        """Arrange the model in the way recorded for its architecture, if it can be packed so.
 
         `longest` is the largest prompt plus response, in tokens.
         """
@@ -227,7 +227,7 @@ class PackedCausalLM(nn.Module):
         return (logps, share.sum(self._routing(outputs, share.local(repeats)))) if with_routing else logps
 
     def _one_by_one(self, rows: PaddedRows, batch: PackedBatch, with_routing: bool) -> "_Outputs":
-        """Return the outputs of the predictors, of a forward per row.
+        """Return the outputs at the predictors, by one forward per row.
 
         A rank with fewer rows than `batch.forwards` computes two tokens again, as in `dummy_batch`, so that
         ranks gather the same weights (law L2). Their sum in fp16 can be infinite, and 0 times that is no
@@ -248,7 +248,7 @@ class PackedCausalLM(nn.Module):
     def _row_outputs(self, input_ids: Tensor, with_routing: bool = False) -> "_Outputs":
         """Return the outputs of one row, [1, tokens]."""
         tokens = input_ids.shape[1]
-        if self._rope_limit is not None:  # the last token of the response counts, which is no input
+        if self._rope_limit is not None:  # the response's last token counts, though it is not an input
             forget_lengths(self.causal_lm)
             input_ids = nn.functional.pad(input_ids, (0, 1))
         outputs = self._call(with_routing, input_ids=input_ids)
@@ -337,7 +337,7 @@ _ORIGINAL = "original_inv_freq"
 
 
 def rope_limit(model_config: Any) -> int | None:
-    """Return the longest sequence with the frequencies of short ones, in tokens; None: they are fixed."""
+    """Return up to how many tokens RoPE has the frequencies of short sequences; None: always."""
     if not getattr(model_config, "rope_parameters", None):
         return None
     model_config.standardize_rope_params()  # as the model does; it may replace the original length
@@ -360,6 +360,6 @@ def forget_lengths(causal_lm: nn.Module) -> None:
         for name, original in list(module.named_buffers(recurse=False, remove_duplicate=False)):
             prefix = name.removesuffix(_ORIGINAL)
             longest = getattr(module, f"{prefix}max_seq_len_cached", None)
-            if name.endswith(_ORIGINAL) and isinstance(longest, Tensor):  # of a long sequence
+            if name.endswith(_ORIGINAL) and isinstance(longest, Tensor):  # frequencies of a long sequence
                 setattr(module, f"{prefix}inv_freq", original)
                 setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)

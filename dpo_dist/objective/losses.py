@@ -55,7 +55,7 @@ class RunningMeans:
         return config.beta * (1 + config.options_of(BetaDpoOptions).alpha * (mean_margin - start))
 
     def after(self, config: LossConfig, mean_margin: float, mean_reward: float, pairs: int) -> "RunningMeans":
-        """Return the means that include one more step: those of `b h`, and of `b D` over both responses."""
+        """Return the means after one more step, given its means: `b h`, and `b D` over both responses."""
         kept = config.options_of(BetaDpoOptions).momentum
         before = mean_margin if self.margin is None else self.margin
         total = self.pairs + pairs
@@ -73,7 +73,7 @@ _LARGEST_MEAN_LOGP = -1e-6  # of a response; above it the odds of orpo overflow 
 
 @dataclass(frozen=True)
 class BatchFacts:
-    """Inputs of a loss besides log-probs; tensors are [pairs], None without. Each serves some kinds only."""
+    """Inputs of a loss besides log-probs, tensors of [pairs] or None. Each kind of loss reads only some."""
 
     mean_chosen_tokens: Tensor | float | None = None
     """`sft`: the mean `nw` over the *global* batch; None: the given pairs are that batch."""
@@ -284,7 +284,7 @@ def _smoothed(logits: Tensor, smoothing: float | Tensor) -> Tensor:
 
 
 def _labelled(ratios: PairLogps, config: LossConfig, start: Tensor | float) -> Tensor:
-    """Return losses of records of which the chosen side is the good response, or the rejected one the bad."""
+    """Return losses of labelled records: a good response is the chosen side, a bad one the rejected side."""
     good = config.desirable_weight * torch.sigmoid(config.beta * (start - ratios.chosen))
     bad = config.undesirable_weight * torch.sigmoid(config.beta * (ratios.rejected - start))
     return torch.where(ratios.chosen_tokens > 0, good, bad)

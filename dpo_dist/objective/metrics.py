@@ -56,7 +56,7 @@ class CustomMetrics:
     names: tuple[str, ...] = ()
 
     def of(self, policy: PairLogps, reference: PairLogps | None, loss: LossConfig) -> dict[str, Tensor]:
-        """Return the values of each pair by name, float64 [pairs]. Raises ConfigError: they are others."""
+        """Return the values of each pair by name, float64 [pairs]. ConfigError: wrong names or shapes."""
         if self.function is None:
             return {}
         values = user_function(self.function, METRICS_FUNCTION)(policy, reference, loss)
@@ -76,7 +76,7 @@ def custom_metrics(
 ) -> CustomMetrics:
     """Return the metrics of a user's function, which is called on three invented pairs on `device`.
 
-    Of a loss of records each has one response, as training gives them: the other side is 0, with 0 tokens.
+    For a loss of records each pair has one response, as in training: the other side is 0, with 0 tokens.
     Raises ConfigError: it cannot be used.
     """
     columns = torch.tensor(TRIAL_LOGPS, device=device).double()
@@ -123,7 +123,7 @@ def _custom_error(got: str) -> ConfigError:
 class MetricPlan:
     """The metrics of the steps, or of the evaluations, of a run.
 
-    `labels`: of the sources of the data; none if there is only one. `has_floor`: by soft labels.
+    `labels`: the sources' labels; none if there is only one. `has_floor`: soft labels keep the loss above 0.
     """
 
     loss: LossConfig
@@ -211,7 +211,7 @@ class MetricSums:
     def plus_values(self, values: Mapping[str, Tensor], count: int) -> "MetricSums":
         """Return these sums with scalars of the whole step added, each counted `count` times.
 
-        Parts of a scalar add up over micro-batches and ranks, one of which counts it.
+        Parts of a scalar add up over micro-batches and ranks; only one of them counts it.
         """
         added = torch.zeros_like(self.values)
         for name, value in values.items():
@@ -250,7 +250,7 @@ def metric_means(sums: Mapping[str, float], counts: Mapping[str, float]) -> dict
 
 
 def wins(good: Tensor, bad: Tensor) -> Tensor:
-    """Return how many pairs of a good and a bad value have the good one above, ties a half; nan with nan."""
+    """Count how often a good value is above a bad one; a tie counts half. nan if any value is."""
     ordered = bad.double().sort().values
     above = torch.searchsorted(ordered, good.double()) + torch.searchsorted(
         ordered, good.double(), right=True
@@ -272,7 +272,7 @@ def metric_sums(
     pairs: ScoredPairs,
     terms: Mapping[LossKind, Tensor] = MappingProxyType({}),
 ) -> MetricSums:
-    """Return the sums of `plan.rows` over these pairs, given their losses; of a ranking, best and worst.
+    """Return the sums of `plan.rows` over these pairs, given their losses; a ranking is its best and worst.
 
     `terms`: of `loss_and_terms`.
     """
@@ -297,7 +297,7 @@ def metric_sums(
     rows = [(*measured.get(metric, (zeros, zeros)), group) for metric, group in plan.rows.values()]
     values = torch.stack([row.double() for row, _, _ in rows])
     counts = torch.stack([(row * members.get(group, zeros)).double() for _, row, group in rows])
-    # A value is ignored where its count is 0, and of a dummy.
+    # A value is ignored where its count is 0, and in a dummy.
     summed = torch.cat((torch.where((counts > 0) & (pairs.weights > 0), values, 0.0), counts))
     return MetricSums(tuple(plan.rows), (summed * pairs.weights.double()).sum(dim=1))
 
@@ -408,7 +408,7 @@ class PairValues:
         return dict(zip(MARGIN_PERCENTILES, values.tolist(), strict=True))
 
     def auc_by_source(self, labels: Sequence[str], numbers: npt.NDArray[np.integer[Any]]) -> dict[str, float]:
-        """Return the AUC of each source, of the `labels`, that has good and bad responses.
+        """Return the AUC of each source that has good and bad responses, by its label in `labels`.
 
         `numbers`, [pairs]: the source of each labelled record, as its place in `labels`.
         """

@@ -36,8 +36,9 @@ def settle_engine(
 ) -> None:
     """Arrange the model of `engine` by `model.exactness.StartCheck`; its mode does not change. Collective.
 
-    If the model `trains`, its log-probs in training mode and, of several ranks, the weights that sequences
-    use are checked, too. `max_length` is that of the longest prompt plus response; errors name `key`.
+    If the model `trains`, also check its log-probs in training mode and, with several ranks, that all
+    sequences use the same weights. `max_length` is that of the longest prompt plus response; errors name
+    `key`.
     """
     are_forwards_collective = engine.is_synchronised or world.sequence is not None
 
@@ -138,7 +139,7 @@ def load_scored(
 
 @dataclass(frozen=True)
 class ReferenceProvider:
-    """Per-token reference log-probs of a micro-batch, from one of these, or none (`reference.mode=none`)."""
+    """Per-token reference log-probs of a micro-batch, from one of three places; none in mode `none`."""
 
     engine: Engine | None = None  # `live`: a model beside the policy
     policy: PolicyEngine | None = None  # `adapter`: the policy with its adapter switched off

@@ -64,7 +64,7 @@ class FillReport:
 
 
 class _Part(NamedTuple):
-    """A pair, and those of its responses to score: indices in the dataset's `keys`, and in the pair."""
+    """A pair with its responses that are to be scored: indices in the dataset's `keys`, and in the pair."""
 
     pair: int
     responses: Indices
@@ -248,7 +248,7 @@ def _packed(
     damaged: list[int],
     device: torch.device,
 ) -> Iterator[PackedBatch]:
-    """Pack as many micro-batches as `forwards` has numbers of responses; dummies where this rank has fewer.
+    """Pack a micro-batch for each entry of `forwards`; a dummy where this rank has none left.
 
     If token ids do not match the keys, the pairs are added to `damaged` and a dummy is used: until the end of
     the round all ranks score the same number of batches.

@@ -87,7 +87,7 @@ def read_fingerprint(folder: Path) -> ReferenceFingerprint | None:
 
 
 def known_fingerprints(root: Path) -> list[ReferenceFingerprint]:
-    """Return the fingerprints in a store that have a description; none of a folder that is no store."""
+    """Return the fingerprints in a store that have a description; none if the folder is not a store."""
     return list(filter(None, map(read_fingerprint, sorted(root.glob("*")))))
 
 
@@ -208,7 +208,7 @@ class LogpStore:
         def sorted_column(kind: npt.DTypeLike, parts: Iterable[npt.NDArray[Any]]) -> npt.NDArray[Any]:
             return np.concatenate([np.empty(0, kind), *(part.astype(kind) for part in parts)])[order]
 
-        # Of each entry: its shard, number of values, end in the values of the shard, and their checksum.
+        # Each entry's shard, number of values, their end in the shard's values, and their checksum.
         self._entries = (
             sorted_column(np.int32, (np.full(len(each.ends), n) for n, each in enumerate(shards))),
             sorted_column(np.int32, (np.diff(each.ends, prepend=0) for each in shards)),

@@ -68,7 +68,7 @@ class WorkClock:
         self._device_seconds = 0.0
 
     def resume(self, former: Mapping[str, Any]) -> None:
-        """Add the time of the starts before, as they `read` it."""
+        """Add the time of earlier starts, as `read` returned it."""
         for work, seconds in former["seconds"].items():
             self._seconds[work] = self._seconds.get(work, 0.0) + seconds
         self._device_seconds += former["device_seconds"]

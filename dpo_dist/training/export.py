@@ -80,13 +80,13 @@ def export_checkpoint(
     is_new: bool = False,
     replaces: bool = True,
 ) -> None:
-    """Write the trained weights of a checkpoint, of any world, as a model or adapter folder, whole or not.
+    """Write a checkpoint's trained weights, from any world, as a whole model or adapter folder or not at all.
 
     Needs no GPU, no other process, and weights of the base only if an adapter is merged or the architecture
     has tensors that are not trained. The model is in host memory once, a merged one in float32. `config` is
-    that of the run; `card` returns README.md ("": none) for an auto class. Of a checkpoint that `is_new`,
-    just written by this process, neither its files nor the written ones are checked. `replaces`: also a
-    folder of this name that another process has made meanwhile.
+    that of the run; `card` returns README.md ("": none) for an auto class. A checkpoint that `is_new`
+    was just written by this process: neither its files nor the written ones are checked. `replaces`:
+    also a folder of this name that another process has made meanwhile.
     """
     base = description_folder(config.model.path, config.model.revision, needs_weights=False)
     start, code = start_folder(config.model), config.model.trust_remote_code
@@ -114,7 +114,7 @@ def export_checkpoint(
 
     with writing_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        collect_abandoned(folder.parent)  # of exports that were killed
+        collect_abandoned(folder.parent)  # killed exports left it
     with writing_errors(folder), staged_folder(folder, replaces=replaces) as temporary:
         weights = (
             _untrained(causal_lm, config.model, dtype) if is_whole else {}
@@ -182,7 +182,7 @@ def _check_written(
 def _untrained(causal_lm: Any, model: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return buffers, weights that are not trained, and ignored tensors as in the base's files.
 
-    Those that text does not use become `dtype`, the others keep theirs: routers compute in float32.
+    Weights that text does not use are cast to `dtype`; the others keep theirs: routers compute in float32.
     """
     others = other_weights(causal_lm)
     frozen = {name: w in others for name, w in causal_lm.named_parameters() if not w.requires_grad}

@@ -202,7 +202,7 @@ def _free(engine: Engine, world: World, error: type[BaseException] | None, *_: A
     if error is None:
         engine.free()
     elif world.size == 1:
-        with contextlib.suppress(RuntimeError):  # of a device that has failed
+        with contextlib.suppress(RuntimeError):  # the device may have failed
             engine.free()
 
 
@@ -246,7 +246,7 @@ def arranged_costs(run: Run, inputs: Inputs, policy: PolicyEngine, reference: Re
 def _resume(run: Run, checkpoint: Checkpoint, sharded: Sequence[SlicedWeights]) -> Position:
     """Load a checkpoint into the engines and return its position; collective.
 
-    The report about the reference stays that of the start which scored it. This start's time is added.
+    The reference's report is kept from the start that scored it. This start's time is added.
     """
     for part in sharded:
         part.load_shards(checkpoint.folder)
@@ -308,5 +308,5 @@ def _peak_flops(run: Run) -> float:
     world.barrier()
     peaks = world.gather(matmul_peak(world.device, TORCH_DTYPES[run.config.model.dtype]))
     if world.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # without those matrices
+        torch.cuda.reset_peak_memory_stats()  # the peak of a run does not count these matrices
     return sum(peaks)

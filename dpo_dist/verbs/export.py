@@ -63,7 +63,7 @@ def _push(folder: Path, repository: str, console: Console, *, is_confirmed: bool
             commit = HfApi().upload_folder(
                 repo_id=repository, folder_path=folder, commit_message="Model trained by dpo_dist"
             )
-        except Exception as error:  # those of the transport have no common class
+        except Exception as error:  # errors of the transport have no common class
             raise ConfigError(
                 "the model cannot be uploaded",
                 where="export.push_to",

@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @dataclass(frozen=True)
 class _Space:
-    """A fingerprint's folder, as listed; `digests`: of the fingerprint and of the reference."""
+    """A fingerprint's folder, as listed; `digests` are the fingerprint's and the reference's."""
 
     folder: Path
     digests: list[str]

@@ -88,7 +88,7 @@ def test_two_processes_write_what_one_does_and_equal_models_respond_equally(plac
 def test_an_interrupted_judge_continues_and_finished_responses_are_used_again(place: Path) -> None:
     failed = compare(place, "again", "pairs.function=broken:score", "compare.prompts=18")
     assert failed.code == 2
-    assert "the judge does not score" in failed.output
+    assert "the judge's function gives no usable scores" in failed.output
     parts = place / "again/comparison/parts"
     written = {file: file.stat().st_mtime_ns for file in parts.glob("*/0*.jsonl")}
     judged = [file for file in written if file.parent.name.startswith("judgements")]

@@ -88,7 +88,7 @@ def test_the_pairs_do_not_depend_on_processes_or_starts(place: Path) -> None:
 def test_a_rank_that_fails_ends_all_with_one_error(place: Path) -> None:
     broken = ("pairs.method=samples", "pairs.function=broken:score", "pairs.samples=2")
     ended = make(place, "failed", *broken, processes=2, code=2)
-    assert ended.output.count("configuration error: the judge does not score") == 1
+    assert ended.output.count("configuration error: the judge's function gives no usable scores") == 1
     assert "Traceback" not in ended.output
     assert not (place / "failed/pairs/pairs.jsonl").exists()
 

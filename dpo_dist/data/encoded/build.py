@@ -141,9 +141,9 @@ def encode_records(
     rows = []
     for record in records:
         prompt, values = 0, dict[str, Any]()
-        encoded: EncodedRecord | BadRecord | None = None  # of another part
+        encoded: EncodedRecord | BadRecord | None = None  # the record belongs to another part
         if isinstance(record, BadRecord):
-            encoded = None if part.is_eval else record  # it has no prompt
+            encoded = None if part.is_eval else record  # without a prompt it counts as training data
         elif part.has(prompt := prompt_hash(record.prompt)):
             encoded = encode_record(record, config, tokenizer)
         if isinstance(encoded, BadRecord):
@@ -225,13 +225,13 @@ def _fingerprint(source: SourceConfig, config: DataConfig, digest: str, part: Pa
 CHUNK_RECORDS = 64
 # One process reads and writes for all others; it limits the speed of more processes than this.
 _MAX_PROCESSES = 16
-# Fewer are encoded before other processes have started.
+# One process encodes fewer chunks than these before others have started.
 _MIN_CHUNKS = 2048 // CHUNK_RECORDS
 _CHUNKS_AHEAD = 2
 
 
 def processes_for(chunks: int) -> int:
-    """Return the number of processes that work on so many chunks or more: one per core, of few chunks one."""
+    """Return the number of processes for this many chunks or more: one per core, or one for few chunks."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 1 if chunks < _MIN_CHUNKS else min(cores, _MAX_PROCESSES)
 

@@ -181,7 +181,7 @@ class PreferenceDataset:
     def examples_with_keys(
         self, indices: Sequence[int], which: int | None = None
     ) -> tuple[list[Example], Keys]:
-        """Return examples with their masks, or only response `which` of each, and the keys of the responses.
+        """Return examples with masks, and the keys of their responses; with `which`, of only that response.
 
         Raises DataError: the token ids do not have these keys.
         """

@@ -19,7 +19,7 @@ _VERSION = 1  # increased when records get other partners
 
 
 def with_partners(dataset: PreferenceDataset, max_length: int) -> PreferenceDataset:
-    """Return the dataset with a second response of each example, which has one: that of its partner.
+    """Give each example, which has one response, its partner's response as a second one.
 
     The partner's response is cut to what `max_length` leaves beside the prompt; its token ids are not copied.
     Raises DataError: half of the records of a source have the same prompt.

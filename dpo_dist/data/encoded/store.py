@@ -189,7 +189,7 @@ def dataset_columns(table: pa.Table) -> dict[str, Any]:
     examples = pc.list_flatten(table["examples"])
     responses_of = _lengths(examples)
     record = np.repeat(np.arange(len(table)), examples_of)
-    # Of each response of an example: its index among all pieces, and among all responses.
+    # The index of each response of an example among all pieces, and among all responses.
     first_piece = np.cumsum(pieces_of) - pieces_of
     piece = np.repeat(first_piece[record], responses_of) + 1 + pc.list_flatten(examples).to_numpy()
     is_response = np.ones(len(tokens), dtype=np.bool_)
@@ -221,7 +221,7 @@ def dataset_columns(table: pa.Table) -> dict[str, Any]:
 
 
 def _numbers(lists: pa.ChunkedArray, record: Array) -> dict[str, Array]:
-    """Return the values of each example by name, of those of `NUMBERS` that have an effect."""
+    """Return each example's values by name, for the `NUMBERS` that have an effect."""
     given = pc.list_flatten(lists).to_numpy().reshape(-1, len(NUMBERS))
     if not len(given):
         return {}

@@ -142,7 +142,7 @@ _FORMATTINGS = {
     "sharegpt": _SHARED | {"messages": "conversations"},
     "openai": _SHARED | {"messages": "messages"},
 }
-# The names that a turn's fields and calls may have, and the roles that the others must be read as.
+# Tags with the names of a turn's fields and calls, and the role that each of the other tags must mean.
 _TAGS = ("from", "role", "value", "content", *CALLING)
 _ROLE_TAGS = {"user_tag": "user", "assistant_tag": "assistant", "observation_tag": "tool"}
 

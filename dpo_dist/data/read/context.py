@@ -20,9 +20,9 @@ _QUESTION_FIELDS = ("instruction", *QUESTIONS, "context")
 _UNREAD = ("documents", *MEDIA, *(f"{side}_{name}" for side in ("chosen", "rejected") for name in MEDIA))
 # Perhaps weights of a record in the loss; a value other than 1 is not read.
 _UNREAD_WEIGHTS = ("weight", "sample_weight")
-# Tools of one side: both are rendered with those of the record.
+# Tools of one side: both sides are rendered with the record's own tools.
 _TOOLS_OF_SIDES = ("chosen_tools", "rejected_tools")
-# Fields of which each value is read, or drops its record; and `provenance`: how `pairs` made it.
+# Each value of these fields is read, or drops its record; `provenance` says how `pairs` made it.
 _READ = {"prompt", *_QUESTION_FIELDS, *CONVERSATIONS, "conversation", *_SYSTEMS, "history", _ARGUMENTS}
 _READ |= {"enable_thinking", *TOOLS, *_TOOLS_OF_SIDES, *_UNREAD, *_UNREAD_WEIGHTS, *NUMBERS, *VOTES}
 _READ |= {"provenance"}
@@ -129,7 +129,7 @@ def _is_outside(value: Any, prompt: Prompt) -> bool:
 
 
 def unread_fields(record: Fields, content: Content) -> tuple[str, ...]:
-    """Return the names of fields with a value of which nothing was read."""
+    """Return the names of fields that have a value which nothing reads."""
     scores: tuple[str, ...] = ()
     if content.scores is not None and content.field:
         scores = ("scores",)

@@ -25,9 +25,9 @@ _KINDS = (*_COMPRESSED_KINDS, ".parquet")
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 _BLOCK_BYTES = 2**20
 _BATCH_RECORDS = 64
-# For each line between records: reading many empty ones takes minutes.
+# Counted for each line between records: reading many empty lines takes minutes.
 _LINE_BYTES = 64
-# More than this expansion is no text that was compressed.
+# Compressed text does not expand more than this.
 _MAX_EXPANSION = 100
 _ARGUMENTS = ("arguments", "parameters")
 SUFFIXES = (*_KINDS, *_COMPRESSIONS)
@@ -43,7 +43,7 @@ def file_kind(file: Path) -> str | None:
 
 
 def check_kind(file: Path, path: str) -> None:
-    """Check that files of this kind can be read; `path`: of the source. Raises DataError."""
+    """Check that files of this kind can be read; `path` names the source. Raises DataError."""
     if file_kind(file) is None:
         raise DataError(
             "this kind of file cannot be read",
@@ -94,7 +94,7 @@ def read_file(file: Path, path: str) -> Iterator[RawRecord]:
 
 
 def numbered_records(values: Iterable[tuple[int, Any]], path: str) -> Iterator[RawRecord]:
-    """Yield values with the number of their line as records; a ValueError says why there is none."""
+    """Yield numbered values as records; a ValueError in place of a value becomes a bad record."""
     for number, value in values:
         origin = Origin(path, number)
         if isinstance(value, Mapping):
@@ -111,7 +111,7 @@ def dataset_rows(dataset: Any) -> Iterator[Any]:
     form = getattr(dataset, "format", None)  # a stream has none
     if form and form["type"] == "custom":  # a transform of the user's
         return map(_with_given_arguments, dataset)
-    # As stored: decoded, images need packages, and nulls in JSON are like those of tables.
+    # As stored: decoding images needs packages, and decoded JSON has a table's nulls.
     columns = {"columns": form["columns"]} if form else {}
     return _table_rows(dataset.with_format("arrow", **columns).iter(_BATCH_RECORDS))
 
@@ -140,7 +140,7 @@ def _with_given_arguments(value: Any) -> Any:
 def write_records(records: Iterable[Any], folder: Path, name: str) -> Path:
     """Write records in memory to a .jsonl of `folder` that is named by its content, and return its path.
 
-    `name`: of the argument, for errors. Raises ConfigError: there are none, or one is not of JSON's types.
+    `name`: the argument's name, for errors. Raises ConfigError: no records, or one is not of JSON's types.
     """
     lines = list[str]()
     is_dataset = hasattr(records, "with_format") and hasattr(records, "iter")
@@ -238,7 +238,7 @@ def _check_header(header: str, path: str, separator: str) -> None:
             "the table is not in UTF-8",
             where=path,
             got="other bytes in its header",
-            remedy="save it as UTF-8 (Excel: CSV UTF-8; of Windows: iconv -f CP1252 -t UTF-8 OLD > NEW)",
+            remedy="save it as UTF-8 (Excel: CSV UTF-8; from Windows: iconv -f CP1252 -t UTF-8 OLD > NEW)",
         )
     other = next((other for other in "\t;|," if other in header), None)
     if other and separator not in header:
@@ -259,7 +259,7 @@ def _check_header(header: str, path: str, separator: str) -> None:
 
 
 def _is_utf8(text: str) -> bool:
-    """Return whether a text has no bytes that are not UTF-8, as lone surrogates."""
+    """Return whether a text was UTF-8: other bytes have become lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -280,16 +280,16 @@ def _parquet_rows(file: Path) -> Iterator[Any]:
 
 
 def _json_parsers(fields: Iterable[pyarrow.Field]) -> dict[str, Callable[[Any], Any]]:
-    """Return by name what parses the values of Arrow fields that store JSON as text, perhaps deep inside.
+    """Return parsers by name for the Arrow fields that store JSON as text, perhaps deep inside.
 
-    Arrow's own type of such texts is that of values of mixed types in `datasets`.
+    `datasets` stores values of mixed types in Arrow's own type for such texts.
     """
     return {field.name: parse for field in fields if (parse := _json_parser(field)) is not None}
 
 
 def _json_parser(field: pyarrow.Field) -> Callable[[Any], Any] | None:
     kind = field.type
-    # A type that pyarrow does not know is that of its storage, and the field has its name.
+    # A type that pyarrow does not know is read as its storage type; the field names it.
     name = getattr(kind, "extension_name", "") or (field.metadata or {}).get(_EXTENSION, b"").decode()
     if name.endswith("json"):  # "arrow.json", "google:sqlType:json"
         return lambda text: None if text is None else parse_json(text)
@@ -310,12 +310,12 @@ def _with_parsed_json(fields: Any, parsers: Mapping[str, Callable[[Any], Any]]) 
 
 
 def _class_parsers(schema: pyarrow.Schema) -> dict[str, Callable[[Any], Any]]:
-    """Return by name what gives the words of labels that `datasets` stores as numbers, in any order."""
+    """Return by name a function from a label's number in `datasets`, in any order, to its word."""
     known = {*GOOD, *BAD}
     try:
         features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
         given = {name: feature["names"] for name, feature in features.items() if "names" in feature}
         words = {name: dict(enumerate(of)) for name, of in given.items() if known & {*map(str.lower, of)}}
-    except (KeyError, TypeError, AttributeError, ValueError):  # a stranger's text, of another kind
+    except (KeyError, TypeError, AttributeError, ValueError):  # a stranger may write anything there
         return {}
     return {name: numbered.get for name, numbered in words.items()}

@@ -1,4 +1,4 @@
-"""Layouts of records: where the prompt and the responses are of a pair, a ranking or a single response."""
+"""Layouts of records: where a pair, a ranking or a single response has its prompt and responses."""
 
 import itertools
 from collections.abc import Iterable, Mapping
@@ -177,7 +177,7 @@ def _sorted(items: list[Any], scores: Any) -> tuple[list[Any], tuple[float, ...]
     if any(score is not None for score in inside):
         numbers = finite_numbers(inside)
         if scores is not None and finite_numbers(scores) != numbers:
-            raise UnusableRecordError("invalid_scores", "two different scores of a response")
+            raise UnusableRecordError("invalid_scores", "a response has two different scores")
         best_first = sorted(zip(numbers, items, strict=True), key=lambda scored: -scored[0])
         texts = [
             # The whole message if it has tool calls or thoughts.
@@ -190,7 +190,7 @@ def _sorted(items: list[Any], scores: Any) -> tuple[list[Any], tuple[float, ...]
         return items, None
     numbers = finite_numbers(scores)
     if len(numbers) != len(items) or any(low < high for low, high in itertools.pairwise(numbers)):
-        raise UnusableRecordError("invalid_scores", "not one score for each response, best first")
+        raise UnusableRecordError("invalid_scores", "scores must be one for each response, best first")
     return items, numbers
 
 

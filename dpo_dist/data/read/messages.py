@@ -82,7 +82,7 @@ def spelled_messages(value: Any) -> Any:
 
 
 def nested_conversation(field: str, value: Any) -> dict[str, str]:
-    """Return the columns of the messages and tools in a field's object, perhaps in JSON; of others none."""
+    """Return the columns of messages and tools in a field that is an object, perhaps in JSON; else none."""
     whole = from_json(value)
     if not isinstance(whole, Mapping):
         return {}

@@ -88,7 +88,7 @@ def local_files(source: SourceConfig) -> list[Path] | None:
                 where=f"{key} of {path}",
                 got=value,
                 expected="null",
-                remedy=f"remove {key}: it is of Hub datasets" + (" and folders" * (key != "revision")),
+                remedy=f"remove {key}: it is for Hub datasets" + (" and folders" * (key != "revision")),
             )
     if local.is_dir():
         if is_saved(local):
@@ -142,7 +142,7 @@ def _missing(file: Path) -> DataError:
 
 
 def root_of(path: str) -> Path:
-    """Return the folder to which names of a source's files are relative; of a pattern the part before it."""
+    """Return the folder to which a source's file names are relative: for a pattern, the part before it."""
     return Path(*itertools.takewhile(lambda part: not _GLOB.search(part), Path(path).parts))
 
 
@@ -162,7 +162,7 @@ def _globbed_files(pattern: str) -> list[Path]:
 
 
 def _folder_files(folder: Path, source: SourceConfig) -> list[Path]:
-    """Return the data files of a folder's split. Raises DataError: none, or others would not be read."""
+    """Return the data files of a folder's split. Raises DataError: no file, or one that is not read."""
     below = (file for file in folder.rglob("*") if file.is_file() and _DATA_NAME.search(file.name))
     visible = (file for file in below if "/." not in f"/{file.relative_to(folder)}")
     files = _data_files(folder, source, [file for file in visible if file.name not in _DESCRIPTIONS])

@@ -19,8 +19,9 @@ _STEP = 64  # suggested limits are multiples of it
 def kept_tokens(prompt: Any, longest: Any, prefix: Any, limits: DataConfig) -> tuple[Tokens, Tokens]:
     """Return the tokens that truncation leaves of a prompt and, at most, of each response; docs/data.md.
 
-    `prompt` and `longest` (response) are token counts, integers or int64 arrays; `prefix` those of BOS, which
-    stay. Nothing is left of the responses of a record that is not to be cut, or has no room for both sides.
+    `prompt` and `longest` (response) are token counts, integers or int64 arrays; `prefix` counts the tokens
+    of BOS, which stay. Nothing is left of the responses if the record may not be cut, or has no room for
+    both sides.
     """
     most = limits.max_length
     if limits.max_prompt_length is not None:
@@ -65,7 +66,7 @@ class SourceLengths:
         return int((kept_tokens(prompt, longest, prefix, limits)[1] >= needed).sum())
 
     def accepts(self, limits: DataConfig) -> bool:
-        """Return whether no more records are dropped for their lengths than is allowed, nor all."""
+        """Return whether these limits drop no more records than allowed, and not all."""
         kept, every = self.kept(limits), len(self.lengths)
         return kept == every or (kept > 0 and every - kept + self.unusable <= self.max_dropped)
 

@@ -212,7 +212,7 @@ class _Conversation:
         has_more = turn.role == "assistant" and (turn.fields or _CLOSE in turn.content)
         is_all = has_more and not turn.content.rpartition(_CLOSE)[2].strip()
         if is_counted and is_all and self.facts.is_blank(text):
-            raise UnusableRecordError("turn_not_rendered", "of a call or a thought nothing is written")
+            raise UnusableRecordError("turn_not_rendered", "the chat template leaves out a call or a thought")
         return is_counted
 
     def _ends_thoughts_by_itself(self) -> bool:
@@ -243,7 +243,7 @@ class _Conversation:
     def _alone(self, message: Message) -> str:
         """Return a response as the template writes its turn after a prompt that it renders differently."""
         text, start, _ = self._whole_conversation((message,))
-        # The prompt before it has no opened thought.
+        # The prompt that this turn follows opens no thought.
         return text[text.rindex(_OPEN, 0, start) if _opens_thought(text[:start]) else start :]
 
     def _header_length(self, turn: str, before: Turns, role: str) -> int:
@@ -350,7 +350,7 @@ class _Conversation:
         for index, message in enumerate(response, start=len(self.prompt)):
             span = trace.spans[index]
             if span is None:
-                raise UnusableRecordError("turn_not_rendered", "the chat template does not write a turn")
+                raise UnusableRecordError("turn_not_rendered", "the chat template leaves out a turn")
             first, end = span
             turn = trace.text[first:end]
             is_assistant = message.role == "assistant"
@@ -404,7 +404,7 @@ def _has_thought_of(rendered: str, content: str) -> bool:
 
 
 def _with_spelled_thought(message: Message) -> Message:
-    """Return a message whose thought is part of its content, if a field has it."""
+    """Return a message with its thought, if a field has one, spelled in its content."""
     thought = thought_of(message)
     if thought is None or _CLOSE in message.content:
         return message

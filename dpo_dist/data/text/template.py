@@ -1,4 +1,4 @@
-"""Chat templates: chosen, with a fixed date; conversations rendered by them, and where each turn is then."""
+"""Chat templates: choose one, fix its date, render conversations, and find each turn in the output."""
 
 import json
 import re
@@ -282,7 +282,7 @@ class ChatRenderer:
         numbered = [[{**form, **both} for form in turn] for turn, both in zip(turns, marks, strict=True)]
         trace = _read_trace(self._render(self._traced, numbered, context, generation), len(turns))
         if trace is None or trace.text != text:
-            raise UnusableRecordError("turns_not_found", "the chat template does not write turn after turn")
+            raise UnusableRecordError("turns_not_found", "no turns are found in the template's output")
         return trace
 
     @cached_property

@@ -64,7 +64,7 @@ class TokenizerFacts:
 
     @property
     def stops(self) -> set[str]:
-        """The tokens that end a generated response: the last one of a text, of a turn, of a call."""
+        """The tokens that end a generated response: the last ones of a text, a turn and a call."""
         ends = [self.end_of_turn, self.until_end(self.chat.called if self.chat is not None else "")]
         last = (list(self._special.finditer(end))[-1].group() for end in ends)
         return {*last, *filter(None, [self.tokenizer.eos_token])}

@@ -416,7 +416,7 @@ class CheckpointSaver:
             self._name(folder)
             folders = checkpoint_folders(self._root)
             self._damaged = set(folders[: folders.index(folder)])
-            if not self._damaged:  # deleted after the next commit, as are the others then
+            if not self._damaged:  # else the next commit deletes all of them
                 self._delete_old(folder)
 
         self._world.on_main(complete)

@@ -32,7 +32,7 @@ SHARDS = "engine"  # the folder of the policy's slices in a checkpoint
 WEIGHT = "weight"  # the part that is the weight itself, for a trained one its float32 master weight
 EMA = "ema"  # the part that is the moving average of the weight
 _STEP = "step"
-# At this size a rank begins another file: of a GPU's tensors, as much host memory is used at a time.
+# At this size a rank begins another file; a GPU's tensors need so much host memory at a time.
 _FILE_BYTES = 2**28
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int8": "I8"}
 # Digests of a checkpoint's files, by name relative to its folder, as in the manifest. No directory is listed
@@ -93,7 +93,7 @@ class SlicedWeights(Protocol):
 class OptimizerSlices:
     """This rank's slices of the weights that a DeepSpeed engine trains, with their optimizer states.
 
-    `names` are those of the trained weights; `averages` those of the `masters`, if there are any.
+    `names` has the names of the trained weights, `averages` the moving averages of the `masters`, if any.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class OptimizerSlices:
             for weight, start, start_in_weight, length in ranges:
                 parts = {part: tensor.narrow(0, start, length) for part, tensor in tensors.items()}
                 yield Slice(self._names[weight], whole_shape(weight), start_in_weight, parts)
-        if eight_bit:  # codes and scales of blocks of this rank's flat tensors; all share constant codebooks
+        if eight_bit:  # each block of a flat tensor has codes and a scale; codebooks are constants
             cut = f"{zero_kind(self._engine)} {self._rank} of {dist.get_world_size()}"
             for number, (flat, _) in enumerate(flat_masters(self._engine, self._rank)):
                 states = {k: v for k, v in _tensor_states(self._inner, flat) if not k.startswith("qmap")}
@@ -131,16 +131,16 @@ class OptimizerSlices:
 
     @property
     def step(self) -> int:
-        """Return the number of updates that the optimizer states are of."""
+        """Return the number of updates after which the optimizer states are."""
         return max((int(self._inner.state[flat].get(_STEP, 0)) for flat in self.masters()), default=0)
 
     def create_states(self, parts: Sequence[str], step: int) -> None:
-        """Create optimizer states that do not exist yet, to be filled, after `step` updates."""
+        """Create missing optimizer states, to be filled with those of `step` updates."""
         inner, names = self._inner, [part for part in parts if part not in (WEIGHT, EMA)]
         if is_eight_bit(inner):
             for flat in self.masters() if step else []:
                 if not inner.state[flat]:
-                    # As ZeRO-3 does, which has a master tensor in its group for the time of an update only.
+                    # As in ZeRO-3: a master tensor is in its optimizer group only during an update.
                     group = inner.param_groups[0]
                     params, group["params"] = group["params"], [flat]
                     inner.init_state(group, flat, 0, 0)
@@ -223,7 +223,7 @@ class HostCopy:
     def close(self) -> None:
         """Release the memory, as soon as nothing reads the copies any more."""
         if self.is_cuda and self._buffer.nbytes:
-            _runtime().cudaHostUnregister(self._buffer.data_ptr())  # after a failure of the device in vain
+            _runtime().cudaHostUnregister(self._buffer.data_ptr())  # fails if the device has
         self._buffer = torch.empty(0, dtype=torch.uint8)
         return_host_memory()
 
@@ -260,7 +260,7 @@ def write_slices(model: ModelSlices, checkpoint: Path, rank: int, copy: HostCopy
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> str:
     """Write a safetensors file from the memory of its tensors to disk; return its digest, made on the way."""
     header: dict[str, Any] = {"__metadata__": metadata}
-    # Larger elements first, so that each tensor begins at a multiple of its own.
+    # Larger elements first, so that each tensor begins at a multiple of its element size.
     ordered, end = sorted(tensors.items(), key=lambda named: -named[1].itemsize), 0
     for name, tensor in ordered:
         start, end = end, end + tensor.nbytes

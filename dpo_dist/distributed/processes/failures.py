@@ -57,7 +57,7 @@ _OF_COMMUNICATION = (
 
 @dataclass(frozen=True)
 class Reports:
-    """Outputs, from any thread: of an error, on any rank; of a line, on rank 0; a file for stacks."""
+    """How any thread prints: an error, on any rank; a line, on rank 0; stacks of threads, to a file."""
 
     show: Callable[[str], None] = print
     say: Callable[[str], None] = print
@@ -141,7 +141,7 @@ def _connect() -> Store | None:
 class Watcher(threading.Thread):
     """Thread that ends this process if another one failed, died or is stopped, and this one does not notice.
 
-    The world's `timeout_seconds` is that of a collective call, and of a process of this host that is stopped.
+    After the world's `timeout_seconds` it ends a collective call, or a stopped process of this host.
     """
 
     def __init__(self, world: World, reports: Reports):
@@ -183,7 +183,7 @@ class Watcher(threading.Thread):
         return [peer for peer in self._neighbours if peer.status == psutil.STATUS_ZOMBIE]
 
     def _long_stopped(self) -> list[Peer]:
-        """Return the processes that were stopped for the timeout, in time of this process."""
+        """Return the processes that were stopped for the whole timeout, by this process's clock."""
         return [peer for peer, seconds in self._stopped.items() if seconds >= self._world.timeout_seconds]
 
     def _end_process(self) -> None:
@@ -320,7 +320,7 @@ def is_of_communication(text: str) -> bool:
 def _origin(failure: BaseException) -> BaseException:
     """Return the error of communication behind `failure`; `failure` itself if there is none.
 
-    What loads a model or reads files takes any error for one of these files, also that of a collective call.
+    Code that loads a model or reads files blames them for any error, also for one of a collective call.
     """
     error: BaseException | None = failure
     while error is not None:

@@ -83,7 +83,7 @@ def join_world(deepspeed_config: dict[str, Any], timeout_seconds: int, reports: 
     hook = sys.excepthook
     with exit_on_signal():
         world = start_world(deepspeed_config, timeout_seconds)
-    may_leave = world.size == 1  # with others, leaving after an error could wait for a rank without one
+    may_leave = world.size == 1  # else leaving after an error may wait for a rank that has none
     try:
         with watch_world(world, reports):
             yield world

@@ -33,7 +33,7 @@ def launch(arguments: Sequence[str]) -> int:
     """
     try:
         parsed = _parsed(arguments)
-        os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGQUIT")  # of torch's launcher
+        os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGQUIT")  # torch's launcher then handles no other
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
         for number in stop_signals():
             signal.signal(number, _pass_on)

@@ -58,7 +58,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class World:
-    """The processes of the run, as one of them sees them. Methods, but properties, are collective.
+    """The processes of the run, as one of them sees them. Methods are collective, properties are not.
 
     `control` is a process group on the host for communication outside of steps. Calls of every group time out
     after `timeout_seconds`; but `barrier`, `gather`, `on_main` and `together` first wait for ranks
@@ -135,7 +135,7 @@ class World:
         return result
 
     def together(self, work: Callable[[], T]) -> T:
-        """Run `work` on every rank; if any raises a `DpoDistError`, all raise that of the lowest rank."""
+        """Run `work` on every rank; if any raises a `DpoDistError`, all raise the lowest rank's."""
         error: DpoDistError | None = None
         result: T | None = None
         try:
@@ -196,11 +196,11 @@ class Stops:
             raise stopped_by(self.reasons(), when)
 
     def reasons(self) -> str:
-        """Return the reasons of all ranks; those of a person are noted for a batch script."""
+        """Return the reasons of all ranks; note for the batch script if a person stopped the run."""
         reasons = sorted({reason for reason in self.world.gather(self.request.reason) if reason})
         self.agreed = ", ".join(reasons)
         if self.world.is_main and {BY_TRACKER, BY_STEPS} & set(reasons):
-            note_progress(f"stopped by {self.agreed}")  # it is not to be started again by itself
+            note_progress(f"stopped by {self.agreed}")  # a batch script does not start it again
         return self.agreed
 
 
@@ -240,7 +240,7 @@ class SequenceGroup:
         gathered = part.new_empty(self.ranks * part.numel())
         dist.all_gather_into_tensor(gathered, part.detach().flatten(), group=self.group)
         gathered = gathered.view(self.ranks, *part.shape)
-        gathered[self.rank] = part  # the gradient is that of this entry: every rank has the whole loss
+        gathered[self.rank] = part  # only this entry has a gradient: every rank has the whole loss
         return gathered
 
 

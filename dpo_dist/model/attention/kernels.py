@@ -119,7 +119,7 @@ class VarlenAttention:
 
 
 def _lacks(backend: AttentionBackend, dim: int, has_cap: bool, has_sinks: bool, has_chunks: bool) -> str:
-    """Return what of a layer a variable-length kernel does not compute; empty: nothing."""
+    """Return the feature of a layer that a variable-length kernel lacks; empty: it lacks none."""
     if has_sinks:
         return "attention sinks"
     if has_cap and backend not in FLASH_ATTN:

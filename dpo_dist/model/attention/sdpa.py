@@ -17,11 +17,11 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 Layout = tuple[tuple[int, ...], ...]
 """For each example the lengths of its pieces: prompt, response, response, ..."""
 
-# PyTorch's kernels on CUDA copy masks whose rows begin at other multiples of elements.
+# Rows of a mask begin at multiples of so many elements; else PyTorch's CUDA kernels copy it.
 _ALIGNMENT = 16
 # Dimensions added for a sink: kernels want multiples of 8.
 _SINK_DIMS = 8
-# On a CPU PyTorch's kernel is slower in bf16 than in float32 for segments of up to so many keys.
+# Up to this many keys in a segment, PyTorch's CPU kernel is slower in bf16 than in float32.
 _CPU_FLOAT32_KEYS = 256
 
 
@@ -164,7 +164,7 @@ class SegmentAttention:
             return attended
         if not query.is_cuda and query.dtype is torch.bfloat16 and length <= _CPU_FLOAT32_KEYS:
             return self._attend(query.float(), key.float(), value.float(), scores).to(query.dtype)
-        if not query.is_cuda:  # of values with another dimension PyTorch would store all scores on a CPU
+        if not query.is_cuda:  # a CPU would store all scores if values have another dimension
             query, key, value = with_one_dim(query, key, value)
         if scores.sinks is not None:
             query, key, value = _with_sink(query, key, value, scores.sinks / scale)
@@ -180,7 +180,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scal
     """Return the attention of queries [heads, n, dim]; without a mask they are the keys' own tokens."""
     groups = query.shape[0] // key.shape[0]
     if query.is_cuda and groups > 1 and (mask is not None or query.dtype is torch.float32):
-        # CUDA has no kernel for these with groups of heads that never stores all scores.
+        # With groups of heads, every CUDA kernel for these would store all scores.
         key, value = (tensor.repeat_interleave(groups, dim=0) for tensor in (key, value))
     return scaled_dot_product_attention(
         query[None],

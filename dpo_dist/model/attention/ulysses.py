@@ -121,7 +121,7 @@ class TokenShare:
         return rows.flatten(0, 1).index_select(0, self._gathered).movedim(0, -1)
 
     def local(self, values: Tensor) -> Tensor:
-        """Return the values of this rank's tokens of [tokens], zero for another copy of the last token."""
+        """Return this rank's part of [tokens], with zero for a repetition of the last token."""
         ranks = self.exchange.ranks
         padded = torch.nn.functional.pad(values, (0, len(self.tokens) * ranks - len(values)))
         return padded[self.exchange.rank :: ranks]

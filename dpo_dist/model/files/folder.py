@@ -24,9 +24,9 @@ LORA_WEIGHTS = (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")
 """Suffixes of all weights' names but those of `modules_to_save`."""
 # Initializations that have moved a part of the base's weights into the adapter.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# Options of peft by which an adapter of low-rank matrices is more than these on linear layers.
+# Options of peft that make an adapter more than low-rank matrices on linear layers.
 _OTHER_FORMS = ("alora_invocation_tokens", "layer_replication", "target_parameters", "use_qalora")
-# Of these, and of the kinds of peft, those that it cannot merge into a base.
+# The options and the kinds of adapters that peft cannot merge into a base.
 _UNMERGED_FORMS = ("alora_invocation_tokens", "layer_replication", "use_qalora")
 _UNMERGED_TYPES = (
     "ADAPTION_PROMPT CARTRIDGE CPT MULTITASK_PROMPT_TUNING PREFIX_TUNING PROMPT_TUNING P_TUNING XLORA"
@@ -189,7 +189,7 @@ def _check_files(
             remedy=remedy,
         )
     elif not (folder / CONFIG_FILE).is_file():
-        inner = folder / "model"  # of a run directory
+        inner = folder / "model"  # `folder` may be a run directory
         remedy = "name the folder that save_pretrained wrote or that was downloaded from the hub"
         if (inner / CONFIG_FILE).is_file() or is_adapter(inner):
             remedy = f"write {inner}"
@@ -243,7 +243,7 @@ def start_folder(config: ModelConfig) -> Path | None:
     given = [f"model.adapter.{name}" for name in _FORM if getattr(adapter, name) is not None]
     if given:
         raise ConfigError(
-            "an adapter that is continued stays what it is",
+            "an adapter that is continued keeps its kind and size",
             where=", ".join(given),
             got=str(folder),
             remedy=f"set {' '.join(f'{key}=null' for key in given)}; for a new adapter merge the first into "
@@ -253,7 +253,7 @@ def start_folder(config: ModelConfig) -> Path | None:
 
 
 def modules_on_disk(folder: Path) -> tuple[list[str], list[str]]:
-    """Return the names of the layers for which an adapter folder has matrices, and of its modules in full."""
+    """Return the names of an adapter's layers with matrices, and of its modules in full, from its files."""
     check_weights([folder / ADAPTER_WEIGHTS], _ADAPTER_KEY)
     with safe_open(folder / ADAPTER_WEIGHTS, "np") as weights:
         names = [name.removeprefix(PEFT_PREFIX) for name in weights.keys() if not is_repeated(name)]  # noqa: SIM118
@@ -269,7 +269,7 @@ def modules_on_disk(folder: Path) -> tuple[list[str], list[str]]:
 def is_repeated(name: str) -> bool:
     """Return whether a weight in an adapter's file is not used.
 
-    Of resized embeddings that it trains in full, peft writes the original and the copy a second time.
+    peft writes embeddings that are resized and trained in full a second time: the original and the copy.
     """
     return ".original_module." in name or ".modules_to_save." in name
 
@@ -280,7 +280,7 @@ def tokenizer_folder(base: Path, adapter: Path | None) -> Path:
 
 
 def _check_form(folder: Path, config: ModelConfig) -> None:
-    """Check that an adapter is low-rank matrices, of a base that has kept its weights and can have them."""
+    """Check that an adapter is low-rank matrices that this base can have, and left the base unchanged."""
     if (folder / CONFIG_FILE).is_file() and not (folder / ADAPTER_CONFIG).is_file():
         raise ConfigError(
             "the folder has a whole model, and no adapter",

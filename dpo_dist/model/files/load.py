@@ -201,7 +201,7 @@ def without_weights(
             causal_lm = kind.from_config(
                 model_config, dtype=TORCH_DTYPES[config.dtype], trust_remote_code=config.trust_remote_code
             )
-            causal_lm.tie_weights()  # as loading does: own code may have replaced what was tied
+            causal_lm.tie_weights()  # as from_pretrained does: a model's code may untie weights
     except Exception as error:  # an architecture's constructor can raise anything
         raise _no_text_model(model_config, first_line(error)) from error
     is_other = model_config.is_encoder_decoder or causal_lm.get_output_embeddings() is None
@@ -222,7 +222,7 @@ def _no_text_model(model_config: Any, reason: str) -> ConfigError:
         where="model.path",
         got=f"{model_config.model_type}: {reason}",
         expected="a causal language model, or a model of images and text with one text decoder",
-        remedy="choose such a model; of one, check config.json against that of the original",
+        remedy="choose such a model; if it is one, compare config.json with the original's",
     )
 
 
@@ -237,7 +237,7 @@ def load_weights(
 ) -> Any:
     """Return the model of `folder`, with every weight read and none left at random.
 
-    Of a language model, the default `kind`, without the parts that text does not use.
+    A language model, the default `kind`, is without the parts that text does not use.
     """
     check_precision(config.dtype, device)
     shapes = check_contents(folder, model_config, config, key=key, kind=kind)
@@ -251,7 +251,7 @@ def load_weights(
     if kind is None:
         keep_text(causal_lm)
     for module in causal_lm.modules():
-        # It takes the gradient from a token that is also an end. Tables of positions begin after it.
+        # A padding token has no gradient, and may also end texts. Tables of positions begin after it.
         if isinstance(module, nn.Embedding) and "Position" not in type(module).__name__:
             module.padding_idx = None
         # Else bitsandbytes repacks 4-bit weights for CPUs when it scores: they pass no gradients.
@@ -268,8 +268,8 @@ def check_contents(
 ) -> dict[str, torch.Size]:
     """Check that a folder has the weights that its config.json describes, and return their shapes by name.
 
-    Of the tensors only those are read that config.json makes one weight: two different ones would be another
-    model under ZeRO-3, or for peft, than elsewhere.
+    Reads only tensors that config.json ties into one weight: if they differ, ZeRO-3 and peft would make
+    another model of them than others do.
     """
     with _loading_errors(folder, key):
         with unsharded(), _no_progress():  # ZeRO-3 reports less
@@ -343,7 +343,7 @@ def _loading_errors(folder: Path, key: str) -> Iterator[None]:
         yield
     except Exception as error:  # an architecture's constructor can raise anything
         if getattr(error, "filename", None) is None and (full := disk_error(error)):
-            raise full from error  # of the log file, to which the progress of loading is written
+            raise full from error  # the log file, which the progress of loading fills, is full
         raise ConfigError(
             "the model cannot be loaded",
             where=key,
@@ -364,7 +364,7 @@ def _no_progress() -> Iterator[None]:
 
 
 def _differing_ties(causal_lm: Any, folder: Path, dtype: torch.dtype) -> tuple[str, str] | None:
-    """Return the names in the files of a weight, and of another one that it is tied to but differs from.
+    """Return the names in the weight files of two weights that are tied but differ.
 
     `causal_lm` is on the meta device, with all tensors of the files: equal ones are not one weight yet.
     """

@@ -75,8 +75,8 @@ def write_weights(
 def _restore_description(folder: Path, base: Path, dtype: torch.dtype, changes: Mapping[str, object]) -> None:
     """Give a model folder that transformers wrote the description of its base.
 
-    Of a base that also reads images or sounds, and of which transformers wrote the text model only,
-    config.json is the one of transformers with the base's dropout and noise, without files about images.
+    If transformers wrote only the text model of a base that also reads images or sounds, config.json
+    stays that of transformers, with the base's dropout and noise, and no files about images are copied.
     """
     file, generation = folder / CONFIG_FILE, folder / GENERATION_CONFIG_NAME
     written, original = json.loads(file.read_bytes()), json.loads((base / CONFIG_FILE).read_bytes())
@@ -95,7 +95,7 @@ def _restore_description(folder: Path, base: Path, dtype: torch.dtype, changes: 
 
 
 def write_description(file: Path, content: dict[str, Any], dtype: torch.dtype) -> None:
-    """Write config.json; of the configurations of parts, the ones that name a precision get `dtype`, too."""
+    """Write config.json with `dtype`, also in the configuration of each part that names a precision."""
     content.pop("transformers_weights", None)  # names a file of the base
     name = str(dtype).removeprefix("torch.")
     for part in (content, *(value for value in content.values() if isinstance(value, dict))):
@@ -129,7 +129,7 @@ def _copy_files(source: Path, folder: Path, *patterns: str) -> None:
 def write_adapter(folder: Path, causal_lm: Any, weights: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """Write the trained adapter of a model from its weights by name, as peft reads it.
 
-    A weight of several names is in `weights` by the first, and in the file by each.
+    A weight with several names is in `weights` under the first, and in the file under each.
     """
     first: dict[nn.Parameter, str] = {}
     tensors: dict[str, Tensor] = {}
@@ -186,12 +186,12 @@ def write_merged(
     write_weights(folder, merged, merged.state_dict() | ignored_tensors(merged, base, written), base, changes)
 
 
-def _is_tied(causal_lm: Any) -> bool:  # not every config.json of a model of several parts says it
+def _is_tied(causal_lm: Any) -> bool:  # config.json does not always say it
     return causal_lm.get_input_embeddings().weight is causal_lm.get_output_embeddings().weight
 
 
 def ignored_tensors(causal_lm: Any, base: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return the tensors of `base` that the class that config.json names does not read (`mtp` layers)."""
+    """Return the tensors of `base` that its class in transformers ignores, such as `mtp` layers."""
     patterns = ignored_patterns(causal_lm)
     if not patterns or causal_lm.config.model_type != read_model_json(base / CONFIG_FILE).get("model_type"):
         return {}
@@ -200,7 +200,7 @@ def ignored_tensors(causal_lm: Any, base: Path, dtype: torch.dtype) -> dict[str,
     modules = {name.removeprefix(prefix) for name, _ in causal_lm.named_modules()}
 
     def is_ignored(name: str) -> bool:
-        # The patterns also fit weights that are read: `attn.bias` c_attn.bias, `layers.46` that of 92 layers.
+        # The patterns match weights that are read, too: `attn.bias` in c_attn.bias, layer 46 of 92.
         layer = re.match(r".*?\.\d+(?=\.)", name.removeprefix(prefix))
         return any(re.search(each, name) for each in patterns) and not (layer and layer[0] in modules)
 

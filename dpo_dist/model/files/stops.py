@@ -19,7 +19,7 @@ _STOPS = "eos_token_id"
 
 
 def find_stop_ids(tokenizer: Tokenizer, data: DataConfig, folder: Path, key: str) -> frozenset[int]:
-    """Return every token that ends a response: of training, and of the model's folder. Raises ConfigError."""
+    """Return every token that ends a response, by training or the model's folder. Raises ConfigError."""
     stop_ids = frozenset({*given_stops(folder), *trained_stops(tokenizer, data)})
     if not stop_ids:
         raise ConfigError(
@@ -32,9 +32,9 @@ def find_stop_ids(tokenizer: Tokenizer, data: DataConfig, folder: Path, key: str
 
 
 def trained_stops(tokenizer: Tokenizer, data: DataConfig) -> list[int]:
-    """Return the tokens with which training ends texts and turns; of texts if no template writes turns."""
+    """Return the tokens with which training ends texts, and turns if a template writes them."""
     ends = {tokenizer.eos_token}
-    with contextlib.suppress(ConfigError):  # of a template by which nothing can be trained
+    with contextlib.suppress(ConfigError):  # the template cannot be used for training
         ends |= tokenizer_facts(tokenizer, data).stops
     ids = {tokenizer.convert_tokens_to_ids(end) for end in ends - {None}}
     return sorted(ids - ({tokenizer.unk_token_id} - {tokenizer.eos_token_id}))

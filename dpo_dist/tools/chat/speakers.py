@@ -52,8 +52,8 @@ class Speaker:
     def answer(self, question: str, max_new_tokens: int | None, sampling: Mapping[str, Any]) -> None:
         """Print the answer as it comes, and keep both turns.
 
-        `sampling` changes the model's generation_config, which also has the default of `max_new_tokens`, or
-        else it is 512. Raises ConfigError if both turns do not fit.
+        `sampling` changes the model's generation_config. The default of `max_new_tokens` is the one there, or
+        512. Raises ConfigError if both turns do not fit.
         """
         responder, causal_lm = self.responder, self.causal_lm
         most = max_new_tokens or causal_lm.generation_config.max_new_tokens or 512
@@ -103,7 +103,7 @@ def open_speakers(
             expected="a run, its checkpoint or model, or an adapter",
             remedy="name the base: --beside PATH",
         )
-    # With the tokenizer and the template of the run, as its reference.
+    # The base gets the run's tokenizer and template, as its reference did.
     base = load_source(find_files(first.model.path, first.model, "model.path"), first.model, _device())
     return [first, replace(first, name=BASE, causal_lm=base, messages=[])]
 

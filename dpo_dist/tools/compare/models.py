@@ -102,7 +102,7 @@ def held_out(
 
 @dataclass(eq=False)
 class ComparedModel:
-    """A model of the comparison; its weights are loaded when a process has its first part to do.
+    """A model of the comparison; a process loads its weights when it starts its first part.
 
     `source` has its name in the results, `path` is as given. `logps` are of its responses under itself,
     `base_logps` under the base; None if that has other tokens.
@@ -262,7 +262,7 @@ def compare_models(
 
 
 def whole_model(model: NamedModel, folder: Path, run: Run) -> str:
-    """Return the folder or hub name of a model; of a checkpoint, a folder with its weights. Collective."""
+    """Return a model's folder or hub name; a checkpoint is written to a folder first. Collective."""
     if not model.is_checkpoint:
         return model.location
     written = partial(

@@ -77,7 +77,7 @@ def without_judge(first: str, second: str) -> float | None:
 
 
 def credit(first: tuple[str, float | None], second: tuple[str, float | None]) -> float | None:
-    """Return the credit of the first response, each with its score; None if one of them has none."""
+    """Return the credit of the first response, given both scores; None if a score is missing."""
     (text, score), (other_text, other_score) = first, second
     decided = without_judge(text, other_text)
     if decided is not None or score is None or other_score is None:

@@ -26,7 +26,7 @@ _ONE_JUDGE = Rule(
 class NamedModel:
     """A model of the comparison.
 
-    `path` is as given, `location` the folder or hub name of the model itself: of a run, its trained model.
+    `path` is as given; `location` is the model's folder or hub name, for a run its trained model.
     """
 
     name: str

@@ -42,7 +42,7 @@ _ASSIGNED_SECRET = re.compile(r"(?i)(\b\w*(?:key|token|secret|passw\w*)=)\S+")
 
 
 class ForeignRun(NamedTuple):
-    """A run of another trainer, by its own keys, without values of secret ones; `name` says what was read."""
+    """Another trainer's run in that trainer's keys, without secret values; `name` says what was read."""
 
     trainer: str
     keys: dict[str, Any]
@@ -71,7 +71,7 @@ def read(given: str) -> ForeignRun:
             expected="three or more keys of TRL, LLaMA-Factory, axolotl, ms-swift or open-instruct, or a "
             "command that starts one of them",
             remedy="write the options of the run, of its DPOConfig for example, as keys of a YAML file, and "
-            "convert that; of single ones dpo-dist train KEY=VALUE says what to write",
+            "convert that; for single options, dpo-dist train KEY=VALUE says what to write",
         )
     trainer, keys = found
     return ForeignRun(trainer, _without_secrets(keys), name)

@@ -25,7 +25,7 @@ _TRAINERS: dict[str, Any] = yaml.safe_load(
 
 
 class Translation:
-    """What is known of a run: `left` of their keys, `values` by ours, `comments` on what is left out."""
+    """A run in translation: their keys still `left`, `values` of our keys, `comments` on what is left out."""
 
     def __init__(self, foreign: ForeignRun) -> None:
         self.trainer, keys, self.name = foreign
@@ -106,7 +106,7 @@ class Translation:
 
 
 def _written(answer: str) -> dict[str, Any]:
-    """Return the keys that an answer says to write; none if it is no whole answer."""
+    """Return the keys that an answer says to write; none unless all of them are known and fit."""
     verb, _, rest = answer.partition(" ")
     if verb not in ("write", "set"):
         return {}

@@ -1,4 +1,4 @@
-"""Translate the keys of another trainer's run into those of `train`, and name each that is left out."""
+"""Translate another trainer's keys into keys of `train`, and name each key that is left out."""
 
 import math
 import re
@@ -35,7 +35,7 @@ def translate_run(foreign: ForeignRun) -> str:
     has_adapter = _trains_adapter(run)
     for part in (_machine, _numbers, _watching):
         part(run)
-    # `save_strategy: no` counts, not the `save_steps` beside it; the loss, not the method.
+    # `save_strategy: no` wins over `save_steps`, and the loss over the method.
     for key in sorted(run.left, key=lambda name: (name == "rl", not name.endswith("strategy"))):
         if run.left[key] not in EMPTY:
             run.translate(key, run.left[key])
@@ -57,7 +57,7 @@ def translate_run(foreign: ForeignRun) -> str:
 
 
 def _method(run: Translation) -> str:
-    """Return what trains; set its loss, or a weighted sum of losses."""
+    """Return the training method; set its loss, or a weighted sum of losses."""
     method = str(run.take("rlhf_type", "rl", "stage", default=run.facts["method"])).lower()
     for key in ("task_type", "reward_model", "process_reward_model"):  # a head in place of the language model
         if (task := run.take(key)) not in (None, False, "causal_lm"):
@@ -98,7 +98,7 @@ def _simpo(run: Translation) -> None:
     gamma = ratio * beta if ratio >= 0 else run.take("simpo_gamma", "gamma", default=gamma)
     run.set("loss.beta", beta, "beta", beta)
     run.set("loss.options.gamma", gamma, "simpo_gamma", gamma)
-    # The trainer of SimPO's authors has a ratio, and no likelihood.
+    # SimPO's own trainer sets gamma / beta, and its loss has no term of the likelihood.
     if weight := run.take("cpo_alpha", default=likelihood if ratio < 0 or run.trainer != "TRL" else 0):
         run.left.pop("rl", None)
         run.left.pop("loss_type", None)
@@ -185,7 +185,7 @@ def _machine(run: Translation) -> None:
             run.comment(key, run.left.pop(key), "a quantized base is whole on every GPU")
             continue
         run.not_default.add("parallelism.kind")
-        # Of a mapping only its name says something: DeepSpeed's has keys of other stages, too.
+        # A mapping counts by its name only: DeepSpeed's has keys of other stages, too.
         text = key if isinstance(value, dict) else f"{key} {value}".removeprefix("fsdp ")
         text = text.replace("_", " ").replace("no offload", "")
         for words, stage in _STAGES.items():
@@ -199,7 +199,7 @@ def _machine(run: Translation) -> None:
 
 
 def _numbers(run: Translation) -> None:
-    """Compute what several keys say together."""
+    """Set the keys of ours that depend on several keys of theirs."""
     rate = finite_number(run.left.get("learning_rate"))
     if rate and (low := run.take("min_lr", default=0.0)):
         run.set("optim.min_lr_ratio", low / rate, "min_lr", low)
@@ -252,7 +252,7 @@ def _combine(run: Translation) -> None:
 
 
 def _add_defaults(run: Translation, is_uncut: bool) -> list[str]:
-    """Set the other trainer's defaults where those here are others; return their keys."""
+    """Set the other trainer's defaults where ours differ; return their keys."""
     defaults = run.facts["defaults"] | {"parallelism.kind": "ddp", "tracking.wandb": "off"}
     if not any(key.startswith("model.adapter.") for key in run.values):
         defaults |= run.facts.get("full", {})
@@ -273,7 +273,7 @@ def _add_defaults(run: Translation, is_uncut: bool) -> list[str]:
 
 
 def _give_options(run: Translation) -> None:
-    """Move options of one kind of loss into its term of a sum; leave out those of other kinds."""
+    """Move options of one kind of loss into its term of a sum; leave out options of other kinds."""
     values, terms = run.values, run.values.get("loss.terms", [])
     for key in [key for key in values if key.startswith("loss.options.")]:
         users, name = kinds_using(key.removeprefix("loss.")), key.rpartition(".")[2]

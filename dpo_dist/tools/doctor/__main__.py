@@ -38,7 +38,7 @@ def main(config: RunConfig) -> int:
         if policy is not None and starts_as_base:  # an adapter may have its own
             check_tokenizer_files(policy)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels when it is imported
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # its import warns about kernels
     # Slow to import: errors above appear at once.
     from dpo_dist.tools.doctor import page as pages  # noqa: PLC0415
     from dpo_dist.tools.doctor.examine import diagnose  # noqa: PLC0415

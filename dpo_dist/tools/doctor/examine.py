@@ -132,7 +132,7 @@ def _label_balance(
 
     A source counts as often as it is drawn.
     """
-    drawn = list(zip(train, sources, strict=False))  # those of evaluation come after them
+    drawn = list(zip(train, sources, strict=False))  # sources of evaluation data come after these
     good, bad = (sum(each.weight * of["labels"][label] for each, of in drawn) for label in ("good", "bad"))
     present = loss.desirable_weight, loss.undesirable_weight
     weights = present[0] * good, present[1] * bad

@@ -114,7 +114,7 @@ def _median(side: Mapping[str, Any] | None) -> str:
 
 
 def _shown(source: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a source as its section shows it: the shares and tests that matter, the largest first."""
+    """Return what the section of a source shows: the shares and tests that matter, the largest first."""
     return {
         **source,
         "path": without_secrets(source["path"]),

@@ -29,7 +29,7 @@ class DataRule(FindingRule):
         detail: str = "",
         records: str = "records",
     ) -> Iterator[Finding]:
-        """Yield the finding if any of `of` records break the rule; up to the threshold it is a note."""
+        """Yield a finding if some of the `of` records break the rule: only a note up to the threshold."""
         if count:
             level = self.level if count > self.threshold * of else Level.note
             text = f"{count} of {of} {records} ({percent(count / of)}) {self.text}"

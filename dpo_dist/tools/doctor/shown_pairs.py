@@ -130,7 +130,7 @@ def _names(record: PreferenceRecord) -> Iterator[tuple[int, str, float | None]]:
 def _segments(
     ids: TokenIds, is_trained: Sequence[bool], cut: range, tokenizer: Tokenizer
 ) -> Iterator[Segment]:
-    """Yield runs of tokens that are alike; of a long part, its first ones only."""
+    """Yield runs of tokens that are alike; a long part is cut after its first tokens."""
     added = {number for number, token in tokenizer.added_tokens_decoder.items() if str(token).strip()}
     special = added | set(tokenizer.all_special_ids)  # added white space is ordinary text
     tokens, stop, before = ids[:_MAX_TOKENS].tolist(), 0, ""

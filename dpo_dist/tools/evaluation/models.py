@@ -117,7 +117,7 @@ def _evaluate(run: Run, evaluated: EvaluatedModel, inputs: EvaluationInputs, obj
 def load_evaluated(
     run: Run, evaluated: EvaluatedModel, inputs: EvaluationInputs
 ) -> tuple[Engine, RunningMeans, str | None]:
-    """Return the model, ready to score, running means of its training if known, and its commit on the hub.
+    """Return the model ready to score, its training's running means if known, and its commit on the hub.
 
     Collective. `model.revision` counts for `model.path` only. The base of an adapter is quantized as
     `model.quantization` says, and so is `model.path` itself.

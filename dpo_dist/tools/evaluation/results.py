@@ -148,7 +148,7 @@ def _group_results(
 
 
 def labelled_columns(values: PairValues) -> dict[str, npt.NDArray[Any]]:
-    """Return the columns of labelled records: those of the side that each has, and whether it is good."""
+    """Return the columns of labelled records: values of the side that each has, and whether it is good."""
     is_good, named = values.tokens_chosen > 0, values.named
     names = {"reward": "reward", "logp": "logp", "reference": "reference_logp", "tokens": "tokens"}
     sides = {
@@ -190,7 +190,7 @@ def write_worst(
 ) -> None:
     """Write the pairs with the lowest negative margins and their texts, whole or not at all.
 
-    Of labelled records: good ones with the lowest and bad ones with the highest rewards.
+    For labelled records: good ones with the lowest, and bad ones with the highest rewards.
     """
     lines, order = [], np.argsort(values.margin, kind="stable")
     worst, sides = order[:_WORST], [values.tokens_chosen[order] > 0, values.tokens_rejected[order] > 0]

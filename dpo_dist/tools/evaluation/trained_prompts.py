@@ -20,7 +20,7 @@ def count_trained(
 ) -> int | None:
     """Return how many of these `prompt_hash` the run of a model trained on, and say so.
 
-    None if it is of no run, or of one whose data cannot be read, which is said. `unit`: what has a prompt.
+    None if no run trained it; also if the run's data cannot be read, which is said. `unit`: pair or record.
     """
     place = Path(model).expanduser().resolve()
     folders = map(RunFolder, [place, *place.parents[:2]] if place.exists() else [])  # else a name of the hub

@@ -1,4 +1,4 @@
-"""Files of pairs: records with provenance, their summary, counts in words."""
+"""Write files of pairs: records with their provenance, a summary, and counts in words."""
 
 import json
 from collections import Counter
@@ -90,7 +90,7 @@ def write_results(
                     where=str(file),
                     got="no two usable responses of a prompt with different scores",
                     remedy="see the counts: scores can be missing, equal or within pairs.margin, responses "
-                    "unfinished within sampling.max_new_tokens; of a file without scores "
+                    "unfinished within sampling.max_new_tokens; for a file without scores "
                     "pairs.method=samples makes responses and scores them",
                 )
             summary = {

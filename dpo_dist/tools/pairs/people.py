@@ -123,7 +123,7 @@ class Labelling:
         line = (json.dumps(judgement._asdict(), ensure_ascii=False) + "\n").encode()
         size = os.fstat(self._log).st_size
         try:
-            while line:  # the last room of a full disk takes a part of it
+            while line:  # a full disk may take only a part of the line
                 line = line[os.write(self._log, line) :]
             os.fsync(self._log)
         except OSError:

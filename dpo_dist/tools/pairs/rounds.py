@@ -124,7 +124,7 @@ def merge_adapter(adapter: Path, folder: Path, model: ModelConfig, data: DataCon
 
 
 def read_samples(policy: str, file: Path) -> dict[str, Any]:
-    """Return counts, the mean score and the largest difference within a prompt of a file of samples."""
+    """Return the counts of a samples file, its mean score, and the largest difference within a prompt."""
     prompts, unscored, widest, scores = 0, 0, 0.0, list[float]()
     for row in files.read_lines(file):
         given = [response.get("score") for response in (*row["responses"], *row["unused"])]
@@ -156,7 +156,7 @@ class _Rounds:
         count = config.pairs.rounds
         with files.locked(folder.rounds / folder.lock.name, "does the rounds of this run directory"):
             check_settings(config, folder)
-            os.environ.setdefault("WANDB_RUN_GROUP", config.run.name)  # of the trainings
+            os.environ.setdefault("WANDB_RUN_GROUP", config.run.name)  # groups the rounds' trainings
             for number in range(1, count + 2):
                 file, code = folder.round(number).round_result, int(ExitCode.completed)
                 if file.exists():
@@ -199,7 +199,7 @@ class _Rounds:
         stage_name = f"round {number}" if number <= pairs.rounds else f"after round {number - 1}"
         self.say(f"{stage_name}: samples of {stage.model.path}")
         below = folder.path / "sampling"
-        folder.pairs_samples.unlink(missing_ok=True)  # of an earlier start
+        folder.pairs_samples.unlink(missing_ok=True)  # an earlier start wrote it
         code = self.run(command_of("pairs", stage, below, _launcher(pairs.launcher)))
         if code not in (ExitCode.completed, ExitCode.invalid) or not folder.pairs_samples.exists():
             raise _stage_error(f"sampling of round {number}", code, folder)
@@ -258,7 +258,7 @@ class _Rounds:
         if config.pairs.reference is RoundReference.previous:
             reference = replace(reference, path=None)
         elif reference.path is None and mode is not ReferenceMode.none:
-            # The name alone is not a revision of the model.
+            # A name alone would not fix the revision.
             path = first.path if first.revision is None else str(model_folder(first.path, first.revision))
             reference = replace(reference, path=path)
             if mode is ReferenceMode.adapter:  # the base of a later adapter is not the first model

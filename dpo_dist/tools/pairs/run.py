@@ -280,7 +280,7 @@ def pairs_from_models(run: Run) -> None:
     results = PairResults(prompts, models, completions, facts)
 
     def write() -> None:
-        collect_abandoned(folder.pairs)  # of starts that were killed while they wrote
+        collect_abandoned(folder.pairs)  # starts that were killed left it
         with staged_file(folder.pairs_samples) as temporary:
             write_lines(temporary, scored_lists(results))
         write_results(folder.pairs_file, pairs_of(results), settings, results.counts, console.say)

@@ -15,7 +15,7 @@ from dpo_dist.training.start.named_models import locate_model
 
 
 def responding_models(pairs: PairsConfig, policy: str) -> list[str]:
-    """Return the models that respond, by default the policy; of a run in `pairs.models` its trained model."""
+    """Return the models that respond: the policy, or `pairs.models`, where a run means its trained model."""
     names, key = pairs.models, "pairs.models"
     runs = {name for name in names if RunFolder(Path(name).expanduser()).config.is_file()}
     return [locate_model(name, key) if name in runs else name for name in names] or [policy]

@@ -1,1 +1,1 @@
-"""Memory and hours of a run on GPUs that are not there."""
+"""Estimate memory and hours of a run on GPUs that you do not have."""

@@ -1,6 +1,6 @@
 """Memory and time of a run by arithmetic: the shapes of its model, its data, and the datasheet of the GPUs.
 
-Measured on one H100 are the shares of its operations that training reaches, and the kernels of a layer. The
+The share of the peak that training reaches, and a layer's kernels, were measured on one H100. The
 speeds of links, hosts and quantized weights are those of usual machines.
 """
 
@@ -51,7 +51,7 @@ MFU_RANGE = tuple(share * _PRODUCTS_ALONE for share in REACHED_SHARES)
 _NVLINK = 250e9  # bytes a second between the GPUs of a node
 _NETWORK = 50e9  # bytes a second between nodes for each GPU: 400 Gbit/s
 _PCIE = 25e9  # bytes a second between a GPU and its host
-_HOST_MEMORY = 100e9  # bytes a second of a node while CPU Adam updates
+_HOST_MEMORY = 100e9  # bytes a second that CPU Adam moves on a node
 _LAUNCHES = 1.2e-3  # seconds to launch the 240 kernels of a layer, forward and backward
 _HOOKS = 1.1e-3  # seconds of ZeRO-3's hooks of a layer, for each generated token
 _DEQUANTIZING = 0.5  # the share of the memory's speed at which weights are computed from fewer bits
@@ -82,7 +82,7 @@ class Data(NamedTuple):
 
 
 def machine_of(plan: PlanConfig, dtype: Dtype) -> Machine:
-    """Return the GPUs that `plan` names, or else those of this machine, or else H100s."""
+    """Return the GPUs that `plan` names, else this machine's GPUs, else H100s."""
     here, kind = torch.cuda.device_count(), plan.gpu or "h100-80g"
     gib, half, single, bandwidth = _GPUS[kind]
     if plan.gpu is None and here:
@@ -95,7 +95,7 @@ def machine_of(plan: PlanConfig, dtype: Dtype) -> Machine:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Memory and time of a run; seconds are those of an epoch."""
+    """Memory and time of a run; seconds count one epoch."""
 
     config: RunConfig
     data: Data
@@ -170,9 +170,9 @@ class Estimate:
     def on_host(self) -> float:
         """Seconds in which GPUs wait for their hosts: copies, and CPU Adam."""
         parallelism, gpus, seconds = self.config.parallelism, self.machine.gpus, 0.0
-        if parallelism.offload_parameters is not Offload.none:  # weights come for forward and backward
+        if parallelism.offload_parameters is not Offload.none:  # copied in for forward, and for backward
             seconds += 2 * self.times * self.whole / gpus / _PCIE
-        if parallelism.offload_optimizer is not Offload.none:  # gradients go, updated weights come back
+        if parallelism.offload_optimizer is not Offload.none:  # gradients go out, updated weights come in
             seconds += (4 + self.number) * self.trained / gpus / _PCIE
             moved = (
                 2 * state_bytes(self.config.optim, self.config.trainer) + 4 + self.number
@@ -204,7 +204,7 @@ class Estimate:
         mode = self.config.reference.mode
         if mode is not ReferenceMode.none:
             once = ", once for all runs" if mode is ReferenceMode.cached else ""
-            # All else that it does is less by about as much as it computes less.
+            # Scoring also sends and waits less than training, in about the ratio of their computing.
             scored = (min(1.0, epochs) if once else epochs) * self.scoring / self.computing
             phases[f"reference{once}"] = scored * training
         return phases | ({"samples": epochs * self.sampling} if self.sampling else {})

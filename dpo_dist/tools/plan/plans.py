@@ -1,4 +1,4 @@
-"""Say what a run takes on GPUs that are not here; suggest the fastest settings that fit."""
+"""Estimate what a run takes on GPUs that you do not have; suggest the fastest settings that fit."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -145,7 +145,7 @@ def _span(fast: float, slow: float) -> str:
 def planned_data(
     plan: PlanConfig, data: DataConfig, model: ModelConfig, loss: LossConfig, progress: _Progress
 ) -> Data:
-    """Return the pairs and tokens of an epoch: given, those of local data, or of the cards of hub data."""
+    """Return the pairs and tokens of an epoch: from the keys, local data, or the cards of hub data."""
     sources = data.train
     if None not in (plan.pairs, plan.tokens_per_pair):
         return Data(plan.pairs or 0, plan.tokens_per_pair or 0.0, "given")
@@ -162,7 +162,7 @@ def planned_data(
 
     of_sources = zip(
         prepare(data, model, loss, progress).datasets, sources, strict=False
-    )  # then those of evaluation
+    )  # then the evaluation data
     used = [(datasets[0], source.weight) for datasets, source in of_sources if datasets]
     pairs = max(1, round(sum(len(dataset) * weight for dataset, weight in used)))
     tokens = sum(int(dataset.piece_tokens.sum()) * weight for dataset, weight in used) / pairs
@@ -186,7 +186,7 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def _without_weights(model: ModelConfig) -> Any:
-    """Return the model without weights; those of the shipped presets need no network."""
+    """Return the model without weights; the models of shipped presets need no network."""
     if (shape := _read("shapes.yaml").get(model.path)) is not None:
         model_config = AutoConfig.for_model(**shape)
     else:

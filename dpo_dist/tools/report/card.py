@@ -88,7 +88,7 @@ def model_card(
         best=summary.get("best_checkpoint") if "model_step" in summary else None,
         averaged=f"{config.trainer.ema_decay:g}" if is_averaged else "",
         verdict=summary["verdict"],
-        # peft's has no class of models that read images, but transformers also loads adapters.
+        # peft has no auto class for models that read images, but transformers loads adapters, too.
         loader=loader if adapter is None or loader != _CAUSAL else "AutoPeftModelForCausalLM",
         evaluation=evaluation and (head, [[code(label), *map(Markup, cells)] for label, *cells in rows]),
         has_rewards=any(PREFIX + name in row for row in evaluation.values() for name in ACCURACIES),
@@ -113,7 +113,7 @@ def hub_name(path: str) -> str | None:
 
 
 def _model_name(path: str) -> str:
-    """Return the hub name of a model, or the name of its folder; of a run's model, the run directory's."""
+    """Return a model's hub name or folder name; for a run's model, the name of the run directory."""
     folder = Path(path).expanduser().resolve()
     run = RunFolder(folder.parent)
     return hub_name(path) or (run.path.name if folder == run.model and run.config.is_file() else folder.name)
@@ -155,7 +155,7 @@ def _data(data: DataConfig, summary: _Row) -> Iterator[list[object]]:
 def _training(
     shown: Mapping[str, Any], data: DataConfig, model: ModelConfig, reference: ReferenceConfig
 ) -> list[tuple[Markup, Markup]]:
-    """Return the settings of a run as cells; of paths the last names only."""
+    """Return the settings of a run as cells; a path is shortened to its last name."""
     values = {key: value for key, value in shown.items() if key not in _PATHS}
     if reference.path is not None:
         values["reference.path"] = _model_name(reference.path)

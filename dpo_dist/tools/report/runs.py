@@ -33,12 +33,12 @@ _OF_NO_RESULT = ("run.", "console.", "tracking.")
 _OF_NO_POLICY = ("samples/reference_", "samples/prompts", "samples/alarms")
 _OF_REFERENCE = ("loss", "rewards/", "distance/")
 _OF_LOSS = ("loss", "rewards/chosen", "rewards/rejected", MARGIN)
-_MOST_SETTINGS, _MOST_CHARACTERS = 4, 80  # in the table of results, and of a name made of them
+_MOST_SETTINGS, _MOST_CHARACTERS = 4, 80  # in the table of results, and in a run's name made from settings
 _SEED = "trainer.seed"
 
 
 def compare_runs(folders: Sequence[RunFolder], page: Path) -> list[str]:
-    """Write the page about runs, also such that still train; return the lines of its tables of results."""
+    """Write the page about runs, which may still train; return the lines of its tables of results."""
     facts, names = list(map(PageFacts, folders)), [folder.path.resolve().name for folder in folders]
     names = names if len(set(names)) == len(names) else list(map(str, folders))
     settings, others = _differing(facts)
@@ -101,7 +101,7 @@ def _table(columns: Mapping[str, Sequence[str]]) -> list[list[str]]:
 def _differing(facts: Sequence[PageFacts]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Return the settings that differ and can change the result, and what else differs, by key."""
     differing = differing_settings([each.config for each in facts])
-    differing.pop("loss.options", None)  # null for a kind without; each option has its own row
+    differing.pop("loss.options", None)  # null for a kind without options; each option has its own row
     others = {key: texts for key, texts in differing.items() if key.startswith(_OF_NO_RESULT)}
     settings = {key: texts for key, texts in differing.items() if key not in others}
     for key, texts in settings.items():

@@ -53,7 +53,7 @@ class RunSamples:
 
     Attributes:
         stop_ids: tokens that end a response.
-        at_every_evaluation: whether the policy responds at every evaluation, not at the first and the last.
+        at_every_evaluation: whether the policy responds at every evaluation, not only the first and the last.
         starts_as_reference: whether the policy before its first step is the reference.
         reference: responses of the reference, one for each prompt; None: not known.
     """
@@ -102,7 +102,7 @@ class RunSamples:
             self.ask_reference(policy, of_base=self.run.config.model.adapter is not None)
 
     def ask_reference(self, model: Engine, *, of_base: bool = False) -> None:
-        """Set the reference's responses to those of a model, and write them; ends the run if it must stop."""
+        """Let a model give the reference's responses, and write them; ends the run if it must stop."""
         started = time.monotonic()
         try:
             self.reference = self._ask(model, of_base=of_base)
@@ -154,7 +154,7 @@ class RunSamples:
     def _metrics(self, prefix: str, responses: Sequence[_Row]) -> dict[str, float]:
         chosen = [str(prompt.fields["chosen"]) for prompt in self.prompts]
         facts = [text_facts(row["text"], row["tokens"], row["finished"]) for row in responses]
-        facts = [  # what the data teach to refuse is no fault
+        facts = [  # refusals that the data teach are no fault
             replace(fact, refusals=fact.refusals and not is_refusal(text))
             for fact, text in zip(facts, chosen, strict=True)
         ]

@@ -120,7 +120,7 @@ def _checks(folder: Path, is_quick: bool) -> Iterator[Check]:
     for name, checks in groups.items():
         try:
             yield from checks
-        except Exception as error:  # of anything that is broken: it must not hide the other checks
+        except Exception as error:  # whatever is broken must not hide the other checks
             yield failed_check(name, first_line(error))
 
 

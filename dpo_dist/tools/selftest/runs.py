@@ -21,9 +21,9 @@ from dpo_dist.foundation.errors import DpoDistError
 from dpo_dist.foundation.streams import print_line
 from dpo_dist.training.reporting.metrics_log import read_latest_rows
 
-HANGS_SECONDS, _RUN_SECONDS = 120, 900  # of a process that waits for another one, of a whole run
+HANGS_SECONDS, _RUN_SECONDS = 120, 900  # for a process that waits for another one, for a whole run
 WITHOUT_OVERLAP = "without overlap"
-STEPS, COMPARED_METRICS = 4, ("loss", "grad_norm")  # of runs that are compared
+STEPS, COMPARED_METRICS = 4, ("loss", "grad_norm")  # for runs that are compared
 RunRows = list[dict[str, Any]]
 
 
@@ -115,7 +115,7 @@ def run_python(name: str, words: Sequence[str], gpus: int, code: int = 0) -> str
             if isinstance(ended, subprocess.TimeoutExpired):
                 return f"it did not end in {_RUN_SECONDS} s"
             raise
-    if process.returncode < 0:  # of one process, which has no launcher that says so
+    if process.returncode < 0:  # one process has no launcher that says so
         screen += f"\nit was ended by {signal.Signals(-process.returncode).name}"
     return "" if process.returncode == code else f"exit code {process.returncode}: {_cause(screen)}"
 

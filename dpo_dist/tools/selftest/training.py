@@ -33,7 +33,7 @@ from dpo_dist.tools.selftest.runs import (
 _EQUAL, _ROUNDED = 1e-3, 0.05  # relative, of losses and gradient norms in float32 and in bf16
 _TINY = {"model_type": "qwen2", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 _TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512}
-_WAYS = {  # of training in float32, without fused layers, and what each changes
+_WAYS = {  # ways to train in float32 without fused layers: what each changes
     "zero3": "",
     "zero2": "parallelism=zero2",
     "ddp": "parallelism=ddp",
@@ -52,7 +52,7 @@ _WAYS_ON_SEVERAL = {
     _ON_ONE: "",
     _ON_HALF: "",
 }
-SHAPES = {  # of models of the shipped presets, also with fewer layers, which are alike
+SHAPES = {  # models of shipped presets; fewer layers suffice, as layers are alike
     "0.5B": ("Qwen/Qwen2.5-0.5B-Instruct", 24),
     "7B, 4 layers": ("Qwen/Qwen2.5-7B", 4),
 }
@@ -124,7 +124,7 @@ def measure_speeds(folder: Path, gpus: int, shape: str) -> Iterator[Check]:
 
 
 def _planned_bytes(words: Sequence[str]) -> float:
-    """Return the bytes of a GPU that `dpo-dist plan` computes, without those of CUDA; it measures nothing."""
+    """Return the bytes on a GPU that `dpo-dist plan` computes, without CUDA's own; nothing is measured."""
     from dpo_dist.tools.plan.plans import make_plan  # noqa: PLC0415  (slow)
 
     given = ["data.train=[-]", "plan.gpu=h100-80g", "plan.pairs=1000", "plan.tokens_per_pair=200"]

@@ -61,7 +61,7 @@ def resamples(number: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:
 
 
 def with_width(low: float, high: float, counted: int, lowest: float) -> tuple[float, float]:
-    """Return an interval of a share; of 0 or 1, Wilson's; of a difference, on both sides within -1 and 1."""
+    """Return an interval with a width: by Wilson around a share of 0 or 1, or a difference of -1, 0 or 1."""
     if low != high or low not in (-1, 0, 1):
         return low, high
     width = wilson_interval(0.0, counted, NormalDist().inv_cdf((1 + LEVEL) / 2))[1]

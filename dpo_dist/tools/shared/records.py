@@ -37,7 +37,7 @@ def good_records(
 
 
 def side_of(record: PreferenceRecord) -> str | None:
-    """Return the side of a single labelled response: chosen if it is good, else rejected; None of others."""
+    """Return a labelled response's side: chosen if it is good, else rejected; None for other records."""
     if len(record.responses) != 1 or record.scores is None:
         return None
     return "chosen" if record.scores[0] > 0 else "rejected"

@@ -99,7 +99,7 @@ def describe_reference(report: Fields) -> str:
 
 
 def evaluation_cells(results: Mapping[str, Fields], metrics: Sequence[str]) -> list[list[str]]:
-    """Return titles, then cells with 95 % intervals of all pairs and of each label; of known metrics."""
+    """Return titles, then cells of known metrics with 95 % intervals, for all pairs and for each label."""
     names = [name for name in metrics if any(PREFIX + name in row for row in results.values())]
     unit = "records" if any("eval_good" in row for row in results.values()) else "pairs"
     rows = [["evaluation", unit, *(METRICS[name].title for name in names)]]

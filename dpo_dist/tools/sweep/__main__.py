@@ -77,7 +77,7 @@ def _place_in_array() -> tuple[int, int]:
     job, first, last, step, jobs = (int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", "1")) for name in names)
     if (last - first) // step + 1 != jobs:
         raise ConfigError(
-            "the jobs of a sweep's array have no regular numbers, by which points could be divided",
+            "the array's job numbers are not regular, so the points cannot be divided among the jobs",
             where="sbatch --array",
             got=f"{jobs} jobs from {first} to {last} in steps of {step}",
             remedy=f"submit it again with --array=0-{jobs - 1}",
@@ -88,7 +88,7 @@ def _place_in_array() -> tuple[int, int]:
 def check(points: Points) -> Iterator[str]:
     """Check everything that the points need before they use a GPU: a line for each, then all about the first.
 
-    Points that load the same are loaded once. A point that loads something else has lines about that.
+    Points that load the same inputs are checked once. A point that loads others has lines about them.
     """
     check_points(points)
     from dpo_dist.training.start.check import expected_start  # noqa: PLC0415  (slow)

@@ -94,7 +94,7 @@ def screen_since(screen: Path, start: int) -> str:
 
 
 def _last_line(printed: str) -> str:
-    """Return the last line on the screen of a point; of an error its first."""
+    """Return the last line on a point's screen, or the first line of its error."""
     lines = reversed(printed.splitlines())
     return next((line[:160] for line in lines if line.strip() and line[0] != " "), "")
 
@@ -185,7 +185,7 @@ class Pool:
         signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())
         start = screen.stat().st_size if screen.exists() else 0
         process.start()
-        with contextlib.suppress(OSError):  # it has done so itself
+        with contextlib.suppress(OSError):  # the point was faster to do it
             os.setpgid(process.pid, process.pid)
         self._running[process.sentinel] = _Process(words, process, gpus, time.monotonic(), screen, start)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, stop_signals())

@@ -19,7 +19,7 @@ End = tuple[str, str]  # outcome and error of a point
 
 
 def sweep_results(points: Points, ends: Mapping[tuple[str, ...], End], folder: RunFolder) -> dict[str, Any]:
-    """Return the content of sweep.json, and write it; `ends` are of the points that this start has run."""
+    """Return the content of sweep.json, and write it; `ends` has the points that this start has run."""
     rows = [_point(words, RunFolder.of(points[words]), ends.get(words, ("", "")), folder) for words in points]
     results = {"points": rows}
     write_json(folder.sweep, results)

@@ -41,7 +41,7 @@ _EQUAL = 1e-9  # relative difference of means that only rounding makes different
 
 
 def columns_of(plan: MetricPlan | None = None) -> tuple[str, ...]:
-    """Return the columns of a new CSV file; those of labelled records are in the plan of their loss."""
+    """Return the columns of a new CSV file; columns of labelled records are in their loss's plan."""
     measured = PAIR_METRICS
     if plan is not None and plan.loss.terms:
         measured += tuple(TERMS[kind] for kind in plan.loss.kinds)
@@ -90,7 +90,7 @@ class MetricsLog:
         return history
 
     def append(self, row: Mapping[str, float]) -> None:
-        """Add a row, which has its `step`, to the CSV file, which is written anew for a new column."""
+        """Add a row with its `step` to the CSV file; a new column makes it write the file anew."""
         self.rows.append(dict(row))
         if new := [key for key in row if key not in self._columns]:
             self._columns += new
@@ -222,7 +222,7 @@ def usual_loss(rows: Sequence[Mapping[str, float]], row: Mapping[str, float]) ->
 def is_collapsed(row: Mapping[str, float]) -> bool | None:
     """Return whether the policy of a step has no gradient, and gives responses no usable probability.
 
-    Every token has the same probability, or that of responses is far below any guess. A satisfied loss
+    Every token has the same probability, or responses are far less likely than any guess. A satisfied loss
     (hinge, ipo) has no gradient either, but its policy still prefers some tokens. None: a row with responses
     of one label alone does not tell.
     """

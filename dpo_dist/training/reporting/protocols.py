@@ -22,7 +22,7 @@ class Recorder(Protocol):
         """The rows so far."""
 
     def row(self, row: MetricsRow, margins: PairColumn | None = None) -> None:
-        """Record one metrics row; of an evaluation with its margins."""
+        """Record one metrics row; an evaluation's row comes with its margins."""
 
     def evaluation(self, means: dict[str, float], values: PairValues, inputs: Inputs) -> None:
         """Write the files of the evaluation after the last step."""
@@ -38,10 +38,10 @@ class Samples(Protocol):
     """Responses of the policy at evaluations. Methods are collective."""
 
     def open(self, policy: Engine) -> None:
-        """Ask the policy, at its start, for what it alone can give."""
+        """Ask the policy, at its start, for the reference's responses if they are not known."""
 
     def at(self, step: int, policy: Engine, *, is_last: bool) -> dict[str, float]:
-        """Write the responses after `step`, of a run that ends there if `is_last`; return their metrics."""
+        """Write the responses after `step`, the run's last one if `is_last`; return their metrics."""
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ class TrackedRun:
 class WandbRun:
     """The wandb run of a run directory, online or offline; its methods raise what wandb raises.
 
-    It sends those of `rows`, of earlier starts, that wandb does not have.
+    It sends the `rows` of earlier starts that wandb does not have.
     """
 
     run: "wandb.Run"
@@ -103,7 +103,7 @@ class WandbRun:
             files.write_text(folder.wandb_id, os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12])
         described: dict[str, Any] = {
             "project": tracked.tracking.project or _variable("WANDB_PROJECT") or DEFAULT_PROJECT,
-            "notes": _variable("WANDB_NOTES") or None,  # wandb reads the variable of an argument that is None
+            "notes": _variable("WANDB_NOTES") or None,  # None: wandb reads the variable itself
             "name": _variable("WANDB_NAME") or tracked.title,
             "config": dict(tracked.settings),
         }
@@ -120,7 +120,8 @@ class WandbRun:
                 save_code=False,
                 disable_git=True,
                 stop_fn=tracked.stop,
-                x_disable_meta=without_secrets(sys.argv) != sys.argv,  # it has the command line as typed
+                x_disable_meta=without_secrets(sys.argv)
+                != sys.argv,  # the metadata have the command as typed
                 x_transaction_log_flush_interval=1.0,  # seconds of rows that a killed offline run can lose
             ),
         }
@@ -131,7 +132,7 @@ class WandbRun:
     def _start(self) -> None:
         """Start or resume the wandb run, and send it the rows that it lacks."""
         for file in self._sent.parent.glob("*run-*/*.wandb"):
-            if file.stat().st_size <= _HEADER_BYTES:  # of a killed start; `wandb sync` would upload no run
+            if file.stat().st_size <= _HEADER_BYTES:  # from a killed start; `wandb sync` would upload no run
                 file.unlink()
         self.run = _set_up(self._init["mode"]).init(**self._init)
         self.run.define_metric(STEP_AXIS)
@@ -147,7 +148,7 @@ class WandbRun:
             self._send(row, number)
 
     def log(self, row: MetricsRow, margins: PairColumn | None = None) -> None:
-        """Send a row under the names of `wandb_names`, unless wandb has it: its step was computed twice."""
+        """Send a row under the names of `wandb_names`; skip one that wandb has from a step computed twice."""
         self._rows.append(row)
         self._do(lambda: self._send(row, len(self._rows) - 1, margins))
 
@@ -280,7 +281,7 @@ def end_service(*, is_dead: bool = False, kills: bool = False) -> None:
 
 
 class InBackground:
-    """A wandb run that `start` opens and a thread calls, as a table makes wandb wait; only `finish` waits.
+    """A wandb run in a thread, as a table makes wandb wait. `start` opens the run; only `finish` waits.
 
     Opening waits a little, so that the messages of a fast start come in order.
     """
@@ -308,7 +309,7 @@ class InBackground:
         if self._thread.is_alive():
             advice = f"later: {upload_command(self._folder)}"
             _warn(f"wandb has not finished after {seconds:.0f} s and is ended; {advice}", self._say)
-            self._say = lambda _: None  # what the thread says of a service that was ended is no news
+            self._say = lambda _: None  # the thread would only warn that the service has ended
             if self._run is not None:
                 self._run.is_over = True
             end_service(kills=True)

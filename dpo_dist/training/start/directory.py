@@ -177,7 +177,7 @@ def describe_environment(world_size: int) -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of those of `PACKAGES` that are installed."""
+    """Return the version of each of `PACKAGES` that is installed."""
     versions = {}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -40,7 +40,7 @@ _KEPT_FREE = 0.1
 _MOST_TOKENS = 32_768  # more are not faster, and a reference scores several times as many at once
 _STEP = 256  # tokens; a smaller difference is not worth a number that is harder to read
 _CONTEXTS = 2e9  # CUDA's and NCCL's
-_GATHERED = 1e9  # weights that ZeRO-3 gathers at a time, or those of a layer
+_GATHERED = 1e9  # weights that ZeRO-3 gathers at a time; a larger layer counts whole
 BYTES_PER_QUANTIZED_WEIGHT = {Quantization.int8: 1.0, Quantization.nf4: 0.53}
 _TRACED = 64, 128  # tokens
 _TRACE = "dpo_dist_trace"
@@ -48,7 +48,7 @@ _TRACE = "dpo_dist_trace"
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes on one device: `parts` that do not depend on the micro-batch, and those of a token in one.
+    """Bytes on one device: `parts` that do not depend on the micro-batch, and bytes `per_token` in it.
 
     `per_token` is None for a model of which it is not known.
     """
@@ -156,8 +156,8 @@ def _count(module: nn.Module) -> int:
 def activation_bytes(causal_lm: Any, checkpointing: str | int) -> float | None:
     """Return the bytes of a token in a micro-batch while its gradients are computed; None if not known.
 
-    The tensors that autograd keeps of a forward on the meta device, and those of attention, of which the
-    kernels keep queries, keys, values, and the sums of scores in float32. The model cannot be used after it.
+    Counted are the tensors that autograd keeps in a forward on the meta device, and what attention's
+    kernels keep: queries, keys, values, and the sums of scores in float32. The model is unusable afterwards.
     """
     text = causal_lm.config.get_text_config()
     layers = decoder_layers(causal_lm)
@@ -187,7 +187,7 @@ def activation_bytes(causal_lm: Any, checkpointing: str | int) -> float | None:
 
 @lru_cache(maxsize=1)  # the plan asks for several kinds of checkpointing
 def _kept_bytes(causal_lm: Any) -> float | None:
-    """Return the bytes of a token that autograd keeps of a forward of all layers, without attention's."""
+    """Return the bytes that autograd keeps per token in a forward of all layers, attention excluded."""
     causal_lm.train().to(causal_lm.dtype)  # peft leaves an adapter on the meta device in float32
     causal_lm.set_attn_implementation(_TRACE)
     for layer in decoder_layers(causal_lm):

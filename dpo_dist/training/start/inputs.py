@@ -80,7 +80,7 @@ class EvaluationInputs:
 
 @dataclass(frozen=True)
 class Inputs(EvaluationInputs):
-    """The inputs of one run; the sampler has the indices of each training step."""
+    """The inputs of one run; the sampler knows the indices of each training step."""
 
     train_set: PreferenceDataset
     sampler: BatchSampler
@@ -168,7 +168,7 @@ def _load(
 ) -> tuple[EvaluationInputs, _Encode]:
     """Return models and evaluation data, and a function that encodes data for them; collective.
 
-    `routers`: of a policy.
+    `routers`: options of a policy's routers.
     """
     config, world = run.config, run.world
     longest, ranks = config.data.max_length, config.parallelism.sequence_parallel

@@ -37,7 +37,7 @@ _USUAL_NAMES = frozenset({RunFolder(Path()).model.name, RunFolder(Path()).checkp
 
 
 def locate_model(path: str, key: str) -> str:
-    """Return the folder or hub name of the model at `path`: of a run its trained model, or a checkpoint."""
+    """Return the folder or hub name of the model at `path`; for a run, its trained model or a checkpoint."""
     folder = Path(path).expanduser()
     run = RunFolder(folder)
     if run.config.is_file() and not (folder / "config.json").is_file():
@@ -123,11 +123,11 @@ def find_exported(config: RunConfig) -> tuple[list[Path], Path]:
     run = existing_run(RunFolder.of(config).path)
     if changed := changed_keys(run.config, config.identity):
         raise ConfigError(
-            "an export has the configuration of its run",
+            "an export cannot change the configuration of its run",
             where=first_few(list(changed), "other"),
             got=first_few([as_written(new) for _, new in changed.values()], "other"),
             expected=first_few([as_written(old) for old, _ in changed.values()], "other"),
-            remedy="give run.dir and keys of export only: without model.path, others are those of the run",
+            remedy="give run.dir and keys of export only: all other keys come from the run, also model.path",
         )
     sources = [Path(member.path).expanduser() for member in config.export.average]
     name = "average"

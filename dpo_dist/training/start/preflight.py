@@ -40,7 +40,7 @@ from dpo_dist.model.files.folder import (
 from dpo_dist.training.start.resume import check_newest_checkpoint
 
 IS_TRAINING = "is training in this run directory"
-# How to install a package that has not an extra of its name.
+# How to install a package if no extra has its name.
 _INSTALLED_BY = {
     "bitsandbytes": "pip install 'dpo-dist[quantization]'",
     "liger-kernel": "pip install 'dpo-dist[liger]'",
@@ -65,7 +65,7 @@ def checked_start(config: RunConfig, *, trains: bool = False) -> Iterator[Consol
         # The history is opened, without a row, when the models are loaded and the first step follows.
         if is_new and os.environ.get("RANK", "0") == "0" and not folder.log_history.exists():
             with contextlib.suppress(ConfigError), locked(folder.lock, "trains", "wait for it"):
-                shutil.rmtree(folder.path, ignore_errors=True)  # not that of another process
+                shutil.rmtree(folder.path, ignore_errors=True)  # never the folder of another process
         raise
 
 
@@ -93,7 +93,7 @@ def check_start(config: RunConfig, *, trains: bool = False, starts: bool = False
     foreign = [run.path / CONFIG_FILE, *([] if is_begun else [run.config])]  # of a model, or of no run
     if trains and (there := [str(file) for file in foreign if file.is_file()]):
         raise ConfigError(
-            "run.dir has files that are not of a run",
+            "run.dir has files that no run has written",
             where="run.dir",
             got=", ".join(there),
             expected="a folder for this run alone, in which nothing else is overwritten",

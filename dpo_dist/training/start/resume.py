@@ -77,7 +77,7 @@ def check_identity(recorded: Mapping[str, Any], identity: Identity, where: Path)
                 where=str(where),
                 got=f"digest {identity[name]}",
                 expected=f"digest {recorded.get(name)}",
-                remedy="restore the former files (of data, also those of the tokenizer and in data.cache), "
+                remedy="restore the former files (for data, also the tokenizer and data.cache), "
                 "or start a new run with another run.dir",
             )
 

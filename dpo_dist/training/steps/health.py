@@ -53,7 +53,7 @@ def check_keep_best(metric: str, plan: MetricPlan) -> None:
             where="trainer.keep_best",
             got=metric,
             expected=f"a metric of docs/watching.md, such as {', '.join(near)}",
-            remedy="set trainer.keep_best to one of them; of one source: "
+            remedy="set trainer.keep_best to one of them; for one source: "
             f"eval_rewards/{'auc' if loss.is_unpaired else 'accuracies'}/LABEL",
         )
 

@@ -188,7 +188,7 @@ class Loop:
     def _say_skipped(
         self, ready: ReadyStep, totals: StepTotals, position: Position, *, overflow: bool
     ) -> None:
-        """Say why a step was skipped; of a bad step, name the pairs. Collective: no weight has changed."""
+        """Say why a step was skipped, and name the pairs of a bad one. Collective: no weight has changed."""
         step, scale, file = position.step, self.policy.loss_scale, self.run.folder.bad_step(position.step)
         if overflow and scale is not None:
             why = f"gradients overflow in fp16; the loss scale falls to {scale.value:g}"
@@ -263,9 +263,9 @@ class Loop:
         self._record(position, named, margins)
 
     def is_over(self, position: Position) -> bool:
-        """Return whether the run ends after this step: the last one, or that of `trainer.patience`."""
+        """Return whether the run ends after this step: it is the last, or `trainer.patience` is used up."""
         trainer, best = self.run.config.trainer, position.best
-        is_known = best is not None and best.metric == trainer.keep_best  # not that of an earlier start
+        is_known = best is not None and best.metric == trainer.keep_best  # not the metric of an earlier start
         is_stale = is_known and position.stale_evaluations >= (trainer.patience or math.inf)
         return is_stale or position.step == self.inputs.sampler.steps
 

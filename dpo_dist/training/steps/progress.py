@@ -35,7 +35,7 @@ class Progress:
         first, since = self._first
         left = (time.monotonic() - since) / (step - first) * (self._steps - step) if step > first else None
         row = self._window.row(self._peak) | {"memory/peak_bytes": peak_memory_bytes(self._device)}
-        if self._device.type == "cpu":  # it says little where nobody pays for the device
+        if self._device.type == "cpu":  # MFU says little where nobody pays for the device
             del row["mfu"]
         show_step(self._console, step, self._steps, row, left, self._unit, always=is_first or is_last)
         self._window = LogWindow()
@@ -67,7 +67,7 @@ def show_step(
 
 
 def show_row(console: Console, row: Mapping[str, float], steps: int, unit: str = "pair") -> None:
-    """Show a metrics row of a run of so many steps: for people, that of an evaluation."""
+    """Show a metrics row of a run of so many steps; people see only the rows of evaluations."""
     if not any(name.startswith(PREFIX) for name in row):
         console.result("step", row, [])
         return

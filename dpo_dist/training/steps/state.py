@@ -38,8 +38,8 @@ class LogWindow:
     def row(self, peak: float) -> dict[str, float]:
         """Return one row of the metrics log, without `step` and `epoch`.
 
-        Metrics are means over their counts (pairs, tokens), values of a step and `step_seconds` means over
-        steps, pairs and tokens totals.
+        Metrics are means over their counts (pairs, tokens). Values of a step and `step_seconds` are means
+        over steps. Pairs and tokens are totals.
         """
         return {
             **metric_means(self.sums, self.counts),
@@ -76,7 +76,7 @@ class Health:
     """Numbers of steps that taught nothing."""
 
     bad_steps: int = 0  # skipped because loss or gradient was not finite
-    bad_in_a_row: int = 0  # the latest of them, without another step between
+    bad_in_a_row: int = 0  # bad steps since the last good one
     collapsed_in_a_row: int = 0  # latest steps of a policy that has collapsed
     overflows: int = 0  # skipped because gradients in fp16 were too large for their scale
 
@@ -93,7 +93,7 @@ class Position:
     window: LogWindow = field(default_factory=LogWindow)  # since the last metrics row
     health: Health = field(default_factory=Health)
     best: BestCheckpoint | None = None  # by `trainer.keep_best`, after the first evaluation
-    stale_evaluations: int = 0  # since that of `best`
+    stale_evaluations: int = 0  # since the evaluation of `best`
 
     @classmethod
     def of(cls, state: Mapping[str, Any]) -> "Position":

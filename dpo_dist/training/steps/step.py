@@ -176,7 +176,7 @@ class Objective:
     def measure(self, pairs: ScoredPairs, plan: MetricPlan) -> tuple[Tensor, MetricSums]:
         """Return the weighted sum of the losses, with a graph if gradients are enabled, and the metric sums.
 
-        `pairs`: of a micro-batch; of the whole global batch for a coupled loss.
+        `pairs` are a micro-batch, or for a coupled loss the whole global batch.
         """
         losses, terms = loss_and_terms(pairs.policy, pairs.reference, self.loss, pairs.facts)
         of_records = pairs.facts.loss_weight
@@ -260,11 +260,11 @@ def train_step(
             known = list(objective.scored(policy, step.batches, facts, device, clock.enter))
         pairs = gather_scored(known, rank_batch, world)
         leaves = [leaf.requires_grad_() for leaf in _differentiable(pairs.policy)]
-        loss, of_all = objective.measure(pairs, plan)  # on every rank the whole loss
+        loss, of_all = objective.measure(pairs, plan)  # the whole batch's, on every rank
         loss = _nan_unless_finite(loss, pairs.policy.chosen) / rank_batch.pairs
         slopes += torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         sums = of_all if world.is_main else sums
-        objective = replace(objective, reference=ReferenceProvider())  # it is in the slopes
+        objective = replace(objective, reference=ReferenceProvider())  # the slopes include the reference
     clock.enter("forward")
     routers = None
     if objective.router is not None:
@@ -298,7 +298,7 @@ def train_step(
 def _with_label_metrics(
     sums: MetricSums, rewards: Sequence[Tensor], rank_batch: RankBatch, facts: BatchFacts, world: World
 ) -> MetricSums:
-    """Return sums with the metrics that labelled records of a global batch have together; collective.
+    """Add the metrics that compare all labelled records of a global batch; collective.
 
     `rewards`: [1, pairs] of each micro-batch of this rank. Other records have no such metrics.
     """

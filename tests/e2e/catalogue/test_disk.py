@@ -25,9 +25,9 @@ def of_another_configuration(work: Path) -> None:
 CASES = [
     Case("file as run directory", "run.dir=occupied", "run.dir cannot be written", "run.dir", "occupied",
          before=file("occupied"), to_do="set run.dir to another folder"),
-    Case("model as run directory", "run.dir=model", "files that are not of a run", "run.dir", "config.json",
+    Case("model as run directory", "run.dir=model", "files that no run has written", "run.dir", "config.json",
          to_do="set run.dir to a new folder"),
-    Case("folder of a project as run directory", "run.dir=.", "files that are not of a run", "run.dir",
+    Case("folder of a project as run directory", "run.dir=.", "files that no run has written", "run.dir",
          "config.yaml", to_do="set run.dir to a new folder", before=file("config.yaml")),
     Case("link in a circle", "run.dir=circle", "run.dir", "run.dir", "circle",
          before=lambda work: (work / "circle").symlink_to("circle"), to_do="set run.dir to another folder"),

@@ -155,7 +155,7 @@ def test_keys_of_an_adapter_that_is_continued_are_refused(base: Path, sft: Path)
     """As of an experiment that has an adapter of its own."""
     given = {"r": 64, "alpha": 128.0, "variant": AdapterVariant.lora, "target_modules": ["q_proj"]}
     given |= {"modules_to_save": []}
-    with pytest.raises(ConfigError, match="stays what it is") as refused:
+    with pytest.raises(ConfigError, match="keeps its kind and size") as refused:
         start_folder(config_of(base, sft, **given))
     assert set(refused.value.where.split(", ")) == {f"model.adapter.{key}" for key in given}
     assert all(f"model.adapter.{key}=null" in refused.value.remedy for key in given)

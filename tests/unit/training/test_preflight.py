@@ -266,7 +266,12 @@ MISFITS = [
     ("mpt", "data.max_length=9000", "fewer positions", "or less"),
     ("gpt_oss", "model.gradient_checkpointing=9", "no layer would be checkpointed", "every 9 layers"),
     ("gpt_oss", "model.adapter={target_modules: [q_prj]}", "adapter's target", "name existing layers"),
-    ("deepseek_v3", "model.adapter={r: 2}", "peft adapts other layers", "set model.adapter.target_modules=["),
+    (
+        "deepseek_v3",
+        "model.adapter={r: 2}",
+        "peft would adapt other layers",
+        "set model.adapter.target_modules=[",
+    ),
 ]
 
 

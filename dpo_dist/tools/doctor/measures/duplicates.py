@@ -151,7 +151,7 @@ class Comparison:
     def _partner_findings(
         self, rule: str, partners: Partners, examples: Sequence[str] = (), detail: str = ""
     ) -> Iterator[Finding]:
-        """Yield the finding of records with a partner: of their source, or with the count of each source."""
+        """Yield the finding about records with a partner; it counts them by source if there are several."""
         partners = self._within_a_part(partners)
         examples = examples or self._origins(partners.items())
         counts = Counter(self._source[index] for index in partners)
@@ -164,7 +164,7 @@ class Comparison:
         yield from DOCTOR_RULES[rule].count(len(partners), of, label, examples, detail)
 
     def _within_a_part(self, partners: Partners) -> Partners:
-        """Leave out records of training and evaluation data in common, which are a leak with its own rule."""
+        """Leave out matches between training and evaluation data: a leak has its own rule."""
         is_eval = self._is_eval
         return {index: other for index, other in partners.items() if is_eval[index] == is_eval[other]}
 

@@ -103,7 +103,7 @@ def find_stored(policy: ModelConfig, reference: ReferenceConfig) -> LogpStore | 
 def stored_pairs(
     store: LogpStore, datasets: Sequence[PreferenceDataset]
 ) -> tuple[npt.NDArray[np.float64], list[str]]:
-    """Return [4, pairs] of the pairs of which both responses are stored, and each origin.
+    """Return [4, pairs] for the pairs whose two responses are stored, and the origin of each.
 
     The rows are log-probs of the first and of the last response, summed over the tokens that the loss counts,
     and the numbers of these tokens.

@@ -69,7 +69,7 @@ class RecordFacts:
     unread: tuple[str, ...] = ()  # fields that no format reads
     # Keys, by which records are compared.
     prompt: int = 0  # without differences of case and white space
-    record: int = 0  # of prompt and responses
+    record: int = 0  # of the prompt and all responses
     numbers: int = 0  # of the prompt's numbers
     hash: int = 0  # `prompts.prompt_hash`
     preferences: tuple[tuple[int, int], ...] = ()  # each preference, and the opposite one
@@ -196,7 +196,7 @@ def _lengths(encoded: EncodedExample, side: str | None) -> Lengths:
 
 
 def _ends(responses: Sequence[Sized], side: str | None) -> tuple[int, int]:
-    """Return the lengths of the first and of the last response, or the labelled one; -1 of a missing one."""
+    """Return the lengths of the first and the last response, or of the labelled one; -1 if one is missing."""
     if side == "rejected":
         return -1, len(responses[0])
     return len(responses[0]), len(responses[-1]) if len(responses) > 1 else -1

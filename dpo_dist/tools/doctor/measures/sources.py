@@ -60,7 +60,7 @@ class ExaminedSource:
         self._unread = Counter[str]()
 
     def add(self, records: Sequence[RecordFacts]) -> None:
-        """Add the facts about the next records; those about the form are kept of a sample of the pairs."""
+        """Add the facts about the next records; facts about form are kept for a sample of the pairs only."""
         for number, record in enumerate(records, start=len(self.records)):
             if record.pair is not None:
                 push = heapq.heappush if len(self._sample) < _SAMPLED_PAIRS else heapq.heappushpop

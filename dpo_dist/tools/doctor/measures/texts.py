@@ -1,4 +1,4 @@
-"""Texts of a record as plain strings: their words, signatures, faults and form, and benchmarks in them."""
+"""A record's texts as plain strings: find words, MinHash signatures, faults, features, benchmark items."""
 
 import json
 import math
@@ -150,7 +150,7 @@ def text_names(record: PreferenceRecord, texts: Texts) -> Iterator[str]:
 def _pair_properties(record: PreferenceRecord, chosen: str, rejected: str) -> dict[str, bool]:
     shorter, longer = sorted((chosen.strip(), rejected.strip()), key=len)
     words, others = (Counter(text.casefold().split()) for text in (chosen, rejected))
-    # The order of words is ignored: at most the edit distance. Longer responses may share turns of the user.
+    # Without word order, a lower bound of the edit distance. Longer responses may share the user's turns.
     nearly_equal = ((words - others) + (others - words)).total() < _NEARLY_EQUAL * (words + others).total()
     best, worst = (record.scores[0], record.scores[-1]) if record.scores else (math.nan, math.nan)
     return {

@@ -46,8 +46,8 @@ class RunFacts:
     """Metrics rows (null as nan), content of summary.json, and findings of doctor.json; any may be empty.
 
     `steps` are the rows of training steps, `evaluations` those after a step, with keys without `eval_`;
-    `last_rows` are the evaluations, or the steps of a run without, `part` is their name. `unit` is what the
-    loss is of (`unit_of`), `accuracy_key` the metric of `ACCURACIES` that says how well it orders responses.
+    `last_rows` are the evaluations, or the steps of a run without, `part` is their name. `unit` is what one
+    loss is about (`unit_of`), `accuracy_key` the metric of `ACCURACIES` that says how well it orders responses.
     """
 
     def __init__(self, rows: Sequence[MetricsRow], summary: Fields, findings: Sequence[Fields] = ()):
@@ -98,8 +98,8 @@ class RunFacts:
     def chosen_logps(self) -> tuple[float, float] | None:
         """Return the log-probs per token of chosen responses under the reference, and at the end.
 
-        Of the last evaluation; of a run without, medians over the last quarter of the steps. Without the
-        reference's: those of the evaluation before the first step, else of the first row of a step.
+        They are from the last evaluation, or else medians over the last quarter of the steps. A run without a
+        reference takes the evaluation before the first step, or else the first row of a step, in its place.
         """
         key, rows = "logps/chosen_per_token", self.evaluations[-1:] or self.recent_rows()
         falls = self.falls(rows)
@@ -148,7 +148,7 @@ class RunFacts:
         return None if value is None else Accuracy(value, round(pairs), weight)
 
     def training_accuracy(self, source: str = "", share: float = 1.0, end: float = 1.0) -> Accuracy | None:
-        """Return the same of the quarter of the steps up to `end`, a share of them; None if not measured."""
+        """Return the accuracy in the quarter of the steps before `end`, a share of all; None if unknown."""
         measured = [row for row in self.steps if finite(row, self.accuracy_key + source) is not None]
         until = [row for row in measured if row["step"] <= end * self.total_steps]
         recent = [row for row in until if row["step"] > (end - 0.25) * self.total_steps] or until[-1:]
@@ -156,7 +156,7 @@ class RunFacts:
         return self._accuracy(mean(recent, self.accuracy_key + source), share * pairs, "train")
 
     def noise(self, rows: Sequence[MetricsRow]) -> dict[str, float]:
-        """Return what rounding alone makes of metrics, by the drift that was measured before the first step.
+        """Return how far rounding alone moves metrics, by the drift measured before the first step.
 
         For a margin: two standard errors of the mean over the pairs of the last row.
         """

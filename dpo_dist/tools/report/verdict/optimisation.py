@@ -70,7 +70,7 @@ def _first_bad_value(facts: RunFacts, index: int, broken: Sequence[str]) -> str:
     """Return the likeliest cause of the first row with values that are not finite, and its place."""
     row = facts.rows[index]
     quantity = next(key for key in (*_QUANTITIES, *broken) if key in broken or f"eval_{key}" in broken)
-    # The row that ends a run has the last of several skipped steps.
+    # If several steps in a row were skipped, the row that ends the run has the last of them.
     ends = row is facts.rows[-1] and "loss" in row
     step = int(row["step"]) - ((facts.summary.get("bad_in_a_row") or 1) - 1 if ends else 0)
     before = RunFacts(facts.rows[:index], {**facts.summary, "steps": int(row["step"])})
@@ -107,7 +107,7 @@ def _beta_wrong(facts: RunFacts) -> Iterator[str]:
     untrained, end = max(start, math.log(2)), median(recent)
     losses = f"{start:.2g} -> {end:.2g}"
     if beta >= 1 and end <= 0.01 * untrained:
-        # Judged where it is used up: later, few pairs push the margin further.
+        # The margin is read where the loss is used up: later, a few pairs still push it.
         at = next(at for at, row in enumerate(facts.steps, 1) if row["loss"] <= 0.01 * untrained)
         then = RunFacts(facts.steps[:at], facts.summary).margin_nats() or 0.0
         if abs(then) <= 5:
@@ -142,7 +142,7 @@ def _learning_rate_too_high(facts: RunFacts) -> Iterator[str]:
 
 
 def _signs_of_rate(facts: RunFacts) -> Iterator[str]:
-    """Yield a clause for each sign; of the end by medians, as a spike that recovers is no sign."""
+    """Yield a clause for each sign; the end is judged by medians, as a spike that recovers is no sign."""
     yield from _rise_of_loss(facts)
     steps, falls = facts.total_steps, facts.falls(facts.steps)
     if falls is None:  # without a reference relative to the first rows, which have other responses

@@ -79,7 +79,7 @@ def verdict(
     """
     facts = RunFacts(rows, summary, data_findings)
     by_rule = {name: finding for name in RUN_RULES if (finding := _finding(name, facts)) is not None}
-    is_lost = next(lost_weights(facts), None) is not None  # else some steps were skipped, no more
+    is_lost = next(lost_weights(facts), None) is not None  # else the run only skipped some steps
     causes = [name for name in by_rule if name != "diverged" or is_lost]
     explained = {other for name in causes for other in RUN_RULES[name].explains}
     findings = [finding for name, finding in by_rule.items() if name not in explained]

@@ -1,6 +1,6 @@
-"""Charts: curves of runs on pages and as an image, a scatter, a histogram; complete without a script.
+"""Charts that need no script: curves of runs on pages and as an image, a scatter, a histogram.
 
-Matplotlib draws the image only: its SVG takes six times the time, and styles that the pages forbid.
+Matplotlib draws the image only: its SVG takes six times as long, and needs styles that pages forbid.
 """
 
 import json
@@ -36,7 +36,7 @@ _SHORT = 200.0  # a logarithmic axis has ticks within a decade below this ratio 
 _SMOOTHED_SHARE = 0.06
 _MOST_POINTS = 400
 _FEW_POINTS = 30
-_WIDEST_BAR = 24.0  # a few different values are no solid box
+_WIDEST_BAR = 24.0  # else a few different values look like a solid box
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Axis:
         return cls(low - room, high + room, start, end)
 
     def place(self, value: float) -> float:
-        """Return the coordinate of a value, in tenths; of a logarithmic axis it must be positive."""
+        """Return the coordinate of a value, in tenths; a logarithmic axis needs a positive value."""
         low, high, at = self.low, self.high, value
         if self.is_log:
             low, high, at = map(math.log10, (low, high, at))
@@ -223,7 +223,7 @@ def _legend(
 ) -> list[Mapping[str, Any]]:
     """Return an item for each label's curve and for each label's evaluations, with the last values.
 
-    Below a chart whose legend is shared, labels with evaluations have those only.
+    Below a chart with a shared legend, a label with evaluations has only the item of its evaluations.
     """
     items: dict[tuple[str, bool], list[int]] = {}
     for index, line in enumerate(drawn):
@@ -329,7 +329,7 @@ def charts_of_runs(runs: Sequence[Curves], over: str, apart: tuple[str, ...]) ->
                 part_title = f"{title}, {run.kind}" if key.startswith(apart) else title
                 lines = parts.setdefault(part_title, [])
                 of_run = _metric_lines(panel, key, run.label, run.rows)
-                shown = {line.role == "evaluation": line for line in of_run}  # the mean is after raw
+                shown = {line.role == "evaluation": line for line in of_run}  # the mean replaces the raw line
                 for is_evaluation, line in shown.items():
                     line.role = "evaluation" if is_evaluation else "smooth"
                     lines.append(line)
@@ -347,7 +347,7 @@ def _panels(rows: Rows) -> list[Panel]:
 
 
 def panel_lines(panel: Panel, rows: Rows, noise: Mapping[str, float]) -> Iterator[Line]:
-    """Yield the lines of a panel: of each metric its values, their moving mean and those of evaluations.
+    """Yield a panel's lines: each metric's values, their moving mean, and the values of evaluations.
 
     The last line is the noise of the first metric, if it has some.
     """
@@ -364,7 +364,7 @@ def panel_lines(panel: Panel, rows: Rows, noise: Mapping[str, float]) -> Iterato
 
 
 def _metric_lines(panel: Panel, key: str, label: str, rows: Rows) -> Iterator[Line]:
-    """Yield the values of a metric, their moving mean and those of evaluations."""
+    """Yield lines of a metric: its values, their moving mean, and the values of evaluations."""
     steps = [row for row in rows if "loss" in row]
     if any(key in row for row in steps):
         raw = _line(panel, label, "raw", steps, key)
@@ -401,7 +401,7 @@ def draw_curves(rows: Rows, path: Path, title: str) -> None:
     for axes, panel in zip(figure.subplots(2, 3, gridspec_kw=margins).flat, panels, strict=True):
         axes.set_xlabel("step")
         axes.locator_params(axis="x", integer=True)
-        axes.set_title(panel.title, loc="left", y=1.0)  # a given place is not looked for, a third of the time
+        axes.set_title(panel.title, loc="left", y=1.0)  # a search for free space takes a third of the time
         axes.grid(alpha=0.3)
         lines = list(panel_lines(panel, rows, {}))
         axis = _axis_of(lines, 0, 1, is_log=panel.is_log)

@@ -1,4 +1,4 @@
-"""Generate responses in batches: left padding, and random numbers of the sample, not of the batch."""
+"""Generate responses in batches, padded on the left; random numbers belong to a sample, not to a batch."""
 
 import hashlib
 from collections.abc import Callable, Collection, Sequence

@@ -112,7 +112,7 @@ class FunctionJudge:
             fault = f"raises {type(error).__name__} in {place.filename}:{place.lineno}"
         if fault:
             raise ConfigError(
-                "the judge does not score",
+                "the judge's function gives no usable scores",
                 where=f"{_FUNCTION} at the prompt of {question.record.origin}",
                 got=fault,
                 expected=f"{self._source.name}(prompt, responses) returns a list with a finite number, or "
@@ -222,7 +222,7 @@ class RewardModel:
         rows = {at: torch.tensor(ids) for at, ids in enumerate(encoded) if ids and len(ids) <= longest}
         order = sorted(rows, key=lambda at: -len(rows[at]))
         while order:
-            # The score is read at the last token that is no padding: without such a token, one row at a time.
+            # The score is read at the last token before padding: without padding, one row at a time.
             size = 1 if padding is None else max(1, self.batch_tokens // len(rows[order[0]]))
             batch, order = order[:size], order[size:]
             padded = pad_sequence([rows[at] for at in batch], True, padding or 0).to(self.device)
@@ -327,7 +327,7 @@ class EndpointJudge:
         instruction, form, names = _ASKED[len(order)]
         responses = {name: question.responses[index] for name, index in zip(names, order, strict=True)}
         text, refusal = self._ask(self._messages(instruction, question, **responses))
-        verdicts: list[str] = form.findall(text)[-1:]  # those before the last one are thoughts
+        verdicts: list[str] = form.findall(text)[-1:]  # earlier verdicts are part of the thoughts
         if verdicts and verdicts[0] in _VERDICTS:
             return verdicts[0]
         return "refused" if refusal else "unreadable"

@@ -147,7 +147,7 @@ _PLACEHOLDERS = ("response\n</think>\n\nresponse", "response")
 _FIELD = THOUGHT_FIELDS[0]
 _THOUGHT, _CONTENT = "probe thought", "probe content"
 _PROBES = re.compile(f"{_THOUGHT}|{_CONTENT}")
-# Tokens before a response with which it is decoded: a space or a character may depend on them.
+# A response is decoded with so many tokens before it: a space or a character may depend on them.
 _DECODED_BEFORE = 8
 
 
@@ -156,7 +156,7 @@ class Completion:
     """A response of a model to a prompt, as text."""
 
     number: int  # among all samples of the prompt
-    content: str  # its text; of a dialogue up to a further turn
+    content: str  # its text; a dialogue ends before a further turn
     tokens: int  # without the ending token
     finished: bool  # by itself
     same_ids: bool  # whether training encodes it as the generated tokens
@@ -194,7 +194,7 @@ def respond(
     sampling: Sampling,
     numbers: range,
 ) -> list[Completions]:
-    """Return the completions of each prompt, in their order; `numbers` are those of its samples."""
+    """Return the completions of each prompt, in their order; `numbers` says which samples of a prompt."""
     prompts = [usable_prompt(record, responder, sampling.max_new_tokens) for record in records]
     requests = [
         Request(prompt, prompt_key(record), number)
@@ -225,7 +225,7 @@ def respond(
 def usable_prompt(record: PreferenceRecord, responder: Responder, new_tokens: int) -> TokenIds | str:
     """Return the ids of a prompt before `new_tokens` others, or the reason why it cannot be used.
 
-    They are those of training, with the template's start of a thought.
+    The ids are the same as in training, with the template's start of a thought.
     """
     for placeholder in _PLACEHOLDERS:
         encoded = responder.encode(record, placeholder)

@@ -12,7 +12,7 @@ class Sampling:
     """Settings of generation; see `SamplingConfig`."""
 
     max_new_tokens: int  # the end of the turn included
-    temperature: float = 1.0  # 0 is greedy; the next ones have no effect then
+    temperature: float = 1.0  # 0 is greedy: top_p and top_k have no effect
     top_p: float = 1.0  # applied after top_k
     top_k: int = 0  # 0 is no limit
     seed: int = 0
