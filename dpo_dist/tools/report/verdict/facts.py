@@ -48,7 +48,8 @@ class RunFacts:
 
     `steps` are the rows of training steps, `evaluations` those after a step, with keys without `eval_`;
     `last_rows` are the evaluations, or the steps of a run without, `part` is their name. `unit` is what one
-    loss is about (`unit_of`), `accuracy_key` the metric of `ACCURACIES` that says how well it orders responses.
+    loss is about (`unit_of`); `accuracy_key` is the metric of `ACCURACIES` that says how well it orders
+    responses.
     """
 
     def __init__(self, rows: Sequence[MetricsRow], summary: Fields, findings: Sequence[Fields] = ()):
