@@ -223,4 +223,4 @@ def test_a_job_submitted_within_an_array_is_none_of_it(
     esac"""
     array = {"SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_ID": "1", "EACH": "loss.beta=0.1 loss.beta=0.7"}
     _, arguments = parsed(launcher_command(tmp_path, programs={"scontrol": scontrol}, **array))
-    assert arguments == [*OVERRIDES, *(["loss.beta=0.7"] if is_of_array else [])]
+    assert arguments == ["train", *OVERRIDES, *(["loss.beta=0.7"] if is_of_array else [])]
