@@ -1,6 +1,7 @@
 """`dpo-dist VERB ...`, the same as `python -m dpo_dist VERB ...`; without a verb, the list of verbs."""
 
 import os
+import shlex
 import sys
 from difflib import get_close_matches
 
@@ -13,14 +14,16 @@ from dpo_dist.foundation.streams import print_line
 def main() -> int:
     """Become the program of a verb; else print the verbs and return the exit code."""
     verb, *arguments = sys.argv[1:] or [""]
-    if verb == "help":
-        verb, *arguments = [*arguments[:1], "--help"]
+    if verb in ("help", "-h", "--help") and arguments:
+        verb, *arguments = (
+            [arguments[0], "--help"] if arguments[0] in VERBS else ["train", "--help", arguments[0]]
+        )
     if verb in VERBS:
         os.execv(sys.executable, [sys.executable, "-m", VERBS[verb].module, *arguments])  # noqa: S606
     if verb == "--version":
         print_line(f"dpo_dist {dpo_dist.__version__}")
         return ExitCode.completed
-    is_asked = verb in ("-h", "--help")
+    is_asked = verb in ("help", "-h", "--help")
     mistake = (
         [f"there is no verb {verb!r}; {_in_place_of(verb)}".rstrip("; ")] if verb and not is_asked else []
     )
@@ -40,6 +43,8 @@ def _in_place_of(verb: str) -> str:
 
     if answers := equivalents(verb, "methods"):
         return answers[0]
+    if "=" in verb or verb.endswith((".yaml", ".yml")):
+        return f"write dpo-dist train {shlex.quote(verb)}"
     losses = [f"train loss={verb}"] if verb in choices(run_keys()["loss.kind"]) else []
     if written := [*equivalents(verb, "verbs"), *losses]:
         return f"write dpo-dist {written[0]}"

@@ -1,7 +1,6 @@
 """Train: `accelerate launch -m dpo_dist.train +experiment=qwen7b`.
 
-The same command again resumes the run; `--check` checks that it can start; `--help KEY` explains a key. Exit
-codes: `dpo_dist.foundation.errors.ExitCode`.
+The same command again resumes the run; `--check` checks that it can start; `--help KEY` explains a key.
 """
 
 from collections.abc import Callable, Iterator

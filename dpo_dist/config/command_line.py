@@ -300,10 +300,7 @@ def _answer(options: argparse.Namespace, verb: str, about: str) -> str | None:
     folders, keys = group_folders(options.config_dir), keys_of(verb, trains=verb == "pairs")
     if options.help:
         return explain(options.help, folders)
-    several = (
-        "accelerate launch -m dpo_dist.train" if verb == "train" else f"accelerate launch -m dpo_dist {verb}"
-    )
-    command = f"dpo-dist {verb}" if VERBS[verb].is_one_process else several
+    command = f"dpo-dist {verb}" if VERBS[verb].is_one_process else f"dpo-dist [launch] {verb}"
     return usage(command, about, keys, folders)
 
 

@@ -220,7 +220,9 @@ def _in_place_of(key: str, value: str) -> str:
             inside = [option for option in known if option.startswith(mapping)]
             same = tuple(option for option in inside if option.rpartition(".")[2] == name)
     if written := [line for other in same if not (line := assignment(other, value)).endswith("=...")]:
-        return f"write {' or '.join(written)}"
+        options = [other.removeprefix("loss.") for other in same if other.startswith("loss.options.")]
+        losses = [f"loss={kind}" for option in options for kind in kinds_using(option)]
+        return f"write {' or '.join(written)}{'; it needs ' if losses else ''}{' or '.join(losses)}"
     if answers:  # before `same`: `template: llama3` of LLaMA-Factory is no value of data.template
         return answers[0].replace("{value}", value or "...")
     if same:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from dpo_dist.config.run_folder import without_key
 from dpo_dist.foundation.console import warnings_off
-from dpo_dist.foundation.errors import ExitCode
+from dpo_dist.foundation.errors import ConfigError, ExitCode
 from dpo_dist.foundation.exit import Arguments, exit_after
 from dpo_dist.foundation.streams import print_line, print_result
 from dpo_dist.training.start.named_models import locate_model
@@ -32,8 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help=f"{usual}, or 512")
     parser.add_argument("--temperature", type=float, metavar="T", help=f"0: greedy; {usual}")
     meaning = "run Python code that is in the folders of these models: read it first"
-    parser.add_argument("trust", nargs="?", metavar=_TRUST, choices=[_TRUST], help=meaning)
+    parser.add_argument("trust", nargs="?", metavar=_TRUST, help=meaning)
     given = parser.parse_args(arguments)
+    if given.trust not in (None, _TRUST):
+        raise ConfigError(
+            "chat takes no key but model.trust_remote_code",
+            where="command line",
+            got=given.trust,
+            expected=_TRUST,
+            remedy="remove it; sampling is changed by --temperature T and --max-new-tokens N",
+        )
     if given.max_new_tokens is not None and given.max_new_tokens < 1:
         parser.error(f"--max-new-tokens is at least 1, not {given.max_new_tokens}")
     if not 0 <= (given.temperature or 0) < math.inf:
@@ -41,11 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     location = locate_model(without_key(given.model), "RUN")
     beside = given.beside if given.beside in (None, "base") else locate_model(given.beside, "--beside")
     os.environ.setdefault("TQDM_DISABLE", "1")
-    from dpo_dist.tools.chat.speakers import open_speakers  # noqa: PLC0415  (slow: errors above appear at once)
-
     sampling = {"do_sample": bool(given.temperature)} if given.temperature is not None else {}
     sampling |= {"temperature": given.temperature} if given.temperature else {}
     with warnings_off():
+        # Slow: errors above appear at once. bitsandbytes warns when it is imported.
+        from dpo_dist.tools.chat.speakers import open_speakers  # noqa: PLC0415
+
         trusts = given.trust is not None
         speakers = open_speakers(location, beside, lambda line: print_line(line, sys.stderr), trusts)
         for question in _questions():

@@ -150,7 +150,7 @@ def test_help_and_version(verb: Verb) -> None:
     assert verb("--version") == (0, f"dpo_dist {dpo_dist.__version__}\n", "")
     ended = verb("--help")
     assert ended.code == 0
-    for text in ("-m dpo_dist.train", "loss: aot, aot_unpaired", "--config-dir", "optim        AdamW"):
+    for text in ("dpo-dist [launch] train", "loss: aot, aot_unpaired", "--config-dir", "optim        AdamW"):
         assert text in ended.out
     assert "default:  0.1\n" in verb("--help", "loss.beta").out
     assert "did you mean loss.beta?" in verb("-h", "loss.betta").err
@@ -234,6 +234,8 @@ def test_a_verb_without_check_refuses_the_option(verb: Verb) -> None:
         ("orpo", "write dpo-dist train loss=orpo"),
         ("grpo", "not offered: there is no online RL"),
         ("evluate", "did you mean evaluate?"),
+        ("+experiment=smollm2", "write dpo-dist train +experiment=smollm2"),
+        ("mine.yaml", "write dpo-dist train mine.yaml"),
         ("xyzzy", "there is no verb 'xyzzy'"),
     ],
 )
@@ -243,6 +245,21 @@ def test_a_verb_that_is_not_there_names_the_one_that_is(
     monkeypatch.setattr(sys, "argv", ["dpo-dist", verb])
     assert dpo_dist.__main__.main() == 2
     assert said in capsys.readouterr().out.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    ("asked", "becomes"), [("loss.beta", ["train", "--help", "loss.beta"]), ("chat", ["chat", "--help"])]
+)
+@pytest.mark.parametrize("word", ["help", "--help"])
+def test_help_about_a_key_or_a_verb_may_come_first(
+    word: str, asked: str, becomes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["dpo-dist", word, asked])
+    programs = []
+    monkeypatch.setattr(os, "execv", lambda _, program: programs.append(program))
+    dpo_dist.__main__.main()
+    verb, *rest = becomes
+    assert programs == [[sys.executable, "-m", VERBS[verb].module, *rest]]
 
 
 def test_a_verb_of_options_prints_its_mistakes_as_the_others_do() -> None:
