@@ -65,6 +65,7 @@ MISTYPED = [
     ("loss_weights=[1,0.2]", "write 'loss.terms=[{kind: sigmoid, weight: 1}, {kind: sft, weight: 0.2}]'"),
     ("loss.alpha=0.3", "write loss.options.alpha=0.3"),
     ("loss.simpo_gamma=1", "write loss.options.gamma=1"),
+    ("optim.eps=1e-6", "the epsilon of AdamW is always 1e-8"),
     ("loss.bco_delta=running_mean", "write loss.options.delta=running_mean"),
     ("loss=dpop loss.options.lambda=3", "did you mean loss.options.penalty_weight?"),
     ("lambda=3", "write loss.options.penalty_weight=3 or loss.options.odds_weight=3"),
