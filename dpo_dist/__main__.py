@@ -19,7 +19,8 @@ def main() -> int:
             [arguments[0], "--help"] if arguments[0] in VERBS else ["train", "--help", arguments[0]]
         )
     if verb in VERBS:
-        os.execv(sys.executable, [sys.executable, "-m", VERBS[verb].module, *arguments])  # noqa: S606
+        python = [sys.executable, *_python_options()]
+        os.execv(sys.executable, [*python, "-m", VERBS[verb].module, *arguments])  # noqa: S606
     if verb == "--version":
         print_line(f"dpo_dist {dpo_dist.__version__}")
         return ExitCode.completed
@@ -34,6 +35,12 @@ def main() -> int:
         lines += ["", f"{title}:", *(f"  {name:<12}{row.help}" for name, row in verbs.items())]
     print_line("\n".join([*mistake, *lines]))
     return ExitCode.completed if is_asked else ExitCode.invalid
+
+
+def _python_options() -> list[str]:
+    """Return Python's own options before `-m dpo_dist`, such as the `-u` of a launcher; else none."""
+    before = sys.orig_argv[1 : -len(sys.argv)]
+    return before[:-1] if before[-1:] == ["-m"] else []
 
 
 def _in_place_of(verb: str) -> str:

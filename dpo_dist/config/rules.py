@@ -17,7 +17,7 @@ from dpo_dist.config.losses import LossConfig, LossKind, kinds_using
 from dpo_dist.config.metrics import CUSTOM, METRICS, PREFIX
 from dpo_dist.config.mistakes import SCHEMA, raise_all, suggestion
 from dpo_dist.config.schema import NO_MODEL, DataFormat, Direction, ReferenceMode, RunConfig, TrainerConfig
-from dpo_dist.config.verb_sections import SamplingConfig
+from dpo_dist.config.verb_sections import PairsMethod, SamplingConfig
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ConfigError
 
@@ -422,12 +422,24 @@ RULES = (
     ),
 )
 """Of every verb, in the order in which they are checked."""
+
+
+def _is_for_others(config: RunConfig) -> bool:
+    """Return whether `sampling` is that of `pairs` or `compare`, whose keys one file may have, too."""
+    return config.pairs.method in (PairsMethod.samples, PairsMethod.delta) or bool(config.compare.models)
+
+
 _SAMPLES_ONLY = tuple(
     rule
     for name in fields_of(SamplingConfig)
     for rule in (
-        unused(f"sampling.{name}", "data.eval!=[]", _HOLD_OUT, lambda c: c.data.eval_share > 0),
-        unused(f"sampling.{name}", "samples.prompts!=0", "set samples.prompts=16"),
+        unused(
+            f"sampling.{name}",
+            "data.eval!=[]",
+            _HOLD_OUT,
+            lambda c: c.data.eval_share > 0 or _is_for_others(c),
+        ),
+        unused(f"sampling.{name}", "samples.prompts!=0", "set samples.prompts=16", _is_for_others),
     )
 )
 """Of verbs that take a training run, whose only responses are samples at evaluations."""

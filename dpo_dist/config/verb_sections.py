@@ -170,7 +170,7 @@ class PairsConfig:
     reference: RoundReference = key(RoundReference.previous)
     """Reference model of a round's training: the `first` one, or the policy of the `previous` round."""
     launcher: Filled | None = key(None)
-    """Command before `-m dpo_dist.train` in rounds, which ends with the exit code of its processes; null:
+    """Command before `-m dpo_dist VERB` in rounds, which ends with the exit code of its processes; null:
     `dpo-dist launch` with several GPUs, else one process."""
 
 
@@ -202,5 +202,5 @@ class SweepConfig:
     parallel: int | None = key(None, ge=1)
     """Points that train at a time, each on an equal part of the GPUs; null: as many as GPUs, or 1 without."""
     launcher: Filled | None = key(None)
-    """Command before `-m dpo_dist.train` that starts the processes of a point; null:
+    """Command before `-m dpo_dist train` that starts the processes of a point; null:
     `dpo-dist launch` if a point has several GPUs, else one process that imports nothing again."""

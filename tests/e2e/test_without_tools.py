@@ -49,13 +49,15 @@ def test_training_samples_and_its_page_need_no_package_of_the_tools(
     assert "their language is not examined; for that, pip install 'dpo-dist[tools]'" in ended.stderr
 
 
-@pytest.mark.parametrize("verb", ["doctor", "compare"])
+@pytest.mark.parametrize("verb", ["doctor", "compare", "pairs"])
 def test_a_verb_without_its_packages_says_what_to_install(
     verb: str, overrides: Overrides, assets: Path, tmp_path: Path
 ) -> None:
     words = overrides()
     if verb == "compare":
         words = [f"compare.models=[{assets}/model,b={assets}/model]", f"data.eval=[{assets}/eval.jsonl]"]
+    if verb == "pairs":  # before its page is served
+        words = [f"data.train=[{assets}/train.jsonl]", "pairs.method=people"]
     ended = without_tools(verb, words, tmp_path)
     assert ended.returncode == ExitCode.invalid, ended.stderr
     assert "to do:    pip install 'dpo-dist[tools]'" in ended.stderr

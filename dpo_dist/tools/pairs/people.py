@@ -241,6 +241,8 @@ def agreement(judgements: Iterable[Annotation]) -> dict[str, Any]:
 
 def label_pairs(folder: RunFolder, data: DataConfig, limit: int | None, seed: int, console: Console) -> None:
     """Serve the page until Ctrl-C or SIGTERM; then write the pairs of all judgements, and their agreement."""
+    import sklearn.metrics  # noqa: F401, PLC0415  (if it is missing, people learn it before they judge)
+
     say = console.say
     settings = {"method": str(PairsMethod.people), "sources": plain(data.train)}
     settings |= {"limit": limit, "seed": seed}

@@ -82,7 +82,7 @@ def run_command(command: str) -> int:
             "the launcher cannot be started",
             where="pairs.launcher",
             got=f"{command}: {first_line(fault)}",
-            remedy="set it to the words before -m dpo_dist.train, such as 'dpo-dist launch'",
+            remedy="set it to the words before -m dpo_dist, such as 'dpo-dist launch'",
         ) from None
 
     def pass_on(number: int, _frame: FrameType | None) -> None:

@@ -262,6 +262,25 @@ def test_help_about_a_key_or_a_verb_may_come_first(
     assert programs == [[sys.executable, "-m", VERBS[verb].module, *rest]]
 
 
+@pytest.mark.parametrize(
+    ("before", "kept"),
+    [
+        (["python", "-u", "-X", "dev", "-m", "dpo_dist"], ["-u", "-X", "dev"]),  # launchers give -u
+        (["python", "-m", "dpo_dist"], []),
+        (["python", "/bin/dpo-dist"], []),
+    ],
+)
+def test_a_verb_has_the_options_of_the_python_that_started_it(
+    before: list[str], kept: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["program", "plan", "a=-m"])
+    monkeypatch.setattr(sys, "orig_argv", [*before, "plan", "a=-m"])
+    started: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda _python, words: started.append(words))
+    dpo_dist.__main__.main()
+    assert started == [[sys.executable, *kept, "-m", "dpo_dist.tools.plan", "a=-m"]]
+
+
 def test_a_verb_of_options_prints_its_mistakes_as_the_others_do() -> None:
     for module in (chat, convert, report, store):
         with pytest.raises(ConfigError, match="the following arguments are required"):

@@ -198,6 +198,17 @@ def test_sampling_needs_a_verb_that_samples_or_samples_at_evaluations(setting: s
     configured(typed, verb="compare", run=["compare.models=[a,b]", "data.eval=[b.jsonl]"])
 
 
+@pytest.mark.parametrize("others", ["pairs: {method: samples}", "compare: {models: [a, b]}"])
+def test_a_file_with_sampling_for_pairs_or_a_comparison_serves_other_verbs_too(
+    others: str, tmp_path: Path
+) -> None:
+    (file := tmp_path / "my.yaml").write_text(f"{others}\nsampling: {{max_new_tokens: 9}}\n")
+    for verb in ("train", "plan", "doctor", "precompute"):
+        for typed in ("", "data.eval_share=0.1 samples.prompts=0"):
+            assert configured(typed, verb=verb, run=[*RUN, str(file)]).sampling.max_new_tokens == 9
+    assert configured("+experiment=demo_rounds", verb="plan", run=[]).sampling.max_new_tokens == 32
+
+
 def test_values_are_shown_as_a_user_writes_them() -> None:
     values = [None, True, 0.10, LossKind.ipo, "", SourceConfig("a", limit=3), AdapterConfig(r=8)]
     assert as_written(values) == "[null, true, 0.1, ipo, '', {path: a, limit: 3}, {r: 8}]"
