@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from functools import cache
 from importlib.resources import files
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import yaml
 from transformers import AutoConfig
 
-from dpo_dist.config.load import load_run_config, to_yaml
+from dpo_dist.config.load import checked, load_run_config, to_yaml
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import DataConfig, DataFormat, ModelConfig, RunConfig, SourceConfig
 from dpo_dist.config.verb_sections import PlanConfig
@@ -32,14 +34,13 @@ from dpo_dist.tools.shared.tables import aligned
 _Progress = Callable[[str, str], AbstractContextManager[Callable[..., None]]]
 
 _TOKENS, _PAIRS = 700.0, 60_000  # UltraFeedback's
-_ALTERNATIVES = [
-    f"parallelism={kind} model.gradient_checkpointing={checkpointing}"
-    for kind in ("ddp", "zero2", "zero3", "zero3_offload")
-    for checkpointing in ("none", "4", "2", "full")
+_KINDS = ("ddp", "zero2", "zero3", "zero3_offload")
+_Setting = tuple[str, Literal["none", "full"] | int]  # words, and gradient checkpointing
+_ALTERNATIVES: list[_Setting] = [
+    (f"parallelism={kind}", layers) for kind in _KINDS for layers in ("none", 4, 2, "full")
 ]
-_QUANTIZED = [
-    f"model.quantization=nf4 parallelism=ddp model.gradient_checkpointing={checkpointing}"
-    for checkpointing in ("none", "full")
+_QUANTIZED: list[_Setting] = [
+    ("model.quantization=nf4 parallelism=ddp", layers) for layers in ("none", "full")
 ]
 
 
@@ -200,14 +201,21 @@ def _suggest(found: Estimate, causal_lm: Any) -> str | None:
     seconds: dict[str, float] = {}
     former = yaml.safe_load(to_yaml(found.config))
     former["parallelism"] |= {"offload_optimizer": "none", "offload_parameters": "none"}  # as words would
-    quantized = [words for words in _QUANTIZED if found.config.model.adapter is not None]
-    for words in (*_ALTERNATIVES, *quantized):
-        overrides = [*words.split(), "trainer.micro_batch_tokens=auto"]
+    quantized = [] if found.config.model.adapter is None else _QUANTIZED
+    key = "model.gradient_checkpointing"
+
+    @cache  # composing takes longer than the estimate
+    def composed(words: str) -> RunConfig:
+        overrides = [*words.split(), f"{key}=full", "trainer.micro_batch_tokens=auto"]
+        return load_run_config(overrides, former=former)
+
+    for words, layers in (*_ALTERNATIVES, *quantized):
         try:
-            changed = load_run_config(overrides, former=former)
+            base = composed(words)
+            changed = checked(replace(base, model=replace(base.model, gradient_checkpointing=layers)))
         except ConfigError:  # such as ZeRO of a quantized base
             continue
         tried = estimate(changed, found.data, found.machine, causal_lm)
         if tried.fits and tried.largest:
-            seconds[words] = tried.hours()["epoch_seconds"][0]
+            seconds[f"{words} {key}={layers}"] = tried.hours()["epoch_seconds"][0]
     return min(seconds, key=lambda words: seconds[words], default=None)

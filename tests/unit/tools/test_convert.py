@@ -89,8 +89,20 @@ TRANSLATED: list[tuple[str, dict[str, Any], str]] = [
     ),
     # Machines and precision.
     (
+        "{deepspeed: ds_z2_offload_config.json, val_size: 0.2}",
+        {"parallelism.kind": "zero2", "parallelism.offload_parameters": "none"}
+        | {"parallelism.offload_optimizer": "cpu", "data.eval_share": 0.2},
+        "",
+    ),
+    (
+        "{dataset_mixture: {datasets: [{id: a/b}], test_split_size: 0.1}}",
+        {"data.eval_share": 0.1},
+        "",
+    ),
+    (
         "{deepspeed: ds_z3_offload_config.json}",
-        {"parallelism.kind": "zero3", "parallelism.offload_parameters": "cpu"},
+        {"parallelism.kind": "zero3", "parallelism.offload_parameters": "cpu"}
+        | {"parallelism.offload_optimizer": "cpu"},
         "",
     ),
     (

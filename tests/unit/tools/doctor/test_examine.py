@@ -387,9 +387,10 @@ def test_labelled_responses_are_compared_good_with_bad(tmp_path: Path) -> None:
     [leak] = of_rule(examined(tmp_path, as_labelled(clean_pairs(400), "Sure: ")), "label_leak")
     assert "Sure" in leak.text
     both = [*clean, *(record | {"label": not record["label"]} for record in clean[:4])]
-    [contradiction] = of_rule(examined(tmp_path, both), "contradictions")
+    report = examined(tmp_path, both)
+    [contradiction] = of_rule(report, "contradictions")
     assert (contradiction.count, contradiction.level) == (8, Level.error)
-    assert not of_rule(examined(tmp_path, both), "duplicates")
+    assert not of_rule(report, "duplicates")
 
 
 @pytest.mark.parametrize(
