@@ -8,6 +8,7 @@ from difflib import get_close_matches
 import dpo_dist
 from dpo_dist.config.verbs import VERBS
 from dpo_dist.foundation.errors import ExitCode
+from dpo_dist.foundation.process import this_rank
 from dpo_dist.foundation.streams import print_line
 
 
@@ -19,6 +20,9 @@ def main() -> int:
             [arguments[0], "--help"] if arguments[0] in VERBS else ["train", "--help", arguments[0]]
         )
     if verb in VERBS:
+        # Some pods set RANK for all that runs in them; a launcher of processes sets its own variable, too.
+        if VERBS[verb].is_one_process and this_rank() > 0 and "TORCHELASTIC_RUN_ID" in os.environ:
+            return ExitCode.completed
         python = [sys.executable, *_python_options()]
         os.execv(sys.executable, [*python, "-m", VERBS[verb].module, *arguments])  # noqa: S606
     if verb == "--version":

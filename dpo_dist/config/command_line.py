@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import dpo_dist
-from dpo_dist.config.command import parse_overrides
+from dpo_dist.config.compose import parse_overrides
 from dpo_dist.config.keys import (
     COMMAND_LINE,
     Key,

@@ -22,6 +22,7 @@ class Verb(NamedTuple):
     of_former_run: bool = False
     """It may take the configuration of the run in `run.dir`, unless a command has the first of `needs`."""
     is_one_process: bool = False
+    """If a launcher starts several processes, rank 0 alone works."""
     takes_words: tuple[str, ...] = ("model.path", "data.train")
     """The keys that a word without a key may be meant for."""
     takes_points: bool = False
@@ -89,19 +90,29 @@ VERBS = {
         "dpo_dist.tools.convert",
         "translate a run of TRL, LLaMA-Factory, axolotl, ms-swift or open-instruct",
         is_configured=False,
+        is_one_process=True,
         reads_data=False,
     ),
     "report": Verb(
-        "dpo_dist.tools.report", "write the page of a run again, or compare several runs", is_configured=False
+        "dpo_dist.tools.report",
+        "write the page of a run again, or compare several runs",
+        is_configured=False,
+        is_one_process=True,
     ),
     "chat": Verb(
-        "dpo_dist.tools.chat", "talk to a model in the terminal, also beside its base", is_configured=False
+        "dpo_dist.tools.chat",
+        "talk to a model in the terminal, also beside its base",
+        is_configured=False,
+        is_one_process=True,
     ),
     "selftest": Verb(
         "dpo_dist.tools.selftest", "test this machine: kernels, ways of training, speeds", is_configured=False
     ),
     "store": Verb(
-        "dpo_dist.verbs.store", "list, verify and clean a store of reference log-probs", is_configured=False
+        "dpo_dist.verbs.store",
+        "list, verify and clean a store of reference log-probs",
+        is_configured=False,
+        is_one_process=True,
     ),
     "launch": Verb(
         "dpo_dist.verbs.launch",

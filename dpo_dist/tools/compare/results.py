@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import py3langid  # noqa: F401  (without it a comparison would have no languages)
 
 from dpo_dist.config.verb_sections import PairsConfig, Verdicts
 from dpo_dist.data.records import PreferenceRecord

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from dpo_dist.config.command import FAILURES
+from dpo_dist.config.compose import FAILURES
 from dpo_dist.config.mistakes import composition_error
 from dpo_dist.foundation.errors import ConfigError, ExitCode
 from dpo_dist.foundation.exit import Arguments, exit_after

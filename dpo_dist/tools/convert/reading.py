@@ -9,7 +9,7 @@ from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
-from dpo_dist.config.command import read_keys
+from dpo_dist.config.compose import read_keys
 from dpo_dist.config.keys import run_keys
 from dpo_dist.config.mistakes import trainer_of
 from dpo_dist.foundation.errors import ConfigError

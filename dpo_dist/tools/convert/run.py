@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from dpo_dist.config.command import parse_overrides
+from dpo_dist.config.compose import parse_overrides
 from dpo_dist.config.keys import as_written, run_keys
 from dpo_dist.config.mistakes import answers_to, equivalents, fits
 from dpo_dist.config.rules import keys_of

@@ -11,7 +11,7 @@ import torch
 import yaml
 from transformers import AutoConfig
 
-from dpo_dist.config.load import checked, load_run_config, to_yaml
+from dpo_dist.config.load import complete_config, load_run_config, to_yaml
 from dpo_dist.config.losses import LossConfig
 from dpo_dist.config.schema import DataConfig, DataFormat, ModelConfig, RunConfig, SourceConfig
 from dpo_dist.config.verb_sections import PlanConfig
@@ -212,7 +212,7 @@ def _suggest(found: Estimate, causal_lm: Any) -> str | None:
     for words, layers in (*_ALTERNATIVES, *quantized):
         try:
             base = composed(words)
-            changed = checked(replace(base, model=replace(base.model, gradient_checkpointing=layers)))
+            changed = complete_config(replace(base, model=replace(base.model, gradient_checkpointing=layers)))
         except ConfigError:  # such as ZeRO of a quantized base
             continue
         tried = estimate(changed, found.data, found.machine, causal_lm)

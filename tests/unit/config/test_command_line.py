@@ -285,3 +285,17 @@ def test_a_verb_of_options_prints_its_mistakes_as_the_others_do() -> None:
     for module in (chat, convert, report, store):
         with pytest.raises(ConfigError, match="the following arguments are required"):
             module.main([])
+
+
+@pytest.mark.parametrize(("launched", "ends"), [({"TORCHELASTIC_RUN_ID": "none"}, True), ({}, False)])
+def test_of_several_processes_only_the_first_one_is_a_verb_of_one_process(
+    launched: dict[str, str], ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pod may set RANK without a launcher."""
+    monkeypatch.setattr(sys, "argv", ["dpo-dist", "report", "output/a"])
+    for name, value in {"RANK": "1", **launched}.items():
+        monkeypatch.setenv(name, value)
+    started: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda _python, words: started.append(words))
+    dpo_dist.__main__.main()
+    assert bool(started) is not ends

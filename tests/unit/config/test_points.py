@@ -5,7 +5,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from dpo_dist.config import command
+from dpo_dist.config import compose
 from dpo_dist.config.identity import default_dir
 from dpo_dist.config.load import load_points, load_run_config
 from dpo_dist.foundation.errors import ConfigError
@@ -81,8 +81,8 @@ def test_what_cannot_be_listed_is_one_error_at_once(words: list[str], said: str)
 
 
 def test_many_points_are_composed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = Mock(side_effect=command.read_keys)
-    monkeypatch.setattr(command, "read_keys", read)
+    read = Mock(side_effect=compose.read_keys)
+    monkeypatch.setattr(compose, "read_keys", read)
     assert len(load_points([*RUN, "+experiment=zephyr7b", "trainer.seed=range(20)"])) == 20
     assert read.call_count < 10
 
