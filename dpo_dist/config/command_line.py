@@ -79,7 +79,9 @@ def _parser(**texts: Any) -> Arguments:
 
 def _folder(text: str) -> Path:
     if not Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is no folder; a path is relative to the working directory")
+        raise argparse.ArgumentTypeError(
+            f"{text} is not a folder; a path is relative to the working directory"
+        )
     return Path(text)
 
 

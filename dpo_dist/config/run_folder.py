@@ -196,14 +196,14 @@ def check_writable(folder: Path, key: str = "run.dir") -> None:
         raise ConfigError(
             f"{key} cannot be written",
             where=key,
-            got=f"{folder}: {above} is no folder" if not above.is_dir() else str(above),
+            got=f"{folder}: {above} is not a folder" if not above.is_dir() else str(above),
             expected="a folder that exists or can be created, with write permission",
             remedy=f"set {key} to another folder, or make this one writable",
         )
 
 
 def without_key(word: str) -> str:
-    """Return the path of a word that may be written with a key: `run.dir=output/a`, `model.path=./m`."""
+    """Return the path in a word; users also write it with its key, `run.dir=output/a` or `model.path=./m`."""
     return re.sub(r"^(run|model)([._](dir|path))?=", "", word)
 
 

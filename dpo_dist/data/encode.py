@@ -86,8 +86,9 @@ def encode_pair(
 def _encoded(
     rendered: RenderedRecord, facts: TokenizerFacts, config: DataConfig
 ) -> tuple[list[int], list[list[int]], list[Mask], bool]:
-    """Return the ids of the prompt and of each response; masks of the tokens that the loss counts, none if it
-    counts all; and whether a response was resplit.
+    """Return the ids of the prompt, the ids and the mask of each response, and whether one was split anew.
+
+    A mask has the tokens that the loss counts; there are no masks if it counts all of them.
     """
     parts = _untrained_parts(facts, config)
     counted = [

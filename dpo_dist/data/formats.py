@@ -220,7 +220,7 @@ def _numbers(record: Fields, responses: int) -> dict[str, float]:
     for name, value in read.items():
         least, most = (-math.inf if name == "margin" else 0.0), (1.0 if name == "soft_label" else math.inf)
         if not (math.isfinite(value) and least <= value <= most):
-            raise UnusableRecordError("invalid_numbers", f"{name} is no number from {least:g} to {most:g}")
+            raise UnusableRecordError("invalid_numbers", f"{name} is not a number from {least:g} to {most:g}")
     numbers = {name: value for name, value in read.items() if value != NUMBERS[name]}
     if responses != 2 and (of_pairs := numbers.keys() - {"loss_weight"}):
         raise UnusableRecordError("invalid_numbers", f"{min(of_pairs)} of a record that is no pair")

@@ -21,7 +21,7 @@ from dpo_dist.foundation.errors import ConfigError
 
 _TEMPORARY = ".tmp-"
 _REPLACED = "replaced-"
-# Names of this module only: users have files of similar names.
+# As strict as the names that this module makes, since users may have files with similar names.
 _LEFT = re.compile(r"\.tmp-(replaced-)?[0-9a-f]{12}")
 _CREATED_SECONDS = 1
 _SAMPLE_BYTES = 4096

@@ -121,7 +121,7 @@ class StartCheck:
             log.warning("%s: log-probs are computed from all logits of the model at once", self._kind)
 
     def check_training(self) -> None:
-        """Check that the settled model computes the same log-probs in training mode, where it stays.
+        """Check that the model computes the same log-probs in training mode; leave it in that mode.
 
         Its own code may have dropout that no option switches off.
         """

@@ -75,7 +75,7 @@ class LogpHead(nn.Linear):
         targets: Tensor | None = None,
         statistics: Sequence[Statistic] = (),
     ) -> Tensor:
-        """Return `objective.token_logps.token_logps` of `targets`; without targets the unchanged logits."""
+        """Return `objective.token_logps.token_logps` of `targets`; without targets all logits."""
         if targets is not None:
             return token_logps(input, self.weight, self.bias, targets, statistics, self.change)
         if self.is_precise:

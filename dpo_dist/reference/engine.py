@@ -34,7 +34,7 @@ FAULT_SECONDS = 60.0
 def settle_engine(
     engine: Engine, max_length: int, world: World, key: str = "model.path", *, trains: bool = False
 ) -> None:
-    """Arrange the model of `engine` by `model.exactness.StartCheck`; its mode does not change. Collective.
+    """Choose how the model of `engine` is scored, by `model.exactness.StartCheck`. Collective.
 
     If the model `trains`, also check its log-probs in training mode and, with several ranks, that all
     sequences use the same weights. `max_length` is that of the longest prompt plus response; errors name

@@ -23,7 +23,7 @@ _STEPS = """
 import json, sys
 from dpo_dist.config.schema import DataConfig, SourceConfig
 from dpo_dist.data.formats import read_records
-from dpo_dist.data.read.sources import pinned
+from dpo_dist.data.read.sources import pin_source
 from dpo_dist.foundation.errors import DataError
 results = []
 config = DataConfig(cache=sys.argv[1])
@@ -33,7 +33,7 @@ for verb, options in json.loads(sys.argv[2]):
         if verb == "read":
             results.append([record.prompt for record in read_records(source)])
         elif verb == "pin":
-            results.append(pinned(source).revision)
+            results.append(pin_source(source).revision)
         else:
             from dpo_dist.data.encoded.dataset import open_dataset
             from dpo_dist.data.encoded.build import prepare_dataset

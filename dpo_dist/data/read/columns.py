@@ -70,7 +70,7 @@ def _by_reader(records: Iterator[RawRecord], read: Callable[..., Any]) -> Iterat
 def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[RawRecord]:
     columns = source.columns or {}
     paths = {field: path for field, path in columns.items() if path is not None}
-    # `metadata` is not a field itself: a pair's scores in it stay.
+    # `metadata` stays, as it may also hold the scores of a pair.
     outer = {path.split(".")[0] for path in paths.values()} - {"metadata"}
     known, has_others = {*paths.values(), *outer}, OTHERS in columns
     hidden = {*columns, *known}
@@ -97,7 +97,7 @@ def _renamed(records: Iterator[RawRecord], source: SourceConfig) -> Iterator[Raw
             names = tuple(name for name in left_out if has_value(record[name]))
             yield {**rest, **whole, **values, **({OTHERS: names} if names else {})}, origin
         else:
-            yield BadRecord("missing_field", origin, f"{paths[_WHOLE]} is no object"), origin
+            yield BadRecord("missing_field", origin, f"{paths[_WHOLE]} is not an object"), origin
     if unseen and seen:
         raise DataError(
             f"{what} a column of the source",

@@ -113,7 +113,7 @@ def unread_error(detail: str, unread: Sequence[str]) -> UnusableRecordError:
 
 
 def check_no_media(messages: Sequence[Fields]) -> None:
-    """Check that no message has an image, audio, video, or a thought that is no text."""
+    """Check that no message has an image, audio, video, or a thought that is not text."""
     for message in messages:
         given = [name for name in (*MEDIA, *_THOUGHTS) if has_value(message.get(name))]
         # Neither a flag nor an empty cell that became a number is a thought.
@@ -161,7 +161,7 @@ def _parts(content: Any) -> Iterator[tuple[str, Any]]:
         value = next((fields[name] for name in names if fields.get(name) is not None), None)
         if kind != "tool_call" and not isinstance(value, str):
             media = [name for name in MEDIA if name in str(kind).split("_")]
-            detail = f"a message has content of type {str(kind)!r} that is no text"
+            detail = f"a message has content of type {str(kind)!r} that is not text"
             raise unread_error(detail, media or ["content"])
         yield kind, value
 

@@ -51,7 +51,7 @@ def from_json(value: Any) -> Any:
 
 
 def without_nulls(value: Any) -> Any:
-    """Return a value without the null fields of objects, with which tables fill what an object lacks."""
+    """Return a value without null fields: a table writes null for each field that an object lacks."""
     if isinstance(value, Mapping):
         return {name: without_nulls(item) for name, item in value.items() if item is not None}
     return [without_nulls(item) for item in value] if isinstance(value, list) else value

@@ -81,7 +81,7 @@ class Marks:
         return self._beside.sub(lambda match: self._marks[match[1] or match[2]], rendered)
 
     def spell(self, escaped: str) -> str:
-        """Return the text that an escaped text spells."""
+        """Return the plain text of an escaped text."""
         return self._literal.sub(lambda match: self.tokens[int(match[1])], escaped)
 
     def with_aliases(self, escaped: str) -> tuple[str, list[_Piece]]:

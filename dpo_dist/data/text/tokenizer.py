@@ -52,7 +52,7 @@ class TokenizerFacts:
     def end_of_turn(self) -> str:
         """The special tokens with which the template ends a response; the end of text if it writes none.
 
-        It is one, or two that also follow earlier responses (Command R7B).
+        There is one, or there are two, which then also follow earlier responses (Command R7B).
         """
         chat, after = self.chat, "" if self.chat is None else self.chat.after_response
         first = self._special.search(after)

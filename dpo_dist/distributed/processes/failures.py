@@ -169,7 +169,7 @@ class Watcher(threading.Thread):
     def stop(self) -> None:
         """Stop watching; after this call the thread does not end the process.
 
-        Within a call of the store it would abort the process as the interpreter ends.
+        A thread that is still waiting for torch's store would abort the process as the interpreter ends.
         """
         with self._ending:
             self._is_over.set()

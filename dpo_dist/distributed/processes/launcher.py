@@ -71,7 +71,9 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
         parsed.training_script_args.insert(0, parsed.training_script)
         parsed.module, parsed.training_script = True, "dpo_dist"
     elif not is_file and not parsed.module:
-        raise _refused("the program to start is no file, no verb and no module", parsed.training_script)
+        raise _refused(
+            "the program to start is neither a file nor a verb nor a module", parsed.training_script
+        )
     is_here = not parsed.config_file and (parsed.num_machines or 1) == 1
     if is_here and (parsed.num_processes or 1) > 1 and not torch.accelerator.is_available():
         parsed.use_deepspeed = parsed.use_cpu = True  # else accelerate starts one process

@@ -37,7 +37,11 @@ class Translation:
         """Keys of ours that keep their own default."""
         if isinstance(keys.get("model"), str):
             self.left["model_name_or_path"] = self.left.pop("model")
-        for name in ("lr_scheduler_kwargs", "model_init_kwargs", "trl"):  # their keys have names of their own
+        for name in (
+            "lr_scheduler_kwargs",
+            "model_init_kwargs",
+            "trl",
+        ):  # no key in them has the name of another one
             if isinstance(inner := keys.get(name), dict):
                 self.left |= inner
                 del self.left[name]

@@ -31,6 +31,7 @@ _EFFECTS = {
 }
 _NO_ROUNDS = "rounds cannot be done with this setting"
 _RULES = (
+    *(unused(f"pairs.{name}", unless) for unless, names in _EFFECTS.items() for name in names.split()),
     *(unused(f"sampling.{name}", _RESPONDS) for name in fields_of(SamplingConfig)),
     *ENDPOINT_RULES,
     Rule(

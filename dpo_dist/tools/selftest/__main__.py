@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     output: Path = given.output.absolute()
     is_writable = all(os.access(path, os.W_OK) for path in (output.parent, output) if path.exists())
     if output.is_dir() or not output.parent.is_dir() or not is_writable:
-        parser.error(f"argument --output: {output} is no file in a folder that can be written")
+        parser.error(f"argument --output: {output} is not a file in a folder that can be written")
     reserve_output()  # what libraries print is not of the table
     for name in [
         name for name in os.environ if name in WORLD_VARIABLES or name.startswith(LAUNCHER_PREFIXES)

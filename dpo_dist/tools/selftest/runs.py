@@ -121,7 +121,7 @@ def run_python(name: str, words: Sequence[str], gpus: int, code: int = 0) -> str
 
 
 def _cause(screen: str) -> str:
-    """Return the line that says why a process failed: a signal, or an error, or its last."""
+    """Return the line that says why a process failed: a signal, an error, or else its last line."""
     lines = [line.strip() for line in screen.splitlines() if line.strip()] or ["it said nothing"]
     titles = ("error: ", *(f"{kind.title}: " for kind in DpoDistError.__subclasses__()))
     by_signal = [line for line in lines if " was ended by SIG" in line]

@@ -106,7 +106,7 @@ class Position:
         return None if self.best is None else self.best.step
 
     def add_running(self, loss: LossConfig, means: Mapping[str, float], pairs: int) -> dict[str, float]:
-        """Add a step to `running`, and return the loss parameters that it had from the steps before."""
+        """Add a step to `running`; return the loss parameters that the earlier steps gave to this step."""
         row = {}
         if BATCH_MARGIN in means:
             row["loss/beta"] = self.running.batch_beta(loss, means[BATCH_MARGIN])

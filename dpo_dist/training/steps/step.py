@@ -210,7 +210,7 @@ class RouterTerms:
             policy.train(False)
             batch = host_batch.to(world.device)
             if policy.model.arrangement is Arrangement.packed:
-                # The output layer is used, as in every forward, and computes next to nothing.
+                # One target is enough to run the output layer, whose weight every ZeRO-3 forward gathers.
                 batch = batch.with_one_target()
             with torch.no_grad():
                 others.append(policy.routed_token_logps(batch)[1])

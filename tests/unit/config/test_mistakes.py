@@ -58,7 +58,7 @@ MISTYPED = [
     ("loss.router=0.01", "write loss.router.aux_coefficient=..."),
     ("loss.aux_coefficient=0.01", "write loss.router.aux_coefficient=0.01"),
     ("export.checkpoint=3", "such as step-000100"),
-    ("--config-dir nowhere", "nowhere is no folder"),
+    ("--config-dir nowhere", "nowhere is not a folder"),
     ("--confg-dir x", "did you mean --config-dir?"),
     # Values of other trainers are kept.
     ("lora_target=[q_proj,v_proj]", "write 'model.adapter.target_modules=[q_proj,v_proj]'"),
