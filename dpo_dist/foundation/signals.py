@@ -72,7 +72,7 @@ class StopRequest:
 
         The first signal asks to stop within `deferred`, and raises StoppedError elsewhere. A later one, if it
         is no echo of the first, ends the process at once with 128 + its number. Outside of the main thread
-        nothing is changed. The death of the launcher counts as SIGTERM.
+        nothing is changed. The death of the launcher counts as SIGTERM, but never as a second signal.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -107,6 +107,7 @@ class StopRequest:
             return
         if not is_limit:
             self._first_signal = now
+            _follow_launcher(0)  # its death, which each of its threads signals, must not end a save
         name = BY_SECONDS if is_limit else signal.Signals(number).name
         self.ask(name)
         if not self._is_deferred:

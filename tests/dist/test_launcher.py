@@ -34,6 +34,8 @@ if sys.argv[1] == "train":
         start()
         while not request.vote():
             time.sleep(0.05)
+        open(f"saving-{os.environ['RANK']}", "w").close()
+        time.sleep(0.5)
     stop()
 if sys.argv[1] == "import":
     end_at_signals()
@@ -126,3 +128,13 @@ def test_processes_save_and_end_when_their_launcher_is_killed(work: str, saved: 
     launcher.kill()
     wait_until(lambda: not any(map(psutil.pid_exists, processes(folder))), folder)
     assert len(list(folder.glob("saved-*"))) == saved
+
+
+def test_a_launcher_that_dies_while_they_save_does_not_end_them(folder: Path) -> None:
+    launcher = start(folder, "train")
+    wait_until(lambda: len(processes(folder)) == 2, folder)
+    os.kill(launcher.pid, signal.SIGTERM)
+    wait_until(lambda: len(list(folder.glob("saving-*"))) == 2, folder)
+    launcher.kill()
+    wait_until(lambda: not any(map(psutil.pid_exists, processes(folder))), folder)
+    assert len(list(folder.glob("saved-*"))) == 2
