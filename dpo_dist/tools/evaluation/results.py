@@ -249,7 +249,7 @@ def write_evaluation(
         "prompts_also_in_train": dataset.counts.get("prompts_also_in_train"),
         "sources": [{"label": source["label"], "path": source["path"]} for source in sources],
     }
-    named, newest = run.evaluation_of(name), run.evaluation
+    named, newest = run.named_evaluation(name), run.evaluation
     for written in (named.path, newest.path):
         files.collect_abandoned(written)
     files.write_json(named.evaluated, evaluated)
