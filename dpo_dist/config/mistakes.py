@@ -411,7 +411,7 @@ def foreign_file(content: Mapping[str, Any], file: Path) -> ConfigError | None:
         f"this file has {len(names)} keys of another trainer",
         where=str(file),
         got=first_few(names),
-        remedy=f"translate it: dpo-dist convert {shlex.quote(str(file))} {target}; then train {target}",
+        remedy=f"dpo-dist convert {shlex.quote(str(file))} {target} translates the file; then train {target}",
     )
 
 
