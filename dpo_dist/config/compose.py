@@ -127,7 +127,7 @@ class Command:
         cache: dict[str, Any] | None = None,
         verb: str = "",
     ) -> None:
-        # A cache for a sweep's points: Hydra's result by the layers that it compose; the keys of each file.
+        # A cache for a sweep's points: Hydra's result by its layers; the keys of each file.
         self._cache = {} if cache is None else cache
         files = [word for word in words if "=" not in word and word.endswith((".yaml", ".yml"))]
         parsed, unread = parse_overrides(word for word in words if word not in files)

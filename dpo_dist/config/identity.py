@@ -20,7 +20,7 @@ _LENGTH = ("epochs", "max_steps")
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """The keys that define a run's result, and their digest; `RunConfig.identity` is one."""
+    """The keys that define a run's result, and their digest; see `RunConfig.identity`."""
 
     config: Any  # RunConfig, whose module imports this one
 

@@ -344,7 +344,7 @@ def wrong_values(error: ValidationError, origin: Callable[[str], str]) -> list[C
 
 
 def _no_option(key: str, detail: ErrorDetails, origin: Callable[[str], str]) -> ConfigError:
-    """Return the error for an option that the kind of loss beside it does not have."""
+    """Return the error for an option that its kind of loss does not have."""
     place, _, name = key.rpartition(".")
     kind, known, got = detail["ctx"]["kind"], detail["ctx"]["known"], as_written(detail["input"][name])
     users, kind_key = kinds_using(f"options.{name}"), f"{place.removesuffix('options')}kind"
@@ -401,7 +401,7 @@ def trainer_of(keys: Collection[Any]) -> str | None:
 
 
 def foreign_file(content: Mapping[str, Any], file: Path) -> ConfigError | None:
-    """Return the error for another trainer's file of keys; None if it has only a few of them."""
+    """Return the error for another trainer's file; None if the file has only a few foreign keys."""
     names = [str(key) for key in content if equivalents(str(key), "keys") or equivalents(str(key), "advice")]
     names = [name for name in names if name not in run_keys()]
     if len(names) < _FOREIGN_KEYS or trainer_of(content) is None:

@@ -143,7 +143,7 @@ class UnusableRecordError(Exception):
         self.reason, self.detail, self.unread = reason, detail, unread
 
     def as_bad_record(self, origin: Origin) -> BadRecord:
-        """Return the reason with the record's position."""
+        """Return a `BadRecord` with this reason and the record's position."""
         return BadRecord(self.reason, origin, self.detail, self.unread)
 
 

@@ -1,4 +1,4 @@
-"""Log-probs of responses: token log-probs sum_targets by response, grouped by pair, weighted."""
+"""Log-probs of responses: token log-probs summed by response, grouped by pair, weighted."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PairLogps:
-    """Log-probs of pairs, or of rankings, sum_targets over completion tokens.
+    """Log-probs of pairs, or of rankings, summed over completion tokens.
 
     `sum_by_response` returns float64, because a log-ratio is a small difference of large sums. The losses
     accept any floating dtype and compute in it.

@@ -192,7 +192,7 @@ def tokenizer_digest(folder: Path) -> str:
     names = _VOCABULARY_FILES + _SPECIAL_FILES
     files = sorted({file for name in names for file in folder.glob(name) if file.is_file()})
     parts = [(str(file.relative_to(folder)), content_digest([file])) for file in files]
-    config_file = folder / "config.json"  # an adapter's folder with a tokenizer has none
+    config_file = folder / "config.json"  # an adapter's folder with a tokenizer has no config.json
     config = json.loads(config_file.read_bytes()) if config_file.exists() else {}
     # transformers chooses the tokenizer's class by these keys.
     parts += [(key, json.dumps(config.get(key))) for key in ("model_type", "tokenizer_class")]

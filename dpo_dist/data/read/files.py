@@ -108,7 +108,7 @@ def numbered_records(values: Iterable[tuple[int, Any]], path: str) -> Iterator[R
 
 def dataset_rows(dataset: Any) -> Iterator[Any]:
     """Yield the rows of a `datasets.Dataset`, or of its stream, as they are stored."""
-    form = getattr(dataset, "format", None)  # a stream has none
+    form = getattr(dataset, "format", None)  # a stream has no format
     if form and form["type"] == "custom":  # a transform of the user's
         return map(_with_given_arguments, dataset)
     # As stored: to decode images needs packages, and decoded JSON would get the nulls of a table.

@@ -35,7 +35,7 @@ QUESTIONS = ("question", "query", "input")
 
 
 def record_prompt(record: Fields, responses: Iterable[Any]) -> Any:
-    """Return a record's prompt: text or messages; None without one, or if responses are conversations."""
+    """Return a record's prompt, text or messages; None if it has none, or responses contain it."""
     if record.get("prompt") is not None or any(map(is_conversation, responses)):
         return record.get("prompt")
     for turns in map(record.get, CONVERSATIONS):

@@ -43,7 +43,7 @@ _WEIGHTS = ("loss_weight", "loss", "weight", "loss_scale", "train", "training")
 _UNREAD_WEIGHTS = ("mask", "train_detail", "training_detail")
 # Thoughts and calls of gpt-oss; other channels do not split a turn.
 _UNREAD_CHANNELS = ("analysis", "commentary")
-# The kinds of parts of a content.
+# Kinds of the parts in a message's content.
 _PARTS = ("text", "reasoning", "thinking", "tool_call")
 MEDIA = ("images", "image", "audio", "audios", "video", "videos")
 
@@ -82,7 +82,7 @@ def spelled_messages(value: Any) -> Any:
 
 
 def nested_conversation(field: str, value: Any) -> dict[str, str]:
-    """Return the columns of messages and tools in a field that is an object, perhaps in JSON; else none."""
+    """Return the paths of messages and tools inside a field, if it holds an object, perhaps as JSON."""
     whole = from_json(value)
     if not isinstance(whole, Mapping):
         return {}
@@ -259,7 +259,7 @@ def read_hh(prompt: Any, responses: Fields) -> tuple[Prompt, Sequence[Response]]
 
 
 def _dialogue(text: str, prompt: Any) -> str:
-    """Return a text, with the blank line before its first turn that is missing from some dialogues."""
+    """Return a text; a dialogue without a blank line before its first turn gets one."""
     start = prompt.strip() if _is_open(prompt) else FIRST_TURN.strip()
     may_be = prompt is None or _is_open(prompt)  # else it may be a text about a dialogue
     if may_be and LAST_TURN in text and text.lstrip().startswith(start):

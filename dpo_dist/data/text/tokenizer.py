@@ -89,7 +89,7 @@ class TokenizerFacts:
         return response.rstrip().endswith((*self._turn_tokens, *_FOREIGN_ENDS, *([str(eos)] if eos else [])))
 
     def split_end(self, response: str) -> tuple[str, str]:
-        """Return a templated response before its end of turn or of text, and that end or the default one."""
+        """Return a templated response without its end of turn or text, and this end, or the default one."""
         ends = [self.end_of_text] if self.chat is None else [self.end_of_turn, self.end_of_text]
         end = ends[0]
         while (bare := response.rstrip()).endswith(tuple(ends)):
