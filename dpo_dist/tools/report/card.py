@@ -185,7 +185,7 @@ def run_card(
     folder, evaluation, card = RunFolder.of(config), {}, ""
     with warn_on_bug("the model card", say):
         judged = verdict(rows, summary, data_findings(folder))
-        results = folder.evaluation_of(LAST_EVALUATION).results
+        results = folder.named_evaluation(LAST_EVALUATION).results
         if is_evaluated and results.is_file():
             evaluation = json.loads(results.read_text(encoding="utf-8"))
         judged_summary = {**summary, "verdict": judged.as_dict()}
