@@ -25,7 +25,7 @@ from dpo_dist.config.schema import (
     RunConfig,
     TrainerConfig,
 )
-from dpo_dist.distributed.zero import STATES_OF_ADAM
+from dpo_dist.distributed.zero import STATES_PER_MASTER
 from dpo_dist.foundation.text import size
 from dpo_dist.model.architectures import recorded_arrangement
 from dpo_dist.model.attention.kernels import LARGEST_HEAD, choose_backend, layer_heads
@@ -114,7 +114,7 @@ def footprint(config: RunConfig, causal_lm: Any, processes: int) -> Footprint:
 
 def state_bytes(optim: OptimConfig, trainer: TrainerConfig) -> float:
     """Return the bytes of a trained weight in master weights and optimizer states, as in a checkpoint."""
-    return 4.0 * (1 + STATES_OF_ADAM[optim.kind] + (trainer.ema_decay is not None))
+    return 4.0 * (1 + STATES_PER_MASTER[optim.kind] + (trainer.ema_decay is not None))
 
 
 def fit_micro_batches(run: Run, causal_lm: Any) -> None:

@@ -152,7 +152,7 @@ def test_a_damaged_or_foreign_checkpoint_writes_nothing(base: Path, tmp_path: Pa
     config = run_of(base)
     checkpoint = checkpoint_of(weights_of(config), tmp_path / "step-000001")
     other = replace(config, model=replace(config.model, adapter=AdapterConfig(r=2)))
-    with pytest.raises(CheckpointError, match="are not those that this configuration trains"):
+    with pytest.raises(CheckpointError, match="are not the ones that this configuration trains"):
         export_checkpoint(checkpoint, tmp_path / "out", other)
     (victim, *_) = checkpoint.rglob("*.safetensors")
     content = bytearray(victim.read_bytes())

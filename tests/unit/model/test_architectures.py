@@ -219,7 +219,7 @@ def test_more_tokens_than_the_model_has_positions_are_a_warning() -> None:
     config = tiny_config("qwen3", max_position_embeddings=64)
     assert training_notes(config, 65) == []
     (note,) = training_notes(config, 66)
-    assert note.startswith("warning: data.max_length=66 is more than the 64 positions of the model")
+    assert note.startswith("warning: data.max_length=66 is more than the model's 64 positions")
 
 
 # Rotary frequencies are those of each response alone with its prompt, in a model that has seen no other.
